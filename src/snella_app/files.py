@@ -1,4 +1,4 @@
-"""Atomic writing and SHA-256 digests of files."""
+"""Atomic file writes and SHA-256 digests."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typing import Any
 
 @contextmanager
 def naming_file(path: Path) -> Iterator[None]:
-    """Name a file in the errors of writing it, such as a full disk, where the system or a library names none.
+    """Add the file name to write errors such as a full disk.
 
     Args:
-        path: The file that is written inside.
+        path: File that is written inside the context.
 
     Raises:
-        OSError: Writing failed.
+        OSError: If writing fails.
     """
     try:
         yield
@@ -29,7 +29,7 @@ def naming_file(path: Path) -> Iterator[None]:
             error.filename = str(path)
         raise
     except Exception as error:
-        number = next((number for sign, number in WRITE_FAILURES.items() if sign in str(error)), None)
+        number = next((number for text, number in WRITE_FAILURES.items() if text in str(error)), None)
         if number is None:
             raise
         raise OSError(number, os.strerror(number), str(path)) from error
@@ -42,41 +42,41 @@ WRITE_FAILURES = {
     "unexpected pos": errno.ENOSPC,
     "iostream": errno.ENOSPC,
 }
-"""Substrings of library errors that mean a failed write, with their errno."""
+"""Substrings of library errors that indicate a failed write, with their errno."""
 
 
 @contextmanager
 def made_folder(folder: Path) -> Iterator[None]:
-    """Make a folder and its parents; remove those that were made and are empty where what is done inside fails.
+    """Create a folder and its parents, and remove the empty ones among them on failure.
 
     Args:
         folder: The folder; may exist.
 
     Raises:
-        OSError: It cannot be made, or writing inside failed; names a file or the folder.
+        OSError: If the folder cannot be created, or a write inside the context fails.
     """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with naming_file(folder):
             yield
     except BaseException:
-        for path in made:
+        for path in created:
             with suppress(OSError):
                 path.rmdir()
         raise
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write text as `write_bytes` does; names of files that are not UTF-8 keep their bytes."""
+    """Write text atomically; surrogate-escaped bytes, as in file names that are not UTF-8, are kept."""
     write_bytes(path, text.encode(errors="surrogateescape"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write under a temporary name in the same folder, sync, rename.
+    """Write a file atomically: write a temporary file in the same folder, sync it, rename it.
 
     Raises:
-        OSError: The disk is full or not writable; the old file is untouched.
+        OSError: If the disk is full or not writable; the old file is unchanged.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     with naming_file(path):
@@ -93,17 +93,17 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def _open_no_link(path: str, flags: int) -> int:
-    """Open a file that is no link, so that nothing else is written over."""
+    """Open a file without following symbolic links."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as JSON, as `write_text` does; numbers that JSON lacks (NaN) are refused."""
+    """Write a value as JSON, atomically; raises ValueError for NaN and infinity."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def sync_tree(folder: Path) -> None:
-    """Force the files of a folder, and the folder itself, onto the disk."""
+    """Sync a folder and all files in it to disk."""
     for path in [*sorted(folder.rglob("*")), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -113,7 +113,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Force a folder's entries (a rename) onto the disk."""
+    """Sync a folder's entries, e.g. after a rename, to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -122,50 +122,50 @@ def sync_folder(folder: Path) -> None:
 
 
 SEAL = "sha256"
-"""The entry of a sealed JSON object that holds the digest of all its others."""
+"""Key of a sealed JSON object that holds the digest of all other entries."""
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal digits.
+    """Return the SHA-256 of a file as hexadecimal digits.
 
     Raises:
-        OSError: It cannot be read.
+        OSError: If the file cannot be read.
     """
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_files(folder: Path, digests: Mapping[str, str]) -> None:
-    """Refuse files that are not what was written; missing ones pass, whoever needs them says so.
+    """Compare files with their digests; missing files are ignored.
 
     Args:
-        folder: Where they lie.
+        folder: Folder of the files.
         digests: SHA-256 by name, relative to `folder`.
 
     Raises:
-        ValueError: A file's digest is not the stated one; all such files are named.
+        ValueError: If digests differ; names all of these files.
     """
     present = ((name, digest) for name, digest in digests.items() if (folder / name).is_file())
     altered = [name for name, digest in present if sha256_of(folder / name) != digest]
     if altered:
         raise ValueError(
-            f"{folder}: {', '.join(altered)}: damaged: altered after it was written (SHA-256 is not the one in "
+            f"{folder}: {', '.join(altered)}: damaged: altered after it was written (SHA-256 differs from "
             "run.json); copy it again, or train again with `--overwrite`"
         )
 
 
 def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON object with the SHA-256 digest of all its other entries as entry `sha256`."""
+    """Return a JSON object with an added entry `sha256`, the digest of its other entries."""
     return {**{name: value for name, value in values.items() if name != SEAL}, SEAL: _digest(values)}
 
 
 def is_intact(values: Any) -> bool:
-    """Whether a JSON object holds what it held when it was sealed; True for one that was not."""
+    """Return whether a sealed JSON object is unchanged; True if it was never sealed."""
     return not isinstance(values, Mapping) or values.get(SEAL, _digest(values)) == _digest(values)
 
 
 def _digest(values: Mapping[str, Any]) -> str:
-    """Digest of the entries but the seal, in whatever order they stand."""
-    # read back first, as keys become texts
+    """Return the digest of all entries except the seal, independent of their order."""
+    # JSON converts keys to strings
     plain = json.loads(json.dumps({name: value for name, value in values.items() if name != SEAL}))
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

@@ -1,9 +1,9 @@
-"""Objects that installed packages register for the application as entry points.
+"""Plugins: objects that installed packages register as entry points.
 
     [project.entry-points."snella.methods"]
-    scale = "scale_wheel:SCALE"             # a `Method`, trained by --method scale
+    scale = "scale_wheel:SCALE"             # a `Method`, used as --method scale
 
-| group | object | what it adds |
+| group | object | adds |
 |---|---|---|
 | `snella.commands` | function decorated with `snella_app.cli.command.command` | `snella NAME` |
 | `snella.methods` | `snella_app.methods.Method` | `--method NAME` |
@@ -20,41 +20,41 @@ from typing import Any
 
 
 def plugin(group: str, name: str) -> Any:
-    """The object that an installed package registers as `name` in `snella.{group}`, None if none does.
+    """Load the object registered as `name` in `snella.{group}`; None if no package registers it.
 
     Args:
         group: As for `plugins`.
         name: Name of the entry point.
 
     Raises:
-        ImportError: It cannot be imported.
+        ImportError: If the object cannot be imported.
     """
-    found = list(entry_points(group=f"snella.{group}", name=name))
-    return found[0].load() if found else None
+    entries = list(entry_points(group=f"snella.{group}", name=name))
+    return entries[0].load() if entries else None
 
 
 @functools.cache
 def plugins(group: str) -> dict[str, Any]:
-    """The objects that installed packages register in `snella.{group}`, by name.
+    """Load all objects registered in `snella.{group}`, by name.
 
-    An entry that cannot be imported is left out with a warning that names its package.
+    Entries that cannot be imported are skipped with a warning that names their package.
 
     Args:
         group: `commands`, `methods`, `data`, `backbones`, `reports` or `choices`.
     """
-    found = {}
+    objects = {}
     entries = entry_points(group=f"snella.{group}")
     for entry in sorted(entries, key=lambda entry: (not entry.value.startswith("snella_"), entry.name)):
         package = entry.dist.name if entry.dist is not None else entry.module
-        if entry.name in found:
+        if entry.name in objects:
             warnings.warn(f"{package} registers {entry.name!r} in snella.{group} a second time; ignored", stacklevel=2)
             continue
         try:
-            found[entry.name] = entry.load()
+            objects[entry.name] = entry.load()
         except Exception as error:
             warnings.warn(
                 f"{package} registers {entry.name!r} in snella.{group}, which cannot be imported "
                 f"({type(error).__name__}: {error}); update or uninstall {package}",
                 stacklevel=2,
             )
-    return found
+    return objects

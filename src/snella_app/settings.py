@@ -1,4 +1,4 @@
-"""Kinds of settings by their annotations, and hints for values and names that other tools use."""
+"""Type checks of settings by their annotations, and hints for names and values used by other tools."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "aug": ("augment",),
     "format": ("out",),
 }
-"""Settings as other tools call them, each with what it may be here."""
+"""Names used by other tools, with the corresponding settings of snella."""
 
 _OTHER_VALUES = {
     "bfloat16": "bf16",
@@ -103,11 +103,11 @@ _OTHER_VALUES = {
 
 
 class KindError(TypeError):
-    """A value that an annotation does not allow."""
+    """Error for a value that does not match its type annotation."""
 
 
 def described(kind: Any) -> str:
-    """What an annotation allows, in words: `an integer or auto`."""
+    """Describe a type annotation for error messages: `an integer or auto`."""
     if get_origin(kind) in (Union, UnionType):
         first, *others = (described(part) for part in get_args(kind) if part is not NoneType)
         return " or ".join(text.removeprefix("one of ") for text in (first, *others)) if others else first
@@ -120,10 +120,10 @@ def described(kind: Any) -> str:
 
 
 def fitted(kind: Any, value: Any) -> Any:
-    """A value as its annotation has it: paths become strings, and numbers of numpy plain ones.
+    """Convert a value to its annotated type: paths to strings, NumPy numbers to Python numbers.
 
     Raises:
-        KindError: The annotation does not allow it.
+        KindError: If the value does not match the annotation.
     """
     origin, inner = get_origin(kind), get_args(kind)
     if kind is Any or (kind is NoneType and value is None):
@@ -140,11 +140,11 @@ def fitted(kind: Any, value: Any) -> Any:
     elif origin is dict:
         if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
             raise KindError
-        return {key: fitted(inner[1], one) for key, one in value.items()}
+        return {key: fitted(inner[1], item) for key, item in value.items()}
     elif origin is list:
         if not isinstance(value, list | tuple):
             raise KindError
-        return [fitted(inner[0], one) for one in value]
+        return [fitted(inner[0], item) for item in value]
     elif kind is bool:
         is_choice = isinstance(value, bool)
     elif kind is int:
@@ -162,7 +162,7 @@ def fitted(kind: Any, value: Any) -> Any:
 
 
 def hint_at_choice(kind: Any, value: Any) -> str:
-    """The choice that a wrong value may have meant: `; did you mean bf16?`; empty where none is alike."""
+    """Suggest the choice closest to an invalid value: `; did you mean bf16?`; empty if none is similar."""
     parts = [kind, *get_args(kind)]
     choices = [str(choice) for part in parts if get_origin(part) is Literal for choice in get_args(part)]
     text = str(value).lower()
@@ -174,12 +174,12 @@ def hint_at_choice(kind: Any, value: Any) -> str:
 
 
 def ours(name: str, known: Iterable[str]) -> str | None:
-    """The setting that another tool calls `name`, if it is among those that are known."""
-    there = set(known)
-    return next((ours for ours in OTHER_NAMES.get(name.replace("-", "_"), ()) if ours in there), None)
+    """Return the known setting that other tools call `name`, if any."""
+    known_names = set(known)
+    return next((ours for ours in OTHER_NAMES.get(name.replace("-", "_"), ()) if ours in known_names), None)
 
 
 def short(value: Any, most: int = 60) -> str:
-    """A value in Python's words, cut where it is long."""
+    """Return the `repr` of a value, truncated to `most` characters."""
     text = " ".join(repr(value).split())
     return text if len(text) <= most else f"{text[: most - 3]}..."

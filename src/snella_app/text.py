@@ -1,4 +1,4 @@
-"""Human-readable numbers, with a no-break space before the unit, and lists of names."""
+"""Formatting of numbers, units and lists of names."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SPACE, _MINUS = "\N{NO-BREAK SPACE}", "\N{MINUS SIGN}"
 
 
 def count_text(count: int) -> str:
-    """Write a count: 768, 12,345, 1.33 M, 84.9 M."""
+    """Format a count: 768, 12,345, 1.33 M, 84.9 M."""
     if count < 100_000:
         return f"{count:,}"
     unit, size = ("G", 10**9) if count >= 10**9 else ("M", 10**6) if count >= 10**6 else ("k", 10**3)
@@ -20,23 +20,23 @@ def count_text(count: int) -> str:
 
 
 def percent_text(share: float, digits: int = 1) -> str:
-    """Write a share of 1: 87.5 %; one that was not measured is a dash."""
+    """Format a fraction as a percentage: 87.5 %; NaN becomes a dash."""
     return "–" if math.isnan(share) else f"{decimal_text(100 * share, digits)}{_SPACE}%"
 
 
 def points_text(share: float, digits: int = 1) -> str:
-    """Write a difference of two shares in percentage points, with its sign: +2.9, −1.0, 0.0."""
+    """Format a difference of fractions in percentage points, with its sign: +2.9, −1.0, 0.0."""
     text = decimal_text(100 * share, digits)
     return f"+{text}" if text[0].isdigit() and float(text) else text
 
 
 def margin_text(share: float) -> str:
-    """Write the half-width of a 95 % interval of a share: 95 % margin: ±13.4 points; empty if there is none."""
+    """Format the half-width of a 95 % confidence interval: 95 % margin: ±13.4 points; empty for NaN."""
     return "" if math.isnan(share) else f"95{_SPACE}% margin: ±{decimal_text(100 * share, 1)} points"
 
 
 def decimal_text(value: float, digits: int) -> str:
-    """Write a number with fixed decimals and a minus sign, never a negative zero: 0.747, −0.240, 0.0."""
+    """Format a number with fixed decimals, a minus sign and no negative zero: 0.747, −0.240, 0.0."""
     if math.isnan(value):
         return "–"
     text = f"{value:.{digits}f}"
@@ -44,17 +44,17 @@ def decimal_text(value: float, digits: int) -> str:
 
 
 def measure_text(value: float, *, signed: bool = False) -> str:
-    """Write a number of any unit with four significant digits and a minus sign: 12.35, −0.05, 1.2e+06.
+    """Format a number with four significant digits and a minus sign: 12.35, −0.05, 1.2e+06.
 
     Args:
         value: The number.
-        signed: Whether positive numbers get a plus sign, as differences do.
+        signed: Add a plus sign to positive numbers, for differences.
     """
     return "–" if math.isnan(value) else f"{value:{'+' if signed else ''}.4g}".replace("-", _MINUS)
 
 
 def seconds_text(seconds: float) -> str:
-    """Write a time: 8.2 s, 2 min 5 s, 3 h 20 min."""
+    """Format a duration: 8.2 s, 2 min 5 s, 3 h 20 min."""
     if math.isnan(seconds):
         return "–"
     if seconds < 60:
@@ -66,7 +66,7 @@ def seconds_text(seconds: float) -> str:
 
 
 def bytes_text(size: float) -> str:
-    """Write a size in bytes: 512 B, 3.1 MiB."""
+    """Format a size in bytes: 512 B, 3.1 MiB."""
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if size >= scale:
             return f"{_three_digits(size / scale)}{_SPACE}{unit}"
@@ -74,7 +74,7 @@ def bytes_text(size: float) -> str:
 
 
 def plain_text(value: Any) -> str:
-    """A value of a settings table: short numbers, lists and mappings in one line."""
+    """Format a value for a table of settings: short numbers, lists and mappings in one line."""
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "–"}[value]
     if isinstance(value, float):
@@ -87,25 +87,25 @@ def plain_text(value: Any) -> str:
 
 
 def utf8_text(text: str) -> str:
-    """The text with `?` for what UTF-8 lacks: bytes of a file's name that are not UTF-8."""
+    """Replace bytes that are not valid UTF-8, as in file names, with `?`."""
     return text.encode(errors="replace").decode()
 
 
 def listed(items: Iterable[str], most: int = 5, separator: str = ", ") -> str:
-    """The first few of many items, and how many more there are."""
+    """Join the first items and the number of remaining ones: "a, b and 3 more"."""
     shown = list(items)
     rest = len(shown) - most
     return separator.join(shown[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def nearest(name: str, known: Iterable[str], *, most: int = 1, cutoff: float = 0.6, form: str = "; nearest: {}") -> str:
-    """Known names like one that is none of them, in a text such as "; nearest: a, b"; empty where none is alike."""
+    """Suggest known names similar to `name`, e.g. "; nearest: a, b"; empty if none is similar."""
     near = difflib.get_close_matches(name, list(known), n=most, cutoff=cutoff)
     return form.format(", ".join(near)) if near else ""
 
 
 def near_siblings(path: Path, *, most: int = 3, cutoff: float = 0.5, folders_alone: bool = False) -> str:
-    """Files and folders of a like name beside one that is missing: "; nearest there: 'a', 'b'"; empty for none."""
+    """Suggest files and folders with a name similar to a missing one: "; nearest there: 'a', 'b'"; empty for none."""
     if not path.parent.is_dir():
         return f"; there is no folder '{path.parent}'"
     names = sorted(child.name for child in path.parent.iterdir() if child.is_dir() or not folders_alone)
@@ -114,7 +114,7 @@ def near_siblings(path: Path, *, most: int = 3, cutoff: float = 0.5, folders_alo
 
 
 def _three_digits(value: float) -> str:
-    """A number with three digits, none of them in exponents."""
+    """Format a number with three digits, without exponent."""
     return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
 
 

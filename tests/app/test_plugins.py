@@ -83,5 +83,5 @@ def test_a_name_that_is_taken_is_kept_by_its_owner(tmp_path):
     project = {"name": "thief", "version": "1", "entry-points": {"snella.commands": {"train": "thief:train"}}}
     install(tmp_path, project, ("thief", source))
     done = snella(tmp_path, "train", "--help")
-    assert "there is a command 'train' already" in done.stderr and "stolen" not in done.stdout
+    assert "command 'train' is registered already" in done.stderr and "stolen" not in done.stdout
     assert "--backbone" in done.stdout

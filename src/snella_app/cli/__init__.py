@@ -1,1 +1,1 @@
-"""The command line: parse, build, call."""
+"""Command line interface."""

@@ -1,4 +1,4 @@
-"""`Command`, the table of commands, and what their functions share."""
+"""`Command`, the command registry, and helpers of commands."""
 
 import contextlib
 from collections.abc import Callable
@@ -7,20 +7,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 Device = str
-"""auto, or a device of torch."""
+"""auto, or a torch device."""
 _Function = TypeVar("_Function", bound=Callable[..., None])
 
 
 @dataclass(frozen=True)
 class Command:
-    """One command.
+    """A command of the command line.
 
     Attributes:
-        function: What it calls. Parameters before the `/` stand on the line as they are, the others as options; a
-            dataclass as the only parameter gives its fields. The docstring is the help.
-        library: Module that is imported before the call, while Ctrl-C ends the program at once.
-        is_recorded: Whether its settings are left in the run's folder as `commands/NAME.yaml`.
-        is_research: List it under research commands in the help.
+        function: Function to call. Positional-only parameters become positional arguments, the others options. If the
+            only parameter is a dataclass, its fields become the options. The docstring is the help.
+        library: Module to import before the call; during the import, Ctrl-C exits immediately.
+        is_recorded: Whether to store the settings in the run folder as `commands/NAME.yaml`.
+        is_research: Whether help lists the command under research commands.
     """
 
     function: Callable[..., None]
@@ -33,11 +33,15 @@ COMMANDS: dict[str, Command] = {}
 
 
 def command(library: str, *, is_recorded: bool = False, is_research: bool = False) -> Callable[[_Function], _Function]:
-    """Enter a function under its name, with dashes; ValueError if there is one of that name."""
+    """Register a function as a command, with dashes in its name.
+
+    Raises:
+        ValueError: If a command has this name already.
+    """
 
     def enter(function: _Function) -> _Function:
         if function.__name__.replace("_", "-") in COMMANDS:
-            raise ValueError(f"there is a command {function.__name__!r} already")
+            raise ValueError(f"command {function.__name__!r} is registered already")
         COMMANDS[function.__name__.replace("_", "-")] = Command(function, library, is_recorded, is_research)
         return function
 
@@ -45,21 +49,21 @@ def command(library: str, *, is_recorded: bool = False, is_research: bool = Fals
 
 
 def record(name: str, settings: dict[str, Any]) -> None:
-    """Leave a command's settings in the run's folder, `commands/NAME.yaml`, where that can be written."""
+    """Store a command's settings in the run folder as `commands/NAME.yaml`, if it is writable."""
     import yaml
 
     from snella_app.files import write_text
 
     folder = Path(settings["run"]) / "commands"
-    with contextlib.suppress(OSError):  # the result does not depend on it: a run may lie on a read-only disk
+    with contextlib.suppress(OSError):  # optional: the run may be on a read-only file system
         folder.mkdir(exist_ok=True)
         write_text(folder / f"{name}.yaml", yaml.safe_dump(settings, sort_keys=False))
 
 
 def listed(name: str, value: str, kind: Callable[[str], Any]) -> list[Any]:
-    """The values between commas; raises a ValueError where one is not a number."""
+    """Parse a comma-separated list; raises ValueError if an item is not a number."""
     try:
         return [kind(part.strip()) for part in str(value).split(",") if part.strip()]
     except ValueError:
-        what = "integers" if kind is int else "numbers"
-        raise ValueError(f"{name} must be {what} separated by commas, e.g. 4,16; got {value!r}") from None
+        noun = "integers" if kind is int else "numbers"
+        raise ValueError(f"{name} must be {noun} separated by commas, e.g. 4,16; got {value!r}") from None

@@ -1,4 +1,4 @@
-"""Commands of runs and data: functions whose signature and docstring are their command line (see `parser`)."""
+"""Commands for runs and data. `parser` derives options and help from signatures and docstrings."""
 
 import sys
 from dataclasses import astuple
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from snella_app.data.check import BenchmarkCheck
 
 ExportName = Literal["sparse", "onnx", "torchscript", "torch-export", "lora", "timm", "hf"]
-"""Keys of `snella_app.runs.export.FORMATS`, which the command line does not wait for."""
+"""Keys of `snella_app.runs.export.FORMATS`, repeated here to keep the import of the command line fast."""
 
 
 @command("snella_app.api")
@@ -30,8 +30,8 @@ def train(config: TrainConfig) -> None:
       snella train --data photos --backbone weights.pth --out runs/best --method auto
       snella train --out runs/photos --resume
 
-    photos holds photos/CLASS/image.jpg, or photos/{train,val,test}/CLASS/image.jpg. The run's folder receives the best
-    adapter, metrics, predictions and report.html.
+    --data photos expects photos/CLASS/image.jpg or photos/{train,val,test}/CLASS/image.jpg. The run folder contains the
+    best adapter, metrics, predictions and report.html.
     """
     from snella import train
 
@@ -51,7 +51,7 @@ def evaluate(
     calibrate: bool = False,
     device: Device = "auto",
 ) -> None:
-    """Measure a run's best model: accuracies, errors or overlaps, as its task has them.
+    """Evaluate the best model of a run with the metrics of its task.
 
       snella evaluate runs/photos
       snella evaluate runs/photos --data more-photos
@@ -59,14 +59,16 @@ def evaluate(
 
     Args:
         run: Folder of the run.
-        data: Other images than the run's own, e.g. more-photos; their classes must be among the run's.
-        split: Part of the data: train, val, test or all. auto is the run's test images, or all images of other data.
-        batch_size: Images at a time.
-        columns: Columns of a table, e.g. path=file,label=species; the run's own if not given.
-        skip_corrupt: Leave out images that cannot be read.
+        data: Evaluate on this data instead of the run's, e.g. more-photos. The run must have been trained on all of its
+            classes.
+        split: Split to evaluate: train, val, test or all. auto selects the test split of the run, or all images of
+            other data.
+        batch_size: Batch size.
+        columns: Columns of a table, e.g. path=file,label=species; the columns of the run if not given.
+        skip_corrupt: Skip images that cannot be read.
         out: Also write the results to this JSON file.
-        calibrate: Refit a classifier's temperature on the validation images, and store it.
-        device: auto, or a device of torch such as cpu, cuda:1 or mps.
+        calibrate: Refit the temperature of a classifier on the validation images, and store it.
+        device: auto, or a torch device such as cpu, cuda:1 or mps.
     """
     from snella_app.console import make_console, make_table, print_line
     from snella_app.files import write_json
@@ -78,14 +80,14 @@ def evaluate(
         given = {"data": data, "columns": columns, "out": out, "split": None if split == "auto" else split}
         wrong = [f"{name} {value}" for name, value in given.items() if value is not None]
         if wrong:
-            raise ValueError(f"calibrate is on the run's own validation images, got {', '.join(wrong)}; leave it out")
-        found = calibrate_run(run, batch_size=batch_size, device=device)
+            raise ValueError(f"calibrate uses the run's validation images, got {', '.join(wrong)}; leave it out")
+        calibration = calibrate_run(run, batch_size=batch_size, device=device)
         console = make_console()
-        print_line(console, f"temperature {found.temperature:.4g} is stored; predict divides logits by it")
-        for part in found.reliability:
-            error = f"expected calibration error {part.ece_before:.4f} without, {part.ece:.4f} with it"
+        print_line(console, f"stored temperature {calibration.temperature:.4g}; predict divides logits by it")
+        for part in calibration.reliability:
+            error = f"expected calibration error {part.ece_before:.4f} before, {part.ece:.4f} after"
             print_line(console, f"{part.split}, {part.count} images: {error}")
-        print_line(console, found.verdict)
+        print_line(console, calibration.verdict)
         return
     result = evaluate(
         run,
@@ -125,7 +127,7 @@ def predict(
     skip_corrupt: bool = False,
     device: Device = "auto",
 ) -> None:
-    """Classes, labels, numbers or masks of images, by a run's best model.
+    """Predict classes, labels, numbers or masks with the best model of a run.
 
       snella predict runs/photos cat.jpg dog.jpg
       snella predict runs/photos folder/of/images --out predictions.csv --top-k 3
@@ -134,24 +136,24 @@ def predict(
 
     Args:
         run: Folder of the run.
-        images: Image files, folders of them, patterns in quotes, tables (CSV, Parquet) with a column of paths; - for
-            paths from standard input, one a line.
-        out: Write a file instead of printing, by its ending CSV, .json, .jsonl or .parquet, with label and probability
-            of each image; a folder of masks for a segmentation.
+        images: Image files, folders, quoted glob patterns, or tables (CSV, Parquet) with a column of paths; - reads
+            paths from standard input, one per line.
+        out: Write label and probability of each image to this .csv, .json, .jsonl or .parquet file instead of printing;
+            a folder of masks for segmentation.
         overwrite: Replace existing files.
-        top_k: Number of classes for each image, the likeliest first, or all; if not given, one in the file and three
-            on the terminal.
-        unsure: Mark predictions whose probability is lower than this as unsure; auto is the threshold that halved the
-            errors on validation.
-        tta: Test-time augmentation, the number of views of an image whose probabilities are averaged; 2 is the image
-            and its flip, up to 10 add the corners of the enlarged image. The run's own if not given.
+        top_k: Number of classes per image, most likely first, or all; if not given, one in files and three on the
+            terminal.
+        unsure: Mark predictions with a lower probability as unsure. auto uses the threshold that halves the error rate
+            on validation.
+        tta: Test-time augmentation: number of views whose probabilities are averaged. 2 uses the image and its flip, up
+            to 10 add corner crops of the enlarged image. The setting of the run if not given.
         features: Also write the features of each image, the input of the classifier head, to this .npz, .npy or
             .parquet file.
-        watch: Continue with images that appear in the folders, until Ctrl-C; rows are appended to --out.
-        batch_size: Images at a time.
-        columns: Column of the paths in a table, e.g. path=file; the usual names if not given.
-        skip_corrupt: Leave out images that cannot be read.
-        device: auto, or a device of torch such as cpu, cuda:1 or mps.
+        watch: Keep predicting new images in the folders until Ctrl-C; rows are appended to --out.
+        batch_size: Batch size.
+        columns: Path column of a table, e.g. path=file; found by its usual names if not given.
+        skip_corrupt: Skip images that cannot be read.
+        device: auto, or a torch device such as cpu, cuda:1 or mps.
     """
     from snella_app.runs.prediction_files import predict_to_files
 
@@ -174,18 +176,18 @@ def predict(
 
 @command("snella_app.runs.merge", is_recorded=True)
 def merge(run: str, /, *, out: str, overwrite: bool = False) -> None:
-    """Write the fine-tuned model as plain timm weights, usable without snella.
+    """Merge the update into the backbone and write plain timm weights, usable without snella.
 
       snella merge runs/photos --out photos-model
       snella merge runs/photos --out model.safetensors
 
-    photos-model is a folder that timm loads: timm.create_model("local-dir:photos-model", pretrained=True).
+    timm loads the folder: timm.create_model("local-dir:photos-model", pretrained=True).
 
     Args:
         run: Folder of the run.
-        out: Folder for a model in timm's format, with preprocessing and class names; or a file ending with
-            .safetensors, for the weights alone.
-        overwrite: Replace what is there.
+        out: Folder for a model in timm's format, with preprocessing and class names; or a .safetensors file for only
+            the weights.
+        overwrite: Replace existing output.
     """
     from snella_app.console import make_console, print_line
     from snella_app.records import RunInfo, read
@@ -195,12 +197,12 @@ def merge(run: str, /, *, out: str, overwrite: bool = False) -> None:
     console = make_console()
     print_line(console, f"{path}: {_mib(path):.1f} MiB, {describe_file(path)}; to load it:")
     for note in views_notes(read(RunInfo, run)):
-        print_line(console, f"# {note}")  # a comment, so that it can be pasted with the lines
+        print_line(console, f"# {note}")  # a Python comment, so that the output can be pasted
     print_line(console, loading_snippet(path))
 
 
 def _mib(path: Path) -> float:
-    """Size of a file, or of the files in a folder."""
+    """Return the size of a file or a folder in MiB."""
     return sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path])) / 2**20
 
 
@@ -218,29 +220,28 @@ def export(
     images: list[str] | None = None,
     logits: bool = False,
 ) -> None:
-    """Write a run's model in the formats of other programs, checked against its own outputs.
+    """Export the model of a run to other formats, and verify its outputs.
 
       snella export runs/photos --format onnx
       snella export runs/photos --format hf --out photos-model
       snella export runs/photos --format sparse --values bf16
       snella export runs/photos --format lora --rank 32
 
-    onnx, torchscript, torch-export: the merged model with the probabilities of predict, any batch size, refused where
-    its outputs differ from torch's.
-    timm, hf: a folder for timm alone, or for transformers and a hub. lora: the nearest LoRA of a rank, with its error.
+    onnx, torchscript, torch-export: merged model with the probabilities of predict, for any batch size. The export
+    fails if its outputs differ from those of torch.
+    timm, hf: folder for timm, or for transformers and the hub. lora: closest LoRA of a given rank, with its error.
     sparse: positions and values of the changed weights.
 
     Args:
         run: Folder of the run.
-        format: What to write.
-        out: File or folder; beside the run, under its name, if not given.
-        overwrite: Replace what an earlier export wrote.
-        opset: With onnx, its opset; the exporter's own if not given.
-        rank: With lora, its rank (32 if not given).
-        values: With sparse, type of the values (fp32 if not given); bf16 rounds them.
-        images: Image files on which outputs are compared, [a.jpg,b.jpg]; the run's own test or validation images if not
-            given.
-        logits: With onnx, torchscript and torch-export, leave the softmax (or sigmoid) and the temperature out.
+        format: Export format.
+        out: Output file or folder; named after the run and next to it if not given.
+        overwrite: Replace the output of an earlier export.
+        opset: ONNX opset version (onnx); the exporter's default if not given.
+        rank: Rank of the LoRA (lora; 32 if not given).
+        values: Data type of the values (sparse; fp32 if not given); bf16 rounds them.
+        images: Image files to compare outputs on, [a.jpg,b.jpg]; test or validation images of the run if not given.
+        logits: Omit softmax (or sigmoid) and temperature (onnx, torchscript, torch-export).
     """
     from snella_app.console import make_console, print_line
     from snella_app.runs.export import export
@@ -269,27 +270,28 @@ def explain(
     skip_corrupt: bool = False,
     device: Device = "auto",
 ) -> None:
-    """Draw which parts of images speak for the predicted class, and the training images that are most like them.
+    """Explain predictions with heat maps and the nearest training images.
 
       snella explain runs/photos new.jpg other.jpg --out explained
       snella explain runs/photos
 
-    explained receives a heat map for each image and index.html. The second line explains right and wrong validation
-    images, and puts them into the run's report. Needs captum: pip install 'snella[explain]'.
+    With images, writes a heat map per image and index.html to --out. Without images, explains correct and wrong
+    predictions on validation images, and adds them to the report of the run. Needs captum: pip install
+    'snella[explain]'.
 
     Args:
         run: Folder of the run.
-        images: Image files, folders of them, patterns in quotes, tables; validation images of the run if not given.
-        out: Folder for the heat maps; needed with images.
-        by: Kind of heat map: gradcam (gradient times activation, for a class), or rollout (where a ViT attends, through
-            all its layers; the same for every class).
-        of: Class that the heat maps speak for; that of each prediction if not given.
-        neighbors: Nearest training images of each image, by the features; 0 for none.
-        overwrite: Write into a folder that holds files.
-        batch_size: Images at a time.
-        columns: Column of the paths in a table, e.g. path=file; the usual names if not given.
-        skip_corrupt: Leave out images that cannot be read.
-        device: auto, or a device of torch such as cpu, cuda:1 or mps.
+        images: Image files, folders, quoted glob patterns, or tables; validation images of the run if not given.
+        out: Output folder for the heat maps; required with images.
+        by: Kind of heat map: gradcam (gradient times activation, for one class), or rollout (attention of a ViT through
+            all layers, independent of the class).
+        of: Class to explain; the predicted class if not given.
+        neighbors: Number of nearest training images to show, by feature similarity; 0 for none.
+        overwrite: Write into a folder that is not empty.
+        batch_size: Batch size.
+        columns: Path column of a table, e.g. path=file; found by its usual names if not given.
+        skip_corrupt: Skip images that cannot be read.
+        device: auto, or a torch device such as cpu, cuda:1 or mps.
     """
     from snella_app.console import counted, make_console, print_line
     from snella_app.runs.explain import explain, explain_validation
@@ -300,14 +302,14 @@ def explain(
         wrong = [f"{name} {value}" for name, value in given.items() if value is not None]
         if wrong:
             raise ValueError(
-                f"images must be given with {', '.join(wrong)}; without images the run's own are explained"
+                f"images must be given with {', '.join(wrong)}; without images, validation images are explained"
             )
         report = explain_validation(run, by=by, batch_size=batch_size, device=device)
         print_line(console, f"report: {report}")
         return
     if out is None:
         raise ValueError("out must name a folder for the heat maps, e.g. --out explained")
-    found = explain(
+    explained = explain(
         run,
         images,
         out,
@@ -320,9 +322,9 @@ def explain(
         skip_corrupt=skip_corrupt,
         device=device,
     )
-    for note in found.notes:
+    for note in explained.notes:
         print_line(console, f"note: {note}")
-    print_line(console, f"{counted(found.count, 'image')}: {found.page}")
+    print_line(console, f"{counted(explained.count, 'image')}: {explained.page}")
 
 
 @command("snella_app.runs.serve")
@@ -341,30 +343,30 @@ def serve(
     batch_size: int = 32,
     device: Device = "auto",
 ) -> None:
-    """Answer images over HTTP, with a page to try them in a browser.
+    """Serve predictions over HTTP, with a web page for trying the model.
 
       snella serve runs/photos
       curl -F files=@new.jpg http://127.0.0.1:8000/predict
 
-    GET / is the page, GET /health says what is served, POST /predict takes images as files of a form, GET /docs
-    describes them. There is no login and no encryption: put it behind a server that has them. Needs pip install
-    'snella[serve]'.
+    GET / returns the web page, GET /health the model and its limits, GET /docs the API documentation. POST /predict
+    takes images as form files. The server has no authentication and no encryption: use a reverse proxy for both. Needs
+    pip install 'snella[serve]'.
 
     Args:
         run: Folder of the run.
         host: Address to listen on; 0.0.0.0 for all addresses of this machine.
-        port: Port; 0 for a free one.
-        unsure: Mark predictions whose probability is lower than this as unsure; auto is the run's own threshold.
+        port: Port; 0 selects a free one.
+        unsure: Mark predictions with a lower probability as unsure; auto uses the threshold of the run.
         tta: Test-time augmentation, as for snella predict.
-        max_files: Images in one request, at most.
-        max_mib: Size of one file, at most, in MiB.
-        max_megapixels: Pixels of one image, at most, in millions; larger ones are not decoded.
-        max_total_megapixels: Pixels of all images that are answered at one time, in millions; further requests get
-            status 503 and may come again.
-        hosts: Names by which the server is called, separated by commas, besides localhost, this machine's name and IP
-            addresses; e.g. photos.example.org where another server passes requests on.
-        batch_size: Images at a time.
-        device: auto, or a device of torch such as cpu, cuda:1 or mps.
+        max_files: Maximum number of images per request.
+        max_mib: Maximum size of a file, in MiB.
+        max_megapixels: Maximum number of pixels per image, in millions; larger images are not decoded.
+        max_total_megapixels: Maximum number of pixels of all images in progress, in millions; further requests get
+            status 503 and can be retried.
+        hosts: Additional host names of the server, separated by commas, e.g. photos.example.org behind a reverse proxy.
+            localhost, the name of this machine and IP addresses are always accepted.
+        batch_size: Batch size.
+        device: auto, or a torch device such as cpu, cuda:1 or mps.
     """
     from snella_app.runs.prediction_files import parse_unsure
     from snella_app.runs.serve import ServerLimits, serve
@@ -385,30 +387,30 @@ def push(
     private: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Publish a run's model with a model card on the Hugging Face hub, or write the folder for it.
+    """Push the model of a run and its model card to the Hugging Face Hub, or write the folder for it.
 
       snella push runs/photos user/photos
       snella push runs/photos user/photos --to-folder photos-hub
 
-    Where the hub cannot be reached, the folder is written beside the run. The card has the results, data, classes and
-    how the model is used; its license is left to fill in.
+    If the hub cannot be reached, the folder is written next to the run. The model card lists results, data, classes and
+    usage; fill in the license yourself.
 
     Args:
         run: Folder of the run.
-        name: Of the model on the hub, user/model.
-        to_folder: Write this new folder, and contact nobody.
-        adapter: The adapter, which PEFT loads on top of its base model, in place of the merged model.
-        private: Whether only you may see it.
-        overwrite: Add a commit to a model that is on the hub already.
+        name: Repository name on the hub, user/model.
+        to_folder: Write this new folder, without any network access.
+        adapter: Push the PEFT adapter instead of the merged model.
+        private: Create a private repository.
+        overwrite: Add a commit to an existing repository.
     """
     from snella_app.console import make_console, print_line
     from snella_app.runs.push import push
 
-    done = push(run, name, to_folder=to_folder, adapter=adapter, private=private, overwrite=overwrite)
+    pushed = push(run, name, to_folder=to_folder, adapter=adapter, private=private, overwrite=overwrite)
     console = make_console()
-    if done.reason is not None:
-        print_line(console, f"note: the hub was not reached ({done.reason}); later: hf upload {name} {done.place}")
-    print_line(console, done.place)
+    if pushed.reason is not None:
+        print_line(console, f"note: cannot reach the hub ({pushed.reason}); later: hf upload {name} {pushed.place}")
+    print_line(console, pushed.place)
 
 
 @command("snella_app.report.inspect")
@@ -423,27 +425,27 @@ def inspect(
     dtype: Literal["fp32", "bf16"] | None = None,
     device: Literal["cpu", "cuda"] | None = None,
 ) -> None:
-    """Show a run's budgets, sparsity, frozen matrices and sizes; or predict the memory of training a backbone.
+    """Show budgets, sparsity and sizes of a run, or estimate the training memory of a backbone.
 
       snella inspect runs/photos
       snella inspect runs/photos --report
       snella inspect --backbone vit_base_patch16_224 --batch 16
       snella inspect --backbone vit_large_patch16_224 --batch 64 --dtype bf16 --device cuda
 
-    With --backbone no run is needed: a table tells the peak memory of a training step by SNELLA, by LoRA and in full.
+    --backbone needs no run: it prints the peak memory of a training step with SNELLA, LoRA and full fine-tuning.
 
     Args:
         run: Folder of the run.
-        report: Also write the HTML report anew.
-        backbone: Instead of a run, a model whose training step's memory is predicted; a name as for snella train.
+        report: Also rewrite the HTML report.
+        backbone: Estimate the training memory of this backbone instead of showing a run; a name as for snella train.
         batch: With --backbone, batch size (32 if not given).
-        img_size: With --backbone, input resolution in pixels; the model's own if not given.
-        r: With --backbone, rank of SNELLA and LoRA (8).
-        dtype: With --backbone, of weights and activations (fp32).
-        device: With --backbone, where training is to run; it need not be in this machine.
+        img_size: With --backbone, input resolution in pixels; the model's default if not given.
+        r: With --backbone, rank of SNELLA and LoRA (8 if not given).
+        dtype: With --backbone, data type of weights and activations (fp32 if not given).
+        device: With --backbone, device to train on; this machine need not have it.
 
     Raises:
-        ValueError: Neither or both of `run` and `backbone`, or an option of the other one.
+        ValueError: If neither or both of `run` and `backbone` are given, or an option does not apply.
     """
     from snella_app.console import make_console, print_line
     from snella_app.plugins import plugin
@@ -452,14 +454,14 @@ def inspect(
     from snella_app.runs.evaluate import redraw_report
     from snella_app.runs.folder import RunFolder
 
-    of_backbone: dict[str, Any] = {"batch": batch, "img_size": img_size, "r": r, "dtype": dtype, "device": device}
-    given = {name: value for name, value in of_backbone.items() if value is not None}
+    backbone_options: dict[str, Any] = {"batch": batch, "img_size": img_size, "r": r, "dtype": dtype, "device": device}
+    given = {name: value for name, value in backbone_options.items() if value is not None}
     errors = []
     if (run is None) == (backbone is None):
         got = "neither" if run is None else f"RUN {run} and --backbone {backbone}"
         errors.append(f"inspect takes either RUN, the folder of a run, or --backbone NAME, got {got}")
     if backbone is not None and report:
-        errors.append("--report draws the page of a run; leave it out with --backbone")
+        errors.append("--report needs a run; leave it out with --backbone")
     if backbone is None and given:
         typed = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items())
         errors.append(f"{typed} can only be given with --backbone NAME")
@@ -473,7 +475,7 @@ def inspect(
         if (folder := RunFolder(run)).has_stopped:
             print_line(
                 console,
-                f"no process is writing it: the run stopped without a word, as a killed one does; continue it with "
+                f"the run stopped unexpectedly: no process is training it; resume it with "
                 f"snella train --out {folder.path} --resume",
             )
     if run is not None and report:
@@ -494,35 +496,36 @@ def data(
     sheet: str | None = None,
     decode: bool = False,
 ) -> None:
-    """Say what is in your data before it is trained on, or validate the folder of a published benchmark.
+    """Check a data set before training, or validate the folder of a published benchmark.
 
       snella data check photos --sheet photos.png
       snella data check photos/labels.csv --columns path=file,label=species
       snella data check data/vtab-1k
       snella data check data/fgvc/cub --decode
 
-    Of your own data: images by class and part, sizes and formats, broken files, copies, imbalance, suspicious names;
-    each warning says what to do.
+    Reports images per class and split, sizes and formats, corrupt files, duplicates, class imbalance and suspicious
+    names. Each warning names a remedy.
 
     Args:
-        action: check is what can be done.
-        data: As for snella train --data; or the folder of VTAB-1k or FGVC, of one data set of them, or one with vtab-1k
-            and fgvc inside.
+        action: The only action is check.
+        data: Data as for snella train --data; or a folder with VTAB-1k, FGVC, one of their data sets, or both as
+            vtab-1k and fgvc.
         columns: Columns of a table, as for snella train.
-        task: What the labels are, as for snella train: multilabel for lists of them, regression for numbers.
-        skip_corrupt: Images that cannot be read are a note, not an error, as for a training that leaves them out.
-        channels: Channels of an image, as for snella train.
-        white: Value of 16-bit images that becomes white, as for snella train.
-        sheet: PNG file for a contact sheet: the first images of each class.
-        decode: Of a benchmark, also decode every image, which takes minutes, to find damaged ones.
+        task: Task as for snella train, e.g. multilabel for lists of labels, regression for numbers.
+        skip_corrupt: Report images that cannot be read as a note instead of an error, as for training with
+            --skip-corrupt.
+        channels: Image channels, as for snella train.
+        white: Value of 16-bit images that maps to white, as for snella train.
+        sheet: Write a contact sheet with the first images of each class to this PNG file.
+        decode: Decode every image of a benchmark to find damaged files; takes minutes.
     """
     from snella_app.console import counted, make_console, print_line
     from snella_app.data import data_names, full_spec, split_spec
     from snella_app.data.check import check_benchmarks, holds_benchmark
 
     path = Path(data).expanduser()
-    is_own_path = path.is_file() or (path.is_dir() and any(path.iterdir()) and not holds_benchmark(data))
-    spec = full_spec(data) if is_own_path else data
+    is_user_path = path.is_file() or (path.is_dir() and any(path.iterdir()) and not holds_benchmark(data))
+    spec = full_spec(data) if is_user_path else data
     warnings: list[str] = []
     if split_spec(spec)[1] is not None or spec in data_names() or path.is_file():
         errors, warnings = _check_own_data(spec, columns, task, skip_corrupt, channels, white, sheet)
@@ -536,7 +539,7 @@ def data(
         }
         wrong = [f"--{name} {value}" for name, value in given.items() if value is not None]
         if wrong:
-            raise ValueError(f"{', '.join(wrong)} can only be given for images of your own, got {data!r}")
+            raise ValueError(f"{', '.join(wrong)} does not apply to benchmarks, got {data!r}; leave it out")
         checks = check_benchmarks(data, decode=decode)
         for check in checks:
             make_console().print(_benchmark_table(check))
@@ -547,7 +550,7 @@ def data(
     if warnings:
         print_line(make_console(), f"usable, with {counted(len(warnings), 'warning')} (see above)")
     else:
-        print_line(make_console(), "complete, nothing is wrong")
+        print_line(make_console(), "complete, no errors found")
 
 
 def _check_own_data(
@@ -559,7 +562,7 @@ def _check_own_data(
     white: int | None,
     sheet: str | None,
 ) -> tuple[list[str], list[str]]:
-    """Print what is in a data set, draw its contact sheet, and return errors and warnings."""
+    """Print a summary of a data set, write its contact sheet, and return errors and warnings."""
     from snella_app.console import make_console, make_table, print_line, print_rows
     from snella_app.data.check import check_data, contact_sheet
     from snella_app.data.datasets import show_reading
@@ -600,7 +603,7 @@ def _check_own_data(
 
 
 def _write_sheet(image: Any, sheet: str) -> None:
-    """Write a picture as PNG, atomically."""
+    """Write an image as PNG, atomically."""
     import io
 
     from snella_app.files import made_folder, write_bytes
@@ -614,27 +617,27 @@ def _write_sheet(image: Any, sheet: str) -> None:
 
 
 def _benchmark_table(check: "BenchmarkCheck") -> "Table":
-    """A row a data set, with the numbers of images of its parts."""
+    """Return a table with one row per data set: images per split, classes and status."""
     from rich.table import Table
 
     from snella_app.console import counted
 
-    parts = list(dict.fromkeys(name for found in check.found for name in found.parts))
+    parts = list(dict.fromkeys(name for dataset in check.found for name in dataset.parts))
     table = Table(title=f"{check.title} in {check.folder}", title_justify="left")
     for name in ("data set", *parts, "classes", ""):
         table.add_column(name, justify="left" if name in ("data set", "") else "right")
-    for found in check.found:
-        sizes = [f"{len(found.parts[name]):,}" if name in found.parts else "–" for name in parts]
-        wrong = len(found.errors) + len(found.deviations)
-        state = counted(wrong, "error") if wrong else "good" + "".join(f"; note: {note}" for note in found.notes)
-        table.add_row(found.name, *sizes, str(len(found.classes)), state)
+    for dataset in check.found:
+        sizes = [f"{len(dataset.parts[name]):,}" if name in dataset.parts else "–" for name in parts]
+        wrong = len(dataset.errors) + len(dataset.deviations)
+        state = counted(wrong, "error") if wrong else "good" + "".join(f"; note: {note}" for note in dataset.notes)
+        table.add_row(dataset.name, *sizes, str(len(dataset.classes)), state)
     for name in check.missing:
         table.add_row(name, *("–" for _ in parts), "–", "missing")
     return table
 
 
 def _memory_table(backbone: str, device: str | None = None, **given: Any) -> "Group":
-    """The memory of one training step: a row a method."""
+    """Return a table with the memory of one training step, one row per method."""
     from rich.console import Group
     from rich.progress import track
     from rich.text import Text
@@ -645,7 +648,7 @@ def _memory_table(backbone: str, device: str | None = None, **given: Any) -> "Gr
 
     chosen: dict[str, Any] = {"batch": 32, "img_size": None, "r": 8, "dtype": "fp32"} | given
     device = device or choose_device("auto").type
-    columns = ("weights", "gradients", "optimizer state", "kept for backward", "largest temporary", "total")
+    columns = ("weights", "gradients", "optimizer state", "saved for backward", "largest temporary", "total")
     table = make_table(("MiB", *columns), ())
     predictions = predict_for_methods(backbone, **chosen, device_type=device)
     count = len(methods_compared(chosen["r"]))
@@ -653,5 +656,5 @@ def _memory_table(backbone: str, device: str | None = None, **given: Any) -> "Gr
         images = f"{counted(chosen['batch'], 'image')} of {shape[1]}×{shape[2]} px"
         table.title = f"Training step of {backbone}: {images}, {chosen['dtype']}, AdamW, on {device}"
         table.add_row(method, *(f"{part / 2**20:,.1f}" for part in astuple(memory)))
-    note = "total is the peak: kept tensors are let go while gradients appear, so it is less than the sum of the parts"
+    note = "total is the peak. It is less than the sum: saved tensors are freed while gradients are computed"
     return Group(table, Text(note))

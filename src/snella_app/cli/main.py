@@ -1,4 +1,4 @@
-"""The program `snella`: parse a command line, call the command, report errors in one line."""
+"""Entry point of `snella`: parse the command line, call the command, report errors in one line."""
 
 import importlib
 import os
@@ -18,16 +18,16 @@ _INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
-    Errors that a user can cause are one line on standard error; `--debug` shows the traceback.
+    User errors are reported in one line on standard error; `--debug` shows the traceback.
 
     Args:
-        arguments: The command line without the program's name; that of the process if None.
+        arguments: Command line without the program name; `sys.argv[1:]` if None.
 
     Returns:
         Exit status: 0, 1 for a comparison with failed runs, 2 for an error, 130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what DDP says of its options, before torch is imported
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # hides DDP notes; read when torch is imported
     try:
         return _run(words)
     except KeyboardInterrupt:
@@ -39,14 +39,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, NotImplementedError) as error:
         return _report(error, words)
     except Exception as error:
-        status = getattr(error, "exit_status", None)  # of an outcome, such as an interrupted training
+        status = getattr(error, "exit_status", None)  # set by outcomes such as interrupted training
         if status is None:
             raise
         return _report(error, [word for word in words if word != "--debug"], status)
 
 
 def _run(words: list[str]) -> int:
-    """Parse, import what the command needs, and run it; importing late lets Ctrl-C end it from the first second."""
+    """Parse, import and run a command; late imports let Ctrl-C exit at any time."""
     end_when_interrupted()
     try:
         from snella_app.cli.parser import call, parse
@@ -71,7 +71,7 @@ def _run(words: list[str]) -> int:
 
 
 def _report(error: Exception, words: Sequence[str], status: int = _USER_ERROR) -> int:
-    """Write one line, or the traceback."""
+    """Print an error in one line, or its traceback with `--debug`."""
     if "--debug" in words:
         traceback.print_exception(error)
         return status
@@ -85,9 +85,9 @@ def _report(error: Exception, words: Sequence[str], status: int = _USER_ERROR) -
 
 
 def end_when_interrupted() -> None:
-    """Let Ctrl-C end the program at once with one line and status 130; other programs are left alone.
+    """Make Ctrl-C exit immediately with one line and status 130; no-op in other programs.
 
-    An exception would not do: libraries that are being imported swallow it or print it with a traceback.
+    An exception does not work here: libraries swallow it during their import or print a traceback.
     """
     is_this_program = bool(sys.argv) and Path(sys.argv[0]).stem == _PROGRAM
     if is_this_program and threading.current_thread() is threading.main_thread():
@@ -95,13 +95,13 @@ def end_when_interrupted() -> None:
 
 
 def raise_when_interrupted() -> None:
-    """Let Ctrl-C be an exception again, once there is something to clean up."""
+    """Make Ctrl-C raise KeyboardInterrupt again, so that commands can clean up."""
     if signal.getsignal(signal.SIGINT) is _end:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    """Say so and leave."""
+    """Handle SIGINT: print a line and exit."""
     print(f"{_PROGRAM}: interrupted", file=sys.stderr, flush=True)
     os._exit(_INTERRUPTED)
 

@@ -1,4 +1,4 @@
-"""The parser: options from the commands' signatures and docstrings, and errors in the words of the command line."""
+"""Command line parser, built from the commands' signatures and docstrings."""
 
 import argparse
 import dataclasses
@@ -20,32 +20,32 @@ import docstring_parser
 import yaml
 from jsonargparse import ArgumentParser
 
-from snella_app.cli import commands as _commands  # noqa: F401 - enters its commands into the table
+from snella_app.cli import commands as _commands  # noqa: F401 - registers its commands
 from snella_app.cli.command import COMMANDS, Command
 from snella_app.methods.defaults import TRAIN_PRESETS, shown_defaults
 from snella_app.plugins import plugins
 from snella_app.settings import described, hint_at_choice, ours
 from snella_app.text import nearest
 
-plugins("commands")  # enter theirs
+plugins("commands")  # registers the commands of other packages
 _BOOLEANS = ("true", "false", "yes", "no")
 _OF_ALL_COMMANDS = ("--config", "--print-config", "--help", "--version")
 
 
 class UsageError(ValueError):
-    """The command line itself is wrong."""
+    """Invalid command line."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """One argument of a command, as its function or its dataclass declares it.
+    """Argument of a command, as declared by its function or dataclass.
 
     Attributes:
-        name: In Python, with underscores.
-        type: Annotation.
-        default: `MISSING` if it must be given.
-        help: From the docstring.
-        is_positional: Whether it stands on the line without its name.
+        name: Python name, with underscores.
+        type: Type annotation.
+        default: Default value; `MISSING` if required.
+        help: Help text from the docstring.
+        is_positional: Whether the argument is positional.
     """
 
     name: str
@@ -56,42 +56,42 @@ class Option:
 
     @property
     def typed(self) -> str:
-        """How it is named to who types it: `--top-k`, `RUN`."""
+        """Name on the command line: `--top-k`, `RUN`."""
         return self.name.upper() if self.is_positional else _dashed(self.name)
 
     @property
     def values(self) -> list[str]:
-        """Fixed choices as they are typed; empty if there are none."""
+        """Fixed choices as typed; empty if any value is allowed."""
         kind = _without_none(self.type)
         values = get_args(kind) if get_origin(kind) is Literal else ("true", "false") if kind is bool else ()
         return [str(value) for value in values]
 
     @property
     def choices(self) -> str:
-        """Placeholder of the value in the help: `{dice,iou}`, or the option's name."""
+        """Placeholder of the value in help: `{dice,iou}`, or the option's name."""
         return f"{{{','.join(self.values)}}}" if self.values and not self.is_positional else self.name.upper()
 
     @property
     def is_list(self) -> bool:
-        """Whether the argument takes several words."""
+        """Whether the argument takes several values."""
         return get_origin(_without_none(self.type)) is list
 
 
 def settings_class(function: Callable[..., None]) -> type | None:
-    """The dataclass whose fields are a command's options; None where its parameters are."""
+    """Return the dataclass whose fields are a command's options; None if its parameters are the options."""
     kinds = list(_hints(function).values())
     return kinds[0] if len(kinds) == 1 and isinstance(kinds[0], type) and dataclasses.is_dataclass(kinds[0]) else None
 
 
 def options_of(function: Callable[..., None]) -> list[Option]:
-    """The arguments of a command."""
+    """Return the arguments of a command."""
     owner = settings_class(function) or function
     helps = {entry.arg_name: " ".join((entry.description or "").split()) for entry in _docstring(owner).params}
     hints = _hints(owner)
     if isinstance(owner, type) and dataclasses.is_dataclass(owner):
         fields = dataclasses.fields(owner)
-        made = {f.name: f.default_factory() for f in fields if f.default_factory is not MISSING}
-        return [Option(f.name, hints[f.name], made.get(f.name, f.default), helps[f.name], False) for f in fields]
+        defaults = {f.name: f.default_factory() for f in fields if f.default_factory is not MISSING}
+        return [Option(f.name, hints[f.name], defaults.get(f.name, f.default), helps[f.name], False) for f in fields]
     return [
         Option(
             name,
@@ -105,27 +105,27 @@ def options_of(function: Callable[..., None]) -> list[Option]:
 
 
 def parse(arguments: Sequence[str]) -> tuple[str, bool, dict[str, Any]]:
-    """Read a command line.
+    """Parse a command line.
 
     Args:
-        arguments: Without the program's name.
+        arguments: Command line without the program name.
 
     Returns:
-        The command, whether tracebacks are wanted, and the command's settings.
+        Name of the command, whether `--debug` is set, and the settings of the command.
 
     Raises:
-        UsageError: Unknown command or option (with the nearest ones), missing or malformed value.
+        UsageError: If a command or option is unknown, or a value is missing or malformed.
     """
     is_debugging = "--debug" in arguments
     words = [_as_registered(word) for word in arguments if word != "--debug"]
     if words[:1] == ["help"]:
         words = [*words[1:2], "--help"]
-    is_answered = any(word.partition("=")[0] == "--completion" for word in words[:1])
-    name = None if is_answered else next((word for word in words if not word.startswith("-")), None)
-    if name is None and not is_answered and not set(words) & {"-h", "--help", "--version"}:
-        raise UsageError(f"a command is needed: {', '.join(COMMANDS)}; see snella --help")
+    is_completion = any(word.partition("=")[0] == "--completion" for word in words[:1])
+    name = None if is_completion else next((word for word in words if not word.startswith("-")), None)
+    if name is None and not is_completion and not set(words) & {"-h", "--help", "--version"}:
+        raise UsageError(f"missing command, one of {', '.join(COMMANDS)}; see snella --help")
     if name is not None and name not in COMMANDS:
-        hint = nearest(name, COMMANDS, most=2, form="nearest: {}") or f"there are {', '.join(COMMANDS)}"
+        hint = nearest(name, COMMANDS, most=2, form="nearest: {}") or f"commands: {', '.join(COMMANDS)}"
         raise UsageError(f"snella has no command {name!r}; {hint}; see snella --help")
     options = [] if name is None else options_of(COMMANDS[name].function)
     if name is not None:
@@ -142,14 +142,17 @@ def parse(arguments: Sequence[str]) -> tuple[str, bool, dict[str, Any]]:
 
 
 def call(name: str, settings: Mapping[str, Any]) -> Callable[[], None]:
-    """A command with its settings, ready to run.
+    """Bind a command to its settings.
 
     Args:
-        name: Of the command.
-        settings: From `parse`.
+        name: Name of the command.
+        settings: Settings from `parse`.
+
+    Returns:
+        A function without parameters that runs the command.
 
     Raises:
-        ValueError: The settings contradict each other.
+        ValueError: If the settings are invalid.
     """
     function = COMMANDS[name].function
     owner = settings_class(function)
@@ -162,7 +165,7 @@ def call(name: str, settings: Mapping[str, Any]) -> Callable[[], None]:
 
 
 def build_parser() -> ArgumentParser:
-    """Make the parser of the program."""
+    """Build the parser of the program."""
     parser = _Parser(
         prog="snella",
         usage="snella [-h] [--debug] [--version] [--completion SHELL] COMMAND ...",
@@ -196,7 +199,7 @@ def build_parser() -> ArgumentParser:
 
 
 def summary(command: Command) -> str:
-    """First line of a command's help."""
+    """Return the first line of a command's help."""
     return str(_docstring(command.function).short_description)
 
 
@@ -216,7 +219,7 @@ class _PrintCompletion(argparse.Action):
     """Print the completion script of a shell and exit."""
 
     def __call__(self, parser: argparse.ArgumentParser, *arguments: Any) -> NoReturn:
-        """Print and exit; import the generator first."""
+        """Print the script and exit; imports the generator on first use."""
         from snella_app.cli.completion import SHELLS, completion_script
 
         shell = arguments[1]
@@ -227,7 +230,7 @@ class _PrintCompletion(argparse.Action):
 
 
 class _Parser(ArgumentParser):
-    """An argument parser whose errors are exceptions."""
+    """Argument parser that raises its errors."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise instead of printing the usage."""
@@ -235,7 +238,7 @@ class _Parser(ArgumentParser):
 
 
 def _command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
-    """The parser of one command."""
+    """Build the parser of one command."""
     options = options_of(function)
     needed = [f"{o.name.upper()} ..." if o.is_list else o.name.upper() for o in options if o.is_positional]
     needed = [f"[{word}]" if o.default is not MISSING else word for o, word in zip(options, needed, strict=False)]
@@ -252,31 +255,32 @@ def _command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
     owner = settings_class(function)
     basic: tuple[str, ...] = getattr(owner, "basic", ())
     purpose = getattr(owner, "purpose", None)
-    decided = {} if purpose is None else shown_defaults(purpose)
+    method_defaults = {} if purpose is None else shown_defaults(purpose)
     method = getattr(owner, "method", "")
     first: Any = parser.add_argument_group("basic options") if basic else parser
-    rest: Any = parser.add_argument_group("advanced options (the defaults do for a first run)") if basic else parser
+    rest: Any = parser.add_argument_group("advanced options (keep the defaults for a first run)") if basic else parser
     for option in sorted(options, key=lambda option: [*basic, option.name].index(option.name)):
-        of_method = f"default with {method}: {decided[option.name]}" if option.name in decided else ""
-        _add(first if option.name in basic else rest, option, of_method)
+        from_method = option.name in method_defaults
+        method_default = f"default with {method}: {method_defaults[option.name]}" if from_method else ""
+        _add(first if option.name in basic else rest, option, method_default)
     return parser
 
 
-def _add(group: Any, option: Option, of_method: str) -> None:
+def _add(group: Any, option: Option, method_default: str) -> None:
     """Add one argument to a parser or a group.
 
     Args:
-        group: Where to.
+        group: Parser or argument group.
         option: The argument.
-        of_method: What the method takes where nothing is given, if it decides.
+        method_default: Text on the method's default, if the method sets it.
     """
     text = option.help.replace("%", "%%")
     if option.default is MISSING:
         text += "" if option.is_positional else " (required)"
     elif option.default not in (None, {}):
         text += f" (default: {_shown(option.default)})"
-    elif of_method:
-        text += f" ({of_method})"
+    elif method_default:
+        text += f" ({method_default})"
     if option.is_positional:
         is_needed = option.default is MISSING
         kind, nargs = (str, "+" if is_needed else "*") if option.is_list else (option.type, None if is_needed else "?")
@@ -287,10 +291,10 @@ def _add(group: Any, option: Option, of_method: str) -> None:
 
 
 def _as_typed(message: str, command: str, options: Sequence[Option], words: Sequence[str]) -> str:
-    """A message of jsonargparse in the words of the line: the argument as it is typed, what it takes, what came.
+    """Rewrite a jsonargparse error as "argument must be X, got Y", with arguments as typed.
 
-    Three kinds are known: `Parser key "top_k": ... value: many`, `required: predict.run, predict.out`, and
-    `unrecognized arguments: x`. Others are left as they are.
+    Handles `Parser key "top_k": ... value: many`, `required: predict.run, predict.out`, `unrecognized arguments: x` and
+    `expected one argument`. Other messages pass unchanged.
     """
     known = {option.name: option for option in options}
     wrong = re.match(r'Parser key "(?:[\w-]+\.)?(\w+)".*value: ([^\n]*)', message, re.DOTALL)
@@ -316,7 +320,7 @@ def _as_typed(message: str, command: str, options: Sequence[Option], words: Sequ
 
 
 def _arguments(words: Sequence[str]) -> list[str]:
-    """The words that are neither options nor their values: the command and its positional arguments."""
+    """Return the words that are neither options nor their values: the command and its positional arguments."""
     previous = ["", *words[:-1]]
     return [
         word
@@ -326,16 +330,16 @@ def _arguments(words: Sequence[str]) -> list[str]:
 
 
 def _check_options(command: str, options: Sequence[Option], words: Sequence[str]) -> None:
-    """Refuse unknown options, naming the nearest ones."""
+    """Reject unknown options and suggest the closest ones."""
     known = [*(option.typed for option in options if not option.is_positional), *_OF_ALL_COMMANDS]
     names = {option.name: option for option in options}
     for word in words:
         option = re.split(r"[.=]", word)[0]
         if word.startswith("--") and word != "--" and option not in known:
-            own = ours(option[2:], names)
-            if own is not None:
-                verb = "give" if names[own].is_positional else "use"
-                hint = f"{verb} {names[own].typed}"
+            same = ours(option[2:], names)
+            if same is not None:
+                verb = "give" if names[same].is_positional else "use"
+                hint = f"{verb} {names[same].typed}"
                 raise UsageError(f"snella {command} has no option {option}; {hint}; see snella {command} --help")
             near = difflib.get_close_matches(option[2:], [name[2:] for name in known], n=2, cutoff=0.5)
             hint = f"; nearest: {', '.join(_dashed(name) for name in near)}" if near else ""
@@ -343,9 +347,9 @@ def _check_options(command: str, options: Sequence[Option], words: Sequence[str]
 
 
 def _give_flags_values(options: Sequence[Option], words: Sequence[str]) -> list[str]:
-    """Let `--resume` alone mean `--resume=true`, whatever follows.
+    """Expand a boolean flag such as `--resume` without a value to `--resume=true`.
 
-    An option that may also be unset takes the word that follows it, so that a wrong one is refused with what it takes.
+    Optional booleans (`bool | None`) consume the next word, so that an invalid value is an error.
     """
     always = {option.typed for option in options if option.type is bool}
     at_end = {option.typed for option in options if _without_none(option.type) is bool} - always
@@ -360,10 +364,10 @@ def _give_flags_values(options: Sequence[Option], words: Sequence[str]) -> list[
 
 
 def _checked_preset(options: Sequence[Option], words: Sequence[str]) -> Any:
-    """The last preset that the words or their configuration files name; None without one.
+    """Return the last preset named by the options or their configuration files, if any.
 
     Raises:
-        UsageError: A configuration file cannot be used.
+        UsageError: If a configuration file is invalid.
     """
     preset = None
     known = [option.name for option in options]
@@ -383,55 +387,55 @@ def _checked_preset(options: Sequence[Option], words: Sequence[str]) -> Any:
 
 
 def _with_preset(command: str, words: Sequence[str], preset: Any) -> list[str]:
-    """The words, with the values of a preset as a configuration file before all others."""
+    """Insert the values of a preset as the first configuration file."""
     values = TRAIN_PRESETS.get(str(preset))
     after = words.index(command) + 1
     return [*words[:after], *([] if values is None else [f"--config={yaml.safe_dump(values)}"]), *words[after:]]
 
 
 def _read_config(path: str, known: Sequence[str]) -> dict[str, Any]:
-    """The settings in a configuration file.
+    """Read the settings in a configuration file.
 
     Raises:
-        UsageError: The file cannot be used, or has settings that are not among `known`.
+        UsageError: If the file is invalid, or has settings that are not in `known`.
     """
     file = Path(path).expanduser()
-    if not os.path.isfile(file):  # False for a name that is too long, where Path.is_file raises
+    if not os.path.isfile(file):  # Path.is_file raises if the name is too long
         raise UsageError(f"--config must be an existing YAML file, got {path!r}{_near_file(file)}")
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
-        text = f"{error.problem or error.context}; settings are written as 'epochs: 20'"
+        text = f"{error.problem or error.context}; write settings as 'epochs: 20'"
         raise UsageError(f"--config {path}{line}: {text}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {path} must be a YAML text file: {error}") from None
     except RecursionError:
-        text = "is nested too deep to be settings; they are written as 'epochs: 20'"
+        text = "is nested too deeply; write settings as 'epochs: 20'"
         raise UsageError(f"--config {path} {text}") from None
     if not isinstance(content, dict):
         raise UsageError(f"--config {path} must hold settings such as 'epochs: 20', got {type(content).__name__}")
     try:
         json.dumps(content, default=str)
     except (ValueError, RecursionError):
-        text = "holds a setting that contains itself; settings are written as 'epochs: 20'"
+        text = "holds a setting that contains itself; write settings as 'epochs: 20'"
         raise UsageError(f"--config {path} {text}") from None
     except TypeError as error:  # a date, bytes or a tuple
-        text = f"must name settings by strings: {error}; they are written as 'epochs: 20'"
+        text = f"must name settings by strings: {error}; write settings as 'epochs: 20'"
         raise UsageError(f"--config {path} {text}") from None
     unknown = []
     for key in (str(key) for key in content if key not in known):
-        own = ours(key, known)
+        same = ours(key, known)
         near = nearest(key.replace("-", "_"), known, most=2, cutoff=0.5, form=" (nearest: {})")
-        unknown.append(f"{key!r} (use {own})" if own else f"{key!r}{near}")
+        unknown.append(f"{key!r} (use {same})" if same else f"{key!r}{near}")
     if unknown:
         raise UsageError(f"--config {path} has unknown settings: {', '.join(unknown)}")
     return content
 
 
 def _near_file(file: Path) -> str:
-    """A hint at files of a like name in the same folder, or that the folder is missing."""
+    """Suggest files with a similar name in the same folder, or report that the folder is missing."""
     if not os.path.isdir(file.parent):
         return f"; there is no folder '{file.parent}'"
     names = sorted(child.name for child in file.parent.iterdir() if child.is_file())
@@ -440,19 +444,19 @@ def _near_file(file: Path) -> str:
 
 
 def as_flags(message: str, command: str | None = None) -> str:
-    """Replace Python's spelling of settings in a message by options that can be typed.
+    """Replace Python names of settings in an error message by command line options.
 
     Args:
-        message: One line that names settings as `name=value`, or where a sentence starts as `name must be ...`.
-        command: Which one ended so; what it takes by its place is no option there. Of any command if None.
+        message: One line that names settings as `name=value` or begins with `name must be ...`.
+        command: Command that raised the error; its positional arguments keep their names. None allows any command.
     """
     options = [option for command in COMMANDS.values() for option in options_of(command.function)]
-    own = options if command not in COMMANDS else options_of(COMMANDS[str(command)].function)
-    positional = {option.name for option in own if option.is_positional}
+    command_options = options if command not in COMMANDS else options_of(COMMANDS[str(command)].function)
+    positional = {option.name for option in command_options if option.is_positional}
     dashed = {option.name: _dashed(option.name) for option in options if option.name not in positional}
     names = "|".join(sorted(dashed))
     flags = "|".join(sorted({option.name for option in options if _without_none(option.type) is bool}))
-    message = re.sub(rf" \((?:{flags})=(?:True|False)\)| \(test_fraction=0\)", "", message)  # said both ways
+    message = re.sub(rf" \((?:{flags})=(?:True|False)\)| \(test_fraction=0\)", "", message)  # repeats the option
     message = re.sub(rf"(?<![-\w.])({flags})=True\b", lambda m: dashed[m[1]], message)
     message = re.sub(rf"(?<![-\w.])({flags})=False\b", lambda m: f"{dashed[m[1]]} false", message)
     message = message.replace("weights=PATH", "--weights PATH")
@@ -465,40 +469,40 @@ def as_flags(message: str, command: str | None = None) -> str:
 
 
 def _missing_options(match: re.Match[str]) -> str:
-    """The settings that are missing as options, with an example of each."""
+    """Format missing settings as options, with an example of each."""
     missing, _, examples = match[1].partition(", e.g. ")
     options = ", ".join(map(_dashed, missing.split(", ")))
     return f"missing required options: {options}, e.g. " + re.sub(r"(\w+)='([^']*)'", r"--\1 \2", examples)
 
 
 def _as_registered(word: str) -> str:
-    """An option with dashes; its value, or what follows a dot, as it is."""
+    """Replace underscores by dashes in an option's name; keeps its value and dotted suffix."""
     end = re.search(r"[.=]|$", word)
     size = end.start() if end and word.startswith("--") else 0
     return word[:size].replace("_", "-") + word[size:]
 
 
 def _dashed(name: str) -> str:
-    """`top_k` as `--top-k`."""
+    """Convert `top_k` to `--top-k`."""
     return "--" + name.replace("_", "-")
 
 
 def _shown(default: Any) -> str:
-    """A default as it would be typed."""
+    """Format a default as it is typed."""
     return str(default).lower() if isinstance(default, bool) else str(default)
 
 
 def _without_none(kind: Any) -> Any:
-    """`T` of `T | None`; the type itself otherwise."""
+    """Return `T` for `T | None`, other types unchanged."""
     inner = [part for part in get_args(kind) if part is not type(None)]
     return inner[0] if get_origin(kind) in (Union, UnionType) and len(inner) == 1 else kind
 
 
 def _hints(owner: Callable[..., Any]) -> dict[str, Any]:
-    """The types of parameters or fields."""
+    """Return the types of parameters or fields."""
     return {name: kind for name, kind in get_type_hints(owner).items() if name != "return"}
 
 
 def _docstring(owner: Callable[..., Any]) -> docstring_parser.Docstring:
-    """What a docstring says."""
+    """Parse a docstring."""
     return docstring_parser.parse(owner.__doc__ or "", docstring_parser.DocstringStyle.GOOGLE)

@@ -17,7 +17,7 @@ def data(tmp_path_factory):
 def test_a_data_set_without_faults_is_said_to_be_complete(data, capsys):
     assert main(["data", "check", str(data / "vtab-1k" / "kitti")]) == 0
     shown = capsys.readouterr()
-    assert "complete, nothing is wrong" in shown.out and shown.err == ""
+    assert "complete, no errors found" in shown.out and shown.err == ""
     row = next(line for line in shown.out.splitlines() if "kitti " in line)
     assert all(word in row for word in ("800", "200", "1,000", "711", "4", "good"))
 

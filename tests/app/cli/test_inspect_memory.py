@@ -11,7 +11,7 @@ def test_a_backbone_gets_a_row_a_method_and_no_file_is_written(capsys, tmp_path,
     assert main(words) == 0
     text = capsys.readouterr().out
     assert "Training step of test_vit: 4 images of 32×32 px, fp32, AdamW, on cuda" in text
-    assert all(word in text for word in ("snella-2", "lora-2", "full", "kept for backward", "largest temporary"))
+    assert all(word in text for word in ("snella-2", "lora-2", "full", "saved for backward", "largest temporary"))
     assert not list(tmp_path.iterdir())
 
 
@@ -21,7 +21,7 @@ def test_a_backbone_gets_a_row_a_method_and_no_file_is_written(capsys, tmp_path,
         ([], "inspect takes either RUN, the folder of a run, or --backbone NAME, got neither"),
         (["r", "--backbone", "test_vit"], "or --backbone NAME, got RUN r and --backbone test_vit"),
         (["r", "--batch", "4", "--img-size", "32"], "--batch 4, --img-size 32 can only be given with --backbone NAME"),
-        (["--backbone", "test_vit", "--report"], "--report draws the page of a run; leave it out with --backbone"),
+        (["--backbone", "test_vit", "--report"], "--report needs a run; leave it out with --backbone"),
         (["--backbone", "test_vit", "--batch", "0", "--r", "-1"], "--batch must be at least 1, got 0; --r must be at"),
         (["--backbone", "test_vat"], "unknown backbone 'test_vat'; nearest: 'test_vit'"),
         (["--backbone", "test_vit", "--dtype", "fp16"], "--dtype must be one of fp32, bf16, got fp16"),

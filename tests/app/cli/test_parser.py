@@ -96,7 +96,7 @@ def test_help_of_train_shows_basic_options_first_and_the_method_s_defaults(capsy
             "snella train has no option --target-sparsty; nearest: --target-sparsity",
         ),
         (["trian"], "snella has no command 'trian'; nearest: train"),
-        ([], "a command is needed: train, evaluate, predict, .*, demo; see snella --help"),
+        ([], "missing command, one of train, evaluate, predict, .*, demo; see snella --help"),
         (["train", "--epochs", "many"], "--epochs must be an integer, got many"),
         (["train", "--lr", "x"], "--lr must be a number, got x"),
         (["train", "--resume=perhaps"], "--resume must be true or false, got perhaps"),
@@ -160,7 +160,7 @@ def test_text_in_place_of_a_configuration_file_is_refused():
     ("content", "message"),
     [
         ("epochs: 3\n  a: [\n", r"--config .*c\.yaml, line 2: mapping values are not allowed here"),
-        ("a: " + "[" * 3000, r"--config .*c\.yaml is nested too deep to be settings"),
+        ("a: " + "[" * 3000, r"--config .*c\.yaml is nested too deeply"),
         ("method_options: &a {kernel: *a}\n", r"--config .*c\.yaml holds a setting that contains itself"),
         ("2001-01-01: 1\n", r"--config .*c\.yaml must name settings by strings: keys must be .*, not datetime\.date"),
         ("- a\n", r"--config .*c\.yaml must hold settings such as 'epochs: 20', got list"),

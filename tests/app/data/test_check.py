@@ -85,7 +85,7 @@ def test_the_command_prints_draws_and_fails(photos, capsys, tmp_path):
     assert "photos: 23 images in 3 classes" in capsys.readouterr().out
     (tmp_path / "empty").mkdir()
     assert main(["data", "check", str(tmp_path / "empty"), "--columns", "label=x"]) == 2
-    assert "--columns label=x can only be given for images of your own" in capsys.readouterr().err
+    assert "--columns label=x does not apply to benchmarks" in capsys.readouterr().err
     assert main(["data", "check", str(tmp_path / "empty")]) == 2
     assert "Images of your own are in class folders" in capsys.readouterr().err
 
@@ -112,7 +112,7 @@ def test_lists_of_labels_are_checked_as_such(photos, tmp_path, capsys):
     stamp(9, (40, 30)).save(photos / names[0].with_name("none.png"))
     assert main(["data", "check", f"csv:{table}", "--columns", "label=tags", "--task", "multilabel"]) == 0
     printed = capsys.readouterr().out
-    assert "complete, nothing is wrong" in printed
+    assert "complete, no errors found" in printed
     check = check_data(f"csv:{table}", columns="label=tags", target="labels")
     assert list(check.counts) == [*check.splits.classes, "(none)"] and sum(check.counts["(none)"].values()) == 1
     assert sum(check.counts["thing"].values()) == len(names) and "(none)" in printed and "label" in printed

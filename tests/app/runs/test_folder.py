@@ -101,7 +101,7 @@ def test_starting_over_removes_the_run_and_nothing_else(tmp_path):
 
 
 def test_what_is_no_run_is_called_so(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"run.json: this is not the folder of a run"):
+    with pytest.raises(FileNotFoundError, match=r"run.json: this is not a run folder"):
         RunFolder(tmp_path).read_json("run.json")
     with pytest.raises(FileNotFoundError, match=r"config.yaml: this is not the folder of a run"):
         RunFolder(tmp_path).read_config()
@@ -151,7 +151,7 @@ def test_refused_settings_of_a_file_do_not_name_options(tmp_path):
         RunFolder(tmp_path).read_config()
     assert as_flags(str(error.value)) == str(error.value)
     (tmp_path / "config.yaml").write_text("out: x\nema: 2.0\n")
-    refused = r"damaged: it lacks 'data', 'backbone'; 'ema' must be in \(0, 1\), got 2\.0; leave it out for none; train"
+    refused = r"damaged: it lacks 'data', 'backbone'; 'ema' must be in \(0, 1\), got 2\.0; leave it out to disable it; train"
     with pytest.raises(ValueError, match=refused) as error:
         RunFolder(tmp_path).read_config()
     assert as_flags(str(error.value)) == str(error.value)

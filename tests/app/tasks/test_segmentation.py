@@ -65,7 +65,7 @@ def test_tasks_have_the_names_that_the_configuration_takes():
 
 def test_settings_of_another_task_are_refused():
     wanted = {"data": "d", "backbone": "b", "out": "o"}
-    with pytest.raises(ValueError, match="mask_loss is for task segmentation, got 'iou' with task 'classification'"):
+    with pytest.raises(ValueError, match="mask_loss applies to task segmentation, got 'iou' with task 'classification'"):
         TrainConfig(**wanted, mask_loss="iou")
     with pytest.raises(ValueError, match=r"min_lr must be at most lr, 0.001, got 0.1"):
         TrainConfig(**wanted, lr=1e-3, min_lr=0.1)

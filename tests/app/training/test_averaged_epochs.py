@@ -149,7 +149,7 @@ def test_a_resumed_run_averages_to_the_same_bits(settings, console, monkeypatch,
 def test_averages_that_exclude_each_other_or_need_measured_epochs_are_refused(settings):
     with pytest.raises(ValueError, match=r"ema, swa and soup exclude each other, got ema 0\.9 and swa 3; leave one"):
         settings(ema=0.9, swa=3)
-    with pytest.raises(ValueError, match=r"soup needs images .* got 3 with protocol 'final': .*take --swa 3"):
+    with pytest.raises(ValueError, match=r"soup needs validation images.* got 3 with protocol 'final': .*use --swa 3"):
         settings(soup=3, protocol="final")
     with pytest.raises(ValueError, match="swa must be at least 2, got 1"):
         settings(swa=1)

@@ -66,7 +66,7 @@ def test_it_resumes_without_the_other_run(finished, further, tmp_path, console, 
     config = further(init_from=str(copied), epochs=2, batch_size=8)
     whole = train(config, console)
     with monkeypatch.context() as patch:
-        patch.setattr("snella_app.training.train._finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("snella_app.training.train.finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(TrainingInterrupted, match="--resume"):
             train(further(init_from=str(copied), epochs=2, batch_size=8, out=str(tmp_path / "cut")), console)
     shutil.rmtree(copied)
@@ -91,11 +91,11 @@ def test_what_contradicts_the_other_run_is_refused(finished, further, make_photo
     others = make_photos(tmp_path / "others", {"cats": 16, "dogs": 16})
     with pytest.raises(ValueError, match=r"the classes of init_from=.*, \['cats', 'dogs', 'owls'\], got \['cats', 'do"):
         train(further(data=f"folder:{others}"))
-    with pytest.raises(ValueError, match="out must be another folder than init_from"):
+    with pytest.raises(ValueError, match="out must differ from init_from"):
         further(out=str(finished.path))
     with pytest.raises(ValueError, match="head_init must not be probe with init_from"):
         further(head_init="probe")
-    with pytest.raises(ValueError, match="init_from is for one run, not for folds"):
+    with pytest.raises(ValueError, match="init_from does not support folds"):
         further(folds=3)
 
 

@@ -211,7 +211,7 @@ def test_free_memory_is_positive_and_no_more_than_the_machine_has():
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="device must be usable here, got 'cuda'"):
+    with pytest.raises(ValueError, match="device must be available, got 'cuda'"):
         choose_device("cuda")
     assert choose_device("auto").type == "cpu" == choose_device("cpu").type
 

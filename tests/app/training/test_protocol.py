@@ -225,7 +225,7 @@ def test_fgvc_trains_by_the_same_command(tmp_path, no_report):
 
 @pytest.mark.parametrize("ema", [0.0, 1.0, -1.0])
 def test_a_decay_out_of_range_is_refused(ema):
-    with pytest.raises(ValueError, match=rf"ema must be in \(0, 1\), got {ema}; leave it out for none"):
+    with pytest.raises(ValueError, match=rf"ema must be in \(0, 1\), got {ema}; leave it out to disable it"):
         TrainConfig(data="digits", backbone="test_vit", out="-", ema=ema)
 
 

@@ -88,7 +88,7 @@ def test_inspect_says_that_a_run_was_killed_and_its_page_stops_waiting(tmp_path,
     words = ["--data", "digits", "--backbone", "test_vit", "--pretrained", "false", "--img-size", "32", "--epochs", "1"]
     words += ["--method", "linear", "--train-size", "20", "--val-size", "10", "--test-size", "10", "--out", out]
     assert main(["train", *words]) == 0 and main(["inspect", out]) == 0
-    assert "no process is writing it" not in capsys.readouterr().out
+    assert "no process is training it" not in capsys.readouterr().out
     RunFolder(out).update("running")
     assert main(["inspect", out, "--report"]) == 0
     assert f"continue it with snella train --out {out} --resume" in capsys.readouterr().out

@@ -199,7 +199,7 @@ def test_a_run_killed_at_its_end_has_a_page_that_says_finished_and_resuming_comp
 ):
     config = settings()
     with monkeypatch.context() as patch:
-        patch.setattr("snella_app.training.train.write_report", write_report)
+        patch.setattr("snella_app.training.finish.write_report", write_report)
         patch.setattr(RunFolder, "finish", lambda self: (_ for _ in ()).throw(SystemExit))  # as a kill would
         with pytest.raises(SystemExit):
             train(config, console, draw_report=True)
@@ -249,7 +249,7 @@ def test_a_run_killed_while_the_test_is_measured_resumes_to_the_same_result(
 ):
     config = settings()
     with monkeypatch.context() as patch:
-        patch.setattr("snella_app.training.train._finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("snella_app.training.train.finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(TrainingInterrupted, match="checkpoint-12"):
             train(config, console)
     assert same(outcome(resumed(config)[0]), uninterrupted)
@@ -269,7 +269,7 @@ def test_a_checkpoint_that_is_not_as_it_was_written_is_named_with_the_ways_out(
 ):
     config = settings()
     with monkeypatch.context() as patch:
-        patch.setattr("snella_app.training.train._finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("snella_app.training.train.finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(TrainingInterrupted, match="checkpoint-12"):
             train(config, console)
     checkpoint = RunFolder(config.out).checkpoints / "checkpoint-12"

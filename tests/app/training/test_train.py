@@ -18,9 +18,10 @@ from snella_app.runs import RunFolder, load_run
 from snella_app.runs.evaluate import images_for_run
 from snella_app.runs.model import make_backbone
 from snella_app.training.build import build_components
-from snella_app.training.train import _only_answer, train
+from snella_app.training.finish import _only_answer
+from snella_app.training.train import train
 
-training = sys.modules["snella_app.training.train"]
+training = sys.modules["snella_app.training.finish"]
 
 
 def test_a_finished_run_holds_every_file_of_the_contract(finished):
@@ -219,7 +220,7 @@ def test_one_answer_to_everything_is_noticed(confusion, only):
 
 def test_a_run_that_gives_one_answer_says_so(settings, console, no_report, monkeypatch):
     monkeypatch.setattr(
-        "snella_app.training.train._only_answer", lambda scores, classes: classes[len(scores["confusion"]) - 1]
+        "snella_app.training.finish._only_answer", lambda scores, classes: classes[len(scores["confusion"]) - 1]
     )
     train(settings(method="linear", epochs=1), console)
     assert "note: every validation image is predicted as 'owls': nothing that tells" in console.file.getvalue()

@@ -73,12 +73,12 @@ def test_a_run_that_was_killed_after_it_had_stopped_is_not_trained_further(setti
     values = {**STILL, "method": "linear", "epochs": 9, "early_stopping": 1, "augment": "none"}
     values.pop("scalar_lr")
     config = settings(**values)
-    finish = sys.modules["snella_app.training.train"]._finish
+    finish = sys.modules["snella_app.training.train"].finish
     with monkeypatch.context() as patch:
-        patch.setattr("snella_app.training.train._finish", lambda *args: 1 / 0)
+        patch.setattr("snella_app.training.train.finish", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(config, console)
-    assert finish is sys.modules["snella_app.training.train"]._finish
+    assert finish is sys.modules["snella_app.training.train"].finish
     monkeypatch.setattr(SnellaTrainer, "training_step", lambda *args: pytest.fail("a step was trained"))
     run = train(TrainConfig(out=config.out, resume=True), console)
     assert run.status == "finished" and [row["epoch"] for row in history_of(run)] == [0, 1]
@@ -86,7 +86,7 @@ def test_a_run_that_was_killed_after_it_had_stopped_is_not_trained_further(setti
 
 def test_stopping_early_needs_something_to_measure(settings):
     with pytest.raises(
-        ValueError, match="early_stopping needs images that epochs are measured on, got 3 with protocol"
+        ValueError, match="early_stopping needs validation images, got 3 with protocol"
     ):
         settings(early_stopping=3, protocol="final")
 
@@ -203,8 +203,8 @@ def test_the_loss_of_a_mixed_batch_is_that_of_soft_labels(settings, console):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mixup": 0.5}, "mixup is not for images with masks, got 0.5"),
-        ({"random_erasing": 0.5}, "random_erasing is not for images with masks, got 0.5"),
+        ({"mixup": 0.5}, "mixup does not support masks, got 0.5"),
+        ({"random_erasing": 0.5}, "random_erasing does not support masks, got 0.5"),
         ({"augment": "randaugment"}, "3augment for images with masks, got 'randaugment'"),
     ],
 )

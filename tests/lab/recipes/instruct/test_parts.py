@@ -103,10 +103,10 @@ def test_a_template_takes_instruction_and_input_whatever_braces_they_hold(tmp_pa
             "missing required settings: data, model, out, e.g. data='.*' model='.*' out='.*'$",
         ),
         ({"template": "gone.txt"}, "template must be an existing text file, got 'gone.txt'"),
-        ({"r": 8, "method_options": {"r": 4}}, "r given both by name and in method_options; leave one out"),
+        ({"r": 8, "method_options": {"r": 4}}, "r given both by name and in method_options; give only one"),
         (
             {"method": "lora", "scalar_lr": 1e-4},
-            "scalar_lr is for the kernels' scalars of snella and snell, got 0.0001",
+            "scalar_lr applies to methods with scalar kernel parameters .*snella and snell.*, got 0.0001",
         ),
     ],
 )
