@@ -1,37 +1,38 @@
-"""Break tiny trainings on purpose, and count what becomes of them.
+"""Fault injection: break small training runs and count the outcomes.
 
-    make faults                       all of it; appends a row to benchmarks/faults.jsonl
-    python benchmarks/faults.py --quick --out row.jsonl    a few of each, without report pages
+    make faults                       all groups; appends a row to benchmarks/faults.jsonl
+    python benchmarks/faults.py --quick --out row.jsonl    a few trials per group, without HTML reports
 
-    killed      SIGKILL at random instants and before chosen operations on files, some runs twice; resumed, they must
-                end with the bits of an uninterrupted run
-    disk full   every write from a random one on fails, or files beyond a random size; then resumed with room
-    finished    one bit flipped, or a file cut, emptied or removed, in a finished run; then predict, evaluate, merge,
+    killed      SIGKILL at random times and before random file operations, some runs twice; resumed runs must match an
+                uninterrupted run bit for bit
+    disk full   writes fail from a random one on, or files are limited to a random size; then resumed with space
+    small disk  a small file system; then resumed with space
+    finished    flip a bit, or truncate, zero, empty or remove a file of a finished run; then predict, evaluate, merge,
                 inspect and train --resume
-    checkpoint  the same in an unfinished run; then train --resume
-    fuzzed      command lines and configuration files
-    together    a second process on the folder of a living run
-    overwritten killed while --overwrite clears and begins; then train --resume
-    folds       a cross-validation killed, and resumed
-    features    a linear probe on features that are computed once, killed and resumed
-    merged      merge and export killed, and called again
-    limits      merge, export, explain, plot, predict where files may not grow
-    inodes      a file system that takes few files
-    torchruns   two of them in one folder
+    checkpoint  the same damage in an unfinished run; then train --resume
+    fuzzed      random command lines and configuration files
+    together    a second process in the folder of an active run
+    overwritten kill during --overwrite; then train --resume
+    folds       kill and resume a cross-validation
+    features    kill and resume a linear probe on cached features
+    merged      kill and repeat merge and export
+    limits      merge, export, explain, plot and predict with a file size limit
+    inodes      a file system with few inodes
+    torchruns   two torchrun commands in one folder
 
-and, in `faults_of_others.py`, what somebody else has made:
+Groups in `faults_of_others.py` use untrusted input:
 
-    exchanged   checkpoints, settings and records of another run, files that nothing lists
-    forged      other values in run.json and adapter settings, with right seals
-    objects     YAML that would make Python objects
-    bombs       images that fill the memory, PostScript, in folders, masks and questions
-    requests    six requests at once to `snella serve` whose images fill the memory
-    markup      in the names of classes, files and folders; pages in a browser
+    exchanged   checkpoints, settings and records of another run, unlisted files
+    forged      changed values in run.json and adapter settings, with valid hashes
+    objects     YAML that constructs Python objects
+    bombs       decompression bombs and PostScript as images, masks and prediction input
+    requests    six parallel requests with large images to `snella serve`
+    markup      markup in the names of classes, files and folders; pages opened in a browser
 
-A command may refuse damage in one line (noticed) or answer as if nothing had happened (harmless). Other results,
-tracebacks and runs that cannot be finished must not occur: the program then prints what led to them, and ends with 1.
+A command may report the damage in one line (noticed) or return the correct result (harmless). Other results,
+tracebacks and runs that cannot resume are failures: the script prints their details and exits with 1.
 
-Processes are forked from this one, which has imported the libraries and done nothing else.
+All processes are forked from this one, which has only imported the libraries.
 """
 
 import argparse
@@ -70,8 +71,8 @@ from safetensors.torch import load_file
 from snella_app.cli import parser as _parser
 from snella_app.cli.main import main
 from snella_app.cli.parser import COMMANDS
-from snella_app.runs import folder as _run_folder  # noqa: F401 - imported before processes are forked
-from snella_app.training import train as _train  # noqa: F401 - so is this
+from snella_app.runs import folder as _run_folder  # noqa: F401 - imported before forking
+from snella_app.training import train as _train  # noqa: F401 - imported before forking
 
 TINY = [
     "train", "--data", "digits", "--backbone", "test_vit", "--pretrained", "false", "--img-size", "32", "--r", "2",
@@ -92,20 +93,20 @@ FAILURES = {
     "requests": ("traceback", "out of memory", "no server"),
     "markup": ("traceback", "executed", "refused", "missing page", "no server"),
 }
-"""Results of each group that must not occur."""
+"""Failing results of each group."""
 MUST_BE_ZERO = {result for results in FAILURES.values() for result in results}
 
 
 @dataclass
 class Finished:
-    """A forked process that has ended: exit status (negative for a signal), and what it printed."""
+    """Result of a forked process: exit status (negative for a signal) and output."""
 
     status: int
     text: str
 
     @property
     def has_traceback(self) -> bool:
-        """Whether an error was not turned into a line, or the process was ended by a signal of its own doing."""
+        """True for an unhandled exception, a crash or a fatal signal."""
         return "Traceback (most recent call last)" in self.text or self.status < 0 or self.status == CRASHED
 
 
@@ -113,13 +114,13 @@ CRASHED = 70
 
 
 def fork(work: Callable[[], int], signal_after_s: float | None = None, limit_s: float = LIMIT_S) -> Finished:
-    """Run `work` in a process of its own, killed with SIGKILL after a while if asked for; its result is the status."""
+    """Run `work` in a forked process, optionally killed after a delay; its return value is the exit status."""
     child = Child(work)
     return child.wait(signal_after_s, limit_s)
 
 
 class Child:
-    """A forked process whose output is collected."""
+    """A forked process with captured output."""
 
     def __init__(self, work: Callable[[], int]) -> None:
         self.source, target = os.pipe()
@@ -147,7 +148,7 @@ class Child:
         os.close(target)
 
     def wait(self, signal_after_s: float | None = None, limit_s: float = LIMIT_S) -> Finished:
-        """Collect the output until the end."""
+        """Wait for the process and collect its output."""
         chunks = []
         deadline = self.started + limit_s
         kill_at = None if signal_after_s is None else self.started + signal_after_s
@@ -172,10 +173,10 @@ class Child:
 
 
 def at_file_operation(folder: Path, number: int | None, action: Callable[[], None]) -> list[int]:
-    """Call `action` before the operation on a file of a folder that has this number (from 1), as Python reports them.
+    """Call `action` before the file operation with this number (from 1) in a folder, as seen by audit hooks.
 
     Returns:
-        A list whose only entry counts them.
+        A list with one entry, the running count of operations.
     """
     count = [0]
     inside = str(folder)
@@ -199,17 +200,17 @@ FILE_EVENTS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", 
 
 
 def die() -> None:
-    """End as a power cut would end it."""
+    """Kill this process, like a power failure."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def fill_up() -> None:
-    """Let every write from here on fail."""
+    """Make all further writes fail."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
 
 
 def outcome(run: Path) -> dict[str, object]:
-    """What a run ends with, to the last bit; times and paths apart."""
+    """Return the results of a run for exact comparison, without times and paths."""
     metrics = json.loads((run / "metrics.json").read_text())
     allocation = run / "allocation.json"
     return {
@@ -227,7 +228,7 @@ def _sha256(path: Path) -> str:
 
 @dataclass
 class Harness:
-    """Where trials take place, what they are drawn from, and what was counted."""
+    """State of the fault injection: folders, seed, number of trials, and counts."""
 
     root: Path
     seed: int
@@ -240,7 +241,7 @@ class Harness:
     outcome = staticmethod(lambda run: outcome(run))
 
     def count_answer(self, group: str, what: str, ended: Finished, is_same: Callable[[], bool]) -> None:
-        """Note the end of one command: a traceback, one line, or results that have to be the same."""
+        """Count the outcome of one command: a traceback, a one-line error, or results compared by `is_same`."""
         if ended.has_traceback:
             self.count(group, "traceback", what, ended.text)
         elif ended.status:
@@ -249,13 +250,13 @@ class Harness:
             self.count(group, "harmless" if is_same() else "other results", what, ended.text)
 
     def count(self, group: str, result: str, what: str = "", text: str = "") -> None:
-        """Note the result of one trial; one that must not occur with what led to it."""
+        """Count the result of one trial; keep the details of failures."""
         self.counts.setdefault(group, Counter())[result] += 1
         if result in MUST_BE_ZERO:
             self.complaints.append(f"{group}: {what}: {result}\n    " + text.strip()[-1500:].replace("\n", "\n    "))
 
     def trials(self, group: str) -> Iterator[tuple[int, random.Random, Path]]:
-        """Numbers, random generators and empty places of a group's trials."""
+        """Yield number, random generator and empty folder of each trial in a group."""
         for number in range(self.sizes[group]):
             place = self.root / group.replace(" ", "-") / str(number)
             place.mkdir(parents=True)
@@ -263,7 +264,7 @@ class Harness:
             shutil.rmtree(place)
 
     def prepare(self) -> None:
-        """Train without a fault, and count time and file operations on the way; keep a run that was cut short."""
+        """Train without faults to measure time and file operations; also create interrupted runs."""
         run = self.root / "uninterrupted" / "run"
         notes = self.root / "operations"
 
@@ -278,8 +279,8 @@ class Harness:
             raise SystemExit(f"the uninterrupted run failed:\n{ended.text}")
         noted = json.loads(notes.read_text())
         self.operations = noted["operations"]
-        for name in noted["modules"]:  # those that are imported late would be imported in every process
-            if not name.startswith("triton"):  # complains at the end
+        for name in noted["modules"]:  # import late modules once, not in every process
+            if not name.startswith("triton"):  # prints errors at exit
                 with suppress(Exception):
                     importlib.import_module(name)
         gc.freeze()
@@ -307,9 +308,9 @@ class Harness:
             Image.fromarray(image).save(self.images / f"{index}.png")
 
     def resume(self, group: str, what: str, run: Path) -> None:
-        """Resume a run as often as a patient user would, and compare."""
+        """Resume a run and compare the results."""
         ended = fork(lambda: main(["train", "--out", str(run), "--resume"]))
-        if ended.status == 2 and "holds none; give data and backbone" in ended.text:  # it had not begun
+        if ended.status == 2 and "holds none; give data and backbone" in ended.text:  # killed before the start
             ended = fork(lambda: main([*TINY, "--out", str(run), "--overwrite"]))
         if ended.has_traceback:
             self.count(group, "traceback", what, ended.text)
@@ -319,7 +320,7 @@ class Harness:
             self.count(group, "same bits" if outcome(run) == self.expected else "other results", what, ended.text)
 
     def killed(self) -> None:
-        """SIGKILL at random instants and at chosen ones."""
+        """Kill runs at random times and before random file operations."""
         for number, draw, place in self.trials("killed"):
             run = place / "run"
             if number % 2:
@@ -337,7 +338,7 @@ class Harness:
             self.resume("killed", what, run)
 
     def disk_full(self) -> None:
-        """Writes that fail."""
+        """Fail writes by number or file size."""
         for number, draw, place in self.trials("disk full"):
             run = place / "run"
             if number % 2:
@@ -355,7 +356,7 @@ class Harness:
             self.resume("disk full", what, run)
 
     def small_disk(self) -> None:
-        """A real file system that is too small, where one can be mounted."""
+        """Train on a small file system, if mounting is allowed."""
         for _, draw, place in self.trials("small disk"):
             size = draw.randint(16, 1200) * 1024
             with mounted(place, size) as is_mounted:
@@ -372,7 +373,7 @@ class Harness:
                 self.resume("small disk", what, place / "run")
 
     def overwritten(self) -> None:
-        """SIGKILL while an unfinished run is overwritten by one with other settings."""
+        """Kill a run that overwrites an unfinished run with other settings."""
         for _, draw, place in self.trials("overwritten"):
             run = shutil.copytree(self.unfinished_other, place / "run", symlinks=True)
             operation = draw.randint(1, 30)
@@ -388,27 +389,27 @@ class Harness:
             elif ended.status:
                 self.count("overwritten", "not resumed", what, ended.text)
             else:
-                found = outcome(run)
+                results = outcome(run)
                 kinds = {"the old one resumed": self.expected_of_other, "the new one begun": self.expected}
-                kind = next((name for name, expected in kinds.items() if found == expected), "other results")
+                kind = next((name for name, expected in kinds.items() if results == expected), "other results")
                 self.count("overwritten", kind, what, ended.text)
 
     def folds(self) -> None:
-        """SIGKILL in a cross-validation; sometimes its settings are edited before it goes on."""
+        """Kill and resume a cross-validation."""
         words = [word for word in TINY if word not in ("--test-size",)]
-        del words[words.index("--val-size") + 2]  # the size of the test part, which folds are
+        del words[words.index("--val-size") + 2]  # value of --test-size; folds are the test splits
         words += ["--folds", "2"]
         self._killed_variant("folds", words, lambda run: (run / "folds.json").read_bytes())
 
     def features(self) -> None:
-        """SIGKILL in a linear probe on features that are computed once."""
+        """Kill and resume a linear probe on cached features."""
         words = [word for word in TINY if word != "--r"]
         del words[words.index("--img-size") + 2]
         words += ["--method", "linear", "--augment", "none"]
         self._killed_variant("features", words, outcome)
 
     def _killed_variant(self, group: str, words: list[str], result: Callable[[Path], object]) -> None:
-        """SIGKILL before chosen operations of a training, which is then resumed to the same result."""
+        """Kill a training run before random file operations, resume it and compare the results."""
         if not self.sizes[group]:
             return
         whole = self.root / group / "whole"
@@ -416,9 +417,9 @@ class Harness:
         notes = self.root / group / "operations"
 
         def count() -> int:
-            found = at_file_operation(whole, None, die)
+            operations = at_file_operation(whole, None, die)
             status = main([*words, "--out", str(whole)])
-            notes.write_text(str(found[0]))
+            notes.write_text(str(operations[0]))
             return status
 
         ended = fork(count)
@@ -438,7 +439,7 @@ class Harness:
                 self.count(group, "same bits" if result(run) == expected else "other results", what, ended.text)
 
     def merged(self) -> None:
-        """SIGKILL in merge and export; what has the final name is whole, and a second call succeeds."""
+        """Kill merge and export: files with the final name must be complete, and a second call must succeed."""
         commands = {
             "merge to a file": ["merge", str(self.finished), "--out", "m.safetensors", "--overwrite"],
             "merge to a folder": ["merge", str(self.finished), "--out", "m", "--overwrite"],
@@ -463,7 +464,7 @@ class Harness:
                 self.count("merged", "whole at the second call")
 
     def limits(self) -> None:
-        """Files that may not grow beyond a size: one line that names a file, and no empty folder."""
+        """Limit the file size: commands must print a one-line error with a file name and leave no empty folder."""
         run, images = str(self.finished), str(self.images)
         commands = [
             lambda out: ["merge", run, "--out", f"{out}/m.safetensors"],
@@ -490,7 +491,7 @@ class Harness:
                 self.count("limits", "one line with the file")
 
     def inodes(self) -> None:
-        """A file system that takes few files, where one can be mounted."""
+        """Train on a file system with few inodes, if mounting is allowed."""
         for _, draw, place in self.trials("inodes"):
             count = draw.randint(3, 22)
             with mounted(place, 2**26, f"nr_inodes={count}") as is_mounted:
@@ -507,7 +508,7 @@ class Harness:
                 self.resume("inodes", what, place / "run")
 
     def torchruns(self) -> None:
-        """Two torchruns of two processes each in one folder."""
+        """Start two torchrun commands with two processes each in one folder."""
         if not self.sizes["torchruns"]:
             return
         whole = self.root / "torchruns-whole"
@@ -528,10 +529,10 @@ class Harness:
                 self.count("torchruns", "one went through" if any(statuses) else "the one after the other")
 
     def damaged_run(self) -> None:
-        """Damage in a finished run, and every command that uses it."""
+        """Damage a finished run, then run every command on it."""
         sound = self.ask(self.finished)
         if any(answer.startswith("status") for answer in sound.values()):
-            raise SystemExit(f"a sound run was refused: {sound}")
+            raise SystemExit(f"an undamaged run was rejected: {sound}")
         for _, draw, place in self.trials("finished"):
             run = shutil.copytree(self.finished, place / "run", symlinks=True)
             what = damage(draw, run, [path for path in files_of(run) if "checkpoints" not in path.parts])
@@ -545,7 +546,7 @@ class Harness:
                     self.count("finished", "harmless" if same else "other results", f"{what}: {command}", answer)
 
     def ask(self, run: Path) -> dict[str, str]:
-        """What the commands say of a run: a digest of the answer, `status N: line`, or a traceback."""
+        """Run all commands on a run; return their output or its digest, `status N: line`, or a traceback."""
         place = run.parent
         words = {
             "predict": ["predict", str(run), str(self.images), "--out", str(place / "p.csv"), "--overwrite"],
@@ -557,15 +558,15 @@ class Harness:
         answers = place / "answers.json"
 
         def work() -> int:
-            found = {name: self._answer(name, line, run) for name, line in words.items()}
-            answers.write_text(json.dumps(found))
+            outputs = {name: self._answer(name, line, run) for name, line in words.items()}
+            answers.write_text(json.dumps(outputs))
             return 0
 
         ended = fork(work)
         return json.loads(answers.read_text()) if ended.status == 0 else {"all": f"traceback {ended.text}"}
 
     def _answer(self, name: str, words: list[str], run: Path) -> str:
-        """The answer of one command, in this process."""
+        """Run one command in this process and return its output."""
         output = io.StringIO()
         try:
             with redirect_stdout(output), redirect_stderr(output):
@@ -592,7 +593,7 @@ class Harness:
         return text.replace(str(place), "")
 
     def damaged_checkpoint(self) -> None:
-        """Damage in a run that was cut short, which is then resumed."""
+        """Damage an interrupted run, then resume it."""
         for _, draw, place in self.trials("checkpoint"):
             run = shutil.copytree(self.unfinished, place / "run", symlinks=True)
             what = damage(draw, run, files_of(run))
@@ -606,7 +607,7 @@ class Harness:
                 self.count("checkpoint", "harmless" if same else "other results", what, ended.text)
 
     def fuzzed(self) -> None:
-        """Command lines and configuration files that nobody meant."""
+        """Run random command lines and configuration files."""
         for _, draw, place in self.trials("fuzzed"):
             words = fuzzed_words(draw, place, self.finished, self.images)
             ended = fork(functools.partial(run_fuzzed, words, place), limit_s=60)
@@ -616,7 +617,7 @@ class Harness:
                 self.count("fuzzed", "accepted" if ended.status in (0, REACHED) else "one line")
 
     def together(self) -> None:
-        """A second process in the folder of a living run."""
+        """Start a second process in the folder of an active run."""
         for number, draw, place in self.trials("together"):
             run = place / "run"
             first = Child(lambda run=run: main([*TINY, "--out", str(run)]))
@@ -644,36 +645,36 @@ class Harness:
 
 
 def torchrun(run: Path) -> "subprocess.Popen[str]":
-    """Start two processes of one training."""
+    """Start a training run with two processes."""
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    tiny = [word for word in TINY if word != "--r"]  # which torchrun would take for an option of its own
-    tiny[tiny.index("--img-size") + 2] = "--method=snella-2"  # in place of the rank
+    tiny = [word for word in TINY if word != "--r"]  # torchrun would parse it as its own option
+    tiny[tiny.index("--img-size") + 2] = "--method=snella-2"  # replaces the rank
     words += ["-m", "snella_app.cli.main", *tiny, "--out", str(run)]
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def contents_of(path: Path) -> dict[str, str]:
-    """Digests of a file, or of the files of a folder; empty where there is nothing."""
+    """Return digests of a file or the files of a folder; empty if missing."""
     if path.is_file():
         return {path.name: _sha256(path)}
     return {file.name: _sha256(file) for file in files_of(path) if not file.name.startswith(".")}
 
 
 def call_until(folder: Path, operation: int, action: Callable[[], None], words: list[str]) -> int:
-    """Run a command until something happens before a file operation."""
+    """Run a command with `action` before a file operation."""
     at_file_operation(folder, operation, action)
     return main(words)
 
 
 def call_limited(words: list[str], limit: int) -> int:
-    """Run a command with files of at most so many bytes."""
+    """Run a command with a file size limit in bytes."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     return main(words)
 
 
 @contextmanager
 def mounted(place: Path, size: int, *options: str) -> Iterator[bool]:
-    """A file system of a size in `place`; False where this process may not mount one."""
+    """Mount a file system of the given size at `place`; yield False if not permitted."""
     command = ["mount", "-t", "tmpfs", "-o", ",".join((f"size={size}", *options)), "tmpfs", str(place)]
     is_mounted = shutil.which("mount") is not None and subprocess.run(command, capture_output=True).returncode == 0
     try:
@@ -684,24 +685,24 @@ def mounted(place: Path, size: int, *options: str) -> Iterator[bool]:
 
 
 def train_until(run: Path, operation: int, action: Callable[[], None], words: list[str] | None = None) -> int:
-    """Train until something happens before a file operation."""
+    """Train with `action` before a file operation."""
     at_file_operation(run, operation, action)
     return main([*(TINY if words is None else words), "--out", str(run)])
 
 
 def train_limited(run: Path, limit: int) -> int:
-    """Train with files of at most so many bytes."""
+    """Train with a file size limit in bytes."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     return main([*TINY, "--out", str(run)])
 
 
 def files_of(folder: Path) -> list[Path]:
-    """Files of a folder, in order."""
+    """Return the files of a folder in order."""
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def damage(draw: random.Random, run: Path, files: list[Path]) -> str:
-    """Damage one file, and say how."""
+    """Damage one file and describe the damage."""
     path = draw.choice(files)
     content = bytearray(path.read_bytes())
     name = path.relative_to(run)
@@ -743,7 +744,7 @@ CONFIGS = [
     "backbone: {a: b}", "2001-01-01: 1", "seed: 2001-01-01", "data: !!binary aGVsbG8=", "epochs: !!set {a}",
 ]  # fmt: skip
 REACHED = 71
-"""Status of a fuzzed training that would begin."""
+"""Exit status of a fuzzed command that reaches the training loop."""
 MEMORY_BYTES = 8 * 2**30
 EXPENSIVE = (
     "compare",
@@ -759,7 +760,7 @@ EXPENSIVE = (
 
 
 def fuzzed_words(draw: random.Random, place: Path, run: Path, images: Path) -> list[str]:
-    """A command line that began as a good one."""
+    """Mutate a valid command line."""
     name = draw.choice(list(COMMANDS)) if draw.random() < 0.6 else "train"
     words = {
         "train": [*TINY, "--out", "run"],
@@ -804,7 +805,7 @@ def fuzzed_words(draw: random.Random, place: Path, run: Path, images: Path) -> l
 
 
 def fuzzed_yaml(draw: random.Random) -> str:
-    """A configuration of the tiny training, some of whose values are others, some bytes of it too."""
+    """Mutate values and bytes of a small configuration file."""
     values: dict[str, object] = {
         "data": "digits", "backbone": "test_vit", "pretrained": False, "epochs": 1, "method": "snella-2",
         "method_options": {"kernel": "rbf"}, "lr": 0.01, "img_size": 32, "out": "run",
@@ -819,7 +820,7 @@ def fuzzed_yaml(draw: random.Random) -> str:
 
 
 def run_fuzzed(words: list[str], place: Path) -> int:
-    """Run a command line up to where a training would begin, of long commands up to their settings."""
+    """Run a command line up to the training loop; for expensive commands, only parse the settings."""
     call = _parser.call
 
     def settings_alone(name: str, settings: dict[str, object]) -> Callable[[], None]:
@@ -834,7 +835,7 @@ def run_fuzzed(words: list[str], place: Path) -> int:
 
 
 def leave_page_out(run: Path, images: object = None, **so_far: object) -> Path:
-    """A page without figures, in its place."""
+    """Write an empty report."""
     (run / "report.html").write_text("<html></html>")
     return run / "report.html"
 
@@ -852,17 +853,17 @@ QUICK = {
 
 
 def table(counts: dict[str, Counter[str]]) -> str:
-    """One row a group: how many trials ended how."""
-    lines = ["| fault | outcomes | which |", "|---|---|---|"]
+    """Format the results as a Markdown table, one row per group."""
+    lines = ["| fault | trials | results |", "|---|---|---|"]
     for group, results in counts.items():
-        said = ", ".join(f"{number} {result}" for result, number in sorted(results.items()))
+        text = ", ".join(f"{number} {result}" for result, number in sorted(results.items()))
         zeros = [f"0 {result}" for result in FAILURES[group] if not results[result]]
-        lines.append(f"| {group} | {results.total()} | {'; '.join(filter(None, (said, ', '.join(zeros))))} |")
+        lines.append(f"| {group} | {results.total()} | {'; '.join(filter(None, (text, ', '.join(zeros))))} |")
     return "\n".join(lines)
 
 
 def provenance() -> dict[str, object]:
-    """Commit and processor."""
+    """Return commit, CPU model and torch version."""
     here = Path(__file__).parent
 
     def git(*words: str) -> str:
@@ -879,15 +880,15 @@ def provenance() -> dict[str, object]:
 
 
 def run_all(arguments: argparse.Namespace) -> int:
-    """Run the groups, print and store what was counted."""
+    """Run the groups, then print and store the counts."""
     sizes = QUICK if arguments.quick else FULL
     sizes = {name: round(size * arguments.times) for name, size in sizes.items()}
     if arguments.only:
         sizes = {name: size if name in arguments.only else 0 for name, size in sizes.items()}
     for name in ("train", "evaluate", "predict", "merge", "inspect", "data", "compare", "export", "serve"):
         importlib.import_module(COMMANDS[name].library)
-    if arguments.quick:  # half of the time of such a training
-        sys.modules["snella_app.training.train"].__dict__["write_report"] = leave_page_out
+    if arguments.quick:  # the report takes half of the time
+        sys.modules["snella_app.training.finish"].__dict__["write_report"] = leave_page_out
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="snella-faults-") as folder:
         harness = Harness(Path(folder), arguments.seed, sizes)
@@ -919,9 +920,9 @@ def run_all(arguments: argparse.Namespace) -> int:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a few trials of each kind")
+    parser.add_argument("--quick", action="store_true", help="a few trials per group")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--times", type=float, default=1.0, help="multiple of the usual number of trials")
-    parser.add_argument("--only", action="append", choices=list(FULL), help="this group alone; no row is written")
+    parser.add_argument("--times", type=float, default=1.0, help="multiplier for the number of trials")
+    parser.add_argument("--only", action="append", choices=list(FULL), help="run only this group; writes no row")
     parser.add_argument("--out", default=str(Path(__file__).with_name("faults.jsonl")))
     sys.exit(run_all(parser.parse_args()))

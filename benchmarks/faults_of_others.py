@@ -1,6 +1,6 @@
-"""Groups of `faults.py` whose input somebody else has made: exchanged, forged, oversized, with code or markup inside.
+"""Groups of `faults.py` with untrusted input: exchanged, forged or oversized files, code and markup.
 
-Each is a function of the harness and counts one result a trial; see the list in `faults.py`.
+Each function takes the harness and counts one result per trial; `faults.py` lists the groups.
 """
 
 import functools
@@ -33,18 +33,18 @@ from snella_app.training.checkpoints import latest_checkpoint
 MOST_BYTES = 8 * 2**30
 START_S = 60
 _LINKED = "mine"
-"""Name and text of a file outside the run, which nothing may write to."""
+"""Name and content of a file outside the run that no command may modify."""
 MARKUP = (
     "<img src=x onerror=window.hit=1>",
     "<b onmouseover=window.hit=1>b",
     "'\"><svg onload=window.hit=1>",
     "& &lt;",
 )
-"""Class and file names; none of their elements may appear in a page."""
+"""Class and file names; pages must escape all of them."""
 
 
 def exchanged(harness: Any) -> None:
-    """Parts of another unfinished run, edited settings, and files that nothing lists; then `--resume`."""
+    """Copy parts of another unfinished run, edit settings or add unlisted files; then `--resume`."""
     for number, draw, place in harness.trials("exchanged"):
         run = shutil.copytree(harness.unfinished, place / "run", symlinks=True)
         what = _EXCHANGES[number % len(_EXCHANGES)](draw, run, harness.unfinished_other)
@@ -96,7 +96,7 @@ _EXCHANGES = (_checkpoint_of_another, _files_of_another, _edited_settings, _unli
 
 
 def forged(harness: Any) -> None:
-    """Values of a finished run's `run.json` or adapter settings exchanged, and all seals and digests made right."""
+    """Change values in `run.json` or the adapter settings of a finished run, with valid hashes."""
     strange = [None, -1, 0, 7, 10**9, "x", "", [], {}, [1, 2], 0.5, True, [0.5] * 5, ["a"] * 3, {"a": 1}]
     for _, draw, place in harness.trials("forged"):
         run = shutil.copytree(harness.finished, place / "run", symlinks=True)
@@ -119,13 +119,13 @@ def forged(harness: Any) -> None:
 
 
 def _within_memory(words: list[str]) -> int:
-    """A command in limited memory."""
+    """Run a command with limited memory."""
     resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
     return main(words)
 
 
 def objects(harness: Any) -> None:
-    """YAML that would make Python objects, wherever a file of it is read."""
+    """Read YAML that constructs Python objects, in every place that reads YAML."""
     for number, _, place in harness.trials("objects"):
         marker = place / "executed"
         text = f"!!python/object/apply:os.system ['touch {marker}']"
@@ -148,7 +148,7 @@ def objects(harness: Any) -> None:
 
 
 def png(width: int, height: int, content: bytes | None = None) -> bytes:
-    """A PNG whose header says that it is large; by default all of its pixels are there, and black."""
+    """Return a PNG with the given size in its header; by default, with all pixels black."""
     if content is None:
         packer = zlib.compressobj(9)
         content = b"".join(packer.compress(bytes(3 * width + 1)) for _ in range(height)) + packer.flush()
@@ -159,7 +159,7 @@ def png(width: int, height: int, content: bytes | None = None) -> bytes:
 
 
 def _array_of(shape: tuple[int, ...]) -> bytes:
-    """An array file that says it has this shape, and holds nothing."""
+    """Return an array file with this shape in the header and no data."""
     out = io.BytesIO()
     np.lib.format.write_array_header_1_0(out, {"shape": shape, "fortran_order": False, "descr": "|u1"})
     return out.getvalue()
@@ -169,7 +169,7 @@ POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\ns
 
 
 def bombs(harness: Any) -> None:
-    """Images that say or are more than the memory holds, and PostScript, in folders, masks and questions."""
+    """Read decompression bombs and PostScript in image folders, mask folders and prediction input."""
     contents: list[tuple[str, Callable[[], bytes]]] = [
         ("a header of 60,000 × 60,000", lambda: png(60_000, 60_000, zlib.compress(b"\0"))),
         ("PostScript", lambda: POSTSCRIPT),
@@ -209,7 +209,7 @@ def bombs(harness: Any) -> None:
 
 
 def _text_bomb() -> bytes:
-    """A PNG with a compressed text."""
+    """Return a PNG with a compressed text of 1 GiB."""
     packer = zlib.compressobj(9)
     text = b"".join(packer.compress(bytes(2**20)) for _ in range(1024)) + packer.flush()
     data = b"Comment\0\0" + text
@@ -219,7 +219,7 @@ def _text_bomb() -> bytes:
 
 
 def requests(harness: Any) -> None:
-    """Several requests at one time whose images fill the memory: 200, 413 or 503, and bounded memory."""
+    """Send parallel requests with large images; expect status 200, 413, 422 or 503, and bounded memory."""
     most_mib = 1_500
     for _, _, place in harness.trials("requests"):
         port_file = place / "port"
@@ -246,7 +246,7 @@ def requests(harness: Any) -> None:
 
 
 def _wait_for_port(port_file: Path) -> int | None:
-    """The port of a server that is starting; None if it does not start."""
+    """Wait for a server to start and return its port; None on timeout."""
     deadline = time.monotonic() + START_S
     while not port_file.exists():
         if time.monotonic() > deadline:
@@ -256,7 +256,7 @@ def _wait_for_port(port_file: Path) -> int | None:
 
 
 def _serve(run: Path, port_file: Path) -> int:
-    """A server on a free port."""
+    """Run a server on a free port."""
     import uvicorn
 
     from snella_app.runs.predict import load
@@ -272,7 +272,7 @@ def _serve(run: Path, port_file: Path) -> int:
 
 
 def _ask(port: int, images: list[bytes], statuses: list[int]) -> None:
-    """Send images; keeps the status."""
+    """Send images and append the response status."""
     parts = [
         f'--x\r\nContent-Disposition: form-data; name="files"; filename="{i}.png"\r\n\r\n'.encode() + image + b"\r\n"
         for i, image in enumerate(images)
@@ -285,13 +285,13 @@ def _ask(port: int, images: list[bytes], statuses: list[int]) -> None:
 
 
 def _resident_mib(pid: int) -> float:
-    """Resident memory of a process."""
+    """Return the resident memory of a process."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS")), 0.0)
 
 
 def markup(harness: Any) -> None:
-    """Markup in every name that comes from the data; the pages are opened in a browser where there is one."""
+    """Put markup into all names from the data, and open the pages in a browser, if available."""
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     for _, _, place in harness.trials("markup"):
         if program is None:
@@ -342,7 +342,7 @@ def markup(harness: Any) -> None:
 
 @contextmanager
 def _browser(program: str, profile: Path) -> Iterator[Any]:
-    """A headless Chromium, as the tests drive it."""
+    """Start a headless Chromium with the driver of the tests."""
     sys.path.insert(0, str(Path(__file__).parent.parent))
     from tests.browser import Browser
 
@@ -354,7 +354,7 @@ def _browser(program: str, profile: Path) -> Iterator[Any]:
 
 
 def _count_page(harness: Any, name: str, browser: Any) -> None:
-    """Whether a page has run or built anything of the names."""
+    """Count a page as executed if it ran or created markup from the names."""
     found = browser.evaluate(
         "[window.hit, document.querySelectorAll('[onerror],[onload],[onmouseover]').length, "
         "document.body.textContent.includes('onerror')]"

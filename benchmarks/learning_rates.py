@@ -1,13 +1,13 @@
-"""Validation accuracy of methods at several learning rates, at little cost: the last blocks are adapted, others cached.
+"""Validation accuracy of methods at several learning rates, with only the last blocks adapted and the others cached.
 
 python benchmarks/learning_rates.py --tasks mri-regions,stamps --methods lora-8,snella-8,snella-matched-8
 
-Tasks, sizes and settings are those of experiments/bundled-suite.yaml. The frozen blocks' outputs are computed once a
-task and kept in `--cache`. A run chooses its epoch on its own validation images, as `snella train` does, among the last
-40 %, and is measured on up to `--val-size` others: images that the recipe leaves out of training and validation, never
-the test part (the test part of a folder with nothing left out). Each run gives several results, see `kept` in its row:
-the start, where that is a probe, and the best and the last epoch, of the weights (raw) and of their average (ema).
-Appends a JSON line a training to learning_rates.jsonl, and trains nothing that has one already.
+Tasks, sizes and settings come from experiments/bundled-suite.yaml. The outputs of the frozen blocks are computed once
+per task and stored in `--cache`. A run selects its epoch on its validation images, as `snella train` does, among the
+last 40 %. It is evaluated on up to `--val-size` images that the recipe uses for neither training nor validation, never
+on the test split, except for folders without unused images. The entry `kept` of a row holds the results of the probe
+initialization, if any, and of the best and last epoch, for the weights (raw) and their average (ema). Each run appends
+a JSON line to learning_rates.jsonl; runs that have a line are skipped.
 """
 
 import argparse
@@ -46,8 +46,8 @@ from snella_lab.comparison.cells import git_state, system_info
 
 HERE = Path(__file__).parent
 SUITE = HERE.parent / "experiments" / "bundled-suite.yaml"
-_DECAY = 0.97  # of the average that is measured beside the weights
-_FIRST_MEASURED = 0.6  # of the epochs
+_DECAY = 0.97  # default EMA decay
+_FIRST_MEASURED = 0.6  # fraction of the epochs before the first evaluation
 
 
 @dataclasses.dataclass
@@ -55,13 +55,13 @@ class Features:
     """Outputs `[images, tokens, width]` of the frozen blocks, and labels `[images]`.
 
     Attributes:
-        train: `[sides, images, tokens, width]`: as they are, and mirrored where the recipe flips images.
-        train_labels: Theirs.
-        val: Validation images of the run, on which it chooses.
-        val_labels: Theirs.
-        rest: Images that the run does not see, on which it is measured; none of the test part.
-        rest_labels: Theirs.
-        classes: How many there are.
+        train: Training images, `[sides, images, tokens, width]`; also mirrored if the recipe flips images.
+        train_labels: Labels of `train`.
+        val: Validation images, for selecting the epoch.
+        val_labels: Labels of `val`.
+        rest: Unused images, for the evaluation; not from the test split.
+        rest_labels: Labels of `rest`.
+        classes: Number of classes.
     """
 
     train: Tensor
@@ -77,14 +77,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", default="mri-regions,stamps", help="the suite's tasks, or folder:PATH")
     parser.add_argument("--methods", default="lora-8,snella-8,snella-matched-8")
-    parser.add_argument("--factors", default="0.3,1,3,10", help="times the method's default learning rate")
+    parser.add_argument("--factors", default="0.3,1,3,10", help="factors on the method's default learning rate")
     parser.add_argument("--seeds", default="0")
-    parser.add_argument("--recipe", choices=("suite", "train"), default="suite", help="the suite's, or snella train's")
-    parser.add_argument("--blocks", type=int, default=2, help="how many of the last blocks are adapted")
+    parser.add_argument(
+        "--recipe", choices=("suite", "train"), default="suite", help="recipe of the suite or of snella train"
+    )
+    parser.add_argument("--blocks", type=int, default=2, help="number of adapted last blocks")
     parser.add_argument("--val-size", type=int, default=600)
-    parser.add_argument("--set", action="append", default=[], help="a setting of TrainConfig, e.g. epochs=20; YAML")
-    parser.add_argument("--options", default="{}", help="the method's options, JSON")
-    parser.add_argument("--probe-inverse-penalty", type=float, default=INVERSE_PENALTY, help="of head_init=probe")
+    parser.add_argument("--set", action="append", default=[], help="TrainConfig setting, e.g. epochs=20; YAML")
+    parser.add_argument("--options", default="{}", help="method options, JSON")
+    parser.add_argument("--probe-inverse-penalty", type=float, default=INVERSE_PENALTY, help="for head_init=probe")
     parser.add_argument("--cache", default=".cache/learning_rates")
     parser.add_argument("--out", default=str(HERE / "learning_rates.jsonl"))
     args = parser.parse_args()
@@ -103,7 +105,7 @@ def main() -> None:
 
 
 def is_done(out: Path, head: dict[str, Any]) -> bool:
-    """Whether `out` has a row of this training."""
+    """Return True if `out` has a row of this run."""
     rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     return any(all(row.get(key) == value for key, value in head.items()) for row in rows)
 
@@ -117,17 +119,17 @@ def append(out: Path, row: dict[str, Any]) -> None:
 
 
 def config_of(head: dict[str, Any]) -> TrainConfig:
-    """The recipe's settings of a task, with the method's learning rate times the factor."""
+    """Return the recipe's settings for a task, with the method's learning rate scaled by the factor."""
     suite = yaml.safe_load(SUITE.read_text())
     named = {entry.get("name", entry["data"]): entry for entry in suite["data"]}
     entry = named.get(head["task"], {"data": head["task"]})
-    own = {key: value for key, value in entry.items() if key not in ("name", "group")}
+    task_settings = {key: value for key, value in entry.items() if key not in ("name", "group")}
     recipe = suite["train"] if head["recipe"] == "suite" else {"img_size": 42, "train_size": 240, "val_size": 60}
     if head["task"].startswith("folder:"):
         recipe = {key: value for key, value in recipe.items() if key not in ("train_size", "val_size", "test_size")}
-    settings = {**own, **recipe, "test_seed": 0, "seed": head["seed"], **head["settings"]}
+    settings = {**task_settings, **recipe, "test_seed": 0, "seed": head["seed"], **head["settings"]}
     if head["recipe"] == "suite":
-        settings = {**settings, **own, **head["settings"]}
+        settings = {**settings, **task_settings, **head["settings"]}
     options = dict(head["options"])
     config = TrainConfig(backbone=suite["backbone"], method=head["method"], out="-", **settings).resolved()
     if (rest := 12 - head["blocks"]) and head["method"] != "linear":
@@ -139,7 +141,7 @@ def config_of(head: dict[str, Any]) -> TrainConfig:
 
 
 def run(head: dict[str, Any], cache: Path) -> dict[str, Any]:
-    """Train once; what is kept is chosen on the run's own validation images and measured on others."""
+    """Train once; select states on the validation images and evaluate them on unused images."""
     start = time.process_time()
     config = config_of(head)
     features = features_of(config, head["blocks"], head["val_size"], cache)
@@ -216,7 +218,7 @@ def run(head: dict[str, Any], cache: Path) -> dict[str, Any]:
 
 
 def trained_values(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of what training changes, budgets with it."""
+    """Copy the trained parameters and the budgets."""
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     state = model.state_dict().items()
     return {name: value.clone() for name, value in state if name in trained or "snella" in name}
@@ -225,23 +227,23 @@ def trained_values(model: nn.Module) -> dict[str, Tensor]:
 def measured(
     model: nn.Module, forward: nn.Module, features: Features, values: dict[str, Tensor], row: dict[str, Any]
 ) -> dict[str, Any]:
-    """A kept state's results on its validation images, which it must repeat, and on the other images."""
+    """Evaluate a stored state on unused images; its validation results must match the stored ones."""
     model.load_state_dict(values, strict=False)
     again = both_parts(model, forward, features)
     if abs(again["val_accuracy"] - row["val_accuracy"]) > 1e-6:
-        raise RuntimeError(f"a kept state must measure as it did, got {again} for {row}")
+        raise RuntimeError(f"a stored state must reproduce its validation accuracy, got {again} for {row}")
     return {**row, **again}
 
 
 def both_parts(model: nn.Module, forward: nn.Module, features: Features) -> dict[str, float]:
-    """Results on the run's validation images and on those that it does not see."""
+    """Return the results on validation and unused images."""
     rest = measure(model, forward, features.rest, features.rest_labels)
     val = measure(model, forward, features.val, features.val_labels)
     return {**val, "accuracy": rest["val_accuracy"], "loss": rest["val_loss"]}
 
 
 class Head(nn.Module):
-    """Pooling and classifier of a timm transformer, which may be exchanged meanwhile."""
+    """Pooling and classifier of a timm transformer; looks up the classifier on every call."""
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -254,12 +256,12 @@ class Head(nn.Module):
 
 def new_backbone(config: TrainConfig, classes: int) -> nn.Module:
     names = ("weights", "pretrained", "img_size", "seed")
-    own = {name: getattr(config, name) for name in names}
-    return make_backbone(BackboneInfo(name=str(config.backbone), num_classes=classes, **own))
+    settings = {name: getattr(config, name) for name in names}
+    return make_backbone(BackboneInfo(name=str(config.backbone), num_classes=classes, **settings))
 
 
 def features_of(config: TrainConfig, blocks: int, val_size: int, cache: Path) -> Features:
-    """Outputs of the frozen blocks on training and validation images, from the cache where they are in it."""
+    """Return the outputs of the frozen blocks, from the cache if available."""
     sides = 2 if config.augment == "flip" else 1
     key = [config.data, config.img_size, config.seed, config.train_size, config.val_size, val_size, blocks, sides]
     path = cache / ("_".join(str(part).replace("/", "!") for part in key) + ".pt")
@@ -301,7 +303,7 @@ def features_of(config: TrainConfig, blocks: int, val_size: int, cache: Path) ->
 
 @torch.no_grad()
 def _tokens(backbone: Any, images: Any, blocks: int, *, is_mirrored: bool = False) -> Tensor:
-    """What enters the last `blocks` blocks."""
+    """Compute the inputs of the last `blocks` blocks."""
     batches = []
     for start in range(0, len(images), 32):
         x = torch.stack([images[row][0] for row in range(start, min(start + 32, len(images)))])
@@ -314,7 +316,7 @@ def _tokens(backbone: Any, images: Any, blocks: int, *, is_mirrored: bool = Fals
 
 @torch.no_grad()
 def start_from_probe(model: nn.Module, forward: nn.Sequential, features: Features, inverse_penalty: float) -> None:
-    """Let the head begin as the best linear classifier, as `--head-init probe` does."""
+    """Initialize the head with a linear probe, as `--head-init probe` does."""
     model.eval()
     base = forward[-1].base[0]  # type: ignore[index]
     pooled = [base.forward_head(forward[:-1](part), pre_logits=True) for part in features.train[0].split(64)]
@@ -328,7 +330,7 @@ def start_from_probe(model: nn.Module, forward: nn.Sequential, features: Feature
 
 @torch.no_grad()
 def measure(model: nn.Module, forward: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:
-    """Accuracy and loss on images."""
+    """Return accuracy and loss."""
     model.eval()
     logits = torch.cat([forward(part) for part in images.split(256)])
     accuracy = (logits.argmax(1) == labels).double().mean().item()
@@ -337,7 +339,7 @@ def measure(model: nn.Module, forward: nn.Module, images: Tensor, labels: Tensor
 
 @torch.no_grad()
 def update_rms(model: nn.Module) -> float | None:
-    """Median over matrices of rms(scaling·S)/rms(W0); none for other methods."""
+    """Return the median over matrices of rms(scaling·S)/rms(W0); None for methods without sparse updates."""
     ratios = []
     for matrix in matrices_of(model):
         layer, name = matrix.layer, matrix.adapter_name
