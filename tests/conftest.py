@@ -97,7 +97,7 @@ def settings(photos, tiny_run, tmp_path):
 @pytest.fixture
 def no_report(monkeypatch):
     """Leave the report page out, which takes longer than these runs and has tests of its own."""
-    monkeypatch.setattr("snella_app.training.train.write_report", lambda run, images=None, **_: run / "report.html")
+    monkeypatch.setattr("snella_app.training.finish.write_report", lambda run, images=None, **_: run / "report.html")
 
 
 @pytest.fixture

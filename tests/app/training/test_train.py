@@ -269,7 +269,7 @@ def test_the_page_of_a_run_that_goes_on_refreshes_itself_and_changes_nothing(set
         return path
 
     monkeypatch.setattr(training, "write_report", record)
-    monkeypatch.setattr(training, "_PAGE_S", 0.0)
+    monkeypatch.setattr(sys.modules["snella_app.training.train"], "_PAGE_S", 0.0)
     run = train(settings(method_options={}), Console(file=io.StringIO()))
 
     *live, last = pages

@@ -52,7 +52,7 @@ def _compare(spec: UpdateSpec, A: Tensor) -> str | None:
     """The first result that is wrong, with its error."""
     spec = replace(spec, row_counts=ROWS, backend="triton")
     factors = _factors(spec, A)
-    wide = Factors(*(None if tensor is None else tensor.double() for tensor in factors))
+    wide = Factors(*(None if tensor is None else tensor.double() for tensor in factors))  # type: ignore[arg-type]
     delta = TorchBackend().merge(spec, wide, (ROWS[0] * COLUMNS,)).delta[0]
     if delta is None:
         raise RuntimeError("a full budget left no merged matrix")

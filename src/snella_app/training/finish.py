@@ -1,0 +1,310 @@
+"""`finish`: measure what a training has saved, write the results and the report, and print them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from snella_app.config import TrainConfig
+from snella_app.console import print_line
+from snella_app.data import ImageDataset
+from snella_app.data.protocol import RunProtocol
+from snella_app.files import write_text
+from snella_app.methods import load_trained_into
+from snella_app.records import AveragedEpochs, EpochRow, FinalHead, Metrics, plain, scores_from
+from snella_app.report import model_card, write_report
+from snella_app.runs.calibrate import calibrate
+from snella_app.runs.folder import CARD, RunFolder
+from snella_app.runs.layer_probe import LAYER_PROBE
+from snella_app.tasks import Task
+from snella_app.training.build import RunComponents
+from snella_app.training.callbacks import StepTimeCallback
+from snella_app.training.distributed import is_main, process_count, wait_for_others
+from snella_app.training.final_head import LayerFit, fit_layers, is_clearly_worse, measure_layers
+from snella_app.training.linear_probe import plain_images, probe_rows
+from snella_app.training.memory import peak_rss_mib
+from snella_app.training.results import (
+    best_epoch,
+    describe_allocation,
+    folder_bytes,
+    matrices_of,
+    sparsity_summary,
+    trainable_parameters,
+)
+from snella_app.training.sharding import is_sharded
+from snella_app.training.trainer import SnellaTrainer
+
+_ADAPTER_USE = """This folder is an adapter in PEFT's format; its keys are registered by the package `snella` (`import
+snella` before PEFT loads it). With the run that it comes from, `snella predict RUN IMAGES` predicts, and `snella merge
+RUN --out MODEL` makes it a plain model.
+"""
+_MOST_PREDICTIONS = 5_000  # a benchmark's test split would fill hundreds of megabytes
+Outputs = tuple[np.ndarray, np.ndarray]
+"""Reduced outputs and targets of all images of one part."""
+
+
+@dataclass
+class Session:
+    """One training in progress.
+
+    Attributes:
+        config: Settings without open fields.
+        run: Folder of the run.
+        parts: Data and model.
+        console: Where progress and results are written.
+        keep_checkpoints: Whether each epoch saves a state to resume from.
+        draw_report: Whether the HTML report is written.
+        costs: Measures steps and memory.
+    """
+
+    config: TrainConfig
+    run: RunFolder
+    parts: RunComponents
+    console: Console
+    keep_checkpoints: bool = True
+    draw_report: bool = True
+    costs: StepTimeCallback = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.costs = StepTimeCallback(next(self.parts.model.parameters()).device)
+
+
+@dataclass
+class _Measured:
+    """Results of the saved model.
+
+    Attributes:
+        outputs: By part, of the final head.
+        averaged: The average of epochs, if one was computed.
+        final_head: The head of several layers, if one was fitted.
+    """
+
+    outputs: dict[str, Outputs]
+    averaged: AveragedEpochs | None
+    final_head: FinalHead | None
+
+
+def draw_page(session: Session, trainer: SnellaTrainer) -> None:
+    """Write the report of the epochs so far."""
+    parts = session.parts
+    described = None if trainer.allocator is None else describe_allocation(parts.model, trainer.allocator)
+    write_report(session.run.path, metrics=_metrics(session, trainer), allocation=described)
+
+
+def finish(session: Session, trainer: SnellaTrainer) -> None:
+    """Measure the saved model, write results and report, and print a summary."""
+    train_s, run, parts = trainer.elapsed_s, session.run, session.parts
+    measured = _measure(session, trainer)
+    name, shown = ("val", parts.splits.val) if parts.splits.val is not None else ("test", parts.splits.test)
+    if shown is not None and len(shown) > _MOST_PREDICTIONS:
+        shown = None
+    if not is_main():
+        if shown is not None and is_sharded(parts.model):
+            # the main process, which predicts examples, needs this one's part of the weights
+            with tempfile.TemporaryDirectory() as folder:
+                sample_outputs = parts.task.sample_outputs(measured.outputs[name][0])
+                parts.task.save_examples(parts.model, shown, sample_outputs, Path(folder))
+        return
+    scores = _write_task_state(session, measured.outputs)
+    if trainer.allocator is not None:
+        run.write(describe_allocation(parts.model, trainer.allocator))
+    report_images = None if shown is None else _write_predictions(session, name, shown, measured.outputs[name])
+    run.write(
+        dataclasses.replace(
+            _metrics(session, trainer),
+            train_s=round(train_s, 3),
+            averaged=measured.averaged,
+            final_head=measured.final_head,
+            **{part: None if values is None else scores_from(values) for part, values in scores.items()},
+        )
+    )
+    write_text(run.adapter / CARD, model_card(run.path, _ADAPTER_USE, library="peft"))
+    # before the status: a run that is killed in between is resumed, measured again and completed
+    report = write_report(run.path, report_images, state="finished") if session.draw_report else None
+    run.finish()
+    _print_results(session, trainer, measured, scores)
+    print_line(session.console, f"adapter {run.adapter}" + (f", report {report}" if report else ""))
+
+
+def _measure(session: Session, trainer: SnellaTrainer) -> _Measured:
+    """Load what is saved and compute its outputs on validation and test images, with the final head."""
+    parts, console = session.parts, session.console
+    averaged = trainer.average_epochs()
+    wait_for_others()  # the main process has written the best adapter
+    if trainer.feature_norm is not None:
+        trainer.feature_norm.remove()
+    load_trained_into(parts.model, session.run.adapter)
+    with console.status("measuring what is saved") if console.is_terminal else contextlib.nullcontext():
+        outputs = {} if parts.splits.val is None else {"val": trainer.outputs(parts.splits.val)}
+        fit, final_head = _fit_final_head(session, trainer, outputs)
+        if parts.splits.test is not None:
+            views, loader = session.config.views, trainer.get_eval_dataloader
+            outputs["test"] = (
+                trainer.outputs(parts.splits.test)
+                if fit is None
+                else measure_layers(parts, fit.probe, parts.splits.test, views, loader)
+            )
+    return _Measured(outputs, averaged, final_head)
+
+
+def _write_task_state(session: Session, outputs: dict[str, Outputs]) -> dict[str, dict[str, Any] | None]:
+    """Calibrate the task on validation outputs, store its state and the temperature; the scores of both parts."""
+    run, parts = session.run, session.parts
+    if "val" in outputs:
+        parts.task = parts.task.calibrated(*outputs["val"])
+    scores = {name: parts.task.metrics(*outputs[name]) if name in outputs else None for name in ("val", "test")}
+    if state := parts.task.state():
+        run.update("running", task_state=state)
+    if parts.task.has_one_class:
+        probabilities = {name: parts.task.sample_outputs(reduced) for name, (reduced, _) in outputs.items()}
+        calibration = calibrate({name: (probabilities[name], torch.from_numpy(outputs[name][1])) for name in outputs})
+        run.update("running", calibration=None if calibration is None else plain(calibration))
+    return scores
+
+
+def _write_predictions(session: Session, name: str, shown: ImageDataset, outputs: Outputs) -> Any:
+    """Write the predictions of one part and the examples of the report; the report's images."""
+    run, parts = session.run, session.parts
+    sample_outputs = parts.task.sample_outputs(outputs[0])
+    parts.task.save_examples(parts.model, shown, sample_outputs, run.path)
+    run.write(parts.task.predictions(shown, sample_outputs, name, run.path))
+    return parts.task.report_images(shown, run.path)
+
+
+def _metrics(session: Session, trainer: SnellaTrainer) -> Metrics:
+    """Results and costs of the epochs so far."""
+    parts, protocol, matrices = session.parts, trainer.protocol, matrices_of(session.parts.model)
+    return Metrics(
+        best_epoch=best_epoch(trainer.history, trainer.selection_score),
+        protocol=protocol.name,
+        selected_on=protocol.selected_on,
+        best_metric=protocol.best_metric(parts.task.best_metric),
+        ema=session.config.ema,
+        train_s=round(trainer.elapsed_s, 3),
+        trainable_parameters=trainable_parameters(parts.model),
+        adapted_weights=sum(m.size for m in matrices) if matrices else None,
+        adapter_bytes=folder_bytes(session.run.adapter),
+        peak_rss_mib=peak_rss_mib(),
+        **session.costs.summary(),
+        history=[EpochRow(**protocol.with_val_prefix(row)) for row in trainer.history],
+    )
+
+
+def _fit_final_head(
+    session: Session, trainer: SnellaTrainer, outputs: dict[str, Outputs]
+) -> tuple[LayerFit | None, FinalHead | None]:
+    """Fit the head of several layers if the run has one, and save it unless it is clearly worse on validation.
+
+    Args:
+        session: The head is written beside the run's adapter.
+        trainer: Makes the loaders.
+        outputs: Of the trained head on the validation images, if any; replaced by those of the final head.
+
+    Returns:
+        The fit if it is saved, and its record; None where there is none.
+    """
+    config, parts, run = session.config, session.parts, session.run
+    task = parts.task
+    if is_main():
+        (run.adapter / LAYER_PROBE).unlink(missing_ok=True)  # of an end that was interrupted
+        run.update("running", final_head="trained")
+    if config.final_head != "layers" or process_count() > 1:  # resumed in several processes
+        return None, None
+    train = plain_images(parts.splits.train).subset(probe_rows(parts, config).tolist())
+    fit = fit_layers(parts, train, config.views, trainer.get_eval_dataloader)
+    if fit.val is None:
+        record = FinalHead(fit.probe.layers, True)
+    else:
+        val, val_trained = (float(task.metrics(*part)[task.monitor]) for part in (fit.val, outputs["val"]))
+        is_saved = not is_clearly_worse(task, fit.val, outputs["val"])
+        record = FinalHead(fit.probe.layers, is_saved, task.monitor, val, val_trained)
+        if not is_saved:
+            return None, record
+        outputs["val"] = fit.val
+    fit.probe.save(run.adapter / LAYER_PROBE)
+    run.update("running", final_head="layers")
+    return fit, record
+
+
+def _print_results(
+    session: Session, trainer: SnellaTrainer, measured: _Measured, scores: dict[str, dict[str, Any] | None]
+) -> None:
+    """Print what is saved, its results and its sparsity."""
+    console, parts, averaged = session.console, session.parts, measured.averaged
+    best = best_epoch(trainer.history, trainer.selection_score)
+    if trainer.has_stalled and (last := trainer.history[-1]["epoch"]) < session.config.epochs:
+        print_line(console, f"stopped after epoch {last} of {session.config.epochs}")
+    if averaged is not None:
+        print_line(console, _averaged_text(averaged, best))
+    if measured.final_head is not None:
+        print_line(console, _final_head_text(measured.final_head))
+    which = averaged.text if averaged is not None and averaged.is_saved else None
+    print_line(console, _final_text(parts.task, trainer.protocol, best, scores["val"], scores["test"], which))
+    if trainer.protocol.warning:
+        print_line(console, f"{trainer.protocol.name} protocol: {trainer.protocol.warning}")
+    measured_part = scores["val"] or scores["test"] or {}
+    if parts.task.has_one_class and (only := _only_answer(measured_part, parts.splits.classes)):
+        print_line(
+            console,
+            f"note: every {'test' if scores['val'] is None else 'validation'} image is predicted as {only!r}: nothing "
+            "that tells the classes apart was learned; a larger --img-size, more --epochs or --sampler weighted may "
+            "help",
+        )
+    matrices = matrices_of(parts.model)
+    if matrices and (best > 0 or which is not None):
+        kept = sum(m.budget for m in matrices)
+        print_line(console, f"its update {sparsity_summary(matrices)}")
+        target = kept if trainer.allocator is None else trainer.allocator.target_budget
+        if kept > target and which is None:
+            print_line(console, f"epoch {best} was selected before the budget reached its target, {target:,} weights")
+
+
+def _final_head_text(head: FinalHead) -> str:
+    """What was fitted after training, and whether predictions use it."""
+    if head.metric is None:
+        return f"{head.name} is the final head, fitted to all training images"
+    if not head.is_saved:
+        return f"{head.name} is clearly worse: {head.comparison}, which stays"
+    return f"{head.name} is the final head: {head.comparison}; refitted to training and validation images"
+
+
+def _only_answer(scores: dict[str, Any], classes: Sequence[str]) -> str | None:
+    """The only predicted class; None where there are several, or images of one class alone."""
+    confusion = np.asarray(scores.get("confusion") or [[]])
+    answers = np.flatnonzero(confusion.sum(0))
+    return classes[answers[0]] if len(answers) == 1 and np.count_nonzero(confusion.sum(1)) > 1 else None
+
+
+def _averaged_text(averaged: AveragedEpochs, best: int) -> str:
+    """What `--swa` or `--soup` came to."""
+    offered = f"of epochs {averaged.offered[0]} to {averaged.offered[-1]}"
+    if averaged.is_saved:
+        return f"{averaged.kind} {offered}: {averaged.text} is saved"
+    return f"{averaged.kind} {offered}: {averaged.text} is worse on validation than epoch {best}, which is saved"
+
+
+def _final_text(
+    task: Task,
+    protocol: RunProtocol,
+    best: int,
+    val: dict[str, Any] | None,
+    test: dict[str, Any] | None,
+    averaged: str | None,
+) -> str:
+    """The results of the saved epoch or average, and what selected it."""
+    if val is not None:
+        chosen = f"best epoch {best}" if best > 0 else "no epoch is better than the start, which is saved"
+        return f"{averaged or chosen}: {task.final_text(val, test)}"
+    if averaged is not None:
+        return f"{averaged}: " + ("not evaluated" if test is None else f"test {task.result_text(test)}")
+    which = f"epoch {best}, the last" if protocol.selected_on is None else f"epoch {best}, the best on the test images"
+    return f"{which}: " + ("not evaluated" if test is None else f"test {task.result_text(test)}")
