@@ -1,4 +1,4 @@
-"""Backbones: timm names, local weight files and folders, and what packages register."""
+"""Backbones: timm names, local weight files and folders, and registered backbones of packages."""
 
 from snella_app.backbones.create import NamedBackbone, create_backbone, packaged_names
 from snella_app.backbones.segmenter import DECODER, create_segmenter

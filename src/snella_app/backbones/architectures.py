@@ -1,4 +1,4 @@
-"""Inference of the timm architecture of a weight file."""
+"""Inference of a weight file's timm architecture."""
 
 import math
 import re
@@ -13,9 +13,9 @@ from snella_app.backbones.checkpoint import Checkpoint
 
 @dataclass(frozen=True)
 class InferredArchitecture:
-    """timm's name of an architecture, the input size of the weights and further arguments of `create_model`.
+    """timm architecture name, input size of the weights, and additional arguments of `create_model`.
 
-    `img_size` is None for networks that take any size.
+    `img_size` is None for networks without a fixed input size.
     """
 
     name: str
@@ -23,7 +23,7 @@ class InferredArchitecture:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-# names of the same parts in Facebook's checkpoints and in timm's
+# names in Facebook's and timm's checkpoints
 _STEM = ("downsample_layers.0.0.weight", "stem.0.weight")
 _DOWNSAMPLE = ("downsample_layers.{}.1.weight", "stages.{}.downsample.1.weight")
 _BLOCK = re.compile(r"stages\.(\d+)\.(?:blocks\.)?(\d+)\.(?:dwconv|conv_dw)\.weight$")
@@ -42,7 +42,7 @@ _SIZES_V2: dict[tuple[int, tuple[int, ...]], str] = {
 
 
 def _stage_depths(state: dict[str, Tensor], pattern: re.Pattern[str]) -> tuple[int, ...]:
-    """Number of blocks of each stage, from names that hold both numbers."""
+    """Return the number of blocks of each stage, parsed from parameter names."""
     blocks: dict[int, int] = {}
     for match in filter(None, map(pattern.match, state)):
         blocks[int(match[1])] = max(blocks.get(int(match[1]), 0), int(match[2]) + 1)
@@ -50,22 +50,22 @@ def _stage_depths(state: dict[str, Tensor], pattern: re.Pattern[str]) -> tuple[i
 
 
 def is_convnext(state: dict[str, Tensor]) -> bool:
-    """Whether these are weights of a ConvNeXt, in Facebook's names or timm's."""
+    """Return whether the weights are a ConvNeXt in Facebook's or timm's naming."""
     return any(name in state for name in _STEM) and any(map(_BLOCK.match, state))
 
 
 def infer_convnext(state: dict[str, Tensor]) -> InferredArchitecture:
-    """Find widths, blocks and version (V2 normalizes responses); it takes images of any size.
+    """Infer widths, depths and version of a ConvNeXt (V2 has global response normalization).
 
     Args:
-        state: State dict in Facebook's or timm's names.
+        state: State dict in Facebook's or timm's naming.
     """
     depths = _stage_depths(state, _BLOCK)
     stem = next(state[name] for name in _STEM if name in state)
     dims = [stem.shape[0]]
     for stage in range(1, len(depths)):
-        found = (state.get(name.format(stage)) for name in _DOWNSAMPLE)
-        dims.append(next((weight.shape[0] for weight in found if weight is not None), dims[-1]))
+        weights = (state.get(name.format(stage)) for name in _DOWNSAMPLE)
+        dims.append(next((weight.shape[0] for weight in weights if weight is not None), dims[-1]))
     is_v2 = any(".grn." in key for key in state)
     size = (_SIZES_V2 if is_v2 else _CONVNEXT_SIZES).get((dims[0], depths))
     family = "convnextv2" if is_v2 else "convnext"
@@ -84,7 +84,7 @@ def infer_convnext(state: dict[str, Tensor]) -> InferredArchitecture:
 _TABLE = re.compile(r"layers\.(\d+)\.blocks\.(\d+)\.attn\.relative_position_bias_table$")
 _FIRST_TABLE = "layers.0.blocks.0.attn.relative_position_bias_table"
 _PATCH = "patch_embed.proj.weight"
-# width of the first stage and number of blocks in each; heads are always 32 wide
+# width of the first stage and depths; the head dimension is always 32
 _SWIN_SIZES: dict[tuple[int, tuple[int, ...]], str] = {
     (96, (2, 2, 6, 2)): "tiny",
     (96, (2, 2, 18, 2)): "small",
@@ -94,19 +94,19 @@ _SWIN_SIZES: dict[tuple[int, tuple[int, ...]], str] = {
 
 
 def is_swin(state: dict[str, Tensor]) -> bool:
-    """Whether these are weights of a Swin transformer, in Microsoft's names or timm's (which differ little)."""
+    """Return whether the weights are a Swin transformer in Microsoft's or timm's naming."""
     return _FIRST_TABLE in state and _PATCH in state
 
 
 def infer_swin(state: dict[str, Tensor]) -> InferredArchitecture:
-    """Find width, blocks, heads, window and input size; any Swin can be told from its shapes.
+    """Infer width, depths, heads, window and input size of a Swin from its shapes.
 
-    The window follows from the first position table, `(2w − 1)²` rows. The input size follows from the masks of
-    shifted windows where the file holds them (Microsoft's does: `[n, w², w²]` for `n` windows), else from the window,
-    which the last stage of every published model fits exactly once.
+    The first position table has `(2w − 1)²` rows for window size `w`. The input size follows from the attention masks
+    of shifted windows, `[n, w², w²]` for `n` windows, if the file has them (Microsoft's files do). Otherwise it
+    follows from the window size: the last stage of every published model has exactly one window.
 
     Args:
-        state: State dict in Microsoft's or timm's names.
+        state: State dict in Microsoft's or timm's naming.
     """
     width, _, patch, _ = state[_PATCH].shape
     heads = {int(match[1]): state[match[0]].shape[1] for match in filter(None, map(_TABLE.match, state))}
@@ -129,42 +129,42 @@ def infer_swin(state: dict[str, Tensor]) -> InferredArchitecture:
 
 
 def _masked_size(state: dict[str, Tensor], patch: int) -> int | None:
-    """Input size from the first mask of shifted windows, None where the file holds none."""
+    """Return the input size from the first shifted-window mask; None without masks."""
     for key, value in state.items():
         if key.startswith("layers.") and key.endswith(".attn_mask") and value.ndim == 3:
             stage = int(key.split(".")[1])
-            # both square: windows in the picture, and patches in a window
+            # square grids: windows per image, patches per window
             return math.isqrt(value.shape[0]) * math.isqrt(value.shape[1]) * patch * 2**stage
     return None
 
 
-# Heads are not visible in the shapes; these widths and depths have the same number of them almost everywhere.
+# Shapes do not reveal the number of heads; for these widths and depths it is nearly universal.
 _VIT_SIZES = {(192, 12): "tiny", (384, 12): "small", (768, 12): "base", (1024, 24): "large", (1280, 32): "huge"}
 _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 
 
 def infer_vit(state: dict[str, Tensor], *, source: str, num_heads: int | None = None) -> InferredArchitecture:
-    """Find timm's ViT by width, depth, patch size, layer scale and register tokens.
+    """Infer timm's ViT from width, depth, patch size, layer scale and register tokens.
 
     Args:
-        state: State dict in timm's or DINOv2's own names.
-        source: The file as the user typed it, for messages.
-        num_heads: Attention heads, where the file or its publisher tells their number.
+        state: State dict in timm's or DINOv2's naming.
+        source: File as the user typed it, for messages.
+        num_heads: Number of attention heads, if known from the file or its publisher.
 
     Raises:
-        ValueError: Not a ViT, or one that timm has no plain name for; the message says what was seen.
+        ValueError: If the weights are not a ViT or timm has no name for the ViT.
     """
     patch, positions = state.get(_PATCH), state.get("pos_embed")
     if patch is None or patch.ndim != 4 or positions is None or positions.ndim != 3:
         seen = ", ".join(f"{key} {list(value.shape)}" for key, value in list(state.items())[:4])
         raise ValueError(
-            f"the architecture of '{source}' cannot be read from its shapes: {_PATCH} or pos_embed is missing, "
-            f"it holds {seen}, …; give its timm name as the backbone and weights={source!r}"
+            f"cannot infer the architecture of '{source}' from its shapes: {_PATCH} or pos_embed is missing, "
+            f"it holds {seen}, …; pass its timm name as the backbone and weights={source!r}"
         )
     if "norm_pre.weight" in state:
         raise ValueError(
-            f"the architecture of '{source}' cannot be read from its shapes: a norm before the blocks, as in CLIP's "
-            "image towers, whose activation the shapes do not tell; give its timm name as the backbone, for example "
+            f"cannot infer the architecture of '{source}' from its shapes: a norm before the blocks indicates a CLIP "
+            "image tower, whose activation is not visible in the shapes; pass its timm name as the backbone, e.g. "
             f"vit_base_patch16_clip_224 or vit_base_patch16_clip_quickgelu_224, and weights={source!r}"
         )
     width, side = patch.shape[0], patch.shape[-1]
@@ -175,10 +175,10 @@ def infer_vit(state: dict[str, Tensor], *, source: str, num_heads: int | None = 
     name = _name(_VIT_SIZES.get((width, depth)), side, is_scaled, registers)
     if name is None or grid is None:
         raise ValueError(
-            f"the architecture of '{source}' cannot be read from its shapes: a ViT of width {width}, depth {depth}, "
+            f"cannot infer the architecture of '{source}' from its shapes: a ViT of width {width}, depth {depth}, "
             f"patch size {side}, {positions.shape[1]} positions, {registers} register tokens, "
             f"{'with' if is_scaled else 'without'} layer scale; "
-            f"give its timm name as the backbone and weights={source!r}"
+            f"pass its timm name as the backbone and weights={source!r}"
         )
     options: dict[str, Any] = {"global_pool": "avg"} if "fc_norm.weight" in state else {}
     if num_heads is not None and num_heads != _HEADS[width]:
@@ -187,7 +187,7 @@ def infer_vit(state: dict[str, Tensor], *, source: str, num_heads: int | None = 
 
 
 def _name(size: str | None, patch: int, is_scaled: bool, registers: int) -> str | None:
-    """Timm's name, None where it has none."""
+    """Return timm's name, or None if timm has none."""
     if size is None:
         return None
     if is_scaled:
@@ -198,7 +198,7 @@ def _name(size: str | None, patch: int, is_scaled: bool, registers: int) -> str 
 
 
 def _grid(positions: int, registers: int) -> int | None:
-    """Side of the square grid of patches, with or without positions of class and register tokens before it."""
+    """Return the side of the square patch grid, allowing for positions of class and register tokens."""
     for extra in (1, 0, 1 + registers):
         side = math.isqrt(max(positions - extra, 0))
         if side and side * side == positions - extra:
@@ -207,14 +207,14 @@ def _grid(positions: int, registers: int) -> int | None:
 
 
 def infer_architecture(checkpoint: Checkpoint, *, source: str) -> InferredArchitecture:
-    """Find timm's ViT, Swin or ConvNeXt by names and shapes, in timm's names or those of the authors.
+    """Infer timm's ViT, Swin or ConvNeXt from parameter names and shapes, in timm's or the authors' naming.
 
     Args:
-        checkpoint: What `read_checkpoint` returned.
-        source: The file as the user typed it, for messages.
+        checkpoint: Result of `read_checkpoint`.
+        source: File as the user typed it, for messages.
 
     Raises:
-        ValueError: Another network, or a ViT that timm has no plain name for; the message says what was seen.
+        ValueError: If the weights are another network or timm has no name for the ViT.
     """
     state = checkpoint.state
     if is_swin(state):

@@ -1,4 +1,4 @@
-"""Local weight files: read into a flat state dict, and loaded strictly into a model."""
+"""Local weight files: reading into a flat state dict and strict loading into a model."""
 
 import argparse
 import logging
@@ -29,34 +29,33 @@ from snella_app.text import listed
 
 _logger = logging.getLogger(__name__)
 _Arrays = dict[str, tuple[int, ...]]
-# a layer between features and classes that only the first releases have; timm's ViT has none
+# representation layer of the first releases; timm's ViT has none
 _REPRESENTATION = ("pre_logits/kernel", "pre_logits/bias")
 
 
 def read_google_npz(path: Path) -> tuple[dict[str, Tensor], int]:
     """Read a ViT in the layout of google-research/vision_transformer.
 
-    A model of exactly the file's sizes is built and filled by timm's `VisionTransformer.load_pretrained`; its state is
-    what comes out, so that everything after it is the same for all kinds of file.
+    timm's `VisionTransformer.load_pretrained` fills a model of the file's sizes; the result is its state dict.
 
     Args:
         path: `.npz` file.
 
     Returns:
-        State dict in timm's names and the number of attention heads.
+        State dict in timm's naming and the number of attention heads.
 
     Raises:
-        ValueError: The file is damaged, or an array is missing, extra or of a shape that does not agree with the
-            others.
-        NotImplementedError: A ResNet-ViT hybrid or a big_vision checkpoint.
+        ValueError: If the file is damaged, or an array is missing, unexpected or has an inconsistent shape.
+        NotImplementedError: If the file is a ResNet-ViT hybrid or a big_vision checkpoint.
     """
     shapes = _shapes(path)
     prefix = "opt/target/" if "opt/target/embedding/kernel" in shapes else ""
     if f"{prefix}conv_root/kernel" in shapes:
-        raise NotImplementedError(f"weights '{path}': a ResNet-ViT hybrid; only plain ViT files are read from .npz")
+        raise NotImplementedError(f"weights '{path}': .npz support is limited to plain ViTs, got a ResNet-ViT hybrid")
     if any(key.startswith("params/") or key == f"{prefix}pos_embedding" for key in shapes):
         raise NotImplementedError(
-            f"weights '{path}': big_vision's layout; only that of google-research/vision_transformer is read from .npz"
+            f"weights '{path}': .npz support is limited to google-research/vision_transformer, got a big_vision "
+            "checkpoint"
         )
     sizes = _sizes(shapes, prefix, path)
     _check(shapes, prefix, sizes, path)
@@ -66,7 +65,7 @@ def read_google_npz(path: Path) -> tuple[dict[str, Tensor], int]:
 
 
 def _shapes(path: Path) -> _Arrays:
-    """Shapes of all arrays; objects are not unpickled."""
+    """Return the shapes of all arrays without unpickling objects."""
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             return {key: arrays[key].shape for key in arrays.files}
@@ -75,23 +74,23 @@ def _shapes(path: Path) -> _Arrays:
 
 
 def _sizes(shapes: _Arrays, prefix: str, path: Path) -> dict[str, Any]:
-    """Arguments of the `VisionTransformer` that the arrays were taken from."""
+    """Return the `VisionTransformer` arguments that match the arrays."""
     block = f"{prefix}Transformer/encoderblock_0/"
-    needed = {
+    required = {
         "patch": f"{prefix}embedding/kernel",
         "positions": f"{prefix}Transformer/posembed_input/pos_embedding",
         "query": f"{block}MultiHeadDotProductAttention_1/query/kernel",
         "hidden": f"{block}MlpBlock_3/Dense_0/kernel",
     }
-    missing = [key for key in needed.values() if key not in shapes]
+    missing = [key for key in required.values() if key not in shapes]
     if missing:
-        raise ValueError(f"weights '{path}' are no ViT of Google's layout: {', '.join(missing)} missing")
-    patch, positions = shapes[needed["patch"]], shapes[needed["positions"]]
-    query, hidden = shapes[needed["query"]], shapes[needed["hidden"]]
+        raise ValueError(f"weights '{path}' are not a ViT in Google's layout: {', '.join(missing)} missing")
+    patch, positions = shapes[required["patch"]], shapes[required["positions"]]
+    query, hidden = shapes[required["query"]], shapes[required["hidden"]]
     grid = math.isqrt(positions[1] - 1) if len(positions) == 3 else 0
     if len(patch) != 4 or len(query) != 3 or len(hidden) != 2 or not grid or grid * grid + 1 != positions[1]:
-        found = ", ".join(f"{key} {list(shapes[key])}" for key in needed.values())
-        raise ValueError(f"weights '{path}' are no ViT of Google's layout with a class token: {found}")
+        actual = ", ".join(f"{key} {list(shapes[key])}" for key in required.values())
+        raise ValueError(f"weights '{path}' are not a ViT in Google's layout with a class token: {actual}")
     depth = sum(key.startswith(f"{prefix}Transformer/encoderblock_") and key.endswith("query/kernel") for key in shapes)
     head = shapes.get(f"{prefix}head/bias", (0,))
     return {
@@ -106,10 +105,10 @@ def _sizes(shapes: _Arrays, prefix: str, path: Path) -> dict[str, Any]:
 
 
 def _check(shapes: _Arrays, prefix: str, sizes: dict[str, Any], path: Path) -> None:
-    """Refuse arrays that are missing or do not agree: copying would broadcast them silently."""
+    """Check that all arrays are present and consistent; copying would broadcast silently."""
     width, heads, depth = sizes["embed_dim"], sizes["num_heads"], sizes["depth"]
     per_head, hidden, patch = width // heads, round(sizes["mlp_ratio"] * width), sizes["patch_size"]
-    wanted: _Arrays = {
+    expected: _Arrays = {
         "embedding/kernel": (patch, patch, 3, width),
         "embedding/bias": (width,),
         "cls": (1, 1, width),
@@ -117,49 +116,49 @@ def _check(shapes: _Arrays, prefix: str, sizes: dict[str, Any], path: Path) -> N
         **{f"Transformer/encoder_norm/{leaf}": (width,) for leaf in ("scale", "bias")},
     }
     if sizes["num_classes"]:
-        wanted["head/kernel"] = (width, sizes["num_classes"])
-        wanted["head/bias"] = (sizes["num_classes"],)
+        expected["head/kernel"] = (width, sizes["num_classes"])
+        expected["head/bias"] = (sizes["num_classes"],)
     for index in range(depth):
         block = f"Transformer/encoderblock_{index}/"
         attention = f"{block}MultiHeadDotProductAttention_1/"
         for part in ("query", "key", "value"):
-            wanted[f"{attention}{part}/kernel"] = (width, heads, per_head)
-            wanted[f"{attention}{part}/bias"] = (heads, per_head)
-        wanted[f"{attention}out/kernel"] = (heads, per_head, width)
-        wanted[f"{attention}out/bias"] = (width,)
+            expected[f"{attention}{part}/kernel"] = (width, heads, per_head)
+            expected[f"{attention}{part}/bias"] = (heads, per_head)
+        expected[f"{attention}out/kernel"] = (heads, per_head, width)
+        expected[f"{attention}out/bias"] = (width,)
         for norm in ("LayerNorm_0", "LayerNorm_2"):
-            wanted.update({f"{block}{norm}/{leaf}": (width,) for leaf in ("scale", "bias")})
-        wanted[f"{block}MlpBlock_3/Dense_0/kernel"] = (width, hidden)
-        wanted[f"{block}MlpBlock_3/Dense_0/bias"] = (hidden,)
-        wanted[f"{block}MlpBlock_3/Dense_1/kernel"] = (hidden, width)
-        wanted[f"{block}MlpBlock_3/Dense_1/bias"] = (width,)
+            expected.update({f"{block}{norm}/{leaf}": (width,) for leaf in ("scale", "bias")})
+        expected[f"{block}MlpBlock_3/Dense_0/kernel"] = (width, hidden)
+        expected[f"{block}MlpBlock_3/Dense_0/bias"] = (hidden,)
+        expected[f"{block}MlpBlock_3/Dense_1/kernel"] = (hidden, width)
+        expected[f"{block}MlpBlock_3/Dense_1/bias"] = (width,)
     errors = [
         f"{prefix}{key}: file {list(shapes[f'{prefix}{key}']) if f'{prefix}{key}' in shapes else 'lacks it'}, "
-        f"needed {list(shape)}"
-        for key, shape in wanted.items()
+        f"expected {list(shape)}"
+        for key, shape in expected.items()
         if shapes.get(f"{prefix}{key}") != shape
     ]
-    extra = [key for key in shapes if key.startswith(prefix) and key.removeprefix(prefix) not in wanted]
+    extra = [key for key in shapes if key.startswith(prefix) and key.removeprefix(prefix) not in expected]
     representation = [key for key in extra if key.removeprefix(prefix) in _REPRESENTATION]
     errors += [f"{key}: file {list(shapes[key])}, not part of a ViT" for key in extra if key not in representation]
     if representation and not errors:
-        _logger.info("representation layer before the head in '%s' left out: %s", path, ", ".join(representation))
+        _logger.info("dropped the representation layer of '%s': %s", path, ", ".join(representation))
     if errors:
-        raise ValueError(f"weights '{path}' do not hold together: {listed(errors, separator='; ')}")
+        raise ValueError(f"weights '{path}' are inconsistent: {listed(errors, separator='; ')}")
 
 
-_CLOSE = 2e-3  # half precision keeps sines to about 5e-4
+_CLOSE = 2e-3  # half precision rounds sines by about 5e-4
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Whose weights these are.
+    """Publisher of weights.
 
     Attributes:
         label: Name for messages.
-        mean: Of the normalization that the network was trained with, red, green, blue.
-        std: Its standard deviation.
-        num_heads: Attention heads of the widths that have another number of them than usual.
+        mean: RGB mean of the training normalization.
+        std: RGB standard deviation of the training normalization.
+        num_heads: Number of attention heads by width, if unusual.
     """
 
     label: str
@@ -176,13 +175,13 @@ _CONVNEXT = Origin("Facebook's ConvNeXt")
 
 
 def origin_of(state: dict[str, Tensor]) -> Origin | None:
-    """Tell the publisher of a state dict; None where nothing tells it, so that timm's own configuration holds.
+    """Identify the publisher of a state dict; None if unknown, which keeps timm's configuration.
 
-    MAE and MoCo v3 never train their positions: sines and cosines of the patch's column and row, a zero for the class
-    token. MAE has the column first, MoCo v3 the row.
+    MAE and MoCo v3 have fixed positions: sines and cosines of the patch's column and row, zero for the class token.
+    MAE stores the column first, MoCo v3 the row.
 
     Args:
-        state: State dict in the names of the file, without wrapper prefixes.
+        state: State dict with the file's names, without wrapper prefixes.
     """
     if "layers.0.downsample.reduction.weight" in state:
         return _SWIN
@@ -203,32 +202,33 @@ def origin_of(state: dict[str, Tensor]) -> Origin | None:
 
 
 def encoder_alone(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], str | None]:
-    """Take the network out of a checkpoint that holds all that its pre-training needed.
+    """Extract the encoder from a pre-training checkpoint.
 
-    MAE's full checkpoints add a decoder, MoCo v3's hold two encoders with projection heads and a predictor.
+    MAE checkpoints also hold a decoder; MoCo v3 checkpoints hold two encoders, projection heads and a predictor.
 
     Args:
         state: State dict without wrapper prefixes.
 
     Returns:
-        The encoder's tensors, and what was left out in words (None where nothing was).
+        Encoder tensors, and a description of the dropped parts (None if nothing was dropped).
     """
     if "decoder_pos_embed" in state:
-        kept = {key: value for key, value in state.items() if not key.startswith("decoder_") and key != "mask_token"}
-        return kept, f"MAE's decoder and mask token ({len(state) - len(kept)} tensors)"
+        encoder = {key: value for key, value in state.items() if not key.startswith("decoder_") and key != "mask_token"}
+        return encoder, f"MAE's decoder and mask token ({len(state) - len(encoder)} tensors)"
     if any(key.startswith("base_encoder.") for key in state):
         prefix = "base_encoder."
-        kept = {
+        encoder = {
             key.removeprefix(prefix): value
             for key, value in state.items()
             if key.startswith(prefix) and not key.startswith(f"{prefix}head.")
         }
-        return kept, f"MoCo v3's momentum encoder, projection head and predictor ({len(state) - len(kept)} tensors)"
+        dropped = len(state) - len(encoder)
+        return encoder, f"MoCo v3's momentum encoder, projection head and predictor ({dropped} tensors)"
     return state, None
 
 
 def _sines(grid: int, width: int) -> tuple[Tensor, Tensor]:
-    """Sines and cosines of each patch's row and of its column, `[grid², width/2]` each, in reading order."""
+    """Return sinusoidal encodings of each patch's row and column, `[grid², width/2]` each, in raster order."""
     frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
     encoded = torch.cat([angles.sin(), angles.cos()], 1).float()  # [grid, width/2]
@@ -242,13 +242,13 @@ def errors(
     may_lack: tuple[str, ...] = (),
     may_lack_endings: tuple[str, ...] = (),
 ) -> list[str]:
-    """One sentence for each kind of error, with names and shapes; empty where `state` fits.
+    """Return one message per kind of mismatch, with names and shapes; empty if `state` fits.
 
     Args:
-        state: What a file holds, in the model's names.
+        state: Tensors of a file in the model's naming.
         reference: State dict of the model.
-        may_lack: Beginnings of names that the file need not hold.
-        may_lack_endings: Endings of such names.
+        may_lack: Prefixes of names that may be missing.
+        may_lack_endings: Suffixes of names that may be missing.
     """
     missing = [
         f"{key} {list(value.shape)}"
@@ -261,12 +261,12 @@ def errors(
         for key, value in state.items()
         if key in reference and value.shape != reference[key].shape
     ]
-    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
-    return [f"{len(found)} {kind} ({listed(found)})" for kind, found in kinds if found]
+    kinds = (("missing", missing), ("unexpected", unexpected), ("with a different shape", reshaped))
+    return [f"{len(names)} {kind} ({listed(names)})" for kind, names in kinds if names]
 
 
 def update_config(model: nn.Module, **entries: Any) -> None:
-    """Change entries of a timm model's `pretrained_cfg`, which its data config is resolved from."""
+    """Update entries of a timm model's `pretrained_cfg`, the source of its data config."""
     cfg: dict[str, Any] = dict(model.pretrained_cfg)  # type: ignore[arg-type]
     cfg.update(entries)
     for alias in ("pretrained_cfg", "default_cfg"):
@@ -282,7 +282,7 @@ _TABLE = "relative_position_bias_table"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Tensors of a weight file by name, the number of attention heads where the file tells it, and its publisher."""
+    """Tensors of a weight file by name, number of attention heads if known, and publisher."""
 
     state: dict[str, Tensor]
     source: Path
@@ -291,18 +291,18 @@ class Checkpoint:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a weight file; no code inside it is run.
+    """Read a weight file without executing code in it.
 
-    Dictionaries nested under `state_dict`, `model` or `model_state_dict` are opened, and prefixes that wrappers put
-    before every name (`module.`, `_orig_mod.`, `model.`) are removed. Google's `.npz` comes out in timm's names; of a
-    checkpoint that holds a whole pre-training (MAE's decoder, MoCo v3's second encoder) the encoder alone.
+    Dictionaries nested under `state_dict`, `model` or `model_state_dict` are unwrapped, and wrapper prefixes
+    (`module.`, `_orig_mod.`, `model.`) are removed. Google's `.npz` is converted to timm's naming. Pre-training
+    checkpoints (MAE, MoCo v3) are reduced to the encoder.
 
     Args:
-        path: File ending in one of `WEIGHT_SUFFIXES`.
+        path: File with one of `WEIGHT_SUFFIXES`.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: Another kind of file, a damaged one, or one without tensors.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file type is unknown, the file is damaged, or it has no tensors.
     """
     if not path.is_file():
         raise FileNotFoundError(f"weights '{path}': no such file")
@@ -321,7 +321,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise ValueError(f"weights '{path}' must end in one of {', '.join(WEIGHT_SUFFIXES)}, got {path.suffix!r}")
     state, left_out = encoder_alone(_unwrap(_open_nested(content, path)))
     if left_out is not None:
-        _logger.info("of '%s' the encoder alone is taken; left out: %s", path, left_out)
+        _logger.info("using only the encoder of '%s'; dropped %s", path, left_out)
     origin = origin_of(state)
     heads_by_width = origin.num_heads if origin is not None else {}
     num_heads = heads_by_width.get(state["pos_embed"].shape[-1]) if heads_by_width else None
@@ -329,24 +329,23 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def weight_suffix(path: Path) -> str:
-    """The ending of a file's name that tells its kind, of two parts for `.pth.tar`."""
+    """Return the suffix that determines the file type, including `.pth.tar`."""
     return next((suffix for suffix in WEIGHT_SUFFIXES if path.name.endswith(suffix)), path.suffix)
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint, *, name: str) -> None:
-    """Copy a checkpoint into a timm model, every tensor of it but a head of another class count.
+    """Load all tensors of a checkpoint into a timm model, except a head with another class count.
 
-    timm's own filter of the model's family is applied: it knows foreign namings and resamples positions.
+    timm's checkpoint filter of the model family converts names and resamples positions. For known publishers, their
+    mean and standard deviation replace those in the model's data config.
 
     Args:
-        model: Model of timm, fresh from `create_model`; it is changed in place.
-        checkpoint: What `read_checkpoint` returned.
-        name: The backbone as the user typed it, for messages.
-
-    Where the content tells who published the weights, the model's data config takes their mean and standard deviation.
+        model: timm model from `create_model`; changed in place.
+        checkpoint: Result of `read_checkpoint`.
+        name: Backbone as the user typed it, for messages.
 
     Raises:
-        ValueError: Tensors are missing, unexpected or of another shape; each is named with its shapes.
+        ValueError: If tensors are missing, unexpected or have a different shape.
     """
     reference = model.state_dict()
     _check_patch_and_heads(model, checkpoint, name, reference)
@@ -355,45 +354,45 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, *, name: str) -> None
     names = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
     heads = (names,) if isinstance(names, str) else tuple(names)
     state = _without_other_head(state, reference, heads, checkpoint.source)
-    found = errors(
+    mismatches = errors(
         state,
         reference,
         may_lack=tuple(f"{head}." for head in heads),
         may_lack_endings=("num_batches_tracked",),
     )
-    if found:
-        raise ValueError(f"weights '{checkpoint.source}' do not fit backbone {name!r}: {'; '.join(found)}")
+    if mismatches:
+        raise ValueError(f"weights '{checkpoint.source}' do not fit backbone {name!r}: {'; '.join(mismatches)}")
     model.load_state_dict(state, strict=False)
     _take_normalization(model, checkpoint)
 
 
 def _take_normalization(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Note the mean and standard deviation of the weights' publisher in the model's data config."""
+    """Set the publisher's mean and standard deviation in the model's data config."""
     origin, cfg = checkpoint.origin, dict(getattr(model, "pretrained_cfg", None) or {})
     if origin is None or not cfg:
         return
     if (tuple(cfg["mean"]), tuple(cfg["std"])) != (origin.mean, origin.std):
         _logger.info(
-            "'%s' holds weights of %s: images are normalized with mean %s and std %s",
+            "'%s' holds %s weights: normalizing images with mean %s and std %s",
             *(checkpoint.source, origin.label, origin.mean, origin.std),
         )
     update_config(model, mean=origin.mean, std=origin.std)
 
 
 def _read_torch(path: Path) -> Any:
-    """Unpickle tensors only; `argparse.Namespace` is let through, as training scripts store their options so."""
+    """Unpickle only tensors and `argparse.Namespace`, in which training scripts store their options."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"weights '{path}' cannot be read as tensors (files with code inside are refused): {first}"
+            f"weights '{path}' cannot be read as tensors (files that contain code are rejected): {first}"
         ) from error
 
 
 def _open_nested(content: Any, path: Path) -> dict[str, Tensor]:
-    """The dictionary of tensors inside what the file holds."""
+    """Return the dictionary of tensors nested in the content of a file."""
     while isinstance(content, dict):
         key = next((key for key in _NESTED_UNDER if isinstance(content.get(key), dict)), None)
         if key is None:
@@ -403,12 +402,12 @@ def _open_nested(content: Any, path: Path) -> dict[str, Tensor]:
     tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)} if is_named else {}
     if not tensors:
         seen = f"a dictionary with {listed(map(str, content))}" if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"weights '{path}' must hold a dictionary of tensors, found {seen}")
+        raise ValueError(f"weights '{path}' must hold a dictionary of tensors, got {seen}")
     return tensors
 
 
 def _unwrap(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Remove the prefixes that DDP, `torch.compile` and Lightning put before every name."""
+    """Remove the name prefixes of DDP, `torch.compile` and Lightning."""
     while True:
         prefix = next((prefix for prefix in _WRAPPERS if all(key.startswith(prefix) for key in state)), None)
         if prefix is None:
@@ -417,14 +416,14 @@ def _unwrap(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_patch_and_heads(model: nn.Module, checkpoint: Checkpoint, name: str, reference: dict[str, Tensor]) -> None:
-    """Refuse what timm's filter would silently resample, and what shapes alone do not tell."""
+    """Check the patch size, which timm's filter would silently resample, and the number of heads."""
     key = "patch_embed.proj.weight"
     if key in checkpoint.state and key in reference:
-        found, wanted = checkpoint.state[key].shape, reference[key].shape
-        if len(found) == len(wanted) == 4 and found != wanted:
+        actual, expected = checkpoint.state[key].shape, reference[key].shape
+        if len(actual) == len(expected) == 4 and actual != expected:
             raise ValueError(
-                f"weights '{checkpoint.source}' do not fit backbone {name!r}: 1 of another shape "
-                f"({key}: file {list(found)}, model {list(wanted)})"
+                f"weights '{checkpoint.source}' do not fit backbone {name!r}: 1 with a different shape "
+                f"({key}: file {list(actual)}, model {list(expected)})"
             )
     blocks = getattr(model, "blocks", None)
     num_heads = getattr(getattr(blocks[0], "attn", None), "num_heads", None) if blocks is not None else None
@@ -436,28 +435,28 @@ def _check_patch_and_heads(model: nn.Module, checkpoint: Checkpoint, name: str, 
 
 
 def _check_position_tables(checkpoint: Checkpoint, name: str, reference: dict[str, Tensor]) -> None:
-    """Refuse Swin's position tables of another number of heads, or of blocks that the model lacks.
+    """Check that Swin's position tables match the model's heads and blocks.
 
-    timm's filter resizes tables to the model's window, and fails or resizes heads where these differ.
+    timm's filter resizes tables to the model's window, and fails or resizes heads on a mismatch.
     """
-    file, own = (
-        # one row of each: the number of rows may differ, the number of heads may not
+    file, expected = (
+        # compare one row: the number of rows may differ, the number of heads may not
         {key: value[:1] for key, value in part.items() if key.endswith(_TABLE)}
         for part in (checkpoint.state, reference)
     )
-    found = errors(file, own, may_lack=tuple(own)) if own else []
-    if found:
-        raise ValueError(f"weights '{checkpoint.source}' do not fit backbone {name!r}: {'; '.join(found)}")
+    mismatches = errors(file, expected, may_lack=tuple(expected)) if expected else []
+    if mismatches:
+        raise ValueError(f"weights '{checkpoint.source}' do not fit backbone {name!r}: {'; '.join(mismatches)}")
 
 
 def _filtered(model: nn.Module, checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
-    """The checkpoint through the filter that timm has for the model's family."""
+    """Apply timm's checkpoint filter of the model family."""
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if convert is None:
         return dict(checkpoint.state)
     try:
         with warnings.catch_warnings():
-            # timm's resampling of Swin's tables: about its speed, and about how it writes an index
+            # torch warnings caused by timm's resampling of Swin's tables
             warnings.filterwarnings("ignore", message="torch.searchsorted|Using a non-tuple sequence")
             return convert(dict(checkpoint.state), model)
     except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError) as error:
@@ -470,10 +469,10 @@ def _filtered(model: nn.Module, checkpoint: Checkpoint, name: str) -> dict[str, 
 def _without_other_head(
     state: dict[str, Tensor], reference: dict[str, Tensor], heads: tuple[str, ...], source: Path
 ) -> dict[str, Tensor]:
-    """Leave out a head whose class count differs from the model's, or that the model lacks."""
+    """Drop a head that the model lacks or whose class count differs."""
     for head in heads:
-        weight, wanted = state.get(f"{head}.weight"), reference.get(f"{head}.weight")
-        if weight is not None and (wanted is None or weight.shape[0] != wanted.shape[0]):
-            _logger.info("head of %d classes in '%s' left out; the new one starts at random", weight.shape[0], source)
+        weight, expected = state.get(f"{head}.weight"), reference.get(f"{head}.weight")
+        if weight is not None and (expected is None or weight.shape[0] != expected.shape[0]):
+            _logger.info("dropped the head of %d classes in '%s'; new head is random", weight.shape[0], source)
             state = {key: value for key, value in state.items() if not key.startswith(f"{head}.")}
     return state

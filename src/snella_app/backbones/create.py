@@ -1,4 +1,4 @@
-"""`create_backbone`: a timm model from a name, a folder or a weight file."""
+"""Creation of timm backbones from a name, a folder or a weight file."""
 
 import difflib
 import json
@@ -32,12 +32,12 @@ from snella_app.plugins import plugins
 
 @dataclass(frozen=True)
 class NamedBackbone:
-    """A backbone with weights that a package registers as an entry point of the group `snella.backbones`.
+    """Pre-trained backbone registered by a package under the entry point group `snella.backbones`.
 
     Attributes:
         architecture: Name of the timm model.
-        load: Fills a model of that architecture, with any image size and head, with the weights. Raises an
-            `ImportError` that says what to install where they are missing.
+        load: Loads the weights into a model of that architecture with any image size and head. Raises an `ImportError`
+            that names the package to install if weights are missing.
     """
 
     architecture: str
@@ -45,7 +45,7 @@ class NamedBackbone:
 
 
 def packaged_names() -> list[str]:
-    """Names of the backbones that packages register."""
+    """Return the names of the backbones registered by packages."""
     return list(plugins("backbones"))
 
 
@@ -54,7 +54,7 @@ _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", 
 
 @dataclass(frozen=True)
 class LocalFolder:
-    """What a folder holds: the architecture its `config.json` names and its weight file."""
+    """Local model folder: architecture in `config.json` and weight file."""
 
     architecture: str
     weights: Path
@@ -62,19 +62,19 @@ class LocalFolder:
 
 
 def read_folder(path: Path) -> LocalFolder:
-    """Read `config.json` and find the weight file beside it.
+    """Read `config.json` and locate the weight file of a folder.
 
     Args:
-        path: Folder as `timm.models.save_for_hf` writes it or a download of a timm repository.
+        path: Folder written by `timm.models.save_for_hf`, or a download of a timm repository.
 
     Raises:
-        FileNotFoundError: There is no `config.json` or no weight file.
-        ValueError: The configuration is damaged, of another library or names an architecture that timm lacks.
+        FileNotFoundError: If `config.json` or the weight file is missing.
+        ValueError: If the configuration is damaged, belongs to another library or has an unknown architecture.
     """
     config_file = path / "config.json"
     if not config_file.is_file():
         raise FileNotFoundError(
-            f"backbone folder '{path}' needs config.json and {_WEIGHT_FILES[0]}; no config.json there"
+            f"backbone folder '{path}' must contain config.json and {_WEIGHT_FILES[0]}; config.json is missing"
         )
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
@@ -83,16 +83,16 @@ def read_folder(path: Path) -> LocalFolder:
     architecture = config.get("architecture") if isinstance(config, dict) else None
     if architecture is None:
         other = config.get("architectures") if isinstance(config, dict) else None
-        of = f" but the transformers model {other}" if other else ""
-        raise ValueError(f"'{config_file}' must name a timm model under 'architecture', it names none{of}")
+        detail = f", only the transformers model {other}" if other else ""
+        raise ValueError(f"'{config_file}' must name a timm model under 'architecture', got none{detail}")
     if not timm.is_model(architecture):
         nearest = difflib.get_close_matches(architecture, timm.list_models(), n=5, cutoff=0.5)
         raise ValueError(
-            f"'{config_file}' names the architecture {architecture!r}, which timm lacks; nearest: {nearest}"
+            f"'architecture' in '{config_file}' must be a timm model, got {architecture!r}; nearest: {nearest}"
         )
     weights = next((path / file for file in _WEIGHT_FILES if (path / file).is_file()), None)
     if weights is None:
-        raise FileNotFoundError(f"backbone folder '{path}' holds none of {', '.join(_WEIGHT_FILES)}")
+        raise FileNotFoundError(f"backbone folder '{path}' must contain one of {', '.join(_WEIGHT_FILES)}")
     cfg = config.get("pretrained_cfg", config)
     default = timm.get_pretrained_cfg(architecture)
     fixed = cfg.get("fixed_input_size", bool(default is not None and default.fixed_input_size))
@@ -105,34 +105,33 @@ _NETWORK_MODULES = ("httpx", "httpx2", "httpcore", "requests", "urllib3")
 
 
 def _local_ways() -> str:
-    """What to do without the hub."""
+    """Return the alternatives to the Hub."""
     names = packaged_names()
     shipped = (
-        f" a name whose weights ship inside a package ({', '.join(names)}; on the command line: --backbone {names[-1]} "
-        "--img-size 224),"
+        f" a bundled backbone ({', '.join(names)}; on the command line: --backbone {names[-1]} --img-size 224),"
         if names
         else ""
     )
     return (
-        "Without the hub: weights=PATH with a file (.pth, .safetensors, Google's .npz), a local folder in the hub's "
-        f"format as the backbone,{shipped} or pretrained=False for random values"
+        "Without the hub, use weights=PATH with a file (.pth, .safetensors, Google's .npz), a local folder in the "
+        f"hub's format as the backbone,{shipped} or pretrained=False for random weights"
     )
 
 
 def create_from_hub(name: str, *, pretrained: bool, **options: Any) -> nn.Module:
-    """Build timm's `name`, with weights from the hub or from its local cache.
+    """Create the timm model `name` with weights from the Hub or its local cache.
 
-    Where one short request finds no hub, only the cache is asked: the hub's client would otherwise retry each
+    If the Hub does not answer one short request, only the cache is used; the Hub client would otherwise retry every
     file for half a minute.
 
     Args:
         name: timm name or `hf-hub:owner/repo`.
-        pretrained: Whether to load weights; a `hf-hub:` name reads its configuration from the hub in any case.
-        options: Further arguments of `timm.create_model`.
+        pretrained: Load weights. A `hf-hub:` name always reads its configuration from the Hub.
+        options: Additional arguments of `timm.create_model`.
 
     Raises:
-        ConnectionError: Neither the hub nor the cache has the files.
-        ValueError: The hub answers but does not hold them.
+        ConnectionError: If the Hub is unreachable and the cache lacks the files.
+        ValueError: If the Hub does not have the files.
     """
     with cache_only_if_unreachable() as reason:
         try:
@@ -141,11 +140,11 @@ def create_from_hub(name: str, *, pretrained: bool, **options: Any) -> nn.Module
             if _is_network_error(error):
                 raise ConnectionError(
                     f"the hub ({constants.ENDPOINT}) could not be reached ({reason or _first_line(error)}) "
-                    f"and its cache does not hold backbone {name!r}. {_local_ways()}"
+                    f"and backbone {name!r} is not in its cache. {_local_ways()}"
                 ) from error
             if isinstance(error, (HfHubHTTPError, HTTPError)):
                 raise ValueError(
-                    f"the hub ({constants.ENDPOINT}) answers, but does not give out backbone {name!r}: "
+                    f"the hub ({constants.ENDPOINT}) does not provide backbone {name!r}: "
                     f"{_first_line(error)}. {_local_ways()}"
                 ) from error
             raise
@@ -153,11 +152,11 @@ def create_from_hub(name: str, *, pretrained: bool, **options: Any) -> nn.Module
 
 @contextmanager
 def cache_only_if_unreachable() -> Iterator[str | None]:
-    """Put the hub's client into offline mode where one short request gets no answer; gives the reason."""
+    """Switch the Hub client to offline mode if one short request fails; yields the reason."""
     before = constants.HF_HUB_OFFLINE
     reason = "HF_HUB_OFFLINE is set" if before else _why_unreachable()
     if reason is not None and not before:
-        _logger.info("the hub did not answer (%s); looking in its cache only", reason)
+        _logger.info("hub unreachable (%s); using its cache", reason)
     constants.HF_HUB_OFFLINE = reason is not None
     try:
         yield reason
@@ -166,7 +165,7 @@ def cache_only_if_unreachable() -> Iterator[str | None]:
 
 
 def _why_unreachable() -> str | None:
-    """Why one request to the hub gets no answer at all, None where it gets one."""
+    """Return the reason why one request to the Hub gets no answer, or None if it gets one."""
     try:
         huggingface_hub.get_session().head(constants.ENDPOINT, timeout=_PROBE_TIMEOUT_S)
     except Exception as error:
@@ -177,10 +176,10 @@ def _why_unreachable() -> str | None:
 
 
 def _is_network_error(error: BaseException | None) -> bool:
-    """Whether `error` or a cause of it says that no connection was made."""
+    """Return whether `error` or one of its causes is a connection failure."""
     while error is not None:
         if isinstance(error, HTTPError) or (isinstance(error, HfHubHTTPError) and not _is_local_miss(error)):
-            return False  # an answer
+            return False  # the server answered
         if _is_local_miss(error) or isinstance(error, (ConnectionError, TimeoutError, URLError)):
             return True
         if type(error).__module__.partition(".")[0] in _NETWORK_MODULES:
@@ -190,12 +189,12 @@ def _is_network_error(error: BaseException | None) -> bool:
 
 
 def _is_local_miss(error: BaseException) -> bool:
-    """Whether the hub's client looked in its cache only."""
+    """Return whether the Hub client only searched its cache."""
     return isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled))
 
 
 def _first_line(error: BaseException) -> str:
-    """The first line of the message, which says what happened."""
+    """Return the first line of the error message."""
     text = str(error).strip()
     return text.splitlines()[0].rstrip(".") if text else type(error).__name__
 
@@ -203,7 +202,7 @@ def _first_line(error: BaseException) -> str:
 _HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 _FOLDER_PREFIX = "local-dir:"
 SAM_PREFIX = "sam:"
-"""What stands before the path of a SAM, which `create_segmenter` takes."""
+"""Prefix of a SAM path in `create_segmenter`."""
 
 
 def create_backbone(
@@ -215,63 +214,63 @@ def create_backbone(
     img_size: int | None = None,
     channels: int = 3,
 ) -> nn.Module:
-    """Build a timm model with its weights and a head of `num_classes`.
+    """Create a timm model with pre-trained weights and a head of `num_classes` outputs.
 
-    `timm.data.resolve_model_data_config(model)` then gives mean, std, interpolation and the chosen input size.
-    A head of another class count in the weights is left out and the new one keeps its random start; every other
-    tensor must be there in its shape. Positions are resampled where the input size differs.
+    `timm.data.resolve_model_data_config(model)` returns mean, std, interpolation and the selected input size. A head
+    with another class count is dropped from the weights and the new head is random. All other tensors must match.
+    Position embeddings are resampled if the input size differs.
 
     Args:
-        name: A timm name (`vit_base_patch16_224.augreg_in21k`, or `hf-hub:owner/repo`), a bundled backbone
-            (`packaged_names()`), a folder in the hub's timm format (`config.json` and `model.safetensors` or
-            `pytorch_model.bin`), or a weight file of a ViT, Swin or ConvNeXt whose architecture is read from its
+        name: timm name (`vit_base_patch16_224.augreg_in21k`, or `hf-hub:owner/repo`), bundled backbone
+            (`packaged_names()`), folder in the Hub's timm format (`config.json` and `model.safetensors` or
+            `pytorch_model.bin`), or weight file of a ViT, Swin or ConvNeXt whose architecture is inferred from its
             shapes.
-        num_classes: Outputs of the head; 0 leaves the head out.
+        num_classes: Number of outputs; 0 removes the head.
         weights: Weight file (`.pth`, `.pth.tar`, `.pt`, `.bin`, `.safetensors`, Google's `.npz`) for the architecture
-            `name`; it takes the place of the hub, whatever `pretrained` says. Where its content tells who published
-            it (Google, MAE, MoCo v3, Microsoft's Swin, Facebook's ConvNeXt), images are normalized as they did.
-        pretrained: False leaves every weight at its random start and needs neither hub nor package.
-        img_size: Side of the square input in pixels; by default the one that the weights were trained with.
-        channels: Of an image. The first convolution is adapted to other numbers than 3 as timm does it: its kernels
-            are summed up for one channel, and repeated and scaled by 3 / channels for others; mean and standard
-            deviation are averaged or repeated.
+            `name`; replaces the Hub regardless of `pretrained`. For known publishers (Google, MAE, MoCo v3, Microsoft's
+            Swin, Facebook's ConvNeXt), images use the publisher's normalization.
+        pretrained: False uses random weights and needs neither the Hub nor a package.
+        img_size: Input resolution in pixels; None uses the resolution of the weights.
+        channels: Number of image channels. Values other than 3 adapt the first convolution like timm: kernels are
+            summed for one channel, else repeated and scaled by 3 / channels. Mean and standard deviation are averaged
+            or repeated.
 
     Raises:
-        ValueError: An unknown name (with the nearest ones), weights that do not fit, a size that patches cannot tile.
-        FileNotFoundError: A path that does not exist.
-        ImportError: A bundled backbone whose package is not installed.
-        ConnectionError: The hub is needed and cannot be reached.
+        ValueError: If the name is unknown, weights do not fit, or `img_size` is not a multiple of the patch size.
+        FileNotFoundError: If a path does not exist.
+        ImportError: If the package of a bundled backbone is not installed.
+        ConnectionError: If the Hub is needed and cannot be reached.
     """
     _check_numbers(num_classes, img_size)
     options: dict[str, Any] = {"num_classes": num_classes}
     if (packaged := plugins("backbones").get(name)) is not None:
-        _refuse_second_weights(name, weights, "comes with the weights of a package")
+        _refuse_second_weights(name, weights, "includes the weights of a package")
         model = _build(packaged.architecture, options, img_size)
         if pretrained:
             packaged.load(model)
     elif name.startswith(_HUB_PREFIXES):
-        _refuse_second_weights(name, weights, "comes with weights of its own")
+        _refuse_second_weights(name, weights, "includes weights")
         size = {} if img_size is None else {"img_size": img_size}
         model = create_from_hub(name, pretrained=pretrained, **options, **size)
     elif (path := _as_path(name)) is not None:
-        _refuse_second_weights(name, weights, "comes with weights of its own")
+        _refuse_second_weights(name, weights, "includes weights")
         model = _from_path(path, name, options, pretrained, img_size)
     elif weights is not None:
-        known, checkpoint = _known(name), read_checkpoint(Path(weights).expanduser())
-        extra = _pooling(known, checkpoint)
-        model = _keep_arguments(_build(known, options | extra, img_size), extra)
+        timm_name, checkpoint = _known(name), read_checkpoint(Path(weights).expanduser())
+        extra = _pooling(timm_name, checkpoint)
+        model = _keep_arguments(_build(timm_name, options | extra, img_size), extra)
         load_weights(model, checkpoint, name=name)
     elif pretrained:
-        known = _known(name)
-        _check_has_weights(known)
-        model = create_from_hub(known, pretrained=True, **options, **_size_option(known, img_size))
+        timm_name = _known(name)
+        _check_has_weights(timm_name)
+        model = create_from_hub(timm_name, pretrained=True, **options, **_size_option(timm_name, img_size))
     else:
         model = _build(_known(name), options, img_size)
     return _with_channels(_with_input_size(model, name, img_size), name, channels)
 
 
 def _from_path(path: Path, name: str, options: dict[str, Any], pretrained: bool, img_size: int | None) -> nn.Module:
-    """Build from a folder in the hub's format, or from a weight file whose architecture its shapes tell."""
+    """Build from a folder in the Hub's format or from a weight file with inferred architecture."""
     if path.is_dir():
         folder = read_folder(path)
         size: dict[str, Any] = {"img_size": img_size} if folder.has_fixed_input_size and img_size is not None else {}
@@ -280,41 +279,41 @@ def _from_path(path: Path, name: str, options: dict[str, Any], pretrained: bool,
             load_weights(model, read_checkpoint(folder.weights), name=name)
         return model
     checkpoint = read_checkpoint(path)
-    found = infer_architecture(checkpoint, source=name)
-    side = found.img_size if img_size is None else img_size
-    model = _keep_arguments(_build(found.name, options | found.options, side), found.options)
+    inferred = infer_architecture(checkpoint, source=name)
+    side = inferred.img_size if img_size is None else img_size
+    model = _keep_arguments(_build(inferred.name, options | inferred.options, side), inferred.options)
     if pretrained:
-        load_weights(model, checkpoint, name=found.name)
-    return _with_input_size(model, found.name, side)
+        load_weights(model, checkpoint, name=inferred.name)
+    return _with_input_size(model, inferred.name, side)
 
 
 def _keep_arguments(model: nn.Module, arguments: dict[str, Any]) -> nn.Module:
-    """Note what a name alone does not say, under timm's own key for it, so that others can build the same model."""
+    """Store model arguments under timm's `model_args`, so that the model can be rebuilt from its config."""
     if arguments:
         update_config(model, model_args=arguments)
     return model
 
 
 def _pooling(name: str, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Average pooling for a ViT whose weights hold the norm that follows it, as MAE's fine-tuned ones do."""
+    """Return average pooling for a ViT whose weights have `fc_norm`, like fine-tuned MAE models."""
     has_norm_after = "fc_norm.weight" in checkpoint.state and "norm.weight" not in checkpoint.state
     is_vit = is_model_in_modules(name.partition(".")[0], ["vision_transformer"])
     return {"global_pool": "avg"} if has_norm_after and is_vit else {}
 
 
 def _build(name: str, options: dict[str, Any], img_size: int | None) -> nn.Module:
-    """Build with random weights."""
+    """Build a model with random weights."""
     return timm.create_model(name, pretrained=False, **options, **_size_option(name, img_size))
 
 
 def _size_option(name: str, img_size: int | None) -> dict[str, Any]:
-    """`img_size` for the models that have a size built in; the others take any."""
+    """Return `img_size` for models with a fixed input size; others accept any size."""
     cfg = timm.get_pretrained_cfg(name) if img_size is not None else None
     return {"img_size": img_size} if cfg is not None and cfg.fixed_input_size else {}
 
 
 def _with_input_size(model: nn.Module, name: str, img_size: int | None) -> nn.Module:
-    """Note the chosen size in the model's data config, where transforms look it up."""
+    """Set the input size in the model's data config, which transforms read."""
     if img_size is None:
         return model
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
@@ -323,14 +322,14 @@ def _with_input_size(model: nn.Module, name: str, img_size: int | None) -> nn.Mo
         near = [size for size in (lower, lower + patch[0]) if size > 0]
         raise ValueError(
             f"img_size must be a multiple of the patch size {patch[0]} of {name!r}, got {img_size}; "
-            f"near ones: {', '.join(map(str, near))}"
+            f"nearest: {', '.join(map(str, near))}"
         )
     update_config(model, input_size=(3, img_size, img_size), test_input_size=None)
     return model
 
 
 def _with_channels(model: nn.Module, name: str, channels: int) -> nn.Module:
-    """Adapt the first convolution, and note mean, standard deviation and input size."""
+    """Adapt the first convolution, and set mean, standard deviation and input size."""
     if channels == 3:
         return model
     config = dict(model.pretrained_cfg)  # type: ignore[arg-type]
@@ -344,7 +343,7 @@ def _with_channels(model: nn.Module, name: str, channels: int) -> nn.Module:
         convolution.in_channels = channels
     if not first:
         raise NotImplementedError(
-            f"channels must be 3 for backbone {name!r}, whose first convolution is not known, got {channels}"
+            f"channels must be 3 for backbone {name!r}, whose first convolution is unknown, got {channels}"
         )
     _, height, width = config["input_size"]
     values = {key: _extended(config[key], channels) for key in ("mean", "std")}
@@ -353,14 +352,14 @@ def _with_channels(model: nn.Module, name: str, channels: int) -> nn.Module:
 
 
 def _extended(values: Sequence[float], channels: int) -> tuple[float, ...]:
-    """Values of three channels for another number: their mean for one, else repeated."""
+    """Convert values of three channels to another number: their mean for one, else repeated."""
     if channels == 1:
         return (sum(values) / len(values),)
     return tuple(values[channel % len(values)] for channel in range(channels))
 
 
 def _as_path(name: str) -> Path | None:
-    """`name` as a path where it is one, None where it is a model's name."""
+    """Return `name` as a path, or None if it is a model name."""
     if name.startswith(_FOLDER_PREFIX):
         path = Path(name.removeprefix(_FOLDER_PREFIX)).expanduser()
     else:
@@ -370,15 +369,15 @@ def _as_path(name: str) -> Path | None:
             return None
     if not path.exists():
         near = _of_family(name)
-        hint = f"; backbones of a like name: {', '.join(map(repr, near))}" if near else ""
+        hint = f"; similar backbones: {', '.join(map(repr, near))}" if near else ""
         raise FileNotFoundError(
-            f"backbone {name!r}: no such file or folder; a repository on the hub is written 'hf-hub:owner/name'{hint}"
+            f"backbone {name!r}: no such file or folder; write a hub repository as 'hf-hub:owner/name'{hint}"
         )
     return path
 
 
 def _known(name: str) -> str:
-    """`name` as timm has it today, an error with the nearest names if it has none such."""
+    """Return timm's current name for `name`; raise an error with the nearest names if unknown."""
     name = get_deprecated_models().get(name) or name
     architecture, _, tag = name.partition(".")
     if timm.is_model(architecture):
@@ -388,7 +387,7 @@ def _known(name: str) -> str:
             return name
         near = difflib.get_close_matches(tag, tags, n=5, cutoff=0.0)
         known = ", ".join(repr(f"{architecture}.{near_tag}") for near_tag in near) or "none"
-        raise ValueError(f"unknown weights {tag!r} of backbone {architecture!r}; known ones: {known}")
+        raise ValueError(f"unknown weights {tag!r} of backbone {architecture!r}; available: {known}")
     names = [*timm.list_models(), *timm.list_pretrained(), *packaged_names()]
     lower = name.lower()
     within = [known for known in {*names} if lower in known]
@@ -396,7 +395,7 @@ def _known(name: str) -> str:
     nearest = _of_family(name) or within[:5] or difflib.get_close_matches(name, names, n=5, cutoff=0.5)
     hint = f"nearest: {', '.join(map(repr, nearest))}" if nearest else "timm.list_models() lists all names"
     raise ValueError(
-        f"unknown backbone {name!r}; {hint}. A local file or folder and {', '.join(packaged_names())} are names as well"
+        f"unknown backbone {name!r}; {hint}. Also accepted: a local file or folder, {', '.join(packaged_names())}"
     )
 
 
@@ -409,44 +408,44 @@ _WELL_KNOWN = (
     *("convnext_base.fb_in22k", "convnext_tiny.fb_in22k", "resnet50.a1_in1k", "resnet18.a1_in1k", "resnet101.a1h_in1k"),
     *("efficientnet_b0.ra_in1k", "mobilenetv3_large_100.ra_in1k"),
 )
-"""Pre-trained models that the name of a family stands for, the usual ones first."""
+"""Pre-trained models suggested for a family name, most common first."""
 _LETTERS = {"base": "b", "small": "s", "large": "l", "tiny": "t", "patch": ""}
-"""What the names of papers and other libraries shorten: ViT-B/16, vit_b_16."""
+"""Abbreviations in names of papers and other libraries: ViT-B/16, vit_b_16."""
 
 
 def _of_family(name: str) -> list[str]:
-    """Up to five well-known pre-trained models whose names hold this one, those that begin so first."""
-    wanted = re.sub(r"[^a-z0-9]", "", name.lower())
+    """Return up to five well-known pre-trained models whose names contain this one, prefix matches first."""
+    query = re.sub(r"[^a-z0-9]", "", name.lower())
     ranked = []
     for known in (*_WELL_KNOWN, *packaged_names()):
         short = re.sub("|".join(_LETTERS), lambda match: _LETTERS[match[0]], known)
         forms = [re.sub(r"[^a-z0-9]", "", form) for form in (known, short)]
-        if wanted and any(wanted in form for form in forms):
-            ranked.append((not any(form.startswith(wanted) for form in forms), known))
+        if query and any(query in form for form in forms):
+            ranked.append((not any(form.startswith(query) for form in forms), known))
     return [known for _, known in sorted(ranked, key=lambda pair: pair[0])][:5]
 
 
 def _check_has_weights(name: str) -> None:
-    """Refuse `pretrained=True` where timm has no weights for `name`."""
+    """Reject `pretrained=True` if timm has no weights for `name`."""
     cfg = timm.get_pretrained_cfg(name)
     if cfg is None or not cfg.has_weights:
         raise ValueError(
-            f"timm has no pre-trained weights for backbone {name!r}; give a file with weights=PATH or "
-            "start from random values with pretrained=False"
+            f"timm has no pre-trained weights for backbone {name!r}; pass a file with weights=PATH or "
+            "use random weights with pretrained=False"
         )
 
 
 def _refuse_second_weights(name: str, weights: str | None, why: str) -> None:
-    """Refuse `weights=` beside a name that brings its own."""
+    """Reject `weights` for a name that includes weights."""
     if weights is not None:
         raise ValueError(
-            f"weights={weights!r} given, but backbone {name!r} {why}; "
-            "give the architecture's timm name with weights=PATH instead"
+            f"weights must be None because backbone {name!r} {why}, got {weights!r}; "
+            "pass the architecture's timm name with weights=PATH"
         )
 
 
 def _check_numbers(num_classes: int, img_size: int | None) -> None:
-    """Refuse sizes that no model can have."""
+    """Check the ranges of `num_classes` and `img_size`."""
     if num_classes < 0:
         raise ValueError(f"num_classes must be 0 (no head) or more, got {num_classes}")
     if img_size is not None and img_size < 1:

@@ -1,4 +1,4 @@
-"""SAM from its authors' checkpoint (`sam_vit_b_01ec64.pth`) or from a folder of transformers."""
+"""SAM from the authors' checkpoint (`sam_vit_b_01ec64.pth`) or a transformers folder."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ from snella_app.backbones.checkpoint import errors, read_checkpoint
 from snella_app.backbones.create import SAM_PREFIX
 from snella_app.text import listed
 
-_DECODER_HEADS = 8  # not visible in the shapes; every published SAM has this many
+_DECODER_HEADS = 8  # not visible in the shapes; the same in every published SAM
 _VISION, _PROMPT, _DECODER = "vision_encoder.", "prompt_encoder.", "mask_decoder."
 _NEEDED = (
     _VISION + "pos_embed",
@@ -35,21 +35,21 @@ _NEEDED = (
 
 
 def infer_sam_config(state: Mapping[str, Tensor], *, source: str) -> SamConfig:
-    """Find the sizes of a SAM: ViT-B, L, H or any other.
+    """Infer the configuration of a SAM of any size.
 
-    Width, depth, patch and image size come from the image encoder's shapes, its heads from the width of its relative
-    positions, and its global blocks from their length; the mask decoder has eight heads, as every published one.
+    Width, depth, patch size and image size follow from the image encoder's shapes, the number of heads from the width
+    of its relative positions, and the global-attention blocks from their length. The mask decoder has eight heads.
 
     Args:
-        state: State dict in the names of transformers' `SamModel`.
-        source: The file as the user typed it, for messages.
+        state: State dict in the naming of transformers' `SamModel`.
+        source: File as the user typed it, for messages.
 
     Raises:
-        ValueError: Tensors that tell the sizes are missing, or the sizes do not agree; the message says which.
+        ValueError: If required tensors are missing or shapes are inconsistent.
     """
     missing = [key for key in _NEEDED if key not in state]
     if missing:
-        raise ValueError(f"'{source}' is no complete SAM: {', '.join(missing)} missing")
+        raise ValueError(f"'{source}' is not a complete SAM: {', '.join(missing)} missing")
     shapes = {key: list(state[key].shape) for key in _NEEDED}
     _, grid, _, width = shapes[_VISION + "pos_embed"]
     patch = shapes[_VISION + "patch_embed.projection.weight"][-1]
@@ -57,14 +57,14 @@ def infer_sam_config(state: Mapping[str, Tensor], *, source: str) -> SamConfig:
     hidden = shapes[_DECODER + "iou_token.weight"][1]
     if width % head_width or hidden % _DECODER_HEADS:
         raise ValueError(
-            f"'{source}' is no SAM: width {width} must be a multiple of the heads' width {head_width}, and the mask "
-            f"decoder's width {hidden} one of its {_DECODER_HEADS} heads"
+            f"'{source}' is not a SAM: width {width} must be a multiple of the head dimension {head_width}, and the "
+            f"mask decoder's width {hidden} a multiple of its {_DECODER_HEADS} heads"
         )
     depth = _count(state, _VISION + "layers.")
     lengths = [state[f"{_VISION}layers.{k}.attn.rel_pos_h"].shape[0] for k in range(depth)]
     windows = {(length + 1) // 2 for length in lengths if length != 2 * grid - 1}
     if len(windows) > 1:
-        raise ValueError(f"'{source}' is no SAM: its blocks have windows of {sorted(windows)} patches, one is needed")
+        raise ValueError(f"'{source}' is not a SAM: blocks must share one window size, got {sorted(windows)} patches")
     vision = SamVisionConfig(
         hidden_size=width,
         output_channels=shapes[_VISION + "neck.conv1.weight"][0],
@@ -100,16 +100,16 @@ def infer_sam_config(state: Mapping[str, Tensor], *, source: str) -> SamConfig:
 
 
 def _count(state: Mapping[str, Tensor], prefix: str) -> int:
-    """How many numbered modules there are behind `prefix`."""
+    """Count the numbered modules under `prefix`."""
     return len({key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)})
 
 
 _logger = logging.getLogger(__name__)
 _IMAGE_POSITIONS = "shared_image_embedding.positional_embedding"
 _PROMPT_POSITIONS = "prompt_encoder.shared_embedding.positional_embedding"
-_PIXEL_BUFFERS = {"pixel_mean", "pixel_std"}  # constants of the authors' preprocessing, in some copies of the file
+_PIXEL_BUFFERS = {"pixel_mean", "pixel_std"}  # preprocessing constants in some copies of the file
 
-# the authors' names to transformers'; applied in this order, each where it matches
+# the authors' names → transformers' names, applied in order
 _RENAMED: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"^image_encoder\.", "vision_encoder."),
     (r"^(vision_encoder\.)blocks\.", r"\1layers."),
@@ -131,23 +131,23 @@ _MLP = re.compile(r"^(mask_decoder\.(?:output_hypernetworks_mlps\.\d+|iou_predic
 
 
 def load_sam(path: str | Path, *, image_size: int | None = None) -> SamModel:
-    """Load SAM with every one of its weights.
+    """Load a SAM of any size with all of its weights.
 
-    ViT-B, L, H or any other size, told from the shapes. For another image size the absolute positions are resampled
-    bicubically and the relative ones of the global blocks linearly, as the model itself would do on the fly.
+    For another image size, absolute positions are resampled bicubically and relative positions of the global blocks
+    linearly, like the model does on the fly.
 
     Args:
-        path: The authors' `.pth`, a single weight file in the names of transformers, or a local folder that
-            `SamModel.save_pretrained` wrote; recognized by content.
-        image_size: Side of the square input in pixels, by default the one that the weights were trained with (1024).
+        path: The authors' `.pth`, a weight file in transformers' naming, or a folder written by
+            `SamModel.save_pretrained`; detected by content.
+        image_size: Input resolution in pixels; None uses the resolution of the weights (1024).
 
     Returns:
         Model in evaluation mode.
 
     Raises:
-        FileNotFoundError: There is no such file or folder.
-        ValueError: Another network, tensors that are missing or extra (each is named), or an `image_size` that the
-            patches cannot tile.
+        FileNotFoundError: If the file or folder does not exist.
+        ValueError: If the weights are not a SAM, tensors are missing or unexpected, or `image_size` is not a multiple
+            of the patch size.
     """
     location = Path(path).expanduser()
     if location.is_dir():
@@ -159,33 +159,33 @@ def load_sam(path: str | Path, *, image_size: int | None = None) -> SamModel:
         config, state = _resized(config, state, image_size)
     model = SamModel(config)
     reference = model.state_dict()
-    found = errors(state, reference)
-    if found:
-        raise ValueError(f"weights '{location}' do not fit SAM: {'; '.join(found)}")
+    mismatches = errors(state, reference)
+    if mismatches:
+        raise ValueError(f"weights '{location}' do not fit SAM: {'; '.join(mismatches)}")
     model.load_state_dict(state)
     return model.eval()
 
 
 def _in_transformers_names(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The state dict of a file in transformers' names, whichever of the two layouts it has."""
+    """Convert a state dict of either layout to transformers' names."""
     names = set(state)
     if not any(name.startswith(("image_encoder.patch_embed.", "vision_encoder.patch_embed.")) for name in names):
         raise ValueError(
-            f"weights '{path}' are no SAM: neither image_encoder.patch_embed (the authors' names) nor "
-            f"vision_encoder.patch_embed (transformers') is there, it holds {listed(sorted(names))}"
+            f"weights '{path}' are not a SAM: image_encoder.patch_embed (authors) and vision_encoder.patch_embed "
+            f"(transformers) are missing, got {listed(sorted(names))}"
         )
     if any(name.startswith("image_encoder.") for name in names):
         depths = _mlp_depths(names)
         state = {_renamed(name, depths): value for name, value in state.items() if name not in _PIXEL_BUFFERS}
-    # one matrix under two names; files hold it under either
-    for one, other in ((_IMAGE_POSITIONS, _PROMPT_POSITIONS), (_PROMPT_POSITIONS, _IMAGE_POSITIONS)):
-        if one in state:
-            state.setdefault(other, state[one])
+    # one matrix with two names; files store it under either
+    for name, alias in ((_IMAGE_POSITIONS, _PROMPT_POSITIONS), (_PROMPT_POSITIONS, _IMAGE_POSITIONS)):
+        if name in state:
+            state.setdefault(alias, state[name])
     return state
 
 
 def _mlp_depths(names: set[str]) -> dict[str, int]:
-    """Number of layers in each small perceptron of the mask decoder."""
+    """Return the number of layers in each MLP of the mask decoder."""
     depths: dict[str, int] = {}
     for match in filter(None, map(_MLP.match, names)):
         depths[match[1]] = max(depths.get(match[1], 0), int(match[2]) + 1)
@@ -193,7 +193,7 @@ def _mlp_depths(names: set[str]) -> dict[str, int]:
 
 
 def _renamed(name: str, depths: dict[str, int]) -> str:
-    """One of the authors' names in transformers'."""
+    """Convert one of the authors' names to transformers' name."""
     for pattern, replacement in _RENAMED:
         name = re.sub(pattern, replacement, name)
     match = _MLP.match(name)
@@ -205,36 +205,38 @@ def _renamed(name: str, depths: dict[str, int]) -> str:
 
 
 def _read_folder(folder: Path) -> tuple[SamConfig, dict[str, Tensor]]:
-    """Configuration and weights of a folder in transformers' format."""
+    """Read configuration and weights of a folder in transformers' format."""
     file = folder / "config.json"
     if not file.is_file():
-        raise FileNotFoundError(f"SAM folder '{folder}' needs config.json and model.safetensors; no config.json there")
+        raise FileNotFoundError(
+            f"SAM folder '{folder}' must contain config.json and model.safetensors; config.json is missing"
+        )
     try:
         kind = json.loads(file.read_text(encoding="utf-8")).get("model_type")
     except (ValueError, AttributeError) as error:
         raise ValueError(f"'{file}' is not a readable configuration: {error}") from error
     if kind != "sam":
-        raise ValueError(f"'{file}' must be of a transformers model of model_type 'sam', got {kind!r}")
+        raise ValueError(f"'{file}' must have model_type 'sam', got {kind!r}")
     loaded: Any = SamModel.from_pretrained(
         folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
     )
     model, info = cast(SamModel, loaded[0]), loaded[1]
-    found = [
+    mismatches = [
         f"{len(keys)} {kind} ({listed(sorted(map(str, keys)))})"
         for kind, keys in (
             ("missing", info["missing_keys"]),
             ("unexpected", info["unexpected_keys"]),
-            ("of another shape", info["mismatched_keys"]),
+            ("with a different shape", info["mismatched_keys"]),
         )
         if keys
     ]
-    if found:
-        raise ValueError(f"weights in '{folder}' do not fit its config.json: {'; '.join(found)}")
+    if mismatches:
+        raise ValueError(f"weights in '{folder}' do not fit its config.json: {'; '.join(mismatches)}")
     return model.config, model.state_dict()
 
 
 def _resized(config: SamConfig, state: dict[str, Tensor], image_size: int) -> tuple[SamConfig, dict[str, Tensor]]:
-    """Configuration and weights for another image size."""
+    """Adapt configuration and weights to another image size."""
     vision: Any = config.vision_config
     patch, before = vision.patch_size, vision.image_size // vision.patch_size
     if image_size < patch or image_size % patch:
@@ -242,7 +244,7 @@ def _resized(config: SamConfig, state: dict[str, Tensor], image_size: int) -> tu
     grid = image_size // patch
     if grid == before:
         return config, state
-    _logger.info("SAM's positions resampled from %dx%d to %dx%d patches", before, before, grid, grid)
+    _logger.info("resampled SAM's positions from %dx%d to %dx%d patches", before, before, grid, grid)
     settings = config.to_dict()
     settings["vision_config"] |= {"image_size": image_size}
     settings["prompt_encoder_config"] |= {"image_size": image_size, "image_embedding_size": grid}
@@ -259,22 +261,22 @@ def _resized(config: SamConfig, state: dict[str, Tensor], image_size: int) -> tu
 
 
 class SamMaskHead(nn.Module):
-    """SAM's mask decoder with nothing to prompt it: no point, no box, the embedding of "no mask" as the dense prompt.
+    """SAM's mask decoder without prompts; the dense prompt is the "no mask" embedding.
 
-    As in SAM-Adapter: decoder and dense embedding are trained, the first of the mask tokens gives the mask.
+    Like SAM-Adapter, decoder and dense embedding are trained, and the first mask token predicts the mask.
 
     Args:
-        sam: Where decoder, dense embedding and position encoding come from.
+        sam: Model that provides decoder, dense embedding and position encoding.
     """
 
     def __init__(self, sam: SamModel) -> None:
         super().__init__()
-        self.masks = sam.mask_decoder  # no name that ends with "decoder": PEFT would wrap it a second time
+        self.masks = sam.mask_decoder  # a name ending in "decoder" would make PEFT wrap it twice
         self.position_encoding = sam.shared_image_embedding
         self.no_mask = nn.Parameter(sam.prompt_encoder.no_mask_embed.weight.detach()[0].clone())
 
     def forward(self, embeddings: Tensor) -> Tensor:
-        """Logits of the foreground `[batch, 1, 4h, 4w]` from image embeddings `[batch, channels, h, w]`."""
+        """Compute foreground logits `[batch, 1, 4h, 4w]` from image embeddings `[batch, channels, h, w]`."""
         batch, _, height, width = embeddings.shape
         dense = self.no_mask[None, :, None, None].expand(batch, -1, height, width)
         masks, _ = self.masks(
@@ -287,28 +289,28 @@ class SamMaskHead(nn.Module):
         return masks[:, 0]
 
     def _positions(self, height: int, width: int, like: Tensor) -> Tensor:
-        """Encoded centres of the patches, `[1, channels, h, w]`."""
+        """Return the encoded patch centers, `[1, channels, h, w]`."""
         y = (torch.arange(height, device=like.device, dtype=like.dtype) + 0.5) / height
         x = (torch.arange(width, device=like.device, dtype=like.dtype) + 0.5) / width
-        centres = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)  # [h, w, 2], x first
-        return self.position_encoding(centres).permute(2, 0, 1)[None]
+        centers = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)  # [h, w, 2], x first
+        return self.position_encoding(centers).permute(2, 0, 1)[None]
 
 
 class SamSegmenter(nn.Module):
-    """`[batch, 3, S, S]` → scores of background (always 0) and foreground, `[batch, 2, S, S]`.
+    """Binary segmenter: `[batch, 3, S, S]` → scores of background (always 0) and foreground, `[batch, 2, S, S]`.
 
-    With the background's score at 0, the softmax of both is the sigmoid of SAM's own logit.
+    With a background score of 0, the softmax over both equals the sigmoid of SAM's logit.
 
     Args:
-        sam: A SAM, taken apart.
-        image_size: Side of its input in pixels.
+        sam: Model whose encoder and decoder are reused.
+        image_size: Input resolution in pixels.
     """
 
     def __init__(self, sam: SamModel, image_size: int) -> None:
         super().__init__()
         self.encoder = sam.vision_encoder
         self.decoder = SamMaskHead(sam)
-        # as GPS's and SAM-Adapter's code prepares images: ImageNet's statistics, both sides resized
+        # preprocessing of GPS and SAM-Adapter: ImageNet statistics, resize without cropping
         self.pretrained_cfg = {
             "architecture": None,
             "input_size": (3, image_size, image_size),
@@ -321,7 +323,7 @@ class SamSegmenter(nn.Module):
         self.default_cfg = self.pretrained_cfg
 
     def forward(self, images: Tensor) -> Tensor:
-        """Scores of every pixel."""
+        """Compute scores of every pixel."""
         logits = self.decoder(self.encoder(images).last_hidden_state)
         logits = F.interpolate(logits, images.shape[-2:], mode="bilinear", align_corners=False)
         return torch.cat([torch.zeros_like(logits), logits], dim=1)
@@ -331,19 +333,19 @@ def create_sam_segmenter(path: str, *, num_classes: int, img_size: int | None = 
     """Build a segmentation model from SAM.
 
     Args:
-        path: The authors' checkpoint, or a local folder in transformers' format; see `load_sam`.
+        path: The authors' checkpoint or a folder in transformers' format; see `load_sam`.
         num_classes: Must be 2: background and foreground.
-        img_size: Side of the input in pixels; the one of the weights (1024) if None.
+        img_size: Input resolution in pixels; None uses the resolution of the weights (1024).
 
     Raises:
-        NotImplementedError: More than two classes.
-        FileNotFoundError: There is no such file or folder.
-        ValueError: Weights that are no SAM, or a size that its patches cannot tile.
+        NotImplementedError: If `num_classes` is not 2.
+        FileNotFoundError: If the file or folder does not exist.
+        ValueError: If the weights are not a SAM or `img_size` is not a multiple of the patch size.
     """
     if num_classes != 2:
         raise NotImplementedError(
-            f"backbone {SAM_PREFIX}{path} gives one mask, of 2 classes, but the data has {num_classes}; a timm ViT as "
-            "the backbone, with a decoder of its own, takes any number"
+            f"num_classes must be 2 for backbone {SAM_PREFIX}{path}, got {num_classes}; use a timm ViT as the backbone "
+            "for more classes"
         )
     sam = load_sam(Path(path), image_size=img_size)
     return SamSegmenter(sam, next(iter(sam.vision_encoder.patch_embed.image_size)))

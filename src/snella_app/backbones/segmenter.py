@@ -1,4 +1,4 @@
-"""A timm backbone with a light decoder on top: class scores for every pixel."""
+"""Segmentation models: a timm backbone with a light decoder."""
 
 from typing import Any
 
@@ -9,22 +9,22 @@ from torch import Tensor, nn
 from snella_app.backbones.create import SAM_PREFIX, create_backbone
 
 DECODER = "decoder"
-"""Name of the part of a segmentation model that is always trained in full."""
+"""Name of the decoder module, which is always fully trained."""
 _LEVELS = 4
 _WIDTH = 128
 _GROUPS = 8
 
 
 class LightDecoder(nn.Module):
-    """From feature maps of a few layers to class scores on a grid four times as fine.
+    """Decoder from multi-layer feature maps to class scores at four times their resolution.
 
-    Each map is normalized over its channels and projected to 128 ones by a 1×1 convolution; the sum goes twice through
-    (enlarge by 2, 3×3 convolution, group normalization, GELU) and a 1×1 convolution to the classes. Nothing in it
-    depends on the batch or on the image's size.
+    Each map is normalized (GroupNorm with one group) and projected to 128 channels by a 1×1 convolution. The sum
+    passes twice through 2× upsampling, 3×3 convolution, GroupNorm and GELU, then through a 1×1 convolution to the
+    classes. The decoder is independent of batch size and image size.
 
     Args:
-        channels: Channels of each map.
-        num_classes: Classes, the background included.
+        channels: Number of channels of each map.
+        num_classes: Number of classes including background.
     """
 
     def __init__(self, channels: list[int], num_classes: int) -> None:
@@ -39,9 +39,9 @@ class LightDecoder(nn.Module):
         self.classify = nn.Conv2d(width, num_classes, 1)
 
     def forward(self, features: list[Tensor]) -> Tensor:
-        """Class scores `[batch, classes, 4h, 4w]` from maps `[batch, channels, h, w]`; coarser maps are enlarged."""
+        """Compute class scores `[batch, classes, 4h, 4w]` from maps `[batch, channels, h, w]`; resize other maps."""
         size = features[0].shape[-2:]
-        # torch 2.13 ends the process in GroupNorm's backward pass where a channels-last input needs no gradient
+        # torch 2.13 crashes in GroupNorm's backward pass for channels-last inputs without gradient
         levels = zip(self.norms, self.projections, (level.contiguous() for level in features), strict=True)
         maps = [_resized(projection(norm(level)), size) for norm, projection, level in levels]
         x = torch.stack(maps).sum(0)
@@ -53,14 +53,14 @@ class LightDecoder(nn.Module):
 class SegmentationModel(nn.Module):
     """A timm backbone and a decoder: `[batch, 3, H, W]` → class scores `[batch, classes, H, W]`.
 
-    The decoder sees up to four layers, evenly spaced and the last one among them.
+    The decoder uses up to four evenly spaced layers including the last.
 
     Args:
-        encoder: A timm model without head that has `forward_intermediates`.
-        num_classes: Classes, the background included.
+        encoder: timm model without head, with `forward_intermediates`.
+        num_classes: Number of classes including background.
 
     Raises:
-        NotImplementedError: The model does not hand out its intermediate features.
+        NotImplementedError: If the model does not support `forward_intermediates`.
     """
 
     def __init__(self, encoder: nn.Module, num_classes: int) -> None:
@@ -68,19 +68,19 @@ class SegmentationModel(nn.Module):
         info = getattr(encoder, "feature_info", None)
         if not callable(getattr(encoder, "forward_intermediates", None)) or not info:
             raise NotImplementedError(
-                f"{type(encoder).__name__} does not hand out feature maps (forward_intermediates), which segmentation "
-                "needs; timm's ViT, DINOv2, Swin and ConvNeXt models do"
+                f"segmentation requires feature maps (forward_intermediates), got {type(encoder).__name__} without; "
+                "use a ViT, DINOv2, Swin or ConvNeXt of timm"
             )
         self.encoder = encoder
         channels = [int(entry["num_chs"]) for entry in info]
         self.layers = _evenly_spaced(len(channels), _LEVELS)
         self.decoder = LightDecoder([channels[layer] for layer in self.layers], num_classes)
-        # segmentation shows the whole image: nothing is cut off
+        # segmentation uses the whole image without cropping
         self.pretrained_cfg = {**dict(encoder.pretrained_cfg), "crop_pct": 1.0, "crop_mode": "squash"}  # type: ignore[arg-type]
         self.default_cfg = self.pretrained_cfg
 
     def forward(self, images: Tensor) -> Tensor:
-        """Class scores of every pixel."""
+        """Compute class scores of every pixel."""
         features = self.encoder.forward_intermediates(  # type: ignore[operator]
             images, indices=self.layers, norm=True, intermediates_only=True, output_fmt="NCHW"
         )
@@ -95,32 +95,32 @@ def create_segmenter(
     pretrained: bool = True,
     img_size: int | None = None,
 ) -> nn.Module:
-    """Build a backbone with a decoder; raises as `create_backbone` and `create_sam_segmenter`.
+    """Build a backbone with a decoder; raises the errors of `create_backbone` and `create_sam_segmenter`.
 
     Args:
-        name: As for `create_backbone`: a timm model, for which a `LightDecoder` is made. Or `sam:PATH`: a SAM with its
-            own decoder, always with its weights.
-        num_classes: Classes of a pixel, the background included.
+        name: Name as for `create_backbone`, combined with a `LightDecoder`; or `sam:PATH`, a pre-trained SAM with
+            SAM's decoder.
+        num_classes: Number of classes including background.
         weights: As for `create_backbone`.
         pretrained: As for `create_backbone`.
         img_size: As for `create_backbone`.
     """
     if name.startswith(SAM_PREFIX):
-        from snella_app.backbones.sam import create_sam_segmenter  # transformers' SAM takes a while to import
+        from snella_app.backbones.sam import create_sam_segmenter  # lazy: importing transformers' SAM is slow
 
         if weights is not None:
-            raise ValueError(f"weights={weights!r} given, but backbone {name!r} comes with weights of its own")
+            raise ValueError(f"weights must be None for backbone {name!r}, which includes weights, got {weights!r}")
         return create_sam_segmenter(name.removeprefix(SAM_PREFIX), num_classes=num_classes, img_size=img_size)
     options: dict[str, Any] = {"weights": weights, "pretrained": pretrained, "img_size": img_size}
     return SegmentationModel(create_backbone(name, num_classes=0, **options), num_classes)
 
 
 def _resized(x: Tensor, size: torch.Size) -> Tensor:
-    """A map of another size, as it is where it has that size."""
+    """Resize a map if its size differs."""
     return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=False)
 
 
-def _evenly_spaced(count: int, wanted: int) -> list[int]:
-    """Up to `wanted` of `count` layers, the last one among them."""
-    wanted = min(wanted, count)
-    return [round((k + 1) * count / wanted) - 1 for k in range(wanted)]
+def _evenly_spaced(count: int, limit: int) -> list[int]:
+    """Return up to `limit` of `count` layer indices, including the last."""
+    limit = min(limit, count)
+    return [round((k + 1) * count / limit) - 1 for k in range(limit)]

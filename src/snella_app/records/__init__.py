@@ -1,4 +1,4 @@
-"""The JSON files of runs and comparisons, as dataclasses: who writes one makes its record, who reads one gets it."""
+"""JSON files of runs and comparisons as dataclasses."""
 
 from snella_app.records.record import (
     FORMAT,

@@ -1,7 +1,6 @@
-"""`Record`, and the only way between it and its file: `write` and `read`.
+"""`Record`, with `write` and `read`.
 
-A field is a key of the file; one with a default may be missing there, or null. Keys that no field names are passed
-over.
+A field is a key of the file. Fields with a default may be missing or null; unknown keys are ignored.
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ R = TypeVar("R", bound="Record")
 
 
 class Record:
-    """Base of the dataclasses that are a whole file.
+    """Base class of dataclasses that are stored as one JSON file.
 
     Attributes:
-        file: Its name in the folder of a run.
-        is_sealed: Whether it carries the SHA-256 of its other entries.
+        file: File name in the run folder.
+        is_sealed: If True, the file stores the SHA-256 of its other entries.
     """
 
     file: ClassVar[str]
@@ -38,23 +37,23 @@ class Record:
 
     @classmethod
     def decoded(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The entries of a file under the names of the fields."""
+        """Map the entries of a file to field names."""
         return values
 
     def encoded(self, values: dict[str, Any]) -> dict[str, Any]:
-        """The values of the fields under the names of the file."""
+        """Map field values to the entries of the file."""
         return values
 
     def check_folder(self, folder: Path) -> None:
-        """Refuse a folder whose other files are not what this one says, with a ValueError."""
+        """Raise a ValueError if other files in the folder contradict this record."""
 
 
 OPTIONAL = {"is_optional": True}
-"""Marks a field that is not written while it has its default."""
+"""Metadata of a field that is omitted from the file at its default value."""
 
 
 def plain(value: Any) -> Any:
-    """A record, or what stands in one, as plain values for JSON, which lacks NaN: null stands for it."""
+    """Convert a record or a field value to plain JSON values; NaN becomes null."""
     if is_dataclass(value) and not isinstance(value, type):
         values = {
             f.name: plain(getattr(value, f.name))
@@ -70,7 +69,7 @@ def plain(value: Any) -> Any:
 
 
 def write(record: Record, folder: str | Path) -> Path:
-    """Write a record into the folder of a run, atomically; the file."""
+    """Atomically write a record to a run folder and return the file."""
     file = Path(folder) / record.file
     values = plain(record)
     write_json(file, sealed(values) if record.is_sealed else values)
@@ -78,16 +77,16 @@ def write(record: Record, folder: str | Path) -> Path:
 
 
 def read(kind: type[R], folder: str | Path) -> R:
-    """Read a record from the folder of a run.
+    """Read a record from a run folder.
 
     Args:
-        kind: Class of the record.
-        folder: Of the run.
+        kind: Record class.
+        folder: Run folder.
 
     Raises:
-        FileNotFoundError: The folder holds no such file.
-        ValueError: The file is damaged or of an unknown format, a field is missing or of another type, or what the file
-            says of the folder is not so.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file is damaged or has an unknown format, a field is missing or has the wrong type, or
+            `check_folder` fails.
     """
     file = Path(folder) / kind.file
     record = record_from(kind, kind.decoded(read_object(file)), file)
@@ -96,25 +95,25 @@ def read(kind: type[R], folder: str | Path) -> R:
 
 
 def read_if_present(kind: type[R], folder: str | Path) -> R | None:
-    """Read a record as `read` does; None where the run has no such file."""
+    """Read a record like `read`; return None if the file does not exist."""
     return read(kind, folder) if (Path(folder) / kind.file).exists() else None
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """Read a JSON file that holds one object, and check its seal and its format number.
+    """Read a JSON file with one object and check its SHA-256 and format number.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is not JSON, not an object, altered, or of a format that this version does not know.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file is not a JSON object, was modified, or has an unknown format.
     """
     if not file.is_file():
         folder, hint = file.parent, _hint(file)
         if (folder / "run.json").is_file():
-            state = "the run has not written it yet, or the file was removed"
+            state = "the run has not written it yet, or it was deleted"
         elif folder.is_dir():
-            state, hint = "this is not the folder of a run", "give the folder that `snella train --out` wrote"
+            state, hint = "this is not a run folder", "pass the folder that `snella train --out` wrote"
         else:
-            state, hint = "there is no such folder", "give the folder that `snella train --out` wrote"
+            state, hint = "no such folder", "pass the folder that `snella train --out` wrote"
         raise FileNotFoundError(f"no file {file}: {state}; {hint}")
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
@@ -125,30 +124,31 @@ def read_object(file: Path) -> dict[str, Any]:
             f"{file} is damaged: {error.msg} in line {error.lineno}, column {error.colno}; {_hint(file)}"
         ) from error
     except RecursionError:
-        raise ValueError(f"{file} is damaged: it is nested too deeply; {_hint(file)}") from None
+        raise ValueError(f"{file} is damaged: nested too deeply; {_hint(file)}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{file}: the file must hold a mapping, got {_shown(values)}; {_hint(file)}")
+        raise ValueError(f"{file}: the file must contain a mapping, got {_shown(values)}; {_hint(file)}")
     if not is_intact(values):
-        raise ValueError(f"{file} was altered after it was written: its SHA-256 is another; {_hint(file)}")
+        raise ValueError(f"{file} was altered after it was written: SHA-256 mismatch; {_hint(file)}")
     if values.get("format", FORMAT) != FORMAT:
         raise ValueError(
             f"{file} has format {values['format']!r}, this version of snella reads format {FORMAT}; "
-            "install the version that wrote it (named under 'versions' in run.json)"
+            "install the version that wrote it (see 'versions' in run.json)"
         )
     return values
 
 
 def record_from(kind: type[T], values: Any, file: Path | None = None, where: str = "") -> T:
-    """Make a dataclass of plain values, each checked against the type of its field.
+    """Build a dataclass from plain values, checking each value against its field's type.
 
     Args:
-        kind: The dataclass.
-        values: A mapping; keys that no field names are passed over.
-        file: Where the values come from, for messages.
-        where: Path of the mapping inside the file, such as `history[3]`.
+        kind: Dataclass.
+        values: Mapping; unknown keys are ignored.
+        file: Source of the values, for error messages.
+        where: Path of the mapping inside the file, e.g. `history[3]`.
 
     Raises:
-        ValueError: No mapping, a field that is missing or of another type, or what the dataclass itself refuses.
+        ValueError: If `values` is not a mapping, a field is missing or has the wrong type, or the dataclass rejects
+            the values.
     """
     if not isinstance(values, Mapping):
         raise _error(file, f"{_quoted(where)} must be a mapping, got {_shown(values)}")
@@ -170,7 +170,7 @@ def record_from(kind: type[T], values: Any, file: Path | None = None, where: str
 
 
 def _converted(kind: Any, value: Any, file: Path | None, where: str) -> Any:
-    """A value of a file as a field of some type holds it."""
+    """Convert a value of a file to a field type."""
     origin, inner = get_origin(kind), get_args(kind)
     if kind is Any:
         return value
@@ -187,13 +187,13 @@ def _converted(kind: Any, value: Any, file: Path | None, where: str) -> Any:
         return value
     if origin in (list, tuple):
         items = _checked(list, value, file, where)
-        made = [_converted(inner[0], item, file, f"{where}[{i}]") for i, item in enumerate(items)]
-        return tuple(made) if origin is tuple else made
+        converted = [_converted(inner[0], item, file, f"{where}[{i}]") for i, item in enumerate(items)]
+        return tuple(converted) if origin is tuple else converted
     if origin is dict:
         entries = _checked(dict, value, file, where)
         return {str(key): _converted(inner[1], item, file, f"{where}.{key}") for key, item in entries.items()}
     if kind is float and value is None:
-        return math.nan  # among others of a list or mapping; JSON has no other word for it
+        return math.nan  # JSON stores NaN in lists and mappings as null
     return _checked(kind, value, file, where)
 
 
@@ -208,7 +208,7 @@ _NAMES: dict[type, str] = {
 
 
 def _checked(kind: type, value: Any, file: Path | None, where: str) -> Any:
-    """A value that must be of a plain type; an integer passes as a float."""
+    """Check that a value has a plain type; integers are accepted as floats."""
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
@@ -217,7 +217,7 @@ def _checked(kind: type, value: Any, file: Path | None, where: str) -> Any:
 
 
 def _fitting(options: list[Any], value: Any) -> Any:
-    """Of several types the one whose required fields a value has most of; the first of equals."""
+    """Return the first type with the most required fields present in the value."""
 
     def count(option: Any) -> int:
         if not is_dataclass(option) or not isinstance(value, Mapping):
@@ -229,33 +229,33 @@ def _fitting(options: list[Any], value: Any) -> Any:
 
 @cache
 def _hints(kind: type) -> dict[str, Any]:
-    """The types of a dataclass's fields."""
+    """Return the field types of a dataclass."""
     return get_type_hints(kind)
 
 
 def _accepts_none(kind: Any) -> bool:
-    """Whether a field of this type may be None."""
+    """Return whether a field of this type accepts None."""
     return kind is Any or NoneType in get_args(kind)
 
 
 def _is_same(value: Any, default: Any) -> bool:
-    """Whether a field has its default, which may be NaN."""
-    both = (value, default)
-    return value is default or value == default or all(isinstance(v, float) and math.isnan(v) for v in both)
+    """Return whether a value equals the default, treating NaN as equal to NaN."""
+    pair = (value, default)
+    return value is default or value == default or all(isinstance(v, float) and math.isnan(v) for v in pair)
 
 
 def _quoted(where: str) -> str:
-    """A place in a file."""
+    """Quote a path inside a file."""
     return f"'{where}'" if where else "the file"
 
 
 def _error(file: Path | None, message: str) -> ValueError:
-    """What is wrong with a file, and what to do about it."""
+    """Return an error with the file and a remedy."""
     return ValueError(message if file is None else f"{file}: {message}; {_hint(file)}")
 
 
 def _hint(file: Path) -> str:
-    """What to do about a file that cannot be used."""
+    """Return the remedy for an unusable file."""
     if file.name == "comparison.json":
         return f"run `snella compare` again or delete {file.name}"
     if file.name == "run.json":
@@ -264,6 +264,6 @@ def _hint(file: Path) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value with its type, short enough for a message."""
+    """Format a value and its type for a message."""
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

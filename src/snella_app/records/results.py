@@ -1,4 +1,4 @@
-"""Results: scores on one split, one dataclass a task; rows of comparisons; what evaluations of generators measured."""
+"""Result records: scores by task, rows of comparisons, and evaluations of generators."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ _Z = 1.959964  # 97.5 % quantile of the normal distribution
 
 
 class _Result:
-    """Base of the results of a task."""
+    """Base class of task scores."""
 
     short: ClassVar[tuple[str, ...]]
 
     def values(self) -> dict[str, Any]:
-        """The numbers in short, as plain values."""
+        """Return the main scores as plain values."""
         return {name: getattr(self, name) for name in self.short}
 
 
 @dataclass(frozen=True)
 class Scores(_Result):
-    """Result of a classifier on one split; `confusion[i][j]` counts images of class i predicted as class j."""
+    """Classification scores on one split; `confusion[i][j]` counts images of class i predicted as class j."""
 
     short: ClassVar[tuple[str, ...]] = ("accuracy", "balanced_accuracy", "images")
 
@@ -36,7 +36,7 @@ class Scores(_Result):
     macro_f1: float = field(default=math.nan, metadata=OPTIONAL)
 
     def __post_init__(self) -> None:
-        """Refuse a table that is not square."""
+        """Check that the confusion matrix is square."""
         if any(len(row) != len(self.confusion) for row in self.confusion):
             raise ValueError(
                 f"confusion must be square, got {len(self.confusion)} rows of lengths "
@@ -65,7 +65,7 @@ class Scores(_Result):
     def balanced_margin(self) -> float:
         """95 % margin of the balanced accuracy; NaN without images.
 
-        z / K sqrt(Σ_c p_c (1 - p_c) / (n_c + 2)),   p_c = (correct_c + 1) / (n_c + 2), over the K classes that occur
+        z / K sqrt(Σ_c p_c (1 - p_c) / (n_c + 2)),   p_c = (correct_c + 1) / (n_c + 2), over the K classes present
         """
         rows = [(row[i], sum(row)) for i, row in enumerate(self.confusion) if sum(row)]
         if not rows:
@@ -80,7 +80,7 @@ class Scores(_Result):
     def rows(self, split: str) -> list[tuple[str, str, str]]:
         """Label, value and small print of each number."""
         images = f"{margin_text(self.margin)}, {count_text(self.images)} images" if self.images else ""
-        balanced = ", ".join(filter(None, (margin_text(self.balanced_margin), "mean of the classes")))
+        balanced = ", ".join(filter(None, (margin_text(self.balanced_margin), "mean over classes")))
         return [
             (f"{split} accuracy", percent_text(self.accuracy), images),
             (f"{split} balanced accuracy", percent_text(self.balanced_accuracy), balanced),
@@ -89,7 +89,7 @@ class Scores(_Result):
 
 @dataclass(frozen=True)
 class ClassScores:
-    """Result of a segmentation for one class; NaN where the class was neither there nor found."""
+    """Segmentation scores of one class; NaN if the class is neither present nor predicted."""
 
     name: str
     pixels: int = 0
@@ -101,7 +101,7 @@ class ClassScores:
 
 @dataclass(frozen=True)
 class MaskScores(_Result):
-    """Result of a segmentation on one split: by image, pooled, and GPS's variant without false positives."""
+    """Segmentation scores on one split: by image, pooled, and GPS's variant without false positives."""
 
     short: ClassVar[tuple[str, ...]] = ("dice", "iou", "dice_pooled", "iou_pooled", "images")
 
@@ -129,19 +129,19 @@ class MaskScores(_Result):
         """Label, value and small print of each number."""
         gps = f"{percent_text(self.dice_gps_foreground_only)}, {percent_text(self.iou_gps_foreground_only)}"
         return [
-            (f"{split} Dice", percent_text(self.dice), f"mean of {count_text(self.images)} images"),
-            (f"{split} IoU", percent_text(self.iou), "mean of the images"),
+            (f"{split} Dice", percent_text(self.dice), f"mean over {count_text(self.images)} images"),
+            (f"{split} IoU", percent_text(self.iou), "mean over images"),
             (
                 f"{split} Dice, IoU pooled",
                 f"{percent_text(self.dice_pooled)}, {percent_text(self.iou_pooled)}",
-                f"all pixels together. GPS's variant, without false positives: {gps}",
+                f"over all pixels. GPS's variant, without false positives: {gps}",
             ),
         ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class OrdinalScores(Scores):
-    """Result of a task with ordered classes on one split: `mae` in ranks, `kappa` with quadratic weights."""
+    """Ordinal classification scores on one split: `mae` in ranks, `kappa` with quadratic weights."""
 
     short: ClassVar[tuple[str, ...]] = ("mae", "kappa", *Scores.short)
 
@@ -156,7 +156,7 @@ class OrdinalScores(Scores):
     def rows(self, split: str) -> list[tuple[str, str, str]]:
         """Label, value and small print of each number."""
         return [
-            (f"{split} MAE", decimal_text(self.mae, 3), f"ranks, mean of {count_text(self.images)} images"),
+            (f"{split} MAE", decimal_text(self.mae, 3), f"ranks, mean over {count_text(self.images)} images"),
             (f"{split} kappa", decimal_text(self.kappa, 3), "quadratic weights; 1 is perfect, 0 is chance"),
             *super().rows(split),
         ]
@@ -164,7 +164,7 @@ class OrdinalScores(Scores):
 
 @dataclass(frozen=True)
 class LabelScores:
-    """Result of one label of several; NaN where no image has it."""
+    """Multi-label scores of one label; NaN if no image has it."""
 
     name: str
     support: int = 0
@@ -177,7 +177,7 @@ class LabelScores:
 
 @dataclass(frozen=True)
 class LabelSetScores(_Result):
-    """Result of a task with several labels an image on one split; `map` is the mean of average precisions."""
+    """Multi-label scores on one split; `map` is the mean average precision over labels."""
 
     short: ClassVar[tuple[str, ...]] = ("map", "macro_f1", "micro_f1", "images")
 
@@ -197,19 +197,19 @@ class LabelSetScores(_Result):
     def rows(self, split: str) -> list[tuple[str, str, str]]:
         """Label, value and small print of each number."""
         return [
-            (f"{split} mAP", percent_text(self.map), f"mean of the labels, {count_text(self.images)} images"),
+            (f"{split} mAP", percent_text(self.map), f"mean over labels, {count_text(self.images)} images"),
             (
                 f"{split} F1",
                 percent_text(self.macro_f1),
-                f"mean of the labels; all together {percent_text(self.micro_f1)}",
+                f"macro; micro {percent_text(self.micro_f1)}",
             ),
-            (f"{split} all labels right", percent_text(self.subset_accuracy), "share of the images"),
+            (f"{split} subset accuracy", percent_text(self.subset_accuracy), "images with all labels correct"),
         ]
 
 
 @dataclass(frozen=True)
 class NumberScores:
-    """Result of one number of a regression, in its own unit; `baseline_mae` is that of the training images' median."""
+    """Scores of one regression target in its unit; the baseline predicts the training median (MAE) or mean (RMSE)."""
 
     name: str
     mae: float
@@ -222,10 +222,10 @@ class NumberScores:
 
 @dataclass(frozen=True)
 class RegressionScores(_Result):
-    """Result of a regression on one split.
+    """Regression scores on one split.
 
-    `mae`, `rmse` and `r2` are means over its numbers. Errors of several numbers have different units, so that
-    `text` and `rows` give those of each number, and the mean of R² alone.
+    `mae`, `rmse` and `r2` are means over targets. Targets have different units, so `text` and `rows` report errors by
+    target and average only R².
     """
 
     short: ClassVar[tuple[str, ...]] = ("mae", "rmse", "r2", "images")
@@ -242,42 +242,42 @@ class RegressionScores(_Result):
         r2 = decimal_text(self.r2, 3)
         if len(self.per_target) > 1:
             errors = ", ".join(f"{row.name} {measure_text(row.mae)}" for row in self.per_target)
-            return f"R² {r2}, mean of {len(self.per_target)} numbers; MAE of {errors}"
+            return f"R² {r2}, mean over {len(self.per_target)} targets; MAE of {errors}"
         return f"MAE {measure_text(self.mae)}, RMSE {measure_text(self.rmse)}, R² {r2}"
 
     def rows(self, split: str) -> list[tuple[str, str, str]]:
         """Label, value and small print of each number."""
         r2, images = decimal_text(self.r2, 3), f"{count_text(self.images)} images"
         if len(self.per_target) > 1:
-            explained = f"share of the variance explained, mean of {len(self.per_target)} numbers, {images}"
+            explained = f"fraction of variance explained, mean over {len(self.per_target)} targets, {images}"
             errors = [
-                (f"{split} MAE of {row.name}", measure_text(row.mae), f"RMSE {measure_text(row.rmse)}, in its own unit")
+                (f"{split} MAE of {row.name}", measure_text(row.mae), f"RMSE {measure_text(row.rmse)}")
                 for row in self.per_target
             ]
             return [(f"{split} R²", r2, explained), *errors]
         return [
             (f"{split} MAE", measure_text(self.mae), f"mean absolute error, {images}"),
             (f"{split} RMSE", measure_text(self.rmse), "root mean squared error"),
-            (f"{split} R²", r2, "share of the variance explained"),
+            (f"{split} R²", r2, "fraction of variance explained"),
         ]
 
 
 SplitScores = Scores | OrdinalScores | MaskScores | LabelSetScores | RegressionScores
-"""Results on one split, by task."""
+"""Scores of any task on one split."""
 _SCORES_BY_ENTRY: dict[str, type[SplitScores]] = {
     **{"dice": MaskScores, "map": LabelSetScores, "rmse": RegressionScores, "kappa": OrdinalScores}
 }
 
 
 def scores_from(values: Mapping[str, Any]) -> SplitScores:
-    """The record of what `Task.metrics` or `evaluate` returned."""
+    """Build the scores record from the values that `Task.metrics` or `evaluate` returned."""
     kind = next((kind for entry, kind in _SCORES_BY_ENTRY.items() if entry in values), Scores)
     return record_from(kind, values)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TriedCandidate:
-    """One point of a search: its settings, the means over its seeds, and how many of them failed."""
+    """One search candidate: settings, means over seeds, and number of failed seeds."""
 
     lr_factor: float
     lr: float
@@ -290,13 +290,13 @@ class TriedCandidate:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchChoice:
-    """How the learning rate and weight decay of a final run were chosen.
+    """Selected learning rate and weight decay of a final run.
 
     Attributes:
-        lr_factor: The best, times the method's default learning rate.
-        lr_on_edge: Whether it is the smallest or the largest that was tried.
-        weight_decay_on_edge: Whether the best weight decay is the largest of several.
-        trials: All that were tried.
+        lr_factor: Best multiplier of the method's default learning rate.
+        lr_on_edge: True if it is the smallest or largest candidate.
+        weight_decay_on_edge: True if the best weight decay is the largest of several candidates.
+        trials: All candidates.
     """
 
     lr_factor: float | None
@@ -307,20 +307,20 @@ class SearchChoice:
 
 @dataclass(frozen=True, kw_only=True)
 class CellResults:
-    """What a finished run of a comparison gave; None where a value was not measured.
+    """Results of a finished comparison run; None for values that were not measured.
 
     Attributes:
-        trained_as: The tuning run that it was made from.
-        peft_config: PEFT's configuration of the adapter; None for methods outside PEFT.
-        kept_weights: Budget of the adapted ones in the adapter.
-        file_size: Bytes of the adapter.
-        val: Scores by their names, which are columns such as `val_accuracy` in the file.
-        test: Likewise of the test images, for final runs.
-        split: SHA-256 of what was split, and how.
-        changed_weights: Values of the backbone that are other than before, for final runs.
-        peak_rss_mib: Of the process, where the run had one of its own.
-        training_mib: What of it came after the libraries were loaded.
-        forgetting: Share of other data's images that a linear probe loses, for final runs.
+        trained_as: Tuning run that this run reuses.
+        peft_config: PEFT configuration of the adapter; None for methods outside PEFT.
+        kept_weights: Total budget of the adapter.
+        file_size: Size of the adapter in bytes.
+        val: Validation scores by name; columns such as `val_accuracy` in the file.
+        test: Test scores by name, for final runs.
+        split: SHA-256 of the data and its split.
+        changed_weights: Number of changed backbone values, for final runs.
+        peak_rss_mib: Peak memory of the process, if the run had a separate process.
+        training_mib: Peak memory excluding loaded libraries.
+        forgetting: Accuracy that a linear probe loses on other data, for final runs.
     """
 
     trained_as: str | None = None
@@ -361,18 +361,18 @@ _SPLITS = ("val", "test")
 class CellRow(Record):
     """One run of a comparison: `cell.json` in its folder, and a line of `results.jsonl`.
 
-    In the file, the results are columns among the others, and there are none of a failed run. Settings, versions and
-    the machine have the names of PEFT's method comparison.
+    The file stores results as top-level columns; failed runs have none. Settings, versions and machine use the names
+    of PEFT's method comparison.
 
     Attributes:
-        cell: Path of its folder below `cells/`.
-        metric: Score that methods are compared by.
-        task_name: The data.
-        experiment_name: The method's label.
-        tried_weight_decay: That of a tuning run; None for the method's default.
-        search: How the settings of a final run were chosen.
-        error: Of a failed run.
-        total_time: Seconds, the tuning run that it was made from among them.
+        cell: Path of the run folder below `cells/`.
+        metric: Score used to compare methods.
+        task_name: Dataset.
+        experiment_name: Label of the method.
+        tried_weight_decay: Weight decay of a tuning run; None for the method's default.
+        search: Hyperparameter selection of a final run.
+        error: Error of a failed run.
+        total_time: Seconds, including the reused tuning run.
     """
 
     file: ClassVar[str] = "cell.json"
@@ -410,19 +410,19 @@ class CellRow(Record):
     results: CellResults | None = None
 
     def column(self, name: str) -> float | None:
-        """A result by its name in the file, such as `test_accuracy`; None where it was not measured."""
+        """Return a result by its name in the file, e.g. `test_accuracy`; None if not measured."""
         split, _, score = name.partition("_")
         if self.results is None:
             return None
         return getattr(self.results, split).get(score) if split in _SPLITS else getattr(self.results, name)
 
     def score(self, split: str) -> float | None:
-        """What methods are compared by, on `val` or `test`."""
+        """Return the score used to compare methods on `val` or `test`."""
         return self.column(f"{split}_{self.metric}")
 
     @classmethod
     def decoded(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The columns of a finished run as its results, those of a split as its scores."""
+        """Group the columns of a finished run into results and per-split scores."""
         if values.get("status") != "success":
             return values
         scores = {
@@ -432,7 +432,7 @@ class CellRow(Record):
         return {**values, "results": {**values, **scores}}
 
     def encoded(self, values: dict[str, Any]) -> dict[str, Any]:
-        """And the other way round."""
+        """Flatten results and per-split scores into columns."""
         results = values.pop("results") or {}
         for name, value in results.items():
             values |= {f"{name}_{score}": v for score, v in value.items()} if name in _SPLITS else {name: value}
@@ -441,7 +441,7 @@ class CellRow(Record):
 
 @dataclass(frozen=True)
 class MethodResult:
-    """One method of the demonstration; NaN or None where a value was not measured."""
+    """One method of the demonstration; NaN or None for values that were not measured."""
 
     method: str
     split: str = "test"
@@ -455,7 +455,7 @@ class MethodResult:
 
 @dataclass(frozen=True)
 class MethodResults(Record):
-    """The methods that the demonstration compared: `comparison.json`."""
+    """Method comparison of the demonstration: `comparison.json`."""
 
     file: ClassVar[str] = "comparison.json"
 
@@ -465,7 +465,7 @@ class MethodResults(Record):
 
 @dataclass(frozen=True)
 class SubjectFidelity(Record):
-    """What an evaluation of a personalized generator measured: `generation.json`."""
+    """Evaluation of a personalized generator: `generation.json`."""
 
     file: ClassVar[str] = "generation.json"
 
@@ -478,14 +478,14 @@ class SubjectFidelity(Record):
 
 @dataclass(frozen=True)
 class TaskAccuracy:
-    """Share of one task's questions that were answered correctly."""
+    """Fraction of one task's questions answered correctly."""
 
     accuracy: float
 
 
 @dataclass(frozen=True)
 class AnswerScores(Record):
-    """What an evaluation of a language model measured: `language.json`."""
+    """Evaluation of a language model: `language.json`."""
 
     file: ClassVar[str] = "language.json"
 

@@ -1,4 +1,4 @@
-"""What a training writes: `run.json`, `metrics.json`, `allocation.json`, `predictions.json`, `folds.json`."""
+"""Records of a run: `run.json`, `metrics.json`, `allocation.json`, `predictions.json`, `folds.json`."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ Status = Literal["running", "interrupted", "failed", "finished"]
 
 @dataclass(frozen=True)
 class BackboneInfo:
-    """The model that a run began with.
+    """Initial model of a run.
 
     Attributes:
-        name: As `--backbone` takes it, or of a generator's pipeline or language model.
-        weights: File of its weights, where that is not part of the name.
-        pretrained: Whether it began with pre-trained weights; None for generators, as the following two.
-        img_size: Side of its images in pixels, where that was asked for.
-        num_classes: Outputs of its head.
-        seed: Decides what is not pre-trained in it.
-        architecture: The name under which timm makes such a model; None for models of other origin.
-        channels: Of its images.
+        name: Value of `--backbone`, or name of a generator's pipeline or language model.
+        weights: Weight file, if not part of the name.
+        pretrained: True for pre-trained weights; None for generators.
+        img_size: Requested input resolution in pixels.
+        num_classes: Number of outputs; None for generators.
+        seed: Seed of newly initialized weights; None for generators.
+        architecture: timm model name; None for models outside timm.
+        channels: Number of image channels.
     """
 
     name: str
@@ -40,7 +40,7 @@ class BackboneInfo:
     channels: int = field(default=3, metadata=OPTIONAL)
 
     def __post_init__(self) -> None:
-        """Refuse numbers that no model has."""
+        """Check sizes against their limits."""
         for name, most in _MOST.items():
             value = getattr(self, name)
             if value is not None and not 1 <= value <= most:
@@ -52,24 +52,24 @@ _MOST = {"img_size": 16_384, "num_classes": 1_000_000, "channels": 4_096}
 
 @dataclass(frozen=True)
 class DataInfo:
-    """The data of a run.
+    """Data of a run.
 
     Attributes:
-        spec: As `--data` takes it.
-        seed: Decides the splits.
-        description: In a few words.
-        sizes: Items of each part.
-        digest: SHA-256 of the file names, classes and split; None for generators.
-        contents: SHA-256 of the images of each part that the run read; nothing for generators.
-        folder: Its absolute place; None for data without one.
-        notes: What a user should know about it.
-        fold_part: The part that is a fold of a cross-validation.
-        white: Value of 16-bit images that becomes white, where it was given.
-        read_side: What the shorter side of an image keeps at least, where it is read at a lower resolution; None for
-            images with masks, which are read in full.
-        subject: Of a personalization: which one.
-        class_name: And what kind of thing it is.
-        files: And its images in `folder`.
+        spec: Value of `--data`.
+        seed: Seed of the splits.
+        description: Short description.
+        sizes: Number of items by split.
+        digest: SHA-256 of file names, classes and split; None for generators.
+        contents: SHA-256 of the images by split that the run read; empty for generators.
+        folder: Absolute path; None for data without a folder.
+        notes: Notes for the user.
+        fold_part: Split that is a fold of a cross-validation.
+        white: Value of 16-bit images mapped to white, if given.
+        read_side: Minimum shorter side when images are decoded at a reduced resolution; None for images with masks,
+            which are decoded at full resolution.
+        subject: Subject of a personalization.
+        class_name: Class of the subject.
+        files: Images of the subject in `folder`.
     """
 
     spec: str
@@ -99,18 +99,18 @@ class ReliabilityBin:
 
 @dataclass(frozen=True)
 class Reliability:
-    """Calibration on one split, with the temperature and without.
+    """Calibration on one split, with and without temperature scaling.
 
     Attributes:
         split: val or test.
-        count: Images.
+        count: Number of images.
         ece: Expected calibration error with the temperature, `Σ_b count_b / count · |accuracy_b - confidence_b|` over
-            bins of equally many images (Guo et al., arXiv 1706.04599, but for the bins).
-        ece_before: The same without.
-        loss: Mean cross entropy with the temperature.
-        loss_before: The same without.
-        bins: The bins, from the lowest confidence to the highest, with the temperature.
-        bins_before: The same without.
+            equal-mass bins (Guo et al., arXiv 1706.04599, use equal-width bins).
+        ece_before: Expected calibration error without the temperature.
+        loss: Mean cross-entropy with the temperature.
+        loss_before: Mean cross-entropy without the temperature.
+        bins: Confidence bins in ascending order, with the temperature.
+        bins_before: Confidence bins without the temperature.
     """
 
     split: str
@@ -124,21 +124,21 @@ class Reliability:
 
     @property
     def is_better(self) -> bool:
-        """Whether the temperature lowers the calibration error."""
+        """True if the temperature lowers the calibration error."""
         return self.ece < self.ece_before
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The temperature that a classifier's logits are divided by, fitted on validation images, and what it changes.
+    """Temperature scaling of a classifier, fitted on validation images, and its effect.
 
     Attributes:
-        temperature: Greater than 1 where the model is too sure of itself.
-        threshold: Least probability at which half as many errors are left among the validation images as in all of
-            them; None where none does that, or there was no error.
-        coverage: Share of the validation images whose probability reaches the threshold.
-        accuracy: Share of these that is right.
-        reliability: On validation, and on test images where there are any.
+        temperature: Divisor of the logits; above 1 for an overconfident model.
+        threshold: Lowest probability at which the validation error rate is half the overall one; None if no threshold
+            achieves it or without errors.
+        coverage: Fraction of validation images whose probability reaches the threshold.
+        accuracy: Accuracy on these images.
+        reliability: Calibration on validation and, if present, test images.
     """
 
     temperature: float
@@ -149,27 +149,28 @@ class Calibration:
 
     @property
     def verdict(self) -> str:
-        """Whether the temperature helped, on the test images where there are any."""
+        """Effect of the temperature as a sentence, on the test images if present."""
         if not self.reliability:
             return ""
         last = self.reliability[-1]
-        where = f"{'validation' if last.split == 'val' else last.split} images"
+        images = f"{'validation' if last.split == 'val' else last.split} images"
         change = f"expected calibration error {100 * last.ece_before:.1f} % without it, {100 * last.ece:.1f} % with it"
         if last.is_better:
-            return f"The temperature helped on the {last.count} {where}: {change}."
+            return f"The temperature helped on the {last.count} {images}: {change}."
         return (
-            f"The temperature did not help on the {last.count} {where}: {change}. Do not rely on the probabilities; "
+            f"The temperature did not help on the {last.count} {images}: {change}. Do not rely on the probabilities; "
             "more validation images may help."
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunInfo(Record):
-    """What was trained on what: `run.json`; `files` are the digests of a finished run's other files.
+    """Record of a run: `run.json`.
 
-    `calibration` is there for classifiers that were measured on validation images. `id` is drawn when a run begins, and
-    each of its checkpoints names it. `settings` is the digest of the settings in `config.yaml`. `final_head` is
-    `layers` if predictions come from a linear head on several layers, fitted after training.
+    `files` holds the digests of a finished run's other files. `calibration` is set for classifiers with validation
+    images. `id` is drawn at the start of a run and stored in its checkpoints. `settings` is the digest of the settings
+    in `config.yaml`. `final_head` is `layers` if predictions come from a linear head on several layers, fitted after
+    training.
     """
 
     file: ClassVar[str] = "run.json"
@@ -199,31 +200,31 @@ class RunInfo(Record):
 
     @property
     def temperature(self) -> float:
-        """What `predict` divides logits by; 1 where nothing was calibrated."""
+        """Divisor of the logits in `predict`; 1 without calibration."""
         return 1.0 if self.calibration is None else self.calibration.temperature
 
     @property
     def trained_head_temperature(self) -> float:
-        """The temperature for the trained head's logits; 1 if the calibrated head is another one."""
+        """Temperature for the trained head's logits; 1 if another head is calibrated."""
         return self.temperature if self.final_head == "trained" else 1.0
 
     @property
     def is_finished(self) -> bool:
-        """Whether training came to its end."""
+        """True if training is complete."""
         return self.status == "finished"
 
     def check_folder(self, folder: Path) -> None:
-        """Compare the files of a finished run with their digests; an unfinished run has none."""
+        """Compare the files of a finished run with their digests."""
         check_files(folder, self.files or {})
 
 
 @dataclass(frozen=True, kw_only=True)
 class EpochRow:
-    """One epoch of training; NaN where a value was not measured.
+    """One epoch of training; NaN for values that were not measured.
 
-    Epoch 0 is the model before training, measured where its head starts from a probe or from another run.
-    `val_…` is what the best epoch was chosen on: the test images where `Metrics.selected_on` says so. `is_denser` marks
-    an epoch that holds more weights than were asked for, and so was not to be chosen.
+    Epoch 0 is the model before training, evaluated if its head starts from a probe or from another run. `val_…` refers
+    to the images used for epoch selection, which are the test images if `Metrics.selected_on` is `test`. `is_denser`
+    marks an epoch above the target budget, which is not eligible for selection.
     """
 
     epoch: int
@@ -251,14 +252,14 @@ class EpochRow:
 
 @dataclass(frozen=True)
 class AveragedEpochs:
-    """Epochs whose trained weights were averaged after the training.
+    """Weight average over epochs, computed after training.
 
     Attributes:
-        kind: `swa`, the mean of all that were kept, or `soup`, the mean of those that raised the result.
-        epochs: Those in the average.
-        offered: Those that were kept.
-        is_saved: Whether the average is the run's adapter; otherwise the best epoch was better.
-        scores: Results of the average on the images that select the epoch, by their names in the history.
+        kind: `swa` averages all candidate epochs; `soup` averages those that improve the score.
+        epochs: Averaged epochs.
+        offered: Candidate epochs.
+        is_saved: True if the average is the run's adapter; False if the best epoch scored higher.
+        scores: Scores of the average on the images used for epoch selection, by name in the history.
     """
 
     kind: Literal["swa", "soup"]
@@ -269,21 +270,21 @@ class AveragedEpochs:
 
     @property
     def text(self) -> str:
-        """Which epochs were averaged."""
+        """Averaged epochs, human-readable."""
         names = ", ".join(map(str, self.epochs))
-        return f"the average of epochs {names}" if len(self.epochs) > 1 else f"epoch {names} alone"
+        return f"the average of epochs {names}" if len(self.epochs) > 1 else f"only epoch {names}"
 
 
 @dataclass(frozen=True)
 class FinalHead:
-    """A linear head on features of several layers that was fitted after training, beside the trained head.
+    """Linear head on features of several layers, fitted after training in addition to the trained head.
 
     Attributes:
-        layers: Their indices in timm's `feature_info`, from 0.
-        is_saved: Whether predictions use it; otherwise it is clearly worse on validation.
-        metric: That the validation results are of; None without validation images.
-        val: Result on validation of a fit to the training images.
-        val_trained: That of the trained head.
+        layers: Indices in timm's `feature_info`, from 0.
+        is_saved: True if predictions use this head; False if it is clearly worse on validation.
+        metric: Name of the validation metric; None without validation images.
+        val: Validation score of the head fitted to the training images.
+        val_trained: Validation score of the trained head.
     """
 
     layers: list[int]
@@ -294,12 +295,12 @@ class FinalHead:
 
     @property
     def name(self) -> str:
-        """What it is: layers are counted from 1."""
+        """Human-readable name, with layers counted from 1."""
         return f"linear head on layers {', '.join(str(layer + 1) for layer in self.layers)}"
 
     @property
     def comparison(self) -> str:
-        """Both validation results; empty without validation images."""
+        """Both validation scores; empty without validation images."""
         if self.metric is None:
             return ""
         metric = self.metric.replace("_", " ")
@@ -308,9 +309,9 @@ class FinalHead:
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics(Record):
-    """Results and costs: `metrics.json`; of a generator's, the costs alone.
+    """Results and costs: `metrics.json`; only costs for generators.
 
-    In the file, the history's `val_…` are called `test_…` where the test images chose the epoch.
+    The file stores `val_…` of the history as `test_…` if the epoch was selected on test images.
     """
 
     file: ClassVar[str] = "metrics.json"
@@ -337,38 +338,38 @@ class Metrics(Record):
 
     @property
     def adapter_epoch(self) -> int | None:
-        """The epoch whose budgets the adapter has: the best one, or the last one of a run that saved an average."""
+        """Epoch whose budgets the adapter has: the best one, or the last one if an average is saved."""
         if self.averaged is not None and self.averaged.is_saved and self.history:
             return self.history[-1].epoch
         return self.best_epoch
 
     @property
     def measured(self) -> tuple[str, SplitScores | None]:
-        """The results that a report shows first, those on test images where there are any, and their split."""
+        """Split and scores that a report shows first: test if present, else validation."""
         return ("test", self.test) if self.test is not None else ("validation", self.val)
 
     @property
     def selection(self) -> str:
-        """The split that the best epoch was selected on, human-readable."""
+        """Split used for epoch selection, human-readable."""
         return "test" if self.selected_on == "test" else "validation"
 
     @classmethod
     def decoded(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The history's `test_…` as `val_…`."""
+        """Rename `test_…` in the history to `val_…`."""
         history = values.get("history")
         if values.get("selected_on") != "test" or not isinstance(history, list):
             return values
         return {**values, "history": [_renamed(row, "test_", "val_") for row in history]}
 
     def encoded(self, values: dict[str, Any]) -> dict[str, Any]:
-        """And the other way round."""
+        """Rename `val_…` in the history to `test_…`."""
         if self.selected_on != "test":
             return values
         return {**values, "history": [_renamed(row, "val_", "test_") for row in values["history"]]}
 
 
 def _renamed(row: Any, old: str, new: str) -> Any:
-    """A row whose names begin with `new` instead of `old`."""
+    """Replace the prefix `old` with `new` in the names of a row."""
     if not isinstance(row, Mapping):
         return row
     return {new + key.removeprefix(old) if key.startswith(old) else key: value for key, value in row.items()}
@@ -376,7 +377,7 @@ def _renamed(row: Any, old: str, new: str) -> Any:
 
 @dataclass(frozen=True)
 class FixedLoss:
-    """Loss on fixed noise and times, before and after training."""
+    """Loss on fixed noise and timesteps, before and after training."""
 
     before: float = math.nan
     after: float = math.nan
@@ -384,7 +385,7 @@ class FixedLoss:
 
 @dataclass(frozen=True, kw_only=True)
 class LossRow:
-    """A step or epoch of a generator's training; None where a value was not measured."""
+    """A step or epoch of a generator's training; None for values that were not measured."""
 
     step: int = 0
     epoch: float | None = field(default=None, metadata=OPTIONAL)
@@ -397,7 +398,7 @@ class LossRow:
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratorMetrics(Record):
-    """Losses and costs of a run that trained a generator of images or of text: `metrics.json`."""
+    """Losses and costs of training an image or text generator: `metrics.json`."""
 
     file: ClassVar[str] = "metrics.json"
 
@@ -412,10 +413,10 @@ class GeneratorMetrics(Record):
     loss_history: list[LossRow] = field(default_factory=list)
 
     def learning(self) -> dict[str, Any]:
-        """The losses in short, as plain values; None where a value was not measured.
+        """Summarize the losses as plain values; None for values that were not measured.
 
         Returns:
-            `steps`, `epochs`, `first` and `last` loss, that of `held_out` entries, those on fixed noise and times
+            `steps`, `epochs`, `first` and `last` loss, loss on `held_out` entries, loss on fixed noise and timesteps
             before and after training (`fixed_before`, `fixed_after`), and the `optimizer`.
         """
         rows, fixed = self.loss_history, self.fixed_loss or FixedLoss()
@@ -435,7 +436,7 @@ class GeneratorMetrics(Record):
 
 @dataclass(frozen=True)
 class MatrixInfo:
-    """One adapted matrix; `budget` and `nonzeros` are those of the saved adapter."""
+    """One adapted matrix, with `budget` and `nonzeros` of the saved adapter."""
 
     name: str
     kind: str
@@ -448,7 +449,7 @@ class MatrixInfo:
 
 @dataclass(frozen=True)
 class AllocationStep:
-    """One allocation: the budget `b_t` of all matrices at time `t` of `total`, and its division."""
+    """One allocation: total budget `b_t` at time `t` of `total`, and the budgets of the matrices."""
 
     step: int
     t: int
@@ -460,7 +461,7 @@ class AllocationStep:
 
 @dataclass(frozen=True)
 class Allocation(Record):
-    """How budgets evolved: `allocation.json`."""
+    """Budgets over time: `allocation.json`."""
 
     file: ClassVar[str] = "allocation.json"
 
@@ -470,20 +471,20 @@ class Allocation(Record):
     history: list[AllocationStep] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """Refuse steps that are not of these matrices."""
+        """Check that every step covers exactly these matrices."""
         names = {matrix.name for matrix in self.matrices}
         for i, step in enumerate(self.history):
             unknown = sorted((set(step.budgets) | set(step.importance)) - names)
             if unknown or names - set(step.budgets):
                 raise ValueError(
-                    f"history[{i}] does not fit 'matrices': unknown {unknown[:3]}, "
+                    f"history[{i}] does not match 'matrices': unknown {unknown[:3]}, "
                     f"without budget {sorted(names - set(step.budgets))[:3]}"
                 )
 
 
 @dataclass(frozen=True)
 class SplitPredictions(Record):
-    """What a model says about the images of one split: `predictions.json`, by task."""
+    """Base class of predictions on one split: `predictions.json`."""
 
     file: ClassVar[str] = "predictions.json"
 
@@ -491,13 +492,13 @@ class SplitPredictions(Record):
 
     @property
     def split_name(self) -> str:
-        """The split, human-readable."""
+        """Human-readable name of the split."""
         return "validation" if self.split == "val" else self.split
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says about one image."""
+    """Class prediction for one image."""
 
     index: int
     name: str
@@ -508,30 +509,30 @@ class Prediction:
 
     @property
     def predicted(self) -> int:
-        """Class of the highest probability; of ordered classes the predicted rank."""
+        """Predicted class: highest probability, or the predicted rank of ordered classes."""
         if self.rank is not None:
             return self.rank
         return max(range(len(self.probabilities)), key=self.probabilities.__getitem__)
 
     @property
     def probability(self) -> float:
-        """The predicted class's probability."""
+        """Probability of the predicted class."""
         return self.probabilities[self.predicted]
 
     @property
     def is_right(self) -> bool:
-        """Whether the predicted class is the label."""
+        """True if the predicted class is the label."""
         return self.predicted == self.label
 
 
 @dataclass(frozen=True)
 class Predictions(SplitPredictions):
-    """Predictions of one class an image."""
+    """Class predictions on one split."""
 
     items: list[Prediction] = field(kw_only=True)
 
     def with_temperature(self, temperature: float) -> Self:
-        """The same with the probabilities that logits over a temperature give: `p ** (1 / T)`, to the sum 1."""
+        """Return these predictions with temperature-scaled probabilities, `p ** (1 / T)`, normalized to sum to 1."""
 
         def changed(item: Prediction) -> Prediction:
             powers = [p ** (1 / temperature) for p in item.probabilities]
@@ -540,23 +541,23 @@ class Predictions(SplitPredictions):
         return self if temperature == 1.0 else replace(self, items=[changed(item) for item in self.items])
 
     def for_classes(self, count: int) -> Self:
-        """The same, if they have a probability for each of so many classes.
+        """Return these predictions after checking that each has `count` probabilities.
 
         Raises:
-            ValueError: One has not.
+            ValueError: If a prediction has another number of probabilities or an invalid label.
         """
         for i, item in enumerate(self.items):
             if len(item.probabilities) != count or not 0 <= item.label < count:
                 raise ValueError(
                     f"{self.file}: items[{i}] has {len(item.probabilities)} probabilities and label {item.label}, "
-                    f"but run.json names {count} classes; train again with `--overwrite`"
+                    f"but run.json lists {count} classes; train again with `--overwrite`"
                 )
         return self
 
 
 @dataclass(frozen=True)
 class LabelSetPrediction:
-    """The class numbers that one image has, and what the model says about all classes."""
+    """True labels and predicted probabilities of one image."""
 
     index: int
     name: str
@@ -566,7 +567,7 @@ class LabelSetPrediction:
 
 @dataclass(frozen=True)
 class LabelSetPredictions(SplitPredictions):
-    """Predictions of any number of labels an image."""
+    """Multi-label predictions on one split."""
 
     thresholds: list[float] = field(kw_only=True)
     items: list[LabelSetPrediction] = field(kw_only=True)
@@ -574,7 +575,7 @@ class LabelSetPredictions(SplitPredictions):
 
 @dataclass(frozen=True)
 class NumberPrediction:
-    """The numbers of one image and those predicted, in their own units."""
+    """True and predicted regression targets of one image, in their units."""
 
     index: int
     name: str
@@ -584,14 +585,14 @@ class NumberPrediction:
 
 @dataclass(frozen=True)
 class NumberPredictions(SplitPredictions):
-    """Predicted numbers."""
+    """Regression predictions on one split."""
 
     items: list[NumberPrediction] = field(kw_only=True)
 
 
 @dataclass(frozen=True)
 class MaskPrediction:
-    """How well one image was segmented; NaN where nothing was to be found. `mask` is a file of the run's folder."""
+    """Segmentation scores of one image; NaN if no class is present or predicted. `mask` is a file in the run folder."""
 
     index: int
     name: str = ""
@@ -602,14 +603,14 @@ class MaskPrediction:
 
 @dataclass(frozen=True)
 class MaskPredictions(SplitPredictions):
-    """Segmented images."""
+    """Segmentation results on one split."""
 
     items: list[MaskPrediction] = field(kw_only=True)
 
 
 @dataclass(frozen=True)
 class FoldRow:
-    """The result of one fold: the numbers of its held-out images by metric."""
+    """Scores of one fold on its held-out images, by metric."""
 
     fold: int
     folder: str
@@ -620,12 +621,12 @@ class FoldRow:
 
 @dataclass(frozen=True)
 class FoldResults(Record):
-    """A cross-validation: `folds.json`.
+    """Cross-validation results: `folds.json`.
 
     Attributes:
-        folds: How many there are.
-        held_out: The part that a fold is: test, or val where the data has a test part of its own.
-        rows: Those that are finished.
+        folds: Number of folds.
+        held_out: Split formed by the folds: test, or val if the data has a separate test split.
+        rows: Finished folds.
         settings: Digest of the settings in `config.yaml`.
     """
 

@@ -1,6 +1,6 @@
-"""Figures, tables and the HTML report of a run, from the files of its folder.
+"""Figures, tables and the HTML report of a run.
 
-The names are imported when they are first used: a prediction does not wait for matplotlib.
+Names are imported lazily so that predictions do not import matplotlib.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""Figures of the weight budget: its final allocation, and its history and importance."""
+"""Figures of the weight budget: final allocation, history and importance."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from snella_app.text import points_text
 
 @dataclass(frozen=True)
 class Cell:
-    """The matrices of one kind at one depth (several where a backbone counts depth anew in each stage)."""
+    """Matrices of one type and block index (several if the backbone restarts block indices in each stage)."""
 
     size: int
     budget: int
@@ -44,23 +44,23 @@ class Cell:
 
     @property
     def kept(self) -> float:
-        """Share of the weights that are kept."""
+        """Fraction of weights kept."""
         return self.budget / self.size if self.size else 0.0
 
     @property
     def sparsity(self) -> float:
-        """Share of the weights that are zero in the update."""
+        """Fraction of update entries that are zero."""
         return 1.0 - self.kept
 
     @property
     def is_frozen(self) -> bool:
-        """Whether none of its matrices is trained."""
+        """True if all matrices are frozen."""
         return self.frozen == self.count
 
 
 @dataclass(frozen=True)
 class MatrixGrid:
-    """Cells by (kind, depth), kinds in the order in which a block uses them; depth None is outside the blocks."""
+    """Cells by (kind, depth), kinds in the block's order; depth None is outside the blocks."""
 
     kinds: list[str]
     depths: list[int | None]
@@ -93,9 +93,9 @@ def arrange(matrices: Sequence[MatrixInfo], budgets: Mapping[str, int]) -> Matri
 
 
 def epochs_of_allocation(allocation: Allocation, metrics: Metrics | None, is_finished: bool) -> int | None:
-    """Return the number of epochs that the schedule's `total` stands for, None where the files do not tell.
+    """Return the number of epochs that corresponds to the schedule's `total`; None if unknown.
 
-    The allocator counts in allocations; these are epochs unless `realloc_every` is a number of steps.
+    The allocator counts allocations, which are epochs unless `realloc_every` is a number of steps.
     """
     if not allocation.history or metrics is None or not metrics.history:
         return None
@@ -106,10 +106,10 @@ def epochs_of_allocation(allocation: Allocation, metrics: Metrics | None, is_fin
 
 
 def adapter_step(allocation: Allocation, metrics: Metrics | None) -> AllocationStep | None:
-    """Return the allocation that was in force when the saved adapter (the best epoch's) was measured.
+    """Return the allocation in effect when the saved adapter was evaluated.
 
-    It is the last one with the total budget that the metrics note for that epoch, and where several have the same
-    total (constant schedule), not after the epoch's end; the last of all where the metrics do not tell.
+    This is the last allocation with the total budget recorded for that epoch. If several have the same total (constant
+    schedule), allocations after the end of the epoch are excluded. Without a recorded budget it is the last allocation.
     """
     if not allocation.history:
         return None
@@ -117,21 +117,21 @@ def adapter_step(allocation: Allocation, metrics: Metrics | None) -> AllocationS
     best = None if metrics is None or metrics.adapter_epoch is None else rows.get(metrics.adapter_epoch)
     if best is None or best.budget is None:
         return allocation.history[-1]
-    same = [entry for entry in allocation.history if entry.budget == best.budget]
+    matching = [entry for entry in allocation.history if entry.budget == best.budget]
     share = best.epoch / max(rows)
-    reached = [entry for entry in same if entry.step <= share * allocation.history[-1].step]
-    return (reached or same or allocation.history)[-1]
+    reached = [entry for entry in matching if entry.step <= share * allocation.history[-1].step]
+    return (reached or matching or allocation.history)[-1]
 
 
 NUMBERED_DEPTHS = 48
-"""Maps of more blocks are drawn without numbers."""
+"""Maximum number of blocks for maps with numbers."""
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def sparsity_map(matrices: Sequence[MatrixInfo], budgets: Mapping[str, int]) -> Figure:
-    """Draw the sparsity of each matrix by block (x) and kind (y); frozen matrices carry a cross.
+    """Draw the sparsity of each matrix by block (x) and type (y); a cross marks frozen matrices.
 
-    sparsity = 1 - budget / size, in percent; the stronger the color, the more weights are trained.
+    sparsity = 1 - budget / size, in percent; stronger colors mean more trained weights.
     """
     grid = arrange(matrices, budgets)
     columns, rows = len(grid.depths), len(grid.kinds)
@@ -174,7 +174,7 @@ def sparsity_map(matrices: Sequence[MatrixInfo], budgets: Mapping[str, int]) -> 
 
 
 def linear_trend(values: Sequence[float]) -> tuple[float, float]:
-    """Slope and intercept of the least-squares line through `(0, values[0]), (1, values[1]), …`."""
+    """Return slope and intercept of the least-squares line through `(0, values[0]), (1, values[1]), …`."""
     if len(values) < 2:
         return 0.0, float(values[0])
     slope, intercept = np.polyfit(np.arange(len(values)), values, 1)
@@ -201,7 +201,7 @@ def block_trend(matrices: Sequence[MatrixInfo], budgets: Mapping[str, int]) -> F
     names = dict(enumerate(map(str, depths)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: names.get(round(value), "")))
     percent_axis(axes)
-    add_legend(figure, [bars, line], ["weights left unchanged", f"trend, {points_text(slope, 2)} points a block"])  # type: ignore[list-item]
+    add_legend(figure, [bars, line], ["weights left unchanged", f"trend, {points_text(slope, 2)} points per block"])  # type: ignore[list-item]
     return figure
 
 
@@ -210,7 +210,7 @@ def budget_curve(allocation: Allocation, epochs: int | None) -> Figure:
 
     Args:
         allocation: The run's allocation.
-        epochs: Epochs that the schedule spans; None counts allocations instead.
+        epochs: Epochs spanned by the schedule; None uses allocations as the time unit.
     """
     figure, axes = new_figure(*CURVE, "Total budget")
     times = _times(allocation, epochs)
@@ -231,7 +231,7 @@ def budget_curve(allocation: Allocation, epochs: int | None) -> Figure:
 
 
 def budget_shares(allocation: Allocation, epochs: int | None, by: str = "kind") -> Figure:
-    """Draw how the total budget is divided among kinds or depths, as stacked shares over the epochs.
+    """Draw each matrix type's or block's share of the total budget over the epochs, stacked.
 
     Args:
         allocation: As for `budget_curve`.
@@ -239,10 +239,10 @@ def budget_shares(allocation: Allocation, epochs: int | None, by: str = "kind") 
         by: `kind` or `depth`.
 
     Raises:
-        ValueError: `by` is neither.
+        ValueError: If `by` is neither.
     """
     if by not in ("kind", "depth"):
-        raise ValueError(f"by must be 'kind' or 'depth', got {by!r}; choose one of them")
+        raise ValueError(f"by must be 'kind' or 'depth', got {by!r}; pass one of them")
     grid = arrange(allocation.matrices, {matrix.name: matrix.size for matrix in allocation.matrices})
     groups: list[str | int | None] = list(grid.kinds if by == "kind" else grid.depths)
     place = {m.name: groups.index(m.kind if by == "kind" else m.depth) for m in allocation.matrices}
@@ -266,16 +266,16 @@ def budget_shares(allocation: Allocation, epochs: int | None, by: str = "kind") 
     percent_axis(axes)
     _time_axis(axes, times, epochs)
     names = ["–" if group is None else shortened(str(group), 16) for group in groups]
-    if len(groups) > 16:  # the ends say enough of an ordered scale
+    if len(groups) > 16:  # the end points identify an ordered scale
         handles, names = [handles[0], handles[-1]], [names[0], names[-1]]
     add_legend(figure, handles, names, columns=3 if by == "kind" else 8)
     return figure
 
 
 def frozen_curve(allocation: Allocation, epochs: int | None) -> Figure:
-    """Draw how many matrices have no budget (frozen) and how many have all of their weights (full).
+    """Draw the numbers of frozen (budget 0) and full (all weights kept) matrices.
 
-    Arguments of `budget_curve`.
+    Arguments are those of `budget_curve`.
     """
     figure, axes = new_figure(CURVE[0], CURVE[1] + 25, f"Frozen and full among {len(allocation.matrices)} matrices")
     times = _times(allocation, epochs)
@@ -297,14 +297,14 @@ def frozen_curve(allocation: Allocation, epochs: int | None) -> Figure:
 
 
 def has_importance(allocation: Allocation) -> bool:
-    """Return whether any importance above 0, and so anything to draw, was recorded."""
+    """Return whether any positive importance is recorded."""
     return any(_is_drawn(value) for entry in allocation.history for value in entry.importance.values())
 
 
 def importance_curves(allocation: Allocation, epochs: int | None) -> Figure:
-    """Draw the importance of each matrix (faint) and the mean of each kind (strong) on a logarithmic scale.
+    """Draw the importance of each matrix (faint) and the mean of each matrix type (strong) on a log scale.
 
-    Values that are 0 or not finite have no place on it and leave gaps. Arguments of `budget_curve`.
+    Zero and non-finite values leave gaps. Arguments are those of `budget_curve`.
     """
     figure, axes = new_figure(760, 400, "Importance")
     times = _times(allocation, epochs)
@@ -316,8 +316,8 @@ def importance_curves(allocation: Allocation, epochs: int | None) -> Figure:
     for i, (kind, lines) in enumerate(kinds.items()):
         color = COLORS[i % len(COLORS)]
         axes.plot(times, np.asarray(lines).T, color=color, linewidth=0.8, alpha=0.3)
-        known = np.isfinite(lines)
-        mean = np.nansum(lines, axis=0) / np.where(known.any(axis=0), known.sum(axis=0), math.nan)
+        is_finite = np.isfinite(lines)
+        mean = np.nansum(lines, axis=0) / np.where(is_finite.any(axis=0), is_finite.sum(axis=0), math.nan)
         (line,) = axes.plot(times, mean, color=color, linewidth=2.4, marker="o" if len(times) <= 30 else "", ms=4)
         handles.append(Line2D([], [], color=line.get_color(), linewidth=2.4))
         labels.append(shortened(kind, 16))
@@ -329,7 +329,7 @@ def importance_curves(allocation: Allocation, epochs: int | None) -> Figure:
 
 
 def _times(allocation: Allocation, epochs: int | None) -> list[float]:
-    """The time of each allocation, in epochs where these are known."""
+    """Return the time of each allocation, in epochs if known."""
     return [entry.t if epochs is None else entry.t / entry.total * epochs for entry in allocation.history]
 
 
@@ -341,12 +341,12 @@ def _time_axis(axes: Axes, times: list[float], epochs: int | None) -> None:
 
 
 def _is_drawn(value: float) -> bool:
-    """Whether a logarithmic scale can show the value."""
+    """Return whether a log scale can show the value."""
     return math.isfinite(value) and value > 0
 
 
 def log_axis(axes: Axes) -> None:
-    """Make the y axis logarithmic, with ticks at powers of ten, or closer where the values span little."""
+    """Make the y axis logarithmic, with ticks at powers of ten, or denser for small ranges."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     axes.yaxis.set_major_locator(LogLocator(subs=(1,) if high / low > 50 else (1, 2, 5), numticks=9))
@@ -355,7 +355,7 @@ def log_axis(axes: Axes) -> None:
 
 
 def _power_of_ten(value: float, _: object = None) -> str:
-    """A tick of the logarithmic axis: 10⁻³, 2·10⁻³."""
+    """Format a tick of the log axis: 10⁻³, 2·10⁻³."""
     if value <= 0:
         return ""
     exponent = math.floor(math.log10(value) + 1e-9)
@@ -364,5 +364,5 @@ def _power_of_ten(value: float, _: object = None) -> str:
 
 
 def _percent(share: float) -> str:
-    """A share in percent, at most two digits unless it is exactly all; 99.6 % does not become 100."""
+    """Format a share in percent; only exactly 1 becomes 100."""
     return "100" if share == 1 else str(min(round(100 * share), 99))

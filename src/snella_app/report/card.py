@@ -1,4 +1,4 @@
-"""The model card of a run, a `README.md` in the hub's format, from the files of its folder."""
+"""Model card of a run: a `README.md` in the Hugging Face Hub format."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from snella_app.text import count_text, plain_text, seconds_text
 _MOST_CLASSES = 60
 _PREPARED = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 _TAGS = {"classification": "image-classification", "segmentation": "image-segmentation"}
-"""The hub's name of each task that it has one for."""
+"""Hub pipeline tags by task."""
 _SPLITS = {"train": "training", "val": "validation"}
-_LICENSE = "# license: fill in, e.g. apache-2.0; that of the backbone's weights and that of the images limit the choice"
+_LICENSE = "# license: fill in, e.g. apache-2.0; the licenses of the backbone weights and the images limit the choice"
 
 
 def model_card(
@@ -29,24 +29,24 @@ def model_card(
     library: str = "timm",
     tags: Sequence[str] = (),
 ) -> str:
-    """The card of a run's model: what it does, how it was measured, how it is used, what is left to fill in.
+    """Return the model card of a run.
 
-    The metadata at its top are those that hubs read: library, base model, task, tags and results. The license is not
-    known to the program and stays a comment there, and a section in the text.
+    The metadata block holds library, base model, task, tags and results. The license is unknown and left to the user,
+    as a comment in the metadata and a section in the text.
 
     Args:
         run: Folder of the run.
-        use: How the model is loaded and used: Markdown.
-        name: Of the model; method and data if None.
-        library: Which library loads it: timm, peft, transformers, onnx.
-        tags: More tags than the task and `snella`.
+        use: Instructions for loading and using the model, Markdown.
+        name: Name of the model; None uses method and data.
+        library: Library that loads the model: timm, peft, transformers, onnx.
+        tags: Tags in addition to the task and `snella`.
 
     Returns:
         Markdown.
 
     Raises:
-        FileNotFoundError: The folder holds no `run.json`.
-        ValueError: A file of the run is damaged.
+        FileNotFoundError: If the folder has no `run.json`.
+        ValueError: If a file of the run is damaged.
     """
     from huggingface_hub import ModelCardData
 
@@ -69,15 +69,15 @@ def model_card(
         _measured(metrics),
         _described("Data", _data(info)),
         _described("Training", _training(info, metrics)),
-        "## Limits\n\nMeasured on images like those it was trained on; on others, measure first. The classes above are "
-        "all it knows: an image of anything else gets one of them too.",
-        "## License\n\nTo be filled in: here, and as `license:` at the top.",
+        "## Limitations\n\nThe results hold for images similar to the training images; evaluate the model before using "
+        "it on other images. The model knows only the classes above and assigns one of them to any image.",
+        "## License\n\nFill in here and as `license:` in the metadata.",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
 def _base_model(info: RunInfo) -> str | None:
-    """The hub's name of the backbone, where it is one."""
+    """Return the Hub ID of the backbone, or None if it is not on the Hub."""
     name = info.backbone.name
     if "/" in name or info.backbone.architecture is None or info.backbone.weights or not info.backbone.pretrained:
         return None
@@ -85,7 +85,7 @@ def _base_model(info: RunInfo) -> str | None:
 
 
 def _results(info: RunInfo, metrics: Metrics | None, tag: str | None) -> list[Any] | None:
-    """What the hub shows as results."""
+    """Return the evaluation results for the Hub."""
     from huggingface_hub import EvalResult
 
     if metrics is None or tag is None:
@@ -100,21 +100,21 @@ def _results(info: RunInfo, metrics: Metrics | None, tag: str | None) -> list[An
 
 
 def _summary(info: RunInfo) -> str:
-    """What the model is, in a few sentences, with its classes."""
+    """Return backbone, task, method and classes of the model."""
     weights = f", weights {_code(info.backbone.weights)}" if info.backbone.weights else ""
     text = f"{_code(info.backbone.name)}{weights}, fine-tuned for {info.task} by {_code(info.method)} with "
     text += "[PEFT](https://github.com/huggingface/peft) and snella."
     if not info.classes:
         return text
     names = json.dumps(info.classes[:_MOST_CLASSES], ensure_ascii=False)
-    for character in "<>&`":  # neither HTML nor the end of the code, in whatever shows the card
+    for character in "<>&`":  # prevent HTML and the end of the code span
         names = names.replace(character, f"\\u{ord(character):04x}")
     more = "" if len(info.classes) <= _MOST_CLASSES else f" and {len(info.classes) - _MOST_CLASSES} more"
     return f"{text}\n\n{len(info.classes)} outputs, in this order: `{names}`{more}."
 
 
 def _measured(metrics: Metrics | None) -> str:
-    """A table of the results."""
+    """Return the results as a table."""
     if metrics is None:
         return ""
     splits = [("test", metrics.test), ("validation", metrics.val)]
@@ -122,17 +122,17 @@ def _measured(metrics: Metrics | None) -> str:
     if not rows:
         return ""
     lines = [f"| {_escaped(label)} | {value} | {note} |" for label, value, note in rows]
-    how = (
-        "The test images chose the epoch, so that these numbers are optimistic."
+    protocol = (
+        "The best epoch was selected on the test images, so these results are optimistic."
         if metrics.selected_on == "test"
         else "The best epoch was selected on the validation images; the test images were evaluated once."
     )
-    tables = "" if not isinstance(metrics.test or metrics.val, MaskScores) else " Measured at the input's size."
-    return "\n".join(["## Results", "", "| | | |", "|---|---|---|", *lines, "", how + tables])
+    size = "" if not isinstance(metrics.test or metrics.val, MaskScores) else " Measured at the input resolution."
+    return "\n".join(["## Results", "", "| | | |", "|---|---|---|", *lines, "", protocol + size])
 
 
 def _data(info: RunInfo) -> list[tuple[str, str]]:
-    """What is known of the data."""
+    """Return the facts about the data."""
     sizes = ", ".join(f"{_SPLITS.get(part, part)} {count_text(size)}" for part, size in info.data.sizes.items())
     prepared = {name: info.data_config[name] for name in _PREPARED if name in info.data_config}
     return [
@@ -144,7 +144,7 @@ def _data(info: RunInfo) -> list[tuple[str, str]]:
 
 
 def _training(info: RunInfo, metrics: Metrics | None) -> list[tuple[str, str]]:
-    """What is known of the training."""
+    """Return the facts about the training."""
     rows = [("Method", f"{_code(info.method)}, {_escaped(plain_text(info.method_options))}")]
     if metrics is not None:
         epochs = f"{metrics.best_epoch} of {metrics.history[-1].epoch}" if metrics.history else ""
@@ -159,17 +159,17 @@ def _training(info: RunInfo, metrics: Metrics | None) -> list[tuple[str, str]]:
 
 
 def _escaped(text: str) -> str:
-    """Text from outside as one line of Markdown that shows it as it is: no HTML, emphasis, links or table cells."""
+    """Escape untrusted text as one line of literal Markdown."""
     return re.sub(r"([\\`*_\[\]|])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 
 def _code(text: str) -> str:
-    """Text from outside as a code span, in more backticks than it has in a row."""
+    """Return untrusted text as a code span, fenced by more backticks than it contains in a row."""
     longest = max(map(len, re.findall("`+", text)), default=0)
     fence, space = "`" * (longest + 1), " " if longest else ""
     return f"{fence}{space}{' '.join(text.split())}{space}{fence}"
 
 
 def _described(title: str, rows: Sequence[tuple[str, str]]) -> str:
-    """A section of facts; empty ones are left out."""
+    """Return a section with a list of facts, omitting empty ones."""
     return f"## {title}\n\n" + "\n".join(f"- {name}: {text}" for name, text in rows if text)

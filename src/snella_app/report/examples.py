@@ -1,4 +1,4 @@
-"""Example images of a report: selection and encoding; what is laid over images: masks, and heat maps of timm models."""
+"""Example images of the report, mask overlays, and heat maps of timm models."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ _LONGEST = 260
 
 
 def mask_colors(count: int) -> np.ndarray:
-    """Colors of `count` labels, `[count, 3]` uint8; black for the background, the same ones every time."""
+    """Return fixed colors of `count` labels, `[count, 3]` uint8, with black for the background."""
     from matplotlib.colors import to_rgb
 
-    from snella_app.report.style import COLORS, WARM  # matplotlib, which a classification does not wait for
+    from snella_app.report.style import COLORS, WARM  # lazy: imports matplotlib
 
-    inks = np.array([to_rgb(ink) for ink in (WARM, *(color for color in COLORS if color != WARM))])
+    palette = np.array([to_rgb(color) for color in (WARM, *(color for color in COLORS if color != WARM))])
     labels = np.arange(max(count - 1, 0))
-    lighter = np.array(_TINTS)[labels // len(inks) % len(_TINTS), None]  # where the inks are used up, tints of them
-    colors = inks[labels % len(inks)] * (1 - lighter) + lighter
+    tint = np.array(_TINTS)[labels // len(palette) % len(_TINTS), None]  # each palette cycle gets a lighter tint
+    colors = palette[labels % len(palette)] * (1 - tint) + tint
     return (np.concatenate([np.zeros((1, 3)), colors])[:count] * 255).round().astype(np.uint8)
 
 
 def write_mask(labels: np.ndarray, path: Path) -> None:
-    """Write labels `[height, width]` (uint8) as a palette PNG whose indices are the labels atomically."""
+    """Atomically write labels `[height, width]` (uint8) as a palette PNG whose indices are the labels."""
     image = Image.fromarray(labels.astype(np.uint8))
     image.putpalette(mask_colors(256).reshape(-1).tolist())
     out = io.BytesIO()
@@ -49,18 +49,18 @@ def write_mask(labels: np.ndarray, path: Path) -> None:
 
 
 def read_mask(path: Path) -> Image.Image:
-    """The palette PNG that `write_mask` wrote; its array holds the labels."""
+    """Read a palette PNG written by `write_mask`; its array holds the labels."""
     with open_image(path) as image:
         image.load()
         return image
 
 
 def overlay(image: Image.Image, labels: np.ndarray) -> Image.Image:
-    """Lay the colors of a mask over an image, with outlines; the background stays as it is.
+    """Overlay the colors of a mask on an image, with outlines; the background is unchanged.
 
     Args:
         image: RGB.
-        labels: `[height, width]`, uint8; brought to the image's size by the nearest pixel.
+        labels: `[height, width]`, uint8; resized to the image by nearest neighbor.
     """
     sized = np.asarray(Image.fromarray(labels.astype(np.uint8)).resize(image.size, Image.Resampling.NEAREST))
     pixels, colors = np.asarray(image.convert("RGB")).astype(float), mask_colors(256)[sized].astype(float)
@@ -70,7 +70,7 @@ def overlay(image: Image.Image, labels: np.ndarray) -> Image.Image:
 
 
 def overlay_panels(image: Image.Image, masks: Sequence[np.ndarray]) -> Image.Image:
-    """The image, and beside it the image under each of the masks; small pictures are enlarged, large ones shrunk."""
+    """Return the image followed by one overlay per mask, side by side, resized to a common longest side."""
     scale = _LONGEST / max(image.size)
     size = (max(1, round(scale * image.width)), max(1, round(scale * image.height)))
     shown = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
@@ -82,7 +82,7 @@ def overlay_panels(image: Image.Image, masks: Sequence[np.ndarray]) -> Image.Ima
 
 
 def _outline(labels: np.ndarray) -> np.ndarray:
-    """Pixels whose right or lower neighbor has another label."""
+    """Return a mask of pixels whose right or lower neighbor has another label."""
     edge = np.zeros(labels.shape, bool)
     edge[:, :-1] |= labels[:, :-1] != labels[:, 1:]
     edge[:-1] |= labels[:-1] != labels[1:]
@@ -90,12 +90,12 @@ def _outline(labels: np.ndarray) -> np.ndarray:
 
 
 ImageSource = Mapping[int, Image.Image | None] | Callable[[int], Image.Image | None]
-"""Index of an image in its split → the picture, or None where there is none to show."""
+"""Maps the index of an image in its split to the image, or to None if it is unavailable."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One image with its prediction; without a picture, `problem` says why."""
+    """An image with its prediction; without a picture, `problem` gives the reason."""
 
     prediction: Prediction
     uri: str | None
@@ -105,10 +105,9 @@ class Example:
 
 
 def choose_examples(items: Sequence[Prediction], limit: int = 24) -> tuple[list[Prediction], list[Prediction]]:
-    """Choose up to `limit` predictions: (wrong ones, right ones), half of each where there are as many.
+    """Choose up to `limit` predictions, `(wrong, right)`, half of each if possible.
 
-    The wrong ones are those with the highest probability for the wrong class, the right ones are evenly spread over
-    the split.
+    Wrong predictions are the most confident ones; right predictions are evenly spaced over the split.
     """
     wrong = sorted((item for item in items if not item.is_right), key=lambda item: -item.probability)
     right = [item for item in items if item.is_right]
@@ -118,12 +117,12 @@ def choose_examples(items: Sequence[Prediction], limit: int = 24) -> tuple[list[
 
 
 def load_example(prediction: Prediction, images: ImageSource | None) -> Example:
-    """Fetch the picture of a prediction; one that cannot be read is reported in its place, not raised."""
+    """Load the image of a prediction; a read error is stored in `problem` instead of raised."""
     return Example(prediction, *load_picture(prediction.index, images))
 
 
 def load_picture(index: int, images: ImageSource | None, longest: int = 176) -> tuple[str | None, int, int, str]:
-    """Fetch a picture: its URI, width and height, and, where there is none, the reason."""
+    """Load an image and return URI, width, height and, without an image, the reason."""
     problem = "no picture"
     image = None
     try:
@@ -137,9 +136,9 @@ def load_picture(index: int, images: ImageSource | None, longest: int = 176) -> 
 
 
 def picture_uri(image: Image.Image, longest: int = 176) -> tuple[str, int, int]:
-    """Return a picture as a base64 PNG of at most `longest` pixels a side, with its width and height.
+    """Return a base64 PNG of at most `longest` pixels per side, with its width and height.
 
-    Small pictures keep their size; the page enlarges them without smoothing.
+    Small images keep their size; the page enlarges them without smoothing.
     """
     image = image.convert("RGBA" if "A" in image.getbands() or "transparency" in image.info else "RGB")
     image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
@@ -149,25 +148,25 @@ def picture_uri(image: Image.Image, longest: int = 176) -> tuple[str, int, int]:
 
 
 def heat_maps(model: nn.Module, images: Tensor, outputs: Tensor) -> np.ndarray:
-    """The parts of images that raise an output: gradient times activation at the last layer with a grid.
+    """Return HiResCAM heat maps: gradient times activation at the last spatial layer.
 
     M[i, j] = max(0, Σ_c ∂y/∂A[c, i, j] · A[c, i, j])
 
-    This is HiResCAM: Grad-CAM without the mean of the gradients over the grid, which can point at places that do not
-    count. `A` is the last feature map of a convolutional network or a Swin, and the tokens that enter the last
-    attention of a ViT (behind it only the class token counts).
+    HiResCAM is Grad-CAM without averaging the gradients over the grid; the average can highlight irrelevant regions.
+    `A` is the last feature map of a convolutional network or a Swin, or the input tokens of a ViT's last attention
+    (only the class token matters after it).
 
     Args:
-        model: From `build_method` or `load_trained`, of any method, in evaluation mode; or a plain timm model.
+        model: Model from `build_method` or `load_trained` in evaluation mode, or a plain timm model.
         images: `[images, channels, height, width]`, transformed.
         outputs: Index of the output to explain for each image, `[images]`.
 
     Returns:
-        `[images, height, width]`, float32, each from 0 to 1; zeros where nothing speaks for the output.
+        `[images, height, width]`, float32 in [0, 1]; zeros if no region raises the output.
 
     Raises:
-        ValueError: A model without such a layer.
-        ImportError: Captum is not installed.
+        ValueError: If the model has no such layer.
+        ImportError: If Captum is not installed.
 
     Sources:
         Draelos and Carin, Use HiResCAM instead of Grad-CAM (arXiv 2011.08891); Selvaraju et al., Grad-CAM (arXiv
@@ -178,30 +177,31 @@ def heat_maps(model: nn.Module, images: Tensor, outputs: Tensor) -> np.ndarray:
     except ImportError as error:
         raise ImportError("heat maps need captum; pip install 'snella[explain]'") from error
     layer, width, patch = explained_layer(model)
-    wanted = images.detach().clone().requires_grad_()
+    inputs = images.detach().clone().requires_grad_()
     with torch.enable_grad():
         product = LayerGradientXActivation(model, layer, multiply_by_inputs=True).attribute(
-            wanted, target=outputs.to(images.device)
+            inputs, target=outputs.to(images.device)
         )
     return _heat_of_size(_summed_grid(product.detach().float(), width, patch, images.shape[-2:]).clamp_min(0), images)
 
 
 @torch.no_grad()
 def attention_rollout(model: nn.Module, images: Tensor) -> np.ndarray:
-    """Where the output of a ViT comes from through all its attentions, whatever the class.
+    """Return attention roll-out maps of a ViT, independent of the class.
 
-    R = Â_L … Â_1,   Â_l = (mean over heads of A_l + I) / 2;   the rows of what the head pools, over the patches
+    R = Â_L … Â_1,   Â_l = (mean over heads of A_l + I) / 2
+
+    The map is the mean of R over the rows that the head pools, restricted to the patch columns.
 
     Args:
-        model: A ViT of timm, from `build_method` or `load_trained` or plain, in evaluation mode.
+        model: timm ViT in evaluation mode, plain or from `build_method` or `load_trained`.
         images: As for `heat_maps`.
 
     Returns:
-        `[images, height, width]`, float32; the least of each is 0 and the most 1, so that what is common to all places
-        does not hide the differences.
+        `[images, height, width]`, float32; each map is scaled to a minimum of 0 and a maximum of 1.
 
     Raises:
-        ValueError: A model without such attentions, or with tokens of a method's own (prompts).
+        ValueError: If the model is not a timm ViT or its method adds tokens (prompts).
 
     Sources:
         Abnar and Zuidema, Quantifying Attention Flow in Transformers (arXiv 2005.00928).
@@ -214,7 +214,7 @@ def attention_rollout(model: nn.Module, images: Tensor) -> np.ndarray:
         or not attentions
         or not all(hasattr(a, "attn_drop") and hasattr(a, "fused_attn") for a in attentions)
     ):
-        raise ValueError(f"attention roll-out needs a ViT of timm, got {type(base).__name__}; take gradcam")
+        raise ValueError(f"attention roll-out needs a timm ViT, got {type(base).__name__}; use gradcam")
     rows, columns = images.shape[-2] // patch[0], images.shape[-1] // patch[1]
     rolled: list[Tensor] = []
 
@@ -227,7 +227,7 @@ def attention_rollout(model: nn.Module, images: Tensor) -> np.ndarray:
     handles = [attention.attn_drop.register_forward_pre_hook(roll) for attention in attentions]
     try:
         for attention in attentions:
-            attention.fused_attn = False  # the fused operation does not give its weights
+            attention.fused_attn = False  # fused attention does not expose its weights
         model(images)
     finally:
         for attention, was_fused, handle in zip(attentions, were_fused, handles, strict=True):
@@ -236,7 +236,7 @@ def attention_rollout(model: nn.Module, images: Tensor) -> np.ndarray:
     extra = rolled[0].shape[-1] - rows * columns - base.num_prefix_tokens
     if extra:
         raise ValueError(
-            f"attention roll-out needs a model whose tokens are its patches', got {extra} prompts of its method; take "
+            f"attention roll-out needs a model with patch tokens only, got {extra} prompt tokens from its method; use "
             "gradcam"
         )
     first = base.num_prefix_tokens
@@ -246,7 +246,7 @@ def attention_rollout(model: nn.Module, images: Tensor) -> np.ndarray:
 
 
 def _heat_of_size(grid: Tensor, images: Tensor) -> np.ndarray:
-    """A grid of nonnegative values `[images, rows, columns]` at the size of the images, with a highest value of 1."""
+    """Scale a nonnegative grid `[images, rows, columns]` to a maximum of 1 and resize it to the images."""
     peaks = grid.amax((1, 2), keepdim=True)
     shares = grid / torch.where(peaks > 0, peaks, torch.ones_like(peaks))
     sized = F.interpolate(shares[:, None], images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
@@ -254,13 +254,13 @@ def _heat_of_size(grid: Tensor, images: Tensor) -> np.ndarray:
 
 
 def explained_layer(model: nn.Module) -> tuple[nn.Module, int, tuple[int, int]]:
-    """The layer that heat maps are taken at, its number of channels, and the size of its patches if it is of tokens.
+    """Return the layer explained by heat maps, its channel count, and its patch size ((1, 1) for feature maps).
 
     Args:
         model: As for `heat_maps`.
 
     Raises:
-        ValueError: The model does not say where its features are, as timm's models do.
+        ValueError: If the model has neither ViT blocks nor timm's `feature_info`.
     """
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     blocks, patch = getattr(base, "blocks", None), getattr(getattr(base, "patch_embed", None), "patch_size", None)
@@ -268,28 +268,26 @@ def explained_layer(model: nn.Module) -> tuple[nn.Module, int, tuple[int, int]]:
         return blocks[-1].norm1, int(base.embed_dim), (int(patch[0]), int(patch[1]))
     info = getattr(base, "feature_info", None)
     if not info:
-        raise ValueError(
-            f"a heat map needs a model that names its feature maps, as timm's do, got {type(base).__name__}"
-        )
+        raise ValueError(f"heat maps need a timm model with feature_info, got {type(base).__name__}")
     last = info[-1] if isinstance(info, list) else info.info[-1]
     return base.get_submodule(last["module"]), int(last["num_chs"]), (1, 1)
 
 
 def _summed_grid(product: Tensor, width: int, patch: tuple[int, int], size: torch.Size) -> Tensor:
-    """The sum over channels, `[images, rows, columns]`, of a map in either order of dimensions, or of tokens."""
+    """Sum channels-first or channels-last maps, or tokens, over channels: `[images, rows, columns]`."""
     if product.ndim == 4:
         return product.sum(1) if product.shape[1] == width else product.sum(-1)
     rows, columns = size[0] // patch[0], size[1] // patch[1]
     sums = product.sum(-1)
-    return sums[:, sums.shape[1] - rows * columns :].reshape(-1, rows, columns)  # class tokens and prompts stand before
+    return sums[:, sums.shape[1] - rows * columns :].reshape(-1, rows, columns)  # class and prompt tokens come first
 
 
 def overlay_heat(image: Image.Image, heat: np.ndarray) -> Image.Image:
-    """An image under its heat map, from dark to bright colors; what counts little stays as it is.
+    """Overlay a heat map on an image; opacity increases with the value.
 
     Args:
         image: RGB.
-        heat: `[height, width]` from 0 to 1; brought to the image's size.
+        heat: `[height, width]` in [0, 1]; resized to the image.
     """
     from matplotlib import colormaps
 

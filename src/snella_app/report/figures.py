@@ -1,6 +1,6 @@
-"""Figures of a run: learning curves, confusion matrix, comparison of methods; how sure and how well it ranks.
+"""Figures of a run: learning curves, confusion matrix, method comparison, calibration and ranking.
 
-Every function returns a `matplotlib.figure.Figure`, free of global state, for `save_figure` or `inline_svg`.
+Drawing functions return a `matplotlib.figure.Figure` without global state, for `save_figure` or `inline_svg`.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from snella_app.report.style import (
 from snella_app.text import percent_text
 
 NUMBERED_CLASSES = 50
-"""Confusion matrices of more classes are drawn without numbers."""
+"""Maximum number of classes for confusion matrices with numbers."""
 
 
 def loss_curves(metrics: Metrics) -> Figure:
-    """Draw the training loss of each epoch, and that on the images that the best epoch was chosen on."""
+    """Draw the training loss by epoch, and the loss on the images used for epoch selection."""
     lines = [("training", "train_loss", WARM)]
     if metrics.selected_on is not None:
         lines.append((metrics.selection, "val_loss", ACCENT))
@@ -52,7 +52,7 @@ _QUALITIES: dict[str, tuple[str, tuple[tuple[str, str, str], ...]]] = {
         "Accuracy on {}",
         (("accuracy", "val_accuracy", ACCENT), ("balanced accuracy", "val_balanced_accuracy", COLORS[2])),
     ),
-    "dice": ("Overlap on {}, mean of the images", (("Dice", "val_dice", ACCENT), ("IoU", "val_iou", COLORS[2]))),
+    "dice": ("Overlap on {}, mean over images", (("Dice", "val_dice", ACCENT), ("IoU", "val_iou", COLORS[2]))),
     "map": (
         "Precision and F1 on {}",
         (
@@ -66,23 +66,23 @@ _QUALITIES: dict[str, tuple[str, tuple[tuple[str, str, str], ...]]] = {
         (
             ("kappa", "val_kappa", ACCENT),
             ("accuracy", "val_accuracy", COLORS[2]),
-            ("mean error in ranks", "val_mae", WARM),
+            ("mean rank error", "val_mae", WARM),
         ),
     ),
     "error": ("Errors on {}", (("MAE", "val_mae", ACCENT), ("RMSE", "val_rmse", COLORS[2]))),
-    "r2": ("R² on {}", (("R², mean of the numbers", "val_r2", ACCENT),)),
+    "r2": ("R² on {}", (("R², mean over targets", "val_r2", ACCENT),)),
 }
 SHARES = ("accuracy", "dice", "map")
-"""Curves of `quality_curves` that are shares of 1."""
+"""Curves of `quality_curves` with values in [0, 1]."""
 
 
 def quality_curves(metrics: Metrics, name: str) -> Figure:
-    """Draw what a task measures on validation in each epoch.
+    """Draw the task's validation scores by epoch.
 
     Args:
-        metrics: Of the run.
-        name: accuracy (and balanced accuracy), dice (and IoU), map (and F1), kappa (accuracy and error in ranks),
-            error (MAE and RMSE of one number) or r2 (of several).
+        metrics: Metrics of the run.
+        name: accuracy (and balanced accuracy), dice (and IoU), map (and F1), kappa (and accuracy and rank error),
+            error (MAE and RMSE of one target) or r2 (several targets).
     """
     title, lines = _QUALITIES[name]
     figure = _curves(metrics, title.format(metrics.selection), lines)
@@ -92,25 +92,27 @@ def quality_curves(metrics: Metrics, name: str) -> Figure:
 
 
 def confusion_matrix(confusion: Sequence[Sequence[int]], classes: Sequence[str]) -> Figure:
-    """Draw counts, colored by their share of the true class (row), with numbers up to 50 classes.
+    """Draw a confusion matrix, colored by fraction of the true class (row), with numbers up to 50 classes.
 
     Args:
-        confusion: `confusion[i][j]` images of class i were predicted as class j.
-        classes: One name for each row.
+        confusion: `confusion[i][j]` is the number of images of class i predicted as class j.
+        classes: One name per row.
 
     Raises:
-        ValueError: The numbers of rows and of names differ.
+        ValueError: If the numbers of rows and names differ.
     """
     counts = np.asarray(confusion, dtype=np.int64).reshape(len(confusion), -1)
     n = len(classes)
     if counts.shape != (n, n):
-        raise ValueError(f"confusion must be [{n}, {n}] for {n} classes, got {list(counts.shape)}; give one name a row")
+        raise ValueError(
+            f"confusion must be [{n}, {n}] for {n} classes, got {list(counts.shape)}; pass one name per row"
+        )
     rows = counts.sum(axis=1, keepdims=True)
     share = counts / np.maximum(rows, 1)
     names = [shortened(name) for name in classes]
     label = 7.5 * max(map(len, names), default=0)
     side = max(14 + 8 * len(str(counts.max(initial=0))), 28 if n > 12 else 44) if n <= NUMBERED_CLASSES else 560 / n
-    if n <= 3:  # the names stand side by side
+    if n <= 3:  # horizontal tick labels
         side = max(side, label + 12, 200 / max(n, 1))
     figure, axes = new_figure(110 + side * n + label, 130 + side * n + (label if n > 3 else 20))
     axes.grid(False)
@@ -130,7 +132,7 @@ def confusion_matrix(confusion: Sequence[Sequence[int]], classes: Sequence[str])
     axes.set_yticks(ticks, [names[i] for i in ticks])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(n > NUMBERED_CLASSES)
-    scale_bar(figure, axes, "share of the true class", {0.0: "0 %", 0.5: "50 %", 1.0: "100 %"})
+    scale_bar(figure, axes, "fraction of the true class", {0.0: "0 %", 0.5: "50 %", 1.0: "100 %"})
     return figure
 
 
@@ -153,7 +155,7 @@ def comparison_bars(rows: Sequence[MethodResult]) -> Figure:
 
 
 def cost_bars(rows: Sequence[MethodResult]) -> Figure:
-    """Draw the seconds of training of several methods, with their trainable parameters as text."""
+    """Draw training time of several methods in seconds, labeled with trainable parameters."""
     figure, axes = _bar_axes(rows, "Cost of training")
     seconds = np.nan_to_num([row.train_s for row in rows])
     longest = float(seconds.max(initial=0.0)) or 1.0
@@ -168,14 +170,14 @@ def cost_bars(rows: Sequence[MethodResult]) -> Figure:
 
 
 def _curves(metrics: Metrics, title: str, lines: Sequence[tuple[str, str, str]]) -> Figure:
-    """Lines over the epochs by label, entry of their rows and color, the best epoch marked."""
+    """Draw lines `(label, entry of an epoch's row, color)` over the epochs and mark the best epoch."""
     figure, axes = new_figure(*CURVE, title)
     epochs = [row.epoch for row in metrics.history]
     handles, labels = [], [label for label, _, _ in lines]
     for _, entry, color in lines:
         points = [(row.epoch, value) for row in metrics.history if not math.isnan(value := getattr(row, entry))]
         marker = "o" if len(points) <= 30 else ""
-        places, numbers = zip(*points, strict=True) if points else ((), ())  # not every protocol measures each
+        places, numbers = zip(*points, strict=True) if points else ((), ())  # some protocols skip some entries
         handles += axes.plot(places, numbers, color=color, linewidth=2, marker=marker, markersize=4)
     if metrics.best_epoch is not None:
         handles.append(axes.axvline(metrics.best_epoch, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1))
@@ -188,7 +190,7 @@ def _curves(metrics: Metrics, title: str, lines: Sequence[tuple[str, str, str]])
 
 
 def _bar_axes(rows: Sequence[MethodResult], title: str) -> tuple[Figure, Axes]:
-    """Axes for horizontal bars, the first row on top."""
+    """Return axes for horizontal bars with the first row on top."""
     figure, axes = new_figure(CURVE[0], 120 + 46 * len(rows), title)
     axes.set_yticks(range(len(rows)), [shortened(row.method) for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
@@ -199,7 +201,7 @@ def _bar_axes(rows: Sequence[MethodResult], title: str) -> tuple[Figure, Axes]:
 
 
 def _short_count(count: int) -> str:
-    """A count in three digits: 768, 1.33 M."""
+    """Format a count with three digits: 768, 1.33 M."""
     for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
         if count >= size:
             return f"{count / size:.3g} {unit}"
@@ -212,16 +214,16 @@ _SQUARE = (CURVE[1], CURVE[1])
 
 
 def calibration_section(info: RunInfo, predictions: Predictions | None) -> dict[str, Any] | None:
-    """How far probabilities are from the fraction correct, and what is left to answer where the model may be unsure.
+    """Return reliability and coverage of a calibrated run; None without calibration.
 
     Args:
-        info: The run; without a calibration there is nothing to say.
-        predictions: Of the validation images, without temperature.
+        info: Record of the run.
+        predictions: Validation predictions before temperature scaling.
     """
     calibration = info.calibration
     if calibration is None or not calibration.reliability:
         return None
-    shown = calibration.reliability[-1]  # test images where there are any: no number was fitted to them
+    shown = calibration.reliability[-1]  # the test split if there is one: nothing is fitted to it
     pictures = [
         inline_svg(
             reliability_curve(shown),
@@ -250,7 +252,7 @@ def calibration_section(info: RunInfo, predictions: Predictions | None) -> dict[
 
 
 def ranking_section(info: RunInfo, predictions: Predictions | None) -> dict[str, Any] | None:
-    """Curves that do not depend on a threshold: ROC for two classes, precision against recall for each class."""
+    """Return threshold-free curves: ROC for two classes, precision against recall by class."""
     if predictions is None:
         return None
     labels = np.array([item.label for item in predictions.items])
@@ -274,7 +276,7 @@ def ranking_section(info: RunInfo, predictions: Predictions | None) -> dict[str,
 
 
 def reliability_curve(reliability: Reliability) -> Figure:
-    """Draw the fraction correct against the probability, with the temperature and without; areas are images."""
+    """Draw accuracy against confidence with and without temperature scaling; dot areas are image counts."""
     figure, axes = new_figure(*_SQUARE, f"Reliability on {_SPLITS.get(reliability.split, reliability.split)}")
     handles = [axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))[0]]
     labels = ["perfectly calibrated"]
@@ -285,7 +287,7 @@ def reliability_curve(reliability: Reliability) -> Figure:
         x, y = [b.confidence for b in bins], [b.accuracy for b in bins]
         handles += axes.plot(x, y, color=color, linewidth=2)
         sizes = [8 + 120 * b.count / reliability.count for b in bins]
-        axes.scatter(x, y, s=sizes, color=color, zorder=3, clip_on=False)  # most lie at the upper end
+        axes.scatter(x, y, s=sizes, color=color, zorder=3, clip_on=False)  # most dots are near 1
         labels.append(name)
     axes.set(xlim=(0, 1), ylim=(-0.02, 1.05), xlabel="mean probability", ylabel="fraction correct")
     percent_axis(axes, "both")
@@ -294,7 +296,7 @@ def reliability_curve(reliability: Reliability) -> Figure:
 
 
 def coverage_curve(predictions: Predictions, calibration: Calibration) -> Figure:
-    """Draw the accuracy of the most confident predictions against their share, and mark the suggested threshold."""
+    """Draw accuracy of the most confident predictions against coverage, and mark the suggested threshold."""
     figure, axes = new_figure(*_SQUARE, "Coverage on validation")
     confidence = np.array([item.probability for item in predictions.items])
     right = np.array([item.is_right for item in predictions.items])[np.argsort(-confidence, kind="stable")]
@@ -314,12 +316,15 @@ def coverage_curve(predictions: Predictions, calibration: Calibration) -> Figure
 
 
 def roc_curve(labels: np.ndarray, scores: np.ndarray, name: str) -> tuple[Figure, float]:
-    """Draw the receiver operating characteristic of class 1 against class 0; the figure and the area under it.
+    """Draw the ROC curve of class 1 against class 0.
 
     Args:
         labels: `[images]`, 0 or 1.
         scores: `[images]`, probability of class 1.
-        name: Of class 1.
+        name: Name of class 1.
+
+    Returns:
+        The figure and the area under the curve.
     """
     from sklearn import metrics
 
@@ -341,12 +346,15 @@ def roc_curve(labels: np.ndarray, scores: np.ndarray, name: str) -> tuple[Figure
 def precision_recall_curves(
     labels: np.ndarray, scores: np.ndarray, classes: list[str]
 ) -> tuple[Figure, dict[str, float]]:
-    """Draw precision against recall, each class against the others; the figure and the average precision of each class.
+    """Draw one-vs-rest precision against recall by class.
 
     Args:
-        labels: `[images]`, class numbers.
+        labels: `[images]`, class indices.
         scores: `[images, classes]`.
-        classes: Names by number; those without an image are left out, and of many the worst are drawn.
+        classes: Class names. Classes without images are omitted; at most the six worst are drawn.
+
+    Returns:
+        The figure and the average precision by class name.
     """
     from sklearn import metrics
 

@@ -1,4 +1,4 @@
-"""Summary of a run or of a generator for the terminal: status, budgets, sparsity, frozen matrices, sizes, settings."""
+"""Terminal summary of a run: status, scores, budgets, sparsity, sizes and settings."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ _PART = re.compile(r"\.(?P<part>(?:snella|lora)_(?!embedding)\w+?)(?:\.weight|\.
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """The adapter's file: its tensors by name, without their values.
+    """Header of an adapter file: tensor shapes and dtypes by name, without values.
 
-    `parts` counts the values of each part: `snella_A`, `snella_B`, the scalars, `positions` of entries that are trained
-    one by one, and `other` for the head.
+    `parts` counts values by part: `snella_A`, `snella_B`, the scalars, `positions` (indices of individually trained
+    entries) and `other` (the head).
     """
 
     path: Path
@@ -57,20 +57,20 @@ class AdapterFile:
 
     @property
     def parameters(self) -> int:
-        """Number of trained values: all but budgets, masks and positions, which are integers."""
+        """Number of trained values, excluding budgets, masks and positions."""
         return sum(count for part, count in self.parts.items() if part not in _UNTRAINED)
 
     @property
     def value_bytes(self) -> int:
-        """Bytes of one trained value: those of the widest floating-point type in the file."""
+        """Bytes per trained value: size of the widest floating-point dtype in the file."""
         return max((_BYTES.get(kind, 4) for kind in self.dtypes.values() if kind.startswith(("F", "BF"))), default=4)
 
 
 def read_adapter(run: str | Path) -> AdapterFile | None:
-    """Read the header of the run's adapter and the settings beside it; None where no adapter was saved yet.
+    """Read the adapter's header and configuration; None if no adapter is saved yet.
 
     Raises:
-        ValueError: A file is damaged.
+        ValueError: If a file is damaged.
     """
     folder = Path(run) / "adapter"
     path = next((folder / name for name in _FILES if (folder / name).is_file()), None)
@@ -85,39 +85,40 @@ def read_adapter(run: str | Path) -> AdapterFile | None:
         raise ValueError(f"{path} is damaged: {error}; {_REMEDY}") from error
     parts: dict[str, int] = {}
     for name, shape in shapes.items():
-        found = _PART.search(name)
-        part = found["part"] if found else "positions" if name.endswith(".indices") else "other"
+        match = _PART.search(name)
+        part = match["part"] if match else "positions" if name.endswith(".indices") else "other"
         parts[part] = parts.get(part, 0) + math.prod(shape)
     return AdapterFile(path, path.stat().st_size, shapes, dtypes, parts, _config(folder))
 
 
 def saved_budgets(adapter: AdapterFile, matrices: Sequence[MatrixInfo]) -> dict[str, int]:
-    """Return the budgets that the adapter itself carries, by matrix name; empty for a method without budgets.
+    """Return the budgets stored in the adapter by matrix name; empty for methods without budgets.
 
-    A fused layer has one entry of `snella_budget` for each of its matrices, in their order.
+    `snella_budget` of a fused layer has one entry per matrix, in order.
 
     Raises:
-        ValueError: The file's layers are not those of the matrices.
+        ValueError: If the layers in the file do not match `matrices`.
     """
     budgets: dict[str, int] = {}
     with safe_open(adapter.path, framework="numpy") as file:
         modules = {_module_of(key): key for key in adapter.shapes if key.endswith(".snella_budget")}
         for module, key in modules.items():
-            own = (m.name for m in matrices if m.name == module)
+            plain_layer = (m.name for m in matrices if m.name == module)
             fused = (m.name for m in matrices if m.name.rpartition(".")[0] == module and m.name not in modules)
-            names = [*own, *fused]
+            names = [*plain_layer, *fused]
             values = [int(value) for value in file.get_tensor(key).reshape(-1)]
             if len(names) != len(values):
                 raise ValueError(
-                    f"{adapter.path}: '{key}' holds {len(values)} budgets, but allocation.json names "
-                    f"{len(names)} matrices of '{module}'; it is of another run; train again with `--overwrite`"
+                    f"{adapter.path}: '{key}' holds {len(values)} budgets, but allocation.json lists "
+                    f"{len(names)} matrices of '{module}'; the file belongs to another run; train again with "
+                    "`--overwrite`"
                 )
             budgets.update(zip(names, values, strict=True))
     return budgets
 
 
 def current_budgets(adapter: AdapterFile | None, allocation: Allocation | None) -> dict[str, int]:
-    """The budget of each matrix, by its name: of the saved adapter, or else of its record; empty without budgets."""
+    """Return the budget of each matrix by name, from the saved adapter or else from the record."""
     if allocation is None:
         return {}
     saved = {} if adapter is None else saved_budgets(adapter, allocation.matrices)
@@ -125,12 +126,12 @@ def current_budgets(adapter: AdapterFile | None, allocation: Allocation | None) 
 
 
 def _module_of(key: str) -> str:
-    """The layer that a budget in a PEFT file belongs to."""
+    """Return the layer of a budget key in a PEFT file."""
     return key.removesuffix(".snella_budget").removeprefix("base_model.model.")
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """The settings saved beside the adapter; empty where there are none."""
+    """Return the configuration saved with the adapter; empty if absent."""
     for name in ("adapter_config.json", "method.json"):
         file = folder / name
         if file.is_file():
@@ -148,26 +149,26 @@ _MISSING = "missing; restore the folder `adapter` from a copy, or train again wi
 
 
 def inspect_summary(run: str | Path) -> dict[str, Any]:
-    """Gather what the files of a run say, without backbone and data.
+    """Summarize the files of a run without loading its backbone or data.
 
     Args:
         run: Folder of the run, finished or not.
 
     Returns:
-        Plain values, ready for JSON: `status`, `task`, `method`, `method_options`, `backbone`, `data`, `classes`,
-        `scores`, `best_epoch`, `protocol`, `selected_on`, `ema`, `train_s`, `learning` (of a generator: its losses),
-        `adapter_missing` (though the run is finished), `missing` (files that a finished run wrote), `sizes`,
-        `parameters`, `settings`, and `budgets` (None for a method without).
+        JSON-serializable values: `status`, `task`, `method`, `method_options`, `backbone`, `data`, `classes`,
+        `scores`, `best_epoch`, `protocol`, `selected_on`, `ema`, `train_s`, `learning` (losses of a generator),
+        `adapter_missing` (finished run without adapter), `missing` (files that the finished run wrote and that are
+        gone), `sizes`, `parameters`, `settings`, and `budgets` (None for methods without budgets).
 
     Raises:
-        FileNotFoundError: The folder holds no `run.json`, or a finished run lacks results that it wrote.
-        ValueError: A file is damaged, or the adapter is of another run.
+        FileNotFoundError: If the folder has no `run.json`, or results of a finished run are missing.
+        ValueError: If a file is damaged or the adapter belongs to another run.
     """
     folder = Path(run)
     info = read(RunInfo, folder)
     written = [name for name in ("metrics.json", "allocation.json") if name in (info.files or {})]
     if missing := [name for name in written if not (folder / name).is_file()]:
-        raise FileNotFoundError(f"{folder} is finished, but lacks {', '.join(missing)}; {_RESTORE}")
+        raise FileNotFoundError(f"{folder} is finished but has no {', '.join(missing)}; {_RESTORE}")
     metrics = read_if_present(Metrics, folder)
     allocation = read_if_present(Allocation, folder)
     adapter = read_adapter(folder)
@@ -211,18 +212,18 @@ def inspect_summary(run: str | Path) -> dict[str, Any]:
         "budgets": None,
     }
     if allocation is not None:
-        has_own = adapter is not None and bool(saved_budgets(adapter, allocation.matrices))
+        has_saved_budgets = adapter is not None and bool(saved_budgets(adapter, allocation.matrices))
         kept = sum(budgets.values())
         summary["sizes"] |= {
             "sparse_update_bytes": kept * (value_bytes + _INDEX_BYTES),
             "adapted_weights_bytes": allocation.total_weights * value_bytes,
         }
-        summary["budgets"] = _budgets(allocation, budgets, from_adapter=has_own)
+        summary["budgets"] = _budgets(allocation, budgets, from_adapter=has_saved_budgets)
     return summary
 
 
 def inspect_run(run: str | Path) -> Group:
-    """Return what `inspect_summary` finds as tables for a rich console; raises as that does."""
+    """Return `inspect_summary` as tables for a rich console; raises the same errors."""
     summary = inspect_summary(run)
     budgets = summary["budgets"]
     parts: list[Table | Text] = [_overview(summary)]
@@ -235,7 +236,7 @@ def inspect_run(run: str | Path) -> Group:
         else:
             parts.append(Text("\nNo matrix is frozen."))
         is_error = summary["adapter_missing"] or budgets["mismatches"]
-        text = "The adapter is missing; these budgets are those that allocation.json notes."
+        text = "The adapter is missing; these budgets come from allocation.json."
         parts.append(Text(text if summary["adapter_missing"] else _nonzeros_text(budgets), "red" if is_error else ""))
     if summary["settings"]:
         parts += [Text(), _settings_table(summary["settings"])]
@@ -243,17 +244,17 @@ def inspect_run(run: str | Path) -> Group:
 
 
 def _counted(number: int, one: str, more: str) -> str:
-    """A number and its noun."""
+    """Return a number with its singular or plural noun."""
     return f"{count_text(number)} {one if number == 1 else more}"
 
 
 def _scores(scores: Scores | MaskScores | None) -> dict[str, Any] | None:
-    """Result on a split."""
+    """Return the scores of a split as plain values."""
     return None if scores is None else {**scores.values(), "text": scores.text()}
 
 
 def _budgets(allocation: Allocation, budgets: dict[str, int], from_adapter: bool) -> dict[str, Any]:
-    """Budgets in total, by matrix and by kind and depth."""
+    """Return budgets in total, by matrix, and by matrix type and block."""
     grid = arrange(allocation.matrices, budgets)
     return {
         "total_weights": allocation.total_weights,
@@ -287,7 +288,7 @@ def _budgets(allocation: Allocation, budgets: dict[str, int], from_adapter: bool
 
 
 def _overview(summary: dict[str, Any]) -> Table:
-    """State, data, results and sizes as a table of two columns."""
+    """Return status, data, results and sizes as a two-column table."""
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
@@ -313,11 +314,11 @@ def _overview(summary: dict[str, Any]) -> Table:
         share = percent_text(budgets["kept"] / max(budgets["total_weights"], 1))
         rows += [
             ("budget", f"{budgets['kept']:,} of {budgets['total_weights']:,} adapted weights kept ({share})"),
-            ("target", f"{budgets['target']:,} after the last allocation, {budgets['allocations']} made so far"),
+            ("target", f"{budgets['target']:,} after the last allocation, {budgets['allocations']} allocations so far"),
             (
                 "as a sparse file",
                 f"{bytes_text(sizes['sparse_update_bytes'])} (value and 32-bit index of each kept weight); "
-                f"the adapted matrices themselves {bytes_text(sizes['adapted_weights_bytes'])}",
+                f"dense adapted matrices {bytes_text(sizes['adapted_weights_bytes'])}",
             ),
         ]
     for name, value in rows:
@@ -326,7 +327,7 @@ def _overview(summary: dict[str, Any]) -> Table:
 
 
 def _epoch_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """What a run learned from labeled images: its classes, its results, and what chose the best epoch."""
+    """Return rows for backbone, data, scores and epoch selection."""
     backbone, data = summary["backbone"], summary["data"]
     rows = [
         ("backbone", backbone["name"] + (f" ({backbone['weights']})" if backbone["weights"] else "")),
@@ -340,17 +341,17 @@ def _epoch_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
             ("best epoch", f"{summary['best_epoch']} of {summary['epochs']}, {seconds_text(summary['train_s'])}")
         )
     if summary["selected_on"] == "test":
-        text = f"{summary['protocol']}: the epoch was selected on the test images, so their result is optimistic"
+        text = f"{summary['protocol']}: the epoch was selected on the test images, so test scores are optimistic"
         rows.append(("protocol", text))
     elif summary["protocol"] not in (None, "standard"):
-        rows.append(("protocol", f"{summary['protocol']}: the last epoch, without selection"))
+        rows.append(("protocol", f"{summary['protocol']}: last epoch, no selection"))
     if summary["ema"] is not None:
         rows.append(("average", f"exponential moving average of the weights, decay {summary['ema']:g}"))
     return rows
 
 
 def _grid_table(budgets: dict[str, Any]) -> Table:
-    """Sparsity in percent, a row a block and a column a kind."""
+    """Return sparsity in percent, one row per block and one column per matrix type."""
     table = Table(title="Sparsity in percent (× frozen)", title_justify="left", title_style="bold", box=None)
     table.add_column("block", justify="right", style="dim")
     for kind in budgets["kinds"]:
@@ -362,24 +363,24 @@ def _grid_table(budgets: dict[str, Any]) -> Table:
 
 
 def _cell(sparsity: float | None) -> Text:
-    """One sparsity; a matrix that is not quite frozen never shows 100."""
+    """Format one sparsity; only a frozen matrix shows 100."""
     if sparsity is None:
         return Text("")
     return Text("×", "yellow") if sparsity == 1 else Text(f"{min(100 * sparsity, 99.9):.1f}")
 
 
 def _nonzeros_text(budgets: dict[str, Any]) -> str:
-    """How the counted non-zero entries compare with the budgets."""
+    """Compare the non-zero entries with the budgets."""
     source = "the adapter file" if budgets["from_adapter"] else "allocation.json"
     if budgets["mismatches"]:
         names = ", ".join(budgets["mismatches"][:5])
-        where = _counted(len(budgets["mismatches"]), "matrix", "matrices")
-        return f"Non-zero entries differ from the budget in {where}: {names}"
+        count = _counted(len(budgets["mismatches"]), "matrix", "matrices")
+        return f"Non-zero entries differ from the budget in {count}: {names}"
     return f"Non-zero entries: {budgets['nonzeros']:,}, equal to the budget (from {source}) in every matrix."
 
 
 def _settings_table(settings: dict[str, Any]) -> Table:
-    """The adapter's settings that are set."""
+    """Return the adapter settings that are not None."""
     table = Table(
         title="Settings of the adapter", title_justify="left", title_style="bold", show_header=False, box=None
     )
@@ -392,11 +393,11 @@ def _settings_table(settings: dict[str, Any]) -> Table:
 
 
 GENERATOR_TASKS = ("generation", "language")
-"""Tasks without classes: their runs count steps and have a loss instead of a best epoch and its accuracy."""
+"""Tasks whose runs report steps and loss instead of a best epoch and accuracy."""
 
 
 def read_scores_of_generator(run: str | Path, task: str) -> dict[str, float]:
-    """What an evaluation measured, by name; nothing where there was none. Raises as `snella_app.records.read`.
+    """Return evaluation scores by name; empty without an evaluation. Raises like `snella_app.records.read`.
 
     Args:
         run: Folder of the run.
@@ -412,17 +413,17 @@ def read_scores_of_generator(run: str | Path, task: str) -> dict[str, float]:
 
 
 def generator_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """What such a run learned from, for how long and with what result, as lines of `snella inspect`.
+    """Return the rows of `snella inspect` for a generator: model, data, steps, loss and scores.
 
     Args:
-        summary: From `inspect_summary`, with a task of `GENERATOR_TASKS`.
+        summary: Result of `inspect_summary` for a task in `GENERATOR_TASKS`.
     """
     backbone, data, curve = summary["backbone"], summary["data"], summary["learning"]
-    of_images = summary["task"] == "generation"
+    is_image_generator = summary["task"] == "generation"
     size = f", {backbone['img_size']}×{backbone['img_size']} px" if backbone["img_size"] else ""
     held = data["sizes"].get("val") or 0
     rows = [
-        ("pipeline" if of_images else "model", backbone["name"] + size),
+        ("pipeline" if is_image_generator else "model", backbone["name"] + size),
         ("data", f"{data['spec']}, {data['description']}" + (f", {held} held out" if held else "")),
     ]
     if curve is not None:
@@ -431,7 +432,7 @@ def generator_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("steps", duration + (f", {curve['optimizer']}" if curve["optimizer"] else "")))
         rows.append(("loss", _loss_text(curve)))
     scores = summary["scores"]
-    if scores and of_images:
+    if scores and is_image_generator:
         rows.append(("scores", ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in scores.items())))
     elif scores:
         each = ", ".join(f"{name} {percent_text(value)}" for name, value in scores.items() if name != "mean")
@@ -440,10 +441,10 @@ def generator_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _loss_text(curve: dict[str, Any]) -> str:
-    """How the loss fell: on fixed noise where that was measured, else from the first entry to the last."""
+    """Describe the loss: on fixed noise if measured, else its first and last values."""
     if curve["fixed_after"] is not None:
         return f"{curve['fixed_after']:.5f} on fixed noise, {plain_text(curve['fixed_before'])} before training"
     if curve["last"] is None:
-        return "not noted"
+        return "not recorded"
     held_out = "" if curve["held_out"] is None else f"; {curve['held_out']:.4f} on held-out entries"
     return f"{curve['last']:.4f} at the end, {plain_text(curve['first'])} at the beginning{held_out}"

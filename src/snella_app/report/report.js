@@ -1,4 +1,4 @@
-// A copy button on every block of code; pages without scripts have none.
+// Add a copy button to every code block; pages without scripts show none.
 for (const pre of document.querySelectorAll('pre.copy')) {
   const button = document.createElement('button')
   button.type = 'button'
@@ -10,7 +10,7 @@ for (const pre of document.querySelectorAll('pre.copy')) {
     try {
       await navigator.clipboard.writeText(text)
     } catch {
-      // the Clipboard API needs a secure context (https or file); elsewhere the code is selected and copied
+      // the Clipboard API needs a secure context (https or file); otherwise select the code and copy it
       const range = document.createRange()
       range.selectNodeContents(pre)
       getSelection().removeAllRanges()

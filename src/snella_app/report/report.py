@@ -1,4 +1,4 @@
-"""The HTML report of a run, a self-contained file."""
+"""Self-contained HTML report of a run."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ _LONGEST = 800
 
 
 def classes_section(metrics: Metrics | None) -> dict[str, Any] | None:
-    """Dice and IoU of each class, on the test split where there is one."""
+    """Return Dice and IoU by class, on the test split if there is one."""
     if metrics is None:
         return None
     split, scores = metrics.measured
@@ -87,7 +87,7 @@ def classes_section(metrics: Metrics | None) -> dict[str, Any] | None:
 
 
 def masks_section(folder: Path, info: RunInfo, images: ImageSource | None) -> dict[str, Any] | None:
-    """Some images with true and predicted mask, the worst ones first."""
+    """Return sample images with true and predicted masks, worst first."""
     if info.task != "segmentation":
         return None
     predictions = read_if_present(MaskPredictions, folder)
@@ -103,7 +103,7 @@ def masks_section(folder: Path, info: RunInfo, images: ImageSource | None) -> di
     colors = mask_colors(len(info.classes)) / 255
     return {
         "split": predictions.split_name,
-        "note": f"{len(items)} of {len(predictions.items)} images: the worst ones, then others evenly spread.",
+        "note": f"{len(items)} of {len(predictions.items)} images: the worst, then others evenly spaced.",
         "legend": [
             {"name": name, "color": to_hex(color)} for name, color in zip(info.classes[1:], colors[1:], strict=True)
         ],
@@ -113,7 +113,7 @@ def masks_section(folder: Path, info: RunInfo, images: ImageSource | None) -> di
 
 @dataclass(frozen=True)
 class Fact:
-    """A number of a report with its name and small print."""
+    """A labeled value of the report with a note."""
 
     label: str
     value: str
@@ -122,7 +122,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Scale:
-    """An accuracy on a scale from 0 to 100 %: value, ends of its 95 % margin, and baselines by name; all are shares."""
+    """Accuracy scale: value, 95 % confidence limits and named baselines, all in [0, 1]."""
 
     value: float
     low: float
@@ -131,11 +131,11 @@ class Scale:
 
 
 def results_section(metrics: Metrics | None, marks: Sequence[tuple[str, float]] = ()) -> dict[str, Any] | None:
-    """The scores: the main one of the test split (validation without one), its scale, the others, and what was kept.
+    """Return the main score (test, or validation without a test split), its scale, other scores and adapter facts.
 
     Args:
-        metrics: Of the run.
-        marks: Baselines of the accuracy, by name.
+        metrics: Metrics of the run.
+        marks: Accuracy baselines, `(name, accuracy)`.
     """
     if metrics is None:
         return None
@@ -150,7 +150,7 @@ def results_section(metrics: Metrics | None, marks: Sequence[tuple[str, float]] 
 
 
 def _kept_text(metrics: Metrics) -> str:
-    """Epoch, time and size of the saved adapter in a line."""
+    """Return epoch, training time and file size of the saved adapter as one line."""
     parts = [] if metrics.best_epoch is None else [" ".join(filter(None, _kept_epoch(metrics)))]
     parts += [] if math.isnan(metrics.train_s) else [f"trained in {seconds_text(metrics.train_s)}"]
     parts += [f"adapter file {bytes_text(metrics.adapter_bytes)}"] if metrics.adapter_bytes else []
@@ -158,7 +158,7 @@ def _kept_text(metrics: Metrics) -> str:
 
 
 def method_facts(metrics: Metrics | None, allocation: Allocation | None, budgets: Mapping[str, int]) -> list[Fact]:
-    """Trainable parameters, budget, final head and peak memory."""
+    """Return trainable parameters, budget, final head and peak memory."""
     if metrics is None:
         return []
     facts = [_count_fact("trainable parameters", metrics.trainable_parameters)]
@@ -182,7 +182,7 @@ _SHORT_METRICS = {"map": "mAP", "mae": "MAE", "rmse": "RMSE", "r2": "R²"}
 
 
 def _kept_epoch(metrics: Metrics) -> tuple[str, str, str]:
-    """The epoch of the saved adapter, of how many, and its selection."""
+    """Return label, value and note for the epoch of the saved adapter and its selection."""
     total = f"of {metrics.history[-1].epoch}" if metrics.history else ""
     average = "" if metrics.ema is None else f"; average of the weights, decay {metrics.ema:g}"
     if (averaged := metrics.averaged) is not None and averaged.is_saved:
@@ -190,14 +190,14 @@ def _kept_epoch(metrics: Metrics) -> tuple[str, str, str]:
         offered = f"epochs {averaged.offered[0]} to {averaged.offered[-1]} {total}"
         return "averaged epochs", ", ".join(map(str, averaged.epochs)), kind.format(offered)
     if metrics.selected_on is None:
-        return "epoch", str(metrics.best_epoch), f"{total}, the last, without selection{average}"
+        return "epoch", str(metrics.best_epoch), f"{total}, last epoch, no selection{average}"
     split, _, metric = metrics.best_metric.partition("_")
     chosen_by = f"{'validation' if split == 'val' else split} {_SHORT_METRICS.get(metric, metric.replace('_', ' '))}"
     return "best epoch", str(metrics.best_epoch), (f"{total}, by {chosen_by}" if total else "") + average
 
 
 def comparison_section(rows: list[MethodResult] | None) -> dict[str, Any] | None:
-    """Accuracy and cost of several methods."""
+    """Return accuracy and cost of the compared methods."""
     if not rows:
         return None
     accuracy = inline_svg(figures.comparison_bars(rows), "comparison-accuracy", "Accuracy of each method, as bars.")
@@ -206,7 +206,7 @@ def comparison_section(rows: list[MethodResult] | None) -> dict[str, Any] | None
 
 
 def curves_section(metrics: Metrics | None) -> list[Markup]:
-    """Loss and accuracy over the epochs."""
+    """Return loss and accuracy curves over the epochs."""
     if metrics is None or not metrics.history:
         return []
     last = metrics.history[-1]
@@ -214,7 +214,7 @@ def curves_section(metrics: Metrics | None) -> list[Markup]:
         inline_svg(
             figures.loss_curves(metrics),
             "curve-loss",
-            f"Loss by epoch; in epoch {last.epoch}, the last: training {measure_text(last.train_loss)}, "
+            f"Loss by epoch; last epoch {last.epoch}: training {measure_text(last.train_loss)}, "
             f"{metrics.selection} {measure_text(last.val_loss)}.",
         ),
         *([] if metrics.selected_on is None else [_quality_curves(metrics)]),
@@ -226,35 +226,35 @@ _QUALITIES = {
     "map": ("val_map", "mean average precision"),
     "kappa": ("val_kappa", "quadratic weighted kappa"),
     "error": ("val_mae", "mean absolute error"),
-    "r2": ("val_r2", "R², mean of the numbers,"),
+    "r2": ("val_r2", "R², mean over targets,"),
     "accuracy": ("val_accuracy", "accuracy"),
 }
-"""Names of `quality_curves`, an entry of an epoch's row that each needs, and what that is."""
+"""Names of `quality_curves`: required entry of an epoch's row and its label."""
 
 
 def _quality_curves(metrics: Metrics) -> Markup:
-    """What epochs are compared by, over the epochs: the first curves whose values the history has."""
+    """Return the first validation-quality curves for which the history has values."""
     last = metrics.history[-1]
-    measured = (
+    candidates = (
         name
         for name, (entry, _) in _QUALITIES.items()
         if any(not math.isnan(getattr(r, entry)) for r in metrics.history)
     )
-    name = next(measured, "accuracy")
+    name = next(candidates, "accuracy")
     if name == "error" and isinstance(metrics.val, RegressionScores) and len(metrics.val.per_target) > 1:
-        name = "r2"  # errors of several numbers have different units
-    entry, what = _QUALITIES[name]
+        name = "r2"  # targets have different units
+    entry, label = _QUALITIES[name]
     value = getattr(last, entry)
     text = percent_text(value) if name in figures.SHARES else measure_text(value)
     return inline_svg(
         figures.quality_curves(metrics, name),
         f"curve-{name}",
-        f"{metrics.selection.capitalize()} {what} by epoch; in the last, epoch {last.epoch}: {text}.",
+        f"{metrics.selection.capitalize()} {label} by epoch; last epoch {last.epoch}: {text}.",
     )
 
 
 def confusion_section(info: RunInfo, metrics: Metrics | None) -> dict[str, Any] | None:
-    """Confusion matrix and the numbers of each class, on the test split where there is one."""
+    """Return the confusion matrix and per-class scores, on the test split if there is one."""
     if metrics is None:
         return None
     split, scores = metrics.measured
@@ -267,7 +267,7 @@ def confusion_section(info: RunInfo, metrics: Metrics | None) -> dict[str, Any] 
         "figure": inline_svg(
             figures.confusion_matrix(scores.confusion, info.classes),
             "confusion-matrix",
-            f"Confusion matrix of {len(info.classes)} classes on the {split} images; the table below has the numbers.",
+            f"Confusion matrix of {len(info.classes)} classes on the {split} images; values are in the table below.",
         ),
         "rows": sorted(_class_rows(info, scores), key=lambda row: (math.isnan(row["recall"]), row["recall"])),
         "pairs": _confused_pairs(info, scores),
@@ -275,7 +275,7 @@ def confusion_section(info: RunInfo, metrics: Metrics | None) -> dict[str, Any] 
 
 
 def groups_section(info: RunInfo, predictions: Predictions | None) -> dict[str, Any] | None:
-    """Confusion by group (patient, site, video), the least recognized first; None where the data has no groups."""
+    """Return accuracy by group (patient, site, video), lowest first; None for data without groups."""
     by_group: dict[str, list[Prediction]] = {}
     for item in predictions.items if predictions is not None else []:
         if item.group is not None:
@@ -285,12 +285,12 @@ def groups_section(info: RunInfo, predictions: Predictions | None) -> dict[str, 
     rows: list[dict[str, Any]] = []
     for name, items in by_group.items():
         confused = Counter((item.label, item.predicted) for item in items if not item.is_right)
-        most = [
+        frequent = [
             f"{info.classes[label]} → {info.classes[predicted]} {count:,}"
             for (label, predicted), count in confused.most_common(_CONFUSED_IN_GROUP)
         ]
         share = sum(item.is_right for item in items) / len(items)
-        rows.append({"name": name, "images": len(items), "right": share, "confused": ", ".join(most)})
+        rows.append({"name": name, "images": len(items), "right": share, "confused": ", ".join(frequent)})
     rows.sort(key=lambda row: (row["right"], -row["images"], row["name"]))
     shares = [float(row["right"]) for row in rows]
     shown = rows
@@ -306,25 +306,25 @@ def groups_section(info: RunInfo, predictions: Predictions | None) -> dict[str, 
 
 
 def baselines(info: RunInfo, metrics: Metrics | None, comparison: list[MethodResult] | None) -> list[tuple[str, float]]:
-    """Baselines of a classifier's accuracy by name: the most frequent class, and a linear probe if one was compared."""
+    """Return accuracy baselines by name: the most frequent class, and a linear probe if one was compared."""
     scores = None if metrics is None else metrics.measured[1]
     if not isinstance(scores, Scores) or not scores.images:
         return []
     most, share = _most_frequent(scores)
-    found = [(f"always {info.classes[most]!r}", share)]
+    marks = [(f"always {info.classes[most]!r}", share)]
     probe = next((row for row in comparison or [] if row.method == PROBE_METHOD), None)
-    return found if probe is None or math.isnan(probe.accuracy) else [*found, ("linear probe", probe.accuracy)]
+    return marks if probe is None or math.isnan(probe.accuracy) else [*marks, ("linear probe", probe.accuracy)]
 
 
 def _most_frequent(scores: Scores) -> tuple[int, float]:
-    """The most frequent class and its share of the images."""
+    """Return the most frequent class and its share of the images."""
     sizes = [sum(row) for row in scores.confusion]
     most = max(range(len(sizes)), key=sizes.__getitem__)
     return most, sizes[most] / scores.images
 
 
 def verdict_text(info: RunInfo, metrics: Metrics | None) -> str:
-    """The result in a sentence, compared with predicting the most frequent class; empty for a segmentation."""
+    """Return the result as a sentence, compared with the most frequent class; empty for segmentation."""
     if metrics is None:
         return ""
     split, scores = metrics.measured
@@ -350,13 +350,13 @@ def verdict_text(info: RunInfo, metrics: Metrics | None) -> str:
             f"model reaches {percent_text(balanced)} ({margin_text(scores.balanced_margin)})."
         )
     return (
-        f"{text}. The model is not above it by more than the 95\N{NO-BREAK SPACE}% margin: there is no evidence of "
-        "learning yet."
+        f"{text}. The model does not exceed it by more than the 95\N{NO-BREAK SPACE}% margin: no evidence of learning "
+        "yet."
     )
 
 
 def _confused_pairs(info: RunInfo, scores: Scores) -> list[dict[str, Any]]:
-    """The pairs of classes that are most often confused, with how many images."""
+    """Return the most frequently confused class pairs with image counts."""
     pairs: list[dict[str, Any]] = [
         {"label": info.classes[i], "predicted": info.classes[j], "count": count, "images": sum(row)}
         for i, row in enumerate(scores.confusion)
@@ -367,7 +367,7 @@ def _confused_pairs(info: RunInfo, scores: Scores) -> list[dict[str, Any]]:
 
 
 def _class_rows(info: RunInfo, scores: Scores) -> list[dict[str, Any]]:
-    """Images, recall and precision of each class."""
+    """Return image count, recall and precision by class."""
     rows = []
     for i, name in enumerate(info.classes):
         images, predicted = sum(scores.confusion[i]), sum(row[i] for row in scores.confusion)
@@ -380,7 +380,7 @@ def _class_rows(info: RunInfo, scores: Scores) -> list[dict[str, Any]]:
 def update_section(
     adapter: AdapterFile | None, allocation: Allocation | None, budgets: Mapping[str, int] | None = None
 ) -> dict[str, Any] | None:
-    """The update of the deepest query projection, of those with a budget; None where the adapter holds no updates."""
+    """Return the update of the deepest query projection with a budget; None for adapters without updates."""
     if adapter is None:
         return None
     from snella_app.report.updates import adapter_updates, deepest_query, draw_updates
@@ -392,13 +392,13 @@ def update_section(
     changed = [name for name in source[0] if (budgets or {}).get(name, 1) > 0]
     name = deepest_query(changed or list(source[0]))
     figure = draw_updates({"": source[1](name)}, name)
-    return {"name": name, "figure": inline_svg(figure, "update", f"Update of {name}, increased and decreased weights.")}
+    return {"name": name, "figure": inline_svg(figure, "update", f"Update of {name}: increased and decreased weights.")}
 
 
 def allocation_section(
     info: RunInfo, metrics: Metrics | None, allocation: Allocation | None, budgets: dict[str, int]
 ) -> dict[str, Any] | None:
-    """Sparsity map, evolution of budgets and importance, table of matrices."""
+    """Return sparsity map, budgets and importance over time, and the table of matrices."""
     if allocation is None or not allocation.matrices:
         return None
     epochs = epochs_of_allocation(allocation, metrics, info.is_finished)
@@ -423,7 +423,7 @@ def allocation_section(
             inline_svg(
                 frozen_curve(allocation, epochs),
                 "budget-frozen",
-                f"Number of frozen and full matrices over time; {grid.frozen_count} are frozen in the saved adapter.",
+                f"Number of frozen and full matrices over time; the saved adapter freezes {grid.frozen_count}.",
             ),
         ]
     trend = block_trend(allocation.matrices, budgets)
@@ -432,16 +432,16 @@ def allocation_section(
         importance = inline_svg(
             importance_curves(allocation, epochs),
             "importance-curves",
-            f"Importance of {len(allocation.matrices)} matrices over time, logarithmic, with the mean of each kind.",
+            f"Importance of {len(allocation.matrices)} matrices over time (log scale), with means by type.",
         )
     return {
         "map": inline_svg(
             sparsity_map(allocation.matrices, budgets),
             "sparsity-map",
-            f"Sparsity of each matrix by block and kind; {grid.frozen_count} of {len(allocation.matrices)} are frozen. "
-            "The table of matrices has the numbers.",
+            f"Sparsity of each matrix by block and type; {grid.frozen_count} of {len(allocation.matrices)} are frozen. "
+            "Values are in the table of matrices.",
         ),
-        "trend": trend and inline_svg(trend, "block-trend", "Sparsity of each block, and its linear trend."),
+        "trend": trend and inline_svg(trend, "block-trend", "Sparsity of each block with its linear trend."),
         "kept": sum(budgets.values()),
         "total": allocation.total_weights,
         "frozen": [matrix.name for matrix in allocation.matrices if budgets[matrix.name] == 0],
@@ -460,7 +460,7 @@ def allocation_section(
 
 
 def _class_predictions(folder: Path, info: RunInfo) -> Predictions | None:
-    """The stored predictions of a classifier, of ordered classes too; None where there are none."""
+    """Return the stored predictions of a nominal or ordinal classifier; None if absent."""
     if info.task not in ("classification", "ordinal"):
         return None
     predictions = read_if_present(Predictions, folder)
@@ -470,7 +470,7 @@ def _class_predictions(folder: Path, info: RunInfo) -> Predictions | None:
 def examples_section(
     info: RunInfo, predictions: Predictions | None, images: ImageSource | None
 ) -> dict[str, Any] | None:
-    """Some images with their predictions, whose probabilities are those that predict gives."""
+    """Return sample images with calibrated predictions, as `snella predict` gives them."""
     if predictions is None:
         return None
     if info.calibration is not None:
@@ -493,12 +493,12 @@ def examples_section(
         "groups": [
             {
                 "title": "Wrong predictions",
-                "note": f"{len(wrong)} of {n_wrong}, the most confident first",
+                "note": f"{len(wrong)} of {n_wrong}, most confident first",
                 "items": shown(wrong),
             },
             {
                 "title": "Correct predictions",
-                "note": f"{len(right)} of {len(predictions.items) - n_wrong}, evenly spread",
+                "note": f"{len(right)} of {len(predictions.items) - n_wrong}, evenly spaced",
                 "items": shown(right),
             },
         ],
@@ -506,9 +506,9 @@ def examples_section(
 
 
 def heat_maps_section(folder: Path, info: RunInfo, predictions: Predictions | None) -> list[dict[str, Any]]:
-    """The heat maps that `snella explain RUN` left in the run, wrong predictions first."""
+    """Return the heat maps that `snella explain RUN` wrote to the run, wrong predictions first."""
     items = {item.index: item for item in (predictions.items if predictions is not None else [])}
-    found = []
+    entries = []
     for path in (folder / "heat_maps").glob("*.png"):
         item = items.get(int(path.stem)) if path.stem.isdigit() else None
         if item is not None:
@@ -516,12 +516,12 @@ def heat_maps_section(folder: Path, info: RunInfo, predictions: Predictions | No
                 by = image.info["by"]
                 uri, width, height = picture_uri(image, _LONGEST)
             names = {"predicted": info.classes[item.predicted], "label": info.classes[item.label]}
-            found.append({"item": item, "uri": uri, "width": width, "height": height, "by": by, **names})
-    return sorted(found, key=lambda entry: (entry["item"].is_right, -entry["item"].probability))
+            entries.append({"item": item, "uri": uri, "width": width, "height": height, "by": by, **names})
+    return sorted(entries, key=lambda entry: (entry["item"].is_right, -entry["item"].probability))
 
 
 def _count_fact(label: str, count: int) -> Fact:
-    """A count in short, and with all its digits where the short form lacks some."""
+    """Return a count in short form, with the exact value as a note if they differ."""
     exact, short = f"{count:,}", count_text(count)
     return Fact(label, short, exact if exact != short else "")
 
@@ -538,7 +538,7 @@ _PREDICTED = {
 
 @dataclass(frozen=True)
 class Use:
-    """Blocks of code to copy for one use of a run."""
+    """Code blocks to copy for one use of a run."""
 
     title: str
     blocks: tuple[str, ...]
@@ -546,11 +546,11 @@ class Use:
 
 
 def uses(folder: Path, task: str) -> list[Use]:
-    """How a run is used: command lines and Python code.
+    """Return command lines and Python code that use a run.
 
     Args:
-        folder: Of the run.
-        task: Its task.
+        folder: Folder of the run.
+        task: Task of the run.
     """
     run = shlex.quote(str(folder))
     merged, out = _MERGED.get(task, ("a folder that timm loads without snella", "model"))
@@ -580,25 +580,25 @@ def write_report(
     allocation: Allocation | None = None,
     state: Literal["finished", "stopped"] | None = None,
 ) -> Path:
-    """Write `RUN/report.html` from the files of the run atomically.
+    """Atomically write `RUN/report.html` from the files of the run.
 
-    Sections without material (budgets of a method that has none, results of a run that has only begun) are left out.
+    Sections without data (e.g. budgets of a method without budgets) are omitted.
 
     Args:
         run: Folder of the run.
-        images: Pictures of the split in `predictions.json`, by index: a mapping, or a function such as the
-            validation set's `image`.
-        metrics: Of a run that is going on, which has no `metrics.json` yet: its results so far.
-        allocation: The same of `allocation.json`.
-        state: Of a run whose record says that it is running: `stopped` if its process is gone, `finished` if its last
-            results are written. None for what the record says.
+        images: Images of the split in `predictions.json` by index: a mapping, or a function like the validation set's
+            `image`.
+        metrics: Metrics so far of an unfinished run, which has no `metrics.json` yet.
+        allocation: Allocation so far of an unfinished run, which has no `allocation.json` yet.
+        state: Overrides the status `running` in the record: `stopped` if the process is gone, `finished` if the final
+            results are written. None keeps the recorded status.
 
     Returns:
-        Path of the page.
+        Path of the report.
 
     Raises:
-        FileNotFoundError: The folder holds no `run.json`, or the run is finished and has no `metrics.json`.
-        ValueError: A file of the run is damaged.
+        FileNotFoundError: If the folder has no `run.json`, or a finished run has no `metrics.json`.
+        ValueError: If a file of the run is damaged.
     """
     folder = Path(run)
     info = read(RunInfo, folder)
@@ -645,14 +645,14 @@ def write_report(
 
 
 def write_page(folder: Path, package: str, context: Mapping[str, Any], name: str = "report.html") -> Path:
-    """Write a page in a folder atomically: a package's template of that name, in the style of all reports.
+    """Render a package's template in the report style and write it atomically.
 
     Args:
-        folder: Where the page is written.
-        package: Holds the template `{name}.jinja`.
-        context: Variables of the template. `style`, `script` (copy buttons) and `script_digest`, by which the content
-            security policy allows that script alone, are added.
-        name: Of the page.
+        folder: Output folder.
+        package: Package with the template `{name}.jinja`.
+        context: Template variables. `style`, `script` (copy buttons) and `script_digest` (hash that the content
+            security policy allows) are added.
+        name: File name of the page.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(
@@ -676,15 +676,15 @@ def write_page(folder: Path, package: str, context: Mapping[str, Any], name: str
 
 
 def breakable(text: str) -> Markup:
-    """Text that may be broken after what divides paths."""
+    """Insert line-break opportunities after path separators."""
     return Markup(re.sub(r"([:/_.])", r"\1<wbr>", str(escape(text))))
 
 
 def _warning(metrics: Metrics | None) -> str:
-    """Caveat about the results; empty for none."""
+    """Return a caveat about the results, or an empty string."""
     if metrics is None or metrics.selected_on != "test":
         return ""
     return (
-        f"Protocol {metrics.protocol}: the best epoch was selected on the test images: the test results are "
-        "optimistic, and not comparable with those of runs that selected on validation."
+        f"Protocol {metrics.protocol}: the best epoch was selected on the test images. The test results are "
+        "optimistic and not comparable with runs that selected on validation."
     )

@@ -1,8 +1,7 @@
-"""Style of all figures, and their output as files or inline SVG.
+"""Figure style, and output as files or inline SVG.
 
-One unit of a figure is one CSS pixel (72 dots per inch, one point a dot), so a font size of 12 is 12 px on the page.
-Inks are plain colors in a file; inside a page `inline_svg` turns them into CSS variables, so that one picture serves
-the light and the dark mode.
+One figure unit is one CSS pixel (72 dots per inch), so font size 12 is 12 px on the page. Files use fixed colors;
+`inline_svg` replaces them with CSS variables so that one figure serves light and dark mode.
 """
 
 from __future__ import annotations
@@ -34,19 +33,19 @@ ACCENT, WARM = "#2f6fdd", "#d2680c"
 COLORS = (ACCENT, WARM, "#1d9367", "#c8446a", "#8a5cd0", "#148fa8", "#9a8410", "#7b6a5c")
 """Line colors, at least 3:1 against the light and the dark panel."""
 MORE_COLORS = ("#b03fc4", "#5a8f00", "#d13b2f", "#64707f", "#a8622a", "#007f7a", "#5f6fe0", "#d0479a")
-"""Colors of further lines, where one figure has more than `COLORS`."""
+"""Line colors after `COLORS` is exhausted."""
 
 _VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--line", PANEL: "--panel"}
 _DARK = {INK: "#e6eaf0", MUTED: "#a2adbb", GRID: "#333d4b", PANEL: "#1a2029"}
-"""What the variables are in dark mode, in `report.css`."""
+"""Dark-mode values of the variables in `report.css`."""
 _MARKERS = "osD^vPX*<>hp"
 _FONT = 12.0
 CURVE = (430.0, 310.0)
-"""Width and height of a picture that stands beside another, and is still readable on a telephone."""
+"""Width and height of figures placed side by side; readable on a phone."""
 
 
 def new_figure(width: float, height: float, title: str = "") -> tuple[Figure, Axes]:
-    """Return a figure of `width` × `height` CSS pixels with one pair of axes in the house look."""
+    """Return a styled figure of `width` × `height` CSS pixels with one pair of axes."""
     figure = _new_canvas(width, height)
     return figure, _styled(figure.add_subplot(), title)
 
@@ -54,14 +53,14 @@ def new_figure(width: float, height: float, title: str = "") -> tuple[Figure, Ax
 def new_panels(
     width: float, height: float, titles: Sequence[str], columns: int, **subplots: Any
 ) -> tuple[Figure, list[Axes]]:
-    """Return a figure of `width` × `height` CSS pixels with one pair of axes a title, `columns` of them in a row.
+    """Return a styled figure with one panel per title.
 
     Args:
-        width: Of the whole figure.
-        height: Of the whole figure.
-        titles: One a panel.
-        columns: Panels in a row.
-        subplots: Further arguments of `Figure.subplots`, such as `sharey="row"`.
+        width: Width of the figure in CSS pixels.
+        height: Height of the figure in CSS pixels.
+        titles: Titles of the panels.
+        columns: Panels per row.
+        subplots: Additional arguments of `Figure.subplots`, e.g. `sharey="row"`.
     """
     figure = _new_canvas(width, height)
     grid = figure.subplots(-(-len(titles) // columns), columns, squeeze=False, **subplots).flat
@@ -72,7 +71,7 @@ def new_panels(
 
 
 def _new_canvas(width: float, height: float) -> Figure:
-    """An empty figure."""
+    """Return an empty figure."""
     figure = Figure(
         figsize=(width / 72, height / 72),
         dpi=72,
@@ -84,7 +83,7 @@ def _new_canvas(width: float, height: float) -> Figure:
 
 
 def _styled(axes: Axes, title: str) -> Axes:
-    """Axes in the house look."""
+    """Apply the figure style to axes."""
     axes.set_facecolor("none")
     axes.tick_params(colors=MUTED, labelcolor=INK, labelsize=_FONT - 1, length=3)
     for side in ("top", "right"):
@@ -101,30 +100,30 @@ def _styled(axes: Axes, title: str) -> Axes:
 
 
 def style_of(number: int) -> tuple[str, str]:
-    """Color and marker of the line of this number: 16 colors, then markers tell lines of one color apart."""
+    """Return color and marker of line `number`; markers distinguish lines that share one of the 16 colors."""
     colors = (*COLORS, *MORE_COLORS)
     return colors[number % len(colors)], _MARKERS[(number + number // len(COLORS)) % len(_MARKERS)]
 
 
 def epoch_axis(axes: Axes, label: str = "epoch") -> None:
-    """Label the x axis, with ticks at whole numbers only."""
+    """Label the x axis and use integer ticks."""
     axes.set_xlabel(label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
 
 
 def percent_axis(axes: Axes, which: Literal["x", "y", "both"] = "y") -> None:
-    """Show the values of an axis, shares, as percentages."""
+    """Format axis values in [0, 1] as percentages."""
     for name, axis in (("x", axes.xaxis), ("y", axes.yaxis)):
         if which in (name, "both"):
             axis.set_major_formatter(FuncFormatter(lambda share, _: f"{round(100 * share, 3):g}\N{NO-BREAK SPACE}%"))
 
 
 def add_legend(figure: Figure, handles: Sequence[Artist], labels: Sequence[str], columns: int = 3) -> None:
-    """Put a legend below the axes, where it hides no line."""
+    """Add a legend below the axes."""
     if handles:
         legend = figure.legend(
             handles,
-            [str(i) for i in range(len(handles))],  # the names come below: here a leading underscore would hide one
+            [str(i) for i in range(len(handles))],  # placeholders: Matplotlib hides labels with a leading "_"
             loc="outside lower center",
             ncols=min(columns, len(handles)),
             frameon=False,
@@ -138,27 +137,27 @@ def add_legend(figure: Figure, handles: Sequence[Artist], labels: Sequence[str],
 
 
 def accent_map() -> ListedColormap:
-    """Return the color map from nothing (transparent, so the page shows through) to the full accent."""
+    """Return the color map from transparent to the accent color."""
     red, green, blue = to_rgb(ACCENT)
     return ListedColormap([(red, green, blue, 0.04 + 0.96 * i / 255) for i in range(256)], name="accent")
 
 
 def signed_map() -> ListedColormap:
-    """Return the color map from negative (orange) over nothing (transparent) to positive (blue)."""
+    """Return the color map from negative (orange) through zero (transparent) to positive (blue)."""
     shades = np.linspace(-1, 1, 257)
     colors = [(*to_rgb(ACCENT if shade > 0 else WARM), float(abs(shade)) ** 0.7) for shade in shades]
     return ListedColormap(colors, name="signed")
 
 
 def scale_bar(figure: Figure, axes: Axes, label: str, ticks: dict[float, str]) -> None:
-    """Draw the accent's color scale below the axes, `ticks` naming some of its values in [0, 1]."""
+    """Draw the accent color scale below the axes with labels `ticks` for values in [0, 1]."""
     width, height = figure.get_size_inches() * 72
     shrink = min(0.5, 260 / width)
     bar = figure.colorbar(
         ScalarMappable(cmap=accent_map()), ax=axes, location="bottom", shrink=shrink, aspect=26, pad=12 / height
     )
     if bar.solids is not None:
-        bar.solids.set_visible(False)  # one smooth picture instead of 256 rectangles with visible seams
+        bar.solids.set_visible(False)  # 256 rectangles show seams; draw one image instead
     bar.ax.imshow(
         accent_map()(np.linspace(0, 1, 256)[None]), extent=(0, 1, 0, 1), aspect="auto", interpolation="none", zorder=0
     )
@@ -170,26 +169,26 @@ def scale_bar(figure: Figure, axes: Axes, label: str, ticks: dict[float, str]) -
 
 
 def text_on(share: float) -> str:
-    """Return the color of a text on a cell of the accent's color map, legible in both modes."""
+    """Return a text color that is legible on a cell of the accent color map in both modes."""
     return "#ffffff" if share > 0.85 else INK
 
 
 def shortened(text: str, length: int = 18) -> str:
-    """Cut a label in the middle to `length` characters; line breaks and what a picture cannot show are replaced."""
+    """Shorten a label in the middle to `length` characters; replace line breaks and unprintable characters."""
     text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
     text = text if len(text) <= length else text[: length - length // 3 - 1] + "…" + text[-(length // 3) :]
-    return text.replace("$", r"\$")  # Matplotlib would read what lies between two dollar signs as mathematics
+    return text.replace("$", r"\$")  # Matplotlib parses $...$ as math
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Write a figure as `.svg` or `.png` (two dots a pixel) atomically.
+    """Atomically write a figure as `.svg` or `.png` (2× resolution).
 
     Raises:
-        ValueError: The ending is another.
+        ValueError: If the suffix is neither.
     """
     path = Path(path)
     if path.suffix not in (".svg", ".png"):
-        raise ValueError(f"a figure is written as .svg or .png, got {path.name!r}; rename it")
+        raise ValueError(f"figure file must end in .svg or .png, got {path.name!r}; rename it")
     data = io.BytesIO()
     metadata = {"Date": None} if path.suffix == ".svg" else {}
     with matplotlib.rc_context({"svg.hashsalt": path.stem}):
@@ -199,12 +198,12 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
 
 
 def write_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Write a figure as `NAME.svg` and `NAME.png`, and for dark pages as `NAME-dark.svg` and `NAME-dark.png`.
+    """Write a figure as `NAME.svg`, `NAME.png`, `NAME-dark.svg` and `NAME-dark.png`.
 
     Args:
-        figure: Drawn in the inks of this module; in those of dark mode afterwards.
-        folder: Must be there.
-        name: Stem of the files.
+        figure: Figure in the light colors of this module; changed to dark colors in place.
+        folder: Existing output folder.
+        name: Stem of the file names.
     """
     light = [save_figure(figure, folder / f"{name}{ending}") for ending in (".svg", ".png")]
     darken(figure)
@@ -212,8 +211,8 @@ def write_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
 
 
 def darken(figure: Figure) -> None:
-    """Exchange the inks of a figure for those of dark mode, in place; other colors suit both."""
-    figure.draw_without_rendering()  # makes the ticks
+    """Replace the light-mode colors of a figure with dark-mode colors in place."""
+    figure.draw_without_rendering()  # creates the ticks
     inks = {to_rgb(light): to_rgb(dark) for light, dark in _DARK.items()}
     for artist in figure.findobj():
         for name in ("color", "facecolor", "edgecolor", "markerfacecolor", "markeredgecolor"):
@@ -227,24 +226,24 @@ def darken(figure: Figure) -> None:
 
 
 def inline_svg(figure: Figure, name: str, description: str) -> Markup:
-    """Return a figure as an `<svg>` element for an HTML page; what comes from the run is escaped.
+    """Return a figure as an `<svg>` element for an HTML page, with escaped text.
 
-    Texts stay texts in the page's font, inks follow the page's variables `--ink`, `--muted`, `--line` and `--panel`.
+    Text uses the page's font; colors follow the CSS variables `--ink`, `--muted`, `--line` and `--panel`.
 
     Args:
-        figure: The figure.
-        name: Unique in the page, of letters, digits and hyphens; prefix of all ids.
+        figure: Figure to convert.
+        name: Prefix of all ids, unique in the page; letters, digits and hyphens.
         description: Alternative text.
     """
     out = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}), warnings.catch_warnings():
-        # the browser has the characters that Matplotlib's own font lacks
+        # the browser provides glyphs missing from Matplotlib's font
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     svg = out.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     used = set(re.findall(r'(?:url\(|href=")#([^")]+)', svg))
-    svg = re.sub(r' id="([^"]+)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", svg)
+    svg = re.sub(r' id="([^"]+)"', lambda match: f' id="{name}-{match[1]}"' if match[1] in used else "", svg)
     svg = re.sub(r'(url\(|href=")#', rf"\1#{name}-", svg)
     svg = re.sub(r"""font-family: [^;"]+""", "font-family: var(--font)", svg)
     for color, variable in _VARIABLES.items():

@@ -1,4 +1,4 @@
-"""Sections of the report for other targets than one class an image: several labels, numbers."""
+"""Report sections for multi-label and regression targets."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from snella_app.report.style import (
 from snella_app.text import measure_text, percent_text
 
 _SHOWN = 12
-"""Images of each group of cards."""
+"""Cards per group."""
 _MOST_POINTS = 2_000
 _MOST_RANGES = 5
 _LEAST_IN_RANGE = 5
@@ -47,9 +47,9 @@ _TINY = 1e-6
 
 @dataclass(frozen=True)
 class Card:
-    """An image with what is true and what was predicted; without a picture, `problem` says why.
+    """An image with true and predicted values; without a picture, `problem` gives the reason.
 
-    `is_right` is None where right and wrong are a matter of degree.
+    `is_right` is None for regression.
     """
 
     name: str
@@ -63,12 +63,12 @@ class Card:
 
 
 def precision_recall_curves(predictions: LabelSetPredictions, classes: Sequence[str], scores: LabelSetScores) -> Figure:
-    """Draw precision against recall of each label, those with the most images in color, with the thresholds as dots.
+    """Draw precision against recall by label, the most frequent labels in color, thresholds as dots.
 
     Args:
-        predictions: Of one split.
-        classes: Names by number.
-        scores: Results on the same split.
+        predictions: Predictions of one split.
+        classes: Label names.
+        scores: Scores on the same split.
     """
     figure, axes = new_figure(CURVE[0], CURVE[1] + 80, "Precision and recall")
     probabilities, truth = _label_arrays(predictions, len(classes))
@@ -92,12 +92,12 @@ def precision_recall_curves(predictions: LabelSetPredictions, classes: Sequence[
 
 
 def true_and_predicted(predictions: NumberPredictions, target: int, name: str) -> Figure:
-    """Draw predicted against true values of one number; points on the line are right.
+    """Draw predicted against true values of one target, with the identity line.
 
     Args:
-        predictions: Of one split; at most 2,000 of them are drawn, evenly chosen.
-        target: Position of the number.
-        name: Its name.
+        predictions: Predictions of one split; at most 2,000 evenly spaced ones are drawn.
+        target: Index of the target.
+        name: Name of the target.
     """
     truth, predicted = _number_arrays(predictions)
     chosen = np.unique(np.linspace(0, len(truth) - 1, min(len(truth), _MOST_POINTS)).round().astype(int))
@@ -114,12 +114,12 @@ def true_and_predicted(predictions: NumberPredictions, target: int, name: str) -
 
 
 def residual_ranges(predictions: NumberPredictions, target: int, name: str) -> Figure:
-    """Draw the errors of one number by ranges of its true value: median, middle half, and the middle nine tenths.
+    """Draw box plots of the errors of one target by ranges of its true value (whiskers: 5th to 95th percentile).
 
     Args:
-        predictions: Of one split.
-        target: Position of the number.
-        name: Its name.
+        predictions: Predictions of one split.
+        target: Index of the target.
+        name: Name of the target.
     """
     truth, predicted = (values[:, target] for values in _number_arrays(predictions))
     errors = predicted - truth
@@ -146,28 +146,28 @@ def residual_ranges(predictions: NumberPredictions, target: int, name: str) -> F
 
 
 def label_set_verdict(scores: LabelSetScores, split: str) -> str:
-    """The result in a sentence, beside what an order by chance would reach."""
+    """Return the result as a sentence, compared with a random ranking."""
     shares = [row.support / scores.images for row in scores.per_class if row.support]
     chance = sum(shares) / max(len(shares), 1)
     text = (
         f"The mean average precision over {len(shares)} labels is {percent_text(scores.map)} on {scores.images:,} "
-        f"{split} images; an order by chance gets {percent_text(chance)}, the labels' mean share of the images."
+        f"{split} images; a random ranking gets {percent_text(chance)}, the mean frequency of the labels."
     )
     worst = min((row for row in scores.per_class if row.support), key=lambda row: row.average_precision, default=None)
     if worst is None or len(shares) < 2:
         return text
-    return f"{text} The lowest is that of {worst.name!r}, {percent_text(worst.average_precision)}."
+    return f"{text} The lowest average precision is {percent_text(worst.average_precision)}, for {worst.name!r}."
 
 
 def regression_verdict(scores: RegressionScores, split: str) -> str:
-    """The result in a sentence, beside always answering the training images' median."""
+    """Return the result as a sentence, compared with predicting the training median."""
     texts = []
     for row in scores.per_target:
         better = 1 - row.mae / row.baseline_mae if row.baseline_mae else math.nan
         compared = f"{percent_text(better)} less than" if better > 0 else "no less than"
         texts.append(
-            f"{row.name} is {measure_text(row.mae)} off on average, {compared} the {measure_text(row.baseline_mae)} of "
-            "always answering the training images' median"
+            f"the mean absolute error of {row.name} is {measure_text(row.mae)}, {compared} the "
+            f"{measure_text(row.baseline_mae)} of always predicting the training images' median"
         )
     return f"On {scores.images:,} {split} images, {'; '.join(texts)}." if texts else ""
 
@@ -175,7 +175,7 @@ def regression_verdict(scores: RegressionScores, split: str) -> str:
 def label_cards(
     predictions: LabelSetPredictions, classes: Sequence[str], images: ImageSource | None
 ) -> list[dict[str, Any]]:
-    """The images whose labels are predicted worst, by their binary cross entropy, and others evenly spread."""
+    """Return cards of the images with the highest binary cross-entropy, and others evenly spaced."""
     probabilities, truth = _label_arrays(predictions, len(classes))
     clipped = probabilities.clip(_TINY, 1 - _TINY)
     losses = -(truth * np.log(clipped) + (1 - truth) * np.log(1 - clipped)).mean(1)
@@ -198,14 +198,14 @@ def label_cards(
 
     wrong = int((given != truth.astype(bool)).any(1).sum())
     return _groups(
-        losses, card, f"of {len(losses)} images, of which {wrong} have a wrong or a missing label; worst first"
+        losses, card, f"of {len(losses)} images, {wrong} of which have a wrong or missing label; worst first"
     )
 
 
 def number_cards(
     predictions: NumberPredictions, names: Sequence[str], images: ImageSource | None
 ) -> list[dict[str, Any]]:
-    """The images with the largest errors, in standard deviations of each number, and others evenly spread."""
+    """Return cards of the images with the largest errors in standard deviations, and others evenly spaced."""
     truth, predicted = _number_arrays(predictions)
     spread = truth.std(0)
     errors = (np.abs(predicted - truth) / np.where(spread > 0, spread, 1.0)).mean(1)
@@ -221,13 +221,13 @@ def number_cards(
         item = predictions.items[row]
         return Card(item.name, None, text(item.predicted), text(item.values), *load_picture(item.index, images))
 
-    return _groups(errors, card, f"of {len(errors)} images, the largest errors first")
+    return _groups(errors, card, f"of {len(errors)} images, largest errors first")
 
 
 def labels_section(
     folder: Path, info: RunInfo, metrics: Metrics | None, images: ImageSource | None
 ) -> dict[str, Any] | None:
-    """Table of the labels, on the test split where there is one, curves and images of the predicted split."""
+    """Return the table of labels (test split if there is one), and curves and images of the predicted split."""
     if metrics is None:
         return None
     split, scores = metrics.measured
@@ -242,7 +242,7 @@ def labels_section(
                 precision_recall_curves(predictions, info.classes, on_split),
                 "precision-recall",
                 f"Precision against recall of {len(info.classes)} labels on the {predictions.split_name} images; "
-                "the table has numbers.",
+                "values are in the table.",
             )
         ]
     return {
@@ -260,7 +260,7 @@ def labels_section(
 def numbers_section(
     folder: Path, info: RunInfo, metrics: Metrics | None, images: ImageSource | None
 ) -> dict[str, Any] | None:
-    """Table of the numbers, on the test split where there is one, scatter plots, errors by range and images."""
+    """Return the table of targets (test split if there is one), scatter plots, errors by range and images."""
     if metrics is None:
         return None
     split, scores = metrics.measured
@@ -269,18 +269,18 @@ def numbers_section(
     predictions = read_if_present(NumberPredictions, folder)
     figures = []
     if predictions is not None and predictions.items:
-        named = predictions.split_name
+        split_name = predictions.split_name
         for target, name in enumerate(info.classes):
             figures += [
                 inline_svg(
                     true_and_predicted(predictions, target, name),
                     f"scatter-{target}",
-                    f"Predicted against true {name} of {len(predictions.items)} {named} images.",
+                    f"Predicted against true {name} of {len(predictions.items)} {split_name} images.",
                 ),
                 inline_svg(
                     residual_ranges(predictions, target, name),
                     f"residuals-{target}",
-                    f"Error of {name} by ranges of its true value on the {named} images.",
+                    f"Error of {name} by ranges of its true value on the {split_name} images.",
                 ),
             ]
     return {
@@ -296,7 +296,7 @@ def numbers_section(
 
 
 def _groups(errors: np.ndarray, card: Any, note: str) -> list[dict[str, Any]]:
-    """The worst images and others, evenly spread over the rest from the worst to the best."""
+    """Return cards of the worst images, and of others evenly spaced from worst to best."""
     order = np.argsort(-errors, kind="stable")
     worst, rest = order[:_SHOWN], order[_SHOWN:]
     others = [int(rest[i * len(rest) // _SHOWN]) for i in range(_SHOWN)] if len(rest) > _SHOWN else rest.tolist()
@@ -304,14 +304,14 @@ def _groups(errors: np.ndarray, card: Any, note: str) -> list[dict[str, Any]]:
         {"title": "Worst", "note": f"{len(worst)} {note}", "cards": [card(int(row)) for row in worst]},
         {
             "title": "Others",
-            "note": f"{len(others)} of the others, evenly spread from worse to better",
+            "note": f"{len(others)} of the others, evenly spaced from worse to better",
             "cards": [card(row) for row in others],
         },
     ]
 
 
 def _label_arrays(predictions: LabelSetPredictions, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities and zeros and ones, `[images, classes]` each."""
+    """Return probabilities and binary labels, `[images, classes]` each."""
     probabilities = np.asarray([item.probabilities for item in predictions.items])
     truth = np.zeros((len(predictions.items), classes))
     for row, item in enumerate(predictions.items):
@@ -320,6 +320,6 @@ def _label_arrays(predictions: LabelSetPredictions, classes: int) -> tuple[np.nd
 
 
 def _number_arrays(predictions: NumberPredictions) -> tuple[np.ndarray, np.ndarray]:
-    """True and predicted numbers, `[images, targets]` each."""
+    """Return true and predicted values, `[images, targets]` each."""
     truth, predicted = ([getattr(item, name) for item in predictions.items] for name in ("values", "predicted"))
     return np.asarray(truth), np.asarray(predicted)

@@ -1,4 +1,4 @@
-"""Updates in an adapter's file as matrices, and as pictures."""
+"""Update matrices of an adapter file, and their figures."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from snella_app.text import percent_text
 
 _PREFIX = "base_model.model."
 _QUERY = re.compile(r"(^|[._])(to_)?(q|query|q_proj)$")
-_LORA_ALPHA = 8  # where PEFT's file does not say
+_LORA_ALPHA = 8  # PEFT's default
 MOST_CELLS = 128
-"""On the longer side of a drawn matrix."""
+"""Maximum cells along the longer side of a drawn matrix."""
 
 UpdateSource = tuple[dict[str, tuple[int, int]], Callable[[str], Tensor]]
-"""`[out, in]` of each matrix by name, and a function from a name to its update, with its scaling, float32."""
+"""Shapes `[out, in]` by matrix name, and a function from a name to its scaled update in float32."""
 
 
 def adapter_updates(adapter: AdapterFile, infos: Mapping[str, MatrixInfo]) -> UpdateSource | None:
-    """The updates of SNELLA and LoRA, from the adapter's file alone; None for other methods.
+    """Return the updates of a SNELLA or LoRA adapter file; None for other methods.
 
     Args:
-        adapter: The file.
-        infos: What `allocation.json` says of matrices, by name.
+        adapter: Adapter file.
+        infos: Matrices in `allocation.json` by name.
     """
     if any(key.endswith(".snella_A") for key in adapter.shapes) and not adapter.config.get("fixed_support"):
         return _of_snella(adapter, infos)
@@ -45,13 +45,13 @@ def adapter_updates(adapter: AdapterFile, infos: Mapping[str, MatrixInfo]) -> Up
 
 
 def deepest_query(names: Sequence[str]) -> str:
-    """The last query projection of these matrices, else the last matrix."""
+    """Return the last query projection, or the last matrix without one."""
     queries = [name for name in names if _QUERY.search(name)]
     return (queries or list(names))[-1]
 
 
 def _of_snella(adapter: AdapterFile, infos: Mapping[str, MatrixInfo]) -> UpdateSource:
-    """Updates from the factors, scalars and budgets in the file, by the reference formula."""
+    """Return updates computed from factors, scalars and budgets by the reference formula."""
     config = SnellaConfig.from_pretrained(str(adapter.path.parent))
     modules = _modules(adapter, ".snella_A")
     places: dict[str, tuple[str, int]] = {}
@@ -70,7 +70,7 @@ def _of_snella(adapter: AdapterFile, infos: Mapping[str, MatrixInfo]) -> UpdateS
     def make(name: str) -> Tensor:
         module, group = places[name]
         if module not in merged:
-            merged.clear()  # the matrices of a fused layer are merged together and asked for one after the other
+            merged.clear()  # cache one fused layer: its matrices are merged together and requested in sequence
             spec = UpdateSpec(kernel, rows[module], config.sparsify_mode, config.scaling)  # type: ignore[arg-type]
             with safe_open(adapter.path, "pt") as file:
                 values = [_tensor(file, adapter, f"{module}.snella_{part}") for part in _PARTS]
@@ -83,7 +83,7 @@ def _of_snella(adapter: AdapterFile, infos: Mapping[str, MatrixInfo]) -> UpdateS
 
 
 def _modules(adapter: AdapterFile, ending: str) -> list[str]:
-    """Names of the modules with a tensor of this ending, block 2 before block 10."""
+    """Return modules that have a tensor with this suffix, in natural order."""
     names = [key.removesuffix(ending).removeprefix(_PREFIX) for key in adapter.shapes if key.endswith(ending)]
     return sorted(names, key=lambda name: [(len(word), word) for word in re.split(r"\D+", name)])
 
@@ -92,13 +92,13 @@ _PARTS = ("A", "B", "piece_coeff", "alpha", "beta", "temperature")
 
 
 def _tensor(file: Any, adapter: AdapterFile, name: str) -> Tensor | None:
-    """A tensor of the file, None where it has none of that name."""
+    """Return a tensor of the file, or None if absent."""
     key = _PREFIX + name
     return file.get_tensor(key) if key in adapter.shapes else None
 
 
 def _is_plain_lora(adapter: AdapterFile) -> bool:
-    """Whether every update is `scaling · B A` of two matrices in the file."""
+    """Return whether every update is `scaling · B A` of two matrices in the file."""
     keys = [key for key in adapter.shapes if ".lora_" in key]
     settings = ("use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias")
     return (
@@ -111,7 +111,7 @@ def _is_plain_lora(adapter: AdapterFile) -> bool:
 
 
 def _of_lora(adapter: AdapterFile) -> UpdateSource:
-    """Updates `scaling · B A`, those of a fused layer cut into the matrices that SNELLA's compete as."""
+    """Return updates `scaling · B A`, with fused layers split into the same matrices as in SNELLA."""
     rank = adapter.config["r"]
     scaling = adapter.config.get("lora_alpha", _LORA_ALPHA) / (rank**0.5 if adapter.config.get("use_rslora") else rank)
     places: dict[str, tuple[str, int, int]] = {}
@@ -134,7 +134,7 @@ def _of_lora(adapter: AdapterFile) -> UpdateSource:
 
 
 def part_names(module: str, groups: int, infos: Mapping[str, MatrixInfo]) -> list[str]:
-    """Names of the matrices in one weight: those of `allocation.json`, else of q, k and v."""
+    """Return the names of the matrices in one weight, from `allocation.json` or else q, k and v."""
     if groups == 1:
         return [module]
     known = [name for name in infos if name.rpartition(".")[0] == module]
@@ -144,7 +144,7 @@ def part_names(module: str, groups: int, infos: Mapping[str, MatrixInfo]) -> lis
 
 
 def _pooled(values: Tensor, side: int = MOST_CELLS) -> np.ndarray:
-    """A matrix in cells of at most `side` a side, each with its entry of the largest magnitude."""
+    """Downsample a matrix to at most `side` cells per side, keeping the largest magnitude of each cell."""
     rows, columns = (max(1, -(-size // side)) for size in values.shape)
     padded = torch.nn.functional.pad(values, (0, -values.shape[1] % columns, 0, -values.shape[0] % rows))
     blocks = padded.unfold(0, rows, rows).unfold(1, columns, columns).flatten(2)
@@ -153,7 +153,7 @@ def _pooled(values: Tensor, side: int = MOST_CELLS) -> np.ndarray:
 
 
 def draw_updates(updates: Mapping[str, Tensor], name: str) -> Figure:
-    """A panel a run: the update's entries by sign and magnitude, on the scale of that run."""
+    """Draw one panel per run with the update's sign and magnitude, each on its own scale."""
     columns = min(len(updates), 3)
     lines = -(-len(updates) // columns)
     height = max(value.shape[0] / value.shape[1] for value in updates.values())
@@ -162,20 +162,20 @@ def draw_updates(updates: Mapping[str, Tensor], name: str) -> Figure:
     figure, panels = new_panels(270 * columns, (panel + 50) * lines + 60, titles, columns)
     for axes, value in zip(panels, updates.values(), strict=True):
         drawn = _pooled(value)
-        drawn_top = float(np.quantile(np.abs(drawn)[drawn != 0], 0.99)) if drawn.any() else 1.0
+        limit = float(np.quantile(np.abs(drawn)[drawn != 0], 0.99)) if drawn.any() else 1.0
         rows, inputs = value.shape
         axes.grid(False)
         axes.imshow(
             drawn,
             cmap=signed_map(),
-            vmin=-drawn_top,
-            vmax=drawn_top,
+            vmin=-limit,
+            vmax=limit,
             extent=(0, inputs, rows, 0),
             interpolation="none",
             aspect="equal",
         )
         density = percent_text(float(value.count_nonzero()) / value.numel())
-        axes.set_xlabel(f"{density} changed, by {value.abs().max():.2g} at most")
+        axes.set_xlabel(f"{density} changed, max. magnitude {value.abs().max():.2g}")
         axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
         axes.spines[:].set(visible=True, color=MUTED)

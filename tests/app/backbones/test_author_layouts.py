@@ -148,7 +148,7 @@ def test_the_head_of_other_classes_is_left_out_with_a_note(tmp_path, caplog):
     loaded = create_backbone("test_vit", num_classes=2, weights=str(tmp_path / "linear.pth.tar"), img_size=SIZE)
     assert same_features(loaded, model) and loaded.head.out_features == 2
     assert "head of 7 classes in" in caplog.text
-    assert "holds weights of MoCo v3: images are normalized with mean (0.485, 0.456, 0.406)" in caplog.text
+    assert "holds MoCo v3 weights: normalizing images with mean (0.485, 0.456, 0.406)" in caplog.text
 
 
 def test_moco_v3s_pretraining_checkpoint_gives_its_base_encoder(tmp_path, caplog):
@@ -271,7 +271,7 @@ def test_swin_tables_of_other_heads_or_blocks_are_named_before_timm_resizes_them
     state["layers.1.blocks.0.attn.relative_position_bias_table"] = torch.zeros(49, 2)
     state["layers.2.blocks.2.attn.relative_position_bias_table"] = torch.zeros(49, 8)
     with pytest.raises(
-        ValueError, match=r"unexpected \(layers\.2\.blocks\.2.*another shape .*file \[1, 2\], model \[1, 4\]"
+        ValueError, match=r"unexpected \(layers\.2\.blocks\.2.*different shape .*file \[1, 2\], model \[1, 4\]"
     ):
         load_weights(model, Checkpoint(state, Path("swin.pth")), name="swin")
 
@@ -367,7 +367,7 @@ def test_a_clip_tower_alone_says_which_names_to_give():
     with torch.device("meta"):
         state = timm.create_model("vit_base_patch16_clip_224").state_dict()
     with pytest.raises(
-        ValueError, match=r"a norm before the blocks, .* vit_base_patch16_clip_224 or .*weights='w\.pth'"
+        ValueError, match=r"a norm before the blocks .* vit_base_patch16_clip_224 or .*weights='w\.pth'"
     ):
         inferred(state)
 

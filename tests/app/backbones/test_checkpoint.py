@@ -103,7 +103,7 @@ def test_missing_unexpected_and_reshaped_tensors_are_reported_together_with_thei
     message = str(caught.value)
     assert "1 missing (blocks.0.norm1.weight [64])" in message
     assert "1 unexpected (blocks.9.extra [2, 3])" in message
-    assert "1 of another shape (norm.weight: file [63], model [64])" in message
+    assert "1 with a different shape (norm.weight: file [63], model [64])" in message
     assert "w.pth" in message and "'test_vit'" in message
 
 
@@ -138,7 +138,7 @@ def test_a_file_with_code_inside_is_refused_and_not_run(tmp_path):
             return Path.touch, (tmp_path / "ran",)
 
     torch.save({"state_dict": {"w": torch.zeros(1)}, "x": Surprise()}, tmp_path / "w.pth")
-    with pytest.raises(ValueError, match=r"w\.pth' cannot be read as tensors \(files with code inside are refused\)"):
+    with pytest.raises(ValueError, match=r"w\.pth' cannot be read as tensors \(files that contain code are rejected\)"):
         read_checkpoint(tmp_path / "w.pth")
     assert not (tmp_path / "ran").exists()
 
@@ -156,7 +156,7 @@ def test_a_damaged_file_is_named(suffix, keep, tiny_vit, write_npz, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "found"),
-    [([1, 2], "found list"), ({"epoch": 3}, "a dictionary with epoch"), ({"model": {}}, "a dictionary with ")],
+    [([1, 2], "got list"), ({"epoch": 3}, "a dictionary with epoch"), ({"model": {}}, "a dictionary with ")],
 )
 def test_a_file_without_tensors_says_what_it_holds(content, found, tmp_path):
     torch.save(content, tmp_path / "w.pth")

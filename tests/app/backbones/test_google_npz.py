@@ -51,16 +51,16 @@ def test_another_number_of_heads_is_refused_although_all_shapes_agree(tiny_vit, 
 
 def test_an_array_that_would_be_broadcast_is_refused(tiny_vit, write_npz, tmp_path):
     write_npz(tiny_vit(), tmp_path / "vit.npz", **{"Transformer/encoder_norm/scale": np.ones(1, dtype=np.float32)})
-    with pytest.raises(ValueError, match=re.escape("Transformer/encoder_norm/scale: file [1], needed [64]")):
+    with pytest.raises(ValueError, match=re.escape("Transformer/encoder_norm/scale: file [1], expected [64]")):
         load(tmp_path / "vit.npz")
 
 
 def test_missing_arrays_are_named(tiny_vit, write_npz, tmp_path):
     write_npz(tiny_vit(), tmp_path / "vit.npz", **{"Transformer/encoderblock_1/LayerNorm_2/bias": None})
-    with pytest.raises(ValueError, match=r"encoderblock_1/LayerNorm_2/bias: file lacks it, needed \[64\]"):
+    with pytest.raises(ValueError, match=r"encoderblock_1/LayerNorm_2/bias: file lacks it, expected \[64\]"):
         load(tmp_path / "vit.npz")
     write_npz(tiny_vit(), tmp_path / "vit.npz", **{QUERY: None})
-    with pytest.raises(ValueError, match=f"no ViT of Google's layout: {QUERY} missing"):
+    with pytest.raises(ValueError, match=f"not a ViT in Google's layout: {QUERY} missing"):
         load(tmp_path / "vit.npz")
 
 
@@ -79,7 +79,7 @@ def test_positions_without_a_class_token_are_refused(tiny_vit, write_npz, tmp_pa
 
 @pytest.mark.parametrize(
     ("key", "kind"),
-    [("conv_root/kernel", "a ResNet-ViT hybrid"), ("params/img/embedding/kernel", "big_vision's layout")],
+    [("conv_root/kernel", "a ResNet-ViT hybrid"), ("params/img/embedding/kernel", "a big_vision checkpoint")],
 )
 def test_other_layouts_of_google_are_told_apart(key, kind, tiny_vit, write_npz, tmp_path):
     write_npz(tiny_vit(), tmp_path / "vit.npz", **{key: np.zeros(1, dtype=np.float32)})
@@ -100,4 +100,4 @@ def test_the_representation_layer_of_the_first_releases_is_left_out_with_a_note(
     layer = {"pre_logits/kernel": np.ones((64, 64), dtype=np.float32), "pre_logits/bias": np.ones(64, dtype=np.float32)}
     write_npz(tiny_vit(), tmp_path / "vit.npz", **layer)
     assert torch.equal(load(tmp_path / "vit.npz").forward_features(images), tiny_vit().forward_features(images))
-    assert "representation layer before the head in" in caplog.text
+    assert "dropped the representation layer of" in caplog.text

@@ -99,13 +99,13 @@ def test_a_hub_out_of_reach_is_said_with_the_ways_that_work_without_it(name, clo
 
 def test_the_users_own_offline_mode_is_named_as_the_reason(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ConnectionError, match=r"HF_HUB_OFFLINE is set.*cache does not hold backbone 'test_vit'"):
+    with pytest.raises(ConnectionError, match=r"HF_HUB_OFFLINE is set.*backbone 'test_vit' is not in its cache"):
         create_backbone("test_vit", num_classes=2)
     assert constants.HF_HUB_OFFLINE is True
 
 
 def test_a_hub_that_lacks_the_repository_is_told_from_one_out_of_reach(hub):
-    with pytest.raises(ValueError, match=r"answers, but does not give out backbone 'test_vit': .*pretrained=False"):
+    with pytest.raises(ValueError, match=r"does not provide backbone 'test_vit': .*pretrained=False"):
         create_backbone("test_vit", num_classes=2)
 
 

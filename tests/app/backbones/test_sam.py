@@ -219,30 +219,30 @@ def test_tensors_without_which_no_size_is_known_are_named(sam, tmp_path):
     state = original_state(sam)
     del state["mask_decoder.iou_token.weight"]
     torch.save(state, tmp_path / "sam.pth")
-    with pytest.raises(ValueError, match=r"no complete SAM: mask_decoder\.iou_token\.weight missing"):
+    with pytest.raises(ValueError, match=r"not a complete SAM: mask_decoder\.iou_token\.weight missing"):
         load_sam(tmp_path / "sam.pth")
 
 
 def test_sizes_that_do_not_agree_are_refused(sam):
     state = sam.state_dict()
     head = {"vision_encoder.layers.0.attn.rel_pos_h": torch.zeros(5, 7)}
-    with pytest.raises(ValueError, match="width 24 must be a multiple of the heads' width 7"):
+    with pytest.raises(ValueError, match="width 24 must be a multiple of the head dimension 7"):
         infer_sam_config(state | head, source="sam.pth")
     window = {"vision_encoder.layers.2.attn.rel_pos_h": torch.zeros(9, 8)}
-    with pytest.raises(ValueError, match=r"windows of \[3, 5\] patches, one is needed"):
+    with pytest.raises(ValueError, match=r"one window size, got \[3, 5\] patches"):
         infer_sam_config(state | window, source="sam.pth")
 
 
 def test_another_network_is_refused_with_what_it_holds(tmp_path):
     torch.save({"blocks.0.weight": torch.zeros(2)}, tmp_path / "vit.pth")
-    with pytest.raises(ValueError, match=r"no SAM: neither image_encoder\.patch_embed .* it holds blocks\.0\.weight"):
+    with pytest.raises(ValueError, match=r"not a SAM: image_encoder\.patch_embed .* got blocks\.0\.weight"):
         load_sam(tmp_path / "vit.pth")
 
 
 def test_what_is_not_there_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"gone\.pth': no such file"):
         load_sam(tmp_path / "gone.pth")
-    with pytest.raises(FileNotFoundError, match=rf"{re.escape(str(tmp_path))}' needs config\.json"):
+    with pytest.raises(FileNotFoundError, match=rf"{re.escape(str(tmp_path))}' must contain config\.json"):
         load_sam(tmp_path)
 
 
@@ -265,7 +265,7 @@ def test_a_folder_whose_weights_do_not_fit_is_refused(sam, tmp_path):
     transformers.logging.set_verbosity_error()
     try:
         with pytest.raises(
-            ValueError, match=r"1 missing \(mask_decoder\.iou_token\.weight\); 1 of another shape \(.*neck"
+            ValueError, match=r"1 missing \(mask_decoder\.iou_token\.weight\); 1 with a different shape \(.*neck"
         ):
             load_sam(tmp_path)
     finally:

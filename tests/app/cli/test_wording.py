@@ -7,8 +7,8 @@ from snella_app.cli.parser import as_flags
     ("message", "typed"),
     [
         ("leave them out with --skip-corrupt (skip_corrupt=True)", "leave them out with --skip-corrupt"),
-        ("Without the hub: weights=PATH with a file", "Without the hub: --weights PATH with a file"),
-        ("or pretrained=False for random values", "or --pretrained false for random values"),
+        ("Without the hub, use weights=PATH with a file", "Without the hub, use --weights PATH with a file"),
+        ("or pretrained=False for random weights", "or --pretrained false for random weights"),
         ("set skip_corrupt=True", "set --skip-corrupt"),
         ("x is damaged; train again with overwrite", "x is damaged; train again with --overwrite"),
         ("resume and overwrite exclude each other, got both", "--resume and --overwrite exclude each other, got both"),

@@ -31,14 +31,14 @@ def test_a_card_has_the_results_that_a_hub_reads_and_the_table_that_people_do(ru
 def test_what_the_program_does_not_know_is_left_to_fill_in(run):
     card = model_card(run.finished().folder, "x")
     assert "license" not in head_of(card)
-    assert "\n# license: fill in" in card and "## License\n\nTo be filled in" in card
+    assert "\n# license: fill in" in card and "## License\n\nFill in" in card
 
 
 def test_a_run_that_has_not_been_measured_and_one_that_chose_on_the_test_images_say_so(run):
     run.run_json()
     assert "## Results" not in model_card(run.folder, "x") and "model-index" not in head_of(model_card(run.folder, "x"))
     run.finished().change("metrics.json", selected_on="test", best_metric="test_accuracy")
-    assert "these numbers are optimistic" in model_card(run.folder, "x")
+    assert "these results are optimistic" in model_card(run.folder, "x")
 
 
 def test_the_base_model_is_named_as_the_hub_names_it_where_it_is_there(run):

@@ -138,7 +138,7 @@ def test_the_trend_is_the_line_of_least_squares_through_the_sparsity_of_the_bloc
     assert [bar.get_height() for bar in axes.patches] == pytest.approx([0.1, 0.4, 0.75])
     assert list(axes.lines[0].get_ydata()) == pytest.approx([0.0916667, 0.4166667, 0.7416667], abs=1e-6)
     shown = texts(inline_svg(axes.figure, "t", "T"))
-    assert {"2", "10", "11", "trend, +32.50 points a block"} <= set(shown)
+    assert {"2", "10", "11", "trend, +32.50 points per block"} <= set(shown)
     assert allocation_figures.block_trend(matrices[:2], budgets) is None
 
 

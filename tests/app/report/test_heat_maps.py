@@ -97,15 +97,15 @@ def test_the_roll_out_is_the_product_of_the_attentions_with_what_passes_them_by(
 
 
 def test_models_without_attentions_of_their_own_tokens_alone_have_no_roll_out():
-    with pytest.raises(ValueError, match="attention roll-out needs a ViT of timm, got ConvNeXt; take gradcam"):
+    with pytest.raises(ValueError, match="attention roll-out needs a timm ViT, got ConvNeXt; use gradcam"):
         attention_rollout(timm.create_model("test_convnext", num_classes=2), torch.zeros(1, 3, SIZE, SIZE))
     model = build_method("vpt-deep-5", timm.create_model("test_vit", num_classes=3, img_size=SIZE)).eval()
-    with pytest.raises(ValueError, match="whose tokens are its patches', got 5 prompts of its method"):
+    with pytest.raises(ValueError, match="a model with patch tokens only, got 5 prompt tokens from its method"):
         attention_rollout(model, torch.zeros(1, 3, SIZE, SIZE))
 
 
 def test_a_model_that_does_not_name_its_feature_maps_is_refused():
-    with pytest.raises(ValueError, match="a model that names its feature maps, as timm's do, got Linear"):
+    with pytest.raises(ValueError, match="heat maps need a timm model with feature_info, got Linear"):
         heat_maps(nn.Linear(2, 2), torch.zeros(1, 2), torch.tensor([0]))
 
 

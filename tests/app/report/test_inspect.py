@@ -117,7 +117,7 @@ def test_a_finished_run_without_its_adapter_is_not_called_well(run):
     assert inspect_summary(run.folder)["adapter_missing"]
     text = printed(run)
     assert "missing; restore the folder `adapter` from a copy, or train again with `--overwrite`" in text
-    assert "The adapter is missing; these budgets are those that allocation.json notes." in text
+    assert "The adapter is missing; these budgets come from allocation.json." in text
     assert "Non-zero entries" not in text
 
 
@@ -126,7 +126,7 @@ def test_a_finished_run_without_its_results_is_refused(run):
     digests = {"metrics.json": sha256_of(run.folder / "metrics.json")}
     run.run_json(status="finished", files=digests)
     (run.folder / "metrics.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"is finished, but lacks metrics\.json; restore it from a copy"):
+    with pytest.raises(FileNotFoundError, match=r"is finished but has no metrics\.json; restore it from a copy"):
         inspect_summary(run.folder)
 
 
@@ -172,7 +172,7 @@ def test_an_adapter_of_another_run_is_refused(run):
             entry[key] = {name.replace("qkv.q", "query"): value for name, value in entry[key].items()}
     run.write("allocation.json", values)
     with pytest.raises(
-        ValueError, match=r"holds 3 budgets, but allocation.json names 2 matrices of 'blocks.0.attn.qkv'"
+        ValueError, match=r"holds 3 budgets, but allocation.json lists 2 matrices of 'blocks.0.attn.qkv'"
     ):
         inspect_summary(run.folder)
 

@@ -148,8 +148,8 @@ def test_a_result_no_better_than_the_most_frequent_class_says_so(run):
     test = run.read("metrics.json")["test"] | {"confusion": [[60, 0], [38, 2]], "accuracy": 0.62}
     run.change("metrics.json", test=test)
     assert (
-        "Always predicting 'cat', the most frequent class, gets 60.0 %. The model is not above it by more than the 95 "
-        "% margin: there is no evidence of learning yet." in page(run).text
+        "Always predicting 'cat', the most frequent class, gets 60.0 %. The model does not exceed it by more than the "
+        "95 % margin: no evidence of learning yet." in page(run).text
     )
 
 
@@ -159,7 +159,7 @@ def test_a_result_far_below_the_most_frequent_class_is_not_called_within_the_mar
     run.change("metrics.json", test=test)
     text = page(run).text
     assert (
-        "gets 90.9 %. The model is not above it by more than the 95 % margin: there is no evidence of learning yet."
+        "gets 90.9 %. The model does not exceed it by more than the 95 % margin: no evidence of learning yet."
     ) in text
     assert "within the" not in text
 
@@ -192,8 +192,8 @@ def test_sections_say_of_which_split_their_images_are(run):
     text = page(run).text
     assert "Confusion matrix test images 400 test images" in text
     assert (
-        "Images with predictions validation images These are validation images; the scores and the confusion matrix "
-        "above are of the test images" in text
+        "Images with predictions validation images These are validation images. The scores and the confusion matrix "
+        "above are measured on the test images" in text
     )
     run.change("predictions.json", split="test")
     assert "These are" not in page(run).text and "Images with predictions test images Wrong" in page(run).text
@@ -277,7 +277,7 @@ def test_the_page_of_a_killed_run_waits_for_nothing(run, status, state):
     assert ('http-equiv="refresh"' in text) == ("written at 20" in text) == (status == "running")
     text = write_report(run.folder, state="stopped").read_text()
     assert f'<span class="badge {state}">{state}</span>' in text and 'http-equiv="refresh"' not in text
-    assert "Continue it with" in text and ("stopped without a word" in text) == (state == "stopped")
+    assert "Resume it with" in text and ("stopped without an error message" in text) == (state == "stopped")
 
 
 def test_a_finished_run_without_metrics_is_refused(run):

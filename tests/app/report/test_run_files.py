@@ -46,8 +46,8 @@ def test_accuracies_have_the_same_kind_of_margin_and_none_without_images():
     scores = Scores(0.75, 0.75, confusion=[[30, 10], [10, 30]])
     (_, _, accuracy), (_, _, balanced) = scores.rows("test")
     assert accuracy.replace("\N{NO-BREAK SPACE}", " ") == "95 % margin: ±10.5 points, 80 images"
-    assert balanced.replace("\N{NO-BREAK SPACE}", " ") == "95 % margin: ±9.4 points, mean of the classes"
-    assert [note for _, _, note in Scores(0.75, 0.75).rows("test")] == ["", "mean of the classes"]
+    assert balanced.replace("\N{NO-BREAK SPACE}", " ") == "95 % margin: ±9.4 points, mean over classes"
+    assert [note for _, _, note in Scores(0.75, 0.75).rows("test")] == ["", "mean over classes"]
 
 
 def test_errors_of_numbers_with_different_units_are_not_averaged():
@@ -69,9 +69,9 @@ def test_errors_of_numbers_with_different_units_are_not_averaged():
 
 
 def test_a_folder_that_is_no_run_is_told_from_one_that_does_not_exist(run, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no file .*demo/run.json: this is not the folder of a run; give the"):
+    with pytest.raises(FileNotFoundError, match=r"no file .*demo/run.json: this is not a run folder; pass the"):
         read(RunInfo, run.folder)
-    with pytest.raises(FileNotFoundError, match=r"no file .*nowhere/run.json: there is no such folder"):
+    with pytest.raises(FileNotFoundError, match=r"no file .*nowhere/run.json: no such folder"):
         read(RunInfo, tmp_path / "nowhere")
 
 
@@ -118,7 +118,7 @@ def test_a_wrong_field_of_the_run_is_named_with_what_came(run, change, message):
 
 def test_a_file_that_holds_a_list_is_refused(run):
     run.write("comparison.json", [1, 2])
-    with pytest.raises(ValueError, match=r"comparison.json: the file must hold a mapping, got list \[1, 2\]; .*delete"):
+    with pytest.raises(ValueError, match=r"comparison.json: the file must contain a mapping, got list \[1, 2\]; .*delete"):
         read(MethodResults, run.folder)
 
 
@@ -149,7 +149,7 @@ def test_an_allocation_that_names_other_matrices_is_refused(run):
 
 def test_predictions_that_do_not_fit_the_classes_are_refused(run):
     run.finished()
-    with pytest.raises(ValueError, match=r"items\[0\] has 2 probabilities and label 0, but run.json names 5 classes"):
+    with pytest.raises(ValueError, match=r"items\[0\] has 2 probabilities and label 0, but run.json lists 5 classes"):
         read(Predictions, run.folder).for_classes(5)
 
 
