@@ -1,4 +1,4 @@
-"""Format costs: units, two digits, and a note on the estimate."""
+"""Formatting of cost estimates: units, two digits, and a note on the method."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def notes_text(speed: RowSpeed, is_gpu_measured: bool) -> str:
 
 
 def markdown_table(head: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table."""
+    """Format a Markdown table."""
     rows = [head, ["---"] * len(head), *lines]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
 
 
 def time_text(total_s: float) -> str:
-    """Two digits and a unit that people use."""
+    """Format a duration with two digits and a suitable unit."""
     for unit, size, most in _UNITS:
         if total_s < most * size:
             return f"{_two_digits(total_s / size)} {unit}"
@@ -44,15 +44,15 @@ def time_text(total_s: float) -> str:
 
 
 def flop_text(counted: CountedStep) -> str:
-    """Of one sample, forward and backward."""
+    """Format the training FLOP of one sample."""
     return f"{_two_digits(counted.training_flop / counted.batch / 1e12)} TFLOP"
 
 
 def memory_text(counted: CountedStep) -> str:
-    """Peak of a step."""
+    """Format the peak memory of a step."""
     return f"{_two_digits(counted.peak_bytes / _GIB)} GiB"
 
 
 def _two_digits(value: float) -> str:
-    """Rounded to two digits, written out."""
+    """Round to two significant digits, without exponent."""
     return f"{float(f'{value:.2g}'):,.{0 if value >= 9.95 else 1 if value >= 0.995 else 2}f}"

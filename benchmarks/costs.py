@@ -1,4 +1,4 @@
-"""What the tables of the paper cost, estimated from the rows of results.jsonl: text for docs/ and for experiments/."""
+"""Cost estimates for the paper's tables from the rows of results.jsonl, as text for docs/ and experiments/."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ _INSTRUCTIONS = 170_000
 
 @dataclass(frozen=True)
 class Costs:
-    """Text of every page and of every experiment file.
+    """Generated text for pages and experiment files.
 
     Args:
-        pages: By name of the page.
-        experiments: By path inside `experiments/`.
+        pages: Text by page name.
+        experiments: Text by path in `experiments/`.
     """
 
     pages: dict[str, str]
@@ -56,10 +56,10 @@ class Costs:
 
 
 def estimate(rows: list[dict[str, Any]]) -> Costs:
-    """Estimate everything.
+    """Estimate all costs.
 
     Raises:
-        ValueError: The rows that it is estimated from are missing or contradict each other; see `row_speed`.
+        ValueError: If rows are missing or inconsistent; see `row_speed`.
     """
     speed = row_speed(rows, classifier(BACKBONE, 1))
     notes = notes_text(speed, has_gpu_rows(rows))
@@ -77,10 +77,10 @@ def update_costs(rows_file: Path, root: Path = ROOT) -> list[Path]:
     """Write the estimates into the pages and the experiment files.
 
     Returns:
-        The files that changed.
+        The changed files.
 
     Raises:
-        ValueError: A file has no place for them, or see `estimate`.
+        ValueError: If a file has no marker, or see `estimate`.
     """
     costs = estimate(read_rows(rows_file))
     pages = {root / "docs" / name: text for name, text in costs.pages.items()}
@@ -96,28 +96,28 @@ def update_costs(rows_file: Path, root: Path = ROOT) -> list[Path]:
 
 
 def with_cost(content: str, text: str, path: Path) -> str:
-    """An experiment file with the estimate in it: the lines from its first words up to those of the next field.
+    """Replace the estimate in an experiment file, from its marker up to the next field.
 
     Raises:
-        ValueError: There is no such line.
+        ValueError: If the file has no marker.
     """
     pattern = rf"^(?P<indent>(?:#| ) +){re.escape(_MARK)}.*\n(?:(?P=indent)(?! ).*\n)*"
-    found = re.search(pattern, content, re.MULTILINE)
-    if found is None:
-        raise ValueError(f"{path} has no place for its cost; put a line {_MARK!r} at the end of it")
-    lines = textwrap.wrap(text, 116, initial_indent=found["indent"], subsequent_indent=found["indent"])
-    return content[: found.start()] + "\n".join(lines) + "\n" + content[found.end() :]
+    match = re.search(pattern, content, re.MULTILINE)
+    if match is None:
+        raise ValueError(f"{path} must contain a line that starts with {_MARK!r}; add one to its cost")
+    lines = textwrap.wrap(text, 116, initial_indent=match["indent"], subsequent_indent=match["indent"])
+    return content[: match.start()] + "\n".join(lines) + "\n" + content[match.end() :]
 
 
 def _benchmarks(speed: RowSpeed) -> tuple[str, dict[str, str]]:
-    """VTAB-1k and FGVC."""
+    """Estimate VTAB-1k and FGVC."""
     vtab, vtab_experiments = _vtab(speed)
     fgvc, fgvc_experiments = _fgvc(speed)
     return f"{vtab}\n\n{fgvc}", vtab_experiments | fgvc_experiments
 
 
 def _vtab(speed: RowSpeed) -> tuple[str, dict[str, str]]:
-    """Tables I to IV."""
+    """Estimate Tables I to IV."""
     lines, experiments = [], {}
     for name, (label, backbone) in _BACKBONES.items():
         if "vtab" not in name and "table1" in name:
@@ -132,7 +132,7 @@ def _vtab(speed: RowSpeed) -> tuple[str, dict[str, str]]:
 
 
 def _fgvc(speed: RowSpeed) -> tuple[str, dict[str, str]]:
-    """Tables I and XVII."""
+    """Estimate FGVC in Table I."""
     names = ("table1-fgvc", "table1-fgvc-official")
     counted = classifier(_BACKBONES[names[0]][1], _BATCH)
     epochs = int(read_experiment(names[0]).settings["epochs"])
@@ -149,7 +149,7 @@ def _fgvc(speed: RowSpeed) -> tuple[str, dict[str, str]]:
 
 
 def _polyps(speed: RowSpeed) -> tuple[str, dict[str, str]]:
-    """Table V."""
+    """Estimate Table V."""
     measured = _POLYP_EPOCHS * _POLYP_VAL + _POLYP_TEST
     work, lines = training(_POLYP_TRAIN, _POLYP_EPOCHS, 1, measured), []
     for name in SAM_NAMES:
@@ -161,12 +161,12 @@ def _polyps(speed: RowSpeed) -> tuple[str, dict[str, str]]:
 
 
 def _dreambooth(speed: RowSpeed) -> tuple[str, dict[str, str]]:
-    """Table VI."""
+    """Estimate Table VI."""
     config = DreamBoothConfig(data="-", pipeline="-", out="-")
     counted = sd3_medium(config.resolution, config.max_sequence_length, config.batch_size)
     passes = config.steps * config.accumulation
     run = Workload(passes, passes * config.batch_size)
-    drawing = Workload(0, 0, 2 * config.sample_steps)  # with the prompt and without
+    drawing = Workload(0, 0, 2 * config.sample_steps)  # classifier-free guidance: two passes per step
     learning = seconds(speed, counted, run, is_checkpointed=True)
     pictures = _PICTURES * seconds(speed, counted, drawing)
     lines = [
@@ -181,7 +181,7 @@ def _dreambooth(speed: RowSpeed) -> tuple[str, dict[str, str]]:
 
 
 def _language(speed: RowSpeed) -> tuple[str, dict[str, str]]:
-    """Table XVIII."""
+    """Estimate Table XVIII."""
     config = LanguageConfig(data="-", model="-", out="-")
     counted = llama_7b(config.max_length, config.batch_size)
     work = training(_INSTRUCTIONS, config.epochs, config.batch_size)
@@ -195,7 +195,7 @@ def _language(speed: RowSpeed) -> tuple[str, dict[str, str]]:
 
 
 def _whole(speed: RowSpeed, counted: CountedStep, name: str) -> str:
-    """One method in an experiment, with the fewest and the most trials."""
+    """Format the time of one method in an experiment, with the fewest and the most tuning runs."""
     fewest, most = (time_text(seconds(speed, counted, work)) for work in one_method(read_experiment(name)))
     if fewest == most:
         return fewest
@@ -204,6 +204,6 @@ def _whole(speed: RowSpeed, counted: CountedStep, name: str) -> str:
 
 
 def _of_experiment(name: str, whole: str, counted: CountedStep) -> str:
-    """What an experiment file says."""
+    """Return the text for an experiment file."""
     official = " (rank 32 more)" if name.endswith("-official") else ""
     return f"{whole}{official}, and {memory_text(counted)} of memory at batch {counted.batch}"

@@ -1,7 +1,7 @@
-"""How much a reader has to follow: calls of a forward pass, functions of a training, sizes of classes and packages.
+"""Readability metrics: calls of a forward pass, functions of a training run, sizes of classes and packages.
 
-Counted are the Python calls of one forward pass of an adapted `nn.Linear` beside PEFT's LoRA, the functions that a
-training enters before its first step and those that receive its configuration, and the lines of each package.
+Counts the Python calls in one forward pass of an adapted `nn.Linear` (SNELLA and PEFT's LoRA), the functions that a
+training run enters before its first step, the functions that receive its configuration, and the lines of each package.
 
 python benchmarks/count_calls.py
 """
@@ -36,29 +36,29 @@ PROJECT = str(Path(PACKAGE).parent)
 
 @dataclass
 class Calls:
-    """What ran during one call.
+    """Python calls during one call.
 
     Args:
-        by_file: Python calls by source file; a Numba kernel, which reports itself as a call too, is none.
-        switches: How often the file changed from one call to the next.
+        by_file: Number of Python calls by source file, without Numba kernels.
+        switches: Number of file changes between consecutive calls.
     """
 
     by_file: Counter[str] = field(default_factory=Counter)
     switches: int = 0
 
     def within(self, folder: str) -> Counter[str]:
-        """Those in files of one folder."""
+        """Return the calls in files of one folder."""
         return Counter({file: count for file, count in self.by_file.items() if file.startswith(folder)})
 
 
 def count_calls(function: Callable[[], object]) -> Calls:
-    """Call `function` and count, with `sys.setprofile`, the Python functions that it enters."""
+    """Call `function` and count the Python functions that it enters, with `sys.setprofile`."""
     calls, last = Calls(), ""
 
     def note(frame: FrameType, event: str, argument: object) -> None:
         nonlocal last
         code: CodeType = frame.f_code
-        # what has no file (a generated `__init__`) belongs to its caller
+        # skip code without a file, e.g. a generated `__init__`
         if event != "call" or code.co_filename.startswith("<") or code.co_filename == KERNELS:
             return
         calls.by_file[code.co_filename] += 1
@@ -74,7 +74,7 @@ def count_calls(function: Callable[[], object]) -> Calls:
 
 
 def functions_given(kind: type, function: Callable[[], object]) -> dict[str, set[str]]:
-    """Call `function`; by source file of the project, the functions that got an instance of `kind` as an argument."""
+    """Call `function` and return the project functions that receive an instance of `kind`, by source file."""
     given: dict[str, set[str]] = {}
 
     def note(frame: FrameType, event: str, argument: object) -> None:
@@ -94,11 +94,11 @@ def functions_given(kind: type, function: Callable[[], object]) -> dict[str, set
 
 
 class _FirstStepError(Exception):
-    """Ends a training at its first step."""
+    """Stops a training run at its first step."""
 
 
 def functions_before_first_step(config: TrainConfig) -> dict[str, set[str]]:
-    """Start a training and stop it at its first step; the functions of the project that it entered, by source file."""
+    """Run a training run up to its first step and return the project functions that it enters, by source file."""
     entered: dict[str, set[str]] = {}
 
     def note(frame: FrameType, event: str, argument: object) -> None:
@@ -127,11 +127,11 @@ class Size:
     """Size of one root package.
 
     Args:
-        modules: Files.
-        lines: All lines.
-        code: Lines that are neither blank, comment nor docstring.
+        modules: Number of files.
+        lines: Number of lines.
+        code: Number of lines without blank lines, comments and docstrings.
         largest_class: Name and number of methods.
-        longest_signature: Name and number of parameters, `self` and `cls` left out.
+        longest_signature: Name and number of parameters, without `self` and `cls`.
     """
 
     modules: int = 0
@@ -147,14 +147,14 @@ def size_of(root: Path) -> Size:
     for path in sorted(root.rglob("*.py")):
         text = path.read_text(encoding="utf-8")
         tree, lines = ast.parse(text), text.splitlines()
-        of_docs: set[int] = set()
+        doc_lines: set[int] = set()
         for node in ast.walk(tree):
             if (
                 isinstance(node, ast.Expr)
                 and isinstance(node.value, ast.Constant)
                 and isinstance(node.value.value, str)
             ):
-                of_docs.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+                doc_lines.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
             if isinstance(node, ast.ClassDef):
                 methods = sum(isinstance(item, ast.FunctionDef | ast.AsyncFunctionDef) for item in node.body)
                 size.largest_class = max(size.largest_class, (node.name, methods), key=lambda pair: pair[1])
@@ -165,20 +165,20 @@ def size_of(root: Path) -> Size:
         size.modules += 1
         size.lines += len(lines)
         size.code += sum(
-            bool(line.strip()) and not line.lstrip().startswith("#") and number not in of_docs
+            bool(line.strip()) and not line.lstrip().startswith("#") and number not in doc_lines
             for number, line in enumerate(lines, start=1)
         )
     return size
 
 
 def small_training(out: str) -> TrainConfig:
-    """Two steps of a small model on the digits."""
+    """Return the configuration of two steps on digits with a small model."""
     sizes = {"train_size": 40, "val_size": 20, "test_size": 20}
     return TrainConfig(data="digits", backbone="test_vit", pretrained=False, img_size=32, epochs=1, out=out, **sizes)
 
 
 def adapted_linear_layer(config: PeftConfig) -> tuple[nn.Module, torch.Tensor]:
-    """An adapted `nn.Linear` in training after an optimizer step, and an input."""
+    """Return an adapted `nn.Linear` in training mode after three optimizer steps, and an input."""
     torch.manual_seed(0)
     model = get_peft_model(nn.Sequential(nn.Linear(64, 48)), config).train()
     layer, x = model.base_model.model[0], torch.randn(4, 64)
@@ -196,12 +196,12 @@ def main() -> None:
     for name, config in {**configs, "lora": LoraConfig(r=8, target_modules=["0"])}.items():
         layer, x = adapted_linear_layer(config)
         calls = count_calls(lambda layer=layer, x=x: layer(x))
-        own = calls.within(PACKAGE)
+        package_calls = calls.within(PACKAGE)
         print(
-            f"{name}: {sum(own.values())} calls in {len(own)} files of snella, "
-            f"{sum(calls.by_file.values())} in {len(calls.by_file)} files in all, {calls.switches} changes of file"
+            f"{name}: {sum(package_calls.values())} calls in {len(package_calls)} files of snella, "
+            f"{sum(calls.by_file.values())} calls in {len(calls.by_file)} files in total, {calls.switches} file changes"
         )
-        for file, count in own.most_common():
+        for file, count in package_calls.most_common():
             print(f"  {count:4} {Path(file).relative_to(PROJECT)}")
     with tempfile.TemporaryDirectory() as folder:
         entered = functions_before_first_step(small_training(str(Path(folder, "run"))))

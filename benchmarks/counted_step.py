@@ -1,4 +1,4 @@
-"""What one training step of SNELLA computes and keeps, counted from shapes: no weights, no arithmetic, no rows."""
+"""FLOP and memory of one SNELLA training step, counted from shapes on the meta device."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from snella.layer import SnellaLayer
 from snella.memory.origins import origin_of
 from snella_app.training.memory import working_modules
 
-_MOMENTS = 2  # of AdamW
+_MOMENTS = 2  # AdamW
 _FLOAT32 = 4
 
 
 @dataclass(frozen=True)
 class CountedStep:
-    """One training step, forward and backward, of one batch.
+    """Costs of one training step (forward and backward) on one batch.
 
     Args:
-        batch: Its samples.
-        adapted: Weights in the adapted matrices, which are merged anew in every pass.
-        forward_flop: Floating-point operations of the forward pass, a multiply-add being two.
-        training_flop: Of forward and backward pass. Each adapted layer takes three products: its output, the gradient
-            of its input and that of its weight. What is frozen takes two, or one where nothing before it is trained.
-        peak_bytes: Most memory at one time: weights, gradients, AdamW's moments, the batch, what is kept for the
-            backward pass, and the largest set of temporary tensors of one module. Libraries and allocator come on top.
+        batch: Batch size.
+        adapted: Number of weights in the adapted matrices, which are merged in every pass.
+        forward_flop: FLOP of the forward pass; a multiply-add counts as two.
+        training_flop: FLOP of forward and backward pass. Each adapted layer needs three products: output, input
+            gradient and weight gradient. A frozen layer needs two, or one if no earlier layer is trained.
+        peak_bytes: Peak memory: weights, gradients, AdamW's moments, the batch, saved tensors, and the largest set of
+            temporary tensors of one module. Excludes libraries and allocator overhead.
     """
 
     batch: int
@@ -44,15 +44,15 @@ class CountedStep:
 def count_step(build: Callable[[], nn.Module], inputs: Mapping[str, Any], checkpointed: str = "") -> CountedStep:
     """Count a step on torch's meta device.
 
-    SNELLA computes the three products of a layer with a trained dense weight and keeps what that keeps, its input, but
-    where the input is computed again; so the adapted layers run as such layers here.
+    An adapted layer runs as a layer with a trainable dense weight: both compute the same three products and save the
+    input, unless the input is recomputed.
 
     Args:
-        build: Makes the model with its SNELLA adapters; called on the meta device, in float32.
-        inputs: Arguments of the model, on the meta device, the first of them a batch; a tensor alone goes under the
+        build: Function that creates the model with SNELLA adapters; called on the meta device, in float32.
+        inputs: Arguments of the model on the meta device, the first one a batch; a single positional tensor has the
             name `""`.
-        checkpointed: The model's list of blocks whose activations are computed a second time instead of kept, e.g.
-            `"layers"`. The second computation is not among the FLOP.
+        checkpointed: Name of the module list whose blocks use activation checkpointing, e.g. `"layers"`. The FLOP do
+            not include the recomputation.
     """
     with torch.device("meta"):
         model = build().train()
@@ -62,13 +62,13 @@ def count_step(build: Callable[[], nn.Module], inputs: Mapping[str, Any], checkp
     for layer in adapted:
         layer.enable_adapters(False)
         layer.get_base_layer().weight.requires_grad_(True)
-    given = {_storage(tensor): tensor for tensor in _tensors(inputs)}
-    record = _Kept({_storage(tensor) for tensor in (*model.parameters(), *model.buffers())} | given.keys())
+    input_storages = {_storage(tensor): tensor for tensor in _tensors(inputs)}
+    record = _Kept({_storage(tensor) for tensor in (*model.parameters(), *model.buffers())} | input_storages.keys())
 
     def run() -> Tensor:
         return _first_tensor(model(inputs[""]) if "" in inputs else model(**inputs))
 
-    # one after the other: where the counter's hooks are, no input is computed again
+    # two separate passes, because the counter's hooks disable the recomputation of inputs
     with _FusedAttention():
         with record.of(model, checkpointed):
             run()
@@ -81,15 +81,15 @@ def count_step(build: Callable[[], nn.Module], inputs: Mapping[str, Any], checkp
         adapted=sum(layer.get_base_layer().weight.numel() for layer in adapted),
         forward_flop=forward,
         training_flop=counter.get_total_flops(),
-        peak_bytes=weights + (1 + _MOMENTS) * trained + _bytes(given.values()) + record.peak,
+        peak_bytes=weights + (1 + _MOMENTS) * trained + _bytes(input_storages.values()) + record.peak,
     )
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Attention as the CPU computes it where it can, without the matrix of all pairs; the meta device always has it."""
+    """Mode that replaces attention with the CPU's fused kernel, because the meta device builds the attention matrix."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Put the fused operation in the place of the general one."""
+        """Replace the general operation with the fused one."""
         if func is nn.functional.scaled_dot_product_attention:
             return _attention(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
@@ -99,7 +99,7 @@ def _attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Attention; a mask that has a gradient, as SAM's relative positions have, needs the matrix."""
+    """Compute fused attention if possible; a mask with a gradient, e.g. SAM's relative positions, needs the matrix."""
     if enable_gqa or dropout_p or (attn_mask is not None and attn_mask.requires_grad):
         return nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -110,12 +110,12 @@ def _attention(
 
 
 def _attention_flop(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    """Two products."""
+    """Count the FLOP of two products."""
     return sdpa_flop_count(query, key, value)
 
 
 def _attention_backward_flop(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """Five products: the weights are computed again."""
+    """Count the FLOP of five products; the attention weights are recomputed."""
     return sdpa_backward_flop_count(gradient, query, key, value)
 
 
@@ -127,10 +127,10 @@ _ATTENTION_FLOP = {
 
 @dataclass
 class _Kept:
-    """Bytes that a forward pass keeps, told by the storages that autograd saves.
+    """Bytes saved by a forward pass, counted by storage.
 
-    `peak` is the most that is there at any module when the backward pass comes to it: what was kept until then, and the
-    module's own temporary tensors. Of checkpointed blocks only one is kept at a time, and what enters each.
+    `peak` is the maximum over modules of the saved bytes up to the module plus its temporary tensors. Checkpointed
+    blocks count with their inputs, and with the saved tensors of one block at a time.
     """
 
     own: set[int]
@@ -142,7 +142,7 @@ class _Kept:
 
     @contextmanager
     def of(self, model: nn.Module, checkpointed: str) -> Iterator[None]:
-        """Watch a model."""
+        """Register hooks on a model."""
         handles = [
             module.register_forward_hook(self._after_module, with_kwargs=True)
             for module in working_modules(model).values()
@@ -166,7 +166,7 @@ class _Kept:
                 handle.remove()
 
     def _pack(self, tensor: Tensor) -> Tensor:
-        """Count a tensor that autograd saves."""
+        """Count a tensor saved by autograd."""
         key = _storage(tensor)
         if key not in self.own and key not in self._seen:
             self._seen[key] = tensor
@@ -179,20 +179,20 @@ class _Kept:
         return tensor
 
     def _after_module(self, module: nn.Module, positional: Any, named: Any, output: Any) -> None:
-        """Gradients as large as inputs and outputs, and for an adapted layer its effective weight and the gradient."""
+        """Count temporaries: gradients of inputs and outputs; for an adapted layer, effective weight and gradient."""
         passed = {_storage(t): t for t in _tensors((positional, named, output))}
-        own = _bytes(passed.values())
+        temporary = _bytes(passed.values())
         if isinstance(module, SnellaLayer):
-            own += 2 * _FLOAT32 * module.get_base_layer().weight.numel()
-        self.peak = max(self.peak, self._lasting + self._in_block + own)
+            temporary += 2 * _FLOAT32 * module.get_base_layer().weight.numel()
+        self.peak = max(self.peak, self._lasting + self._in_block + temporary)
 
     def _before_adapted(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        """An input that an adapted layer computes again is not kept."""
+        """Exclude an input that the adapted layer recomputes."""
         if origin_of(inputs[0])[1] is not None:
             self.own.add(_storage(inputs[0]))
 
     def _before_block(self, block: nn.Module, positional: Any, named: Any) -> None:
-        """What enters a block is kept whatever happens inside."""
+        """Count the inputs of a checkpointed block."""
         for tensor in _tensors((positional, named)):
             if tensor.requires_grad and _storage(tensor) not in self._seen:
                 self._seen[_storage(tensor)] = tensor
@@ -200,27 +200,27 @@ class _Kept:
         self._is_in_block = True
 
     def _after_block(self, block: nn.Module, positional: Any, output: Any) -> None:
-        """What it kept is gone until the backward pass comes back to it."""
+        """Drop the saved tensors of a checkpointed block."""
         self._is_in_block, self._in_block = False, 0
 
 
 def _storage(tensor: Tensor) -> int:
-    """Identity of what holds a tensor's values; on the meta device addresses are all 0."""
+    """Return the identity of a tensor's storage; addresses are all 0 on the meta device."""
     return int(tensor.untyped_storage()._cdata)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of their values."""
+    """Return the total bytes of tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _first_tensor(value: Any) -> Tensor:
-    """The first tensor in what a model gives."""
+    """Return the first tensor of a model output."""
     return next(_tensors(value))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in what a module takes or gives."""
+    """Yield all tensors in nested inputs or outputs."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):

@@ -1,11 +1,10 @@
-"""Images a second of our loader beside torchvision's ImageFolder, with the same transform, in turns.
+"""Throughput of the project's data loading and torchvision's ImageFolder with the same transform, interleaved.
 
     python benchmarks/data_loading.py --out benchmarks/data_loading.jsonl
 
-The images are Tux Paint's stamps (Debian's tuxpaint-stamps-default), as they are (PNG, median 155×195) and enlarged as
-JPEGs of 1600 pixels ("photographs"). Each round reads one epoch by each loader in the main process; CPU seconds count,
-since other programs may run. `first epoch` decodes, `later epochs` find decoded images in memory as far as 512 MiB hold
-them.
+The images are Tux Paint's stamps (Debian's tuxpaint-stamps-default), once as PNG (median 155×195) and once enlarged to
+JPEGs of 1600 pixels ("photographs"). Each round reads one epoch with each loader in the main process. Times are CPU
+seconds. `first epoch` decodes all images; `later epochs` read decoded images from a cache of up to 512 MiB.
 """
 
 import argparse
@@ -34,7 +33,7 @@ BATCH = 32
 
 
 def write_images(folder: Path, kind: str, count: int) -> None:
-    """Write the stamps of the collection as class folders."""
+    """Write the stamps as class folders."""
     stamps = load_data("stamps").train
     for index in range(count):
         place = folder / stamps.names[index].partition("/")[0]
@@ -49,7 +48,7 @@ def write_images(folder: Path, kind: str, count: int) -> None:
 
 
 def read_all(dataset) -> tuple[float, float]:
-    """CPU and wall seconds of one epoch."""
+    """Read one epoch; return CPU and wall-clock seconds."""
     wall, cpu = time.perf_counter(), time.process_time()
     for images, _ in DataLoader(dataset, BATCH):
         if images.shape[1:] != (3, 224, 224):

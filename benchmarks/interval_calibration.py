@@ -1,7 +1,7 @@
-"""How often a true zero is called clear: Student's t over tasks with Holm's correction, beside what was used before.
+"""False positive rate of Student's t over tasks with Holm's correction, compared with a percentile bootstrap.
 
-python benchmarks/interval_calibration.py              replaces interval_calibration.jsonl: eight minutes, a core
-python benchmarks/interval_calibration.py --count 500  fewer simulations, which replace nothing
+python benchmarks/interval_calibration.py              replaces interval_calibration.jsonl: eight minutes on one core
+python benchmarks/interval_calibration.py --count 500  fewer simulations; writes nothing
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from snella_lab.comparison.statistics import LEVEL, difference_of, with_holm
 ROWS = Path(__file__).with_suffix(".jsonl")
 COUNT = 10_000
 TASK, SEED = 0.02, 0.02
-"""Deviations of a difference between tasks, and between the seeds of one; about those of the bundled suite."""
+"""Standard deviations of a difference between tasks and between seeds, similar to the bundled suite."""
 HEAVY = 3
 """Degrees of freedom of the heavy-tailed task effects."""
 
@@ -28,43 +28,43 @@ Pairs = np.ndarray
 
 
 def independent(generator: np.random.Generator, comparisons: int, tasks: int, seeds: int) -> Pairs:
-    """Differences of mean zero, each comparison by itself; a single task has no effect of its own."""
+    """Sample independent comparisons with mean zero; a single task has no task effect."""
     effects = generator.normal(0, TASK if tasks > 1 else 0, (comparisons, tasks, 1))
     return effects + generator.normal(0, SEED, (comparisons, tasks, seeds))
 
 
 def shared_reference(generator: np.random.Generator, comparisons: int, tasks: int, seeds: int) -> Pairs:
-    """The same where all comparisons are with one method, as in a table."""
+    """Sample comparisons with one shared reference method, as in a table."""
     methods = independent(generator, comparisons + 1, tasks, seeds) / np.sqrt(2)
     return methods[1:] - methods[:1]
 
 
 def heavy_tailed(generator: np.random.Generator, comparisons: int, tasks: int, seeds: int) -> Pairs:
-    """Independent comparisons in which single tasks stand out."""
+    """Sample independent comparisons with heavy-tailed task effects."""
     effects = TASK * generator.standard_t(HEAVY, (comparisons, tasks, 1)) / np.sqrt(HEAVY / (HEAVY - 2))
     return effects + generator.normal(0, SEED, (comparisons, tasks, seeds))
 
 
 def is_decided(values: Pairs) -> bool:
-    """Whether any comparison is called clear by `snella_lab.comparison.statistics`."""
-    found = with_holm({number: difference_of(pairs.tolist()) for number, pairs in enumerate(values)})
-    return any(one is not None and one.direction != 0 for one in found.values())
+    """Return True if `snella_lab.comparison.statistics` decides any comparison."""
+    differences = with_holm({number: difference_of(pairs.tolist()) for number, pairs in enumerate(values)})
+    return any(value is not None and value.direction != 0 for value in differences.values())
 
 
 def bootstrap_is_clear(values: Pairs, generator: np.random.Generator, resamples: int = 1000) -> bool:
-    """Whether a percentile bootstrap (tasks first, then seeds) has an interval on one side of zero."""
+    """Return True if the interval of a percentile bootstrap (over tasks, then seeds) excludes zero."""
     _, tasks, seeds = values.shape
     drawn = generator.integers(0, tasks, (resamples, tasks, 1))
     inner = generator.integers(0, seeds, (resamples, tasks, seeds))
-    for one in values:
-        low, high = np.quantile(one[drawn, inner].mean(axis=(1, 2)), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    for pairs in values:
+        low, high = np.quantile(pairs[drawn, inner].mean(axis=(1, 2)), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         if low > 0 or high < 0:
             return True
     return False
 
 
 def measure(count: int) -> list[dict[str, Any]]:
-    """Shares of simulations in which at least one true zero is called clear, by setting."""
+    """Return the fraction of simulations that decide at least one true zero, by setting."""
     makers: dict[str, Callable[..., Pairs]] = {
         "independent": independent,
         "shared reference": shared_reference,
@@ -90,7 +90,7 @@ def measure(count: int) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows of one run in Markdown."""
+    """Format the rows as Markdown."""
     head = "| differences | comparisons | tasks | seeds | t and Holm | percentile bootstrap |"
     lines = [head, "|---|---:|---:|---:|---:|---:|"]
     for row in rows:
@@ -106,8 +106,8 @@ if __name__ == "__main__":
     parser.add_argument("--count", type=int, default=COUNT)
     options = parser.parse_args()
     measured_with = conditions("cpu")
-    found = measure(options.count)
+    results = measure(options.count)
     if options.count == COUNT:
         ROWS.unlink(missing_ok=True)
-        append_rows(ROWS, [{"benchmark": "interval_calibration", **row, **measured_with} for row in found])
-    print(table(found))
+        append_rows(ROWS, [{"benchmark": "interval_calibration", **row, **measured_with} for row in results])
+    print(table(results))

@@ -1,8 +1,8 @@
-"""Draw docs/images/method.svg: a small merge, its competition inside the matrix, and budgets competing across layers.
+"""Draw docs/images/method.svg: merge, competition within a matrix, and budget competition across layers.
 
 python benchmarks/method_diagram.py
 
-Every square is computed by `snella` and `snella`, nothing is drawn by hand.
+`snella` computes every value in the figure.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ INK, MUTED, ACCENT = "#1b1f24", "#57606a", "#0072b2"
 
 
 def draw_method() -> Figure:
-    """The three steps, from left to right."""
+    """Draw the three steps from left to right."""
     generator = torch.Generator().manual_seed(3)
     A = torch.randn(COLUMNS, RANK, generator=generator)
     B = torch.randn(ROWS, RANK, generator=generator)
@@ -55,7 +55,7 @@ def draw_method() -> Figure:
         (
             0.640,
             "3  Compete across layers",
-            "All matrices share one budget, which shrinks\nin training; who matters more keeps more",
+            "All matrices share one budget that shrinks in\ntraining; more important matrices keep more",
         ),
     ):
         figure.text(x, 0.95, title, fontsize=13, weight="bold", color=INK, va="center")
@@ -64,7 +64,7 @@ def draw_method() -> Figure:
 
 
 def _matrix(axes: Axes, values: Tensor, name: str, note: str, above: bool = False) -> None:
-    """Entries as squares: blue negative, orange positive, white zero."""
+    """Draw entries as squares: blue negative, orange positive, white zero."""
     bound = float(values.abs().max())
     axes.imshow(values, cmap="PuOr_r", vmin=-bound, vmax=bound, aspect="auto", interpolation="nearest")
     axes.set_xticks([])
@@ -84,7 +84,7 @@ def _arrow(figure: Figure, left: float, right: float) -> None:
 
 
 def _budgets(axes: Axes, generator: torch.Generator) -> None:
-    """Shares of eight matrices at four times of a training, by Algorithm 1."""
+    """Draw the budgets of eight matrices at four times of a training run, by Algorithm 1."""
     size, count, steps = ROWS * COLUMNS, 8, 4
     importance = torch.rand(count, generator=generator).add(0.15).pow(2).tolist()
     width = 0.8 / steps

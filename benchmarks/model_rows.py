@@ -1,11 +1,11 @@
-"""What SNELLA keeps and takes on other models than ViT-B, beside PEFT's LoRA: one thread, processor time.
+"""Saved tensors and step time of SNELLA and PEFT's LoRA on further models, with one thread, in CPU time.
 
 python benchmarks/model_rows.py                       every model and setting; appends to model_rows.jsonl
-python benchmarks/model_rows.py vit_large --rounds 5  those whose name begins so
+python benchmarks/model_rows.py vit_large --rounds 5  models by name prefix
 
-Kept bytes are counted by autograd's own hooks, each storage once. Of the large models only the first blocks are built:
-all blocks are alike, so that two depths give the bytes of the whole model exactly, and the ratio of times is that of
-the shorter stack, which the row says. Steps of all contenders are taken in turns in one process.
+Autograd hooks count each saved storage once. Large models are built with their first blocks only. Because all blocks
+are identical, two depths give the exact bytes of the whole model; time ratios are those of the shorter model, whose
+depth is in the row. Steps of all methods are interleaved in one process.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ _CLASSES, _VOCABULARY = 100, 1000
 
 @dataclass(frozen=True)
 class Setting:
-    """One model and how it is trained.
+    """One model and its training settings.
 
     Args:
-        model: A timm name, or `llama`.
-        batch: Images, or sequences.
-        tokens: Of a sequence.
-        side: Of an image, default the model's own.
-        depth: Blocks that are built, `None` for all.
-        blocks: Of the whole model.
+        model: A timm model name, or `llama`.
+        batch: Batch size.
+        tokens: Sequence length.
+        side: Image size; None uses the model's default.
+        depth: Number of blocks to build; None builds all.
+        blocks: Number of blocks in the whole model.
         r: Rank.
-        autocast: Whether a step runs under bfloat16 autocast.
+        autocast: Run steps under bfloat16 autocast.
         frozen: Dtype of the frozen weights.
-        fused: Whether Swin's attention is one operation (timm's `TIMM_FUSED_ATTN=2`).
+        fused: Use fused attention in Swin (timm's `TIMM_FUSED_ATTN=2`).
     """
 
     model: str
@@ -65,7 +65,7 @@ class Setting:
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the frozen weights."""
+        """Dtype of the frozen weights."""
         return torch.bfloat16 if self.frozen == "bfloat16" else torch.float32
 
 
@@ -83,7 +83,7 @@ SETTINGS = [
     Setting("convnext_base", batch=4),
     Setting("llama", batch=1, tokens=512, depth=2, blocks=32),
 ]
-# what they set beside rank, modules and sparsity
+# options in addition to rank, modules and sparsity
 SNELLA = {
     "snella": {},
     "snella-bf16-gradient": {"weight_gradient": "bfloat16"},
@@ -96,10 +96,10 @@ CONTENDERS = ["lora", "full", *SNELLA]
 
 
 def build(setting: Setting) -> nn.Module:
-    """The model without adapters, the same random weights each time."""
+    """Build the model without adapters, with random weights from a fixed seed."""
     torch.manual_seed(0)
     if setting.model == "llama":
-        # LLaMA-7B's blocks, a small vocabulary: embedding and head are not adapted
+        # LLaMA-7B's blocks with a small vocabulary; embedding and head are not adapted
         config = LlamaConfig(vocab_size=_VOCABULARY, num_hidden_layers=setting.depth or 32)
         return LlamaForCausalLM(config)
     timm.layers.set_fused_attn(True, experimental=setting.fused)
@@ -109,7 +109,7 @@ def build(setting: Setting) -> nn.Module:
 
 
 def adapted(setting: Setting, contender: str) -> nn.Module:
-    """The model as one contender trains it."""
+    """Build the model with one method's adapters."""
     model = build(setting)
     if contender == "full":
         return model
@@ -130,7 +130,7 @@ def adapted(setting: Setting, contender: str) -> nn.Module:
 
 
 class Contender:
-    """A model with its optimizer and one batch."""
+    """A model with optimizer and one batch."""
 
     def __init__(self, setting: Setting, name: str) -> None:
         self.setting, self.model = setting, adapted(setting, name).train()
@@ -145,14 +145,14 @@ class Contender:
         self.labels = torch.randint(0, _CLASSES, (setting.batch,))
 
     def forward(self, batch: Tensor) -> Tensor:
-        """The loss."""
+        """Compute the loss."""
         with torch.autocast("cpu", torch.bfloat16, enabled=self.setting.autocast):
             if self.setting.model == "llama":
                 return self.model(input_ids=batch, labels=batch, use_cache=False).loss
             return nn.functional.cross_entropy(self.model(batch.to(self.setting.dtype)).float(), self.labels)
 
     def step(self) -> float:
-        """Processor seconds of a whole training step."""
+        """Run a training step and return its CPU seconds."""
         start = time.process_time()
         self.forward(self.batch).backward()
         self.optimizer.step()
@@ -160,24 +160,24 @@ class Contender:
         return time.process_time() - start
 
     def kept(self) -> int:
-        """Bytes that autograd keeps."""
+        """Return the bytes saved by autograd."""
         return record_forward(_Loss(self.model, self.forward), self.batch).kept
 
 
 class _Loss(nn.Module):
-    """A model as the function that a step differentiates."""
+    """Module that computes the loss of a model."""
 
     def __init__(self, model: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.model, self.function = model, forward
 
     def forward(self, batch: Tensor) -> Tensor:
-        """The loss."""
+        """Compute the loss."""
         return self.function(batch)
 
 
 def kept_of_whole(setting: Setting, name: str) -> int:
-    """Bytes that the whole model keeps, from two depths where not all of its blocks are built."""
+    """Return the saved bytes of the whole model, extrapolated from two depths if only some blocks are built."""
     if setting.depth is None or setting.blocks is None:
         return Contender(setting, name).kept()
     less, more = (Contender(replace(setting, depth=depth), name).kept() for depth in (1, 2))
@@ -185,17 +185,17 @@ def kept_of_whole(setting: Setting, name: str) -> int:
 
 
 def measure(setting: Setting, rounds: int) -> list[dict[str, Any]]:
-    """A row for each contender."""
+    """Return a row for each method."""
     names = [name for name in CONTENDERS if name != "full" or setting.frozen == "float32"]
     kept = {name: kept_of_whole(setting, name) for name in names}
     gc.collect()
     contenders = {name: Contender(setting, name) for name in names} if rounds else {}
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    for one in contenders.values():
-        one.step()
+    for runner in contenders.values():
+        runner.step()
     for _ in range(rounds):
-        for name, one in contenders.items():
-            times[name].append(one.step())
+        for name, runner in contenders.items():
+            times[name].append(runner.step())
     described = {key: value for key, value in vars(setting).items() if value is not None and value != 0}
     common = {"benchmark": "model_rows", **described, "sparsity": 0.7, "rounds": rounds, "clock": "process time"}
     rows = []
@@ -213,15 +213,15 @@ def measure(setting: Setting, rounds: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", help="beginnings of names; all where none is given")
-    parser.add_argument("--rounds", type=int, default=4, help="timed steps of each; 0 counts bytes alone")
-    parser.add_argument("--autocast", action="store_true", help="the settings under autocast alone")
+    parser.add_argument("models", nargs="*", help="name prefixes; default all")
+    parser.add_argument("--rounds", type=int, default=4, help="timed steps per method; 0 only counts bytes")
+    parser.add_argument("--autocast", action="store_true", help="only the settings with autocast")
     parser.add_argument("--out", default=str(Path(__file__).parent / "model_rows.jsonl"))
     args = parser.parse_args()
     torch.set_num_threads(1)
     for setting in SETTINGS:
-        is_wanted = not args.models or any(setting.model.startswith(name) for name in args.models)
-        if not is_wanted or (args.autocast and not setting.autocast):
+        is_selected = not args.models or any(setting.model.startswith(name) for name in args.models)
+        if not is_selected or (args.autocast and not setting.autocast):
             continue
         rows = measure(setting, args.rounds)
         append_rows(args.out, rows)

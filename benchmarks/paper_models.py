@@ -1,4 +1,4 @@
-"""The models of the paper's tables, without weights, each with SNELLA-8 in it and a batch as in training."""
+"""Models of the paper's tables with SNELLA-8 on the meta device, counted on a training batch."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ _SD3 = {
     "caption_projection_dim": 1536,
     "pos_embed_max_size": 192,
 }
-_LATENT_SIDE = 8  # pixels of a latent's side
-_CLIP_TOKENS = 77  # beside those of the third text encoder
+_LATENT_SIDE = 8  # image pixels per latent pixel and side
+_CLIP_TOKENS = 77  # in addition to the tokens of the third text encoder
 
 
 @cache
 def classifier(backbone: str, batch: int) -> CountedStep:
-    """A timm model at 224×224, the size of all experiments."""
+    """Count a timm model at 224×224, the image size of all experiments."""
 
     def build() -> nn.Module:
         return build_method(METHOD, timm.create_model(backbone, num_classes=_CLASSES))
@@ -50,7 +50,7 @@ def classifier(backbone: str, batch: int) -> CountedStep:
 
 @cache
 def sam(name: str, batch: int) -> CountedStep:
-    """SAM's image encoder and mask decoder at 1024×1024; every fourth part of the blocks ends with a global one."""
+    """Count SAM's image encoder and mask decoder at 1024×1024; each quarter of the blocks ends with a global one."""
     sizes = _SAM[name]
     quarter = sizes["num_hidden_layers"] // 4
     vision = SamVisionConfig(
@@ -68,7 +68,7 @@ def sam(name: str, batch: int) -> CountedStep:
 
 @cache
 def sd3_medium(resolution: int, tokens: int, batch: int) -> CountedStep:
-    """The transformer of Stable Diffusion 3 (medium), blocks checkpointed."""
+    """Count the transformer of Stable Diffusion 3 (medium) with checkpointed blocks."""
     side = resolution // _LATENT_SIDE
     inputs: dict[str, Any] = {
         "hidden_states": _empty(batch, 16, side, side),
@@ -82,17 +82,19 @@ def sd3_medium(resolution: int, tokens: int, batch: int) -> CountedStep:
 
 @cache
 def llama_7b(tokens: int, batch: int) -> CountedStep:
-    """LLaMA-2-7B, whose sizes are the defaults of transformers, blocks checkpointed."""
+    """Count LLaMA-2-7B (the default sizes in transformers) with checkpointed blocks."""
     numbers = torch.empty(batch, tokens, dtype=torch.long, device="meta")
     inputs: dict[str, Any] = {
         "input_ids": numbers,
         "labels": numbers,
-        "attention_mask": _empty(batch, 1, tokens, tokens),  # whole: a mask by token would have its values looked at
+        "attention_mask": _empty(
+            batch, 1, tokens, tokens
+        ),  # full mask, because transformers inspects the values of a token mask
         "use_cache": False,
     }
     return count_step(lambda: adapt_headless(METHOD, LlamaForCausalLM(LlamaConfig()), {}), inputs, "layers")
 
 
 def _empty(*shape: int) -> Tensor:
-    """A tensor without values."""
+    """Return a tensor on the meta device."""
     return torch.empty(*shape, device="meta")

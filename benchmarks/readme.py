@@ -1,4 +1,4 @@
-"""Put the rows of results.jsonl, the costs estimated from them and what the bundled suite found into the documents.
+"""Update the generated tables and figures in the documents: step times, cost estimates, comparison results.
 
 python benchmarks/readme.py
 """

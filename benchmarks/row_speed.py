@@ -1,4 +1,4 @@
-"""How long a step takes on the machine that the rows of results.jsonl were measured on."""
+"""Step time model fitted to the rows of results.jsonl."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ _LEAST_ROUNDS = 3
 
 @dataclass(frozen=True)
 class Line:
-    """Seconds of one pass: `per_weight_s · adapted weights + per_flop_s · FLOP`."""
+    """Linear model of one pass in seconds: `per_weight_s · adapted weights + per_flop_s · FLOP`."""
 
     per_weight_s: float
     per_flop_s: float
 
     def seconds(self, passes: float, adapted: int, flop: float) -> float:
-        """Of `passes` passes that compute `flop` together."""
+        """Return the seconds of `passes` passes with `flop` FLOP in total."""
         return passes * self.per_weight_s * adapted + flop * self.per_flop_s
 
 
 @dataclass(frozen=True)
 class RowSpeed:
-    """Two lines through the rows of both batch sizes: what a batch shares is merging, the rest grows with its images.
+    """Linear models fitted to two batch sizes: the merge has a constant cost, the rest grows with the batch size.
 
     Args:
         step: Forward pass, backward pass and optimizer.
-        forward: The forward pass alone.
-        device: The machine, as its rows call it.
+        forward: Forward pass only.
+        device: Device name in the rows.
         when: Commits and dates of the rows.
     """
 
@@ -43,34 +43,32 @@ class RowSpeed:
 
 
 def row_speed(rows: list[dict[str, Any]], counted: CountedStep) -> RowSpeed:
-    """Fit both lines.
-
-    The newest row of each batch size counts, of those that are medians of three rounds or more.
+    """Fit both models to the newest row of each batch size with at least three rounds.
 
     Args:
-        rows: Of results.jsonl.
+        rows: Rows of results.jsonl.
         counted: One image of the rows' backbone.
 
     Raises:
-        ValueError: A batch size has no such row on a CPU, they are of two machines, or times do not grow with the
-            batch, or faster than it.
+        ValueError: If a batch size has no such CPU row, the rows come from two machines, or times do not grow with the
+            batch size, or faster than it.
     """
-    found = {batch: _row(rows, batch) for batch in BATCHES}
-    missing = [str(batch) for batch, row in found.items() if row is None]
+    by_batch = {batch: _row(rows, batch) for batch in BATCHES}
+    missing = [str(batch) for batch, row in by_batch.items() if row is None]
     if missing:
         raise ValueError(
             f"results.jsonl must hold rows of {CONTENDER} on {BACKBONE} in float32 on a CPU, medians of at least "
             f"{_LEAST_ROUNDS} rounds, at batch {' and '.join(map(str, BATCHES))}, got none at {', '.join(missing)}; "
             "run: python benchmarks/step_time.py"
         )
-    small, large = (row for row in found.values() if row is not None)
+    small, large = (row for row in by_batch.values() if row is not None)
     if small["device"] != large["device"]:
         raise ValueError(
-            f"rows at batch {BATCHES[0]} and {BATCHES[1]} must be of one machine, got {small['device']!r} and "
+            f"rows at batch {BATCHES[0]} and {BATCHES[1]} must come from one machine, got {small['device']!r} and "
             f"{large['device']!r}; run: python benchmarks/step_time.py"
         )
     whens = dict.fromkeys(
-        f"commit {row['commit']}{' with changes' if row['dirty'] else ''}, {row['date'][:10]}" for row in (small, large)
+        f"commit {row['commit']}{' (modified)' if row['dirty'] else ''}, {row['date'][:10]}" for row in (small, large)
     )
     return RowSpeed(
         step=_line(small, large, "step_s", counted.adapted, counted.training_flop),
@@ -81,30 +79,30 @@ def row_speed(rows: list[dict[str, Any]], counted: CountedStep) -> RowSpeed:
 
 
 def has_gpu_rows(rows: list[dict[str, Any]]) -> bool:
-    """Whether anything was measured on a GPU."""
+    """Return True if any row was measured on a GPU."""
     return any(not row["device"].startswith("cpu") for row in rows)
 
 
 def _row(rows: list[dict[str, Any]], batch: int) -> dict[str, Any] | None:
-    """The row of a batch size."""
-    wanted = _SETTING | {"batch": batch, "sparsity": _SPARSITY}
-    own = [
+    """Return the newest row of a batch size, or None."""
+    setting = _SETTING | {"batch": batch, "sparsity": _SPARSITY}
+    matching = [
         row
         for row in rows
-        if all(row.get(key) == value for key, value in wanted.items())
+        if all(row.get(key) == value for key, value in setting.items())
         and row["device"].startswith("cpu")
         and row["rounds"] >= _LEAST_ROUNDS
     ]
-    return own[-1] if own else None
+    return matching[-1] if matching else None
 
 
 def _line(small: dict[str, Any], large: dict[str, Any], name: str, adapted: int, flop: int) -> Line:
-    """The line through two rows."""
+    """Fit the linear model to two rows."""
     per_image = (large[name] - small[name]) / (large["batch"] - small["batch"])
     shared = small[name] - small["batch"] * per_image
     if per_image <= 0 or shared < 0:
         raise ValueError(
-            f"{name} of rows at batch {small['batch']} and {large['batch']} must grow with the batch, and not faster "
-            f"than it, got {small[name]} and {large[name]} s; measure them again: python benchmarks/step_time.py"
+            f"{name} of rows at batch {small['batch']} and {large['batch']} must grow with the batch size, and not "
+            f"faster than it, got {small[name]} and {large[name]} s; run again: python benchmarks/step_time.py"
         )
     return Line(shared / adapted, per_image / flop)

@@ -1,10 +1,10 @@
-"""Three small folders of images from Debian packages: clip art, emoji and a game's textures.
+"""Three small image folders from Debian packages: clip art, emoji and game textures.
 
 apt-get download openclipart-png fonts-noto-color-emoji unicode-data openarena-081-textures
 for package in *.deb; do dpkg -x $package packages; done
 python benchmarks/small_folders.py packages folders
 
-Each has train/, val/ and test/ with a folder a class. Crops of one texture are in the same part.
+Each folder has train/, val/ and test/ with one folder per class. Crops of one texture stay in one split.
 """
 
 import argparse
@@ -17,18 +17,18 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-# by class, by origin: pictures of that origin, made when they are needed
+# lazily created images by class and origin
 Pictures = dict[str, dict[str, list[Callable[[], Image.Image]]]]
 
 _CLIPART = ("animals", "buildings", "food", "geography", "people", "recreation", "tools", "transportation")
 _TEXTURES = ("base_floor", "base_light", "base_wall", "clown", "gothic_block", "gothic_trim", "oquartz", "skies")
-# parts of the data: train and val a class, in pictures; the rest is for test, up to this many a class
+# images per class in train, val and test; test takes the rest up to this number
 _SIZES = {"clipart": (30, 8, 75), "emoji": (26, 7, 60), "textures": (32, 8, 75)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("packages", type=Path, help="where the packages were unpacked")
+    parser.add_argument("packages", type=Path, help="folder of unpacked packages")
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
     share = args.packages / "usr/share"
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def write(out: Path, pictures: Pictures, train: int, val: int, test: int) -> None:
-    """Divide each class by origin, in random order, and write the parts."""
+    """Split each class by origin in random order and write the images."""
     counts = {}
     for label, origins in pictures.items():
         names = sorted(origins)
@@ -50,14 +50,14 @@ def write(out: Path, pictures: Pictures, train: int, val: int, test: int) -> Non
             taken, left = left[:size], left[size:]
             for name, number, make in taken:
                 make().save(folder / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}_{number}.png")
-            if taken:  # what is left of the last origin is in no part
+            if taken:  # drop the rest of the last origin
                 left = [item for item in left if item[0] != taken[-1][0]]
             counts[part] = counts.get(part, 0) + len(taken)
     print(out, len(pictures), "classes", counts)
 
 
 def on_white(image: Image.Image, side: int = 128) -> Image.Image:
-    """The image on white, as a square of at most `side`."""
+    """Return the image on a white square of at most `side` pixels."""
     image = image.convert("RGBA")
     image.thumbnail((side, side))
     square = Image.new("RGBA", (max(image.size),) * 2, "white")
@@ -66,7 +66,7 @@ def on_white(image: Image.Image, side: int = 128) -> Image.Image:
 
 
 def clipart(folder: Path) -> Pictures:
-    """Drawings by subject."""
+    """Return drawings by subject."""
 
     def origins(label: str) -> dict[str, list[Callable[[], Image.Image]]]:
         return {path.stem: [lambda p=path: on_white(Image.open(p))] for path in (folder / label).rglob("*.png")}  # type: ignore
@@ -75,7 +75,7 @@ def clipart(folder: Path) -> Pictures:
 
 
 def emoji(share: Path) -> Pictures:
-    """Emoji of one code point by group, without skin tones."""
+    """Return emoji of one code point by group, without skin tones."""
     font = ImageFont.truetype(str(next(share.glob("fonts/**/NotoColorEmoji.ttf"))), 109)
 
     def draw(text: str) -> Image.Image:
@@ -97,7 +97,7 @@ def emoji(share: Path) -> Pictures:
 
 
 def textures(archive: Path) -> Pictures:
-    """Quarters of photographic and painted surfaces by set."""
+    """Return quarters of surface textures by set."""
     pictures: Pictures = {label: {} for label in _TEXTURES}
     with zipfile.ZipFile(archive) as files:
         for name in files.namelist():

@@ -1,12 +1,12 @@
-"""What methods keep for the backward pass and hold at most in a training step, by size of the model: counted.
+"""Saved tensors and peak memory of a training step by model size, counted from shapes.
 
 python benchmarks/step_memory.py                     three ViTs at batch 8; replaces step_memory.jsonl
 python benchmarks/step_memory.py --backbones vit_base_patch16_224 --depths 4 8 --out other.jsonl
 
-Each method comes with and without SNELLA's recomputation of inputs. Bytes are counted by autograd's own hooks, each
-storage once, and the peak is `snella_app.training.memory.predict_step_memory`'s: weights, gradients, AdamW's moments,
-saved tensors and temporaries. All blocks of a ViT are alike, so large ones are counted at two depths, on whose line the
-whole model lies. What SPT-Adapter keeps depends on which matrices get an adapter, so it is counted on whole models.
+Each method is counted with and without SNELLA's recomputation of inputs. Autograd hooks count each saved storage once.
+The peak comes from `snella_app.training.memory.predict_step_memory`: weights, gradients, AdamW's moments, saved tensors
+and temporaries. ViT blocks are identical, so large models are extrapolated linearly from two depths. SPT-Adapter is
+counted on whole models only, because its memory depends on the selected matrices.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ ROWS = Path(__file__).parent / "step_memory.jsonl"
 PAGE = Path(__file__).parents[1] / "docs" / "speed.md"
 _BEGIN, _END = "<!-- rows of benchmarks/step_memory.jsonl begin -->", "<!-- rows of step_memory end -->"
 
-# the whole model where no depths are named
+# () counts the whole model
 DEPTHS: dict[str, tuple[int, ...]] = {
     "vit_base_patch16_224": (),
     "vit_large_patch16_224": (4, 8),
     "vit_huge_patch14_224": (2, 4),
 }
-# each without the recomputation of inputs, and with it
+# without and with recomputation of inputs
 METHODS = {
     "snella": ("snella-keep-inputs", "snella"),
     "lora": ("lora", "lora-recompute"),
@@ -49,7 +49,7 @@ FIELDS = ("weights", "trainable", "kept", "peak")
 
 
 def count(contender: str, backbone: str, batch: int, depth: int | None) -> dict[str, int]:
-    """Weights, trained parameters, kept bytes and peak bytes of one model."""
+    """Count weights, trainable parameters, saved bytes and peak bytes of one model."""
     workload = Workload(backbone)
     torch.manual_seed(0)
     options = {} if depth is None else {"depth": depth}
@@ -63,7 +63,7 @@ def count(contender: str, backbone: str, batch: int, depth: int | None) -> dict[
 
 
 def count_whole(contender: str, backbone: str, batch: int, depths: tuple[int, ...]) -> dict[str, int]:
-    """The same of the whole model, on the line through two depths where some are named."""
+    """Count the whole model, extrapolated from two depths if given."""
     if not depths:
         return count(contender, backbone, batch, None)
     with torch.device("meta"):
@@ -74,7 +74,7 @@ def count_whole(contender: str, backbone: str, batch: int, depths: tuple[int, ..
 
 
 def rows_of(backbone: str, batch: int, depths: tuple[int, ...]) -> list[dict[str, Any]]:
-    """A row for each method, without and with recomputation."""
+    """Return a row for each method, without and with recomputation."""
     common = {"benchmark": "step_memory", "backbone": backbone, "batch": batch, "r": 8, "sparsity": 0.7}
     common |= {"dtype": "float32", "depths": list(depths), **conditions("cpu")}
     rows = []
@@ -82,10 +82,10 @@ def rows_of(backbone: str, batch: int, depths: tuple[int, ...]) -> list[dict[str
         if depths and method in NOT_BY_DEPTH:
             continue
         for recomputes, contender in zip((False, True), contenders, strict=True):
-            found = count_whole(contender, backbone, batch, depths)
+            counts = count_whole(contender, backbone, batch, depths)
             gc.collect()
-            mib = {f"{name}_mib": round(found[name] / 2**20, 1) for name in ("kept", "peak")}
-            parameters = {name: found[name] for name in ("weights", "trainable")}
+            mib = {f"{name}_mib": round(counts[name] / 2**20, 1) for name in ("kept", "peak")}
+            parameters = {name: counts[name] for name in ("weights", "trainable")}
             row = {**common, "method": method, "contender": contender, "recomputes": recomputes, **parameters, **mib}
             print({name: row[name] for name in ("backbone", "contender", "kept_mib", "peak_mib")}, flush=True)
             rows.append(row)
@@ -93,18 +93,18 @@ def rows_of(backbone: str, batch: int, depths: tuple[int, ...]) -> list[dict[str
 
 
 def memory_tables(rows: list[dict[str, Any]]) -> str:
-    """Markdown: peak and kept bytes of each method, a pair of columns for each backbone."""
+    """Format peak and saved memory of each method as Markdown, two columns per backbone."""
     backbones = list(dict.fromkeys(row["backbone"] for row in rows))
-    found = {(row["backbone"], row["method"], row["recomputes"]): row for row in rows}
-    titles = {"peak_mib": "Peak of a training step", "kept_mib": "Kept for the backward pass"}
+    by_key = {(row["backbone"], row["method"], row["recomputes"]): row for row in rows}
+    titles = {"peak_mib": "Peak memory of a training step", "kept_mib": "Saved for backward"}
     tables = []
     for field, title in titles.items():
-        sizes = [f"{found[name, 'full', False]['weights'] / 1e6:.0f} M" for name in backbones]
-        heads = [f"{name} ({size}) | recomputed" for name, size in zip(backbones, sizes, strict=True)]
-        lines = [f"**{title}, batch {rows[0]['batch']}, float32**, MiB by count", ""]
+        sizes = [f"{by_key[name, 'full', False]['weights'] / 1e6:.0f} M" for name in backbones]
+        heads = [f"{name} ({size}) | with recomputation" for name, size in zip(backbones, sizes, strict=True)]
+        lines = [f"**{title}, batch {rows[0]['batch']}, float32**, MiB, counted from shapes", ""]
         lines += [f"| | {' | '.join(heads)} |", "|---" * (1 + 2 * len(backbones)) + "|"]
         for method in METHODS:
-            pairs = [found.get((name, method, flag)) for name in backbones for flag in (False, True)]
+            pairs = [by_key.get((name, method, flag)) for name in backbones for flag in (False, True)]
             cells = ["" if row is None else f"{row[field]:,.0f}" for row in pairs]
             lines.append(f"| {method} | {' | '.join(cells)} |")
         tables.append("\n".join(lines))
@@ -112,7 +112,7 @@ def memory_tables(rows: list[dict[str, Any]]) -> str:
 
 
 def update_page(page: Path = PAGE, rows_file: Path = ROWS) -> bool:
-    """Put the tables into the page; whether it changed."""
+    """Write the tables into the page; return True if it changed."""
     return put_between(page, _BEGIN, _END, memory_tables(read_rows(rows_file)))
 
 
@@ -120,11 +120,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbones", nargs="+", default=list(DEPTHS), help="timm names of ViTs")
     parser.add_argument("--batch", type=int, default=BATCH)
-    parser.add_argument("--depths", type=int, nargs=2, help="instead of those of each backbone")
-    parser.add_argument("--out", type=Path, help="replaced; step_memory.jsonl for the default models")
+    parser.add_argument("--depths", type=int, nargs=2, help="two depths to extrapolate from")
+    parser.add_argument("--out", type=Path, help="output file, replaced; default step_memory.jsonl")
     args = parser.parse_args()
     if args.out is None and (args.backbones, args.batch, args.depths) != (list(DEPTHS), BATCH, None):
-        parser.error(f"--out is required with other models; {ROWS.name} holds the default ones")
+        parser.error(f"--out is required with other models; {ROWS.name} holds the default models")
     torch.set_num_threads(1)
     out = args.out or ROWS
     out.unlink(missing_ok=True)

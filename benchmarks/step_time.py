@@ -1,8 +1,8 @@
-"""Training-step time and memory of SNELLA beside its peers; `snella bench` is the same with all its options.
+"""Step time and memory of SNELLA and its baselines; `snella bench` offers all options.
 
-python benchmarks/step_time.py                     sixteen minutes on two cores; appends to results.jsonl
-python benchmarks/step_time.py --matrices          single matrices on the CPU alone: a quarter of a minute
-python benchmarks/step_time.py --competition       the competition alone: a minute
+python benchmarks/step_time.py                     16 minutes on two cores; appends to results.jsonl
+python benchmarks/step_time.py --matrices          only single matrices on the CPU: 15 seconds
+python benchmarks/step_time.py --competition       only importance, selection and allocation: one minute
 python benchmarks/step_time.py --grid              every backbone, batch, rank, sparsity and dtype: hours
 """
 
@@ -26,9 +26,9 @@ PEERS = ["frozen", "lora", "dora", "shira", "full", "snella", *VARIANTS, "snella
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--grid", action="store_true", help="the full grid instead of the selection")
-    parser.add_argument("--matrices", action="store_true", help="only merge, and sample gradients of, single matrices")
-    parser.add_argument("--competition", action="store_true", help="only the competition's own time")
+    parser.add_argument("--grid", action="store_true", help="run the full grid")
+    parser.add_argument("--matrices", action="store_true", help="only effective weights and sparse gradients")
+    parser.add_argument("--competition", action="store_true", help="only importance, selection and allocation")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", default=str(HERE / "results.jsonl"))
     args = parser.parse_args()

@@ -1,6 +1,6 @@
-"""What the bundled suite and the twins found, from their rows: tables in docs/ and README.md, and pictures.
+"""Results of the bundled suite and the twins: tables in docs/ and README.md, and figures.
 
-`snella compare --out` on a copy of either folder goes on where its rows end.
+`snella compare --out` on a copy of either folder resumes from its rows.
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ OVERVIEW_BEGIN, OVERVIEW_END = "<!-- overview of benchmarks/bundled-suite begins
 
 
 def read_suite(folder: Path = RESULTS) -> tuple[Experiment, list[CellRow]]:
-    """The experiment of a folder, the suite's or the twins', and its rows.
+    """Read the experiment and the rows of a folder.
 
     Raises:
-        ValueError: A line of the rows is damaged.
+        ValueError: If a row is damaged.
     """
     return read_experiment(str(folder / "experiment.yaml")), _rows(folder / "results.jsonl")
 
 
 def _rows(file: Path) -> list[CellRow]:
-    """The rows of a file; raises a ValueError where a line is damaged."""
+    """Read the rows of a file; raise a ValueError for a damaged line."""
     rows, notes = read_lines(file)
     if notes:
         raise ValueError("; ".join(notes))
@@ -67,10 +67,10 @@ def _rows(file: Path) -> list[CellRow]:
 
 
 def update_suite(page: Path = PAGE) -> bool:
-    """Put all tables into the page; whether it changed.
+    """Write all tables of the suite into the page; return True if it changed.
 
     Raises:
-        ValueError: A line of the rows is damaged, or the page has no marks.
+        ValueError: If a row is damaged or the page has no markers.
     """
     experiment, rows = read_suite()
     changed = [
@@ -83,64 +83,64 @@ def update_suite(page: Path = PAGE) -> bool:
 
 
 def leads(rows: Rows, leader: str, names: list[str], tasks: list[str]) -> dict[str, Difference | None]:
-    """A method minus each of the others, corrected over them."""
+    """Return the differences between a method and all others, with Holm's correction."""
     finals = final_rows(rows)
     return with_holm({n: difference(finals, leader, n, tasks, METRIC) for n in names if n != leader})
 
 
 def leads_tables(experiment: Experiment, rows: Rows) -> str:
-    """Both forms of SNELLA minus every other method, on all tasks and without the one that decides most."""
+    """Format the differences between both SNELLA variants and all other methods, with and without `HELD_OUT`."""
     names, tasks = [entry.name for entry in experiment.methods], [entry.name for entry in experiment.data]
     fewer = [task for task in tasks if task != HELD_OUT]
     parts = []
     for title, chosen in ((f"All {len(tasks)} tasks", tasks), (f"Without {HELD_OUT}", fewer)):
-        found = {leader: leads(rows, leader, names, chosen) for leader in LEADERS}
+        differences = {leader: leads(rows, leader, names, chosen) for leader in LEADERS}
         lines = [["", *(text for leader in LEADERS for text in (f"{leader} minus", "p", "above"))]]
         for name in names:
-            cells = [_lead_texts(found[leader].get(name), len(chosen)) for leader in LEADERS]
-            lines.append([name, *(text for three in cells for text in three)])
+            cells = [_lead_texts(differences[leader].get(name), len(chosen)) for leader in LEADERS]
+            lines.append([name, *(text for texts in cells for text in texts)])
         parts.append(f"**{title}**\n\n{_markdown_table(lines)}")
     return "\n\n".join(parts)
 
 
 def _lead_texts(found: Difference | None, tasks: int) -> tuple[str, str, str]:
-    """A difference with its interval and its tests."""
+    """Format a difference with its interval and tests."""
     return difference_text(found, tasks), *significance_texts(found)
 
 
 def untuned_rows() -> list[CellRow]:
-    """Rows of `benchmarks/untuned/suite.jsonl`: methods at their default rates, where a search chose others."""
+    """Read `benchmarks/untuned/suite.jsonl`: runs at default learning rates, where tuning selected other ones."""
     return _rows(UNTUNED)
 
 
 def defaults_rows(rows: Rows, untuned: Rows) -> list[CellRow]:
-    """Final rows at the default rates, of the methods that have them: the untuned ones, else the suite's own."""
-    own = {row.cell: row for row in final_rows(untuned)}
-    names = {row.experiment_name for row in own.values()}
+    """Return final rows at default learning rates: the untuned row if it exists, else the suite's row."""
+    by_cell = {row.cell: row for row in final_rows(untuned)}
+    names = {row.experiment_name for row in by_cell.values()}
     chosen = [row for row in final_rows(rows) if row.experiment_name in names]
-    return [own.get(row.cell, row) for row in chosen]
+    return [by_cell.get(row.cell, row) for row in chosen]
 
 
 def defaults_table(experiment: Experiment, rows: Rows, untuned: Rows) -> str:
-    """Means at the default rates, and differences to the reference at its own."""
-    found = defaults_rows(rows, untuned)
+    """Format means at default learning rates, and differences from the reference at its default."""
+    finals = defaults_rows(rows, untuned)
     tasks, reference = [entry.name for entry in experiment.data], experiment.reference_name
-    names = list(dict.fromkeys(row.experiment_name for row in found))
-    differences = with_holm({n: difference(found, n, reference, tasks, METRIC) for n in names if n != reference})
-    lines = [["at its default rates", "mean over tasks", f"minus {reference}", "p", "above", *tasks]]
+    names = list(dict.fromkeys(row.experiment_name for row in finals))
+    differences = with_holm({n: difference(finals, n, reference, tasks, METRIC) for n in names if n != reference})
+    lines = [["at default learning rates", "mean over tasks", f"minus {reference}", "p", "above", *tasks]]
     for name in names:
-        single = [difference(found, name, reference, [task], METRIC) for task in tasks]
+        single = [difference(finals, name, reference, [task], METRIC) for task in tasks]
         by_task = [difference_text(d and replace(d, low=math.nan), 1) if name != reference else "–" for d in single]
-        mean = spread_text(mean_over_tasks(found, name, tasks, METRIC))
+        mean = spread_text(mean_over_tasks(finals, name, tasks, METRIC))
         lines.append([name, mean, *_lead_texts(differences.get(name), len(tasks)), *by_task])
     return _markdown_table(lines)
 
 
 def update_twins(page: Path = TWINS_PAGE) -> bool:
-    """Put the twins' tables and which orderings hold into the page; whether it changed.
+    """Write the twins' accuracies and orderings into the page; return True if it changed.
 
     Raises:
-        ValueError: A line of the rows is damaged, or the page has no marks.
+        ValueError: If a row is damaged or the page has no markers.
     """
     experiment, rows = read_suite(TWINS)
     summary = summarize(experiment, rows)
@@ -152,13 +152,13 @@ def update_twins(page: Path = TWINS_PAGE) -> bool:
 
 
 def _markdown_table(lines: list[list[str]]) -> str:
-    """Cells as a table; what stands behind the first column is numbers or short."""
+    """Format cells as a table, all columns but the first right-aligned."""
     rule = ["---", *["---:"] * (len(lines[0]) - 1)]
     return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
 
 
 def draw_twins(folder: Path = TWINS_PICTURES) -> list[Path]:
-    """Draw the twins' differences to SNELLA, for light and for dark pages; the pictures' paths."""
+    """Draw the twins' differences from SNELLA, light and dark; return the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     figure = forest(summarize(*read_suite(TWINS)), False)
     if figure is None:
@@ -171,55 +171,55 @@ def draw_twins(folder: Path = TWINS_PICTURES) -> list[Path]:
 
 
 def update_overview(readme: Path = README) -> bool:
-    """Put the means over all tasks into the README; whether it changed.
+    """Write the means over all tasks into the README; return True if it changed.
 
     Raises:
-        ValueError: A line of the rows is damaged, or the README has no marks.
+        ValueError: If a row is damaged or the README has no markers.
     """
     experiment, rows = read_suite()
     return put_between(readme, OVERVIEW_BEGIN, OVERVIEW_END, overview(experiment, rows))
 
 
 def overview(experiment: Experiment, rows: Rows) -> str:
-    """The means of the methods that have been on every task with every seed."""
+    """Format the means of all methods that are finished on every task and seed."""
     finished = _finished(experiment, rows)
     if finished is None:
-        return "No method has been on every task with every seed yet."
+        return "No method is finished on every task and seed."
     summary = summarize(finished, rows)
     lines = [["method", f"mean over {len(summary.tasks)} tasks", f"minus {summary.reference}", "p", "above"]]
     lines[0] += ["trainable", "adapter"]
     for method in sorted(summary.methods, key=_mean, reverse=True):
-        costs, found = cost_texts(method.costs), method.to_reference[METRIC]
+        costs, lead = cost_texts(method.costs), method.to_reference[METRIC]
         mean = spread_text(method.over_tasks[METRIC])
-        cells = [method.name, mean, *_lead_texts(found, len(summary.tasks)), costs["trainable"], costs["file"]]
+        cells = [method.name, mean, *_lead_texts(lead, len(summary.tasks)), costs["trainable"], costs["file"]]
         lines.append(cells)
     return f"{_markdown_table(lines)}\n\n{decided_text(summary)}"
 
 
 def decided_text(summary: Summary) -> str:
-    """How the differences were tested, and which are decided."""
-    found = {m.name: d for m in summary.methods if (d := m.to_reference[METRIC]) is not None}
-    decided = [name for name, value in found.items() if value.direction]
+    """Describe the tests and the decided differences."""
+    differences = {m.name: d for m in summary.methods if (d := m.to_reference[METRIC]) is not None}
+    decided = [name for name, value in differences.items() if value.direction]
     outcome = (
         f"Decided: {', '.join(decided)}."
         if decided
-        else f"No difference is decided, the smallest p is {p_text(min(d.adjusted_p for d in found.values()))}."
+        else f"No difference is decided; the smallest p is {p_text(min(d.adjusted_p for d in differences.values()))}."
     )
     return (
-        f"Intervals: Student's t, 95 %, over {len(summary.tasks)} tasks, each with its mean over seeds. p: the same "
-        f"test with Holm's correction over the {len(found)} comparisons. above: tasks above {summary.reference}, and "
-        f"the p of the sign test. {outcome}"
+        f"Intervals: Student's t, 95 %, over {len(summary.tasks)} tasks (seeds averaged per task). p: t test with "
+        f"Holm's correction over {len(differences)} comparisons. above: number of tasks above {summary.reference}, "
+        f"with the p of the sign test. {outcome}"
     )
 
 
 def _mean(method: MethodSummary) -> float:
-    """The method's mean accuracy over tasks."""
+    """Return the method's mean accuracy over tasks."""
     mean = method.over_tasks[METRIC]
     return 0.0 if mean is None else mean.mean
 
 
 def draw_suite(folder: Path = PICTURES) -> list[Path]:
-    """Draw differences, accuracy against memory and accuracy against the learning rate; the pictures' paths."""
+    """Draw differences, accuracy over memory and accuracy over learning rate; return the paths."""
     experiment, rows = read_suite()
     finished = _finished(experiment, rows)
     if finished is None:
@@ -228,24 +228,22 @@ def draw_suite(folder: Path = PICTURES) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     figures = {
         "differences": forest(summary, False),
-        "memory": pareto(
-            summary, "training_mib", "peak memory beyond the libraries, MiB", "Accuracy against memory", False
-        ),
+        "memory": pareto(summary, "training_mib", "peak memory without libraries, MiB", "Accuracy and memory", False),
         "learning-rates": learning_rate_curves(summary, rows, summary.tasks, "Mean over tasks"),
     }
     return [save_figure(figure, folder / f"{name}.svg") for name, figure in figures.items() if figure is not None]
 
 
 def _finished(experiment: Experiment, rows: Rows) -> Experiment | None:
-    """The experiment with the methods alone that have been on every task with every seed; None without any."""
+    """Reduce the experiment to methods that are finished on every task and seed; None without any."""
     summary: Summary = summarize(experiment, rows)
-    wanted = [entry.name for entry in experiment.data]
+    tasks = [entry.name for entry in experiment.data]
     names = {
         method.name
         for method in summary.methods
         if all(
             (value := method.per_task[METRIC].get(task)) is not None and value.count == experiment.seeds
-            for task in wanted
+            for task in tasks
         )
     }
     values = experiment.as_dict()

@@ -1,6 +1,6 @@
-"""A training step with the Numba kernels on torch's OpenMP threads and on threads of their own, interleaved.
+"""Step time with Numba kernels on torch's OpenMP threads and on separate threads, interleaved.
 
-python benchmarks/thread_runtimes.py               a minute on two idle cores; appends a row to results.jsonl
+python benchmarks/thread_runtimes.py               one minute on two idle cores; appends a row to results.jsonl
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main() -> None:
     args = parser.parse_args()
     error = op_error("numba")
     if error is not None:
-        raise RuntimeError(f"impl='numba' is not timed: {error}")
+        raise RuntimeError(f"impl='numba' does not match the reference: {error}; nothing was timed")
     workload = Workload(args.backbone)
     runner, batch = Runner("snella", workload), random_batch(workload, args.batch)
     runtimes = {"openmp": backend._torch_openmp, "own": lambda: None}
@@ -39,7 +39,7 @@ def main() -> None:
             step = runner.step(*batch).step_s
             if number >= 0:
                 times[name].append(step)
-    ratios = [own / openmp for own, openmp in zip(times["own"], times["openmp"], strict=True)]
+    ratios = [separate / openmp for separate, openmp in zip(times["own"], times["openmp"], strict=True)]
     row = {
         "benchmark": "thread_runtimes",
         "backbone": args.backbone,

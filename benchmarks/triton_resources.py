@@ -1,11 +1,11 @@
-"""Registers, spills, shared memory, occupancy and instructions of the compiled Triton kernels; no GPU is needed.
+"""Registers, spills, shared memory, occupancy and instructions of the compiled Triton kernels; requires no GPU.
 
 python benchmarks/triton_resources.py                         all capabilities and ranks; writes triton_resources.jsonl
-python benchmarks/triton_resources.py --capabilities 90 --ranks 8 --check    compiles, writes nothing
+python benchmarks/triton_resources.py --capabilities 90 --ranks 8 --check    only compiles
 
-Each kernel is compiled with the settings that choose between its branches. The numbers are those of `cuobjdump`, which
-Triton brings. Occupancy is the share of a multiprocessor's warps that its registers, shared memory and program limit
-allow. AMD's `gfx942` is compiled as well: its rows only say whether that works.
+Each kernel is compiled with the settings that select its branches. Resources come from Triton's copy of `cuobjdump`.
+Occupancy is the fraction of a multiprocessor's warps that registers, shared memory and the program limit allow. The
+script also compiles for AMD's `gfx942`; those rows only report errors.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TABLES = dict.fromkeys(("layout", "counts", "high", "middle", "low", "state"), "
 TILE, STATISTICS = backend.TILE, backend.STATISTICS
 _WARP = 32
 _REGISTERS, _REGISTERS_AT_ONCE = 65_536, 256
-"""Registers of a multiprocessor, and the unit in which a warp gets them."""
+"""Registers per multiprocessor, and the allocation unit per warp."""
 _LIMITS = {
     80: (64, 32, 164),
     86: (48, 16, 100),
@@ -43,20 +43,20 @@ _LIMITS = {
     100: (64, 32, 228),
     120: (48, 24, 100),
 }
-"""Warps, programs and KiB of shared memory of a multiprocessor, from the CUDA programming guide's table of limits."""
+"""Warps, programs and KiB of shared memory per multiprocessor, from the CUDA programming guide."""
 _RESERVED_KIB = 1
-"""Shared memory that CUDA keeps of each program."""
+"""Shared memory that CUDA reserves per program."""
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel takes.
+    """Resources of one compiled kernel.
 
     Attributes:
-        registers: Of a thread.
-        spilled_bytes: Local memory of a thread.
-        shared_bytes: Shared memory of a program.
-        instructions: Of the machine code.
+        registers: Registers per thread.
+        spilled_bytes: Local memory per thread.
+        shared_bytes: Shared memory per program.
+        instructions: Number of machine instructions.
         occupancy: Active warps over the multiprocessor's warps.
     """
 
@@ -68,7 +68,7 @@ class Resources:
 
 
 def variants(rank: int = 8) -> Iterator[tuple[str, Any, dict[str, Any]]]:
-    """A name, the kernel, and the settings that choose between its branches."""
+    """Yield the name, the kernel and the settings of each branch."""
     plain = {"P": 2, "R": rank, "HAS_TEMPERATURE": False, "temperature": None, "AXIS": 0}
     warm = {"P": 4 if rank > 8 else 3, "R": rank if rank > 8 else 6, "HAS_TEMPERATURE": True, "AXIS": 1}
     no_softmax = {"peak": None, "inverse_sum": None, "SOFTMAX": False, "LINEAR_TERM": True}
@@ -129,10 +129,10 @@ def resources_of(cubin: bytes, capability: int, warps: int) -> Resources:
 
 
 def occupancy(registers: int, shared_bytes: int, warps: int, capability: int) -> float:
-    """Active warps of a multiprocessor over its warps, for programs of so many warps."""
+    """Compute the occupancy: active warps over the multiprocessor's warps, for programs with `warps` warps."""
     most_warps, most_programs, shared_kib = _LIMITS[capability]
-    of_warp = -(-registers * _WARP // _REGISTERS_AT_ONCE) * _REGISTERS_AT_ONCE
-    by_registers = _REGISTERS // of_warp // warps if of_warp else most_programs
+    warp_registers = -(-registers * _WARP // _REGISTERS_AT_ONCE) * _REGISTERS_AT_ONCE
+    by_registers = _REGISTERS // warp_registers // warps if warp_registers else most_programs
     by_shared = shared_kib * 1024 // (shared_bytes + _RESERVED_KIB * 1024)
     programs = min(most_programs, most_warps // warps, by_registers, by_shared)
     return round(programs * warps / most_warps, 3)
@@ -155,11 +155,11 @@ def main() -> None:
                 if args.check:
                     continue
                 resources = resources_of(compiled.asm["cubin"], capability, int(backend.LAUNCH["num_warps"]))
-                # shared memory is asked for at launch, where the machine code does not name it
+                # dynamic shared memory is requested at launch and missing in the machine code
                 shared = max(resources.shared_bytes, int(compiled.metadata.shared))
-                share = occupancy(resources.registers, shared, int(backend.LAUNCH["num_warps"]), capability)
+                fraction = occupancy(resources.registers, shared, int(backend.LAUNCH["num_warps"]), capability)
                 row = {"kernel": name, "rank": rank, "capability": capability, **asdict(resources)}
-                rows.append({**row, "shared_bytes": shared, "occupancy": share})
+                rows.append({**row, "shared_bytes": shared, "occupancy": fraction})
     if args.check:
         print(f"{count} compiled")
         return
@@ -167,7 +167,7 @@ def main() -> None:
         try:
             compile_for(GPUTarget("hip", "gfx942", 64), kernel, settings)
             error = ""
-        except Exception as problem:  # whatever Triton's AMD backend raises belongs into the row
+        except Exception as problem:  # the row records any error of Triton's AMD backend
             error = f"{type(problem).__name__}: {str(problem).splitlines()[0][:200] if str(problem) else ''}"
         rows.append({"kernel": name, "rank": args.ranks[0], "capability": "gfx942", "error": error})
     versions = {"triton": triton.__version__, "tile": TILE, "warps": backend.LAUNCH["num_warps"]}

@@ -1,7 +1,7 @@
-"""Which of the paper's orderings hold in the twins of its Tables VII to XII, in Markdown.
+"""Verdicts on the paper's orderings from the twins of its Tables VII to XII, in Markdown.
 
-make twins                                   train them: 13 to 16 hours on two cores (estimated)
-python benchmarks/twin_tables.py runs/twins  the tables, from the rows there are
+make twins                                   train the twins: 13 to 16 hours on two cores (estimated)
+python benchmarks/twin_tables.py runs/twins  print the tables from the existing rows
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ TABLES = {"VII": 7, "VIII": 8, "IX": 9, "X": 10, "XI": 11, "XII": 12}
 
 
 def twin_tables(rows: Rows) -> str:
-    """A table of claims for each of the paper's tables; Holm's correction is over the claims of one.
+    """Format a table of claims for each of the paper's tables; Holm's correction is per table.
 
     Args:
-        rows: Of a folder in which the twins' experiments were run.
+        rows: Rows of the twins' experiments.
     """
     parts = []
     for name, number in TABLES.items():
@@ -34,11 +34,11 @@ def twin_tables(rows: Rows) -> str:
 
 
 def read_folder(folder: Path) -> Rows:
-    """The rows of a folder.
+    """Read the rows of a folder.
 
     Raises:
-        FileNotFoundError: The folder holds no comparison.
-        ValueError: A row is damaged.
+        FileNotFoundError: If the folder holds no comparison.
+        ValueError: If a row is damaged.
     """
     if not (folder / ROWS_FILE).is_file():
         raise FileNotFoundError(f"{folder} holds no {ROWS_FILE}; run: make twins")

@@ -1,13 +1,12 @@
-"""Errors of estimated weight gradients on real images, beside what a batch's choice of images changes.
+"""Errors of estimated weight gradients on real images, compared with the variation between batches.
 
 python benchmarks/weight_gradients.py
 
-A frozen DINOv2-S with a linear probe as its head, no update: for each linear layer of its blocks G = Σ_t g_t x_tᵀ of
-one batch, and ‖Ĝ − G‖/‖G‖ for `sample:P` (see `snella.memory.sampling`), for `pairs` (each token replaced by the mean
-of it and its neighbor, prefix tokens apart: the low half of a Walsh-Hadamard transform), for `bfloat16` (the tokens
-rounded to it), for `eight bits` (what `compress_activations` makes of g and x), and for `other images`, the mean over
-`--batches` batches in place of Ĝ.
-Appends a JSON line a task to weight_gradients.jsonl.
+The model is a frozen DINOv2-S with a linear probe as its head and no update. For each linear layer of its blocks, the
+script computes G = Σ_t g_t x_tᵀ on one batch and the error ‖Ĝ − G‖/‖G‖ of several estimates: `sample:P` (see
+`snella.memory.sampling`); `pairs`, neighboring tokens summed, except prefix tokens (the low half of a Walsh-Hadamard
+transform); `bfloat16`, tokens rounded to bfloat16; `eight bits`, g and x with `compress_activations`; `other images`,
+the mean gradient over `--batches` batches. Appends a JSON line per task to weight_gradients.jsonl.
 """
 
 import argparse
@@ -62,7 +61,7 @@ def main() -> None:
 
 
 def measure(data: str, img_size: int, batch_size: int, batches: int) -> dict[str, Any]:
-    """Mean and largest error over the layers, of each way to estimate."""
+    """Return the mean and maximum error over layers for each estimate."""
     torch.manual_seed(0)
     config = TrainConfig(data=data, backbone=BACKBONE, method="linear", out="-", img_size=img_size).resolved()
     splits = load_splits(dataclasses.replace(config, train_size=batch_size * batches, val_size=20))
@@ -85,7 +84,7 @@ def measure(data: str, img_size: int, batch_size: int, batches: int) -> dict[str
         estimates["pairs"] = product(*neighbors(grad, x, model.num_prefix_tokens))
         estimates["bfloat16"] = product(grad.bfloat16(), x.bfloat16()).float()
         estimates["eight bits"] = product(*rounded[name])
-        estimates["other images"] = sum(product(*one[name]) for one in pairs) / len(pairs)
+        estimates["other images"] = sum(product(*batch[name]) for batch in pairs) / len(pairs)
         for estimate, value in estimates.items():
             errors.setdefault(estimate, []).append(float((value - exact).norm() / exact.norm()))
     shown = {name: {"mean": round(sum(v) / len(v), 4), "max": round(max(v), 4)} for name, v in errors.items()}
@@ -94,7 +93,7 @@ def measure(data: str, img_size: int, batch_size: int, batches: int) -> dict[str
 
 @torch.no_grad()
 def start_from_probe(model: Any, images: Tensor, labels: Tensor) -> None:
-    """Give the model the head that training starts from."""
+    """Initialize the head with a linear probe."""
     inputs = torch.cat([model.forward_head(model.forward_features(x), pre_logits=True) for x in images.split(16)])
     classes = model.num_classes
     weight, bias = fit_probe(inputs.double().numpy(), labels.numpy(), classes, INVERSE_PENALTY)
@@ -103,8 +102,8 @@ def start_from_probe(model: Any, images: Tensor, labels: Tensor) -> None:
 
 
 def gradients(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Pair]:
-    """`g` and `x` of each linear layer of the blocks in one backward pass."""
-    found: dict[str, Pair] = {}
+    """Return `g` and `x` of each linear layer of the blocks from one backward pass."""
+    pairs: dict[str, Pair] = {}
     hooks = []
 
     def keep(name: str, _: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
@@ -112,7 +111,7 @@ def gradients(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Pai
         kept, origin = origin_of(x)
 
         def note(grad: Tensor) -> None:
-            found[name] = grad.detach(), x.detach() if origin is None else origin.compute(kept)
+            pairs[name] = grad.detach(), x.detach() if origin is None else origin.compute(kept)
 
         y.register_hook(note)
 
@@ -122,28 +121,28 @@ def gradients(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Pai
     cross_entropy(model(images.requires_grad_()), labels).backward()
     for handle in hooks:
         handle.remove()
-    return found
+    return pairs
 
 
 def flat(grad: Tensor, x: Tensor) -> Pair:
-    """All tokens one below the other."""
+    """Flatten all batch dimensions to tokens."""
     return grad.flatten(0, -2), x.flatten(0, -2)
 
 
 def product(grad: Tensor, x: Tensor) -> Tensor:
-    """`Σ_t g_t x_tᵀ`."""
+    """Compute `Σ_t g_t x_tᵀ`."""
     grad, x = flat(grad, x)
     return grad.T @ x
 
 
 def neighbors(grad: Tensor, x: Tensor, prefix: int) -> Pair:
-    """Sums of neighboring tokens over √2, behind the prefix tokens and before one that is left over."""
+    """Sum neighboring tokens over √2, except prefix tokens and an odd last token."""
     stop = prefix + (x.shape[1] - prefix) // 2 * 2
-    found = []
+    results = []
     for value in (grad, x):
         summed = value[:, prefix:stop].unflatten(1, (-1, 2)).sum(2) / math.sqrt(2)
-        found.append(torch.cat([value[:, :prefix], summed, value[:, stop:]], dim=1))
-    return found[0], found[1]
+        results.append(torch.cat([value[:, :prefix], summed, value[:, stop:]], dim=1))
+    return results[0], results[1]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How many images the tables of the paper make a method learn from and measure, and what that takes."""
+"""Number of training and evaluation images for the paper's tables, and the estimated time."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _VTAB_TRAIN, _VTAB_VAL = 800, 200
 
 @dataclass(frozen=True)
 class Workload:
-    """Work of one kind.
+    """Amount of work.
 
     Args:
-        passes: Forward and backward passes, each of a batch.
-        learnt: Images, or other samples, in these passes together.
-        measured: Images in forward passes alone.
+        passes: Number of training batches (forward and backward).
+        learnt: Total samples in the training batches.
+        measured: Samples in evaluation (forward only).
     """
 
     passes: float
@@ -30,27 +30,27 @@ class Workload:
     measured: float = 0.0
 
     def times(self, count: float) -> Workload:
-        """The same `count` times."""
+        """Multiply the work by `count`."""
         return Workload(count * self.passes, count * self.learnt, count * self.measured)
 
     def plus(self, other: Workload) -> Workload:
-        """One after the other."""
+        """Add two workloads."""
         return Workload(self.passes + other.passes, self.learnt + other.learnt, self.measured + other.measured)
 
 
 def training(images: int, epochs: int, batch: int, measured: float = 0.0) -> Workload:
-    """A training; an epoch's last batch may be smaller."""
+    """Return the workload of one training run; the last batch of an epoch may be smaller."""
     return Workload(epochs * math.ceil(images / batch), epochs * images, measured)
 
 
 def seconds(speed: RowSpeed, counted: CountedStep, work: Workload, *, is_checkpointed: bool = False) -> float:
-    """What work takes: passes by the line of a whole step, measured images by the FLOP of the forward pass.
+    """Estimate the seconds of a workload: training by the step model, evaluation by the FLOP of the forward pass.
 
     Args:
-        speed: Of the machine.
+        speed: Speed of the machine.
         counted: One step of `counted.batch` samples.
-        work: How much there is.
-        is_checkpointed: Whether each pass runs the forward pass a second time, merging included.
+        work: The workload.
+        is_checkpointed: True if each training pass repeats the forward pass, including the merge.
     """
     forward = counted.forward_flop / counted.batch
     total = speed.step.seconds(work.passes, counted.adapted, work.learnt * counted.training_flop / counted.batch)
@@ -60,12 +60,12 @@ def seconds(speed: RowSpeed, counted: CountedStep, work: Workload, *, is_checkpo
 
 
 def final_run(experiment: Experiment) -> Workload:
-    """One final run of one method on every task of an experiment."""
+    """Return the workload of one final run on every task of an experiment."""
     return _over_tasks(experiment, str(experiment.settings["protocol"]))
 
 
 def one_method(experiment: Experiment) -> tuple[Workload, Workload]:
-    """All trainings of one method in an experiment: with the fewest trials of its rates and with the most."""
+    """Return the workloads of one method in an experiment with the fewest and the most tuning runs."""
     grid = experiment.grid
     factors = len(grid.lr_factors)
     fewest = factors * grid.seeds if factors > 1 else 0
@@ -76,7 +76,7 @@ def one_method(experiment: Experiment) -> tuple[Workload, Workload]:
 
 
 def _over_tasks(experiment: Experiment, protocol: str) -> Workload:
-    """One training on every task."""
+    """Return the workload of one training run on every task."""
     rule = PROTOCOLS[protocol]
     epochs = int(experiment.settings["epochs"])
     times_measured = sum(rule.is_measured(epoch, epochs) for epoch in range(1, epochs + 1))
@@ -91,7 +91,7 @@ def _over_tasks(experiment: Experiment, protocol: str) -> Workload:
 
 
 def _sizes(task: str) -> tuple[int, int, int, bool]:
-    """Images in train, val and test, and whether the authors' scripts learn from the second too."""
+    """Return the sizes of train, val and test, and True if the authors' scripts also train on val."""
     if task in VTAB_TASKS:
         return _VTAB_TRAIN, _VTAB_VAL, VTAB_TASKS[task].test_size, True
     return *FGVC_DATASETS[task].sizes, False

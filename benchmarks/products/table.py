@@ -1,4 +1,4 @@
-"""The table and the picture of the rows: mean rank and mean difference to `snella train` over folders.
+"""Table and figure of the rows: mean rank and mean difference from `snella train` over folders.
 
 python benchmarks/products/table.py rows.jsonl [--picture accuracy.png]
 """
@@ -33,16 +33,16 @@ def main() -> None:
 
 
 def means(rows: list[dict], score: str = "accuracy") -> Means:
-    """By product and folder, the mean of a score over seeds, on the folders that all products have rows of."""
+    """Average a score over seeds by product and folder, on the folders common to all products."""
     values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         values[row["product"]][row["folder"]].append(row[score])
     common = set.intersection(*(set(folders) for folders in values.values()))
-    return {name: {f: float(np.mean(found[f])) for f in sorted(common)} for name, found in values.items()}
+    return {name: {f: float(np.mean(scores[f])) for f in sorted(common)} for name, scores in values.items()}
 
 
 def mean_ranks(accuracies: Means) -> dict[str, float]:
-    """The mean over folders of a product's rank, 1 for the highest accuracy; equal ones share their mean rank."""
+    """Return the mean rank of each product over folders; 1 is the highest accuracy, ties share their mean rank."""
     names = list(accuracies)
     table = np.array([list(accuracies[name].values()) for name in names])  # [products, folders]
     ranks = np.stack([rankdata(-column) for column in table.T], axis=1)
@@ -50,22 +50,22 @@ def mean_ranks(accuracies: Means) -> dict[str, float]:
 
 
 def differences(accuracies: Means, reference: str = REFERENCE) -> dict[str, Difference | None]:
-    """Differences to the reference over folders, corrected over products; none without the reference."""
+    """Return differences from the reference over folders, with Holm's correction; empty without the reference."""
     if reference not in accuracies:
         return {}
-    own = accuracies[reference]
-    gaps = {name: [[value - own[folder]] for folder, value in found.items()] for name, found in accuracies.items()}
+    base = accuracies[reference]
+    gaps = {name: [[value - base[folder]] for folder, value in scores.items()] for name, scores in accuracies.items()}
     return with_holm({name: difference_of(values) for name, values in gaps.items() if name != reference})
 
 
 def markdown(rows: list[dict]) -> str:
-    """The table of one budget, by mean rank."""
+    """Format the table of one time budget, sorted by mean rank."""
     rows = [{"peak_mib": math.nan} | row for row in rows]
     accuracies = means(rows)
     ranks = mean_ranks(accuracies)
     folders = list(next(iter(accuracies.values())))
     if not folders:
-        return "no folder has rows of all products"
+        return "no folder has rows for all products"
     others = {
         score: means(rows, score)
         for score in ("balanced_accuracy", "nll", "ece", "seconds", "peak_mib", "stored_bytes")
@@ -91,7 +91,7 @@ def markdown(rows: list[dict]) -> str:
 
 
 def draw(rows: list[dict], file: Path) -> None:
-    """Mean accuracy over the minutes that runs took, a curve a product, on a logarithmic axis."""
+    """Plot mean accuracy over run time in minutes, one line per product, on a logarithmic axis."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")

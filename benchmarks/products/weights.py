@@ -1,4 +1,4 @@
-"""Write the bundled backbones' weights as safetensors files in timm's names, for the environments without `snella`.
+"""Write the bundled backbone weights as safetensors files with timm names, for environments without `snella`.
 
 python benchmarks/products/weights.py --cache CACHE
 """

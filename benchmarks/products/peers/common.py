@@ -1,7 +1,7 @@
-"""What the peers share: the command line, the folder, the backbone, the clock and the row.
+"""Shared code of the product scripts: command line, folder, backbone, clock and row.
 
-A peer is a function from a `Job` to a `Fitted`. The clock starts after the imports and ends when the function returns;
-predicting the test images is not counted. The environments of the peers lack `snella`, so nothing here needs it.
+A product is a function from a `Job` to a `Fitted`. The clock starts after the imports and stops when the function
+returns; test predictions are not timed. This module does not import `snella`, which some environments lack.
 """
 
 import argparse
@@ -33,18 +33,18 @@ from metrics import score
 
 ARCHITECTURES = {"dinov2s": "vit_small_patch14_dinov2", "efficientnet": "tf_efficientnet_lite0"}
 PARTS = ("train", "val", "test")
-MARGIN = 0.03  # share of the budget that is kept back when the number of epochs is chosen
+MARGIN = 0.03  # fraction of the budget reserved when choosing the number of epochs
 
 Pairs = list[tuple[Path, int]]
 
 
 @dataclass
 class Job:
-    """One run of a peer.
+    """One run of a product.
 
     Attributes:
-        parts: Files and class numbers of train, val and test.
-        began: When the clock started.
+        parts: Files and class indices of train, val and test.
+        began: Start of the clock.
     """
 
     folder: Path
@@ -59,11 +59,11 @@ class Job:
     began: float = field(default_factory=time.perf_counter)
 
     def left_s(self) -> float:
-        """Seconds of the budget that are left, without the margin."""
+        """Return the remaining seconds of the budget, minus the margin."""
         return self.minutes * 60 * (1 - MARGIN) - (time.perf_counter() - self.began)
 
     def backbone(self, num_classes: int = 0, **options: Any) -> nn.Module:
-        """The timm model with the bundled weights, at the job's resolution."""
+        """Create the timm model with the bundled weights, at the job's resolution."""
         sized = {"img_size": self.pixels} if self.weights == "dinov2s" else {}
         model = timm.create_model(ARCHITECTURES[self.weights], num_classes=num_classes, **sized, **options)
         state = load_file(self.cache / f"{self.weights}.safetensors")
@@ -78,14 +78,14 @@ class Job:
         return model
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation that the backbone's images are normalized with."""
+        """Return mean and standard deviation for normalizing images."""
         config = timm.get_pretrained_cfg(ARCHITECTURES[self.weights])
         return config.mean, config.std
 
 
 @dataclass
 class Fitted:
-    """What a peer ends with: probabilities `[images, classes]` of files, and the size of what is stored."""
+    """Result of a product: a function from files to probabilities `[images, classes]`, and the stored size."""
 
     predict: Callable[[list[Path]], np.ndarray]
     stored_bytes: int
@@ -93,7 +93,7 @@ class Fitted:
 
 
 class Files(Dataset[tuple[Tensor, int]]):
-    """Images of files."""
+    """Dataset of image files."""
 
     def __init__(self, pairs: Pairs, transform: Callable[[Image.Image], Tensor]) -> None:
         self.pairs, self.transform = pairs, transform
@@ -110,7 +110,7 @@ class Files(Dataset[tuple[Tensor, int]]):
 def outputs(
     model: nn.Module, paths: list[Path], transform: Callable[[Image.Image], Tensor], batch_size: int = 64
 ) -> Tensor:
-    """What the model says about files, in evaluation mode."""
+    """Return the model outputs for files, in eval mode."""
     model.eval()
     loader = DataLoader(Files([(path, 0) for path in paths], transform), batch_size)
     with torch.inference_mode():
@@ -118,12 +118,12 @@ def outputs(
 
 
 def fitting_epochs(job: Job, epoch_s: float, before_s: float = 0.0, most: int = 100) -> int:
-    """The number of epochs that the rest of the budget has room for, at least 1."""
+    """Return the number of epochs that fit the remaining budget, at least 1."""
     return int(min(max((job.left_s() - before_s) / epoch_s, 1), most))
 
 
 def seconds_per_batch(batches: Callable[[], Any], step: Callable[[Any], None], limit_s: float) -> float:
-    """Seconds that loading a batch and a step on it take: the median of up to 5 after a first one."""
+    """Return the median seconds of loading a batch and running a step, over up to 5 steps after a first one."""
     times: list[float] = []
     began = last = time.perf_counter()
     for number, batch in enumerate(batches()):
@@ -137,22 +137,24 @@ def seconds_per_batch(batches: Callable[[], Any], step: Callable[[Any], None], l
 
 
 def stored_size(model: nn.Module) -> int:
-    """Bytes of a state dict."""
+    """Return the bytes of a state dict."""
     return sum(value.numel() * value.element_size() for value in model.state_dict().values())
 
 
 def main(product: str, fit: Callable[[Job], Fitted], packages: tuple[str, ...], variants: tuple[str, ...]) -> None:
-    """Read the command line, run the peer, and write its row and probabilities."""
+    """Parse the command line, run the product, and write its row and probabilities."""
     parser = argparse.ArgumentParser(description=f"One run of {product}.")
-    parser.add_argument("--folder", type=Path, required=True, help="with train/, val/ and test/")
+    parser.add_argument("--folder", type=Path, required=True, help="folder with train/, val/ and test/")
     parser.add_argument("--minutes", type=float, required=True)
     parser.add_argument("--pixels", type=int, default=70)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--weights", choices=sorted(ARCHITECTURES), default="dinov2s")
-    parser.add_argument("--cache", type=Path, required=True, help="folder of weights.py's files")
+    parser.add_argument("--cache", type=Path, required=True, help="output folder of weights.py")
     parser.add_argument("--variant", default=variants[0], help=", ".join(variants))
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, required=True, help="row.json; probabilities go beside it, as .npy")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="row.json; probabilities are written next to it as .npy"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     random.seed(args.seed)
@@ -188,13 +190,13 @@ def main(product: str, fit: Callable[[Job], Fitted], packages: tuple[str, ...], 
 
 
 def peak_mib() -> int:
-    """Peak resident memory of this process (VmHWM); ru_maxrss would include the parent's before exec."""
+    """Return the peak resident memory of this process (VmHWM); ru_maxrss would include the parent before exec."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) // 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def machine() -> str:
-    """The processor and the number of its cores."""
+    """Return CPU model and number of cores."""
     names = [
         line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     ]
@@ -202,7 +204,7 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """The commit of the working tree, `+` if it is changed."""
+    """Return the commit of the working tree, with `+` if modified."""
     where = Path(__file__).parent
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=where, capture_output=True, text=True).stdout
     changed = subprocess.run(["git", "status", "--short", "-uno"], cwd=where, capture_output=True, text=True).stdout
@@ -210,7 +212,7 @@ def commit() -> str:
 
 
 def installed(name: str) -> str:
-    """The version of a package."""
+    """Return the version of a package."""
     try:
         return version(name)
     except PackageNotFoundError:

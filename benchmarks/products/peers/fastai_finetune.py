@@ -1,7 +1,8 @@
-"""fastai's `fine_tune` as its documentation has it: Resize, `aug_transforms`, an epoch of the head, one-cycle for all.
+"""fastai's `fine_tune` as documented: Resize, `aug_transforms`, one epoch of the head, then one-cycle for all layers.
 
-Its default head, or (`--variant bn`) batch norm and one linear layer. Val is watched, train is learned from. Images are
-resized to twice the resolution before `aug_transforms`, as 460 to 224 in its book. An epoch's time is that of 5 steps.
+The head is fastai's default, or batch norm and one linear layer with `--variant bn`. It trains on train and monitors
+val. Images are resized to twice the resolution before `aug_transforms`, similar to 460 and 224 in the fastai book. The
+epoch time is estimated from 5 steps.
 """
 
 import copy
@@ -26,7 +27,7 @@ from torch import nn
 
 
 def fit(job: common.Job) -> common.Fitted:
-    """Fine-tune for the epochs that fit."""
+    """Fine-tune for the number of epochs that fits the budget."""
     mean, std = job.statistics()
     batch_size = min(64, len(job.parts["train"]))
     data = ImageDataLoaders.from_folder(
@@ -59,10 +60,10 @@ def fit(job: common.Job) -> common.Fitted:
         trial(batch[0])
 
     limit_s = 0.06 * job.minutes * 60
-    step_s = 1.05 * common.seconds_per_batch(lambda: data.train, step, limit_s)  # the optimizer takes the rest
+    step_s = 1.05 * common.seconds_per_batch(lambda: data.train, step, limit_s)  # 5 % for the optimizer
     trial.eval().requires_grad_(False)
     look_s = common.seconds_per_batch(lambda: data.train, look, limit_s)
-    trial = None  # frees its memory
+    trial = None  # free memory
     train, val = len(job.parts["train"]) // batch_size, -(-len(job.parts["val"]) // batch_size)
     epochs = common.fitting_epochs(job, train * step_s + val * look_s, before_s=(train + val) * look_s)
     set_seed(job.seed)

@@ -1,6 +1,6 @@
-"""scikit-learn on frozen features: logistic regression or nearest neighbors, chosen by 5-fold cross-validation.
+"""scikit-learn on frozen features: logistic regression or nearest neighbors, tuned by 5-fold cross-validation.
 
-Neither needs a validation part, so both learn from train and val. The budget is not used.
+Both train on train and val, because cross-validation replaces the validation set. The time budget is ignored.
 """
 
 import time
@@ -19,7 +19,7 @@ from timm.data import create_transform
 
 
 def fit(job: common.Job) -> common.Fitted:
-    """Compute the features once and choose C, or the number of neighbors."""
+    """Compute the features once and tune C or the number of neighbors."""
     mean, std = job.statistics()
     transform = create_transform((3, job.pixels, job.pixels), mean=mean, std=std, crop_pct=1.0)
     model = job.backbone()
@@ -28,7 +28,7 @@ def fit(job: common.Job) -> common.Fitted:
         return common.outputs(model, paths, transform).numpy()
 
     pairs = job.parts["train"] + job.parts["val"]
-    known, labels = features([path for path, _ in pairs]), np.array([label for _, label in pairs])
+    inputs, labels = features([path for path, _ in pairs]), np.array([label for _, label in pairs])
     features_s = time.perf_counter() - job.began
     if job.variant == "logistic":
         estimator = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500))
@@ -40,8 +40,8 @@ def fit(job: common.Job) -> common.Fitted:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=ConvergenceWarning)
         warnings.filterwarnings("ignore", message="The least populated class")
-        search.fit(known, labels)
-    stored = known.nbytes if job.variant == "knn" else (known.shape[1] + 1) * len(job.classes) * 4
+        search.fit(inputs, labels)
+    stored = inputs.nbytes if job.variant == "knn" else (inputs.shape[1] + 1) * len(job.classes) * 4
     details = {**search.best_params_, "features_s": round(features_s, 2), "learns_from": "train and val"}
     return common.Fitted(lambda paths: search.predict_proba(features(paths)), stored, details)
 

@@ -1,6 +1,6 @@
-"""`snella train --time-budget`, as it comes; a variant trains another method in the same recipe, or lacks a part of it.
+"""`snella train --time-budget` with defaults; variants train another method or disable a part of the recipe.
 
-Train is learned from and val chooses, as the command does by itself. It runs in this process, after the imports.
+The command trains on train and selects on val. It runs in this process, after the imports.
 """
 
 import tempfile
@@ -29,11 +29,11 @@ _OPTIONS: dict[str, list[str]] = {
     "trained-head": ["--final-head", "trained"],
     "random-head": ["--head-init", "random", "--head-norm", "running"],
 }
-"""Options by variant; `no-recipe` does not normalize the head's inputs, crop images or average flips."""
+"""Options by variant; `no-recipe` disables head normalization, crops, averaging of flips and the final head."""
 
 
 def fit(job: common.Job) -> common.Fitted:
-    """Run the command; the probabilities of the test images are in the run."""
+    """Run the command and load the run for prediction."""
     place = tempfile.TemporaryDirectory(prefix="snella-train-")
     out = Path(place.name)
     words = ["train", "--data", f"folder:{job.folder}", "--backbone", _BACKBONES[job.weights]]
@@ -42,11 +42,11 @@ def fit(job: common.Job) -> common.Fitted:
         words += ["--time-budget", f"{max(round(job.minutes * 60), 1)}s"]
     words += _OPTIONS[job.variant]
     if status := snella(words):
-        raise SystemExit(f"snella {' '.join(words)} ended with status {status}")
+        raise SystemExit(f"snella {' '.join(words)} exited with status {status}")
     model = load(out)
 
     def predict(paths: list[Path]) -> np.ndarray:
-        with place:  # removed afterwards
+        with place:  # deletes the run afterwards
             rows = [dict(prediction.ranking) for prediction in model.predict(paths)]
         return np.array([[row[name] for name in job.classes] for row in rows])
 

@@ -1,8 +1,8 @@
-"""timm's fine-tuning recipe for a pre-trained model, from timm's own parts: what `train.py` builds of these options.
+"""timm's fine-tuning recipe for pre-trained models, built from timm's functions as in `train.py` with these options:
 
 --opt adamw --lr 2e-4 --batch-size 64 --weight-decay 0.05 --layer-decay 0.75 --sched cosine --warmup-epochs 1
---aa rand-m9-mstd0.5 --reprob 0.25 --smoothing 0.1 --drop-path 0.1; the epoch of the best accuracy on val is kept, as
-`train.py` keeps it. An epoch's time is that of five steps and of val.
+--aa rand-m9-mstd0.5 --reprob 0.25 --smoothing 0.1 --drop-path 0.1. As in `train.py`, the epoch with
+the best accuracy on val is selected. The epoch time is estimated from five steps and one validation pass.
 """
 
 import copy
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 
 def fit(job: common.Job) -> common.Fitted:
-    """Train for the epochs that fit, and keep the best."""
+    """Train for the number of epochs that fits the budget, and select the best."""
     mean, std = job.statistics()
     size = (3, job.pixels, job.pixels)
     learning = create_transform(

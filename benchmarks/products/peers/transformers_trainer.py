@@ -1,7 +1,7 @@
-"""Hugging Face's `run_image_classification` with its defaults, by its `Trainer`.
+"""Hugging Face's `run_image_classification` with its defaults, using `Trainer`.
 
-RandomResizedCrop and flip, batches of 8, AdamW with a rate of 5e-5 that falls linearly, one linear layer as head.
-Train is learned from. An epoch's time is that of five steps.
+RandomResizedCrop and flip, batch size 8, AdamW with learning rate 5e-5 and linear decay, and a linear head. Trains on
+train. The epoch time is estimated from five steps.
 """
 
 import copy
@@ -35,13 +35,13 @@ class Classifier(nn.Module):
 
 
 def collate(items: list[tuple[Tensor, int]]) -> dict[str, Tensor]:
-    """A batch by name."""
+    """Collate a batch as keyword arguments."""
     images, labels = zip(*items, strict=True)
     return {"pixel_values": torch.stack(images), "labels": torch.tensor(labels)}
 
 
 def fit(job: common.Job) -> common.Fitted:
-    """Train for the epochs that fit."""
+    """Train for the number of epochs that fits the budget."""
     logging.set_verbosity_error()
     end = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(*job.statistics())]
     learning = v2.Compose([v2.RandomResizedCrop(job.pixels), v2.RandomHorizontalFlip(), *end])

@@ -303,8 +303,9 @@ def _cheapest(names: Sequence[str], costs: Mapping[str, Mapping[str, float | Non
     chosen = min(small, key=time)
     if len(small) == 1:
         return chosen, f"{chosen} needs the least memory"
-    tied = "memory is equal within 5 %" if not math.isinf(least) else "memory was not measured"
-    return chosen, f"{tied}, and {chosen} needs the least time"
+    if math.isinf(least):
+        return chosen, f"memory was not measured, and {chosen} needs the least time"
+    return chosen, f"{chosen} needs the least memory (within 5 %) and the least time"
 
 
 def part_text(value: Difference, tasks: int) -> str:

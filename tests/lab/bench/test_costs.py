@@ -194,7 +194,7 @@ def test_work_of_an_experiment_is_what_its_file_says():
 def test_a_file_without_a_place_for_its_cost_is_refused(tmp_path):
     from costs import with_cost
 
-    with pytest.raises(ValueError, match=r"a.yaml has no place for its cost; put a line 'Estimated by"):
+    with pytest.raises(ValueError, match=r"a.yaml must contain a line that starts with 'Estimated by"):
         with_cost("cost: >-\n  much\n", "", Path("a.yaml"))
 
 
