@@ -1,8 +1,7 @@
-"""The adapted layer with a backward pass written by hand, which rebuilds the update instead of keeping it.
+"""Autograd function of the adapted layer; its backward pass rebuilds the update instead of saving it.
 
-Kept for the backward pass: the input, the factors and scalars (which live in the model anyway) and one threshold a
-matrix. A weight that is kept in another form, a `LazyWeight`, is asked for in both passes. The derivation is in this
-package's README.
+The backward pass needs the input, the factors and scalars (parameters of the model) and one threshold per matrix. A
+`LazyWeight` is materialized in both passes. See the derivation in this package's README.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ NUM_FACTORS = len(Factors._fields)
 
 
 class RecomputeCache:
-    """What a recomputed forward pass has built, for the backward pass that asked for it.
+    """Recompute cache: results of a recomputed forward pass, reused by the backward pass that follows.
 
-    Activation checkpointing runs a layer's forward pass again in the middle of the backward pass, and the layer's own
-    backward pass follows at once. What the first has built, the second need not build again; nothing is kept in
-    between other than this. One cache serves all calls of a layer while its parameters stay the same.
+    Activation checkpointing reruns a layer's forward pass during the backward pass, directly before the layer's own
+    backward pass. The cache avoids building the same matrices twice. One cache serves all calls of a layer while its
+    parameters do not change.
     """
 
     def __init__(self) -> None:
@@ -34,16 +33,16 @@ class RecomputeCache:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing to take."""
+        """Whether the cache is empty."""
         return self._entry is None
 
     def stash(self, effective: Tensor, merged: list[Merged], weight: Tensor | None) -> None:
-        """Keep what was built, if this is a recomputation.
+        """Store the results of a forward pass if it is a recomputation.
 
         Args:
             effective: `W0 + Σ scaling·S`, in the dtype of the layer op.
             merged: The updates' merged matrices.
-            weight: A tensor that stays the same as long as `W0` does.
+            weight: A tensor that changes whenever `W0` changes.
         """
         self._entry = None
         is_within_backward = torch._C._current_graph_task_id() != -1
@@ -53,13 +52,13 @@ class RecomputeCache:
     def take(
         self, weight: Tensor | None, dtype: torch.dtype, num_updates: int
     ) -> tuple[Tensor | None, list[Merged] | None]:
-        """The effective weight and the merged matrices if they are still those of `weight`; twice `None` if not."""
+        """Remove and return the effective weight and the merged matrices; both are `None` if `weight` has changed."""
         entry, self._entry = self._entry, None
         if entry is None:
             return None, None
-        effective, merged, built_of, version = entry
+        effective, merged, source, version = entry
         is_same = weight is None or (
-            built_of is not None and weight.data_ptr() == built_of.data_ptr() and weight._version == version
+            source is not None and weight.data_ptr() == source.data_ptr() and weight._version == version
         )
         if not is_same or effective.dtype != dtype or len(merged) != num_updates:
             return None, None
@@ -68,15 +67,15 @@ class RecomputeCache:
 
 @dataclass(frozen=True)
 class LayerCall:
-    """What one call of an adapted layer is given besides tensors and updates.
+    """Non-tensor arguments of one layer call.
 
     Args:
         op: The layer's operation.
         weight_shape: `[m, …]`.
-        cache_delta: Whether `ΔW`, or the effective weight, is kept for the backward pass.
-        lazy: The weight, where it is kept in another form.
-        recompute: What a recomputation leaves to the backward pass, or `None`.
-        origin: How the input was computed, where it is computed again in the backward pass instead of being kept.
+        cache_delta: Whether to save `ΔW`, or the effective weight, for the backward pass.
+        lazy: The weight, if it is a `LazyWeight`.
+        recompute: Recompute cache, or `None`.
+        origin: Recomputation of the input, if the backward pass recomputes it instead of saving it.
     """
 
     op: LayerOp
@@ -89,7 +88,7 @@ class LayerCall:
 
 @dataclass(frozen=True)
 class Needs:
-    """Whose gradients are asked for: the input's, the weight's, the bias's, and those of each update's six tensors."""
+    """Which gradients are required: input, weight, bias, and the six tensors of each update."""
 
     x: bool
     weight: bool
@@ -105,16 +104,16 @@ def apply_updates(
     call: LayerCall,
     kept: tuple[Tensor, ...] = (),
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """`y = op(x, W0 + Σ scaling·S) + bias`, and the thresholds of each update.
+    """Return `y = op(x, W0 + Σ scaling·S) + bias` and the thresholds of each update.
 
-    With `call.origin`, `x` is what that makes of `kept`, tensors that are kept in its place.
+    With `call.origin`, `kept` is saved instead of `x`, and the backward pass recomputes `x` from it.
     """
     tensors = [tensor for update in updates for tensor in update.factors]
     return _AdaptedLayer.apply(x, weight, bias, call, updates, kept, *tensors)
 
 
 class _AdaptedLayer(torch.autograd.Function):
-    """`apply_updates` with gradients to input, weight, bias and the updates' factors."""
+    """`apply_updates` with gradients of input, weight, bias and the updates' factors."""
 
     @staticmethod
     def forward(
@@ -124,36 +123,37 @@ class _AdaptedLayer(torch.autograd.Function):
         bias: Tensor | None,
         call: LayerCall,
         updates: Sequence[Update],
-        of_x: tuple[Tensor, ...],
+        input_sources: tuple[Tensor, ...],
         *tensors: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         y, merged, effective = forward_pass(x, weight, bias, updates, call)
-        thresholds = tuple([one.thresholds for one in merged])
+        thresholds = tuple([matrices.thresholds for matrices in merged])
         ctx.call, ctx.updates, ctx.x_shape, ctx.has_bias = call, updates, x.shape, bias is not None
         ctx.lazy_versions = call.lazy and call.lazy.versions()
         some_update_learns = any(ctx.needs_input_grad[6:]) and any([any(update.budgets) for update in updates])
         needs_x = some_update_learns or ctx.needs_input_grad[1]
-        kept: list[Tensor | None] = []
-        ctx.kept_sizes = []
-        keeps_effective = call.cache_delta and ctx.needs_input_grad[0]
-        for one in merged:
-            own = one.delta if call.cache_delta and one.delta else one.columns if some_update_learns else ()
-            keeps_effective = keeps_effective and any(one.budgets) and not one.delta
-            ctx.kept_sizes.append(len(own))
-            kept += own
+        saved: list[Tensor | None] = []
+        ctx.saved_sizes = []
+        saves_effective = call.cache_delta and ctx.needs_input_grad[0]
+        for matrices in merged:
+            is_delta_saved = call.cache_delta and matrices.delta
+            parts = matrices.delta if is_delta_saved else matrices.columns if some_update_learns else ()
+            saves_effective = saves_effective and any(matrices.budgets) and not matrices.delta
+            ctx.saved_sizes.append(len(parts))
+            saved += parts
         if needs_x and call.origin is not None:
             call.origin.add_user()
-        of_x = () if not needs_x else (x,) if call.origin is None else of_x
-        ctx.num_of_x = len(of_x)
-        kept_weight = effective if keeps_effective else None
-        ctx.save_for_backward(*of_x, weight, kept_weight, *thresholds, *kept, *tensors)
+        input_sources = () if not needs_x else (x,) if call.origin is None else input_sources
+        ctx.num_input_sources = len(input_sources)
+        saved_weight = effective if saves_effective else None
+        ctx.save_for_backward(*input_sources, weight, saved_weight, *thresholds, *saved, *tensors)
         return without_view(y), thresholds
 
     @staticmethod
     @once("impl='reference' of a kernel without distances is")
     def backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Any, ...]:
         saved = ctx.saved_tensors
-        of_x, (weight, effective, *rest) = saved[: ctx.num_of_x], saved[ctx.num_of_x :]
+        input_sources, (weight, effective, *rest) = saved[: ctx.num_input_sources], saved[ctx.num_input_sources :]
         call: LayerCall = ctx.call
         if call.lazy is not None:
             call.lazy.check_unchanged(ctx.lazy_versions)
@@ -163,14 +163,14 @@ class _AdaptedLayer(torch.autograd.Function):
             factors = Factors(*rest[start : start + NUM_FACTORS])
             updates.append(update._replace(factors=factors, thresholds=rest[k]))
         position = len(updates)
-        for size in ctx.kept_sizes:
+        for size in ctx.saved_sizes:
             kept.append(tuple(rest[position : position + size]))
             position += size
-        x: Tensor | None = of_x[0] if of_x else None
-        if of_x and call.origin is not None:
-            x = call.origin.compute(of_x).to(grad_y.dtype)
-        needs_x, needs_weight, needs_bias, _, _, _, *of_factors = ctx.needs_input_grad
-        needs = Needs(needs_x, needs_weight, needs_bias and ctx.has_bias, tuple(of_factors))
+        x: Tensor | None = input_sources[0] if input_sources else None
+        if input_sources and call.origin is not None:
+            x = call.origin.compute(input_sources).to(grad_y.dtype)
+        needs_x, needs_weight, needs_bias, _, _, _, *needs_factors = ctx.needs_input_grad
+        needs = Needs(needs_x, needs_weight, needs_bias and ctx.has_bias, tuple(needs_factors))
         grad_x, grad_weight, grad_bias, grads = backward_pass(
             grad_y, x, ctx.x_shape, weight, updates, call, needs, kept, effective
         )
@@ -203,28 +203,28 @@ def backward_pass(
     kept: Sequence[tuple[Tensor | None, ...]] = (),
     effective: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Gradients]:
-    """Gradients to input, weight, bias and the updates' factors.
+    """Return the gradients of input, weight, bias and the updates' factors.
 
     Args:
         grad_y: ∂L/∂y.
-        x: The input; `None` where only its own gradient is asked for.
-        x_shape: Its shape.
+        x: The input; `None` if only the input's gradient is required.
+        x_shape: Shape of the input.
         weight: As in the forward pass.
         updates: As in the forward pass, with their thresholds.
         call: As in the forward pass.
-        needs: Whose gradients are asked for; the others are `None`.
-        kept: `Merged.delta` or `Merged.columns` of each update where they were kept, else empty.
-        effective: The effective weight, where it was kept.
+        needs: Which gradients are required; the others are `None`.
+        kept: Saved `Merged.delta` or `Merged.columns` of each update, or empty tuples.
+        effective: The effective weight, if it was saved.
     """
     op, shape = call.op, call.weight_shape
     merged = grad_x = grad_weight = grads = None
     with torch.autocast(grad_y.device.type, enabled=False):
         if call.recompute is not None and effective is None:
-            built_of = weight if call.lazy is None else call.lazy.tensors[0]
-            effective, merged = call.recompute.take(built_of, grad_y.dtype, len(updates))
+            source = weight if call.lazy is None else call.lazy.tensors[0]
+            effective, merged = call.recompute.take(source, grad_y.dtype, len(updates))
         if merged is None:
             pairs = zip(updates, kept or [()] * len(updates), strict=True)
-            merged = [get_backend(update.spec.backend).merge(*update, own) for update, own in pairs]
+            merged = [get_backend(update.spec.backend).merge(*update, saved) for update, saved in pairs]
         if x is not None:
             grad_weight = _grad_weight(grad_y, x, updates, merged, call, needs)
         if needs.x and effective is None:
@@ -249,16 +249,16 @@ def add_updates(
     dtype: torch.dtype | None = None,
     owns_buffer: bool = False,
 ) -> Tensor:
-    """`W0 + Σ scaling·S` from merged matrices, `[m, …]`.
+    """Return `W0 + Σ scaling·S`, `[m, …]`, from merged matrices.
 
     Args:
-        weight: `W0`, or `None` for the sum of the updates alone.
+        weight: `W0`, or `None` for the sum of the updates.
         updates: The updates.
-        merged: Their matrices.
+        merged: Merged matrices of the updates.
         shape: Shape of the result.
-        dtype: That of the layer op, to which the result is rounded; `None`: that of `weight`, without one the dtype
-            that the updates were merged in.
-        owns_buffer: Whether `weight` was made for this sum: it is written over, and the sum is not rounded to its dtype
+        dtype: Dtype of the layer op, to which the result is rounded. `None` uses the dtype of `weight`, or without a
+            weight the dtype of the merged updates.
+        owns_buffer: Whether this function may overwrite `weight`. The sum is then not rounded to the dtype of `weight`
             first.
     """
     if weight is not None and not updates:
@@ -273,13 +273,13 @@ def add_updates(
     if weight is None:
         total = torch.zeros(shape, dtype=wide, device=updates[0].factors.A.device)
     else:
-        # contiguous, so that it can be seen as a matrix: the weight itself may be transposed or laid out channels last
+        # contiguous for the matrix view: the weight may be transposed or channels-last
         total = weight.detach().to(wide).contiguous()
         if not owns_buffer and total.data_ptr() == weight.data_ptr():
             total = total.clone()
     matrix = total.view(shape[0], -1)
-    for update, one in zip(updates, merged, strict=True):
-        get_backend(update.spec.backend).add_update(update.spec, one, matrix, matrix)
+    for update, matrices in zip(updates, merged, strict=True):
+        get_backend(update.spec.backend).add_update(update.spec, matrices, matrix, matrix)
     if weight is not None and not owns_buffer:
         total = total.to(weight.dtype)
     return total if dtype is None else total.to(dtype)
@@ -288,10 +288,10 @@ def add_updates(
 def _base_and_out(
     weight: Tensor, factor_dtype: torch.dtype, shape: torch.Size, dtype: torch.dtype | None, owns_buffer: bool
 ) -> tuple[Tensor, Tensor]:
-    """The weight as a matrix, and where the sum is written: over it, or into a tensor of its own.
+    """Return the weight as a matrix, and the output buffer of the sum: the same memory or a new tensor.
 
-    A backend reads and writes both in their own dtypes, so that neither needs a float32 copy. A float32 sum comes out
-    in the dtype of the layer op at once, to which it would be rounded next.
+    Backends read and write both in their dtypes, so neither needs a float32 copy. A float32 sum is written directly in
+    the dtype of the layer op.
     """
     base = weight.detach().contiguous().view(shape[0], -1)
     is_rounded_once = owns_buffer or (weight.dtype == torch.float32 and factor_dtype != torch.float64)
@@ -304,7 +304,7 @@ def _base_and_out(
 def _grad_weight(
     grad_y: Tensor, x: Tensor, updates: Sequence[Update], merged: Sequence[Merged], call: LayerCall, needs: Needs
 ) -> Tensor:
-    """∂L/∂W `[m, …]`; of a frozen linear layer its estimate, if asked for, and where its one update needs it."""
+    """Return ∂L/∂W `[m, …]`. For a frozen linear layer it may be an estimate, and only where its update needs it."""
     if needs.weight or not isinstance(call.op, LinearOp):
         return call.op.grad_weight(grad_y, x, call.weight_shape)
     flat_y, flat_x = call.op.tokens_of(grad_y, x)
@@ -323,7 +323,7 @@ def _weight_and_gradients(
     dtype: torch.dtype,
     needs: Needs,
 ) -> tuple[Tensor, Gradients | None]:
-    """The effective weight; with it the gradients to the factors, where a backend forms both in one sweep."""
+    """Return the effective weight, and the factors' gradients if the backend computes both in one pass."""
     shape, owns_buffer = call.weight_shape, call.lazy is not None
     base = weight if call.lazy is None else call.lazy.materialize()
     if len(updates) == 1 and base is not None and grad_weight is not None and any(needs.factors):
@@ -343,14 +343,14 @@ def _factor_gradients(
     shape: torch.Size,
     needs: Needs,
 ) -> Gradients:
-    """Gradients to the factors of all updates, given ∂L/∂W of the effective weight."""
+    """Return the gradients of all updates' factors, given ∂L/∂W of the effective weight."""
     grads: list[Tensor | None] = []
-    for k, (update, one) in enumerate(zip(updates, merged, strict=True)):
+    for k, (update, matrices) in enumerate(zip(updates, merged, strict=True)):
         if not any(needs.factors[k * NUM_FACTORS : (k + 1) * NUM_FACTORS]):
             grads += [None] * NUM_FACTORS
         elif grad_weight is None:
             grads += [None if tensor is None else torch.zeros_like(tensor) for tensor in update.factors]
         else:
             backend = get_backend(update.spec.backend)
-            grads += backend.grad_factors(update.spec, one, grad_weight.reshape(shape[0], -1))
+            grads += backend.grad_factors(update.spec, matrices, grad_weight.reshape(shape[0], -1))
     return tuple(grads)

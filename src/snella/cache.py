@@ -1,4 +1,4 @@
-"""What a layer caches while its parameters stay the same, and its weight as others read it."""
+"""Caches of a layer, valid while its parameters do not change, and the lazily computed `layer.weight`."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from torch.utils._pytree import tree_map_only
 from snella.autograd import RecomputeCache
 from snella.update import Factors
 
-_optimizer_steps: list[int] = []  # one number once somebody counts; empty before
+_optimizer_steps: list[int] = []  # empty until the first call of `optimizer_steps`
 _step_checks: list[Callable[[Optimizer], bool]] = []
 
 
 def optimizer_steps() -> int:
-    """Number of optimizer steps of this process since the first call.
+    """Return the number of optimizer steps in this process since the first call.
 
-    Not every optimizer tells torch that it changed a parameter (8-bit ones write through raw pointers), so a tensor's
-    version alone does not prove that it is unchanged.
+    Some optimizers change parameters without a version change (8-bit ones write through raw pointers). A tensor's
+    version is therefore not enough to detect changes.
     """
     if not _optimizer_steps:
         _optimizer_steps.append(0)
@@ -32,7 +32,7 @@ def optimizer_steps() -> int:
 
 
 def check_after_step(check: Callable[[Optimizer], bool]) -> None:
-    """Call `check` with the optimizer after every optimizer step, until it returns whether it is done."""
+    """Call `check` with the optimizer after every optimizer step until it returns True."""
     optimizer_steps()
     _step_checks.append(check)
 
@@ -44,9 +44,9 @@ def _count_step(optimizer: Optimizer, *_: Any) -> None:
 
 
 def contents_of(tensors: Sequence[Tensor | None]) -> tuple[tuple[int, int, int], ...] | None:
-    """What torch knows of the contents of tensors that somebody keeps alive: equal while nothing changes.
+    """Return a fingerprint of live tensors that changes whenever torch records a change.
 
-    `None` where torch does not count changes: of tensors born in inference mode, and on the meta device.
+    Returns `None` for tensors without change tracking: those created in inference mode or on the meta device.
     """
     contents = []
     for tensor in tensors:
@@ -60,13 +60,13 @@ def contents_of(tensors: Sequence[Tensor | None]) -> tuple[tuple[int, int, int],
 
 @dataclass
 class AdapterState:
-    """What the calls of a layer share while one adapter's factors and budgets stay the same.
+    """State shared by the calls of a layer while one adapter's factors and budgets do not change.
 
     Args:
-        contents: Of the factors, with all else that it depends on; `None` where nothing is shared.
-        factors: Kept alive, as an id is reused once its owner is gone.
-        thresholds: `[G]`, once some call has returned them.
-        recompute: What a recomputed forward pass leaves to the backward pass.
+        contents: Fingerprint of the factors and all other inputs; `None` if nothing is shared.
+        factors: Reference that keeps the factors alive, because Python reuses the ids of freed objects.
+        thresholds: `[G]`, once a call has returned them.
+        recompute: Results of a recomputed forward pass, for the backward pass.
     """
 
     contents: tuple[Any, ...] | None = None
@@ -76,9 +76,9 @@ class AdapterState:
 
 
 class LayerCache:
-    """Thresholds (a few bytes, kept while training) and the effective weight (kept in evaluation only).
+    """Cache of thresholds (a few bytes, in training and evaluation) and the effective weight (only in evaluation).
 
-    Both are valid for one state of the tensors that they were computed from. Copies and pickles start empty.
+    Entries are valid for one state of their inputs. Copies and pickles start empty.
     """
 
     def __init__(self) -> None:
@@ -86,7 +86,7 @@ class LayerCache:
         self.clear()
 
     def clear(self) -> None:
-        """Drop everything."""
+        """Clear all entries."""
         self._adapters: dict[str, AdapterState] = {}
         self._written: dict[tuple[str, ...], Tensor] = {}
         self._budgets: dict[str, tuple[Tensor, int, int, tuple[int, ...]]] = {}
@@ -94,78 +94,79 @@ class LayerCache:
         self.release_effective_weight()
 
     def release_effective_weight(self) -> None:
-        """Drop the effective weight: training starts, which must not hold a second copy of the model."""
+        """Free the effective weight, because training must not hold a second copy of the model."""
         self._effective: tuple[tuple[Any, ...], Sequence[Tensor], Tensor] | None = None
 
     def check_written(self, names: Sequence[str], factors: Sequence[Tensor]) -> None:
-        """Drop what was computed from other values: whoever writes through `.data` raises no version.
+        """Invalidate entries if factors changed without a version change, e.g. through `.data`.
 
-        The values of `factors`, few beside the weight's, are copied and compared; that synchronizes with their device.
+        Copies and compares the values of `factors`, which are small compared to the weight. This synchronizes with
+        their device.
         """
         if any(factor.is_meta or (factor.is_cuda and torch.cuda.is_current_stream_capturing()) for factor in factors):
             return
         with torch.no_grad():
             values = torch.cat([factor.flatten() for factor in factors])
-        known = self._written.get(tuple(names))
-        if known is not None and not torch.equal(known, values):
+        previous = self._written.get(tuple(names))
+        if previous is not None and not torch.equal(previous, values):
             self._adapters.clear()
             self.release_effective_weight()
         self._written[tuple(names)] = values
 
     def adapter(self, name: str, factors: Factors, budgets: tuple[int, ...], mode: tuple[str, bool]) -> AdapterState:
-        """What is known of an adapter; an empty state once its factors, its budgets or the mode have changed."""
-        # what is computed in inference mode cannot be kept for a backward pass afterwards
-        of_factors = None if torch.is_inference_mode_enabled() else contents_of(factors)
-        if of_factors is None:
+        """Return the cached state of an adapter, or a new one if its factors, budgets or mode have changed."""
+        # a later backward pass cannot use tensors computed in inference mode
+        fingerprint = None if torch.is_inference_mode_enabled() else contents_of(factors)
+        if fingerprint is None:
             return AdapterState()
-        contents = (of_factors, optimizer_steps(), budgets, mode)
-        known = self._adapters.get(name)
-        if known is None or known.contents != contents:
-            known = self._adapters[name] = AdapterState(contents, factors)
-        return known
+        contents = (fingerprint, optimizer_steps(), budgets, mode)
+        state = self._adapters.get(name)
+        if state is None or state.contents != contents:
+            state = self._adapters[name] = AdapterState(contents, factors)
+        return state
 
     def budgets(self, name: str, budget: Tensor, read: Callable[[str], tuple[int, ...]]) -> tuple[int, ...]:
-        """The budgets as Python integers; `read` synchronizes with the device, only after they changed."""
-        known = self._budgets.get(name)
-        if known is not None and known[0] is budget and known[1:3] == (budget.data_ptr(), budget._version):
-            return known[3]
+        """Return the budgets as Python integers; calls `read`, which synchronizes, only after a change."""
+        entry = self._budgets.get(name)
+        if entry is not None and entry[0] is budget and entry[1:3] == (budget.data_ptr(), budget._version):
+            return entry[3]
         integers = read(name)
         self.note_budgets(name, budget, integers)
         return integers
 
     def note_budgets(self, name: str, budget: Tensor, integers: tuple[int, ...]) -> None:
-        """Remember the integers that a buffer holds."""
+        """Cache the integers in a buffer."""
         if not (budget.is_inference() or budget.is_meta):
             self._budgets[name] = (budget, budget.data_ptr(), budget._version, integers)
 
     def note_seal(self, name: str, budget: Tensor, seal: Tensor) -> None:
-        """Remember the state of a buffer of budgets and of its seal, which fits it."""
+        """Record the versions of a budget buffer and its matching seal."""
         if budget.is_inference() or seal.is_inference():
             self._sealed.pop(name, None)
         else:
             self._sealed[name] = (budget, budget._version, seal, seal._version)
 
     def is_written_without_seal(self, name: str, budget: Tensor, seal: Tensor) -> bool:
-        """Whether something has written into the buffer alone since, as what averages a `state_dict` does."""
-        known = self._sealed.get(name)
-        is_known = known is not None and known[0] is budget and known[2] is seal
-        return is_known and budget._version != known[1] and seal._version == known[3]  # type: ignore[index]
+        """Return whether the buffer was written without its seal, e.g. by averaging a `state_dict`."""
+        entry = self._sealed.get(name)
+        is_known = entry is not None and entry[0] is budget and entry[2] is seal
+        return is_known and budget._version != entry[1] and seal._version == entry[3]  # type: ignore[index]
 
     def positions(self, name: str, packed: Tensor) -> Tensor:
-        """The entries that a fixed support names, unpacked once for each of its states."""
+        """Return the positions of a fixed support, unpacked once per state."""
         contents = contents_of([packed])
         if contents is None:
             return unpack_positions(packed)
-        known = self._positions.get(name)
-        if known is None or known[1] != contents:
+        entry = self._positions.get(name)
+        if entry is None or entry[1] != contents:
             with torch.inference_mode(False), torch.no_grad():
-                known = self._positions[name] = (packed, contents, unpack_positions(packed))
-        return known[2]
+                entry = self._positions[name] = (packed, contents, unpack_positions(packed))
+        return entry[2]
 
     def effective_weight(
         self, tensors: Sequence[Tensor], settings: tuple[Any, ...], compute: Callable[[], Tensor]
     ) -> Tensor:
-        """The effective weight for this state of `tensors` and `settings`, computed at most once."""
+        """Return the effective weight for this state of `tensors` and `settings`, computed at most once."""
         contents = contents_of(tensors)
         if contents is None:
             return compute()
@@ -183,14 +184,14 @@ class LayerCache:
 
 
 class LiveBudgets(dict[str, tuple[int, ...]]):
-    """Budgets of a layer's adapters as they were last set, in the layer or in a copy of it; copies share them."""
+    """Last set budgets of a layer's adapters, shared by all copies of the layer."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LiveBudgets:
         return self
 
 
 def seal_of(budget: int) -> int:
-    """A number that follows from a budget, but whose mean over several budgets does not follow from their mean."""
+    """Return a hash of a budget that averaging does not preserve, to detect averaged budgets."""
     return (budget + 1) * 0x9E3779B1 % 0x7FFFFFFF
 
 
@@ -202,9 +203,9 @@ _VALUES = {"T", "mT", "H", "mH", "real", "imag"}  # attributes that are operatio
 
 
 class EffectiveWeight(Tensor):
-    """`W0 + Σ scaling·S` as a model reads it from `layer.weight`; merged once an operation asks for its values.
+    """Lazy `W0 + Σ scaling·S`, the value of `layer.weight`; merged when an operation reads it.
 
-    Shape, dtype, device and `data` are those of the base weight, and so is what an in-place operation writes into.
+    Shape, dtype, device and `data` come from the base weight, and in-place operations write into the base weight.
     """
 
     _stored: Tensor
@@ -218,20 +219,20 @@ class EffectiveWeight(Tensor):
         compute: Callable[[], Tensor],
         multiply: Callable[[Tensor, Tensor | None], Tensor | None] | None = None,
     ) -> EffectiveWeight:
-        """The weight that `compute` returns, in the shape, dtype and device of `base`.
+        """Create a lazy weight with the shape, dtype and device of `base`.
 
         Args:
             base: The base weight.
             compute: Returns the weight with its updates.
-            multiply: Returns `F.linear` of an input, the weight and a bias without keeping the weight for the backward
-                pass, or `None` where `compute` keeps nothing.
+            multiply: Returns `F.linear` of an input, the weight and a bias without saving the weight for the backward
+                pass, or `None` if `compute` saves nothing either.
         """
         weight = base.detach().as_subclass(EffectiveWeight)
         weight._stored, weight._compute, weight._multiply, weight._effective = base, compute, multiply, None
         return weight
 
     def value(self) -> Tensor:
-        """The weight itself, computed once."""
+        """Return the effective weight, computed once."""
         if self._effective is None:
             self._effective = self._compute()
         return self._effective
@@ -240,7 +241,7 @@ class EffectiveWeight(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Call `func` with the base weight where it describes or writes, else with the effective one."""
+        """Call `func` with the base weight for metadata and writes, otherwise with the effective weight."""
         kwargs = kwargs or {}
         name = func.__name__
         if func is F.linear and (y := _multiply(*args, **kwargs)) is not None:
@@ -258,7 +259,7 @@ class EffectiveWeight(Tensor):
 
 
 def _multiply(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    """`F.linear` with an effective weight that nothing has asked for yet, `None` elsewhere."""
+    """Return `F.linear` for an effective weight that is not computed yet, otherwise `None`."""
     if not isinstance(weight, EffectiveWeight) or weight._multiply is None or weight._effective is not None:
         return None
     if isinstance(input, EffectiveWeight) or isinstance(bias, EffectiveWeight):
@@ -267,21 +268,21 @@ def _multiply(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
 
 def _replace(arguments: Any, attribute: str | None = None) -> Any:
-    """Arguments with every effective weight replaced by its value, or by one of its attributes."""
+    """Replace every effective weight in the arguments by its value or by one of its attributes."""
     if attribute is not None:
         return tree_map_only(EffectiveWeight, lambda weight: getattr(weight, attribute), arguments)
     return tree_map_only(EffectiveWeight, EffectiveWeight.value, arguments)
 
 
 def pack_positions(indices: Tensor, size: int) -> Tensor:
-    """A bit for each of `size` entries, eight a byte, the first in the lowest bit: uint8 `[ceil(size / 8)]`.
+    """Pack positions into a bit mask, lowest bit first: uint8 `[ceil(size / 8)]`.
 
     Args:
         indices: Positions of the ones, integer.
         size: Number of entries.
 
     Raises:
-        ValueError: A position is out of range or occurs twice.
+        ValueError: If a position is out of range or repeated.
     """
     bits = torch.zeros(-(-size // 8) * 8, dtype=torch.uint8, device=indices.device)
     where = indices.long()
@@ -289,16 +290,16 @@ def pack_positions(indices: Tensor, size: int) -> Tensor:
         raise ValueError(f"indices must be in [0, {size}), got {int(where.min())} to {int(where.max())}")
     bits[where] = 1
     if int(bits.sum()) != len(where):
-        raise ValueError(f"indices must differ, got {len(where)} of which {int(bits.sum())} are different")
+        raise ValueError(f"indices must be unique, got {len(where)} with {int(bits.sum())} unique values")
     return (bits.view(-1, 8) << _shifts(bits.device)).sum(1, dtype=torch.uint8)
 
 
 def unpack_positions(packed: Tensor) -> Tensor:
-    """The ascending positions of the ones, int32."""
+    """Return the positions of the ones in ascending order, int32."""
     bits = (packed[:, None] >> _shifts(packed.device)) & 1
     return torch.nonzero(bits.view(-1)).flatten().int()
 
 
 def _shifts(device: torch.device) -> Tensor:
-    """Places of the bits in a byte."""
+    """Return the bit shifts in a byte, 0 to 7."""
     return torch.arange(8, dtype=torch.uint8, device=device)

@@ -1,4 +1,4 @@
-"""Updates whose support is fixed instead of competed for: single entries of a merged matrix, and their product."""
+"""Updates with a fixed support: selected entries of a merged matrix, and the layer that applies them."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from snella.update import Factors, LayerOp, LazyWeight, UpdateSpec, without_view
 
 
 def merged_entries(spec: UpdateSpec, factors: Factors, indices: Tensor) -> Tensor:
-    """The entries of `scaling·ΔW` at fixed positions; nothing of the size of `ΔW` is kept for the backward pass.
+    """Return the entries of `scaling·ΔW` at fixed positions, saving nothing of the size of `ΔW` for the backward pass.
 
         values[k] = scaling · ΔW[i, j],   indices[k] = i·n + j
 
     Args:
-        spec: Kernel, rows and scaling; mode and backend play no part.
+        spec: Kernel, rows and scaling; mode and backend are ignored.
         factors: Factors and scalars.
         indices: Positions in the flattened `[m, n]`, ascending, on the factors' device.
 
     Returns:
-        `[len(indices)]`, in the dtype of the merge, differentiable with respect to `factors`.
+        `[len(indices)]`, dtype of the merge, differentiable with respect to `factors`.
     """
     return _MergedEntries.apply(spec, indices, *factors)
 
 
 def _positions(spec: UpdateSpec, columns: int, indices: Tensor) -> list[tuple[slice, Tensor]]:
-    """For each matrix the part of `indices` that lies in it, and the positions within it."""
+    """Return the slice of `indices` in each matrix, and the positions within the matrix."""
     starts = torch.tensor([rows.start * columns for rows in spec.rows] + [spec.num_rows * columns])
     cuts: Sequence[int] = torch.searchsorted(indices, starts.to(indices)).tolist()
     return [
@@ -40,7 +40,7 @@ def _positions(spec: UpdateSpec, columns: int, indices: Tensor) -> list[tuple[sl
 
 
 class _MergedEntries(torch.autograd.Function):
-    """`scaling·ΔW[indices]`, with ΔW merged again in the backward pass by the kernel's own derivative."""
+    """`scaling·ΔW[indices]`; the backward pass uses the kernel's `vjp` and recomputes ΔW."""
 
     @staticmethod
     def forward(ctx: Any, spec: UpdateSpec, indices: Tensor, *tensors: Tensor | None) -> Tensor:
@@ -73,18 +73,18 @@ class _MergedEntries(torch.autograd.Function):
 def layer_with_entries(
     x: Tensor, weight: Tensor | LazyWeight, bias: Tensor | None, values: Tensor, indices: Tensor, op: LayerOp
 ) -> Tensor:
-    """Apply a layer whose weight has `values` added at single positions.
+    """Apply a layer with `values` added to selected entries of its weight.
 
         y = op(x, W) + bias,   W = weight, W[indices[k]] += values[k]
 
-    Kept for the backward pass are the input, the frozen weight itself and the values; `W` is recomputed there.
+    Saves the input, the frozen weight and the values for the backward pass, which recomputes `W`.
 
     Args:
-        x: Input of the layer, in the dtype to compute in.
-        weight: `[m, …]`, or where to get it in both passes.
+        x: Input of the layer, in the compute dtype.
+        weight: `[m, …]`; a `LazyWeight` is materialized in both passes.
         bias: `[m]` or `None`.
         values: `[K]`, differentiable.
-        indices: Positions in the flattened weight, `[K]`, integer, each at most once.
+        indices: Unique positions in the flattened weight, `[K]`, integer.
         op: The layer's operation.
     """
     lazy = weight if isinstance(weight, LazyWeight) else None
@@ -92,7 +92,7 @@ def layer_with_entries(
 
 
 def fold_entries(weight: Tensor, values: Tensor, indices: Tensor) -> Tensor:
-    """`weight` with `values` added at the flattened positions `indices`; each sum is rounded once to its dtype."""
+    """Return `weight` with `values` added at the flat positions `indices`; each sum is rounded once to its dtype."""
     flat = weight.reshape(-1)
     where = indices.long()
     sums = (flat[where].to(values.dtype) + values).to(weight.dtype)
@@ -100,7 +100,7 @@ def fold_entries(weight: Tensor, values: Tensor, indices: Tensor) -> Tensor:
 
 
 class _LayerWithEntries(torch.autograd.Function):
-    """`op(x, fold_entries(weight, values, indices)) + bias`, which keeps no weight besides the frozen one."""
+    """`op(x, fold_entries(weight, values, indices)) + bias`; saves only the frozen weight."""
 
     @staticmethod
     def forward(
@@ -138,7 +138,7 @@ class _LayerWithEntries(torch.autograd.Function):
             if needs_bias and ctx.has_bias:
                 grad_bias = op.grad_bias(grad_y)
             if x is not None:
-                # whole, as picking out single entries first is slower from about one entry in 400 on
+                # a full product: computing only the selected entries is slower except for very sparse supports
                 grad_weight = op.grad_weight(grad_y, x, (weight if ctx.lazy is None else ctx.lazy).shape)
             if needs_values:
                 grad_values = torch.zeros_like(values)
@@ -149,5 +149,5 @@ class _LayerWithEntries(torch.autograd.Function):
 
 
 def _matrix(weight: Tensor | None, lazy: LazyWeight | None) -> Tensor:
-    """The weight itself, or materialized, wide enough for what is added to it."""
+    """Return the weight, materialized in at least float32 if it is lazy."""
     return cast(Tensor, weight) if lazy is None else lazy.materialize_wide()

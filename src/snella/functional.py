@@ -1,4 +1,4 @@
-"""Entry points of the adapted layer: `y = x (W0 + scaling·S)ᵀ + bias`, folded into one product."""
+"""Functional API of the adapted layer: `y = x (W0 + scaling·S)ᵀ + bias` as one product."""
 
 from __future__ import annotations
 
@@ -28,35 +28,35 @@ def adapted_layer(
     cache_delta: bool = False,
     recompute: RecomputeCache | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Apply a layer whose weight carries sparse updates.
+    """Apply a layer with sparse weight updates.
 
         y = op(x, W0 + Σ_k scaling_k·S_k) + bias
 
-    Under autocast the input and the effective weight are cast to the autocast dtype; the updates are always merged in
-    at least float32.
+    Under autocast the input and the effective weight are cast to the autocast dtype. Updates are always merged in at
+    least float32.
 
     Args:
         x: Input of the layer.
-        weight: Frozen weight `W0`, `[m, …]`; `None` applies the updates alone. A `LazyWeight` is asked for it in both
-            passes and decides no dtype: the op computes in that of `x`.
+        weight: Frozen weight `W0`, `[m, …]`; `None` applies only the updates. A `LazyWeight` is materialized in both
+            passes, and the op then computes in the dtype of `x`.
         bias: `[m]` or `None`.
-        updates: Updates of this weight, each `[m, n]` with `n` the product of the weight's other axes. Those with
-            `backend="reference"` are differentiated by autograd, and have to be all of them.
+        updates: Updates of this weight, each `[m, n]` with `n` the product of the weight's other axes. If one has
+            `backend="reference"` (differentiated by autograd), all must have it.
         op: The layer's operation.
-        weight_shape: Shape of the weight where `weight` is `None`; default `[m, n]`.
-        cache_delta: Keep `ΔW` for the backward pass instead of rebuilding it, with Numba kernels the effective weight:
-            one matrix more in memory, and no bit of any result changes. Not for `"reference"`.
-        recompute: Shared by the calls of one layer while its parameters stay the same.
+        weight_shape: Shape of the weight if `weight` is `None`; defaults to `[m, n]`.
+        cache_delta: Save `ΔW` (with Numba kernels the effective weight) for the backward pass instead of rebuilding it.
+            Costs one more matrix in memory; results stay bit-identical. Ignored with `"reference"`.
+        recompute: Cache shared by the calls of one layer while its parameters do not change.
 
     Returns:
-        The layer's output, in the dtype of `weight` or of autocast (with a `LazyWeight` in the dtype of `x`), and the
+        The layer's output, in the dtype of `weight` or autocast (with a `LazyWeight` in the dtype of `x`), and the
         thresholds `[G]` of each update.
 
     Raises:
-        ValueError: There is neither a weight nor an update.
+        ValueError: If both `weight` and `updates` are missing.
     """
     if weight is None and not updates:
-        raise ValueError("adapted_layer needs a weight or at least one update, got neither")
+        raise ValueError("adapted_layer requires a weight or at least one update, got neither")
     if weight_shape is None:
         if weight is None:
             weight_shape = torch.Size((updates[0].factors.B.shape[0], updates[0].factors.A.shape[1]))
@@ -83,14 +83,14 @@ def compute_effective_weight(
     weight_shape: torch.Size,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Compute `W0 + Σ scaling·S` without gradients, in the bits that `adapted_layer` uses.
+    """Compute `W0 + Σ scaling·S` without gradients, bit-identical to `adapted_layer`.
 
     Args:
-        weight: `[m, …]`, or `None` for the sum of the updates alone.
+        weight: `[m, …]`, or `None` for the sum of the updates.
         updates: Updates of this weight.
         weight_shape: Shape of the result.
-        dtype: Dtype of the result where `weight` is a `LazyWeight`: that of the op it is computed for, or float32 to
-            lose nothing. A tensor's own dtype is kept.
+        dtype: Dtype of the result if `weight` is a `LazyWeight`: the op's dtype, or float32 for full precision. The
+            result otherwise has the dtype of `weight`.
 
     Returns:
         The weight, and the thresholds `[G]` of each update.
@@ -104,19 +104,19 @@ def compute_effective_weight(
         merged = [get_backend(update.spec.backend).merge(*update) for update in updates]
         base = weight.materialize() if isinstance(weight, LazyWeight) else weight
         total = add_updates(base, updates, merged, weight_shape, dtype if is_lazy else None, is_lazy)
-    return total, tuple([one.thresholds for one in merged])
+    return total, tuple([matrices.thresholds for matrices in merged])
 
 
 @torch.no_grad()
 def write_effective_weight(weight: Tensor, update: Update, out: Tensor, cache: MergeCache | None = None) -> None:
-    """Write `W0 + scaling·S` into a tensor that is there already, in the bits that `adapted_layer` uses.
+    """Write `W0 + scaling·S` into an existing tensor, bit-identical to `adapted_layer`.
 
     Args:
         weight: `W0`, `[m, …]`.
         update: The update.
-        out: Shape and dtype of `weight`, not the same memory; contiguous tensors need no third one of their size once
-            the thresholds are known.
-        cache: Filled by the first call with this update, and faster by it in later ones.
+        out: Shape and dtype of `weight`, in different memory. If both tensors are contiguous and the thresholds are
+            known, no further tensor of this size is allocated.
+        cache: Filled by the first call with this update; makes later calls faster.
     """
     cache = MergeCache(update.thresholds) if cache is None else cache
     is_direct = weight.is_contiguous() and out.is_contiguous() and update.spec.backend != "reference"
@@ -152,7 +152,7 @@ def adapted_linear(
     impl: str = "auto",
     cache_delta: bool = False,
 ) -> Tensor:
-    """Apply a linear layer whose weight carries one sparse, high-rank update.
+    """Apply a linear layer with one sparse, high-rank weight update.
 
         y = x (W0 + scaling·S)ᵀ + bias,   S = sparsify(merge_factors(A, B), keep_threshold(·, budget))
 
@@ -162,28 +162,28 @@ def adapted_linear(
         bias: `[m]` or `None`.
         A: Input-side factor, `[n, r]`.
         B: Output-side factor, `[m, r]`.
-        budget: Entries of `S` that may differ from zero, in `[0, m·n]`.
-        kernel: Name of the kernel function, see `merge_factors`, as are the four scalars, `num_pieces`, `softmax_dim`
-            and `center_softmax`.
+        budget: Maximum number of nonzero entries of `S`, in `[0, m·n]`.
+        kernel: Name of the kernel function. See `merge_factors` for this and for the scalars, `num_pieces`,
+            `softmax_dim` and `center_softmax`.
         piece_coeff: `[P]`.
         alpha: 0-dim.
         beta: 0-dim.
         temperature: 0-dim or `None`.
         num_pieces: `P`.
         softmax_dim: 0 or 1.
-        center_softmax: Whether the softmax is shifted to mean 0.
-        scaling: Factor before `S`.
-        mode: `"soft"` (eq. 13), `"official"`, or `"none"` with a full budget: `S = ΔW`.
-        impl: `"eager"` (hand-written backward that rebuilds the update, torch operations), `"numba"` (the same in Numba
-            kernels on the CPU), `"triton"` (the same in Triton kernels of few launches on a CUDA device), `"auto"` (see
-            `choose_backend`) or `"reference"` (autograd).
+        center_softmax: Whether to subtract the softmax's mean.
+        scaling: Factor on `S`.
+        mode: `"soft"` (eq. 13), `"official"`, or `"none"` with a full budget (`S = ΔW`).
+        impl: `"eager"` (torch operations; a hand-written backward pass rebuilds the update), `"numba"` (Numba kernels
+            on the CPU), `"triton"` (Triton kernels on a CUDA device), `"auto"` (see `choose_backend`) or `"reference"`
+            (autograd).
         cache_delta: See `adapted_layer`.
 
     Returns:
         `[…, m]`.
 
     Raises:
-        ValueError: Shapes, budget, kernel or scalars do not fit together.
+        ValueError: If shapes, budget, kernel or scalars do not match.
     """
     scalars = [value if value is None else value[None] for value in (piece_coeff, alpha, beta, temperature)]
     factors, budgets = Factors(A[None], B, *scalars), (budget,)
@@ -196,7 +196,7 @@ def adapted_linear(
 
 
 def sparsify_update(update: Update) -> tuple[list[Tensor], Tensor]:
-    """Merge and sparsify every matrix of an update by plain torch operations, differentiably.
+    """Merge and sparsify every matrix of an update with differentiable torch operations.
 
     Returns:
         `G` tensors `[rows, n]` without `scaling`, and the thresholds `[G]`.
@@ -210,20 +210,20 @@ def sparsify_update(update: Update) -> tuple[list[Tensor], Tensor]:
 
 
 def effective_weight(weight: Tensor | None, updates: Sequence[Update], shape: torch.Size | None = None) -> Tensor:
-    """Return `W0 + Σ scaling·S`, differentiable with respect to everything: the definition, by autograd.
+    """Return `W0 + Σ scaling·S`, differentiable by autograd with respect to all inputs. The reference definition.
 
-    The sum is formed in the wider of the two dtypes and rounded once to the dtype of `weight`.
+    The sum is computed in the wider of the two dtypes and rounded once to the dtype of `weight`.
 
     Args:
-        weight: Frozen weight, `[m, …]`, or `None` for the sum of the updates alone.
+        weight: Frozen weight, `[m, …]`, or `None` for the sum of the updates.
         updates: Updates of this weight.
-        shape: Shape of the result where `weight` is `None`, default `[m, n]`.
+        shape: Shape of the result if `weight` is `None`; defaults to `[m, n]`.
 
     Returns:
-        Shape and dtype of `weight`; without one, `shape` and the dtype that the updates were merged in.
+        Shape and dtype of `weight`; without a weight, `shape` and the dtype of the merged updates.
 
     Raises:
-        ValueError: There is neither a weight nor an update.
+        ValueError: If both `weight` and `updates` are missing.
     """
     return _add_by_autograd(weight, updates, shape)[0]
 
@@ -231,8 +231,8 @@ def effective_weight(weight: Tensor | None, updates: Sequence[Update], shape: to
 def _add_by_autograd(
     weight: Tensor | None, updates: Sequence[Update], shape: torch.Size | None = None
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """`effective_weight`, and the thresholds of each update."""
-    total, found = weight, []
+    """Return `effective_weight` and the thresholds of each update."""
+    total, all_thresholds = weight, []
     for update in updates:
         matrices, thresholds = sparsify_update(update)
         delta = update.spec.scaling * torch.cat(matrices)
@@ -240,10 +240,10 @@ def _add_by_autograd(
             total = delta.reshape(shape) if shape is not None else delta
         else:
             total = total.to(torch.promote_types(total.dtype, delta.dtype)) + delta.reshape(total.shape)
-        found.append(thresholds)
+        all_thresholds.append(thresholds)
     if total is None:
-        raise ValueError("effective_weight needs a weight or at least one update, got neither")
-    return total if weight is None else total.to(weight.dtype), tuple(found)
+        raise ValueError("effective_weight requires a weight or at least one update, got neither")
+    return total if weight is None else total.to(weight.dtype), tuple(all_thresholds)
 
 
 def _reference_layer(
@@ -254,7 +254,7 @@ def _reference_layer(
     op: LayerOp,
     weight_shape: torch.Size,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Same contract as `adapted_layer`; autograd keeps the effective weight and every intermediate of the merge."""
+    """`adapted_layer` by autograd, which saves the effective weight and every intermediate of the merge."""
     base = weight.materialize_wide() if isinstance(weight, LazyWeight) else weight
     with torch.autocast(x.device.type, enabled=False):
         effective, thresholds = _add_by_autograd(base, updates, weight_shape)

@@ -1,4 +1,4 @@
-"""First values of an adapter: random factors, and an update that starts small beside the weight."""
+"""Initialization of an adapter: random factors with an update that is small relative to the weight."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from snella.update import Factors
 
 _FIRST_VALUES = {"alpha": 1.0, "beta": 0.0, "temperature": 1.0}
 _PIECE_COEFF = 0.1
-_START_SAMPLE = 64  # rows or columns that tell the size of the first update: its factors are drawn independently
-_LEAST_START = 0.1  # of the paper's start, so that weights near zero keep an update that can grow
+_START_SAMPLE = 64  # rows or columns used to estimate the size of the initial update
+_LEAST_START = 0.1  # minimum factor on the paper's initialization, so that updates of near-zero weights can still grow
 
 
 @torch.no_grad()
 def init_factors(factors: Factors, rows: Sequence[slice], num_pieces: int, *, is_larger: bool = False) -> None:
-    """Draw the factors of an update, and set its scalars, in place.
+    """Initialize the factors and scalars of an update in place.
 
         A ~ U(±1/√(n·r/P)),  B ~ U(±1/√(rows·r/P)),  piece_coeff = 0.1, −0.1, …,  α = γ = 1,  β = 0
 
     Args:
-        factors: Those of `G` matrices, `A` `[G, n, r]` and `B` `[m, r]`.
-        rows: Rows of `B` that belong to each matrix.
+        factors: Factors of `G` matrices, `A` `[G, n, r]` and `B` `[m, r]`.
+        rows: Row slice of `B` for each matrix.
         num_pieces: `P`.
-        is_larger: Whether factors are drawn from `±1` instead.
+        is_larger: Whether to draw factors from `U(±1)` instead.
     """
     A, B = factors.A, factors.B
     width = max(A.shape[-1] // num_pieces, 1)
@@ -43,18 +43,18 @@ def init_factors(factors: Factors, rows: Sequence[slice], num_pieces: int, *, is
 
 @torch.no_grad()
 def bound_first_update(factors: Factors, rows: Sequence[slice], kernel: Kernel, weight: Tensor, bound: float) -> None:
-    """Shrink factors and `α` of an update that is quadratic in `ΔW`, in place, where it is large beside the weight.
+    """Shrink factors and `α` in place if an update that is quadratic in `ΔW` starts large relative to the weight.
 
         √n · rms(S) / rms(W0) ≤ bound, for each matrix
 
-    The softmax adds up to 1 over the `m` outputs, so that `S` starts near `1/m²`: large where a layer is narrow.
+    The softmax sums to 1 over the `m` outputs, so `S` starts near `1/m²`, which is large in narrow layers.
 
     Args:
-        factors: As `init_factors` has drawn them.
-        rows: Rows of each matrix.
-        kernel: That merges them.
+        factors: Factors initialized by `init_factors`.
+        rows: Row slice of each matrix.
+        kernel: Kernel function that merges the factors.
         weight: `W0`, `[m, …]`.
-        bound: `SnellaLayer.largest_start`; what exceeds it by far still keeps a hundredth of its size.
+        bound: `SnellaLayer.largest_start`. The update keeps at least a hundredth of its size, even above the bound.
     """
     A, B = factors.A, factors.B
     columns, outputs = (_START_SAMPLE, None) if kernel.softmax_dim == 0 else (None, _START_SAMPLE)

@@ -1,7 +1,7 @@
-"""The kernel functions κ that merge two low-rank factors into one high-rank matrix.
+"""Kernel functions κ that merge two low-rank factors into one high-rank matrix.
 
-Plain torch: these classes are the definition that every faster implementation is tested against. Each kernel has its
-formula (`merge`, differentiable by autograd) and its derivative written by hand (`vjp`).
+These classes use plain torch operations and are the reference for all faster implementations. Each kernel has a
+formula (`merge`, differentiable by autograd) and a hand-written derivative (`vjp`).
 
 Shape letters: `m` outputs, `n` inputs, `r` rank, `P` pieces.
 """
@@ -16,10 +16,10 @@ from torch import Tensor
 
 
 class KernelScalars(NamedTuple):
-    """The learnable scalars of one matrix; a kernel reads only those it names in `Kernel.scalars`.
+    """Learnable scalars of one matrix; a kernel reads only the ones in `Kernel.scalars`.
 
     Args:
-        piece_coeff: `α_p`, one weight a piece, `[P]`.
+        piece_coeff: `α_p`, one weight per piece, `[P]`.
         alpha: Weight of the sigmoid, RBF or softmax term, 0-dim.
         beta: Constant added to every entry, 0-dim.
         temperature: `γ` of `softmax(κ_p / γ)`, 0-dim; `None` is 1.
@@ -31,20 +31,20 @@ class KernelScalars(NamedTuple):
     temperature: Tensor | None = None
 
     def require(self, *names: str) -> list[Tensor]:
-        """Return the scalars called `names`.
+        """Return the scalars with these names.
 
         Raises:
-            ValueError: One of them is missing.
+            ValueError: If a scalar is missing.
         """
         values = {name: getattr(self, name) for name in names}
         missing = [name for name, value in values.items() if value is None]
         if missing:
-            raise ValueError(f"this kernel needs the scalars {missing}, got None")
+            raise ValueError(f"this kernel requires the scalars {missing}, got None")
         return list(values.values())
 
 
 class MergeGradients(NamedTuple):
-    """Gradients of a scalar loss with respect to everything that `Kernel.merge` reads; `None` where nothing is read."""
+    """Gradients of a scalar loss with respect to the inputs of `Kernel.merge`; `None` for unused inputs."""
 
     A: Tensor
     B: Tensor
@@ -55,7 +55,7 @@ class MergeGradients(NamedTuple):
 
 
 def _cut_into_pieces(factor: Tensor, num_pieces: int) -> Tensor:
-    """Cut `[rows, r]` into `[P, rows, r / P]`; piece `p` holds the columns `p·r/P … (p+1)·r/P − 1`."""
+    """Split `[rows, r]` into `[P, rows, r / P]`; piece `p` has the columns `p·r/P … (p+1)·r/P − 1`."""
     rows, r = factor.shape
     return factor.reshape(rows, num_pieces, r // num_pieces).transpose(0, 1).contiguous()
 
@@ -67,17 +67,17 @@ def _join_pieces(pieces: Tensor) -> Tensor:
 
 
 def piece_distances(A: Tensor, B: Tensor, num_pieces: int) -> Tensor:
-    """Euclidean distances between the rows of two factors, piece by piece.
+    """Compute Euclidean distances between the rows of two factors, per piece.
 
         d[p, i, j] = ‖B[i, piece p] − A[j, piece p]‖₂
 
-    The differences are taken before they are squared: the expansion `‖a‖² + ‖b‖² − 2⟨a, b⟩` loses every digit where
-    the rows are close, and factors start small and close together. Where a distance is 0 its gradient is 0.
+    Differences are squared directly. The expansion `‖a‖² + ‖b‖² − 2⟨a, b⟩` loses all precision for close rows, and
+    factors start small and close together. The gradient of a zero distance is 0.
 
     Args:
-        A: Factor on the input side, `[n, r]`.
-        B: Factor on the output side, `[m, r]`.
-        num_pieces: `P`, divides `r`.
+        A: Input-side factor, `[n, r]`.
+        B: Output-side factor, `[m, r]`.
+        num_pieces: `P`, must divide `r`.
 
     Returns:
         `[P, m, n]`.
@@ -90,7 +90,7 @@ def piece_distances(A: Tensor, B: Tensor, num_pieces: int) -> Tensor:
 
 
 def _piece_distances_vjp(A: Tensor, B: Tensor, distances: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients to `A` and `B` given `grad` = ∂L/∂d, `[P, m, n]`; pairs at distance 0 contribute nothing."""
+    """Return the gradients of `A` and `B` given `grad` = ∂L/∂d, `[P, m, n]`; zero distances contribute nothing."""
     num_pieces = distances.shape[0]
     A_pieces, B_pieces = _cut_into_pieces(A, num_pieces), _cut_into_pieces(B, num_pieces)
     cdist_backward = torch.ops.aten._cdist_backward
@@ -101,12 +101,12 @@ def _piece_distances_vjp(A: Tensor, B: Tensor, distances: Tensor, grad: Tensor) 
 
 @dataclass(frozen=True)
 class Kernel:
-    """How two factors are merged: `ΔW[i, j] = κ(A[j], B[i])`.
+    """Kernel function that merges two factors: `ΔW[i, j] = κ(A[j], B[i])`.
 
     Args:
-        num_pieces: `P`, pieces that each factor row is cut into; must divide `r`.
-        softmax_dim: Axis over which the softmax of `normalized_rbf` and `mix_k` sums to one: 0, each column over its
-            `m` outputs (eq. 6 as the text describes it), or 1, each row over its `n` inputs.
+        num_pieces: `P`, number of pieces per factor row; must divide `r`.
+        softmax_dim: Axis of the softmax in `normalized_rbf` and `mix_k`: 0 normalizes each column over its `m` outputs
+            (eq. 6 as the text describes it), 1 each row over its `n` inputs.
         center_softmax: Subtract the softmax's mean, so that it sums to zero over `softmax_dim`. Not in the paper.
     """
 
@@ -122,7 +122,7 @@ class Kernel:
         raise NotImplementedError
 
     def vjp(self, A: Tensor, B: Tensor, scalars: KernelScalars, grad: Tensor) -> MergeGradients:
-        """Return the gradients to everything `merge` reads, given `grad` = ∂L/∂ΔW, `[m, n]`."""
+        """Return the gradients of the inputs of `merge`, given `grad` = ∂L/∂ΔW, `[m, n]`."""
         raise NotImplementedError
 
 
@@ -139,7 +139,10 @@ class Linear(Kernel):
 
 
 class Sigmoid(Kernel):
-    """Squashed inner product: `ΔW[i, j] = α·σ(⟨A[j], B[i]⟩) + β`. The paper's Table XIV is lost; this form is ours."""
+    """Squashed inner product: `ΔW[i, j] = α·σ(⟨A[j], B[i]⟩) + β`.
+
+    The formula is not from the paper, whose Table XIV is unavailable.
+    """
 
     name = "sigmoid"
     scalars: ClassVar[tuple[str, ...]] = ("alpha", "beta")
@@ -156,7 +159,10 @@ class Sigmoid(Kernel):
 
 
 class RBF(Kernel):
-    """Gaussian: `ΔW[i, j] = α·exp(−‖A[j] − B[i]‖²) + β`. The paper's Table XIV is lost; this form is ours."""
+    """Gaussian: `ΔW[i, j] = α·exp(−‖A[j] − B[i]‖²) + β`.
+
+    The formula is not from the paper, whose Table XIV is unavailable.
+    """
 
     name = "rbf"
     scalars: ClassVar[tuple[str, ...]] = ("alpha", "beta")
@@ -189,13 +195,13 @@ class PLinear(Kernel):
 
     @staticmethod
     def _combine(distances: Tensor, scalars: KernelScalars) -> Tensor:
-        """Weight the distances `[P, m, n]` by `α_p` and add them."""
+        """Sum the distances `[P, m, n]`, weighted by `α_p`."""
         (coeff,) = scalars.require("piece_coeff")
         return torch.einsum("p,pmn->mn", coeff, distances)
 
     @staticmethod
     def _combine_vjp(A: Tensor, B: Tensor, distances: Tensor, scalars: KernelScalars, grad: Tensor) -> MergeGradients:
-        """Gradients to the factors and to `α_p`, given `grad` = ∂L/∂κ_p, `[m, n]`."""
+        """Return the gradients of the factors and of `α_p`, given `grad` = ∂L/∂κ_p, `[m, n]`."""
         (coeff,) = scalars.require("piece_coeff")
         grad_coeff = torch.stack([torch.sum(grad * distance) for distance in distances])
         grad_A, grad_B = _piece_distances_vjp(A, B, distances, coeff[:, None, None] * grad)
@@ -234,14 +240,14 @@ class NormalizedRBF(PLinear):
         return inner._replace(alpha=grad_alpha, beta=grad.sum(), temperature=grad_temperature)
 
     def _softmax(self, value: Tensor, scalars: KernelScalars) -> Tensor:
-        """`softmax(κ_p / γ)`, shifted to mean zero if so configured, `[m, n]`."""
+        """Return `softmax(κ_p / γ)`, `[m, n]`, with mean zero if `center_softmax` is set."""
         logits = value if scalars.temperature is None else value / scalars.temperature
         probs = torch.softmax(logits, self.softmax_dim)
         return probs - 1 / probs.shape[self.softmax_dim] if self.center_softmax else probs
 
 
 class MixK(NormalizedRBF):
-    """Piecewise linear plus its softmax (eq. 6), the default: `ΔW = κ_p + α·softmax_i(κ_p / γ) + β`."""
+    """Default kernel, piecewise linear plus its softmax (eq. 6): `ΔW = κ_p + α·softmax_i(κ_p / γ) + β`."""
 
     name = "mix_k"
     keeps_linear_term = True
@@ -253,7 +259,7 @@ KERNELS: dict[str, type[Kernel]] = {
 
 
 def make_kernel(name: str, *, num_pieces: int = 2, softmax_dim: int = 0, center_softmax: bool = False) -> Kernel:
-    """Return the kernel called `name`.
+    """Create the kernel with this name.
 
     Args:
         name: One of `KERNELS`.
@@ -262,7 +268,7 @@ def make_kernel(name: str, *, num_pieces: int = 2, softmax_dim: int = 0, center_
         center_softmax: See `Kernel`.
 
     Raises:
-        ValueError: `name` is not a kernel, `num_pieces` is not positive, or `softmax_dim` is neither 0 nor 1.
+        ValueError: If `name` is unknown, `num_pieces` is not positive, or `softmax_dim` is neither 0 nor 1.
     """
     if name not in KERNELS:
         raise ValueError(f"kernel must be one of {sorted(KERNELS)}, got {name!r}")
@@ -291,22 +297,22 @@ def merge_factors(
         ΔW[i, j] = κ(A[j], B[i])                                        (section 3.2 and A.3 of arXiv 2510.24037)
 
     Args:
-        A: Factor on the input side, `[n, r]`.
-        B: Factor on the output side, `[m, r]`.
+        A: Input-side factor, `[n, r]`.
+        B: Output-side factor, `[m, r]`.
         kernel: One of `KERNELS`.
         piece_coeff: `α_p`, `[P]`; required by `p_linear`, `normalized_rbf` and `mix_k`.
-        alpha: 0-dim; required by all but `linear` and `p_linear`.
-        beta: 0-dim; required where `alpha` is.
+        alpha: 0-dim; required by all kernels except `linear` and `p_linear`.
+        beta: 0-dim; required together with `alpha`.
         temperature: `γ`, 0-dim, optional.
         num_pieces: `P`, must divide `r`.
         softmax_dim: 0 or 1, see `Kernel`.
         center_softmax: See `Kernel`.
 
     Returns:
-        `[m, n]`, dtype of `A`; half-precision factors are merged in float32 and returned so.
+        `[m, n]`, dtype of `A`; float32 for half-precision factors.
 
     Raises:
-        ValueError: Shapes do not fit, `P` does not divide `r`, or the kernel's scalars are missing.
+        ValueError: If the shapes do not match, `P` does not divide `r`, or a scalar of the kernel is missing.
     """
     spec = make_kernel(kernel, num_pieces=num_pieces, softmax_dim=softmax_dim, center_softmax=center_softmax)
     scalars = KernelScalars(piece_coeff, alpha, beta, temperature)
@@ -318,13 +324,13 @@ def merge_factors(
 
 
 def check_factors(A: Tensor, B: Tensor, kernel: Kernel, scalars: KernelScalars) -> None:
-    """Raise `ValueError` unless the factors fit together and every scalar that `kernel` needs is there."""
+    """Raise `ValueError` if the factors do not match, or a scalar of `kernel` is missing or has a wrong shape."""
     if A.ndim != 2 or B.ndim != 2 or A.shape[1] != B.shape[1]:
-        raise ValueError(f"A and B must be [n, r] and [m, r] with one r, got {list(A.shape)} and {list(B.shape)}")
+        raise ValueError(f"A and B must be [n, r] and [m, r] with equal r, got {list(A.shape)} and {list(B.shape)}")
     if "piece_coeff" in kernel.scalars and A.shape[1] % kernel.num_pieces:
         raise ValueError(
             f"num_pieces must divide r, got num_pieces={kernel.num_pieces} and r={A.shape[1]}; "
-            f"r={A.shape[1] - A.shape[1] % kernel.num_pieces or kernel.num_pieces} would fit"
+            f"use r={A.shape[1] - A.shape[1] % kernel.num_pieces or kernel.num_pieces}"
         )
     scalars.require(*(name for name in kernel.scalars if name != "temperature"))
     coeff = scalars.piece_coeff

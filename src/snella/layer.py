@@ -1,4 +1,4 @@
-"""`SnellaLayer`, `Linear` and `Conv2d`: a layer whose weight carries sparse updates."""
+"""`SnellaLayer`, `Linear` and `Conv2d`: layers with sparse weight updates."""
 
 from __future__ import annotations
 
@@ -37,29 +37,29 @@ LINEAR = LinearOp()
 
 
 class SnellaLayer(nn.Module, BaseTunerLayer):
-    """One adapted weight and its layer op, for any number of adapters.
+    """An adapted layer with any number of adapters.
 
         y = op(x, W0 + Σ scaling·S) + bias
 
-    Base layer and updates are folded into one op; an update with dropout on its input or drop-path on its output is a
-    branch of its own in training. A weight `[m, …]` is seen as `G` matrices one above the other (3 in a fused qkv
-    layer). Every adapter has `snella_A` `[G, n, r]`, `snella_B` `[m, r]`, the kernel's scalars `[G]` or `[G, P]`, and
-    `snella_budget` `[G]`, which is saved with the adapter so that a reloaded one keeps exactly the same weights.
+    Base weight and updates are folded into one op. In training, an update with dropout on its input or drop-path on its
+    output is a separate branch. A weight `[m, …]` consists of `G` stacked matrices (3 in a fused qkv layer). Every
+    adapter has `snella_A` `[G, n, r]`, `snella_B` `[m, r]`, the kernel's scalars `[G]` or `[G, P]`, and `snella_budget`
+    `[G]`, which is saved with the adapter so that a reloaded adapter keeps exactly the same weights.
 
-    Averages of models may average their buffers too (`AveragedModel(use_buffers=True)`, timm's `ModelEmaV2`). A mean of
-    budgets does not fit its `snella_seal` `[G]`, and the budgets that were last set replace it.
+    Model averaging may average buffers (`AveragedModel(use_buffers=True)`, timm's `ModelEmaV2`). An averaged budget
+    does not match its `snella_seal` `[G]`; the layer then restores the last set budgets.
     """
 
     adapter_layer_names = tuple(f"snella_{name}" for name in Factors._fields)
     largest_start = 0.15
-    """Bound of `√n · rms(S) / rms(W0)` for the first update `S`: more than the layers of a ViT or Swin start with."""
+    """Bound of `√n · rms(S) / rms(W0)` for the initial update `S`; ViT and Swin layers start below it."""
 
     is_applied = False
-    """Whether a forward pass, or a model that read the weight, has used an update since the layer was adapted."""
+    """Whether a forward pass or a read of the weight has used an update since the layer was adapted."""
 
     other_param_names = ("snella_budget", "snella_seal", "snella_support", "snella_config", "scaling", "row_counts")
     saved_names = (*adapter_layer_names, "snella_budget", "snella_support")
-    """Parameters and buffers of an adapter, as its file has them."""
+    """Parameters and buffers that an adapter file contains."""
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
             return self._without_updates(x, *args, **kwargs)
         refuse_tracing(self.module_name)
         base = self._modules.get("base_layer")
-        # `has_hooks` written out: a call less in every pass
+        # `has_hooks` inlined to save a call per forward pass
         if base is not None and (
             "forward" in base.__dict__ or base._forward_hooks or base._forward_pre_hooks or base._backward_hooks
         ):
@@ -119,27 +119,27 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         return self._with_updates(x, self._weight(), names)
 
     def _inside_hooks(self, base: nn.Module, names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """`_with_updates` inside the hooks of the base layer, which may bring its weight for this call alone."""
+        """Run `_with_updates` inside the base layer's hooks, which may load the weight only for this call."""
         used: list[Any] = []
 
         def forward(x: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
             weight: Any = base.weight
             used[:] = [weight, weight.dtype, weight.device]
-            own = self._weight()
-            if isinstance(own, Tensor) and not own.requires_grad:
-                own = own.detach()  # for the backward pass: a hook may give the parameter other data afterwards
+            op_weight = self._weight()
+            if isinstance(op_weight, Tensor) and not op_weight.requires_grad:
+                op_weight = op_weight.detach()  # a hook may replace the parameter's data before the backward pass
             with onloaded(self, with_base=False):
-                return self._with_updates(x, own, names)
+                return self._with_updates(x, op_weight, names)
 
         y: Tensor = call_inside_hooks(base, forward, x, *args, **kwargs)
         weight: Any = base.weight
         if weight is not used[0] or [weight.dtype, weight.device] != used[1:]:
-            self._cache.clear()  # or the effective weight would stay where the base weight must not
+            self._cache.clear()  # an offloaded base weight must not leave its effective weight behind
         return y
 
     def _with_updates(self, x: Tensor, weight: Tensor | LazyWeight, names: list[str]) -> Tensor:
-        """The layer op with the updates of these adapters."""
-        self.__dict__["is_applied"] = True  # not by setattr, which is a call in every pass
+        """Apply the layer op with the updates of these adapters."""
+        self.__dict__["is_applied"] = True  # avoids the cost of nn.Module.__setattr__
         dtype = x.dtype
         op_dtype = weight.dtype if isinstance(weight, Tensor) else self._op_dtype(x)
         if isinstance(weight, Tensor) and (op_dtype.itemsize == 1 or (weight.is_meta and not x.is_meta)):
@@ -152,24 +152,25 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         return y if torch.is_autocast_enabled(x.device.type) else y.to(dtype)
 
     def _unusable_weight(self, dtype: torch.dtype) -> NotImplementedError:
-        """The error that says that the base weight is not there, or of a dtype that cannot be added to."""
+        """Error for a missing or 8-bit base weight."""
         if dtype.itemsize == 1:
             return NotImplementedError(
-                f"the weight of {self.module_name!r} is {dtype}, to which no update can be added; merge before "
-                "enable_layerwise_casting, which widens weights in forward passes alone, or load the model in bfloat16"
+                f"the weight of {self.module_name!r} must not be {dtype}, to which no update can be added; merge "
+                "before enable_layerwise_casting, which upcasts weights only in forward passes, or load the model in "
+                "bfloat16"
             )
         return NotImplementedError(
-            f"the weight of {self.module_name!r} is on the meta device when it is used; load it, or offload it by "
-            "accelerate.cpu_offload or a device_map, whose hooks bring it when the layer is called"
+            f"the weight of {self.module_name!r} is on the meta device; load it, or offload it with "
+            "accelerate.cpu_offload or a device_map, whose hooks load it when the layer is called"
         )
 
     def _check_weight(self, weight: Tensor | LazyWeight) -> None:
-        """Refuse a base weight to which no update can be added."""
+        """Reject a base weight to which no update can be added."""
         if isinstance(weight, Tensor) and (weight.dtype.itemsize == 1 or weight.is_meta):
             raise self._unusable_weight(weight.dtype)
 
     def _names_in_use(self) -> list[str]:
-        """The active adapters, none where they are disabled or merged; a layer that is both is unmerged."""
+        """Return the active adapters, or none if disabled or merged. A disabled merged layer is unmerged first."""
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.disable_adapters or self.merged:
@@ -177,7 +178,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         return [name for name in self.active_adapters if name in self.snella_A]
 
     def _without_updates(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer as it is."""
+        """Apply the base layer without updates."""
         if self.quantization is None or self.quantization.is_safe_to_apply(self.get_base_layer()):
             return self.base_layer(x, *args, **kwargs)
         wide = self._input_of_op(x, self._op_dtype(x))
@@ -185,10 +186,10 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
 
     def _apply_cached(self, x: Tensor, weight: Tensor | LazyWeight, names: list[str]) -> Tensor:
-        """The layer op with the effective weight, which evaluation caches unless the base is quantized.
+        """Apply the layer op with the effective weight, which is cached in evaluation unless the base is quantized.
 
-        Whoever quantizes a model has no room for its matrices in evaluation either. They are then recomputed in each
-        pass and released; with `cache_delta` they are cached.
+        With a quantized base, memory is scarce: the effective weight is recomputed in each pass and released, or cached
+        with `cache_delta`.
         """
         is_autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if is_autocast else x.dtype
@@ -196,12 +197,12 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
             effective: Tensor | LazyWeight = self._cached_weight(names, dtype)
         else:
             self._cache.release_effective_weight()
-            made_of = (*weight.tensors, *self._adapter_tensors(names))
-            effective = LazyWeight(weight.shape, made_of, lambda: self._effective(weight, names, dtype=dtype))
+            sources = (*weight.tensors, *self._adapter_tensors(names))
+            effective = LazyWeight(weight.shape, sources, lambda: self._effective(weight, names, dtype=dtype))
         return adapted_layer(x, effective, self._base_bias(), [], self._op())[0]
 
     def _apply_learning(self, x: Tensor, weight: Tensor | LazyWeight, names: list[str], bias: Tensor | None) -> Tensor:
-        """Base layer and updates in one op, differentiable; in training, regularized updates are branches."""
+        """Apply base layer and updates in one differentiable op; regularized updates are branches in training."""
         self._cache.release_effective_weight()
         branches = [name for name in names if self.training and self._is_regularized(name)]
         folded = [name for name in names if name not in branches] if branches else names
@@ -218,7 +219,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
     def _apply_updates(
         self, x: Tensor, weight: Tensor | LazyWeight | None, bias: Tensor | None, names: list[str], op: LayerOp
     ) -> Tensor:
-        """The op with these adapters' updates, whose thresholds are cached while nothing changes."""
+        """Apply the op with these adapters' updates, and cache their thresholds."""
         updates, states = self._updates(names)
         y, thresholds = adapted_layer(
             x,
@@ -230,12 +231,12 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
             cache_delta=any([self.snella_config[name].cache_delta for name in names]),
             recompute=states[0].recompute if states else None,
         )
-        for state, found in zip(states, thresholds, strict=True):
-            state.thresholds = found
+        for state, update_thresholds in zip(states, thresholds, strict=True):
+            state.thresholds = update_thresholds
         return y
 
     def _apply_entries(self, x: Tensor, weight: Tensor | LazyWeight, bias: Tensor | None, names: list[str]) -> Tensor:
-        """Base layer and the update of one adapter with a fixed support."""
+        """Apply the base layer with the update of one fixed-support adapter."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         elif isinstance(weight, Tensor):
@@ -244,21 +245,21 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         return layer_with_entries(x, weight, bias if bias is None else bias.to(x.dtype), values, indices, self._op())
 
     def _entries(self, names: list[str]) -> tuple[Tensor, Tensor]:
-        """Values and positions of the one adapter with a fixed support.
+        """Return values and positions of the only adapter, which has a fixed support.
 
         Raises:
-            NotImplementedError: Other adapters are active besides it.
+            NotImplementedError: If other adapters are also active.
         """
         if len(names) > 1:
             raise NotImplementedError(
-                f"adapters {names} cannot be trained together, as the support of "
-                f"{[name for name in names if name in self.snella_support]} is fixed; activate one"
+                f"adapters {names} cannot be trained together, because "
+                f"{[name for name in names if name in self.snella_support]} have a fixed support; activate only one"
             )
         indices = self._cache.positions(names[0], self.snella_support[names[0]])
         return merged_entries(self._spec(names[0]), self._factors(names[0]), indices), indices
 
     def _drop_path(self, y: Tensor, name: str) -> Tensor:
-        """Leave the update out for whole samples, and scale the others up."""
+        """Drop the update for random samples and rescale the others."""
         rate = self.snella_config[name].update_drop_path or 0.0
         if rate == 0:
             return y
@@ -266,12 +267,12 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         return y * keep.to(y.dtype) / (1 - rate)
 
     def _is_regularized(self, name: str) -> bool:
-        """Whether dropout or drop-path acts on this adapter's update, so that it cannot be folded."""
+        """Return whether dropout or drop-path acts on this adapter's update, which then cannot be folded."""
         config = self.snella_config[name]
         return bool(config.update_drop_path or (config.update_dropout and self._update_dropout(name)))
 
     def _update_dropout(self, name: str) -> float:
-        """Dropout on the update's input in this very layer."""
+        """Return the dropout probability on the update's input in this layer."""
         config = self.snella_config[name]
         excluded = any(
             self.module_name == s or self.module_name.endswith(f".{s}") for s in config.dropout_exclude or []
@@ -279,14 +280,14 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         return 0.0 if excluded else config.update_dropout or 0.0
 
     def _needs_gradients(self, names: list[str]) -> bool:
-        """Whether autograd will ask for gradients of anything that the effective weight is made of."""
+        """Return whether the effective weight depends on a tensor that requires gradients."""
         if not torch.is_grad_enabled():
             return False
         tensors = [self.get_base_layer().weight, *self._adapter_tensors(names)]
         return any([tensor.requires_grad for tensor in tensors])
 
     def _forward_in_graph(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """`forward` for `torch.compile`: nothing is cached between calls, since a graph cannot see what changed."""
+        """`forward` for `torch.compile`: no caching between calls, because a graph cannot detect changes."""
         names = [name for name in self.active_adapters if name in self.snella_A]
         if self.quantization is None and (self.disable_adapters or self.merged or not names):
             return self.base_layer(x, *args, **kwargs)
@@ -302,7 +303,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         bias = bias if bias is None else bias.to(x.dtype)
         branches = [name for name in names if self.training and self._is_regularized(name)]
         folded = [name for name in names if name not in branches]
-        # the first folded update goes into the base weight, and the others come on top
+        # the first update is folded into the base weight; the others are added to the output
         first, others = folded[:1], folded[1:]
         y = self._update_in_graph(x, first[0], op, weight, bias) if first else op(x, weight.to(x.dtype), bias)
         for name in others:
@@ -313,13 +314,13 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         return y if is_autocast else y.to(dtype)
 
     def _note_applied_in_graph(self) -> None:
-        """Set `is_applied`; an exported program has no such attribute to set."""
+        """Set `is_applied`, except in an exported program, which lacks the attribute."""
         if not torch.compiler.is_exporting():
             self.is_applied = True
 
     @torch.compiler.disable
     def _forward_outside_graphs(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """`forward`, of which a graph sees nothing."""
+        """Run `forward` outside compiled graphs."""
         return self.forward(x, *args, **kwargs)
 
     def _update_in_graph(
@@ -331,76 +332,76 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         bias: Tensor | None = None,
         shape: torch.Size | None = None,
     ) -> Tensor:
-        """The layer op with one update, and the base weight or without it."""
+        """Apply the layer op with one update, with or without the base weight."""
         spec, factors, budgets = self._spec(name), self._factors(name), self.snella_budget[name]
         shape = self._oriented_weight().shape if shape is None else shape
         return adapted_layer_in_graph(x, weight, bias, spec, factors, budgets, op, shape)
 
-    # the base layer ------------------------------------------------------------------------------------------------
+    # base layer ----------------------------------------------------------------------------------------------------
 
     def _op(self) -> LayerOp:
-        """The op of the base layer."""
+        """Return the op of the base layer."""
         raise NotImplementedError
 
     def _input_of_op(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """The input as the op takes it; under autocast that casts it itself, once, and knows how it was computed."""
+        """Prepare the input for the op. Under autocast the op casts it, because a cast here would hide its origin."""
         is_autocast = torch.is_autocast_enabled(x.device.type)
         return self._prepare_input(x if is_autocast else self._cast_input_dtype(x, dtype))
 
     def _prepare_input(self, x: Tensor) -> Tensor:
-        """What the base layer does to its input before the op."""
+        """Apply the base layer's own input transformation, such as padding."""
         return x
 
     def _op_dtype(self, x: Tensor) -> torch.dtype:
-        """The dtype that a layer with a quantized weight computes in, autocast aside."""
+        """Return the compute dtype of a layer with a quantized weight, ignoring autocast."""
         return cast(Quantization, self.quantization).product_dtype(self.get_base_layer(), x.dtype)
 
     def _base_bias(self) -> Tensor | None:
-        """The bias of the base layer."""
+        """Return the bias of the base layer."""
         base: Any = self.get_base_layer()
         bias: Tensor | None = base.bias
         return bias
 
     def _weight(self) -> Tensor | LazyWeight:
-        """The base weight `[m, …]` as the op takes it: a view, or where it comes from if it is quantized."""
+        """Return the base weight `[m, …]` for the op: a view, or a `LazyWeight` if it is quantized."""
         if self.quantization is None:
             return self._oriented_weight()
         return self.quantization.source(self.get_base_layer())
 
     def _oriented_weight(self) -> Tensor:
-        """The base weight, not quantized, with its outputs first, `[m, …]`; a view that shares memory with it."""
+        """Return a view of the unquantized base weight with outputs first, `[m, …]`."""
         base: Any = self.get_base_layer()
         weight: Tensor = base.weight
         return weight
 
     def _base_layout(self, oriented: Tensor) -> Tensor:
-        """Turn a matrix `[m, …]` into the layout of the base layer's own weight."""
+        """Convert a matrix `[m, …]` to the layout of the base layer's weight."""
         return oriented
 
     def _set_base_weight(self, oriented: Tensor) -> None:
-        """Write into the base weight, in place, so that ties and views stay."""
+        """Write into the base weight in place, which preserves ties and views."""
         self._oriented_weight().data.copy_(oriented)
 
     def _matrix_shape(self) -> tuple[int, int]:
-        """`(m, n)` of the weight seen as a matrix."""
+        """Return `(m, n)` of the weight as a matrix."""
         shape = self._weight().shape
         return shape[0], shape[1:].numel()
 
     # adapters ------------------------------------------------------------------------------------------------------
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, torch.dtype | None]:
-        """Where the factors go, and in which dtype; one of eight bits is a base weight's alone."""
+        """Return the factors' device and dtype; with an 8-bit base weight, the factors are float32."""
         device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
         return device, torch.float32 if dtype is not None and dtype.itemsize == 1 else dtype
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Move an adapter to the base weight, its buffers only where that is not offloaded."""
+        """Move an adapter to the base weight's device; buffers stay in place if the base weight is offloaded."""
         with self.buffers_off_meta():
             super()._move_adapter_to_device_of_base_layer(adapter_name, device)
 
     @contextmanager
     def buffers_off_meta(self) -> Iterator[None]:
-        """Keep budgets, seals and supports in place if a move sends them to the meta device, as accelerate's does."""
+        """Keep budgets, seals and supports in place if a move, e.g. by accelerate, sends them to the meta device."""
         before = [(d, name, d[name]) for d in (self.snella_budget, self.snella_seal, self.snella_support) for name in d]
         yield
         for values, name, buffer in before:
@@ -408,14 +409,14 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
                 values[name] = buffer
 
     def train(self, mode: bool = True) -> Self:
-        """Switch between training and evaluation; the weight cached for evaluation is released."""
+        """Switch between training and evaluation, and release the effective weight cached for evaluation."""
         if mode != self.training:
             self._cache.clear()
-            self._restore_budgets()  # a compiled graph reads the buffers itself
+            self._restore_budgets()  # a compiled graph reads the buffers directly
         return super().train(mode)
 
     def clear_cache(self) -> None:
-        """Let go of what is kept while nothing changes, such as the effective weight of evaluation."""
+        """Free cached tensors, such as the effective weight in evaluation."""
         self._cache.clear()
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -425,7 +426,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         self._cache.clear()
 
     def drop_adapter(self, adapter_name: str) -> None:
-        """Drop what `update_layer` gave; which adapters are active stays as it is."""
+        """Undo `update_layer`; the active adapters do not change."""
         for attribute in (*self.adapter_layer_names, *self.other_param_names):
             if adapter_name in (values := getattr(self, attribute)):
                 del values[adapter_name]
@@ -433,12 +434,12 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         self._cache.clear()
 
     def update_layer(self, adapter_name: str, config: SnellaConfig, row_counts: tuple[int, ...]) -> None:
-        """Give the layer one more adapter, or replace it.
+        """Add or replace an adapter.
 
         Args:
-            adapter_name: Its name.
-            config: Its settings.
-            row_counts: Rows of each matrix of the weight; they sum to `m`.
+            adapter_name: Name of the adapter.
+            config: Configuration of the adapter.
+            row_counts: Rows of each matrix of the weight; must sum to `m`.
         """
         m, n = self._matrix_shape()
         groups = len(row_counts)
@@ -468,15 +469,15 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         with onloaded(self, with_base=True):
             self._init_parameters(adapter_name)
             self._move_adapter_to_device_of_base_layer(adapter_name)
-        wanted = [parse_weight_gradient(config.weight_gradient) for config in self.snella_config.values()]
-        self.linear_op = LinearOp(max(share for share, _ in wanted), all(is_rounded for _, is_rounded in wanted))
+        modes = [parse_weight_gradient(config.weight_gradient) for config in self.snella_config.values()]
+        self.linear_op = LinearOp(max(share for share, _ in modes), all(is_rounded for _, is_rounded in modes))
         self._specs.pop(adapter_name, None)
         self._choose_backends()
         self._cache.clear()
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _init_parameters(self, adapter_name: str) -> None:
-        """Draw an adapter's first values, with an update at most as large as `largest_start` says."""
+        """Initialize an adapter; `largest_start` bounds its initial update."""
         factors, rows, config = (
             self._factors(adapter_name),
             self.matrix_rows(adapter_name),
@@ -493,24 +494,24 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
                 bound_first_update(factors, rows, config.make_kernel(), weight, self.largest_start)
 
     def weight_name(self, name: str) -> str:
-        """Name of the adapted parameter in the model without adapters, where this layer is called `name`."""
+        """Return the adapted parameter's name in the model without adapters, given this layer's name."""
         return f"{name}.weight"
 
     def matrix_rows(self, adapter_name: str) -> list[slice]:
-        """Rows of the weight that each matrix occupies."""
+        """Return the weight's row slice of each matrix."""
         ends = accumulate(self.row_counts[adapter_name], initial=0)
         return [slice(start, stop) for start, stop in pairwise(ends)]
 
     def set_budget(self, adapter_name: str, budgets: Iterable[int]) -> None:
-        """Let each matrix keep that many entries, from the next forward pass on.
+        """Set the budget of each matrix, starting with the next forward pass.
 
         Raises:
-            ValueError: The adapter's support is fixed, and with it how many entries it has.
+            ValueError: If the adapter has a fixed support.
         """
         if adapter_name in self.snella_support:
             raise ValueError(
                 f"adapter {adapter_name!r} has a fixed support of {list(self.budgets(adapter_name))} entries in "
-                f"{self.module_name!r}, which no budget can change; train it without a BudgetAllocator"
+                f"{self.module_name!r}, so its budget cannot change; train it without a BudgetAllocator"
             )
         buffer, integers = self.snella_budget[adapter_name], tuple(map(int, budgets))
         buffer.copy_(torch.tensor(integers, dtype=buffer.dtype))
@@ -518,18 +519,18 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         self.seal_budgets(adapter_name, integers)
 
     def set_support(self, adapter_name: str, indices: Tensor) -> None:
-        """Say which entries an adapter with `fixed_support` may change.
+        """Set the entries that an adapter with `fixed_support` updates.
 
         Args:
             adapter_name: The adapter.
-            indices: Positions in the weight `[m, …]` as it is seen here, outputs first, flattened; integer.
+            indices: Positions in the flattened weight `[m, …]`, outputs first, integer.
 
         Raises:
-            ValueError: The adapter's entries compete, or positions are out of range or repeated.
+            ValueError: If the adapter has no fixed support, or positions are out of range or repeated.
         """
         if adapter_name not in self.snella_support:
             raise ValueError(
-                f"adapter {adapter_name!r} lets its entries compete; make it with SnellaConfig(fixed_support=True)"
+                f"adapter {adapter_name!r} must have a fixed support; create it with SnellaConfig(fixed_support=True)"
             )
         packed = self.snella_support[adapter_name]
         packed.copy_(pack_positions(indices.to(packed.device), self.out_features * self.in_features))
@@ -540,14 +541,14 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         self._cache.clear()
 
     def budgets(self, adapter_name: str) -> tuple[int, ...]:
-        """Entries that each matrix may keep."""
+        """Return the budget of each matrix."""
         return self._cache.budgets(adapter_name, self.snella_budget[adapter_name], self._read_budgets)
 
     def _read_budgets(self, adapter_name: str) -> tuple[int, ...]:
-        """The budgets in the buffer, after the live ones have replaced averages."""
+        """Return the budgets in the buffer; replace averaged ones with the live budgets first."""
         buffer, seals = self.snella_budget[adapter_name], self.snella_seal[adapter_name]
-        budgets, found = torch.stack((buffer, seals.to(buffer.device))).tolist()  # one transfer
-        is_sealed = found == [seal_of(budget) for budget in budgets]
+        budgets, stored_seals = torch.stack((buffer, seals.to(buffer.device))).tolist()  # one transfer
+        is_sealed = stored_seals == [seal_of(budget) for budget in budgets]
         if is_sealed and not self._cache.is_written_without_seal(adapter_name, buffer, seals):
             self._cache.note_seal(adapter_name, buffer, seals)
             return tuple(budgets)
@@ -556,7 +557,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         return self._live_budgets[adapter_name]
 
     def _restore_budgets(self) -> None:
-        """Replace averages of budgets in the buffers, for those who read these themselves."""
+        """Replace averaged budgets in the buffers, for code that reads the buffers directly."""
         for name, buffer in self.snella_budget.items():
             if not buffer.is_meta and not self.snella_seal[name].is_meta:
                 self._read_budgets(name)
@@ -566,7 +567,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
 
         Args:
             adapter_name: The adapter.
-            budgets: The values, which are read from the device if not given.
+            budgets: The values; read from the device by default.
         """
         buffer = self.snella_budget[adapter_name]
         if buffer.is_meta:
@@ -580,25 +581,25 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         self._cache.note_budgets(adapter_name, buffer, budgets)
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Save budgets, not averages of them."""
+        """Save the live budgets instead of averaged ones."""
         self._restore_budgets()
         super()._save_to_state_dict(*args, **kwargs)
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Set the factor before the update to `scale` times the configured one; other adapters stay as they are."""
+        """Set an adapter's scaling to `scale` times the configured one; other adapters do not change."""
         if adapter in self.scaling:
             self.scaling[adapter] = scale * self.snella_config[adapter].scaling
             self._choose_backends()
 
     def scale_layer(self, scale: float) -> None:
-        """Multiply the factor before the update of every active adapter by `scale`."""
+        """Multiply the scaling of every active adapter by `scale`."""
         for adapter in self.active_adapters:
             if adapter in self.scaling:
                 self.scaling[adapter] *= scale
         self._choose_backends()
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the factors by `scale`, or return to the configured ones."""
+        """Divide the scaling of every active adapter by `scale`, or reset it to the configured one."""
         for adapter in self.active_adapters:
             if adapter in self.scaling:
                 configured = self.snella_config[adapter].scaling
@@ -614,41 +615,41 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         return self
 
     def _choose_backends(self) -> None:
-        """Make the specs, where scaling, device or dtype of the factors is another than before."""
+        """Update the specs after a change of scaling, device or dtype."""
         for name in self.snella_A:
             if not self.snella_A[name].is_meta:
                 self._spec(name)
 
     def _spec(self, adapter_name: str) -> UpdateSpec:
-        """How the update of one adapter is computed; made at injection, and again for another device or dtype."""
-        A, known = self.snella_A[adapter_name], self._specs.get(adapter_name)
-        if known is None or known[1] != A.device or known[2] != A.dtype:
+        """Return an adapter's update spec; created at injection and recreated for another device or dtype."""
+        A, entry = self.snella_A[adapter_name], self._specs.get(adapter_name)
+        if entry is None or entry[1] != A.device or entry[2] != A.dtype:
             config = self.snella_config[adapter_name]
             spec = UpdateSpec(
                 config.make_kernel(), self.row_counts[adapter_name], cast(SparsifyMode, config.sparsify_mode)
             )
             backend, reason = choose_backend(config.impl, spec, A)
             log_backend(backend, reason, str(A.device))
-            known = self._specs[adapter_name] = (replace(spec, backend=backend), A.device, A.dtype)
-        spec = known[0]
+            entry = self._specs[adapter_name] = (replace(spec, backend=backend), A.device, A.dtype)
+        spec = entry[0]
         if spec.scaling != self.scaling[adapter_name]:
             spec = replace(spec, scaling=self.scaling[adapter_name])
-            self._specs[adapter_name] = (spec, *known[1:])
+            self._specs[adapter_name] = (spec, *entry[1:])
         return spec
 
     def _factors(self, adapter_name: str) -> Factors:
-        """Factors and scalars of one adapter."""
+        """Return the factors and scalars of one adapter."""
         modules = self._modules
         tensors: list[Any] = [getattr(modules[name], adapter_name, None) for name in self.adapter_layer_names]
         return Factors(*tensors)
 
     def _adapter_tensors(self, names: list[str]) -> list[Tensor]:
-        """Every tensor that the updates of these adapters depend on."""
+        """Return all tensors that the updates of these adapters depend on."""
         attributes = [getattr(self, name) for name in self.saved_names]
         return [tensors[name] for name in names for tensors in attributes if name in tensors]
 
     def _updates(self, names: list[str]) -> tuple[list[Update], list[AdapterState]]:
-        """The adapters' updates, with thresholds where they are known, and the states in which to store them."""
+        """Return the adapters' updates with cached thresholds, and the states that store the thresholds."""
         if len(names) > 1:
             self._check_one_impl(names)
         if not self.training:
@@ -656,39 +657,39 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         updates, states = [], []
         for name in names:
             spec, factors, budgets = self._spec(name), self._factors(name), self.budgets(name)
-            # Lightning sets `training` without `train()`, after it has exchanged the factors through `.data`
+            # Lightning sets `training` without `train()`, after swapping the factors through `.data`
             state = self._cache.adapter(name, factors, budgets, (spec.mode, self.training))
             updates.append(Update(spec, factors, budgets, state.thresholds))
             states.append(state)
         return updates, states
 
     def get_update(self, adapter_name: str) -> Update:
-        """One adapter's update as `snella` takes it."""
+        """Return one adapter's update."""
         (update,), _ = self._updates([adapter_name])
         return update
 
-    # the effective weight ------------------------------------------------------------------------------------------
+    # effective weight ----------------------------------------------------------------------------------------------
 
     def backend(self, adapter_name: str) -> str:
-        """Which implementation computes this adapter's update, and why."""
+        """Describe the backend of this adapter's update and the reason for its choice."""
         if adapter_name in self.snella_support:
             return "'eager' (for a fixed support)"
         impl, spec = self.snella_config[adapter_name].impl, self._spec(adapter_name)
         return f"{spec.backend!r} ({choose_backend(impl, spec, self.snella_A[adapter_name])[1]})"
 
     def backend_name(self, adapter_name: str) -> str:
-        """Which backend computes this adapter's update: `"eager"`, `"reference"`, `"numba"` or `"triton"`."""
+        """Return the backend of this adapter's update: `"eager"`, `"reference"`, `"numba"` or `"triton"`."""
         return "eager" if adapter_name in self.snella_support else self._spec(adapter_name).backend
 
     def sparse_updates(self, adapter_name: str) -> list[Tensor]:
-        """`S` of each matrix of one adapter, `[rows, n]`, without `scaling` and gradient."""
+        """Return `S` of each matrix of one adapter, `[rows, n]`, without `scaling` and gradient."""
         if adapter_name in self.snella_support:
-            whole = self._effective(None, [adapter_name], torch.Size(self._matrix_shape())) / self.scaling[adapter_name]
-            return [whole[rows] for rows in self.matrix_rows(adapter_name)]
+            total = self._effective(None, [adapter_name], torch.Size(self._matrix_shape())) / self.scaling[adapter_name]
+            return [total[rows] for rows in self.matrix_rows(adapter_name)]
         (update,), (state,) = self._updates([adapter_name])
         update = update._replace(spec=replace(update.spec, scaling=1.0))
-        whole, (state.thresholds,) = compute_effective_weight(None, [update], torch.Size(self._matrix_shape()))
-        return [whole[rows] for rows in self.matrix_rows(adapter_name)]
+        total, (state.thresholds,) = compute_effective_weight(None, [update], torch.Size(self._matrix_shape()))
+        return [total[rows] for rows in self.matrix_rows(adapter_name)]
 
     @torch.compiler.disable
     def get_delta_weight(self, adapter: str, dtype: torch.dtype | None = None) -> Tensor:
@@ -696,7 +697,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
 
         Args:
             adapter: The adapter.
-            dtype: Dtype of the result, default that of the factors; it is computed in at least float32.
+            dtype: Dtype of the result; defaults to the factors' dtype. Computed in at least float32.
         """
         with torch.no_grad():
             delta = self._effective(None, [adapter])
@@ -709,9 +710,9 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         shape: torch.Size | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        """`W0 + Σ scaling·S`, without gradient; the same bits that the forward pass uses.
+        """Return `W0 + Σ scaling·S` without gradient, bit-identical to the forward pass.
 
-        `dtype` is the result's where the weight is a `LazyWeight`.
+        `dtype` is the dtype of the result if the weight is a `LazyWeight`.
         """
         shape = shape or self._weight().shape
         fixed = [name for name in adapter_names if name in self.snella_support]
@@ -719,8 +720,8 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
             return self._effective_on_support(weight, adapter_names, fixed, shape, dtype)
         updates, states = self._updates(adapter_names)
         total, thresholds = compute_effective_weight(weight, updates, shape, dtype)
-        for state, found in zip(states, thresholds, strict=True):
-            state.thresholds = found
+        for state, update_thresholds in zip(states, thresholds, strict=True):
+            state.thresholds = update_thresholds
         return total
 
     @torch.no_grad()
@@ -732,7 +733,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         shape: torch.Size,
         dtype: torch.dtype,
     ) -> Tensor:
-        """The same where the support of some adapters is fixed."""
+        """`_effective` for adapters of which some have a fixed support."""
         others = [name for name in names if name not in fixed]
         if others:
             total: Tensor | None = self._effective(weight, others, shape)
@@ -745,50 +746,50 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         return cast(Tensor, total).to(dtype) if isinstance(weight, LazyWeight) else cast(Tensor, total)
 
     def _check_written(self, names: list[str]) -> None:
-        """Drop what evaluation caches where factors were written past torch."""
+        """Invalidate the caches of evaluation if factors were written without a version change."""
         self._cache.check_written(names, [f for name in names for f in self._factors(name) if f is not None])
 
     def _cached_weight(self, names: list[str], dtype: torch.dtype = torch.float32) -> Tensor:
-        """The effective weight without gradient, computed once for the present state of everything it is made of.
+        """Return the effective weight without gradient, cached until one of its inputs changes.
 
-        `dtype` is that of the layer op, which decides for a quantized base weight.
+        `dtype` is the dtype of the layer op; only a quantized base weight uses it.
         """
         self._check_written(names)
         weight = self._weight()
         settings: tuple[Any, ...] = tuple((name, self.scaling[name]) for name in names)
         base: Any = self.get_base_layer()
-        of_base: tuple[Tensor, ...] = (base.weight,)
+        base_tensors: tuple[Tensor, ...] = (base.weight,)
         if isinstance(weight, LazyWeight):
-            of_base, settings = weight.tensors, (*settings, dtype)
+            base_tensors, settings = weight.tensors, (*settings, dtype)
         return self._cache.effective_weight(
-            (*of_base, *self._adapter_tensors(names)),
+            (*base_tensors, *self._adapter_tensors(names)),
             settings,
             lambda: self._effective(weight, names, dtype=dtype),
         )
 
     def _check_one_impl(self, names: list[str]) -> None:
-        """Raise `ValueError` where these adapters ask for different implementations."""
+        """Raise `ValueError` if these adapters have different values of `impl`."""
         impls = {name: self.snella_config[name].impl for name in names}
         if len(set(impls.values())) > 1:
             raise ValueError(f"impl must be the same in all active adapters, got {impls}")
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the updates to the base weight. A copy of the weight is kept, so that `unmerge` restores every bit.
+        """Add the updates to the base weight, and keep a copy for a bit-exact `unmerge`.
 
-        A quantized weight is dequantized, added to and quantized again, with a warning that says what that lost.
+        A quantized weight is dequantized, updated and requantized, with a warning about the requantization error.
 
         Args:
-            safe_merge: Look at the result first and refuse one that is not finite.
-            adapter_names: Adapters to merge, default the active ones.
+            safe_merge: Check that the merged weight is finite before writing it.
+            adapter_names: Adapters to merge; defaults to the active ones.
 
         Raises:
-            ValueError: `safe_merge` found a value that is not finite.
+            ValueError: If `safe_merge` finds non-finite values.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.snella_A]
         if not names:
             return
         with torch.no_grad():
-            # one sum from the untouched weight: merging one after the other would round at each step
+            # one sum from the original weight: merging adapters one by one would round at each step
             original = self._original_weight()
             self._check_weight(original)
             merged = self._effective(original, [*self.merged_adapters, *names])
@@ -804,14 +805,14 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         self._cache.clear()
 
     def refresh(self, adapter_name: str, cache: MergeCache | None = None) -> None:
-        """Let values that were written into an adapter in place take effect, also where it is merged.
+        """Apply values that were written into an adapter in place, even if it is merged.
 
-        A merged weight is written anew from the copy that `merge` kept: no rounding adds up, and the weight stays the
-        same tensor that a compiled graph computes with.
+        A merged weight is rewritten from the copy that `merge` kept. Rounding errors do not accumulate, and the weight
+        stays the same tensor, which compiled graphs require.
 
         Args:
             adapter_name: The adapter.
-            cache: Of these very values in this layer, from an earlier call.
+            cache: Cache of an earlier call for the same values in this layer.
         """
         self._cache.clear()
         if adapter_name not in self.merged_adapters:
@@ -825,10 +826,10 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         weight = self._oriented_weight()
         write_effective_weight(original, update, weight, cache)
         if not weight.is_inference():
-            torch.autograd.graph.increment_version(weight)  # kernels write past torch
+            torch.autograd.graph.increment_version(weight)  # kernels write without a version change
 
     def _original_weight(self) -> Tensor | LazyWeight:
-        """The base weight before any merge; a copy, unless it is quantized and will be replaced instead of changed."""
+        """Return the base weight before any merge: a copy, except for quantized weights, which a merge replaces."""
         if self._unmerged_quantized is not None:
             return self._unmerged_quantized[0]
         if self._unmerged_weight is not None:
@@ -837,7 +838,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         return weight.detach().clone() if isinstance(weight, Tensor) else weight
 
     def _quantize(self, merged: Tensor, original: LazyWeight) -> None:
-        """Store a sum in the quantized base layer, and say what of it is lost."""
+        """Store a merged weight in the quantized base layer and report the requantization error."""
         base, quantization = self.get_base_layer(), cast(Quantization, self.quantization)
         if self._unmerged_quantized is None:
             self._unmerged_quantized = (original, quantization.snapshot(base))
@@ -847,7 +848,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         report_requantization(loss)
 
     def unmerge(self) -> None:
-        """Restore the base weight to the bits it had before `merge`."""
+        """Restore the base weight, bit for bit, to its state before `merge`."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
@@ -861,10 +862,11 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
 
     @property
     def weight(self) -> Tensor:
-        """The weight with the updates of all active adapters, differentiable, for models that read it themselves.
+        """Differentiable weight with the updates of all active adapters, for models that read it directly.
 
-        Base weight where it is quantized. `F.linear` of it is computed as a call of the layer is; elsewhere dropout and
-        drop-path do not act on an update that is read, and the weight is kept for the backward pass.
+        A quantized base weight is returned without updates. `F.linear` of this weight is computed like a call of the
+        layer. For any other operation, dropout and drop-path do not act on the update, and the weight is saved for the
+        backward pass.
         """
         names = self._names_in_use()
         base: Tensor = super().weight
@@ -877,19 +879,19 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         return EffectiveWeight.of(base, lambda: self._base_layout(self._read(names)), multiply)
 
     def _multiply_read(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
-        """`F.linear` of an input and the weight that is read, in training or with gradients; `None` elsewhere."""
+        """Return `F.linear` of an input and the read weight in training or with gradients, otherwise `None`."""
         names = self._names_in_use()
         if not names or not (self.training or self._needs_gradients(names)):
             return None
         weight = self._oriented_weight()
         self._check_weight(weight)
         if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            return None  # torch's own error
+            return None  # torch raises its own error
         self.__dict__["is_applied"] = True
         return self._apply_learning(x, weight, names, bias)
 
     def _read(self, names: list[str]) -> Tensor:
-        """`W0 + Σ scaling·S`, `[m, …]`; cached in evaluation without gradients, as for a forward pass."""
+        """Return `W0 + Σ scaling·S`, `[m, …]`; cached in evaluation without gradients, like in a forward pass."""
         self._check_weight(self._weight())
         self.__dict__["is_applied"] = True
         if not self._needs_gradients(names):
@@ -904,7 +906,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
             return self._apply_updates(weight.new_empty(0), weight, None, names, WeightOp())
 
     def _read_in_graph(self, names: list[str]) -> Tensor:
-        """The same for `torch.compile`: the product with the identity, which the compiler drops where it is unused."""
+        """`_read` for `torch.compile`: a product with the identity, which the compiler removes if unused."""
         if any(name in self.snella_support for name in names):
             return torch.compiler.disable(self._read)(names)
         self._note_applied_in_graph()
@@ -919,12 +921,12 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         return total.T.reshape(weight.shape)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether PEFT's `convert_to_lora` can fit the update: only of linear layers, the kind that it knows."""
+        """Return whether PEFT's `convert_to_lora` supports this layer; it supports only linear layers."""
         return False
 
 
 class Linear(SnellaLayer):
-    """A linear layer, or transformers' `Conv1D`, which stores its weight transposed."""
+    """Adapted linear layer, or transformers' `Conv1D`, which stores its weight transposed."""
 
     @property
     def is_transposed(self) -> bool:
@@ -943,7 +945,7 @@ class Linear(SnellaLayer):
         return self.linear_op
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """The update is a plain addition to the weight of a linear layer, which a low-rank fit can approximate."""
+        """Return True: the update adds to a linear layer's weight, and a low-rank fit can approximate it."""
         return True
 
     def __repr__(self) -> str:
@@ -951,14 +953,14 @@ class Linear(SnellaLayer):
 
 
 class Conv2d(SnellaLayer):
-    """A two-dimensional convolution, its weight `[m, c/groups, kh, kw]` seen as `[m, c/groups·kh·kw]`."""
+    """Adapted 2D convolution; its weight `[m, c/groups, kh, kw]` is viewed as `[m, c/groups·kh·kw]`."""
 
-    # convolutions mostly see rectified inputs, whose mean adds up over the update's mostly positive entries
+    # convolutions mostly have rectified inputs, whose mean accumulates over the update's mostly positive entries
     largest_start = 0.002
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # refuse here what the backward pass could not do
+        # reject unsupported padding before the backward pass
         self._op().padding_sizes(self._oriented_weight().shape)
 
     def _op(self) -> Conv2dOp:
@@ -983,27 +985,28 @@ def _seal_all_budgets(layer: SnellaLayer, _: Any) -> None:
 
 
 def refuse_tracing(module_name: str) -> None:
-    """Refuse what can neither record nor transform the way an update is merged and differentiated.
+    """Reject `torch.jit.trace` and `torch.func`, which do not support the update's custom autograd function.
 
     Raises:
-        NotImplementedError: `torch.jit.trace`, and with it ONNX's TorchScript exporter, or a `torch.func` transform.
+        NotImplementedError: If `torch.jit.trace` (or ONNX's TorchScript exporter) or a `torch.func` transform is
+            active.
     """
     if torch.jit.is_tracing():
         raise NotImplementedError(
-            f"torch.jit.trace (and torch.onnx.export with dynamo=False) cannot record the update of {module_name!r}; "
-            "trace model.merge_and_unload(), which gives the same outputs"
+            f"torch.jit.trace (and torch.onnx.export with dynamo=False) cannot trace the update of {module_name!r}; "
+            "trace model.merge_and_unload(), which has the same outputs"
         )
     if torch._C._are_functorch_transforms_active():
         raise NotImplementedError(
-            f"torch.func (grad, vmap, jvp, …) cannot transform the update of {module_name!r}, whose backward pass is "
-            "written by hand; use torch.autograd.grad, or model.merge_and_unload() where no factor is differentiated"
+            f"torch.func (grad, vmap, jvp, …) does not support the update of {module_name!r}, which has a custom "
+            "backward pass; use torch.autograd.grad, or model.merge_and_unload() if no factor needs gradients"
         )
 
 
 @lru_cache(maxsize=64)
 def log_backend(backend: str, reason: str, device: str) -> None:
-    """Say once what computes updates on a device."""
-    logger.info("updates on %r are computed by %r (%s)", device, backend, reason)
+    """Log once which backend computes the updates on a device."""
+    logger.info("updates on %r use backend %r (%s)", device, backend, reason)
 
 
 __all__ = ["Conv2d", "Linear", "SnellaLayer"]

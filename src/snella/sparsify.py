@@ -1,4 +1,4 @@
-"""Weight-level competition: the exact threshold, and what is left of a merged matrix above it."""
+"""Weight-level competition: exact thresholds and sparsification of a merged matrix."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from torch import Tensor
 
 SparsifyMode = Literal["soft", "official", "none"]
 KEEPS_EVERYTHING = -1.0
-"""The threshold of mode `none`, which every magnitude exceeds."""
+"""Threshold of mode `none`, which keeps every entry."""
 
 
 def sparsify(delta: Tensor, threshold: Tensor, mode: SparsifyMode = "soft") -> Tensor:
-    """Keep the entries of `delta` that exceed `threshold` in magnitude, weighted by magnitude; or all, as they are.
+    """Keep the entries of `delta` that exceed `threshold` in magnitude, weighted by magnitude.
 
         soft:      S[i, j] = delta[i, j] · max(|delta[i, j]| − threshold, 0)                      (eq. 13)
         official:  S[i, j] = delta[i, j] · |delta[i, j]|·1[|delta[i, j]| > threshold]             (the authors' code)
         none:      S[i, j] = delta[i, j]                                                          (KLoRA, Table VII)
 
-    The official factor `|delta|·1[…]` is a constant for differentiation, so that ∂S/∂delta is that factor; with `soft`
-    ∂S/∂delta = 2|delta| − threshold above the threshold. At the threshold itself both derivatives are 0.
+    In mode `official` the factor `|delta|·1[…]` is a constant for differentiation, so ∂S/∂delta equals this factor. In
+    mode `soft` ∂S/∂delta = 2|delta| − threshold above the threshold. At the threshold both derivatives are 0.
 
     Args:
         delta: Merged matrix, `[m, n]`, floating point.
         threshold: Magnitude, 0-dim, same device; a constant for differentiation.
-        mode: `"soft"`, `"official"`, or `"none"` for kernelised LoRA, to which `threshold` means nothing.
+        mode: `"soft"`, `"official"`, or `"none"` (kernelized LoRA), which ignores `threshold`.
 
     Returns:
         `[m, n]`, dtype of `delta`.
 
     Raises:
-        ValueError: `mode` is unknown.
+        ValueError: If `mode` is unknown.
     """
     if mode == "none":
         return delta
@@ -46,7 +46,7 @@ def sparsify(delta: Tensor, threshold: Tensor, mode: SparsifyMode = "soft") -> T
 
 
 def sparsify_slope(delta: Tensor, threshold: Tensor, mode: SparsifyMode = "soft") -> Tensor:
-    """Return ∂S/∂delta of `sparsify`, entry by entry, `[m, n]`."""
+    """Return the elementwise derivative ∂S/∂delta of `sparsify`, `[m, n]`."""
     if mode == "none":
         return torch.ones_like(delta)
     magnitude = delta.abs()
@@ -59,13 +59,13 @@ def keep_threshold(delta: Tensor, budget: int) -> Tensor:
 
         t = the (budget + 1)-th largest |delta|,   t = 0 when budget = delta.numel()
 
-    Eq. 13 of the paper takes the `budget`-th largest, which leaves one entry fewer; its text wants `budget` of them.
-    The selection is exact at every size (`torch.quantile` refuses more than 2²⁴ entries) and does not synchronize with
-    the device.
+    Eq. 13 of the paper takes the `budget`-th largest, which keeps one entry less than the `budget` in its text. The
+    selection is exact at every size (`torch.quantile` fails above 2²⁴ entries) and does not synchronize with the
+    device.
 
-    Entries that tie with `t` are all dropped: with `g` magnitudes above `t`, `g < budget` where `t` occurs more than
-    once among the first `budget + 1`, down to 0 where the largest magnitude itself does (a constant matrix). Rounding
-    makes ties where `delta` has few different values: half precision, integers, columns or rows that repeat.
+    All entries that tie with `t` are dropped, so fewer than `budget` entries survive if `t` occurs more than once among
+    the largest `budget + 1`. None survives in a constant matrix. Ties arise when `delta` has few distinct values, e.g.
+    with half precision, integers, or repeated rows or columns.
 
     Args:
         delta: Matrix of any shape, floating point.
@@ -75,7 +75,7 @@ def keep_threshold(delta: Tensor, budget: int) -> Tensor:
         0-dim, dtype and device of `delta`, detached.
 
     Raises:
-        ValueError: `budget` is out of range.
+        ValueError: If `budget` is out of range.
     """
     size = delta.numel()
     if not 0 <= budget <= size:
@@ -86,12 +86,12 @@ def keep_threshold(delta: Tensor, budget: int) -> Tensor:
 
 
 def quantile_threshold(delta: Tensor, sparsity: float) -> Tensor:
-    """Return the `sparsity`-quantile of the magnitudes, linearly interpolated, as the authors' code takes it.
+    """Return the linearly interpolated `sparsity`-quantile of the magnitudes, as in the authors' code.
 
         t = quantile(|delta|, sparsity)
 
-    Equal to `torch.quantile`, without its limit on the number of entries; the position of the quantile is computed in
-    double precision also where `delta` is not.
+    Equal to `torch.quantile`, but without its limit on the number of entries. The position of the quantile is always
+    computed in double precision.
 
     Args:
         delta: Matrix of any shape, floating point.
@@ -101,7 +101,7 @@ def quantile_threshold(delta: Tensor, sparsity: float) -> Tensor:
         0-dim, dtype and device of `delta`, detached.
 
     Raises:
-        ValueError: `sparsity` is out of range.
+        ValueError: If `sparsity` is out of range.
     """
     if not 0 <= sparsity <= 1:
         raise ValueError(f"sparsity must be in [0, 1], got {sparsity}")
@@ -113,9 +113,9 @@ def quantile_threshold(delta: Tensor, sparsity: float) -> Tensor:
 
 
 def _smallest(magnitudes: Tensor, ranks: list[int]) -> list[Tensor]:
-    """Return the `rank`-th smallest entry, counted from 0, for each of `ranks`; exact and without a full sort.
+    """Return the `rank`-th smallest entry, counted from 0, for each of `ranks`; exact, without a full sort.
 
-    `magnitudes` is a fresh tensor and is reordered in place.
+    Reorders `magnitudes` in place.
     """
     flat = magnitudes.flatten()
     if flat.device.type == "cpu" and flat.dtype in (torch.float32, torch.float64):

@@ -1,4 +1,4 @@
-"""The description of an update and of the layer that it changes."""
+"""Descriptions of an update and of the op of its layer."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from snella.memory.sampling import sample_tokens
 from snella.sparsify import KEEPS_EVERYTHING, SparsifyMode, keep_threshold, quantile_threshold
 
 BACKENDS = ("eager", "reference", "numba", "triton")
-"""What can compute an update: `eager` by torch operations, `reference` by autograd, the others by kernels of theirs."""
+"""Backends of an update: `eager` (torch operations), `reference` (autograd), and `numba` and `triton` kernels."""
 _MODES = get_args(SparsifyMode)
 
 
 class Factors(NamedTuple):
-    """Everything differentiable of an update, or the gradients of it.
+    """Differentiable tensors of an update, or their gradients.
 
     Args:
         A: Input-side factors, `[G, n, r]`.
-        B: Output-side factors, `[m, r]`, the rows of all matrices one above the other.
+        B: Output-side factors, `[m, r]`, the rows of all matrices concatenated.
         piece_coeff: `[G, P]`.
-        alpha: `[G]`, as are `beta` and `temperature`; see `KernelScalars`.
+        alpha: `[G]`, like `beta` and `temperature`; see `KernelScalars`.
         beta: `[G]`.
         temperature: `[G]`.
     """
@@ -41,7 +41,7 @@ class Factors(NamedTuple):
 
 
 class MatrixFactors(NamedTuple):
-    """What one matrix is merged from: `A` `[n, r]`, `B` `[rows, r]` and 0-dim or `[P]` scalars, at least float32."""
+    """Inputs of one matrix's merge: `A` `[n, r]`, `B` `[rows, r]` and 0-dim or `[P]` scalars, at least float32."""
 
     A: Tensor
     B: Tensor
@@ -50,19 +50,19 @@ class MatrixFactors(NamedTuple):
 
 @dataclass(frozen=True)
 class UpdateSpec:
-    """How the sparse update `S` of a weight is computed: everything but the tensors, made once.
+    """Settings of a weight's sparse update `S`, without the tensors.
 
-    The weight holds `G` matrices one above the other (3 in a fused qkv layer, else 1), which compete on their own.
+    The weight consists of `G` stacked matrices (3 in a fused qkv layer, otherwise 1), which compete separately.
 
     Args:
-        kernel: How the factors are merged, with its pieces and its softmax.
+        kernel: Kernel function, with its pieces and softmax settings.
         row_counts: Rows of each matrix, `G` integers that sum to `m`.
-        mode: How `ΔW` is sparsified.
-        scaling: Factor before `S`.
-        backend: What computes it, one of `BACKENDS`; `snella.backends.choose_backend` finds the best one.
+        mode: Sparsification mode of `ΔW`.
+        scaling: Factor on `S`.
+        backend: One of `BACKENDS`; `snella.backends.choose_backend` selects one.
 
     Raises:
-        ValueError: `mode` or `backend` is unknown.
+        ValueError: If `mode` or `backend` is unknown.
     """
 
     kernel: Kernel
@@ -82,37 +82,37 @@ class UpdateSpec:
 
     @property
     def num_rows(self) -> int:
-        """`m`, rows of all matrices together."""
+        """`m`, the total number of rows."""
         return sum(self.row_counts)
 
     def to_ints(self) -> list[int]:
-        """The spec without `scaling` as integers, for an operator of `torch.compile`; `from_ints` reads them."""
+        """Encode the spec without `scaling` as integers for a `torch.compile` operator; `from_ints` decodes them."""
         kernel = self.kernel
         names = (list(KERNELS).index(kernel.name), _MODES.index(self.mode), BACKENDS.index(self.backend))
         return [*names, kernel.num_pieces, kernel.softmax_dim, int(kernel.center_softmax), *self.row_counts]
 
     @classmethod
     def from_ints(cls, ints: Sequence[int], scaling: float) -> Self:
-        """The spec that `to_ints` packed."""
+        """Decode a spec from the result of `to_ints`."""
         name, mode, backend, num_pieces, softmax_dim, center_softmax, *row_counts = ints
         kernel = KERNELS[list(KERNELS)[name]](num_pieces, softmax_dim, bool(center_softmax))
         return cls(kernel, tuple(row_counts), _MODES[mode], scaling, BACKENDS[backend])
 
     def matrices(self, factors: Factors) -> Iterator[MatrixFactors]:
-        """Yield the factors and scalars of each matrix, half precision widened to float32."""
+        """Yield the factors and scalars of each matrix, with half precision cast to float32."""
         A, B, *scalars = factors
         dtype = torch.promote_types(A.dtype, torch.float32)
         for group, rows in enumerate(self.rows):
-            own = KernelScalars(*[value if value is None else value[group].to(dtype) for value in scalars])
-            yield MatrixFactors(A[group].to(dtype), B[rows].to(dtype), own)
+            matrix_scalars = KernelScalars(*[value if value is None else value[group].to(dtype) for value in scalars])
+            yield MatrixFactors(A[group].to(dtype), B[rows].to(dtype), matrix_scalars)
 
     def merge_matrix(self, factors: MatrixFactors) -> Tensor:
-        """`ΔW` of one matrix, `[rows, n]`. Autocast does not reach it, wherever this is called from."""
+        """Return `ΔW` of one matrix, `[rows, n]`, computed without autocast."""
         with torch.autocast(factors.A.device.type, enabled=False):
             return self.kernel.merge(*factors)
 
     def find_threshold(self, delta: Tensor, budget: int) -> Tensor:
-        """The magnitude above which an entry of one merged matrix survives, 0-dim."""
+        """Return the threshold of one merged matrix, 0-dim; entries above it in magnitude survive."""
         if self.mode == "none":
             return delta.new_full((), KEEPS_EVERYTHING)
         if self.mode == "official":
@@ -133,24 +133,24 @@ class UpdateSpec:
                 raise ValueError(f"budget must be in [0, {size}] for a matrix {[rows, A.shape[1]]}, got {budget}")
             if self.mode == "none" and budget != size:
                 raise ValueError(
-                    f"mode='none' keeps every entry: budget must be {size} for a matrix {[rows, A.shape[1]]}, "
+                    f"mode='none' keeps every entry; budget must be {size} for a matrix {[rows, A.shape[1]]}, "
                     f"got {budget}"
                 )
         for matrix in self.matrices(factors):
             check_factors(matrix.A, matrix.B, self.kernel, matrix.scalars)
         expected = [self.num_rows, A.shape[1]]
         if weight_shape is not None and [weight_shape[0], weight_shape[1:].numel()] != expected:
-            raise ValueError(f"the update is {expected} but the weight is {list(weight_shape)}")
+            raise ValueError(f"update and weight must have the same size, got {expected} and {list(weight_shape)}")
 
 
 class Update(NamedTuple):
-    """One update as the ops take it: its spec, and what changes from step to step.
+    """One update: its spec and its current tensors.
 
     Args:
-        spec: How it is computed.
+        spec: Settings of the update.
         factors: Factors and scalars.
-        budgets: Entries that each matrix may keep, `G` integers.
-        thresholds: `[G]`, as an earlier call returned them for these factors and budgets; `None`: to be found.
+        budgets: Budget of each matrix, `G` integers.
+        thresholds: `[G]`, from an earlier call with these factors and budgets, or `None` to compute them.
     """
 
     spec: UpdateSpec
@@ -160,7 +160,7 @@ class Update(NamedTuple):
 
 
 class LayerOp(Protocol):
-    """What the adapted op needs to know of the layer it sits in. Weights are `[m, …]`, seen as `[m, n]`."""
+    """Protocol of a layer's op: forward and gradients. Weights are `[m, …]`, viewed as `[m, n]`."""
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return the layer's output."""
@@ -175,7 +175,7 @@ class LayerOp(Protocol):
         """Return ∂L/∂bias, `[m]`."""
 
     def to_ints(self, weight_shape: torch.Size) -> list[int]:
-        """The op as integers, for an operator of `torch.compile`; `layer_op_from_ints` reads them."""
+        """Encode the op as integers for a `torch.compile` operator; `layer_op_from_ints` decodes them."""
 
 
 @dataclass(frozen=True)
@@ -183,9 +183,9 @@ class LinearOp:
     """`y = x Wᵀ + bias` for `x` `[…, n]` and `W` `[m, n]`.
 
     Args:
-        token_share: Share of the tokens from which the gradient of an update is estimated, see `sample_tokens`; 1 is
-            all of them. Every other gradient is exact.
-        is_rounded: Whether that gradient is a product in bfloat16.
+        token_share: Fraction of the tokens used to estimate the gradient of an update, see `sample_tokens`; 1 uses all
+            tokens. All other gradients are exact.
+        is_rounded: Whether to compute the gradient of an update in bfloat16.
     """
 
     token_share: float = 1.0
@@ -201,12 +201,12 @@ class LinearOp:
         return grad_y.reshape(-1, grad_y.shape[-1]).T @ x.reshape(-1, x.shape[-1])
 
     def tokens_of(self, grad_y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """∂L/∂y `[k, m]` and `x` `[k, n]`, whose product is the gradient of an update or its estimate."""
+        """Return ∂L/∂y `[k, m]` and `x` `[k, n]`; their product is the exact or estimated gradient of an update."""
         grad_y, x = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
         return (grad_y, x) if self.token_share == 1 else sample_tokens(grad_y, x, self.token_share)
 
     def product(self, grad_y: Tensor, x: Tensor) -> Tensor:
-        """`∂L/∂yᵀ x` of `tokens_of`, in bfloat16 where they are rounded to it."""
+        """Return `∂L/∂yᵀ x` of the result of `tokens_of`, in bfloat16 if `is_rounded`."""
         if self.is_rounded:
             grad_y, x = grad_y.to(torch.bfloat16), x.to(torch.bfloat16)
         return grad_y.T @ x
@@ -220,7 +220,7 @@ class LinearOp:
 
 @dataclass(frozen=True)
 class Conv2dOp:
-    """A two-dimensional convolution of `x` `[N, c, h, w]` with `W` `[m, c/groups, kh, kw]`, zero padding."""
+    """2D convolution of `x` `[N, c, h, w]` with `W` `[m, c/groups, kh, kw]`, zero padding."""
 
     stride: tuple[int, ...] = (1, 1)
     padding: tuple[int, ...] | str = (0, 0)
@@ -243,7 +243,7 @@ class Conv2dOp:
         return [*self.stride, *self.padding_sizes(weight_shape), *self.dilation, self.groups]
 
     def _backward(self, grad_y: Tensor, x: Tensor, weight: Tensor, mask: tuple[bool, bool, bool]) -> list[Tensor]:
-        """Both gradients of the convolution through torch's own operator; unbatched input gets a batch axis."""
+        """Return the convolution's gradients from torch's own operator; add a batch axis to unbatched input."""
         batched = x.ndim == 4
         grads = torch.ops.aten.convolution_backward(
             grad_y if batched else grad_y[None],
@@ -261,10 +261,10 @@ class Conv2dOp:
         return [grad if grad is None or batched or k == 1 else grad[0] for k, grad in enumerate(grads)]
 
     def padding_sizes(self, weight_shape: torch.Size) -> tuple[int, ...]:
-        """Padding in pixels, also where it was given as a word.
+        """Return the padding in pixels, resolving `"same"` and `"valid"`.
 
         Raises:
-            NotImplementedError: `padding="same"` needs a different padding on both sides.
+            NotImplementedError: If `padding="same"` requires asymmetric padding.
         """
         if self.padding == "valid":
             return (0, 0)
@@ -272,8 +272,8 @@ class Conv2dOp:
             totals = [dil * (size - 1) for dil, size in zip(self.dilation, weight_shape[2:], strict=True)]
             if any(total % 2 for total in totals):
                 raise NotImplementedError(
-                    f"padding='same' needs an odd kernel, got kernel_size={list(weight_shape[2:])} with "
-                    f"dilation={list(self.dilation)}; pad the input yourself and use padding=0"
+                    f"padding='same' requires an odd kernel size, got kernel_size={list(weight_shape[2:])} with "
+                    f"dilation={list(self.dilation)}; pad the input manually and use padding=0"
                 )
             return (totals[0] // 2, totals[1] // 2)
         return self.padding
@@ -281,7 +281,7 @@ class Conv2dOp:
 
 @dataclass(frozen=True)
 class WeightOp:
-    """The weight `W` `[m, …]` alone, for a model that multiplies with it elsewhere; `x` and a bias play no part."""
+    """Op that returns the weight `W` `[m, …]`, for models that read it directly; ignores `x` and the bias."""
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: D102
         return weight
@@ -296,37 +296,37 @@ class WeightOp:
         return grad_y.new_zeros(len(grad_y))
 
     def to_ints(self, weight_shape: torch.Size) -> list[int]:  # noqa: D102
-        raise NotImplementedError("a compiled graph reads a weight as LinearOp() of the identity, got WeightOp()")
+        raise NotImplementedError("the op of a compiled graph must be LinearOp() of the identity, got WeightOp()")
 
 
 def layer_op_from_ints(ints: Sequence[int]) -> LayerOp:
-    """The op that `LinearOp.to_ints` or `Conv2dOp.to_ints` packed."""
+    """Decode an op from the result of `LinearOp.to_ints` or `Conv2dOp.to_ints`."""
     if len(ints) <= 3:
         return LinearOp(ints[0] / ints[1], bool(ints[2])) if ints else LinearOp()
     return Conv2dOp(tuple(ints[:2]), tuple(ints[2:4]), tuple(ints[4:6]), ints[6])
 
 
 def without_view(y: Tensor) -> Tensor:
-    """`y` as a tensor of its own over the same memory.
+    """Return `y` as a non-view tensor over the same memory.
 
-    torch forbids in-place operations on a view that a hand-written autograd function returns, and a product is one
-    wherever torch reshapes it (a bias and three axes, a convolution without a batch).
+    torch forbids in-place operations on a view returned by a custom autograd function. A product is a view whenever
+    torch reshapes it (a bias with three axes, a convolution without a batch).
     """
     return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
 
 @dataclass(frozen=True)
 class LazyWeight:
-    """Where the adapted op gets a weight `[m, …]` that nobody holds as a matrix, such as a quantized one.
+    """A weight `[m, …]` that is not stored as a dense matrix, e.g. a quantized one.
 
-    The op asks for it in the forward and again in the backward pass, and keeps nothing of its size in between.
+    The op materializes it in the forward pass and again in the backward pass, and stores nothing of its size in
+    between.
 
     Args:
         shape: `[m, …]`.
-        tensors: What the weight is made of; they stay alive until the backward pass, which refuses to run where torch
-            counts a change of one of them in between. Their identities and versions tell caches whether the weight is
-            the same.
-        materialize: Returns the weight, floating point, in memory that the caller may write over.
+        tensors: Source tensors of the weight. They stay alive until the backward pass, which raises an error if one has
+            changed since the forward pass. Caches use their identities and versions to detect changes.
+        materialize: Returns the floating-point weight in memory that the caller may overwrite.
     """
 
     shape: torch.Size
@@ -334,19 +334,19 @@ class LazyWeight:
     materialize: Callable[[], Tensor]
 
     def versions(self) -> tuple[int, ...]:
-        """How often torch saw each of `tensors` change."""
+        """Return torch's version counter of each source tensor."""
         return tuple(0 if tensor.is_inference() else tensor._version for tensor in self.tensors)
 
     def check_unchanged(self, versions: tuple[int, ...]) -> None:
-        """Raise `RuntimeError` where the weight is not the one of `versions`, as autograd does for a saved tensor."""
+        """Raise `RuntimeError` if the weight has changed since `versions`, as autograd does for saved tensors."""
         if self.versions() != versions:
             raise RuntimeError(
-                f"a weight {list(self.shape)} that is kept in another form was changed in place between forward and "
-                f"backward pass: its tensors had versions {list(versions)}, now {list(self.versions())}; change it "
-                "before the one or after the other"
+                f"the source tensors of a weight {list(self.shape)} must not change between forward and backward pass: "
+                f"their versions were {list(versions)}, now {list(self.versions())}; change them before the forward or "
+                "after the backward pass"
             )
 
     def materialize_wide(self) -> Tensor:
-        """The weight in at least float32, in which updates are added to it."""
+        """Return the weight in at least float32, the dtype in which updates are added."""
         weight = self.materialize()
         return weight.to(torch.promote_types(weight.dtype, torch.float32))

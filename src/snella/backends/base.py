@@ -1,4 +1,4 @@
-"""The protocol of a backend, what it computes of an update; and the one of plain torch operations."""
+"""Backend interface, and the backend of plain torch operations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from snella.sparsify import sparsify, sparsify_slope
 from snella.update import Factors, UpdateSpec
 
 Gradients: TypeAlias = tuple[Tensor | None, ...]
-"""Gradients in the order of `Factors`; zero for what belongs to a matrix without budget."""
+"""Gradients in the order of `Factors`; zero for matrices without budget."""
 
 
 Product: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -23,17 +23,16 @@ Product: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Merged:
-    """The merged matrices of an update, as `Backend.merge` returns them and its other methods take them.
+    """Merged matrices of an update: the result of `Backend.merge` and an argument of its other methods.
 
     Args:
-        factors: What they were merged from.
-        budgets: Entries that each of them keeps.
-        thresholds: `[G]`, infinite where the budget is 0.
-        delta: What `cache_delta` keeps for the backward pass, to be given to `merge` there: `ΔW` of each matrix (`None`
-            without budget), or of all in one; nothing where that is the effective weight.
-        columns: A few numbers a column of all matrices, which the backward pass gets in any case, in the place of
-            `delta`.
-        workspace: What the same backend can use again within the pass; never kept between passes.
+        factors: The merged factors.
+        budgets: Budget of each matrix.
+        thresholds: `[G]`, infinite for a budget of 0.
+        delta: Tensors that `cache_delta` saves for `merge` in the backward pass: `ΔW` of each matrix (`None` without
+            budget), or of all in one tensor. Empty if the backend saves the effective weight instead.
+        columns: Column statistics of all matrices, saved for `merge` in the backward pass instead of `delta`.
+        workspace: Scratch data of the backend, valid within one pass.
     """
 
     factors: Factors
@@ -46,11 +45,11 @@ class Merged:
 
 @dataclass
 class MergeCache:
-    """What writing the same update again need not find again; a few numbers a matrix, for one state of its factors.
+    """Cache for writing the same update repeatedly: a few numbers per matrix, valid for one state of its factors.
 
     Args:
-        thresholds: `[G]`, once they are known.
-        stats: What else a backend keeps.
+        thresholds: `[G]`, or `None` before the first write.
+        stats: Further backend-specific data.
     """
 
     thresholds: Tensor | None = None
@@ -58,16 +57,16 @@ class MergeCache:
 
 
 class Backend(ABC):
-    """One way to compute an update, all matrices of a weight at once; values as `TorchBackend` to within rounding."""
+    """Implementation of an update for all matrices of a weight; equal to `TorchBackend` up to rounding."""
 
     name: str
 
     fused_add_in_backward = False
-    """Whether `grad_factors` takes `base` and `out`."""
+    """Whether `grad_factors` supports `base` and `out`."""
 
     @abstractmethod
     def unsupported_reason(self, spec: UpdateSpec, A: Tensor) -> str | None:
-        """Why updates of this spec, with factors like `A`, cannot be computed here, or `None`."""
+        """Return why the backend does not support updates with this spec and factors like `A`, or `None`."""
 
     @abstractmethod
     def merge(
@@ -78,19 +77,19 @@ class Backend(ABC):
         thresholds: Tensor | None = None,
         delta: tuple[Tensor | None, ...] = (),
     ) -> Merged:
-        """Merge every matrix that has a budget, and find the thresholds.
+        """Merge every matrix with a nonzero budget and compute the thresholds.
 
         Args:
-            spec: How.
-            factors: Of what.
-            budgets: Entries that each matrix keeps.
-            thresholds: `[G]`, where an earlier call has found them.
-            delta: `Merged.delta` or `Merged.columns` of an earlier call for the same factors.
+            spec: Settings of the update.
+            factors: Factors and scalars.
+            budgets: Budget of each matrix.
+            thresholds: `[G]` of an earlier call, if available.
+            delta: `Merged.delta` or `Merged.columns` of an earlier call with the same factors.
         """
 
     @abstractmethod
     def add_update(self, spec: UpdateSpec, merged: Merged, base: Tensor, out: Tensor) -> None:
-        """Write `base + scaling·S` into `out`, both `[m, n]`, contiguous, of any two dtypes; they may be the same."""
+        """Write `base + scaling·S` into `out`, both contiguous `[m, n]` of any dtypes, possibly the same tensor."""
 
     def write_effective(
         self,
@@ -101,7 +100,7 @@ class Backend(ABC):
         out: Tensor,
         cache: MergeCache,
     ) -> None:
-        """Merge and write `base + scaling·S` into `out`, as `merge` and `add_update` do; `cache` is used and filled."""
+        """Write `base + scaling·S` into `out`, like `merge` and `add_update`; reads and fills `cache`."""
         merged = self.merge(spec, factors, budgets, cache.thresholds)
         cache.thresholds = merged.thresholds
         self.add_update(spec, merged, base, out)
@@ -115,21 +114,20 @@ class Backend(ABC):
         base: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Gradients:
-        """Gradients to factors and scalars, given `grad_weight` = ∂L/∂W `[m, n]`.
+        """Return the gradients of factors and scalars, given `grad_weight` = ∂L/∂W `[m, n]`.
 
-        With `base` and `out` the same sweep also does what `add_update` does, if the backend has
-        `fused_add_in_backward`.
+        With `base` and `out`, the same pass also performs `add_update`, if the backend has `fused_add_in_backward`.
         """
 
     def grad_weight(self, spec: UpdateSpec, merged: Merged, grad_y: Tensor, x: Tensor, product: Product) -> Tensor:
-        """∂L/∂W `[m, n]` of a linear layer where `S` is not zero; elsewhere it may be zero, as nobody reads it.
+        """Return ∂L/∂W `[m, n]` of a linear layer. Entries where `S` is zero are unused and may be zero.
 
         Args:
-            spec: How the update is computed.
-            merged: Its matrices. One without budget needs no product.
+            spec: Settings of the update.
+            merged: Merged matrices. Matrices without budget need no product.
             grad_y: ∂L/∂y, `[tokens, m]`.
-            x: `[tokens, n]`, in the dtype of `grad_y`.
-            product: Of both, where whole products are formed.
+            x: `[tokens, n]`, dtype of `grad_y`.
+            product: Function that computes dense products.
         """
         if all(merged.budgets):
             return product(grad_y, x)
@@ -141,26 +139,26 @@ class Backend(ABC):
 
 
 def _zeros_wide(grad_y: Tensor, x: Tensor) -> Tensor:
-    """Zeros `[m, n]`, at least float32."""
+    """Return zeros `[m, n]`, at least float32."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     return torch.zeros(grad_y.shape[1], x.shape[1], dtype=dtype, device=x.device)
 
 
 def zero_gradients(factors: Factors) -> list[Tensor | None]:
-    """Zeros like everything that an update has."""
+    """Return zeros like all tensors of an update."""
     return [None if tensor is None else torch.zeros_like(tensor) for tensor in factors]
 
 
 def store_gradients(grads: list[Tensor | None], group: int, rows: slice, values: Gradients) -> None:
-    """Write the gradients of one matrix into those of all."""
+    """Write the gradients of one matrix into the gradients of all matrices."""
     for k, value in enumerate(values):
-        into = grads[k]
-        if value is not None and into is not None:
-            (into[rows] if k == 1 else into[group]).copy_(value)
+        target = grads[k]
+        if value is not None and target is not None:
+            (target[rows] if k == 1 else target[group]).copy_(value)
 
 
 class TorchBackend(Backend):
-    """On any device and in any dtype, matrix by matrix, with the kernels of `snella.kernels`."""
+    """Backend for any device and dtype, with the kernels of `snella.kernels` applied per matrix."""
 
     name = "eager"
 
@@ -181,7 +179,7 @@ class TorchBackend(Backend):
             infinite = factors.B.new_full((), torch.inf)
             pairs = zip(delta, budgets, strict=True)
             thresholds = torch.stack(
-                [infinite if one is None else spec.find_threshold(one, budget) for one, budget in pairs]
+                [infinite if matrix is None else spec.find_threshold(matrix, budget) for matrix, budget in pairs]
             )
         return Merged(factors, budgets, thresholds, delta)
 

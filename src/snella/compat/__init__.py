@@ -1,1 +1,1 @@
-"""Work with other parts of PyTorch and PEFT: attention modules, quantized weights, hooks, compilation, files."""
+"""Compatibility with other parts of PyTorch and PEFT: attention, quantization, hooks, compilation and files."""

@@ -1,7 +1,7 @@
-"""The adapted layer as an operator that `torch.compile` puts into its graph as it stands, forward and backward.
+"""The adapted layer as a custom operator for `torch.compile`, forward and backward.
 
-What happens inside is that of `autograd`, by the backend of the update's spec; the compiler sees shapes only. Budgets
-come as a tensor, so that the allocator's changes do not compile the model anew.
+The operator runs the functions of `autograd` with the backend of the update's spec; the compiler sees only shapes.
+Budgets are a tensor, so that reallocation does not trigger recompilation.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def adapted_layer_in_graph(
     op: LayerOp,
     weight_shape: torch.Size,
 ) -> Tensor:
-    """Same value as `adapted_layer` with one update; `torch.compile(fullgraph=True)` can trace it.
+    """`adapted_layer` with one update, traceable by `torch.compile(fullgraph=True)`.
 
     Args:
         x: Input, in the dtype of the layer op.
-        weight: `[m, …]`, or `None` for the update alone.
+        weight: `[m, …]`, or `None` to apply only the update.
         bias: `[m]` or `None`.
-        spec: The update's spec.
-        factors: Its factors and scalars.
+        spec: Settings of the update.
+        factors: Factors and scalars of the update.
         budgets: `[G]`, integers. Reading them synchronizes with the device.
         op: The layer's operation.
         weight_shape: Shape of the weight.
@@ -46,7 +46,7 @@ def adapted_layer_in_graph(
 
 
 def _sections(ints: Sequence[int]) -> list[list[int]]:
-    """What `adapted_layer_in_graph` has packed one behind the other, each with its length before it."""
+    """Unpack the length-prefixed sections that `adapted_layer_in_graph` packed."""
     sections, start = [], 0
     while start < len(ints):
         stop = start + 1 + ints[start]
@@ -56,7 +56,7 @@ def _sections(ints: Sequence[int]) -> list[list[int]]:
 
 
 def _call(ints: Sequence[int]) -> LayerCall:
-    """The layer op and the shape of the weight."""
+    """Decode the layer op and the shape of the weight."""
     _, _, shape, op = _sections(ints)
     return LayerCall(layer_op_from_ints(op), torch.Size(shape))
 
@@ -68,10 +68,10 @@ def _update(
     scaling: float,
     thresholds: Tensor | None = None,
 ) -> Update:
-    """The update."""
+    """Decode the update."""
     spec, has, _, _ = _sections(ints)
-    given = iter(tensors)
-    factors = Factors(*[next(given).detach() if present else None for present in has])  # type: ignore[arg-type]
+    remaining = iter(tensors)
+    factors = Factors(*[next(remaining).detach() if present else None for present in has])  # type: ignore[arg-type]
     counts = tuple([int(budget) for budget in budgets.tolist()])
     return Update(UpdateSpec.from_ints(spec, scaling), factors, counts, thresholds)
 
@@ -86,7 +86,7 @@ def _adapted_layer(
     ints: Sequence[int],
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
-    """`y` and the thresholds `[G]`."""
+    """Return `y` and the thresholds `[G]`."""
     y, (merged,), _ = forward_pass(x, weight, bias, [_update(tensors, budgets, ints, scaling)], _call(ints))
     return y, merged.thresholds
 
@@ -118,14 +118,14 @@ def _backward(
     scaling: float,
     needed: Sequence[bool],
 ) -> list[Tensor]:
-    """The gradients that are needed, in the order x, weight, bias, tensors."""
+    """Return the required gradients in the order x, weight, bias, tensors."""
     update = _update(tensors, budgets, ints, scaling, thresholds)
-    of_tensors = iter(needed[3:])
+    flags = iter(needed[3:])
     needs = Needs(
-        needed[0], needed[1], needed[2], tuple([tensor is not None and next(of_tensors) for tensor in update.factors])
+        needed[0], needed[1], needed[2], tuple([tensor is not None and next(flags) for tensor in update.factors])
     )
-    used = x if needs.weight or any(needs.factors) else None
-    *first, grads = backward_pass(grad_y, used, x.shape, weight, [update], _call(ints), needs)
+    used_x = x if needs.weight or any(needs.factors) else None
+    *first, grads = backward_pass(grad_y, used_x, x.shape, weight, [update], _call(ints), needs)
     return [grad.contiguous() for grad in (*first, *grads) if grad is not None]
 
 
@@ -151,7 +151,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """Keep what `autograd` keeps."""
+    """Save the tensors for the backward pass."""
     x, weight, bias, tensors, budgets, *ctx.settings = inputs
     ctx.has_bias, ctx.num_tensors = bias is not None, len(tensors)
     ctx.set_materialize_grads(False)
@@ -159,17 +159,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _differentiate(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-    """Gradients in the structure of the forward pass's arguments."""
-    nothing = (None,) * 7
+    """Return gradients in the structure of the forward pass's arguments."""
+    empty = (None,) * 7
     if grad_y is None:
-        return (*nothing[:3], [None] * ctx.num_tensors, *nothing[4:])
+        return (*empty[:3], [None] * ctx.num_tensors, *empty[4:])
     x, weight, budgets, thresholds, *tensors = ctx.saved_tensors
-    of_tensors = [tensor.requires_grad for tensor in tensors]
-    of_bias = ctx.has_bias and ctx.needs_input_grad[2]
-    needed = [ctx.needs_input_grad[0], weight is not None and ctx.needs_input_grad[1], of_bias, *of_tensors]
-    found = iter(_backward(grad_y, x, weight, tensors, thresholds, budgets, *ctx.settings, needed))
-    grad_x, grad_weight, grad_bias, *grads = (next(found) if need else None for need in needed)
-    return grad_x, grad_weight, grad_bias, grads, *nothing[4:]
+    needs_tensors = [tensor.requires_grad for tensor in tensors]
+    needs_bias = ctx.has_bias and ctx.needs_input_grad[2]
+    needed = [ctx.needs_input_grad[0], weight is not None and ctx.needs_input_grad[1], needs_bias, *needs_tensors]
+    computed = iter(_backward(grad_y, x, weight, tensors, thresholds, budgets, *ctx.settings, needed))
+    grad_x, grad_weight, grad_bias, *grads = (next(computed) if need else None for need in needed)
+    return grad_x, grad_weight, grad_bias, grads, *empty[4:]
 
 
 _adapted_layer.register_autograd(_differentiate, setup_context=_setup_context)

@@ -1,4 +1,4 @@
-"""What others hang around a module: hooks of torch, accelerate and diffusers, and how a layer runs inside them."""
+"""Support for hooks of torch, accelerate and diffusers around an adapted module."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ _inside_hooks = threading.RLock()
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether something is to run before or after the `forward` of a module's class."""
+    """Return whether a module has hooks or a replaced `forward`."""
     return bool(
         "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
     )
 
 
 def hook_dicts(module: nn.Module) -> tuple[dict[int, Any], ...]:
-    """Where a module keeps its hooks."""
+    """Return the dicts with a module's hooks."""
     return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks
 
 
 def is_hooked_in_graph(module: nn.Module, dicts: tuple[dict[int, Any], ...]) -> bool:
-    """`has_hooks` for `torch.compile`, which watches `dicts`, a module's `hook_dicts` kept elsewhere.
+    """`has_hooks` for `torch.compile`; `dicts` are the module's `hook_dicts`, stored outside the module.
 
-    A compiled layer is used again for another one unless what was looked at differs, and torch does not look at hooks
-    where a module keeps them (`torch._dynamo.config.skip_nnmodule_hook_guards`).
+    `torch.compile` reuses a compiled layer for another one unless a guard differs, and it does not guard a module's
+    hooks (`torch._dynamo.config.skip_nnmodule_hook_guards`). It does guard `dicts`.
     """
     is_replaced = hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook") or "forward" in module.__dict__
     return is_replaced or any([len(hooks) > 0 for hooks in dicts])
 
 
 def call_inside_hooks(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call a module with `forward` in the place of its class's own, so that whatever was hung around it runs as ever.
+    """Call a module with `forward` instead of its class's own; all hooks run as usual.
 
     Raises:
-        NotImplementedError: The module's `forward` was replaced by something other than the hooks of torch, accelerate
-            and diffusers.
+        NotImplementedError: If the module's `forward` was replaced by anything other than the hooks of torch,
+            accelerate and diffusers.
     """
     holder, name = _innermost_forward(module)
     with _inside_hooks:
@@ -54,7 +54,7 @@ def call_inside_hooks(module: nn.Module, forward: Callable[..., Any], *args: Any
 
 
 def _innermost_forward(module: nn.Module) -> tuple[Any, str]:
-    """The object, and its attribute, where hooks find the `forward` of a module's class."""
+    """Return the object and attribute from which hooks call the `forward` of a module's class."""
     if "forward" not in module.__dict__:
         return module, "forward"
     references = getattr(module.__dict__.get("_diffusers_hook"), "_fn_refs", ())
@@ -65,19 +65,19 @@ def _innermost_forward(module: nn.Module) -> tuple[Any, str]:
             return holder, name
     raise NotImplementedError(
         f"the forward() of an adapted {type(module).__name__} was replaced by {module.__dict__['forward']!r}, which "
-        "its update would bypass; replace it after get_peft_model, in the adapted layer"
+        "the update would bypass; replace it after get_peft_model, in the adapted layer"
     )
 
 
 @contextmanager
 def onloaded(layer: nn.Module, *, with_base: bool) -> Iterator[None]:
-    """Bring the tensors of a layer's parts to its device for a while, where accelerate offloads them.
+    """Temporarily load the tensors of a layer's children that accelerate offloads.
 
-    PEFT's `onload_layer` keeps a copy of what a base layer held, as its merging needs.
+    Unlike PEFT's `onload_layer`, this keeps no copy of the base layer's tensors.
 
     Args:
         layer: The layer.
-        with_base: Whether the base layer too is meant; its own call brings it.
+        with_base: Whether to load the base layer too. A call of the base layer loads it anyway.
     """
     parts: list[Any] = [part for name, part in layer._modules.items() if with_base or name != "base_layer"]
     parts = [part for part in parts if "_hf_hook" in part.__dict__]

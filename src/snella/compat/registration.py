@@ -1,14 +1,14 @@
-"""Makes PEFT know the tuner: the only lines of the project that change anything of PEFT's.
+"""Registration of the tuner with PEFT. No other module modifies PEFT.
 
-PEFT's own `register_peft_method` refuses names outside of its enumeration, so the tables get the string `"SNELLA"`,
-which they look up all the same. A test tells when PEFT gains a member of that name.
+PEFT's `register_peft_method` rejects names outside its enum. The mapping tables therefore get the string `"SNELLA"` as
+a key. A test detects when PEFT adds an enum member of this name.
 
-`get_base_model_state_dict` and its counterpart ask one function for the name that a parameter had before the model was
-adapted. It knows the layers of PEFT and nothing of an attention that holds several of them, and offers no place to
-say so; it is wrapped, and does what it did for everything else.
+`get_base_model_state_dict` and its counterpart use one function that maps a parameter to its original name. It does not
+support an attention with several adapted projections and has no extension point. It is wrapped, and behaves as before
+for all other parameters.
 
-So is the method that tells accelerate where a file on disk has an adapter's tensors: it knows names that end in the
-adapter and `weight`, and has no place for those that end in the adapter alone.
+The method that builds accelerate's offload index is wrapped as well. It supports parameter names that end in the
+adapter and `weight`, but not names that end in the adapter.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _OFFLOAD_METHOD = "_update_offload"
 
 
 def register() -> None:
-    """Enter the tuner into PEFT's tables; doing it twice changes nothing."""
+    """Register the tuner in PEFT's tables. Idempotent."""
     tables: tuple[tuple[dict[Any, Any], Any], ...] = (
         (PEFT_TYPE_TO_CONFIG_MAPPING, SnellaConfig),
         (PEFT_TYPE_TO_TUNER_MAPPING, SnellaModel),
@@ -46,14 +46,14 @@ def register() -> None:
 
 
 def _with_attentions(original_key: Any) -> Any:
-    """PEFT's function from a key to the one before adapting, which also passes over the wrapper of an attention."""
+    """Wrap PEFT's mapping of a key to its original name to support adapted attentions."""
 
     @functools.wraps(original_key)
     def with_attentions(model: Any, peft_key: str) -> str:
-        found = find_wrapped_attention(model.base_model.model, peft_key)
-        if found is None:
+        match = find_wrapped_attention(model.base_model.model, peft_key)
+        if match is None:
             return str(original_key(model, peft_key))
-        wrapper, parameter = found
+        wrapper, parameter = match
         return f"{original_key(model, wrapper)}.{parameter}"
 
     return with_attentions

@@ -1,4 +1,4 @@
-"""Trains bare parameters of the base model, such as `cls_token`: one value an adapter, switched with the adapter."""
+"""Training of parameters outside modules, such as `cls_token`, with one value per adapter."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from torch import Tensor, nn
 
 
 class _BaseToken(nn.Module):
-    """Holds the pre-trained parameter where PEFT looks for what an adapter wraps."""
+    """Base layer of a `TokenAdapter`; stores the pre-trained parameter as `weight`, as PEFT expects."""
 
     weight: nn.Parameter
 
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
-        # past `register_parameter`, which PEFT's `low_cpu_mem_usage` makes move everything to the meta device
+        # avoids `register_parameter`, which PEFT's `low_cpu_mem_usage` patches to move parameters to the meta device
         self._parameters["weight"] = weight
 
 
 class TokenAdapter(nn.Module, BaseTunerLayer):
-    """The values of one parameter of `owner`: the pre-trained one and one for each adapter.
+    """Values of one parameter of `owner`: the pre-trained value and one value per adapter.
 
-    The parameter moves in here, and `owner.<name>` becomes a plain attribute that always is the value in use, so that
-    every way of calling the model sees it. Like a module in `modules_to_save`, it can follow one active adapter only.
+    This module takes over the parameter, and `owner.<name>` becomes a plain attribute with the active value. Like a
+    module in `modules_to_save`, it supports only one active adapter.
 
     Args:
-        owner: Module that the parameter belongs to.
+        owner: Module that owns the parameter.
         name: Name of the parameter in `owner`.
     """
 
@@ -45,7 +45,7 @@ class TokenAdapter(nn.Module, BaseTunerLayer):
         if weight is None:
             raise ValueError(f"{type(owner).__name__}.{name} must be a parameter, got None")
         self.parameter_name = name
-        # in a tuple, or torch would make the owner a child of its own child
+        # a tuple, so that torch does not register the owner as a submodule
         self._owner = (owner,)
         self.base_layer = _BaseToken(weight)
         self.snella_token = nn.ParameterDict({})
@@ -54,18 +54,18 @@ class TokenAdapter(nn.Module, BaseTunerLayer):
         self._active_adapter = []
         self._unmerged_weight: Tensor | None = None
         self.register_load_state_dict_post_hook(_relink)
-        # an empty place keeps the order of the owner's parameters for `remove`
+        # the None entry preserves the order of the owner's parameters for `remove`
         owner._parameters[name] = None
         owner.add_module(self.attribute, self)
         self._link()
 
     @property
     def attribute(self) -> str:
-        """Name of this module in its owner."""
+        """Name of this module in `owner`."""
         return f"{self.parameter_name}_adapter"
 
     def update_layer(self, adapter_name: str, active_adapters: list[str], inference_mode: bool) -> None:
-        """Give the parameter one more adapter, starting at the pre-trained value."""
+        """Add an adapter, initialized to the pre-trained value."""
         start = self._unmerged_weight if self._unmerged_weight is not None else self.base_layer.weight
         self.snella_token[adapter_name] = nn.Parameter(start.detach().clone(), requires_grad=False)
         if adapter_name in active_adapters:
@@ -79,25 +79,25 @@ class TokenAdapter(nn.Module, BaseTunerLayer):
         holders = [name for name in names if name in self.snella_token]
         if len(holders) > 1:
             raise ValueError(
-                f"parameters_to_save: {self.parameter_name!r} has a value of its own in each of the adapters "
-                f"{holders}, and only one can be in use; activate or merge one of them at a time"
+                f"parameters_to_save: {self.parameter_name!r} has a separate value in each of the adapters "
+                f"{holders}, but only one can be active; activate or merge one at a time"
             )
 
     def _link(self) -> None:
-        """Let the owner's attribute be the value in use."""
+        """Set the owner's attribute to the active value."""
         names = [] if self.disable_adapters or self.merged else self.active_adapters
         holders = [name for name in names if name in self.snella_token]
         value = self.snella_token[holders[0]] if holders else self.base_layer.weight
         self._owner[0].__dict__[self.parameter_name] = value
 
     def remove(self) -> None:
-        """Give the parameter back to its owner and leave no trace."""
+        """Restore the parameter in its owner and remove this module."""
         owner = self._owner[0]
         owner.__dict__.pop(self.parameter_name, None)
         owner._parameters[self.parameter_name] = self.base_layer.weight
         owner._modules.pop(self.attribute, None)
 
-    # what may change the value in use ------------------------------------------------------------------------------
+    # changes of the active value -----------------------------------------------------------------------------------
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:  # noqa: D102
         self.check_active(adapter_names)
@@ -123,7 +123,7 @@ class TokenAdapter(nn.Module, BaseTunerLayer):
         """Write an adapter's value into the parameter; `unmerge` restores it.
 
         Raises:
-            ValueError: More than one adapter has a value, or `safe_merge` found one that is not finite.
+            ValueError: If more than one adapter has a value, or `safe_merge` finds a non-finite value.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.snella_token]
         self.check_active([*self.merged_adapters, *names])
@@ -154,48 +154,48 @@ class TokenAdapter(nn.Module, BaseTunerLayer):
         return self
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # also the dtype: half-precision tokens must not become float32, or everything after them would
+        # the dtype moves too: a float32 token in a half-precision model would promote all activations after it
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         self._link()
 
 
 def _relink(module: nn.Module, _: Any) -> None:
-    """After loading, which may have put another tensor into the place of a parameter."""
+    """`load_state_dict` hook: update the owner's attribute, because loading may replace the parameter."""
     if isinstance(module, TokenAdapter):
         module._link()
 
 
 def token_adapters(model: nn.Module) -> list[TokenAdapter]:
-    """All of a model, in the order of its modules."""
+    """Return all `TokenAdapter`s of a model in module order."""
     return [module for module in model.modules() if isinstance(module, TokenAdapter)]
 
 
 def find_tokens(model: nn.Module, names: Iterable[str], *, is_required: bool) -> list[str]:
-    """Return the full names of the parameters called `names`, which may be suffixes.
+    """Return the full names of the parameters that match `names`, which may be suffixes.
 
     Raises:
-        ValueError: `is_required`, and a name matches no parameter.
+        ValueError: If `is_required` and a name matches no parameter.
     """
     present = [f"{prefix}{name}" for prefix, _, name in _bare_parameters(model)]
-    found: list[str] = []
-    for wanted in names:
-        matches = [name for name in present if name == wanted or name.endswith(f".{wanted}")]
+    full_names: list[str] = []
+    for suffix in names:
+        matches = [name for name in present if name == suffix or name.endswith(f".{suffix}")]
         if is_required and not matches:
             endings = {name.rpartition(".")[2]: name for name in present}
-            near = get_close_matches(wanted.rpartition(".")[2], endings, 2)
+            near = get_close_matches(suffix.rpartition(".")[2], endings, 2)
             hint = f"; did you mean {', '.join(repr(endings[name]) for name in near)}?" if near else ""
-            raise ValueError(f"parameters_to_save={wanted!r} is no parameter of {type(model).__name__}{hint}")
-        found.extend(name for name in matches if name not in found)
-    return found
+            raise ValueError(f"parameters_to_save={suffix!r} matches no parameter of {type(model).__name__}{hint}")
+        full_names.extend(name for name in matches if name not in full_names)
+    return full_names
 
 
 def attach_tokens(
     model: nn.Module, names: Iterable[str], adapter_name: str, active_adapters: list[str], inference_mode: bool
 ) -> None:
-    """Give the parameters of these full names a value for `adapter_name`."""
-    wanted = set(names)
+    """Add an adapter to the parameters with these full names."""
+    full_names = set(names)
     for prefix, owner, name in list(_bare_parameters(model)):
-        if f"{prefix}{name}" in wanted:
+        if f"{prefix}{name}" in full_names:
             adapter = owner._modules.get(f"{name}_adapter")
             if not isinstance(adapter, TokenAdapter):
                 adapter = TokenAdapter(owner, name)
@@ -203,7 +203,7 @@ def attach_tokens(
 
 
 def _bare_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """Every parameter that no adapter wraps, and those that a `TokenAdapter` holds: prefix, owner, name."""
+    """Yield prefix, owner and name of every parameter outside adapters or inside a `TokenAdapter`."""
     inside: list[str] = []
     for prefix, module in model.named_modules():
         if any(prefix.startswith(outer) for outer in inside):

@@ -284,7 +284,7 @@ def test_a_budget_that_the_matrix_cannot_hold_is_refused(budget):
 def test_a_weight_of_another_shape_is_refused():
     problem = make_problem()
     problem.tensors["weight"] = torch.ones(5, 7)
-    with pytest.raises(ValueError, match=r"the update is \[7, 5\] but the weight is \[5, 7\]"):
+    with pytest.raises(ValueError, match=r"same size, got \[7, 5\] and \[5, 7\]"):
         call(problem)
 
 

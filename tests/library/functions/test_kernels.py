@@ -191,19 +191,19 @@ def test_a_third_softmax_axis_is_refused():
 def test_missing_scalars_are_named(name, missing):
     with pytest.raises(ValueError) as raised:
         merge_factors(torch.ones(3, 4), torch.ones(2, 4), name)
-    assert f"needs the scalars {missing}, got None" in str(raised.value)
+    assert f"requires the scalars {missing}, got None" in str(raised.value)
 
 
 def test_factors_of_different_rank_are_refused_with_their_shapes():
     with pytest.raises(
-        ValueError, match=r"A and B must be \[n, r\] and \[m, r\] with one r, got \[3, 4\] and \[2, 6\]"
+        ValueError, match=r"A and B must be \[n, r\] and \[m, r\] with equal r, got \[3, 4\] and \[2, 6\]"
     ):
         merge_factors(torch.ones(3, 4), torch.ones(2, 6), "linear")
 
 
 @pytest.mark.parametrize(("r", "fits"), [(7, 6), (1, 2)])
 def test_a_rank_that_the_pieces_do_not_divide_is_refused_with_one_that_fits(r, fits):
-    with pytest.raises(ValueError, match=f"num_pieces must divide r, got num_pieces=2 and r={r}; r={fits} would fit"):
+    with pytest.raises(ValueError, match=f"num_pieces must divide r, got num_pieces=2 and r={r}; use r={fits}"):
         merge_factors(torch.ones(3, r), torch.ones(2, r), "p_linear", piece_coeff=torch.ones(2))
 
 

@@ -159,7 +159,7 @@ def test_a_weight_that_changes_between_the_passes_is_refused(fixed):
         y = apply(problem, stored.source, "eager")
     stored.codes.zero_()
     with pytest.raises(
-        RuntimeError, match=r"weight \[32, 24\] .* had versions \[0, 0\], now \[1, 0\]; change it before"
+        RuntimeError, match=r"weight \[32, 24\] .* versions were \[0, 0\], now \[1, 0\]; change them before"
     ):
         y.sum().backward()
 

@@ -143,9 +143,9 @@ def test_the_effective_weight_of_updates_alone_takes_the_shape_it_is_asked_for()
 
 
 def test_neither_weight_nor_update_is_refused():
-    with pytest.raises(ValueError, match="effective_weight needs a weight or at least one update, got neither"):
+    with pytest.raises(ValueError, match="effective_weight requires a weight or at least one update, got neither"):
         effective_weight(None, [])
-    with pytest.raises(ValueError, match="adapted_layer needs a weight or at least one update, got neither"):
+    with pytest.raises(ValueError, match="adapted_layer requires a weight or at least one update, got neither"):
         layer_output(torch.ones(2, 3), None, None, [], LinearOp())
 
 
@@ -170,14 +170,14 @@ def test_a_convolution_weight_is_compared_as_a_matrix():
     problem = make_problem(m=4, n=6)
     update = problem.update(problem.tensors)
     update.spec.check(update.factors, update.budgets, torch.Size((4, 3, 2, 1)))
-    with pytest.raises(ValueError, match=r"the update is \[4, 6\] but the weight is \[4, 3, 3, 1\]"):
+    with pytest.raises(ValueError, match=r"same size, got \[4, 6\] and \[4, 3, 3, 1\]"):
         update.spec.check(update.factors, update.budgets, torch.Size((4, 3, 3, 1)))
 
 
 def test_a_missing_scalar_is_found_by_the_check():
     problem = make_problem()
     factors = Factors(problem.tensors["A"], problem.tensors["B"], problem.tensors["piece_coeff"])
-    with pytest.raises(ValueError, match=r"needs the scalars \['alpha', 'beta'\], got None"):
+    with pytest.raises(ValueError, match=r"requires the scalars \['alpha', 'beta'\], got None"):
         UpdateSpec(problem.kernel, (7,)).check(factors, (3,))
 
 

@@ -498,7 +498,7 @@ def test_the_backend_is_chosen_at_injection_and_again_when_the_layer_moves_and_s
             assert numba_layer.double().backend_name("default") == "eager"
             assert numba_layer.float().backend_name("default") == "numba"
     assert caplog.messages == [
-        "updates on 'cpu' are computed by 'eager' (numba computes in float32, got factors in torch.float64)"
+        "updates on 'cpu' use backend 'eager' (numba computes in float32, got factors in torch.float64)"
     ]
 
 

@@ -56,7 +56,7 @@ def test_positions_survive_packing_into_bits():
 
 @pytest.mark.parametrize(
     ("indices", "message"),
-    [([3, 19], r"indices must be in \[0, 19\), got 3 to 19"), ([3, 3], r"got 2 of which 1 are different")],
+    [([3, 19], r"indices must be in \[0, 19\), got 3 to 19"), ([3, 3], r"got 2 with 1 unique values")],
 )
 def test_positions_out_of_range_or_repeated_are_refused(indices, message):
     with pytest.raises(ValueError, match=message):
@@ -106,7 +106,7 @@ def test_a_budget_cannot_change_it(supported):
 
 def test_an_adapter_whose_entries_compete_takes_no_support():
     competing = get_peft_model(model(), SnellaConfig(r=4, target_modules=["qkv"]))
-    with pytest.raises(ValueError, match=r"adapter 'default' lets its entries compete; .*fixed_support=True"):
+    with pytest.raises(ValueError, match=r"adapter 'default' must have a fixed support; .*fixed_support=True"):
         layers(competing)[0].set_support("default", QKV)
 
 

@@ -117,7 +117,7 @@ def test_two_active_adapters_with_one_token_are_refused(vit):
     model = trained(vit)
     model.add_adapter("second", vit.config(parameters_to_save=["cls_token"]))
     expected = vit.predict(model)
-    with pytest.raises(ValueError, match=r"'cls_token' has a value of its own in each of the adapters \['default', 's"):
+    with pytest.raises(ValueError, match=r"'cls_token' has a separate value in each of the adapters \['default', 's"):
         model.base_model.set_adapter(["default", "second"])
     assert torch.equal(vit.predict(model), expected)
     model.add_adapter("third", vit.config())
@@ -267,7 +267,7 @@ def test_any_bare_parameter_can_be_trained_by_suffix(cases):
 def test_a_token_that_the_model_lacks_is_answered_with_near_names(vit):
     base = vit.base()
     with pytest.raises(
-        ValueError, match="parameters_to_save='clstoken' is no parameter of VisionTransformer; did you mean 'cls_token'"
+        ValueError, match="parameters_to_save='clstoken' matches no parameter of VisionTransformer; did you mean 'cls_token'"
     ):
         get_peft_model(base, vit.config(parameters_to_save=["clstoken"]))
     assert not token_adapters(base)
