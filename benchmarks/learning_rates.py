@@ -161,7 +161,7 @@ def run(head: dict[str, Any], cache: Path) -> dict[str, Any]:
     kept: dict[str, dict[str, Any]] = {}
     if has_probe_start:
         kept["start"] = both_parts(model, forward, features)
-    optimizer = build_optimizer(model, config)
+    optimizer = build_optimizer(model, **config.optimizer_options())
     schedule = get_cosine_schedule_with_warmup(optimizer, round(config.warmup_ratio * total), total)
     allocator = None
     if matrices_of(model):

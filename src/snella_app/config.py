@@ -565,6 +565,16 @@ class TrainConfig(RunSettings):
             return [str(error)]
         return []
 
+    def optimizer_options(self) -> dict[str, Any]:
+        """Keyword arguments of `snella_app.training.optimizer.build_optimizer`."""
+        return {
+            "lr": self.lr or 0.0,
+            "head_lr": self.head_lr,
+            "weight_decay": self.weight_decay or 0.0,
+            "scalar_lr": self.scalar_lr,
+            "layer_decay": self.layer_decay,
+        }
+
     def with_batch_size_for(self, images: int) -> "TrainConfig":
         """Return a copy with `batch_size` set for this number of training images."""
         is_set = isinstance(self.batch_size, int)

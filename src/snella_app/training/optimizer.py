@@ -1,4 +1,4 @@
-"""Optimizers of whatever a method trains, and what changes how the model around it is trained."""
+"""Optimizers, layer-wise learning rate decay, drop path and gradient checkpointing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from torch.optim import AdamW, Optimizer
 
 from snella import create_snella_optimizer
 from snella.layer import SnellaLayer
-from snella_app.config import TrainConfig
 from snella_app.methods import method_of, spec_of
 from snella_app.methods.model_parts import base_model, find_blocks, is_inside
 
@@ -24,21 +23,21 @@ _PACKAGE = "bitsandbytes"
 def build_low_bit_optimizer(
     model: nn.Module, wanted: str, device: torch.device, *, lr: float, scalar_lr: float | None, weight_decay: float
 ) -> tuple[Optimizer, str]:
-    """Make the optimizer for whatever is trainable.
+    """Build AdamW or 8-bit AdamW for all trainable parameters.
 
     Args:
-        model: From `adapt_headless`, on its device.
+        model: Model from `adapt_headless`, on its device.
         wanted: `auto`, `adamw` or `adamw8bit`.
-        device: Where it trains.
-        lr: Learning rate of the factors, or of all weights that are trained.
-        scalar_lr: Learning rate of the kernels' scalars (SNELLA, SNELL); the optimizer's default if None.
-        weight_decay: Decoupled weight decay; none on the scalars.
+        device: Training device.
+        lr: Learning rate of the factors, or of all trainable parameters.
+        scalar_lr: Learning rate of the scalar kernel parameters (SNELLA, SNELL); the optimizer's default if None.
+        weight_decay: Decoupled weight decay; not applied to scalar kernel parameters.
 
     Returns:
-        The optimizer, and its name, with the reason for a fallback.
+        The optimizer and its name with the reason for a fallback.
 
     Raises:
-        ImportError: `adamw8bit` was asked for and bitsandbytes is missing or does not run here.
+        ImportError: `wanted` is `adamw8bit` and bitsandbytes is missing or does not run on the device.
     """
     kind, name = _choose(wanted, device)
     if any(isinstance(module, SnellaLayer) for module in model.modules()):
@@ -49,7 +48,7 @@ def build_low_bit_optimizer(
 
 
 def _choose(wanted: str, device: torch.device) -> tuple[type[Optimizer], str]:
-    """The class that `auto`, `adamw` or `adamw8bit` means here, and its human-readable name."""
+    """Return the optimizer class for `auto`, `adamw` or `adamw8bit`, and its human-readable name."""
     if wanted == "adamw":
         return AdamW, "AdamW"
     try:
@@ -57,48 +56,61 @@ def _choose(wanted: str, device: torch.device) -> tuple[type[Optimizer], str]:
         _try_out(kind, device)
         return kind, "8-bit AdamW of bitsandbytes"
     except Exception as error:
-        # a library for accelerators fails in ways of its own: missing, without a kernel for this device, too old
+        # bitsandbytes can be missing, outdated or without a kernel for this device, with various exception types
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         if wanted == "adamw8bit":
             raise ImportError(
                 f"optimizer=adamw8bit needs bitsandbytes to run on {device}, but {reason}; "
                 "pip install bitsandbytes, or leave it at auto"
             ) from error
-        return AdamW, f"AdamW, since 8-bit AdamW does not run here ({reason})"
+        return AdamW, f"AdamW, because 8-bit AdamW does not run on {device} ({reason})"
 
 
 def _try_out(kind: type[Optimizer], device: torch.device) -> None:
-    """One step on a parameter that is large enough to be kept in 8 bits."""
+    """Run one step on a parameter that is large enough for 8-bit state."""
     parameter = nn.Parameter(torch.zeros(64, 128, device=device))
     parameter.grad = torch.ones_like(parameter)
     kind([parameter], lr=1.0).step()  # type: ignore[call-arg]
     if not bool((parameter != 0).all()):
-        raise RuntimeError("its step changes nothing")
+        raise RuntimeError("its step leaves parameters unchanged")
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Make AdamW for whatever is trainable; weight decay on matrices only, lower rates of earlier layers if asked for.
+def build_optimizer(
+    model: nn.Module,
+    *,
+    lr: float,
+    head_lr: float | None = None,
+    weight_decay: float = 0.0,
+    scalar_lr: float | None = None,
+    layer_decay: float | None = None,
+) -> torch.optim.Optimizer:
+    """Build AdamW for all trainable parameters, with weight decay only on matrices and optional layer-wise decay.
 
     Args:
-        model: From `build_method`.
-        config: Resolved settings; `lr` and `weight_decay` are set, `head_lr` falls back to `lr`.
+        model: Model from `build_method`.
+        lr: Learning rate of what the method adds or changes.
+        head_lr: Learning rate of the head; `lr` if None.
+        weight_decay: Weight decay of matrices.
+        scalar_lr: Learning rate of the kernels' scalars; the method's own if None.
+        layer_decay: Factor of the learning rate per layer below the head; None for equal rates.
 
     Raises:
-        ValueError: Nothing is trainable, or `layer_decay` with a model whose layers timm does not number.
+        ValueError: No parameter is trainable, or `layer_decay` is set for a model without timm's layer numbers.
     """
-    optimizer = _grouped_optimizer(model, config)
-    if config.layer_decay is not None:
-        _decay_rates(optimizer, model, config.layer_decay)
+    head_lr = lr if head_lr is None else head_lr
+    scalars = {} if scalar_lr is None else {"scalar_lr": scalar_lr}
+    optimizer = _grouped_optimizer(model, lr=lr, head_lr=head_lr, weight_decay=weight_decay, **scalars)
+    if layer_decay is not None:
+        _decay_rates(optimizer, model, layer_decay)
     return optimizer
 
 
-def _grouped_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW with the groups of the model's method."""
-    lr, weight_decay = config.lr or 0.0, config.weight_decay or 0.0
-    head_lr = lr if config.head_lr is None else config.head_lr
+def _grouped_optimizer(
+    model: nn.Module, *, lr: float, head_lr: float, weight_decay: float, **scalars: float
+) -> torch.optim.Optimizer:
+    """Build AdamW with the parameter groups of the model's method."""
     method = method_of(model)
     if method is not None and method.optimizer is not None:
-        scalars: dict[str, Any] = {} if config.scalar_lr is None else {"scalar_lr": config.scalar_lr}
         return method.optimizer(model, torch.optim.AdamW, lr=lr, head_lr=head_lr, weight_decay=weight_decay, **scalars)
     head = ("base_model.model." if isinstance(model, PeftModel) else "") + spec_of(model).head
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
@@ -106,7 +118,7 @@ def _grouped_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Opt
         if parameter.requires_grad:
             groups.setdefault((is_inside(name, head), parameter.ndim > 1), []).append(parameter)
     if not groups:
-        raise ValueError(f"method {spec_of(model).name!r} leaves nothing to train in {type(model).__name__}")
+        raise ValueError(f"method {spec_of(model).name!r} has no trainable parameters in {type(model).__name__}")
     return torch.optim.AdamW(
         [
             {"params": params, "lr": head_lr if in_head else lr, "weight_decay": weight_decay if is_matrix else 0.0}
@@ -116,15 +128,15 @@ def _grouped_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Opt
 
 
 def _decay_rates(optimizer: Optimizer, model: nn.Module, decay: float) -> None:
-    """Split each group by layers, whose learning rates are `lr · decay^(layers behind it)`.
+    """Split each parameter group by layer with learning rates `lr · decay^(layers after it)`.
 
-    Layers are numbered as timm does it for its own layer-wise decay: stem, blocks, head; what a method adds to a block
-    belongs to the block.
+    Layers are numbered as in timm's layer-wise decay: stem, blocks, head. Parameters that a method adds to a block
+    belong to the block.
     """
     base = base_model(model)
     if not callable(getattr(base, "group_matcher", None)):
         raise ValueError(
-            f"layer_decay needs a timm model, which numbers its layers, got {type(base).__name__}; leave it out"
+            f"layer_decay needs a timm model with numbered layers, got {type(base).__name__}; leave it out"
         )
     numbers = group_parameters(base, base.group_matcher(coarse=False), reverse=True)  # type: ignore[operator]
     last = max(numbers.values())
@@ -142,15 +154,15 @@ def _decay_rates(optimizer: Optimizer, model: nn.Module, decay: float) -> None:
 
 
 def set_drop_path(model: nn.Module, head: str, rate: float) -> None:
-    """Let a backbone drop its residual branches: from 0 in the first block to `rate` in the last, linearly.
+    """Set stochastic depth: the drop rate rises linearly from 0 in the first block to `rate` in the last.
 
     Args:
-        model: A backbone with its head, changed in place.
+        model: Backbone with its head, changed in place.
         head: Name of the head.
-        rate: Probability of an image's branch to be left out, in [0, 1).
+        rate: Drop probability of a residual branch per image, in [0, 1).
 
     Raises:
-        ValueError: The backbone's blocks have no place for it.
+        ValueError: The backbone's blocks do not support drop path.
     """
     blocks = find_blocks(model, head)
     places = 0
@@ -161,19 +173,18 @@ def set_drop_path(model: nn.Module, head: str, rate: float) -> None:
                 places += 1
     if not places:
         raise ValueError(
-            f"drop_path needs a backbone whose blocks have residual branches that can be dropped, got "
-            f"{type(model).__name__}; leave it out"
+            f"drop_path needs a backbone with droppable residual branches, got {type(model).__name__}; leave it out"
         )
 
 
 def checkpoint_gradients(model: nn.Module) -> None:
-    """Keep the inputs of a backbone's blocks alone for the backward pass, and compute the rest again.
+    """Enable gradient checkpointing: save only the inputs of the backbone's blocks and recompute the rest.
 
     Args:
-        model: From `build_method`, changed in place.
+        model: Model from `build_method`, changed in place.
 
     Raises:
-        ValueError: The backbone cannot do so.
+        ValueError: The backbone does not support gradient checkpointing.
     """
     base = base_model(model)
     for part in (base, getattr(base, "encoder", None)):
@@ -181,9 +192,9 @@ def checkpoint_gradients(model: nn.Module) -> None:
             try:
                 setting(True)
                 return
-            except AssertionError:  # timm's, of a model that has the function and not the thing
+            except AssertionError:  # timm raises it for models with the method but without support
                 break
     raise ValueError(
-        f"grad_checkpointing needs a backbone that can compute activations again, got {type(base).__name__}; "
-        "leave it out, and lower --batch-size with --accumulate instead"
+        f"grad_checkpointing needs a backbone that supports it, got {type(base).__name__}; leave it out and use a "
+        "smaller --batch-size with --accumulate"
     )

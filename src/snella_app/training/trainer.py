@@ -1,4 +1,4 @@
-"""Trainers: `SnellaTrainer` for labeled images, `CheckpointingTrainer` for all runs."""
+"""Trainers: `SnellaTrainer` for labeled images, and its base class `CheckpointingTrainer`."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ _PROGRESS_FILE = "progress.json"
 
 
 class _StalledError(Exception):
-    """A resumed run had stopped early already."""
+    """The resumed run has already stopped early."""
 
 
 class _StopIfStalled(TrainerCallback):
-    """Ends a resumed training before its first step where it had stopped early: its state is loaded by then.
+    """Callback that ends a resumed run before its first step if it has already stopped early.
 
     Args:
-        trainer: Whose callback it is, the last one.
+        trainer: The trainer; this must be its last callback.
     """
 
     def __init__(self, trainer: SnellaTrainer) -> None:
@@ -79,10 +79,10 @@ class _StopIfStalled(TrainerCallback):
 
 
 class _MeasureStart(TrainerCallback):
-    """Measures a trained head before the first step, as epoch 0, which may be the best one.
+    """Callback that evaluates an initialized head before the first step as epoch 0, which may be the best epoch.
 
     Args:
-        trainer: Whose callback it is; its allocator is attached by an earlier one.
+        trainer: The trainer; an earlier callback must attach its allocator.
     """
 
     def __init__(self, trainer: SnellaTrainer) -> None:
@@ -97,21 +97,21 @@ class _MeasureStart(TrainerCallback):
 
 
 class CheckpointingTrainer(Trainer):
-    """A Trainer with atomic checkpoints of the trained weights alone.
+    """Trainer with atomic checkpoints of only the trained weights.
 
-    Differs from its base class in that
-    - a checkpoint holds what was trained, not the model around it, and appears under its name only when it is complete;
-    - a loss or gradient that is not finite ends the run before it reaches the weights;
-    - the time spent before an interruption counts.
+    Differences from transformers' Trainer:
+    - A checkpoint contains only trained weights and is published atomically.
+    - A non-finite loss or gradient ends the run before it changes the weights.
+    - Elapsed time includes the time before an interruption.
 
     Args:
-        trained: The model with what is trained, from `build_method` or `adapt_headless`.
-        run: Where checkpoints go.
-        start: When this session's work began, as `time.monotonic()` counts; now if None.
-        **options: As for transformers' Trainer; `model` is `trained` if it is not given.
+        trained: Model with the trained weights, from `build_method` or `adapt_headless`.
+        run: Run folder for checkpoints.
+        start: Start of this session on the `time.monotonic()` clock; now if None.
+        **options: Options of transformers' Trainer; `model` defaults to `trained`.
 
     Attributes:
-        last_loss: Of the latest forward pass.
+        last_loss: Loss of the latest forward pass.
     """
 
     def __init__(self, trained: nn.Module, run: RunFolderOf[Any], start: float | None = None, **options: Any) -> None:
@@ -126,14 +126,14 @@ class CheckpointingTrainer(Trainer):
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds spent, those before an interruption included."""
+        """Training time in seconds, including time before an interruption."""
         return self._earlier_s + time.monotonic() - self._session_start
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward of one batch.
+        """Run the forward and backward pass of one batch.
 
         Raises:
-            NonFiniteLossError: The loss is not finite; nothing of this step is kept.
+            NonFiniteLossError: The loss is not finite; the step is discarded.
         """
         loss = super().training_step(model, inputs, num_items_in_batch)
         value = mean_of_all(loss.item())
@@ -143,31 +143,31 @@ class CheckpointingTrainer(Trainer):
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Norm of the gradient before clipping, checked before the optimizer uses it."""
+        """Return the gradient norm before clipping and check that it is finite."""
         norm = super()._get_grad_norm(model, grad_norm)
-        if not self.args.fp16 and not math.isfinite(float(norm)):  # in fp16 the scaler skips such a step
+        if not self.args.fp16 and not math.isfinite(float(norm)):  # in fp16 the scaler skips the step
             raise self._not_finite("the gradient", float(norm))
         return norm
 
     def _not_finite(self, what: str, value: float) -> NonFiniteLossError:
-        """The error with the step, the last good state and the remedy."""
+        """Build the error with the step, the last saved state and the remedy."""
         raise NotImplementedError
 
     def _get_output_dir(self, trial: Any) -> str:
-        """Where the base class writes a checkpoint: the staging folder while one is open."""
+        """Return the staging folder while a checkpoint is written, else the checkpoints folder."""
         return str(self._staging or self.run_folder.checkpoints)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint atomically, then remove the older ones; the main process does."""
+        """Write a checkpoint atomically in the main process, then remove older ones."""
         if is_main():
             self._write_checkpoint(model, trial)
         wait_for_others()
 
     def store_flos(self) -> None:
-        """Nothing: operations are not counted, and the base class would gather them from all processes."""
+        """No-op; FLOPs are not tracked, and the base class would gather them from all processes."""
 
     def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint and remove the older ones."""
+        """Write a checkpoint and remove older ones."""
         folder, name = self.run_folder.checkpoints, f"checkpoint-{self.state.global_step}"
         if (folder / name).is_dir():
             return
@@ -180,32 +180,32 @@ class CheckpointingTrainer(Trainer):
         remove_incomplete(folder)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Write what was trained."""
+        """Write the trained weights."""
         save_trained(self.trained_model, output_dir or str(self.run_folder.adapter))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Read the trained weights and the state of this class."""
+        """Load the trained weights and the trainer state."""
         checkpoint = Path(resume_from_checkpoint)
         with reading_checkpoint(checkpoint):
             load_trained_into(self.trained_model, checkpoint)
             self._read_state(checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Read their states."""
+        """Load the optimizer and scheduler states."""
         with nullcontext() if checkpoint is None else reading_checkpoint(Path(checkpoint)):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Read the states of the generators of random numbers."""
+        """Load the random number generator states."""
         with nullcontext() if checkpoint is None else reading_checkpoint(Path(checkpoint)):
             super()._load_rng_state(checkpoint)
 
     def _write_state(self, checkpoint: Path, **values: Any) -> None:
-        """Write what the Trainer's own state lacks, `values` with it."""
+        """Write elapsed time and `values`, which the Trainer's state does not include."""
         write_json(checkpoint / _PROGRESS_FILE, {"elapsed_s": self.elapsed_s, **values})
 
     def _read_state(self, checkpoint: Path) -> dict[str, Any]:
-        """Read what `_write_state` wrote."""
+        """Load the state written by `_write_state`."""
         values: dict[str, Any] = json.loads((checkpoint / _PROGRESS_FILE).read_text(encoding="utf-8"))
         self._earlier_s = values["elapsed_s"]
         return values
@@ -214,14 +214,14 @@ class CheckpointingTrainer(Trainer):
 def base_training_arguments(
     checkpoints: Path, device: torch.device, *, seed: int, precision: str, **options: Any
 ) -> TrainingArguments:
-    """The Trainer's settings that all kinds of runs share: quiet, on one device.
+    """Return Trainer arguments shared by all runs: one device per process, without Trainer logging.
 
     Args:
-        checkpoints: Where they go.
-        device: Where to train.
-        seed: Of the run.
+        checkpoints: Output folder.
+        device: Training device.
+        seed: Seed of the run.
         precision: fp32, or bf16 or fp16 for autocast.
-        **options: Those of this kind of run; `report_to` names trackers.
+        **options: Other arguments of the run; `report_to` names trackers.
     """
     with _accelerate_device(device):
         arguments = TrainingArguments(
@@ -247,7 +247,7 @@ _DEVICE_VARIABLE = "ACCELERATE_TORCH_DEVICE"
 
 @contextlib.contextmanager
 def _accelerate_device(device: torch.device) -> Iterator[None]:
-    """Let Accelerate take one device, such as cuda:1; it takes cpu, and a GPU for each of several processes, itself."""
+    """Select the device for Accelerate, e.g. cuda:1; it selects the CPU and per-process GPUs itself."""
     if device.type == "cpu" or process_count() > 1 or _DEVICE_VARIABLE in os.environ:
         yield
         return
@@ -260,33 +260,33 @@ def _accelerate_device(device: torch.device) -> Iterator[None]:
 
 @dataclass
 class _Progress:
-    """The running epoch's loss."""
+    """Loss of the current epoch."""
 
     loss_sum: float = 0.0
     steps: int = 0
 
 
 class SnellaTrainer(CheckpointingTrainer):
-    """One training run over `(image, label)` data sets.
+    """Trainer for `(image, label)` data sets.
 
-    Differs from its base class in that
-    - every step draws its random numbers (dropout, drop-path) from `(seed, step)`, and every epoch its order from
-      `(seed, epoch)`, so that a resumed run repeats them wherever it was interrupted;
-    - the adapter of the best epoch (see `Task.selection_score`) is written when it is found;
-    - an average of the weights, and the weights of epochs to be averaged, are part of a checkpoint.
+    Differences from `CheckpointingTrainer`:
+    - Random numbers (dropout, drop path) depend only on `(seed, step)` and the data order only on `(seed, epoch)`, so a
+      resumed run repeats them.
+    - The adapter of the best epoch (see `Task.selection_score`) is saved immediately.
+    - Checkpoints include the weight average and the weights of epochs to average.
 
     Args:
-        model: From `build_method`.
+        model: Model from `build_method`.
         config: Resolved settings.
-        task: Loss and metrics.
-        train: Training items.
-        val: Items that choose the best epoch, as the protocol of `config` has it; None keeps the last.
-        run: Where checkpoints and the best adapter go.
-        callbacks: Further callbacks.
-        trained_part: The part of the model that the data sets are inputs of, where that is not the whole.
-        start: When this session's work began, as `time.monotonic()` counts; now if not given.
-        keep_checkpoints: Whether each epoch ends with a checkpoint.
-        feature_norm: Normalizes the inputs of the head, which is saved without it; None for none.
+        task: Task with loss and metrics.
+        train: Training images.
+        val: Images for epoch selection under the protocol of `config`; None keeps the last epoch.
+        run: Run folder for checkpoints and the best adapter.
+        callbacks: Additional callbacks.
+        trained_part: Submodule that receives the data sets' items; the whole model if None.
+        start: Start of this session on the `time.monotonic()` clock; now if None.
+        keep_checkpoints: Save a checkpoint after each epoch.
+        feature_norm: Normalization of the head's inputs, folded into the saved head; None to disable.
     """
 
     def __init__(
@@ -326,7 +326,7 @@ class SnellaTrainer(CheckpointingTrainer):
             args=training_arguments(config, run.checkpoints, keep_checkpoints),
             data_collator=task.collate,
             train_dataset=train,
-            eval_dataset=train if val is None else val,  # `evaluate` decides itself what is measured
+            eval_dataset=train if val is None else val,  # `evaluate` selects the data itself
             callbacks=[EpochCallback(train, self._sampler), *averaging, *callbacks],
         )
         self.model_accepts_loss_kwargs = False
@@ -335,7 +335,7 @@ class SnellaTrainer(CheckpointingTrainer):
         self.add_callback(_StopIfStalled(self))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as the base class does; a resumed run that had stopped early stays as it is."""
+        """Train; a resumed run that has already stopped early is unchanged."""
         try:
             return super().train(*args, **kwargs)
         except _StalledError:
@@ -344,7 +344,7 @@ class SnellaTrainer(CheckpointingTrainer):
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """One row per finished epoch, as `metrics.json` holds them; epoch 0 is the start, where that was measured."""
+        """One row per finished epoch, as in `metrics.json`; epoch 0 is an evaluation before training."""
         rows = [row for row in self.state.log_history if "budget" in row]
         return [
             {"epoch": round(row["epoch"]), **{k: v for k, v in row.items() if k not in ("step", "epoch")}}
@@ -353,14 +353,14 @@ class SnellaTrainer(CheckpointingTrainer):
 
     @property
     def has_stalled(self) -> bool:
-        """Whether `early_stopping` epochs have gone by without a better one.
+        """True after `early_stopping` epochs without improvement.
 
-        Only epochs count that were measured and keep no more weights than the target: with budgets that shrink, a run
-        does not stop before what it keeps has the sparsity that was asked for.
+        Only evaluated epochs within the target budget count, so a run does not stop before it reaches the target
+        sparsity.
         """
         allocator = self.allocator
         rows = [
-            (score, -row["epoch"])  # of equals the first
+            (score, -row["epoch"])  # ties go to the first epoch
             for row in self.history
             if (allocator is None or row["budget"] <= allocator.target_budget)
             and math.isfinite((score := self.selection_score(row))[0])
@@ -370,34 +370,34 @@ class SnellaTrainer(CheckpointingTrainer):
 
     @property
     def allocator(self) -> BudgetAllocator | None:
-        """What shares out the budget, from the start of training on; None for methods without budgets."""
-        found = [c.allocator for c in self.callback_handler.callbacks if isinstance(c, SnellaCallback)]
-        return found[0] if found else None
+        """Budget allocator, available once training has started; None for methods without budgets."""
+        allocators = [c.allocator for c in self.callback_handler.callbacks if isinstance(c, SnellaCallback)]
+        return allocators[0] if allocators else None
 
     def selection_score(self, row: Mapping[str, Any]) -> tuple[float, float]:
-        """What an epoch is compared by, from its row of the history."""
+        """Return the selection score of a history row."""
         return self.protocol.selection_score(row, self.task.selection_score)
 
     def outputs(self, dataset: Dataset[Any]) -> tuple[np.ndarray, np.ndarray]:
-        """The outputs on a data set and its labels, as `Task.reduce` leaves them."""
+        """Return the outputs on a data set, reduced by `Task.reduce`, and its labels."""
         output = self.evaluation_loop(self.get_eval_dataloader(dataset), "evaluation", prediction_loss_only=False)
         return np.asarray(output.predictions), np.asarray(output.label_ids)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "val"
     ) -> dict[str, float]:
-        """Evaluate the epoch by the protocol, log it, and save its adapter if it is the best so far.
+        """Evaluate the epoch under the protocol, log it and save the adapter if it is the best so far.
 
-        With an average of the weights, the average is evaluated and saved.
+        With weight averaging, the average is evaluated and saved.
 
         Raises:
-            NonFiniteLossError: The loss is not finite; nothing is saved then.
+            NonFiniteLossError: The loss is not finite; nothing is saved.
         """
         with nullcontext() if self.average is None else self.average.applied():
             return self._measure_epoch()
 
     def _measure_epoch(self) -> dict[str, float]:
-        """Evaluate the epoch with the current values."""
+        """Evaluate the epoch with the current weights."""
         row: dict[str, Any] = {
             "train_loss": self.progress.loss_sum / self.progress.steps if self.progress.steps else math.nan,
             **self._selection_scores(),
@@ -421,13 +421,13 @@ class SnellaTrainer(CheckpointingTrainer):
         return row
 
     def average_epochs(self) -> AveragedEpochs | None:
-        """Average the trained weights of the last epochs, and save the average unless the best epoch is better.
+        """Average the trained weights of the last epochs and save the average unless the best epoch is better.
 
-        `swa` is the mean of all of them. `soup` begins with the best one and takes in another, the better ones first,
-        where the mean with it is not worse on the selection split. Both are measured with the budgets of the last step.
+        `swa` averages all of them. `soup` starts with the best epoch and adds other epochs in order of their score, if
+        the mean does not get worse on the selection split. Both use the budgets of the last step.
 
         Returns:
-            What was averaged, and whether it was saved; None where the settings do not ask for it.
+            The averaged epochs and a flag for saving; None if the settings disable averaging.
 
         Raises:
             NonFiniteLossError: The loss of an average is not finite.
@@ -459,7 +459,7 @@ class SnellaTrainer(CheckpointingTrainer):
         return AveragedEpochs(kind, chosen, ends.epochs, is_saved, scores)
 
     def _score_of_mean(self, epochs: Sequence[int]) -> tuple[tuple[float, float], dict[str, float]]:
-        """What the mean over some epochs is compared by, and its results; all means alike without a selection split."""
+        """Return the selection score (constant without a selection split) and metrics of the mean over epochs."""
         if self.epoch_ends is None or self.validation_set is None:
             return self.selection_score({}), {}
         with self.epoch_ends.mean_applied(epochs):
@@ -467,21 +467,21 @@ class SnellaTrainer(CheckpointingTrainer):
         return self.selection_score(scores), scores
 
     def _save_adapter(self) -> None:
-        """Write the adapter that the run keeps, by the main process."""
+        """Write the run's adapter in the main process."""
         if self.args.should_save:
             folded = nullcontext() if self.feature_norm is None else self.feature_norm.folded()
             with reporting_write_errors(self.run_folder.adapter), folded:
                 save_trained(self.trained_model, self.run_folder.adapter)
 
     def _selection_scores(self) -> dict[str, float]:
-        """Results on the selection split, by the names of the history; none where it is not evaluated."""
+        """Evaluate the selection split under the names of the history; empty if the epoch is not evaluated."""
         epoch = round(self.state.epoch or 0)
         if self.validation_set is None or not self.protocol.is_measured(epoch, self.config.epochs):
             return {}
         return self._measured(self.validation_set)
 
     def _measured(self, images: ImageDataset) -> dict[str, float]:
-        """Results on the selection split."""
+        """Evaluate images of the selection split."""
         scores = self.task.metrics(*self.outputs(images))
         if not math.isfinite(scores["loss"]):
             part = "test" if self.protocol.selected_on == "test" else "validation"
@@ -489,9 +489,9 @@ class SnellaTrainer(CheckpointingTrainer):
         return self.protocol.with_split_prefix({"val_loss": scores["loss"], **self.task.epoch_row(scores)})
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make the optimizer with its groups."""
+        """Build the optimizer with its parameter groups."""
         if self.optimizer is None:
-            self.optimizer = build_optimizer(self.trained_model, self.config)
+            self.optimizer = build_optimizer(self.trained_model, **self.config.optimizer_options())
         return self.optimizer
 
     def compute_loss(
@@ -501,7 +501,7 @@ class SnellaTrainer(CheckpointingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Loss of a batch; with `return_outputs` the logits too."""
+        """Compute the loss of a batch; with `return_outputs`, also return the logits."""
         logits = model(inputs["images"])
         weights = inputs.get("weights")
         loss = self.task.loss(logits, inputs["labels"], weights)
@@ -516,12 +516,12 @@ class SnellaTrainer(CheckpointingTrainer):
         return (loss, logits) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward of one batch, with the step's own random numbers.
+        """Run the forward and backward pass of one batch with random numbers seeded by the step.
 
         Raises:
             NonFiniteLossError: The loss is not finite.
         """
-        micro_step = [self._micro_step] if self._micro_step else []  # the first draws as the only one does
+        micro_step = [self._micro_step] if self._micro_step else []  # same first seed without accumulation
         torch.manual_seed(mix_seed(self.config.seed, 1, self.state.global_step, self.args.process_index, *micro_step))
         loss = super().training_step(model, self._mix(inputs), num_items_in_batch)
         self._micro_step += 1
@@ -535,9 +535,9 @@ class SnellaTrainer(CheckpointingTrainer):
         return loss
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, *others: Any) -> Any:
-        """The batches of one step, and what each weighs, so that all images of the step count the same.
+        """Return the batches of one step and set their loss weights, so that all images of the step count equally.
 
-        The Trainer divides the loss by the number of batches, DDP the gradients by the number of processes.
+        The Trainer divides the loss by the number of batches, and DDP divides gradients by the number of processes.
         """
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, *others)
         per_epoch = self.config.steps_per_epoch(len(self._sampler))
@@ -550,7 +550,7 @@ class SnellaTrainer(CheckpointingTrainer):
         return batches, items
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Make Accelerate's object; one that leaves a sharded model where it is, with no DDP around it."""
+        """Create the accelerator; a sharded model is neither moved nor wrapped in DDP."""
         super().create_accelerator_and_postprocess()
         if self._is_sharded:
             prepare = self.accelerator.prepare_model
@@ -559,12 +559,12 @@ class SnellaTrainer(CheckpointingTrainer):
             )
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
-        """Move a whole model; parts of a sharded one are where they have to be."""
+        """Move the model unless it is sharded; shards are already on their devices."""
         if not self._is_sharded:
             super()._move_model_to_device(model, device)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Batches of the images; with several processes this one's part of each."""
+        """Return the training data loader; with several processes, this process's part of each batch."""
         if self._shards.count == 1:
             return super().get_train_dataloader()
         return DataLoader(
@@ -575,9 +575,9 @@ class SnellaTrainer(CheckpointingTrainer):
         )
 
     def _mix(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The batch with each image mixed with another, if the settings say so: that one's label and the own share.
+        """Apply MixUp or CutMix, if enabled; adds the other image's label and the mixing weight to the batch.
 
-        Torchvision mixes labels as one-hot rows; with the image's number for its label, a row tells the share.
+        Torchvision mixes one-hot labels; with the image index as label, a row contains the mixing weight.
         """
         alphas = {v2.MixUp: self.config.mixup, v2.CutMix: self.config.cutmix}
         count = len(inputs["labels"])
@@ -591,62 +591,62 @@ class SnellaTrainer(CheckpointingTrainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The outputs that the task reduces one batch to, and no loss, which `Task.metrics` computes of them."""
+        """Return the reduced outputs and labels of a batch, without a loss; `Task.metrics` computes the loss."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
             outputs = self.task.outputs(model, inputs["images"], self.config.views)
         return None, *self.task.reduce(outputs, inputs["labels"])
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
-        """The order of an epoch."""
+        """Return the epoch sampler."""
         return self._sampler
 
     def _write_state(self, checkpoint: Path, **values: Any) -> None:
-        """Write the running epoch's loss and the average of the weights too."""
+        """Also write the current epoch's loss, the weight averages and the feature statistics."""
         super()._write_state(checkpoint, **asdict(self.progress), **values)
-        for kept in (self.average, self.epoch_ends, self.feature_norm):
-            if kept is not None:
-                kept.save(checkpoint)
+        for part in (self.average, self.epoch_ends, self.feature_norm):
+            if part is not None:
+                part.save(checkpoint)
 
     def _read_state(self, checkpoint: Path) -> dict[str, Any]:
-        """Read what `_write_state` wrote."""
+        """Load the state written by `_write_state`."""
         values = super()._read_state(checkpoint)
         self.progress = _Progress(values["loss_sum"], values["steps"])
-        for kept in (self.average, self.epoch_ends, self.feature_norm):
-            if kept is not None:
-                kept.load(checkpoint)
+        for part in (self.average, self.epoch_ends, self.feature_norm):
+            if part is not None:
+                part.load(checkpoint)
         return values
 
     def _budget(self) -> int | None:
-        """Weights kept at present, over all matrices."""
+        """Return the current total budget; None without budgets."""
         allocator = self.allocator
         return None if allocator is None else sum(allocator.budgets.values())
 
     def _is_denser_than_asked(self) -> bool:
-        """Whether epochs with the target budget are still to come, of which the best is to be kept."""
+        """Check that the budget is still above a target that later epochs reach; then a later epoch is selected."""
         allocator = self.allocator
         return allocator is not None and (allocator.config.schedule_end or 1.0) < 1 and not allocator.has_reached_target
 
     def _not_finite(self, what: str, value: float) -> NonFiniteLossError:
-        """The error with the step, the last good state and the remedy."""
+        """Build the error with the step, the last saved state and the remedy."""
         step = self.state.global_step + (1 if what in ("the loss", "the gradient") else 0)
         per_epoch = max(1, self.state.max_steps // max(1, int(self.state.num_train_epochs)))
         epoch = (step - 1) // per_epoch + 1
         done = sum(row["epoch"] > 0 for row in self.history)
-        kept = f"the state after epoch {done} is kept, and the best adapter" if done else "no epoch was finished before"
-        rates = {name: getattr(self.config, name) for name in ("lr", "scalar_lr", "head_lr", "scaling")}
+        saved = f"the state after epoch {done} and the best adapter are kept" if done else "no epoch was finished"
+        options = {name: getattr(self.config, name) for name in ("lr", "scalar_lr", "head_lr", "scaling")}
         shown = ", ".join(
-            f"--{name.replace('_', '-')} (now {rate:g})" for name, rate in rates.items() if rate is not None
+            f"--{name.replace('_', '-')} (now {rate:g})" for name, rate in options.items() if rate is not None
         )
         return NonFiniteLossError(
             f"{what} became {value} in epoch {epoch}, step {step} of {self.state.max_steps}; "
-            f"{kept} in {self.run_folder.path}; "
-            f"start a new run with a lower {shown} or a longer --warmup-ratio"
+            f"{saved} in {self.run_folder.path}; "
+            f"start a new run with a lower {shown} or a larger --warmup-ratio"
         )
 
 
 def training_arguments(config: TrainConfig, checkpoints: Path, keep_checkpoints: bool = True) -> TrainingArguments:
-    """The Trainer's own settings: quiet, an evaluation and a checkpoint each epoch, warm-up and a cosine."""
+    """Return Trainer arguments: evaluation and checkpoint per epoch, warmup and cosine decay."""
     return base_training_arguments(
         checkpoints,
         choose_device(config.device),

@@ -49,7 +49,7 @@ def test_training_stops_after_epochs_without_a_better_one(settings, console):
     run = train(settings(**values), console)
     assert [row["epoch"] for row in history_of(run)] == [0, 1, 2] and run.status == "finished"
     text = console.file.getvalue()
-    assert "stopping  after 2 epochs without a better one" in text and "stopped after epoch 2 of 9" in text
+    assert "stopping  after 2 epochs without improvement" in text and "stopped after epoch 2 of 9" in text
 
 
 def test_with_budgets_training_does_not_stop_before_the_target_sparsity(settings, console):
@@ -58,7 +58,7 @@ def test_with_budgets_training_does_not_stop_before_the_target_sparsity(settings
     assert [row["epoch"] for row in rows] == [0, 1, 2, 3, 4, 5]  # the target is there from epoch 4 = ceil(0.7 · 5) on
     assert [row["budget"] <= allocation["target_budget"] for row in rows] == [False, False, False, False, True, True]
     assert sum(matrix["budget"] for matrix in allocation["matrices"]) == allocation["target_budget"]
-    assert "from epoch 4 on, when the budget has its target (schedule_end 0.7)" in console.file.getvalue()
+    assert "from epoch 4, when the budget reaches its target (schedule_end 0.7)" in console.file.getvalue()
     assert run.read_config().method_options == {"schedule_end": 0.7}
 
 
@@ -121,7 +121,7 @@ def test_recomputing_keeps_less():
     before = record_forward(model, images).kept
     checkpoint_gradients(model)
     assert record_forward(model, images).kept < before / 2
-    with pytest.raises(ValueError, match="grad_checkpointing needs a backbone that can compute activations again"):
+    with pytest.raises(ValueError, match="grad_checkpointing needs a backbone that supports it"):
         checkpoint_gradients(nn.Sequential(nn.Linear(2, 2)))
 
 
@@ -133,7 +133,7 @@ def test_rates_decay_from_the_head_to_the_stem(method, settings):
     options = {} if method != "snella-2" else {"method_options": {}}
     config = settings(method=method, lr=1.0, head_lr=1.0, layer_decay=0.5, **options).resolved()
     model = build_method(method, timm.create_model("test_vit", num_classes=3, img_size=32))
-    optimizer = build_optimizer(model, config)
+    optimizer = build_optimizer(model, **config.optimizer_options())
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     named = {name: rates[id(p)] for name, p in model.named_parameters() if id(p) in rates}
     count = len(timm.create_model("test_vit").blocks)
@@ -154,7 +154,7 @@ def test_every_backbone_gets_its_drop_path_whatever_the_method(settings):
     rates = [m.drop_prob for m in parts.model.modules() if isinstance(m, DropPath)]
     blocks = len(rates) // 2
     assert rates == [pytest.approx(0.4 * (k // 2) / (blocks - 1)) for k in range(2 * blocks)] and max(rates) == 0.4
-    with pytest.raises(ValueError, match="drop_path needs a backbone whose blocks have residual branches"):
+    with pytest.raises(ValueError, match="drop_path needs a backbone with droppable residual branches"):
         set_drop_path(nn.Sequential(nn.Linear(2, 2)), "0", 0.1)
 
 
