@@ -23,7 +23,7 @@ STAGES = failed=; \
   finish() { echo; if [ -z "$$failed" ]; then echo "=== all stages passed"; else echo "=== failed:$$failed"; return 1; fi; }
 
 .DEFAULT_GOAL := help
-.PHONY: help install packages docs demo compare twins test test-oldest test-isa test-slow peft-contract faults bench products lint format types wheel clean
+.PHONY: help install packages docs demo compare twins test test-oldest test-isa test-slow peft-contract faults bench gpu products lint format types wheel clean
 
 help: ## print the verbs
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -99,6 +99,11 @@ faults: install ## kill, fill, flip and fuzz tiny trainings for some minutes, an
 bench: install ## step times (sixteen minutes on two cores) beside PEFT's LoRA and others; appends to benchmarks/results.jsonl
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/readme.py
+
+gpu: $(VENV)/.installed-for-tests ## on a machine with a GPU: the doctor, the tests for GPUs, and steps at batch 64; appends to benchmarks/results.jsonl
+	$(BIN)/snella doctor --out runs/gpu/doctor.json
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/snella bench --device cuda --batch 64 --dtype fp32,bf16 --methods lora,full,snella --out benchmarks/results.jsonl
 
 products: install ## other tools beside snella train, two folders, one minute each, from nothing; writes runs/products/ (Debian)
 	$(BIN)/python benchmarks/products/folders.py --packages runs/products/packages --out runs/products/folders --only emoji stamps
