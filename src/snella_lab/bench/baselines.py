@@ -1,4 +1,4 @@
-"""Baselines of the benchmark: functions from a timm model to a trainable one."""
+"""Benchmark baselines: functions that make a timm model trainable with one method."""
 
 from __future__ import annotations
 
@@ -25,57 +25,57 @@ from snella.sparsify import quantile_threshold, sparsify
 from snella_app.methods.registry import build_method
 
 REFERENCE = "lora"
-"""The baseline that ratios are of."""
+"""Baseline in the denominator of ratios."""
 
-_MOST_OF_QUANTILE = 2**24  # entries that torch.quantile takes
+_MOST_OF_QUANTILE = 2**24  # maximum number of entries in torch.quantile
 
 
 class TwoBranches(nn.Module):
-    """Base layer and update as two products, the update merged by autograd under activation checkpointing.
+    """Unfused reference: base layer and update as two products, with the merge under activation checkpointing.
 
         y = x W0ᵀ + bias + scaling·x Sᵀ,   S = sparsify(ΔW, quantile(|ΔW|, sparsity))
 
-    The memory rule is kept by `torch.utils.checkpoint`: `ΔW` and all that leads to it are computed once in the forward
-    and once more in the backward pass, each time with a sort of all magnitudes.
+    `torch.utils.checkpoint` recomputes `ΔW` and all intermediate results in the backward pass, including a second sort
+    of all magnitudes.
 
     Args:
-        layer: An adapted linear layer; its parameters are used as they are.
+        layer: An adapted linear layer, whose parameters are shared.
     """
 
     def __init__(self, layer: SnellaLayer) -> None:
         super().__init__()
         self.layer = layer
-        layer.is_applied = True  # here, without a call of its own
+        layer.is_applied = True  # the layer is never called directly
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Apply both branches, `x` `[…, n]`."""
         return self.layer.base_layer(x, *args, **kwargs) + checkpoint(self._branch, x, use_reentrant=False)
 
     def _branch(self, x: Tensor) -> Tensor:
-        """The update's product."""
+        """Compute the product of the update."""
         spec, factors, budgets, _ = self.layer.get_update("default")
         groups = []
         for matrix, budget in zip(spec.matrices(factors), budgets, strict=True):
             delta = spec.merge_matrix(matrix)
             sparsity, magnitudes = 1 - budget / delta.numel(), delta.detach().abs().flatten()
             is_small = delta.numel() <= _MOST_OF_QUANTILE
-            # torch's own, as the authors take it: ours is quicker
+            # torch.quantile, as in the authors' code; quantile_threshold is faster
             threshold = torch.quantile(magnitudes, sparsity) if is_small else quantile_threshold(delta, sparsity)
             groups.append(sparsify(delta, threshold, spec.mode))
         return spec.scaling * F.linear(x, torch.cat(groups).to(x.dtype))
 
 
 def _use_unfused_reference(model: nn.Module) -> nn.Module:
-    """Replace every adapted linear layer of `model` by its two branches, in place.
+    """Replace every adapted linear layer of `model` with `TwoBranches`, in place.
 
     Raises:
-        TypeError: An adapted layer is not linear.
+        TypeError: If an adapted layer is not linear.
     """
     for name, module in list(model.named_modules()):
         if not isinstance(module, SnellaLayer):
             continue
         if not isinstance(module.get_base_layer(), nn.Linear):
-            raise TypeError(f"the paper's computation is for linear layers, got {type(module).__name__} at {name!r}")
+            raise TypeError(f"adapted layers must be linear, got {type(module).__name__} at {name!r}")
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, TwoBranches(module))
     return model
@@ -83,16 +83,16 @@ def _use_unfused_reference(model: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class _Recomputable:
-    """A module's output that can be computed again: its storage, its mark, and its strides."""
+    """A module output that can be recomputed: storage, mark and strides."""
 
-    storage: StorageWeakRef  # while it lives, no other storage has its address
+    storage: StorageWeakRef  # prevents reuse of the address
     output: weakref.ref[Tensor]
     stride: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class _Recomputed:
-    """Stands for a saved tensor: how to compute it, from what, and the view of it that was saved."""
+    """Placeholder for a saved tensor: its recomputation and the saved view."""
 
     mark: Mark
     stride: tuple[int, ...]
@@ -100,14 +100,13 @@ class _Recomputed:
 
 
 class RecomputedInputs:
-    """SNELLA's recomputation of inputs for a model of any method, so that methods are compared with and without it.
+    """SNELLA's recomputation of inputs for models of any method.
 
-    Autograd saves the output of a normalization or an activation as the input of the trained layer behind it. With
-    this, it saves what the output is computed from in its place, which the module itself keeps anyway. Gradients have
-    the same bits.
+    Autograd saves the output of a normalization or activation as the input of the next trained layer. This class saves
+    the input of that module instead, which is saved anyway, and recomputes the output. Gradients are bit-identical.
 
     Args:
-        model: Changed in place: its `forward` runs under hooks for saved tensors.
+        model: Modified in place; its `forward` runs under saved-tensor hooks.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -115,7 +114,7 @@ class RecomputedInputs:
         self._forward = model.forward
         mark_outputs(model)
         for module in model.modules():
-            if is_parametrized(module) and isinstance(module, nn.LayerNorm):  # SPT's, which mark_outputs does not know
+            if is_parametrized(module) and isinstance(module, nn.LayerNorm):  # in SPT; mark_outputs does not support it
                 module.register_forward_hook(_mark_parametrized)
             if can_recompute(module) or is_parametrized(module):
                 module.register_forward_hook(self._note)
@@ -134,7 +133,9 @@ class RecomputedInputs:
                 return unpack_outer(packed)
             output = packed.mark.origin.compute(packed.mark.detached())
             if output.stride() != packed.stride:
-                raise RuntimeError(f"an output must be laid out as before, got strides {output.stride()}")
+                raise RuntimeError(
+                    f"a recomputed output must have strides {packed.stride}, got {output.stride()}; report a bug"
+                )
             return output.as_strided(*packed.view)
 
         try:
@@ -144,32 +145,32 @@ class RecomputedInputs:
             self._outputs.clear()
 
     def _note(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        """Forward hook: remember a marked output by its storage."""
+        """Forward hook: record a marked output by its storage."""
         if Mark.on(output) is not None:
             storage = StorageWeakRef(output.untyped_storage())
             self._outputs[storage.cdata] = _Recomputable(storage, weakref.ref(output), output.stride())
 
     def _find(self, tensor: Tensor) -> _Recomputed | None:
-        """What is saved in the place of a tensor, if it is a marked output or a view of one."""
+        """Return the placeholder for a marked output or a view of one, else None."""
         if tensor.layout != torch.strided:
             return None
-        known = self._outputs.get(tensor.untyped_storage()._cdata)
-        mark = None if known is None else Mark.on(known.output())
-        if known is None or mark is None or tensor._version:
+        marked = self._outputs.get(tensor.untyped_storage()._cdata)
+        mark = None if marked is None else Mark.on(marked.output())
+        if marked is None or mark is None or tensor._version:
             return None
         mark.origin.add_user()
-        return _Recomputed(mark, known.stride, (tensor.size(), tensor.stride(), tensor.storage_offset()))
+        return _Recomputed(mark, marked.stride, (tensor.size(), tensor.stride(), tensor.storage_offset()))
 
 
 def _mark_parametrized(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
-    """Forward hook: mark the output of a normalization that has parametrized weights."""
+    """Forward hook: mark the output of a normalization with parametrized weights."""
     (z,) = args
     if output.requires_grad and torch.is_grad_enabled():
         Mark.put(output, (z,), Output(partial(type(module).forward, module), z.device.type, module=module))
 
 
 def _same(value: Any) -> Any:
-    """Keep a tensor as it is."""
+    """Return the value unchanged."""
     return value
 
 
@@ -179,14 +180,14 @@ _TARGETS = r".*\.(attn\.(qkv|proj)|mlp\.(fc1|fc2))"
 
 @dataclass(frozen=True)
 class Workload:
-    """The workload of a measurement.
+    """Settings of a measurement.
 
     Args:
-        backbone: A timm name.
+        backbone: A timm model name.
         r: Rank.
-        sparsity: Fraction of the adapted weights that SNELLA leaves as they are.
-        dtype: Of weights and activations.
-        device: Where it runs.
+        sparsity: Fraction of the adapted weights that SNELLA leaves unchanged.
+        dtype: Dtype of weights and activations.
+        device: A torch device.
     """
 
     backbone: str
@@ -196,14 +197,14 @@ class Workload:
     device: str = "cpu"
 
     def base(self) -> nn.Module:
-        """The model without adapters, the same random weights each time."""
+        """Build the model without adapters, with random weights from a fixed seed."""
         torch.manual_seed(0)
         model = timm.create_model(self.backbone, num_classes=NUM_CLASSES)
         return model.to(self.device, self.dtype)
 
 
 def random_batch(workload: Workload, batch: int) -> tuple[Tensor, Tensor]:
-    """Images as the backbone takes them, and labels."""
+    """Return random images in the backbone's input size, and labels."""
     configuration = timm.get_pretrained_cfg(workload.backbone)
     side = configuration.input_size[-1] if configuration is not None else 224
     images = torch.randn(batch, 3, side, side, device=workload.device, dtype=workload.dtype)
@@ -214,7 +215,7 @@ Builder = Callable[[nn.Module, Workload], nn.Module]
 
 
 def _frozen(model: nn.Module, workload: Workload) -> nn.Module:
-    """Head and class token alone: forward and the whole way back, without any method's own work."""
+    """Train only head and class token: a full forward and backward pass without the overhead of a method."""
     model.requires_grad_(False)
     token = [model.cls_token] if isinstance(getattr(model, "cls_token", None), nn.Parameter) else []
     for parameter in (*token, *model.get_submodule("head").parameters()):
@@ -223,12 +224,12 @@ def _frozen(model: nn.Module, workload: Workload) -> nn.Module:
 
 
 def _full(model: nn.Module, workload: Workload) -> nn.Module:
-    """All weights."""
+    """Train all weights."""
     return model
 
 
 def _lora(model: nn.Module, workload: Workload, **options: Any) -> nn.Module:
-    """PEFT's LoRA on the same layers, no dropout."""
+    """Add PEFT's LoRA to the same layers, without dropout."""
     config = LoraConfig(
         r=workload.r, lora_alpha=workload.r, target_modules=_TARGETS, modules_to_save=["head"], **options
     )
@@ -236,14 +237,15 @@ def _lora(model: nn.Module, workload: Workload, **options: Any) -> nn.Module:
 
 
 def _shira(model: nn.Module, workload: Workload) -> nn.Module:
-    """PEFT's SHiRA, `r (m + n)` weights a matrix."""
+    """Add PEFT's SHiRA, with `r (m + n)` weights per matrix."""
     return get_peft_model(model, ShiraConfig(r=workload.r, target_modules=_TARGETS, modules_to_save=["head"]))
 
 
 def _method(name: str, *sparse: str, has_rank: bool = True) -> Builder:
-    """A method of `snella train`, at its defaults but for the rank; `sparse` are its options set to the sparsity.
+    """Return a builder for a method of `snella train` with default options.
 
-    What looks at data before training sees one batch of two random images.
+    The rank comes from the workload, and the options in `sparse` are set to its sparsity. Methods that inspect data
+    before training receive one batch of two random images.
     """
 
     def build(model: nn.Module, workload: Workload) -> nn.Module:
@@ -255,7 +257,7 @@ def _method(name: str, *sparse: str, has_rank: bool = True) -> Builder:
 
 
 def _snella(**options: Any) -> Builder:
-    """SNELLA, at the budget that the sparsity means from the first step on."""
+    """Return a builder for SNELLA at constant sparsity."""
 
     def build(model: nn.Module, workload: Workload) -> nn.Module:
         sparsity = {"target_sparsity": workload.sparsity, "init_sparsity": workload.sparsity}
@@ -268,12 +270,12 @@ def _snella(**options: Any) -> Builder:
 
 
 def _paper(model: nn.Module, workload: Workload) -> nn.Module:
-    """The paper's computation: two products, a quantile, activation checkpointing."""
+    """Add SNELLA with the unfused reference: two products, a quantile, activation checkpointing."""
     return _use_unfused_reference(_snella(impl="reference")(model, workload))
 
 
 def _compiled(build: Builder) -> Builder:
-    """The same model through `torch.compile`."""
+    """Wrap a builder with `torch.compile`."""
 
     def build_compiled(model: nn.Module, workload: Workload) -> nn.Module:
         model = build(model, workload)
@@ -284,7 +286,7 @@ def _compiled(build: Builder) -> Builder:
 
 
 def _recomputing(build: Builder) -> Builder:
-    """The same method with `RecomputedInputs`."""
+    """Wrap a builder with `RecomputedInputs`."""
 
     def build_recomputing(model: nn.Module, workload: Workload) -> nn.Module:
         model = build(model, workload)
@@ -325,5 +327,5 @@ BASELINES: dict[str, Builder] = {
     "snella-reference-compiled": _compiled(_snella(impl="reference")),
     "paper": _paper,
 }
-"""By name. `snella` is what users get, the others with that prefix are variants of it; `-recompute` is a method with
-SNELLA's recomputation of inputs, which `snella-keep-inputs` is without."""
+"""Builders by name. `snella` has the default settings; names with this prefix are variants. `-recompute` adds SNELLA's
+recomputation of inputs to a method; `snella-keep-inputs` disables it."""

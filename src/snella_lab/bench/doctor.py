@@ -1,4 +1,4 @@
-"""`diagnose`: what this machine can compute with, whether each backend is right on it, and how long a step takes."""
+"""Diagnosis of a machine: hardware and versions, correctness of each backend, and step time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from snella_lab.bench.bench import BenchConfig, bench
 from snella_lab.bench.rows import conditions, device_name
 
 SHAPES = (((1,), 1), ((96,), 80), ((17,), 33), ((40, 40, 40), 64), ((768,), 192))
-"""Rows of each matrix of a weight, and columns: one entry, even, odd, fused query, key and value, a layer of a ViT."""
+"""Rows of each matrix in a weight, and columns: one entry, even, odd, fused query/key/value, a ViT layer."""
 KERNELS = ("mix_k", "p_linear")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _DRAWS, _RANK, _TOKENS, _KEPT = 8, 8, 6, 0.3
@@ -35,19 +35,19 @@ _PACKAGES = ("snella", "torch", "peft", "timm", "triton", "numba", "numpy")
 
 @dataclass(frozen=True)
 class BackendCheck:
-    """One backend compared with the float64 reference.
+    """Comparison of one backend with the float64 reference.
 
-    For each output and gradient z the loss is the root mean square, over draws of random tensors, of the largest error
-    relative to the largest exact value. The limit is `2·max(loss of the reference in the same dtype, 8·eps) + eps/2`.
+    The error of an output or gradient is the largest absolute error relative to the largest exact value, as the root
+    mean square over random samples. The tolerance is `2·max(error of the reference in the same dtype, 8·eps) + eps/2`.
 
     Attributes:
         device: Device of the tensors.
         impl: Backend.
         dtype: Dtype of input, weight and gradient; factors are float32.
         cases: Number of pairs of kernel and shape.
-        worst: Largest ratio of loss and limit over all cases, outputs and gradients; at most 1 is right.
-        where: Kernel, shape and tensor of the largest ratio.
-        error: Why the backend cannot run here; empty if it can.
+        worst: Largest ratio of error and tolerance over all cases, outputs and gradients; correct if at most 1.
+        where: Kernel, shape and tensor with the largest ratio.
+        error: Reason why the backend cannot run; empty if it can.
     """
 
     device: str
@@ -68,12 +68,12 @@ class BackendCheck:
 
 @dataclass
 class Diagnosis:
-    """Everything that `snella doctor` found.
+    """Results of `snella doctor`.
 
     Attributes:
-        machine: Operating system, processor, threads, memory, versions, and the devices that torch sees.
+        machine: Operating system, CPU, threads, memory, versions and torch devices.
         checks: One entry for each device, backend and dtype.
-        steps: Rows of `snella bench`: LoRA, full fine-tuning and SNELLA.
+        steps: Rows of `snella bench` for LoRA, full fine-tuning and SNELLA.
     """
 
     machine: dict[str, Any]
@@ -82,7 +82,7 @@ class Diagnosis:
 
     @property
     def wrong(self) -> list[BackendCheck]:
-        """The backends whose results are wrong."""
+        """Backends with wrong results."""
         return [check for check in self.checks if check.verdict == "wrong"]
 
 
@@ -91,12 +91,12 @@ def diagnose(
 ) -> Diagnosis:
     """Describe the machine, compare every backend with the reference, and time a training step of a ViT-B.
 
-    Steps are timed on the fastest device: batch 4 in float32 on a CPU, batch 64 in float32 and bfloat16 on a GPU.
+    Steps are timed on the fastest device: batch size 4 in float32 on a CPU, 64 in float32 and bfloat16 on a GPU.
 
     Args:
-        time_steps: Whether to time steps, which takes half a minute on two CPU cores.
+        time_steps: Time training steps, which takes about 30 seconds on two CPU cores.
         out: JSON file for the results.
-        console: Where to write; standard output if None.
+        console: Output; stdout if None.
         rounds: Timed steps of each method.
     """
     console = console or make_console()
@@ -108,7 +108,7 @@ def diagnose(
         for impl in ("triton", "numba", "eager"):
             if (impl == "triton") == (device != "cpu") or impl == "eager":
                 diagnosis.checks += [check_backend(impl, device, dtype) for dtype in DTYPES]
-    table = make_table(("device", "backend", "dtype", "worst of limit", "where", "verdict"), ())
+    table = make_table(("device", "backend", "dtype", "error / limit", "where", "verdict"), ())
     for check in diagnosis.checks:
         ratio = "–" if check.error else f"{100 * check.worst:.0f} %"
         table.add_row(check.device, check.impl, check.dtype, ratio, check.error or check.where, check.verdict)
@@ -130,19 +130,19 @@ def diagnose(
         print_line(console, f"results: {out}")
     if diagnosis.wrong:
         names = ", ".join(f"{check.impl} on {check.device} in {check.dtype}" for check in diagnosis.wrong)
-        print_line(console, f"wrong: {names}; use --method-options.impl eager, and report it with the file of --out")
+        print_line(console, f"wrong: {names}; set --method-options.impl eager and report a bug with the file of --out")
     else:
-        print_line(console, "all available backends are right")
+        print_line(console, "all available backends are correct")
     return diagnosis
 
 
 def usable_devices() -> list[str]:
-    """The CPU and each kind of GPU that torch can compute on, the fastest last."""
+    """Return the available device types, the fastest last."""
     return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 def describe_machine() -> dict[str, Any]:
-    """Operating system, processor, memory, versions and devices."""
+    """Return operating system, CPU, memory, versions and devices."""
     import psutil
 
     machine: dict[str, Any] = {
@@ -152,8 +152,8 @@ def describe_machine() -> dict[str, Any]:
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "versions": {name: version(name) for name in _PACKAGES if importlib.util.find_spec(name) is not None},
         "gpu": [
-            f"{found.name}, {bytes_text(found.total_memory)}, compute capability {found.major}.{found.minor}"
-            for found in (torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count()))
+            f"{gpu.name}, {bytes_text(gpu.total_memory)}, compute capability {gpu.major}.{gpu.minor}"
+            for gpu in (torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count()))
         ]
         or "none",
     }
@@ -169,8 +169,8 @@ def check_backend(impl: str, device: str, dtype: str = "fp32") -> BackendCheck:
 
     Args:
         impl: `triton`, `numba` or `eager`.
-        device: Device of torch.
-        dtype: `fp32` or `bf16`, of input, weight and gradient.
+        device: A torch device.
+        dtype: `fp32` or `bf16`, dtype of input, weight and gradient.
     """
     worst, where, cases = 0.0, "", 0
     for kernel in KERNELS:
@@ -190,27 +190,26 @@ def check_backend(impl: str, device: str, dtype: str = "fp32") -> BackendCheck:
 def _ratios(
     kernel: str, rows: tuple[int, ...], columns: int, impl: str, device: str, dtype: torch.dtype
 ) -> dict[str, float]:
-    """Loss of a backend over its limit, for the output and each gradient."""
-    exact, plain, found = [], [], []
+    """Return the ratio of error and tolerance of a backend, for the output and each gradient."""
+    exact, plain, actual = [], [], []
     for seed in range(_DRAWS):
         tensors = _tensors(kernel, rows, columns, seed, device, dtype)
         wide = {name: tensor.double() for name, tensor in tensors.items()}
         exact.append(_solve(kernel, rows, wide, "reference"))
         plain.append(_solve(kernel, rows, tensors, "reference"))
-        found.append(_solve(kernel, rows, tensors, impl))
-    losses = {which: _losses(results, exact) for which, results in (("plain", plain), ("found", found))}
+        actual.append(_solve(kernel, rows, tensors, impl))
     eps = {name: torch.finfo(tensor.dtype).eps for name, tensor in plain[0].items()}
-    allowed = {name: max(loss, 8 * eps[name]) for name, loss in losses["plain"].items()}
-    # gradients of the kernel's scalars are sums that cancel to a single number: the worst of them counts for all
-    of_scalars = max((allowed[name] for name in _SCALARS if name in allowed), default=0.0)
-    limits = {name: 2 * (of_scalars if name in _SCALARS else loss) + eps[name] / 2 for name, loss in allowed.items()}
-    return {name: loss / limits[name] for name, loss in losses["found"].items()}
+    reference = {name: max(loss, 8 * eps[name]) for name, loss in _losses(plain, exact).items()}
+    # scalar gradients are sums with cancellation, so all scalars share the largest reference error
+    scalar_loss = max((reference[name] for name in _SCALARS if name in reference), default=0.0)
+    limits = {name: 2 * (scalar_loss if name in _SCALARS else loss) + eps[name] / 2 for name, loss in reference.items()}
+    return {name: loss / limits[name] for name, loss in _losses(actual, exact).items()}
 
 
 def _tensors(
     kernel: str, rows: tuple[int, ...], columns: int, seed: int, device: str, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Random input, weight, factors, scalars and gradient of one layer."""
+    """Create random input, weight, factors, scalars and gradient of one layer."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(*shape: int) -> Tensor:
@@ -231,7 +230,7 @@ def _tensors(
 
 
 def _solve(kernel: str, rows: tuple[int, ...], tensors: dict[str, Tensor], impl: str) -> dict[str, Tensor]:
-    """Output and gradients of one layer."""
+    """Return output and gradients of one layer."""
     columns = tensors["weight"].shape[1]
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items() if name != "grad_y"}
     factors = Factors(*(leaves.get(name) for name in Factors._fields))  # type: ignore[arg-type]
@@ -247,12 +246,12 @@ def _solve(kernel: str, rows: tuple[int, ...], tensors: dict[str, Tensor], impl:
     return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
 
 
-def _losses(found: list[dict[str, Tensor]], exact: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Root mean square over draws of the largest relative error, by tensor."""
+def _losses(actual: list[dict[str, Tensor]], exact: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Return the root mean square over samples of the largest relative error, by tensor."""
     losses = {}
     for name in exact[0]:
         scale = max(solution[name].abs().max().item() for solution in exact) or 1.0
-        pairs = zip(found, exact, strict=True)
-        errors = torch.tensor([(mine[name].double() - true[name]).abs().max().item() / scale for mine, true in pairs])
+        pairs = zip(actual, exact, strict=True)
+        errors = torch.tensor([(x[name].double() - true[name]).abs().max().item() / scale for x, true in pairs])
         losses[name] = errors.square().mean().sqrt().item()
     return losses

@@ -78,7 +78,7 @@ def test_the_results_are_written(tmp_path):
     stored = json.loads((tmp_path / "doctor.json").read_text())
     assert [check["verdict"] for check in stored["checks"]] == [check.verdict for check in diagnosis.checks]
     assert {"machine", "commit", "date", "versions"} <= set(stored) and stored["steps"] == []
-    assert "all available backends are right" in console.file.getvalue()
+    assert "all available backends are correct" in console.file.getvalue()
 
 
 def test_the_command_ends_with_1_if_a_backend_is_wrong(monkeypatch, capsys):

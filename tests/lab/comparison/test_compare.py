@@ -253,7 +253,7 @@ def test_a_training_that_fails_is_a_row_with_its_error_and_the_others_go_on(tiny
     assert trial["status"] == "failed" and trial["error"].startswith("NonFiniteLossError: the ")
     assert final["status"] == "success" and final["search"]["lr_factor"] == 1.0
     error = rows["digits/hopeless/seed-0"]["error"]
-    assert "all 2 tuning runs failed; the first: NonFiniteLossError" in error
+    assert "all 2 tuning runs failed; first error: NonFiniteLossError" in error
     assert "Traceback" in (tmp_path / "c/logs/digits!bias!trials!lr-x1e+33_seed-0.txt").read_text()
     text = console.file.getvalue()
     assert "FAILED digits/hopeless/seed-0" in text and "--retry-failed" in text

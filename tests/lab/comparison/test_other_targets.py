@@ -77,7 +77,7 @@ def test_what_is_known_of_the_data_is_said_before_the_first_run(parts, tmp_path,
     words += ["--img-size", "32", "--epochs", "1", "--device", "cpu", "--forgetting", "none"]
     assert main([*words, "--out", str(tmp_path / "refused")]) == 2
     error = capsys.readouterr().err
-    assert error.count("parts.csv") == 1 and "leave them out with --skip-corrupt\n" in error
+    assert error.count("parts.csv") == 1 and "skip them with --skip-corrupt\n" in error
     assert main([*words, "--skip-corrupt", "--out", str(tmp_path / "c")]) == 0
     said = capsys.readouterr().out
     assert f"note: left out 1 of 41 rows of {parts}, 1 no such file: missing.png (no such file)\n" in said

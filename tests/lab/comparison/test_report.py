@@ -53,13 +53,13 @@ def test_two_seeds_decide_nothing_and_their_interval_is_wider_than_their_differe
     ]
     assert outcome_text(summarize(experiment, rows)) == (
         "bias has the highest test accuracy, 79.0 %: 4.0 points above lora-2 (95\N{NO-BREAK SPACE}% interval "
-        "\u221272.2 to +80.2; not decided, 2 seeds of at least 5)."
+        "\u221272.2 to +80.2; not decided, 2 seeds, at least 5 required)."
     )
     text = outcome_text(summarize(experiment, rows[:2]))
     assert text == "lora-2 has the highest test accuracy, 75.0 %."
     assert outcome_text(summarize(experiment, [])) == ""
     assert recommendation_text(summarize(experiment, rows[:2])).endswith(" No results yet: bias.")
-    assert "Without" not in recommendation_text(summarize(experiment, rows))
+    assert "No results yet" not in recommendation_text(summarize(experiment, rows))
 
 
 @pytest.mark.parametrize(("seeds", "word"), [(2, "decided, 2 seeds"), (5, "clearly below")])
@@ -72,7 +72,7 @@ def test_a_method_far_below_is_called_so_from_five_seeds_on(tiny, make_row, seed
     ]
     text = outcome_text(summarize(experiment, rows))
     assert word in text and ("clearly" in text) == (seeds == 5)
-    assert ("nothing is decided with fewer than 5" in markdown_tables(experiment, rows)) == (seeds == 2)
+    assert ("no difference is decided with fewer than 5" in markdown_tables(experiment, rows)) == (seeds == 2)
 
 
 def test_a_lead_that_is_not_decided_says_its_p_value(large, make_row):
@@ -147,7 +147,7 @@ def test_a_trial_that_became_a_final_cell_is_counted_once_in_the_time(tiny, make
     trial = make_row(experiment, "digits", "linear", 0, purpose="trial", total_time=100.0)
     final = make_row(experiment, "digits", "linear", 0, total_time=130.0, trained_as=trial.cell)
     text = write_page(tmp_path, experiment, [trial, final]).read_text()
-    assert "All runs together took 2 min 10 s." in text.replace("\N{NO-BREAK SPACE}", " ").replace(
+    assert "Total time of all runs: 2 min 10 s." in text.replace("\N{NO-BREAK SPACE}", " ").replace(
         "\N{NARROW NO-BREAK SPACE}", " "
     )
 
@@ -156,14 +156,14 @@ def test_rates_that_were_not_searched_for_are_not_said_to_be(tiny, make_row, tmp
     experiment = tiny(train={"protocol": "official"}, grid={"lr_factors": [1.0]})
     text = write_page(tmp_path, experiment, [make_row(experiment, "digits", "linear", 0)]).read_text()
     assert (
-        "Learning rate and weight decay were given, not tuned; each final run" in text
+        "Learning rate and weight decay were fixed, not tuned. Each final run" in text
         and "chosen on validation, in" not in text
     )
 
 
 def test_the_memory_says_where_it_was_measured(tiny, make_row, tmp_path):
     experiment = tiny()
-    for memory, words in ((None, "beyond what the libraries take"), (2**30, "a process of its own on the GPU")):
+    for memory, words in ((None, "minus the libraries loaded before training"), (2**30, "peak GPU memory of each run")):
         row = make_row(experiment, "digits", "linear", 0, accelerator_memory_max=memory)
         assert words in write_page(tmp_path, experiment, [row]).read_text()
 

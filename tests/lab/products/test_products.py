@@ -93,7 +93,7 @@ def test_memory_that_was_not_measured_is_a_dash():
     assert lines[2].endswith("| 1 | – | 0.0 |") and lines[3].endswith("| 1 | 1 | 0.0 |")
 
 
-@pytest.mark.parametrize(("name", "reason"), [("fastia", "must be among fastai"), ("lightly", "no script here yet")])
+@pytest.mark.parametrize(("name", "reason"), [("fastia", "must be among fastai"), ("lightly", "no script yet")])
 def test_a_wrong_name_is_refused_before_any_environment_is_made(name, reason, monkeypatch, tmp_path, capsys):
     module, made = _module("environments"), []
     monkeypatch.setattr(module, "make", lambda _, name: made.append(name))
