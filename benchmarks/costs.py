@@ -36,7 +36,7 @@ _BACKBONES = {
     "table1-fgvc": ("ViT-B/16", "vit_base_patch16_224"),
     "table1-fgvc-official": ("ViT-B/16", "vit_base_patch16_224"),
 }
-_BATCH = 32  # of the experiment files
+_BATCH = 32  # as in the experiment files
 _POLYP_TRAIN, _POLYP_VAL, _POLYP_TEST, _POLYP_EPOCHS = 704, 176, 120, 20
 _SUBJECTS, _PICTURES = 30, 3000  # 25 prompts, four times each
 _INSTRUCTIONS = 170_000

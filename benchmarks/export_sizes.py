@@ -2,7 +2,7 @@
 
     python benchmarks/export_sizes.py runs/photos      # a SNELLA run; prints a table for docs/export.md
 
-The budgets of the run's matrices are scaled proportionally to each sparsity. Files are those of
+The budgets of the run's matrices are scaled proportionally to each sparsity. The files come from
 `snella_app.runs.export`.
 """
 
@@ -31,11 +31,11 @@ def main() -> None:
     loaded = load_run(run, "cpu")
     model, base = loaded.model, make_backbone(loaded.info.backbone, loaded.task.name)
     layers = [module for module in model.modules() if isinstance(module, SnellaLayer)]
-    own = {id(layer): layer.budgets("default") for layer in layers}
+    run_budgets = {id(layer): layer.budgets("default") for layer in layers}
     sizes = {id(layer): [rows.stop - rows.start for rows in layer.matrix_rows("default")] for layer in layers}
     total, kept = (
         sum(matrix.shape[0] * matrix.shape[1] for matrix in adapted_matrices(model)),
-        sum(map(sum, own.values())),
+        sum(map(sum, run_budgets.values())),
     )
     plain = make_backbone(loaded.info.backbone, loaded.task.name)
     rank = layers[0].snella_A["default"].shape[-1]
@@ -51,7 +51,9 @@ def main() -> None:
         factor = (1 - sparsity) * total / kept
         for layer in layers:
             limits = [rows * layer.in_features for rows in sizes[id(layer)]]
-            budgets = [min(int(budget * factor), limit) for budget, limit in zip(own[id(layer)], limits, strict=True)]
+            budgets = [
+                min(int(budget * factor), limit) for budget, limit in zip(run_budgets[id(layer)], limits, strict=True)
+            ]
             layer.set_budget("default", budgets)
         patch = sparse_patch(model, base)
         whole, half = patch.to_bytes("fp32"), patch.to_bytes("bf16")

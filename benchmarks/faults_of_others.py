@@ -355,11 +355,11 @@ def _browser(program: str, profile: Path) -> Iterator[Any]:
 
 def _count_page(harness: Any, name: str, browser: Any) -> None:
     """Count a page as executed if it ran or created markup from the names."""
-    found = browser.evaluate(
+    state = browser.evaluate(
         "[window.hit, document.querySelectorAll('[onerror],[onload],[onmouseover]').length, "
         "document.body.textContent.includes('onerror')]"
     )
-    if found[0] or found[1]:
-        harness.count("markup", "executed", name, str(found))
+    if state[0] or state[1]:
+        harness.count("markup", "executed", name, str(state))
     else:
-        harness.count("markup", "shown as text" if found[2] else "not shown")
+        harness.count("markup", "shown as text" if state[2] else "not shown")

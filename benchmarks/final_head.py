@@ -86,9 +86,9 @@ def main() -> None:
         ]
         table.append(row)
         print(folder, *(f"{100 * value:.1f}" for value in row), flush=True)
-        found = {"folder": folder, "pixels": args.pixels, "accuracy": dict(zip(names, row, strict=True))}
+        result = {"folder": folder, "pixels": args.pixels, "accuracy": dict(zip(names, row, strict=True))}
         command = {"command": f"final_head.py --folders-root ROOT --pixels {args.pixels}"}
-        append_rows(args.out, [found | conditions("cpu") | command])
+        append_rows(args.out, [result | conditions("cpu") | command])
     print("mean", *(f"{100 * value:.1f}" for value in np.mean(table, axis=0)))
 
 

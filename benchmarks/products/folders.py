@@ -278,12 +278,12 @@ def mri_regions(packages: Path) -> list[Picture]:
     from snella_lab.bundled.data import load_mri_regions
 
     data = load_mri_regions(str(packages / "usr/share/mricron/templates"))
-    found = []
+    pictures = []
     for part in _PARTS:
         images = getattr(data, part)
         for number, (name, label) in enumerate(zip(images.names, images.labels, strict=True)):
-            found.append(Picture(name, data.classes[label], part, partial(item, images, number, 64), part))
-    return found
+            pictures.append(Picture(name, data.classes[label], part, partial(item, images, number, 64), part))
+    return pictures
 
 
 def scripts(packages: Path) -> list[Picture]:
@@ -306,14 +306,14 @@ def scripts(packages: Path) -> list[Picture]:
                 "Ll",
             ):
                 letters[script_of[code]][code].append(font)
-    found = []
+    pictures = []
     for script, codes in letters.items():
         chosen = sorted(codes)
         random.Random(script).shuffle(chosen)
         if len(chosen) >= _LETTERS:
             for code in chosen[:24]:
                 for number, font in enumerate(codes[code][:2]):
-                    found.append(
+                    pictures.append(
                         Picture(
                             f"{code:05x}-{number}",
                             script,
@@ -321,7 +321,7 @@ def scripts(packages: Path) -> list[Picture]:
                             partial(glyph, chr(code), font),
                         )
                     )
-    return found
+    return pictures
 
 
 def glyph(text: str, font: Path, side: int = 96) -> Image.Image:
@@ -357,14 +357,14 @@ def letters(packages: Path) -> list[Picture]:
                     r"(?i)symbol|ding|dseg|italic|oblique|bold", font.stem
                 ):
                     fonts[folder.name].append(font)
-    found = []
+    pictures = []
     for package, files in fonts.items():
         chosen = sorted(files)
         random.Random(package).shuffle(chosen)
         for font in chosen[:4]:
             for letter in alphabet:
-                found.append(Picture(f"{font.stem}-{letter}", letter, package, partial(glyph, letter, font)))
-    return found
+                pictures.append(Picture(f"{font.stem}-{letter}", letter, package, partial(glyph, letter, font)))
+    return pictures
 
 
 def units(packages: Path) -> list[Picture]:
@@ -374,7 +374,7 @@ def units(packages: Path) -> list[Picture]:
     drakes dunefolk dwarves elves-wood goblins human-loyalists human-magi human-outlaws merfolk monsters nagas orcs
     saurians trolls undead undead-skeletal woses
     """.split()  # noqa: SIM905
-    found = []
+    pictures = []
     for label in people:
         frames: dict[str, list[Path]] = defaultdict(list)
         for path in sorted((root / label).rglob("*.png")):
@@ -390,13 +390,13 @@ def units(packages: Path) -> list[Picture]:
             chosen = random.Random(figure).sample(files, min(len(files), 8))
             for path in chosen:
                 name = f"{figure}-{path.stem}"
-                found.append(Picture(name, label, f"{label}/{figure}", partial(drawing, path)))
-    return found
+                pictures.append(Picture(name, label, f"{label}/{figure}", partial(drawing, path)))
+    return pictures
 
 
 def furniture(packages: Path) -> list[Picture]:
     """Return rendered furniture and household objects by room or type."""
-    found = []
+    pictures = []
     for archive in sorted((packages / "usr/share/sweethome3d/furniture").glob("*.sh3f")):
         with zipfile.ZipFile(archive) as files:
             lines = files.read("PluginFurnitureCatalog.properties").decode("latin-1").splitlines()
@@ -407,8 +407,8 @@ def furniture(packages: Path) -> list[Picture]:
                     continue
                 stem = Path(icon).stem
                 origin, make = f"{archive.stem}/{_stem(stem)}", partial(drawing, io.BytesIO(files.read(icon)))
-                found.append(Picture(f"{archive.stem}-{stem}", label.lower().replace(" ", "-"), origin, make))
-    return found
+                pictures.append(Picture(f"{archive.stem}-{stem}", label.lower().replace(" ", "-"), origin, make))
+    return pictures
 
 
 _KINDS = {0: "galaxy", 1: "galaxy", 3: "galaxy", 6: "open-cluster", 7: "globular-cluster", 11: "planetary-nebula",
@@ -419,13 +419,13 @@ def nebulae(packages: Path) -> list[Picture]:
     """Return photos of the sky by object type in Stellarium's catalog."""
     root = packages / "usr/share/stellarium/nebulae/default"
     kinds = {name: kind for name, kind in _catalog(gzip.decompress((root / "catalog.dat").read_bytes()))}
-    found = []
+    pictures = []
     for path in sorted(root.glob("*.png")):
         match = re.match(r"(sh2-|[a-z]+)0*(\d+)", path.stem)
         kind = _KINDS.get(kinds.get(match[1] + match[2], -1)) if match else None
         if match and kind:
-            found.append(Picture(path.stem, kind, match[0], partial(photograph, path)))
-    return found
+            pictures.append(Picture(path.stem, kind, match[0], partial(photograph, path)))
+    return pictures
 
 
 def _catalog(content: bytes) -> Iterator[tuple[str, int]]:

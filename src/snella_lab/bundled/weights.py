@@ -128,7 +128,7 @@ def _linear_weights(graph: Any, arrays: dict[str, Any]) -> dict[str, str]:
 
 
 def _constant(graph: Any, arrays: dict[str, Any], kind: str, room: str, path: Path) -> str:
-    """Return the name of the `[1, n, width]` constant that is the first input of such an embedding node."""
+    """Return the name of the `[1, n, width]` constant that is the first input of a matching embedding node."""
     for node in graph.node:
         first = node.input[0] if node.input else ""
         if node.op_type == kind and room in node.name and first in arrays and len(arrays[first].dims) == 3:

@@ -145,7 +145,7 @@ def difference_of(pairs: Sequence[Sequence[float]]) -> Difference:
 def with_holm(found: Mapping[Key, Difference | None]) -> dict[Key, Difference | None]:
     """Set `adjusted_p` of a family of comparisons by Holm's correction.
 
-    Of m p-values in ascending order, the k-th becomes the maximum of (m - i + 1) · p_i over i <= k, at most 1.
+    The k-th of m p-values in ascending order becomes max over i <= k of (m - i + 1) · p_i, at most 1.
 
     Args:
         found: Differences by any key; None and single units, which have no p-value, are unchanged.

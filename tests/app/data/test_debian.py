@@ -46,7 +46,7 @@ def test_another_folder_is_taken_from_the_environment(fashion, monkeypatch):
 
 def test_missing_fashion_mnist_is_named_with_the_command(tmp_path):
     command = "run `apt install dataset-fashion-mnist`, or set SNELLA_FASHION_MNIST"
-    with pytest.raises(FileNotFoundError, match=rf"train-images-idx3-ubyte\.gz' is not there; {command}"):
+    with pytest.raises(FileNotFoundError, match=rf"train-images-idx3-ubyte\.gz' does not exist; {command}"):
         load_fashion_mnist(str(tmp_path))
 
 

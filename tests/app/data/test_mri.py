@@ -66,7 +66,7 @@ def test_volumes_that_do_not_belong_together_are_refused(templates):
     from snella_lab.bundled.data import _volume
 
     _volume.cache_clear()
-    with pytest.raises(ValueError, match=r"must be aligned and at least 155 slices, got .*\[60, 70, 150\]"):
+    with pytest.raises(ValueError, match=r"must be aligned and have at least 155 slices, got .*\[60, 70, 150\]"):
         load_mri()
 
 
