@@ -150,7 +150,7 @@ class _AdaptedLayer(torch.autograd.Function):
         return without_view(y), thresholds
 
     @staticmethod
-    @once("impl='reference' of a kernel without distances is")
+    @once("use impl='reference' with a kernel without distances")
     def backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Any, ...]:
         saved = ctx.saved_tensors
         input_sources, (weight, effective, *rest) = saved[: ctx.num_input_sources], saved[ctx.num_input_sources :]

@@ -1,4 +1,4 @@
-"""`nn.MultiheadAttention`, which reads its weights past the layers that hold them, with updates that it really uses."""
+"""Support for `nn.MultiheadAttention`, which reads the weights of its projections directly."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _OUTPUT = "out_proj"
 
 
 class AdaptedAttention(nn.Module):
-    """An `nn.MultiheadAttention` whose projections carry updates.
+    """An `nn.MultiheadAttention` with adapted projections.
 
-    The attention keeps its parameters. Each adapted projection is a child of its own: `in_proj` with its three
-    matrices (`q_proj`, `k_proj` and `v_proj` where the attention stores them apart, because keys or values have
-    another width), and `out_proj`. With gradients the projections are applied one by one and the attention between
-    them by `attend`, so that nothing merged is kept; without, torch's own `forward` runs with the effective weights,
-    fast path included, and gives the bits of the merged model.
+    The attention keeps its parameters. Each adapted projection is a separate child: `in_proj` with its three matrices
+    (or `q_proj`, `k_proj` and `v_proj` if keys or values have another width), and `out_proj`. With gradients, the
+    projections are applied separately with `attend` in between, so no merged weight is saved. Without gradients,
+    torch's own `forward` runs with the effective weights, including its fast path; outputs are bit-identical to the
+    merged model.
 
-    Other attributes (`num_heads`, `batch_first`, …) are those of the attention. `in_proj_weight` is the weight with its
-    updates, for a model that reads it.
+    Other attributes (`num_heads`, `batch_first`, …) come from the attention. `in_proj_weight` includes the updates, for
+    models that read it.
 
     Args:
         base_layer: The attention.
@@ -43,7 +43,7 @@ class AdaptedAttention(nn.Module):
         self._around_base = hook_dicts(base_layer)
 
     def __getattr__(self, name: str) -> Any:
-        """Attributes of the attention, for code that reads them from outside."""
+        """Return attributes of the wrapped attention, for code that reads them directly."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -53,32 +53,32 @@ class AdaptedAttention(nn.Module):
             return projection.weight if isinstance(projection, Projection) else getattr(self.base_layer, name)
 
     def projections(self) -> list[Projection]:
-        """The adapted projections."""
+        """Return the adapted projections."""
         return [child for child in self.children() if isinstance(child, Projection)]
 
     def find_projection(self, name: str) -> Projection | None:
-        """The adapted projection of that name."""
+        """Return the adapted projection with this name, or `None`."""
         child = self._modules.get(name)
         return child if isinstance(child, Projection) else None
 
     def adapt(
         self, name: str, adapter_name: str, config: SnellaConfig, row_counts: tuple[int, ...], module_name: str
     ) -> bool:
-        """Give one projection an adapter, one more or the first.
+        """Add an adapter to one projection.
 
         Args:
             name: `in_proj`, `q_proj`, `k_proj`, `v_proj` or `out_proj`.
             adapter_name: Name of the adapter.
-            config: Its settings.
+            config: Configuration of the adapter.
             row_counts: Rows of each matrix of the projection's weight.
             module_name: Full name of the projection.
 
         Returns:
-            Whether the projection is new.
+            Whether this is the projection's first adapter.
         """
-        known = self.find_projection(name)
-        if known is not None:
-            known.update_layer(adapter_name, config, row_counts)
+        existing = self.find_projection(name)
+        if existing is not None:
+            existing.update_layer(adapter_name, config, row_counts)
             return False
         weight = cast(nn.Module, ProjectionWeight(self.base_layer, name))
         projection = Projection(weight, adapter_name, config, row_counts, module_name=module_name)
@@ -101,7 +101,7 @@ class AdaptedAttention(nn.Module):
         weights = {"need_weights": need_weights, "average_attn_weights": average_attn_weights}
         updated = [projection for projection in self.projections() if projection.is_updated()]
         if updated and torch.compiler.is_compiling():
-            # a graph cannot see what changed since an effective weight was computed
+            # a graph cannot detect changes after an effective weight was computed
             if is_hooked_in_graph(self.base_layer, self._around_base):
                 return self._attend_outside_graphs(query, key, value, **masks, **weights)
             return self._attend(query, key, value, **masks, **weights)
@@ -111,8 +111,8 @@ class AdaptedAttention(nn.Module):
             return self._attend_inside_hooks(query, key, value, **masks, **weights)
         if not updated:
             return self.base_layer(query, key, value, **masks, **weights)
-        # `functional_call` replaces parameters only, FSDP1 keeps plain tensors in their place during a pass, and hooks
-        # that replace `forward` may bring others
+        # `functional_call` replaces only parameters; FSDP1 uses plain tensors during a pass, and hooks that replace
+        # `forward` may load other tensors
         is_replaceable = all(projection.is_weight_registered() for projection in updated)
         if not is_replaceable or "forward" in self.base_layer.__dict__:
             return self._attend_inside_hooks(query, key, value, **masks, **weights)
@@ -121,11 +121,11 @@ class AdaptedAttention(nn.Module):
 
     @torch.compiler.disable
     def _attend_outside_graphs(self, *inputs: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
-        """`_attend_inside_hooks`, of which a graph sees nothing."""
+        """Run `_attend_inside_hooks` outside compiled graphs."""
         return self._attend_inside_hooks(*inputs, **options)
 
     def _attend_inside_hooks(self, *inputs: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
-        """`_attend`, with the hooks of the attention around it."""
+        """Run `_attend` inside the attention's hooks."""
         if not has_hooks(self.base_layer):
             return self._attend(*inputs, **options)
 
@@ -139,7 +139,7 @@ class AdaptedAttention(nn.Module):
         return output
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
-        """Project, attend and project back, each product on its own."""
+        """Project, attend and project back, each as a separate op."""
         base, is_batched = self.base_layer, query.dim() == 3
         is_self, is_shared = query is key and key is value, key is value
 
@@ -156,26 +156,26 @@ class AdaptedAttention(nn.Module):
         return output if base.batch_first else output.transpose(0, 1), weights
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-        """Queries, keys and values, `[N, L, E]` each."""
+        """Return queries, keys and values, `[N, L, E]` each."""
         if not self.base_layer._qkv_same_embed_dim:
             inputs = zip(_SEPARATE_INPUTS, (query, key, value), strict=True)
             return [self._projection(name)(x) for name, x in inputs]
         project = self._projection("in_proj")
         if query is key and key is value:
             return list(project(query).chunk(3, dim=-1))
-        # where inputs differ, all three matrices are applied to each of them and what is not needed is dropped
-        of_query, of_key = project(query).chunk(3, dim=-1)[0], project(key).chunk(3, dim=-1)
-        of_value = of_key[2] if value is key else project(value).chunk(3, dim=-1)[2]
-        return [of_query, of_key[1], of_value]
+        # for different inputs, apply all three matrices to each and drop the unused outputs
+        queries, projected_key = project(query).chunk(3, dim=-1)[0], project(key).chunk(3, dim=-1)
+        values = projected_key[2] if value is key else project(value).chunk(3, dim=-1)[2]
+        return [queries, projected_key[1], values]
 
     def _projection(self, name: str) -> Projection | ProjectionWeight:
-        """The projection of that name, with its updates where it has some."""
+        """Return the projection with this name, adapted or not."""
         return self.find_projection(name) or ProjectionWeight(self.base_layer, name)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.MultiheadAttention:
-        """Give the attention back, as PEFT asks a module that does more than wrap one weight."""
+        """Return the attention, optionally merged; PEFT's hook for modules that wrap more than one weight."""
         for projection in self.projections():
             if merge:
                 projection.merge(safe_merge=safe_merge, adapter_names=adapter_names)
@@ -183,9 +183,9 @@ class AdaptedAttention(nn.Module):
 
 
 class ProjectionWeight:
-    """One projection of an attention as a layer: its weight and bias wherever they are at this moment.
+    """Layer view of one projection of an attention, with its current weight and bias.
 
-    Not a module, or the attention would be a child of its own child.
+    Not a module, because the attention would otherwise become a child of its own child.
 
     Args:
         attention: The attention.
@@ -198,19 +198,19 @@ class ProjectionWeight:
 
     @property
     def parameter_name(self) -> str:
-        """Name of the weight among the attention's parameters."""
+        """Name of the weight in the attention."""
         return "out_proj.weight" if self.name == _OUTPUT else f"{self.name}_weight"
 
     @property
     def weight(self) -> nn.Parameter:
-        """The weight itself, `[m, n]`."""
+        """Weight of the projection, `[m, n]`."""
         holder = self.attention.out_proj if self.name == _OUTPUT else self.attention
         weight: nn.Parameter = getattr(holder, "weight" if self.name == _OUTPUT else f"{self.name}_weight")
         return weight
 
     @property
     def bias(self) -> Tensor | None:
-        """`[m]`, or `None`."""
+        """Bias `[m]`, or `None`."""
         if self.name == _OUTPUT:
             return self.attention.out_proj.bias
         bias = self.attention.in_proj_bias
@@ -220,47 +220,47 @@ class ProjectionWeight:
         return bias[place * width : (place + 1) * width]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Apply the projection as it is."""
+        """Apply the projection without updates."""
         return nn.functional.linear(x, self.weight, self.bias)
 
 
 class Projection(SnellaLayer):
-    """A projection of an attention, with updates."""
+    """Adapted projection of an attention."""
 
     @property
     def parameter_name(self) -> str:
-        """Name of the weight among the attention's parameters."""
+        """Name of the weight in the attention."""
         return cast(ProjectionWeight, self.base_layer).parameter_name
 
     @property
     def bias_name(self) -> str | None:
-        """Name of the bias among the attention's parameters, which projections of inputs share; `None` without one."""
+        """Name of the bias in the attention, or `None`; input projections share one bias."""
         projection = cast(ProjectionWeight, self.base_layer)
         if projection.bias is None:
             return None
         return "out_proj.bias" if projection.name == _OUTPUT else "in_proj_bias"
 
     def weight_name(self, name: str) -> str:
-        """Name of the adapted parameter in the model without adapters, where this projection is called `name`."""
+        """Return the adapted parameter's name in the model without adapters, given this projection's name."""
         return f"{name.rpartition('.')[0]}.{self.parameter_name}"
 
     def _op(self) -> LayerOp:
         return self.linear_op
 
     def is_updated(self) -> bool:
-        """Whether an update has to be added to the weight."""
+        """Return whether any update is active."""
         return bool(self._names_in_use())
 
     def needs_own_op(self) -> bool:
-        """Whether the weight cannot simply be replaced: in training, and where gradients are asked for."""
+        """Return whether a separate op is required, i.e. in training or with gradients."""
         return self.training or self._needs_gradients(self._names_in_use())
 
     def is_weight_registered(self) -> bool:
-        """Whether the weight is among the attention's parameters at this moment."""
+        """Return whether the weight is currently a parameter of the attention."""
         return isinstance(cast(ProjectionWeight, self.base_layer).weight, nn.Parameter)
 
     def effective_weight(self) -> Tensor:
-        """Weight and updates in one matrix, computed once while nothing changes."""
+        """Return the effective weight, cached while nothing changes."""
         self.is_applied = True
         return self._cached_weight(self._names_in_use())
 
@@ -269,23 +269,23 @@ class Projection(SnellaLayer):
 
 
 def input_projections(attention: nn.MultiheadAttention) -> tuple[str, ...]:
-    """Names of the projections of queries, keys and values: one that holds all three, or three."""
+    """Return the names of the query, key and value projections: a fused one, or three."""
     return _INPUTS if attention._qkv_same_embed_dim else _SEPARATE_INPUTS
 
 
 def is_adaptable(module: nn.Module) -> bool:
-    """Whether a module is an attention that computes what `nn.MultiheadAttention` does, adapted or not."""
+    """Return whether a module is an attention with the `forward` of `nn.MultiheadAttention`, adapted or not."""
     if isinstance(module, AdaptedAttention):
         return True
     return isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward
 
 
 def find_wrapped_attention(model: nn.Module, key: str) -> tuple[str, str] | None:
-    """Cut the key of an adapted attention's own parameter at the wrapper.
+    """Split the key of an adapted attention's own parameter at the wrapper.
 
     Args:
         model: The adapted model.
-        key: In its `state_dict`.
+        key: Key in its `state_dict`.
 
     Returns:
         Name of the wrapper and name of the parameter in the attention, or `None` for any other key.
@@ -302,10 +302,10 @@ def find_wrapped_attention(model: nn.Module, key: str) -> tuple[str, str] | None
 
 
 def keep_off_fast_path(model: nn.Module) -> None:
-    """Make torch's encoder layers call their parts, where one of these is adapted.
+    """Disable the fast path of torch's encoder layers that have an adapted part.
 
-    In evaluation `nn.TransformerEncoderLayer` hands the weights of all its parts to one fused function, which knows
-    nothing of updates; it does not do so while any part has a hook. The hook leaves with the adapted part.
+    In evaluation `nn.TransformerEncoderLayer` passes the weights of all its parts to one fused function, which ignores
+    updates. A hook on any part disables this. Removing the adapted part removes the hook.
     """
     for layer in model.modules():
         if isinstance(layer, nn.TransformerEncoderLayer):
@@ -319,7 +319,7 @@ def _adapted_parts(layer: nn.Module) -> Iterator[nn.Module]:
 
 
 def _do_nothing(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Be there."""
+    """No-op; its presence disables the fast path."""
 
 
 def attend(
@@ -335,30 +335,30 @@ def attend(
     average_attn_weights: bool,
     is_batched: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Scaled dot-product attention over the heads of `attention`, with its masks, extra tokens and dropout.
+    """Compute scaled dot-product attention with the heads, masks, extra tokens and dropout of `attention`.
 
         w = softmax(q kᵀ / √d + mask),   output = dropout(w) v          for each head of width d
 
     Args:
-        attention: Where heads, dropout, `bias_k`, `bias_v` and `add_zero_attn` are taken from.
+        attention: Attention that provides heads, dropout, `bias_k`, `bias_v` and `add_zero_attn`.
         query: Projected queries, `[N, L, E]`.
         key: Projected keys, `[N, S, E]`.
         value: Projected values, `[N, S, E]`.
-        key_padding_mask: `[N, S]` (`[S]` without a batch); true, or minus infinity, where a key is not to be seen.
-        attn_mask: `[L, S]` or `[N·heads, L, S]`, likewise.
-        is_causal: Whether `attn_mask` is the causal one, which may then be computed instead of read.
-        need_weights: Whether `w` is returned too.
-        average_attn_weights: Whether its heads are averaged.
+        key_padding_mask: `[N, S]` (`[S]` without a batch); true or minus infinity for masked keys.
+        attn_mask: `[L, S]` or `[N·heads, L, S]`; true or minus infinity for masked keys.
+        is_causal: Whether `attn_mask` is the causal mask; the mask may then be computed instead of read.
+        need_weights: Whether to return `w`.
+        average_attn_weights: Whether to average `w` over the heads.
         is_batched: Whether the caller's tensors had a batch axis.
 
     Returns:
         `[N, L, E]`, and the weights `[N, L, S]`, `[N, heads, L, S]` or without `N`, or `None`.
 
     Raises:
-        ValueError: `is_causal` without the mask that it speaks of.
+        ValueError: If `is_causal` is set without `attn_mask`.
     """
     if is_causal and attn_mask is None:
-        raise ValueError("is_causal=True needs attn_mask, of which it says that it is causal; got attn_mask=None")
+        raise ValueError("is_causal=True requires the causal attn_mask, got attn_mask=None")
     heads = attention.num_heads
     batch, length = query.shape[:2]
     only_causal = is_causal and key_padding_mask is None and not need_weights
@@ -385,7 +385,7 @@ def attend(
 def _joined_mask(
     attn_mask: Tensor | None, key_padding_mask: Tensor | None, batch: int, heads: int, dtype: torch.dtype
 ) -> Tensor | None:
-    """Both masks as one that is added to the scores, `[N or 1, heads or 1, L or 1, S]`."""
+    """Combine both masks into an additive one, `[N or 1, heads or 1, L or 1, S]`."""
     masks = []
     if attn_mask is not None:
         mask = _additive(attn_mask, dtype)
@@ -396,7 +396,7 @@ def _joined_mask(
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Minus infinity where a boolean mask is true; a mask of numbers as it is."""
+    """Convert a boolean mask to an additive one with minus infinity; return other masks unchanged."""
     if mask.dtype == torch.bool:
         return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
     return mask.to(dtype)

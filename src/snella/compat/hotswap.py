@@ -1,4 +1,4 @@
-"""`hotswap`: another task's adapter in a running model, also a compiled one."""
+"""`hotswap`: replace the adapter of a running model, including compiled models."""
 
 from __future__ import annotations
 
@@ -23,45 +23,48 @@ from snella.layer import SnellaLayer
 _PREFIX = "base_model.model."
 _COMPILED = "_orig_mod."
 _DECISIVE = ("kernel", "num_pieces", "softmax_dim", "center_softmax", "sparsify_mode", "fixed_support")
-"""Settings that say what the factors mean; a rank or a cut into matrices shows in the tensors' shapes."""
+"""Fields that must match; ranks and row counts are checked by the tensors' shapes."""
 
 
 @dataclass
 class AdapterValues:
-    """A saved adapter in memory, to be swapped in as often as one likes; later swaps are faster than the first.
+    """A saved adapter in memory, for repeated swaps; later swaps are faster than the first.
 
     Args:
-        tensors: By the names of the adapter's file; not to be changed once it was swapped in.
-        config: Its settings; `None` where they are taken to be the model's.
+        tensors: Tensors by their names in the adapter's file; must not change after the first swap.
+        config: Configuration of the adapter; `None` assumes the model's.
     """
 
     tensors: dict[str, Tensor]
     config: SnellaConfig | None = None
     caches: dict[Any, MergeCache] = field(default_factory=dict, repr=False)
-    """By layer, backend and device, thresholds and the like that the first swap has found: some kilobytes a matrix."""
+    """Results of the first swap, such as thresholds, by layer, backend and device: a few kilobytes per matrix."""
 
     is_finite: bool = field(default=False, repr=False)
     """Whether all values are known to be finite."""
 
     @classmethod
     def read(cls, folder: str | Path) -> Self:
-        """Read the adapter of a folder.
+        """Read an adapter from a folder.
 
         Args:
-            folder: As `save_pretrained` writes it, or the folder of a run, which holds one.
+            folder: Folder written by `save_pretrained`, or the folder of a run.
 
         Raises:
-            FileNotFoundError: There is no adapter.
-            ValueError: It is another method's, or damaged.
+            FileNotFoundError: If the folder contains no adapter.
+            ValueError: If the adapter belongs to another method or is corrupt.
         """
         inner = Path(folder, "adapter")
         path = inner if (inner / CONFIG_NAME).is_file() else Path(folder)
         if not (path / CONFIG_NAME).is_file() or not (path / SAFETENSORS_WEIGHTS_NAME).is_file():
-            raise FileNotFoundError(f"{folder} holds no adapter: {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME}")
+            raise FileNotFoundError(
+                f"{folder} must contain an adapter, i.e. {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME}"
+            )
         config = PeftConfig.from_pretrained(str(path))
         if not isinstance(config, SnellaConfig):
             raise ValueError(
-                f"{folder} must hold an adapter of SNELLA, got {type(config).__name__}; hotswap_adapter does LoRA"
+                f"{folder} must contain a SNELLA adapter, got {type(config).__name__}; use PEFT's hotswap_adapter for "
+                "LoRA"
             )
         try:
             return cls(load_file(path / SAFETENSORS_WEIGHTS_NAME), config)
@@ -70,7 +73,7 @@ class AdapterValues:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the tensors."""
+        """Size of the tensors in bytes."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
 
@@ -78,43 +81,42 @@ class AdapterValues:
 def hotswap(
     model: nn.Module, adapter: str | Path | Mapping[str, Tensor] | AdapterValues, adapter_name: str = "default"
 ) -> AdapterValues:
-    """Give an adapter of a running model the values of another one, which was trained on the same pre-trained weights.
+    """Replace the values of an adapter in a running model by another adapter for the same pre-trained weights.
 
         model.merge_adapter()                     # serve at the speed of the plain model
         compiled = torch.compile(model)
-        hotswap(compiled, "runs/cells")           # a few megabytes read, one merge; the same graph
+        hotswap(compiled, "runs/cells")           # reads a few megabytes, merges once, keeps the graph
 
-    Everything is written in place: no tensor is added or replaced, so that nothing is compiled again and memory stays
-    as it is. Where the adapter is merged, each weight is written anew from its pre-trained values, which
+    All values are written in place. No tensor is added or replaced, so memory does not grow and compiled models need no
+    recompilation. If the adapter is merged, each weight is rewritten from its pre-trained values, which
     `unmerge_adapter` still restores bit for bit. Heads in `modules_to_save`, tokens and budgets are swapped too.
-    Outputs are those of a model that was loaded with the new adapter, to the last bit. No forward pass may run
-    meanwhile.
+    Outputs are bit-identical to a model loaded with the new adapter. No forward pass may run during the swap.
 
     Args:
         model: A model with a SNELLA adapter, merged or not, compiled or not, or any model that contains one.
-        adapter: Folder of an adapter or a run, the tensors of such a file, or `AdapterValues`.
-        adapter_name: The adapter whose values are replaced.
+        adapter: Folder of an adapter or a run, the tensors of an adapter file, or `AdapterValues`.
+        adapter_name: Name of the adapter to replace.
 
     Returns:
-        The adapter in memory: swapping it in again reads nothing, and needs no selection.
+        The adapter in memory. Swapping it in again reads no file and recomputes no threshold.
 
     Raises:
-        FileNotFoundError: No adapter is in the folder.
-        ValueError: The model has no such adapter, or another architecture, rank, kernel or head, or the values are not
-            finite; the model is as it was.
+        FileNotFoundError: If the folder contains no adapter.
+        ValueError: If the model has no such adapter, the architecture, rank, kernel or head differs, or values are not
+            finite. The model then stays unchanged.
     """
     if isinstance(adapter, (str, Path)):
         adapter = AdapterValues.read(adapter)
     elif not isinstance(adapter, AdapterValues):
         adapter = AdapterValues(dict(adapter))
-    own, layers, tokens = _parts_of(model, adapter_name)
+    current, layers, tokens = _parts_of(model, adapter_name)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no SNELLA adapter {adapter_name!r}")
     values = {_plain(name): tensor for name, tensor in adapter.tensors.items()}
     config = next(iter(layers.values())).snella_config[adapter_name]
-    _check(config, adapter.config, own, values, is_finite=adapter.is_finite)
+    _check(config, adapter.config, current, values, is_finite=adapter.is_finite)
     adapter.is_finite = True
-    for name, tensor in own.items():
+    for name, tensor in current.items():
         tensor.copy_(values[name])
     for layer in layers.values():
         layer.seal_budgets(adapter_name)
@@ -133,15 +135,15 @@ def hotswap(
 
 
 def _plain(name: str) -> str:
-    """A name without what PEFT and `torch.compile` put before it."""
+    """Remove the prefixes of PEFT and `torch.compile` from a name."""
     return name.replace(_COMPILED, "").removeprefix(_PREFIX)
 
 
 def _parts_of(
     model: nn.Module, adapter_name: str
 ) -> tuple[dict[str, Tensor], dict[str, SnellaLayer], list[TokenAdapter]]:
-    """The tensors of an adapter in the model and its layers, by their names in a file, and its tokens."""
-    found: dict[str, Tensor] = {}
+    """Return an adapter's tensors and layers by their names in a file, and its tokens."""
+    parts: dict[str, Tensor] = {}
     layers: dict[str, SnellaLayer] = {}
     tokens: list[TokenAdapter] = []
     for name, module in model.named_modules():
@@ -149,43 +151,43 @@ def _parts_of(
             for attribute in module.saved_names:
                 tensors: Any = getattr(module, attribute)
                 if adapter_name in tensors:
-                    found[f"{name}.{attribute}"] = tensors[adapter_name]
+                    parts[f"{name}.{attribute}"] = tensors[adapter_name]
             if isinstance(module, TokenAdapter):
                 tokens.append(module)
             elif adapter_name in module.snella_A:
                 layers[_plain(name)] = module
         elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
             inner = module.modules_to_save[adapter_name]
-            found |= {f"{name}.{key}": tensor for key, tensor in inner.state_dict(keep_vars=True).items()}
-    return {_plain(name): tensor.detach() for name, tensor in found.items()}, layers, tokens
+            parts |= {f"{name}.{key}": tensor for key, tensor in inner.state_dict(keep_vars=True).items()}
+    return {_plain(name): tensor.detach() for name, tensor in parts.items()}, layers, tokens
 
 
 def _check(
     config: SnellaConfig,
     other: SnellaConfig | None,
-    own: Mapping[str, Tensor],
+    current: Mapping[str, Tensor],
     values: Mapping[str, Tensor],
     *,
     is_finite: bool,
 ) -> None:
-    """Refuse values that are not of an adapter like the model's."""
+    """Reject values of an adapter that does not match the model's."""
     errors = [
-        f"{name} is {getattr(other, name)!r} where the model has {getattr(config, name)!r}"
+        f"{name} is {getattr(other, name)!r}, the model has {getattr(config, name)!r}"
         for name in _DECISIVE
         if other is not None and getattr(other, name) != getattr(config, name)
     ]
-    errors += [f"{name} is missing" for name in own if name not in values]
-    errors += [f"{name} fits nothing in the model" for name in values if name not in own]
+    errors += [f"{name} is missing" for name in current if name not in values]
+    errors += [f"{name} does not exist in the model" for name in values if name not in current]
     errors += [
-        f"{name} is {list(values[name].shape)} where the model has {list(tensor.shape)}"
-        for name, tensor in own.items()
+        f"{name} has shape {list(values[name].shape)}, the model has {list(tensor.shape)}"
+        for name, tensor in current.items()
         if name in values and values[name].shape != tensor.shape
     ]
     if not errors and not is_finite:
         errors = [f"{name} is not finite" for name, tensor in values.items() if not tensor.isfinite().all()]
     if errors:
         raise ValueError(
-            f"the adapter cannot be swapped in: {listed(errors, 3, '; ')}; load it beside with load_adapter"
+            f"the adapter cannot be swapped in: {listed(errors, 3, '; ')}; load it as another adapter with load_adapter"
         )
 
 

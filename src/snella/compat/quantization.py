@@ -1,4 +1,4 @@
-"""Base layers whose weight is quantized: which ones can be adapted, and what an adapted layer needs of them."""
+"""Support for base layers with quantized weights."""
 
 from __future__ import annotations
 
@@ -19,59 +19,59 @@ from torch import Tensor, nn
 from snella.update import LazyWeight
 
 _WHAT_WORKS = (
-    "of quantized layers, those of bitsandbytes (Linear4bit, Linear8bitLt) and linear layers with weight-only tensors "
-    "of torchao (Int8Tensor, IntxUnpackedToInt8Tensor) can be adapted"
+    "supported quantized layers are bitsandbytes' Linear4bit and Linear8bitLt, and linear layers with weight-only "
+    "tensors of torchao (Int8Tensor, IntxUnpackedToInt8Tensor)"
 )
 
 
 class Quantization(ABC):
-    """One way to store the weight `[m, n]` of a linear layer in few bits. Knows no layer; each method is given one."""
+    """Quantized storage format of a linear layer's weight `[m, n]`. Stateless; each method takes the layer."""
 
     name: str
 
     @abstractmethod
     def source(self, base: nn.Module) -> LazyWeight:
-        """Where the op gets the dequantized weight of `base`; stays valid when `base` is given another weight."""
+        """Return the dequantized weight of `base` as a `LazyWeight`, valid even if `base` later gets another weight."""
 
     @abstractmethod
     def write(self, base: nn.Module, weight: Tensor) -> None:
-        """Give `base` a new weight `[m, n]`, quantized with the settings of the present one."""
+        """Replace the weight `[m, n]` of `base`, quantized with the current settings."""
 
     @abstractmethod
     def snapshot(self, base: nn.Module) -> Any:
-        """What `restore` needs to give `base` back every bit of its present weight; no copy is made."""
+        """Return the state that `restore` needs for a bit-exact restoration, without copying the weight."""
 
     @abstractmethod
     def restore(self, base: nn.Module, snapshot: Any) -> None:
         """Undo `write`."""
 
     def product_dtype(self, base: nn.Module, dtype: torch.dtype) -> torch.dtype:
-        """The dtype in which `base` computes with an input of `dtype`, autocast aside."""
+        """Return the compute dtype of `base` for an input of `dtype`, ignoring autocast."""
         return dtype
 
     def is_safe_to_apply(self, base: nn.Module) -> bool:
-        """Whether applying `base` itself leaves its weight as it is."""
+        """Return whether a forward pass of `base` leaves its weight unchanged."""
         return True
 
 
 def find_quantization(base: Any, name: str) -> Quantization | None:
-    """Return how the weight of `base` is quantized, `None` where it is not. Imports neither package unless it is used.
+    """Return the quantization of a layer's weight, or `None`. Imports bitsandbytes or torchao only if they are used.
 
     Args:
         base: A base layer.
-        name: Its name, for errors.
+        name: Name of the layer, for errors.
 
     Raises:
-        NotImplementedError: The weight is quantized in a way that cannot be dequantized and quantized again here.
-        RuntimeError: A layer of bitsandbytes that has not been quantized yet.
+        NotImplementedError: If the quantization format is not supported.
+        RuntimeError: If a bitsandbytes layer is not quantized yet.
     """
     weight = getattr(base, "weight", None)
-    of_bitsandbytes = [cls.__name__ for cls in type(base).__mro__ if cls.__module__.startswith("bitsandbytes.")]
-    if of_bitsandbytes:
-        for kind in (Bitsandbytes4bit(), Bitsandbytes8bit()):
-            if kind.layer_class in of_bitsandbytes:
-                kind.check(base, name)
-                return kind
+    bitsandbytes_classes = [cls.__name__ for cls in type(base).__mro__ if cls.__module__.startswith("bitsandbytes.")]
+    if bitsandbytes_classes:
+        for quantization in (Bitsandbytes4bit(), Bitsandbytes8bit()):
+            if quantization.layer_class in bitsandbytes_classes:
+                quantization.check(base, name)
+                return quantization
         raise _refusal(name, f"a {type(base).__name__} of bitsandbytes")
     if type(weight).__module__.startswith("torchao."):
         problem = (
@@ -85,25 +85,25 @@ def find_quantization(base: Any, name: str) -> Quantization | None:
         raise _refusal(name, f"a {type(base).__name__} whose weight is {weight.dtype}")
     packed = next((packed for packed in ("qweight", "W_q") if hasattr(base, packed)), None)
     if packed is not None:
-        raise _refusal(name, f"a {type(base).__module__}.{type(base).__name__}, which keeps its weight as {packed}")
+        raise _refusal(name, f"a {type(base).__module__}.{type(base).__name__}, which stores its weight as {packed}")
     return None
 
 
 def _refusal(name: str, what: str) -> NotImplementedError:
-    """The error for a quantized layer that cannot be adapted."""
+    """Return the error for an unsupported quantized layer."""
     return NotImplementedError(
-        f"target_modules matches {name!r}, {what}; {_WHAT_WORKS}; load the model in one of these forms or unquantized"
+        f"target_modules matches {name!r}, {what}; {_WHAT_WORKS}; load the model in one of these formats or unquantized"
     )
 
 
 class Bitsandbytes4bit(Quantization):
-    """Blocks of four-bit codes with one scale each, the scales quantized again where `compress_statistics` is on."""
+    """bitsandbytes 4-bit: blocks of 4-bit codes with one scale each; `compress_statistics` quantizes the scales too."""
 
     name = "bitsandbytes 4-bit"
     layer_class = "Linear4bit"
 
     def check(self, base: Any, name: str) -> None:
-        """Raise `RuntimeError` where the layer is not quantized yet."""
+        """Raise `RuntimeError` if the layer is not quantized yet."""
         if _state(base) is None:
             raise _not_yet(base, name)
 
@@ -112,12 +112,12 @@ class Bitsandbytes4bit(Quantization):
 
         weight, state = base.weight, _state(base)
         if getattr(state, "packing_format_for_cpu", False):
-            # undone as bitsandbytes does before it saves: its fast layout for CPUs can only be multiplied with
+            # undo the CPU layout, which supports only products, as bitsandbytes does before saving
             weight.data, state = bitsandbytes.functional._convert_weight_packed_for_cpu_inverse(weight.data, state)
             if state.absmax.ndim == 2:
-                # bitsandbytes 0.50 forgets the scales that are not quantized themselves
+                # bitsandbytes 0.50 does not convert unquantized scales
                 state.absmax = state.absmax.T.reshape(-1).float()
-        # a state of our own: bitsandbytes changes the layer's in place when it changes the layout
+        # a copy of the state: bitsandbytes modifies the layer's state in place when it changes the layout
         make = partial(bitsandbytes.functional.dequantize_4bit, weight.data, copy.copy(state))
         return LazyWeight(torch.Size(state.shape), (weight, state.absmax), make)
 
@@ -128,7 +128,7 @@ class Bitsandbytes4bit(Quantization):
         from peft.utils.quantization_utils import Bnb4bitBackend
 
         Bnb4bitBackend().set_base_weight(_Holder(base), weight.to(state.dtype))
-        # PEFT marks the old parameter as unquantized on its way
+        # PEFT marks the old parameter as unquantized
         old.__dict__.update(attributes)
 
     def snapshot(self, base: Any) -> Any:  # noqa: D102
@@ -143,25 +143,25 @@ class Bitsandbytes4bit(Quantization):
         return base.compute_dtype or dtype
 
     def is_safe_to_apply(self, base: Any) -> bool:
-        """Not on a CPU: there bitsandbytes may change the layout in evaluation, which rounds the scales for good."""
+        """Return False on a CPU, where bitsandbytes may change the layout in evaluation and round the scales."""
         return base.weight.device.type != "cpu"
 
 
 class Bitsandbytes8bit(Quantization):
-    """Rows of eight-bit integers with one scale each.
+    """bitsandbytes 8-bit: rows of int8 codes with one scale each.
 
-    `Linear8bitLt` quantizes its input too. An adapted layer does not: it multiplies with the dequantized weight.
+    `Linear8bitLt` also quantizes its input. An adapted layer instead multiplies with the dequantized weight.
     """
 
     name = "bitsandbytes 8-bit"
     layer_class = "Linear8bitLt"
 
     def check(self, base: Any, name: str) -> None:
-        """Raise where the layer is not quantized: not yet, or not at all."""
+        """Raise an error if the layer is not quantized, or not yet."""
         if base.state.has_fp16_weights:
             raise NotImplementedError(
                 f"target_modules matches {name!r}, a {type(base).__name__} with has_fp16_weights=True, which quantizes "
-                "its weight in every forward pass; make it with has_fp16_weights=False, or use nn.Linear"
+                "its weight in every forward pass; create it with has_fp16_weights=False, or use nn.Linear"
             )
         if base.weight.dtype != torch.int8:
             raise _not_yet(base, name)
@@ -190,24 +190,24 @@ class Bitsandbytes8bit(Quantization):
 
 
 class _Holder:
-    """What PEFT's backends take for a PEFT layer: something that has the base layer."""
+    """Minimal stand-in for a PEFT layer in PEFT's quantization backends."""
 
     def __init__(self, base: nn.Module) -> None:
         self.base_layer = base
 
     def get_base_layer(self) -> nn.Module:
-        """The base layer."""
+        """Return the base layer."""
         return self.base_layer
 
 
 def _state(base: Any) -> Any:
-    """Scales and settings of a `Linear4bit`; FSDP leaves them at the layer alone."""
+    """Return the quantization state of a `Linear4bit`; with FSDP only the layer has it."""
     state = getattr(base.weight, "quant_state", None)
     return base.quant_state if state is None else state
 
 
 def _not_yet(base: nn.Module, name: str) -> RuntimeError:
-    """The error for a layer that holds its weight as it was."""
+    """Return the error for a layer that is not quantized yet."""
     return RuntimeError(
         f"target_modules matches {name!r}, a {type(base).__name__} of bitsandbytes that is not quantized yet: its "
         f"weight is {base.weight.dtype} on {str(base.weight.device)!r}; move the model to its device first, which "
@@ -216,19 +216,19 @@ def _not_yet(base: nn.Module, name: str) -> RuntimeError:
 
 
 def torchao_unsupported_reason(weight: Any) -> str | None:
-    """Why a weight of this kind cannot be adapted, `None` where it can."""
+    """Return why a weight of this type is not supported, or `None`."""
     if type(weight).__name__ not in ("Int8Tensor", "IntxUnpackedToInt8Tensor"):
-        return "it cannot be dequantized and quantized again; IntxWeightOnlyConfig makes integers of any width that can"
+        return "requantization is not supported; use IntxWeightOnlyConfig, which supports integers of any width"
     for attribute in ("act_quant_kwargs", "activation_quantization", "act_pre_scale"):
         value = getattr(weight, attribute, None)
         if value is not None:
-            kind = value.item() if isinstance(value, Tensor) and value.numel() == 1 else type(value).__name__
-            return f"it also changes the layer's input ({attribute}={kind}); use a weight-only configuration"
+            shown = value.item() if isinstance(value, Tensor) and value.numel() == 1 else type(value).__name__
+            return f"it also changes the layer's input ({attribute}={shown}); use a weight-only configuration"
     return None
 
 
 class TorchaoWeight(Quantization):
-    """A linear layer whose `weight` is a tensor of torchao's that stores integers and scales."""
+    """torchao: the layer's `weight` is a tensor subclass that stores integers and scales."""
 
     name = "torchao"
 
@@ -239,14 +239,14 @@ class TorchaoWeight(Quantization):
         return LazyWeight(weight.shape, tensors, weight.dequantize)
 
     def write(self, base: Any, weight: Tensor) -> None:  # noqa: D102
-        old, wanted = base.weight, weight.contiguous()
-        in_its_dtype = wanted.to(old.dtype)
-        # new scales suit a large change; the old ones leave every entry alone that a small change does not touch
-        found = min(
-            (_requantize(old, in_its_dtype), _requantize(old, in_its_dtype, keeps_scales=True)),
-            key=lambda one: torch.linalg.vector_norm(one.dequantize().to(wanted.dtype) - wanted).item(),
+        old, target = base.weight, weight.contiguous()
+        cast_target = target.to(old.dtype)
+        # new scales suit a large update; the old scales preserve all entries that a small update does not change
+        quantized = min(
+            (_requantize(old, cast_target), _requantize(old, cast_target, keeps_scales=True)),
+            key=lambda candidate: torch.linalg.vector_norm(candidate.dequantize().to(target.dtype) - target).item(),
         )
-        base.weight = nn.Parameter(found, requires_grad=False)
+        base.weight = nn.Parameter(quantized, requires_grad=False)
 
     def snapshot(self, base: Any) -> Any:  # noqa: D102
         return base.weight
@@ -261,15 +261,15 @@ class TorchaoWeight(Quantization):
 
 
 def _requantize(old: Any, weight: Tensor, keeps_scales: bool = False) -> Any:
-    """Quantize `weight` as `old` was: the same blocks, the same width, a zero point only where there was one."""
+    """Quantize `weight` like `old`: same blocks, same bit width, and a zero point only if `old` has one."""
     from torchao.quantization import granularity
     from torchao.quantization.quant_primitives import MappingType
 
     has_zero_point = getattr(old, "zero_point", None) is not None and bool(torch.count_nonzero(old.zero_point))
     mapping = MappingType.ASYMMETRIC if has_zero_point else MappingType.SYMMETRIC
     if type(old).__name__ == "IntxUnpackedToInt8Tensor":
-        of_old = {"custom_scale": old.scale, "custom_zero_point": old.zero_point, "intx_choose_qparams_algorithm": None}
-        scales = of_old if keeps_scales else {}
+        custom = {"custom_scale": old.scale, "custom_zero_point": old.zero_point, "intx_choose_qparams_algorithm": None}
+        scales = custom if keeps_scales else {}
         return type(old).from_hp(weight, old.block_size, old.target_dtype, mapping_type=mapping, **scales)
     rows, columns = old.block_size
     blocks: granularity.Granularity = granularity.PerGroup(columns)
@@ -281,13 +281,13 @@ def _requantize(old: Any, weight: Tensor, keeps_scales: bool = False) -> Any:
 
 @dataclass(frozen=True)
 class RequantizationLoss:
-    """What one layer's weight lost when it was quantized again after an update had been added.
+    """Requantization error of one layer's weight after adding an update.
 
         relative = ‖Q(W + U) - (W + U)‖ / ‖U‖            (Frobenius norms; W dequantized, U the update)
 
     Args:
         module_name: Name of the layer.
-        quantization: How its weight is stored.
+        quantization: Name of the storage format.
         lost: `‖Q(W + U) - (W + U)‖`.
         update: `‖U‖`.
     """
@@ -299,7 +299,7 @@ class RequantizationLoss:
 
     @property
     def relative(self) -> float:
-        """0: the update is there in full; 1: what is wrong is as large as the update itself."""
+        """Relative error: 0 if the update is stored exactly, 1 if the error is as large as the update."""
         if self.update:
             return self.lost / self.update
         return math.inf if self.lost else 0.0
@@ -308,7 +308,7 @@ class RequantizationLoss:
 def measure_requantization(
     module_name: str, quantization: str, before: Tensor, wanted: Tensor, after: Tensor
 ) -> RequantizationLoss:
-    """Compare the weight before merging, the sum as it should be, and what is stored of it, all dequantized."""
+    """Measure the requantization error from the dequantized weights before merging, intended, and stored."""
     lost, update = (
         float(torch.linalg.vector_norm(a.float() - wanted.float(), dtype=torch.float64)) for a in (after, before)
     )
@@ -319,7 +319,7 @@ _collected: ContextVar[list[RequantizationLoss] | None] = ContextVar("losses of 
 
 
 def report_requantization(loss: RequantizationLoss) -> None:
-    """Warn of a loss, or leave that to the `one_warning` that this happens in."""
+    """Warn about a requantization error, or add it to the active `one_warning` block."""
     collected = _collected.get()
     if collected is None:
         _warn([loss])
@@ -329,7 +329,7 @@ def report_requantization(loss: RequantizationLoss) -> None:
 
 @contextmanager
 def one_warning() -> Iterator[None]:
-    """Gather the losses of all layers that are merged within, and warn once at the end."""
+    """Collect the requantization errors of all layers merged in this block, and warn once at its end."""
     losses: list[RequantizationLoss] = []
     token = _collected.set(losses)
     try:
@@ -341,14 +341,14 @@ def one_warning() -> Iterator[None]:
 
 
 def _warn(losses: list[RequantizationLoss]) -> None:
-    """Say what was lost in all, and where most."""
+    """Warn about the total requantization error and the worst layer."""
     total = RequantizationLoss("", "", sum(x.lost**2 for x in losses) ** 0.5, sum(x.update**2 for x in losses) ** 0.5)
     worst = max(losses, key=lambda loss: loss.relative)
     kinds = " and ".join(sorted({loss.quantization for loss in losses}))
     warnings.warn(
-        f"merged into {len(losses)} quantized weight{'s' if len(losses) > 1 else ''} ({kinds}): rounding the sums to "
-        f"the few bits again changed them by {total.relative:.1%} of the update's own size (relative Frobenius error; "
-        f"{worst.relative:.1%} in {worst.module_name!r}); to lose nothing keep the adapter unmerged, or merge it into "
-        "the unquantized model",
+        f"merged into {len(losses)} quantized weight{'s' if len(losses) > 1 else ''} ({kinds}): requantization "
+        f"changed the sums by {total.relative:.1%} of the update's size (relative Frobenius error; "
+        f"{worst.relative:.1%} in {worst.module_name!r}); for exact results, keep the adapter unmerged or merge it "
+        "into the unquantized model",
         stacklevel=3,
     )

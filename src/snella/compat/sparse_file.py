@@ -1,4 +1,4 @@
-"""Changed weights as positions and values: one file an update, applied to a plain model and removed again."""
+"""Sparse weight files: positions and values of changed weights, applied to and removed from a plain model."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ ValueDtype = Literal["fp32", "bf16"]
 _DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _VALUES = "values"
 _DIGEST = "sha256"
-_DIGITS = 16  # of a digest: no guard against forgery, only against another model
+_DIGITS = 16  # digits of a digest; detects another model, not forgery
 
 
 @dataclass(frozen=True)
 class Entries:
-    """Single entries of one parameter and what is added to them.
+    """Selected entries of one parameter and the values added to them.
 
         W[indices[k]] += values[k]
 
@@ -44,14 +44,14 @@ class Entries:
 
 @dataclass
 class SparsePatch:
-    """What turns the weights of a pre-trained model into those of a fine-tuned one, and back.
+    """Reversible patch from the weights of a pre-trained model to those of a fine-tuned model.
 
     Args:
-        entries: By name of the parameter, what is added to single entries of it.
-        replaced: By name, parameters and buffers that are other ones altogether, such as a head.
+        entries: Changed entries, by parameter name.
+        replaced: Fully replaced parameters and buffers, by name, such as a head.
         shapes: Shape of each parameter in `entries`.
-        digests: First digits of the SHA-256 of each of them before the change.
-        metadata: Anything else that the file says, texts only.
+        digests: SHA-256 prefix of each parameter in `entries` before the change.
+        metadata: Further metadata of the file, strings only.
     """
 
     entries: dict[str, Entries]
@@ -67,36 +67,36 @@ class SparsePatch:
     # files ---------------------------------------------------------------------------------------------------------
 
     def to_bytes(self, values: ValueDtype = "fp32") -> bytes:
-        """The file's content: safetensors.
+        """Serialize the patch in safetensors format.
 
-        Positions are `NAME:int32`, `NAME:gaps` (the numbers of unchanged weights between changed ones, LEB128) or
-        `NAME:bitmap` (a bit a weight), whichever is smallest; values are `NAME:values`; what is replaced is `NAME`.
-        The metadata hold the SHA-256 digest of all of it as `sha256`.
+        Positions are stored in the smallest of three forms: `NAME:int32`, `NAME:gaps` (the number of unchanged weights
+        before each changed one, LEB128) or `NAME:bitmap` (one bit per weight). Values are `NAME:values`, replaced
+        tensors are `NAME`. The metadata entry `sha256` is the digest of the whole content.
 
         Args:
             values: Type of the stored values; bf16 rounds them.
 
         Raises:
-            ValueError: An unknown type.
+            ValueError: If the type is unknown.
         """
         if values not in _DTYPES:
             raise ValueError(f"values must be one of {list(get_args(ValueDtype))}, got {values!r}")
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.replaced.items()}
-        for name, one in self.entries.items():
-            kind, positions = encode_positions(one.indices, int(np.prod(self.shapes[name])))
+        for name, changed in self.entries.items():
+            kind, positions = encode_positions(changed.indices, int(np.prod(self.shapes[name])))
             tensors[f"{name}:{kind}"] = positions
-            tensors[f"{name}:{_VALUES}"] = one.values.detach().cpu().to(_DTYPES[values])
-        own = {"format": FORMAT, "shapes": json.dumps(self.shapes), "digests": json.dumps(self.digests)}
-        metadata = {**self.metadata, **own}
+            tensors[f"{name}:{_VALUES}"] = changed.values.detach().cpu().to(_DTYPES[values])
+        header = {"format": FORMAT, "shapes": json.dumps(self.shapes), "digests": json.dumps(self.digests)}
+        metadata = {**self.metadata, **header}
         return save(tensors, {**metadata, _DIGEST: tensors_digest(tensors, metadata)})
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
-        """Read a file of `to_bytes`.
+        """Read a file written by `to_bytes`.
 
         Raises:
-            FileNotFoundError: There is none.
-            ValueError: It is damaged, or of another kind.
+            FileNotFoundError: If the file does not exist.
+            ValueError: If the file is corrupt or has another format.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"no file {path}")
@@ -107,11 +107,11 @@ class SparsePatch:
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged: {error}; export it again") from None
         if metadata.get("format") != FORMAT:
-            raise ValueError(f"{path} holds no sparse update; snella export RUN --format sparse writes one")
-        digest, found = metadata.pop(_DIGEST, None), tensors_digest(tensors, metadata)
+            raise ValueError(f"{path} contains no sparse update; create one with snella export RUN --format sparse")
+        digest, actual = metadata.pop(_DIGEST, None), tensors_digest(tensors, metadata)
         metadata.pop("format")
-        if digest != found:
-            raise ValueError(f"{path} is damaged: its SHA-256 is {found}, expected {digest}; export it again")
+        if digest != actual:
+            raise ValueError(f"{path} is damaged: its SHA-256 is {actual}, expected {digest}; export it again")
         try:
             return cls._parse(tensors, metadata)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -119,7 +119,7 @@ class SparsePatch:
 
     @classmethod
     def _parse(cls, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Self:
-        """The patch that a file's tensors and metadata describe."""
+        """Parse a file's tensors and metadata."""
         shapes, digests = json.loads(metadata.pop("shapes")), json.loads(metadata.pop("digests"))
         entries = {}
         for key in [key for key in tensors if key.endswith(f":{_VALUES}")]:
@@ -132,33 +132,33 @@ class SparsePatch:
                 raise ValueError(f"{name!r} has {len(indices)} positions and {len(values)} values")
             size = math.prod(shapes[name])
             if len(indices) and not (int(indices[0]) >= 0 and int(indices[-1]) < size and (indices.diff() > 0).all()):
-                raise ValueError(f"{name!r} has positions that do not ascend from 0 to {size - 1}")
+                raise ValueError(f"{name!r} must have ascending positions in [0, {size - 1}]")
             entries[name] = Entries(indices, values)
         return cls(entries, tensors, shapes, digests, metadata)
 
-    # the model -----------------------------------------------------------------------------------------------------
+    # model ---------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def apply(self, model: nn.Module, *, check_base: bool = True) -> None:
-        """Change the weights in place; tensors stay the same objects, so that compiled models need no new graph.
+        """Apply the patch in place. Tensors stay the same objects, so compiled models need no recompilation.
 
         Args:
-            model: Plain model with the weights that the update was trained on.
-            check_base: Compare their digests first.
+            model: Plain model with the pre-trained weights of the update.
+            check_base: Whether to compare the weights' digests first.
 
         Raises:
-            RuntimeError: The patch is applied already.
-            ValueError: The model lacks a parameter, has it in another shape, or has other weights.
+            RuntimeError: If the patch is already applied.
+            ValueError: If a parameter of the model is missing, or has another shape or other weights.
         """
         if self._model is not None:
-            raise RuntimeError("the patch is applied already; call remove() first")
+            raise RuntimeError("the patch is already applied; call remove() first")
         tensors = _named_tensors(model)
         self._check(model, tensors, check_base)
-        for name, one in self.entries.items():
-            flat, where = _flat(tensors[name]), one.indices.to(tensors[name].device)
+        for name, changed in self.entries.items():
+            flat, where = _flat(tensors[name]), changed.indices.to(tensors[name].device)
             before = flat[where]
             self._originals[name] = before
-            values = one.values.to(flat.device, torch.promote_types(one.values.dtype, torch.float32))
+            values = changed.values.to(flat.device, torch.promote_types(changed.values.dtype, torch.float32))
             flat[where] = (before.to(values.dtype) + values).to(flat.dtype)
             _write_back(tensors[name], flat)
         for name, value in self.replaced.items():
@@ -168,10 +168,10 @@ class SparsePatch:
 
     @torch.no_grad()
     def remove(self) -> None:
-        """Restore every bit that `apply` found; what is changed beside it since then stays.
+        """Restore the original weights bit for bit; later changes to other entries remain.
 
         Raises:
-            RuntimeError: The patch is not applied.
+            RuntimeError: If the patch is not applied.
         """
         if self._model is None:
             raise RuntimeError("the patch is not applied; call apply(model) first")
@@ -186,42 +186,44 @@ class SparsePatch:
         self._model, self._originals = None, {}
 
     def _check(self, model: nn.Module, tensors: Mapping[str, Tensor], check_base: bool) -> None:
-        """Refuse a model that the patch was not made for, before anything is changed."""
+        """Reject a model that does not match the patch, before any change."""
         shapes = {**self.shapes, **{name: list(tensor.shape) for name, tensor in self.replaced.items()}}
         errors = [f"{name} is missing" for name in shapes if name not in tensors]
         errors += [
-            f"{name} is {list(tensors[name].shape)} where the update has {shape}"
+            f"{name} has shape {list(tensors[name].shape)}, the update has {shape}"
             for name, shape in shapes.items()
             if name in tensors and list(tensors[name].shape) != shape
         ]
-        what = type(model).__name__
+        model_name = type(model).__name__
         if errors:
-            raise ValueError(f"the update does not fit {what}: {listed(errors, 3, '; ')}; build the run's own model")
+            raise ValueError(
+                f"the update does not fit {model_name}: {listed(errors, 3, '; ')}; create the model of the run"
+            )
         for name, digest in self.digests.items() if check_base else ():
             if digest_of(tensors[name]) != digest:
                 raise ValueError(
-                    f"{what} has other weights in {name!r} than the update was trained on; load the run's own "
-                    "pre-trained weights without adapters, or pass check_base=False"
+                    f"the weights {name!r} of {model_name} differ from the weights that the update was trained on; "
+                    "load the run's pre-trained weights without adapters, or pass check_base=False"
                 )
 
 
 def load_sparse(model: nn.Module, file: str | Path, *, check_base: bool = True) -> SparsePatch:
-    """Apply a file of `snella export --format sparse` to a plain model.
+    """Apply a file from `snella export --format sparse` to a plain model.
 
         patch = load_sparse(model, "photos.sparse.safetensors")   # the fine-tuned weights, bit for bit
-        patch.remove()                                            # the pre-trained ones again, bit for bit
+        patch.remove()                                            # the pre-trained weights, bit for bit
 
     Args:
-        model: The run's backbone with its pre-trained weights and a head of as many classes.
-        file: The file.
-        check_base: Refuse a model whose weights are not those that the update was trained on, by their digests.
+        model: The run's backbone with its pre-trained weights and a head with the same number of classes.
+        file: Path of the file.
+        check_base: Whether to reject a model whose weights differ from the update's base weights, by digest.
 
     Returns:
         The patch, with `remove` and `apply`.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is damaged or of another kind, or the model does not fit.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file is corrupt or has another format, or the model does not match.
     """
     patch = SparsePatch.read(file)
     patch.apply(model, check_base=check_base)
@@ -229,13 +231,13 @@ def load_sparse(model: nn.Module, file: str | Path, *, check_base: bool = True) 
 
 
 def digest_of(tensor: Tensor) -> str:
-    """First digits of the SHA-256 of a tensor's bytes."""
+    """Return the SHA-256 prefix of a tensor's bytes."""
     content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return hashlib.sha256(content.data).hexdigest()[:_DIGITS]
 
 
 def tensors_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
-    """SHA-256 of the names, types, shapes and values of tensors and of metadata, in any order."""
+    """Return the order-independent SHA-256 of tensors (names, dtypes, shapes, values) and metadata."""
     total = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         total.update(f"{name}\n{tensor.dtype}\n{list(tensor.shape)}\n".encode())
@@ -245,9 +247,9 @@ def tensors_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | 
 
 
 def encode_positions(indices: Tensor, size: int) -> tuple[str, Tensor]:
-    """The smallest of three encodings of ascending positions below `size`: its name and its tensor."""
+    """Encode ascending positions below `size` in the smallest of three forms; return its name and tensor."""
     positions = indices.cpu()
-    # 4 bytes a position, at least 1, or a bit for every weight; the gaps are computed only where they can win
+    # int32 takes 4 bytes per position, gaps at least 1, a bitmap one bit per weight; skip gaps if they cannot win
     least = min(4 * len(positions), -(-size // 8))
     if len(positions) < least:
         gaps = _encode_gaps(positions.numpy())
@@ -259,7 +261,7 @@ def encode_positions(indices: Tensor, size: int) -> tuple[str, Tensor]:
 
 
 def _encode_gaps(indices: np.ndarray) -> np.ndarray:
-    """How many weights stay unchanged before each changed one, as LEB128: seven bits a byte, the lowest first."""
+    """Encode the number of unchanged weights before each changed one as LEB128, 7 bits per byte, lowest first."""
     gaps = np.diff(indices, prepend=-1) - 1
     lengths = np.ones(len(gaps), np.int64)
     for bits in (7, 14, 21, 28):
@@ -274,7 +276,7 @@ def _encode_gaps(indices: np.ndarray) -> np.ndarray:
 
 
 def _decode_gaps(encoded: Tensor) -> Tensor:
-    """The positions that `_encode_gaps` was given."""
+    """Decode positions from the result of `_encode_gaps`."""
     content = encoded.numpy()
     ends = np.flatnonzero(content < 128)
     starts = np.concatenate([[0], ends[:-1] + 1]).astype(np.int64)
@@ -289,18 +291,18 @@ _DECODERS = {"int32": lambda encoded: encoded, "gaps": _decode_gaps, "bitmap": u
 
 
 def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and saved buffers by name, also of a compiled model."""
+    """Return parameters and persistent buffers by name, also for compiled models."""
     inner: nn.Module = getattr(model, "_orig_mod", model)
     return dict(inner.state_dict(keep_vars=True))
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """The values in order; a view where the memory allows it."""
+    """Return the flattened values, as a view if possible."""
     return tensor.detach().reshape(-1)
 
 
 def _write_back(tensor: Tensor, flat: Tensor) -> None:
-    """Store `_flat`'s values where it had to copy them."""
+    """Write the result of `_flat` back if it is a copy."""
     if flat.data_ptr() != tensor.data_ptr():
         tensor.copy_(flat.view(tensor.shape))
     elif not tensor.is_inference():

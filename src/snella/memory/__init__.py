@@ -1,1 +1,1 @@
-"""Smaller activations for the backward pass: recomputed, compressed to eight bits, or sampled."""
+"""Activation memory: recomputed inputs, int8 compression and token sampling."""

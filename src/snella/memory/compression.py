@@ -1,4 +1,4 @@
-"""Activations in eight bits: groups of neighbors that share a scale."""
+"""Group-wise int8 compression of activations."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 GROUP = 64
-"""Neighbors that share a scale: a channel that stands out takes the precision of 63 others, not that of its token."""
+"""Entries per scale. An outlier channel reduces the precision of 63 other entries instead of the whole token."""
 _LEVELS = 127
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What an encoded tensor looked like.
+    """Shape and memory layout of an encoded tensor.
 
     Args:
-        shape: Its shape, axes in the order in which they lie in memory.
-        dtype: Its dtype.
-        axes: Where each of its axes is in that order.
-        row: Entries that no group reaches beyond.
-        group: Entries of a group.
+        shape: Shape with the axes in memory order.
+        dtype: Dtype of the tensor.
+        axes: Position of each axis in memory order.
+        row: Entries per row; groups do not cross rows.
+        group: Entries per group.
     """
 
     shape: torch.Size
@@ -33,18 +33,18 @@ class Layout:
 
 
 def encode(z: Tensor, *, by_row: bool = False) -> tuple[Tensor, Layout]:
-    """Round a tensor to eight bits, group by group of its flattened entries.
+    """Round a tensor to int8 in groups of entries that are adjacent in memory.
 
         q_i = round(z_i / s),   s = max |z| / 127 over its group of 64;   |s·q_i − z_i| ≤ s/2
 
     Args:
-        z: Floating-point numbers, of any shape; neighbors are those in memory.
-        by_row: Cut each row of the last axis into groups of equal size, at most 64, where it lies innermost in memory.
-            A row that is normalized by itself may be far smaller than the next one, whose scale would round it to zero.
+        z: Floating-point tensor of any shape.
+        by_row: Split each row of the last axis into groups of equal size, at most 64, if the last axis is innermost in
+            memory. For inputs of row-wise normalizations, a shared scale could round a small row to zero.
 
     Returns:
-        Scales in float32, then codes: uint8 `[groups · (4 + group)]`, 17/16 bytes an entry for groups of 64; and the
-        layout for `decode`.
+        Float32 scales followed by codes, uint8 `[groups · (4 + group)]` (17/16 bytes per entry for groups of 64), and
+        the layout for `decode`.
     """
     order = sorted(range(z.ndim), key=z.stride, reverse=True)
     in_memory = z.detach().permute(order)
@@ -58,21 +58,21 @@ def encode(z: Tensor, *, by_row: bool = False) -> tuple[Tensor, Layout]:
     encoded = torch.empty(groups.numel() + 4 * len(groups), dtype=torch.uint8, device=z.device)
     codes, scales = _parts(encoded, group)
     torch.div(groups.abs().amax(1, keepdim=True).float(), _LEVELS, out=scales)
-    # a group of zeros has no inverse, and stays one of zeros
+    # the clamp avoids division by zero for groups of zeros
     codes.copy_((groups * scales.clamp(min=torch.finfo(torch.float32).tiny).reciprocal_()).round_())
     axes = tuple([order.index(axis) for axis in range(z.ndim)])
     return encoded, Layout(in_memory.shape, z.dtype, axes, row, group)
 
 
 def decode(encoded: Tensor, layout: Layout) -> Tensor:
-    """The tensor that `encode` rounded, in its shape and dtype; its axes lie in memory in the same order."""
+    """Decode a tensor from the result of `encode`, with the original shape, dtype and memory order."""
     codes, scales = _parts(encoded, layout.group)
     rows = codes.float().mul_(scales).to(layout.dtype).view(-1, layout.row + -layout.row % layout.group)
     return rows[:, : layout.row].reshape(layout.shape).permute(layout.axes)
 
 
 def _parts(encoded: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """Codes `[groups, group]` and scales `[groups, 1]`, as views."""
+    """Return views of the codes `[groups, group]` and scales `[groups, 1]`."""
     scales, codes = encoded.tensor_split([len(encoded) // (group + 4) * 4])
     return codes.view(torch.int8).view(-1, group), scales.view(torch.float32).view(-1, 1)
 

@@ -1,7 +1,7 @@
-"""How a tensor was computed, told by a mark that it carries, so that it can be computed again instead of being kept.
+"""Origins: marks on tensors that describe how to recompute them in the backward pass instead of saving them.
 
-A linear layer needs its input `x` for ∂L/∂W. Where `x = f(z)` and autograd keeps `z` anyway, keeping `x` as well is
-memory for nothing: the same operation on the same bits gives the same bits. `recompute` puts the marks.
+A linear layer needs its input `x` for ∂L/∂W. If `x = f(z)` and autograd saves `z` anyway, saving `x` wastes memory: the
+same operation on the same bits gives the same bits. The module `recompute` sets the marks.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ ORIGIN_ATTRIBUTE = "_snella_origin"
 
 
 class Origin(ABC):
-    """How a tensor is computed again from what is kept in its place.
+    """Recomputation of a tensor from saved tensors.
 
     Args:
-        device_type: Of the tensor.
+        device_type: Device type of the tensor.
     """
 
     is_rounded = False
-    """Whether what is kept was rounded to eight bits."""
+    """Whether the saved tensors are rounded to int8."""
 
     def __init__(self, device_type: str) -> None:
         self._autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -46,9 +46,10 @@ class Origin(ABC):
         return True
 
     def add_user(self) -> bool:
-        """Tell that one more backward pass will ask for the tensor; whether it is the first one.
+        """Register one more backward pass that uses the tensor; return whether it is the first.
 
-        Activation checkpointing runs a part of a model again, whose backward pass is the one that was told of already.
+        A forward pass rerun by activation checkpointing does not count, because its backward pass is already
+        registered.
         """
         if torch._C._current_graph_task_id() != self._task:
             return False
@@ -56,13 +57,13 @@ class Origin(ABC):
         return self._users == 1
 
     def compute(self, kept: Sequence[Tensor]) -> Tensor:
-        """The tensor, without gradient; users after the first share what that one computed.
+        """Return the recomputed tensor without gradient; all users share the first user's result.
 
         Args:
-            kept: What was kept in its place.
+            kept: Saved tensors.
 
         Raises:
-            RuntimeError: A module has changed since the forward pass.
+            RuntimeError: If a module has changed since the forward pass.
         """
         output, self._output = self._output, None
         if output is None:
@@ -74,7 +75,7 @@ class Origin(ABC):
 
     @abstractmethod
     def _run(self, kept: Sequence[Tensor]) -> Tensor:
-        """Compute it."""
+        """Recompute the tensor."""
 
     def _call(self, function: Callable[..., Tensor], *args: Tensor, with_graph: bool = False) -> Tensor:
         """Call a function under the forward pass's autocast."""
@@ -83,13 +84,14 @@ class Origin(ABC):
 
 
 class Output(Origin):
-    """The output of a module or a function from inputs that are kept, as they are or in eight bits.
+    """Output of a module or function, recomputed from its inputs, which are saved exactly or in int8.
 
     Args:
-        function: Gives the output.
-        device_type: Of the inputs.
-        module: Whose output it is, in the mode and with the parameters that it has now; `None` for a function.
-        layouts: Of each input that asks for a gradient and is kept encoded, else `None`.
+        function: Computes the output.
+        device_type: Device type of the inputs.
+        module: Module that computed the output, in its current mode and with its current parameters; `None` for a
+            function.
+        layouts: Layout of each encoded input that requires a gradient; `None` for all other inputs.
     """
 
     def __init__(
@@ -109,11 +111,11 @@ class Output(Origin):
         self._graph: tuple[list[Tensor], GradientEdge] | None = None
 
     def is_current(self) -> bool:
-        """Whether the module's parameters and buffers are those of the forward pass, with the same values."""
+        """Return whether the module's parameters and buffers are unchanged since the forward pass."""
         return self._current_state() == self._state
 
     def _current_state(self) -> tuple[Any, ...]:
-        """Identity and version of the tensors that the module computes with besides its input."""
+        """Return identity and version of the module's own tensors."""
         tensors = [getattr(self._module, name, None) for name in self._names]
         return tuple([(id(tensor), tensor._version) for tensor in tensors if tensor is not None])
 
@@ -125,10 +127,10 @@ class Output(Origin):
         return output.detach()
 
     def grad_inputs(self, kept: Sequence[Tensor], grad_output: Tensor) -> Iterator[Tensor]:
-        """The gradients of inputs that were kept encoded, of those that ask for one.
+        """Return the gradients of the encoded inputs.
 
         Raises:
-            RuntimeError: The module has changed since the forward pass.
+            RuntimeError: If the module has changed since the forward pass.
         """
         graph, self._graph = self._graph, None
         if graph is None:
@@ -137,17 +139,17 @@ class Output(Origin):
         return iter(torch.autograd.grad(graph[1], graph[0], grad_output))
 
     def _record(self, kept: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """The inputs that ask for a gradient, and the output, of a graph."""
+        """Recompute the output with a graph; return the inputs that require gradients, and the output."""
         pairs = list(zip(kept, self._layouts, strict=True))
-        inputs = [one if layout is None else decode(one, layout).requires_grad_() for one, layout in pairs]
+        inputs = [tensor if layout is None else decode(tensor, layout).requires_grad_() for tensor, layout in pairs]
         learning = [z for z, layout in zip(inputs, self._layouts, strict=True) if layout is not None]
         return learning, self._run_function(inputs, with_graph=True)
 
     def _run_function(self, inputs: Sequence[Tensor], with_graph: bool = False) -> Tensor:
         if not self.is_current():
             raise RuntimeError(
-                f"{self._module} was changed between a forward pass and its backward pass, so that its output "
-                "cannot be computed again; change it after backward(), or set recompute_inputs=False"
+                f"{self._module} was changed between a forward pass and its backward pass, so its output "
+                "cannot be recomputed; change it after backward(), or set recompute_inputs=False"
             )
         module = self._module
         if module is None or module.training == self._is_training:
@@ -160,20 +162,20 @@ class Output(Origin):
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a module itself by name; FSDP1 makes its parameters plain attributes for a pass."""
+    """Return a module's own tensors by name, including FSDP1's parameters, which are plain attributes during a pass."""
     values = {**module.__dict__, **module._parameters, **module._buffers}
     return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
 class Derived(Origin):
-    """What a function made of a marked tensor, and perhaps of a second one, which is kept behind what the first needs.
+    """Result of a function of a marked tensor and optionally a second tensor, which is saved last.
 
     Args:
-        function: Of one or two tensors.
-        device_type: Of the result.
-        source: How the first is computed.
-        has_second: Whether there is a second one.
-        layout: Of a second one that is kept encoded.
+        function: Function of one or two tensors.
+        device_type: Device type of the result.
+        source: Origin of the first tensor.
+        has_second: Whether the function takes a second tensor.
+        layout: Layout of an encoded second tensor.
     """
 
     def __init__(
@@ -190,30 +192,30 @@ class Derived(Origin):
         self.is_rounded = source.is_rounded
 
     def is_current(self) -> bool:
-        """Whether the first can be computed."""
+        """Return whether the first tensor can be recomputed."""
         return self._source.is_current()
 
     def add_user(self) -> bool:
-        """Tell that one more backward pass will ask for the tensor; the first of them uses the source."""
+        """Register one more backward pass that uses the tensor; the first one also uses the source."""
         is_first = super().add_user()
         if is_first:
             self._source.add_user()
         return is_first
 
     def _run(self, kept: Sequence[Tensor]) -> Tensor:
-        of_first, second = (kept[:-1], kept[-1:]) if self._has_second else (kept, ())
-        first = self._source.compute(of_first)
-        return self._call(self._function, first, *[_decoded(one, self._layout) for one in second])
+        source_kept, second = (kept[:-1], kept[-1:]) if self._has_second else (kept, ())
+        first = self._source.compute(source_kept)
+        return self._call(self._function, first, *[_decoded(tensor, self._layout) for tensor in second])
 
 
 def _decoded(tensor: Tensor, layout: Layout | None) -> Tensor:
-    """A tensor that was kept as it is or, with a layout, encoded."""
+    """Return a saved tensor, decoded if it has a layout."""
     return tensor if layout is None else decode(tensor, layout)
 
 
 @dataclass(frozen=True)
 class Mark:
-    """What a tensor carries while it is alive: what may be kept in its place, and how it is computed from that."""
+    """Mark on a live tensor: tensors to save instead of it, and its recomputation from them."""
 
     kept: tuple[Tensor, ...]
     origin: Origin
@@ -227,44 +229,44 @@ class Mark:
 
     @staticmethod
     def on(x: object) -> Mark | None:
-        """The mark of a tensor; `None` where there is none, or something was written to since."""
+        """Return the mark of a tensor, or `None` if it has none or the mark is outdated by an in-place write."""
         mark: Mark | None = getattr(x, ORIGIN_ATTRIBUTE, None)
         if mark is None or not isinstance(x, Tensor) or _versions(x, mark.kept) != mark.versions:
             return None
         return mark
 
     def detached(self) -> tuple[Tensor, ...]:
-        """What is kept, apart from the graph."""
+        """Return the tensors to save, detached from the graph."""
         return tuple([tensor.detach() for tensor in self.kept])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Nothing of it is stored with a tensor."""
+        """Exclude marks from pickled tensors."""
         return _no_mark, ()
 
 
 def _no_mark() -> None:
-    """What a stored mark is loaded as."""
+    """Return None, the value of an unpickled mark."""
 
 
 def _versions(x: Tensor, kept: tuple[Tensor, ...]) -> tuple[int, ...]:
-    """How often each was written to, and where the first lies; a write through `x.data` leaves no trace."""
+    """Return the tensors' version counters and the first one's address; writes through `x.data` go unnoticed."""
     return (x.data_ptr(), x._version, *[tensor._version for tensor in kept])
 
 
 def origin_of(x: Tensor) -> tuple[tuple[Tensor, ...], Origin | None]:
-    """What may be kept in the place of a marked tensor, and how it is computed from that; `()` and `None` for others.
+    """Return the tensors to save instead of a marked tensor, and its origin; `()` and `None` for other tensors.
 
-    A view of a marked tensor that nobody marked, or one that was written to since, is another tensor. The parameters of
-    a module that FSDP has freed by now cannot be relied on in the backward pass.
+    Unmarked views of a marked tensor, and marked tensors with later in-place writes, count as other tensors. So do
+    outputs of a module whose parameters FSDP has freed, because the backward pass cannot rely on them.
     """
     mark = Mark.on(x) if torch.is_grad_enabled() else None
     return ((), None) if mark is None or not mark.origin.is_current() else (mark.detached(), mark.origin)
 
 
 def once(hint: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A backward pass that is not differentiable itself, and says so, and what to set, where that is asked for.
+    """Decorate a backward pass to raise an error with a hint if double differentiation is requested.
 
-    torch's `once_differentiable` says it only where a gradient passes through, and is silent where it is lost.
+    torch's `once_differentiable` raises an error only if a gradient passes through, and loses other gradients silently.
     """
 
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -273,7 +275,9 @@ def once(hint: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         @wraps(backward)
         def checked(ctx: Any, *grads: Any) -> Any:
             if torch.is_grad_enabled():
-                raise RuntimeError(f"create_graph=True: a backward pass here is not differentiable itself; {hint}")
+                raise RuntimeError(
+                    f"create_graph=True is not supported: this backward pass is not differentiable; {hint}"
+                )
             return backward(ctx, *grads)
 
         return checked
@@ -289,14 +293,14 @@ def keep_rounded(
     *,
     by_row: bool = False,
 ) -> Tensor:
-    """A marked output whose backward pass keeps its inputs in eight bits; those without a gradient as they are.
+    """Return a marked output that saves its inputs in int8 for the backward pass; inputs without gradient stay exact.
 
     Args:
-        inputs: What it was computed from.
-        output: Without gradient.
-        function: Computes it again.
-        module: As `Output` takes it.
-        by_row: As `encode` takes it.
+        inputs: Inputs of the function.
+        output: Output of the function, without gradient.
+        function: Recomputes the output.
+        module: See `Output`.
+        by_row: See `encode`.
     """
     pairs = [encode(z, by_row=by_row) if z.requires_grad else (z.detach(), None) for z in inputs]
     kept, layouts = tuple([pair[0] for pair in pairs]), [pair[1] for pair in pairs]
@@ -305,15 +309,16 @@ def keep_rounded(
 
 
 def multiply(first: Tensor, mark: Mark, second: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """`first ⊙ second`, marked, of a marked first factor: kept are what that is computed from, and the second.
+    """Return the marked product `first ⊙ second` of a marked first factor.
 
-    A second factor whose gradient is asked for is kept in eight bits where the first is computed from such.
+    Saves the source tensors of `first`, and `second`. A second factor that requires a gradient is saved in int8 if the
+    source tensors are.
 
     Args:
         first: The first factor.
-        mark: Its mark.
-        second: Of the same shape, or broadcast to it.
-        product: Computes it; the order of its factors decides how a product lies in memory.
+        mark: Mark of the first factor.
+        second: Second factor, of the same shape or broadcast to it.
+        product: Computes the product; the order of its factors determines the memory layout.
     """
     kept, source = mark.detached(), mark.origin
     layout, other = None, second.detach()
@@ -328,7 +333,7 @@ def multiply(first: Tensor, mark: Mark, second: Tensor, product: Callable[[Tenso
 
 
 class _RoundedInputs(torch.autograd.Function):
-    """An output, whose backward pass runs the module or function again on inputs that were kept encoded."""
+    """An output whose backward pass reruns the module or function on decoded inputs."""
 
     @staticmethod
     def forward(ctx: Any, origin: Output, kept: tuple[Tensor, ...], output: list[Tensor], *inputs: Tensor) -> Tensor:
@@ -337,14 +342,14 @@ class _RoundedInputs(torch.autograd.Function):
         return output.pop()
 
     @staticmethod
-    @once("compress_activations=False keeps activations as they are")
+    @once("set compress_activations=False")
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         grads = ctx.origin.grad_inputs(ctx.saved_tensors, grad_output)
         return None, None, None, *[next(grads) if is_needed else None for is_needed in ctx.needs_input_grad[3:]]
 
 
 class _Product(torch.autograd.Function):
-    """A product whose first factor is computed again by `origin`; `kept` is what it needs, and the second factor."""
+    """A product whose first factor `origin` recomputes; `kept` has its source tensors and the second factor."""
 
     @staticmethod
     def forward(
@@ -362,10 +367,10 @@ class _Product(torch.autograd.Function):
         return product(first, second)
 
     @staticmethod
-    @once("recompute_inputs=False leaves products to autograd")
+    @once("set recompute_inputs=False")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
-        *of_first, second = ctx.saved_tensors
-        grad_second = (grad * ctx.origin.compute(of_first)).sum_to_size(ctx.second_shape)
+        *first_kept, second = ctx.saved_tensors
+        grad_second = (grad * ctx.origin.compute(first_kept)).sum_to_size(ctx.second_shape)
         return grad * _decoded(second, ctx.layout), grad_second, None, None, None, None
 
 

@@ -1,12 +1,11 @@
-"""Inputs that are not kept but computed again: the outputs of normalizations and activations, and what becomes of them.
+"""Recomputed inputs: outputs of normalizations and activations that layers recompute instead of saving.
 
-Forward hooks on known modules mark their outputs with their origin, so that an adapted layer behind them keeps their
-input in the place of its own. In known blocks what happens to an output on its way to the layer is followed: entries
-that move (windows of an image), products (gated activations), sums with something small (modulations).
+Forward hooks on known modules mark their outputs with their origin. An adapted layer then saves the module's input
+instead of its own. In known blocks, a function mode tracks the operations between module and layer: moved entries
+(windows of an image), products (gated activations) and sums with a small tensor (modulations).
 
-Where asked for, the input of the module itself is kept in eight bits, for the module's own backward pass too, and so
-are queries, keys and values in the place of what attention keeps: the forward pass stays exact, and gradients become
-those at inputs that are rounded.
+Optionally the module's input is saved in int8, for the module's own backward pass too, and queries, keys and values in
+int8 replace attention's saved tensors. The forward pass stays exact; gradients are computed at rounded inputs.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from snella.memory.origins import Derived, Mark, Output, keep_rounded, multiply,
 _SOURCE_ATTRIBUTE = "_snella_source"
 _c_autograd: Any = torch._C._autograd
 
-# each is deterministic and keeps its input for its own backward pass (ReLU and the like keep their output instead)
+# deterministic modules that save their input for the backward pass (ReLU and similar ones save their output)
 _TORCH = (
     nn.GELU,
     nn.SiLU,
@@ -51,9 +50,9 @@ _TRANSFORMERS = {
     *("GELUActivation", "NewGELUActivation", "FastGELUActivation", "GELUTanh", "PytorchGELUTanh"),
     *("QuickGELUActivation", "SiLUActivation", "MishActivation"),
 }
-# normalizations of each row of the last axis by itself
+# normalizations over the last axis
 _ROW_NORMS = ("LayerNorm", "LayerNormFp32", "RMSNorm", "RmsNorm", "RmsNormFp32", "SimpleNorm")
-# an output that is cut into windows, multiplied or shifted before it enters a layer
+# blocks that split into windows, multiply or shift an output before a layer
 _FOLLOWED_TIMM = {
     "timm.layers.mlp.GluMlp",
     "timm.layers.mlp.SwiGLU",
@@ -65,10 +64,10 @@ _FOLLOWED_DIFFUSERS = ("TransformerBlock", "GELU", "GEGLU", "SwiGLU", "AdaLayerN
 
 
 def can_recompute(module: nn.Module) -> bool:
-    """Whether the output of a module may be computed again instead of kept: a known class, by its exact type.
+    """Return whether a module's output can be recomputed instead of saved. Matches exact types of known classes.
 
-    GELU in all its forms, SiLU, Mish, Hardswish, layer, group and RMS normalization, batch normalization in evaluation;
-    torch's, timm's and transformers' own classes.
+    Supports GELU variants, SiLU, Mish, Hardswish, layer, group and RMS normalization, and batch normalization in
+    evaluation, from torch, timm and transformers.
     """
     kind = type(module)
     name, package = kind.__qualname__, kind.__module__
@@ -81,10 +80,10 @@ def can_recompute(module: nn.Module) -> bool:
 
 
 def can_follow(module: nn.Module, *, compress: bool = False) -> bool:
-    """Whether what a module does to the outputs of its parts is followed: a known class, where less is kept by it.
+    """Return whether operations in a module are tracked. Matches known classes for which tracking saves memory.
 
-    Blocks of Swin and of SAM's encoder, gated MLPs, diffusers' transformer blocks, modulations and activations; with
-    `compress` attention of timm and transformers too, as that of the other blocks is compressed then.
+    Supports blocks of Swin and SAM's encoder, gated MLPs, and diffusers' transformer blocks, modulations and
+    activations; with `compress`, also attention modules of timm and transformers.
     """
     kind = type(module)
     name, package = kind.__qualname__, kind.__module__
@@ -98,16 +97,16 @@ def can_follow(module: nn.Module, *, compress: bool = False) -> bool:
 
 
 def mark_outputs(model: nn.Module, *, compress: Callable[[], bool] | None = None) -> int:
-    """Let every known normalization and activation of a model mark its outputs, and return how many there are.
+    """Install hooks that mark the outputs of all known normalizations and activations; return their number.
 
-    Marking costs one attribute of a tensor, following a call of Python for each of torch's functions in known blocks.
-    Marks that are there already are replaced.
+    A mark costs one tensor attribute. Tracking costs one Python call per torch function in known blocks. Existing hooks
+    are replaced.
 
     Args:
         model: The model.
-        compress: Whether they, and attention, keep their inputs in eight bits too in a forward pass, see
-            `snella.memory.compression`; those with trained parameters, and all under `torch.compile`, keep them as they
-            are. `None`: never.
+        compress: Called in each forward pass; returns whether these modules and attention save their inputs in int8,
+            see `snella.memory.compression`. Modules with trainable parameters, and all modules under `torch.compile`,
+            save exact inputs. `None` disables compression.
     """
     unmark_outputs(model)
     count = 0
@@ -119,26 +118,26 @@ def mark_outputs(model: nn.Module, *, compress: Callable[[], bool] | None = None
             count += 1
             if compress is not None:
                 module.register_forward_pre_hook(_DetachInput(compress))
-            module.register_forward_hook(_mark_output, prepend=True)  # before anybody changes the output
+            module.register_forward_hook(_mark_output, prepend=True)  # before other hooks change the output
     return count
 
 
 def unmark_outputs(model: nn.Module) -> None:
     """Undo `mark_outputs`."""
-    own = (_mark_output, _start_following, _stop_following)
+    installed = (_mark_output, _start_following, _stop_following)
     for module in model.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key, hook in list(hooks.items()):
-                if hook in own or isinstance(hook, _Compressing):
+                if hook in installed or isinstance(hook, _Compressing):
                     del hooks[key]
                     module._forward_hooks_always_called.pop(key, None)
 
 
-# what a marking module does
+# module hooks
 
 
 def _is_marked(module: nn.Module) -> bool:
-    """Whether a marking module runs as it will be run again: untouched by other hooks, to an output of its own."""
+    """Return whether a module's forward pass is reproducible: no other hooks and no running-statistics updates."""
     pre_hooks = list(module._forward_pre_hooks.values())
     is_plain = (
         next(iter(module._forward_hooks.values())) is _mark_output
@@ -154,23 +153,23 @@ def _is_marked(module: nn.Module) -> bool:
 
 
 def _is_recorded() -> bool:
-    """Whether autograd, and nobody else, records what runs."""
+    """Return whether only autograd records the forward pass, not a compiler or tracer."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
 
 @dataclass(eq=False)
 class _Compressing:
-    """A hook that keeps something in eight bits where that is asked for.
+    """Hook that compresses activations on request.
 
     Args:
-        is_wanted: Whether it is, in this forward pass.
+        is_wanted: Returns whether compression is enabled in this forward pass.
     """
 
     is_wanted: Callable[[], bool]
 
 
 class _DetachInput(_Compressing):
-    """Forward pre-hook: where the input is to be kept encoded, let the module itself keep nothing."""
+    """Forward pre-hook: detach an input that will be saved encoded, so that the module itself saves nothing."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if not _is_recorded() or len(args) != 1 or type(args[0]) is not Tensor or not self.is_wanted():
@@ -179,7 +178,7 @@ class _DetachInput(_Compressing):
         if not (z.requires_grad and z.is_floating_point() and not z.is_inference() and _is_marked(module)):
             return None
         if hasattr(type(z.grad_fn), "_saved_result"):
-            return None  # what made it keeps it anyway, as ReLU does
+            return None  # the operation that computed it saves it anyway, e.g. ReLU
         if getattr(module, "inplace", False) or any([tensor.requires_grad for tensor in own_tensors(module).values()]):
             return None
         detached = z.detach()
@@ -188,7 +187,7 @@ class _DetachInput(_Compressing):
 
 
 def _mark_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
-    """Forward hook: remember what the output was computed from, where it can be computed again to the same bits."""
+    """Forward hook: mark the output with its origin if it can be recomputed bit-identically."""
     if not _is_recorded() or len(args) != 1 or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
         return None
     source: Tensor | None = getattr(args[0], _SOURCE_ATTRIBUTE, None)
@@ -204,17 +203,17 @@ def _mark_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tenso
     return None
 
 
-# what is followed in a block
+# tracking inside blocks
 
 
 class _Following(TorchFunctionMode):
-    """Marks what known functions make of marked tensors.
+    """Function mode that marks the results of known functions of marked tensors.
 
     Args:
-        module: The block in which it is active.
-        compress: Whether attention, and activations that are called as functions, keep their inputs in eight bits.
+        module: The block in which the mode is active.
+        compress: Whether attention and functional activations save their inputs in int8.
         caller: The frame that runs the block.
-        outer: What was active before, if anything.
+        outer: The previously active mode, if any.
     """
 
     def __init__(self, module: nn.Module, compress: bool, caller: FrameType, outer: _Following | None) -> None:
@@ -223,7 +222,7 @@ class _Following(TorchFunctionMode):
         self._caller, self._hooks = caller, _saved_tensors_hooks()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call a function, and mark its output where that can be computed again."""
+        """Call a function, and mark its output if it can be recomputed."""
         kwargs, output = kwargs or {}, None
         handler = None if torch.compiler.is_compiling() else _HANDLERS.get(func)
         if handler is not None and args and torch.is_grad_enabled() and self is _active_mode():
@@ -231,20 +230,20 @@ class _Following(TorchFunctionMode):
         return func(*args, **kwargs) if output is None else output
 
     def is_running(self) -> bool:
-        """Whether the block is; Ctrl-C, which is no `Exception`, ends it without its forward hook."""
+        """Return whether the block is running; after Ctrl-C, which is no `Exception`, its forward hook does not run."""
         try:
-            self._caller.clear()  # refused while it runs
+            self._caller.clear()  # raises an error for a running frame
         except RuntimeError:
             return True
         return False
 
     def is_recorded(self) -> bool:
-        """Whether autograd itself records what runs; a part under activation checkpointing runs again without us."""
+        """Return whether autograd records directly; checkpointed parts are rerun without this mode."""
         return _saved_tensors_hooks() == self._hooks
 
 
 def _active_mode() -> _Following | None:
-    """The one whose block is running and recorded."""
+    """Return the mode whose block is running and recorded, or `None`."""
     mode: _Following | None = getattr(_active, "mode", None)
     if mode is not None and not mode.is_running():
         mode = _active.mode = None
@@ -258,7 +257,7 @@ def _saved_tensors_hooks() -> Any:
 def _activate(
     function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], compress: bool
 ) -> Tensor | None:
-    """The marked output of an activation, or `None` where it is not marked."""
+    """Return the marked output of an activation, or `None` if it cannot be marked."""
     z, *rest = args
     if type(z) is not Tensor or not z.requires_grad or z.is_inference() or True in (*rest, *kwargs.values()):
         return None  # True: in place
@@ -274,7 +273,7 @@ def _activate(
 def _attend(
     function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], compress: bool
 ) -> Tensor | None:
-    """Attention that keeps queries, keys and values in eight bits, or `None` where it has to keep more."""
+    """Return the output of attention that saves queries, keys and values in int8, or `None` if that is not enough."""
     if not compress or len(args) < 3 or not _c_autograd._saved_tensors_hooks_is_enabled():
         return None
     query, key, value, *rest = args
@@ -289,7 +288,7 @@ def _attend(
     def run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         return function(query, key, value, mask, **options)
 
-    # with a graph, for which nothing is kept: without one another of torch's kernels may compute it
+    # run with a graph that saves nothing, because without a graph torch may choose another kernel
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda kept: kept):
         output = run(*[z.detach().requires_grad_(z.requires_grad) for z in inputs])
     return keep_rounded(inputs, output.detach(), run)
@@ -298,7 +297,7 @@ def _attend(
 def _move(
     function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], compress: bool
 ) -> Tensor | None:
-    """A marked tensor with its entries elsewhere, or `None` where it is not marked."""
+    """Return a marked tensor with moved entries, or `None` if the input is not marked."""
     x, *rest = args
     mark = Mark.on(x)
     if mark is None:
@@ -314,9 +313,9 @@ def _move(
 def _combine(
     function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], compress: bool
 ) -> Tensor | None:
-    """Product or sum of a marked tensor with a number, product with a tensor, sum with a small one; `None` for others.
+    """Return the marked product or sum of a marked tensor with a number or tensor, or `None` if it cannot be marked.
 
-    A product keeps its other factor anyway. A sum keeps nothing, so that a summand of its size would save nothing.
+    A product saves its other factor anyway. A sum saves nothing, so only a much smaller summand reduces memory.
     """
     if len(args) != 2 or kwargs:
         return None
@@ -342,12 +341,12 @@ def _combine(
         return multiply(x, mark, other, run)
     if _SMALL * other.numel() > x.numel():
         return None
-    # a copy, since a sum does not mind what becomes of its summands
+    # a copy, because summands may change in place after the sum
     origin = Derived(run, device_type, mark.origin, has_second=True)
     return Mark.put(run(x, other), (*mark.kept, other.detach().clone()), origin)
 
 
-_SMALL = 8  # a summand that is kept in the place of a sum is at least so many times smaller
+_SMALL = 8  # minimum size ratio between a sum and a saved summand
 _PRODUCTS = {torch.mul, Tensor.mul, Tensor.__rmul__}
 _HANDLERS: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any], bool], Tensor | None]] = {
     F.scaled_dot_product_attention: _attend,
@@ -363,7 +362,7 @@ _active = threading.local()
 def _start_following(
     module: nn.Module, args: tuple[Any, ...], compress: bool = False, caller: FrameType | None = None
 ) -> None:
-    """Forward pre-hook: follow what the module does; one inside of it is followed already."""
+    """Forward pre-hook: start tracking, unless an outer block is already tracked."""
     if _is_recorded() and _active_mode() is None:
         caller = caller or sys._getframe(1)
         _active.mode = _Following(module, compress, caller, getattr(_active, "mode", None))
@@ -371,7 +370,7 @@ def _start_following(
 
 
 class _StartCompressing(_Compressing):
-    """Forward pre-hook: the same, and activations that are called as functions keep their inputs in eight bits."""
+    """Forward pre-hook: start tracking, with int8 compression of attention and functional activations."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         compress = not torch.compiler.is_compiling() and self.is_wanted()
@@ -380,7 +379,7 @@ class _StartCompressing(_Compressing):
 
 
 def _stop_following(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """Forward hook, called after an `Exception` too: the end of it."""
+    """Forward hook, also called after an `Exception`: stop tracking."""
     if torch.compiler.is_compiling():
         return
     mode: _Following | None = getattr(_active, "mode", None)

@@ -170,7 +170,7 @@ def test_sparse_gives_the_fine_tuned_weights_and_the_old_ones_again_bit_for_bit(
     assert all(torch.equal(tensor, merged.state_dict()[name]) for name, tensor in model.state_dict().items())
     with torch.no_grad():
         assert torch.equal(model(images), merged(images))
-    with pytest.raises(RuntimeError, match="applied already"):
+    with pytest.raises(RuntimeError, match="already applied"):
         patch.apply(model)
     patch.remove()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -205,7 +205,7 @@ def test_a_sparse_file_is_not_put_on_another_model(finished, loaded, tmp_path):
         other.blocks[1].mlp.fc1.weight[0, 0] += 1
     before = other.blocks[0].attn.qkv.weight.clone()
     with pytest.raises(
-        ValueError, match=r"other weights in 'blocks\.1\.mlp\.fc1\.weight' than the update was trained on"
+        ValueError, match=r"the weights 'blocks\.1\.mlp\.fc1\.weight' of .* differ from the weights that the update was"
     ):
         load_sparse(other, path)
     assert torch.equal(other.blocks[0].attn.qkv.weight, before)

@@ -53,16 +53,16 @@ def test_auto_is_triton_on_the_gpu_for_piecewise_kernels_and_eager_for_the_other
     assert chosen("auto", update_of())[0] == "triton"
     backend, reason = chosen("auto", update_of("rbf"))
     assert backend == "eager"
-    assert reason == "triton has the piecewise kernels only, got kernel='rbf'"
+    assert reason == "triton supports only the piecewise kernels, got kernel='rbf'"
 
 
 @needs_triton
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kernel": "rbf"}, "impl='triton' has the piecewise kernels only, got kernel='rbf'; impl='eager' would work"),
-        ({"kernel": "linear"}, "has the piecewise kernels only, got kernel='linear'"),
-        ({"kernel": "sigmoid"}, "has the piecewise kernels only, got kernel='sigmoid'"),
+        ({"kernel": "rbf"}, "impl='triton' supports only the piecewise kernels, got kernel='rbf'; impl='eager' would work"),
+        ({"kernel": "linear"}, "supports only the piecewise kernels, got kernel='linear'"),
+        ({"kernel": "sigmoid"}, "supports only the piecewise kernels, got kernel='sigmoid'"),
         ({"dtype": torch.float64}, "computes in float32, got factors in torch.float64"),
     ],
 )
@@ -85,7 +85,7 @@ def test_a_matrix_of_more_entries_than_can_be_counted_is_refused():
     A = update.factors.A[:, :1].expand(1, 1 << 20, 4)
     spec = replace(update.spec, row_counts=(1 << 11,))
     huge = update._replace(spec=spec, factors=update.factors._replace(A=A))
-    with pytest.raises(NotImplementedError, match="counts at most 1073741824 entries a matrix, got 2147483648"):
+    with pytest.raises(NotImplementedError, match="supports at most 1073741824 entries per matrix, got 2147483648"):
         chosen("triton", huge)
 
 

@@ -207,7 +207,7 @@ def with_sums_without(model: PeftModel, base: nn.Module, left_out: str) -> nn.Mo
 
 def test_a_causal_hint_without_its_mask_is_refused_as_torch_does():
     model = adapt(make(batch_first=True))
-    with pytest.raises(ValueError, match=r"is_causal=True needs attn_mask, .* got attn_mask=None"):
+    with pytest.raises(ValueError, match=r"is_causal=True requires the causal attn_mask, got attn_mask=None"):
         model(inputs(5)[0], is_causal=True)
 
 

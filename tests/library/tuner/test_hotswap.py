@@ -172,10 +172,10 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(folders, tmp_path):
     model = PeftModel.from_pretrained(backbone(), folders["one"]).eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     adapted(1, kernel="p_linear").save_pretrained(tmp_path / "kernel")
-    with pytest.raises(ValueError, match="kernel is 'p_linear' where the model has 'mix_k'"):
+    with pytest.raises(ValueError, match="kernel is 'p_linear', the model has 'mix_k'"):
         hotswap(model, tmp_path / "kernel")
     adapted(1, r=8).save_pretrained(tmp_path / "rank")
-    with pytest.raises(ValueError, match=r"snella_A is \[3, 64, 8\] where the model has \[3, 64, 4\]"):
+    with pytest.raises(ValueError, match=r"snella_A has shape \[3, 64, 8\], the model has \[3, 64, 4\]"):
         hotswap(model, tmp_path / "rank")
     values = AdapterValues.read(folders["two"])
     values.tensors["base_model.model.head.weight"][0, 0] = torch.nan
@@ -184,9 +184,9 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(folders, tmp_path):
     with pytest.raises(ValueError, match="has no SNELLA adapter 'other'"):
         hotswap(model, folders["two"], "other")
     get_peft_model(backbone(), LoraConfig(target_modules=["qkv"])).save_pretrained(tmp_path / "lora")
-    with pytest.raises(ValueError, match="must hold an adapter of SNELLA, got LoraConfig"):
+    with pytest.raises(ValueError, match="must contain a SNELLA adapter, got LoraConfig"):
         hotswap(model, tmp_path / "lora")
-    with pytest.raises(FileNotFoundError, match="nowhere holds no adapter"):
+    with pytest.raises(FileNotFoundError, match="nowhere must contain an adapter"):
         hotswap(model, tmp_path / "nowhere")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 

@@ -531,7 +531,7 @@ def test_a_layer_that_quantizes_in_every_pass_is_refused():
 def test_other_modules_of_bitsandbytes_are_refused_by_name():
     model = nn.ModuleDict({"lin": need("bitsandbytes").nn.StableEmbedding(4, 4)})
     with pytest.raises(
-        NotImplementedError, match=r"'lin', a StableEmbedding of bitsandbytes; of quantized layers, those"
+        NotImplementedError, match=r"'lin', a StableEmbedding of bitsandbytes; supported quantized layers are"
     ):
         get_peft_model(model, SnellaConfig(target_modules=["lin"]))
 
@@ -543,7 +543,7 @@ def test_other_tensors_of_torchao_are_refused_by_name():
     layer = nn.Linear(N, M)
     quantize_(layer, Float8WeightOnlyConfig(set_inductor_config=False))
     with pytest.raises(
-        NotImplementedError, match=r"'lin', a Linear whose weight is a Float8Tensor of torchao: it cannot"
+        NotImplementedError, match=r"'lin', a Linear whose weight is a Float8Tensor of torchao: requantization is not supported"
     ):
         wrap(layer)
     layer = nn.Linear(N, M)
@@ -560,7 +560,7 @@ def test_layers_of_other_packages_are_refused_by_name(packed):
     layer = Packed()
     layer.register_buffer(packed, torch.zeros(4, dtype=torch.int32))
     with pytest.raises(
-        NotImplementedError, match=rf"'lin', a .*Packed, which keeps its weight as {packed}; of quantized"
+        NotImplementedError, match=rf"'lin', a .*Packed, which stores its weight as {packed}; supported quantized"
     ):
         wrap(layer)
 

@@ -349,7 +349,7 @@ def test_a_layer_with_two_names_is_refused():
 def test_the_choice_of_the_implementation_is_logged_with_its_reason(caplog):
     caplog.set_level("INFO", logger="snella")
     get_peft_model(nn.Sequential(nn.Linear(4, 4)), SnellaConfig(r=2, target_modules=["0"], kernel="rbf"))
-    assert "impl='auto' is 'eager' (numba has the piecewise kernels only, got kernel='rbf')" in caplog.text
+    assert "impl='auto' is 'eager' (numba supports only the piecewise kernels, got kernel='rbf')" in caplog.text
 
 
 # what is adapted without being named --------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The piecewise kernels in Numba kernels on the CPU: few passes over memory, exact selection, several threads."""
+"""Numba backend: the piecewise kernels on the CPU with few passes over memory, exact selection and threads."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from snella.sparsify import KEEPS_EVERYTHING
 from snella.update import Factors, UpdateSpec
 
 _MAX_WIDTH, _MIN_WIDTH = 192, 96
-_MIN_BLOCKS = 6  # so that a few threads have something to share
-_WORKSPACE_ENTRIES = 1 << 20  # of a block's two matrices together, to stay in cache
-_MAX_CHUNKS = 16  # each has its own partial gradient of B
+_MIN_BLOCKS = 6  # enough work for a few threads
+_WORKSPACE_ENTRIES = 1 << 20  # of a block's two matrices, to fit in cache
+_MAX_CHUNKS = 16  # each chunk has a partial gradient of B
 _MIN_ENTRIES_FOR_THREADS = 1 << 17
-_PIECES_PER_THREAD = 4  # so that a thread that comes late does not hold up the others
-_SDDMM_DENSITY = 0.1  # below it a weight's gradient is computed at its kept entries alone
-_TOKENS = 256  # of one pass over the kept entries
+_PIECES_PER_THREAD = 4  # balances the load between threads
+_SDDMM_DENSITY = 0.1  # below this density, compute a weight gradient only at the kept entries
+_TOKENS = 256  # tokens per pass over the kept entries
 _BYTE_ORDER = "<" if sys.byteorder == "little" else ">"
 _MODES = {"soft": forward.SOFT, "official": forward.OFFICIAL, "none": forward.NONE}
 _SUPPORTED = (torch.float32, torch.bfloat16)
@@ -42,7 +42,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class PackedFactors(NamedTuple):
-    """What a Numba kernel takes for one matrix: `A` `[n, K]`, `B` `[m, K]`, `[P]`, and the numbers of its softmax."""
+    """Inputs of a Numba kernel for one matrix: `A` `[n, K]`, `B` `[m, K]`, `coeff` `[P]`, and softmax scalars."""
 
     A: np.ndarray
     B: np.ndarray
@@ -51,7 +51,7 @@ class PackedFactors(NamedTuple):
 
 
 class _Matrix(NamedTuple):
-    """One matrix within a pass: what it is merged from, threshold, `column_stats`, and `ΔW` where it was written."""
+    """One matrix within a pass: packed factors, threshold, `column_stats`, and `ΔW` if it was written."""
 
     packed: PackedFactors
     shape: tuple[int, int]
@@ -61,11 +61,11 @@ class _Matrix(NamedTuple):
 
 
 class NumbaBackend(Backend):
-    """Mix-K, its normalized RBF and P-Linear in float32 on the CPU.
+    """Backend for the kernels `mix_k`, `normalized_rbf` and `p_linear` in float32 on the CPU.
 
-    A merged matrix is written only to find its threshold; once that is known, both the effective weight and the
-    gradients are computed from the factors, block by block. What `cache_delta` keeps is the effective weight; the
-    numbers of each column's softmax, three a column, are kept in any case.
+    A merged matrix is written only to find its threshold. With a known threshold, the effective weight and the
+    gradients are computed from the factors block by block. `cache_delta` saves the effective weight; the softmax
+    statistics, three numbers per column, are always saved.
     """
 
     name = "numba"
@@ -73,7 +73,7 @@ class NumbaBackend(Backend):
 
     def unsupported_reason(self, spec: UpdateSpec, A: Tensor) -> str | None:  # noqa: D102
         if not isinstance(spec.kernel, PLinear):
-            return f"has the piecewise kernels only, got kernel={spec.kernel.name!r}"
+            return f"supports only the piecewise kernels, got kernel={spec.kernel.name!r}"
         if A.device.type != "cpu":
             return f"runs on the CPU, got factors on {str(A.device)!r}"
         if torch.promote_types(A.dtype, torch.float32) != torch.float32:
@@ -90,19 +90,19 @@ class NumbaBackend(Backend):
         thresholds: Tensor | None = None,
         delta: tuple[Tensor | None, ...] = (),
     ) -> Merged:
-        known = [None] * len(budgets) if thresholds is None else thresholds.tolist()
+        threshold_values = [None] * len(budgets) if thresholds is None else thresholds.tolist()
         is_new = not delta or thresholds is None
         size = len(budgets), 3, factors.A.shape[1]
         columns = torch.empty(size, dtype=torch.float32) if is_new else delta[0]
         stats = cast(Tensor, columns).numpy()
         packed = pack_factors(spec, factors) if any(budgets) else [None] * len(budgets)
         workspace: list[_Matrix | None] = []
-        for own, budget, threshold, own_stats in zip(packed, budgets, known, stats, strict=True):
-            one = _merge_matrix(spec, own, budget, threshold, own_stats, is_new) if own and budget else None
-            workspace.append(one)
+        for inputs, budget, threshold, matrix_stats in zip(packed, budgets, threshold_values, stats, strict=True):
+            matrix = _merge_matrix(spec, inputs, budget, threshold, matrix_stats, is_new) if inputs and budget else None
+            workspace.append(matrix)
         if thresholds is None:
-            found = [np.float32(np.inf) if one is None else one.threshold for one in workspace]
-            thresholds = torch.from_numpy(np.array(found, np.float32))
+            computed = [np.float32(np.inf) if matrix is None else matrix.threshold for matrix in workspace]
+            thresholds = torch.from_numpy(np.array(computed, np.float32))
         has_softmax = isinstance(spec.kernel, NormalizedRBF) and any(budgets)
         return Merged(factors, budgets, thresholds, (), (cast(Tensor, columns),) if has_softmax else (), workspace)
 
@@ -140,8 +140,8 @@ class NumbaBackend(Backend):
         base: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Gradients:
-        grads = [None if one is None else torch.zeros(one.shape, dtype=torch.float32) for one in merged.factors]
-        arrays = [None if one is None else as_array(one) for one in grads]
+        grads = [None if f is None else torch.zeros(f.shape, dtype=torch.float32) for f in merged.factors]
+        arrays = [None if grad is None else as_array(grad) for grad in grads]
         if base is not None and out is not None and not (base.dtype in _SUPPORTED and out.dtype in _SUPPORTED):
             self.add_update(spec, merged, base, out)
             base = out = None
@@ -153,10 +153,10 @@ class NumbaBackend(Backend):
                 continue
             ends = None if base is None or out is None else (as_array(base[rows]), as_array(out[rows]))
             places = [slice(group, group + 1), rows, *[slice(group, group + 1)] * 4]
-            into = [None if one is None else one[place] for one, place in zip(arrays, places, strict=True)]
-            _grad_matrix(spec, matrix, grad, ends, into)
+            targets = [None if array is None else array[place] for array, place in zip(arrays, places, strict=True)]
+            _grad_matrix(spec, matrix, grad, ends, targets)
         pairs = zip(grads, merged.factors, strict=True)
-        return tuple([None if wide is None or one is None else wide.to(one.dtype) for wide, one in pairs])
+        return tuple([None if wide is None or f is None else wide.to(f.dtype) for wide, f in pairs])
 
     def grad_weight(  # noqa: D102
         self, spec: UpdateSpec, merged: Merged, grad_y: Tensor, x: Tensor, product: Product
@@ -166,18 +166,18 @@ class NumbaBackend(Backend):
         if not any(sparse):
             return super().grad_weight(spec, merged, grad_y, x, product)
         result = torch.zeros(spec.num_rows, n, dtype=torch.promote_types(x.dtype, torch.float32))
-        for own, matrix, budget, is_sparse in zip(spec.rows, merged.workspace, merged.budgets, sparse, strict=True):
+        for part, matrix, budget, is_sparse in zip(spec.rows, merged.workspace, merged.budgets, sparse, strict=True):
             if is_sparse:
-                sddmm_weight_grad(matrix, budget, grad_y[:, own], x, result[own])
+                sddmm_weight_grad(matrix, budget, grad_y[:, part], x, result[part])
             elif budget:
-                result[own] = product(grad_y[:, own], x)
+                result[part] = product(grad_y[:, part], x)
         return result
 
 
 def _merge_matrix(
     spec: UpdateSpec, packed: PackedFactors, budget: int, threshold: float | None, stats: np.ndarray, is_new: bool
 ) -> _Matrix:
-    """One matrix; where its threshold is not known, merge it and find that; `stats` are written if `is_new`."""
+    """Return one matrix; merge it to find an unknown threshold, and fill `stats` if `is_new`."""
     shape = (packed.B.shape[0], packed.A.shape[0])
     if threshold is None and spec.mode == "none":
         threshold = KEEPS_EVERYTHING
@@ -188,8 +188,8 @@ def _merge_matrix(
     delta, bins = merge_and_count(packed, shape, stats)
     if spec.mode == "soft":
         return _Matrix(packed, shape, select_threshold(delta, budget, bins), stats, delta)
-    found = spec.find_threshold(torch.from_numpy(delta), budget).item()
-    return _Matrix(packed, shape, np.float32(found), stats, delta)
+    threshold = spec.find_threshold(torch.from_numpy(delta), budget).item()
+    return _Matrix(packed, shape, np.float32(threshold), stats, delta)
 
 
 def _add_matrix(spec: UpdateSpec, matrix: _Matrix, base: np.ndarray, out: np.ndarray) -> None:
@@ -203,18 +203,18 @@ def _add_matrix(spec: UpdateSpec, matrix: _Matrix, base: np.ndarray, out: np.nda
 
 
 def use_sddmm(spec: UpdateSpec, budget: int, size: int) -> bool:
-    """Whether ∂L/∂W of a matrix of `size` entries is cheaper at its kept entries alone than as a whole product."""
+    """Return whether SDDMM at the kept entries is cheaper than the dense product for ∂L/∂W with `size` entries."""
     return spec.mode == "soft" and 0 < budget < _SDDMM_DENSITY * size
 
 
 def sddmm_weight_grad(matrix: _Matrix, budget: int, grad_y: Tensor, x: Tensor, out: Tensor) -> None:
-    """Write ∂L/∂W of one matrix's kept entries into `out`.
+    """Write ∂L/∂W at the kept entries of one matrix into `out` (SDDMM).
 
     Args:
         matrix: The matrix.
-        budget: How many entries it keeps.
+        budget: Number of kept entries.
         grad_y: The matrix's columns of ∂L/∂y, `[tokens, rows]`.
-        x: `[tokens, n]`, in the dtype of `grad_y`.
+        x: `[tokens, n]`, dtype of `grad_y`.
         out: Zeros, `[rows, n]`, float32.
     """
     packed, shape = matrix.packed, matrix.shape
@@ -234,14 +234,14 @@ def _grad_matrix(
     matrix: _Matrix,
     grad: Tensor,
     ends: tuple[np.ndarray, np.ndarray] | None,
-    into: Sequence[Any],
+    targets: Sequence[Any],
 ) -> None:
-    """Write one matrix's gradients `into` arrays in the order of `Factors`; between `ends` the same sweep adds it."""
+    """Write one matrix's gradients into `targets`, in the order of `Factors`; `ends` = (base, out) also adds `S`."""
     packed, kernel, (m, n) = matrix.packed, spec.kernel, matrix.shape
     (K, pieces), (width, blocks) = (packed.B.shape[1], len(packed.coeff)), _blocks(matrix.shape)
     per_chunk = -(-blocks // _MAX_CHUNKS)
     chunks = -(-blocks // per_chunk)
-    grad_A, grad_B, grad_coeff, grad_alpha, grad_beta, grad_temperature = into
+    grad_A, grad_B, grad_coeff, grad_alpha, grad_beta, grad_temperature = targets
     partial_B = np.empty((chunks, m, K), np.float32)
     means, sums = np.empty(n, np.float32), np.empty((chunks, pieces + 2), np.float64)
     _run(
@@ -277,15 +277,15 @@ def _grad_matrix(
 
 
 def pack_factors(spec: UpdateSpec, factors: Factors) -> list[PackedFactors]:
-    """Contiguous arrays and plain numbers of each matrix."""
+    """Convert the factors of each matrix to contiguous arrays and Python scalars."""
     kernel, (A, B, coeff, alpha, beta, temperature) = spec.kernel, factors
     has_softmax, num_matrices = isinstance(kernel, NormalizedRBF), len(spec.rows)
     if coeff is None or (has_softmax and beta is None):
-        raise ValueError(f"kernel {kernel.name!r} needs the scalars {list(kernel.scalars)}, got None")
-    scales, shifts = [[0.0] * num_matrices if one is None else one.detach().tolist() for one in (alpha, beta)]
+        raise ValueError(f"kernel {kernel.name!r} requires the scalars {list(kernel.scalars)}, got None")
+    scales, shifts = [[0.0] * num_matrices if s is None else s.detach().tolist() for s in (alpha, beta)]
     divisors = [1.0] * num_matrices if temperature is None else temperature.detach().tolist()
     linear = np.float32(1.0 if isinstance(kernel, MixK) or not has_softmax else 0.0)
-    arrays = [as_array(one.to(torch.float32).contiguous()) for one in (A, B, coeff)]
+    arrays = [as_array(tensor.to(torch.float32).contiguous()) for tensor in (A, B, coeff)]
     packed = []
     for group, (scale, shift, divisor) in enumerate(zip(scales, shifts, divisors, strict=True)):
         constant = shift - (scale / spec.row_counts[group] if kernel.center_softmax else 0.0) if has_softmax else 0.0
@@ -295,14 +295,14 @@ def pack_factors(spec: UpdateSpec, factors: Factors) -> list[PackedFactors]:
 
 
 def column_stats(packed: PackedFactors, shape: tuple[int, int], stats: np.ndarray) -> None:
-    """Write largest logit, scale and inverse sum of each column's softmax, `[3, n]`."""
+    """Write the maximum logit, scale and inverse sum of each column's softmax, `[3, n]`."""
     width, blocks = _blocks(shape)
     if packed.softmax[-1]:
         _run(forward.measure_column_stats, blocks, shape, width, *packed, stats)
 
 
 def merge_and_count(packed: PackedFactors, shape: tuple[int, int], stats: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`ΔW` `[m, n]`, and the histogram of its magnitudes, by blocks; writes `column_stats`."""
+    """Return `ΔW` `[m, n]` and the histogram of its magnitudes per block; write `column_stats`."""
     width, blocks = _blocks(shape)
     value, bins = np.empty(shape, np.float32), np.empty((blocks, forward.HISTOGRAM_BINS), np.int32)
     _run(forward.merge_and_count, blocks, shape, width, *packed, value, bins, stats)
@@ -310,7 +310,7 @@ def merge_and_count(packed: PackedFactors, shape: tuple[int, int], stats: np.nda
 
 
 def select_threshold(value: np.ndarray, budget: int, bins: np.ndarray | None = None) -> np.float32:
-    """The `(budget + 1)`-th largest magnitude: a histogram, then a selection within one of its bins."""
+    """Return the `(budget + 1)`-th largest magnitude, by a histogram and a selection within one bin."""
     if budget == value.size:
         return np.float32(0)
     width, blocks = _blocks(value.shape)
@@ -320,21 +320,21 @@ def select_threshold(value: np.ndarray, budget: int, bins: np.ndarray | None = N
     counts = bins.sum(0, dtype=np.int64)
     at_least = np.cumsum(counts[::-1])  # entries in this bin or a higher one, from the top
     position = int(np.searchsorted(at_least, budget, side="right"))
-    wanted = forward.HISTOGRAM_BINS - 1 - position
-    above = int(at_least[position]) - int(counts[wanted])
-    ends = np.cumsum(bins[:, wanted], dtype=np.int64)
+    bin_index = forward.HISTOGRAM_BINS - 1 - position
+    above = int(at_least[position]) - int(counts[bin_index])
+    ends = np.cumsum(bins[:, bin_index], dtype=np.int64)
     candidates = np.empty(int(ends[-1]), np.float32)
-    offsets = ends - bins[:, wanted]
-    _run(forward.collect, blocks, value.shape, width, value, *forward.bits_of_bin(wanted), offsets, candidates)
+    offsets = ends - bins[:, bin_index]
+    _run(forward.collect, blocks, value.shape, width, value, *forward.bits_of_bin(bin_index), offsets, candidates)
     rank = len(candidates) - 1 - (budget - above)
     candidates.partition(rank)
     return candidates[rank]
 
 
 def as_array(tensor: Tensor) -> np.ndarray:
-    """The memory of a contiguous float32 tensor as an array, that of a bfloat16 one as its bit patterns.
+    """Return an array view of a contiguous float32 tensor, or of the bit patterns of a bfloat16 tensor.
 
-    `Tensor.numpy` would forbid to resize the tensor's storage, as FSDP does.
+    Unlike `Tensor.numpy`, it does not prevent resizing the tensor's storage, which FSDP requires.
     """
     tensor = tensor.detach()
     if not tensor.numel():
@@ -345,17 +345,17 @@ def as_array(tensor: Tensor) -> np.ndarray:
         "shape": tuple(tensor.shape),
         "typestr": _BYTE_ORDER + ("f4" if tensor.dtype == torch.float32 else "i2"),
     }
-    return np.asarray(SimpleNamespace(__array_interface__=interface, tensor=tensor))  # kept while the array lives
+    return np.asarray(SimpleNamespace(__array_interface__=interface, tensor=tensor))  # keeps the tensor alive
 
 
 def _float32(tensor: Tensor) -> np.ndarray:
-    """A contiguous float32 array of any tensor."""
+    """Return any tensor as a contiguous float32 array."""
     return as_array(tensor.to(torch.float32).contiguous())
 
 
 @lru_cache(maxsize=4096)
 def _blocks(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Columns of a block, and number of blocks; by shape alone, so that sums do not depend on the number of threads."""
+    """Return block width and number of blocks; they depend only on the shape, so sums are independent of threads."""
     m, n = shape
     width = min(_MAX_WIDTH, -(-n // _MIN_BLOCKS), max(_MIN_WIDTH, _WORKSPACE_ENTRIES // (2 * m)))
     width = max(_MIN_WIDTH, (width + 15) // 16 * 16)
@@ -363,7 +363,7 @@ def _blocks(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _run(function: Callable[..., None], count: int, shape: tuple[int, ...], *arguments: Any) -> None:
-    """Call `function(first, last, …)` over `count` pieces of work, a part of them on each thread."""
+    """Call `function(first, last, …)` over `count` pieces of work, distributed over threads."""
     threads = min(torch.get_num_threads(), count) if shape[0] * shape[1] >= _MIN_ENTRIES_FOR_THREADS else 1
     if threads < 2:
         function(0, count, *arguments)
@@ -374,11 +374,10 @@ def _run(function: Callable[..., None], count: int, shape: tuple[int, ...], *arg
 
 
 def parallel_for(tasks: Sequence[Callable[[], None]], threads: int) -> None:
-    """Run all tasks, up to `threads` of them at a time, and wait for them.
+    """Run all tasks on up to `threads` threads and wait for them.
 
-    They run on the threads that torch computes with where they can be reached, as those wait in a loop for some
-    milliseconds after each product, each on its own core, which threads of ours would have to share with them. A task's
-    error is raised here, once all others have ended.
+    Runs on torch's OpenMP threads if available: they spin for some milliseconds after each product, and other threads
+    would oversubscribe the cores. Raises the first error of a task after all tasks have ended.
     """
     if threads < 2 or len(tasks) < 2:
         for task in tasks:
@@ -387,7 +386,7 @@ def parallel_for(tasks: Sequence[Callable[[], None]], threads: int) -> None:
     remaining, errors = iter(tasks), []
 
     def work(_: object = None) -> None:
-        for task in remaining:  # an iterator gives each task to one thread only
+        for task in remaining:  # a shared iterator yields each task to one thread
             try:
                 task()
             except BaseException as error:
@@ -399,14 +398,14 @@ def parallel_for(tasks: Sequence[Callable[[], None]], threads: int) -> None:
     else:
         pending = [_pool(threads).submit(work) for _ in range(threads - 1)]
         work()
-        for one in pending:
-            one.result()
+        for future in pending:
+            future.result()
     if errors:
         raise errors[0]
 
 
 def _pool(threads: int) -> ThreadPoolExecutor:
-    """Ordinary threads, kept for the next call."""
+    """Return a cached thread pool."""
     if threads not in _pools:
         _pools[threads] = ThreadPoolExecutor(threads - 1, thread_name_prefix="snella")
     return _pools[threads]
@@ -414,16 +413,16 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 @lru_cache(maxsize=1)
 def _torch_openmp() -> ctypes.CDLL | None:
-    """GNU's OpenMP runtime that torch has loaded, or `None`."""
+    """Return the GNU OpenMP runtime that torch has loaded, or `None`."""
     maps = Path("/proc/self/maps")
     if not maps.is_file():
         return None
     home = Path(torch.__file__).parent
     loaded = {line.split(maxsplit=5)[-1].strip() for line in maps.read_text().splitlines() if "libgomp" in line}
-    own = sorted(path for path in loaded if Path(path).is_relative_to(home))
+    bundled = sorted(path for path in loaded if Path(path).is_relative_to(home))
     others = sorted(loaded)
-    # a wheel brings its own copy; elsewhere torch uses the only one there is
-    path = own[0] if own else others[0] if len(others) == 1 else None
+    # wheels bundle a copy; other builds of torch use the system's library, which must be unique
+    path = bundled[0] if bundled else others[0] if len(others) == 1 else None
     if path is None:
         return None
     try:

@@ -1,8 +1,8 @@
-"""The loop from ∂L/∂W back to the factors and the kernel's scalars, compiled by numba; letters as in `forward`.
+"""Numba kernels of the backward pass, from ∂L/∂W to the factors and scalars; shape letters as in `forward`.
 
-A sum whose order the compiler may choose is inlined by numba: as a function of its own it would exist twice in the
-process that compiles it, alone and inside its caller, in two orders perhaps, of which a process that takes the caller
-from the disk has the other one. A run that is resumed would then differ in its last bits.
+Functions with reassociated sums are inlined by Numba. A separate function could be compiled twice with different sum
+orders, standalone and inside its caller, and a process that loads the caller from the disk cache could get the other
+order. A resumed run would then differ in the last bits.
 """
 
 # ruff: noqa: D103
@@ -29,8 +29,8 @@ from snella.backends.numba.forward import (
     weighted_distances,
 )
 
-ROWS = 4  # of the merged matrix whose gradients are accumulated together
-# lines of the default's workspace: 8 of A, 8 of its gradient, 8 of coefficients (two a row), and
+ROWS = 4  # rows of the merged matrix per gradient accumulation
+# workspace lines of the default kernel: 8 of A, 8 of its gradient, 8 of coefficients (two per row), and
 SCALE, MEAN, BY_DISTANCE, LINES = 24, 25, 26, 28
 
 
@@ -38,8 +38,8 @@ SCALE, MEAN, BY_DISTANCE, LINES = 24, 25, 26, 28
 def merge_block_and_gradient(
     tile, B, coeff, softmax, columns, start, w, grad, threshold, scaling, mode, adds, base, result, value, exps, scratch
 ):
-    # value[i, j] = G = grad·scaling·∂S/∂ΔW of the block, row by row: ΔW has the bits of `merge_block`, by its columns'
-    # numbers; scratch = squares, Σ_i G, Σ_i G·exps by columns; if adds: result = base + scaling·S on the way
+    # value[i, j] = G = grad·scaling·∂S/∂ΔW of the block, row by row; ΔW is bit-identical to `merge_block` through the
+    # column statistics; scratch = squares, Σ_i G, Σ_i G·exps per column; if adds: also result = base + scaling·S
     inv_temperature, linear, _, beta, has_softmax = softmax
     squares, total, mean = scratch[0], scratch[1], scratch[2]
     m = B.shape[0]
@@ -79,8 +79,8 @@ def merge_block_and_gradient(
 
 @njit(**FASTMATH_REASSOC, inline="always")
 def row_grad_coefs(i, q, w, R, tile, B, coeff, softmax, value, exps, scale, mean, rows, coefs, sums, chunk):
-    # coefs[q, p] = ∂L/∂κ_p·coeff[p] / distance of row i: times B − tile it is what both gradients get;
-    # sums[chunk] takes the row's part of the scalars' gradients
+    # coefs[q, p] = ∂L/∂κ_p·coeff[p] / distance of row i; times B − tile it is the contribution to both gradients;
+    # sums[chunk] accumulates the row's contribution to the scalars' gradients
     _, linear, _, _, has_softmax = softmax
     pieces = coeff.shape[0]
     from_softmax, from_value, squares = rows[0], rows[1], rows[2]
@@ -113,8 +113,8 @@ def row_grad_coefs(i, q, w, R, tile, B, coeff, softmax, value, exps, scale, mean
 
 @njit(**FASTMATH_REASSOC, inline="always")
 def accumulate_factor_grads(i, rows_left, w, R, tile, B, coefs, grad_A_acc, grad_B, chunk):
-    # add coefs·(B − tile) of the rows i … i + ROWS − 1, of which rows_left exist, to grad_A_acc and to grad_B[chunk]:
-    # several rows in one loop, so that tile and grad_A_acc are read once for all of them
+    # add coefs·(B − tile) of the rows i … i + ROWS − 1, of which rows_left exist, to grad_A_acc and grad_B[chunk];
+    # one loop over several rows reads tile and grad_A_acc only once
     pieces, m = coefs.shape[1], B.shape[0]
     i1, i2, i3 = min(i + 1, m - 1), min(i + 2, m - 1), min(i + 3, m - 1)
     for p in range(pieces):
@@ -143,8 +143,8 @@ def accumulate_factor_grads(i, rows_left, w, R, tile, B, coefs, grad_A_acc, grad
 
 @njit(**FASTMATH_REASSOC, inline="always")
 def row_grad_coefs_p2_r8(i, to, w, lines, B, coeff, linear, value, exps):
-    # `row_grad_coefs` for two pieces of four, the default, in one loop; lines `to` and to + 1 get the coefficients. The
-    # compiler has to know which lines of which array a loop touches, or it computes one number at a time
+    # `row_grad_coefs` for two pieces of width four, the default, in one loop; writes the coefficients to lines `to` and
+    # to + 1. Vectorization requires that the compiler knows which lines of which array a loop accesses
     c0, c1 = coeff[0], coeff[1]
     b0, b1, b2, b3 = B[i, 0], B[i, 1], B[i, 2], B[i, 3]
     b4, b5, b6, b7 = B[i, 4], B[i, 5], B[i, 6], B[i, 7]
@@ -162,7 +162,8 @@ def row_grad_coefs_p2_r8(i, to, w, lines, B, coeff, linear, value, exps):
 
 @njit(**FASTMATH_REASSOC, inline="always")
 def rows_grad_p2_r8(i, left, w, lines, B, coeff, linear, value, exps, grad_B, chunk):
-    # both functions above for ROWS rows of the default, of which `left` exist; without a temperature's gradient
+    # `row_grad_coefs` and `accumulate_factor_grads` for ROWS rows of the default kernel, of which `left` exist; no
+    # gradient of the temperature
     row_grad_coefs_p2_r8(i, 16, w, lines, B, coeff, linear, value, exps)
     if left == ROWS:
         row_grad_coefs_p2_r8(i + 1, 18, w, lines, B, coeff, linear, value, exps)
@@ -199,7 +200,7 @@ def rows_grad_p2_r8(i, left, w, lines, B, coeff, linear, value, exps, grad_B, ch
 
 @njit(**FASTMATH_REASSOC, inline="always")
 def block_grad_p2_r8(w, lines, tile, scale, mean, B, coeff, linear, value, exps, grad_A_acc, grad_B, sums, chunk):
-    # gradients of a block's factors and coefficients, as ROWS rows at a time and the last ones alone give them
+    # gradients of a block's factors and coefficients, in steps of ROWS rows; remaining rows are processed one by one
     m = B.shape[0]
     for j in range(w):
         lines[SCALE, j], lines[MEAN, j] = scale[j], mean[j]
@@ -246,7 +247,7 @@ def factor_gradients(
 ):
     # G = ∂L/∂ΔW of `merge_block_and_gradient`;  means[j] = Σ_i G·softmax
     # ∂L/∂κ_p = linear·G + (α/γ)·softmax·(G − means), softmax = exps·inv_sum
-    # grad_A is whole; grad_B[q] and sums[q] are of the q-th chunk of `per_chunk` blocks:
+    # grad_A is complete; grad_B[q] and sums[q] belong to the q-th chunk of `per_chunk` blocks:
     # sums[q, p] = Σ ∂L/∂κ_p·distance, sums[q, P] = Σ (softmax's part of ∂L/∂κ_p)·κ_p, sums[q, P + 1] = Σ G
     inv_temperature, linear, alpha, _, has_softmax = softmax
     m, n = grad.shape
@@ -299,7 +300,7 @@ def factor_gradients(
 
 @compiled(FASTMATH_STRICT_ORDER)
 def list_entries(first, last, width, A, B, coeff, softmax, threshold, rows, columns, counts):
-    # positions of the entries of each block that exceed the threshold, counts[block] of them
+    # positions of each block's entries above the threshold; counts[block] is their number
     m, n = B.shape[0], A.shape[0]
     tile, value, exps, inv_sum, scratch = alloc_workspace(m, A.shape[1], width)
     for block in range(first, last):
@@ -323,7 +324,7 @@ def list_entries(first, last, width, A, B, coeff, softmax, threshold, rows, colu
 
 @compiled(FASTMATH_REASSOC)
 def sddmm_accumulate(first, last, grad_y, x, rows, columns, counts, sums):
-    # sums[block, e] += Σ_t grad_y[rows[e], t]·x[columns[e], t]; both come with their tokens t side by side
+    # sums[block, e] += Σ_t grad_y[rows[e], t]·x[columns[e], t]; tokens t are contiguous in both
     tokens = x.shape[1]
     for block in range(first, last):
         where_i, where_j, total = rows[block], columns[block], sums[block]

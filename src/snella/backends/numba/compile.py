@@ -1,4 +1,4 @@
-"""How Numba kernels are compiled, and the few operations on single numbers that they share."""
+"""Compilation settings of the Numba kernels, and their shared scalar operations."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
-# No flag that lets the compiler assume away NaN or infinity. Sums may be regrouped, so that they use whole vectors …
+# No flag may exclude NaN or infinity. Reassociation allows vectorized sums.
 FASTMATH_REASSOC: dict[str, Any] = {
     "nogil": True,
     "error_model": "numpy",
     "fastmath": {"contract", "nsz", "arcp", "reassoc"},
 }
-# … but what is computed in several passes must have the same bits in each of them, and an exponential its own order
+# Strict order: values computed in several passes must be bit-identical, and `exponential` relies on its order.
 FASTMATH_STRICT_ORDER: dict[str, Any] = {**FASTMATH_REASSOC, "fastmath": {"contract", "nsz"}}
-# and `W0 + scaling·S` is rounded as torch rounds it, so that a merged weight is the base plus `get_delta_weight`
+# No contraction: `W0 + scaling·S` rounds like torch, so that a merged weight equals the base plus `get_delta_weight`.
 NO_CONTRACT: dict[str, Any] = {**FASTMATH_REASSOC, "fastmath": {"nsz"}}
-_ROUNDS_TO_WHOLE = np.float32(3 << 22)  # where float32 numbers lie one apart
+_ROUNDS_TO_WHOLE = np.float32(3 << 22)  # float32 numbers of this size are integers
 
 
 def compiled(settings: dict[str, Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Compile at the first call, and keep the result on disk where there is a folder to write to."""
+    """Compile at the first call, and cache the result on disk if a folder is writable."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         try:
             dispatcher = njit(**settings, cache=True)(function)
             remove_stale_index(function, Path(dispatcher.stats.cache_path))
             return dispatcher
-        except (RuntimeError, OSError):  # no folder for the cache: compile in every process
+        except (RuntimeError, OSError):  # no writable cache folder: compile in every process
             return njit(**settings)(function)
 
     return decorate
 
 
 def remove_stale_index(function: Callable[..., None], folder: Path) -> None:
-    """Remove numba's index of what it compiled from `function` before any file of kernels changed.
+    """Remove Numba's cache index of `function` if any kernel file is newer.
 
-    Numba looks at the function's own file alone: one compiled with an older helper from another file would be taken
-    from the disk, and both helpers, of one name, mixed in one process.
+    Numba checks only the function's own file. Without this, it would load a function compiled with an outdated helper
+    from another file, and mix both versions of the helper in one process.
     """
     newest = max(file.stat().st_mtime for file in Path(__file__).parent.glob("*.py"))
     for index in folder.glob(f"{Path(function.__code__.co_filename).stem}.{function.__name__}-*.nbi"):
@@ -53,7 +53,7 @@ def remove_stale_index(function: Callable[..., None], folder: Path) -> None:
 
 @intrinsic
 def float_of_bits(typing_context: Any, bits: Any) -> Any:
-    """The float32 with the bit pattern of an int32."""
+    """Reinterpret an int32 as a float32."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.bitcast(args[0], ir.FloatType())
@@ -63,7 +63,7 @@ def float_of_bits(typing_context: Any, bits: Any) -> Any:
 
 @intrinsic
 def bits_of_float(typing_context: Any, value: Any) -> Any:
-    """The bit pattern of a float32 as an int32."""
+    """Reinterpret a float32 as an int32."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.bitcast(args[0], ir.IntType(32))
@@ -73,14 +73,14 @@ def bits_of_float(typing_context: Any, value: Any) -> Any:
 
 @intrinsic
 def prefetch(typing_context: Any, array: Any, i: Any, j: Any) -> Any:
-    """Have the cache line of `array[i, j]` on its way from memory; a hint, which changes no value."""
+    """Prefetch the cache line of `array[i, j]`."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        of_array, *of_indices = signature.args
-        values = zip(args[1:], of_indices, strict=True)
+        array_type, *index_types = signature.args
+        values = zip(args[1:], index_types, strict=True)
         indices = [context.cast(builder, value, kind, types.intp) for value, kind in values]
-        array = context.make_array(of_array)(context, builder, args[0])
-        place = cgutils.get_item_pointer(context, builder, of_array, array, indices, wraparound=False)
+        array = context.make_array(array_type)(context, builder, args[0])
+        place = cgutils.get_item_pointer(context, builder, array_type, array, indices, wraparound=False)
         address, number = ir.IntType(8).as_pointer(), ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [address, number, number, number])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
@@ -92,7 +92,7 @@ def prefetch(typing_context: Any, array: Any, i: Any, j: Any) -> Any:
 
 
 def load_as_f32(stored):
-    """A float32 from what an array holds: itself, or the upper 16 bits of one (bfloat16, seen as int16)."""
+    """Load a float32 from an array entry: a float32, or a bfloat16 stored as int16."""
     raise NotImplementedError
 
 
@@ -104,7 +104,7 @@ def _load_as_f32(stored):
 
 
 def store_from_f32(value, like):
-    """What an array holds for a float32, rounded to the nearest even where that is a bfloat16; `like` is an entry."""
+    """Convert a float32 to the type of the array entry `like`; bfloat16 rounds to nearest even."""
     raise NotImplementedError
 
 
@@ -123,11 +123,11 @@ def _store_from_f32(value, like):
 
 @njit(inline="always")
 def exponential(x: Any) -> Any:
-    """`exp(x)` for `x ≤ 0` to within two units in the last place; below −87 it is taken at −87.
+    """Compute `exp(x)` for `x ≤ 0` to within two units in the last place; `x` is clamped to at least −87.
 
     2^k·exp(r) with `|r| ≤ ln 2 / 2`, `k·ln 2` subtracted in two parts, exp(r) by its Taylor series to the 7th power.
-    Sums in their written order only: what is added to round to a whole `k`, which the last bits of the sum then hold,
-    is subtracted again at once.
+    Sums must keep their written order: a constant is added to round `k` to an integer, which the low bits of the sum
+    then hold, and subtracted again.
     """
     x = max(x, np.float32(-87))
     shifted = x * np.float32(1.4426950408889634) + _ROUNDS_TO_WHOLE

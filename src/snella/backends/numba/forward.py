@@ -1,15 +1,14 @@
-"""Numba kernels of the forward pass: merge, select, add; `backward` holds the way back.
+"""Numba kernels of the forward pass: merge, select and add.
 
-A matrix is cut into blocks of columns, so that a block's softmax, which runs down the columns, is complete while its
-numbers are still in the processor's cache: `ΔW` is read from memory only where it has to be selected from, and the
-passes that know the threshold never write it. Once a column's largest `κ` and the sum of its exponentials are known, a
-row can be merged alone (`merge_row`), along memory. Every function works on the blocks (or rows) `first … last − 1`, so
-that several threads can share one matrix; the interpreter's lock is released. What is computed does not depend on how
-the blocks are divided, and a value has the same bits in every pass: `merge_block` and `merge_row` do the same
+A matrix is split into blocks of columns, so that the softmax over a block's columns completes while the block is in
+cache. Only the selection of the threshold writes and reads `ΔW`; passes with a known threshold never write it. With
+known column statistics, single rows can be merged contiguously in memory (`merge_row`). Every function works on the
+blocks (or rows) `first … last − 1` without the GIL, so that several threads can share one matrix. Results do not depend
+on the division into blocks, and values are bit-identical in every pass: `merge_block` and `merge_row` perform the same
 operations in the same order.
 
 Shape letters: `m` outputs, `n` inputs, `P` pieces of width `R`, `K = P·R`, `w` columns of a block. A block's
-part of `A` `[n, K]` is copied to `tile` `[K, w]`, so that the innermost loop runs over memory.
+part of `A` `[n, K]` is copied to `tile` `[K, w]`, so that the innermost loop is contiguous.
 """
 
 # ruff: noqa: D103
@@ -33,23 +32,23 @@ from snella.backends.numba.compile import (
 )
 
 ZERO = np.float32(0)
-HISTOGRAM_BINS = 1 << 12  # by exponent and the first 7 bits of the mantissa, for 32 exponents
-_HISTOGRAM_SHIFT, _FIRST_BIN = np.int32(16), np.int32((127 - 30) << 7)  # from 2^-30 on
-WIDTH_OF_ROWS = 768  # columns of a tile where rows are merged: 24 KiB at rank 8
-PREFETCH_DISTANCE = 6  # how many rows before its turn a block's part of a row is asked for
+HISTOGRAM_BINS = 1 << 12  # exponent and leading 7 bits of the mantissa, for 32 exponents
+_HISTOGRAM_SHIFT, _FIRST_BIN = np.int32(16), np.int32((127 - 30) << 7)  # starts at 2^-30
+WIDTH_OF_ROWS = 768  # columns of a tile in row-wise merges: 24 KiB at rank 8
+PREFETCH_DISTANCE = 6  # rows to prefetch ahead
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 SOFT, OFFICIAL, NONE = 0, 1, 2  # the modes of `sparsify`
 
 
 @njit(**FASTMATH_STRICT_ORDER, inline="always")
 def histogram_bin(value):
-    # grows with the magnitude; the first and the last bin also take what is smaller or larger
+    # monotonic in the magnitude; the first and last bin include smaller and larger values
     leading = ((bits_of_float(value) & _MAGNITUDE) >> _HISTOGRAM_SHIFT) - _FIRST_BIN
     return min(max(leading, np.int32(0)), np.int32(HISTOGRAM_BINS - 1))
 
 
 def bits_of_bin(number: int) -> tuple[np.int32, np.uint32]:
-    """Lowest bit pattern of the magnitudes in a bin of the histogram, and how many there are."""
+    """Return the lowest bit pattern of the magnitudes in a histogram bin, and the number of patterns."""
     lowest, end = ((int(_FIRST_BIN) + number + k) << int(_HISTOGRAM_SHIFT) for k in range(2))
     lowest, end = 0 if number == 0 else lowest, 1 << 31 if number == HISTOGRAM_BINS - 1 else end
     return np.int32(lowest), np.uint32(end - lowest)
@@ -57,7 +56,7 @@ def bits_of_bin(number: int) -> tuple[np.int32, np.uint32]:
 
 @njit(**FASTMATH_STRICT_ORDER)
 def copy_tile(A, start, w, tile):
-    # tile = the block's columns, side by side
+    # tile = the block's columns, transposed
     for k in range(A.shape[1]):
         for j in range(w):
             tile[k, j] = A[np.uintp(start + j), k]
@@ -65,7 +64,7 @@ def copy_tile(A, start, w, tile):
 
 @njit(**FASTMATH_STRICT_ORDER)
 def prefetch_row(array, i, start, w):
-    # have a later row's part of the block on its way from memory
+    # prefetch the block's part of a later row
     if i + PREFETCH_DISTANCE < array.shape[0]:
         for j in range(0, w, 16):
             prefetch(array, i + PREFETCH_DISTANCE, start + j)
@@ -93,7 +92,7 @@ def squared_distances(tile, B, i, first, last, w, squares):
 
 @njit(**FASTMATH_STRICT_ORDER)
 def distances_p2_r8(tile, B, coeff, i, w, value, at):
-    # `weighted_distances` for two pieces of four, the default, in one go
+    # `weighted_distances` for two pieces of width four, the default
     c0, b0, b1, b2, b3 = coeff[0], B[i, 0], B[i, 1], B[i, 2], B[i, 3]
     c1, b4, b5, b6, b7 = coeff[1], B[i, 4], B[i, 5], B[i, 6], B[i, 7]
     for j in range(w):
@@ -126,7 +125,7 @@ def is_p2_r8(tile, coeff):
 @njit(**FASTMATH_STRICT_ORDER)
 def merge_block(tile, B, coeff, softmax, w, value, exps, inv_sum, scratch):
     # value[i, j] = linear·κ_p + scale[j]·exps[i, j] + β, κ_p of `weighted_distances`;
-    # exps = exp(κ_p/γ − max_logit), inv_sum[j] = 1 / Σ_i exps; scratch = squares, max_logit = the column's largest
+    # exps = exp(κ_p/γ − max_logit), inv_sum[j] = 1 / Σ_i exps; scratch = squares, max_logit = the column's maximum
     # κ_p/γ, scale = α·inv_sum
     inv_temperature, linear, alpha, beta, has_softmax = softmax
     m = B.shape[0]
@@ -161,7 +160,7 @@ def merge_block(tile, B, coeff, softmax, w, value, exps, inv_sum, scratch):
 
 @njit(**FASTMATH_STRICT_ORDER)
 def merge_row(tile, B, coeff, softmax, i, w, columns, start, row, squares):
-    # row[0, j] = the same value once more, to the last bit, from the column's max_logit and scale of `merge_block`
+    # row[0, j] = the value of `merge_block`, bit-identical, from the column's max_logit and scale
     inv_temperature, linear, _, beta, has_softmax = softmax
     if is_p2_r8(tile, coeff):
         distances_p2_r8(tile, B, coeff, i, w, row, 0)
@@ -170,8 +169,8 @@ def merge_row(tile, B, coeff, softmax, i, w, columns, start, row, squares):
     if has_softmax:
         for j in range(w):
             at = np.uintp(start + j)
-            share = exponential(row[0, j] * inv_temperature - columns[0, at])
-            row[0, j] = linear * row[0, j] + columns[1, at] * share + beta
+            exp = exponential(row[0, j] * inv_temperature - columns[0, at])
+            row[0, j] = linear * row[0, j] + columns[1, at] * exp + beta
 
 
 @njit(**FASTMATH_STRICT_ORDER)
@@ -184,7 +183,7 @@ def store_column_stats(inv_sum, scratch, start, w, columns):
 
 @njit(**FASTMATH_STRICT_ORDER)
 def alloc_workspace(m, K, width):
-    # what a thread needs for blocks of `width` columns: tile, value, exps, inv_sum and three rows
+    # a thread's workspace for blocks of `width` columns: tile, value, exps, inv_sum and three rows
     block = (m, width)
     tile, value, exps = np.empty((K, width), np.float32), np.empty(block, np.float32), np.empty(block, np.float32)
     return tile, value, exps, np.empty(width, np.float32), np.empty((3, width), np.float32)
@@ -192,8 +191,8 @@ def alloc_workspace(m, K, width):
 
 @compiled(FASTMATH_STRICT_ORDER)
 def merge_and_count(first, last, width, A, B, coeff, softmax, result, bins, columns):
-    # result = ΔW, and the numbers of its columns
-    # bins[block, h] = entries of the block in the histogram's bin h
+    # result = ΔW, columns = its column statistics
+    # bins[block, h] = number of the block's entries in histogram bin h
     m, n = result.shape
     tile, value, exps, inv_sum, scratch = alloc_workspace(m, A.shape[1], width)
     own_bins = np.empty(width, np.uint16)
@@ -214,7 +213,7 @@ def merge_and_count(first, last, width, A, B, coeff, softmax, result, bins, colu
 
 @compiled(FASTMATH_STRICT_ORDER)
 def count(first, last, width, value, bins):
-    # the same counts for a matrix that is there already
+    # the histogram of an existing matrix
     m, n = value.shape
     own_bins = np.empty(width, np.uint16)
     for block in range(first, last):
@@ -230,7 +229,7 @@ def count(first, last, width, value, bins):
 
 @compiled(FASTMATH_STRICT_ORDER)
 def collect(first, last, width, value, lowest, span, offsets, result):
-    # the magnitudes whose bits are lowest … lowest + span − 1, block by block from offsets[block] on
+    # collect magnitudes with bit patterns lowest … lowest + span − 1; each block writes from offsets[block]
     m, n = value.shape
     for block in range(first, last):
         start = block * width
@@ -251,7 +250,7 @@ def collect(first, last, width, value, lowest, span, offsets, result):
 
 @njit(**NO_CONTRACT)
 def add_row(base, value, of, i, start, w, threshold, scaling, mode, result):
-    # result[i, start + j] = base + scaling·S of value[of, j], in the types that the two arrays hold
+    # result[i, start + j] = base + scaling·S of value[of, j], in the arrays' own types
     if mode == SOFT:
         for j in range(w):
             one, at = value[of, j], np.uintp(start + j)
@@ -272,7 +271,7 @@ def add_row(base, value, of, i, start, w, threshold, scaling, mode, result):
 
 @compiled(NO_CONTRACT)
 def add_sparse(first, last, base, value, threshold, scaling, mode, result):
-    # result = base + scaling·S on the rows first … last − 1, S from a matrix that is there already
+    # result = base + scaling·S on the rows first … last − 1, from an existing matrix
     for i in range(first, last):
         add_row(base, value, i, i, 0, value.shape[1], threshold, scaling, mode, result)
 
@@ -292,7 +291,7 @@ def measure_column_stats(first, last, width, A, B, coeff, softmax, columns):
 
 @compiled(NO_CONTRACT)
 def merge_and_add(first, last, A, B, coeff, softmax, columns, base, threshold, scaling, mode, result):
-    # result = base + scaling·S on the rows first … last − 1, S merged on the way, along the rows as they lie in memory
+    # result = base + scaling·S on the rows first … last − 1, merging S row by row
     n = result.shape[1]
     width = min(n, WIDTH_OF_ROWS)
     tile, row, squares = (

@@ -1,4 +1,4 @@
-"""The piecewise kernels on a CUDA device in Triton: all matrices of a weight in one launch, sync-free."""
+"""Triton backend: the piecewise kernels on a CUDA device, one launch for all matrices of a weight, sync-free."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from snella.kernels import MixK, NormalizedRBF, PLinear
 from snella.sparsify import KEEPS_EVERYTHING
 from snella.update import Factors, UpdateSpec
 
-# fixed, not tuned on the machine: the order of sums, and so the bits of a result, depends on them
+# fixed instead of autotuned, because the order of sums, and therefore the bits of results, depends on them
 TILE = {"BLOCK_M": 32, "BLOCK_N": 64}
 _TILES_PER_HISTOGRAM = 4
 STATISTICS = {"ALONG": 64, "ACROSS": 16}
 _ENTRIES_TO_ADD = 2048
 _ENTRIES_TO_COUNT = 4096
-_MOST_PROGRAMS_TO_COUNT = 256  # each adds its counts to the matrix's histogram once
+_MOST_PROGRAMS_TO_COUNT = 256  # each program adds its counts to the matrix's histogram once
 _SUMS_AT_ONCE = 512
 _MODES = {"soft": forward.SOFT.value, "official": forward.OFFICIAL.value, "none": forward.NONE.value}
 LAUNCH: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
@@ -33,14 +33,14 @@ _MIN_CAPABILITY = (7, 0)
 
 
 class SoftmaxStats(NamedTuple):
-    """Of each column (`[G·n]`) or row (`[m]`) of the softmax: largest logit, one over the sum of exponentials."""
+    """Maximum logit and inverse sum of exponentials of each column (`[G·n]`) or row (`[m]`) of the softmax."""
 
     max_logit: Tensor | None
     inverse_sum: Tensor | None
 
 
 class _Launches:
-    """The launches for one update."""
+    """Kernel launches for one update."""
 
     def __init__(self, spec: UpdateSpec, factors: Factors, budgets: tuple[int, ...]) -> None:
         self.spec = spec
@@ -66,20 +66,20 @@ class _Launches:
         )
 
     def on_device(self) -> AbstractContextManager[Any]:
-        """Triton launches on the current device."""
+        """Return a context with the factors' device as the current one, on which Triton launches."""
         return torch.cuda.device(self.A.device) if self.A.is_cuda else nullcontext()
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """An uninitialized tensor beside the factors."""
+        """Return an uninitialized tensor on the factors' device."""
         return torch.empty(shape, dtype=dtype, device=self.A.device)
 
     def tiles(self, tiles_of_rows: int = 1) -> tuple[int, int, int]:
-        """Grid of tiles over every matrix."""
+        """Return the grid of tiles over all matrices."""
         rows = max(self.spec.row_counts)
         return -(-self.n // TILE["BLOCK_N"]), -(-rows // (TILE["BLOCK_M"] * tiles_of_rows)), self.groups
 
     def softmax_stats(self) -> SoftmaxStats:
-        """Largest logit and one over the sum of exponentials of each column or row."""
+        """Compute maximum logit and inverse sum of exponentials of each column or row."""
         if not self.has_softmax:
             return SoftmaxStats(None, None)
         by_column = self.axis["AXIS"] == 0
@@ -102,7 +102,7 @@ class _Launches:
         return SoftmaxStats(max_logit, inverse_sum)
 
     def merge(self, delta: Tensor, stats: SoftmaxStats, counts: Tensor | None = None) -> None:
-        """Write `ΔW`, and add to the first histogram if it is given."""
+        """Write `ΔW`, and optionally add to the first histogram."""
         forward.merge[self.tiles(_TILES_PER_HISTOGRAM)](
             self.A,
             self.B,
@@ -126,7 +126,7 @@ class _Launches:
         )
 
     def merge_and_select(self, delta: Tensor, stats: SoftmaxStats) -> Tensor:
-        """Write `ΔW`, and return the thresholds, `[G]`; without a selection where everything is kept."""
+        """Write `ΔW` and return the thresholds, `[G]`; mode `none` needs no selection."""
         if self.spec.mode == "none":
             self.merge(delta, stats)
             return self.new(self.groups).fill_(KEEPS_EVERYTHING)
@@ -176,7 +176,7 @@ class _Launches:
     def gradients(
         self, delta: Tensor, thresholds: Tensor, stats: SoftmaxStats, grad: Tensor
     ) -> tuple[Tensor | None, ...]:
-        """Gradients to A, B and the scalars."""
+        """Return the gradients of A, B and the scalars."""
         grid, mode = self.tiles(), {"MODE": _MODES[self.spec.mode]}
         columns, rows, groups = grid
         matrix = (delta, thresholds, grad)
@@ -229,13 +229,13 @@ class _Launches:
             **TILE,
             **LAUNCH,
         )
-        # zeros, as a kernel without softmax leaves α, β and γ alone if somebody gives it any
-        found = [value if value is None else torch.zeros_like(value) for value in self.scalars]
+        # zeros, because a kernel without softmax does not write the gradients of α, β and γ
+        scalar_grads = [value if value is None else torch.zeros_like(value) for value in self.scalars]
         backward.scalar_gradients[(groups,)](
             sums,
             self.layout,
             self.temperature,
-            *found,
+            *scalar_grads,
             self.n,
             rows * columns,
             P=self.sizes["P"],
@@ -245,14 +245,14 @@ class _Launches:
             BLOCK=_SUMS_AT_ONCE,
             **LAUNCH,
         )
-        return part_A.sum(0).to(self.A.dtype), part_B.sum(0).to(self.B.dtype), *found
+        return part_A.sum(0).to(self.A.dtype), part_B.sum(0).to(self.B.dtype), *scalar_grads
 
 
 @lru_cache(maxsize=4096)
 def _layout(
     row_counts: tuple[int, ...], budgets: tuple[int, ...], n: int, takes_rank: bool, device: torch.device, stream: int
 ) -> Tensor:
-    """The table that every kernel reads, `[G, 6]` on `device`, one a `stream`; copied without a wait, then kept."""
+    """Return the table that every kernel reads, `[G, 6]` on `device`; cached per `stream`, copied without a sync."""
     table = np.zeros((len(budgets), forward.LAYOUT_FIELDS.value), np.int32)
     start = 0
     for entry, count, budget in zip(table, row_counts, budgets, strict=True):
@@ -261,7 +261,7 @@ def _layout(
         if takes_rank:
             entry[3] = -1 if budget == size else budget
         elif budget:
-            # ranks from the largest on of the two entries that the quantile lies between: see `quantile_threshold`
+            # descending ranks of the two entries around the quantile, see `quantile_threshold`
             position = (1 - budget / size) * (size - 1)
             below = int(position)
             entry[3:5] = size - 1 - below, max(size - 2 - below, 0)
@@ -272,29 +272,29 @@ def _layout(
 
 
 def is_interpreted() -> bool:
-    """Whether the kernels were defined under `TRITON_INTERPRET=1` and run on the CPU, slowly, for tests."""
+    """Return whether the kernels were defined under `TRITON_INTERPRET=1` and run slowly on the CPU, for tests."""
     return type(forward.merge).__name__ == "InterpretedFunction"
 
 
 class TritonBackend(Backend):
-    """Mix-K, its normalized RBF and P-Linear in float32 on a CUDA device."""
+    """Backend for the kernels `mix_k`, `normalized_rbf` and `p_linear` in float32 on a CUDA device."""
 
     name = "triton"
 
     def unsupported_reason(self, spec: UpdateSpec, A: Tensor) -> str | None:  # noqa: D102
         if not isinstance(spec.kernel, PLinear):
-            return f"has the piecewise kernels only, got kernel={spec.kernel.name!r}"
+            return f"supports only the piecewise kernels, got kernel={spec.kernel.name!r}"
         if A.device.type != ("cpu" if is_interpreted() else "cuda"):
             return f"runs on a CUDA device, got factors on {str(A.device)!r}"
         if torch.promote_types(A.dtype, torch.float32) != torch.float32:
             return f"computes in float32, got factors in {A.dtype}"
         largest = max(spec.row_counts) * A.shape[1]
         if largest > _MAX_ENTRIES:
-            return f"counts at most {_MAX_ENTRIES} entries a matrix, got {largest}"
+            return f"supports at most {_MAX_ENTRIES} entries per matrix, got {largest}"
         if A.device.type == "cuda":
             capability = torch.cuda.get_device_capability(A.device)
             if capability < _MIN_CAPABILITY:
-                return f"needs compute capability {_MIN_CAPABILITY}, got {capability} on {str(A.device)!r}"
+                return f"requires compute capability {_MIN_CAPABILITY}, got {capability} on {str(A.device)!r}"
         return None
 
     def merge(  # noqa: D102
@@ -307,8 +307,8 @@ class TritonBackend(Backend):
     ) -> Merged:
         launches = _Launches(spec, factors, budgets)
         if not any(budgets):
-            found = launches.new(launches.groups).fill_(torch.inf) if thresholds is None else thresholds
-            return Merged(factors, budgets, found)
+            infinite = launches.new(launches.groups).fill_(torch.inf) if thresholds is None else thresholds
+            return Merged(factors, budgets, infinite)
         if delta and thresholds is not None:
             return Merged(factors, budgets, thresholds, delta)
         with launches.on_device():
@@ -344,6 +344,6 @@ class TritonBackend(Backend):
             return tuple(zero_gradients(merged.factors))
         launches = _Launches(spec, merged.factors, merged.budgets)
         with launches.on_device():
-            # where ΔW was kept, the statistics of its softmax were not
+            # with a saved ΔW, the softmax statistics are not saved
             stats = merged.workspace or launches.softmax_stats()
             return launches.gradients(delta, merged.thresholds, stats, grad_weight.detach().contiguous())

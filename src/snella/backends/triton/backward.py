@@ -1,9 +1,9 @@
 # mypy: ignore-errors
-"""Triton kernels of the backward pass: from `∂L/∂W` to the factors and scalars.
+"""Triton kernels of the backward pass, from `∂L/∂W` to the factors and scalars.
 
-Distances and softmax are worked out again from the factors. Sums over more than one tile are written tile by tile and
-added in a fixed order afterwards; no float is added atomically. Letters as in `forward`; `q` tiles of rows, `s`
-tiles of columns.
+Distances and softmax are recomputed from the factors. Sums over several tiles are written per tile and added in a fixed
+order afterwards, without atomic float additions. Shape letters as in `forward`; `q` tiles of rows, `s` tiles of
+columns.
 """
 
 import triton
@@ -24,7 +24,7 @@ from snella.backends.triton.forward import (
 
 @triton.jit
 def delta_gradient(delta, grad, thresholds, group, rows, j, inside, scaling, n, MODE: tl.constexpr):
-    """`G = ∂L/∂ΔW` on a tile: `scaling·∂S/∂ΔW ⊙ ∂L/∂W`."""
+    """Compute `G = ∂L/∂ΔW = scaling·∂S/∂ΔW ⊙ ∂L/∂W` on a tile."""
     entry = rows[:, None] * n + j[None, :]
     magnitude = tl.abs(tl.load(delta + entry, mask=inside, other=0.0))
     threshold = tl.load(thresholds + group)
@@ -61,7 +61,7 @@ def softmax_weighted_sums(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """`Σ_axis G ⊙ Z` of each tile: `partial` `[q, G·n]` for `AXIS` 0, `[s, m]` for 1 (`num_kept` its last size)."""
+    """Write `Σ_axis G ⊙ Z` of each tile: `partial` `[q, G·n]` for `AXIS` 0, `[s, m]` for 1; `num_kept` = last size."""
     group = tl.program_id(2)
     start = tl.load(layout + group * LAYOUT_FIELDS)
     active = tl.load(layout + group * LAYOUT_FIELDS + 2)
@@ -112,9 +112,9 @@ def factor_gradients(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Each tile's part of the gradients: `grad_A` `[q, G, n, R]`, `grad_B` `[s, m, R]`, `sums` `[G, q·s, P + 3]`.
+    """Write each tile's partial gradients: `grad_A` `[q, G, n, R]`, `grad_B` `[s, m, R]`, `sums` `[G, q·s, P + 3]`.
 
-    `sums` holds `Σ ∂L/∂κ·d_p` for each piece, then `Σ G`, `Σ G⊙Z` and `Σ ∂L/∂(κ/γ)·κ/γ`.
+    `sums` contains `Σ ∂L/∂κ·d_p` for each piece, then `Σ G`, `Σ G⊙Z` and `Σ ∂L/∂(κ/γ)·κ/γ`.
     """
     group = tl.program_id(2)
     start = tl.load(layout + group * LAYOUT_FIELDS)
@@ -152,7 +152,7 @@ def factor_gradients(
     for p in tl.static_range(P):
         length = distance(first, second, i, j, i_inside, j_inside, p, P, R)
         tl.store(sums + p, tl.sum(tl.where(inside, of_value * length, 0.0)))
-        # a pair at distance 0 has no gradient
+        # zero distances have no gradient
         coef = tl.load(coeff + group * P + p).to(tl.float32) * of_value
         coef = tl.where(length == 0.0, 0.0, tl.div_rn(coef, tl.where(length == 0.0, 1.0, length)))
         coef = tl.where(inside, coef, 0.0)
@@ -182,7 +182,7 @@ def scalar_gradients(
     AXIS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Gradients of the scalars of each matrix from the sums of its tiles, added in float64."""
+    """Write the gradients of each matrix's scalars from its tiles' sums, added in float64."""
     group = tl.program_id(0)
     active = tl.load(layout + group * LAYOUT_FIELDS + 2)
     sums += group * num_tiles * (P + 3)
@@ -202,7 +202,7 @@ def scalar_gradients(
 
 @triton.jit
 def total_of(values, count, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """Sum of `count` numbers that lie `STRIDE` apart, float64."""
+    """Sum `count` numbers with stride `STRIDE` in float64."""
     lanes = tl.zeros([BLOCK], tl.float64)
     for first in range(0, count, BLOCK):
         position = first + tl.arange(0, BLOCK)
@@ -212,5 +212,5 @@ def total_of(values, count, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def store_as(target, value):
-    """Store in the target's own dtype."""
+    """Store in the target's dtype."""
     tl.store(target, value.to(tl.float32).to(target.dtype.element_ty))

@@ -1,28 +1,28 @@
 # mypy: ignore-errors
 """Triton kernels of the forward pass: distances, softmax over one axis, merge, `W0 + scaling·S`.
 
-Every kernel works on all `G` matrices of a fused weight in one launch. `layout` `[G, 6]`, int32, says for each matrix:
-its first row in the weight, its rows, its rows if it has a budget (else 0), two ranks for the selection and a fraction.
-No product is contracted with a sum but where `tl.fma` says so (`enable_fp_fusion=False` at every launch): a distance
-has the same bits in every kernel. Shape letters: `m` outputs, `n` inputs, `R` rank, `P` pieces of width `R / P`.
+Every kernel processes all `G` matrices of a fused weight in one launch. `layout` `[G, 6]`, int32, has for each matrix:
+first row in the weight, number of rows, number of rows if it has a budget (else 0), two ranks for the selection, and a
+fraction. Products and sums are fused only by explicit `tl.fma` (`enable_fp_fusion=False` at every launch), so distances
+are bit-identical in all kernels. Shape letters: `m` outputs, `n` inputs, `R` rank, `P` pieces of width `R / P`.
 """
 
 import triton
 import triton.language as tl
 
 LAYOUT_FIELDS = tl.constexpr(6)
-HIGH_BINS = tl.constexpr(2048)  # bins of the first of three histograms: exponent and 3 bits of the mantissa
+HIGH_BINS = tl.constexpr(2048)  # bins of the first of three histograms: exponent and leading 3 bits of the mantissa
 HIGH_SHIFT = tl.constexpr(20)
 SOFT, OFFICIAL, NONE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # the modes of `sparsify`
 
 
 @triton.jit
 def exp_of_nonpositive(x):
-    """`exp(x)` for `x ≤ 0` to within two units in the last place; below −87 it is taken at −87.
+    """Compute `exp(x)` for `x ≤ 0` to within two units in the last place; `x` is clamped to [−87, 0].
 
     2^k·exp(r) with `|r| ≤ ln 2 / 2`, `k·ln 2` subtracted in two parts, exp(r) by its Taylor series to the 7th power.
-    Above 0 it is taken at 0: lanes outside the matrix must not overflow. The hardware's own exponential is off by up to
-    `|x|` roundings.
+    The clamp at 0 prevents overflow in lanes outside the matrix. The error of the hardware's exponential is up to `|x|`
+    roundings.
     """
     x = tl.where(x < -87.0, -87.0, tl.where(x > 0.0, 0.0, x))
     k = tl.floor(x * 1.4426950408889634 + 0.5)
@@ -40,7 +40,7 @@ def exp_of_nonpositive(x):
 
 @triton.jit
 def distance(first, second, i, j, i_inside, j_inside, piece, P: tl.constexpr, R: tl.constexpr):
-    """`d[i, j] = ‖first[i, piece] − second[j, piece]‖`; differences are formed before they are squared."""
+    """Compute `d[i, j] = ‖first[i, piece] − second[j, piece]‖` from squared differences."""
     squares = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
     for k in range(R // P):
         b = tl.load(first + i * R + piece * (R // P) + k, mask=i_inside, other=0.0).to(tl.float32)
@@ -52,7 +52,7 @@ def distance(first, second, i, j, i_inside, j_inside, piece, P: tl.constexpr, R:
 
 @triton.jit
 def piecewise(first, second, coeff, i, j, i_inside, j_inside, P: tl.constexpr, R: tl.constexpr):
-    """`κ[i, j] = Σ_p coeff[p]·d_p[i, j]`."""
+    """Compute `κ[i, j] = Σ_p coeff[p]·d_p[i, j]`."""
     value = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
     for p in tl.static_range(P):
         weight = tl.load(coeff + p).to(tl.float32)
@@ -62,7 +62,7 @@ def piecewise(first, second, coeff, i, j, i_inside, j_inside, P: tl.constexpr, R
 
 @triton.jit
 def logits_of(value, temperature, group, HAS_TEMPERATURE: tl.constexpr):
-    """`κ/γ`."""
+    """Compute the logits `κ/γ`."""
     if HAS_TEMPERATURE:
         gamma = tl.load(temperature + group).to(tl.float32)
         value = tl.div_rn(value, gamma + tl.zeros_like(value))
@@ -71,7 +71,7 @@ def logits_of(value, temperature, group, HAS_TEMPERATURE: tl.constexpr):
 
 @triton.jit
 def along_axis(vector, group, start, i, j, i_inside, j_inside, n, AXIS: tl.constexpr):
-    """What `vector` holds for each column (`AXIS` 0) or row (1) of a tile, as `[1, columns]` or `[rows, 1]`."""
+    """Load the values of `vector` for a tile's columns (`AXIS` 0, `[1, columns]`) or rows (1, `[rows, 1]`)."""
     if AXIS == 0:
         values = tl.load(vector + group * n + j, mask=j_inside, other=0.0)[None, :]
     else:
@@ -95,10 +95,10 @@ def probs_of(
     HAS_TEMPERATURE: tl.constexpr,
     AXIS: tl.constexpr,
 ):
-    """`softmax(κ/γ)` over `AXIS` on a tile, from the largest logit and one over the sum of each column or row."""
-    top = along_axis(max_logit, group, start, i, j, i_inside, j_inside, n, AXIS)
+    """Compute `softmax(κ/γ)` over `AXIS` on a tile, from the maximum logit and inverse sum of each column or row."""
+    row_max = along_axis(max_logit, group, start, i, j, i_inside, j_inside, n, AXIS)
     scale = along_axis(inverse_sum, group, start, i, j, i_inside, j_inside, n, AXIS)
-    return exp_of_nonpositive(logits_of(value, temperature, group, HAS_TEMPERATURE) - top) * scale
+    return exp_of_nonpositive(logits_of(value, temperature, group, HAS_TEMPERATURE) - row_max) * scale
 
 
 @triton.jit
@@ -118,10 +118,10 @@ def softmax_statistics(
     ALONG: tl.constexpr,
     ACROSS: tl.constexpr,
 ):
-    """Largest logit, and one over the sum of exponentials, of each column (`AXIS` 0, `[G, n]`) or row (1, `[m]`).
+    """Compute maximum logit and inverse sum of exponentials of each column (`AXIS` 0, `[G, n]`) or row (1, `[m]`).
 
-    A program goes once along `ACROSS` columns or rows, in steps of `ALONG` entries, and keeps a maximum and a sum for
-    each of its lanes; nothing of size `m·n` is read or written.
+    Each program iterates over `ACROSS` columns or rows in steps of `ALONG` entries, with a running maximum and sum per
+    lane. It reads and writes nothing of size `m·n`.
     """
     group = tl.program_id(1)
     start = tl.load(layout + group * LAYOUT_FIELDS)
@@ -177,7 +177,7 @@ def merge(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """`ΔW` `[m, n]`; with `COUNT` also the histogram `counts` `[G, HIGH_BINS]` of the leading bits of `|ΔW|`."""
+    """Write `ΔW` `[m, n]`; with `COUNT`, also add the leading bits of `|ΔW|` to the histogram `[G, HIGH_BINS]`."""
     group = tl.program_id(2)
     start = tl.load(layout + group * LAYOUT_FIELDS)
     active = tl.load(layout + group * LAYOUT_FIELDS + 2)
@@ -225,7 +225,7 @@ def merge(
 
 @triton.jit
 def mean_prob(active, n, AXIS: tl.constexpr):
-    """Mean of a softmax over `AXIS`."""
+    """Return the mean of a softmax over `AXIS`."""
     length = n
     if AXIS == 0:
         length = active
@@ -234,7 +234,7 @@ def mean_prob(active, n, AXIS: tl.constexpr):
 
 @triton.jit
 def add_sparse(delta, thresholds, layout, base, out, scaling, n, MODE: tl.constexpr, BLOCK: tl.constexpr):
-    """`out = base + scaling·S`, rounded once to the dtype of `out`; all `[m, n]`, `out` may be `base`."""
+    """Write `out = base + scaling·S`, rounded once to the dtype of `out`; all `[m, n]`, `out` may be `base`."""
     group = tl.program_id(1)
     start = tl.load(layout + group * LAYOUT_FIELDS).to(tl.int64)
     rows = tl.load(layout + group * LAYOUT_FIELDS + 1)
@@ -244,7 +244,7 @@ def add_sparse(delta, thresholds, layout, base, out, scaling, n, MODE: tl.conste
     value = tl.load(delta + start * n + entry, mask=entry < active.to(tl.int64) * n, other=0.0)
     threshold = tl.load(thresholds + group)
     magnitude = tl.abs(value)
-    # not a number stays one: it is multiplied with 0
+    # NaN propagates, because it is multiplied by 0
     sparse = scaling * (value * tl.where(magnitude > threshold, excess(magnitude, threshold, MODE), 0.0))
     source = tl.load(base + start * n + entry, mask=inside, other=0.0)
     wide = tl.float64 if base.dtype.element_ty == tl.float64 else tl.float32
@@ -254,7 +254,7 @@ def add_sparse(delta, thresholds, layout, base, out, scaling, n, MODE: tl.conste
 
 @triton.jit
 def excess(magnitude, threshold, MODE: tl.constexpr):
-    """The factor beside `ΔW` in `S`, above the threshold."""
+    """Return the factor of `ΔW` in `S` above the threshold."""
     factor = magnitude
     if MODE == SOFT:
         factor = magnitude - threshold
@@ -269,18 +269,18 @@ LOW_BITS = tl.constexpr(10)
 
 @triton.jit
 def bin_of_rank(counts, rank, BINS: tl.constexpr):
-    """The bin that holds the entry of this rank, and its rank within the bin."""
+    """Return the bin with the entry of this rank, and the entry's rank within the bin."""
     bins = tl.arange(0, BINS)
     count = tl.load(counts + bins)
     at_least = tl.cumsum(count, 0, reverse=True)
-    wanted = tl.sum((at_least > rank).to(tl.int32), 0) - 1
-    above = tl.sum(tl.where(bins > wanted, count, 0), 0)
-    return wanted, rank - above
+    bin_index = tl.sum((at_least > rank).to(tl.int32), 0) - 1
+    above = tl.sum(tl.where(bins > bin_index, count, 0), 0)
+    return bin_index, rank - above
 
 
 @triton.jit
 def leading_bits(layout, high, middle, state, group, target, TARGETS: tl.constexpr, LEVEL: tl.constexpr):
-    """The bits known after `LEVEL` histograms of the wanted entry, and its rank among the entries that probs them."""
+    """Return the target entry's bits known after `LEVEL` histograms, and its rank among the entries that share them."""
     if LEVEL == 1:
         rank = tl.load(layout + group * LAYOUT_FIELDS + 3 + target)
         known, rank = bin_of_rank(high + group * HIGH_BINS, rank, HIGH_BINS)
@@ -304,9 +304,9 @@ def count_within_bin(
     LEVEL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Histogram `[G, TARGETS, LOW_BINS]` of the next ten bits of the entries that begin as the wanted one does.
+    """Compute the histogram `[G, TARGETS, LOW_BINS]` of the next ten bits of entries with the target's leading bits.
 
-    `LEVEL` 1 reads `high` and writes `middle`, 2 reads `middle` and writes `low`. What level 1 found stays in `state`.
+    `LEVEL` 1 reads `high` and writes `middle`, 2 reads `middle` and writes `low`. Level 1 stores its result in `state`.
     """
     group = tl.program_id(1)
     start = tl.load(layout + group * LAYOUT_FIELDS).to(tl.int64)
@@ -314,7 +314,7 @@ def count_within_bin(
     shift: tl.constexpr = HIGH_SHIFT - LOW_BITS * LEVEL
     for target in tl.static_range(TARGETS):
         known, rank = leading_bits(layout, high, middle, state, group, target, TARGETS, LEVEL)
-        if LEVEL == 1:  # noqa: SIM102 - decided when the kernel is compiled
+        if LEVEL == 1:  # noqa: SIM102 - evaluated at compile time
             if tl.program_id(0) == 0:
                 tl.store(state + (group * TARGETS + target) * 2, known)
                 tl.store(state + (group * TARGETS + target) * 2 + 1, rank)
@@ -332,7 +332,7 @@ def count_within_bin(
 
 @triton.jit
 def order_statistic(layout, high, middle, low, state, group, target, TARGETS: tl.constexpr):
-    """The wanted magnitude itself."""
+    """Return the target magnitude."""
     known, rank = leading_bits(layout, high, middle, state, group, target, TARGETS, 2)
     found, _ = bin_of_rank(low + (group * TARGETS + target) * LOW_BINS, rank, LOW_BINS)
     return ((known << LOW_BITS) | found).to(tl.float32, bitcast=True)
@@ -340,9 +340,9 @@ def order_statistic(layout, high, middle, low, state, group, target, TARGETS: tl
 
 @triton.jit
 def finish_thresholds(layout, high, middle, low, state, thresholds, TARGETS: tl.constexpr):
-    """Threshold of each matrix, `[G]`: infinity without a budget, 0 where the whole matrix is kept (rank −1).
+    """Write the threshold of each matrix, `[G]`: infinity without a budget, 0 for a full budget (rank −1).
 
-    With two targets it lies between them, by the fraction whose bits are the last field of `layout`.
+    With two targets, interpolate between them by the fraction in the last field of `layout`.
     """
     group = tl.program_id(0)
     active = tl.load(layout + group * LAYOUT_FIELDS + 2)
@@ -351,7 +351,7 @@ def finish_thresholds(layout, high, middle, low, state, thresholds, TARGETS: tl.
     if TARGETS == 2:
         above = order_statistic(layout, high, middle, low, state, group, 1, TARGETS)
         fraction = tl.load(layout + group * LAYOUT_FIELDS + 5).to(tl.float32, bitcast=True)
-        # from the nearer end, as torch.lerp does it
+        # interpolate from the nearer end, like torch.lerp
         upwards = threshold + fraction * (above - threshold)
         downwards = above - (above - threshold) * (1.0 - fraction)
         threshold = tl.where(fraction < 0.5, upwards, downwards)
