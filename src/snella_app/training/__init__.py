@@ -1,1 +1,1 @@
-"""Training runs: from a configuration to the folder of a run, on one process or several."""
+"""Training runs: from a configuration to a run folder, in one process or several."""

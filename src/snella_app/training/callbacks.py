@@ -1,4 +1,4 @@
-"""Trainer callbacks: progress display, weight average, a method's own schedule, step time and memory."""
+"""Trainer callbacks: progress display, weight averaging, method schedules, step time and memory."""
 
 import statistics
 import time
@@ -30,38 +30,39 @@ from snella_app.training.checkpoints import CheckpointError, existing_file
 
 _FILE, _ENDS_FILE = "ema.safetensors", "epoch_ends.safetensors"
 _ESTIMATE_STEPS, _ESTIMATE_S = 4, 20.0
-"""Steps, or seconds and two steps, after which the remaining time is estimated: the first step compiles."""
+"""The remaining time is estimated after this many steps, or after this many seconds and two steps; the first step
+compiles."""
 _LONG_S = 300.0
-"""Remaining time from which ways to shorten it are suggested."""
+"""Remaining time above which the display suggests how to shorten the run."""
 _LINE_S = 30.0
-"""Seconds between two lines of progress where there is no bar."""
+"""Seconds between progress lines without a terminal."""
 _KEPT_STEPS = 20
 _TRACKED_STEPS = 10
-"""Steps between two values of the loss that trackers show."""
+"""Steps between logged values."""
 _RISEN = 1.5
-"""Ratio to the first epoch's loss from which a rising loss is reported."""
+"""Ratio to the first epoch's loss above which a rising loss is reported."""
 _FEW_STEPS = 20
-"""Steps before which a loss may rise at any rate, as that of a linear probe does once the backbone moves."""
+"""Steps without a report of a rising loss: after a linear probe, the loss rises when the backbone starts to change."""
 
 
 class WeightAverage(TrainerCallback):
-    """The average of every trainable parameter over the optimizer's steps, as a callback over the Trainer's.
+    """Exponential moving average of the trainable parameters.
 
     average ← d_t · average + (1 − d_t) · value,   d_t = min(decay, (1 + t) / (10 + t)),   t = 1, 2, … steps
 
-    The decay warms up: without it, a short run with a decay of 0.9999 would still weigh the values it began with. While
-    (1 + t) / (10 + t) is the lesser, the average spans about the last ninth of the steps so far.
+    The decay warms up; without warmup, a short run with a decay of 0.9999 would be dominated by the initial values.
+    During warmup the average spans about the last ninth of the steps.
 
-    Averaged are parameters alone: factors, scalars, head. Budgets are buffers and stay those of the present, so that
-    an update built of averaged factors keeps exactly as many entries as its budget: the threshold is recomputed from
-    them. (Averaging merged matrices, or restoring budgets of another time, would lose the sparsity.)
+    Only parameters are averaged: factors, scalars and head. Budgets are buffers and keep their current values. The
+    threshold is recomputed from the averaged factors, so the update keeps exactly as many entries as its budget.
+    Averaging merged matrices or restoring old budgets would lose the sparsity.
 
     Args:
-        model: From `build_method`; only what is trainable now is averaged.
-        decay: In (0, 1); nearer to 1 averages over more steps.
+        model: Model from `build_method`; parameters that are trainable now are averaged.
+        decay: Decay in (0, 1); larger values average over more steps.
 
     Attributes:
-        steps: How many steps were averaged.
+        steps: Number of averaged steps.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -72,7 +73,7 @@ class WeightAverage(TrainerCallback):
 
     @property
     def decay_now(self) -> float:
-        """`d_t` of the last step."""
+        """Decay `d_t` of the last step."""
         return min(self.decay, (1 + self.steps) / (10 + self.steps))
 
     @torch.no_grad()
@@ -83,17 +84,17 @@ class WeightAverage(TrainerCallback):
         get_ema_multi_avg_fn(self.decay_now)(list(self._averages.values()), values, self.steps)
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Average the step."""
+        """Update the average."""
         self.update()
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Swap the averages into the model, inside."""
+        """Use the averages in the model inside the context."""
         with _swapped_in(self._parameters, self._averages):
             yield
 
     def save(self, checkpoint: Path) -> None:
-        """Write the averages into a checkpoint's folder."""
+        """Write the averages to a checkpoint folder."""
         tensors = {name: average.cpu().contiguous() for name, average in self._averages.items()}
         save_file(tensors, checkpoint / _FILE, {"steps": str(self.steps)})
 
@@ -101,7 +102,7 @@ class WeightAverage(TrainerCallback):
         """Load the averages from a checkpoint.
 
         Raises:
-            CheckpointError: It holds no averages, or those of other parameters.
+            CheckpointError: The checkpoint has no averages, or averages of other parameters.
         """
         path = existing_file(checkpoint, _FILE)
         with safe_open(path, "pt") as file:
@@ -109,7 +110,7 @@ class WeightAverage(TrainerCallback):
             if names != set(self._averages):
                 different = sorted(names ^ set(self._averages))[:3]
                 raise CheckpointError(
-                    f"{path} must hold the averages of this model's trainable parameters, it differs in "
+                    f"{path} must contain the averages of this model's trainable parameters, got a difference in "
                     f"{', '.join(different)}; start over with --overwrite"
                 )
             for name, average in self._averages.items():
@@ -118,15 +119,15 @@ class WeightAverage(TrainerCallback):
 
 
 class EpochEnds:
-    """The trained parameters at the ends of the last epochs, to be averaged after the training.
+    """Trained parameters of the last epochs, for averaging after training.
 
-    Parameters alone are averaged, as by `WeightAverage`: the update that is built of them has the budgets of the last
-    step, hence the sparsity that was asked for. Batch norms keep the pre-trained statistics in every method, so that
-    none have to be measured anew.
+    Only parameters are averaged, as in `WeightAverage`. The averaged update uses the budgets of the last step and
+    therefore has the target sparsity. Batch norms keep their pre-trained statistics in every method, so they need no
+    update.
 
     Args:
-        model: From `build_method`; only what is trainable now is kept, on the CPU.
-        count: How many epochs.
+        model: Model from `build_method`; parameters that are trainable now are stored on the CPU.
+        count: Number of epochs.
     """
 
     def __init__(self, model: nn.Module, count: int) -> None:
@@ -136,18 +137,18 @@ class EpochEnds:
 
     @property
     def epochs(self) -> list[int]:
-        """Epochs that are kept, the oldest first."""
+        """Stored epochs, oldest first."""
         return sorted(self._values)
 
     def add(self, epoch: int) -> None:
-        """Keep the present values as those of an epoch, and drop the oldest."""
+        """Store the current values for an epoch and drop the oldest epoch beyond `count`."""
         self._values[epoch] = {name: p.detach().to("cpu", copy=True) for name, p in self._parameters.items()}
         for old in self.epochs[: -self.count]:
             del self._values[old]
 
     @contextmanager
     def mean_applied(self, epochs: Sequence[int]) -> Iterator[None]:
-        """Swap the mean over some of the epochs into the model, inside."""
+        """Use the mean over the given epochs in the model inside the context."""
         first, *others = epochs
         means = {name: value.clone() for name, value in self._values[first].items()}
         average = get_swa_multi_avg_fn()
@@ -157,7 +158,7 @@ class EpochEnds:
             yield
 
     def save(self, checkpoint: Path) -> None:
-        """Write the values into a checkpoint's folder."""
+        """Write the values to a checkpoint folder."""
         tensors = {f"{epoch}/{name}": value for epoch in self.epochs for name, value in self._values[epoch].items()}
         save_file(tensors, checkpoint / _ENDS_FILE)
 
@@ -165,7 +166,7 @@ class EpochEnds:
         """Load the values from a checkpoint.
 
         Raises:
-            CheckpointError: It holds none, or those of other parameters.
+            CheckpointError: The checkpoint has no values, or values of other parameters.
         """
         path = existing_file(checkpoint, _ENDS_FILE)
         self._values = {}
@@ -175,14 +176,14 @@ class EpochEnds:
         for epoch, values in self._values.items():
             if different := sorted(values.keys() ^ self._parameters.keys())[:3]:
                 raise CheckpointError(
-                    f"{path} must hold this model's trainable parameters, epoch {epoch} differs in "
+                    f"{path} must contain this model's trainable parameters, got a difference in epoch {epoch} in "
                     f"{', '.join(different)}; start over with --overwrite"
                 )
 
 
 @contextmanager
 def _swapped_in(parameters: Mapping[str, nn.Parameter], values: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Other values in a model's parameters, inside."""
+    """Replace parameter values inside the context and restore them on exit."""
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     _copy(parameters, values)
     try:
@@ -193,19 +194,19 @@ def _swapped_in(parameters: Mapping[str, nn.Parameter], values: Mapping[str, tor
 
 @torch.no_grad()
 def _copy(parameters: Mapping[str, nn.Parameter], values: Mapping[str, torch.Tensor]) -> None:
-    """Copy values into a model's own parameters, so that layers notice that their caches are stale."""
+    """Copy values in place, so that layers detect stale caches."""
     for name, parameter in parameters.items():
         parameter.copy_(values[name])
 
 
 class ScheduleCallback(TrainerCallback):
-    """Attaches a method's schedule when training starts.
+    """Callback that attaches a method's schedule when training starts.
 
     Args:
         make: `Method.schedule`.
 
     Attributes:
-        schedule: What it made, from the start of training on.
+        schedule: The attached schedule; None before training.
     """
 
     def __init__(self, make: Callable[[nn.Module, int], Any]) -> None:
@@ -228,10 +229,10 @@ class ScheduleCallback(TrainerCallback):
 
 
 class StepTimeCallback(TrainerCallback):
-    """Step time, from before the forward pass to after the optimizer step, without data loading; and GPU memory.
+    """Callback that records step time (forward pass to optimizer step, without data loading) and GPU memory.
 
     Args:
-        device: Device of the model; memory is recorded on a GPU only.
+        device: Device of the model; memory is recorded only on a GPU.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -245,12 +246,12 @@ class StepTimeCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the clock."""
+        """Start the timer."""
         self._synchronize()
         self._start = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stop the clock."""
+        """Stop the timer and record the memory."""
         self._synchronize()
         if self._start is not None:
             self.step_s.append(time.perf_counter() - self._start)
@@ -258,7 +259,7 @@ class StepTimeCallback(TrainerCallback):
             self.reserved_bytes.append(torch.cuda.memory_reserved(self.device))
 
     def summary(self) -> dict[str, Any]:
-        """Median seconds of a step, and bytes on the GPU (None on a CPU) as PEFT's method comparison names them."""
+        """Return median step time (s) and GPU memory (bytes; None on a CPU), named as in PEFT's method comparison."""
         reserved = self.reserved_bytes
         return {
             "step_s": round(statistics.median(self.step_s), 6) if self.step_s else None,
@@ -268,25 +269,26 @@ class StepTimeCallback(TrainerCallback):
         }
 
     def _synchronize(self) -> None:
-        """Wait for the GPU's work."""
+        """Synchronize the GPU."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
 class TrackingCallback(TrainerCallback):
-    """Sends what trackers show: loss and pace every few steps, and how the sparse update develops every epoch.
+    """Callback that logs values to experiment trackers.
 
-    Of each adapted matrix: its budget, threshold, importance, and the size of its update, ‖scaling·S‖ / ‖W0‖; of all:
-    the budget, the number of frozen matrices and the size of the update. Results of an epoch are sent by the Trainer.
+    Every few steps it logs the loss and the throughput. Every epoch it logs the budget, threshold, importance and
+    relative update size ‖scaling·S‖ / ‖W0‖ of each adapted matrix, and the total budget, the number of frozen matrices
+    and the total update size. The Trainer logs the metrics of an epoch.
 
     Args:
-        matrices: Those with budgets; none for other methods.
-        allocation: The callback that owns the allocator; None without budgets.
-        step_images: Images of a step.
+        matrices: Adapted matrices; empty for methods without budgets.
+        allocation: Callback that owns the allocator; None without budgets.
+        step_images: Images per step.
 
     Attributes:
-        send: Where values go, by name; set once the Trainer is there.
-        last_loss: Gives the loss of the latest step; the same.
+        send: Logging function for values by name; set after the Trainer is created.
+        last_loss: Function that returns the loss of the latest step; set after the Trainer is created.
     """
 
     def __init__(
@@ -303,11 +305,11 @@ class TrackingCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the clock."""
+        """Start the timer."""
         self._sent_at = (state.global_step, time.perf_counter())
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Send the loss and the pace."""
+        """Log the loss and the throughput."""
         step, then = self._sent_at
         if state.global_step % _TRACKED_STEPS == 0:
             now = time.perf_counter()
@@ -316,14 +318,14 @@ class TrackingCallback(TrainerCallback):
             self._sent_at = (state.global_step, now)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Send what the matrices are like."""
+        """Log the values of all matrices."""
         allocator = None if self.allocation is None else self.allocation.allocator
         if self.matrices and allocator is not None:
             self.send(self._measure(allocator.history[-1]["importance"]))
 
     @torch.no_grad()
     def _measure(self, importance: Mapping[str, float]) -> dict[str, float]:
-        """Values of every matrix, and of all."""
+        """Compute the values of each matrix and the totals."""
         values: dict[str, float] = {}
         updates, weights = 0.0, 0.0
         for matrix in self.matrices:
@@ -331,13 +333,13 @@ class TrackingCallback(TrainerCallback):
             spec, factors, budgets, *_ = layer.get_update(name)
             delta = spec.merge_matrix(list(spec.matrices(factors))[matrix.group])
             weight = cast(torch.Tensor, layer.get_base_layer().weight).reshape(-1, delta.shape[1])
-            own = weight[layer.matrix_rows(name)[matrix.group]].float().square().sum().item()
+            base = weight[layer.matrix_rows(name)[matrix.group]].float().square().sum().item()
             update = (layer.scaling[name] * matrix.sparse_update()).float().square().sum().item()
-            updates, weights = updates + update, weights + own
+            updates, weights = updates + update, weights + base
             values[f"budget/{matrix.name}"] = matrix.budget
             values[f"threshold/{matrix.name}"] = float(spec.find_threshold(delta, budgets[matrix.group]))
             values[f"importance/{matrix.name}"] = importance[matrix.name]
-            values[f"update_size/{matrix.name}"] = (update / own) ** 0.5 if own else 0.0
+            values[f"update_size/{matrix.name}"] = (update / base) ** 0.5 if base else 0.0
         values["snella/budget"] = sum(matrix.budget for matrix in self.matrices)
         values["snella/frozen_matrices"] = sum(matrix.is_frozen for matrix in self.matrices)
         values["snella/update_size"] = (updates / weights) ** 0.5 if weights else 0.0
@@ -345,21 +347,21 @@ class TrackingCallback(TrainerCallback):
 
 
 class ProgressDisplay(TrainerCallback):
-    """Progress bar with the loss and the budget, and a line with the results of each epoch.
+    """Progress bar with loss and budget, and one line of results per epoch.
 
-    Without a terminal, a line every half minute takes the bar's place. If training will take more than a minute, the
+    Without a terminal, a line every half minute replaces the bar. If training takes more than a minute, the estimated
     remaining time is printed after the first steps.
 
     Args:
-        console: Where to write; the bar appears only if it is a terminal.
-        task: Formats and scores an epoch's results.
-        protocol: Selects the best epoch.
-        total_weights: Adapted weights, to give the budget as a share; None without budgets.
-        allocation: The callback that owns the allocator; None without budgets.
-        show_bar: Whether to show a bar, or lines in its place.
-        shorten: Hint on shortening the training, from how many times too long it is; None for none.
-        clock: Gives seconds.
-        step_images: Images of a step, to show how many are trained on in a second; None for no such number.
+        console: Output console; the bar appears only on a terminal.
+        task: Task that formats and scores an epoch's results.
+        protocol: Protocol that selects the best epoch.
+        total_weights: Number of adapted weights, for the relative budget; None without budgets.
+        allocation: Callback that owns the allocator; None without budgets.
+        show_bar: Show the bar or its replacement lines.
+        shorten: Function from the slowdown factor to a hint on shortening the run; None for no hint.
+        clock: Function that returns the time in seconds.
+        step_images: Images per step, for the throughput; None to hide it.
     """
 
     def __init__(
@@ -414,7 +416,7 @@ class ProgressDisplay(TrainerCallback):
             self._bar.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Update the bar, or print a line; once, print the estimated time."""
+        """Update the bar or print progress lines."""
         if state.is_world_process_zero:
             self._step_ends.append(self.clock())
             self._write_lines(state)
@@ -426,12 +428,12 @@ class ProgressDisplay(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Say why the bar stands still."""
+        """Show in the bar that evaluation is running."""
         if self._bar is not None and self.protocol.selected_on is not None:
-            self._bar.update(self._task, shown=f"measuring on {self.protocol.selected_on} images")
+            self._bar.update(self._task, shown=f"evaluating on {self.protocol.selected_on} images")
 
     def _write_lines(self, state: TrainerState) -> None:
-        """Print the estimate after the first steps, and the progress from time to time."""
+        """Print the estimated remaining time once, then progress lines at intervals."""
         now, steps = self._step_ends[-1], len(self._step_ends) - 1
         step_s = self._step_s()
         left_s = step_s * (state.max_steps - state.global_step)
@@ -444,12 +446,12 @@ class ProgressDisplay(TrainerCallback):
                 steps_left = state.max_steps - state.global_step
                 print_line(
                     self.console,
-                    f"about {seconds_text(left_s)} to go: {steps_left} steps of {seconds_text(step_s)}{hint}",
+                    f"about {seconds_text(left_s)} remaining: {steps_left} steps of {seconds_text(step_s)}{hint}",
                 )
                 self._last_line = now
         if self.show_lines and now - self._last_line >= _LINE_S:
             self._last_line = now
-            left = f"  about {seconds_text(left_s)} to go" if steps > 1 else ""
+            left = f"  about {seconds_text(left_s)} remaining" if steps > 1 else ""
             print_line(
                 self.console,
                 f"step {state.global_step}/{state.max_steps}  loss {self.last_loss():.4f}{self._pace()}{left}",
@@ -458,7 +460,7 @@ class ProgressDisplay(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
     ) -> None:
-        """Write the epoch's line."""
+        """Print the results of the epoch."""
         if not state.is_world_process_zero:
             return
         score = self._score(metrics)
@@ -479,18 +481,18 @@ class ProgressDisplay(TrainerCallback):
             self._report_rising_loss()
 
     def _score(self, row: Mapping[str, Any]) -> tuple[float, float]:
-        """What an epoch is compared by."""
+        """Return the selection score of an epoch."""
         return self.protocol.selection_score(row, self.task.selection_score)
 
     def _report_rising_loss(self) -> None:
-        """Report once that the loss is well above that of the first epoch."""
+        """Warn once if the loss is well above the first epoch's."""
         first, last = self._losses[0], self._losses[-1]
         if last > _RISEN * first and not self._has_reported:
             self._has_reported = True
             print_line(
                 self.console,
                 f"the training loss has risen from {first:.4f} to {last:.4f}: the learning rate is too high; "
-                "stop, and try a third of --lr",
+                "stop and retry with a third of --lr",
             )
 
     def close(self) -> None:
@@ -506,17 +508,17 @@ class ProgressDisplay(TrainerCallback):
         self.close()
 
     def _step_s(self) -> float:
-        """Seconds of a step, the median of the latest; the first also compiles, and counts where it is the only one."""
+        """Return the median time of recent steps; skips the first, which compiles, if there are others."""
         spans = [after - before for before, after in pairwise(self._step_ends)]
         return statistics.median(spans[1:] or spans)
 
     def _pace(self) -> str:
-        """Images a second, from the second step on: the first compiles."""
+        """Format the throughput; empty for the first step, which compiles."""
         step_s = self._step_s() if self.step_images is not None and len(self._step_ends) > 2 else 0.0
         return f"  {(self.step_images or 0) / step_s:,.0f} images/s" if step_s > 0 else ""
 
     def _budget(self) -> str:
-        """Share of the adapted weights that the update may still change."""
+        """Format the budget as a fraction of the adapted weights."""
         allocator = None if self.allocation is None else self.allocation.allocator
         if allocator is None or not self.total_weights:
             return ""

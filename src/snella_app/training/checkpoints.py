@@ -1,4 +1,4 @@
-"""Atomic checkpoints: written into a staging folder, synced, renamed."""
+"""Atomic checkpoints: written to a staging folder, synced and renamed."""
 
 import contextlib
 import errno
@@ -16,18 +16,18 @@ from snella_app.runs.folder import RunFolderOf
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 MANIFEST = "manifest.json"
-"""The file of a checkpoint that is written last: the run's id, and the SHA-256 digest of every other file by name."""
+"""Last file written to a checkpoint: the run's id and the SHA-256 digests of all other files."""
 
 
 class CheckpointError(OSError):
-    """A checkpoint or the best adapter could not be written (the previous one is intact), or one is damaged."""
+    """Error for a failed write of a checkpoint or adapter (the previous one is intact), or a damaged checkpoint."""
 
 
 def existing_file(checkpoint: Path, name: str) -> Path:
-    """A file of a checkpoint.
+    """Return the path of a checkpoint's file.
 
     Raises:
-        CheckpointError: It is missing.
+        CheckpointError: The file is missing.
     """
     path = checkpoint / name
     if not path.is_file():
@@ -36,17 +36,17 @@ def existing_file(checkpoint: Path, name: str) -> Path:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The complete checkpoint of the highest step; None where there is none.
+    """Return the complete checkpoint with the highest step; None if there is none.
 
     Args:
-        folder: The run's `checkpoints`.
+        folder: The run's `checkpoints` folder.
     """
-    found = _checkpoints(folder)
-    return found[0] if found else None
+    checkpoints = _checkpoints(folder)
+    return checkpoints[0] if checkpoints else None
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a folder, the highest step first."""
+    """List the checkpoints of a folder, highest step first."""
     if not folder.is_dir():
         return []
     steps = {int(match[1]): path for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))}
@@ -54,16 +54,16 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def intact_checkpoint(run: RunFolderOf[Any]) -> tuple[Path | None, list[str]]:
-    """The checkpoint of this run of the highest step whose files are all there and as they were written.
+    """Find the run's undamaged checkpoint with the highest step.
 
     Args:
-        run: Folder of the run.
+        run: Run folder.
 
     Returns:
-        The checkpoint, None where there is none at all; and what is wrong with those of higher steps.
+        The checkpoint, None if the run has no checkpoints, and the damage of checkpoints with higher steps.
 
     Raises:
-        CheckpointError: There are checkpoints, and every one is damaged; names a file of the latest and the remedies.
+        CheckpointError: All checkpoints are damaged; the message names a file and the remedies.
     """
     damages: list[str] = []
     run_id = run.id
@@ -81,55 +81,55 @@ def intact_checkpoint(run: RunFolderOf[Any]) -> tuple[Path | None, list[str]]:
 
 
 def find_damage(checkpoint: Path, run_id: str | None) -> str:
-    """What is wrong with the files of a checkpoint, before anything is loaded from it; empty if nothing is.
+    """Describe the damage of a checkpoint's files without loading them; empty for an intact checkpoint.
 
     Args:
-        checkpoint: Its folder.
-        run_id: Of the run that is to be resumed.
+        checkpoint: Checkpoint folder.
+        run_id: Id of the resumed run.
     """
     path = checkpoint / MANIFEST
     if not path.is_file():
-        return f"{MANIFEST} is missing, which a complete checkpoint has"
+        return f"{MANIFEST} is missing"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         files = dict(manifest["files"])
     except (ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST} is unreadable ({type(error).__name__}: {error})"
     if not is_intact(manifest):
-        return f"{MANIFEST} was altered after it was written"
+        return f"{MANIFEST} was modified after it was written"
     if manifest.get("run") != run_id:
-        return f"it is a checkpoint of another run ({manifest.get('run')}, where this run is {run_id})"
+        return f"it belongs to another run ({manifest.get('run')}; this run is {run_id})"
     missing = [name for name in files if not (checkpoint / name).is_file()]
     if missing:
         return f"{', '.join(missing)} is missing"
     altered = [name for name, digest in files.items() if sha256_of(checkpoint / name) != digest]
     if altered:
-        return f"{', '.join(altered)} was altered or cut off after it was written"
+        return f"{', '.join(altered)} was modified or truncated after it was written"
     foreign = [name for name in _files_of(checkpoint) if name not in (*files, MANIFEST)]
-    return f"{', '.join(foreign)} is no file of it ({MANIFEST} does not list it); remove it" if foreign else ""
+    return f"{', '.join(foreign)} is not listed in {MANIFEST}; remove it" if foreign else ""
 
 
 def _files_of(checkpoint: Path) -> list[str]:
-    """Names of everything in a checkpoint that is not a folder; hidden files, which nothing loads, are left out."""
+    """List the files of a checkpoint, without hidden files, which are never loaded."""
     paths = (path.relative_to(checkpoint) for path in checkpoint.rglob("*") if path.is_symlink() or not path.is_dir())
     return sorted(path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts))
 
 
 def _write_manifest(checkpoint: Path, run_id: str | None) -> None:
-    """List the files of a checkpoint with their digests, and the run that it belongs to."""
+    """Write the run's id and the digests of a checkpoint's files."""
     files = {name: sha256_of(checkpoint / name) for name in _files_of(checkpoint)}
     write_json(checkpoint / MANIFEST, sealed({"run": run_id, "files": files}))
 
 
 def remove_incomplete(folder: Path, keep: Path | None = None) -> int:
-    """Remove what a killed process has left: staging folders, and checkpoints that are not needed any more.
+    """Remove staging folders of a killed process and obsolete checkpoints.
 
     Args:
-        folder: The run's `checkpoints`.
-        keep: The checkpoint to keep; the latest if None.
+        folder: The run's `checkpoints` folder.
+        keep: Checkpoint to keep; the latest if None.
 
     Returns:
-        How many folders were removed.
+        Number of removed folders and files.
     """
     keep = keep or latest_checkpoint(folder)
     leftovers = [path for path in folder.iterdir() if path != keep] if folder.is_dir() else []
@@ -140,10 +140,10 @@ def remove_incomplete(folder: Path, keep: Path | None = None) -> int:
 
 @contextmanager
 def reading_checkpoint(checkpoint: Path) -> Iterator[None]:
-    """Report an error inside as a checkpoint that cannot be read.
+    """Convert errors inside the context to `CheckpointError`.
 
     Raises:
-        CheckpointError: Its files hold something else than a checkpoint's state, such as a pickle of foreign code.
+        CheckpointError: The files are not a valid checkpoint, e.g. a pickle with arbitrary code.
     """
     try:
         yield
@@ -159,17 +159,17 @@ def reading_checkpoint(checkpoint: Path) -> Iterator[None]:
 
 @contextmanager
 def staged(run: RunFolderOf[Any], name: str) -> Iterator[Path]:
-    """Collect the files of a checkpoint in a staging folder, add their digests, make them visible by one rename.
+    """Write a checkpoint to a staging folder, add digests and publish it with a single rename.
 
     Args:
-        run: Folder of the run; the checkpoint goes into its `checkpoints`.
-        name: Of the checkpoint; nothing of that name may be there.
+        run: Run folder; the checkpoint goes to its `checkpoints` folder.
+        name: Name of the checkpoint; must not exist yet.
 
     Yields:
-        The staging folder; what is written into its subfolder `name` counts.
+        The staging folder; only its subfolder `name` is published.
 
     Raises:
-        CheckpointError: Writing failed, as on a full disk. Whatever was there before is still there.
+        CheckpointError: Writing failed, e.g. because the disk is full. Existing checkpoints are unchanged.
     """
     folder = run.checkpoints
     staging = folder / f".staging-{name}"
@@ -191,7 +191,7 @@ def staged(run: RunFolderOf[Any], name: str) -> Iterator[Path]:
 
 @contextmanager
 def reporting_write_errors(path: Path) -> Iterator[None]:
-    """Report a failed write of the best adapter, whose files are replaced one by one, so that old ones are intact."""
+    """Convert a failed write of the best adapter to `CheckpointError`; each file is replaced atomically."""
     try:
         yield
     except Exception as error:
@@ -201,9 +201,9 @@ def reporting_write_errors(path: Path) -> Iterator[None]:
 
 
 def is_write_failure(error: BaseException) -> bool:
-    """Whether an exception means that the disk did not take the data.
+    """Check that an exception is a failed write.
 
-    Besides OSError, torch's zip writer and safetensors raise types of their own, without an errno.
+    torch's zip writer and safetensors raise their own exception types without an errno.
     """
     if isinstance(error, OSError):
         return not isinstance(error, FileNotFoundError)
@@ -211,18 +211,18 @@ def is_write_failure(error: BaseException) -> bool:
 
 
 def _reason(error: BaseException, target: Path) -> str:
-    """The error, the free space, and what is still intact."""
+    """Format the error with the free space and the intact previous file."""
     free_space = ""
     with contextlib.suppress(OSError):
         free_space = f" ({shutil.disk_usage(target.parent).free / 2**20:.0f} MiB free)"
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    # torch's zip writer knows no errno
+    # torch's zip writer reports no errno
     torn = not isinstance(error, OSError) and ("PytorchStreamWriter" in str(error) or "inline_container" in str(error))
-    what = "the disk is full" if full or "No space left" in str(error) else str(error)
-    what = "the disk is full, or a limit on the size of files was met" if torn else what
+    cause = "the disk is full" if full or "No space left" in str(error) else str(error)
+    cause = "the disk is full or the file size limit is reached" if torn else cause
     if _NAME.fullmatch(target.name):
         previous = latest_checkpoint(target.parent)
     else:
         previous = target if any(target.glob("*.safetensors")) else None
-    kept = f"the previous one, {previous}, is intact" if previous is not None else "there is no earlier one"
-    return f"could not write {target}: {what}{free_space}; {kept}; free some space and resume with --resume"
+    intact = f"the previous one, {previous}, is intact" if previous is not None else "no earlier one exists"
+    return f"could not write {target}: {cause}{free_space}; {intact}; free some space and resume with --resume"

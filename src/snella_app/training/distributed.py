@@ -1,4 +1,4 @@
-"""Several processes of one training, as `torchrun` and `accelerate launch` start them: who writes, what is agreed."""
+"""Distributed training with `torchrun` or `accelerate launch`: ranks, collectives and sharded batches."""
 
 import contextlib
 import os
@@ -14,33 +14,33 @@ _T = TypeVar("_T")
 
 
 def process_count() -> int:
-    """Processes of this training; 1 if nothing has started several."""
+    """Return the number of processes (world size); 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def process_number() -> int:
-    """Number of this process, its rank."""
+    """Return the rank of this process."""
     return int(os.environ.get("RANK") or 0) if process_count() > 1 else 0
 
 
 def is_main() -> bool:
-    """Whether this process writes files and talks; the others only compute."""
+    """Check that this is the main process, which writes files and prints."""
     return process_number() == 0
 
 
 def refuse_several_processes(what: str) -> None:
-    """Refuse to be one of several processes.
+    """Raise an error in distributed launches.
 
     Args:
-        what: What is done here: "a comparison".
+        what: The operation, for the message, e.g. "a comparison".
 
     Raises:
-        NotImplementedError: This is one of several.
+        NotImplementedError: The world size is larger than 1.
     """
     if process_count() > 1:
         raise NotImplementedError(
             f"{what} runs in one process, got WORLD_SIZE={process_count()} from torchrun or accelerate; start it with "
-            "`snella` or `python` alone, or leave WORLD_SIZE unset"
+            "`snella` or `python`, or unset WORLD_SIZE"
         )
 
 
@@ -50,45 +50,45 @@ _OTHER_WAYS = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
 }
-"""What else Accelerate can be asked for, by the variable that it sets."""
+"""Unsupported Accelerate modes by environment variable."""
 
 
 def join_processes(device: str) -> None:
-    """Meet the other processes; nothing where there are none.
+    """Initialize the process group; no-op in a single process.
 
     Args:
-        device: auto, cpu or cuda; on GPUs each process takes the one of its local rank.
+        device: auto, cpu or cuda; each process uses the GPU of its local rank.
 
     Raises:
-        NotImplementedError: Accelerate was asked to shard the model.
-        ValueError: One device for several processes.
+        NotImplementedError: Accelerate is configured to shard the model.
+        ValueError: `device` names a single device for several processes.
     """
     for variable, name in _OTHER_WAYS.items():
         if os.environ.get(variable, "false").lower() in ("1", "true", "yes"):
             raise NotImplementedError(
-                f"several processes train by DDP, each with the whole model, got {name} ({variable}="
-                f"{os.environ[variable]}); start them with torchrun, or accelerate launch without it; --shard shares "
-                "the frozen weights out by FSDP2"
+                f"distributed training uses DDP with the whole model per process, got {name} ({variable}="
+                f"{os.environ[variable]}); use torchrun, or accelerate launch without {name}; --shard shards the "
+                "frozen weights with FSDP2"
             )
     if process_count() > 1:
         if ":" in device:
             raise ValueError(
-                f"device must be auto, cpu or cuda for {process_count()} processes, each of which takes its own, got "
-                f"{device!r}"
+                f"device must be auto, cpu or cuda for {process_count()} processes, got {device!r}; each process uses "
+                "its own device"
             )
-        from accelerate import PartialState  # takes a while to import
+        from accelerate import PartialState  # slow import
 
         PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
 
 
 def wait_for_others() -> None:
-    """Wait until all processes have come here."""
+    """Wait until all processes reach this point."""
     if process_count() > 1:
         dist.barrier()
 
 
 def any_of_all(flag: bool) -> bool:
-    """Whether the flag is set in any process."""
+    """Return True if the flag is set in any process."""
     if process_count() == 1:
         return flag
     value = torch.tensor(int(flag), device="cuda" if dist.get_backend() == "nccl" else "cpu")
@@ -97,7 +97,7 @@ def any_of_all(flag: bool) -> bool:
 
 
 def mean_of_all(value: float) -> float:
-    """The mean of a number over all processes; NaN if it is that in one of them."""
+    """Return the mean of a number over all processes; NaN if any value is NaN."""
     if process_count() == 1:
         return value
     total = torch.tensor(value, dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
@@ -106,18 +106,18 @@ def mean_of_all(value: float) -> float:
 
 
 def sum_of_all(values: torch.Tensor) -> torch.Tensor:
-    """The sum of a tensor over all processes."""
+    """Sum a tensor over all processes, in place."""
     if process_count() > 1:
         dist.all_reduce(values)
     return values
 
 
 def from_main(make: Callable[[], _T]) -> _T:
-    """What the main process makes, in all processes.
+    """Run `make` in the main process and broadcast its result.
 
     Raises:
-        Exception: What `make` raises in the main process.
-        SystemExit: The same in the others, which say nothing of it.
+        Exception: `make` failed; raised in the main process.
+        SystemExit: `make` failed; raised silently in all other processes.
     """
     if process_count() == 1:
         return make()
@@ -138,10 +138,10 @@ def from_main(make: Callable[[], _T]) -> _T:
 
 @contextmanager
 def only_main(context: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
-    """Enter a context in the main process alone; what all processes meet inside ends the others silently.
+    """Enter a context only in the main process; errors end all other processes silently.
 
     Raises:
-        SystemExit: Outside of the main process, in place of an interruption or an error with an `exit_status`.
+        SystemExit: In other processes, instead of an interruption or an error with an `exit_status`.
     """
     if is_main():
         with context:
@@ -159,19 +159,19 @@ def only_main(context: contextlib.AbstractContextManager[Any]) -> Iterator[None]
 
 
 def shard_size(images: int, rank: int, count: int) -> int:
-    """Images of one process of a batch that is cut into parts as equal as possible, larger ones first."""
+    """Return the number of images of one rank when a batch is split as evenly as possible, larger parts first."""
     return images // count + (rank < images % count)
 
 
 class ShardedBatches(Sampler[list[int]]):
-    """One process's part of each batch: batches are those of a single process, cut into consecutive parts.
+    """Batch sampler that splits each global batch into consecutive parts, one per process.
 
-    A process for which nothing is left of a small last batch gets its first image, to be weighted with 0.
+    If a small last batch leaves a process without images, it receives the first image with weight 0.
 
     Args:
-        sampler: Indices of all images, the same in each process.
-        batch_size: Images of a batch, of all processes together.
-        rank: Number of this process.
+        sampler: Indices of all images, identical in all processes.
+        batch_size: Global batch size.
+        rank: Rank of this process.
         count: Number of processes.
     """
 
@@ -189,6 +189,6 @@ class ShardedBatches(Sampler[list[int]]):
         return -(-len(self.sampler) // self.batch_size)  # type: ignore[arg-type]
 
     def weight(self, number: int) -> int:
-        """Images of batch `number` that count in this process."""
+        """Return the number of images of batch `number` that belong to this process."""
         images = min(self.batch_size, len(self.sampler) - number * self.batch_size)  # type: ignore[arg-type]
         return shard_size(images, self.rank, self.count)

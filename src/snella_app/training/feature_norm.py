@@ -1,4 +1,4 @@
-"""Normalized features in front of a linear head while it is trained; what is saved is a plain linear layer."""
+"""Feature normalization before a linear head during training; the saved head is a plain linear layer."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ _EPS = 1e-5
 
 
 class FeatureNorm(TrainerCallback):
-    """Standardizes the inputs of a linear head by their running mean and variance.
+    """Callback that standardizes the inputs of a linear head by their running mean and variance.
 
         y = W ẑ + b,   ẑ = (z − μ) / σ
         μ ← μ + m (mean(z) − μ),   σ² ← σ² + m (var(z) − σ²)      after each optimizer step, m = 0.1
 
-    The head learns at the same rate along every feature, whatever its scale, and follows features that move while the
-    backbone is trained. μ and σ are constants for differentiation, so that a step does not depend on how its images are
-    divided into batches and processes. `folded` gives the same function as one linear layer of `z`.
+    The head learns at the same rate along every feature, independent of its scale, and adapts to features that change
+    during training. μ and σ are constants for differentiation, so a step does not depend on the split into batches and
+    processes. `folded` provides the same function as a plain linear layer of `z`.
 
     Args:
-        head: Linear layer, `[classes, width]`; its weights become those of `ẑ`, for the same outputs.
-        features: Features before training, `[images, width]`, which give the first statistics.
+        head: Linear layer, `[classes, width]`; its weights are converted to `ẑ` with unchanged outputs.
+        features: Features before training, `[images, width]`, for the initial statistics.
     """
 
     def __init__(self, head: nn.Linear, features: Tensor) -> None:
@@ -58,7 +58,7 @@ class FeatureNorm(TrainerCallback):
         return (((features.float() - self.mean) / self._std).to(features.dtype), *inputs[1:])
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Update the statistics by the step's images, over all batches and processes."""
+        """Update the statistics with the images of the step from all batches and processes."""
         count, sums, squares = sum_of_all(torch.stack(self._sums).sum(0)).split([1, len(self.mean), len(self.mean)])
         self._sums = []
         mean = sums / count
@@ -67,7 +67,7 @@ class FeatureNorm(TrainerCallback):
 
     @contextmanager
     def folded(self) -> Iterator[None]:
-        """Swap in the weights of the features as they are, inside: `W / σ` and `b − W μ / σ`."""
+        """Use weights for unnormalized features inside the context: `W / σ` and `b − W μ / σ`."""
         weight, bias = self.head.weight.detach().clone(), self.head.bias.detach().clone()
         with torch.no_grad():
             self.head.weight.div_(self._std)
@@ -80,25 +80,25 @@ class FeatureNorm(TrainerCallback):
                 self.head.bias.copy_(bias)
 
     def remove(self) -> None:
-        """Stop normalizing; the head takes the features as they are from here on."""
+        """Remove the normalization; the head receives unnormalized features."""
         self._handle.remove()
 
     def save(self, checkpoint: Path) -> None:
-        """Write the statistics into a checkpoint's folder."""
+        """Write the statistics to a checkpoint folder."""
         save_file({"mean": self.mean.cpu(), "var": self.var.cpu()}, checkpoint / _FILE)
 
     def load(self, checkpoint: Path) -> None:
         """Load the statistics from a checkpoint.
 
         Raises:
-            CheckpointError: It holds none, or those of another width.
+            CheckpointError: The checkpoint has no statistics, or statistics of another width.
         """
         path = existing_file(checkpoint, _FILE)
         stored = load_file(path, str(self.mean.device))
         for name in ("mean", "var"):
             shape = list(stored[name].shape) if name in stored else None
             if shape != [len(self.mean)]:
-                raise CheckpointError(f"{path} must hold {name!r} of shape {[len(self.mean)]}, got {shape}")
+                raise CheckpointError(f"{path} must contain {name!r} of shape {[len(self.mean)]}, got {shape}")
         self.mean, self.var = stored["mean"], stored["var"]
 
 

@@ -1,4 +1,4 @@
-"""The final head of a run: the trained one, or a linear one fitted to features of several layers after training."""
+"""Final head of a run: the trained head, or a linear probe on features of several layers, fitted after training."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -17,22 +17,21 @@ from snella_app.training.build import RunComponents
 from snella_app.training.linear_probe import is_clearly_more, plain_images
 
 INVERSE_PENALTY = 0.01
-"""Weight of the sum of the images' losses beside `‖W‖²/2`, for standardized features."""
+"""Weight C of the summed loss relative to `‖W‖²/2`, for standardized features."""
 _ITERATIONS = 100
 _EPS = 1e-6
 _SECONDS_PER_PRODUCT = 1e-8
-"""Time of both fits for each image, feature and output; a fit has about a hundred steps."""
+"""Time of both fits per image, feature and output; a fit takes about a hundred steps."""
 
 
 @dataclass
 class MeasuredFeatures:
-    """Features and targets of a part.
+    """Features and targets of a split.
 
     Attributes:
-        views: Features of the images, and of their flips if predictions are averaged over these: each
-            `[images, width]`.
-        labels: As `Task.collate` makes them.
-        weights: Sample weights `[images]`; None for ones.
+        views: Features of the images, and of their flips with test-time augmentation; each `[images, width]`.
+        labels: Labels as collated by `Task.collate`.
+        weights: Sample weights `[images]`; None for equal weights.
     """
 
     views: list[Tensor]
@@ -42,12 +41,12 @@ class MeasuredFeatures:
 
 @dataclass
 class LayerFit:
-    """A probe of several layers and what it says of the validation images.
+    """Fitted layer probe and its validation outputs.
 
     Attributes:
-        probe: Fitted to the training and validation images.
-        val: Reduced outputs and labels of the validation images, of a fit to the training images alone; None where
-            there are none.
+        probe: Probe fitted to the training and validation images.
+        val: Reduced outputs and labels of the validation images, from a fit to only the training images; None without
+            validation images.
     """
 
     probe: LayerProbe
@@ -55,81 +54,81 @@ class LayerFit:
 
 
 Load = Callable[[ImageDataset], Iterable[dict[str, Tensor]]]
-"""Makes batches of a part's images, as `Task.collate` does."""
+"""Function that returns collated batches of a data set."""
 
 
 @torch.no_grad()
 def measure_features(
     parts: RunComponents, images: Any, views: int, load: Load, first_view: Tensor | None = None
 ) -> MeasuredFeatures:
-    """Features of several layers of a part's images as predictions see them.
+    """Compute features of several layers with the evaluation transform.
 
     Args:
-        parts: The model, on its device.
-        images: Of the part.
-        views: 2 for the images and their flips.
-        load: Makes the batches.
-        first_view: Features of the images as they are, if they are known.
+        parts: Components with the model on its device.
+        images: Images of the split.
+        views: 1 for the images, 2 for the images and their flips.
+        load: Function that returns batches.
+        first_view: Precomputed features of the unflipped images, if available.
     """
     plain = plain_images(images).with_transform(build_transform(parts.data_config, train=False, augment="none"))
     model, layers = parts.model, probed_layers(parts.model)
     device = next(model.parameters()).device
     model.eval()
-    found: dict[int, list[Tensor]] = {number: [] for number in range(0 if first_view is None else 1, views)}
+    features_by_view: dict[int, list[Tensor]] = {number: [] for number in range(0 if first_view is None else 1, views)}
     labels: list[Tensor] = []
     weights: list[Tensor] = []
-    for batch in load(plain) if found else [_targets(parts.task, plain)]:
-        for number, view in found.items():
+    for batch in load(plain) if features_by_view else [_targets(parts.task, plain)]:
+        for number, view in features_by_view.items():
             batch_images = batch["images"].to(device)
             features = layer_features(model, batch_images.flip(-1) if number else batch_images, layers)
             view.append(features.float())
         labels.append(batch["labels"])
         weights += [batch["weights"]] if "weights" in batch else []
-    known = [] if first_view is None else [first_view]
+    precomputed = [] if first_view is None else [first_view]
     return MeasuredFeatures(
-        [*known, *(torch.cat(view) for view in found.values())],
+        [*precomputed, *(torch.cat(view) for view in features_by_view.values())],
         torch.cat(labels),
         torch.cat(weights) if weights else None,
     )
 
 
 def _targets(task: Task, images: ImageDataset) -> dict[str, Tensor]:
-    """A batch of all targets, without the images."""
+    """Collate the targets of all images without loading the images."""
     return task.collate([(torch.empty(0), *images.target_and_weight(index)) for index in range(len(images))])
 
 
 def fit_layers(parts: RunComponents, train: ImageDataset, views: int, load: Load) -> LayerFit:
     """Fit a linear head to features of several layers of the trained model.
 
-    The validation images are predicted by a fit to the training images, and then are part of the final one.
+    A first fit to the training images predicts the validation images. The final fit uses both.
 
     Args:
-        parts: Data and model; `start_layers`, if it is there, has the features of `train`.
-        train: The training images that it is fitted to.
-        views: As for `measure_features`.
-        load: Makes the batches.
+        parts: Data and model; `start_layers` optionally contains the features of `train`.
+        train: Training images.
+        views: See `measure_features`.
+        load: Function that returns batches.
     """
     outputs = parts.task.count_outputs(parts.splits.classes)
     measured = measure_features(parts, train, views, load, parts.start_layers)
     val = None if parts.splits.val is None else measure_features(parts, parts.splits.val, views, load)
     weight, bias = fit_linear(parts.task, measured, outputs)
-    layers, said = probed_layers(parts.model), None
+    layers, val_outputs = probed_layers(parts.model), None
     if val is not None:
-        said = _outputs(parts.task, val, weight, bias)
+        val_outputs = _outputs(parts.task, val, weight, bias)
         weight, bias = fit_linear(parts.task, _joined(measured, val), outputs)
-    return LayerFit(LayerProbe(parts.model, layers, weight, bias).to(weight.device), said)
+    return LayerFit(LayerProbe(parts.model, layers, weight, bias).to(weight.device), val_outputs)
 
 
 def measure_layers(parts: RunComponents, probe: LayerProbe, images: Any, views: int, load: Load) -> Any:
-    """Reduced outputs and labels of a part's images, by a probe; arguments as for `measure_features`."""
+    """Compute the reduced outputs of a probe and the labels of a split; see `measure_features` for the arguments."""
     measured = measure_features(parts, images, views, load)
     return _outputs(parts.task, measured, probe.linear.weight, probe.linear.bias)
 
 
 def is_clearly_worse(task: Task, val: tuple[Any, Any], trained: tuple[Any, Any]) -> bool:
-    """Whether the outputs `val` are worse than those of the trained head on the same validation images.
+    """Check that the outputs `val` are worse than the trained head's on the same validation images.
 
-    For one class an image by McNemar's test (`is_clearly_more`), for other tasks by the monitored metric.
+    Single-label classification uses McNemar's test (`is_clearly_more`); other tasks compare the monitored metric.
     """
     if task.has_one_class:
         labels = torch.as_tensor(np.asarray(trained[1]))
@@ -143,11 +142,11 @@ def is_clearly_worse(task: Task, val: tuple[Any, Any], trained: tuple[Any, Any])
 
 
 def layer_fit_seconds(parts: RunComponents, rows: int) -> float:
-    """About how long the fits of `fit_layers` take on a CPU, without the passes over the images.
+    """Estimate the CPU time of the fits in `fit_layers` in seconds, without feature extraction.
 
     Args:
         parts: Data and model.
-        rows: Images times views.
+        rows: Number of images times views.
     """
     base: Any = base_model(parts.model)
     channels = [int(entry["num_chs"]) for entry in base.feature_info]
@@ -156,19 +155,19 @@ def layer_fit_seconds(parts: RunComponents, rows: int) -> float:
 
 
 def fit_linear(task: Task, measured: MeasuredFeatures, outputs: int) -> tuple[Tensor, Tensor]:
-    """Minimize the task's loss over linear heads, with an L2 penalty.
+    """Fit a linear head to the task's loss with an L2 penalty by L-BFGS.
 
         min_{W,b}  mean_i loss(W x̂_i + b, y_i) + ‖W‖² / (2 C n),   x̂ = (x − mean) / std,   C = 0.01
 
-    by L-BFGS, on all views of the `n` images.
+    The `n` samples are all views of all images.
 
     Args:
-        task: Has the loss.
+        task: Task with the loss.
         measured: Features and targets.
-        outputs: Of the head.
+        outputs: Number of outputs.
 
     Returns:
-        Weight `[outputs, width]` and bias `[outputs]` on the features as they are, float32.
+        Weight `[outputs, width]` and bias `[outputs]` for unnormalized features, float32.
     """
     features = torch.cat(measured.views)
     count = len(measured.views)
@@ -177,13 +176,13 @@ def fit_linear(task: Task, measured: MeasuredFeatures, outputs: int) -> tuple[Te
     labels = torch.cat([measured.labels] * count).to(inputs.device)
     weights = None if measured.weights is None else torch.cat([measured.weights] * count).to(inputs.device)
     penalty = 1 / (2 * INVERSE_PENALTY * len(inputs))
-    weight, bias = fit_head(inputs, outputs, lambda found: task.loss(found, labels, weights), penalty, _ITERATIONS)
+    weight, bias = fit_head(inputs, outputs, lambda logits: task.loss(logits, labels, weights), penalty, _ITERATIONS)
     weight = weight / std
     return weight, bias - weight @ mean
 
 
 def _outputs(task: Task, measured: MeasuredFeatures, weight: Tensor, bias: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Reduced outputs, averaged over the views, and labels."""
+    """Compute reduced outputs, averaged over the views, and labels."""
     outputs = [nn.functional.linear(view, weight, bias) for view in measured.views]
     averaged = outputs[0] if len(outputs) == 1 else task.average_outputs(outputs)
     reduced, labels = task.reduce(averaged, measured.labels)
@@ -191,7 +190,7 @@ def _outputs(task: Task, measured: MeasuredFeatures, weight: Tensor, bias: Tenso
 
 
 def _joined(first: MeasuredFeatures, second: MeasuredFeatures) -> MeasuredFeatures:
-    """The images of two parts; sample weights of 1 where one of them has none."""
+    """Concatenate two splits; missing sample weights become 1."""
     weights = None
     if first.weights is not None or second.weights is not None:
         given = [part.weights if part.weights is not None else torch.ones(len(part.labels)) for part in (first, second)]

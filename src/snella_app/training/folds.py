@@ -1,4 +1,4 @@
-"""Cross-validation: one run a fold, a table over folds, and their models as an ensemble."""
+"""Cross-validation: one run per fold and a table over folds."""
 
 import dataclasses
 import html
@@ -24,29 +24,29 @@ _SKIPPED = ("confusion",)
 
 
 def is_cross_validation(folder: str | Path) -> bool:
-    """Whether a folder is that of a cross-validation."""
+    """Check that a folder contains a cross-validation."""
     return (Path(folder) / FoldResults.file).is_file()
 
 
 def train_folds(config: TrainConfig, console: Console | None = None, **options: Any) -> FoldResults:
-    """Train one run for each of `config.folds` folds, `OUT/fold-1` and so on, and write the table over them.
+    """Train one run per fold in `OUT/fold-1`, `OUT/fold-2`, …, and write a table over the folds.
 
-    A fold holds out one K-th of the images, by class, or by groups where the data has some. Each run is an ordinary one
-    (`snella evaluate OUT/fold-2`), and trains on a validation part of its own to choose its epoch; where the data has a
-    test part, the folds are the validation parts instead, and all models are measured on that test part.
+    Each fold holds out one K-th of the images, stratified by class, or by group if the data has groups. Each run is an
+    ordinary run (`snella evaluate OUT/fold-2`) with a separate validation split for epoch selection. If the data has a
+    test split, the folds are the validation splits, and all models are evaluated on the test split.
 
     Args:
-        config: As for `train`, with `folds`. With `resume`, finished folds are kept, and the others trained.
-        console: Where to write; standard output if None.
-        **options: As for `train`.
+        config: Settings as for `train`, with `folds`. With `resume`, only unfinished folds are trained.
+        console: Output console; standard output if None.
+        **options: Options of `train`.
 
     Returns:
-        What `OUT/folds.json` holds; `folds.md` and `folds.html` show it.
+        The content of `OUT/folds.json`; `folds.md` and `folds.html` present it as tables.
 
     Raises:
-        FileExistsError: The folder holds a cross-validation or a run, and neither `resume` nor `overwrite` was asked.
-        FileNotFoundError: `resume` without a cross-validation, and without data and backbone to start one.
-        ValueError: What `train` refuses, or a resumed one with other settings.
+        FileExistsError: The folder contains a cross-validation or a run, and neither `resume` nor `overwrite` is set.
+        FileNotFoundError: `resume` is set, but the folder has no cross-validation and no data or backbone is given.
+        ValueError: `train` rejects the settings, or a resumed cross-validation has other settings.
     """
     console = console or make_console(survives_closed_output=True)
     folder = RunFolder(str(config.out))
@@ -58,8 +58,8 @@ def train_folds(config: TrainConfig, console: Console | None = None, **options: 
         if run.status != "finished":
             is_started = run.status is not None
             print_line(console, f"fold {fold} of {count}")
-            own = dataclasses.replace(config, fold=fold, out=str(run.path), resume=is_started, overwrite=False)
-            train(own, console, **options)
+            fold_config = dataclasses.replace(config, fold=fold, out=str(run.path), resume=is_started, overwrite=False)
+            train(fold_config, console, **options)
         metrics = read(Metrics, run.path)
         held_out = read(RunInfo, run.path).data.fold_part or "test"
         chosen = metrics.test if held_out == "test" else metrics.val
@@ -70,14 +70,12 @@ def train_folds(config: TrainConfig, console: Console | None = None, **options: 
     write_text(folder.path / "folds.md", _markdown(results))
     write_text(folder.path / "folds.html", _page(results, str(config.data), config.method))
     console.print(_table(results))
-    print_line(
-        console, f"table {folder.path / 'folds.html'}; snella predict {folder.path} takes the mean of all models"
-    )
+    print_line(console, f"table {folder.path / 'folds.html'}; snella predict {folder.path} averages all models")
     return results
 
 
 def numbers_of(scores: Any) -> dict[str, float]:
-    """The numbers among the results on one part, by metric; none where it was not measured."""
+    """Return the scalar metrics of a split; empty if it was not evaluated."""
     if scores is None:
         return {}
     values = plain(scores) if dataclasses.is_dataclass(scores) else dict(scores)
@@ -89,7 +87,7 @@ def numbers_of(scores: Any) -> dict[str, float]:
 
 
 def summary_of(results: FoldResults, *, test: bool = False) -> dict[str, tuple[float, float]]:
-    """Mean and standard deviation over folds (n - 1 in its denominator) of each metric."""
+    """Compute the mean and sample standard deviation (n - 1) of each metric over the folds."""
     rows = [row.test if test else row.scores for row in results.rows]
     names = [name for name in (rows[0] if rows else {}) if all(name in row for row in rows)]
     summary = {}
@@ -100,27 +98,29 @@ def summary_of(results: FoldResults, *, test: bool = False) -> dict[str, tuple[f
 
 
 def _prepared(config: TrainConfig, folder: RunFolder) -> TrainConfig:
-    """The settings of a new cross-validation, written down, or those of the one that is resumed."""
+    """Write the settings of a new cross-validation, or return the stored settings of a resumed one."""
     stored = read_if_present(FoldResults, folder.path)
     if stored is not None and config.resume:
         known = folder.read_config()
         differences = config.differences(known)
         if differences:
             raise ValueError(
-                f"resume continues {folder.path} with its own settings, but {'; '.join(differences)}; leave them out"
+                f"resume continues {folder.path} with its stored settings, but {'; '.join(differences)}; leave them out"
             )
         return dataclasses.replace(known, out=str(folder.path), workers=config.workers, progress=config.progress)
     if folder.status is not None:
-        raise FileExistsError(f"out={folder.path} holds a run of one split; choose another folder for folds")
+        raise FileExistsError(f"out={folder.path} contains a run of one split; choose another folder for folds")
     if stored is not None and not config.overwrite:
         raise FileExistsError(
-            f"out={folder.path} holds a cross-validation of {stored.folds} folds; continue it with --resume, choose "
+            f"out={folder.path} contains a cross-validation of {stored.folds} folds; continue it with --resume, choose "
             "another folder, or start over with --overwrite"
         )
     if stored is None and folder.path.is_dir() and any(folder.path.iterdir()):
-        raise FileExistsError(f"out={folder.path} holds files but no cross-validation; choose an empty or a new folder")
+        raise FileExistsError(
+            f"out={folder.path} contains files but no cross-validation; choose an empty or a new folder"
+        )
     if not config.data or not config.backbone:
-        raise FileNotFoundError(f"resume must name a cross-validation, got {folder.path}, which holds none")
+        raise FileNotFoundError(f"resume needs a cross-validation, got {folder.path}, which contains none")
     if stored is not None:
         for fold in range(1, stored.folds + 1):
             RunFolder(folder.path / f"fold-{fold}")._clear()
@@ -131,7 +131,7 @@ def _prepared(config: TrainConfig, folder: RunFolder) -> TrainConfig:
 
 
 def _cells(results: FoldResults) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of the table, mean and standard deviation last."""
+    """Build the columns and rows of the table; the last row has mean and standard deviation."""
     parts: list[tuple[str, bool]] = [(results.held_out, False)]
     if results.rows and results.rows[0].test:
         parts.append(("test", True))
@@ -149,14 +149,14 @@ def _cells(results: FoldResults) -> tuple[list[str], list[list[str]]]:
 
 
 def _markdown(results: FoldResults) -> str:
-    """The table in Markdown."""
+    """Format the table as Markdown."""
     columns, rows = _cells(results)
     lines = [columns, ["---:" for _ in columns], *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
 
 
 def _page(results: FoldResults, data: str, method: str) -> str:
-    """The table as a page, with links to the folds' reports."""
+    """Format the table as an HTML page with links to the folds' reports."""
     columns, rows = _cells(results)
     css = resources.files("snella_app.report").joinpath("report.css").read_text(encoding="utf-8")
     head = "".join(f'<th scope="col" class="n">{html.escape(name)}</th>' for name in columns)
@@ -174,15 +174,15 @@ def _page(results: FoldResults, data: str, method: str) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
         f"<title>{title}</title><style>{css}</style></head><body><header><h1>{title}</h1>"
-        '<p class="lead">Each row is a run of its own, measured on the images of its fold.</p></header><main><section>'
+        '<p class="lead">Each row is a separate run, evaluated on the images of its fold.</p></header><main><section>'
         '<div class="scroll wide" role="region" aria-label="Table of folds" tabindex="0">'
         f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-        '<p class="sideways" aria-hidden="true">scroll sideways for the rest ⟷</p></section></main></body></html>\n'
+        '<p class="sideways" aria-hidden="true">scroll sideways for more columns ⟷</p></section></main></body></html>\n'
     )
 
 
 def _table(results: FoldResults) -> Table:
-    """The table for the terminal."""
+    """Build the terminal table."""
     columns, rows = _cells(results)
     table = make_table(columns, rows[:-1], left=0)
     table.add_section()

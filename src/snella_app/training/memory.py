@@ -1,4 +1,4 @@
-"""Memory of a training step, predicted from two small forward passes, and the peak of this process."""
+"""Prediction of the memory of a training step from two small forward passes, and peak memory of this process."""
 
 import math
 import resource
@@ -24,17 +24,17 @@ from snella_app.methods import build_method
 from snella_app.methods.defaults import MEMORY_METHODS
 
 Call = tuple[str, int]
-"""A module's name, or `ATTENTION`, and which of its calls within the pass."""
+"""Module name, or `ATTENTION`, and call index within the forward pass."""
 ATTENTION = "scaled_dot_product_attention"
 
 
 @dataclass(frozen=True)
 class ModuleCall:
-    """The state after one module has run.
+    """Memory after the call of one module.
 
     Args:
-        kept: Bytes kept until then.
-        passed: Bytes of its inputs and outputs together; as much is there again as gradients in the backward pass.
+        kept: Bytes saved by autograd so far.
+        passed: Bytes of the module's inputs and outputs; their gradients need the same amount in the backward pass.
     """
 
     kept: int
@@ -43,13 +43,12 @@ class ModuleCall:
 
 @dataclass
 class ForwardRecord:
-    """One forward pass in training mode.
+    """Record of one forward pass in training mode.
 
     Args:
-        kept: Bytes that autograd keeps after it, parameters and buffers apart.
-        keeps_images: Whether the images themselves are among them, as the first trained layer wants.
-        calls: The modules of `working_modules`, and attention whose inputs are kept encoded, in the order in which they
-            ran.
+        kept: Bytes saved by autograd, without parameters and buffers.
+        keeps_images: The saved tensors include the input images, as a trained first layer needs.
+        calls: Calls of the modules in `working_modules`, and of attention with encoded inputs, in execution order.
     """
 
     kept: int = 0
@@ -58,8 +57,8 @@ class ForwardRecord:
 
 
 def working_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that compute something themselves, by name: adapted layers as a whole, and those without parts."""
-    found: dict[str, nn.Module] = {}
+    """Return adapted layers and all other leaf modules by name."""
+    modules: dict[str, nn.Module] = {}
     adapted: list[str] = []
     for name, module in model.named_modules():
         if any(name.startswith(f"{outer}.") for outer in adapted[-1:]):
@@ -68,26 +67,27 @@ def working_modules(model: nn.Module) -> dict[str, nn.Module]:
         if is_adapted:
             adapted.append(name)
         if is_adapted or next(module.children(), None) is None:
-            found[name] = module
-    return found
+            modules[name] = module
+    return modules
 
 
 def record_forward(model: nn.Module, images: Tensor) -> ForwardRecord:
-    """Run the model once in training mode, and record what autograd saves.
+    """Run one forward pass in training mode and record the memory that autograd saves.
 
-    Sizes are recorded and tensors released, so that this takes the memory of a forward pass without gradients. What a
-    part under activation checkpointing saves is there while its own backward pass runs; before and after, its inputs.
+    The function records sizes and releases the tensors, so it needs only the memory of a forward pass without
+    gradients. Under activation checkpointing, a part's saved tensors exist only during its backward pass; otherwise
+    only its inputs are saved.
 
     Args:
-        model: Left as it was: mode, buffers and the random state are restored.
+        model: Model; mode, buffers and random state are restored.
         images: `[batch, channels, height, width]` on the model's device.
     """
     record = ForwardRecord()
-    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
-    # a storage's data goes with its last tensor; what is known of it stays, so that no other one takes its identity
+    model_storages = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    # a weak reference keeps the storage's identity reserved after its data is freed, so no other storage reuses it
     noted: dict[int, StorageWeakRef] = {}
     seen: Counter[str] = Counter()
-    recomputed = 0  # bytes of the parts under checkpointing that ended, less those of all their inputs so far
+    recomputed = 0  # bytes saved inside finished checkpointed parts, minus the bytes of their inputs
 
     def compute_now(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         nonlocal recomputed
@@ -102,14 +102,14 @@ def record_forward(model: nn.Module, images: Tensor) -> ForwardRecord:
     def pack(tensor: Tensor) -> None:
         parts = [tensor._indices(), tensor._values()] if tensor.layout == torch.sparse_coo else [tensor]
         for storage in (part.untyped_storage() for part in parts):
-            known = StorageWeakRef(storage)
-            if storage.data_ptr() not in own and known.cdata not in noted:
-                noted[known.cdata] = known
+            reference = StorageWeakRef(storage)
+            if storage.data_ptr() not in model_storages and reference.cdata not in noted:
+                noted[reference.cdata] = reference
                 record.kept += storage.nbytes()
                 record.keeps_images |= storage.data_ptr() == images.untyped_storage().data_ptr()
 
     def unpack(_: None) -> Tensor:
-        raise RuntimeError("record_forward keeps nothing for a backward pass, got one; record the forward pass alone")
+        raise RuntimeError("record_forward does not support a backward pass, got one; run only the forward pass")
 
     def noting(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def note(_: nn.Module, inputs: Any, output: Any) -> None:
@@ -120,7 +120,7 @@ def record_forward(model: nn.Module, images: Tensor) -> ForwardRecord:
         return note
 
     def note_attention(inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        # decoded, it is there again with its output, besides gradients
+        # decoding recreates the inputs and the output in the backward pass, in addition to the gradients
         passed = 2 * _bytes([*inputs, output])
         record.calls[ATTENTION, seen[ATTENTION]] = ModuleCall(record.kept - recomputed, passed)
         seen[ATTENTION] += 1
@@ -142,14 +142,14 @@ def record_forward(model: nn.Module, images: Tensor) -> ForwardRecord:
 
 
 class _WatchedAttention(TorchFunctionMode):
-    """Tells of attention that is computed apart from the model's graph, and again in the backward pass."""
+    """Calls `note` for attention that runs outside the model's graph and is recomputed in the backward pass."""
 
     def __init__(self, note: Callable[[tuple[Tensor, ...], Tensor], None]) -> None:
         super().__init__()
         self.note = note
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call a function."""
+        """Call the function and note attention."""
         output = func(*args, **(kwargs or {}))
         if func is nn.functional.scaled_dot_product_attention and args and args[0].is_leaf and args[0].requires_grad:
             self.note(args[:3], output)
@@ -158,11 +158,11 @@ class _WatchedAttention(TorchFunctionMode):
 
 @contextmanager
 def restored_state(model: nn.Module, images: Tensor) -> Iterator[None]:
-    """Restore mode, buffers and random state of a model afterwards.
+    """Restore mode, buffers and random state of a model on exit.
 
     Args:
-        model: Run inside.
-        images: What it is run on, for their device.
+        model: Model that runs inside the context.
+        images: Input images, for their device.
     """
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     was_training = model.training
@@ -176,7 +176,7 @@ def restored_state(model: nn.Module, images: Tensor) -> Iterator[None]:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in what a module takes or gives."""
+    """Iterate over the tensors in a nested input or output."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
@@ -191,9 +191,9 @@ _STATUS = Path("/proc/self/status")
 
 
 def peak_rss_mib() -> float:
-    """Peak resident memory of this process so far, in MiB.
+    """Return the peak resident memory of this process in MiB.
 
-    `VmHWM` where the system has it. `ru_maxrss` on Linux begins at the peak of the process that started this one.
+    The value is `VmHWM` if available, because `ru_maxrss` on Linux starts at the peak of the parent process.
     """
     if _STATUS.is_file():
         for line in _STATUS.read_text(encoding="utf-8").splitlines():
@@ -205,26 +205,27 @@ def peak_rss_mib() -> float:
 
 
 _FEW, _MORE = 2, 3
-"""Images of the two passes. One alone is no sample: batch norm refuses it, and an axis of length 1 needs no copies."""
-_ROWS_OF_TILE, _COLUMNS_OF_TILE = 32, 64  # of the Triton kernels: each tile has its own partial gradients
-_EAGER_MATRICES = 14  # that torch operations need at once beside `ΔW` in the default kernel's backward pass; measured
+"""Batch sizes of the two passes. Batch size 1 is not representative: batch norm rejects it, and axes of length 1 avoid
+copies."""
+_ROWS_OF_TILE, _COLUMNS_OF_TILE = 32, 64  # of the Triton kernels, which store partial gradients per tile
+_EAGER_MATRICES = 14  # temporary matrices of the eager backward pass besides `ΔW`, default kernel; measured
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Peak memory of one training step with AdamW, in bytes, and what it is made of.
+    """Peak memory of one training step with AdamW and its components, in bytes.
 
-    `total` is the most that is there at one time, which is less than the sum of the parts: the gradients appear while
-    saved tensors are released, and each temporary tensor has its own moment.
+    `total` is less than the sum of the components, because they do not peak at the same time: gradients are allocated
+    while saved tensors are freed, and temporary tensors exist only briefly.
 
     Args:
         weights: Parameters and buffers.
-        gradients: One value for each trained parameter, after the backward pass.
+        gradients: Gradients of the trainable parameters.
         optimizer_state: AdamW's two moments.
-        kept: What the forward pass keeps for the backward pass.
-        temporary: The largest set of temporary tensors of one module or of the optimizer: gradients of activations,
-            an effective weight, `ΔW`, a weight's gradient that is not a parameter's.
-        total: Peak.
+        kept: Tensors saved for the backward pass.
+        temporary: Largest set of temporary tensors of one module or the optimizer: activation gradients, effective
+            weight, `ΔW`, and gradients of effective weights.
+        total: Peak memory.
     """
 
     weights: int
@@ -238,42 +239,42 @@ class StepMemory:
 def predict_step_memory(
     model: nn.Module, image_shape: tuple[int, int, int], batch_size: int, *, device_type: str | None = None
 ) -> StepMemory:
-    """Predict the peak memory of one training step: forward, backward, AdamW.
+    """Predict the peak memory of one training step: forward, backward and AdamW.
 
         at module i of the backward pass:  kept_until(i) + gradients(i, i+1, …) + temporary(i)
-        at the optimizer's step:           gradients + temporary(AdamW)
+        at the optimizer step:             gradients + temporary(AdamW)
         total = weights + optimizer_state + images + max of these
 
-    `kept_until` and the activations' part of `temporary` are linear in the batch; forward passes of 2 and 3 images give
-    the line, and take the memory of passes without gradients. Libraries, the allocator's rounding and workspaces come
-    on top; the latter count where convolutions are trained in full on the CPU.
+    `kept_until` and the activation part of `temporary` are linear in the batch size; forward passes with 2 and 3 images
+    determine the line at the memory cost of passes without gradients. The prediction excludes libraries, allocator
+    rounding and workspaces; workspaces are significant for fully trained convolutions on the CPU.
 
     Args:
-        model: From `build_method`, on any device.
+        model: Model from `build_method`, on any device.
         image_shape: `(channels, height, width)`.
         batch_size: Batch size.
-        device_type: Where it will train, `"cpu"` or `"cuda"`, whose temporary tensors differ; the model's
-            device if None.
+        device_type: Device type of the training, `"cpu"` or `"cuda"`, which determines temporary tensors; the model's
+            if None.
     """
     few, more = _two_passes(model, image_shape)
     device_type = device_type or next(model.parameters()).device.type
     modules = working_modules(model)
     last_call = {name: (name, number) for name, number in few.calls}
-    still_to_come: dict[Call, int] = {}
+    gradients_from: dict[Call, int] = {}
     gradients = 0
     for call in reversed(few.calls):
         is_first = call[0] in modules and call == last_call[call[0]]
         gradients += _trained_bytes(modules[call[0]]) if is_first else 0
-        still_to_come[call] = gradients
+        gradients_from[call] = gradients
     gradients = _trained_bytes(model)
     kept = _on_line(few.kept, more.kept, batch_size)
-    of_step = _step_temporary(model, device_type)
-    temporary, peak = of_step, max(kept, gradients + of_step)
+    step_temporary = _step_temporary(model, device_type)
+    temporary, peak = step_temporary, max(kept, gradients + step_temporary)
     for call in few.calls.keys() & more.calls.keys():
-        one, two = few.calls[call], more.calls[call]
-        own = _on_line(one.passed, two.passed, batch_size) + _matrix_temporary(modules.get(call[0]), device_type)
-        temporary = max(temporary, own)
-        peak = max(peak, _on_line(one.kept, two.kept, batch_size) + still_to_come[call] + own)
+        first, second = few.calls[call], more.calls[call]
+        size = _on_line(first.passed, second.passed, batch_size) + _matrix_temporary(modules.get(call[0]), device_type)
+        temporary = max(temporary, size)
+        peak = max(peak, _on_line(first.kept, second.kept, batch_size) + gradients_from[call] + size)
     if not few.keeps_images:
         peak += batch_size * math.prod(image_shape) * next(model.parameters()).element_size()
     weights = _bytes([*model.parameters(), *model.buffers()])
@@ -281,7 +282,7 @@ def predict_step_memory(
 
 
 def _two_passes(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[ForwardRecord, ForwardRecord]:
-    """What forward passes of few images and of one more keep."""
+    """Record forward passes with `_FEW` and `_MORE` images."""
     first = next(model.parameters())
     with torch.random.fork_rng([first.device] if first.is_cuda else []):
         images = torch.randn(_MORE, *image_shape, device=first.device, dtype=first.dtype)
@@ -289,16 +290,16 @@ def _two_passes(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[Fo
 
 
 def _on_line(few: int, more: int, batch_size: int) -> int:
-    """The value at `batch_size` of the line through those of the two passes."""
+    """Extrapolate linearly from the two passes to `batch_size`."""
     per_image = max(more - few, 0) // (_MORE - _FEW)
     return max(few - _FEW * per_image, 0) + batch_size * per_image
 
 
 def _matrix_temporary(module: nn.Module | None, device_type: str) -> int:
-    """Bytes of the weight-sized tensors that an adapted layer makes and lets go within one pass, the larger of both.
+    """Return the bytes of temporary weight-sized tensors of an adapted layer, the maximum over both passes.
 
-    The weight's gradient takes the place of the effective weight. Numba kernels write `ΔW` in the forward pass alone,
-    to find its threshold; Triton kernels and torch operations merge it in both passes.
+    In the backward pass the weight gradient replaces the effective weight. Numba kernels materialize `ΔW` only in the
+    forward pass, to find its threshold; Triton kernels and torch operations merge it in both passes.
     """
     if not isinstance(module, SnellaLayer) or module.merged or module.disable_adapters:
         return 0
@@ -319,18 +320,18 @@ def _matrix_temporary(module: nn.Module | None, device_type: str) -> int:
 
 
 def _step_temporary(model: nn.Module, device_type: str) -> int:
-    """Bytes that AdamW makes and lets go: a denominator for all parameters at once on a GPU, else one by one, twice."""
+    """Return AdamW's temporary bytes: a denominator for all parameters on a GPU, else two of the largest parameter."""
     sizes = [_bytes([p]) for p in model.parameters() if p.requires_grad]
     return sum(sizes) if device_type == "cuda" else 2 * max(sizes, default=0)
 
 
 def _trained_bytes(module: nn.Module) -> int:
-    """Bytes of the trainable parameters."""
+    """Return the bytes of the trainable parameters."""
     return _bytes([p for p in module.parameters() if p.requires_grad])
 
 
 def _bytes(tensors: list[Tensor]) -> int:
-    """Bytes of their values."""
+    """Return the total bytes of tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -339,7 +340,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def methods_compared(r: int) -> list[str]:
-    """The methods that `predict_for_methods` goes through, for ranks of `r`."""
+    """Return the methods of `predict_for_methods` with rank `r`."""
     return [name.format(r=r) for name in MEMORY_METHODS]
 
 
@@ -352,20 +353,21 @@ def predict_for_methods(
     dtype: str = "fp32",
     device_type: str = "cpu",
 ) -> Iterator[tuple[str, tuple[int, int, int], StepMemory]]:
-    """Yield method, `(channels, height, width)` and memory, one method after the other; a model at a time is built.
+    """Predict the memory of each method; yields method, `(channels, height, width)` and memory.
 
-    The models have random weights and a head of 100 classes, and are built on the CPU.
+    Models are built one at a time on the CPU, with random weights and a head of 100 classes.
 
     Args:
-        backbone: As for `create_backbone`.
+        backbone: Backbone name, see `create_backbone`.
         batch: Batch size.
-        img_size: Input resolution in pixels; the backbone's own if None.
-        r: Rank of SNELLA's and LoRA's factors.
-        dtype: Of weights and activations; PEFT keeps the adapters themselves in float32.
-        device_type: Where the training is to run.
+        img_size: Input resolution in pixels; the backbone's default if None.
+        r: Rank of SNELLA and LoRA.
+        dtype: Dtype of weights and activations; PEFT keeps adapters in float32.
+        device_type: Device type of the training.
 
     Raises:
-        ValueError: A number below 1, an unknown `dtype` or backbone; all but the latter before a model is built.
+        ValueError: A number is below 1, or `dtype` or the backbone is unknown. Everything except the backbone is
+            checked before a model is built.
     """
     errors = [
         f"{name} must be at least 1, got {value}"
@@ -382,7 +384,7 @@ def predict_for_methods(
 def _predict_each(
     backbone: str, batch: int, img_size: int | None, r: int, dtype: torch.dtype, device_type: str
 ) -> Iterator[tuple[str, tuple[int, int, int], StepMemory]]:
-    """`predict_for_methods`, after its checks."""
+    """Yield the predictions of `predict_for_methods`."""
     for method in methods_compared(r):
         model = create_backbone(backbone, num_classes=_CLASSES, pretrained=False, img_size=img_size).to(dtype)
         channels, height, width = resolve_model_data_config(model)["input_size"]

@@ -1,4 +1,4 @@
-"""Summaries of a run: `run.json`, `allocation.json`, the adapter's card and the console's overview."""
+"""Summaries of a run: `run.json`, `allocation.json`, generator metrics and the console summary."""
 
 import contextlib
 import math
@@ -32,12 +32,12 @@ _USUAL_SIZE, MIN_SIZE = 224, 48
 
 
 def describe_run(config: TrainConfig, parts: RunComponents, names: Collection[str] = PARTS) -> RunInfo:
-    """The record of a run that begins.
+    """Build the record of a starting run.
 
     Args:
         config: Resolved settings.
         parts: Data and model.
-        names: The parts of the data that are used, whose contents are noted.
+        names: Splits in use; their contents are recorded.
     """
     splits = parts.splits
     return RunInfo(
@@ -71,34 +71,34 @@ def describe_run(config: TrainConfig, parts: RunComponents, names: Collection[st
 
 
 def versions_of(packages: Iterable[str]) -> dict[str, str]:
-    """Versions of Python and of packages."""
+    """Return the versions of Python and of packages."""
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
 def command_of(config: TrainConfig) -> str:
-    """The command line that gives these settings; defaults are left out."""
+    """Return the command line for the settings, without defaults."""
     return command_line(config, TrainConfig(data="-", backbone="-", out="-"), "train")
 
 
 def sparsity_summary(matrices: Sequence[AdaptedMatrix]) -> str:
-    """How many weights an update changes, human-readable."""
-    kept, total = sum(m.budget for m in matrices), sum(m.size for m in matrices)
-    return f"changes {kept:,} of {total:,} weights ({1 - kept / total:.1%} sparse)"
+    """Format the number of weights that an update changes."""
+    budget, total = sum(m.budget for m in matrices), sum(m.size for m in matrices)
+    return f"changes {budget:,} of {total:,} weights ({1 - budget / total:.1%} sparse)"
 
 
 def matrices_of(model: nn.Module) -> list[AdaptedMatrix]:
-    """The sparse matrices of a model; none for methods without budgets."""
+    """Return the adapted matrices of a model; empty for methods without budgets."""
     method = method_of(model)
     return adapted_matrices(model) if method is not None and method.has_budgets else []
 
 
 def trainable_parameters(model: nn.Module) -> int:
-    """Number of trainable parameters, the head's included."""
+    """Count the trainable parameters, including the head."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def describe_allocation(model: nn.Module, allocator: BudgetAllocator) -> Allocation:
-    """What the matrices are, what the best adapter keeps, how budgets evolved."""
+    """Build the allocation record: matrices, budgets of the best adapter and budget history."""
     return Allocation(
         total_weights=allocator.total_weights,
         target_budget=allocator.target_budget,
@@ -111,12 +111,12 @@ def describe_allocation(model: nn.Module, allocator: BudgetAllocator) -> Allocat
 
 
 def describe_generator(model: nn.Module, adapter: Path, **measured: Any) -> GeneratorMetrics:
-    """What training a generator has cost, and its losses.
+    """Build the metrics record of a generator: cost and losses.
 
     Args:
-        model: The trained model.
-        adapter: Folder of what was saved of it.
-        **measured: The fields of `GeneratorMetrics` that only its recipe knows.
+        model: Trained model.
+        adapter: Adapter folder.
+        **measured: Fields of `GeneratorMetrics` that the recipe provides.
     """
     matrices = matrices_of(model)
     return GeneratorMetrics(
@@ -131,20 +131,20 @@ def describe_generator(model: nn.Module, adapter: Path, **measured: Any) -> Gene
 def best_epoch(
     history: Sequence[dict[str, Any]], selection_score: Callable[[Mapping[str, Any]], tuple[float, float]]
 ) -> int:
-    """The epoch of the highest score, the latest of equals; see `RunProtocol.selection_score`."""
+    """Return the epoch with the highest score; ties go to the latest. See `RunProtocol.selection_score`."""
     return int(max(history, key=lambda row: (selection_score(row), row["epoch"]))["epoch"])
 
 
 def folder_bytes(folder: Path) -> int:
-    """Size of the weights in an adapter's folder."""
+    """Return the size of the weight files in an adapter folder."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def log_summary(console: Console, config: TrainConfig, parts: RunComponents) -> None:
-    """Print data, model, method, budgets, steps and the estimated memory.
+    """Print data, model, method, budgets, steps and estimated memory.
 
     Args:
-        console: Where to write.
+        console: Output console.
         config: Resolved settings.
         parts: Data and model.
     """
@@ -157,7 +157,7 @@ def log_summary(console: Console, config: TrainConfig, parts: RunComponents) -> 
     device = next(model.parameters()).device
     count = process_count()
     processes = f", by {count} processes" if count > 1 else ""
-    processes += ", which share the frozen weights out" if count > 1 and config.shard else ""
+    processes += " with sharded frozen weights" if count > 1 and config.shard else ""
     batch = -(-batch // count)
     memory = predict_step_memory(model, (size[0], size[1], size[2]), batch).total / 2**20
     memory -= saved_bytes(model, count) / 2**20 if config.shard else 0
@@ -175,7 +175,7 @@ def log_summary(console: Console, config: TrainConfig, parts: RunComponents) -> 
         *_stopping_rows(config, model),
         (
             "memory",
-            f"about {memory:,.0f} MiB of {free:,.0f} MiB free, for weights, gradients, optimizer, batch (estimated)",
+            f"about {memory:,.0f} MiB of {free:,.0f} MiB free (estimate for weights, gradients, optimizer, batch)",
         ),
         *_cost_warnings(config, parts, memory, free),
     ]
@@ -183,28 +183,28 @@ def log_summary(console: Console, config: TrainConfig, parts: RunComponents) -> 
 
 
 def _start_row(config: TrainConfig) -> tuple[str, str]:
-    """What the head, or everything trained, starts from."""
+    """Describe the initialization of the head, or of all trained weights."""
     if config.init_from is not None:
-        return "start", f"what {config.init_from} has trained, head included"
-    return "head", "starts as a linear probe" if config.head_init == "probe" else "starts from random values"
+        return "start", f"trained weights of {config.init_from}, including the head"
+    return "head", "initialized from a linear probe" if config.head_init == "probe" else "initialized at random"
 
 
 def free_memory(device: torch.device) -> int:
-    """Free bytes on a device: of the GPU, or of the machine or its container."""
+    """Return the free bytes of a GPU, or of the machine or its container."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     free = int(psutil.virtual_memory().available)
     limit, used = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
-    with contextlib.suppress(OSError, ValueError):  # no such files, or "max"
+    with contextlib.suppress(OSError, ValueError):  # missing files, or the value "max"
         free = min(free, max(int(limit.read_text()) - int(used.read_text()), 0))
     return free
 
 
 def shorten_hint(parts: RunComponents) -> Callable[[float], str]:
-    """A hint on shortening a run, as a function of how many times too long it is.
+    """Return a function from the slowdown factor to a hint on shortening the run.
 
-    The time of a step is taken as proportional to the pixels of an image, which is true of convolutions, and less than
-    what a smaller image saves in attention.
+    The hint assumes that step time is proportional to the number of pixels. This holds for convolutions and
+    underestimates the savings in attention.
 
     Args:
         parts: Data and model.
@@ -214,15 +214,15 @@ def shorten_hint(parts: RunComponents) -> Callable[[float], str]:
     def shorten(much: float) -> str:
         shorter = int(side / math.sqrt(much)) // patch * patch
         if shorter < max(MIN_SIZE, patch):
-            return "; --train-size, --epochs or a smaller --backbone make it shorter"
-        share = (shorter / side) ** 2
-        return f"; --img-size {shorter} takes about {share:.0%} of that, at some loss of accuracy"
+            return "; to shorten it, reduce --train-size or --epochs, or use a smaller --backbone"
+        fraction = (shorter / side) ** 2
+        return f"; --img-size {shorter} takes about {fraction:.0%} of that time but may lower accuracy"
 
     return shorten
 
 
 def size_step(model: nn.Module) -> int:
-    """What image sizes are multiples of: the side of a patch, or what the last features are reduced by; else 32."""
+    """Return the divisor of supported image sizes, from the patch size and the feature stride; 32 if unknown."""
     modules = list(model.modules())
     patches = [size[0] for module in modules if isinstance(size := getattr(module, "patch_size", None), tuple)]
     infos = [info for module in modules if isinstance(info := getattr(module, "feature_info", None), list)]
@@ -231,45 +231,45 @@ def size_step(model: nn.Module) -> int:
 
 
 def _cost_warnings(config: TrainConfig, parts: RunComponents, memory: float, free: float) -> list[tuple[str, str]]:
-    """Warnings about memory and time."""
+    """Build the warnings about memory and time."""
     rows = []
     if memory > free:
-        ways = [f"--batch-size below {config.effective_batch_size}"] if config.effective_batch_size > 1 else []
+        options = [f"--batch-size below {config.effective_batch_size}"] if config.effective_batch_size > 1 else []
         if "compress_activations" in set(method_options(config.method)) - set(config.method_options):
-            ways.append("--method-options.compress_activations true")
-        ways += [] if config.grad_checkpointing else ["--grad-checkpointing"]
-        less = f"{', '.join(ways)} or " if ways else ""
-        rows.append(("warning", f"that is more memory than is free; {less}a smaller --img-size needs less"))
+            options.append("--method-options.compress_activations true")
+        options += [] if config.grad_checkpointing else ["--grad-checkpointing"]
+        listed = f"{', '.join(options)} or " if options else ""
+        rows.append(("warning", f"not enough free memory; use {listed}a smaller --img-size"))
     side, patch = int(parts.data_config["input_size"][-1]), size_step(parts.model)
     if config.img_size is None and side >= 1.5 * _USUAL_SIZE and next(parts.model.parameters()).device.type == "cpu":
         usual = _USUAL_SIZE // patch * patch
         rows.append(
             (
                 "warning",
-                f"images of {side}×{side} px, the model's own, take a CPU about {(side / usual) ** 2:.0f} times as "
-                f"long as {usual}×{usual} px; --img-size {usual} chooses these",
+                f"the model's default of {side}×{side} px takes about {(side / usual) ** 2:.0f} times as long on a CPU "
+                f"as {usual}×{usual} px; pass --img-size {usual} to reduce it",
             )
         )
     return rows
 
 
 def _stopping_rows(config: TrainConfig, model: nn.Module) -> list[tuple[str, str]]:
-    """When training stops early, and what that means for the sparsity."""
+    """Describe early stopping and its relation to the sparsity schedule."""
     if config.early_stopping is None:
         return []
-    text = f"after {counted(config.early_stopping, 'epoch')} without a better one"
+    text = f"after {counted(config.early_stopping, 'epoch')} without improvement"
     if not matrices_of(model):
         return [("stopping", text)]
     end = cast(SnellaConfig, cast(PeftModel, model).peft_config["default"]).schedule_end or 1.0
     if end >= 1:
-        note = "early stopping has no effect: the budget reaches its target with the last step (schedule_end 1)"
-        return [("note", f"{note}; --method-options.schedule_end {SCHEDULE_END} lets it")]
+        note = "early stopping has no effect: the budget reaches its target at the last step (schedule_end 1)"
+        return [("note", f"{note}; use --method-options.schedule_end {SCHEDULE_END}")]
     reached = math.ceil(end * config.epochs)
-    return [("stopping", f"{text}, from epoch {reached} on, when the budget has its target (schedule_end {end:g})")]
+    return [("stopping", f"{text}, from epoch {reached}, when the budget reaches its target (schedule_end {end:g})")]
 
 
 def _protocol_rows(config: TrainConfig) -> list[tuple[str, str]]:
-    """Protocol and average, where they are not the defaults."""
+    """Describe a non-default protocol and weight averaging."""
     protocol = get_protocol(config.protocol)
     rows = [] if protocol.name == "standard" else [("protocol", f"{protocol.name}: {protocol.summary}")]
     if protocol.warning:
@@ -277,27 +277,27 @@ def _protocol_rows(config: TrainConfig) -> list[tuple[str, str]]:
     if config.ema is not None:
         rows.append(("average", f"exponential moving average of the trained weights, decay {config.ema:g}"))
     if config.swa is not None:
-        rows.append(("average", f"of the trained weights after the last {config.swa} epochs (swa)"))
+        rows.append(("average", f"mean of the trained weights of the last {config.swa} epochs (swa)"))
     if config.soup is not None:
-        rows.append(("average", f"of the best of the last {config.soup} epochs (greedy soup)"))
+        rows.append(("average", f"greedy soup of the best of the last {config.soup} epochs"))
     return rows
 
 
 def _count(model: nn.Module) -> int:
-    """Weights that are not trained."""
+    """Count the frozen weights, or all weights if none are frozen."""
     return sum(p.numel() for p in model.parameters() if not p.requires_grad) or sum(
         p.numel() for p in model.parameters()
     )
 
 
 def _adapted(model: nn.Module) -> str:
-    """How many matrices and weights are adapted."""
+    """Format the number of adapted matrices and weights."""
     matrices = matrices_of(model)
     return f"; {len(matrices)} matrices, {sum(m.size for m in matrices):,} adapted weights" if matrices else ""
 
 
 def _budgets(model: nn.Module) -> str:
-    """Initial and target budget, b_0 and b_T."""
+    """Format the initial and target budget, b_0 and b_T."""
     total = sum(matrix.size for matrix in matrices_of(model))
     settings = cast(SnellaConfig, cast(PeftModel, model).peft_config["default"])
     start, end = (total - round(sparsity * total) for sparsity in (settings.init_sparsity, settings.target_sparsity))

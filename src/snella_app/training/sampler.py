@@ -1,4 +1,4 @@
-"""Sampler whose order, like the augmentation, depends on the seed and the epoch alone."""
+"""Sampler with an order that depends only on the seed and the epoch."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,14 +9,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class EpochSampler(Sampler[int]):
-    """An order of `range(length)` that depends only on `(seed, epoch)`, however often it is drawn.
+    """Sampler of `range(length)` with an order that depends only on `(seed, epoch)`.
 
-    A permutation; with weights, `length` items with replacement, each as likely as its weight.
+    Without weights, the order is a random permutation. With weights, `length` items are sampled with replacement, with
+    probabilities proportional to the weights.
 
     Args:
         length: Number of items.
         seed: Seed of the run.
-        weights: One an item, at least 0; None for a permutation.
+        weights: Nonnegative weight per item; None for a permutation.
     """
 
     def __init__(self, length: int, seed: int, weights: Sequence[float] | None = None) -> None:
@@ -26,7 +27,7 @@ class EpochSampler(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order."""
+        """Set the epoch, which determines the order."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
@@ -40,12 +41,12 @@ class EpochSampler(Sampler[int]):
 
 
 class EpochCallback(TrainerCallback):
-    """Set the epoch of the training images.
+    """Callback that sets the epoch of data sets and samplers.
 
-    Accelerate does so too, except for an epoch that is resumed in its middle.
+    Accelerate also does this, but not for an epoch that is resumed midway.
 
     Args:
-        *datasets: What has `set_epoch(number)`, counted from 0.
+        *datasets: Objects with `set_epoch(epoch)`, counted from 0.
     """
 
     def __init__(self, *datasets: Any) -> None:
@@ -54,15 +55,15 @@ class EpochCallback(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Set the number of the current epoch."""
+        """Set the current epoch."""
         for dataset in self.datasets:
             dataset.set_epoch(state.global_step // (state.max_steps // int(state.num_train_epochs)))
 
 
 def mix_seed(*parts: int) -> int:
-    """One seed out of several numbers, different for different ones.
+    """Combine several numbers into one seed.
 
-    The state of a multiplicative hash modulo 2⁶³ after each number; neighbors end up far apart.
+    The seed is a multiplicative hash modulo 2⁶³; neighboring inputs give distant seeds.
     """
     state = 0x9E3779B97F4A7C15
     for part in parts:

@@ -1,4 +1,4 @@
-"""Run sessions: locking, resuming, interrupts and the final status."""
+"""Run sessions: locking, resuming, interrupts and final status."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from snella_app.training.distributed import any_of_all, process_count, refuse_se
 
 
 class TrainingInterrupted(Exception):
-    """Training was stopped by the user, after saving."""
+    """Training was stopped by the user after a checkpoint was saved."""
 
     exit_status = 130
 
@@ -36,10 +36,11 @@ class NonFiniteLossError(Exception):
 
 
 class InterruptCallback(TrainerCallback):
-    """Handle the first request to stop by finishing the step, saving and stopping; the second stops at once.
+    """Callback and context manager for graceful interruption.
 
-    Requests are Ctrl-C, SIGTERM (a scheduler's), and SIGHUP (a closed terminal), unless it is ignored, as under
-    `nohup`. A context manager: the handlers are installed inside, in the main thread only.
+    The first signal finishes the step, saves a checkpoint and stops; the second stops immediately. Signals are SIGINT
+    (Ctrl-C), SIGTERM (schedulers) and SIGHUP (closed terminal). Ignored SIGTERM and SIGHUP, as with `nohup`, stay
+    ignored. Handlers are installed inside the context, only in the main thread.
     """
 
     def __init__(self) -> None:
@@ -61,17 +62,17 @@ class InterruptCallback(TrainerCallback):
         self._previous.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        """Remember the first request, raise at the second."""
+        """Set the flag on the first signal, raise on the second."""
         if self.is_requested:
             if process_count() > 1:
-                return  # torchrun passes a signal on that each process has got already
+                return  # torchrun forwards a signal that each process has already received
             raise KeyboardInterrupt
         self.is_requested = True
-        with contextlib.suppress(OSError):  # of a terminal that was closed; buffered streams may not be used here
-            os.write(2, b"\nsnella: finishing this step and saving, then stopping; once more stops at once\n")
+        with contextlib.suppress(OSError):  # closed terminal; signal handlers must not use buffered streams
+            os.write(2, b"\nsnella: finishing this step and saving, then stopping; repeat to stop immediately\n")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save within the epoch, unless its end, which saves anyway, is reached."""
+        """Save and stop midway through an epoch; the end of an epoch saves anyway."""
         self.is_requested = any_of_all(self.is_requested)
         if self.is_requested and not _is_epoch_end(state):
             control.should_save = True
@@ -80,55 +81,55 @@ class InterruptCallback(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """An unfinished epoch is not evaluated, and is saved already."""
+        """Skip evaluation and saving of an unfinished epoch, which is already saved."""
         if not _is_epoch_end(state):
             control.should_log = control.should_evaluate = control.should_save = False
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stop after the checkpoint of a whole epoch."""
+        """Stop after the checkpoint of a complete epoch."""
         if self.is_requested:
             control.should_training_stop = True
 
 
 def _is_epoch_end(state: TrainerState) -> bool:
-    """Whether the number of steps is a whole number of epochs."""
+    """Check that the step is the last one of an epoch."""
     steps_per_epoch = state.max_steps // state.num_train_epochs
     return state.global_step % steps_per_epoch == 0
 
 
 _UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 _HELD: set[int] = set()
-"""Descriptors of the locks that this process holds."""
+"""File descriptors of the locks that this process holds."""
 
 
 class RunInUseError(OSError):
-    """Another process is writing into the folder of a run."""
+    """Another process is writing to the run folder."""
 
 
 @contextmanager
 def lock_run(run: RunFolderOf[Any], *, is_shared: bool = False) -> Iterator[None]:
-    """Hold the lock of a run's folder, so that no other process writes into it.
+    """Lock a run folder against writes by other processes.
 
-    The lock is one of the kernel's, which frees it when the process ends in whatever way. Folders that are made for it
-    and stay empty are removed.
+    The lock is a kernel file lock, which is released whenever the process ends. Folders created for the lock are
+    removed if they stay empty.
 
     Args:
-        run: Folder of the run; need not exist yet.
-        is_shared: Whether several processes of one training may be at work, of which the main one locks.
+        run: Run folder; may not exist yet.
+        is_shared: Allow distributed training, where only the main process locks.
 
     Raises:
-        RunInUseError: A running process holds it; names the process.
-        ValueError: The folder's name is no text (bytes that are not UTF-8, control characters).
-        NotImplementedError: This is one of several processes of one training, as `torchrun` starts them.
+        RunInUseError: A running process holds the lock; the message has its process id.
+        ValueError: The folder's name is not valid UTF-8 or has control characters.
+        NotImplementedError: The world size is larger than 1 without `is_shared`.
     """
     if not is_shared:
         refuse_several_processes("training")
     if not str(run.path).isprintable():
         raise ValueError(f"out must be a name in UTF-8 without control characters, got {str(run.path)!r}")
     if run.path.exists() and not run.path.is_dir():
-        yield  # refused when settings are compared with what is there
+        yield  # resolve_resume reports this error later
         return
-    made = [folder for folder in (run.path, *run.path.parents) if not folder.exists()]
+    created = [folder for folder in (run.path, *run.path.parents) if not folder.exists()]
     run.path.mkdir(parents=True, exist_ok=True)
     try:
         descriptor = _lock(run.lock, run.path)
@@ -137,7 +138,7 @@ def lock_run(run: RunFolderOf[Any], *, is_shared: bool = False) -> Iterator[None
             raise
         descriptor = None
     if descriptor is None:
-        yield  # a finished run that cannot be written: to say that it is finished, nothing need be
+        yield  # a finished run on a read-only disk needs no lock
         return
     _HELD.add(descriptor)
     try:
@@ -147,12 +148,12 @@ def lock_run(run: RunFolderOf[Any], *, is_shared: bool = False) -> Iterator[None
         _HELD.discard(descriptor)
         os.close(descriptor)
         with contextlib.suppress(OSError):
-            for folder in made:
+            for folder in created:
                 folder.rmdir()
 
 
 def _lock(path: Path, run: Path) -> int:
-    """An open lock file that this process alone has locked, with its process id inside."""
+    """Open and lock the lock file, write the process id and return the descriptor."""
     while True:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
@@ -166,8 +167,8 @@ def _lock(path: Path, run: Path) -> int:
             owner = os.pread(descriptor, 20, 0).decode(errors="replace").strip()
             os.close(descriptor)
             raise RunInUseError(
-                f"out={run} is being written by process {owner or 'of unknown number'}, which is still alive; wait for "
-                "it, end it, or choose another folder"
+                f"out={run} is locked by running process {owner or '(unknown id)'}; wait for it, end it, or choose "
+                "another folder"
             ) from None
         except BaseException:
             os.close(descriptor)
@@ -176,11 +177,11 @@ def _lock(path: Path, run: Path) -> int:
             os.truncate(descriptor, 0)
             os.pwrite(descriptor, str(os.getpid()).encode(), 0)
             return descriptor
-        os.close(descriptor)  # its owner ended, and removed it, after it was opened here
+        os.close(descriptor)  # the previous owner removed the file after it was opened here
 
 
 def _close_inherited() -> None:
-    """Close the locks that a forked process, such as a loader's worker, inherits: it may outlive the owner."""
+    """Close inherited locks in forked processes, e.g. data loader workers, which may outlive the owner."""
     for descriptor in _HELD:
         os.close(descriptor)
     _HELD.clear()
@@ -190,14 +191,14 @@ os.register_at_fork(after_in_child=_close_inherited)
 
 
 def checkpoint_to_resume(run: RunFolderOf[Any], console: Console) -> Path | None:
-    """The checkpoint to resume from, the latest intact one; None for a new run.
+    """Return the latest intact checkpoint; None for a new run. Removes incomplete and obsolete checkpoints.
 
     Args:
-        run: Folder of the run; what a killed process left half written is removed.
-        console: Where to write which one it is, and what is wrong with later ones.
+        run: Run folder.
+        console: Output console for the chosen checkpoint and the damage of later ones.
 
     Raises:
-        CheckpointError: There are checkpoints, all of them damaged; names the file and the remedies.
+        CheckpointError: All checkpoints are damaged; the message names a file and the remedies.
     """
     checkpoint, damages = intact_checkpoint(run)
     for damage in damages:
@@ -210,23 +211,23 @@ def checkpoint_to_resume(run: RunFolderOf[Any], console: Console) -> Path | None
 
 @contextmanager
 def record_status(run: RunFolderOf[Any], command: str) -> Iterator[None]:
-    """Record in `run.json` that the work inside was interrupted or failed.
+    """Record an interruption or failure inside the context in `run.json`.
 
     Args:
-        run: Folder of the run.
-        command: That resumes it, `train` and the like.
+        run: Run folder.
+        command: Command that resumes the run, e.g. `train`.
 
     Raises:
-        TrainingInterrupted: The work inside was interrupted; names the checkpoint and the command to resume.
+        TrainingInterrupted: The context was interrupted; the message has the checkpoint and the command to resume.
     """
     try:
         yield
     except KeyboardInterrupt:
         saved = latest_checkpoint(run.checkpoints)
-        where = f"saved as {saved}" if saved else "no checkpoint was written yet"
+        state = f"saved as {saved}" if saved else "no checkpoint was written yet"
         run.update("interrupted")
         raise TrainingInterrupted(
-            f"interrupted; {where}; resume with: snella {command} --out {run.path} --resume"
+            f"interrupted; {state}; resume with: snella {command} --out {run.path} --resume"
         ) from None
     except Exception as error:
         plain = _without_worker(error)
@@ -237,7 +238,7 @@ def record_status(run: RunFolderOf[Any], command: str) -> Iterator[None]:
 
 
 def _without_worker(error: Exception) -> Exception:
-    """The error that a loader's worker met, which torch repeats with the worker's traceback as its text."""
+    """Extract a data loader worker's error from the traceback text that torch raises."""
     text = str(error)
     if "DataLoader worker process" not in text or "Original Traceback" not in text:
         return error
@@ -246,8 +247,8 @@ def _without_worker(error: Exception) -> Exception:
 
 
 def _record_failure(run: RunFolderOf[Any], error: Exception) -> None:
-    """Note the error in `run.json`; a full disk must not hide the error itself."""
+    """Record the error in `run.json`; a failed write must not hide the original error."""
     try:
         run.update("failed", error=str(error))
     except OSError as second:
-        error.add_note(f"the status in {run.path} could not be updated either: {second}")
+        error.add_note(f"the status in {run.path} could not be updated: {second}")

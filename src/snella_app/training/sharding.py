@@ -1,4 +1,4 @@
-"""Frozen weights that the processes of one training share out among themselves, by FSDP2."""
+"""Sharding of frozen weights across processes with FSDP2."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from snella_app.methods.model_parts import base_model, find_blocks
 from snella_app.training.distributed import process_count
 
 _GATHERED_BLOCKS = 2
-"""Blocks whose weights are whole at one time: the one at work, and the one that is fetched meanwhile."""
+"""Number of blocks with gathered weights at a time: the running block and the prefetched one."""
 
 
 def shard_frozen(model: nn.Module) -> None:
-    """Leave each process a part of every frozen weight; what is trained stays whole in all of them.
+    """Shard every frozen weight across processes; trainable parameters stay replicated.
 
-    A block's weights are gathered for its forward pass and again for its backward pass, and let go after each; so are
-    those outside of the blocks, for the model's passes. All processes have to make the same passes, and to call
-    `average_gradients` after the last backward pass of a step.
+    A block's weights are gathered for its forward and backward pass and freed after each. Weights outside the blocks
+    are gathered for the whole pass of the model. All processes must run the same passes and call `average_gradients`
+    after the last backward pass of a step.
 
     Args:
-        model: From `build_method`, on its device, the same in all processes.
+        model: Model from `build_method`, on its device, identical in all processes.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -38,12 +38,12 @@ def shard_frozen(model: nn.Module) -> None:
     for block in _blocks(model):
         fully_shard(block, mesh=mesh, ignored_params=trained)
         block.register_forward_hook(_drop_effective_weights)
-    # let go after the forward pass too, or a process that reads the model's state would be the only one without them
+    # reshard after the forward pass in all processes; otherwise reading the model's state would reshard only one
     fully_shard(model, mesh=mesh, ignored_params=trained, reshard_after_forward=True)
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `shard_frozen` was applied to a model."""
+    """Check that `shard_frozen` was applied to a model."""
     if process_count() == 1:
         return False
     from torch.distributed.fsdp import FSDPModule
@@ -52,7 +52,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def average_gradients(model: nn.Module) -> None:
-    """Give every process the mean of all processes' gradients, and the main one's statistics of normalizations."""
+    """Average gradients over all processes and broadcast the main process's batch norm statistics."""
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     for flat, parts in _flattened(gradients):
         dist.all_reduce(flat)
@@ -64,7 +64,7 @@ def average_gradients(model: nn.Module) -> None:
 
 
 def saved_bytes(model: nn.Module, count: int) -> int:
-    """Bytes that each of `count` processes saves by sharing out the frozen weights of a model that is still whole."""
+    """Predict the bytes that each of `count` processes saves by sharding the frozen weights of a model."""
     if count == 1:
         return 0
     blocks = [_frozen_bytes(block) for block in _blocks(model)]
@@ -75,12 +75,12 @@ def saved_bytes(model: nn.Module, count: int) -> int:
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of the backbone, in forward order."""
+    """Return the backbone's repeated blocks in forward order."""
     return [block for _, block in find_blocks(base_model(model), spec_of(model).head)]
 
 
 def _drop_effective_weights(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-    """Forward hook: let weights with their updates go, which in evaluation would be kept as whole as the model was."""
+    """Forward hook: free cached effective weights, which evaluation would otherwise keep unsharded."""
     if not module.training:
         for layer in module.modules():
             if isinstance(layer, SnellaLayer):
@@ -88,12 +88,12 @@ def _drop_effective_weights(module: nn.Module, inputs: tuple[Any, ...], output: 
 
 
 def _frozen_bytes(module: nn.Module) -> int:
-    """Bytes of the parameters that are not trained."""
+    """Return the bytes of the frozen parameters."""
     return sum(p.numel() * p.element_size() for p in module.parameters() if not p.requires_grad)
 
 
 def _broadcast(tensors: list[Tensor]) -> None:
-    """Give every process the main one's values."""
+    """Broadcast tensors from the main process."""
     for flat, parts in _flattened(tensors):
         dist.broadcast(flat, src=0)
         for tensor, part in zip(parts, flat.split([tensor.numel() for tensor in parts]), strict=True):
@@ -101,7 +101,7 @@ def _broadcast(tensors: list[Tensor]) -> None:
 
 
 def _flattened(tensors: list[Tensor]) -> list[tuple[Tensor, list[Tensor]]]:
-    """The values of all tensors of a dtype in one row, with these tensors."""
+    """Flatten tensors into one vector per dtype; return each vector with its tensors."""
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for tensor in tensors:
         by_dtype.setdefault(tensor.dtype, []).append(tensor)

@@ -42,7 +42,7 @@ def test_a_checkpoint_keeps_the_epochs_and_one_of_another_model_is_refused(tmp_p
     other = EpochEnds(nn.Linear(3, 2), 3)
     other.load(tmp_path)
     assert other.epochs == [4] and torch.equal(other._values[4]["bias"], layer.bias)
-    with pytest.raises(CheckpointError, match=r"epoch 4 differs in bias; start over"):
+    with pytest.raises(CheckpointError, match=r"got a difference in epoch 4 in bias; start over"):
         EpochEnds(nn.Linear(3, 2, bias=False), 3).load(tmp_path)
     with pytest.raises(CheckpointError, match=r"epoch_ends\.safetensors is missing"):
         other.load(tmp_path / "checkpoints")

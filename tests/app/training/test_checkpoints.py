@@ -44,7 +44,7 @@ def test_a_checkpoint_of_another_run_is_refused_or_passed_over(run, tmp_path):
     other.checkpoints.mkdir(parents=True)
     other.update("running")
     foreign = checkpoint(other, "checkpoint-9").rename(run.checkpoints / "checkpoint-9")
-    refused = rf"checkpoint-9: it is a checkpoint of another run \({other.id}, where this run is {run.id}\); start over"
+    refused = rf"checkpoint-9: it belongs to another run \({other.id}; this run is {run.id}\); start over"
     with pytest.raises(CheckpointError, match=refused):
         intact_checkpoint(run)
     own = checkpoint(run, "checkpoint-4")
@@ -56,7 +56,7 @@ def test_a_checkpoint_without_the_id_of_its_run_is_refused(run):
     path = checkpoint(run, "checkpoint-1")
     manifest = json.loads((path / "manifest.json").read_text())
     (path / "manifest.json").write_text(json.dumps(sealed({"files": manifest["files"]})))
-    assert find_damage(path, run.id) == f"it is a checkpoint of another run (None, where this run is {run.id})"
+    assert find_damage(path, run.id) == f"it belongs to another run (None; this run is {run.id})"
 
 
 def test_a_file_that_the_manifest_does_not_list_is_refused_before_it_is_loaded(run, tmp_path):
@@ -64,10 +64,10 @@ def test_a_file_that_the_manifest_does_not_list_is_refused_before_it_is_loaded(r
     (path / ".DS_Store").write_text("of the file manager")
     assert find_damage(path, run.id) == ""
     (path / "scaler.pt").write_text("x")
-    assert find_damage(path, run.id) == "scaler.pt is no file of it (manifest.json does not list it); remove it"
+    assert find_damage(path, run.id) == "scaler.pt is not listed in manifest.json; remove it"
     (path / "scaler.pt").unlink()
     (path / "scaler.pt").symlink_to(tmp_path / "nowhere")
-    assert "scaler.pt is no file of it" in find_damage(path, run.id)
+    assert "scaler.pt is not listed" in find_damage(path, run.id)
 
 
 def test_incomplete_and_old_checkpoints_are_ignored_and_removed(run):
@@ -103,10 +103,10 @@ def test_a_failed_write_keeps_the_previous_checkpoint(run):
 
 
 def test_without_an_earlier_checkpoint_the_message_says_so(run, tmp_path):
-    with pytest.raises(CheckpointError, match="there is no earlier one"), staged(run, "checkpoint-2"):
+    with pytest.raises(CheckpointError, match="no earlier one exists"), staged(run, "checkpoint-2"):
         raise RuntimeError("PytorchStreamWriter failed writing file data/0")
     with (
-        pytest.raises(CheckpointError, match=r"adapter: .*; there is no earlier one"),
+        pytest.raises(CheckpointError, match=r"adapter: .*; no earlier one exists"),
         reporting_write_errors(tmp_path / "adapter"),
     ):
         raise OSError(errno.EDQUOT, "Quota exceeded")
@@ -123,9 +123,7 @@ def test_other_errors_pass_through(run, tmp_path):
 
 def test_torch_s_words_for_a_full_disk_are_put_plainly_and_an_empty_folder_is_no_earlier_adapter(run, tmp_path):
     (tmp_path / "adapter").mkdir()
-    plain = (
-        r"adapter: the disk is full, or a limit on the size of files was met \(\d+ MiB free\); there is no earlier one"
-    )
+    plain = r"adapter: the disk is full or the file size limit is reached \(\d+ MiB free\); no earlier one exists"
     with pytest.raises(CheckpointError, match=plain), reporting_write_errors(tmp_path / "adapter"):
         raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 704 vs 598")
     (tmp_path / "adapter" / "adapter_model.safetensors").touch()

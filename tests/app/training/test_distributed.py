@@ -94,7 +94,7 @@ def test_two_processes_are_interrupted_together_and_one_goes_on(shard, settings,
     run = RunFolder(config.out)
     assert run.status == "interrupted", done.stderr
     assert latest_checkpoint(run.checkpoints).name == "checkpoint-6"
-    assert ("by 2 processes, which share the frozen weights out" if shard else "by 2 processes\n") in done.stdout
+    assert ("by 2 processes with sharded frozen weights" if shard else "by 2 processes\n") in done.stdout
     assert f"holds {0.5 if shard else 1.0} of the frozen weights" in done.stdout
     assert done.stdout.count("backbone  test_vit") == 1
     assert done.stderr.count("interrupted; saved as") == 1

@@ -91,10 +91,10 @@ def test_an_interrupted_cross_validation_is_continued(fast, console, tmp_path, m
     root = tmp_path / "run"
     with pytest.raises(FileNotFoundError, match=r"has 1 of 3 folds; finish it with snella train --out .*run --resume"):
         load_run(root)
-    with pytest.raises(FileExistsError, match="holds a cross-validation of 3 folds; continue it with --resume"):
+    with pytest.raises(FileExistsError, match="contains a cross-validation of 3 folds; continue it with --resume"):
         train_folds(fast(), console)
     with pytest.raises(
-        ValueError, match=r"resume continues .* with its own settings, but epochs is 1 there and 2 here"
+        ValueError, match=r"resume continues .* with its stored settings, but epochs is 1 there and 2 here"
     ):
         train_folds(fast(epochs=2, resume=True), console)
     before = (root / "fold-1/metrics.json").read_bytes()

@@ -202,7 +202,7 @@ def test_a_run_averages_flips_where_it_trains_on_them(settings, augment, tta, tm
 def test_a_run_says_and_stores_what_auto_stands_for(tmp_path):
     text = io.StringIO()
     run = train(config(tmp_path / "run", head_init="auto"), Console(file=text, width=100))
-    assert "starts as a linear probe" in text.getvalue()
+    assert "initialized from a linear probe" in text.getvalue()
     assert run.read_config().head_init == "probe"
 
 

@@ -57,7 +57,7 @@ def test_it_has_the_settings_of_the_other_run_but_for_those_given(finished, furt
     budgets = [entry["budget"] for entry in after["history"]]
     assert budgets[0] == sum(matrix["budget"] for matrix in before["matrices"])
     assert budgets[-1] == after["total_weights"] - round(0.8 * after["total_weights"]) < budgets[0]
-    assert f"what {finished.path} has trained, head included" in console.file.getvalue()
+    assert f"trained weights of {finished.path}, including the head" in console.file.getvalue()
 
 
 def test_it_resumes_without_the_other_run(finished, further, tmp_path, console, monkeypatch):

@@ -143,7 +143,7 @@ def test_without_a_terminal_a_line_comes_every_half_minute_unless_none_is_wanted
 
 
 @pytest.mark.parametrize(
-    ("side", "much", "said"), [(518, 16, "--img-size 126 takes about 6% of that"), (98, 8, "--train-size, --epochs")]
+    ("side", "much", "said"), [(518, 16, "--img-size 126 takes about 6% of that"), (98, 8, "--train-size or --epochs")]
 )
 def test_what_takes_less_is_a_size_that_patches_tile(side, much, said):
     model = timm.create_model("test_vit", img_size=112, patch_size=14)
@@ -177,9 +177,7 @@ def test_snella_can_also_keep_less(monkeypatch):
         assert ("--method-options.compress_activations true, --grad-" in output.getvalue()) == is_said
 
 
-RISEN = (
-    "the training loss has risen from 2.0000 to 641.0000: the learning rate is too high; stop and retry with a third of --lr"
-)
+RISEN = "the training loss has risen from 2.0000 to 641.0000: the learning rate is too high; stop and retry with a third of --lr"
 
 
 @pytest.mark.parametrize(

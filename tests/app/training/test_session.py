@@ -54,7 +54,7 @@ def test_a_run_that_a_living_process_writes_is_refused_with_its_number(how, held
     run.update("running")
     before = (folder / "run.json").read_bytes()
     config = TrainConfig(data="digits", backbone="test_vit", out=str(folder), **{how: True})
-    with pytest.raises(RunInUseError, match=rf"out=.*run is being written by process {process.pid}, which is still"):
+    with pytest.raises(RunInUseError, match=rf"out=.*run is locked by running process {process.pid}; wait"):
         train(config)
     assert (folder / "run.json").read_bytes() == before
 

@@ -288,7 +288,7 @@ def test_a_checkpoint_that_is_not_as_it_was_written_is_named_with_the_ways_out(
     (checkpoint / "optimizer.pt").write_bytes(flipped((checkpoint / "optimizer.pt").read_bytes()))
     note = io.StringIO()
     assert checkpoint_to_resume(RunFolder(config.out), Console(file=note, width=400)) == older
-    assert "note: skipped" in note.getvalue() and "optimizer.pt was altered" in note.getvalue()
+    assert "note: skipped" in note.getvalue() and "optimizer.pt was modified" in note.getvalue()
     shutil.rmtree(older)
     assert same(outcome(resumed(config)[0]), uninterrupted)
 
@@ -410,9 +410,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_says_where(settings, console
         return result * float("nan") if model.training and self.state.global_step == 5 else result
 
     monkeypatch.setattr(SnellaTrainer, "compute_loss", broken)
-    message = (
-        r"the loss became nan in epoch 2, step 6 of 12; the state after epoch 1 is kept.*lower --lr \(now 0\.005\)"
-    )
+    message = r"the loss became nan in epoch 2, step 6 of 12; the state after epoch 1 and the best adapter are kept.*lower --lr \(now 0\.005\)"
     with pytest.raises(NonFiniteLossError, match=message):
         train(config, console)
     run = RunFolder(config.out)

@@ -66,7 +66,7 @@ def test_a_preset_keeps_its_schedule_and_the_log_says_that_nothing_stops(setting
     options = {"method_options": {"preset": "paper"}}
     run = train(settings(**{**STILL, **options}, epochs=3, early_stopping=1), console)
     assert len(history_of(run)) == 4 and run.read_config().method_options == {"preset": "paper"}
-    assert "early stopping has no effect: the budget reaches its target with the last step" in console.file.getvalue()
+    assert "early stopping has no effect: the budget reaches its target at the last step" in console.file.getvalue()
 
 
 def test_a_run_that_was_killed_after_it_had_stopped_is_not_trained_further(settings, console, monkeypatch):
@@ -85,9 +85,7 @@ def test_a_run_that_was_killed_after_it_had_stopped_is_not_trained_further(setti
 
 
 def test_stopping_early_needs_something_to_measure(settings):
-    with pytest.raises(
-        ValueError, match="early_stopping needs validation images, got 3 with protocol"
-    ):
+    with pytest.raises(ValueError, match="early_stopping needs validation images, got 3 with protocol"):
         settings(early_stopping=3, protocol="final")
 
 
