@@ -1,4 +1,4 @@
-"""Verdicts on the paper's orderings from the twins of its Tables VII to XII, in Markdown.
+"""Results for the paper's orderings from the twins of its Tables VII to XII, in Markdown.
 
 make twins                                   train the twins: 13 to 16 hours on two cores (estimated)
 python benchmarks/twin_tables.py runs/twins  print the tables from the existing rows

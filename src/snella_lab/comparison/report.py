@@ -148,7 +148,7 @@ def _verdict(value: Difference | None) -> str:
 
 
 def print_paper_orderings(console: Console, experiment: Experiment, rows: Rows) -> None:
-    """Print the verdicts on the paper's orderings, if the experiment has any."""
+    """Print the results for the paper's orderings, if the experiment has any."""
     results = paper_orderings(experiment, rows)
     if not results:
         return

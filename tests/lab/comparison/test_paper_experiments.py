@@ -137,7 +137,7 @@ def changed(experiment, **changes):
 
 
 def test_a_search_under_the_official_protocol_is_refused(experiments):
-    message = r"protocol official has no validation images to tune on; .* got \[0\.3, 1\.0\] and \[\]"
+    message = r"protocol official has no validation set for tuning; .* got \[0\.3, 1\.0\] and \[\]"
     with pytest.raises(ValueError, match=message):
         changed(experiments["table1-vtab-official"], grid={"lr_factors": [0.3, 1.0], "weight_decays": []})
 
