@@ -1,6 +1,6 @@
-"""Ways of fine-tuning, each behind one name: `build_method("snella-8", model)`.
+"""Fine-tuning methods by name: `build_method("snella-8", model)`.
 
-The names are imported when they are first used: help reads `defaults` without waiting for the libraries.
+Public names are imported on first use, so that help can read `defaults` without importing torch and PEFT.
 """
 
 import importlib

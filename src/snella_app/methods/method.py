@@ -1,4 +1,4 @@
-"""`Method`: the row type of the table of methods, and the method of a model."""
+"""`Method`: an entry of the method registry, and `MethodSpec`: the method applied to a model."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -10,79 +10,79 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 Rule = Callable[[Any], str | None]
-"""Says what a value must be, or None where it is so."""
+"""Function that returns None for a valid value, otherwise the requirement."""
 
 
 def whole_number(least: int = 1) -> Rule:
-    """An `int` of at least `least`."""
+    """Require an `int` of at least `least`."""
 
     def rule(value: Any) -> str | None:
-        is_one = isinstance(value, int) and not isinstance(value, bool) and value >= least
-        return None if is_one else f"an integer of at least {least}"
+        is_valid = isinstance(value, int) and not isinstance(value, bool) and value >= least
+        return None if is_valid else f"an integer of at least {least}"
 
     return rule
 
 
 def number(low: float = 0.0, high: float = float("inf")) -> Rule:
-    """A finite number in `[low, high)`."""
-    wanted = f"a finite number of at least {low:g}" if high == float("inf") else f"a number in [{low:g}, {high:g})"
+    """Require a finite number in `[low, high)`."""
+    requirement = f"a finite number of at least {low:g}" if high == float("inf") else f"a number in [{low:g}, {high:g})"
 
     def rule(value: Any) -> str | None:
-        is_one = isinstance(value, int | float) and not isinstance(value, bool)
-        return None if is_one and low <= value < high else wanted
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return None if is_number and low <= value < high else requirement
 
     return rule
 
 
 def one_of(*choices: Any) -> Rule:
-    """One of the choices."""
+    """Require one of the choices."""
     return lambda value: None if value in choices else "one of " + ", ".join(repr(choice) for choice in choices)
 
 
 def check_by(rules: Mapping[str, Rule]) -> Callable[[Mapping[str, Any]], list[str]]:
-    """A `Method.check` that applies one rule to each option that is given.
+    """Build a `Method.check` from one rule per option.
 
     Args:
-        rules: By the name of the option.
+        rules: Rules by option name.
 
     Returns:
-        A function from options to errors: "r must be an integer of at least 1, got 0".
+        Function from options to error messages such as "r must be an integer of at least 1, got 0".
     """
 
     def check(options: Mapping[str, Any]) -> list[str]:
-        wanted = {name: rule(options[name]) for name, rule in rules.items() if name in options}
-        return [f"{name} must be {what}, got {options[name]!r}" for name, what in wanted.items() if what is not None]
+        needs = {name: rule(options[name]) for name, rule in rules.items() if name in options}
+        return [f"{name} must be {text}, got {options[name]!r}" for name, text in needs.items() if text is not None]
 
     return check
 
 
 Options = dict[str, Any]
-"""Options of a method by name, as the user gave them, the number of the method's name among them."""
+"""Options of a method by name, including the number in the method's name."""
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
-"""Gives a fresh pass over training data each time it is called: pairs of images `[n, C, H, W]` and labels `[n]`."""
+"""Function that returns a new iterator over training batches: images `[n, C, H, W]` and labels `[n]`."""
 
 
 def _class_loss(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross entropy, in float32 at least."""
+    """Return the mean cross entropy, computed in float32."""
     return F.cross_entropy(outputs.float(), labels)
 
 
 def _say_nothing(text: str) -> None:
-    """Nobody listens."""
+    """Discard a progress message."""
 
 
 @dataclass(frozen=True)
 class SelectionData:
-    """Training batches, as `build_method(..., batches=...)` takes them, with the rest that some methods need.
+    """Data for methods that select weights or candidates; passed as `build_method(..., batches=...)`.
 
     Args:
-        train: Gives a fresh pass over training data each time it is called.
-        validation: The same over validation data; `noah` ranks candidates on it.
-        loss: `(outputs, labels) -> 0-dim loss` of the task.
-        report: Is told in a few words how far a long choice has come.
-        has_class_scores: Whether outputs are a score a class, and labels class numbers; otherwise candidates are
-            ranked by the loss alone.
+        train: Returns a new iterator over training batches on each call.
+        validation: Returns a new iterator over validation batches; `noah` ranks candidates on them.
+        loss: Loss of the task, `(outputs, labels) -> 0-dim tensor`.
+        report: Callback for progress messages of a long selection.
+        has_class_scores: Whether outputs are class scores and labels class indices; otherwise candidates are ranked
+            only by the loss.
     """
 
     train: Batches
@@ -92,46 +92,46 @@ class SelectionData:
     has_class_scores: bool = True
 
     def __call__(self) -> Iterable[tuple[Tensor, Tensor]]:
-        """A fresh pass over training data."""
+        """Return a new iterator over training batches."""
         return self.train()
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way of fine-tuning: one row of the table in `snella_app.methods.registry`.
+    """Fine-tuning method: an entry of `METHODS` in `snella_app.methods.registry`.
 
     Args:
-        summary: What is trained, in a few words; the head always is.
-        source: Where the method is published.
-        build: `(model, head, options, batches) -> model`. Gets a model whose parameters are all frozen, the name of its
-            head, checked options, and the training data where `needs_batches` (None otherwise). Returns the model to
-            train: the same one changed in place, or a `PeftModel` around it.
-        options: Names of the options that it takes.
-        suffix: The option that a number at the end of the name sets: `"r"` makes `adapter-8` mean `r=8`. None: no
-            number is taken.
-        check: `options -> errors`, everything that can be said against the values without a model.
-        config: `(head, options) -> PeftConfig`, for a method that is an adapter of PEFT; what it raises counts as a
-            error of the options. Called with `target_modules` among the options.
-        needs_batches: What is trained depends on training data, so that `build_method` needs `batches`.
-        needs_validation: Candidates are compared on validation images, which `batches` must have too.
-        restore: `(model, head, options, tensors) -> model`, the structure of a saved adapter from its tensors alone;
-            needed where `needs_batches`. None: `build` does it.
-        merge: `model -> backbone`, folds what was trained into plain weights of the backbone. None: it cannot be.
-        penalty: `model -> 0-dim tensor`, added to the loss of each training step. None: nothing is.
-        unmerged_reason: Why `merge` is None, to end a sentence with: "adds prompt tokens, which are no weights".
-        defaults: Settings of `snella train` where the user gives none: `lr` for what is added or changed, `scalar_lr`
-            for kernels' scalars, `head_lr`, `weight_decay` for matrices, and options of the method. They are values
-            for AdamW with warm-up and cosine decay.
-        recipes: The same of other kinds of run, by `RunSettings.purpose`; the method is refused where it has none.
-        optimizer: `(model, class, *, lr, head_lr, weight_decay, scalar_lr) -> optimizer`, for parameters that need
-            groups of their own; `scalar_lr` only if it is set. None: `lr`, the head at `head_lr`, no decay of vectors.
-        unsharded_reason: Why processes cannot share out the frozen weights among themselves, to end a sentence with.
-            Empty: they can.
-        schedule: `(model, total_steps) -> schedule`, what follows the steps: its `attach(optimizer)` is called when
-            training starts, and lets its state travel with the optimizer's. None: nothing does.
-        has_budgets: Its matrices have budgets, which a `BudgetAllocator` shares out.
-        is_head_only: Nothing but the head is trained.
-        peft_type: Its name in PEFT's method comparison; None for the family in capitals.
+        summary: Short description of the trained parameters, without the head, which every method trains.
+        source: Publication of the method.
+        build: `(model, head, options, batches) -> model`. Receives a model with frozen parameters, the name of its
+            head, checked options, and training batches if `needs_batches` (None otherwise). Returns the model to train:
+            the same model, changed in place, or a `PeftModel` around it.
+        options: Names of the options.
+        suffix: Option set by a number at the end of the name: with `"r"`, `adapter-8` means `r=8`. None allows no
+            number.
+        check: `options -> errors`, checks option values without a model.
+        config: `(head, options) -> PeftConfig`, for PEFT adapters. Exceptions count as errors of the options. `options`
+            include `target_modules`.
+        needs_batches: The selection of trained parameters depends on training data; `build_method` requires `batches`.
+        needs_validation: Candidates are compared on validation images, which `batches` must provide.
+        restore: `(model, head, options, tensors) -> model`, rebuilds a saved adapter from its tensors. Required with
+            `needs_batches`; None uses `build`.
+        merge: `model -> backbone`, merges the trained parameters into the backbone. None if this is impossible.
+        penalty: `model -> 0-dim tensor`, added to the loss of each training step. None adds nothing.
+        unmerged_reason: Why `merge` is None, as the end of a sentence: "adds prompt tokens, which are no weights".
+        defaults: Default settings of `snella train` for AdamW with warm-up and cosine decay: `lr` for added or changed
+            parameters, `scalar_lr` for scalar kernel parameters, `head_lr`, `weight_decay` for matrices, and options of
+            the method.
+        recipes: Defaults of other kinds of runs, by `RunSettings.purpose`; other purposes are an error.
+        optimizer: `(model, class, *, lr, head_lr, weight_decay, scalar_lr) -> optimizer`, for methods with special
+            parameter groups; receives `scalar_lr` only if it is set. None uses `lr`, `head_lr` for the head, and no
+            decay of vectors.
+        unsharded_reason: Why the frozen weights cannot be sharded, as the end of a sentence. Empty if they can.
+        schedule: `(model, total_steps) -> schedule`. Training calls `schedule.attach(optimizer)` at the start; the
+            state of the schedule is saved with the optimizer. None for no schedule.
+        has_budgets: Whether a `BudgetAllocator` assigns budgets to the matrices.
+        is_head_only: Whether only the head is trained.
+        peft_type: Name in PEFT's method comparison; None for the family in upper case.
     """
 
     summary: str
@@ -157,23 +157,23 @@ class Method:
     peft_type: str | None = None
 
     def defaults_of(self, purpose: str) -> Mapping[str, Any] | None:
-        """`defaults`, or those of a recipe; None where the method is not for it.
+        """Return `defaults` or the defaults of a recipe; None if the method has no such recipe.
 
         Args:
-            purpose: As `RunSettings.purpose`; empty for `snella train`.
+            purpose: `RunSettings.purpose`; empty for `snella train`.
         """
         return self.recipes.get(purpose) if purpose else self.defaults
 
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """How a model was made trainable: enough to do it again.
+    """Method applied to a model, with everything needed to apply it again.
 
     Args:
-        name: As given to `build_method`, e.g. `snella-8`.
-        options: As given to the method's `build`.
+        name: Name passed to `build_method`, e.g. `snella-8`.
+        options: Options passed to `Method.build`.
         head: Module name of the classifier head.
-        family: The row of the table: `snella` for `snella-8`. Empty for an adapter of a method that is not in it.
+        family: Key in `METHODS`, e.g. `snella` for `snella-8`. Empty for adapters of other methods.
     """
 
     name: str
@@ -183,5 +183,5 @@ class MethodSpec:
 
 
 def unchanged(model: nn.Module) -> nn.Module:
-    """Merge for methods that train the backbone's own weights: there is nothing to fold."""
+    """Return the model; the merge of methods that train the backbone's weights directly."""
     return model

@@ -1,4 +1,4 @@
-"""Parts of a model that methods change: its head, blocks, MLPs and layers, and what is attached to them."""
+"""Heads, blocks, MLPs and layers of a model, and modules attached to them."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -19,23 +19,23 @@ def attach(
     after: Callable[[nn.Module, tuple[Any, ...], Any], Any] | None = None,
     before: Callable[[nn.Module, tuple[Any, ...]], Any] | None = None,
 ) -> None:
-    """Make `child` a part of `module`, under `name`.
+    """Add `child` to `module` as submodule `name`, with optional hooks.
 
     Args:
-        module: Of the backbone.
-        name: Attribute of the child; it must be free.
-        child: What is added; it is moved to the device of the module's own parameters.
-        after: Forward hook: `(module, inputs, output) -> output`. A function of a Python module, not a closure, so
-            that copies of the model work.
-        before: Forward pre-hook: `(module, inputs) -> inputs`.
+        module: Module of the backbone.
+        name: Attribute name of the child; must be unused.
+        child: Module to add; it is moved to the device of the module's parameters.
+        after: Forward hook, `(module, inputs, output) -> output`. Use a module-level function, not a closure, so that
+            the model can be copied.
+        before: Forward pre-hook, `(module, inputs) -> inputs`.
 
     Raises:
-        ValueError: The name is taken, as when a method is applied twice.
+        ValueError: If the name is used already, e.g. because a method was applied twice.
     """
     if hasattr(module, name):
         raise ValueError(
             f"{type(module).__name__} has a {name!r} already, a {type(getattr(module, name)).__name__}; "
-            "apply a method to a fresh backbone, once"
+            "apply a method only once, to a fresh backbone"
         )
     device = next((parameter.device for parameter in module.parameters()), None)
     module.add_module(name, child if device is None else child.to(device))
@@ -46,7 +46,7 @@ def attach(
 
 
 def attached(model: nn.Module, name: str, kind: type[nn.Module]) -> Iterator[tuple[str, nn.Module, Any]]:
-    """Every module of `model` with a child `name` of a certain class, as `(module's name, module, child)`."""
+    """Yield `(module name, module, child)` for each module with a child `name` of class `kind`."""
     for module_name, module in list(model.named_modules()):
         child = module._modules.get(name)
         if isinstance(child, kind):
@@ -54,21 +54,21 @@ def attached(model: nn.Module, name: str, kind: type[nn.Module]) -> Iterator[tup
 
 
 def detach(module: nn.Module, name: str, *hooks: Callable[..., Any]) -> None:
-    """Take a child and its hooks away again.
+    """Remove a child and its hooks.
 
     Args:
-        module: Of the backbone.
+        module: Module of the backbone.
         name: As for `attach`.
-        hooks: The functions that `attach` was given.
+        hooks: Functions passed to `attach`.
     """
     delattr(module, name)
     remove_hooks(module, *hooks)
 
 
 def remove_hooks(module: nn.Module, *hooks: Callable[..., Any]) -> None:
-    """Take forward hooks away by the functions that they call.
+    """Remove forward hooks by their functions.
 
-    Torch removes a hook by the handle that registering gave, which a copy of the model does not share.
+    A torch hook handle does not work for a copy of the model.
     """
     for table in (module._forward_hooks, module._forward_pre_hooks):
         for key in [key for key, hook in table.items() if hook in hooks]:
@@ -76,15 +76,15 @@ def remove_hooks(module: nn.Module, *hooks: Callable[..., Any]) -> None:
 
 
 def freeze_running_statistics(model: nn.Module) -> int:
-    """Make every batch normalization layer normalize with its stored statistics, in training too.
+    """Make batch normalization layers use their running statistics in training mode too.
 
-    Otherwise "frozen" layers would drift with each batch, and the drift would be missing from the saved adapter.
+    Otherwise frozen layers change with each batch, and the saved adapter does not contain the change.
 
     Args:
-        model: The backbone; changed in place.
+        model: Backbone; changed in place.
 
     Returns:
-        How many layers were frozen.
+        Number of frozen layers.
     """
     layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     for layer in layers:
@@ -93,24 +93,25 @@ def freeze_running_statistics(model: nn.Module) -> int:
 
 
 def _use_stored_statistics(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Forward pre-hook: leave training mode, which `model.train()` set."""
+    """Switch a module to evaluation mode (forward pre-hook)."""
     module.training = False
 
 
 def find_head(model: nn.Module, head: str | None = None) -> str:
-    """Name of the module that turns features into class scores.
+    """Return the name of the classifier head.
 
-    timm models say it themselves (`pretrained_cfg["classifier"]`, `get_classifier()`).
+    timm models declare their head (`pretrained_cfg["classifier"]`, `get_classifier()`).
 
     Args:
         model: A classifier.
-        head: The name, for a model that does not say.
+        head: Name of the head, for models that do not declare it.
 
     Returns:
-        A name out of `model.named_modules()`, e.g. `"head"`, `"fc"` or `"head.fc"`.
+        A module name, e.g. `"head"`, `"fc"` or `"head.fc"`.
 
     Raises:
-        ValueError: The model has no such module, does not say which it is, or it has no weights (`num_classes=0`).
+        ValueError: If the module does not exist, the model declares no head, or the head has no weights
+            (`num_classes=0`).
     """
     modules = dict(model.named_modules())
     if head is not None:
@@ -131,7 +132,7 @@ def find_head(model: nn.Module, head: str | None = None) -> str:
 
 
 def _declared_head(model: nn.Module, modules: dict[str, nn.Module]) -> str:
-    """The head that a timm model declares."""
+    """Return the head that a timm model declares."""
     declared = (getattr(model, "pretrained_cfg", None) or {}).get("classifier")
     if isinstance(declared, str) and declared in modules:
         return declared
@@ -142,34 +143,34 @@ def _declared_head(model: nn.Module, modules: dict[str, nn.Module]) -> str:
             return name
     linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
     raise ValueError(
-        f"{type(model).__name__} does not say which module is its classifier head; "
+        f"{type(model).__name__} does not declare its classifier head; "
         f"pass head=..., its last linear layers are {linears[-3:]}"
     )
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """The backbone with its head that PEFT wraps, if it does."""
+    """Return the model without its PEFT wrapper, if it has one."""
     base: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     return base
 
 
 def is_inside(name: str, module_name: str) -> bool:
-    """Whether `name` is the module `module_name` or lies within it."""
+    """Return whether `name` is `module_name` or one of its submodules."""
     return name == module_name or name.startswith(module_name + ".")
 
 
 def adaptable_layers(model: nn.Module, head: str) -> list[str]:
-    """Names of the layers that LoRA and SNELLA adapt.
+    """Return the names of the layers that LoRA and SNELLA adapt.
 
-    Those of SNELLA's `"all-linear"`: every `Linear` except head, patch embedding and patch merging. In a network
-    without any, every ungrouped `Conv2d` except the first, which is the stem.
+    As with SNELLA's `"all-linear"`, these are all `Linear` layers except head, patch embedding and patch merging. In a
+    network without them, they are all ungrouped `Conv2d` layers except the first one (the stem).
 
     Args:
-        model: The backbone with its head.
+        model: Backbone with its head.
         head: Name of the head.
 
     Raises:
-        ValueError: Nothing is left to adapt.
+        ValueError: If the model has no layer to adapt.
     """
     linears = [name for name in all_linear_names(model) if not is_inside(name, head)]
     if linears:
@@ -185,81 +186,81 @@ _BLOCK = re.compile(r"(?:^|\.)(?:blocks|layers?\d*|stages|features|h)(?:\.\d+)+$
 
 
 def find_blocks(model: nn.Module, head: str) -> list[tuple[str, nn.Module]]:
-    """The repeated blocks of a backbone, in forward order: `blocks.0`, `layers.1.blocks.5`, `layer4.2`.
+    """Return the repeated blocks of a backbone in forward order: `blocks.0`, `layers.1.blocks.5`, `layer4.2`.
 
-    Numbered modules in a container called `blocks`, `layers`, `layer1`, `stages`, `features` or `h`, of which none
-    holds another: those of a timm ViT, Swin, ConvNeXt, EfficientNet or ResNet, and of transformers' ViT.
+    Blocks are the innermost numbered modules in containers named `blocks`, `layers`, `layer1`, `stages`, `features` or
+    `h`. This covers ViT, Swin, ConvNeXt, EfficientNet and ResNet of timm, and ViT of transformers.
 
     Args:
-        model: The backbone with its head.
-        head: Name of its head.
+        model: Backbone with its head.
+        head: Name of the head.
     """
-    found = [
+    candidates = [
         (name, module)
         for name, module in model.named_modules()
         if _BLOCK.search(name) and not is_inside(name, head) and not isinstance(module, nn.Sequential | nn.ModuleList)
     ]
     return [
         (name, module)
-        for name, module in found
-        if not any(is_inside(other, name) and other != name for other, _ in found) and _has_weights(module)
+        for name, module in candidates
+        if not any(is_inside(other, name) and other != name for other, _ in candidates) and _has_weights(module)
     ]
 
 
 def require_blocks(method: str, model: nn.Module, head: str) -> list[tuple[str, nn.Module]]:
-    """As `find_blocks`, for a method that needs some.
+    """Return the blocks of a backbone like `find_blocks`, and require at least one.
 
     Raises:
-        ValueError: The model has none; names the method and the model.
+        ValueError: If the model has no blocks; names the method and the model.
     """
     blocks = find_blocks(model, head)
     if not blocks:
         raise ValueError(
-            f"method {method!r} cannot be applied to {type(model).__name__}: it works on numbered blocks "
+            f"method {method!r} cannot be applied to {type(model).__name__}: it needs numbered blocks "
             "(blocks.0, layers.0, stages.0.blocks.0), and this model has none"
         )
     return blocks
 
 
 def token_blocks(method: str, model: nn.Module, head: str) -> list[tuple[str, nn.Module]]:
-    """The blocks of a plain vision transformer, all of which take and give tokens `[batch, tokens, width]`.
+    """Return the blocks of a plain vision transformer, which map tokens `[batch, tokens, width]` to tokens.
 
     Raises:
-        ValueError: The blocks are of another kind (windows, convolutions) or the model gives each token a position
-            that an added token would lack; names the method and the model.
+        ValueError: If the blocks are of another kind (windows, convolutions), or the model needs a position for each
+            token, which added tokens lack; names the method and the model.
     """
     blocks = require_blocks(method, model, head)
     reason = ""
-    is_one_row = isinstance(getattr(model, "num_prefix_tokens", None), int)
+    is_token_model = isinstance(getattr(model, "num_prefix_tokens", None), int)
     if not isinstance(model.get_submodule(head), nn.Linear) and not hasattr(model, "num_prefix_tokens"):
         raise ValueError(
-            f"method {method!r} cannot be applied to {type(model).__name__}: its {head!r} reads feature maps, to which "
-            "tokens cannot be added; it needs a classifier that is a plain ViT (timm's VisionTransformer)"
+            f"method {method!r} cannot be applied to {type(model).__name__}: its {head!r} takes feature maps, to which "
+            "tokens cannot be added; use a plain ViT classifier (timm's VisionTransformer)"
         )
-    if not is_one_row or any(name.count(".") > 1 for name, _ in blocks):
-        reason = "its blocks do not share one row of tokens"
+    if not is_token_model or any(name.count(".") > 1 for name, _ in blocks):
+        reason = "its blocks do not share one token sequence"
     elif any(width_of_block(block) is None for _, block in blocks):
-        reason = "its blocks are not an attention and an MLP behind one norm each"
+        reason = "its blocks are not pre-norm attention and MLP"
     elif getattr(model, "rope", None) is not None or getattr(model, "shared_rel_pos_bias", None) is not None:
-        reason = "it rotates or biases tokens by their place, which added tokens lack"
+        reason = "it rotates or biases tokens by their position, which added tokens lack"
     elif any(_has_position_bias(getattr(block, "attn", None)) for _, block in blocks):
-        reason = "it biases tokens by their place, which added tokens lack"
+        reason = "it biases tokens by their position, which added tokens lack"
     if reason:
         raise ValueError(
             f"method {method!r} cannot be applied to {type(model).__name__}: {reason}; "
-            "it needs a plain ViT (timm's VisionTransformer)"
+            "use a plain ViT (timm's VisionTransformer)"
         )
     return blocks
 
 
 def _has_position_bias(attention: nn.Module | None) -> bool:
-    """Whether an attention adds a bias that depends on the places of two tokens."""
+    """Return whether an attention module has a relative position bias."""
     names = ("relative_position_bias_table", "rel_pos", "rel_pos_h", "attention_biases")
     return any(getattr(attention, name, None) is not None for name in names)
 
 
 def width_of_block(block: nn.Module) -> int | None:
-    """The number of channels of a token in a transformer block with `norm1`, `attn` and `mlp`; None for others."""
+    """Return the token width of a transformer block with `norm1`, `attn` and `mlp`; None for other blocks."""
     parts = [getattr(block, name, None) for name in ("norm1", "attn", "mlp")]
     shape = getattr(parts[0], "normalized_shape", None)
     if not all(isinstance(part, nn.Module) for part in parts) or not shape:
@@ -268,9 +269,9 @@ def width_of_block(block: nn.Module) -> int | None:
 
 
 def mlps(model: nn.Module, head: str) -> Iterator[tuple[str, nn.Module, int]]:
-    """Every block's MLP with the width of what it gives, as `(name, module, width)`; its channels come last.
+    """Yield `(name, module, output width)` for the MLP of each block; its outputs are channels-last.
 
-    An MLP is a module called `mlp` or `ffn`, whose last linear layer tells the width.
+    An MLP is a module named `mlp` or `ffn`; its last linear layer defines the width.
     """
     for name, module in model.named_modules():
         if name.rsplit(".", 1)[-1] in ("mlp", "ffn") and not is_inside(name, head):
@@ -280,20 +281,20 @@ def mlps(model: nn.Module, head: str) -> Iterator[tuple[str, nn.Module, int]]:
 
 
 def _has_weights(module: nn.Module) -> bool:
-    """Whether there is a parameter in it."""
+    """Return whether a module has parameters."""
     return next(module.parameters(), None) is not None
 
 
 class AdapterFileError(ValueError):
-    """An adapter file is damaged, or belongs to another model."""
+    """Error for an adapter file that is damaged or does not fit the model."""
 
 
 @contextmanager
 def restoring(model: nn.Module) -> Iterator[None]:
-    """Say of an error inside that the stored choice does not fit the model.
+    """Convert errors of restoring a saved selection into `AdapterFileError`.
 
     Raises:
-        AdapterFileError: A layer is missing, is of another kind or has fewer weights.
+        AdapterFileError: If a layer is missing, has another type or has fewer weights.
     """
     try:
         yield

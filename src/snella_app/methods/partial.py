@@ -1,4 +1,4 @@
-"""`partial-k`: the last k blocks of the backbone, what follows them, and the head."""
+"""Methods that train weights of the model directly: `linear`, `bias`, `full`, `mlp-k` and `partial-k`."""
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -8,10 +8,10 @@ from snella_app.methods.model_parts import freeze_running_statistics, is_inside,
 
 
 def train_head(model: nn.Module, head: str) -> None:
-    """Let the head learn, and keep batch statistics as pre-trained: what every method begins with.
+    """Make the head trainable and freeze the running statistics; the first step of every method.
 
     Args:
-        model: With all parameters frozen; changed in place.
+        model: Model with frozen parameters; changed in place.
         head: Name of its head.
     """
     freeze_running_statistics(model)
@@ -19,13 +19,13 @@ def train_head(model: nn.Module, head: str) -> None:
 
 
 def _linear(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
-    """Linear probe: only the head learns."""
+    """Train only the head (linear probe)."""
     train_head(model, head)
     return model
 
 
 def _bias(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
-    """BitFit: every bias and the head."""
+    """Train all biases and the head (BitFit)."""
     train_head(model, head)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_inside(name, head) or name.rsplit(".", 1)[-1] == "bias")
@@ -33,7 +33,7 @@ def _bias(model: nn.Module, head: str, options: Options, batches: Batches | None
 
 
 def _full(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
-    """Full fine-tuning, running statistics included."""
+    """Train all weights, and update running statistics."""
     return model.requires_grad_(True)
 
 
@@ -59,30 +59,30 @@ FULL = Method(
 
 
 class _BatchNorm(nn.BatchNorm1d):
-    """Batch normalization that takes a single image by its running statistics, where a batch has none of its own."""
+    """Batch normalization that uses running statistics for a batch of one image, which has no batch statistics."""
 
     saved_buffers = ("running_mean", "running_var", "num_batches_tracked")
 
     def forward(self, input: Tensor) -> Tensor:
-        """The features, normalized."""
+        """Normalize the features."""
         if len(input) > 1:
             return super().forward(input)
         return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
 
 class MlpHead(nn.Module):
-    """Linear layers with a ReLU, a batch normalization and dropout after each but the last.
+    """MLP head: linear layers with ReLU, batch normalization and dropout after all but the last.
 
     h_0 = x;  h_i = dropout(norm(relu(W_i h_{i-1} + b_i)));  y = W_k h_{k-1} + b_k
 
-    The hidden layers are as wide as the features. Weights start as normal with variance 2 / outputs (He et al., fan
-    out), biases as torch's default.
+    Hidden layers are as wide as the features. Weights are initialized with variance 2 / outputs (He et al., fan-out),
+    biases with torch's default.
 
     Args:
-        features: Width of the input.
+        features: Number of input features.
         classes: Number of outputs.
-        layers: k, at least 1.
-        dropout: Rate after each hidden layer.
+        layers: Number of layers k, at least 1.
+        dropout: Dropout rate after each hidden layer.
     """
 
     def __init__(self, features: int, classes: int, layers: int = 3, dropout: float = 0.1) -> None:
@@ -97,17 +97,17 @@ class MlpHead(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Class scores `[batch, classes]` from features `[batch, features]`."""
+        """Map features `[batch, features]` to class scores `[batch, classes]`."""
         return self.last(self.hidden(x))
 
 
 def _build_mlp_head(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
-    """Put an `MlpHead` in the place of the linear head."""
+    """Replace the linear head by an `MlpHead`."""
     old = model.get_submodule(head)
     if not isinstance(old, nn.Linear):
         raise ValueError(
-            f"method 'mlp' cannot be applied to {type(model).__name__}: its head {head!r} is a {type(old).__name__}, "
-            "and one linear layer is needed; pass head=..."
+            f"method 'mlp' cannot be applied to {type(model).__name__}: its head {head!r} must be a linear layer, got "
+            f"{type(old).__name__}; pass head=..."
         )
     train_head(model, head)
     new = MlpHead(old.in_features, old.out_features, options.get("layers", 3), options.get("dropout", 0.1))
@@ -122,25 +122,25 @@ MLP = Method(
     ("layers", "dropout"),
     suffix="layers",
     check=check_by({"layers": whole_number(), "dropout": number(0, 1)}),
-    unmerged_reason="puts several layers in the place of the head, where the backbone has one",
+    unmerged_reason="replaces the head of the backbone by several layers",
     defaults={"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-4},
     is_head_only=True,
 )
 
 
 def _build_partial(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
-    """Train the parameters of the last `blocks` blocks and of every module that comes after them."""
-    wanted = options.get("blocks", 1)
+    """Train the last `blocks` blocks and all modules after them."""
+    count = options.get("blocks", 1)
     blocks = require_blocks("partial", model, head)
-    if wanted > len(blocks):
-        raise ValueError(f"method 'partial': blocks must be at most {len(blocks)} for this model, got {wanted}")
+    if count > len(blocks):
+        raise ValueError(f"method 'partial': blocks must be at most {len(blocks)} for this model, got {count}")
     train_head(model, head)
-    trained = {name for name, _ in blocks[-wanted:]}
-    is_behind = False
+    trained = {name for name, _ in blocks[-count:]}
+    is_after = False
     for name, parameter in model.named_parameters():
         in_block = any(is_inside(name, block) for block in trained)
-        is_behind = is_behind or in_block
-        if in_block or is_inside(name, head) or (is_behind and not any(is_inside(name, block) for block, _ in blocks)):
+        is_after = is_after or in_block
+        if in_block or is_inside(name, head) or (is_after and not any(is_inside(name, block) for block, _ in blocks)):
             parameter.requires_grad_(True)
     return model
 

@@ -1,4 +1,4 @@
-"""Methods that are PEFT configurations."""
+"""Methods implemented as PEFT adapters."""
 
 import dataclasses
 import re
@@ -22,16 +22,16 @@ from snella_app.methods.method import Batches, Method, Options
 from snella_app.methods.model_parts import adaptable_layers, freeze_running_statistics, is_inside
 
 Targets = Callable[[nn.Module, str], list[str] | str]
-"""`(model, head) -> names`, or one regular expression for all: the modules to adapt where the user names none."""
+"""`(model, head) -> names or regular expression`: default target modules."""
 
 _HARMLESS = (
-    # the random projections come from a seed that is saved, so that they need not be
+    # random projections are recomputed from a saved seed
     "Specified to not save",
     "Specified to not load",
-    # BOFT's compiled extension is an option of speed
+    # BOFT's compiled extension only affects speed
     "Failed to load the CUDA extension",
     "Setting boft_n_butterfly_factor to 1",
-    # of a LayerNorm, or a subclass of it, which is copied and trained all the same
+    # LayerNorm and its subclasses are copied and trained despite the warning
     "Unsupported layer type .*LayerNorm",
 )
 
@@ -46,9 +46,16 @@ def peft_method(
     targets: Targets = adaptable_layers,
     **needs: Any,
 ) -> Method:
-    """A row of the table for an adapter of PEFT, with the fields of `Method`.
+    """Create the `Method` of a PEFT adapter.
 
-    `targets` says which modules are adapted where `target_modules` is not given.
+    Args:
+        summary: As for `Method`.
+        source: As for `Method`.
+        config: As for `Method`.
+        options: As for `Method`.
+        suffix: As for `Method`.
+        targets: Selects the target modules if the options have no `target_modules`.
+        **needs: Further fields of `Method`.
     """
 
     def build(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
@@ -59,22 +66,22 @@ def peft_method(
 
 
 def inject(model: nn.Module, config: PeftConfig) -> PeftModel:
-    """Put an adapter into a model, with frozen statistics below it.
+    """Inject a PEFT adapter into a model and freeze its running statistics.
 
     Raises:
-        ValueError: PEFT cannot adapt one of the targets; says which.
+        ValueError: If PEFT cannot adapt a target module; names the module.
     """
     freeze_running_statistics(model)
     invariants = torch.sparse.check_sparse_tensor_invariants
     if str(getattr(config.peft_type, "value", config.peft_type)) == "SHIRA" and not invariants.is_enabled():
-        invariants.disable()  # PEFT's indices are valid; undecided, torch warns at every sparse tensor
+        invariants.disable()  # PEFT's indices are valid; without an explicit choice, torch warns for each sparse tensor
     with without_harmless_warnings():
         return get_peft_model(model, config)
 
 
 @contextmanager
 def without_harmless_warnings() -> Iterator[None]:
-    """Keep PEFT from warning of what is meant to be."""
+    """Suppress PEFT warnings about intended behavior."""
     with warnings.catch_warnings():
         for message in _HARMLESS:
             warnings.filterwarnings("ignore", message)
@@ -82,16 +89,16 @@ def without_harmless_warnings() -> Iterator[None]:
 
 
 def merge_adapter(model: nn.Module) -> nn.Module:
-    """The backbone with the adapter's update in its weights.
+    """Merge the adapter into the weights and return the backbone.
 
     Raises:
-        TypeError: The model is no `PeftModel`.
+        TypeError: If the model is not a `PeftModel`.
     """
     if not isinstance(model, PeftModel):
-        raise TypeError(f"only a PeftModel has an adapter to merge, got {type(model).__name__}")
+        raise TypeError(f"model must be a PeftModel to merge its adapter, got {type(model).__name__}")
     inner: nn.Module = model.base_model.model  # type: ignore[assignment]
     for name, module in list(inner.named_modules()):
-        # unwrapped first: PEFT's LN tuning leaves the head wrapped, and others want a head to be a single layer
+        # PEFT's LN tuning leaves the head wrapped, but other code expects a plain layer
         if isinstance(module, ModulesToSaveWrapper):
             inner.set_submodule(name, module.modules_to_save[module.active_adapters[0]])
     merged: nn.Module = model.merge_and_unload()
@@ -99,7 +106,7 @@ def merge_adapter(model: nn.Module) -> nn.Module:
 
 
 def own_fields(config: type[PeftConfig]) -> tuple[str, ...]:
-    """Fields of a configuration that PEFT's base class does not have; `modules_to_save` is the head, always."""
+    """Return the fields that a configuration adds to `PeftConfig`, without `modules_to_save`, which is the head."""
     base = {f.name for f in dataclasses.fields(PeftConfig)} | {"modules_to_save"}
     return tuple(f.name for f in dataclasses.fields(config) if f.name not in base and f.init)
 
@@ -112,22 +119,22 @@ _OF_SPARSITY = (
 
 
 def _snella_config(head: str, options: Options) -> PeftConfig:
-    """SNELLA with the head trained in full."""
+    """Return the SNELLA configuration with a trainable head."""
     return SnellaConfig(modules_to_save=[head] if head else None, **options)
 
 
 def _matched_config(head: str, options: Options) -> PeftConfig:
-    """SNELLA with the preset whose steps are matched to the weights."""
+    """Return the SNELLA configuration with `preset="matched"`."""
     return _snella_config(head, {"preset": "matched", **options})
 
 
 def _snell_config(head: str, options: Options) -> PeftConfig:
-    """SNELL: the kernel p_linear, and the same sparsity in every matrix."""
+    """Return the SNELL configuration: kernel p_linear and uniform sparsity."""
     return _snella_config(head, {"kernel": "p_linear", "allocation": "uniform", **options})
 
 
 def _klora_config(head: str, options: Options) -> PeftConfig:
-    """Kernelized LoRA: the merged matrix as it is."""
+    """Return the KLoRA configuration: SNELLA without sparsification."""
     return _snella_config(head, {**options, "sparsify_mode": "none", "target_sparsity": 0.0})
 
 
@@ -142,16 +149,16 @@ SNELLA = peft_method(
     has_budgets=True,
     optimizer=create_snella_optimizer,
 )
-"""Trains the factors `A`, `B` and scalars of every matrix, and the head:
+"""SNELLA: trains the factors `A`, `B` and scalars of every matrix, and the head.
 
     W = W0 + scaling · S    S[i, j] = ΔW[i, j] · max(|ΔW[i, j]| − t, 0)    ΔW[i, j] = κ(A[j], B[i])
 
-with κ = Mix-K and `t` such that as many entries survive as the matrix's budget allows; see docs/method.md.
+κ is Mix-K. The threshold `t` keeps the number of entries given by the matrix's budget; see docs/method.md.
 """
 
 SNELLA_MATCHED = peft_method(
     "SNELLA with steps matched to the size of the weights",
-    "SNELLA, Shen et al., arXiv 2510.24037; matched steps are this package's",
+    "SNELLA, Shen et al., arXiv 2510.24037; matched steps are added by this package",
     _matched_config,
     _SNELL_OPTIONS,
     suffix="r",
@@ -159,8 +166,8 @@ SNELLA_MATCHED = peft_method(
     has_budgets=True,
     optimizer=create_snella_optimizer,
 )
-"""As SNELLA, but one step of the factors changes `scaling·S` by about the learning rate times the size of `W0`, and the
-budget reaches its target after 0.7 of the training; `preset="matched"` of `SnellaConfig`, see docs/method.md.
+"""SNELLA with `preset="matched"` of `SnellaConfig`: a step of the factors changes `scaling·S` by about the learning
+rate times the size of `W0`, and the budget reaches its target after 70 % of the training; see docs/method.md.
 """
 
 SNELL = peft_method(
@@ -174,7 +181,7 @@ SNELL = peft_method(
     has_budgets=True,
     optimizer=create_snella_optimizer,
 )
-"""As SNELLA with κ = P-Linear, `ΔW[i, j] = Σ_p α_p ‖A[j, piece p] − B[i, piece p]‖`, and one sparsity for all."""
+"""SNELLA with κ = P-Linear, `ΔW[i, j] = Σ_p α_p ‖A[j, piece p] − B[i, piece p]‖`, and uniform sparsity."""
 
 KLORA = peft_method(
     "a kernel's high-rank update without sparsity",
@@ -185,10 +192,10 @@ KLORA = peft_method(
     defaults={"lr": 2e-3, "scalar_lr": 1e-4, "head_lr": 1e-3, "weight_decay": 0.0, "r": 8},
     optimizer=create_snella_optimizer,
 )
-"""Trains what SNELLA trains: `W = W0 + scaling · ΔW`, `ΔW[i, j] = κ(A[j], B[i])`, every entry of it.
+"""Kernelized LoRA: SNELLA's parameters with a dense update, `W = W0 + scaling · ΔW`, `ΔW[i, j] = κ(A[j], B[i])`.
 
-`kernel` is mix_k (default), p_linear, rbf, …, or linear, which is LoRA's product with both factors drawn at random.
-`ΔW` is not zero at the start: about 1/m with mix_k, m the outputs of the matrix.
+`kernel` is mix_k (default), p_linear, rbf, …, or linear, which is LoRA's product with two random factors. `ΔW` is not
+zero at the start: with mix_k it is about 1/m for a matrix with m outputs.
 """
 
 
@@ -205,19 +212,19 @@ _LORA_OPTIONS = (
 
 
 def lora_config(head: str, options: Options) -> PeftConfig:
-    """W = W0 + (lora_alpha / r) B A, with `lora_alpha = r` (scaling 1) unless told otherwise."""
+    """Return the LoRA configuration: W = W0 + (lora_alpha / r) B A, by default with `lora_alpha = r` (scaling 1)."""
     return LoraConfig(modules_to_save=[head], **{"r": 8, "lora_alpha": options.get("r", 8), **options})
 
 
 def _dora_config(head: str, options: Options) -> PeftConfig:
-    """W = m ⊙ (W0 + B A) / ‖W0 + B A‖, the norm taken of each output's row; m starts as ‖W0‖."""
+    """Return the DoRA configuration: W = m ⊙ (W0 + B A) / ‖W0 + B A‖ with row norms; m starts as ‖W0‖."""
     return lora_config(head, {"use_dora": True, **options})
 
 
 _DECAYED: dict[str, Any] = {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-4, "r": 8}
 _LORA_RECIPES: dict[str, dict[str, Any]] = {
-    "generation": {"lr": 1e-4, "r": 8},  # the SNELLA paper's rate
-    "language": {"lr": 3e-4, "r": 8},  # the benchmark's own rate
+    "generation": {"lr": 1e-4, "r": 8},  # learning rate of the SNELLA paper
+    "language": {"lr": 3e-4, "r": 8},  # learning rate of the benchmark
 }
 
 LORA = peft_method(
@@ -249,26 +256,27 @@ _ADALORA_OPTIONS = (
 
 
 class RankSchedule:
-    """Lets AdaLoRA take ranks away while a model trains: PEFT's `update_and_allocate` after each step of the optimizer.
+    """Rank schedule of AdaLoRA: calls PEFT's `update_and_allocate` after each optimizer step.
 
-    The ranks stay at `init_r` for the first `tinit` steps, fall along a cubic to `r` on average, and stay for the last
-    `tfinal` steps. Where the configuration names neither, these are a tenth and a half of all steps, as in most of
-    the paper's runs. The allocator's state is part of the optimizer's, so that a resumed run continues with it.
+    Ranks stay at `init_r` for `tinit` steps, decrease cubically to `r` on average, and stay constant for the last
+    `tfinal` steps. If neither is configured, they are a tenth and half of all steps, as in most runs of the paper. The
+    allocator state is saved with the optimizer state, so that a resumed run continues with it.
 
     Args:
-        model: With an AdaLoRA adapter.
-        total_steps: Steps of the optimizer in the whole run.
+        model: Model with an AdaLoRA adapter.
+        total_steps: Optimizer steps of the whole run.
 
     Attributes:
-        step: Steps taken.
+        step: Number of completed steps.
 
     Raises:
-        TypeError: The model has another adapter, or none.
+        TypeError: If the model has no AdaLoRA adapter.
+        ValueError: If `tinit + tfinal` is not less than `total_steps`.
     """
 
     def __init__(self, model: nn.Module, total_steps: int) -> None:
         if not is_adalora(model):
-            raise TypeError(f"ranks are scheduled for AdaLoRA adapters, got {type(model).__name__}")
+            raise TypeError(f"model must have an AdaLoRA adapter, got {type(model).__name__}")
         self.tuner: AdaLoraModel = model.base_model  # type: ignore[assignment]
         self.config: AdaLoraConfig = self.tuner.peft_config[self.tuner.trainable_adapter_name]  # type: ignore[assignment]
         self.step = 0
@@ -283,7 +291,7 @@ class RankSchedule:
             )
 
     def attach(self, optimizer: Optimizer) -> Self:
-        """Follow an optimizer, wrapped by Accelerate or not; its `state_dict` carries the allocator's from now on."""
+        """Register hooks on an optimizer, unwrapping Accelerate, to step the schedule and save its state."""
         while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
             optimizer = inner
         optimizer.register_step_post_hook(self._after_step)
@@ -293,7 +301,7 @@ class RankSchedule:
         return self
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs."""
+        """Return the state of the schedule and the allocator."""
         allocator = self.tuner.rankallocator
         return {
             "step": self.step,
@@ -303,7 +311,7 @@ class RankSchedule:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
+        """Restore the state of the schedule and the allocator."""
         allocator = self.tuner.rankallocator
         self.step = state["step"]
         self.config.rank_pattern = state["rank_pattern"]
@@ -326,13 +334,13 @@ class RankSchedule:
 
 
 def is_adalora(model: nn.Module) -> bool:
-    """Whether the model's adapter is PEFT's AdaLoRA."""
+    """Return whether the model has PEFT's AdaLoRA adapter."""
     return isinstance(model, PeftModel) and isinstance(model.base_model, AdaLoraModel)
 
 
 @contextmanager
 def all_ranks(config: PeftConfig) -> Iterator[None]:
-    """Let PEFT save AdaLoRA's factors whole, those of no rank as zeros, so that they fit the model they came from."""
+    """Make PEFT save AdaLoRA factors at full size, with zeros for pruned ranks, so that they fit the model."""
     pattern = getattr(config, "rank_pattern", None)
     if isinstance(config, AdaLoraConfig):
         config.rank_pattern = None
@@ -344,9 +352,9 @@ def all_ranks(config: PeftConfig) -> Iterator[None]:
 
 
 def orthogonality(model: nn.Module) -> Tensor:
-    """How far AdaLoRA's factors are from orthogonal, weighted as configured: part of its training loss.
+    """Compute AdaLoRA's orthogonality penalty, a term of its training loss.
 
-    orth_reg_weight · mean over all factors of ‖P Pᵀ − I‖_F   (Qᵀ Q for the factor of the output side)
+    orth_reg_weight · mean over all factors of ‖P Pᵀ − I‖_F   (Qᵀ Q for the output-side factor)
     """
     tuner: AdaLoraModel = model.base_model  # type: ignore[assignment]
     adapter = tuner.trainable_adapter_name
@@ -360,7 +368,7 @@ def orthogonality(model: nn.Module) -> Tensor:
 
 
 def _adalora_config(head: str, options: Options) -> PeftConfig:
-    """W = W0 + (lora_alpha / rank) B diag(E) A; `r` is the rank at the end, on average, `init_r` = 1.5 r at first."""
+    """Return the AdaLoRA config, W = W0 + (lora_alpha / rank) B diag(E) A; `r` is the final mean, `init_r` = 1.5 r."""
     r = options.get("r", 8)
     values = {key: value for key, value in options.items() if key != "r"}
     defaults = {"init_r": max(r + 1, round(1.5 * r)), "lora_alpha": r, "total_step": 1}
@@ -387,7 +395,7 @@ def _of_peft(
     suffix: str | None = None,
     **own: Any,
 ) -> Method:
-    """A row for a configuration class of PEFT; `own` are values that differ from its defaults, and `targets`."""
+    """Create the `Method` of a PEFT configuration class; `own` overrides its defaults and may set `targets`."""
     targets = own.pop("targets", adaptable_layers)
 
     def config(head: str, options: Options) -> PeftConfig:
@@ -399,25 +407,25 @@ def _of_peft(
 
 
 def layer_norms(model: nn.Module, head: str) -> str:
-    """A regular expression for the names of the layer normalizations outside of the head.
+    """Return a regular expression that matches the LayerNorm modules outside the head.
 
-    As plain names they would match too much: `norm` is also how `blocks.0.attn.norm` ends.
+    Plain names would match too many modules, since PEFT matches suffixes: `norm` also matches `blocks.0.attn.norm`.
 
     Raises:
-        ValueError: There is none.
+        ValueError: If the model has no such LayerNorm.
     """
-    found = [
+    names = [
         name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm) and not is_inside(name, head)
     ]
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no LayerNorm outside of its head {head!r}")
-    return "|".join(re.escape(name) for name in found)
+    if not names:
+        raise ValueError(f"{type(model).__name__} has no LayerNorm outside its head {head!r}")
+    return "|".join(re.escape(name) for name in names)
 
 
 _UNDECAYED: dict[str, Any] = {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 0.0}
 CATALOG: dict[str, Method] = {
     "shira": _of_peft(
-        "a random choice of weights, r (m + n) of each m x n matrix",
+        "random weights, r (m + n) of each m x n matrix",
         "SHiRA, Bhardwaj et al., arXiv 2406.13175",
         peft.ShiraConfig,
         {**_UNDECAYED, "r": 8},
@@ -432,7 +440,7 @@ CATALOG: dict[str, Method] = {
         _UNDECAYED,
     ),
     "fourierft": _of_peft(
-        "coefficients of a few frequencies of each update's two-dimensional Fourier transform",
+        "a few coefficients of each update's two-dimensional Fourier transform",
         "FourierFT, Gao et al., arXiv 2405.03003",
         peft.FourierFTConfig,
         {"lr": 1e-1, "head_lr": 1e-3, "weight_decay": 0.0},
@@ -449,7 +457,7 @@ CATALOG: dict[str, Method] = {
         save_projection=False,
     ),
     "vera": _of_peft(
-        "two vectors a layer that scale shared random factors",
+        "two vectors per layer that scale shared random factors",
         "VeRA, Kopiczko et al., arXiv 2310.11454",
         peft.VeraConfig,
         {"lr": 5e-3, "head_lr": 1e-3, "weight_decay": 0.0, "r": 256},
@@ -500,4 +508,4 @@ CATALOG: dict[str, Method] = {
         targets=layer_norms,
     ),
 }
-"""Configurations of PEFT and nothing else, by name."""
+"""Methods that need only a PEFT configuration, by name."""

@@ -1,4 +1,4 @@
-"""The table of methods: from a name to its row, its options and the number in the name."""
+"""Registry of methods: names, options and model building."""
 
 import re
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from snella_app.plugins import plugins
 from snella_app.text import nearest
 
 METHODS: dict[str, Method] = {
-    # weights of the backbone itself
+    # weights of the model
     "linear": LINEAR,
     "bias": BIAS,
     "full": FULL,
@@ -30,20 +30,20 @@ METHODS: dict[str, Method] = {
     "snella-matched": SNELLA_MATCHED,
     "snell": SNELL,
     "klora": KLORA,
-    # configurations of PEFT and nothing else
+    # PEFT configurations
     **CATALOG,
 }
-"""By name without the number, those that other packages register after the application's own."""
+"""Methods by name without number; methods of plugins come last."""
 METHODS.update({name: method for name, method in plugins("methods").items() if name not in METHODS})
 
 
 def method_names() -> list[str]:
-    """Names that `build_method` knows, without numbers."""
+    """Return the names of all methods, without numbers."""
     return list(METHODS)
 
 
 def find_method(name: str) -> Method:
-    """The row of `snella-8` or `snella`.
+    """Return the method for a name such as `snella-8` or `snella`.
 
     Raises:
         ValueError: As for `parse_method`.
@@ -52,15 +52,15 @@ def find_method(name: str) -> Method:
 
 
 def method_options(name: str) -> tuple[str, ...]:
-    """Names of the options that a method takes."""
+    """Return the option names of a method."""
     return find_method(name).options
 
 
 def parse_method(name: str) -> tuple[str, int | None]:
-    """Split `vpt-deep-50` into `("vpt-deep", 50)`; the number is None where the name has none.
+    """Split `vpt-deep-50` into `("vpt-deep", 50)`; the number is None if the name has none.
 
     Raises:
-        ValueError: No such method (with the nearest names), or a number where the method takes none.
+        ValueError: If the method is unknown, or has a number although it takes none.
     """
     match = None if name in METHODS else re.fullmatch(r"(.+)-(\d+)", name)
     family, digits = (match[1], match[2]) if match else (name, None)
@@ -73,14 +73,14 @@ def parse_method(name: str) -> tuple[str, int | None]:
         return family, None
     suffix = METHODS[family].suffix
     if suffix is None:
-        raise ValueError(f"method {family!r} takes no number, got {name!r}; write {family!r}")
+        raise ValueError(f"method {family!r} takes no number, got {name!r}; use {family!r}")
     if int(digits) < 1:
         raise ValueError(f"the number in a method's name, {suffix}, must be at least 1, got {name!r}")
     return family, int(digits)
 
 
 def _meant(name: str) -> str:
-    """A method written in another way, such as `lora8` or `LoRA_8`: `; did you mean 'lora-8'?`; empty for none."""
+    """Suggest a method for a spelling such as `lora8` or `LoRA_8`: `; did you mean 'lora-8'?`; empty for none."""
     plain = name.lower().replace("_", "-")
     family = plain.rstrip("0123456789")
     digits, family = plain.removeprefix(family), family.rstrip("-")
@@ -92,31 +92,31 @@ def _meant(name: str) -> str:
 def build_method(
     name: str, model: nn.Module, *, head: str | None = None, batches: Batches | None = None, **options: Any
 ) -> nn.Module:
-    """Make `model` trainable by one method.
+    """Prepare a model for training with one method.
 
     Args:
-        name: One of `method_names()`; a number at its end sets the option that it is about: `lora-8` the rank,
-            `vpt-deep-50` the prompts of a block.
-        model: A classifier, changed in place; freshly created, without adapters.
-        head: Module name of its head; timm models say it themselves.
-        batches: For methods that look at training data to choose what to train: a callable that gives a fresh
-            pass over pairs of images and labels each time. Others leave it alone.
-        **options: What `method_options(name)` lists: SnellaConfig's fields for `snella`, some of LoraConfig's for
-            `lora`.
+        name: One of `method_names()`, optionally with a number: `lora-8` sets the rank, `vpt-deep-50` the prompts per
+            block.
+        model: Fresh classifier without adapters; changed in place.
+        head: Module name of its head; not needed for timm models.
+        batches: Callable that returns a new iterator over pairs of images and labels, for methods that select
+            parameters from training data. Other methods ignore it.
+        **options: Options listed by `method_options(name)`: fields of SnellaConfig for `snella`, some fields of
+            LoraConfig for `lora`.
 
     Returns:
-        The model to train: `model` itself, or a `PeftModel` around it.
+        The model to train: `model`, or a `PeftModel` around it.
 
     Raises:
-        ValueError: Unknown name or option, a value that the method refuses, the number given twice with different
-            values, a method that cannot be applied to this model, or no data where the method needs some.
+        ValueError: If the name, an option or a value is invalid, the number contradicts an option, the method does not
+            support the model, or required data is missing.
     """
     options = check_method(name, options)
     family = parse_method(name)[0]
     method = METHODS[family]
     if method.needs_batches and batches is None:
         raise ValueError(
-            f"method {name!r} chooses what to train from training data, got batches=None; "
+            f"method {name!r} selects parameters from training data, got batches=None; "
             "pass batches=..., a callable that returns pairs of images and labels"
         )
     head_name = _prepare(model, head)
@@ -133,9 +133,9 @@ def build_method(
 def restore_method(
     name: str, model: nn.Module, tensors: Mapping[str, Tensor], *, head: str | None = None, **options: Any
 ) -> nn.Module:
-    """The structure that `build_method` made once, without its training data; values are still to be loaded.
+    """Rebuild the structure created by `build_method` without training data; does not load values.
 
-    Arguments and errors are those of `build_method`, and `tensors` is what was saved, by name.
+    Arguments and errors are as for `build_method`; `tensors` are the saved tensors by name.
     """
     options = check_method(name, options)
     family = parse_method(name)[0]
@@ -150,14 +150,13 @@ def restore_method(
 
 
 def check_method(name: str, options: Options) -> Options:
-    """Check all that can be known of the arguments of `build_method` without a model.
+    """Check the arguments of `build_method` that do not depend on the model.
 
     Returns:
-        The options, with the number of the name among them.
+        The options, including the number in the name.
 
     Raises:
-        ValueError: Unknown name or option, the number given twice with different values, or a value that the method
-            refuses.
+        ValueError: If the name, an option or a value is invalid, or the number contradicts an option.
     """
     family, number = parse_method(name)
     method = METHODS[family]
@@ -181,10 +180,10 @@ def check_method(name: str, options: Options) -> Options:
 
 
 def spec_of(model: nn.Module) -> MethodSpec:
-    """The method that `build_method` or `load_trained` applied to `model`.
+    """Return the method that `build_method` or `load_trained` applied to a model.
 
     Raises:
-        ValueError: The model came from elsewhere.
+        ValueError: If no method was applied.
     """
     spec = getattr(model, "snella_method", None)
     if not isinstance(spec, MethodSpec):
@@ -193,32 +192,35 @@ def spec_of(model: nn.Module) -> MethodSpec:
 
 
 def method_of(model: nn.Module) -> Method | None:
-    """The row of the table that `model` was made by; None for a PEFT adapter of a method that is not in it."""
+    """Return the registered method of a model; None for PEFT adapters of other methods."""
     return METHODS.get(spec_of(model).family)
 
 
 def merge_trained(model: nn.Module) -> nn.Module:
-    """The backbone with everything that was trained in its plain weights; outputs stay the same up to rounding.
+    """Merge the trained parameters into the backbone; outputs are equal up to rounding.
 
     Args:
-        model: From `build_method` or `load_trained`; used up.
+        model: Model from `build_method` or `load_trained`; do not use it afterwards.
+
+    Returns:
+        The backbone with plain weights.
 
     Raises:
-        ValueError: The method's change is none of weights.
+        ValueError: If the method cannot be merged into weights.
     """
     method, spec = method_of(model), spec_of(model)
     if method is None:
         return model.merge_and_unload()  # type: ignore[operator]
     if method.merge is None:
         raise ValueError(
-            f"method {spec.name!r} cannot be folded into the weights of the backbone: it {method.unmerged_reason}; "
-            "keep the adapter beside the backbone, load_trained puts it back"
+            f"method {spec.name!r} cannot be merged into the weights of the backbone: it {method.unmerged_reason}; "
+            "keep the adapter and load it with load_trained"
         )
     return method.merge(model)
 
 
 def _prepare(model: nn.Module, head: str | None) -> str:
-    """Freeze all parameters; the name of the head."""
+    """Freeze all parameters, and return the name of the head."""
     head_name = find_head(model, head)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -226,33 +228,32 @@ def _prepare(model: nn.Module, head: str | None) -> str:
 
 
 def _unknown_options(name: str, unknown: list[str], known: tuple[str, ...]) -> str:
-    """One message for all options that a method lacks."""
+    """Format the error message for unknown options."""
     parts = [f"{key!r}{nearest(key, known, most=2, cutoff=0.5, form=' (nearest: {})')}" for key in unknown]
     has = f"it takes {', '.join(known)}" if known else "it takes none"
     return f"method {name!r} has no option {', '.join(parts)}; {has}"
 
 
 def adapt_headless(method: str, model: nn.Module, options: dict[str, Any]) -> nn.Module:
-    """Make a model without a head trainable by one method; `load_trained` puts back what was saved.
+    """Prepare a model without a head for training with one method; `load_trained` restores the result.
 
     Args:
-        method: A method that is an adapter of PEFT (`snella`, `snell`, `lora`, `dora`; `lora-8` sets the rank), or
-            `full`.
-        model: Freshly loaded; changed in place, so that a pipeline that it is a part of uses the adapter.
-        options: Options of the method; `target_modules` defaults to what the paper adapts in this kind of model: the
-            projections of Stable Diffusion 3's joint attention, all linear layers of others.
+        method: A PEFT adapter (`snella`, `snell`, `lora`, `dora`; `lora-8` sets the rank), or `full`.
+        model: Freshly loaded model; changed in place, so that its pipeline uses the adapter.
+        options: Options of the method. `target_modules` defaults to the projections of the joint attention in Stable
+            Diffusion 3, as in the paper, and to all linear layers in other models.
 
     Returns:
-        A `PeftModel` around the model, or with `full` the model itself.
+        A `PeftModel` around the model, or the model itself with `full`.
 
     Raises:
-        ValueError: Unknown method or option, a value that the method refuses, or a method that needs a head.
+        ValueError: If the method, an option or a value is invalid, or the method needs a head.
     """
     options = check_method(method, options)
     family = parse_method(method)[0]
     config_of = METHODS[family].config
     if config_of is None and family != "full":
-        raise ValueError(f"method must be an adapter of PEFT or full for a model without a head, got {method!r}")
+        raise ValueError(f"method must be a PEFT adapter or full for a model without a head, got {method!r}")
     for parameter in model.parameters():
         parameter.requires_grad_(config_of is None)
     built: nn.Module = model
@@ -261,6 +262,6 @@ def adapt_headless(method: str, model: nn.Module, options: dict[str, Any]) -> nn
         config = config_of("", {**options, "target_modules": targets})
         config.modules_to_save = None  # type: ignore[attr-defined]
         built = get_peft_model(model, config)
-    # the empty name is the whole model: there is no head beside what the method trains
+    # the empty name refers to the whole model, which has no separate head
     built.snella_method = MethodSpec(name=method, options=options, head="", family=family)  # type: ignore[assignment]
     return built

@@ -1,4 +1,4 @@
-"""Saving the trained parameters of a method, and loading them onto a fresh backbone."""
+"""Saving trained parameters, and loading them into a fresh backbone."""
 
 import copy
 import hashlib
@@ -26,7 +26,7 @@ from snella_app.text import listed
 METHOD_FILE = "method.json"
 TENSOR_FILE = "trainable.safetensors"
 REMEDY = "copy the adapter again, or train again with `--overwrite`"
-"""What to do about an adapter that is damaged or incomplete; `snella inspect` says the same."""
+"""Remedy in errors about damaged or incomplete adapters."""
 _TENSORS_DIGEST, _SETTINGS_DIGEST = "sha256", "settings_sha256"
 _MAX_HEADER_BYTES = 100_000_000
 _SHOWN = 3
@@ -35,15 +35,15 @@ _logger = logging.getLogger(__name__)
 
 
 def save_trained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Write what was trained, and nothing of the backbone.
+    """Save the trained parameters, without the backbone.
 
-    PEFT models become a PEFT adapter (`adapter_config.json`, `adapter_model.safetensors`), others
-    `trainable.safetensors` and `method.json`. Each file is written under a temporary name and renamed; the tensors come
-    last, with the SHA-256 digests of their values and of the settings beside them in the file's metadata.
+    PEFT models are saved as a PEFT adapter (`adapter_config.json`, `adapter_model.safetensors`), others as
+    `trainable.safetensors` and `method.json`. Each file is written atomically, the tensors last. Their metadata contain
+    the SHA-256 digests of the tensors and of the settings file.
 
     Args:
-        model: From `build_method` or `load_trained`.
-        folder: Created if it is not there.
+        model: Model from `build_method` or `load_trained`.
+        folder: Output folder; created if missing.
     """
     target = Path(folder)
     spec = spec_of(model)
@@ -61,19 +61,19 @@ def save_trained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 
 def load_trained(folder: str | os.PathLike[str], backbone: nn.Module) -> nn.Module:
-    """Put a saved adapter onto a backbone.
+    """Load a saved adapter into a backbone.
 
     Args:
-        folder: As written by `save_trained`, or any PEFT adapter.
-        backbone: The model it was trained on, with a head of as many classes; changed in place.
+        folder: Folder written by `save_trained`, or any PEFT adapter.
+        backbone: Model that the adapter was trained on, with a head for the same number of classes; changed in place.
 
     Returns:
-        The model in evaluation mode, with outputs equal bit for bit to those of the saved one.
+        The model in evaluation mode; its outputs are bit-identical to those of the saved model.
 
     Raises:
-        FileNotFoundError: The folder holds no adapter.
-        AdapterFileError: The file is damaged or altered, belongs to another model, or holds values that are not finite;
-            names the tensor.
+        FileNotFoundError: If the folder contains no adapter.
+        AdapterFileError: If the file is damaged, altered, does not fit the model, or contains non-finite values; names
+            the tensor.
     """
     source = Path(folder)
     if (source / CONFIG_NAME).is_file():
@@ -84,36 +84,34 @@ def load_trained(folder: str | os.PathLike[str], backbone: nn.Module) -> nn.Modu
         tensors = _read_tensors(source / TENSOR_FILE)
         model = restore_method(described["method"], backbone, tensors, head=described["head"], **described["options"])
     else:
-        raise FileNotFoundError(
-            f"{source} holds no adapter: neither {CONFIG_NAME} nor {METHOD_FILE} is there; {REMEDY}"
-        )
+        raise FileNotFoundError(f"{source} holds no adapter: it has neither {CONFIG_NAME} nor {METHOD_FILE}; {REMEDY}")
     load_trained_into(model, source)
     return model.eval()
 
 
 def load_trained_into(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Load saved values into a model that `build_method` made in the same way.
+    """Load saved values into a model built with the same method and options.
 
     Raises:
-        FileNotFoundError: The folder holds no tensors.
-        AdapterFileError: The file is damaged or altered, belongs to another model, or holds values that are not finite;
-            names the tensor, and leaves the model as it was.
+        FileNotFoundError: If the folder contains no tensors.
+        AdapterFileError: If the file is damaged, altered, does not fit the model, or contains non-finite values; names
+            the tensor. The model is left unchanged.
     """
-    own, file = _trained_tensors(model)
+    targets, file = _trained_tensors(model)
     path = Path(folder) / file
-    check_fits(path, read_header(path), {name: list(tensor.shape) for name, tensor in own.items()})
+    check_fits(path, read_header(path), {name: list(tensor.shape) for name, tensor in targets.items()})
     tensors = _read_tensors(path)
-    _check_finite(path, tensors, own)
+    _check_finite(path, tensors, targets)
     if isinstance(model, PeftModel):
         with all_ranks(model.peft_config["default"]), without_harmless_warnings():
             set_peft_model_state_dict(model, tensors)
         return
     for name, value in tensors.items():
-        own[name].data.copy_(value)
+        targets[name].data.copy_(value)
 
 
 def _rebuild_adapter(folder: Path, backbone: nn.Module) -> nn.Module:
-    """The adapter of `folder` around `backbone`, values still to be loaded."""
+    """Inject the adapter of `folder` into `backbone` without loading its values."""
     _read_settings(folder / CONFIG_NAME)
     with without_harmless_warnings():
         config = PeftConfig.from_pretrained(str(folder))
@@ -128,7 +126,7 @@ def _rebuild_adapter(folder: Path, backbone: nn.Module) -> nn.Module:
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of an adapter."""
+    """Read the object in a JSON file of an adapter."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -139,10 +137,10 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 
 def _trained_tensors(model: nn.Module) -> tuple[dict[str, Tensor], str]:
-    """What is saved of a model by name, and the name of the file.
+    """Return the tensors to save by name, and the file name.
 
-    Of a PEFT model, what PEFT saves; of others, trained parameters, buffers that say where they belong, and with full
-    fine-tuning all buffers (statistics).
+    For PEFT models, these are the tensors that PEFT saves. For others, they are the trained parameters, the
+    `saved_buffers` of modules, and with full fine-tuning all persistent buffers (running statistics).
     """
     if isinstance(model, PeftModel):
         with all_ranks(model.peft_config["default"]):
@@ -152,24 +150,23 @@ def _trained_tensors(model: nn.Module) -> tuple[dict[str, Tensor], str]:
         for buffer in getattr(module, "saved_buffers", ()):
             tensors[f"{name}.{buffer}" if name else buffer] = module.get_buffer(buffer)
     if spec_of(model).family == "full":
-        kept = model.state_dict().keys()
-        tensors.update((name, buffer) for name, buffer in model.named_buffers() if name in kept)
+        persistent = model.state_dict().keys()
+        tensors.update((name, buffer) for name, buffer in model.named_buffers() if name in persistent)
     return tensors, TENSOR_FILE
 
 
-def _check_finite(path: Path, tensors: dict[str, Tensor], own: dict[str, Tensor]) -> None:
-    """Refuse infinite values and NaN, but where the model itself has them (a buffer that masks with minus infinity)."""
+def _check_finite(path: Path, tensors: dict[str, Tensor], targets: dict[str, Tensor]) -> None:
+    """Reject infinite values and NaN, except where the model has them too (masks with minus infinity)."""
     for name, value in tensors.items():
         wrong = ~torch.isfinite(value)
-        if wrong.any() and (wrong & torch.isfinite(own[name].detach().cpu())).any():
+        if wrong.any() and (wrong & torch.isfinite(targets[name].detach().cpu())).any():
             raise AdapterFileError(
-                f"{path} is damaged: {name!r} holds {int(wrong.sum())} values that are not finite, of "
-                f"{value.numel()}; {REMEDY}"
+                f"{path} is damaged: {int(wrong.sum())} of {value.numel()} values in {name!r} are not finite; {REMEDY}"
             )
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file whose header was checked, compared with the digests in its metadata."""
+    """Read the tensors of a file with a checked header, and compare them with the digests in its metadata."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -177,40 +174,40 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise AdapterFileError(f"{path} is damaged: {error}; {REMEDY}") from None
     if _TENSORS_DIGEST not in metadata:
-        _logger.warning("note: %s names no SHA-256 digest; whether it is as it was written is not known", path)
+        _logger.warning("note: %s has no SHA-256 digest; its integrity cannot be checked", path)
         return tensors
     if metadata[_TENSORS_DIGEST] != tensors_digest(tensors):
         raise AdapterFileError(
-            f"{path} is damaged: its values were altered after they were written (SHA-256 is another); {REMEDY}"
+            f"{path} is damaged: its values were altered after it was written (SHA-256 differs); {REMEDY}"
         )
     if metadata.get(_SETTINGS_DIGEST) != _settings_digest(path.parent):
         raise AdapterFileError(
-            f"{_settings_file(path.parent)} is damaged: it is not what the adapter was saved with (SHA-256 is another)"
-            f"; {REMEDY}"
+            f"{_settings_file(path.parent)} is damaged: it was altered after the adapter was saved (SHA-256 differs); "
+            f"{REMEDY}"
         )
     return tensors
 
 
 def _settings_file(folder: Path) -> Path:
-    """The file that says what the tensors beside it are."""
+    """Return the path of the settings file of an adapter."""
     path = folder / CONFIG_NAME
     return path if path.is_file() else folder / METHOD_FILE
 
 
 def _settings_digest(folder: Path) -> str:
-    """SHA-256 of the settings beside the tensors; empty where there are none."""
+    """Return the SHA-256 of the settings file; empty if it does not exist."""
     path = _settings_file(folder)
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
 def _as_safetensors(tensors: dict[str, Tensor], settings_digest: str) -> bytes:
-    """The bytes of a safetensors file (`save_file` itself would hide the errno of a full disk)."""
+    """Serialize tensors as safetensors; unlike `save_file`, this keeps the errno of a full disk."""
     seen: set[int] = set()
     values = {}
     for name, tensor in tensors.items():
         value = tensor.detach().cpu().contiguous()
         pointer = value.untyped_storage().data_ptr()
-        # the format has no tensors that share memory
+        # safetensors does not support shared memory
         values[name] = value.clone() if pointer in seen else value
         seen.add(pointer)
     metadata = {"format": "pt", _TENSORS_DIGEST: tensors_digest(values), _SETTINGS_DIGEST: settings_digest}
@@ -218,7 +215,7 @@ def _as_safetensors(tensors: dict[str, Tensor], settings_digest: str) -> bytes:
 
 
 def _in_order(content: bytes) -> bytes:
-    """The same file with its metadata sorted; safetensors writes them in a random order, so that equal runs differ."""
+    """Sort the metadata of a safetensors file, which has random order, so that equal runs write equal files."""
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:end])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
@@ -228,7 +225,7 @@ def _in_order(content: bytes) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    """The value as JSON knows it: sets become sorted lists, enums their values."""
+    """Convert a value for JSON: sets to sorted lists, enums to their values."""
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, set | frozenset):
@@ -239,11 +236,11 @@ def _plain(value: Any) -> Any:
 
 
 def read_header(path: Path) -> dict[str, list[int]]:
-    """Names and shapes of the tensors in an adapter's safetensors file, without reading them.
+    """Read the names and shapes of the tensors in a safetensors file.
 
     Raises:
-        FileNotFoundError: No such file.
-        AdapterFileError: The file is cut off (says which tensors are incomplete) or is not a safetensors file.
+        FileNotFoundError: If the file does not exist.
+        AdapterFileError: If the file is truncated (names incomplete tensors) or is not a safetensors file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no adapter file {path}; {REMEDY}")
@@ -255,7 +252,7 @@ def read_header(path: Path) -> dict[str, list[int]]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise damaged(f"a safetensors header of {length} bytes cannot be in a file of {size} bytes")
+            raise damaged(f"its safetensors header claims {length} bytes, the file has {size}")
         try:
             header: dict[str, Any] = json.loads(file.read(length))
             tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
@@ -272,15 +269,15 @@ def read_header(path: Path) -> dict[str, list[int]]:
 
 
 def check_fits(path: Path, found: dict[str, list[int]], wanted: dict[str, list[int]]) -> None:
-    """Compare the tensors of a file with those that the model needs.
+    """Compare the shapes in a file with those of the model.
 
     Args:
-        path: The file, for the message.
-        found: Shapes in the file, as `read_header` gives them.
-        wanted: Shapes that the model needs.
+        path: File name, for the error message.
+        found: Shapes in the file, from `read_header`.
+        wanted: Shapes required by the model.
 
     Raises:
-        AdapterFileError: A shape differs, a tensor is missing, or one is left over; all three are reported together.
+        AdapterFileError: If shapes differ, or tensors are missing or unexpected; reports all of them together.
     """
     errors = [
         f"{name!r} is {found[name]} in the file and {shape} in the model"
@@ -300,5 +297,5 @@ def check_fits(path: Path, found: dict[str, list[int]], wanted: dict[str, list[i
 
 
 def _some(names: list[str]) -> str:
-    """The first names, and how many there are besides."""
+    """List the first names and the number of remaining ones."""
     return listed(map(repr, names), _SHOWN)

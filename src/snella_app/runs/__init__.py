@@ -1,6 +1,6 @@
-"""Runs: their folder, and what is done with a trained one: evaluate, predict, merge, export, serve.
+"""Run folders and operations on trained runs: evaluate, predict, merge, export, serve.
 
-The names are imported when they are first used.
+Public names are imported on first use.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""`calibrate`: a temperature for a classifier's logits, and the probability below which it is unsure."""
+"""Temperature scaling of a classifier, and its threshold for unsure predictions."""
 
 import itertools
 from collections.abc import Mapping
@@ -13,19 +13,19 @@ from snella_app.records import Calibration, Reliability, ReliabilityBin
 __all__ = ["calibrate", "expected_calibration_error", "fit_temperature", "reliability_bins", "unsure_threshold"]
 
 MOST_BINS = 15
-_PER_BIN = 12  # images: the standard error of a bin's accuracy is below 15 points
+_PER_BIN = 12  # minimum images per bin; keeps the standard error of its accuracy below 15 points
 _LEAST, _MOST = 0.05, 20.0
 _TINY = 1e-38  # probabilities are float32
 
 
 def calibrate(measured: Mapping[str, tuple[Tensor, Tensor]]) -> Calibration | None:
-    """Fit a temperature on validation images, and measure what it changes there and on test images.
+    """Fit a temperature on the validation split, and measure calibration on the validation and test splits.
 
     Args:
-        measured: By split, probabilities `[images, classes]` and labels `[images]`.
+        measured: Probabilities `[images, classes]` and labels `[images]`, by split.
 
     Returns:
-        None without validation images: those that are tested on must not decide anything.
+        The calibration; None without validation images, since test images must not be used for fitting.
     """
     if "val" not in measured or not len(measured["val"][1]):
         return None
@@ -39,25 +39,25 @@ def calibrate(measured: Mapping[str, tuple[Tensor, Tensor]]) -> Calibration | No
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """The temperature with the least cross entropy, in [0.05, 20].
+    """Fit the temperature that minimizes the cross entropy, in [0.05, 20].
 
     T = argmin_T mean_i( -Σ_c q[i, c] log softmax(logits / T)[i, c] ),  q = (1 - ε) onehot + ε / classes
 
-    with `ε = 1 / (images + 2)`: as in Platt's scaling, images that are all right do not make a model infinitely sure of
-    itself. The loss is convex in `1 / T`, so that the search finds its only minimum.
+    with `ε = 1 / (images + 2)`. As in Platt scaling, the smoothing prevents infinite confidence if all predictions are
+    correct. The loss is convex in `1 / T`, so that the minimum is unique.
 
     Args:
-        logits: `[images, classes]`, floating point; logarithms of probabilities will do.
-        labels: `[images]`, class numbers.
+        logits: `[images, classes]`, floating point; log probabilities work too.
+        labels: `[images]`, class indices.
 
     Returns:
-        The temperature, rounded to six digits.
+        The temperature, rounded to six decimals.
 
     Sources:
         Guo et al., On Calibration of Modern Neural Networks (arXiv 1706.04599); Platt, Probabilistic Outputs for
         Support Vector Machines (1999).
     """
-    from scipy.optimize import minimize_scalar  # half a second, and only to fit
+    from scipy.optimize import minimize_scalar  # slow import
 
     smoothing = 1 / (len(labels) + 2)
 
@@ -66,24 +66,24 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         return float(F.cross_entropy(scaled, labels, label_smoothing=smoothing))
 
     bounds = (float(np.log(_LEAST)), float(np.log(_MOST)))
-    found = minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-6})
-    return round(float(np.exp(found.x)), 6)
+    result = minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-6})
+    return round(float(np.exp(result.x)), 6)
 
 
 def expected_calibration_error(bins: list[ReliabilityBin]) -> float:
-    """`Σ_b count_b / count · |accuracy_b - confidence_b|`."""
+    """Compute `Σ_b count_b / count · |accuracy_b - confidence_b|`."""
     total = sum(b.count for b in bins)
     return sum(b.count * abs(b.accuracy - b.confidence) for b in bins) / total
 
 
 def reliability_bins(confidence: Tensor, is_right: Tensor) -> list[ReliabilityBin]:
-    """The images in bins of equally many, by their highest probability; up to 15 bins, of 12 images at least.
+    """Group images into up to 15 bins of equal size by confidence, with at least 12 images each.
 
-    Images of equal probability are in one bin.
+    Images with equal confidence share a bin.
 
     Args:
-        confidence: `[images]`, in [0, 1].
-        is_right: `[images]`, boolean.
+        confidence: Highest probability of each image, `[images]`, in [0, 1].
+        is_right: Whether the prediction is correct, `[images]`, boolean.
     """
     if not len(confidence):
         return []
@@ -92,10 +92,10 @@ def reliability_bins(confidence: Tensor, is_right: Tensor) -> list[ReliabilityBi
     count = max(1, min(MOST_BINS, len(ranked) // _PER_BIN))
     places = torch.tensor([round(number * len(ranked) / count) for number in range(1, count)], dtype=torch.long)
     bounds = [0]
-    for edge in torch.searchsorted(ranked, ranked[places]).tolist():  # the first image of equal probability
+    for edge in torch.searchsorted(ranked, ranked[places]).tolist():  # first image with equal confidence
         if edge - bounds[-1] >= _PER_BIN:
             bounds.append(edge)
-    bounds.append(len(ranked))  # an edge is never behind its place, so the last bin is large enough too
+    bounds.append(len(ranked))  # edges only move down, so the last bin is large enough too
     return [
         ReliabilityBin(round(float(ranked[start:end].mean()), 6), round(float(right[start:end].mean()), 6), end - start)
         for start, end in itertools.pairwise(bounds)
@@ -103,30 +103,30 @@ def reliability_bins(confidence: Tensor, is_right: Tensor) -> list[ReliabilityBi
 
 
 def unsure_threshold(confidence: Tensor, is_right: Tensor) -> tuple[float | None, float, float]:
-    """The least probability that leaves half as many errors, as a share, among the images that reach it.
+    """Find the lowest confidence threshold that halves the error rate.
 
     Args:
-        confidence: `[images]`, in [0, 1].
-        is_right: `[images]`, boolean.
+        confidence: Highest probability of each image, `[images]`, in [0, 1].
+        is_right: Whether the prediction is correct, `[images]`, boolean.
 
     Returns:
-        The threshold, the share of images that reach it, and the share of these that is right; None where no threshold
-        does that, or where there is no error at all, with the shares of all images.
+        Threshold, fraction of images above it, and their accuracy. If no threshold halves the error rate, or there are
+        no errors: None, 1, and the accuracy of all images.
     """
     order = confidence.argsort(descending=True, stable=True)
     sorted_confidence, wrong = confidence[order], (~is_right[order]).double()
-    shares = wrong.cumsum(0) / torch.arange(1, len(wrong) + 1)
+    error_rates = wrong.cumsum(0) / torch.arange(1, len(wrong) + 1)
     ends = torch.cat([sorted_confidence[1:] < sorted_confidence[:-1], torch.ones(1, dtype=torch.bool)])
-    good = ((shares <= shares[-1] / 2) & ends).nonzero()  # ties stand on one side
-    if shares[-1] == 0 or not len(good):
-        return None, 1.0, float(1 - shares[-1])
+    good = ((error_rates <= error_rates[-1] / 2) & ends).nonzero()  # `ends` keeps ties together
+    if error_rates[-1] == 0 or not len(good):
+        return None, 1.0, float(1 - error_rates[-1])
     last = int(good[-1])
     threshold = float(np.floor(float(sorted_confidence[last]) * 1e6) / 1e6)
-    return threshold, (last + 1) / len(wrong), float(1 - shares[last])
+    return threshold, (last + 1) / len(wrong), float(1 - error_rates[last])
 
 
 def _reliability(split: str, logits: Tensor, labels: Tensor, temperature: float) -> Reliability:
-    """What a temperature changes on one split."""
+    """Measure calibration on one split with and without the temperature."""
     sides = []
     for scores in (logits / temperature, logits):
         confidence, predicted = scores.softmax(1).max(1)

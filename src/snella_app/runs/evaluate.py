@@ -1,4 +1,4 @@
-"""`evaluate`: a run's best model on its test split or on other data."""
+"""Evaluation of a run's best model on its test split or on other data."""
 
 import contextlib
 from collections.abc import Collection, Sequence
@@ -34,20 +34,20 @@ from snella_app.tasks import Task, create_task
 
 
 def redraw_report(run: str | Path, console: Console | None = None) -> Path:
-    """Rewrite the report of a stored run, from its files and its validation images.
+    """Rewrite the report of a run from its files and validation images.
 
-    Where these are missing or changed, the report has no images, and a note says why.
+    If the images are missing or changed, the report has no images, and a note gives the reason.
 
     Args:
         run: Folder of the run.
-        console: Where to write the note; standard output if None.
+        console: Console for the note; standard output if None.
 
     Returns:
         Path of the report.
 
     Raises:
-        FileNotFoundError: This is not the folder of a run.
-        ValueError: The run is of another kind, such as a personalized generator.
+        FileNotFoundError: If `run` is not the folder of a run.
+        ValueError: If the run has another kind of task, such as a personalized generator.
     """
     folder = RunFolder(run)
     info = read(RunInfo, folder.path)
@@ -62,7 +62,7 @@ def redraw_report(run: str | Path, console: Console | None = None) -> Path:
 
 
 def _shown_images(folder: RunFolder, stored: DataInfo) -> ImageDataset | None:
-    """The images that `predictions.json` is about."""
+    """Return the images listed in `predictions.json`."""
     config = folder.read_config()
     config.data = find_data(folder.path, str(config.data), stored.folder)
     splits = load_splits(config)
@@ -75,7 +75,7 @@ Split = Literal["auto", "train", "val", "test", "all"]
 
 
 class _Relabeled(Dataset[tuple[Tensor, Any]]):
-    """Items of several data sets in a row, with the class numbers of the run."""
+    """Concatenated data sets with the class indices of the run."""
 
     def __init__(self, parts: Sequence[ImageDataset], numbers: list[int], task: Task) -> None:
         self.items = [(part, index) for part in parts for index in range(len(part))]
@@ -102,42 +102,43 @@ def evaluate(
     device: str = "auto",
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a run's best model: accuracies and confusion matrix, or Dice and IoU, as its task has them.
+    """Evaluate the best model of a run with the metrics of its task.
 
     Args:
         run: Folder of the run.
-        data: Other images than the run's own, as for training, or an object; its classes must be among the run's.
-        split: `auto` is the test part of the run's own data (validation where there is none), wherever it lies now, and
-            all of other data.
-        batch_size: Images at a time.
-        columns: Columns of a table, as for training; the run's own if not given.
+        data: Data to evaluate on instead of the run's data, as for training, or a data set object. The run must have
+            been trained on all of its classes.
+        split: Split to evaluate. `auto` selects the test split of the run (validation if it has none), or all images of
+            other data.
+        batch_size: Batch size.
+        columns: Columns of a table, as for training; the columns of the run if None.
         skip_corrupt: Skip images that cannot be read.
-        device: auto, or a device of torch such as cpu, cuda:1 or mps.
-        console: Where to show, on a terminal, how far reading and measuring are; nowhere if None.
+        device: auto, or a torch device such as cpu, cuda:1 or mps.
+        console: Console for progress bars; no progress if None.
 
     Returns:
-        `data`, `split`, `images` (their number), `notes`, `classes`, `loss`, and what the task's `metrics` returns: for
-        classification `accuracy`, `balanced_accuracy`, `macro_f1` and `confusion`.
+        `data`, `split`, `images` (their number), `notes`, `classes`, `loss`, and the metrics of the task, e.g.
+        `accuracy`, `balanced_accuracy`, `macro_f1` and `confusion` for classification.
 
     Raises:
-        FileNotFoundError: The run's own data is not there any more.
-        ValueError: A class that the run was not trained on, a split that the data does not have, or own data with files
-            added or removed, which would be split differently.
+        FileNotFoundError: If the data of the run no longer exists.
+        ValueError: If the data has an unknown class, the split does not exist, or files of the run's data were added or
+            removed, which changes the splits.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     loaded = load_run(run, device)
     with show_reading(console):
         splits, chosen, parts = images_for_run(loaded, data, split, skip_corrupt=skip_corrupt, columns=columns)
-        about_training = _training_note(loaded, splits if data is None else None, _parts(splits, chosen), chosen)
-    about_status = unfinished_note(loaded)
+        training_note = _training_note(loaded, splits if data is None else None, _parts(splits, chosen), chosen)
+    status_note = unfinished_note(loaded)
     items = _Relabeled(parts, _numbers(splits.classes, loaded), loaded.task)
     scores = loaded.task.metrics(*_run_model(loaded, items, batch_size, console))
     head = {
         "data": _spec(loaded, data),
         "split": chosen,
         "images": len(items),
-        "notes": [*splits.notes, *(note for note in (about_training, about_status) if note)],
+        "notes": [*splits.notes, *(note for note in (training_note, status_note) if note)],
     }
     return {**head, "classes": loaded.classes, **scores}
 
@@ -145,19 +146,19 @@ def evaluate(
 def _training_note(
     loaded: LoadedRun, own: DataSplits | None, parts: Sequence[ImageDataset], split: Split
 ) -> str | None:
-    """How many of the images that are measured were trained on, by their pixels; None for none.
+    """Report how many evaluated images are training images, by their pixels; None if there are none.
 
     Args:
         loaded: The run.
-        own: Its own images, where these are measured; notes about copies in its test part are among theirs.
-        parts: The images that are measured.
-        split: Their part.
+        own: Splits of the run, if they are evaluated; their notes already report duplicates in the test split.
+        parts: Evaluated images.
+        split: Evaluated split.
     """
     if own is not None and split in ("val", "test") and not isinstance(loaded.model, Ensemble):
         if split == "val" and loaded.probe is not None:
             return (
-                "the final head was fitted to these images too, so that results are optimistic; metrics.json has those "
-                "of a fit to the training images alone"
+                "the final head was also fitted to these images, so results are optimistic; metrics.json has results "
+                "of a fit to only the training images"
             )
         return None
     if own is None:
@@ -169,11 +170,11 @@ def _training_note(
                 raise ValueError(f"files were added or removed in {config.data}")
         except (OSError, ValueError, ImportError) as error:
             return (
-                f"not checked whether the run was trained on these images, as its own cannot be compared: {error}; "
-                "results are optimistic if it was"
+                f"cannot check for training images of the run among these images: {error}; results are optimistic if "
+                "the run was trained on them"
             )
     trained = [own.train]
-    if isinstance(loaded.model, Ensemble):  # each fold's model has seen what the others held out
+    if isinstance(loaded.model, Ensemble):  # each image was trained on by all folds but one
         trained += [part for name, part in own.parts.items() if name in ("val", own.fold_part)]
     elif loaded.probe is not None and own.val is not None:
         trained.append(own.val)
@@ -190,46 +191,48 @@ def _training_note(
         example = example or next((f"{part.names[p]!r} is {name!r}" for p, name in sorted(both.items())), "")
     if not count:
         return None
-    kind = f" ({resaved} of them saved again or resized)" if resaved else ""
+    kind = f" ({resaved} of them re-encoded or resized)" if resaved else ""
     return (
         f"{count} of {sum(map(len, parts))} images are training images of the run{kind}, e.g. {example}; results are "
-        "optimistic by as much; measure on images that it has not seen"
+        "optimistic, so evaluate on unseen images"
     )
 
 
 def calibrate_run(run: str | Path, *, batch_size: int = 32, device: str = "auto") -> Calibration:
-    """Fit a finished classifier's temperature anew on its validation images, store it, and redraw the report.
+    """Refit the temperature of a finished classifier on its validation images, store it, and rewrite the report.
 
-    Test images, where there are any, are measured with it.
+    Calibration is also measured on the test images, if there are any.
 
     Args:
-        run: Folder of the run; its own images have to be where they were.
-        batch_size: Images at a time.
-        device: auto, or a device of torch such as cpu, cuda:1 or mps.
+        run: Folder of the run; its images must still exist.
+        batch_size: Batch size.
+        device: auto, or a torch device such as cpu, cuda:1 or mps.
 
     Returns:
-        What `run.json` now has.
+        The calibration stored in `run.json`.
 
     Raises:
-        FileNotFoundError: Not the folder of a run, or its images are not there any more.
-        ValueError: Another task, a cross-validation, an unfinished run, no validation images, or images that changed.
+        FileNotFoundError: If `run` is not the folder of a run, or its images no longer exist.
+        ValueError: If the run is not a finished classification, is a cross-validation, has no validation images, or its
+            images have changed.
     """
     folder = RunFolder(run)
     loaded = load_run(folder, device)
     if isinstance(loaded.model, Ensemble):
         raise ValueError(
-            f"run={folder.path} is a cross-validation of several models; calibrate each, e.g. {loaded.folder.path}"
+            f"run={folder.path} is a cross-validation with several models; calibrate each run, e.g. "
+            f"{loaded.folder.path}"
         )
     if not loaded.task.has_one_class or not loaded.info.is_finished:
-        what = f"task {loaded.task.name!r}" if loaded.info.is_finished else f"status {loaded.info.status!r}"
-        raise ValueError(f"run={folder.path} must be a finished classification to have a temperature, got {what}")
+        got = f"task {loaded.task.name!r}" if loaded.info.is_finished else f"status {loaded.info.status!r}"
+        raise ValueError(f"run={folder.path} must be a finished classification run to be calibrated, got {got}")
     if loaded.probe is not None:
         raise ValueError(
-            f"run={folder.path} has a final head that was fitted to the validation images; its temperature is the one "
-            "that training has fitted"
+            f"run={folder.path} has a final head that was fitted to the validation images; keep the temperature fitted "
+            "during training"
         )
     if not loaded.info.data.sizes.get("val"):
-        raise ValueError(f"run={folder.path} has no validation images to fit a temperature on; other images may not")
+        raise ValueError(f"run={folder.path} has no validation images to fit a temperature on; train with some")
     measured: dict[str, tuple[Tensor, Tensor]] = {}
     names: tuple[Split, ...] = ("val", "test") if loaded.info.data.sizes.get("test") else ("val",)
     for split in names:
@@ -239,7 +242,7 @@ def calibrate_run(run: str | Path, *, batch_size: int = 32, device: str = "auto"
         measured[split] = (loaded.task.sample_outputs(reduced), labels)
     calibration = calibrate(measured)
     if calibration is None:
-        raise RuntimeError(f"run={folder.path} was calibrated on {len(measured['val'][1])} validation images")
+        raise RuntimeError(f"run={folder.path} has {len(measured['val'][1])} validation images, too few to calibrate")
     folder.update("finished", calibration=plain(calibration))
     redraw_report(folder.path)
     return calibration
@@ -253,7 +256,7 @@ def images_for_run(
     skip_corrupt: bool = False,
     columns: str | None = None,
 ) -> tuple[DataSplits, Split, list[ImageDataset]]:
-    """The images that a run is measured on, with its transform.
+    """Load the images to evaluate a run on, with its transform.
 
     Args:
         loaded: The run.
@@ -263,14 +266,14 @@ def images_for_run(
         columns: As for `evaluate`.
 
     Returns:
-        The data's splits, the split that was chosen, and its parts.
+        Splits of the data, name of the selected split, and its data sets.
 
     Raises:
-        FileNotFoundError: The run's own data is not there any more.
-        ValueError: As for `evaluate`, but for classes.
+        FileNotFoundError: If the data of the run no longer exists.
+        ValueError: As for `evaluate`, except for unknown classes.
     """
-    splits, are_own = _load_splits(loaded, data, split, skip_corrupt, columns)
-    chosen = _chosen(split, splits) if are_own else "all" if split == "auto" else split
+    splits, is_run_data = _load_splits(loaded, data, split, skip_corrupt, columns)
+    chosen = _chosen(split, splits) if is_run_data else "all" if split == "auto" else split
     loaded.task.check_data(splits.train, _spec(loaded, data))
     if loaded.task.target != "class":
         splits = encoded(splits, create_task(loaded.task.name, splits.classes))
@@ -282,14 +285,14 @@ def images_for_run(
 
 
 def _spec(loaded: LoadedRun, data: Any) -> str:
-    """How the data is called: as it was given, or as the run says of its own."""
+    """Return the specification of the evaluated data."""
     return loaded.info.data.spec if data is None else data if isinstance(data, str) else "python:data"
 
 
 def _load_splits(
     loaded: LoadedRun, data: Any, split: Split, skip_corrupt: bool, columns: str | None
 ) -> tuple[DataSplits, bool]:
-    """The run's own splits, or other data in full, and which of both it is."""
+    """Load the splits of the run or other data; returns them with True for data of the run."""
     config, stored = loaded.folder.read_config(), loaded.info.data
     config.skip_corrupt = skip_corrupt or config.skip_corrupt
     config.columns = columns if columns is not None else config.columns
@@ -301,8 +304,8 @@ def _load_splits(
         unknown = [name for name in parts_of(splits) if name in measured and name not in stored.contents]
         if unknown:
             splits.notes.append(
-                f"run.json has no digest of the contents of {', '.join(unknown)}, which the run did not read: that no "
-                "image was replaced is not checked"
+                f"cannot check {', '.join(unknown)} for replaced images: the run did not read this split, so run.json "
+                "has no digest of it"
             )
         return splits, True
     note = None
@@ -313,7 +316,7 @@ def _load_splits(
         if is_same_split(stored, splits) and not changed:
             return splits, True
         if is_same_split(stored, splits):
-            note = f"the files have the names of the run's own, but other contents in {', '.join(changed)}"
+            note = f"the files have the names of the run's images, but other contents in {', '.join(changed)}"
     splits = load_data(
         data,
         seed=config.seed,
@@ -324,22 +327,22 @@ def _load_splits(
         target=loaded.task.target,
         divide=split not in ("auto", "all"),
     )
-    splits.notes += [] if note is None else [f"{note}: measured as other data"]
+    splits.notes += [] if note is None else [f"{note}: evaluated as other data"]
     return splits, False
 
 
 def _chosen(split: Split, splits: DataSplits) -> Split:
-    """The part of the run's own data that a split's name means."""
+    """Resolve `auto` to the test split, or validation if there is none."""
     return split if split != "auto" else "test" if splits.test is not None else "val"
 
 
 def _names(split: Split) -> Collection[str]:
-    """The names of the parts that are measured."""
+    """Return the names of the evaluated splits."""
     return PARTS if split == "all" else (split,)
 
 
 def _parts(splits: DataSplits, split: Split) -> list[ImageDataset]:
-    """The data sets that a split's name means."""
+    """Return the data sets of a split."""
     present = parts_of(splits)
     if split == "all":
         return list(present.values())
@@ -349,11 +352,11 @@ def _parts(splits: DataSplits, split: Split) -> list[ImageDataset]:
 
 
 def _numbers(names: list[str], loaded: LoadedRun) -> list[int]:
-    """The run's number of each class of the data."""
+    """Map the classes of the data to class indices of the run."""
     unknown = [name for name in names if name not in loaded.classes]
     if unknown:
         raise ValueError(
-            f"the data has classes {unknown} that the run was not trained on; its classes are {loaded.classes}"
+            f"the data has classes {unknown} that the run was not trained on; the run has the classes {loaded.classes}"
         )
     return [loaded.classes.index(name) for name in names]
 
@@ -361,12 +364,12 @@ def _numbers(names: list[str], loaded: LoadedRun) -> list[int]:
 def _run_model(
     loaded: LoadedRun, items: _Relabeled, batch_size: int, console: Console | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The reduced outputs of all items, on the CPU."""
+    """Run the model on all items; returns reduced outputs and labels on the CPU."""
     reduced: list[Tensor] = []
     labels: list[Tensor] = []
     with torch.inference_mode():
         batches = DataLoader(items, batch_size, collate_fn=loaded.task.collate)
-        for batch in tracked(batches, "measuring", len(batches), console):
+        for batch in tracked(batches, "evaluating", len(batches), console):
             images = batch["images"].to(loaded.device)
             outputs = loaded.task.outputs(loaded.network, images, loaded.info.tta).cpu()
             for whole, part in zip((reduced, labels), loaded.task.reduce(outputs, batch["labels"]), strict=True):

@@ -1,4 +1,4 @@
-"""`explain`: heat maps of what predictions depend on, and the training images that are most like an image."""
+"""Heat maps of predictions, and nearest training images."""
 
 import io
 from collections.abc import Sequence
@@ -27,9 +27,9 @@ from snella_app.text import percent_text
 __all__ = ["HEAT_MAPS", "Explained", "HeatMap", "explain", "explain_validation", "nearest_images"]
 
 HeatMap = Literal["gradcam", "rollout"]
-"""How heat maps are made: gradient times activation for a class, or attention roll-out of a ViT for none."""
+"""Kind of heat map: gradient times activation for a class, or attention rollout of a ViT, independent of the class."""
 HEAT_MAPS = "heat_maps"
-"""Folder of a run with the heat maps of its report, `INDEX.png`."""
+"""Folder in a run with the heat maps of its report, `INDEX.png`."""
 _SHOWN = 12
 _MOST_NEIGHBORS_FROM = 2_000
 _LONGEST = 320
@@ -37,7 +37,7 @@ _LONGEST = 320
 
 @dataclass(frozen=True)
 class Explained:
-    """What `explain` wrote: the page, how many images are on it, and what a user should know."""
+    """Result of `explain`: path of the HTML page, number of images and notes for the user."""
 
     page: Path
     count: int
@@ -58,36 +58,36 @@ def explain(
     skip_corrupt: bool = False,
     device: str = "auto",
 ) -> Explained:
-    """Write a heat map of each image, `OUT/0001-NAME.png`, and `OUT/index.html` with all of them.
+    """Write a heat map of each image, `OUT/0001-NAME.png`, and a page with all of them, `OUT/index.html`.
 
     Args:
         run: Folder of a classification run.
-        images: As `snella_app.runs.image_inputs.expand` takes them.
-        out: Folder; created.
-        by: gradcam (gradient times activation), or rollout (attention of a ViT, the same for all classes).
-        of: Class that the heat maps speak for; that of each prediction if None.
-        neighbors: Nearest training images of each image, by the cosine of their features; 0 for none. Of more than
-            2,000 training images so many are compared, evenly spread.
-        overwrite: Write into a folder that holds files.
-        batch_size: Images at a time.
+        images: As for `snella_app.runs.image_inputs.expand`.
+        out: Output folder; created if missing.
+        by: gradcam (gradient times activation), or rollout (attention of a ViT, independent of the class).
+        of: Class to explain; the predicted class if None.
+        neighbors: Number of nearest training images to show, by cosine similarity of features; 0 for none. At most
+            2,000 training images are compared, evenly spaced.
+        overwrite: Write into a folder that is not empty.
+        batch_size: Batch size.
         columns: As for `expand`.
-        skip_corrupt: Leave out images that cannot be read.
-        device: auto, or a device of torch such as cpu, cuda:1 or mps.
+        skip_corrupt: Skip images that cannot be read.
+        device: auto, or a torch device such as cpu, cuda:1 or mps.
 
     Raises:
-        FileExistsError: The folder holds files.
-        FileNotFoundError: No such run or image; near names are given.
-        ValueError: Another task, a class that the run has not, an image that cannot be read.
-        ImportError: Captum is not installed.
+        FileExistsError: If the folder is not empty.
+        FileNotFoundError: If the run or an image does not exist; suggests similar names.
+        ValueError: If the run has another task or not the class `of`, or an image cannot be read.
+        ImportError: If Captum is not installed.
     """
     folder = Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
         raise FileExistsError(
-            f"out={out} holds files; choose another folder, or write into it with --overwrite (overwrite=True)"
+            f"out={out} is not empty; choose another folder, or write into it with --overwrite (overwrite=True)"
         )
     _check_map(by)
     if by == "rollout" and of is not None:
-        raise ValueError(f"of is for heat maps of a class, got {of!r} with rollout, which is of none; leave one out")
+        raise ValueError(f"of must be left out with rollout, which does not depend on a class, got {of!r}")
     if neighbors < 0:
         raise ValueError(f"neighbors must be at least 0, got {neighbors}")
     files = expand_for(run, images, columns, skip_corrupt)
@@ -97,16 +97,16 @@ def explain(
         raise ValueError(f"of must be one of the run's classes, {', '.join(model.classes)}, got {of!r}")
     notes: list[str] = []
     rows: list[np.ndarray] = []
-    wants = neighbors > 0
+    needs_features = neighbors > 0
     predictions = list(
         model.each(
             files,
             skip_corrupt=skip_corrupt,
-            on_skipped=lambda path, reason: notes.append(f"left out {str(path)!r} ({reason})"),
-            on_features=rows.append if wants else None,
+            on_skipped=lambda path, reason: notes.append(f"skipped {str(path)!r} ({reason})"),
+            on_features=rows.append if needs_features else None,
         )
     )
-    near = _neighbors(model, rows, neighbors, notes) if wants and rows else [[] for _ in predictions]
+    near = _neighbors(model, rows, neighbors, notes) if needs_features and rows else [[] for _ in predictions]
     with made_folder(folder):
         entries = []
         for start in range(0, len(predictions), batch_size):
@@ -134,21 +134,21 @@ def explain(
 
 
 def explain_validation(run: str | Path, *, by: HeatMap = "gradcam", batch_size: int = 16, device: str = "auto") -> Path:
-    """Write heat maps of the most confident mistakes and of some right images into the run, and redraw its report.
+    """Add heat maps of the most confident mistakes and of some correct predictions to the report of a run.
 
     Args:
-        run: Folder of a finished classification run; its validation images have to be where they were.
+        run: Folder of a finished classification run; its validation images must still exist.
         by: As for `explain`.
-        batch_size: Images at a time.
-        device: auto, or a device of torch such as cpu, cuda:1 or mps.
+        batch_size: Batch size.
+        device: auto, or a torch device such as cpu, cuda:1 or mps.
 
     Returns:
-        The report.
+        Path of the report.
 
     Raises:
-        FileNotFoundError: Not the folder of a run, or its images are not there any more.
-        ValueError: Another task, or the images have changed.
-        ImportError: Captum is not installed.
+        FileNotFoundError: If `run` is not the folder of a run, or its images no longer exist.
+        ValueError: If the run has another task, or its images have changed.
+        ImportError: If Captum is not installed.
     """
     _check_map(by)
     model = load(run, device, batch_size=batch_size)
@@ -172,12 +172,15 @@ def explain_validation(run: str | Path, *, by: HeatMap = "gradcam", batch_size: 
 
 
 def nearest_images(features: np.ndarray, others: np.ndarray, count: int) -> list[list[tuple[int, float]]]:
-    """For each row of `features` the rows of `others` with the highest cosine, the nearest first, with the cosine.
+    """Find the rows of `others` with the highest cosine similarity to each row of `features`.
 
     Args:
         features: `[images, width]`.
         others: `[others, width]`.
-        count: How many.
+        count: Number of neighbors.
+
+    Returns:
+        For each row of `features`, pairs of index and cosine similarity, nearest first.
     """
     norms = (np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12) for rows in (features, others))
     unit, unit_others = (rows / norm for rows, norm in zip((features, others), norms, strict=True))
@@ -187,19 +190,19 @@ def nearest_images(features: np.ndarray, others: np.ndarray, count: int) -> list
 
 
 def _check_map(by: str) -> None:
-    """Refuse an unknown way of making heat maps."""
+    """Reject an unknown kind of heat map."""
     if by not in get_args(HeatMap):
         raise ValueError(f"by must be one of {', '.join(get_args(HeatMap))}, got {by!r}")
 
 
 def _check_task(model: Predictor) -> None:
-    """Refuse tasks whose outputs are no classes of an image."""
+    """Reject tasks without one class per image."""
     if not model.loaded.task.has_one_class:
-        raise ValueError(f"run must be a classification for heat maps, got a run of {model.loaded.info.task!r}")
+        raise ValueError(f"run must be a classification run for heat maps, got a run of {model.loaded.info.task!r}")
 
 
 def _own_splits(model: Predictor) -> Any:
-    """The splits of the run's own data, as they were."""
+    """Load the splits of the run's data."""
     folder, stored = model.loaded.folder, model.loaded.info.data
     config = folder.read_config()
     config.data = find_data(folder.path, str(config.data), stored.folder)
@@ -211,7 +214,7 @@ def _own_splits(model: Predictor) -> Any:
 def _neighbors(
     model: Predictor, rows: Sequence[np.ndarray], count: int, notes: list[str]
 ) -> list[list[dict[str, Any]]]:
-    """Pictures of the nearest training images; none, and a note, where they cannot be read."""
+    """Return the nearest training images for the page; adds a note and returns none if they cannot be read."""
     try:
         train: ImageDataset = _own_splits(model).train
         step = max(1, -(-len(train) // _MOST_NEIGHBORS_FROM))
@@ -223,8 +226,8 @@ def _neighbors(
         notes.append(f"no nearest training images: {error}")
         return [[] for _ in rows]
     if step > 1:
-        notes.append(f"nearest of {len(places):,} training images, every {step}th")
-    found = nearest_images(np.stack(rows), others, count)
+        notes.append(f"neighbors are searched among {len(places):,} training images, every {step}th")
+    neighbors = nearest_images(np.stack(rows), others, count)
     return [
         [
             {
@@ -235,29 +238,29 @@ def _neighbors(
             }
             for place, cosine in near
         ]
-        for near in found
+        for near in neighbors
     ]
 
 
 def _overlays(
     model: Predictor, images: Sequence[Path | Image.Image], classes: Sequence[str], by: HeatMap
 ) -> list[tuple[Image.Image, Image.Image]]:
-    """What the model sees of each image, and the same under its heat map."""
+    """Return each preprocessed image, without and with its heat map."""
     tensors, targets = model.prepare(images), torch.tensor([model.classes.index(name) for name in classes])
     network, tensors = model.loaded.network, tensors.to(model.device)
     heat = heat_maps(network, tensors, targets) if by == "gradcam" else attention_rollout(network, tensors)
     pictures = [model.picture(tensor) for tensor in tensors]
-    return [(picture, overlay_heat(picture, one)) for picture, one in zip(pictures, heat, strict=True)]
+    return [(picture, overlay_heat(picture, heat_map)) for picture, heat_map in zip(pictures, heat, strict=True)]
 
 
 def _shown(image: Image.Image) -> dict[str, Any]:
-    """A picture for the page."""
+    """Return an image as a data URI with its size."""
     uri, width, height = picture_uri(image, _LONGEST)
     return {"uri": uri, "width": width, "height": height}
 
 
 def _png(image: Image.Image, by: HeatMap) -> bytes:
-    """The bytes of a PNG file that says what kind of map it is."""
+    """Encode a heat map as PNG, with its kind in the metadata."""
     content, texts = io.BytesIO(), PngInfo()
     texts.add_text("by", by)
     image.save(content, "PNG", pnginfo=texts)
@@ -265,7 +268,7 @@ def _png(image: Image.Image, by: HeatMap) -> bytes:
 
 
 def _page(model: Predictor, entries: Sequence[dict[str, Any]], of: str | None, by: HeatMap) -> str:
-    """`index.html`."""
+    """Render `index.html`."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     texts = resources.files("snella_app.report")
     template = environment.from_string(texts.joinpath("explained.html.jinja").read_text(encoding="utf-8"))

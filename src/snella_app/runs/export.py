@@ -1,4 +1,4 @@
-"""`export`: a run's model in the formats of other programs, checked before it gets its name."""
+"""Export of a run's model to other formats, with verified outputs."""
 
 import contextlib
 import dataclasses
@@ -31,24 +31,24 @@ from snella_app.runs.merge import merged_model, run_metadata, views_notes, write
 from snella_app.runs.model import Ensemble, LoadedRun, load_run, make_backbone
 
 OUTPUT_BOUND = 1e-4
-"""Largest difference of an exported model's outputs, as a part of the largest output: float32 in another order."""
+"""Maximum error of exported outputs relative to the largest output; allows for float32 rounding."""
 _NUM_IMAGES = 8
 _DEFAULT_RANK = 32
 _TWO_GIB = 2**31
-_MOST_CHANGED = 0.9  # of a sparse file's matrices
+_MOST_CHANGED = 0.9  # maximum fraction of changed weights in a sparse file
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What single formats take; None leaves it to them.
+    """Options of export formats; None selects the default of the format.
 
     Args:
-        opset: ONNX's opset.
-        rank: Rank of the LoRA that the update is fitted by.
-        values: Type of a sparse file's values.
-        images: Images for the check of the outputs; the run's own test or validation images if empty.
-        logits: Whether a graph ends in the model's own outputs; otherwise in what `predict` says.
-        own: The run's own images, where none are given; set by `export`.
+        opset: ONNX opset version.
+        rank: Rank of the exported LoRA.
+        values: Data type of the values in a sparse file.
+        images: Images to compare outputs on; test or validation images of the run if empty.
+        logits: Export the outputs of the model instead of the outputs of `predict`.
+        own: Images of the run, if `images` is empty; set by `export`.
     """
 
     opset: int | None = None
@@ -61,12 +61,12 @@ class ExportOptions:
 
 @dataclass
 class Exported:
-    """What was written.
+    """Result of an export.
 
     Args:
         path: File or folder.
-        notes: What was measured, a line each.
-        snippet: Python code that loads it.
+        notes: Measurements, one per line.
+        snippet: Python code that loads the export.
     """
 
     path: Path
@@ -76,18 +76,18 @@ class Exported:
 
 @dataclass(frozen=True)
 class ExportFormat:
-    """One format: a row of `FORMATS`.
+    """Export format: an entry of `FORMATS`.
 
     Args:
-        summary: What it is.
-        suffix: Ending of the file; of a folder, what stands behind the run's name.
-        write: `(loaded, path, options) -> notes`; writes under a temporary name.
-        snippet: Python code that loads `{path}`, or what makes it.
-        options: Names of `ExportOptions` that it takes.
-        packages: Modules that it needs beyond those of the command line, each with the extra that brings it.
-        is_folder: Whether it is a folder.
-        temperature: Where the run's temperature is, if not in the outputs.
-        tasks: Tasks that it can hold; None for all.
+        summary: Short description.
+        suffix: Suffix of the file or folder name.
+        write: `(loaded, path, options) -> notes`; writes the export to a temporary path.
+        snippet: Python code that loads `{path}`, or a function that returns it.
+        options: Supported fields of `ExportOptions`.
+        packages: Additional modules with the extra that installs them.
+        is_folder: Whether the export is a folder.
+        temperature: Location of the temperature, if the outputs do not include it.
+        tasks: Supported tasks; None for all.
     """
 
     summary: str
@@ -113,34 +113,34 @@ def export(
     images: Sequence[str | Path] = (),
     logits: bool = False,
 ) -> Exported:
-    """Write a run's best model in another format.
+    """Export the best model of a run to another format.
 
-    ONNX, TorchScript and `torch.export` files end in what `predict` says: class probabilities with the run's
-    temperature, or numbers in their unit.
+    ONNX, TorchScript and `torch.export` files return the outputs of `predict`: class probabilities with the temperature
+    of the run, or numbers in their unit.
 
-    Everything is written under a temporary name and checked; what fails leaves nothing behind. ONNX, TorchScript and
-    `torch.export` files compute the outputs of real images within `OUTPUT_BOUND` of torch's, with the same classes, for
-    several batch sizes; sparse files give the fine-tuned weights bit for bit.
+    The export is atomic: it is written to a temporary path and renamed after verification. For ONNX, TorchScript and
+    `torch.export`, outputs on real images must be within `OUTPUT_BOUND` of torch's outputs with the same classes, for
+    several batch sizes. Sparse files restore the fine-tuned weights bit for bit.
 
     Args:
         run: Folder of the run.
-        format: One of `FORMATS`.
-        out: File or folder to write; beside the run, under its name, if None.
-        overwrite: Replace what an earlier export wrote.
-        opset: For onnx.
-        rank: For lora.
-        values: For sparse.
-        images: For onnx, torchscript, torch-export and lora: files whose outputs are compared.
-        logits: For onnx, torchscript and torch-export: leave the softmax (sigmoid, unit) and the temperature out.
+        format: Key of `FORMATS`.
+        out: Output file or folder; named after the run and next to it if None.
+        overwrite: Replace the output of an earlier export.
+        opset: ONNX opset version (onnx).
+        rank: Rank (lora).
+        values: Data type of the values (sparse).
+        images: Image files to compare outputs on (onnx, torchscript, torch-export, lora).
+        logits: Omit softmax (or sigmoid, unit) and temperature (onnx, torchscript, torch-export).
 
     Returns:
-        Path, measurements and a snippet.
+        Path, measurements and loading snippet.
 
     Raises:
-        FileExistsError: `out` exists.
-        ImportError: A package of the format is missing; names the extra.
-        ValueError: Unknown format, an option of another one, a task or a method that the format cannot hold, or outputs
-            that differ.
+        FileExistsError: If `out` exists.
+        ImportError: If a required package is missing; names the extra.
+        ValueError: If the format is unknown, an option does not apply to it, it does not support the task or method, or
+            outputs differ.
     """
     chosen = _find(format)
     options = ExportOptions(opset, rank, values, images, logits)
@@ -152,16 +152,17 @@ def export(
         )
     if path.exists() and path.is_dir() != chosen.is_folder:
         raise FileExistsError(
-            f"out={path} is a {'folder' if path.is_dir() else 'file'}, which {format} does not replace"
+            f"out={path} is a {'folder' if path.is_dir() else 'file'}, which {format} cannot replace; choose another "
+            "name"
         )
     for package, extra in chosen.packages:
         _require(package, format, extra)
     loaded = load_run(run, device="cpu")
     if isinstance(loaded.model, Ensemble):
-        raise ValueError(f"run={run} is a cross-validation of several models; export one, e.g. {loaded.folder.path}")
+        raise ValueError(f"run={run} is a cross-validation with several models; export one, e.g. {loaded.folder.path}")
     if chosen.tasks is not None and loaded.task.name not in chosen.tasks:
-        fitting = ", ".join(name for name, one in FORMATS.items() if one.tasks is None)
-        raise ValueError(f"format={format} holds no model of the task {loaded.task.name}; take one of {fitting}")
+        supported = ", ".join(name for name, entry in FORMATS.items() if entry.tasks is None)
+        raise ValueError(f"format={format} does not support the task {loaded.task.name}; use one of {supported}")
     if "images" in chosen.options and not images:
         options = dataclasses.replace(options, own=_own_part(loaded))
     temporary = path.with_name(f".{path.name}.tmp")
@@ -187,41 +188,41 @@ def export(
 
 
 def _output_notes(loaded: LoadedRun, chosen: ExportFormat, options: ExportOptions) -> list[str]:
-    """What the outputs are, and where the run's temperature and the average over flips are."""
+    """Describe the outputs, and how temperature and test-time augmentation are handled."""
     info = loaded.info
     temperature = info.temperature if "logits" in chosen.options else info.trained_head_temperature
     averages_flips = loaded.info.tta == 2
     if "logits" in chosen.options and not options.logits:
-        divided = "" if temperature == 1.0 else f", from logits over the run's temperature {temperature:g}"
-        views = ["they are averaged over an image and its flip, as predict does"] if averages_flips else []
-        return [f"outputs are the {loaded.task.final_name} of predict{divided}; --logits gives the model's own", *views]
+        divided = "" if temperature == 1.0 else f", from logits divided by the temperature {temperature:g}"
+        views = ["they are averaged over an image and its flip, as in predict"] if averages_flips else []
+        return [f"outputs are the {loaded.task.final_name} of predict{divided}; use --logits for logits", *views]
     views = views_notes(loaded.info)
     if temperature == 1.0:
         return views
-    text = "outputs are logits without the run's temperature: softmax(outputs / {:g}) has the probabilities of {}"
-    said = text.format(temperature, "predict --tta 1" if averages_flips else "predict")
-    return [f"{said}; it is {chosen.temperature}", *views]
+    text = "outputs are logits without temperature: softmax(outputs / {:g}) gives the probabilities of {}"
+    note = text.format(temperature, "predict --tta 1" if averages_flips else "predict")
+    return [f"{note}; the temperature is {chosen.temperature}", *views]
 
 
 def _find(name: str) -> ExportFormat:
-    """The row of a format."""
+    """Return the entry of a format."""
     if name not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {name!r}")
     return FORMATS[name]
 
 
 def _check_options(name: str, chosen: ExportFormat, options: ExportOptions) -> None:
-    """Refuse options of other formats, and numbers out of range."""
+    """Reject options of other formats and numbers out of range."""
     for option, value in vars(options).items():
         if value not in (None, (), False) and value != [] and option not in chosen.options:
-            owners = ", ".join(other for other, one in FORMATS.items() if option in one.options)
+            owners = ", ".join(other for other, entry in FORMATS.items() if option in entry.options)
             raise ValueError(f"{option}={value} is an option of format {owners}, not of {name}; leave it out")
     if options.rank is not None and options.rank < 1:
         raise ValueError(f"rank must be at least 1, got {options.rank}")
 
 
 def _require(package: str, name: str, extra: str) -> Any:
-    """A module that one format needs."""
+    """Import a module that a format needs."""
     try:
         return importlib.import_module(package)
     except ImportError as error:
@@ -229,7 +230,7 @@ def _require(package: str, name: str, extra: str) -> Any:
 
 
 def _remove(path: Path) -> None:
-    """Delete a file or a folder, if it is there."""
+    """Delete a file or a folder, if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -237,18 +238,18 @@ def _remove(path: Path) -> None:
 
 
 def _refuse_other_files(folder: Path, written: Path) -> None:
-    """Never delete what no export wrote."""
+    """Reject a folder with files that an export did not write."""
     names = {file.name for file in written.iterdir()}
     others = sorted(file.name for file in folder.iterdir() if file.name not in names)
     if others:
         raise FileExistsError(f"out={folder} is a folder with other files, e.g. {others[0]!r}; choose a new folder")
 
 
-# the check ----------------------------------------------------------------------------------------------------------
+# verification -------------------------------------------------------------------------------------------------------
 
 
 class _Final(nn.Module):
-    """A model that ends in what `predict` says."""
+    """Model with the outputs of `predict`."""
 
     def __init__(self, model: nn.Module, loaded: LoadedRun) -> None:
         super().__init__()
@@ -256,12 +257,12 @@ class _Final(nn.Module):
         self.tta = loaded.info.tta
 
     def forward(self, images: Tensor) -> Tensor:
-        """Probabilities, or numbers in their unit."""
+        """Return probabilities, or numbers in their unit."""
         return self.task.final_outputs(self.task.outputs(self.model, images, self.tta), self.temperature)
 
 
 def _graph_model(loaded: LoadedRun, options: ExportOptions) -> tuple[nn.Module, nn.Module]:
-    """The merged model, and what is exported of it."""
+    """Return the merged model and the module to export."""
     probe = loaded.probe
     merged = merged_model(loaded.model)
     merged = (merged if probe is None else probe.on(merged)).eval()
@@ -269,7 +270,7 @@ def _graph_model(loaded: LoadedRun, options: ExportOptions) -> tuple[nn.Module, 
 
 
 def _sample_images(loaded: LoadedRun, options: ExportOptions) -> Tensor:
-    """Real images as the model takes them, `[n, C, H, W]`: those given, or the run's own."""
+    """Load real images as a batch `[n, C, H, W]`: the given ones, or images of the run."""
     if options.own is None:
         return torch.stack([loaded.transform(read_image(Path(image), loaded.reading)) for image in options.images])
     (part,) = read_at_side([options.own.with_transform(loaded.transform)], loaded.reading.side)
@@ -277,14 +278,14 @@ def _sample_images(loaded: LoadedRun, options: ExportOptions) -> Tensor:
 
 
 def _own_part(loaded: LoadedRun) -> ImageDataset:
-    """The run's test images; validation or training images where there are none."""
+    """Return the test images of the run, or validation or training images if there are none."""
     config = loaded.folder.read_config()
     try:
         config.data = find_data(loaded.folder.path, str(config.data), loaded.info.data.folder)
         parts = parts_of(load_splits(config))
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(
-            f"images must be given to compare outputs on, as the run's own cannot be read: {error}"
+            f"images must be given to compare outputs, since images of the run cannot be read: {error}"
         ) from None
     return parts.get("test") or parts.get("val") or parts["train"]
 
@@ -293,7 +294,7 @@ def _compare(images: Tensor, model: nn.Module, run_exported: Callable[[Tensor], 
     """Compare outputs on all images and on batches of one and two.
 
     Raises:
-        ValueError: They differ by more than `OUTPUT_BOUND`, or a class is another one.
+        ValueError: If outputs differ by more than `OUTPUT_BOUND`, or predicted classes differ.
     """
     worst = 0.0
     with torch.inference_mode():
@@ -305,15 +306,15 @@ def _compare(images: Tensor, model: nn.Module, run_exported: Callable[[Tensor], 
             worst = max(worst, error) if error == error else torch.inf
             if worst > OUTPUT_BOUND or not torch.equal(got.argmax(1), expected.argmax(1)):
                 raise ValueError(
-                    f"{name} computes other outputs than torch: on {count} images they differ by {worst:.1e} of the "
-                    f"largest output, where {OUTPUT_BOUND:g} and the same classes are allowed; nothing was written"
+                    f"{name} outputs must equal torch outputs to within {OUTPUT_BOUND:g} of the largest output, with "
+                    f"the same classes, got a difference of {worst:.1e} on {count} images; nothing was written"
                 )
     return f"outputs on {len(images)} images differ by {worst:.1e} of the largest (allowed: {OUTPUT_BOUND:g})"
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what exporters say of themselves: deprecations, tracing, progress."""
+    """Suppress the exporters' warnings and progress output."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -326,7 +327,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _dynamic_batch() -> Any:
-    """The shapes of an export whose first axis is free."""
+    """Return dynamic shapes with a free batch dimension."""
     return ({0: torch.export.Dim("batch")},)
 
 
@@ -339,7 +340,7 @@ def _write_onnx(loaded: LoadedRun, path: Path, options: ExportOptions) -> list[s
     merged, model = _graph_model(loaded, options)
     output = "logits" if options.logits else loaded.task.final_name
     if sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()) >= _TWO_GIB:
-        raise ValueError("format onnx holds at most 2 GiB of weights in its one file; take torch-export or timm")
+        raise ValueError("format onnx supports at most 2 GiB of weights; use torch-export or timm")
     example = images[:1].expand(2, -1, -1, -1).contiguous()
     with _quiet():
         try:
@@ -354,8 +355,8 @@ def _write_onnx(loaded: LoadedRun, path: Path, options: ExportOptions) -> list[s
                 verbose=False,
             )
         except Exception as error:
-            asked = "" if options.opset is None else f" with opset={options.opset}; leave it out"
-            raise ValueError(f"torch cannot export this model to ONNX{asked}: {_first_line(error)}") from error
+            opset_text = "" if options.opset is None else f" with opset={options.opset}; leave it out"
+            raise ValueError(f"torch cannot export this model to ONNX{opset_text}: {_first_line(error)}") from error
     if program is None:
         raise ValueError("torch cannot export this model to ONNX: its exporter returned nothing")
     proto = program.model_proto
@@ -404,13 +405,15 @@ def _write_torch_export(loaded: LoadedRun, path: Path, options: ExportOptions) -
 
 
 def _first_line(error: Exception) -> str:
-    """An exporter's error, of which the rest is its log."""
+    """Return the first line of an exporter's error; the rest is its log."""
     return str(error).strip().partition("\n")[0][:300]
 
 
 def _write_timm(loaded: LoadedRun, path: Path, options: ExportOptions, **entries: Any) -> list[str]:
     if loaded.info.backbone.architecture is None:
-        raise ValueError(f"timm builds no {loaded.info.backbone.name}; take --format onnx, or snella merge to a file")
+        raise ValueError(
+            f"timm cannot build {loaded.info.backbone.name}; use --format onnx, or snella merge to a .safetensors file"
+        )
     write_timm_folder(loaded, path, **entries)
     return []
 
@@ -431,12 +434,12 @@ model = PeftModel.from_pretrained(backbone, "PATH_OR_NAME")  # the backbone abov
 
 
 def _name(loaded: LoadedRun) -> str:
-    """What a card calls the model."""
+    """Return the name of the model for its card."""
     return loaded.folder.path.resolve().name
 
 
 def _write_hf(loaded: LoadedRun, path: Path, options: ExportOptions) -> list[str]:
-    # transformers reads timm's own folder; told its class, it need not guess
+    # transformers reads timm folders; these entries set the model class explicitly
     entries = {"model_type": "timm_wrapper", "architectures": ["TimmWrapperForImageClassification"]}
     _write_timm(loaded, path, options, **entries)
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
@@ -457,20 +460,20 @@ def _write_lora(loaded: LoadedRun, path: Path, options: ExportOptions) -> list[s
     model, rank = loaded.model, options.rank or _DEFAULT_RANK
     layers = _tuner_layers(model)
     if not isinstance(model, PeftModel) or not layers:
-        raise ValueError(f"format lora needs an adapter of PEFT, got a run of method {loaded.info.method}")
+        raise ValueError(f"format lora needs a PEFT adapter, got a run of method {loaded.info.method}")
     if str(getattr(model.peft_config["default"].peft_type, "value", "")) == "LORA":
-        raise ValueError(f"the run's adapter is a LoRA already: {loaded.folder.adapter}")
+        raise ValueError(f"the adapter of the run is a LoRA already; use {loaded.folder.adapter}")
     adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    refused = sorted({type(layer).__name__ for layer in adapted if not layer.supports_lora_conversion("default")})
-    if refused:
-        raise ValueError(f"PEFT converts linear layers only, and this model adapts others: {', '.join(refused)}")
+    unsupported = sorted({type(layer).__name__ for layer in adapted if not layer.supports_lora_conversion("default")})
+    if unsupported:
+        raise ValueError(f"PEFT only converts linear layers to LoRA, got adapted layers {', '.join(unsupported)}")
     images = _sample_images(loaded, options)
     with torch.inference_mode():
         expected = model(images)
     deltas = {name: layer.get_delta_weight("default").clone() for name, layer in layers.items()}
     smallest = min(min(delta.shape) for delta in deltas.values())
     if rank > smallest:
-        raise ValueError(f"rank must be at most {smallest}, the smaller side of the smallest matrix, got {rank}")
+        raise ValueError(f"rank must be at most {smallest}, the smallest matrix dimension, got {rank}")
     config, tensors = convert_to_lora(model, rank=rank)
     config.inference_mode = True
     path.mkdir()
@@ -484,11 +487,11 @@ def _write_lora(loaded: LoadedRun, path: Path, options: ExportOptions) -> list[s
         total += float(deltas[name].double().square().sum())
     with torch.inference_mode():
         got = fitted(images)
-    same = float((got.argmax(1) == expected.argmax(1)).double().mean())
+    agreement = float((got.argmax(1) == expected.argmax(1)).double().mean())
     error = float((got - expected).abs().max() / expected.abs().max())
     return [
         f"rank {rank}: ‖ΔW − BA‖ / ‖ΔW‖ = {(lost / total) ** 0.5 if total else 0.0:.4f} (Frobenius, all layers); "
-        f"outputs on {len(images)} images differ by {error:.1e} of the largest, {same:.1%} of them with the same class"
+        f"outputs on {len(images)} images differ by {error:.1e} of the largest; {agreement:.1%} have the same class"
     ]
 
 
@@ -501,25 +504,26 @@ def _write_sparse(loaded: LoadedRun, path: Path, options: ExportOptions) -> list
     patch.apply(base)
     applied = base.state_dict(keep_vars=True)
     if fine_tuned.keys() != applied.keys():
-        raise ValueError(f"method {loaded.info.method} changes the architecture, which a sparse file cannot hold")
+        raise ValueError(f"method {loaded.info.method} changes the architecture, which sparse files do not support")
     others = {name: tensor for name, tensor in fine_tuned.items() if not torch.equal(applied[name], tensor)}
     patch.remove()
     inexact = [name for name in others if name in patch.entries]
     if inexact:
         raise ValueError(
-            f"the update of {inexact[0]!r} is more than an addition to single weights; take --format timm, which holds "
-            "all weights"
+            f"the update of {inexact[0]!r} is not an addition to single weights; use --format timm, which stores all "
+            "weights"
         )
     patch.replaced = {name: tensor.detach().clone() for name, tensor in others.items()}
     patch.metadata = run_metadata(loaded, model)
     content = patch.to_bytes(values)
     size = sum(tensor.numel() * tensor.element_size() for tensor in fine_tuned.values())
-    changed, whole = sum(len(one.indices) for one in patch.entries.values()), sum(t.numel() for t in others.values())
+    changed = sum(len(entries.indices) for entries in patch.entries.values())
+    replaced = sum(tensor.numel() for tensor in others.values())
     weights = sum(torch.Size(shape).numel() for shape in patch.shapes.values())
     if len(content) >= size or changed > _MOST_CHANGED * weights:
         raise ValueError(
-            f"method {loaded.info.method} changes {changed + whole:,} of {weights + whole:,} weights, too many for "
-            "positions and values; take --format timm, which holds all of them"
+            f"method {loaded.info.method} changes {changed + replaced:,} of {weights + replaced:,} weights, too many "
+            "for a sparse file; use --format timm, which stores all weights"
         )
     path.write_bytes(content)
     stored = load_sparse(base, path)
@@ -528,13 +532,13 @@ def _write_sparse(loaded: LoadedRun, path: Path, options: ExportOptions) -> list
         for name, tensor in base.state_dict().items()
         if name in stored.shapes and tensor.numel()
     ]
-    note = f"{changed:,} changed weights, {whole:,} replaced numbers; {len(content) / size:.3f} of all weights' bytes"
-    exact = "bit for bit" if not any(errors) else f"to within {max(errors):.1e} of each weight"
-    return [f"{note}; gives the fine-tuned weights {exact}"]
+    note = f"{changed:,} changed weights, {replaced:,} replaced values; {len(content) / size:.3f} of the full size"
+    exact = "bit for bit" if not any(errors) else f"to within {max(errors):.1e}"
+    return [f"{note}; restores the fine-tuned weights {exact}"]
 
 
 def _tuner_layers(model: nn.Module) -> dict[str, Any]:
-    """The adapted layers of PEFT, by the names that they have in the backbone."""
+    """Return the adapted PEFT layers by their names in the backbone."""
     inner: nn.Module = model.base_model.model if isinstance(model, PeftModel) else model  # type: ignore[assignment]
     return {
         name: module
@@ -544,30 +548,30 @@ def _tuner_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def sparse_patch(model: nn.Module, base: nn.Module) -> SparsePatch:
-    """The additions that a method makes to single weights of its backbone.
+    """Return the sparse additions of a method to the weights of its backbone.
 
     Args:
-        model: From `load_trained`, not merged.
-        base: The backbone as it was before training.
+        model: Model from `load_trained`, not merged.
+        base: Backbone before training.
 
     Returns:
-        A patch without what is replaced as a whole.
+        Patch without tensors that are replaced as a whole.
     """
-    found: dict[str, Entries] = {}
+    entries_by_name: dict[str, Entries] = {}
     for name, layer in _tuner_layers(model).items():
         exact = {"dtype": torch.float32} if isinstance(layer, SnellaLayer) else {}
         delta = layer.get_delta_weight("default", **exact).detach()
         delta = (delta.to_dense() if delta.is_sparse else delta).contiguous().reshape(-1)
         indices = delta.nonzero().flatten()
         weight = layer.weight_name(name) if isinstance(layer, SnellaLayer) else f"{name}.weight"
-        found[weight] = Entries(indices, delta[indices].clone())
+        entries_by_name[weight] = Entries(indices, delta[indices].clone())
     for name, module in model.named_modules():
-        if (entries := getattr(module, "sparse_entries", None)) is not None:  # a method that trains single weights
-            found[f"{name}.weight"] = Entries(*entries())
+        if (entries := getattr(module, "sparse_entries", None)) is not None:  # methods that train single weights
+            entries_by_name[f"{name}.weight"] = Entries(*entries())
     tensors = base.state_dict(keep_vars=True)
-    found = {name: one for name, one in found.items() if len(one.indices)}
-    shapes = {name: list(tensors[name].shape) for name in found}
-    return SparsePatch(found, {}, shapes, {name: digest_of(tensors[name]) for name in found})
+    changed = {name: entries for name, entries in entries_by_name.items() if len(entries.indices)}
+    shapes = {name: list(tensors[name].shape) for name in changed}
+    return SparsePatch(changed, {}, shapes, {name: digest_of(tensors[name]) for name in changed})
 
 
 _RUN_TORCH = "model(torch.from_numpy(images)).detach().numpy()"
@@ -591,7 +595,7 @@ _GRAPHS = {
         _RUN_TORCH,
     ),
 }
-"""By format: what its snippet imports, how it loads the file, and how it runs `images`."""
+"""Snippet of each format: imported module, code to load the file, code to run `images`."""
 
 
 def _graph_snippet(format: str) -> Callable[[LoadedRun, Path, ExportOptions], str]:
@@ -604,7 +608,7 @@ def _graph_snippet(format: str) -> Callable[[LoadedRun, Path, ExportOptions], st
         lines = ["import json", f"import numpy as np, {module}"]
         if preparation is None:
             shape = (1, *loaded.info.data_config["input_size"])
-            images = f"np.zeros({shape}, np.float32)  # in place of images prepared as 'data_config' in the file says"
+            images = f"np.zeros({shape}, np.float32)  # use images preprocessed by 'data_config' in the file"
         else:
             lines += ["from PIL import Image, ImageOps", *preparation]
             images = f"transform(Image.open({image!r}))[None]"
@@ -625,7 +629,7 @@ def _graph_snippet(format: str) -> Callable[[LoadedRun, Path, ExportOptions], st
 
 
 def _example_image(options: ExportOptions) -> str | None:
-    """A file for the snippet: the first one of those that outputs are compared on; None where the run has no files."""
+    """Return the first compared image file, for the snippet; None if the images are not files."""
     part = options.own
     if part is None:
         return str(options.images[0])
@@ -633,9 +637,9 @@ def _example_image(options: ExportOptions) -> str | None:
 
 
 def _preparation(loaded: LoadedRun) -> list[str] | None:
-    """Lines of Python that prepare an 8-bit or 16-bit image as `predict` does, with NumPy and Pillow.
+    """Return Python code that preprocesses an 8-bit or 16-bit image like `predict`, with NumPy and Pillow.
 
-    None for other channels than gray and RGB, and for runs with a value of 16-bit images that becomes white.
+    None unless the images are grayscale or RGB and `white` is not set.
     """
     config = loaded.info.data_config
     channels, size = int(config["input_size"][0]), int(config["input_size"][-1])
@@ -698,7 +702,7 @@ FORMATS: dict[str, ExportFormat] = {
         options=("images", "logits"),
     ),
     "lora": ExportFormat(
-        "nearest LoRA of a rank, for programs that read no other adapter",
+        "closest LoRA of a given rank, for programs that only support LoRA",
         "-lora",
         _write_lora,
         "from peft import PeftModel\nmodel = PeftModel.from_pretrained(backbone, {path!r})  # {backbone}",
@@ -707,22 +711,22 @@ FORMATS: dict[str, ExportFormat] = {
         temperature="not in the folder",
     ),
     "timm": ExportFormat(
-        "merged model in timm's own folder",
+        "merged model as a timm folder",
         "-timm",
         _write_timm,
         "import timm\nmodel = timm.create_model('local-dir:' + {path!r}, pretrained=True).eval()",
         is_folder=True,
-        temperature="'temperature' in its config.json, which no library applies by itself",
+        temperature="'temperature' in its config.json, which no library applies automatically",
         tasks=("classification",),
     ),
     "hf": ExportFormat(
-        "merged model in a folder of transformers, with a model card",
+        "merged model as a transformers folder, with a model card",
         "-hf",
         _write_hf,
         "from transformers import pipeline\nclassify = pipeline('image-classification', model={path!r})",
         is_folder=True,
-        temperature="'temperature' in its config.json, which no library applies by itself",
+        temperature="'temperature' in its config.json, which no library applies automatically",
         tasks=("classification",),
     ),
 }
-"""By the name of `--format`."""
+"""Export formats by the value of `--format`."""

@@ -1,4 +1,4 @@
-"""`RunFolder`: the files of a run, their digests and status."""
+"""`RunFolder`: files, digests and status of a run."""
 
 import dataclasses
 import fcntl
@@ -21,7 +21,7 @@ from snella_app.records import FORMAT, Allocation, FoldResults, Record, RunInfo,
 
 
 def adapter_digest(folder: Path) -> str:
-    """The first 16 digits of the SHA-256 of an adapter's weights; results that name it belong to these weights.
+    """Return the first 16 digits of the SHA-256 of an adapter's weights, which ties results to these weights.
 
     Args:
         folder: `RUN/adapter`.
@@ -48,22 +48,22 @@ _FOLDERS = ("adapter", "checkpoints", "commands", "heat_maps", "masks", "selecti
 _DIGESTED = ("config.yaml", "metrics.json", "allocation.json", "predictions.json")
 _DIGESTED_FOLDERS = ("adapter", "selection")
 CARD = "README.md"
-"""The adapter's model card, which has no digest: it is meant to be edited."""
-_NEW_RUN = "; once it is finished, a new run can start from what it trained: snella train --init-from {} --out NEW"
+"""Model card of the adapter. It has no digest, since users edit it."""
+_NEW_RUN = "; to train further with other settings, start a new run from it: snella train --init-from {} --out NEW"
 _INHERITED = (
     *("task", "backbone", "weights", "pretrained", "channels", "method", "r", "scaling"),
     *("columns", "white", "skip_corrupt", "class_order", "protocol", "seed", "test_seed", "folds", "fold"),
     *("val_fraction", "test_fraction", "val_size", "test_size"),
 )
-"""Settings of the run that another one starts from, without which its trained values would mean something else, or be
-measured on images that they were trained on."""
+"""Settings inherited with `init_from`. Other values would not fit the trained weights, or would evaluate them on
+training images."""
 _REMEDY = "copy the file again, or train again with `--overwrite`"
 _UNBOUND = (*SESSION_FIELDS, *UNSTORED_FIELDS, "data")
-"""Settings that may change while a run is resumed; images are compared by their own digests."""
+"""Settings that may change when a run is resumed; images have separate digests."""
 
 
 def settings_digest(values: Mapping[str, Any]) -> str:
-    """SHA-256 of the settings of a `config.yaml`, without those that may change while a run is resumed.
+    """Return the SHA-256 of the settings in `config.yaml`, without those that may change when a run is resumed.
 
     Args:
         values: Content of the file.
@@ -73,27 +73,27 @@ def settings_digest(values: Mapping[str, Any]) -> str:
 
 
 def status_text(status: Status) -> str:
-    """The status, human-readable: a killed process leaves it at running."""
+    """Return a human-readable status; a killed process leaves the status `running`."""
     return "running or killed" if status == "running" else status
 
 
 def _as_of_file(message: str) -> str:
-    """Errors of settings as those of a file: names in quotes, without examples to type."""
+    """Rephrase errors of settings for a file: quote names, and drop command line examples."""
     missing = r"missing required settings: (.*?), e\.g\. [^;]*"
-    message = re.sub(missing, lambda found: "it lacks " + ", ".join(map(repr, found[1].split(", "))), message)
+    message = re.sub(missing, lambda match: "it lacks " + ", ".join(map(repr, match[1].split(", "))), message)
     return re.sub(r"(^|; )(\w+)(?= must\b)", r"\1'\2'", message)
 
 
 class RunFolderOf(Generic[S]):
-    """Paths and small files of one run.
+    """Folder of a run: paths, configuration, records and status.
 
     Args:
-        path: The folder; need not exist yet.
+        path: The folder; may not exist yet.
 
     Attributes:
-        settings_type: Class of the run's settings.
-        files: Files at its top that are the run's own.
-        folders: Folders at its top that are the run's own.
+        settings_type: Configuration class of the run.
+        files: Names of top-level files that belong to the run.
+        folders: Names of top-level folders that belong to the run.
     """
 
     settings_type: type[S]
@@ -109,10 +109,10 @@ class RunFolderOf(Generic[S]):
 
     @property
     def status(self) -> Status | None:
-        """What `run.json` says; None where no run is.
+        """Status in `run.json`; None if the folder has no run.
 
         Raises:
-            ValueError: The file is damaged.
+            ValueError: If the file is damaged.
         """
         if not (self.path / "run.json").is_file():
             return None
@@ -124,15 +124,15 @@ class RunFolderOf(Generic[S]):
 
     @property
     def id(self) -> str | None:
-        """What tells this run from all others; None where no run is, and for runs of early versions."""
-        found = self.read_json("run.json").get("id") if (self.path / "run.json").is_file() else None
-        return None if found is None else str(found)
+        """Unique id of the run; None if the folder has no run, or an early version wrote it."""
+        run_id = self.read_json("run.json").get("id") if (self.path / "run.json").is_file() else None
+        return None if run_id is None else str(run_id)
 
     @property
     def has_stopped(self) -> bool:
-        """Whether the record says that the run is running, and no process holds its lock: it was killed.
+        """Whether the run was killed: its status is `running`, but no process holds its lock.
 
-        Where that cannot be known, as in a folder of another user, it counts as running.
+        False if the lock cannot be checked, e.g. in a folder of another user.
         """
         if self.status != "running":
             return False
@@ -151,22 +151,22 @@ class RunFolderOf(Generic[S]):
         return True
 
     def read_json(self, name: str) -> Any:
-        """Content of one of the JSON files, as it stands there; `snella_app.records.read` checks its fields.
+        """Read a JSON file without validating its fields, which `snella_app.records.read` does.
 
         Raises:
-            FileNotFoundError: This is not the folder of a run, or the run has not written it yet.
-            ValueError: The file is damaged.
+            FileNotFoundError: If this is not the folder of a run, or the run has not written the file yet.
+            ValueError: If the file is damaged.
         """
         return records.read_object(self.path / name)
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write one of the JSON files atomically."""
+        """Write a JSON file atomically."""
         write_json(self.path / name, value)
         self._note_digest(name)
 
     def write(self, record: Record) -> None:
-        """Write the file of a record atomically; those that have fields for it with the run's id and settings."""
-        is_early = (self.path / "run.json").is_file() and self.id is None  # stays as it is
+        """Write the file of a record atomically; adds the run id and settings digest to records with these fields."""
+        is_early = (self.path / "run.json").is_file() and self.id is None  # runs of early versions get no id
         if isinstance(record, RunInfo) and not is_early:
             binding: Any = self._binding()
             record = dataclasses.replace(record, **binding)
@@ -176,7 +176,7 @@ class RunFolderOf(Generic[S]):
         self._note_digest(record.file)
 
     def update(self, status: Status, error: str | None = None, **values: Any) -> None:
-        """Change entries of `run.json`, and leave the others as they are."""
+        """Update entries of `run.json`; others are unchanged."""
         is_there = (self.path / "run.json").is_file()
         run = self.read_json("run.json") if is_there else {"format": FORMAT, **self._binding()}
         run.update(values, status=status)
@@ -186,7 +186,7 @@ class RunFolderOf(Generic[S]):
         write_json(self.path / "run.json", sealed(run))
 
     def finish(self) -> None:
-        """Set the status to finished, with the digests of settings, results and adapter."""
+        """Set the status to finished, and store the digests of settings, results and adapter."""
         paths = [self.path / name for name in _DIGESTED]
         for folder in _DIGESTED_FOLDERS:
             files = (path for path in (self.path / folder).rglob("*") if path.is_file() and path.name != CARD)
@@ -195,18 +195,18 @@ class RunFolderOf(Generic[S]):
         self.update("finished", files=digests)
 
     def check_files(self) -> None:
-        """Compare the files of a finished run with their digests in `run.json`; an unfinished run has none.
+        """Compare files with their digests in `run.json`; no-op for unfinished runs, which have no digests.
 
         Raises:
-            ValueError: One was altered; all of them are named.
+            ValueError: If files were altered; names all of them.
         """
         check_files(self.path, self.read_json("run.json").get("files", {}))
 
     def check_complete(self) -> None:
-        """Refuse a finished run that lacks files which it wrote.
+        """Check that a finished run has all files that it wrote.
 
         Raises:
-            FileNotFoundError: All that are missing are named.
+            FileNotFoundError: If files are missing; names all of them.
         """
         files = self.read_json("run.json").get("files", {})
         if missing := [name for name in files if not (self.path / name).is_file()]:
@@ -216,23 +216,23 @@ class RunFolderOf(Generic[S]):
             )
 
     def _note_digest(self, name: str) -> None:
-        """Bring the digest of a file of a finished run up to date, after writing it."""
+        """Update the digest of a rewritten file of a finished run."""
         values = self.read_json("run.json") if (self.path / "run.json").is_file() else {}
         if name in values.get("files", {}):
             files = {**values["files"], name: sha256_of(self.path / name)}
             write_json(self.path / "run.json", sealed({**values, "files": files}))
 
     def write_config(self, config: S) -> None:
-        """Write `config.yaml`: the settings of the run, not those of one call such as `overwrite`."""
+        """Write `config.yaml`, without settings such as `overwrite` that apply to one call."""
         write_text(self.path / "config.yaml", yaml.safe_dump(config.stored(), sort_keys=False))
         self._note_digest("config.yaml")
 
     def read_config(self) -> S:
-        """The configuration that the run was started with.
+        """Read the configuration of the run.
 
         Raises:
-            FileNotFoundError: This is not the folder of a run.
-            ValueError: It holds settings that are out of range or unknown.
+            FileNotFoundError: If this is not the folder of a run.
+            ValueError: If the file is damaged, was altered, or has invalid settings.
         """
         path = self.path / "config.yaml"
         if not path.is_file():
@@ -245,52 +245,52 @@ class RunFolderOf(Generic[S]):
                 return self.settings_type(**values)
         except (TypeError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
             raise ValueError(f"{path} is damaged: {error}; train again with `--overwrite`") from None
-        except ValueError as error:  # names settings as if they had been typed
+        except ValueError as error:  # its message is written for the command line
             raise ValueError(f"{path} is damaged: {_as_of_file(str(error))}; train again with `--overwrite`") from None
         raise ValueError(
-            f"{path} was altered after it was written: the run was begun with other settings; restore the file, or "
+            f"{path} was altered after it was written: the run was started with other settings; restore the file, or "
             "train again with `--overwrite`"
         )
 
     def check_adapter(self) -> None:
-        """Refuse a missing best adapter, and files that were altered.
+        """Check that the best adapter exists and that no file was altered.
 
         Raises:
-            FileNotFoundError: There is none; tells a missing one from one not written yet.
-            ValueError: A file was altered.
+            FileNotFoundError: If the adapter is missing or not written yet.
+            ValueError: If a file was altered.
         """
         if any(self.adapter.glob("*.safetensors")):
             self.check_files()
             return
         if self.status == "finished":
             raise FileNotFoundError(
-                f"{self.adapter} is missing, though the run is finished; "
-                "restore that folder from a copy, or train again with `--overwrite`"
+                f"{self.adapter} is missing, although the run is finished; "
+                "restore the folder from a copy, or train again with `--overwrite`"
             )
-        state = status_text(self.status) if self.status else "not begun"
+        state = status_text(self.status) if self.status else "not started"
         raise FileNotFoundError(f"{self.path} holds no adapter yet (status {state}); finish the run with --resume")
 
     def resolve_settings(self, config: S) -> S:
-        """Resolve the settings of a new or resumed run, before anything is loaded or written.
+        """Resolve the settings of a new or resumed run. Loads and writes nothing.
 
         Args:
-            config: The settings asked for; `resume` and `overwrite` decide what happens to an existing run.
+            config: Requested settings; `resume` and `overwrite` select the treatment of an existing run.
 
         Returns:
-            Resolved settings: those of the stored run when it is resumed.
+            Resolved settings; the stored ones for a resumed run.
 
         Raises:
-            FileExistsError: The folder holds a run and neither was asked for, or something that is not a run.
-            FileNotFoundError: `resume` without a run, and without data and backbone to start one.
-            ValueError: `resume` with settings that differ from the stored ones.
+            FileExistsError: If the folder has a run and neither `resume` nor `overwrite` is set, or has other files.
+            FileNotFoundError: If `resume` is set without a run, and without data and backbone to start one.
+            ValueError: If `resume` is set with settings that differ from the stored ones.
         """
         status = self.status
         settings: Any = config
         if settings.resume and status is not None:
             if status != "finished" and self.id is None:
                 raise ValueError(
-                    f"{self.path} was begun by a version of snella whose checkpoints do not say which run they belong "
-                    "to; finish it with that version, or start over with --overwrite"
+                    f"{self.path} was started by an early version of snella, whose checkpoints have no run id; finish "
+                    "it with that version, or start over with --overwrite"
                 )
             return self._resumed(config)
         is_named = all(getattr(config, name) for name in config.needed)
@@ -298,7 +298,7 @@ class RunFolderOf(Generic[S]):
             return self._begun(config)
         if settings.resume and not is_named:
             raise FileNotFoundError(
-                f"resume must name the folder of a run, got {self.path}, which holds none; "
+                f"out must be the folder of a run to resume, got {self.path}, which has no run; "
                 f"give {' and '.join(config.needed)} to start one"
             )
         if status is not None and not settings.overwrite:
@@ -311,17 +311,17 @@ class RunFolderOf(Generic[S]):
                 f"out={self.path} holds {state}; {hint}choose another folder, or start over with --overwrite"
             )
         if status is None and self._holds_unexpected_files():
-            raise FileExistsError(f"out={self.path} holds files but no run; choose an empty or a new folder")
+            raise FileExistsError(f"out={self.path} holds files but no run; choose a new or empty folder")
         return config.resolved()
 
     def resolve_resume(self, config: S) -> tuple[S, Status | None]:
-        """Resolve settings as `resolve_settings` does, and tell what became of the run that is resumed.
+        """Resolve settings like `resolve_settings`, and return the status of a resumed run.
 
         Returns:
-            Resolved settings, and the status of the stored run; None where a new one starts.
+            Resolved settings, and the status of the stored run; None for a new run.
 
         Raises:
-            FileNotFoundError: Or the adapter or results of a finished run are gone.
+            FileNotFoundError: As for `resolve_settings`, or if the adapter or results of a finished run are missing.
         """
         resolved: Any = self.resolve_settings(config)
         status = self.status if resolved.resume else None
@@ -331,7 +331,7 @@ class RunFolderOf(Generic[S]):
         return resolved, status
 
     def prepare(self, config: S, *, is_resumed: bool) -> None:
-        """Create the folder of a new run, or prepare the existing one for resuming."""
+        """Create the folder of a new run, or prepare a folder for resuming."""
         self.remove_temporaries()
         if is_resumed:
             self.write_config(config)
@@ -340,10 +340,10 @@ class RunFolderOf(Generic[S]):
         self.checkpoints.mkdir(exist_ok=True)
 
     def create(self, config: S) -> None:
-        """Start a run: write `config.yaml`, remove the old run, make the folders.
+        """Start a run: write `config.yaml`, remove the old run, create the folders.
 
-        A process that is killed here leaves an old run that is refused, since its settings are others, or a folder
-        without `run.json` and checkpoints, which `resume` begins by its `config.yaml`.
+        If the process is killed here, the old run no longer matches `config.yaml` and is an error, or the folder has
+        neither `run.json` nor checkpoints, and `resume` starts the run from `config.yaml`.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.path / "config.yaml", yaml.safe_dump(config.stored(), sort_keys=False))
@@ -351,26 +351,25 @@ class RunFolderOf(Generic[S]):
         self.checkpoints.mkdir(exist_ok=True)
 
     def _begun(self, config: S) -> S:
-        """The settings of a run that was killed before it wrote `run.json`."""
+        """Return the settings of a run that was killed before it wrote `run.json`."""
         if any(self.checkpoints.glob("checkpoint-*")):
             raise FileNotFoundError(
-                f"{self.path} holds checkpoints but no run.json; copy that file there again, or start over with "
-                "--overwrite"
+                f"{self.path} holds checkpoints but no run.json; restore that file, or start over with --overwrite"
             )
         return self._resumed(config)
 
     def _binding(self) -> dict[str, str | None]:
-        """The id and the digest of the settings that this folder's records name; a new id where no run is."""
+        """Return the run id (a new one if there is no run) and the settings digest."""
         has_config = (self.path / "config.yaml").is_file()
         settings = settings_digest(self._stored_settings()) if has_config else None
         return {"id": self.id or secrets.token_hex(16), "settings": settings}
 
     def _stored_settings(self) -> dict[str, Any]:
-        """Content of `config.yaml`."""
+        """Read `config.yaml`."""
         return dict(yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8")))
 
     def _known_settings(self) -> str | None:
-        """The digest of the settings that the run was begun with; None for runs of early versions."""
+        """Return the stored settings digest; None for runs of early versions."""
         for name in ("run.json", FoldResults.file):
             if (self.path / name).is_file():
                 known: str | None = self.read_json(name).get("settings")
@@ -378,13 +377,13 @@ class RunFolderOf(Generic[S]):
         return None
 
     def remove_temporaries(self) -> None:
-        """Remove the temporary files of writes that a killed process did not finish; its caller holds the lock."""
+        """Remove temporary files left by a killed process; the caller must hold the lock."""
         for name in self.files:
             for path in self.path.glob(f".{name}.*"):
                 path.unlink(missing_ok=True)
 
     def _resumed(self, config: S) -> S:
-        """The stored settings, if `config` does not contradict them; `data` may name its new place."""
+        """Return the stored settings, if `config` does not contradict them; `data` may name a new location."""
         stored = self.read_config()
         data = getattr(config, "data", None)
         run = self.read_json("run.json") if self.status is not None else {}
@@ -393,7 +392,7 @@ class RunFolderOf(Generic[S]):
         differences = config.differences(stored)
         if differences:
             raise ValueError(
-                f"resume continues {self.path} with its own settings, but {'; '.join(differences)}; leave them out"
+                f"resume continues {self.path} with its stored settings, but {'; '.join(differences)}; leave them out"
                 + (_NEW_RUN.format(self.path) if hasattr(stored, "init_from") else "")
             )
         for name in SESSION_FIELDS:
@@ -402,7 +401,7 @@ class RunFolderOf(Generic[S]):
         return stored
 
     def _holds_unexpected_files(self) -> bool:
-        """Whether the folder holds anything besides other runs and files of an unfinished run."""
+        """Return whether the folder has files other than runs and files of an unfinished run."""
         if not self.path.exists():
             return False
         if not self.path.is_dir():
@@ -412,7 +411,7 @@ class RunFolderOf(Generic[S]):
         return any(not (entry / "run.json").is_file() for entry in unexpected)
 
     def _clear(self, keep: str | None = None) -> None:
-        """Remove a run, and only what belongs to it: checkpoints first, then `run.json`, which makes it a run."""
+        """Remove the files of a run: first checkpoints, then `run.json`, then the others."""
         folders = sorted(self.folders, key=lambda name: name != "checkpoints")
         files = sorted(self.files, key=lambda name: name != "run.json")
         for name in (folders[0], *files, *folders[1:]):
@@ -424,23 +423,23 @@ class RunFolderOf(Generic[S]):
 
 
 class RunFolder(RunFolderOf[TrainConfig]):
-    """The folder of a run of `snella train`."""
+    """Folder of a run of `snella train`."""
 
     settings_type = TrainConfig
 
     def start_settings(self, config: TrainConfig) -> TrainConfig:
-        """The settings of a run that starts from what this one has trained.
+        """Return the settings of a new run that starts from the trained weights of this one.
 
         Args:
-            config: The settings asked for. Those that the trained values belong to are this run's where they are at
-                their default; a budget starts where this run's adapter has it.
+            config: Requested settings. Inherited settings with their default value are replaced by those of this run.
+                The budget starts at the sparsity of this run's adapter.
 
         Raises:
-            FileNotFoundError: This is not the folder of a run, or the adapter is missing.
-            ValueError: The run is not finished, or settings contradict its own.
+            FileNotFoundError: If this is not the folder of a run, or the adapter is missing.
+            ValueError: If the run is not finished, or inherited settings differ.
         """
         if self.status != "finished":
-            state = "which holds no run" if self.status is None else f"which is {status_text(self.status)}"
+            state = "which has no run" if self.status is None else f"which is {status_text(self.status)}"
             raise ValueError(f"init_from must be the folder of a finished run, got {self.path}, {state}")
         self.check_adapter()
         stored = self.read_config()
@@ -452,15 +451,16 @@ class RunFolder(RunFolderOf[TrainConfig]):
             if getattr(config, name) != getattr(stored, name)
         ]
         if different:
-            raise ValueError(f"init_from={self.path} sets what is trained, but {'; '.join(different)}; leave them out")
+            raise ValueError(f"settings must match init_from={self.path}, but {'; '.join(different)}; leave them out")
         values = {name: getattr(stored, name) for name in _INHERITED}
         for name in ("data", "train_size", "img_size", "target_sparsity"):
             values[name] = getattr(stored if getattr(config, name) is None else config, name)
         options = {**stored.method_options, **config.method_options}
         allocation = read_if_present(Allocation, self.path)
         if allocation is not None and "init_sparsity" not in config.method_options:
-            kept = sum(matrix.budget for matrix in allocation.matrices)
-            if kept < allocation.total_weights:
-                sparsity = 1 - kept / allocation.total_weights
+            budget = sum(matrix.budget for matrix in allocation.matrices)
+            if budget < allocation.total_weights:
+                sparsity = 1 - budget / allocation.total_weights
+
                 options["init_sparsity"] = min(sparsity, values["target_sparsity"])
         return dataclasses.replace(config, **values, method_options=options)

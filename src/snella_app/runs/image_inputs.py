@@ -1,4 +1,4 @@
-"""Images to predict: files, folders, patterns, tables, standard input, watched folders, PIL images, arrays, tensors."""
+"""Inputs of predictions: files, folders, patterns, tables, standard input, PIL images, arrays and tensors."""
 
 import difflib
 import glob
@@ -23,8 +23,8 @@ from snella_app.data.table import TABLE_SUFFIXES, Columns, table_paths
 __all__ = ["ImageInput", "expand", "near_name", "new_files", "read_input", "separate"]
 
 ImageInput = str | Path | bytes | Image.Image | np.ndarray | Tensor
-"""One image: a file, its bytes, a PIL image, `[height, width]` or `[height, width, 1, 3 or 4]` as an array, or
-`[height, width]` or `[1, 3 or 4, height, width]` as a tensor; values 0 to 255 (uint8) or 0 to 1 (floating point)."""
+"""One image: a file, its bytes, a PIL image, an array `[height, width]` or `[height, width, 1, 3 or 4]`, or a tensor
+`[height, width]` or `[1, 3 or 4, height, width]`. Values are 0 to 255 (uint8) or 0 to 1 (floating point)."""
 
 _STANDARD_INPUT = "-"
 _PICTURES = (1, 3, 4)
@@ -36,19 +36,22 @@ _POLL_S = 0.5
 def separate(
     images: Any, columns: str | None = None, own: str | None = None, *, keep_missing: bool = False
 ) -> tuple[list[ImageInput], bool]:
-    """The images one by one, and whether it is just one that was given.
+    """Split inputs into single images.
 
     Args:
-        images: An image, or several: a folder, a pattern or a table of files, a batch as an array or a tensor of four
-            dimensions, or a list or another iterable of all these.
+        images: One image, or several: a folder, a pattern, a table of files, a batch as a 4-dim array or tensor, or an
+            iterable of any of these.
         columns: As for `expand`.
         own: As for `expand`.
         keep_missing: As for `expand`.
 
+    Returns:
+        List of images, and whether the input was one single image.
+
     Raises:
-        FileNotFoundError: A file that is not there (near names are given), or a folder without images.
-        ValueError: None at all.
-        TypeError: Something that is no image.
+        FileNotFoundError: If a file does not exist (suggests similar names), or a folder has no images.
+        ValueError: If there are no images.
+        TypeError: If an input is not an image.
     """
     if isinstance(images, str | Path):
         files = expand([images], columns, own, keep_missing=keep_missing)
@@ -59,8 +62,7 @@ def separate(
         return [images], True
     if not isinstance(images, Iterable):
         raise TypeError(
-            "images must be files, PIL images, arrays or tensors, one or several of them, got "
-            f"{type(images).__name__} {images!r}"
+            f"images must be one or more files, PIL images, arrays or tensors, got {type(images).__name__} {images!r}"
         )
     single: list[ImageInput] = []
     for image in images:
@@ -76,39 +78,37 @@ def separate(
 def expand(
     images: Iterable[str | Path], columns: str | None = None, own: str | None = None, *, keep_missing: bool = False
 ) -> list[Path]:
-    """The files that some words stand for.
+    """Expand file, folder, pattern and table arguments into image files.
 
     Args:
-        images: Files as they are; folders for the images in them, at any depth; patterns such as `photos/**/*.jpg`;
-            tables (CSV, TSV, Parquet; `csv:FILE`, `parquet:FILE`) with a column of paths; `-` for standard input, a
-            path a line.
-        columns: Column of the paths in a table, `path=file`; if not given, the usual names, then `own`.
-        own: The columns that the run's own table had.
-        keep_missing: Whether files that a table or a list on standard input names and that are not there stay, to be
-            left out with the broken ones.
+        images: Files; folders, searched recursively; patterns such as `photos/**/*.jpg`; tables (CSV, TSV, Parquet;
+            `csv:FILE`, `parquet:FILE`) with a column of paths; `-` for standard input with one path per line.
+        columns: Path column of a table, `path=file`. If None, its usual names are tried, then `own`.
+        own: Columns of the table that the run was trained on.
+        keep_missing: Keep missing files listed in a table or on standard input, to be skipped like corrupt files.
 
     Raises:
-        FileNotFoundError: A path does not exist (near names are given), or a folder holds no images.
-        ValueError: No words, or a table without a column of paths.
+        FileNotFoundError: If a path does not exist (suggests similar names), or a folder has no images.
+        ValueError: If `images` is empty, or a table has no column of paths.
     """
     paths: list[Path] = []
-    named = list if keep_missing else _all_there
+    check_listed = list if keep_missing else _all_there
     for word in images:
         prefix, rest = split_spec(str(word))
         is_table = prefix in ("csv:", "parquet:") and bool(rest)
         image = Path(rest if is_table and rest else word)
         if str(word) == _STANDARD_INPUT:
-            paths += named(Path(line) for line in sys.stdin.read().splitlines() if line.strip())
+            paths += check_listed(Path(line) for line in sys.stdin.read().splitlines() if line.strip())
         elif is_table or (image.suffix.lower() in TABLE_SUFFIXES and image.is_file()):
-            paths += named(_paths_in_table(image, columns, own))
+            paths += check_listed(_paths_in_table(image, columns, own))
         elif image.is_dir():
             inside = _images_in(image)
             if not inside:
                 raise FileNotFoundError(
-                    f"the folder {image} holds no images; known endings are {', '.join(sorted(IMAGE_SUFFIXES))}"
+                    f"the folder {image} has no images; supported suffixes are {', '.join(sorted(IMAGE_SUFFIXES))}"
                 )
             paths += inside
-        elif not image.exists() and any(sign in str(word) for sign in _PATTERN):
+        elif not image.exists() and any(char in str(word) for char in _PATTERN):
             matches = sorted(Path(match) for match in glob.glob(str(Path(word).expanduser()), recursive=True))
             paths += _existing(match for match in matches if match.is_file() and is_image(match)) or _existing([image])
         else:
@@ -119,16 +119,16 @@ def expand(
 
 
 def read_input(image: Any, name: str, reading: Reading = RGB) -> Any:
-    """One image, upright, as `read_image` gives it: 8-bit RGB, gray or RGBA, or an array of other channels.
+    """Read one image upright, like `read_image`: as 8-bit RGB, grayscale or RGBA, or as an array of other channels.
 
     Args:
         image: See `ImageInput`.
-        name: For messages.
-        reading: What the model takes.
+        name: Name for error messages.
+        reading: Image format of the model.
 
     Raises:
-        ValueError: A file that is no image, an array of another shape or type, values outside their range.
-        TypeError: Something that is no image.
+        ValueError: If a file is not an image, or an array has a wrong shape, type or value range.
+        TypeError: If the input is not an image.
     """
     if isinstance(image, str | Path):
         return read_image(image, reading)
@@ -147,18 +147,18 @@ def read_input(image: Any, name: str, reading: Reading = RGB) -> Any:
 
 
 def new_files(folders: Sequence[Path], known: Iterable[Path], poll_s: float = _POLL_S) -> Iterator[list[Path]]:
-    """Images that appear in folders, in the order of their names, as soon as they have stopped growing; never ends.
+    """Watch folders for new images; never ends.
 
-    Files are compared at intervals, which works on network drives too. A file counts as whole when its size and its
-    time are those of the look before.
+    Folders are polled, which also works on network drives. A file is complete once its size and modification time are
+    unchanged between two polls.
 
     Args:
-        folders: Watched at any depth.
+        folders: Folders to watch, recursively.
         known: Images that are not new.
-        poll_s: Seconds between two looks.
+        poll_s: Seconds between polls.
 
     Yields:
-        New images, possibly none.
+        New images in the order of their names, possibly none.
     """
     seen = {path.resolve() for path in known}
     growing: dict[Path, tuple[int, int]] = {}
@@ -168,7 +168,7 @@ def new_files(folders: Sequence[Path], known: Iterable[Path], poll_s: float = _P
         for path in (path for folder in folders for path in _images_in(folder) if path.resolve() not in seen):
             try:
                 state = path.stat()
-            except OSError:  # gone again
+            except OSError:  # deleted in the meantime
                 continue
             growing[path] = (state.st_size, state.st_mtime_ns)
             if before.get(path) == growing[path] and state.st_size:
@@ -179,9 +179,9 @@ def new_files(folders: Sequence[Path], known: Iterable[Path], poll_s: float = _P
 
 
 def near_name(missing: Path) -> str:
-    """Why there may be no such file: a pattern without a match, a missing folder, a mistyped name."""
-    if any(sign in missing.name for sign in _PATTERN):
-        return f"; no file in {missing.parent} matches the pattern, or give the folder itself"
+    """Suggest why a file is missing: a pattern without a match, a missing folder, a mistyped name."""
+    if any(char in missing.name for char in _PATTERN):
+        return f"; no file in {missing.parent} matches the pattern; fix it, or give the folder"
     if not missing.parent.is_dir():
         return f"; there is no folder {missing.parent}"
     near = difflib.get_close_matches(missing.name, sorted(child.name for child in missing.parent.iterdir()), n=1)
@@ -189,12 +189,12 @@ def near_name(missing: Path) -> str:
 
 
 def _images_in(folder: Path) -> list[Path]:
-    """The images of a folder, at any depth, in order."""
+    """Return the images in a folder and its subfolders, sorted."""
     return sorted(path for path in folder.rglob("*") if path.is_file() and is_image(path))
 
 
 def _paths_in_table(table: Path, columns: str | None, own: str | None) -> list[Path]:
-    """The images that a table names, by the given column, the usual names, or the column that the run had."""
+    """Return the images in a table, by the given column, its usual names, or the column of the run."""
     if columns is not None:
         return table_paths(table, Columns.parse(columns))
     try:
@@ -207,31 +207,31 @@ def _paths_in_table(table: Path, columns: str | None, own: str | None) -> list[P
 
 
 def _existing(paths: Iterable[Path]) -> list[Path]:
-    """The same paths, all of which are there."""
-    found = []
+    """Return the paths, and require that all of them exist."""
+    existing = []
     for path in paths:
         if not path.exists():
             raise FileNotFoundError(f"no image {path}{near_name(path)}")
-        found.append(path)
-    return found
+        existing.append(path)
+    return existing
 
 
 def _all_there(paths: Iterable[Path]) -> list[Path]:
-    """The paths of a table or a list, all of which are there."""
-    found = list(paths)
-    missing = [path for path in found if not path.exists()]
+    """Return the paths of a table or list, and require that all of them exist."""
+    all_paths = list(paths)
+    missing = [path for path in all_paths if not path.exists()]
     if not missing:
-        return found
+        return all_paths
     few = f"no image {missing[0]}{near_name(missing[0])}"
-    many = f"{len(missing):,} of {len(found):,} images are not there: {listed([str(path) for path in missing])}"
+    many = f"{len(missing):,} of {len(all_paths):,} images are missing: {listed([str(path) for path in missing])}"
     raise FileNotFoundError(
-        f"{few if len(missing) == 1 else many}; fix the list, or pass --skip-corrupt (skip_corrupt=True), which "
-        "leaves out what is missing or broken"
+        f"{few if len(missing) == 1 else many}; fix the list, or skip missing and corrupt images with --skip-corrupt "
+        "(skip_corrupt=True)"
     )
 
 
 def _from_array(image: np.ndarray | Tensor, name: str, channels: int) -> Any:
-    """An image from an array with the channels last, or a tensor with the channels first."""
+    """Convert a channels-last array or a channels-first tensor to an image."""
     shape = list(image.shape)
     if isinstance(image, Tensor):
         moved = image.detach().cpu()
@@ -251,8 +251,8 @@ def _from_array(image: np.ndarray | Tensor, name: str, channels: int) -> Any:
         low, high = float(values.min()), float(values.max())
         if not (low >= 0.0 and high <= 1.0):
             raise ValueError(
-                f"floating-point images must have values from 0 to 1, got {low:g} to {high:g} as {name}; give the "
-                "image before it is normalized, or 0 to 255 as uint8"
+                f"floating-point images must have values from 0 to 1, got {low:g} to {high:g} as {name}; pass the "
+                "image before normalization, or 0 to 255 as uint8"
             )
     elif values.dtype != np.uint8:
         raise ValueError(f"an image must be uint8 or floating point, got {values.dtype} as {name}")

@@ -1,4 +1,4 @@
-"""A run's own images: loading them, finding them again, and whether they are still the same."""
+"""Images of a run: loading, locating and comparing them with the stored digests."""
 
 import dataclasses
 import hashlib
@@ -17,7 +17,7 @@ PARTS = ("train", "val", "test")
 
 
 def splits_digest(splits: DataSplits) -> str:
-    """SHA-256 of the classes and of the ordered names and labels of all splits; independent of the folder's path."""
+    """Return the SHA-256 of classes, names and labels of all splits, in order; independent of the folder's path."""
     parts = {"train": splits.train, "val": splits.val, "test": splits.test}
     named = {key: None if part is None else [part.names, part.labels] for key, part in parts.items()}
     known = {key: part.annotations.plain() for key, part in parts.items() if part is not None}
@@ -27,17 +27,17 @@ def splits_digest(splits: DataSplits) -> str:
 
 
 def contents_of(splits: DataSplits, names: Collection[str] = PARTS) -> dict[str, str]:
-    """SHA-256 of the images of each split; missing splits are left out."""
+    """Return the SHA-256 of the images of each existing split."""
     return {name: part.content_digest() for name, part in parts_of(splits).items() if name in names}
 
 
 def parts_of(splits: DataSplits) -> dict[str, ImageDataset]:
-    """The existing splits, by name."""
+    """Return the existing splits by name."""
     return {name: part for name in PARTS if (part := getattr(splits, name)) is not None}
 
 
 def split_sizes(splits: DataSplits) -> dict[str, int]:
-    """Number of images in each split."""
+    """Return the number of images in each split."""
     return {
         "train": len(splits.train),
         "val": 0 if splits.val is None else len(splits.val),
@@ -46,66 +46,66 @@ def split_sizes(splits: DataSplits) -> dict[str, int]:
 
 
 def absolute_folder(spec: str) -> str | None:
-    """The absolute path of `folder:PATH` and the like; None for other data."""
+    """Return the absolute path of a specification such as `folder:PATH`; None for other data."""
     folder = data_folder(spec)
     return None if folder is None else str(folder.resolve())
 
 
 def is_same_split(data: DataInfo, splits: DataSplits) -> bool:
-    """Whether these are the splits of a run's data."""
+    """Return whether the splits match those stored by a run."""
     return data.digest == splits_digest(splits)
 
 
 def changed_parts(data: DataInfo, splits: DataSplits, names: Collection[str] = PARTS) -> list[str]:
-    """The parts whose images have other contents than a run says of its data, among those that it read."""
+    """Return the splits whose image contents differ from the digests stored by a run."""
     stored = data.contents
     return [name for name, digest in contents_of(splits, set(names) & set(stored)).items() if digest != stored[name]]
 
 
 def check_splits(run: Path, data: DataInfo | None, splits: DataSplits, names: Collection[str] = PARTS) -> None:
-    """Compare the images as they are now with those that the run was split from.
+    """Check that the images of a run have not changed since training.
 
     Args:
-        run: The run's folder, for the message.
-        data: What the run says of its data; None passes.
-        splits: From the run's own settings.
-        names: The parts whose contents are compared, as those of all parts would have to be read.
+        run: Folder of the run, for the error message.
+        data: Data record of the run; no check if None.
+        splits: Current splits from the settings of the run.
+        names: Splits whose image contents are compared; each has to be read.
 
     Raises:
-        ValueError: They differ; names both sizes and the remedy.
+        ValueError: If the images differ; names both sizes and the remedy.
     """
     if data is None:
         return
     if not is_same_split(data, splits):
         then, now = _counts(data.sizes), _counts(split_sizes(splits))
-        files = "the same numbers of other files" if then == now else now
+        files = "the same number of other files" if then == now else now
         raise ValueError(
-            f"data must hold the images that {run} was split from, {then}, got {files} in {data.spec}: "
+            f"data must contain the images of {run}, {then}, got {files} in {data.spec}: "
             "files were added, removed or renamed, and a new split would evaluate on training images; restore "
-            "them, evaluate on other images with --data, or train a new run"
+            "the files, evaluate on other images with --data, or train a new run"
         )
     changed = changed_parts(data, splits, names)
     if changed:
         raise ValueError(
-            f"data must hold the images that {run} was split from, got files of the same names with other contents in "
-            f"{data.spec} ({', '.join(changed)}): images were replaced or saved again; restore them, measure on "
-            "images of your own with evaluate --data, or train a new run"
+            f"data must contain the images of {run}, got files with the same names and other contents in {data.spec} "
+            f"({', '.join(changed)}): images were replaced or re-encoded; restore the files, evaluate on other images "
+            "with --data, or train a new run"
         )
 
 
 def find_data(run: Path, spec: str, absolute: str | None) -> str:
-    """The specification under which a run's images are found now.
+    """Locate the data of a run.
 
     Args:
-        run: The run's folder, for the message.
-        spec: As training had it.
-        absolute: The folder that it stood for then; None for other data.
+        run: Folder of the run, for the error message.
+        spec: Data specification used for training.
+        absolute: Absolute path of its folder at training time; None for other data.
 
     Returns:
-        `spec`, or with `absolute` in place of its folder.
+        `spec`, or `spec` with its folder replaced by `absolute`.
 
     Raises:
-        FileNotFoundError: The folder is in neither place.
+        FileNotFoundError: If neither folder exists.
     """
     prefix, path = split_spec(spec)
     folder = data_folder(spec)
@@ -116,17 +116,17 @@ def find_data(run: Path, spec: str, absolute: str | None) -> str:
     kind = "file" if folder.suffix in TABLE_SUFFIXES else "folder"
     places = spec if absolute in (None, path) else f"{spec} (then {absolute})"
     raise FileNotFoundError(
-        f"data must be where {run} had it, {places}, but no {kind} is there; pass its new place with --data {prefix}NEW"
+        f"the data of {run} must exist at {places}, got no such {kind}; pass its new location with --data {prefix}NEW"
     )
 
 
 def _counts(sizes: Mapping[str, int]) -> str:
-    """Sizes, human-readable."""
+    """Format the sizes of splits."""
     return ", ".join(f"{name} {count}" for name, count in sizes.items())
 
 
 def load_splits(config: TrainConfig, data: Any = None) -> DataSplits:
-    """The splits of a configuration, or of the object it names; the same every time while the files are the same."""
+    """Load the splits of a configuration or of `data`; deterministic as long as the files are unchanged."""
     task = task_class(config.task)
     splits = load_data(
         str(config.data) if data is None else data,
@@ -151,7 +151,7 @@ def load_splits(config: TrainConfig, data: Any = None) -> DataSplits:
 
 
 def encoded(splits: DataSplits, task: Task) -> DataSplits:
-    """The same splits with targets as the task's loss takes them, training images with their sample weights."""
+    """Return the splits with targets encoded for the task's loss, and sample weights for training images."""
     encode = None if task.target == "class" else task.encode
     parts: dict[str, Any] = {
         name: part.with_targets(encode, is_weighted=name == "train") for name, part in parts_of(splits).items()

@@ -1,4 +1,4 @@
-"""Linear classifier on pooled features of several layers: the final head of a run."""
+"""Linear head on pooled features of several layers; the final head of a run."""
 
 import json
 from collections.abc import Sequence
@@ -14,21 +14,21 @@ from snella_app.files import write_bytes
 from snella_app.methods.model_parts import base_model
 
 LAYER_PROBE = "layer_probe.safetensors"
-"""File beside a run's adapter."""
+"""File name in the adapter folder of a run."""
 _LAYERS = 4
 _TENSORS = ("weight", "intercept")
 
 
 def probed_layers(model: nn.Module) -> list[int]:
-    """Layers that a probe reads: up to four of those in timm's `feature_info`, the last one and evenly spaced ones.
+    """Select up to four layers of timm's `feature_info` for a probe, ending with the last one.
 
-    They are a sixth of the layers apart: 6, 8, 10 and 12 of 12 blocks, the last four of at most eight stages.
+    They are spaced by a sixth of all layers: 6, 8, 10 and 12 of 12 blocks, or the last four of at most eight stages.
 
     Args:
-        model: From `build_method` or `load_trained`.
+        model: Model from `build_method` or `load_trained`.
 
     Returns:
-        Indices from 0, ascending; none for models without `forward_intermediates`.
+        Ascending indices from 0; empty for models without `forward_intermediates`.
     """
     base = base_model(model)
     count = len(getattr(base, "feature_info", None) or [])
@@ -39,9 +39,9 @@ def probed_layers(model: nn.Module) -> list[int]:
 
 
 def layer_features(model: nn.Module, images: Tensor, layers: Sequence[int]) -> Tensor:
-    """Pooled features of several layers.
+    """Compute pooled features of several layers.
 
-        z ‖ mean(A_1) ‖ class token(A_1) ‖ …        A_l: the output of layer l, normalized where the model does
+        z ‖ mean(A_1) ‖ class token(A_1) ‖ …        A_l: output of layer l, normalized if the model does so
 
     Args:
         model: As for `probed_layers`.
@@ -49,8 +49,8 @@ def layer_features(model: nn.Module, images: Tensor, layers: Sequence[int]) -> T
         layers: Indices into timm's `feature_info`.
 
     Returns:
-        `[batch, width]`: the model's own pooled features z, and of each layer the mean over positions and, but for the
-        last layer, the class token if there is one.
+        `[batch, width]`: the pooled features z of the model, then for each layer the mean over positions and, except
+        for the last layer, the class token if there is one.
     """
     base: Any = base_model(model)
     has_tokens = getattr(base, "num_prefix_tokens", 0) > 0
@@ -66,13 +66,13 @@ def layer_features(model: nn.Module, images: Tensor, layers: Sequence[int]) -> T
 
 
 class LayerProbe(nn.Module):
-    """A model whose outputs are linear in `layer_features`: `[batch, channels, height, width]` → `[batch, outputs]`.
+    """Model with a linear head on `layer_features`: `[batch, channels, height, width]` → `[batch, outputs]`.
 
-    The idea is Head2Toe's (Evci et al., arXiv 2201.03529): earlier layers can separate classes better than the last one
-    if the images differ from those of the pre-training.
+    As in Head2Toe (Evci et al., arXiv 2201.03529), earlier layers can separate classes better than the last one if the
+    images differ from the pre-training images.
 
     Args:
-        model: As for `probed_layers`; its own head is not used.
+        model: As for `probed_layers`; its head is not used.
         layers: As for `layer_features`.
         weight: `[outputs, width]`.
         bias: `[outputs]`.
@@ -87,16 +87,16 @@ class LayerProbe(nn.Module):
         self.linear.bias.copy_(bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Outputs of a batch."""
+        """Return the outputs of a batch."""
         features = layer_features(self.model, images, self.layers)
         return self.linear(features.to(self.linear.weight.dtype))
 
     def get_base_model(self) -> nn.Module:
-        """The backbone with its adapters."""
+        """Return the backbone with its adapters."""
         return base_model(self.model)
 
     def on(self, model: nn.Module) -> "LayerProbe":
-        """The same probe on another model, such as the merged one."""
+        """Return the same probe on another model, such as the merged one."""
         linear = self.linear
         return LayerProbe(model, self.layers, linear.weight.detach(), linear.bias.detach()).to(linear.weight.device)
 
@@ -110,10 +110,10 @@ class LayerProbe(nn.Module):
 
 
 def layer_probe_snippet(path: Path) -> str:
-    """Python lines that compute the outputs of a probe beside a merged model, with timm and torch alone.
+    """Return Python code that computes the outputs of a probe on a merged model, with only timm and torch.
 
     Args:
-        path: The file; its model is called `model` in the lines.
+        path: File of the probe; the code expects the merged model as `model`.
     """
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
@@ -128,7 +128,7 @@ def layer_probe_snippet(path: Path) -> str:
     )
     return (
         f"import torch; from safetensors.torch import load_file\nhead = load_file({str(path)!r})\n"
-        "def logits_of(images):  # the outputs of snella predict: those of the final head, on several layers\n"
+        "def logits_of(images):  # outputs of snella predict, from the final head on several layers\n"
         f"    final, maps = model.forward_intermediates(images, {arguments})\n"
         "    pooled = [model.forward_head(final, pre_logits=True).flatten(1)]\n"
         f"{pooled}    return torch.cat(pooled, 1) @ head['weight'].T + head['intercept']"
@@ -136,14 +136,14 @@ def layer_probe_snippet(path: Path) -> str:
 
 
 def read_layer_probe(adapter: Path, model: nn.Module) -> LayerProbe | None:
-    """The probe beside an adapter; None where there is none.
+    """Load the probe from an adapter folder; None if it has no probe.
 
     Args:
-        adapter: Folder.
-        model: What the probe reads the features of.
+        adapter: Folder of the adapter.
+        model: Model that provides the features.
 
     Raises:
-        ValueError: The file is damaged.
+        ValueError: If the file is damaged.
     """
     path = adapter / LAYER_PROBE
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""`merge`: a run's update folded into the backbone, as plain timm weights."""
+"""Merging a run's update into the backbone, as plain timm weights."""
 
 import json
 from pathlib import Path
@@ -19,40 +19,39 @@ _SUFFIX = ".safetensors"
 _OTHER_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".npz", ".onnx", ".h5", ".pkl", ".tar", ".gz", ".zip")
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _KEPT_ENTRIES = ("first_conv", "classifier", "license", "pool_size")
-"""Entries of a backbone's `pretrained_cfg` that hold for the fine-tuned model."""
+"""Entries of a backbone's `pretrained_cfg` that also apply to the fine-tuned model."""
 _USE = "use"
-"""Entry of a merged model that says how its output is read, `Task.merged_use`."""
+"""Entry of a merged model that explains its outputs, `Task.merged_use`."""
 
 
 def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> Path:
-    """Write the fine-tuned model in plain weights, the update folded into them.
+    """Merge the update of a run into the backbone, and write the model as plain weights.
 
-    A folder, in timm's own format: `timm.create_model("local-dir:OUT", pretrained=True)` builds and fills the model,
-    `create_transform(**resolve_model_data_config(model))` prepares images as training did, and
-    `model.pretrained_cfg["label_names"]` has the classes. Any task but segmentation; the comment that `loading_snippet`
-    ends with says how the output is read: thresholds, or mean and standard deviation of a regression, are not part of
-    the weights.
+    If `out` is a folder, it gets timm's format: `timm.create_model("local-dir:OUT", pretrained=True)` loads the model,
+    `create_transform(**resolve_model_data_config(model))` preprocesses images as in training, and
+    `model.pretrained_cfg["label_names"]` has the classes. This supports all tasks except segmentation. Thresholds, and
+    mean and standard deviation of a regression, are not part of the weights; the last comment of `loading_snippet`
+    explains the outputs.
 
-    A file: the state dict alone, `.safetensors`. How the model is built, the class names and the data configuration
-    are in its metadata, of which `loading_snippet` makes Python code. For a segmentation the names are those of
-    `snella_app.backbones.create_segmenter`'s model, `encoder.…` (the backbone's own names, without a head) and
-    `decoder.…`; `load_merged` builds and fills it.
+    If `out` is a `.safetensors` file, it contains the state dict. Its metadata contain the architecture, class names
+    and data configuration; `loading_snippet` returns Python code that uses them. For segmentation, the names are those
+    of `snella_app.backbones.create_segmenter`: `encoder.…` (names of the backbone, without a head) and `decoder.…`;
+    `load_merged` loads the model.
 
-    Outputs equal those of the adapted model (bit for bit with SNELLA, whose layers compute with the sum of both weights
-    anyway). The temperature that `predict` divides logits by is not folded in; it is in the metadata and in
-    `config.json`.
+    Outputs equal those of the adapted model. With SNELLA they are bit-identical, since its layers compute with the
+    effective weight. The temperature is not merged; it is stored in the metadata and in `config.json`.
 
     Args:
         run: Folder of the run.
-        out: File to write, `.safetensors`, or folder.
-        overwrite: Replace an existing file, or what an earlier call wrote into the folder.
+        out: Output file (`.safetensors`) or folder.
+        overwrite: Replace an existing file, or the output of an earlier call in the folder.
 
     Returns:
-        The path of the file or the folder.
+        Path of the file or the folder.
 
     Raises:
-        FileExistsError: The file exists, or the folder holds something.
-        ValueError: A file of another ending, or a folder for a segmentation.
+        FileExistsError: If the file exists, or the folder is not empty.
+        ValueError: If the file has another suffix, or `out` is a folder for a segmentation.
     """
     path = Path(out)
     _check_out(path, str(out), overwrite=overwrite)
@@ -68,23 +67,23 @@ def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> Path:
 
 
 def write_timm_folder(loaded: LoadedRun, path: Path, **entries: Any) -> nn.Module:
-    """Write a run's model in timm's own format into a folder.
+    """Write the model of a run in timm's folder format.
 
     Args:
-        loaded: The run; its model is used up.
-        path: The folder.
-        entries: More of its `config.json`.
+        loaded: The run; do not use its model afterwards.
+        path: Output folder.
+        entries: Additional entries of `config.json`.
 
     Returns:
         The merged model.
 
     Raises:
-        ValueError: The model is no classifier that timm builds; nothing is written.
+        ValueError: If timm cannot build the model; nothing is written.
     """
     model = merged_model(loaded.model)
     config = {**_timm_config(loaded, model, str(path)), **entries}
     with made_folder(path):
-        (path / _CONFIG).unlink(missing_ok=True)  # written last: a folder without it is not loaded
+        (path / _CONFIG).unlink(missing_ok=True)  # written last, since timm loads no folder without it
         _write_final_head(loaded, _final_head_file(path))
         write_bytes(path / _WEIGHTS, save(_weights(model), {"format": "pt"}))
         write_json(path / _CONFIG, config)
@@ -92,16 +91,16 @@ def write_timm_folder(loaded: LoadedRun, path: Path, **entries: Any) -> nn.Modul
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict as safetensors takes it."""
+    """Return the state dict as contiguous tensors for safetensors."""
     return {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
 
 
 def _check_out(path: Path, typed: str, *, overwrite: bool) -> None:
-    """Refuse other suffixes, and existing files that must not be replaced."""
+    """Reject other suffixes, and existing files that must not be replaced."""
     if not path.is_dir() and path.suffix.lower() in _OTHER_SUFFIXES:
         raise ValueError(
             f"out must end with {_SUFFIX}, or be a folder for a model in timm's format, got {typed!r}; "
-            f"write {str(path.with_suffix(_SUFFIX))!r} or {str(path.with_suffix(''))!r}"
+            f"use {str(path.with_suffix(_SUFFIX))!r} or {str(path.with_suffix(''))!r}"
         )
     if path.is_dir() and path.suffix != _SUFFIX:
         others = sorted(child.name for child in path.iterdir() if child.name not in (_CONFIG, _WEIGHTS, LAYER_PROBE))
@@ -116,7 +115,7 @@ def _check_out(path: Path, typed: str, *, overwrite: bool) -> None:
 
 
 def run_metadata(loaded: LoadedRun, model: nn.Module) -> dict[str, str]:
-    """What a file of the model's weights says of it: texts, most of them JSON."""
+    """Return the metadata of a weight file: strings, most of them JSON."""
     backbone = loaded.info.backbone
     return {
         "format": "pt",
@@ -136,27 +135,27 @@ def run_metadata(loaded: LoadedRun, model: nn.Module) -> dict[str, str]:
 
 
 def _timm_config(loaded: LoadedRun, model: nn.Module, out: str) -> dict[str, Any]:
-    """The `config.json` of timm's format: architecture, arguments, preprocessing and labels.
+    """Return the `config.json` of timm's format: architecture, arguments, preprocessing and labels.
 
     Raises:
-        ValueError: The model is none that timm builds.
+        ValueError: If timm cannot build the model.
     """
     architecture = loaded.info.backbone.architecture
     if loaded.task.head is not None or architecture is None:
-        what = f"a {loaded.task.name}'s model" if loaded.task.head is not None else "this model"
+        noun = f"a {loaded.task.name} model" if loaded.task.head is not None else "this model"
         raise ValueError(
-            f"out must end with {_SUFFIX} for {what}, which timm does not build, got {out!r}; "
-            f"write {out.rstrip('/') + _SUFFIX!r}"
+            f"out must end with {_SUFFIX} for {noun}, which timm cannot build, got {out!r}; "
+            f"use {out.rstrip('/') + _SUFFIX!r}"
         )
     size = built_in_size(model)
     arguments = _model_args(model) | ({} if size is None else {"img_size": size})
-    known: Any = model
-    own = {name: value for name, value in dict(known.pretrained_cfg).items() if name in _KEPT_ENTRIES}
+    timm_model: Any = model
+    inherited = {name: value for name, value in dict(timm_model.pretrained_cfg).items() if name in _KEPT_ENTRIES}
     outputs = loaded.info.backbone.num_classes
     return {
         "architecture": architecture,
         "num_classes": outputs,
-        "num_features": known.num_features,
+        "num_features": timm_model.num_features,
         "label_names": loaded.classes,
         "temperature": loaded.info.trained_head_temperature,
         "task": loaded.task.name,
@@ -164,7 +163,7 @@ def _timm_config(loaded: LoadedRun, model: nn.Module, out: str) -> dict[str, Any
         _USE: loaded.task.merged_use(),
         **({"model_args": arguments} if arguments else {}),
         "pretrained_cfg": {
-            **own,
+            **inherited,
             **loaded.info.data_config,
             "fixed_input_size": size is not None,
             "num_classes": outputs,
@@ -174,9 +173,9 @@ def _timm_config(loaded: LoadedRun, model: nn.Module, out: str) -> dict[str, Any
 
 
 def loading_snippet(path: str | Path) -> str:
-    """A Python snippet that loads the output of `merge` as `model`: with timm alone; for segmentation, with snella.
+    """Return Python code that loads the output of `merge` as `model`, with timm, or with snella for segmentation.
 
-    That of a classifier also makes `transform`, from a PIL image to the model's input, and `classes`, its labels.
+    For classifiers, the code also defines `transform`, from a PIL image to the model input, and `classes`.
 
     Args:
         path: File or folder written by `merge`.
@@ -212,44 +211,42 @@ def loading_snippet(path: str | Path) -> str:
 
 
 def _final_head_file(path: Path) -> Path:
-    """Where the final head of a merged folder or file is written."""
+    """Return the path of the final head of a merged folder or file."""
     return path / LAYER_PROBE if path.suffix != _SUFFIX else path.with_name(f"{path.stem}.{LAYER_PROBE}")
 
 
 def _write_final_head(loaded: LoadedRun, path: Path) -> None:
-    """Write the final head beside a merged model, if the run has one; remove that of an earlier model."""
+    """Write the final head of a run next to a merged model, and remove the head of an earlier model."""
     path.unlink(missing_ok=True)
     if loaded.probe is not None:
         loaded.probe.save(path)
 
 
 def _use_lines(path: Path, use: str) -> str:
-    """The comment on how outputs are read, after the lines that compute those of the final head, if there is one."""
+    """Return the comment that explains the outputs, after code for the final head if there is one."""
     head = _final_head_file(path)
     return f"{layer_probe_snippet(head)}\n{use.replace('model(', 'logits_of(')}" if head.is_file() else use
 
 
 def views_notes(info: RunInfo) -> list[str]:
-    """Lines that say why `predict` gives other numbers than the plain model; none where it gives the same.
+    """Return notes on differences between `predict` and the merged model; empty if outputs are equal.
 
     Args:
-        info: The run's record.
+        info: Record of the run.
     """
     notes = []
     if info.final_head == "layers":
         notes.append(
-            "predict uses the final head on several layers; this model by itself has the trained head, whose "
-            "validation results are in metrics.json (final_head); onnx, torchscript and torch-export have the final one"
+            "predict uses the final head on several layers; this model has the trained head, whose validation results "
+            "are in metrics.json (final_head); onnx, torchscript and torch-export contain the final head"
         )
     if info.tta == 2:
-        notes.append(
-            "predict averages an image and its flip (--tta 1 does not); this model's outputs are of the image alone"
-        )
+        notes.append("predict averages an image and its flip, unless --tta 1 is set; this model uses only the image")
     return notes
 
 
 def describe_file(path: str | Path) -> str:
-    """The content of a merged file or folder, in a few words."""
+    """Describe the content of a merged file or folder."""
     if Path(path).is_dir():
         return "a model in timm's format"
     with safe_open(path, "pt") as file:
@@ -260,7 +257,7 @@ def describe_file(path: str | Path) -> str:
 
 
 def load_merged(path: str | Path) -> nn.Module:
-    """Build the model of a merged file, of any task, without adapters.
+    """Load the model of a merged file, for any task, without adapters.
 
     Args:
         path: File written by `merge`.
@@ -269,27 +266,27 @@ def load_merged(path: str | Path) -> nn.Module:
         The model in evaluation mode.
 
     Raises:
-        ValueError: The file was not written by `merge`.
+        ValueError: If the file was not written by `merge`.
     """
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
     if "built_from" not in metadata:
-        raise ValueError(f"path must be a file that snella merge wrote, got {str(path)!r}, which does not say of what")
-    described = record_from(BackboneInfo, {**json.loads(metadata["built_from"]), "pretrained": False})
-    model = make_backbone(described, metadata["task"])
+        raise ValueError(f"path must be a file written by snella merge, got {str(path)!r}, which has no such metadata")
+    backbone = record_from(BackboneInfo, {**json.loads(metadata["built_from"]), "pretrained": False})
+    model = make_backbone(backbone, metadata["task"])
     model.load_state_dict(load_file(path))
     return model.eval()
 
 
 def _model_args(model: nn.Module) -> dict[str, Any]:
-    """Arguments of `timm.create_model` that the architecture's name alone does not say."""
+    """Return the arguments of `timm.create_model` besides the name of the architecture."""
     return dict((getattr(model, "pretrained_cfg", None) or {}).get("model_args") or {})
 
 
 def merged_model(model: nn.Module) -> nn.Module:
-    """The backbone with what was trained in its plain weights.
+    """Merge the trained parameters into the backbone.
 
     Raises:
-        ValueError: The method cannot be folded.
+        ValueError: If the method cannot be merged.
     """
     return merge_trained(model)

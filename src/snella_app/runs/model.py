@@ -1,4 +1,4 @@
-"""The best model of a run, with its transform, classes and task."""
+"""Loading the best model of a run."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -29,16 +29,16 @@ _COMMANDS_OF_OTHERS = {
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """The best model of a run, with its transform, classes and task.
+    """Best model of a run, with its transform, classes and task.
 
     Attributes:
-        folder: Of the run.
-        model: The backbone with what was trained, its head included.
-        transform: Of images.
-        classes: By output.
-        task: Of the run.
-        info: `run.json`.
-        probe: The final head of a run that has one besides the trained head, with the model in it.
+        folder: Folder of the run.
+        model: Backbone with trained parameters and head.
+        transform: Preprocessing of images.
+        classes: Class names in the order of the outputs.
+        task: Task of the run.
+        info: Content of `run.json`.
+        probe: Model with the final head on several layers, if the run has one.
     """
 
     folder: RunFolder
@@ -51,35 +51,35 @@ class LoadedRun:
 
     @property
     def network(self) -> nn.Module:
-        """What predictions come from: the model with the run's final head."""
+        """Model used for predictions, with the final head of the run."""
         return self.model if self.probe is None else self.probe
 
     @property
     def reading(self) -> Reading:
-        """How its images are read."""
+        """Image format of the model."""
         data = self.info.data
         return Reading(self.info.backbone.channels, data.white or FULL_WHITE, data.read_side)
 
     @property
     def device(self) -> torch.device:
-        """The device of the model."""
+        """Device of the model."""
         return next(self.model.parameters()).device
 
 
 def load_run(run: str | Path | RunFolder, device: str = "auto") -> LoadedRun:
-    """Load the best adapter of a run onto a fresh backbone; of a cross-validation, all its models as an ensemble.
+    """Load the best model of a run, or all models of a cross-validation as an ensemble.
 
     Args:
-        run: Folder of the run, or of a cross-validation.
-        device: auto, or a device of torch such as cpu, cuda:1 or mps.
+        run: Folder of the run or the cross-validation.
+        device: auto, or a torch device such as cpu, cuda:1 or mps.
 
     Returns:
-        Model in evaluation mode, its transform, the class names and the run's record.
+        Model in evaluation mode with its transform, class names and record.
 
     Raises:
-        FileNotFoundError: Not the folder of a run, no epoch was finished yet, or the adapter is missing.
-        ValueError: `run.json` is damaged, or the run is of another kind, such as a personalized generator.
-        AdapterFileError: The adapter is damaged or belongs to another model; names the tensor.
+        FileNotFoundError: If `run` is not the folder of a run, has no finished epoch, or its adapter is missing.
+        ValueError: If `run.json` is damaged, or the run has another kind of task, such as a personalized generator.
+        AdapterFileError: If the adapter is damaged or does not fit the model; names the tensor.
     """
     folder = run if isinstance(run, RunFolder) else RunFolder(run)
     results = read_if_present(FoldResults, folder.path)
@@ -108,12 +108,12 @@ def load_run(run: str | Path | RunFolder, device: str = "auto") -> LoadedRun:
 
 
 _LIBRARY_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError)
-"""What torch, timm and PEFT raise for values that they cannot use."""
+"""Errors that torch, timm and PEFT raise for invalid values."""
 
 
 @contextmanager
 def _naming(run: Path) -> Iterator[None]:
-    """Report what libraries say of values of a run's files as one error that names the run."""
+    """Convert library errors about the files of a run into one error that names the run."""
     try:
         yield
     except NotImplementedError:
@@ -121,34 +121,34 @@ def _naming(run: Path) -> Iterator[None]:
     except _LIBRARY_ERRORS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
-            f"{run} cannot be loaded: run.json or the settings of its adapter do not fit its weights: {reason:.300}; "
+            f"{run} cannot be loaded: run.json or the adapter settings do not fit the weights: {reason:.300}; "
             "copy the run again, or train again with `--overwrite`"
         ) from error
 
 
 def _check_outputs(info: RunInfo, task: Task) -> None:
-    """Refuse class names that are not as many as the model's outputs."""
-    expected, found = task.count_outputs(info.classes), info.backbone.num_classes
-    if found is not None and expected != found:
+    """Check that the number of class names matches the outputs of the model."""
+    expected, num_outputs = task.count_outputs(info.classes), info.backbone.num_classes
+    if num_outputs is not None and expected != num_outputs:
         raise ValueError(
-            f"run.json must name the classes of {found} outputs, got {len(info.classes)} names; copy the run again, or "
-            "train again with `--overwrite`"
+            f"run.json must name the classes of {num_outputs} outputs, got {len(info.classes)} names; copy the run "
+            "again, or train again with `--overwrite`"
         )
 
 
 def _check_head(probe: LayerProbe, info: RunInfo) -> None:
-    """Refuse a final head with another number of outputs than the trained one."""
-    expected, found = info.backbone.num_classes, probe.linear.out_features
-    if expected not in (None, found):
-        raise ValueError(f"the final head must have {expected} outputs, got {found}; copy the run again")
+    """Check that the final head has as many outputs as the trained head."""
+    expected, num_outputs = info.backbone.num_classes, probe.linear.out_features
+    if expected not in (None, num_outputs):
+        raise ValueError(f"the final head must have {expected} outputs, got {num_outputs}; copy the run again")
 
 
 def built_in_size(model: nn.Module, *, is_only: bool = False) -> int | None:
-    """The side of an image that a model is built for; None for models that are built for any.
+    """Return the image size that a model is built for; None if it accepts any size.
 
     Args:
-        model: A backbone, or a segmenter around one.
-        is_only: None too for models that also take other sides.
+        model: Backbone, or segmenter around one.
+        is_only: Also return None for models that accept other sizes.
     """
     patches: Any = getattr(getattr(model, "encoder", model), "patch_embed", None)
     size = getattr(patches, "img_size", None)
@@ -158,18 +158,18 @@ def built_in_size(model: nn.Module, *, is_only: bool = False) -> int | None:
 
 
 def _check_transform(transform: Callable[..., Tensor], info: RunInfo, size: int | None) -> None:
-    """Refuse a transform that gives other tensors than the model takes, before the first image comes."""
+    """Check the output of a transform against the input of the model, on a blank image."""
     channels = info.backbone.channels
     modes = {1: "L", 3: "RGB", 4: "RGBA"}
     blank: Any = tv_tensors.Image(torch.zeros(channels, 8, 8, dtype=torch.uint8))
-    made = transform(Image.new(modes[channels], (8, 8)) if channels in modes else blank)
-    side = made.shape[-1] if size is None else size
-    if list(made.shape) != [channels, side, side] or not bool(made.isfinite().all()):
-        raise ValueError(f"it must make finite images of {[channels, side, side]}, got {list(made.shape)}")
+    output = transform(Image.new(modes[channels], (8, 8)) if channels in modes else blank)
+    side = output.shape[-1] if size is None else size
+    if list(output.shape) != [channels, side, side] or not bool(output.isfinite().all()):
+        raise ValueError(f"it must produce finite images of {[channels, side, side]}, got {list(output.shape)}")
 
 
 def unfinished_note(loaded: LoadedRun) -> str | None:
-    """What to know of the model of a run that is not finished; None for a finished one."""
+    """Return a note on the model of an unfinished run; None for a finished run."""
     if loaded.info.is_finished:
         return None
     return (
@@ -179,11 +179,11 @@ def unfinished_note(loaded: LoadedRun) -> str | None:
 
 
 class Ensemble(nn.Module):
-    """The mean of the outputs of several runs' models.
+    """Ensemble that averages the outputs of several runs.
 
     Args:
-        runs: Their models take the same images and give outputs of the same shape.
-        task: Averages them.
+        runs: Runs with the same input and output shapes.
+        task: Task that averages the outputs.
     """
 
     def __init__(self, runs: Sequence[LoadedRun], task: Task) -> None:
@@ -192,13 +192,13 @@ class Ensemble(nn.Module):
         self.runs, self.task = list(runs), task
 
     def forward(self, images: Tensor) -> Tensor:
-        """The mean over the models, each with its own temperature and views."""
+        """Average the models' outputs, each with its temperature and test-time augmentation."""
         outputs = [run.task.outputs(run.network, images, run.info.tta) / run.info.temperature for run in self.runs]
         return self.task.average_outputs(outputs, [run.task for run in self.runs])
 
 
 def _load_ensemble(folder: RunFolder, results: FoldResults, device: str) -> LoadedRun:
-    """The models of all folds as one."""
+    """Load the models of all folds as an ensemble."""
     if len(results.rows) < results.folds:
         raise FileNotFoundError(
             f"{folder.path} has {len(results.rows)} of {results.folds} folds; finish it with "
@@ -206,26 +206,26 @@ def _load_ensemble(folder: RunFolder, results: FoldResults, device: str) -> Load
         )
     loaded = [load_run(folder.path / row.folder, device) for row in results.rows]
     first = loaded[0]
-    task = first.task.of_ensemble([one.task for one in loaded])
+    task = first.task.of_ensemble([fold.task for fold in loaded])
     model = Ensemble(loaded, task).eval()
-    info = dataclasses.replace(first.info, calibration=None, tta=1)  # each model has its own
+    info = dataclasses.replace(first.info, calibration=None, tta=1)  # applied by each model
     return LoadedRun(first.folder, model, first.transform, first.classes, task, info)
 
 
 def get_task(info: RunInfo) -> Task:
-    """The task of a run.
+    """Return the task of a run.
 
     Args:
-        info: Its record.
+        info: Record of the run.
 
     Raises:
-        ValueError: The run is of another kind, such as a personalized generator; names the commands that use it.
+        ValueError: If the run has another kind of task, such as a personalized generator; names its commands.
     """
     return create_task(get_task_name(info), info.classes, **(info.task_state or {}))
 
 
 def get_task_name(info: RunInfo) -> str:
-    """The name of a run's task. Raises as `get_task`."""
+    """Return the name of a run's task; raises like `get_task`."""
     if info.task not in task_names():
         hint = _COMMANDS_OF_OTHERS.get(info.task, "another version of snella wrote it")
         raise ValueError(f"run must be of the task {' or '.join(task_names())}, got a run of {info.task!r}; {hint}")
@@ -233,7 +233,7 @@ def get_task_name(info: RunInfo) -> str:
 
 
 def make_backbone(backbone: BackboneInfo, task: str = "classification") -> nn.Module:
-    """Create the model that a run began with; what is not pre-trained in it comes from the run's seed."""
+    """Create the initial model of a run; new parameters are initialized from the seed of the run."""
     torch.manual_seed(backbone.seed or 0)
     return task_class(task).build_model(
         backbone.name,

@@ -1,4 +1,4 @@
-"""`load` and `predict`: a run's best model, ready to say what is in images."""
+"""Prediction with the best model of a run."""
 
 import contextlib
 import dataclasses
@@ -28,30 +28,30 @@ __all__ = ["MOST_VIEWS", "Predictor", "check_order", "columns_of", "load", "pred
 
 _RUN_FILE = "run.json"
 _THREADS = 4  # decoding and resizing release the interpreter lock
-_ENLARGED = 8 / 7  # of the image that corners are cut from: 256 to 224 pixels
+_ENLARGED = 8 / 7  # scale of the image before corner crops: 256 to 224 pixels
 _CORNERS = ((0, 0), (1, 1), (0, 1), (1, 0))
 MOST_VIEWS = 2 * (1 + len(_CORNERS))
-"""Views of an image that test-time augmentation knows: the whole and four corners, each of them flipped too."""
+"""Maximum number of test-time augmentation views: the image and four corner crops, and their flips."""
 
 Unsure = float | Literal["auto"] | None
-"""The probability below which a prediction counts as unsure: a number, or that of the run's calibration."""
+"""Probability below which a prediction is unsure; `auto` uses the threshold of the run's calibration."""
 
 
 class Predictor:
-    """The best model of a run with its preparation of images, class names and calibration.
+    """Best model of a run, with preprocessing, class names and calibration.
 
         model = snella.load("runs/photos")
         model.predict("new.jpg").label
         [(p.path, p.label, p.probability) for p in model.predict(["a.jpg", "folder", "more/*.png"])]
 
-    Several threads may use one: they read and prepare images side by side, and enter the model one at a time.
+    Thread-safe: threads read and preprocess images in parallel, and run the model one at a time.
 
     Args:
-        loaded: From `load_run`.
-        batch_size: Images at a time.
+        loaded: Run from `load_run`.
+        batch_size: Batch size.
 
     Raises:
-        ValueError: `batch_size` is less than 1.
+        ValueError: If `batch_size` is less than 1.
     """
 
     def __init__(self, loaded: LoadedRun, *, batch_size: int = 32) -> None:
@@ -62,7 +62,7 @@ class Predictor:
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
-        """The run, its method, the number of classes and the device."""
+        """Return the run, its task, method, number of classes and device."""
         info = self.loaded.info
         return (
             f"Predictor({str(self.loaded.folder.path)!r}: {info.task} by {info.method}, {len(self.classes)} classes, "
@@ -76,12 +76,12 @@ class Predictor:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Device of the model."""
         return self.loaded.device
 
     @property
     def temperature(self) -> float:
-        """What logits are divided by; 1 for a run that was not calibrated."""
+        """Temperature that logits are divided by; 1 for a run without calibration."""
         return self.loaded.info.temperature
 
     def predict(
@@ -91,27 +91,27 @@ class Predictor:
 
         Args:
             images: A file, a PIL image, an array or a tensor (see `snella_app.runs.image_inputs`); or several: a
-                folder, a pattern, a table, a batch, a list of all these.
-            tta: Test-time augmentation: number of views (the image, flipped, corners of the enlarged image, flipped)
-                whose probabilities are averaged; the run's own if None.
-            unsure: Probability below which a prediction is marked as unsure; `auto` for that of the run's calibration.
-            skip_corrupt: Leave out images that cannot be read; where one alone is given, it is an error anyway.
+                folder, a pattern, a table, a batch, or a list of these.
+            tta: Test-time augmentation: number of views whose probabilities are averaged (the image, its flip, corner
+                crops of the enlarged image and their flips); the setting of the run if None.
+            unsure: Probability below which predictions are marked as unsure; `auto` uses the threshold of the run.
+            skip_corrupt: Skip images that cannot be read. A single image that cannot be read is always an error.
 
         Returns:
-            One object of `snella_app.tasks.predictions` for one image, a list of them for several, in their order.
+            For one image, an object of `snella_app.tasks.predictions`; for several, a list of them in input order.
 
         Raises:
-            FileNotFoundError: A path does not exist (near names are given), or a folder holds no images.
-            ValueError: An image cannot be read, or a setting that the task does not take.
-            TypeError: Something that is no image.
+            FileNotFoundError: If a path does not exist (suggests similar names), or a folder has no images.
+            ValueError: If an image cannot be read, or a setting does not apply to the task.
+            TypeError: If an input is not an image.
         """
-        single, is_one = separate(images, own=self._columns, keep_missing=skip_corrupt)
-        each = self.each(single, tta=tta, unsure=unsure, skip_corrupt=skip_corrupt and not is_one)
-        found = list(each)
-        return found[0] if is_one else found
+        single, is_single = separate(images, own=self._columns, keep_missing=skip_corrupt)
+        each = self.each(single, tta=tta, unsure=unsure, skip_corrupt=skip_corrupt and not is_single)
+        predictions = list(each)
+        return predictions[0] if is_single else predictions
 
     def features(self, images: Any) -> np.ndarray:
-        """The inputs of the classifier's head, what the model makes of an image before it decides.
+        """Compute features: the inputs of the classifier head.
 
         Args:
             images: As for `predict`.
@@ -120,27 +120,27 @@ class Predictor:
             `[images, width]`, or `[width]` for one image; float32.
 
         Raises:
-            ValueError: A model without a head that takes one vector an image.
+            ValueError: If the model has no head that takes one vector per image.
         """
-        single, is_one = separate(images, own=self._columns)
+        single, is_single = separate(images, own=self._columns)
         rows: list[np.ndarray] = []
         for _ in self.each(single, on_features=rows.append):
             pass
-        return rows[0] if is_one else np.stack(rows)
+        return rows[0] if is_single else np.stack(rows)
 
     def prepare(self, images: Sequence[ImageInput]) -> Tensor:
-        """What the model takes: `[images, channels, height, width]`, resized, cut and normalized."""
+        """Preprocess images into a batch `[images, channels, height, width]`."""
         named = [(image, str(_name(index, image))) for index, image in enumerate(images)]
         read = [read_input(image, name, self.loaded.reading) for image, name in named]
         return torch.stack([self.loaded.transform(image) for image in read])
 
     def picture(self, prepared: Tensor) -> Image.Image:
-        """What `prepare` made of one image, as RGB again; of other channels than 1 and 3 or 4 their mean as gray."""
+        """Convert one preprocessed image back to RGB; unless it has 1, 3 or 4 channels, to their mean in grayscale."""
         config = self.loaded.info.data_config
         mean, std = (torch.tensor(config[name])[:, None, None] for name in ("mean", "std"))
-        shares = (prepared.cpu() * std + mean).clamp(0, 1)
-        shares = shares[:3] if len(shares) in (3, 4) else shares.mean(0, keepdim=True).expand(3, -1, -1)
-        return Image.fromarray((shares * 255).round().to(torch.uint8).movedim(0, -1).numpy())
+        pixels = (prepared.cpu() * std + mean).clamp(0, 1)
+        pixels = pixels[:3] if len(pixels) in (3, 4) else pixels.mean(0, keepdim=True).expand(3, -1, -1)
+        return Image.fromarray((pixels * 255).round().to(torch.uint8).movedim(0, -1).numpy())
 
     def each(
         self,
@@ -152,10 +152,10 @@ class Predictor:
         on_skipped: Callable[[Path, str], None] = lambda path, reason: None,
         on_features: Callable[[np.ndarray], None] | None = None,
     ) -> Iterator[Any]:
-        """Predict as `predict` does, one after the other, so that masks need not all be held at once.
+        """Yield predictions one by one, so that masks need not all be in memory.
 
         Args:
-            images: One by one, as `snella_app.runs.image_inputs.separate` gives them.
+            images: Single images, as returned by `snella_app.runs.image_inputs.separate`.
             tta: As for `predict`.
             unsure: As for `predict`.
             skip_corrupt: As for `predict`.
@@ -165,31 +165,29 @@ class Predictor:
         threshold = self.check_settings(tta, unsure)
         for paths, pictures, tensors in self._batches(images, skip_corrupt, on_skipped):
             outputs, features = self._outputs(tensors, tta, on_features is not None)
-            made = self.loaded.task.image_predictions(self.classes, paths, pictures, outputs)
-            for index, prediction in enumerate(made):
+            predictions = self.loaded.task.image_predictions(self.classes, paths, pictures, outputs)
+            for index, prediction in enumerate(predictions):
                 if on_features is not None and features is not None:
                     on_features(features[index])
                 yield prediction if threshold is None else _marked(prediction, threshold)
 
     @property
     def _columns(self) -> str | None:
-        """The columns of the run's own table."""
+        """Columns of the table that the run was trained on."""
         return columns_of(self.loaded.folder.path)
 
     def check_settings(self, tta: int | None, unsure: Unsure) -> float | None:
-        """Refuse settings that `each` would refuse; the probability that `unsure` means."""
+        """Check settings of `each`, and return the probability for `unsure`."""
         if tta is not None and not 1 <= tta <= MOST_VIEWS:
-            raise ValueError(f"tta must be between 1 and {MOST_VIEWS}, the views of an image, got {tta}")
+            raise ValueError(f"tta must be between 1 and {MOST_VIEWS} views, got {tta}")
         if tta is not None and isinstance(self.loaded.model, Ensemble):
             raise ValueError(
-                f"tta must be left out for a cross-validation, whose models average their own views, got {tta}"
+                f"tta must be left out for a cross-validation, whose models use the tta of their runs, got {tta}"
             )
         calibration = self.loaded.info.calibration
         if unsure == "auto":
             if calibration is None:
-                raise ValueError(
-                    "unsure must be a probability for a run with no calibration, got 'auto'; give e.g. 0.5"
-                )
+                raise ValueError("unsure must be a probability for a run without calibration, got 'auto'; use e.g. 0.5")
             return calibration.threshold  # None where no threshold was found
         if unsure is not None and not 0.0 < unsure <= 1.0:
             raise ValueError(f"unsure must be auto or a probability in (0, 1], got {unsure}")
@@ -198,7 +196,7 @@ class Predictor:
     def _batches(
         self, images: Sequence[ImageInput], skip_corrupt: bool, on_skipped: Callable[[Path, str], None]
     ) -> Iterator[tuple[list[Path], list[Image.Image], Tensor]]:
-        """Names, images and what the model takes, `batch_size` at a time."""
+        """Yield batches of file names, images and model inputs."""
 
         def prepare(entry: tuple[int, ImageInput]) -> tuple[Path, Image.Image, Tensor] | tuple[Path, str]:
             name = _name(*entry)
@@ -207,59 +205,66 @@ class Predictor:
             except ValueError as error:
                 if skip_corrupt:
                     return name, str(error).partition("image: ")[2] or str(error)
-                raise ValueError(f"{error}; leave it out, or pass --skip-corrupt (skip_corrupt=True)") from error
+                raise ValueError(f"{error}; remove it, or pass --skip-corrupt (skip_corrupt=True)") from error
             return name, image, self.loaded.transform(image)
 
         entries = iter(enumerate(images))
         with ThreadPoolExecutor(_THREADS) as threads:
             while chunk := list(islice(entries, self.batch_size)):
-                whole = []
+                readable = []
                 for prepared in threads.map(prepare, chunk):
                     if len(prepared) == 2:
                         on_skipped(*prepared)
                     else:
-                        whole.append(prepared)
-                if whole:
-                    paths, pictures, tensors = zip(*whole, strict=True)
+                        readable.append(prepared)
+                if readable:
+                    paths, pictures, tensors = zip(*readable, strict=True)
                     yield list(paths), list(pictures), torch.stack(tensors)
 
     def _outputs(self, images: Tensor, tta: int | None, wants_features: bool) -> tuple[Tensor, np.ndarray | None]:
-        """Calibrated outputs of a batch, averaged over views, and the features of the first view."""
-        seen: list[Any] = []
+        """Return calibrated outputs of a batch, averaged over views, and features of the first view."""
+        head_inputs: list[Any] = []
         with self._lock, torch.inference_mode(), contextlib.ExitStack() as hooks:
             if wants_features:
                 head = _head(self.loaded)
-                hooks.callback(head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0])).remove)
-            is_own = tta in (None, self.loaded.info.tta)  # the temperature was fitted to the average
+                hooks.callback(
+                    head.register_forward_pre_hook(lambda module, inputs: head_inputs.append(inputs[0])).remove
+                )
+            is_calibrated = tta in (None, self.loaded.info.tta)  # the temperature was fitted to averaged outputs
             outputs = [self._of_view(images.to(self.device), view) for view in range(tta or self.loaded.info.tta)]
-            outputs = outputs if is_own else [output / self.temperature for output in outputs]
+            outputs = outputs if is_calibrated else [output / self.temperature for output in outputs]
             averaged = outputs[0] if len(outputs) == 1 else self.loaded.task.average_outputs(outputs)
-            averaged = averaged / self.temperature if is_own else averaged
+            averaged = averaged / self.temperature if is_calibrated else averaged
         if not wants_features:
             return averaged, None
-        if not seen or not isinstance(seen[0], Tensor) or seen[0].flatten(1).shape[0] != len(images):
-            raise ValueError("features are the inputs of a classifier's head, which this model does not have")
-        return averaged, seen[0].flatten(1)[:, : _feature_width(self.loaded)].float().cpu().numpy()
+        if (
+            not head_inputs
+            or not isinstance(head_inputs[0], Tensor)
+            or head_inputs[0].flatten(1).shape[0] != len(images)
+        ):
+            raise ValueError("features need a classifier head with one input vector per image; this model has none")
+        return averaged, head_inputs[0].flatten(1)[:, : _feature_width(self.loaded)].float().cpu().numpy()
 
     def _of_view(self, images: Tensor, view: int) -> Tensor:
-        """The model's outputs for one view of a batch; maps are turned back."""
+        """Return the outputs for one view of a batch; flips maps back."""
         outputs = self.loaded.network(_view(images, view))
         if outputs.ndim == 4 and view > 1:
-            raise ValueError(f"tta must be 1 or 2 (flipped) for masks, which corners do not cover, got {view + 1}")
+            raise ValueError(f"tta must be 1 or 2 (with flip) for masks, got {view + 1}")
         return outputs.flip(-1) if outputs.ndim == 4 and view == 1 else outputs
 
 
 def load(run: str | Path | RunFolder, device: str = "auto", *, batch_size: int = 32) -> Predictor:
-    """Load the best model of a run, to predict with.
+    """Load the best model of a run for prediction.
 
     Args:
-        run: Folder of the run, or what `snella.train` returned.
-        device: auto, or a device of torch such as cpu, cuda:1 or mps.
-        batch_size: Images at a time.
+        run: Folder of the run, or the result of `snella.train`.
+        device: auto, or a torch device such as cpu, cuda:1 or mps.
+        batch_size: Batch size.
 
     Raises:
-        FileNotFoundError: Not the folder of a run (near names are given), or no epoch was finished yet.
-        ValueError: A file of the run is damaged, or the run is of another kind, such as a personalized generator.
+        FileNotFoundError: If `run` is not the folder of a run (suggests similar names), or has no finished epoch.
+        ValueError: If a file of the run is damaged, or the run has another kind of task, such as a personalized
+            generator.
     """
     folder = run.path if isinstance(run, RunFolder) else Path(run)
     if not folder.is_dir() and not folder.is_file():
@@ -268,12 +273,12 @@ def load(run: str | Path | RunFolder, device: str = "auto", *, batch_size: int =
 
 
 def columns_of(run: str | Path) -> str | None:
-    """The columns of a run's own table; None for other data, and where there is no run, which is reported later."""
+    """Return the columns of a run's table; None for other data, or if the run does not exist (reported later)."""
     return RunFolder(run).read_config().columns if (Path(run) / "config.yaml").is_file() else None
 
 
 def task_of_run(run: str | Path) -> type[Task]:
-    """The kind of task of a run; classification where there is no run, which is reported later."""
+    """Return the task class of a run; classification if the run does not exist (reported later)."""
     results = read_if_present(FoldResults, run)
     run = run if results is None or not results.rows else Path(run) / results.rows[0].folder
     has_run = (Path(run) / _RUN_FILE).is_file()
@@ -291,25 +296,24 @@ def predict(
     unsure: Unsure = None,
     columns: str | None = None,
 ) -> list[Any]:
-    """Predict images with the best model of a run; to predict more than once, `load` it.
+    """Predict images with the best model of a run; use `load` to predict more than once.
 
     Args:
-        run: Folder of the run, or a loaded one.
+        run: Folder of the run, or a loaded run.
         images: As for `Predictor.predict`.
-        batch_size: Images at a time.
-        skip_corrupt: Skip images that cannot be read, instead of stopping.
-        device: auto, or a device of torch such as cpu, cuda:1 or mps.
+        batch_size: Batch size.
+        skip_corrupt: Skip images that cannot be read, instead of raising an error.
+        device: auto, or a torch device such as cpu, cuda:1 or mps.
         tta: As for `Predictor.predict`.
         unsure: As for `Predictor.predict`.
-        columns: Column of the paths in a table, `path=file`; if not given, the usual names or the run's own.
+        columns: Path column of a table, `path=file`; if None, its usual names or the column of the run.
 
     Returns:
-        One object of `snella_app.tasks.predictions` per image, in the order given; `Task.image_predictions`
-        says which one.
+        One object of `snella_app.tasks.predictions` per image, in input order; see `Task.image_predictions`.
 
     Raises:
-        FileNotFoundError: A path does not exist (near names are given), or a folder holds no images.
-        ValueError: An image cannot be read, or an image is given in place of the run.
+        FileNotFoundError: If a path does not exist (suggests similar names), or a folder has no images.
+        ValueError: If an image cannot be read, or `run` is an image.
     """
     options = {"skip_corrupt": skip_corrupt, "tta": tta, "unsure": unsure}
     return list(predict_each(run, images, batch_size=batch_size, device=device, columns=columns, **options))
@@ -324,9 +328,9 @@ def predict_each(
     columns: str | None = None,
     **options: Any,
 ) -> Iterator[Any]:
-    """Predict as `predict` does, one after the other; more options as for `Predictor.each`.
+    """Yield predictions of `predict` one by one; `options` are those of `Predictor.each`.
 
-    What can be wrong with the names is found before the model is loaded.
+    Paths are checked before the model is loaded.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -339,38 +343,38 @@ def predict_each(
 
 
 def check_order(run: Path, images: Any) -> None:
-    """Refuse images given in place of the run."""
+    """Reject arguments with images before the run."""
     if run.is_file():
-        raise ValueError(f"run must be the folder of a run, got the file {str(run)!r}; the run comes before the images")
+        raise ValueError(f"run must be the folder of a run, got the file {str(run)!r}; pass the run before the images")
     words = [Path(image) for image in images if isinstance(image, str | Path)] if isinstance(images, list) else []
     swapped = [image for image in words if (image / _RUN_FILE).is_file()]
     if swapped and not (run / _RUN_FILE).is_file():
         raise ValueError(
-            f"run must be the folder of a run, got {str(run)!r}; {str(swapped[0])!r} is one: it comes before the images"
+            f"run must be the folder of a run, got {str(run)!r}; {str(swapped[0])!r} is one, pass it before the images"
         )
     if not run.is_dir():
         raise FileNotFoundError(f"no run {run}{near_name(run)}")
 
 
 def _name(index: int, image: ImageInput) -> Path:
-    """The file of an image, or its place among the others: `[3]`."""
+    """Return the file of an image, or its index: `[3]`."""
     if isinstance(image, str | Path):
         return Path(image)
     return Path(getattr(image, "filename", "") or f"[{index}]")
 
 
 def _head(loaded: LoadedRun) -> nn.Module:
-    """The head that predictions come from, within PEFT's wrapping where there is one."""
+    """Return the head used for predictions, including a PEFT wrapper."""
     return _trained_head(loaded) if loaded.probe is None else loaded.probe.linear
 
 
 def _trained_head(loaded: LoadedRun) -> nn.Module:
-    """The head that was trained with the model."""
+    """Return the head that was trained with the model."""
     return base_model(loaded.model).get_submodule(spec_of(loaded.model).head)
 
 
 def _feature_width(loaded: LoadedRun) -> int | None:
-    """How many of the head's inputs are the model's own pooled features, the first ones; None for all."""
+    """Return the number of leading head inputs that are the model's pooled features; None for all."""
     if loaded.probe is None:
         return None
     head = _trained_head(loaded)
@@ -378,20 +382,20 @@ def _feature_width(loaded: LoadedRun) -> int | None:
 
 
 def _view(images: Tensor, view: int) -> Tensor:
-    """View number `view` of a batch, `[images, channels, height, width]`: even ones as they are, odd ones flipped."""
-    place, is_flipped = divmod(view, 2)
-    if place:
+    """Return one view of a batch `[images, channels, height, width]`; odd views are flipped."""
+    crop, is_flipped = divmod(view, 2)
+    if crop:
         height, width = images.shape[-2:]
         size = (round(height * _ENLARGED), round(width * _ENLARGED))
         enlarged = F.interpolate(images, size, mode="bicubic", align_corners=False)
-        bottom, right = _CORNERS[place - 1]
+        bottom, right = _CORNERS[crop - 1]
         top, left = bottom * (size[0] - height), right * (size[1] - width)
         images = enlarged[..., top : top + height, left : left + width]
     return images.flip(-1) if is_flipped else images
 
 
 def _marked(prediction: Any, threshold: float) -> Any:
-    """A prediction that knows below which probability it is unsure."""
+    """Return a prediction with a threshold for unsure predictions."""
     if not isinstance(prediction, Prediction):
-        raise ValueError(f"unsure is for one class an image, which has a probability, got {threshold:g}")
+        raise ValueError(f"unsure needs a task with one class per image, got {threshold:g}; leave it out")
     return dataclasses.replace(prediction, unsure_below=threshold)

@@ -1,4 +1,4 @@
-"""Predictions on the terminal and in files: tables, masks, features, rows appended while a folder is watched."""
+"""Output of predictions: terminal, tables, masks, features, and rows appended while watching a folder."""
 
 import contextlib
 import csv
@@ -46,15 +46,15 @@ def predict_to_files(
     skip_corrupt: bool = False,
     device: str = "auto",
 ) -> None:
-    """Predict images and print or write what is said about them: `snella predict`, whose help explains the arguments.
+    """Predict images and print or write the results; arguments are those of `snella predict`.
 
-    Watching always leaves out images that cannot be read, and predicts none again that `out` holds already.
+    With `watch`, images that cannot be read are always skipped, and images listed in `out` are not predicted again.
 
     Raises:
-        FileExistsError: An output exists.
-        FileNotFoundError: No such run or image; near names are given.
-        ValueError: Settings that contradict each other, an image that cannot be read, or an image before the run.
-        ImportError: Features in Parquet without pyarrow.
+        FileExistsError: If an output exists.
+        FileNotFoundError: If the run or an image does not exist; suggests similar names.
+        ValueError: If settings are invalid, an image cannot be read, or an image is passed before the run.
+        ImportError: If features are written as Parquet without pyarrow.
     """
     console, task = make_console(), task_of_run(run)
     threshold = parse_unsure(unsure)
@@ -76,14 +76,14 @@ def predict_to_files(
     model = load(run, device, batch_size=batch_size)
     skipped: list[str] = []
     errors = make_console(sys.stderr)
-    if (about_status := unfinished_note(model.loaded)) is not None:
-        print_line(errors, f"note: {about_status}")
+    if (status_note := unfinished_note(model.loaded)) is not None:
+        print_line(errors, f"note: {status_note}")
     rows: list[np.ndarray] = []
 
     def skip(path: Path, reason: str) -> None:
         skipped.append(f"{str(path)!r} ({reason})")
-        if watch:  # which has no end to tell it at
-            print_line(errors, f"left out {skipped[-1]}")
+        if watch:  # never reaches the summary at the end
+            print_line(errors, f"skipped {skipped[-1]}")
 
     def predicted(paths: Sequence[Path]) -> Iterator[Any]:
         return model.each(
@@ -97,10 +97,10 @@ def predict_to_files(
 
     names: list[Path] = []
     if watch:
-        found: Iterable[Any] = _watched(predicted, files, folders, out if is_appended else None)
+        predictions: Iterable[Any] = _watched(predicted, files, folders, out if is_appended else None)
     else:
-        found = tracked(predicted(files), "predicting", len(files), None if out is None else errors)
-    shown = _noted(found, names)
+        predictions = tracked(predicted(files), "predicting", len(files), None if out is None else errors)
+    shown = _noted(predictions, names)
     with _until_interrupted() if watch else contextlib.nullcontext():
         if out is None:
             for prediction in shown:
@@ -116,14 +116,14 @@ def predict_to_files(
         print_line(console, f"features of {counted(len(names), 'image')}: {features}")
     if threshold == "auto" and model.check_settings(tta, threshold) is None:
         print_line(
-            console, "no answer is marked as unsure: no threshold halves the errors on validation, or there are none"
+            console, "no prediction is marked as unsure: no threshold halves the validation errors, or there are none"
         )
     if skipped and not watch:
-        print_line(errors, f"left out {counted(len(skipped), 'image')}: {listed(skipped)}")
+        print_line(errors, f"skipped {counted(len(skipped), 'image')}: {listed(skipped)}")
 
 
 def expand_for(run: str | Path, images: Any, columns: str | None, keep_missing: bool = False) -> list[Path]:
-    """The files of `images`, after a check that the run is one; see `snella_app.runs.image_inputs.expand`."""
+    """Expand `images` into files with `snella_app.runs.image_inputs.expand`, after checking the run."""
     words = [images] if isinstance(images, str | Path) else list(images)
     check_order(Path(run), words)
     return expand(words, columns, columns_of(run), keep_missing=keep_missing)
@@ -135,16 +135,16 @@ def write_features(
     """Write features with the names of their images.
 
     Args:
-        out: `.npz` with the arrays `images` and `features`, `.npy` with `features` alone, or `.parquet` with these two
-            as columns.
-        names: One an image.
-        features: `[width]` each, float32.
+        out: `.npz` with arrays `images` and `features`, `.npy` with only `features`, or `.parquet` with both as
+            columns.
+        names: Image names.
+        features: Feature vectors, `[width]` each, float32.
         overwrite: Replace an existing file.
 
     Raises:
-        FileExistsError: The file exists.
-        ValueError: Another ending.
-        ImportError: Parquet without pyarrow.
+        FileExistsError: If the file exists.
+        ValueError: If the suffix is not supported.
+        ImportError: If the file is Parquet and pyarrow is not installed.
     """
     _check_features(str(out), False, overwrite=overwrite)
     path, texts, content = Path(out), [str(name) for name in names], io.BytesIO()
@@ -165,19 +165,19 @@ def write_features(
 
 
 def _check_features(features: str | None, watch: bool, *, overwrite: bool) -> None:
-    """Refuse a file of features that could not be written in the end."""
+    """Check that the feature file can be written."""
     if features is None:
         return
     path = Path(features)
     if watch:
-        raise ValueError("features must be left out with watch, which never comes to an end to write them at")
+        raise ValueError("features must be left out with watch, which never finishes to write them")
     if path.suffix not in _FEATURE_SUFFIXES:
         raise ValueError(f"features must end with {', '.join(_FEATURE_SUFFIXES)}, got {features!r}")
     if path.suffix == ".parquet":
         try:
             import pyarrow  # noqa: F401
         except ImportError as error:
-            raise ImportError(f"{features} needs pyarrow; pip install pyarrow, or write .npz") from error
+            raise ImportError(f"{features} needs pyarrow: pip install pyarrow, or use .npz") from error
     if path.exists() and not overwrite:
         raise FileExistsError(
             f"features={features} exists; choose another name, or replace it with --overwrite (overwrite=True)"
@@ -185,7 +185,7 @@ def _check_features(features: str | None, watch: bool, *, overwrite: bool) -> No
 
 
 def parse_unsure(unsure: str | None) -> Any:
-    """What `--unsure` says: `auto`, or a number; None for neither. Raises a ValueError for other words."""
+    """Parse `--unsure`: `auto`, a number or None; raises ValueError for other values."""
     if unsure in (None, "auto"):
         return unsure
     try:
@@ -195,14 +195,14 @@ def parse_unsure(unsure: str | None) -> Any:
 
 
 def _noted(predictions: Iterable[Any], names: list[Path]) -> Iterator[Any]:
-    """The same predictions; `names` is filled with their images."""
+    """Yield the predictions, and append their image paths to `names`."""
     for prediction in predictions:
         names.append(prediction.path)
         yield prediction
 
 
 def _watched(predicted: Any, files: Sequence[Path], folders: Sequence[Path], out: str | None) -> Iterator[Any]:
-    """Predictions of files, and then of images as they appear in folders; never ends."""
+    """Yield predictions of files, then of new images in folders; never ends."""
     known = [] if out is None or not Path(out).is_file() else _images_in_rows(Path(out))
     done = {path.resolve() for path in known}
     yield from predicted([path for path in files if path.resolve() not in done])
@@ -213,7 +213,7 @@ def _watched(predicted: Any, files: Sequence[Path], folders: Sequence[Path], out
 
 @contextlib.contextmanager
 def _until_interrupted() -> Iterator[None]:
-    """Let Ctrl-C and, in the main thread, SIGTERM end what is inside, and go on afterwards."""
+    """Run the block until Ctrl-C or, in the main thread, SIGTERM, then continue after it."""
     is_main = threading.current_thread() is threading.main_thread()
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler) if is_main else None
     try:
@@ -225,7 +225,7 @@ def _until_interrupted() -> Iterator[None]:
 
 
 def _images_in_rows(path: Path) -> list[Path]:
-    """The images that a CSV or JSON lines file of predictions holds."""
+    """Return the images listed in a CSV or JSON Lines file of predictions."""
     with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
         is_csv = path.suffix.lower() == ".csv"
         rows = csv.DictReader(file) if is_csv else [json.loads(line) for line in file if line.strip()]
@@ -233,17 +233,17 @@ def _images_in_rows(path: Path) -> list[Path]:
 
 
 def _append_rows(predictions: Iterable[Any], out: Path, task: type[Task], top_k: int | None, console: Console) -> None:
-    """Append each prediction to a CSV or JSON lines file as it comes, and print it; its columns have to be the same.
+    """Append predictions one by one to a CSV or JSON Lines file, and print them.
 
     Raises:
-        ValueError: The CSV file has other columns.
+        ValueError: If an existing CSV file has other columns.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     is_csv = out.suffix.lower() == ".csv"
     with tempfile.TemporaryDirectory() as folder:
         for prediction in predictions:
-            one = task.write_predictions([prediction], Path(folder) / f"row{out.suffix}", top_k, overwrite=True)
-            head, row = one.read_bytes().split(b"\n", 1) if is_csv else (b"", one.read_bytes())
+            part = task.write_predictions([prediction], Path(folder) / f"row{out.suffix}", top_k, overwrite=True)
+            head, row = part.read_bytes().split(b"\n", 1) if is_csv else (b"", part.read_bytes())
             with naming_file(out), out.open("ab+") as file:
                 file.seek(0)
                 first = file.readline().rstrip(b"\n") if is_csv else head

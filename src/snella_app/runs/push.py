@@ -1,4 +1,4 @@
-"""`push`: a run's model with its card, on the Hugging Face hub or as a folder in its layout."""
+"""Pushing a run's model and model card to the Hugging Face Hub, or writing them as a folder."""
 
 import shutil
 from dataclasses import dataclass
@@ -20,28 +20,28 @@ _WEIGHTS = "model.safetensors"
 
 @dataclass(frozen=True)
 class Pushed:
-    """Where a model was published: its address on the hub, or the folder that was written and why it was no more."""
+    """Result of `push`: URL on the hub; or the written folder, and why the hub was not reached, if that was tried."""
 
     place: str
     reason: str | None = None
 
 
 def write_hub_folder(run: str | Path, folder: str | Path, name: str, *, adapter: bool = False) -> Path:
-    """Write what a hub shows and loads: the weights and `README.md`, the model card.
+    """Write the folder of a hub repository: weights and model card (`README.md`).
 
     Args:
         run: Folder of the run.
-        folder: A new or empty folder.
-        name: Of the model on the hub, for the lines that load it.
-        adapter: The adapter in PEFT's layout in place of the merged model, which timm loads.
+        folder: New or empty folder.
+        name: Repository name on the hub, for the loading code.
+        adapter: Write the PEFT adapter instead of the merged model, which timm loads.
 
     Raises:
-        FileExistsError: The folder holds something.
-        ValueError: The run is damaged or of another kind.
+        FileExistsError: If the folder is not empty.
+        ValueError: If the run is damaged or has another kind of task.
     """
     path = Path(folder)
     if path.exists() and (not path.is_dir() or next(path.iterdir(), None) is not None):
-        raise FileExistsError(f"to_folder={path} holds something; choose a new folder")
+        raise FileExistsError(f"to_folder={path} is not empty; choose a new folder")
     info = read(RunInfo, run)
     task = get_task(info)
     if adapter:
@@ -76,23 +76,23 @@ def push(
     private: bool = False,
     overwrite: bool = False,
 ) -> Pushed:
-    """Publish a run's model on the hub; where that cannot be reached, or with `to_folder`, write its folder.
+    """Push the model of a run to the hub; with `to_folder`, or if the hub cannot be reached, write its folder.
 
     Args:
         run: Folder of the run.
-        name: On the hub: `user/model`.
-        to_folder: Write this new folder and contact nobody.
-        adapter: The adapter in place of the merged model.
-        private: Whether others may not see it.
-        overwrite: Add a commit to a model that exists; its earlier files stay in its history.
+        name: Repository name on the hub, `user/model`.
+        to_folder: Write this new folder, without any network access.
+        adapter: Push the PEFT adapter instead of the merged model.
+        private: Create a private repository.
+        overwrite: Add a commit to an existing repository; earlier files stay in its history.
 
     Returns:
-        The address, or the folder and why.
+        URL on the hub; or the folder, and why the hub was not reached.
 
     Raises:
-        FileExistsError: The hub has such a model already, or the folder holds something.
-        PermissionError: Not logged in, or not allowed to write there.
-        ValueError: `name` is none for the hub, or the run is damaged or of another kind.
+        FileExistsError: If the repository exists and `overwrite` is not set, or the folder is not empty.
+        PermissionError: If you are not logged in, or lack write permission.
+        ValueError: If `name` is not a valid repository name, or the run is damaged or has another kind of task.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
@@ -102,7 +102,7 @@ def push(
         validate_repo_id(name)
     except HFValidationError as error:
         raise ValueError(
-            f"name must be that of a model on the hub such as user/photos, got {name!r}: {error}"
+            f"name must be a repository name on the hub such as user/photos, got {name!r}: {error}"
         ) from None
     if to_folder is not None:
         return Pushed(str(write_hub_folder(run, to_folder, name, adapter=adapter)))
@@ -119,11 +119,11 @@ def push(
         status = None if error.response is None else error.response.status_code
         if status == 409:
             raise FileExistsError(
-                f"name={name} is on the hub already; choose another name, or add a commit with --overwrite "
+                f"name={name} exists on the hub already; choose another name, or add a commit with --overwrite "
                 "(overwrite=True)"
             ) from error
         if status in (401, 403):
-            raise PermissionError(f"name={name} must not be written by you; run `hf auth login`") from error
+            raise PermissionError(f"no write permission for name={name}; run `hf auth login`") from error
         raise
     except (OfflineModeIsEnabled, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

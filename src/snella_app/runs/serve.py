@@ -1,4 +1,4 @@
-"""`serve`: a run's model behind an HTTP server, with a page to try it."""
+"""HTTP server for the model of a run, with a web page."""
 
 import base64
 import errno
@@ -25,8 +25,8 @@ from snella_app.tasks.predictions import Prediction
 
 __all__ = ["ServerLimits", "create_app", "serve"]
 
-_EXTRA = "a server needs fastapi, uvicorn and python-multipart; pip install 'snella[serve]'"
-_OVERHEAD = 2**20  # of a request besides its files
+_EXTRA = "the server needs fastapi, uvicorn and python-multipart: pip install 'snella[serve]'"
+_OVERHEAD = 2**20  # allowed bytes of a request besides its files
 _PAGE = Path(__file__).with_name("serve.html")
 _BYTES_OF_PIXEL = 4
 _CONNECTIONS = 64
@@ -36,17 +36,17 @@ _NOSNIFF = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer
 
 @dataclass(frozen=True)
 class ServerLimits:
-    """Limits of a request, and of all requests together.
+    """Limits for a request, and for all requests in progress.
 
     Args:
-        files: Images in one request.
-        mib: Size of one file, MiB.
-        megapixels: Pixels of one image, millions; found in its header, before anything is decoded.
-        total_megapixels: Pixels of the images of all requests that are answered at one time, millions. A byte of a file
-            counts as a quarter of a pixel.
+        files: Maximum number of images per request.
+        mib: Maximum size of a file, in MiB.
+        megapixels: Maximum number of pixels per image, in millions; read from the header before decoding.
+        total_megapixels: Maximum number of pixels of all requests in progress, in millions. Each byte of a file counts
+            as a quarter of a pixel.
 
     Raises:
-        ValueError: One is not positive, or one image may have more pixels than all together.
+        ValueError: If a limit is not positive, or `total_megapixels` is less than `megapixels`.
     """
 
     files: int = 32
@@ -55,7 +55,7 @@ class ServerLimits:
     total_megapixels: float = 200.0
 
     def __post_init__(self) -> None:
-        """Check all at once."""
+        """Check all limits, and report all errors together."""
         values = {f"max_{name}": value for name, value in vars(self).items()}
         errors = [f"{name} must be positive, got {value}" for name, value in values.items() if not value > 0]
         if self.total_megapixels < self.megapixels:
@@ -68,19 +68,19 @@ class ServerLimits:
 
     @property
     def request_bytes(self) -> int:
-        """Size of a whole request."""
+        """Maximum size of a request in bytes."""
         return int(self.files * self.mib * 2**20) + _OVERHEAD
 
 
 class _PixelBudget:
-    """Pixels of the images in memory, over all requests."""
+    """Budget for the pixels in memory, over all requests."""
 
     def __init__(self, limit: float) -> None:
         self._limit, self._used, self._lock = limit, 0.0, threading.Lock()
 
     @contextmanager
     def holding(self, pixels: float) -> Iterator[bool]:
-        """Whether so many more pixels fit; they count until the end of the block."""
+        """Reserve pixels until the end of the block; yields whether they fit."""
         with self._lock:
             fits = self._used + pixels <= self._limit
             self._used += pixels if fits else 0.0
@@ -100,27 +100,32 @@ def create_app(
     hosts: Sequence[str] = (),
     log: Callable[[str], None] = lambda line: None,
 ) -> Any:
-    """The application: `GET /` a page, `GET /health`, `GET /docs`, `POST /predict` images as the form's `files`.
+    """Create the web application with `GET /`, `GET /health`, `GET /docs` and `POST /predict`.
 
-    An answer has an entry for each file, in their order: `name`, `text`, and for one class an image `label`,
-    `probability`, `probabilities` and, with a threshold, `unsure`; or `name` and `error`. It has status 200 if any file
-    was predicted, 422 if none could be or the form has no `files`, 413 where a limit on the request was exceeded, 503
-    where the limit on all requests is, and 400 where the request's `Host` is a name that is not this server's.
+    `POST /predict` takes images in the form field `files`. The response has one entry per file, in order: `name`,
+    `text` and, for classification, `label`, `probability`, `probabilities` and, with a threshold, `unsure`; or `name`
+    and `error`. Status codes:
+
+    - 200: at least one file was predicted.
+    - 400: the `Host` header is not a name of this server.
+    - 413: a limit of the request is exceeded.
+    - 422: no file could be predicted, or the form has no `files`.
+    - 503: the limit of all requests is exceeded.
 
     Args:
-        model: From `snella.load`.
-        limits: Of a request, and of all.
+        model: Model from `snella.load`.
+        limits: Limits of requests; default limits if None.
         tta: As for `Predictor.predict`.
         unsure: As for `Predictor.predict`.
-        hosts: Names by which this server is called, besides localhost, this machine's name and any IP address.
-        log: Called with a line about each answer.
+        hosts: Additional host names, besides localhost, the name of this machine and any IP address.
+        log: Callback for a log line per request.
 
     Returns:
-        A `fastapi.FastAPI`.
+        A `fastapi.FastAPI` application.
 
     Raises:
-        ImportError: Without FastAPI or python-multipart.
-        ValueError: `tta` or `unsure` is no setting for this run.
+        ImportError: If FastAPI or python-multipart is not installed.
+        ValueError: If `tta` or `unsure` does not apply to the run.
     """
     try:
         import python_multipart  # noqa: F401
@@ -141,16 +146,16 @@ def create_app(
     app = FastAPI(title="snella", description=f"{info.method} on {info.backbone.name}", redoc_url=None)
 
     def refusal(request: Request) -> Any:
-        """The answer to a request that is refused by its head; None for others."""
+        """Return an error response based on the request headers; None if they are valid."""
         host = request.headers.get("host", "")
         if not _is_own_host(host, names):
             return JSONResponse(
-                {"error": f"the Host must be an address or a name of this server, got {host!r}; name it with --hosts"},
+                {"error": f"Host must be an address or a name of this server, got {host!r}; add it with --hosts"},
                 400,
             )
         length = request.headers.get("content-length")
         if request.method == "POST" and (length is None or not length.isdigit()):
-            return JSONResponse({"error": "the request must say its Content-Length"}, 411)
+            return JSONResponse({"error": "the request must have a Content-Length header"}, 411)
         if length is not None and length.isdigit() and int(length) > limits.request_bytes:
             mib = limits.request_bytes / 2**20
             return JSONResponse({"error": f"the request must have at most {mib:.0f} MiB"}, 413)
@@ -181,19 +186,19 @@ def create_app(
 
     @app.get("/", response_class=HTMLResponse)
     def page() -> str:
-        """A page to try the model in a browser."""
+        """Web page for trying the model."""
         return page_text
 
     @app.get("/health")
     def health() -> dict[str, Any]:
-        """What is served, and its limits."""
+        """Model and limits of the server."""
         return {"status": "ok", **about, "limits": vars(limits)}
 
     @app.post("/predict")
     def predict(files: list[UploadFile]) -> Any:
-        """Predict one image or several, each a file of the form's field `files`."""
+        """Predict images, each a file in the form field `files`."""
         if len(files) > limits.files:
-            return JSONResponse({"error": f"at most {limits.files} files a request, got {len(files)}"}, 413)
+            return JSONResponse({"error": f"a request must have at most {limits.files} files, got {len(files)}"}, 413)
         answers: list[dict[str, Any]] = [{"name": file.filename or f"[{i}]"} for i, file in enumerate(files)]
         usable: list[int] = []
         weight = 0.0
@@ -204,11 +209,11 @@ def create_app(
             except ValueError as error:
                 answers[index]["error"] = str(error)
         if weight > limits.total_megapixels * 1e6:
-            most = f"at most {limits.total_megapixels:g} million pixels a request"
-            return JSONResponse({"error": f"{most}, got {weight / 1e6:.1f}; send fewer images at a time"}, 413)
+            most = f"a request must have at most {limits.total_megapixels:g} million pixels"
+            return JSONResponse({"error": f"{most}, got {weight / 1e6:.1f}; send fewer images per request"}, 413)
         with budget.holding(weight) as fits:
             if not fits:
-                busy = "the server is answering other requests; send this one again in a second"
+                busy = "the server is busy with other requests; retry in a second"
                 return JSONResponse({"error": busy}, 503, {"Retry-After": "1"})
             images = [files[index].file.read() for index in usable]
             failed: dict[Path, str] = {}
@@ -216,7 +221,7 @@ def create_app(
             for prediction in each:
                 answers[usable[_index(prediction.path)]].update(_answer(model, prediction))
         for path, reason in failed.items():
-            answers[usable[_index(path)]]["error"] = f"it is not a readable image: {reason}"
+            answers[usable[_index(path)]]["error"] = f"not a readable image: {reason}"
         is_any = any("error" not in answer for answer in answers)
         return JSONResponse({"predictions": answers}, 200 if is_any else 422)
 
@@ -236,24 +241,24 @@ def serve(
     hosts: Sequence[str] = (),
     console: Console | None = None,
 ) -> None:
-    """Answer requests until Ctrl-C.
+    """Serve predictions over HTTP until Ctrl-C.
 
     Args:
         run: Folder of the run.
-        host: Address to listen on; 0.0.0.0 for all of this machine's.
-        port: Port; 0 for a free one.
-        limits: Of a request, and of all.
+        host: Address to listen on; 0.0.0.0 for all addresses of this machine.
+        port: Port; 0 selects a free one.
+        limits: Limits of requests; default limits if None.
         tta: As for `Predictor.predict`.
         unsure: As for `Predictor.predict`.
-        batch_size: Images at a time.
-        device: auto, or a device of torch such as cpu, cuda:1 or mps.
+        batch_size: Batch size.
+        device: auto, or a torch device such as cpu, cuda:1 or mps.
         hosts: As for `create_app`.
-        console: Where the address and a line about each answer are printed.
+        console: Console for the address and the request log.
 
     Raises:
-        ImportError: Without FastAPI, uvicorn or python-multipart.
-        ValueError: `port` is none.
-        OSError: The address is in use, or cannot be listened on.
+        ImportError: If FastAPI, uvicorn or python-multipart is not installed.
+        ValueError: If `port` is out of range.
+        OSError: If the address is in use or unavailable.
     """
     try:
         import uvicorn
@@ -271,25 +276,25 @@ def serve(
             hosts=(host, *hosts),
             log=lambda line: print_line(console, line),
         )
-        listener.listen()  # who reads the next line may connect at once
+        listener.listen()  # before the address is printed, so that clients can connect
         shown = f"[{host}]" if ":" in host else host
         name = f"http://{shown}:{listener.getsockname()[1]}"
-        print_line(console, f"{run} answers at {name}, {name}/predict, described at {name}/docs; Ctrl-C ends it")
+        print_line(console, f"serving {run} at {name}, {name}/predict, documented at {name}/docs; stop with Ctrl-C")
         config = uvicorn.Config(app, log_level="warning", limit_concurrency=_CONNECTIONS, server_header=False)
         uvicorn.Server(config).run(sockets=[listener])
 
 
 @contextmanager
 def _listener(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket that is bound to an address.
+    """Open a socket bound to an address.
 
     Raises:
-        OSError: It is in use, not this machine's, or not allowed; says what to do.
+        OSError: If the address is in use, not on this machine, or not permitted; names a remedy.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (socket.gaierror, UnicodeError) as error:
-        raise OSError(f"host must be an address of this machine, got {host!r}; take 127.0.0.1 or 0.0.0.0") from error
+        raise OSError(f"host must be an address of this machine, got {host!r}; use 127.0.0.1 or 0.0.0.0") from error
     with socket.socket(family, kind, protocol) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -297,16 +302,16 @@ def _listener(host: str, port: int) -> Iterator[socket.socket]:
         except OSError as error:
             number = error.errno or 0
             reason = {
-                errno.EADDRINUSE: "is used by another program; give another --port, or 0 for a free one",
-                errno.EACCES: "may not be listened on by you; give a --port from 1024 on",
-                errno.EADDRNOTAVAIL: "is no address of this machine; take --host 127.0.0.1 or 0.0.0.0",
-            }.get(number, f"cannot be listened on: {error.strerror}; give another --port")
+                errno.EADDRINUSE: "is in use; choose another --port, or 0 for a free one",
+                errno.EACCES: "needs more permissions; choose a --port from 1024",
+                errno.EADDRNOTAVAIL: "is not an address of this machine; use --host 127.0.0.1 or 0.0.0.0",
+            }.get(number, f"is unavailable: {error.strerror}; choose another --port")
             raise OSError(f"{host}:{port} {reason}") from error
         yield listener
 
 
 def _is_own_host(header: str, names: set[str]) -> bool:
-    """Whether a request's `Host` is one of some names or an IP address; a page of another site has neither."""
+    """Return whether a `Host` header is a known name or an IP address; blocks DNS rebinding from other sites."""
     host = re.sub(r":\d+$", "", header).strip("[]").lower().rstrip(".")
     if host in names:
         return True
@@ -318,7 +323,7 @@ def _is_own_host(header: str, names: set[str]) -> bool:
 
 
 def _content_policy(page: str) -> str:
-    """The policy by which a page runs its own script and style, asks its own server, and does nothing else."""
+    """Return a Content-Security-Policy that only allows the page's inline script and style, and its server."""
     sources = {}
     for kind in ("script", "style"):
         (text,) = re.findall(rf"<{kind}>(.*?)</{kind}>", page, re.DOTALL)
@@ -333,50 +338,50 @@ _DOCS_POLICY = (
     "default-src 'none'; script-src https: 'unsafe-inline'; style-src https: 'unsafe-inline'; img-src https: data:; "
     "connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
 )
-"""FastAPI's page loads its viewer from elsewhere."""
+"""Policy of FastAPI's documentation page, which loads its viewer from a CDN."""
 
 
 def _curl(request: Any) -> str:
-    """A command line that asks this server."""
+    """Return a curl command for this server."""
     return f"curl -F files=@photo.jpg {request.base_url}predict"
 
 
 def _checked_pixels(file: Any, limits: ServerLimits, reading: Reading = RGB) -> float:
-    """What an uploaded file counts, in pixels, if it is within the limits, as far as its header says.
+    """Return the cost of an uploaded file in pixels, from its header and size.
 
     Raises:
-        ValueError: It is not.
+        ValueError: If the file exceeds a limit.
     """
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
     if size > limits.mib * 2**20:
         raise ValueError(f"a file must have at most {limits.mib:g} MiB")
-    pixels, found = 0.0, ""
+    pixels, got = 0.0, ""
     try:
         if reading.channels in (1, 3, 4):
             with open_image(file) as image:
-                pixels, found = float(image.width * image.height), f", got {image.width}×{image.height}"
+                pixels, got = float(image.width * image.height), f", got {image.width}×{image.height}"
         else:
-            pixels = array_pixels(io.BytesIO(file.read())) / reading.channels  # tifffile needs the name of a file
-            found = f", got {pixels / 1e6:.3g}"
+            pixels = array_pixels(io.BytesIO(file.read())) / reading.channels  # tifffile needs a named file
+            got = f", got {pixels / 1e6:.3g}"
     except Image.DecompressionBombError:
         raise ValueError(f"an image must have at most {limits.megapixels:g} million pixels") from None
     except (OSError, ValueError, SyntaxError, MemoryError):
-        pass  # the model's own reader says what it is
+        pass  # the image reader of the model reports the error
     finally:
         file.seek(0)
     if pixels > limits.megapixels * 1e6:
-        raise ValueError(f"an image must have at most {limits.megapixels:g} million pixels{found}")
+        raise ValueError(f"an image must have at most {limits.megapixels:g} million pixels{got}")
     return max(pixels, 1.0) + size / _BYTES_OF_PIXEL
 
 
 def _index(path: Path) -> int:
-    """The place of an image without a file, `[3]`."""
+    """Return the index of an image without a file, `[3]`."""
     return int(str(path)[1:-1])
 
 
 def _answer(model: Predictor, prediction: Any) -> dict[str, Any]:
-    """A prediction as JSON."""
+    """Convert a prediction to JSON."""
     text = model.loaded.task.prediction_text(prediction, None)
     if not isinstance(prediction, Prediction):
         return {"text": text}

@@ -1,4 +1,4 @@
-"""`TaskBank`: one backbone, many tasks, and batches whose images belong to any of them."""
+"""`TaskBank`: many tasks on one backbone, with mixed batches."""
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,12 +23,12 @@ from snella_app.runs.merge import merged_model
 from snella_app.runs.model import Ensemble, LoadedRun, load_run, make_backbone
 
 _MIB = 2**20
-_LARGEST_PART = 0.25  # of a backbone that a task may replace as a whole: heads, tokens, norms
+_LARGEST_PART = 0.25  # maximum fraction of a backbone that a task may replace: heads, tokens, norms
 
 
 @dataclass
 class _Update:
-    """The update of one weight of a task, the pre-trained weight, and what writing it again need not find again."""
+    """Update of one weight of a task, with the pre-trained weight and cached values for merging."""
 
     update: Update
     base: Tensor
@@ -38,7 +38,7 @@ class _Update:
 
 @dataclass
 class _Task:
-    """One task: its run with the bank's model in it, the updates by parameter, and what it replaces as a whole."""
+    """Task of a bank: its run (with the model of the bank), updates by parameter, and replaced tensors."""
 
     loaded: LoadedRun
     updates: dict[str, _Update]
@@ -46,31 +46,31 @@ class _Task:
 
 
 class TaskBank:
-    """One backbone that serves many tasks, each a run of SNELLA on it.
+    """Serve many SNELLA runs on one shared backbone.
 
         bank = TaskBank({"cells": "runs/cells", "stamps": "runs/stamps"}, memory_mib=512)
         outputs = bank(images, ["cells", "stamps", "cells"])
 
-    In memory are the backbone once, the factors and the head of each task (a few MiB), and the effective weights
-    `W0 + scaling·S` of the tasks used last, as many as `memory_mib` allows. Another task costs one merge into the
-    memory of the task that was not used for longest; one that is still there costs nothing. Images of a batch are
-    grouped by task, and each group's outputs have the bits that the loaded run gives for the same group.
+    The bank stores the backbone once, the factors and head of each task (a few MiB), and the effective weights
+    `W0 + scaling·S` of the most recently used tasks, up to `memory_mib`. A cached task needs no merge. Another task
+    needs one merge, into the memory of the least recently used task. Images of a batch are grouped by task. The outputs
+    of each group are bit-identical to those of the loaded run for the same group.
 
     Args:
-        runs: Folders of finished runs by the name of the task.
-        memory_mib: Memory of all effective weights together, in MiB.
-        device: auto, or a device of torch such as cpu, cuda:1 or mps.
+        runs: Folders of finished runs, by task name.
+        memory_mib: Memory for effective weights, in MiB.
+        device: auto, or a torch device such as cpu, cuda:1 or mps.
 
     Raises:
-        ValueError: Runs of different backbones, or memory for less than one task.
-        NotImplementedError: A run whose method keeps whole weights instead of a sparse update's factors.
+        ValueError: If runs have different backbones, or the memory is too small for one task.
+        NotImplementedError: If the method of a run stores whole weights instead of the factors of a sparse update.
     """
 
     def __init__(
         self, runs: Mapping[str, str | Path] | None = None, *, memory_mib: float = 1024.0, device: str = "auto"
     ) -> None:
         if memory_mib <= 0:
-            raise ValueError(f"memory_mib must be more than 0, got {memory_mib}")
+            raise ValueError(f"memory_mib must be greater than 0, got {memory_mib}")
         self._limit = int(memory_mib * _MIB)
         self._device = choose_device(device)
         self._model: nn.Module | None = None
@@ -79,7 +79,7 @@ class TaskBank:
         self._cached: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
         self._lock = Lock()
         self.merges = 0
-        """How often effective weights were computed."""
+        """Number of computed merges."""
         for name, run in (runs or {}).items():
             self.add(name, run)
 
@@ -90,54 +90,54 @@ class TaskBank:
 
     @property
     def cached_tasks(self) -> list[str]:
-        """Tasks whose effective weights are in memory, the one used last at the end."""
+        """Names of tasks with effective weights in memory, the most recently used last."""
         return list(self._cached)
 
     @property
     def cached_bytes(self) -> int:
-        """Bytes of all effective weights in memory."""
+        """Size of the effective weights in memory, in bytes."""
         return sum(_bytes(weights.values()) for weights in self._cached.values())
 
     def classes(self, task: str) -> list[str]:
-        """Class names of a task, in the order of its outputs.
+        """Return the class names of a task, in the order of its outputs.
 
         Raises:
-            ValueError: No such task.
+            ValueError: If the task does not exist.
         """
         return list(self._find(task).loaded.classes)
 
     def add(self, name: str, run: str | Path) -> None:
-        """Add a task, or replace it.
+        """Add or replace a task.
 
         Args:
-            name: Of the task.
+            name: Name of the task.
             run: Folder of its run.
 
         Raises:
-            FileNotFoundError: This is not the folder of a run, or it has no adapter yet.
-            ValueError: The run is of another backbone, or its weights need more than `memory_mib`.
-            NotImplementedError: Its method keeps whole weights.
+            FileNotFoundError: If `run` is not the folder of a run, or has no adapter yet.
+            ValueError: If the run has another backbone, or its weights need more than `memory_mib`.
+            NotImplementedError: If its method stores whole weights.
         """
         loaded = load_run(run, "cpu")
         if isinstance(loaded.model, Ensemble):
-            raise ValueError(f"run={run} is a cross-validation of several models; add one, e.g. {loaded.folder.path}")
-        described = _backbone_key(loaded.info.backbone, loaded.task.name)
-        if self._tasks and described != self._described:
+            raise ValueError(f"run={run} is a cross-validation with several models; add one, e.g. {loaded.folder.path}")
+        backbone_key = _backbone_key(loaded.info.backbone, loaded.task.name)
+        if self._tasks and backbone_key != self._described:
             raise ValueError(
-                f"run={run} has another backbone than the bank: {described} where it has {self._described}; "
-                "make a bank for each"
+                f"run={run} must have the backbone of the bank, {self._described}, got {backbone_key}; "
+                "create one bank per backbone"
             )
         base = make_backbone(loaded.info.backbone, loaded.task.name) if self._model is None else self._model
         base = base.to(self._device).eval()
         tensors = base.state_dict(keep_vars=True)
         updates = _updates_of(loaded.model.to(self._device))
-        for key, one in updates.items():
-            if key not in tensors or not torch.equal(one.base, tensors[key]):
+        for key, update in updates.items():
+            if key not in tensors or not torch.equal(update.base, tensors[key]):
                 raise ValueError(
-                    f"run={run} was trained on other weights in {key!r} than the bank's; runs of one bank need "
+                    f"run={run} was trained on other weights in {key!r} than the bank; all runs of a bank need "
                     "the same pre-trained weights"
                 )
-            one.base = tensors[key].detach()
+            update.base = tensors[key].detach()
         plain = merged_model(loaded.model).state_dict()
         replaced = {
             key: tensor.detach()
@@ -147,26 +147,26 @@ class TaskBank:
         is_small = _bytes(replaced.values()) <= _LARGEST_PART * _bytes(tensors.values())
         if plain.keys() != tensors.keys() or not is_small:
             raise NotImplementedError(
-                f"run={run} was trained by {loaded.info.method}, which keeps whole weights: a bank holds factors of "
-                "SNELLA; load this run on its own"
+                f"run={run} was trained with {loaded.info.method}, which stores whole weights, but a bank needs "
+                "SNELLA factors; load this run separately"
             )
-        need = _bytes(one.base for one in updates.values())
+        need = _bytes(update.base for update in updates.values())
         if need > self._limit:
             raise ValueError(
                 f"memory_mib must be at least {need / _MIB:.1f} for the effective weights of {run}, got "
                 f"{self._limit / _MIB:.1f}"
             )
         with self._lock:
-            self._model, self._described = base, described
+            self._model, self._described = base, backbone_key
             self._cached.pop(name, None)
             probe = None if loaded.probe is None else loaded.probe.on(base).to(self._device).eval()
             self._tasks[name] = _Task(replace(loaded, model=base, probe=probe), updates, replaced)
 
     def remove(self, name: str) -> None:
-        """Take a task out, with everything that is kept of it.
+        """Remove a task and its cached weights.
 
         Raises:
-            ValueError: No such task.
+            ValueError: If the task does not exist.
         """
         self._find(name)
         with self._lock:
@@ -174,17 +174,17 @@ class TaskBank:
             self._cached.pop(name, None)
 
     def __call__(self, images: Tensor | Sequence[Tensor], tasks: Sequence[str]) -> list[Tensor]:
-        """Outputs of images that belong to different tasks.
+        """Compute outputs of images of different tasks.
 
         Args:
-            images: `[n, C, H, W]`, or `n` images; each as the transform of its task makes it.
-            tasks: Name of the task of each image.
+            images: `[n, C, H, W]`, or `n` images, each preprocessed by the transform of its task.
+            tasks: Task name of each image.
 
         Returns:
-            The outputs of each image in the order given: `[classes]` of its task.
+            Outputs of each image in input order, `[classes]` of its task.
 
         Raises:
-            ValueError: Unknown task, or another number of tasks than images.
+            ValueError: If a task is unknown, or the number of tasks differs from the number of images.
         """
         groups = self._groups(tasks, len(images))
         outputs: list[Tensor | None] = [None] * len(images)
@@ -195,22 +195,22 @@ class TaskBank:
         return [output for output in outputs if output is not None]
 
     def predict(self, images: Sequence[str | Path], tasks: Sequence[str], *, batch_size: int = 32) -> list[Any]:
-        """Predictions for image files that belong to different tasks.
+        """Predict image files of different tasks.
 
         Args:
-            images: Files.
-            tasks: Name of the task of each.
-            batch_size: Images at a time.
+            images: Image files.
+            tasks: Task name of each image.
+            batch_size: Batch size.
 
         Returns:
-            What `snella_app.runs.predict.predict` returns for each image by its task's run, in the order given.
+            Predictions as from `snella_app.runs.predict.predict` with the run of each task, in input order.
 
         Raises:
-            ValueError: As for a call, or an image that cannot be read.
+            ValueError: As for `__call__`, or if an image cannot be read.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        found: dict[int, Any] = {}
+        predictions: dict[int, Any] = {}
         for name, places in self._groups(tasks, len(images)):
             loaded = self._tasks[name].loaded
             for start in range(0, len(places), batch_size):
@@ -220,14 +220,14 @@ class TaskBank:
                 batch = torch.stack([loaded.transform(image) for image in read])
                 outputs = loaded.task.outputs(partial(self._run, name), batch, loaded.info.tta)
                 outputs = outputs / loaded.info.temperature
-                made = loaded.task.image_predictions(loaded.classes, paths, read, outputs)
-                found.update(zip(part, made, strict=True))
-        return [found[place] for place in range(len(images))]
+                batch_predictions = loaded.task.image_predictions(loaded.classes, paths, read, outputs)
+                predictions.update(zip(part, batch_predictions, strict=True))
+        return [predictions[place] for place in range(len(images))]
 
     def _groups(self, tasks: Sequence[str], count: int) -> list[tuple[str, list[int]]]:
-        """Places of the images of each task; tasks in memory first, so that none of them is merged twice."""
+        """Group image indices by task; cached tasks come first, so that no task is merged twice."""
         if len(tasks) != count:
-            raise ValueError(f"tasks must name the task of each image, got {len(tasks)} names for {count} images")
+            raise ValueError(f"tasks must have one name per image, got {len(tasks)} names for {count} images")
         groups: dict[str, list[int]] = {}
         for place, name in enumerate(tasks):
             groups.setdefault(name, []).append(place)
@@ -236,13 +236,13 @@ class TaskBank:
         return sorted(groups.items(), key=lambda group: group[0] not in self._cached)
 
     def _find(self, name: str) -> _Task:
-        """A task by its name."""
+        """Return a task by name."""
         if name not in self._tasks:
             raise ValueError(f"task must be one of {', '.join(self._tasks) or '(none yet)'}, got {name!r}")
         return self._tasks[name]
 
     def _run(self, name: str, batch: Tensor) -> Tensor:
-        """The outputs of one task's images. One at a time: the model is the same for all."""
+        """Compute the outputs of one task; the lock protects the shared model."""
         with self._lock:
             loaded = self._tasks[name].loaded
             tensors = {**self._effective_weights(name), **self._tasks[name].replaced}
@@ -254,21 +254,21 @@ class TaskBank:
 
     @torch.no_grad()
     def _effective_weights(self, name: str) -> dict[str, Tensor]:
-        """The effective weights of a task, computed where they are not in memory."""
+        """Return the effective weights of a task; merges them if they are not cached."""
         if name in self._cached:
             self._cached.move_to_end(name)
             return self._cached[name]
         task = self._tasks[name]
         free: dict[str, Tensor] = {}
-        need = _bytes(one.base for one in task.updates.values())
+        need = _bytes(update.base for update in task.updates.values())
         while self._cached and self.cached_bytes + need > self._limit:
             _, free = self._cached.popitem(last=False)
         weights = {}
-        for key, one in task.updates.items():
-            base, out = one.base, free.pop(key, None)
+        for key, entry in task.updates.items():
+            base, out = entry.base, free.pop(key, None)
             out = torch.empty_like(base) if out is None else out
-            oriented = (base.T, out.T) if one.is_transposed else (base, out)
-            write_effective_weight(oriented[0], one.update, oriented[1], one.cache)
+            oriented = (base.T, out.T) if entry.is_transposed else (base, out)
+            write_effective_weight(oriented[0], entry.update, oriented[1], entry.cache)
             weights[key] = out
         self.merges += 1
         self._cached[name] = weights
@@ -276,15 +276,15 @@ class TaskBank:
 
 
 def _backbone_key(backbone: BackboneInfo, task: str) -> tuple[Any, ...]:
-    """What has to be the same for two runs to share a backbone; the seed where it decides the weights."""
+    """Return the settings that runs must share to share a backbone, with the seed if weights are random."""
     seed = None if backbone.pretrained is not False else backbone.seed
     return (backbone.name, backbone.weights, backbone.img_size, task, seed)
 
 
 def _updates_of(model: nn.Module) -> dict[str, _Update]:
-    """The updates of an adapted model by the names of the weights in its backbone."""
+    """Return the updates of an adapted model by weight name in the backbone."""
     inner: nn.Module = getattr(getattr(model, "base_model", None), "model", model)
-    found = {}
+    updates = {}
     for name, layer in inner.named_modules():
         if isinstance(layer, SnellaLayer) and "default" not in layer.snella_support:
             update = layer.get_update("default")
@@ -292,12 +292,12 @@ def _updates_of(model: nn.Module) -> dict[str, _Update]:
             factors = Factors(*tensors)
             weight: Tensor = cast(Any, layer.get_base_layer()).weight
             is_transposed = isinstance(layer, Linear) and layer.is_transposed
-            found[layer.weight_name(name)] = _Update(update._replace(factors=factors), weight.detach(), is_transposed)
-    return found
+            updates[layer.weight_name(name)] = _Update(update._replace(factors=factors), weight.detach(), is_transposed)
+    return updates
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of tensors."""
+    """Return the size of tensors in bytes."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 

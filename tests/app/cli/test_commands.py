@@ -77,7 +77,7 @@ def test_predict_refuses_an_output_before_it_loads_anything(run, photos, tmp_pat
 def test_predict_says_that_the_run_comes_first(run, photos, failing):
     image = photos / "cats" / "00.png"
     assert "run must be the folder of a run, got the file" in failing("predict", str(image), str(run))
-    assert "it comes before the images" in failing("predict", str(photos), str(run))
+    assert "pass it before the images" in failing("predict", str(photos), str(run))
 
 
 def test_merge_writes_a_file(run, tmp_path, capsys):
@@ -92,7 +92,9 @@ def test_merge_writes_a_file(run, tmp_path, capsys):
         assert torch.equal(names["model"](images), loaded.model(images))
         torch.testing.assert_close(names["logits_of"](images), loaded.network(images), atol=1e-5, rtol=1e-5)
     assert lines[0].startswith("# predict uses the final head on several layers; ")
-    assert loaded.info.tta == 2 and lines[1].startswith("# predict averages an image and its flip (--tta 1 does not); ")
+    assert loaded.info.tta == 2 and lines[1].startswith(
+        "# predict averages an image and its flip, unless --tta 1 is set; "
+    )
 
 
 def test_merge_writes_a_folder_of_timm(run, tmp_path, capsys):
@@ -109,7 +111,7 @@ def test_images_that_are_skipped_are_counted_and_named(run, photos, tmp_path, ca
     words = ["predict", str(run), str(photos / "cats" / "00.png"), str(tmp_path / "cut.png"), "--skip-corrupt"]
     assert main([*words, "--out", str(tmp_path / "p.csv")]) == 0
     captured = capsys.readouterr()
-    assert "1 image: " in captured.out and "left out 1 image: '" in captured.err and "cut.png' (" in captured.err
+    assert "1 image: " in captured.out and "skipped 1 image: '" in captured.err and "cut.png' (" in captured.err
 
 
 def test_a_run_that_cannot_be_written_is_read_all_the_same(run, photos, tmp_path, capsys):

@@ -102,5 +102,5 @@ def test_the_penalty_is_the_mean_distance_from_orthogonality(make_model):
 def test_other_adapters_have_no_ranks_to_schedule(make_model):
     model = build_method("lora-2", make_model())
     assert not is_adalora(model)
-    with pytest.raises(TypeError, match="ranks are scheduled for AdaLoRA adapters, got PeftModel"):
+    with pytest.raises(TypeError, match="model must have an AdaLoRA adapter, got PeftModel"):
         RankSchedule(model, 10)

@@ -62,7 +62,9 @@ def test_a_model_without_mlps_is_named(make_model):
 
 
 def test_a_second_adapter_in_the_same_place_is_refused(make_model):
-    with pytest.raises(ValueError, match="Mlp has a 'adapter' already, a Adapter; apply a method to a fresh backbone"):
+    with pytest.raises(
+        ValueError, match="Mlp has a 'adapter' already, a Adapter; apply a method only once, to a fresh backbone"
+    ):
         build_method("adapter", build_method("adapter", make_model()))
 
 

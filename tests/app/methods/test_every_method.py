@@ -95,7 +95,7 @@ def _check_merging(method, model, make_model, images, outputs):
     """Merged weights are those of a plain model with the same outputs; what cannot be merged says why."""
     row = METHODS[method]
     if row.merge is None:
-        with pytest.raises(ValueError, match=f"method '{method}' cannot be folded .*: it {row.unmerged_reason}"):
+        with pytest.raises(ValueError, match=f"method '{method}' cannot be merged .*: it {row.unmerged_reason}"):
             merge_trained(model)
         return
     merged = merge_trained(model)
@@ -125,5 +125,5 @@ def test_the_number_in_its_name_is_its_option(method):
 
 @pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.needs_batches])
 def test_without_data_it_says_that_it_needs_some(method, make_model):
-    with pytest.raises(ValueError, match=f"'{method}' chooses what to train from training data, got batches=None"):
+    with pytest.raises(ValueError, match=f"'{method}' selects parameters from training data, got batches=None"):
         build_method(method, make_model())

@@ -33,5 +33,5 @@ def test_only_the_adapter_is_trained():
 
 
 def test_a_method_that_needs_a_head_is_refused():
-    with pytest.raises(ValueError, match="adapter of PEFT or full for a model without a head, got 'bias'"):
+    with pytest.raises(ValueError, match="PEFT adapter or full for a model without a head, got 'bias'"):
         adapt_headless("bias", model(), {})

@@ -33,7 +33,5 @@ def test_more_blocks_than_there_are_is_refused(make_model):
 def test_a_model_without_blocks_is_named():
     from torch import nn
 
-    with pytest.raises(
-        ValueError, match="method 'partial' cannot be applied to Sequential: it works on numbered blocks"
-    ):
+    with pytest.raises(ValueError, match="method 'partial' cannot be applied to Sequential: it needs numbered blocks"):
         build_method("partial", nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.Linear(4, 2)), head="2")

@@ -47,7 +47,7 @@ def test_random_projections_come_from_their_seed_and_are_not_saved(make_model, i
     [
         ("shira", r"Target module Conv2d.* is not supported"),
         ("vera", "No layers types compatible with VeRA"),
-        ("ln_tuning", "ResNet has no LayerNorm outside of its head 'fc'"),
+        ("ln_tuning", "ResNet has no LayerNorm outside its head 'fc'"),
     ],
 )
 def test_a_model_that_a_method_cannot_change_is_named_with_the_method(method, reason, make_model):
@@ -56,5 +56,5 @@ def test_a_model_that_a_method_cannot_change_is_named_with_the_method(method, re
 
 
 def test_only_adapters_are_merged_as_such(make_model):
-    with pytest.raises(TypeError, match="only a PeftModel has an adapter to merge, got VisionTransformer"):
+    with pytest.raises(TypeError, match="model must be a PeftModel to merge its adapter, got VisionTransformer"):
         merge_adapter(make_model())

@@ -95,7 +95,7 @@ def test_a_typo_in_the_name_gives_the_nearest_names():
 
 
 def test_a_rank_where_there_is_none_is_refused():
-    with pytest.raises(ValueError, match="method 'linear' takes no number, got 'linear-8'; write 'linear'"):
+    with pytest.raises(ValueError, match="method 'linear' takes no number, got 'linear-8'; use 'linear'"):
         build_method("linear-8", vit())
     with pytest.raises(ValueError, match="name, r, must be at least 1, got 'lora-0'"):
         parse_method("lora-0")
@@ -183,7 +183,7 @@ def test_the_head_is_found_or_asked_for():
     assert find_head(timm.create_model("test_resnet", num_classes=3)) == "fc"
     plain = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     assert find_head(plain, "1") == "1"
-    with pytest.raises(ValueError, match=r"Sequential does not say .* linear layers are \['0', '1'\]"):
+    with pytest.raises(ValueError, match=r"Sequential does not declare .* linear layers are \['0', '1'\]"):
         find_head(plain)
     with pytest.raises(ValueError, match="head must name a module of the model, got 'out'"):
         find_head(plain, "out")

@@ -86,7 +86,7 @@ def test_a_model_that_rotates_its_tokens_is_named(make_model):
     with pytest.raises(ValueError, match=r"'vpt-shallow' cannot be applied to Eva: it rotates or biases tokens"):
         build_method("vpt-shallow", eva)
     beit = timm.create_model("beit_base_patch16_224", img_size=32, depth=1, embed_dim=24, num_heads=2, num_classes=2)
-    with pytest.raises(ValueError, match=r"'vqt' cannot be applied to Beit: it biases tokens by their place"):
+    with pytest.raises(ValueError, match=r"'vqt' cannot be applied to Beit: it biases tokens by their position"):
         build_method("vqt", beit)
 
 
@@ -96,5 +96,5 @@ def test_blocks_of_another_make_are_named():
 
     model = timm.create_model("test_vit", img_size=32, num_classes=2)
     model.blocks[1].norm1 = nn.Identity()
-    with pytest.raises(ValueError, match="its blocks are not an attention and an MLP behind one norm each"):
+    with pytest.raises(ValueError, match="its blocks are not pre-norm attention and MLP"):
         build_method("vpt-deep", model)

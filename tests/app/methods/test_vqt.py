@@ -54,7 +54,9 @@ def test_normalized_parts_have_length_one(make_model, images):
 
 
 def test_a_block_of_another_make_is_named(make_model):
-    with pytest.raises(ValueError, match=r"'vqt' cannot be applied to ConvNeXt: its blocks do not share one row"):
+    with pytest.raises(
+        ValueError, match=r"'vqt' cannot be applied to ConvNeXt: its blocks do not share one token sequence"
+    ):
         build_method("vqt", make_model("test_convnext"))
     model = make_model()
     model.blocks[2].attn.qkv = nn.Identity()

@@ -124,9 +124,9 @@ def test_a_method_segments_where_the_table_says_yes(method, column, make_segment
 def test_a_method_is_refused_in_one_line_where_the_table_says_no(method, column, make_segmenter, pairs):
     assert not dict(promised(column))[method]
     reason = (
-        "its head 'decoder' is a .*one linear layer is needed"
+        "its head 'decoder' must be a linear layer, got"
         if method == "mlp"
-        else ("its 'decoder' reads feature maps, to which tokens cannot be added; it needs a classifier")
+        else ("its 'decoder' takes feature maps, to which tokens cannot be added; use a plain ViT classifier")
     )
     with pytest.raises(ValueError, match=f"^method '{method}' cannot be applied to S.*: {reason}") as caught:
         build_method(method, make_segmenter(column), head="decoder", batches=pairs)

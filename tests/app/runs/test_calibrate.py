@@ -155,7 +155,7 @@ def test_a_run_without_a_temperature_gets_the_one_that_training_fits(finished, t
     assert [r.split for r in info.calibration.reliability] == ["val", "test"]
     assert info.calibration.reliability[1].ece == pytest.approx(stored.reliability[1].ece, abs=1e-3)
     printed = capsys.readouterr().out
-    assert f"temperature {info.temperature:.4g} is stored" in printed and info.calibration.verdict in printed
+    assert f"stored temperature {info.temperature:.4g}" in printed and info.calibration.verdict in printed
     page = run.report.read_text()
     assert 'id="calibration"' in page and info.calibration.verdict in page
 
@@ -164,7 +164,7 @@ def test_a_run_without_a_temperature_gets_the_one_that_training_fits(finished, t
     ("changes", "message"),
     [
         ({"data": {"sizes": {"train": 9, "val": 0, "test": 3}}}, "has no validation images to fit a temperature on"),
-        ({"status": "running"}, "must be a finished classification to have a temperature, got status 'running'"),
+        ({"status": "running"}, "must be a finished classification run to be calibrated, got status 'running'"),
     ],
 )
 def test_a_run_that_cannot_have_a_temperature_is_refused(changes, message, finished, tmp_path):

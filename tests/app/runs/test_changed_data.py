@@ -79,7 +79,7 @@ def test_evaluating_on_changed_images_is_refused_with_both_sizes(change, now, ru
     sizes = ", ".join(f"{k} {v}" for k, v in run.read_json("run.json")["data"]["sizes"].items())
     with pytest.raises(
         ValueError,
-        match=rf"images that .*copy was split from, {sizes}, got {now}.*evaluate on other images with --data",
+        match=rf"images of .*copy, {sizes}, got {now}.*evaluate on other images with --data",
     ):
         evaluate(run.path)
     assert evaluate(run.path, f"folder:{mine}")["split"] == "all"
@@ -97,7 +97,7 @@ def test_a_replaced_image_is_noticed_where_it_is_measured(run_of, mine):
     assert before["notes"] == []
     replace_pixels(splits.test.source.paths[splits.test.rows[0]])
     with pytest.raises(
-        ValueError, match=r"of the same names with other contents in folder:.*mine \(test\): .*or train a new run"
+        ValueError, match=r"with the same names and other contents in folder:.*mine \(test\): .*or train a new run"
     ):
         evaluate(run.path)
     with pytest.raises(ValueError, match=r"other contents in folder:.*mine \(test\)"):
@@ -105,7 +105,7 @@ def test_a_replaced_image_is_noticed_where_it_is_measured(run_of, mine):
     assert evaluate(run.path, split="val")["split"] == "val"
     other = evaluate(run.path, f"folder:{mine}")
     assert other["split"] == "all"
-    note = "the files have the names of the run's own, but other contents in test: measured as other data"
+    note = "the files have the names of the run's images, but other contents in test: evaluated as other data"
     assert note in other["notes"]
 
 
@@ -118,8 +118,7 @@ def test_of_images_that_a_run_did_not_read_it_is_said_that_replaced_ones_are_not
     after = evaluate(run.path)
     assert after["confusion"] == before["confusion"]
     assert [note for note in after["notes"] if note not in before["notes"]] == [
-        "run.json has no digest of the contents of test, which the run did not read: that no image was replaced is not "
-        "checked"
+        "cannot check test for replaced images: the run did not read this split, so run.json has no digest of it"
     ]
 
 
@@ -139,7 +138,8 @@ def test_moved_images_are_the_run_s_own_wherever_they_lie(run_of, mine, finished
     run = run_of(mine)
     moved = mine.rename(tmp_path / "moved")
     with pytest.raises(
-        FileNotFoundError, match=r"where .*copy had it, folder:.*mine, but no .*; pass its new place with --data folder"
+        FileNotFoundError,
+        match=r"data of .*copy must exist at folder:.*mine, got no such .*; pass its new location with --data folder",
     ):
         evaluate(run.path)
     result = evaluate(run.path, f"folder:{moved}")
@@ -156,7 +156,7 @@ def test_a_relative_folder_is_found_from_another_directory(photos, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     assert find_data(tmp_path, "folder:all", stored) == f"folder:{photos}"
     with pytest.raises(
-        FileNotFoundError, match=r"folder:all \(then .*gone\), but no folder is there; pass its new place"
+        FileNotFoundError, match=r"folder:all \(then .*gone\), got no such folder; pass its new location"
     ):
         find_data(tmp_path, "folder:all", str(tmp_path / "gone"))
 
@@ -165,14 +165,14 @@ def test_resuming_on_changed_images_is_refused_and_changes_nothing(interrupted, 
     run = RunFolder(interrupted.out)
     before = (run.path / "run.json").read_bytes()
     (mine / "cats" / "000.png").rename(mine / "cats" / "zzz.png")
-    with pytest.raises(ValueError, match=r"got the same numbers of other files in folder:.*mine"):
+    with pytest.raises(ValueError, match=r"got the same number of other files in folder:.*mine"):
         train(TrainConfig(out=interrupted.out, resume=True), Console(file=io.StringIO()))
     assert (run.path / "run.json").read_bytes() == before
 
 
 def test_resuming_goes_on_with_moved_images(interrupted, mine, tmp_path):
     moved = mine.rename(tmp_path / "moved")
-    with pytest.raises(FileNotFoundError, match="pass its new place with --data folder:NEW"):
+    with pytest.raises(FileNotFoundError, match="pass its new location with --data folder:NEW"):
         train(TrainConfig(out=interrupted.out, resume=True), Console(file=io.StringIO()))
     config = TrainConfig(out=interrupted.out, resume=True, data=f"folder:{moved}")
     run = train(config, Console(file=io.StringIO()))
@@ -203,7 +203,7 @@ def test_a_report_without_its_images_is_written_without_pictures_and_says_so(cha
 
 
 def test_a_report_of_no_run_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="this is not the folder of a run"):
+    with pytest.raises(FileNotFoundError, match=r"this is not (the folder of a run|a run folder)"):
         redraw_report(tmp_path)
 
 

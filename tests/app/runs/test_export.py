@@ -81,9 +81,9 @@ def test_a_graph_gives_the_run_s_probabilities_for_any_batch_size(name, finished
     assert "differ by " in done.notes[0] and list(tmp_path.iterdir()) == [done.path]
     temperature = finished.read_json("run.json")["calibration"]["temperature"]
     assert done.notes[1].startswith(
-        f"outputs are the probabilities of predict, from logits over the run's temperature {temperature:g}; --logits"
+        f"outputs are the probabilities of predict, from logits divided by the temperature {temperature:g}; --logits"
     )
-    assert done.notes[2] == "they are averaged over an image and its flip, as predict does"
+    assert done.notes[2] == "they are averaged over an image and its flip, as in predict"
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.load.*:DeprecationWarning")
@@ -91,9 +91,9 @@ def test_a_graph_gives_the_run_s_probabilities_for_any_batch_size(name, finished
 def test_a_graph_gives_the_model_s_own_outputs_with_logits(name, finished, images, expected, tmp_path):
     done = export(finished.path, name, tmp_path / "model", logits=True)
     assert (reader(name, done.path)(images) - expected).abs().max() <= OUTPUT_BOUND * expected.abs().max()
-    assert done.notes[1].startswith("outputs are logits without the run's temperature: softmax(outputs / ")
-    assert " has the probabilities of predict --tta 1; it is " in done.notes[1]
-    assert done.notes[2].startswith("predict averages an image and its flip (--tta 1 does not); this model's outputs ")
+    assert done.notes[1].startswith("outputs are logits without temperature: softmax(outputs / ")
+    assert " gives the probabilities of predict --tta 1; the temperature is " in done.notes[1]
+    assert done.notes[2].startswith("predict averages an image and its flip, unless --tta 1 is set; this model ")
     with pytest.raises(ValueError, match="logits=True is an option of format onnx, torchscript, torch-export, not of"):
         export(finished.path, "timm", tmp_path / "x", logits=True)
 
@@ -156,7 +156,7 @@ def test_other_outputs_are_refused_and_leave_nothing(name, finished, tmp_path, m
         return compare(images, model, lambda batch: 1.01 * run(batch), name)
 
     monkeypatch.setattr(exporting, "_compare", compare_altered)
-    with pytest.raises(ValueError, match=r"computes other outputs than torch: .* nothing was written"):
+    with pytest.raises(ValueError, match=r"outputs must equal torch outputs .* nothing was written"):
         export(finished.path, name, tmp_path / "model")
     assert not list(tmp_path.iterdir())
 
@@ -270,7 +270,7 @@ def test_lora_comes_nearer_with_its_rank_and_says_how_near(finished, loaded, ima
         notes.append(float(done.notes[0].split("= ")[1].split(" ")[0]))
     assert 0.05 < notes[0] < 1 and notes[1] < 1e-3  # 64 is the rank of every matrix of this model
     assert errors[1] < 1e-4
-    with pytest.raises(ValueError, match="rank must be at most 64, the smaller side of the smallest matrix, got 65"):
+    with pytest.raises(ValueError, match="rank must be at most 64, the smallest matrix dimension, got 65"):
         export(finished.path, "lora", tmp_path / "big", rank=65)
 
 
@@ -313,7 +313,7 @@ def test_nothing_is_overwritten_silently(finished, tmp_path):
     (path / "mine.txt").write_text("notes")
     with pytest.raises(FileExistsError, match=r"other files, e\.g\. 'mine\.txt'"):
         export(finished.path, "timm", path, overwrite=True)
-    with pytest.raises(FileExistsError, match="is a folder, which sparse does not replace"):
+    with pytest.raises(FileExistsError, match="is a folder, which sparse cannot replace"):
         export(finished.path, "sparse", path, overwrite=True)
     assert (path / "mine.txt").read_text() == "notes" and sorted(p.name for p in tmp_path.iterdir()) == ["m"]
 
@@ -342,7 +342,7 @@ def test_the_command_prints_what_loads_it(finished, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "from snella import load_sparse" in printed and "bit for bit" in printed
     temperature = finished.read_json("run.json")["calibration"]["temperature"]
-    divided = f"softmax(outputs / {temperature:g}) has the probabilities of predict --tta 1"
+    divided = f"softmax(outputs / {temperature:g}) gives the probabilities of predict --tta 1"
     assert f"{divided}; it is 'temperature' in its" in printed
     assert main(["export", str(finished.path), "--format", "timm", "--opset", "18"]) == 2
     assert "--opset 18 is an option of format onnx, not of timm; leave it out" in capsys.readouterr().err

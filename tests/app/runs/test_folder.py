@@ -75,7 +75,7 @@ def test_a_run_that_is_running_may_have_been_killed(tmp_path):
 
 def test_resuming_without_a_run_needs_to_know_what_to_start(tmp_path):
     run = RunFolder(tmp_path / "run")
-    with pytest.raises(FileNotFoundError, match=r"got .*run, which holds none; give data and backbone"):
+    with pytest.raises(FileNotFoundError, match=r"got .*run, which has no run; give data and backbone"):
         run.resolve_settings(TrainConfig(out=str(run.path), resume=True))
     assert run.resolve_settings(config(run.path, resume=True)).epochs == 10
     assert not run.path.exists()
@@ -116,7 +116,9 @@ def test_damaged_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"metrics.json is damaged"):
         run.read_json("metrics.json")
     (run.path / "config.yaml").write_text("epoch: 3\n")
-    with pytest.raises(ValueError, match=r"config.yaml was altered after it was written: the run was begun with other"):
+    with pytest.raises(
+        ValueError, match=r"config.yaml was altered after it was written: the run was started with other"
+    ):
         run.read_config()
     (run.path / "run.json").unlink()
     with pytest.raises(ValueError, match=r"config.yaml is damaged: .*'epoch'"):
@@ -151,7 +153,9 @@ def test_refused_settings_of_a_file_do_not_name_options(tmp_path):
         RunFolder(tmp_path).read_config()
     assert as_flags(str(error.value)) == str(error.value)
     (tmp_path / "config.yaml").write_text("out: x\nema: 2.0\n")
-    refused = r"damaged: it lacks 'data', 'backbone'; 'ema' must be in \(0, 1\), got 2\.0; leave it out to disable it; train"
+    refused = (
+        r"damaged: it lacks 'data', 'backbone'; 'ema' must be in \(0, 1\), got 2\.0; leave it out to disable it; train"
+    )
     with pytest.raises(ValueError, match=refused) as error:
         RunFolder(tmp_path).read_config()
     assert as_flags(str(error.value)) == str(error.value)
@@ -162,7 +166,7 @@ def test_an_unfinished_run_of_an_early_version_is_refused_and_a_finished_one_is_
     early = {"format": 1, "status": "running"}
     (run.path / "run.json").write_text(json.dumps(sealed(early)))
     with pytest.raises(
-        ValueError, match=r"run was begun by a version of snella whose checkpoints do not say which run"
+        ValueError, match=r"run was started by an early version of snella, whose checkpoints have no run id"
     ):
         run.resolve_settings(TrainConfig(out=str(run.path), resume=True))
     (run.path / "run.json").write_text(json.dumps(sealed({**early, "status": "finished"})))
@@ -217,7 +221,7 @@ def test_a_kill_while_starting_over_leaves_a_folder_that_resume_knows_or_refuses
             said.append(str(error).partition(": ")[2])
         if next(changes) <= number:
             break
-    refused = "the run was begun with other settings; restore the file, or train again with `--overwrite`"
+    refused = "the run was started with other settings; restore the file, or train again with `--overwrite`"
     assert said[0] == 10 and set(said) == {10, refused, 3} and said == sorted(said, key=[10, refused, 3].index)
 
 
@@ -225,7 +229,7 @@ def test_checkpoints_without_the_record_of_their_run_are_not_removed(tmp_path):
     run = made(tmp_path / "run", "running")
     (run.checkpoints / "checkpoint-4").mkdir()
     (run.path / "run.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"run holds checkpoints but no run.json; copy that file there again"):
+    with pytest.raises(FileNotFoundError, match=r"run holds checkpoints but no run.json; restore that file"):
         run.resolve_settings(TrainConfig(out=str(run.path), resume=True))
 
 

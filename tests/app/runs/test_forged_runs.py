@@ -49,7 +49,7 @@ def test_a_backbone_that_is_none_is_one_line(entry, value, message, forged):
         ("mean", [0.5] * 5, r"forged cannot be loaded: .* tensor a \(3\) must match the size of tensor b \(5\)"),
         ("mean", ["a"] * 3, "run.json: data_config: too many dimensions 'str'"),
         ("std", [0.0] * 3, "run.json: data_config: std evaluated to zero"),
-        ("std", [float("1e-300")] * 3, "run.json: data_config: (std evaluated to zero|it must make finite images)"),
+        ("std", [float("1e-300")] * 3, "run.json: data_config: (std evaluated to zero|it must produce finite images)"),
         ("crop_pct", "x", "forged cannot be loaded: .* unsupported operand"),
         ("interpolation", 7, "run.json: data_config: interpolation must be one of .*, got 7"),
     ],

@@ -87,7 +87,7 @@ def test_one_image_gives_one_prediction_and_several_a_list(model, photos):
         (torch.randn(3, 8, 8) * 3 - 5, ValueError, "values from 0 to 1, got -.*before it is normalized"),
         (np.full((8, 8), np.nan), ValueError, "values from 0 to 1, got nan to nan"),
         (b"no image", ValueError, r"'\[0\]' is not a readable image"),
-        (3.5, TypeError, "must be files, PIL images, arrays or tensors, one or several of them, got float 3.5"),
+        (3.5, TypeError, "must be one or more files, PIL images, arrays or tensors, got float 3.5"),
         ([None], TypeError, r"got NoneType as \[0\]"),
         ([], ValueError, "images must name at least one file or folder, got none"),
     ],
@@ -151,7 +151,7 @@ def test_views_are_averaged_as_probabilities(model, photos):
     assert many.probabilities != both.probabilities
     uniform = model.predict(np.full((32, 32, 3), 77, np.uint8))
     same(uniform, model.predict(np.full((32, 32, 3), 77, np.uint8), tta=MOST_VIEWS))
-    with pytest.raises(ValueError, match="tta must be between 1 and 10, the views of an image, got 11"):
+    with pytest.raises(ValueError, match="tta must be between 1 and 10 views, got 11"):
         model.predict(image, tta=11)
 
 
@@ -194,7 +194,7 @@ def test_predictions_below_a_threshold_are_unsure(calibrated, photos, tmp_path):
 @pytest.mark.parametrize(
     ("unsure", "message"),
     [
-        ("auto", r"unsure must be a probability for a run with no calibration, got 'auto'; give e\.g\. 0\.5"),
+        ("auto", r"unsure must be a probability for a run without calibration, got 'auto'; use e\.g\. 0\.5"),
         (1.5, r"unsure must be auto or a probability in \(0, 1\], got 1\.5"),
     ],
 )
@@ -264,7 +264,7 @@ def test_watching_appends_rows_and_is_resumed(finished, photos, tmp_path, monkey
         *map(str, (inbox / "a.png", inbox / "b.png")),
     ]
     assert captured.out.endswith(f"2 images: {out}\n")
-    assert captured.err == f"left out '{inbox / 'broken.jpg'}' (no known image format)\n"
+    assert captured.err == f"skipped '{inbox / 'broken.jpg'}' (unknown image format)\n"
     monkeypatch.setattr("snella_app.runs.prediction_files.new_files", looks(["c.png"]))
     predict_to_files(str(finished.path), [str(inbox)], out=str(out), watch=True, top_k=1)
     assert len(out.read_text().splitlines()) == 4
@@ -294,7 +294,7 @@ def gappy(photos, tmp_path):
 
 
 def test_a_table_with_missing_images_is_answered_with_their_number_and_the_way_out(model, gappy):
-    with pytest.raises(FileNotFoundError, match=r"8 of 10 images are not there: .*gone-0\.png, .* and 3 more; fix .*"):
+    with pytest.raises(FileNotFoundError, match=r"8 of 10 images are missing: .*gone-0\.png, .* and 3 more; fix .*"):
         model.predict(gappy)
     assert len(model.predict(gappy, skip_corrupt=True)) == 1
     assert len(predict(model.loaded, [gappy], skip_corrupt=True)) == 1
@@ -314,7 +314,7 @@ def test_images_of_a_table_are_named_as_the_table_names_them(finished, photos, t
 def test_of_many_images_that_are_left_out_the_first_are_named(finished, gappy, tmp_path, capsys):
     predict_to_files(str(finished.path), [str(gappy)], out=str(tmp_path / "out.csv"), skip_corrupt=True)
     said = capsys.readouterr().err
-    assert said.startswith("left out 9 images: ") and said.endswith("gone-3.png' (no such file) and 4 more\n")
+    assert said.startswith("skipped 9 images: ") and said.endswith("gone-3.png' (no such file) and 4 more\n")
     assert "empty.png' (the file is empty)" in said and "Errno" not in said
 
 
@@ -323,7 +323,7 @@ def test_a_terminal_sees_how_far_predicting_and_measuring_are(finished, photos, 
     predict_to_files(str(finished.path), [str(photos)], out=str(tmp_path / "out.csv"))
     evaluate(finished.path, console=make_console(sys.stderr))
     said = capsys.readouterr().err
-    assert "predicting" in said and "reading images" in said and "measuring" in said
+    assert "predicting" in said and "reading images" in said and "evaluating" in said
     monkeypatch.delenv("FORCE_COLOR")
     predict_to_files(str(finished.path), [str(photos)], out=str(tmp_path / "out.csv"), overwrite=True)
     assert capsys.readouterr().err == ""
@@ -344,7 +344,7 @@ def test_a_process_that_watches_answers_files_as_they_are_dropped_and_ends_in_pe
             str(inbox / "a.png"),
             str(inbox / "c.png"),
         ]
-        assert errors.read_text() == f"left out '{inbox / 'b.png'}' (no known image format)\n"
+        assert errors.read_text() == f"skipped '{inbox / 'b.png'}' (unknown image format)\n"
         process.send_signal(stop)
         # a line that the signal interrupts while it is printed is printed again
         *again, last = process.communicate(timeout=120)[0].splitlines()

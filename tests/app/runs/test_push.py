@@ -49,7 +49,7 @@ def test_a_folder_has_the_model_that_timm_loads_and_its_card(finished, tmp_path)
         assert torch.equal(model(images), load_run(finished.path).model(images))
     temperature = json.loads((folder / "config.json").read_text())["temperature"]
     assert f"(logits / {temperature:g}).softmax(-1)" in card
-    with pytest.raises(FileExistsError, match=r"to_folder=.*hub holds something; choose a new folder"):
+    with pytest.raises(FileExistsError, match=r"to_folder=.*hub is not empty; choose a new folder"):
         write_hub_folder(finished.path, tmp_path / "hub", "user/photos")
 
 
@@ -74,8 +74,8 @@ def test_the_hub_gets_a_new_model_and_its_files(finished, hub):
 @pytest.mark.parametrize(
     ("status", "error", "message"),
     [
-        (409, FileExistsError, "name=user/photos is on the hub already; choose another name, or add a commit with"),
-        (401, PermissionError, "name=user/photos must not be written by you; run `hf auth login`"),
+        (409, FileExistsError, "name=user/photos exists on the hub already; choose another name, or add a commit with"),
+        (401, PermissionError, "no write permission for name=user/photos; run `hf auth login`"),
     ],
 )
 def test_a_model_that_exists_or_belongs_to_others_is_left_alone(finished, hub, monkeypatch, status, error, message):

@@ -130,11 +130,11 @@ def test_images_over_the_limits_are_refused_before_they_are_decoded(address, con
 def test_requests_over_the_limits_are_refused(address, photos):
     small = ("a.png", (photos / "cats" / "003.png").read_bytes())
     status, answer = post(address, [small] * 4)
-    assert (status, answer) == (413, {"error": "at most 3 files a request, got 4"})
+    assert (status, answer) == (413, {"error": "a request must have at most 3 files, got 4"})
     connection = http.client.HTTPConnection(address.removeprefix("http://"))
     for headers, status, message in (
         ({"Content-Length": "2000000"}, 413, "the request must have at most 1 MiB"),
-        ({"Transfer-Encoding": "chunked"}, 411, "the request must say its Content-Length"),
+        ({"Transfer-Encoding": "chunked"}, 411, "the request must have a Content-Length header"),
     ):
         connection.putrequest("POST", "/predict")
         for name, value in headers.items():
@@ -164,13 +164,13 @@ def test_images_in_flight_are_bounded_over_all_requests(model, photos, monkeypat
         status, answer = post(address, small)
         assert (status, answer) == (
             503,
-            {"error": "the server is answering other requests; send this one again in a second"},
+            {"error": "the server is busy with other requests; retry in a second"},
         )
         go_on.set()
         first.join()
         assert answers[0][0] == 200 and post(address, small)[0] == 200
         status, answer = post(address, small * 2)
-        assert status == 413 and "at most 0.0045 million pixels a request, got 0." in answer["error"]
+        assert status == 413 and "a request must have at most 0.0045 million pixels, got 0." in answer["error"]
 
 
 @pytest.mark.parametrize(
@@ -190,9 +190,7 @@ def test_a_page_of_another_site_cannot_ask_the_server_under_its_own_name(address
     body = json.load(answer)
     assert answer.status == status
     if status == 400:
-        assert body == {
-            "error": f"the Host must be an address or a name of this server, got {host!r}; name it with --hosts"
-        }
+        assert body == {"error": f"Host must be an address or a name of this server, got {host!r}; add it with --hosts"}
     connection.close()
 
 
@@ -226,7 +224,7 @@ def test_each_answer_is_a_line_of_the_log(address, photos):
 def test_postscript_starts_no_program(address):
     content = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
     status, answer = post(address, [("a.png", content)])
-    assert status == 422 and answer["predictions"][0]["error"].endswith("no known image format")
+    assert status == 422 and answer["predictions"][0]["error"].endswith("unknown image format")
 
 
 @pytest.mark.parametrize(
@@ -234,8 +232,12 @@ def test_postscript_starts_no_program(address):
     [
         ({"port": 80000}, ValueError, r"port must be from 0 \(a free one\) to 65535, got 80000"),
         ({"port": -1}, ValueError, r"port must be from 0 \(a free one\) to 65535, got -1"),
-        ({"host": "no such host"}, OSError, "host must be an address of this machine, got 'no such host'; take 127"),
-        ({"host": "192.0.2.1"}, OSError, r"192\.0\.2\.1:8000 is no address of this machine; take --host 127\.0\.0\.1"),
+        ({"host": "no such host"}, OSError, "host must be an address of this machine, got 'no such host'; use 127"),
+        (
+            {"host": "192.0.2.1"},
+            OSError,
+            r"192\.0\.2\.1:8000 is not an address of this machine; use --host 127\.0\.0\.1",
+        ),
     ],
 )
 def test_an_address_that_cannot_be_listened_on_is_one_line(options, error, message, finished):
@@ -254,7 +256,7 @@ def test_settings_that_cannot_be_meant_are_refused(finished, model):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        used = rf"127\.0\.0\.1:{port} is used by another program; give another --port, or 0 for a free one"
+        used = rf"127\.0\.0\.1:{port} is in use; choose another --port, or 0 for a free one"
         with pytest.raises(OSError, match=used):
             serve(str(finished.path), port=port)
 
@@ -263,7 +265,7 @@ def test_settings_that_cannot_be_meant_are_refused(finished, model):
 def test_a_process_serves_until_it_is_told_to_stop(stop, status, finished, model, photos):
     path = photos / "cats" / "003.png"
     with command(["serve", str(finished.path), "--port", "0"], stderr=subprocess.PIPE) as process:
-        own = process.stdout.readline().partition(" answers at ")[2].partition(",")[0]
+        own = process.stdout.readline().partition(" at ")[2].partition(",")[0]
         _, answer = post(own, [(path.name, path.read_bytes())])
         assert answer["predictions"][0]["label"] == model.predict(path).label
         process.send_signal(stop)
@@ -291,7 +293,7 @@ def test_the_page_shows_the_answers_of_dropped_files(address, browser, photos, w
     assert "not a readable image" in shown[1]
     text = browser.evaluate("document.body.innerText")
     assert "3 classes: cats, dogs, owls. Model: snella-2 on test_vit." in text
-    assert "up to 3 images at a time, each up to 0.1 MiB and 0.01 million pixels" in text
+    assert "up to 3 images per request, each up to 0.1 MiB and 0.01 million pixels" in text
     assert f"curl -F files=@photo.jpg {address}/predict" in text and '"label": "cats"' in text
     assert browser.evaluate("document.documentElement.scrollWidth") <= width
     browser.evaluate("document.getElementById('example').click()")

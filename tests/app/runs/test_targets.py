@@ -122,7 +122,7 @@ def test_an_exported_graph_gives_the_run_s_outputs(make_run, table, task, label,
     said = prediction.values if task == "regression" else dict(prediction.ranking)
     assert dict(zip(loaded.classes, expected[0].tolist(), strict=True)) == pytest.approx(said, rel=1e-4, abs=1e-5)
     for name in ("timm", "hf"):
-        with pytest.raises(ValueError, match=rf"format={name} holds no model of the task {task}; take one of sparse, "):
+        with pytest.raises(ValueError, match=rf"format={name} does not support the task {task}; use one of sparse, "):
             export(run.path, name, tmp_path / name)
 
 
@@ -157,7 +157,7 @@ def test_numbers_are_predicted_in_their_own_unit(make_run, table, tmp_path):
     written = read_csv(write_numbers(predictions, tmp_path / "numbers.csv"))
     assert written[0] == ["image", "light", "mean"]
     assert float(written[1][2]) == pytest.approx(predictions[0].values["mean"], rel=1e-5)
-    with pytest.raises(ValueError, match="top_k must be left out for a regression, which gives numbers, got 2"):
+    with pytest.raises(ValueError, match="top_k must be None for regression, got 2"):
         write_numbers(predictions, tmp_path / "again.csv", 2)
 
 

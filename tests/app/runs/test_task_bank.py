@@ -105,14 +105,14 @@ def test_what_cannot_be_held_is_refused(folders, tiny_run, make_photos, tmp_path
         ValueError, match=r"memory_mib must be at least 0\.\d for the effective weights of .*, got 0\.0"
     ):
         TaskBank(folders, memory_mib=0.01, device="cpu")
-    with pytest.raises(ValueError, match="memory_mib must be more than 0, got -1"):
+    with pytest.raises(ValueError, match="memory_mib must be greater than 0, got -1"):
         TaskBank(memory_mib=-1)
     photos = make_photos(tmp_path / "photos", {"a": 10, "b": 10})
     settings = {**tiny_run, "data": f"folder:{photos}", "epochs": 1, "method_options": {}}
     train(TrainConfig(**{**settings, "method": "lora-2", "out": str(tmp_path / "lora")}))
-    with pytest.raises(NotImplementedError, match="trained by lora-2, which keeps whole weights"):
+    with pytest.raises(NotImplementedError, match="trained with lora-2, which stores whole weights"):
         TaskBank({"lora": tmp_path / "lora"}, device="cpu")
-    with pytest.raises(ValueError, match="another backbone than the bank"):
+    with pytest.raises(ValueError, match="must have the backbone of the bank"):
         TaskBank(folders, device="cpu").add("random", tmp_path / "lora")
     train(TrainConfig(**{**settings, "out": str(tmp_path / "two")}))
     more = make_photos(tmp_path / "more", {"a": 10, "b": 10, "c": 10})

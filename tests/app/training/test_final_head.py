@@ -142,7 +142,7 @@ def test_predictions_and_measurements_use_it(finished):
     assert evaluate(run.path, split="test")["loss"] == pytest.approx(metrics["test"]["loss"], rel=1e-4)
     val = evaluate(run.path, split="val")
     assert val["accuracy"] >= metrics["val"]["accuracy"]
-    assert any("the final head was fitted to these images too" in note for note in val["notes"])
+    assert any("the final head was also fitted to these images" in note for note in val["notes"])
     image = Image.new("RGB", (40, 40), (10, 200, 90))
     tensor = loaded.transform(image)[None]
     views = [tensor, tensor.flip(-1)][: loaded.info.tta]

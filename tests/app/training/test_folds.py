@@ -112,7 +112,7 @@ def test_the_mean_of_all_models_predicts(fast, console, photos, tmp_path):
     for name, probability in together.ranking:
         assert probability == pytest.approx(statistics.mean(dict(one.ranking)[name] for one in single), abs=1e-6)
     assert isinstance(load_run(tmp_path / "run").model(torch.zeros(1, 3, 32, 32)), torch.Tensor)
-    message = "tta must be left out for a cross-validation, whose models average their own views, got "
+    message = "tta must be left out for a cross-validation, whose models use the tta of their runs, got "
     for tta in (1, 2):
         with pytest.raises(ValueError, match=f"{message}{tta}"):
             predict(tmp_path / "run", [image], tta=tta)

@@ -144,7 +144,7 @@ def test_exported_graphs_give_the_run_s_outputs_and_the_rest_is_refused(run, tmp
     session = onnxruntime.InferenceSession(str(export(run, "onnx", tmp_path / "model.onnx").path))
     assert np.abs(session.run(None, {"images": images.numpy()})[0] - expected.numpy()).max() <= 1e-4
     for name in ("timm", "hf"):
-        with pytest.raises(ValueError, match=rf"format={name} holds no model of the task segmentation; take one of"):
+        with pytest.raises(ValueError, match=rf"format={name} does not support the task segmentation; use one of"):
             export(run, name, tmp_path / name)
 
 
@@ -172,7 +172,7 @@ def test_a_file_of_another_origin_is_not_loaded_as_merged(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match=r"must be a file that snella merge wrote, got .*x.safetensors"):
+    with pytest.raises(ValueError, match=r"must be a file written by snella merge, got .*x.safetensors"):
         load_merged(tmp_path / "x.safetensors")
 
 
