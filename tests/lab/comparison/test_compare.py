@@ -201,9 +201,9 @@ def test_the_lines_tell_what_was_done_and_the_table_what_came_out(finished):
     assert before_the_first.endswith("6 runs to train\n")
     assert "[1/6] digits · linear · tuning lr-x0.3 · seed 0: validation 0." in text and "left\n" in text
     assert "[6/6] digits · lora-2 · final · seed 0: validation" in text
-    assert text.count(", the selected tuning run)") == 2
+    assert text.count(", reused from the selected tuning run)") == 2
     assert "difference from lora-2" in text and "no difference is decided with fewer than 5 tasks or seeds\n" in text
-    assert f"report {root / 'comparison.html'}" in text and (root / "comparison.html").stat().st_size > 20_000
+    assert f"report: {root / 'comparison.html'}" in text and (root / "comparison.html").stat().st_size > 20_000
     assert not list((root / "locks").glob("digits*"))
 
 
@@ -219,7 +219,7 @@ def test_what_the_folder_has_beyond_what_was_asked_for_is_named(experiment, copy
     said = console.file.getvalue()
     assert "note: also training entries stored in the folder: methods lora-2\n" in said
     compare(experiment, copy, workers=0, console=console)
-    assert console.file.getvalue().count("has more") == 1
+    assert console.file.getvalue().count("also training entries") == 1
 
 
 def test_rows_alone_are_enough_to_draw_and_to_go_on(copy, console, no_training):
@@ -264,7 +264,7 @@ def test_failed_cells_are_trained_again_when_asked(copy, console, monkeypatch):
     cell = "digits/linear/seed-0"
     row = replace(read_row(copy / "cells" / cell), status="failed", error="OSError: disk full", results=None)
     append_row(copy, copy / "cells" / cell, row)
-    with pytest.raises(CellsFailedError, match=r"1 of 6 runs failed.*OSError: disk full; the others are in .*html"):
+    with pytest.raises(CellsFailedError, match=r"1 of 6 runs failed.*OSError: disk full; .*html lists all errors"):
         compare(None, copy, workers=0, console=console)
     compare(None, copy, draw_only=True, console=console)
     assert rows_of(copy)[cell]["status"] == "failed"
@@ -281,7 +281,7 @@ def test_ctrl_c_ends_with_the_command_that_continues(copy, console, monkeypatch)
 
     with monkeypatch.context() as patch:
         patch.setattr("snella_lab.comparison.run_cell.train", press_ctrl_c)
-        with pytest.raises(TrainingInterrupted, match=r"5 runs .* resume with: snella compare --out .*/c"):
+        with pytest.raises(TrainingInterrupted, match=r"5 finished runs; resume with: snella compare --out .*/c"):
             compare(None, copy, workers=0, console=console)
     compare(None, copy, workers=0, console=console)
     assert len(rows_of(copy)) == 6
@@ -297,7 +297,7 @@ def test_what_is_missing_is_told_all_at_once_before_anything_is_trained(tiny, tm
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train": {"batch_size": 41}}, "batch_size must be at most the 40 training images, got 41"),
+        ({"train": {"batch_size": 41}}, "batch_size must be at most 40, the number of training images, got 41"),
         ({"train": {"test_size": None, "test_fraction": 0.0}}, "data 'digits' must have a validation and a test part"),
         ({"train": {"device": "cuda"}}, "got 'cuda'"),
     ],

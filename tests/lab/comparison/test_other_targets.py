@@ -80,7 +80,7 @@ def test_what_is_known_of_the_data_is_said_before_the_first_run(parts, tmp_path,
     assert error.count("parts.csv") == 1 and "skip them with --skip-corrupt\n" in error
     assert main([*words, "--skip-corrupt", "--out", str(tmp_path / "c")]) == 0
     said = capsys.readouterr().out
-    assert f"note: left out 1 of 41 rows of {parts}, 1 no such file: missing.png (no such file)\n" in said
+    assert f"note: skipped 1 of 41 rows of {parts}, 1 no such file: missing.png (no such file)\n" in said
     assert "note: classes are unbalanced: " in said
     assert (
         "note: methods are compared by accuracy; add --monitor balanced_accuracy to compare by balanced accuracy\n"
