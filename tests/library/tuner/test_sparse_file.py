@@ -95,5 +95,5 @@ def test_a_file_without_its_digest_is_refused(tmp_path):
 def test_a_file_of_another_kind_is_refused(tmp_path):
     path = tmp_path / "m.safetensors"
     path.write_bytes(save({"a": torch.zeros(1)}))
-    with pytest.raises(ValueError, match=r"m.safetensors contains no sparse update; snella export RUN"):
+    with pytest.raises(ValueError, match=r"m.safetensors contains no sparse update; create one with snella export RUN"):
         SparsePatch.read(path)

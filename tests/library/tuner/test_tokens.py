@@ -271,7 +271,7 @@ def test_a_token_that_the_model_lacks_is_answered_with_near_names(vit):
     ):
         get_peft_model(base, vit.config(parameters_to_save=["clstoken"]))
     assert not token_adapters(base)
-    with pytest.raises(ValueError, match=r"parameters_to_save='xyz' is no parameter of VisionTransformer$"):
+    with pytest.raises(ValueError, match=r"parameters_to_save='xyz' matches no parameter of VisionTransformer$"):
         get_peft_model(base, vit.config(parameters_to_save=["xyz"]))
 
 
