@@ -1,4 +1,4 @@
-"""Data: folders and tables of images and the real data sets that ship inside packages, split and ready for training."""
+"""Data: image folders, tables and bundled datasets, split for training."""
 
 from snella_app.data.datasets import Annotations, ImageDataset, MaskDataset
 from snella_app.data.images import read_image

@@ -1,4 +1,4 @@
-"""VTAB-1k and FGVC: names and folders of their data sets, how they are listed, and checks of these lists."""
+"""VTAB-1k and FGVC: datasets, folder layouts, list files and validation."""
 
 import hashlib
 import json
@@ -17,13 +17,13 @@ _MOST_COPIES = 0.05
 
 @dataclass(frozen=True)
 class ListedPart:
-    """One part: image files relative to a folder, with class numbers.
+    """One split: image files relative to a folder, with class indices.
 
     Attributes:
-        name: Of the list file, without its suffix: `train800`.
-        root: What the file names are relative to.
-        files: As listed.
-        labels: One class number a file.
+        name: Name of the list file without suffix, e.g. `train800`.
+        root: Base folder of the file names.
+        files: Listed file names.
+        labels: Class index of each file.
     """
 
     name: str
@@ -37,16 +37,16 @@ class ListedPart:
 
 @dataclass
 class Inspection:
-    """What was found in the folder of one data set of a benchmark.
+    """Inspection result of one benchmark dataset.
 
     Attributes:
-        name: The benchmark's own name of the data set.
-        folder: Its folder.
-        parts: The lists that could be read, by name.
+        name: Name of the dataset in the benchmark.
+        folder: Folder of the dataset.
+        parts: Readable lists by name.
         classes: Class names by index.
-        errors: What makes the data unusable.
-        deviations: Where numbers of images or classes differ from the benchmark's: usable, but not comparable.
-        notes: What a user should know.
+        errors: Problems that make the data unusable.
+        deviations: Numbers of images or classes that differ from the benchmark: usable but not comparable.
+        notes: Notes for the user.
     """
 
     name: str
@@ -58,30 +58,30 @@ class Inspection:
     notes: list[str] = field(default_factory=list)
 
     def check(self, spec: str, *, strict_sizes: bool) -> None:
-        """Refuse data with errors, all of them in one message; deviations become notes where they are allowed.
+        """Raise all errors in one message; allowed deviations become notes.
 
         Args:
-            spec: The data specification.
-            strict_sizes: Whether deviations are errors too.
+            spec: Data specification.
+            strict_sizes: Treat deviations as errors.
 
         Raises:
-            ValueError: There are any.
+            ValueError: If the inspection has errors.
         """
-        wrong = [*self.errors, *(self.deviations if strict_sizes else [])]
-        if wrong:
+        problems = [*self.errors, *(self.deviations if strict_sizes else [])]
+        if problems:
             remedy = "; to use it anyway, pass strict_sizes=False" if strict_sizes and not self.errors else ""
-            raise ValueError(f"{spec} is not {self.name} as the benchmark has it: {'; '.join(wrong)}{remedy}")
-        self.notes += [f"not the benchmark's own data: {deviation}" for deviation in self.deviations]
+            raise ValueError(f"{spec} does not match {self.name} of the benchmark: {'; '.join(problems)}{remedy}")
+        self.notes += [f"differs from the benchmark: {deviation}" for deviation in self.deviations]
 
     def compare(self, one: str, other: str) -> None:
-        """Note `overlap_errors` of two parts, where both are there."""
+        """Record the `overlap_errors` of two splits, if both exist."""
         if one in self.parts and other in self.parts:
             errors, notes = overlap_errors(self.parts[one], self.parts[other])
             self.errors += errors
             self.notes += notes
 
     def count(self, sizes: Mapping[str, int]) -> None:
-        """Note parts that have other numbers of images than the benchmark's."""
+        """Record splits whose number of images differs from the benchmark."""
         self.deviations += [
             f"{name} must have {size:,} images, got {len(self.parts[name]):,}"
             for name, size in sizes.items()
@@ -90,36 +90,36 @@ class Inspection:
 
 
 def dataset_of(part: ListedPart) -> ImageDataset:
-    """The images of one part, named as they are listed."""
+    """Build the dataset of one split, with names as listed."""
     source = FileImages([part.root / file for file in part.files])
     return ImageDataset(source, range(len(part)), part.labels, part.files)
 
 
 def file_errors(part: ListedPart) -> list[str]:
-    """Files that a list names twice or that do not exist, one text for each kind."""
+    """Return errors for files that are listed twice or do not exist, one text each."""
     errors = []
     twice = [file for file, count in Counter(part.files).items() if count > 1]
     if twice:
         errors.append(f"{part.name} lists {len(twice)} files more than once: {listed(twice)}")
-    there = _sizes(part)
-    missing = [file for file in part.files if file not in there]
+    existing = _sizes(part)
+    missing = [file for file in part.files if file not in existing]
     if missing:
         errors.append(
-            f"{part.name} names {len(missing)} of {len(part)} files that are not in '{part.root}': {listed(missing)}"
+            f"{len(missing)} of {len(part)} files listed in {part.name} do not exist in '{part.root}': "
+            f"{listed(missing)}"
         )
     return errors
 
 
 def overlap_errors(one: ListedPart, other: ListedPart) -> tuple[list[str], list[str]]:
-    """Images of one part that are in another one too: the same file, or a file with the same bytes.
+    """Find images that are in two splits: the same file, or files with equal bytes.
 
-    Files are only read where their size in bytes occurs on both sides. A few copies under other names belong to some
-    benchmarks (rendered shapes that look alike after half a turn), so they are noted and not refused, up to 5 % of
-    the other part.
+    Only files whose size occurs in both splits are read. Some benchmarks contain a few copies under other names (e.g.
+    symmetric rendered shapes), so up to 5 % of the evaluation split become notes instead of errors.
 
     Args:
-        one: What is trained on.
-        other: What is measured on.
+        one: Training split.
+        other: Evaluation split.
 
     Returns:
         Errors and notes.
@@ -127,7 +127,7 @@ def overlap_errors(one: ListedPart, other: ListedPart) -> tuple[list[str], list[
     common = sorted({str(one.root / file) for file in one.files} & {str(other.root / file) for file in other.files})
     if common:
         return [
-            f"{len(common)} images are both in {one.name} and in {other.name}: "
+            f"{len(common)} images are in both {one.name} and {other.name}: "
             f"{listed([Path(file).name for file in common])}"
         ], []
     copies = _copies(one, other)
@@ -138,11 +138,11 @@ def overlap_errors(one: ListedPart, other: ListedPart) -> tuple[list[str], list[
 
 
 def class_errors(parts: Sequence[ListedPart], classes: int) -> tuple[list[str], list[str]]:
-    """Labels out of range, and classes without any image.
+    """Find labels out of range and classes without images.
 
     Args:
-        parts: All parts of the data set.
-        classes: How many classes the benchmark has.
+        parts: All splits of the dataset.
+        classes: Number of classes of the benchmark.
 
     Returns:
         Errors and deviations.
@@ -156,30 +156,30 @@ def class_errors(parts: Sequence[ListedPart], classes: int) -> tuple[list[str], 
     if len(present) == classes or not present:
         return errors, []
     absent = [str(label) for label in range(classes) if label not in present]
-    return errors, [f"{classes} classes are required, {len(present)} have images; none of {listed(absent)}"]
+    return errors, [f"{classes} classes must have images, got {len(present)}; missing: {listed(absent)}"]
 
 
 def _copies(one: ListedPart, other: ListedPart) -> list[str]:
-    """`other file = file of one` for every file with equal bytes."""
+    """Return `file of other = file of one` for every pair with equal bytes."""
 
     def digest(file: Path) -> bytes:
         return hashlib.blake2b(file.read_bytes(), digest_size=16).digest()
 
-    mine, theirs = _sizes(one), _sizes(other)
-    common = set(mine.values()) & set(theirs.values())
-    known: dict[bytes, str] = {}
+    sizes, other_sizes = _sizes(one), _sizes(other)
+    common = set(sizes.values()) & set(other_sizes.values())
+    by_digest: dict[bytes, str] = {}
     for file in one.files:
-        if mine.get(file) in common:
-            known.setdefault(digest(one.root / file), file)
-    found = []
+        if sizes.get(file) in common:
+            by_digest.setdefault(digest(one.root / file), file)
+    copies = []
     for file in other.files:
-        if theirs.get(file) in common and (original := known.get(digest(other.root / file))):
-            found.append(f"{file} = {original}")
-    return found
+        if other_sizes.get(file) in common and (original := by_digest.get(digest(other.root / file))):
+            copies.append(f"{file} = {original}")
+    return copies
 
 
 def _sizes(part: ListedPart) -> dict[str, int]:
-    """Bytes of every listed file that exists; each folder is read once."""
+    """Return the size in bytes of every existing listed file; each folder is read once."""
     folders: dict[str, dict[str, int]] = {}
     sizes = {}
     for file in part.files:
@@ -195,15 +195,15 @@ def _sizes(part: ListedPart) -> dict[str, int]:
 
 
 class Member(Protocol):
-    """One data set of a benchmark."""
+    """One dataset of a benchmark."""
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """Folder name."""
 
     @property
     def aliases(self) -> tuple[str, ...]:
-        """Other names of its folder."""
+        """Alternative folder names."""
 
 
 M = TypeVar("M", bound=Member)
@@ -211,15 +211,15 @@ M = TypeVar("M", bound=Member)
 
 @dataclass(frozen=True)
 class BenchmarkFamily(Generic[M]):
-    """A benchmark: the names, folders and reader of its data sets.
+    """Benchmark with names, folders and reader of its datasets.
 
     Attributes:
-        prefix: Of data specifications, as in `vtab:PATH`.
+        prefix: Prefix of data specifications, as in `vtab:PATH`.
         title: Name of the benchmark.
-        kind: What the benchmark calls one of its data sets.
-        members: Its data sets by name.
-        layout: What belongs where.
-        read: Reads and checks a data set in its folder.
+        kind: The benchmark's term for a dataset.
+        members: Datasets by name.
+        layout: Expected folder layout.
+        read: Function that reads and checks a dataset folder.
     """
 
     prefix: str
@@ -230,48 +230,48 @@ class BenchmarkFamily(Generic[M]):
     read: Callable[[Path, M], Inspection]
 
     def known(self, name: str) -> M | None:
-        """The data set that a folder of this name holds."""
+        """Return the dataset for a folder name, or None."""
         return next((member for member in self.members.values() if name in (member.name, *member.aliases)), None)
 
     def place(self, root: Path, member: M) -> Path:
-        """The folder of a data set: the first of its names that exists, else its own name."""
+        """Return the folder of a dataset: the first existing name, else the main name."""
         places = [root / name for name in (member.name, *member.aliases)]
         return next((place for place in places if place.is_dir()), places[0])
 
     def holds(self, folder: Path) -> bool:
-        """Whether the folder holds any of the data sets."""
+        """Return whether the folder contains any of the datasets."""
         return any(self.place(folder, member).is_dir() for member in self.members.values())
 
     def resolve(self, path: Path) -> Path:
-        """The folder that a path to a data set means: the path itself, or what lies beside it under another name."""
+        """Resolve a dataset path, allowing alternative folder names."""
         member = self.known(path.name)
         return path if member is None else self.place(path.parent, member)
 
     def load(self, path: str, *, strict_sizes: bool) -> tuple[M, Inspection]:
-        """Find a data set by the path to its folder, read it and refuse errors.
+        """Read and check the dataset at a folder path.
 
         Args:
-            path: The folder, under one of its names.
-            strict_sizes: Refuse numbers of images or classes that are not the benchmark's; otherwise they are noted.
+            path: Dataset folder, under any of its names.
+            strict_sizes: Reject deviations from the benchmark's numbers of images or classes; if False, add notes.
 
         Raises:
-            FileNotFoundError: There is no such folder.
-            ValueError: Not a data set's name, or whatever `read` finds, all in one message.
+            FileNotFoundError: If the folder does not exist.
+            ValueError: If the name is not a dataset, or `read` finds errors; one message lists all.
         """
-        spec, wanted = f"{self.prefix}:{path}", Path(path).expanduser()
-        member = self.known(wanted.name)
+        spec, requested = f"{self.prefix}:{path}", Path(path).expanduser()
+        member = self.known(requested.name)
         if member is None:
-            every = f"; {self.kind}s are {', '.join(self.members)}"
-            hint = nearest(wanted.name, self.members, most=3, cutoff=0.4) or every
-            raise ValueError(f"{spec} must end with the name of a {self.kind}, got {wanted.name!r}{hint}")
-        folder = self.place(wanted.parent, member)
+            names = f"; {self.kind}s are {', '.join(self.members)}"
+            hint = nearest(requested.name, self.members, most=3, cutoff=0.4) or names
+            raise ValueError(f"{spec} must end with the name of a {self.kind}, got {requested.name!r}{hint}")
+        folder = self.place(requested.parent, member)
         if not folder.is_dir():
             raise FileNotFoundError(
-                f"{spec}: there is no folder '{folder}'; `snella data check {wanted.parent}` says what belongs there"
+                f"{spec}: no folder '{folder}'; see the expected layout with `snella data check {requested.parent}`"
             )
-        found = self.read(folder, member)
-        found.check(spec, strict_sizes=strict_sizes)
-        return member, found
+        inspection = self.read(folder, member)
+        inspection.check(spec, strict_sizes=strict_sizes)
+        return member, inspection
 
 
 _VTAB_LAYOUT = "TASK/{train800,val200,train800val200,test}.txt and TASK/images/{train800,val200,train800val200,test}/"
@@ -281,14 +281,14 @@ _JOINED = "train800val200"
 
 @dataclass(frozen=True)
 class VtabTask:
-    """One task.
+    """One VTAB-1k task.
 
     Attributes:
-        name: Of its folder, as most repositories have it.
+        name: Folder name used by most repositories.
         group: natural, specialised or structured.
-        classes: How many classes.
-        test_size: How many test images.
-        aliases: Other names of its folder.
+        classes: Number of classes.
+        test_size: Number of test images.
+        aliases: Alternative folder names.
     """
 
     name: str
@@ -322,29 +322,29 @@ VTAB_TASKS: dict[str, VtabTask] = {
         VtabTask("smallnorb_ele", "structured", 9, 12_150),
     )
 }
-"""The tasks in the order of the paper's Table XIII."""
+"""VTAB-1k tasks in the order of the paper's Table XIII."""
 
 
 def load_vtab(path: str, *, strict_sizes: bool = True) -> Collection:
-    """Collect one task: `train800` for training, `val200` to choose on, and the test images.
+    """Load one task: `train800` for training, `val200` for validation, and the test images.
 
     Args:
-        path: The task's folder, named as in `VTAB_TASKS` or by another of its names.
-        strict_sizes: Refuse numbers of images or classes that are not the benchmark's; otherwise they are noted.
+        path: Task folder, with a name in `VTAB_TASKS` or one of its aliases.
+        strict_sizes: Reject deviations from the benchmark's numbers of images or classes; if False, add notes.
 
     Raises:
-        FileNotFoundError: There is no such folder.
-        ValueError: Not a task's name, or whatever `inspect_vtab` finds, all in one message.
+        FileNotFoundError: If the folder does not exist.
+        ValueError: If the name is not a task, or `inspect_vtab` finds errors; one message lists all.
     """
-    task, found = VTAB.load(path, strict_sizes=strict_sizes)
+    task, inspection = VTAB.load(path, strict_sizes=strict_sizes)
     return Collection(
         task.name,
-        found.classes,
-        dataset_of(found.parts["train800"]),
-        dataset_of(found.parts["val200"]),
-        dataset_of(found.parts["test"]),
+        inspection.classes,
+        dataset_of(inspection.parts["train800"]),
+        dataset_of(inspection.parts["val200"]),
+        dataset_of(inspection.parts["test"]),
         has_parts=True,
-        notes=found.notes,
+        notes=inspection.notes,
         is_resized_whole=True,
         official_joins_val=True,
     )
@@ -354,52 +354,56 @@ def inspect_vtab(folder: Path, task: VtabTask) -> Inspection:
     """Read and check the lists of one task.
 
     Args:
-        folder: The task's folder; exists.
-        task: Which one it is.
+        folder: Existing task folder.
+        task: Task in the folder.
 
     Returns:
-        What is there and what is wrong: lists that are missing or malformed, labels out of range, files that do not
-        exist, images that are in two parts, other numbers of images or classes than the benchmark's.
+        Splits, and errors: missing or malformed lists, labels out of range, missing files, images in two splits, and
+        deviations from the benchmark's numbers of images or classes.
     """
-    found = Inspection(task.name, folder, classes=[str(label) for label in range(task.classes)])
+    inspection = Inspection(task.name, folder, classes=[str(label) for label in range(task.classes)])
     for name in (*_VTAB_SIZES, "test"):
         list_file = folder / f"{name}.txt"
         if list_file.is_file():
             part, errors = _read_list(list_file, folder)
-            found.parts[name] = part
-            found.errors += errors
-    _complete_vtab(found)
-    parts = found.parts
+            inspection.parts[name] = part
+            inspection.errors += errors
+    _complete_vtab(inspection)
+    parts = inspection.parts
     for part in parts.values():
-        found.errors += file_errors(part)
+        inspection.errors += file_errors(part)
     errors, deviations = class_errors(list(parts.values()), task.classes)
-    found.errors += errors
-    found.deviations += deviations
-    found.count({**_VTAB_SIZES, "test": task.test_size})
+    inspection.errors += errors
+    inspection.deviations += deviations
+    inspection.count({**_VTAB_SIZES, "test": task.test_size})
     for one, other in (("train800", "val200"), (_JOINED, "test"), ("train800", "test"), ("val200", "test")):
-        is_covered = one != _JOINED and other == "test" and _JOINED in parts and not found.errors
+        is_covered = one != _JOINED and other == "test" and _JOINED in parts and not inspection.errors
         if not is_covered:
-            found.compare(one, other)
-    return found
+            inspection.compare(one, other)
+    return inspection
 
 
-def _complete_vtab(found: Inspection) -> None:
-    """Derive `train800` and `val200` where only both together are listed, and check that the lists agree."""
-    parts = found.parts
+def _complete_vtab(inspection: Inspection) -> None:
+    """Derive `train800` and `val200` from their union if necessary, and check that the lists agree."""
+    parts = inspection.parts
     joined = parts.get(_JOINED)
     if joined is not None and "train800" not in parts and "val200" not in parts and len(joined) == 1000:
         for name, rows in (("train800", slice(800)), ("val200", slice(800, None))):
             parts[name] = ListedPart(name, joined.root, joined.files[rows], joined.labels[rows])
-        found.notes.append(f"{found.name}: train800 and val200 are the first 800 and the last 200 of {_JOINED}.txt")
+        inspection.notes.append(
+            f"{inspection.name}: train800 and val200 are the first 800 and the last 200 of {_JOINED}.txt"
+        )
     missing = [f"{name}.txt" for name in ("train800", "val200", "test") if name not in parts]
     if missing:
-        found.errors.append(f"missing in '{found.folder}': {', '.join(missing)}; the layout is {_VTAB_LAYOUT}")
+        inspection.errors.append(
+            f"missing in '{inspection.folder}': {', '.join(missing)}; the layout is {_VTAB_LAYOUT}"
+        )
     elif joined is not None and joined.labels != parts["train800"].labels + parts["val200"].labels:
-        found.errors.append(f"{_JOINED}.txt must list the labels of train800.txt followed by those of val200.txt")
+        inspection.errors.append(f"{_JOINED}.txt must list the labels of train800.txt followed by those of val200.txt")
 
 
 def _read_list(list_file: Path, folder: Path) -> tuple[ListedPart, list[str]]:
-    """The lines `images/SPLIT/NAME LABEL` of a list, and a text about those that are not of this form."""
+    """Read the lines `images/SPLIT/NAME LABEL` of a list; return the split and errors for malformed lines."""
     files, labels, malformed = [], [], []
     for number, line in enumerate(list_file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         if not line.strip():
@@ -413,7 +417,7 @@ def _read_list(list_file: Path, folder: Path) -> tuple[ListedPart, list[str]]:
     errors = []
     if malformed:
         errors.append(
-            f"{list_file.name} must hold lines like 'images/test/000000.jpg 3', but {len(malformed)} are not: "
+            f"{list_file.name} must have lines like 'images/test/000000.jpg 3', got {len(malformed)} others: "
             f"{listed(malformed)}"
         )
     elif not files:
@@ -422,23 +426,23 @@ def _read_list(list_file: Path, folder: Path) -> tuple[ListedPart, list[str]]:
 
 
 VTAB = BenchmarkFamily("vtab", "VTAB-1k", "task", VTAB_TASKS, _VTAB_LAYOUT, inspect_vtab)
-"""The benchmark: how its data sets are known, found and read."""
+"""VTAB-1k."""
 
 
-_FGVC_LAYOUT = "DATASET/{train,val,test}.json, each one object {image path: class}, beside the images"
+_FGVC_LAYOUT = "DATASET/{train,val,test}.json, each one object {image path: class}, next to the images"
 _FGVC_PARTS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
 class FgvcDataset:
-    """One data set.
+    """One FGVC dataset.
 
     Attributes:
-        name: Of its folder, as in the authors' scripts.
-        classes: How many classes.
-        sizes: How many images in train, val and test.
-        images: Folder inside it that image paths are relative to; empty for its own.
-        aliases: Other names of its folder.
+        name: Folder name used by the authors' scripts.
+        classes: Number of classes.
+        sizes: Numbers of train, val and test images.
+        images: Subfolder that image paths are relative to; empty for the dataset folder.
+        aliases: Alternative folder names.
     """
 
     name: str
@@ -458,129 +462,132 @@ FGVC_DATASETS: dict[str, FgvcDataset] = {
         FgvcDataset("stanfordcar", 196, (7329, 815, 8041), "", ("stanfordcars", "StanfordCars")),
     )
 }
-"""The data sets in the order of the paper's Table I."""
+"""FGVC datasets in the order of the paper's Table I."""
 
 
 def load_fgvc(path: str, *, strict_sizes: bool = True) -> Collection:
-    """Collect one data set.
+    """Load one dataset.
 
     Args:
-        path: Its folder, named as in `FGVC_DATASETS` or by another of its names.
-        strict_sizes: Refuse numbers of images or classes that are not the benchmark's; otherwise they are noted.
+        path: Dataset folder, with a name in `FGVC_DATASETS` or one of its aliases.
+        strict_sizes: Reject deviations from the benchmark's numbers of images or classes; if False, add notes.
 
     Raises:
-        FileNotFoundError: There is no such folder.
-        ValueError: Not a data set's name, or whatever `inspect_fgvc` finds, all in one message.
+        FileNotFoundError: If the folder does not exist.
+        ValueError: If the name is not a dataset, or `inspect_fgvc` finds errors; one message lists all.
     """
-    dataset, found = FGVC.load(path, strict_sizes=strict_sizes)
-    parts = {name: dataset_of(found.parts[name]) for name in _FGVC_PARTS if name in found.parts}
+    dataset, inspection = FGVC.load(path, strict_sizes=strict_sizes)
+    parts = {name: dataset_of(inspection.parts[name]) for name in _FGVC_PARTS if name in inspection.parts}
     return Collection(
         dataset.name,
-        found.classes,
+        inspection.classes,
         parts["train"],
         parts.get("val"),
         parts["test"],
         has_parts=True,
-        notes=found.notes,
+        notes=inspection.notes,
     )
 
 
 def inspect_fgvc(folder: Path, dataset: FgvcDataset) -> Inspection:
-    """Read and check the lists of one data set.
+    """Read and check the lists of one dataset.
 
-    Classes are numbered by their ids over all lists together: a list that lacks a class would shift the numbers of
-    the classes behind it. Without `train.json`, `trainval.json` is read in its place, and a validation part is split
-    off it.
+    Class indices are assigned over the ids of all lists, because a list that lacks a class would shift later indices.
+    Without `train.json`, `trainval.json` is used and a validation split is created from it.
 
     Args:
-        folder: The data set's folder; exists.
-        dataset: Which one it is.
+        folder: Existing dataset folder.
+        dataset: Dataset in the folder.
 
     Returns:
-        What is there and what is wrong: lists that are missing or malformed, files that do not exist, images that are
-        in two parts, other numbers of images or classes than the benchmark's.
+        Splits, and errors: missing or malformed lists, missing files, images in two splits, and deviations from the
+        benchmark's numbers of images or classes.
     """
-    found = Inspection(dataset.name, folder)
-    lists = _fgvc_lists(found)
+    inspection = Inspection(dataset.name, folder)
+    lists = _fgvc_lists(inspection)
     ids = sorted({label for entries in lists.values() for label in entries.values()})
     numbers = {label: number for number, label in enumerate(ids)}
     root = folder / dataset.images
     for name, entries in lists.items():
         labels = [numbers[label] for label in entries.values()]
-        found.parts[name] = ListedPart(name, root, list(entries), labels)
-    found.classes = _folder_names(ids, list(found.parts.values()))
-    for part in found.parts.values():
-        found.errors += file_errors(part)
-    _check_fgvc_numbers(found, dataset)
+        inspection.parts[name] = ListedPart(name, root, list(entries), labels)
+    inspection.classes = _folder_names(ids, list(inspection.parts.values()))
+    for part in inspection.parts.values():
+        inspection.errors += file_errors(part)
+    _check_fgvc_numbers(inspection, dataset)
     for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
-        found.compare(one, other)
-    return found
+        inspection.compare(one, other)
+    return inspection
 
 
-def _fgvc_lists(found: Inspection) -> dict[str, dict[str, int]]:
-    """From image path to class id, for every list that there is."""
+def _fgvc_lists(inspection: Inspection) -> dict[str, dict[str, int]]:
+    """Return class ids by image path for every existing list."""
     lists = {}
-    files = {name: found.folder / f"{name}.json" for name in _FGVC_PARTS}
-    joined = found.folder / "trainval.json"
+    files = {name: inspection.folder / f"{name}.json" for name in _FGVC_PARTS}
+    joined = inspection.folder / "trainval.json"
     if not files["train"].is_file() and joined.is_file():
         del files["val"]
         files["train"] = joined
-        found.notes.append(f"{found.name}: no train.json; trainval.json is divided into training and validation")
+        inspection.notes.append(
+            f"{inspection.name}: no train.json; trainval.json is split into training and validation"
+        )
     missing = [file.name for file in files.values() if not file.is_file()]
     if missing:
-        found.errors.append(f"missing in '{found.folder}': {', '.join(missing)}; the layout is {_FGVC_LAYOUT}")
+        inspection.errors.append(
+            f"missing in '{inspection.folder}': {', '.join(missing)}; the layout is {_FGVC_LAYOUT}"
+        )
     for name, file in files.items():
         if file.is_file():
             entries, error = _read_object(file)
             if error:
-                found.errors.append(error)
+                inspection.errors.append(error)
             else:
                 lists[name] = entries
     return lists
 
 
 def _read_object(file: Path) -> tuple[dict[str, int], str]:
-    """One list, and what is wrong with it; ids written as text count as numbers."""
+    """Read one list; return class ids (text ids are converted) and an error text."""
     try:
         content: Any = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         return {}, f"{file.name} must be a JSON file: {error}"
     if not isinstance(content, dict) or not content:
-        return {}, f"{file.name} must hold an object {{image path: class}}, got {str(content)[:40]!r}"
+        return {}, f"{file.name} must contain an object {{image path: class}}, got {str(content)[:40]!r}"
     wrong = [f"{path!r}: {label!r}" for path, label in content.items() if not _is_number(label)]
     if wrong:
-        return {}, f"{file.name} must give each image an integer, but {len(wrong)} have none: {listed(wrong)}"
+        return {}, f"{file.name} must map each image to an integer, got {len(wrong)} others: {listed(wrong)}"
     return {path: int(label) for path, label in content.items()}, ""
 
 
 def _is_number(label: Any) -> bool:
-    """Whether a class id is an integer, or a string of digits."""
+    """Return whether a class id is an integer or a string of digits."""
     return not isinstance(label, bool) and (isinstance(label, int) or (isinstance(label, str) and label.isdigit()))
 
 
 def _folder_names(ids: list[int], parts: list[ListedPart]) -> list[str]:
-    """Names of the images' folders where each class has one of its own, else the ids."""
+    """Return the image folder names if each class has a separate folder, else the ids."""
     folders: list[set[str]] = [set() for _ in ids]
     for part in parts:
         for file, label in zip(part.files, part.labels, strict=True):
             folders[label].add(Path(file).parent.name)
-    names = [next(iter(found)) for found in folders if len(found) == 1]
+    names = [next(iter(members)) for members in folders if len(members) == 1]
     if len(names) == len(ids) == len(set(names)) and all(names):
         return names
     return [str(label) for label in ids]
 
 
-def _check_fgvc_numbers(found: Inspection, dataset: FgvcDataset) -> None:
-    """Compare the numbers of classes and images with the benchmark's."""
-    if len(found.classes) > dataset.classes:
-        found.errors.append(f"{dataset.classes} classes are required, the lists name {len(found.classes)}")
-    elif found.parts:
-        found.deviations += class_errors(list(found.parts.values()), dataset.classes)[1]
+def _check_fgvc_numbers(inspection: Inspection, dataset: FgvcDataset) -> None:
+    """Compare the numbers of classes and images with the benchmark."""
+    if len(inspection.classes) > dataset.classes:
+        inspection.errors.append(f"lists must have {dataset.classes} classes, got {len(inspection.classes)}")
+    elif inspection.parts:
+        inspection.deviations += class_errors(list(inspection.parts.values()), dataset.classes)[1]
     sizes = dict(zip(_FGVC_PARTS, dataset.sizes, strict=True))
-    if "val" not in found.parts and found.notes:
+    if "val" not in inspection.parts and inspection.notes:
         sizes["train"] += sizes["val"]
-    found.count(sizes)
+    inspection.count(sizes)
 
 
-FGVC = BenchmarkFamily("fgvc", "FGVC", "data set", FGVC_DATASETS, _FGVC_LAYOUT, inspect_fgvc)
-"""The benchmark: how its data sets are known, found and read."""
+FGVC = BenchmarkFamily("fgvc", "FGVC", "dataset", FGVC_DATASETS, _FGVC_LAYOUT, inspect_fgvc)
+"""FGVC."""

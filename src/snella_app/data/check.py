@@ -1,4 +1,4 @@
-"""Validation of data before training: counts, sizes, broken files, copies; and of VTAB-1k and FGVC folders."""
+"""Data validation before training: counts, sizes, broken files, duplicates, VTAB-1k and FGVC folders."""
 
 import difflib
 import re
@@ -22,15 +22,15 @@ _FAMILIES: tuple[BenchmarkFamily[Any], ...] = (VTAB, FGVC)
 
 @dataclass
 class BenchmarkCheck:
-    """The result of checking the folder of a benchmark, or of one of its data sets.
+    """Validation result of a benchmark folder or of one of its datasets.
 
     Attributes:
         title: Name of the benchmark.
-        folder: Folder of its data sets.
-        found: Those that are there.
-        missing: Names of those that are not.
-        layout: What belongs where.
-        strangers: Folders that are none of its data sets, with the name that may have been meant.
+        folder: Folder of the datasets.
+        found: Inspections of the existing datasets.
+        missing: Names of missing datasets.
+        layout: Expected folder layout.
+        unexpected: Unknown folders, each with the nearest dataset name.
     """
 
     title: str
@@ -42,7 +42,7 @@ class BenchmarkCheck:
 
     @property
     def errors(self) -> list[str]:
-        """Everything that is wrong, one text for each error."""
+        """All errors, one text each."""
         texts = [
             f"{inspection.name}: {error}"
             for inspection in self.found
@@ -50,42 +50,42 @@ class BenchmarkCheck:
         ]
         if self.missing:
             total = len(self.missing) + len(self.found)
-            hint = f" (there are folders {', '.join(self.unexpected)})" if self.unexpected else ""
+            hint = f" (unknown folders: {', '.join(self.unexpected)})" if self.unexpected else ""
             texts.append(
-                f"{len(self.missing)} of {total} data sets of {self.title} are missing: {', '.join(self.missing)}; "
+                f"{len(self.missing)} of {total} datasets of {self.title} are missing: {', '.join(self.missing)}; "
                 f"put each into '{self.folder}' as {self.layout}{hint}"
             )
         return texts
 
 
 def check_benchmarks(folder: str | Path, *, decode: bool = False) -> list[BenchmarkCheck]:
-    """Validate a benchmark's folder, one data set of it, or a folder with `vtab-1k` and `fgvc` inside.
+    """Validate a benchmark folder, one of its datasets, or a folder that contains `vtab-1k` and `fgvc`.
 
     Args:
-        folder: The folder.
-        decode: Also decode every image, which takes minutes; files that cannot be read become errors.
+        folder: Folder to validate.
+        decode: Also decode every image (slow); unreadable files become errors.
 
     Returns:
-        One entry a benchmark that is there, in part at least.
+        One entry per benchmark that is at least partly present.
 
     Raises:
-        FileNotFoundError: There is no such folder.
-        ValueError: It holds nothing of either benchmark; says what belongs there.
+        FileNotFoundError: If the folder does not exist.
+        ValueError: If the folder contains no benchmark data.
     """
     root = Path(folder).expanduser()
-    wanted = "; ".join(f"{family.title} as {family.layout}" for family in _FAMILIES)
+    layouts = "; ".join(f"{family.title} as {family.layout}" for family in _FAMILIES)
     if not root.is_dir():
         raise FileNotFoundError(
-            f"folder must be the folder of a benchmark, got {str(folder)!r}, which does not exist; put there {wanted}"
+            f"folder must be a benchmark folder, got {str(folder)!r}, which does not exist; put there {layouts}"
         )
     checks = _single(root) or _all(root)
     if not checks:
         inside = sorted(child.name for child in root.iterdir())
-        there = f"it holds {listed(inside)}" if inside else "it is empty"
+        contents = f"it contains {listed(inside)}" if inside else "it is empty"
         raise ValueError(
-            f"folder must hold a benchmark, got '{root}', where nothing of one is ({there}); put there {wanted}. "
-            f"Tasks are {', '.join(VTAB_TASKS)}; data sets are {', '.join(FGVC_DATASETS)}. "
-            f"Images of your own are in class folders, {root}/CLASS/image.jpg, or named by a table"
+            f"folder must contain a benchmark, got '{root}' without one ({contents}); put there {layouts}. "
+            f"VTAB-1k tasks: {', '.join(VTAB_TASKS)}; FGVC datasets: {', '.join(FGVC_DATASETS)}. "
+            f"For other images use class folders, {root}/CLASS/image.jpg, or a table"
         )
     if decode:
         for inspection in (inspection for check in checks for inspection in check.found):
@@ -94,7 +94,7 @@ def check_benchmarks(folder: str | Path, *, decode: bool = False) -> list[Benchm
 
 
 def holds_benchmark(folder: str | Path) -> bool:
-    """Whether a folder is a benchmark's, one data set of it, or one with benchmarks right inside it."""
+    """Return whether a folder is a benchmark, one of its datasets, or directly contains benchmarks."""
     root = Path(folder).expanduser()
     if not root.is_dir():
         return False
@@ -104,7 +104,7 @@ def holds_benchmark(folder: str | Path) -> bool:
 
 
 def _single(root: Path) -> list[BenchmarkCheck]:
-    """The check of a folder that is one data set itself."""
+    """Check a folder that is a single dataset."""
     for family in _FAMILIES:
         member = family.known(root.resolve().name)
         if member is not None and not any(other.holds(root) for other in _FAMILIES):
@@ -113,13 +113,13 @@ def _single(root: Path) -> list[BenchmarkCheck]:
 
 
 def _all(root: Path) -> list[BenchmarkCheck]:
-    """The checks of all benchmarks in a folder and in the folders right inside it."""
+    """Check all benchmarks in a folder and its direct subfolders."""
     places = [root, *sorted(child for child in root.iterdir() if child.is_dir())]
     return [_whole(family, place) for family in _FAMILIES for place in places if family.holds(place)]
 
 
 def _whole(family: BenchmarkFamily[Any], root: Path) -> BenchmarkCheck:
-    """The check of a whole benchmark."""
+    """Check a complete benchmark."""
     found, missing = [], []
     for name, member in family.members.items():
         place = family.place(root, member)
@@ -131,7 +131,7 @@ def _whole(family: BenchmarkFamily[Any], root: Path) -> BenchmarkCheck:
 
 
 def _unexpected_folders(root: Path, missing: list[str]) -> list[str]:
-    """Folders of another name than any data set has, next to the missing one of a like name."""
+    """Describe unknown folders whose names resemble a missing dataset."""
     texts = []
     for child in sorted(child for child in root.iterdir() if child.is_dir()):
         near = difflib.get_close_matches(child.name.lower(), missing, n=1, cutoff=0.6)
@@ -141,7 +141,7 @@ def _unexpected_folders(root: Path, missing: list[str]) -> list[str]:
 
 
 def _decode(inspection: Inspection) -> None:
-    """Add the images that cannot be read to the errors."""
+    """Add unreadable images to the errors."""
     files = {part.root / file: file for part in inspection.parts.values() for file in part.files}
     paths = [path for path in files if path.is_file()]
     broken = [f"{files[paths[index]]} ({reason})" for index, reason in broken_images(paths).items()]
@@ -160,22 +160,22 @@ _BACKGROUND, _INK = (255, 255, 255), (30, 30, 30)
 
 
 NO_LABEL = "(none)"
-"""Row of the images without a label."""
+"""Name of the row for images without a label."""
 
 
 @dataclass
 class DataCheck:
-    """What is known of data before it is trained on.
+    """Validation result of a dataset.
 
     Attributes:
-        splits: The data, divided as training would divide it; undivided where it cannot be.
-        counts: Number of images by class (or label) and part; nothing for numbers and images with masks.
-        ranges: Smallest, median and largest of each column of numbers; nothing for others.
-        sizes: Smallest, median and largest width and height; None where images were not inspected.
-        kinds: Number of images by format and mode, such as `JPEG RGB`.
-        errors: What training would refuse, or what surely is wrong.
-        warnings: What may make results wrong, and what to do about it.
-        notes: What else a user should know.
+        splits: Data in the splits of training; unsplit if splitting fails.
+        counts: Number of images by class (or label) and split; empty for regression and segmentation.
+        ranges: Minimum, median and maximum of each regression target; empty for other tasks.
+        sizes: Width and height of the smallest, median and largest image; None if images were not inspected.
+        kinds: Number of images by format and mode, e.g. `JPEG RGB`.
+        errors: Problems that training rejects, and definite mistakes.
+        warnings: Problems that may invalidate results, with remedies.
+        notes: Other notes for the user.
     """
 
     splits: DataSplits
@@ -198,29 +198,28 @@ def check_data(
     skip_corrupt: bool = False,
     seed: int = 0,
 ) -> DataCheck:
-    """Load data as training does, broken images left out, and say what is in it.
+    """Load data like training, skipping broken images, and report its contents and problems.
 
     Args:
-        spec: As `load_data` takes it.
-        columns: Of a table.
-        channels: Of an image.
-        white: Value of 16-bit images that becomes white.
-        target: What the label column of a table holds.
-        skip_corrupt: Whether images that cannot be used are a note, as for a training that leaves them out, or an
-            error.
-        seed: Of the splits.
+        spec: As for `load_data`.
+        columns: As for `load_data`.
+        channels: As for `load_data`.
+        white: As for `load_data`.
+        target: As for `load_data`.
+        skip_corrupt: Report unusable images as a note instead of an error.
+        seed: Seed of the splits.
 
     Raises:
-        ValueError: What training would refuse before it is divided, such as a missing column.
-        FileNotFoundError: It is not there.
-        ImportError: A package that it needs is not installed.
+        ValueError: If the data cannot be loaded, e.g. a column is missing.
+        FileNotFoundError: If the data does not exist.
+        ImportError: If a required package is not installed.
     """
     options: dict[str, Any] = {"columns": columns, "channels": channels, "white": white, "target": target, "seed": seed}
     errors = []
     try:
         splits = load_data(spec, skip_corrupt=True, **options)
     except ValueError as error:
-        splits = load_data(spec, skip_corrupt=True, divide=False, **options)  # or raises the same
+        splits = load_data(spec, skip_corrupt=True, divide=False, **options)  # raises again if loading fails
         errors.append(str(error))
     notes = [note for note in splits.notes if note not in splits.warnings]
     check = DataCheck(splits, errors=errors, warnings=list(splits.warnings), notes=notes)
@@ -230,9 +229,9 @@ def check_data(
         count = len(splits.broken)
         text = f"{count} image{'s' if count > 1 else ''} cannot be used"
         if skip_corrupt:
-            check.notes.append(f"{text}, and {'are' if count > 1 else 'is'} left out by --skip-corrupt: {named}")
+            check.notes.append(f"{text} and {'are' if count > 1 else 'is'} skipped (--skip-corrupt): {named}")
         else:
-            check.errors.append(f"{text}: {named}; --skip-corrupt leaves them out")
+            check.errors.append(f"{text}: {named}; skip with --skip-corrupt")
     if not isinstance(splits.train, MaskDataset) and target == "class":
         check.counts = {
             name: {part: images.labels.count(label) for part, images in splits.parts.items()}
@@ -253,17 +252,17 @@ def check_data(
 
 
 def _label_counts(splits: DataSplits) -> dict[str, dict[str, int]]:
-    """Number of images of each part that have a label, and of those that have none."""
-    of_parts = {part: Counter[str]() for part in splits.parts}
+    """Count images by label and split, including images without a label."""
+    counters = {part: Counter[str]() for part in splits.parts}
     for part, images in splits.parts.items():
         for target in images.annotations.targets or []:
-            of_parts[part].update(cast(tuple[str, ...], target) or (NO_LABEL,))
-    names = [*splits.classes, *([NO_LABEL] if any(counts[NO_LABEL] for counts in of_parts.values()) else [])]
-    return {name: {part: counts[name] for part, counts in of_parts.items()} for name in names}
+            counters[part].update(cast(tuple[str, ...], target) or (NO_LABEL,))
+    names = [*splits.classes, *([NO_LABEL] if any(counts[NO_LABEL] for counts in counters.values()) else [])]
+    return {name: {part: counts[name] for part, counts in counters.items()} for name in names}
 
 
 def _ranges(splits: DataSplits) -> dict[str, tuple[float, float, float]]:
-    """Smallest, median and largest value of each column, over all parts."""
+    """Return minimum, median and maximum of each column over all splits."""
     targets = [target for images in splits.parts.values() for target in images.annotations.targets or []]
     values = np.array(targets, dtype=float).reshape(len(targets), -1)
     low, median, high = np.quantile(values, (0, 0.5, 1), axis=0, method="nearest").tolist()
@@ -271,50 +270,50 @@ def _ranges(splits: DataSplits) -> dict[str, tuple[float, float, float]]:
 
 
 def _repetitions(splits: DataSplits) -> list[str]:
-    """Warnings about the same picture several times in one part, under one class or several."""
+    """Return warnings about duplicate images within a split, with equal or different labels."""
     notes = []
     for part, images in splits.parts.items():
         groups = repeated_images(images)
         contradicting = [group for group in groups if len({images.labels[position] for position in group}) > 1]
         texts = (
-            ("picture is", "pictures are", "in it more than once", "remove the copies"),
-            ("picture has", "pictures have", "several labels", "keep the right one"),
+            ("image appears", "images appear", "more than once", "remove the copies"),
+            ("image has", "images have", "several labels", "keep the correct one"),
         )
-        for (one, many, text, remedy), chosen in zip(texts, (groups, contradicting), strict=True):
+        for (singular, plural, text, remedy), chosen in zip(texts, (groups, contradicting), strict=True):
             if chosen:
                 named = listed([" = ".join(images.names[position] for position in group[:3]) for group in chosen])
-                count = f"{len(chosen)} {one if len(chosen) == 1 else many}"
+                count = f"{len(chosen)} {singular if len(chosen) == 1 else plural}"
                 notes.append(f"{part}: {count} {text}: {named}; {remedy}")
     return notes
 
 
 def _suspicious_names(classes: Sequence[str]) -> list[str]:
-    """Warnings about class names that may be no classes, or one class written in two ways."""
+    """Return warnings about generic class names and spelling variants of one class."""
     notes = []
     generic = [repr(name) for name in classes if name.strip().lower() in _GENERIC or _COPY.search(name)]
     if generic:
-        notes.append(f"class names that say nothing: {listed(generic)}; rename them, or remove what is no class")
+        notes.append(f"generic class names: {listed(generic)}; rename them, or remove folders that are not classes")
     alike: dict[str, list[str]] = {}
     for name in classes:
         alike.setdefault(re.sub(r"[\W_]", "", name.lower()).rstrip("s") or name, []).append(name)
     twice = [" and ".join(map(repr, names)) for names in alike.values() if len(names) > 1]
     if twice:
-        notes.append(f"classes that may be the same: {listed(twice)}; put their images into one")
+        notes.append(f"possible duplicate classes: {listed(twice)}; merge them")
     return notes
 
 
 def contact_sheet(splits: DataSplits, *, per_class: int = 10, most_classes: int = 20) -> Image.Image:
-    """A picture of the first training images of each class, a row a class.
+    """Draw the first training images of each class, one row per class.
 
     Args:
-        splits: The data.
-        per_class: Images in a row.
-        most_classes: Rows.
+        splits: Data.
+        per_class: Number of images per row.
+        most_classes: Maximum number of rows.
     """
     images = splits.train
     labels = sorted(set(images.labels))[:most_classes]
     names = splits.classes if not isinstance(images, MaskDataset) else ["images"]
-    rows = [(label, [p for p, own in enumerate(images.labels) if own == label]) for label in labels]
+    rows = [(label, [p for p, other in enumerate(images.labels) if other == label]) for label in labels]
     width = per_class * (_TILE + _GAP) + _GAP
     sheet = Image.new("RGB", (width, len(rows) * (_TILE + _HEADING + _GAP) + _GAP), _BACKGROUND)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)

@@ -1,4 +1,4 @@
-"""Torch data sets of labeled images, whose augmentation depends on seed, epoch and image alone; collections of them."""
+"""Torch datasets of labeled images with augmentation seeded by (seed, epoch, image)."""
 
 import hashlib
 import os
@@ -40,17 +40,17 @@ _BUDGET_BYTES = 512 * 2**20
 
 
 class ImageSource(Protocol):
-    """Images by row; picklable, so that loader workers can have it."""
+    """Picklable source of images by row."""
 
     def load(self, row: int) -> Image.Image:
-        """The image as RGB; it may be shared, so it is not changed in place."""
+        """Return the image as RGB; it may be shared and must not be modified."""
 
     def content(self, row: int) -> bytes:
-        """What the image is made of: the bytes of its file, or its pixels."""
+        """Return the raw content of the image: file bytes or pixels."""
 
 
 class ArrayImages:
-    """Gray images in one array.
+    """Grayscale images in one array.
 
     Args:
         pixels: `[n, height, width]`, uint8.
@@ -60,26 +60,26 @@ class ArrayImages:
         self.pixels = pixels
 
     def load(self, row: int) -> Image.Image:
-        """The image as RGB."""
+        """Return the image as RGB."""
         return Image.fromarray(self.pixels[row]).convert("RGB")
 
     def content(self, row: int) -> bytes:
-        """The pixels."""
+        """Return the pixels."""
         return self.pixels[row].tobytes()
 
 
 class CachedImages:
-    """Images that are decoded when they are asked for, and kept in memory up to a budget for later epochs.
+    """Lazily decoded images with an in-memory cache.
 
-    A subclass has `read` and `content`.
+    Subclasses implement `read` and `content`.
 
     Args:
-        budget_bytes: Of all decoded images together, one byte a pixel and channel; loader workers share it out. Images
-            beyond it are decoded every time.
+        budget_bytes: Cache size for decoded images, one byte per pixel and channel; loader workers share it. Images
+            beyond the budget are decoded every time.
         reading: As for `read_image`.
 
     Attributes:
-        facts: What is known of images that were inspected, by row.
+        facts: Facts about inspected images by row.
     """
 
     def __init__(self, *, budget_bytes: int = _BUDGET_BYTES, reading: Reading = RGB) -> None:
@@ -90,13 +90,13 @@ class CachedImages:
         self._kept: dict[int, Any] = {}
 
     def load(self, row: int) -> Any:
-        """The image with its channels.
+        """Return the decoded image, from the cache if possible.
 
         Raises:
-            ValueError: The file is gone or broken by now.
+            ValueError: If the file is missing or broken.
         """
-        if (kept := self._kept.get(row)) is not None:
-            return kept
+        if (cached := self._kept.get(row)) is not None:
+            return cached
         image = self.read(row)
         worker = get_worker_info()
         budget = self.budget_bytes // (1 if worker is None else worker.num_workers)
@@ -107,30 +107,30 @@ class CachedImages:
         return image
 
     def read(self, row: int) -> Any:
-        """Decode one image; a ValueError where it is broken."""
+        """Decode one image; raise a ValueError if it is broken."""
         raise NotImplementedError
 
     def inspect(self, row: int) -> ImageFacts:
-        """Decode one image and say what it is; a ValueError where it is broken."""
+        """Decode one image and return its facts; raise a ValueError if it is broken."""
         return facts_of(self.read(row))
 
     def content(self, row: int) -> bytes:
-        """What one image is made of."""
+        """Return the raw content of one image."""
         raise NotImplementedError
 
     def at_side(self, side: int | None) -> Self:
-        """The same images, read as `Reading.side` says; nothing is kept in memory yet."""
+        """Return a copy with another `Reading.side` and an empty cache."""
         source = copy(self)
         source.reading, source._kept, source.kept_bytes = replace(self.reading, side=side), {}, 0
         return source
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the decoded images: a worker starts with none."""
+        """Exclude cached images from pickling."""
         return {**self.__dict__, "_kept": {}, "kept_bytes": 0, "facts": {}}
 
 
 class FileImages(CachedImages):
-    """Image files; the other arguments are those of `CachedImages`."""
+    """Image files; see `CachedImages` for other arguments."""
 
     def __init__(self, paths: Sequence[Path], *, budget_bytes: int = _BUDGET_BYTES, reading: Reading = RGB) -> None:
         super().__init__(budget_bytes=budget_bytes, reading=reading)
@@ -141,36 +141,36 @@ class FileImages(CachedImages):
         return read_image(self.paths[row], self.reading)
 
     def inspect(self, row: int) -> ImageFacts:
-        """Decode one file and say what it is."""
+        """Decode one file and return its facts."""
         path = self.paths[row]
         return inspect_image(path, str(path), self.reading)
 
     def content(self, row: int) -> bytes:
-        """The bytes of one file."""
+        """Return the bytes of one file."""
         return self.paths[row].read_bytes()
 
 
 def broken_images(paths: Sequence[Path]) -> dict[int, str]:
-    """Decode every file once and tell which ones cannot be.
+    """Decode every file once and return the broken ones.
 
     Args:
         paths: Image files.
 
     Returns:
-        From the position in `paths` to the reason, in order.
+        Reason by position in `paths`, in order.
     """
     return broken_rows(FileImages(paths), range(len(paths)))
 
 
 def broken_rows(source: "CachedImages", rows: Sequence[int]) -> dict[int, str]:
-    """Decode images of a source once and tell which ones cannot be; its `facts` note what is known of the others.
+    """Decode rows of a source once, store their `facts`, and return the broken rows.
 
     Args:
         source: Images.
-        rows: Which of them.
+        rows: Rows to decode.
 
     Returns:
-        From the row to the reason, in the order of `rows`.
+        Reason by row, in the order of `rows`.
     """
 
     def reason(row: int) -> str | None:
@@ -186,13 +186,13 @@ def broken_rows(source: "CachedImages", rows: Sequence[int]) -> dict[int, str]:
 
 
 Watch = Callable[[Iterable[str | None], int], Iterable[str | None]]
-"""Passes items on, of which there are so many, and shows how far it is."""
+"""Wraps an iterable of known length to display progress."""
 _WATCH: ContextVar[Watch] = ContextVar("watch", default=lambda items, total: items)
 
 
 @contextmanager
 def watched_reading(watch: Watch) -> Iterator[None]:
-    """Show how far the first decoding of all images is, which takes minutes for thousands of photographs."""
+    """Display progress of the first decoding of all images with `watch`."""
     token = _WATCH.set(watch)
     try:
         yield
@@ -202,11 +202,11 @@ def watched_reading(watch: Watch) -> Iterator[None]:
 
 @contextmanager
 def show_reading(console: "Console | None", is_wanted: bool = True) -> Iterator[None]:
-    """On a terminal, show how far the first decoding of all images is, inside.
+    """Display a progress bar for the first decoding of all images if the console is a terminal.
 
     Args:
-        console: Where to draw the bar, which is gone afterwards; None for nowhere.
-        is_wanted: False for no bar.
+        console: Console for the transient bar; None disables it.
+        is_wanted: If False, the bar is disabled.
     """
     if console is None or not is_wanted or not console.is_terminal:
         yield
@@ -221,18 +221,18 @@ def show_reading(console: "Console | None", is_wanted: bool = True) -> Iterator[
 
 
 Target = str | float | tuple[str, ...] | tuple[float, ...]
-"""What a label column says of an image: a class name, a number, several labels, or several numbers."""
+"""Label-column value of an image: class name, number, label names, or several numbers."""
 
 
 @dataclass(frozen=True)
 class Annotations:
-    """What a table says of images besides their class; each list has an entry an image, None is for no such column.
+    """Table columns besides the class, one entry per image; None for absent columns.
 
     Attributes:
-        targets: Of the label column: a class name (`str`), a number, any number of label names (a tuple of `str`), or
-            the numbers of several columns (a tuple of `float`), as `load_data(target=...)` reads it.
-        weights: Sample weights, at least 0; how much an image counts in the loss.
-        groups: Name of what an image shares with others, such as a patient, a site or a video.
+        targets: Values of the label column: class name (`str`), number, label names (tuple of `str`), or numbers of
+            several columns (tuple of `float`), depending on `load_data(target=...)`.
+        weights: Nonnegative sample weights in the loss.
+        groups: Group of the image, e.g. a patient, site or video.
     """
 
     targets: list[Target] | None = None
@@ -240,40 +240,40 @@ class Annotations:
     groups: list[str] | None = None
 
     def subset(self, positions: Sequence[int]) -> "Annotations":
-        """Those of the images at these positions."""
+        """Return the annotations at these positions."""
         columns = (self.targets, self.weights, self.groups)
         return Annotations(*(None if c is None else [c[p] for p in positions] for c in columns))  # type: ignore[arg-type]
 
     def joined(self, other: "Annotations") -> "Annotations":
-        """Those of both, one after the other; a column that one of them lacks is left out."""
+        """Concatenate two annotations; drop columns that either lacks."""
         pairs = zip(
             (self.targets, self.weights, self.groups), (other.targets, other.weights, other.groups), strict=True
         )
         return Annotations(*(None if a is None or b is None else [*a, *b] for a, b in pairs))
 
     def plain(self) -> dict[str, Any]:
-        """The columns that there are, for a digest."""
+        """Return the present columns as plain values for a digest."""
         columns = {"targets": self.targets, "weights": self.weights, "groups": self.groups}
         return {name: column for name, column in columns.items() if column is not None}
 
 
 class ImageDataset(Dataset[tuple[Any, ...]]):
-    """A selection of a source's images with labels, names and a transform.
+    """Dataset of selected images with labels, names and a transform.
 
-    The transform of item `i` runs with torch's generator seeded by (seed, epoch, i) and leaves the generator as it was:
-    what is drawn depends neither on the worker, nor on the order, nor on what was drawn before.
+    The transform of item `i` runs with torch's generator seeded by (seed, epoch, i) and restores the generator.
+    Augmentation therefore does not depend on workers or order.
 
     Args:
-        source: Where the images come from.
-        rows: Which images of the source, in order.
+        source: Source of the images.
+        rows: Selected rows of the source, in order.
         labels: Class index of each selected image.
         names: Name of each selected image.
-        transform: From RGB image to tensor; without one, items are images.
-        seed: Of the augmentation.
-        annotations: What else is known of each selected image: raw targets, sample weights, groups.
+        transform: Maps an RGB image to a tensor; None returns images.
+        seed: Seed of the augmentation.
+        annotations: Raw targets, sample weights and groups of the selected images.
 
     Raises:
-        ValueError: `rows`, `labels` and `names` differ in length.
+        ValueError: If `rows`, `labels` and `names` differ in length.
     """
 
     def __init__(
@@ -289,21 +289,21 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
     ) -> None:
         if not len(rows) == len(labels) == len(names):
             raise ValueError(
-                f"rows, labels and names must be equally many, got {len(rows)}, {len(labels)} and {len(names)}"
+                f"rows, labels and names must have equal lengths, got {len(rows)}, {len(labels)} and {len(names)}"
             )
         self.source, self.rows, self.labels, self.names = source, list(rows), list(labels), list(names)
         self.transform, self.seed = transform, seed
         self.annotations = annotations or Annotations()
         self._encode: Callable[[Target], Any] | None = None
         self._is_weighted = False
-        # in shared memory: persistent workers, which hold a copy of this object, see a new epoch too
+        # shared memory, so that copies in persistent workers see new epochs
         self._epoch = _shared_zero()
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
-        """Transformed image (the RGB image itself without a transform) and class index; see `with_targets`."""
+        """Return the transformed image (or RGB image without a transform) and class index; see `with_targets`."""
         index = self._position(index)
         if self.transform is None:
             return self._item(index)
@@ -313,22 +313,22 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
 
     @property
     def epoch(self) -> int:
-        """Epoch that the augmentation is drawn for."""
+        """Epoch that seeds the augmentation."""
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw another augmentation from here on; Accelerate's loaders call this at each epoch's start."""
+        """Set the epoch that seeds the augmentation; Accelerate's loaders call this at each epoch's start."""
         self._epoch.fill_(epoch)
 
     def image(self, index: int) -> Image.Image:
-        """The image as it is, RGB; a copy to draw on. Of many channels the first three."""
+        """Return a copy of the untransformed image as RGB; multispectral images are reduced to three channels."""
         image: Any = self.source.load(self.rows[self._position(index)])
         if isinstance(image, Tensor):
             return to_pil_image(first_channels(image))
         return image.copy() if image.mode == "RGB" else to_rgb(image)
 
     def content_digest(self) -> str:
-        """SHA-256 of what the images are made of (files' bytes, or pixels), in order; changes with any pixel."""
+        """Return the SHA-256 of the raw content (file bytes or pixels) of all images in order."""
         total = hashlib.sha256()
         for row in self.rows:
             for source in self._sources():
@@ -336,15 +336,15 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
         return total.hexdigest()
 
     def _sources(self) -> list[ImageSource]:
-        """Where the content of an item comes from."""
+        """Return the sources of an item's content."""
         return [self.source]
 
     def with_transform(self, transform: Callable[[Image.Image], Any] | None) -> "ImageDataset":
-        """The same images with another transform, in the same epoch; decoded images are shared."""
+        """Return a copy with another transform; cached images are shared."""
         return self._selected(range(len(self)), transform)
 
     def with_source(self, source: ImageSource) -> "ImageDataset":
-        """The same items of another source of the same rows."""
+        """Return a copy with another source of the same rows."""
         changed = self.with_transform(self.transform)
         changed.source = source
         return changed
@@ -352,23 +352,23 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
     def with_targets(
         self, encode: Callable[[Target], Any] | None = None, *, is_weighted: bool = False
     ) -> "ImageDataset":
-        """The same images with other items.
+        """Return a copy with other targets.
 
         Args:
-            encode: From what the label column says to an item's second part; None for the class index. Picklable.
-            is_weighted: Whether items have their sample weight as a third part, where there are weights.
+            encode: Maps the label-column value to the target; None uses the class index. Must be picklable.
+            is_weighted: Append the sample weight to each item, if the data has weights.
         """
         changed = self._selected(range(len(self)), self.transform)
         changed._encode, changed._is_weighted = encode, is_weighted and self.annotations.weights is not None
         return changed
 
     def target_and_weight(self, index: int) -> tuple[Any, ...]:
-        """What follows the image in an item: class index or encoded target, and the sample weight where it counts."""
+        """Return the target of an item, followed by the sample weight if items are weighted."""
         target: Any = self.labels[index]
         if self._encode is not None:
             if self.annotations.targets is None:
                 raise RuntimeError(
-                    "targets can be encoded where a label column was read, got images with classes alone"
+                    "encoding targets requires a label column, got images with classes only; load a table"
                 )
             target = self._encode(self.annotations.targets[index])
         if not self._is_weighted or self.annotations.weights is None:
@@ -376,11 +376,11 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
         return target, self.annotations.weights[index]
 
     def subset(self, positions: Sequence[int]) -> "ImageDataset":
-        """The images at these positions, in this order."""
+        """Return the images at these positions, in this order."""
         return self._selected([self._position(position) for position in positions], self.transform)
 
     def _selected(self, positions: Sequence[int], transform: Callable[[Image.Image], Any] | None) -> "ImageDataset":
-        """A copy with some of the items."""
+        """Return a copy with the selected items."""
         selected = self._made(
             [self.rows[position] for position in positions],
             [self.labels[position] for position in positions],
@@ -393,7 +393,7 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
         return selected
 
     def _item(self, index: int) -> tuple[Any, ...]:
-        """Transformed image and what follows it; what is random in it is seeded already."""
+        """Return the transformed image and its target; the caller seeds the generator."""
         image: Any = self.source.load(self.rows[index])
         if self.transform is not None:
             image = self.transform(image)
@@ -402,46 +402,46 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
         return image, *self.target_and_weight(index)
 
     def _made(self, rows: list[int], labels: list[int], names: list[str], transform: Any) -> "ImageDataset":
-        """A data set of the same source."""
+        """Build a dataset of the same source."""
         return ImageDataset(self.source, rows, labels, names, transform=transform, seed=self.seed)
 
     def _position(self, index: int) -> int:
-        """`index` counted from the front."""
+        """Return a nonnegative index."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} is out of range for {len(self)} images")
         return index % len(self)
 
 
 def _shared_zero() -> Tensor:
-    """A zero that processes share.
+    """Return a zero in shared memory.
 
     Raises:
-        OSError: There is no room for it in shared memory (`/dev/shm`), or a limit on the size of files is met.
+        OSError: If shared memory (`/dev/shm`) is full or a file size limit is reached.
     """
     try:
         return torch.zeros((), dtype=torch.int64).share_memory_()
     except RuntimeError as error:
-        raise OSError(f"no room for eight bytes in shared memory: {error}; make room in /dev/shm") from None
+        raise OSError(f"cannot allocate eight bytes in shared memory: {error}; free space in /dev/shm") from None
 
 
 def _item_seed(seed: int, epoch: int, index: int) -> int:
-    """64 bits that differ for every (seed, epoch, index)."""
+    """Return a 63-bit seed derived from (seed, epoch, index)."""
     digest = hashlib.blake2b(struct.pack("<qqq", seed, epoch, index), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def known_facts(images: ImageDataset) -> dict[int, ImageFacts]:
-    """What is known of those images of a data set that were inspected, by position."""
+    """Return the facts about inspected images of a dataset by position."""
     known = images.source.facts if isinstance(images.source, CachedImages) else {}
     return {position: known[row] for position, row in enumerate(images.rows) if row in known}
 
 
 class FileMasks(FileImages):
-    """Mask files, kept in memory like images.
+    """Mask files, cached like images.
 
     Args:
-        paths: Files that `read_label_map` reads.
-        is_white_foreground: Whether 255 stands for label 1.
+        paths: Files supported by `read_label_map`.
+        is_white_foreground: If True, nonzero values become label 1.
     """
 
     def __init__(self, paths: Sequence[Path], *, is_white_foreground: bool = False) -> None:
@@ -449,7 +449,7 @@ class FileMasks(FileImages):
         self.is_white_foreground = is_white_foreground
 
     def read(self, row: int) -> Image.Image:
-        """Labels as the gray values of a picture."""
+        """Return labels as gray values of an image."""
         labels, _ = read_label_map(self.paths[row])
         if self.is_white_foreground:
             labels = labels > 0
@@ -457,23 +457,23 @@ class FileMasks(FileImages):
 
 
 class ArrayMasks(ArrayImages):
-    """Masks in one array, whose values are the labels."""
+    """Masks in one array of labels."""
 
     def load(self, row: int) -> Image.Image:
-        """Labels as the gray values of a picture."""
+        """Return labels as gray values of an image."""
         return Image.fromarray(self.pixels[row])
 
 
 class MaskDataset(ImageDataset):
-    """A selection of images with their masks; see `ImageDataset` for what is drawn at random.
+    """Dataset of selected images with masks; see `ImageDataset` for seeding.
 
     Args:
-        source: Where the images come from.
-        masks: Where their masks come from, under the same rows.
-        rows: Which images of the source, in order.
+        source: Source of the images.
+        masks: Source of the masks, with the same rows.
+        rows: Selected rows of the source, in order.
         names: Name of each selected image.
-        transform: From (RGB image, mask) to two tensors; without one, items are an image and a label array.
-        seed: Of the augmentation.
+        transform: Maps (RGB image, mask) to two tensors; None returns an image and a label array.
+        seed: Seed of the augmentation.
     """
 
     def __init__(
@@ -490,32 +490,32 @@ class MaskDataset(ImageDataset):
         self.masks = masks
 
     def mask(self, index: int) -> np.ndarray:
-        """Labels of the image as it is, `[height, width]`, uint8."""
+        """Return the untransformed labels of an image, `[height, width]`, uint8."""
         return np.array(self.masks.load(self.rows[self._position(index)]))
 
     def _sources(self) -> list[ImageSource]:
-        """Where the content of an item comes from."""
+        """Return the sources of an item's content."""
         return [self.source, self.masks]
 
     def _item(self, index: int) -> tuple[Any, Any]:
-        """Image and labels, transformed together: `[3, height, width]` and `[height, width]`, int64."""
+        """Transform image and labels together: `[3, height, width]` and `[height, width]`, int64."""
         image, labels = self.source.load(self.rows[index]), torch.from_numpy(self.mask(index))
         if self.transform is None:
             return image.copy(), labels.numpy()
-        moved, mask = cast(Callable[..., Any], self.transform)(image, tv_tensors.Mask(labels))
-        return moved, mask.as_subclass(Tensor).long()
+        transformed, mask = cast(Callable[..., Any], self.transform)(image, tv_tensors.Mask(labels))
+        return transformed, mask.as_subclass(Tensor).long()
 
     def _made(self, rows: list[int], labels: list[int], names: list[str], transform: Any) -> "MaskDataset":
-        """A data set of the same sources."""
+        """Build a dataset of the same sources."""
         return MaskDataset(self.source, self.masks, rows, names, transform=transform, seed=self.seed)
 
 
 def read_at_side(parts: Sequence[ImageDataset], side: int | None) -> list[ImageDataset]:
-    """The same parts, their images read as `Reading.side` says; images with masks, which must fit, stay as they are.
+    """Return the splits with images read at a reduced resolution; images with masks are unchanged.
 
     Args:
-        parts: Of one source or several; those that share one still do.
-        side: What the shorter side keeps at least.
+        parts: Splits; sources shared between splits stay shared.
+        side: Minimum shorter side, see `Reading.side`.
     """
     sources: dict[int, ImageSource] = {}
     changed = []
@@ -529,35 +529,35 @@ def read_at_side(parts: Sequence[ImageDataset], side: int | None) -> list[ImageD
 
 
 def _at_side(source: ImageSource, side: int | None) -> ImageSource:
-    """The same source of files, read as `Reading.side` says; one of pixels in memory as it is."""
+    """Return a file source with another `Reading.side`; other sources are unchanged."""
     return source.at_side(side) if isinstance(source, CachedImages | _JoinedSource) else source
 
 
 class _JoinedSource:
-    """Rows below a boundary from one source, the others from another."""
+    """Concatenation of two sources at a row boundary."""
 
     def __init__(self, first: ImageSource, second: ImageSource, boundary: int) -> None:
         self.first, self.second, self.boundary = first, second, boundary
 
     def load(self, row: int) -> Image.Image:
-        """The image of either source."""
+        """Return the image of the source that holds the row."""
         return self.first.load(row) if row < self.boundary else self.second.load(row - self.boundary)
 
     def content(self, row: int) -> bytes:
-        """What the image of either source is made of."""
+        """Return the raw content of the image."""
         return self.first.content(row) if row < self.boundary else self.second.content(row - self.boundary)
 
     def at_side(self, side: int | None) -> "_JoinedSource":
-        """The same images, read as `Reading.side` says."""
+        """Return a copy with another `Reading.side`."""
         return _JoinedSource(_at_side(self.first, side), _at_side(self.second, side), self.boundary)
 
 
 def joined(first: ImageDataset, second: ImageDataset) -> ImageDataset:
-    """The images of both, without transform, with the seed of the first.
+    """Concatenate two datasets, without transform and with the seed of the first.
 
     Args:
-        first: Of the same kind as `second`: images, or images with masks.
-        second: Follows.
+        first: Dataset of images, or of images with masks.
+        second: Dataset of the same kind.
     """
     boundary = 1 + max(first.rows, default=-1)
     rows = [*first.rows, *(boundary + row for row in second.rows)]
@@ -572,20 +572,20 @@ def joined(first: ImageDataset, second: ImageDataset) -> ImageDataset:
 
 @dataclass
 class Collection:
-    """Images with their classes, in the parts that the data itself has.
+    """Images with classes in the splits of the data.
 
     Attributes:
         name: Short name of the data.
         classes: Class names by index.
-        train: All images where the data has no parts.
-        val: Validation part, if the data has one.
-        test: Test part, if the data has one.
-        has_parts: Whether the data is divided by itself; then no test part is split off.
-        notes: What a user should know: files left out, choices made, licenses.
-        strata: Names of the images' labels where these are not the classes: images with masks have a class a pixel.
-        is_resized_whole: Whether images are resized as a whole, where others have their center cut out.
-        official_joins_val: Whether the authors' scripts learn from the validation part too.
-        broken: Why images were left out, by name.
+        train: Training split, or all images without splits.
+        val: Validation split, if the data has one.
+        test: Test split, if the data has one.
+        has_parts: True if the data has splits; then no test split is created.
+        notes: Notes for the user: skipped files, choices, licenses.
+        strata: Names of image labels if they differ from the classes; images with masks have one class per pixel.
+        is_resized_whole: If True, images are resized without center crop.
+        official_joins_val: True if the authors' scripts also train on the validation split.
+        broken: Reason by name of each skipped image.
     """
 
     name: str
@@ -602,11 +602,11 @@ class Collection:
 
     @property
     def label_names(self) -> list[str]:
-        """Names of the images' labels, which splits are stratified by."""
+        """Names of image labels, used to stratify splits."""
         return self.classes if self.strata is None else self.strata
 
     def parts(self) -> Iterator[tuple[str, ImageDataset]]:
-        """The parts that there are, by name."""
+        """Iterate over existing splits by name."""
         for name in ("train", "val", "test"):
             part = getattr(self, name)
             if part is not None:

@@ -1,4 +1,4 @@
-"""Data sets of Hugging Face and torch: `hf:`, `wds:`, and objects that are handed over in Python."""
+"""Hugging Face datasets (`hf:`), WebDataset shards (`wds:`), and dataset objects in Python."""
 
 import glob
 import io
@@ -25,24 +25,24 @@ _INSTALL = "needs the package datasets; pip install 'snella[data]'"
 
 
 def load_hf(path: str, options: RowOptions) -> Collection:
-    """Collect the images of a Hugging Face data set.
+    """Load the images of a Hugging Face dataset.
 
     Args:
-        path: A folder that `save_to_disk` wrote, a folder of images with `metadata.csv` (`imagefolder`) or of Parquet
-            files, or a name on the hub, `owner/name` or `owner/name:configuration`.
-        options: How rows are read; the first column of images is the image.
+        path: Folder written by `save_to_disk`, folder of images with `metadata.csv` (`imagefolder`), folder of Parquet
+            files, or Hub name `owner/name` or `owner/name:configuration`.
+        options: Conversion options; the first image column is the default.
 
     Raises:
-        ConnectionError: The hub is needed and cannot be reached.
-        FileNotFoundError: There is no such data set.
-        ValueError: It cannot be read, or what `collection_of` refuses.
-        ImportError: The package `datasets` is not installed.
+        ConnectionError: If the Hub is needed and cannot be reached.
+        FileNotFoundError: If the dataset does not exist.
+        ValueError: If the dataset cannot be read, or `collection_of` rejects it.
+        ImportError: If the package `datasets` is not installed.
     """
     from huggingface_hub.constants import HF_HUB_CACHE
 
     library = _library(f"hf:{path}")
     if not path.strip():
-        raise ValueError("data must name a data set after 'hf:', got 'hf:'; write hf:FOLDER or hf:OWNER/NAME")
+        raise ValueError("data must name a dataset after 'hf:', got 'hf:'; write hf:FOLDER or hf:OWNER/NAME")
     folder = Path(path).expanduser()
     try:
         if folder.is_dir():
@@ -53,25 +53,25 @@ def load_hf(path: str, options: RowOptions) -> Collection:
             data = library.load_dataset(name, configuration or None)
     except Exception as error:
         raise _reading_error(f"hf:{path}", folder, error) from error
-    caches = (library.config.HF_DATASETS_CACHE, HF_HUB_CACHE)  # what was downloaded, or lay in archives
+    caches = (library.config.HF_DATASETS_CACHE, HF_HUB_CACHE)  # downloads and extracted archives
     roots = [*([folder] if folder.is_dir() else []), *map(Path, caches)]
     return _from_hf(data, f"hf:{path}", folder.name, options, roots)
 
 
 def load_wds(path: str, options: RowOptions) -> Collection:
-    """Collect the images of WebDataset shards.
+    """Load the images of WebDataset shards.
 
-    Files of one sample have one name before the first dot: `0001.jpg`, and `0001.cls`, `0001.txt` or `0001.json` with
-    its label. Shards whose names begin with `train`, `val` or `test` are these parts.
+    Files of a sample share the name before the first dot: `0001.jpg`, and `0001.cls`, `0001.txt` or `0001.json` with
+    the label. The prefix `train`, `val` or `test` of a shard's name selects its split.
 
     Args:
         path: Tar files: a folder, a pattern (`data/train-*.tar`) or a range (`data/train-{000..009}.tar`).
-        options: How samples are read; an entry is a column, such as `label=json.species`.
+        options: Conversion options; entries are columns, e.g. `label=json.species`.
 
     Raises:
-        FileNotFoundError: There are no such shards.
-        ValueError: They cannot be read, or what `collection_of` refuses.
-        ImportError: The package `datasets` is not installed.
+        FileNotFoundError: If the shards do not exist.
+        ValueError: If the shards cannot be read, or `collection_of` rejects them.
+        ImportError: If the package `datasets` is not installed.
     """
     library = _library(f"wds:{path}")
     shards = _shards(path)
@@ -87,16 +87,16 @@ def load_wds(path: str, options: RowOptions) -> Collection:
 
 
 def from_python(data: Any, options: RowOptions) -> Collection:
-    """Collect the images of a data set that is an object.
+    """Load the images of a dataset object.
 
     Args:
-        data: A `datasets.Dataset` or `DatasetDict`; a torch data set with a length whose items are an image and a label
-            (torchvision's, without a transform); or a mapping from train, val and test to such ones.
-        options: How items are read; columns are those of a Hugging Face data set.
+        data: `datasets.Dataset` or `DatasetDict`; map-style torch dataset of (image, label) items without transform,
+            e.g. from torchvision; or a mapping from train, val and test to these.
+        options: Conversion options; column roles apply to Hugging Face datasets.
 
     Raises:
-        TypeError: Another kind of object.
-        ValueError: What `collection_of` refuses.
+        TypeError: If the object is of another type.
+        ValueError: If `collection_of` rejects the data.
     """
     name, where = "data", f"{PYTHON_PREFIX}data"
     parts = dict(data) if isinstance(data, Mapping) else {"train": data}
@@ -105,15 +105,15 @@ def from_python(data: Any, options: RowOptions) -> Collection:
     for part_name, part in parts.items():
         if not (hasattr(part, "__len__") and hasattr(part, "__getitem__")):
             raise TypeError(
-                f"data must be a specification such as folder:photos, or data sets with a length and items (image, "
-                f"label), got {type(part).__name__} for {part_name}"
+                f"data must be a specification like folder:photos, or map-style datasets of (image, label) items, "
+                f"got {type(part).__name__} for {part_name}"
             )
     source = _ObjectImages(list(parts.values()), options.reading)
     labels = [label for part in parts.values() for label in _labels_of(part)]
-    known = getattr(next(iter(parts.values())), "classes", None)
+    class_names = getattr(next(iter(parts.values())), "classes", None)
     classes = None
-    if known and options.target == "class" and all(isinstance(label, int | np.integer) for label in labels):
-        classes = [str(name) for name in known]
+    if class_names and options.target == "class" and all(isinstance(label, int | np.integer) for label in labels):
+        classes = [str(name) for name in class_names]
         labels = [classes[int(label)] for label in labels]
     samples = Samples(
         name,
@@ -129,7 +129,7 @@ def from_python(data: Any, options: RowOptions) -> Collection:
 
 
 class _HubImages(CachedImages):
-    """Encoded images in columns of Hugging Face data sets, one after the other."""
+    """Encoded images in columns of concatenated Hugging Face datasets."""
 
     def __init__(self, columns: Sequence[Any], name: str, reading: Reading, roots: Sequence[Path] | None) -> None:
         super().__init__(reading=reading)
@@ -141,11 +141,11 @@ class _HubImages(CachedImages):
         return decode_image(io.BytesIO(self._bytes(item)), str(item["path"] or f"row {row}"), self.reading)
 
     def content(self, row: int) -> bytes:
-        """The encoded image."""
+        """Return the encoded image."""
         return self._bytes(_item(self.columns, row)[self.name])
 
     def _bytes(self, item: Any) -> bytes:
-        """What stands in a column, or in the file that it names."""
+        """Return the bytes of an image from the column or the file it references."""
         if item is None or (item["bytes"] is None and item["path"] is None):
             raise ValueError("no image")
         if item["bytes"] is not None:
@@ -165,34 +165,34 @@ class _HubImages(CachedImages):
 
 
 class _ObjectImages(CachedImages):
-    """Images of torch data sets, one after the other."""
+    """Images of concatenated torch datasets."""
 
     def __init__(self, parts: Sequence[Any], reading: Reading) -> None:
         super().__init__(reading=reading)
         self.parts = list(parts)
 
     def read(self, row: int) -> Any:
-        """The image of an item."""
+        """Return the image of an item."""
         image = _item(self.parts, row)[0]
         if isinstance(image, Tensor | np.ndarray):
             if image.dtype not in (np.dtype(np.uint8), torch.uint8):
                 raise ValueError(
-                    f"items must be images of 0 to 255 (PIL, uint8), got {type(image).__name__} of {image.dtype}; "
-                    "leave out the data set's transform, training has its own"
+                    f"items must be 8-bit images (PIL or uint8), got {type(image).__name__} of {image.dtype}; "
+                    "remove the dataset's transform"
                 )
             image = to_pil_image(image)
         if not isinstance(image, Image.Image):
-            raise ValueError(f"items must be an image and a label, got {type(image).__name__} first")
+            raise ValueError(f"items must be (image, label), got {type(image).__name__} first")
         return to_channels(image, self.reading)
 
     def content(self, row: int) -> bytes:
-        """The pixels."""
+        """Return the pixels."""
         image = self.read(row)
         return repr(image.size).encode() + image.tobytes()
 
 
 def _item(parts: Sequence[Any], row: int) -> Any:
-    """An item of data sets one after the other."""
+    """Return an item of concatenated datasets."""
     for part in parts:
         if row < len(part):
             return part[row]
@@ -201,7 +201,7 @@ def _item(parts: Sequence[Any], row: int) -> Any:
 
 
 def _labels_of(part: Any) -> list[Any]:
-    """The labels of a torch data set: a list of its own, or its items'."""
+    """Return the labels of a torch dataset, from its label list or its items."""
     for name in ("targets", "labels", "_labels"):
         values = getattr(part, name, None)
         if values is not None and hasattr(values, "__len__") and len(values) == len(part):
@@ -211,7 +211,7 @@ def _labels_of(part: Any) -> list[Any]:
 
 
 def _from_hf(data: Any, where: str, name: str, options: RowOptions, roots: Sequence[Path] | None = None) -> Collection:
-    """A Hugging Face data set or several as a `Collection`, whose files lie below `roots`, or anywhere."""
+    """Convert Hugging Face datasets to a `Collection`; files must be below `roots` unless None."""
     import datasets
 
     parts = dict(data) if isinstance(data, Mapping) else {"train": data}
@@ -219,7 +219,7 @@ def _from_hf(data: Any, where: str, name: str, options: RowOptions, roots: Seque
     if len(parts) > 1:
         others = [part for part in parts if part.lower() not in PARTS]
         if others:
-            notes.append(f"left out {listed([f'{part!r} with {len(parts[part])} rows' for part in others])}")
+            notes.append(f"skipped {listed([f'{part!r} with {len(parts[part])} rows' for part in others])}")
         parts = {part: rows for part, rows in parts.items() if part not in others}
     first = next(iter(parts.values()))
     images = [column for column, kind in first.features.items() if isinstance(kind, datasets.Image)]
@@ -251,11 +251,11 @@ def _from_hf(data: Any, where: str, name: str, options: RowOptions, roots: Seque
 
 
 def _values(rows: Any, images: Sequence[str]) -> dict[str, list[Any]]:
-    """All columns but the images; class numbers as names, entries of mappings as columns `json.label`."""
+    """Return all columns except images, with class names for indices and mappings flattened to `json.label`."""
     table: dict[str, list[Any]] = {}
     try:
         columns = rows.remove_columns(list(images)).to_dict()
-    except (ValueError, OverflowError) as error:  # times out of range
+    except (ValueError, OverflowError) as error:  # timestamps out of range
         raise ValueError(f"data cannot be read: {str(error).splitlines()[0]}") from error
     for column, values in columns.items():
         names = _class_names(rows.features[column])
@@ -271,46 +271,46 @@ def _values(rows: Any, images: Sequence[str]) -> dict[str, list[Any]]:
 
 
 def _class_names(kind: Any) -> list[str] | None:
-    """The names of a column of class numbers, or of lists of them."""
+    """Return the class names of a column of class indices or lists of indices."""
     names = getattr(kind, "names", None) or getattr(getattr(kind, "feature", None), "names", None)
     return None if names is None else [str(name) for name in names]
 
 
 def _named(value: Any, names: Sequence[str], column: str, row: int) -> Any:
-    """Class numbers as names; those of unlabeled images, -1, as nothing."""
+    """Convert class indices to names; -1 (unlabeled) becomes None or is dropped from lists."""
     numbers = value if isinstance(value, list) else [value]
     wrong = [number for number in numbers if number is not None and number >= len(names)]
     if wrong:
-        raise ValueError(f"column {column!r}, row {row} must hold class numbers below {len(names)}, got {wrong[0]}")
-    found = [None if number is None or number < 0 else names[number] for number in numbers]
-    return [name for name in found if name is not None] if isinstance(value, list) else found[0]
+        raise ValueError(f"column {column!r}, row {row} must be a class index below {len(names)}, got {wrong[0]}")
+    named = [None if number is None or number < 0 else names[number] for number in numbers]
+    return [name for name in named if name is not None] if isinstance(value, list) else named[0]
 
 
 def _shards(path: str) -> list[Path]:
-    """The tar files of a folder, a pattern or a range in braces."""
+    """Return the tar files of a folder, a pattern or a range in braces."""
     folder = Path(path).expanduser()
     if folder.is_dir():
-        found = sorted(folder.glob("*.tar"))
+        shards = sorted(folder.glob("*.tar"))
     else:
         before, brace, rest = str(folder).partition("{")
         inside, _, after = rest.partition("}")
         first, dots, last = inside.partition("..")
         if brace and dots and first.isdigit() and last.isdigit():
             numbers = range(int(first), int(last) + 1)
-            found = [Path(f"{before}{number:0{len(first)}}{after}") for number in numbers]
+            shards = [Path(f"{before}{number:0{len(first)}}{after}") for number in numbers]
         else:
-            found = [Path(name) for name in sorted(glob.glob(str(folder)))]
-    missing = [str(shard) for shard in found if not shard.is_file()]
-    if missing or not found:
+            shards = [Path(name) for name in sorted(glob.glob(str(folder)))]
+    missing = [str(shard) for shard in shards if not shard.is_file()]
+    if missing or not shards:
         hint = near_siblings(folder) or "; write wds:FOLDER or wds:train-{000..009}.tar"
         raise FileNotFoundError(
-            f"data must name tar files, got wds:{path}, but {listed(missing) or 'no such file'} is not there{hint}"
+            f"data must name existing tar files, got wds:{path}, missing: {listed(missing) or 'all'}{hint}"
         )
-    return [shard.absolute() for shard in found]
+    return [shard.absolute() for shard in shards]
 
 
 def _library(where: str) -> Any:
-    """The package `datasets`, without its progress bars and warnings."""
+    """Import the package `datasets` without progress bars and warnings."""
     try:
         import datasets
     except ImportError as error:
@@ -321,7 +321,7 @@ def _library(where: str) -> Any:
 
 
 def _reading_error(where: str, place: Path, error: Exception) -> Exception:
-    """What went wrong inside the library, in one line."""
+    """Convert an error of the library to a one-line error."""
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
@@ -329,8 +329,8 @@ def _reading_error(where: str, place: Path, error: Exception) -> Exception:
     nearest = near_siblings(place) if place.parent.is_dir() and not place.exists() else ""
     if isinstance(error, ConnectionError):
         return ConnectionError(
-            f"data {where} is neither a folder nor in the cache, and the hub could not be reached ({text}); give the "
-            f"folder of a copy, hf:FOLDER{nearest}"
+            f"data {where} is neither a folder nor in the cache, and the hub could not be reached ({text}); pass a "
+            f"local copy, hf:FOLDER{nearest}"
         )
     if isinstance(error, FileNotFoundError):
         return FileNotFoundError(f"data {where} cannot be read: {text}{nearest}")

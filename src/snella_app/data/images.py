@@ -1,4 +1,4 @@
-"""Image files: what is one, how its pixels are read, and what is known of it; masks as label maps."""
+"""Image files: detection, decoding and inspection; masks as label maps."""
 
 import importlib.util
 import math
@@ -21,17 +21,17 @@ from torchvision.transforms.functional import to_pil_image
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".jfif", ".avif")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF")
-"""Formats that Pillow may decode, whatever a file is called; HEIF with pillow-heif comes on top. Of others, EPS starts
+"""Formats that Pillow may decode, regardless of the file name; pillow-heif adds HEIF. EPS is excluded: it starts
 Ghostscript."""
 _MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 2**27)
-"""Of a TIFF or an array of any channels; Pillow refuses more for its formats."""
+"""Limit for TIFF and array files; Pillow has its own limit for other formats."""
 _STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8")
-"""How files of formats begin that Pillow reads; those of TIFF and BMP are others' too."""
+"""Magic bytes of formats that Pillow reads; those of TIFF and BMP are ambiguous."""
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
-HEIC_HINT = "HEIC photographs need pillow-heif: pip install 'snella[heic]', or save them as JPEG"
+HEIC_HINT = "HEIC images need pillow-heif: pip install 'snella[heic]', or save them as JPEG"
 _NUMPY_START = b"\x93NUMPY"
 _REDUCIBLE = ("L", "RGB", "CMYK", "YCbCr")
-"""Modes whose values may be averaged."""
+"""Modes whose values can be averaged."""
 _PILLOW_CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
 _SIDE = 16
 _DRAFT = (256, 256)
@@ -46,23 +46,23 @@ DECODING_ERRORS = (
     MemoryError,
     Image.DecompressionBombError,
 )
-"""What Pillow raises for files that are no images, cut off or damaged."""
+"""Errors of Pillow for invalid, truncated or damaged files."""
 File = str | Path | BinaryIO
 FULL_WHITE = 65535
-"""The largest value of 16 bits."""
+"""Largest 16-bit value."""
 
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What is known of an image that was decoded once.
+    """Facts about a decoded image.
 
     Attributes:
-        size: Width and height as stored.
-        mode: Pillow's mode as stored, or the type and the number of channels of an array.
-        format: Such as JPEG.
-        has_pages: Whether it has more than one page or frame.
-        thumbnail: 16×16 gray values, uint8: copies that were saved again or resized have nearly the same.
-        brightest: Largest value of a 16-bit image as a share of white; None for others.
+        size: Stored width and height.
+        mode: Stored Pillow mode, or dtype and number of channels of an array.
+        format: File format, e.g. JPEG.
+        has_pages: True for several pages or frames.
+        thumbnail: 16×16 gray values, uint8; nearly equal for re-encoded or resized copies.
+        brightest: Largest value of a 16-bit image as a fraction of white; None for others.
     """
 
     size: tuple[int, int]
@@ -75,15 +75,14 @@ class ImageFacts:
 
 @dataclass(frozen=True)
 class Reading:
-    """How the pixels of an image are read.
+    """Decoding options of images.
 
     Attributes:
         channels: 3 for RGB, 1 for gray, 4 for RGBA; any other number for a TIFF (by tifffile) or `.npy` array of
-            `[height, width, channels]`, `[channels, height, width]` or a page a channel.
-        white: Value of 16-bit gray images and arrays that becomes white; larger ones do too.
-        side: What the shorter side of an 8-bit image keeps at least, where it is read at a whole fraction of its
-            resolution: JPEGs are decoded so, which takes a tenth of the time for photographs of 12 megapixels, and
-            others averaged. None reads every pixel.
+            `[height, width, channels]`, `[channels, height, width]` or one page per channel.
+        white: Value of 16-bit gray images and arrays mapped to white; larger values are clipped.
+        side: Minimum shorter side of an 8-bit image decoded at an integer fraction of its resolution. JPEGs use the
+            decoder's scaling, which is faster; others are averaged. None uses the full resolution.
     """
 
     channels: int = 3
@@ -95,24 +94,24 @@ RGB = Reading()
 
 
 def read_image(path: str | Path, reading: Reading = RGB) -> Any:
-    """Read and fully decode an image file, turned upright where the camera noted it.
+    """Read and fully decode an image file, applying EXIF orientation.
 
     Args:
-        path: File in any format that Pillow reads; of several pages or an animation the first. HEIC with pillow-heif.
-        reading: Channels, and the value that is white.
+        path: File in a supported format; the first page or frame is used. HEIC needs pillow-heif.
+        reading: Decoding options.
 
     Returns:
-        A PIL image, or for other numbers of channels than 1, 3 and 4 a `tv_tensors.Image` `[channels, height, width]`,
-        uint8 or, of 16-bit values as their share of white, float32.
+        A PIL image for 1, 3 or 4 channels, else a `tv_tensors.Image` `[channels, height, width]`, uint8, or float32
+        as a fraction of white for 16-bit values.
 
     Raises:
-        ValueError: The file is no image, is truncated, or has values that have no 8-bit meaning or other channels.
+        ValueError: If the file is not an image, is truncated, has unsupported values or another number of channels.
     """
     return decode_image(path, str(path), reading)
 
 
 def decode_image(file: File, name: str, reading: Reading = RGB) -> Any:
-    """Decode an image as `read_image` does, from a file or a stream of bytes that is called `name` in messages."""
+    """Decode an image like `read_image` from a file or byte stream, called `name` in messages."""
     with _naming_errors(name, file):
         check_regular(file)
         if reading.channels not in _PILLOW_CHANNELS:
@@ -122,18 +121,18 @@ def decode_image(file: File, name: str, reading: Reading = RGB) -> Any:
             if factor > 1:
                 image.draft(None, (image.width // factor, image.height // factor))
             image.load()
-            ImageOps.exif_transpose(image, in_place=True)  # without a copy where it is upright
+            ImageOps.exif_transpose(image, in_place=True)  # in place avoids a copy of upright images
             factor = _reduction(image, reading) if image.mode in _REDUCIBLE else 1
             return to_channels(image.reduce(factor) if factor > 1 else image, reading)
 
 
 def _reduction(image: Image.Image, reading: Reading) -> int:
-    """The fraction of its resolution that an image is read at."""
+    """Return the integer factor by which an image is downscaled."""
     return 1 if reading.side is None else max(1, min(image.size) // reading.side)
 
 
 def inspect_image(file: File, name: str, reading: Reading = RGB) -> ImageFacts:
-    """Decode an image once, large JPEGs at a lower resolution, and say what it is. Raises as `read_image`."""
+    """Decode an image once, large JPEGs at a lower resolution, and return its facts. Raises like `read_image`."""
     with _naming_errors(name, file):
         check_regular(file)
         if reading.channels not in _PILLOW_CHANNELS:
@@ -154,20 +153,20 @@ def inspect_image(file: File, name: str, reading: Reading = RGB) -> ImageFacts:
 
 
 def facts_of(image: Image.Image, mode: str = "", kind: str = "") -> ImageFacts:
-    """What is known of an image that is decoded already."""
+    """Return the facts about a decoded image."""
     thumbnail = image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.BOX)
     return ImageFacts(image.size, mode or image.mode, kind, False, np.asarray(thumbnail))
 
 
 def check_regular(file: File) -> None:
-    """Refuse what has a name but no end."""
+    """Raise a ValueError for pipes, sockets and devices."""
     if isinstance(file, str | Path) and not stat.S_ISREG(os.stat(file).st_mode):
-        raise ValueError("it is no regular file (a pipe, a socket or a device, which may never end)")
+        raise ValueError("not a regular file (a pipe, socket or device)")
 
 
 @contextmanager
 def _naming_errors(name: str, file: File) -> Iterator[None]:
-    """Turn the errors of decoders into one that names the image."""
+    """Convert decoder errors to a ValueError that names the image."""
     try:
         yield
     except DECODING_ERRORS as error:
@@ -176,24 +175,24 @@ def _naming_errors(name: str, file: File) -> Iterator[None]:
 
 
 def _reason(error: BaseException, file: File) -> str:
-    """Why a file is no readable image, without its name, which Pillow's message repeats with the whole path."""
+    """Return why a file is not readable, without the path that Pillow's message repeats."""
     if isinstance(file, str | Path) and Path(file).is_file() and not Path(file).stat().st_size:
         return "the file is empty"
     if isinstance(error, FileNotFoundError):
         return "no such file"
     if isinstance(error, UnidentifiedImageError):
-        return "no known image format"
+        return "unknown image format"
     return str(error) or type(error).__name__
 
 
 def open_image(file: File) -> Image.Image:
-    """Open an image by Pillow, in one of `FORMATS` only, or by pillow-heif's help as HEIC.
+    """Open an image with Pillow, restricted to `FORMATS`, or HEIC with pillow-heif.
 
     Args:
-        file: File or stream of bytes.
+        file: File or byte stream.
 
     Raises:
-        UnidentifiedImageError: It is of no such format.
+        UnidentifiedImageError: If the format is not supported.
     """
     if _is_heic_start(_start_of(file)) and has_heic():
         import pillow_heif
@@ -205,19 +204,19 @@ def open_image(file: File) -> Image.Image:
 
 @cache
 def _known_formats() -> tuple[str, ...]:
-    """Those of `FORMATS` that this Pillow has."""
+    """Return the `FORMATS` supported by the installed Pillow."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 @cache
 def has_heic() -> bool:
-    """Whether pillow-heif is installed."""
+    """Return whether pillow-heif is installed."""
     return importlib.util.find_spec("pillow_heif") is not None
 
 
 def _start_of(file: File) -> bytes:
-    """The first bytes of a file or a stream, which stays where it is."""
+    """Return the first bytes of a file or stream; the stream position is unchanged."""
     if isinstance(file, str | Path):
         return _first_bytes(Path(file))
     start = file.read(12)
@@ -226,7 +225,7 @@ def _start_of(file: File) -> bytes:
 
 
 def _read_array(file: File, reading: Reading) -> Tensor:
-    """The channels of a TIFF or an array file, `[channels, height, width]`, uint8 or float32 in [0, 1]."""
+    """Read a TIFF or array file as `[channels, height, width]`, uint8 or float32 in [0, 1]."""
     channels = reading.channels
     if _start_of(file).startswith(_NUMPY_START):
         _check_header(*_array_header(file))
@@ -235,16 +234,18 @@ def _read_array(file: File, reading: Reading) -> Tensor:
         try:
             import tifffile
         except ImportError as error:
-            raise ImportError(f"images of {channels} channels need tifffile; pip install 'snella[channels]'") from error
+            raise ImportError(
+                f"images with {channels} channels need tifffile; pip install 'snella[channels]'"
+            ) from error
         with tifffile.TiffFile(file) as tiff:
             if not tiff.series:
-                raise ValueError("it holds no image")
+                raise ValueError("the file has no image")
             _check_header(tiff.series[0].shape, tiff.series[0].dtype)
             values = tiff.asarray()
     if values.ndim == 2:
         values = values[None]
     if values.ndim != 3 or channels not in (values.shape[0], values.shape[-1]):
-        raise ValueError(f"it must have {channels} channels, got an array of {list(values.shape)}")
+        raise ValueError(f"the image must have {channels} channels, got an array of {list(values.shape)}")
     if values.shape[0] != channels:
         values = np.moveaxis(values, -1, 0)
     if values.dtype == np.uint8:
@@ -254,17 +255,17 @@ def _read_array(file: File, reading: Reading) -> Tensor:
     shares = values.astype(np.float32)
     if not np.issubdtype(values.dtype, np.floating) or not (shares.min() >= 0 and shares.max() <= 1):
         raise ValueError(
-            f"values must be uint8, uint16 or shares of 0 to 1, got {values.dtype} of {values.min():g} to "
-            f"{values.max():g}"
+            f"values must be uint8, uint16 or floats in [0, 1], got {values.dtype} in [{values.min():g}, "
+            f"{values.max():g}]"
         )
     return torch.from_numpy(shares)
 
 
 def array_pixels(file: File) -> int:
-    """Pixels of a TIFF or an array file, all channels together, by its header; the stream stays where it is.
+    """Return the number of values in a TIFF or array file from its header; the stream position is unchanged.
 
     Raises:
-        ValueError: It is neither, or of no numbers.
+        ValueError: If the file is neither, or not numeric.
     """
     if _start_of(file).startswith(_NUMPY_START):
         shape, dtype = _array_header(file)
@@ -280,7 +281,7 @@ def array_pixels(file: File) -> int:
 
 
 def _array_header(file: File) -> tuple[tuple[int, ...], Any]:
-    """Shape and type that an array file says it has."""
+    """Read shape and dtype from the header of an array file."""
     with nullcontext(file) if not isinstance(file, str | Path) else Path(file).open("rb") as stream:
         version = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -290,21 +291,21 @@ def _array_header(file: File) -> tuple[tuple[int, ...], Any]:
 
 
 def _check_header(shape: Sequence[int], dtype: Any) -> None:
-    """Refuse an array before it is read: of no numbers, or so large that it must be meant to fill the memory."""
+    """Check dtype and size of an array before it is read."""
     if dtype is None or dtype.kind not in "uif":
-        raise ValueError(f"values must be numbers, got {dtype}")
+        raise ValueError(f"values must be numeric, got {dtype}")
     if math.prod(shape) > _MOST_PIXELS * 4:
-        raise ValueError(f"it must have at most {_MOST_PIXELS * 4:,} values, got an array of {list(shape)}")
+        raise ValueError(f"the image must have at most {_MOST_PIXELS * 4:,} values, got an array of {list(shape)}")
 
 
 def first_channels(image: Tensor) -> Tensor:
-    """Three channels of many, `[3, height, width]`, to be looked at: the first three, or the first one three times."""
+    """Return three channels for display, `[3, height, width]`: the first three, or the first one repeated."""
     first = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
     return first.as_subclass(Tensor)
 
 
 def to_channels(image: Image.Image, reading: Reading) -> Image.Image:
-    """Convert an image of any mode to 8-bit gray (1), RGB (3) or RGBA (4); of alpha only RGBA keeps more than white."""
+    """Convert an image to 8-bit gray (1), RGB (3) or RGBA (4); gray and RGB blend transparency with white."""
     if reading.channels == 4 and image.mode in ("RGBA", "LA", "PA", "P"):
         return image.convert("RGBA")
     colors = to_rgb(image, reading.white)
@@ -312,9 +313,9 @@ def to_channels(image: Image.Image, reading: Reading) -> Image.Image:
 
 
 def is_image(path: Path) -> bool:
-    """Whether a file in a folder is taken for an image: by its ending, or by its content whatever the ending says.
+    """Return whether a file is an image, by suffix or content.
 
-    Hidden files are none: `._photo.jpg` is what macOS keeps beside `photo.jpg`.
+    Hidden files are excluded, e.g. `._photo.jpg`, which macOS creates next to `photo.jpg`.
 
     Args:
         path: Existing file.
@@ -329,17 +330,17 @@ def is_image(path: Path) -> bool:
 
 
 def is_heic(path: Path) -> bool:
-    """Whether a file is a photograph in Apple's format, which Pillow alone does not read."""
+    """Return whether a file is HEIC, which needs pillow-heif."""
     return _is_heic_start(_first_bytes(path))
 
 
 def _is_heic_start(start: bytes) -> bool:
-    """Whether a file begins as HEIC does."""
+    """Return whether the bytes are a HEIC header."""
     return start[4:8] == b"ftyp" and start[8:12] in _HEIC_BRANDS
 
 
 def _first_bytes(path: Path) -> bytes:
-    """The beginning of a regular file; nothing of others and of those that cannot be read."""
+    """Return the first bytes of a regular file; empty for other or unreadable files."""
     if not path.is_file():
         return b""
     try:
@@ -350,21 +351,21 @@ def _first_bytes(path: Path) -> bytes:
 
 
 def to_rgb(image: Image.Image, white: int = FULL_WHITE) -> Image.Image:
-    """Convert any mode to 8-bit RGB: transparency on white, gray three times, 16-bit values by their high byte.
+    """Convert any mode to 8-bit RGB: blend transparency with white, repeat gray, keep the high byte of 16-bit values.
 
     Args:
-        image: Image of any mode but 32-bit floating point.
-        white: Value of 16-bit images that becomes white.
+        image: Image of any mode except 32-bit floating point.
+        white: Value of 16-bit images mapped to white.
 
     Raises:
-        ValueError: Floating-point values: which of them is white is not known.
+        ValueError: If the image has floating-point values, whose white value is unknown.
     """
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         colors = image.convert("RGBA")
-        ground = Image.new("RGBA", colors.size, "white")
-        return Image.alpha_composite(ground, colors).convert("RGB")
+        background = Image.new("RGBA", colors.size, "white")
+        return Image.alpha_composite(background, colors).convert("RGB")
     if image.mode.startswith("I"):
         values = np.asarray(image)
         is_deep = values.max(initial=0) > 255 or image.mode != "I"
@@ -374,31 +375,29 @@ def to_rgb(image: Image.Image, white: int = FULL_WHITE) -> Image.Image:
             eight_bit = (values.astype(np.float32) * (255 / white)).round() if is_deep else values
         return Image.fromarray(np.clip(eight_bit, 0, 255).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        raise ValueError("floating-point values, save it with 8 or 16 bits")
+        raise ValueError("floating-point values are not supported; save the image with 8 or 16 bits")
     return image.convert("RGB")
 
 
 THRESHOLD = 128
-"""Least value that is foreground in a mask of a lossy format."""
+"""Minimum foreground value in a mask of a lossy format."""
 LOSSY_FORMATS = ("JPEG", "MPO", "WEBP")
 _GRAYS = ("L", "I", "I;16", "I;16B", "I;16L")
 
 
 def read_label_map(path: str | Path) -> tuple[np.ndarray, bool]:
-    """Read a mask: palette indices, gray values, or a picture of black and white.
+    """Read a mask of palette indices, gray values, or black and white.
 
-    A lossy format (JPEG) does not preserve labels, so that only two can be told apart: such a mask is thresholded at
-    `THRESHOLD` and becomes 0 and 1.
+    Lossy formats (JPEG) do not preserve labels. Their masks are thresholded at `THRESHOLD` to 0 and 1.
 
     Args:
-        path: PNG and the like in palette, gray or black-and-white mode, RGB where the three channels are equal; or
-            JPEG.
+        path: JPEG, or a lossless file in palette, gray or black-and-white mode, or RGB with equal channels.
 
     Returns:
-        `[height, width]`, uint16; and whether it was cut at the threshold.
+        Labels `[height, width]`, uint16; and True if the mask was thresholded.
 
     Raises:
-        ValueError: The file is no image, is truncated, or holds colors instead of labels.
+        ValueError: If the file is not an image, is truncated, or has colors instead of labels.
     """
     try:
         check_regular(path)
@@ -413,7 +412,7 @@ def read_label_map(path: str | Path) -> tuple[np.ndarray, bool]:
 
 
 def _labels(image: Image.Image) -> np.ndarray:
-    """The labels that a lossless mask holds."""
+    """Return the labels of a lossless mask."""
     if image.mode == "P" or image.mode == "1" or image.mode in _GRAYS:
         return np.asarray(image)
     if image.mode in ("LA", "PA"):
@@ -422,5 +421,5 @@ def _labels(image: Image.Image) -> np.ndarray:
         colors = np.asarray(image)[..., :3]
         if (colors == colors[..., :1]).all():
             return colors[..., 0]
-        raise ValueError("it holds colors, save it as a palette or gray PNG whose values are the labels")
-    raise ValueError(f"mode {image.mode} has no labels, save it as a palette or gray PNG")
+        raise ValueError("the mask has colors; save it as a palette or gray PNG whose values are the labels")
+    raise ValueError(f"mode {image.mode} has no labels; save the mask as a palette or gray PNG")

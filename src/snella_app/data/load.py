@@ -1,4 +1,4 @@
-"""`load_data`: a data specification as training, validation and test splits."""
+"""Loading of a data specification as training, validation and test splits."""
 
 import difflib
 import functools
@@ -32,46 +32,46 @@ _LEAST_CORRELATION, _MOST_DISTANCE = 0.995, 3.0
 _FLAT, _DARK = 2.0, 0.25
 _CHUNK, _MOST_PAIRS = 1024, 2_000_000_000
 _IMBALANCE = 4
-"""Ratio of class sizes from which a note about imbalance is given."""
+"""Ratio of class sizes that triggers a note about imbalance."""
 _IN_FOLDERS: dict[str, Callable[..., Collection]] = {
     _FOLDER: load_folder,
     "masks:": load_masks,
     "kvasir:": load_kvasir,
 }
-"""Data formats by the prefix of a folder's path; each takes the path and `skip_corrupt`."""
+"""Folder formats by prefix; each function takes the path and `skip_corrupt`."""
 _IN_TABLES: dict[str, Callable[..., Collection]] = {
     "csv:": partial(load_table, kind="csv"),
     "parquet:": partial(load_table, kind="parquet"),
     "hf:": load_hf,
     "wds:": load_wds,
 }
-"""Data formats with columns; each takes what stands after the colon, and `RowOptions`."""
+"""Table formats by prefix; each function takes the text after the colon and `RowOptions`."""
 _BENCHMARKS: dict[str, Callable[..., Collection]] = {"vtab:": load_vtab, "fgvc:": load_fgvc}
-"""Benchmarks by prefix; each takes the path of one data set and `strict_sizes`."""
+"""Benchmarks by prefix; each function takes the path of one dataset and `strict_sizes`."""
 _BENCHMARK_FOLDERS: dict[str, Callable[[Path], Path]] = {"vtab:": VTAB.resolve, "fgvc:": FGVC.resolve}
-"""Resolve other names of their data sets' folders."""
+"""Functions that resolve alternative folder names, by benchmark prefix."""
 
 
 Protocol = Literal["standard", "final", "official"]
-"""Which images are trained on and which choose the best epoch; see `load_data`."""
+"""Use of splits for training and epoch selection; see `load_data`."""
 
 
 @dataclass
 class DataSplits:
-    """Data ready for training.
+    """Data split for training.
 
     Attributes:
         train: Training images.
-        val: Images to choose the best epoch on; None where none are held out.
-        test: Images to measure once at the end; None where the data is divided without a test part.
+        val: Images for epoch selection; None without validation split.
+        test: Images for the final evaluation; None without test split.
         classes: Class names by index.
         name: Short name of the data.
-        description: One line with numbers, human-readable.
-        notes: What a user should know: files left out, choices made, licenses; `warnings` are among them.
-        warnings: What may make results wrong, such as test images that are training images too, and what to do.
-        is_resized_whole: Whether images are resized as a whole, where others have their center cut out.
-        broken: Why images were left out, by name.
-        fold_part: The part that is a fold of a cross-validation.
+        description: One-line summary, human-readable.
+        notes: Notes for the user (skipped files, choices, licenses), including `warnings`.
+        warnings: Problems that may invalidate results, e.g. test images in the training split, with remedies.
+        is_resized_whole: If True, images are resized without center crop.
+        broken: Reason by name of each skipped image.
+        fold_part: Split that is a fold of a cross-validation.
     """
 
     train: ImageDataset
@@ -88,14 +88,14 @@ class DataSplits:
 
     @property
     def parts(self) -> dict[str, ImageDataset]:
-        """The parts that there are, by name."""
-        there = (("train", self.train), ("val", self.val), ("test", self.test))
-        return {name: part for name, part in there if part is not None}
+        """Existing splits by name."""
+        splits = (("train", self.train), ("val", self.val), ("test", self.test))
+        return {name: part for name, part in splits if part is not None}
 
 
 @functools.cache
 def _registered() -> dict[str, Callable[..., Collection]]:
-    """Data that packages register, by name; a colon ends the name of data that needs a path."""
+    """Return registered data loaders by name; names of loaders that take a path end with a colon."""
     needs_path = {
         name: any(parameter.default is parameter.empty for parameter in inspect.signature(load).parameters.values())
         for name, load in plugins("data").items()
@@ -104,7 +104,7 @@ def _registered() -> dict[str, Callable[..., Collection]]:
 
 
 def data_names() -> list[str]:
-    """What a data specification may be."""
+    """Return the accepted forms of a data specification."""
     tables = ("csv:FILE", "parquet:FILE", "hf:NAME", "wds:SHARDS")
     return [
         *(f"{prefix}PATH" for prefix in _IN_FOLDERS),
@@ -115,13 +115,13 @@ def data_names() -> list[str]:
 
 
 def full_spec(spec: str) -> str:
-    """The specification of a bare path: `folder:photos` for a folder of class folders, `csv:t.csv` for a table.
+    """Add the prefix to a bare path: `folder:photos` for class folders, `csv:t.csv` for a table.
 
-    A folder with `images` and `masks` is `masks:`, one that Hugging Face's datasets wrote `hf:`. A folder without
-    folders is `wds:` if it has tar files, and `hf:` if all of its files are Parquet. Other text is returned as it is;
-    the name of a bundled data set comes before a folder of that name.
+    A folder with `images` and `masks` becomes `masks:`; a folder written by Hugging Face datasets becomes `hf:`. A
+    folder without subfolders becomes `wds:` if it has tar files, and `hf:` if all files are Parquet. Other text is
+    returned unchanged. Names of bundled datasets take precedence over folders.
     """
-    path = Path(os.path.expanduser(spec))  # which leaves the name of an unknown user as it is
+    path = Path(os.path.expanduser(spec))  # Path.expanduser raises for unknown users
     if split_spec(spec)[1] is not None or spec in _registered() or not spec.strip() or not os.path.exists(path):
         return spec
     if path.is_file():
@@ -142,7 +142,7 @@ def full_spec(spec: str) -> str:
 
 
 def split_spec(spec: str) -> tuple[str, str | None]:
-    """Cut `folder:PATH` into `("folder:", "PATH")`; data that needs no path is `(name, None)`."""
+    """Split `folder:PATH` into `("folder:", "PATH")`; data without a path gives `(name, None)`."""
     registered = (name for name in _registered() if name.endswith(":"))
     prefixes = (*_IN_FOLDERS, *_IN_TABLES, *_BENCHMARKS, PYTHON_PREFIX, *registered)
     prefix = next((prefix for prefix in prefixes if spec.startswith(prefix)), None)
@@ -150,12 +150,12 @@ def split_spec(spec: str) -> tuple[str, str | None]:
 
 
 def has_columns(data: Any) -> bool:
-    """Whether data, a specification or an object, may have columns."""
+    """Return whether a specification or data object may have columns."""
     return not isinstance(data, str) or split_spec(full_spec(data))[0] in _IN_TABLES
 
 
 def data_folder(spec: str) -> Path | None:
-    """The folder or file that `folder:PATH`, `csv:FILE` and the like name, there or not; None for other data."""
+    """Return the folder or file of a specification, existing or not; None for other data."""
     prefix, path = split_spec(spec)
     if path is None or prefix == PYTHON_PREFIX or (prefix == "hf:" and not Path(path).expanduser().exists()):
         return None
@@ -185,45 +185,45 @@ def load_data(
     folds: int | None = None,
     fold: int | None = None,
 ) -> DataSplits:
-    """Load data and divide it, stratified and seeded; images of one group are never in two parts that are split here.
+    """Load data and split it, stratified and seeded. Images of a group stay in one split.
 
-    Parts that the data has are kept: a test part is split off only where the data is not divided at all, a validation
-    part wherever it is missing. Both are shares of all images to be divided. Sizes then choose from the parts, so that
-    the test images do not change with the number of training images.
+    Existing splits are kept. A test split is created only if the data has no splits, a validation split if it is
+    missing. Both are fractions of all images to be split. Sizes subsample the splits afterwards, so the test images
+    do not depend on the number of training images.
 
     Args:
-        spec: A folder or a table, see `full_spec`; one of `data_names()`: `folder:PATH` (`class/image` or
-            `train|val|test/class/image`) or a data set. Or an object, see `snella_app.data.hub.from_python`.
-        seed: Of the splits, the sizes' choice and the augmentation.
-        val_fraction: Share of the validation part.
-        test_fraction: Share of the test part; 0 for none.
-        train_size: How many training images to choose; all by default.
-        val_size: The same for validation.
-        test_size: The same for the test.
-        test_seed: Of the test part alone, so that other seeds share it; `seed` by default.
-        skip_corrupt: Leave broken images of a folder out and note them instead of refusing.
-        strict_sizes: Refuse a benchmark's data whose numbers of images or classes are not the benchmark's; otherwise
-            they are noted.
-        protocol: `standard` keeps a validation part; `final` learns from it too, and leaves none; `official` divides as
-            the authors' scripts do, who choose on the test images: none is held out, and of data with a validation part
-            VTAB's is trained on and others' are left unused.
-        columns: Which columns of a table hold what, e.g. `path=file,label=species,group=patient`; others are found by
-            their names.
-        target: What the label column of a table holds: one class (`class`), any number of labels (`labels`) or numbers
-            (`numbers`, whose columns are then `classes`). Labels of the data sets are classes, or for the other two
-            strata that splits are made by; raw values, weights and groups are in `ImageDataset.annotations`.
-        channels: Channels of an image: 3 for RGB, 1 for gray, 4 for RGBA, others for multispectral files; see
+        spec: Folder or table (see `full_spec`), or one of `data_names()`: `folder:PATH` (`class/image` or
+            `train|val|test/class/image`) or a dataset. Or an object, see `snella_app.data.hub.from_python`.
+        seed: Seed of splits, subsampling and augmentation.
+        val_fraction: Fraction of the validation split.
+        test_fraction: Fraction of the test split; 0 for no test split.
+        train_size: Number of training images; None uses all.
+        val_size: Number of validation images; None uses all.
+        test_size: Number of test images; None uses all.
+        test_seed: Separate seed of the test split, to share it across seeds; None uses `seed`.
+        skip_corrupt: Skip broken images of a folder with a note instead of raising an error.
+        strict_sizes: Reject benchmark data whose numbers of images or classes differ from the benchmark; if False, add
+            a note.
+        protocol: `standard` uses a validation split. `final` trains on the validation split as well. `official`
+            follows the authors' scripts, which select the epoch on test images: no images are held out, an existing
+            validation split is trained on for VTAB and unused for other data.
+        columns: Column roles of a table, e.g. `path=file,label=species,group=patient`; other roles are detected by
+            column name.
+        target: Content of the label column: one class (`class`), any number of labels (`labels`) or numbers
+            (`numbers`, with column names as `classes`). Dataset labels are classes, or strata for the other two; raw
+            values, weights and groups are in `ImageDataset.annotations`.
+        channels: Number of image channels: 3 for RGB, 1 for gray, 4 for RGBA, others for multispectral files; see
             `read_image`.
-        white: Value of 16-bit images that becomes white, e.g. 4095 of 12-bit cameras; 65535 by default.
-        divide: False leaves all images in the parts that the data has, and splits none off.
-        folds: Number of folds of a cross-validation.
-        fold: Which of them is held out, from 1: as the test part, or, of data with a test part of its own, as the
-            validation part. Training and validation images of the data are divided together.
+        white: Value of 16-bit images mapped to white, e.g. 4095 for 12-bit cameras; None means 65535.
+        divide: If False, only existing splits are used.
+        folds: Number of cross-validation folds.
+        fold: Held-out fold, from 1: the test split, or the validation split if the data has a test split. Training
+            and validation images of the data are pooled before splitting.
 
     Raises:
-        ValueError: An unknown specification (with the nearest ones), numbers out of range, too few images.
-        FileNotFoundError: A folder or Debian package that is not there.
-        ImportError: A Python package that is not installed.
+        ValueError: If the specification is unknown, an argument is out of range, or images are too few.
+        FileNotFoundError: If a folder or Debian package does not exist.
+        ImportError: If a Python package is not installed.
     """
     for_test = seed if test_seed is None else test_seed
     sizes = {"train": train_size, "val": val_size, "test": test_size}
@@ -243,19 +243,19 @@ def load_data(
     if val is not None:
         val = _choose("val", val, val_size, seed, labels)
     elif val_size is not None:
-        raise ValueError(f"val_size={val_size} given, but protocol={protocol} holds no validation part out")
+        raise ValueError(f"val_size must be None because protocol={protocol} has no validation split, got {val_size}")
     if test is not None:
         test = _choose("test", test, test_size, for_test, labels)
     elif test_size is not None:
-        raise ValueError(f"test_size={test_size} given, but {collection.name!r} has no test part")
+        raise ValueError(f"test_size must be None because {collection.name!r} has no test split, got {test_size}")
     parts = {name: part for name, part in (("train", train), ("val", val), ("test", test)) if part is not None}
     for part in parts.values():
         part.seed = seed
     counts = " · ".join(f"{name} {len(part):,}" for name, part in parts.items())
     total = sum(len(images) for _, images in collection.parts())
-    of_numbers = f"with {' and '.join(collection.classes)}"
-    what = of_numbers if target == "numbers" else f"in {len(collection.classes)} classes"
-    description = f"{collection.name}: {total:,} images {what}; {counts}"
+    columns_text = f"with {' and '.join(collection.classes)}"
+    targets_text = columns_text if target == "numbers" else f"in {len(collection.classes)} classes"
+    description = f"{collection.name}: {total:,} images {targets_text}; {counts}"
     warnings = [
         *_absent(parts, collection, target),
         *_darkness(parts),
@@ -279,11 +279,11 @@ def load_data(
 
 
 def with_class_order(splits: DataSplits, classes: list[str]) -> DataSplits:
-    """The same splits with the classes numbered in another order.
+    """Return the splits with reordered class indices.
 
     Args:
-        splits: With one class an image.
-        classes: The same names.
+        splits: Splits with one class per image.
+        classes: The same class names in the new order.
     """
     if classes == splits.classes:
         return splits
@@ -297,14 +297,14 @@ def with_class_order(splits: DataSplits, classes: list[str]) -> DataSplits:
 def _collect(
     spec: Any, skip_corrupt: bool, strict_sizes: bool, columns: str | None, target: TargetKind, reading: Reading
 ) -> Collection:
-    """The data as its family has it."""
+    """Load the data in its existing splits."""
     given: dict[str, Any] = {} if reading == RGB else {"reading": reading}
     spec = full_spec(str(spec)) if isinstance(spec, str | Path) else spec
     if not isinstance(spec, str):
         return from_python(spec, RowOptions(Columns.parse(columns), target, skip_corrupt, reading))
     prefix, path = split_spec(spec)
     if prefix == PYTHON_PREFIX:
-        raise ValueError(f"data {spec} is an object in Python: hand it over to train or evaluate with data=...")
+        raise ValueError(f"data {spec} is a Python object; pass it to train or evaluate with data=...")
     if prefix in _IN_TABLES:
         return _IN_TABLES[prefix](path, RowOptions(Columns.parse(columns), target, skip_corrupt, reading))
     if columns is not None:
@@ -328,7 +328,7 @@ def _collect(
 
 
 def _data_hint(spec: str) -> str:
-    """What an unknown specification may have meant."""
+    """Return a suggestion for an unknown specification."""
     name, colon, rest = spec.partition(":")
     if colon:
         prefixes = [prefix[:-1] for prefix in (*_IN_FOLDERS, *_IN_TABLES, *_BENCHMARKS)]
@@ -340,16 +340,16 @@ def _data_hint(spec: str) -> str:
     near = difflib.get_close_matches(spec, _registered(), n=2, cutoff=0.4)
     if near:
         return f"; nearest: {', '.join(map(repr, near))}"
-    return near_siblings(path) or "; there is no such folder"
+    return near_siblings(path) or "; no such folder"
 
 
 def _as_target(collection: Collection, target: TargetKind, spec: str) -> Collection:
-    """Images in classes as those with one label each, or with the number that the class's name is."""
+    """Convert class labels to one-label sets, or to numbers if class names are numeric."""
     if target == "class" or collection.strata is not None:
         return collection
     if target == "labels":
         values: list[Target] = [(name,) for name in collection.classes]
-        note = "every image has one label, that of its class; labels that are not exclusive need a table"
+        note = "every image has exactly one label, its class; images with several labels need a table"
     else:
         try:
             values = [float(name) for name in collection.classes]
@@ -359,7 +359,7 @@ def _as_target(collection: Collection, target: TargetKind, spec: str) -> Collect
                 f"class names that are numbers, got {spec} with classes "
                 f"{', '.join(map(repr, collection.classes[:3]))}"
             ) from None
-        note = "the numbers are the names of the classes"
+        note = "regression targets are the class names"
     for _, part in collection.parts():
         part.annotations = replace(part.annotations, targets=[values[label] for label in part.labels])
     return replace(
@@ -373,14 +373,15 @@ def _as_target(collection: Collection, target: TargetKind, spec: str) -> Collect
 def _divide(
     collection: Collection, seed: int, test_seed: int, val_fraction: float, test_fraction: float, protocol: Protocol
 ) -> tuple[ImageDataset, ImageDataset | None, ImageDataset | None]:
-    """Split off the parts that the data does not have."""
+    """Create the missing splits."""
     train, val, test = collection.train, collection.val, collection.test
     total, classes = len(train), collection.label_names
     if not collection.has_parts and test_fraction > 0:
         train, test = _split_off(train, test_fraction, test_seed, classes, "test")
     if protocol == "official" and test is None:
         raise ValueError(
-            f"protocol=official chooses on the test images, and {collection.name!r} has none; use another protocol"
+            f"protocol=official needs test images for epoch selection, but {collection.name!r} has none; use another "
+            "protocol"
         )
     if protocol != "standard":
         joins_training = val is not None and (protocol == "final" or collection.official_joins_val)
@@ -392,7 +393,7 @@ def _divide(
 
 
 def _hold_out(collection: Collection, folds: int, fold: int, seed: int) -> None:
-    """Make one fold of the images that are there to train and validate on the test part, or the validation part."""
+    """Hold out one fold of the training and validation images as the test or validation split."""
     images = collection.train if collection.val is None else joined(collection.train, collection.val)
     left, taken = fold_split(
         images.labels, images.annotations.groups, folds, fold, seed=seed, classes=collection.label_names
@@ -400,17 +401,17 @@ def _hold_out(collection: Collection, folds: int, fold: int, seed: int) -> None:
     collection.train, collection.val, held_out = images.subset(left), None, images.subset(taken)
     if collection.test is None:
         collection.test = held_out
-        collection.notes.append(f"fold {fold} of {folds} is the test part")
+        collection.notes.append(f"fold {fold} of {folds} is the test split")
     else:
         collection.val = held_out
-        collection.notes.append(f"fold {fold} of {folds} is the validation part, the test part is the data's own")
+        collection.notes.append(f"fold {fold} of {folds} is the validation split; the test split comes from the data")
     collection.has_parts = True
 
 
 def _split_off(
     images: ImageDataset, fraction: float, seed: int, classes: list[str], part: str
 ) -> tuple[ImageDataset, ImageDataset]:
-    """What is left and a part of its own: by groups where images have them."""
+    """Split images into (remaining, split off), by groups if present."""
     groups = images.annotations.groups
     if groups is None:
         reserve = 2 if part == "test" else 1
@@ -421,39 +422,39 @@ def _split_off(
 
 
 def _choose(part: str, images: ImageDataset, size: int | None, seed: int, classes: list[str]) -> ImageDataset:
-    """`size` images of a part, all of them where no size is given."""
+    """Subsample a split to `size` images; None keeps all."""
     if size is None:
         return images
     return images.subset(stratified_sample(images.labels, size, seed=seed, classes=classes, argument=f"{part}_size"))
 
 
 def _absent(parts: dict[str, ImageDataset], collection: Collection, target: TargetKind) -> list[str]:
-    """Warnings about classes or labels that a part lacks; none of numbers."""
+    """Return warnings about classes or labels missing from a split."""
     notes = []
     names = {"class": collection.label_names, "labels": collection.classes}.get(target, [])
-    one, many = ("class", "classes") if target == "class" else ("label", "labels")
+    noun, plural = ("class", "classes") if target == "class" else ("label", "labels")
     remedies = {
-        "train": f"add training images, or leave the {one} out",
-        "val": "add validation images, without which the epoch is chosen by the others",
-        "test": "add test images, without which nothing is measured",
+        "train": f"add training images or remove the {noun}",
+        "val": "add validation images, or epoch selection ignores them",
+        "test": "add test images, or test scores ignore them",
     }
     for part, images in parts.items():
         if target == "class":
-            there = {names[label] for label in images.labels}
+            present = {names[label] for label in images.labels}
         else:
             targets = images.annotations.targets or []
-            there = {name for labels in targets for name in cast(tuple[str, ...], labels)} if names else set()
-        absent = [repr(name) for name in names if name not in there]
+            present = {name for labels in targets for name in cast(tuple[str, ...], labels)} if names else set()
+        absent = [repr(name) for name in names if name not in present]
         if absent:
             part_name = {"train": "training", "val": "validation"}.get(part, part)
-            subject = f"{one} {absent[0]} has" if len(absent) == 1 else f"{len(absent)} {many} have"
+            subject = f"{noun} {absent[0]} has" if len(absent) == 1 else f"{len(absent)} {plural} have"
             named = "" if len(absent) == 1 else f": {listed(absent)}"
             notes.append(f"{subject} no {part_name} images{named}; {remedies[part]}")
     return notes
 
 
 def _shared_groups(parts: dict[str, ImageDataset]) -> list[str]:
-    """Warnings about groups that are in training and in another part, as the data itself divides them."""
+    """Return warnings about groups in both the training split and another split of the data."""
     notes = []
     trained = set(parts["train"].annotations.groups or [])
     for name in ("val", "test"):
@@ -461,32 +462,32 @@ def _shared_groups(parts: dict[str, ImageDataset]) -> list[str]:
         both = sorted(trained & groups)
         if both:
             notes.append(
-                f"{len(both)} of {len(groups)} groups in {name} are in train too, e.g. {both[0]!r}; results on {name} "
-                "are optimistic; --columns split=none divides anew and keeps groups together"
+                f"{len(both)} of {len(groups)} groups in {name} are also in train, e.g. {both[0]!r}; results on {name} "
+                "are optimistic; --columns split=none creates new splits that keep groups together"
             )
     return notes
 
 
 def is_unbalanced(labels: Iterable[int]) -> bool:
-    """Whether the most frequent of the labels that occur has at least four times the images of the least frequent."""
+    """Return whether the most frequent label has at least four times the images of the rarest one present."""
     counts = Counter(labels).values()
     return bool(counts) and max(counts) >= _IMBALANCE * min(counts)
 
 
 def _imbalance(train: ImageDataset, classes: list[str]) -> list[str]:
-    """A note where one class has many times the images of another."""
+    """Return a note about class imbalance."""
     if not is_unbalanced(train.labels):
         return []
     counts = Counter(train.labels)
     most, fewest = max(counts, key=lambda label: counts[label]), min(counts, key=lambda label: counts[label])
     return [
         f"classes are unbalanced: {counts[most]} training images of {classes[most]!r}, {counts[fewest]} of "
-        f"{classes[fewest]!r}; judge by the balanced accuracy, in which each class counts the same"
+        f"{classes[fewest]!r}; use balanced accuracy, which weighs all classes equally"
     ]
 
 
 def _pages(parts: dict[str, ImageDataset]) -> list[str]:
-    """A note about images with several pages or frames."""
+    """Return a note about images with several pages or frames."""
     names = [
         images.names[position]
         for images in parts.values()
@@ -495,23 +496,23 @@ def _pages(parts: dict[str, ImageDataset]) -> list[str]:
     ]
     if not names:
         return []
-    return [f"{len(names)} images have several pages or frames, of which the first is used: {listed(names)}"]
+    return [f"{len(names)} images have several pages or frames; only the first is used: {listed(names)}"]
 
 
 def _darkness(parts: dict[str, ImageDataset]) -> list[str]:
-    """A note where 16-bit images use a small part of their range, as those of 12-bit cameras do."""
+    """Return a note if 16-bit images use a small part of their range, like images of 12-bit cameras."""
     facts = [fact for images in parts.values() for fact in known_facts(images).values()]
     shares = [fact.brightest for fact in facts if fact.brightest is not None]
     if not shares or max(shares) > _DARK or max(shares) == 0:
         return []
     return [
-        f"{len(shares)} images of 16 bits use at most {max(shares):.1%} of the range; --white (white=) is the value "
-        "that becomes white, e.g. 4095 for 12-bit cameras"
+        f"{len(shares)} 16-bit images use at most {max(shares):.1%} of the range; set the white value with --white "
+        "(white=), e.g. 4095 for 12-bit cameras"
     ]
 
 
 def _copies(parts: dict[str, ImageDataset]) -> list[str]:
-    """Notes about images of a later part that are training images too: of the same bytes, or saved again."""
+    """Return warnings about validation or test images that are copies of training images, exact or re-encoded."""
     equal = _equal_files(parts)
     notes = []
     for name in ("val", "test"):
@@ -520,17 +521,16 @@ def _copies(parts: dict[str, ImageDataset]) -> list[str]:
             trained, others = parts["train"].names, parts[name].names
             shown = listed(f"{trained[b]!r} is {others[a]!r}" for a, b in sorted(both.items()))
             resaved = len(both) - len(equal.get(name, {}))
-            kind = f" ({resaved} of them saved again or resized)" if resaved else ""
+            kind = f" ({resaved} of them re-encoded or resized)" if resaved else ""
             notes.append(
-                f"{len(both)} of {len(parts[name])} {name} images are training images too{kind}, e.g. {shown}; "
-                f"results on {name} are optimistic by as much; "
-                "remove the copies from one part"
+                f"{len(both)} of {len(parts[name])} {name} images are also training images{kind}, e.g. {shown}; "
+                f"{name} results are optimistic; remove the copies from one split"
             )
     return notes
 
 
 def _equal_files(parts: dict[str, ImageDataset]) -> dict[str, dict[int, int]]:
-    """By part, positions of image files whose bytes are those of a training image, with its position."""
+    """Map, by split, positions of files to positions of training images with equal bytes."""
     paths = {
         name: [images.source.paths[row] for row in images.rows]
         for name, images in parts.items()
@@ -549,10 +549,10 @@ def _equal_files(parts: dict[str, ImageDataset]) -> dict[str, dict[int, int]]:
 
 
 def repeated_images(images: ImageDataset) -> list[list[int]]:
-    """Positions of images that are the same picture, pixel by pixel as far as 16×16 gray values and the size tell.
+    """Return groups of positions with identical images, compared by size and 16×16 gray thumbnail.
 
     Args:
-        images: Inspected ones; others are passed over, as are flat ones.
+        images: Dataset; images that are flat or not inspected are ignored.
     """
     groups: dict[Any, list[int]] = {}
     for position, facts in known_facts(images).items():
@@ -562,53 +562,53 @@ def repeated_images(images: ImageDataset) -> list[list[int]]:
 
 
 def equal_pictures(train: ImageDataset, others: ImageDataset) -> dict[int, int]:
-    """Images whose pixels are those of a training image, whatever file they are in.
+    """Find images whose pixels equal a training image, independent of file format.
 
     Args:
         train: Training images.
         others: Other images, read the same way.
 
     Returns:
-        From the position in `others` to that of the training image.
+        Position of the training image by position in `others`.
     """
     are_known = all(len(known_facts(images)) == len(images) for images in (train, others))
-    looks = [_looks(images, are_known) for images in (train, others)]
-    shared = set(looks[0]) & set(looks[1])
-    positions = [[p for look in shared for p in found[look]] for found in looks]
+    by_look = [_looks(images, are_known) for images in (train, others)]
+    shared = set(by_look[0]) & set(by_look[1])
+    positions = [[p for look in shared for p in groups[look]] for groups in by_look]
     trained = {_pixel_digest(train, position): position for position in positions[0]}
     digests = {position: _pixel_digest(others, position) for position in sorted(positions[1])}
     return {position: trained[digest] for position, digest in digests.items() if digest in trained}
 
 
 def _looks(images: ImageDataset, are_known: bool) -> dict[Any, list[int]]:
-    """Positions by size and thumbnail, which equal pictures share; all under None where images were not inspected."""
+    """Group positions by size and thumbnail; use the single key None if images were not inspected."""
     facts = known_facts(images)
-    found: dict[Any, list[int]] = {}
+    groups: dict[Any, list[int]] = {}
     for position in range(len(images)):
         look = (facts[position].size, facts[position].thumbnail.tobytes()) if are_known else None
-        found.setdefault(look, []).append(position)
-    return found
+        groups.setdefault(look, []).append(position)
+    return groups
 
 
 def _pixel_digest(images: ImageDataset, position: int) -> bytes:
-    """A digest of the decoded image."""
+    """Return a digest of the decoded image."""
     image: Any = images.source.load(images.rows[position])
     pixels = image.numpy() if isinstance(image, Tensor) else np.asarray(image)
     return hashlib.blake2b(repr((pixels.shape, str(pixels.dtype))).encode() + pixels.tobytes(), digest_size=16).digest()
 
 
 def near_copies(train: ImageDataset, others: ImageDataset) -> dict[int, int]:
-    """Images that look like a training image: copies that were saved again, resized or compressed.
+    """Find near-duplicates of training images: re-encoded, resized or compressed copies.
 
-    Two images count as one where their thumbnails of 16×16 gray values correlate by 0.995 at least and differ by 3 of
-    255 at most (root mean square). Only images that were inspected, and are not flat, are compared.
+    Two images match if their 16×16 gray thumbnails have a correlation of at least 0.995 and a root mean square
+    difference of at most 3 (of 255). Flat images and images that were not inspected are ignored.
 
     Args:
         train: Training images.
-        others: Images of another part.
+        others: Images of another split.
 
     Returns:
-        From the position in `others` to that of the training image that is most alike.
+        Position of the most similar training image by position in `others`.
     """
     known = [
         {p: facts.thumbnail for p, facts in known_facts(images).items() if facts.thumbnail.std() > _FLAT}
@@ -620,20 +620,20 @@ def near_copies(train: ImageDataset, others: ImageDataset) -> dict[int, int]:
     raw = [np.stack(list(thumbnails.values())).reshape(len(thumbnails), -1).astype(np.float32) for thumbnails in known]
     centered = [values - values.mean(1, keepdims=True) for values in raw]
     unit = [values / np.linalg.norm(values, axis=1, keepdims=True) for values in centered]
-    found = {}
+    matches = {}
     for start in range(0, len(unit[1]), _CHUNK):
         correlations = unit[1][start : start + _CHUNK] @ unit[0].T
         for offset, nearest in enumerate(correlations.argmax(1)):
             distance = np.sqrt(((raw[1][start + offset] - raw[0][nearest]) ** 2).mean())
             if correlations[offset, nearest] >= _LEAST_CORRELATION and distance <= _MOST_DISTANCE:
-                found[int(positions[1][start + offset])] = int(positions[0][nearest])
-    return found
+                matches[int(positions[1][start + offset])] = int(positions[0][nearest])
+    return matches
 
 
 def _check_numbers(
     seeds: dict[str, int], val_fraction: float, test_fraction: float, sizes: dict[str, int | None]
 ) -> None:
-    """Refuse numbers out of range, all of them in one message."""
+    """Check ranges and report all errors in one message."""
     errors = [f"{name} must be in [0, 2^32), got {seed}" for name, seed in seeds.items() if not 0 <= seed < 2**32][:1]
     if not 0 < val_fraction < 1:
         errors.append(f"val_fraction must be in (0, 1), got {val_fraction}")

@@ -1,4 +1,4 @@
-"""A folder of images and masks: `images/` and `masks/`, or `train|val|test/` with both inside."""
+"""Folders of images and masks: `images/` and `masks/`, or `train|val|test/` with both."""
 
 import hashlib
 import os
@@ -20,30 +20,32 @@ _SHOWN = 3
 
 
 def same_images(first: ImageDataset, second: ImageDataset) -> list[tuple[str, str]]:
-    """Pairs of names whose decoded pixels are equal, one from each data set.
+    """Return pairs of names with equal decoded pixels, one from each dataset.
 
-    A picture that was compressed or resized again has other pixels and is not found.
+    Re-encoded or resized copies are not detected.
     """
-    known = dict(zip(_digests(first), first.names, strict=True))
+    by_digest = dict(zip(_digests(first), first.names, strict=True))
     return [
-        (known[digest], name) for digest, name in zip(_digests(second), second.names, strict=True) if digest in known
+        (by_digest[digest], name)
+        for digest, name in zip(_digests(second), second.names, strict=True)
+        if digest in by_digest
     ]
 
 
 def overlap_note(train: ImageDataset, test: ImageDataset, part: str = "test") -> list[str]:
-    """One note where test images are training images as well, none where all differ."""
+    """Return a note if test images are also training images."""
     both = same_images(train, test)
     if not both:
         return []
     shown = listed((f"{mine} = {theirs}" for mine, theirs in both), _SHOWN)
     return [
-        f"{len(both)} of {len(test)} {part} images are training images too, by their pixels: {shown}; "
-        f"results on {part} are optimistic by as much"
+        f"{len(both)} of {len(test)} {part} images are also training images (equal pixels): {shown}; "
+        f"{part} results are optimistic"
     ]
 
 
 def _digests(images: ImageDataset) -> Sequence[str]:
-    """SHA-256 of the size and the pixels of each image."""
+    """Return the SHA-256 of size and pixels of each image."""
 
     def digest(index: int) -> str:
         image = images.image(index)
@@ -55,8 +57,8 @@ def _digests(images: ImageDataset) -> Sequence[str]:
 
 BINARY_CLASSES = ["background", "foreground"]
 MASK_STRATA = ["image with a mask"]
-"""What a split of images with masks is stratified by: they are all of one kind."""
-_LAYOUT = "it must hold images/NAME.jpg and masks/NAME.png, or train, val and test folders with both inside"
+"""Single stratum of images with masks."""
+_LAYOUT = "the expected layout is images/NAME.jpg and masks/NAME.png, or train, val and test folders with both"
 _PARTS = ("train", "val", "test")
 _CLASS_FILE = "classes.txt"
 _THREADS = 4  # decoding releases the interpreter lock
@@ -73,7 +75,7 @@ class MaskPair:
 
 @dataclass(frozen=True)
 class _PairCheck:
-    """A decoded pair: the error if it cannot be read, both sizes (width, height), and the labels that occur."""
+    """Check of a decoded pair: error if unreadable, both sizes (width, height), and present labels."""
 
     broken: str = ""
     image_size: tuple[int, int] = (0, 0)
@@ -83,20 +85,20 @@ class _PairCheck:
 
 
 def load_masks(path: str, *, skip_corrupt: bool = False) -> Collection:
-    """Collect the images of a folder with their masks; an image and its mask have the same name but for the ending.
+    """Load images and masks of a folder, paired by file name without suffix.
 
-    A mask's values are class numbers: palette indices or gray values 0, 1, 2 … without gaps; 0 is the background. Masks
-    of 0 and 255 are binary, and JPEG masks are cut at 128 to become so. `classes.txt` in the folder names the classes,
-    one a line, the background first, and may name more than occur. Every file is decoded once.
+    Mask values are class indices: palette indices or gray values 0, 1, 2 … without gaps; 0 is the background. Masks of
+    0 and 255 are binary; JPEG masks are thresholded at 128. An optional `classes.txt` lists the class names, one per
+    line, background first, and may include absent classes. Every file is decoded once.
 
     Args:
-        path: The folder.
-        skip_corrupt: Leave pairs with an unreadable file out and note them instead of refusing.
+        path: Folder.
+        skip_corrupt: Skip pairs with an unreadable file with a note instead of raising an error.
 
     Raises:
-        FileNotFoundError: There is no such folder; near names are given.
-        ValueError: Everything that is wrong with the files, in one message: images without masks and masks without
-            images, sizes that differ, labels out of range, unreadable files.
+        FileNotFoundError: If the folder does not exist; the message suggests similar names.
+        ValueError: If images or masks are unpaired, sizes differ, labels are out of range, or files are unreadable; one
+            message lists all errors.
     """
     root = existing_folder(path, "masks", "with images/ and masks/ inside")
     divided = (root / "train" / "images").is_dir()
@@ -128,40 +130,40 @@ def collect_masks(
     has_parts: bool = False,
     skip_corrupt: bool = False,
 ) -> Collection:
-    """Decode all pairs once and make a collection of them.
+    """Decode all pairs once and build a collection.
 
     Args:
-        spec: What the user typed, for messages.
-        root: Folder that names are relative to.
-        pairs: Files of each part.
-        errors: What is known to be wrong already.
-        class_names: Names by label; found from the labels where None.
-        has_parts: Whether the data is divided by itself.
-        skip_corrupt: Leave pairs with an unreadable file out and note them.
+        spec: Specification as the user typed it, for messages.
+        root: Base folder of names.
+        pairs: Pairs by split.
+        errors: Errors found so far.
+        class_names: Class names by label; None infers them from the labels.
+        has_parts: True if the data has splits.
+        skip_corrupt: Skip pairs with an unreadable file with a note.
 
     Raises:
-        ValueError: As `load_masks`.
+        ValueError: As for `load_masks`.
     """
-    everything = [pair for found in pairs.values() for pair in found]
-    checks = dict(zip(everything, _check_pairs(everything), strict=True))
-    names = {pair: pair.image.relative_to(root).as_posix() for pair in everything}
-    masks = {pair: pair.mask.relative_to(root).as_posix() for pair in everything}
+    all_pairs = [pair for split_pairs in pairs.values() for pair in split_pairs]
+    checks = dict(zip(all_pairs, _check_pairs(all_pairs), strict=True))
+    names = {pair: pair.image.relative_to(root).as_posix() for pair in all_pairs}
+    masks = {pair: pair.mask.relative_to(root).as_posix() for pair in all_pairs}
     broken = {pair: check.broken for pair, check in checks.items() if check.broken}
     notes: list[str] = []
     if broken:
         text = f"{_many(len(broken), 'pair')} with an unreadable file: {listed(list(broken.values()))}"
         if skip_corrupt:
-            notes.append(f"left out {text}")
+            notes.append(f"skipped {text}")
         else:
-            errors.append(f"{text} (leave them out with --skip-corrupt (skip_corrupt=True))")
+            errors.append(f"{text} (skip them with --skip-corrupt (skip_corrupt=True))")
     good = {pair: check for pair, check in checks.items() if not check.broken}
-    unlike = [
+    mismatched = [
         f"{masks[pair]} is {_size(check.mask_size)}, its image {_size(check.image_size)}"
         for pair, check in good.items()
         if check.image_size != check.mask_size
     ]
-    if unlike:
-        errors.append(f"{_many(len(unlike), 'mask')} of another size than the image: {listed(unlike)}")
+    if mismatched:
+        errors.append(f"{_many(len(mismatched), 'mask')} with a different size than the image: {listed(mismatched)}")
     thresholded = sum(check.is_thresholded for check in good.values())
     labels = Counter(label for check in good.values() for label in check.labels)
     is_white = class_names is None or len(class_names) == 2
@@ -176,10 +178,11 @@ def collect_masks(
     if thresholded:
         notes.append(
             f"{_many(thresholded, 'mask')} in a lossy format (JPEG), which does not preserve labels: "
-            f"values from {THRESHOLD} count as {classes[1]!r}"
+            f"values of at least {THRESHOLD} become {classes[1]!r}"
         )
     parts = {
-        part: _dataset([pair for pair in found if pair not in broken], names, is_white) for part, found in pairs.items()
+        part: _dataset([pair for pair in split_pairs if pair not in broken], names, is_white)
+        for part, split_pairs in pairs.items()
     }
     return Collection(
         root.name,
@@ -194,17 +197,17 @@ def collect_masks(
 
 
 def find_pairs(folder: Path, root: Path, errors: list[str]) -> list[MaskPair]:
-    """Find the images and masks of one part by name; what has no partner is added to the errors.
+    """Pair the images and masks of one split by name, and append unpaired files to `errors`.
 
     Args:
-        folder: Holds `images/` and `masks/`.
-        root: Folder that messages name files relative to.
-        errors: What is wrong is added here.
+        folder: Folder with `images/` and `masks/`.
+        root: Base folder of names in messages.
+        errors: List that receives errors.
     """
     where = "" if folder == root else f" in {folder.relative_to(root)}"
-    found = {kind: _files(folder / kind, root, errors) for kind in ("images", "masks")}
-    images, masks = found["images"], found["masks"]
-    for kind, files in found.items():
+    by_kind = {kind: _files(folder / kind, root, errors) for kind in ("images", "masks")}
+    images, masks = by_kind["images"], by_kind["masks"]
+    for kind, files in by_kind.items():
         if not files:
             errors.append(f"no image files in {(folder / kind).relative_to(root)}/; {_LAYOUT}")
     if not images or not masks:
@@ -219,7 +222,7 @@ def find_pairs(folder: Path, root: Path, errors: list[str]) -> list[MaskPair]:
 
 
 def _files(folder: Path, root: Path, errors: list[str]) -> dict[str, Path]:
-    """Image files of a folder by their name without ending."""
+    """Return the image files of a folder by name without suffix."""
     if not folder.is_dir():
         return {}
     files: dict[str, Path] = {}
@@ -227,7 +230,7 @@ def _files(folder: Path, root: Path, errors: list[str]) -> dict[str, Path]:
         if file.suffix.lower() not in IMAGE_SUFFIXES or file.name.startswith("."):
             continue
         if file.stem in files:
-            errors.append(f"two files of one name in {folder.relative_to(root)}/: {files[file.stem].name}, {file.name}")
+            errors.append(f"duplicate name in {folder.relative_to(root)}/: {files[file.stem].name}, {file.name}")
         files[file.stem] = file
     return files
 
@@ -250,20 +253,20 @@ def _check_pair(pair: MaskPair) -> _PairCheck:
 
 
 def _class_names(root: Path) -> list[str] | None:
-    """The lines of `classes.txt`, None where there is no such file."""
+    """Read `classes.txt`; None if it does not exist."""
     file = root / _CLASS_FILE
     if not file.is_file():
         return None
     names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     if len(names) < 2 or len(set(names)) < len(names) or len(names) > _MAX_LABELS:
         raise ValueError(
-            f"{file} must name 2 to {_MAX_LABELS} different classes, one a line, the background first, got {names}"
+            f"{file} must list 2 to {_MAX_LABELS} different classes, one per line, background first, got {names}"
         )
     return names
 
 
 def _without_gaps(labels: Mapping[int, int]) -> int:
-    """The last of the labels 0, 1, 2 … that occur one after the other."""
+    """Return the last label of the consecutive sequence 0, 1, 2, …."""
     last = 0
     while last + 1 in labels:
         last += 1
@@ -271,22 +274,22 @@ def _without_gaps(labels: Mapping[int, int]) -> int:
 
 
 def _found_classes(last: int) -> list[str]:
-    """Default class names."""
+    """Return default class names."""
     return BINARY_CLASSES if last == 1 else ["background", *(f"class {label}" for label in range(1, last + 1))]
 
 
 def _out_of_range(
     labels: Mapping[str, tuple[int, ...]], classes: list[str], class_names: list[str] | None
 ) -> list[str]:
-    """The error of masks with labels that no class has."""
-    strange = {mask: [label for label in found if label >= len(classes)] for mask, found in labels.items()}
-    texts = [f"{mask} has {', '.join(map(str, found[:5]))}" for mask, found in strange.items() if found]
+    """Return the error for masks with labels out of range."""
+    outside = {mask: [label for label in present if label >= len(classes)] for mask, present in labels.items()}
+    texts = [f"{mask} has {', '.join(map(str, wrong[:5]))}" for mask, wrong in outside.items() if wrong]
     if not texts:
         return []
     why = (
-        f"{_CLASS_FILE} names {len(classes)} classes"
+        f"{_CLASS_FILE} lists {len(classes)} classes"
         if class_names
-        else f"labels count up from 0 without gaps, or are 0 and 255; {_CLASS_FILE} may name rare ones"
+        else f"labels must be 0, 1, 2 … without gaps, or 0 and 255; list absent classes in {_CLASS_FILE}"
     )
     return [f"{_many(len(texts), 'mask')} with labels out of range 0 to {len(classes) - 1} ({why}): {listed(texts)}"]
 
@@ -294,19 +297,19 @@ def _out_of_range(
 def _unusable(
     labels: Mapping[int, int], pairs: Mapping[str, Sequence[MaskPair]], broken: Mapping[MaskPair, str]
 ) -> list[str]:
-    """Errors of the files together."""
+    """Return errors that concern the data as a whole."""
     errors = [
-        f"no readable pair of image and mask in the part '{part}'"
-        for part, found in pairs.items()
-        if all(pair in broken for pair in found)
+        f"no readable pair of image and mask in the split '{part}'"
+        for part, split_pairs in pairs.items()
+        if all(pair in broken for pair in split_pairs)
     ]
     if not errors and len(labels) < 2:
-        errors.append(f"all masks hold one label only, {next(iter(labels))}; there is nothing to learn")
+        errors.append(f"masks must have at least two labels, got only {next(iter(labels))}")
     return errors
 
 
 def _dataset(pairs: Sequence[MaskPair], names: Mapping[MaskPair, str], is_white: bool) -> MaskDataset:
-    """The images of one part."""
+    """Build the dataset of one split."""
     images, masks = (
         FileImages([p.image for p in pairs]),
         FileMasks([p.mask for p in pairs], is_white_foreground=is_white),
@@ -315,12 +318,12 @@ def _dataset(pairs: Sequence[MaskPair], names: Mapping[MaskPair, str], is_white:
 
 
 def _size(size: tuple[int, int]) -> str:
-    """Width × height."""
+    """Format width × height."""
     return f"{size[0]}×{size[1]}"
 
 
 def _many(number: int, noun: str) -> str:
-    """A number and its noun."""
+    """Return a number with its noun."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
@@ -330,19 +333,19 @@ _TEST_SHARE = 0.12
 
 
 def load_kvasir(path: str, *, skip_corrupt: bool = False) -> Collection:
-    """Collect Kvasir-SEG as its authors distribute it: `images/NAME.jpg`, `masks/NAME.jpg` (cut at 128).
+    """Load Kvasir-SEG in the authors' layout: `images/NAME.jpg`, `masks/NAME.jpg` (thresholded at 128).
 
-    The official split is in `train.txt` (880 names) and `val.txt` (120), one name a line; the latter is the test part,
-    and validation is split off the training part. Without these files, the names are ordered by their SHA-256 and the
-    first 12 % are the test part: 120 of 1,000, the same ones everywhere, but not the official ones.
+    The official split is in `train.txt` (880 names) and `val.txt` (120 names), one name per line. `val.txt` is the test
+    split; validation images are split off the training images. Without these files, the first 12 % of names ordered by
+    SHA-256 (120 of 1,000) form a reproducible but unofficial test split.
 
     Args:
-        path: The folder.
-        skip_corrupt: Leave pairs with an unreadable file out and note them instead of refusing.
+        path: Folder.
+        skip_corrupt: Skip pairs with an unreadable file with a note instead of raising an error.
 
     Raises:
-        FileNotFoundError: There is no such folder; near names are given.
-        ValueError: As `load_masks`; one split file without the other; names in both of them, or without a file.
+        FileNotFoundError: If the folder does not exist; the message suggests similar names.
+        ValueError: As for `load_masks`; if one split file is missing, or names are in both files or without an image.
     """
     root = existing_folder(path, "kvasir", "with images/ and masks/ inside")
     errors: list[str] = []
@@ -352,8 +355,8 @@ def load_kvasir(path: str, *, skip_corrupt: bool = False) -> Collection:
     if names is None:
         names = _own_split(list(pairs))
         notes.append(
-            f"kvasir: no {' and '.join(_SPLIT_FILES.values())} in the folder: {len(names['test'])} test images chosen "
-            "by the SHA-256 of their names, which is not the official split"
+            f"kvasir: no {' and '.join(_SPLIT_FILES.values())} in the folder: selected {len(names['test'])} test "
+            "images by SHA-256 of their names, not the official split"
         )
     parts = {part: [pairs[name] for name in chosen if name in pairs] for part, chosen in names.items()}
     collection = collect_masks(
@@ -367,14 +370,14 @@ def load_kvasir(path: str, *, skip_corrupt: bool = False) -> Collection:
 
 
 def _official_split(root: Path, pairs: dict[str, MaskPair], errors: list[str]) -> dict[str, list[str]] | None:
-    """Names of the training and the test part from the split files, None where neither is there."""
+    """Return training and test names from the split files; None if neither exists."""
     files = {part: root / name for part, name in _SPLIT_FILES.items()}
     present = [file for file in files.values() if file.is_file()]
     if not present:
         return None
     if len(present) < len(files):
         absent = next(file.name for file in files.values() if not file.is_file())
-        errors.append(f"{present[0].name} is there but {absent} is not; add it, or remove both for a split by name")
+        errors.append(f"{present[0].name} exists but {absent} does not; add it, or remove both for a split by name")
         return {"train": list(pairs)}
     names = {part: _names(file) for part, file in files.items()}
     for part, chosen in names.items():
@@ -383,18 +386,18 @@ def _official_split(root: Path, pairs: dict[str, MaskPair], errors: list[str]) -
             errors.append(f"{len(unknown)} names in {_SPLIT_FILES[part]} without image and mask: {listed(unknown)}")
     both = sorted(set(names["train"]) & set(names["test"]))
     if both:
-        errors.append(f"{len(both)} names stand in {' and in '.join(_SPLIT_FILES.values())}: {listed(both)}")
+        errors.append(f"{len(both)} names are in both {' and '.join(_SPLIT_FILES.values())}: {listed(both)}")
     return names
 
 
 def _names(file: Path) -> list[str]:
-    """Names in a split file, without folders and endings."""
+    """Read the names in a split file, without folders and suffixes."""
     lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
     return list(dict.fromkeys(Path(line).stem if "." in line else Path(line).name for line in lines if line))
 
 
 def _own_split(names: list[str]) -> dict[str, list[str]]:
-    """The same 12 % for the test everywhere, whatever the folder's order."""
+    """Select a reproducible 12 % of names as the test split."""
     ordered = sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
     test = set(ordered[: max(1, round(_TEST_SHARE * len(ordered)))])
     return {"train": [n for n in names if n not in test], "test": [n for n in names if n in test]}

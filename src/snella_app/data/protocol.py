@@ -1,4 +1,4 @@
-"""Run protocols: which split selects the best epoch, and how images are preprocessed."""
+"""Run protocols: the split for epoch selection, and image preprocessing."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -16,11 +16,11 @@ _OFFICIAL_CROP_PCT = 0.875
 
 @dataclass(frozen=True)
 class RunProtocol:
-    """How the epoch whose adapter is saved is selected.
+    """Protocol for selecting the epoch whose adapter is saved.
 
     Attributes:
-        name: As `--protocol` takes it.
-        selected_on: Part of the data that the best epoch is chosen on; None keeps the last epoch.
+        name: Value of `--protocol`.
+        selected_on: Split for epoch selection; None keeps the last epoch.
         summary: One line, human-readable.
         warning: Caveat about the results; empty for none.
     """
@@ -31,13 +31,13 @@ class RunProtocol:
     warning: str = ""
 
     def selection_part(self, splits: DataSplits) -> ImageDataset | None:
-        """The split that the best epoch is selected on."""
+        """Return the split for epoch selection."""
         return {"val": splits.val, "test": splits.test, None: None}[self.selected_on]
 
     def is_measured(self, epoch: int, epochs: int) -> bool:
-        """Whether the model is measured after an epoch, counted from 1.
+        """Return whether the model is evaluated after an epoch, counted from 1.
 
-        The authors' scripts measure after the first epoch, every tenth from there on, and each of the last ten.
+        The authors' scripts evaluate after the first epoch, every tenth epoch after it, and each of the last ten.
         """
         if self.selected_on != "test":
             return self.selected_on is not None
@@ -46,36 +46,36 @@ class RunProtocol:
     def selection_score(
         self, row: Mapping[str, Any], task_score: Callable[[Mapping[str, Any]], tuple[float, float]]
     ) -> tuple[float, float]:
-        """The score that epochs are compared by: the task's, the lowest where an epoch was not evaluated.
+        """Return the selection score of an epoch; negative infinity if it was not evaluated.
 
         Args:
-            row: Of the history; with `is_denser` it has more weights than the target, and counts as not evaluated.
+            row: Row of the history. Rows with `is_denser` exceed the target budget and count as not evaluated.
             task_score: `Task.selection_score`.
         """
         if self.selected_on is None:
-            return 0.0, 0.0  # all alike, so that the last is kept
+            return 0.0, 0.0  # ties keep the last epoch
         if f"{self.selected_on}_loss" not in row or row.get("is_denser"):
             return -math.inf, -math.inf
         return task_score(self.with_val_prefix(row))
 
     def best_metric(self, task_score: str) -> str:
-        """The entry of the history that epochs are compared by; `last_epoch` where nothing is compared."""
+        """Return the history entry used for epoch selection, or `last_epoch` without selection."""
         return "last_epoch" if self.selected_on is None else _renamed(task_score, "val_", f"{self.selected_on}_")
 
     def with_split_prefix(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """A row of the history with `val_…` renamed to the evaluated split."""
+        """Rename `val_…` in a row of the history to the evaluated split."""
         return {_renamed(key, "val_", f"{self.selected_on}_"): value for key, value in row.items()}
 
     def with_val_prefix(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """The inverse of `with_split_prefix`."""
+        """Invert `with_split_prefix`."""
         return {_renamed(key, f"{self.selected_on}_", "val_"): value for key, value in row.items()}
 
     def data_config(self, config: Mapping[str, Any], *, is_resized_whole: bool) -> dict[str, Any]:
-        """The data configuration of the model, adjusted to this protocol and the data.
+        """Return the model's data config adjusted to this protocol and the data.
 
         Args:
-            config: The model's own: `mean`, `std`, `crop_pct`, `crop_mode`, `interpolation` and others.
-            is_resized_whole: Whether the benchmark resizes whole images instead of cutting their center out.
+            config: Data config of the model: `mean`, `std`, `crop_pct`, `crop_mode`, `interpolation` and others.
+            is_resized_whole: If True, the benchmark resizes images without center crop.
         """
         changed = dict(config)
         if is_resized_whole:
@@ -107,14 +107,14 @@ PROTOCOLS: dict[str, RunProtocol] = {
         ),
     )
 }
-"""By the name that `--protocol` takes."""
+"""Protocols by value of `--protocol`."""
 
 
 def get_protocol(name: str) -> RunProtocol:
-    """The protocol of a name.
+    """Return a protocol by name.
 
     Raises:
-        ValueError: There is no such protocol.
+        ValueError: If the protocol is unknown.
     """
     if name not in PROTOCOLS:
         raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {name!r}")
@@ -122,7 +122,7 @@ def get_protocol(name: str) -> RunProtocol:
 
 
 def _renamed(key: str, old: str, new: str) -> str:
-    """`key` with its prefix replaced, if it has the old one."""
+    """Replace the prefix `old` of `key` with `new`."""
     return new + key.removeprefix(old) if key.startswith(old) else key
 
 

@@ -1,4 +1,4 @@
-"""Stratified, seeded splits that leave every class in every part."""
+"""Stratified, seeded splits with every class in every split."""
 
 import warnings
 from collections.abc import Sequence
@@ -12,29 +12,29 @@ _MOST_FOLDS = 20
 def stratified_split(
     labels: Sequence[int], fraction: float, *, seed: int, classes: Sequence[str], reserve: int = 1, part: str = "val"
 ) -> tuple[list[int], list[int]]:
-    """Split off a fraction of every class, at least one image of each.
+    """Split off a fraction of every class, at least one image each.
 
     Args:
         labels: Class indices.
-        fraction: Of all images, in (0, 1).
-        seed: The same seed gives the same parts.
-        classes: Names by class index, for messages.
-        reserve: How many images of each class must be left.
-        part: What is taken: `val` or `test`, for messages.
+        fraction: Fraction of all images, in (0, 1).
+        seed: Random seed.
+        classes: Class names, for messages.
+        reserve: Minimum number of images of each class to leave.
+        part: Name of the new split, `val` or `test`, for messages.
 
     Returns:
-        Positions left and positions taken, both ascending.
+        Remaining positions and selected positions, both ascending.
 
     Raises:
-        ValueError: A class has fewer than `reserve + 1` images.
+        ValueError: If a class has fewer than `reserve + 1` images.
     """
     counts = np.bincount(labels, minlength=len(classes))
     few = [f"{name!r} has {count}" for name, count in zip(classes, counts, strict=True) if count < reserve + 1]
     if few:
         raise ValueError(
-            f"every class needs at least {reserve + 1} images for a part '{part}' of its own beside the others; "
-            f"{', '.join(few)}. Add images, or give the parts as folders of their own"
-            + (", or do without a test with --test-fraction 0 (test_fraction=0)" if part == "test" else "")
+            f"every class needs at least {reserve + 1} images to create a '{part}' split; "
+            f"{', '.join(few)}. Add images, or provide the splits as folders"
+            + (", or disable the test split with --test-fraction 0 (test_fraction=0)" if part == "test" else "")
         )
     total = max(round(fraction * len(labels)), len(classes))
     return _take(labels, _quotas(counts, min(total, int((counts - reserve).sum())), reserve), seed)
@@ -43,25 +43,25 @@ def stratified_split(
 def grouped_split(
     labels: Sequence[int], groups: Sequence[str], fraction: float, *, seed: int, part: str = "val"
 ) -> tuple[list[int], list[int]]:
-    """Split off about a fraction of all images, whole groups at a time, classes as evenly as groups allow.
+    """Split off approximately a fraction of all images by whole groups, stratified by class.
 
-    The images are cut into folds by scikit-learn's `StratifiedGroupKFold`, of which as many are taken as come nearest
-    to the fraction. Groups that a class occurs in alone are left, so that every class is trained on.
+    scikit-learn's `StratifiedGroupKFold` creates folds; the number of selected folds approximates the fraction. If a
+    class occurs in a single group, that group stays, so every class has training images.
 
     Args:
         labels: Class indices.
         groups: Group of each image.
-        fraction: Of all images, in (0, 1).
-        seed: The same seed gives the same parts.
-        part: What is taken: `val` or `test`, for messages.
+        fraction: Fraction of all images, in (0, 1).
+        seed: Random seed.
+        part: Name of the new split, `val` or `test`, for messages.
 
     Returns:
-        Positions left and positions taken, both ascending.
+        Remaining positions and selected positions, both ascending.
 
     Raises:
-        ValueError: Fewer than two groups can be divided.
+        ValueError: If fewer than two groups can be split.
     """
-    from sklearn.model_selection import StratifiedGroupKFold  # a second, only to split
+    from sklearn.model_selection import StratifiedGroupKFold  # lazy: slow import
 
     by_label: dict[int, set[str]] = {}
     for label, group in zip(labels, groups, strict=True):
@@ -71,9 +71,8 @@ def grouped_split(
     count = len({groups[position] for position in free})
     if count < 2:
         raise ValueError(
-            f"at least two groups are needed for a part '{part}' of its own, besides a class's only one; "
-            f"got {count} of {len(set(groups))}. Add a column that says which part a row belongs to, or do without "
-            "groups (columns group=none)"
+            f"at least two groups that are not the only group of a class are required to create a '{part}' split, "
+            f"got {count} of {len(set(groups))}. Add a split column, or disable groups with --columns group=none"
         )
     folds = min(_MOST_FOLDS, count)
     share = min(Fraction(fraction * len(labels) / len(free)).limit_denominator(folds), Fraction(folds - 1, folds))
@@ -89,23 +88,23 @@ def grouped_split(
 def fold_split(
     labels: Sequence[int], groups: Sequence[str] | None, folds: int, fold: int, *, seed: int, classes: Sequence[str]
 ) -> tuple[list[int], list[int]]:
-    """Split off one fold of a cross-validation: each image is in one fold, classes evenly, groups whole.
+    """Split off one cross-validation fold, stratified by class with whole groups.
 
     Args:
         labels: Class indices.
-        groups: Group of each image, None for none.
-        folds: How many folds.
-        fold: Which, from 1.
-        seed: The same seed gives the same folds.
-        classes: Names by class index, for messages.
+        groups: Group of each image; None without groups.
+        folds: Number of folds.
+        fold: Selected fold, from 1.
+        seed: Random seed.
+        classes: Class names, for messages.
 
     Returns:
-        Positions left and positions of the fold, both ascending.
+        Remaining positions and positions of the fold, both ascending.
 
     Raises:
-        ValueError: Fewer images of a class, or fewer groups, than folds.
+        ValueError: If a class has fewer images, or the data fewer groups, than folds.
     """
-    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold  # a second, only to split
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold  # lazy: slow import
 
     if groups is None:
         counts = np.bincount(labels, minlength=len(classes))
@@ -125,35 +124,35 @@ def fold_split(
 def stratified_sample(
     labels: Sequence[int], size: int, *, seed: int, classes: Sequence[str], argument: str
 ) -> list[int]:
-    """Choose `size` positions, each class by its share, at least one of each that is there.
+    """Sample `size` positions, proportional to class sizes with at least one per present class.
 
     Args:
         labels: Class indices.
-        size: How many in all.
-        seed: The same seed gives the same choice.
-        classes: Names by class index, for messages.
-        argument: Name of the size as the user gave it, for messages.
+        size: Number of positions.
+        seed: Random seed.
+        classes: Class names, for messages.
+        argument: Name of the size argument, for messages.
 
     Returns:
         Positions, ascending.
 
     Raises:
-        ValueError: There are fewer images than `size`, or fewer than one a class are asked for.
+        ValueError: If `size` exceeds the number of images or is below the number of present classes.
     """
     counts = np.bincount(labels, minlength=len(classes))
     present = int((counts > 0).sum())
     if size > len(labels):
         raise ValueError(
-            f"{argument} must be at most {len(labels)}, the images of that part, got {size}; "
-            "the parts' shares are set with val_fraction and test_fraction"
+            f"{argument} must be at most {len(labels)}, the number of images in the split, got {size}; "
+            "split fractions are set with val_fraction and test_fraction"
         )
     if size < present:
-        raise ValueError(f"{argument} must be at least {present}, one image a class, got {size}")
+        raise ValueError(f"{argument} must be at least {present}, one image per class, got {size}")
     return _take(labels, _quotas(counts, size, 0), seed)[1]
 
 
 def _quotas(counts: np.ndarray, total: int, reserve: int) -> np.ndarray:
-    """Share `total` out by class size: at least one of each class, exact sum, largest remainders first."""
+    """Apportion `total` by class size: at least one per class, exact sum, largest remainders first."""
     caps = np.maximum(counts - reserve, 0)
     share = total * counts / max(counts.sum(), 1)
     quotas = np.minimum(np.maximum(np.floor(share).astype(int), 1), caps)
@@ -166,8 +165,8 @@ def _quotas(counts: np.ndarray, total: int, reserve: int) -> np.ndarray:
 
 
 def _take(labels: Sequence[int], quotas: np.ndarray, seed: int) -> tuple[list[int], list[int]]:
-    """Draw each class's quota; positions left and positions taken."""
-    from sklearn.model_selection import train_test_split  # a second, only to split
+    """Sample each class's quota; return remaining and selected positions."""
+    from sklearn.model_selection import train_test_split  # lazy: slow import
 
     labels_array = np.asarray(labels)
     generator = np.random.RandomState(seed)
@@ -178,7 +177,7 @@ def _take(labels: Sequence[int], quotas: np.ndarray, seed: int) -> tuple[list[in
         if quota in (0, len(members)):
             (taken if quota else left).extend(members.tolist())
             continue
-        kept, drawn = train_test_split(members, test_size=quota, random_state=generator)
-        left.extend(kept.tolist())
+        remaining, drawn = train_test_split(members, test_size=quota, random_state=generator)
+        left.extend(remaining.tolist())
         taken.extend(drawn.tolist())
     return sorted(left), sorted(taken)

@@ -1,4 +1,4 @@
-"""Tables of images, CSV and Parquet: which column holds what, and rows as a `Collection`."""
+"""Image tables in CSV and Parquet: column roles, and conversion of rows to a `Collection`."""
 
 import csv
 import difflib
@@ -26,7 +26,7 @@ from snella_app.data.images import RGB, Reading
 from snella_app.text import listed, nearest
 
 TargetKind = Literal["class", "labels", "numbers"]
-"""What the label column holds: one class a row, any number of labels, or numbers to be predicted."""
+"""Content of the label column: one class per row, any number of labels, or regression targets."""
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 _SYNONYMS: dict[str, tuple[str, ...]] = {
     "path": (
@@ -43,7 +43,7 @@ _SYNONYMS: dict[str, tuple[str, ...]] = {
         *("video", "videoid", "scene", "sceneid"),
     ),
 }
-"""By role, names of columns without capitals, spaces and `_`, the likeliest first."""
+"""Column names by role, lower case without spaces and `_`, most likely first."""
 ROLES = tuple(_SYNONYMS)
 _ROOT = "root"
 _NONE = "none"
@@ -53,18 +53,18 @@ _BINS = 10
 _FEW_CLASSES = 20
 _LEAST_IN_STRATUM = 3
 _EXAMPLES = 3
-_MOST_WEIGHT = 1e9  # losses are float32 at most, and are squared by optimizers
+_MOST_WEIGHT = 1e9  # optimizers square float32 losses
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of a table hold what, as `--columns path=file,label=species,group=patient` says.
+    """Column roles of a table, as in `--columns path=file,label=species,group=patient`.
 
     Attributes:
-        names: By role (path, label, split, weight, group) the column's name; several label columns are joined by `+`,
-            `none` is for no column, and a path may be made of columns: `train/{id}.jpg`.
-        root: Folder that paths are relative to, `root=FOLDER`; None for the folder of the data. Rows of Parquet files
-            and Hugging Face data sets, which nobody reads before, may only name files below it.
+        names: Column name by role (path, label, split, weight, group). Several label columns are joined by `+`, `none`
+            means no column, and a path may be a template: `train/{id}.jpg`.
+        root: Base folder of relative paths, `root=FOLDER`; None uses the folder of the data. Rows of Parquet files and
+            Hugging Face datasets may only reference files below it.
     """
 
     names: Mapping[str, str] = field(default_factory=dict)
@@ -72,10 +72,10 @@ class Columns:
 
     @classmethod
     def parse(cls, text: str | None) -> "Columns":
-        """Read `role=name,role=name`.
+        """Parse `role=name,role=name`.
 
         Raises:
-            ValueError: No such role (the nearest is given), or an entry without `=`.
+            ValueError: If a role is unknown or an entry has no `=`.
         """
         names: dict[str, str] = {}
         roles = (*ROLES, _ROOT)
@@ -84,7 +84,7 @@ class Columns:
             if role not in roles or not sign or not name:
                 hint = nearest(role, roles) if role not in roles else ""
                 raise ValueError(
-                    f"columns must be such as path=file,label=species, with {', '.join(roles)} before the '=', "
+                    f"columns must be ROLE=NAME pairs like path=file,label=species with roles {', '.join(roles)}, "
                     f"got {entry!r}{hint}"
                 )
             names[role] = name
@@ -92,15 +92,15 @@ class Columns:
         return cls(names, None if root is None else Path(root).expanduser())
 
     def of(self, table: Mapping[str, Sequence[Any]], needed: Sequence[str], where: str) -> dict[str, str]:
-        """The column of each role that the table has.
+        """Return the column name of each role found in the table.
 
         Args:
             table: Values by column.
-            needed: Roles that must be there.
-            where: What the table is called, for messages.
+            needed: Required roles.
+            where: Name of the table, for messages.
 
         Raises:
-            ValueError: A column that is not there, or a needed role without one; says what each column holds.
+            ValueError: If a named column does not exist or a required role has no column.
         """
         names = list(table)
         plain = {re.sub(r"[\s_\-.]", "", name.lower().rpartition(".")[2]): name for name in reversed(names)}
@@ -114,9 +114,7 @@ class Columns:
                 if name is not None and name not in found.values():
                     found[role] = name
                 elif role in needed:
-                    errors.append(
-                        f"no column for {role}, called {role} or the like; name it with --columns {role}=NAME"
-                    )
+                    errors.append(f"no {role} column ({role} or a similar name); set it with --columns {role}=NAME")
                 continue
             if given == _NONE:
                 if role in needed:
@@ -128,19 +126,18 @@ class Columns:
             if not unknown:
                 found[role] = given
         if errors:
-            raise ValueError(f"{where}: {'; '.join(errors)}. It has {_described(table)}")
+            raise ValueError(f"{where}: {'; '.join(errors)}. Columns: {_described(table)}")
         return found
 
 
 @dataclass(frozen=True)
 class RowOptions:
-    """How the rows of data with columns become images with labels.
+    """Options for converting table rows to labeled images.
 
     Attributes:
-        columns: Which columns hold what; others are found by their names.
-        target: What the label column holds.
-        skip_corrupt: Leave out rows that cannot be used (their image is missing or broken, or they have no label), and
-            note how many, instead of refusing.
+        columns: Column roles; other roles are detected by column name.
+        target: Content of the label column.
+        skip_corrupt: Skip unusable rows (missing or broken image, no label) with a note instead of raising an error.
         reading: As for `read_image`.
     """
 
@@ -152,21 +149,21 @@ class RowOptions:
 
 @dataclass
 class Samples:
-    """Images with what is known of each, row by row, before they become a `Collection`.
+    """Raw rows of a table, before conversion to a `Collection`.
 
     Attributes:
         name: Short name of the data.
-        where: The data as it was typed, for messages.
-        source: The images, a row each.
+        where: Data as the user typed it, for messages.
+        source: Images, one per row.
         names: Name of each image.
-        labels: Values of the label column as they stand there, of several columns as tuples.
-        label_columns: Their names.
-        splits: Part of each image as it stands there; None where the data is not divided.
-        weights: Sample weight of each image as it stands there; None for none.
-        groups: Group of each image as it stands there; None for none.
-        classes: Class names in their order, where the data itself has one.
-        broken: Why rows cannot be used, by row.
-        notes: What a user should know.
+        labels: Raw values of the label column; tuples for several columns.
+        label_columns: Names of the label columns.
+        splits: Raw split of each image; None without splits.
+        weights: Raw sample weight of each image; None without weights.
+        groups: Raw group of each image; None without groups.
+        classes: Class names in order, if the data defines one.
+        broken: Reason by unusable row.
+        notes: Notes for the user.
     """
 
     name: str
@@ -192,7 +189,7 @@ class Samples:
         table: Mapping[str, list[Any]],
         found: Mapping[str, str],
     ) -> "Samples":
-        """Those of a table, of whose columns `found` says the roles, as `Columns.of` does."""
+        """Build samples from a table with the column roles `found`, see `Columns.of`."""
         labels = _columns_in("label", found["label"])
         values = zip(*(table[label] for label in labels), strict=True)
         splits, weights, groups = (
@@ -213,19 +210,17 @@ class Samples:
 
 
 def load_table(path: str, options: RowOptions, *, kind: str) -> Collection:
-    """Collect the images that a table names.
+    """Load the images listed in a table.
 
     Args:
-        path: A CSV file (`,`, `;` or tab between the values, a line of names first) or a Parquet file; the paths in it
-            are relative to its folder.
-        options: How rows are read.
+        path: CSV file (separator `,`, `;` or tab, with a header) or Parquet file. Paths are relative to its folder.
+        options: Conversion options.
         kind: csv or parquet.
 
     Raises:
-        FileNotFoundError: There is no such file; near names are given.
-        ValueError: No table, columns that are not there (says what each holds), rows that cannot be used, fewer than
-            two classes.
-        ImportError: Parquet without pyarrow.
+        FileNotFoundError: If the file does not exist; the message suggests similar names.
+        ValueError: If the file is not a table, columns are missing, rows are unusable, or classes are fewer than two.
+        ImportError: If pyarrow is required but not installed.
     """
     table, file = read_table(path, kind)
     where = f"{kind}:{path}"
@@ -246,19 +241,18 @@ def load_table(path: str, options: RowOptions, *, kind: str) -> Collection:
 
 
 def collection_of(samples: Samples, options: RowOptions) -> Collection:
-    """Images with labels, weights and groups, in the parts that their rows name.
+    """Convert rows to images with labels, weights and groups in their splits.
 
-    Labels become class numbers (`class`), or strata that splits are made by: the rarest label of an image (`labels`),
-    or one of ten ranges of the first number (`numbers`). What stands in the label column is kept in
-    `ImageDataset.annotations`.
+    Labels become class indices (`class`) or strata for splitting: the rarest label of an image (`labels`), or one of
+    up to ten ranges of the first number (`numbers`). `ImageDataset.annotations` holds the values of the label column.
 
     Args:
-        samples: The rows.
-        options: How they are read.
+        samples: Raw rows.
+        options: Conversion options.
 
     Raises:
-        ValueError: Rows that cannot be used (counted and named), unknown parts, no training images, fewer than two
-            classes, or labels of another kind than `target`.
+        ValueError: If rows are unusable, splits are unknown, training images are missing, classes are fewer than two,
+            or labels do not match `target`.
     """
     parts, target = _parts(samples), options.target
     values, broken = _targets(samples, target)
@@ -273,15 +267,15 @@ def collection_of(samples: Samples, options: RowOptions) -> Collection:
     if broken:
         if not options.skip_corrupt:
             raise ValueError(
-                f"{_broken_text(broken, samples)}. Fix or remove them, or leave them out with --skip-corrupt "
+                f"{_broken_text(broken, samples)}. Fix or remove them, or skip them with --skip-corrupt "
                 "(skip_corrupt=True)"
             )
-        notes.append(f"left out {_broken_text(broken, samples)}")
+        notes.append(f"skipped {_broken_text(broken, samples)}")
     rows = [row for row in usable if row not in broken]
     rows = _without_repetitions(rows, samples, values, notes)
     if not rows:
-        reason = f"none can be used: {_broken_text(broken, samples)}" if broken else f"got {len(samples.names)} rows"
-        raise ValueError(f"{samples.where} holds no image to train on, {reason}")
+        reason = f"all are unusable: {_broken_text(broken, samples)}" if broken else f"got {len(samples.names)} rows"
+        raise ValueError(f"{samples.where} has no images to train on, {reason}")
     numbers, classes, strata = _labels(rows, samples, values, target)
     if target == "class":
         _check_classes(classes, numbers, rows, parts, samples)
@@ -302,8 +296,8 @@ def collection_of(samples: Samples, options: RowOptions) -> Collection:
     train = dataset("train")
     if train is None:
         raise ValueError(
-            f"{samples.where} has no training image, got parts {listed(sorted(set(parts)))}; "
-            "columns split=none divides all images anew"
+            f"{samples.where} has no training images, got splits {listed(sorted(set(parts)))}; "
+            "--columns split=none creates new splits"
         )
     if weights is not None and not any(train.annotations.weights or []):
         raise ValueError(
@@ -319,61 +313,60 @@ def collection_of(samples: Samples, options: RowOptions) -> Collection:
 
 
 def read_table(path: str, kind: str) -> tuple[dict[str, list[Any]], Path]:
-    """The columns of a table, and its file.
+    """Read the columns of a table; return them and the resolved file.
 
     Args:
-        path: As typed; a CSV's values are strings, with tabs, `;` or `,` between them.
+        path: Path as typed. CSV values are strings, separated by tabs, `;` or `,`.
         kind: csv or parquet.
 
     Raises:
-        FileNotFoundError: There is no such file; near names are given.
-        ValueError: It is no such table, is empty, has two columns of one name, or lines of other lengths.
-        ImportError: Parquet without pyarrow.
+        FileNotFoundError: If the file does not exist; the message suggests similar names.
+        ValueError: If the file is not a table, is empty, or has duplicate columns or rows of unequal length.
+        ImportError: If pyarrow is required but not installed.
     """
     file = Path(path).expanduser()
     if not path.strip() or not file.is_file():
         names = [p.name for p in file.parent.iterdir() if p.suffix in TABLE_SUFFIXES] if file.parent.is_dir() else []
         near = difflib.get_close_matches(file.name, names, n=3, cutoff=0.4)
         hint = (
-            f"nearest there: {', '.join(map(repr, near))}"
-            if near
-            else f"write {kind}:FILE, e.g. {kind}:photos/labels.{kind}"
+            f"nearest: {', '.join(map(repr, near))}" if near else f"write {kind}:FILE, e.g. {kind}:photos/labels.{kind}"
         )
-        got = "is a folder" if path.strip() and file.is_dir() else "is not there"
+        got = "is a folder" if path.strip() and file.is_dir() else "does not exist"
         raise FileNotFoundError(f"data must name a table, got {kind}:{path}, which {got}; {hint}")
     file = file.absolute()
     table = _read_parquet(file) if kind == "parquet" else _read_csv(file)
     if not table or not len(next(iter(table.values()))):
-        raise ValueError(f"{kind}:{path} must hold a row an image, got an empty table")
+        raise ValueError(f"{kind}:{path} must have one row per image, got an empty table")
     return table, file
 
 
 def outside_reason(path: Path, roots: Sequence[Path]) -> str:
-    """Why a row may not name a file: it lies in none of some folders; empty where it lies in one, links followed.
+    """Return why a row may not reference a file outside the allowed folders; empty if it may.
 
     Args:
-        path: The file that the row names.
-        roots: The folders.
+        path: File referenced by the row; links are resolved.
+        roots: Allowed folders.
     """
     try:
         resolved = path.resolve()
-    except (OSError, RuntimeError, ValueError) as error:  # a link to itself, a name with a zero byte
+    except (OSError, RuntimeError, ValueError) as error:  # e.g. a link cycle or a NUL byte
         return f"no such file: {error}"
     if any(resolved.is_relative_to(root.resolve()) for root in roots):
         return ""
-    return f"{str(resolved)!r} is outside of {str(roots[0])!r}, which --columns root=FOLDER widens"
+    return f"{str(resolved)!r} is outside of {str(roots[0])!r}; allow another folder with --columns root=FOLDER"
 
 
 def table_paths(path: str | Path, columns: Columns) -> list[Path]:
-    """The image files that a table names, in its order, relative where the table's own path is.
+    """Return the image files listed in a table, in order.
 
     Args:
-        path: Of a CSV or Parquet file.
-        columns: Which column holds the paths.
+        path: CSV or Parquet file; a relative path gives relative image files.
+        columns: Column roles.
 
     Raises:
-        FileNotFoundError: There is no such table.
-        ValueError: It has no such column, or a Parquet file names an image outside of its folder or `columns.root`.
+        FileNotFoundError: If the table does not exist.
+        ValueError: If the path column is missing, or a Parquet file lists an image outside of its folder or
+            `columns.root`.
     """
     kind = "parquet" if Path(path).suffix == ".parquet" else "csv"
     table, _ = read_table(str(path), kind)
@@ -382,12 +375,12 @@ def table_paths(path: str | Path, columns: Columns) -> list[Path]:
     paths = [folder / name for name in _paths(table, found["path"]) if name]
     reasons = (outside_reason(image, [folder]) for image in paths) if kind == "parquet" else ()
     if reason := next(filter(None, reasons), None):
-        raise ValueError(f"{path} must name images below its folder, got one that does not: {reason}")
+        raise ValueError(f"{path} must list images below its folder: {reason}")
     return paths
 
 
 def _read_csv(file: Path) -> dict[str, list[Any]]:
-    """The columns of a CSV file as strings."""
+    """Read the columns of a CSV file as strings."""
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
             head = lines.readline()
@@ -400,60 +393,58 @@ def _read_csv(file: Path) -> dict[str, list[Any]]:
     names = [name.strip() for name in names]
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise ValueError(
-            f"'{file}' must have one column of each name, got {listed([repr(name) for name in twice])} twice"
-        )
+        raise ValueError(f"'{file}' must have unique column names, got {listed([repr(name) for name in twice])} twice")
     wrong = [f"row {number} has {len(row)}" for number, row in enumerate(rows, 1) if len(row) != len(names)]
     if wrong:
         raise ValueError(
-            f"'{file}' must have {len(names)} values a line, one for each of {listed(names)}, but "
-            f"{listed(wrong)}; put values with {delimiter!r} inside in quotes"
+            f"'{file}' must have {len(names)} values per line, one for each of {listed(names)}, but "
+            f"{listed(wrong)}; quote values that contain {delimiter!r}"
         )
     return {name: [row[index].strip() for row in rows] for index, name in enumerate(names)}
 
 
 def _read_parquet(file: Path) -> dict[str, list[Any]]:
-    """The columns of a Parquet file."""
+    """Read the columns of a Parquet file."""
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
         raise ImportError(f"'{file}' needs pyarrow; pip install 'snella[data]'") from error
     try:
         table: dict[str, list[Any]] = parquet.read_table(file).to_pydict()
-    except (ArrowException, OSError, ValueError, OverflowError) as error:  # the last two of times out of range
+    except (ArrowException, OSError, ValueError, OverflowError) as error:  # the last two: timestamps out of range
         raise ValueError(f"'{file}' must be a Parquet file: {str(error).splitlines()[0]}") from error
     return table
 
 
 def _columns_in(role: str, given: str) -> list[str]:
-    """The columns that a value of `--columns` names."""
+    """Return the columns referenced by a value of `--columns`."""
     if role == "path" and "{" in given:
         return re.findall(r"\{([^{}]*)\}", given)
     return given.split("+") if role == "label" else [given]
 
 
 def _paths(table: Mapping[str, Sequence[Any]], column: str) -> list[str]:
-    """The paths as they stand in a column, or made of several; empty where there is none."""
+    """Return the paths from a column or template; empty strings for missing values."""
     if "{" not in column:
         return [_text(value) for value in table[column]]
     parts = re.split(r"\{([^{}]*)\}", column)
     texts = [[_text(value) for value in table[name]] for name in parts[1::2]]
-    made = []
+    paths = []
     for row in zip(*texts, strict=True):
-        between = [piece for pair in zip(parts[::2], (*row, ""), strict=True) for piece in pair]
-        made.append("".join(between) if all(row) else "")
-    return made
+        pieces = [piece for pair in zip(parts[::2], (*row, ""), strict=True) for piece in pair]
+        paths.append("".join(pieces) if all(row) else "")
+    return paths
 
 
 def _text(value: Any) -> str:
-    """A value as text: whole numbers without a point, nothing for what is missing."""
+    """Convert a value to text: integral floats without decimal point, missing values as empty text."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
 
 
 def _number(value: Any) -> float:
-    """A value as a number, NaN where it is none."""
+    """Convert a value to a number; NaN if impossible."""
     try:
         return float(value)
     except (TypeError, ValueError):
@@ -461,26 +452,26 @@ def _number(value: Any) -> float:
 
 
 def _described(table: Mapping[str, Sequence[Any]]) -> str:
-    """What each column holds: name, kind and three examples."""
+    """Describe each column: name, type and three examples."""
     texts = []
     for name, values in table.items():
-        there = [value for value in values if not isinstance(value, str) or value]
-        there = [value for value in there if value is not None]
+        present = [value for value in values if not isinstance(value, str) or value]
+        present = [value for value in present if value is not None]
         shown = ", ".join(
             f"{text[:40]}…" if len(text) > 40 else text
-            for text in map(repr, list(dict.fromkeys(map(_shown, there)))[:_EXAMPLES])
+            for text in map(repr, list(dict.fromkeys(map(_shown, present)))[:_EXAMPLES])
         )
-        texts.append(f"{name!r} ({_kind(there)}{': ' if shown else ''}{shown})")
+        texts.append(f"{name!r} ({_kind(present)}{': ' if shown else ''}{shown})")
     return ", ".join(texts)
 
 
 def _shown(value: Any) -> str:
-    """A value for an error."""
+    """Format a value for an error message."""
     return "|".join(map(str, value)) if isinstance(value, list | tuple) else _text(value)
 
 
 def _kind(values: Sequence[Any]) -> str:
-    """What the values of a column are."""
+    """Return the type of a column's values."""
     if not values:
         return "empty"
     if isinstance(values[0], list | tuple):
@@ -492,7 +483,7 @@ def _kind(values: Sequence[Any]) -> str:
 
 
 def _parts(samples: Samples) -> list[str]:
-    """The part of each row, all `train` where the data is not divided."""
+    """Return the split of each row; `train` for data without splits."""
     if samples.splits is None:
         return ["train"] * len(samples.names)
     texts = [_text(value) for value in samples.splits]
@@ -500,62 +491,62 @@ def _parts(samples: Samples) -> list[str]:
     if unknown:
         named = listed([f"{text!r} ({count} rows)" for text, count in unknown.most_common()])
         raise ValueError(
-            f"{samples.where}: the split column must hold {', '.join(sorted(PARTS))}, got {named}; "
-            "columns split=none divides all images anew"
+            f"{samples.where}: values of the split column must be {', '.join(sorted(PARTS))}, got {named}; "
+            "--columns split=none creates new splits"
         )
     return [PARTS[text.lower()] for text in texts]
 
 
 def _targets(samples: Samples, target: TargetKind) -> tuple[list[Target], dict[int, str]]:
-    """What the label column says of each row, and the rows where it says nothing that can be used."""
+    """Return the target of each row, and the reasons of unusable rows."""
     if target == "numbers":
         return _numbers(samples)
     if target == "labels":
         return list(_label_lists(samples)), {}
     if len(samples.label_columns) > 1:
         raise ValueError(
-            f"{samples.where}: columns must name one label column for one class an image, got "
+            f"{samples.where}: columns must name one label column for classification, got "
             f"{'+'.join(samples.label_columns)}"
         )
     row = next((row for row, value in enumerate(samples.labels) if isinstance(value, list | tuple)), None)
     if row is not None:
         raise ValueError(
-            f"{samples.where}: column {samples.label_columns[0]!r} must hold one class an image, got the list "
-            f"{_shown(samples.labels[row])!r} in row {row + 1}; several labels an image are --task multilabel"
+            f"{samples.where}: column {samples.label_columns[0]!r} must hold one class per image, got the list "
+            f"{_shown(samples.labels[row])!r} in row {row + 1}; use --task multilabel for several labels per image"
         )
     texts = [_text(value) for value in samples.labels]
     return list(texts), {row: "no label" for row, text in enumerate(texts) if not text}
 
 
 def _numbers(samples: Samples) -> tuple[list[Target], dict[int, str]]:
-    """A number a row, or a tuple of those of several columns."""
+    """Return one number per row, or a tuple for several columns."""
     values: list[Target] = []
     broken = {}
     for row, value in enumerate(samples.labels):
-        is_one = not isinstance(value, list | tuple)
-        numbers = tuple(_number(part) for part in ([value] if is_one else value))
+        is_scalar = not isinstance(value, list | tuple)
+        numbers = tuple(_number(part) for part in ([value] if is_scalar else value))
         if not all(map(math.isfinite, numbers)):
             broken[row] = f"label {_shown(value)!r} is not a number"
-        values.append(numbers[0] if is_one else numbers)
+        values.append(numbers[0] if is_scalar else numbers)
     if broken and len(broken) == len(values):
         names = " and ".join(map(repr, samples.label_columns))
         raise ValueError(
             f"{samples.where}: column {names} must hold numbers for task regression, got {_shown(samples.labels[0])!r} "
-            f"in row 1 and no number in {len(values)} rows; name another column with --columns label=NAME, or leave "
-            "--task regression out"
+            f"in row 1 and no number in {len(values)} rows; select another column with --columns label=NAME, or remove "
+            "--task regression"
         )
     return values, broken
 
 
 def _label_lists(samples: Samples) -> Iterable[tuple[str, ...]]:
-    """The labels of each row: a list, a text with separators, or several columns of zeros and ones."""
+    """Yield the labels of each row, from a list, text with separators, or several 0/1 columns."""
     if len(samples.label_columns) > 1:
         for row, value in enumerate(samples.labels):
             texts = [_text(part).lower() for part in value]
             odd = [text for text in texts if text not in (*_TRUE, *_FALSE)]
             if odd:
                 raise ValueError(
-                    f"{samples.where}: several label columns must hold 0 and 1, got {odd[0]!r} in row {row + 1}"
+                    f"{samples.where}: values of several label columns must be 0 or 1, got {odd[0]!r} in row {row + 1}"
                 )
             yield tuple(name for name, text in zip(samples.label_columns, texts, strict=True) if text in _TRUE)
         return
@@ -569,13 +560,13 @@ def _label_lists(samples: Samples) -> Iterable[tuple[str, ...]]:
 def _labels(
     rows: Sequence[int], samples: Samples, values: Sequence[Any], target: TargetKind
 ) -> tuple[dict[int, int], list[str], list[str] | None]:
-    """Class or stratum of each row, names of the classes, and those of the strata where they are others."""
+    """Return the class or stratum of each row, the class names, and stratum names if they differ."""
     if target == "numbers":
         first = np.array([values[row] if isinstance(values[row], float) else values[row][0] for row in rows])
         bins = max(1, min(_BINS, len(rows) // _BINS))
         edges = np.unique(np.quantile(first, np.linspace(0, 1, bins + 1)[1:-1])) if bins > 1 else np.array([])
         in_range = np.bincount(np.digitize(first, edges), minlength=len(edges) + 1)
-        while len(edges) and in_range.min() < _LEAST_IN_STRATUM:  # many equal numbers: a range joins its neighbor
+        while len(edges) and in_range.min() < _LEAST_IN_STRATUM:  # merge small ranges caused by ties
             edges = np.delete(edges, max(int(in_range.argmin()) - 1, 0))
             in_range = np.bincount(np.digitize(first, edges), minlength=len(edges) + 1)
         strata = np.digitize(first, edges)
@@ -601,13 +592,13 @@ def _labels(
 
 
 def _ranges(edges: np.ndarray) -> list[str]:
-    """Names of the ranges between edges."""
+    """Return the names of the ranges between edges."""
     texts = [f"{edge:g}" for edge in edges]
     return [f"{low} to {high}" for low, high in zip(["lowest", *texts], [*texts, "highest"], strict=True)]
 
 
 def _in_order(names: Iterable[str]) -> list[str]:
-    """Class names in order: numbers by their value, others by the alphabet."""
+    """Sort class names numerically if all are numbers, else alphabetically."""
     unique = set(names)
     is_numeric = not any(math.isnan(_number(name)) for name in unique)
     return sorted(unique, key=lambda name: (_number(name) if is_numeric else 0.0, name))
@@ -616,54 +607,52 @@ def _in_order(names: Iterable[str]) -> list[str]:
 def _check_classes(
     classes: Sequence[str], numbers: Mapping[int, int], rows: Sequence[int], parts: Sequence[str], samples: Samples
 ) -> None:
-    """Refuse fewer than two classes, numbers that look like a quantity, and classes that training does not have."""
+    """Reject fewer than two classes, too many classes for the rows, and classes without training images."""
     if len(classes) < 2:
         raise ValueError(
-            f"{samples.where}: at least two classes are needed, column {samples.label_columns[0]!r} holds one: "
+            f"{samples.where}: at least two classes are required, column {samples.label_columns[0]!r} has one: "
             f"{classes[0]!r}"
         )
     if len(classes) > max(len(rows) / 2, _FEW_CLASSES):
         raise ValueError(
             f"{samples.where}: column {samples.label_columns[0]!r} must hold classes, got {len(classes)} different "
-            f"values in {len(rows)} rows, e.g. {', '.join(map(repr, classes[:_EXAMPLES]))}; name another column with "
+            f"values in {len(rows)} rows, e.g. {', '.join(map(repr, classes[:_EXAMPLES]))}; select another column with "
             "--columns label=NAME"
         )
     trained = {numbers[row] for row in rows if parts[row] == "train"}
     counts = Counter(classes[numbers[row]] for row in rows if numbers[row] not in trained)
     if counts and trained:
-        named = listed([f"{name!r} ({count} in other parts)" for name, count in sorted(counts.items())])
+        named = listed([f"{name!r} ({count} in other splits)" for name, count in sorted(counts.items())])
         raise ValueError(
             f"{samples.where}: {len(counts)} of {len(classes)} classes have no training image: {named}; add training "
-            "images of them, remove their rows, or divide all images anew with --columns split=none"
+            "images, remove their rows, or create new splits with --columns split=none"
         )
 
 
 def _without_repetitions(rows: list[int], samples: Samples, values: Sequence[Any], notes: list[str]) -> list[int]:
-    """The rows without those that name an image of the same part again; notes about these and about contradictions."""
+    """Drop rows that repeat an image within a split; add notes about repeated and contradicting rows."""
     parts = _parts(samples)
     first: dict[tuple[str, str], int] = {}
-    kept, again, contradicting = [], 0, []
+    unique, repeated, contradicting = [], 0, []
     for row in rows:
         key = (samples.names[row], parts[row])
-        before = first.setdefault(key, row)
-        if before == row:
-            kept.append(row)
-        elif values[before] == values[row]:
-            again += 1
+        earlier = first.setdefault(key, row)
+        if earlier == row:
+            unique.append(row)
+        elif values[earlier] == values[row]:
+            repeated += 1
         else:
-            kept.append(row)
-            contradicting.append(f"{samples.names[row]} ({_shown(values[before])}, {_shown(values[row])})")
-    if again:
-        notes.append(f"left out {again} rows that repeat others")
+            unique.append(row)
+            contradicting.append(f"{samples.names[row]} ({_shown(values[earlier])}, {_shown(values[row])})")
+    if repeated:
+        notes.append(f"skipped {repeated} repeated rows")
     if contradicting:
-        notes.append(
-            f"{len(contradicting)} rows give an image another label than an earlier row: {listed(contradicting)}"
-        )
-    return kept
+        notes.append(f"{len(contradicting)} rows contradict the label of an earlier row: {listed(contradicting)}")
+    return unique
 
 
 def _broken_text(broken: Mapping[int, str], samples: Samples) -> str:
-    """How many rows cannot be used, why, and the first of them."""
+    """Summarize unusable rows: count, reasons and examples."""
     kinds = Counter(_error_kind(reason) for reason in broken.values())
     counts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items(), key=lambda item: (-item[1], item[0])))
     named = listed([f"{samples.names[row] or f'row {row + 1}'} ({broken[row]})" for row in sorted(broken)])
@@ -674,7 +663,7 @@ _SIMPLE = ("no path", "no such file", "no label")
 
 
 def _error_kind(reason: str) -> str:
-    """What is wrong with a row, in a word or two."""
+    """Return the category of a row's error."""
     if reason in _SIMPLE:
         return reason
     return {"weight": "wrong weight", "label": "wrong label"}.get(reason.partition(" ")[0], "unreadable")

@@ -28,30 +28,30 @@ _INTERPOLATIONS = {
 def build_transform(
     data_config: dict[str, Any], *, train: bool, augment: Augment, random_erasing: float = 0.0
 ) -> Callable[[Image.Image], Tensor]:
-    """Build timm's evaluation transform for a model, or one with augmentation for training.
+    """Build timm's evaluation transform of a model, or a training transform with augmentation.
 
-    Evaluation: the short side is resized to `input_size / crop_pct` (both sides with `crop_mode="squash"`), the center
-    is cut out, values become `(pixel / 255 - mean) / std`. Everything random draws from torch's generator.
+    Evaluation resizes the short side to `input_size / crop_pct` (both sides for `crop_mode="squash"`), center-crops,
+    and normalizes to `(pixel / 255 - mean) / std`. Augmentation draws from torch's generator.
 
     Args:
-        data_config: `timm.data.resolve_model_data_config(model)`; read are `input_size`, `mean`, `std`,
-            `interpolation`, `crop_pct` and `crop_mode`.
-        train: False leaves augmentation out, whatever `augment` says.
-        augment: "none", "flip" (evaluation and a flip left to right in half of the cases) or "crop" (a random part of
-            50 to 100 % of the area, and the flip), "crop-no-flip" (without the flip, for letters and other images that
-            a flip changes) or "imagenet" (8 to 100 % of the area, the flip, and brightness,
-            contrast and saturation changed by up to 40 %, as ImageNet's models and the authors' runs on FGVC have it).
-            To what "crop" does are added: in "randaugment" two random operations of colors or geometry at magnitude 9
-            (Cubuk et al., arXiv 1909.13719), in "trivialaugment" one at a random magnitude (Müller and Hutter, arXiv
-            2103.10158), in "3augment" grayscale, solarization or blur, and changed colors (DeiT III, arXiv 2204.07118).
-        random_erasing: Probability that a random rectangle becomes 0, after all else (Zhong et al., arXiv 1708.04896).
+        data_config: `timm.data.resolve_model_data_config(model)`, with `input_size`, `mean`, `std`, `interpolation`,
+            `crop_pct` and `crop_mode`.
+        train: If False, `augment` is ignored.
+        augment: "none"; "flip": horizontal flip with probability 0.5; "crop": random resized crop of 50 to 100 % of
+            the area, and flip; "crop-no-flip": "crop" without flip, e.g. for letters; "imagenet": random resized crop
+            of 8 to 100 % of the area, flip, and color jitter of 0.4 (brightness, contrast, saturation), like ImageNet
+            training and the authors' FGVC runs; "randaugment": "crop" and two random operations at magnitude 9
+            (Cubuk et al., arXiv 1909.13719); "trivialaugment": "crop" and one operation at a random magnitude (Müller
+            and Hutter, arXiv 2103.10158); "3augment": "crop", color jitter, and one of grayscale, solarization and
+            blur (DeiT III, arXiv 2204.07118).
+        random_erasing: Probability of erasing a random rectangle as the last step (Zhong et al., arXiv 1708.04896).
 
     Returns:
-        From image to float32 `[channels, height, width]`, as many as `mean` has; picklable.
+        Picklable transform from an image to float32 `[channels, height, width]`.
 
     Raises:
-        ValueError: An unknown augmentation, interpolation or crop mode, or an incomplete configuration.
-        NotImplementedError: An input that is not square.
+        ValueError: If augmentation, interpolation or crop mode is unknown, or the configuration is incomplete.
+        NotImplementedError: If the input is not square.
     """
     if augment not in get_args(Augment):
         raise ValueError(f"augment must be one of {', '.join(get_args(Augment))}, got {augment!r}")
@@ -84,12 +84,12 @@ def build_transform(
 
 
 def has_flips(augment: str) -> bool:
-    """Whether an augmentation flips images left to right."""
+    """Return whether an augmentation flips images horizontally."""
     return augment not in ("none", "crop-no-flip")
 
 
 def _resize_and_cut(config: dict[str, Any], size: int, interpolation: InterpolationMode) -> list[Callable[[Any], Any]]:
-    """The geometry of evaluation."""
+    """Return the resize and crop steps of evaluation."""
     mode = config.get("crop_mode") or "center"
     if mode not in get_args(CropMode):
         raise ValueError(f"crop_mode must be one of {', '.join(get_args(CropMode))}, got {mode!r}")
@@ -100,19 +100,19 @@ def _resize_and_cut(config: dict[str, Any], size: int, interpolation: Interpolat
 
 
 def _size(config: dict[str, Any]) -> int:
-    """Side of the square input."""
+    """Return the side of the square input."""
     missing = [key for key in ("input_size", "mean", "std") if key not in config]
     if missing:
-        raise ValueError(f"data_config lacks {', '.join(missing)}; timm.data.resolve_model_data_config(model) has them")
+        raise ValueError(f"data_config lacks {', '.join(missing)}; use timm.data.resolve_model_data_config(model)")
     *_, height, width = config["input_size"]
     if height != width:
-        raise NotImplementedError(f"input_size must be square, got {[height, width]}; give the backbone an img_size")
+        raise NotImplementedError(f"input_size must be square, got {[height, width]}; set the backbone's img_size")
     return height
 
 
 def _interpolation(config: dict[str, Any]) -> InterpolationMode:
-    """Torchvision's constant for timm's word."""
-    word = config.get("interpolation", "bicubic")
-    if word not in _INTERPOLATIONS:
-        raise ValueError(f"interpolation must be one of {', '.join(_INTERPOLATIONS)}, got {word!r}")
-    return _INTERPOLATIONS[word]
+    """Convert timm's interpolation name to torchvision's constant."""
+    name = config.get("interpolation", "bicubic")
+    if name not in _INTERPOLATIONS:
+        raise ValueError(f"interpolation must be one of {', '.join(_INTERPOLATIONS)}, got {name!r}")
+    return _INTERPOLATIONS[name]

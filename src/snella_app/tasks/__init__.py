@@ -1,4 +1,4 @@
-"""Tasks by the names of `--task`: batches, models, losses, metrics and results of classes, numbers and masks."""
+"""Tasks by value of `--task`: batches, models, losses, metrics and results."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -30,15 +30,15 @@ _TASKS: dict[str, type[Task]] = {
 
 
 def task_names() -> list[str]:
-    """Names that `task_class` knows."""
+    """Return the names of all tasks."""
     return list(_TASKS)
 
 
 def task_class(name: str) -> type[Task]:
-    """The class of a task.
+    """Return the class of a task.
 
     Raises:
-        ValueError: No such task; the nearest is given.
+        ValueError: If the task is unknown; the message suggests the nearest name.
     """
     if name not in _TASKS:
         raise ValueError(f"task must be one of {', '.join(_TASKS)}, got {name!r}{nearest(name, _TASKS)}")
@@ -46,14 +46,14 @@ def task_class(name: str) -> type[Task]:
 
 
 def create_task(name: str, classes: Sequence[str], **settings: Any) -> Task:
-    """Make a task for some classes.
+    """Create a task.
 
     Args:
         name: One of `task_names()`.
-        classes: Names by number, of a regression those of its numbers.
-        **settings: Settings of a run, or the state of a finished one; the task takes its own.
+        classes: Class names by index, or target names of a regression.
+        **settings: Settings of a run, or the state of a finished run; settings of other tasks are ignored.
 
     Raises:
-        ValueError: No such task, or values that it refuses.
+        ValueError: If the task is unknown or a setting is invalid.
     """
     return task_class(name).create(classes, **settings)

@@ -1,4 +1,4 @@
-"""One class an image: cross entropies and accuracies, or, of ordered classes, errors in ranks."""
+"""Classification and ordinal classification."""
 
 import dataclasses
 import math
@@ -31,12 +31,12 @@ from snella_app.tasks.task import (
 )
 
 INVERSE_PENALTY = 0.1
-"""Of the linear probe: scikit-learn's `C` on features of mean variance 1."""
+"""scikit-learn's `C` of the linear probe, for features of mean variance 1."""
 _MAX_ITERATIONS = 200
 
 
 def feature_scale(features: np.ndarray) -> float:
-    """Root mean variance of features `[images, width]`, 1 where they are constant."""
+    """Return the root mean variance of features `[images, width]`; 1 for constant features."""
     return float(np.sqrt(features.var(0).mean())) or 1.0
 
 
@@ -51,10 +51,10 @@ def fit_probe(
 
     Args:
         features: `[images, width]`.
-        labels: Class of each image.
-        classes: How many there are; one without images keeps weights of zero.
-        inverse_penalty: Weight of the sum of the images' losses beside `‖w‖²/2`.
-        weights: Sample weights `[images]`; None for ones.
+        labels: Class index of each image.
+        classes: Number of classes; classes without images keep zero weights.
+        inverse_penalty: Weight of the summed losses relative to `‖w‖²/2`.
+        weights: Sample weights `[images]`; None means equal weights.
 
     Returns:
         Weight `[classes, width]` and bias `[classes]` of a softmax classifier, float64.
@@ -62,35 +62,35 @@ def fit_probe(
     scale = feature_scale(features)
     present, numbers = np.unique(labels, return_inverse=True)
     inputs, targets = torch.from_numpy(features / scale).float(), torch.from_numpy(numbers)
-    of_images = None if weights is None else torch.from_numpy(weights).float()
+    sample_weights = None if weights is None else torch.from_numpy(weights).float()
     count = len(inputs)
     penalty = 1 / (2 * inverse_penalty * count)
     if len(present) == 2:
-        penalty *= 2  # scikit-learn's one row w is −w/2 and w/2 here, whose squares sum to half of ‖w‖²
+        penalty *= 2  # scikit-learn's row w corresponds to −w/2 and w/2 with half the squared norm
 
     def loss(logits: Tensor) -> Tensor:
         losses = F.cross_entropy(logits, targets, reduction="none")
-        return (losses if of_images is None else losses * of_images).sum() / count
+        return (losses if sample_weights is None else losses * sample_weights).sum() / count
 
     weight, bias = fit_head(inputs, len(present), loss, penalty, _MAX_ITERATIONS)
-    of_all, of_bias = torch.zeros(classes, features.shape[1], dtype=torch.float64), torch.zeros(classes).double()
-    of_all[present], of_bias[present] = weight.double() / scale, bias.double()
-    return of_all, of_bias
+    full_weight, full_bias = torch.zeros(classes, features.shape[1], dtype=torch.float64), torch.zeros(classes).double()
+    full_weight[present], full_bias[present] = weight.double() / scale, bias.double()
+    return full_weight, full_bias
 
 
 def fit_binary_probe(
     features: np.ndarray, answers: np.ndarray, weights: np.ndarray | None = None, constant: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Fit a logistic regression of yes or no.
+    """Fit a binary logistic regression.
 
     Args:
         features: `[images, width]`.
         answers: `[images]`, bool.
-        weights: Sample weights `[images]`; None for ones.
-        constant: The logit of answers that are all the same, with weights of zero.
+        weights: Sample weights `[images]`; None means equal weights.
+        constant: Bias if all answers are equal; the weights are then zero.
 
     Returns:
-        Weight `[width]` and bias, 0-dim, of the logit of yes, float64.
+        Weight `[width]` and bias, 0-dim, of the positive logit, float64.
     """
     if len(set(answers.tolist())) < 2:
         return torch.zeros(features.shape[1], dtype=torch.float64), torch.tensor(constant, dtype=torch.float64)
@@ -103,13 +103,13 @@ class ClassificationTask(Task):
     """Loss and metrics for one label per image.
 
     Args:
-        num_classes: How many there are.
-        label_smoothing: Share of the target spread over all classes.
+        num_classes: Number of classes.
+        label_smoothing: Label smoothing ε.
         loss_name: One of `losses`.
-        monitor: Metric that the epoch is chosen by.
-        class_weights: As `--class-weights` has them: balanced, none, or weights by name.
-        weight_by_class: What they are; from `fitted`.
-        log_priors: Logarithm of each class's share of the training images; from `fitted`, for the logit adjustment.
+        monitor: Metric for epoch selection.
+        class_weights: Value of `--class-weights`: balanced, none, or weights by name.
+        weight_by_class: Resolved class weights; set by `fitted`.
+        log_priors: Log class priors of the training images for logit adjustment; set by `fitted`.
     """
 
     num_classes: int
@@ -133,7 +133,7 @@ class ClassificationTask(Task):
     result_format: ClassVar[str] = "accuracy {accuracy:.4f}, balanced accuracy {balanced_accuracy:.4f}, loss {loss:.4f}"
 
     def __post_init__(self) -> None:
-        """Check both values at once."""
+        """Check the fields and report all errors in one message."""
         errors = []
         if self.num_classes < 2:
             errors.append(f"num_classes must be at least 2, got {self.num_classes}")
@@ -144,13 +144,13 @@ class ClassificationTask(Task):
 
     @classmethod
     def first_field(cls, classes: Sequence[str]) -> int:
-        """How many classes there are."""
+        """Return the number of classes."""
         return len(classes)
 
     def fitted(self, train: ImageDataset, classes: Sequence[str]) -> Self:
-        """The task with class weights and priors of the training images.
+        """Return the task with class weights and priors of the training images.
 
-        balanced: w_c = n / (K n_c), as scikit-learn's, whose mean over the training images is 1.
+        balanced: w_c = n / (K n_c), as in scikit-learn; the mean over the training images is 1.
         """
         log_priors = None
         balanced: np.ndarray = np.ones(self.num_classes)
@@ -162,19 +162,19 @@ class ClassificationTask(Task):
         return dataclasses.replace(self, weight_by_class=weights, log_priors=log_priors)
 
     def sample_weights(self, train: ImageDataset) -> list[float]:
-        """The inverse number of images of each image's class, so that classes are drawn equally often."""
+        """Return the inverse class frequency of each image, which samples classes uniformly."""
         counts = np.bincount(train.labels, minlength=self.num_classes)
         return (1 / counts[np.asarray(train.labels)]).tolist()
 
     def loss(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Mean over the batch of the loss of each sample times its weight, computed in float32 at least.
+        """Compute the weighted mean loss of the batch in at least float32.
 
         loss = 1/n Σ_i v_i w[y_i] l_i,   l_i = `cross_entropy`, `focal` or `logit_adjusted` of `snella_app.tasks.losses`
 
         Args:
             logits: `[batch, classes]`.
-            labels: `[batch]`, or mixtures `[batch, classes]`; the weight of a mixture is that of its parts.
-            weights: v, the samples' own, `[batch]`; None for ones.
+            labels: `[batch]`, or mixed targets `[batch, classes]`, whose class weights are mixed accordingly.
+            weights: Sample weights v, `[batch]`; None means equal weights.
 
         Returns:
             0-dim.
@@ -183,45 +183,44 @@ class ClassificationTask(Task):
         losses = self._losses(logits, labels)
         if self.weight_by_class is not None:
             by_class = torch.tensor(self.weight_by_class, device=logits.device, dtype=logits.dtype)
-            of_class = by_class[labels] if labels.ndim == 1 else labels.to(by_class) @ by_class
-            weights = of_class if weights is None else of_class * weights.to(of_class)
+            class_weights = by_class[labels] if labels.ndim == 1 else labels.to(by_class) @ by_class
+            weights = class_weights if weights is None else class_weights * weights.to(class_weights)
         return weighted_mean(losses, weights)
 
     def _losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The loss of each sample, `[batch]`."""
+        """Compute the loss of each sample, `[batch]`."""
         priors = None if self.log_priors is None else torch.tensor(self.log_priors, device=logits.device)
         return CLASS_LOSSES[self.loss_name](logits, labels, log_priors=priors, label_smoothing=self.label_smoothing)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Softmax over the classes, `[batch, classes]`, float32 at least."""
+        """Compute the softmax over classes, `[batch, classes]`, at least float32."""
         return full_precision(logits).softmax(dim=-1)
 
     def final_outputs(self, outputs: Tensor, temperature: float = 1.0) -> Tensor:
-        """Class probabilities, `[batch, classes]`."""
+        """Return class probabilities, `[batch, classes]`."""
         return self.probabilities(outputs / temperature)
 
     def average_outputs(self, outputs: Sequence[Tensor], tasks: Sequence[Any] | None = None) -> Tensor:
-        """Logits whose softmax is the mean of several models' class probabilities."""
+        """Return logits whose softmax is the mean of the class probabilities."""
         logs = torch.stack([full_precision(logits).log_softmax(-1) for logits in outputs])
         return logs.logsumexp(0) - math.log(len(outputs))
 
     def metrics(self, logits: ArrayLike, labels: ArrayLike) -> dict[str, Any]:
-        """Accuracy, balanced accuracy, macro F1, loss and the confusion matrix.
+        """Compute accuracy, balanced accuracy, macro F1, loss and the confusion matrix.
 
-        Balanced accuracy and macro F1 are means over the classes that occur, of the share recognized and of
-        `F1 = 2 TP / (2 TP + FP + FN)`. The loss is the plain cross entropy, without smoothing and weights, whatever is
-        trained with.
+        Balanced accuracy and macro F1 average recall and `F1 = 2 TP / (2 TP + FP + FN)` over the classes present. The
+        loss is the plain cross-entropy without smoothing and weights, regardless of the training loss.
 
         Args:
             logits: `[images, classes]`.
             labels: `[images]`.
 
         Returns:
-            `accuracy`, `balanced_accuracy`, `macro_f1`, `loss` and `confusion` (rows are true classes, columns
-            predicted ones).
+            `accuracy`, `balanced_accuracy`, `macro_f1`, `loss` and `confusion` (rows: true classes, columns: predicted
+            classes).
 
         Raises:
-            ValueError: No images, or another number of labels than of rows.
+            ValueError: If the lengths differ or are 0.
         """
         scores, truth = paired(logits, labels)
         predicted = scores.argmax(dim=-1).numpy()
@@ -231,11 +230,11 @@ class ClassificationTask(Task):
         }
 
     def sample_outputs(self, reduced: ArrayLike) -> Tensor:
-        """Probabilities `[images, classes]` from logits."""
+        """Compute probabilities `[images, classes]` from logits."""
         return self.probabilities(torch.as_tensor(np.asarray(reduced)))
 
     def predictions(self, dataset: ImageDataset, sample_outputs: Tensor, split: str, folder: Path) -> Predictions:
-        """Label, probabilities and group of each image."""
+        """Return label, probabilities and group of each image."""
         groups: Sequence[str | None] = dataset.annotations.groups or [None] * len(dataset)
         rows = zip(dataset.names, dataset.labels, sample_outputs.tolist(), groups, strict=True)
         items = [
@@ -247,26 +246,26 @@ class ClassificationTask(Task):
     def fit_linear(
         self, features: np.ndarray, labels: np.ndarray, outputs: int, weights: np.ndarray | None = None
     ) -> tuple[Tensor, Tensor]:
-        """A logistic regression, `fit_probe`."""
+        """Fit a logistic regression with `fit_probe`."""
         return fit_probe(features, labels, outputs, weights=weights)
 
     def probe_weights(self, labels: np.ndarray) -> np.ndarray | None:
-        """The weight of each image's class."""
+        """Return the class weight of each image."""
         return None if self.weight_by_class is None else np.asarray(self.weight_by_class)[labels]
 
     def remap_labels(self, label: int, numbers: Sequence[int]) -> int:
-        """The class number `numbers[label]`."""
+        """Return the class index `numbers[label]`."""
         return numbers[label]
 
     def result_table(self, scores: Mapping[str, Any], classes: Sequence[str]) -> ResultTable:
-        """The confusion matrix."""
+        """Return the confusion matrix as a table."""
         rows = [[name, *map(str, row)] for name, row in zip(classes, scores["confusion"], strict=True)]
         return ResultTable("true class (rows) and predicted class (columns)", ["", *classes], rows)
 
     def image_predictions(
         self, classes: Sequence[str], paths: Sequence[Path], images: Sequence[Image.Image], outputs: Tensor
     ) -> list[image_outputs.Prediction]:
-        """All classes with their probabilities, the likeliest first."""
+        """Return all classes with probabilities, most likely first."""
         return image_outputs.class_predictions(classes, paths, self.probabilities(outputs))
 
     check_output = staticmethod(image_outputs.check_output)
@@ -274,8 +273,8 @@ class ClassificationTask(Task):
 
 
 def class_scores(truth: np.ndarray, predicted: np.ndarray, num_classes: int) -> dict[str, Any]:
-    """`accuracy`, `balanced_accuracy`, `macro_f1` and `confusion` of class numbers `[images]`."""
-    from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, recall_score  # a second, only to measure
+    """Compute `accuracy`, `balanced_accuracy`, `macro_f1` and `confusion` of class indices `[images]`."""
+    from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, recall_score  # lazy: slow import
 
     present = np.unique(truth)
     return {
@@ -290,42 +289,40 @@ _NUMBER = re.compile(r"[-+]?\d+(\.\d+)?")
 
 
 def rank_order(classes: Sequence[str], order: str | None) -> list[str]:
-    """The classes from the lowest to the highest.
+    """Sort classes from lowest to highest.
 
     Args:
-        classes: Their names.
-        order: The same names separated by commas; None where all of them begin with different numbers, which then give
-            the order.
+        classes: Class names.
+        order: Class names in order, separated by commas; None sorts by distinct leading numbers in the names.
 
     Raises:
-        ValueError: No order is known, or `order` names other classes (nearest given).
+        ValueError: If the order is unknown or `order` does not list each class once.
     """
     if order is None:
-        found = [_NUMBER.match(name) for name in classes]
-        numbers = [float(match[0]) for match in found if match]
+        matches = [_NUMBER.match(name) for name in classes]
+        numbers = [float(match[0]) for match in matches if match]
         if len(set(numbers)) != len(classes):
             raise ValueError(
-                f"class_order must name the classes from the lowest to the highest for task ordinal, e.g. "
-                f"{','.join(classes)}, got none; names that begin with a number are in order by themselves"
+                f"class_order must list the classes from lowest to highest for task ordinal, e.g. "
+                f"{','.join(classes)}, got none; it is optional if all names begin with distinct numbers"
             )
         return [name for _, name in sorted(zip(numbers, classes, strict=True))]
     names = [name.strip() for name in order.split(",")]
     errors = [unknown_class(name, classes) for name in names if name not in classes]
     missing = [repr(name) for name in classes if name not in names]
     errors += [f"{', '.join(missing)} missing"] if missing else []
-    errors += ["a class twice"] if len(set(names)) < len(names) else []
+    errors += ["duplicate class"] if len(set(names)) < len(names) else []
     if errors:
-        raise ValueError(f"class_order must name each class once, got {order!r}: {'; '.join(errors)}")
+        raise ValueError(f"class_order must list each class once, got {order!r}: {'; '.join(errors)}")
     return names
 
 
 @dataclass(frozen=True)
 class OrdinalTask(ClassificationTask):
-    """Loss and metrics for one of several ordered classes an image.
+    """Loss and metrics for one of K ordered classes per image.
 
-    The head has K - 1 outputs, the logits of the questions "is it above rank k, given that it is at least k?". The
-    predicted rank is the number of ranks k with P(y > k) > 1/2: the median of the class probabilities, which makes the
-    error in ranks smallest.
+    The head has K - 1 outputs: logits of P(y > k | y ≥ k). The predicted rank is the number of ranks k with
+    P(y > k) > 1/2, the median of the class distribution, which minimizes the expected rank error.
 
     Source: CORN, Shi, Cao and Raschka, 2023, arXiv 2111.08851.
     """
@@ -352,39 +349,39 @@ class OrdinalTask(ClassificationTask):
         """Check the number of classes."""
         if self.num_classes < 3:
             raise ValueError(
-                f"classes must be at least 3 for task ordinal, got {self.num_classes}; two are a classification"
+                f"classes must be at least 3 for task ordinal, got {self.num_classes}; use --task classification"
             )
 
     @staticmethod
     def count_outputs(classes: Sequence[str]) -> int:
-        """One less than classes."""
+        """Return the number of classes minus one."""
         return len(classes) - 1
 
     @classmethod
     def order_classes(cls, classes: Sequence[str], order: str | None) -> list[str]:
-        """From the lowest to the highest, by `rank_order`."""
+        """Sort classes from lowest to highest with `rank_order`."""
         return rank_order(classes, order)
 
     def _losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """CORN of each sample, of logits `[batch, K - 1]` and ranks `[batch]`."""
+        """Compute the CORN loss of each sample from logits `[batch, K - 1]` and ranks `[batch]`."""
         return corn(logits, labels)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Class probabilities, `[batch, K]`, float32 at least."""
+        """Compute class probabilities, `[batch, K]`, at least float32."""
         return corn_probabilities(full_precision(logits))
 
     def average_outputs(self, outputs: Sequence[Tensor], tasks: Sequence[Any] | None = None) -> Tensor:
-        """Logits whose questions are answered as the mean of the class probabilities answers them."""
+        """Return CORN logits of the mean class probabilities."""
         mean = torch.stack([self.probabilities(logits) for logits in outputs]).mean(0)
         from_rank = mean.flip(-1).cumsum(-1).flip(-1).clamp(max=1.0)  # P(y ≥ k)
         return (from_rank[:, 1:] / from_rank[:, :-1]).logit(eps=1e-7)
 
     def metrics(self, logits: ArrayLike, labels: ArrayLike) -> dict[str, Any]:
-        """Errors in ranks, quadratic weighted kappa, and what a classification has.
+        """Compute rank errors, quadratic weighted kappa, and classification metrics.
 
         mae = mean |rank - true rank|,   kappa = 1 - Σ (i - j)² O[i, j] / Σ (i - j)² E[i, j]
 
-        O counts images by true and predicted rank, E is what it would be were both independent.
+        O counts images by true and predicted rank; E is its expectation under independence.
 
         Args:
             logits: `[images, K - 1]`.
@@ -395,15 +392,15 @@ class OrdinalTask(ClassificationTask):
             weights).
 
         Raises:
-            ValueError: No images, or another number of labels than of rows.
+            ValueError: If the lengths differ or are 0.
         """
-        from sklearn.metrics import cohen_kappa_score  # a second, only to measure
+        from sklearn.metrics import cohen_kappa_score  # lazy: slow import
 
         scores, truth = paired(logits, labels)
         ranks = predicted_ranks(self.probabilities(scores)).numpy()
-        every = range(self.num_classes)
-        is_constant = len({*truth.tolist(), *ranks.tolist()}) == 1  # all right, where kappa is 0 / 0
-        kappa = 1.0 if is_constant else cohen_kappa_score(truth, ranks, labels=list(every), weights="quadratic")
+        rank_labels = list(range(self.num_classes))
+        is_constant = len({*truth.tolist(), *ranks.tolist()}) == 1  # all correct; kappa would be 0 / 0
+        kappa = 1.0 if is_constant else cohen_kappa_score(truth, ranks, labels=rank_labels, weights="quadratic")
         return {
             "mae": float(np.abs(ranks - truth).mean()),
             "kappa": float(kappa),
@@ -412,7 +409,7 @@ class OrdinalTask(ClassificationTask):
         }
 
     def predictions(self, dataset: ImageDataset, sample_outputs: Tensor, split: str, folder: Path) -> Predictions:
-        """Label, probabilities and predicted rank of each image."""
+        """Return label, probabilities and predicted rank of each image."""
         plain = super().predictions(dataset, sample_outputs, split, folder)
         ranks = predicted_ranks(sample_outputs).tolist()
         items = [dataclasses.replace(item, rank=rank) for item, rank in zip(plain.items, ranks, strict=True)]
@@ -421,35 +418,35 @@ class OrdinalTask(ClassificationTask):
     def fit_linear(
         self, features: np.ndarray, labels: np.ndarray, outputs: int, weights: np.ndarray | None = None
     ) -> tuple[Tensor, Tensor]:
-        """A logistic regression for each question, on the images that it is asked of."""
+        """Fit a logistic regression of P(y > k | y ≥ k) for each rank k."""
         fits = []
         for rank in range(outputs):
-            is_asked = labels >= rank
-            own = None if weights is None else weights[is_asked]
-            fits.append(fit_binary_probe(features[is_asked], labels[is_asked] > rank, own))
+            is_conditioned = labels >= rank
+            rank_weights = None if weights is None else weights[is_conditioned]
+            fits.append(fit_binary_probe(features[is_conditioned], labels[is_conditioned] > rank, rank_weights))
         weight, bias = zip(*fits, strict=True)
         return torch.stack(weight), torch.stack(bias)
 
     def image_predictions(
         self, classes: Sequence[str], paths: Sequence[Path], images: Sequence[Image.Image], outputs: Tensor
     ) -> list[image_outputs.Prediction]:
-        """The predicted class first, then the others by their probability."""
+        """Return the predicted class first, then other classes by probability."""
         probabilities = self.probabilities(outputs)
         plain = image_outputs.class_predictions(classes, paths, probabilities)
         chosen = [classes[rank] for rank in predicted_ranks(probabilities).tolist()]
-        made = []
+        reordered = []
         for item, name in zip(plain, chosen, strict=True):
             first = [pair for pair in item.ranking if pair[0] == name]
             ranking = first + [pair for pair in item.ranking if pair[0] != name]
-            made.append(dataclasses.replace(item, ranking=ranking))
-        return made
+            reordered.append(dataclasses.replace(item, ranking=ranking))
+        return reordered
 
     def merged_use(self) -> str:
-        """The number of ranks that are probably exceeded."""
+        """Return the comment that computes the median rank."""
         return "# classes[(model(transform(image.convert('RGB'))[None]).sigmoid().cumprod(1) > 0.5).sum()]"
 
 
 def predicted_ranks(probabilities: Tensor) -> Tensor:
-    """The median rank of class probabilities `[images, K]`, `[images]` int64: how many ranks have P(y > k) > 1/2."""
+    """Return the median rank `[images]`, int64, of class probabilities `[images, K]`: the count of P(y > k) > 1/2."""
     above = 1 - probabilities.cumsum(-1)[:, :-1]  # P(y > k)
     return (above > 0.5).sum(-1)

@@ -1,4 +1,4 @@
-"""The fit of a linear head with an L2 penalty."""
+"""Linear head with an L2 penalty."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 _TOLERANCE = 1e-5
-"""Largest entry of the gradient at which a fit ends."""
+"""Convergence tolerance on the largest gradient entry."""
 
 
 def fit_head(
@@ -14,15 +14,14 @@ def fit_head(
 ) -> tuple[Tensor, Tensor]:
     """Minimize `loss(X Wᵀ + b) + penalty · ‖W‖²` over `W` and `b` by L-BFGS, starting from zeros.
 
-    For thousands of images it takes a few seconds less than scikit-learn's logistic regression, which knows no other
-    loss and no GPU; a time budget of a minute has to hold several such fits.
+    Unlike scikit-learn's logistic regression, it supports any loss and GPUs.
 
     Args:
         inputs: X, `[images, width]`.
-        outputs: Rows of `W`.
-        loss: Of the outputs `[images, outputs]`; 0-dim.
+        outputs: Number of rows of `W`.
+        loss: Maps outputs `[images, outputs]` to a 0-dim loss.
         penalty: Weight of the squared norm.
-        iterations: At most.
+        iterations: Maximum number of iterations.
 
     Returns:
         `W`, `[outputs, width]`, and `b`, `[outputs]`.

@@ -1,4 +1,4 @@
-"""Losses of the tasks, one value a sample: cross entropies for unbalanced classes, binary and ordinal ones, errors."""
+"""Per-sample losses: cross-entropy variants, binary, ordinal and regression losses."""
 
 from collections.abc import Callable
 
@@ -23,25 +23,25 @@ __all__ = [
 ]
 
 FOCAL_GAMMA = 2.0
-"""Exponent of the focal losses, the paper's own choice."""
+"""Exponent of the focal losses, the default of the paper."""
 LOGIT_TAU = 1.0
 """Factor on the log priors of the logit adjustment; 1 is consistent for the balanced error."""
 
 
 def full_precision(outputs: Tensor) -> Tensor:
-    """Half precision as float32, in which softmax, sigmoid and their logarithms are taken; others as they are."""
+    """Cast half precision to float32 for softmax, sigmoid and their logarithms; keep other dtypes."""
     return outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
 
 
 def weighted_mean(losses: Tensor, weights: Tensor | None) -> Tensor:
-    """Mean over the samples of weight times loss: `Σ_i w_i l_i / n`, 0-dim.
+    """Return the weighted mean `Σ_i w_i l_i / n`, 0-dim.
 
-    The divisor is the number of samples, not the sum of the weights, so that a sample's share of the gradient does not
-    depend on what else is in its batch. Balanced class weights have mean 1 over the training images.
+    The divisor is the number of samples, not the sum of weights, so a sample's gradient contribution does not depend on
+    the rest of the batch. Balanced class weights have mean 1 over the training images.
 
     Args:
         losses: `[batch]`.
-        weights: `[batch]`; None for ones.
+        weights: `[batch]`; None means equal weights.
     """
     return (losses if weights is None else losses * weights.to(losses)).mean()
 
@@ -49,14 +49,14 @@ def weighted_mean(losses: Tensor, weights: Tensor | None) -> Tensor:
 def cross_entropy(
     logits: Tensor, labels: Tensor, *, log_priors: Tensor | None = None, label_smoothing: float = 0.0
 ) -> Tensor:
-    """Cross entropy of each sample.
+    """Compute the cross-entropy of each sample.
 
     l_i = -Σ_c q[i, c] log softmax(logits)[i, c],   q = (1 - ε) target + ε / classes
 
     Args:
         logits: `[batch, classes]`, float32 or float64.
-        labels: `[batch]` int64, or targets `[batch, classes]` that sum to 1, as mixup makes them.
-        log_priors: Not used.
+        labels: `[batch]` int64, or targets `[batch, classes]` that sum to 1, e.g. from mixup.
+        log_priors: Unused.
         label_smoothing: ε.
 
     Returns:
@@ -66,7 +66,7 @@ def cross_entropy(
 
 
 def focal(logits: Tensor, labels: Tensor, *, log_priors: Tensor | None = None, label_smoothing: float = 0.0) -> Tensor:
-    """Focal loss of each sample: cross entropy in which what is recognized already counts little.
+    """Compute the focal loss of each sample, which down-weights well-classified samples.
 
     l_i = -Σ_c q[i, c] (1 - p[i, c])^γ log p[i, c],   p = softmax(logits),   γ = 2
 
@@ -81,31 +81,30 @@ def focal(logits: Tensor, labels: Tensor, *, log_priors: Tensor | None = None, l
 def logit_adjusted(
     logits: Tensor, labels: Tensor, *, log_priors: Tensor | None = None, label_smoothing: float = 0.0
 ) -> Tensor:
-    """Cross entropy of logits that are raised by the log of the classes' shares while training.
+    """Compute the cross-entropy of logits shifted by the log class priors.
 
     l_i = -Σ_c q[i, c] log softmax(logits + τ log π)[i, c],   π_c = share of class c in the training images,   τ = 1
 
-    Frequent classes need a higher logit to get the same probability in training, so that the plain logits favor no
-    class by its frequency: their argmax minimizes the balanced error.
+    The shift applies only in training. The argmax of the unshifted logits minimizes the balanced error.
 
     Source: Menon et al., 2021, arXiv 2007.07314, eq. 10; arguments as for `cross_entropy`, `log_priors` `[classes]`.
     """
     if log_priors is None:
-        raise ValueError("log_priors must be given for the logit-adjusted loss, got None")
+        raise ValueError("log_priors must be set for the logit-adjusted loss, got None")
     return cross_entropy(logits + LOGIT_TAU * log_priors.to(logits), labels, label_smoothing=label_smoothing)
 
 
 def binary_cross_entropy(
     logits: Tensor, labels: Tensor, *, positive_weights: Tensor | None = None, label_smoothing: float = 0.0
 ) -> Tensor:
-    """Mean over the classes of the binary cross entropies of each sample.
+    """Compute the binary cross-entropy of each sample, averaged over classes.
 
     l_i = -1/C Σ_c ( w_c t[i, c] log σ(z[i, c]) + (1 - t[i, c]) log σ(-z[i, c]) ),   t = (1 - ε) label + ε / 2
 
     Args:
         logits: `[batch, classes]`, float32 or float64.
         labels: `[batch, classes]`, in [0, 1].
-        positive_weights: `[classes]`, w; None for ones.
+        positive_weights: `[classes]`, w; None means equal weights.
         label_smoothing: ε.
 
     Returns:
@@ -119,10 +118,10 @@ def binary_cross_entropy(
 def binary_focal(
     logits: Tensor, labels: Tensor, *, positive_weights: Tensor | None = None, label_smoothing: float = 0.0
 ) -> Tensor:
-    """Mean over the classes of the binary focal losses of each sample, γ = 2, without α.
+    """Compute the binary focal loss of each sample, averaged over classes; γ = 2, without α.
 
     Source: Lin et al., 2017, arXiv 1708.02002, eq. 4 (`torchvision.ops.sigmoid_focal_loss`); arguments as for
-    `binary_cross_entropy`, `positive_weights` on the classes' positive labels.
+    `binary_cross_entropy`, with `positive_weights` for positive labels.
     """
     targets = labels.to(logits) * (1 - label_smoothing) + label_smoothing / 2
     losses = sigmoid_focal_loss(logits, targets, alpha=-1, gamma=FOCAL_GAMMA, reduction="none")
@@ -132,12 +131,12 @@ def binary_focal(
 
 
 def corn(logits: Tensor, labels: Tensor) -> Tensor:
-    """Conditional ordinal loss of each sample, for logits of `P(y > k | y ≥ k)`.
+    """Compute the CORN loss of each sample from logits of `P(y > k | y ≥ k)`.
 
     l_i = -1/(K - 1) Σ_{k ≤ y_i, k < K - 1} ( [y_i > k] log σ(z[i, k]) + [y_i = k] log σ(-z[i, k]) )
 
-    A sample of rank y teaches the first min(y + 1, K - 1) questions: those that it was asked. The mean over a batch is
-    Shi et al.'s sum of conditional losses, with a divisor that is the same for every batch.
+    A sample of rank y contributes to the first min(y + 1, K - 1) binary outputs. The mean over a batch is Shi et al.'s
+    sum of conditional losses with a constant divisor.
 
     Source: CORN, Shi, Cao and Raschka, 2023, arXiv 2111.08851, eq. 5.
 
@@ -150,13 +149,13 @@ def corn(logits: Tensor, labels: Tensor) -> Tensor:
     """
     thresholds = torch.arange(logits.shape[-1], device=logits.device)
     is_above = (labels[:, None] > thresholds).to(logits)
-    was_asked = (labels[:, None] >= thresholds).to(logits)
+    is_conditioned = (labels[:, None] >= thresholds).to(logits)
     losses = F.binary_cross_entropy_with_logits(logits, is_above, reduction="none")
-    return (losses * was_asked).sum(-1) / logits.shape[-1]
+    return (losses * is_conditioned).sum(-1) / logits.shape[-1]
 
 
 def corn_probabilities(logits: Tensor) -> Tensor:
-    """Class probabilities from CORN's logits, `[batch, K]`.
+    """Compute class probabilities from CORN's logits, `[batch, K]`.
 
     P(y > k) = Π_{j ≤ k} σ(z[j]),   P(y = k) = P(y > k - 1) - P(y > k)
 
@@ -164,22 +163,22 @@ def corn_probabilities(logits: Tensor) -> Tensor:
         logits: `[batch, K - 1]`, float32 or float64.
     """
     above = F.logsigmoid(logits).cumsum(-1).exp()  # ONNX has no cumulative product
-    first = above[:, :1]  # not its number of rows, which a traced graph would keep
+    first = above[:, :1]  # a shape would be baked into a traced graph
     return torch.cat([torch.ones_like(first), above], -1) - torch.cat([above, torch.zeros_like(first)], -1)
 
 
 def _squared(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Squared errors, mean over the targets, `[batch]`."""
+    """Compute squared errors, averaged over targets, `[batch]`."""
     return F.mse_loss(outputs, targets.to(outputs), reduction="none").mean(-1)
 
 
 def _absolute(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Absolute errors, mean over the targets, `[batch]`."""
+    """Compute absolute errors, averaged over targets, `[batch]`."""
     return F.l1_loss(outputs, targets.to(outputs), reduction="none").mean(-1)
 
 
 def _huber(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Huber's errors, quadratic up to one standard deviation, mean over the targets, `[batch]`."""
+    """Compute Huber losses, quadratic up to one standard deviation, averaged over targets, `[batch]`."""
     return F.huber_loss(outputs, targets.to(outputs), reduction="none").mean(-1)
 
 
@@ -188,8 +187,8 @@ CLASS_LOSSES: dict[str, Callable[..., Tensor]] = {
     "focal": focal,
     "logit-adjusted": logit_adjusted,
 }
-"""Losses of one class an image, by the name that `--loss` takes."""
+"""Classification losses by value of `--loss`."""
 LABEL_SET_LOSSES: dict[str, Callable[..., Tensor]] = {"cross-entropy": binary_cross_entropy, "focal": binary_focal}
-"""Losses of several classes an image."""
+"""Multi-label losses by value of `--loss`."""
 NUMBER_LOSSES: dict[str, Callable[..., Tensor]] = {"mse": _squared, "l1": _absolute, "huber": _huber}
-"""Losses of numbers."""
+"""Regression losses by value of `--loss`."""

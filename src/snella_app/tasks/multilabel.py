@@ -1,4 +1,4 @@
-"""Several labels an image: one sigmoid a class, binary cross entropy, average precision, thresholds from validation."""
+"""Multi-label classification with one sigmoid per class and thresholds from validation."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -23,17 +23,17 @@ _THRESHOLD = 0.5
 
 
 def best_thresholds(probabilities: np.ndarray, truth: np.ndarray) -> list[float]:
-    """For each class the threshold of the highest F1, of equals the one nearest to 1/2; 1/2 for a class without images.
+    """Return the threshold of each class with the highest F1.
 
-    Thresholds lie in the middle between two neighboring probabilities, and a label is given where its probability is at
-    least the threshold.
+    Candidates are midpoints between consecutive probabilities. Ties select the threshold nearest to 1/2, and classes
+    without images get 1/2. A label is assigned if its probability is at least the threshold.
 
     Args:
         probabilities: `[images, classes]`.
         truth: `[images, classes]`, 0 and 1.
 
     Returns:
-        One number a class, in [0, 1].
+        One threshold per class, in [0, 1].
     """
     thresholds = []
     for scores, labels in zip(probabilities.T, truth.T, strict=True):
@@ -44,7 +44,7 @@ def best_thresholds(probabilities: np.ndarray, truth: np.ndarray) -> list[float]
             continue
         f1 = 2 * hits / (np.arange(1, len(hits) + 1) + hits[-1])
         middles = (ranked + np.append(ranked[1:], 0.0)) / 2
-        is_edge = np.append(ranked[1:] < ranked[:-1], True)  # equal probabilities cannot be told apart
+        is_edge = np.append(ranked[1:] < ranked[:-1], True)  # equal probabilities share one threshold
         best = is_edge & (f1 >= f1[is_edge].max() - 1e-12)
         thresholds.append(float(min(middles[best], key=lambda middle: abs(middle - _THRESHOLD))))
     return thresholds
@@ -55,13 +55,13 @@ class MultiLabelTask(Task):
     """Loss and metrics for any number of labels per image.
 
     Args:
-        classes: Names by number.
+        classes: Class names by index.
         label_smoothing: ε of the targets `(1 - ε) label + ε / 2`.
         loss_name: One of `losses`.
-        monitor: Metric that the epoch is chosen by.
-        class_weights: As `--class-weights` has them: balanced, none, or weights by name.
-        positive_weights: What they are, on the labels that an image has; from `fitted`.
-        thresholds: Probability from which an image has a label; from `calibrated`.
+        monitor: Metric for epoch selection.
+        class_weights: Value of `--class-weights`: balanced, none, or weights by name.
+        positive_weights: Resolved weights of positive labels; set by `fitted`.
+        thresholds: Minimum probability of each label; set by `calibrated`.
     """
 
     classes: tuple[str, ...]
@@ -85,34 +85,36 @@ class MultiLabelTask(Task):
     val_format: ClassVar[str] = "mAP {map:.4f} (macro F1 {macro_f1:.4f})"
     test_format: ClassVar[str] = val_format
     result_format: ClassVar[str] = (
-        "mAP {map:.4f}, F1 {macro_f1:.4f} macro, {micro_f1:.4f} micro, all labels right {subset_accuracy:.4f}, "
+        "mAP {map:.4f}, F1 {macro_f1:.4f} macro, {micro_f1:.4f} micro, subset accuracy {subset_accuracy:.4f}, "
         "loss {loss:.4f}"
     )
 
     def __post_init__(self) -> None:
-        """Check the values at once, and fill the thresholds."""
+        """Check the fields, report all errors in one message, and set default thresholds."""
         errors = []
         if not self.classes:
-            errors.append("classes must be at least 1, got none")
+            errors.append("classes must have at least one entry, got none")
         if not 0.0 <= self.label_smoothing < 1.0:
             errors.append(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
         if self.thresholds and len(self.thresholds) != len(self.classes):
-            errors.append(f"thresholds must be one for each of {len(self.classes)} classes, got {len(self.thresholds)}")
+            errors.append(
+                f"thresholds must have one value for each of {len(self.classes)} classes, got {len(self.thresholds)}"
+            )
         if errors:
             raise ValueError("; ".join(errors))
         if not self.thresholds:
             object.__setattr__(self, "thresholds", (_THRESHOLD,) * len(self.classes))
 
     def encode(self, target: Any) -> Tensor:
-        """Zeros and ones by class, `[classes]` float32, from label names."""
+        """Convert label names to a binary vector, `[classes]`, float32."""
         labels = torch.zeros(len(self.classes))
         labels[[self.classes.index(name) for name in target]] = 1.0
         return labels
 
     def fitted(self, train: ImageDataset, classes: Sequence[str]) -> Self:
-        """The task with the weights of positive labels.
+        """Return the task with weights of positive labels.
 
-        balanced: w_c = (n - n_c) / n_c, so that having and lacking a label weigh the same.
+        balanced: w_c = (n - n_c) / n_c, which balances positives and negatives.
         """
         counts = self._counts(train)
         balanced = (len(train) - counts) / np.maximum(counts, 1)
@@ -121,32 +123,32 @@ class MultiLabelTask(Task):
         )
 
     def calibrated(self, reduced: ArrayLike, labels: ArrayLike) -> Self:
-        """The task with the thresholds whose F1 is highest on these images, `best_thresholds`."""
+        """Return the task with the thresholds that maximize F1, see `best_thresholds`."""
         probabilities = self.probabilities(torch.as_tensor(np.asarray(reduced))).double().numpy()
         return dataclasses.replace(self, thresholds=tuple(best_thresholds(probabilities, np.asarray(labels))))
 
     def state(self) -> dict[str, Any]:
-        """The thresholds."""
+        """Return the thresholds."""
         return {"thresholds": list(self.thresholds)}
 
     def of_ensemble(self, tasks: Sequence[Any]) -> Self:
-        """The task with the mean of the models' thresholds."""
+        """Return the task with the mean of the models' thresholds."""
         return dataclasses.replace(self, thresholds=tuple(np.mean([t.thresholds for t in tasks], axis=0).tolist()))
 
     def sample_weights(self, train: ImageDataset) -> list[float]:
-        """The inverse number of images of each image's rarest label; without labels, of all images without."""
+        """Return the inverse frequency of each image's rarest label; images without labels count as one label."""
         targets = self._targets(train)
         index = {name: number for number, name in enumerate(self.classes)}
-        counts, bare = self._counts(train), sum(not target for target in targets)
-        return [1 / min((counts[index[name]] for name in target), default=bare) for target in targets]
+        counts, unlabeled = self._counts(train), sum(not target for target in targets)
+        return [1 / min((counts[index[name]] for name in target), default=unlabeled) for target in targets]
 
     def loss(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Mean over the batch of `binary_cross_entropy` or `binary_focal` times the weights, see `tasks.losses`.
+        """Compute the weighted mean of `binary_cross_entropy` or `binary_focal`, see `tasks.losses`.
 
         Args:
             logits: `[batch, classes]`.
             labels: `[batch, classes]`, in [0, 1].
-            weights: The samples' own, `[batch]`; None for ones.
+            weights: Sample weights, `[batch]`; None means equal weights.
 
         Returns:
             0-dim.
@@ -158,23 +160,23 @@ class MultiLabelTask(Task):
         return weighted_mean(losses, weights)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Sigmoid of each logit, `[batch, classes]`, float32 at least."""
+        """Compute the sigmoid of each logit, `[batch, classes]`, at least float32."""
         return full_precision(logits).sigmoid()
 
     def final_outputs(self, outputs: Tensor, temperature: float = 1.0) -> Tensor:
-        """Class probabilities, `[batch, classes]`."""
+        """Return class probabilities, `[batch, classes]`."""
         return self.probabilities(outputs / temperature)
 
     def average_outputs(self, outputs: Sequence[Tensor], tasks: Sequence[Any] | None = None) -> Tensor:
-        """Logits of the mean of the probabilities."""
+        """Return logits of the mean probabilities."""
         return torch.stack([self.probabilities(logits) for logits in outputs]).mean(0).logit(eps=1e-7)
 
     def metrics(self, logits: ArrayLike, labels: ArrayLike) -> dict[str, Any]:
-        """Average precision and F1 by class and together, with the thresholds as they are.
+        """Compute average precision and F1 by class and in total, with the current thresholds.
 
-        Means are over the classes that occur. `map` is the mean of average precisions, which needs no threshold;
-        `macro_f1` that of F1; `micro_f1` counts the labels of all classes together; `subset_accuracy` is the share of
-        images whose labels are all right. The loss is the plain binary cross entropy.
+        Means are over the classes present. `map` is the mean average precision, independent of thresholds; `macro_f1`
+        is the mean F1; `micro_f1` pools the labels of all classes; `subset_accuracy` is the fraction of images with all
+        labels correct. The loss is the plain binary cross-entropy.
 
         Args:
             logits: `[images, classes]`.
@@ -185,9 +187,9 @@ class MultiLabelTask(Task):
             `average_precision`, `f1`, `precision`, `recall`, `threshold`).
 
         Raises:
-            ValueError: No images, or another number of labels than of rows.
+            ValueError: If the lengths differ or are 0.
         """
-        from sklearn.metrics import average_precision_score  # a second, only to measure
+        from sklearn.metrics import average_precision_score  # lazy: slow import
 
         scores, truth = paired(logits, np.asarray(labels).astype(int))
         probabilities = self.probabilities(scores).double().numpy()
@@ -226,13 +228,13 @@ class MultiLabelTask(Task):
         }
 
     def sample_outputs(self, reduced: ArrayLike) -> Tensor:
-        """Probabilities `[images, classes]` from logits."""
+        """Compute probabilities `[images, classes]` from logits."""
         return self.probabilities(torch.as_tensor(np.asarray(reduced)))
 
     def predictions(
         self, dataset: ImageDataset, sample_outputs: Tensor, split: str, folder: Path
     ) -> LabelSetPredictions:
-        """Labels and probabilities of each image, and the thresholds."""
+        """Return labels and probabilities of each image, and the thresholds."""
         index = {name: number for number, name in enumerate(self.classes)}
         rows = zip(dataset.names, self._targets(dataset), sample_outputs.tolist(), strict=True)
         items = [
@@ -244,44 +246,44 @@ class MultiLabelTask(Task):
     def fit_linear(
         self, features: np.ndarray, labels: np.ndarray, outputs: int, weights: np.ndarray | None = None
     ) -> tuple[Tensor, Tensor]:
-        """One-vs-rest: a logistic regression for each class; one that all or no images have keeps weights of zero."""
+        """Fit a one-vs-rest logistic regression; labels of all or no images keep zero weights."""
         fits = []
         for c in range(outputs):
             answers = labels[:, c] > 0.5
-            own = np.ones(len(labels)) if weights is None else weights
+            class_weights = np.ones(len(labels)) if weights is None else weights
             if self.positive_weights is not None:
-                own = own * np.where(answers, self.positive_weights[c], 1.0)
+                class_weights = class_weights * np.where(answers, self.positive_weights[c], 1.0)
             constant = 4.0 if answers[0] else -4.0  # a probability of 98 or 2 %
-            fits.append(fit_binary_probe(features, answers, own, constant))
+            fits.append(fit_binary_probe(features, answers, class_weights, constant))
         weight, bias = zip(*fits, strict=True)
         return torch.stack(weight), torch.stack(bias)
 
     def remap_labels(self, label: Tensor, numbers: Sequence[int]) -> Tensor:
-        """Zeros and ones by the run's classes; those that the data does not name are 0."""
+        """Map a binary vector to the run's classes; absent classes are 0."""
         mapped = torch.zeros(len(self.classes))
         mapped[list(numbers)] = label
         return mapped
 
     def result_table(self, scores: Mapping[str, Any], classes: Sequence[str]) -> ResultTable:
-        """Average precision, F1, precision, recall and threshold of each class."""
+        """Return average precision, F1, precision, recall and threshold of each class."""
         keys = ("average_precision", "f1", "precision", "recall", "threshold")
         rows = [
             [row["name"], f"{row['support']:,}", *("–" if row[key] is None else f"{row[key]:.4f}" for key in keys)]
             for row in scores["per_class"]
         ]
-        return ResultTable("each class", ["class", "images", "AP", "F1", "precision", "recall", "threshold"], rows)
+        return ResultTable("classes", ["class", "images", "AP", "F1", "precision", "recall", "threshold"], rows)
 
     def image_predictions(
         self, classes: Sequence[str], paths: Sequence[Path], images: Sequence[Image.Image], outputs: Tensor
     ) -> list[image_outputs.LabelSetPrediction]:
-        """The labels from their thresholds on, and all classes with their probabilities."""
+        """Return the labels that reach their thresholds, and all class probabilities."""
         return image_outputs.label_set_predictions(classes, paths, self.probabilities(outputs), self.thresholds)
 
     check_output = staticmethod(image_outputs.check_output)
     write_predictions = staticmethod(image_outputs.write_predictions)
 
     def merged_use(self) -> str:
-        """The classes from their thresholds on."""
+        """Return the comment that applies the thresholds."""
         shown = [round(threshold, 4) for threshold in self.thresholds]
         return (
             "# [name for name, p, t in zip(classes, model(transform(image.convert('RGB'))[None]).sigmoid()[0], "
@@ -289,16 +291,16 @@ class MultiLabelTask(Task):
         )
 
     def _targets(self, dataset: ImageDataset) -> list[tuple[str, ...]]:
-        """The label names of each image."""
+        """Return the label names of each image."""
         return [tuple(target) for target in dataset.annotations.targets or []]  # type: ignore[arg-type]
 
     def _counts(self, dataset: ImageDataset) -> np.ndarray:
-        """Number of images with each label, `[classes]`."""
+        """Count the images with each label, `[classes]`."""
         index = {name: number for number, name in enumerate(self.classes)}
         numbers = [index[name] for target in self._targets(dataset) for name in target]
         return np.bincount(numbers, minlength=len(self.classes))
 
 
 def _mean(values: Sequence[float]) -> float:
-    """Mean, 0 of nothing."""
+    """Return the mean; 0 for an empty sequence."""
     return float(np.mean(values)) if len(values) else 0.0

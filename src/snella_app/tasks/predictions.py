@@ -1,4 +1,4 @@
-"""Predictions of images outside a data set: what a model says about each, as text, in a table, as masks."""
+"""Predictions for images outside a dataset, as text, tables or masks."""
 
 import csv
 import io
@@ -25,12 +25,12 @@ _OVERLAYS = "overlays"
 
 @dataclass(frozen=True)
 class MaskPrediction:
-    """The class of each pixel of one image, at the image's own size.
+    """Predicted mask of one image at the image's size.
 
     Attributes:
-        path: The image.
+        path: Image file.
         labels: `[height, width]`, uint8.
-        classes: Names by label.
+        classes: Class names by label.
     """
 
     path: Path
@@ -39,12 +39,12 @@ class MaskPrediction:
 
     @property
     def shares(self) -> dict[str, float]:
-        """Share of the pixels that each class has."""
+        """Fraction of pixels by class."""
         counts = np.bincount(self.labels.reshape(-1), minlength=len(self.classes))
         return dict(zip(self.classes, (counts / self.labels.size).tolist(), strict=True))
 
     def text(self, top_k: int | None = None) -> str:
-        """Shares of the classes in one line, the largest first."""
+        """Format the class fractions as one line, largest first."""
         shares = sorted(self.shares.items(), key=lambda pair: -pair[1])
         return ", ".join(f"{name} {share:.1%}" for name, share in shares if share > 0)
 
@@ -52,20 +52,20 @@ class MaskPrediction:
 def mask_predictions(
     classes: Sequence[str], paths: Sequence[Path], images: Sequence[Image.Image], outputs: Tensor
 ) -> list[MaskPrediction]:
-    """Masks from class scores, which are brought to each image's own size before the best class is taken.
+    """Convert class scores to masks; scores are resized to each image before the argmax.
 
     Args:
-        classes: Names by label.
+        classes: Class names by label.
         paths: Image files.
-        images: The images, upright.
+        images: Upright images.
         outputs: `[images, classes, height, width]`.
     """
-    found = []
+    masks = []
     for path, image, scores in zip(paths, images, outputs.float(), strict=True):
         size = (image.height, image.width)
         labels = F.interpolate(scores[None], size, mode="bilinear", align_corners=False).argmax(1)[0]
-        found.append(MaskPrediction(path, labels.to(torch.uint8).cpu().numpy(), list(classes)))
-    return found
+        masks.append(MaskPrediction(path, labels.to(torch.uint8).cpu().numpy(), list(classes)))
+    return masks
 
 
 def write_mask_predictions(
@@ -74,14 +74,14 @@ def write_mask_predictions(
     """Write each mask as `OUT/NAME.png`, a palette PNG whose indices are the labels, and `OUT/overlays/NAME.png`.
 
     Args:
-        predictions: Taken one after the other.
-        out: Folder; created.
-        top_k: For classification alone.
-        overwrite: Write into a folder that holds files.
+        predictions: Predictions, consumed lazily.
+        out: Output folder; created if missing.
+        top_k: Must be None; only for classification.
+        overwrite: Write to a non-empty folder.
 
     Raises:
-        FileExistsError: The folder holds files.
-        ValueError: `out` is a file, `top_k` is given, or two images have the same name but for their folders.
+        FileExistsError: If the folder is not empty.
+        ValueError: If `out` is a file, `top_k` is set, or two images from different folders have the same name.
     """
     check_mask_output(out, top_k, overwrite=overwrite)
     folder = Path(out)
@@ -91,8 +91,7 @@ def write_mask_predictions(
         name = f"{prediction.path.stem}.png"
         if name in written:
             raise ValueError(
-                f"images must differ in their names, got {written[name]} and {prediction.path}; predict them into "
-                "folders of their own"
+                f"image names must be unique, got {written[name]} and {prediction.path}; use separate output folders"
             )
         written[name] = prediction.path
         write_mask(prediction.labels, folder / name)
@@ -104,35 +103,35 @@ def write_mask_predictions(
 
 
 def check_mask_output(out: str | Path | None, top_k: int | None, *, overwrite: bool) -> None:
-    """Refuse an output that `write_mask_predictions` would refuse, before any image is segmented; raises as it does."""
+    """Check the output arguments of `write_mask_predictions` before prediction; raises the same errors."""
     if top_k is not None:
-        raise ValueError(f"top_k must be left out for a segmentation, which gives masks, got {top_k}")
+        raise ValueError(f"top_k must be None for segmentation, got {top_k}")
     if out is None:
         return
     if Path(out).is_file():
         raise ValueError(f"out must be a folder for the masks, got the file {str(out)!r}")
     if Path(out).is_dir() and any(Path(out).iterdir()) and not overwrite:
         raise FileExistsError(
-            f"out={out} holds files; choose another folder, or write into it with --overwrite (overwrite=True)"
+            f"out={out} is not empty; choose another folder, or write into it with --overwrite (overwrite=True)"
         )
 
 
 _SHOWN_CLASSES = 3
 TABLE_SUFFIXES = (".csv", ".json", ".jsonl", ".parquet")
-"""Endings of the files that predictions are written to."""
+"""Suffixes of prediction files."""
 _CSV_SUFFIXES = ("", ".csv", ".txt")
 Row = dict[str, Any]
-"""Values by column: texts, numbers, booleans, lists of texts."""
+"""Values by column: strings, numbers, booleans, or lists of strings."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The prediction for one image.
+    """Class prediction for one image.
 
     Attributes:
-        path: The image's file; of an image from elsewhere its place among the others, `[3]`.
-        ranking: All classes with their probabilities, the likeliest first.
-        unsure_below: Probability below which the prediction counts as unsure, if any.
+        path: Image file, or the position `[3]` of an in-memory image.
+        ranking: All classes with probabilities, most likely first.
+        unsure_below: Probability below which the prediction is unsure; None disables it.
     """
 
     path: Path
@@ -141,46 +140,46 @@ class Prediction:
 
     @property
     def label(self) -> str:
-        """The likeliest class."""
+        """Most likely class."""
         return self.ranking[0][0]
 
     @property
     def probability(self) -> float:
-        """Its probability."""
+        """Probability of the most likely class."""
         return self.ranking[0][1]
 
     @property
     def probabilities(self) -> dict[str, float]:
-        """The probability of each class, the likeliest first."""
+        """Probability of each class, most likely first."""
         return dict(self.ranking)
 
     @property
     def is_unsure(self) -> bool:
-        """Whether the probability is below the threshold that was asked for."""
+        """True if the probability is below `unsure_below`."""
         return self.unsure_below is not None and self.probability < self.unsure_below
 
     def text(self, top_k: int | None = None) -> str:
-        """The likeliest classes in one line, after the word unsure where the prediction is."""
+        """Format the most likely classes as one line, prefixed with "unsure" if applicable."""
         ranking = ", ".join(f"{name} {p:.3f}" for name, p in self.ranking[: top_k or _SHOWN_CLASSES])
         return f"unsure: {ranking}" if self.is_unsure else ranking
 
     def row(self, top_k: int | None = None) -> Row:
-        """`label`, `probability`, `unsure` where there is a threshold, and the others of the likeliest `top_k`."""
+        """Return `label`, `probability`, `unsure` (with a threshold), and the remaining top-k classes."""
         unsure = {} if self.unsure_below is None else {"unsure": self.is_unsure}
         others = _ranked(self.ranking[1 : top_k or 1], first=2)
         return {"label": self.label, "probability": round(self.probability, 6), **unsure, **others}
 
 
 def _ranked(ranking: Sequence[tuple[str, float]], first: int = 1) -> Row:
-    """Columns of classes with their probabilities: `label_1`, `probability_1`, and so on."""
-    found: Row = {}
+    """Return class and probability columns: `label_1`, `probability_1`, and so on."""
+    columns: Row = {}
     for rank, (name, p) in enumerate(ranking, start=first):
-        found |= {f"label_{rank}": name, f"probability_{rank}": round(p, 6)}
-    return found
+        columns |= {f"label_{rank}": name, f"probability_{rank}": round(p, 6)}
+    return columns
 
 
 def _beside(values: Mapping[str, float], others: Sequence[str], suffix: str) -> Row:
-    """Columns named by `values`; a name that one of the `others` has gets a suffix."""
+    """Return `values` as columns; names that collide with `others` get a suffix."""
     columns: Row = {}
     for name, value in values.items():
         column = name
@@ -197,19 +196,19 @@ def write_predictions(
     *,
     overwrite: bool = False,
 ) -> Path:
-    """Write predictions as a table: a column `image`, and what `row` of each gives.
+    """Write predictions as a table with the column `image` and the columns of `row`.
 
     Args:
-        predictions: From `predict`.
-        out: The file; its ending says what it is: CSV, `.json` (a list of objects), `.jsonl` (one object a line) or
-            `.parquet`.
-        top_k: How many classes an image; the likeliest alone if None.
+        predictions: Predictions from `predict`.
+        out: Output file. The suffix selects the format: CSV, `.json` (list of objects), `.jsonl` (one object per line)
+            or `.parquet`.
+        top_k: Number of classes per image; None writes only the most likely class.
         overwrite: Replace an existing file.
 
     Raises:
-        FileExistsError: The file exists.
-        ValueError: `top_k` is less than 1, or `out` is a folder or has another ending.
-        ImportError: Parquet without pyarrow.
+        FileExistsError: If the file exists.
+        ValueError: If `top_k` is smaller than 1, or `out` is a folder or has an unknown suffix.
+        ImportError: If pyarrow is required but not installed.
     """
     check_output(out, top_k, overwrite=overwrite)
     rows = [{"image": str(prediction.path), **prediction.row(top_k)} for prediction in predictions]
@@ -228,7 +227,7 @@ def write_predictions(
 
 
 def _csv(rows: Sequence[Row]) -> str:
-    """Rows as CSV: yes and no, and lists with `|` between their texts."""
+    """Format rows as CSV, with booleans as yes/no and lists joined by `|`."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(rows[0] if rows else ["image"])
@@ -238,14 +237,14 @@ def _csv(rows: Sequence[Row]) -> str:
 
 
 def _cell(value: Any) -> str:
-    """A value in CSV."""
+    """Format a CSV value."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     return "|".join(value) if isinstance(value, list) else str(value)
 
 
 def _finite(rows: Sequence[Row]) -> list[Row]:
-    """The rows with None for numbers that JSON lacks, such as NaN."""
+    """Replace non-finite numbers with None for JSON."""
     return [
         {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
         for row in rows
@@ -253,7 +252,7 @@ def _finite(rows: Sequence[Row]) -> list[Row]:
 
 
 def _parquet(rows: Sequence[Row]) -> bytes:
-    """Rows as a Parquet file, whose texts are UTF-8."""
+    """Serialize rows as Parquet with valid UTF-8 strings."""
     import pyarrow
     from pyarrow import parquet
 
@@ -269,12 +268,12 @@ def _parquet(rows: Sequence[Row]) -> bytes:
 
 
 def check_output(out: str | Path | None, top_k: int | None, *, overwrite: bool) -> None:
-    """Refuse an output that `write_predictions` would refuse, before any image is classified; raises as it does.
+    """Check the output arguments of `write_predictions` before prediction; raises the same errors.
 
-    `out` is None where no file is wanted.
+    `out` is None if no file is written.
     """
     if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}; leave it out for the default, or set --top-k all")
+        raise ValueError(f"top_k must be at least 1, got {top_k}; omit it for the default, or set --top-k all")
     if out is None:
         return
     if Path(out).is_dir():
@@ -283,7 +282,7 @@ def check_output(out: str | Path | None, top_k: int | None, *, overwrite: bool) 
     if suffix not in (*_CSV_SUFFIXES, *TABLE_SUFFIXES):
         raise ValueError(
             f"out must end with {', '.join(TABLE_SUFFIXES)}, got {str(out)!r}; write "
-            f"{str(Path(out).with_suffix('.csv'))!r}, or leave it out for a table on the terminal"
+            f"{str(Path(out).with_suffix('.csv'))!r}, or omit it to print a table"
         )
     if suffix == ".parquet":
         try:
@@ -295,11 +294,11 @@ def check_output(out: str | Path | None, top_k: int | None, *, overwrite: bool) 
 
 
 def class_predictions(classes: Sequence[str], paths: Sequence[Path], probabilities: Tensor) -> list[Prediction]:
-    """Predictions from class probabilities.
+    """Build predictions from class probabilities.
 
     Args:
-        classes: Names by label.
-        paths: Images.
+        classes: Class names by label.
+        paths: Image files.
         probabilities: `[images, classes]`.
     """
     return [
@@ -310,12 +309,12 @@ def class_predictions(classes: Sequence[str], paths: Sequence[Path], probabiliti
 
 @dataclass(frozen=True)
 class LabelSetPrediction:
-    """The prediction for one image that may have any number of labels.
+    """Multi-label prediction for one image.
 
     Attributes:
-        path: The image.
-        labels: Those whose probability reaches their threshold, the likeliest first.
-        probabilities: By class, in the run's order.
+        path: Image file.
+        labels: Labels whose probability reaches their threshold, most likely first.
+        probabilities: Probability by class, in the run's order.
     """
 
     path: Path
@@ -324,67 +323,67 @@ class LabelSetPrediction:
 
     @property
     def ranking(self) -> list[tuple[str, float]]:
-        """All classes with their probabilities, the likeliest first."""
+        """All classes with probabilities, most likely first."""
         return sorted(self.probabilities.items(), key=lambda pair: -pair[1])
 
     def text(self, top_k: int | None = None) -> str:
-        """The labels with their probabilities in one line, or the likeliest classes where `top_k` says how many."""
+        """Format the labels, or the top-k classes, with probabilities as one line."""
         if top_k is not None:
             return ", ".join(f"{name} {p:.3f}" for name, p in self.ranking[:top_k])
         return ", ".join(f"{name} {self.probabilities[name]:.3f}" for name in self.labels) or "no label"
 
     def row(self, top_k: int | None = None) -> Row:
-        """`labels`, and the probability of every class, or the likeliest `top_k`."""
+        """Return `labels`, and the probabilities of all classes or the top-k classes."""
         rounded = {name: round(p, 6) for name, p in self.probabilities.items()}
-        of_classes = _beside(rounded, ("image", "labels"), "_probability")
-        return {"labels": self.labels, **(of_classes if top_k is None else _ranked(self.ranking[:top_k]))}
+        class_columns = _beside(rounded, ("image", "labels"), "_probability")
+        return {"labels": self.labels, **(class_columns if top_k is None else _ranked(self.ranking[:top_k]))}
 
 
 def label_set_predictions(
     classes: Sequence[str], paths: Sequence[Path], probabilities: Tensor, thresholds: Sequence[float]
 ) -> list[LabelSetPrediction]:
-    """Predictions from probabilities of classes that do not exclude each other.
+    """Build multi-label predictions from probabilities.
 
     Args:
-        classes: Names by number.
-        paths: Images.
+        classes: Class names by index.
+        paths: Image files.
         probabilities: `[images, classes]`.
-        thresholds: Probability from which an image has a label, by class.
+        thresholds: Minimum probability of each label.
     """
-    made = []
+    predictions = []
     for path, row in zip(paths, probabilities.double().cpu().tolist(), strict=True):
-        given = [(name, p) for name, p, least in zip(classes, row, thresholds, strict=True) if p >= least]
-        labels = [name for name, _ in sorted(given, key=lambda pair: -pair[1])]
-        made.append(LabelSetPrediction(path, labels, dict(zip(classes, row, strict=True))))
-    return made
+        assigned = [(name, p) for name, p, threshold in zip(classes, row, thresholds, strict=True) if p >= threshold]
+        labels = [name for name, _ in sorted(assigned, key=lambda pair: -pair[1])]
+        predictions.append(LabelSetPrediction(path, labels, dict(zip(classes, row, strict=True))))
+    return predictions
 
 
 @dataclass(frozen=True)
 class NumberPrediction:
-    """The numbers that are predicted for one image, by the name of the target, in its own unit."""
+    """Regression prediction for one image: values by target name, in the target's unit."""
 
     path: Path
     values: dict[str, float]
 
     def text(self, top_k: int | None = None) -> str:
-        """The numbers in one line."""
+        """Format the values as one line."""
         return ", ".join(f"{name} {value:.6g}" for name, value in self.values.items())
 
     def row(self, top_k: int | None = None) -> Row:
-        """A column a target."""
+        """Return one column per target."""
         return _beside({name: float(f"{value:.7g}") for name, value in self.values.items()}, ("image",), "_value")
 
 
 def check_number_output(out: str | Path | None, top_k: int | None, *, overwrite: bool) -> None:
-    """Refuse an output that `write_numbers` would refuse; raises as it does."""
+    """Check the output arguments of `write_numbers`; raises the same errors."""
     if top_k is not None:
-        raise ValueError(f"top_k must be left out for a regression, which gives numbers, got {top_k}")
+        raise ValueError(f"top_k must be None for regression, got {top_k}")
     check_output(out, top_k, overwrite=overwrite)
 
 
 def write_numbers(
     predictions: Iterable[NumberPrediction], out: str | Path, top_k: int | None = None, *, overwrite: bool = False
 ) -> Path:
-    """Write numbers as `write_predictions` does; `top_k`, which is for classes alone, is refused."""
+    """Write regression predictions like `write_predictions`; `top_k` must be None."""
     check_number_output(out, top_k, overwrite=overwrite)
     return write_predictions(predictions, out, overwrite=overwrite)

@@ -1,4 +1,4 @@
-"""Regression: one or several numbers an image, standardized for training and turned back for everything else."""
+"""Regression of one or several targets, standardized for training."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -20,23 +20,23 @@ from snella_app.tasks.losses import NUMBER_LOSSES, full_precision, weighted_mean
 from snella_app.tasks.task import ResultTable, Task, paired
 
 _RIDGE_PENALTY = 5.0
-"""Of the ridge regression, on features of mean variance 1: `‖w‖²` beside the sum of the squared errors."""
+"""Weight of `‖w‖²` relative to the summed squared errors, for features of mean variance 1."""
 
 
 @dataclass(frozen=True)
 class RegressionTask(Task):
-    """Loss and metrics for one or several numbers per image.
+    """Loss and metrics for one or several regression targets per image.
 
-    The model learns `(y - mean) / std` with the training images' mean and standard deviation; predictions, metrics and
-    files have `y` itself.
+    The model predicts `(y - mean) / std` with mean and standard deviation of the training images. Predictions, metrics
+    and files use `y`.
 
     Args:
-        names: Of the numbers.
-        loss_name: One of `losses`, on standardized numbers.
-        monitor: Metric that the epoch is chosen by.
-        mean: Of the training images, by number; from `fitted`.
-        std: Of the training images, 1 where all are equal; from `fitted`.
-        median: Of the training images, the baseline of the absolute error; from `fitted`.
+        names: Target names.
+        loss_name: One of `losses`, on standardized targets.
+        monitor: Metric for epoch selection.
+        mean: Training mean of each target; set by `fitted`.
+        std: Training standard deviation of each target, 1 for constant targets; set by `fitted`.
+        median: Training median of each target, the baseline of the absolute error; set by `fitted`.
     """
 
     names: tuple[str, ...]
@@ -60,23 +60,23 @@ class RegressionTask(Task):
     result_format: ClassVar[str] = "MAE {mae:.4g}, RMSE {rmse:.4g}, R² {r2:.4f}, loss {loss:.4f}"
 
     def __post_init__(self) -> None:
-        """Check the statistics, and fill them where there are none yet."""
+        """Check the statistics, or set defaults."""
         count = len(self.names)
         if not count:
-            raise ValueError("names must be at least 1, got none")
+            raise ValueError("names must have at least one entry, got none")
         for name, default in (("mean", 0.0), ("std", 1.0), ("median", 0.0)):
             values = getattr(self, name)
             if values and len(values) != count:
-                raise ValueError(f"{name} must be one for each of {count} numbers, got {len(values)}")
+                raise ValueError(f"{name} must have one value for each of {count} targets, got {len(values)}")
             if not values:
                 object.__setattr__(self, name, (default,) * count)
 
     def encode(self, target: Any) -> Tensor:
-        """The numbers, `[targets]` float64."""
+        """Return the targets, `[targets]`, float64."""
         return torch.tensor(target if isinstance(target, tuple | list) else [target], dtype=torch.float64)
 
     def fitted(self, train: ImageDataset, classes: Sequence[str]) -> Self:
-        """The task with mean, standard deviation and median of the training images."""
+        """Return the task with mean, standard deviation and median of the training images."""
         values = self._values(train)
         std = values.std(0)
         return dataclasses.replace(
@@ -87,18 +87,18 @@ class RegressionTask(Task):
         )
 
     def state(self) -> dict[str, Any]:
-        """Mean, standard deviation and median."""
+        """Return mean, standard deviation and median."""
         return {"mean": list(self.mean), "std": list(self.std), "median": list(self.median)}
 
     def loss(self, outputs: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Mean over the batch of the mean error of the standardized numbers, times the weights.
+        """Compute the weighted mean loss of the standardized targets.
 
-        loss = 1/n Σ_i v_i 1/T Σ_t e(z[i, t], (y[i, t] - mean_t) / std_t),   e: squared, absolute or Huber's
+        loss = 1/n Σ_i v_i 1/T Σ_t e(z[i, t], (y[i, t] - mean_t) / std_t),   e: squared, absolute or Huber error
 
         Args:
             outputs: z, `[batch, targets]`.
             labels: y, `[batch, targets]`.
-            weights: v, the samples' own, `[batch]`; None for ones.
+            weights: Sample weights v, `[batch]`; None means equal weights.
 
         Returns:
             0-dim.
@@ -107,56 +107,55 @@ class RegressionTask(Task):
         return weighted_mean(losses, weights)
 
     def standardized(self, values: Tensor) -> Tensor:
-        """`(y - mean) / std`, `[batch, targets]`, float64."""
+        """Standardize targets, `(y - mean) / std`, `[batch, targets]`, float64."""
         mean, std = (torch.tensor(v, dtype=torch.float64, device=values.device) for v in (self.mean, self.std))
         return (values.double() - mean) / std
 
     def numbers(self, outputs: Tensor) -> Tensor:
-        """`z · std + mean`: the model's outputs turned back, `[batch, targets]`, float64."""
+        """Convert model outputs to target units, `z · std + mean`, `[batch, targets]`, float64."""
         mean, std = (torch.tensor(v, dtype=torch.float64, device=outputs.device) for v in (self.mean, self.std))
         return outputs.double() * std + mean
 
     final_name = "numbers"
 
     def final_outputs(self, outputs: Tensor, temperature: float = 1.0) -> Tensor:
-        """The numbers in their unit, `[batch, targets]`, float32."""
+        """Return predictions in target units, `[batch, targets]`, float32."""
         return self.numbers(outputs).float()
 
     def average_outputs(self, outputs: Sequence[Tensor], tasks: Sequence[Any] | None = None) -> Tensor:
-        """The mean of the models' numbers, each turned back with its own statistics, standardized with these."""
+        """Average the models' predictions in target units, and standardize them with this task's statistics."""
         numbers = [task.numbers(output) for task, output in zip(tasks or [self] * len(outputs), outputs, strict=True)]
         return self.standardized(torch.stack(numbers).mean(0))
 
     def metrics(self, outputs: ArrayLike, labels: ArrayLike) -> dict[str, Any]:
-        """Errors of each number in its own unit, and their means.
+        """Compute errors of each target in its unit, and their means.
 
         mae = mean |p - y|,   rmse = sqrt(mean (p - y)²),   r2 = 1 - Σ (p - y)² / Σ (y - mean y)²
 
-        The baselines always answer the training images' median (absolute error) or mean (squared error). The loss is
-        the mean squared error of the standardized numbers, whatever is trained with. R² of numbers that are all alike
-        is NaN.
+        The baselines predict the training median (absolute error) or mean (squared error). The loss is the mean squared
+        error of the standardized targets, regardless of the training loss. R² of constant targets is NaN.
 
         Args:
             outputs: `[images, targets]`.
             labels: `[images, targets]`.
 
         Returns:
-            `mae`, `rmse`, `r2` (means over the numbers), `images`, `loss` and `per_target`.
+            `mae`, `rmse`, `r2` (means over targets), `images`, `loss` and `per_target`.
 
         Raises:
-            ValueError: No images, or another number of labels than of rows.
+            ValueError: If the lengths differ or are 0.
         """
-        from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_error  # a second, only to measure
+        from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_error  # lazy: slow import
 
         scores, truth = paired(outputs, np.asarray(labels, dtype=float), "outputs")
         predicted = self.numbers(scores).numpy()
-        several = {"multioutput": "raw_values"}
-        mae = mean_absolute_error(truth, predicted, **several)
-        rmse = root_mean_squared_error(truth, predicted, **several)
+        by_target = {"multioutput": "raw_values"}
+        mae = mean_absolute_error(truth, predicted, **by_target)
+        rmse = root_mean_squared_error(truth, predicted, **by_target)
         varies = truth.std(0) > 0
         r2 = np.full(len(self.names), np.nan)
         if varies.any():
-            r2[varies] = r2_score(truth[:, varies], predicted[:, varies], **several)
+            r2[varies] = r2_score(truth[:, varies], predicted[:, varies], **by_target)
         loss = NUMBER_LOSSES["mse"](full_precision(scores).double(), self.standardized(torch.as_tensor(truth)))
         off_median, off_mean = truth - np.asarray(self.median), truth - np.asarray(self.mean)
         return {
@@ -180,11 +179,11 @@ class RegressionTask(Task):
         }
 
     def sample_outputs(self, reduced: ArrayLike) -> Tensor:
-        """The numbers `[images, targets]`, turned back."""
+        """Return predictions in target units, `[images, targets]`."""
         return self.numbers(torch.as_tensor(np.asarray(reduced)))
 
     def predictions(self, dataset: ImageDataset, sample_outputs: Tensor, split: str, folder: Path) -> NumberPredictions:
-        """True and predicted numbers of each image."""
+        """Return true and predicted values of each image."""
         rows = zip(dataset.names, self._values(dataset).tolist(), sample_outputs.tolist(), strict=True)
         items = [
             NumberPrediction(index, name, values, [float(f"{p:.7g}") for p in predicted])
@@ -195,8 +194,8 @@ class RegressionTask(Task):
     def fit_linear(
         self, features: np.ndarray, labels: np.ndarray, outputs: int, weights: np.ndarray | None = None
     ) -> tuple[Tensor, Tensor]:
-        """A ridge regression of the standardized numbers."""
-        from sklearn.linear_model import Ridge  # a second, only to fit
+        """Fit a ridge regression of the standardized targets."""
+        from sklearn.linear_model import Ridge  # lazy: slow import
 
         scale = feature_scale(features)
         ridge = Ridge(alpha=_RIDGE_PENALTY)
@@ -204,30 +203,28 @@ class RegressionTask(Task):
         return torch.from_numpy(np.atleast_2d(ridge.coef_) / scale), torch.from_numpy(np.atleast_1d(ridge.intercept_))
 
     def remap_labels(self, label: Tensor, numbers: Sequence[int]) -> Tensor:
-        """The numbers in the run's order.
+        """Reorder the targets to the run's order.
 
         Raises:
-            ValueError: The data lacks one of them.
+            ValueError: If the data lacks a target.
         """
         if sorted(numbers) != list(range(len(self.names))):
             missing = [name for index, name in enumerate(self.names) if index not in numbers]
-            raise ValueError(f"the data must have all numbers of the run, got none for {', '.join(map(repr, missing))}")
+            raise ValueError(f"data must have all targets of the run, got none for {', '.join(map(repr, missing))}")
         mapped = torch.empty_like(label)
         mapped[list(numbers)] = label
         return mapped
 
     def result_table(self, scores: Mapping[str, Any], classes: Sequence[str]) -> ResultTable:
-        """Errors of each number, beside those of always answering the training images' median or mean."""
+        """Return errors of each target and of the baselines (training median or mean)."""
         keys = ("mae", "rmse", "r2", "baseline_mae", "baseline_rmse")
         rows = [[row["name"], *(f"{row[key]:.4g}" for key in keys)] for row in scores["per_target"]]
-        return ResultTable(
-            "each number", ["number", "MAE", "RMSE", "R²", "MAE of the median", "RMSE of the mean"], rows
-        )
+        return ResultTable("targets", ["target", "MAE", "RMSE", "R²", "MAE of the median", "RMSE of the mean"], rows)
 
     def image_predictions(
         self, classes: Sequence[str], paths: Sequence[Path], images: Sequence[Image.Image], outputs: Tensor
     ) -> list[image_outputs.NumberPrediction]:
-        """The numbers of each image."""
+        """Return the predicted values of each image."""
         return [
             image_outputs.NumberPrediction(path, dict(zip(classes, row, strict=True)))
             for path, row in zip(paths, self.numbers(outputs).cpu().tolist(), strict=True)
@@ -237,11 +234,11 @@ class RegressionTask(Task):
     write_predictions = staticmethod(image_outputs.write_numbers)
 
     def merged_use(self) -> str:
-        """The outputs, turned back."""
+        """Return the comment that converts outputs to target units."""
         mean, std = ([float(f"{value:.7g}") for value in values] for values in (self.mean, self.std))
         return f"# model(transform(image.convert('RGB'))[None])[0] * torch.tensor({std}) + torch.tensor({mean})"
 
     def _values(self, dataset: ImageDataset) -> np.ndarray:
-        """The numbers of each image, `[images, targets]`."""
+        """Return the targets of each image, `[images, targets]`."""
         targets: Sequence[Any] = dataset.annotations.targets or []
         return np.asarray([target if isinstance(target, tuple | list) else (target,) for target in targets], float)

@@ -1,4 +1,4 @@
-"""Semantic segmentation: batches of (image, mask), cross entropy and overlap, Dice and IoU."""
+"""Semantic segmentation: cross-entropy plus overlap loss, Dice and IoU."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -23,12 +23,12 @@ from snella_app.tasks.task import ResultTable, Task
 
 
 def pixel_counts(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Count, for each image, the pixels of each true class (row) by predicted class (column).
+    """Count the pixels of each image by true class (row) and predicted class (column).
 
     Args:
         predicted: `[batch, height, width]`, int64.
-        labels: The same shape.
-        num_classes: Classes.
+        labels: `[batch, height, width]`, int64.
+        num_classes: Number of classes.
 
     Returns:
         `[batch, classes, classes]`, int64.
@@ -39,7 +39,7 @@ def pixel_counts(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 
 
 def image_scores(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Dice and IoU of each foreground class in each image.
+    """Compute Dice and IoU of each foreground class in each image.
 
     Dice = 2 TP / (2 TP + FP + FN),  IoU = TP / (TP + FP + FN)
 
@@ -47,7 +47,7 @@ def image_scores(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         counts: `[images, classes, classes]` from `pixel_counts`; class 0 is the background.
 
     Returns:
-        Two arrays `[images, classes - 1]`; NaN where a class is neither in the image nor predicted.
+        Two arrays `[images, classes - 1]`; NaN if a class is neither present nor predicted.
     """
     hits, wrong = _hits_and_errors(counts)
     with np.errstate(invalid="ignore"):
@@ -55,21 +55,21 @@ def image_scores(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def pooled_scores(counts: np.ndarray, classes: list[str]) -> dict[str, Any]:
-    """All results on a data set, means over the foreground classes.
+    """Compute all scores on a dataset, averaged over the foreground classes.
 
-    By image: the mean over the images of the mean over the classes that are in the image or predicted there; images
-    with neither are left out, and 1 is the result where no image is left. Pooled: the pixels of all images together.
-    GPS's variant is pooled too, but drops every pixel whose true class is the background before counting, so that false
-    positives there never count: for two classes IoU becomes the recall R and Dice 2R / (1 + R).
+    By image: mean over images of the mean over classes that are present or predicted. Images without such classes are
+    excluded; the score is 1 if no image remains. Pooled: computed over the pixels of all images. GPS's variant is
+    pooled and ignores pixels whose true class is background, so it ignores false positives there: for two classes, IoU
+    equals the recall R and Dice equals 2R / (1 + R).
 
     Args:
         counts: `[images, classes, classes]` from `pixel_counts`; class 0 is the background.
-        classes: Names by number.
+        classes: Class names by index.
 
     Returns:
         `dice`, `iou` (by image), `dice_pooled`, `iou_pooled`, `iou_pooled_with_background`,
         `dice_gps_foreground_only`, `iou_gps_foreground_only`, `pixel_accuracy`, `images`, `per_class`, and `confusion`
-        (pixels; rows are true classes).
+        (pixel counts; rows are true classes).
     """
     dice, iou = image_scores(counts)
     total = counts.sum(0)
@@ -103,32 +103,32 @@ def pooled_scores(counts: np.ndarray, classes: list[str]) -> dict[str, Any]:
 
 
 def _pooled(total: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Dice and IoU of every class, `[1, classes]`, of counts `[classes, classes]`."""
+    """Compute Dice and IoU of every class, `[1, classes]`, from counts `[classes, classes]`."""
     hits, wrong = _hits_and_errors(total[None])
     with np.errstate(invalid="ignore"):
         return 2 * hits / (2 * hits + wrong), hits / (hits + wrong)
 
 
 def _hits_and_errors(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """TP and FP + FN of each class, `[images, classes]`."""
+    """Return TP and FP + FN of each class, `[images, classes]`."""
     hits = np.diagonal(counts, axis1=1, axis2=2).astype(float)
     return hits, counts.sum(1) + counts.sum(2) - 2 * hits
 
 
 def _number(values: np.ndarray | np.floating[Any]) -> float | None:
-    """Mean of what has a value, None where nothing has."""
-    known = np.atleast_1d(values)[~np.isnan(np.atleast_1d(values))]
-    return float(known.mean()) if len(known) else None
+    """Return the mean of non-NaN values, or None without any."""
+    valid = np.atleast_1d(values)[~np.isnan(np.atleast_1d(values))]
+    return float(valid.mean()) if len(valid) else None
 
 
 def _mean(values: np.ndarray) -> float:
-    """Mean of what has a value; 1 where nothing was there and nothing was found."""
+    """Return the mean of non-NaN values, or 1 without any."""
     mean = _number(values)
     return 1.0 if mean is None else mean
 
 
 def _by_image(values: np.ndarray) -> list[float]:
-    """Mean over the classes of each image, NaN where no class is in it."""
+    """Return the class mean of each image; NaN for images without classes."""
     means = [_number(row) for row in values]
     return [math.nan if mean is None else mean for mean in means]
 
@@ -137,18 +137,18 @@ _LIMIT = 12
 
 
 def mask_file(index: int) -> str:
-    """Where the predicted mask of an image lies in the run's folder."""
+    """Return the path of an image's predicted mask in the run folder."""
     return f"masks/{index:05}.png"
 
 
 def choose_indices(dice: Sequence[float], limit: int = _LIMIT) -> list[int]:
-    """Choose images to show: half of them the worst, the others evenly spread over the rest, from bad to good.
+    """Choose images to show: half are the worst, the others evenly spaced over the rest from bad to good.
 
     Args:
-        dice: Of each image; NaN for those without anything to find, which come last.
-        limit: How many.
+        dice: Dice of each image; NaN (no foreground) is sorted last.
+        limit: Maximum number of images.
     """
-    order = np.argsort(np.asarray(dice, dtype=float), kind="stable").tolist()  # NaN comes last
+    order = np.argsort(np.asarray(dice, dtype=float), kind="stable").tolist()  # NaN sorts last
     worst, rest = order[: limit // 2], order[limit // 2 :]
     count = min(len(rest), limit - len(worst))
     return worst + [rest[(2 * i + 1) * len(rest) // (2 * count)] for i in range(count)]
@@ -156,13 +156,13 @@ def choose_indices(dice: Sequence[float], limit: int = _LIMIT) -> list[int]:
 
 @torch.inference_mode()
 def write_masks(model: nn.Module, dataset: ImageDataset, indices: Sequence[int], folder: Path) -> None:
-    """Predict the masks of some images again and write them as label maps, in place of those of before.
+    """Predict the masks of selected images and write them as label maps, replacing previous ones.
 
     Args:
-        model: Class scores from images.
-        dataset: Transformed items.
-        indices: Which images.
-        folder: Of the run.
+        model: Segmentation model.
+        dataset: Dataset of transformed items.
+        indices: Selected images.
+        folder: Run folder.
     """
     target = (folder / mask_file(0)).parent
     target.mkdir(exist_ok=True)
@@ -177,7 +177,7 @@ def write_masks(model: nn.Module, dataset: ImageDataset, indices: Sequence[int],
 
 
 def overlay_source(dataset: MaskDataset, folder: Path) -> ImageSource:
-    """Panels of image, true and predicted mask by index; None where no mask was kept."""
+    """Return a source of panels (image, true mask, predicted mask) by index; None without a stored mask."""
 
     def picture(index: int) -> Image.Image | None:
         path = folder / mask_file(index)
@@ -189,15 +189,15 @@ def overlay_source(dataset: MaskDataset, folder: Path) -> ImageSource:
 
 
 MaskLoss = Literal["dice", "iou", "none"]
-_SMOOTHING = 1.0  # a pixel: keeps classes that an image lacks from dividing by zero, and punishes finding them
+_SMOOTHING = 1.0  # one pixel: avoids division by zero for absent classes and penalizes predicting them
 
 
 def overlap_losses(scores: Tensor, labels: Tensor, kind: MaskLoss) -> Tensor:
-    """One minus the soft overlap of each image, mean over the foreground classes.
+    """Compute one minus the soft overlap of each image, averaged over foreground classes.
 
     dice: 1 - (2 Σ p t + 1) / (Σ p + Σ t + 1)        iou: 1 - (Σ p t + 1) / (Σ p + Σ t - Σ p t + 1)
 
-    Sums over the pixels of an image; `p` is the softmax of the scores, `t` is 1 on pixels of the class.
+    Sums run over the pixels of an image; `p` is the softmax of the scores, `t` is 1 on pixels of the class.
 
     Args:
         scores: `[batch, classes, height, width]`, floating point; class 0 is the background.
@@ -227,13 +227,13 @@ _SCORES = ("dice", "iou", "dice_pooled", "iou_pooled", "pixel_accuracy")
 class SegmentationTask(Task):
     """Loss and metrics for one label per pixel; class 0 is the background.
 
-    Everything is measured at the size of the model's input, to which masks are brought by the nearest pixel.
+    Metrics use the model's input resolution; masks are resized by nearest neighbor.
 
     Args:
-        classes: Names by label.
-        label_smoothing: Share of the cross entropy's target spread over all classes.
-        mask_loss: Overlap that is added to the cross entropy.
-        monitor: Metric that the epoch is chosen by.
+        classes: Class names by label.
+        label_smoothing: Label smoothing of the cross-entropy.
+        mask_loss: Overlap loss added to the cross-entropy.
+        monitor: Metric for epoch selection.
     """
 
     classes: tuple[str, ...]
@@ -256,10 +256,10 @@ class SegmentationTask(Task):
     )
 
     def __post_init__(self) -> None:
-        """Check all values at once."""
+        """Check the fields and report all errors in one message."""
         errors = []
         if len(self.classes) < 2:
-            errors.append(f"classes must be at least 2, the background among them, got {list(self.classes)}")
+            errors.append(f"classes must be at least 2 including background, got {list(self.classes)}")
         if not 0.0 <= self.label_smoothing < 1.0:
             errors.append(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
         if self.mask_loss not in get_args(MaskLoss):
@@ -269,26 +269,26 @@ class SegmentationTask(Task):
 
     @staticmethod
     def build_model(name: str, **options: Any) -> nn.Module:
-        """A backbone with a decoder for `num_classes`; arguments as for `create_segmenter`."""
+        """Build a backbone with a decoder; arguments as for `create_segmenter`."""
         return create_segmenter(name, **options)
 
     def check_data(self, dataset: ImageDataset, spec: str) -> None:
-        """Refuse images without masks.
+        """Check that images have masks.
 
         Raises:
-            ValueError: They have none.
+            ValueError: If they do not.
         """
         if not isinstance(dataset, MaskDataset):
             raise ValueError(
                 f"data must be images with masks for task segmentation, e.g. masks:DIR, got {spec!r}; "
-                "for labeled images leave --task out"
+                "omit --task for labeled images"
             )
 
     def collate(self, items: Sequence[tuple[Any, ...]]) -> dict[str, Tensor]:
-        """Make a batch of transformed items.
+        """Collate transformed items to a batch.
 
         Args:
-            items: Images `[channels, height, width]` of one size, with their masks `[height, width]`.
+            items: Images `[channels, height, width]` of equal size, with masks `[height, width]`.
 
         Returns:
             `images` `[batch, channels, height, width]` and `labels` `[batch, height, width]` (int64).
@@ -297,12 +297,12 @@ class SegmentationTask(Task):
         return {"images": torch.stack(list(images)), "labels": torch.stack(list(masks)).long()}
 
     def loss(self, outputs: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Mean over the images of cross entropy and overlap loss, times the image's weight.
+        """Compute the weighted mean of cross-entropy plus overlap loss.
 
         Args:
             outputs: Class scores, `[batch, classes, height, width]`.
             labels: `[batch, height, width]`.
-            weights: `[batch]`; None for ones.
+            weights: Sample weights, `[batch]`; None means equal weights.
 
         Returns:
             0-dim.
@@ -310,35 +310,35 @@ class SegmentationTask(Task):
         return weighted_mean(self._losses(outputs, labels, self.label_smoothing), weights)
 
     def reduce(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Counts of pixels and the loss of each image, `[batch, classes² + 1]`, float64; and zeros."""
+        """Return pixel counts and loss of each image, `[batch, classes² + 1]`, float64; and zeros."""
         counts = pixel_counts(outputs.argmax(1), labels, len(self.classes)).flatten(1)
         losses = self._losses(outputs, labels, 0.0)
         return torch.cat([counts.double(), losses[:, None].double()], 1), labels.new_zeros(len(labels))
 
     def metrics(self, reduced: ArrayLike, labels: ArrayLike) -> dict[str, Any]:
-        """Dice and IoU as `pooled_scores` has them, and the loss without smoothing.
+        """Compute the scores of `pooled_scores`, and the loss without label smoothing.
 
         Args:
-            reduced: Rows of `reduce`.
-            labels: Zeros of `reduce`.
+            reduced: Rows from `reduce`.
+            labels: Zeros from `reduce`.
 
         Returns:
-            Plain values; the losses' mean is `loss`.
+            Plain values including the mean `loss`.
 
         Raises:
-            ValueError: No images.
+            ValueError: If there are no images.
         """
         rows = np.asarray(reduced)
         if len(rows) == 0:
-            raise ValueError("there must be at least 1 image to measure on, got 0")
+            raise ValueError("number of images must be at least 1, got 0")
         return {**pooled_scores(self._counts(rows), list(self.classes)), "loss": float(rows[:, -1].mean())}
 
     def sample_outputs(self, reduced: ArrayLike) -> Tensor:
-        """The rows of `reduce`, as they are."""
+        """Return the rows from `reduce` unchanged."""
         return torch.as_tensor(np.asarray(reduced))
 
     def predictions(self, dataset: ImageDataset, sample_outputs: Tensor, split: str, folder: Path) -> MaskPredictions:
-        """Dice and IoU of each image, mean over its classes; where its predicted mask lies, for the report's ones."""
+        """Return Dice and IoU of each image, averaged over classes, and the stored mask if any."""
         scores = image_scores(self._counts(sample_outputs.numpy()))
         dice, iou = map(_by_image, scores)
         files = [mask_file(index) for index in range(len(dataset.names))]
@@ -349,54 +349,54 @@ class SegmentationTask(Task):
         return MaskPredictions(split, items=items)
 
     def save_examples(self, model: nn.Module, dataset: ImageDataset, sample_outputs: Tensor, folder: Path) -> None:
-        """Write the predicted masks of some images: the worst ones, and others evenly spread."""
+        """Write the predicted masks of the worst images and others evenly spaced."""
         dice = _by_image(image_scores(self._counts(sample_outputs.numpy()))[0])
         write_masks(model, dataset, choose_indices(dice), folder)
 
     def report_images(self, dataset: ImageDataset, folder: Path) -> ImageSource:
-        """Image, true mask and predicted mask side by side, where the mask was kept."""
+        """Return panels of image, true mask and predicted mask for images with a stored mask."""
         if not isinstance(dataset, MaskDataset):
             raise TypeError(f"dataset must have masks, got {type(dataset).__name__}")
         return overlay_source(dataset, folder)
 
     def remap_labels(self, label: Tensor, numbers: Sequence[int]) -> Tensor:
-        """A mask with other class numbers."""
+        """Map the class indices of a mask."""
         return torch.tensor(numbers)[label]
 
     def result_table(self, scores: Mapping[str, Any], classes: Sequence[str]) -> ResultTable:
-        """Dice and IoU of each class."""
+        """Return Dice and IoU of each class."""
         columns = ["class", "pixels", "Dice by image", "IoU by image", "Dice pooled", "IoU pooled"]
         keys = ("dice", "iou", "dice_pooled", "iou_pooled")
         rows = [
             [row["name"], f"{row['pixels']:,}", *("–" if row[key] is None else f"{row[key]:.4f}" for key in keys)]
             for row in scores["per_class"]
         ]
-        return ResultTable("each class", columns, rows)
+        return ResultTable("classes", columns, rows)
 
     def final_outputs(self, outputs: Tensor, temperature: float = 1.0) -> Tensor:
-        """Class probabilities of each pixel, `[batch, classes, height, width]`."""
+        """Return class probabilities of each pixel, `[batch, classes, height, width]`."""
         return full_precision(outputs).softmax(dim=1)
 
     def average_outputs(self, outputs: Sequence[Tensor], tasks: Sequence[Any] | None = None) -> Tensor:
-        """Scores of the mean of the probabilities, `[images, classes, height, width]`."""
+        """Return scores of the mean probabilities, `[images, classes, height, width]`."""
         logs = torch.stack([scores.float().log_softmax(1) for scores in outputs])
         return logs.logsumexp(0) - math.log(len(outputs))
 
     def image_predictions(
         self, classes: Sequence[str], paths: Sequence[Path], images: Sequence[Image.Image], outputs: Tensor
     ) -> list[image_outputs.MaskPrediction]:
-        """The mask of each image, at its own size."""
+        """Return the mask of each image at the image's size."""
         return image_outputs.mask_predictions(classes, paths, images, outputs)
 
     check_output = staticmethod(image_outputs.check_mask_output)
     write_predictions = staticmethod(image_outputs.write_mask_predictions)
 
     def _losses(self, outputs: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
-        """The loss of each image, `[batch]`."""
+        """Compute the loss of each image, `[batch]`."""
         scores = full_precision(outputs)
         pixels = F.cross_entropy(scores, labels, reduction="none", label_smoothing=label_smoothing)
         return pixels.flatten(1).mean(1) + overlap_losses(scores, labels, self.mask_loss)
 
     def _counts(self, rows: np.ndarray) -> np.ndarray:
-        """Counts of pixels out of the rows of `reduce`, `[images, classes, classes]`."""
+        """Extract pixel counts from the rows of `reduce`, `[images, classes, classes]`."""
         return rows[:, :-1].reshape(len(rows), len(self.classes), len(self.classes))

@@ -1,4 +1,4 @@
-"""`Task`: what training, evaluation and reports ask of a kind of task."""
+"""Task interface for training, evaluation and reports."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,7 +23,7 @@ TargetKind = Literal["class", "labels", "numbers"]
 
 @dataclass(frozen=True)
 class ResultTable:
-    """A human-readable table: a title, the columns' names (the first one heads the rows' names), and rows of texts."""
+    """Human-readable table: title, column names, and rows of text; the first column holds row names."""
 
     title: str
     columns: list[str]
@@ -31,53 +31,52 @@ class ResultTable:
 
 
 class Task(ABC):
-    """A kind of task: what a batch is, which model fits, loss, metrics, and how results read.
+    """Base class of tasks: batches, model, loss, metrics and presentation of results.
 
-    A model's outputs of a batch are turned into two small tensors by `reduce`; those of a whole data set, concatenated,
-    are what `metrics` and `sample_outputs` are computed from. What a task takes from the training images (`fitted`) and
-    from the validation images (`calibrated`) and needs to predict is its `state`, which `run.json` keeps.
+    `reduce` converts the outputs of a batch to two small tensors. `metrics` and `sample_outputs` are computed from
+    their concatenation over a dataset. `state` holds statistics of the training images (`fitted`) and validation images
+    (`calibrated`) that prediction needs; `run.json` stores it.
 
     Attributes:
-        monitor: Metric that the epoch is chosen by, one of `monitors`.
+        monitor: Metric for epoch selection, one of `monitors`.
     """
 
     name: ClassVar[str]
-    """As in `--task`."""
+    """Value of `--task`."""
     head: ClassVar[str | None] = None
-    """Module of the model that is new and trained in full; None where the model itself says which."""
+    """Name of the new, fully trained module; None uses the head named by the model."""
     target: ClassVar[TargetKind] = "class"
-    """What a label column holds, as `load_data` takes it."""
+    """Content of the label column, see `load_data`."""
     settings: ClassVar[tuple[str, ...]] = ()
-    """Settings of a run that not every task has, and this one has."""
+    """Task-specific settings of a run."""
     outputs_name: ClassVar[str] = "classes"
-    """What the classes are called in overviews."""
+    """Name of the outputs in summaries."""
     losses: ClassVar[tuple[str, ...]] = ()
-    """What `--loss` may be, the default first."""
+    """Choices of `--loss`, default first."""
     monitors: ClassVar[Mapping[str, int]]
-    """What `--monitor` may be, the default first; 1 where higher is better, -1 where lower is."""
+    """Choices of `--monitor`, default first; 1 if higher is better, -1 if lower is better."""
     has_one_class: ClassVar[bool] = False
-    """Whether an image has one class, whose probabilities are the softmax of the outputs; a temperature calibrates
-    them."""
+    """True if outputs are softmax logits of one class per image, which temperature scaling can calibrate."""
     augment: ClassVar[str] = "crop"
     """Default of `--augment auto`. Regression and segmentation use flips, since crops change their targets."""
     has_linear_fit: ClassVar[bool] = False
-    """Whether `fit_linear` finds a linear head on features."""
+    """True if `fit_linear` is supported."""
     epoch_format: ClassVar[str]
-    """An epoch's row in a few words, by the names of its entries, as the following ones are."""
+    """Format string of an epoch's row."""
     val_format: ClassVar[str]
-    """The best epoch's results on validation."""
+    """Format string of the best epoch's validation scores."""
     test_format: ClassVar[str]
-    """And on test images."""
+    """Format string of the test scores."""
     monitor_names: ClassVar[Mapping[str, str]] = {}
-    """How metrics are called that epochs may be chosen by, and that `val_format` does not show."""
+    """Display names of monitored metrics that `val_format` does not show."""
     result_format: ClassVar[str]
-    """Results in a few words."""
+    """Format string of scores."""
 
     monitor: str
 
     @classmethod
     def create(cls, classes: Sequence[str], **settings: Any) -> Self:
-        """Make the task for some classes; settings of other tasks are ignored, None is for the default."""
+        """Create the task for the given classes; settings of other tasks are ignored, None selects the default."""
         settings["loss_name"] = settings.pop("loss", None) if cls.losses else None
         known = {f.name for f in fields(cls)} & {name for name, value in settings.items() if value is not None}  # type: ignore[arg-type]
         given = {name: tuple(value) if isinstance(value := settings[name], list) else value for name in known}
@@ -85,89 +84,89 @@ class Task(ABC):
 
     @classmethod
     def first_field(cls, classes: Sequence[str]) -> Any:
-        """What the task's first field holds: the names of its classes."""
+        """Return the value of the task's first field: the class names."""
         return tuple(classes)
 
     @staticmethod
     def build_model(name: str, **options: Any) -> nn.Module:
-        """The pre-trained model, with a new head for `num_classes`; options as for `create_backbone`."""
+        """Build the pre-trained model with a new head; options as for `create_backbone`."""
         return create_backbone(name, **options)
 
     @staticmethod
     def count_outputs(classes: Sequence[str]) -> int:
-        """Number of outputs of the model's head."""
+        """Return the number of outputs of the model's head."""
         return len(classes)
 
     @classmethod
     def order_classes(cls, classes: Sequence[str], order: str | None) -> list[str]:
-        """The classes in the order that the task numbers them in."""
+        """Return the classes in index order."""
         return list(classes)
 
     @property
     def best_metric(self) -> str:
-        """Entry of an epoch's row that epochs are compared by first."""
+        """Primary entry of an epoch's row for epoch selection."""
         return f"val_{self.monitor}"
 
     def check_data(self, dataset: ImageDataset, spec: str) -> None:
-        """Refuse data of another kind than the task needs: here, images with masks.
+        """Check that the data suits the task; the base class rejects images with masks.
 
         Raises:
-            ValueError: It is of another kind.
+            ValueError: If the data does not suit the task.
         """
         if isinstance(dataset, MaskDataset):
             raise ValueError(
-                f"task must be segmentation for images with masks such as {spec}, got {self.name!r}; "
+                f"task must be segmentation for images with masks like {spec}, got {self.name!r}; "
                 "add --task segmentation"
             )
 
     def encode(self, target: Any) -> Any:
-        """What an item's second part is, from what the label column says; not asked for classes and masks."""
+        """Convert a label-column value to a training target; unused for classes and masks."""
         return target
 
     def fitted(self, train: ImageDataset, classes: Sequence[str]) -> Self:
-        """The task with what it takes from the training images' targets."""
+        """Return the task with statistics of the training targets."""
         return self
 
     def calibrated(self, reduced: ArrayLike, labels: ArrayLike) -> Self:
-        """The task with what it takes from the best epoch's outputs on the validation images."""
+        """Return the task calibrated on the best epoch's validation outputs."""
         return self
 
     def state(self) -> dict[str, Any]:
-        """Plain values that `create` needs besides the classes to predict with a finished run."""
+        """Return the plain values that `create` needs for prediction, in addition to the classes."""
         return {}
 
     def of_ensemble(self, tasks: Sequence[Any]) -> Self:
-        """The task of several models together, from those of each."""
+        """Return the task of an ensemble, given the tasks of its models."""
         return self
 
     @abstractmethod
     def average_outputs(self, outputs: Sequence[Tensor], tasks: Sequence[Any] | None = None) -> Tensor:
-        """Outputs that say what several models, or several views of the same images, say on average.
+        """Average the outputs of several models or several views.
 
-        `tasks` are those of each model; None for this one's.
+        `tasks` are the tasks of the models; None uses this task.
         """
 
     def outputs(self, model: Callable[[Tensor], Tensor], images: Tensor, tta: int = 1) -> Tensor:
-        """A model's outputs; with `tta` 2 their average over the images `[..., width]` and their flips."""
+        """Return a model's outputs; `tta=2` averages over the images `[..., width]` and their horizontal flips."""
         outputs = model(images)
         if tta == 1:
             return outputs
         flipped = model(images.flip(-1))
-        return self.average_outputs([outputs, flipped.flip(-1) if flipped.ndim == 4 else flipped])  # maps turn back
+        return self.average_outputs([outputs, flipped.flip(-1) if flipped.ndim == 4 else flipped])  # flip maps back
 
     def sample_weights(self, train: ImageDataset) -> list[float]:
-        """How often the weighted sampler draws each training image, up to a factor."""
-        raise ValueError(f"sampler=weighted needs classes to balance, got task {self.name!r}")
+        """Return unnormalized sampling weights of the training images for the weighted sampler."""
+        raise ValueError(f"sampler=weighted requires a task with classes, got {self.name!r}")
 
     def collate(self, items: Sequence[tuple[Any, ...]]) -> dict[str, Tensor]:
-        """Make a batch of transformed items.
+        """Collate transformed items to a batch.
 
         Args:
-            items: Images `[channels, height, width]` of one size, targets (class numbers or tensors of one size), and,
-                where the data has them, sample weights.
+            items: Images `[channels, height, width]` of equal size, targets (class indices or tensors of equal size),
+                and optional sample weights.
 
         Returns:
-            `images` `[batch, channels, height, width]`, `labels` `[batch, ...]`, and `weights` `[batch]` if there are.
+            `images` `[batch, channels, height, width]`, `labels` `[batch, ...]`, and optional `weights` `[batch]`.
         """
         images, targets, *weights = zip(*items, strict=True)
         labels = torch.stack(list(targets)) if isinstance(targets[0], Tensor) else torch.tensor(targets)
@@ -176,130 +175,130 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, outputs: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
-        """The training loss, 0-dim, float32 at least; `weights` are the samples' own, `[batch]`."""
+        """Compute the training loss, 0-dim, at least float32; `weights` are sample weights, `[batch]`."""
 
     def reduce(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Reduce the outputs of a batch to what `metrics` needs: two small tensors with a row per sample."""
+        """Reduce the outputs of a batch to the inputs of `metrics`: two small tensors with one row per sample."""
         return outputs.float(), labels
 
     @abstractmethod
     def metrics(self, reduced: ArrayLike, labels: ArrayLike) -> dict[str, Any]:
-        """Results on a data set, `loss` among them, as plain values."""
+        """Compute scores on a dataset, including `loss`, as plain values."""
 
     @abstractmethod
     def sample_outputs(self, reduced: ArrayLike) -> Tensor:
-        """Per-sample outputs for the run's `predictions.json`, a row per sample."""
+        """Compute per-sample outputs for `predictions.json`, one row per sample."""
 
     @abstractmethod
     def predictions(
         self, dataset: ImageDataset, sample_outputs: Tensor, split: str, folder: Path
     ) -> Predictions | MaskPredictions | LabelSetPredictions | NumberPredictions:
-        """The record of what is said about each item of a split."""
+        """Build the record of the predictions on a split."""
 
     def fit_linear(
         self, features: np.ndarray, labels: np.ndarray, outputs: int, weights: np.ndarray | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Fit the best linear head on features.
+        """Fit a linear head on features.
 
         Args:
             features: `[images, width]`.
-            labels: What `collate` makes of the images' targets.
-            outputs: Of the head.
-            weights: Sample weights `[images]`; None for ones.
+            labels: Collated targets of the images.
+            outputs: Number of outputs of the head.
+            weights: Sample weights `[images]`; None means equal weights.
 
         Returns:
             Weight `[outputs, width]` and bias `[outputs]`, float64.
         """
-        raise ValueError(f"a linear probe needs one output an image, got task {self.name!r}")
+        raise ValueError(f"a linear probe requires a task with one output vector per image, got {self.name!r}")
 
     def probe_weights(self, labels: np.ndarray) -> np.ndarray | None:
-        """What class weights make of the samples in `fit_linear`; None for ones."""
+        """Return the sample weights that class weights imply in `fit_linear`; None for equal weights."""
         return None
 
     def save_examples(self, model: nn.Module, dataset: ImageDataset, sample_outputs: Tensor, folder: Path) -> None:
-        """Save the files in the run's folder that the images of its report need; none where it shows the images."""
+        """Save the files that the report's images need in the run folder; none by default."""
         return
 
     def report_images(self, dataset: ImageDataset, folder: Path) -> ImageSource:
-        """The report's images by index."""
+        """Return the source of the report's images by index."""
         return dataset.image
 
     @abstractmethod
     def remap_labels(self, label: Any, numbers: Sequence[int]) -> Any:
-        """An item's label with the class numbers `numbers[old]`."""
+        """Map class indices in an item's label with `numbers[old]`."""
 
     def epoch_row(self, scores: Mapping[str, Any]) -> dict[str, float]:
-        """The entries of an epoch's row that this task measures on validation, besides the loss."""
+        """Return the validation entries of an epoch's row, except the loss."""
         return {f"val_{name}": scores[name] for name in self.monitors if name != "loss"}
 
     def selection_score(self, row: Mapping[str, Any]) -> tuple[float, float]:
-        """The score that epochs are selected by: the better monitored metric first, then the lower validation loss."""
+        """Return the score for epoch selection: the monitored metric, with ties broken by lower validation loss."""
         return self.monitors[self.monitor] * row[f"val_{self.monitor}"], -row["val_loss"]
 
     def epoch_text(self, row: Mapping[str, Any]) -> str:
-        """An epoch's row in a few words."""
+        """Format an epoch's row."""
         return self.epoch_format.format_map(row)
 
     def final_text(self, val: Mapping[str, Any], test: Mapping[str, Any] | None) -> str:
-        """The best epoch's results on validation and, where there are test images, on these."""
+        """Format the best epoch's validation scores and, if present, the test scores."""
         text = "" if test is None else f", test {self.test_format.format_map(test)}"
         name = self.monitor_names.get(self.monitor)
         chosen_by = "" if name is None else f" ({name} {val[self.monitor]:.4f})"
         return f"validation {self.val_format.format_map(val)}{chosen_by}{text}"
 
     def result_text(self, scores: Mapping[str, Any]) -> str:
-        """Results in a few words."""
+        """Format scores."""
         return self.result_format.format_map(scores)
 
     @abstractmethod
     def result_table(self, scores: Mapping[str, Any], classes: Sequence[str]) -> ResultTable:
-        """Results class by class, or target by target."""
+        """Return scores by class or target as a table."""
 
     final_name: ClassVar[str] = "probabilities"
-    """What `final_outputs` are."""
+    """Name of the values of `final_outputs`."""
 
     @abstractmethod
     def final_outputs(self, outputs: Tensor, temperature: float = 1.0) -> Tensor:
-        """What `predict` says of a batch, as one tensor: probabilities of the classes, or numbers in their unit.
+        """Convert model outputs to predictions: class probabilities, or regression values in their unit.
 
         Args:
-            outputs: Of the model.
-            temperature: Of the run, which logits are divided by.
+            outputs: Model outputs.
+            temperature: Calibrated divisor of the logits.
         """
 
     @abstractmethod
     def image_predictions(
         self, classes: Sequence[str], paths: Sequence[Path], images: Sequence[Image.Image], outputs: Tensor
     ) -> Iterable[Any]:
-        """What the model's outputs of a batch say about images outside a data set, one object an image."""
+        """Convert model outputs of images outside a dataset to prediction objects, one per image."""
 
     @staticmethod
     @abstractmethod
     def check_output(out: str | Path | None, top_k: int | None, *, overwrite: bool) -> None:
-        """Refuse what `write_predictions` would refuse, before anything is predicted."""
+        """Check the output arguments of `write_predictions` before prediction."""
 
     @staticmethod
     @abstractmethod
     def write_predictions(
         predictions: Iterable[Any], out: str | Path, top_k: int | None = None, *, overwrite: bool = False
     ) -> Path:
-        """Write what `image_predictions` gave as a file or a folder, and return it."""
+        """Write the results of `image_predictions` to a file or folder and return its path."""
 
     @staticmethod
     def prediction_text(prediction: Any, top_k: int | None) -> str:
-        """What `image_predictions` gave for an image, in one line."""
+        """Format the prediction of an image as one line."""
         return prediction.text(top_k)
 
     def merged_use(self) -> str:
-        """A comment in Python: how a merged model's output is read, of `model`, `transform`, `classes` and `image`."""
+        """Return a Python comment that decodes a merged model's output (`model`, `transform`, `classes`, `image`)."""
         return "# classes[model(transform(image.convert('RGB'))[None]).argmax()]"
 
 
 def paired(outputs: ArrayLike, labels: ArrayLike, name: str = "logits") -> tuple[Tensor, np.ndarray]:
-    """Outputs and labels of equally many images, at least one.
+    """Return outputs and labels after checking that their lengths are equal and at least 1.
 
     Raises:
-        ValueError: No images, or another number of labels than of outputs.
+        ValueError: If lengths differ or are 0.
     """
     scores, truth = torch.as_tensor(np.asarray(outputs)), np.asarray(labels)
     if len(truth) == 0 or len(scores) != len(truth):
@@ -310,12 +309,12 @@ def paired(outputs: ArrayLike, labels: ArrayLike, name: str = "logits") -> tuple
 
 
 def unknown_class(name: str, classes: Sequence[str]) -> str:
-    """The error of a name that is no class, with the nearest one."""
+    """Return the error for an unknown class name, with the nearest class."""
     return f"no class {name!r}" + nearest(name, classes, form=" (nearest: '{}')")
 
 
 def check_monitor(task: type[Task], monitor: str) -> str | None:
-    """The error of a metric that a task does not measure, with the nearest one; None where it does."""
+    """Return the error for a metric that a task does not measure; None for a valid metric."""
     if monitor in task.monitors:
         return None
     hint = nearest(monitor.lower().replace("-", "_"), task.monitors, cutoff=0.4)
@@ -328,47 +327,46 @@ ClassWeights = str | Mapping[str, float] | None
 def resolve_class_weights(
     setting: ClassWeights, classes: Sequence[str], balanced: Sequence[float]
 ) -> tuple[float, ...] | None:
-    """The weight of each class.
+    """Return the weight of each class.
 
     Args:
         setting: balanced, none, or weights by class name.
-        classes: Names by number.
-        balanced: What `balanced` stands for.
+        classes: Class names by index.
+        balanced: Weights for `balanced`.
 
     Raises:
-        ValueError: Names that are no class (nearest given) or classes without a weight, or weights that are negative or
-            not finite.
+        ValueError: If a name is not a class, a class has no weight, or a weight is negative or not finite.
     """
     if setting is None or setting == "none":
         return None
     if isinstance(setting, str):
         return tuple(float(weight) for weight in balanced)
     errors = [unknown_class(name, classes) for name in map(str, setting) if name not in classes]
-    named = {str(name): weight for name, weight in setting.items()}
-    missing = [repr(name) for name in classes if name not in named]
+    weights = {str(name): weight for name, weight in setting.items()}
+    missing = [repr(name) for name in classes if name not in weights]
     if missing:
         errors.append(f"no weight for {listed(missing)}")
-    wrong = [f"{name!r}: {weight}" for name, weight in named.items() if not 0 <= weight < float("inf")]
+    wrong = [f"{name!r}: {weight}" for name, weight in weights.items() if not 0 <= weight < float("inf")]
     if wrong:
         errors.append(f"weights must be at least 0 and finite, got {', '.join(wrong)}")
     if errors:
         raise ValueError(
-            f"class_weights must name each class once, of {', '.join(map(repr, classes))}: {'; '.join(errors)}"
+            f"class_weights must have one weight per class ({', '.join(map(repr, classes))}): {'; '.join(errors)}"
         )
-    return tuple(float(named[name]) for name in classes)
+    return tuple(float(weights[name]) for name in classes)
 
 
 def class_frequencies(labels: Sequence[int], classes: Sequence[str]) -> np.ndarray:
-    """Number of images of each class, `[classes]`.
+    """Return the number of images of each class, `[classes]`.
 
     Raises:
-        ValueError: A class has none, so that nothing can be balanced by their inverse.
+        ValueError: If a class has no images, since balancing uses inverse frequencies.
     """
     counts = np.bincount(labels, minlength=len(classes))
     absent = [repr(name) for name, count in zip(classes, counts, strict=True) if count == 0]
     if absent:
         raise ValueError(
-            f"class_weights and sampler balance classes by their training images, got none of {', '.join(absent[:5])}; "
-            "add images, or give class_weights by name"
+            "class_weights and sampler need training images of every class to balance, got none of "
+            f"{', '.join(absent[:5])}; add images, or pass class_weights by name"
         )
     return counts

@@ -65,7 +65,7 @@ def test_every_method_trains_the_decoder_and_reloads(method, tmp_path):
 
 
 def test_a_model_without_feature_maps_is_refused():
-    with pytest.raises(NotImplementedError, match="requires feature maps .*got Linear"):
+    with pytest.raises(NotImplementedError, match=r"requires feature maps .*got Linear"):
         SegmentationModel(nn.Linear(2, 2), 2)
 
 
@@ -109,7 +109,7 @@ def test_sam_takes_a_smaller_image(sam_folder):
 
 
 def test_sam_gives_one_mask_and_brings_its_weights(sam_folder):
-    with pytest.raises(NotImplementedError, match="num_classes must be 2 .*got 3"):
+    with pytest.raises(NotImplementedError, match=r"num_classes must be 2 .*got 3"):
         make(f"sam:{sam_folder}", 3)
     with pytest.raises(ValueError, match=r"weights must be None for backbone 'sam:.*got 'w.pth'"):
         make(f"sam:{sam_folder}", 2, weights="w.pth")

@@ -33,8 +33,8 @@ def test_counts_sizes_formats_and_names_are_told(photos):
     assert check.sizes == ((40, 30), (44, 30), (400, 300))
     assert check.kinds == {"PNG RGB": 24, "JPEG RGB": 1}
     assert check.warnings == [
-        "class names that say nothing: 'New folder'; rename them, or remove what is no class",
-        "classes that may be the same: 'Dogs' and 'dog'; put their images into one",
+        "generic class names: 'New folder'; rename them, or remove folders that are not classes",
+        "possible duplicate classes: 'Dogs' and 'dog'; merge them",
     ]
 
 
@@ -45,11 +45,11 @@ def test_broken_files_and_repeated_pictures_are_told(photos):
         stamp(3, (43, 30)).save(photos / "dog" / f"{index}.png")
     check = check_data(f"folder:{photos}")
     (error,) = check.errors
-    assert error.startswith("1 image cannot be used: dog/00.png (no known image format)")
+    assert error.startswith("1 image cannot be used: dog/00.png (unknown image format)")
     assert not any("left out" in note for note in check.notes)
-    assert any(text.startswith("train: 1 picture is in it more than once: ") for text in check.warnings)
-    assert any(text.startswith("train: 1 picture has several labels: ") for text in check.warnings)
-    assert any("test images are training images too" in text for text in check.warnings)
+    assert any(text.startswith("train: 1 image appears more than once: ") for text in check.warnings)
+    assert any(text.startswith("train: 1 image has several labels: ") for text in check.warnings)
+    assert any("test images are also training images" in text for text in check.warnings)
 
 
 def test_what_cannot_be_divided_is_an_error_and_is_described_all_the_same(photos):
@@ -87,7 +87,7 @@ def test_the_command_prints_draws_and_fails(photos, capsys, tmp_path):
     assert main(["data", "check", str(tmp_path / "empty"), "--columns", "label=x"]) == 2
     assert "--columns label=x does not apply to benchmarks" in capsys.readouterr().err
     assert main(["data", "check", str(tmp_path / "empty")]) == 2
-    assert "Images of your own are in class folders" in capsys.readouterr().err
+    assert "For other images use class folders" in capsys.readouterr().err
 
 
 def test_data_without_files_is_described(capsys):
@@ -98,10 +98,10 @@ def test_data_without_files_is_described(capsys):
 def test_what_a_training_would_leave_out_is_a_note_with_skip_broken(photos, capsys):
     (photos / "dog" / "00.png").write_bytes(b"nothing")
     assert main(["data", "check", f"folder:{photos}"]) == 2
-    assert "--skip-corrupt leaves them out" in capsys.readouterr().err
+    assert "skip with --skip-corrupt" in capsys.readouterr().err
     assert main(["data", "check", f"folder:{photos}", "--skip-corrupt"]) == 0
     printed = capsys.readouterr().out
-    assert "1 image cannot be used, and is left out by --skip-corrupt: dog/00.png" in printed
+    assert "1 image cannot be used and is skipped (--skip-corrupt): dog/00.png" in printed
 
 
 def test_lists_of_labels_are_checked_as_such(photos, tmp_path, capsys):

@@ -120,7 +120,7 @@ def test_an_index_beyond_the_end_is_refused(index):
 
 
 def test_rows_labels_and_names_must_be_equally_many():
-    with pytest.raises(ValueError, match="equally many, got 2, 1 and 3"):
+    with pytest.raises(ValueError, match="equal lengths, got 2, 1 and 3"):
         ImageDataset(ArrayImages(np.zeros((2, 4, 4), np.uint8)), [0, 1], [0], ["a", "b", "c"])
 
 
@@ -158,6 +158,6 @@ def test_shared_memory_without_room_is_named_in_one_line(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", without_room)
     with pytest.raises(
-        OSError, match=r"no room for eight bytes in shared memory: .*No space left .*make room in /dev/shm"
+        OSError, match=r"cannot allocate eight bytes in shared memory: .*No space left .*free space in /dev/shm"
     ):
         noise()

@@ -84,12 +84,12 @@ def test_trainval_is_divided_where_there_is_no_train(cub):
     (cub / "trainval.json").write_text(json.dumps(joined))
     data = load(cub)
     assert len(data.train) + len(data.val) == 12 and len(data.val) >= 3
-    assert data.notes[0] == "cub: no train.json; trainval.json is divided into training and validation"
+    assert data.notes[0] == "cub: no train.json; trainval.json is split into training and validation"
 
 
 def test_other_sizes_and_classes_are_refused_and_listed(cub):
     message = (
-        r"fgvc:.*cub is not cub as the benchmark has it: 200 classes are required, 3 have images; none of 3, 4.*more; "
+        r"fgvc:.*cub does not match cub of the benchmark: 200 classes must have images, got 3; missing: 3, 4.*more; "
         r"train must have 5,394 images, got 9; val must have 600 images, got 3; test must have 5,794 images, got 6"
     )
     with pytest.raises(ValueError, match=message):
@@ -98,7 +98,7 @@ def test_other_sizes_and_classes_are_refused_and_listed(cub):
 
 def test_more_classes_than_the_benchmark_has_are_always_refused(tmp_path):
     folder = write_fgvc(tmp_path / "oxfordflower", "", range(1, 104), {"train": 103, "val": 3, "test": 3})
-    with pytest.raises(ValueError, match="102 classes are required, the lists name 103"):
+    with pytest.raises(ValueError, match="lists must have 102 classes, got 103"):
         load(folder)
 
 
@@ -109,8 +109,8 @@ def test_files_that_do_not_exist_and_broken_lists_are_told_in_one_message(cub):
         load(cub)
     for part in (
         "val.json must be a JSON file:",
-        "train names 3 of 9 files that are not in '",
-        "test names 2 of 6 files",
+        "3 of 9 files listed in train do not exist in '",
+        "2 of 6 files listed in test do not exist",
     ):
         assert part in str(caught.value)
 
@@ -118,9 +118,9 @@ def test_files_that_do_not_exist_and_broken_lists_are_told_in_one_message(cub):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([1, 2], r"test.json must hold an object \{image path: class\}, got '\[1, 2\]'"),
-        ({"a.jpg": "bird"}, "test.json must give each image an integer, but 1 have none: 'a.jpg': 'bird'"),
-        ({"a.jpg": 1.5, "b.jpg": True}, "but 2 have none: 'a.jpg': 1.5, 'b.jpg': True"),
+        ([1, 2], r"test.json must contain an object \{image path: class\}, got '\[1, 2\]'"),
+        ({"a.jpg": "bird"}, "test.json must map each image to an integer, got 1 others: 'a.jpg': 'bird'"),
+        ({"a.jpg": 1.5, "b.jpg": True}, "got 2 others: 'a.jpg': 1.5, 'b.jpg': True"),
     ],
 )
 def test_a_list_of_another_kind_is_refused(content, message, cub):
@@ -141,14 +141,14 @@ def test_an_image_in_two_lists_is_refused(cub):
     train, test = (json.loads((cub / f"{split}.json").read_text()) for split in ("train", "test"))
     first = next(iter(train))
     (cub / "test.json").write_text(json.dumps({**test, first: train[first]}))
-    with pytest.raises(ValueError, match=r"1 images are both in train and in test: train_0\.jpg"):
+    with pytest.raises(ValueError, match=r"1 images are in both train and test: train_0\.jpg"):
         load(cub)
 
 
 def test_an_unknown_or_missing_data_set_is_told_with_the_nearest(tmp_path):
     with pytest.raises(ValueError, match=r"got 'standforddog'; nearest: stanforddog"):
         load_data(f"fgvc:{tmp_path}/standforddog")
-    with pytest.raises(ValueError, match=r"got 'xyz'; data sets are cub, nabirds"):
+    with pytest.raises(ValueError, match=r"got 'xyz'; datasets are cub, nabirds"):
         load_data(f"fgvc:{tmp_path}/xyz")
-    with pytest.raises(FileNotFoundError, match=r"there is no folder '.*/nabirds'; `snella data check .*` says what"):
+    with pytest.raises(FileNotFoundError, match=r"no folder '.*/nabirds'; see the .* with `snella data check"):
         load_data(f"fgvc:{tmp_path}/nabirds")

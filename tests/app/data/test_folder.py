@@ -53,7 +53,7 @@ def test_a_missing_validation_part_is_split_from_training(write_images):
 def test_a_divided_folder_without_a_test_part_has_none(write_images):
     root = write_images({"train/a": 4, "train/b": 4, "val/a": 1, "val/b": 1})
     assert load(root).test is None
-    with pytest.raises(ValueError, match="test_size=2 given, but 'photos' has no test part"):
+    with pytest.raises(ValueError, match="test_size must be None because 'photos' has no test split, got 2"):
         load(root, test_size=2)
 
 
@@ -71,7 +71,7 @@ def test_hidden_files_are_ignored_and_other_kinds_noted(write_images):
     assert data.classes == ["a", "b"]
     assert len(data.train) + len(data.val) + len(data.test) == 10
     (note,) = data.notes
-    assert note.startswith("left out 2 files that are not .png,") and "1 .txt" in note and "1 .heic" in note
+    assert note.startswith("skipped 2 files other than .png,") and "1 .txt" in note and "1 .heic" in note
 
 
 def test_images_below_a_class_folder_belong_to_the_class(write_images):
@@ -98,7 +98,7 @@ def test_broken_images_are_named_and_counted(write_images):
         load(root)
     message = str(caught.value)
     assert "2 of 11 images in" in message and "--skip-corrupt" in message
-    assert "a/000.png (no known image format)" in message and "a/001.png (" in message
+    assert "a/000.png (unknown image format)" in message and "a/001.png (" in message
 
 
 def test_of_many_broken_images_five_are_named(write_images):
@@ -116,34 +116,34 @@ def test_broken_images_are_left_out_and_noted_on_demand(write_images):
     names = data.train.names + data.val.names + data.test.names
     assert len(names) == 10 and not {"a/000.png", "a/001.png"} & set(names)
     (note,) = data.notes
-    assert note.startswith("left out 2 broken images: a/000.png (")
+    assert note.startswith("skipped 2 broken images: a/000.png (")
 
 
 def test_a_class_of_broken_images_only_is_refused_all_the_same(write_images):
     root = write_images({"a": 2, "b": 5, "c": 5})
     break_files(root, 2)
-    with pytest.raises(ValueError, match="class folders without a readable image: 'a'"):
+    with pytest.raises(ValueError, match="class folders without readable images: 'a'"):
         load(root, skip_corrupt=True)
 
 
 @pytest.mark.parametrize(
     ("counts", "message"),
     [
-        ({"a": 5, "b": 0, "c": 5}, r"without a readable image: 'b', remove them or add images \(\.png, \.jpg"),
-        ({"a": 5}, "at least two classes are needed, there is one: 'a'; .* PATH/class/image.jpg, one folder for each"),
-        ({".": 3}, r"no class folders in '.*photos' \(3 images lie there without a class\); .* PATH/class/image\.jpg"),
-        ({".": 0}, r"'.*photos' is empty; images are laid out as PATH/class/image\.jpg"),
+        ({"a": 5, "b": 0, "c": 5}, r"without readable images: 'b'; remove them or add images \(\.png, \.jpg"),
+        ({"a": 5}, "at least two classes are required, got one: 'a'; .* PATH/class/image.jpg, one folder per class"),
+        ({".": 3}, r"no class folders in '.*photos' \(3 images without a class\); .* PATH/class/image\.jpg"),
+        ({".": 0}, r"'.*photos' is empty; the expected layout is PATH/class/image\.jpg"),
         ({"train/a": 2, "train/b": 2, "val/c": 1}, "classes of 'val' unknown to training: 'c'; training has 'a', 'b'"),
         (
             {"train/a": 2, "train/b": 2, "test/B": 1},
             r"classes of 'test' unknown to training: 'B' \(nearest: 'b'\); training has 'a', 'b'",
         ),
         ({"train/cats": 2, "train/dogs": 2, "val/cat": 1}, r"unknown to training: 'cat' \(nearest: 'cats'\)"),
-        ({"train/a": 2, "train/b": 2, "val/a": 1, "val/b": 0}, "without a readable image: 'val/b'"),
-        ({"val/a": 2, "test/a": 2}, "has 'test', 'val' but no 'train' with class folders inside; add PATH/train/"),
-        ({"train/a": 2, "val/a": 2, "valid/a": 2}, "has two parts 'val': 'val' and 'valid'"),
-        ({"a": 9, "b": 2}, "every class needs at least 3 images for a part 'test' .*'b' has 2"),
-        ({"train/a": 9, "train/b": 1}, "every class needs at least 2 images for a part 'val' .*'b' has 1"),
+        ({"train/a": 2, "train/b": 2, "val/a": 1, "val/b": 0}, "without readable images: 'val/b'"),
+        ({"val/a": 2, "test/a": 2}, "has 'test', 'val' but no 'train' with class folders; add PATH/train/"),
+        ({"train/a": 2, "val/a": 2, "valid/a": 2}, "has two 'val' splits: 'val' and 'valid'"),
+        ({"a": 9, "b": 2}, "every class needs at least 3 images to create a 'test' split.*'b' has 2"),
+        ({"train/a": 9, "train/b": 1}, "every class needs at least 2 images to create a 'val' split.*'b' has 1"),
     ],
     ids=[
         *("empty", "one", "loose", "nothing", "unknown-val", "unknown-test", "near-val", "empty-val", "no-train"),
@@ -163,27 +163,27 @@ def test_training_and_testing_are_parts_and_no_classes(write_images):
 def test_what_is_passed_over_is_noted(write_images):
     root = write_images({"train/a": 4, "train/b": 4, "test": 3, "extra/a": 2, ".": 1})
     assert load(root).notes == [
-        "left out 1 image that lies without a class folder, e.g. '000.png'",
-        "left out 'extra' with 2 images, 'test' with 3 images: no part with class folders inside; "
-        "parts are called dev, test, testing, train, training, val, valid, validation",
+        "skipped 1 image outside class folders, e.g. '000.png'",
+        "skipped 'extra' with 2 images, 'test' with 3 images: not a split with class folders; "
+        "split names are dev, test, testing, train, training, val, valid, validation",
     ]
 
 
 def test_a_folder_too_many_and_a_table_of_labels_are_told(write_images):
     root = write_images({"photos/cats": 3, "photos/dogs": 3})
-    with pytest.raises(ValueError, match="there is one: 'photos'; the folders inside it, 'cats', 'dogs', may be the"):
+    with pytest.raises(ValueError, match="got one: 'photos'; its subfolders 'cats', 'dogs' may be the"):
         load(root)
     (root / "photos").rename(root.parent / "loose")
     (root / "images").mkdir()
     (root.parent / "loose" / "cats" / "000.png").rename(root / "images" / "000.png")
     (root / "metadata.csv").write_text("file_name,label\n")
-    with pytest.raises(ValueError, match=rf"in 'metadata\.csv' are read with --data csv:{root}/metadata\.csv$"):
+    with pytest.raises(ValueError, match=rf"in 'metadata\.csv', pass --data csv:{root}/metadata\.csv$"):
         load(root)
     (root / "metadata.csv").rename(root / "metadata.jsonl")
-    with pytest.raises(ValueError, match=rf"in 'metadata\.jsonl' are read with --data hf:{root}$"):
+    with pytest.raises(ValueError, match=rf"in 'metadata\.jsonl', pass --data hf:{root}$"):
         load(root)
     (root / "metadata.jsonl").rename(root / "labels.xlsx")
-    with pytest.raises(ValueError, match=r"Labels are not read from 'labels\.xlsx': save it as CSV"):
+    with pytest.raises(ValueError, match=r"To use the labels in 'labels\.xlsx', save it as CSV"):
         load(root)
 
 
@@ -196,7 +196,7 @@ def test_images_of_two_parts_are_noted(write_images):
     root = write_images({"train/a": 4, "train/b": 4, "val/a": 2, "val/b": 2, "test/a": 2, "test/b": 2})
     (root / "test/a/copy.png").write_bytes((root / "train/a/001.png").read_bytes())
     (note,) = load(root).notes
-    assert note.startswith("1 of 5 test images are training images too, e.g. 'train/a/001.png' is 'test/a/copy.png'")
+    assert note.startswith("1 of 5 test images are also training images, e.g. 'train/a/001.png' is 'test/a/copy.png'")
 
 
 def test_images_of_other_endings_are_told_by_their_content(write_images, monkeypatch):
@@ -207,13 +207,13 @@ def test_images_of_other_endings_are_told_by_their_content(write_images, monkeyp
     data = load(root)
     assert len(data.train) + len(data.val) + len(data.test) == 10
     assert data.notes[0].endswith(
-        "1 HEIC; HEIC photographs need pillow-heif: pip install 'snella[heic]', or save them as JPEG"
+        "1 HEIC; HEIC images need pillow-heif: pip install 'snella[heic]', or save them as JPEG"
     )
 
 
 def test_two_images_a_class_will_do_without_a_test(write_images):
     root = write_images({"a": 2, "b": 2})
-    with pytest.raises(ValueError, match=r"or do without a test with --test-fraction 0 \(test_fraction=0\)"):
+    with pytest.raises(ValueError, match=r"or disable the test split with --test-fraction 0 \(test_fraction=0\)"):
         load(root)
     assert load(root, test_fraction=0).test is None
 
@@ -221,7 +221,7 @@ def test_two_images_a_class_will_do_without_a_test(write_images):
 def test_several_errors_are_reported_together(write_images):
     root = write_images({"train/a": 2, "train/b": 0, "val/c": 1})
     with pytest.raises(
-        ValueError, match=r"without a readable image: 'train/b', remove .*; classes of 'val' unknown to training: 'c'"
+        ValueError, match=r"without readable images: 'train/b'; remove .*; classes of 'val' unknown to training: 'c'"
     ):
         load(root)
 
@@ -229,9 +229,9 @@ def test_several_errors_are_reported_together(write_images):
 def test_a_missing_folder_is_answered_with_its_neighbors(write_images):
     root = write_images({"a": 3, "b": 3})
     missing = root.parent / "fotos" / "2024"
-    with pytest.raises(FileNotFoundError, match=f"folder:{missing}: there is no 'fotos' in .*nearest there: 'photos'"):
+    with pytest.raises(FileNotFoundError, match=f"folder:{missing}: no folder 'fotos' in .*nearest: 'photos'"):
         load(missing)
-    with pytest.raises(FileNotFoundError, match=r"there is no 'zzz' in .* has no folder of a like name"):
+    with pytest.raises(FileNotFoundError, match=r"no folder 'zzz' in .* has no folder with a similar name"):
         load(root.parent / "zzz")
 
 
@@ -243,7 +243,7 @@ def test_an_empty_path_is_refused():
 def test_a_file_is_not_a_folder(tmp_path):
     (tmp_path / "x.png").write_bytes(b"")
     with pytest.raises(
-        ValueError, match=re.escape(f"folder:{tmp_path}/x.png must be a folder with one folder a class")
+        ValueError, match=re.escape(f"folder:{tmp_path}/x.png must be a folder with one folder per class")
     ):
         load(tmp_path / "x.png")
 

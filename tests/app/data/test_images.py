@@ -103,7 +103,7 @@ def test_text_and_empty_files_are_no_images(tmp_path):
     (tmp_path / "a.png").write_text("not an image")
     (tmp_path / "b.jpg").write_bytes(b"")
     reasons = broken_images([tmp_path / "a.png", tmp_path / "b.jpg", tmp_path / "gone.png"])
-    assert reasons[0] == "no known image format" and reasons[1] == "the file is empty"
+    assert reasons[0] == "unknown image format" and reasons[1] == "the file is empty"
     assert reasons[2] == "no such file"
 
 
@@ -214,15 +214,15 @@ def test_the_pixels_of_an_uploaded_array_are_known_before_it_is_read():
     file = io.BytesIO()
     np.save(file, np.array([("a", 1)], dtype=object))
     file.seek(0)
-    with pytest.raises(ValueError, match="values must be numbers, got object"):
+    with pytest.raises(ValueError, match="values must be numeric, got object"):
         images.array_pixels(file)
 
 
 def test_a_pipe_among_the_images_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "a.png")
-    with pytest.raises(ValueError, match=r"a.png' is not a readable image: it is no regular file \(a pipe, a socket"):
+    with pytest.raises(ValueError, match=r"a.png' is not a readable image: not a regular file \(a pipe, socket"):
         read_image(tmp_path / "a.png")
-    assert "no regular file" in broken_images([tmp_path / "a.png"])[0]
+    assert "not a regular file" in broken_images([tmp_path / "a.png"])[0]
 
 
 def test_gray_and_alpha_are_kept_where_they_are_asked_for(tmp_path):
@@ -270,7 +270,7 @@ def test_dark_images_of_16_bits_are_noted(tmp_path):
         values = np.random.default_rng(index).integers(0, 4096, (8, 8)).astype(np.uint16)
         values[0, 0] = 4095
         Image.fromarray(values).save(folder / f"{index}.png")
-    note = "12 images of 16 bits use at most 6.2% of the range; --white (white=) is the value that becomes white, e.g. "
+    note = "12 16-bit images use at most 6.2% of the range; set the white value with --white (white=), e.g. "
     assert any(one.startswith(note) for one in load_data(f"folder:{tmp_path}").notes)
     bright = load_data(f"folder:{tmp_path}", white=4095)
     assert bright.notes == [] and max(np.asarray(bright.train.image(0)).ravel()) == 255
@@ -279,11 +279,11 @@ def test_dark_images_of_16_bits_are_noted(tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (np.zeros((4, 4, 3), np.uint8), r"it must have 5 channels, got an array of \[4, 4, 3\]"),
-        (np.full((5, 4, 4), -3, np.int16), "must be uint8, uint16 or shares of 0 to 1, got int16 of -3 to -3"),
-        (np.full((5, 4, 4), 7.5), "got float64 of 7.5 to 7.5"),
-        (np.zeros((5, 4, 4), [("x", np.uint8)]), r"values must be numbers, got \[\('x', 'u1'\)\]"),
-        (np.zeros((5, 4, 4), complex), "values must be numbers, got complex128"),
+        (np.zeros((4, 4, 3), np.uint8), r"the image must have 5 channels, got an array of \[4, 4, 3\]"),
+        (np.full((5, 4, 4), -3, np.int16), "must be uint8, uint16 or floats in \\[0, 1\\], got int16 in \\[-3, -3\\]"),
+        (np.full((5, 4, 4), 7.5), "got float64 in \\[7.5, 7.5\\]"),
+        (np.zeros((5, 4, 4), [("x", np.uint8)]), r"values must be numeric, got \[\('x', 'u1'\)\]"),
+        (np.zeros((5, 4, 4), complex), "values must be numeric, got complex128"),
     ],
 )
 def test_other_arrays_are_refused(values, message, tmp_path):
@@ -301,7 +301,7 @@ def test_a_photograph_of_apple_is_read_by_pillow_heif_or_answered_with_its_name(
     assert red > 180 and green < 60 and images.is_image(tmp_path / "x.heic")
     monkeypatch.setattr(images, "has_heic", lambda: False)
     monkeypatch.setattr(Image, "open", _unknown)
-    with pytest.raises(ValueError, match=r"HEIC photographs need pillow-heif: pip install 'snella\[heic\]'"):
+    with pytest.raises(ValueError, match=r"HEIC images need pillow-heif: pip install 'snella\[heic\]'"):
         read_image(tmp_path / "x.heic")
     assert not images.is_image(tmp_path / "x.heic")
 
@@ -361,13 +361,11 @@ def test_copies_and_pages_are_noted(tmp_path):
     stamp(2).save(tmp_path / "test/a/again.jpg", quality=60)
     stamp(30).save(tmp_path / "train/a/film.gif", save_all=True, append_images=[stamp(31)])
     notes = load_data(f"folder:{tmp_path}").notes
-    assert "1 images have several pages or frames, of which the first is used: train/a/film.gif" in notes
+    assert "1 images have several pages or frames; only the first is used: train/a/film.gif" in notes
     assert any(
         note.startswith(
-            "1 of 5 test images are training images too (1 of them saved again or resized), e.g. 'train/a/2.png'"
+            "1 of 5 test images are also training images (1 of them re-encoded or resized), e.g. 'train/a/2.png'"
         )
-        and note.endswith(
-            "is 'test/a/again.jpg'; results on test are optimistic by as much; remove the copies from one part"
-        )
+        and note.endswith("is 'test/a/again.jpg'; test results are optimistic; remove the copies from one split")
         for note in notes
     ), notes

@@ -25,20 +25,20 @@ def test_the_split_files_decide_what_is_tested(folder):
 def test_without_split_files_the_names_decide_and_it_is_said(folder):
     data = load_data(f"kvasir:{folder}")
     assert len(data.test) == 3  # 12 %
-    assert any("3 test images chosen by the SHA-256 of their names" in note for note in data.notes)
+    assert any("selected 3 test images by SHA-256 of their names" in note for note in data.notes)
     again = load_data(f"kvasir:{folder}", seed=5)
     assert again.test.names == data.test.names and again.train.names != data.train.names
 
 
 def test_split_files_that_contradict_the_folder_or_each_other_are_refused(folder):
     (folder / "train.txt").write_text("000\n001\n002\nghost\n")
-    with pytest.raises(ValueError, match=r"train.txt is there but val.txt is not"):
+    with pytest.raises(ValueError, match=r"train.txt exists but val.txt does not"):
         load_data(f"kvasir:{folder}")
     (folder / "val.txt").write_text("002\n003\n")
     with pytest.raises(ValueError) as caught:
         load_data(f"kvasir:{folder}")
     assert "1 names in train.txt without image and mask: ghost" in str(caught.value)
-    assert "1 names stand in train.txt and in val.txt: 002" in str(caught.value)
+    assert "1 names are in both train.txt and val.txt: 002" in str(caught.value)
 
 
 def test_an_image_that_is_tested_under_another_name_is_found_by_its_pixels(folder):
@@ -46,4 +46,4 @@ def test_an_image_that_is_tested_under_another_name_is_found_by_its_pixels(folde
     (folder / "train.txt").write_text("\n".join(f"{index:03}" for index in range(20)))
     (folder / "val.txt").write_text("\n".join(f"{index:03}" for index in range(20, 25)))
     notes = load_data(f"kvasir:{folder}").notes
-    assert any("1 of 5 test images are training images too" in note and "images/000.png" in note for note in notes)
+    assert any("1 of 5 test images are also training images" in note and "images/000.png" in note for note in notes)

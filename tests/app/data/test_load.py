@@ -117,8 +117,8 @@ def test_a_bare_path_is_what_lies_there(tmp_path, monkeypatch):
         ({"test_fraction": 1.0, "val_fraction": 0.1}, "test_fraction must be in [0, 1), got 1.0"),
         ({"val_fraction": 0.5, "test_fraction": 0.5}, "must leave images to train on, got 1.0"),
         ({"val_size": 0}, "val_size must be at least 1, got 0"),
-        ({"train_size": 1080}, "train_size must be at most 1079, the images of that part, got 1080"),
-        ({"test_size": 9}, "test_size must be at least 10, one image a class, got 9"),
+        ({"train_size": 1080}, "train_size must be at most 1079, the number of images in the split, got 1080"),
+        ({"test_size": 9}, "test_size must be at least 10, one image per class, got 9"),
     ],
 )
 def test_numbers_out_of_range_are_refused(options, message):

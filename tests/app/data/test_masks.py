@@ -37,7 +37,7 @@ def test_palette_masks_hold_their_indices(tmp_path):
 
 def test_jpeg_masks_are_cut_at_128_and_it_is_said(tmp_path):
     data = load_data(f"masks:{write_pairs(tmp_path / 'm', 10, ending='.jpg')}")
-    assert any("10 masks in a lossy format (JPEG)" in note and "from 128" in note for note in data.notes)
+    assert any("10 masks in a lossy format (JPEG)" in note and "at least 128" in note for note in data.notes)
     exact = load_data(f"masks:{write_pairs(tmp_path / 'exact', 10)}")
     assert np.mean(data.train.mask(0) != exact.train.mask(0)) < 0.02
 
@@ -49,7 +49,7 @@ def test_parts_of_their_own_are_kept(tmp_path):
     assert [len(part) for part in (data.train, data.val, data.test)] == [4, 2, 3]
     assert data.test.names[0] == "test/images/000.png"
     # the same noise was written into every part
-    assert any("3 of 3 test images are training images too" in note for note in data.notes)
+    assert any("3 of 3 test images are also training images" in note for note in data.notes)
 
 
 def test_image_and_mask_move_together_and_the_same_way_every_time(tmp_path):
@@ -95,7 +95,7 @@ def test_everything_that_is_wrong_with_the_files_is_told_at_once(tmp_path):
         "masks/003.png has 77",
         "2 pairs with an unreadable file",
         "004.png' is not a readable image",
-        "005.png' is not a readable mask: it holds colors",
+        "005.png' is not a readable mask: the mask has colors",
     ):
         assert error in text
 
@@ -105,34 +105,34 @@ def test_broken_pairs_are_left_out_when_asked(tmp_path):
     (root / "masks" / "003.png").write_bytes(b"no picture")
     data = load_data(f"masks:{root}", skip_corrupt=True)
     assert len(data.train) + len(data.val) + len(data.test) == 8
-    assert any("left out 1 pair with an unreadable file" in note and "003.png" in note for note in data.notes)
+    assert any("skipped 1 pair with an unreadable file" in note and "003.png" in note for note in data.notes)
 
 
 def test_labels_beyond_the_named_classes_are_refused(tmp_path):
     root = write_pairs(tmp_path / "m", 8, classes=4)
     (root / "classes.txt").write_text("sky\nsea\n")
-    with pytest.raises(ValueError, match=r"labels out of range 0 to 1 \(classes.txt names 2 classes\).*2, 3"):
+    with pytest.raises(ValueError, match=r"labels out of range 0 to 1 \(classes.txt lists 2 classes\).*2, 3"):
         load_data(f"masks:{root}")
     (root / "classes.txt").write_text("sky\nsky\n")
-    with pytest.raises(ValueError, match=r"must name 2 to 256 different classes.*got \['sky', 'sky'\]"):
+    with pytest.raises(ValueError, match=r"must list 2 to 256 different classes.*got \['sky', 'sky'\]"):
         load_data(f"masks:{root}")
 
 
 def test_masks_of_one_label_teach_nothing(tmp_path):
     root = write_pairs(tmp_path / "m", 6, white=0)
-    with pytest.raises(ValueError, match="all masks hold one label only, 0"):
+    with pytest.raises(ValueError, match="masks must have at least two labels, got only 0"):
         load_data(f"masks:{root}")
 
 
 def test_a_folder_of_another_layout_is_told_what_it_must_hold(tmp_path):
     (tmp_path / "photos").mkdir()
-    with pytest.raises(ValueError, match=r"no image files in images/; it must hold images/NAME.jpg and masks/NAME.png"):
+    with pytest.raises(ValueError, match=r"in images/; the expected layout is images/NAME.jpg and masks/NAME.png"):
         load_data(f"masks:{tmp_path / 'photos'}")
-    with pytest.raises(FileNotFoundError, match=r"masks:.*there is no 'fotos'.*nearest there: 'photos'"):
+    with pytest.raises(FileNotFoundError, match=r"masks:.*no folder 'fotos'.*nearest: 'photos'"):
         load_data(f"masks:{tmp_path / 'fotos'}")
     root = write_pairs(tmp_path / "m", 6)
     shutil.copy(root / "images" / "000.png", root / "images" / "000.bmp")
-    with pytest.raises(ValueError, match=r"two files of one name in images/: 000.bmp, 000.png"):
+    with pytest.raises(ValueError, match=r"duplicate name in images/: 000.bmp, 000.png"):
         load_data(f"masks:{root}")
 
 

@@ -65,16 +65,16 @@ def test_a_rare_class_is_in_every_part():
 
 
 def test_too_few_images_of_a_class_are_named_and_counted():
-    message = "every class needs at least 3 images for a part 'test' of its own beside the others; 'b' has 2, 'c' has 1"
+    message = "every class needs at least 3 images to create a 'test' split; 'b' has 2, 'c' has 1"
     with pytest.raises(ValueError, match=re.escape(message)):
         stratified_split(labels_of([9, 2, 1]), 0.2, seed=0, classes=CLASSES, reserve=2, part="test")
 
 
 def test_more_than_there_is_cannot_be_chosen():
-    with pytest.raises(ValueError, match=r"val_size must be at most 6, the images of that part, got 7; .*val_fraction"):
+    with pytest.raises(ValueError, match=r"at most 6, the number of images in the split, got 7; .*val_fraction"):
         stratified_sample(labels_of([3, 3]), 7, seed=0, classes=["a", "b"], argument="val_size")
 
 
 def test_fewer_than_one_a_class_cannot_be_chosen():
-    with pytest.raises(ValueError, match="val_size must be at least 3, one image a class, got 2"):
+    with pytest.raises(ValueError, match="val_size must be at least 3, one image per class, got 2"):
         stratified_sample(labels_of([3, 3, 3]), 2, seed=0, classes=CLASSES, argument="val_size")

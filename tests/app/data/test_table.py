@@ -71,22 +71,22 @@ def test_a_column_that_is_not_there_is_answered_with_what_each_holds(write_table
     with pytest.raises(ValueError) as caught:
         load_data(f"csv:{file}", columns="label=specie")
     assert str(caught.value) == (
-        f"csv:{file}: no column 'specie' for label (nearest: 'species'). It has "
+        f"csv:{file}: no column 'specie' for label (nearest: 'species'). Columns: "
         "'file' (text: 'images/00.png', 'images/01.png', 'images/02.png'), 'species' (text: 'cat', 'dog'), "
         "'patient' (text: 'p0', 'p1'), 'age' (integers: '0', '1', '2')"
     )
     file = write_table(rows_of(4), ("where", "kind", "of"))
-    with pytest.raises(ValueError, match=r"no column for path, called path or the like; .*=NAME; no column for label"):
+    with pytest.raises(ValueError, match=r"no path column \(path or a similar name\); .*=NAME; no label column"):
         load_data(f"csv:{file}")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("file=path", "columns must be such as path=file,label=species, with path, label, split, .* got 'file=path'"),
+        ("file=path", "must be ROLE=NAME pairs like path=file,label=species with roles path, .* got 'file=path'"),
         ("labl=species", "got 'labl=species'; nearest: label"),
         ("label", "got 'label'"),
-        ("root=", "group, root before the '=', got 'root='"),
+        ("root=", "group, root, got 'root='"),
     ],
 )
 def test_columns_that_cannot_be_read_are_refused(text, message):
@@ -111,12 +111,12 @@ def test_a_group_that_is_a_class_is_trained_on(write_table):
     rows = [(f"images/{i:02}.png", "abc"[i % 3], "only" if i % 3 == 2 else f"p{i % 6}-{i // 12}") for i in range(60)]
     data = load_data(f"csv:{write_table(rows)}", columns="label=species")
     assert Counter(data.train.labels)[2] == 20
-    assert "class 'c' has no test images; add test images, without which nothing is measured" in data.warnings
+    assert "class 'c' has no test images; add test images, or test scores ignore them" in data.warnings
 
 
 def test_one_group_cannot_be_split(write_table):
     file = write_table([(*row[:2], "p") for row in rows_of(10)])
-    with pytest.raises(ValueError, match=r"at least two groups are needed for a part 'test' .*\(columns group=none\)"):
+    with pytest.raises(ValueError, match=r"required to create a 'test' split, .*--columns group=none"):
         load_data(f"csv:{file}")
 
 
@@ -125,10 +125,10 @@ def test_the_parts_of_a_split_column_are_kept_and_groups_across_them_are_told(wr
     data = load_data(f"csv:{write_table(rows, (*COLUMNS, 'split'))}")
     assert [len(part) for part in parts_of(data)] == [10, 5, 5]
     assert data.warnings[0] == (
-        "3 of 3 groups in val are in train too, e.g. 'p0'; results on val are optimistic; --columns split=none divides "
-        "anew and keeps groups together"
+        "3 of 3 groups in val are also in train, e.g. 'p0'; results on val are optimistic; --columns split=none "
+        "creates new splits that keep groups together"
     )
-    with pytest.raises(ValueError, match=r"the split column must hold dev, .*, got 'p0' \(8 rows\), .* split=none"):
+    with pytest.raises(ValueError, match=r"the split column must be dev, .*, got 'p0' \(8 rows\), .* split=none"):
         load_data(f"csv:{write_table(rows_of(20, patients=3))}", columns="split=patient,label=species")
 
 
@@ -141,13 +141,13 @@ def test_rows_that_cannot_be_used_are_counted_and_named_or_left_out(write_table,
     message = str(caught.value)
     assert message.startswith(
         f"3 of 23 rows of csv:{file}, 1 no label, 1 no such file, 1 unreadable: images/gone.png (no such file), "
-        "images/bad.jpg (no known image format)"
+        "images/bad.jpg (unknown image format)"
     )
-    assert message.endswith("images/20.png (no label). Fix or remove them, or leave them out with --skip-corrupt "
+    assert message.endswith("images/20.png (no label). Fix or remove them, or skip them with --skip-corrupt "
                             "(skip_corrupt=True)")  # fmt: skip
     data = load_data(f"csv:{file}", skip_corrupt=True)
     assert sum(map(len, parts_of(data))) == 20
-    assert data.notes[1].startswith(f"left out 3 of 23 rows of csv:{file}, 1 no label, 1 no")
+    assert data.notes[1].startswith(f"skipped 3 of 23 rows of csv:{file}, 1 no label, 1 no")
 
 
 def test_repeated_rows_are_left_out_and_contradictions_noted(write_table):
@@ -155,15 +155,15 @@ def test_repeated_rows_are_left_out_and_contradictions_noted(write_table):
     data = load_data(f"csv:{write_table(rows)}", columns="group=none")
     assert sum(map(len, parts_of(data))) == 21
     assert data.notes[1:3] == [
-        "left out 1 rows that repeat others",
-        "1 rows give an image another label than an earlier row: images/01.png (dog, cat)",
+        "skipped 1 repeated rows",
+        "1 rows contradict the label of an earlier row: images/01.png (dog, cat)",
     ]
 
 
 @pytest.mark.parametrize(
     ("label", "message"),
     [
-        (lambda i: "cat", "at least two classes are needed, column 'species' holds one: 'cat'"),
+        (lambda i: "cat", "at least two classes are required, column 'species' has one: 'cat'"),
         (
             lambda i: str(i),
             "column 'species' must hold classes, got 50 different values in 50 rows, e.g. '0', '1'",
@@ -239,7 +239,7 @@ def test_parquet_holds_lists_and_numbers(write_table, tmp_path):
     assert load_data(f"parquet:{tmp_path}/x.parquet").classes == ["3", "7"]
     data = load_data(f"parquet:{tmp_path}/x.parquet", columns="label=tags", target="labels")
     assert set(data.train.annotations.targets) == {("a",), ("a", "b")}
-    with pytest.raises(ValueError, match="column 'tags' must hold one class an image, got the list 'a' in row 1"):
+    with pytest.raises(ValueError, match="column 'tags' must hold one class per image, got the list 'a' in row 1"):
         load_data(f"parquet:{tmp_path}/x.parquet", columns="label=tags")
     with pytest.raises(ValueError, match=r"10 of 20 rows .*images/01.png \(weight None is not in \[0, 1e\+09\]\)"):
         load_data(f"parquet:{tmp_path}/x.parquet", columns="weight=w")
@@ -264,9 +264,9 @@ def test_parquet_names_files_below_its_folder_alone_or_below_the_root_that_is_as
         if outside == str(secret):  # below the folder, and absolute
             load_data(f"parquet:{tmp_path}/x.parquet")
             continue
-        with pytest.raises(ValueError, match=r"1 of 21 rows .* is outside of '.*', which --columns root=FOLDER widens"):
+        with pytest.raises(ValueError, match=r"1 of 21 rows .* is outside of '.*'; allow .*--columns root=FOLDER"):
             load_data(f"parquet:{tmp_path}/x.parquet")
-        with pytest.raises(ValueError, match=r"x.parquet must name images below its folder, .* is outside of '"):
+        with pytest.raises(ValueError, match=r"x.parquet must list images below its folder: .* is outside of '"):
             table_paths(tmp_path / "x.parquet", Columns())
     parquet.write_table(pa.table({"image": names, "label": [0, 1] * 10}), file)
     with pytest.raises(ValueError, match="20 no such file"):
@@ -288,10 +288,10 @@ def test_times_out_of_range_in_a_parquet_file_are_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "must hold a row an image, got an empty table"),
-        ("file,label\n", "must hold a row an image, got an empty table"),
-        ("file,file\na,b\n", "must have one column of each name, got 'file' twice"),
-        ("file,label\na,b,c\n", "must have 2 values a line, one for each of file, label, but row 1 has 3"),
+        ("", "must have one row per image, got an empty table"),
+        ("file,label\n", "must have one row per image, got an empty table"),
+        ("file,file\na,b\n", "must have unique column names, got 'file' twice"),
+        ("file,label\na,b,c\n", "must have 2 values per line, one for each of file, label, but row 1 has 3"),
         (b"file,label\na,caf\xe9\n", r"must be a CSV file in UTF-8: .*; save it as CSV \(UTF-8\)"),
     ],
 )
@@ -303,7 +303,7 @@ def test_a_damaged_table_is_refused(content, message, tmp_path):
 
 def test_a_missing_table_is_answered_with_its_neighbors(write_table):
     file = write_table(rows_of(4))
-    with pytest.raises(FileNotFoundError, match=r"photo\.csv, which is not there; nearest there: 'photos\.csv'"):
+    with pytest.raises(FileNotFoundError, match=r"photo\.csv, which does not exist; nearest: 'photos\.csv'"):
         load_data(f"csv:{file.parent}/photo.csv")
 
 
@@ -335,7 +335,7 @@ def test_text_where_numbers_are_needed_is_named_also_when_broken_rows_are_left_o
 
 def test_why_no_row_can_be_used_is_told(write_table):
     file = write_table([(f"images/gone{i}.png", "ab"[i % 2], "p") for i in range(4)])
-    with pytest.raises(ValueError, match=r"no image to train on, none can be used: 4 of 4 rows of .*, 4 no such file"):
+    with pytest.raises(ValueError, match=r"no images to train on, all are unusable: 4 of 4 rows of .*, 4 no such file"):
         load_data(f"csv:{file}", columns="label=species,group=none", skip_corrupt=True)
 
 
@@ -363,15 +363,12 @@ def test_classes_without_a_training_image_are_counted_with_what_to_do(write_tabl
     with pytest.raises(ValueError) as caught:
         load_data(f"csv:{file}")
     assert str(caught.value).endswith(
-        "1 of 3 classes have no training image: 'fox' (5 in other parts); add training images of them, remove their "
-        "rows, or divide all images anew with --columns split=none"
+        "1 of 3 classes have no training image: 'fox' (5 in other splits); add training images, remove their rows, "
+        "or create new splits with --columns split=none"
     )
 
 
 def test_several_classes_without_test_images_are_one_warning(write_table):
     rows = [(*row[:2], "test" if i in (0, 4) else "train") for i, row in enumerate(rows_of(24, classes="abcd"))]
     data = load_data(f"csv:{write_table(rows, ('path', 'label', 'split'))}")
-    assert (
-        "3 classes have no test images: 'b', 'c', 'd'; add test images, without which nothing is measured"
-        in data.warnings
-    )
+    assert "3 classes have no test images: 'b', 'c', 'd'; add test images, or test scores ignore them" in data.warnings

@@ -125,7 +125,7 @@ def test_what_is_not_known_is_refused_with_the_choices(changes, augment, error, 
 
 
 def test_an_incomplete_configuration_names_what_it_lacks():
-    with pytest.raises(ValueError, match=r"data_config lacks mean, std; timm.data.resolve_model_data_config"):
+    with pytest.raises(ValueError, match=r"data_config lacks mean, std; use timm.data.resolve_model_data_config"):
         build_transform({"input_size": (3, 8, 8)}, train=True, augment="none")
 
 

@@ -74,7 +74,7 @@ def test_without_single_lists_the_joint_one_is_cut(whole, tmp_path):
 
 def test_other_sizes_are_refused_and_all_of_them_listed(kitti):
     message = (
-        r"vtab:.*kitti is not kitti as the benchmark has it: train800 must have 800 images, got 12; val200 must have "
+        r"vtab:.*kitti does not match kitti of the benchmark: train800 must have 800 images, got 12; val200 must have "
         r"200 images, got 4; train800val200 must have 1,000 images, got 16; test must have 711 images, got 8; "
         r"to use it anyway, pass strict_sizes=False"
     )
@@ -84,7 +84,7 @@ def test_other_sizes_are_refused_and_all_of_them_listed(kitti):
 
 def test_other_sizes_are_noted_where_they_are_allowed(kitti):
     data = load_data(f"vtab:{kitti}", strict_sizes=False)
-    assert "not the benchmark's own data: test must have 711 images, got 8" in data.notes
+    assert "differs from the benchmark: test must have 711 images, got 8" in data.notes
 
 
 def spoil(folder, name, change):
@@ -100,8 +100,8 @@ def test_all_errors_are_told_in_one_message(kitti):
     with pytest.raises(ValueError) as caught:
         load_data(f"vtab:{kitti}", strict_sizes=False)
     for part in (
-        "val200.txt must hold lines like 'images/test/000000.jpg 3', but 1 are not: line 6 is 'images/val200",
-        "test names 2 of 8 files that are not in",
+        "val200.txt must have lines like 'images/test/000000.jpg 3', got 1 others: line 6 is 'images/val200",
+        "2 of 8 files listed in test do not exist in",
         "images/test/000003.jpg, images/test/000004.jpg",
         "labels must be in 0 … 3, train800 has 7",
         "val200 lists 1 files more than once: images/val200/000000.jpg",
@@ -121,13 +121,13 @@ def test_missing_and_empty_lists_are_named(kitti):
 def test_classes_without_images_are_counted(kitti):
     for name in ("train800", "val200", "train800val200", "test"):
         spoil(kitti, name, lambda text: re.sub(" 3\n", " 2\n", text))
-    with pytest.raises(ValueError, match="4 classes are required, 3 have images; none of 3"):
+    with pytest.raises(ValueError, match="4 classes must have images, got 3; missing: 3"):
         load_data(f"vtab:{kitti}")
 
 
 def test_a_test_image_that_is_listed_for_training_too_is_refused(kitti):
     spoil(kitti, "test", lambda text: text + "images/train800/000002.jpg 2\n")
-    with pytest.raises(ValueError, match=r"1 images are both in train800 and in test: 000002\.jpg"):
+    with pytest.raises(ValueError, match=r"1 images are in both train800 and test: 000002\.jpg"):
         load_data(f"vtab:{kitti}", strict_sizes=False)
 
 
@@ -168,14 +168,12 @@ def test_an_unknown_task_is_told_with_the_nearest(tmp_path):
 
 
 def test_a_missing_folder_is_told_with_what_belongs_there(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=r"there is no folder '.*/dtd'; `snella data check .*` says what belongs"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"no folder '.*/dtd'; see the expected layout with `snella data check"):
         load_data(f"vtab:{tmp_path}/dtd")
 
 
 def test_the_number_of_validation_images_needs_a_validation_part(kitti):
-    with pytest.raises(ValueError, match="val_size=3 given, but protocol=final holds no validation part out"):
+    with pytest.raises(ValueError, match="val_size must be None because protocol=final has no validation split, got 3"):
         load_data(f"vtab:{kitti}", protocol="final", val_size=3, strict_sizes=False)
 
 

@@ -171,6 +171,6 @@ def test_channels_that_do_not_fit_are_refused(fast, console, photos):
 
 
 def test_the_command_names_the_object_that_is_missing():
-    with pytest.raises(ValueError, match=r"columns must be such as path=file"):
+    with pytest.raises(ValueError, match=r"columns must be ROLE=NAME pairs like path=file"):
         TrainConfig(data="csv:x", backbone="test_vit", out="x", columns="pth=file")
     assert RunFolder("x").path.name == "x"

@@ -26,7 +26,7 @@ def test_the_logit_adjustment_adds_log_shares():
     weighted = LOGITS.exp() * shares
     by_hand = -(weighted / weighted.sum(1, keepdim=True)).log()[[0, 1], LABELS]
     assert torch.allclose(adjusted, by_hand)
-    with pytest.raises(ValueError, match="log_priors must be given for the logit-adjusted loss, got None"):
+    with pytest.raises(ValueError, match="log_priors must be set for the logit-adjusted loss, got None"):
         logit_adjusted(LOGITS, LABELS)
 
 

@@ -33,14 +33,14 @@ def test_balanced_class_weights_are_scikit_learn_s_and_have_mean_one():
 
 def test_a_class_without_images_cannot_be_balanced():
     task = create_task("classification", ["a", "b"], class_weights="balanced")
-    with pytest.raises(ValueError, match="balance classes by their training images, got none of 'b'; add images"):
+    with pytest.raises(ValueError, match="training images of every class to balance, got none of 'b'; add images"):
         task.fitted(dataset([0, 0]), ["a", "b"])
 
 
 def test_class_weights_by_name_are_checked_with_near_names():
     assert resolve_class_weights({"cat": 1, "dog": 2.5}, ["dog", "cat"], []) == (2.5, 1.0)
     assert resolve_class_weights("none", ["dog", "cat"], []) is None
-    message = r"once, of 'dog', 'cat': no class 'dgo' \(nearest: 'dog'\); no weight for 'dog'"
+    message = r"one weight per class \('dog', 'cat'\): no class 'dgo' \(nearest: 'dog'\); no weight for 'dog'"
     with pytest.raises(ValueError, match=message):
         resolve_class_weights({"cat": 1, "dgo": 2}, ["dog", "cat"], [])
     with pytest.raises(ValueError, match="at least 0 and finite, got 'cat': -1"):
@@ -131,7 +131,7 @@ def test_the_order_of_classes_is_their_numbers_or_must_be_given():
     assert rank_order(["0", "1", "10", "2"], None) == ["0", "1", "2", "10"]
     assert rank_order(["1 low", "2 high", "-1 none"], None) == ["-1 none", "1 low", "2 high"]
     assert rank_order(["high", "low", "mid"], "low, mid,high") == ["low", "mid", "high"]
-    with pytest.raises(ValueError, match=r"class_order must name the classes .* e.g. high,low,mid, got none"):
+    with pytest.raises(ValueError, match=r"class_order must list the classes .* e.g. high,low,mid, got none"):
         rank_order(["high", "low", "mid"], None)
     with pytest.raises(ValueError, match=r"got 'low,mid,hihg': no class 'hihg' \(nearest: 'high'\); 'high' missing"):
         rank_order(["high", "low", "mid"], "low,mid,hihg")
@@ -186,7 +186,7 @@ def test_large_numbers_keep_their_differences():
 def test_a_regression_refuses_data_that_lacks_a_number():
     task = RegressionTask(("x", "y"))
     assert task.remap_labels(torch.tensor([1.0, 2.0]), [1, 0]).tolist() == [2.0, 1.0]
-    with pytest.raises(ValueError, match="must have all numbers of the run, got none for 'y'"):
+    with pytest.raises(ValueError, match="must have all targets of the run, got none for 'y'"):
         task.remap_labels(torch.tensor([1.0]), [0])
 
 
