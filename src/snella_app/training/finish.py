@@ -124,7 +124,8 @@ def finish(session: Session, trainer: SnellaTrainer) -> None:
             train_s=round(train_s, 3),
             averaged=measured.averaged,
             final_head=measured.final_head,
-            **{part: None if values is None else scores_from(values) for part, values in scores.items()},
+            val=None if scores["val"] is None else scores_from(scores["val"]),
+            test=None if scores["test"] is None else scores_from(scores["test"]),
         )
     )
     write_text(run.adapter / CARD, model_card(run.path, _ADAPTER_USE, library="peft"))

@@ -240,9 +240,9 @@ def _channels(module: nn.Module) -> tuple[int, int] | None:
 def _build_ssf(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
     """Attach a `ScaleShift` to each linear layer, convolution and normalization outside the head."""
     places = [
-        (module, channels)
+        (module, place)
         for name, module in model.named_modules()
-        if not is_inside(name, head) and (channels := _channels(module)) is not None
+        if not is_inside(name, head) and (place := _channels(module)) is not None
     ]
     if not places:
         raise ValueError(

@@ -81,7 +81,8 @@ def test_a_graph_gives_the_run_s_probabilities_for_any_batch_size(name, finished
     assert "differ by " in done.notes[0] and list(tmp_path.iterdir()) == [done.path]
     temperature = finished.read_json("run.json")["calibration"]["temperature"]
     assert done.notes[1].startswith(
-        f"outputs are the probabilities of predict, from logits divided by the temperature {temperature:g}; --logits"
+        f"outputs are the probabilities of predict, from logits divided by the temperature {temperature:g}; "
+        "use --logits"
     )
     assert done.notes[2] == "they are averaged over an image and its flip, as in predict"
 
@@ -329,7 +330,7 @@ def test_images_for_the_check_can_be_given_where_the_run_s_are_gone(make_photos,
     config = TrainConfig(**{**tiny_run, "epochs": 1}, data=f"folder:{folder}", out=str(tmp_path / "run"))
     run = train(config)
     folder.rename(tmp_path / "moved")
-    with pytest.raises(ValueError, match="images must be given to compare outputs on"):
+    with pytest.raises(ValueError, match="images must be given to compare outputs, since"):
         export(run.path, "torchscript")
     image = tmp_path / "moved" / "cats" / "000.png"
     assert "on 1 images" in export(run.path, "torchscript", images=[image]).notes[0]
@@ -343,7 +344,7 @@ def test_the_command_prints_what_loads_it(finished, tmp_path, capsys):
     assert "from snella import load_sparse" in printed and "bit for bit" in printed
     temperature = finished.read_json("run.json")["calibration"]["temperature"]
     divided = f"softmax(outputs / {temperature:g}) gives the probabilities of predict --tta 1"
-    assert f"{divided}; it is 'temperature' in its" in printed
+    assert f"{divided}; the temperature is 'temperature' in its" in printed
     assert main(["export", str(finished.path), "--format", "timm", "--opset", "18"]) == 2
     assert "--opset 18 is an option of format onnx, not of timm; leave it out" in capsys.readouterr().err
 

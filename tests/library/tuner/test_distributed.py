@@ -20,7 +20,8 @@ CASES = [f"{kind}-{impl}" for kind in ("ddp", "fsdp1", "fsdp2") for impl in IMPL
 REFUSED = {
     "fsdp1-eager-delta_magnitude": "NotImplementedError: importance='delta_magnitude'",
     "fsdp2-eager-delta_magnitude": "NotImplementedError: importance='delta_magnitude'",
-    "pieces": "NotImplementedError: BudgetAllocator requires one copy of the 3 factor entries over all 2 processes, got 6",
+    "pieces": "NotImplementedError: BudgetAllocator requires one copy of the 3 factor entries over all 2 processes, "
+    "got 6",
 }
 UNITS = ("whole", "norms", "layers", "blocks")
 ROUNDED_ALIKE = {"FULL_SHARD-layers", "SHARD_GRAD_OP-norms", "SHARD_GRAD_OP-layers", "NO_SHARD-layers", "FSDP2-whole"}
@@ -105,5 +106,7 @@ def test_an_optimizer_that_was_given_flat_copies_after_attaching_is_refused_at_i
     for group in optimizer.param_groups:
         flat = torch.cat([p.detach().flatten() for p in group["params"]]).requires_grad_()
         group["params"] = [flat]
-    with pytest.raises(NotImplementedError, match=r"the parameters of SGD were replaced after attach .*deepspeed.initialize"):
+    with pytest.raises(
+        NotImplementedError, match=r"the parameters of SGD were replaced after attach .*deepspeed.initialize"
+    ):
         optimizer.step()

@@ -344,7 +344,9 @@ def normalized(**settings):
 def test_running_statistics_that_an_adapter_does_not_hold_are_named_when_it_is_saved(tmp_path):
     model = normalized()
     optimizer = step(model)
-    message = r"statistics of 1 batch normalizations changed .* saved with the adapter: 'norm'; add them to modules_to_save"
+    message = (
+        r"statistics of 1 batch normalizations changed .* saved with the adapter: 'norm'; add them to modules_to_save"
+    )
     with pytest.warns(UserWarning, match=message):
         model.save_pretrained(tmp_path)
     with warnings.catch_warnings():
@@ -379,8 +381,8 @@ def test_an_adapter_that_is_saved_far_above_its_target_is_told_of_once(tmp_path)
         step(model, optimizer)
     budget = sum(allocator.budgets.values())
     message = (
-        rf"saved with {budget:,} entries, its target is 3: the allocator has counted 8 of 16 .* steps_per_epoch or total"
-        r".*allocator\.advance_to\(16\) reduces the budget"
+        rf"saved with {budget:,} entries, its target is 3: the allocator has counted 8 of 16 .* steps_per_epoch or "
+        r"total.*allocator\.advance_to\(16\) reduces the budget"
     )
     with pytest.warns(UserWarning, match=message) as caught:
         model.save_pretrained(tmp_path)
