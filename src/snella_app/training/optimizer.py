@@ -91,7 +91,7 @@ def build_optimizer(
         lr: Learning rate of what the method adds or changes.
         head_lr: Learning rate of the head; `lr` if None.
         weight_decay: Weight decay of matrices.
-        scalar_lr: Learning rate of the kernels' scalars; the method's own if None.
+        scalar_lr: Learning rate of the scalar kernel parameters; the method's default if None.
         layer_decay: Factor of the learning rate per layer below the head; None for equal rates.
 
     Raises:

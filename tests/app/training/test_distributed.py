@@ -158,7 +158,7 @@ def test_fewer_images_than_processes_are_refused(settings, console, monkeypatch)
 
 def test_what_would_shard_the_model_is_refused_in_a_line_that_names_what_works(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(NotImplementedError, match=r"train by DDP, .*got FSDP \(ACCELERATE_USE_FSDP=true\); .*torchrun"):
+    with pytest.raises(NotImplementedError, match=r"uses DDP .*, got FSDP \(ACCELERATE_USE_FSDP=true\); .*torchrun"):
         join_processes("cpu")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
     join_processes("cpu")

@@ -177,7 +177,10 @@ def test_snella_can_also_keep_less(monkeypatch):
         assert ("--method-options.compress_activations true, --grad-" in output.getvalue()) == is_said
 
 
-RISEN = "the training loss has risen from 2.0000 to 641.0000: the learning rate is too high; stop and retry with a third of --lr"
+RISEN = (
+    "the training loss has risen from 2.0000 to 641.0000: the learning rate is too high; "
+    "stop and retry with a third of --lr"
+)
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def test_every_method_is_shared_or_says_why_not(tmp_path):
 def test_what_cannot_be_shared_is_refused_before_anything_is_loaded():
     with pytest.raises(ValueError, match="shard needs another method, got 'full', which leaves no weight frozen"):
         TrainConfig(**PLACES, method="full", shard=True)
-    with pytest.raises(ValueError, match=r"shard needs another method, got 'vqt-2', which takes gradients past"):
+    with pytest.raises(ValueError, match=r"shard needs another method, got 'vqt-2', which routes gradients around"):
         TrainConfig(**PLACES, method="vqt-2", shard=True)
     with pytest.raises(ValueError, match=r"time_budget must not be combined with shard, got 30m"):
         TrainConfig(**PLACES, time_budget="30m", shard=True)
