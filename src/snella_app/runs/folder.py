@@ -451,7 +451,7 @@ class RunFolder(RunFolderOf[TrainConfig]):
             if getattr(config, name) != getattr(stored, name)
         ]
         if different:
-            raise ValueError(f"settings must match init_from={self.path}, but {'; '.join(different)}; leave them out")
+            raise ValueError(f"init_from={self.path} needs its settings, but {'; '.join(different)}; leave them out")
         values = {name: getattr(stored, name) for name in _INHERITED}
         for name in ("data", "train_size", "img_size", "target_sparsity"):
             values[name] = getattr(stored if getattr(config, name) is None else config, name)

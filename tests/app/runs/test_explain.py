@@ -61,7 +61,7 @@ def test_attention_is_rolled_out_on_request_and_the_pages_say_so(finished, photo
     image = photos / "cats" / "000.png"
     found = explain(finished.path, [image], tmp_path / "out", by="rollout", neighbors=0)
     page = found.page.read_text()
-    assert "whatever the class" in page and "of attention, for any class" in page and "HiResCAM" not in page
+    assert "independent of the class" in page and "of attention, for any class" in page and "HiResCAM" not in page
     explain(finished.path, [image], tmp_path / "gradcam", neighbors=0)
     rolled, grad = (np.asarray(Image.open(tmp_path / name / "0001-000.png")) for name in ("out", "gradcam"))
     assert rolled.shape == grad.shape and np.abs(rolled.astype(int) - grad).mean() > 1

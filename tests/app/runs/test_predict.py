@@ -84,7 +84,7 @@ def test_one_image_gives_one_prediction_and_several_a_list(model, photos):
     [
         (torch.zeros(2, 8, 8), ValueError, r"\[1, 3 or 4, height, width\] as a tensor, got \[2, 8, 8\] as \[0\]"),
         (np.zeros((8, 8, 3), np.int64), ValueError, "must be uint8 or floating point, got int64"),
-        (torch.randn(3, 8, 8) * 3 - 5, ValueError, "values from 0 to 1, got -.*before it is normalized"),
+        (torch.randn(3, 8, 8) * 3 - 5, ValueError, "values from 0 to 1, got -.*before normalization"),
         (np.full((8, 8), np.nan), ValueError, "values from 0 to 1, got nan to nan"),
         (b"no image", ValueError, r"'\[0\]' is not a readable image"),
         (3.5, TypeError, "must be one or more files, PIL images, arrays or tensors, got float 3.5"),
@@ -221,7 +221,7 @@ def test_paths_come_from_standard_input_tables_and_patterns(photos, tmp_path, mo
     table.write_text(f"label,Path\ncats,all/cats/{cats[1].name}\ncats,all/cats/{cats[3].name}\n")
     assert expand([table]) == [photos.parent / "all/cats" / cats[i].name for i in (1, 3)]
     table.write_text("label,place\ncats,a.png\n")
-    with pytest.raises(ValueError, match=r"table\.csv: no column for path, .*It has 'label'"):
+    with pytest.raises(ValueError, match=r"table\.csv: no path column .*Columns: 'label'"):
         expand([table])
     assert expand([str(photos / "*" / "00[01].png")]) == sorted(photos.glob("*/00[01].png"))
 

@@ -277,5 +277,5 @@ def test_folders_give_labels_and_numbers_where_they_can(make_photos, tmp_path):
     names = make_photos(tmp_path / "names", {"cats": 6, "dogs": 6})
     with pytest.raises(ValueError, match=r"column of numbers for task regression.* with classes 'cats', 'dogs'"):
         train(TrainConfig(**{**base, "data": f"folder:{names}"}, task="regression", out=str(tmp_path / "r")), QUIET)
-    with pytest.raises(ValueError, match=r"class_order must name the classes from the lowest"):
+    with pytest.raises(ValueError, match=r"class_order must list the classes from lowest"):
         train(TrainConfig(**{**base, "data": f"folder:{names}"}, task="ordinal", out=str(tmp_path / "q")), QUIET)

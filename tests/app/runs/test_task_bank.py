@@ -118,5 +118,5 @@ def test_what_cannot_be_held_is_refused(folders, tiny_run, make_photos, tmp_path
     more = make_photos(tmp_path / "more", {"a": 10, "b": 10, "c": 10})
     train(TrainConfig(**{**settings, "data": f"folder:{more}", "out": str(tmp_path / "three")}))
     # random weights are drawn after a head of another size
-    with pytest.raises(ValueError, match=r"trained on other weights in 'blocks\.0\.attn\.qkv\.weight' than the bank's"):
+    with pytest.raises(ValueError, match=r"trained on other weights in 'blocks\.0\.attn\.qkv\.weight' than the bank;"):
         TaskBank({"two": tmp_path / "two", "three": tmp_path / "three"}, device="cpu")
