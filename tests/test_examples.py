@@ -83,7 +83,7 @@ def test_phone_photos_are_read_whatever_the_phone_made_of_them(run_example, quic
     assert {".JPG", ".webp"} < formats and formats & {".HEIC", ".avif"}
     with Image.open(names["photos"] / "temple" / "IMG_0001.JPG") as turned:
         assert turned.getexif()[0x0112] == 6
-    assert "1 image cannot be used, and is left out by --skip-corrupt: flower/IMG_9998.JPG" in printed
+    assert "1 image cannot be used and is skipped (--skip-corrupt): flower/IMG_9998.JPG" in printed
     assert "copy of IMG_0000.JPG" in printed  # in another part, or twice in one
     assert len(names["answers"]) == 2 and set(names["answers"]) <= {"temple", "flower"}
     assert Path("runs/examples/phone_photos/photos.png").is_file()
@@ -91,7 +91,7 @@ def test_phone_photos_are_read_whatever_the_phone_made_of_them(run_example, quic
 
 def test_a_table_with_broken_rows_and_rare_classes_is_checked_trained_on_and_answered(run_example, quick):
     names, printed = run_example("table_of_paths.py")
-    assert "6 images cannot be used, and are left out by --skip-corrupt: images/00007.jpg" in printed
+    assert "6 images cannot be used and are skipped (--skip-corrupt): images/00007.jpg" in printed
     assert "352 training images of 'good', 4 of 'scratch'" in " ".join(printed.split())
     assert len(names["answers"]) == 600 - 6 and "594 rows predicted" in printed
 

@@ -28,10 +28,10 @@ def test_everything_that_is_wrong_is_one_error(data, capsys):
     assert shown.err.count("\n") == 1 and shown.err.startswith("snella: ")
     for part in (
         "patch_camelyon: train800 must have 800 images, got 8; patch_camelyon: val200 must have 200 images, got 4",
-        "17 of 19 data sets of VTAB-1k are missing: cifar, caltech101",
+        "17 of 19 datasets of VTAB-1k are missing: cifar, caltech101",
         f"put each into '{data / 'vtab-1k'}' as TASK/{{train800",
-        "cub: 200 classes are required, 2 have images",
-        "4 of 5 data sets of FGVC are missing: nabirds, oxfordflower, stanforddog, stanfordcar",
+        "cub: 200 classes must have images, got 2",
+        "4 of 5 datasets of FGVC are missing: nabirds, oxfordflower, stanforddog, stanfordcar",
     ):
         assert part in shown.err
     assert "missing" in shown.out and "VTAB-1k in" in shown.out and "FGVC in" in shown.out

@@ -6,7 +6,7 @@ from snella_app.cli.parser import as_flags
 @pytest.mark.parametrize(
     ("message", "typed"),
     [
-        ("leave them out with --skip-corrupt (skip_corrupt=True)", "leave them out with --skip-corrupt"),
+        ("skip them with --skip-corrupt (skip_corrupt=True)", "skip them with --skip-corrupt"),
         ("Without the hub, use weights=PATH with a file", "Without the hub, use --weights PATH with a file"),
         ("or pretrained=False for random weights", "or --pretrained false for random weights"),
         ("set skip_corrupt=True", "set --skip-corrupt"),

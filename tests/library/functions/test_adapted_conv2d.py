@@ -126,7 +126,9 @@ def test_padding_is_known_in_pixels(padding, kernel_size, dilation, pixels):
 def test_same_padding_of_an_even_kernel_is_refused_before_anything_is_computed(impl):
     layer = make_layer(3, 5, (2, 3), {}, (6, 6))
     layer = replace(layer, product=Conv2dOp(padding="same"))
-    with pytest.raises(NotImplementedError, match=r"odd kernel size, got kernel_size=\[2, 3\] with dilation=\[1, 1\]; pad"):
+    with pytest.raises(
+        NotImplementedError, match=r"odd kernel size, got kernel_size=\[2, 3\] with dilation=\[1, 1\]; pad"
+    ):
         layer.forward(layer.tensors, impl)
 
 

@@ -256,7 +256,9 @@ def test_double_backward_is_refused(cache_delta):
     problem = make_problem()
     A = problem.tensors["A"].requires_grad_()
     y = problem.forward(problem.tensors, "eager", cache_delta)
-    with pytest.raises(RuntimeError, match=r"create_graph=True is not supported: .* is not differentiable; .* impl='reference'"):
+    with pytest.raises(
+        RuntimeError, match=r"create_graph=True is not supported: .* is not differentiable; .* impl='reference'"
+    ):
         torch.autograd.grad(y.square().sum(), A, create_graph=True)
 
 

@@ -53,7 +53,10 @@ def test_each_of_several_updates_is_computed_by_what_can():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kernel": "rbf"}, "impl='numba' supports only the piecewise kernels, got kernel='rbf'; impl='eager' would work"),
+        (
+            {"kernel": "rbf"},
+            "impl='numba' supports only the piecewise kernels, got kernel='rbf'; impl='eager' would work",
+        ),
         ({"dtype": torch.float64}, "computes in float32, got factors in torch.float64"),
         ({"softmax_dim": 1}, "normalizes over the outputs, got softmax_dim=1"),
     ],

@@ -139,5 +139,7 @@ def test_what_is_asked_for_in_words():
     assert parse_weight_gradient("bfloat16") == (1, True)
     assert parse_weight_gradient("sample:1/4") == parse_weight_gradient("sample:0.25") == (0.25, False)
     for wrong in ("sample", "sample:0", "sample:2", "sample:1/0", "sample:nan", "half", "sample:x"):
-        with pytest.raises(ValueError, match=r"weight_gradient must be 'exact', 'bfloat16' or 'sample:P'.*samples half"):
+        with pytest.raises(
+            ValueError, match=r"weight_gradient must be 'exact', 'bfloat16' or 'sample:P'.*samples half"
+        ):
             parse_weight_gradient(wrong)

@@ -60,7 +60,10 @@ def test_auto_is_triton_on_the_gpu_for_piecewise_kernels_and_eager_for_the_other
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kernel": "rbf"}, "impl='triton' supports only the piecewise kernels, got kernel='rbf'; impl='eager' would work"),
+        (
+            {"kernel": "rbf"},
+            "impl='triton' supports only the piecewise kernels, got kernel='rbf'; impl='eager' would work",
+        ),
         ({"kernel": "linear"}, "supports only the piecewise kernels, got kernel='linear'"),
         ({"kernel": "sigmoid"}, "supports only the piecewise kernels, got kernel='sigmoid'"),
         ({"dtype": torch.float64}, "computes in float32, got factors in torch.float64"),

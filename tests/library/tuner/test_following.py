@@ -414,7 +414,9 @@ def test_second_derivatives_are_refused_and_not_lost(is_disabled):
     x.requires_grad_()
     with model.model.disable_adapter() if is_disabled else nullcontext():
         loss = (model(x) * torch.linspace(0, 1, WIDTH)).sum()
-        with pytest.raises(RuntimeError, match="create_graph=True is not supported: this backward pass is not differentiable"):
+        with pytest.raises(
+            RuntimeError, match="create_graph=True is not supported: this backward pass is not differentiable"
+        ):
             torch.autograd.grad(loss, x, create_graph=True)
 
 

@@ -205,7 +205,9 @@ def test_weights_stored_in_eight_bits_are_widened_for_each_pass(when, dtype):
         trained(x).square().sum().backward()
     expected = reference.base_model.model[0].snella_A["default"].grad
     assert torch.equal(layer.snella_A["default"].grad, expected)
-    with pytest.raises(NotImplementedError, match=r"the weight of '0' must not be torch.float8_e4m3fn, .* merge before"):
+    with pytest.raises(
+        NotImplementedError, match=r"the weight of '0' must not be torch.float8_e4m3fn, .* merge before"
+    ):
         model.merge_adapter()
 
 

@@ -327,7 +327,9 @@ def test_trainable_parameters_are_counted(vit):
 
 def test_an_adapter_of_another_rank_is_refused_with_the_tensor(mlp, tmp_path):
     state = get_peft_model_state_dict(mlp.adapted(r=4))
-    with pytest.raises(ValueError, match=r"lin0\.snella_A\.default has shape \[1, 10, 4\], the model needs \[1, 10, 2\]"):
+    with pytest.raises(
+        ValueError, match=r"lin0\.snella_A\.default has shape \[1, 10, 4\], the model needs \[1, 10, 2\]"
+    ):
         set_peft_model_state_dict(mlp.adapted(r=2), state)
 
 

@@ -275,7 +275,9 @@ def test_a_weighted_sum_of_adapters_is_refused_with_what_gives_it(kind):
 
 def test_a_batch_of_several_adapters_is_refused(mlp):
     model = mlp.adapted()
-    with pytest.raises(NotImplementedError, match=r"adapter_names=\['default', '__base__'\] is not supported: a batch cannot mix"):
+    with pytest.raises(
+        NotImplementedError, match=r"adapter_names=\['default', '__base__'\] is not supported: a batch cannot mix"
+    ):
         model(mlp.inputs(), adapter_names=["default", "__base__"])
 
 

@@ -543,7 +543,8 @@ def test_other_tensors_of_torchao_are_refused_by_name():
     layer = nn.Linear(N, M)
     quantize_(layer, Float8WeightOnlyConfig(set_inductor_config=False))
     with pytest.raises(
-        NotImplementedError, match=r"'lin', a Linear whose weight is a Float8Tensor of torchao: requantization is not supported"
+        NotImplementedError,
+        match=r"'lin', a Linear whose weight is a Float8Tensor of torchao: requantization is not supported",
     ):
         wrap(layer)
     layer = nn.Linear(N, M)

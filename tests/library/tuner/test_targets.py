@@ -219,7 +219,9 @@ def test_a_layer_with_a_forward_of_its_own_is_refused():
 def test_a_layer_that_carries_another_methods_adapter_is_refused(mlp):
     model = inject_adapter_in_model(LoraConfig(r=2, target_modules=["lin0"]), mlp.base())
     del model.peft_config
-    with pytest.raises(NotImplementedError, match=r"'lin0', which already has an adapter, peft\.tuners\.lora\.layer\.Linear"):
+    with pytest.raises(
+        NotImplementedError, match=r"'lin0', which already has an adapter, peft\.tuners\.lora\.layer\.Linear"
+    ):
         SnellaModel(model, SnellaConfig(target_modules=["lin0"]), "default")
 
 

@@ -267,7 +267,8 @@ def test_any_bare_parameter_can_be_trained_by_suffix(cases):
 def test_a_token_that_the_model_lacks_is_answered_with_near_names(vit):
     base = vit.base()
     with pytest.raises(
-        ValueError, match="parameters_to_save='clstoken' matches no parameter of VisionTransformer; did you mean 'cls_token'"
+        ValueError,
+        match="parameters_to_save='clstoken' matches no parameter of VisionTransformer; did you mean 'cls_token'",
     ):
         get_peft_model(base, vit.config(parameters_to_save=["clstoken"]))
     assert not token_adapters(base)

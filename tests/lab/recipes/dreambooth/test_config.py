@@ -21,7 +21,10 @@ def config(**changes):
         ({"optimizer": "sgd"}, "optimizer must be one of auto, adamw, adamw8bit, got 'sgd'"),
         ({"method": "linear"}, "method must be one of full, lora, dora, snella, snell for generation, got 'linear'"),
         ({"method": "snela"}, "got 'snela'; nearest: snell"),
-        ({"method": "lora", "scalar_lr": 0.1}, "scalar_lr applies to methods with scalar kernel parameters .*, got 0.1 with method 'lora'"),
+        (
+            {"method": "lora", "scalar_lr": 0.1},
+            "scalar_lr applies to methods with scalar kernel parameters .*, got 0.1 with method 'lora'",
+        ),
         ({"r": 8, "method_options": {"r": 4}}, "r given both by name and in method_options"),
         ({"r": 7}, "r must be divisible by num_pieces=2, got r=7"),
         ({"resume": True, "overwrite": True}, "resume and overwrite exclude each other, got both"),

@@ -63,7 +63,7 @@ def test_broken_images_are_named_together(dataset):
         load_concept(f"dreambooth:{dataset}", "dog6")
     concept = load_concept(f"dreambooth:{dataset}", "dog6", skip_corrupt=True)
     assert [path.name for path in concept.paths] == ["00.jpg", "02.jpg", "04.jpg"]
-    assert concept.notes[0].startswith("left out 2 broken images: 01.jpg (")
+    assert concept.notes[0].startswith("skipped 2 broken images: 01.jpg (")
 
 
 def test_a_folder_without_a_usable_image_is_refused(dataset, tmp_path):
