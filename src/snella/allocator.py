@@ -127,7 +127,7 @@ class BudgetAllocator:
 
     @property
     def has_reached_target(self) -> bool:
-        """Whether the budget has reached its final value."""
+        """True if the budget has reached its final value."""
         return self.history[-1]["budget"] == self.target_budget
 
     def is_realloc_step(self, step: int) -> bool:

@@ -33,7 +33,7 @@ class RecomputeCache:
 
     @property
     def is_empty(self) -> bool:
-        """Whether the cache is empty."""
+        """True if the cache is empty."""
         return self._entry is None
 
     def stash(self, effective: Tensor, merged: list[Merged], weight: Tensor | None) -> None:
@@ -72,7 +72,7 @@ class LayerCall:
     Args:
         op: The layer's operation.
         weight_shape: `[m, …]`.
-        cache_delta: Whether to save `ΔW`, or the effective weight, for the backward pass.
+        cache_delta: If True, save `ΔW`, or the effective weight, for the backward pass.
         lazy: The weight, if it is a `LazyWeight`.
         recompute: Recompute cache, or `None`.
         origin: Recomputation of the input, if the backward pass recomputes it instead of saving it.
@@ -258,7 +258,7 @@ def add_updates(
         shape: Shape of the result.
         dtype: Dtype of the layer op, to which the result is rounded. `None` uses the dtype of `weight`, or without a
             weight the dtype of the merged updates.
-        owns_buffer: Whether this function may overwrite `weight`. The sum is then not rounded to the dtype of `weight`
+        owns_buffer: True if this function may overwrite `weight`. The sum is then not rounded to the dtype of `weight`
             first.
     """
     if weight is not None and not updates:

@@ -157,14 +157,14 @@ class SnellaConfig(PeftConfig):
             (`match_update=True, schedule_end=0.7`).
         sparsify_mode: `"soft"` (eq. 13), `"official"`, or `"none"`. With `"none"` the update is the merged matrix
             (kernelized LoRA); requires `target_sparsity=0`.
-        learn_piece_coeff: Whether to learn the coefficients `α_p`.
-        learn_temperature: Whether to learn a temperature of the softmax.
-        zero_init_ema: Whether to start the moving averages of the importance at zero and update them after the
+        learn_piece_coeff: If True, learn the coefficients `α_p`.
+        learn_temperature: If True, learn a temperature of the softmax.
+        zero_init_ema: If True, start the moving averages of the importance at zero and update them after the
             optimizer step, as in the authors' code. Otherwise they start at the first value and are updated before the
             step.
         allocation: `"competition"` allocates the budget by importance, `"uniform"` by size (SNELL).
         schedule: Budget schedule: `cubic`, `quadratic`, `linear` or `constant`.
-        match_update: Whether `create_snella_optimizer` scales the factors' steps so that each changes the update in
+        match_update: If True, `create_snella_optimizer` scales the factors' steps so that each changes the update in
             proportion to its base weight (see `StepMatcher`). Requires the kernel `mix_k` or `p_linear`.
         schedule_end: Fraction of the training after which the budget reaches its target, in `(0, 1]`. The paper uses 1.
             Below 1, the remaining steps train at the target sparsity.

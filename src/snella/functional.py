@@ -171,7 +171,7 @@ def adapted_linear(
         temperature: 0-dim or `None`.
         num_pieces: `P`.
         softmax_dim: 0 or 1.
-        center_softmax: Whether to subtract the softmax's mean.
+        center_softmax: If True, subtract the softmax's mean.
         scaling: Factor on `S`.
         mode: `"soft"` (eq. 13), `"official"`, or `"none"` with a full budget (`S = ΔW`).
         impl: `"eager"` (torch operations; a hand-written backward pass rebuilds the update), `"numba"` (Numba kernels

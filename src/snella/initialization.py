@@ -26,7 +26,7 @@ def init_factors(factors: Factors, rows: Sequence[slice], num_pieces: int, *, is
         factors: Factors of `G` matrices, `A` `[G, n, r]` and `B` `[m, r]`.
         rows: Row slice of `B` for each matrix.
         num_pieces: `P`.
-        is_larger: Whether to draw factors from `U(±1)` instead.
+        is_larger: If True, draw factors from `U(±1)` instead.
     """
     A, B = factors.A, factors.B
     width = max(A.shape[-1] // num_pieces, 1)

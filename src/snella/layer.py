@@ -55,7 +55,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
     """Bound of `√n · rms(S) / rms(W0)` for the initial update `S`; ViT and Swin layers start below it."""
 
     is_applied = False
-    """Whether a forward pass or a read of the weight has used an update since the layer was adapted."""
+    """True if a forward pass or a read of the weight has used an update since the layer was adapted."""
 
     other_param_names = ("snella_budget", "snella_seal", "snella_support", "snella_config", "scaling", "row_counts")
     saved_names = (*adapter_layer_names, "snella_budget", "snella_support")
@@ -930,7 +930,7 @@ class Linear(SnellaLayer):
 
     @property
     def is_transposed(self) -> bool:
-        """Whether the base weight is stored as `[in, out]`."""
+        """True if the base weight is stored as `[in, out]`."""
         return isinstance(self.get_base_layer(), Conv1D)
 
     def _oriented_weight(self) -> Tensor:

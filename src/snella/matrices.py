@@ -59,7 +59,7 @@ class AdaptedMatrix:
 
     @property
     def is_frozen(self) -> bool:
-        """Whether the budget is 0, so that the matrix gets no gradient."""
+        """True if the budget is 0, so that the matrix gets no gradient."""
         return self.budget == 0
 
     @property

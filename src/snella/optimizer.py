@@ -50,7 +50,7 @@ def create_snella_optimizer(
         weight_decay: Weight decay of the factors.
         head_weight_decay: Weight decay of the other weights; defaults to `weight_decay`. Biases, norms and tokens have
             no weight decay.
-        match_update: Whether to scale each step of the factors so that it changes the update by about `lr` times the
+        match_update: If True, scale each step of the factors so that it changes the update by about `lr` times the
             size of the adapted weights (see `StepMatcher`). Defaults to the adapter's config.
         optimizer_kwargs: Further arguments of `optimizer_cls`.
 

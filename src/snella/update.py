@@ -185,7 +185,7 @@ class LinearOp:
     Args:
         token_share: Fraction of the tokens used to estimate the gradient of an update, see `sample_tokens`; 1 uses all
             tokens. All other gradients are exact.
-        is_rounded: Whether to compute the gradient of an update in bfloat16.
+        is_rounded: If True, compute the gradient of an update in bfloat16.
     """
 
     token_share: float = 1.0

@@ -62,7 +62,7 @@ class Backend(ABC):
     name: str
 
     fused_add_in_backward = False
-    """Whether `grad_factors` supports `base` and `out`."""
+    """True if `grad_factors` supports `base` and `out`."""
 
     @abstractmethod
     def unsupported_reason(self, spec: UpdateSpec, A: Tensor) -> str | None:

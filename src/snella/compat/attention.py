@@ -74,7 +74,7 @@ class AdaptedAttention(nn.Module):
             module_name: Full name of the projection.
 
         Returns:
-            Whether this is the projection's first adapter.
+            True if this is the projection's first adapter.
         """
         existing = self.find_projection(name)
         if existing is not None:
@@ -346,10 +346,10 @@ def attend(
         value: Projected values, `[N, S, E]`.
         key_padding_mask: `[N, S]` (`[S]` without a batch); true or minus infinity for masked keys.
         attn_mask: `[L, S]` or `[N·heads, L, S]`; true or minus infinity for masked keys.
-        is_causal: Whether `attn_mask` is the causal mask; the mask may then be computed instead of read.
-        need_weights: Whether to return `w`.
-        average_attn_weights: Whether to average `w` over the heads.
-        is_batched: Whether the caller's tensors had a batch axis.
+        is_causal: True if `attn_mask` is the causal mask; the mask may then be computed instead of read.
+        need_weights: If True, return `w`.
+        average_attn_weights: If True, average `w` over the heads.
+        is_batched: True if the caller's tensors had a batch axis.
 
     Returns:
         `[N, L, E]`, and the weights `[N, L, S]`, `[N, heads, L, S]` or without `N`, or `None`.

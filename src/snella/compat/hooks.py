@@ -77,7 +77,7 @@ def onloaded(layer: nn.Module, *, with_base: bool) -> Iterator[None]:
 
     Args:
         layer: The layer.
-        with_base: Whether to load the base layer too. A call of the base layer loads it anyway.
+        with_base: If True, load the base layer too. A call of the base layer loads it anyway.
     """
     parts: list[Any] = [part for name, part in layer._modules.items() if with_base or name != "base_layer"]
     parts = [part for part in parts if "_hf_hook" in part.__dict__]

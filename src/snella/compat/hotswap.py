@@ -41,7 +41,7 @@ class AdapterValues:
     """Results of the first swap, such as thresholds, by layer, backend and device: a few kilobytes per matrix."""
 
     is_finite: bool = field(default=False, repr=False)
-    """Whether all values are known to be finite."""
+    """True if all values are known to be finite."""
 
     @classmethod
     def read(cls, folder: str | Path) -> Self:

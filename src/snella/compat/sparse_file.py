@@ -144,7 +144,7 @@ class SparsePatch:
 
         Args:
             model: Plain model with the pre-trained weights of the update.
-            check_base: Whether to compare the weights' digests first.
+            check_base: If True, compare the weights' digests first.
 
         Raises:
             RuntimeError: If the patch is already applied.
@@ -216,7 +216,7 @@ def load_sparse(model: nn.Module, file: str | Path, *, check_base: bool = True) 
     Args:
         model: The run's backbone with its pre-trained weights and a head with the same number of classes.
         file: Path of the file.
-        check_base: Whether to reject a model whose weights differ from the update's base weights, by digest.
+        check_base: If True, reject a model whose weights differ from the update's base weights, by digest.
 
     Returns:
         The patch, with `remove` and `apply`.

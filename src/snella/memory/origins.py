@@ -31,7 +31,7 @@ class Origin(ABC):
     """
 
     is_rounded = False
-    """Whether the saved tensors are rounded to int8."""
+    """True if the saved tensors are rounded to int8."""
 
     def __init__(self, device_type: str) -> None:
         self._autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -174,7 +174,7 @@ class Derived(Origin):
         function: Function of one or two tensors.
         device_type: Device type of the result.
         source: Origin of the first tensor.
-        has_second: Whether the function takes a second tensor.
+        has_second: True if the function takes a second tensor.
         layout: Layout of an encoded second tensor.
     """
 

@@ -211,7 +211,7 @@ class _Following(TorchFunctionMode):
 
     Args:
         module: The block in which the mode is active.
-        compress: Whether attention and functional activations save their inputs in int8.
+        compress: True if attention and functional activations save their inputs in int8.
         caller: The frame that runs the block.
         outer: The previously active mode, if any.
     """
