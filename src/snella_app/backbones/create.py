@@ -439,7 +439,7 @@ def _refuse_second_weights(name: str, weights: str | None, why: str) -> None:
     """Reject `weights` for a name that includes weights."""
     if weights is not None:
         raise ValueError(
-            f"weights must be None because backbone {name!r} {why}, got {weights!r}; "
+            f"weights must be omitted because backbone {name!r} {why}, got {weights!r}; "
             "pass the architecture's timm name with weights=PATH"
         )
 

@@ -109,7 +109,7 @@ def create_segmenter(
         from snella_app.backbones.sam import create_sam_segmenter  # lazy: importing transformers' SAM is slow
 
         if weights is not None:
-            raise ValueError(f"weights must be None for backbone {name!r}, which includes weights, got {weights!r}")
+            raise ValueError(f"weights must be omitted for backbone {name!r}, which includes weights, got {weights!r}")
         return create_sam_segmenter(name.removeprefix(SAM_PREFIX), num_classes=num_classes, img_size=img_size)
     options: dict[str, Any] = {"weights": weights, "pretrained": pretrained, "img_size": img_size}
     return SegmentationModel(create_backbone(name, num_classes=0, **options), num_classes)

@@ -243,11 +243,11 @@ def load_data(
     if val is not None:
         val = _choose("val", val, val_size, seed, labels)
     elif val_size is not None:
-        raise ValueError(f"val_size must be None because protocol={protocol} has no validation split, got {val_size}")
+        raise ValueError(f"val_size must be omitted because protocol={protocol} has no val split, got {val_size}")
     if test is not None:
         test = _choose("test", test, test_size, for_test, labels)
     elif test_size is not None:
-        raise ValueError(f"test_size must be None because {collection.name!r} has no test split, got {test_size}")
+        raise ValueError(f"test_size must be omitted because {collection.name!r} has no test split, got {test_size}")
     parts = {name: part for name, part in (("train", train), ("val", val), ("test", test)) if part is not None}
     for part in parts.values():
         part.seed = seed

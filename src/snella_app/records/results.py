@@ -74,11 +74,11 @@ class Scores(_Result):
         return _Z / len(rows) * math.sqrt(sum(share * (1 - share) / size for share, size in smoothed))
 
     def text(self) -> str:
-        """The numbers in a few words."""
+        """Format the main scores as one line."""
         return f"accuracy {percent_text(self.accuracy)}, balanced {percent_text(self.balanced_accuracy)}"
 
     def rows(self, split: str) -> list[tuple[str, str, str]]:
-        """Label, value and small print of each number."""
+        """Return label, value and note of each score."""
         images = f"{margin_text(self.margin)}, {count_text(self.images)} images" if self.images else ""
         balanced = ", ".join(filter(None, (margin_text(self.balanced_margin), "mean over classes")))
         return [
@@ -119,14 +119,14 @@ class MaskScores(_Result):
     loss: float = math.nan
 
     def text(self) -> str:
-        """The numbers in a few words."""
+        """Format the main scores as one line."""
         return (
             f"Dice {percent_text(self.dice)}, IoU {percent_text(self.iou)} by image; "
             f"{percent_text(self.dice_pooled)}, {percent_text(self.iou_pooled)} pooled"
         )
 
     def rows(self, split: str) -> list[tuple[str, str, str]]:
-        """Label, value and small print of each number."""
+        """Return label, value and note of each score."""
         gps = f"{percent_text(self.dice_gps_foreground_only)}, {percent_text(self.iou_gps_foreground_only)}"
         return [
             (f"{split} Dice", percent_text(self.dice), f"mean over {count_text(self.images)} images"),
@@ -149,12 +149,12 @@ class OrdinalScores(Scores):
     kappa: float
 
     def text(self) -> str:
-        """The numbers in a few words."""
+        """Format the main scores as one line."""
         kappa = decimal_text(self.kappa, 3)
         return f"MAE {decimal_text(self.mae, 3)} ranks, kappa {kappa}, {super().text()}"
 
     def rows(self, split: str) -> list[tuple[str, str, str]]:
-        """Label, value and small print of each number."""
+        """Return label, value and note of each score."""
         return [
             (f"{split} MAE", decimal_text(self.mae, 3), f"ranks, mean over {count_text(self.images)} images"),
             (f"{split} kappa", decimal_text(self.kappa, 3), "quadratic weights; 1 is perfect, 0 is chance"),
@@ -190,12 +190,12 @@ class LabelSetScores(_Result):
     per_class: list[LabelScores] = field(default_factory=list)
 
     def text(self) -> str:
-        """The numbers in a few words."""
+        """Format the main scores as one line."""
         f1 = f"F1 {percent_text(self.macro_f1)} macro, {percent_text(self.micro_f1)} micro"
         return f"mAP {percent_text(self.map)}, {f1}"
 
     def rows(self, split: str) -> list[tuple[str, str, str]]:
-        """Label, value and small print of each number."""
+        """Return label, value and note of each score."""
         return [
             (f"{split} mAP", percent_text(self.map), f"mean over labels, {count_text(self.images)} images"),
             (
@@ -238,7 +238,7 @@ class RegressionScores(_Result):
     per_target: list[NumberScores] = field(default_factory=list)
 
     def text(self) -> str:
-        """The numbers in a few words."""
+        """Format the main scores as one line."""
         r2 = decimal_text(self.r2, 3)
         if len(self.per_target) > 1:
             errors = ", ".join(f"{row.name} {measure_text(row.mae)}" for row in self.per_target)
@@ -246,7 +246,7 @@ class RegressionScores(_Result):
         return f"MAE {measure_text(self.mae)}, RMSE {measure_text(self.rmse)}, R² {r2}"
 
     def rows(self, split: str) -> list[tuple[str, str, str]]:
-        """Label, value and small print of each number."""
+        """Return label, value and note of each score."""
         r2, images = decimal_text(self.r2, 3), f"{count_text(self.images)} images"
         if len(self.per_target) > 1:
             explained = f"fraction of variance explained, mean over {len(self.per_target)} targets, {images}"

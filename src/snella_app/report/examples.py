@@ -95,7 +95,7 @@ ImageSource = Mapping[int, Image.Image | None] | Callable[[int], Image.Image | N
 
 @dataclass(frozen=True)
 class Example:
-    """An image with its prediction; without a picture, `problem` gives the reason."""
+    """An image with its prediction; without an image, `problem` gives the reason."""
 
     prediction: Prediction
     uri: str | None
@@ -123,7 +123,7 @@ def load_example(prediction: Prediction, images: ImageSource | None) -> Example:
 
 def load_picture(index: int, images: ImageSource | None, longest: int = 176) -> tuple[str | None, int, int, str]:
     """Load an image and return URI, width, height and, without an image, the reason."""
-    problem = "no picture"
+    problem = "image unavailable"
     image = None
     try:
         if images is not None:

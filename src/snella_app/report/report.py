@@ -98,8 +98,8 @@ def masks_section(folder: Path, info: RunInfo, images: ImageSource | None) -> di
     items = []
     for item in shown:
         uri, width, height, problem = load_picture(item.index, images, _LONGEST)
-        picture = {"uri": uri, "width": width, "height": height, "problem": problem}
-        items.append({"name": item.name, "dice": item.dice, "iou": item.iou, **picture})
+        image = {"uri": uri, "width": width, "height": height, "problem": problem}
+        items.append({"name": item.name, "dice": item.dice, "iou": item.iou, **image})
     colors = mask_colors(len(info.classes)) / 255
     return {
         "split": predictions.split_name,

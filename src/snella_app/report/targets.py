@@ -47,7 +47,7 @@ _TINY = 1e-6
 
 @dataclass(frozen=True)
 class Card:
-    """An image with true and predicted values; without a picture, `problem` gives the reason.
+    """An image with true and predicted values; without an image, `problem` gives the reason.
 
     `is_right` is None for regression.
     """

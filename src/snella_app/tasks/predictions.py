@@ -105,7 +105,7 @@ def write_mask_predictions(
 def check_mask_output(out: str | Path | None, top_k: int | None, *, overwrite: bool) -> None:
     """Check the output arguments of `write_mask_predictions` before prediction; raises the same errors."""
     if top_k is not None:
-        raise ValueError(f"top_k must be None for segmentation, got {top_k}")
+        raise ValueError(f"top_k must be omitted for segmentation, got {top_k}")
     if out is None:
         return
     if Path(out).is_file():
@@ -377,7 +377,7 @@ class NumberPrediction:
 def check_number_output(out: str | Path | None, top_k: int | None, *, overwrite: bool) -> None:
     """Check the output arguments of `write_numbers`; raises the same errors."""
     if top_k is not None:
-        raise ValueError(f"top_k must be None for regression, got {top_k}")
+        raise ValueError(f"top_k must be omitted for regression, got {top_k}")
     check_output(out, top_k, overwrite=overwrite)
 
 

@@ -179,13 +179,13 @@ def write_masks(model: nn.Module, dataset: ImageDataset, indices: Sequence[int],
 def overlay_source(dataset: MaskDataset, folder: Path) -> ImageSource:
     """Return a source of panels (image, true mask, predicted mask) by index; None without a stored mask."""
 
-    def picture(index: int) -> Image.Image | None:
+    def load_panels(index: int) -> Image.Image | None:
         path = folder / mask_file(index)
         if not path.is_file():
             return None
         return overlay_panels(dataset.image(index), [dataset.mask(index), np.asarray(read_mask(path))])
 
-    return picture
+    return load_panels
 
 
 MaskLoss = Literal["dice", "iou", "none"]

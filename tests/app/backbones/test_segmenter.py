@@ -111,5 +111,5 @@ def test_sam_takes_a_smaller_image(sam_folder):
 def test_sam_gives_one_mask_and_brings_its_weights(sam_folder):
     with pytest.raises(NotImplementedError, match=r"num_classes must be 2 .*got 3"):
         make(f"sam:{sam_folder}", 3)
-    with pytest.raises(ValueError, match=r"weights must be None for backbone 'sam:.*got 'w.pth'"):
+    with pytest.raises(ValueError, match=r"weights must be omitted for backbone 'sam:.*got 'w.pth'"):
         make(f"sam:{sam_folder}", 2, weights="w.pth")

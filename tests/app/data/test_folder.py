@@ -53,7 +53,7 @@ def test_a_missing_validation_part_is_split_from_training(write_images):
 def test_a_divided_folder_without_a_test_part_has_none(write_images):
     root = write_images({"train/a": 4, "train/b": 4, "val/a": 1, "val/b": 1})
     assert load(root).test is None
-    with pytest.raises(ValueError, match="test_size must be None because 'photos' has no test split, got 2"):
+    with pytest.raises(ValueError, match="test_size must be omitted because 'photos' has no test split, got 2"):
         load(root, test_size=2)
 
 

@@ -173,7 +173,7 @@ def test_a_missing_folder_is_told_with_what_belongs_there(tmp_path):
 
 
 def test_the_number_of_validation_images_needs_a_validation_part(kitti):
-    with pytest.raises(ValueError, match="val_size must be None because protocol=final has no validation split, got 3"):
+    with pytest.raises(ValueError, match="val_size must be omitted because protocol=final has no val split, got 3"):
         load_data(f"vtab:{kitti}", protocol="final", val_size=3, strict_sizes=False)
 
 

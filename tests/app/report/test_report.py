@@ -368,7 +368,7 @@ def test_pictures_come_from_a_mapping_or_a_function_or_not_at_all():
     picture = Image.new("L", (400, 200))
     assert load_example(item, {0: picture}).width == 176
     assert load_example(item, lambda index: picture).height == 88
-    assert load_example(item, {}).problem == "no picture"
+    assert load_example(item, {}).problem == "image unavailable"
     assert load_example(item, None).uri is None
 
 

@@ -122,7 +122,7 @@ def test_the_page_of_numbers_sets_them_beside_the_baseline(runs):
     hero = page.partition('<div class="hero">')[2].partition("</div>")[0]
     assert "test R²" in hero and f">{scores['r2']:.3f}<" in hero  # errors in years and centimeters have no mean
     assert f"{scores['mae']:.4g}" not in page and f"{scores['rmse']:.4g}" not in page
-    assert "R², mean of the numbers, by epoch" in page and "MAE by epoch" not in page
+    assert "R², mean over targets, by epoch" in page and "MAE by epoch" not in page
     better = 1 - scores["per_target"][0]["mae"] / scores["per_target"][0]["baseline_mae"]
     assert f"{100 * better:.1f}" in page
 

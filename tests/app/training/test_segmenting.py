@@ -116,7 +116,7 @@ def test_predicting_writes_masks_of_the_images_size_and_overlays(run, folder, tm
     wanted = torch.nn.functional.interpolate(scores, (32, 40), mode="bilinear", align_corners=False).argmax(1)[0]
     assert np.array_equal(np.asarray(mask), wanted.numpy())
     command("predict", run, folder / "images" / "000.png", "--out", out, status=2)
-    assert "holds files; choose another folder" in capsys.readouterr().err
+    assert "is not empty; choose another folder" in capsys.readouterr().err
     command("predict", run, folder / "images" / "000.png")
     assert "%" in capsys.readouterr().out
 
@@ -127,9 +127,9 @@ def test_predicting_refuses_what_it_cannot_write(run, folder, tmp_path, capsys):
     command("predict", run, image, "--out", tmp_path / "file", status=2)
     assert "must be a folder for the masks, got the file" in capsys.readouterr().err
     command("predict", run, image, "--top-k", "2", status=2)
-    assert "must be left out for a segmentation, which gives masks, got 2" in capsys.readouterr().err
+    assert "must be omitted for segmentation, got 2" in capsys.readouterr().err
     command("predict", run, image, image, "--out", tmp_path / "out", status=2)
-    assert "images must differ in their names" in capsys.readouterr().err
+    assert "image names must be unique" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.load.*:DeprecationWarning")

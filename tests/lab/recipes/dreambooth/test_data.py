@@ -87,5 +87,5 @@ def test_a_specification_of_another_kind_is_refused(dataset):
         ValueError, match=r"subject chooses among the folders of dreambooth:PATH, got 'dog6' with 'folder:"
     ):
         load_concept(f"folder:{dataset}", "dog6")
-    with pytest.raises(FileNotFoundError, match=r"folder:.*vas: there is no 'vas' in .*; nearest there: 'vase'"):
+    with pytest.raises(FileNotFoundError, match=r"folder:.*vas: no folder 'vas' in .*; nearest: 'vase'"):
         load_concept(f"folder:{dataset / 'vas'}")
