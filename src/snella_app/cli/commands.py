@@ -423,16 +423,17 @@ def inspect(
     img_size: int | None = None,
     r: int | None = None,
     dtype: Literal["fp32", "bf16"] | None = None,
-    device: Literal["cpu", "cuda"] | None = None,
+    device: Literal["cpu", "cuda", "h100", "a100", "rtx4090", "l4", "t4", "mi300x"] | None = None,
 ) -> None:
     """Show budgets, sparsity and sizes of a run, or estimate the training memory of a backbone.
 
       snella inspect runs/photos
       snella inspect runs/photos --report
       snella inspect --backbone vit_base_patch16_224 --batch 16
-      snella inspect --backbone vit_large_patch16_224 --batch 64 --dtype bf16 --device cuda
+      snella inspect --backbone vit_large_patch16_224 --batch 64 --dtype bf16 --device h100
 
-    --backbone needs no run: it prints the peak memory of a training step with SNELLA, LoRA and full fine-tuning.
+    --backbone needs no run: it prints the peak memory of a training step with SNELLA, LoRA and full fine-tuning. The
+    name of a GPU adds the predicted time of a step for plain ViTs.
 
     Args:
         run: Folder of the run.
@@ -442,7 +443,7 @@ def inspect(
         img_size: With --backbone, input resolution in pixels; the model's default if not given.
         r: With --backbone, rank of SNELLA and LoRA (8 if not given).
         dtype: With --backbone, data type of weights and activations (fp32 if not given).
-        device: With --backbone, device to train on; this machine need not have it.
+        device: With --backbone, device or GPU to train on; this machine need not have it.
 
     Raises:
         ValueError: If neither or both of `run` and `backbone` are given, or an option does not apply.
@@ -644,17 +645,33 @@ def _memory_table(backbone: str, device: str | None = None, **given: Any) -> "Gr
 
     from snella_app.console import counted, make_console, make_table
     from snella_app.device import choose_device
+    from snella_app.training.machines import GPUS, predict_on_gpu, shape_of_backbone
     from snella_app.training.memory import methods_compared, predict_for_methods
 
     chosen: dict[str, Any] = {"batch": 32, "img_size": None, "r": 8, "dtype": "fp32"} | given
     device = device or choose_device("auto").type
-    columns = ("weights", "gradients", "optimizer state", "saved for backward", "largest temporary", "total")
-    table = make_table(("MiB", *columns), ())
-    predictions = predict_for_methods(backbone, **chosen, device_type=device)
-    count = len(methods_compared(chosen["r"]))
-    for method, shape, memory in track(predictions, "predicting", total=count, console=make_console(), transient=True):
-        images = f"{counted(chosen['batch'], 'image')} of {shape[1]}×{shape[2]} px"
-        table.title = f"Training step of {backbone}: {images}, {chosen['dtype']}, AdamW, on {device}"
-        table.add_row(method, *(f"{part / 2**20:,.1f}" for part in astuple(memory)))
+    predictions = predict_for_methods(backbone, **chosen, device_type="cuda" if device in GPUS else device)
+    columns = ["weights", "gradients", "optimizer state", "saved for backward", "largest temporary", "total"]
     note = "total is the peak. It is less than the sum: saved tensors are freed while gradients are computed"
+    shape = shape_of_backbone(backbone, chosen["img_size"]) if device in GPUS else None
+    if shape is not None:
+        columns += ["step, ms"]
+        note += (
+            "\nstep is predicted from datasheet values, not measured; the range spans assumed efficiencies, see "
+            "docs/scale.md"
+        )
+    elif device in GPUS:
+        note += f"\nstep times are predicted for plain ViTs only, got {backbone}"
+    table = make_table(("MiB", *columns), ())
+    count = len(methods_compared(chosen["r"]))
+    for method, size, memory in track(predictions, "predicting", total=count, console=make_console(), transient=True):
+        images = f"{counted(chosen['batch'], 'image')} of {size[1]}×{size[2]} px"
+        name = GPUS[device].name if device in GPUS else device
+        table.title = f"Training step of {backbone}: {images}, {chosen['dtype']}, AdamW, on {name}"
+        cells = [f"{part / 2**20:,.1f}" for part in astuple(memory)]
+        if shape is not None:
+            options = {key: chosen[key] for key in ("batch", "r", "dtype")}
+            low, expected, high = predict_on_gpu(device, shape, method.partition("-")[0], **options)
+            cells.append(f"{1e3 * expected:,.1f} ({1e3 * low:,.1f}–{1e3 * high:,.1f})")
+        table.add_row(method, *cells)
     return Group(table, Text(note))

@@ -15,6 +15,16 @@ def test_a_backbone_gets_a_row_a_method_and_no_file_is_written(capsys, tmp_path,
     assert not list(tmp_path.iterdir())
 
 
+def test_a_gpu_adds_predicted_steps_for_plain_vits(capsys):
+    assert main(["inspect", "--backbone", "test_vit", "--batch", "4", "--dtype", "bf16", "--device", "h100"]) == 0
+    text = capsys.readouterr().out
+    assert "bf16, AdamW, on H100 SXM" in text and "step, ms" in text
+    assert "predicted from datasheet values, not measured" in text
+    assert main(["inspect", "--backbone", "test_convnext", "--batch", "4", "--device", "h100"]) == 0
+    text = capsys.readouterr().out
+    assert "step, ms" not in text and "step times are predicted for plain ViTs only, got test_convnext" in text
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [

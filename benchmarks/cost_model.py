@@ -1,0 +1,566 @@
+"""Fit the cost model to committed rows, test it on held-out rows, and predict steps on GPUs.
+
+python benchmarks/cost_model.py        rewrites the tables and figures of docs/scale.md; runs no training step
+
+`snella_app.training.cost_model` counts the work of a step and `snella_app.training.machines` turns it into seconds.
+Each machine's rates minimize the squared relative error of its rows. A row is held out together with all rows of its
+configuration: model, batch size, rank, sparsity and dtype.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.ticker import NullLocator
+from scipy.optimize import nnls
+
+from snella_app.report.style import COLORS, CURVE, INK, add_legend, new_figure, save_figure
+from snella_app.training.cost_model import (
+    METHODS,
+    MODELS,
+    TRITON,
+    Precision,
+    StepCount,
+    Transformer,
+    count_step,
+)
+from snella_app.training.machines import GPUS, Rates, gpu_rates, ratio_range
+from snella_lab.bench.rows import put_between, read_rows
+
+FOLDER = Path(__file__).parent
+PAGE = FOLDER.parent / "docs" / "scale.md"
+FIGURES = FOLDER.parent / "docs" / "images" / "scale"
+ROWS = ("results.jsonl", "model_rows.jsonl")
+
+SHAPES: dict[str, Transformer] = {
+    "vit_small_patch16_224": MODELS["ViT-S/16"],
+    "vit_base_patch16_224": MODELS["ViT-B/16"],
+    "vit_large_patch16_224": MODELS["ViT-L/16"],
+    "vit_huge_patch14_224": MODELS["ViT-H/14"],
+    "vit_small_patch14_dinov2": Transformer(384, 12, 10, 6, 1536, 588, 3 * 42**2, has_layer_scale=True),
+    "llama": replace(MODELS["LLaMA-7B"], tokens=512, outputs=1000),
+}
+"""Shapes of the models in the rows; Swin and ConvNeXt are not plain transformers."""
+NAMES = {"vit_small_patch14_dinov2": "DINOv2 ViT-S/14, 42 px", "llama": "LLaMA-7B, 512 tokens"}
+_LEAST_ROUNDS = 2
+_TIME_GOAL, _BYTES_GOAL = 0.15, 0.03
+_MIB, _GIB = 2**20, 2**30
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measured step and its count.
+
+    Args:
+        machine: Device of the row.
+        model: Name of the backbone.
+        method: Key of `METHODS`.
+        batch: Batch size.
+        r: Rank.
+        sparsity: Fraction of unchanged weights.
+        precision: Dtypes.
+        step: Count of the step; of the built blocks only.
+        whole: Count of the whole model.
+        row: The row.
+    """
+
+    machine: str
+    model: str
+    method: str
+    batch: int
+    r: int
+    sparsity: float
+    precision: Precision
+    step: StepCount
+    whole: StepCount
+    row: dict[str, Any]
+
+    @property
+    def configuration(self) -> tuple[Any, ...]:
+        """Return what all methods of one comparison share."""
+        return self.model, self.batch, self.r, self.sparsity, self.precision
+
+    @property
+    def seconds(self) -> float:
+        """Return the measured seconds."""
+        return float(self.row["step_s"])
+
+
+def read_case(row: dict[str, Any]) -> Case | None:
+    """Count the step of a row; None for another benchmark, model or method."""
+    model, method = row.get("backbone", row.get("model")), row.get("contender")
+    if model not in SHAPES or method not in METHODS:
+        return None
+    precision: Precision = "float32"
+    if row.get("autocast"):
+        precision = "bfloat16" if row["frozen"] == "bfloat16" else "autocast"
+    common = (row["batch"], row["r"], row["sparsity"], precision)
+    shape = SHAPES[model]
+
+    def count(blocks: Transformer) -> StepCount:
+        return count_step(blocks, method, row["batch"], r=row["r"], sparsity=row["sparsity"], precision=precision)
+
+    built = count(replace(shape, depth=row.get("depth") or shape.depth))
+    return Case(row["device"], model, method, *common, built, count(shape), row)
+
+
+def timed_cases(folder: Path = FOLDER) -> list[Case]:
+    """Return the newest timed row of every setting; on one day, the row with the most rounds."""
+    newest: dict[tuple[Any, ...], Case] = {}
+
+    def rank(case: Case) -> tuple[Any, ...]:
+        return case.row["date"][:10], case.row["rounds"], case.row["date"]
+
+    for row in (row for name in ROWS for row in read_rows(folder / name)):
+        is_timed = row["benchmark"] in ("step_time", "model_rows") and row["rounds"] >= _LEAST_ROUNDS
+        case = read_case(row) if is_timed else None
+        if case is not None:
+            key = (case.machine, case.configuration, case.method)
+            newest[key] = max(newest.get(key, case), case, key=rank)
+    return list(newest.values())
+
+
+def counted_cases(folder: Path = FOLDER) -> list[tuple[float, float]]:
+    """Return predicted and recorded bytes saved for the backward pass, one pair for each distinct setting."""
+    newest: dict[tuple[Any, ...], tuple[float, float]] = {}
+    for row in (row for name in ROWS for row in read_rows(folder / name)):
+        case = read_case(row) if row["benchmark"] in ("step_time", "kept_bytes", "model_rows") else None
+        if case is not None:
+            recorded = float(row["saved_mib"] if "saved_mib" in row else row["kept_mib"])
+            newest[case.configuration, case.method] = case.whole.kept / _MIB, recorded
+    return list(newest.values())
+
+
+def peak_cases(folder: Path = FOLDER) -> list[tuple[float, float]]:
+    """Return predicted and recorded peak bytes of `step_memory.jsonl`."""
+    cases = [read_case(row | {"depth": None}) for row in read_rows(folder / "step_memory.jsonl")]
+    return [(case.whole.peak / _MIB, case.row["peak_mib"]) for case in cases if case is not None]
+
+
+def fit_rates(cases: list[Case]) -> Rates:
+    """Fit the rates of one machine by nonnegative least squares on relative errors."""
+    features = np.array([_features(case) for case in cases])
+    scale = features.max(axis=0)
+    scale[scale == 0] = 1
+    measured = np.array([case.seconds for case in cases])
+    costs = nnls(features / scale / measured[:, None], np.ones(len(cases)))[0] / scale
+    product, half, vector, memory = (math.inf if cost == 0 else 1 / cost for cost in costs[:4])
+    return Rates(product, half, vector, memory, float(costs[4]))
+
+
+def _features(case: Case) -> list[float]:
+    """Return the counts by rate: float32 products, bfloat16 products, vector operations, bytes, calls."""
+    step, is_float32 = case.step, case.precision == "float32"
+    full, half = (step.products, step.half_products) if is_float32 else (0.0, step.half_products + step.products)
+    return [full, half, step.vector + step.merge_vector, step.moved + step.merge_moved, step.calls + step.merge_calls]
+
+
+def predict(rates: Rates, case: Case) -> float:
+    """Return the predicted seconds of a case."""
+    is_float32 = case.precision == "float32"
+    return (rates if is_float32 else replace(rates, product=rates.half_product)).seconds(case.step)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Prediction of a case by rates that were fitted without its configuration."""
+
+    case: Case
+    seconds: float
+
+    @property
+    def error(self) -> float:
+        """Return the relative error."""
+        return self.seconds / self.case.seconds - 1
+
+
+def leave_one_out(cases: list[Case]) -> list[HeldOut]:
+    """Predict each configuration from the others of the same machine."""
+    held_out = []
+    for machine, configuration in dict.fromkeys((case.machine, case.configuration) for case in cases):
+        rest = [case for case in cases if case.machine == machine and case.configuration != configuration]
+        rates = fit_rates(rest)
+        own = [case for case in cases if case.machine == machine and case.configuration == configuration]
+        held_out += [HeldOut(case, predict(rates, case)) for case in own]
+    return held_out
+
+
+def ratio_errors(held_out: list[HeldOut]) -> list[float]:
+    """Return the relative errors of predicted ratios to LoRA."""
+    references = {(one.case.machine, one.case.configuration): one for one in held_out if one.case.method == "lora"}
+    errors = []
+    for one in held_out:
+        reference = references.get((one.case.machine, one.case.configuration))
+        if reference is not None and reference is not one:
+            errors.append((1 + one.error) / (1 + reference.error) - 1)
+    return errors
+
+
+def error_table(held_out: list[HeldOut]) -> str:
+    """Format held-out errors of step times, a line for each machine and configuration."""
+    lines = []
+    for machine, configuration in dict.fromkeys((one.case.machine, one.case.configuration) for one in held_out):
+        own = [one for one in held_out if (one.case.machine, one.case.configuration) == (machine, configuration)]
+        ratios = ratio_errors(own)
+        lines.append([_threads(machine), _configuration(configuration), *_error_cells(own), _percent(_median(ratios))])
+    for machine in dict.fromkeys(one.case.machine for one in held_out):
+        own = [one for one in held_out if one.case.machine == machine]
+        cells = [f"**{cell}**" for cell in (*_error_cells(own), _percent(_median(ratio_errors(own))))]
+        lines.append([f"**{_threads(machine)}**", "**all**", *cells])
+    head = [
+        "threads",
+        "held-out configuration",
+        "rows",
+        "median error",
+        "largest",
+        "within 15 %",
+        "ratio to LoRA, median",
+    ]
+    return _table(head, lines)
+
+
+def _error_cells(held_out: list[HeldOut]) -> list[str]:
+    """Return number of rows, median, largest and rows within the goal."""
+    worst = max(held_out, key=lambda one: abs(one.error))
+    within = sum(abs(one.error) <= _TIME_GOAL for one in held_out)
+    median = _percent(_median([one.error for one in held_out]))
+    return [str(len(held_out)), median, f"{worst.error:+.0%} ({worst.case.method})".replace("%", " %"), str(within)]
+
+
+def other_machines_table(cases: list[Case], folder: Path = FOLDER) -> str:
+    """Format errors on machines that no rate was fitted to."""
+    by_machine = {_threads(machine): machine for machine in dict.fromkeys(case.machine for case in cases)}
+    two, one = (fit_rates([case for case in cases if case.machine == by_machine[name]]) for name in ("2", "1"))
+    epyc = [read_case(row) for row in read_rows(folder / "sampled_gradients.jsonl")]
+    held_out = [HeldOut(case, predict(two, case)) for case in epyc if case is not None]
+    intel = intel_cases(one, folder)
+    lines = [
+        [machine, models, *_error_cells(own), _percent(_median(ratio_errors(own)))]
+        for machine, models, own in (
+            ("another AMD EPYC, 2 threads", "ViT-B/16", held_out),
+            ("Intel Xeon, 1 thread", "ViT-S/14 and ViT-B/16", intel),
+        )
+    ]
+    head = ["machine", "models", "rows", "median error", "largest", "within 15 %", "ratio to LoRA, median"]
+    return _table(head, lines)
+
+
+def intel_cases(rates: Rates, folder: Path = FOLDER) -> list[HeldOut]:
+    """Predict the rows of the Intel Xeon by rates of another machine."""
+    suite = [row for row in read_rows(folder / "model_rows.jsonl") if row["benchmark"] == "suite_step"][-1]
+    rows = [suite | {"contender": name, "step_s": suite[f"{name}_s"]} for name in ("lora", "snella")]
+    last = [row for row in read_rows(folder / "results.jsonl") if row["benchmark"] == "competition"][-1]
+    rows.append(last | {"contender": "snella", "step_s": last["step_s"]})
+    cases = [read_case(row) for row in rows]
+    return [HeldOut(case, predict(rates, case)) for case in cases if case is not None]
+
+
+def rates_table(cases: list[Case]) -> str:
+    """Format the fitted rates."""
+    lines = []
+    for machine in dict.fromkeys(case.machine for case in cases):
+        rates = fit_rates([case for case in cases if case.machine == machine])
+        giga = [f"{value / 1e9:.3g}" for value in (rates.product, rates.half_product, rates.vector, rates.memory)]
+        lines.append([machine.removeprefix("cpu, "), *giga, f"{rates.call_s * 1e6:.0f}"])
+    head = ["machine", "float32 products, GFLOP/s", "bfloat16", "vector operations, G/s", "memory, GB/s", "call, µs"]
+    return _table(head, lines)
+
+
+def bytes_table(folder: Path = FOLDER) -> str:
+    """Format errors of saved and peak bytes."""
+    lines = []
+    for name, pairs in (("saved for backward", counted_cases(folder)), ("peak of a step", peak_cases(folder))):
+        errors = [predicted / recorded - 1 for predicted, recorded in pairs]
+        worst = max(errors, key=abs)
+        within = sum(abs(error) <= _BYTES_GOAL for error in errors)
+        median = f"{_median(errors):.1%}".replace("%", " %")
+        lines.append([name, str(len(errors)), median, f"{worst:+.1%}".replace("%", " %"), str(within)])
+    return _table(["bytes", "settings", "median error", "largest", "within 3 %"], lines)
+
+
+def datasheet_table() -> str:
+    """Format the datasheet values."""
+    lines = [
+        [
+            gpu.name,
+            f"{gpu.product / 1e12:,.0f}",
+            f"{gpu.vector / 1e12:.1f}",
+            f"{gpu.memory / 1e12:.2f}",
+            f"{gpu.link / 1e9:.0f}",
+            gpu.source,
+        ]
+        for gpu in GPUS.values()
+    ]
+    head = ["GPU", "products, TFLOP/s", "float32, TFLOP/s", "memory, TB/s", "link, GB/s", "datasheet value of"]
+    return _table(head, lines)
+
+
+_GPU_MODELS = ("ViT-B/16", "ViT-L/16", "ViT-H/14")
+
+
+def count_on_gpu(model: str, method: str, batch: int) -> StepCount:
+    """Count a step in bfloat16 with Triton kernels."""
+    return count_step(MODELS[model], method, batch, precision="bfloat16", kernels=TRITON)
+
+
+def ratio_table() -> str:
+    """Format predicted ratios to LoRA with their ranges, at two batch sizes."""
+    lines = []
+    for name, gpu in GPUS.items():
+        cells = []
+        for model in _GPU_MODELS:
+            for batch in (16, 128):
+                reference = count_on_gpu(model, "lora", batch)
+                low, expected, high = ratio_range(name, count_on_gpu(model, "snella", batch), reference)
+                cells.append(f"{expected:.2f} ({low:.2f}–{high:.2f})")
+        lines.append([gpu.name, *cells])
+    head = ["predicted, not run", *(f"{model}, batch {batch}" for model in _GPU_MODELS for batch in (16, 128))]
+    return _table(head, lines)
+
+
+_MOST_TOKENS = 1_000_000
+
+
+def tokens_until(model: Transformer, is_reached: Callable[[int], bool]) -> int | None:
+    """Return the tokens of the smallest batch that meets a condition and keeps it; None above a million tokens.
+
+    Args:
+        model: Shape of the model.
+        is_reached: Condition on the batch size; once true, it stays true.
+    """
+    low, high = 0, _MOST_TOKENS // model.tokens
+    if not is_reached(high):
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if is_reached(middle) else (middle, high)
+    return high * model.tokens
+
+
+def crossing_table(cases: list[Case]) -> str:
+    """Format tokens per step: where merging drops below 10 %, and where SNELLA is as fast as LoRA."""
+    two = fit_rates([case for case in cases if _threads(case.machine) == "2"])
+    lines = [["AMD EPYC, 2 threads, ViT-B/16, float32", *_crossings(two, "ViT-B/16", _count_on_cpu)]]
+    lines += [
+        [f"{gpu.name}, {model}", *_crossings(gpu_rates(name), model, count_on_gpu)]
+        for name, gpu in GPUS.items()
+        for model in ("ViT-B/16", "ViT-H/14", "ViT-22B/14")
+    ]
+    head = ["predicted, not run", "merging below 10 % of the step", "exact SNELLA as fast as LoRA"]
+    return _table([*head, '`"sample:1/4"` as fast as LoRA'], lines)
+
+
+def _count_on_cpu(model: str, method: str, batch: int) -> StepCount:
+    """Count a step in float32 with Numba kernels."""
+    return count_step(MODELS[model], method, batch)
+
+
+def _crossings(rates: Rates, model: str, count: Callable[[str, str, int], StepCount]) -> list[str]:
+    """Format the three numbers of tokens of one machine and model."""
+
+    def merges_little(batch: int) -> bool:
+        step = count(model, "snella", batch)
+        return rates.merge_seconds(step) < 0.1 * rates.seconds(step)
+
+    def is_fast(method: str) -> Callable[[int], bool]:
+        return lambda batch: rates.seconds(count(model, method, batch)) < rates.seconds(count(model, "lora", batch))
+
+    conditions = (merges_little, is_fast("snella"), is_fast("snella-sample-quarter"))
+    return [_tokens_text(tokens_until(MODELS[model], condition)) for condition in conditions]
+
+
+def _tokens_text(tokens: int | None) -> str:
+    """Format a number of tokens with two digits."""
+    return "never" if tokens is None else f"{int(float(f'{tokens:.2g}')):,}"
+
+
+_LARGE = ("ViT-L/16", "ViT-H/14", "ViT-g/14", "ViT-22B/14", "LLaMA-70B")
+_DEVICES = 8
+
+
+def memory_table() -> str:
+    """Format GiB per device on eight devices."""
+    lines = []
+    for name in _LARGE:
+        model = MODELS[name]
+        batch = 1 if model.is_gated else 32
+
+        def count(method: str, model: Transformer = model, batch: int = batch, **options: bool) -> StepCount:
+            return count_step(model, method, batch, precision="bfloat16", kernels=TRITON, **options)
+
+        full = count_step(model, "full", batch, precision="autocast")
+        lora, kept, snella = (count(method) for method in ("lora", "snella-keep-inputs", "snella"))
+        int8, blocks = count("snella-compress"), count("snella", is_checkpointed=True)
+        peaks = [full.peak, full.sharded_peak(_DEVICES), lora.peak, kept.peak, snella.peak]
+        peaks += [step.sharded_peak(_DEVICES) for step in (kept, snella, int8, blocks)]
+        lines.append([name, *(_gib(value) for value in peaks)])
+    head = ["GiB per device, predicted, not run", "full, DDP", "full, FSDP2", "LoRA, DDP", "SNELLA, DDP, inputs saved"]
+    head += [
+        "SNELLA, DDP",
+        "SNELLA, FSDP2, inputs saved",
+        "SNELLA, FSDP2",
+        "eight bits",
+        "checkpointed blocks",
+    ]
+    return _table(head, lines)
+
+
+def communication_table() -> str:
+    """Format bytes sent by each device and step."""
+    lines = []
+    for name in _LARGE:
+        model = MODELS[name]
+        steps = [count_step(model, "full", 1, precision="autocast")]
+        steps += [count_step(model, method, 1, precision="bfloat16", kernels=TRITON) for method in ("lora", "snella")]
+        cells = [_gib(step.communicated(_DEVICES, "ddp")) for step in steps]
+        cells += [_gib(step.communicated(_DEVICES, "fsdp2")) for step in (steps[0], steps[2])]
+        lines.append([name, *cells])
+    head = ["GiB sent per device and step, predicted, not run", "full, DDP", "LoRA, DDP", "SNELLA, DDP", "full, FSDP2"]
+    return _table([*head, "SNELLA, FSDP2"], lines)
+
+
+def _gib(value: float) -> str:
+    """Format GiB."""
+    amount = value / _GIB
+    return f"{amount:,.0f}" if amount >= 100 else f"{amount:.1f}" if amount >= 1 else f"{amount:.2f}"
+
+
+def _median(errors: Iterable[float]) -> float:
+    """Return the median magnitude."""
+    return statistics.median(abs(error) for error in errors)
+
+
+def _percent(value: float) -> str:
+    """Format a percentage."""
+    return f"{value:.0%}".replace("%", " %")
+
+
+def _threads(machine: str) -> str:
+    """Return the number of threads in a device's name."""
+    return machine.split()[1]
+
+
+def _configuration(configuration: tuple[Any, ...]) -> str:
+    """Format a configuration."""
+    model, batch, r, sparsity, precision = configuration
+    name = NAMES.get(model) or next(name for name, shape in MODELS.items() if shape == SHAPES[model])
+    text = f"{name}, batch {batch}"
+    text += f", r {r}" if r != 8 else ""
+    text += f", sparsity {sparsity}" if sparsity != 0.7 else ""
+    return text + {"float32": "", "autocast": ", autocast", "bfloat16": ", autocast, bfloat16 weights"}[precision]
+
+
+def _table(head: list[str], lines: list[list[str]]) -> str:
+    """Format a Markdown table."""
+    rows = [f"| {' | '.join(cells)} |" for cells in (head, *lines)]
+    return "\n".join([rows[0], "|---" * len(head) + "|", *rows[1:]])
+
+
+def sections(folder: Path = FOLDER) -> dict[str, str]:
+    """Return the tables of the page by name."""
+    cases = timed_cases(folder)
+    return {
+        "rates": rates_table(cases),
+        "time errors": error_table(leave_one_out(cases)),
+        "other machines": other_machines_table(cases, folder),
+        "bytes errors": bytes_table(folder),
+        "datasheets": datasheet_table(),
+        "ratios": ratio_table(),
+        "crossings": crossing_table(cases),
+        "memory": memory_table(),
+        "communication": communication_table(),
+    }
+
+
+def update_page(page: Path = PAGE, folder: Path = FOLDER) -> bool:
+    """Write the tables into the page; return True if it changed."""
+    changed = [
+        put_between(page, f"<!-- cost model: {name} begin -->", f"<!-- {name} end -->", text)
+        for name, text in sections(folder).items()
+    ]
+    return any(changed)
+
+
+def draw_errors(held_out: list[HeldOut], path: Path) -> Path:
+    """Draw predicted over measured seconds of held-out rows."""
+    figure, axes = new_figure(*CURVE, "Held-out steps on CPUs")
+    ends = [min(one.case.seconds for one in held_out) * 0.7, max(one.case.seconds for one in held_out) * 1.4]
+    axes.fill_between(
+        ends, [0.85 * x for x in ends], [1.15 * x for x in ends], color=COLORS[0], alpha=0.12, linewidth=0
+    )
+    axes.plot(ends, ends, color=INK, linewidth=1)
+    for place, family in enumerate(("lora", "dora", "full", "snella", "frozen")):
+        own = [one for one in held_out if METHODS[one.case.method].family == family]
+        axes.plot(
+            [one.case.seconds for one in own],
+            [one.seconds for one in own],
+            "os^Dv"[place],
+            markersize=5,
+            color=COLORS[place],
+            alpha=0.8,
+            label="snella and options" if family == "snella" else family,
+        )
+    for scale, axis, limit in (
+        (axes.set_xscale, axes.xaxis, axes.set_xlim),
+        (axes.set_yscale, axes.yaxis, axes.set_ylim),
+    ):
+        scale("log")
+        axis.set_ticks([0.2, 0.5, 1, 2, 5, 10, 20], ["0.2", "0.5", "1", "2", "5", "10", "20"])
+        axis.set_minor_locator(NullLocator())
+        limit(*ends)
+    axes.set_xlabel("measured seconds per step")
+    axes.set_ylabel("predicted seconds per step")
+    add_legend(figure, *axes.get_legend_handles_labels(), columns=3)
+    return save_figure(figure, path)
+
+
+def draw_ratios(path: Path) -> Path:
+    """Draw the predicted ratio to LoRA over the tokens of a step."""
+    figure, axes = new_figure(*CURVE, "SNELLA relative to LoRA, predicted, not run")
+    batches = [2**power for power in range(11)]
+    for place, (gpu, model) in enumerate(
+        [("h100", "ViT-B/16"), ("h100", "ViT-H/14"), ("rtx4090", "ViT-B/16"), ("rtx4090", "ViT-H/14")]
+    ):
+        ranges = [
+            ratio_range(gpu, count_on_gpu(model, "snella", batch), count_on_gpu(model, "lora", batch))
+            for batch in batches
+        ]
+        tokens = [batch * MODELS[model].tokens for batch in batches]
+        low, expected, high = zip(*ranges, strict=True)
+        if place == 0:
+            label = f"range of assumptions, {GPUS[gpu].name}, {model}"
+            axes.fill_between(tokens, low, high, color=COLORS[place], alpha=0.15, linewidth=0, label=label)
+        axes.plot(
+            tokens,
+            expected,
+            marker="os^Dv"[place],
+            markersize=4,
+            color=COLORS[place],
+            label=f"{GPUS[gpu].name}, {model}",
+        )
+    axes.axhline(1, color=INK, linewidth=1, linestyle="--")
+    axes.set_xscale("log")
+    axes.set_ylim(0, 5)
+    axes.set_xlabel("tokens per step")
+    axes.set_ylabel("step time, LoRA = 1")
+    add_legend(figure, *axes.get_legend_handles_labels(), columns=2)
+    return save_figure(figure, path)
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    FIGURES.mkdir(parents=True, exist_ok=True)
+    draw_errors(leave_one_out(timed_cases()), FIGURES / "held-out.svg")
+    draw_ratios(FIGURES / "ratio-gpu.svg")
+    print(f"{PAGE.name} {'changed' if update_page() else 'is up to date'}")
+
+
+if __name__ == "__main__":
+    main()

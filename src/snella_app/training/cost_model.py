@@ -1,0 +1,464 @@
+"""Cost model of a training step: FLOP, bytes moved, bytes saved and communication of plain transformers.
+
+The counts are closed formulas of shapes; `machines` turns them into seconds.
+
+Shape letters: `T` tokens of the batch, `d` width, `h` hidden width of the MLP, `r` rank, `n` inputs and `m` outputs
+of a layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Precision = Literal["float32", "autocast", "bfloat16"]
+"""`autocast`: bfloat16 activations over float32 weights; `bfloat16`: autocast over frozen weights in bfloat16."""
+
+_FLOAT32, _HALF = 4, 2
+_INT8 = 17 / 16  # one float32 scale for 64 entries
+_ADAMW = 28  # reads weight, gradient and two moments, writes weight and moments
+_DENSE_FROM = 0.1  # below this density, CPUs compute only the kept entries of a weight gradient
+
+
+@dataclass(frozen=True)
+class Transformer:
+    """Shape of a plain vision or language transformer.
+
+    Args:
+        width: `d`.
+        depth: Number of blocks.
+        tokens: Tokens of one sample, with the class token.
+        heads: Attention heads.
+        hidden: `h`.
+        patch: Inputs of the patch embedding; 0 for a language model.
+        image: Numbers of one input image.
+        outputs: Classes or vocabulary.
+        kv_width: Outputs of the key and value layers; `d` if None. Used with `is_gated`.
+        is_gated: LLaMA's blocks: separate q, k, v, a gated MLP, no biases.
+        has_layer_scale: Both branches of a block end with a trained scale.
+    """
+
+    width: int
+    depth: int
+    tokens: int
+    heads: int
+    hidden: int
+    patch: int = 0
+    image: int = 0
+    outputs: int = 100
+    kv_width: int | None = None
+    is_gated: bool = False
+    has_layer_scale: bool = False
+
+    @property
+    def layers(self) -> list[tuple[int, int, int]]:
+        """Adapted layers of one block: `(m, n, matrices)`; a fused qkv holds three matrices."""
+        d, h, kv = self.width, self.hidden, self.kv_width or self.width
+        if self.is_gated:
+            return [(d, d, 1), (kv, d, 1), (kv, d, 1), (d, d, 1), (h, d, 1), (h, d, 1), (d, h, 1)]
+        return [(3 * d, d, 3), (d, d, 1), (h, d, 1), (d, h, 1)]
+
+    @property
+    def entries(self) -> int:
+        """Entries of the adapted matrices of one block."""
+        return sum(m * n for m, n, _ in self.layers)
+
+    @property
+    def weights(self) -> int:
+        """Number of parameters without adapters."""
+        d = self.width
+        if self.is_gated:
+            return self.depth * (self.entries + 2 * d) + d + 2 * self.outputs * d
+        block = self.entries + sum(m for m, _, _ in self.layers) + 4 * d + 2 * d * self.has_layer_scale
+        return self.depth * block + (self.patch + 1) * d + (self.tokens + 1) * d + 2 * d + self.head_weights
+
+    @property
+    def head_weights(self) -> int:
+        """Parameters of the classifier head, which every method trains; 0 for a language model."""
+        return 0 if self.is_gated else (self.width + 1) * self.outputs
+
+
+def _vit(width: int, depth: int, heads: int, hidden: int, patch: int) -> Transformer:
+    """Return a ViT at 224×224 pixels."""
+    return Transformer(width, depth, (224 // patch) ** 2 + 1, heads, hidden, 3 * patch**2, 3 * 224**2)
+
+
+MODELS: dict[str, Transformer] = {
+    "ViT-S/16": _vit(384, 12, 6, 1536, 16),
+    "ViT-B/16": _vit(768, 12, 12, 3072, 16),
+    "ViT-L/16": _vit(1024, 24, 16, 4096, 16),
+    "ViT-H/14": _vit(1280, 32, 16, 5120, 14),
+    "ViT-g/14": _vit(1408, 40, 16, 6144, 14),
+    "ViT-22B/14": _vit(6144, 48, 48, 24576, 14),
+    "LLaMA-7B": Transformer(4096, 32, 2048, 32, 11008, outputs=32000, is_gated=True),
+    "LLaMA-70B": Transformer(8192, 80, 2048, 64, 28672, outputs=32000, kv_width=1024, is_gated=True),
+}
+"""Shapes from the papers of the models. LLaMA takes 2,048 tokens a sample."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """Options of a method that change the cost of a step.
+
+    Args:
+        family: Method without options.
+        recompute: Recompute layer inputs in the backward pass.
+        compress: Save activations in eight bits.
+        sample: Fraction of the tokens in the weight gradient.
+        half_gradient: Compute the weight gradient in bfloat16.
+    """
+
+    family: Literal["frozen", "lora", "dora", "full", "snella"]
+    recompute: bool = False
+    compress: bool = False
+    sample: float = 1.0
+    half_gradient: bool = False
+
+
+METHODS: dict[str, Method] = {
+    "frozen": Method("frozen"),
+    "lora": Method("lora"),
+    "lora-recompute": Method("lora", recompute=True),
+    "dora": Method("dora"),
+    "full": Method("full"),
+    "full-recompute": Method("full", recompute=True),
+    "snella": Method("snella", recompute=True),
+    "snella-keep-inputs": Method("snella"),
+    "snella-bf16-gradient": Method("snella", recompute=True, half_gradient=True),
+    "snella-sample": Method("snella", recompute=True, sample=0.5),
+    "snella-sample-quarter": Method("snella", recompute=True, sample=0.25),
+    "snella-compress": Method("snella", recompute=True, compress=True),
+    "snella-compress-sample": Method("snella", recompute=True, compress=True, sample=0.5),
+}
+"""Methods by their names in `snella bench`. `frozen` trains head and class token."""
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Cost of merging one matrix entry in both passes, and calls of the adapted layer.
+
+    Args:
+        operations: Vector operations per entry at rank 8.
+        per_rank: Further operations per entry and rank.
+        merged_bytes: Bytes moved per entry for `ΔW` in float32 and the gradient.
+        weight_accesses: Accesses of `W0` and `W` per entry, in the dtype of the weights.
+        calls: Calls or launches per layer in both passes.
+        dense: The weight gradient is dense at every sparsity.
+        serial: Instructions of one warp per row of the softmax in both passes, where too few programs run to fill the
+            device.
+    """
+
+    operations: float
+    per_rank: float
+    merged_bytes: float
+    weight_accesses: int
+    calls: int
+    dense: bool
+    serial: float = 0.0
+
+
+NUMBA = Kernels(operations=180, per_rank=10, merged_bytes=16, weight_accesses=4, calls=8, dense=False)
+"""Forward: write `ΔW`, read it twice. Backward: one sweep over the gradient. An entry takes six roots, two exponentials
+and `10r` operations for distances and gradients of the factors."""
+TRITON = Kernels(
+    operations=817, per_rank=20, merged_bytes=35, weight_accesses=6, calls=17, dense=True, serial=2 * 1512 / 64
+)
+"""Operations are instructions per entry of the compiled kernels (`benchmarks/triton_resources.jsonl`, capability 9.0);
+loops over the rank count once, so they are a lower bound. Bytes are the reads and writes of each launch, with partial
+sums of `3r/8` bytes at rank 8. One program per 16 columns computes softmax statistics, 64 rows a step."""
+SDDMM = (0.54, 2.6)
+"""Time of a sparse weight gradient relative to the dense product: constant, and slope over the density."""
+
+
+@dataclass(frozen=True)
+class StepCount:
+    """Work and memory of one training step on one device.
+
+    Args:
+        products: FLOP of matrix products in the dtype of the activations; a multiply-add counts as two.
+        half_products: FLOP of products in bfloat16 while activations are in float32.
+        vector: Elementwise operations without merging.
+        moved: Bytes read and written without merging.
+        calls: Calls or launches without merging.
+        merge_vector: Elementwise operations of merging.
+        merge_moved: Bytes of merging.
+        merge_calls: Calls of merging.
+        merge_serial: Instructions of one warp that merging waits for.
+        kept: Bytes saved for the backward pass.
+        weights: Bytes of all parameters.
+        trainable: Number of trainable parameters.
+        block_weights: Bytes of one block's frozen weights.
+        temporary: Bytes of the largest set of temporaries of one layer.
+    """
+
+    products: float
+    half_products: float
+    vector: float
+    moved: float
+    calls: float
+    merge_vector: float
+    merge_moved: float
+    merge_calls: float
+    merge_serial: float
+    kept: float
+    weights: float
+    trainable: int
+    block_weights: float
+    temporary: float
+
+    @property
+    def peak(self) -> float:
+        """Peak bytes on one device: weights, AdamW's moments, and the larger of backward pass and optimizer."""
+        trained = _FLOAT32 * self.trainable
+        return self.weights + 2 * trained + max(self.kept + self.temporary, trained)
+
+    def sharded_peak(self, devices: int) -> float:
+        """Peak bytes on one of `devices` under FSDP2: a share of the weights and two gathered blocks.
+
+        Adapters stay replicated. If more than half of the parameters are trained, gradients and moments are sharded.
+        """
+        is_full = 2 * _FLOAT32 * self.trainable > self.weights
+        trained = _FLOAT32 * self.trainable / (devices if is_full else 1)
+        state = self.weights / devices + 2 * self.block_weights + 2 * trained
+        return state + max(self.kept + self.temporary, trained)
+
+    def communicated(self, devices: int, strategy: Literal["ddp", "fsdp2"]) -> float:
+        """Bytes that one device sends in a step: ring all-reduce, all-gather and reduce-scatter.
+
+        ddp    2·(p − 1)/p · gradients
+        fsdp2  2·(p − 1)/p · weights (gathered in both passes) + gradients: all-reduced, or scattered if sharded
+        """
+        share, gradients = (devices - 1) / devices, _FLOAT32 * self.trainable
+        if strategy == "ddp":
+            return 2 * share * gradients
+        is_full = 2 * gradients > self.weights
+        return share * (2 * self.weights + (1 if is_full else 2) * gradients)
+
+
+def count_trainable(model: Transformer, method: str, r: int = 8) -> int:
+    """Count the trainable parameters; SNELLA has four scalars per matrix."""
+    family, head = METHODS[method].family, model.head_weights
+    if family == "full":
+        return model.weights
+    if family == "frozen":
+        return head + model.width
+    if family == "snella":
+        # every matrix of a fused layer has its own A
+        return head + model.depth * sum(r * (m + count * n) + 4 * count for m, n, count in model.layers)
+    magnitudes = sum(m for m, _, _ in model.layers) if family == "dora" else 0
+    return head + model.depth * (sum(r * (m + n) for m, n, _ in model.layers) + magnitudes)
+
+
+def count_step(
+    model: Transformer,
+    method: str,
+    batch: int,
+    *,
+    r: int = 8,
+    sparsity: float = 0.7,
+    precision: Precision = "float32",
+    kernels: Kernels = NUMBA,
+    is_checkpointed: bool = False,
+) -> StepCount:
+    """Count one training step with AdamW.
+
+    Args:
+        model: Shape of the model.
+        method: Key of `METHODS`.
+        batch: Samples on one device.
+        r: Rank.
+        sparsity: Fraction of the adapted weights that SNELLA leaves unchanged.
+        precision: Dtypes of activations and frozen weights.
+        kernels: Backend that merges.
+        is_checkpointed: Blocks save only their inputs and run twice.
+    """
+    options = METHODS[method]
+    tokens, activation, weight = model.tokens * batch, *_sizes(precision)
+    trainable = count_trainable(model, method, r)
+    third, half, third_moved = _third_product(model, options, tokens, sparsity, precision, kernels)
+    products, vector, moved, calls = _base(model, tokens, activation, weight, precision)
+    extra = _adapter(model, options, tokens, activation, r)
+    forward = 2 * tokens * model.entries + 4 * tokens * model.tokens * model.width
+    repeated = forward if is_checkpointed else 0
+    products += third + extra.products + repeated
+    moved += third_moved + extra.moved + (moved / 3 if is_checkpointed else 0)
+    moved = model.depth * moved + _ADAMW * trainable
+    outside = 2 * tokens * model.width * (model.patch + 2 * model.outputs * model.is_gated)
+    merge_calls = model.depth * kernels.calls * len(model.layers) if options.family == "snella" else 0
+    rows = model.depth * sum(m // count for m, _, count in model.layers) if options.family == "snella" else 0
+    merged = model.depth * model.entries if options.family == "snella" else 0
+    is_full = options.family == "full"
+    kept = _kept(model, options, tokens, r, precision, is_checkpointed)
+    largest = max(m * n for m, n, _ in model.layers)
+    adapters = 0 if is_full else trainable - model.head_weights
+    frozen_bytes = model.weights * (_FLOAT32 if is_full else weight)
+    temporary = tokens * (model.hidden + model.width) * activation
+    temporary += largest * (_FLOAT32 + weight) if options.family == "snella" else 0
+    return StepCount(
+        products=model.depth * products + outside * (2 if is_full else 1),
+        half_products=model.depth * half,
+        vector=model.depth * (vector + extra.vector),
+        moved=moved,
+        calls=model.depth * (calls + extra.calls) + 20,
+        merge_vector=merged * (kernels.operations + kernels.per_rank * (r - 8)),
+        merge_moved=merged * (kernels.merged_bytes + kernels.weight_accesses * weight),
+        merge_calls=merge_calls,
+        merge_serial=kernels.serial * rows,
+        kept=kept,
+        weights=frozen_bytes + _FLOAT32 * adapters,
+        trainable=trainable,
+        block_weights=model.entries * (_FLOAT32 if is_full else weight),
+        temporary=temporary,
+    )
+
+
+def _sizes(precision: Precision) -> tuple[int, int]:
+    """Return the bytes of an activation and of a frozen weight."""
+    return (
+        _FLOAT32 if precision == "float32" else _HALF,
+        _HALF if precision == "bfloat16" else _FLOAT32,
+    )
+
+
+def _base(
+    model: Transformer, tokens: int, activation: int, weight: int, precision: Precision
+) -> tuple[float, float, float, float]:
+    """Count products, vector operations, bytes and calls of one frozen block in both passes."""
+    d, h = model.width, model.hidden
+    scores = model.heads * model.tokens
+    # output and input gradient; attention has two products forward and five backward
+    products = 2 * 2 * tokens * model.entries + 14 * tokens * model.tokens * d
+    vector = tokens * (60 * h + 40 * scores)
+    numbers = 16 * d + 6 * d  # normalizations, residuals
+    numbers += (13 if model.is_gated else 5) * h  # activation, gate
+    numbers += 18 * d  # attention and the split of qkv
+    numbers += 10 * d if model.has_layer_scale else 0
+    numbers += 2 * sum(m + n for m, n, _ in model.layers)
+    moved = activation * tokens * numbers + 2 * weight * model.entries
+    if precision == "autocast":
+        moved += 2 * (_FLOAT32 + _HALF) * model.entries
+    return products, vector, moved, 22 + 4 * (precision != "float32")
+
+
+@dataclass(frozen=True)
+class _Extra:
+    """Cost of one block beyond the frozen model and the weight gradient."""
+
+    products: float = 0.0
+    vector: float = 0.0
+    moved: float = 0.0
+    calls: float = 0.0
+
+    def plus(self, other: _Extra) -> _Extra:
+        """Add two costs."""
+        return _Extra(
+            self.products + other.products,
+            self.vector + other.vector,
+            self.moved + other.moved,
+            self.calls + other.calls,
+        )
+
+
+def _adapter(model: Transformer, options: Method, tokens: int, activation: int, r: int) -> _Extra:
+    """Count what a method adds to a block besides merging and the weight gradient."""
+    inputs, outputs = sum(n for _, n, _ in model.layers), sum(m for m, _, _ in model.layers)
+    d, h, calls = model.width, model.hidden, len(model.layers)
+    extra = _Extra()
+    if options.recompute:
+        extra = _Extra(vector=30 * tokens * h, moved=activation * tokens * (4 * d + 2 * h), calls=3)
+    if options.compress:
+        numbers = tokens * (5 * d + h * (1 + model.is_gated))
+        # attention runs again on the decoded inputs
+        again = 4 * tokens * model.tokens * d
+        vector = 20 * tokens * model.heads * model.tokens + 10 * numbers
+        extra = extra.plus(_Extra(again, vector, numbers * (2 * activation + 2), 60))
+    if options.family == "full":
+        extra = extra.plus(_Extra(moved=activation * tokens * outputs + 2 * _FLOAT32 * model.entries, calls=2 * calls))
+    if options.family in ("lora", "dora"):
+        # forward: A, B, scale, add; backward: scale, three products each for A and B, sum of input gradients
+        moved = activation * tokens * (6 * inputs + 10 * outputs)
+        extra = extra.plus(_Extra(products=6 * tokens * r * (inputs + outputs), moved=moved, calls=10 * calls))
+    if options.family == "dora":
+        # norms of the merged weight from a product with the identity, and both outputs scaled
+        identity = sum(2 * n * r * (n + m) for m, n, _ in model.layers)
+        moved = activation * tokens * 14 * outputs + 40 * model.entries
+        extra = extra.plus(_Extra(products=identity, moved=moved, calls=30 * calls))
+    return extra
+
+
+def _third_product(
+    model: Transformer, options: Method, tokens: int, sparsity: float, precision: Precision, kernels: Kernels
+) -> tuple[float, float, float]:
+    """Count products, bfloat16 products and bytes of the weight gradients of one block."""
+    if options.family not in ("full", "snella"):
+        return 0.0, 0.0, 0.0
+    activation, _ = _sizes(precision)
+    read = tokens * sum(m + n for m, n, _ in model.layers)
+    flop = 2.0 * tokens * model.entries * options.sample
+    if options.family == "snella" and not kernels.dense and 1 - sparsity < _DENSE_FROM:
+        flop *= SDDMM[0] + SDDMM[1] * (1 - sparsity)
+    written = activation * model.entries
+    if options.half_gradient and precision == "float32":
+        return 0.0, flop, (_FLOAT32 + 2 * _HALF) * read + written
+    moved = activation * read * options.sample + written
+    if options.sample < 1:
+        # norms of all tokens, then a copy of the drawn ones
+        moved += activation * read * (1 + 2 * options.sample)
+    return flop, 0.0, moved
+
+
+def _kept(
+    model: Transformer, options: Method, tokens: int, r: int, precision: Precision, is_checkpointed: bool
+) -> float:
+    """Count the bytes saved for the backward pass; see `_kept_by_block`."""
+    d = model.width
+    activation, _ = _sizes(precision)
+    stream = _HALF if precision == "bfloat16" else _FLOAT32
+    block = _kept_by_block(model, options, tokens, r, precision)
+    # the last normalization; the head casts its input under autocast, and SNELLA does not recompute the head's
+    is_output_kept = precision != "autocast" and (options.family == "snella" or not options.recompute)
+    ends = tokens * d * (stream + activation * is_output_kept)
+    if options.family == "full":
+        ends += tokens // model.tokens * model.image * _FLOAT32
+    if model.is_gated:
+        ends += 2 * _FLOAT32 * tokens * model.outputs  # logits and their logarithm
+    if is_checkpointed:
+        return model.depth * tokens * d * stream + block + ends
+    starts_frozen = options.family in ("lora", "dora") or options == METHODS["snella-keep-inputs"]
+    first = tokens * d * stream if starts_frozen and not options.recompute else 0
+    return model.depth * block + ends - first
+
+
+def _kept_by_block(model: Transformer, options: Method, tokens: int, r: int, precision: Precision) -> float:
+    """Count the bytes that one block saves.
+
+    Without recomputation: inputs and outputs of two normalizations, q, k, v, the output and the logarithms of
+    attention, input and output of the activation (and the gate). Recomputation drops the outputs of normalizations and
+    activation. Eight bits also drop the output of attention.
+    """
+    d, h, kv = model.width, model.hidden, model.kv_width or model.width
+    activation, _ = _sizes(precision)
+    stream = _HALF if precision == "bfloat16" else _FLOAT32
+    attention, gates = d + 2 * kv, 1 + model.is_gated
+    per_token: float
+    if options.compress:
+        per_token = _INT8 * (2 * d + attention + gates * h)
+    else:
+        per_token = 2 * d * stream + (attention + d + gates * h) * activation
+    if not options.recompute and options.family != "frozen":
+        per_token += (2 * d + gates * h) * activation
+    per_token += model.heads * _FLOAT32 + (2 if model.is_gated else 4) * _FLOAT32
+    fixed = 0.0
+    if options.family == "full":
+        per_token += 2 * d * stream * model.is_gated + 2 * d * activation * model.has_layer_scale
+    if options.family in ("lora", "dora"):
+        per_token += r * len(model.layers) * activation
+        per_token += d * activation if precision != "float32" else 0  # PEFT casts the input of `proj`
+    if options.family == "dora":
+        per_token += 2 * sum(m for m, _, _ in model.layers) * activation
+        fixed += _FLOAT32 * sum(n * n + n * r for _, n, _ in model.layers)
+    if options.family == "snella":
+        fixed += 3 * _FLOAT32 * sum(count * n for _, n, count in model.layers)
+    elif precision == "autocast":
+        fixed += _HALF * model.entries  # cast weights
+    return tokens * per_token + fixed
