@@ -157,7 +157,7 @@ def test_numbers_are_predicted_in_their_own_unit(make_run, table, tmp_path):
     written = read_csv(write_numbers(predictions, tmp_path / "numbers.csv"))
     assert written[0] == ["image", "light", "mean"]
     assert float(written[1][2]) == pytest.approx(predictions[0].values["mean"], rel=1e-5)
-    with pytest.raises(ValueError, match="top_k must be None for regression, got 2"):
+    with pytest.raises(ValueError, match="top_k must be omitted for regression, got 2"):
         write_numbers(predictions, tmp_path / "again.csv", 2)
 
 
