@@ -29,6 +29,7 @@ ALLOWED = {
     "snella_app/methods/": "the table",
     "snella_lab/methods/": "the table of the laboratory",
     "snella_lab/bench/": "its baselines are functions of the benchmark, not rows of the table",
+    "snella_app/training/cost_model.py": "its formulas are those of single methods",
     "snella_lab/recipes/demo.py": "the demonstration is of three methods",
 }
 OF_FILES = {"snella_app/runs/export.py": "lora", "snella_app/cli/commands.py": "lora", "snella_app/settings.py": "full"}
