@@ -66,7 +66,7 @@ def test_the_status_says_that_runs_failed(tmp_path, capsys, monkeypatch):
         assert main([*WORDS, "--out", out]) == 1
     error = capsys.readouterr().err
     assert "2 of 2 runs failed, e.g. digits/bias/seed-0: OSError: no space left on device" in error
-    assert "--retry-failed trains the failed ones again" in error
+    assert "add --retry-failed to train the failed runs again" in error
     assert main(["compare", "--out", out, "--draw-only"]) == 0
     assert main(["compare", "--out", out, "--workers", "0"]) == 1
     assert main(["compare", "--out", out, "--workers", "0", "--retry-failed"]) == 0
