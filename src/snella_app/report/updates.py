@@ -175,7 +175,7 @@ def draw_updates(updates: Mapping[str, Tensor], name: str) -> Figure:
             aspect="equal",
         )
         density = percent_text(float(value.count_nonzero()) / value.numel())
-        axes.set_xlabel(f"{density} changed, max. magnitude {value.abs().max():.2g}")
+        axes.set_xlabel(f"{density} changed, max {value.abs().max():.2g}")
         axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
         axes.spines[:].set(visible=True, color=MUTED)
