@@ -252,7 +252,7 @@ def test_other_methods_that_change_few_weights_are_exact_too(method, settings, n
 
 def test_a_method_that_changes_all_weights_is_refused(settings, no_report, tmp_path):
     run = train(settings(method="lora-2", epochs=1))
-    with pytest.raises(ValueError, match=r"method lora-2 changes .* take --format timm"):
+    with pytest.raises(ValueError, match=r"method lora-2 changes .* use --format timm"):
         export(run.path, "sparse", tmp_path / "m")
     with pytest.raises(ValueError, match="is a LoRA already"):
         export(run.path, "lora", tmp_path / "l")

@@ -29,7 +29,7 @@ def test_every_image_is_held_out_once_and_classes_are_even(photos):
         names = [part.names for part in (data.train, data.val, data.test)]
         assert sum(map(len, names)) == 48 == len({name for part in names for name in part})
         assert [data.test.labels.count(label) for label in range(3)] == [4, 4, 4]
-        assert data.fold_part == "test" and f"fold {fold} of 4 is the test part" in data.notes
+        assert data.fold_part == "test" and f"fold {fold} of 4 is the test split" in data.notes
         held_out += data.test.names
     assert len(set(held_out)) == 48
     with pytest.raises(
