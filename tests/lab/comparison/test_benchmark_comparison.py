@@ -54,7 +54,7 @@ def test_final_runs_learn_from_the_images_that_chose_the_rates(rows):
         row["test_accuracy"] is not None for row in finals
     )
     assert {row["selected_on"] for row in finals} == {None} and {row["selected_on"] for row in trials} == {"val"}
-    assert "with the last epoch, after learning from the validation images too" in page
+    assert "at the last epoch, trained on training and validation images" in page
     assert "beside the paper&#39;s" not in page and "Comparison with the paper" in page and "78.5" in page
     assert "compared with the paper: Table XIII" in printed and "official protocol" not in printed
 
