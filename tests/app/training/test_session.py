@@ -91,7 +91,7 @@ def test_inspect_says_that_a_run_was_killed_and_its_page_stops_waiting(tmp_path,
     assert "no process is training it" not in capsys.readouterr().out
     RunFolder(out).update("running")
     assert main(["inspect", out, "--report"]) == 0
-    assert f"continue it with snella train --out {out} --resume" in capsys.readouterr().out
+    assert f"resume it with snella train --out {out} --resume" in capsys.readouterr().out
     assert ">stopped<" in RunFolder(out).report.read_text()
 
 
