@@ -575,7 +575,7 @@ def test_a_quantized_projection_of_an_attention_is_refused():
         model, Int8WeightOnlyConfig(set_inductor_config=False), filter_fn=lambda module, name: name == "attn.out_proj"
     )
     with pytest.raises(
-        NotImplementedError, match=r"'attn\.out_proj', a projection of .* whose weight is a Int8Tensor of"
+        NotImplementedError, match=r"'attn\.out_proj', a projection of .* whose weight is a quantized Int8Tensor of"
     ):
         get_peft_model(model, SnellaConfig(target_modules=["attn"]))
 
