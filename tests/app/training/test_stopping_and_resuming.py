@@ -421,7 +421,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_says_where(settings, console
 
 def test_rates_that_are_far_too_high_end_in_that_error(settings, console):
     with pytest.raises(
-        NonFiniteLossError, match=r"became (nan|inf) in epoch 1, step \d of 12; no epoch was finished before"
+        NonFiniteLossError, match=r"became (nan|inf) in epoch 1, step \d of 12; no epoch was finished in"
     ):
         train(settings(method="full", lr=1e30, head_lr=1e30, warmup_ratio=0.0), console)
 

@@ -115,7 +115,7 @@ def test_a_few_lines_say_before_training_what_will_happen(finished):
     for text in (description, "36 matrices", "cats, dogs, owls", "3 epochs of"):
         assert text in before
     assert f"{allocation['total_weights']:,}" in before and f"{allocation['target_budget']:,}" in before
-    assert "MiB" in before and "(estimated)" in before
+    assert "MiB" in before and "(estimate for weights" in before
 
 
 @pytest.mark.parametrize("method", ["linear", "bias", "full", "lora-2", "snell-2"])
