@@ -38,7 +38,7 @@ def test_a_batch_of_one_image_is_normalized_by_what_was_seen(make_model, images)
 
 def test_a_head_that_is_no_linear_layer_is_refused(make_model):
     with pytest.raises(
-        ValueError, match=r"'mlp' cannot be applied to ConvNeXt: its head 'head' must be a linear layer, got NormMlpClassifierHead"
+        ValueError, match=r"'mlp' cannot be applied to ConvNeXt: its head 'head' must be a linear layer, got Norm"
     ):
         build_method("mlp", make_model("test_convnext"), head="head")
     with pytest.raises(ValueError, match=r"'mlp-3': dropout must be a number in \[0, 1\), got 1"):

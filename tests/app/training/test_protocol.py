@@ -197,7 +197,7 @@ def test_a_run_is_evaluated_on_its_own_test_images_whatever_its_protocol(runs):
 
 
 def test_the_official_protocol_needs_test_images():
-    with pytest.raises(ValueError, match="protocol=official needs test images for epoch selection, but 'digits' has none"):
+    with pytest.raises(ValueError, match="official needs test images for epoch selection, but 'digits' has none"):
         load_data("digits", test_fraction=0, protocol="official")
 
 
