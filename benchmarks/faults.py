@@ -213,10 +213,8 @@ def outcome(run: Path) -> dict[str, object]:
     """Return the results of a run for exact comparison, without times and paths."""
     metrics = json.loads((run / "metrics.json").read_text())
     allocation = run / "allocation.json"
-    # the final head's last bits can change if a killed run fits it again; its predictions are compared
-    files = [path for path in sorted((run / "adapter").glob("*.safetensors")) if path.name != "layer_probe.safetensors"]
     return {
-        "adapter": {path.name: _sha256(path) for path in files},
+        "adapter": {path.name: _sha256(path) for path in sorted((run / "adapter").glob("*.safetensors"))},
         "metrics": {name: metrics[name] for name in ("best_epoch", "history", "val", "test")},
         "allocation": _sha256(allocation) if allocation.is_file() else None,
         "predictions": _sha256(run / "predictions.json"),
