@@ -88,7 +88,7 @@ class SparsePatch:
             tensors[f"{name}:{_VALUES}"] = changed.values.detach().cpu().to(_DTYPES[values])
         header = {"format": FORMAT, "shapes": json.dumps(self.shapes), "digests": json.dumps(self.digests)}
         metadata = {**self.metadata, **header}
-        return save(tensors, {**metadata, _DIGEST: tensors_digest(tensors, metadata)})
+        return tensors_bytes(tensors, {**metadata, _DIGEST: tensors_digest(tensors, metadata)})
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
@@ -234,6 +234,20 @@ def digest_of(tensor: Tensor) -> str:
     """Return the SHA-256 prefix of a tensor's bytes."""
     content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return hashlib.sha256(content.data).hexdigest()[:_DIGITS]
+
+
+def tensors_bytes(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Serialize tensors as safetensors with sorted metadata, so that equal content gives equal bytes.
+
+    `safetensors.torch.save` writes several metadata entries in random order.
+    """
+    content = save(tensors, dict(metadata))
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[end:]
 
 
 def tensors_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:

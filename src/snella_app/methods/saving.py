@@ -12,10 +12,10 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from snella.compat.sparse_file import tensors_digest
+from snella.compat.sparse_file import tensors_bytes, tensors_digest
 from snella_app.files import write_bytes
 from snella_app.methods.method import MethodSpec
 from snella_app.methods.model_parts import AdapterFileError
@@ -211,17 +211,7 @@ def _as_safetensors(tensors: dict[str, Tensor], settings_digest: str) -> bytes:
         values[name] = value.clone() if pointer in seen else value
         seen.add(pointer)
     metadata = {"format": "pt", _TENSORS_DIGEST: tensors_digest(values), _SETTINGS_DIGEST: settings_digest}
-    return _in_order(save(values, metadata))
-
-
-def _in_order(content: bytes) -> bytes:
-    """Sort the metadata of a safetensors file, which has random order, so that equal runs write equal files."""
-    end = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:end])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + content[end:]
+    return tensors_bytes(values, metadata)
 
 
 def _plain(value: Any) -> Any:

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
+from snella.compat.sparse_file import tensors_bytes
 from snella_app.files import write_bytes
 from snella_app.methods.model_parts import base_model
 
@@ -106,7 +106,7 @@ class LayerProbe(nn.Module):
         metadata = {"layers": json.dumps(self.layers), "has_tokens": json.dumps(has_tokens)}
         both = (self.linear.weight, self.linear.bias)
         tensors = {n: t.detach().float().cpu().contiguous() for n, t in zip(_TENSORS, both, strict=True)}
-        write_bytes(path, save(tensors, metadata))
+        write_bytes(path, tensors_bytes(tensors, metadata))
 
 
 def layer_probe_snippet(path: Path) -> str:

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from snella.compat.sparse_file import tensors_bytes
 from snella_app.files import made_folder, write_bytes, write_json
 from snella_app.methods import merge_trained
 from snella_app.records import BackboneInfo, RunInfo, plain, record_from
@@ -59,7 +60,7 @@ def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> Path:
     if path.suffix == _SUFFIX:
         model = merged_model(loaded.model)
         with made_folder(path.parent):
-            write_bytes(path, save(_weights(model), run_metadata(loaded, model)))
+            write_bytes(path, tensors_bytes(_weights(model), run_metadata(loaded, model)))
             _write_final_head(loaded, _final_head_file(path))
     else:
         write_timm_folder(loaded, path)
@@ -85,7 +86,7 @@ def write_timm_folder(loaded: LoadedRun, path: Path, **entries: Any) -> nn.Modul
     with made_folder(path):
         (path / _CONFIG).unlink(missing_ok=True)  # written last, since timm loads no folder without it
         _write_final_head(loaded, _final_head_file(path))
-        write_bytes(path / _WEIGHTS, save(_weights(model), {"format": "pt"}))
+        write_bytes(path / _WEIGHTS, tensors_bytes(_weights(model), {"format": "pt"}))
         write_json(path / _CONFIG, config)
     return model
 

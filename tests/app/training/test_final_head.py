@@ -338,3 +338,12 @@ def test_without_epochs_the_start_is_saved(tmp_path, monkeypatch):
 def test_no_epochs_without_a_measured_probe_are_refused(options, tmp_path):
     with pytest.raises(ValueError, match="epochs must be at least 1, got 0"):
         train(config(tmp_path, epochs=0, **options), QUIET)
+
+
+def test_the_file_has_the_same_bytes_each_time(finished, tmp_path):
+    run, _ = finished
+    probe, written = load_run(run).probe, set()
+    for _ in range(12):  # safetensors orders metadata at random
+        probe.save(tmp_path / LAYER_PROBE)
+        written.add((tmp_path / LAYER_PROBE).read_bytes())
+    assert written == {(run.path / "adapter" / LAYER_PROBE).read_bytes()}

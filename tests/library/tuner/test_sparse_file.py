@@ -97,3 +97,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
     path.write_bytes(save({"a": torch.zeros(1)}))
     with pytest.raises(ValueError, match=r"m.safetensors contains no sparse update; create one with snella export RUN"):
         SparsePatch.read(path)
+
+
+def test_equal_patches_have_equal_bytes():
+    assert len({make().to_bytes() for _ in range(12)}) == 1  # safetensors orders metadata at random
