@@ -9,14 +9,16 @@ python benchmarks/count_calls.py
 from __future__ import annotations
 
 import ast
-import os
+import io
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType, FrameType
+from unittest import mock
 
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
@@ -109,16 +111,13 @@ def functions_before_first_step(config: TrainConfig) -> dict[str, set[str]]:
     def stop(*_: object) -> None:
         raise _FirstStepError
 
-    console = make_console(file=open(os.devnull, "w"))  # noqa: SIM115 - closed with the process
-    step, SnellaTrainer.training_step = SnellaTrainer.training_step, stop  # type: ignore[assignment]
-    sys.setprofile(note)
-    try:
-        train(config, console)
-    except _FirstStepError:
-        pass
-    finally:
-        sys.setprofile(None)
-        SnellaTrainer.training_step = step  # type: ignore[method-assign]
+    console = make_console(file=io.StringIO())
+    with mock.patch.object(SnellaTrainer, "training_step", stop), suppress(_FirstStepError):
+        sys.setprofile(note)
+        try:
+            train(config, console)
+        finally:
+            sys.setprofile(None)
     return entered
 
 

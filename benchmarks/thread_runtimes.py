@@ -13,7 +13,8 @@ import torch
 
 from snella.backends.numba import backend
 from snella_lab.bench.baselines import Workload
-from snella_lab.bench.bench import Runner, op_error, random_batch
+from snella_lab.bench.bench import Runner, random_batch
+from snella_lab.bench.reference import op_error
 from snella_lab.bench.rows import append_rows, conditions
 
 HERE = Path(__file__).parent

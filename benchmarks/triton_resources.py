@@ -1,6 +1,7 @@
 """Registers, spills, shared memory, occupancy and instructions of the compiled Triton kernels; requires no GPU.
 
 python benchmarks/triton_resources.py                         all capabilities and ranks; writes triton_resources.jsonl
+python benchmarks/triton_resources.py --capabilities 90 --ranks 8 --warps 8          adds rows for another launch
 python benchmarks/triton_resources.py --capabilities 90 --ranks 8 --check    only compiles
 
 Each kernel is compiled with the settings that select its branches. Resources come from Triton's copy of `cuobjdump`.
@@ -111,21 +112,21 @@ def compile_for(target: GPUTarget, kernel: Any, settings: dict[str, Any]) -> Any
     return compiled
 
 
-def resources_of(cubin: bytes, capability: int, warps: int) -> Resources:
-    """Read the resources of a kernel with `cuobjdump`."""
+def resources_of(compiled: Any, capability: int) -> Resources:
+    """Read the resources of a compiled kernel with `cuobjdump`."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(compiled.asm["cubin"])
         file.flush()
         usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
         code = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
     text = usage.stdout + usage.stderr
-    registers, stack, shared, local = (
-        int(re.search(rf"{name}:(\d+)", text)[1])  # type: ignore[index]
-        for name in ("REG", "STACK", "SHARED", "LOCAL")
-    )
+    numbers = {name: int(number) for name, number in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+    # dynamic shared memory is requested at launch and missing in the machine code
+    shared = max(numbers["SHARED"], int(compiled.metadata.shared))
     instructions = len(re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/", code, re.MULTILINE))
-    return Resources(registers, stack + local, shared, instructions, occupancy(registers, shared, warps, capability))
+    share = occupancy(numbers["REG"], shared, int(backend.LAUNCH["num_warps"]), capability)
+    return Resources(numbers["REG"], numbers["STACK"] + numbers["LOCAL"], shared, instructions, share)
 
 
 def occupancy(registers: int, shared_bytes: int, warps: int, capability: int) -> float:
@@ -142,9 +143,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capabilities", nargs="+", type=int, choices=CAPABILITIES, default=list(CAPABILITIES))
     parser.add_argument("--ranks", nargs="+", type=int, default=list(RANKS))
+    parser.add_argument("--warps", type=int, help="instead of the backend's number; adds rows to the file")
     parser.add_argument("--check", action="store_true", help="only compile")
     parser.add_argument("--out", type=Path, default=ROWS)
     args = parser.parse_args()
+    if args.warps:
+        backend.LAUNCH["num_warps"] = args.warps
     rows, count = [], 0
     for rank in args.ranks:
         for name, kernel, settings in variants(rank):
@@ -154,16 +158,12 @@ def main() -> None:
                 print(f"{count} {name}, r {rank}, {capability}", flush=True)
                 if args.check:
                     continue
-                resources = resources_of(compiled.asm["cubin"], capability, int(backend.LAUNCH["num_warps"]))
-                # dynamic shared memory is requested at launch and missing in the machine code
-                shared = max(resources.shared_bytes, int(compiled.metadata.shared))
-                fraction = occupancy(resources.registers, shared, int(backend.LAUNCH["num_warps"]), capability)
-                row = {"kernel": name, "rank": rank, "capability": capability, **asdict(resources)}
-                rows.append({**row, "shared_bytes": shared, "occupancy": fraction})
+                row = {"kernel": name, "rank": rank, "capability": capability}
+                rows.append({**row, **asdict(resources_of(compiled, capability))})
     if args.check:
         print(f"{count} compiled")
         return
-    for name, kernel, settings in variants(args.ranks[0]):
+    for name, kernel, settings in [] if args.warps else variants(args.ranks[0]):
         try:
             compile_for(GPUTarget("hip", "gfx942", 64), kernel, settings)
             error = ""
@@ -171,7 +171,8 @@ def main() -> None:
             error = f"{type(problem).__name__}: {str(problem).splitlines()[0][:200] if str(problem) else ''}"
         rows.append({"kernel": name, "rank": args.ranks[0], "capability": "gfx942", "error": error})
     versions = {"triton": triton.__version__, "tile": TILE, "warps": backend.LAUNCH["num_warps"]}
-    args.out.write_text("".join(json.dumps({**row, **versions}) + "\n" for row in rows))
+    earlier = args.out.read_text() if args.warps else ""
+    args.out.write_text(earlier + "".join(json.dumps({**row, **versions}) + "\n" for row in rows))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def plugin(group: str, name: str) -> Any:
     """Load the object registered as `name` in `snella.{group}`; None if no package registers it.
 
     Args:
-        group: As for `plugins`.
+        group: `reports` or `choices`.
         name: Name of the entry point.
 
     Raises:
@@ -34,20 +34,23 @@ def plugin(group: str, name: str) -> Any:
 
 
 @functools.cache
-def plugins(group: str) -> dict[str, Any]:
+def plugins(group: str, reserved: frozenset[str] = frozenset()) -> dict[str, Any]:
     """Load all objects registered in `snella.{group}`, by name.
 
-    Entries that cannot be imported are skipped with a warning that names their package.
+    Entries that cannot be imported, or whose name is taken, are skipped with a warning that names their package.
 
     Args:
-        group: `commands`, `methods`, `data`, `backbones`, `reports` or `choices`.
+        group: `commands`, `methods`, `data` or `backbones`.
+        reserved: Names that the application itself uses.
     """
     objects = {}
     entries = entry_points(group=f"snella.{group}")
     for entry in sorted(entries, key=lambda entry: (not entry.value.startswith("snella_"), entry.name)):
         package = entry.dist.name if entry.dist is not None else entry.module
-        if entry.name in objects:
-            warnings.warn(f"{package} registers {entry.name!r} in snella.{group} a second time; ignored", stacklevel=2)
+        if entry.name in objects or entry.name in reserved:
+            warnings.warn(
+                f"{package} registers {entry.name!r} in snella.{group}, which is taken; ignored", stacklevel=2
+            )
             continue
         try:
             objects[entry.name] = entry.load()

@@ -96,11 +96,12 @@ class DataSplits:
 @functools.cache
 def _registered() -> dict[str, Callable[..., Collection]]:
     """Return registered data loaders by name; names of loaders that take a path end with a colon."""
-    needs_path = {
-        name: any(parameter.default is parameter.empty for parameter in inspect.signature(load).parameters.values())
-        for name, load in plugins("data").items()
-    }
-    return {f"{name}:" if needs_path[name] else name: load for name, load in plugins("data").items()}
+    own = frozenset(prefix.removesuffix(":") for prefix in (*_IN_FOLDERS, *_IN_TABLES, *_BENCHMARKS, PYTHON_PREFIX))
+    loaders = {}
+    for name, load in plugins("data", own).items():
+        needs_path = any(p.default is p.empty for p in inspect.signature(load).parameters.values())
+        loaders[f"{name}:" if needs_path else name] = load
+    return loaders
 
 
 def data_names() -> list[str]:

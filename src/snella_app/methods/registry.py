@@ -34,7 +34,7 @@ METHODS: dict[str, Method] = {
     **CATALOG,
 }
 """Methods by name without number; methods of plugins come last."""
-METHODS.update({name: method for name, method in plugins("methods").items() if name not in METHODS})
+METHODS.update(plugins("methods", frozenset(METHODS)))
 
 
 def method_names() -> list[str]:

@@ -25,16 +25,16 @@ from snella import BudgetAllocator, create_snella_optimizer
 from snella.allocator import allocate
 from snella.backends import choose_backend
 from snella.backends.numba.backend import NumbaBackend, sddmm_weight_grad
-from snella.functional import adapted_layer, compute_effective_weight
+from snella.functional import compute_effective_weight
 from snella.kernels import make_kernel
 from snella.layer import SnellaLayer
-from snella.update import Factors, LinearOp, Update, UpdateSpec
+from snella.update import Factors, Update, UpdateSpec
 from snella_app.console import make_console, make_table, print_line
 from snella_app.training.memory import peak_rss_mib, record_forward
 from snella_lab.bench.baselines import BASELINES, REFERENCE, Workload, random_batch
+from snella_lab.bench.reference import op_error
 from snella_lab.bench.rows import append_rows, conditions, draw_figures
 
-_SHAPES = (((96,), 80), ((40, 40, 40), 64))
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -117,47 +117,6 @@ def grid(device: str = "cpu", out: str | None = None) -> BenchConfig:
         memory=True,
         out=out,
     )
-
-
-def op_error(impl: str, device: str = "cpu", sparsity: float = 0.7) -> str | None:
-    """Compare the output and every gradient of an implementation with the float64 reference.
-
-    Args:
-        impl: Implementation, as in `adapted_linear`.
-        device: Device of the comparison.
-        sparsity: Sparsity of the update.
-
-    Returns:
-        Message on the first tensor outside the float32 tolerance, or `None`.
-    """
-    for rows, n in _SHAPES:
-        generator = torch.Generator().manual_seed(0)
-        m, groups = sum(rows), len(rows)
-        drawn = [torch.rand(*s, generator=generator) * 2 - 1 for s in ((groups, n, 8), (m, 8), (4, n), (m, n), (4, m))]
-        A, B, x, weight, grad_y = (tensor.to(device) for tensor in drawn)
-        piece_coeff = torch.tensor([[0.1, -0.1]], device=device).repeat(groups, 1)
-        factors = Factors(A, B, piece_coeff, torch.ones(groups, device=device), torch.zeros(groups, device=device))
-        budgets = tuple(max(1, int(count * n * (1 - sparsity))) for count in rows)
-        update = Update(UpdateSpec(make_kernel("mix_k"), rows), factors, budgets)
-        actual = _solve(update, x, weight, grad_y, impl, torch.float32)
-        expected = _solve(update, x, weight, grad_y, "reference", torch.float64)
-        for name, (value, exact) in zip(
-            ("y", "x", "A", "B", "piece_coeff", "alpha", "beta"), zip(actual, expected, strict=True), strict=True
-        ):
-            error = (value.double() - exact).abs().max().item()
-            tolerance = 2e-4 * (exact.abs().max().item() + 1e-3)
-            if not error <= tolerance:
-                return f"{name} differs by {error:.2e} from the reference at {[m, n]}; the tolerance is {tolerance:.2e}"
-    return None
-
-
-def _solve(update: Update, x: Tensor, weight: Tensor, grad_y: Tensor, impl: str, dtype: torch.dtype) -> list[Tensor]:
-    """Return the output and the gradients of `x` and all factors."""
-    inputs = [x, *(tensor for tensor in update.factors if tensor is not None)]
-    x, *tensors = (tensor.detach().to(dtype).requires_grad_() for tensor in inputs)
-    spec = replace(update.spec, backend=choose_backend(impl, update.spec, tensors[0])[0])
-    y, _ = adapted_layer(x, weight.to(dtype), None, [Update(spec, Factors(*tensors), update.budgets)], LinearOp())
-    return [y.detach(), *torch.autograd.grad(y, [x, *tensors], grad_y.to(dtype))]
 
 
 @dataclass(frozen=True)

@@ -5,65 +5,22 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
-from snella.backends import choose_backend, get_backend
-from snella.functional import adapted_layer
-from snella.kernels import make_kernel
-from snella.update import Factors, LinearOp, Update, UpdateSpec
 from snella_app.console import make_console, make_table, print_line
 from snella_app.files import write_json
 from snella_app.text import bytes_text
 from snella_lab.bench.bench import BenchConfig, bench
+from snella_lab.bench.reference import DTYPES, BackendCheck, check_backend
 from snella_lab.bench.rows import conditions, device_name
 
-SHAPES = (((1,), 1), ((96,), 80), ((17,), 33), ((40, 40, 40), 64), ((768,), 192))
-"""Rows of each matrix in a weight, and columns: one entry, even, odd, fused query/key/value, a ViT layer."""
-KERNELS = ("mix_k", "p_linear")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_DRAWS, _RANK, _TOKENS, _KEPT = 8, 8, 6, 0.3
-_SCALARS = ("piece_coeff", "alpha", "beta", "temperature")
 _PACKAGES = ("snella", "torch", "peft", "timm", "triton", "numba", "numpy")
-
-
-@dataclass(frozen=True)
-class BackendCheck:
-    """Comparison of one backend with the float64 reference.
-
-    The error of an output or gradient is the largest absolute error relative to the largest exact value, as the root
-    mean square over random samples. The tolerance is `2·max(error of the reference in the same dtype, 8·eps) + eps/2`.
-
-    Attributes:
-        device: Device of the tensors.
-        impl: Backend.
-        dtype: Dtype of input, weight and gradient; factors are float32.
-        cases: Number of pairs of kernel and shape.
-        worst: Largest ratio of error and tolerance over all cases, outputs and gradients; correct if at most 1.
-        where: Kernel, shape and tensor with the largest ratio.
-        error: Reason why the backend cannot run; empty if it can.
-    """
-
-    device: str
-    impl: str
-    dtype: str
-    cases: int = 0
-    worst: float = 0.0
-    where: str = ""
-    error: str = ""
-
-    @property
-    def verdict(self) -> str:
-        """`right`, `wrong` or `not available`."""
-        if self.error:
-            return "not available"
-        return "right" if self.worst <= 1 else "wrong"
 
 
 @dataclass
@@ -162,96 +119,3 @@ def describe_machine() -> dict[str, Any]:
     if threads := os.environ.get("OMP_NUM_THREADS"):
         machine["environment"] = f"OMP_NUM_THREADS={threads}"
     return machine
-
-
-def check_backend(impl: str, device: str, dtype: str = "fp32") -> BackendCheck:
-    """Compare a backend with the float64 reference on every kernel and shape of this module.
-
-    Args:
-        impl: `triton`, `numba` or `eager`.
-        device: A torch device.
-        dtype: `fp32` or `bf16`, dtype of input, weight and gradient.
-    """
-    worst, where, cases = 0.0, "", 0
-    for kernel in KERNELS:
-        for rows, columns in SHAPES:
-            try:
-                ratios = _ratios(kernel, rows, columns, impl, device, DTYPES[dtype])
-            except (ImportError, NotImplementedError) as error:
-                return BackendCheck(device, impl, dtype, error=str(error))
-            cases += 1
-            name = max(ratios, key=lambda name: ratios[name] if ratios[name] == ratios[name] else float("inf"))
-            ratio = ratios[name] if ratios[name] == ratios[name] else float("inf")
-            if ratio >= worst:
-                worst, where = ratio, f"{kernel} [{sum(rows)}, {columns}] {name}"
-    return BackendCheck(device, impl, dtype, cases, round(worst, 3), where)
-
-
-def _ratios(
-    kernel: str, rows: tuple[int, ...], columns: int, impl: str, device: str, dtype: torch.dtype
-) -> dict[str, float]:
-    """Return the ratio of error and tolerance of a backend, for the output and each gradient."""
-    exact, plain, actual = [], [], []
-    for seed in range(_DRAWS):
-        tensors = _tensors(kernel, rows, columns, seed, device, dtype)
-        wide = {name: tensor.double() for name, tensor in tensors.items()}
-        exact.append(_solve(kernel, rows, wide, "reference"))
-        plain.append(_solve(kernel, rows, tensors, "reference"))
-        actual.append(_solve(kernel, rows, tensors, impl))
-    eps = {name: torch.finfo(tensor.dtype).eps for name, tensor in plain[0].items()}
-    reference = {name: max(loss, 8 * eps[name]) for name, loss in _losses(plain, exact).items()}
-    # scalar gradients are sums with cancellation, so all scalars share the largest reference error
-    scalar_loss = max((reference[name] for name in _SCALARS if name in reference), default=0.0)
-    limits = {name: 2 * (scalar_loss if name in _SCALARS else loss) + eps[name] / 2 for name, loss in reference.items()}
-    return {name: loss / limits[name] for name, loss in _losses(actual, exact).items()}
-
-
-def _tensors(
-    kernel: str, rows: tuple[int, ...], columns: int, seed: int, device: str, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """Create random input, weight, factors, scalars and gradient of one layer."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def uniform(*shape: int) -> Tensor:
-        return 2 * torch.rand(*shape, generator=generator) - 1
-
-    made, groups, m = make_kernel(kernel), len(rows), sum(rows)
-    scalars = {
-        "piece_coeff": (0.75 + uniform(groups, made.num_pieces) / 4) * (-1.0) ** torch.arange(made.num_pieces),
-        "alpha": 1 + uniform(groups) / 4,
-        "beta": uniform(groups) / 4,
-        "temperature": 0.8 + uniform(groups) / 4,
-    }
-    factors = {"A": uniform(groups, columns, _RANK), "B": uniform(m, _RANK)}
-    factors |= {name: scalars[name] for name in _SCALARS if name in made.scalars}
-    base = {"x": uniform(_TOKENS, columns), "weight": uniform(m, columns), "grad_y": uniform(_TOKENS, m)}
-    tensors = {name: tensor.to(dtype) for name, tensor in base.items()} | factors
-    return {name: tensor.to(device) for name, tensor in tensors.items()}
-
-
-def _solve(kernel: str, rows: tuple[int, ...], tensors: dict[str, Tensor], impl: str) -> dict[str, Tensor]:
-    """Return output and gradients of one layer."""
-    columns = tensors["weight"].shape[1]
-    leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items() if name != "grad_y"}
-    factors = Factors(*(leaves.get(name) for name in Factors._fields))  # type: ignore[arg-type]
-    spec = UpdateSpec(make_kernel(kernel), rows)
-    spec = replace(spec, backend=choose_backend(impl, spec, leaves["A"])[0])
-    if spec.backend not in ("reference", "eager"):
-        reason = get_backend(spec.backend).unsupported_reason(spec, leaves["A"])
-        if reason is not None:
-            raise NotImplementedError(reason)
-    budgets = tuple(max(1, int(count * columns * _KEPT)) for count in rows)
-    y, _ = adapted_layer(leaves["x"], leaves["weight"], None, [Update(spec, factors, budgets)], LinearOp())
-    gradients = torch.autograd.grad(y, list(leaves.values()), tensors["grad_y"])
-    return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
-
-
-def _losses(actual: list[dict[str, Tensor]], exact: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Return the root mean square over samples of the largest relative error, by tensor."""
-    losses = {}
-    for name in exact[0]:
-        scale = max(solution[name].abs().max().item() for solution in exact) or 1.0
-        pairs = zip(actual, exact, strict=True)
-        errors = torch.tensor([(x[name].double() - true[name]).abs().max().item() / scale for x, true in pairs])
-        losses[name] = errors.square().mean().sqrt().item()
-    return losses

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
+from snella._cache_folder import cache_folder
 from snella_app.backbones.checkpoint import Checkpoint, load_weights, update_config
 from snella_app.backbones.create import NamedBackbone
 from snella_app.files import sha256_of
@@ -181,14 +182,6 @@ PACKAGED = {
         convert=convert_efficientnet_lite,
     ),
 }
-
-
-def cache_folder() -> Path:
-    """Return the cache folder: `$SNELLA_CACHE`, else `$XDG_CACHE_HOME/snella`, else `~/.cache/snella`."""
-    if chosen := os.environ.get("SNELLA_CACHE"):
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "snella"
 
 
 def load_packaged(model: nn.Module, name: str) -> None:

@@ -148,7 +148,7 @@ def test_settings_come_from_a_file_and_the_command_line_wins(train_words, tmp_pa
 def test_a_finished_run_is_protected_and_said_to_be_finished(run, train_words, failing, capsys):
     assert "holds a finished run" in failing(*train_words, "--out", str(run))
     assert main(["train", "--out", str(run), "--resume"]) == 0
-    assert "is finished already" in capsys.readouterr().out
+    assert "is already finished" in capsys.readouterr().out
 
 
 def test_ctrl_c_ends_with_130_and_the_command_that_continues(train_words, tmp_path, failing, monkeypatch):

@@ -365,7 +365,7 @@ def test_a_finished_run_is_not_trained_again_by_resuming(finished, console):
     before = (finished.path / "metrics.json").read_bytes()
     train(TrainConfig(out=str(finished.path), resume=True), console)
     assert (finished.path / "metrics.json").read_bytes() == before
-    assert "is finished already" in console.file.getvalue()
+    assert "is already finished" in console.file.getvalue()
 
 
 @pytest.mark.parametrize(

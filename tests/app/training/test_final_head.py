@@ -11,7 +11,6 @@ from rich.console import Console
 from sklearn.linear_model import LogisticRegression
 
 from snella import TaskBank
-from snella_app.config import TrainConfig
 from snella_app.methods import build_method
 from snella_app.runs import load_run
 from snella_app.runs.evaluate import calibrate_run, evaluate
@@ -26,26 +25,9 @@ from snella_app.training.final_head import MeasuredFeatures, fit_linear, is_clea
 from snella_app.training.linear_probe import base_and_head, choose_final_head
 from snella_app.training.train import train
 
+from .digits import config
+
 QUIET = Console(quiet=True)
-
-
-def config(out, **options):
-    settings = {
-        "data": "digits",
-        "backbone": "test_vit",
-        "pretrained": False,
-        "img_size": 32,
-        "out": str(out),
-        "device": "cpu",
-        "train_size": 60,
-        "val_size": 20,
-        "test_size": 20,
-        "epochs": 1,
-        "batch_size": 20,
-        "r": 2,
-        "progress": False,
-    }
-    return TrainConfig(**settings | options)
 
 
 @pytest.fixture(scope="module")

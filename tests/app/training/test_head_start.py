@@ -8,35 +8,18 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from snella_app.config import TrainConfig
 from snella_app.tasks.classification import fit_probe
 from snella_app.training.build import build_components
 from snella_app.training.linear_probe import choose_augmentation, choose_head_start, start_head_from_probe
 from snella_app.training.train import train
 
+from . import digits
+
 QUIET = Console(quiet=True)
 
 
 def config(out, **options):
-    settings = {
-        "data": "digits",
-        "backbone": "test_vit",
-        "pretrained": False,
-        "img_size": 32,
-        "out": str(out),
-        "device": "cpu",
-        "train_size": 60,
-        "val_size": 20,
-        "test_size": 20,
-        "epochs": 1,
-        "batch_size": 20,
-        "r": 2,
-        "augment": "flip",
-        "head_init": "probe",
-        "final_head": "trained",
-        "progress": False,
-    }
-    return TrainConfig(**settings | options)
+    return digits.config(out, **{"augment": "flip", "head_init": "probe", "final_head": "trained"} | options)
 
 
 def logits_of(parts):
@@ -87,7 +70,7 @@ def test_a_start_that_no_epoch_beats_is_saved(tmp_path):
     metrics = run.read_json("metrics.json")
     assert metrics["best_epoch"] == 0
     assert metrics["val"]["accuracy"] == pytest.approx(metrics["history"][0]["val_accuracy"])
-    assert "no epoch is better than the start, which is saved" in console.file.getvalue()
+    assert "no epoch is better than the initial model, which is saved" in console.file.getvalue()
 
 
 @pytest.mark.parametrize("classes", [2, 5])

@@ -104,4 +104,4 @@ def test_other_images_are_noted(finished, further, make_photos, tmp_path):
     config = finished.start_settings(further(data=f"folder:{others}")).resolved()
     parts = build_components(config)
     load_start(parts, config, finished)
-    assert parts.splits.notes[-1].startswith(f"{finished.path} was trained on other images than this run")
+    assert parts.splits.notes[-1].startswith(f"{finished.path} has different splits; its training images")

@@ -156,7 +156,7 @@ def test_resuming_where_nothing_can_be_written_says_that_a_finished_run_is_finis
     with no_permission_to_write(run.path):
         if status == "finished":
             train(TrainConfig(out=str(run.path), resume=True), Console(file=output, width=200))
-            assert "run is finished already; its report is" in output.getvalue()
+            assert "run is already finished; report" in output.getvalue()
         else:
             with pytest.raises(PermissionError, match="Permission denied"):
                 train(TrainConfig(out=str(run.path), resume=True), Console(file=output))

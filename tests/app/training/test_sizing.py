@@ -80,7 +80,7 @@ def test_the_run_is_that_of_the_numbers_that_were_chosen(settings, console, monk
     stored = run.read_config()
     assert stored.batch_size == 2 and 1 <= stored.epochs <= 2  # 20 images: 10 steps of 2
     text = console.file.getvalue()
-    assert "batch size 2: a step takes about" in text and re.search(r"\d+ epochs? in 60s: one takes about", text)
+    assert "batch size 2: a step takes about" in text and re.search(r"\d+ epochs? in 60s: one epoch takes about", text)
     values = {**stored.stored(), "time_budget": None, "out": str(tmp_path / "again")}
     again = train(TrainConfig(**values, progress=False), console)
     one, two = (load_file(folder.adapter / "adapter_model.safetensors") for folder in (run, again))
@@ -90,9 +90,9 @@ def test_the_run_is_that_of_the_numbers_that_were_chosen(settings, console, monk
 @pytest.mark.parametrize(
     ("budget", "epochs", "said"),
     [
-        ("60s", 7, "7 epochs in 60s: one takes about"),  # 0.9 · 60 / (14 · 0.5 + 3 · 0.1) = 7.4
-        ("4s", 1, "which is more than the budget"),
-        ("2h", 100, "and 100 are enough"),
+        ("60s", 7, "7 epochs in 60s: one epoch takes about"),  # 0.9 · 60 / (14 · 0.5 + 3 · 0.1) = 7.4
+        ("4s", 1, "more than the remaining budget"),
+        ("2h", 100, "100 is the maximum"),
     ],
 )
 def test_as_many_epochs_as_fit(budget, epochs, said, settings, console, monkeypatch):
@@ -137,28 +137,34 @@ def chosen_size(settings, console, **changes):
 @pytest.mark.parametrize(
     ("budget", "power", "size", "tried", "said"),
     [
-        ("72s", 2, None, [48, 160], "measuring steps, to fit 4 epochs into 72s"),  # 0.9 · 72 / (16 · 1) = 4.05
+        ("72s", 2, None, [48, 160], "measuring step times to fit 4 epochs into 72s"),  # 0.9 · 72 / (16 · 1) = 4.05
         (
             "70s",
             2,
             144,
             [48, 144, 160],
-            "one takes about 13.0 s; at 160 px, the backbone's own size, it takes about 16.0 s;",
+            "one epoch takes about 13.0 s, at 160 px, the backbone's default size, about 16.0 s; use --img-size",
         ),
         (
             "30s",
             2,
             96,
             [48, 96, 112],
-            "16.0 s if time grows as the pixels do; --img-size sets it",
+            "16.0 s (estimated from the number of pixels); use --img-size to set the size",
         ),  # 0.9 · 30 / (16 · 0.36) = 4.7
-        ("30s", 4, 128, [48, 160, 96, 128, 144], "image size 128 px: 4 epochs fit into 30s, one takes about 6.6 s"),
+        (
+            "30s",
+            4,
+            128,
+            [48, 160, 96, 128, 144],
+            "image size 128 px: 4 epochs fit into 30s; one epoch takes about 6.6 s",
+        ),
         (
             "3s",
             2,
             48,
             [48],
-            "image size 48 px: 4 epochs do not fit there either, the smallest size that is tried, into 3s",
+            "image size 48 px: 4 epochs exceed 3s even at the smallest size",
         ),
     ],
 )
@@ -176,8 +182,8 @@ def test_the_largest_size_is_taken_at_which_the_epochs_fit(
     [
         ({"img_size": 80}, ""),
         ({"time_budget": None}, ""),
-        ({"folds": 2, "fold": 1, "train_size": None}, "image size stays 160 px, since all folds have the same"),
-        ({"method": "gps"}, "image size stays 160 px, since gps chooses what it trains at one size"),
+        ({"folds": 2, "fold": 1, "train_size": None}, "image size stays 160 px: all folds use the same size"),
+        ({"method": "gps"}, "image size stays 160 px: gps selects parameters at this size"),
     ],
 )
 def test_a_size_that_is_given_or_must_be_the_same_stays(changes, said, settings, console, timed_by_pixels):
@@ -194,7 +200,7 @@ def test_a_backbone_that_cannot_be_built_for_another_size_keeps_its_own(settings
         raise ValueError(f"no {size}\nat all")
 
     assert fit_image_size(parts, config, at_size, console) == config
-    assert "image size stays 160 px, since test_vit cannot take 48 px (no 48)" in console.file.getvalue()
+    assert "image size stays 160 px: test_vit does not support 48 px (no 48)" in console.file.getvalue()
 
 
 def test_the_chosen_size_is_that_of_the_run(settings, console, monkeypatch, timed_by_pixels):

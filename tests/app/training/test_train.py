@@ -187,7 +187,7 @@ def test_a_batch_size_that_nobody_gave_shrinks_to_the_training_images(settings, 
     run = train(settings(batch_size=None, epochs=1, train_size=9), console)
     assert run.read_config().batch_size == 9
     text = console.file.getvalue()
-    assert "all 9 training images in one batch, instead of 32 images" in text
+    assert "batch size reduced from 32 to 9, the number of training images" in text
     assert "1 epoch of 1 step, 9 images each" in text
 
 
@@ -223,7 +223,7 @@ def test_a_run_that_gives_one_answer_says_so(settings, console, no_report, monke
         "snella_app.training.finish._only_answer", lambda scores, classes: classes[len(scores["confusion"]) - 1]
     )
     train(settings(method="linear", epochs=1), console)
-    assert "note: every validation image is predicted as 'owls': nothing that tells" in console.file.getvalue()
+    assert "note: every validation image is predicted as 'owls'; the model did not learn" in console.file.getvalue()
 
 
 def test_large_images_are_read_at_the_same_resolution_in_training_evaluation_and_prediction(

@@ -304,6 +304,8 @@ def test_a_tracker_without_its_package_is_named_before_anything_is_loaded(settin
         raise RuntimeError("WandbCallback requires wandb to be installed. Run `pip install wandb`.")
 
     monkeypatch.setitem(sys.modules["snella_app.training.train"].INTEGRATION_TO_CALLBACK, "wandb", missing)
-    with pytest.raises(ImportError, match="track=wandb needs a package; pip install wandb: WandbCallback requires"):
+    with pytest.raises(
+        ImportError, match="track=wandb requires a missing package; pip install wandb: WandbCallback requires"
+    ):
         train(settings(track="wandb"), console)
     assert not os.path.exists(settings().out)

@@ -9,15 +9,16 @@ from rich.console import Console
 
 from snella.backends.base import TorchBackend
 from snella_app.cli.main import main
-from snella_lab.bench import doctor
-from snella_lab.bench.doctor import check_backend, describe_machine, diagnose
+from snella_lab.bench import reference
+from snella_lab.bench.doctor import describe_machine, diagnose
+from snella_lab.bench.reference import check_backend, op_error
 
 
 @pytest.fixture(autouse=True)
 def few(monkeypatch):
     """Fewer draws and shapes."""
-    monkeypatch.setattr(doctor, "_DRAWS", 3)
-    monkeypatch.setattr(doctor, "SHAPES", (((17,), 33), ((8, 8, 8), 12)))
+    monkeypatch.setattr(reference, "_DRAWS", 3)
+    monkeypatch.setattr(reference, "SHAPES", (((17,), 33), ((8, 8, 8), 12)))
 
 
 @pytest.mark.parametrize("impl", ["numba", "eager"])
@@ -87,3 +88,11 @@ def test_the_command_ends_with_1_if_a_backend_is_wrong(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="1"):
         main(["doctor", "--steps", "false"])
     assert "wrong: eager on cpu in fp32" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.7, 0.99, 0.9999])
+@pytest.mark.parametrize("impl", ["numba", "eager"])
+def test_the_backends_are_right_at_every_sparsity(impl, sparsity):
+    if impl == "numba":
+        pytest.importorskip("numba")
+    assert op_error(impl, sparsity=sparsity) is None

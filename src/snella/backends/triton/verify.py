@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from snella._cache_folder import cache_folder
 from snella.backends.base import TorchBackend
 from snella.backends.triton import backend, backward, forward
 from snella.update import Factors, UpdateSpec
@@ -141,11 +142,8 @@ def _source_digest() -> str:
 
 
 def _cache_file() -> Path:
-    """Where results are kept between processes."""
-    if chosen := os.environ.get("SNELLA_CACHE"):
-        return Path(chosen).expanduser() / "kernel_checks.json"
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "snella" / "kernel_checks.json"
+    """Return the file that keeps results between processes."""
+    return cache_folder() / "kernel_checks.json"
 
 
 def _read() -> dict[str, str | None]:

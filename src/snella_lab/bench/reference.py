@@ -1,0 +1,163 @@
+"""Comparison of backends with the float64 reference."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from snella.backends import choose_backend
+from snella.functional import adapted_layer
+from snella.kernels import make_kernel
+from snella.update import Factors, LinearOp, Update, UpdateSpec
+
+SHAPES = (((1,), 1), ((96,), 80), ((17,), 33), ((40, 40, 40), 64), ((768,), 192))
+"""Rows of each matrix in a weight, and columns: one entry, even, odd, fused query/key/value, a ViT layer."""
+KERNELS = ("mix_k", "p_linear")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_DRAWS, _RANK, _TOKENS = 8, 8, 6
+_SCALARS = ("piece_coeff", "alpha", "beta", "temperature")
+
+
+@dataclass(frozen=True)
+class BackendCheck:
+    """Comparison of one backend with the float64 reference.
+
+    The error of an output or gradient is the largest absolute error relative to the largest exact value, as the root
+    mean square over random samples. The tolerance is `2·max(error of the reference in the same dtype, 8·eps) + eps/2`.
+
+    Attributes:
+        device: Device of the tensors.
+        impl: Backend.
+        dtype: Dtype of input, weight and gradient; factors are float32.
+        cases: Number of pairs of kernel and shape.
+        worst: Largest ratio of error and tolerance over all cases, outputs and gradients; correct if at most 1.
+        where: Kernel, shape and tensor with the largest ratio.
+        error: Reason why the backend cannot run; empty if it can.
+    """
+
+    device: str
+    impl: str
+    dtype: str
+    cases: int = 0
+    worst: float = 0.0
+    where: str = ""
+    error: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """`right`, `wrong` or `not available`."""
+        if self.error:
+            return "not available"
+        return "right" if self.worst <= 1 else "wrong"
+
+
+def check_backend(impl: str, device: str, dtype: str = "fp32", *, sparsity: float = 0.7) -> BackendCheck:
+    """Compare a backend with the float64 reference on every kernel and shape of this module.
+
+    Args:
+        impl: Implementation, as in `adapted_linear`.
+        device: A torch device.
+        dtype: `fp32` or `bf16`, dtype of input, weight and gradient.
+        sparsity: Sparsity of the update.
+    """
+    worst, where, cases = 0.0, "", 0
+    for kernel in KERNELS:
+        for rows, columns in SHAPES:
+            try:
+                ratios = _ratios(kernel, rows, columns, impl, device, DTYPES[dtype], sparsity)
+            except (ImportError, NotImplementedError) as error:
+                return BackendCheck(device, impl, dtype, error=str(error))
+            cases += 1
+            name, ratio = max(ratios.items(), key=lambda item: item[1])
+            if ratio >= worst:
+                worst, where = ratio, f"{kernel} [{sum(rows)}, {columns}] {name}"
+    return BackendCheck(device, impl, dtype, cases, round(worst, 3), where)
+
+
+def op_error(impl: str, device: str = "cpu", sparsity: float = 0.7) -> str | None:
+    """Compare an implementation with the reference in float32.
+
+    Args:
+        impl: Implementation, as in `adapted_linear`.
+        device: Device of the comparison.
+        sparsity: Sparsity of the update.
+
+    Returns:
+        Message on the worst tensor, or on why the implementation cannot run; `None` if all are within the tolerance.
+    """
+    check = check_backend(impl, device, sparsity=sparsity)
+    if check.verdict == "right":
+        return None
+    return check.error or f"{check.where} differs from the reference by {check.worst:.3g} times the tolerance"
+
+
+def _ratios(
+    kernel: str, rows: tuple[int, ...], columns: int, impl: str, device: str, dtype: torch.dtype, sparsity: float
+) -> dict[str, float]:
+    """Return the ratio of error and tolerance of a backend, for the output and each gradient; NaN becomes infinity."""
+    exact, plain, actual = [], [], []
+    for seed in range(_DRAWS):
+        tensors = _tensors(kernel, rows, columns, seed, device, dtype)
+        wide = {name: tensor.double() for name, tensor in tensors.items()}
+        exact.append(_solve(kernel, rows, wide, "reference", sparsity))
+        plain.append(_solve(kernel, rows, tensors, "reference", sparsity))
+        actual.append(_solve(kernel, rows, tensors, impl, sparsity))
+    eps = {name: torch.finfo(tensor.dtype).eps for name, tensor in plain[0].items()}
+    reference = {name: max(loss, 8 * eps[name]) for name, loss in _losses(plain, exact).items()}
+    # scalar gradients are sums with cancellation, so all scalars share the largest reference error
+    scalar_loss = max((reference[name] for name in _SCALARS if name in reference), default=0.0)
+    limits = {name: 2 * (scalar_loss if name in _SCALARS else loss) + eps[name] / 2 for name, loss in reference.items()}
+    losses = _losses(actual, exact)
+    return {name: math.inf if math.isnan(loss) else loss / limits[name] for name, loss in losses.items()}
+
+
+def _tensors(
+    kernel: str, rows: tuple[int, ...], columns: int, seed: int, device: str, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Create random input, weight, factors, scalars and gradient of one layer."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(*shape: int) -> Tensor:
+        return 2 * torch.rand(*shape, generator=generator) - 1
+
+    made, groups, m = make_kernel(kernel), len(rows), sum(rows)
+    scalars = {
+        "piece_coeff": (0.75 + uniform(groups, made.num_pieces) / 4) * (-1.0) ** torch.arange(made.num_pieces),
+        "alpha": 1 + uniform(groups) / 4,
+        "beta": uniform(groups) / 4,
+        "temperature": 0.8 + uniform(groups) / 4,
+    }
+    factors = {"A": uniform(groups, columns, _RANK), "B": uniform(m, _RANK)}
+    factors |= {name: scalars[name] for name in _SCALARS if name in made.scalars}
+    base = {"x": uniform(_TOKENS, columns), "weight": uniform(m, columns), "grad_y": uniform(_TOKENS, m)}
+    tensors = {name: tensor.to(dtype) for name, tensor in base.items()} | factors
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def _solve(
+    kernel: str, rows: tuple[int, ...], tensors: dict[str, Tensor], impl: str, sparsity: float
+) -> dict[str, Tensor]:
+    """Return output and gradients of one layer."""
+    columns = tensors["weight"].shape[1]
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items() if name != "grad_y"}
+    factors = Factors(*(leaves.get(name) for name in Factors._fields))  # type: ignore[arg-type]
+    spec = UpdateSpec(make_kernel(kernel), rows)
+    spec = replace(spec, backend=choose_backend(impl, spec, leaves["A"])[0])
+    budgets = tuple(max(1, int(count * columns * (1 - sparsity))) for count in rows)
+    y, _ = adapted_layer(leaves["x"], leaves["weight"], None, [Update(spec, factors, budgets)], LinearOp())
+    gradients = torch.autograd.grad(y, list(leaves.values()), tensors["grad_y"])
+    return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+
+def _losses(actual: list[dict[str, Tensor]], exact: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Return the root mean square over samples of the largest relative error, by tensor."""
+    losses = {}
+    for name in exact[0]:
+        scale = max(solution[name].abs().max().item() for solution in exact) or 1.0
+        pairs = zip(actual, exact, strict=True)
+        errors = torch.tensor([(x[name].double() - true[name]).abs().max().item() / scale for x, true in pairs])
+        losses[name] = errors.square().mean().sqrt().item()
+    return losses

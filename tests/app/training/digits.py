@@ -1,0 +1,23 @@
+"""A small training on the digits."""
+
+from snella_app.config import TrainConfig
+
+
+def config(out, **options):
+    """Settings of one epoch on 60 images with a random backbone."""
+    settings = {
+        "data": "digits",
+        "backbone": "test_vit",
+        "pretrained": False,
+        "img_size": 32,
+        "out": str(out),
+        "device": "cpu",
+        "train_size": 60,
+        "val_size": 20,
+        "test_size": 20,
+        "epochs": 1,
+        "batch_size": 20,
+        "r": 2,
+        "progress": False,
+    }
+    return TrainConfig(**settings | options)
