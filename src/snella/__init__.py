@@ -5,8 +5,8 @@ Importing the package registers the method with PEFT:
     model = get_peft_model(model, SnellaConfig(r=8, target_modules="all-linear", modules_to_save=["head"]))
     BudgetAllocator(model, total_epochs=10, steps_per_epoch=len(loader)).attach(optimizer)
 
-`snella.train` runs the same training as `snella train`, and `snella.load` returns a predictor; `snella_app` provides
-both:
+`snella.train` runs the same training as `snella train`. `snella.load` returns a predictor. Both require the
+application, `pip install 'snella[app]'`:
 
     run = snella.train(data="photos", backbone="vit_base_patch16_224.augreg_in21k", out="runs/photos")
     snella.load(run).predict("new.jpg").label
@@ -43,12 +43,12 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """Return the public names, including lazy ones."""
+    """List the public names, including lazily imported ones."""
     return sorted(__all__)
 
 
 def __getattr__(name: str) -> Any:
-    """Import the callback (which needs transformers' Trainer) and the application's names on first use."""
+    """Import `SnellaCallback`, which requires transformers' `Trainer`, and names from `snella_app` on first access."""
     if name == "SnellaCallback":
         return importlib.import_module("snella.callback").SnellaCallback
     if name not in _APPLICATION:

@@ -1,4 +1,4 @@
-"""`python -m snella`: the command line, if the application's extra is installed."""
+"""Entry point of `python -m snella`, which runs the command line of `snella_app`; requires `snella[app]`."""
 
 import importlib
 import sys

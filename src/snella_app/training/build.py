@@ -35,13 +35,13 @@ from snella_app.training.optimizer import checkpoint_gradients, set_drop_path
 from snella_app.training.sampler import EpochSampler
 
 FOLDER = "selection"
-"""Folder of a run with the selected structure and its initial values."""
+"""Subfolder of a run for the selected parameters and their initial values."""
 _READ_MARGIN = 4
-"""Sides of the model's input that an image is read at, at least: a crop of a sixteenth of it is still as large."""
+"""Minimum shorter side when reading an image, in input sizes; a crop of 1/16 of its area then needs no upsampling."""
 
 
 def epoch_sampler(train: ImageDataset, task: Task, config: TrainConfig) -> EpochSampler:
-    """The order of a run's training images."""
+    """Return the sampler of the training images."""
     weights = task.sample_weights(train) if config.sampler == "weighted" else None
     return EpochSampler(len(train), config.seed, weights)
 
@@ -49,17 +49,17 @@ def epoch_sampler(train: ImageDataset, task: Task, config: TrainConfig) -> Epoch
 def selection_data(
     train: ImageDataset, val: ImageDataset | None, task: Task, config: TrainConfig, console: Console | None = None
 ) -> SelectionData:
-    """Training and validation batches, the same for the same seed, and never test images.
+    """Return training and validation batches for parameter selection, reproducible from the seed; never test images.
 
-    Pass number `k` over the training images has the order and the augmentation of the run's own epoch `k`; validation
-    images come in their order.
+    Pass `k` over the training images uses the order and augmentation of epoch `k` of the run. Validation images keep
+    their order.
 
     Args:
         train: Training images with the run's transform.
-        val: Validation images with theirs; None where there are none.
-        task: Makes batches, and has the loss.
-        config: Batch size, seed and workers.
-        console: Where progress is shown; None for nowhere.
+        val: Validation images with the evaluation transform, if available.
+        task: Task with collate function and loss.
+        config: Settings with batch size, seed and number of workers.
+        console: Output console for progress; None shows none.
     """
     passes = count()
     show = config.progress and console is not None and console.is_terminal
@@ -71,7 +71,7 @@ def selection_data(
             sampler=order,
             collate_fn=task.collate,
             num_workers=config.workers,
-            generator=torch.Generator().manual_seed(config.seed),  # or a pass would draw from torch's own numbers
+            generator=torch.Generator().manual_seed(config.seed),  # leaves torch's global generator unchanged
         )
         steps = track(loader, "selecting trainable weights", console=console, transient=True) if show else loader
         yield from ((batch["images"], batch["labels"]) for batch in steps)
@@ -92,43 +92,43 @@ def selection_data(
 
 
 def store_selection(run: Path, method: str, model: nn.Module) -> None:
-    """Store the structure that a method has selected, so that a resumed run reuses it; nothing for other methods.
+    """Save the parameters that a method selected, for resuming; no-op for methods without selection.
 
     Args:
-        run: Folder of the run.
-        method: Name of the method.
-        model: As `build_method` made it.
+        run: Run folder.
+        method: Method name.
+        model: Model from `build_method`.
     """
     if find_method(method).needs_batches and not has_selection(run):
         save_trained(model, run / FOLDER)
 
 
 def has_selection(run: Path) -> bool:
-    """Whether a run has stored a complete selection."""
+    """Return whether a run has a complete stored selection."""
     return (run / FOLDER / METHOD_FILE).is_file()
 
 
 def restore_selection(run: Path, backbone: nn.Module) -> nn.Module:
-    """The backbone with the stored selection of a run, at its initial values.
+    """Apply the stored selection of a run to the backbone, with its initial values.
 
     Raises:
-        AdapterFileError: The stored selection is damaged.
+        AdapterFileError: If the stored selection is damaged.
     """
     return load_trained(run / FOLDER, backbone)
 
 
 @dataclass
 class RunComponents:
-    """All parts of a run, ready to train.
+    """Data, model and task of a run, ready for training.
 
     Attributes:
-        splits: The images with their transforms.
-        model: From `build_method`.
-        task: Fitted to the training images.
-        backbone: What the model was built of.
-        data_config: Preprocessing, as timm names it.
+        splits: Images with their transforms.
+        model: Model from `build_method`.
+        task: Task fitted to the training images.
+        backbone: Record of the backbone.
+        data_config: Preprocessing in timm's format.
         probe_features: Features of training images before training; set by `snella_app.training.linear_probe`.
-        start_layers: Features of several layers of the same images; None once the model is trained.
+        start_layers: Features of several layers for the same images; None if the run trains the model.
     """
 
     splits: DataSplits
@@ -143,36 +143,35 @@ class RunComponents:
 def build_components(
     config: TrainConfig, resumed: Path | None = None, console: Console | None = None, data: Any = None
 ) -> RunComponents:
-    """Load the data, create the backbone and make it trainable.
+    """Load the data, create the backbone and apply the method.
 
     Args:
         config: Resolved settings.
-        resumed: Folder of the run to resume, or to start from: its stored selection is reused.
-        console: Where the progress of a selection is shown; None for nowhere.
-        data: Object that `config.data` is a name of.
+        resumed: Folder of the resumed or initial run, whose stored selection is reused.
+        console: Output console for selection progress; None shows none.
+        data: Object named by `config.data`.
 
     Raises:
-        ValueError: Fewer training images than a batch, or whatever the parts refuse.
+        ValueError: If the batch size exceeds the number of training images, or data, model and settings do not fit
+            together.
     """
     device = choose_device(config.device)
     if config.precision == "fp16" and device.type != "cuda":
-        raise ValueError(
-            f"precision must be fp32 or bf16 on device {device.type!r}, got 'fp16', which is for GPUs; leave it out"
-        )
+        raise ValueError(f"precision must be fp32 or bf16 on device {device.type!r}, got 'fp16'; fp16 requires a GPU")
     with show_reading(console, config.progress):
         splits = load_splits(config, data)
     task = create_task(config.task, splits.classes, **config.as_dict())
     task.check_data(splits.train, str(config.data))
     if config.effective_batch_size < process_count():
         raise ValueError(
-            f"batch_size must be at least the number of processes, {process_count()}, which share each batch, "
+            f"batch_size must be at least the number of processes, {process_count()}, since they split each batch, "
             f"got {config.effective_batch_size}"
         )
     task = task.fitted(splits.train, splits.classes)
     splits = encoded(splits, task)
     if config.batch_size is None and len(splits.train) < DEFAULT_BATCH_SIZE:
         splits.notes.append(
-            f"all {counted(len(splits.train), 'training image')} in one batch, instead of {DEFAULT_BATCH_SIZE} images"
+            f"batch size reduced from {DEFAULT_BATCH_SIZE} to {len(splits.train)}, the number of training images"
         )
     elif isinstance(config.batch_size, int) and len(splits.train) < config.effective_batch_size:
         raise ValueError(
@@ -195,20 +194,20 @@ def assemble(
     console: Console | None = None,
     data: Any = None,
 ) -> RunComponents:
-    """Create the backbone for data that is loaded, make it trainable, and give the images its transforms.
+    """Create the backbone for loaded data, apply the method, and set the transforms.
 
-    The splits stay as they are: parts of several image sizes may stand side by side.
+    `splits` is not modified, so components for several image sizes can coexist.
 
     Args:
         config: Resolved settings.
-        splits: The data, encoded for the task.
-        task: Fitted to it.
-        resumed: As for `build_components`, as are the others.
-        console: Where the progress of a selection is shown; None for nowhere.
-        data: Object that `config.data` is a name of.
+        splits: Data encoded for the task.
+        task: Task fitted to the data.
+        resumed: See `build_components`.
+        console: See `build_components`.
+        data: See `build_components`.
     """
     device = choose_device(config.device)
-    wanted = BackboneInfo(
+    info = BackboneInfo(
         name=str(config.backbone),
         weights=config.weights,
         pretrained=config.pretrained,
@@ -217,21 +216,21 @@ def assemble(
         seed=config.seed,
         channels=config.channels,
     )
-    backbone = make_backbone(wanted, config.task)
+    backbone = make_backbone(info, config.task)
     if config.drop_path:
         set_drop_path(backbone, find_head(backbone, task.head), config.drop_path)
     data_config = get_protocol(config.protocol).data_config(
         resolve_data_config(backbone, config.img_size), is_resized_whole=splits.is_resized_whole
     )
-    described = dataclasses.replace(wanted, architecture=architecture_name(backbone))
+    info = dataclasses.replace(info, architecture=architecture_name(backbone))
     augment: Any = task.augment if config.augment == "auto" else config.augment
     train_transform = build_transform(data_config, train=True, augment=augment, random_erasing=config.random_erasing)
     transform = build_transform(data_config, train=False, augment="none")
     by_name = parts_of(splits)
     read = dict(zip(by_name, read_at_side(list(by_name.values()), read_side(data_config, splits.train)), strict=True))
     transforms = {"train": train_transform, "val": transform, "test": transform}
-    changed: dict[str, Any] = {name: part.with_transform(transforms[name]) for name, part in read.items()}
-    splits = dataclasses.replace(splits, **changed)
+    transformed: dict[str, Any] = {name: part.with_transform(transforms[name]) for name, part in read.items()}
+    splits = dataclasses.replace(splits, **transformed)
     torch.manual_seed(config.seed)
     if resumed is not None and has_selection(resumed):
         model = restore_selection(resumed, backbone).to(device)
@@ -245,20 +244,20 @@ def assemble(
         model = model.to(device)
     if config.grad_checkpointing:
         checkpoint_gradients(model)
-    return RunComponents(splits, model, task, described, data_config)
+    return RunComponents(splits, model, task, info, data_config)
 
 
 def load_start(parts: RunComponents, config: TrainConfig, run: RunFolder) -> None:
-    """Give a new run's model the values that another run has trained.
+    """Load the trained weights of another run into the model of a new run.
 
     Args:
-        parts: Of the new run. A note says so where images of the other run may be measured on.
+        parts: Components of the new run. A note is added if its splits differ from the other run's.
         config: Settings of the new run, from `RunFolder.start_settings`.
         run: The other run.
 
     Raises:
-        ValueError: It was trained for other classes.
-        AdapterFileError: Its adapter is damaged, or of other shapes; names the tensor.
+        ValueError: If the other run was trained on different classes.
+        AdapterFileError: If its adapter is damaged or has different shapes; names the tensor.
     """
     info = read(RunInfo, run.path)
     classes = list(parts.splits.classes)
@@ -270,28 +269,28 @@ def load_start(parts: RunComponents, config: TrainConfig, run: RunFolder) -> Non
     load_trained_into(parts.model, run.adapter)
     if not is_same_split(info.data, parts.splits):
         parts.splits.notes.append(
-            f"{run.path} was trained on other images than this run; what is measured here may be among them"
+            f"{run.path} has different splits; its training images may include evaluation images of this run"
         )
 
 
 def _images_to_choose_from(
     config: TrainConfig, splits: DataSplits, transform: Callable[[Image.Image], Any], data: Any
 ) -> tuple[ImageDataset, ImageDataset | None]:
-    """Training and validation images for a method that chooses what is trained.
+    """Return training and validation images for a method that selects its trained parameters.
 
-    A protocol that learns from the validation images too leaves none to compare candidates on. They are then compared
-    on those of the standard protocol, and with training images that these are no part of; never on test images.
+    A protocol that trains on the validation images leaves none to compare candidates. Training and validation images
+    then come from the standard protocol. Test images are never used.
     """
     if splits.val is not None or not find_method(config.method).needs_validation:
         return splits.train, splits.val
-    apart = load_splits(dataclasses.replace(config, protocol="standard"), data)
-    apart = encoded(apart, create_task(config.task, apart.classes))
-    val = None if apart.val is None else apart.val.with_transform(transform)
-    return apart.train.with_transform(splits.train.transform), val
+    standard = load_splits(dataclasses.replace(config, protocol="standard"), data)
+    standard = encoded(standard, create_task(config.task, standard.classes))
+    val = None if standard.val is None else standard.val.with_transform(transform)
+    return standard.train.with_transform(splits.train.transform), val
 
 
 def resolve_data_config(model: nn.Module, img_size: int | None) -> dict[str, Any]:
-    """The model's own mean, std, size and interpolation as plain values, with `img_size` if given."""
+    """Return the model's mean, std, input size and interpolation as plain values; `img_size` overrides the size."""
     config = dict(timm.data.resolve_model_data_config(model))
     if img_size is not None:
         config["input_size"] = (config["input_size"][0], img_size, img_size)
@@ -299,12 +298,12 @@ def resolve_data_config(model: nn.Module, img_size: int | None) -> dict[str, Any
 
 
 def read_side(data_config: Mapping[str, Any], images: ImageDataset) -> int | None:
-    """What the shorter side of a run's images keeps at least, for crops; None for images with masks."""
+    """Return the minimum shorter side of the images when read, for crops; None for images with masks."""
     return None if isinstance(images, MaskDataset) else _READ_MARGIN * int(data_config["input_size"][-1])
 
 
 def architecture_name(model: nn.Module) -> str | None:
-    """The name under which timm creates such a model; None for models of other origin."""
+    """Return timm's name of the architecture; None for models from other libraries."""
     config = getattr(model, "pretrained_cfg", None) or {}
     name = config.get("architecture")
     return str(name) if name else None

@@ -1,4 +1,4 @@
-"""`finish`: measure what a training has saved, write the results and the report, and print them."""
+"""End of a training run: evaluation of the saved model, results, report and console summary."""
 
 from __future__ import annotations
 
@@ -43,27 +43,27 @@ from snella_app.training.results import (
 from snella_app.training.sharding import is_sharded
 from snella_app.training.trainer import SnellaTrainer
 
-_ADAPTER_USE = """This folder is an adapter in PEFT's format; its keys are registered by the package `snella` (`import
-snella` before PEFT loads it). With the run that it comes from, `snella predict RUN IMAGES` predicts, and `snella merge
-RUN --out MODEL` makes it a plain model.
+_ADAPTER_USE = """This folder contains an adapter in PEFT format. Run `import snella` before loading it with PEFT; the
+package registers the adapter's keys. With the run folder, `snella predict RUN IMAGES` predicts images, and `snella
+merge RUN --out MODEL` merges the adapter into a plain model.
 """
-_MOST_PREDICTIONS = 5_000  # a benchmark's test split would fill hundreds of megabytes
+_MOST_PREDICTIONS = 5_000  # predictions of a large test split take hundreds of megabytes
 Outputs = tuple[np.ndarray, np.ndarray]
-"""Reduced outputs and targets of all images of one part."""
+"""Reduced outputs and targets of all images in a split."""
 
 
 @dataclass
 class Session:
-    """One training in progress.
+    """Training session.
 
     Attributes:
-        config: Settings without open fields.
-        run: Folder of the run.
+        config: Settings without automatic fields.
+        run: Run folder.
         parts: Data and model.
-        console: Where progress and results are written.
-        keep_checkpoints: Whether each epoch saves a state to resume from.
-        draw_report: Whether the HTML report is written.
-        costs: Measures steps and memory.
+        console: Output console for progress and results.
+        keep_checkpoints: If True, save a checkpoint after each epoch.
+        draw_report: If True, write the HTML report.
+        costs: Callback that measures step time and memory.
     """
 
     config: TrainConfig
@@ -83,9 +83,9 @@ class _Measured:
     """Results of the saved model.
 
     Attributes:
-        outputs: By part, of the final head.
-        averaged: The average of epochs, if one was computed.
-        final_head: The head of several layers, if one was fitted.
+        outputs: Outputs of the final head by split.
+        averaged: Weight average over epochs, if computed.
+        final_head: Linear head on several layers, if fitted.
     """
 
     outputs: dict[str, Outputs]
@@ -94,14 +94,14 @@ class _Measured:
 
 
 def draw_page(session: Session, trainer: SnellaTrainer) -> None:
-    """Write the report of the epochs so far."""
+    """Write the report of the completed epochs."""
     parts = session.parts
-    described = None if trainer.allocator is None else describe_allocation(parts.model, trainer.allocator)
-    write_report(session.run.path, metrics=_metrics(session, trainer), allocation=described)
+    allocation = None if trainer.allocator is None else describe_allocation(parts.model, trainer.allocator)
+    write_report(session.run.path, metrics=_metrics(session, trainer), allocation=allocation)
 
 
 def finish(session: Session, trainer: SnellaTrainer) -> None:
-    """Measure the saved model, write results and report, and print a summary."""
+    """Evaluate the saved model, write results and report, and print a summary."""
     train_s, run, parts = trainer.elapsed_s, session.run, session.parts
     measured = _measure(session, trainer)
     name, shown = ("val", parts.splits.val) if parts.splits.val is not None else ("test", parts.splits.test)
@@ -109,7 +109,7 @@ def finish(session: Session, trainer: SnellaTrainer) -> None:
         shown = None
     if not is_main():
         if shown is not None and is_sharded(parts.model):
-            # the main process, which predicts examples, needs this one's part of the weights
+            # the main process predicts examples and needs the weight shards of this process
             with tempfile.TemporaryDirectory() as folder:
                 sample_outputs = parts.task.sample_outputs(measured.outputs[name][0])
                 parts.task.save_examples(parts.model, shown, sample_outputs, Path(folder))
@@ -129,7 +129,7 @@ def finish(session: Session, trainer: SnellaTrainer) -> None:
         )
     )
     write_text(run.adapter / CARD, model_card(run.path, _ADAPTER_USE, library="peft"))
-    # before the status: a run that is killed in between is resumed, measured again and completed
+    # before the status: a run killed in between is resumed, evaluated again and completed
     report = write_report(run.path, report_images, state="finished") if session.draw_report else None
     run.finish()
     _print_results(session, trainer, measured, scores)
@@ -137,14 +137,14 @@ def finish(session: Session, trainer: SnellaTrainer) -> None:
 
 
 def _measure(session: Session, trainer: SnellaTrainer) -> _Measured:
-    """Load what is saved and compute its outputs on validation and test images, with the final head."""
+    """Load the saved adapter and compute the outputs of the final head on validation and test images."""
     parts, console = session.parts, session.console
     averaged = trainer.average_epochs()
-    wait_for_others()  # the main process has written the best adapter
+    wait_for_others()  # until the main process has written the best adapter
     if trainer.feature_norm is not None:
         trainer.feature_norm.remove()
     load_trained_into(parts.model, session.run.adapter)
-    with console.status("measuring what is saved") if console.is_terminal else contextlib.nullcontext():
+    with console.status("evaluating the saved model") if console.is_terminal else contextlib.nullcontext():
         outputs = {} if parts.splits.val is None else {"val": trainer.outputs(parts.splits.val)}
         fit, final_head = _fit_final_head(session, trainer, outputs)
         if parts.splits.test is not None:
@@ -158,7 +158,7 @@ def _measure(session: Session, trainer: SnellaTrainer) -> _Measured:
 
 
 def _write_task_state(session: Session, outputs: dict[str, Outputs]) -> dict[str, dict[str, Any] | None]:
-    """Calibrate the task on validation outputs, store its state and the temperature; the scores of both parts."""
+    """Calibrate the task on validation outputs, store its state and temperature, and return the scores by split."""
     run, parts = session.run, session.parts
     if "val" in outputs:
         parts.task = parts.task.calibrated(*outputs["val"])
@@ -173,7 +173,7 @@ def _write_task_state(session: Session, outputs: dict[str, Outputs]) -> dict[str
 
 
 def _write_predictions(session: Session, name: str, shown: ImageDataset, outputs: Outputs) -> Any:
-    """Write the predictions of one part and the examples of the report; the report's images."""
+    """Write the predictions of a split and the examples for the report; return the source of the report's images."""
     run, parts = session.run, session.parts
     sample_outputs = parts.task.sample_outputs(outputs[0])
     parts.task.save_examples(parts.model, shown, sample_outputs, run.path)
@@ -182,7 +182,7 @@ def _write_predictions(session: Session, name: str, shown: ImageDataset, outputs
 
 
 def _metrics(session: Session, trainer: SnellaTrainer) -> Metrics:
-    """Results and costs of the epochs so far."""
+    """Build the metrics record of the completed epochs."""
     parts, protocol, matrices = session.parts, trainer.protocol, matrices_of(session.parts.model)
     return Metrics(
         best_epoch=best_epoch(trainer.history, trainer.selection_score),
@@ -203,22 +203,22 @@ def _metrics(session: Session, trainer: SnellaTrainer) -> Metrics:
 def _fit_final_head(
     session: Session, trainer: SnellaTrainer, outputs: dict[str, Outputs]
 ) -> tuple[LayerFit | None, FinalHead | None]:
-    """Fit the head of several layers if the run has one, and save it unless it is clearly worse on validation.
+    """Fit a linear head on several layers if requested, and save it unless it is clearly worse on validation.
 
     Args:
-        session: The head is written beside the run's adapter.
-        trainer: Makes the loaders.
-        outputs: Of the trained head on the validation images, if any; replaced by those of the final head.
+        session: Training session; the head is saved in the adapter folder.
+        trainer: Trainer that provides the data loaders.
+        outputs: Validation outputs of the trained head, if available; replaced by the outputs of a saved final head.
 
     Returns:
-        The fit if it is saved, and its record; None where there is none.
+        The fit, or None if it is not saved, and its record, or None if no head was fitted.
     """
     config, parts, run = session.config, session.parts, session.run
     task = parts.task
     if is_main():
-        (run.adapter / LAYER_PROBE).unlink(missing_ok=True)  # of an end that was interrupted
+        (run.adapter / LAYER_PROBE).unlink(missing_ok=True)  # left by an interrupted `finish`
         run.update("running", final_head="trained")
-    if config.final_head != "layers" or process_count() > 1:  # resumed in several processes
+    if config.final_head != "layers" or process_count() > 1:  # a run resumed in several processes
         return None, None
     train = plain_images(parts.splits.train).subset(probe_rows(parts, config).tolist())
     fit = fit_layers(parts, train, config.views, trainer.get_eval_dataloader)
@@ -239,7 +239,7 @@ def _fit_final_head(
 def _print_results(
     session: Session, trainer: SnellaTrainer, measured: _Measured, scores: dict[str, dict[str, Any] | None]
 ) -> None:
-    """Print what is saved, its results and its sparsity."""
+    """Print the selected epoch, its results and the sparsity of the adapter."""
     console, parts, averaged = session.console, session.parts, measured.averaged
     best = best_epoch(trainer.history, trainer.selection_score)
     if trainer.has_stalled and (last := trainer.history[-1]["epoch"]) < session.config.epochs:
@@ -248,49 +248,49 @@ def _print_results(
         print_line(console, _averaged_text(averaged, best))
     if measured.final_head is not None:
         print_line(console, _final_head_text(measured.final_head))
-    which = averaged.text if averaged is not None and averaged.is_saved else None
-    print_line(console, _final_text(parts.task, trainer.protocol, best, scores["val"], scores["test"], which))
+    average = averaged.text if averaged is not None and averaged.is_saved else None
+    print_line(console, _final_text(parts.task, trainer.protocol, best, scores["val"], scores["test"], average))
     if trainer.protocol.warning:
         print_line(console, f"{trainer.protocol.name} protocol: {trainer.protocol.warning}")
     measured_part = scores["val"] or scores["test"] or {}
     if parts.task.has_one_class and (only := _only_answer(measured_part, parts.splits.classes)):
         print_line(
             console,
-            f"note: every {'test' if scores['val'] is None else 'validation'} image is predicted as {only!r}: nothing "
-            "that tells the classes apart was learned; a larger --img-size, more --epochs or --sampler weighted may "
-            "help",
+            f"note: every {'test' if scores['val'] is None else 'validation'} image is predicted as {only!r}; the "
+            "model did not learn to distinguish the classes; try a larger --img-size, more --epochs or --sampler "
+            "weighted",
         )
     matrices = matrices_of(parts.model)
-    if matrices and (best > 0 or which is not None):
-        kept = sum(m.budget for m in matrices)
-        print_line(console, f"its update {sparsity_summary(matrices)}")
-        target = kept if trainer.allocator is None else trainer.allocator.target_budget
-        if kept > target and which is None:
+    if matrices and (best > 0 or average is not None):
+        budget = sum(m.budget for m in matrices)
+        print_line(console, f"the update {sparsity_summary(matrices)}")
+        target = budget if trainer.allocator is None else trainer.allocator.target_budget
+        if budget > target and average is None:
             print_line(console, f"epoch {best} was selected before the budget reached its target, {target:,} weights")
 
 
 def _final_head_text(head: FinalHead) -> str:
-    """What was fitted after training, and whether predictions use it."""
+    """Describe the head fitted after training and its use in predictions."""
     if head.metric is None:
-        return f"{head.name} is the final head, fitted to all training images"
+        return f"{head.name} is the final head, fitted to the training images"
     if not head.is_saved:
-        return f"{head.name} is clearly worse: {head.comparison}, which stays"
+        return f"{head.name} is clearly worse: {head.comparison}, which is kept"
     return f"{head.name} is the final head: {head.comparison}; refitted to training and validation images"
 
 
 def _only_answer(scores: dict[str, Any], classes: Sequence[str]) -> str | None:
-    """The only predicted class; None where there are several, or images of one class alone."""
+    """Return the only predicted class; None if several classes are predicted or the images have only one class."""
     confusion = np.asarray(scores.get("confusion") or [[]])
-    answers = np.flatnonzero(confusion.sum(0))
-    return classes[answers[0]] if len(answers) == 1 and np.count_nonzero(confusion.sum(1)) > 1 else None
+    predicted = np.flatnonzero(confusion.sum(0))
+    return classes[predicted[0]] if len(predicted) == 1 and np.count_nonzero(confusion.sum(1)) > 1 else None
 
 
 def _averaged_text(averaged: AveragedEpochs, best: int) -> str:
-    """What `--swa` or `--soup` came to."""
-    offered = f"of epochs {averaged.offered[0]} to {averaged.offered[-1]}"
+    """Describe the result of `--swa` or `--soup`."""
+    candidates = f"of epochs {averaged.offered[0]} to {averaged.offered[-1]}"
     if averaged.is_saved:
-        return f"{averaged.kind} {offered}: {averaged.text} is saved"
-    return f"{averaged.kind} {offered}: {averaged.text} is worse on validation than epoch {best}, which is saved"
+        return f"{averaged.kind} {candidates}: {averaged.text} is saved"
+    return f"{averaged.kind} {candidates}: {averaged.text} is worse on validation than epoch {best}, which is saved"
 
 
 def _final_text(
@@ -301,11 +301,11 @@ def _final_text(
     test: dict[str, Any] | None,
     averaged: str | None,
 ) -> str:
-    """The results of the saved epoch or average, and what selected it."""
+    """Format the results of the saved epoch or average, and the selection criterion."""
     if val is not None:
-        chosen = f"best epoch {best}" if best > 0 else "no epoch is better than the start, which is saved"
-        return f"{averaged or chosen}: {task.final_text(val, test)}"
+        selected = f"best epoch {best}" if best > 0 else "no epoch is better than the initial model, which is saved"
+        return f"{averaged or selected}: {task.final_text(val, test)}"
     if averaged is not None:
         return f"{averaged}: " + ("not evaluated" if test is None else f"test {task.result_text(test)}")
-    which = f"epoch {best}, the last" if protocol.selected_on is None else f"epoch {best}, the best on the test images"
-    return f"{which}: " + ("not evaluated" if test is None else f"test {task.result_text(test)}")
+    saved = f"epoch {best}, the last" if protocol.selected_on is None else f"epoch {best}, the best on the test images"
+    return f"{saved}: " + ("not evaluated" if test is None else f"test {task.result_text(test)}")

@@ -27,11 +27,11 @@ from snella_app.training.feature_norm import FeatureNorm
 
 
 class FeatureDataset(Dataset[tuple[Any, ...]]):
-    """The features of a data set's images in their place.
+    """Data set of precomputed image features.
 
     Args:
-        images: The data set; its transform must be the same in every epoch.
-        features: `[len(images), width]`.
+        images: Original data set with a transform that does not depend on the epoch.
+        features: Features, `[len(images), width]`.
     """
 
     def __init__(self, images: ImageDataset, features: Tensor) -> None:
@@ -42,28 +42,28 @@ class FeatureDataset(Dataset[tuple[Any, ...]]):
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
-        """Features in place of the image, and what follows it."""
+        """Return features, target and, if present, weight."""
         return self.features[index], *self.target_and_weight(index)
 
     def target_and_weight(self, index: int) -> tuple[Any, ...]:
-        """What follows the features in an item."""
+        """Return the target and, if present, the weight of an item."""
         return self.images.target_and_weight(index)
 
     def set_epoch(self, epoch: int) -> None:
-        """Nothing: features do not change."""
+        """No-op; features do not depend on the epoch."""
 
     def image(self, index: int) -> Image.Image:
-        """The image itself, RGB."""
+        """Return the original image, RGB."""
         return self.images.image(index)
 
 
 def plain_images(images: ImageDataset | FeatureDataset) -> ImageDataset:
-    """The images themselves, where `cache_features` has replaced them by their features."""
+    """Return the original images of a `FeatureDataset`; image data sets are unchanged."""
     return images.images if isinstance(images, FeatureDataset) else images
 
 
 def can_cache_features(config: TrainConfig, model: nn.Module) -> bool:
-    """Whether nothing before the head changes during training: a linear probe of a timm model without augmentation."""
+    """Return whether the head's inputs are constant: a linear probe of a timm model without augmentation."""
     method = method_of(model)
     return (
         method is not None
@@ -78,22 +78,22 @@ def can_cache_features(config: TrainConfig, model: nn.Module) -> bool:
 
 
 def has_timm_features(model: nn.Module) -> bool:
-    """Whether the model has timm's `forward_features` and `forward_head`."""
+    """Return whether the model has timm's `forward_features` and `forward_head`."""
     return all(callable(getattr(model, name, None)) for name in ("forward_features", "forward_head"))
 
 
 def _draws_random_numbers(model: nn.Module) -> bool:
-    """Whether dropout or drop-path is active somewhere, as a module or as timm's functional `drop_rate`."""
+    """Return whether dropout or drop path is active, as a module or as timm's functional `drop_rate`."""
     rates = ((module, name) for module in model.modules() for name in ("p", "drop_prob", "drop_rate"))
     return any(isinstance(rate := getattr(module, name, None), float) and rate > 0 for module, name in rates)
 
 
 def cache_features(parts: RunComponents, config: TrainConfig) -> nn.Module:
-    """Replace all images by their features, and return the module to train: the head.
+    """Replace all images by their features, and return the head, the only module to train.
 
     Args:
-        parts: Its data sets are replaced.
-        config: Resolved settings; the batch size and the workers count.
+        parts: Data and model; the data sets are replaced.
+        config: Resolved settings; uses batch size and number of workers.
     """
     for name, images in parts_of(parts.splits).items():
         features = torch.cat(list(pooled_features(parts.model, images, config)))
@@ -103,7 +103,7 @@ def cache_features(parts: RunComponents, config: TrainConfig) -> nn.Module:
 
 @torch.no_grad()
 def pooled_features(model: nn.Module, images: ImageDataset, config: TrainConfig) -> Iterator[Tensor]:
-    """Pooled features of one batch after the other, on the CPU."""
+    """Yield the pooled features of each batch, on the CPU."""
     device = next(model.parameters()).device
     model.eval()
     for batch, *_ in DataLoader(images, batch_size=config.effective_batch_size, num_workers=config.workers):
@@ -113,15 +113,15 @@ def pooled_features(model: nn.Module, images: ImageDataset, config: TrainConfig)
 
 @torch.no_grad()
 def head_inputs(model: nn.Module, parts: Sequence[ImageDataset], batch_size: int) -> NDArray[np.float32]:
-    """The inputs to the head of a model from `build_method`, `[images, width]`.
+    """Return the inputs to the head of a model from `build_method`, `[images, width]`.
 
     Args:
-        model: Put into evaluation mode.
+        model: Model; left in evaluation mode.
         parts: Images with their transform.
-        batch_size: Images at a time.
+        batch_size: Batch size.
     """
-    name = spec_of(model).head
-    heads = [module for own, module in model.named_modules() if own == name or own.endswith(f".model.{name}")]
+    head = spec_of(model).head
+    heads = [module for name, module in model.named_modules() if name == head or name.endswith(f".model.{head}")]
     seen: list[Tensor] = []
     handle = heads[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].flatten(1).float().cpu()))
     device = next(model.parameters()).device
@@ -135,20 +135,20 @@ def head_inputs(model: nn.Module, parts: Sequence[ImageDataset], batch_size: int
 
 
 _MOST_PROBE_IMAGES = 5_000
-"""Training images that a probe is fitted to, at most: more hardly change it."""
+"""Maximum number of training images for a probe; more images hardly change the fit."""
 _MOST_FLIPPED = 500
-"""Training images whose flips are looked at, at most."""
+"""Maximum number of training images in the test of flips."""
 _FOLDS = 4
 _CLEAR = 2.0
-"""Standard errors from which a difference is clear."""
+"""Minimum difference in standard errors that counts as clear."""
 
 
 def choose_head_start(parts: RunComponents, config: TrainConfig) -> TrainConfig:
     """Resolve `head_init="auto"` and `head_norm="auto"`.
 
-    The head starts from a `probe` if it is linear, in a timm classifier with at least two classes, else from `random`
-    values. With the authors' own protocol it is `random`, as in their scripts. Features are normalized for a head that
-    starts from a probe.
+    `head_init` is `probe` for a linear head of a timm classifier with at least two classes, else `random`. The
+    `official` protocol uses `random`, as the authors' scripts do. `head_norm` is `running` for a probe-initialized
+    head, else `none`.
     """
     init, norm = config.head_init, config.head_norm
     if init == "auto":
@@ -159,10 +159,10 @@ def choose_head_start(parts: RunComponents, config: TrainConfig) -> TrainConfig:
 
 
 def choose_final_head(parts: RunComponents, config: TrainConfig) -> Literal["trained", "layers"]:
-    """Resolve `final_head="auto"`: `layers` where the model and the task allow it, else `trained`.
+    """Resolve `final_head="auto"`: `layers` if the model and the task support it, else `trained`.
 
     Raises:
-        ValueError: `layers` was asked for, and cannot be had.
+        ValueError: If `final_head` is `layers`, but the model or the task does not support it.
     """
     if config.final_head == "trained" or (config.final_head == "auto" and config.protocol == "official"):
         return "trained"
@@ -173,9 +173,9 @@ def choose_final_head(parts: RunComponents, config: TrainConfig) -> Literal["tra
 
 
 def _reason_for_trained(parts: RunComponents, config: TrainConfig) -> str | None:
-    """What a probe of several layers needs and this run lacks; None if nothing."""
+    """Return the missing requirement for a probe on several layers; None if all are met."""
     if not parts.task.has_linear_fit:
-        return f"a task with one output an image, got {parts.task.name}"
+        return f"a task with one output per image, got {parts.task.name}"
     if process_count() > 1 or config.shard:
         return "a single process"
     layers = probed_layers(parts.model)
@@ -186,10 +186,9 @@ def _reason_for_trained(parts: RunComponents, config: TrainConfig) -> str | None
 
 @torch.no_grad()
 def _reads_features(parts: RunComponents, layers: Sequence[int]) -> bool:
-    """Whether the features of all layers can be read, and the model's own are those that its head gets.
+    """Return whether the features of all layers can be read and the final features equal the inputs of the head.
 
-    Methods that add tokens, or change the forward pass as a whole, may not be followed by timm's
-    `forward_intermediates`.
+    timm's `forward_intermediates` may not support methods that add tokens or change the whole forward pass.
     """
     channels, height, width = parts.data_config["input_size"]
     model, seen = parts.model, []
@@ -201,8 +200,8 @@ def _reads_features(parts: RunComponents, layers: Sequence[int]) -> bool:
     handle = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].flatten(1)))
     try:
         model(image)
-        read = layer_features(model, image, layers)[:, : seen[0].shape[1]]
-        return bool(torch.allclose(seen[0], read, atol=1e-4, rtol=1e-4))
+        final = layer_features(model, image, layers)[:, : seen[0].shape[1]]
+        return bool(torch.allclose(seen[0], final, atol=1e-4, rtol=1e-4))
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError, AssertionError):
         return False
     finally:
@@ -211,10 +210,10 @@ def _reads_features(parts: RunComponents, layers: Sequence[int]) -> bool:
 
 
 def normalize_features(parts: RunComponents, config: TrainConfig) -> FeatureNorm:
-    """Normalize the inputs of the head from here on.
+    """Normalize the inputs of the head from now on.
 
     Raises:
-        ValueError: The model has no linear head on pooled features.
+        ValueError: If the model has no linear head on pooled features.
     """
     base, head = base_and_head(parts.model)
     if not isinstance(head, nn.Linear) or head.bias is None or not _is_probe(base, head):
@@ -226,13 +225,18 @@ def normalize_features(parts: RunComponents, config: TrainConfig) -> FeatureNorm
 
 
 def choose_augmentation(parts: RunComponents, config: TrainConfig) -> TrainConfig:
-    """Resolve `augment="auto"`, and `tta="auto"` with it.
+    """Resolve `augment="auto"` and `tta="auto"`.
 
-    `auto` is `Task.augment`: crops and flips for classes, labels and ranks, flips for numbers and masks. Flips are left
-    out if they change the classes: of a cross-validated linear probe, the one that learns from images and their flips,
-    and averages both, recognizes clearly fewer held-out images than the one without (McNemar's test, two standard
-    errors). A probe that never saw flips says little: it fails on flipped figures that all face left.
-    Predictions are averaged over an image and its flip where training flips images and the outputs are classes.
+    `augment="auto"` selects `Task.augment`: crops and flips for single-label, multi-label and ordinal tasks, flips for
+    regression and segmentation. The `official` protocol uses flips.
+
+    Single-label classification leaves out flips if they change the classes. Cross-validation compares a linear probe on
+    images with a linear probe on images and their flips, which averages the predictions for both. Flips are left out if
+    the second probe is clearly worse on held-out images (McNemar's test, two standard errors). Evaluating the first
+    probe on flipped images is not sufficient: it fails on the flips of figures that all face left.
+
+    `tta="auto"` averages the predictions for an image and its flip if training flips images and the task is
+    single-label classification.
 
     Args:
         parts: Data and model; the transform of the training images is replaced.
@@ -255,13 +259,13 @@ def choose_augmentation(parts: RunComponents, config: TrainConfig) -> TrainConfi
 
 
 def _can_probe(parts: RunComponents) -> bool:
-    """Whether a linear probe can be fitted: the task and the head are linear, and there are two classes."""
+    """Return whether the task, the head and the number of classes allow a linear probe."""
     can_fit = parts.task.target != "class" or len(set(parts.splits.train.labels)) > 1
     return parts.task.has_linear_fit and can_fit and _is_probe(*base_and_head(parts.model))
 
 
 def _flips_change_classes(parts: RunComponents, config: TrainConfig) -> bool:
-    """Whether a cross-validated probe is clearly worse with flips: in training, and averaged in prediction."""
+    """Return whether a cross-validated probe is clearly worse if fitted to flips and averaged over flips."""
     if not parts.task.has_one_class or not _can_probe(parts):
         return False
     rows = probe_rows(parts, config)
@@ -272,33 +276,33 @@ def _flips_change_classes(parts: RunComponents, config: TrainConfig) -> bool:
     outputs = parts.task.count_outputs(parts.splits.classes)
     only_without = only_with = 0
     for held_out in np.array_split(np.arange(len(labels)), _FOLDS):
-        rest = np.setdiff1d(np.arange(len(labels)), held_out)
-        if len(set(labels[rest].tolist())) < 2:
+        fitted = np.setdiff1d(np.arange(len(labels)), held_out)
+        if len(set(labels[fitted].tolist())) < 2:
             continue
-        right = []
+        is_correct = []
         for views in ([plain], [plain, flipped]):
-            targets = np.tile(labels[rest], len(views))
-            fit = parts.task.fit_linear(np.concatenate([view[rest] for view in views]), targets, outputs, None)
+            targets = np.tile(labels[fitted], len(views))
+            fit = parts.task.fit_linear(np.concatenate([view[fitted] for view in views]), targets, outputs, None)
             logits = [torch.from_numpy(view[held_out]) @ fit[0].T + fit[1] for view in views]
-            answers = parts.task.sample_outputs(parts.task.average_outputs(logits)).argmax(-1)
-            right.append(answers.numpy() == labels[held_out])
-        only_without += int((right[0] & ~right[1]).sum())
-        only_with += int((right[1] & ~right[0]).sum())
+            predicted = parts.task.sample_outputs(parts.task.average_outputs(logits)).argmax(-1)
+            is_correct.append(predicted.numpy() == labels[held_out])
+        only_without += int((is_correct[0] & ~is_correct[1]).sum())
+        only_with += int((is_correct[1] & ~is_correct[0]).sum())
     return is_clearly_more(only_without, only_with)
 
 
 def is_clearly_more(only_first: int, only_second: int) -> bool:
-    """Whether the first of two classifiers is clearly better on the same images: McNemar's test, two standard errors.
+    """Return whether the first of two classifiers is clearly better (McNemar's test, two standard errors).
 
     Args:
-        only_first: Images that the first one alone gets right.
-        only_second: Images that the second one alone gets right.
+        only_first: Number of images that only the first classifier predicts correctly.
+        only_second: Number of images that only the second classifier predicts correctly.
     """
     return only_first - only_second > _CLEAR * math.sqrt(only_first + only_second)
 
 
 def probe_rows(parts: RunComponents, config: TrainConfig) -> NDArray[np.int64]:
-    """Numbers of the training images that a probe is fitted to: all, or a random `_MOST_PROBE_IMAGES` of them."""
+    """Return the indices of the training images for a probe: all, or a random sample of `_MOST_PROBE_IMAGES`."""
     count = len(parts.splits.train)
     if count <= _MOST_PROBE_IMAGES:
         return np.arange(count)
@@ -306,11 +310,11 @@ def probe_rows(parts: RunComponents, config: TrainConfig) -> NDArray[np.int64]:
 
 
 def probe_features(parts: RunComponents, config: TrainConfig) -> Tensor:
-    """Pooled features before training of the images that a probe is fitted to, `[images, width]`; computed once.
+    """Return the pooled features of the probe images before training, `[images, width]`; computed once.
 
     Args:
-        parts: Data and model; keeps the features.
-        config: Resolved settings; the batch size, the seed and the workers count.
+        parts: Data and model; caches the features.
+        config: Resolved settings; uses batch size, seed and number of workers.
     """
     if parts.probe_features is None:
         train, rows = parts.splits.train, probe_rows(parts, config)
@@ -324,9 +328,9 @@ def probe_features(parts: RunComponents, config: TrainConfig) -> Tensor:
 def _features_before_training(
     parts: RunComponents, config: TrainConfig, rows: NDArray[np.int64], *, flip: bool = False
 ) -> Tensor:
-    """Pooled features of some training images, as they are or flipped left to right.
+    """Return the pooled features of training images, optionally flipped horizontally.
 
-    Where the final head reads several layers, those of the images as they are are kept for it.
+    If the final head uses several layers, this also caches the features of these layers for unflipped images.
     """
     transform = build_transform(parts.data_config, train=False, augment="none")
     images = parts.splits.train.with_transform(_Flipped(transform) if flip else transform).subset(rows.tolist())
@@ -344,14 +348,14 @@ def _features_before_training(
 
 @torch.no_grad()
 def batches_of_features(model: nn.Module, images: ImageDataset, config: TrainConfig) -> Iterator[Tensor]:
-    """`layer_features` of one batch after the other, on the model's device."""
+    """Yield the `layer_features` of each batch, on the model's device."""
     layers, device = probed_layers(model), next(model.parameters()).device
     for batch, *_ in DataLoader(images, batch_size=config.effective_batch_size, num_workers=config.workers):
         yield layer_features(model, batch.to(device), layers).float()
 
 
 class _Flipped:
-    """A transform and a flip left to right; picklable."""
+    """Picklable transform followed by a horizontal flip."""
 
     def __init__(self, transform: Callable[[Any], Tensor]) -> None:
         self.transform = transform
@@ -361,28 +365,28 @@ class _Flipped:
 
 
 def _is_probe(base: nn.Module, head: nn.Module) -> bool:
-    """Whether a head is one linear layer on the pooled features of a timm model, as a linear probe is."""
+    """Return whether a head is a single linear layer on the pooled features of a timm model."""
     width = getattr(base, "head_hidden_size", None) or getattr(base, "num_features", None)
     return isinstance(head, nn.Linear) and has_timm_features(base) and width in (None, head.in_features)
 
 
 def start_head_from_probe(parts: RunComponents, config: TrainConfig) -> None:
-    """Set the head to the best linear one on the features that the model has before training.
+    """Initialize the head with a linear probe on the features before training.
 
-    It is a logistic regression for classes, one a label or a rank's question for `multilabel` and `ordinal`, and a
-    ridge regression for numbers (`Task.fit_linear`), with the weights of classes and samples that training has.
+    The probe is a logistic regression for single-label classification, one logistic regression per label (`multilabel`)
+    or per rank (`ordinal`), and a ridge regression for regression; see `Task.fit_linear`. It uses the class weights and
+    sample weights of training.
 
-    A random head sends random gradients through the backbone in its first steps; one that fits already does not
-    (Kumar et al., 2022, arXiv 2202.10054). At most 5,000 training images are seen once, without augmentation. Features
-    are divided by their root mean variance, and the L2 penalty is `1/(2·0.1)·‖w‖²` (`5 ‖w‖²`, too, for numbers) beside
-    the sum of the images' losses.
+    A random head sends random gradients through the backbone in the first steps; a fitted head does not (Kumar et al.,
+    2022, arXiv 2202.10054). The fit uses at most 5,000 training images without augmentation. Features are divided by
+    their root mean variance. The L2 penalty is `1/(2·0.1)·‖w‖² = 5 ‖w‖²`, added to the sum of the images' losses.
 
     Args:
-        parts: Data and model; the head is changed in place. Where `cache_features` has run, its features are taken.
-        config: Resolved settings; the batch size and the workers count.
+        parts: Data and model; the head is changed in place. Features from `cache_features` are reused.
+        config: Resolved settings; uses batch size, seed and number of workers.
 
     Raises:
-        ValueError: The model has no linear head on pooled features, or the task none at all.
+        ValueError: If the model has no linear head on pooled features, or the task does not support a linear fit.
     """
     base, head = base_and_head(parts.model)
     if not isinstance(head, nn.Linear) or not _is_probe(base, head):
@@ -395,9 +399,9 @@ def start_head_from_probe(parts: RunComponents, config: TrainConfig) -> None:
     targets = [train.target_and_weight(index) for index in probe_rows(parts, config).tolist()]
     batch = parts.task.collate([(torch.empty(0), *target) for target in targets])
     labels = batch["labels"].numpy()
-    of_samples = batch["weights"].double().numpy() if "weights" in batch else None
-    given = [weight for weight in (parts.task.probe_weights(labels), of_samples) if weight is not None]
-    weights = np.prod(given, axis=0) if given else None
+    sample_weights = batch["weights"].double().numpy() if "weights" in batch else None
+    factors = [factor for factor in (parts.task.probe_weights(labels), sample_weights) if factor is not None]
+    weights = np.prod(factors, axis=0) if factors else None
     weight, bias = parts.task.fit_linear(features, labels, head.out_features, weights)
     with torch.no_grad():
         head.weight.copy_(weight)
@@ -406,9 +410,9 @@ def start_head_from_probe(parts: RunComponents, config: TrainConfig) -> None:
 
 
 def base_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """The model that PEFT wraps, if it does, and the head that is trained."""
+    """Return the model without PEFT's wrapper, and the trained head."""
     base = base_model(model)
     head = base.get_submodule(spec_of(model).head)
-    if isinstance(head, ModulesToSaveWrapper):  # PEFT keeps the old one beside the copy that is trained
+    if isinstance(head, ModulesToSaveWrapper):  # PEFT trains a copy of the head
         head = head.modules_to_save[head.active_adapter]  # type: ignore[index]
     return base, head

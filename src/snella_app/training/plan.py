@@ -1,4 +1,4 @@
-"""`plan_training`: everything that settings leave open, decided once, before the first step."""
+"""Resolution of automatic settings before the first training step."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from snella_app.training.sizing import fit_batch_size, fit_epochs, fit_image_siz
 def plan_training(
     parts: RunComponents, config: TrainConfig, console: Console, begun: float, data: Any = None
 ) -> tuple[RunComponents, TrainConfig]:
-    """Decide image size, batch size, heads, augmentation and number of epochs of a new run, in this order.
+    """Choose image size, batch size, heads, augmentation and number of epochs of a new run, in this order.
 
     Args:
-        parts: Data and model for the settings as they are.
+        parts: Data and model for the requested settings.
         config: Resolved settings; fields may be `"auto"` or None.
-        console: Where decisions are written.
-        begun: Start of the loading of data and model, by `time.monotonic()`.
-        data: Object that `config.data` names.
+        console: Output console for the choices.
+        begun: Time on the `time.monotonic()` clock at which loading of data and model started.
+        data: Object named by `config.data`.
 
     Returns:
-        Data and model, built again if the image size changed, and settings without open fields.
+        Data and model, rebuilt if the image size changed, and settings without automatic fields.
 
     Raises:
-        ValueError: 0 epochs without a head that is fitted and measured.
+        ValueError: If `epochs` is 0 without a probe-initialized head or without selection on validation images.
     """
-    asked, loaded = config, parts
+    requested, loaded = config, parts
 
     def at_size(size: int | None) -> RunComponents:
-        return assemble(dataclasses.replace(asked, img_size=size), loaded.splits, loaded.task, data=data)
+        return assemble(dataclasses.replace(requested, img_size=size), loaded.splits, loaded.task, data=data)
 
-    size = from_main(lambda: fit_image_size(loaded, asked, at_size, console)).img_size
+    size = from_main(lambda: fit_image_size(loaded, requested, at_size, console)).img_size
     if size != config.img_size:
         parts, config = at_size(size), dataclasses.replace(config, img_size=size)
     config = from_main(lambda: fit_batch_size(parts, config, console))
@@ -47,21 +47,21 @@ def plan_training(
 
 
 def choose_heads(parts: RunComponents, config: TrainConfig) -> TrainConfig:
-    """Decide the final head, the start of the trained head, and the augmentation.
+    """Choose the final head, the initialization of the trained head and the augmentation.
 
     Args:
         parts: Data and model; the transform of the training images is replaced.
         config: Settings with a batch size.
 
     Raises:
-        ValueError: 0 epochs without a head that is fitted and measured.
+        ValueError: If `epochs` is 0 without a probe-initialized head or without selection on validation images.
     """
     config = dataclasses.replace(config, final_head=choose_final_head(parts, config))
     config = choose_augmentation(parts, config if config.init_from else choose_head_start(parts, config))
-    is_measured = get_protocol(config.protocol).selected_on == "val"
-    if config.epochs == 0 and not (is_measured and config.head_init == "probe"):
+    uses_val = get_protocol(config.protocol).selected_on == "val"
+    if config.epochs == 0 and not (uses_val and config.head_init == "probe"):
         raise ValueError(
-            "epochs must be at least 1, got 0: without training there is only a head that starts from a probe "
-            "(head_init) and is measured on validation images (protocol)"
+            f"epochs must be at least 1, got 0 with head_init={config.head_init!r} and protocol={config.protocol!r}; "
+            "0 epochs require head_init='probe' and a protocol that selects on validation images"
         )
     return config

@@ -1,4 +1,4 @@
-"""What fits: the batch size by memory, image size and number of epochs by time, each from trial steps."""
+"""Automatic batch size from memory, and image size and number of epochs from a time budget, by trial steps."""
 
 import bisect
 import dataclasses
@@ -33,31 +33,31 @@ from snella_app.training.results import MIN_SIZE, free_memory, size_step
 
 _LARGEST_BATCH, _FEWEST_STEPS = 256, 10
 _MEMORY_SHARE = 0.8
-"""Of the free memory that a step may take by its prediction: libraries and workspaces come on top."""
+"""Maximum predicted step memory as a fraction of free memory; the prediction excludes libraries and workspaces."""
 _TIMED_STEPS, _FEWEST_TIMED = 4, 3
 _TIME_SHARE = 0.9
-"""Of the time budget that steps and evaluations may take: checkpoints, results and report take the rest."""
+"""Fraction of the time budget for steps and evaluation; the rest covers checkpoints, results and report."""
 _MOST_EPOCHS = 100
 _MEASURED_SHARE = 0.02
-"""Of the time budget, after which no further step is timed once the fewest have been."""
+"""Fraction of the time budget for timing, which is exceeded only for the minimum number of steps."""
 _SIZE_RATIO = 1.15
-"""Of an image size that is too large to one that is not, from which none between them is tried."""
+"""The size search ends if the smallest too large size is at most this factor above the largest that fits."""
 _SIZE_ERRORS = (ValueError, TypeError, RuntimeError, AssertionError, IndexError)
-"""What models raise that cannot be built for, or take, images of another size."""
+"""Errors of models that do not support an image size."""
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def fit_batch_size(parts: RunComponents, config: TrainConfig, console: Console) -> TrainConfig:
-    """The settings with the largest batch that fits, where `batch_size` is auto.
+    """Resolve `batch_size="auto"` to the largest batch size that fits into memory.
 
-    Tried are powers of two up to 256, of which an epoch has at least 10 steps: the largest whose predicted memory is
-    at most 0.8 of what is free, confirmed by a real step, and halved while that runs out of memory. The model stays as
-    it is.
+    Candidates are powers of two up to 256 with at least 10 steps per epoch. The largest candidate with a predicted
+    memory of at most 0.8 of the free memory is tested with a trial step, and halved while the step runs out of memory.
+    The model is unchanged.
 
     Args:
         parts: Data and model.
         config: Resolved settings.
-        console: Where the choice is written.
+        console: Output console for the choice.
     """
     if config.batch_size != "auto":
         return config
@@ -73,7 +73,7 @@ def fit_batch_size(parts: RunComponents, config: TrainConfig, console: Console) 
     whole = batch * process_count()
     print_line(
         console,
-        f"batch size {whole}: a step takes about {memory:,.0f} of {free / 2**20:,.0f} MiB free; one was tried",
+        f"batch size {whole}: a step takes about {memory:,.0f} of {free / 2**20:,.0f} MiB free",
     )
     return dataclasses.replace(config, batch_size=whole)
 
@@ -81,83 +81,84 @@ def fit_batch_size(parts: RunComponents, config: TrainConfig, console: Console) 
 def fit_image_size(
     parts: RunComponents, config: TrainConfig, at_size: Callable[[int], RunComponents], console: Console
 ) -> TrainConfig:
-    """The settings with smaller images, where `time_budget` has no room for all epochs at the backbone's own size.
+    """Reduce the image size if `epochs` do not fit into `time_budget` at the backbone's default size.
 
-    Chosen is the largest multiple of the model's patch, or of its reduction, at which `epochs` fit, by measured steps
-    and to within 15 %; the smallest, 48 pixels or the next multiple, where they fit at none. The search begins there:
-    a step at the own size may take longer than the budget. Each next size is the largest at which the epochs fit if
-    time grows as the pixels do. A size that is given stays, and so does that of a model that cannot take another one.
+    Candidates are multiples of the model's patch size or reduction, from 48 pixels. The result is the largest candidate
+    at which the epochs fit according to measured steps, to within 15 %, or the smallest candidate if they fit at none.
+    The search starts at the smallest candidate, since a step at the default size may exceed the budget. Each next
+    candidate is the largest at which the epochs fit if time is proportional to the number of pixels. A given
+    `img_size` is unchanged, and models that do not support other sizes keep their default.
 
     Args:
-        parts: Data and model, at the backbone's own size.
+        parts: Data and model at the backbone's default size.
         config: Resolved settings.
-        at_size: Builds the same for images of another size.
-        console: Where the choice is written.
+        at_size: Function that builds data and model for another image size.
+        console: Output console for the choice.
     """
     if config.time_budget is None or config.img_size is not None:
         return config
-    own, step = int(parts.data_config["input_size"][-1]), size_step(parts.model)
-    sizes = [*range(-(-MIN_SIZE // step) * step, own, step), own]
-    kept = _reason_to_keep_size(config)
-    if kept is not None:
-        print_line(console, f"image size stays {own} px, since {kept}")
-    if kept is not None or len(sizes) == 1:
+    default, step = int(parts.data_config["input_size"][-1]), size_step(parts.model)
+    sizes = [*range(-(-MIN_SIZE // step) * step, default, step), default]
+    reason = _reason_to_keep_size(config)
+    if reason is not None:
+        print_line(console, f"image size stays {default} px: {reason}")
+    if reason is not None or len(sizes) == 1:
         return config
     epochs = counted(config.epochs, "epoch")
-    print_line(console, f"measuring steps, to fit {epochs} into {config.time_budget}")
+    print_line(console, f"measuring step times to fit {epochs} into {config.time_budget}")
     allowed = _TIME_SHARE * budget_seconds(config.time_budget) / config.epochs
     seconds: dict[int, float] = {}
-    fits, too_large, number = -1, len(sizes), 0
+    fits, too_large, index = -1, len(sizes), 0
     while fits + 1 < too_large and not (
         0 <= fits < too_large < len(sizes) and sizes[too_large] <= _SIZE_RATIO * sizes[fits]
     ):
-        size = sizes[number]
+        size = sizes[index]
         try:
-            seconds[size] = _measure_times(parts if size == own else at_size(size), config).epoch_s
+            seconds[size] = _measure_times(parts if size == default else at_size(size), config).epoch_s
         except _SIZE_ERRORS as error:
             text = str(error).strip().partition("\n")[0]
-            print_line(console, f"image size stays {own} px, since {config.backbone} cannot take {size} px ({text})")
+            print_line(console, f"image size stays {default} px: {config.backbone} does not support {size} px ({text})")
             return config
-        fits, too_large = (number, too_large) if seconds[size] <= allowed else (fits, number)
+        fits, too_large = (index, too_large) if seconds[size] <= allowed else (fits, index)
         largest = size * math.sqrt(allowed / seconds[size])
-        number = max(bisect.bisect_right(sizes, largest) - 1, fits + 1)
-        if number >= too_large or too_large < len(sizes):
-            number = (fits + too_large) // 2
+        index = max(bisect.bisect_right(sizes, largest) - 1, fits + 1)
+        if index >= too_large or too_large < len(sizes):
+            index = (fits + too_large) // 2
     chosen = sizes[max(fits, 0)]
-    if chosen == own:
+    if chosen == default:
         return config
-    own_s = seconds.get(own, seconds[max(seconds)] * (own / max(seconds)) ** 2)
-    fit = "fit into" if fits >= 0 else "do not fit there either, the smallest size that is tried, into"
+    default_s = seconds.get(default, seconds[max(seconds)] * (default / max(seconds)) ** 2)
+    fit = f"fit into {config.time_budget}" if fits >= 0 else f"exceed {config.time_budget} even at the smallest size"
     print_line(
         console,
-        f"image size {chosen} px: {epochs} {fit} {config.time_budget}, one takes about "
-        f"{seconds_text(seconds[chosen])}; at {own} px, the backbone's own size, it takes about "
-        f"{seconds_text(own_s)}{'' if own in seconds else ' if time grows as the pixels do'}; --img-size sets it",
+        f"image size {chosen} px: {epochs} {fit}; one epoch takes about {seconds_text(seconds[chosen])}, at "
+        f"{default} px, the backbone's default size, about {seconds_text(default_s)}"
+        f"{'' if default in seconds else ' (estimated from the number of pixels)'}; use --img-size to set the size",
     )
     return dataclasses.replace(config, img_size=chosen)
 
 
 def _reason_to_keep_size(config: TrainConfig) -> str | None:
-    """Why no other image size is tried; None where some are."""
+    """Return the reason to keep the image size; None if other sizes can be tried."""
     if config.init_from is not None:
-        return f"{config.init_from} has it"
+        return f"{config.init_from} uses this size"
     if config.folds is not None:
-        return "all folds have the same"
+        return "all folds use the same size"
     if find_method(config.method).needs_batches:
-        return f"{config.method} chooses what it trains at one size"
+        return f"{config.method} selects parameters at this size"
     return None
 
 
 def fit_epochs(parts: RunComponents, config: TrainConfig, console: Console, begun: float | None = None) -> TrainConfig:
-    """The settings with as many epochs as fit into `time_budget`, at most 100, from a few timed steps.
+    """Set the number of epochs that fits into `time_budget`, at most 100, from a few timed steps.
 
-    There is at least one, or none if the head starts from a probe, which is then what is saved.
+    The minimum is 1 epoch, or 0 for a probe-initialized head that is evaluated on validation images.
 
     Args:
         parts: Data and model.
         config: Resolved settings with a batch size.
-        console: Where the choice is written.
-        begun: When loading of data and model began, as `time.monotonic()` counts; now if None.
+        console: Output console for the choice.
+        begun: Time on the `time.monotonic()` clock at which loading of data and model started; now if None.
     """
     if config.time_budget is None:
         return config
@@ -168,27 +169,27 @@ def fit_epochs(parts: RunComponents, config: TrainConfig, console: Console, begu
     left_s = _TIME_SHARE * budget_s - spent_s - times.final_s
     fewest = 0 if config.head_init == "probe" and get_protocol(config.protocol).selected_on == "val" else 1
     epochs = max(fewest, min(_MOST_EPOCHS, int(left_s / times.epoch_s)))
-    text = f"{counted(epochs, 'epoch')} in {config.time_budget}: one takes about {seconds_text(times.epoch_s)}"
+    text = f"{counted(epochs, 'epoch')} in {config.time_budget}: one epoch takes about {seconds_text(times.epoch_s)}"
     if not epochs:
-        text += "; the probe that the head starts from is what is saved"
+        text += "; the head from the linear probe is saved without training"
     elif times.epoch_s > left_s:
-        text += ", which is more than the budget; --train-size or a smaller --img-size make it shorter"
+        text += ", more than the remaining budget; reduce --train-size or --img-size"
     elif epochs == _MOST_EPOCHS:
-        text += f", and {_MOST_EPOCHS} are enough; --epochs without --time-budget sets more"
+        text += f"; {_MOST_EPOCHS} is the maximum; for more, use --epochs without --time-budget"
     print_line(console, text)
     return dataclasses.replace(config, epochs=epochs)
 
 
 @dataclass(frozen=True)
 class _Times:
-    """Seconds of an epoch with its evaluation, and of the evaluation of what is saved on all parts."""
+    """Time of one epoch with evaluation, and of the final evaluation on all splits, in seconds."""
 
     epoch_s: float
     final_s: float
 
 
 def _measure_times(parts: RunComponents, config: TrainConfig) -> _Times:
-    """Times from a few steps of training and evaluation."""
+    """Estimate times from a few training and evaluation steps."""
     config = fit_batch_size(parts, config, Console(file=io.StringIO()))
     per_batch = max(config.effective_batch_size // process_count(), 1)
     train_s = _step_seconds(parts, config, parts.splits.train, per_batch, _trial_step)
@@ -197,7 +198,7 @@ def _measure_times(parts: RunComponents, config: TrainConfig) -> _Times:
     measured = [part for name, part in parts_of(parts.splits).items() if name != "train"]
     if not measured:
         return _Times(steps * train_s, 0.0)
-    # images that fit into memory are read from there later
+    # the first pass reads from disk; later passes may read from memory
     first_read_s = _step_seconds(parts, config, measured[-1], per_batch, _only_read)
     evaluation_s = config.views * _step_seconds(parts, config, measured[-1], per_batch, _trial_evaluation)
 
@@ -218,19 +219,19 @@ def _measure_times(parts: RunComponents, config: TrainConfig) -> _Times:
 
 
 def _predicted(parts: RunComponents, batch: int) -> int:
-    """Bytes of a step."""
+    """Predict the peak memory of one step, in bytes."""
     channels, height, width = parts.data_config["input_size"]
     return predict_step_memory(parts.model, (channels, height, width), batch).total
 
 
 def _first_images(parts: RunComponents, count: int) -> dict[str, Tensor]:
-    """A batch of training images, the first ones."""
+    """Return a batch of the first training images."""
     train = parts.splits.train
     return parts.task.collate([train[index % len(train)] for index in range(count)])
 
 
 def _trial_step(parts: RunComponents, config: TrainConfig, batch: dict[str, Tensor]) -> None:
-    """Forward and backward, with memory for the optimizer's moments; everything is as before afterwards."""
+    """Run forward and backward with memory for the optimizer's moments, and restore the model's state."""
     model, device = parts.model, next(parts.model.parameters()).device
     images, labels = batch["images"].to(device), batch["labels"].to(device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -248,7 +249,7 @@ def _trial_step(parts: RunComponents, config: TrainConfig, batch: dict[str, Tens
 
 @torch.no_grad()
 def _trial_evaluation(parts: RunComponents, config: TrainConfig, batch: dict[str, Tensor]) -> None:
-    """Forward in evaluation mode."""
+    """Run a forward pass in evaluation mode, and restore the model's state."""
     model, device = parts.model, next(parts.model.parameters()).device
     images = batch["images"].to(device)
     with restored_state(model, images), _autocast(device, config):
@@ -257,11 +258,11 @@ def _trial_evaluation(parts: RunComponents, config: TrainConfig, batch: dict[str
 
 
 def _only_read(parts: RunComponents, config: TrainConfig, batch: dict[str, Tensor]) -> None:
-    """Nothing: what is timed is the loading."""
+    """No-op, for timing only data loading."""
 
 
 def _autocast(device: torch.device, config: TrainConfig) -> torch.autocast | nullcontext[None]:
-    """Autocast as training has it."""
+    """Return the autocast context of training."""
     dtype = _DTYPES.get(config.precision)
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
@@ -273,17 +274,17 @@ def _step_seconds(
     batch: int,
     step: Callable[[RunComponents, TrainConfig, dict[str, Tensor]], None],
 ) -> float:
-    """Median seconds of a step with the loading of its images.
+    """Return the median time of a step including data loading, in seconds.
 
-    The first step compiles and is left out. The second may compile as well, so that at least two steps are timed after
-    the first, and of an even number of times the lower median counts.
+    The first step is excluded, since it may compile kernels. The second step may compile as well. At least two steps
+    are therefore timed after the first, and the median of an even number of times is the lower one.
     """
-    generator = torch.Generator().manual_seed(config.seed)  # or a loader would draw from torch's own numbers
+    generator = torch.Generator().manual_seed(config.seed)  # leaves torch's global generator unchanged
     loader = DataLoader(dataset, batch, collate_fn=parts.task.collate, num_workers=config.workers, generator=generator)
     limit_s = _MEASURED_SHARE * budget_seconds(str(config.time_budget))
     spans: list[float] = []
     start = time.perf_counter()
-    passes = 1 if step is _only_read else _FEWEST_TIMED  # a part may be one batch, and is read once
+    passes = 1 if step is _only_read else _FEWEST_TIMED  # reading is timed in one pass; other steps repeat a small split
     batches = itertools.chain.from_iterable(itertools.repeat(loader, passes))
     for number, items in enumerate(batches):
         step(parts, config, items)
@@ -297,10 +298,10 @@ def _step_seconds(
 
 
 def _runs_out_of_memory(step: Callable[[], None]) -> bool:
-    """Whether a step does; other errors pass."""
+    """Return whether a step runs out of memory; other errors propagate."""
     try:
         step()
-    except RuntimeError as error:  # torch.OutOfMemoryError is one
+    except RuntimeError as error:  # base class of torch.OutOfMemoryError
         if not isinstance(error, torch.OutOfMemoryError) and not re.search("memory", str(error)):
             raise
         if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""`train`: one training run, from configuration to report."""
+"""Training run from configuration to report."""
 
 import contextlib
 import io
@@ -59,31 +59,33 @@ def train(
     keep_checkpoints: bool = True,
     draw_report: bool = True,
 ) -> RunFolder:
-    """Fine-tune a backbone and leave a complete run folder behind.
+    """Fine-tune a backbone and write a complete run folder.
 
-    The best epoch is selected on validation; the test images are evaluated once, at the end, with its adapter.
+    The best epoch is selected on the validation images. After training, its adapter is evaluated once on the test
+    images.
 
     Args:
-        config: The configuration. With `resume` a stored run is resumed from its last checkpoint, with its own
+        config: Configuration. With `resume`, the stored run continues from its last checkpoint with its stored
             settings.
-        console: Where to write; standard output if None.
-        data: A data set of torch or Hugging Face, or a mapping from train, val and test to such ones; `config.data` is
-            then a name for it, `python:flowers`. Resuming needs it again.
-        measure_test: False skips the test images, for tuning runs.
-        keep_checkpoints: False saves no state to resume from after each epoch, for short runs.
-        draw_report: False skips the HTML report; `snella inspect --report` draws it later.
+        console: Output console; standard output if None.
+        data: Data set of torch or Hugging Face, or a mapping from train, val and test to data sets. `config.data` then
+            names it, for example `python:flowers`. Resuming the run requires the same object.
+        measure_test: If False, skip the test images, for example in tuning runs.
+        keep_checkpoints: If False, do not save a checkpoint after each epoch; for short runs.
+        draw_report: If False, skip the HTML report; `snella inspect --report` writes it later.
 
     Returns:
-        The folder, its run finished.
+        Folder of the finished run.
 
     Raises:
-        FileExistsError: The folder holds a run, and neither `resume` nor `overwrite` was asked for.
-        RunInUseError: Another process is writing into the folder.
-        FileNotFoundError: The data of a resumed run is not there, or the adapter of a finished one.
-        ValueError: Settings that contradict each other or the data, or a resumed run whose images have changed.
-        TrainingInterrupted: Ctrl-C; a checkpoint is saved.
-        NonFiniteLossError: The loss or the gradient became infinite or NaN; the last good state is kept.
-        CheckpointError: The disk is full, and the last checkpoint is kept; or that of a resumed run is damaged.
+        FileExistsError: If the folder contains a run and neither `resume` nor `overwrite` is set.
+        RunInUseError: If another process writes to the folder.
+        FileNotFoundError: If the data of a resumed run or the adapter of a finished run is missing.
+        ValueError: If settings contradict each other or the data, or the images of a resumed run have changed.
+        TrainingInterrupted: On Ctrl-C, after saving a checkpoint.
+        NonFiniteLossError: If the loss or gradient is infinite or NaN; the last checkpoint remains valid.
+        CheckpointError: If the disk is full (the last checkpoint remains valid), or the checkpoint of a resumed run is
+            damaged.
     """
     run = RunFolder(str(config.out))
     join_processes(config.device)
@@ -112,8 +114,8 @@ def train(
 
 
 def _show_finished(run: RunFolder, console: Console, draw_report: bool) -> None:
-    """Print that a resumed run is finished, and draw its report if it is missing."""
-    print_line(console, f"{run.path} is finished already; its report is {run.report}")
+    """Report that the run is already finished, and write its HTML report if it is missing."""
+    print_line(console, f"{run.path} is already finished; report {run.report}")
     if is_main():
         run.remove_temporaries()
         if draw_report and not run.report.is_file():
@@ -123,35 +125,35 @@ def _show_finished(run: RunFolder, console: Console, draw_report: bool) -> None:
 def _prepare(
     config: TrainConfig, run: RunFolder, console: Console, is_resumed: bool, data: Any
 ) -> tuple[TrainConfig, RunComponents]:
-    """Load data and model and decide what the settings leave open; a resumed run has decided most of it before."""
-    begun = time.monotonic()
+    """Load data and model, and resolve automatic settings; a resumed run reuses its stored settings."""
+    started_at = time.monotonic()
     _check_trackers(config)
     stored = read(RunInfo, run.path).data if is_resumed else None
     if is_resumed:
         config.data = find_data(run.path, str(config.data), None if stored is None else stored.folder)
     start = None if config.init_from is None else RunFolder(config.init_from)
-    chosen = run.path if is_resumed else None if start is None else start.path
-    parts = build_components(config, chosen, console, data)
+    selection_path = run.path if is_resumed else None if start is None else start.path
+    parts = build_components(config, selection_path, console, data)
     check_splits(run.path, stored, parts.splits)
-    is_unstarted = latest_checkpoint(run.checkpoints) is None
+    has_no_checkpoint = latest_checkpoint(run.checkpoints) is None
     if not is_resumed:
-        parts, config = plan_training(parts, config, console, begun, data)
+        parts, config = plan_training(parts, config, console, started_at, data)
     else:
         config = config.with_batch_size_for(len(parts.splits.train))
-        config = choose_heads(parts, config) if is_unstarted else config
+        config = choose_heads(parts, config) if has_no_checkpoint else config
     if config.epochs:
-        parts.start_layers = None  # training changes the features
-    if start is not None and is_unstarted:
+        parts.start_layers = None  # invalid once training changes the features
+    if start is not None and has_no_checkpoint:
         load_start(parts, config, start)
-    wait_for_others()  # all have read what a resumed run had
+    wait_for_others()  # all processes must read the stored files before the main process replaces them
     return config, parts
 
 
 def _fit(session: Session) -> SnellaTrainer:
-    """Train, from the last checkpoint if there is one.
+    """Train from the last checkpoint, or from the start without one.
 
     Raises:
-        KeyboardInterrupt: The training was interrupted and has saved its state.
+        KeyboardInterrupt: If training was interrupted; a checkpoint is saved.
     """
     with InterruptCallback() as interrupt:
         trainer = _run_trainer(session, interrupt)
@@ -161,7 +163,7 @@ def _fit(session: Session) -> SnellaTrainer:
 
 
 def _run_trainer(session: Session, interrupt: InterruptCallback) -> SnellaTrainer:
-    """Start the head, build the trainer and let it train."""
+    """Initialize the head, build the trainer and run it."""
     config, run, parts = session.config, session.run, session.parts
     checkpoint = from_main(lambda: checkpoint_to_resume(run, session.console))
     start = time.monotonic()
@@ -197,7 +199,7 @@ def _run_trainer(session: Session, interrupt: InterruptCallback) -> SnellaTraine
 def _callbacks(
     session: Session, interrupt: InterruptCallback
 ) -> tuple[list[TrainerCallback], ProgressDisplay, TrackingCallback]:
-    """All callbacks of a training, and the two that show its loss."""
+    """Build all callbacks; also return the two that display the loss."""
     config, parts = session.config, session.parts
     matrices, method = matrices_of(parts.model), method_of(parts.model)
     allocation = SnellaCallback() if matrices and config.epochs else None
@@ -219,27 +221,27 @@ def _callbacks(
 
 
 def _check_trackers(config: TrainConfig) -> None:
-    """Refuse a tracker whose package is missing, before anything is loaded.
+    """Check that the packages of all trackers are installed, before data and model are loaded.
 
     Raises:
-        ImportError: It is.
+        ImportError: If a package is missing.
     """
     for name in config.trackers:
         try:
             INTEGRATION_TO_CALLBACK[name]()
         except (ImportError, RuntimeError) as error:
-            raise ImportError(f"track={name} needs a package; pip install {name}: {error}") from error
+            raise ImportError(f"track={name} requires a missing package; pip install {name}: {error}") from error
 
 
 @contextmanager
 def _tracking(config: TrainConfig, run: RunFolder) -> Iterator[None]:
-    """Let trackers write into the run's folder and say nothing, unless the user has set their variables.
+    """Redirect trackers to the run folder and silence them; environment variables set by the user take precedence.
 
     Raises:
-        ValueError: A tracker refuses something.
+        ValueError: If a tracker raises an error.
     """
     folder = run.path / "tracking"
-    usual = {
+    defaults = {
         "TENSORBOARD_LOGGING_DIR": str(folder),
         "WANDB_DIR": str(folder),
         "WANDB_SILENT": "true",
@@ -249,8 +251,8 @@ def _tracking(config: TrainConfig, run: RunFolder) -> Iterator[None]:
         folder.mkdir(exist_ok=True)
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    own = {name: value for name, value in usual.items() if name not in os.environ}
-    os.environ.update(own)
+    added = {name: value for name, value in defaults.items() if name not in os.environ}
+    os.environ.update(added)
     try:
         yield
     except Exception as error:
@@ -259,17 +261,17 @@ def _tracking(config: TrainConfig, run: RunFolder) -> Iterator[None]:
             raise
         raise ValueError(f"track={package}: {str(error).strip().splitlines()[0]}") from error
     finally:
-        for name in own:
+        for name in added:
             os.environ.pop(name, None)
 
 
 class _LivePage(TrainerCallback):
-    """The report of a run that is going on, drawn at the end of an epoch at most once in `_PAGE_S` seconds.
+    """Callback that updates the report during training, after an epoch and at most once every `_PAGE_S` seconds.
 
-    A page whose drawing takes long comes less often, so that drawing takes at most a twentieth of the time.
+    Updates are at least 20 times as far apart as the last one took, so they use at most 5 % of the time.
 
     Args:
-        draw: Writes the page.
+        draw: Function that writes the report.
     """
 
     def __init__(self, draw: Callable[[], object]) -> None:
@@ -280,7 +282,7 @@ class _LivePage(TrainerCallback):
         start = time.monotonic()
         if start - self._drawn_at < self._pause:
             return
-        with contextlib.suppress(OSError, ValueError):  # a full disk: the training has its own word about it
+        with contextlib.suppress(OSError, ValueError):  # e.g. a full disk, which saving the checkpoint reports
             self._draw()
         self._drawn_at = time.monotonic()
         self._pause = max(_PAGE_S, 20 * (self._drawn_at - start))
