@@ -284,7 +284,7 @@ def _step_seconds(
     limit_s = _MEASURED_SHARE * budget_seconds(str(config.time_budget))
     spans: list[float] = []
     start = time.perf_counter()
-    passes = 1 if step is _only_read else _FEWEST_TIMED  # reading is timed in one pass; other steps repeat a small split
+    passes = 1 if step is _only_read else _FEWEST_TIMED  # one pass times reading; other steps repeat small splits
     batches = itertools.chain.from_iterable(itertools.repeat(loader, passes))
     for number, items in enumerate(batches):
         step(parts, config, items)
