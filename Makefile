@@ -8,9 +8,9 @@ PACKAGES := dataset-fashion-mnist tuxpaint-stamps-default mricron-data chromium
 # those that need bitsandbytes or torchao; without them they are skipped
 QUANTIZED_TESTS := tests/library/tuner/test_quantization.py tests/lab/recipes/dreambooth/test_train.py
 RAY_TESTS := tests/lab/comparison/test_processes.py -k ray
-# what promises equal bits, or sums in an order of its own
+# tests that promise equal bits or depend on the order of summation
 ISA_TESTS := tests/library/functions tests/library/tuner tests/app/training/test_stopping_and_resuming.py
-# other x86-64 machines, as far as libraries can be told to be on one; code that torch compiled for this one is not theirs
+# emulate other x86-64 machines; each needs its own cache of compiled code
 AVX2 := ATEN_CPU_CAPABILITY=avx2 NUMBA_CPU_NAME=haswell MKL_CBWR=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 \
   TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/$(VENV)/inductor-avx2
 OLDEST := ATEN_CPU_CAPABILITY=default NUMBA_CPU_NAME=generic MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41 \
@@ -65,7 +65,7 @@ twins: install packages ## small twins of the paper's Tables VII to XII (13 to 1
 	done
 	$(BIN)/python benchmarks/twin_tables.py runs/twins
 
-test: $(VENV)/.installed-for-tests packages ## style, types and tests, each also where another one fails
+test: $(VENV)/.installed-for-tests packages ## style, types and tests; a failing stage does not stop the others
 	@$(STAGES); \
 	stage style $(MAKE) --no-print-directory lint; \
 	stage types $(MAKE) --no-print-directory types; \
@@ -74,10 +74,10 @@ test: $(VENV)/.installed-for-tests packages ## style, types and tests, each also
 	stage ray PYTHONPATH=$(VENV)/ray OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(RAY_TESTS); \
 	finish
 
-test-oldest: $(VENV)/.installed-for-tests ## the ops' tests as on the oldest x86-64 processor
+test-oldest: $(VENV)/.installed-for-tests ## tests of the functions, emulating the oldest x86-64 processor
 	$(OLDEST) OMP_NUM_THREADS=1 $(PYTEST) $(FAST) tests/library/functions
 
-test-isa: $(VENV)/.installed-for-tests ## ops, tuner and resuming with three instruction sets, on one thread and on two (x86-64)
+test-isa: $(VENV)/.installed-for-tests ## functions, tuner and resuming with three instruction sets, on one thread and on two (x86-64)
 	@$(STAGES); \
 	for threads in 1 2; do \
 	  count="TEST_THREADS=$$threads OMP_NUM_THREADS=$$threads"; \
@@ -101,7 +101,7 @@ bench: install ## step times (sixteen minutes on two cores) beside PEFT's LoRA a
 	$(BIN)/python benchmarks/readme.py
 
 gpu: $(VENV)/.installed-for-tests ## on a machine with a GPU: the doctor, the tests for GPUs, and steps at batch 64; appends to benchmarks/results.jsonl
-	$(BIN)/snella doctor --out runs/gpu/doctor.json
+	$(BIN)/snella doctor --steps false --out runs/gpu/doctor.json
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/snella bench --device cuda --batch 64 --dtype fp32,bf16 --methods lora,full,snella --out benchmarks/results.jsonl
 
@@ -123,7 +123,7 @@ format: install ## repair style and formatting
 types: install ## static types
 	$(BIN)/mypy
 
-docs: install ## build the documents as a site, runs/docs/index.html
+docs: install ## build the documentation into runs/docs/index.html
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 

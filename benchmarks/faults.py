@@ -5,8 +5,8 @@
 
     killed      SIGKILL at random times and before random file operations, some runs twice; resumed runs must match an
                 uninterrupted run bit for bit
-    disk full   writes fail from a random one on, or files are limited to a random size; then resumed with space
-    small disk  a small file system; then resumed with space
+    disk full   fail all writes after a random one, or limit the file size at random; then resume with free space
+    small disk  train on a small file system; then resume with free space
     finished    flip a bit, or truncate, zero, empty or remove a file of a finished run; then predict, evaluate, merge,
                 inspect and train --resume
     checkpoint  the same damage in an unfinished run; then train --resume

@@ -7,6 +7,7 @@ is all development folders.
 """
 
 import argparse
+import re
 from pathlib import Path
 
 import numpy as np
@@ -80,15 +81,16 @@ def main() -> None:
         parts, task, own = features_of(args.folders_root / folder, args.pixels)
         heads = [(own, False, False, False), (own, True, False, False), (own, True, True, False)]
         heads += [(own, True, True, True), (None, True, True, True)]
-        row = [
+        accuracies = [
             accuracy(parts, task, own=width, val=val, flips=flips, average=average)
             for width, val, flips, average in heads
         ]
-        table.append(row)
-        print(folder, *(f"{100 * value:.1f}" for value in row), flush=True)
-        result = {"folder": folder, "pixels": args.pixels, "accuracy": dict(zip(names, row, strict=True))}
-        command = {"command": f"final_head.py --folders-root ROOT --pixels {args.pixels}"}
-        append_rows(args.out, [result | conditions("cpu") | command])
+        table.append(accuracies)
+        print(folder, *(f"{100 * value:.1f}" for value in accuracies), flush=True)
+        result = {"folder": folder, "pixels": args.pixels, "accuracy": dict(zip(names, accuracies, strict=True))}
+        row = result | conditions("cpu")
+        row["command"] = re.sub(r"--folders-root[= ]\S+", "--folders-root ROOT", row["command"])
+        append_rows(args.out, [row])
     print("mean", *(f"{100 * value:.1f}" for value in np.mean(table, axis=0)))
 
 

@@ -124,7 +124,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="output file, replaced; default step_memory.jsonl")
     args = parser.parse_args()
     if args.out is None and (args.backbones, args.batch, args.depths) != (list(DEPTHS), BATCH, None):
-        parser.error(f"--out is required with other models; {ROWS.name} holds the default models")
+        parser.error(
+            f"--out is required with other models, batch size or depths than the defaults, which {ROWS.name} holds"
+        )
     torch.set_num_threads(1)
     out = args.out or ROWS
     out.unlink(missing_ok=True)

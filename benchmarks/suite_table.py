@@ -170,14 +170,14 @@ def draw_twins(folder: Path = TWINS_PICTURES) -> list[Path]:
     return [path for path in paths if path.suffix == ".svg"]
 
 
-def update_overview(readme: Path = README) -> bool:
-    """Write the means over all tasks into the README; return True if it changed.
+def update_overview(page: Path) -> bool:
+    """Write the means over all tasks into the page; return True if it changed.
 
     Raises:
-        ValueError: If a row is damaged or the README has no markers.
+        ValueError: If a row is damaged or the page has no markers.
     """
     experiment, rows = read_suite()
-    return put_between(readme, OVERVIEW_BEGIN, OVERVIEW_END, overview(experiment, rows))
+    return put_between(page, OVERVIEW_BEGIN, OVERVIEW_END, overview(experiment, rows))
 
 
 def overview(experiment: Experiment, rows: Rows) -> str:

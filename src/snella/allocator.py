@@ -44,7 +44,8 @@ class BudgetAllocator:
     Args:
         model: Model with SNELLA layers, possibly wrapped by PEFT, DDP or `torch.compile`.
         total_epochs: Number of training epochs.
-        steps_per_epoch: Optimizer steps per epoch. With gradient accumulation, steps differ from batches.
+        steps_per_epoch: Optimizer steps per epoch, not batches. With gradient accumulation, several batches are one
+            step.
         total_steps: Total number of optimizer steps, if training stops within an epoch. The last step always reaches
             the target budget.
         adapter_name: Adapter to train; defaults to the first active one.

@@ -290,7 +290,7 @@ def pack_positions(indices: Tensor, size: int) -> Tensor:
         raise ValueError(f"indices must be in [0, {size}), got {int(where.min())} to {int(where.max())}")
     bits[where] = 1
     if int(bits.sum()) != len(where):
-        raise ValueError(f"indices must be unique, got {len(where)} with {int(bits.sum())} unique values")
+        raise ValueError(f"indices must be unique, got {len(where)} indices, {int(bits.sum())} of them distinct")
     return (bits.view(-1, 8) << _shifts(bits.device)).sum(1, dtype=torch.uint8)
 
 

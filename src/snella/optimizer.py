@@ -110,7 +110,7 @@ def _trained_adapters(model: nn.Module) -> list[tuple[SnellaLayer, str]]:
 
 
 class StepMatcher:
-    """Scale the factors' optimizer steps so that each changes a matrix's update in proportion to its base weight.
+    """Scaling of the factors' optimizer steps so that each changes an update in proportion to its base weight.
 
     `S` is quadratic in `ΔW`. Under Adam the update grows with the square of learning rate times steps, at a pace that
     depends on `scaling`, the matrix's shape and the size of its weights. With

@@ -14,7 +14,7 @@ KEEPS_EVERYTHING = -1.0
 
 
 def sparsify(delta: Tensor, threshold: Tensor, mode: SparsifyMode = "soft") -> Tensor:
-    """Keep the entries of `delta` that exceed `threshold` in magnitude, weighted by magnitude.
+    """Keep entries of `delta` above `threshold` in magnitude, weighted by magnitude; mode `none` keeps all unchanged.
 
         soft:      S[i, j] = delta[i, j] · max(|delta[i, j]| − threshold, 0)                      (eq. 13)
         official:  S[i, j] = delta[i, j] · |delta[i, j]|·1[|delta[i, j]| > threshold]             (the authors' code)
@@ -59,13 +59,13 @@ def keep_threshold(delta: Tensor, budget: int) -> Tensor:
 
         t = the (budget + 1)-th largest |delta|,   t = 0 when budget = delta.numel()
 
-    Eq. 13 of the paper takes the `budget`-th largest, which keeps one entry less than the `budget` in its text. The
-    selection is exact at every size (`torch.quantile` fails above 2²⁴ entries) and does not synchronize with the
-    device.
+    Eq. 13 of the paper takes the `budget`-th largest, which keeps one entry fewer than the `budget` that its text
+    describes. The selection is exact at every size (`torch.quantile` fails above 2²⁴ entries) and does not synchronize
+    with the device.
 
     All entries that tie with `t` are dropped, so fewer than `budget` entries survive if `t` occurs more than once among
-    the largest `budget + 1`. None survives in a constant matrix. Ties arise when `delta` has few distinct values, e.g.
-    with half precision, integers, or repeated rows or columns.
+    the largest `budget + 1`. None survives if the largest magnitude ties with `t`, e.g. in a constant matrix. Ties
+    arise when `delta` has few distinct values, e.g. with half precision, integers, or repeated rows or columns.
 
     Args:
         delta: Matrix of any shape, floating point.

@@ -268,7 +268,7 @@ def unmatched_message(targets: Iterable[str] | str, model: nn.Module) -> str:
 _PLAIN_LINEAR = {"transformers.models.falcon.modeling_falcon.FalconLinear"}
 # alternatives for unsupported modules
 _INSTEAD = {
-    nn.Embedding: "train rows of an embedding with trainable_token_indices, or the whole with modules_to_save",
+    nn.Embedding: "train single rows with trainable_token_indices, or the whole embedding with modules_to_save",
     nn.Conv1d: "train it in full with modules_to_save",
     nn.Conv3d: "train it in full with modules_to_save",
 }

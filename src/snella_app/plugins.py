@@ -15,7 +15,7 @@
 
 import functools
 import warnings
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 
@@ -23,14 +23,14 @@ def plugin(group: str, name: str) -> Any:
     """Load the object registered as `name` in `snella.{group}`; None if no package registers it.
 
     Args:
-        group: `reports` or `choices`.
+        group: As for `plugins`, or `reports` or `choices`.
         name: Name of the entry point.
 
     Raises:
         ImportError: If the object cannot be imported.
     """
-    entries = list(entry_points(group=f"snella.{group}", name=name))
-    return entries[0].load() if entries else None
+    entry = _entries(group).get(name)
+    return None if entry is None else entry.load()
 
 
 @functools.cache
@@ -44,20 +44,35 @@ def plugins(group: str, reserved: frozenset[str] = frozenset()) -> dict[str, Any
         reserved: Names that the application itself uses.
     """
     objects = {}
-    entries = entry_points(group=f"snella.{group}")
-    for entry in sorted(entries, key=lambda entry: (not entry.value.startswith("snella_"), entry.name)):
-        package = entry.dist.name if entry.dist is not None else entry.module
-        if entry.name in objects or entry.name in reserved:
-            warnings.warn(
-                f"{package} registers {entry.name!r} in snella.{group}, which is taken; ignored", stacklevel=2
-            )
-            continue
+    for name, entry in _entries(group, reserved).items():
         try:
-            objects[entry.name] = entry.load()
+            objects[name] = entry.load()
         except Exception as error:
+            package = _package(entry)
             warnings.warn(
-                f"{package} registers {entry.name!r} in snella.{group}, which cannot be imported "
+                f"{package} registers {name!r} in snella.{group}, which cannot be imported "
                 f"({type(error).__name__}: {error}); update or uninstall {package}",
                 stacklevel=2,
             )
     return objects
+
+
+@functools.cache
+def _entries(group: str, reserved: frozenset[str] = frozenset()) -> dict[str, EntryPoint]:
+    """Return the entry points of a group by name, those of this project first; warn of names that are taken."""
+    entries: dict[str, EntryPoint] = {}
+    found = entry_points(group=f"snella.{group}")
+    for entry in sorted(found, key=lambda entry: (_package(entry) != "snella", entry.name)):
+        if entry.name in entries or entry.name in reserved:
+            package = _package(entry)
+            warnings.warn(
+                f"{package} registers {entry.name!r} in snella.{group}, which is taken; ignored", stacklevel=3
+            )
+        else:
+            entries[entry.name] = entry
+    return entries
+
+
+def _package(entry: EntryPoint) -> str:
+    """Return the name of the package that registers an entry point."""
+    return entry.module if entry.dist is None else entry.dist.name

@@ -1,1 +1,1 @@
-"""Compare methods, reproduce the paper, and analyse what was trained. Registers with the application as a plugin."""
+"""Method comparison, reproduction of the paper and analysis of trained runs; registered as a plugin of snella_app."""

@@ -27,7 +27,7 @@ from snella_app.backbones.checkpoint import (
     update_config,
     weight_suffix,
 )
-from snella_app.plugins import plugins
+from snella_app.plugins import plugin, plugins
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _local_ways() -> str:
     """Return the alternatives to the Hub."""
     names = packaged_names()
     shipped = (
-        f" a bundled backbone ({', '.join(names)}; on the command line: --backbone {names[-1]} --img-size 224),"
+        f" a backbone from an installed package ({', '.join(names)}; on the command line: --backbone {names[0]}),"
         if names
         else ""
     )
@@ -243,7 +243,7 @@ def create_backbone(
     """
     _check_numbers(num_classes, img_size)
     options: dict[str, Any] = {"num_classes": num_classes}
-    if (packaged := plugins("backbones").get(name)) is not None:
+    if (packaged := plugin("backbones", name)) is not None:
         _refuse_second_weights(name, weights, "includes the weights of a package")
         model = _build(packaged.architecture, options, img_size)
         if pretrained:

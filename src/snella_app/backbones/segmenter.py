@@ -39,7 +39,7 @@ class LightDecoder(nn.Module):
         self.classify = nn.Conv2d(width, num_classes, 1)
 
     def forward(self, features: list[Tensor]) -> Tensor:
-        """Compute class scores `[batch, classes, 4h, 4w]` from maps `[batch, channels, h, w]`; resize other maps."""
+        """Compute class scores `[batch, classes, 4h, 4w]`; maps are resized to the first, `[batch, channels, h, w]`."""
         size = features[0].shape[-2:]
         # torch 2.13 crashes in GroupNorm's backward pass for channels-last inputs without gradient
         levels = zip(self.norms, self.projections, (level.contiguous() for level in features), strict=True)

@@ -540,7 +540,7 @@ def data(
         }
         wrong = [f"--{name} {value}" for name, value in given.items() if value is not None]
         if wrong:
-            raise ValueError(f"{', '.join(wrong)} does not apply to benchmarks, got {data!r}; leave it out")
+            raise ValueError(f"{', '.join(wrong)} cannot be given for benchmarks, got {data!r}; leave it out")
         checks = check_benchmarks(data, decode=decode)
         for check in checks:
             make_console().print(_benchmark_table(check))

@@ -13,8 +13,24 @@ Shell = Literal["bash", "zsh", "fish"]
 SHELLS: tuple[str, ...] = get_args(Shell)
 
 _PATHS = {
-    *("config", "data", "experiment", "features", "figures", "images", "init_from", "out", "prompts", "run", "runs"),
-    *("sheet", "to_folder", "weights"),
+    "clip",
+    "data",
+    "dino",
+    "experiment",
+    "features",
+    "figures",
+    "images",
+    "init_from",
+    "model",
+    "out",
+    "pipeline",
+    "prompts",
+    "run",
+    "runs",
+    "sheet",
+    "template",
+    "to_folder",
+    "weights",
 }
 """Arguments that complete to files and folders."""
 

@@ -417,7 +417,7 @@ def _read_list(list_file: Path, folder: Path) -> tuple[ListedPart, list[str]]:
     errors = []
     if malformed:
         errors.append(
-            f"{list_file.name} must have lines like 'images/test/000000.jpg 3', got {len(malformed)} others: "
+            f"{list_file.name} must have lines like 'images/test/000000.jpg 3', malformed lines ({len(malformed)}): "
             f"{listed(malformed)}"
         )
     elif not files:
@@ -556,7 +556,7 @@ def _read_object(file: Path) -> tuple[dict[str, int], str]:
         return {}, f"{file.name} must contain an object {{image path: class}}, got {str(content)[:40]!r}"
     wrong = [f"{path!r}: {label!r}" for path, label in content.items() if not _is_number(label)]
     if wrong:
-        return {}, f"{file.name} must map each image to an integer, got {len(wrong)} others: {listed(wrong)}"
+        return {}, f"{file.name} must map each image to an integer, invalid entries ({len(wrong)}): {listed(wrong)}"
     return {path: int(label) for path, label in content.items()}, ""
 
 

@@ -76,14 +76,14 @@ def check_benchmarks(folder: str | Path, *, decode: bool = False) -> list[Benchm
     layouts = "; ".join(f"{family.title} as {family.layout}" for family in _FAMILIES)
     if not root.is_dir():
         raise FileNotFoundError(
-            f"folder must be a benchmark folder, got {str(folder)!r}, which does not exist; put there {layouts}"
+            f"folder must be a benchmark folder, got {str(folder)!r}, which does not exist; expected layout: {layouts}"
         )
     checks = _single(root) or _all(root)
     if not checks:
         inside = sorted(child.name for child in root.iterdir())
         contents = f"it contains {listed(inside)}" if inside else "it is empty"
         raise ValueError(
-            f"folder must contain a benchmark, got '{root}' without one ({contents}); put there {layouts}. "
+            f"folder must contain a benchmark, got '{root}' ({contents}); expected layout: {layouts}. "
             f"VTAB-1k tasks: {', '.join(VTAB_TASKS)}; FGVC datasets: {', '.join(FGVC_DATASETS)}. "
             f"For other images use class folders, {root}/CLASS/image.jpg, or a table"
         )

@@ -120,7 +120,7 @@ def full_spec(spec: str) -> str:
 
     A folder with `images` and `masks` becomes `masks:`; a folder written by Hugging Face datasets becomes `hf:`. A
     folder without subfolders becomes `wds:` if it has tar files, and `hf:` if all files are Parquet. Other text is
-    returned unchanged. Names of bundled datasets take precedence over folders.
+    returned unchanged. Names of registered datasets take precedence over folders.
     """
     path = Path(os.path.expanduser(spec))  # Path.expanduser raises for unknown users
     if split_spec(spec)[1] is not None or spec in _registered() or not spec.strip() or not os.path.exists(path):
@@ -144,9 +144,10 @@ def full_spec(spec: str) -> str:
 
 def split_spec(spec: str) -> tuple[str, str | None]:
     """Split `folder:PATH` into `("folder:", "PATH")`; data without a path gives `(name, None)`."""
-    registered = (name for name in _registered() if name.endswith(":"))
-    prefixes = (*_IN_FOLDERS, *_IN_TABLES, *_BENCHMARKS, PYTHON_PREFIX, *registered)
+    prefixes = (*_IN_FOLDERS, *_IN_TABLES, *_BENCHMARKS, PYTHON_PREFIX)
     prefix = next((prefix for prefix in prefixes if spec.startswith(prefix)), None)
+    if prefix is None:  # loads the plugins
+        prefix = next((name for name in _registered() if name.endswith(":") and spec.startswith(name)), None)
     return (spec, None) if prefix is None else (prefix, spec.removeprefix(prefix))
 
 
@@ -332,12 +333,13 @@ def _data_hint(spec: str) -> str:
     """Return a suggestion for an unknown specification."""
     name, colon, rest = spec.partition(":")
     if colon:
-        prefixes = [prefix[:-1] for prefix in (*_IN_FOLDERS, *_IN_TABLES, *_BENCHMARKS)]
+        registered = (name for name in _registered() if name.endswith(":"))
+        prefixes = [prefix[:-1] for prefix in (*_IN_FOLDERS, *_IN_TABLES, *_BENCHMARKS, *registered)]
         near = difflib.get_close_matches(name.lower(), prefixes, n=1, cutoff=0.5)
         return f"; did you mean '{near[0]}:{rest}'?" if near else ""
     path = Path(spec).expanduser()
     if path.is_file():
-        return ", which is no table: CSV, TSV, Parquet and tar files are"
+        return ", which is not a table (CSV, TSV, Parquet or tar)"
     near = difflib.get_close_matches(spec, _registered(), n=2, cutoff=0.4)
     if near:
         return f"; nearest: {', '.join(map(repr, near))}"

@@ -71,7 +71,7 @@ def grouped_split(
     count = len({groups[position] for position in free})
     if count < 2:
         raise ValueError(
-            f"at least two groups that are not the only group of a class are required to create a '{part}' split, "
+            f"creating a '{part}' split requires at least two groups, excluding a class's only group, "
             f"got {count} of {len(set(groups))}. Add a split column, or disable groups with --columns group=none"
         )
     folds = min(_MOST_FOLDS, count)

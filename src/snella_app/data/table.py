@@ -53,7 +53,7 @@ _BINS = 10
 _FEW_CLASSES = 20
 _LEAST_IN_STRATUM = 3
 _EXAMPLES = 3
-_MOST_WEIGHT = 1e9  # optimizers square float32 losses
+_MOST_WEIGHT = 1e9  # Adam squares gradients, which scale with the weights, in float32
 
 
 @dataclass(frozen=True)
@@ -546,7 +546,8 @@ def _label_lists(samples: Samples) -> Iterable[tuple[str, ...]]:
             odd = [text for text in texts if text not in (*_TRUE, *_FALSE)]
             if odd:
                 raise ValueError(
-                    f"{samples.where}: values of several label columns must be 0 or 1, got {odd[0]!r} in row {row + 1}"
+                    f"{samples.where}: multiple label columns must contain only 0 and 1, "
+                    f"got {odd[0]!r} in row {row + 1}"
                 )
             yield tuple(name for name, text in zip(samples.label_columns, texts, strict=True) if text in _TRUE)
         return

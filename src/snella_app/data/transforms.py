@@ -47,7 +47,7 @@ def build_transform(
         random_erasing: Probability of erasing a random rectangle as the last step (Zhong et al., arXiv 1708.04896).
 
     Returns:
-        Picklable transform from an image to float32 `[channels, height, width]`.
+        Picklable transform from an image to float32 `[channels, height, width]`, one channel per entry of `mean`.
 
     Raises:
         ValueError: If augmentation, interpolation or crop mode is unknown, or the configuration is incomplete.

@@ -122,7 +122,7 @@ MLP = Method(
     ("layers", "dropout"),
     suffix="layers",
     check=check_by({"layers": whole_number(), "dropout": number(0, 1)}),
-    unmerged_reason="replaces the head of the backbone by several layers",
+    unmerged_reason="replaces the head of the backbone with several layers",
     defaults={"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-4},
     is_head_only=True,
 )

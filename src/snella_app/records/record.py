@@ -111,7 +111,7 @@ def read_object(file: Path) -> dict[str, Any]:
         if (folder / "run.json").is_file():
             state = "the run has not written it yet, or it was deleted"
         elif folder.is_dir():
-            state, hint = "this is not a run folder", "pass the folder that `snella train --out` wrote"
+            state, hint = "this is not the folder of a run", "pass the folder that `snella train --out` wrote"
         else:
             state, hint = "no such folder", "pass the folder that `snella train --out` wrote"
         raise FileNotFoundError(f"no file {file}: {state}; {hint}")

@@ -134,8 +134,8 @@ class Calibration:
 
     Attributes:
         temperature: Divisor of the logits; above 1 for an overconfident model.
-        threshold: Lowest probability at which the validation error rate is half the overall one; None if no threshold
-            achieves it or without errors.
+        threshold: Lowest probability at which the validation error rate is at most half the overall one; None if no
+            threshold achieves it or there are no errors.
         coverage: Fraction of validation images whose probability reaches the threshold.
         accuracy: Accuracy on these images.
         reliability: Calibration on validation and, if present, test images.

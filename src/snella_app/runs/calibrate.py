@@ -110,8 +110,8 @@ def unsure_threshold(confidence: Tensor, is_right: Tensor) -> tuple[float | None
         is_right: Whether the prediction is correct, `[images]`, boolean.
 
     Returns:
-        Threshold, fraction of images above it, and their accuracy. If no threshold halves the error rate, or there are
-        no errors: None, 1, and the accuracy of all images.
+        Threshold, fraction of images at or above it, and their accuracy. If no threshold halves the error rate, or
+        there are no errors: None, 1, and the accuracy of all images.
     """
     order = confidence.argsort(descending=True, stable=True)
     sorted_confidence, wrong = confidence[order], (~is_right[order]).double()

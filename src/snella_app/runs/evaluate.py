@@ -232,7 +232,9 @@ def calibrate_run(run: str | Path, *, batch_size: int = 32, device: str = "auto"
             "during training"
         )
     if not loaded.info.data.sizes.get("val"):
-        raise ValueError(f"run={folder.path} has no validation images to fit a temperature on; train with some")
+        raise ValueError(
+            f"run={folder.path} has no validation images to fit a temperature on; train with --val-fraction above 0"
+        )
     measured: dict[str, tuple[Tensor, Tensor]] = {}
     names: tuple[Split, ...] = ("val", "test") if loaded.info.data.sizes.get("test") else ("val",)
     for split in names:

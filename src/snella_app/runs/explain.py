@@ -77,7 +77,7 @@ def explain(
     Raises:
         FileExistsError: If the folder is not empty.
         FileNotFoundError: If the run or an image does not exist; suggests similar names.
-        ValueError: If the run has another task or not the class `of`, or an image cannot be read.
+        ValueError: If the run has another task, or has no class `of`, or an image cannot be read.
         ImportError: If Captum is not installed.
     """
     folder = Path(out)

@@ -566,7 +566,7 @@ def sparse_patch(model: nn.Module, base: nn.Module) -> SparsePatch:
         weight = layer.weight_name(name) if isinstance(layer, SnellaLayer) else f"{name}.weight"
         entries_by_name[weight] = Entries(indices, delta[indices].clone())
     for name, module in model.named_modules():
-        if (entries := getattr(module, "sparse_entries", None)) is not None:  # methods that train single weights
+        if (entries := getattr(module, "sparse_entries", None)) is not None:  # see docs/extending.md
             entries_by_name[f"{name}.weight"] = Entries(*entries())
     tensors = base.state_dict(keep_vars=True)
     changed = {name: entries for name, entries in entries_by_name.items() if len(entries.indices)}

@@ -49,7 +49,7 @@ _DIGESTED = ("config.yaml", "metrics.json", "allocation.json", "predictions.json
 _DIGESTED_FOLDERS = ("adapter", "selection")
 CARD = "README.md"
 """Model card of the adapter. It has no digest, since users edit it."""
-_NEW_RUN = "; to train further with other settings, start a new run from it: snella train --init-from {} --out NEW"
+_NEW_RUN = "; once the run is finished, train further with other settings by snella train --init-from {} --out NEW"
 _INHERITED = (
     *("task", "backbone", "weights", "pretrained", "channels", "method", "r", "scaling"),
     *("columns", "white", "skip_corrupt", "class_order", "protocol", "seed", "test_seed", "folds", "fold"),
@@ -342,7 +342,7 @@ class RunFolderOf(Generic[S]):
     def create(self, config: S) -> None:
         """Start a run: write `config.yaml`, remove the old run, create the folders.
 
-        If the process is killed here, the old run no longer matches `config.yaml` and is an error, or the folder has
+        If the process is killed here, the old run no longer matches `config.yaml` and is rejected, or the folder has
         neither `run.json` nor checkpoints, and `resume` starts the run from `config.yaml`.
         """
         self.path.mkdir(parents=True, exist_ok=True)
@@ -411,7 +411,7 @@ class RunFolderOf(Generic[S]):
         return any(not (entry / "run.json").is_file() for entry in unexpected)
 
     def _clear(self, keep: str | None = None) -> None:
-        """Remove the files of a run: first checkpoints, then `run.json`, then the others."""
+        """Remove only files of the run: checkpoints first, then `run.json` (the mark of a run), then the rest."""
         folders = sorted(self.folders, key=lambda name: name != "checkpoints")
         files = sorted(self.files, key=lambda name: name != "run.json")
         for name in (folders[0], *files, *folders[1:]):

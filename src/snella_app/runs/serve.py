@@ -108,6 +108,7 @@ def create_app(
 
     - 200: at least one file was predicted.
     - 400: the `Host` header is not a name of this server.
+    - 411: a POST request has no Content-Length header.
     - 413: a limit of the request is exceeded.
     - 422: no file could be predicted, or the form has no `files`.
     - 503: the limit of all requests is exceeded.
@@ -303,7 +304,7 @@ def _listener(host: str, port: int) -> Iterator[socket.socket]:
             number = error.errno or 0
             reason = {
                 errno.EADDRINUSE: "is in use; choose another --port, or 0 for a free one",
-                errno.EACCES: "needs more permissions; choose a --port from 1024",
+                errno.EACCES: "needs more permissions; choose a --port of 1024 or above",
                 errno.EADDRNOTAVAIL: "is not an address of this machine; use --host 127.0.0.1 or 0.0.0.0",
             }.get(number, f"is unavailable: {error.strerror}; choose another --port")
             raise OSError(f"{host}:{port} {reason}") from error

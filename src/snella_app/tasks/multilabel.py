@@ -250,11 +250,11 @@ class MultiLabelTask(Task):
         fits = []
         for c in range(outputs):
             answers = labels[:, c] > 0.5
-            class_weights = np.ones(len(labels)) if weights is None else weights
+            sample_weights = np.ones(len(labels)) if weights is None else weights
             if self.positive_weights is not None:
-                class_weights = class_weights * np.where(answers, self.positive_weights[c], 1.0)
+                sample_weights = sample_weights * np.where(answers, self.positive_weights[c], 1.0)
             constant = 4.0 if answers[0] else -4.0  # a probability of 98 or 2 %
-            fits.append(fit_binary_probe(features, answers, class_weights, constant))
+            fits.append(fit_binary_probe(features, answers, sample_weights, constant))
         weight, bias = zip(*fits, strict=True)
         return torch.stack(weight), torch.stack(bias)
 

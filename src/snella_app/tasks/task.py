@@ -56,7 +56,7 @@ class Task(ABC):
     monitors: ClassVar[Mapping[str, int]]
     """Choices of `--monitor`, default first; 1 if higher is better, -1 if lower is better."""
     has_one_class: ClassVar[bool] = False
-    """True if outputs are softmax logits of one class per image, which temperature scaling can calibrate."""
+    """True if the softmax of the outputs gives one class per image; temperature scaling can calibrate it."""
     augment: ClassVar[str] = "crop"
     """Default of `--augment auto`. Regression and segmentation use flips, since crops change their targets."""
     has_linear_fit: ClassVar[bool] = False

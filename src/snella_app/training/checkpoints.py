@@ -201,7 +201,7 @@ def reporting_write_errors(path: Path) -> Iterator[None]:
 
 
 def is_write_failure(error: BaseException) -> bool:
-    """Check that an exception is a failed write.
+    """Return whether an exception is a failed write.
 
     torch's zip writer and safetensors raise their own exception types without an errno.
     """

@@ -24,7 +24,7 @@ def process_number() -> int:
 
 
 def is_main() -> bool:
-    """Check that this is the main process, which writes files and prints."""
+    """Return whether this is the main process, which writes files and prints."""
     return process_number() == 0
 
 

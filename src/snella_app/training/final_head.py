@@ -126,7 +126,7 @@ def measure_layers(parts: RunComponents, probe: LayerProbe, images: Any, views: 
 
 
 def is_clearly_worse(task: Task, val: tuple[Any, Any], trained: tuple[Any, Any]) -> bool:
-    """Check that the outputs `val` are worse than the trained head's on the same validation images.
+    """Return whether the outputs `val` are worse than the trained head's on the same validation images.
 
     Single-label classification uses McNemar's test (`is_clearly_more`); other tasks compare the monitored metric.
     """

@@ -24,7 +24,7 @@ _SKIPPED = ("confusion",)
 
 
 def is_cross_validation(folder: str | Path) -> bool:
-    """Check that a folder contains a cross-validation."""
+    """Return whether a folder contains a cross-validation."""
     return (Path(folder) / FoldResults.file).is_file()
 
 
@@ -120,7 +120,9 @@ def _prepared(config: TrainConfig, folder: RunFolder) -> TrainConfig:
             f"out={folder.path} contains files but no cross-validation; choose an empty or a new folder"
         )
     if not config.data or not config.backbone:
-        raise FileNotFoundError(f"resume needs a cross-validation, got {folder.path}, which contains none")
+        raise FileNotFoundError(
+            f"out must be the folder of a cross-validation to resume, got {folder.path}, which has none"
+        )
     if stored is not None:
         for fold in range(1, stored.folds + 1):
             RunFolder(folder.path / f"fold-{fold}")._clear()

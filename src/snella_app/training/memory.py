@@ -75,8 +75,8 @@ def record_forward(model: nn.Module, images: Tensor) -> ForwardRecord:
     """Run one forward pass in training mode and record the memory that autograd saves.
 
     The function records sizes and releases the tensors, so it needs only the memory of a forward pass without
-    gradients. Under activation checkpointing, a part's saved tensors exist only during its backward pass; otherwise
-    only its inputs are saved.
+    gradients. Under activation checkpointing, a part's saved tensors exist only during its backward pass; before
+    and after it, only the part's inputs are saved.
 
     Args:
         model: Model; mode, buffers and random state are restored.

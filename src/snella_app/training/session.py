@@ -92,7 +92,7 @@ class InterruptCallback(TrainerCallback):
 
 
 def _is_epoch_end(state: TrainerState) -> bool:
-    """Check that the step is the last one of an epoch."""
+    """Return whether the step is the last one of an epoch."""
     steps_per_epoch = state.max_steps // state.num_train_epochs
     return state.global_step % steps_per_epoch == 0
 

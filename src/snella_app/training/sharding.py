@@ -43,7 +43,7 @@ def shard_frozen(model: nn.Module) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Check that `shard_frozen` was applied to a model."""
+    """Return whether `shard_frozen` was applied to a model."""
     if process_count() == 1:
         return False
     from torch.distributed.fsdp import FSDPModule
@@ -64,7 +64,7 @@ def average_gradients(model: nn.Module) -> None:
 
 
 def saved_bytes(model: nn.Module, count: int) -> int:
-    """Predict the bytes that each of `count` processes saves by sharding the frozen weights of a model."""
+    """Predict the bytes that each of `count` processes saves by sharding the frozen weights of an unsharded model."""
     if count == 1:
         return 0
     blocks = [_frozen_bytes(block) for block in _blocks(model)]

@@ -623,7 +623,7 @@ class SnellaTrainer(CheckpointingTrainer):
         return None if allocator is None else sum(allocator.budgets.values())
 
     def _is_denser_than_asked(self) -> bool:
-        """Check that the budget is still above a target that later epochs reach; then a later epoch is selected."""
+        """Return whether the budget is still above its target; only epochs that reached it can be the best."""
         allocator = self.allocator
         return allocator is not None and (allocator.config.schedule_end or 1.0) < 1 and not allocator.has_reached_target
 
@@ -633,7 +633,7 @@ class SnellaTrainer(CheckpointingTrainer):
         per_epoch = max(1, self.state.max_steps // max(1, int(self.state.num_train_epochs)))
         epoch = (step - 1) // per_epoch + 1
         done = sum(row["epoch"] > 0 for row in self.history)
-        saved = f"the state after epoch {done} and the best adapter are kept" if done else "no epoch was finished"
+        saved = f"the state after epoch {done} and the best adapter are kept" if done else "no adapter was saved"
         options = {name: getattr(self.config, name) for name in ("lr", "scalar_lr", "head_lr", "scaling")}
         shown = ", ".join(
             f"--{name.replace('_', '-')} (now {rate:g})" for name, rate in options.items() if rate is not None

@@ -371,7 +371,7 @@ def _draw_similarity(rows: Sequence[Row]) -> Figure:
 
 def _draw_frequencies(rows: Sequence[Row], name: str) -> Figure:
     """Draw the number of weights by number of changing tasks as bars, and the expectation of independent tasks."""
-    figure, axes = new_figure(560, 340, f"Tasks per changed weight of {shortened(name, 28)}")
+    figure, axes = new_figure(560, 340, f"Number of tasks that change a weight of {shortened(name, 20)}")
     places = [row["tasks"] for row in rows]
     bars = axes.bar(places, [row["weights"] for row in rows], width=0.75, color=ACCENT)
     chance = [row["expected_by_chance"] for row in rows]

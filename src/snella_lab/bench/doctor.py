@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from snella_app.console import make_console, make_table, print_line
-from snella_app.files import write_json
+from snella_app.files import made_folder, write_json
 from snella_app.text import bytes_text
 from snella_lab.bench.bench import BenchConfig, bench
 from snella_lab.bench.reference import DTYPES, BackendCheck, check_backend
@@ -82,12 +82,16 @@ def diagnose(
         diagnosis.steps = bench(config, console)
     if out is not None:
         checks = [{**asdict(check), "verdict": check.verdict} for check in diagnosis.checks]
-        rows = {"machine": diagnosis.machine, "checks": checks, "steps": diagnosis.steps, **conditions("cpu")}
-        write_json(Path(out), rows)
+        results = {"machine": diagnosis.machine, "checks": checks, "steps": diagnosis.steps}
+        with made_folder(Path(out).parent):
+            write_json(Path(out), results | conditions(usable_devices()[-1]))
         print_line(console, f"results: {out}")
     if diagnosis.wrong:
         names = ", ".join(f"{check.impl} on {check.device} in {check.dtype}" for check in diagnosis.wrong)
-        print_line(console, f"wrong: {names}; set --method-options.impl eager and report a bug with the file of --out")
+        remedy = (
+            "" if any(check.impl == "eager" for check in diagnosis.wrong) else "set --method-options.impl eager, and "
+        )
+        print_line(console, f"wrong: {names}; {remedy}attach the file of --out to a bug report")
     else:
         print_line(console, "all available backends are correct")
     return diagnosis

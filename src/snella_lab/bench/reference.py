@@ -48,10 +48,10 @@ class BackendCheck:
 
     @property
     def verdict(self) -> str:
-        """`right`, `wrong` or `not available`."""
+        """`correct`, `wrong` or `not available`."""
         if self.error:
             return "not available"
-        return "right" if self.worst <= 1 else "wrong"
+        return "correct" if self.worst <= 1 else "wrong"
 
 
 def check_backend(impl: str, device: str, dtype: str = "fp32", *, sparsity: float = 0.7) -> BackendCheck:
@@ -89,7 +89,7 @@ def op_error(impl: str, device: str = "cpu", sparsity: float = 0.7) -> str | Non
         Message on the worst tensor, or on why the implementation cannot run; `None` if all are within the tolerance.
     """
     check = check_backend(impl, device, sparsity=sparsity)
-    if check.verdict == "right":
+    if check.verdict == "correct":
         return None
     return check.error or f"{check.where} differs from the reference by {check.worst:.3g} times the tolerance"
 

@@ -49,7 +49,7 @@ class TuningResult:
 
 
 Results = Mapping[Candidate, Sequence[TuningResult]]
-"""Finished tuning runs by candidate, one result per seed."""
+"""Finished tuning runs by candidate; a candidate is complete with one result per seed."""
 
 
 @dataclass(frozen=True)

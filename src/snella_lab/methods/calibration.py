@@ -21,8 +21,8 @@ def squared_gradients(
 
     s[w] = Σ_batches g[w]²,   g = ∂loss/∂w
 
-    Up to a constant factor this is the first-order decrease of the loss, g·Δw, after a gradient step Δw = -ε g on that
-    weight.
+    Up to a constant factor this is the first-order decrease of the loss, -g·Δw = ε g², after a gradient step Δw = -ε g
+    on that weight.
 
     Args:
         model: Model, run in evaluation mode and restored afterwards.

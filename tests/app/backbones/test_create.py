@@ -96,12 +96,16 @@ def test_a_path_that_does_not_exist_is_named(name: str):
 
 @pytest.mark.parametrize("name", [*packaged_names(), "hf-hub:timm/test_vit.r160_in1k"])
 def test_a_name_that_brings_weights_takes_no_second_ones(name: str):
-    with pytest.raises(ValueError, match=re.escape(f"weights must be omitted because backbone {name!r}")):
+    with pytest.raises(
+        ValueError, match=re.escape(f"weights must be omitted because backbone {name!r}") + r".*got 'mine\.pth'"
+    ):
         create_backbone(name, num_classes=2, weights="mine.pth")
 
 
 def test_a_folder_takes_no_second_weights(tmp_path):
-    with pytest.raises(ValueError, match=r"weights must be omitted because backbone .* includes weights, got 'mine"):
+    with pytest.raises(
+        ValueError, match=r"weights must be omitted because backbone .* includes weights, got 'mine\.pth'"
+    ):
         create_backbone(str(tmp_path), num_classes=2, weights="mine.pth")
 
 

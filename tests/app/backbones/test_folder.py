@@ -54,7 +54,9 @@ def test_a_tensor_missing_from_the_folders_file_is_named(tiny_vit, tmp_path):
 
 
 def test_a_folder_without_config_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"must contain config.json and .*; config.json is missing"):
+    with pytest.raises(
+        FileNotFoundError, match=r"must contain config\.json and model\.safetensors; config\.json is missing"
+    ):
         create_backbone(str(tmp_path), num_classes=2)
 
 

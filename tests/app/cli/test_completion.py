@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from snella_app.cli.completion import SHELLS, completion_script
+from snella_app.cli.completion import _PATHS, SHELLS, completion_script
 from snella_app.cli.main import main
 from snella_app.cli.parser import COMMANDS, options_of
 
@@ -82,3 +82,7 @@ def test_a_script_is_valid_and_lists_every_command_and_option(shell, tmp_path, c
 def test_an_unknown_shell_is_an_error(words, got, capsys):
     assert main(["--completion", *words]) == 2
     assert capsys.readouterr().err == f"snella: --completion must be one of bash, zsh, fish, got {got}\n"
+
+
+def test_every_path_is_an_option_of_a_command():
+    assert {option.name for command in COMMANDS.values() for option in options_of(command.function)} >= _PATHS

@@ -38,7 +38,7 @@ def test_everything_that_is_wrong_is_one_error(data, capsys):
 
 
 def test_what_is_typed_wrong_is_told(data, failing, tmp_path):
-    assert "without one (it is empty); put there VTAB-1k" in failing("data", "check", str(tmp_path))
+    assert "(it is empty); expected layout: VTAB-1k" in failing("data", "check", str(tmp_path))
     assert "--folder" not in failing("data", "check", str(tmp_path / "nowhere"))
     assert "nowhere', which does not exist" in failing("data", "check", str(tmp_path / "nowhere"))
     assert "check" in failing("data", "chek", str(data))

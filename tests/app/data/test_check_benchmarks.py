@@ -60,7 +60,7 @@ def test_broken_images_are_only_found_when_all_are_decoded(data):
 
 
 def test_a_folder_without_any_benchmark_says_what_belongs_there(tmp_path):
-    with pytest.raises(ValueError, match=r"without one \(it is empty\); put there VTAB-1k as TASK/\{train800"):
+    with pytest.raises(ValueError, match=r"\(it is empty\); expected layout: VTAB-1k as TASK/\{train800"):
         check_benchmarks(tmp_path)
     (tmp_path / "photos").mkdir()
     with pytest.raises(ValueError, match=r"\(it contains photos\).*VTAB-1k tasks: cifar, .*; FGVC datasets: cub, "):
@@ -70,6 +70,6 @@ def test_a_folder_without_any_benchmark_says_what_belongs_there(tmp_path):
 def test_a_folder_that_is_not_there_is_named(tmp_path):
     with pytest.raises(
         FileNotFoundError,
-        match=r"folder must be a benchmark folder, got '.*nowhere', which does not exist; put there VTAB",
+        match=r"folder must be a benchmark folder, got '.*nowhere', which does not exist; expected layout: VTAB",
     ):
         check_benchmarks(tmp_path / "nowhere")

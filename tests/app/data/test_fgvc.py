@@ -119,8 +119,8 @@ def test_files_that_do_not_exist_and_broken_lists_are_told_in_one_message(cub):
     ("content", "message"),
     [
         ([1, 2], r"test.json must contain an object \{image path: class\}, got '\[1, 2\]'"),
-        ({"a.jpg": "bird"}, "test.json must map each image to an integer, got 1 others: 'a.jpg': 'bird'"),
-        ({"a.jpg": 1.5, "b.jpg": True}, "got 2 others: 'a.jpg': 1.5, 'b.jpg': True"),
+        ({"a.jpg": "bird"}, "test.json must map each image to an integer, invalid entries (1): 'a.jpg': 'bird'"),
+        ({"a.jpg": 1.5, "b.jpg": True}, "invalid entries (2): 'a.jpg': 1.5, 'b.jpg': True"),
     ],
 )
 def test_a_list_of_another_kind_is_refused(content, message, cub):

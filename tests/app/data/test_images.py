@@ -184,7 +184,8 @@ def test_no_image_is_opened_by_pillow_but_in_one_place():
         return any(ast.unparse(call.func).endswith("Image.open") for call in calls)  # not in a text, as of a snippet
 
     sources = Path(snella.__file__).parents[1]
-    assert [path.name for path in sources.rglob("*.py") if opens(path)] == ["images.py"]
+    files = (path for name in ("snella", "snella_app", "snella_lab") for path in (sources / name).rglob("*.py"))
+    assert [path.relative_to(sources).as_posix() for path in files if opens(path)] == ["snella_app/data/images.py"]
 
 
 def test_an_array_that_says_it_fills_the_memory_is_refused_by_its_header(tmp_path):

@@ -103,7 +103,7 @@ def test_a_bare_path_is_what_lies_there(tmp_path, monkeypatch):
         *("folder:photos", "masks:lungs", "wds:shards", "hf:saved", "digits", "csv:t.csv", "csv:t.tsv"),
         *("parquet:t.parquet", "x.jpg", "nowhere", "hf:saved", "hf:rows", "folder:mixed", "~nosuchuser/x"),
     ]
-    with pytest.raises(ValueError, match=r"got 'x\.jpg', which is no table: CSV, TSV, Parquet and tar files are"):
+    with pytest.raises(ValueError, match=r"got 'x\.jpg', which is not a table \(CSV, TSV, Parquet or tar\)"):
         load_data("x.jpg")
     with pytest.raises(ValueError, match="got 'photo'; nearest there: 'photos'"):
         load_data("photo")

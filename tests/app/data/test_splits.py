@@ -71,7 +71,9 @@ def test_too_few_images_of_a_class_are_named_and_counted():
 
 
 def test_more_than_there_is_cannot_be_chosen():
-    with pytest.raises(ValueError, match=r"at most 6, the number of images in the split, got 7; .*val_fraction"):
+    with pytest.raises(
+        ValueError, match=r"val_size must be at most 6, the number of images in the split, got 7; .*val_fraction"
+    ):
         stratified_sample(labels_of([3, 3]), 7, seed=0, classes=["a", "b"], argument="val_size")
 
 

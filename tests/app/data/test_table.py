@@ -83,7 +83,10 @@ def test_a_column_that_is_not_there_is_answered_with_what_each_holds(write_table
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("file=path", "must be ROLE=NAME pairs like path=file,label=species with roles path, .* got 'file=path'"),
+        (
+            "file=path",
+            "columns must be ROLE=NAME pairs like path=file,label=species with roles path, .* got 'file=path'",
+        ),
         ("labl=species", "got 'labl=species'; nearest: label"),
         ("label", "got 'label'"),
         ("root=", "group, root, got 'root='"),
@@ -116,7 +119,9 @@ def test_a_group_that_is_a_class_is_trained_on(write_table):
 
 def test_one_group_cannot_be_split(write_table):
     file = write_table([(*row[:2], "p") for row in rows_of(10)])
-    with pytest.raises(ValueError, match=r"required to create a 'test' split, .*--columns group=none"):
+    with pytest.raises(
+        ValueError, match=r"creating a 'test' split requires at least two groups, .*--columns group=none"
+    ):
         load_data(f"csv:{file}")
 
 

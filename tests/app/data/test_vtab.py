@@ -100,7 +100,7 @@ def test_all_errors_are_told_in_one_message(kitti):
     with pytest.raises(ValueError) as caught:
         load_data(f"vtab:{kitti}", strict_sizes=False)
     for part in (
-        "val200.txt must have lines like 'images/test/000000.jpg 3', got 1 others: line 6 is 'images/val200",
+        "val200.txt must have lines like 'images/test/000000.jpg 3', malformed lines (1): line 6 is 'images/val200",
         "2 of 8 files listed in test do not exist in",
         "images/test/000003.jpg, images/test/000004.jpg",
         "labels must be in 0 … 3, train800 has 7",

@@ -118,7 +118,7 @@ def test_a_wrong_field_of_the_run_is_named_with_what_came(run, change, message):
 
 def test_a_file_that_holds_a_list_is_refused(run):
     run.write("comparison.json", [1, 2])
-    with pytest.raises(ValueError, match=r"comparison.json: .* must contain a mapping, got list \[1, 2\]; .*delete"):
+    with pytest.raises(ValueError, match=r"comparison.json: the file must contain a mapping, got list \[1, 2\]; .*del"):
         read(MethodResults, run.folder)
 
 

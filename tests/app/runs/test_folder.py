@@ -46,7 +46,10 @@ def test_resuming_uses_the_stored_settings(tmp_path):
     run.update("running")
     settled = run.resolve_settings(TrainConfig(out=str(run.path), resume=True))
     assert (settled.epochs, settled.method, settled.data, settled.resume) == (7, "lora-4", "digits", True)
-    with pytest.raises(ValueError, match=r"epochs is 7 there and 3 here; leave them out; .* snella train --init-from "):
+    with pytest.raises(
+        ValueError,
+        match=r"epochs is 7 there and 3 here; leave them out; once the run is finished, .* snella train --init-from ",
+    ):
         run.resolve_settings(config(run.path, epochs=3, resume=True))
 
 

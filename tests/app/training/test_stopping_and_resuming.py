@@ -410,7 +410,10 @@ def test_a_loss_that_is_no_number_stops_the_run_and_says_where(settings, console
         return result * float("nan") if model.training and self.state.global_step == 5 else result
 
     monkeypatch.setattr(SnellaTrainer, "compute_loss", broken)
-    message = r"the loss became nan in epoch 2, step 6 of 12; the state after epoch 1 .*lower --lr \(now 0\.005\)"
+    message = (
+        r"the loss became nan in epoch 2, step 6 of 12; the state after epoch 1 and the best adapter are kept in "
+        r".*lower --lr \(now 0\.005\)"
+    )
     with pytest.raises(NonFiniteLossError, match=message):
         train(config, console)
     run = RunFolder(config.out)
@@ -421,7 +424,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_says_where(settings, console
 
 def test_rates_that_are_far_too_high_end_in_that_error(settings, console):
     with pytest.raises(
-        NonFiniteLossError, match=r"became (nan|inf) in epoch 1, step \d of 12; no epoch was finished in"
+        NonFiniteLossError, match=r"became (nan|inf) in epoch 1, step \d of 12; no adapter was saved in"
     ):
         train(settings(method="full", lr=1e30, head_lr=1e30, warmup_ratio=0.0), console)
 

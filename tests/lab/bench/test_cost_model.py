@@ -132,7 +132,9 @@ def test_a_sparse_weight_gradient_costs_less_on_a_cpu_only():
 
 def test_constants_of_the_kernels_are_those_of_the_committed_rows():
     rows = {
-        row["kernel"]: row for row in rows_of("triton_resources.jsonl") if (row["rank"], row["capability"]) == (8, 90)
+        row["kernel"]: row
+        for row in rows_of("triton_resources.jsonl")
+        if (row["rank"], row["capability"], row["warps"]) == (8, 90, 4)
     }
     threads = 32 * 4
     tiled = ("merge and count, mix-k", "merge, mix-k", "softmax sums, mix-k", "factor gradients, mix-k")

@@ -1,4 +1,4 @@
-"""`snella doctor`: the machine, and whether its backends are right."""
+"""`snella doctor`: machine description and correctness of the backends."""
 
 import io
 import json
@@ -9,7 +9,7 @@ from rich.console import Console
 
 from snella.backends.base import TorchBackend
 from snella_app.cli.main import main
-from snella_lab.bench import reference
+from snella_lab.bench import doctor, reference
 from snella_lab.bench.doctor import describe_machine, diagnose
 from snella_lab.bench.reference import check_backend, op_error
 
@@ -27,13 +27,13 @@ def test_the_backends_of_the_cpu_are_right(impl, dtype):
     if impl == "numba":
         pytest.importorskip("numba")
     check = check_backend(impl, "cpu", dtype)
-    assert check.verdict == "right" and check.cases == 4 and 0 < check.worst <= 1, check
+    assert check.verdict == "correct" and check.cases == 4 and 0 < check.worst <= 1, check
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_triton_is_right(dtype):
-    assert check_backend("triton", "cuda", dtype).verdict == "right"
+    assert check_backend("triton", "cuda", dtype).verdict == "correct"
 
 
 def wrong_gradient(self, *args, **options):
@@ -75,8 +75,8 @@ def test_the_machine_is_described():
 
 def test_the_results_are_written(tmp_path):
     console = Console(file=io.StringIO(), width=200)
-    diagnosis = diagnose(time_steps=False, out=tmp_path / "doctor.json", console=console)
-    stored = json.loads((tmp_path / "doctor.json").read_text())
+    diagnosis = diagnose(time_steps=False, out=tmp_path / "new" / "doctor.json", console=console)
+    stored = json.loads((tmp_path / "new" / "doctor.json").read_text())
     assert [check["verdict"] for check in stored["checks"]] == [check.verdict for check in diagnosis.checks]
     assert {"machine", "commit", "date", "versions"} <= set(stored) and stored["steps"] == []
     assert "all available backends are correct" in console.file.getvalue()
@@ -96,3 +96,13 @@ def test_the_backends_are_right_at_every_sparsity(impl, sparsity):
     if impl == "numba":
         pytest.importorskip("numba")
     assert op_error(impl, sparsity=sparsity) is None
+
+
+def test_steps_are_timed_beside_lora_and_full_fine_tuning(monkeypatch, tmp_path):
+    config = doctor.BenchConfig
+    monkeypatch.setattr(
+        doctor, "BenchConfig", lambda **options: config(**options | {"backbones": ["test_vit"], "batch": [2]})
+    )
+    steps = diagnose(console=Console(file=io.StringIO(), width=200), rounds=1).steps
+    assert [row["contender"] for row in steps] == ["lora", "full", "snella"]
+    assert {row["rounds"] for row in steps} == {1} and all(row["step_s"] > 0 for row in steps)

@@ -55,7 +55,7 @@ def test_each_of_several_updates_is_computed_by_what_can():
     [
         (
             {"kernel": "rbf"},
-            "impl='numba' supports only the piecewise kernels, got kernel='rbf'; impl='eager' would work",
+            "impl='numba' supports only the piecewise kernels, got kernel='rbf'; use impl='eager'",
         ),
         ({"dtype": torch.float64}, "computes in float32, got factors in torch.float64"),
         ({"softmax_dim": 1}, "normalizes over the outputs, got softmax_dim=1"),

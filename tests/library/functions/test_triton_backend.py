@@ -62,7 +62,7 @@ def test_auto_is_triton_on_the_gpu_for_piecewise_kernels_and_eager_for_the_other
     [
         (
             {"kernel": "rbf"},
-            "impl='triton' supports only the piecewise kernels, got kernel='rbf'; impl='eager' would work",
+            "impl='triton' supports only the piecewise kernels, got kernel='rbf'; use impl='eager'",
         ),
         ({"kernel": "linear"}, "supports only the piecewise kernels, got kernel='linear'"),
         ({"kernel": "sigmoid"}, "supports only the piecewise kernels, got kernel='sigmoid'"),
@@ -99,9 +99,11 @@ def test_without_triton_asking_for_it_names_the_command(monkeypatch, fresh_look)
 
 
 def test_a_triton_that_does_not_work_is_said_to_be_so(monkeypatch, fresh_look):
+    import snella.backends.triton
+
     module = "snella.backends.triton.backend"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    monkeypatch.delattr(sys.modules["snella.backends.triton"], "backend", raising=False)
+    monkeypatch.delattr(snella.backends.triton, "backend", raising=False)
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match="impl='triton', but triton cannot be used"):
         chosen("triton", update_of())

@@ -50,6 +50,25 @@ def test_the_kernels_pass(verify, kernel, mode):
     assert verify.failed_check(spec_of(kernel, mode), FACTORS) is None
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_half_precision_factors_pass_with_their_own_rounding(verify, dtype):
+    assert verify.failed_check(spec_of("p_linear", "soft"), FACTORS.to(dtype)) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["soft", "official", "none"])
+@pytest.mark.parametrize("kernel", ["mix_k", "normalized_rbf", "p_linear"])
+@pytest.mark.parametrize(("rank", "options"), [(8, {}), (8, {"softmax_dim": 1, "center_softmax": True}), (32, {})])
+def test_every_kernel_and_sparsifier_passes(verify, kernel, mode, rank, options):
+    spec = UpdateSpec(make_kernel(kernel, **options), (5,), mode, 10.0)
+    assert verify.failed_check(spec, torch.zeros(1, 7, rank, device=DEVICE)) is None
+
+
+def test_another_default_device_changes_nothing(verify):
+    with torch.device("meta"):
+        assert verify.failed_check(spec_of("p_linear", "none"), FACTORS) is None
+
+
 def test_a_wrong_kernel_is_described_and_stays_so(verify, wrong, monkeypatch, tmp_path):
     reason = verify.failed_check(spec_of("p_linear", "none"), FACTORS)
     assert "computes the gradient of A of kernel 'p_linear' wrong on" in reason and "largest error" in reason

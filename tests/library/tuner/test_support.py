@@ -56,7 +56,7 @@ def test_positions_survive_packing_into_bits():
 
 @pytest.mark.parametrize(
     ("indices", "message"),
-    [([3, 19], r"indices must be in \[0, 19\), got 3 to 19"), ([3, 3], r"got 2 with 1 unique values")],
+    [([3, 19], r"indices must be in \[0, 19\), got 3 to 19"), ([3, 3], r"got 2 indices, 1 of them distinct")],
 )
 def test_positions_out_of_range_or_repeated_are_refused(indices, message):
     with pytest.raises(ValueError, match=message):

@@ -496,7 +496,10 @@ def test_experts_can_be_trained_in_full_by_name():
 @pytest.mark.parametrize(
     ("make", "hint"),
     [
-        (lambda: nn.Embedding(4, 4), "a Embedding; .*trainable_token_indices, or the whole with modules_to_save"),
+        (
+            lambda: nn.Embedding(4, 4),
+            "a Embedding; .*trainable_token_indices, or the whole embedding",
+        ),
         (lambda: nn.Conv1d(4, 4, 1), "a Conv1d; .*train it in full with modules_to_save"),
         (lambda: nn.Conv3d(4, 4, 1), "a Conv3d; .*train it in full with modules_to_save"),
     ],

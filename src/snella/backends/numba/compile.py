@@ -22,7 +22,7 @@ FASTMATH_REASSOC: dict[str, Any] = {
 FASTMATH_STRICT_ORDER: dict[str, Any] = {**FASTMATH_REASSOC, "fastmath": {"contract", "nsz"}}
 # No contraction: `W0 + scaling·S` rounds like torch, so that a merged weight equals the base plus `get_delta_weight`.
 NO_CONTRACT: dict[str, Any] = {**FASTMATH_REASSOC, "fastmath": {"nsz"}}
-_ROUNDS_TO_WHOLE = np.float32(3 << 22)  # float32 numbers of this size are integers
+_ROUNDS_TO_WHOLE = np.float32(3 << 22)  # spacing of float32 numbers is 1 here
 
 
 def compiled(settings: dict[str, Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -4,8 +4,8 @@ A matrix is split into blocks of columns, so that the softmax over a block's col
 cache. Only the selection of the threshold writes and reads `ΔW`; passes with a known threshold never write it. With
 known column statistics, single rows can be merged contiguously in memory (`merge_row`). Every function works on the
 blocks (or rows) `first … last − 1` without the GIL, so that several threads can share one matrix. Results do not depend
-on the division into blocks, and values are bit-identical in every pass: `merge_block` and `merge_row` perform the same
-operations in the same order.
+on how blocks are distributed over threads, and values are bit-identical in every pass: `merge_block` and `merge_row`
+perform the same operations in the same order.
 
 Shape letters: `m` outputs, `n` inputs, `P` pieces of width `R`, `K = P·R`, `w` columns of a block. A block's
 part of `A` `[n, K]` is copied to `tile` `[K, w]`, so that the innermost loop is contiguous.

@@ -40,7 +40,7 @@ def exp_of_nonpositive(x):
 
 @triton.jit
 def distance(first, second, i, j, i_inside, j_inside, piece, P: tl.constexpr, R: tl.constexpr):
-    """Compute `d[i, j] = ‖first[i, piece] − second[j, piece]‖` from squared differences."""
+    """Compute `d[i, j] = ‖first[i, piece] − second[j, piece]‖`; subtracts before squaring."""
     squares = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
     for k in range(R // P):
         b = tl.load(first + i * R + piece * (R // P) + k, mask=i_inside, other=0.0).to(tl.float32)

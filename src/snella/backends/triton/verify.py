@@ -21,13 +21,13 @@ from snella.update import Factors, UpdateSpec
 
 ROWS, COLUMNS = (64,), 96
 TOLERANCE = 2e-4
-"""Largest error, relative to the largest exact value, that sums in float32 explain."""
+"""Tolerance for float32 sums, relative to the largest exact value."""
 _NAMES = ("merged weight", "threshold", *(f"gradient of {name}" for name in Factors._fields))
 _known: dict[str, str | None] = {}
 
 
 def failed_check(spec: UpdateSpec, A: Tensor) -> str | None:
-    """Why the kernels of such an update must not be used on the device of `A`, None if their results are right.
+    """Return why the Triton kernels fail the check on the device of `A`, or `None` if they pass.
 
     Merges one matrix of 64×96 with the update's kernel, rank and sparsifier, and compares the effective weight, the
     threshold and every gradient with torch operations in float64. The result is cached in memory and in
@@ -50,16 +50,13 @@ def failed_check(spec: UpdateSpec, A: Tensor) -> str | None:
 
 
 def _compare(spec: UpdateSpec, A: Tensor) -> str | None:
-    """The first result that is wrong, with its error."""
+    """Return the first wrong result with its error, or `None`."""
     spec = replace(spec, row_counts=ROWS, backend="triton")
     factors = _factors(spec, A)
     wide = Factors(*(None if tensor is None else tensor.double() for tensor in factors))  # type: ignore[arg-type]
-    delta = TorchBackend().merge(spec, wide, (ROWS[0] * COLUMNS,)).delta[0]
-    if delta is None:
-        raise RuntimeError("a full budget left no merged matrix")
-    budgets = (_clear_budget(delta),)
-    generator = torch.Generator().manual_seed(1)
-    base, grad = (torch.randn(ROWS[0], COLUMNS, generator=generator).to(A.device) for _ in range(2))
+    budgets = (_clear_budget(spec.merge_matrix(next(spec.matrices(wide)))),)
+    generator = torch.Generator("cpu").manual_seed(1)
+    base, grad = (torch.randn(ROWS[0], COLUMNS, generator=generator, device="cpu").to(A.device) for _ in range(2))
     results = []
     for computed_by, given in ((backend.TritonBackend(), factors), (TorchBackend(), wide)):
         merged = computed_by.merge(spec, given, budgets)
@@ -75,21 +72,21 @@ def _compare(spec: UpdateSpec, A: Tensor) -> str | None:
         # gradients of the kernel's scalars are sums that cancel: the largest of them is the scale of all
         scale = max(scalars) if number >= 4 else exact.abs().max().item()
         error = (mine.double() - exact).abs().max().item()
-        if not error <= TOLERANCE * (scale + 1e-3):
+        if not error <= (TOLERANCE + torch.finfo(mine.dtype).eps) * (scale + 1e-3):
             versions = f"triton {triton.__version__}, torch {torch.__version__}"
             return (
                 f"computes the {name} of kernel {spec.kernel.name!r} wrong on {_device_name(A.device)}: largest error "
-                f"{error:.2e} where the values reach {scale:.2e} ({versions})"
+                f"{error:.2e}, largest value {scale:.2e} ({versions})"
             )
     return None
 
 
 def _factors(spec: UpdateSpec, A: Tensor) -> Factors:
-    """Random factors and scalars for one matrix, with the rank, dtype and device of `A`."""
-    generator, rank = torch.Generator().manual_seed(0), A.shape[-1]
+    """Return random factors and scalars of one matrix, with the rank, dtype and device of `A`."""
+    generator, rank = torch.Generator("cpu").manual_seed(0), A.shape[-1]
 
     def uniform(*shape: int) -> Tensor:
-        return (2 * torch.rand(*shape, generator=generator) - 1).to(A.device)
+        return (2 * torch.rand(*shape, generator=generator, device="cpu") - 1).to(A.device)
 
     pieces = spec.kernel.num_pieces
     signs = (-1.0) ** torch.arange(pieces, device=A.device)
@@ -104,7 +101,7 @@ def _factors(spec: UpdateSpec, A: Tensor) -> Factors:
 
 
 def _clear_budget(delta: Tensor) -> int:
-    """A budget of 20 to 40 % with its threshold in the widest gap between magnitudes, where rounding moves no entry."""
+    """Return a budget of 20 to 40 % whose threshold lies in the widest gap, so that rounding moves no entry."""
     magnitudes = delta.abs().flatten().sort(descending=True).values
     first, last = int(0.2 * len(magnitudes)), int(0.4 * len(magnitudes))
     gaps = magnitudes[first:last] - magnitudes[first + 1 : last + 1]
@@ -112,14 +109,14 @@ def _clear_budget(delta: Tensor) -> int:
 
 
 def _key(spec: UpdateSpec, A: Tensor) -> str:
-    """What a result depends on."""
+    """Return the cache key of a result."""
     parts = (_device_name(A.device), _driver(), torch.__version__, triton.__version__, _source_digest())
     return "; ".join((*parts, repr(spec.kernel), spec.mode, f"{spec.scaling:g}", f"r={A.shape[-1]}", str(A.dtype)))
 
 
 @cache
 def _device_name(device: torch.device) -> str:
-    """Name and compute capability."""
+    """Return name and compute capability of a device."""
     if device.type != "cuda":
         return str(device)
     major, minor = torch.cuda.get_device_capability(device)
@@ -128,7 +125,7 @@ def _device_name(device: torch.device) -> str:
 
 @cache
 def _driver() -> str:
-    """The NVIDIA driver's version line, empty without one."""
+    """Return the version line of the NVIDIA driver, or an empty string."""
     with suppress(OSError):
         return Path("/proc/driver/nvidia/version").read_text().splitlines()[0].strip()
     return ""
@@ -136,18 +133,18 @@ def _driver() -> str:
 
 @cache
 def _source_digest() -> str:
-    """Digest of the kernels' source."""
+    """Return a digest of the kernels' source."""
     files = (forward.__file__, backward.__file__, backend.__file__)
     return hashlib.sha256(b"".join(Path(str(file)).read_bytes() for file in files)).hexdigest()[:16]
 
 
 def _cache_file() -> Path:
-    """Return the file that keeps results between processes."""
+    """Return the file that caches results between processes."""
     return cache_folder() / "kernel_checks.json"
 
 
 def _read() -> dict[str, str | None]:
-    """Stored results; none if the file is missing or damaged."""
+    """Read the stored results; empty if the file is missing or corrupt."""
     try:
         stored = json.loads(_cache_file().read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -156,7 +153,7 @@ def _read() -> dict[str, str | None]:
 
 
 def _write(results: dict[str, str | None]) -> None:
-    """Store results atomically; a folder that cannot be written costs one check in every process."""
+    """Store results atomically; without a writable folder, every process repeats the check."""
     file = _cache_file()
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     with suppress(OSError):

@@ -38,7 +38,7 @@ class DreamBoothConfig(RunSettings):
         prompt: Training prompt; defaults to "a photo of TOKEN CLASS".
         r: Rank of the factors (lora, dora, snella, snell).
         target_sparsity: Fraction of the adapted weights left unchanged at the end of training (snella, snell).
-        scaling: Scaling of the sparse update (snella, snell).
+        scaling: Factor on the sparse update (snella, snell).
         method_options: Other method arguments, e.g. --method-options.kernel rbf.
         resolution: Image resolution in pixels; images are resized and center-cropped.
         steps: Optimizer steps.

@@ -182,7 +182,7 @@ def generate_images(
         drawing: Sampling settings.
         device: Device.
         console: Output console; the progress bar appears only on a terminal.
-        source: Pipeline and digest of the adapter. Existing images from another source are replaced.
+        source: Pipeline and digest of the adapter. Images from another source raise an error unless `overwrite` is set.
         overwrite: Replace other generated images in the folder.
         show_bar: Show a progress bar.
 

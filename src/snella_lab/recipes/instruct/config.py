@@ -32,7 +32,7 @@ class LanguageConfig(RunSettings):
         template: Prompt template file with {instruction} and {input}; defaults to a plain built-in template.
         r: Rank of the factors (lora, dora, snella, snell).
         target_sparsity: Fraction of the adapted weights left unchanged at the end of training (snella, snell).
-        scaling: Scaling of the sparse update (snella, snell).
+        scaling: Factor on the sparse update (snella, snell).
         method_options: Other method arguments, e.g. --method-options.kernel rbf.
         max_length: Maximum length of prompt and response in tokens; longer sequences are truncated.
         learn_prompt: Also compute the loss on prompt tokens, as the benchmark's script does.

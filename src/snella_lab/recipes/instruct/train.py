@@ -236,7 +236,10 @@ def _fine_tune(config: LanguageConfig, run: LanguageFolder, console: Console) ->
     train, val, notes = _items(config, tokenizer)
     digest = hashlib.sha256(data.read_bytes()).hexdigest()
     if is_resumed and read(RunInfo, run.path).data.digest != digest:
-        raise ValueError(f"data must be the file that {run.path} started with, got changed content in {data}")
+        raise ValueError(
+            f"data must be the file that {run.path} started with, got changed content in {data}; "
+            "restore the file, or start a new run"
+        )
     device = choose_device(config.device)
     base: Any = load_model(str(config.model), torch.bfloat16 if config.base == "bf16" else torch.float32)
     weights = sum(parameter.numel() for parameter in base.parameters())
