@@ -3,8 +3,8 @@
 python benchmarks/cost_model.py        rewrites the tables and figures of docs/scale.md; runs no training step
 
 `snella_app.training.cost_model` counts the work of a step and `snella_app.training.machines` turns it into seconds.
-Each machine's rates minimize the squared relative error of its rows. A row is held out together with all rows of its
-configuration: model, batch size, rank, sparsity and dtype.
+Each CPU's rates minimize the squared relative error of its rows in float32. A row is held out together with all rows of
+its configuration: model, batch size, rank and sparsity.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cost_wording import markdown_table
+from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from scipy.optimize import nnls
 
@@ -38,6 +40,8 @@ FOLDER = Path(__file__).parent
 PAGE = FOLDER.parent / "docs" / "scale.md"
 FIGURES = FOLDER.parent / "docs" / "images" / "scale"
 ROWS = ("results.jsonl", "model_rows.jsonl")
+EPYC_1, EPYC_2 = "cpu, 1 threads, AMD EPYC", "cpu, 2 threads, AMD EPYC"
+INTEL_1 = "cpu, 1 threads, Intel(R) Xeon(R) Processor"
 
 SHAPES: dict[str, Transformer] = {
     "vit_small_patch16_224": MODELS["ViT-S/16"],
@@ -48,7 +52,8 @@ SHAPES: dict[str, Transformer] = {
     "llama": replace(MODELS["LLaMA-7B"], tokens=512, outputs=1000),
 }
 """Shapes of the models in the rows; Swin and ConvNeXt are not plain transformers."""
-NAMES = {"vit_small_patch14_dinov2": "DINOv2 ViT-S/14, 42 px", "llama": "LLaMA-7B, 512 tokens"}
+NAMES = {"vit_small_patch14_dinov2": "DINOv2 ViT-S/14, 42 px"}
+"""Names of models that `MODELS` lacks."""
 _LEAST_ROUNDS = 2
 _TIME_GOAL, _BYTES_GOAL = 0.15, 0.03
 _MIB, _GIB = 2**20, 2**30
@@ -56,7 +61,7 @@ _MIB, _GIB = 2**20, 2**30
 
 @dataclass(frozen=True)
 class Case:
-    """One measured step and its count.
+    """One row and its count.
 
     Args:
         machine: Device of the row.
@@ -65,8 +70,8 @@ class Case:
         batch: Batch size.
         r: Rank.
         sparsity: Fraction of unchanged weights.
-        precision: Dtypes.
-        step: Count of the step; of the built blocks only.
+        precision: Dtypes of activations and frozen weights.
+        step: Count of the measured step, which may run only the first blocks of the model.
         whole: Count of the whole model.
         row: The row.
     """
@@ -84,7 +89,7 @@ class Case:
 
     @property
     def configuration(self) -> tuple[Any, ...]:
-        """Return what all methods of one comparison share."""
+        """Return the settings that all methods of one comparison share."""
         return self.model, self.batch, self.r, self.sparsity, self.precision
 
     @property
@@ -94,21 +99,39 @@ class Case:
 
 
 def read_case(row: dict[str, Any]) -> Case | None:
-    """Count the step of a row; None for another benchmark, model or method."""
+    """Count the step of a row that the rates of a CPU describe: on a CPU, in float32, without autocast.
+
+    Returns:
+        None for other rows, and for those that `count_row` skips.
+    """
+    case = count_row(row)
+    return case if case is not None and case.precision == "float32" else None
+
+
+def count_row(row: dict[str, Any]) -> Case | None:
+    """Count the step of a CPU's row, also under autocast.
+
+    Returns:
+        None for another device, model or method, and for activations in bfloat16 without autocast.
+    """
     model, method = row.get("backbone", row.get("model")), row.get("contender")
-    if model not in SHAPES or method not in METHODS:
+    if model not in SHAPES or method not in METHODS or not row["device"].startswith("cpu"):
+        return None
+    if row.get("dtype", "float32") != "float32":
         return None
     precision: Precision = "float32"
     if row.get("autocast"):
         precision = "bfloat16" if row["frozen"] == "bfloat16" else "autocast"
+    elif row.get("frozen", "float32") != "float32":
+        return None
     common = (row["batch"], row["r"], row["sparsity"], precision)
     shape = SHAPES[model]
 
     def count(blocks: Transformer) -> StepCount:
         return count_step(blocks, method, row["batch"], r=row["r"], sparsity=row["sparsity"], precision=precision)
 
-    built = count(replace(shape, depth=row.get("depth") or shape.depth))
-    return Case(row["device"], model, method, *common, built, count(shape), row)
+    measured = count(replace(shape, depth=row.get("depth") or shape.depth))
+    return Case(row["device"], model, method, *common, measured, count(shape), row)
 
 
 def timed_cases(folder: Path = FOLDER) -> list[Case]:
@@ -128,10 +151,10 @@ def timed_cases(folder: Path = FOLDER) -> list[Case]:
 
 
 def counted_cases(folder: Path = FOLDER) -> list[tuple[float, float]]:
-    """Return predicted and recorded bytes saved for the backward pass, one pair for each distinct setting."""
+    """Return predicted and recorded MiB saved for the backward pass, one pair for each distinct setting."""
     newest: dict[tuple[Any, ...], tuple[float, float]] = {}
     for row in (row for name in ROWS for row in read_rows(folder / name)):
-        case = read_case(row) if row["benchmark"] in ("step_time", "kept_bytes", "model_rows") else None
+        case = count_row(row) if row["benchmark"] in ("step_time", "kept_bytes", "model_rows") else None
         if case is not None:
             recorded = float(row["saved_mib"] if "saved_mib" in row else row["kept_mib"])
             newest[case.configuration, case.method] = case.whole.kept / _MIB, recorded
@@ -139,14 +162,14 @@ def counted_cases(folder: Path = FOLDER) -> list[tuple[float, float]]:
 
 
 def peak_cases(folder: Path = FOLDER) -> list[tuple[float, float]]:
-    """Return predicted and recorded peak bytes of `step_memory.jsonl`."""
-    cases = [read_case(row | {"depth": None}) for row in read_rows(folder / "step_memory.jsonl")]
+    """Return predicted and recorded peak MiB of `step_memory.jsonl`."""
+    cases = [count_row(row) for row in read_rows(folder / "step_memory.jsonl")]
     return [(case.whole.peak / _MIB, case.row["peak_mib"]) for case in cases if case is not None]
 
 
 def fit_rates(cases: list[Case]) -> Rates:
     """Fit the rates of one machine by nonnegative least squares on relative errors."""
-    features = np.array([_features(case) for case in cases])
+    features = np.array([_features(case.step) for case in cases])
     scale = features.max(axis=0)
     scale[scale == 0] = 1
     measured = np.array([case.seconds for case in cases])
@@ -155,17 +178,15 @@ def fit_rates(cases: list[Case]) -> Rates:
     return Rates(product, half, vector, memory, float(costs[4]))
 
 
-def _features(case: Case) -> list[float]:
+def _features(step: StepCount) -> list[float]:
     """Return the counts by rate: float32 products, bfloat16 products, vector operations, bytes, calls."""
-    step, is_float32 = case.step, case.precision == "float32"
-    full, half = (step.products, step.half_products) if is_float32 else (0.0, step.half_products + step.products)
-    return [full, half, step.vector + step.merge_vector, step.moved + step.merge_moved, step.calls + step.merge_calls]
+    with_merge = (step.vector + step.merge_vector, step.moved + step.merge_moved, step.calls + step.merge_calls)
+    return [step.products, step.half_products, *with_merge]
 
 
-def predict(rates: Rates, case: Case) -> float:
-    """Return the predicted seconds of a case."""
-    is_float32 = case.precision == "float32"
-    return (rates if is_float32 else replace(rates, product=rates.half_product)).seconds(case.step)
+def cases_of(machine: str, cases: list[Case]) -> list[Case]:
+    """Return the cases of one machine by its device string."""
+    return [case for case in cases if case.machine == machine]
 
 
 @dataclass(frozen=True)
@@ -185,10 +206,10 @@ def leave_one_out(cases: list[Case]) -> list[HeldOut]:
     """Predict each configuration from the others of the same machine."""
     held_out = []
     for machine, configuration in dict.fromkeys((case.machine, case.configuration) for case in cases):
-        rest = [case for case in cases if case.machine == machine and case.configuration != configuration]
-        rates = fit_rates(rest)
-        own = [case for case in cases if case.machine == machine and case.configuration == configuration]
-        held_out += [HeldOut(case, predict(rates, case)) for case in own]
+        of_machine = cases_of(machine, cases)
+        rates = fit_rates([case for case in of_machine if case.configuration != configuration])
+        own = [case for case in of_machine if case.configuration == configuration]
+        held_out += [HeldOut(case, rates.seconds(case.step)) for case in own]
     return held_out
 
 
@@ -203,31 +224,26 @@ def ratio_errors(held_out: list[HeldOut]) -> list[float]:
     return errors
 
 
+_ERROR_HEAD = ("rows", "median error", "largest", "within 15 %", "ratio to LoRA, median")
+
+
 def error_table(held_out: list[HeldOut]) -> str:
     """Format held-out errors of step times, a line for each machine and configuration."""
     lines = []
     for machine, configuration in dict.fromkeys((one.case.machine, one.case.configuration) for one in held_out):
         own = [one for one in held_out if (one.case.machine, one.case.configuration) == (machine, configuration)]
         ratios = ratio_errors(own)
-        lines.append([_threads(machine), _configuration(configuration), *_error_cells(own), _percent(_median(ratios))])
+        cells = [*_error_cells(own), _percent(_median(ratios))]
+        lines.append([machine_name(machine), _configuration(configuration), *cells])
     for machine in dict.fromkeys(one.case.machine for one in held_out):
         own = [one for one in held_out if one.case.machine == machine]
         cells = [f"**{cell}**" for cell in (*_error_cells(own), _percent(_median(ratio_errors(own))))]
-        lines.append([f"**{_threads(machine)}**", "**all**", *cells])
-    head = [
-        "threads",
-        "held-out configuration",
-        "rows",
-        "median error",
-        "largest",
-        "within 15 %",
-        "ratio to LoRA, median",
-    ]
-    return _table(head, lines)
+        lines.append([f"**{machine_name(machine)}**", "**all**", *cells])
+    return markdown_table(["machine", "held-out configuration", *_ERROR_HEAD], lines)
 
 
 def _error_cells(held_out: list[HeldOut]) -> list[str]:
-    """Return number of rows, median, largest and rows within the goal."""
+    """Format the number of rows, the median error, the largest error and the number of rows within the goal."""
     worst = max(held_out, key=lambda one: abs(one.error))
     within = sum(abs(one.error) <= _TIME_GOAL for one in held_out)
     median = _percent(_median([one.error for one in held_out]))
@@ -236,41 +252,45 @@ def _error_cells(held_out: list[HeldOut]) -> list[str]:
 
 def other_machines_table(cases: list[Case], folder: Path = FOLDER) -> str:
     """Format errors on machines that no rate was fitted to."""
-    by_machine = {_threads(machine): machine for machine in dict.fromkeys(case.machine for case in cases)}
-    two, one = (fit_rates([case for case in cases if case.machine == by_machine[name]]) for name in ("2", "1"))
-    epyc = [read_case(row) for row in read_rows(folder / "sampled_gradients.jsonl")]
-    held_out = [HeldOut(case, predict(two, case)) for case in epyc if case is not None]
-    intel = intel_cases(one, folder)
-    lines = [
-        [machine, models, *_error_cells(own), _percent(_median(ratio_errors(own)))]
-        for machine, models, own in (
-            ("another AMD EPYC, 2 threads", "ViT-B/16", held_out),
-            ("Intel Xeon, 1 thread", "ViT-S/14 and ViT-B/16", intel),
-        )
-    ]
-    head = ["machine", "models", "rows", "median error", "largest", "within 15 %", "ratio to LoRA, median"]
-    return _table(head, lines)
+    groups = (
+        (f"another {machine_name(EPYC_2)}", "ViT-B/16", other_epyc_cases(cases, folder)),
+        (machine_name(INTEL_1), "ViT-S/14 and ViT-B/16", intel_cases(cases, folder)),
+    )
+    lines = [[name, models, *_error_cells(own), _percent(_median(ratio_errors(own)))] for name, models, own in groups]
+    return markdown_table(["machine", "models", *_ERROR_HEAD], lines)
 
 
-def intel_cases(rates: Rates, folder: Path = FOLDER) -> list[HeldOut]:
-    """Predict the rows of the Intel Xeon by rates of another machine."""
-    suite = [row for row in read_rows(folder / "model_rows.jsonl") if row["benchmark"] == "suite_step"][-1]
+def other_epyc_cases(cases: list[Case], folder: Path = FOLDER) -> list[HeldOut]:
+    """Predict `sampled_gradients.jsonl`, from a second EPYC with the same device string, by rates of the first."""
+    rates = fit_rates(cases_of(EPYC_2, cases))
+    others = [read_case(row) for row in read_rows(folder / "sampled_gradients.jsonl") if row["device"] == EPYC_2]
+    return [HeldOut(case, rates.seconds(case.step)) for case in others if case is not None]
+
+
+def intel_cases(cases: list[Case], folder: Path = FOLDER) -> list[HeldOut]:
+    """Predict the rows of the Intel Xeon by rates of the EPYC with one thread."""
+    rates = fit_rates(cases_of(EPYC_1, cases))
+    suite = _newest_row(folder / "model_rows.jsonl", "suite_step", INTEL_1)
     rows = [suite | {"contender": name, "step_s": suite[f"{name}_s"]} for name in ("lora", "snella")]
-    last = [row for row in read_rows(folder / "results.jsonl") if row["benchmark"] == "competition"][-1]
-    rows.append(last | {"contender": "snella", "step_s": last["step_s"]})
-    cases = [read_case(row) for row in rows]
-    return [HeldOut(case, predict(rates, case)) for case in cases if case is not None]
+    rows.append(_newest_row(folder / "results.jsonl", "competition", INTEL_1) | {"contender": "snella"})
+    return [HeldOut(case, rates.seconds(case.step)) for case in map(read_case, rows) if case is not None]
+
+
+def _newest_row(path: Path, benchmark: str, device: str) -> dict[str, Any]:
+    """Return a benchmark's newest row on one device; of equal dates, the one appended last."""
+    rows = [row for row in read_rows(path) if (row["benchmark"], row["device"]) == (benchmark, device)]
+    return sorted(rows, key=lambda row: row["date"])[-1]
 
 
 def rates_table(cases: list[Case]) -> str:
     """Format the fitted rates."""
     lines = []
     for machine in dict.fromkeys(case.machine for case in cases):
-        rates = fit_rates([case for case in cases if case.machine == machine])
+        rates = fit_rates(cases_of(machine, cases))
         giga = [f"{value / 1e9:.3g}" for value in (rates.product, rates.half_product, rates.vector, rates.memory)]
-        lines.append([machine.removeprefix("cpu, "), *giga, f"{rates.call_s * 1e6:.0f}"])
+        lines.append([machine_name(machine), *giga, f"{rates.call_s * 1e6:.0f}"])
     head = ["machine", "float32 products, GFLOP/s", "bfloat16", "vector operations, G/s", "memory, GB/s", "call, µs"]
-    return _table(head, lines)
+    return markdown_table(head, lines)
 
 
 def bytes_table(folder: Path = FOLDER) -> str:
@@ -282,7 +302,7 @@ def bytes_table(folder: Path = FOLDER) -> str:
         within = sum(abs(error) <= _BYTES_GOAL for error in errors)
         median = f"{_median(errors):.1%}".replace("%", " %")
         lines.append([name, str(len(errors)), median, f"{worst:+.1%}".replace("%", " %"), str(within)])
-    return _table(["bytes", "settings", "median error", "largest", "within 3 %"], lines)
+    return markdown_table(["bytes", "settings", "median error", "largest", "within 3 %"], lines)
 
 
 def datasheet_table() -> str:
@@ -299,7 +319,7 @@ def datasheet_table() -> str:
         for gpu in GPUS.values()
     ]
     head = ["GPU", "products, TFLOP/s", "float32, TFLOP/s", "memory, TB/s", "link, GB/s", "datasheet value of"]
-    return _table(head, lines)
+    return markdown_table(head, lines)
 
 
 _GPU_MODELS = ("ViT-B/16", "ViT-L/16", "ViT-H/14")
@@ -322,7 +342,7 @@ def ratio_table() -> str:
                 cells.append(f"{expected:.2f} ({low:.2f}–{high:.2f})")
         lines.append([gpu.name, *cells])
     head = ["predicted, not run", *(f"{model}, batch {batch}" for model in _GPU_MODELS for batch in (16, 128))]
-    return _table(head, lines)
+    return markdown_table(head, lines)
 
 
 _MOST_TOKENS = 1_000_000
@@ -346,15 +366,15 @@ def tokens_until(model: Transformer, is_reached: Callable[[int], bool]) -> int |
 
 def crossing_table(cases: list[Case]) -> str:
     """Format tokens per step: where merging drops below 10 %, and where SNELLA is as fast as LoRA."""
-    two = fit_rates([case for case in cases if _threads(case.machine) == "2"])
-    lines = [["AMD EPYC, 2 threads, ViT-B/16, float32", *_crossings(two, "ViT-B/16", _count_on_cpu)]]
+    epyc = fit_rates(cases_of(EPYC_2, cases))
+    lines = [[f"{machine_name(EPYC_2)}, ViT-B/16, float32", *_crossings(epyc, "ViT-B/16", _count_on_cpu)]]
     lines += [
         [f"{gpu.name}, {model}", *_crossings(gpu_rates(name), model, count_on_gpu)]
         for name, gpu in GPUS.items()
         for model in ("ViT-B/16", "ViT-H/14", "ViT-22B/14")
     ]
     head = ["predicted, not run", "merging below 10 % of the step", "exact SNELLA as fast as LoRA"]
-    return _table([*head, '`"sample:1/4"` as fast as LoRA'], lines)
+    return markdown_table([*head, '`"sample:1/4"` as fast as LoRA'], lines)
 
 
 def _count_on_cpu(model: str, method: str, batch: int) -> StepCount:
@@ -409,7 +429,7 @@ def memory_table() -> str:
         "eight bits",
         "checkpointed blocks",
     ]
-    return _table(head, lines)
+    return markdown_table(head, lines)
 
 
 def communication_table() -> str:
@@ -423,7 +443,7 @@ def communication_table() -> str:
         cells += [_gib(step.communicated(_DEVICES, "fsdp2")) for step in (steps[0], steps[2])]
         lines.append([name, *cells])
     head = ["GiB sent per device and step, predicted, not run", "full, DDP", "LoRA, DDP", "SNELLA, DDP", "full, FSDP2"]
-    return _table([*head, "SNELLA, FSDP2"], lines)
+    return markdown_table([*head, "SNELLA, FSDP2"], lines)
 
 
 def _gib(value: float) -> str:
@@ -442,25 +462,20 @@ def _percent(value: float) -> str:
     return f"{value:.0%}".replace("%", " %")
 
 
-def _threads(machine: str) -> str:
-    """Return the number of threads in a device's name."""
-    return machine.split()[1]
+def machine_name(device: str) -> str:
+    """Format the device string of a CPU: processor, then threads."""
+    _, threads, processor = device.split(", ", 2)
+    processor = processor.replace("(R)", "").removesuffix(" Processor")
+    return f"{processor}, {'1 thread' if threads == '1 threads' else threads}"
 
 
 def _configuration(configuration: tuple[Any, ...]) -> str:
-    """Format a configuration."""
-    model, batch, r, sparsity, precision = configuration
-    name = NAMES.get(model) or next(name for name, shape in MODELS.items() if shape == SHAPES[model])
+    """Format a configuration in float32."""
+    model, batch, r, sparsity, _ = configuration
+    name = NAMES.get(model) or next((name for name, shape in MODELS.items() if shape == SHAPES[model]), model)
     text = f"{name}, batch {batch}"
     text += f", r {r}" if r != 8 else ""
-    text += f", sparsity {sparsity}" if sparsity != 0.7 else ""
-    return text + {"float32": "", "autocast": ", autocast", "bfloat16": ", autocast, bfloat16 weights"}[precision]
-
-
-def _table(head: list[str], lines: list[list[str]]) -> str:
-    """Format a Markdown table."""
-    rows = [f"| {' | '.join(cells)} |" for cells in (head, *lines)]
-    return "\n".join([rows[0], "|---" * len(head) + "|", *rows[1:]])
+    return text + (f", sparsity {sparsity}" if sparsity != 0.7 else "")
 
 
 def sections(folder: Path = FOLDER) -> dict[str, str]:
@@ -488,8 +503,8 @@ def update_page(page: Path = PAGE, folder: Path = FOLDER) -> bool:
     return any(changed)
 
 
-def draw_errors(held_out: list[HeldOut], path: Path) -> Path:
-    """Draw predicted over measured seconds of held-out rows."""
+def errors_figure(held_out: list[HeldOut]) -> Figure:
+    """Draw predicted over measured seconds of held-out rows, one line of points for each family of methods."""
     figure, axes = new_figure(*CURVE, "Held-out steps on CPUs")
     ends = [min(one.case.seconds for one in held_out) * 0.7, max(one.case.seconds for one in held_out) * 1.4]
     axes.fill_between(
@@ -518,11 +533,11 @@ def draw_errors(held_out: list[HeldOut], path: Path) -> Path:
     axes.set_xlabel("measured seconds per step")
     axes.set_ylabel("predicted seconds per step")
     add_legend(figure, *axes.get_legend_handles_labels(), columns=3)
-    return save_figure(figure, path)
+    return figure
 
 
-def draw_ratios(path: Path) -> Path:
-    """Draw the predicted ratio to LoRA over the tokens of a step."""
+def ratios_figure() -> Figure:
+    """Draw the predicted step time of SNELLA relative to LoRA over the tokens of a step."""
     figure, axes = new_figure(*CURVE, "SNELLA relative to LoRA, predicted, not run")
     batches = [2**power for power in range(11)]
     for place, (gpu, model) in enumerate(
@@ -551,14 +566,14 @@ def draw_ratios(path: Path) -> Path:
     axes.set_xlabel("tokens per step")
     axes.set_ylabel("step time, LoRA = 1")
     add_legend(figure, *axes.get_legend_handles_labels(), columns=2)
-    return save_figure(figure, path)
+    return figure
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     FIGURES.mkdir(parents=True, exist_ok=True)
-    draw_errors(leave_one_out(timed_cases()), FIGURES / "held-out.svg")
-    draw_ratios(FIGURES / "ratio-gpu.svg")
+    save_figure(errors_figure(leave_one_out(timed_cases())), FIGURES / "held-out.svg")
+    save_figure(ratios_figure(), FIGURES / "ratio-gpu.svg")
     print(f"{PAGE.name} {'changed' if update_page() else 'is up to date'}")
 
 

@@ -1,6 +1,6 @@
 """Rates of machines, and seconds of a training step from the counts of `cost_model`.
 
-On a CPU a call starts after the last one has ended:
+On a CPU, calls run one after another:
 
     seconds = FLOP / product + vector operations / vector + bytes moved / memory + calls · call_s
 
@@ -19,6 +19,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from snella_app.training.cost_model import TRITON, Precision, StepCount, Transformer, count_step
@@ -65,7 +66,7 @@ class Gpu:
     """Datasheet values of a GPU.
 
     Args:
-        name: Product.
+        name: Product name.
         product: Peak FLOP/s of dense products in bfloat16 (float16 on a T4), without sparsity.
         vector: Peak FLOP/s in float32 without tensor cores; a multiply-add counts as two.
         memory: Peak bytes per second.
@@ -93,8 +94,8 @@ GPUS: dict[str, Gpu] = {
     "t4": Gpu("T4", 65e12, 8.1e12, 0.32e12, 16e9, 1.59e9, "NVIDIA T4 datasheet; float16; PCIe 3 ×16"),
     "mi300x": Gpu("MI300X", 1307e12, 163.4e12, 5.3e12, 448e9, 2.1e9, "AMD MI300X datasheet"),
 }
-"""Datasheet values, written from memory and not measured. L4's datasheet states twice the product rate, with
-sparsity."""
+"""Datasheet values, neither checked against the datasheets nor measured. L4's datasheet states twice the product rate,
+with sparsity."""
 
 EFFICIENCIES = {
     "product": (0.35, 0.5, 0.65),
@@ -113,10 +114,10 @@ def gpu_rates(
 
     Args:
         gpu: Key of `GPUS`.
-        product: Efficiency of products: 0 low, 1 expected, 2 high.
-        vector: Efficiency of elementwise operations.
-        memory: Efficiency of memory.
-        launch: Seconds per launch.
+        product: Index into `EFFICIENCIES["product"]`: 0 low, 1 expected, 2 high.
+        vector: Index into `EFFICIENCIES["vector"]`.
+        memory: Index into `EFFICIENCIES["memory"]`.
+        launch: Index into `LAUNCHES`.
         is_float32: Products run in float32 without tensor cores.
     """
     peak = GPUS[gpu]
@@ -162,32 +163,44 @@ def predict_on_gpu(
 
 
 def shape_of_backbone(backbone: str, img_size: int | None = None, classes: int = 100) -> Transformer | None:
-    """Return the shape of a timm `VisionTransformer`; None for other models.
+    """Return the shape of a plain timm `VisionTransformer`; None for other models, other blocks and gated MLPs.
+
+    The model is built on the meta device, which allocates no weights.
 
     Args:
         backbone: Backbone name, see `create_backbone`.
         img_size: Input resolution in pixels; the backbone's default if None.
-        classes: Outputs of the head.
+        classes: Number of outputs of the head.
     """
+    from timm.layers import Mlp
     from timm.models.vision_transformer import Block, VisionTransformer
 
-    from snella_app.backbones import create_backbone
-
-    model = create_backbone(backbone, num_classes=classes, pretrained=False, img_size=img_size)
+    model = _build_on_meta(backbone, img_size, classes)
     block = model.blocks[0] if isinstance(model, VisionTransformer) else None
-    if not isinstance(model, VisionTransformer) or type(block) is not Block:
+    if not isinstance(model, VisionTransformer) or type(block) is not Block or type(block.mlp) is not Mlp:
         return None
     attention, mlp = cast(Any, block.attn), cast(Any, block.mlp)
     height, width = model.patch_embed.patch_size
-    numbers = model.patch_embed.proj.in_channels * height * width
+    patch = model.patch_embed.proj.in_channels * height * width
     return Transformer(
         width=model.embed_dim,
         depth=len(model.blocks),
         tokens=model.patch_embed.num_patches + model.num_prefix_tokens,
         heads=attention.num_heads,
         hidden=mlp.fc1.out_features,
-        patch=numbers,
-        image=numbers * model.patch_embed.num_patches,
+        patch=patch,
+        image=patch * model.patch_embed.num_patches,
         outputs=classes,
         has_layer_scale=not isinstance(block.ls1, nn.Identity),
     )
+
+
+def _build_on_meta(backbone: str, img_size: int | None, classes: int) -> nn.Module:
+    """Build a backbone without allocating its weights; on the CPU if timm reads tensor values while it builds."""
+    from snella_app.backbones import create_backbone
+
+    try:
+        with torch.device("meta"):
+            return create_backbone(backbone, num_classes=classes, pretrained=False, img_size=img_size)
+    except RuntimeError:  # meta tensors have no values; timm 1.0.20 reads some
+        return create_backbone(backbone, num_classes=classes, pretrained=False, img_size=img_size)
