@@ -33,13 +33,11 @@ class RowSpeed:
         step: Forward pass, backward pass and optimizer.
         forward: Forward pass only.
         device: Device name in the rows.
-        when: Commits and dates of the rows.
     """
 
     step: Line
     forward: Line
     device: str
-    when: str
 
 
 def row_speed(rows: list[dict[str, Any]], counted: CountedStep) -> RowSpeed:
@@ -67,14 +65,10 @@ def row_speed(rows: list[dict[str, Any]], counted: CountedStep) -> RowSpeed:
             f"rows at batch {BATCHES[0]} and {BATCHES[1]} must come from one machine, got {small['device']!r} and "
             f"{large['device']!r}; run: python benchmarks/step_time.py"
         )
-    whens = dict.fromkeys(
-        f"commit {row['commit']}{' (modified)' if row['dirty'] else ''}, {row['date'][:10]}" for row in (small, large)
-    )
     return RowSpeed(
         step=_line(small, large, "step_s", counted.adapted, counted.training_flop),
         forward=_line(small, large, "forward_s", counted.adapted, counted.forward_flop),
         device=small["device"],
-        when=" and ".join(whens),
     )
 
 

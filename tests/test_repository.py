@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 MAKEFILE = (ROOT / "Makefile").read_text()
-VERBS = set(re.findall(r"^([a-z-]+):.*## ", MAKEFILE, re.MULTILINE))
+VERBS = set(re.findall(r"^\.PHONY: (.*)$", MAKEFILE, re.MULTILINE)[0].split())
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
 
@@ -36,7 +36,7 @@ def commands(path):
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
 def test_workflows_run_verbs_of_the_makefile(path):
-    called = [re.fullmatch(r"make ([a-z-]+)", command) for command in commands(path)]
+    called = [re.fullmatch(r"(?:sudo )?make ([a-z-]+)", command) for command in commands(path)]
     assert called and all(called)
     assert {match[1] for match in called} <= VERBS
 
@@ -54,6 +54,13 @@ def test_continuous_integration_runs_every_check_on_linux_and_macos():
     assert {f"make {verb}" for verb in ("lint", "types", "test", "docs", "wheel")} <= set(commands(path))
     matrix = load_yaml(path)["jobs"]["test"]["strategy"]["matrix"]
     assert {name.split("-")[0] for name in matrix["os"]} == {"ubuntu", "macos"}
+
+
+def test_continuous_integration_installs_the_packages_before_the_tests_on_linux():
+    steps = load_yaml(".github/workflows/ci.yml")["jobs"]["test"]["steps"]
+    position = next(number for number, step in enumerate(steps) if step.get("run") == "sudo make packages")
+    assert steps[position]["if"] == "runner.os == 'Linux'"
+    assert steps[position + 1]["run"] == "make test"
 
 
 def test_tested_python_versions_are_those_of_the_project():
@@ -93,7 +100,8 @@ def test_hooks_call_the_tools_of_the_makefile():
 
 
 def test_extras_that_are_named_exist():
-    patterns = ("src/**/*.py", "docs/**/*.md", "examples/*.*", "experiments/**/*.yaml", "*.md", "Makefile")
+    patterns = ("src/**/*.py", "docs/**/*.md", "examples/*.*", "examples/**/*.toml", "experiments/**/*.yaml", "*.md")
+    patterns += ("Makefile", "Dockerfile")
     named = {}
     for path in {path for pattern in patterns for path in ROOT.glob(pattern)}:
         for match in re.finditer(r"(?:snella|'\.)\[([a-z0-9,-]+)\]", path.read_text(encoding="utf-8")):

@@ -35,7 +35,13 @@ def test_the_wheel_is_complete(try_wheel, wheel, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lost", ["snella_app/py.typed", "snella_lab/experiments/coffee.yaml", "snella/layer.py"])
+@pytest.mark.parametrize(
+    "lost",
+    [
+        *("snella_app/py.typed", "snella_app/runs/serve.html"),
+        *("snella_lab/experiments/coffee.yaml", "snella/layer.py"),
+    ],
+)
 def test_a_file_that_is_missing_from_the_wheel_is_named(try_wheel, wheel, lost, tmp_path):
     with zipfile.ZipFile(wheel) as whole, zipfile.ZipFile(tmp_path / wheel.name, "w") as part:
         for name in whole.namelist():

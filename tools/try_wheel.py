@@ -83,6 +83,11 @@ TRAIN = (
 )
 
 
+def is_cache(path: Path) -> bool:
+    """Return True for bytecode, caches and hidden files, which wheels exclude."""
+    return any(part == "__pycache__" or part.startswith(".") for part in path.parts) or path.suffix == ".pyc"
+
+
 def check_contents(wheel: Path) -> None:
     """Compare the files and entry points of the wheel with the repository.
 
@@ -98,8 +103,8 @@ def check_contents(wheel: Path) -> None:
         parser.read_string(archive.read(info).decode())
     expected = {f"{package}/py.typed" for package in PACKAGES}
     for source, target in ((ROOT / "src", ""), (ROOT / "experiments", "snella_lab/experiments/")):
-        files = (path for path in source.rglob("*") if path.is_file() and path.suffix in (".py", ".yaml", ".jinja"))
-        expected |= {target + path.relative_to(source).as_posix() for path in files}
+        files = [path.relative_to(source) for path in source.rglob("*") if path.is_file()]
+        expected |= {target + path.as_posix() for path in files if not is_cache(path)}
     foreign = {name for name in names if name.split("/")[0] not in PACKAGES or "__pycache__" in name}
     if expected - names or foreign:
         sys.exit(f"{wheel.name}: missing files {sorted(expected - names)}, unexpected files {sorted(foreign)}")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +55,8 @@ def diagnose(
         rounds: Timed steps of each method.
     """
     console = console or make_console()
-    diagnosis = Diagnosis(describe_machine())
+    provenance = conditions(usable_devices()[-1], _PACKAGES)
+    diagnosis = Diagnosis(describe_machine(provenance["versions"]))
     for name, value in diagnosis.machine.items():
         shown = ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else value
         print_line(console, f"{name:<13}{', '.join(map(str, shown)) if isinstance(shown, list) else shown}")
@@ -82,9 +81,10 @@ def diagnose(
         diagnosis.steps = bench(config, console)
     if out is not None:
         checks = [{**asdict(check), "verdict": check.verdict} for check in diagnosis.checks]
-        results = {"machine": diagnosis.machine, "checks": checks, "steps": diagnosis.steps}
+        machine = {name: value for name, value in diagnosis.machine.items() if name != "versions"}
+        results = {"machine": machine, "checks": checks, "steps": diagnosis.steps}
         with made_folder(Path(out).parent):
-            write_json(Path(out), results | conditions(usable_devices()[-1]))
+            write_json(Path(out), results | provenance)
         print_line(console, f"results: {out}")
     if diagnosis.wrong:
         names = ", ".join(f"{check.impl} on {check.device} in {check.dtype}" for check in diagnosis.wrong)
@@ -102,8 +102,8 @@ def usable_devices() -> list[str]:
     return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
-def describe_machine() -> dict[str, Any]:
-    """Return operating system, CPU, memory, versions and devices."""
+def describe_machine(versions: dict[str, str]) -> dict[str, Any]:
+    """Return operating system, CPU, memory, devices and the given package versions."""
     import psutil
 
     machine: dict[str, Any] = {
@@ -111,7 +111,7 @@ def describe_machine() -> dict[str, Any]:
         "processor": device_name("cpu"),
         "memory": bytes_text(psutil.virtual_memory().total),
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "versions": {name: version(name) for name in _PACKAGES if importlib.util.find_spec(name) is not None},
+        "versions": versions,
         "gpu": [
             f"{gpu.name}, {bytes_text(gpu.total_memory)}, compute capability {gpu.major}.{gpu.minor}"
             for gpu in (torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count()))

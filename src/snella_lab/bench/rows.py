@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -22,14 +23,14 @@ from snella_lab.bench.baselines import REFERENCE
 _PACKAGES = ("torch", "peft", "timm", "numpy", "numba", "triton")
 
 
-def conditions(device: str) -> dict[str, Any]:
-    """Return the provenance of a row: command without its output path, device, versions, commit and date."""
+def conditions(device: str, packages: Iterable[str] = _PACKAGES) -> dict[str, Any]:
+    """Return the provenance of a row: command without its output path, device, package versions, commit and date."""
     words = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
     git = ["git", "-C", str(Path(__file__).parent)]
     return {
         "command": re.sub(r" --out[= ]\S+", "", words),
         "device": device_name(device),
-        "versions": {name: version(name) for name in _PACKAGES if find_spec(name) is not None},
+        "versions": {name: version(name) for name in packages if find_spec(name) is not None},
         "commit": _output([*git, "rev-parse", "--short", "HEAD"]),
         "dirty": bool(_output([*git, "status", "--porcelain", "--untracked-files=no", ":/"])),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

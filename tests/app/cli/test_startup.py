@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 import pytest
 
-HEAVY = ("torch", "timm", "peft", "transformers", "matplotlib", "sklearn", "numpy")
+HEAVY = ("torch", "torchvision", "timm", "peft", "transformers", "accelerate", "matplotlib", "sklearn", "numpy")
 
 
 def loaded_by(code, heavy=HEAVY):

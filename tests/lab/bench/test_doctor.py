@@ -68,8 +68,8 @@ def test_a_backend_that_is_missing_says_why(monkeypatch):
 
 
 def test_the_machine_is_described():
-    machine = describe_machine()
-    assert machine["versions"]["torch"] == torch.__version__ and "Python" in machine["system"]
+    machine = describe_machine({"torch": "2.0"})
+    assert machine["versions"] == {"torch": "2.0"} and "Python" in machine["system"]
     assert (machine["gpu"] == "none") == (not torch.cuda.is_available())
 
 
@@ -79,6 +79,8 @@ def test_the_results_are_written(tmp_path):
     stored = json.loads((tmp_path / "new" / "doctor.json").read_text())
     assert [check["verdict"] for check in stored["checks"]] == [check.verdict for check in diagnosis.checks]
     assert {"machine", "commit", "date", "versions"} <= set(stored) and stored["steps"] == []
+    assert stored["versions"] == diagnosis.machine["versions"] and "snella" in stored["versions"]
+    assert "versions" not in stored["machine"]
     assert "all available backends are correct" in console.file.getvalue()
 
 
