@@ -16,14 +16,25 @@ ENVIRONMENTS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("--no-deps", "fastai==2.8.*", "fastdownload>=0.0.8,<2"),
         ("fastcore", "fastprogress", "fasttransform", "plum-dispatch<2.10", "cloudpickle"),
     ),
+    # lists what images need; with all dependencies (speech, text, object detection), pip takes more than ten minutes
+    "autogluon": (
+        ("--no-deps", "autogluon.multimodal==1.6.*", "autogluon.core==1.6.*", "autogluon.features==1.6.*"),
+        (
+            "--no-deps",
+            "autogluon.common==1.6.*",
+            "timm==1.0.3",
+            "nlpaug",
+            "text-unidecode",
+            "antlr4-python3-runtime==4.9.3",
+        ),
+        ("lightning>=2.5,<2.7", "torchmetrics<1.8", "omegaconf<2.4", "pytorch-metric-learning<2.9", "nltk", "pytz"),
+        ("seqeval", "evaluate", "boto3", "jsonschema", "defusedxml", "scikit-image", "nvidia-ml-py3", "sentencepiece"),
+    ),
+    "lightly": (("lightly-train==0.18.*",),),
 }
 """Arguments of consecutive `pip install` calls by environment."""
 
-NOT_INSTALLED = {
-    "autogluon": "installation exceeded ten minutes (autogluon.multimodal 1.6.3 with this torch)",
-    "lightly": "no script yet (lightly-train installs with this torch)",
-    "tabpfn": "downloads its weights from a hub; no package contains them",
-}
+NOT_INSTALLED = {"tabpfn": "downloads its weights from a hub; no package contains them"}
 """Excluded tools and the reason."""
 
 _SHARED = ("torch", "torchvision")

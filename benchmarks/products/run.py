@@ -29,6 +29,8 @@ PRODUCTS: dict[str, tuple[str, str, str]] = {
     },
     "fastai": ("fastai", "fastai_finetune.py", "default"),
     "fastai-bn": ("fastai", "fastai_finetune.py", "bn"),
+    "autogluon": ("autogluon", "autogluon_multimodal.py", "default"),
+    "lightly": ("lightly", "lightly_classification.py", "default"),
     "transformers": ("main", "transformers_trainer.py", "default"),
     "timm": ("main", "timm_finetune.py", "default"),
     "sklearn": ("main", "frozen_features.py", "logistic"),
