@@ -25,7 +25,9 @@ def compared(folder, methods):
 
 def assert_trained_as_whole(first, second):
     assert first["outputs"] == second["outputs"]
-    assert first["error"] < 2e-5
+    # the whole model adds the gradients of both halves, as the processes do; one batch of all images would add in
+    # another order, which alone changes RandLoRA's outputs by 3e-5 (3e-14 in float64)
+    assert first["error"] < 1e-6
     # in evaluation a layer would keep its weight with the update, of which all together are the whole model again
     assert first["kept"] == second["kept"] == 0
 
