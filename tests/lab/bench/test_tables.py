@@ -1,4 +1,4 @@
-"""What the documents say of committed rows: generated tables, sentences with their numbers, the twins' files."""
+"""Documents match the committed rows: generated tables, numbers in the text, and experiment files of the twins."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ def page(name):
     return " ".join((ROOT / name).read_text().replace("\N{MINUS SIGN}", "-").split())
 
 
-def test_each_generated_table_is_what_its_script_makes_from_the_committed_rows(tmp_path):
+def test_generated_tables_match_the_committed_rows(tmp_path):
     from suite_table import GUIDE, PAGE, README, TWINS_PAGE, update_overview, update_suite, update_twins
 
     from snella_lab.bench.rows import update_document
@@ -55,65 +55,65 @@ def test_each_generated_table_is_what_its_script_makes_from_the_committed_rows(t
         assert not update(Path(copy)), f"{path.name} differs from its rows; run: python benchmarks/readme.py"
 
 
-def test_readme_says_of_the_suite_what_its_rows_give(suite):
+def test_readme_matches_the_suite(suite):
     readme = page("README.md")
     matched, without = suite["all"]["snella-matched-8"], suite["without"]["snella-matched-8"]
     lead, fewer, default = matched["lora-8"], without["lora-8"], suite["defaults"]["snella-8"]
     assert f"by {100 * lead.mean:.1f} points (95 % interval {100 * lead.low:.1f} to +{100 * lead.high:.1f})" in readme
     assert lead.above == 6 and lead.mean > 2 * fewer.mean * 5 / 6
     assert f"by {100 * fewer.mean:.1f} ({100 * fewer.low:.1f} to {100 * fewer.high:.1f})" in readme
-    assert not any(found.direction for leader in suite["all"].values() for found in leader.values())
+    assert not any(result.direction for leader in suite["all"].values() for result in leader.values())
     points = f"{100 * default.mean:.1f} points more ({100 * default.low:.1f} to +{100 * default.high:.1f}, not decided)"
     assert points in readme and default.direction == 0
 
 
-def test_the_comparisons_page_says_what_is_decided(suite):
+def test_comparisons_page_lists_the_decided_differences(suite):
     compare = page("docs/compare.md")
-    smallest = min(found.adjusted_p for leader in suite["all"].values() for found in leader.values())
+    smallest = min(result.adjusted_p for leader in suite["all"].values() for result in leader.values())
     assert f"Over all datasets and comparisons the smallest p is {smallest:.2f}." in compare
     decided = [(leader, name) for leader, row in suite["without"].items() for name, d in row.items() if d.direction]
     assert decided == [("snella-matched-8", "bias"), ("snella-8", "bias")]
     assert "only the leads of both SNELLA variants on BitFit are decided" in compare
 
 
-def test_the_audit_of_the_paper_has_the_suites_and_the_twins_numbers(suite):
+def test_claims_match_the_suite_and_the_twins(suite):
     from suite_table import TWINS, read_suite
 
     from snella_lab.comparison.report import paper_orderings
 
-    paper, snella = page("docs/paper.md"), suite["all"]["snella-8"]
+    paper, snella = page("docs/notes/claims.md"), suite["all"]["snella-8"]
     for name in ("lora-8", "ssf", "snell-8", "dora-8"):
-        found = snella[name]
-        assert f"+{100 * found.mean:.1f} on" in paper and f"({_ends(found)})" in paper, name
+        result = snella[name]
+        assert f"+{100 * result.mean:.1f} on" in paper and f"({_interval(result)})" in paper, name
     results = {result.claim: result for result in paper_orderings(*read_suite(TWINS))}
     assert {result.verdict for result in results.values()} == {"not decided"}
     for claim in ("within-layers above klora-8", "snella-8 above within-layers"):
-        assert f"+{100 * results[claim].difference.mean:.1f} ({_ends(results[claim].difference)})" in paper, claim
+        assert f"+{100 * results[claim].difference.mean:.1f} ({_interval(results[claim].difference)})" in paper, claim
 
 
-def _ends(found):
-    return f"{100 * found.low:.1f} to +{100 * found.high:.1f}"
+def _interval(result):
+    return f"{100 * result.low:.1f} to +{100 * result.high:.1f}"
 
 
-def test_the_best_snella_is_highest_on_twelve_of_the_papers_nineteen_tasks():
+def test_best_snella_ranks_first_on_twelve_of_the_nineteen_tasks():
     values = read_experiment("table1-vtab").published["values"]
     tasks = [entry.name for entry in read_experiment("table1-vtab").data]
-    ours = [max(row[task] for name, row in values.items() if name.startswith("snella")) for task in tasks]
-    others = [max(row[task] for name, row in values.items() if not name.startswith("snella")) for task in tasks]
-    highest = sum(own >= other for own, other in zip(ours, others, strict=True))
+    snella_best = [max(row[task] for name, row in values.items() if name.startswith("snella")) for task in tasks]
+    best_other = [max(row[task] for name, row in values.items() if not name.startswith("snella")) for task in tasks]
+    highest = sum(best_snella >= other for best_snella, other in zip(snella_best, best_other, strict=True))
     assert (len(tasks), highest) == (19, 12)
-    assert "the best SNELLA ranks first or ties on 12" in page("docs/paper.md")
+    assert "the best SNELLA ranks first or ties on 12" in page("docs/notes/claims.md")
 
 
-def test_what_three_times_the_rate_costs_is_that_of_four_folders():
-    found = {}
+def test_tuning_page_matches_the_rows_at_three_times_the_learning_rate():
+    accuracies = {}
     for line in (ROOT / "benchmarks" / "learning_rates.jsonl").read_text().splitlines():
         row = json.loads(line)
         is_changed = any(row.get(name) for name in ("options", "settings", "factor_scale", "seed")) or "kept" not in row
         if row["method"] == "snella-matched-8" and row["blocks"] == 12 and not is_changed:
-            found[row["task"], row["lr_factor"]] = row["kept"]["raw"]["accuracy"]
-    tasks = [task for task, factor in found if factor == 3.0]
-    differences = sorted(100 * (found[task, 3.0] - found[task, 1.0]) for task in tasks)
+            accuracies[row["task"], row["lr_factor"]] = row["kept"]["raw"]["accuracy"]
+    tasks = [task for task, factor in accuracies if factor == 3.0]
+    differences = sorted(100 * (accuracies[task, 3.0] - accuracies[task, 1.0]) for task in tasks)
     texts = [f"{value:+.1f}" for value in differences]
     assert len(tasks) == 4 and f"({', '.join(texts)})" in page("docs/tuning.md")
 
@@ -121,7 +121,7 @@ def test_what_three_times_the_rate_costs_is_that_of_four_folders():
 TWINS = (7, 8, 9, 10, 11, 12)
 
 
-def test_the_twins_have_six_tasks_five_seeds_tuned_rates_and_both_scalings():
+def test_twins_have_six_tasks_five_seeds_tuned_learning_rates_and_both_scalings():
     entries = set()
     for number in TWINS:
         experiment = read_experiment(f"twin-table{number}")
@@ -137,21 +137,21 @@ def test_the_twins_have_six_tasks_five_seeds_tuned_rates_and_both_scalings():
         claims = [(c["higher"], c["lower"]) for c in experiment.published["orderings"]]
         half = claims[: len(claims) // 2]
         assert claims[len(half) :] == [(f"{a}-scaling-1", f"{b}-scaling-1") for a, b in half]
-    assert len(entries) == len({name for name, *_ in entries}) == 48, "a shared folder needs one method by a name"
-    trainings = [48 * 6 * (5 + trials - 1) for trials in (4, 6)]
+    assert len(entries) == len({name for name, *_ in entries}) == 48, "methods in a shared folder need unique names"
+    trainings = [48 * 6 * (5 + tuning_runs - 1) for tuning_runs in (4, 6)]
     assert f"{trainings[0]:,} to {trainings[1]:,} trainings" in page("docs/notes/comparisons.md")
 
 
-def test_a_tiny_run_of_a_twin_gives_a_table_for_each_of_the_papers(tmp_path):
-    """One of the six files, a handful of images, a model without pre-trained weights."""
+def test_twin_tables_of_a_tiny_run_cover_all_tables(tmp_path):
+    """Use one of the six files, a few images and random weights."""
     from twin_tables import read_folder, twin_tables
 
     from snella_lab.comparison.compare import compare
 
-    with pytest.raises(FileNotFoundError, match=r"holds no results\.jsonl; run: make twins"):
+    with pytest.raises(FileNotFoundError, match=r"contains no results\.jsonl; run: make twins"):
         read_folder(tmp_path)
-    asked = {"methods": ["klora-8", "within-layers-scaling-1", "klora-8-scaling-1"], "data": ["digits"], "seeds": 1}
-    values = read_experiment("twin-table9", asked).as_dict()
+    overrides = {"methods": ["klora-8", "within-layers-scaling-1", "klora-8-scaling-1"], "data": ["digits"], "seeds": 1}
+    values = read_experiment("twin-table9", overrides).as_dict()
     values["data"] = [{"data": "digits", "group": "glyphs"}]
     values["grid"] = {"lr_factors": [1.0], "weight_decays": [], "max_extensions": 0}
     for method in values["methods"]:
@@ -161,7 +161,7 @@ def test_a_tiny_run_of_a_twin_gives_a_table_for_each_of_the_papers(tmp_path):
     values["train"] = {**values["train"], **sizes, "pretrained": False, "device": "cpu"}
     compare(Experiment.from_dict(values), tmp_path / "twins", workers=0)
     rows = read_folder(tmp_path / "twins")
-    assert {row.experiment_name for row in rows if row.status == "success"} == set(asked["methods"])
+    assert {row.experiment_name for row in rows if row.status == "success"} == set(overrides["methods"])
     tables = twin_tables(rows)
     assert [f"**Table {name}**" in tables for name in ("VII", "VIII", "IX", "X", "XI", "XII")] == [True] * 6
     assert "| within-layers-scaling-1 above klora-8-scaling-1 | not decided |" in tables
