@@ -26,7 +26,7 @@ from snella.optimizer import create_snella_optimizer
 if TYPE_CHECKING:
     from snella.callback import SnellaCallback
 
-_APPLICATION = ("TaskBank", "load", "train")
+_APPLICATION_NAMES = ("TaskBank", "load", "train")
 
 __all__ = [
     "BudgetAllocator",
@@ -48,10 +48,10 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    """Import `SnellaCallback`, which requires transformers' `Trainer`, and names from `snella_app` on first access."""
+    """Import `SnellaCallback` and the names of the application on first access, because both need optional packages."""
     if name == "SnellaCallback":
         return importlib.import_module("snella.callback").SnellaCallback
-    if name not in _APPLICATION:
+    if name not in _APPLICATION_NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
         return getattr(importlib.import_module("snella_app"), name)

@@ -20,7 +20,7 @@ def budget_at(t: int, total: int, b0: int, bT: int, schedule: str = "cubic") -> 
     Integer arithmetic, rounded down, so that `b_0` and `b_T` are exact.
 
     Args:
-        t: Time, in the unit of `total`. After `total` the budget stays at `bT`.
+        t: Epoch or step, in the unit of `total`. After `total` the budget stays at `bT`.
         total: `T`, number of epochs or steps of the training.
         b0: Budget at `t = 0`.
         bT: Budget at `t = T`.
@@ -44,18 +44,18 @@ def budget_at(t: int, total: int, b0: int, bT: int, schedule: str = "cubic") -> 
 def allocate(importance: Sequence[float], caps: Sequence[int], budget: int, min_layer_share: float = 0.0) -> list[int]:
     """Allocate `budget` entries among matrices in proportion to their importance, capped at their size.
 
-    Each matrix gets its proportional share, capped at its size. The excess of full matrices is allocated among the
-    others in the same way, until none is left. Shares are computed in exact rational arithmetic and rounded by largest
+    Each matrix gets its proportional share, capped at its size. The excess of saturated matrices goes to the others in
+    the same way, until no entry remains. Shares are computed in exact rational arithmetic and rounded by largest
     remainder. The sum is therefore exact, and the result depends neither on the order of the matrices nor on the
     machine.
 
     Args:
-        importance: Importance of each matrix. Negative values count as 0. If a value is not finite, or none is
-            positive, size decides.
+        importance: Importance of each matrix. Negative values count as 0. If a value is not finite, or no value is
+            positive, shares are proportional to size.
         caps: Size of each matrix.
         budget: Number of entries to allocate, in `[0, sum(caps)]`.
-        min_layer_share: Fraction of the uniform share `budget · cap / Σ caps` that every matrix gets first, so that it
-            keeps a gradient. The paper uses 0.
+        min_layer_share: Minimum budget of each matrix, as a fraction of its uniform share `budget · cap / Σ caps`; a
+            nonzero budget keeps the gradient. The paper uses 0.
 
     Returns:
         One integer per matrix, `0 ≤ b[l] ≤ caps[l]`, `Σ b == budget`.
@@ -76,8 +76,8 @@ def allocate(importance: Sequence[float], caps: Sequence[int], budget: int, min_
         return [0] * len(caps)
     share = Fraction(min_layer_share)
     minimums = [int(share * budget * cap / total) for cap in caps]
-    is_usable = all(math.isfinite(value) for value in importance)
-    scores = [Fraction(value) if is_usable and value > 0 else Fraction(0) for value in importance]
+    is_finite = all(math.isfinite(value) for value in importance)
+    scores = [Fraction(value) if is_finite and value > 0 else Fraction(0) for value in importance]
     capacities = [cap - minimum for cap, minimum in zip(caps, minimums, strict=True)]
     shares = _fill_in_proportion(scores, capacities, budget - sum(minimums))
     rounded = _round_to_sum(shares, capacities, budget - sum(minimums), scores)
@@ -85,25 +85,25 @@ def allocate(importance: Sequence[float], caps: Sequence[int], budget: int, min_
 
 
 def _fill_in_proportion(scores: list[Fraction], capacities: list[int], budget: int) -> list[Fraction]:
-    """Return proportional shares under capacities: fill matrices above capacity and reallocate the excess."""
+    """Return proportional shares, capped at the capacities; reallocate the excess of saturated matrices."""
     shares = [Fraction(0)] * len(capacities)
     open_matrices = {k for k, capacity in enumerate(capacities) if capacity > 0}
-    left = Fraction(budget)
-    while left > 0 and open_matrices:
-        # if all open matrices have zero importance, size decides
-        weight = {k: scores[k] for k in open_matrices}
-        if not any(weight.values()):
-            weight = {k: Fraction(capacities[k]) for k in open_matrices}
-        total = sum(weight.values())
-        full = {k for k in open_matrices if left * weight[k] >= capacities[k] * total}
-        if not full:
+    remaining = Fraction(budget)
+    while remaining > 0 and open_matrices:
+        # if all open matrices have zero importance, allocate by size
+        weights = {k: scores[k] for k in open_matrices}
+        if not any(weights.values()):
+            weights = {k: Fraction(capacities[k]) for k in open_matrices}
+        total = sum(weights.values())
+        saturated = {k for k in open_matrices if remaining * weights[k] >= capacities[k] * total}
+        if not saturated:
             for k in open_matrices:
-                shares[k] = left * weight[k] / total
+                shares[k] = remaining * weights[k] / total
             break
-        for k in full:
+        for k in saturated:
             shares[k] = Fraction(capacities[k])
-            left -= capacities[k]
-        open_matrices -= full
+            remaining -= capacities[k]
+        open_matrices -= saturated
     return shares
 
 

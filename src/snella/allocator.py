@@ -20,8 +20,8 @@ from snella.optimizer import MATCHER_ATTRIBUTE
 
 _STATE_KEY = "snella_allocator"  # in the first parameter group of an optimizer's state
 _FORMAT = 1
-_HISTORY_PARTS = 100  # points of a curve in a report
-_GRADIENT_STEPS = 5  # a zero-initialized head or drop-path can suppress the gradients of the first one or two steps
+_HISTORY_INTERVALS = 100  # intervals of the training with one history entry each
+_GRADIENT_CHECK_STEPS = 5  # a zero-initialized head or drop-path can suppress the first gradients
 
 __all__ = ["BudgetAllocator", "allocate"]
 
@@ -52,8 +52,8 @@ class BudgetAllocator:
 
     Attributes:
         history: One entry per allocation: `step`, `t` and `total` (the schedule's time), `budget`, and `budgets` and
-            `importance` per matrix. The first entry is the start. With frequent allocations, only the last entry of
-            each epoch and of each hundredth of the training remains, which limits the size of checkpoints.
+            `importance` per matrix. The first entry is the initial allocation. With frequent allocations, only the
+            last entry of each epoch and of each hundredth of the training remains, to limit the size of checkpoints.
 
     Raises:
         ValueError: If the model has no such adapter, or a number of epochs or steps is below 1.
@@ -77,9 +77,9 @@ class BudgetAllocator:
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.matrices: list[AdaptedMatrix] = adapted_matrices(model, adapter_name)
-        first = self.matrices[0]
-        self.adapter_name = first.adapter_name
-        self.config = first.layer.snella_config[self.adapter_name]
+        first_matrix = self.matrices[0]
+        self.adapter_name = first_matrix.adapter_name
+        self.config = first_matrix.layer.snella_config[self.adapter_name]
         self.total_epochs, self.steps_per_epoch, self.total_steps = total_epochs, steps_per_epoch, total_steps
         self.importance = ImportanceTracker(
             self.matrices,
@@ -90,12 +90,12 @@ class BudgetAllocator:
         )
         self.step = 0
         self.history: list[dict[str, Any]] = []
-        self._has_checked = False
-        self._has_read = self._has_stepped = False  # in this step; since the last zero_grad
+        self._has_checked_optimizer = False
+        self._has_updated_importance = self._has_stepped = False  # in this step, and since the last zero_grad
         self._is_stepping = False
-        self._reads = 0  # steps checked for missing gradients
-        self._untouched = {matrix.name for matrix in self.matrices}
-        self.has_exact_steps = False  # whether a trainer provides the number of steps
+        self._num_gradient_checks = 0  # number of steps checked for missing gradients
+        self._without_gradient = {matrix.name for matrix in self.matrices}
+        self.has_exact_steps = False  # True if a trainer provides the number of steps
         self._handles: list[torch.utils.hooks.RemovableHandle | _ZeroGradHook] = []
         self._allocate(0)
 
@@ -123,7 +123,7 @@ class BudgetAllocator:
 
     @property
     def frozen(self) -> list[str]:
-        """Names of matrices with budget 0. They get no gradient; only `min_layer_share` can restore them."""
+        """Names of matrices with budget 0, which have no gradient; only `min_layer_share` can restore them."""
         return [matrix.name for matrix in self.matrices if matrix.is_frozen]
 
     @property
@@ -133,8 +133,8 @@ class BudgetAllocator:
 
     def is_realloc_step(self, step: int) -> bool:
         """Return whether the budget is reallocated after optimizer step `step`, counted from 1."""
-        every = self.config.realloc_every
-        interval = self.steps_per_epoch if every == "epoch" else int(every)
+        realloc_every = self.config.realloc_every
+        interval = self.steps_per_epoch if realloc_every == "epoch" else int(realloc_every)
         return step <= self.total_steps and (step % interval == 0 or step == self.total_steps)
 
     def _time(self, step: int) -> tuple[int, int]:
@@ -168,7 +168,7 @@ class BudgetAllocator:
         """
         if self._handles:
             raise RuntimeError("the allocator is already attached to an optimizer; call detach() first")
-        _refuse_deepspeed(optimizer)
+        _reject_deepspeed(optimizer)
         while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
             optimizer = inner
         if not self._is_optimized_by(optimizer):
@@ -190,9 +190,9 @@ class BudgetAllocator:
             optimizer.register_load_state_dict_post_hook(self._load_from),
             _ZeroGradHook(optimizer, self._before_zero_grad),
         ]
-        self._watch(attached=True)
+        self._set_attached(attached=True)
         self._load_from(optimizer)
-        self._has_checked = False
+        self._has_checked_optimizer = False
         return self
 
     def _is_optimized_by(self, optimizer: Optimizer) -> bool:
@@ -201,7 +201,7 @@ class BudgetAllocator:
         return any(id(factor) in optimized for factor in self._factors())
 
     def _factors(self) -> list[torch.Tensor]:
-        """Return the factor `A` of every matrix, as the optimizer has it."""
+        """Return the parameter that contains the factor `A` of each matrix."""
         return [matrix.layer.snella_A[self.adapter_name] for matrix in self.matrices]
 
     def detach(self) -> None:
@@ -209,10 +209,10 @@ class BudgetAllocator:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._watch(attached=False)
+        self._set_attached(attached=False)
 
     def update_and_allocate(self, step: int) -> None:
-        """Update the importance, and the budgets if a reallocation is due. For loops without `attach`.
+        """Update the importance, and reallocate the budget if due. For loops without `attach`.
 
         Call it once per optimizer step, between `loss.backward()` and `optimizer.step()` (after `optimizer.step()` with
         `preset="official"`), before clearing the gradients.
@@ -220,12 +220,12 @@ class BudgetAllocator:
         Args:
             step: Index of this optimizer step, counted from 1.
         """
-        self._watch(attached=True)
+        self._set_attached(attached=True)
         self._update_importance()
         self._finish_step(step)
 
     def advance_to(self, step: int) -> None:
-        """Count skipped steps up to `step`, so that the budget still reaches its target.
+        """Count skipped steps up to `step`, so that the budget reaches its target.
 
         For loops that skip steps and clear gradients without `optimizer.zero_grad()`. `SnellaCallback` calls this.
         """
@@ -235,47 +235,47 @@ class BudgetAllocator:
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if not self._has_checked and not self._is_optimized_by(optimizer):
+        if not self._has_checked_optimizer and not self._is_optimized_by(optimizer):
             raise NotImplementedError(
                 f"the parameters of {type(optimizer).__name__} were replaced after attach and no longer include the "
                 f"factors of adapter {self.adapter_name!r}, as deepspeed.initialize does; their gradients are "
                 "unavailable; train with DDP or FSDP, or without an allocator (target_sparsity = init_sparsity)"
             )
-        self._has_checked = True
-        self._has_read = False
+        self._has_checked_optimizer = True
+        self._has_updated_importance = False
         self._is_stepping = True
         if self.config.zero_init_ema:
             return None
-        positional, closure = len(args) > 1, kwargs.get("closure", args[1] if len(args) > 1 else None)
+        is_positional, closure = len(args) > 1, kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
-            self._read_importance(optimizer)
+            self._update_importance_once(optimizer)
             return None
-        closure = self._reading(closure, optimizer)
-        return ((args[0], closure, *args[2:]), kwargs) if positional else (args, {**kwargs, "closure": closure})
+        closure = self._wrap_closure(closure, optimizer)
+        return ((args[0], closure, *args[2:]), kwargs) if is_positional else (args, {**kwargs, "closure": closure})
 
-    def _reading(self, closure: Callable[[], Any], optimizer: Optimizer) -> Callable[[], Any]:
+    def _wrap_closure(self, closure: Callable[[], Any], optimizer: Optimizer) -> Callable[[], Any]:
         """Wrap a step's closure to update the importance after its first call, which computes the gradients."""
 
-        def closure_and_read() -> Any:
+        def wrapped_closure() -> Any:
             loss = closure()
-            self._read_importance(optimizer)
+            self._update_importance_once(optimizer)
             return loss
 
-        return closure_and_read
+        return wrapped_closure
 
-    def _read_importance(self, optimizer: Optimizer) -> None:
+    def _update_importance_once(self, optimizer: Optimizer) -> None:
         """Update the importance once per step."""
-        if not self._has_read:
-            self._has_read = True
+        if not self._has_updated_importance:
+            self._has_updated_importance = True
             self._update_importance(_gradient_scale(optimizer))
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        self._read_importance(optimizer)
+        self._update_importance_once(optimizer)
         self._has_stepped, self._is_stepping = True, False
         self._finish_step(self.step + 1)
 
     def _before_zero_grad(self, optimizer: Optimizer) -> None:
-        """Count a step that a gradient scaler skipped: no step since the last call, and overflowed gradients."""
+        """Count a skipped step: gradients overflowed, and no step ran since the last call."""
         if self._is_stepping:  # called by the closure
             return
         has_stepped, self._has_stepped = self._has_stepped, False
@@ -285,27 +285,27 @@ class BudgetAllocator:
         if not bool(torch.nn.utils.get_total_norm(gradients, math.inf).isfinite()):
             self.advance_to(self.step + 1)
 
-    def _watch(self, *, attached: bool) -> None:
+    def _set_attached(self, *, attached: bool) -> None:
         """Record in the config's watch whether an allocator is attached."""
         self.config.watch.is_attached = attached
 
     def _update_importance(self, gradient_scale: float = 1.0) -> None:
         self.importance.update(gradient_scale)
-        if self._untouched and self._reads < _GRADIENT_STEPS:
-            self._look_for_gradients()
+        if self._without_gradient and self._num_gradient_checks < _GRADIENT_CHECK_STEPS:
+            self._check_gradients()
 
-    def _look_for_gradients(self) -> None:
-        """Warn about matrices without a gradient in all of the first steps."""
-        self._reads += 1
+    def _check_gradients(self) -> None:
+        """Warn about matrices that have no gradient in any of the first steps."""
+        self._num_gradient_checks += 1
         # `SnellaModel` reports unused layers; a matrix without budget has no gradient
-        seen = {m.name for m in self.matrices if m.is_frozen or not m.layer.is_applied}
-        self._untouched -= self.importance.with_gradient() | seen
-        if self._reads == min(_GRADIENT_STEPS, self.total_steps) and self._untouched:
-            names = [matrix.name for matrix in self.matrices if matrix.name in self._untouched]
+        excluded = {m.name for m in self.matrices if m.is_frozen or not m.layer.is_applied}
+        self._without_gradient -= self.importance.with_gradient() | excluded
+        if self._num_gradient_checks == min(_GRADIENT_CHECK_STEPS, self.total_steps) and self._without_gradient:
+            names = [matrix.name for matrix in self.matrices if matrix.name in self._without_gradient]
             warnings.warn(
-                f"{len(names)} of {len(self.matrices)} adapted matrices got no gradient in the first {self._reads} "
-                f"steps: {listed(map(repr, names))}; the loss does not depend on these layers; exclude them with "
-                "exclude_modules",
+                f"{len(names)} of {len(self.matrices)} adapted matrices got no gradient in the first "
+                f"{self._num_gradient_checks} steps: {listed(map(repr, names))}; the loss does not depend on these "
+                "layers; exclude them with exclude_modules",
                 stacklevel=3,
             )
 
@@ -320,17 +320,17 @@ class BudgetAllocator:
         t, total = self._time(step)
         budget = budget_at(t, total, self.start_budget, self.target_budget, self.config.schedule)
         caps = [matrix.size for matrix in self.matrices]
-        scores = _same_on_every_rank(self.importance.scores())
-        # size decides before the first step, and always with "uniform"
-        by_size = self.config.allocation == "uniform" or step == 0
+        scores = _broadcast_scores(self.importance.scores())
+        # allocate by size before the first step, and always with "uniform"
+        is_by_size = self.config.allocation == "uniform" or step == 0
         shares = [matrix.budget for matrix in self.matrices]
-        if step > 0 or sum(shares) != budget:  # an adapter already trained to this budget keeps its shares
+        if step > 0 or sum(shares) != budget:  # an adapter that already has this budget keeps its shares
             shares = allocate(
-                [float(cap) for cap in caps] if by_size else scores, caps, budget, self.config.min_layer_share
+                [float(cap) for cap in caps] if is_by_size else scores, caps, budget, self.config.min_layer_share
             )
         self._set_budgets(shares)
         names = [matrix.name for matrix in self.matrices]
-        if self.history and not self._is_lasting(self.history[-1]["step"], step):
+        if self.history and not self._is_kept_in_history(self.history[-1]["step"], step):
             self.history.pop()
         self.history.append(
             {
@@ -343,13 +343,13 @@ class BudgetAllocator:
             }
         )
 
-    def _is_lasting(self, step: int, following: int) -> bool:
-        """Return whether the history keeps the entry of `step` when it adds the entry of `following`."""
+    def _is_kept_in_history(self, step: int, next_step: int) -> bool:
+        """Return whether the history keeps the entry of `step` when it adds the entry of `next_step`."""
 
         def period(k: int) -> tuple[int, int]:
-            return (k - 1) // self.steps_per_epoch, (k - 1) * _HISTORY_PARTS // self.total_steps
+            return (k - 1) // self.steps_per_epoch, (k - 1) * _HISTORY_INTERVALS // self.total_steps
 
-        return step == 0 or period(step) != period(following)
+        return step == 0 or period(step) != period(next_step)
 
     def _set_budgets(self, shares: list[int]) -> None:
         """Write one budget per matrix into the layers."""
@@ -382,15 +382,15 @@ class BudgetAllocator:
             raise ValueError(f"the allocator's state must have format {_FORMAT}, got {state.get('format')!r}")
         names = [matrix.name for matrix in self.matrices]
         if list(state["budgets"]) != names:
-            different = sorted(set(state["budgets"]).symmetric_difference(names))[:3] or names[:3]
+            mismatched = sorted(set(state["budgets"]).symmetric_difference(names))[:3] or names[:3]
             raise ValueError(
-                f"the allocator's state and this model have different matrices, e.g. {different}; "
+                f"the allocator's state and this model have different matrices, e.g. {mismatched}; "
                 "load it into a model with the same target_modules"
             )
         self.importance.load_state_dict(state["importance"])
         self.step = state["step"]
         if self.step > 0:
-            self._untouched = set()
+            self._without_gradient = set()
         self.history = [dict(entry) for entry in state["history"]]
         self._set_budgets([int(value) for value in state["budgets"].values()])
 
@@ -406,24 +406,24 @@ class BudgetAllocator:
 class _ZeroGradHook:
     """Hook that runs before `optimizer.zero_grad()`, for which torch has no API."""
 
-    def __init__(self, optimizer: Optimizer, function: Callable[[Optimizer], None]) -> None:
-        self.optimizer, self.function, self.zero_grad = optimizer, function, optimizer.zero_grad
-        # Accelerate inspects the signature; copying attributes could copy another hook's
+    def __init__(self, optimizer: Optimizer, callback: Callable[[Optimizer], None]) -> None:
+        self.optimizer, self.callback, self.zero_grad = optimizer, callback, optimizer.zero_grad
+        # Accelerate inspects the signature; do not copy the attributes of another hook
         functools.update_wrapper(self, optimizer.zero_grad, updated=())
         optimizer.zero_grad = self  # type: ignore[method-assign]
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        self.function(self.optimizer)
+        self.callback(self.optimizer)
         self.zero_grad(*args, **kwargs)
 
     def remove(self) -> None:
-        """Remove the hook. If `zero_grad` has been wrapped since, the hook stays and only forwards calls."""
-        self.function = lambda _: None
+        """Remove the hook; inside another wrapper, it remains and only forwards calls."""
+        self.callback = lambda _: None
         if self.optimizer.__dict__.get("zero_grad") is self:
             del self.optimizer.zero_grad
 
 
-def _refuse_deepspeed(optimizer: Any) -> None:
+def _reject_deepspeed(optimizer: Any) -> None:
     """Reject DeepSpeed optimizers, possibly wrapped by Accelerate, whose gradients are not in `.grad`."""
     inner = optimizer
     while inner is not None:
@@ -436,12 +436,12 @@ def _refuse_deepspeed(optimizer: Any) -> None:
 
 
 def _gradient_scale(optimizer: Optimizer) -> float:
-    """Return the gradient scale that a fused optimizer has yet to divide by; 1 if gradients are already unscaled."""
+    """Return the gradient scale that a fused optimizer has not yet divided by; 1 for unscaled gradients."""
     scale = getattr(optimizer, "grad_scale", None)
     return 1.0 if scale is None else float(scale)
 
 
-def _same_on_every_rank(scores: list[float]) -> list[float]:
+def _broadcast_scores(scores: list[float]) -> list[float]:
     """Broadcast the scores of rank 0. Gradients are already averaged, so ranks differ only by rounding."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):

@@ -1,7 +1,7 @@
 """Autograd function of the adapted layer; its backward pass rebuilds the update instead of saving it.
 
-The backward pass needs the input, the factors and scalars (parameters of the model) and one threshold per matrix. A
-`LazyWeight` is materialized in both passes. See the derivation in this package's README.
+The backward pass needs the input, the factors and scalars (parameters of the model) and one threshold per matrix. Both
+passes materialize a `LazyWeight`. The package's README derives the gradients.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 
 from snella.backends import Gradients, Merged, get_backend
-from snella.memory.origins import Origin, once
+from snella.memory.origins import Origin, once_differentiable_with_hint
 from snella.update import Factors, LayerOp, LazyWeight, LinearOp, Update, without_view
 
 NUM_FACTORS = len(Factors._fields)
 
 
 class RecomputeCache:
-    """Recompute cache: results of a recomputed forward pass, reused by the backward pass that follows.
+    """Results of a recomputed forward pass, reused by the following backward pass.
 
-    Activation checkpointing reruns a layer's forward pass during the backward pass, directly before the layer's own
-    backward pass. The cache avoids building the same matrices twice. One cache serves all calls of a layer while its
-    parameters do not change.
+    Activation checkpointing reruns a layer's forward pass immediately before the layer's backward pass. The cache
+    avoids a second computation of the same matrices. One cache serves all calls of a layer while its parameters do not
+    change.
     """
 
     def __init__(self) -> None:
@@ -52,15 +52,15 @@ class RecomputeCache:
     def take(
         self, weight: Tensor | None, dtype: torch.dtype, num_updates: int
     ) -> tuple[Tensor | None, list[Merged] | None]:
-        """Remove and return the effective weight and the merged matrices; both are `None` if `weight` has changed."""
+        """Return the effective weight and the merged matrices and clear the cache; `None` if `weight` has changed."""
         entry, self._entry = self._entry, None
         if entry is None:
             return None, None
         effective, merged, source, version = entry
-        is_same = weight is None or (
+        is_unchanged = weight is None or (
             source is not None and weight.data_ptr() == source.data_ptr() and weight._version == version
         )
-        if not is_same or effective.dtype != dtype or len(merged) != num_updates:
+        if not is_unchanged or effective.dtype != dtype or len(merged) != num_updates:
             return None, None
         return effective, merged
 
@@ -87,8 +87,8 @@ class LayerCall:
 
 
 @dataclass(frozen=True)
-class Needs:
-    """Which gradients are required: input, weight, bias, and the six tensors of each update."""
+class RequiredGrads:
+    """Required gradients: input, weight, bias, and the six tensors of each update."""
 
     x: bool
     weight: bool
@@ -102,14 +102,14 @@ def apply_updates(
     bias: Tensor | None,
     updates: Sequence[Update],
     call: LayerCall,
-    kept: tuple[Tensor, ...] = (),
+    input_sources: tuple[Tensor, ...] = (),
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Return `y = op(x, W0 + Σ scaling·S) + bias` and the thresholds of each update.
 
-    With `call.origin`, `kept` is saved instead of `x`, and the backward pass recomputes `x` from it.
+    With `call.origin`, `input_sources` is saved instead of `x`, and the backward pass recomputes `x` from it.
     """
     tensors = [tensor for update in updates for tensor in update.factors]
-    return _AdaptedLayer.apply(x, weight, bias, call, updates, kept, *tensors)
+    return _AdaptedLayer.apply(x, weight, bias, call, updates, input_sources, *tensors)
 
 
 class _AdaptedLayer(torch.autograd.Function):
@@ -130,17 +130,17 @@ class _AdaptedLayer(torch.autograd.Function):
         thresholds = tuple([matrices.thresholds for matrices in merged])
         ctx.call, ctx.updates, ctx.x_shape, ctx.has_bias = call, updates, x.shape, bias is not None
         ctx.lazy_versions = call.lazy and call.lazy.versions()
-        some_update_learns = any(ctx.needs_input_grad[6:]) and any([any(update.budgets) for update in updates])
-        needs_x = some_update_learns or ctx.needs_input_grad[1]
+        needs_factor_grads = any(ctx.needs_input_grad[6:]) and any([any(update.budgets) for update in updates])
+        needs_x = needs_factor_grads or ctx.needs_input_grad[1]
         saved: list[Tensor | None] = []
         ctx.saved_sizes = []
         saves_effective = call.cache_delta and ctx.needs_input_grad[0]
         for matrices in merged:
             is_delta_saved = call.cache_delta and matrices.delta
-            parts = matrices.delta if is_delta_saved else matrices.columns if some_update_learns else ()
+            merged_tensors = matrices.delta if is_delta_saved else matrices.columns if needs_factor_grads else ()
             saves_effective = saves_effective and any(matrices.budgets) and not matrices.delta
-            ctx.saved_sizes.append(len(parts))
-            saved += parts
+            ctx.saved_sizes.append(len(merged_tensors))
+            saved += merged_tensors
         if needs_x and call.origin is not None:
             call.origin.add_user()
         input_sources = () if not needs_x else (x,) if call.origin is None else input_sources
@@ -150,29 +150,29 @@ class _AdaptedLayer(torch.autograd.Function):
         return without_view(y), thresholds
 
     @staticmethod
-    @once("use impl='reference' with a kernel without distances")
+    @once_differentiable_with_hint("use impl='reference' with a kernel without distances")
     def backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Any, ...]:
         saved = ctx.saved_tensors
         input_sources, (weight, effective, *rest) = saved[: ctx.num_input_sources], saved[ctx.num_input_sources :]
         call: LayerCall = ctx.call
         if call.lazy is not None:
             call.lazy.check_unchanged(ctx.lazy_versions)
-        updates, kept = [], []
+        updates, saved_merged = [], []
         for k, update in enumerate(ctx.updates):
             start = len(rest) - (len(ctx.updates) - k) * NUM_FACTORS
             factors = Factors(*rest[start : start + NUM_FACTORS])
             updates.append(update._replace(factors=factors, thresholds=rest[k]))
         position = len(updates)
         for size in ctx.saved_sizes:
-            kept.append(tuple(rest[position : position + size]))
+            saved_merged.append(tuple(rest[position : position + size]))
             position += size
         x: Tensor | None = input_sources[0] if input_sources else None
         if input_sources and call.origin is not None:
             x = call.origin.compute(input_sources).to(grad_y.dtype)
         needs_x, needs_weight, needs_bias, _, _, _, *needs_factors = ctx.needs_input_grad
-        needs = Needs(needs_x, needs_weight, needs_bias and ctx.has_bias, tuple(needs_factors))
+        needs = RequiredGrads(needs_x, needs_weight, needs_bias and ctx.has_bias, tuple(needs_factors))
         grad_x, grad_weight, grad_bias, grads = backward_pass(
-            grad_y, x, ctx.x_shape, weight, updates, call, needs, kept, effective
+            grad_y, x, ctx.x_shape, weight, updates, call, needs, saved_merged, effective
         )
         return (grad_x, grad_weight, grad_bias, None, None, None, *grads)
 
@@ -199,8 +199,8 @@ def backward_pass(
     weight: Tensor | None,
     updates: Sequence[Update],
     call: LayerCall,
-    needs: Needs,
-    kept: Sequence[tuple[Tensor | None, ...]] = (),
+    needs: RequiredGrads,
+    saved_merged: Sequence[tuple[Tensor | None, ...]] = (),
     effective: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Gradients]:
     """Return the gradients of input, weight, bias and the updates' factors.
@@ -212,9 +212,9 @@ def backward_pass(
         weight: As in the forward pass.
         updates: As in the forward pass, with their thresholds.
         call: As in the forward pass.
-        needs: Which gradients are required; the others are `None`.
-        kept: Saved `Merged.delta` or `Merged.columns` of each update, or empty tuples.
-        effective: The effective weight, if it was saved.
+        needs: Required gradients; the others are `None`.
+        saved_merged: Saved `Merged.delta` or `Merged.columns` of each update, or empty tuples.
+        effective: The saved effective weight, if any.
     """
     op, shape = call.op, call.weight_shape
     merged = grad_x = grad_weight = grads = None
@@ -223,7 +223,7 @@ def backward_pass(
             source = weight if call.lazy is None else call.lazy.tensors[0]
             effective, merged = call.recompute.take(source, grad_y.dtype, len(updates))
         if merged is None:
-            pairs = zip(updates, kept or [()] * len(updates), strict=True)
+            pairs = zip(updates, saved_merged or [()] * len(updates), strict=True)
             merged = [get_backend(update.spec.backend).merge(*update, saved) for update, saved in pairs]
         if x is not None:
             grad_weight = _grad_weight(grad_y, x, updates, merged, call, needs)
@@ -258,8 +258,8 @@ def add_updates(
         shape: Shape of the result.
         dtype: Dtype of the layer op, to which the result is rounded. `None` uses the dtype of `weight`, or without a
             weight the dtype of the merged updates.
-        owns_buffer: True if this function may overwrite `weight`. The sum is then not rounded to the dtype of `weight`
-            first.
+        owns_buffer: True if this function may overwrite `weight`. The sum then skips the rounding to the dtype of
+            `weight`.
     """
     if weight is not None and not updates:
         return weight if dtype is None else weight.to(dtype)
@@ -267,14 +267,14 @@ def add_updates(
         base, out = _base_and_out(weight, updates[0].factors.A.dtype, shape, dtype, owns_buffer)
         get_backend(updates[0].spec.backend).add_update(updates[0].spec, merged[0], base, out.view(shape[0], -1))
         return out if dtype is None else out.to(dtype)
-    wide = torch.float32 if weight is None else torch.promote_types(weight.dtype, torch.float32)
+    wide_dtype = torch.float32 if weight is None else torch.promote_types(weight.dtype, torch.float32)
     for update in updates:
-        wide = torch.promote_types(wide, update.factors.A.dtype)
+        wide_dtype = torch.promote_types(wide_dtype, update.factors.A.dtype)
     if weight is None:
-        total = torch.zeros(shape, dtype=wide, device=updates[0].factors.A.device)
+        total = torch.zeros(shape, dtype=wide_dtype, device=updates[0].factors.A.device)
     else:
         # contiguous for the matrix view: the weight may be transposed or channels-last
-        total = weight.detach().to(wide).contiguous()
+        total = weight.detach().to(wide_dtype).contiguous()
         if not owns_buffer and total.data_ptr() == weight.data_ptr():
             total = total.clone()
     matrix = total.view(shape[0], -1)
@@ -302,12 +302,17 @@ def _base_and_out(
 
 
 def _grad_weight(
-    grad_y: Tensor, x: Tensor, updates: Sequence[Update], merged: Sequence[Merged], call: LayerCall, needs: Needs
+    grad_y: Tensor,
+    x: Tensor,
+    updates: Sequence[Update],
+    merged: Sequence[Merged],
+    call: LayerCall,
+    needs: RequiredGrads,
 ) -> Tensor:
-    """Return ∂L/∂W `[m, …]`. For a frozen linear layer it may be an estimate, and only where its update needs it."""
+    """Return ∂L/∂W `[m, …]`; for a frozen linear layer possibly an estimate, or only the entries of its update."""
     if needs.weight or not isinstance(call.op, LinearOp):
         return call.op.grad_weight(grad_y, x, call.weight_shape)
-    flat_y, flat_x = call.op.tokens_of(grad_y, x)
+    flat_y, flat_x = call.op.gradient_tokens(grad_y, x)
     if len(updates) != 1:
         return call.op.product(flat_y, flat_x)
     backend = get_backend(updates[0].spec.backend)
@@ -321,7 +326,7 @@ def _weight_and_gradients(
     call: LayerCall,
     grad_weight: Tensor | None,
     dtype: torch.dtype,
-    needs: Needs,
+    needs: RequiredGrads,
 ) -> tuple[Tensor, Gradients | None]:
     """Return the effective weight, and the factors' gradients if the backend computes both in one pass."""
     shape, owns_buffer = call.weight_shape, call.lazy is not None
@@ -341,7 +346,7 @@ def _factor_gradients(
     merged: Sequence[Merged],
     grad_weight: Tensor | None,
     shape: torch.Size,
-    needs: Needs,
+    needs: RequiredGrads,
 ) -> Gradients:
     """Return the gradients of all updates' factors, given ∂L/∂W of the effective weight."""
     grads: list[Tensor | None] = []

@@ -1,4 +1,4 @@
-"""Caches of a layer, valid while its parameters do not change, and the lazily computed `layer.weight`."""
+"""Layer caches, invalidated by parameter changes, and the lazy `layer.weight`."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _step_checks: list[Callable[[Optimizer], bool]] = []
 
 
 def optimizer_steps() -> int:
-    """Return the number of optimizer steps in this process since the first call.
+    """Return the number of optimizer steps in this process since the first call of this function.
 
-    Some optimizers change parameters without a version change (8-bit ones write through raw pointers). A tensor's
-    version is therefore not enough to detect changes.
+    Some optimizers change parameters without a version change, e.g. 8-bit optimizers, which write through raw pointers.
+    A tensor's version therefore does not detect all changes.
     """
     if not _optimizer_steps:
         _optimizer_steps.append(0)
@@ -43,19 +43,19 @@ def _count_step(optimizer: Optimizer, *_: Any) -> None:
         _step_checks[:] = [check for check in _step_checks if not check(optimizer)]
 
 
-def contents_of(tensors: Sequence[Tensor | None]) -> tuple[tuple[int, int, int], ...] | None:
-    """Return a fingerprint of live tensors that changes whenever torch records a change.
+def compute_fingerprint(tensors: Sequence[Tensor | None]) -> tuple[tuple[int, int, int], ...] | None:
+    """Return the identities, addresses and versions of tensors, which change with every recorded write.
 
     Returns `None` for tensors without change tracking: those created in inference mode or on the meta device.
     """
-    contents = []
+    entries = []
     for tensor in tensors:
         if tensor is None:
             continue
         if tensor.is_inference() or tensor.is_meta:
             return None
-        contents.append((id(tensor), tensor.data_ptr(), tensor._version))
-    return tuple(contents)
+        entries.append((id(tensor), tensor.data_ptr(), tensor._version))
+    return tuple(entries)
 
 
 @dataclass
@@ -63,13 +63,13 @@ class AdapterState:
     """State shared by the calls of a layer while one adapter's factors and budgets do not change.
 
     Args:
-        contents: Fingerprint of the factors and all other inputs; `None` if nothing is shared.
-        factors: Reference that keeps the factors alive, because Python reuses the ids of freed objects.
-        thresholds: `[G]`, once a call has returned them.
-        recompute: Results of a recomputed forward pass, for the backward pass.
+        key: Fingerprint of the factors and all other inputs; `None` without sharing.
+        factors: Reference to the factors, because Python reuses the ids of freed objects.
+        thresholds: `[G]`, or `None` before the first call.
+        recompute: Cache of a recomputed forward pass, for the backward pass.
     """
 
-    contents: tuple[Any, ...] | None = None
+    key: tuple[Any, ...] | None = None
     factors: Factors | None = None
     thresholds: Tensor | None = None
     recompute: RecomputeCache = field(default_factory=RecomputeCache)
@@ -88,13 +88,13 @@ class LayerCache:
     def clear(self) -> None:
         """Clear all entries."""
         self._adapters: dict[str, AdapterState] = {}
-        self._written: dict[tuple[str, ...], Tensor] = {}
+        self._factor_values: dict[tuple[str, ...], Tensor] = {}
         self._budgets: dict[str, tuple[Tensor, int, int, tuple[int, ...]]] = {}
         self._positions: dict[str, tuple[Tensor, Any, Tensor]] = {}
         self.release_effective_weight()
 
     def release_effective_weight(self) -> None:
-        """Free the effective weight, because training must not hold a second copy of the model."""
+        """Free the effective weight, so that training holds no second copy of the model."""
         self._effective: tuple[tuple[Any, ...], Sequence[Tensor], Tensor] | None = None
 
     def check_written(self, names: Sequence[str], factors: Sequence[Tensor]) -> None:
@@ -107,22 +107,22 @@ class LayerCache:
             return
         with torch.no_grad():
             values = torch.cat([factor.flatten() for factor in factors])
-        previous = self._written.get(tuple(names))
+        previous = self._factor_values.get(tuple(names))
         if previous is not None and not torch.equal(previous, values):
             self._adapters.clear()
             self.release_effective_weight()
-        self._written[tuple(names)] = values
+        self._factor_values[tuple(names)] = values
 
     def adapter(self, name: str, factors: Factors, budgets: tuple[int, ...], mode: tuple[str, bool]) -> AdapterState:
         """Return the cached state of an adapter, or a new one if its factors, budgets or mode have changed."""
         # a later backward pass cannot use tensors computed in inference mode
-        fingerprint = None if torch.is_inference_mode_enabled() else contents_of(factors)
+        fingerprint = None if torch.is_inference_mode_enabled() else compute_fingerprint(factors)
         if fingerprint is None:
             return AdapterState()
-        contents = (fingerprint, optimizer_steps(), budgets, mode)
+        key = (fingerprint, optimizer_steps(), budgets, mode)
         state = self._adapters.get(name)
-        if state is None or state.contents != contents:
-            state = self._adapters[name] = AdapterState(contents, factors)
+        if state is None or state.key != key:
+            state = self._adapters[name] = AdapterState(key, factors)
         return state
 
     def budgets(self, name: str, budget: Tensor, read: Callable[[str], tuple[int, ...]]) -> tuple[int, ...]:
@@ -135,7 +135,7 @@ class LayerCache:
         return integers
 
     def note_budgets(self, name: str, budget: Tensor, integers: tuple[int, ...]) -> None:
-        """Cache the integers in a buffer."""
+        """Cache the integers that a buffer contains."""
         if not (budget.is_inference() or budget.is_meta):
             self._budgets[name] = (budget, budget.data_ptr(), budget._version, integers)
 
@@ -147,30 +147,30 @@ class LayerCache:
             self._sealed[name] = (budget, budget._version, seal, seal._version)
 
     def is_written_without_seal(self, name: str, budget: Tensor, seal: Tensor) -> bool:
-        """Return whether the buffer was written without its seal, e.g. by averaging a `state_dict`."""
+        """Return whether a write changed the buffer but not its seal, e.g. averaging of a `state_dict`."""
         entry = self._sealed.get(name)
         is_known = entry is not None and entry[0] is budget and entry[2] is seal
         return is_known and budget._version != entry[1] and seal._version == entry[3]  # type: ignore[index]
 
     def positions(self, name: str, packed: Tensor) -> Tensor:
-        """Return the positions of a fixed support, unpacked once per state."""
-        contents = contents_of([packed])
-        if contents is None:
+        """Return the positions of a fixed support; unpack them once per state of `packed`."""
+        fingerprint = compute_fingerprint([packed])
+        if fingerprint is None:
             return unpack_positions(packed)
         entry = self._positions.get(name)
-        if entry is None or entry[1] != contents:
+        if entry is None or entry[1] != fingerprint:
             with torch.inference_mode(False), torch.no_grad():
-                entry = self._positions[name] = (packed, contents, unpack_positions(packed))
+                entry = self._positions[name] = (packed, fingerprint, unpack_positions(packed))
         return entry[2]
 
     def effective_weight(
         self, tensors: Sequence[Tensor], settings: tuple[Any, ...], compute: Callable[[], Tensor]
     ) -> Tensor:
         """Return the effective weight for this state of `tensors` and `settings`, computed at most once."""
-        contents = contents_of(tensors)
-        if contents is None:
+        fingerprint = compute_fingerprint(tensors)
+        if fingerprint is None:
             return compute()
-        key = (*contents, optimizer_steps(), settings)
+        key = (*fingerprint, optimizer_steps(), settings)
         if self._effective is None or self._effective[0] != key:
             with torch.inference_mode(False), torch.no_grad():
                 self._effective = (key, tensors, compute())
@@ -184,7 +184,7 @@ class LayerCache:
 
 
 class LiveBudgets(dict[str, tuple[int, ...]]):
-    """Last set budgets of a layer's adapters, shared by all copies of the layer."""
+    """Most recent budgets of a layer's adapters, shared by all copies of the layer."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LiveBudgets:
         return self
@@ -195,20 +195,20 @@ def seal_of(budget: int) -> int:
     return (budget + 1) * 0x9E3779B1 % 0x7FFFFFFF
 
 
-_DESCRIPTIONS = {
+_METADATA_METHODS = {
     *("size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size", "is_contiguous"),
     *("is_floating_point", "is_complex", "is_signed", "get_device", "data_ptr", "untyped_storage", "__len__"),
 }
-_VALUES = {"T", "mT", "H", "mH", "real", "imag"}  # attributes that are operations
+_VALUE_ATTRIBUTES = {"T", "mT", "H", "mH", "real", "imag"}  # attributes that return values
 
 
 class EffectiveWeight(Tensor):
-    """Lazy `W0 + Σ scaling·S`, the value of `layer.weight`; merged when an operation reads it.
+    """Lazy `W0 + Σ scaling·S`, the value of `layer.weight`; the first operation that reads it merges the updates.
 
     Shape, dtype, device and `data` come from the base weight, and in-place operations write into the base weight.
     """
 
-    _stored: Tensor
+    _base_weight: Tensor
     _compute: Callable[[], Tensor]
     _multiply: Callable[[Tensor, Tensor | None], Tensor | None] | None
     _effective: Tensor | None
@@ -224,11 +224,11 @@ class EffectiveWeight(Tensor):
         Args:
             base: The base weight.
             compute: Returns the weight with its updates.
-            multiply: Returns `F.linear` of an input, the weight and a bias without saving the weight for the backward
-                pass, or `None` if `compute` saves nothing either.
+            multiply: Computes `F.linear` of an input, the weight and a bias without saving the weight for the backward
+                pass; returns `None` if `compute` does not save it either.
         """
         weight = base.detach().as_subclass(EffectiveWeight)
-        weight._stored, weight._compute, weight._multiply, weight._effective = base, compute, multiply, None
+        weight._base_weight, weight._compute, weight._multiply, weight._effective = base, compute, multiply, None
         return weight
 
     def value(self) -> Tensor:
@@ -247,15 +247,15 @@ class EffectiveWeight(Tensor):
         if func is F.linear and (y := _multiply(*args, **kwargs)) is not None:
             return y
         if name == "__get__":
-            describes = func.__self__.__name__ not in _VALUES
+            is_metadata = func.__self__.__name__ not in _VALUE_ATTRIBUTES
         else:
-            describes = name in _DESCRIPTIONS or name in ("__set__", "__setitem__")
-        writes = name.endswith("_") and not name.endswith("__")
-        if describes or (writes and not args):
-            return func(*_replace(args, "_stored"), **_replace(kwargs, "_stored"))
-        if writes:
-            args = (*_replace(args[:1], "_stored"), *args[1:])
-        return func(*_replace(args), **_replace(kwargs))
+            is_metadata = name in _METADATA_METHODS or name in ("__set__", "__setitem__")
+        is_in_place = name.endswith("_") and not name.endswith("__")
+        if is_metadata or (is_in_place and not args):
+            return func(*_unwrap(args, "_base_weight"), **_unwrap(kwargs, "_base_weight"))
+        if is_in_place:
+            args = (*_unwrap(args[:1], "_base_weight"), *args[1:])
+        return func(*_unwrap(args), **_unwrap(kwargs))
 
 
 def _multiply(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
@@ -267,8 +267,8 @@ def _multiply(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     return weight._multiply(input, bias)
 
 
-def _replace(arguments: Any, attribute: str | None = None) -> Any:
-    """Replace every effective weight in the arguments by its value or by one of its attributes."""
+def _unwrap(arguments: Any, attribute: str | None = None) -> Any:
+    """Replace every effective weight in the arguments by its value, or by one of its attributes."""
     if attribute is not None:
         return tree_map_only(EffectiveWeight, lambda weight: getattr(weight, attribute), arguments)
     return tree_map_only(EffectiveWeight, EffectiveWeight.value, arguments)
@@ -285,12 +285,12 @@ def pack_positions(indices: Tensor, size: int) -> Tensor:
         ValueError: If a position is out of range or repeated.
     """
     bits = torch.zeros(-(-size // 8) * 8, dtype=torch.uint8, device=indices.device)
-    where = indices.long()
-    if len(where) and not 0 <= int(where.min()) <= int(where.max()) < size:
-        raise ValueError(f"indices must be in [0, {size}), got {int(where.min())} to {int(where.max())}")
-    bits[where] = 1
-    if int(bits.sum()) != len(where):
-        raise ValueError(f"indices must be unique, got {len(where)} indices, {int(bits.sum())} of them distinct")
+    positions = indices.long()
+    if len(positions) and not 0 <= int(positions.min()) <= int(positions.max()) < size:
+        raise ValueError(f"indices must be in [0, {size}), got {int(positions.min())} to {int(positions.max())}")
+    bits[positions] = 1
+    if int(bits.sum()) != len(positions):
+        raise ValueError(f"indices must be unique, got {len(positions)} indices, {int(bits.sum())} of them distinct")
     return (bits.view(-1, 8) << _shifts(bits.device)).sum(1, dtype=torch.uint8)
 
 

@@ -1,4 +1,4 @@
-"""Callback that runs the budget allocator inside transformers' `Trainer`."""
+"""Budget allocator callback for transformers' `Trainer`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from snella.allocator import BudgetAllocator
 class SnellaCallback(TrainerCallback):
     """Callback that attaches a `BudgetAllocator` when training starts: `Trainer(…, callbacks=[SnellaCallback()])`.
 
-    The optimizer's state includes the allocator's state. The Trainer's checkpoints therefore contain it, and
+    The optimizer's state includes the allocator's state, so the Trainer's checkpoints contain it and
     `resume_from_checkpoint` restores it.
 
     Args:

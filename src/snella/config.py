@@ -25,11 +25,11 @@ from snella.watch import TrainingWatch
 
 
 class PeftTypeName(str):
-    """PEFT type that PEFT's own enum lacks: a string with the interface of an enum member."""
+    """PEFT type of the method: a string with the interface of a member of PEFT's enum, which lacks it."""
 
     @property
     def value(self) -> str:
-        """The plain name."""
+        """The name without a prefix."""
         return str.__str__(self)
 
     def __str__(self) -> str:
@@ -60,8 +60,8 @@ Bias = Literal["none", "all", "snella_only"]
 MATCHED_KERNELS = ("mix_k", "p_linear")
 """Kernels that `match_update` supports: sums of piecewise distances."""
 
-# field names of other PEFT methods, and their SNELLA counterparts
-_INSTEAD = {
+# hints for field names of other PEFT methods
+_COUNTERPARTS = {
     **dict.fromkeys(("rank", "lora_r", "init_r", "target_r"), "the rank is r"),
     **dict.fromkeys(("alpha", "lora_alpha"), "the update is multiplied by scaling, without division by r"),
     **dict.fromkeys(("dropout", "lora_dropout"), "dropout on the update's input is update_dropout"),
@@ -79,7 +79,7 @@ _INSTEAD = {
     "layer_replication": "build the model with the repeated layers, then adapt it",
     "megatron_config": "use LoraConfig for Megatron layers",
 }
-_NAME = re.compile(r"[\w.\-]+")
+_NAME_PATTERN = re.compile(r"[\w.\-]+")
 _NO_UPDATE = "0.9 keeps a tenth of the update; to train nothing, remove the adapter (snella train --method linear)"
 
 # a preset's values for fields left at None
@@ -116,15 +116,15 @@ _PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class SnellaConfig(PeftConfig):
-    """Configuration of a SNELLA adapter.
+    """Configuration of a SNELLA adapter, see `SnellaModel`.
 
     Args:
         r: Rank of the two factors; must be a multiple of `num_pieces`.
         kernel: Kernel function that merges the factors: `mix_k`, `p_linear` (SNELL), `normalized_rbf`, `rbf`,
             `sigmoid` or `linear` (LoRA's product).
         num_pieces: Number of pieces per factor row; must divide `r` and every rank in `rank_pattern`.
-        target_sparsity: Fraction of zeros in the update when training ends, in `[0, 1)`.
-        init_sparsity: Fraction of zeros in the update when training starts, at most `target_sparsity`.
+        target_sparsity: Fraction of zeros in the update at the end of training, in `[0, 1)`.
+        init_sparsity: Fraction of zeros in the update at the start of training, at most `target_sparsity`.
         target_modules: Modules to adapt: a list of names or suffixes, a regular expression, or `"all-linear"` (every
             linear layer except the head, patch embedding and patch merging). `None` chooses by model: the attention
             projections of Stable Diffusion 3, the image encoder of SAM, otherwise `"all-linear"`. If the head has the
@@ -174,15 +174,15 @@ class SnellaConfig(PeftConfig):
         realloc_every: `"epoch"`, or the number of optimizer steps between allocations.
         beta1: Decay of the moving average of the importance.
         beta2: Decay of the moving average of the importance's uncertainty.
-        min_layer_share: Fraction of its uniform share that every matrix keeps. The paper uses 0.
+        min_layer_share: Minimum budget of each matrix, as a fraction of its uniform share. The paper uses 0.
         softmax_dim: 0 normalizes each column of the merged matrix over its outputs, 1 each row over its inputs.
         center_softmax: Subtract the softmax's mean. Not in the paper.
         cache_delta: Save the merged matrix (with numba the effective weight) for the backward pass instead of
             rebuilding it. In evaluation, also cache the effective weight of layers with a quantized base weight.
         recompute_inputs: Recompute an adapted layer's input in the backward pass instead of saving it. Applies to
             outputs of normalizations and activations, whose input autograd saves anyway, and to tensors derived from
-            them in known blocks (windows, gates, modulations). The recomputed values are bit-identical. Writes into
-            such an output through `.data` go unnoticed and give wrong gradients; set `False` for such code.
+            them in known blocks (windows, gates, modulations). The recomputed values are bit-identical. Writes through
+            `.data` into these outputs are not detected and give wrong gradients; set `False` for such code.
         compress_activations: Store the inputs of normalizations and activations in int8 (see
             `snella.memory.compression.encode`), and queries, keys and values in int8 instead of attention's saved
             tensors. The backward passes of these operations and of the layers that follow use the stored values.
@@ -224,9 +224,11 @@ class SnellaConfig(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "rows of the embedding to train"}
     )
-    ensure_weight_tying: bool = field(default=False, metadata={"help": "keep tied embeddings tied"})
+    ensure_weight_tying: bool = field(default=False, metadata={"help": "keep input and output embeddings tied"})
     bias: str = field(default="none", metadata={"help": "none, all or snella_only"})
-    parameters_to_save: list[str] | None = field(default=None, metadata={"help": "bare parameters trained in full"})
+    parameters_to_save: list[str] | None = field(
+        default=None, metadata={"help": "parameters outside modules, trained in full"}
+    )
     scaling: float = field(default=1.0, metadata={"help": "factor on the update"})
     update_dropout: float | None = field(default=None, metadata={"help": "dropout on the update's input"})
     update_drop_path: float | None = field(default=None, metadata={"help": "probability of skipping the update"})
@@ -235,16 +237,16 @@ class SnellaConfig(PeftConfig):
     sparsify_mode: str | None = field(default=None, metadata={"help": "soft, official or none"})
     learn_piece_coeff: bool | None = field(default=None, metadata={"help": "learn the piece coefficients"})
     learn_temperature: bool | None = field(default=None, metadata={"help": "learn the softmax temperature"})
-    zero_init_ema: bool | None = field(default=None, metadata={"help": "moving averages as in the authors' code"})
+    zero_init_ema: bool | None = field(default=None, metadata={"help": "start the moving averages at zero"})
     allocation: str = field(default="competition", metadata={"help": "competition or uniform"})
     schedule: str = field(default="cubic", metadata={"help": "budget schedule"})
-    match_update: bool | None = field(default=None, metadata={"help": "match steps to the weights' size"})
-    schedule_end: float | None = field(default=None, metadata={"help": "when the budget reaches its target"})
+    match_update: bool | None = field(default=None, metadata={"help": "scale steps to the size of the weights"})
+    schedule_end: float | None = field(default=None, metadata={"help": "fraction of training until the target budget"})
     importance: str = field(default="sensitivity", metadata={"help": "importance metric of the competition"})
     realloc_every: int | str = field(default="epoch", metadata={"help": "epoch, or a number of optimizer steps"})
     beta1: float = field(default=0.85, metadata={"help": "decay of the importance average"})
     beta2: float = field(default=0.85, metadata={"help": "decay of the uncertainty average"})
-    min_layer_share: float = field(default=0.0, metadata={"help": "share of the uniform budget each matrix keeps"})
+    min_layer_share: float = field(default=0.0, metadata={"help": "minimum share of the uniform budget per matrix"})
     softmax_dim: int = field(default=0, metadata={"help": "axis of the softmax, 0 or 1"})
     center_softmax: bool = field(default=False, metadata={"help": "subtract the softmax's mean"})
     cache_delta: bool = field(default=False, metadata={"help": "save the merged matrix for the backward pass"})
@@ -253,16 +255,16 @@ class SnellaConfig(PeftConfig):
     weight_gradient: str = field(default="exact", metadata={"help": "exact, bfloat16, or sample:P of the tokens"})
     fixed_support: bool = field(default=False, metadata={"help": "update only the entries set by set_support"})
     impl: str = field(default="auto", metadata={"help": "implementation of the adapted layer"})
-    init_weights: bool = field(default=True, metadata={"help": "start close to the pre-trained model"})
-    unused_modules: list[str] | None = field(default=None, metadata={"help": "read-only: modules never used"})
+    init_weights: bool = field(default=True, metadata={"help": "draw small factors"})
+    unused_modules: list[str] | None = field(default=None, metadata={"help": "read-only: adapted but unused modules"})
 
     def __new__(cls, *args: Any, **settings: Any) -> Self:
         """Reject unknown fields and suggest the closest one."""
-        names = {setting.name for setting in fields(cls)}
+        names = {f.name for f in fields(cls)}
         errors = []
         for name in [name for name in settings if name not in names]:
-            near = did_you_mean(name, names)
-            hint = _INSTEAD.get(name) or near or "see help(SnellaConfig)"
+            suggestion = did_you_mean(name, names)
+            hint = _COUNTERPARTS.get(name) or suggestion or "see help(SnellaConfig)"
             # Python's wording: PEFT matches on it to detect fields of a newer version
             errors.append(f"{cls.__name__} got an unexpected keyword argument {name!r}; {hint}")
         if errors:
@@ -271,11 +273,11 @@ class SnellaConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # PEFT's own enum has no such member, see snella.compat.registration
+        # PEFT's enum has no such member, see snella.compat.registration
         self.peft_type = PEFT_TYPE
         self.watch = TrainingWatch()
-        # types first: the later checks compare, hash and compile the values
-        if errors := self._kind_errors():
+        # check types first, because the later checks compare, hash and compile the values
+        if errors := self._type_errors():
             raise ValueError("; ".join(errors))
         self._apply_preset()
         errors = [*self._choice_errors(), *self._range_errors(), *self._target_errors()]
@@ -300,7 +302,7 @@ class SnellaConfig(PeftConfig):
         )
 
     def wanted_tokens(self) -> list[str]:
-        """Return the parameters to train: the user's, or the preset's even if another model has resolved them."""
+        """Return the unresolved `parameters_to_save`: the user's names, or the preset's defaults."""
         return list(
             (self.parameters_to_save if self.requires_tokens else _PRESETS[self.preset]["parameters_to_save"]) or []
         )
@@ -316,8 +318,8 @@ class SnellaConfig(PeftConfig):
         """Write `adapter_config.json` and add loading instructions to the model card next to it."""
         super().save_pretrained(save_directory, **kwargs)
         card = Path(save_directory) / "README.md"
-        if card.is_file() and _CARD_HEADING not in (text := card.read_text(encoding="utf-8")):
-            card.write_text(f"{text.rstrip()}\n\n{_CARD_TEXT}", encoding="utf-8")
+        if card.is_file() and _CARD_HEADING not in (content := card.read_text(encoding="utf-8")):
+            card.write_text(f"{content.rstrip()}\n\n{_CARD_TEXT}", encoding="utf-8")
 
     @classmethod
     def from_pretrained(
@@ -326,25 +328,25 @@ class SnellaConfig(PeftConfig):
         """Load the configuration of a saved adapter.
 
         Args:
-            pretrained_model_name_or_path: Folder of the adapter, or its name on the Hub.
-            subfolder: Subfolder of the adapter.
+            pretrained_model_name_or_path: Folder of the adapter, or its repository ID on the Hub.
+            subfolder: Subfolder that contains the adapter.
             kwargs: Download arguments, as in `PeftConfig.from_pretrained`.
 
         Raises:
-            ValueError: If the ranks differ from the saved tensors' ranks. Raised before any allocation.
+            ValueError: If the ranks differ from those of the saved tensors. Raised before any allocation.
         """
         config: SnellaConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         path = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
         if not Path(pretrained_model_name_or_path).exists():
-            download, *_ = cls._split_kwargs(kwargs)
+            download_kwargs, *_ = cls._split_kwargs(kwargs)
             name = SAFETENSORS_WEIGHTS_NAME
-            path = Path(hf_hub_download(pretrained_model_name_or_path, name, subfolder=subfolder, **download))
+            path = Path(hf_hub_download(pretrained_model_name_or_path, name, subfolder=subfolder, **download_kwargs))
         if path.is_file():
             config.check_ranks(path)
         return config
 
     def check_ranks(self, path: Path) -> None:
-        """Compare the ranks with the factors in a file. Reads only the file's header.
+        """Check the ranks against the factors in a file. Reads only the file's header.
 
         Args:
             path: A safetensors file.
@@ -365,7 +367,7 @@ class SnellaConfig(PeftConfig):
 
     def _apply_preset(self) -> None:
         """Fill the fields left at `None`."""
-        # a preset's parameters may be missing from a model, the user's may not
+        # a model may lack the parameters of a preset, but not those that the user names
         self.requires_tokens = self.parameters_to_save is not None
         for name, value in _PRESETS[self.preset].items() if self.preset in list(_PRESETS) else ():
             if getattr(self, name) is None:
@@ -385,10 +387,10 @@ class SnellaConfig(PeftConfig):
         errors = []
         for name, allowed in choices.items():
             value = getattr(self, name)
-            # an unknown preset leaves its fields at None: report one error, not seven
+            # an unknown preset leaves its fields at None; report only the preset
             if value not in allowed and not (value is None and self.preset not in list(_PRESETS)):
-                near = did_you_mean(str(value), allowed)
-                errors.append(f"{name} must be one of {list(allowed)}, got {value!r}{near and '; ' + near}")
+                suggestion = did_you_mean(str(value), allowed)
+                errors.append(f"{name} must be one of {list(allowed)}, got {value!r}{suggestion and '; ' + suggestion}")
         for check, value in ((resolve_implementation, self.impl), (parse_weight_gradient, self.weight_gradient)):
             try:
                 check(value)
@@ -401,18 +403,18 @@ class SnellaConfig(PeftConfig):
     def _range_errors(self) -> list[str]:
         """List every number out of range."""
         errors = []
-        cuts_rows = self.kernel in list(KERNELS) and "piece_coeff" in KERNELS[self.kernel].scalars
+        has_pieces = self.kernel in list(KERNELS) and "piece_coeff" in KERNELS[self.kernel].scalars
         errors += [
             f"{name} must be at least 1, got {name}={getattr(self, name)}"
             for name in ("r", "num_pieces")
             if getattr(self, name) < 1
         ]
-        if not errors and cuts_rows and self.r % self.num_pieces:
+        if not errors and has_pieces and self.r % self.num_pieces:
             below = self.r // self.num_pieces * self.num_pieces
-            near = " or ".join(f"r={rank}" for rank in (below, below + self.num_pieces) if rank > 0)
-            errors.append(f"r must be divisible by num_pieces={self.num_pieces}, got r={self.r}; use {near}")
+            suggestion = " or ".join(f"r={rank}" for rank in (below, below + self.num_pieces) if rank > 0)
+            errors.append(f"r must be divisible by num_pieces={self.num_pieces}, got r={self.r}; use {suggestion}")
         for key, rank in self.rank_pattern.items():
-            pieces = self.num_pieces if cuts_rows else 1
+            pieces = self.num_pieces if has_pieces else 1
             if rank < 1 or rank % max(pieces, 1):
                 errors.append(f"rank_pattern[{key!r}] must be a multiple of num_pieces={pieces}, got {rank}")
         if not 0 <= self.target_sparsity < 1:
@@ -446,9 +448,9 @@ class SnellaConfig(PeftConfig):
             errors.append(f"schedule_end must be in (0, 1], got {self.schedule_end}; 1 is the end of training")
         if self.softmax_dim not in (0, 1):
             errors.append(f"softmax_dim must be 0 or 1, got {self.softmax_dim}")
-        every = self.realloc_every
-        if every != "epoch" and not (isinstance(every, int) and not isinstance(every, bool) and every >= 1):
-            errors.append(f"realloc_every must be 'epoch' or a positive number of steps, got {every!r}")
+        interval = self.realloc_every
+        if interval != "epoch" and not (isinstance(interval, int) and not isinstance(interval, bool) and interval >= 1):
+            errors.append(f"realloc_every must be 'epoch' or a positive number of steps, got {interval!r}")
         if self.fixed_support and (self.update_dropout or self.update_drop_path):
             errors.append(
                 f"fixed_support=True requires update_dropout=0 and update_drop_path=0, got {self.update_dropout} and "
@@ -459,16 +461,16 @@ class SnellaConfig(PeftConfig):
             errors.append(f"qkv_groups must be 'auto', a positive integer or a mapping, got {groups!r}")
         return errors
 
-    def _kind_errors(self) -> list[str]:
+    def _type_errors(self) -> list[str]:
         """List every field whose value has a wrong type, with the required type."""
         errors = []
-        for names, is_right, required in _KINDS:
+        for names, is_valid, required in _FIELD_TYPES:
             for name in names:
                 value = getattr(self, name)
                 # None is valid only for fields whose default is None
                 if value is None and _DEFAULTS[name] is None:
                     continue
-                if not is_right(value):
+                if not is_valid(value):
                     errors.append(f"{name} must be {required}, got {value!r}")
         return errors
 
@@ -481,11 +483,11 @@ class SnellaConfig(PeftConfig):
                     regex.compile(value)
                 except regex.error as error:
                     errors.append(f"{name} must be a regular expression or a list of names, got {value!r}: {error}")
-        # PEFT and snella put these into regular expressions
+        # PEFT and snella insert these names into regular expressions
         for name in ("modules_to_save", "rank_pattern", "layers_pattern"):
             names = getattr(self, name) or []
             for key in [names] if isinstance(names, str) else names:
-                if not _NAME.fullmatch(key):
+                if not _NAME_PATTERN.fullmatch(key):
                     errors.append(f"{name} must contain module names or suffixes, got {key!r}")
         for name in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:
@@ -520,22 +522,22 @@ def _are_integers(value: Any) -> bool:
     return isinstance(value, (list, tuple, range)) and all(map(_is_integer, value))
 
 
-def _is_mapping(value: Any, is_right: Callable[[Any], bool]) -> bool:
-    return isinstance(value, dict) and all(isinstance(key, str) and is_right(v) for key, v in value.items())
+def _is_mapping(value: Any, is_valid: Callable[[Any], bool]) -> bool:
+    return isinstance(value, dict) and all(isinstance(key, str) and is_valid(v) for key, v in value.items())
 
 
-def _is_rows(value: Any) -> bool:
+def _is_token_indices(value: Any) -> bool:
     return _are_integers(value) or _is_mapping(value, _are_integers)
 
 
-def _is_cut(value: Any) -> bool:
+def _is_qkv_groups(value: Any) -> bool:
     return (
         isinstance(value, str) or _is_integer(value) or _is_mapping(value, lambda v: _is_integer(v) or _are_integers(v))
     )
 
 
 # field names, type check, and name of the required type
-_KINDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+_FIELD_TYPES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (("r", "num_pieces", "softmax_dim"), _is_integer, "an integer"),
     (
         (
@@ -573,9 +575,9 @@ _KINDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (("rank_pattern",), lambda value: _is_mapping(value, _is_integer), "a mapping from module names to integers"),
     (
         ("trainable_token_indices",),
-        _is_rows,
+        _is_token_indices,
         "a list of integers or a mapping from embedding names to lists of integers",
     ),
-    (("qkv_groups",), _is_cut, "'auto', a positive integer or a mapping to integers or lists of row counts"),
+    (("qkv_groups",), _is_qkv_groups, "'auto', a positive integer or a mapping to integers or lists of row counts"),
 )
-_DEFAULTS = {setting.name: setting.default for setting in fields(SnellaConfig)}
+_DEFAULTS = {f.name: f.default for f in fields(SnellaConfig)}

@@ -1,4 +1,4 @@
-"""Updates with a fixed support: selected entries of a merged matrix, and the layer that applies them."""
+"""Updates with a fixed support: selected entries of a merged matrix, and a layer op that applies them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from snella.update import Factors, LayerOp, LazyWeight, UpdateSpec, without_view
 
 
 def merged_entries(spec: UpdateSpec, factors: Factors, indices: Tensor) -> Tensor:
-    """Return the entries of `scaling·ΔW` at fixed positions, saving nothing of the size of `ΔW` for the backward pass.
+    """Return the entries of `scaling·ΔW` at fixed positions, without saving a dense matrix for the backward pass.
 
         values[k] = scaling · ΔW[i, j],   indices[k] = i·n + j
 
@@ -32,10 +32,10 @@ def merged_entries(spec: UpdateSpec, factors: Factors, indices: Tensor) -> Tenso
 def _positions(spec: UpdateSpec, columns: int, indices: Tensor) -> list[tuple[slice, Tensor]]:
     """Return the slice of `indices` in each matrix, and the positions within the matrix."""
     starts = torch.tensor([rows.start * columns for rows in spec.rows] + [spec.num_rows * columns])
-    cuts: Sequence[int] = torch.searchsorted(indices, starts.to(indices)).tolist()
+    bounds: Sequence[int] = torch.searchsorted(indices, starts.to(indices)).tolist()
     return [
         (slice(start, stop), indices[start:stop].long() - int(offset))
-        for start, stop, offset in zip(cuts[:-1], cuts[1:], starts[:-1].tolist(), strict=True)
+        for start, stop, offset in zip(bounds[:-1], bounds[1:], starts[:-1].tolist(), strict=True)
     ]
 
 
@@ -46,10 +46,10 @@ class _MergedEntries(torch.autograd.Function):
     def forward(ctx: Any, spec: UpdateSpec, indices: Tensor, *tensors: Tensor | None) -> Tensor:
         ctx.spec, factors = spec, Factors(*tensors)  # type: ignore[arg-type]
         ctx.save_for_backward(indices, *tensors)
-        places = _positions(spec, factors.A.shape[1], indices)
+        positions_by_matrix = _positions(spec, factors.A.shape[1], indices)
         parts = [
-            spec.merge_matrix(matrix).flatten()[where]
-            for matrix, (_, where) in zip(spec.matrices(factors), places, strict=True)
+            spec.merge_matrix(matrix).flatten()[positions]
+            for matrix, (_, positions) in zip(spec.matrices(factors), positions_by_matrix, strict=True)
         ]
         return torch.cat(parts) * spec.scaling
 
@@ -61,11 +61,11 @@ class _MergedEntries(torch.autograd.Function):
         grads = zero_gradients(factors)
         matrices = zip(spec.matrices(factors), spec.rows, _positions(spec, factors.A.shape[1], indices), strict=True)
         with torch.autocast(grad.device.type, enabled=False):
-            for group, (matrix, rows, (part, where)) in enumerate(matrices):
-                if not len(where):
+            for group, (matrix, rows, (selected, positions)) in enumerate(matrices):
+                if not len(positions):
                     continue
                 dense = torch.zeros(len(matrix.B), len(matrix.A), dtype=matrix.A.dtype, device=grad.device)
-                dense.view(-1)[where] = (grad[part] * spec.scaling).to(dense.dtype)
+                dense.view(-1)[positions] = (grad[selected] * spec.scaling).to(dense.dtype)
                 store_gradients(grads, group, rows, spec.kernel.vjp(*matrix, dense))
         return None, None, *(g if need else None for g, need in zip(grads, ctx.needs_input_grad[2:], strict=True))
 
@@ -81,7 +81,7 @@ def layer_with_entries(
 
     Args:
         x: Input of the layer, in the compute dtype.
-        weight: `[m, …]`; a `LazyWeight` is materialized in both passes.
+        weight: `[m, …]`; both passes materialize a `LazyWeight`.
         bias: `[m]` or `None`.
         values: `[K]`, differentiable.
         indices: Unique positions in the flattened weight, `[K]`, integer.
@@ -94,9 +94,9 @@ def layer_with_entries(
 def fold_entries(weight: Tensor, values: Tensor, indices: Tensor) -> Tensor:
     """Return `weight` with `values` added at the flat positions `indices`; each sum is rounded once to its dtype."""
     flat = weight.reshape(-1)
-    where = indices.long()
-    sums = (flat[where].to(values.dtype) + values).to(weight.dtype)
-    return flat.index_put((where,), sums).view(weight.shape)
+    positions = indices.long()
+    sums = (flat[positions].to(values.dtype) + values).to(weight.dtype)
+    return flat.index_put((positions,), sums).view(weight.shape)
 
 
 class _LayerWithEntries(torch.autograd.Function):
@@ -149,5 +149,5 @@ class _LayerWithEntries(torch.autograd.Function):
 
 
 def _matrix(weight: Tensor | None, lazy: LazyWeight | None) -> Tensor:
-    """Return the weight, materialized in at least float32 if it is lazy."""
+    """Return the weight; materialize a lazy one in at least float32."""
     return cast(Tensor, weight) if lazy is None else lazy.materialize_wide()

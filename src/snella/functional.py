@@ -37,8 +37,8 @@ def adapted_layer(
 
     Args:
         x: Input of the layer.
-        weight: Frozen weight `W0`, `[m, …]`; `None` applies only the updates. A `LazyWeight` is materialized in both
-            passes, and the op then computes in the dtype of `x`.
+        weight: Frozen weight `W0`, `[m, …]`; `None` applies only the updates. Both passes materialize a `LazyWeight`,
+            and the op then computes in the dtype of `x`.
         bias: `[m]` or `None`.
         updates: Updates of this weight, each `[m, n]` with `n` the product of the weight's other axes. If one has
             `backend="reference"` (differentiated by autograd), all must have it.
@@ -62,7 +62,7 @@ def adapted_layer(
             weight_shape = torch.Size((updates[0].factors.B.shape[0], updates[0].factors.A.shape[1]))
         else:
             weight_shape = weight.shape
-    kept, origin = origin_of(x) if hasattr(x, ORIGIN_ATTRIBUTE) else ((), None)
+    input_sources, origin = origin_of(x) if hasattr(x, ORIGIN_ATTRIBUTE) else ((), None)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     elif isinstance(weight, Tensor):
@@ -74,7 +74,7 @@ def adapted_layer(
         return _reference_layer(x, weight, bias, updates, op, weight_shape)
     lazy = weight if isinstance(weight, LazyWeight) else None
     call = LayerCall(op, weight_shape, cache_delta, lazy, recompute, origin)
-    return apply_updates(x, None if isinstance(weight, LazyWeight) else weight, bias, updates, call, kept)
+    return apply_updates(x, None if isinstance(weight, LazyWeight) else weight, bias, updates, call, input_sources)
 
 
 def compute_effective_weight(
@@ -114,9 +114,9 @@ def write_effective_weight(weight: Tensor, update: Update, out: Tensor, cache: M
     Args:
         weight: `W0`, `[m, …]`.
         update: The update.
-        out: Shape and dtype of `weight`, in different memory. If both tensors are contiguous and the thresholds are
-            known, no further tensor of this size is allocated.
-        cache: Filled by the first call with this update; makes later calls faster.
+        out: Output, with the shape and dtype of `weight`, in different memory. If both tensors are contiguous and the
+            thresholds are known, the call allocates no further tensor of this size.
+        cache: Cache that the first call with this update fills; later calls are faster.
     """
     cache = MergeCache(update.thresholds) if cache is None else cache
     is_direct = weight.is_contiguous() and out.is_contiguous() and update.spec.backend != "reference"
@@ -126,8 +126,8 @@ def write_effective_weight(weight: Tensor, update: Update, out: Tensor, cache: M
         matrices = (weight.detach().view(rows, -1), out.detach().view(rows, -1))
         backend.write_effective(update.spec, update.factors, update.budgets, *matrices, cache)
     else:
-        known = update._replace(thresholds=cache.thresholds)
-        total, (cache.thresholds,) = compute_effective_weight(weight, [known], weight.shape)
+        cached_update = update._replace(thresholds=cache.thresholds)
+        total, (cache.thresholds,) = compute_effective_weight(weight, [cached_update], weight.shape)
         out.copy_(total)
 
 
@@ -187,8 +187,8 @@ def adapted_linear(
     """
     scalars = [value if value is None else value[None] for value in (piece_coeff, alpha, beta, temperature)]
     factors, budgets = Factors(A[None], B, *scalars), (budget,)
-    function = make_kernel(kernel, num_pieces=num_pieces, softmax_dim=softmax_dim, center_softmax=center_softmax)
-    spec = UpdateSpec(function, (B.shape[0],), mode, scaling)
+    kernel_function = make_kernel(kernel, num_pieces=num_pieces, softmax_dim=softmax_dim, center_softmax=center_softmax)
+    spec = UpdateSpec(kernel_function, (B.shape[0],), mode, scaling)
     spec.check(factors, budgets, weight.shape)
     spec = replace(spec, backend=choose_backend(impl, spec, factors.A)[0])
     updates = [Update(spec, factors, budgets)]
@@ -210,7 +210,7 @@ def sparsify_update(update: Update) -> tuple[list[Tensor], Tensor]:
 
 
 def effective_weight(weight: Tensor | None, updates: Sequence[Update], shape: torch.Size | None = None) -> Tensor:
-    """Return `W0 + Σ scaling·S`, differentiable by autograd with respect to all inputs. The reference definition.
+    """Return `W0 + Σ scaling·S`, differentiable by autograd with respect to all inputs; the reference implementation.
 
     The sum is computed in the wider of the two dtypes and rounded once to the dtype of `weight`.
 

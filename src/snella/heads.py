@@ -1,4 +1,4 @@
-"""Detection of frozen heads that still have their initial random values."""
+"""Detection of frozen heads with initial random values."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ from torch import Tensor, nn
 
 from snella.targets import HEAD_NAMES, PREDICTOR_NAMES, head_modules
 
-_OUTPUTS = {"lm_head", "proj_out"}  # pre-trained with the model
-_LEAST_ENTRIES = 256  # minimum for the statistical tests below
-_SIGMAS = 5.0  # of sampling noise: each test misses one new head in millions
+_OUTPUT_EMBEDDINGS = {"lm_head", "proj_out"}  # pre-trained with the model
+_MIN_ENTRIES = 256  # minimum for the statistical tests below
+_SIGMAS = 5.0  # tolerance in standard deviations; a new head fails a test with probability below 1e-6
 
 
 class NewHeads:
-    """Frozen head layers with newly initialized values, with a record of their calls."""
+    """Tracker of frozen, newly initialized head layers and their calls."""
 
     def __init__(self) -> None:
-        self._notes: dict[str, tuple[nn.Module, _Note, torch.utils.hooks.RemovableHandle]] = {}
+        self._recorders: dict[str, tuple[nn.Module, _CallRecorder, torch.utils.hooks.RemovableHandle]] = {}
 
     def find(self, model: nn.Module) -> None:
-        """Find such layers and record their calls from now on."""
+        """Find frozen, newly initialized head layers, and start to record their calls."""
         for name, layer in _head_layers(model).items():
-            if not any(p.requires_grad for p in layer.parameters()) and looks_new(layer.weight, layer.bias):
-                note = _Note()
-                self._notes[name] = layer, note, layer.register_forward_hook(note)
+            if not any(p.requires_grad for p in layer.parameters()) and is_newly_initialized(layer.weight, layer.bias):
+                recorder = _CallRecorder()
+                self._recorders[name] = layer, recorder, layer.register_forward_hook(recorder)
 
     def frozen_and_used(self) -> list[str]:
-        """Return the names of layers that were called and are still frozen, and stop recording calls."""
-        notes, self._notes = self._notes, {}
-        for _, _, handle in notes.values():
+        """Return the names of called layers that are still frozen, and stop recording."""
+        recorders, self._recorders = self._recorders, {}
+        for _, _, handle in recorders.values():
             handle.remove()
         return [
             name
-            for name, (layer, note, _) in notes.items()
-            if note.is_called and not any(p.requires_grad for p in layer.parameters())
+            for name, (layer, recorder, _) in recorders.items()
+            if recorder.is_called and not any(p.requires_grad for p in layer.parameters())
         ]
 
 
-class _Note:
-    """Forward hook that records a call. A class, not a closure, so that models stay copyable and picklable."""
+class _CallRecorder:
+    """Forward hook that records whether a layer is called; unlike a closure, it is picklable."""
 
     def __init__(self) -> None:
         self.is_called = False
@@ -55,13 +55,13 @@ class _Note:
 def _head_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     """Return the linear and convolutional layers of a model's classifiers and predictors, outside adapters."""
     heads, layers = head_modules(model), {}
-    held: list[str] = []
+    adapter_prefixes: list[str] = []
     for name, module in model.named_modules():
         parts = name.split(".")
-        if any(name.startswith(prefix) for prefix in held) or _OUTPUTS.intersection(parts):
+        if any(name.startswith(prefix) for prefix in adapter_prefixes) or _OUTPUT_EMBEDDINGS.intersection(parts):
             continue
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            held.append(f"{name}.")
+            adapter_prefixes.append(f"{name}.")
         elif type(module) in (nn.Linear, nn.Conv2d):
             prefixes = {".".join(parts[:k]) for k in range(1, len(parts) + 1)}
             is_part = any(model.get_submodule(prefix) in heads for prefix in prefixes)
@@ -71,12 +71,12 @@ def _head_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
 
 
 @torch.no_grad()
-def looks_new(weight: Tensor, bias: Tensor | None) -> bool:
+def is_newly_initialized(weight: Tensor, bias: Tensor | None) -> bool:
     """Return whether a layer's values look newly initialized.
 
-    Three patterns count as new: all zeros; torch's default `U(-1/√n, 1/√n)` for weight and bias, reaching its bound;
-    or a zero bias with a weight of independent entries, judged by their mean, the row norms and the angles between
-    rows. A trained layer has neither a zero bias nor this bound, and rows of class embeddings are not independent.
+    Three patterns count as new: all zeros; weight and bias from torch's default `U(-1/√n, 1/√n)`, with values at the
+    bound; or a zero bias and a weight with independent entries, according to their mean, the row norms and the angles
+    between rows. A trained layer has neither a zero bias nor this bound, and rows of class embeddings are dependent.
 
     Args:
         weight: `[m, …]`.
@@ -91,14 +91,14 @@ def looks_new(weight: Tensor, bias: Tensor | None) -> bool:
     has_bias = bias is not None and bool(bias.any())
     if not rows.any() and not has_bias:
         return True
-    if rows.numel() < _LEAST_ENTRIES:
+    if rows.numel() < _MIN_ENTRIES:
         return False
     if bias is not None and has_bias:
-        return _is_torchs_own(rows, bias.float(), torch.finfo(weight.dtype).eps)
-    return _is_torchs_own(rows, None, torch.finfo(weight.dtype).eps) or (bias is not None and _is_noise(rows))
+        return _is_default_init(rows, bias.float(), torch.finfo(weight.dtype).eps)
+    return _is_default_init(rows, None, torch.finfo(weight.dtype).eps) or (bias is not None and _is_noise(rows))
 
 
-def _is_torchs_own(rows: Tensor, bias: Tensor | None, eps: float) -> bool:
+def _is_default_init(rows: Tensor, bias: Tensor | None, eps: float) -> bool:
     """Return whether a layer has the default initialization of `nn.Linear` and `nn.Conv2d`."""
     bound, count = 1 / math.sqrt(rows.shape[1]), rows.numel()
     largest, square = float(rows.abs().max()), float(rows.square().mean())
@@ -108,14 +108,16 @@ def _is_torchs_own(rows: Tensor, bias: Tensor | None, eps: float) -> bool:
 
 
 def _is_noise(rows: Tensor) -> bool:
-    """Return whether the entries of a matrix look i.i.d. from a symmetric distribution."""
+    """Return whether the entries of a matrix look like i.i.d. draws from a symmetric distribution."""
     n = rows.shape[1]
     square = rows.square().mean()
     if float(rows.mean().abs()) > _SIGMAS * float((square / rows.numel()).sqrt()):
         return False
-    spread = float((rows.square() / square).var(correction=0))  # of the squares: 2 for normal, 0.8 for uniform entries
+    variance = float(
+        (rows.square() / square).var(correction=0)
+    )  # variance of the squares: 2 for normal, 0.8 for uniform entries
     norms = rows.square().mean(1) / square  # [m]
-    if spread > 4 or float((norms - 1).abs().max()) > _SIGMAS * math.sqrt(spread / n) + 1e-3:
+    if variance > 4 or float((norms - 1).abs().max()) > _SIGMAS * math.sqrt(variance / n) + 1e-3:
         return False
     sample = nn.functional.normalize(rows[:512], dim=1)
     cosines = (sample @ sample.T).square().triu(1).sum()

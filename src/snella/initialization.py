@@ -10,10 +10,10 @@ from torch import Tensor
 from snella.kernels import Kernel, KernelScalars
 from snella.update import Factors
 
-_FIRST_VALUES = {"alpha": 1.0, "beta": 0.0, "temperature": 1.0}
-_PIECE_COEFF = 0.1
-_START_SAMPLE = 64  # rows or columns used to estimate the size of the initial update
-_LEAST_START = 0.1  # minimum factor on the paper's initialization, so that updates of near-zero weights can still grow
+_INITIAL_SCALARS = {"alpha": 1.0, "beta": 0.0, "temperature": 1.0}
+_INITIAL_PIECE_COEFF = 0.1
+_SAMPLE_SIZE = 64  # rows or columns that estimate the size of the initial update
+_MIN_SHRINK = 0.1  # minimum scale of the factors, so that updates of near-zero weights can grow
 
 
 @torch.no_grad()
@@ -30,20 +30,23 @@ def init_factors(factors: Factors, rows: Sequence[slice], num_pieces: int, *, is
     """
     A, B = factors.A, factors.B
     width = max(A.shape[-1] // num_pieces, 1)
-    for group, part in enumerate(rows):
-        for factor, fan in ((A[group], A.shape[1] * width), (B[part], (part.stop - part.start) * width)):
+    for group, matrix_rows in enumerate(rows):
+        for factor, fan in (
+            (A[group], A.shape[1] * width),
+            (B[matrix_rows], (matrix_rows.stop - matrix_rows.start) * width),
+        ):
             factor.uniform_(-1, 1).mul_(1.0 if is_larger else fan**-0.5)
-    for name, value in _FIRST_VALUES.items():
+    for name, value in _INITIAL_SCALARS.items():
         scalar: Tensor | None = getattr(factors, name)
         if scalar is not None:
             scalar.fill_(value)
     if factors.piece_coeff is not None:
-        factors.piece_coeff.copy_(_PIECE_COEFF * (-1.0) ** torch.arange(factors.piece_coeff.shape[1]))
+        factors.piece_coeff.copy_(_INITIAL_PIECE_COEFF * (-1.0) ** torch.arange(factors.piece_coeff.shape[1]))
 
 
 @torch.no_grad()
 def bound_first_update(factors: Factors, rows: Sequence[slice], kernel: Kernel, weight: Tensor, bound: float) -> None:
-    """Shrink factors and `α` in place if an update that is quadratic in `ΔW` starts large relative to the weight.
+    """Shrink the factors and `α` in place, so that the initial update is small relative to the weight.
 
         √n · rms(S) / rms(W0) ≤ bound, for each matrix
 
@@ -54,17 +57,19 @@ def bound_first_update(factors: Factors, rows: Sequence[slice], kernel: Kernel, 
         rows: Row slice of each matrix.
         kernel: Kernel function that merges the factors.
         weight: `W0`, `[m, …]`.
-        bound: `SnellaLayer.largest_start`. The update keeps at least a hundredth of its size, even above the bound.
+        bound: `SnellaLayer.largest_start`. The update shrinks by at most a factor of 100, even if it exceeds the bound.
     """
     A, B = factors.A, factors.B
-    columns, outputs = (_START_SAMPLE, None) if kernel.softmax_dim == 0 else (None, _START_SAMPLE)
-    for group, part in enumerate(rows):
+    max_columns, max_rows = (_SAMPLE_SIZE, None) if kernel.softmax_dim == 0 else (None, _SAMPLE_SIZE)
+    for group, matrix_rows in enumerate(rows):
         scalars = KernelScalars(*(value if value is None else value[group] for value in factors[2:]))
-        delta = kernel.merge(A[group][:columns], B[part][:outputs], scalars)
-        base = weight[part].float().square().mean().sqrt()
-        start = float(A.shape[1] ** 0.5 * delta.square().square().mean().sqrt().to(base.device) / base)
-        if bound < start < float("inf"):
-            shrink = max((bound / start) ** 0.5, _LEAST_START)
+        delta = kernel.merge(A[group][:max_columns], B[matrix_rows][:max_rows], scalars)
+        weight_rms = weight[matrix_rows].float().square().mean().sqrt()
+        initial_ratio = float(
+            A.shape[1] ** 0.5 * delta.square().square().mean().sqrt().to(weight_rms.device) / weight_rms
+        )
+        if bound < initial_ratio < float("inf"):
+            shrink = max((bound / initial_ratio) ** 0.5, _MIN_SHRINK)
             alpha = () if factors.alpha is None else (factors.alpha[group],)
-            for tensor in (A[group], B[part], *alpha):
+            for tensor in (A[group], B[matrix_rows], *alpha):
                 tensor.mul_(shrink)

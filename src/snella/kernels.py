@@ -54,14 +54,14 @@ class MergeGradients(NamedTuple):
     temperature: Tensor | None = None
 
 
-def _cut_into_pieces(factor: Tensor, num_pieces: int) -> Tensor:
-    """Split `[rows, r]` into `[P, rows, r / P]`; piece `p` has the columns `p·r/P … (p+1)·r/P − 1`."""
+def _split_into_pieces(factor: Tensor, num_pieces: int) -> Tensor:
+    """Split `[rows, r]` into `[P, rows, r / P]`; piece `p` contains the columns `p·r/P … (p+1)·r/P − 1`."""
     rows, r = factor.shape
     return factor.reshape(rows, num_pieces, r // num_pieces).transpose(0, 1).contiguous()
 
 
 def _join_pieces(pieces: Tensor) -> Tensor:
-    """Undo `_cut_into_pieces`."""
+    """Undo `_split_into_pieces`."""
     num_pieces, rows, width = pieces.shape
     return pieces.transpose(0, 1).reshape(rows, num_pieces * width)
 
@@ -83,16 +83,16 @@ def piece_distances(A: Tensor, B: Tensor, num_pieces: int) -> Tensor:
         `[P, m, n]`.
     """
     return torch.cdist(
-        _cut_into_pieces(B, num_pieces),
-        _cut_into_pieces(A, num_pieces),
+        _split_into_pieces(B, num_pieces),
+        _split_into_pieces(A, num_pieces),
         compute_mode="donot_use_mm_for_euclid_dist",
     )
 
 
 def _piece_distances_vjp(A: Tensor, B: Tensor, distances: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of `A` and `B` given `grad` = ∂L/∂d, `[P, m, n]`; zero distances contribute nothing."""
+    """Return the gradients of `A` and `B` given `grad` = ∂L/∂d, `[P, m, n]`; zero distances have gradient 0."""
     num_pieces = distances.shape[0]
-    A_pieces, B_pieces = _cut_into_pieces(A, num_pieces), _cut_into_pieces(B, num_pieces)
+    A_pieces, B_pieces = _split_into_pieces(A, num_pieces), _split_into_pieces(B, num_pieces)
     cdist_backward = torch.ops.aten._cdist_backward
     grad_B = cdist_backward(grad.contiguous(), B_pieces, A_pieces, 2.0, distances)
     grad_A = cdist_backward(grad.mT.contiguous(), A_pieces, B_pieces, 2.0, distances.mT.contiguous())
@@ -139,7 +139,7 @@ class Linear(Kernel):
 
 
 class Sigmoid(Kernel):
-    """Squashed inner product: `ΔW[i, j] = α·σ(⟨A[j], B[i]⟩) + β`.
+    """Sigmoid of the inner product: `ΔW[i, j] = α·σ(⟨A[j], B[i]⟩) + β`.
 
     The formula is not from the paper, whose Table XIV is unavailable.
     """
@@ -153,13 +153,13 @@ class Sigmoid(Kernel):
 
     def vjp(self, A: Tensor, B: Tensor, scalars: KernelScalars, grad: Tensor) -> MergeGradients:  # noqa: D102
         (alpha,) = scalars.require("alpha")
-        squashed = torch.sigmoid(B @ A.T)
-        grad_inner = alpha * grad * squashed * (1 - squashed)
-        return MergeGradients(A=grad_inner.T @ B, B=grad_inner @ A, alpha=(grad * squashed).sum(), beta=grad.sum())
+        sigmoid = torch.sigmoid(B @ A.T)
+        grad_inner = alpha * grad * sigmoid * (1 - sigmoid)
+        return MergeGradients(A=grad_inner.T @ B, B=grad_inner @ A, alpha=(grad * sigmoid).sum(), beta=grad.sum())
 
 
 class RBF(Kernel):
-    """Gaussian: `ΔW[i, j] = α·exp(−‖A[j] − B[i]‖²) + β`.
+    """Gaussian RBF: `ΔW[i, j] = α·exp(−‖A[j] − B[i]‖²) + β`.
 
     The formula is not from the paper, whose Table XIV is unavailable.
     """
@@ -182,7 +182,7 @@ class RBF(Kernel):
 
 
 class PLinear(Kernel):
-    """Piecewise linear, SNELL's kernel: `ΔW[i, j] = Σ_p α_p·d_p(A[j], B[i])`, `d_p` the distance of the pieces `p`."""
+    """Piecewise linear kernel (SNELL): `ΔW[i, j] = Σ_p α_p·d_p(A[j], B[i])` with `d_p` the distance of pieces `p`."""
 
     name = "p_linear"
     scalars: ClassVar[tuple[str, ...]] = ("piece_coeff",)
@@ -213,13 +213,13 @@ class NormalizedRBF(PLinear):
 
     name = "normalized_rbf"
     scalars: ClassVar[tuple[str, ...]] = ("piece_coeff", "alpha", "beta", "temperature")
-    keeps_linear_term: ClassVar[bool] = False
+    has_linear_term: ClassVar[bool] = False
 
     def merge(self, A: Tensor, B: Tensor, scalars: KernelScalars) -> Tensor:  # noqa: D102
         alpha, beta = scalars.require("alpha", "beta")
         value = super().merge(A, B, scalars)
         merged = alpha * self._softmax(value, scalars) + beta
-        return merged + value if self.keeps_linear_term else merged
+        return merged + value if self.has_linear_term else merged
 
     def vjp(self, A: Tensor, B: Tensor, scalars: KernelScalars, grad: Tensor) -> MergeGradients:  # noqa: D102
         (alpha,) = scalars.require("alpha")
@@ -235,7 +235,7 @@ class NormalizedRBF(PLinear):
         if scalars.temperature is not None:
             grad_logits = grad_logits / scalars.temperature
             grad_temperature = -(grad_logits * value).sum() / scalars.temperature
-        grad_value = grad_logits + grad if self.keeps_linear_term else grad_logits
+        grad_value = grad_logits + grad if self.has_linear_term else grad_logits
         inner = self._combine_vjp(A, B, distances, scalars, grad_value)
         return inner._replace(alpha=grad_alpha, beta=grad.sum(), temperature=grad_temperature)
 
@@ -247,10 +247,10 @@ class NormalizedRBF(PLinear):
 
 
 class MixK(NormalizedRBF):
-    """Default kernel, piecewise linear plus its softmax (eq. 6): `ΔW = κ_p + α·softmax_i(κ_p / γ) + β`."""
+    """Piecewise linear kernel plus its softmax (eq. 6), the default: `ΔW = κ_p + α·softmax_i(κ_p / γ) + β`."""
 
     name = "mix_k"
-    keeps_linear_term = True
+    has_linear_term = True
 
 
 KERNELS: dict[str, type[Kernel]] = {
@@ -259,7 +259,7 @@ KERNELS: dict[str, type[Kernel]] = {
 
 
 def make_kernel(name: str, *, num_pieces: int = 2, softmax_dim: int = 0, center_softmax: bool = False) -> Kernel:
-    """Create the kernel with this name.
+    """Create a kernel by name.
 
     Args:
         name: One of `KERNELS`.
@@ -318,9 +318,9 @@ def merge_factors(
     scalars = KernelScalars(piece_coeff, alpha, beta, temperature)
     check_factors(A, B, spec, scalars)
     dtype = torch.promote_types(A.dtype, torch.float32)
-    widened = KernelScalars(*(value if value is None else value.to(dtype) for value in scalars))
+    wide_scalars = KernelScalars(*(value if value is None else value.to(dtype) for value in scalars))
     with torch.autocast(A.device.type, enabled=False):
-        return spec.merge(A.to(dtype), B.to(dtype), widened)
+        return spec.merge(A.to(dtype), B.to(dtype), wide_scalars)
 
 
 def check_factors(A: Tensor, B: Tensor, kernel: Kernel, scalars: KernelScalars) -> None:

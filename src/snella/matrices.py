@@ -17,10 +17,10 @@ _NUMBERED = re.compile(r"(.*(?:layer|block)_)?\d+")  # "3", or torchvision's "en
 
 @dataclass(frozen=True)
 class AdaptedMatrix:
-    """One adapted matrix with its factors and budget, a view of its layer.
+    """View of one adapted matrix of a layer, with its factors and budget.
 
     Args:
-        name: Module name, plus the part in fused layers, e.g. `"blocks.0.attn.qkv.q"`.
+        name: Module name, plus the name of the part in fused layers, e.g. `"blocks.0.attn.qkv.q"`.
         module_name: Module name.
         kind: Matrix type, `name` without the block prefix, e.g. `"attn.q"` or `"mlp.fc1"`.
         depth: Block index, counted through the whole model, or `None` outside blocks.
@@ -59,7 +59,7 @@ class AdaptedMatrix:
 
     @property
     def is_frozen(self) -> bool:
-        """True if the budget is 0, so that the matrix gets no gradient."""
+        """True if the budget is 0; the matrix then has no gradient."""
         return self.budget == 0
 
     @property
@@ -68,7 +68,7 @@ class AdaptedMatrix:
         return self.parts(self.layer.snella_A[self.adapter_name], self.layer.snella_B[self.adapter_name])
 
     def parts(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """Slice this matrix's part out of tensors with the layout of the layer's factors."""
+        """Return this matrix's slices of two tensors with the layout of the layer's factors."""
         return A[self.group], B[self.layer.matrix_rows(self.adapter_name)[self.group]]
 
     @torch.no_grad()
@@ -93,35 +93,37 @@ def adapted_matrices(model: nn.Module, adapter_name: str | None = None) -> list[
     """
     if isinstance(model, BaseTuner):
         model = model.model
-    layers = {_plain_name(name): module for name, module in model.named_modules() if isinstance(module, SnellaLayer)}
+    layers = {
+        _strip_wrappers(name): module for name, module in model.named_modules() if isinstance(module, SnellaLayer)
+    }
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no SNELLA layer; wrap it with get_peft_model(model, SnellaConfig(…)) first"
         )
     if adapter_name is None:
         adapter_name = next((name for layer in layers.values() for name in layer.active_adapters), "default")
-    holders = {name: layer for name, layer in layers.items() if adapter_name in layer.snella_A}
-    if not holders:
-        present = sorted({name for layer in layers.values() for name in layer.snella_A})
-        raise ValueError(f"adapter_name must be one of {present}, got {adapter_name!r}")
-    depths = _number_blocks(model, holders)
+    adapted_layers = {name: layer for name, layer in layers.items() if adapter_name in layer.snella_A}
+    if not adapted_layers:
+        adapter_names = sorted({name for layer in layers.values() for name in layer.snella_A})
+        raise ValueError(f"adapter_name must be one of {adapter_names}, got {adapter_name!r}")
+    depths = _number_blocks(model, adapted_layers)
     return [
         AdaptedMatrix(
             name=name + (f".{part}" if part else ""),
             module_name=name,
-            kind=_kind(name, part),
+            kind=_matrix_type(name, part),
             depth=depths.get(_split_name(name)[0]),
             layer=layer,
             adapter_name=adapter_name,
             group=group,
         )
-        for name, layer in holders.items()
+        for name, layer in adapted_layers.items()
         for group, part in enumerate(_part_names(name, len(layer.row_counts[adapter_name])))
     ]
 
 
-def _plain_name(name: str) -> str:
-    """Remove the wrappers' parts from a module name."""
+def _strip_wrappers(name: str) -> str:
+    """Remove the name parts of wrappers such as PEFT and DDP from a module name."""
     parts = name.split(".")
     while parts and parts[0] in {"base_model", "module", "_orig_mod", "_fsdp_wrapped_module"}:
         wrapper = parts.pop(0)
@@ -130,25 +132,25 @@ def _plain_name(name: str) -> str:
     return ".".join(part for part in parts if part not in {"_orig_mod", "_fsdp_wrapped_module"})
 
 
-def _number_blocks(model: nn.Module, holders: Iterable[str]) -> dict[str, int]:
-    """Number all blocks of the model, adapted or not, so that indices do not depend on the targets."""
-    patterns = {_without_numbers(block) for block in (_split_name(name)[0] for name in holders) if block}
-    blocks = dict.fromkeys(_split_name(_plain_name(name))[0] for name, _ in model.named_modules())
-    return {block: depth for depth, block in enumerate(b for b in blocks if _without_numbers(b) in patterns)}
+def _number_blocks(model: nn.Module, adapted_layers: Iterable[str]) -> dict[str, int]:
+    """Number all blocks of the model, so that indices do not depend on the targets."""
+    patterns = {_mask_indices(block) for block in (_split_name(name)[0] for name in adapted_layers) if block}
+    blocks = dict.fromkeys(_split_name(_strip_wrappers(name))[0] for name, _ in model.named_modules())
+    return {block: depth for depth, block in enumerate(b for b in blocks if _mask_indices(b) in patterns)}
 
 
-def _without_numbers(name: str) -> str:
+def _mask_indices(name: str) -> str:
     """Replace the block indices in a name by `#`."""
     numbered = ((part, _NUMBERED.fullmatch(part)) for part in name.split("."))
     return ".".join(f"{match[1] or ''}#" if match else part for part, match in numbered)
 
 
 def _split_name(name: str) -> tuple[str, str]:
-    """Split a name into the block prefix and the rest, after the last index that is not at the end."""
+    """Split a name after its last block index into the block prefix and the name inside the block."""
     parts = name.split(".")
     numbers = [k for k, part in enumerate(parts[:-1]) if _NUMBERED.fullmatch(part)]
-    cut = numbers[-1] + 1 if numbers else 0
-    return ".".join(parts[:cut]), ".".join(parts[cut:])
+    split = numbers[-1] + 1 if numbers else 0
+    return ".".join(parts[:split]), ".".join(parts[split:])
 
 
 def _part_names(name: str, count: int) -> Sequence[str]:
@@ -158,7 +160,7 @@ def _part_names(name: str, count: int) -> Sequence[str]:
     return {1: [""], 3: ["q", "k", "v"]}.get(count) or [str(k) for k in range(count)]
 
 
-def _kind(name: str, part: str) -> str:
-    """Return the matrix type: the name inside the block, with the part in place of a fused layer's name."""
-    rest = _split_name(name)[1]
-    return f"{rest.rpartition('.')[0]}.{part}".lstrip(".") if part else rest
+def _matrix_type(name: str, part: str) -> str:
+    """Return the matrix type: the name inside the block, with the part instead of a fused layer's name."""
+    inner_name = _split_name(name)[1]
+    return f"{inner_name.rpartition('.')[0]}.{part}".lstrip(".") if part else inner_name

@@ -1,4 +1,4 @@
-"""Optimizers with a learning rate per kind of parameter, and steps matched to the size of the weights."""
+"""Optimizers with per-group learning rates, and steps scaled to the size of the weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["StepMatcher", "create_snella_optimizer"]
 
 _FACTORS = ("snella_A", "snella_B")
 MATCHER_ATTRIBUTE = "snella_step_matcher"
-"""Attribute of an optimizer that holds its attached `StepMatcher`."""
+"""Attribute of an optimizer that contains its `StepMatcher`."""
 _STATE_KEY = MATCHER_ATTRIBUTE  # in the first parameter group of an optimizer's state
 
 
@@ -42,8 +42,8 @@ def create_snella_optimizer(
     kernel's spread, and a coefficient `α_p` = ±0.1 flips its sign.
 
     Args:
-        model: Any model. Trainable parameters outside SNELLA (the head) get separate groups.
-        optimizer_cls: Class of the optimizer.
+        model: Any model. Trainable parameters outside SNELLA, e.g. of the head, form separate groups.
+        optimizer_cls: Optimizer class.
         lr: Learning rate of the factors `A` and `B`.
         scalar_lr: Learning rate of `α`, `β`, `α_p` and the temperature.
         head_lr: Learning rate of all other trainable parameters; defaults to `lr`.
@@ -55,7 +55,7 @@ def create_snella_optimizer(
         optimizer_kwargs: Further arguments of `optimizer_cls`.
 
     Returns:
-        An optimizer with the groups `factors`, `scalars`, `head` and `head_no_decay`, without the empty ones.
+        An optimizer with the nonempty groups among `factors`, `scalars`, `head` and `head_no_decay`.
 
     Raises:
         ValueError: If the model has no trainable parameter, or if `match_update` does not support the kernel.
@@ -68,17 +68,17 @@ def create_snella_optimizer(
                 group = factors if attribute in _FACTORS else scalars
                 group.extend(p for p in getattr(module, attribute).values() if p.requires_grad)
     adapter_ids = {id(parameter) for parameter in (*factors, *scalars)}
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in adapter_ids]
+    other_params = [p for p in model.parameters() if p.requires_grad and id(p) not in adapter_ids]
     tokens = {id(p) for token in token_adapters(model) for p in token.snella_token.values()}
-    decayed = [p for p in others if p.ndim > 1 and id(p) not in tokens]
-    not_decayed = [p for p in others if p.ndim <= 1 or id(p) in tokens]
-    rate = lr if head_lr is None else head_lr
-    decay = weight_decay if head_weight_decay is None else head_weight_decay
+    decayed = [p for p in other_params if p.ndim > 1 and id(p) not in tokens]
+    not_decayed = [p for p in other_params if p.ndim <= 1 or id(p) in tokens]
+    other_lr = lr if head_lr is None else head_lr
+    other_weight_decay = weight_decay if head_weight_decay is None else head_weight_decay
     groups = [
         {"name": "factors", "params": factors, "lr": lr, "weight_decay": weight_decay},
         {"name": "scalars", "params": scalars, "lr": scalar_lr, "weight_decay": 0.0},
-        {"name": "head", "params": decayed, "lr": rate, "weight_decay": decay},
-        {"name": "head_no_decay", "params": not_decayed, "lr": rate, "weight_decay": 0.0},
+        {"name": "head", "params": decayed, "lr": other_lr, "weight_decay": other_weight_decay},
+        {"name": "head_no_decay", "params": not_decayed, "lr": other_lr, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     if not groups:
@@ -86,7 +86,7 @@ def create_snella_optimizer(
             f"{type(model).__name__} has no trainable parameter; wrap it with get_peft_model(model, SnellaConfig(…)) "
             "and check that the adapter is active and not in inference mode"
         )
-    if head_lr is not None and not others:
+    if head_lr is not None and not other_params:
         warnings.warn(
             f"head_lr={head_lr} has no effect: {type(model).__name__} trains only the adapter, so a new head "
             "keeps its random values; train it with e.g. SnellaConfig(modules_to_save=['head'])",
@@ -110,7 +110,7 @@ def _trained_adapters(model: nn.Module) -> list[tuple[SnellaLayer, str]]:
 
 
 class StepMatcher:
-    """Scaling of the factors' optimizer steps so that each changes an update in proportion to its base weight.
+    """Scaling of optimizer steps, so that each step changes an update in proportion to its base weight.
 
     `S` is quadratic in `ΔW`. Under Adam the update grows with the square of learning rate times steps, at a pace that
     depends on `scaling`, the matrix's shape and the size of its weights. With
@@ -129,7 +129,7 @@ class StepMatcher:
         interval: Steps between measurements of `mean|S|`. One measurement costs about one merge of every matrix.
 
     Attributes:
-        scales: Factors on the last step, one per matrix, by layer name and adapter name.
+        scales: Scale factors of the last step, one per matrix, by layer name and adapter name.
 
     Raises:
         ValueError: If no factor is trainable, the kernel is not a sum of piecewise distances, or `interval` is below 1.
@@ -150,12 +150,12 @@ class StepMatcher:
                 raise ValueError(f"match_update requires a kernel in {list(MATCHED_KERNELS)}, got {kernel!r}")
         self._weight_rms = [self._measure_weight(layer, name) for layer, name in self._adapters]
         self._slopes: list[list[float]] = []
-        self._before: list[tuple[Tensor, Tensor]] = []
+        self._previous_factors: list[tuple[Tensor, Tensor]] = []
         self.step = 0
         self.scales: dict[tuple[str, str], list[float]] = {}
 
     def attach(self, optimizer: Optimizer) -> Self:
-        """Scale this optimizer's steps from now on. Its state dict includes the matcher's, for bit-exact resumption."""
+        """Scale the steps of an optimizer. Its state dict then includes the matcher's, for bit-exact resumption."""
         setattr(optimizer, MATCHER_ATTRIBUTE, self)
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
@@ -188,34 +188,38 @@ class StepMatcher:
         rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
         for (layer, name), weight_rms, slopes in zip(self._adapters, self._weight_rms, self._slopes, strict=True):
             lr = rates.get(id(layer.snella_A[name]), 0.0)
-            self.scales[layer.module_name, name] = self._scales_of(layer, name, lr, weight_rms, slopes)
-        self._before = [
+            self.scales[layer.module_name, name] = self._step_scales(layer, name, lr, weight_rms, slopes)
+        self._previous_factors = [
             (layer.snella_A[name].detach().clone(), layer.snella_B[name].detach().clone())
             for layer, name in self._adapters
         ]
 
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
-        for (layer, name), (A_before, B_before) in zip(self._adapters, self._before, strict=True):
+        for (layer, name), (A_before, B_before) in zip(self._adapters, self._previous_factors, strict=True):
             A, B = layer.snella_A[name], layer.snella_B[name]
             scales = torch.tensor(self.scales[layer.module_name, name], dtype=A.dtype, device=A.device)
             row_counts = torch.tensor(layer.row_counts[name], device=A.device)
             A.copy_(torch.lerp(A_before, A, scales[:, None, None]))
             B.copy_(torch.lerp(B_before, B, scales.repeat_interleave(row_counts)[:, None]))
-        self._before = []
+        self._previous_factors = []
 
     @staticmethod
-    def _scales_of(
+    def _step_scales(
         layer: SnellaLayer, name: str, lr: float, weight_rms: list[float], slopes: list[float]
     ) -> list[float]:
-        """Return the factor on the step of each matrix, 1 where the step is zero."""
+        """Return the scale factor of each matrix's step, 1 for zero steps."""
         coeffs = layer.snella_piece_coeff[name].detach().float().square().mean(1).sqrt().tolist()
         scaling, rank = abs(layer.scaling[name]), layer.snella_config[name].rank_of(layer.module_name)
         scales = []
         for rms, slope, coeff in zip(weight_rms, slopes, coeffs, strict=True):
-            change, reach = lr * rms / scaling if scaling else 0.0, lr * coeff * math.sqrt(rank)
-            is_moving = change > 0 and reach > 0
-            scales.append(2 * change / (slope + math.sqrt(slope**2 + 4 * change)) / reach if is_moving else 1.0)
+            target_change, step_change = lr * rms / scaling if scaling else 0.0, lr * coeff * math.sqrt(rank)
+            is_nonzero = target_change > 0 and step_change > 0
+            scales.append(
+                2 * target_change / (slope + math.sqrt(slope**2 + 4 * target_change)) / step_change
+                if is_nonzero
+                else 1.0
+            )
         return scales
 
     def _save_into(self, _: Optimizer, state_dict: dict[str, Any]) -> None:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 SparsifyMode = Literal["soft", "official", "none"]
-KEEPS_EVERYTHING = -1.0
-"""Threshold of mode `none`, which keeps every entry."""
+KEEP_ALL = -1.0
+"""Threshold of mode `none`: every magnitude exceeds it."""
 
 
 def sparsify(delta: Tensor, threshold: Tensor, mode: SparsifyMode = "soft") -> Tensor:
-    """Keep entries of `delta` above `threshold` in magnitude, weighted by magnitude; mode `none` keeps all unchanged.
+    """Zero the entries of `delta` up to `threshold` in magnitude and weight the others by magnitude.
 
         soft:      S[i, j] = delta[i, j] · max(|delta[i, j]| − threshold, 0)                      (eq. 13)
         official:  S[i, j] = delta[i, j] · |delta[i, j]|·1[|delta[i, j]| > threshold]             (the authors' code)
@@ -37,11 +37,11 @@ def sparsify(delta: Tensor, threshold: Tensor, mode: SparsifyMode = "soft") -> T
     if mode == "none":
         return delta
     magnitude = delta.abs()
-    survives = magnitude > threshold.detach()
+    is_above = magnitude > threshold.detach()
     if mode == "soft":
-        return delta * torch.where(survives, magnitude - threshold.detach(), 0)
+        return delta * torch.where(is_above, magnitude - threshold.detach(), 0)
     if mode == "official":
-        return delta * torch.where(survives, magnitude, 0).detach()
+        return delta * torch.where(is_above, magnitude, 0).detach()
     raise ValueError(f"mode must be one of {list(get_args(SparsifyMode))}, got {mode!r}")
 
 
@@ -59,17 +59,17 @@ def keep_threshold(delta: Tensor, budget: int) -> Tensor:
 
         t = the (budget + 1)-th largest |delta|,   t = 0 when budget = delta.numel()
 
-    Eq. 13 of the paper takes the `budget`-th largest, which keeps one entry fewer than the `budget` that its text
-    describes. The selection is exact at every size (`torch.quantile` fails above 2²⁴ entries) and does not synchronize
+    Eq. 13 of the paper uses the `budget`-th largest magnitude, which keeps one entry fewer than its text
+    states. The selection is exact at every size (`torch.quantile` fails above 2²⁴ entries) and does not synchronize
     with the device.
 
-    All entries that tie with `t` are dropped, so fewer than `budget` entries survive if `t` occurs more than once among
-    the largest `budget + 1`. None survives if the largest magnitude ties with `t`, e.g. in a constant matrix. Ties
-    arise when `delta` has few distinct values, e.g. with half precision, integers, or repeated rows or columns.
+    All entries that tie with `t` become zero, so fewer than `budget` entries remain if `t` occurs more than once among
+    the largest `budget + 1`. No entry remains if the largest magnitude ties with `t`, e.g. in a constant matrix. Ties
+    occur if `delta` has few distinct values, e.g. in half precision, or with repeated rows or columns.
 
     Args:
         delta: Matrix of any shape, floating point.
-        budget: Number of entries to keep, in `[0, delta.numel()]`.
+        budget: Number of nonzero entries, in `[0, delta.numel()]`.
 
     Returns:
         0-dim, dtype and device of `delta`, detached.
@@ -106,10 +106,10 @@ def quantile_threshold(delta: Tensor, sparsity: float) -> Tensor:
     if not 0 <= sparsity <= 1:
         raise ValueError(f"sparsity must be in [0, 1], got {sparsity}")
     position = sparsity * (delta.numel() - 1)
-    below = int(position)
-    above = min(below + 1, delta.numel() - 1)
-    low, high = _smallest(delta.detach().abs(), [below, above])
-    return torch.lerp(low, high, position - below)
+    lower = int(position)
+    upper = min(lower + 1, delta.numel() - 1)
+    low, high = _smallest(delta.detach().abs(), [lower, upper])
+    return torch.lerp(low, high, position - lower)
 
 
 def _smallest(magnitudes: Tensor, ranks: list[int]) -> list[Tensor]:

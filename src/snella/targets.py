@@ -19,9 +19,9 @@ from snella.compat.attention import AdaptedAttention, is_adaptable
 from snella.compat.quantization import find_quantization
 from snella.layer import Conv2d, Linear, SnellaLayer
 
-# names of direct children of the model
+# heads among the direct children of a model
 HEAD_NAMES = {"head", "heads", "head_dist", "classifier", "score", "fc", "lm_head", "qa_outputs", "proj_out"}
-# names at any depth: the predictors of DeiT, detection and segmentation
+# prediction heads of DeiT, detection and segmentation models, at any depth
 PREDICTOR_NAMES = {
     *("cls_classifier", "distillation_classifier", "class_labels_classifier", "bbox_predictor", "class_predictor"),
     *("mask_predictor", "mask_embedder", "class_embed", "bbox_embed", "enc_score_head", "enc_bbox_head"),
@@ -29,10 +29,10 @@ PREDICTOR_NAMES = {
 }
 _PATCH_NAMES = {"patch_embed", "patch_embedding", "patch_embeddings", "downsample", "patch_merging", "x_embedder"}
 _PATCH_CLASSES = ("PatchEmbed", "PatchMerging")  # substrings of class names
-_MATCHING_S = 5.0  # for all names of a model; a typical expression takes a few milliseconds
+_MATCH_TIMEOUT_S = 5.0  # for all module names of a model; a typical expression takes a few milliseconds
 _FUSED_NAMES = {"qkv", "Wqkv", "to_qkv", "qkv_proj", "c_attn", "in_proj", "kv"}
 
-# by class name, to avoid importing the libraries
+# keyed by class name, to avoid importing the libraries
 _DEFAULT_TARGETS: dict[str, str | list[str]] = {
     "SD3Transformer2DModel": ["to_q", "to_k", "to_v", "to_out.0"],
     "SamModel": r"vision_encoder\.layers\.\d+\.(attn\.(qkv|proj)|mlp\.lin\d)",
@@ -40,15 +40,15 @@ _DEFAULT_TARGETS: dict[str, str | list[str]] = {
 
 
 def default_targets(model: nn.Module) -> str | list[str]:
-    """Return the modules that the paper adapts in this model class, by default `"all-linear"`."""
+    """Return the paper's targets for this model class, `"all-linear"` by default."""
     return _DEFAULT_TARGETS.get(type(model).__name__, "all-linear")
 
 
 def all_linear_names(model: nn.Module) -> list[str]:
     """Return the names of all linear layers to adapt.
 
-    Includes linear layers, transformers' `Conv1D`, and `nn.MultiheadAttention` with its output projection, adapted or
-    not. Excludes the head, patch embedding, patch merging and modules inside adapters.
+    Includes linear layers, transformers' `Conv1D`, and `nn.MultiheadAttention` with its output projection, with or
+    without adapters. Excludes the head, patch embedding, patch merging and modules inside adapters.
     """
     names = []
     for name, module in _candidates(model):
@@ -62,15 +62,18 @@ def all_linear_names(model: nn.Module) -> list[str]:
 def plain_convolution_names(model: nn.Module) -> list[str]:
     """Return the names of the 2D convolutions to adapt in a model without linear layers.
 
-    Includes ungrouped convolutions with torch's own `forward`. Excludes the model's first convolution (the stem), the
-    head, patch embedding, downsampling between stages and modules inside adapters.
+    Includes ungrouped convolutions with the `forward` of `nn.Conv2d`. Excludes the model's first convolution (the
+    stem), the head, patch embedding, downsampling between stages and modules inside adapters.
     """
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     return [
         name
         for name, module in _candidates(model)
         for base in [module.get_base_layer() if isinstance(module, BaseTunerLayer) else module]
-        if isinstance(base, nn.Conv2d) and base is not convolutions[0] and base.groups == 1 and not own_methods(base)
+        if isinstance(base, nn.Conv2d)
+        and base is not convolutions[0]
+        and base.groups == 1
+        and not overridden_methods(base)
         if not (base.padding == "same" and any(k % 2 == 0 for k in base.kernel_size))
     ]
 
@@ -79,15 +82,15 @@ def _candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return the modules outside the head, patch embedding, patch merging and adapters."""
     heads = head_modules(model)
     candidates: list[tuple[str, nn.Module]] = []
-    inside: list[str] = []
+    skipped_prefixes: list[str] = []
     for name, module in model.named_modules():
         parts = name.split(".")
-        if any(name.startswith(prefix) for prefix in inside) or module in heads or parts[0] in HEAD_NAMES:
+        if any(name.startswith(prefix) for prefix in skipped_prefixes) or module in heads or parts[0] in HEAD_NAMES:
             continue
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper, nn.MultiheadAttention, AdaptedAttention)):
-            inside.append(name + ".")
+            skipped_prefixes.append(name + ".")
         if name and any(part in type(module).__name__ for part in _PATCH_CLASSES):
-            inside.append(name + ".")
+            skipped_prefixes.append(name + ".")
             continue
         if name and not (PREDICTOR_NAMES | _PATCH_NAMES).intersection(parts):
             candidates.append((name, module))
@@ -95,7 +98,7 @@ def _candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def describe_coverage(model: nn.Module, names: Iterable[str]) -> str | None:
-    """Describe the weights that the default targets exclude, or return `None` if they adapt at least half.
+    """Return a message about the weights that the default targets exclude, or `None` if they adapt at least half.
 
     The head, patch embedding and embeddings do not count.
 
@@ -104,28 +107,28 @@ def describe_coverage(model: nn.Module, names: Iterable[str]) -> str | None:
         names: Names of the modules to adapt.
     """
     adapted = set(names)
-    covered, left_out = 0, {}
+    num_adapted, excluded = 0, {}
     for name, module in _candidates(model):
         if name in adapted and isinstance(module, (nn.Linear, Conv1D, nn.Conv2d)):
             rows, columns = matrix_shape(module)
-            covered += rows * columns
+            num_adapted += rows * columns
         elif name in adapted:  # an attention with all projections adapted
-            covered += sum(weight.numel() for weight in module.parameters() if weight.ndim > 1)
+            num_adapted += sum(weight.numel() for weight in module.parameters() if weight.ndim > 1)
         elif not isinstance(module, nn.Embedding):
             for key, weight in module.named_parameters(recurse=False):
                 # tokens and position embeddings have a leading 1
                 if weight.ndim > 1 and weight.shape[0] > 1:
-                    left_out[f"{name}.{key}"] = (type(module).__name__, weight)
-    missing = sum(weight.numel() for _, weight in left_out.values())
-    if missing <= covered:
+                    excluded[f"{name}.{key}"] = (type(module).__name__, weight)
+    num_excluded = sum(weight.numel() for _, weight in excluded.values())
+    if num_excluded <= num_adapted:
         return None
-    kinds: dict[str, tuple[str, str, list[int]]] = {}
-    for name, (owner, weight) in sorted(left_out.items(), key=lambda item: -item[1][1].numel()):
-        kinds.setdefault(owner, (name, owner, list(weight.shape)))
-    examples = ", ".join(f"{name!r} {shape} of {owner}" for name, owner, shape in list(kinds.values())[:3])
+    example_by_class: dict[str, tuple[str, str, list[int]]] = {}
+    for name, (owner, weight) in sorted(excluded.items(), key=lambda item: -item[1][1].numel()):
+        example_by_class.setdefault(owner, (name, owner, list(weight.shape)))
+    examples = ", ".join(f"{name!r} {shape} of {owner}" for name, owner, shape in list(example_by_class.values())[:3])
     return (
-        f"the default target_modules adapt {covered / (covered + missing):.0%} of the weights of "
-        f"{type(model).__name__}, not counting embeddings and head; {len(left_out)} others stay frozen, e.g. "
+        f"the default target_modules adapt {num_adapted / (num_adapted + num_excluded):.0%} of the weights of "
+        f"{type(model).__name__}, not counting embeddings and head; {len(excluded)} others stay frozen, e.g. "
         f"{examples}; add convolutions to target_modules, and train bare parameters such as experts and routers in "
         "full with parameters_to_save"
     )
@@ -138,7 +141,7 @@ def _compile(expression: str) -> regex.Pattern[str]:
 
 @lru_cache(maxsize=1 << 16)
 def matches_expression(expression: str, name: str) -> bool:
-    """Return whether a regular expression matches a full name, with a time limit.
+    """Return whether a regular expression matches a full name, within a time limit.
 
     Args:
         expression: The expression, possibly from an untrusted adapter.
@@ -148,24 +151,24 @@ def matches_expression(expression: str, name: str) -> bool:
         ValueError: If matching exceeds the time limit, e.g. because of nested quantifiers.
     """
     try:
-        return _compile(expression).fullmatch(name, timeout=_MATCHING_S) is not None
+        return _compile(expression).fullmatch(name, timeout=_MATCH_TIMEOUT_S) is not None
     except TimeoutError:
-        raise _slow(expression, name) from None
+        raise _timeout_error(expression, name) from None
 
 
 def check_expression(expression: str, names: Iterable[str]) -> None:
     """Raise `ValueError` if matching all names exceeds the time limit."""
-    end = time.monotonic() + _MATCHING_S
+    deadline = time.monotonic() + _MATCH_TIMEOUT_S
     for name in names:
         matches_expression(expression, name)
-        if time.monotonic() > end:
-            raise _slow(expression, name)
+        if time.monotonic() > deadline:
+            raise _timeout_error(expression, name)
 
 
-def _slow(expression: str, name: str) -> ValueError:
+def _timeout_error(expression: str, name: str) -> ValueError:
     return ValueError(
-        f"the regular expression {expression!r} takes more than {_MATCHING_S:g} s to match names such as {name!r}; "
-        "remove nested quantifiers, or pass a list of names"
+        f"the regular expression {expression!r} takes more than {_MATCH_TIMEOUT_S:g} s to match names such as "
+        f"{name!r}; remove nested quantifiers, or pass a list of names"
     )
 
 
@@ -225,7 +228,7 @@ def count_rows(
         keys = [key for key in qkv_groups if name == key or name.endswith(f".{key}")]
         groups = qkv_groups[max(keys, key=len)] if keys else 1
     elif suffix in _FUSED_NAMES:
-        groups = qkv_groups if isinstance(qkv_groups, int) else _recognize(suffix, out_features, in_features, parent)
+        groups = qkv_groups if isinstance(qkv_groups, int) else _infer_groups(suffix, out_features, in_features, parent)
     counts = [out_features // groups] * groups if isinstance(groups, int) else list(groups)
     if sum(counts) != out_features or any(count < 1 for count in counts):
         raise ValueError(
@@ -235,8 +238,8 @@ def count_rows(
     return tuple(counts)
 
 
-def _recognize(suffix: str, out_features: int, in_features: int, parent: nn.Module) -> int | list[int]:
-    """Return the layout of a fused layer: a number of equal parts, or row counts with fewer rows for k and v."""
+def _infer_groups(suffix: str, out_features: int, in_features: int, parent: nn.Module) -> int | list[int]:
+    """Infer the layout of a fused layer: a number of equal parts, or row counts with fewer rows for k and v."""
     if suffix == "kv":
         return 2 if out_features % 2 == 0 else 1
     config = getattr(parent, "config", None)
@@ -250,24 +253,24 @@ def _recognize(suffix: str, out_features: int, in_features: int, parent: nn.Modu
 
 
 def unmatched_message(targets: Iterable[str] | str, model: nn.Module) -> str:
-    """Return the error message for unmatched `targets`, with close matches and names of the model."""
+    """Return the error message for `targets` that match no module, with example names and close matches."""
     patterns = [targets] if isinstance(targets, str) else sorted(targets)
     names = all_linear_names(model)
-    endings = {".".join(name.split(".")[-k:]) for name in names for k in (1, 2)}
-    near = [match for target in patterns for match in get_close_matches(target.split(".")[-1], endings, 2)]
-    kinds: dict[str, str] = {}
+    suffixes = {".".join(name.split(".")[-k:]) for name in names for k in (1, 2)}
+    close_matches = [match for target in patterns for match in get_close_matches(target.split(".")[-1], suffixes, 2)]
+    example_by_pattern: dict[str, str] = {}
     for name in names:
-        kinds.setdefault(".".join(part for part in name.split(".") if not part.isdigit()), name)
+        example_by_pattern.setdefault(".".join(part for part in name.split(".") if not part.isdigit()), name)
     message = f"no module matches target_modules={patterns if not isinstance(targets, str) else targets!r}"
-    if kinds:
-        message += f"; this model has e.g. {', '.join(map(repr, list(kinds.values())[:4]))}"
-    return message + (f"; did you mean {', '.join(map(repr, dict.fromkeys(near)))}?" if near else "")
+    if example_by_pattern:
+        message += f"; this model has e.g. {', '.join(map(repr, list(example_by_pattern.values())[:4]))}"
+    return message + (f"; did you mean {', '.join(map(repr, dict.fromkeys(close_matches)))}?" if close_matches else "")
 
 
 # linear layers whose custom forward() computes the same product
-_PLAIN_LINEAR = {"transformers.models.falcon.modeling_falcon.FalconLinear"}
+_EQUIVALENT_LINEAR = {"transformers.models.falcon.modeling_falcon.FalconLinear"}
 # alternatives for unsupported modules
-_INSTEAD = {
+_ALTERNATIVES = {
     nn.Embedding: "train single rows with trainable_token_indices, or the whole embedding with modules_to_save",
     nn.Conv1d: "train it in full with modules_to_save",
     nn.Conv3d: "train it in full with modules_to_save",
@@ -293,16 +296,16 @@ def choose_layer_class(base: nn.Module, name: str) -> type[SnellaLayer]:
         )
     if find_quantization(base, name) is not None:
         return Linear
-    kind = _kind(base)
-    overrides = own_methods(base)
+    base_class = _base_class(base)
+    overrides = overridden_methods(base)
     if overrides:
         raise NotImplementedError(
             f"target_modules matches {name!r}, a {class_name(base)} with a custom {overrides[0]}(), which the update "
             "would bypass; exclude it with exclude_modules"
         )
-    if kind is not None:
-        return Conv2d if kind is nn.Conv2d else Linear
-    hint = next((f"; {hint}" for other, hint in _INSTEAD.items() if isinstance(base, other)), "")
+    if base_class is not None:
+        return Conv2d if base_class is nn.Conv2d else Linear
+    hint = next((f"; {hint}" for other, hint in _ALTERNATIVES.items() if isinstance(base, other)), "")
     raise TypeError(
         f"target_modules matches {name!r}, a {type(base).__name__}; "
         f"SNELLA adapts torch.nn.Linear, torch.nn.Conv2d and transformers' Conv1D{hint}"
@@ -332,15 +335,15 @@ def class_name(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__name__}"
 
 
-def own_methods(base: nn.Module) -> list[str]:
+def overridden_methods(base: nn.Module) -> list[str]:
     """Return the names of overridden forward methods, e.g. for timm's `Conv2dSame`."""
-    kind = _kind(base)
-    if kind is None or class_name(base) in _PLAIN_LINEAR:
+    base_class = _base_class(base)
+    if base_class is None or class_name(base) in _EQUIVALENT_LINEAR:
         return []
     methods = ("forward", "_conv_forward")
-    return [method for method in methods if getattr(type(base), method, None) is not getattr(kind, method, None)]
+    return [method for method in methods if getattr(type(base), method, None) is not getattr(base_class, method, None)]
 
 
-def _kind(base: nn.Module) -> type[nn.Module] | None:
+def _base_class(base: nn.Module) -> type[nn.Module] | None:
     """Return the adaptable base class of a module, or `None`."""
-    return next((kind for kind in (nn.Linear, Conv1D, nn.Conv2d) if isinstance(base, kind)), None)
+    return next((base_class for base_class in (nn.Linear, Conv1D, nn.Conv2d) if isinstance(base, base_class)), None)

@@ -1,4 +1,4 @@
-"""Descriptions of an update and of the op of its layer."""
+"""Data types of an update and its layer's op."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from snella.kernels import KERNELS, Kernel, KernelScalars, check_factors
 from snella.memory.sampling import sample_tokens
-from snella.sparsify import KEEPS_EVERYTHING, SparsifyMode, keep_threshold, quantile_threshold
+from snella.sparsify import KEEP_ALL, SparsifyMode, keep_threshold, quantile_threshold
 
 BACKENDS = ("eager", "reference", "numba", "triton")
 """Backends of an update: `eager` (torch operations), `reference` (autograd), and `numba` and `triton` kernels."""
@@ -50,7 +50,7 @@ class MatrixFactors(NamedTuple):
 
 @dataclass(frozen=True)
 class UpdateSpec:
-    """Settings of a weight's sparse update `S`, without the tensors.
+    """Settings of a weight's sparse update `S`, without tensors.
 
     The weight consists of `G` stacked matrices (3 in a fused qkv layer, otherwise 1), which compete separately.
 
@@ -77,7 +77,7 @@ class UpdateSpec:
             raise ValueError(f"mode must be one of {list(_MODES)}, got {self.mode!r}")
         if self.backend not in BACKENDS:
             raise ValueError(f"backend must be one of {list(BACKENDS)}, got {self.backend!r}")
-        rows = tuple(slice(*ends) for ends in pairwise(accumulate(self.row_counts, initial=0)))
+        rows = tuple(slice(*bounds) for bounds in pairwise(accumulate(self.row_counts, initial=0)))
         object.__setattr__(self, "rows", rows)
 
     @property
@@ -114,13 +114,13 @@ class UpdateSpec:
     def find_threshold(self, delta: Tensor, budget: int) -> Tensor:
         """Return the threshold of one merged matrix, 0-dim; entries above it in magnitude survive."""
         if self.mode == "none":
-            return delta.new_full((), KEEPS_EVERYTHING)
+            return delta.new_full((), KEEP_ALL)
         if self.mode == "official":
             return quantile_threshold(delta, 1 - budget / delta.numel())
         return keep_threshold(delta, budget)
 
     def check(self, factors: Factors, budgets: Sequence[int], weight_shape: torch.Size | None = None) -> None:
-        """Raise `ValueError` unless spec, tensors, budgets and the weight `[m, n…]` fit together."""
+        """Raise `ValueError` unless the spec matches the tensors, budgets and weight shape `[m, n…]`."""
         A, B = factors.A, factors.B
         if A.ndim != 3 or A.shape[0] != len(self.row_counts) or self.num_rows != B.shape[0]:
             raise ValueError(
@@ -160,16 +160,16 @@ class Update(NamedTuple):
 
 
 class LayerOp(Protocol):
-    """Protocol of a layer's op: forward and gradients. Weights are `[m, …]`, viewed as `[m, n]`."""
+    """Protocol of a layer's op: forward and gradients. Weights are `[m, …]`, or `[m, n]` as matrices."""
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return the layer's output."""
 
     def grad_input(self, grad_y: Tensor, weight: Tensor, x_shape: torch.Size) -> Tensor:
-        """Return ∂L/∂x, of shape `x_shape`."""
+        """Return ∂L/∂x, with shape `x_shape`."""
 
     def grad_weight(self, grad_y: Tensor, x: Tensor, weight_shape: torch.Size) -> Tensor:
-        """Return ∂L/∂weight, of shape `weight_shape`."""
+        """Return ∂L/∂weight, with shape `weight_shape`."""
 
     def grad_bias(self, grad_y: Tensor) -> Tensor:
         """Return ∂L/∂bias, `[m]`."""
@@ -183,7 +183,7 @@ class LinearOp:
     """`y = x Wᵀ + bias` for `x` `[…, n]` and `W` `[m, n]`.
 
     Args:
-        token_share: Fraction of the tokens used to estimate the gradient of an update, see `sample_tokens`; 1 uses all
+        token_share: Fraction of the tokens that estimate the gradient of an update, see `sample_tokens`; 1 uses all
             tokens. All other gradients are exact.
         is_rounded: If True, compute the gradient of an update in bfloat16.
     """
@@ -200,13 +200,13 @@ class LinearOp:
     def grad_weight(self, grad_y: Tensor, x: Tensor, weight_shape: torch.Size) -> Tensor:  # noqa: D102
         return grad_y.reshape(-1, grad_y.shape[-1]).T @ x.reshape(-1, x.shape[-1])
 
-    def tokens_of(self, grad_y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ∂L/∂y `[k, m]` and `x` `[k, n]`; their product is the exact or estimated gradient of an update."""
+    def gradient_tokens(self, grad_y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ∂L/∂y `[k, m]` and `x` `[k, n]`, whose product is the exact or estimated gradient of an update."""
         grad_y, x = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
         return (grad_y, x) if self.token_share == 1 else sample_tokens(grad_y, x, self.token_share)
 
     def product(self, grad_y: Tensor, x: Tensor) -> Tensor:
-        """Return `∂L/∂yᵀ x` of the result of `tokens_of`, in bfloat16 if `is_rounded`."""
+        """Return `∂L/∂yᵀ x` of the result of `gradient_tokens`, in bfloat16 if `is_rounded`."""
         if self.is_rounded:
             grad_y, x = grad_y.to(torch.bfloat16), x.to(torch.bfloat16)
         return grad_y.T @ x
@@ -243,11 +243,11 @@ class Conv2dOp:
         return [*self.stride, *self.padding_sizes(weight_shape), *self.dilation, self.groups]
 
     def _backward(self, grad_y: Tensor, x: Tensor, weight: Tensor, mask: tuple[bool, bool, bool]) -> list[Tensor]:
-        """Return the convolution's gradients from torch's own operator; add a batch axis to unbatched input."""
-        batched = x.ndim == 4
+        """Return the gradients from `aten::convolution_backward`; add a batch axis to unbatched input."""
+        is_batched = x.ndim == 4
         grads = torch.ops.aten.convolution_backward(
-            grad_y if batched else grad_y[None],
-            x if batched else x[None],
+            grad_y if is_batched else grad_y[None],
+            x if is_batched else x[None],
             weight,
             None,
             self.stride,
@@ -258,7 +258,7 @@ class Conv2dOp:
             self.groups,
             mask,
         )
-        return [grad if grad is None or batched or k == 1 else grad[0] for k, grad in enumerate(grads)]
+        return [grad if grad is None or is_batched or k == 1 else grad[0] for k, grad in enumerate(grads)]
 
     def padding_sizes(self, weight_shape: torch.Size) -> tuple[int, ...]:
         """Return the padding in pixels, resolving `"same"` and `"valid"`.
@@ -269,7 +269,7 @@ class Conv2dOp:
         if self.padding == "valid":
             return (0, 0)
         if isinstance(self.padding, str):
-            totals = [dil * (size - 1) for dil, size in zip(self.dilation, weight_shape[2:], strict=True)]
+            totals = [d * (size - 1) for d, size in zip(self.dilation, weight_shape[2:], strict=True)]
             if any(total % 2 for total in totals):
                 raise NotImplementedError(
                     f"padding='same' requires an odd kernel size, got kernel_size={list(weight_shape[2:])} with "
@@ -281,7 +281,7 @@ class Conv2dOp:
 
 @dataclass(frozen=True)
 class WeightOp:
-    """Op that returns the weight `W` `[m, …]`, for models that read it directly; ignores `x` and the bias."""
+    """Op that returns the weight `W` `[m, …]`, for models that read `layer.weight`; ignores `x` and the bias."""
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: D102
         return weight
@@ -317,10 +317,9 @@ def without_view(y: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LazyWeight:
-    """A weight `[m, …]` that is not stored as a dense matrix, e.g. a quantized one.
+    """Weight `[m, …]` without a dense matrix in memory, e.g. a quantized weight.
 
-    The op materializes it in the forward pass and again in the backward pass, and stores nothing of its size in
-    between.
+    The op materializes it in the forward pass and again in the backward pass, and frees it in between.
 
     Args:
         shape: `[m, …]`.

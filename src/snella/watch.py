@@ -12,24 +12,24 @@ _STEPS_WITHOUT_ALLOCATOR = 2  # a single step may be a gradient probe
 
 
 class TrainingWatch:
-    """Warnings about silent training mistakes, once each per adapter.
+    """Warnings about silent training mistakes, at most one of each kind per adapter.
 
     - No allocator reduces the budget.
     - A new head is frozen.
     - The model reads a layer's weight, which disables dropout and drop-path on the update.
-    - The adapter is saved with a budget above the target, because of a wrong step count.
-    - The adapter is saved without batch-norm running statistics that changed.
+    - A wrong step count leaves the budget of a saved adapter above its target.
+    - Batch-norm running statistics change in training, but are not saved with the adapter.
     """
 
     def __init__(self) -> None:
         self.is_attached = False
         self.steps: tuple[int, int, int] | None = None
-        """Optimizer steps taken, in total and per epoch, if the allocator's caller counts them."""
+        """Completed optimizer steps, total steps, and steps per epoch; `None` if unknown."""
         self._steps_without_allocator = 0
-        self._batches: dict[str, int] = {}
-        self._has_told_of_budget = False
-        self._has_warned = False
-        self._has_warned_of_read = False
+        self._batch_counts: dict[str, int] = {}
+        self._has_warned_about_budget = False
+        self._has_warned_about_allocator = False
+        self._has_warned_about_read = False
 
     def on_step(self, budget: int, target_budget: int, target_sparsity: float) -> bool:
         """Record an optimizer step of an adapter with `budget` entries; return whether no more checks are needed."""
@@ -40,13 +40,13 @@ class TrainingWatch:
             return True
         self._steps_without_allocator += 1
         if self._steps_without_allocator >= _STEPS_WITHOUT_ALLOCATOR:
-            self._warn_of_no_allocator(target_sparsity)
-        return self._has_warned
+            self._warn_about_missing_allocator(target_sparsity)
+        return self._has_warned_about_allocator
 
-    def _warn_of_no_allocator(self, target_sparsity: float) -> None:
-        if self._has_warned:
+    def _warn_about_missing_allocator(self, target_sparsity: float) -> None:
+        if self._has_warned_about_allocator:
             return
-        self._has_warned = True
+        self._has_warned_about_allocator = True
         steps = self._steps_without_allocator
         warnings.warn(
             f"target_sparsity={target_sparsity} is set, but after {steps} optimizer step{'s' * (steps > 1)} no budget "
@@ -66,10 +66,10 @@ class TrainingWatch:
             )
 
     def on_weight_read(self, module_name: str) -> None:
-        """Warn that a model in training reads the weight of a layer whose update has dropout or drop-path."""
-        if self._has_warned_of_read:
+        """Warn that a model reads the weight of a layer whose update has dropout or drop-path."""
+        if self._has_warned_about_read:
             return
-        self._has_warned_of_read = True
+        self._has_warned_about_read = True
         warnings.warn(
             f"the model reads the weight of {module_name!r} for something other than F.linear, so update_dropout "
             "and update_drop_path have no effect there; to avoid this, set dropout_exclude and update_drop_path=0, or "
@@ -78,29 +78,29 @@ class TrainingWatch:
         )
 
     def note_statistics(self, model: nn.Module) -> None:
-        """Record the number of batches that each normalization's running statistics have seen."""
-        self._batches = _tracked_batches(model)
+        """Record the batch counters of all batch normalizations."""
+        self._batch_counts = _tracked_batches(model)
 
     def on_saving(self, model: nn.Module, budget: int, target_budget: int, target_sparsity: float) -> None:
         """Run the checks for saving an adapter with `budget` entries."""
         if self._steps_without_allocator and budget > target_budget:
-            self._warn_of_no_allocator(target_sparsity)
-        now = _tracked_batches(model)
-        changed = [name for name, batches in self._batches.items() if now.get(name, batches) != batches]
+            self._warn_about_missing_allocator(target_sparsity)
+        current = _tracked_batches(model)
+        changed = [name for name, count in self._batch_counts.items() if current.get(name, count) != count]
         if changed:
-            self._batches = now
+            self._batch_counts = current
             warnings.warn(
                 f"the running statistics of {len(changed)} batch normalizations changed in training but are not "
                 f"saved with the adapter: {listed(map(repr, changed), 4)}; add them to modules_to_save, or "
                 "train with these layers in evaluation mode",
                 stacklevel=2,
             )
-        if self.steps is None or self._has_told_of_budget or budget <= target_budget:
+        if self.steps is None or self._has_warned_about_budget or budget <= target_budget:
             return
-        step, total, epoch = self.steps
+        step, total, steps_per_epoch = self.steps
         # the best adapter can be saved at any time, the last one in the last epoch
-        if step < total and (budget > 1.1 * target_budget or step > total - epoch):
-            self._has_told_of_budget = True
+        if step < total and (budget > 1.1 * target_budget or step > total - steps_per_epoch):
+            self._has_warned_about_budget = True
             warnings.warn(
                 f"the adapter is saved with {budget:,} entries, its target is {target_budget:,}: the allocator has "
                 f"counted {step} of {total} optimizer steps; if training is over, steps_per_epoch or total_epochs was "

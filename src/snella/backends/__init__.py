@@ -1,4 +1,4 @@
-"""The backends of an update, and the choice between them."""
+"""Backends of an update, and their selection."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def triton_problem() -> str | None:
 
 @cache
 def get_backend(name: str) -> Backend:
-    """Return the backend named by `UpdateSpec.backend`; `reference` has none, because autograd differentiates it."""
+    """Return the backend with this name; `reference` has none, because autograd differentiates it."""
     if name == "numba":
         from snella.backends.numba.backend import NumbaBackend
 
@@ -65,8 +65,8 @@ def get_backend(name: str) -> Backend:
     return TorchBackend()
 
 
-def is_checked(A: Tensor) -> bool:
-    """Return whether Triton kernels for these factors need the first-use check, i.e. on a GPU."""
+def requires_check(A: Tensor) -> bool:
+    """Return whether Triton kernels for these factors require the first-use check, i.e. on a GPU."""
     return A.device.type == "cuda"
 
 
@@ -74,18 +74,18 @@ def choose_backend(impl: str, spec: UpdateSpec, A: Tensor) -> tuple[str, str]:
     """Return the backend for updates with this spec, and the reason for the choice.
 
     `"auto"` is `"triton"` for factors on a CUDA device and `"numba"` for factors elsewhere, if they are installed
-    and support the update (a piecewise kernel, no float64 factors), otherwise `"eager"`. The choice depends on the
-    machine, the kernel, and the factors' device and dtype alone, so a layer's results are reproducible.
+    and support the update (a piecewise kernel, no float64 factors), otherwise `"eager"`. The choice depends only on
+    the machine, the kernel, and the factors' device and dtype, so a layer's results are reproducible.
 
     Args:
         impl: One of `Implementation`.
         spec: Spec of the updates; its `backend` is ignored.
-        A: Input-side factors, for device, dtype and size.
+        A: Input-side factors; only device, dtype and size matter.
 
     Raises:
         ImportError: If `impl` is `"triton"` or `"numba"`, and the package is missing or unusable.
         NotImplementedError: If `impl` is `"triton"` or `"numba"` and does not support the updates.
-        RuntimeError: If `impl` is `"triton"` and its kernels fail the first-use check; names the result and its error.
+        RuntimeError: If `impl` is `"triton"` and its kernels fail the first-use check; the message names the error.
         ValueError: If `impl` is unknown.
     """
     if resolve_implementation(impl) in ("eager", "reference"):
@@ -101,7 +101,7 @@ def choose_backend(impl: str, spec: UpdateSpec, A: Tensor) -> tuple[str, str]:
         if impl == name:
             raise NotImplementedError(f"impl={name!r} {reason}; use impl='eager'")
         return "eager", f"{name} {reason}"
-    if name == "triton" and is_checked(A):
+    if name == "triton" and requires_check(A):
         from snella.backends.triton.verify import failed_check
 
         reason = failed_check(spec, A)

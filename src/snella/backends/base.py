@@ -1,4 +1,4 @@
-"""Backend interface, and the backend of plain torch operations."""
+"""Backend interface, and its implementation with torch operations."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from snella.sparsify import sparsify, sparsify_slope
 from snella.update import Factors, UpdateSpec
 
 Gradients: TypeAlias = tuple[Tensor | None, ...]
-"""Gradients in the order of `Factors`; zero for matrices without budget."""
+"""Gradients in the order of `Factors`; zeros for matrices without budget."""
 
 
 Product: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""`∂L/∂yᵀ x` of tokens `[k, m]` and `[k, n]`."""
+"""Function that computes `∂L/∂yᵀ x` from tokens `[k, m]` and `[k, n]`."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Merged:
         budgets: Budget of each matrix.
         thresholds: `[G]`, infinite for a budget of 0.
         delta: Tensors that `cache_delta` saves for `merge` in the backward pass: `ΔW` of each matrix (`None` without
-            budget), or of all in one tensor. Empty if the backend saves the effective weight instead.
+            budget), or one tensor for all matrices. Empty if the backend saves the effective weight instead.
         columns: Column statistics of all matrices, saved for `merge` in the backward pass instead of `delta`.
         workspace: Scratch data of the backend, valid within one pass.
     """
@@ -45,7 +45,7 @@ class Merged:
 
 @dataclass
 class MergeCache:
-    """Cache for writing the same update repeatedly: a few numbers per matrix, valid for one state of its factors.
+    """Cache for repeated writes of one update: a few numbers per matrix, valid for one state of its factors.
 
     Args:
         thresholds: `[G]`, or `None` before the first write.
@@ -57,7 +57,7 @@ class MergeCache:
 
 
 class Backend(ABC):
-    """Implementation of an update for all matrices of a weight; equal to `TorchBackend` up to rounding."""
+    """Merge, addition and gradients of an update; all backends equal `TorchBackend` up to rounding."""
 
     name: str
 
@@ -100,7 +100,7 @@ class Backend(ABC):
         out: Tensor,
         cache: MergeCache,
     ) -> None:
-        """Write `base + scaling·S` into `out`, like `merge` and `add_update`; reads and fills `cache`."""
+        """Merge an update and write `base + scaling·S` into `out`; reads and fills `cache`."""
         merged = self.merge(spec, factors, budgets, cache.thresholds)
         cache.thresholds = merged.thresholds
         self.add_update(spec, merged, base, out)
@@ -127,30 +127,30 @@ class Backend(ABC):
             merged: Merged matrices. Matrices without budget need no product.
             grad_y: ∂L/∂y, `[tokens, m]`.
             x: `[tokens, n]`, dtype of `grad_y`.
-            product: Function that computes dense products.
+            product: Computes a dense product.
         """
         if all(merged.budgets):
             return product(grad_y, x)
-        result = _zeros_wide(grad_y, x)
+        result = _zeros_float32(grad_y, x)
         for rows, budget in zip(spec.rows, merged.budgets, strict=True):
             if budget:
                 result[rows] = product(grad_y[:, rows], x)
         return result
 
 
-def _zeros_wide(grad_y: Tensor, x: Tensor) -> Tensor:
+def _zeros_float32(grad_y: Tensor, x: Tensor) -> Tensor:
     """Return zeros `[m, n]`, at least float32."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     return torch.zeros(grad_y.shape[1], x.shape[1], dtype=dtype, device=x.device)
 
 
 def zero_gradients(factors: Factors) -> list[Tensor | None]:
-    """Return zeros like all tensors of an update."""
+    """Return zero gradients for all tensors of an update."""
     return [None if tensor is None else torch.zeros_like(tensor) for tensor in factors]
 
 
 def store_gradients(grads: list[Tensor | None], group: int, rows: slice, values: Gradients) -> None:
-    """Write the gradients of one matrix into the gradients of all matrices."""
+    """Copy the gradients of one matrix into the gradients of all matrices."""
     for k, value in enumerate(values):
         target = grads[k]
         if value is not None and target is not None:

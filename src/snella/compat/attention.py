@@ -1,4 +1,4 @@
-"""Support for `nn.MultiheadAttention`, which reads the weights of its projections directly."""
+"""Support for `nn.MultiheadAttention`, whose `forward` reads the weights of its projections."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _OUTPUT = "out_proj"
 
 
 class AdaptedAttention(nn.Module):
-    """An `nn.MultiheadAttention` with adapted projections.
+    """Wrapper of an `nn.MultiheadAttention` with adapted projections.
 
-    The attention keeps its parameters. Each adapted projection is a separate child: `in_proj` with its three matrices
-    (or `q_proj`, `k_proj` and `v_proj` if keys or values have another width), and `out_proj`. With gradients, the
-    projections are applied separately with `attend` in between, so no merged weight is saved. Without gradients,
-    torch's own `forward` runs with the effective weights, including its fast path; outputs are bit-identical to the
-    merged model.
+    The parameters remain in the attention. Each adapted projection is a child of the wrapper: `in_proj` with its three
+    matrices (or `q_proj`, `k_proj` and `v_proj` if keys or values have another width), and `out_proj`. With gradients,
+    the wrapper applies the projections separately, with `attend` in between, and saves no merged weight. Without
+    gradients, it calls the attention's `forward` with the effective weights, including its fast path; outputs are
+    bit-identical to those of the merged model.
 
-    Other attributes (`num_heads`, `batch_first`, …) come from the attention. `in_proj_weight` includes the updates, for
-    models that read it.
+    Other attributes (`num_heads`, `batch_first`, …) are those of the attention. `in_proj_weight` includes the updates,
+    for models that read it.
 
     Args:
         base_layer: The attention.
@@ -43,7 +43,7 @@ class AdaptedAttention(nn.Module):
         self._around_base = hook_dicts(base_layer)
 
     def __getattr__(self, name: str) -> Any:
-        """Return attributes of the wrapped attention, for code that reads them directly."""
+        """Return an attribute of the wrapped attention; weights of adapted projections include the updates."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -96,28 +96,28 @@ class AdaptedAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend as `nn.MultiheadAttention` does, with the updates of all active adapters."""
-        masks = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask, "is_causal": is_causal}
-        weights = {"need_weights": need_weights, "average_attn_weights": average_attn_weights}
+        """Compute `nn.MultiheadAttention.forward` with the updates of all active adapters."""
+        mask_options = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask, "is_causal": is_causal}
+        weight_options = {"need_weights": need_weights, "average_attn_weights": average_attn_weights}
         updated = [projection for projection in self.projections() if projection.is_updated()]
         if updated and torch.compiler.is_compiling():
-            # a graph cannot detect changes after an effective weight was computed
+            # a graph cannot detect an outdated effective weight
             if is_hooked_in_graph(self.base_layer, self._around_base):
-                return self._attend_outside_graphs(query, key, value, **masks, **weights)
-            return self._attend(query, key, value, **masks, **weights)
+                return self._attend_outside_graphs(query, key, value, **mask_options, **weight_options)
+            return self._attend(query, key, value, **mask_options, **weight_options)
         if updated:
             refuse_tracing(updated[0].module_name)
-        if any(projection.needs_own_op() for projection in updated):
-            return self._attend_inside_hooks(query, key, value, **masks, **weights)
+        if any(projection.needs_separate_op() for projection in updated):
+            return self._attend_inside_hooks(query, key, value, **mask_options, **weight_options)
         if not updated:
-            return self.base_layer(query, key, value, **masks, **weights)
+            return self.base_layer(query, key, value, **mask_options, **weight_options)
         # `functional_call` replaces only parameters; FSDP1 uses plain tensors during a pass, and hooks that replace
         # `forward` may load other tensors
         is_replaceable = all(projection.is_weight_registered() for projection in updated)
         if not is_replaceable or "forward" in self.base_layer.__dict__:
-            return self._attend_inside_hooks(query, key, value, **masks, **weights)
+            return self._attend_inside_hooks(query, key, value, **mask_options, **weight_options)
         effective = {projection.parameter_name: projection.effective_weight() for projection in updated}
-        return functional_call(self.base_layer, effective, (query, key, value), masks | weights)
+        return functional_call(self.base_layer, effective, (query, key, value), mask_options | weight_options)
 
     @torch.compiler.disable
     def _attend_outside_graphs(self, *inputs: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
@@ -139,7 +139,7 @@ class AdaptedAttention(nn.Module):
         return output
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
-        """Project, attend and project back, each as a separate op."""
+        """Apply input projections, attention and output projection as separate ops."""
         base, is_batched = self.base_layer, query.dim() == 3
         is_self, is_shared = query is key and key is value, key is value
 
@@ -163,7 +163,7 @@ class AdaptedAttention(nn.Module):
         project = self._projection("in_proj")
         if query is key and key is value:
             return list(project(query).chunk(3, dim=-1))
-        # for different inputs, apply all three matrices to each and drop the unused outputs
+        # apply all three matrices to each distinct input, and drop the unused outputs
         queries, projected_key = project(query).chunk(3, dim=-1)[0], project(key).chunk(3, dim=-1)
         values = projected_key[2] if value is key else project(value).chunk(3, dim=-1)[2]
         return [queries, projected_key[1], values]
@@ -175,7 +175,7 @@ class AdaptedAttention(nn.Module):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.MultiheadAttention:
-        """Return the attention, optionally merged; PEFT's hook for modules that wrap more than one weight."""
+        """Return the attention, optionally with merged updates; PEFT calls this for modules with several weights."""
         for projection in self.projections():
             if merge:
                 projection.merge(safe_merge=safe_merge, adapter_names=adapter_names)
@@ -183,9 +183,9 @@ class AdaptedAttention(nn.Module):
 
 
 class ProjectionWeight:
-    """Layer view of one projection of an attention, with its current weight and bias.
+    """Linear-layer view of one projection of an attention, with its current weight and bias.
 
-    Not a module, because the attention would otherwise become a child of its own child.
+    Not a module, because the attention would then be a descendant of itself.
 
     Args:
         attention: The attention.
@@ -204,8 +204,8 @@ class ProjectionWeight:
     @property
     def weight(self) -> nn.Parameter:
         """Weight of the projection, `[m, n]`."""
-        holder = self.attention.out_proj if self.name == _OUTPUT else self.attention
-        weight: nn.Parameter = getattr(holder, "weight" if self.name == _OUTPUT else f"{self.name}_weight")
+        owner = self.attention.out_proj if self.name == _OUTPUT else self.attention
+        weight: nn.Parameter = getattr(owner, "weight" if self.name == _OUTPUT else f"{self.name}_weight")
         return weight
 
     @property
@@ -216,8 +216,8 @@ class ProjectionWeight:
         bias = self.attention.in_proj_bias
         if bias is None or self.name not in _SEPARATE_INPUTS:
             return bias
-        width, place = self.attention.embed_dim, _SEPARATE_INPUTS.index(self.name)
-        return bias[place * width : (place + 1) * width]
+        width, index = self.attention.embed_dim, _SEPARATE_INPUTS.index(self.name)
+        return bias[index * width : (index + 1) * width]
 
     def __call__(self, x: Tensor) -> Tensor:
         """Apply the projection without updates."""
@@ -251,8 +251,8 @@ class Projection(SnellaLayer):
         """Return whether any update is active."""
         return bool(self._names_in_use())
 
-    def needs_own_op(self) -> bool:
-        """Return whether a separate op is required, i.e. in training or with gradients."""
+    def needs_separate_op(self) -> bool:
+        """Return whether the projection requires a separate op, i.e. in training or with gradients."""
         return self.training or self._needs_gradients(self._names_in_use())
 
     def is_weight_registered(self) -> bool:
@@ -260,7 +260,7 @@ class Projection(SnellaLayer):
         return isinstance(cast(ProjectionWeight, self.base_layer).weight, nn.Parameter)
 
     def effective_weight(self) -> Tensor:
-        """Return the effective weight, cached while nothing changes."""
+        """Return the effective weight from the layer's cache."""
         self.is_applied = True
         return self._cached_weight(self._names_in_use())
 
@@ -281,7 +281,7 @@ def is_adaptable(module: nn.Module) -> bool:
 
 
 def find_wrapped_attention(model: nn.Module, key: str) -> tuple[str, str] | None:
-    """Split the key of an adapted attention's own parameter at the wrapper.
+    """Split the `state_dict` key of a parameter of an adapted attention at the wrapper.
 
     Args:
         model: The adapted model.
@@ -294,9 +294,9 @@ def find_wrapped_attention(model: nn.Module, key: str) -> tuple[str, str] | None
     module: nn.Module | None = model
     if "base_layer" not in parts:
         return None
-    for place, part in enumerate(parts):
+    for index, part in enumerate(parts):
         if part == "base_layer" and isinstance(module, AdaptedAttention):
-            return ".".join(parts[:place]), ".".join(parts[place + 1 :])
+            return ".".join(parts[:index]), ".".join(parts[index + 1 :])
         module = getattr(module, part, None)
     return None
 
@@ -304,22 +304,22 @@ def find_wrapped_attention(model: nn.Module, key: str) -> tuple[str, str] | None
 def keep_off_fast_path(model: nn.Module) -> None:
     """Disable the fast path of torch's encoder layers that have an adapted part.
 
-    In evaluation `nn.TransformerEncoderLayer` passes the weights of all its parts to one fused function, which ignores
-    updates. A hook on any part disables this. Removing the adapted part removes the hook.
+    In evaluation, `nn.TransformerEncoderLayer` passes the weights of all its parts to one fused function, which ignores
+    updates. A hook on any part disables the fast path, and is removed together with the adapted part.
     """
     for layer in model.modules():
         if isinstance(layer, nn.TransformerEncoderLayer):
             for part in _adapted_parts(layer):
                 if not part._forward_pre_hooks:
-                    part.register_forward_pre_hook(_do_nothing)
+                    part.register_forward_pre_hook(_no_op_hook)
 
 
 def _adapted_parts(layer: nn.Module) -> Iterator[nn.Module]:
     return (part for part in layer.modules() if isinstance(part, SnellaLayer))
 
 
-def _do_nothing(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """No-op; its presence disables the fast path."""
+def _no_op_hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """No-op hook that disables the fast path."""
 
 
 def attend(
@@ -362,7 +362,7 @@ def attend(
     heads = attention.num_heads
     batch, length = query.shape[:2]
     only_causal = is_causal and key_padding_mask is None and not need_weights
-    mask = None if only_causal else _joined_mask(attn_mask, key_padding_mask, batch, heads, query.dtype)
+    mask = None if only_causal else _combine_masks(attn_mask, key_padding_mask, batch, heads, query.dtype)
     if attention.bias_k is not None and attention.bias_v is not None:
         key = torch.cat([key, attention.bias_k.to(key.dtype).expand(batch, 1, -1)], dim=1)
         value = torch.cat([value, attention.bias_v.to(value.dtype).expand(batch, 1, -1)], dim=1)
@@ -382,7 +382,7 @@ def attend(
     return output, weights if is_batched else weights[0]
 
 
-def _joined_mask(
+def _combine_masks(
     attn_mask: Tensor | None, key_padding_mask: Tensor | None, batch: int, heads: int, dtype: torch.dtype
 ) -> Tensor | None:
     """Combine both masks into an additive one, `[N or 1, heads or 1, L or 1, S]`."""

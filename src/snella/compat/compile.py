@@ -1,7 +1,7 @@
 """The adapted layer as a custom operator for `torch.compile`, forward and backward.
 
-The operator runs the functions of `autograd` with the backend of the update's spec; the compiler sees only shapes.
-Budgets are a tensor, so that reallocation does not trigger recompilation.
+The operator calls the functions of `autograd` with the backend of the update's spec; the compiler traces only shapes.
+Budgets are a tensor, so that a reallocation does not trigger recompilation.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snella.autograd import LayerCall, Needs, backward_pass, forward_pass
+from snella.autograd import LayerCall, RequiredGrads, backward_pass, forward_pass
 from snella.update import Factors, LayerOp, Update, UpdateSpec, layer_op_from_ints
 
 
@@ -26,7 +26,7 @@ def adapted_layer_in_graph(
     op: LayerOp,
     weight_shape: torch.Size,
 ) -> Tensor:
-    """`adapted_layer` with one update, traceable by `torch.compile(fullgraph=True)`.
+    """Apply a layer with one update, like `adapted_layer`; supports `torch.compile(fullgraph=True)`.
 
     Args:
         x: Input, in the dtype of the layer op.
@@ -34,13 +34,13 @@ def adapted_layer_in_graph(
         bias: `[m]` or `None`.
         spec: Settings of the update.
         factors: Factors and scalars of the update.
-        budgets: `[G]`, integers. Reading them synchronizes with the device.
+        budgets: `[G]`, integers. The operator reads them, which synchronizes with the device.
         op: The layer's operation.
         weight_shape: Shape of the weight.
     """
     tensors = [tensor for tensor in factors if tensor is not None]
-    has = [int(tensor is not None) for tensor in factors]
-    sections = (spec.to_ints(), has, list(weight_shape), op.to_ints(weight_shape))
+    is_present = [int(tensor is not None) for tensor in factors]
+    sections = (spec.to_ints(), is_present, list(weight_shape), op.to_ints(weight_shape))
     ints = [value for section in sections for value in (len(section), *section)]
     return _adapted_layer(x, weight, bias, tensors, budgets, ints, spec.scaling)[0]
 
@@ -55,13 +55,13 @@ def _sections(ints: Sequence[int]) -> list[list[int]]:
     return sections
 
 
-def _call(ints: Sequence[int]) -> LayerCall:
+def _decode_call(ints: Sequence[int]) -> LayerCall:
     """Decode the layer op and the shape of the weight."""
     _, _, shape, op = _sections(ints)
     return LayerCall(layer_op_from_ints(op), torch.Size(shape))
 
 
-def _update(
+def _decode_update(
     tensors: Sequence[Tensor],
     budgets: Tensor,
     ints: Sequence[int],
@@ -69,9 +69,9 @@ def _update(
     thresholds: Tensor | None = None,
 ) -> Update:
     """Decode the update."""
-    spec, has, _, _ = _sections(ints)
+    spec, is_present, _, _ = _sections(ints)
     remaining = iter(tensors)
-    factors = Factors(*[next(remaining).detach() if present else None for present in has])  # type: ignore[arg-type]
+    factors = Factors(*[next(remaining).detach() if present else None for present in is_present])  # type: ignore[arg-type]
     counts = tuple([int(budget) for budget in budgets.tolist()])
     return Update(UpdateSpec.from_ints(spec, scaling), factors, counts, thresholds)
 
@@ -87,7 +87,9 @@ def _adapted_layer(
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
     """Return `y` and the thresholds `[G]`."""
-    y, (merged,), _ = forward_pass(x, weight, bias, [_update(tensors, budgets, ints, scaling)], _call(ints))
+    y, (merged,), _ = forward_pass(
+        x, weight, bias, [_decode_update(tensors, budgets, ints, scaling)], _decode_call(ints)
+    )
     return y, merged.thresholds
 
 
@@ -101,7 +103,7 @@ def _(
     ints: Sequence[int],
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
-    call = _call(ints)
+    call = _decode_call(ints)
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
     return call.op(x, x.new_empty(call.weight_shape), None), tensors[0].new_empty(budgets.shape[0], dtype=dtype)
 
@@ -116,16 +118,16 @@ def _backward(
     budgets: Tensor,
     ints: Sequence[int],
     scaling: float,
-    needed: Sequence[bool],
+    required: Sequence[bool],
 ) -> list[Tensor]:
     """Return the required gradients in the order x, weight, bias, tensors."""
-    update = _update(tensors, budgets, ints, scaling, thresholds)
-    flags = iter(needed[3:])
-    needs = Needs(
-        needed[0], needed[1], needed[2], tuple([tensor is not None and next(flags) for tensor in update.factors])
+    update = _decode_update(tensors, budgets, ints, scaling, thresholds)
+    flags = iter(required[3:])
+    needs = RequiredGrads(
+        required[0], required[1], required[2], tuple([tensor is not None and next(flags) for tensor in update.factors])
     )
-    used_x = x if needs.weight or any(needs.factors) else None
-    *first, grads = backward_pass(grad_y, used_x, x.shape, weight, [update], _call(ints), needs)
+    needed_x = x if needs.weight or any(needs.factors) else None
+    *first, grads = backward_pass(grad_y, needed_x, x.shape, weight, [update], _decode_call(ints), needs)
     return [grad.contiguous() for grad in (*first, *grads) if grad is not None]
 
 
@@ -139,15 +141,15 @@ def _(
     budgets: Tensor,
     ints: Sequence[int],
     scaling: float,
-    needed: Sequence[bool],
+    required: Sequence[bool],
 ) -> list[Tensor]:
-    grads = [torch.empty_like(x, memory_format=torch.contiguous_format)] if needed[0] else []
-    if needed[1] and weight is not None:
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format)] if required[0] else []
+    if required[1] and weight is not None:
         grads.append(torch.empty_like(weight, memory_format=torch.contiguous_format))
-    if needed[2]:
-        grads.append(grad_y.new_empty(_call(ints).weight_shape[0]))
+    if required[2]:
+        grads.append(grad_y.new_empty(_decode_call(ints).weight_shape[0]))
     contiguous = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
-    return grads + [tensor for tensor, need in zip(contiguous, needed[3:], strict=True) if need]
+    return grads + [tensor for tensor, need in zip(contiguous, required[3:], strict=True) if need]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -166,9 +168,9 @@ def _differentiate(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> tuple[A
     x, weight, budgets, thresholds, *tensors = ctx.saved_tensors
     needs_tensors = [tensor.requires_grad for tensor in tensors]
     needs_bias = ctx.has_bias and ctx.needs_input_grad[2]
-    needed = [ctx.needs_input_grad[0], weight is not None and ctx.needs_input_grad[1], needs_bias, *needs_tensors]
-    computed = iter(_backward(grad_y, x, weight, tensors, thresholds, budgets, *ctx.settings, needed))
-    grad_x, grad_weight, grad_bias, *grads = (next(computed) if need else None for need in needed)
+    required = [ctx.needs_input_grad[0], weight is not None and ctx.needs_input_grad[1], needs_bias, *needs_tensors]
+    computed = iter(_backward(grad_y, x, weight, tensors, thresholds, budgets, *ctx.settings, required))
+    grad_x, grad_weight, grad_bias, *grads = (next(computed) if need else None for need in required)
     return grad_x, grad_weight, grad_bias, grads, *empty[4:]
 
 

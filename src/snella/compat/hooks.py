@@ -1,4 +1,4 @@
-"""Support for hooks of torch, accelerate and diffusers around an adapted module."""
+"""Support for hooks of torch, accelerate and diffusers on base layers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def hook_dicts(module: nn.Module) -> tuple[dict[int, Any], ...]:
-    """Return the dicts with a module's hooks."""
+    """Return the dicts that contain a module's hooks."""
     return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks
 
 
@@ -35,34 +35,34 @@ def is_hooked_in_graph(module: nn.Module, dicts: tuple[dict[int, Any], ...]) -> 
 
 
 def call_inside_hooks(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call a module with `forward` instead of its class's own; all hooks run as usual.
+    """Call a module with `forward` instead of the method of its class; all hooks run.
 
     Raises:
         NotImplementedError: If the module's `forward` was replaced by anything other than the hooks of torch,
             accelerate and diffusers.
     """
-    holder, name = _innermost_forward(module)
+    owner, name = _innermost_forward(module)
     with _inside_hooks:
-        before = holder.__dict__.get(name)
-        holder.__dict__[name] = forward
+        previous = owner.__dict__.get(name)
+        owner.__dict__[name] = forward
         try:
             return module(*args, **kwargs)
         finally:
-            holder.__dict__.pop(name)
-            if before is not None:
-                holder.__dict__[name] = before
+            owner.__dict__.pop(name)
+            if previous is not None:
+                owner.__dict__[name] = previous
 
 
 def _innermost_forward(module: nn.Module) -> tuple[Any, str]:
-    """Return the object and attribute from which hooks call the `forward` of a module's class."""
+    """Return the object and attribute through which hooks call the `forward` method of a module's class."""
     if "forward" not in module.__dict__:
         return module, "forward"
     references = getattr(module.__dict__.get("_diffusers_hook"), "_fn_refs", ())
-    places = [(module, "forward"), (module, "_old_forward")]
-    places += [(reference, name) for reference in references for name in ("forward", "original_forward")]
-    for holder, name in places:
-        if getattr(holder.__dict__.get(name), "__func__", None) is type(module).forward:
-            return holder, name
+    candidates = [(module, "forward"), (module, "_old_forward")]
+    candidates += [(reference, name) for reference in references for name in ("forward", "original_forward")]
+    for owner, name in candidates:
+        if getattr(owner.__dict__.get(name), "__func__", None) is type(module).forward:
+            return owner, name
     raise NotImplementedError(
         f"the forward() of an adapted {type(module).__name__} was replaced by {module.__dict__['forward']!r}, which "
         "the update would bypass; replace it after get_peft_model, in the adapted layer"
@@ -73,11 +73,11 @@ def _innermost_forward(module: nn.Module) -> tuple[Any, str]:
 def onloaded(layer: nn.Module, *, with_base: bool) -> Iterator[None]:
     """Temporarily load the tensors of a layer's children that accelerate offloads.
 
-    Unlike PEFT's `onload_layer`, this keeps no copy of the base layer's tensors.
+    Unlike PEFT's `onload_layer`, this does not copy the base layer's tensors.
 
     Args:
         layer: The layer.
-        with_base: If True, load the base layer too. A call of the base layer loads it anyway.
+        with_base: If True, load the base layer too. Not needed for a call of the base layer, which loads it.
     """
     parts: list[Any] = [part for name, part in layer._modules.items() if with_base or name != "base_layer"]
     parts = [part for part in parts if "_hf_hook" in part.__dict__]

@@ -1,4 +1,4 @@
-"""`hotswap`: replace the adapter of a running model, including compiled models."""
+"""Replacement of an adapter in a running model, including compiled models."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from snella.layer import SnellaLayer
 
 _PREFIX = "base_model.model."
 _COMPILED = "_orig_mod."
-_DECISIVE = ("kernel", "num_pieces", "softmax_dim", "center_softmax", "sparsify_mode", "fixed_support")
-"""Fields that must match; ranks and row counts are checked by the tensors' shapes."""
+_MUST_MATCH = ("kernel", "num_pieces", "softmax_dim", "center_softmax", "sparsify_mode", "fixed_support")
+"""Fields that must match; the tensors' shapes cover ranks and row counts."""
 
 
 @dataclass
 class AdapterValues:
-    """A saved adapter in memory, for repeated swaps; later swaps are faster than the first.
+    """Saved adapter in memory, for repeated swaps; later swaps are faster than the first.
 
     Args:
         tensors: Tensors by their names in the adapter's file; must not change after the first swap.
@@ -38,7 +38,7 @@ class AdapterValues:
     tensors: dict[str, Tensor]
     config: SnellaConfig | None = None
     caches: dict[Any, MergeCache] = field(default_factory=dict, repr=False)
-    """Results of the first swap, such as thresholds, by layer, backend and device: a few kilobytes per matrix."""
+    """Thresholds and statistics of the first swap, by layer, backend and device: a few kilobytes per matrix."""
 
     is_finite: bool = field(default=False, repr=False)
     """True if all values are known to be finite."""
@@ -85,12 +85,12 @@ def hotswap(
 
         model.merge_adapter()                     # serve at the speed of the plain model
         compiled = torch.compile(model)
-        hotswap(compiled, "runs/cells")           # reads a few megabytes, merges once, keeps the graph
+        hotswap(compiled, "runs/cells")           # reads a few megabytes, merges once, does not recompile
 
-    All values are written in place. No tensor is added or replaced, so memory does not grow and compiled models need no
-    recompilation. If the adapter is merged, each weight is rewritten from its pre-trained values, which
-    `unmerge_adapter` still restores bit for bit. Heads in `modules_to_save`, tokens and budgets are swapped too.
-    Outputs are bit-identical to a model loaded with the new adapter. No forward pass may run during the swap.
+    Writes all values in place, including heads in `modules_to_save`, tokens and budgets. No tensor is added or
+    replaced, so memory does not grow and compiled models do not recompile. For a merged adapter, the swap recomputes
+    each weight from its pre-trained values, and `unmerge_adapter` still restores them bit for bit. Outputs are
+    bit-identical to those of a model loaded with the new adapter. No forward pass may run during the swap.
 
     Args:
         model: A model with a SNELLA adapter, merged or not, compiled or not, or any model that contains one.
@@ -98,21 +98,21 @@ def hotswap(
         adapter_name: Name of the adapter to replace.
 
     Returns:
-        The adapter in memory. Swapping it in again reads no file and recomputes no threshold.
+        The adapter in memory. Another swap with it reads no file and recomputes no threshold.
 
     Raises:
         FileNotFoundError: If the folder contains no adapter.
         ValueError: If the model has no such adapter, the architecture, rank, kernel or head differs, or values are not
-            finite. The model then stays unchanged.
+            finite. The model then remains unchanged.
     """
     if isinstance(adapter, (str, Path)):
         adapter = AdapterValues.read(adapter)
     elif not isinstance(adapter, AdapterValues):
         adapter = AdapterValues(dict(adapter))
-    current, layers, tokens = _parts_of(model, adapter_name)
+    current, layers, tokens = _adapter_parts(model, adapter_name)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no SNELLA adapter {adapter_name!r}")
-    values = {_plain(name): tensor for name, tensor in adapter.tensors.items()}
+    values = {_strip_prefixes(name): tensor for name, tensor in adapter.tensors.items()}
     config = next(iter(layers.values())).snella_config[adapter_name]
     _check(config, adapter.config, current, values, is_finite=adapter.is_finite)
     adapter.is_finite = True
@@ -134,15 +134,15 @@ def hotswap(
     return adapter
 
 
-def _plain(name: str) -> str:
-    """Remove the prefixes of PEFT and `torch.compile` from a name."""
+def _strip_prefixes(name: str) -> str:
+    """Remove the prefixes of PEFT and `torch.compile` from a parameter or module name."""
     return name.replace(_COMPILED, "").removeprefix(_PREFIX)
 
 
-def _parts_of(
+def _adapter_parts(
     model: nn.Module, adapter_name: str
 ) -> tuple[dict[str, Tensor], dict[str, SnellaLayer], list[TokenAdapter]]:
-    """Return an adapter's tensors and layers by their names in a file, and its tokens."""
+    """Return an adapter's tensors and layers, keyed by their names in a file, and its tokens."""
     parts: dict[str, Tensor] = {}
     layers: dict[str, SnellaLayer] = {}
     tokens: list[TokenAdapter] = []
@@ -155,11 +155,11 @@ def _parts_of(
             if isinstance(module, TokenAdapter):
                 tokens.append(module)
             elif adapter_name in module.snella_A:
-                layers[_plain(name)] = module
+                layers[_strip_prefixes(name)] = module
         elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
             inner = module.modules_to_save[adapter_name]
             parts |= {f"{name}.{key}": tensor for key, tensor in inner.state_dict(keep_vars=True).items()}
-    return {_plain(name): tensor.detach() for name, tensor in parts.items()}, layers, tokens
+    return {_strip_prefixes(name): tensor.detach() for name, tensor in parts.items()}, layers, tokens
 
 
 def _check(
@@ -170,10 +170,10 @@ def _check(
     *,
     is_finite: bool,
 ) -> None:
-    """Reject values of an adapter that does not match the model's."""
+    """Raise `ValueError` if an adapter does not match the adapter of the model."""
     errors = [
         f"{name} is {getattr(other, name)!r}, the model has {getattr(config, name)!r}"
-        for name in _DECISIVE
+        for name in _MUST_MATCH
         if other is not None and getattr(other, name) != getattr(config, name)
     ]
     errors += [f"{name} is missing" for name in current if name not in values]

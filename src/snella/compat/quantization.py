@@ -18,32 +18,32 @@ from torch import Tensor, nn
 
 from snella.update import LazyWeight
 
-_WHAT_WORKS = (
+_SUPPORTED_FORMATS = (
     "supported quantized layers are bitsandbytes' Linear4bit and Linear8bitLt, and linear layers with weight-only "
     "tensors of torchao (Int8Tensor, IntxUnpackedToInt8Tensor)"
 )
 
 
 class Quantization(ABC):
-    """Quantized storage format of a linear layer's weight `[m, n]`. Stateless; each method takes the layer."""
+    """Storage format of a linear layer's quantized weight `[m, n]`. Stateless; each method takes the layer."""
 
     name: str
 
     @abstractmethod
     def source(self, base: nn.Module) -> LazyWeight:
-        """Return the dequantized weight of `base` as a `LazyWeight`, valid even if `base` later gets another weight."""
+        """Return the weight of `base` as a `LazyWeight`, which remains valid if `base` gets another weight."""
 
     @abstractmethod
     def write(self, base: nn.Module, weight: Tensor) -> None:
-        """Replace the weight `[m, n]` of `base`, quantized with the current settings."""
+        """Quantize `weight` `[m, n]` with the current settings, and store it in `base`."""
 
     @abstractmethod
     def snapshot(self, base: nn.Module) -> Any:
-        """Return the state that `restore` needs for a bit-exact restoration, without copying the weight."""
+        """Return the state that `restore` needs, without a copy of the weight."""
 
     @abstractmethod
     def restore(self, base: nn.Module, snapshot: Any) -> None:
-        """Undo `write`."""
+        """Undo `write` bit for bit."""
 
     def product_dtype(self, base: nn.Module, dtype: torch.dtype) -> torch.dtype:
         """Return the compute dtype of `base` for an input of `dtype`, ignoring autocast."""
@@ -55,7 +55,7 @@ class Quantization(ABC):
 
 
 def find_quantization(base: Any, name: str) -> Quantization | None:
-    """Return the quantization of a layer's weight, or `None`. Imports bitsandbytes or torchao only if they are used.
+    """Return the quantization of a layer's weight, or `None`. Imports bitsandbytes and torchao only if the layer does.
 
     Args:
         base: A base layer.
@@ -72,32 +72,35 @@ def find_quantization(base: Any, name: str) -> Quantization | None:
             if quantization.layer_class in bitsandbytes_classes:
                 quantization.check(base, name)
                 return quantization
-        raise _refusal(name, f"a {type(base).__name__} of bitsandbytes")
+        raise _unsupported_error(name, f"a {type(base).__name__} of bitsandbytes")
     if type(weight).__module__.startswith("torchao."):
         problem = (
             torchao_unsupported_reason(weight) if isinstance(base, nn.Linear) else "only linear layers are supported"
         )
         if problem is not None:
             weight_type = f"{type(weight).__name__} of torchao"
-            raise _refusal(name, f"a {type(base).__name__} whose weight is a {weight_type}: {problem}")
+            raise _unsupported_error(name, f"a {type(base).__name__} whose weight is a {weight_type}: {problem}")
         return TorchaoWeight()
     if isinstance(weight, Tensor) and not weight.is_floating_point():
-        raise _refusal(name, f"a {type(base).__name__} whose weight is {weight.dtype}")
+        raise _unsupported_error(name, f"a {type(base).__name__} whose weight is {weight.dtype}")
     packed = next((packed for packed in ("qweight", "W_q") if hasattr(base, packed)), None)
     if packed is not None:
-        raise _refusal(name, f"a {type(base).__module__}.{type(base).__name__}, which stores its weight as {packed}")
+        raise _unsupported_error(
+            name, f"a {type(base).__module__}.{type(base).__name__}, which stores its weight as {packed}"
+        )
     return None
 
 
-def _refusal(name: str, what: str) -> NotImplementedError:
+def _unsupported_error(name: str, description: str) -> NotImplementedError:
     """Return the error for an unsupported quantized layer."""
     return NotImplementedError(
-        f"target_modules matches {name!r}, {what}; {_WHAT_WORKS}; load the model in one of these formats or unquantized"
+        f"target_modules matches {name!r}, {description}; {_SUPPORTED_FORMATS}; "
+        "load the model in one of these formats or unquantized"
     )
 
 
 class Bitsandbytes4bit(Quantization):
-    """bitsandbytes 4-bit: blocks of 4-bit codes with one scale each; `compress_statistics` quantizes the scales too."""
+    """bitsandbytes 4-bit: blocks of 4-bit codes with scales, which `compress_statistics` also quantizes."""
 
     name = "bitsandbytes 4-bit"
     layer_class = "Linear4bit"
@@ -105,21 +108,21 @@ class Bitsandbytes4bit(Quantization):
     def check(self, base: Any, name: str) -> None:
         """Raise `RuntimeError` if the layer is not quantized yet."""
         if _state(base) is None:
-            raise _not_yet(base, name)
+            raise _unquantized_error(base, name)
 
     def source(self, base: Any) -> LazyWeight:  # noqa: D102
         import bitsandbytes.functional
 
         weight, state = base.weight, _state(base)
         if getattr(state, "packing_format_for_cpu", False):
-            # undo the CPU layout, which supports only products, as bitsandbytes does before saving
+            # undo the CPU layout, which supports only matrix products, as bitsandbytes does before saving
             weight.data, state = bitsandbytes.functional._convert_weight_packed_for_cpu_inverse(weight.data, state)
             if state.absmax.ndim == 2:
                 # bitsandbytes 0.50 does not convert unquantized scales
                 state.absmax = state.absmax.T.reshape(-1).float()
         # a copy of the state: bitsandbytes modifies the layer's state in place when it changes the layout
-        make = partial(bitsandbytes.functional.dequantize_4bit, weight.data, copy.copy(state))
-        return LazyWeight(torch.Size(state.shape), (weight, state.absmax), make)
+        dequantize = partial(bitsandbytes.functional.dequantize_4bit, weight.data, copy.copy(state))
+        return LazyWeight(torch.Size(state.shape), (weight, state.absmax), dequantize)
 
     def write(self, base: Any, weight: Tensor) -> None:  # noqa: D102
         state = _state(base)
@@ -127,7 +130,7 @@ class Bitsandbytes4bit(Quantization):
         old = base.weight
         from peft.utils.quantization_utils import Bnb4bitBackend
 
-        Bnb4bitBackend().set_base_weight(_Holder(base), weight.to(state.dtype))
+        Bnb4bitBackend().set_base_weight(_LayerStub(base), weight.to(state.dtype))
         # PEFT marks the old parameter as unquantized
         old.__dict__.update(attributes)
 
@@ -164,19 +167,19 @@ class Bitsandbytes8bit(Quantization):
                 "its weight in every forward pass; create it with has_fp16_weights=False, or use nn.Linear"
             )
         if base.weight.dtype != torch.int8:
-            raise _not_yet(base, name)
+            raise _unquantized_error(base, name)
 
     def source(self, base: Any) -> LazyWeight:  # noqa: D102
         import bitsandbytes.functional
 
         scales = base.state.SCB if base.state.SCB is not None else base.weight.SCB
-        make = partial(bitsandbytes.functional.int8_vectorwise_dequant, base.weight.data, scales)
-        return LazyWeight(base.weight.shape, (base.weight, scales), make)
+        dequantize = partial(bitsandbytes.functional.int8_vectorwise_dequant, base.weight.data, scales)
+        return LazyWeight(base.weight.shape, (base.weight, scales), dequantize)
 
     def write(self, base: Any, weight: Tensor) -> None:  # noqa: D102
         from peft.utils.quantization_utils import Bnb8bitBackend
 
-        Bnb8bitBackend().set_base_weight(_Holder(base), weight)
+        Bnb8bitBackend().set_base_weight(_LayerStub(base), weight)
 
     def snapshot(self, base: Any) -> Any:  # noqa: D102
         weight, state = base.weight, base.state
@@ -189,8 +192,8 @@ class Bitsandbytes8bit(Quantization):
         base.to(device)
 
 
-class _Holder:
-    """Minimal stand-in for a PEFT layer in PEFT's quantization backends."""
+class _LayerStub:
+    """Minimal layer interface for PEFT's quantization backends."""
 
     def __init__(self, base: nn.Module) -> None:
         self.base_layer = base
@@ -201,12 +204,12 @@ class _Holder:
 
 
 def _state(base: Any) -> Any:
-    """Return the quantization state of a `Linear4bit`; with FSDP only the layer has it."""
+    """Return the quantization state of a `Linear4bit`; with FSDP, the layer has it instead of the weight."""
     state = getattr(base.weight, "quant_state", None)
     return base.quant_state if state is None else state
 
 
-def _not_yet(base: nn.Module, name: str) -> RuntimeError:
+def _unquantized_error(base: nn.Module, name: str) -> RuntimeError:
     """Return the error for a layer that is not quantized yet."""
     return RuntimeError(
         f"target_modules matches {name!r}, a {type(base).__name__} of bitsandbytes that is not quantized yet: its "
@@ -241,9 +244,9 @@ class TorchaoWeight(Quantization):
     def write(self, base: Any, weight: Tensor) -> None:  # noqa: D102
         old, target = base.weight, weight.contiguous()
         cast_target = target.to(old.dtype)
-        # new scales suit a large update; the old scales preserve all entries that a small update does not change
+        # new scales suit large updates; the old scales preserve all entries that a small update does not change
         quantized = min(
-            (_requantize(old, cast_target), _requantize(old, cast_target, keeps_scales=True)),
+            (_requantize(old, cast_target), _requantize(old, cast_target, keep_scales=True)),
             key=lambda candidate: torch.linalg.vector_norm(candidate.dequantize().to(target.dtype) - target).item(),
         )
         base.weight = nn.Parameter(quantized, requires_grad=False)
@@ -260,7 +263,7 @@ class TorchaoWeight(Quantization):
         return base.weight.dtype
 
 
-def _requantize(old: Any, weight: Tensor, keeps_scales: bool = False) -> Any:
+def _requantize(old: Any, weight: Tensor, keep_scales: bool = False) -> Any:
     """Quantize `weight` like `old`: same blocks, same bit width, and a zero point only if `old` has one."""
     from torchao.quantization import granularity
     from torchao.quantization.quant_primitives import MappingType
@@ -269,13 +272,13 @@ def _requantize(old: Any, weight: Tensor, keeps_scales: bool = False) -> Any:
     mapping = MappingType.ASYMMETRIC if has_zero_point else MappingType.SYMMETRIC
     if type(old).__name__ == "IntxUnpackedToInt8Tensor":
         custom = {"custom_scale": old.scale, "custom_zero_point": old.zero_point, "intx_choose_qparams_algorithm": None}
-        scales = custom if keeps_scales else {}
+        scales = custom if keep_scales else {}
         return type(old).from_hp(weight, old.block_size, old.target_dtype, mapping_type=mapping, **scales)
     rows, columns = old.block_size
     blocks: granularity.Granularity = granularity.PerGroup(columns)
     if columns == weight.shape[1]:
         blocks = granularity.PerTensor() if rows == weight.shape[0] else granularity.PerRow()
-    scales = {"scale": old.scale, "zero_point": old.zero_point} if keeps_scales else {}
+    scales = {"scale": old.scale, "zero_point": old.zero_point} if keep_scales else {}
     return type(old).from_hp(weight, blocks, mapping_type=mapping, reduce_range=old.reduce_range, **scales)
 
 
@@ -288,48 +291,48 @@ class RequantizationLoss:
     Args:
         module_name: Name of the layer.
         quantization: Name of the storage format.
-        lost: `‖Q(W + U) - (W + U)‖`.
+        error: `‖Q(W + U) - (W + U)‖`.
         update: `‖U‖`.
     """
 
     module_name: str
     quantization: str
-    lost: float
+    error: float
     update: float
 
     @property
     def relative(self) -> float:
         """Relative error: 0 if the update is stored exactly, 1 if the error is as large as the update."""
         if self.update:
-            return self.lost / self.update
-        return math.inf if self.lost else 0.0
+            return self.error / self.update
+        return math.inf if self.error else 0.0
 
 
 def measure_requantization(
-    module_name: str, quantization: str, before: Tensor, wanted: Tensor, after: Tensor
+    module_name: str, quantization: str, before: Tensor, target: Tensor, after: Tensor
 ) -> RequantizationLoss:
-    """Measure the requantization error from the dequantized weights before merging, intended, and stored."""
-    lost, update = (
-        float(torch.linalg.vector_norm(a.float() - wanted.float(), dtype=torch.float64)) for a in (after, before)
+    """Measure the requantization error from three weights: before merging, the exact sum, and the stored sum."""
+    error, update = (
+        float(torch.linalg.vector_norm(a.float() - target.float(), dtype=torch.float64)) for a in (after, before)
     )
-    return RequantizationLoss(module_name, quantization, lost, update)
+    return RequantizationLoss(module_name, quantization, error, update)
 
 
-_collected: ContextVar[list[RequantizationLoss] | None] = ContextVar("losses of the merge under way", default=None)
+_collected: ContextVar[list[RequantizationLoss] | None] = ContextVar("requantization_losses", default=None)
 
 
 def report_requantization(loss: RequantizationLoss) -> None:
     """Warn about a requantization error, or add it to the active `one_warning` block."""
-    collected = _collected.get()
-    if collected is None:
+    pending = _collected.get()
+    if pending is None:
         _warn([loss])
     else:
-        collected.append(loss)
+        pending.append(loss)
 
 
 @contextmanager
 def one_warning() -> Iterator[None]:
-    """Collect the requantization errors of all layers merged in this block, and warn once at its end."""
+    """Collect the requantization errors of all merges in this block, and warn once at its end."""
     losses: list[RequantizationLoss] = []
     token = _collected.set(losses)
     try:
@@ -342,11 +345,11 @@ def one_warning() -> Iterator[None]:
 
 def _warn(losses: list[RequantizationLoss]) -> None:
     """Warn about the total requantization error and the worst layer."""
-    total = RequantizationLoss("", "", sum(x.lost**2 for x in losses) ** 0.5, sum(x.update**2 for x in losses) ** 0.5)
+    total = RequantizationLoss("", "", sum(x.error**2 for x in losses) ** 0.5, sum(x.update**2 for x in losses) ** 0.5)
     worst = max(losses, key=lambda loss: loss.relative)
-    kinds = " and ".join(sorted({loss.quantization for loss in losses}))
+    formats = " and ".join(sorted({loss.quantization for loss in losses}))
     warnings.warn(
-        f"merged into {len(losses)} quantized weight{'s' if len(losses) > 1 else ''} ({kinds}): requantization "
+        f"merged into {len(losses)} quantized weight{'s' if len(losses) > 1 else ''} ({formats}): requantization "
         f"changed the sums by {total.relative:.1%} of the update's size (relative Frobenius error; "
         f"{worst.relative:.1%} in {worst.module_name!r}); for exact results, keep the adapter unmerged or merge it "
         "into the unquantized model",

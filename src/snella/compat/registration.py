@@ -1,14 +1,15 @@
-"""Registration of the tuner with PEFT. No other module modifies PEFT.
+"""Registration of the method with PEFT; the only module that modifies PEFT.
 
 PEFT's `register_peft_method` rejects names outside its enum. The mapping tables therefore get the string `"SNELLA"` as
 a key. A test detects when PEFT adds an enum member of this name.
 
-`get_base_model_state_dict` and its counterpart use one function that maps a parameter to its original name. It does not
-support an attention with several adapted projections and has no extension point. It is wrapped, and behaves as before
-for all other parameters.
+`register` also wraps two functions of PEFT that have no extension point. Both behave as before for all other
+parameters.
 
-The method that builds accelerate's offload index is wrapped as well. It supports parameter names that end in the
-adapter and `weight`, but not names that end in the adapter.
+- `_peft_key_to_original_key` maps a parameter to its original name, for `get_base_model_state_dict` and its
+  counterpart. The wrapper supports attentions with several adapted projections.
+- `PeftModel._update_offload` builds accelerate's offload index. The wrapper supports parameter names that end in the
+  adapter's name.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _OFFLOAD_METHOD = "_update_offload"
 
 
 def register() -> None:
-    """Register the tuner in PEFT's tables. Idempotent."""
+    """Add the method to PEFT's tables and wrap PEFT's functions. Idempotent."""
     tables: tuple[tuple[dict[Any, Any], Any], ...] = (
         (PEFT_TYPE_TO_CONFIG_MAPPING, SnellaConfig),
         (PEFT_TYPE_TO_TUNER_MAPPING, SnellaModel),

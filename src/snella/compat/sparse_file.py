@@ -1,4 +1,4 @@
-"""Sparse weight files: positions and values of changed weights, applied to and removed from a plain model."""
+"""Sparse weight files: positions and values of changed weights, as a reversible patch of a plain model."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ ValueDtype = Literal["fp32", "bf16"]
 _DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _VALUES = "values"
 _DIGEST = "sha256"
-_DIGITS = 16  # digits of a digest; detects another model, not forgery
+_DIGEST_LENGTH = 16  # hex digits; detects a wrong base model, not forgery
 
 
 @dataclass(frozen=True)
 class Entries:
-    """Selected entries of one parameter and the values added to them.
+    """Changes of selected entries of one parameter.
 
         W[indices[k]] += values[k]
 
@@ -44,14 +44,14 @@ class Entries:
 
 @dataclass
 class SparsePatch:
-    """Reversible patch from the weights of a pre-trained model to those of a fine-tuned model.
+    """Reversible patch that turns the weights of a pre-trained model into the weights of a fine-tuned model.
 
     Args:
         entries: Changed entries, by parameter name.
-        replaced: Fully replaced parameters and buffers, by name, such as a head.
+        replaced: New values of fully replaced parameters and buffers, by name, e.g. of a head.
         shapes: Shape of each parameter in `entries`.
-        digests: SHA-256 prefix of each parameter in `entries` before the change.
-        metadata: Further metadata of the file, strings only.
+        digests: SHA-256 prefix of the original value of each parameter in `entries`.
+        metadata: Further metadata of the file.
     """
 
     entries: dict[str, Entries]
@@ -140,10 +140,10 @@ class SparsePatch:
 
     @torch.no_grad()
     def apply(self, model: nn.Module, *, check_base: bool = True) -> None:
-        """Apply the patch in place. Tensors stay the same objects, so compiled models need no recompilation.
+        """Apply the patch in place. Tensors keep their identity, so compiled models do not recompile.
 
         Args:
-            model: Plain model with the pre-trained weights of the update.
+            model: Plain model with the pre-trained weights that the patch was created for.
             check_base: If True, compare the weights' digests first.
 
         Raises:
@@ -155,11 +155,11 @@ class SparsePatch:
         tensors = _named_tensors(model)
         self._check(model, tensors, check_base)
         for name, changed in self.entries.items():
-            flat, where = _flat(tensors[name]), changed.indices.to(tensors[name].device)
-            before = flat[where]
-            self._originals[name] = before
+            flat, positions = _flat(tensors[name]), changed.indices.to(tensors[name].device)
+            original = flat[positions]
+            self._originals[name] = original
             values = changed.values.to(flat.device, torch.promote_types(changed.values.dtype, torch.float32))
-            flat[where] = (before.to(values.dtype) + values).to(flat.dtype)
+            flat[positions] = (original.to(values.dtype) + values).to(flat.dtype)
             _write_back(tensors[name], flat)
         for name, value in self.replaced.items():
             self._originals[name] = tensors[name].detach().clone()
@@ -168,7 +168,7 @@ class SparsePatch:
 
     @torch.no_grad()
     def remove(self) -> None:
-        """Restore the original weights bit for bit; later changes to other entries remain.
+        """Restore the original values of the patched entries bit for bit; all other entries keep their values.
 
         Raises:
             RuntimeError: If the patch is not applied.
@@ -176,17 +176,17 @@ class SparsePatch:
         if self._model is None:
             raise RuntimeError("the patch is not applied; call apply(model) first")
         tensors = _named_tensors(self._model)
-        for name, before in self._originals.items():
+        for name, original in self._originals.items():
             if name in self.entries:
                 flat = _flat(tensors[name])
-                flat[self.entries[name].indices.to(flat.device)] = before.to(flat.device)
+                flat[self.entries[name].indices.to(flat.device)] = original.to(flat.device)
                 _write_back(tensors[name], flat)
             else:
-                tensors[name].copy_(before)
+                tensors[name].copy_(original)
         self._model, self._originals = None, {}
 
     def _check(self, model: nn.Module, tensors: Mapping[str, Tensor], check_base: bool) -> None:
-        """Reject a model that does not match the patch, before any change."""
+        """Raise `ValueError` if a model does not match the patch."""
         shapes = {**self.shapes, **{name: list(tensor.shape) for name, tensor in self.replaced.items()}}
         errors = [f"{name} is missing" for name in shapes if name not in tensors]
         errors += [
@@ -214,9 +214,9 @@ def load_sparse(model: nn.Module, file: str | Path, *, check_base: bool = True) 
         patch.remove()                                            # the pre-trained weights, bit for bit
 
     Args:
-        model: The run's backbone with its pre-trained weights and a head with the same number of classes.
+        model: Backbone of the run, with its pre-trained weights and a head with the same number of classes.
         file: Path of the file.
-        check_base: If True, reject a model whose weights differ from the update's base weights, by digest.
+        check_base: If True, compare the digests of the model's weights with those of the update's base weights.
 
     Returns:
         The patch, with `remove` and `apply`.
@@ -233,7 +233,7 @@ def load_sparse(model: nn.Module, file: str | Path, *, check_base: bool = True) 
 def digest_of(tensor: Tensor) -> str:
     """Return the SHA-256 prefix of a tensor's bytes."""
     content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(content.data).hexdigest()[:_DIGITS]
+    return hashlib.sha256(content.data).hexdigest()[:_DIGEST_LENGTH]
 
 
 def tensors_bytes(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -245,29 +245,29 @@ def tensors_bytes(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> by
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:end])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + content[end:]
+    header_bytes = json.dumps(header, separators=(",", ":")).encode()
+    header_bytes += b" " * (-len(header_bytes) % 8)
+    return len(header_bytes).to_bytes(8, "little") + header_bytes + content[end:]
 
 
 def tensors_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
     """Return the order-independent SHA-256 of tensors (names, dtypes, shapes, values) and metadata."""
-    total = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        total.update(f"{name}\n{tensor.dtype}\n{list(tensor.shape)}\n".encode())
-        total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    total.update(json.dumps(sorted(metadata.items())).encode() if metadata else b"")
-    return total.hexdigest()
+        digest.update(f"{name}\n{tensor.dtype}\n{list(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    digest.update(json.dumps(sorted(metadata.items())).encode() if metadata else b"")
+    return digest.hexdigest()
 
 
 def encode_positions(indices: Tensor, size: int) -> tuple[str, Tensor]:
     """Encode ascending positions below `size` in the smallest of three forms; return its name and tensor."""
     positions = indices.cpu()
-    # int32 takes 4 bytes per position, gaps at least 1, a bitmap one bit per weight; skip gaps if they cannot win
-    least = min(4 * len(positions), -(-size // 8))
-    if len(positions) < least:
+    # int32 takes 4 bytes per position, gaps at least 1, a bitmap one bit per weight
+    smallest = min(4 * len(positions), -(-size // 8))
+    if len(positions) < smallest:
         gaps = _encode_gaps(positions.numpy())
-        if len(gaps) < least:
+        if len(gaps) < smallest:
             return "gaps", torch.from_numpy(gaps)
     if -(-size // 8) < 4 * len(positions):
         return "bitmap", pack_positions(positions, size)
@@ -282,10 +282,10 @@ def _encode_gaps(indices: np.ndarray) -> np.ndarray:
         lengths += gaps >= 1 << bits
     starts = np.cumsum(lengths) - lengths
     result = np.empty(int(lengths.sum()), np.uint8)
-    for place in range(5):
-        longer = lengths > place
-        more = (lengths[longer] > place + 1) * 128
-        result[starts[longer] + place] = (gaps[longer] >> 7 * place) & 127 | more
+    for byte_index in range(5):
+        has_byte = lengths > byte_index
+        continuation = (lengths[has_byte] > byte_index + 1) * 128
+        result[starts[has_byte] + byte_index] = (gaps[has_byte] >> 7 * byte_index) & 127 | continuation
     return result
 
 
@@ -295,9 +295,9 @@ def _decode_gaps(encoded: Tensor) -> Tensor:
     ends = np.flatnonzero(content < 128)
     starts = np.concatenate([[0], ends[:-1] + 1]).astype(np.int64)
     gaps = np.zeros(len(ends), np.int64)
-    for place in range(5):
-        inside = starts + place <= ends
-        gaps[inside] |= (content[starts[inside] + place].astype(np.int64) & 127) << 7 * place
+    for byte_index in range(5):
+        inside = starts + byte_index <= ends
+        gaps[inside] |= (content[starts[inside] + byte_index].astype(np.int64) & 127) << 7 * byte_index
     return torch.from_numpy(np.cumsum(gaps + 1) - 1)
 
 

@@ -1,4 +1,4 @@
-"""Training of parameters outside modules, such as `cls_token`, with one value per adapter."""
+"""Training of bare parameters, such as `cls_token`, with one value per adapter."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class _BaseToken(nn.Module):
 
 
 class TokenAdapter(nn.Module, BaseTunerLayer):
-    """Values of one parameter of `owner`: the pre-trained value and one value per adapter.
+    """Adapter of a bare parameter: the pre-trained value and one value per adapter.
 
-    This module takes over the parameter, and `owner.<name>` becomes a plain attribute with the active value. Like a
-    module in `modules_to_save`, it supports only one active adapter.
+    The parameter moves into this module, and `owner.<name>` becomes a plain attribute with the active value. Only one
+    adapter can be active, as for modules in `modules_to_save`.
 
     Args:
         owner: Module that owns the parameter.
@@ -66,8 +66,8 @@ class TokenAdapter(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, active_adapters: list[str], inference_mode: bool) -> None:
         """Add an adapter, initialized to the pre-trained value."""
-        start = self._unmerged_weight if self._unmerged_weight is not None else self.base_layer.weight
-        self.snella_token[adapter_name] = nn.Parameter(start.detach().clone(), requires_grad=False)
+        initial = self._unmerged_weight if self._unmerged_weight is not None else self.base_layer.weight
+        self.snella_token[adapter_name] = nn.Parameter(initial.detach().clone(), requires_grad=False)
         if adapter_name in active_adapters:
             self.set_adapter(active_adapters, inference_mode)
         else:
@@ -76,28 +76,28 @@ class TokenAdapter(nn.Module, BaseTunerLayer):
     def check_active(self, adapter_names: str | list[str]) -> None:
         """Raise `ValueError` if more than one of `adapter_names` trains this parameter."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        holders = [name for name in names if name in self.snella_token]
-        if len(holders) > 1:
+        names_with_value = [name for name in names if name in self.snella_token]
+        if len(names_with_value) > 1:
             raise ValueError(
                 f"parameters_to_save: {self.parameter_name!r} has a separate value in each of the adapters "
-                f"{holders}, but only one can be active; activate or merge one at a time"
+                f"{names_with_value}, but only one can be active; activate or merge one at a time"
             )
 
     def _link(self) -> None:
         """Set the owner's attribute to the active value."""
         names = [] if self.disable_adapters or self.merged else self.active_adapters
-        holders = [name for name in names if name in self.snella_token]
-        value = self.snella_token[holders[0]] if holders else self.base_layer.weight
+        names_with_value = [name for name in names if name in self.snella_token]
+        value = self.snella_token[names_with_value[0]] if names_with_value else self.base_layer.weight
         self._owner[0].__dict__[self.parameter_name] = value
 
     def remove(self) -> None:
-        """Restore the parameter in its owner and remove this module."""
+        """Move the parameter back into its owner, and remove this module."""
         owner = self._owner[0]
         owner.__dict__.pop(self.parameter_name, None)
         owner._parameters[self.parameter_name] = self.base_layer.weight
         owner._modules.pop(self.attribute, None)
 
-    # changes of the active value -----------------------------------------------------------------------------------
+    # active value --------------------------------------------------------------------------------------------------
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:  # noqa: D102
         self.check_active(adapter_names)
@@ -154,13 +154,13 @@ class TokenAdapter(nn.Module, BaseTunerLayer):
         return self
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # the dtype moves too: a float32 token in a half-precision model would promote all activations after it
+        # also cast: a float32 token in a half-precision model would promote all later activations
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         self._link()
 
 
 def _relink(module: nn.Module, _: Any) -> None:
-    """`load_state_dict` hook: update the owner's attribute, because loading may replace the parameter."""
+    """Update the owner's attribute after `load_state_dict`, which may replace the parameter."""
     if isinstance(module, TokenAdapter):
         module._link()
 
@@ -176,14 +176,14 @@ def find_tokens(model: nn.Module, names: Iterable[str], *, is_required: bool) ->
     Raises:
         ValueError: If `is_required` and a name matches no parameter.
     """
-    present = [f"{prefix}{name}" for prefix, _, name in _bare_parameters(model)]
+    parameter_names = [f"{prefix}{name}" for prefix, _, name in _bare_parameters(model)]
     full_names: list[str] = []
     for suffix in names:
-        matches = [name for name in present if name == suffix or name.endswith(f".{suffix}")]
+        matches = [name for name in parameter_names if name == suffix or name.endswith(f".{suffix}")]
         if is_required and not matches:
-            endings = {name.rpartition(".")[2]: name for name in present}
-            near = get_close_matches(suffix.rpartition(".")[2], endings, 2)
-            hint = f"; did you mean {', '.join(repr(endings[name]) for name in near)}?" if near else ""
+            last_names = {name.rpartition(".")[2]: name for name in parameter_names}
+            near = get_close_matches(suffix.rpartition(".")[2], last_names, 2)
+            hint = f"; did you mean {', '.join(repr(last_names[name]) for name in near)}?" if near else ""
             raise ValueError(f"parameters_to_save={suffix!r} matches no parameter of {type(model).__name__}{hint}")
         full_names.extend(name for name in matches if name not in full_names)
     return full_names
@@ -192,7 +192,7 @@ def find_tokens(model: nn.Module, names: Iterable[str], *, is_required: bool) ->
 def attach_tokens(
     model: nn.Module, names: Iterable[str], adapter_name: str, active_adapters: list[str], inference_mode: bool
 ) -> None:
-    """Add an adapter to the parameters with these full names."""
+    """Add an adapter to bare parameters, selected by full name."""
     full_names = set(names)
     for prefix, owner, name in list(_bare_parameters(model)):
         if f"{prefix}{name}" in full_names:
@@ -204,12 +204,12 @@ def attach_tokens(
 
 def _bare_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """Yield prefix, owner and name of every parameter outside adapters or inside a `TokenAdapter`."""
-    inside: list[str] = []
+    adapter_prefixes: list[str] = []
     for prefix, module in model.named_modules():
-        if any(prefix.startswith(outer) for outer in inside):
+        if any(prefix.startswith(outer) for outer in adapter_prefixes):
             continue
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            inside.append(f"{prefix}.")
+            adapter_prefixes.append(f"{prefix}.")
             if isinstance(module, TokenAdapter):
                 owner = prefix.rpartition(".")[0]
                 yield f"{owner}." if owner else "", module._owner[0], module.parameter_name

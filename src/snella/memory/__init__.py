@@ -1,1 +1,1 @@
-"""Activation memory: recomputed inputs, int8 compression and token sampling."""
+"""Reduction of activation memory and gradient cost: recomputed inputs, int8 compression and token sampling."""

@@ -1,7 +1,7 @@
-"""Origins: marks on tensors that describe how to recompute them in the backward pass instead of saving them.
+"""Marks on tensors, with instructions to recompute them in the backward pass instead of saving them.
 
-A linear layer needs its input `x` for ∂L/∂W. If `x = f(z)` and autograd saves `z` anyway, saving `x` wastes memory: the
-same operation on the same bits gives the same bits. The module `recompute` sets the marks.
+A linear layer needs its input `x` for ∂L/∂W. If `x = f(z)` and autograd saves `z` anyway, the backward pass can
+recompute `x` bit-identically from `z`, and saving `x` wastes memory. The module `recompute` sets the marks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ORIGIN_ATTRIBUTE = "_snella_origin"
 
 
 class Origin(ABC):
-    """Recomputation of a tensor from saved tensors.
+    """Recipe to recompute a tensor from saved tensors.
 
     Args:
         device_type: Device type of the tensor.
@@ -38,7 +38,7 @@ class Origin(ABC):
         if torch.amp.is_autocast_available(device_type):
             is_enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
             self._autocast = partial(torch.autocast, device_type, dtype, enabled=is_enabled)
-        self._users, self._task = 0, torch._C._current_graph_task_id()
+        self._users, self._graph_task_id = 0, torch._C._current_graph_task_id()
         self._output: Tensor | None = None
 
     def is_current(self) -> bool:
@@ -51,30 +51,30 @@ class Origin(ABC):
         A forward pass rerun by activation checkpointing does not count, because its backward pass is already
         registered.
         """
-        if torch._C._current_graph_task_id() != self._task:
+        if torch._C._current_graph_task_id() != self._graph_task_id:
             return False
         self._users += 1
         return self._users == 1
 
-    def compute(self, kept: Sequence[Tensor]) -> Tensor:
-        """Return the recomputed tensor without gradient; all users share the first user's result.
+    def compute(self, saved: Sequence[Tensor]) -> Tensor:
+        """Return the recomputed tensor without gradient; all users share one result.
 
         Args:
-            kept: Saved tensors.
+            saved: Saved tensors.
 
         Raises:
             RuntimeError: If a module has changed since the forward pass.
         """
         output, self._output = self._output, None
         if output is None:
-            output = self._run(kept)
+            output = self._run(saved)
         self._users -= 1
         if self._users > 0:
             self._output = output
         return output
 
     @abstractmethod
-    def _run(self, kept: Sequence[Tensor]) -> Tensor:
+    def _run(self, saved: Sequence[Tensor]) -> Tensor:
         """Recompute the tensor."""
 
     def _call(self, function: Callable[..., Tensor], *args: Tensor, with_graph: bool = False) -> Tensor:
@@ -89,8 +89,8 @@ class Output(Origin):
     Args:
         function: Computes the output.
         device_type: Device type of the inputs.
-        module: Module that computed the output, in its current mode and with its current parameters; `None` for a
-            function.
+        module: Module that computed the output, or `None` for a function. Recomputation uses the module's mode at
+            construction, and raises an error if its parameters have changed.
         layouts: Layout of each encoded input that requires a gradient; `None` for all other inputs.
     """
 
@@ -104,7 +104,7 @@ class Output(Origin):
     ) -> None:
         super().__init__(device_type)
         self._function, self._module = function, module
-        self._names = () if module is None else tuple(own_tensors(module))
+        self._names = () if module is None else tuple(module_tensors(module))
         self._state, self._is_training = self._current_state(), module is not None and module.training
         self._layouts = layouts
         self.is_rounded = any(layout is not None for layout in layouts)
@@ -115,18 +115,18 @@ class Output(Origin):
         return self._current_state() == self._state
 
     def _current_state(self) -> tuple[Any, ...]:
-        """Return identity and version of the module's own tensors."""
+        """Return the identities and versions of the module's tensors."""
         tensors = [getattr(self._module, name, None) for name in self._names]
         return tuple([(id(tensor), tensor._version) for tensor in tensors if tensor is not None])
 
-    def _run(self, kept: Sequence[Tensor]) -> Tensor:
+    def _run(self, saved: Sequence[Tensor]) -> Tensor:
         if not self.is_rounded:
-            return self._run_function(kept)
-        inputs, output = self._record(kept)
+            return self._run_function(saved)
+        inputs, output = self._record(saved)
         self._graph = inputs, get_gradient_edge(output)
         return output.detach()
 
-    def grad_inputs(self, kept: Sequence[Tensor], grad_output: Tensor) -> Iterator[Tensor]:
+    def grad_inputs(self, saved: Sequence[Tensor], grad_output: Tensor) -> Iterator[Tensor]:
         """Return the gradients of the encoded inputs.
 
         Raises:
@@ -134,16 +134,16 @@ class Output(Origin):
         """
         graph, self._graph = self._graph, None
         if graph is None:
-            inputs, output = self._record(kept)
+            inputs, output = self._record(saved)
             graph = inputs, get_gradient_edge(output)
         return iter(torch.autograd.grad(graph[1], graph[0], grad_output))
 
-    def _record(self, kept: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """Recompute the output with a graph; return the inputs that require gradients, and the output."""
-        pairs = list(zip(kept, self._layouts, strict=True))
+    def _record(self, saved: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """Recompute the output with a graph; return the inputs that require a gradient, and the output."""
+        pairs = list(zip(saved, self._layouts, strict=True))
         inputs = [tensor if layout is None else decode(tensor, layout).requires_grad_() for tensor, layout in pairs]
-        learning = [z for z, layout in zip(inputs, self._layouts, strict=True) if layout is not None]
-        return learning, self._run_function(inputs, with_graph=True)
+        differentiable = [z for z, layout in zip(inputs, self._layouts, strict=True) if layout is not None]
+        return differentiable, self._run_function(inputs, with_graph=True)
 
     def _run_function(self, inputs: Sequence[Tensor], with_graph: bool = False) -> Tensor:
         if not self.is_current():
@@ -161,8 +161,8 @@ class Output(Origin):
             module.training = not self._is_training
 
 
-def own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Return a module's own tensors by name, including FSDP1's parameters, which are plain attributes during a pass."""
+def module_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return a module's direct tensors by name, including FSDP1's parameters, which are attributes during a pass."""
     values = {**module.__dict__, **module._parameters, **module._buffers}
     return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
@@ -202,42 +202,42 @@ class Derived(Origin):
             self._source.add_user()
         return is_first
 
-    def _run(self, kept: Sequence[Tensor]) -> Tensor:
-        source_kept, second = (kept[:-1], kept[-1:]) if self._has_second else (kept, ())
-        first = self._source.compute(source_kept)
-        return self._call(self._function, first, *[_decoded(tensor, self._layout) for tensor in second])
+    def _run(self, saved: Sequence[Tensor]) -> Tensor:
+        source_saved, second = (saved[:-1], saved[-1:]) if self._has_second else (saved, ())
+        first = self._source.compute(source_saved)
+        return self._call(self._function, first, *[_decode_if_encoded(tensor, self._layout) for tensor in second])
 
 
-def _decoded(tensor: Tensor, layout: Layout | None) -> Tensor:
+def _decode_if_encoded(tensor: Tensor, layout: Layout | None) -> Tensor:
     """Return a saved tensor, decoded if it has a layout."""
     return tensor if layout is None else decode(tensor, layout)
 
 
 @dataclass(frozen=True)
 class Mark:
-    """Mark on a live tensor: tensors to save instead of it, and its recomputation from them."""
+    """Mark of a tensor: the tensors to save instead, and the recipe to recompute it from them."""
 
-    kept: tuple[Tensor, ...]
+    saved: tuple[Tensor, ...]
     origin: Origin
     versions: tuple[int, ...]
 
     @staticmethod
-    def put(x: Tensor, kept: tuple[Tensor, ...], origin: Origin) -> Tensor:
+    def put(x: Tensor, saved: tuple[Tensor, ...], origin: Origin) -> Tensor:
         """Mark a tensor, and return it."""
-        setattr(x, ORIGIN_ATTRIBUTE, Mark(kept, origin, _versions(x, kept)))
+        setattr(x, ORIGIN_ATTRIBUTE, Mark(saved, origin, _versions(x, saved)))
         return x
 
     @staticmethod
     def on(x: object) -> Mark | None:
         """Return the mark of a tensor, or `None` if it has none or the mark is outdated by an in-place write."""
         mark: Mark | None = getattr(x, ORIGIN_ATTRIBUTE, None)
-        if mark is None or not isinstance(x, Tensor) or _versions(x, mark.kept) != mark.versions:
+        if mark is None or not isinstance(x, Tensor) or _versions(x, mark.saved) != mark.versions:
             return None
         return mark
 
     def detached(self) -> tuple[Tensor, ...]:
         """Return the tensors to save, detached from the graph."""
-        return tuple([tensor.detach() for tensor in self.kept])
+        return tuple([tensor.detach() for tensor in self.saved])
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Exclude marks from pickled tensors."""
@@ -245,28 +245,28 @@ class Mark:
 
 
 def _no_mark() -> None:
-    """Return None, the value of an unpickled mark."""
+    """Return `None`, the value of an unpickled mark."""
 
 
-def _versions(x: Tensor, kept: tuple[Tensor, ...]) -> tuple[int, ...]:
+def _versions(x: Tensor, saved: tuple[Tensor, ...]) -> tuple[int, ...]:
     """Return the tensors' version counters and the first one's address; writes through `x.data` go unnoticed."""
-    return (x.data_ptr(), x._version, *[tensor._version for tensor in kept])
+    return (x.data_ptr(), x._version, *[tensor._version for tensor in saved])
 
 
 def origin_of(x: Tensor) -> tuple[tuple[Tensor, ...], Origin | None]:
     """Return the tensors to save instead of a marked tensor, and its origin; `()` and `None` for other tensors.
 
-    Unmarked views of a marked tensor, and marked tensors with later in-place writes, count as other tensors. So do
-    outputs of a module whose parameters FSDP has freed, because the backward pass cannot rely on them.
+    Views of a marked tensor, and marked tensors after an in-place write, count as other tensors. So do outputs of a
+    module after FSDP frees its parameters, because the backward pass cannot recompute them.
     """
     mark = Mark.on(x) if torch.is_grad_enabled() else None
     return ((), None) if mark is None or not mark.origin.is_current() else (mark.detached(), mark.origin)
 
 
-def once(hint: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorate a backward pass to raise an error with a hint if double differentiation is requested.
+def once_differentiable_with_hint(hint: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorate a backward pass to raise an error with a hint on double differentiation.
 
-    torch's `once_differentiable` raises an error only if a gradient passes through, and loses other gradients silently.
+    torch's `once_differentiable` raises an error only if a gradient passes through, and silently drops other gradients.
     """
 
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -285,7 +285,7 @@ def once(hint: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return decorate
 
 
-def keep_rounded(
+def save_rounded(
     inputs: Sequence[Tensor],
     output: Tensor,
     function: Callable[..., Tensor],
@@ -293,7 +293,7 @@ def keep_rounded(
     *,
     by_row: bool = False,
 ) -> Tensor:
-    """Return a marked output that saves its inputs in int8 for the backward pass; inputs without gradient stay exact.
+    """Mark an output and save its inputs in int8 for the backward pass; inputs without gradient remain exact.
 
     Args:
         inputs: Inputs of the function.
@@ -303,9 +303,9 @@ def keep_rounded(
         by_row: See `encode`.
     """
     pairs = [encode(z, by_row=by_row) if z.requires_grad else (z.detach(), None) for z in inputs]
-    kept, layouts = tuple([pair[0] for pair in pairs]), [pair[1] for pair in pairs]
+    saved, layouts = tuple([pair[0] for pair in pairs]), [pair[1] for pair in pairs]
     origin = Output(function, output.device.type, module=module, layouts=layouts)
-    return Mark.put(cast(Tensor, _RoundedInputs.apply(origin, kept, [output], *inputs)), kept, origin)
+    return Mark.put(cast(Tensor, _RoundedInputs.apply(origin, saved, [output], *inputs)), saved, origin)
 
 
 def multiply(first: Tensor, mark: Mark, second: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -318,38 +318,38 @@ def multiply(first: Tensor, mark: Mark, second: Tensor, product: Callable[[Tenso
         first: The first factor.
         mark: Mark of the first factor.
         second: Second factor, of the same shape or broadcast to it.
-        product: Computes the product; the order of its factors determines the memory layout.
+        product: Computes the product; the order of the factors determines the memory layout.
     """
-    kept, source = mark.detached(), mark.origin
-    layout, other = None, second.detach()
+    saved, source = mark.detached(), mark.origin
+    layout, saved_second = None, second.detach()
     if source.is_rounded and second.requires_grad and second.shape == first.shape:
-        other, layout = encode(second)
+        saved_second, layout = encode(second)
     origin = Derived(product, first.device.type, source, has_second=True, layout=layout)
     if second.requires_grad:
-        output = cast(Tensor, _Product.apply(first, second, source, layout, (*kept, other), product))
+        output = cast(Tensor, _Product.apply(first, second, source, layout, (*saved, saved_second), product))
     else:
         output = product(first, second)
-    return Mark.put(output, (*kept, other), origin)
+    return Mark.put(output, (*saved, saved_second), origin)
 
 
 class _RoundedInputs(torch.autograd.Function):
-    """An output whose backward pass reruns the module or function on decoded inputs."""
+    """Output whose backward pass reruns the module or function on decoded inputs."""
 
     @staticmethod
-    def forward(ctx: Any, origin: Output, kept: tuple[Tensor, ...], output: list[Tensor], *inputs: Tensor) -> Tensor:
-        ctx.save_for_backward(*kept)
+    def forward(ctx: Any, origin: Output, saved: tuple[Tensor, ...], output: list[Tensor], *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*saved)
         ctx.origin = origin
         return output.pop()
 
     @staticmethod
-    @once("set compress_activations=False")
+    @once_differentiable_with_hint("set compress_activations=False")
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         grads = ctx.origin.grad_inputs(ctx.saved_tensors, grad_output)
         return None, None, None, *[next(grads) if is_needed else None for is_needed in ctx.needs_input_grad[3:]]
 
 
 class _Product(torch.autograd.Function):
-    """A product whose first factor `origin` recomputes; `kept` has its source tensors and the second factor."""
+    """Product whose backward pass recomputes the first factor; saves its source tensors and the second factor."""
 
     @staticmethod
     def forward(
@@ -358,20 +358,20 @@ class _Product(torch.autograd.Function):
         second: Tensor,
         origin: Origin,
         layout: Layout | None,
-        kept: tuple[Tensor, ...],
+        saved: tuple[Tensor, ...],
         product: Callable[[Tensor, Tensor], Tensor],
     ) -> Tensor:
         origin.add_user()
-        ctx.save_for_backward(*kept)
+        ctx.save_for_backward(*saved)
         ctx.origin, ctx.layout, ctx.second_shape = origin, layout, second.shape
         return product(first, second)
 
     @staticmethod
-    @once("set recompute_inputs=False")
+    @once_differentiable_with_hint("set recompute_inputs=False")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
-        *first_kept, second = ctx.saved_tensors
-        grad_second = (grad * ctx.origin.compute(first_kept)).sum_to_size(ctx.second_shape)
-        return grad * _decoded(second, ctx.layout), grad_second, None, None, None, None
+        *first_saved, second = ctx.saved_tensors
+        grad_second = (grad * ctx.origin.compute(first_saved)).sum_to_size(ctx.second_shape)
+        return grad * _decode_if_encoded(second, ctx.layout), grad_second, None, None, None, None
 
 
 __all__ = [
@@ -380,9 +380,9 @@ __all__ = [
     "Mark",
     "Origin",
     "Output",
-    "keep_rounded",
+    "module_tensors",
     "multiply",
-    "once",
+    "once_differentiable_with_hint",
     "origin_of",
-    "own_tensors",
+    "save_rounded",
 ]

@@ -1,11 +1,11 @@
-"""Recomputed inputs: outputs of normalizations and activations that layers recompute instead of saving.
+"""Recomputation of layer inputs that are outputs of normalizations and activations.
 
 Forward hooks on known modules mark their outputs with their origin. An adapted layer then saves the module's input
-instead of its own. In known blocks, a function mode tracks the operations between module and layer: moved entries
-(windows of an image), products (gated activations) and sums with a small tensor (modulations).
+instead of the layer's input. In known blocks, a function mode tracks the operations between module and layer: moved
+entries (windows of an image), products (gated activations) and sums with a small tensor (modulations).
 
-Optionally the module's input is saved in int8, for the module's own backward pass too, and queries, keys and values in
-int8 replace attention's saved tensors. The forward pass stays exact; gradients are computed at rounded inputs.
+With compression, both backward passes use the module's input in int8, and queries, keys and values in int8 replace
+attention's saved tensors. Outputs remain exact; gradients are computed at rounded inputs.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
-from snella.memory.origins import Derived, Mark, Output, keep_rounded, multiply, own_tensors
+from snella.memory.origins import Derived, Mark, Output, module_tensors, multiply, save_rounded
 
 _SOURCE_ATTRIBUTE = "_snella_source"
 _c_autograd: Any = torch._C._autograd
 
 # deterministic modules that save their input for the backward pass (ReLU and similar ones save their output)
-_TORCH = (
+_TORCH_CLASSES = (
     nn.GELU,
     nn.SiLU,
     nn.Mish,
@@ -41,26 +41,26 @@ _TORCH = (
     nn.BatchNorm1d,
     nn.BatchNorm2d,
 )
-_TIMM = {
+_TIMM_CLASSES = {
     *("GELU", "GELUTanh", "QuickGELU"),
     *("LayerNorm", "LayerNorm2d", "LayerNormFp32", "LayerNorm2dFp32", "GroupNorm", "GroupNorm1"),
     *("RmsNorm", "RmsNorm2d", "RmsNormFp32", "RmsNorm2dFp32", "SimpleNorm", "SimpleNorm2d"),
 }
-_TRANSFORMERS = {
+_TRANSFORMERS_CLASSES = {
     *("GELUActivation", "NewGELUActivation", "FastGELUActivation", "GELUTanh", "PytorchGELUTanh"),
     *("QuickGELUActivation", "SiLUActivation", "MishActivation"),
 }
 # normalizations over the last axis
 _ROW_NORMS = ("LayerNorm", "LayerNormFp32", "RMSNorm", "RmsNorm", "RmsNormFp32", "SimpleNorm")
-# blocks that split into windows, multiply or shift an output before a layer
-_FOLLOWED_TIMM = {
+# blocks that partition, multiply or shift an output before it reaches a layer
+_TRACKED_TIMM = {
     "timm.layers.mlp.GluMlp",
     "timm.layers.mlp.SwiGLU",
     "timm.models.swin_transformer.SwinTransformerBlock",
     "timm.models.vision_transformer_sam.Block",
 }
-_FOLLOWED_TRANSFORMERS = ("MLP", "FFN", "SwinLayer", "SamVisionLayer", "VitDetLayer")
-_FOLLOWED_DIFFUSERS = ("TransformerBlock", "GELU", "GEGLU", "SwiGLU", "AdaLayerNormZero", "AdaLayerNormZeroX")
+_TRACKED_TRANSFORMERS = ("MLP", "FFN", "SwinLayer", "SamVisionLayer", "VitDetLayer")
+_TRACKED_DIFFUSERS = ("TransformerBlock", "GELU", "GEGLU", "SwiGLU", "AdaLayerNormZero", "AdaLayerNormZeroX")
 
 
 def can_recompute(module: nn.Module) -> bool:
@@ -69,30 +69,30 @@ def can_recompute(module: nn.Module) -> bool:
     Supports GELU variants, SiLU, Mish, Hardswish, layer, group and RMS normalization, and batch normalization in
     evaluation, from torch, timm and transformers.
     """
-    kind = type(module)
-    name, package = kind.__qualname__, kind.__module__
+    cls = type(module)
+    name, package = cls.__qualname__, cls.__module__
     return (
-        kind in _TORCH
-        or (package.startswith("timm.layers.") and name in _TIMM)
-        or (package == "transformers.activations" and name in _TRANSFORMERS)
+        cls in _TORCH_CLASSES
+        or (package.startswith("timm.layers.") and name in _TIMM_CLASSES)
+        or (package == "transformers.activations" and name in _TRANSFORMERS_CLASSES)
         or (package.startswith("transformers.models.") and name.endswith("RMSNorm"))
     )
 
 
-def can_follow(module: nn.Module, *, compress: bool = False) -> bool:
-    """Return whether operations in a module are tracked. Matches known classes for which tracking saves memory.
+def can_track(module: nn.Module, *, compress: bool = False) -> bool:
+    """Return whether the forward pass of a module is tracked. Matches known classes for which tracking saves memory.
 
     Supports blocks of Swin and SAM's encoder, gated MLPs, and diffusers' transformer blocks, modulations and
     activations; with `compress`, also attention modules of timm and transformers.
     """
-    kind = type(module)
-    name, package = kind.__qualname__, kind.__module__
+    cls = type(module)
+    name, package = cls.__qualname__, cls.__module__
     if compress and name.endswith("Attention") and package.startswith(("timm.", "transformers.models.")):
         return True
     return (
-        f"{package}.{name}" in _FOLLOWED_TIMM
-        or (package.startswith("transformers.models.") and name.endswith(_FOLLOWED_TRANSFORMERS))
-        or (package.startswith("diffusers.models.") and name.endswith(_FOLLOWED_DIFFUSERS))
+        f"{package}.{name}" in _TRACKED_TIMM
+        or (package.startswith("transformers.models.") and name.endswith(_TRACKED_TRANSFORMERS))
+        or (package.startswith("diffusers.models.") and name.endswith(_TRACKED_DIFFUSERS))
     )
 
 
@@ -111,9 +111,11 @@ def mark_outputs(model: nn.Module, *, compress: Callable[[], bool] | None = None
     unmark_outputs(model)
     count = 0
     for module in model.modules():
-        if can_follow(module, compress=compress is not None):
-            module.register_forward_pre_hook(_start_following if compress is None else _StartCompressing(compress))
-            module.register_forward_hook(_stop_following, always_call=True)
+        if can_track(module, compress=compress is not None):
+            module.register_forward_pre_hook(
+                _start_tracking if compress is None else _StartTrackingWithCompression(compress)
+            )
+            module.register_forward_hook(_stop_tracking, always_call=True)
         if can_recompute(module):
             count += 1
             if compress is not None:
@@ -124,7 +126,7 @@ def mark_outputs(model: nn.Module, *, compress: Callable[[], bool] | None = None
 
 def unmark_outputs(model: nn.Module) -> None:
     """Undo `mark_outputs`."""
-    installed = (_mark_output, _start_following, _stop_following)
+    installed = (_mark_output, _start_tracking, _stop_tracking)
     for module in model.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key, hook in list(hooks.items()):
@@ -137,7 +139,7 @@ def unmark_outputs(model: nn.Module) -> None:
 
 
 def _is_marked(module: nn.Module) -> bool:
-    """Return whether a module's forward pass is reproducible: no other hooks and no running-statistics updates."""
+    """Return whether a module's forward pass is reproducible: no other hooks, no updates of running statistics."""
     pre_hooks = list(module._forward_pre_hooks.values())
     is_plain = (
         next(iter(module._forward_hooks.values())) is _mark_output
@@ -153,33 +155,35 @@ def _is_marked(module: nn.Module) -> bool:
 
 
 def _is_recorded() -> bool:
-    """Return whether only autograd records the forward pass, not a compiler or tracer."""
+    """Return whether autograd records the forward pass, without a compiler or tracer."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
 
 @dataclass(eq=False)
 class _Compressing:
-    """Hook that compresses activations on request.
+    """Base class of hooks that compress activations.
 
     Args:
-        is_wanted: Returns whether compression is enabled in this forward pass.
+        is_enabled: Returns whether compression is enabled in this forward pass.
     """
 
-    is_wanted: Callable[[], bool]
+    is_enabled: Callable[[], bool]
 
 
 class _DetachInput(_Compressing):
-    """Forward pre-hook: detach an input that will be saved encoded, so that the module itself saves nothing."""
+    """Forward pre-hook that detaches an input to be saved in int8, so that the module saves nothing."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if not _is_recorded() or len(args) != 1 or type(args[0]) is not Tensor or not self.is_wanted():
+        if not _is_recorded() or len(args) != 1 or type(args[0]) is not Tensor or not self.is_enabled():
             return None
         z = args[0]
         if not (z.requires_grad and z.is_floating_point() and not z.is_inference() and _is_marked(module)):
             return None
         if hasattr(type(z.grad_fn), "_saved_result"):
-            return None  # the operation that computed it saves it anyway, e.g. ReLU
-        if getattr(module, "inplace", False) or any([tensor.requires_grad for tensor in own_tensors(module).values()]):
+            return None  # the preceding operation saves it anyway, e.g. ReLU
+        if getattr(module, "inplace", False) or any(
+            [tensor.requires_grad for tensor in module_tensors(module).values()]
+        ):
             return None
         detached = z.detach()
         setattr(detached, _SOURCE_ATTRIBUTE, z)
@@ -187,13 +191,13 @@ class _DetachInput(_Compressing):
 
 
 def _mark_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
-    """Forward hook: mark the output with its origin if it can be recomputed bit-identically."""
+    """Forward hook that marks an output that can be recomputed bit-identically."""
     if not _is_recorded() or len(args) != 1 or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
         return None
     source: Tensor | None = getattr(args[0], _SOURCE_ATTRIBUTE, None)
     run = partial(type(module).forward, module)
     if source is not None:
-        return keep_rounded([source], output, run, module, by_row=type(module).__name__.endswith(_ROW_NORMS))
+        return save_rounded([source], output, run, module, by_row=type(module).__name__.endswith(_ROW_NORMS))
     z = args[0]
     if not _is_marked(module) or type(z) is not Tensor or not output.requires_grad:
         return None
@@ -206,23 +210,23 @@ def _mark_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tenso
 # tracking inside blocks
 
 
-class _Following(TorchFunctionMode):
-    """Function mode that marks the results of known functions of marked tensors.
+class _TrackingMode(TorchFunctionMode):
+    """Function mode that marks the results of known functions on marked tensors.
 
     Args:
         module: The block in which the mode is active.
         compress: True if attention and functional activations save their inputs in int8.
-        caller: The frame that runs the block.
+        caller: Frame that runs the block.
         outer: The previously active mode, if any.
     """
 
-    def __init__(self, module: nn.Module, compress: bool, caller: FrameType, outer: _Following | None) -> None:
+    def __init__(self, module: nn.Module, compress: bool, caller: FrameType, outer: _TrackingMode | None) -> None:
         super().__init__()
         self.module, self.compress, self.outer = module, compress, outer
         self._caller, self._hooks = caller, _saved_tensors_hooks()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call a function, and mark its output if it can be recomputed."""
+        """Call a function, and mark its output if possible."""
         kwargs, output = kwargs or {}, None
         handler = None if torch.compiler.is_compiling() else _HANDLERS.get(func)
         if handler is not None and args and torch.is_grad_enabled() and self is _active_mode():
@@ -230,7 +234,7 @@ class _Following(TorchFunctionMode):
         return func(*args, **kwargs) if output is None else output
 
     def is_running(self) -> bool:
-        """Return whether the block is running; after Ctrl-C, which is no `Exception`, its forward hook does not run."""
+        """Return whether the block is running; after `KeyboardInterrupt`, its forward hook does not run."""
         try:
             self._caller.clear()  # raises an error for a running frame
         except RuntimeError:
@@ -238,13 +242,13 @@ class _Following(TorchFunctionMode):
         return False
 
     def is_recorded(self) -> bool:
-        """Return whether autograd records directly; checkpointed parts are rerun without this mode."""
+        """Return whether autograd records directly; activation checkpointing reruns its parts without this mode."""
         return _saved_tensors_hooks() == self._hooks
 
 
-def _active_mode() -> _Following | None:
-    """Return the mode whose block is running and recorded, or `None`."""
-    mode: _Following | None = getattr(_active, "mode", None)
+def _active_mode() -> _TrackingMode | None:
+    """Return the mode of the running, recorded block, or `None`."""
+    mode: _TrackingMode | None = getattr(_active, "mode", None)
     if mode is not None and not mode.is_running():
         mode = _active.mode = None
     return mode if mode is not None and mode.is_recorded() else None
@@ -266,14 +270,14 @@ def _activate(
         return function(z, *rest, **kwargs)
 
     if compress:
-        return keep_rounded([z], run(z.detach()), run)
+        return save_rounded([z], run(z.detach()), run)
     return Mark.put(run(z), (z,), Output(run, z.device.type))
 
 
 def _attend(
     function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], compress: bool
 ) -> Tensor | None:
-    """Return the output of attention that saves queries, keys and values in int8, or `None` if that is not enough."""
+    """Return the output of attention that saves q, k, v in int8, or `None` if its backward pass needs more."""
     if not compress or len(args) < 3 or not _c_autograd._saved_tensors_hooks_is_enabled():
         return None
     query, key, value, *rest = args
@@ -288,16 +292,16 @@ def _attend(
     def run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         return function(query, key, value, mask, **options)
 
-    # run with a graph that saves nothing, because without a graph torch may choose another kernel
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda kept: kept):
+    # record a graph that saves nothing, because torch may choose another kernel without a graph
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda saved: saved):
         output = run(*[z.detach().requires_grad_(z.requires_grad) for z in inputs])
-    return keep_rounded(inputs, output.detach(), run)
+    return save_rounded(inputs, output.detach(), run)
 
 
 def _move(
     function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], compress: bool
 ) -> Tensor | None:
-    """Return a marked tensor with moved entries, or `None` if the input is not marked."""
+    """Return a marked view or permutation of a marked tensor, or `None` if the input is not marked."""
     x, *rest = args
     mark = Mark.on(x)
     if mark is None:
@@ -307,7 +311,7 @@ def _move(
         return function(x, *rest, **kwargs)
 
     output = run(x)
-    return output if output is x else Mark.put(output, mark.kept, Derived(run, x.device.type, mark.origin))
+    return output if output is x else Mark.put(output, mark.saved, Derived(run, x.device.type, mark.origin))
 
 
 def _combine(
@@ -315,7 +319,7 @@ def _combine(
 ) -> Tensor | None:
     """Return the marked product or sum of a marked tensor with a number or tensor, or `None` if it cannot be marked.
 
-    A product saves its other factor anyway. A sum saves nothing, so only a much smaller summand reduces memory.
+    A product already saves its other factor. A sum saves no tensor, so marking pays off only for a small summand.
     """
     if len(args) != 2 or kwargs:
         return None
@@ -330,23 +334,23 @@ def _combine(
 
     device_type, is_product = x.device.type, function in _PRODUCTS
     if isinstance(other, int | float):
-        with_number = partial(run, other=other)
-        return Mark.put(with_number(x), mark.kept, Derived(with_number, device_type, mark.origin))
+        run_with_number = partial(run, other=other)
+        return Mark.put(run_with_number(x), mark.saved, Derived(run_with_number, device_type, mark.origin))
     if type(other) is not Tensor or (other.dtype, other.device) != (x.dtype, x.device) or other.is_inference():
         return None
     axes = zip(reversed(other.shape), reversed(x.shape), strict=False)
-    if other.ndim > x.ndim or any(mine not in (1, theirs) for mine, theirs in axes):
+    if other.ndim > x.ndim or any(size not in (1, target_size) for size, target_size in axes):
         return None
     if is_product:
         return multiply(x, mark, other, run)
-    if _SMALL * other.numel() > x.numel():
+    if _MIN_SIZE_RATIO * other.numel() > x.numel():
         return None
-    # a copy, because summands may change in place after the sum
+    # a copy, because the summand may change in place later
     origin = Derived(run, device_type, mark.origin, has_second=True)
-    return Mark.put(run(x, other), (*mark.kept, other.detach().clone()), origin)
+    return Mark.put(run(x, other), (*mark.saved, other.detach().clone()), origin)
 
 
-_SMALL = 8  # minimum size ratio between a sum and a saved summand
+_MIN_SIZE_RATIO = 8  # minimum size ratio between a sum and a saved summand
 _PRODUCTS = {torch.mul, Tensor.mul, Tensor.__rmul__}
 _HANDLERS: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any], bool], Tensor | None]] = {
     F.scaled_dot_product_attention: _attend,
@@ -359,34 +363,34 @@ _HANDLERS: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any], bool], Tens
 _active = threading.local()
 
 
-def _start_following(
+def _start_tracking(
     module: nn.Module, args: tuple[Any, ...], compress: bool = False, caller: FrameType | None = None
 ) -> None:
-    """Forward pre-hook: start tracking, unless an outer block is already tracked."""
+    """Forward pre-hook that starts tracking, unless an outer block is tracked."""
     if _is_recorded() and _active_mode() is None:
         caller = caller or sys._getframe(1)
-        _active.mode = _Following(module, compress, caller, getattr(_active, "mode", None))
+        _active.mode = _TrackingMode(module, compress, caller, getattr(_active, "mode", None))
         _active.mode.__enter__()
 
 
-class _StartCompressing(_Compressing):
-    """Forward pre-hook: start tracking, with int8 compression of attention and functional activations."""
+class _StartTrackingWithCompression(_Compressing):
+    """Forward pre-hook that starts tracking with int8 compression of attention and functional activations."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        compress = not torch.compiler.is_compiling() and self.is_wanted()
-        if compress or can_follow(module):
-            _start_following(module, args, compress, sys._getframe(1))
+        compress = not torch.compiler.is_compiling() and self.is_enabled()
+        if compress or can_track(module):
+            _start_tracking(module, args, compress, sys._getframe(1))
 
 
-def _stop_following(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """Forward hook, also called after an `Exception`: stop tracking."""
+def _stop_tracking(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Forward hook that stops tracking, also after an `Exception`."""
     if torch.compiler.is_compiling():
         return
-    mode: _Following | None = getattr(_active, "mode", None)
+    mode: _TrackingMode | None = getattr(_active, "mode", None)
     if mode is not None and mode.module is module:
         _active.mode = mode.outer
         if _get_current_function_mode() is mode:
             mode.__exit__(None, None, None)
 
 
-__all__ = ["can_follow", "can_recompute", "mark_outputs", "unmark_outputs"]
+__all__ = ["can_recompute", "can_track", "mark_outputs", "unmark_outputs"]

@@ -1,4 +1,4 @@
-"""Modes of a linear layer's weight gradient: exact, rounded to bfloat16, or estimated from sampled tokens."""
+"""Weight gradients of linear layers: exact, rounded to bfloat16, or estimated from sampled tokens."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-LEAST_TOKENS = 64
+MIN_TOKENS = 64
 """Minimum sample size, if there are enough tokens; smaller products cost little compared to merging."""
-LEAST_SHARE = 2**-10
+MIN_SHARE = 2**-10
 """Minimum fraction of the tokens; above it, numerator and denominator fit the int64 arguments of compiled graphs."""
 _ROUNDS = 4  # iterations to find the tokens with probability 1
 
 
 def parse_weight_gradient(weight_gradient: str) -> tuple[float, bool]:
-    """Parse the fraction of tokens to sample, and whether to round to bfloat16.
+    """Parse `SnellaConfig.weight_gradient` into the fraction of tokens to sample and a flag for bfloat16 rounding.
 
     Args:
         weight_gradient: `"exact"`, `"bfloat16"`, or `"sample:P"` with a number or fraction `P` from 1/1024 to 1, e.g.
@@ -27,12 +27,12 @@ def parse_weight_gradient(weight_gradient: str) -> tuple[float, bool]:
     """
     if weight_gradient in ("exact", "bfloat16"):
         return 1.0, weight_gradient == "bfloat16"
-    kind, _, number = str(weight_gradient).partition(":")
+    mode, _, fraction = str(weight_gradient).partition(":")
     try:
-        share = float(Fraction(number)) if kind == "sample" else math.nan
+        share = float(Fraction(fraction)) if mode == "sample" else math.nan
     except (ValueError, ZeroDivisionError):
         share = math.nan
-    if not LEAST_SHARE <= share <= 1:
+    if not MIN_SHARE <= share <= 1:
         raise ValueError(
             "weight_gradient must be 'exact', 'bfloat16' or 'sample:P' with P from 1/1024 to 1, got "
             f"{weight_gradient!r}; 'sample:1/2' samples half of the tokens"
@@ -45,10 +45,10 @@ def sample_tokens(grad_y: Tensor, x: Tensor, share: float) -> tuple[Tensor, Tens
 
         E[Ĝ] = G = Σ_t g_t x_tᵀ,   Ĝ = Σ_{t drawn} g_t x_tᵀ / π_t,   π_t = min(1, c·‖g_t‖·‖x_t‖),   Σ_t π_t = k
 
-    Token `t` is drawn with probability `π_t`. The sample size is `k = share·T`, at least `LEAST_TOKENS`. For
+    Token `t` is drawn with probability `π_t`. The sample size is `k = share·T`, at least `MIN_TOKENS`. For
     independent draws, this `π` minimizes `E‖Ĝ − G‖² = Σ_t (1/π_t − 1) ‖g_t‖² ‖x_t‖²` at its sum. Systematic sampling
-    (one random number shifts a comb of `k` teeth over the cumulative sum of `π`) draws exactly `k` tokens. No size
-    depends on values, so sampling does not synchronize with a GPU.
+    (one random offset shifts `k` equally spaced points over the cumulative sum of `π`) draws exactly `k` tokens. No
+    shape depends on values, so sampling does not synchronize with a GPU.
 
     Args:
         grad_y: `g`, the gradient of the layer's output, `[T, m]`.
@@ -59,23 +59,23 @@ def sample_tokens(grad_y: Tensor, x: Tensor, share: float) -> tuple[Tensor, Tens
         `g_t / π_t` `[k, m]` and `x_t` `[k, n]` of the drawn tokens, or `grad_y` and `x` unchanged if `k` reaches `T`.
     """
     tokens = len(x)
-    k = max(math.ceil(share * tokens), min(tokens, LEAST_TOKENS))
+    k = max(math.ceil(share * tokens), min(tokens, MIN_TOKENS))
     if k >= tokens:
         return grad_y, x
     norms = torch.linalg.vector_norm(grad_y, dim=1, dtype=torch.float32)
     norms *= torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
-    # if all gradients are zero, all tokens are equally likely and the estimate is zero
+    # if all gradients are zero, sample uniformly; the estimate is zero
     norms = norms.clamp(min=torch.finfo(torch.float32).tiny)
     probs = norms * (k / norms.sum())
     for _ in range(_ROUNDS):
         is_certain = probs >= 1
-        left = torch.where(is_certain, 0, norms)
-        probs = torch.where(is_certain, 1, norms * ((k - is_certain.sum()) / left.sum()))
+        uncertain = torch.where(is_certain, 0, norms)
+        probs = torch.where(is_certain, 1, norms * ((k - is_certain.sum()) / uncertain.sum()))
     # recompute the probabilities from the rounded cumulative sum, which determines the draws
     ends = probs.cumsum(0)
     ends = ends * (k / ends[-1])
     probs = torch.diff(ends, prepend=ends.new_zeros(1))
-    teeth = torch.arange(k, device=x.device) + torch.rand(1, device=x.device)
-    drawn = torch.searchsorted(ends, teeth, right=True).clamp(max=tokens - 1)
+    points = torch.arange(k, device=x.device) + torch.rand(1, device=x.device)
+    indices = torch.searchsorted(ends, points, right=True).clamp(max=tokens - 1)
     # divide in float32: 1/π can overflow float16 even if the quotient does not
-    return (grad_y[drawn] / probs[drawn, None]).to(grad_y.dtype), x[drawn]
+    return (grad_y[indices] / probs[indices, None]).to(grad_y.dtype), x[indices]

@@ -1,4 +1,4 @@
-"""The kernels written out entry by entry with Python floats: what the room's tensors are compared with."""
+"""Reference formulas of kernels and sparsification, entry by entry with Python floats."""
 
 import math
 
@@ -9,7 +9,7 @@ from snella.kernels import Kernel, KernelScalars
 
 
 def merge_by_hand(kernel: Kernel, A: Tensor, B: Tensor, scalars: KernelScalars) -> Tensor:
-    """`ΔW[i, j] = κ(A[j], B[i])`, `[m, n]`, float64."""
+    """Compute `ΔW[i, j] = κ(A[j], B[i])`, `[m, n]`, float64."""
     a_rows, b_rows = A.double().tolist(), B.double().tolist()
     coeff, alpha, beta, temperature = (None if value is None else value.tolist() for value in scalars)
 
@@ -25,13 +25,13 @@ def merge_by_hand(kernel: Kernel, A: Tensor, B: Tensor, scalars: KernelScalars) 
             coeff[p] * math.sqrt(squared(i, j, range(p * width, (p + 1) * width))) for p in range(kernel.num_pieces)
         )
 
-    def share(i: int, j: int) -> float:
+    def softmax(i: int, j: int) -> float:
         gamma = 1.0 if temperature is None else temperature
-        along = (
+        axis_entries = (
             [(k, j) for k in range(len(b_rows))] if kernel.softmax_dim == 0 else [(i, k) for k in range(len(a_rows))]
         )
-        total = math.fsum(math.exp(piecewise(*entry) / gamma) for entry in along)
-        shift = 1 / len(along) if kernel.center_softmax else 0.0
+        total = math.fsum(math.exp(piecewise(*entry) / gamma) for entry in axis_entries)
+        shift = 1 / len(axis_entries) if kernel.center_softmax else 0.0
         return math.exp(piecewise(i, j) / gamma) / total - shift
 
     entry = {
@@ -39,8 +39,8 @@ def merge_by_hand(kernel: Kernel, A: Tensor, B: Tensor, scalars: KernelScalars) 
         "sigmoid": lambda i, j: alpha / (1 + math.exp(-inner(i, j))) + beta,
         "rbf": lambda i, j: alpha * math.exp(-squared(i, j, range(len(a_rows[0])))) + beta,
         "p_linear": piecewise,
-        "normalized_rbf": lambda i, j: alpha * share(i, j) + beta,
-        "mix_k": lambda i, j: piecewise(i, j) + alpha * share(i, j) + beta,
+        "normalized_rbf": lambda i, j: alpha * softmax(i, j) + beta,
+        "mix_k": lambda i, j: piecewise(i, j) + alpha * softmax(i, j) + beta,
     }[kernel.name]
     return torch.tensor(
         [[entry(i, j) for j in range(len(a_rows))] for i in range(len(b_rows))], dtype=torch.float64
@@ -48,9 +48,9 @@ def merge_by_hand(kernel: Kernel, A: Tensor, B: Tensor, scalars: KernelScalars) 
 
 
 def sparsify_by_hand(delta: Tensor, budget: int) -> Tensor:
-    """Eq. 13 with the threshold that leaves `budget` entries of a tie-free matrix, float64."""
+    """Apply eq. 13 with the threshold that keeps `budget` entries of a tie-free matrix, float64."""
     values = delta.double().flatten().tolist()
-    ordered = sorted((abs(value) for value in values), reverse=True)
-    threshold = ordered[budget] if budget < len(values) else 0.0
-    kept = [value * max(abs(value) - threshold, 0.0) for value in values]
-    return torch.tensor(kept, dtype=torch.float64).reshape(delta.shape)
+    magnitudes = sorted((abs(value) for value in values), reverse=True)
+    threshold = magnitudes[budget] if budget < len(values) else 0.0
+    sparse = [value * max(abs(value) - threshold, 0.0) for value in values]
+    return torch.tensor(sparse, dtype=torch.float64).reshape(delta.shape)

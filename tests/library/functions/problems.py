@@ -1,4 +1,4 @@
-"""Adapted layers with every gradient, and the tolerance that an implementation is held to."""
+"""Test problems for adapted layers, and the numerical tolerance of their implementations."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from snella.functional import adapted_layer, compute_effective_weight
 from snella.kernels import Kernel, KernelScalars, make_kernel
 from snella.update import Factors, LayerOp, LazyWeight, LinearOp, Update, UpdateSpec
 
-DRAWS = 16  # the contract compares losses over several draws, so that neither side is judged by one lucky rounding
+DRAWS = 16  # root-mean-square errors over several draws do not depend on the rounding of a single draw
 SCALAR_NAMES = KernelScalars._fields
 
 
 def with_backend(update: Update, impl: str) -> Update:
-    """The same update computed by what `impl` chooses."""
+    """Return the update with the backend that `impl` selects."""
     backend, _ = choose_backend(impl, update.spec, update.factors.A)
     return update._replace(spec=replace(update.spec, backend=backend))
 
@@ -36,7 +36,7 @@ def layer_output(
     impl: str = "auto",
     **options: object,
 ) -> Tensor:
-    """Output of `adapted_layer` with one implementation."""
+    """Return the output of `adapted_layer` with one implementation."""
     return adapted_layer(x, weight, bias, [with_backend(update, impl) for update in updates], op, **options)[0]
 
 
@@ -47,15 +47,15 @@ def computed_weight(
     impl: str = "auto",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The weight of `compute_effective_weight` with one implementation."""
+    """Return the weight of `compute_effective_weight` with one implementation."""
     return compute_effective_weight(weight, [with_backend(update, impl) for update in updates], shape, dtype)[0]
 
 
 @dataclass
 class Problem:
-    """Everything that one call of `adapted_layer` reads, and ∂L/∂y."""
+    """Arguments of one call of `adapted_layer`, and ∂L/∂y."""
 
-    tensors: dict[str, Tensor | None]  # x, weight, bias, A, B and the kernel's scalars: what can have a gradient
+    tensors: dict[str, Tensor | None]  # differentiable inputs: x, weight, bias, A, B and the kernel's scalars
     kernel: Kernel
     budgets: tuple[int, ...]
     row_counts: tuple[int, ...]
@@ -67,7 +67,7 @@ class Problem:
     thresholds: tuple[Tensor, ...] = ()
 
     def cast(self, change: Callable[[Tensor], Tensor]) -> Problem:
-        """The same problem with every tensor changed."""
+        """Apply a function to every tensor."""
         tensors = {name: None if tensor is None else change(tensor) for name, tensor in self.tensors.items()}
         return replace(self, tensors=tensors, grad_y=change(self.grad_y))
 
@@ -106,7 +106,7 @@ def make_problem(
     mode: str = "soft",
     **kernel_options: object,
 ) -> Problem:
-    """A linear layer with one update; `budget` defaults to two fifths of the entries, in mode `none` to all of them."""
+    """Create a linear layer with one update; `budget` defaults to 40 % of the entries, in mode `none` to all."""
     generator = torch.Generator().manual_seed(seed)
     base_dtype = base_dtype or dtype
 
@@ -133,48 +133,53 @@ def make_problem(
         name: tensor if tensor is None else tensor.to(dtype) for name, tensor in factors.items()
     }
     if budgets is None:
-        least = 1.0 if mode == "none" else 0.4
-        budgets = tuple(max(1, int(least * count * n)) if budget is None else budget for count in rows)
+        share = 1.0 if mode == "none" else 0.4
+        budgets = tuple(max(1, int(share * count * n)) if budget is None else budget for count in rows)
     return Problem(tensors, spec, tuple(budgets), rows, LinearOp(), normal(*batch, m).to(base_dtype), mode=mode)
 
 
 def solve(
     problem: Problem, impl: str, *, cache_delta: bool = False, needed: Sequence[str] | None = None
 ) -> dict[str, Tensor]:
-    """Output `y` and the gradient of every tensor in `needed` (default: all), by one backward pass."""
+    """Return the output `y` and the gradients of the tensors in `needed` (default: all)."""
     leaves = {
         name: None if tensor is None else tensor.detach().requires_grad_(needed is None or name in needed)
         for name, tensor in problem.tensors.items()
     }
     y = problem.forward(leaves, impl, cache_delta)
-    wanted = {name: leaf for name, leaf in leaves.items() if leaf is not None and leaf.requires_grad}
-    grads = torch.autograd.grad(y, list(wanted.values()), problem.grad_y) if wanted else ()
-    return {"y": y.detach(), **dict(zip(wanted, grads, strict=True))}
+    required = {name: leaf for name, leaf in leaves.items() if leaf is not None and leaf.requires_grad}
+    grads = torch.autograd.grad(y, list(required.values()), problem.grad_y) if required else ()
+    return {"y": y.detach(), **dict(zip(required, grads, strict=True))}
 
 
-def errors(found: Sequence[dict[str, Tensor]], exact: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The largest error of `y` and of each gradient in each draw, `[draws]`.
+def errors(actual: Sequence[dict[str, Tensor]], exact: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the largest error of `y` and of each gradient per draw, `[draws]`.
 
-    A fraction of the largest exact value of all draws. The kernel's scalars are judged by the worst of them in
-    `assert_close_to_reference`: their gradients are sums of one matrix that cancel down to a single number.
+    Errors are relative to the largest exact value of all draws. `assert_close_to_reference` compares the kernel's
+    scalars with the worst scalar, because their gradients are sums over a matrix with cancellation.
     """
     largest = {}
     for name in exact[0]:
         scale = max(solution[name].abs().max().item() if solution[name].numel() else 0.0 for solution in exact) or 1.0
-        differences = [(mine[name].double() - true[name]).abs() for mine, true in zip(found, exact, strict=True)]
-        largest[name] = torch.tensor([each.max().item() / scale if each.numel() else 0.0 for each in differences])
+        differences = [
+            (actual_result[name].double() - expected_result[name]).abs()
+            for actual_result, expected_result in zip(actual, exact, strict=True)
+        ]
+        largest[name] = torch.tensor(
+            [difference.max().item() / scale if difference.numel() else 0.0 for difference in differences]
+        )
     return largest
 
 
-def losses(found: Sequence[dict[str, Tensor]], exact: Sequence[dict[str, Tensor]]) -> dict[str, float]:
-    """What is lost of `y` and of each gradient: root mean square of the errors over the draws."""
-    return {name: error.square().mean().sqrt().item() for name, error in errors(found, exact).items()}
+def rms_errors(actual: Sequence[dict[str, Tensor]], exact: Sequence[dict[str, Tensor]]) -> dict[str, float]:
+    """Return the root-mean-square error of `y` and of each gradient over the draws."""
+    return {name: error.square().mean().sqrt().item() for name, error in errors(actual, exact).items()}
 
 
-class Roundings(TorchDispatchMode):
-    """Multiplies each result of the arithmetic within by `1 + unit·ξ`, ξ drawn from [-1, 1].
+class RandomRounding(TorchDispatchMode):
+    """Mode that multiplies each arithmetic result by `1 + unit·ξ` with uniform ξ in [-1, 1].
 
-    Selections and copies stay exact, so that an entry at its threshold stays there.
+    Selections and copies remain exact, so that no entry crosses its threshold.
     """
 
     ARITHMETIC = (
@@ -198,21 +203,21 @@ class Roundings(TorchDispatchMode):
         return result * (1 + self.unit * noise.to(result.device))
 
 
-def simulated_losses(
+def simulated_errors(
     problems: Sequence[Problem], exact: Sequence[dict[str, Tensor]], needed: Sequence[str] | None = None
 ) -> dict[str, float]:
-    """What is lost where the reference, in float64, rounds every operation as float32 may: the worst of many times.
+    """Return the errors of the float64 reference with simulated float32 rounding, the largest of many runs.
 
-    Up to one unit in the last place, at random, since a softmax, a distance or a product rounds more than once. Holds
-    the condition of every sum and of all that cancels; the same on every machine, and never 0 by luck, as the loss of a
-    reference with few terms may be.
+    Perturbs each operation randomly by up to one unit in the last place, because softmax, distance and product round
+    more than once. The result reflects the condition of sums with cancellation, is the same on every machine, and is
+    never 0 by chance.
     """
     generator = torch.Generator().manual_seed(0)
-    wide = [problem.cast(Tensor.double) for problem in problems]
+    wide_problems = [problem.cast(Tensor.double) for problem in problems]
     worst = {name: torch.zeros(len(problems)) for name in exact[0]}
     for _ in range(DRAWS):
-        with Roundings(torch.finfo(torch.float32).eps, generator):
-            rounded = [solve(problem, "reference", needed=needed) for problem in wide]
+        with RandomRounding(torch.finfo(torch.float32).eps, generator):
+            rounded = [solve(problem, "reference", needed=needed) for problem in wide_problems]
         for name, error in errors(rounded, exact).items():
             worst[name] = torch.maximum(worst[name], error)
     return {name: error.square().mean().sqrt().item() for name, error in worst.items()}
@@ -223,62 +228,67 @@ def assert_close_to_reference(
     *,
     within: Callable[[], AbstractContextManager[object]] = nullcontext,
     impls: Sequence[str] | None = None,
-    keep: Sequence[bool] = (False, True),
+    cache_deltas: Sequence[bool] = (False, True),
     needed: Sequence[str] | None = None,
 ) -> None:
-    """An implementation loses at most twice what the reference itself loses, plus one rounding: output and gradients.
+    """Assert that an implementation's errors are at most twice those of the reference, plus one rounding.
 
-    Where that is not so, the reference may have been lucky: it then counts as losing what `simulated_losses` says, if
-    that is more. Holds for `impls`, by default `eager`, and `numba` where it can compute the problem, each with ΔW
-    rebuilt and kept. They and the reference are compared with the reference in float64; `within` surrounds all but that
-    one; `needed` are the tensors whose gradients are asked for, default all.
+    Compares output and gradients of all implementations with the reference in float64. If the check fails, the errors
+    of the reference may be small by chance; it is then repeated with `simulated_errors`, if they are larger.
+
+    Args:
+        problems: Problems that differ only in their random numbers.
+        within: Context of all computations except the float64 reference, e.g. autocast.
+        impls: Implementations to check; defaults to `eager`, and `numba` if it supports the problem.
+        cache_deltas: Values of `cache_delta` to check.
+        needed: Tensors that require gradients; defaults to all.
     """
     exact = [solve(problem.cast(Tensor.double), "reference", needed=needed) for problem in problems]
     with within():
-        plain = [solve(problem, "reference", needed=needed) for problem in problems]
-        found = {
-            f"{impl}, {'kept' if cache_delta else 'rebuilt'}": [
+        reference = [solve(problem, "reference", needed=needed) for problem in problems]
+        actual = {
+            f"{impl}, {'saved' if cache_delta else 'rebuilt'}": [
                 solve(problem, impl, cache_delta=cache_delta, needed=needed) for problem in problems
             ]
             for impl in impls or handwritten(problems[0])
-            for cache_delta in keep
+            for cache_delta in cache_deltas
         }
-    for solutions in found.values():
-        for name, true in exact[0].items():
-            assert solutions[0][name].dtype == plain[0][name].dtype, name
-            assert solutions[0][name].shape == true.shape, name
-    roundings = {name: torch.finfo(value.dtype).eps / 2 for name, value in plain[0].items()}
-    reference_losses = losses(plain, exact)
-    found_losses = {case: losses(solutions, exact) for case, solutions in found.items()}
-    excess = excess_of(found_losses, reference_losses, roundings)
+    for solutions in actual.values():
+        for name, expected in exact[0].items():
+            assert solutions[0][name].dtype == reference[0][name].dtype, name
+            assert solutions[0][name].shape == expected.shape, name
+    roundings = {name: torch.finfo(value.dtype).eps / 2 for name, value in reference[0].items()}
+    reference_errors = rms_errors(reference, exact)
+    errors_by_case = {case: rms_errors(solutions, exact) for case, solutions in actual.items()}
+    excess = out_of_tolerance(errors_by_case, reference_errors, roundings)
     if excess:
-        # proportional to the rounding, which is finer in float64
-        finer = {name: min(1.0, 2 * rounding / torch.finfo(torch.float32).eps) for name, rounding in roundings.items()}
-        for name, loss in simulated_losses(problems, exact, needed).items():
-            reference_losses[name] = max(reference_losses[name], finer[name] * loss)
-        excess = excess_of(found_losses, reference_losses, roundings)
+        # scale by the unit roundoff, which is smaller in float64
+        scales = {name: min(1.0, 2 * rounding / torch.finfo(torch.float32).eps) for name, rounding in roundings.items()}
+        for name, error in simulated_errors(problems, exact, needed).items():
+            reference_errors[name] = max(reference_errors[name], scales[name] * error)
+        excess = out_of_tolerance(errors_by_case, reference_errors, roundings)
     assert not excess, excess
 
 
-def excess_of(
-    found_losses: dict[str, dict[str, float]], reference_losses: dict[str, float], roundings: dict[str, float]
+def out_of_tolerance(
+    errors_by_case: dict[str, dict[str, float]], reference_errors: dict[str, float], roundings: dict[str, float]
 ) -> list[tuple[str, str, float, float]]:
-    """Case, name, loss and limit of everything that loses more than the law allows."""
-    worst_scalar = max((reference_losses.get(name, 0.0) for name in SCALAR_NAMES), default=0.0)
+    """Return case, name, error and limit of every result outside the tolerance."""
+    worst_scalar = max((reference_errors.get(name, 0.0) for name in SCALAR_NAMES), default=0.0)
     limits = {
-        name: 2 * (worst_scalar if name in SCALAR_NAMES else loss) + roundings[name]
-        for name, loss in reference_losses.items()
+        name: 2 * (worst_scalar if name in SCALAR_NAMES else error) + roundings[name]
+        for name, error in reference_errors.items()
     }
     return [
-        (case, name, loss, limits[name])
-        for case, of_case in found_losses.items()
-        for name, loss in of_case.items()
-        if not loss <= limits[name]
+        (case, name, error, limits[name])
+        for case, case_errors in errors_by_case.items()
+        for name, error in case_errors.items()
+        if not error <= limits[name]
     ]
 
 
 def handwritten(problem: Problem) -> list[str]:
-    """The implementations with a hand-written backward that can compute this problem."""
+    """Return the implementations with a hand-written backward pass that support a problem."""
     update = problem.update(problem.tensors)
     return [
         "eager",
@@ -287,5 +297,5 @@ def handwritten(problem: Problem) -> list[str]:
 
 
 def draws(kernel: str = "mix_k", *, count: int = DRAWS, **options: object) -> list[Problem]:
-    """`count` problems that differ only in their random numbers."""
+    """Create `count` problems that differ only in their random numbers."""
     return [make_problem(kernel, seed=seed, **options) for seed in range(count)]

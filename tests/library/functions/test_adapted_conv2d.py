@@ -1,4 +1,4 @@
-"""The convolution as the adapted layer sees it, against `F.conv2d` and autograd."""
+"""`Conv2dOp` and adapted convolutions against `F.conv2d` and autograd."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ LAYERS = [  # channels in, channels out, kernel size, settings, input size
     pytest.param(3, 5, (3, 3), {"padding": (1, 1)}, (6, 7), id="3x3"),
     pytest.param(3, 5, (2, 4), {"padding": (1, 2)}, (6, 7), id="2x4"),
     pytest.param(3, 5, (3, 3), {"stride": (2, 3)}, (8, 8), id="strided"),
-    pytest.param(3, 8, (4, 4), {"stride": (4, 4)}, (9, 10), id="patches-with-a-rest"),
+    pytest.param(3, 8, (4, 4), {"stride": (4, 4)}, (9, 10), id="patches-with-remainder"),
     pytest.param(3, 5, (3, 2), {"dilation": (2, 3), "padding": (2, 0)}, (8, 8), id="dilated"),
     pytest.param(4, 6, (3, 3), {"groups": 2, "padding": (1, 1)}, (5, 5), id="grouped"),
     pytest.param(4, 8, (3, 3), {"groups": 4, "padding": (1, 1)}, (5, 5), id="depthwise"),
@@ -42,26 +42,26 @@ def make_layer(inputs, outputs, kernel_size, settings, size, batch=(2,), seed=0,
 
 @pytest.mark.parametrize(("inputs", "outputs", "kernel_size", "settings", "size"), LAYERS)
 @BATCHES
-def test_the_product_and_its_gradients_equal_conv2d(inputs, outputs, kernel_size, settings, size, batch):
+def test_op_and_gradients_equal_conv2d(inputs, outputs, kernel_size, settings, size, batch):
     layer = make_layer(inputs, outputs, kernel_size, settings, size, batch, dtype=torch.float64)
     x, weight, bias = (layer.tensors[name].requires_grad_() for name in ("x", "weight", "bias"))
     y = F.conv2d(x, weight, bias, **settings)
     expected = torch.autograd.grad(y, (x, weight, bias), layer.grad_y)
     with torch.no_grad():
-        found = (
+        actual = (
             layer.product.grad_input(layer.grad_y, weight, x.shape),
             layer.product.grad_weight(layer.grad_y, x, weight.shape),
             layer.product.grad_bias(layer.grad_y),
         )
         torch.testing.assert_close(layer.product(x, weight, bias), y, rtol=1e-13, atol=1e-13)
-    for value, true in zip(found, expected, strict=True):
-        torch.testing.assert_close(value, true, rtol=1e-12, atol=1e-12)
+    for value, exact_value in zip(actual, expected, strict=True):
+        torch.testing.assert_close(value, exact_value, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("inputs", "outputs", "kernel_size", "settings", "size"), LAYERS)
 @BATCHES
 @pytest.mark.parametrize("impl", ["reference", "eager"])
-def test_the_adapted_convolution_equals_conv2d_with_the_effective_weight(
+def test_adapted_convolution_equals_conv2d_with_effective_weight(
     inputs, outputs, kernel_size, settings, size, batch, impl
 ):
     layer = make_layer(inputs, outputs, kernel_size, settings, size, batch, dtype=torch.float64)
@@ -69,15 +69,15 @@ def test_the_adapted_convolution_equals_conv2d_with_the_effective_weight(
     effective = effective_weight(leaves["weight"], [layer.update(leaves)])
     y = F.conv2d(leaves["x"], effective, leaves["bias"], **settings)
     expected = torch.autograd.grad(y, list(leaves.values()), layer.grad_y)
-    found = solve(layer, impl)
-    torch.testing.assert_close(found["y"], y.detach(), rtol=1e-12, atol=1e-12)
-    for name, true in zip(leaves, expected, strict=True):
-        torch.testing.assert_close(found[name], true, rtol=1e-11, atol=1e-12)
+    actual = solve(layer, impl)
+    torch.testing.assert_close(actual["y"], y.detach(), rtol=1e-12, atol=1e-12)
+    for name, exact_value in zip(leaves, expected, strict=True):
+        torch.testing.assert_close(actual[name], exact_value, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("groups", [1, 4])
-def test_the_adapted_convolution_stays_close_to_the_reference(base_dtype, groups):
+def test_adapted_convolution_is_close_to_reference(base_dtype, groups):
     settings = {"padding": (1, 1), "groups": groups}
     layers = [
         make_layer(4, 8, (3, 3), settings, (5, 6), seed=seed, dtype=torch.float32, base_dtype=base_dtype)
@@ -86,26 +86,26 @@ def test_the_adapted_convolution_stays_close_to_the_reference(base_dtype, groups
     assert_close_to_reference(layers)
 
 
-@pytest.mark.parametrize("laid_out", [("x",), ("weight",), ("x", "weight")], ids=["x", "weight", "both"])
-def test_channels_last_stays_close_to_the_reference(laid_out):
+@pytest.mark.parametrize("channels_last_names", [("x",), ("weight",), ("x", "weight")], ids=["x", "weight", "both"])
+def test_channels_last_is_close_to_reference(channels_last_names):
     layers = [make_layer(4, 6, (3, 2), {"padding": (1, 0)}, (5, 6), seed=seed) for seed in range(DRAWS)]
     for layer in layers:
-        for name in laid_out:
+        for name in channels_last_names:
             layer.tensors[name] = layer.tensors[name].to(memory_format=torch.channels_last)
     assert_close_to_reference(layers)
 
 
 @pytest.mark.parametrize("impl", ["reference", "eager"])
-def test_the_update_alone_takes_the_shape_of_the_weight(impl):
+def test_update_without_base_weight_has_the_weight_shape(impl):
     layer = make_layer(4, 6, (3, 3), {"groups": 2}, (5, 5), dtype=torch.float64)
     shape = layer.tensors["weight"].shape
-    alone = replace(layer, tensors=layer.tensors | {"weight": None, "bias": None}, weight_shape=shape)
+    update_only = replace(layer, tensors=layer.tensors | {"weight": None, "bias": None}, weight_shape=shape)
     sparse = effective_weight(None, [layer.update(layer.tensors)], shape)
     expected = F.conv2d(layer.tensors["x"], sparse, groups=2)
-    found = solve(alone, impl)
-    torch.testing.assert_close(found["y"], expected, rtol=1e-12, atol=1e-12)
-    for name, true in solve(alone, "reference").items():
-        torch.testing.assert_close(found[name], true, rtol=1e-12, atol=1e-12)
+    actual = solve(update_only, impl)
+    torch.testing.assert_close(actual["y"], expected, rtol=1e-12, atol=1e-12)
+    for name, exact_value in solve(update_only, "reference").items():
+        torch.testing.assert_close(actual[name], exact_value, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -117,13 +117,13 @@ def test_the_update_alone_takes_the_shape_of_the_weight(impl):
         ((3, 1), (2, 2), (1, 1), (3, 1)),
     ],
 )
-def test_padding_is_known_in_pixels(padding, kernel_size, dilation, pixels):
+def test_padding_resolves_to_pixels(padding, kernel_size, dilation, pixels):
     product = Conv2dOp(padding=padding, dilation=dilation)
     assert product.padding_sizes(torch.Size((4, 3, *kernel_size))) == pixels
 
 
 @pytest.mark.parametrize("impl", ["reference", "eager"])
-def test_same_padding_of_an_even_kernel_is_refused_before_anything_is_computed(impl):
+def test_same_padding_of_even_kernel_raises_before_computation(impl):
     layer = make_layer(3, 5, (2, 3), {}, (6, 6))
     layer = replace(layer, product=Conv2dOp(padding="same"))
     with pytest.raises(
@@ -132,7 +132,7 @@ def test_same_padding_of_an_even_kernel_is_refused_before_anything_is_computed(i
         layer.forward(layer.tensors, impl)
 
 
-def test_uninitialized_memory_is_never_read():
+def test_uninitialized_memory_is_not_read():
     layer = make_layer(4, 8, (3, 3), {"padding": (1, 1)}, (5, 6))
     before = solve(layer, "eager")
     torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN

@@ -1,4 +1,4 @@
-"""The contract of the adapted layer: `eager` against the reference, over kernels, dtypes, shapes and budgets."""
+"""`eager` against the reference over kernels, dtypes, shapes and budgets."""
 
 from dataclasses import replace
 from itertools import chain, combinations
@@ -18,9 +18,9 @@ from .problems import (
     assert_close_to_reference,
     draws,
     layer_output,
-    losses,
     make_problem,
-    simulated_losses,
+    rms_errors,
+    simulated_errors,
     solve,
 )
 
@@ -28,14 +28,14 @@ DTYPES = [
     pytest.param({"dtype": torch.float32}, id="float32"),
     pytest.param({"dtype": torch.float32, "base_dtype": torch.bfloat16}, id="bfloat16-base"),
 ]
-KEEP = pytest.mark.parametrize("cache_delta", [False, True], ids=["rebuilt", "kept"])
+CACHE_DELTA = pytest.mark.parametrize("cache_delta", [False, True], ids=["rebuilt", "saved"])
 HANDWRITTEN = pytest.mark.parametrize("impl", ["eager", "numba"])
 MODES = pytest.mark.parametrize("mode", ["soft", "official", "none"])
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("budget", [0, 1, 14, 35])
-def test_the_layer_equals_the_formula_computed_by_hand(kernel, budget):
+def test_layer_equals_hand_computed_formula(kernel, budget):
     problem = make_problem(kernel, budget=budget, dtype=torch.float64)
     tensors = problem.tensors
     scalars = KernelScalars(*(None if tensors[name] is None else tensors[name][0] for name in KernelScalars._fields))
@@ -49,82 +49,82 @@ def test_the_layer_equals_the_formula_computed_by_hand(kernel, budget):
 @pytest.mark.parametrize(("m", "n"), [(1, 1), (7, 5), (13, 31), (64, 48)])
 @pytest.mark.parametrize("dtypes", DTYPES)
 @MODES
-def test_eager_stays_close_to_the_reference_for_every_kernel_and_shape(kernel, m, n, dtypes, mode):
+def test_eager_is_close_to_reference_for_every_kernel_and_shape(kernel, m, n, dtypes, mode):
     problems = draws(kernel, m=m, n=n, mode=mode, **dtypes)
     assert_close_to_reference(problems)
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
-def test_eager_stays_close_to_the_reference_at_768_by_3072(dtypes):
+def test_eager_is_close_to_reference_at_768_by_3072(dtypes):
     assert_close_to_reference(draws(count=1, m=768, n=3072, r=8, batch=(16,), **dtypes))
 
 
 @pytest.mark.parametrize("budget", [0, 1, 34, 35])
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("mode", ["soft", "official"])
-def test_eager_stays_close_to_the_reference_at_every_kind_of_budget(budget, dtypes, mode):
+def test_eager_is_close_to_reference_for_every_kind_of_budget(budget, dtypes, mode):
     assert_close_to_reference(draws(budget=budget, mode=mode, **dtypes))
 
 
 @pytest.mark.parametrize(
     "options", [{"num_pieces": 1}, {"num_pieces": 4}, {"softmax_dim": 1}, {"center_softmax": True}]
 )
-def test_eager_stays_close_to_the_reference_for_every_setting_of_the_kernel(options):
+def test_eager_is_close_to_reference_for_all_kernel_options(options):
     assert_close_to_reference(draws(m=13, n=11, **options))
 
 
 @pytest.mark.parametrize("batch", [(), (1,), (2, 3), (2, 1, 4), (0,), (2, 0)])
 @pytest.mark.parametrize("dtypes", DTYPES)
-def test_eager_stays_close_to_the_reference_for_every_batch_shape(batch, dtypes):
+def test_eager_is_close_to_reference_for_every_batch_shape(batch, dtypes):
     problems = draws(batch=batch, **dtypes)
     assert_close_to_reference(problems)
     assert solve(problems[0], "eager")["y"].shape == (*batch, 7)
 
 
 @pytest.mark.parametrize("name", ["A", "piece_coeff", "temperature"])
-def test_the_law_refuses_a_gradient_that_is_off_by_two_hundred_roundings(name, monkeypatch):
+def test_tolerance_rejects_gradient_error_of_200_roundings(name, monkeypatch):
     original = MixK.vjp
 
     def off(*args):
-        found = original(*args)
-        return found._replace(**{name: getattr(found, name) * (1 + 100 * torch.finfo(torch.float32).eps)})
+        actual = original(*args)
+        return actual._replace(**{name: getattr(actual, name) * (1 + 100 * torch.finfo(torch.float32).eps)})
 
     monkeypatch.setattr(MixK, "vjp", off)
     with pytest.raises(AssertionError, match=rf"\[\('eager, rebuilt', '{name}', "):
         assert_close_to_reference(draws(rows=(9, 7, 5), n=11, budgets=(0, 30, 55)), impls=["eager"])
 
 
-def test_a_reference_with_too_few_terms_to_lose_anything_is_not_taken_for_exact():
-    problems = draws("normalized_rbf", m=1, n=1, budget=1)  # the softmax of one entry is 1: no gradient passes it
+def test_tolerance_is_positive_for_an_exact_reference():
+    problems = draws("normalized_rbf", m=1, n=1, budget=1)  # the softmax of one entry is 1 and has no gradient
     exact = [solve(problem.cast(Tensor.double), "reference") for problem in problems]
-    plain = losses([solve(problem, "reference") for problem in problems], exact)
-    simulated = simulated_losses(problems, exact)
+    plain = rms_errors([solve(problem, "reference") for problem in problems], exact)
+    simulated = simulated_errors(problems, exact)
     assert plain["A"] == 0
     assert torch.finfo(torch.float32).eps / 2 < simulated["A"] < 100 * torch.finfo(torch.float32).eps
 
 
-def test_an_empty_batch_gives_gradients_of_zero():
+def test_empty_batch_has_zero_gradients():
     problem = make_problem(batch=(0,))
-    found = solve(problem, "eager")
+    actual = solve(problem, "eager")
     for name, tensor in problem.tensors.items():
-        assert torch.equal(found[name], torch.zeros_like(tensor)), name
+        assert torch.equal(actual[name], torch.zeros_like(tensor)), name
 
 
 def scatter(tensor: Tensor) -> Tensor:
-    """The same values with holes between them and the axes laid out the other way round."""
-    holes = torch.full([2 * size for size in reversed(tensor.shape)], torch.nan, dtype=tensor.dtype)
-    view = holes[tuple(slice(None, None, 2) for _ in tensor.shape)].permute(*reversed(range(tensor.ndim)))
+    """Return a strided, transposed view with the same values."""
+    storage = torch.full([2 * size for size in reversed(tensor.shape)], torch.nan, dtype=tensor.dtype)
+    view = storage[tuple(slice(None, None, 2) for _ in tensor.shape)].permute(*reversed(range(tensor.ndim)))
     return view.copy_(tensor)
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
-def test_eager_stays_close_to_the_reference_for_strided_tensors(dtypes):
+def test_eager_is_close_to_reference_for_strided_tensors(dtypes):
     problems = [problem.cast(scatter) for problem in draws(batch=(2, 3), **dtypes)]
     assert not any(problems[0].tensors[name].is_contiguous() for name in ("x", "weight", "A", "B", "bias"))
     assert_close_to_reference(problems)
 
 
-def test_eager_takes_an_expanded_gradient():
+def test_eager_supports_expanded_gradient():
     problem = make_problem()
     expanded = replace(problem, grad_y=torch.ones(()).expand_as(problem.grad_y))
     full = replace(problem, grad_y=torch.ones_like(problem.grad_y))
@@ -133,49 +133,49 @@ def test_eager_takes_an_expanded_gradient():
 
 
 @HANDWRITTEN
-@KEEP
-def test_every_subset_of_gradients_equals_the_full_set(cache_delta, impl):
+@CACHE_DELTA
+def test_subsets_of_gradients_equal_the_full_set(cache_delta, impl):
     problem = make_problem()
     full = solve(problem, impl, cache_delta=cache_delta)
     names = ["x", "weight", "bias", "A", "B", "piece_coeff", "alpha", "temperature"]
     for needed in chain.from_iterable(combinations(names, size) for size in range(len(names) + 1)):
-        found = solve(problem, impl, cache_delta=cache_delta, needed=needed)
-        assert set(found) == {"y", *needed}
-        assert all(torch.equal(found[name], full[name]) for name in found), needed
+        actual = solve(problem, impl, cache_delta=cache_delta, needed=needed)
+        assert set(actual) == {"y", *needed}
+        assert all(torch.equal(actual[name], full[name]) for name in actual), needed
 
 
-def test_nothing_to_learn_means_no_graph():
+def test_output_without_trainable_inputs_has_no_graph():
     problem = make_problem()
     assert not problem.forward(problem.tensors, "eager").requires_grad
 
 
 @HANDWRITTEN
 @pytest.mark.parametrize("dtypes", DTYPES)
-def test_the_same_call_gives_the_same_bits_twice_kept_or_rebuilt(dtypes, impl):
+def test_results_are_deterministic_with_and_without_cache_delta(dtypes, impl):
     problem = make_problem(m=64, n=48, batch=(33,), **dtypes)
     first = solve(problem, impl)
     for cache_delta in (False, True):
-        again = solve(problem, impl, cache_delta=cache_delta)
-        assert all(torch.equal(again[name], first[name]) for name in first)
+        repeated = solve(problem, impl, cache_delta=cache_delta)
+        assert all(torch.equal(repeated[name], first[name]) for name in first)
 
 
 @pytest.mark.parametrize(
     "options", [{}, {"mode": "official"}, {"rows": (40, 31, 40), "budgets": (900, 0, 1700)}], ids=str
 )
 @pytest.mark.parametrize(("kernel", "r", "num_pieces"), [("mix_k", 8, 2), ("mix_k", 6, 3), ("p_linear", 8, 2)])
-def test_numba_has_the_same_bits_kept_or_rebuilt_with_and_without_a_temperature(kernel, r, num_pieces, options):
+def test_cache_delta_does_not_change_numba_results_with_and_without_temperature(kernel, r, num_pieces, options):
     problem = make_problem(kernel, **{"m": 111, "n": 202, "r": r, "num_pieces": num_pieces, "batch": (9,), **options})
     for tensors in (problem.tensors, problem.tensors | {"temperature": None}):
-        one = replace(problem, tensors=tensors)
-        rebuilt, kept = solve(one, "numba"), solve(one, "numba", cache_delta=True)
-        exact = solve(one.cast(lambda tensor: tensor.double()), "reference")
+        variant = replace(problem, tensors=tensors)
+        rebuilt, saved = solve(variant, "numba"), solve(variant, "numba", cache_delta=True)
+        exact = solve(variant.cast(lambda tensor: tensor.double()), "reference")
         for name, value in rebuilt.items():
-            assert torch.equal(kept[name], value), name
+            assert torch.equal(saved[name], value), name
             scale = exact[name].abs().max().item()
             assert (value - exact[name]).abs().max().item() <= 2e-4 * scale, name
 
 
-def test_a_bias_free_layer_stays_close_to_the_reference():
+def test_layer_without_bias_is_close_to_reference():
     problems = [replace(problem, tensors=problem.tensors | {"bias": None}) for problem in draws()]
     assert_close_to_reference(problems)
 
@@ -185,31 +185,31 @@ def without_weight(problem: Problem) -> Problem:
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
-def test_the_update_alone_stays_close_to_the_reference(dtypes):
+def test_update_without_base_weight_is_close_to_reference(dtypes):
     assert_close_to_reference([without_weight(problem) for problem in draws(**dtypes)])
 
 
 @pytest.mark.parametrize("impl", ["reference", "eager"])
-def test_the_update_alone_is_the_layer_less_its_base(impl):
+def test_update_without_base_weight_is_the_difference_to_the_base_layer(impl):
     problem = make_problem(dtype=torch.float64)
     tensors = problem.tensors
     base = F.linear(tensors["x"], tensors["weight"], tensors["bias"])
-    alone = without_weight(problem)
-    torch.testing.assert_close(alone.forward(alone.tensors, impl) + base, problem.forward(tensors, impl))
+    update_only = without_weight(problem)
+    torch.testing.assert_close(update_only.forward(update_only.tensors, impl) + base, problem.forward(tensors, impl))
 
 
-def test_float32_factors_on_a_float64_base_stay_close_to_the_reference():
+def test_float32_factors_with_float64_base_are_close_to_reference():
     problems = draws(dtype=torch.float32, base_dtype=torch.float64)
     assert_close_to_reference(problems)
     assert solve(problems[0], "eager")["y"].dtype == torch.float64
 
 
-def test_bfloat16_factors_stay_close_to_the_reference():
+def test_bfloat16_factors_are_close_to_reference():
     assert_close_to_reference(draws(dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("impl", ["reference", "eager"])
-def test_a_small_update_of_a_bfloat16_weight_is_rounded_once(impl):
+def test_small_update_of_bfloat16_weight_is_rounded_once(impl):
     problem = make_problem(dtype=torch.float32, base_dtype=torch.bfloat16)
     identity = torch.eye(5, dtype=torch.bfloat16)
     tensors = problem.tensors | {"x": identity, "bias": None}
@@ -218,7 +218,7 @@ def test_a_small_update_of_a_bfloat16_weight_is_rounded_once(impl):
 
 
 def call(problem: Problem, **options: object) -> Tensor:
-    """The same layer through the short entry point."""
+    """Call the layer through `adapted_linear`."""
     tensors = problem.tensors
     scalars = {name: None if tensors[name] is None else tensors[name][0] for name in KernelScalars._fields}
     return adapted_linear(
@@ -245,14 +245,14 @@ def test_adapted_linear_is_adapted_layer_with_one_update(kernel, mode, impl):
     assert torch.equal(call(problem, mode=mode, impl=impl), problem.forward(problem.tensors, impl))
 
 
-def test_a_layer_without_updates_is_the_base_layer():
+def test_layer_without_updates_equals_base_layer():
     problem = make_problem()
     x, weight, bias = (problem.tensors[name] for name in ("x", "weight", "bias"))
     assert torch.equal(layer_output(x, weight, bias, [], LinearOp()), F.linear(x, weight, bias))
 
 
 @pytest.mark.parametrize("cache_delta", [False, True])
-def test_double_backward_is_refused(cache_delta):
+def test_double_backward_raises(cache_delta):
     problem = make_problem()
     A = problem.tensors["A"].requires_grad_()
     y = problem.forward(problem.tensors, "eager", cache_delta)
@@ -262,7 +262,7 @@ def test_double_backward_is_refused(cache_delta):
         torch.autograd.grad(y.square().sum(), A, create_graph=True)
 
 
-def test_changing_a_factor_between_forward_and_backward_is_refused():
+def test_changing_a_factor_between_forward_and_backward_raises():
     problem = make_problem()
     A = problem.tensors["A"].requires_grad_()
     y = problem.forward(problem.tensors, "eager")
@@ -272,18 +272,18 @@ def test_changing_a_factor_between_forward_and_backward_is_refused():
         y.sum().backward()
 
 
-def test_an_unknown_implementation_is_named_with_the_choices():
+def test_unknown_implementation_error_lists_choices():
     with pytest.raises(ValueError, match=r"impl must be one of \['auto', 'triton', 'numba', .*\], got 'cuda'"):
         call(make_problem(), impl="cuda")
 
 
 @pytest.mark.parametrize("budget", [-1, 36])
-def test_a_budget_that_the_matrix_cannot_hold_is_refused(budget):
+def test_budget_out_of_range_raises(budget):
     with pytest.raises(ValueError, match=rf"budget must be in \[0, 35\] for a matrix \[7, 5\], got {budget}"):
         call(make_problem(), budget=budget)
 
 
-def test_a_weight_of_another_shape_is_refused():
+def test_mismatched_weight_shape_raises():
     problem = make_problem()
     problem.tensors["weight"] = torch.ones(5, 7)
     with pytest.raises(ValueError, match=r"same size, got \[7, 5\] and \[5, 7\]"):
@@ -291,12 +291,12 @@ def test_a_weight_of_another_shape_is_refused():
 
 
 @pytest.mark.parametrize("impl", ["reference", "eager", "numba"])
-def test_an_unknown_sparsifier_is_refused(impl):
+def test_unknown_mode_raises(impl):
     with pytest.raises(ValueError, match=r"mode must be one of .*, got 'hard'"):
         call(make_problem(), mode="hard", impl=impl)
 
 
-def test_adapted_linear_takes_every_setting_of_the_kernel():
+def test_adapted_linear_supports_all_kernel_options():
     for options in ({"softmax_dim": 1}, {"center_softmax": True}):
         problem = make_problem(**options)
         assert torch.equal(call(problem, **options), problem.forward(problem.tensors, "auto"))

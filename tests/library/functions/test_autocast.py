@@ -1,4 +1,4 @@
-"""Mixed precision: the product runs in bfloat16, the merge never does."""
+"""Mixed precision: products in bfloat16, merges in float32."""
 
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ def autocast():
 
 @IMPL
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_the_update_is_merged_in_float32_and_the_product_taken_in_bfloat16(kernel, impl):
+def test_update_is_merged_in_float32_and_multiplied_in_bfloat16(kernel, impl):
     problem = make_problem(kernel, m=32, n=24, r=8)
     x, weight, bias = (problem.tensors[name] for name in ("x", "weight", "bias"))
     effective = effective_weight(weight, [problem.update(problem.tensors)])
@@ -34,20 +34,20 @@ def test_the_update_is_merged_in_float32_and_the_product_taken_in_bfloat16(kerne
 
 @pytest.mark.parametrize("cache_delta", [False, True])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_a_backward_pass_inside_autocast_gives_the_same_bits_as_outside(kernel, cache_delta):
+def test_backward_inside_autocast_equals_backward_outside(kernel, cache_delta):
     problem = make_problem(kernel, m=32, n=24, r=8)
     leaves = {k: v if v is None else v.requires_grad_() for k, v in problem.tensors.items()}
-    wanted = [leaf for leaf in leaves.values() if leaf is not None]
+    expected = [leaf for leaf in leaves.values() if leaf is not None]
     grad_y = problem.grad_y.bfloat16()
     with autocast():
         y = problem.forward(leaves, "eager", cache_delta)
-        inside = torch.autograd.grad(y, wanted, grad_y, retain_graph=True)
-    outside = torch.autograd.grad(y, wanted, grad_y)
+        inside = torch.autograd.grad(y, expected, grad_y, retain_graph=True)
+    outside = torch.autograd.grad(y, expected, grad_y)
     assert all(torch.equal(*pair) for pair in zip(inside, outside, strict=True))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_merging_and_selecting_inside_autocast_gives_the_same_bits_as_outside(kernel):
+def test_merge_and_selection_inside_autocast_equal_those_outside(kernel):
     problem = make_problem(kernel, m=32, n=24, r=8)
     weight = problem.tensors["weight"]
 
@@ -67,17 +67,17 @@ def test_merging_and_selecting_inside_autocast_gives_the_same_bits_as_outside(ke
 
 
 @IMPL
-def test_the_update_alone_runs_in_bfloat16_too(impl):
+def test_update_without_base_weight_runs_in_bfloat16(impl):
     problem = make_problem(m=32, n=24, r=8)
     x = problem.tensors["x"]
-    alone = problem.tensors | {"weight": None, "bias": None}
-    expected = F.linear(x.bfloat16(), effective_weight(None, [problem.update(alone)]).bfloat16())
+    update_only = problem.tensors | {"weight": None, "bias": None}
+    expected = F.linear(x.bfloat16(), effective_weight(None, [problem.update(update_only)]).bfloat16())
     with autocast():
-        assert torch.equal(problem.forward(alone, impl), expected)
+        assert torch.equal(problem.forward(update_only, impl), expected)
 
 
 @pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16])
-def test_the_tolerance_holds_under_autocast(base_dtype):
+def test_autocast_is_close_to_reference(base_dtype):
     problems = draws(m=13, n=11, base_dtype=base_dtype)
     problems = [replace(problem, grad_y=problem.grad_y.bfloat16()) for problem in problems]
     assert_close_to_reference(problems, within=autocast)

@@ -1,4 +1,4 @@
-"""Activations in eight bits."""
+"""Int8 compression of activations."""
 
 import pytest
 import torch
@@ -9,45 +9,45 @@ from snella.memory.compression import GROUP, decode, encode
 
 
 @given(st.integers(1, 5), st.floats(1e-30, 1e30), st.sampled_from([torch.float32, torch.float64]), st.integers(0, 99))
-def test_an_entry_is_off_by_half_a_step_of_its_group_at_most(groups, size, dtype, seed):
+def test_error_is_at_most_half_a_quantization_step(groups, size, dtype, seed):
     generator = torch.Generator().manual_seed(seed)
     z = (torch.randn(groups, GROUP, dtype=torch.float64, generator=generator) * size).to(dtype)
-    z[0, 0] *= 100  # stands out, and costs its own group alone
+    z[0, 0] *= 100  # an outlier, which affects only its group
     encoded, layout = encode(z)
-    back = decode(encoded, layout)
-    assert (back.dtype, back.shape) == (dtype, z.shape)
+    decoded = decode(encoded, layout)
+    assert (decoded.dtype, decoded.shape) == (dtype, z.shape)
     assert encoded.nbytes == z.numel() + 4 * groups
     half = z.abs().amax(1, keepdim=True) / 127 / 2
-    assert ((back - z).abs() <= half * (1 + 1e-5)).all()
+    assert ((decoded - z).abs() <= half * (1 + 1e-5)).all()
 
 
-def test_half_precision_and_zeros():
+def test_half_precision_and_zeros_are_supported():
     for dtype in (torch.float16, torch.bfloat16):
         z = torch.randn(4, GROUP, dtype=dtype)
         z[1] = 0
-        back = decode(*encode(z))
-        assert back.dtype == dtype
-        assert (back[1] == 0).all()
-        assert (back - z).abs().max() < 0.03
+        decoded = decode(*encode(z))
+        assert decoded.dtype == dtype
+        assert (decoded[1] == 0).all()
+        assert (decoded - z).abs().max() < 0.03
 
 
-def test_what_was_encoded_once_stays():
+def test_encoding_is_idempotent():
     z = torch.randn(6, GROUP)
     once = decode(*encode(z))
     torch.testing.assert_close(decode(*encode(once)), once, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("axes", [(1, 0, 2), (0, 2, 1), (2, 0, 1)])
-def test_views_are_encoded_and_decoded_in_the_order_of_memory(axes):
+def test_views_are_encoded_in_memory_order(axes):
     memory = torch.randn(8, 3, GROUP)
     z = memory.permute(axes)
-    back = decode(*encode(z))
-    assert torch.equal(back, decode(*encode(memory)).permute(axes))
-    assert back.stride() == z.stride()
+    decoded = decode(*encode(z))
+    assert torch.equal(decoded, decode(*encode(memory)).permute(axes))
+    assert decoded.stride() == z.stride()
 
 
 @pytest.mark.parametrize("entries", [0, 1, GROUP - 1, GROUP + 1])
-def test_the_last_group_may_have_gaps(entries):
+def test_last_group_is_padded(entries):
     z = torch.randn(entries, 1)
     encoded, layout = encode(z)
     assert encoded.nbytes == -(-entries // GROUP) * (GROUP + 4)
@@ -55,17 +55,17 @@ def test_the_last_group_may_have_gaps(entries):
 
 
 @pytest.mark.parametrize("width", [1, 12, GROUP, GROUP + 1, 96, 5 * GROUP])
-def test_by_row_no_entry_is_rounded_by_the_scale_of_another_row(width):
+def test_by_row_scales_do_not_cross_rows(width):
     z = torch.randn(2, 3, width) * 10.0 ** torch.arange(0, -6, -1).view(2, 3, 1)
     encoded, layout = encode(z, by_row=True)
     groups = -(-width // GROUP)
     size = -(-width // groups)
     assert encoded.nbytes == 6 * groups * (size + 4)
-    back = decode(encoded, layout)
-    assert ((back - z).abs() <= z.abs().amax(-1, keepdim=True) / 127 / 2 * (1 + 1e-5)).all()
+    decoded = decode(encoded, layout)
+    assert ((decoded - z).abs() <= z.abs().amax(-1, keepdim=True) / 127 / 2 * (1 + 1e-5)).all()
 
 
-def test_rows_that_do_not_lie_innermost_in_memory_are_encoded_in_the_order_of_memory():
+def test_by_row_falls_back_to_memory_order_for_strided_rows():
     memory = torch.randn(8, 3, 12)
     z = memory.mT
     assert torch.equal(decode(*encode(z, by_row=True)), decode(*encode(memory)).mT)

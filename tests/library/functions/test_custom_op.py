@@ -1,4 +1,4 @@
-"""The operator that `torch.compile` sees: the same numbers as the eager op, in one graph."""
+"""Custom operator for `torch.compile`: equal to the eager op, without graph breaks."""
 
 from dataclasses import replace
 
@@ -50,39 +50,39 @@ def leaves_of(problem: Problem, needed=None) -> dict:
 
 @pytest.mark.parametrize("name", PROBLEMS)
 @pytest.mark.parametrize("needed", [None, ("A", "B"), ("x", "beta", "piece_coeff")])
-def test_the_operator_has_the_bits_of_the_eager_op(name, needed):
+def test_operator_equals_eager_op_bit_for_bit(name, needed):
     problem = PROBLEMS[name]()
     expected = solve(problem, "auto", needed=needed)
     leaves = leaves_of(problem, needed)
     y = in_graph(problem, leaves, torch.tensor(problem.budgets))
     assert torch.equal(y, expected.pop("y"))
-    grads = torch.autograd.grad(y, [leaves[one] for one in expected], problem.grad_y)
-    assert all(torch.equal(grad, expected[one]) for one, grad in zip(expected, grads, strict=True))
+    grads = torch.autograd.grad(y, [leaves[key] for key in expected], problem.grad_y)
+    assert all(torch.equal(grad, expected[key]) for key, grad in zip(expected, grads, strict=True))
 
 
 @pytest.mark.parametrize("name", ["linear", "convolution"])
-def test_the_operator_is_what_torch_demands_of_one(name):
+def test_operator_passes_opcheck(name):
     problem = PROBLEMS[name]()
     update = problem.update(leaves_of(problem))
-    seen = []
+    records = []
     op = torch.ops.snella.adapted_layer.default
 
-    class Note(torch.utils._python_dispatch.TorchDispatchMode):
+    class RecordOps(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             if function is op:
-                seen.append(args)
+                records.append(args)
             return function(*args, **(kwargs or {}))
 
-    with Note():
+    with RecordOps():
         in_graph(problem, problem.tensors, torch.tensor(problem.budgets))
-    x, weight, bias, _, *rest = seen[0]
+    x, weight, bias, _, *rest = records[0]
     tensors = [tensor for tensor in update.factors if tensor is not None]
     torch.library.opcheck(op, (x.requires_grad_(), weight, bias, tensors, *rest))
 
 
-def test_one_graph_serves_all_budgets():
+def test_budget_changes_do_not_recompile():
     problem = make_problem("mix_k", m=9, n=8)
-    spec = problem.update(problem.tensors, "auto").spec  # the backend is chosen outside of the graph
+    spec = problem.update(problem.tensors, "auto").spec  # the backend selection is outside the graph
     compiled = torch.compile(
         lambda tensors, budgets: in_graph(problem, tensors, budgets, spec), fullgraph=True, backend="eager"
     )
@@ -93,7 +93,7 @@ def test_one_graph_serves_all_budgets():
             assert torch.equal(y, solve(replace(problem, budgets=(budget,)), "auto", needed=())["y"])
 
 
-def test_an_output_that_nobody_differentiates_gives_no_gradient():
+def test_unused_output_has_no_gradient():
     problem = make_problem("mix_k", m=9, n=8)
     leaves = leaves_of(problem)
     y = in_graph(problem, leaves, torch.tensor(problem.budgets))

@@ -1,4 +1,4 @@
-"""The product whose weight has some entries of its own, and the entries of a merged matrix."""
+"""Layer op with selected weight entries, and entries of merged matrices."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def random(*shape):
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
-def test_an_entry_is_added_where_its_position_says():
+def test_entry_is_added_at_its_position():
     weight = torch.arange(6.0).view(2, 3)
     folded = fold_entries(weight, torch.tensor([10.0, -1.0]), torch.tensor([1, 5], dtype=torch.int32))
     assert folded.tolist() == [[0.0, 11.0, 2.0], [3.0, 4.0, 4.0]]
@@ -24,7 +24,7 @@ def test_an_entry_is_added_where_its_position_says():
 
 
 @pytest.mark.parametrize("product", [LinearOp(), Conv2dOp(padding=(1, 1))])
-def test_output_and_every_gradient_are_those_of_the_folded_weight(product):
+def test_output_and_gradients_equal_those_of_folded_weight(product):
     torch.manual_seed(0)
     if isinstance(product, LinearOp):
         x, weight, plain = random(2, 4, 3), random(5, 3), linear
@@ -37,15 +37,15 @@ def test_output_and_every_gradient_are_those_of_the_folded_weight(product):
     assert gradcheck(lambda *t: layer_with_entries(*t, INDICES, product), (x, weight, bias, values))
 
 
-def test_no_dense_weight_is_kept_for_the_backward_pass():
-    kept = []
+def test_dense_weight_is_not_saved_for_backward():
+    saved = []
     x, weight, values = torch.randn(2, 40), torch.randn(30, 40), torch.zeros(3, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         layer_with_entries(x, weight, None, values, INDICES, LinearOp())
-    assert {t.data_ptr() for t in kept if t.numel() == weight.numel()} == {weight.data_ptr()}
+    assert {t.data_ptr() for t in saved if t.numel() == weight.numel()} == {weight.data_ptr()}
 
 
-def test_without_entries_the_gradient_is_empty_and_the_input_still_gets_its_own():
+def test_empty_support_still_gives_input_gradient():
     x, values = torch.ones(2, 3, requires_grad=True), torch.zeros(0, requires_grad=True)
     empty = torch.zeros(0, dtype=torch.int32)
     layer_with_entries(x, torch.ones(4, 3), None, values, empty, LinearOp()).sum().backward()
@@ -54,7 +54,7 @@ def test_without_entries_the_gradient_is_empty_and_the_input_still_gets_its_own(
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_merged_entries_are_those_of_the_merged_matrices_with_their_gradients(kernel):
+def test_merged_entries_and_gradients_equal_those_of_dense_merge(kernel):
     torch.manual_seed(1)
     spec = make_kernel(kernel, num_pieces=2)
     shapes = {"piece_coeff": (2, 2), "alpha": (2,), "beta": (2,)}
@@ -63,16 +63,16 @@ def test_merged_entries_are_those_of_the_merged_matrices_with_their_gradients(ke
     ]
     update = UpdateSpec(spec, (4, 2), scaling=3.0)
     factors = Factors(random(2, 5, 4), random(6, 4), *scalars)
-    indices = torch.tensor([0, 7, 19, 20, 29], dtype=torch.int32)  # the last two lie in the second matrix
-    whole = 3.0 * torch.cat([update.merge_matrix(matrix) for matrix in update.matrices(factors)]).flatten()
-    torch.testing.assert_close(merged_entries(update, factors, indices), whole[indices.long()])
+    indices = torch.tensor([0, 7, 19, 20, 29], dtype=torch.int32)  # the last two belong to the second matrix
+    complete = 3.0 * torch.cat([update.merge_matrix(matrix) for matrix in update.matrices(factors)]).flatten()
+    torch.testing.assert_close(merged_entries(update, factors, indices), complete[indices.long()])
     tensors = tuple(t for t in factors if t is not None)
-    places = [k for k, t in enumerate(factors) if t is not None]
+    positions = [k for k, t in enumerate(factors) if t is not None]
 
     def entries(*given):
-        filled = list(factors)
-        for place, tensor in zip(places, given, strict=True):
-            filled[place] = tensor
-        return merged_entries(update, Factors(*filled), indices)
+        dense_grad = list(factors)
+        for position, tensor in zip(positions, given, strict=True):
+            dense_grad[position] = tensor
+        return merged_entries(update, Factors(*dense_grad), indices)
 
     assert gradcheck(entries, tensors)

@@ -1,4 +1,4 @@
-"""The reference against finite differences in float64; the hand-written backward pass is held to the same."""
+"""Reference and hand-written backward passes against finite differences in float64."""
 
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ from snella.update import Conv2dOp
 
 from .problems import Problem, layer_output, make_problem, solve
 
-STEP = 1e-6  # of the finite differences
+STEP = 1e-6  # step size of the finite differences
 
 
 def merged(problem: Problem) -> list[Tensor]:
@@ -19,15 +19,15 @@ def merged(problem: Problem) -> list[Tensor]:
     return [update.spec.merge_matrix(factors) for factors in update.spec.matrices(update.factors)]
 
 
-def hold_thresholds(problem: Problem) -> Problem:
-    """Fix each threshold in the middle of the widest gap between magnitudes, far from what a step can cross."""
+def fix_thresholds(problem: Problem) -> Problem:
+    """Fix each threshold in the middle of the widest gap between magnitudes, so that no step crosses it."""
     thresholds = []
     for delta in merged(problem):
-        ordered = delta.abs().flatten().sort().values
-        gaps = ordered.diff()[len(ordered) // 4 :]
-        at = int(gaps.argmax()) + len(ordered) // 4
+        magnitudes = delta.abs().flatten().sort().values
+        gaps = magnitudes.diff()[len(magnitudes) // 4 :]
+        position = int(gaps.argmax()) + len(magnitudes) // 4
         assert gaps.max() > 1000 * STEP
-        thresholds.append((ordered[at] + ordered[at + 1]) / 2)
+        thresholds.append((magnitudes[position] + magnitudes[position + 1]) / 2)
     return replace(problem, thresholds=tuple(thresholds))
 
 
@@ -45,20 +45,20 @@ def check_gradients(problem: Problem, impl: str) -> None:
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_soft_gradients_equal_finite_differences(kernel, impl):
     problem = make_problem(kernel, m=4, n=3, batch=(2,), dtype=torch.float64)
-    check_gradients(hold_thresholds(problem), impl)
+    check_gradients(fix_thresholds(problem), impl)
 
 
 @pytest.mark.parametrize("impl", ["reference", "eager"])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_the_full_budget_is_differentiable_everywhere(kernel, impl):
+def test_full_budget_is_differentiable(kernel, impl):
     problem = make_problem(kernel, m=4, n=3, batch=(2,), budget=12, dtype=torch.float64)
     check_gradients(problem, impl)
 
 
 @pytest.mark.parametrize("impl", ["reference", "eager"])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_official_gradients_equal_finite_differences_with_the_factor_held_fixed(kernel, impl):
-    problem = hold_thresholds(make_problem(kernel, m=4, n=3, batch=(2,), dtype=torch.float64, mode="official"))
+def test_official_gradients_equal_finite_differences_with_constant_factor(kernel, impl):
+    problem = fix_thresholds(make_problem(kernel, m=4, n=3, batch=(2,), dtype=torch.float64, mode="official"))
     delta = torch.cat(merged(problem))
     factor = torch.where(delta.abs() > problem.thresholds[0], delta.abs(), 0)
     assert 0 < factor.count_nonzero() < factor.numel()
@@ -72,19 +72,19 @@ def test_official_gradients_equal_finite_differences_with_the_factor_held_fixed(
     leaves = [problem.tensors[name].clone().requires_grad_() for name in names]
     assert torch.autograd.gradcheck(surrogate, leaves, eps=STEP)
     expected = torch.autograd.grad(surrogate(*leaves), leaves, problem.grad_y)
-    found = solve(problem, impl)
+    actual = solve(problem, impl)
     for name, value in zip(names, expected, strict=True):
-        torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(actual[name], value, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("impl", ["reference", "eager"])
-def test_three_matrices_under_one_weight_have_the_gradients_of_finite_differences(impl):
+def test_gradients_of_fused_weight_equal_finite_differences(impl):
     problem = make_problem("mix_k", rows=(3, 2, 4), n=3, batch=(2,), dtype=torch.float64)
-    check_gradients(hold_thresholds(problem), impl)
+    check_gradients(fix_thresholds(problem), impl)
 
 
 @pytest.mark.parametrize("impl", ["reference", "eager"])
-def test_a_convolution_has_the_gradients_of_finite_differences(impl):
+def test_convolution_gradients_equal_finite_differences(impl):
     problem = make_problem("mix_k", m=4, n=4, batch=(2,), dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 2, 3, 4, generator=generator, dtype=torch.float64)
@@ -94,4 +94,4 @@ def test_a_convolution_has_the_gradients_of_finite_differences(impl):
         tensors=problem.tensors | {"x": x, "weight": weight},
         product=Conv2dOp(stride=(1, 2), padding=(1, 0), groups=2),
     )
-    check_gradients(hold_thresholds(problem), impl)
+    check_gradients(fix_thresholds(problem), impl)

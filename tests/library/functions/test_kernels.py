@@ -21,7 +21,7 @@ def make_factors(m, n, r, num_pieces=2, *, temperature=True, dtype=torch.float64
 
 
 def settings():
-    """Every kernel with everything that it reads: pieces, temperature, softmax axis and centring."""
+    """Return every kernel with all of its options: pieces, temperature, softmax axis and centering."""
     for name in KERNELS:
         pieces = (1, 2, 4) if name in PIECEWISE else (2,)
         softmax = itertools.product((True, False), (0, 1), (False, True)) if name in SOFTMAX else [(True, 0, False)]
@@ -30,7 +30,7 @@ def settings():
 
 
 @pytest.mark.parametrize(("name", "num_pieces", "temperature", "softmax_dim", "center"), list(settings()))
-def test_entries_equal_the_formula_computed_by_hand(name, num_pieces, temperature, softmax_dim, center):
+def test_entries_equal_hand_computed_formula(name, num_pieces, temperature, softmax_dim, center):
     A, B, scalars = make_factors(5, 3, 4, num_pieces, temperature=temperature)
     options = {"num_pieces": num_pieces, "softmax_dim": softmax_dim, "center_softmax": center}
     by_hand = merge_by_hand(make_kernel(name, **options), A, B, scalars)
@@ -39,7 +39,7 @@ def test_entries_equal_the_formula_computed_by_hand(name, num_pieces, temperatur
 
 
 @pytest.mark.parametrize(("name", "num_pieces", "temperature", "softmax_dim", "center"), list(settings()))
-def test_hand_written_gradients_equal_autograd(name, num_pieces, temperature, softmax_dim, center):
+def test_vjp_equals_autograd(name, num_pieces, temperature, softmax_dim, center):
     A, B, scalars = make_factors(5, 3, 4, num_pieces, temperature=temperature)
     kernel = make_kernel(name, num_pieces=num_pieces, softmax_dim=softmax_dim, center_softmax=center)
     leaves = {"A": A, "B": B} | {n: v for n, v in scalars._asdict().items() if n in kernel.scalars and v is not None}
@@ -48,15 +48,15 @@ def test_hand_written_gradients_equal_autograd(name, num_pieces, temperature, so
     grad = torch.randn(5, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     expected = torch.autograd.grad(kernel.merge(A, B, scalars), list(leaves.values()), grad)
     with torch.no_grad():
-        found = kernel.vjp(A, B, scalars, grad)._asdict()
-    assert {field for field, value in found.items() if value is not None} == set(leaves)
+        actual = kernel.vjp(A, B, scalars, grad)._asdict()
+    assert {field for field, value in actual.items() if value is not None} == set(leaves)
     for field, value in zip(leaves, expected, strict=True):
-        torch.testing.assert_close(found[field], value, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(actual[field], value, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("name", SOFTMAX)
 @pytest.mark.parametrize("softmax_dim", [0, 1])
-def test_the_centred_softmax_sums_to_zero_over_its_axis(name, softmax_dim):
+def test_centered_softmax_sums_to_zero(name, softmax_dim):
     A, B, scalars = make_factors(6, 4, 4)
     options = {"softmax_dim": softmax_dim, "center_softmax": True}
     merged = merge_factors(A, B, name, **scalars._asdict(), **options)
@@ -64,11 +64,13 @@ def test_the_centred_softmax_sums_to_zero_over_its_axis(name, softmax_dim):
     assert (merged - without).sum(softmax_dim).abs().max() < 1e-14
 
 
-def test_a_temperature_of_one_is_no_temperature():
+def test_temperature_1_equals_no_temperature():
     A, B, scalars = make_factors(5, 3, 4)
-    one = scalars._replace(temperature=torch.ones((), dtype=torch.float64))
-    without = scalars._replace(temperature=None)
-    assert torch.equal(merge_factors(A, B, **one._asdict()), merge_factors(A, B, **without._asdict()))
+    with_temperature = scalars._replace(temperature=torch.ones((), dtype=torch.float64))
+    without_temperature = scalars._replace(temperature=None)
+    assert torch.equal(
+        merge_factors(A, B, **with_temperature._asdict()), merge_factors(A, B, **without_temperature._asdict())
+    )
 
 
 def test_mix_k_is_p_linear_plus_normalized_rbf():
@@ -77,45 +79,45 @@ def test_mix_k_is_p_linear_plus_normalized_rbf():
     torch.testing.assert_close(merge_factors(A, B, "mix_k", **scalars._asdict()), sum(parts), rtol=1e-14, atol=1e-15)
 
 
-def almost_equal_rows():
-    """Factor rows around 1 that differ by about 1e-6, exactly as float32 holds them, and their true distances."""
+def nearly_equal_rows():
+    """Return factor rows near 1 that differ by about 1e-6, and their exact distances."""
     generator = torch.Generator().manual_seed(0)
     A = 1 + 1e-6 * torch.randn(9, 8, generator=generator)
     B = 1 + 1e-6 * torch.randn(11, 8, generator=generator)
-    true = (B.double()[:, None] - A.double()[None]).reshape(11, 9, 2, 4).square().sum(-1).sqrt().permute(2, 0, 1)
-    return A, B, true
+    expected = (B.double()[:, None] - A.double()[None]).reshape(11, 9, 2, 4).square().sum(-1).sqrt().permute(2, 0, 1)
+    return A, B, expected
 
 
-def test_distances_of_almost_equal_rows_are_accurate_to_a_few_ulp():
-    A, B, true = almost_equal_rows()
-    error = ((piece_distances(A, B, 2).double() - true).abs() / true).max().item()
+def test_distances_of_nearly_equal_rows_are_accurate_to_a_few_ulp():
+    A, B, expected = nearly_equal_rows()
+    error = ((piece_distances(A, B, 2).double() - expected).abs() / expected).max().item()
     assert error < 4 * torch.finfo(torch.float32).eps
 
 
-def test_the_expanded_square_loses_the_distances_of_almost_equal_rows():
-    A, B, true = almost_equal_rows()
+def test_expanded_square_is_inaccurate_for_nearly_equal_rows():
+    A, B, expected = nearly_equal_rows()
     a, b = (factor.reshape(-1, 2, 4).transpose(0, 1) for factor in (A, B))
     expanded = b.square().sum(-1)[:, :, None] + a.square().sum(-1)[:, None] - 2 * b @ a.mT
-    error = ((expanded.clamp_min(0).sqrt().double() - true).abs() / true).max().item()
+    error = ((expanded.clamp_min(0).sqrt().double() - expected).abs() / expected).max().item()
     assert error > 0.5
 
 
-def test_gradients_of_almost_equal_rows_are_accurate_to_a_few_ulp():
-    A, B, _ = almost_equal_rows()
+def test_gradients_of_nearly_equal_rows_are_accurate_to_a_few_ulp():
+    A, B, _ = nearly_equal_rows()
     grad = torch.randn(11, 9, generator=torch.Generator().manual_seed(1))
     scalars = KernelScalars(torch.tensor([0.5, -0.25]))
-    found = make_kernel("p_linear").vjp(A, B, scalars, grad)
+    actual = make_kernel("p_linear").vjp(A, B, scalars, grad)
     exact = make_kernel("p_linear").vjp(
         A.double(), B.double(), KernelScalars(scalars.piece_coeff.double()), grad.double()
     )
     for name in ("A", "B", "piece_coeff"):
         value = getattr(exact, name)
-        error = (getattr(found, name).double() - value).abs().max() / value.abs().max()
+        error = (getattr(actual, name).double() - value).abs().max() / value.abs().max()
         assert error < 4 * torch.finfo(torch.float32).eps, name
 
 
 @pytest.mark.parametrize("name", ["rbf", *PIECEWISE])
-def test_equal_rows_have_gradient_zero_and_no_nan(name):
+def test_equal_rows_have_zero_gradient(name):
     row = torch.tensor([[0.3, -1.2, 0.5, 2.0]])
     A, B = row.repeat(3, 1).requires_grad_(), row.repeat(5, 1).requires_grad_()
     _, _, scalars = make_factors(1, 1, 4, dtype=torch.float32)
@@ -127,7 +129,7 @@ def test_equal_rows_have_gradient_zero_and_no_nan(name):
         assert torch.equal(value, torch.zeros_like(value))
 
 
-def test_one_equal_pair_among_others_adds_nothing_and_spoils_nothing():
+def test_equal_pair_does_not_affect_other_gradients():
     A, B, scalars = make_factors(4, 3, 4)
     B[2] = A[1]
     grad = torch.ones(4, 3, dtype=torch.float64)
@@ -151,7 +153,7 @@ def test_half_precision_factors_are_merged_in_float32(name, dtype):
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_autocast_does_not_reach_the_merge(name):
+def test_autocast_does_not_affect_merge(name):
     A, B, scalars = make_factors(5, 3, 4, dtype=torch.float32)
     expected = merge_factors(A, B, name, **scalars._asdict())
     with torch.autocast("cpu", torch.bfloat16):
@@ -161,25 +163,25 @@ def test_autocast_does_not_reach_the_merge(name):
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_strided_factors_merge_to_the_same_matrix(name):
+def test_strided_factors_give_the_same_matrix(name):
     A, B, scalars = make_factors(5, 3, 4)
     strided = torch.zeros(3, 8).double()[:, ::2].copy_(A), torch.zeros(4, 5).double().T.copy_(B)
     assert not any(factor.is_contiguous() for factor in strided)
     merged, expected = (merge_factors(*factors, name, **scalars._asdict()) for factors in (strided, (A, B)))
-    torch.testing.assert_close(merged, expected, rtol=1e-13, atol=1e-14)  # a product's kernel may depend on the layout
+    torch.testing.assert_close(merged, expected, rtol=1e-13, atol=1e-14)  # matrix products may depend on the layout
 
 
-def test_an_unknown_kernel_is_named_with_the_choices():
+def test_unknown_kernel_error_lists_choices():
     with pytest.raises(ValueError, match=r"kernel must be one of \['linear', 'mix_k', .*'sigmoid'\], got 'cubic'"):
         merge_factors(torch.ones(3, 4), torch.ones(2, 4), "cubic")
 
 
-def test_num_pieces_below_one_is_refused():
+def test_num_pieces_below_1_raises():
     with pytest.raises(ValueError, match="num_pieces must be at least 1, got -2"):
         make_kernel("mix_k", num_pieces=-2)
 
 
-def test_a_third_softmax_axis_is_refused():
+def test_invalid_softmax_dim_raises():
     with pytest.raises(ValueError, match=r"softmax_dim must be 0 .* or 1 .*, got 2"):
         make_kernel("mix_k", softmax_dim=2)
 
@@ -188,25 +190,25 @@ def test_a_third_softmax_axis_is_refused():
     ("name", "missing"),
     [("p_linear", "['piece_coeff']"), ("sigmoid", "['alpha', 'beta']"), ("mix_k", "['piece_coeff', 'alpha', 'beta']")],
 )
-def test_missing_scalars_are_named(name, missing):
+def test_missing_scalars_are_listed(name, missing):
     with pytest.raises(ValueError) as raised:
         merge_factors(torch.ones(3, 4), torch.ones(2, 4), name)
     assert f"requires the scalars {missing}, got None" in str(raised.value)
 
 
-def test_factors_of_different_rank_are_refused_with_their_shapes():
+def test_factors_with_different_ranks_raise_with_shapes():
     with pytest.raises(
         ValueError, match=r"A and B must be \[n, r\] and \[m, r\] with equal r, got \[3, 4\] and \[2, 6\]"
     ):
         merge_factors(torch.ones(3, 4), torch.ones(2, 6), "linear")
 
 
-@pytest.mark.parametrize(("r", "fits"), [(7, 6), (1, 2)])
-def test_a_rank_that_the_pieces_do_not_divide_is_refused_with_one_that_fits(r, fits):
-    with pytest.raises(ValueError, match=f"num_pieces must divide r, got num_pieces=2 and r={r}; use r={fits}"):
+@pytest.mark.parametrize(("r", "suggestion"), [(7, 6), (1, 2)])
+def test_indivisible_rank_error_suggests_a_rank(r, suggestion):
+    with pytest.raises(ValueError, match=f"num_pieces must divide r, got num_pieces=2 and r={r}; use r={suggestion}"):
         merge_factors(torch.ones(3, r), torch.ones(2, r), "p_linear", piece_coeff=torch.ones(2))
 
 
-def test_coefficients_for_another_number_of_pieces_are_refused():
+def test_wrong_number_of_coefficients_raises():
     with pytest.raises(ValueError, match=r"piece_coeff must be \[num_pieces\] = \[2\], got \[3\]"):
         merge_factors(torch.ones(3, 4), torch.ones(2, 4), "p_linear", piece_coeff=torch.ones(3))

@@ -1,4 +1,4 @@
-"""A weight that nobody holds as a matrix: asked for in both passes, kept in none."""
+"""Lazy weights: materialized in both passes and freed in between."""
 
 import weakref
 
@@ -20,8 +20,8 @@ IMPLS = [
 ]
 
 
-class Stored:
-    """A weight kept as bytes with one scale, and what was made of it."""
+class Int8Weight:
+    """Int8 weight with one scale, and weak references to its dequantized copies."""
 
     def __init__(self, weight: Tensor) -> None:
         self.scale = weight.abs().max() / 127
@@ -57,120 +57,122 @@ def learning(*names: str, **options: object) -> Problem:
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("num_updates", [0, 1, 2])
-def test_output_and_gradients_are_those_of_the_matrix(impl, num_updates):
+def test_output_and_gradients_equal_those_of_dense_weight(impl, num_updates):
     names = ["x", "bias", *(["A", "B", "piece_coeff", "alpha", "beta"] if num_updates else [])]
     problem = learning(*names, rows=(20, 12), budgets=(100, 60))
-    stored = Stored(problem.tensors["weight"])
+    int8_weight = Int8Weight(problem.tensors["weight"])
     leaves = [problem.tensors[name] for name in names]
-    found = apply(problem, stored.source, impl, num_updates)
-    expected = apply(problem, stored.make(), impl, num_updates)
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
-    of_found = torch.autograd.grad(found, leaves, problem.grad_y)
-    of_expected = torch.autograd.grad(expected, leaves, problem.grad_y)
-    for mine, true in zip(of_found, of_expected, strict=True):
-        torch.testing.assert_close(mine, true, rtol=0, atol=0)
+    actual = apply(problem, int8_weight.source, impl, num_updates)
+    expected = apply(problem, int8_weight.make(), impl, num_updates)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    actual_outputs = torch.autograd.grad(actual, leaves, problem.grad_y)
+    expected_outputs = torch.autograd.grad(expected, leaves, problem.grad_y)
+    for ours, exact_value in zip(actual_outputs, expected_outputs, strict=True):
+        torch.testing.assert_close(ours, exact_value, rtol=0, atol=0)
 
 
-def test_a_convolution_takes_its_weight_from_a_source_too():
+def test_convolution_supports_lazy_weight():
     problem = learning("x", "A", "B", m=8, n=3 * 9)
     x, kernel = torch.randn(2, 3, 6, 6, requires_grad=True), problem.tensors["weight"].view(8, 3, 3, 3)
-    stored, product, update = Stored(kernel), Conv2dOp(padding=(1, 1)), problem.update(problem.tensors)
-    found, expected = (
-        layer_output(x, weight, None, [update], product, impl="eager") for weight in (stored.source, stored.make())
+    int8_weight, product, update = Int8Weight(kernel), Conv2dOp(padding=(1, 1)), problem.update(problem.tensors)
+    actual, expected = (
+        layer_output(x, weight, None, [update], product, impl="eager")
+        for weight in (int8_weight.source, int8_weight.make())
     )
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(*(torch.autograd.grad(y.sum(), x, retain_graph=True)[0] for y in (found, expected)))
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(y.sum(), x, retain_graph=True)[0] for y in (actual, expected)))
 
 
 @pytest.mark.parametrize("impl", ["eager", *IMPLS[2:]])
 @pytest.mark.parametrize("num_updates", [0, 1])
-def test_the_matrix_is_let_go_between_the_passes(impl, num_updates):
+def test_dense_weight_is_freed_between_passes(impl, num_updates):
     problem = learning("x", "A", "B")
-    stored = Stored(problem.tensors["weight"])
-    y = apply(problem, stored.source, impl, num_updates)
-    assert (len(stored.made), stored.alive()) == (1, 0)
+    int8_weight = Int8Weight(problem.tensors["weight"])
+    y = apply(problem, int8_weight.source, impl, num_updates)
+    assert (len(int8_weight.made), int8_weight.alive()) == (1, 0)
     y.backward(problem.grad_y)
-    assert (len(stored.made), stored.alive()) == (2, 0)
+    assert (len(int8_weight.made), int8_weight.alive()) == (2, 0)
 
 
-def test_a_matrix_that_is_passed_as_such_is_kept():
+def test_dense_input_weight_is_saved():
     problem = learning("x", "A", "B")
-    stored = Stored(problem.tensors["weight"])
-    y = apply(problem, stored.make(), "eager")
-    assert stored.alive() == 1, "what the test above would see if the op kept what it asked for"
+    int8_weight = Int8Weight(problem.tensors["weight"])
+    y = apply(problem, int8_weight.make(), "eager")
+    assert int8_weight.alive() == 1, "a saved dense weight is still alive"
     y.backward(problem.grad_y)
-    assert stored.alive() == 0
+    assert int8_weight.alive() == 0
 
 
-def test_nothing_of_the_weights_size_is_saved():
+def test_no_tensor_of_weight_size_is_saved():
     problem = learning("x", "A", "B")
-    stored, kept = Stored(problem.tensors["weight"]), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        apply(problem, stored.source, "eager")
-    owned = {t.data_ptr() for t in problem.tensors.values() if t is not None}
-    assert [t.shape for t in kept if t.data_ptr() not in owned] == [torch.Size([1])], "one threshold"
+    int8_weight, saved = Int8Weight(problem.tensors["weight"]), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        apply(problem, int8_weight.source, "eager")
+    parameter_ptrs = {t.data_ptr() for t in problem.tensors.values() if t is not None}
+    assert [t.shape for t in saved if t.data_ptr() not in parameter_ptrs] == [torch.Size([1])], "one threshold"
 
 
-def test_the_matrix_is_not_made_where_the_input_needs_no_gradient():
+def test_weight_is_not_materialized_without_input_gradient():
     problem = learning("A", "B")
-    stored = Stored(problem.tensors["weight"])
-    apply(problem, stored.source, "eager").backward(problem.grad_y)
-    assert len(stored.made) == 1
+    int8_weight = Int8Weight(problem.tensors["weight"])
+    apply(problem, int8_weight.source, "eager").backward(problem.grad_y)
+    assert len(int8_weight.made) == 1
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_the_sum_is_not_rounded_to_the_dtype_that_the_weight_is_made_in(impl):
+def test_sum_is_not_rounded_to_dtype_of_dequantized_weight(impl):
     problem = learning()
-    stored = Stored(problem.tensors["weight"].bfloat16())
-    weight, update = stored.make(), problem.update(problem.tensors)
+    int8_weight = Int8Weight(problem.tensors["weight"].bfloat16())
+    weight, update = int8_weight.make(), problem.update(problem.tensors)
     delta = computed_weight(None, [update], weight.shape, impl)
     expected = weight.float() + delta
     assert not torch.equal(expected, expected.bfloat16().float())
-    torch.testing.assert_close(computed_weight(stored.source, [update], weight.shape, impl), expected)
-    y = layer_output(problem.tensors["x"], stored.source, None, [update], LinearOp(), impl=impl)
+    torch.testing.assert_close(computed_weight(int8_weight.source, [update], weight.shape, impl), expected)
+    y = layer_output(problem.tensors["x"], int8_weight.source, None, [update], LinearOp(), impl=impl)
     torch.testing.assert_close(y, problem.tensors["x"] @ expected.T)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_effective_weight_has_the_bits_of_the_forward_pass(impl, dtype):
+def test_effective_weight_equals_that_of_forward_pass(impl, dtype):
     problem = learning()
     problem.tensors["x"] = torch.eye(N, dtype=dtype)
-    stored, update = Stored(problem.tensors["weight"].bfloat16()), problem.update(problem.tensors)
-    y = layer_output(problem.tensors["x"], stored.source, None, [update], LinearOp(), impl=impl)
-    effective = computed_weight(stored.source, [update], torch.Size((M, N)), impl, dtype)
+    int8_weight, update = Int8Weight(problem.tensors["weight"].bfloat16()), problem.update(problem.tensors)
+    y = layer_output(problem.tensors["x"], int8_weight.source, None, [update], LinearOp(), impl=impl)
+    effective = computed_weight(int8_weight.source, [update], torch.Size((M, N)), impl, dtype)
     torch.testing.assert_close(y.T, effective, rtol=0, atol=0)
 
 
-def test_autocast_decides_the_dtype_of_the_product():
+def test_autocast_determines_dtype_of_product():
     problem = learning()
     with torch.autocast("cpu", torch.bfloat16):
-        assert apply(problem, Stored(problem.tensors["weight"]).source, "eager").dtype == torch.bfloat16
+        assert apply(problem, Int8Weight(problem.tensors["weight"]).source, "eager").dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("fixed", [False, True], ids=["competing", "fixed support"])
-def test_a_weight_that_changes_between_the_passes_is_refused(fixed):
+@pytest.mark.parametrize("fixed", [False, True], ids=["competition", "fixed-support"])
+def test_weight_change_between_passes_raises(fixed):
     problem = learning("x", "A")
-    stored = Stored(problem.tensors["weight"])
+    int8_weight = Int8Weight(problem.tensors["weight"])
     if fixed:
         values = torch.zeros(2, requires_grad=True)
-        y = layer_with_entries(problem.tensors["x"], stored.source, None, values, torch.tensor([0, 5]), LinearOp())
+        y = layer_with_entries(problem.tensors["x"], int8_weight.source, None, values, torch.tensor([0, 5]), LinearOp())
     else:
-        y = apply(problem, stored.source, "eager")
-    stored.codes.zero_()
+        y = apply(problem, int8_weight.source, "eager")
+    int8_weight.codes.zero_()
     with pytest.raises(
         RuntimeError, match=r"weight \[32, 24\] .* versions were \[0, 0\], now \[1, 0\]; change them before"
     ):
         y.sum().backward()
 
 
-def test_entries_of_their_own_are_added_to_the_matrix_in_both_passes():
+def test_selected_entries_are_added_to_lazy_weight_in_both_passes():
     problem = learning("x")
-    x, stored, indices = problem.tensors["x"], Stored(problem.tensors["weight"]), torch.tensor([3, 40, 700])
+    x, int8_weight, indices = problem.tensors["x"], Int8Weight(problem.tensors["weight"]), torch.tensor([3, 40, 700])
     values = torch.randn(3, requires_grad=True)
-    found, expected = (
-        layer_with_entries(x, weight, None, values, indices, LinearOp()) for weight in (stored.source, stored.make())
+    actual, expected = (
+        layer_with_entries(x, weight, None, values, indices, LinearOp())
+        for weight in (int8_weight.source, int8_weight.make())
     )
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
-    grads = [torch.autograd.grad(y, (x, values), problem.grad_y) for y in (found, expected)]
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    grads = [torch.autograd.grad(y, (x, values), problem.grad_y) for y in (actual, expected)]
     torch.testing.assert_close(grads[0], grads[1], rtol=0, atol=0)

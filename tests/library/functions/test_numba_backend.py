@@ -1,4 +1,4 @@
-"""The Numba kernels: when they are chosen, and what they promise beyond the contract of the op."""
+"""Selection and numerical guarantees of the Numba backend."""
 
 import os
 import subprocess
@@ -31,23 +31,23 @@ def update_of(kernel: str = "mix_k", **options):
     return problem.update(problem.tensors)
 
 
-def chosen(impl: str, update):
+def select_backend(impl: str, update):
     return choose_backend(impl, update.spec, update.factors.A)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_auto_is_numba_for_piecewise_kernels_in_float32_and_eager_for_the_others(kernel):
-    assert chosen("auto", update_of(kernel))[0] == ("numba" if kernel in PIECEWISE else "eager")
-    assert chosen("auto", update_of(kernel, dtype=torch.float64))[0] == "eager"
-    assert chosen("eager", update_of(kernel))[0] == "eager"
+def test_auto_selects_numba_for_float32_piecewise_kernels_and_eager_otherwise(kernel):
+    assert select_backend("auto", update_of(kernel))[0] == ("numba" if kernel in PIECEWISE else "eager")
+    assert select_backend("auto", update_of(kernel, dtype=torch.float64))[0] == "eager"
+    assert select_backend("eager", update_of(kernel))[0] == "eager"
 
 
-def test_each_of_several_updates_is_computed_by_what_can():
+def test_updates_with_different_backends_are_added():
     first, second = make_problem("mix_k"), make_problem("linear")
     shape = first.tensors["weight"].shape
     updates = [problem.update(problem.tensors) for problem in (first, second)]
-    alone = [computed_weight(None, [update], shape) for update in updates]
-    torch.testing.assert_close(computed_weight(None, updates, shape), alone[0] + alone[1])
+    update_only = [computed_weight(None, [update], shape) for update in updates]
+    torch.testing.assert_close(computed_weight(None, updates, shape), update_only[0] + update_only[1])
 
 
 @pytest.mark.parametrize(
@@ -61,56 +61,56 @@ def test_each_of_several_updates_is_computed_by_what_can():
         ({"softmax_dim": 1}, "normalizes over the outputs, got softmax_dim=1"),
     ],
 )
-def test_what_numba_cannot_compute_is_refused_when_it_is_asked_for(options, message):
+def test_unsupported_update_raises_with_impl_numba(options, message):
     with pytest.raises(NotImplementedError, match=message):
-        chosen("numba", update_of(**options))
+        select_backend("numba", update_of(**options))
 
 
-def test_factors_elsewhere_than_on_the_cpu_are_refused():
+def test_factors_on_another_device_raise():
     update = update_of()
-    elsewhere = update._replace(factors=update.factors._replace(A=update.factors.A.to("meta")))
+    factors_on_meta = update._replace(factors=update.factors._replace(A=update.factors.A.to("meta")))
     with pytest.raises(NotImplementedError, match="runs on the CPU, got factors on 'meta'"):
-        chosen("numba", elsewhere)
+        select_backend("numba", factors_on_meta)
 
 
 @pytest.fixture
-def fresh_look():
-    """Let the machine be looked at again, before and after."""
+def uncached_availability():
+    """Clear the cached availability check before and after the test."""
     numba_problem.cache_clear()
     yield
     numba_problem.cache_clear()
 
 
-def test_without_numba_auto_is_eager_and_asking_for_it_names_the_command(monkeypatch, fresh_look):
+def test_missing_numba_falls_back_to_eager_or_raises_with_install_command(monkeypatch, uncached_availability):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    backend, reason = chosen("auto", update_of())
+    backend, reason = select_backend("auto", update_of())
     assert backend == "eager"
     assert "numba is not installed" in reason
     with pytest.raises(ImportError, match=r"impl='numba', but numba is not installed; .* pip install 'snella\[fast\]'"):
-        chosen("numba", update_of())
+        select_backend("numba", update_of())
 
 
-def test_a_numba_that_does_not_work_is_said_to_be_so(monkeypatch, fresh_look):
+def test_broken_numba_is_reported(monkeypatch, uncached_availability):
     monkeypatch.delattr(sys.modules["snella.backends.numba"], "backend")
     monkeypatch.setitem(sys.modules, "snella.backends.numba.backend", None)
-    backend, reason = chosen("auto", update_of())
+    backend, reason = select_backend("auto", update_of())
     assert backend == "eager"
     assert "numba cannot be used" in reason
     with pytest.raises(ImportError, match="impl='numba', but numba cannot be used"):
-        chosen("numba", update_of())
+        select_backend("numba", update_of())
 
 
-def test_loops_are_compiled_without_a_folder_to_keep_them_in(monkeypatch):
-    def refuse_to_cache(**settings):
+def test_kernels_compile_without_cache_folder(monkeypatch):
+    def raise_cache_error(**settings):
         if settings.get("cache"):
             raise RuntimeError("cannot cache function 'f': no locator available")
         return lambda function: "compiled"
 
-    monkeypatch.setattr(numba_compile, "njit", refuse_to_cache)
+    monkeypatch.setattr(numba_compile, "njit", raise_cache_error)
     assert numba_compile.compiled({})(len) == "compiled"
 
 
-def test_what_was_compiled_before_any_of_the_files_changed_is_not_taken_from_the_disk(tmp_path):
+def test_stale_disk_cache_is_removed(tmp_path):
     newest = max(file.stat().st_mtime for file in Path(numba_compile.__file__).parent.glob("*.py"))
     stale, fresh, other = (tmp_path / f"{name}-7.py311.nbi" for name in ("forward.count", "forward.collect", "x.count"))
     for file, age in ((stale, 1), (fresh, -1), (other, 1)):
@@ -123,7 +123,7 @@ def test_what_was_compiled_before_any_of_the_files_changed_is_not_taken_from_the
 
 @settings(max_examples=60, deadline=None)
 @given(rows=st.integers(1, 40), columns=st.integers(1, 40), seed=st.integers(0, 1000), data=st.data())
-def test_the_threshold_has_the_bits_of_keep_threshold(rows, columns, seed, data):
+def test_threshold_equals_keep_threshold(rows, columns, seed, data):
     value = np.random.default_rng(seed).standard_normal((rows, columns)) * 10.0 ** (seed % 9 * 3 - 14)
     value = value.astype(np.float32)
     budget = data.draw(st.integers(0, value.size))
@@ -131,7 +131,7 @@ def test_the_threshold_has_the_bits_of_keep_threshold(rows, columns, seed, data)
 
 
 @pytest.mark.parametrize("budget", [0, 1, 500_000, 999_999, 1_000_000])
-def test_the_threshold_is_exact_where_most_magnitudes_are_equal(budget):
+def test_threshold_is_exact_for_mostly_equal_magnitudes(budget):
     value = np.ones((1000, 1000), np.float32)
     value[::7] = -0.5
     value[3, :5] = [0, 2, -3, 1e-40, np.inf]
@@ -140,15 +140,15 @@ def test_the_threshold_is_exact_where_most_magnitudes_are_equal(budget):
 
 @pytest.mark.parametrize("kernel", PIECEWISE)
 @pytest.mark.parametrize(("r", "num_pieces"), [(8, 2), (8, 1), (6, 3), (5, 1), (16, 4)])
-def test_a_row_merged_alone_has_the_bits_of_the_merged_matrix(kernel, r, num_pieces):
+def test_row_wise_merge_equals_merged_matrix(kernel, r, num_pieces):
     for m, n in ((7, 5), (61, 97), (40, 1700)):
         problem = make_problem(kernel, m=m, n=n, r=r, num_pieces=num_pieces)
         update = problem.update(problem.tensors)
         factors = numba_backend.pack_factors(update.spec, update.factors)[0]
-        columns, again = np.empty((3, n), np.float32), np.empty((3, n), np.float32)
+        columns, repeated = np.empty((3, n), np.float32), np.empty((3, n), np.float32)
         value, _ = numba_backend.merge_and_count(factors, (m, n), columns)
-        numba_backend.column_stats(factors, (m, n), again)
-        assert kernel == "p_linear" or np.array_equal(columns, again)
+        numba_backend.column_stats(factors, (m, n), repeated)
+        assert kernel == "p_linear" or np.array_equal(columns, repeated)
         base = np.zeros_like(value)
         threshold, scaling = np.float32(0), np.float32(1)
         from_matrix, from_rows = np.empty_like(value), np.empty_like(value)
@@ -157,14 +157,14 @@ def test_a_row_merged_alone_has_the_bits_of_the_merged_matrix(kernel, r, num_pie
         assert np.array_equal(from_matrix, from_rows) and np.count_nonzero(from_rows) > 0
 
 
-def test_the_threshold_is_exact_beyond_two_to_the_24_entries():
+def test_threshold_is_exact_above_2_to_the_24_entries():
     value = np.random.default_rng(0).standard_normal((4100, 4100), dtype=np.float32)
     budget = 5_000_000
     threshold = numba_backend.select_threshold(value, budget)
     assert np.count_nonzero(np.abs(value) > threshold) == budget
 
 
-def test_the_exponential_is_within_two_units_in_the_last_place():
+def test_exponential_is_accurate_to_two_ulp():
     value = -np.concatenate([np.linspace(0, 87, 100_003), np.logspace(-9, 1.9, 10_007)]).astype(np.float32)[None]
 
     @njit(**numba_compile.FASTMATH_STRICT_ORDER)
@@ -185,69 +185,69 @@ def test_results_do_not_depend_on_the_number_of_threads(kernel):
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = solve(problem, "numba")
+        single_threaded = solve(problem, "numba")
         torch.set_num_threads(3)
-        together = solve(problem, "numba")
+        multi_threaded = solve(problem, "numba")
     finally:
         torch.set_num_threads(threads)
-    # the product itself is torch's, which may split its sums by threads
-    for name in set(alone) - {"y", "x", "weight", "bias"}:
-        torch.testing.assert_close(together[name], alone[name], rtol=1e-4, atol=1e-6)
+    # torch may split the sums of its product by threads
+    for name in set(single_threaded) - {"y", "x", "weight", "bias"}:
+        torch.testing.assert_close(multi_threaded[name], single_threaded[name], rtol=1e-4, atol=1e-6)
     update = problem.update(problem.tensors)
     weight = problem.tensors["weight"]
     try:
         torch.set_num_threads(1)
         expected = computed_weight(weight, [update], weight.shape, "numba")
         torch.set_num_threads(3)
-        found = computed_weight(weight, [update], weight.shape, "numba")
+        actual = computed_weight(weight, [update], weight.shape, "numba")
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(found, expected)
+    assert torch.equal(actual, expected)
 
 
-def test_the_default_dtype_changes_nothing():
+def test_default_dtype_has_no_effect():
     problem = make_problem("mix_k", m=61, n=97, r=8)
     expected = solve(problem, "numba")
     torch.set_default_dtype(torch.float64)
     try:
-        found = solve(problem, "numba")
+        actual = solve(problem, "numba")
     finally:
         torch.set_default_dtype(torch.float32)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
-def test_several_callers_at_once_do_not_disturb_each_other():
+def test_concurrent_calls_are_independent():
     problems = [make_problem("mix_k", seed=seed, m=601, n=401, r=8) for seed in range(4)]
     expected = [solve(problem, "numba") for problem in problems]
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda problem: solve(problem, "numba"), problems))
-    for mine, theirs in zip(found, expected, strict=True):
-        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+        actual = list(pool.map(lambda problem: solve(problem, "numba"), problems))
+    for ours, reference in zip(actual, expected, strict=True):
+        assert all(torch.equal(ours[name], reference[name]) for name in reference)
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e3])
-def test_the_softmax_neither_overflows_nor_divides_by_zero(scale):
+def test_softmax_does_not_overflow_or_divide_by_zero(scale):
     problem = make_problem("mix_k", m=40, n=30, r=8)
     problem = replace(problem, tensors=problem.tensors | {k: problem.tensors[k] * scale for k in ("A", "B")})
     for name, value in solve(problem, "numba").items():
         assert torch.isfinite(value).all(), name
 
 
-def test_equal_rows_have_no_gradient_and_no_nan():
+def test_equal_rows_have_zero_gradient():
     problem = make_problem("p_linear", m=6, n=5)
     ones = {name: torch.ones_like(problem.tensors[name]) for name in ("A", "B")}
-    found = solve(replace(problem, tensors=problem.tensors | ones), "numba")
-    assert torch.equal(found["A"], torch.zeros_like(found["A"]))
-    assert torch.equal(found["B"], torch.zeros_like(found["B"]))
+    actual = solve(replace(problem, tensors=problem.tensors | ones), "numba")
+    assert torch.equal(actual["A"], torch.zeros_like(actual["A"]))
+    assert torch.equal(actual["B"], torch.zeros_like(actual["B"]))
 
 
-def test_nan_in_a_factor_is_not_hidden():
+def test_nan_in_a_factor_propagates():
     problem = make_problem("mix_k", budget=35)
     problem.tensors["A"][0, 0, 0] = torch.nan
     assert solve(problem, "numba")["y"].isnan().any()
 
 
-COMPUTED = """
+SCRIPT = """
 import hashlib, torch
 torch.set_num_threads(1)
 from problems import make_problem, solve
@@ -257,15 +257,15 @@ for m, n, mode in ((384, 1536, "soft"), (64, 64, "official"), (64, 48, "none")):
 """
 
 
-def test_a_process_that_compiles_computes_the_bits_of_one_that_takes_the_loops_from_the_disk(tmp_path):
+def test_compiled_and_disk_cached_kernels_give_equal_bits(tmp_path):
     paths = [str(Path(__file__).parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    found = []
+    actual = []
     for _ in range(2):
         done = subprocess.run(
-            [sys.executable, "-c", COMPUTED], capture_output=True, text=True, env=environment, timeout=280
+            [sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment, timeout=280
         )
         assert done.returncode == 0, done.stderr
-        found.append(done.stdout)
+        actual.append(done.stdout)
     assert list(tmp_path.rglob("*.nbc"))
-    assert len(found[0].splitlines()) == 3 and found[0] == found[1]
+    assert len(actual[0].splitlines()) == 3 and actual[0] == actual[1]

@@ -1,4 +1,4 @@
-"""Several tasks at once, on torch's threads or on ordinary ones."""
+"""`parallel_for` on torch's OpenMP threads and on Python threads."""
 
 import threading
 import time
@@ -23,18 +23,18 @@ def test_every_task_runs_once(runtime):
     assert sorted(done) == list(range(50))
 
 
-def test_two_tasks_run_at_the_same_time(runtime):
+def test_two_tasks_run_concurrently(runtime):
     barrier = threading.Barrier(2, timeout=20)
     threads.parallel_for([barrier.wait, barrier.wait], 2)
 
 
-def test_one_thread_does_everything_in_order(runtime):
+def test_one_thread_runs_tasks_in_order(runtime):
     done = []
     threads.parallel_for([lambda k=k: done.append((k, threading.get_ident())) for k in range(4)], 1)
     assert done == [(k, threading.get_ident()) for k in range(4)]
 
 
-def test_an_error_is_raised_once_the_others_have_ended(runtime):
+def test_error_is_raised_after_all_tasks_end(runtime):
     done = []
 
     def fail():
@@ -49,7 +49,7 @@ def test_an_error_is_raised_once_the_others_have_ended(runtime):
     assert done == [1, 1]
 
 
-def test_torch_computes_on_as_before(runtime):
+def test_torch_products_work_afterwards(runtime):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
@@ -61,7 +61,7 @@ def test_torch_computes_on_as_before(runtime):
         torch.set_num_threads(before)
 
 
-def test_where_two_runtimes_are_loaded_and_none_is_torchs_ordinary_threads_are_used(monkeypatch):
+def test_two_foreign_openmp_runtimes_fall_back_to_python_threads(monkeypatch):
     class Maps:
         def is_file(self):
             return True

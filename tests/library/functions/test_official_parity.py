@@ -1,4 +1,4 @@
-"""Modes `official` and `none` (kernelised LoRA) against the authors' released modules: values, gradients, float64."""
+"""Modes `official` and `none` (kernelized LoRA) against the authors' released code, values and gradients in float64."""
 
 import json
 from pathlib import Path
@@ -23,36 +23,36 @@ SPARSE = [name for name, case in CASES.items() if case["quantile"] is not None]
 DENSE = [name for name in CASES if name not in SPARSE]
 
 
-def stored(name: str) -> dict[str, Tensor]:
+def load_tensors(name: str) -> dict[str, Tensor]:
     return {key.removeprefix(f"{name}."): value for key, value in TENSORS.items() if key.startswith(f"{name}.")}
 
 
 def join(pieces: Tensor) -> Tensor:
-    """`[P, rows, r/P]`, the authors' layout, to ours, `[rows, r]`."""
+    """Convert the authors' layout `[P, rows, r/P]` to `[rows, r]`."""
     return pieces.transpose(0, 1).reshape(pieces.shape[1], -1)
 
 
 def leaves_of(official: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Their input, factors and learnable scalars under our names."""
-    ours = {"x": official["x"], "A": join(official["In_Qs"]), "B": join(official["Out_Qs"])}
-    ours |= {
-        mine: official[theirs].reshape(())
-        for mine, theirs in (("alpha", "alpha"), ("beta", "beta"), ("temperature", "gamma"))
-        if theirs in official
+    """Return the authors' input, factors and learnable scalars under SNELLA's names."""
+    our_names = {"x": official["x"], "A": join(official["In_Qs"]), "B": join(official["Out_Qs"])}
+    our_names |= {
+        our_name: official[their_name].reshape(())
+        for our_name, their_name in (("alpha", "alpha"), ("beta", "beta"), ("temperature", "gamma"))
+        if their_name in official
     }
-    return {name: value.clone().requires_grad_() for name, value in ours.items()}
+    return {name: value.clone().requires_grad_() for name, value in our_names.items()}
 
 
 def expected_gradients(official: dict[str, Tensor]) -> dict[str, Tensor]:
-    found = {
+    actual = {
         "x": official["grad_x"],
         "A": join(official["grad_In_Qs"]),
         "B": join(official["grad_Out_Qs"]),
     }
-    for mine, theirs in (("alpha", "grad_alpha"), ("beta", "grad_beta"), ("temperature", "grad_gamma")):
-        if theirs in official:
-            found[mine] = official[theirs].reshape(())
-    return found
+    for our_name, their_name in (("alpha", "grad_alpha"), ("beta", "grad_beta"), ("temperature", "grad_gamma")):
+        if their_name in official:
+            actual[our_name] = official[their_name].reshape(())
+    return actual
 
 
 def merge(official: dict[str, Tensor], leaves: dict[str, Tensor], kernel: str) -> Tensor:
@@ -65,27 +65,27 @@ def compare(y: Tensor, leaves: dict[str, Tensor], official: dict[str, Tensor]) -
     torch.testing.assert_close(y.detach(), official["y"], **CLOSE)
     expected = expected_gradients(official)
     assert set(expected) == set(leaves)
-    found = torch.autograd.grad(y, list(leaves.values()), official["grad_y"])
-    for name, value in zip(leaves, found, strict=True):
+    actual = torch.autograd.grad(y, list(leaves.values()), official["grad_y"])
+    for name, value in zip(leaves, actual, strict=True):
         assert expected[name].any(), f"{name}: nothing to compare"
         torch.testing.assert_close(value, expected[name], **CLOSE)
 
 
-def test_all_eight_cases_are_here():
+def test_all_eight_cases_exist():
     assert len(CASES) == 8 and len(SPARSE) == 4
     assert {case["kind"] for case in CASES.values()} == set(KERNEL)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_merged_matrices_equal_the_authors(name):
-    official = stored(name)
+def test_merged_matrices_equal_authors(name):
+    official = load_tensors(name)
     delta = merge(official, leaves_of(official), KERNEL[CASES[name]["kind"]])
     torch.testing.assert_close(delta.detach(), official["delta_dense"], **CLOSE)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_outputs_and_all_gradients_equal_the_authors(name):
-    official, case = stored(name), CASES[name]
+def test_outputs_and_gradients_equal_authors(name):
+    official, case = load_tensors(name), CASES[name]
     leaves = leaves_of(official)
     sparse = merge(official, leaves, KERNEL[case["kind"]])
     if case["quantile"] is not None:
@@ -97,8 +97,8 @@ def test_outputs_and_all_gradients_equal_the_authors(name):
 
 @pytest.mark.parametrize("name", SPARSE)
 @pytest.mark.parametrize("impl", ["reference", "eager"])
-def test_the_adapted_layer_in_official_mode_equals_the_authors(name, impl):
-    official, case = stored(name), CASES[name]
+def test_adapted_layer_in_official_mode_equals_authors(name, impl):
+    official, case = load_tensors(name), CASES[name]
     leaves = leaves_of(official)
     threshold = quantile_threshold(merge(official, leaves, KERNEL[case["kind"]]), case["quantile"])
     budget = int(official["delta_sparse"].count_nonzero())
@@ -108,8 +108,8 @@ def test_the_adapted_layer_in_official_mode_equals_the_authors(name, impl):
 
 @pytest.mark.parametrize("name", DENSE)
 @pytest.mark.parametrize("impl", ["reference", "eager"])
-def test_the_adapted_layer_without_sparsity_equals_the_authors_kernelised_lora(name, impl):
-    official, case = stored(name), CASES[name]
+def test_adapted_layer_without_sparsity_equals_authors_kernelized_lora(name, impl):
+    official, case = load_tensors(name), CASES[name]
     leaves = leaves_of(official)
     update = update_of(name, leaves, case["in_features"] * case["out_features"], mode="none")
     compare(layer_output(leaves["x"], None, None, [update], LinearOp(), impl=impl), leaves, official)
@@ -118,14 +118,14 @@ def test_the_adapted_layer_without_sparsity_equals_the_authors_kernelised_lora(n
 def update_of(name: str, leaves: dict[str, Tensor], budget: int, mode: str, thresholds: Tensor | None = None) -> Update:
     case = CASES[name]
     scalars = (leaves[field][None] if field in leaves else None for field in ("alpha", "beta", "temperature"))
-    factors = Factors(leaves["A"][None], leaves["B"], stored(name)["shared_coeff_fc"].reshape(1, -1), *scalars)
+    factors = Factors(leaves["A"][None], leaves["B"], load_tensors(name)["shared_coeff_fc"].reshape(1, -1), *scalars)
     kernel = make_kernel(KERNEL[case["kind"]], num_pieces=case["num_pieces"])
     return Update(UpdateSpec(kernel, (case["out_features"],), mode), factors, (budget,), thresholds)
 
 
 @pytest.mark.parametrize("impl", ["reference", "eager"])
-def test_a_budget_stands_for_the_quantile_that_leaves_it(impl):
-    official = stored("snella_12x20_r8_q0.3")
+def test_budget_corresponds_to_official_quantile(impl):
+    official = load_tensors("snella_12x20_r8_q0.3")
     leaves = leaves_of(official)
     update = update_of("snella_12x20_r8_q0.3", leaves, 168, "official")  # 168 = 0.7 · 240
     compare(layer_output(leaves["x"], None, None, [update], LinearOp(), impl=impl), leaves, official)

@@ -1,4 +1,4 @@
-"""What a recomputation builds is used by the backward pass that asked for it, once, and never wrongly."""
+"""Recompute cache: the backward pass reuses the matrices of a recomputed forward pass."""
 
 import pytest
 import torch
@@ -13,15 +13,15 @@ from .problems import make_problem
 
 
 @pytest.fixture
-def built(monkeypatch):
-    """A list that grows whenever an effective weight is built, alone or together with the gradients."""
+def computed_weights(monkeypatch):
+    """Return a list with one entry per computed effective weight."""
     calls = []
 
-    def count(owner, name, builds=lambda args: True):
+    def count(owner, name, is_counted=lambda args: True):
         original = getattr(owner, name)
 
         def call(*args):
-            if builds(args):
+            if is_counted(args):
                 calls.append(name)
             return original(*args)
 
@@ -34,14 +34,16 @@ def built(monkeypatch):
 
 
 def layer(problem, impl):
-    """The layer as the tuner calls it: thresholds and the recompute cache shared by its calls."""
-    cache, known = RecomputeCache(), []
+    """Create a layer function whose calls share thresholds and recompute cache, as in the tuner."""
+    cache, thresholds_cache = RecomputeCache(), []
 
     def run(x):
-        update = problem.update(problem.tensors, impl)._replace(thresholds=known[0] if known else None)
+        update = problem.update(problem.tensors, impl)._replace(
+            thresholds=thresholds_cache[0] if thresholds_cache else None
+        )
         problem.tensors["x"] = x
         y, thresholds = adapted_layer(x, problem.tensors["weight"], None, [update], problem.product, recompute=cache)
-        known[:] = thresholds
+        thresholds_cache[:] = thresholds
         return y
 
     return run, cache
@@ -58,20 +60,20 @@ def learning(impl):
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("impl", ["eager", "numba"])
-def test_checkpointing_builds_the_weight_once_forward_and_once_backward(impl, use_reentrant, built):
+def test_checkpointing_computes_weight_once_per_pass(impl, use_reentrant, computed_weights):
     run, cache, leaves = learning(impl)
     x = torch.randn(6, 8, requires_grad=True)
     plain = torch.autograd.grad(run(x).square().sum(), [x, *leaves])
-    assert len(built) == 2
-    built.clear()
+    assert len(computed_weights) == 2
+    computed_weights.clear()
     y = checkpoint(run, x, use_reentrant=use_reentrant)
     y.square().sum().backward()
-    assert len(built) == 2
+    assert len(computed_weights) == 2
     assert cache.is_empty
     assert all(torch.equal(tensor.grad, grad) for tensor, grad in zip([x, *leaves], plain, strict=True))
 
 
-def test_a_layer_used_twice_in_one_checkpoint_gets_the_right_gradients():
+def test_layer_used_twice_in_one_checkpoint_has_correct_gradients():
     run, cache, leaves = learning("eager")
     x = torch.randn(6, 8, requires_grad=True)
 
@@ -85,7 +87,7 @@ def test_a_layer_used_twice_in_one_checkpoint_gets_the_right_gradients():
     assert cache.is_empty
 
 
-def test_what_was_built_of_a_weight_that_changed_since_is_not_taken(monkeypatch):
+def test_cache_is_invalid_after_weight_change(monkeypatch):
     weight, cache = torch.zeros(9, 8), RecomputeCache()
     monkeypatch.setattr(torch._C, "_current_graph_task_id", lambda: 1)
     problem = make_problem("mix_k", m=9, n=8)
@@ -103,7 +105,7 @@ def test_what_was_built_of_a_weight_that_changed_since_is_not_taken(monkeypatch)
     assert cache.is_empty
 
 
-def test_outside_of_a_backward_pass_nothing_is_left():
+def test_cache_is_empty_outside_backward():
     run, cache, _ = learning("eager")
     run(torch.randn(6, 8))
     assert cache.is_empty

@@ -1,4 +1,4 @@
-"""Matrices that keep few entries: their weight's gradient is computed there alone."""
+"""Sampled dense-dense matrix products (SDDMM) for weight gradients of sparse matrices."""
 
 from dataclasses import replace
 
@@ -15,32 +15,32 @@ SPARSE = {"m": 41, "n": 37, "r": 8, "batch": (3, 100), "budget": 20}
 
 @pytest.fixture
 def products(monkeypatch):
-    """The shapes of what the sampled product was given."""
+    """Return a list of the shapes of all SDDMM inputs."""
     shapes = []
     original = numba_backward.sddmm_accumulate
 
-    def noted(first, last, grad_y, x, *rest):
+    def recorded(first, last, grad_y, x, *rest):
         shapes.append((grad_y.shape, x.shape))
         return original(first, last, grad_y, x, *rest)
 
-    monkeypatch.setattr(numba_backward, "sddmm_accumulate", noted)
+    monkeypatch.setattr(numba_backward, "sddmm_accumulate", recorded)
     return shapes
 
 
 @pytest.mark.parametrize("kernel", ["p_linear", "normalized_rbf", "mix_k"])
-def test_the_sampled_gradient_stays_close_to_the_reference(kernel, products):
+def test_sddmm_gradient_is_close_to_reference(kernel, products):
     problems = draws(kernel, **SPARSE)
     learning = [name for name, tensor in problems[0].tensors.items() if tensor is not None and name != "weight"]
     assert_close_to_reference(problems, impls=["numba"], needed=learning)
     assert products
 
 
-def test_all_tokens_count_and_few_at_a_time_are_seen(products):
+def test_sddmm_processes_all_tokens_in_chunks(products):
     solve(make_problem("mix_k", **SPARSE), "numba", needed=("A", "B"))
     assert products == [((41, 256), (37, 256)), ((41, 44), (37, 44))]
 
 
-def test_a_dense_matrix_is_not_sampled(products):
+def test_dense_matrix_does_not_use_sddmm(products):
     limit = numba_backend._SDDMM_DENSITY * 41 * 37
     solve(make_problem("mix_k", **SPARSE | {"budget": int(limit) + 1}), "numba", needed=("A", "B"))
     assert not products
@@ -48,33 +48,33 @@ def test_a_dense_matrix_is_not_sampled(products):
     assert products
 
 
-def test_a_weight_that_learns_itself_needs_its_whole_gradient(products):
-    found = solve(make_problem("mix_k", **SPARSE), "numba")
+def test_trainable_weight_does_not_use_sddmm(products):
+    actual = solve(make_problem("mix_k", **SPARSE), "numba")
     assert not products
-    assert found["weight"].count_nonzero() == 41 * 37
+    assert actual["weight"].count_nonzero() == 41 * 37
 
 
-def test_only_the_sparse_one_of_three_matrices_is_sampled_and_the_frozen_one_costs_nothing(products):
+def test_only_sparse_matrices_use_sddmm_and_frozen_ones_cost_nothing(products):
     problem = make_problem("mix_k", n=37, r=8, rows=(41, 40, 39), budgets=(20, 1000, 0), batch=(64,))
     needed = ("x", "A", "B", "piece_coeff", "alpha", "beta")
-    found, expected = solve(problem, "numba", needed=needed), solve(problem, "eager", needed=needed)
+    actual, expected = solve(problem, "numba", needed=needed), solve(problem, "eager", needed=needed)
     assert [shape for shape, _ in products] == [(41, 64)]
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5)
-    assert not found["A"][2].any()
-    assert not found["B"][81:].any()
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-4, atol=1e-5)
+    assert not actual["A"][2].any()
+    assert not actual["B"][81:].any()
 
 
-def test_bfloat16_activations_are_sampled_in_float32():
+def test_sddmm_computes_bfloat16_activations_in_float32():
     problem = make_problem("mix_k", **SPARSE, base_dtype=torch.bfloat16)
     dense = replace(problem, budgets=problem.budgets)
-    found = solve(problem, "numba", needed=("A", "B"))
+    actual = solve(problem, "numba", needed=("A", "B"))
     expected = solve(dense, "eager", needed=("A", "B"))
     for name in ("A", "B"):
-        torch.testing.assert_close(found[name], expected[name], rtol=0.05, atol=0.05 * expected[name].abs().max())
+        torch.testing.assert_close(actual[name], expected[name], rtol=0.05, atol=0.05 * expected[name].abs().max())
 
 
-def test_a_matrix_is_sampled_below_one_density_whatever_its_size():
+def test_sddmm_density_threshold_does_not_depend_on_size():
     for rows, n in ((10, 10), (768, 3072)):
         limit = numba_backend._SDDMM_DENSITY * rows * n
         for budget, expected in ((int(limit * 0.9), True), (int(limit * 1.1) + 1, False)):

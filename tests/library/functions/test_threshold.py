@@ -7,7 +7,7 @@ from snella.sparsify import _smallest, keep_threshold, quantile_threshold, spars
 
 
 def tie_free(m, n, dtype=torch.float32, seed=0):
-    """A matrix whose magnitudes are all different, signs mixed."""
+    """Return a matrix of distinct magnitudes with random signs."""
     generator = torch.Generator().manual_seed(seed)
     magnitudes = (1 + torch.randperm(m * n, generator=generator)).to(dtype) / 64
     signs = 1 - 2 * torch.randint(0, 2, (m * n,), generator=generator).to(dtype)
@@ -15,7 +15,7 @@ def tie_free(m, n, dtype=torch.float32, seed=0):
 
 
 @given(m=st.integers(1, 12), n=st.integers(1, 12), share=st.floats(0, 1), seed=st.integers(0, 99))
-def test_exactly_budget_entries_of_a_tie_free_matrix_survive(m, n, share, seed):
+def test_exactly_budget_entries_of_tie_free_matrix_remain(m, n, share, seed):
     delta = tie_free(m, n, seed=seed)
     budget = round(share * m * n)
     threshold = keep_threshold(delta, budget)
@@ -24,7 +24,7 @@ def test_exactly_budget_entries_of_a_tie_free_matrix_survive(m, n, share, seed):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_every_budget_is_met_in_every_dtype(dtype):
+def test_every_budget_is_exact_in_every_dtype(dtype):
     delta = tie_free(9, 13, dtype)
     for budget in range(delta.numel() + 1):
         threshold = keep_threshold(delta, budget)
@@ -32,9 +32,9 @@ def test_every_budget_is_met_in_every_dtype(dtype):
         assert (delta.abs() > threshold).sum() == budget
 
 
-def test_a_matrix_of_more_than_2_to_the_24_entries_is_cut_exactly():
+def test_threshold_is_exact_above_2_to_the_24_entries():
     side = 4100
-    # an odd multiplier permutes the residues modulo 2**25: all magnitudes differ, although float32 is dense here
+    # an odd multiplier permutes the residues modulo 2**25, so all magnitudes differ
     order = torch.arange(side * side, dtype=torch.int32).mul_(1103515245).bitwise_and_(2**25 - 1)
     delta = order.add_(0x3D000000).view(torch.float32).reshape(side, side)
     delta[::2] *= -1
@@ -46,31 +46,31 @@ def test_a_matrix_of_more_than_2_to_the_24_entries_is_cut_exactly():
     assert (delta.abs() > threshold).sum() == budget
 
 
-def test_the_full_budget_has_threshold_zero():
+def test_full_budget_has_threshold_0():
     delta = tie_free(3, 5, torch.float64)
     assert keep_threshold(delta, 15) == 0
 
 
-def test_budget_zero_has_the_largest_magnitude_as_its_threshold():
+def test_budget_0_has_largest_magnitude_as_threshold():
     delta = tie_free(3, 5)
     threshold = keep_threshold(delta, 0)
     assert threshold == delta.abs().max()
     assert not sparsify(delta, threshold).any()
 
 
-def test_tied_entries_at_the_threshold_fall_together():
+def test_tied_entries_at_threshold_all_become_zero():
     delta = torch.tensor([[3.0, -2.0, 2.0, 1.0]])
     assert (delta.abs() > keep_threshold(delta, 2)).sum() == 1
 
 
 @pytest.mark.parametrize("budget", [-1, 16])
-def test_a_budget_out_of_range_is_refused(budget):
+def test_budget_out_of_range_raises(budget):
     with pytest.raises(ValueError, match=rf"budget must be in \[0, 15\] for a matrix \[3, 5\], got {budget}"):
         keep_threshold(torch.ones(3, 5), budget)
 
 
 @pytest.mark.parametrize("sparsity", [-0.25, 1.5])
-def test_a_sparsity_out_of_range_is_refused(sparsity):
+def test_sparsity_out_of_range_raises(sparsity):
     with pytest.raises(ValueError, match=rf"sparsity must be in \[0, 1\], got {sparsity}"):
         quantile_threshold(torch.ones(3, 5), sparsity)
 
@@ -87,7 +87,7 @@ def test_selection_by_kthvalue_equals_selection_by_partition(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_the_quantile_of_half_precision_lies_between_its_neighbours(dtype):
+def test_half_precision_quantile_is_between_its_neighbors(dtype):
     delta = tie_free(3, 5, dtype)
     threshold = quantile_threshold(delta, 0.7)
     below, above = delta.abs().flatten().sort().values[9:11]
@@ -96,7 +96,7 @@ def test_the_quantile_of_half_precision_lies_between_its_neighbours(dtype):
 
 
 @given(m=st.integers(1, 12), n=st.integers(1, 12), sparsity=st.floats(0, 1), seed=st.integers(0, 99))
-def test_the_quantile_threshold_equals_torch_quantile(m, n, sparsity, seed):
+def test_quantile_threshold_equals_torch_quantile(m, n, sparsity, seed):
     delta = torch.randn(m, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     expected = torch.quantile(delta.abs(), torch.tensor(sparsity, dtype=torch.float64))
     torch.testing.assert_close(quantile_threshold(delta, sparsity), expected, rtol=1e-15, atol=0)
@@ -110,7 +110,7 @@ def test_the_quantile_threshold_equals_torch_quantile(m, n, sparsity, seed):
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_selection_leaves_its_input_alone_and_is_detached(select, dtype):
+def test_selection_does_not_modify_input_and_is_detached(select, dtype):
     base = tie_free(5, 3, dtype)
     delta = base.clone().requires_grad_()
     threshold = select(delta)
@@ -121,6 +121,6 @@ def test_selection_leaves_its_input_alone_and_is_detached(select, dtype):
     assert torch.equal(strided, base)
 
 
-def test_nan_among_the_entries_does_not_lower_the_threshold():
+def test_nan_entries_do_not_lower_threshold():
     delta = torch.tensor([[1.0, float("nan"), 3.0, 2.0]])
     assert keep_threshold(delta, 2) == 2.0

@@ -1,4 +1,4 @@
-"""When the Triton kernels are chosen, and what they do not need a GPU for: they compile."""
+"""Selection and compilation of the Triton kernels, without a GPU."""
 
 import os
 import subprocess
@@ -22,36 +22,36 @@ def update_of(kernel="mix_k", **options):
     return problem.update(problem.tensors)
 
 
-def chosen(impl, update):
+def select_backend(impl, update):
     return choose_backend(impl, update.spec, update.factors.A)
 
 
 @pytest.fixture
-def fresh_look():
-    """Let the machine be looked at again, before and after."""
+def uncached_availability():
+    """Clear the cached availability check before and after the test."""
     problem_with_triton.cache_clear()
     yield
     problem_with_triton.cache_clear()
 
 
 @needs_triton
-def test_triton_is_chosen_where_it_is_asked_for():
-    backend, reason = chosen("triton", update_of())
+def test_impl_triton_selects_triton():
+    backend, reason = select_backend("triton", update_of())
     assert backend == "triton"
     assert reason == f"Triton kernels on {str(update_of().factors.A.device)!r}"
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="needs a machine without a CUDA device")
-def test_auto_is_never_triton_on_the_cpu():
-    assert chosen("auto", update_of())[0] != "triton"
+def test_auto_does_not_select_triton_on_cpu():
+    assert select_backend("auto", update_of())[0] != "triton"
 
 
 @needs_triton
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
-def test_auto_is_triton_on_the_gpu_for_piecewise_kernels_and_eager_for_the_others():
-    assert chosen("auto", update_of())[0] == "triton"
-    backend, reason = chosen("auto", update_of("rbf"))
+def test_auto_selects_triton_on_gpu_for_piecewise_kernels_and_eager_otherwise():
+    assert select_backend("auto", update_of())[0] == "triton"
+    backend, reason = select_backend("auto", update_of("rbf"))
     assert backend == "eager"
     assert reason == "triton supports only the piecewise kernels, got kernel='rbf'"
 
@@ -69,36 +69,36 @@ def test_auto_is_triton_on_the_gpu_for_piecewise_kernels_and_eager_for_the_other
         ({"dtype": torch.float64}, "computes in float32, got factors in torch.float64"),
     ],
 )
-def test_what_triton_cannot_compute_is_refused_when_it_is_asked_for(options, message):
+def test_unsupported_update_raises_with_impl_triton(options, message):
     with pytest.raises(NotImplementedError, match=message):
-        chosen("triton", update_of(**options))
+        select_backend("triton", update_of(**options))
 
 
 @needs_triton
-def test_factors_on_another_device_are_refused():
+def test_factors_on_another_device_raise():
     update = update_of()
-    elsewhere = update._replace(factors=update.factors._replace(A=update.factors.A.to("meta")))
+    factors_on_meta = update._replace(factors=update.factors._replace(A=update.factors.A.to("meta")))
     with pytest.raises(NotImplementedError, match="impl='triton' runs on a CUDA device, got factors on 'meta'"):
-        chosen("triton", elsewhere)
+        select_backend("triton", factors_on_meta)
 
 
 @needs_triton
-def test_a_matrix_of_more_entries_than_can_be_counted_is_refused():
+def test_matrix_above_entry_limit_raises():
     update = update_of()
     A = update.factors.A[:, :1].expand(1, 1 << 20, 4)
     spec = replace(update.spec, row_counts=(1 << 11,))
     huge = update._replace(spec=spec, factors=update.factors._replace(A=A))
     with pytest.raises(NotImplementedError, match="supports at most 1073741824 entries per matrix, got 2147483648"):
-        chosen("triton", huge)
+        select_backend("triton", huge)
 
 
-def test_without_triton_asking_for_it_names_the_command(monkeypatch, fresh_look):
+def test_missing_triton_raises_with_install_command(monkeypatch, uncached_availability):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"impl='triton', but triton is not installed; .* pip install triton"):
-        chosen("triton", update_of())
+        select_backend("triton", update_of())
 
 
-def test_a_triton_that_does_not_work_is_said_to_be_so(monkeypatch, fresh_look):
+def test_broken_triton_is_reported(monkeypatch, uncached_availability):
     import snella.backends.triton
 
     module = "snella.backends.triton.backend"
@@ -106,7 +106,7 @@ def test_a_triton_that_does_not_work_is_said_to_be_so(monkeypatch, fresh_look):
     monkeypatch.delattr(snella.backends.triton, "backend", raising=False)
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match="impl='triton', but triton cannot be used"):
-        chosen("triton", update_of())
+        select_backend("triton", update_of())
 
 
 @needs_triton
@@ -121,29 +121,33 @@ def test_updates_of_different_backends_are_added():
 
 
 @needs_triton
-def test_a_matrix_that_was_kept_gives_the_gradients_of_one_that_is_merged_again():
+def test_saved_delta_gives_the_gradients_of_recomputed_delta():
     update, backend = update_of(rows=(3, 4, 5), n=6, budgets=(4, 0, 9)), get_backend("triton")
     merged = backend.merge(*update)
     grad = torch.ones(12, 6, device=DEVICE)
     expected = backend.grad_factors(update.spec, merged, grad)
-    # as a hook for saved tensors may leave it: in a memory of its own
-    kept = backend.merge(*update._replace(thresholds=merged.thresholds), tuple(delta.clone() for delta in merged.delta))
-    assert all(torch.equal(*pair) for pair in zip(backend.grad_factors(update.spec, kept, grad), expected, strict=True))
+    # in new memory, e.g. after a hook for saved tensors
+    saved = backend.merge(
+        *update._replace(thresholds=merged.thresholds), tuple(delta.clone() for delta in merged.delta)
+    )
+    assert all(
+        torch.equal(*pair) for pair in zip(backend.grad_factors(update.spec, saved, grad), expected, strict=True)
+    )
     out = torch.empty(12, 6, device=DEVICE)
-    backend.add_update(update.spec, kept, torch.zeros_like(out), out)
+    backend.add_update(update.spec, saved, torch.zeros_like(out), out)
     assert [int(out[rows].count_nonzero()) for rows in update.spec.rows] == [4, 0, 9]
 
 
 @needs_triton
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
-def test_every_kernel_compiles_for_a_gpu(capability, tmp_path):
+def test_kernels_compile_for_gpu(capability, tmp_path):
     script = Path(__file__).parents[3] / "benchmarks" / "triton_resources.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path)}
-    words = ["--capabilities", str(capability), "--ranks", "8", "--check"]
+    arguments = ["--capabilities", str(capability), "--ranks", "8", "--check"]
     done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning:triton", str(script), *words],
+        [sys.executable, "-W", "error::UserWarning:triton", str(script), *arguments],
         capture_output=True,
         text=True,
         env=environment,

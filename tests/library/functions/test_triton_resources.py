@@ -1,4 +1,4 @@
-"""Resources of the compiled Triton kernels, as the committed rows state them."""
+"""Committed resource rows of the compiled Triton kernels."""
 
 import json
 import os
@@ -15,7 +15,7 @@ ROWS = [json.loads(line) for line in (BENCHMARKS / "triton_resources.jsonl").rea
 COMPILED = [row for row in ROWS if "registers" in row and row["warps"] == 4]
 
 
-def test_the_committed_rows_are_complete_and_hardly_one_spills():
+def test_committed_rows_are_complete_with_few_register_spills():
     keys = {(row["kernel"], row["rank"], row["capability"]) for row in COMPILED}
     names, ranks, capabilities = (set(values) for values in zip(*keys, strict=True))
     assert ranks == {8, 16, 32} and capabilities == {80, 86, 89, 90, 100, 120}
@@ -37,20 +37,20 @@ def test_occupancy_is_limited_by_registers_shared_memory_or_programs(monkeypatch
 
 @needs_triton
 @pytest.mark.slow
-def test_kernels_compiled_now_take_no_more_registers_than_the_rows_say(tmp_path):
+def test_compiled_kernels_use_no_more_registers_than_rows(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     out = tmp_path / "rows.jsonl"
     script = str(BENCHMARKS / "triton_resources.py")
-    words = ["--capabilities", "90", "--ranks", "8", "--out", str(out)]
+    fields = ["--capabilities", "90", "--ranks", "8", "--out", str(out)]
     environment |= {"TRITON_CACHE_DIR": str(tmp_path)}
-    subprocess.run([sys.executable, script, *words], env=environment, check=True, capture_output=True)
+    subprocess.run([sys.executable, script, *fields], env=environment, check=True, capture_output=True)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert not [row for row in rows if row.get("error")]  # AMD's compiler takes every kernel
+    assert not [row for row in rows if row.get("error")]  # AMD's compiler accepts every kernel
     compiled = [row for row in rows if "registers" in row]
     assert len(compiled) == 21
     if compiled[0]["triton"] != COMPILED[0]["triton"]:
-        pytest.skip("the committed rows come from another Triton")
+        pytest.skip("the committed rows are from another Triton version")
     stored = {(row["kernel"], row["rank"], row["capability"]): row for row in COMPILED}
     for row in compiled:
-        before = stored[row["kernel"], row["rank"], row["capability"]]
-        assert row["registers"] <= before["registers"] and row["spilled_bytes"] <= before["spilled_bytes"], row
+        committed = stored[row["kernel"], row["rank"], row["capability"]]
+        assert row["registers"] <= committed["registers"] and row["spilled_bytes"] <= committed["spilled_bytes"], row

@@ -1,4 +1,4 @@
-"""The selection by three histograms: the bits of `keep_threshold` and `quantile_threshold`, whatever the magnitudes."""
+"""Triton's threshold selection against `keep_threshold` and `quantile_threshold`."""
 
 from dataclasses import replace
 
@@ -13,13 +13,13 @@ pytestmark = needs_triton
 
 
 def merged(magnitudes, budgets, mode="soft"):
-    """The matrices and thresholds of an update whose entries are these magnitudes, groups one above the other."""
+    """Return the matrices and thresholds of an update with the given magnitudes, one matrix per group."""
     from snella.backends.triton.backend import TritonBackend
 
     groups = torch.stack(list(magnitudes))
     size = groups.shape[1]
     problem = triton_problem("p_linear", rows=(size,) * len(groups), n=1, r=1, num_pieces=1, budgets=budgets, mode=mode)
-    # with A = 0 and α = ±1 the distance of two numbers is the magnitude of the other one
+    # with A = 0 and α = ±1, the distance equals the magnitude of B
     tensors = problem.tensors | {
         "A": torch.zeros_like(problem.tensors["A"]),
         "B": groups.reshape(-1, 1).to(DEVICE),
@@ -32,7 +32,7 @@ def merged(magnitudes, budgets, mode="soft"):
 
 
 def spread(size, seed=0):
-    """Magnitudes over twenty orders, with repetitions and zeros."""
+    """Return magnitudes over twenty orders, with repetitions and zeros."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(size, generator=generator) * 10.0 ** torch.randint(-10, 10, (size,), generator=generator)
     values[:: size // 7] = values[1]
@@ -41,19 +41,19 @@ def spread(size, seed=0):
 
 
 @pytest.mark.parametrize("budget", [1, 150, 298])
-def test_the_threshold_has_the_bits_of_keep_threshold(budget):
+def test_threshold_equals_keep_threshold(budget):
     deltas, thresholds = merged([spread(300), spread(300, 1)], (budget, 301 - budget))
-    for delta, threshold, kept in zip(deltas, thresholds, (budget, 301 - budget), strict=True):
-        assert threshold.item() == keep_threshold(delta, kept).item()
+    for delta, threshold, saved in zip(deltas, thresholds, (budget, 301 - budget), strict=True):
+        assert threshold.item() == keep_threshold(delta, saved).item()
 
 
-def test_the_matrices_of_these_tests_have_the_magnitudes_they_are_given():
+def test_helper_creates_the_given_magnitudes():
     deltas, _ = merged([spread(300), spread(300, 1)], (5, 5))
     torch.testing.assert_close(deltas[0][:, 0].cpu(), spread(300).abs(), rtol=1e-6, atol=0)
     torch.testing.assert_close(deltas[1][:, 0].cpu(), -spread(300, 1).abs(), rtol=1e-6, atol=0)
 
 
-def test_exactly_budget_entries_survive_where_no_two_are_equal():
+def test_exactly_budget_distinct_entries_remain():
     distinct = 1 + torch.randperm(500, generator=torch.Generator().manual_seed(0)) / 2**20
     for budget in (250, 499, 500):
         (delta,), (threshold,) = merged(distinct[None], (budget,))
@@ -61,24 +61,24 @@ def test_exactly_budget_entries_survive_where_no_two_are_equal():
 
 
 @pytest.mark.parametrize("budget", [1, 77, 300])
-def test_the_official_threshold_is_the_interpolated_quantile(budget):
+def test_official_threshold_is_the_interpolated_quantile(budget):
     (delta,), (threshold,) = merged(spread(300)[None], (budget,), "official")
     torch.testing.assert_close(threshold, quantile_threshold(delta, 1 - budget / 300), rtol=3e-7, atol=0)
 
 
-def test_a_matrix_of_equal_magnitudes_keeps_none_of_them():
+def test_constant_matrix_keeps_no_entry():
     _, (threshold,) = merged(torch.full((1, 200), 0.75), (10,))
     assert threshold == 0.75
 
 
-def test_a_matrix_without_budget_has_an_infinite_threshold():
+def test_matrix_without_budget_has_infinite_threshold():
     deltas, thresholds = merged([spread(60), spread(60)], (0, 7))
     assert deltas[0] is None
     assert thresholds[0] == torch.inf
     assert thresholds[1] == keep_threshold(deltas[1], 7)
 
 
-def test_not_a_number_is_larger_than_every_number():
+def test_nan_is_larger_than_every_number():
     values = spread(100)
     values[:3] = torch.nan
     (delta,), (threshold,) = merged(values[None], (10,))
@@ -87,11 +87,11 @@ def test_not_a_number_is_larger_than_every_number():
     assert threshold.isnan()
 
 
-def test_known_thresholds_are_taken_as_they_are():
+def test_known_thresholds_are_reused():
     from snella.backends.triton.backend import TritonBackend
 
     problem = triton_problem(rows=(5, 4), n=6, budgets=(7, 9))
     update = problem.update(problem.tensors)
     known = TritonBackend().merge(*update).thresholds
-    again = TritonBackend().merge(*update._replace(thresholds=known)).thresholds
-    assert torch.equal(again, known)
+    repeated = TritonBackend().merge(*update._replace(thresholds=known)).thresholds
+    assert torch.equal(repeated, known)

@@ -1,4 +1,4 @@
-"""Several matrices under one weight, and several updates of one weight."""
+"""Fused weights, and several updates of one weight."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ IMPL = pytest.mark.parametrize("impl", ["reference", "eager"])
 
 
 def one_matrix(problem: Problem, group: int) -> Problem:
-    """Matrix `group` of a grouped problem as a layer of its own."""
+    """Return matrix `group` of a fused problem as a separate layer."""
     rows = problem.update(problem.tensors).spec.rows[group]
     tensors = {
         name: value
@@ -39,43 +39,43 @@ def one_matrix(problem: Problem, group: int) -> Problem:
 
 @pytest.mark.parametrize("mode", ["soft", "official"])
 @IMPL
-def test_three_matrices_under_one_weight_equal_three_layers(impl, mode):
+def test_fused_weight_equals_three_layers(impl, mode):
     problem = make_problem(rows=ROWS, n=6, budgets=BUDGETS, dtype=torch.float64, mode=mode)
-    together = solve(problem, impl)
-    apart = [solve(one_matrix(problem, group), impl) for group in range(3)]
-    for name, value in together.items():
-        parts = [found[name] for found in apart]
+    combined = solve(problem, impl)
+    separate = [solve(one_matrix(problem, group), impl) for group in range(3)]
+    for name, value in combined.items():
+        parts = [actual[name] for actual in separate]
         expected = sum(parts) if name == "x" else torch.cat(parts, dim=-1 if name == "y" else 0)
         torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16])
-def test_grouped_updates_stay_close_to_the_reference(base_dtype):
+def test_fused_updates_are_close_to_reference(base_dtype):
     problems = draws(rows=ROWS, n=6, budgets=BUDGETS, batch=(2, 4), base_dtype=base_dtype)
     assert_close_to_reference(problems)
 
 
 @IMPL
-def test_a_matrix_without_budget_gets_gradients_of_zero_and_changes_nothing(impl):
+def test_matrix_without_budget_has_zero_gradients_and_update(impl):
     problem = make_problem(rows=ROWS, n=6, budgets=BUDGETS)
-    found = solve(problem, impl)
+    actual = solve(problem, impl)
     rows = problem.update(problem.tensors).spec.rows[1]
     base = torch.nn.functional.linear(*(problem.tensors[name] for name in ("x", "weight", "bias")))
-    assert torch.equal(found["y"][..., rows], base[..., rows])
-    assert not found["B"][rows].any()
+    assert torch.equal(actual["y"][..., rows], base[..., rows])
+    assert not actual["B"][rows].any()
     for name in ("A", *KernelScalars._fields):
-        assert not found[name][1].any() and found[name][0].any() and found[name][2].any(), name
+        assert not actual[name][1].any() and actual[name][0].any() and actual[name][2].any(), name
 
 
 @IMPL
-def test_each_matrix_keeps_its_own_budget(impl):
+def test_each_matrix_has_its_own_budget(impl):
     problem = make_problem(rows=ROWS, n=6, budgets=BUDGETS)
     update = problem.update(problem.tensors)
     assert [int(sparse.count_nonzero()) for sparse in sparsify_update(update)[0]] == list(BUDGETS)
 
 
 def two_updates(seeds=(0, 1), dtype=torch.float64):
-    """One base layer and two updates of it: another kernel, rank, budget and scaling each."""
+    """Return one base layer and two updates with different kernels, ranks, budgets and scalings."""
     first = make_problem("mix_k", seed=seeds[0], dtype=dtype)
     second = make_problem("p_linear", seed=seeds[1], r=6, budget=9, dtype=dtype, mode="official")
     second.scaling = -0.7
@@ -95,7 +95,7 @@ def run_two(impl, first, second, cache_delta=False):
 
 
 @IMPL
-def test_two_updates_at_once_are_added(impl):
+def test_two_updates_are_added(impl):
     first, second = two_updates()
     x, weight, bias = (first.tensors[name] for name in ("x", "weight", "bias"))
     added = weight + sum(
@@ -105,36 +105,38 @@ def test_two_updates_at_once_are_added(impl):
 
 
 @pytest.mark.parametrize("cache_delta", [False, True])
-def test_two_updates_at_once_have_the_gradients_of_the_reference(cache_delta):
+def test_gradients_of_two_updates_equal_reference(cache_delta):
     first, second = two_updates()
     expected = run_two("reference", first, second)
-    for found, true in zip(run_two("eager", first, second, cache_delta), expected, strict=True):
-        torch.testing.assert_close(found, true, rtol=1e-12, atol=1e-13)
+    for actual, exact_value in zip(run_two("eager", first, second, cache_delta), expected, strict=True):
+        torch.testing.assert_close(actual, exact_value, rtol=1e-12, atol=1e-13)
 
 
-def test_updates_of_different_dtypes_are_added_in_the_wider_one():
+def test_updates_with_different_dtypes_are_added_in_the_wider_dtype():
     first, second = two_updates(dtype=torch.float32)
     second = second.cast(Tensor.double)
     x = torch.eye(5, dtype=torch.float64)
     updates = [problem.update(problem.tensors) for problem in (first, second)]
-    found = [layer_output(x, None, None, updates, LinearOp(), impl=impl) for impl in ("reference", "eager")]
-    assert torch.equal(*found)
+    actual = [layer_output(x, None, None, updates, LinearOp(), impl=impl) for impl in ("reference", "eager")]
+    assert torch.equal(*actual)
 
 
-def test_thresholds_are_returned_and_taken_where_they_are_known():
+def test_thresholds_are_returned_and_reused():
     problem = make_problem(rows=ROWS, n=6, budgets=BUDGETS)
     update = problem.update(problem.tensors, "auto")
-    args = [problem.tensors[name] for name in ("x", "weight", "bias")]
-    y, (thresholds,) = adapted_layer(*args, [update], LinearOp())
+    arguments = [problem.tensors[name] for name in ("x", "weight", "bias")]
+    y, (thresholds,) = adapted_layer(*arguments, [update], LinearOp())
     first = update.spec.merge_matrix(next(update.spec.matrices(update.factors)))
     assert thresholds[0] == keep_threshold(first, BUDGETS[0])
-    again, (known,) = adapted_layer(*args, [update._replace(thresholds=thresholds)], LinearOp())
-    assert torch.equal(again, y) and known is thresholds
-    nothing = update._replace(thresholds=torch.full((3,), torch.inf))
-    assert torch.equal(adapted_layer(*args, [nothing], LinearOp())[0], torch.nn.functional.linear(*args))
+    repeated, (known,) = adapted_layer(*arguments, [update._replace(thresholds=thresholds)], LinearOp())
+    assert torch.equal(repeated, y) and known is thresholds
+    no_thresholds = update._replace(thresholds=torch.full((3,), torch.inf))
+    assert torch.equal(
+        adapted_layer(*arguments, [no_thresholds], LinearOp())[0], torch.nn.functional.linear(*arguments)
+    )
 
 
-def test_the_effective_weight_of_updates_alone_takes_the_shape_it_is_asked_for():
+def test_effective_weight_without_base_has_the_requested_shape():
     problem = make_problem(m=4, n=6)
     update = problem.update(problem.tensors)
     flat = effective_weight(None, [update])
@@ -142,7 +144,7 @@ def test_the_effective_weight_of_updates_alone_takes_the_shape_it_is_asked_for()
     assert torch.equal(effective_weight(None, [update], torch.Size((4, 3, 2, 1))), flat.reshape(4, 3, 2, 1))
 
 
-def test_neither_weight_nor_update_is_refused():
+def test_missing_weight_and_update_raise():
     with pytest.raises(ValueError, match="effective_weight requires a weight or at least one update, got neither"):
         effective_weight(None, [])
     with pytest.raises(ValueError, match="adapted_layer requires a weight or at least one update, got neither"):
@@ -152,21 +154,21 @@ def test_neither_weight_nor_update_is_refused():
 @pytest.mark.parametrize(
     ("row_counts", "shapes"), [((5, 3), r"\[2, n, r\] and B \[8, r\]"), ((5, 3, 3), r"\[3, n, r\] and B \[11, r\]")]
 )
-def test_row_counts_that_do_not_fit_the_factors_are_refused(row_counts, shapes):
+def test_mismatched_row_counts_raise(row_counts, shapes):
     problem = make_problem(rows=ROWS, n=6, budgets=BUDGETS)
     update = replace(problem, row_counts=row_counts).update(problem.tensors)
     with pytest.raises(ValueError, match=rf"A must be {shapes} .*, got \[3, 6, 4\] and \[12, 4\]"):
         update.spec.check(update.factors, update.budgets)
 
 
-def test_a_budget_of_one_of_several_matrices_out_of_range_is_refused():
+def test_budget_out_of_range_in_fused_weight_raises():
     problem = make_problem(rows=ROWS, n=6, budgets=(11, 19, 20))
     with pytest.raises(ValueError, match=r"budget must be in \[0, 18\] for a matrix \[3, 6\], got 19"):
         update = problem.update(problem.tensors)
         update.spec.check(update.factors, update.budgets)
 
 
-def test_a_convolution_weight_is_compared_as_a_matrix():
+def test_convolution_weight_is_checked_as_a_matrix():
     problem = make_problem(m=4, n=6)
     update = problem.update(problem.tensors)
     update.spec.check(update.factors, update.budgets, torch.Size((4, 3, 2, 1)))
@@ -174,7 +176,7 @@ def test_a_convolution_weight_is_compared_as_a_matrix():
         update.spec.check(update.factors, update.budgets, torch.Size((4, 3, 3, 1)))
 
 
-def test_a_missing_scalar_is_found_by_the_check():
+def test_check_reports_missing_scalar():
     problem = make_problem()
     factors = Factors(problem.tensors["A"], problem.tensors["B"], problem.tensors["piece_coeff"])
     with pytest.raises(ValueError, match=r"requires the scalars \['alpha', 'beta'\], got None"):
@@ -183,12 +185,12 @@ def test_a_missing_scalar_is_found_by_the_check():
 
 @pytest.mark.parametrize("mode", ["soft", "official", "none"])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_a_spec_survives_being_packed_into_integers(kernel, mode):
+def test_spec_round_trips_through_integers(kernel, mode):
     function = make_kernel(kernel, num_pieces=3, softmax_dim=1, center_softmax=True)
     spec = UpdateSpec(function, (5, 3, 4), mode, 0.3, "numba")
     assert UpdateSpec.from_ints(spec.to_ints(), 0.3) == spec
 
 
-def test_an_unknown_backend_is_named_with_the_choices():
+def test_unknown_backend_error_lists_choices():
     with pytest.raises(ValueError, match=r"backend must be one of \['eager', 'reference', .*\], got 'cuda'"):
         UpdateSpec(make_kernel("linear"), (7,), backend="cuda")

@@ -1,4 +1,4 @@
-"""Small models of every kind that the tuner promises to work on, and how to adapt them."""
+"""Small models of every supported kind, with adapter settings."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _IMAGE_16 = dict(image_size=16, patch_size=8, num_labels=3)
 _TRANSFORMER = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
 
 
-# peft asks transformers in a way that transformers is about to rename
+# peft uses a name that transformers deprecates
 _DEPRECATED = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 
 
@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class MLP(nn.Module):
-    """Two hidden layers and a head, without any library's help."""
+    """Plain torch model with two hidden layers and a head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class MLP(nn.Module):
 
 
 class ConvNet(nn.Module):
-    """One convolution of every kind."""
+    """Model with one convolution of every kind."""
 
     LAYERS = ("pointwise", "strided", "grouped", "depthwise", "circular", "reflect")
 
@@ -175,7 +175,7 @@ def _sd3_inputs() -> dict[str, Tensor]:
 
 @dataclass
 class Case:
-    """One small model: how to build it, what to feed it, what to adapt, how many matrices that gives."""
+    """Small model with its builder, inputs, targets and expected number of matrices."""
 
     name: str
     make: Callable[[], nn.Module]
@@ -186,7 +186,7 @@ class Case:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def base(self) -> nn.Module:
-        """A fresh model, the same weights every time, none so near zero that an update would not show."""
+        """Build the model with reproducible weights, none of them close to zero."""
         torch.manual_seed(0)
         model = self.make().eval()
         with torch.no_grad():
@@ -208,7 +208,7 @@ class Case:
         return self.make_inputs()
 
     def run(self, model: nn.Module, inputs: Any = None) -> Tensor:
-        """The model's first output."""
+        """Return the model's first output."""
         inputs = self.inputs() if inputs is None else inputs
         output = model(**inputs) if isinstance(inputs, dict) else model(inputs)
         return output if isinstance(output, Tensor) else output[0]
@@ -217,16 +217,13 @@ class Case:
     def predict(self, model: nn.Module) -> Tensor:
         return self.run(model).clone()
 
-    def assert_unchanged_by_merging(self, found: Tensor, expected: Tensor) -> None:
-        """The same bits, except with `Conv1D`: once merged, its transposed weight is multiplied in another layout.
-
-        Each product may then round differently, once.
-        """
+    def assert_unchanged_by_merging(self, actual: Tensor, expected: Tensor) -> None:
+        """Assert equal outputs, up to one rounding per product for `Conv1D`, whose merged weight has another layout."""
         if self.name == "gpt2":
             rounding = torch.finfo(expected.dtype).eps * expected.abs().max().item()
-            torch.testing.assert_close(found, expected, rtol=0, atol=self.num_matrices * rounding)
+            torch.testing.assert_close(actual, expected, rtol=0, atol=self.num_matrices * rounding)
         else:
-            assert torch.equal(found, expected)
+            assert torch.equal(actual, expected)
 
 
 CASES = [
@@ -256,7 +253,7 @@ CASES = [
         8,
         head=["head.fc"],
     ),
-    # these read the weights of some layers instead of calling them
+    # these models read the weights of some layers instead of calling them
     Case(
         "timm_beit",
         lambda: Beit(
@@ -307,13 +304,13 @@ _BY_NAME = {case.name: case for case in CASES}
 
 @pytest.fixture(params=CASES, ids=lambda case: case.name)
 def case(request: pytest.FixtureRequest) -> Case:
-    """Every model in turn."""
+    """Each model."""
     return request.param
 
 
 @pytest.fixture(params=["mlp", "conv", "timm_vit", "gpt2", "torch_vit"])
 def kind(request: pytest.FixtureRequest) -> Case:
-    """One model for each kind of layer: linear, convolution, fused, transposed, and torch's attention."""
+    """One model per kind of layer: linear, convolution, fused, transposed, and torch's attention."""
     return _BY_NAME[request.param]
 
 

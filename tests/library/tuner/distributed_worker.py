@@ -1,4 +1,4 @@
-"""One process of distributed runs: prints what each kind of parallelism came to. Started by `test_distributed`."""
+"""One process of a distributed run; prints the results of each kind of parallelism. Started by `test_distributed`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from snella import BudgetAllocator, SnellaConfig, create_snella_optimizer
-from snella.importance import _gather_pieces
+from snella.importance import _gather_shards
 from snella.matrices import adapted_matrices
 
 
 class Block(nn.Module):
-    """An attention and a layer behind it."""
+    """Attention followed by a linear layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Block(nn.Module):
 
 
 def wrap(kind: str, model: nn.Module) -> nn.Module:
-    """The model, parallel in that way."""
+    """Wrap a model for one kind of parallelism."""
     if kind == "ddp":
         return DistributedDataParallel(model)
     if kind == "fsdp1":
@@ -47,8 +47,8 @@ def wrap(kind: str, model: nn.Module) -> nn.Module:
     return fully_shard(model)
 
 
-def whole(model: nn.Module) -> dict[str, Tensor]:
-    """The trained parameters of a wrapped model as they are on one device."""
+def full_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Return the full trained parameters of a wrapped model."""
     if isinstance(model, FullyShardedDataParallel):
         with FullyShardedDataParallel.summon_full_params(model, writeback=False):
             return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -59,13 +59,13 @@ def whole(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def plain(name: str) -> str:
-    """A parameter's name without what the wrappers put into it."""
+def strip_wrappers(name: str) -> str:
+    """Remove the wrappers' parts from a parameter name."""
     return name.replace("_fsdp_wrapped_module.", "").removeprefix("module.")
 
 
 def run(kind: str, impl: str, rank: int, importance: str = "sensitivity") -> dict[str, Any]:
-    """Train an adapter for four epochs of three steps, other data on every rank."""
+    """Train an adapter for four epochs of three steps, with different data on every rank."""
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(10, 12), nn.Tanh(), Block(), nn.Linear(12, 3))
     config = SnellaConfig(
@@ -90,18 +90,20 @@ def run(kind: str, impl: str, rank: int, importance: str = "sensitivity") -> dic
     torch.manual_seed(7)
     x = torch.randn(2, 5, 10)
     without_gradients = torch.no_grad()(model)(x)
-    parameters = {plain(name): p for name, p in whole(model).items()}
-    # the same adapter on one device, whose updates are counted and whose outputs are known to be right
+    parameters = {strip_wrappers(name): p for name, p in full_parameters(model).items()}
+    # the same adapter on one device, as a reference
     torch.manual_seed(0)
-    alone = get_peft_model(nn.Sequential(nn.Linear(10, 12), nn.Tanh(), Block(), nn.Linear(12, 3)), config).eval()
-    missing = alone.load_state_dict(parameters, strict=False)
+    on_one_device = get_peft_model(
+        nn.Sequential(nn.Linear(10, 12), nn.Tanh(), Block(), nn.Linear(12, 3)), config
+    ).eval()
+    missing = on_one_device.load_state_dict(parameters, strict=False)
     assert not missing.unexpected_keys, missing.unexpected_keys
-    matrices = adapted_matrices(alone)
+    matrices = adapted_matrices(on_one_device)
     for matrix in matrices:
         if matrix.group == 0:
-            shares = [allocator.budgets[m.name] for m in matrices if m.layer is matrix.layer]
-            matrix.layer.set_budget("default", shares)
-    expected = torch.no_grad()(alone)(x)
+            actual = [allocator.budgets[m.name] for m in matrices if m.layer is matrix.layer]
+            matrix.layer.set_budget("default", actual)
+    expected = torch.no_grad()(on_one_device)(x)
     return {
         "history": allocator.history,
         "nonzeros": {matrix.name: matrix.nonzeros() for matrix in matrices},
@@ -116,15 +118,15 @@ def main(rank: int, meeting_point: str, *cases: str) -> None:
     results = {}
     for case in cases:
         try:
-            if case == "pieces":  # as HYBRID_SHARD leaves them: a whole copy in each of two groups
-                _gather_pieces([(torch.zeros(3), None, torch.Size([3]))])
+            if case == "pieces":  # a full copy in each of two groups, as with HYBRID_SHARD
+                _gather_shards([(torch.zeros(3), None, torch.Size([3]))])
             kind, impl, *importance = case.split("-")
             results[case] = run(kind, impl, rank, *importance)
         except Exception as error:
             results[case] = {"error": f"{type(error).__name__}: {error}"}
     print(json.dumps(results), flush=True)
     dist.barrier()
-    os._exit(0)  # two ranks that take gloo's threads down at once wait for each other now and then
+    os._exit(0)  # gloo can deadlock if both ranks shut down concurrently
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A training by Lightning's DDP; Lightning starts the second process itself. Started by `test_lightning`."""
+"""Training with Lightning's DDP; Lightning starts the second process. Started by `test_lightning`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def main(folder: str) -> None:
     result = {"history": state["history"], "digests": digests}
     Path(folder, f"{trainer.global_rank}.json").write_text(json.dumps(result))
     trainer.strategy.barrier()
-    os._exit(0)  # two ranks that take gloo's threads down at once wait for each other now and then
+    os._exit(0)  # gloo can deadlock if both ranks shut down concurrently
 
 
 if __name__ == "__main__":

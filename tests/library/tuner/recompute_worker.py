@@ -1,4 +1,4 @@
-"""One process that compares the gradients of sharded models with those of whole ones. Started by `test_distributed`."""
+"""One process that compares the gradients of sharded and unsharded models. Started by `test_distributed`."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from snella.layer import SnellaLayer
 
 
 class Block(nn.Sequential):
-    """A layer and the normalization of its output."""
+    """Linear layer followed by a normalization."""
 
 
-# the modules that are a unit of their own, which is gathered and freed apart from the others
+# modules that FSDP wraps as separate units, gathered and freed independently
 UNITS = {"whole": (), "norms": (nn.LayerNorm,), "layers": (SnellaLayer,), "blocks": (Block,)}
 
 
@@ -36,7 +36,7 @@ def make(compress: bool) -> nn.Module:
 
 
 def wrap(kind: str, model: nn.Module, units: tuple[type[nn.Module], ...]) -> nn.Module:
-    """The model, sharded in that way."""
+    """Shard a model."""
     if kind == "FSDP2":
         for module in model.modules():
             if isinstance(module, units):
@@ -52,28 +52,28 @@ def wrap(kind: str, model: nn.Module, units: tuple[type[nn.Module], ...]) -> nn.
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """The gradients of two batches, those of a sharded model gathered."""
+    """Return the gradients of two batches; gather sharded ones."""
     for x in torch.linspace(-1, 1, 60).view(2, 5, 6):
         model(x).square().sum().backward()
     if isinstance(model, FullyShardedDataParallel):
         with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
-            return {plain(name): p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+            return {strip_wrapper(name): p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
     grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     return {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in grads.items()}
 
 
-def plain(name: str) -> str:
-    """A parameter's name without what the wrapper puts into it."""
+def strip_wrapper(name: str) -> str:
+    """Remove the wrapper's parts from a parameter name."""
     return name.replace("_fsdp_wrapped_module.", "")
 
 
 def compare(kind: str, units: str, compress: bool) -> float:
-    """The largest difference to the gradients of the whole model, as a part of the largest gradient of a tensor."""
+    """Return the largest difference to the unsharded gradients, relative to the tensor's largest gradient."""
     expected = gradients(make(compress))
-    found = gradients(wrap(kind, make(compress), UNITS[units]))
-    if found.keys() != expected.keys():
-        raise AssertionError(f"gradients of {sorted(found)}, expected {sorted(expected)}")
-    return max(float((found[name] - grad).abs().max() / grad.abs().max()) for name, grad in expected.items())
+    actual = gradients(wrap(kind, make(compress), UNITS[units]))
+    if actual.keys() != expected.keys():
+        raise AssertionError(f"gradients of {sorted(actual)}, expected {sorted(expected)}")
+    return max(float((actual[name] - grad).abs().max() / grad.abs().max()) for name, grad in expected.items())
 
 
 def main(rank: int, meeting_point: str, *cases: str) -> None:
@@ -81,14 +81,14 @@ def main(rank: int, meeting_point: str, *cases: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=2)
     results: dict[str, float | str] = {}
     for case in cases:
-        kind, units, form = case.split("-")
+        kind, units, variant = case.split("-")
         try:
-            results[case] = compare(kind, units, form == "compressed")
+            results[case] = compare(kind, units, variant == "compressed")
         except Exception as error:
             results[case] = f"{type(error).__name__}: {error}"
     print(json.dumps(results), flush=True)
     dist.barrier()
-    os._exit(0)  # two ranks that take gloo's threads down at once wait for each other now and then
+    os._exit(0)  # gloo can deadlock if both ranks shut down concurrently
 
 
 if __name__ == "__main__":

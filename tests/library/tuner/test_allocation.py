@@ -1,4 +1,4 @@
-"""Algorithm 1: properties of every allocation, and one worked by hand."""
+"""Algorithm 1: properties of allocations, and a hand-computed example."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def problems(draw, importance=IMPORTANCE):
 
 
 @given(problems(), st.floats(0, 1))
-def test_the_sum_is_exact_and_no_cap_is_exceeded(problem, min_layer_share):
+def test_sum_is_exact_and_caps_hold(problem, min_layer_share):
     scores, caps, budget = problem
     shares = allocate(scores, caps, budget, min_layer_share)
     assert sum(shares) == budget
@@ -32,7 +32,7 @@ def test_the_sum_is_exact_and_no_cap_is_exceeded(problem, min_layer_share):
 
 
 @given(problems(), st.randoms())
-def test_the_order_of_the_matrices_does_not_matter(problem, random):
+def test_allocation_does_not_depend_on_order(problem, random):
     scores, caps, budget = problem
     shares = allocate(scores, caps, budget)
     order = list(range(len(caps)))
@@ -41,39 +41,41 @@ def test_the_order_of_the_matrices_does_not_matter(problem, random):
 
     is_usable = all(math.isfinite(score) for score in scores)
 
-    def kinds(scores, caps, shares):
-        read = (score if is_usable and score > 0 else 0.0 for score in scores)  # what allocate makes of an importance
-        return Counter(zip(map(str, read), caps, shares, strict=True))
+    def group_shares(scores, caps, shares):
+        scores_used = (score if is_usable and score > 0 else 0.0 for score in scores)  # the scores that `allocate` uses
+        return Counter(zip(map(str, scores_used), caps, shares, strict=True))
 
-    # matrices alike in importance and size are interchangeable
-    assert kinds([scores[k] for k in order], [caps[k] for k in order], shuffled) == kinds(scores, caps, shares)
+    # matrices with equal importance and size are interchangeable
+    assert group_shares([scores[k] for k in order], [caps[k] for k in order], shuffled) == group_shares(
+        scores, caps, shares
+    )
 
 
 @given(problems())
-def test_the_same_problem_has_the_same_solution_every_time(problem):
+def test_allocation_is_deterministic(problem):
     assert allocate(*problem) == allocate(*problem)
 
 
 @given(problems(st.sampled_from([0.0, -1.0, math.nan, math.inf, -math.inf])))
-def test_without_any_usable_importance_size_decides(problem):
+def test_allocation_is_uniform_without_positive_importance(problem):
     scores, caps, budget = problem
     assert sorted(allocate(scores, caps, budget)) == sorted(allocate([1.0 * cap for cap in caps], caps, budget))
 
 
 @given(problems(), st.floats(0, 1))
-def test_every_matrix_keeps_its_minimal_share(problem, min_layer_share):
+def test_every_matrix_gets_its_minimum_share(problem, min_layer_share):
     scores, caps, budget = problem
     shares = allocate(scores, caps, budget, min_layer_share)
     for share, cap in zip(shares, caps, strict=True):
         assert share >= math.floor(min_layer_share * budget * cap / max(sum(caps), 1) - 1e-6)
 
 
-def test_a_full_minimal_share_is_the_uniform_allocation():
+def test_min_layer_share_1_is_the_uniform_allocation():
     assert allocate([9.0, 1.0, 0.0], [100, 200, 300], 60, 1.0) == [10, 20, 30]
 
 
 @given(problems(st.floats(0.001, 1000)))
-def test_more_importance_never_means_less_budget(problem):
+def test_budget_is_monotonic_in_importance(problem):
     scores, _, budget = problem
     cap = max(budget, 1)
     shares = allocate(scores, [cap] * len(scores), budget)
@@ -81,45 +83,45 @@ def test_more_importance_never_means_less_budget(problem):
     assert all(first[1] <= second[1] for first, second in pairwise(ranked) if first[0] < second[0])
 
 
-def test_algorithm_1_worked_by_hand():
-    # round 1: shares of 100 by 5:3:2 are 50, 30, 20; the first has room for 20 only
-    # round 2: the 80 left by 3:2 are 48 and 32; the second has room for 40 only
-    # round 3: the last gets the 40 left
+def test_algorithm_1_equals_hand_computed_example():
+    # round 1: 100 entries in the ratio 5:3:2 are 50, 30, 20; the first matrix is capped at 20
+    # round 2: the remaining 80 in the ratio 3:2 are 48 and 32; the second matrix is capped at 40
+    # round 3: the third matrix gets the remaining 40
     assert allocate([5.0, 3.0, 2.0], [20, 40, 1000], 100) == [20, 40, 40]
 
 
-def test_fractions_go_by_largest_remainder():
-    # 10 · 4/9 = 4.44, 10 · 3/9 = 3.33, 10 · 2/9 = 2.22: the entry left goes to the largest remainder
+def test_rounding_uses_largest_remainder():
+    # 10 · 4/9 = 4.44, 10 · 3/9 = 3.33, 10 · 2/9 = 2.22: the remaining entry goes to the largest remainder
     assert allocate([4.0, 3.0, 2.0], [100, 100, 100], 10) == [5, 3, 2]
 
 
-def test_ties_go_to_the_more_important_then_to_the_larger():
+def test_ties_go_by_importance_then_by_size():
     assert allocate([1.0, 1.0], [5, 9], 3) == [1, 2]
     assert allocate([3.0, 1.0], [9, 9], 2) == [2, 0]
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
-def test_one_importance_that_is_not_finite_leaves_the_decision_to_size(broken):
+def test_nonfinite_importance_gives_uniform_allocation(broken):
     assert allocate([1.0, broken, 5.0], [10, 20, 30], 12) == [2, 4, 6]
 
 
 @pytest.mark.parametrize("broken", [0.0, -3.0])
-def test_a_matrix_without_importance_gets_only_what_others_cannot_hold(broken):
+def test_matrix_without_importance_gets_only_the_excess(broken):
     assert allocate([1.0, broken], [10, 10], 8) == [8, 0]
     assert allocate([1.0, broken], [10, 10], 15) == [10, 5]
 
 
-def test_differences_of_many_orders_of_magnitude_are_kept():
+def test_importance_of_very_different_magnitudes_is_supported():
     assert allocate([1e-300, 3e-300, 1e300], [100, 100, 10], 50) == [10, 30, 10]
 
 
-def test_large_models_are_allocated_exactly():
+def test_allocation_is_exact_for_large_models():
     caps = [4096 * 11008] * 96
     shares = allocate([1.0 + k for k in range(96)], caps, sum(caps) * 3 // 10)
     assert sum(shares) == sum(caps) * 3 // 10
 
 
-def test_nothing_to_give_is_given_to_nobody():
+def test_budget_0_gives_0_everywhere():
     assert allocate([1.0, 2.0], [3, 4], 0) == [0, 0]
     assert allocate([], [], 0) == []
     assert allocate([1.0], [0], 0) == [0]
@@ -135,6 +137,6 @@ def test_nothing_to_give_is_given_to_nobody():
         (([1.0, 1.0], [2, 3], 1, 1.5), r"min_layer_share must be in \[0, 1\], got 1\.5"),
     ],
 )
-def test_arguments_out_of_range_are_refused(arguments, message):
+def test_arguments_out_of_range_raise(arguments, message):
     with pytest.raises(ValueError, match=message):
         allocate(*arguments)

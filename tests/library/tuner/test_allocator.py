@@ -1,4 +1,4 @@
-"""The competition while training runs: order, budgets, resuming, errors."""
+"""Budget allocator in training: budgets, order, resumption and errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def make_optimizer(model, cls=torch.optim.AdamW, **settings):
 
 
 def step(case, model, optimizer, number):
-    """One step, whose data depend on its number alone."""
+    """Run one training step with data that depend only on its index."""
     optimizer.zero_grad()
     case.run(model, case.inputs(number)).square().sum().backward()
     optimizer.step()
@@ -37,7 +37,7 @@ def train(case, model, optimizer, first=1, last=EPOCHS * STEPS):
         step(case, model, optimizer, number)
 
 
-def allocator_of(model, **settings):
+def make_allocator(model, **settings):
     return BudgetAllocator(model, **{"total_epochs": EPOCHS, "steps_per_epoch": STEPS} | settings)
 
 
@@ -45,27 +45,27 @@ def allocator_of(model, **settings):
 
 
 @pytest.mark.parametrize("preset", ["paper", "official"])
-def test_every_matrix_keeps_exactly_its_budget_after_every_allocation(kind, preset):
-    # the authors' quantile is strict: of a dense matrix, the smallest entry does not survive
-    lost = 1 if preset == "official" else 0
+def test_number_of_nonzeros_equals_budget_after_every_allocation(kind, preset):
+    # the authors' comparison is strict, so the smallest entry of a dense matrix becomes zero
+    margin = 1 if preset == "official" else 0
     model = kind.adapted(preset=preset)
     optimizer = make_optimizer(model)
-    allocator = allocator_of(model).attach(optimizer)
+    allocator = make_allocator(model).attach(optimizer)
     model.train()
     for number in range(1, EPOCHS * STEPS + 1):
         step(kind, model, optimizer, number)
         assert sum(allocator.budgets.values()) == allocator.history[-1]["budget"]
         if number % STEPS == 0:
-            assert all(m.nonzeros() == m.budget - lost * (m.budget == m.size) for m in allocator.matrices)
+            assert all(m.nonzeros() == m.budget - margin * (m.budget == m.size) for m in allocator.matrices)
     assert sum(allocator.budgets.values()) == allocator.target_budget
     assert allocator.target_budget == allocator.total_weights - round(0.7 * allocator.total_weights)
     assert len(allocator.history) == EPOCHS + 1
 
 
-def test_the_history_tells_every_allocation(mlp):
+def test_history_records_every_allocation(mlp):
     model = mlp.adapted()
     optimizer = make_optimizer(model)
-    allocator = allocator_of(model).attach(optimizer)
+    allocator = make_allocator(model).attach(optimizer)
     train(mlp, model, optimizer)
     assert [entry["step"] for entry in allocator.history] == [0, 3, 6, 9, 12]
     assert [(entry["t"], entry["total"]) for entry in allocator.history] == [(t, 4) for t in range(5)]
@@ -81,7 +81,7 @@ def test_the_history_tells_every_allocation(mlp):
     assert allocator.budgets == allocator.history[-1]["budgets"]
 
 
-def test_the_history_stays_short_where_every_step_allocates(mlp):
+def test_history_is_bounded_with_frequent_allocations(mlp):
     model = mlp.adapted(realloc_every=1)
     optimizer = make_optimizer(model)
     allocator = BudgetAllocator(model, total_epochs=2, steps_per_epoch=301).attach(optimizer)
@@ -90,80 +90,80 @@ def test_the_history_stays_short_where_every_step_allocates(mlp):
     assert len(steps) == 101 and steps == sorted(steps)
     assert {0, 301, 602} <= set(steps)
     assert max(after - before for before, after in pairwise(steps)) <= 7
-    # a resumed run keeps the same entries
+    # a resumed run has the same entries
     half = BudgetAllocator(mlp.adapted(realloc_every=1), total_epochs=2, steps_per_epoch=301)
     half.load_state_dict(allocator.state_dict())
     assert half.history == allocator.history
 
 
-def test_budgets_can_follow_every_few_steps(mlp):
+def test_realloc_every_n_steps(mlp):
     model = mlp.adapted(realloc_every=5)
     optimizer = make_optimizer(model)
-    allocator = allocator_of(model).attach(optimizer)
+    allocator = make_allocator(model).attach(optimizer)
     train(mlp, model, optimizer)
     assert [entry["step"] for entry in allocator.history] == [0, 5, 10, 12]
     assert [(entry["t"], entry["total"]) for entry in allocator.history] == [(0, 12), (5, 12), (10, 12), (12, 12)]
     assert sum(allocator.budgets.values()) == allocator.target_budget
 
 
-def test_a_training_that_stops_within_an_epoch_ends_at_the_target(mlp):
+def test_training_that_stops_within_an_epoch_reaches_the_target(mlp):
     model = mlp.adapted()
     optimizer = make_optimizer(model)
-    allocator = allocator_of(model, total_steps=10).attach(optimizer)
+    allocator = make_allocator(model, total_steps=10).attach(optimizer)
     train(mlp, model, optimizer, last=10)
     assert [(entry["step"], entry["t"]) for entry in allocator.history] == [(0, 0), (3, 1), (6, 2), (9, 3), (10, 4)]
     assert sum(allocator.budgets.values()) == allocator.target_budget
 
 
-def test_steps_past_the_end_change_no_budget(mlp):
+def test_steps_after_the_end_do_not_change_budgets(mlp):
     model = mlp.adapted()
     optimizer = make_optimizer(model)
-    allocator = allocator_of(model).attach(optimizer)
+    allocator = make_allocator(model).attach(optimizer)
     train(mlp, model, optimizer, last=EPOCHS * STEPS + 6)
     assert len(allocator.history) == EPOCHS + 1
 
 
-def test_a_start_below_all_weights_is_where_the_schedule_starts(mlp):
-    allocator = allocator_of(mlp.adapted(init_sparsity=0.5))
+def test_schedule_starts_at_init_sparsity(mlp):
+    allocator = make_allocator(mlp.adapted(init_sparsity=0.5))
     assert allocator.start_budget == 108
     assert sum(allocator.budgets.values()) == 108
     assert [m.nonzeros() for m in allocator.matrices] == list(allocator.budgets.values())
 
 
-def test_a_constant_schedule_is_at_the_target_from_the_first_step(mlp):
+def test_constant_schedule_is_at_target_from_the_first_step(mlp):
     model = mlp.adapted(schedule="constant")
     optimizer = make_optimizer(model)
-    allocator = allocator_of(model).attach(optimizer)
+    allocator = make_allocator(model).attach(optimizer)
     assert sum(allocator.budgets.values()) == allocator.target_budget
     train(mlp, model, optimizer)
     assert {entry["budget"] for entry in allocator.history} == {allocator.target_budget}
     assert len({tuple(entry["budgets"].values()) for entry in allocator.history}) > 1
 
 
-def test_uniform_allocation_goes_by_size_and_ignores_importance(mlp):
+def test_uniform_allocation_depends_only_on_size(mlp):
     model = mlp.adapted(allocation="uniform", kernel="p_linear")
     optimizer = make_optimizer(model)
-    allocator = allocator_of(model).attach(optimizer)
+    allocator = make_allocator(model).attach(optimizer)
     train(mlp, model, optimizer)
     for entry in allocator.history:
         assert list(entry["budgets"].values()) == allocate([120.0, 96.0], [120, 96], entry["budget"])
 
 
 @pytest.mark.parametrize("metric", ["sensitivity", "magnitude", "delta_magnitude", "delta_mean_magnitude"])
-def test_every_metric_moves_budgets_and_meets_the_target(mlp, metric):
+def test_every_metric_changes_budgets_and_reaches_the_target(mlp, metric):
     model = mlp.adapted(importance=metric)
     optimizer = make_optimizer(model)
-    allocator = allocator_of(model).attach(optimizer)
+    allocator = make_allocator(model).attach(optimizer)
     train(mlp, model, optimizer)
     assert sum(allocator.budgets.values()) == allocator.target_budget
     assert list(allocator.budgets.values()) != allocate([120.0, 96.0], [120, 96], allocator.target_budget)
 
 
-def test_frozen_matrices_are_reported_and_a_minimal_share_prevents_them(mlp):
+def test_frozen_matrices_are_reported_and_min_layer_share_prevents_them(mlp):
     for share, frozen in ((0.0, ["lin1"]), (0.2, [])):
         model = mlp.adapted(min_layer_share=share)
         optimizer = make_optimizer(model)
-        allocator = allocator_of(model).attach(optimizer)
+        allocator = make_allocator(model).attach(optimizer)
         model.train()
         with pytest.warns(UserWarning, match="1 of 2 adapted matrices got no gradient in the first 5 steps: 'lin1'"):
             for number in range(1, EPOCHS * STEPS + 1):
@@ -176,12 +176,12 @@ def test_frozen_matrices_are_reported_and_a_minimal_share_prevents_them(mlp):
     assert allocator.budgets["lin1"] == int(0.2 * allocator.target_budget * 96 / 216)
 
 
-def test_of_several_adapters_the_named_one_is_trained(mlp):
+def test_adapter_name_selects_the_adapter(mlp):
     model = mlp.adapted()
     model.add_adapter("second", mlp.config(target_sparsity=0.5))
     model.set_adapter("second")
-    assert allocator_of(model).adapter_name == "second"
-    allocator = allocator_of(model, adapter_name="default")
+    assert make_allocator(model).adapter_name == "second"
+    allocator = make_allocator(model, adapter_name="default")
     assert allocator.adapter_name == "default"
     assert allocator.target_budget == 216 - round(0.7 * 216)
 
@@ -190,10 +190,10 @@ def test_of_several_adapters_the_named_one_is_trained(mlp):
 
 
 @pytest.mark.parametrize("preset", ["paper", "official"])
-def test_the_importance_is_read_before_the_step_and_after_it_in_the_authors_code(mlp, preset):
+def test_importance_is_updated_before_the_step_or_after_it_with_official_preset(mlp, preset):
     model = mlp.adapted(preset=preset, update_dropout=0.0, update_drop_path=0.0)
     optimizer = make_optimizer(model, torch.optim.SGD, lr=1e-3)
-    allocator = allocator_of(model).attach(optimizer)
+    allocator = make_allocator(model).attach(optimizer)
     by_hand = ImportanceTracker(adapted_matrices(model), zero_init_ema=preset == "official")
     model.train()
     for number in (1, 2, 3):
@@ -209,13 +209,13 @@ def test_the_importance_is_read_before_the_step_and_after_it_in_the_authors_code
 
 
 @pytest.mark.parametrize("preset", ["paper", "official"])
-def test_calling_for_every_step_does_the_same_as_attaching(mlp, preset):
+def test_update_and_allocate_equals_attach(mlp, preset):
     settings = {"preset": preset, "update_dropout": 0.0, "update_drop_path": 0.0}
     attached, called = mlp.adapted(**settings), mlp.adapted(**settings)
     optimizer = make_optimizer(attached)
-    reference = allocator_of(attached).attach(optimizer)
+    reference = make_allocator(attached).attach(optimizer)
     train(mlp, attached, optimizer)
-    optimizer, allocator = make_optimizer(called), allocator_of(called)
+    optimizer, allocator = make_optimizer(called), make_allocator(called)
     called.train()
     for number in range(1, EPOCHS * STEPS + 1):
         optimizer.zero_grad()
@@ -229,10 +229,10 @@ def test_calling_for_every_step_does_the_same_as_attaching(mlp, preset):
     assert all(torch.equal(tensor, attached.state_dict()[name]) for name, tensor in called.state_dict().items())
 
 
-def test_a_detached_allocator_follows_no_more(mlp):
+def test_detached_allocator_is_not_updated(mlp):
     model = mlp.adapted()
     optimizer = make_optimizer(model)
-    allocator = allocator_of(model).attach(optimizer)
+    allocator = make_allocator(model).attach(optimizer)
     allocator.detach()
     with pytest.warns(UserWarning, match="after 2 optimizer steps no budget allocator is attached"):
         train(mlp, model, optimizer, last=5)
@@ -253,21 +253,21 @@ def state_of(model):
 @pytest.mark.parametrize(
     ("name", "stop"), [("mlp", 1), ("mlp", 5), ("mlp", 6), ("mlp", 11), ("conv", 5), ("timm_vit", 6), ("gpt2", 5)]
 )
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(cases, name, stop, restores_first):
+def test_resumed_run_equals_uninterrupted_run_bit_for_bit(cases, name, stop, restores_first):
     kind = cases[name]
     settings = {"realloc_every": 2} if stop == 11 else {}
-    whole = kind.adapted(**settings)
-    optimizer = make_optimizer(whole)
-    reference = allocator_of(whole).attach(optimizer)
-    _without_dropout(whole)
-    start = state_of(whole)
-    train(kind, whole, optimizer)
+    complete = kind.adapted(**settings)
+    optimizer = make_optimizer(complete)
+    reference = make_allocator(complete).attach(optimizer)
+    _without_dropout(complete)
+    start = state_of(complete)
+    train(kind, complete, optimizer)
 
     first = kind.adapted(**settings)
     first.load_state_dict(start)
     _without_dropout(first)
     optimizer = make_optimizer(first)
-    allocator_of(first).attach(optimizer)
+    make_allocator(first).attach(optimizer)
     train(kind, first, optimizer, last=stop)
     file = io.BytesIO()
     torch.save({"model": first.state_dict(), "optimizer": optimizer.state_dict()}, file)
@@ -278,7 +278,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(cases, name, stop
     second.load_state_dict(checkpoint["model"])
     _without_dropout(second)
     optimizer = make_optimizer(second)
-    allocator = allocator_of(second)
+    allocator = make_allocator(second)
     if restores_first:
         optimizer.load_state_dict(checkpoint["optimizer"])
         allocator.attach(optimizer)
@@ -288,7 +288,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(cases, name, stop
     assert allocator.step == stop
     train(kind, second, optimizer, first=stop + 1)
     assert allocator.history == reference.history
-    assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in second.state_dict().items())
+    assert all(torch.equal(tensor, complete.state_dict()[name]) for name, tensor in second.state_dict().items())
 
 
 def _without_dropout(model):
@@ -297,64 +297,64 @@ def _without_dropout(model):
             module.p = 0.0
 
 
-def test_a_state_is_taken_and_given_back_by_hand(mlp):
+def test_state_dict_round_trip(mlp):
     model = mlp.adapted()
     optimizer = make_optimizer(model)
-    allocator = allocator_of(model).attach(optimizer)
+    allocator = make_allocator(model).attach(optimizer)
     train(mlp, model, optimizer, last=7)
-    other = allocator_of(mlp.adapted())
+    other = make_allocator(mlp.adapted())
     other.load_state_dict(allocator.state_dict())
     assert (other.step, other.history, other.budgets) == (7, allocator.history, allocator.budgets)
     assert other.importance.scores() == allocator.importance.scores()
     assert [m.nonzeros() for m in other.matrices] == list(allocator.budgets.values())
 
 
-def test_the_optimizers_own_groups_stay_clean(mlp):
+def test_optimizer_groups_do_not_contain_allocator_state(mlp):
     model = mlp.adapted()
     optimizer = make_optimizer(model)
-    allocator_of(model).attach(optimizer)
+    make_allocator(model).attach(optimizer)
     optimizer.load_state_dict(optimizer.state_dict())
     assert "snella_allocator" not in optimizer.param_groups[0]
     assert "snella_allocator" in optimizer.state_dict()["param_groups"][0]
 
 
-def test_an_optimizer_checkpoint_without_an_allocator_can_be_loaded(mlp):
+def test_optimizer_checkpoint_without_allocator_loads(mlp):
     model = mlp.adapted()
     state = make_optimizer(model).state_dict()
     optimizer = make_optimizer(model)
-    allocator = allocator_of(model).attach(optimizer)
+    allocator = make_allocator(model).attach(optimizer)
     optimizer.load_state_dict(state)
     assert allocator.step == 0
 
 
-def test_a_state_of_another_format_is_refused(mlp):
+def test_state_with_another_format_raises(mlp):
     with pytest.raises(ValueError, match="the allocator's state must have format 1, got 2"):
-        allocator_of(mlp.adapted()).load_state_dict({"format": 2})
+        make_allocator(mlp.adapted()).load_state_dict({"format": 2})
     with pytest.raises(ValueError, match="must have format 1, got None"):
-        allocator_of(mlp.adapted()).load_state_dict({})
+        make_allocator(mlp.adapted()).load_state_dict({})
 
 
-def test_a_state_of_another_model_is_refused_with_a_name(mlp):
-    state = allocator_of(mlp.adapted(target_modules=["lin1"])).state_dict()
+def test_state_of_another_model_raises_with_a_name(mlp):
+    state = make_allocator(mlp.adapted(target_modules=["lin1"])).state_dict()
     with pytest.raises(ValueError, match=r"state and this model have different matrices, e\.g\. \['lin0'\]"):
-        allocator_of(mlp.adapted()).load_state_dict(state)
+        make_allocator(mlp.adapted()).load_state_dict(state)
 
 
 # wrapped optimizers -------------------------------------------------------------------------------------------------
 
 
-def test_an_optimizer_wrapped_by_accelerate_is_followed(mlp):
+def test_accelerate_optimizer_is_supported(mlp):
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
-    # these are shared by the whole process, and the Trainers of other tests leave theirs behind
+    # process-wide state, which Trainers in other tests also set
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
     try:
         accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
         model = mlp.adapted()
         model, optimizer = accelerator.prepare(model, make_optimizer(model))
-        allocator = allocator_of(model).attach(optimizer)
+        allocator = make_allocator(model).attach(optimizer)
         model.train()
         for number in range(1, 2 * EPOCHS * STEPS + 1):
             with accelerator.accumulate(model):
@@ -369,11 +369,11 @@ def test_an_optimizer_wrapped_by_accelerate_is_followed(mlp):
             state._reset_state()
 
 
-def test_an_overflow_that_a_fused_optimizer_skips_itself_leaves_the_importance_finite(mlp):
+def test_overflow_in_fused_optimizer_leaves_importance_finite(mlp):
     torch.manual_seed(0)
     model = mlp.adapted().train()
     optimizer = make_optimizer(model, fused=True)
-    allocator = allocator_of(model).attach(optimizer)
+    allocator = make_allocator(model).attach(optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     for number in range(1, EPOCHS * STEPS + 1):
         loss = mlp.run(model, mlp.inputs(number)).square().sum()
@@ -386,12 +386,12 @@ def test_an_overflow_that_a_fused_optimizer_skips_itself_leaves_the_importance_f
     assert len({matrix.budget / matrix.size for matrix in allocator.matrices}) > 1
 
 
-def test_scaled_gradients_have_the_importance_of_unscaled_ones(mlp):
+def test_importance_does_not_depend_on_gradient_scale(mlp):
     scores = {}
     for scale in (1.0, 1024.0):
         model = mlp.adapted().train()
         optimizer = make_optimizer(model, fused=True)
-        allocator = allocator_of(model).attach(optimizer)
+        allocator = make_allocator(model).attach(optimizer)
         scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=10**6)
         for number in (1, 2, 3):
             scaler.scale(mlp.run(model, mlp.inputs(number)).square().sum()).backward()
@@ -402,10 +402,10 @@ def test_scaled_gradients_have_the_importance_of_unscaled_ones(mlp):
     assert scores[1024.0] == pytest.approx(scores[1.0], rel=1e-3)
 
 
-def test_one_infinite_gradient_entry_does_not_freeze_its_matrix(mlp):
+def test_infinite_gradient_entry_does_not_freeze_its_matrix(mlp):
     model = mlp.adapted().train()
     optimizer = make_optimizer(model)
-    allocator = allocator_of(model).attach(optimizer)
+    allocator = make_allocator(model).attach(optimizer)
     for number in range(1, STEPS + 1):
         mlp.run(model, mlp.inputs(number)).square().sum().backward()
         if number == 2:
@@ -416,17 +416,17 @@ def test_one_infinite_gradient_entry_does_not_freeze_its_matrix(mlp):
     assert all(0 < score < math.inf for score in allocator.history[-1]["importance"].values())
 
 
-def test_an_optimizer_without_the_factors_is_refused(mlp):
+def test_optimizer_without_factors_raises(mlp):
     model = mlp.adapted()
     other = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
     with pytest.raises(ValueError, match="SGD has none of the factors of adapter 'default'; create the optimizer"):
-        allocator_of(model).attach(other)
+        make_allocator(model).attach(other)
 
 
-def test_training_on_without_the_allocator_warns_again(mlp):
+def test_training_after_detach_warns(mlp):
     model = mlp.adapted()
     optimizer = make_optimizer(model)
-    allocator_of(model).attach(optimizer).detach()
+    make_allocator(model).attach(optimizer).detach()
     with pytest.warns(UserWarning, match="no budget allocator is attached"):
         train(mlp, model, optimizer, last=30)
 
@@ -440,10 +440,10 @@ def scaled_step(mlp, model, optimizer, scaler, broken):
 
 
 @pytest.mark.parametrize("clears", ["before", "after", "zeros"])
-def test_steps_that_the_gradient_scaler_skips_count_so_that_the_target_is_reached(mlp, clears):
+def test_skipped_steps_count_towards_the_target(mlp, clears):
     model = mlp.adapted()
     optimizer = make_optimizer(model)
-    allocator = allocator_of(model).attach(optimizer)
+    allocator = make_allocator(model).attach(optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     model.train()
     for number in range(1, EPOCHS * STEPS + 1):
@@ -459,10 +459,10 @@ def test_steps_that_the_gradient_scaler_skips_count_so_that_the_target_is_reache
     assert all(torch.isfinite(torch.tensor(allocator.importance.scores())))
 
 
-def test_a_skipped_step_whose_gradients_nobody_clears_is_told_of_when_the_adapter_is_saved(mlp, tmp_path):
+def test_uncounted_skipped_steps_warn_when_saving(mlp, tmp_path):
     model = mlp.adapted()
     optimizer = make_optimizer(model)
-    allocator = allocator_of(model, total_epochs=1).attach(optimizer)
+    allocator = make_allocator(model, total_epochs=1).attach(optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     model.train()
     for number in range(1, STEPS + 1):
@@ -474,10 +474,10 @@ def test_a_skipped_step_whose_gradients_nobody_clears_is_told_of_when_the_adapte
     assert sum(allocator.budgets.values()) == allocator.target_budget
 
 
-def test_gradients_that_are_cleared_without_a_step_count_only_where_they_overflowed(mlp):
+def test_zero_grad_without_step_counts_only_after_overflow(mlp):
     model = mlp.adapted()
     optimizer = make_optimizer(model)
-    allocator = allocator_of(model).attach(optimizer)
+    allocator = make_allocator(model).attach(optimizer)
     model.train()
     for _ in range(3):
         optimizer.zero_grad()
@@ -485,16 +485,16 @@ def test_gradients_that_are_cleared_without_a_step_count_only_where_they_overflo
     assert allocator.step == 0
 
 
-def test_zero_grad_is_the_optimizers_own_once_the_allocator_is_detached(mlp):
+def test_detach_restores_zero_grad(mlp):
     model = mlp.adapted()
     optimizer = make_optimizer(model)
-    allocator = allocator_of(model).attach(optimizer)
+    allocator = make_allocator(model).attach(optimizer)
     outer = optimizer.zero_grad
     assert "set_to_none" in inspect.signature(outer).parameters
     allocator.detach()
     assert "zero_grad" not in optimizer.__dict__
     allocator.attach(optimizer)
-    optimizer.zero_grad = lambda: outer()  # as a library wraps it
+    optimizer.zero_grad = lambda: outer()  # wrapped by a library
     allocator.detach()
     mlp.run(model.train()).square().sum().backward()
     optimizer.zero_grad()
@@ -503,14 +503,14 @@ def test_zero_grad_is_the_optimizers_own_once_the_allocator_is_detached(mlp):
 
 @pytest.mark.parametrize("passes", ["positional", "keyword"])
 @pytest.mark.parametrize("preset", ["paper", "official", "matched"])
-def test_steps_with_a_closure_are_those_of_a_plain_loop(mlp, preset, passes):
+def test_closure_steps_equal_plain_steps(mlp, preset, passes):
     settings = {"preset": preset, "update_dropout": 0.0, "update_drop_path": 0.0}
     plain, other = mlp.adapted(**settings), mlp.adapted(**settings)
     optimizer = make_optimizer(plain)
-    reference = allocator_of(plain).attach(optimizer)
+    reference = make_allocator(plain).attach(optimizer)
     train(mlp, plain, optimizer)
     optimizer = make_optimizer(other)
-    allocator = allocator_of(other).attach(optimizer)
+    allocator = make_allocator(other).attach(optimizer)
     other.train()
     for number in range(1, EPOCHS * STEPS + 1):
 
@@ -526,10 +526,10 @@ def test_steps_with_a_closure_are_those_of_a_plain_loop(mlp, preset, passes):
     assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in other.state_dict().items())
 
 
-def test_an_optimizer_that_calls_its_closure_several_times_has_the_importance_of_the_first_call(mlp):
+def test_importance_uses_the_first_closure_call(mlp):
     model = mlp.adapted()
     optimizer = torch.optim.LBFGS([p for p in model.parameters() if p.requires_grad], lr=1e-3, max_iter=3)
-    allocator = allocator_of(model, total_epochs=1, steps_per_epoch=1).attach(optimizer)
+    allocator = make_allocator(model, total_epochs=1, steps_per_epoch=1).attach(optimizer)
     mlp.run(model.train()).square().sum().backward()
     by_hand = ImportanceTracker(adapted_matrices(model))
     by_hand.update()
@@ -550,16 +550,16 @@ def test_an_optimizer_that_calls_its_closure_several_times_has_the_importance_of
     )
 
 
-def test_a_step_that_the_gradient_scaler_skips_counts_once_its_gradients_are_cleared(mlp):
+def test_skipped_step_counts_when_gradients_are_cleared(mlp):
     model = mlp.adapted()
     optimizer = make_optimizer(model)
-    allocator = allocator_of(model).attach(optimizer)
+    allocator = make_allocator(model).attach(optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     model.train()
-    for broken in (False, True, False):
+    for invalid in (False, True, False):
         optimizer.zero_grad()
         scaler.scale(mlp.run(model).square().sum()).backward()
-        if broken:
+        if invalid:
             allocator.matrices[0].layer.snella_A["default"].grad.fill_(torch.inf)
         scaler.step(optimizer)
         scaler.update()
@@ -569,7 +569,7 @@ def test_a_step_that_the_gradient_scaler_skips_counts_once_its_gradients_are_cle
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_hooks_on_zero_grad_call_each_other(count):
+def test_zero_grad_hooks_are_chained(count):
     optimizer, calls = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1), []
     hooks = [_ZeroGradHook(optimizer, lambda _, number=number: calls.append(number)) for number in range(count)]
     optimizer.zero_grad()
@@ -580,10 +580,10 @@ def test_hooks_on_zero_grad_call_each_other(count):
     assert len(calls) == count
 
 
-def test_gradients_that_overflow_inside_of_a_step_are_no_skipped_step(mlp):
+def test_overflow_inside_a_closure_is_not_a_skipped_step(mlp):
     model = mlp.adapted()
     optimizer = torch.optim.LBFGS([p for p in model.parameters() if p.requires_grad], max_iter=3)
-    allocator = allocator_of(model).attach(optimizer)
+    allocator = make_allocator(model).attach(optimizer)
     model.train()
 
     def closure():
@@ -609,69 +609,69 @@ def test_gradients_that_overflow_inside_of_a_step_are_no_skipped_step(mlp):
         ({"adapter_name": "nobody"}, r"adapter_name must be one of \['default'\], got 'nobody'"),
     ],
 )
-def test_arguments_out_of_range_are_refused(mlp, settings, message):
+def test_arguments_out_of_range_raise(mlp, settings, message):
     with pytest.raises(ValueError, match=message):
-        allocator_of(mlp.adapted(), **settings)
+        make_allocator(mlp.adapted(), **settings)
 
 
-def test_attaching_twice_is_refused(mlp):
+def test_attaching_twice_raises(mlp):
     model = mlp.adapted()
     optimizer = make_optimizer(model)
-    allocator = allocator_of(model).attach(optimizer)
+    allocator = make_allocator(model).attach(optimizer)
     with pytest.raises(RuntimeError, match=r"already attached to an optimizer; call detach\(\) first"):
         allocator.attach(optimizer)
 
 
-def test_matrices_without_gradient_are_named_in_one_warning(mlp):
+def test_matrices_without_gradient_are_listed_in_one_warning(mlp):
     model = mlp.adapted()
     optimizer = make_optimizer(model)
-    allocator_of(model).attach(optimizer)
+    make_allocator(model).attach(optimizer)
     model.base_model.model.lin0.register_forward_hook(lambda module, args, output: output.detach())
     model.train()
     message = "1 of 2 adapted matrices got no gradient in the first 5 steps: 'lin0'; the loss does not depend on"
-    with pytest.warns(UserWarning, match=message) as caught:
+    with pytest.warns(UserWarning, match=message) as records:
         train(mlp, model, optimizer)
-    assert len(caught) == 1
+    assert len(records) == 1
 
 
-def test_a_training_of_two_steps_names_matrices_without_gradient_after_them(mlp):
+def test_two_step_training_lists_matrices_without_gradient(mlp):
     model = mlp.adapted()
     optimizer = make_optimizer(model)
-    allocator_of(model, total_epochs=1, steps_per_epoch=2).attach(optimizer)
-    # a gradient that is there but zero, as behind a mask
+    make_allocator(model, total_epochs=1, steps_per_epoch=2).attach(optimizer)
+    # a zero gradient, e.g. of a masked output
     model.base_model.model.lin0.register_forward_hook(lambda module, args, output: output * 0)
     model.train()
     with pytest.warns(UserWarning, match="1 of 2 adapted matrices got no gradient in the first 2 steps: 'lin0'"):
         train(mlp, model, optimizer, last=2)
 
 
-def test_a_gradient_in_any_of_the_first_steps_and_a_budget_of_zero_are_no_reason_to_warn(mlp):
+def test_late_gradients_and_frozen_matrices_do_not_warn(mlp):
     model = mlp.adapted()
     optimizer = make_optimizer(model)
-    allocator_of(model).attach(optimizer)
+    make_allocator(model).attach(optimizer)
     lin0 = model.base_model.model.lin0
     handle = lin0.register_forward_hook(lambda module, args, output: output.detach())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        train(mlp, model, optimizer, last=4)  # as a head that starts at zero
+        train(mlp, model, optimizer, last=4)  # like a zero-initialized head
         handle.remove()
         train(mlp, model, optimizer, first=5)
         empty = mlp.adapted()
         optimizer = make_optimizer(empty)
-        allocator = allocator_of(empty).attach(optimizer)
+        allocator = make_allocator(empty).attach(optimizer)
         allocator._set_budgets([0, 50])
         train(mlp, empty, optimizer, last=2)
         allocator._set_budgets([0, 50])
         train(mlp, empty, optimizer, first=3)
 
 
-# SNELL and the numbers of large models ------------------------------------------------------------------------------
+# SNELL --------------------------------------------------------------------------------------------------------------
 
 
-def test_snell_is_a_setting(vit):
+def test_snell_configuration(vit):
     model = vit.adapted(kernel="p_linear", allocation="uniform", target_sparsity=0.9)
     optimizer = make_optimizer(model)
-    allocator = allocator_of(model, total_epochs=1, steps_per_epoch=2).attach(optimizer)
+    allocator = make_allocator(model, total_epochs=1, steps_per_epoch=2).attach(optimizer)
     train(vit, model, optimizer, last=2)
     assert all(m.sparsity == pytest.approx(0.9, abs=0.001) for m in allocator.matrices)
     assert all(m.nonzeros() == m.budget for m in allocator.matrices)
@@ -680,7 +680,7 @@ def test_snell_is_a_setting(vit):
 @pytest.mark.parametrize(
     ("every", "end", "reached_at"), [("epoch", 0.5, 6), ("epoch", 0.6, 9), (2, 0.5, 6), (4, 0.3, 4), ("epoch", 1.0, 12)]
 )
-def test_the_target_is_reached_once_the_schedule_ends_and_kept(mlp, every, end, reached_at):
+def test_target_is_reached_at_schedule_end_and_kept(mlp, every, end, reached_at):
     model = mlp.adapted(schedule_end=end, realloc_every=every)
     optimizer = make_optimizer(model)
     allocator = BudgetAllocator(model, total_epochs=4, steps_per_epoch=3).attach(optimizer)
@@ -691,8 +691,8 @@ def test_the_target_is_reached_once_the_schedule_ends_and_kept(mlp, every, end, 
     assert allocator.has_reached_target
 
 
-def test_an_optimizer_that_matches_no_steps_is_told_of_where_they_were_asked_for(mlp):
+def test_match_update_without_step_matcher_warns(mlp):
     model = mlp.adapted(preset="matched")
     with pytest.warns(UserWarning, match="match_update=True has no effect on this AdamW; create the optimizer"):
-        allocator_of(model).attach(torch.optim.AdamW(model.parameters()))
-    allocator_of(model).attach(create_snella_optimizer(model, lr=0.1))
+        make_allocator(model).attach(torch.optim.AdamW(model.parameters()))
+    make_allocator(model).attach(create_snella_optimizer(model, lr=0.1))

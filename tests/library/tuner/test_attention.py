@@ -1,4 +1,4 @@
-"""`nn.MultiheadAttention`: its update is used and trained on every way through it, with every option that it has."""
+"""Adapted `nn.MultiheadAttention`: all code paths and options."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WIDTH, HEADS = 8, 2
 
 
 class Model(nn.Module):
-    """An attention between two other layers, as models hold it."""
+    """Attention between two linear layers."""
 
     def __init__(self, **options):
         super().__init__()
@@ -54,8 +54,8 @@ def names(model: nn.Module, adapter_name: str | None = None) -> list[str]:
     return [matrix.name for matrix in adapted_matrices(model, adapter_name)]
 
 
-def with_sums(model: PeftModel, base: nn.Module) -> nn.Module:
-    """A plain model whose weights are W0 + s·S, from the matrices alone."""
+def with_effective_weights(model: PeftModel, base: nn.Module) -> nn.Module:
+    """Return a plain model with the weights W0 + scaling·S, computed from the matrices."""
     plain = copy.deepcopy(base)
     by_projection: dict[str, list[torch.Tensor]] = {}
     for matrix in adapted_matrices(model):
@@ -75,7 +75,7 @@ def inputs(*lengths: int, width: int = WIDTH, batch: int = 3, batch_first: bool 
 
 
 def outputs_of(model: nn.Module, mode: str, *tensors, **options):
-    """Output and attention weights, in training, in evaluation with gradients, or without (torch's fast path)."""
+    """Return output and attention weights, in training, or in evaluation with or without gradients (fast path)."""
     model.train(mode == "training")
     if mode == "no_grad":
         with torch.no_grad():
@@ -110,12 +110,12 @@ CALLS = {
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("call", CALLS)
-def test_output_and_weights_are_those_of_an_attention_whose_weights_are_the_sums(call, mode):
+def test_outputs_equal_attention_with_effective_weights(call, mode):
     base = make(batch_first=True)
     model = adapt(copy.deepcopy(base))
     (x,) = inputs(5)
     output, weights = outputs_of(model, mode, x, **CALLS[call])
-    expected, expected_weights = with_sums(model, base)(x, **CALLS[call])
+    expected, expected_weights = with_effective_weights(model, base)(x, **CALLS[call])
     assert torch.allclose(output, expected, atol=1e-5)
     assert not torch.allclose(output, base(x, **CALLS[call])[0], atol=1e-2)
     assert (weights is None) == (expected_weights is None)
@@ -134,78 +134,78 @@ def test_output_and_weights_are_those_of_an_attention_whose_weights_are_the_sums
     ids=str,
 )
 @pytest.mark.parametrize("call", ["plain", "both masks", "causal"])
-def test_every_kind_of_attention_uses_its_update(options, call, mode):
+def test_all_attention_options_use_the_update(options, call, mode):
     base = make(**options)
     model = adapt(copy.deepcopy(base))
     (x,) = inputs(5, batch_first=options["batch_first"])
-    expected = with_sums(model, base)(x, **CALLS[call])[0]
+    expected = with_effective_weights(model, base)(x, **CALLS[call])[0]
     assert torch.allclose(outputs_of(model, mode, x, **CALLS[call])[0], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("batch_first", [True, False])
-def test_queries_keys_and_values_may_be_different_tensors(batch_first, mode):
+def test_different_query_key_and_value_tensors(batch_first, mode):
     base = make(batch_first=batch_first)
     model = adapt(copy.deepcopy(base))
     query, key, value = inputs(4, 6, 6, batch_first=batch_first)
     for tensors in ((query, key), (query, key, value)):
-        expected = with_sums(model, base)(*tensors)[0]
+        expected = with_effective_weights(model, base)(*tensors)[0]
         assert torch.allclose(outputs_of(model, mode, *tensors)[0], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("bias", [True, False])
-def test_keys_and_values_of_other_widths_have_three_projections_of_their_own(bias, mode):
+def test_other_key_and_value_widths_have_separate_projections(bias, mode):
     base = make(batch_first=True, kdim=6, vdim=5, bias=bias)
     model = adapt(copy.deepcopy(base))
     assert names(model) == ["attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.out_proj"]
     assert [matrix.shape for matrix in adapted_matrices(model)] == [(8, 8), (8, 6), (8, 5), (8, 8)]
     tensors = [inputs(4)[0], inputs(6, width=6)[0], inputs(6, width=5)[0]]
-    expected = with_sums(model, base)(*tensors)[0]
+    expected = with_effective_weights(model, base)(*tensors)[0]
     assert torch.allclose(outputs_of(model, mode, *tensors)[0], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_single_sample_without_a_batch_axis(mode):
+def test_unbatched_input(mode):
     base = make(batch_first=True)
     model = adapt(copy.deepcopy(base))
     x, padding = inputs(5)[0][0], PADDING[0]
     output, weights = outputs_of(model, mode, x, key_padding_mask=padding)
-    expected, expected_weights = with_sums(model, base)(x, key_padding_mask=padding)
+    expected, expected_weights = with_effective_weights(model, base)(x, key_padding_mask=padding)
     assert output.shape == (5, WIDTH) and weights.shape == (5, 5)
     assert torch.allclose(output, expected, atol=1e-5) and torch.allclose(weights, expected_weights, atol=1e-5)
 
 
-def test_dropout_of_the_attention_acts_in_training_alone():
+def test_attention_dropout_applies_only_in_training():
     base = make(batch_first=True, dropout=1.0)
     model = adapt(copy.deepcopy(base), targets=["attn", "before"])
     (x,) = inputs(5)
     for options in ({}, {"need_weights": False}):
-        # nothing passes the attention, so that the output's bias alone is left
+        # dropout removes all values, so only the output bias remains
         output = outputs_of(model, "training", x, **options)[0]
         assert torch.allclose(output, base.attn.out_proj.bias.expand_as(output), atol=1e-6)
-        expected = with_sums_of_before(model, base)(x, **options)[0]
+        expected = with_saved_updates(model, base)(x, **options)[0]
         assert torch.allclose(outputs_of(model, "gradients", x, **options)[0], expected, atol=1e-5)
 
 
-def with_sums_of_before(model: PeftModel, base: nn.Module) -> nn.Module:
-    plain = with_sums_without(model, base, "before")
+def with_saved_updates(model: PeftModel, base: nn.Module) -> nn.Module:
+    plain = without_updates_of(model, base, "before")
     matrix = next(matrix for matrix in adapted_matrices(model) if matrix.name == "before")
     with torch.no_grad():
         plain.before.weight.add_(0.2 * matrix.sparse_update())
     return plain
 
 
-def with_sums_without(model: PeftModel, base: nn.Module, left_out: str) -> nn.Module:
+def without_updates_of(model: PeftModel, base: nn.Module, excluded: str) -> nn.Module:
     plain = copy.deepcopy(base)
-    parts = {m.name: 0.2 * m.sparse_update() for m in adapted_matrices(model) if m.name != left_out}
+    parts = {m.name: 0.2 * m.sparse_update() for m in adapted_matrices(model) if m.name != excluded}
     with torch.no_grad():
         plain.attn.in_proj_weight.add_(torch.cat([parts[f"attn.in_proj.{part}"] for part in "qkv"]))
         plain.attn.out_proj.weight.add_(parts["attn.out_proj"])
     return plain
 
 
-def test_a_causal_hint_without_its_mask_is_refused_as_torch_does():
+def test_is_causal_without_mask_raises():
     model = adapt(make(batch_first=True))
     with pytest.raises(ValueError, match=r"is_causal=True requires the causal attn_mask, got attn_mask=None"):
         model(inputs(5)[0], is_causal=True)
@@ -215,7 +215,7 @@ def test_a_causal_hint_without_its_mask_is_refused_as_torch_does():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_gradients_equal_those_of_the_formula(training):
+def test_gradients_equal_formula(training):
     base = make(batch_first=True)
     model = adapt(copy.deepcopy(base)).train(training)
     (x,) = inputs(5)
@@ -223,23 +223,25 @@ def test_gradients_equal_those_of_the_formula(training):
     leaves, weights = {}, {}
     for projection, parameter in (("in_proj", "attn.in_proj_weight"), ("out_proj", "attn.out_proj.weight")):
         layer = model.base_model.model.get_submodule(f"attn.{projection}")
-        own = {name: p.detach().clone().requires_grad_() for name, p in layer.named_parameters() if "snella_" in name}
-        leaves |= {(projection, name): leaf for name, leaf in own.items()}
+        parameters = {
+            name: p.detach().clone().requires_grad_() for name, p in layer.named_parameters() if "snella_" in name
+        }
+        leaves |= {(projection, name): leaf for name, leaf in parameters.items()}
         updates = []
         for group, rows in enumerate(layer.matrix_rows("default")):
-            scalars = {key: own[f"snella_{key}.default"][group] for key in ("piece_coeff", "alpha", "beta")}
-            A, B = own["snella_A.default"][group], own["snella_B.default"][rows]
+            scalars = {key: parameters[f"snella_{key}.default"][group] for key in ("piece_coeff", "alpha", "beta")}
+            A, B = parameters["snella_A.default"][group], parameters["snella_B.default"][rows]
             delta = merge_factors(A, B, "mix_k", **scalars)
             updates.append(sparsify(delta, keep_threshold(delta.detach(), layer.budgets("default")[group])))
         weights[parameter] = base.get_parameter(parameter).detach() + 0.2 * torch.cat(updates)
     functional_call(base, weights, (x,), {"key_padding_mask": PADDING})[0].square().sum().backward()
     for (projection, name), leaf in leaves.items():
-        mine = model.base_model.model.get_submodule(f"attn.{projection}").get_parameter(name).grad
-        assert torch.allclose(mine, leaf.grad, rtol=1e-3, atol=1e-5), (projection, name)
+        actual = model.base_model.model.get_submodule(f"attn.{projection}").get_parameter(name).grad
+        assert torch.allclose(actual, leaf.grad, rtol=1e-3, atol=1e-5), (projection, name)
         assert leaf.grad.abs().sum() > 0
 
 
-def test_training_lowers_a_loss_that_only_the_attention_can_lower():
+def test_training_reduces_a_loss_of_the_attention():
     torch.manual_seed(0)
     model = adapt(
         make(batch_first=True), init_weights=True, scaling=10.0, init_sparsity=0.0, target_sparsity=0.0
@@ -260,60 +262,60 @@ def test_training_lowers_a_loss_that_only_the_attention_can_lower():
     assert evaluated.item() == pytest.approx(losses[-1], rel=0.1)
 
 
-def test_no_merged_matrix_is_kept_for_the_backward_pass():
+def test_merged_matrix_is_not_saved_for_backward():
     model = adapt(make(batch_first=True), impl="eager").train()
     frozen = {
         model.get_parameter(f"base_model.model.attn.base_layer.{name}").data_ptr() for name in ("in_proj_weight",)
     }
-    kept = []
+    saved = []
 
     def keep(tensor):
-        kept.append(tensor)
+        saved.append(tensor)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(inputs(5)[0], need_weights=False)
-    merged = [t for t in kept if t.shape in {(3 * WIDTH, WIDTH), (WIDTH, 3 * WIDTH)} and t.data_ptr() not in frozen]
-    assert kept and not merged
+    merged = [t for t in saved if t.shape in {(3 * WIDTH, WIDTH), (WIDTH, 3 * WIDTH)} and t.data_ptr() not in frozen]
+    assert saved and not merged
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_a_compiled_attention_gives_the_same_outputs_and_gradients(training):
+def test_compiled_attention_equals_eager(training):
     model = adapt(make(batch_first=True), impl="eager").train(training)
     compiled = torch.compile(copy.deepcopy(model), backend="eager")
     (x,) = inputs(5)
     results = []
-    for one in (model, compiled):
-        output = one(x, need_weights=False)[0]
+    for attention in (model, compiled):
+        output = attention(x, need_weights=False)[0]
         output.square().sum().backward()
-        results.append([output, *(p.grad for p in one.parameters() if p.requires_grad)])
-    for mine, theirs in zip(*results, strict=True):
-        assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-5)
+        results.append([output, *(p.grad for p in attention.parameters() if p.requires_grad)])
+    for actual, expected in zip(*results, strict=True):
+        assert torch.allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 # which projections --------------------------------------------------------------------------------------------------
 
 
-def test_the_name_of_an_attention_stands_for_all_of_its_projections():
-    whole = ["attn.in_proj.q", "attn.in_proj.k", "attn.in_proj.v", "attn.out_proj"]
-    assert names(adapt(make())) == whole
-    assert names(adapt(make(), targets=r".*attn")) == whole
+def test_attention_name_selects_all_projections():
+    complete = ["attn.in_proj.q", "attn.in_proj.k", "attn.in_proj.v", "attn.out_proj"]
+    assert names(adapt(make())) == complete
+    assert names(adapt(make(), targets=r".*attn")) == complete
     assert [m.kind for m in adapted_matrices(adapt(make()))] == ["attn.q", "attn.k", "attn.v", "attn.out_proj"]
-    assert names(adapt(make(), exclude_modules=["out_proj"])) == whole[:3]
+    assert names(adapt(make(), exclude_modules=["out_proj"])) == complete[:3]
     assert names(adapt(make(), qkv_groups=1)) == ["attn.in_proj", "attn.out_proj"]
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("target", ["attn.out_proj", "out_proj"])
-def test_the_output_projection_may_be_adapted_alone(target, mode):
+def test_only_output_projection(target, mode):
     base = make(batch_first=True)
     model = adapt(copy.deepcopy(base), targets=[target])
     assert names(model) == ["attn.out_proj"]
     (x,) = inputs(5)
-    assert torch.allclose(outputs_of(model, mode, x)[0], with_sums(model, base)(x)[0], atol=1e-5)
+    assert torch.allclose(outputs_of(model, mode, x)[0], with_effective_weights(model, base)(x)[0], atol=1e-5)
 
 
-def test_all_linear_takes_the_attention_and_means_the_same_for_a_second_adapter():
+def test_all_linear_includes_attention_for_every_adapter():
     model = make()
     assert all_linear_names(model) == ["before", "attn", "attn.out_proj"]
     adapted = adapt(model, targets="all-linear")
@@ -324,49 +326,49 @@ def test_all_linear_takes_the_attention_and_means_the_same_for_a_second_adapter(
     ("first", "second"),
     [(["attn.out_proj"], ["attn"]), (["attn"], ["attn.out_proj"]), (["before"], ["attn"]), (["attn"], ["attn"])],
 )
-def test_a_second_adapter_may_adapt_other_projections(first, second):
+def test_second_adapter_can_adapt_other_projections(first, second):
     base = make(batch_first=True)
     model = adapt(copy.deepcopy(base), targets=first)
-    alone = adapt(copy.deepcopy(base), targets=first)
+    first_only = adapt(copy.deepcopy(base), targets=first)
     model.add_adapter("second", SnellaConfig(r=2, init_weights=False, scaling=0.2, target_modules=second))
     x = inputs(5)[0]
     with torch.no_grad():
-        assert torch.equal(model(x)[0], alone(x)[0])
+        assert torch.equal(model(x)[0], first_only(x)[0])
         assert not any(p.requires_grad for name, p in model.named_parameters() if ".second" in name)
         model.set_adapter("second")
         changed = model(x)[0]
-        assert not torch.allclose(changed, alone(x)[0], atol=1e-4)
+        assert not torch.allclose(changed, first_only(x)[0], atol=1e-4)
         model.set_adapter("default")
-        assert torch.equal(model(x)[0], alone(x)[0])
+        assert torch.equal(model(x)[0], first_only(x)[0])
         model.delete_adapter("second")
-        assert torch.equal(model(x)[0], alone(x)[0])
-    assert names(model) == names(alone)
+        assert torch.equal(model(x)[0], first_only(x)[0])
+    assert names(model) == names(first_only)
 
 
 # merging ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [{"batch_first": True}, {"kdim": 6, "vdim": 5}, {"bias": False}], ids=str)
-def test_merging_unmerging_disabling_and_unloading_keep_their_bits(options):
+def test_merge_unmerge_disable_and_unload_are_bit_exact(options):
     base = make(**options)
     model = adapt(copy.deepcopy(base))
     x = inputs(5)[0]
     tensors = (x, *(inputs(5, width=width)[0] for width in (6, 5))) if "kdim" in options else (x,)
     with torch.no_grad():
-        expected, untouched = model(*tensors, need_weights=False)[0], base(*tensors, need_weights=False)[0]
+        expected, unchanged = model(*tensors, need_weights=False)[0], base(*tensors, need_weights=False)[0]
         with model.disable_adapter():
-            assert torch.equal(model(*tensors, need_weights=False)[0], untouched)
+            assert torch.equal(model(*tensors, need_weights=False)[0], unchanged)
         model.merge_adapter(safe_merge=True)
         assert torch.equal(model(*tensors, need_weights=False)[0], expected)
         with model.disable_adapter():
-            assert torch.equal(model(*tensors, need_weights=False)[0], untouched)
+            assert torch.equal(model(*tensors, need_weights=False)[0], unchanged)
         model.merge_adapter()
         model.unmerge_adapter()
         assert torch.equal(model(*tensors, need_weights=False)[0], expected)
-        back = copy.deepcopy(model).unload()
-        assert type(back.attn) is nn.MultiheadAttention
-        assert list(back.state_dict()) == list(base.state_dict())
-        assert torch.equal(back(*tensors, need_weights=False)[0], untouched)
+        restored = copy.deepcopy(model).unload()
+        assert type(restored.attn) is nn.MultiheadAttention
+        assert list(restored.state_dict()) == list(base.state_dict())
+        assert torch.equal(restored(*tensors, need_weights=False)[0], unchanged)
         plain = model.merge_and_unload()
         assert list(plain.state_dict()) == list(base.state_dict())
         assert torch.equal(plain(*tensors, need_weights=False)[0], expected)
@@ -375,8 +377,8 @@ def test_merging_unmerging_disabling_and_unloading_keep_their_bits(options):
 # PEFT's names of the base model's parameters --------------------------------------------------------------------------
 
 
-class Deeper(nn.Module):
-    """An attention in a block, and a head."""
+class Nested(nn.Module):
+    """Attention in a block, and a head."""
 
     def __init__(self, **options):
         super().__init__()
@@ -391,17 +393,17 @@ OPTIONS = [{}, {"kdim": 6, "vdim": 5, "add_bias_kv": True}, {"bias": False}]
 @pytest.mark.parametrize(
     ("first", "second"), [("all-linear", None), (["attn"], ["out_proj"]), (["out_proj"], ["attn", "before"])]
 )
-def test_the_base_model_has_the_keys_and_values_of_the_model_before_it_was_adapted(options, first, second):
-    base = Deeper(**options)
+def test_base_model_state_dict_equals_original(options, first, second):
+    base = Nested(**options)
     expected = copy.deepcopy(base).state_dict()
     model = adapt(base, targets=first, modules_to_save=["head"])
     if second is not None:
         model.add_adapter("second", SnellaConfig(r=2, target_modules=second, init_weights=False))
-    # FSDP looks parameters up by the names that they have
+    # FSDP looks up parameters by name
     assert "base_model.model.block.attn.base_layer.out_proj.weight" in model.state_dict()
-    found = get_base_model_state_dict(model)
-    assert list(found) == list(expected)
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    actual = get_base_model_state_dict(model)
+    assert list(actual) == list(expected)
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
     assert not any(layer.is_applied for layer in model.modules() if isinstance(layer, Projection))
 
     copied = copy.deepcopy(model)
@@ -414,12 +416,12 @@ def test_the_base_model_has_the_keys_and_values_of_the_model_before_it_was_adapt
 
     other = {key: value + 1 for key, value in expected.items()}
     set_base_model_state_dict(model, other)
-    found = get_base_model_state_dict(model)
-    assert all(torch.equal(found[key], other[key]) for key in other)
+    actual = get_base_model_state_dict(model)
+    assert all(torch.equal(actual[key], other[key]) for key in other)
     assert list(model.unload().state_dict()) == list(expected)
 
 
-def test_a_key_that_the_base_model_lacks_is_refused_by_its_name():
+def test_unknown_base_model_key_raises_with_name():
     model = adapt(make())
     with pytest.raises(RuntimeError, match=r"Unexpected key.*attn\.base_layer\.in_proj_weight"):
         set_base_model_state_dict(model, {"attn.base_layer.in_proj_weight": torch.zeros(3 * WIDTH, WIDTH)})
@@ -428,7 +430,7 @@ def test_a_key_that_the_base_model_lacks_is_refused_by_its_name():
 # the attention's attributes -----------------------------------------------------------------------------------------
 
 
-def test_attributes_of_the_attention_are_there_and_unknown_ones_are_not():
+def test_attention_attributes_are_forwarded():
     attention = adapt(make(batch_first=True)).base_model.model.attn
     assert isinstance(attention, AdaptedAttention) and isinstance(attention.out_proj, Projection)
     assert (attention.num_heads, attention.batch_first, attention.head_dim) == (HEADS, True, WIDTH // HEADS)
@@ -446,10 +448,10 @@ def encoder(**options) -> nn.TransformerEncoder:
     return nn.TransformerEncoder(layer, 2).eval()
 
 
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")  # torch's own use of them
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")  # torch raises this warning
 @pytest.mark.parametrize("targets", ["all-linear", ["linear1"], ["self_attn"], ["self_attn.out_proj"]], ids=str)
-@pytest.mark.parametrize("padding", [None, PADDING], ids=["whole", "padded"])
-def test_torchs_fused_encoder_layer_does_not_pass_by_the_updates(targets, padding):
+@pytest.mark.parametrize("padding", [None, PADDING], ids=["unpadded", "padded"])
+def test_fused_encoder_layer_does_not_bypass_updates(targets, padding):
     base = encoder()
     model = adapt(copy.deepcopy(base), targets=targets)
     (x,) = inputs(5)
@@ -465,29 +467,29 @@ def test_torchs_fused_encoder_layer_does_not_pass_by_the_updates(targets, paddin
         assert torch.allclose(plain(x, src_key_padding_mask=padding)[is_seen], evaluated, atol=1e-5)
 
 
-# what is refused ----------------------------------------------------------------------------------------------------
+# errors -------------------------------------------------------------------------------------------------------------
 
 
-class OwnForward(nn.MultiheadAttention):
+class CustomForward(nn.MultiheadAttention):
     def forward(self, query, key, value, **options):
         return super().forward(query, key, 2 * value, **options)
 
 
 @pytest.mark.parametrize("target", ["attn", "attn.out_proj"])
-def test_an_attention_with_a_forward_of_its_own_is_refused_by_name_and_left_out_of_all_linear(target):
+def test_custom_forward_raises_by_name_and_is_excluded_from_all_linear(target):
     model = make()
-    model.attn = OwnForward(WIDTH, HEADS)
+    model.attn = CustomForward(WIDTH, HEADS)
     assert all_linear_names(model) == ["before"]
     with pytest.raises(NotImplementedError, match=r"matches 'attn', a .*OwnForward with a custom forward\(\)"):
         adapt(model, targets=[target])
 
 
-def test_an_attention_that_is_the_whole_model_is_refused():
+def test_attention_as_root_module_raises():
     with pytest.raises(NotImplementedError, match=r"matches 'out_proj', but the model is an nn\.Mul"):
         adapt(nn.MultiheadAttention(WIDTH, HEADS), targets=["out_proj"])
 
 
-def test_an_attention_with_two_names_is_refused():
+def test_shared_attention_raises():
     model = make()
     model.again = model.attn
     with pytest.raises(NotImplementedError, match=r"'attn', whose weight \['attn', 'again'\] share"):
@@ -497,7 +499,7 @@ def test_an_attention_with_two_names_is_refused():
 # torchvision --------------------------------------------------------------------------------------------------------
 
 
-def test_torchvisions_blocks_are_numbered_and_its_head_of_several_layers_is_given_back(cases):
+def test_torchvision_vit_has_block_indices_and_restores_its_head(cases):
     base = cases["torch_vit"].base()
     model = cases["torch_vit"].adapted(modules_to_save=["heads"])
     matrices = adapted_matrices(model)
@@ -514,7 +516,7 @@ def test_torchvisions_blocks_are_numbered_and_its_head_of_several_layers_is_give
 
 @pytest.mark.parametrize("bias", ["all", "snella_only"])
 @pytest.mark.parametrize("options", [{}, {"kdim": 5, "vdim": 3}], ids=["fused", "separate"])
-def test_the_biases_of_an_adapted_attention_are_trained_and_saved(bias, options, tmp_path):
+def test_attention_biases_are_trained_and_saved(bias, options, tmp_path):
     model = adapt(make(**options), bias=bias).train()
     trained = {name for name, p in model.named_parameters() if p.requires_grad and "snella" not in name}
     prefix = "base_model.model.attn.base_layer."
@@ -535,7 +537,7 @@ def test_the_biases_of_an_adapted_attention_are_trained_and_saved(bias, options,
         assert torch.equal(loaded.merge_and_unload()(*inputs)[0], outputs)
 
 
-def test_the_bias_of_a_projection_that_is_not_adapted_stays():
+def test_bias_of_frozen_projection_does_not_change():
     model = adapt(make(), ["attn.out_proj"], bias="snella_only")
     trained = {name for name, p in model.named_parameters() if p.requires_grad and "snella" not in name}
     assert trained == {"base_model.model.attn.base_layer.out_proj.bias"}

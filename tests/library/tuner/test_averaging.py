@@ -1,4 +1,4 @@
-"""Averages of models have the budgets of the model, whatever a tool does to buffers."""
+"""Weight averaging: averaged models keep their budgets."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def averaged(model, **settings):
     return average.module, lambda: average.update_parameters(model)
 
 
-def timms(kind, model):
+def timm_ema(kind, model):
     average = kind(model, decay=0.9)
     return average.module, lambda: average.update(model)
 
@@ -31,8 +31,8 @@ AVERAGES = {
     "ema": lambda model: averaged(model, use_buffers=True, avg_fn=get_ema_avg_fn(0.9)),
     "multi": lambda model: averaged(model, use_buffers=True, multi_avg_fn=get_ema_multi_avg_fn(0.9)),
     "parameters": lambda model: averaged(model),
-    "ModelEmaV2": lambda model: timms(ModelEmaV2, model),
-    "ModelEmaV3": lambda model: timms(ModelEmaV3, model),
+    "ModelEmaV2": lambda model: timm_ema(ModelEmaV2, model),
+    "ModelEmaV3": lambda model: timm_ema(ModelEmaV3, model),
 }
 
 
@@ -55,19 +55,19 @@ def train(case, model, after_step=lambda: None, **settings):
 
 @pytest.mark.parametrize("kind", AVERAGES)
 @pytest.mark.parametrize("name", ["mlp", "timm_vit"])
-def test_an_average_has_the_budgets_of_the_model_and_is_saved_with_them(cases, name, kind, tmp_path):
+def test_average_has_the_model_budgets_and_saves_them(cases, name, kind, tmp_path):
     case = cases[name]
     model = case.adapted(realloc_every=1)
     average, update = AVERAGES[kind](model)
-    seen = []
+    records = []
 
     def after_step():
         update()
-        seen.append(budgets_of(average) == budgets_of(model))
+        records.append(budgets_of(average) == budgets_of(model))
 
     allocator = train(case, model, after_step)
-    assert seen == [True] * STEPS
-    update()  # what is averaged last is saved before anything reads it
+    assert records == [True] * STEPS
+    update()  # saves the last average before any forward pass
     average.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(case.base(), tmp_path)
     assert budgets_of(loaded) == allocator.budgets
@@ -76,7 +76,7 @@ def test_an_average_has_the_budgets_of_the_model_and_is_saved_with_them(cases, n
     assert not torch.equal(case.predict(average), case.predict(model.eval()))
 
 
-def test_an_average_in_evaluation_has_the_budgets_in_its_buffers_where_a_compiled_graph_reads_them(mlp):
+def test_average_in_evaluation_has_budgets_in_buffers_for_compiled_graphs(mlp):
     model = mlp.adapted(realloc_every=1)
     average, update = AVERAGES["ema"](model)
     average.train()
@@ -87,7 +87,7 @@ def test_an_average_in_evaluation_has_the_budgets_in_its_buffers_where_a_compile
     assert [int(layer.snella_budget["default"]) for layer in layers] == list(allocator.budgets.values()) != raw
 
 
-def test_copies_keep_their_own_budgets(mlp):
+def test_copies_have_independent_budgets(mlp):
     model = mlp.adapted(realloc_every=1)
     dense = budgets_of(model)
     snapshot = copy.deepcopy(model)
@@ -103,7 +103,7 @@ def test_copies_keep_their_own_budgets(mlp):
     assert budgets_of(snapshot) == first.budgets
 
 
-def test_a_budget_that_is_written_and_sealed_by_other_code_is_kept(mlp):
+def test_budget_with_valid_seal_is_kept(mlp):
     layer = adapted_matrices(mlp.adapted())[0].layer
     layer.snella_budget["default"].fill_(11)
     assert layer.budgets("default") == (120,)
@@ -112,18 +112,18 @@ def test_a_budget_that_is_written_and_sealed_by_other_code_is_kept(mlp):
     assert layer.budgets("default") == (11,)
 
 
-def test_weights_that_are_exchanged_for_an_evaluation_leave_no_threshold_behind(mlp):
+def test_swapped_weights_do_not_reuse_thresholds(mlp):
     model = mlp.adapted(init_sparsity=0.5)
     other = mlp.adapted(init_sparsity=0.5)
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(0.5 + torch.rand_like(parameter))
     expected = mlp.run(model.train())
-    for exchange in range(2):  # as Lightning's WeightAveraging does around a validation
-        for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
-            kept = mine.detach().clone()
-            mine.data.copy_(theirs.data)
-            theirs.data.copy_(kept)
+    for exchange in range(2):  # like Lightning's WeightAveraging around validation
+        for actual, reference in zip(model.parameters(), other.parameters(), strict=True):
+            saved = actual.detach().clone()
+            actual.data.copy_(reference.data)
+            reference.data.copy_(saved)
         if exchange == 0:
             model.eval()
             mlp.run(model)

@@ -1,4 +1,4 @@
-"""What a layer remembers between forward passes: computed once, never stale."""
+"""Layer caches: computed once, never stale."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from snella.matrices import adapted_matrices
 
 
 def count(monkeypatch, calls, *functions):
-    """Let every call of the functions, given as owner and name, add to `calls`."""
+    """Patch functions, given as owner and name, to record their calls in `calls`."""
     for owner, name in functions:
         plain = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *args, plain=plain: calls.append(1) or plain(*args))
@@ -32,7 +32,7 @@ def count(monkeypatch, calls, *functions):
 
 @pytest.fixture
 def merges(monkeypatch):
-    """Counts how often two factors are merged."""
+    """Count merges of factors."""
     calls = []
     count(monkeypatch, calls, (TorchBackend, "merge"), (numba_backend, "pack_factors"))
     return calls
@@ -40,7 +40,7 @@ def merges(monkeypatch):
 
 @pytest.fixture
 def selections(monkeypatch):
-    """Counts how often a threshold is looked for."""
+    """Count threshold selections."""
     calls = []
     count(monkeypatch, calls, (spec, "keep_threshold"), (numba_backend, "select_threshold"))
     return calls
@@ -50,7 +50,7 @@ def layers(model):
     return [module for module in model.modules() if isinstance(module, SnellaLayer)]
 
 
-def spent(calls):
+def new_calls(calls):
     count = len(calls)
     calls.clear()
     return count
@@ -59,23 +59,23 @@ def spent(calls):
 # in evaluation ------------------------------------------------------------------------------------------------------
 
 
-def test_evaluation_merges_once_for_all_batches(mlp, merges):
+def test_evaluation_merges_once(mlp, merges):
     model = mlp.adapted()
     for _ in range(5):
         mlp.predict(model)
-    assert spent(merges) == 2
+    assert new_calls(merges) == 2
 
 
-def test_inference_mode_uses_the_same_weight(mlp, merges):
+def test_inference_mode_shares_the_cached_weight(mlp, merges):
     model = mlp.adapted()
     expected = mlp.predict(model)
     with torch.inference_mode():
         assert torch.equal(mlp.run(model), expected)
     assert torch.equal(mlp.predict(model), expected)
-    assert spent(merges) == 2
+    assert new_calls(merges) == 2
 
 
-def test_a_weight_first_computed_in_inference_mode_serves_gradients_afterwards(mlp):
+def test_weight_cached_in_inference_mode_supports_gradients(mlp):
     model = mlp.adapted()
     with torch.inference_mode():
         expected = mlp.run(model).clone()
@@ -83,14 +83,14 @@ def test_a_weight_first_computed_in_inference_mode_serves_gradients_afterwards(m
     assert torch.equal(mlp.predict(model), expected)
 
 
-def test_a_frozen_adapter_is_merged_once_although_gradients_are_enabled(mlp, merges, tmp_path):
+def test_frozen_adapter_is_merged_once_with_gradients_enabled(mlp, merges, tmp_path):
     mlp.adapted().save_pretrained(tmp_path)
     model = PeftModel.from_pretrained(mlp.base(), tmp_path).eval()
-    spent(merges)
+    new_calls(merges)
     x = mlp.inputs().requires_grad_()
     for _ in range(3):
         mlp.run(model, x).sum().backward()
-    assert spent(merges) == 2
+    assert new_calls(merges) == 2
     assert x.grad.any()
 
 
@@ -135,8 +135,8 @@ def replace_parameter(model):
     layer.snella_A["default"] = nn.Parameter(layer.snella_A["default"].detach() + 0.5)
 
 
-class WritesThroughData(torch.optim.Optimizer):
-    """As 8-bit optimizers do: torch does not see that the parameter changed."""
+class DataWritingOptimizer(torch.optim.Optimizer):
+    """Optimizer that changes parameters without a version change, like 8-bit optimizers."""
 
     def __init__(self, params):
         super().__init__(params, {})
@@ -146,8 +146,8 @@ class WritesThroughData(torch.optim.Optimizer):
             parameter.data.add_(0.3)
 
 
-def step_unseen(model):
-    WritesThroughData([p for p in model.parameters() if p.requires_grad]).step()
+def step_without_version_change(model):
+    DataWritingOptimizer([p for p in model.parameters() if p.requires_grad]).step()
 
 
 @pytest.mark.parametrize(
@@ -161,10 +161,10 @@ def step_unseen(model):
         change_base,
         replace_base_data,
         replace_parameter,
-        step_unseen,
+        step_without_version_change,
     ],
 )
-def test_evaluation_follows_every_change(mlp, change):
+def test_cache_detects_every_change(mlp, change):
     model = mlp.adapted()
     before = mlp.predict(model)
     change(model)
@@ -174,7 +174,7 @@ def test_evaluation_follows_every_change(mlp, change):
     assert torch.equal(mlp.predict(fresh), after)
 
 
-def test_evaluation_follows_a_switch_of_adapters(mlp, merges):
+def test_cache_detects_adapter_switch(mlp, merges):
     model = mlp.adapted()
     first = mlp.predict(model)
     model.add_adapter("second", mlp.config())
@@ -187,7 +187,7 @@ def test_evaluation_follows_a_switch_of_adapters(mlp, merges):
     assert torch.equal(mlp.predict(model), first)
 
 
-def test_a_cached_budget_follows_the_buffer(mlp):
+def test_cached_budget_detects_buffer_writes(mlp):
     layer = layers(mlp.adapted())[0]
     assert layer.budgets("default") == (120,)
     layer.snella_budget["default"].fill_(11)
@@ -195,7 +195,7 @@ def test_a_cached_budget_follows_the_buffer(mlp):
     assert layer.budgets("default") == (11,)
 
 
-def test_adapters_born_in_inference_mode_are_never_cached(mlp):
+def test_inference_tensors_are_not_cached(mlp):
     with torch.inference_mode():
         model = mlp.adapted()
         before = mlp.run(model).clone()
@@ -206,7 +206,7 @@ def test_adapters_born_in_inference_mode_are_never_cached(mlp):
 # in training --------------------------------------------------------------------------------------------------------
 
 
-def test_training_keeps_no_effective_weight(kind):
+def test_training_does_not_cache_effective_weight(kind):
     model = kind.adapted()
     kind.predict(model)
     assert all(layer._cache._effective is not None for layer in layers(model))
@@ -218,27 +218,27 @@ def test_training_keeps_no_effective_weight(kind):
     assert all(layer._cache._effective is None for layer in layers(model))
 
 
-def test_thresholds_are_found_once_for_all_accumulated_batches(mlp, selections):
+def test_thresholds_are_selected_once_for_accumulated_batches(mlp, selections):
     model = mlp.adapted(init_sparsity=0.5, target_sparsity=0.5).train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
     for _ in range(3):
         for _ in range(4):
             mlp.run(model).sum().backward()
-        assert spent(selections) == 2
+        assert new_calls(selections) == 2
         optimizer.step()
 
 
-def test_thresholds_follow_an_optimizer_that_writes_past_torch(mlp, selections):
+def test_thresholds_detect_optimizer_steps_without_version_change(mlp, selections):
     model = mlp.adapted(init_sparsity=0.5, target_sparsity=0.5).train()
-    optimizer = WritesThroughData([p for p in model.parameters() if p.requires_grad])
+    optimizer = DataWritingOptimizer([p for p in model.parameters() if p.requires_grad])
     for _ in range(3):
         mlp.run(model).sum().backward()
         assert [m.nonzeros() for m in adapted_matrices(model)] == [m.budget for m in adapted_matrices(model)]
-        assert spent(selections) == 2
+        assert new_calls(selections) == 2
         optimizer.step()
 
 
-def test_thresholds_follow_a_change_of_budget(mlp):
+def test_thresholds_detect_budget_change(mlp):
     model = mlp.adapted().train()
     mlp.run(model).sum().backward()
     layers(model)[0].set_budget("default", [13])
@@ -246,7 +246,7 @@ def test_thresholds_follow_a_change_of_budget(mlp):
     assert adapted_matrices(model)[0].nonzeros() == 13
 
 
-def test_accumulated_gradients_equal_those_of_single_batches(mlp):
+def test_accumulated_gradients_equal_sum_of_batches(mlp):
     model = mlp.adapted(init_sparsity=0.5).train()
     batches = [mlp.inputs(seed) for seed in (1, 2, 3)]
     for x in batches:
@@ -255,30 +255,30 @@ def test_accumulated_gradients_equal_those_of_single_batches(mlp):
     total = [torch.zeros_like(gradient) for gradient in accumulated]
     for x in batches:
         model.zero_grad()
-        twin = copy.deepcopy(model)
-        mlp.run(twin, x).square().sum().backward()
-        total = [t + p.grad for t, p in zip(total, (p for p in twin.parameters() if p.requires_grad), strict=True)]
+        copied = copy.deepcopy(model)
+        mlp.run(copied, x).square().sum().backward()
+        total = [t + p.grad for t, p in zip(total, (p for p in copied.parameters() if p.requires_grad), strict=True)]
     assert all(torch.allclose(a, t, rtol=1e-4, atol=1e-5) for a, t in zip(accumulated, total, strict=True))
 
 
 # copies -------------------------------------------------------------------------------------------------------------
 
 
-def test_copies_and_pickles_start_empty(mlp):
+def test_copies_and_pickles_have_empty_caches(mlp):
     model = mlp.adapted()
     mlp.predict(model)
     cache = layers(model)[0]._cache
-    for twin in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
-        assert isinstance(twin, LayerCache)
-        assert twin._effective is None
-        assert not twin._adapters
+    for copied in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+        assert isinstance(copied, LayerCache)
+        assert copied._effective is None
+        assert not copied._adapters
 
 
 # entries in inference mode ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "look",
+    "access",
     [
         lambda mlp, model: mlp.run(model),
         lambda mlp, model: adapted_matrices(model)[0].nonzeros(),
@@ -286,27 +286,27 @@ def test_copies_and_pickles_start_empty(mlp):
     ],
     ids=["forward", "nonzeros", "get_delta_weight"],
 )
-def test_a_look_in_inference_mode_does_not_disturb_training(mlp, look):
+def test_access_in_inference_mode_does_not_affect_training(mlp, access):
     model = mlp.adapted().train()
     with torch.inference_mode():
-        look(mlp, model)
+        access(mlp, model)
     mlp.run(model).sum().backward()
     assert layers(model)[0].snella_A["default"].grad.any()
 
 
-def test_setting_the_mode_that_is_set_already_keeps_the_thresholds(mlp, selections):
+def test_repeated_train_call_keeps_thresholds(mlp, selections):
     model = mlp.adapted().train()
     for number in range(4):
-        model.train()  # as transformers' Trainer does before every batch
+        model.train()  # like transformers' Trainer before every batch
         mlp.run(model, mlp.inputs(number)).sum().backward()
-    assert spent(selections) == 2
+    assert new_calls(selections) == 2
 
 
-# read by the model --------------------------------------------------------------------------------------------------
+# models that read layer.weight --------------------------------------------------------------------------------------
 
 
 class Reader(nn.Module):
-    """Calls its layer, or reads its weight as BEiT, Swin V2 and others do."""
+    """Model that calls its layer, or reads its weight like BEiT and Swin V2."""
 
     def __init__(self, layer, reads):
         super().__init__()
@@ -330,7 +330,7 @@ READ_LAYERS = {
 
 
 def pair(kind="linear", **settings):
-    """The same adapted layer called and read, and an input."""
+    """Create one model that calls an adapted layer, one that reads its weight, and an input."""
     make, shape = READ_LAYERS[kind]
     torch.manual_seed(0)
     layer = make()
@@ -354,7 +354,7 @@ def gradients(model, x):
 
 @pytest.mark.parametrize("settings", [{}, {"impl": "eager"}, {"impl": "reference"}, {"fixed_support": True}], ids=str)
 @pytest.mark.parametrize("kind", READ_LAYERS)
-def test_a_weight_that_the_model_reads_is_the_one_that_the_layer_applies(kind, settings):
+def test_read_weight_equals_applied_weight(kind, settings):
     called, reading, x = pair(kind, **settings)
     torch.testing.assert_close(reading(x), called(x))
     torch.testing.assert_close(gradients(reading, x), gradients(called, x))
@@ -370,7 +370,7 @@ def test_a_weight_that_the_model_reads_is_the_one_that_the_layer_applies(kind, s
 
 
 @pytest.mark.parametrize("kind", READ_LAYERS)
-def test_a_compiled_model_that_reads_a_weight_gives_the_same_numbers(kind):
+def test_compiled_model_reads_the_same_weight(kind):
     called, reading, x = pair(kind)
     torch._dynamo.reset()
     compiled = torch.compile(reading, fullgraph=True, backend="aot_eager")
@@ -380,18 +380,18 @@ def test_a_compiled_model_that_reads_a_weight_gives_the_same_numbers(kind):
     torch.testing.assert_close([p.grad for p in reading.parameters() if p.requires_grad], expected)
 
 
-def test_a_read_weight_under_checkpointing_and_autocast_trains_as_a_called_layer():
+def test_read_weight_trains_like_layer_under_checkpointing_and_autocast():
     called, reading, x = pair()
     expected = gradients(called, x)
-    assert all(map(torch.equal, gradients(lambda_module(reading), x)[1:], gradients(reading, x)[1:]))
+    assert all(map(torch.equal, gradients(checkpointed(reading), x)[1:], gradients(reading, x)[1:]))
     torch.testing.assert_close(gradients(reading, x), expected)
     with torch.autocast("cpu", torch.bfloat16):
         assert reading(x).dtype == torch.bfloat16
         torch.testing.assert_close(reading(x), called(x))
 
 
-def lambda_module(model):
-    """The same model with its activations checkpointed."""
+def checkpointed(model):
+    """Wrap a model in activation checkpointing."""
 
     class Checkpointed(nn.Module):
         def __init__(self):
@@ -404,10 +404,10 @@ def lambda_module(model):
     return Checkpointed()
 
 
-def test_a_weight_that_is_only_described_is_not_merged(mlp, merges):
+def test_metadata_access_does_not_merge(mlp, merges):
     model = mlp.adapted().train()
     layer = layers(model)[0]
-    spent(merges)
+    new_calls(merges)
     weight = layer.weight
     assert (weight.dtype, weight.shape, weight.size(0)) == (torch.float32, (12, 10), 12)
     assert (len(weight), weight.ndim, weight.device.type, weight.is_floating_point()) == (12, 2, "cpu", True)
@@ -416,7 +416,7 @@ def test_a_weight_that_is_only_described_is_not_merged(mlp, merges):
     assert torch.equal(weight.detach(), layer.base_layer.weight + layer.get_delta_weight("default"))
 
 
-def test_writing_into_a_weight_writes_into_the_base(mlp):
+def test_in_place_writes_change_the_base_weight(mlp):
     layer = layers(mlp.adapted())[0]
     nn.init.ones_(layer.weight)
     assert (layer.base_layer.weight == 1).all()
@@ -427,18 +427,18 @@ def test_writing_into_a_weight_writes_into_the_base(mlp):
     assert not (layer.weight == 3).all()
 
 
-def test_a_read_weight_is_remembered_in_evaluation(merges):
+def test_read_weight_is_cached_in_evaluation(merges):
     _, reading, x = pair()
     reading.eval()
-    spent(merges)
+    new_calls(merges)
     with torch.no_grad():
         for _ in range(3):
             reading(x)
-    assert spent(merges) == 1
+    assert new_calls(merges) == 1
 
 
-@pytest.mark.parametrize("settings", [{}, {"fixed_support": True}], ids=["competing", "fixed"])
-def test_a_linear_product_with_a_read_weight_keeps_what_a_call_keeps(settings):
+@pytest.mark.parametrize("settings", [{}, {"fixed_support": True}], ids=["competition", "fixed-support"])
+def test_linear_with_read_weight_saves_the_same_tensors_as_a_call(settings):
     called, reading, x = pair(**settings)
 
     def kept(model):
@@ -448,12 +448,12 @@ def test_a_linear_product_with_a_read_weight_keeps_what_a_call_keeps(settings):
         return sizes
 
     assert kept(reading) == kept(called)
-    for mine, theirs in zip(gradients(reading, x), gradients(called, x), strict=True):
-        assert torch.equal(mine, theirs)
+    for actual, expected in zip(gradients(reading, x), gradients(called, x), strict=True):
+        assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("has_grad", [True, False])
-def test_dropout_acts_on_a_linear_product_with_a_read_weight(has_grad):
+def test_dropout_applies_to_linear_with_read_weight(has_grad):
     called, reading, x = pair(update_dropout=0.5)
     outputs = []
     for model in (called, reading, reading):
@@ -465,13 +465,13 @@ def test_dropout_acts_on_a_linear_product_with_a_read_weight(has_grad):
 
 
 @pytest.mark.parametrize("is_training", [True, False])
-def test_a_linear_product_of_two_dtypes_with_a_read_weight_is_torch_s_error(is_training):
+def test_linear_with_read_weight_and_mismatched_dtypes_raises_torch_error(is_training):
     _, reading, x = pair()
     with pytest.raises(RuntimeError, match="dtype"):
         reading.train(is_training)(x.double())
 
 
-def test_the_bias_of_a_product_with_a_read_weight_is_the_caller_s():
+def test_linear_with_read_weight_uses_the_given_bias():
     _, reading, x = pair()
     layer, bias = reading.base_model.model.layer, torch.randn(9, requires_grad=True)
     y = F.linear(bias=bias, input=x, weight=layer.weight)
@@ -480,15 +480,15 @@ def test_the_bias_of_a_product_with_a_read_weight_is_the_caller_s():
     assert torch.equal(bias.grad, torch.full((9,), 6.0))
 
 
-def test_one_warning_says_that_dropout_cannot_act_on_a_read_weight():
+def test_dropout_on_read_weight_warns_once():
     _, reading, x = pair("transposed", update_dropout=0.5)
-    with pytest.warns(UserWarning, match="the model reads the weight of 'layer'.*update_dropout") as caught:
+    with pytest.warns(UserWarning, match="the model reads the weight of 'layer'.*update_dropout") as records:
         reading(x)
         reading(x)
-    assert len(caught) == 1
+    assert len(records) == 1
 
 
-def test_the_weight_of_an_adapted_attention_can_be_read():
+def test_weight_of_adapted_attention_can_be_read():
     torch.manual_seed(0)
     model = get_peft_model(
         nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2)}),
@@ -502,7 +502,7 @@ def test_the_weight_of_an_adapted_attention_can_be_read():
 
 
 @pytest.mark.parametrize("with_gradients", [False, True])
-def test_evaluation_follows_averages_that_are_copied_into_the_factors(mlp, with_gradients):
+def test_cache_detects_averages_copied_into_factors(mlp, with_gradients):
     model = mlp.adapted().eval()
     averages = EMAModel([p for p in model.parameters() if p.requires_grad], decay=0.5)
     for average in averages.shadow_params:

@@ -1,4 +1,4 @@
-"""The allocator inside of transformers' Trainer, resumed from its checkpoints."""
+"""`SnellaCallback` in transformers' `Trainer`, with resumption."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from snella import SnellaCallback, create_snella_optimizer
 from snella.matrices import adapted_matrices
 
 
-class Pictures(torch.utils.data.Dataset):
+class Images(torch.utils.data.Dataset):
     def __init__(self, count=20):
         generator = torch.Generator().manual_seed(0)
         self.images = torch.randn(count, 3, 16, 16, generator=generator)
@@ -51,7 +51,7 @@ def trainer(case, folder, *callbacks, **settings):
     args = TrainingArguments(str(folder), **defaults | settings)
     optimizer = create_snella_optimizer(model, lr=1e-2)
     return Trainer(
-        model=model, args=args, train_dataset=Pictures(), callbacks=list(callbacks), optimizers=(optimizer, None)
+        model=model, args=args, train_dataset=Images(), callbacks=list(callbacks), optimizers=(optimizer, None)
     )
 
 
@@ -60,12 +60,12 @@ def vit(cases):
     return cases["vit"]
 
 
-def test_training_with_the_callback_ends_at_the_target_budget(vit, tmp_path):
+def test_callback_reaches_target_budget(vit, tmp_path):
     callback = SnellaCallback()
     run = trainer(vit, tmp_path, callback)
     run.train()
     allocator = callback.allocator
-    # 20 pictures, 4 a batch, 2 batches a step: 3 steps an epoch
+    # 20 images, batch size 4, gradient accumulation over 2 batches: 3 steps per epoch
     assert [(entry["step"], entry["t"]) for entry in allocator.history] == [(0, 0), (3, 1), (6, 2), (9, 3)]
     assert sum(allocator.budgets.values()) == allocator.target_budget
     assert [m.nonzeros() for m in adapted_matrices(run.model)] == list(allocator.budgets.values())
@@ -80,7 +80,7 @@ def test_training_with_the_callback_ends_at_the_target_budget(vit, tmp_path):
         ({"num_train_epochs": 1.5}, [(0, 0), (3, 1), (5, 2)]),
     ],
 )
-def test_training_that_stops_within_an_epoch_ends_at_the_target_budget(vit, tmp_path, settings, times):
+def test_training_that_stops_within_an_epoch_reaches_target_budget(vit, tmp_path, settings, times):
     callback = SnellaCallback()
     trainer(vit, tmp_path, callback, **settings).train()
     assert [(entry["step"], entry["t"]) for entry in callback.allocator.history] == times
@@ -88,40 +88,40 @@ def test_training_that_stops_within_an_epoch_ends_at_the_target_budget(vit, tmp_
 
 
 @pytest.mark.parametrize("stop", [3, 5])
-def test_a_resumed_training_equals_an_uninterrupted_one_bit_for_bit(vit, tmp_path, stop):
-    whole = SnellaCallback()
-    reference = trainer(vit, tmp_path / "whole", whole)
+def test_resumed_training_equals_uninterrupted_training_bit_for_bit(vit, tmp_path, stop):
+    uninterrupted = SnellaCallback()
+    reference = trainer(vit, tmp_path / "whole", uninterrupted)
     reference.train()
     first = trainer(vit, tmp_path / "parts", SnellaCallback(), StopAfter(stop), save_strategy="steps", save_steps=1000)
     first.train()
     resumed = SnellaCallback()
     second = trainer(vit, tmp_path / "parts", resumed)
     second.train(resume_from_checkpoint=str(tmp_path / "parts" / f"checkpoint-{stop}"))
-    assert resumed.allocator.history == whole.allocator.history
-    assert resumed.allocator.budgets == whole.allocator.budgets
+    assert resumed.allocator.history == uninterrupted.allocator.history
+    assert resumed.allocator.budgets == uninterrupted.allocator.budgets
     expected = reference.model.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in second.model.state_dict().items())
 
 
-def test_a_checkpoint_of_the_trainer_is_an_adapter(vit, tmp_path):
+def test_trainer_checkpoint_is_an_adapter(vit, tmp_path):
     run = trainer(vit, tmp_path, SnellaCallback(), save_strategy="epoch")
     run.train()
     loaded = PeftModel.from_pretrained(vit.base(), tmp_path / "checkpoint-9").eval()
     assert torch.equal(vit.predict(loaded), vit.predict(run.model.eval()))
 
 
-def test_the_callback_trains_the_adapter_it_is_given(vit, tmp_path):
+def test_callback_trains_the_given_adapter(vit, tmp_path):
     callback = SnellaCallback("nobody")
     with pytest.raises(ValueError, match=r"adapter_name must be one of \['default'\], got 'nobody'"):
         trainer(vit, tmp_path, callback).train()
 
 
-def test_a_trainer_without_the_callback_is_told_of(vit, tmp_path):
+def test_trainer_without_callback_warns(vit, tmp_path):
     with pytest.warns(UserWarning, match=r"no budget allocator is attached.*callbacks=\[SnellaCallback\(\)\]"):
         trainer(vit, tmp_path, max_steps=2).train()
 
 
-def test_a_callback_outside_of_a_trainer_says_what_it_needs(tmp_path):
+def test_callback_outside_trainer_raises(tmp_path):
     args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
     state, control = transformers.TrainerState(), transformers.TrainerControl()
     with pytest.raises(RuntimeError, match="SnellaCallback needs the Trainer's model and optimizer, got None"):

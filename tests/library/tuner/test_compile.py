@@ -1,4 +1,4 @@
-"""Models with adapters in `torch.compile`, without a graph break."""
+"""Adapted models under `torch.compile`, without graph breaks."""
 
 import pytest
 import timm
@@ -8,11 +8,11 @@ from torch import nn
 
 from snella import SnellaConfig
 
-BACKEND = "aot_eager"  # the graphs of forward and backward, without generating code for them
+BACKEND = "aot_eager"  # traces forward and backward graphs without code generation
 
 
 @pytest.fixture(autouse=True)
-def _forget_graphs():
+def _reset_dynamo():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -57,18 +57,18 @@ def step(function, model, x):
 
 
 @pytest.mark.parametrize("build", [vit, convnet, sampled])
-def test_a_compiled_model_gives_the_same_numbers_in_one_graph(build):
+def test_compiled_model_equals_eager_in_one_graph(build):
     model, x = build(), torch.randn(2, 3, 32, 32)
     y, grads = step(model, model, x)
     compiled = torch.compile(model, fullgraph=True, backend=BACKEND)
-    z, others = step(compiled, model, x)
-    torch.testing.assert_close(z, y)  # a graph may call another operation for the same product
-    assert others.keys() == grads.keys()
+    eager_y, eager_grads = step(compiled, model, x)
+    torch.testing.assert_close(eager_y, y)  # a graph may compute the same product with another op
+    assert eager_grads.keys() == grads.keys()
     for name in grads:
-        torch.testing.assert_close(others[name], grads[name], msg=name)
+        torch.testing.assert_close(eager_grads[name], grads[name], msg=name)
 
 
-def test_new_budgets_reach_a_compiled_model_without_compiling_it_anew():
+def test_budget_changes_do_not_recompile():
     model, x = convnet(), torch.randn(2, 3, 8, 8)
     compiled = torch.compile(model, fullgraph=True, backend=BACKEND)
     before = compiled(x)
@@ -87,22 +87,22 @@ def test_autocast_and_two_adapters_compile():
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x), model(x))
     with torch.autocast("cpu", torch.bfloat16):
-        found, expected = compiled(x), model(x)
-    assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+        actual, expected = compiled(x), model(x)
+    assert actual.dtype == torch.bfloat16
+    torch.testing.assert_close(actual, expected, rtol=0.02, atol=0.02)
 
 
-def test_dropout_on_the_update_is_drawn_in_the_graph():
+def test_update_dropout_is_part_of_the_graph():
     model, x = vit(update_dropout=0.5, update_drop_path=0.5), torch.randn(2, 3, 32, 32)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     y, grads = step(model, model, x)
-    z, others = step(compiled, model, x)
-    torch.testing.assert_close(z, y)
+    eager_y, eager_grads = step(compiled, model, x)
+    torch.testing.assert_close(eager_y, y)
     for name in grads:
-        torch.testing.assert_close(others[name], grads[name], msg=name)
+        torch.testing.assert_close(eager_grads[name], grads[name], msg=name)
 
 
-def test_disabled_and_merged_adapters_compile_to_the_base_layer():
+def test_disabled_and_merged_adapters_compile_to_base_layer():
     model, x = convnet().eval(), torch.randn(2, 3, 8, 8)
     expected = model(x)
     with model.disable_adapter():
@@ -114,11 +114,11 @@ def test_disabled_and_merged_adapters_compile_to_the_base_layer():
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor imports what torch has deprecated
-def test_generated_code_gives_the_same_numbers_to_rounding():
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor imports deprecated torch modules
+def test_inductor_equals_eager_up_to_rounding():
     model, x = vit(), torch.randn(2, 3, 32, 32)
     y, grads = step(model, model, x)
-    z, others = step(torch.compile(model, fullgraph=True), model, x)
-    torch.testing.assert_close(z, y)
+    eager_y, eager_grads = step(torch.compile(model, fullgraph=True), model, x)
+    torch.testing.assert_close(eager_y, y)
     for name in grads:
-        torch.testing.assert_close(others[name], grads[name], rtol=1e-3, atol=1e-4, msg=name)
+        torch.testing.assert_close(eager_grads[name], grads[name], rtol=1e-3, atol=1e-4, msg=name)

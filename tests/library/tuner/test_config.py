@@ -1,4 +1,4 @@
-"""The settings: presets, faults, files."""
+"""`SnellaConfig`: presets, errors, files."""
 
 from __future__ import annotations
 
@@ -78,31 +78,31 @@ from snella.matrices import adapted_matrices
         ({"layers_pattern": "blocks"}, "layers_pattern requires layers_to_transform, got layers_pattern='blocks'"),
     ],
 )
-def test_a_setting_out_of_range_is_refused(settings, message):
+def test_value_out_of_range_raises(settings, message):
     with pytest.raises(ValueError, match=message):
         SnellaConfig(**settings)
 
 
-def test_several_faults_are_reported_in_one_error():
-    with pytest.raises(ValueError) as caught:
+def test_all_errors_are_reported_together():
+    with pytest.raises(ValueError) as records:
         SnellaConfig(r=7, target_sparsity=1.5, importance="rbff", beta1=3, schedule="x", softmax_dim=-1)
-    message = str(caught.value)
+    message = str(records.value)
     for part in ("r=7", "got 1.5", "'rbff'", "beta1 must be in [0, 1), got 3", "schedule must be", "got -1"):
         assert part in message
     assert message.count("; ") >= 5
 
 
-def test_an_unknown_setting_is_refused():
+def test_unknown_field_raises():
     with pytest.raises(TypeError, match="target_sparsitty"):
         SnellaConfig(target_sparsitty=0.5)
 
 
-def test_kernels_without_pieces_need_no_divisible_rank():
+def test_kernels_without_pieces_accept_any_rank():
     assert SnellaConfig(r=7, kernel="linear").r == 7
     assert SnellaConfig(r=7, kernel="rbf").r == 7
 
 
-def test_the_paper_preset_is_the_paper():
+def test_paper_preset():
     config = SnellaConfig()
     assert (config.sparsify_mode, config.learn_piece_coeff, config.learn_temperature) == ("soft", True, False)
     assert (config.update_dropout, config.update_drop_path, config.zero_init_ema) == (0.0, 0.0, False)
@@ -111,7 +111,7 @@ def test_the_paper_preset_is_the_paper():
     assert config.parameters_to_save == []
 
 
-def test_the_official_preset_is_the_authors_code():
+def test_official_preset():
     config = SnellaConfig(preset="official")
     assert (config.sparsify_mode, config.learn_piece_coeff, config.learn_temperature) == ("official", False, True)
     assert (config.update_dropout, config.update_drop_path, config.zero_init_ema) == (0.1, 0.1, True)
@@ -119,18 +119,18 @@ def test_the_official_preset_is_the_authors_code():
     assert config.parameters_to_save == ["cls_token"]
 
 
-def test_what_the_user_sets_wins_over_the_preset():
+def test_user_values_override_preset():
     config = SnellaConfig(preset="official", update_dropout=0.0, learn_piece_coeff=True, dropout_exclude=[])
     assert (config.update_dropout, config.learn_piece_coeff, config.dropout_exclude) == (0.0, True, [])
     assert config.update_drop_path == 0.1
 
 
-def test_presets_are_not_shared_between_configurations():
+def test_preset_values_are_not_shared_between_configs():
     SnellaConfig(preset="official").dropout_exclude.append("changed")
     assert "changed" not in SnellaConfig(preset="official").dropout_exclude
 
 
-def test_a_configuration_survives_its_file(tmp_path):
+def test_save_load_round_trip(tmp_path):
     config = SnellaConfig(
         r=4,
         kernel="p_linear",
@@ -151,7 +151,7 @@ def test_a_configuration_survives_its_file(tmp_path):
         assert loaded == config
 
 
-def test_a_damaged_configuration_file_is_refused(tmp_path):
+def test_corrupt_config_file_raises(tmp_path):
     SnellaConfig().save_pretrained(str(tmp_path))
     file = tmp_path / "adapter_config.json"
     stored = json.loads(file.read_text()) | {"target_sparsity": 7}
@@ -160,11 +160,11 @@ def test_a_damaged_configuration_file_is_refused(tmp_path):
         PeftConfig.from_pretrained(str(tmp_path))
 
 
-def test_configurations_are_copied_and_pickled():
+def test_configs_can_be_copied_and_pickled():
     config = SnellaConfig(r=4, target_modules=["a"])
-    for twin in (copy.deepcopy(config), copy.copy(config), pickle.loads(pickle.dumps(config))):
-        assert twin == config
-        assert twin.peft_type == "SNELLA"
+    for copied in (copy.deepcopy(config), copy.copy(config), pickle.loads(pickle.dumps(config))):
+        assert copied == config
+        assert copied.peft_type == "SNELLA"
 
 
 @pytest.mark.parametrize(
@@ -177,12 +177,12 @@ def test_configurations_are_copied_and_pickled():
         ({"update_dropout": "a"}, "update_dropout must be a number, got 'a'"),
     ],
 )
-def test_a_setting_of_the_wrong_kind_is_named(settings, message):
+def test_wrong_type_raises_with_field_name(settings, message):
     with pytest.raises(ValueError, match=message):
         SnellaConfig(**settings)
 
 
-def test_faults_of_kind_are_reported_together():
+def test_type_errors_are_reported_together():
     with pytest.raises(ValueError, match=r"^r must be an integer, got '8'; scaling must be a number, got None$"):
         SnellaConfig(r="8", scaling=None)
 
@@ -207,33 +207,33 @@ def test_faults_of_kind_are_reported_together():
         ("use_dora", r"use LoraConfig\(use_dora=True\)"),
     ],
 )
-def test_settings_of_other_methods_are_refused_with_what_serves_instead(name, hint):
+def test_fields_of_other_methods_raise_with_a_hint(name, hint):
     with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'; .*{hint}"):
         SnellaConfig(**{name: 1})
 
 
-def test_every_unknown_setting_is_named_in_one_error():
+def test_unknown_fields_are_reported_together():
     message = r"argument 'rank'; the rank is r; .* argument 'alpha'; the update is multiplied by scaling"
     with pytest.raises(TypeError, match=message):
         SnellaConfig(rank=8, alpha=16)
 
 
-# the name of the method ---------------------------------------------------------------------------------------------
+# method name --------------------------------------------------------------------------------------------------------
 
 
-def test_the_name_of_the_method_is_a_string_with_a_value():
+def test_peft_type_is_a_string_with_a_value():
     name = SnellaConfig().peft_type
     assert name == "SNELLA" and hash(name) == hash("SNELLA") and {name: 1}["SNELLA"] == 1
     assert type(name.value) is str and name.value == "SNELLA"
     assert json.dumps({"peft_type": name}) == '{"peft_type": "SNELLA"}'
-    for twin in (copy.copy(name), copy.deepcopy(name), pickle.loads(pickle.dumps(name))):
-        assert twin == "SNELLA" and twin.value == "SNELLA"
+    for copied in (copy.copy(name), copy.deepcopy(name), pickle.loads(pickle.dumps(name))):
+        assert copied == "SNELLA" and copied.value == "SNELLA"
 
 
 # files --------------------------------------------------------------------------------------------------------------
 
 
-def test_saved_settings_have_the_same_bytes_in_every_process(tmp_path):
+def test_saved_config_is_reproducible_across_processes(tmp_path):
     code = (
         "import sys; from snella import SnellaConfig; "
         "SnellaConfig(target_modules=list('hgfedcba'), exclude_modules=list('zyxw')).save_pretrained(sys.argv[1])"
@@ -246,7 +246,7 @@ def test_saved_settings_have_the_same_bytes_in_every_process(tmp_path):
     assert json.loads(first)["target_modules"] == list("abcdefgh")
 
 
-def test_the_model_card_says_which_package_loads_the_adapter(mlp, tmp_path):
+def test_model_card_contains_loading_instructions(mlp, tmp_path):
     model = mlp.adapted()
     model.save_pretrained(tmp_path)
     model.save_pretrained(tmp_path)
@@ -255,7 +255,7 @@ def test_the_model_card_says_which_package_loads_the_adapter(mlp, tmp_path):
     assert "otherwise loading fails with\n`KeyError: 'SNELLA'`" in card
 
 
-def test_a_rank_that_the_tensors_do_not_have_is_refused_before_anything_is_allocated(mlp, tmp_path):
+def test_rank_mismatch_raises_before_allocation(mlp, tmp_path):
     mlp.adapted().save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"r": 1_000_000_000_000}))
@@ -263,34 +263,34 @@ def test_a_rank_that_the_tensors_do_not_have_is_refused_before_anything_is_alloc
         PeftModel.from_pretrained(mlp.base(), tmp_path)
 
 
-def test_a_rank_is_refused_whose_factors_would_dwarf_the_weights(mlp):
+def test_excessive_rank_raises(mlp):
     with pytest.raises(ValueError, match=r"r=1000000000000 creates [\d,]+ factor entries for 216 adapted weights"):
         get_peft_model(mlp.base(), SnellaConfig(r=1_000_000_000_000))
     with pytest.raises(ValueError, match=r"r=1000000000000 creates"):
         get_peft_model(mlp.base(), SnellaConfig(rank_pattern={"lin1": 1_000_000_000_000}))
 
 
-# ranks of single layers ---------------------------------------------------------------------------------------------
+# rank_pattern -------------------------------------------------------------------------------------------------------
 
 
-def test_single_layers_can_have_ranks_of_their_own(vit, tmp_path):
+def test_rank_pattern_sets_ranks_of_layers(vit, tmp_path):
     ranks = {"fc1": 2, "blocks.0.mlp.fc1": 8, "attn.qkv": 6}
     model = vit.adapted(rank_pattern=ranks)
-    got = {m.module_name: m.factors[0].shape[1] for m in adapted_matrices(model)}
-    assert got["blocks.0.mlp.fc1"] == 8 and got["blocks.1.mlp.fc1"] == 2
-    assert got["blocks.3.attn.qkv"] == 6 and got["blocks.3.attn.proj"] == 4
+    actual = {m.module_name: m.factors[0].shape[1] for m in adapted_matrices(model)}
+    assert actual["blocks.0.mlp.fc1"] == 8 and actual["blocks.1.mlp.fc1"] == 2
+    assert actual["blocks.3.attn.qkv"] == 6 and actual["blocks.3.attn.proj"] == 4
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(vit.base(), tmp_path).eval()
     assert torch.equal(vit.predict(loaded), vit.predict(model))
     assert torch.equal(vit.predict(loaded.merge_and_unload()), vit.predict(model))
 
 
-def test_projections_of_an_attention_can_have_ranks_of_their_own(cases):
+def test_rank_pattern_sets_ranks_of_projections(cases):
     model = cases["torch_vit"].adapted(rank_pattern={"in_proj": 2, "out_proj": 6})
-    got = {m.module_name.rpartition(".")[2]: m.factors[0].shape[1] for m in adapted_matrices(model)}
-    assert (got["in_proj"], got["out_proj"], got["0"]) == (2, 6, 4)
+    actual = {m.module_name.rpartition(".")[2]: m.factors[0].shape[1] for m in adapted_matrices(model)}
+    assert (actual["in_proj"], actual["out_proj"], actual["0"]) == (2, 6, 4)
 
 
-def test_a_rank_of_no_adapted_layer_is_refused(mlp):
+def test_unmatched_rank_pattern_raises(mlp):
     with pytest.raises(ValueError, match=r"rank_pattern=\['fc7'\] matches no adapted module; .* \['lin0', 'lin1'\]"):
         get_peft_model(mlp.base(), SnellaConfig(rank_pattern={"fc7": 4, "lin0": 2}))

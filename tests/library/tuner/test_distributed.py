@@ -1,4 +1,4 @@
-"""Two real processes agree on every budget, however they share the model."""
+"""Distributed training with two processes: DDP, FSDP1 and FSDP2."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ REFUSED = {
     "got 6",
 }
 UNITS = ("whole", "norms", "layers", "blocks")
-ROUNDED_ALIKE = {"FULL_SHARD-layers", "SHARD_GRAD_OP-norms", "SHARD_GRAD_OP-layers", "NO_SHARD-layers", "FSDP2-whole"}
+EQUALLY_ROUNDED = {"FULL_SHARD-layers", "SHARD_GRAD_OP-norms", "SHARD_GRAD_OP-layers", "NO_SHARD-layers", "FSDP2-whole"}
 """Cases in which eight bits act on the same normalizations as in the whole model."""
 RECOMPUTED = [f"{kind}-{units}" for kind in ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "FSDP2") for units in UNITS]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """What both processes print of every case."""
+    """Return the output of both processes for every case."""
     worker = Path(__file__).with_name("distributed_worker.py")
     return in_two_processes(worker, tmp_path_factory.mktemp("ranks"), *CASES, *REFUSED, timeout=200)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_rank_has_the_same_budgets_and_weights(runs, case):
+def test_ranks_have_equal_budgets_and_weights(runs, case):
     first, second = (run[case] for run in runs)
     assert first == second
     assert "error" not in first, first
@@ -48,61 +48,61 @@ def test_every_rank_has_the_same_budgets_and_weights(runs, case):
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("ddp-eager")])
-def test_a_sharded_training_is_that_of_ddp(runs, case):
-    expected, found = runs[0]["ddp-eager"], runs[0][case]
-    assert "error" not in found, found
-    for mine, theirs in zip(found["history"], expected["history"], strict=True):
-        assert mine["importance"] == pytest.approx(theirs["importance"], rel=1e-2, abs=1e-12)
-        # an importance that is rounded otherwise may move an entry from one matrix to another
-        assert mine["budgets"] == pytest.approx(theirs["budgets"], abs=2)
-    assert found["digest"] == pytest.approx(expected["digest"], rel=1e-3)
+def test_sharded_training_equals_ddp(runs, case):
+    expected, result = runs[0]["ddp-eager"], runs[0][case]
+    assert "error" not in result, result
+    for actual, reference in zip(result["history"], expected["history"], strict=True):
+        assert actual["importance"] == pytest.approx(reference["importance"], rel=1e-2, abs=1e-12)
+        # differently rounded importance may move an entry between matrices
+        assert actual["budgets"] == pytest.approx(reference["budgets"], abs=2)
+    assert result["digest"] == pytest.approx(expected["digest"], rel=1e-3)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_evaluation_in_parallel_is_that_of_one_device(runs, case):
+def test_distributed_evaluation_equals_single_device(runs, case):
     assert runs[0][case]["evaluation_error"] < 1e-5
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_sharded_is_refused_with_what_works(runs, case):
+def test_unsupported_sharding_raises_with_alternatives(runs, case):
     assert runs[0][case]["error"].startswith(REFUSED[case])
     assert "DDP" in runs[0][case]["error"]
 
 
 @pytest.fixture(scope="module")
 def gradient_errors(tmp_path_factory):
-    """By case, how far gradients are from those of the whole model, in both processes."""
+    """Return the largest gradient error of both processes by case."""
     worker, folder = Path(__file__).with_name("recompute_worker.py"), tmp_path_factory.mktemp("recompute")
-    cases = [f"{case}-{form}" for case in RECOMPUTED for form in ("exact", "compressed")]
+    cases = [f"{case}-{variant}" for case in RECOMPUTED for variant in ("exact", "compressed")]
     return in_two_processes(worker, folder, *cases, timeout=200)
 
 
 @pytest.mark.parametrize("case", RECOMPUTED)
-def test_an_input_is_computed_again_from_a_normalization_that_fsdp_shards(gradient_errors, case):
+def test_inputs_are_recomputed_from_sharded_normalizations(gradient_errors, case):
     for errors in gradient_errors:
         assert errors[f"{case}-exact"] == 0
-        # a normalization whose parameters the sharding exchanges keeps its input in full precision
+        # the input of a normalization with sharded parameters is saved in full precision
         error = errors[f"{case}-compressed"]
-        assert error == 0 if case in ROUNDED_ALIKE else 0 < error < 0.01
+        assert error == 0 if case in EQUALLY_ROUNDED else 0 < error < 0.01
 
 
-def test_an_optimizer_of_deepspeed_is_refused_by_its_name():
+def test_deepspeed_optimizer_raises():
     model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), SnellaConfig(r=2, target_modules=["0"]))
     allocator = BudgetAllocator(model, total_epochs=1, steps_per_epoch=1)
     kind = type("DeepSpeedZeroOptimizer", (), {"__module__": "deepspeed.runtime.zero.stage_1_and_2"})
-    wrapper = type("Wrapper", (torch.optim.SGD,), {})(model.parameters(), lr=0.1)  # as Accelerate wraps it
+    wrapper = type("Wrapper", (torch.optim.SGD,), {})(model.parameters(), lr=0.1)  # wrapped by Accelerate
     wrapper.optimizer = kind()
     for optimizer in (kind(), wrapper):
         with pytest.raises(NotImplementedError, match=r"DeepSpeedZeroOptimizer.*DDP or FSDP"):
             allocator.attach(optimizer)
 
 
-def test_an_optimizer_that_was_given_flat_copies_after_attaching_is_refused_at_its_first_step():
+def test_replaced_optimizer_parameters_raise_at_first_step():
     model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), SnellaConfig(r=2, target_modules=["0"]))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     BudgetAllocator(model, total_epochs=1, steps_per_epoch=1).attach(optimizer)
     model(torch.ones(1, 4)).sum().backward()
-    # as deepspeed.initialize does: the optimizer steps on a flat copy, in float32
+    # like deepspeed.initialize: the optimizer updates a flat float32 copy
     for group in optimizer.param_groups:
         flat = torch.cat([p.detach().flatten() for p in group["params"]]).requires_grad_()
         group["params"] = [flat]

@@ -1,4 +1,4 @@
-"""What becomes of a normalization's or an activation's output on its way to an adapted layer is computed again too."""
+"""Tracking of operations between a normalization or activation and an adapted layer."""
 
 import weakref
 from contextlib import nullcontext
@@ -31,7 +31,7 @@ from transformers import (
 from snella import SnellaConfig
 from snella.memory.compression import GROUP, decode, encode
 from snella.memory.origins import origin_of
-from snella.memory.recompute import can_follow, mark_outputs, unmark_outputs
+from snella.memory.recompute import can_track, mark_outputs, unmark_outputs
 
 from .test_recompute import assert_same_bits, relative_error, step
 
@@ -39,14 +39,14 @@ WIDTH = 24
 
 
 class Call(nn.Module):
-    """A model as a function of one tensor to one tensor."""
+    """Model wrapped as a function from one tensor to one tensor."""
 
     def __init__(self, model, function):
         super().__init__()
         self.model, self.function = model, function
 
     def forward(self, x):
-        return self.function(self.model, x).sin()  # a sum of squares alone has no gradient behind a normalization
+        return self.function(self.model, x).sin()  # a plain sum of squares has no gradient through a normalization
 
 
 def gated(kind):
@@ -72,12 +72,12 @@ def vit():
     return base, lambda model, x: model(x), torch.randn(8, 3, 64, 64)
 
 
-def swin_of_timm():
+def timm_swin():
     base = timm.create_model("swin_tiny_patch4_window7_224", img_size=56, num_classes=3, depths=(2, 2, 1, 1))
     return base, lambda model, x: model(x), torch.randn(2, 3, 56, 56)
 
 
-def swin_of_transformers():
+def transformers_swin():
     base = SwinForImageClassification(SwinConfig(image_size=56, embed_dim=16, depths=[2, 2], num_heads=[2, 4]))
     return base, lambda model, x: model(x).logits, torch.randn(2, 3, 56, 56)
 
@@ -123,8 +123,8 @@ MODELS = {
     "llama": (llama, LLAMA_LAYERS),
     "dinov2": (dinov2, LLAMA_LAYERS),
     "vit": (vit, ["qkv", "proj", "fc1", "fc2"]),
-    "timm-swin": (swin_of_timm, ["qkv", "proj", "fc1", "fc2"]),
-    "transformers-swin": (swin_of_transformers, ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]),
+    "timm-swin": (timm_swin, ["qkv", "proj", "fc1", "fc2"]),
+    "transformers-swin": (transformers_swin, ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]),
     "sam": (sam, ["qkv", "proj", "lin1", "lin2"]),
     "vitdet": (vitdet, ["qkv", "proj", "fc1", "fc2"]),
     "geglu": (geglu, r"0|1\.net\.0\.proj|1\.net\.2"),
@@ -133,7 +133,7 @@ MODELS = {
 
 
 def adapted(kind, **settings):
-    """A model with adapted layers, as a function, and a batch."""
+    """Create an adapted model and a batch."""
     make, targets = MODELS[kind]
     torch.manual_seed(0)
     base, run, x = make()
@@ -141,30 +141,30 @@ def adapted(kind, **settings):
     return Call(model, run), x
 
 
-def without_following(monkeypatch):
-    monkeypatch.setattr("snella.memory.recompute.can_follow", lambda module, compress: False)
+def without_tracking(monkeypatch):
+    monkeypatch.setattr("snella.memory.recompute.can_track", lambda module, compress: False)
 
 
 def seeded_step(model, x):
-    """`step`, with the same stochastic depth each time."""
+    """Run `step` with reproducible stochastic depth."""
     torch.manual_seed(1)
     return step(model, x)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in MODELS if kind != "vit"])
-def test_blocks_keep_less_and_gradients_have_the_same_bits(kind, monkeypatch):
+def test_tracked_blocks_save_less_with_identical_gradients(kind, monkeypatch):
     model, x = adapted(kind)
-    followed, less = seeded_step(model, x)
-    plain, most = seeded_step(*adapted(kind, recompute_inputs=False))
-    without_following(monkeypatch)
-    _, more = seeded_step(*adapted(kind))
-    assert_same_bits(plain, followed)
-    assert less < 0.97 * more
-    assert less < 0.83 * most
-    assert any(can_follow(module) for module in model.modules())
+    tracked, reduced = seeded_step(model, x)
+    plain, maximum = seeded_step(*adapted(kind, recompute_inputs=False))
+    without_tracking(monkeypatch)
+    _, baseline = seeded_step(*adapted(kind))
+    assert_same_bits(plain, tracked)
+    assert reduced < 0.97 * baseline
+    assert reduced < 0.83 * maximum
+    assert any(can_track(module) for module in model.modules())
 
 
-# at most so much of what is kept exactly; the attention of SAM and of timm's Swin is no single operation
+# maximum fraction of the exact activation memory; attention in SAM and timm's Swin is not a single op
 SHARES = {
     **{"timm-swiglu": 0.66, "timm-glu": 0.78, "vit": 0.53, "llama": 0.38, "dinov2": 0.38},
     **{"timm-swin": 0.62, "transformers-swin": 0.46, "sam": 0.86, "sd3": 0.47},
@@ -172,22 +172,22 @@ SHARES = {
 
 
 @pytest.mark.parametrize("kind", SHARES)
-def test_with_eight_bits_outputs_are_exact_and_gradients_near(kind):
+def test_compression_has_exact_outputs_and_close_gradients(kind):
     model, x = adapted(kind)
     compressed, _ = adapted(kind, compress_activations=True)
     outputs = []
-    for one in (model, compressed):
+    for module in (model, compressed):
         torch.manual_seed(1)
-        outputs.append(one(x))
+        outputs.append(module(x))
     assert torch.equal(*outputs)
-    exact, kept = seeded_step(model, x)
-    grads, less = seeded_step(compressed, x)
-    assert less < SHARES[kind] * kept
+    exact, saved = seeded_step(model, x)
+    grads, reduced = seeded_step(compressed, x)
+    assert reduced < SHARES[kind] * saved
     assert 0 < relative_error(grads, exact) < 0.05
 
 
-@pytest.mark.parametrize("settings", [{}, {"compress_activations": True}], ids=["exact", "eight-bits"])
-def test_gated_blocks_under_gradient_checkpointing_have_the_same_bits(settings):
+@pytest.mark.parametrize("settings", [{}, {"compress_activations": True}], ids=["exact", "int8"])
+def test_gated_blocks_under_checkpointing_are_bit_identical(settings):
     def train(is_checkpointed):
         model, x = adapted("timm-swiglu", **settings)
         y = checkpoint(model, x, use_reentrant=False) if is_checkpointed else model(x)
@@ -197,8 +197,8 @@ def test_gated_blocks_under_gradient_checkpointing_have_the_same_bits(settings):
     assert_same_bits(train(False), train(True))
 
 
-@pytest.mark.parametrize("settings", [{}, {"compress_activations": True}], ids=["exact", "eight-bits"])
-def test_two_backward_passes_over_a_gated_block_give_the_same_bits(settings):
+@pytest.mark.parametrize("settings", [{}, {"compress_activations": True}], ids=["exact", "int8"])
+def test_repeated_backward_through_gated_block_is_bit_identical(settings):
     model, x = adapted("timm-swiglu", **settings)
     loss = model(x).square().sum()
     tensors = [p for p in model.parameters() if p.requires_grad]
@@ -207,7 +207,7 @@ def test_two_backward_passes_over_a_gated_block_give_the_same_bits(settings):
         assert torch.equal(a, b)
 
 
-def test_autocast_computes_a_gated_block_s_bits_again():
+def test_gated_block_under_autocast_is_bit_identical():
     def train(**settings):
         model, x = adapted("llama", **settings)
         with torch.autocast("cpu", torch.bfloat16):
@@ -217,7 +217,7 @@ def test_autocast_computes_a_gated_block_s_bits_again():
     assert_same_bits(train(recompute_inputs=False), train())
 
 
-def test_a_compiled_gated_block_steps_aside():
+def test_compiled_gated_block_disables_tracking():
     def train(recompute):
         model, x = adapted("timm-swiglu", recompute_inputs=recompute)
         torch.compile(model, backend="eager", fullgraph=True)(x).square().sum().backward()
@@ -235,7 +235,7 @@ ATTENTION = {
 
 
 class Attention(timm.layers.Attention):
-    """Attention as a test calls it."""
+    """Attention with fixed inputs."""
 
     __module__, __qualname__ = timm.layers.Attention.__module__, timm.layers.Attention.__qualname__
 
@@ -247,35 +247,35 @@ class Attention(timm.layers.Attention):
         return F.scaled_dot_product_attention(*inputs, **self.options)
 
 
-def heads(requires_grad=(True, True, True)):
+def make_heads(requires_grad=(True, True, True)):
     torch.manual_seed(0)
-    return [torch.randn(2, 3, 6, GROUP, requires_grad=learns) for learns in requires_grad]
+    return [torch.randn(2, 3, 6, GROUP, requires_grad=flags) for flags in requires_grad]
 
 
 @pytest.mark.parametrize("name", ATTENTION)
 @pytest.mark.parametrize("learning", [(True, True, True), (True, False, False)], ids=["self", "cross"])
-def test_attention_keeps_what_it_is_computed_from_in_eight_bits(name, learning):
-    attention, inputs = Attention(**ATTENTION[name]), heads(learning)
+def test_attention_saves_inputs_in_int8(name, learning):
+    attention, inputs = Attention(**ATTENTION[name]), make_heads(learning)
     exact = attention(*inputs)
     mark_outputs(attention, compress=lambda: True)
     y = attention(*inputs)
     assert torch.equal(y, exact)
     (y.sin().sum()).backward()
     rounded = [decode(*encode(z)).requires_grad_() if z.requires_grad else z for z in inputs]
-    again = F.scaled_dot_product_attention(*rounded, **ATTENTION[name])
-    again.backward(exact.detach().cos())
-    for mine, own in zip(inputs, rounded, strict=True):
-        assert (mine.grad is None) == (not mine.requires_grad)
-        assert mine.grad is None or torch.equal(mine.grad, own.grad)
-    kept, origin = origin_of(y)
-    assert [one.dtype == torch.uint8 for one in kept] == [*learning, *([False] * (len(kept) - 3))]
+    repeated = F.scaled_dot_product_attention(*rounded, **ATTENTION[name])
+    repeated.backward(exact.detach().cos())
+    for actual, reference in zip(inputs, rounded, strict=True):
+        assert (actual.grad is None) == (not actual.requires_grad)
+        assert actual.grad is None or torch.equal(actual.grad, reference.grad)
+    saved, origin = origin_of(y)
+    assert [tensor.dtype == torch.uint8 for tensor in saved] == [*learning, *([False] * (len(saved) - 3))]
     origin.add_user()
-    assert torch.equal(origin.compute(kept), again)
+    assert torch.equal(origin.compute(saved), repeated)
 
 
 @pytest.mark.parametrize("options", [{"dropout_p": 0.5}, {"attn_mask": torch.zeros(6, 6, requires_grad=True)}])
-def test_attention_that_draws_or_learns_its_mask_keeps_what_it_does(options):
-    attention, inputs = Attention(**options), heads()
+def test_attention_with_dropout_or_trainable_mask_is_not_compressed(options):
+    attention, inputs = Attention(**options), make_heads()
     mark_outputs(attention, compress=lambda: True)
     assert origin_of(attention(*inputs)) == ((), None)
     mark_outputs(exact := Attention())
@@ -283,7 +283,7 @@ def test_attention_that_draws_or_learns_its_mask_keeps_what_it_does(options):
 
 
 class Block(GluMlp):
-    """A followed block that does what a test says."""
+    """Tracked block that applies a function."""
 
     __module__, __qualname__ = GluMlp.__module__, GluMlp.__qualname__
 
@@ -295,15 +295,15 @@ class Block(GluMlp):
         return self.function(self.norm(z))
 
 
-def outcome(function, z=None):
-    """What the block gives for an input with a gradient."""
+def run_block(function, z=None):
+    """Return the block's output for an input with a gradient."""
     block = Block(function)
     mark_outputs(block)
     return block(torch.randn(2, 8, WIDTH, requires_grad=True) if z is None else z)
 
 
 SCALE = torch.randn(2, 1, WIDTH)
-MADE_AGAIN = {
+RECOMPUTED = {
     "windows": lambda x: torch.roll(x.view(2, 2, 4, WIDTH), (1, 1), (1, 2)).permute(0, 2, 1, 3).reshape(16, WIDTH),
     "padding": lambda x: F.pad(x, (0, 0, 0, 3)).transpose(1, 2).contiguous().flatten(1),
     "modulation": lambda x: x * (1 + SCALE) + SCALE,
@@ -312,7 +312,7 @@ MADE_AGAIN = {
     "gate": lambda x: x.sin() * F.silu(x),
     "product-from-the-right": lambda x: x.cos() * x,
 }
-LEFT_ALONE = {
+UNCHANGED = {
     "large-sum": lambda x: x + x.sin(),
     "slice": lambda x: x[:, 1:],
     "broadcast-output": lambda x: x[:, :1] * torch.randn(2, 8, WIDTH),
@@ -324,56 +324,56 @@ LEFT_ALONE = {
 }
 
 
-@pytest.mark.parametrize("name", MADE_AGAIN)
-def test_what_is_followed_is_computed_again_to_the_same_bits(name):
-    x = outcome(MADE_AGAIN[name])
-    kept, origin = origin_of(x)
+@pytest.mark.parametrize("name", RECOMPUTED)
+def test_tracked_operations_are_recomputed_bit_identically(name):
+    x = run_block(RECOMPUTED[name])
+    saved, origin = origin_of(x)
     origin.add_user()
-    again = origin.compute(kept)
-    assert torch.equal(again, x)
-    assert again.stride() == x.stride()
-    assert not again.requires_grad
+    repeated = origin.compute(saved)
+    assert torch.equal(repeated, x)
+    assert repeated.stride() == x.stride()
+    assert not repeated.requires_grad
 
 
-@pytest.mark.parametrize("name", LEFT_ALONE)
-def test_what_cannot_be_computed_again_or_saves_nothing_is_left_alone(name):
-    assert origin_of(outcome(LEFT_ALONE[name])) == ((), None)
+@pytest.mark.parametrize("name", UNCHANGED)
+def test_other_operations_are_not_marked(name):
+    assert origin_of(run_block(UNCHANGED[name])) == ((), None)
 
 
 @pytest.mark.parametrize("shape", [(2, 8, WIDTH), (2, 1, WIDTH), (WIDTH,)])
-def test_gradients_of_a_product_are_autograd_s_own(shape):
+def test_product_gradients_equal_autograd(shape):
     z, second = torch.randn(2, 8, WIDTH, requires_grad=True), torch.randn(shape, requires_grad=True)
     block = Block(lambda x: second * x)
     grads = []
     for follow in (mark_outputs, unmark_outputs):
         follow(block)
         grads.append(torch.autograd.grad(block(z).sin().sum(), (z, second)))
-    for mine, own in zip(*grads, strict=True):
-        assert torch.equal(mine, own)
+    for actual, reference in zip(*grads, strict=True):
+        assert torch.equal(actual, reference)
 
 
 @pytest.mark.parametrize("is_first", [False, True])
-def test_with_eight_bits_a_second_factor_is_held_by_nothing_else(is_first):
-    seconds = [torch.randn(2, 8, WIDTH, requires_grad=True) * 1]
-    held = weakref.ref(seconds[0])
-    block = Block(lambda x: seconds.pop() * F.gelu(x) if is_first else F.gelu(x) * seconds.pop())
+def test_compressed_second_factor_is_freed(is_first):
+    second_factors = [torch.randn(2, 8, WIDTH, requires_grad=True) * 1]
+    is_alive = weakref.ref(second_factors[0])
+    block = Block(lambda x: second_factors.pop() * F.gelu(x) if is_first else F.gelu(x) * second_factors.pop())
     mark_outputs(block, compress=lambda: True)
     y = block(torch.randn(2, 8, WIDTH, requires_grad=True))
-    assert held() is None
+    assert is_alive() is None
     y.sum().backward()
 
 
-def test_a_second_factor_that_was_written_to_is_torch_s_own_error():
+def test_write_to_second_factor_raises_torch_error():
     second = torch.randn(2, 8, WIDTH, requires_grad=True) * 1
-    y = outcome(lambda x: x * second)
+    y = run_block(lambda x: x * second)
     second.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 
 
-def test_shapes_that_do_not_fit_are_torch_s_own_error():
+def test_mismatched_shapes_raise_torch_error():
     with pytest.raises(RuntimeError, match=r"size of tensor a \(24\) must match the size of tensor b \(5\)"):
-        outcome(lambda x: x * torch.randn(2, 8, 5))
+        run_block(lambda x: x * torch.randn(2, 8, 5))
 
 
 @pytest.mark.parametrize(
@@ -384,9 +384,9 @@ def test_shapes_that_do_not_fit_are_torch_s_own_error():
         lambda x: torch.roll(input=x, shifts=1, dims=1),
         lambda x: torch.flatten(input=x, start_dim=1),
     ],
-    ids=["layout-of-the-first", "gelu", "roll", "flatten"],
+    ids=["layout-of-first-factor", "gelu", "roll", "flatten"],
 )
-def test_a_followed_function_gives_what_it_gives_else(function):
+def test_tracking_does_not_change_outputs(function):
     z = torch.randn(2, 8, WIDTH, requires_grad=True)
     block = Block(function)
     plain = block(z)
@@ -395,21 +395,21 @@ def test_a_followed_function_gives_what_it_gives_else(function):
     assert block(z).stride() == plain.stride()
 
 
-def test_summands_may_be_written_to_and_outputs_stored(tmp_path):
+def test_summands_can_change_and_outputs_can_be_pickled(tmp_path):
     shift = torch.randn(WIDTH)
-    y = outcome(lambda x: x + shift)
-    kept, origin = origin_of(y)
+    y = run_block(lambda x: x + shift)
+    saved, origin = origin_of(y)
     expected = y.detach().clone()
     shift.zero_()
     origin.add_user()
-    assert torch.equal(origin.compute(kept), expected)
+    assert torch.equal(origin.compute(saved), expected)
     y.sum().backward()
     torch.save(y, tmp_path / "y.pt")
     assert origin_of(torch.load(tmp_path / "y.pt", weights_only=False)) == ((), None)
 
 
 @pytest.mark.parametrize("is_disabled", [False, True])
-def test_second_derivatives_are_refused_and_not_lost(is_disabled):
+def test_double_backward_raises(is_disabled):
     model, x = adapted("timm-swiglu")
     x.requires_grad_()
     with model.model.disable_adapter() if is_disabled else nullcontext():
@@ -420,7 +420,7 @@ def test_second_derivatives_are_refused_and_not_lost(is_disabled):
             torch.autograd.grad(loss, x, create_graph=True)
 
 
-def test_interrupted_blocks_end_too():
+def test_keyboard_interrupt_ends_tracking():
     def interrupt(x):
         raise KeyboardInterrupt
 
@@ -430,14 +430,14 @@ def test_interrupted_blocks_end_too():
         block(torch.randn(2, 8, WIDTH, requires_grad=True))
     x = torch.randn(3, requires_grad=True)
     assert origin_of(F.gelu(x)) == ((), None)
-    assert origin_of(outcome(MADE_AGAIN["windows"]))[1] is not None
+    assert origin_of(run_block(RECOMPUTED["windows"]))[1] is not None
     assert origin_of(F.gelu(x)) == ((), None)
-    while (mode := _get_current_function_mode()) is not None:  # it stays, and does nothing
+    while (mode := _get_current_function_mode()) is not None:  # the mode remains, without effect
         mode.__exit__(None, None, None)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at it
-def test_a_compiled_part_of_a_followed_block_is_left_to_the_compiler():
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo inspects it
+def test_compiled_part_of_tracked_block_is_not_tracked():
     part = torch.compile(lambda x: F.gelu(x.view(16, WIDTH)) * 2, backend="eager", fullgraph=True)
     z = torch.randn(2, 8, WIDTH, requires_grad=True)
     block = Block(part)
@@ -447,7 +447,7 @@ def test_a_compiled_part_of_a_followed_block_is_left_to_the_compiler():
 
 
 class Checkpointed(SwiGLU):
-    """A block that checkpoints a part of itself."""
+    """Block that checkpoints a part of itself."""
 
     __module__, __qualname__ = SwiGLU.__module__, SwiGLU.__qualname__
 
@@ -463,7 +463,7 @@ class Checkpointed(SwiGLU):
 
 
 @pytest.mark.parametrize("compress", [False, True])
-def test_a_part_of_a_followed_block_may_be_checkpointed(compress):
+def test_part_of_tracked_block_can_be_checkpointed(compress):
     def train(**settings):
         torch.manual_seed(0)
         base = nn.Sequential(nn.Linear(WIDTH, WIDTH), Checkpointed())
@@ -479,9 +479,9 @@ def test_a_part_of_a_followed_block_may_be_checkpointed(compress):
         assert_same_bits(exact, train())
 
 
-@pytest.mark.parametrize("settings", [{}, {"compress_activations": True}], ids=["exact", "eight-bits"])
+@pytest.mark.parametrize("settings", [{}, {"compress_activations": True}], ids=["exact", "int8"])
 @pytest.mark.parametrize("part", ["attn", "ff", "ff_context"])
-def test_a_followed_block_within_a_checkpointed_part_of_another_one(part, settings):
+def test_tracked_block_inside_checkpointed_part_of_another_block(part, settings):
     def train(is_checkpointed):
         model, x = adapted("sd3", **settings)
         for block in model.model.base_model.model.transformer_blocks if is_checkpointed else ():
@@ -491,13 +491,13 @@ def test_a_followed_block_within_a_checkpointed_part_of_another_one(part, settin
         model(x).square().sum().backward()
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
-    plain, again = train(False), train(True)
-    assert relative_error(again, plain) < (0.05 if settings else 1e-6)
+    plain, repeated = train(False), train(True)
+    assert relative_error(repeated, plain) < (0.05 if settings else 1e-6)
 
 
-def test_after_the_backward_pass_of_a_checkpointed_layer_nothing_is_held():
+def test_checkpointed_layer_frees_recomputed_input_after_backward():
     linear = get_peft_model(nn.Sequential(nn.Linear(WIDTH, 3)), SnellaConfig(r=2, target_modules=["0"])).train()
-    x = outcome(MADE_AGAIN["windows"])
+    x = run_block(RECOMPUTED["windows"])
     origin = origin_of(x)[1]
     y = checkpoint(linear, x, use_reentrant=False)
     y.sum().backward()
@@ -517,41 +517,41 @@ def heads_first(x):
     ],
     ids=["attention", "gelu"],
 )
-def test_layouts_with_eight_bits_are_those_of_the_forward_pass(function):
+def test_compression_preserves_memory_layouts(function):
     block, linear = Block(lambda x: function(linear(x)).view(2, 8, WIDTH)), nn.Linear(WIDTH, WIDTH)
     mark_outputs(block, compress=lambda: True)
     y = block(torch.randn(2, 8, WIDTH, requires_grad=True))
-    kept, origin = origin_of(y)
+    saved, origin = origin_of(y)
     origin.add_user()
-    again = origin.compute(kept)
-    assert again.stride() == y.stride()
-    torch.testing.assert_close(again, y, rtol=0, atol=0.05)
+    repeated = origin.compute(saved)
+    assert repeated.stride() == y.stride()
+    torch.testing.assert_close(repeated, y, rtol=0, atol=0.05)
     y.sum().backward()
 
 
-def test_outside_of_a_followed_block_nothing_is_followed():
+def test_operations_outside_tracked_blocks_are_not_tracked():
     norm, z = nn.LayerNorm(WIDTH), torch.randn(2, 8, WIDTH, requires_grad=True)
     mark_outputs(norm)
     assert origin_of(norm(z).view(16, WIDTH)) == ((), None)
     with torch.no_grad():
-        assert origin_of(outcome(MADE_AGAIN["windows"])) == ((), None)
+        assert origin_of(run_block(RECOMPUTED["windows"])) == ((), None)
 
 
-def test_following_ends_with_the_block_whatever_happens_in_it():
+def test_tracking_ends_after_an_exception():
     def fail(x):
         assert _get_current_function_mode() is not None
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
-        outcome(fail)
+        run_block(fail)
     assert _get_current_function_mode() is None
     inner = Block(lambda x: x * 2)
     mark_outputs(inner)
-    assert origin_of(outcome(lambda x: inner(x)))[1] is not None
+    assert origin_of(run_block(lambda x: inner(x)))[1] is not None
     assert _get_current_function_mode() is None
 
 
-def test_a_model_without_its_adapters_follows_nothing():
+def test_unloaded_model_has_no_tracking():
     model, _ = adapted("timm-swiglu", compress_activations=True)
     plain = model.model.unload()
     assert not any(
@@ -560,13 +560,13 @@ def test_a_model_without_its_adapters_follows_nothing():
     )
 
 
-def test_autocast_keeps_nothing_of_an_input_that_is_computed_again():
+def test_autocast_does_not_save_recomputed_inputs():
     def kept(**settings):
         model, x = adapted("vit", **settings)
         with torch.autocast("cpu", torch.bfloat16):
             return step(model, x)[1]
 
-    # of four inputs a block in bfloat16 three are computed again, the fourth is what attention keeps
+    # three of four bfloat16 inputs per block are recomputed; attention saves the fourth
     wide, blocks, images, tokens = 64, 2, 8, 17
     saved = kept(recompute_inputs=False) - kept()
     assert saved >= 2 * (wide + wide + 4 * wide) * blocks * images * tokens

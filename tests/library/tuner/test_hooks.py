@@ -1,4 +1,4 @@
-"""What others hang around a base layer runs around the adapted layer too, as it does in LoRA."""
+"""Hooks of torch, accelerate and diffusers on base layers of adapters."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def conv() -> nn.Sequential:
 
 
 class Attention(nn.Module):
-    """An attention that is called as a model calls it."""
+    """Model that calls an attention."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ def inputs(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("is_training", [False, True], ids=["no_grad", "training"])
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("method", METHODS)
-def test_forward_hooks_of_a_base_layer_run_and_may_change_its_input_and_output(method, kind, is_training):
+def test_forward_hooks_of_base_layer_can_change_input_and_output(method, kind, is_training):
     make, targets, shape = MODELS[kind]
     base, x = make(), inputs(*shape)
     layer = base.attn if kind == "attention" else base[2]
@@ -80,21 +80,21 @@ def test_forward_hooks_of_a_base_layer_run_and_may_change_its_input_and_output(m
         expected = adapt(copy.deepcopy(base), targets, method).train(is_training)(x) + 1
         layer.register_forward_pre_hook(before)
         layer.register_forward_hook(after)
-        found = adapt(base, targets, method).train(is_training)(x)
+        actual = adapt(base, targets, method).train(is_training)(x)
     assert calls == ["before", "after"]
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(actual, expected)
 
 
-def test_backward_hooks_of_a_base_layer_run():
-    base, seen = net(), []
-    base[2].register_full_backward_hook(lambda module, grad_in, grad_out: seen.append(grad_out[0]))
+def test_backward_hooks_of_base_layer_run():
+    base, calls_seen = net(), []
+    base[2].register_full_backward_hook(lambda module, grad_in, grad_out: calls_seen.append(grad_out[0]))
     model = adapt(base).train()
     model(inputs(3, 8)).sum().backward()
-    assert len(seen) == 1
-    assert torch.equal(seen[0], torch.ones(3, 8))
+    assert len(calls_seen) == 1
+    assert torch.equal(calls_seen[0], torch.ones(3, 8))
 
 
-def test_gradients_are_those_without_hooks():
+def test_hooks_do_not_change_gradients():
     plain, hooked, x = adapt(net()).train(), net(), inputs(3, 8)
     hooked[0].register_forward_hook(lambda *_: None)
     hooked = adapt(hooked).train()
@@ -108,7 +108,7 @@ def test_gradients_are_those_without_hooks():
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("kind", ["linear", "conv"])
-def test_an_offloaded_model_gives_its_outputs_is_offloaded_again_and_merges(kind, when):
+def test_offloaded_model_runs_and_merges(kind, when):
     make, targets, shape = MODELS[kind]
     x = inputs(*shape)
     with torch.no_grad():
@@ -126,7 +126,7 @@ def test_an_offloaded_model_gives_its_outputs_is_offloaded_again_and_merges(kind
         assert torch.equal(model.merge_and_unload()(x), expected)
 
 
-def test_an_adapter_of_an_offloaded_model_trains():
+def test_adapter_of_offloaded_model_trains():
     plain, x = adapt(net()).train(), inputs(3, 8)
     model = adapt(accelerate.cpu_offload(net(), execution_device="cpu")).train()
     for trained in (plain, model):
@@ -136,10 +136,10 @@ def test_an_adapter_of_an_offloaded_model_trains():
         assert torch.equal(getattr(model.base_model.model[0], name)["default"].grad, expected)
 
 
-@pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter:UserWarning")  # PEFT's, of any method
+@pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter:UserWarning")  # warning of PEFT
 @pytest.mark.parametrize("method", ["snella", "lora"])
-def test_an_adapter_is_loaded_into_a_model_that_lies_on_disk_in_part(method, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # PEFT writes its copy of the files below the present folder
+def test_adapter_loads_into_partially_disk_offloaded_model(method, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # PEFT writes its copy of the files below the working directory
 
     def build():
         torch.manual_seed(0)
@@ -156,22 +156,24 @@ def test_an_adapter_is_loaded_into_a_model_that_lies_on_disk_in_part(method, tmp
         expected = model(x).logits
     model.save_pretrained(tmp_path / "adapter")
     build().save_pretrained(tmp_path / "base")
-    places = {"model.layers.1": "disk"}
-    places |= dict.fromkeys(
+    device_map = {"model.layers.1": "disk"}
+    device_map |= dict.fromkeys(
         ["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"], "cpu"
     )
     folder = tmp_path / "offloaded"
-    base = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base", device_map=places, offload_folder=folder)
+    base = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path / "base", device_map=device_map, offload_folder=folder
+    )
     assert base.model.layers[1].self_attn.q_proj.weight.is_meta
-    within = {f"base_model.model.{name}": place for name, place in places.items()}
-    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter", device_map=within, offload_dir=folder)
+    context = {f"base_model.model.{name}": device for name, device in device_map.items()}
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter", device_map=context, offload_dir=folder)
     with torch.no_grad():
         assert torch.equal(loaded(x).logits, expected)
         assert loaded.base_model.model.model.layers[1].self_attn.q_proj.base_layer.weight.is_meta
         torch.testing.assert_close(loaded.merge_and_unload()(x).logits, expected)
 
 
-def test_hooks_that_only_move_inputs_are_left_alone():
+def test_device_hooks_are_not_affected():
     x, base = inputs(3, 8), net()
     expected = adapt(net())(x)
     model = adapt(accelerate.dispatch_model(base, {"": "cpu"}, force_hooks=True))
@@ -181,7 +183,7 @@ def test_hooks_that_only_move_inputs_are_left_alone():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_weights_stored_in_eight_bits_are_widened_for_each_pass(when, dtype):
+def test_layerwise_casting_is_supported(when, dtype):
     base, x = net().to(dtype), inputs(3, 8).to(dtype)
     with torch.no_grad():
         for parameter in base.parameters():
@@ -195,7 +197,7 @@ def test_weights_stored_in_eight_bits_are_widened_for_each_pass(when, dtype):
         apply_layerwise_casting(model, torch.float8_e4m3fn, dtype, skip_modules_pattern=["snella_"])
     layer = model.base_model.model[0]
     with torch.no_grad():
-        # drawn alike, and rounded to the base weight's dtype only where that has sixteen bits
+        # equal random values, rounded to the base weight's dtype only for 16-bit weights
         for own, drawn in zip(reference.parameters(), model.parameters(), strict=True):
             own.copy_(drawn.float())
         assert torch.equal(model(x), reference.eval()(x))
@@ -211,7 +213,7 @@ def test_weights_stored_in_eight_bits_are_widened_for_each_pass(when, dtype):
         model.merge_adapter()
 
 
-def test_a_weight_in_eight_bits_or_without_data_is_refused_by_name():
+def test_float8_or_meta_weight_raises_with_name():
     x = inputs(3, 8)
     model = adapt(net())
     model.base_model.model[2].base_layer.to(torch.float8_e4m3fn)
@@ -225,7 +227,7 @@ def test_a_weight_in_eight_bits_or_without_data_is_refused_by_name():
         torch.nn.functional.linear(x, model.base_model.model[2].weight)
 
 
-def test_a_replaced_forward_is_refused_by_name():
+def test_replaced_forward_raises_with_name():
     base = net()
     base[2].forward = types.MethodType(lambda self, x: nn.functional.linear(x, self.weight) * 2, base[2])
     with pytest.raises(NotImplementedError, match=r"the forward\(\) of an adapted Linear was replaced by .*lambda"):
@@ -233,7 +235,7 @@ def test_a_replaced_forward_is_refused_by_name():
 
 
 @torch.no_grad()
-def test_a_graph_runs_the_hooks_of_a_base_layer():
+def test_compiled_graph_runs_hooks_of_base_layer():
     base, calls = net(), []
     for layer in (base[0], base[2]):
         layer.register_forward_hook(lambda *_: calls.append(1))
@@ -244,29 +246,29 @@ def test_a_graph_runs_the_hooks_of_a_base_layer():
     assert calls == [1, 1]
 
 
-class Triple(accelerate.hooks.ModelHook):
+class TripleOutput(accelerate.hooks.ModelHook):
     def post_forward(self, module, output):
         return output * 3
 
 
-def hang_torch(layer: nn.Module) -> None:
+def add_torch_hook(layer: nn.Module) -> None:
     layer.register_forward_hook(lambda _module, _inputs, y: y * 3)
 
 
-def hang_accelerate(layer: nn.Module) -> None:
-    accelerate.hooks.add_hook_to_module(layer, Triple())
+def add_accelerate_hook(layer: nn.Module) -> None:
+    accelerate.hooks.add_hook_to_module(layer, TripleOutput())
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("hang", [hang_torch, hang_accelerate])
+@pytest.mark.parametrize("add_hook", [add_torch_hook, add_accelerate_hook])
 @pytest.mark.parametrize("hooked", [0, 2])
-def test_a_compiled_layer_is_not_used_again_for_one_that_differs_in_hooks_alone(hang, hooked):
+def test_compiled_layer_recompiles_for_different_hooks(add_hook, hooked):
     torch._dynamo.reset()
     base, x = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3))), inputs(3, 8)
     model = get_peft_model(base, SnellaConfig(r=2, target_modules=["0", "1", "2"]))
     without = model(x)
     layers = model.base_model.model
-    hang(layers[hooked].base_layer)
+    add_hook(layers[hooked].base_layer)
     expected = model(x)
     assert (expected - without).abs().max() > 0.1
     for adapted in (model, copy.deepcopy(model)):
@@ -276,7 +278,7 @@ def test_a_compiled_layer_is_not_used_again_for_one_that_differs_in_hooks_alone(
 
 
 @torch.no_grad()
-def test_a_compiled_attention_is_not_used_again_for_one_that_differs_in_hooks_alone():
+def test_compiled_attention_recompiles_for_different_hooks():
     torch._dynamo.reset()
     base, x = nn.Sequential(Attention(), Attention()), inputs(2, 3, 8)
     model = get_peft_model(base, SnellaConfig(r=2, target_modules=["attn"]))
@@ -290,7 +292,7 @@ def test_a_compiled_attention_is_not_used_again_for_one_that_differs_in_hooks_al
 
 
 @torch.no_grad()
-def test_a_hook_that_comes_or_goes_after_compiling_counts():
+def test_hook_changes_after_compilation_take_effect():
     torch._dynamo.reset()
     model, x = adapt(net()), inputs(3, 8)
     compiled = torch.compile(model, backend="eager")

@@ -1,4 +1,4 @@
-"""Another adapter in a running model."""
+"""Replacement of an adapter in a running model."""
 
 import gc
 import sys
@@ -36,7 +36,7 @@ def adapted(seed, **changes):
             if parameter.requires_grad:
                 parameter.add_(torch.rand(parameter.shape, generator=generator), alpha=0.3)
         for module in model.modules():
-            if isinstance(module, SnellaLayer):  # other budgets in each task
+            if isinstance(module, SnellaLayer):  # different budgets per task
                 module.set_budget("default", [budget // seed for budget in module.budgets("default")])
     return model.eval()
 
@@ -58,7 +58,7 @@ def weights(model):
 
 
 @pytest.mark.parametrize("is_merged", [True, False])
-def test_outputs_are_those_of_a_freshly_loaded_model_and_the_base_is_restored_bit_for_bit(folders, is_merged):
+def test_outputs_equal_freshly_loaded_model_and_unmerge_restores_base(folders, is_merged):
     model = PeftModel.from_pretrained(backbone(), folders["one"]).eval()
     before = weights(model)
     if is_merged:
@@ -72,7 +72,7 @@ def test_outputs_are_those_of_a_freshly_loaded_model_and_the_base_is_restored_bi
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(model).items())
 
 
-def test_an_adapter_in_memory_reads_nothing_and_keeps_its_thresholds(folders, monkeypatch):
+def test_adapter_in_memory_reads_no_file_and_reuses_thresholds(folders, monkeypatch):
     model = PeftModel.from_pretrained(backbone(), folders["one"]).eval()
     model.merge_adapter()
     values = {name: hotswap(model, folder) for name, folder in folders.items()}
@@ -85,7 +85,7 @@ def test_an_adapter_in_memory_reads_nothing_and_keeps_its_thresholds(folders, mo
     assert values["one"].num_bytes < 0.5 * sum(p.numel() * 4 for p in backbone().parameters())
 
 
-def test_a_state_dict_serves_as_well_as_a_folder(folders):
+def test_state_dict_can_be_swapped_in(folders):
     model, other = (PeftModel.from_pretrained(backbone(), folders[name]).eval() for name in ("one", "one"))
     state = {
         name: tensor + 0.01 for name, tensor in get_peft_model_state_dict(other).items() if tensor.is_floating_point()
@@ -96,7 +96,7 @@ def test_a_state_dict_serves_as_well_as_a_folder(folders):
     assert torch.equal(merged.head.weight, state["base_model.model.head.weight"])
 
 
-def test_a_compiled_model_is_not_compiled_again(folders):
+def test_swap_does_not_recompile(folders):
     torch._dynamo.reset()
     model = PeftModel.from_pretrained(backbone(), folders["one"]).eval()
     model.merge_adapter()
@@ -112,12 +112,12 @@ def test_a_compiled_model_is_not_compiled_again(folders):
     torch._dynamo.reset()
 
 
-def test_no_tensor_is_added_or_replaced(folders):
+def test_tensors_keep_their_identity(folders):
     model = PeftModel.from_pretrained(backbone(), folders["one"]).eval()
     model.merge_adapter()
     values = [AdapterValues.read(folder) for folder in folders.values()]
-    for one in values:
-        hotswap(model, one)
+    for adapter_values in values:
+        hotswap(model, adapter_values)
 
     def storages():
         gc.collect()
@@ -129,13 +129,13 @@ def test_no_tensor_is_added_or_replaced(folders):
 
     addresses, before = [p.data_ptr() for p in model.parameters()], storages()
     for _ in range(3):
-        for one in values:
-            hotswap(model, one)
+        for adapter_values in values:
+            hotswap(model, adapter_values)
     assert [p.data_ptr() for p in model.parameters()] == addresses
     assert len(storages()) <= len(before)
 
 
-def test_convolutions_transposed_weights_and_attention_follow(tmp_path):
+def test_convolution_conv1d_and_attention_are_swapped(tmp_path):
     from transformers.pytorch_utils import Conv1D
 
     class Net(nn.Module):
@@ -168,7 +168,7 @@ def test_convolutions_transposed_weights_and_attention_follow(tmp_path):
             assert torch.equal(model(images), make(1).merge_and_unload()(images))
 
 
-def test_what_does_not_fit_is_refused_and_changes_nothing(folders, tmp_path):
+def test_mismatched_adapter_raises_without_changes(folders, tmp_path):
     model = PeftModel.from_pretrained(backbone(), folders["one"]).eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     adapted(1, kernel="p_linear").save_pretrained(tmp_path / "kernel")
@@ -193,7 +193,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(folders, tmp_path):
 
 @pytest.mark.parametrize("backend", ["numba", "eager"])
 @pytest.mark.parametrize("budget", [0, 37, 13 * 11])
-def test_writing_an_effective_weight_again_gives_the_same_bits(backend, budget):
+def test_repeated_write_of_effective_weight_is_bit_identical(backend, budget):
     if backend == "numba":
         pytest.importorskip("numba")
     torch.manual_seed(0)
@@ -202,8 +202,8 @@ def test_writing_an_effective_weight_again_gives_the_same_bits(backend, budget):
         torch.randn(1, 11, 8), torch.randn(13, 8), torch.tensor([[0.1, -0.1]]), torch.ones(1), torch.zeros(1)
     )
     weight, update = torch.randn(13, 11), Update(spec, factors, (budget,))
-    wanted, _ = compute_effective_weight(weight, [update], weight.shape)
+    expected_weight, _ = compute_effective_weight(weight, [update], weight.shape)
     cache, strided = MergeCache(), torch.empty(11, 13).T
     for out in (torch.empty(13, 11), torch.empty(13, 11), torch.empty(13, 11), strided):
         write_effective_weight(weight, update, out, cache)
-        assert torch.equal(out, wanted)
+        assert torch.equal(out, expected_weight)

@@ -1,4 +1,4 @@
-"""Equations 7 to 11, worked by hand and against the authors' allocator."""
+"""Eqs. 7 to 11, hand-computed and against the authors' allocator."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ PARITY = Path(__file__).parents[1] / "functions" / "official_parity"
 
 
 def matrices(shapes, **settings):
-    """Adapted matrices of bare linear layers, `[in, out]` each."""
+    """Return the adapted matrices of linear layers with shapes `(in, out)`."""
     model = nn.ModuleList([nn.Linear(inn, out) for inn, out in shapes])
     settings = {"r": 4, "init_weights": False} | settings
     model = get_peft_model(model, SnellaConfig(target_modules=[str(k) for k in range(len(shapes))], **settings))
     return adapted_matrices(model)
 
 
-def show(matrix, A, B, grad_A, grad_B):
-    """Let a matrix have these factors and gradients."""
+def set_factors(matrix, A, B, grad_A, grad_B):
+    """Set the factors and gradients of a matrix."""
     layer = matrix.layer
     for factor, value, grad in (
         (layer.snella_A["default"], A[None], grad_A[None]),
@@ -39,36 +39,36 @@ def show(matrix, A, B, grad_A, grad_B):
         factor.grad = grad.to(factor.dtype).clone()
 
 
-def test_three_steps_worked_by_hand():
+def test_three_steps_equal_hand_computation():
     (matrix,) = matrices([(1, 1)], r=1, num_pieces=1)
     tracker = ImportanceTracker([matrix], beta1=0.75, beta2=0.25)
     assert tracker.scores() == [0]
-    one = torch.ones(1, 1)
-    # A: |∇A·A| = 2, 4, 1; B: always |−3·1| = 3, without any uncertainty
+    ones = torch.ones(1, 1)
+    # A: |∇A·A| = 2, 4, 1; B: always |−3·1| = 3, with uncertainty 0
     for grad in (2.0, -4.0, 1.0):
-        show(matrix, one, one, grad * one, -3 * one)
+        set_factors(matrix, ones, ones, grad * ones, -3 * ones)
         tracker.update()
     # Ī: 2 → 0.75·2 + 0.25·4 = 2.5 → 0.75·2.5 + 0.25·1 = 2.125
     # U: 0 → 0.25·0 + 0.75·|2.5 − 4| = 1.125 → 0.25·1.125 + 0.75·|2.125 − 1| = 1.125
     assert tracker.scores() == [pytest.approx(2.125 * 1.125)]
 
 
-def test_starting_at_zero_worked_by_hand():
+def test_zero_init_ema_equals_hand_computation():
     (matrix,) = matrices([(1, 1)], r=1, num_pieces=1)
     tracker = ImportanceTracker([matrix], beta1=0.75, beta2=0.25, zero_init_ema=True)
-    one = torch.ones(1, 1)
+    ones = torch.ones(1, 1)
     for _ in range(2):
-        show(matrix, one, one, 4 * one, 0 * one)
+        set_factors(matrix, ones, ones, 4 * ones, 0 * ones)
         tracker.update()
     # Ī: 0.25·4 = 1 → 0.75·1 + 0.25·4 = 1.75; U: 0.75·|1 − 4| = 2.25 → 0.25·2.25 + 0.75·|1.75 − 4| = 2.25
     assert tracker.scores() == [pytest.approx(1.75 * 2.25)]
 
 
-def test_both_factors_are_averaged_over_their_own_entries():
+def test_each_factor_is_averaged_over_its_entries():
     (matrix,) = matrices([(2, 3)], r=1, num_pieces=1)
     tracker = ImportanceTracker([matrix], beta1=0.5, beta2=0.5, zero_init_ema=True)
     A, B = torch.tensor([[1.0], [3.0]]), torch.tensor([[1.0], [2.0], [3.0]])
-    show(matrix, A, B, torch.ones(2, 1), torch.ones(3, 1))
+    set_factors(matrix, A, B, torch.ones(2, 1), torch.ones(3, 1))
     tracker.update()
     # Ī = I/2, U = I/4: the product is I²/8
     assert tracker.scores() == [pytest.approx((1 + 9) / 2 / 8 + (1 + 4 + 9) / 3 / 8)]
@@ -85,7 +85,7 @@ def test_half_precision_gradients_are_multiplied_in_float32():
     assert tracker._averages["0/A"].item() == pytest.approx(1e-8, rel=0.01)
 
 
-def test_magnitude_needs_no_gradient_and_sensitivity_is_zero_without_one():
+def test_magnitude_needs_no_gradient_and_sensitivity_is_0_without_one():
     (matrix,) = matrices([(2, 3)])
     magnitude = ImportanceTracker([matrix], metric="magnitude", zero_init_ema=True)
     magnitude.update()
@@ -98,7 +98,7 @@ def test_magnitude_needs_no_gradient_and_sensitivity_is_zero_without_one():
     assert sensitivity.scores() == [0]
 
 
-def test_a_matrix_has_a_gradient_if_both_factors_do_and_one_of_them_is_not_zero():
+def test_with_gradient_requires_both_gradients_and_a_nonzero_one():
     with_one, without = matrices([(2, 3), (3, 2)])
     tracker = ImportanceTracker([with_one, without])
     assert tracker.with_gradient() == set()
@@ -113,7 +113,7 @@ def test_a_matrix_has_a_gradient_if_both_factors_do_and_one_of_them_is_not_zero(
 
 
 @pytest.mark.parametrize("metric", ["delta_magnitude", "delta_mean_magnitude"])
-def test_delta_magnitude_smooths_every_entry_of_the_update_or_their_mean(metric):
+def test_delta_magnitude_smooths_all_entries_or_their_mean(metric):
     (matrix,) = matrices([(2, 3)], init_sparsity=0.5)
     tracker = ImportanceTracker([matrix], metric=metric, beta1=0.5, beta2=0.5, zero_init_ema=True)
     tracker.update()
@@ -132,7 +132,7 @@ def test_delta_magnitude_smooths_every_entry_of_the_update_or_their_mean(metric)
     assert tracker.scores() == [pytest.approx(expected.mean().item(), rel=1e-5)]
 
 
-def test_the_parts_of_a_fused_layer_have_importances_of_their_own(vit):
+def test_matrices_of_fused_layer_have_separate_importance(vit):
     parts = adapted_matrices(vit.adapted(target_modules=["blocks.0.attn.qkv"]))
     layer = parts[0].layer
     layer.snella_A["default"].grad = torch.ones_like(layer.snella_A["default"])
@@ -144,7 +144,7 @@ def test_the_parts_of_a_fused_layer_have_importances_of_their_own(vit):
     assert k > 20 * max(q, v)
 
 
-def test_a_state_is_restored_and_independent_of_its_source():
+def test_loaded_state_is_independent_of_its_source():
     pair = matrices([(2, 3), (3, 2)])
     tracker = ImportanceTracker(pair, metric="magnitude", zero_init_ema=True)
     tracker.update()
@@ -156,42 +156,44 @@ def test_a_state_is_restored_and_independent_of_its_source():
     assert other.scores() == before
 
 
-def test_a_state_of_other_matrices_is_refused_with_the_first_name():
+def test_state_of_other_matrices_raises_with_name():
     tracker = ImportanceTracker(matrices([(2, 3), (3, 2)]), metric="magnitude")
     tracker.update()
     with pytest.raises(ValueError, match=r"has the matrix '1', which this model does not adapt; .* \['0'\]"):
         ImportanceTracker(matrices([(2, 3)])).load_state_dict(tracker.state_dict())
 
 
-def test_the_authors_allocator_is_reproduced():
+def test_authors_allocator_is_reproduced():
     record = json.loads((PARITY / "official.json").read_text())["allocator"]
     tensors = load_file(PARITY / "official.safetensors")
-    competitors = matrices(record["layers"], preset="official", r=4)
-    caps = [matrix.size for matrix in competitors]
-    tracker = ImportanceTracker(competitors, beta1=record["beta1"], beta2=record["beta2"], zero_init_ema=True)
+    matrices_by_name = matrices(record["layers"], preset="official", r=4)
+    caps = [matrix.size for matrix in matrices_by_name]
+    tracker = ImportanceTracker(matrices_by_name, beta1=record["beta1"], beta2=record["beta2"], zero_init_ema=True)
     target = sum(caps) - round(record["target_sparsity"] * sum(caps))
 
     def joined(pieces):
         return pieces.transpose(0, 1).reshape(pieces.shape[1], -1)
 
-    compared = 0
+    num_compared = 0
     for entry in record["trace"]:
         epoch = entry["epoch"]
         assert budget_at(epoch, record["epochs"], sum(caps), target) == entry["budget"]
         if entry["score"] is not None:
             scores = tracker.scores()
             shares = [score / sum(scores) for score in scores]
-            theirs = [entry["score"][f"l.{k}"] for k in range(len(caps))]
-            assert shares == pytest.approx(theirs, rel=1e-5, abs=1e-9)
-            # they count in float32 and cut fractions off
+            their_budgets = [entry["score"][f"l.{k}"] for k in range(len(caps))]
+            assert shares == pytest.approx(their_budgets, rel=1e-5, abs=1e-9)
+            # the authors' code computes in float32 and truncates fractions
             counts = allocate(scores, caps, int(entry["budget"]))
-            kept = [(1 - entry["sparsity"][f"l.{k}"]) * cap for k, cap in enumerate(caps)]
-            assert all(abs(ours - theirs) <= 3 for ours, theirs in zip(counts, kept, strict=True)), (counts, kept)
-            compared += 1
+            saved = [(1 - entry["sparsity"][f"l.{k}"]) * cap for k, cap in enumerate(caps)]
+            assert all(
+                abs(our_name - their_budgets) <= 3 for our_name, their_budgets in zip(counts, saved, strict=True)
+            ), (counts, saved)
+            num_compared += 1
         for step in range(record["steps_per_epoch"]):
-            for k, matrix in enumerate(competitors):
+            for k, matrix in enumerate(matrices_by_name):
                 at = f"alloc.e{epoch}.s{step}.l{k}."
                 names = ("In_Qs", "Out_Qs", "grad_In_Qs", "grad_Out_Qs")
-                show(matrix, *(joined(tensors[at + name]) for name in names))
+                set_factors(matrix, *(joined(tensors[at + name]) for name in names))
             tracker.update()
-    assert compared == record["epochs"] - 1
+    assert num_compared == record["epochs"] - 1

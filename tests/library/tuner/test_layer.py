@@ -1,4 +1,4 @@
-"""One adapted layer: initial values, scaling, merging, precision, checkpointing, regularization."""
+"""`SnellaLayer`: initialization, scaling, merging, precision, checkpointing, regularization."""
 
 from __future__ import annotations
 
@@ -31,15 +31,17 @@ def first_layer(model):
     return layers(model)[0]
 
 
-def sequential(out=12, inn=10, dtype=None):
+def sequential(out_features=12, in_features=10, dtype=None):
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(inn, out, dtype=dtype), nn.Tanh(), nn.Linear(out, 3, dtype=dtype))
+    return nn.Sequential(
+        nn.Linear(in_features, out_features, dtype=dtype), nn.Tanh(), nn.Linear(out_features, 3, dtype=dtype)
+    )
 
 
 # initial values -----------------------------------------------------------------------------------------------------
 
 
-def test_factors_are_drawn_from_the_documented_range_matrix_by_matrix():
+def test_factors_are_initialized_in_the_documented_range_per_matrix():
     model = adapted(nn.Sequential(nn.Linear(64, 96)), r=8, init_weights=True, qkv_groups={"0": [64, 32]})
     layer = first_layer(model)
     A, B = layer.snella_A["default"], layer.snella_B["default"]
@@ -48,7 +50,7 @@ def test_factors_are_drawn_from_the_documented_range_matrix_by_matrix():
         assert 0.9 * bound < factor.abs().max() <= bound
 
 
-def test_scalars_start_at_the_documented_values():
+def test_scalars_have_documented_initial_values():
     layer = first_layer(adapted(sequential(), num_pieces=4, learn_temperature=True))
     assert layer.snella_piece_coeff["default"].tolist() == [pytest.approx([0.1, -0.1, 0.1, -0.1])]
     assert layer.snella_alpha["default"].tolist() == [1]
@@ -67,13 +69,13 @@ def test_scalars_start_at_the_documented_values():
         ("mix_k", {"piece_coeff", "alpha", "beta"}),
     ],
 )
-def test_a_layer_has_the_scalars_of_its_kernel_and_no_others(kernel, scalars):
+def test_layer_has_only_the_scalars_of_its_kernel(kernel, scalars):
     layer = first_layer(adapted(sequential(), kernel=kernel))
     present = {name for name in ("piece_coeff", "alpha", "beta", "temperature") if getattr(layer, f"snella_{name}")}
     assert present == scalars
 
 
-def test_a_wide_layer_starts_next_to_its_pretrained_weight():
+def test_initial_update_of_wide_layer_is_small():
     torch.manual_seed(0)
     layer = first_layer(adapted(nn.Sequential(nn.Linear(768, 768)), r=8, init_weights=True))
     update = layer.get_delta_weight("default")
@@ -81,8 +83,8 @@ def test_a_wide_layer_starts_next_to_its_pretrained_weight():
     assert update.abs().max() < 1e-4
 
 
-def start_of(layer, **settings):
-    """`√n · rms(S) / rms(W0)` of a fresh adapter, and its `α`."""
+def initial_ratio(layer, **settings):
+    """Return `√n · rms(S) / rms(W0)` and `α` of a new adapter."""
     torch.manual_seed(0)
     fresh = first_layer(adapted(nn.Sequential(layer), r=8, init_weights=True, **settings))
     update, weight = fresh.sparse_updates("default")[0], fresh.base_layer.weight
@@ -91,28 +93,28 @@ def start_of(layer, **settings):
 
 
 @pytest.mark.parametrize("settings", [{}, {"preset": "official"}, {"softmax_dim": 1}], ids=str)
-def test_a_narrow_layer_starts_next_to_its_pretrained_weight(settings):
+def test_initial_update_of_narrow_layer_is_bounded(settings):
     torch.manual_seed(0)
     for layer, bound in ((nn.Conv2d(32, 32, 3), 0.002), (nn.Linear(16, 16), 0.15)):
         with torch.no_grad():
             layer.weight.mul_(3 if bound < 0.1 else 0.3)
-        ratio, alpha = start_of(layer, **settings)
+        ratio, alpha = initial_ratio(layer, **settings)
         assert 0.5 * bound < ratio < 1.3 * bound
         assert 0.1 <= alpha < 1
 
 
-def test_the_start_of_a_wide_layer_and_of_a_weight_of_zeros_is_the_papers():
+def test_wide_layers_and_zero_weights_use_the_paper_initialization():
     torch.manual_seed(0)
     wide = nn.Linear(384, 384)
     with torch.no_grad():
         wide.weight.normal_(std=0.02)
-    assert start_of(wide)[1] == 1
+    assert initial_ratio(wide)[1] == 1
     zeros = nn.Linear(64, 8)
     nn.init.zeros_(zeros.weight)
-    assert start_of(zeros)[1] == 1
+    assert initial_ratio(zeros)[1] == 1
 
 
-def test_the_initial_budget_follows_init_sparsity():
+def test_initial_budget_follows_init_sparsity():
     assert first_layer(adapted(sequential())).budgets("default") == (120,)
     assert first_layer(adapted(sequential(), init_sparsity=0.25)).budgets("default") == (90,)
 
@@ -121,13 +123,13 @@ def test_the_initial_budget_follows_init_sparsity():
 
 
 @pytest.mark.parametrize("budget", [0, 1, 37, 119, 120])
-def test_exactly_the_budget_of_entries_differs_from_zero(budget):
+def test_number_of_nonzeros_equals_budget(budget):
     layer = first_layer(adapted(sequential()))
     layer.set_budget("default", [budget])
     assert torch.count_nonzero(layer.get_delta_weight("default")) == budget
 
 
-def test_scaling_is_set_multiplied_and_reset(mlp):
+def test_scaling_can_be_set_multiplied_and_reset(mlp):
     model = mlp.adapted(scaling=0.5)
     layer = first_layer(model)
     expected, once = mlp.predict(model), layer.get_delta_weight("default")
@@ -148,7 +150,7 @@ def test_scaling_is_set_multiplied_and_reset(mlp):
     assert layer.scaling == {"default": 0.5}
 
 
-def test_scaling_leaves_inactive_adapters_alone(mlp):
+def test_scale_layer_does_not_change_inactive_adapters(mlp):
     model = mlp.adapted(scaling=0.5)
     model.add_adapter("second", mlp.config(scaling=2.0))
     first_layer(model).scale_layer(3)
@@ -161,7 +163,7 @@ def test_scaling_leaves_inactive_adapters_alone(mlp):
 # values -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_linear_layer_applies_weight_plus_scaled_update():
+def test_linear_layer_applies_weight_plus_scaled_update():
     model = adapted(sequential(), scaling=0.3)
     layer = first_layer(model)
     layer.set_budget("default", [50])
@@ -170,7 +172,7 @@ def test_a_linear_layer_applies_weight_plus_scaled_update():
     assert torch.equal(layer(x), nn.functional.linear(x, weight, layer.get_base_layer().bias))
 
 
-def test_every_convolution_applies_weight_plus_update(cases):
+def test_convolutions_apply_weight_plus_update(cases):
     model = cases["conv"].adapted()
     for layer in layers(model):
         plain = copy.deepcopy(layer.get_base_layer())
@@ -181,21 +183,21 @@ def test_every_convolution_applies_weight_plus_update(cases):
         assert torch.allclose(layer(x[0]), plain(x[0]), atol=1e-6), layer.module_name
 
 
-def test_convolution_gradients_equal_those_of_the_plain_reference(cases):
+def test_convolution_gradients_equal_reference(cases):
     models = [cases["conv"].adapted(impl=impl) for impl in ("eager", "reference")]
     models[1].load_state_dict(models[0].state_dict())
     for model in models:
         cases["conv"].run(model.train()).square().sum().backward()
-    for (name, mine), theirs in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
-        if mine.requires_grad:
-            assert torch.allclose(mine.grad, theirs.grad, rtol=1e-3, atol=1e-5), name
+    for (name, actual), expected in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        if actual.requires_grad:
+            assert torch.allclose(actual.grad, expected.grad, rtol=1e-3, atol=1e-5), name
 
 
 @pytest.mark.parametrize("settings", [{}, {"fixed_support": True}, {"preset": "official"}], ids=str)
 @pytest.mark.parametrize(
     ("layer", "shape"), [(nn.Linear(8, 8), (2, 3, 8)), (nn.Conv2d(8, 8, 1), (8, 4, 4))], ids=["linear", "unbatched"]
 )
-def test_what_follows_may_work_in_place(layer, shape, settings):
+def test_output_supports_in_place_operations(layer, shape, settings):
     x, gradients = torch.randn(shape), {}
     for inplace in (False, True):
         model = adapted(nn.Sequential(copy.deepcopy(layer), nn.ReLU(inplace=inplace)), **settings)
@@ -207,7 +209,7 @@ def test_what_follows_may_work_in_place(layer, shape, settings):
     assert all(map(torch.equal, gradients[False], gradients[True]))
 
 
-def test_two_active_adapters_add_up():
+def test_active_adapters_are_summed():
     model = adapted(sequential())
     torch.manual_seed(5)
     model.add_adapter("second", SnellaConfig(r=2, init_weights=False, target_modules=["0"]))
@@ -221,7 +223,7 @@ def test_two_active_adapters_add_up():
 # merging ------------------------------------------------------------------------------------------------------------
 
 
-def test_merging_twice_warns_and_changes_nothing(mlp):
+def test_merging_twice_warns_without_changes(mlp):
     model = mlp.adapted()
     expected = mlp.predict(model)
     model.merge_adapter()
@@ -230,12 +232,12 @@ def test_merging_twice_warns_and_changes_nothing(mlp):
     assert torch.equal(mlp.predict(model), expected)
 
 
-def test_unmerging_what_is_not_merged_warns(mlp):
+def test_unmerging_without_merge_warns(mlp):
     with pytest.warns(UserWarning, match="Already unmerged"):
         mlp.adapted().unmerge_adapter()
 
 
-def test_merging_two_adapters_at_once_or_one_after_the_other_is_the_same(kind):
+def test_merging_two_adapters_together_equals_merging_in_sequence(kind):
     model = kind.adapted()
     model.add_adapter("second", kind.config(r=2))
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -253,26 +255,26 @@ def test_merging_two_adapters_at_once_or_one_after_the_other_is_the_same(kind):
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
 
 
-def test_merge_names_of_one_string_are_refused(mlp):
+def test_merge_with_a_string_raises(mlp):
     with pytest.raises(TypeError, match="list of strings, got 'default'"):
         mlp.adapted().merge_adapter("default")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_safe_merge_refuses_a_broken_adapter_and_leaves_the_weight_alone(kind, value):
+def test_safe_merge_rejects_nonfinite_adapter_without_changes(kind, value):
     model = kind.adapted()
-    broken = layers(model)[-1]
-    broken.snella_alpha["default"].data.fill_(value)
-    before = broken.get_base_layer().weight.clone()
+    invalid = layers(model)[-1]
+    invalid.snella_alpha["default"].data.fill_(value)
+    before = invalid.get_base_layer().weight.clone()
     with pytest.raises(
         ValueError, match=r"NaNs detected in the merged weights\. The adapter default seems to be broken"
     ):
         model.merge_adapter(safe_merge=True)
-    assert torch.equal(broken.get_base_layer().weight, before)
-    assert not broken.merged
+    assert torch.equal(invalid.get_base_layer().weight, before)
+    assert not invalid.merged
 
 
-def test_a_disabled_merged_adapter_is_unmerged(mlp):
+def test_disabling_unmerges(mlp):
     model = mlp.adapted()
     base = mlp.predict(mlp.base())
     model.merge_adapter()
@@ -281,7 +283,7 @@ def test_a_disabled_merged_adapter_is_unmerged(mlp):
     assert not layers(model)[0].merged
 
 
-def test_switching_adapters_unmerges_with_a_warning(mlp):
+def test_switching_adapters_unmerges_with_warning(mlp):
     model = mlp.adapted()
     model.add_adapter("second", mlp.config())
     model.merge_adapter()
@@ -303,7 +305,7 @@ def test_merging_keeps_tied_weights_tied(mlp):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_weights_get_float32_factors_and_merge_without_a_change(kind, dtype):
+def test_half_precision_weights_have_float32_factors_and_merge_exactly(kind, dtype):
     model = get_peft_model(kind.base().to(dtype), kind.config()).eval()
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     inputs = _cast(kind.inputs(), dtype)
@@ -322,7 +324,7 @@ def _cast(inputs, dtype):
     return inputs if isinstance(inputs, dict) else inputs.to(dtype)
 
 
-def test_factors_can_stay_in_half_precision(mlp):
+def test_factors_can_be_half_precision(mlp):
     model = get_peft_model(mlp.base().bfloat16(), mlp.config(), autocast_adapter_dtype=False)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.bfloat16}
     assert first_layer(model).snella_budget["default"].dtype == torch.int64
@@ -330,12 +332,12 @@ def test_factors_can_stay_in_half_precision(mlp):
     assert first_layer(model).snella_A["default"].grad.dtype == torch.bfloat16
 
 
-def test_float32_input_to_half_precision_weights_comes_out_as_float32():
+def test_float32_input_to_half_precision_layer_gives_float32_output():
     layer = first_layer(adapted(sequential(dtype=torch.bfloat16)))
     assert layer(torch.randn(2, 10)).dtype == torch.float32
 
 
-def test_autocast_computes_in_half_precision_near_the_full_result(kind):
+def test_autocast_is_close_to_float32(kind):
     model = kind.adapted()
     full = kind.predict(model)
     with torch.autocast("cpu", torch.bfloat16):
@@ -347,7 +349,7 @@ def test_autocast_computes_in_half_precision_near_the_full_result(kind):
     assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
 
 
-def test_autocast_output_has_the_autocast_dtype():
+def test_autocast_output_has_autocast_dtype():
     layer = first_layer(adapted(sequential()))
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(torch.randn(2, 10)).dtype == torch.bfloat16
@@ -366,9 +368,9 @@ class Checkpointed(nn.Module):
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_gradient_checkpointing_changes_no_gradient(kind, use_reentrant):
+def test_gradient_checkpointing_does_not_change_gradients(kind, use_reentrant):
     if kind.name == "gpt2":
-        pytest.skip("transformers checkpoints its own blocks: the next test")
+        pytest.skip("transformers checkpoints its blocks, see the next test")
     gradients = []
     for checkpointed in (False, True):
         model = kind.adapted().train()
@@ -377,12 +379,12 @@ def test_gradient_checkpointing_changes_no_gradient(kind, use_reentrant):
         run(x).square().sum().backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad] + [x.grad])
         assert all(layer._cache._effective is None for layer in layers(model))
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*gradients, strict=True))
+    assert all(torch.equal(actual, expected) for actual, expected in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("name", ["gpt2", "vit"])
-def test_transformers_own_checkpointing_changes_no_gradient(cases, name, use_reentrant):
+def test_transformers_checkpointing_does_not_change_gradients(cases, name, use_reentrant):
     gradients = []
     for checkpointed in (False, True):
         base = cases[name].base()
@@ -395,13 +397,13 @@ def test_transformers_own_checkpointing_changes_no_gradient(cases, name, use_ree
                 module.p = 0.0
         cases[name].run(model).square().sum().backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*gradients, strict=True))
+    assert all(torch.equal(actual, expected) for actual, expected in zip(*gradients, strict=True))
 
 
 # dropout and drop-path on the update --------------------------------------------------------------------------------
 
 
-def test_drop_path_drops_the_update_of_whole_samples():
+def test_drop_path_drops_the_update_per_sample():
     model = adapted(sequential(), update_drop_path=0.5).train()
     layer = first_layer(model)
     x = torch.randn(1, 10).expand(400, 10)
@@ -412,11 +414,11 @@ def test_drop_path_drops_the_update_of_whole_samples():
         y = layer(x) - base
     dropped = (y.abs().sum(1) < 1e-6).float().mean()
     assert 0.4 < dropped < 0.6
-    kept = y[y.abs().sum(1) > 1e-6]
-    assert torch.allclose(kept, 2 * update[: len(kept)], atol=1e-5)
+    saved = y[y.abs().sum(1) > 1e-6]
+    assert torch.allclose(saved, 2 * update[: len(saved)], atol=1e-5)
 
 
-def test_update_dropout_acts_on_the_update_alone_and_not_in_evaluation():
+def test_update_dropout_applies_only_to_the_update_in_training():
     model = adapted(sequential(), update_dropout=0.5, dropout_exclude=[])
     layer = first_layer(model)
     x = torch.randn(3, 10)
@@ -427,22 +429,22 @@ def test_update_dropout_acts_on_the_update_alone_and_not_in_evaluation():
     assert torch.equal(layer.eval()(x), layer(x))
 
 
-def test_update_dropout_spares_the_excluded_modules(vit):
+def test_dropout_exclude(vit):
     model = vit.adapted(preset="official")
     with_dropout = {layer.module_name.rpartition(".")[2]: layer._update_dropout("default") for layer in layers(model)}
     assert with_dropout == {"qkv": 0.1, "proj": 0.0, "fc1": 0.1, "fc2": 0.1}
 
 
 @pytest.mark.parametrize("name", ["vit", "dinov2", "swin", "sam", "gpt2", "timm_swin"])
-def test_the_official_preset_spares_the_attention_output_of_every_library(cases, name):
+def test_official_preset_excludes_attention_output_from_dropout(cases, name):
     model = cases[name].adapted(preset="official")
     kinds = {m.kind: m.layer._update_dropout("default") for m in adapted_matrices(model)}
-    spared = {kind for kind, rate in kinds.items() if rate == 0}
-    assert len(spared) == 1
-    assert "proj" in spared.pop()
+    excluded = {kind for kind, rate in kinds.items() if rate == 0}
+    assert len(excluded) == 1
+    assert "proj" in excluded.pop()
 
 
-def test_two_branches_add_up_to_the_folded_product_in_evaluation():
+def test_separate_and_folded_products_agree_in_evaluation():
     folded = adapted(sequential())
     branched = adapted(sequential(), update_dropout=1e-9).train()
     branched.load_state_dict(folded.state_dict())
@@ -453,17 +455,17 @@ def test_two_branches_add_up_to_the_folded_product_in_evaluation():
 # names --------------------------------------------------------------------------------------------------------------
 
 
-def test_layers_know_their_name_also_when_a_second_adapter_covers_more_of_them(mlp):
+def test_layers_have_names_for_every_adapter(mlp):
     model = mlp.adapted(target_modules=["lin0"])
     model.add_adapter("second", mlp.config(target_modules=["lin0", "lin1"]))
     assert [layer.module_name for layer in layers(model)] == ["lin0", "lin1"]
 
 
-def test_a_layer_supports_conversion_to_lora(mlp):
+def test_layer_supports_lora_conversion(mlp):
     assert mlp.adapted().supports_lora_conversion()
 
 
-def test_active_adapters_must_agree_on_the_implementation(mlp):
+def test_active_adapters_must_have_the_same_implementation(mlp):
     model = mlp.adapted(impl="eager")
     model.add_adapter("other", mlp.config(impl="numba"))
     model.base_model.set_adapter(["default", "other"])
@@ -471,7 +473,7 @@ def test_active_adapters_must_agree_on_the_implementation(mlp):
         mlp.run(model)
 
 
-def test_two_adapters_computed_in_different_ways_keep_their_budgets(mlp):
+def test_adapters_with_different_implementations_keep_their_budgets(mlp):
     model = mlp.adapted(target_sparsity=0.5, init_sparsity=0.5)
     model.add_adapter("other", mlp.config(kernel="linear", init_sparsity=0.2))
     model.base_model.set_adapter(["default", "other"])
@@ -481,7 +483,7 @@ def test_two_adapters_computed_in_different_ways_keep_their_budgets(mlp):
             assert matrix.nonzeros() == matrix.budget
 
 
-# what computes the update -------------------------------------------------------------------------------------------
+# backend selection --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -491,7 +493,7 @@ def numba_layer():
     return get_peft_model(nn.Sequential(nn.Linear(6, 8)), SnellaConfig(r=4, target_modules=["0"])).base_model.model[0]
 
 
-def test_the_backend_is_chosen_at_injection_and_again_when_the_layer_moves_and_said_once(numba_layer, caplog):
+def test_backend_is_selected_at_injection_and_after_moves_and_logged_once(numba_layer, caplog):
     assert numba_layer.backend_name("default") == "numba"
     with caplog.at_level("INFO", logger="snella.layer"):
         for _ in range(2):
@@ -502,7 +504,7 @@ def test_the_backend_is_chosen_at_injection_and_again_when_the_layer_moves_and_s
     ]
 
 
-def test_no_forward_pass_chooses_a_backend(numba_layer, monkeypatch):
+def test_forward_does_not_select_backend(numba_layer, monkeypatch):
     monkeypatch.setattr("snella.layer.choose_backend", None)
     x = torch.randn(3, 6)
     numba_layer.train()(x).sum().backward()
@@ -542,13 +544,13 @@ class AttentionAndLayer(nn.Module):
     ],
     ids=["trace", "trace-without-gradients", "onnx", "grad", "vmap"],
 )
-# what torch says of itself
+# torch's deprecation warnings
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning", "ignore:There is a perf")
-def test_what_cannot_trace_an_update_is_told_so_and_traces_the_merged_model(tool, transform, target):
+def test_unsupported_tracers_raise_and_trace_the_merged_model(tool, transform, target):
     model, x = adapted(AttentionAndLayer(), target_modules=[target]).eval(), torch.randn(2, 3, 8)
     expected = model(x).detach()
     with pytest.raises(NotImplementedError, match=rf"{tool}.*{target}.*merge_and_unload"):
         transform(model, x)
     merged = model.merge_and_unload()
     torch.testing.assert_close(merged(x), expected)
-    transform(merged.train(), x)  # torch's own fused attention of evaluation can be traced by few
+    transform(merged.train(), x)  # few tools can trace torch's fused attention in evaluation

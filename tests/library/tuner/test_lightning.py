@@ -1,4 +1,4 @@
-"""The allocator inside of Lightning's Trainer."""
+"""Budget allocator in Lightning's `Trainer`."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def budgets_of(model):
 
 @pytest.fixture(scope="module")
 def plain(example):
-    """A plain loop: its history and its weights."""
+    """Return history and weights of a plain training loop."""
     module = example["Classifier"]()
     optimizer = example["create_snella_optimizer"](module.model, lr=2e-2, head_lr=5e-3)
     allocator = example["BudgetAllocator"](module.model, total_epochs=EPOCHS, steps_per_epoch=STEPS).attach(optimizer)
@@ -72,7 +72,7 @@ def plain(example):
 
 
 @pytest.mark.parametrize("kind", ["Classifier", "ManualClassifier"])
-def test_both_ways_to_optimize_have_the_bits_of_a_plain_loop(example, plain, kind):
+def test_automatic_and_manual_optimization_equal_plain_loop(example, plain, kind):
     history, weights = plain
     module, trainer = example[kind](), make_trainer()
     trainer.fit(module, loader())
@@ -87,23 +87,21 @@ class StopAfterFirstEpoch(Callback):
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
-def test_a_resumed_training_equals_an_uninterrupted_one_bit_for_bit(example, plain, tmp_path):
+def test_resumed_training_equals_uninterrupted_training_bit_for_bit(example, plain, tmp_path):
     history, weights = plain
-    keeper = ModelCheckpoint(tmp_path, "one", save_on_train_epoch_end=True)
-    make_trainer(keeper, StopAfterFirstEpoch()).fit(example["Classifier"](), loader())
+    checkpoint_callback = ModelCheckpoint(tmp_path, "one", save_on_train_epoch_end=True)
+    make_trainer(checkpoint_callback, StopAfterFirstEpoch()).fit(example["Classifier"](), loader())
     module, trainer = example["Classifier"](), make_trainer()
     trainer.fit(module, loader(), ckpt_path=tmp_path / "one.ckpt", weights_only=False)
     assert history_of(trainer) == history
     assert all(torch.equal(tensor, weights[name]) for name, tensor in module.state_dict().items())
 
 
-def test_averaged_weights_have_the_budgets_of_the_model_in_checkpoints_and_when_they_are_saved(
-    example, plain, tmp_path
-):
+def test_averaged_weights_keep_budgets_in_checkpoints_and_adapters(example, plain, tmp_path):
     history, weights = plain
-    keeper = ModelCheckpoint(tmp_path, "last", save_on_train_epoch_end=True)
-    module, trainer = example["Classifier"](), make_trainer(EMAWeightAveraging(decay=0.9), keeper)
-    trainer.fit(module, loader(), val_dataloaders=loader())  # validation swaps the two models
+    checkpoint_callback = ModelCheckpoint(tmp_path, "last", save_on_train_epoch_end=True)
+    module, trainer = example["Classifier"](), make_trainer(EMAWeightAveraging(decay=0.9), checkpoint_callback)
+    trainer.fit(module, loader(), val_dataloaders=loader())  # validation swaps model and average
     assert history_of(trainer) == history
     assert budgets_of(module.model) == history[-1]["budgets"]
     module.model.save_pretrained(tmp_path / "adapter")
@@ -117,17 +115,17 @@ def test_averaged_weights_have_the_budgets_of_the_model_in_checkpoints_and_when_
     assert [m.nonzeros() for m in adapted_matrices(module.model.eval())] == list(history[-1]["budgets"].values())
 
 
-def test_a_module_without_an_allocator_is_told_of(example):
-    class Forgetful(example["Classifier"]):
+def test_module_without_allocator_warns(example):
+    class WithoutAllocator(example["Classifier"]):
         def configure_optimizers(self):
             return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-3)
 
     with pytest.warns(UserWarning, match="after 2 optimizer steps no budget allocator is attached"):
-        make_trainer(max_epochs=1).fit(Forgetful(), loader())
+        make_trainer(max_epochs=1).fit(WithoutAllocator(), loader())
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
-def test_two_processes_agree_on_every_budget_and_weight(tmp_path):
+def test_processes_have_equal_budgets_and_weights(tmp_path):
     worker = Path(__file__).with_name("lightning_worker.py")
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
     done = subprocess.run(

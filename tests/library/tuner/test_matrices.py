@@ -1,4 +1,4 @@
-"""The list of adapted matrices, and what each says of itself."""
+"""`adapted_matrices`: names, types, depths and budgets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 from snella.matrices import adapted_matrices
 
 
-def test_matrices_carry_names_kinds_and_depths(vit):
+def test_names_kinds_and_depths(vit):
     matrices = adapted_matrices(vit.adapted())[:6]
     assert [m.name for m in matrices] == [
         "blocks.0.attn.qkv.q",
@@ -25,16 +25,16 @@ def test_matrices_carry_names_kinds_and_depths(vit):
     assert matrices[4].size == 192 * 64
 
 
-def test_depth_counts_blocks_through_all_stages(cases):
+def test_depth_counts_blocks_of_all_stages(cases):
     depths = {m.name.split(".mlp")[0]: m.depth for m in adapted_matrices(cases["timm_convnext"].adapted())}
     assert list(depths.values()) == [0, 1, 2, 3]
 
 
-def test_a_matrix_outside_of_blocks_has_no_depth(mlp):
+def test_matrix_outside_blocks_has_no_depth(mlp):
     assert [(m.kind, m.depth) for m in adapted_matrices(mlp.adapted())] == [("lin0", None), ("lin1", None)]
 
 
-def test_parts_of_a_layer_cut_into_other_than_three_are_numbered(vit):
+def test_matrices_of_other_splits_are_numbered(vit):
     model = vit.adapted(target_modules=["blocks.0.attn.qkv"], qkv_groups=2)
     assert [(m.name, m.kind) for m in adapted_matrices(model)] == [
         ("blocks.0.attn.qkv.0", "attn.0"),
@@ -50,7 +50,7 @@ def test_budget_sparsity_and_nonzeros_agree(mlp):
     assert (matrix.budget, matrix.sparsity, matrix.is_frozen, matrix.nonzeros()) == (0, 1.0, True, 0)
 
 
-def test_a_frozen_matrix_of_a_fused_layer_does_not_freeze_its_neighbours(vit):
+def test_frozen_matrix_of_fused_layer_does_not_freeze_others(vit):
     model = vit.adapted(target_modules=["blocks.0.attn.qkv"])
     matrices = adapted_matrices(model)
     matrices[0].layer.set_budget("default", [0, 10, 20])
@@ -74,9 +74,9 @@ def test_names_do_not_depend_on_compilation(mlp):
     assert [m.name for m in adapted_matrices(torch.compile(model, backend="eager"))] == ["lin0", "lin1"]
 
 
-# dynamo looks at every tensor's gradient where a graph ends
+# dynamo reads every tensor's gradient at a graph break
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-def test_a_compiled_model_trains_and_evaluates_like_the_plain_one(mlp):
+def test_compiled_model_equals_plain_model(mlp):
     model = mlp.adapted().train()
     compiled = torch.compile(model, backend="aot_eager")
     gradients = []
@@ -91,23 +91,23 @@ def test_a_compiled_model_trains_and_evaluates_like_the_plain_one(mlp):
         assert torch.allclose(mlp.predict(compiled), mlp.predict(model), atol=1e-6)
 
 
-def test_a_model_without_adapters_is_refused(mlp):
+def test_model_without_adapters_raises(mlp):
     with pytest.raises(ValueError, match="MLP has no SNELLA layer; wrap it with get_peft_model"):
         adapted_matrices(mlp.base())
 
 
-def test_an_unknown_adapter_is_answered_with_the_known_ones(mlp):
+def test_unknown_adapter_error_lists_adapters(mlp):
     with pytest.raises(ValueError, match=r"adapter_name must be one of \['default'\], got 'mine'"):
         adapted_matrices(mlp.adapted(), "mine")
 
 
-def test_a_model_whose_adapters_were_deleted_is_refused(mlp):
+def test_model_with_deleted_adapters_raises(mlp):
     model = mlp.adapted()
     model.delete_adapter("default")
     with pytest.raises(ValueError, match=r"adapter_name must be one of \[\], got 'default'"):
         adapted_matrices(model)
 
 
-def test_a_block_keeps_its_number_when_others_are_left_out(cases):
+def test_block_index_does_not_depend_on_targets(cases):
     model = cases["timm_vit"].adapted(exclude_modules=r"blocks\.[0-3]\..*")
     assert {m.depth for m in adapted_matrices(model)} == {4, 5}

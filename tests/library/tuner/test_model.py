@@ -1,4 +1,4 @@
-"""PEFT's contract, re-stated over every kind of model."""
+"""PEFT's contract for every kind of model."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def snapshot(model):
 
 def assert_same_tensors(state, expected):
     assert list(state) == list(expected)
-    different = [name for name, tensor in state.items() if not torch.equal(tensor, expected[name])]
-    assert not different
+    mismatched = [name for name, tensor in state.items() if not torch.equal(tensor, expected[name])]
+    assert not mismatched
 
 
 def layers(model):
@@ -40,7 +40,7 @@ def layers(model):
 # every model --------------------------------------------------------------------------------------------------------
 
 
-def test_the_update_changes_the_output_and_only_the_adapter_is_trained(case):
+def test_update_changes_output_and_only_adapter_is_trained(case):
     base = case.base()
     before = case.predict(base)
     model = get_peft_model(base, case.config())
@@ -51,7 +51,7 @@ def test_the_update_changes_the_output_and_only_the_adapter_is_trained(case):
     assert all(".snella_" in name for name in trained)
 
 
-def test_gradients_reach_every_factor_and_scalar(case):
+def test_all_factors_and_scalars_have_gradients(case):
     model = case.adapted().train()
     case.run(model).float().square().mean().backward()
     for name, parameter in model.named_parameters():
@@ -60,7 +60,7 @@ def test_gradients_reach_every_factor_and_scalar(case):
             assert parameter.grad.abs().sum() > 0, name
 
 
-def test_a_saved_adapter_gives_the_same_bits_in_a_fresh_model_under_another_name(case, tmp_path):
+def test_saved_adapter_is_bit_identical_under_another_name(case, tmp_path):
     model = case.adapted(modules_to_save=case.head)
     for matrix in adapted_matrices(model):
         if matrix.group == 0:
@@ -78,12 +78,12 @@ def _group_sizes(matrix):
     return [rows * matrix.layer.in_features for rows in matrix.layer.row_counts[matrix.adapter_name]]
 
 
-def test_a_saved_adapter_holds_nothing_of_the_base_model(case, tmp_path):
+def test_saved_adapter_does_not_contain_base_weights(case, tmp_path):
     case.adapted().save_pretrained(tmp_path)
     assert all(".snella_" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
 
 
-def test_a_disabled_adapter_leaves_the_base_model(case):
+def test_disabled_adapter_gives_base_model(case):
     base = case.base()
     before = case.predict(base)
     model = get_peft_model(base, case.config()).eval()
@@ -99,7 +99,7 @@ def test_a_disabled_adapter_leaves_the_base_model(case):
     assert any(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_merging_changes_no_output_and_unmerging_restores_every_bit(case):
+def test_merge_preserves_outputs_and_unmerge_restores_weights(case):
     model = case.adapted()
     expected, weights = case.predict(model), snapshot(model)
     model.merge_adapter()
@@ -110,7 +110,7 @@ def test_merging_changes_no_output_and_unmerging_restores_every_bit(case):
     assert torch.equal(case.predict(model), expected)
 
 
-def test_merging_for_good_leaves_no_trace(case):
+def test_merge_and_unload_gives_plain_model(case):
     names = list(case.base().state_dict())
     model = case.adapted()
     expected = case.predict(model)
@@ -125,7 +125,7 @@ def test_merging_for_good_leaves_no_trace(case):
     assert torch.equal(case.predict(fresh), case.predict(merged))
 
 
-def test_unloading_restores_the_base_model(case):
+def test_unload_restores_base_model(case):
     model = case.adapted()
     case.predict(model)
     restored = model.unload()
@@ -133,7 +133,7 @@ def test_unloading_restores_the_base_model(case):
     assert torch.equal(case.predict(restored), case.predict(case.base()))
 
 
-def test_copies_and_pickles_give_the_same_bits(case):
+def test_copies_and_pickles_are_bit_identical(case):
     model = case.adapted()
     expected = case.predict(model)
     copied = copy.deepcopy(model)
@@ -146,7 +146,7 @@ def test_copies_and_pickles_give_the_same_bits(case):
     assert torch.equal(case.predict(model), expected)
 
 
-def test_an_adapter_can_be_injected_without_a_wrapper(case):
+def test_adapter_can_be_injected_without_wrapper(case):
     source = case.adapted()
     state = get_peft_model_state_dict(source)
     assert state
@@ -158,15 +158,15 @@ def test_an_adapter_can_be_injected_without_a_wrapper(case):
     assert torch.equal(case.predict(target), case.predict(source))
 
 
-# one model of each kind ---------------------------------------------------------------------------------------------
+# one model per kind of layer ----------------------------------------------------------------------------------------
 
 
-def test_a_model_pickled_by_the_standard_library_gives_the_same_bits(kind):
+def test_model_pickled_by_the_standard_library_is_bit_identical(kind):
     model = kind.adapted()
     assert torch.equal(kind.predict(pickle.loads(pickle.dumps(model))), kind.predict(model))
 
 
-def test_loading_without_a_copy_in_memory_gives_the_same_bits(kind, tmp_path):
+def test_low_cpu_mem_usage_is_bit_identical(kind, tmp_path):
     model = kind.adapted(modules_to_save=kind.head)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(kind.base(), tmp_path, low_cpu_mem_usage=True).eval()
@@ -178,12 +178,12 @@ def test_loading_without_a_copy_in_memory_gives_the_same_bits(kind, tmp_path):
     assert torch.equal(kind.predict(model), expected)
 
 
-def test_injecting_without_memory_puts_the_factors_on_the_meta_device(mlp):
+def test_injection_with_low_cpu_mem_usage_creates_meta_factors(mlp):
     model = inject_adapter_in_model(mlp.config(), mlp.base(), low_cpu_mem_usage=True)
     assert all(parameter.is_meta == (".snella_" in name) for name, parameter in model.named_parameters())
 
 
-def test_adapters_with_different_settings_live_side_by_side(kind):
+def test_adapters_with_different_configs_can_coexist(kind):
     model = kind.adapted(r=4)
     base = kind.predict(kind.base())
     first = kind.predict(model)
@@ -207,7 +207,7 @@ def test_adapters_with_different_settings_live_side_by_side(kind):
     assert not any(".snella_" in name for name in model.state_dict())
 
 
-def test_deleting_the_active_adapter_activates_another_one(mlp):
+def test_deleting_active_adapter_activates_another(mlp):
     model = mlp.adapted()
     expected = mlp.predict(model)
     model.add_adapter("second", mlp.config())
@@ -218,14 +218,14 @@ def test_deleting_the_active_adapter_activates_another_one(mlp):
     assert torch.equal(mlp.predict(model), expected)
 
 
-def test_a_merged_adapter_cannot_be_deleted(mlp):
+def test_merged_adapter_cannot_be_deleted(mlp):
     model = mlp.adapted()
     model.merge_adapter()
     with pytest.raises(ValueError, match=r"Cannot delete adapter\(s\) \['default'\] while they are merged"):
         model.delete_adapter("default")
 
 
-def test_an_adapter_may_cover_other_layers_than_the_first(mlp):
+def test_adapters_can_target_different_layers(mlp):
     model = mlp.adapted(target_modules=["lin0"])
     model.add_adapter("second", mlp.config(target_modules=["lin1"]))
     assert [matrix.name for matrix in adapted_matrices(model, "default")] == ["lin0"]
@@ -236,7 +236,7 @@ def test_an_adapter_may_cover_other_layers_than_the_first(mlp):
     assert not torch.allclose(mlp.predict(model), with_second)
 
 
-def test_adapters_whose_names_begin_alike_are_saved_apart(mlp, tmp_path):
+def test_adapters_with_common_name_prefix_are_saved_separately(mlp, tmp_path):
     model = mlp.adapted()
     expected = mlp.predict(model)
     model.add_adapter("default2", mlp.config(r=2))
@@ -249,7 +249,7 @@ def test_adapters_whose_names_begin_alike_are_saved_apart(mlp, tmp_path):
     assert torch.equal(mlp.predict(loaded), mlp.predict(model))
 
 
-def test_only_the_active_adapter_requires_gradients(kind):
+def test_only_active_adapter_requires_gradients(kind):
     model = kind.adapted()
     model.add_adapter("second", kind.config())
 
@@ -265,14 +265,14 @@ def test_only_the_active_adapter_requires_gradients(kind):
     assert trained() == {"second", "default"}
 
 
-def test_loading_a_frozen_second_adapter_does_not_freeze_the_first(mlp, tmp_path):
+def test_loading_frozen_second_adapter_does_not_freeze_first(mlp, tmp_path):
     mlp.adapted().save_pretrained(tmp_path)
     model = mlp.adapted()
     model.load_adapter(str(tmp_path), "second", is_trainable=False)
     assert {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad} == {"default"}
 
 
-def test_fixed_piece_coefficients_stay_fixed_through_every_switch(mlp):
+def test_fixed_piece_coefficients_remain_frozen_after_switches(mlp):
     model = mlp.adapted(learn_piece_coeff=False)
     model.add_adapter("second", mlp.config())
     model.set_adapter("second")
@@ -284,7 +284,7 @@ def test_fixed_piece_coefficients_stay_fixed_through_every_switch(mlp):
     assert {flag for name, flag in flags.items() if "piece_coeff" not in name} == {True}
 
 
-def test_modules_to_save_are_trained_and_travel_with_the_adapter(vit, tmp_path):
+def test_modules_to_save_are_trained_and_saved(vit, tmp_path):
     model = vit.adapted(modules_to_save=["head"])
     assert {"head"} == {
         name.split(".")[2] for name, p in model.named_parameters() if p.requires_grad and "snella" not in name
@@ -298,20 +298,20 @@ def test_modules_to_save_are_trained_and_travel_with_the_adapter(vit, tmp_path):
     assert torch.equal(vit.predict(loaded.merge_and_unload()), expected)
 
 
-def test_mixed_adapters_in_one_batch_are_refused(mlp):
+def test_mixed_adapters_in_one_batch_raise(mlp):
     model = mlp.adapted()
     with pytest.raises(NotImplementedError, match=r"adapter_names=\['default', '__base__'\]"):
         model(mlp.inputs(), adapter_names=["default", "__base__"])
 
 
-def test_another_methods_configuration_is_refused(mlp):
+def test_config_of_another_method_raises(mlp):
     from peft import LoraConfig
 
     with pytest.raises(TypeError, match="config must be a SnellaConfig, got LoraConfig"):
         SnellaModel(mlp.base(), LoraConfig(target_modules=["lin0"]), "default")
 
 
-def test_the_representation_names_the_layers(kind):
+def test_repr_contains_layer_names(kind):
     text = repr(kind.adapted())
     assert "snella.Linear(" in text or "snella.Conv2d(" in text
     assert "snella_A" in text
@@ -322,10 +322,10 @@ def test_trainable_parameters_are_counted(vit):
     assert 0 < trainable < total
 
 
-# damaged or foreign adapters ----------------------------------------------------------------------------------------
+# corrupt or mismatched adapters -------------------------------------------------------------------------------------
 
 
-def test_an_adapter_of_another_rank_is_refused_with_the_tensor(mlp, tmp_path):
+def test_adapter_with_another_rank_raises_with_tensor_name(mlp, tmp_path):
     state = get_peft_model_state_dict(mlp.adapted(r=4))
     with pytest.raises(
         ValueError, match=r"lin0\.snella_A\.default has shape \[1, 10, 4\], the model needs \[1, 10, 2\]"
@@ -333,7 +333,7 @@ def test_an_adapter_of_another_rank_is_refused_with_the_tensor(mlp, tmp_path):
         set_peft_model_state_dict(mlp.adapted(r=2), state)
 
 
-def test_an_adapter_with_a_missing_tensor_is_refused_with_its_name(mlp, tmp_path):
+def test_missing_tensor_raises_with_name(mlp, tmp_path):
     model = mlp.adapted()
     model.save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
@@ -344,21 +344,21 @@ def test_an_adapter_with_a_missing_tensor_is_refused_with_its_name(mlp, tmp_path
         PeftModel.from_pretrained(mlp.base(), tmp_path)
 
 
-def test_an_adapter_with_a_foreign_tensor_is_refused_with_its_name(mlp):
+def test_unexpected_tensor_raises_with_name(mlp):
     state = get_peft_model_state_dict(mlp.adapted())
     state["base_model.model.lin7.snella_A"] = torch.zeros(1, 2, 3)
     with pytest.raises(ValueError, match=r"does not fit PeftModel: base_model\.model\.lin7\.snella_A matches no layer"):
         set_peft_model_state_dict(mlp.adapted(), state)
 
 
-def test_many_faults_of_an_adapter_are_counted(vit):
+def test_many_tensor_errors_are_abbreviated(vit):
     state = get_peft_model_state_dict(vit.adapted(r=4))
     with pytest.raises(ValueError, match=r"and \d+ more; load it into the architecture it was trained on"):
         set_peft_model_state_dict(vit.adapted(r=2), state)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_an_adapter_that_is_not_finite_is_refused_with_the_tensor(mlp, value):
+def test_nonfinite_adapter_raises_with_tensor_name(mlp, value):
     state = get_peft_model_state_dict(mlp.adapted(r=4))
     state["base_model.model.lin0.snella_A"][0, 3, 1] = value
     with pytest.raises(ValueError, match=r"non-finite values: base_model\.model\.lin0\.snella_A\.default \(1 of 40\)"):
@@ -366,7 +366,7 @@ def test_an_adapter_that_is_not_finite_is_refused_with_the_tensor(mlp, value):
 
 
 @pytest.mark.parametrize("is_second", [False, True], ids=["first", "second"])
-def test_a_refused_injection_leaves_the_model_as_it_was(is_second):
+def test_failed_injection_leaves_model_unchanged(is_second):
     torch.manual_seed(0)
     layers = {"attn": nn.MultiheadAttention(8, 2), "fc": nn.Linear(8, 8), "qkv": nn.Linear(8, 24)}
     model = nn.ModuleDict({**layers, "embed": nn.Embedding(4, 8)})

@@ -1,4 +1,4 @@
-"""Parameter groups: who gets which rate and decay."""
+"""Parameter groups and step matching of `create_snella_optimizer`."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from snella.matrices import adapted_matrices
 from snella.optimizer import StepMatcher
 
 
-def groups_of(model, **settings):
+def make_groups(model, **settings):
     optimizer = create_snella_optimizer(model, **{"lr": 0.1} | settings)
     return {group["name"]: group for group in optimizer.param_groups}
 
 
-def names_of(model, group):
-    wanted = {id(parameter) for parameter in group["params"]}
-    return {name for name, parameter in model.named_parameters() if id(parameter) in wanted}
+def parameter_names(model, group):
+    group_ids = {id(parameter) for parameter in group["params"]}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in group_ids}
 
 
-def test_every_kind_of_parameter_has_its_group_rate_and_decay(vit):
+def test_parameter_groups_have_their_lr_and_weight_decay(vit):
     model = vit.adapted(modules_to_save=["head", "norm"], learn_temperature=True)
-    groups = groups_of(
+    groups = make_groups(
         model, lr=0.1, scalar_lr=0.01, head_lr=0.3, weight_decay=0.4, head_weight_decay=0.5, betas=(0.8, 0.9)
     )
     assert list(groups) == ["factors", "scalars", "head", "head_no_decay"]
@@ -37,69 +37,69 @@ def test_every_kind_of_parameter_has_its_group_rate_and_decay(vit):
         "head_no_decay": (0.3, 0.0),
     }
     assert all(group["betas"] == (0.8, 0.9) for group in groups.values())
-    kinds = {name: {n.split(".")[-2] for n in names_of(model, group)} for name, group in groups.items()}
+    kinds = {name: {n.split(".")[-2] for n in parameter_names(model, group)} for name, group in groups.items()}
     assert kinds["factors"] == {"snella_A", "snella_B"}
     assert kinds["scalars"] == {"snella_piece_coeff", "snella_alpha", "snella_beta", "snella_temperature"}
-    assert {n.rpartition(".")[2] for n in names_of(model, groups["head"])} == {"weight"}
+    assert {n.rpartition(".")[2] for n in parameter_names(model, groups["head"])} == {"weight"}
     trained = [p for p in model.parameters() if p.requires_grad]
     assert sum(len(group["params"]) for group in groups.values()) == len(trained)
     assert {id(p) for g in groups.values() for p in g["params"]} == {id(p) for p in trained}
 
 
-def test_a_rate_for_a_head_that_is_not_trained_is_told(vit):
+def test_head_lr_without_trainable_head_warns(vit):
     with pytest.warns(UserWarning, match=r"head_lr=0\.5 has no effect: PeftModel trains only the adapter"):
-        groups_of(vit.adapted(), head_lr=0.5)
+        make_groups(vit.adapted(), head_lr=0.5)
 
 
-def test_defaults_follow_the_factors(vit):
-    groups = groups_of(vit.adapted(modules_to_save=["head"]), lr=0.2, weight_decay=0.1)
+def test_defaults_are_those_of_the_factors(vit):
+    groups = make_groups(vit.adapted(modules_to_save=["head"]), lr=0.2, weight_decay=0.1)
     assert (groups["head"]["lr"], groups["head"]["weight_decay"]) == (0.2, 0.1)
     assert groups["scalars"]["lr"] == 1e-4
 
 
-def test_the_default_optimizer_is_adamw_and_any_other_can_be_named(mlp):
+def test_default_optimizer_is_adamw_and_can_be_changed(mlp):
     assert type(create_snella_optimizer(mlp.adapted(), lr=0.1)) is torch.optim.AdamW
     optimizer = create_snella_optimizer(mlp.adapted(), torch.optim.SGD, lr=0.1, momentum=0.9)
     assert type(optimizer) is torch.optim.SGD
     assert optimizer.param_groups[0]["momentum"] == 0.9
 
 
-def test_groups_without_parameters_are_left_out(mlp):
-    assert list(groups_of(mlp.adapted(kernel="linear"))) == ["factors"]
+def test_empty_groups_are_omitted(mlp):
+    assert list(make_groups(mlp.adapted(kernel="linear"))) == ["factors"]
 
 
-def test_only_the_active_adapter_is_trained(mlp):
+def test_only_active_adapter_is_optimized(mlp):
     model = mlp.adapted()
     model.add_adapter("second", mlp.config(r=2))
     model.set_adapter("second")
-    assert all(name.endswith(".second") for g in groups_of(model).values() for name in names_of(model, g))
+    assert all(name.endswith(".second") for g in make_groups(model).values() for name in parameter_names(model, g))
 
 
-def test_frozen_piece_coefficients_are_left_out(mlp):
+def test_frozen_piece_coefficients_are_omitted(mlp):
     model = mlp.adapted(learn_piece_coeff=False)
-    assert not [name for name in names_of(model, groups_of(model)["scalars"]) if "piece_coeff" in name]
+    assert not [name for name in parameter_names(model, make_groups(model)["scalars"]) if "piece_coeff" in name]
 
 
-def test_another_methods_parameters_form_the_head_groups(mlp):
+def test_parameters_of_other_methods_form_the_head_groups(mlp):
     model = get_peft_model(mlp.base(), LoraConfig(r=2, target_modules=["lin0"]))
-    assert list(groups_of(model)) == ["head"]
+    assert list(make_groups(model)) == ["head"]
 
 
-def test_a_model_with_nothing_to_train_is_refused(mlp):
+def test_model_without_trainable_parameters_raises(mlp):
     base = mlp.base().requires_grad_(False)
     with pytest.raises(ValueError, match="MLP has no trainable parameter; wrap it with get_peft_model"):
         create_snella_optimizer(base, lr=0.1)
 
 
 def take_step(model, optimizer):
-    """One step on a batch of ones."""
+    """Take one step on a batch of ones."""
     optimizer.zero_grad()
     model(torch.ones(4, 10)).square().sum().backward()
     optimizer.step()
 
 
 def relative_changes(model, before):
-    """rms(change of scaling·S)/rms(W0) of every matrix."""
+    """Return rms(change of scaling·S) / rms(W0) of every matrix."""
     changes = []
     for matrix, old in zip(adapted_matrices(model), before, strict=True):
         layer = matrix.layer
@@ -111,7 +111,7 @@ def relative_changes(model, before):
 
 @pytest.mark.parametrize("scaling", [1.0, 30.0])
 @pytest.mark.parametrize("size", [0.1, 10.0])
-def test_matched_steps_change_the_update_in_proportion_to_the_weight_whatever_its_size_and_scaling(vit, scaling, size):
+def test_matched_steps_are_proportional_to_weight_for_every_size_and_scaling(vit, scaling, size):
     torch.manual_seed(0)
     model = vit.adapted(scaling=scaling, match_update=True, target_sparsity=0.0)
     with torch.no_grad():
@@ -126,7 +126,7 @@ def test_matched_steps_change_the_update_in_proportion_to_the_weight_whatever_it
         assert all(0.2e-3 < change < 3e-3 for change in relative_changes(model, before))
 
 
-def test_without_matching_the_change_follows_scaling_and_the_size_of_the_weights(vit):
+def test_unmatched_steps_depend_on_scaling_and_size_of_weights(vit):
     torch.manual_seed(0)
     changes = []
     for scaling in (1.0, 30.0):
@@ -139,7 +139,7 @@ def test_without_matching_the_change_follows_scaling_and_the_size_of_the_weights
     assert changes[1] > 10 * changes[0]
 
 
-def test_the_factor_on_a_step_is_the_formula(mlp):
+def test_step_scale_equals_formula(mlp):
     model = mlp.adapted(scaling=3.0, target_sparsity=0.0, init_weights=False)
     matrix = adapted_matrices(model)[0]
     layer, (A, B) = matrix.layer, (part.detach().clone() for part in matrix.factors)
@@ -149,16 +149,18 @@ def test_the_factor_on_a_step_is_the_formula(mlp):
     scale = delta / (0.02 * 0.1 * math.sqrt(layer.snella_config["default"].r))
     plain = copy.deepcopy(model)
     steps = []
-    for one, matched in ((model, True), (plain, False)):
-        optimizer = create_snella_optimizer(one, torch.optim.SGD, lr=0.02, match_update=matched)
-        take_step(one, optimizer)
-        steps.append([part.detach() - old for part, old in zip(adapted_matrices(one)[0].factors, (A, B), strict=True)])
+    for candidate, matched in ((model, True), (plain, False)):
+        optimizer = create_snella_optimizer(candidate, torch.optim.SGD, lr=0.02, match_update=matched)
+        take_step(candidate, optimizer)
+        steps.append(
+            [part.detach() - old for part, old in zip(adapted_matrices(candidate)[0].factors, (A, B), strict=True)]
+        )
     for matched, unmatched in zip(*steps, strict=True):
         assert unmatched.abs().max() > 0
         torch.testing.assert_close(matched, float(scale) * unmatched, rtol=1e-4, atol=1e-7)
 
 
-def test_the_factor_on_a_step_follows_the_rank_of_the_layer(mlp):
+def test_step_scale_depends_on_rank_of_layer(mlp):
     matched = {}
     for rank in (2, 8):
         torch.manual_seed(0)
@@ -174,7 +176,7 @@ def test_the_factor_on_a_step_follows_the_rank_of_the_layer(mlp):
     assert matched[2] != matched[8]
 
 
-def test_a_resumed_optimizer_takes_the_same_matched_steps(mlp):
+def test_resumed_optimizer_takes_the_same_matched_steps(mlp):
     torch.manual_seed(0)
     model = mlp.adapted(match_update=True, target_sparsity=0.0)
     optimizer = create_snella_optimizer(model, lr=0.01)
@@ -183,14 +185,14 @@ def test_a_resumed_optimizer_takes_the_same_matched_steps(mlp):
     resumed = copy.deepcopy(model)
     restored = create_snella_optimizer(resumed, lr=0.01)
     restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for one, its in ((model, optimizer), (resumed, restored)):
+    for candidate, candidate_optimizer in ((model, optimizer), (resumed, restored)):
         for _ in range(4):
-            take_step(one, its)
+            take_step(candidate, candidate_optimizer)
     for value, other in zip(model.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(value, other)
 
 
-def test_state_of_other_layers_is_refused(mlp):
+def test_state_of_other_layers_raises(mlp):
     matcher = StepMatcher(mlp.adapted())
     optimizer = create_snella_optimizer(mlp.adapted(), lr=0.1)
     optimizer.param_groups[0]["snella_step_matcher"] = {"step": 5, "slopes": [[1.0], [1.0], [1.0]]}
@@ -198,7 +200,7 @@ def test_state_of_other_layers_is_refused(mlp):
         matcher._load_from(optimizer)
 
 
-def test_the_config_decides_whether_steps_are_matched(mlp):
+def test_config_enables_step_matching(mlp):
     def hooks(optimizer):
         return len(optimizer._optimizer_step_post_hooks)
 
@@ -208,7 +210,7 @@ def test_the_config_decides_whether_steps_are_matched(mlp):
     assert hooks(create_snella_optimizer(mlp.adapted(preset="matched"), lr=0.1, match_update=False)) == plain
 
 
-def test_matching_is_refused_for_kernels_that_are_no_piecewise_distances(mlp):
+def test_step_matching_raises_for_other_kernels(mlp):
     with pytest.raises(ValueError, match=r"match_update requires a kernel in \['mix_k', 'p_linear'\], got 'rbf'"):
         create_snella_optimizer(mlp.adapted(kernel="rbf"), lr=0.1, match_update=True)
     with pytest.raises(ValueError, match="match_update requires a model with trainable SNELLA factors, got MLP"):
@@ -217,7 +219,7 @@ def test_matching_is_refused_for_kernels_that_are_no_piecewise_distances(mlp):
         StepMatcher(mlp.adapted(), interval=0)
 
 
-def test_a_matrix_without_budget_and_a_rate_of_zero_move_nothing(mlp):
+def test_zero_budget_and_zero_lr_change_nothing(mlp):
     model = mlp.adapted(match_update=True, target_sparsity=0.0)
     layer = adapted_matrices(model)[0].layer
     layer.set_budget("default", [0])

@@ -1,4 +1,4 @@
-"""What PEFT and the libraries on it ask of a method beyond its model class."""
+"""Integration with PEFT, transformers and diffusers beyond the tuner class."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ def llama(**settings):
     return transformers.LlamaForCausalLM(config).eval()
 
 
-def large(**settings):
-    """Settings whose update shows in the output of a random model."""
+def large_config(**settings):
+    """Return a config with a large initial update."""
     return SnellaConfig(**{"r": 4, "init_weights": False, "scaling": 0.1} | settings)
 
 
 @pytest.fixture
 def saved(tmp_path):
-    """Folders of a small language model and of an adapter of it, and what the two together give."""
+    """Save a small language model and an adapter; return both folders and the expected output."""
     llama().save_pretrained(tmp_path / "base")
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    model = get_peft_model(base, large()).eval()
+    model = get_peft_model(base, large_config()).eval()
     model.save_pretrained(tmp_path / "adapter")
     return tmp_path / "base", tmp_path / "adapter", model(TOKENS).logits.detach()
 
@@ -58,7 +58,7 @@ def saved(tmp_path):
 # libraries that read `peft_type.value` ------------------------------------------------------------------------------
 
 
-def test_auto_classes_load_an_adapters_folder(saved):
+def test_auto_classes_load_adapter_folder(saved):
     _, adapter, expected = saved
     model = transformers.AutoModelForCausalLM.from_pretrained(adapter).eval()
     assert torch.equal(model(TOKENS).logits, expected)
@@ -70,17 +70,17 @@ IS_REFUSED = Version(importlib.metadata.version("peft")) < Version(REQUIRED)
 
 
 @pytest.mark.skipif(not IS_REFUSED, reason="transformers accepts this PEFT")
-def test_transformers_refuses_an_older_peft_for_every_method_but_loads_adapters(saved):
+def test_transformers_rejects_older_peft_but_loads_adapters(saved):
     base, adapter, expected = saved
     model = transformers.AutoModelForCausalLM.from_pretrained(base).eval()
-    for config in (large(), LoraConfig(target_modules=["q_proj"])):
+    for config in (large_config(), LoraConfig(target_modules=["q_proj"])):
         with pytest.raises(ValueError, match=f"version of PEFT.*{re.escape(REQUIRED)}"):
             model.add_adapter(config)
     model.load_adapter(str(adapter), adapter_name="mine")
     assert torch.equal(model(TOKENS).logits, expected)
 
 
-def test_transformers_loads_switches_and_deletes_adapters_where_it_accepts_peft(saved, monkeypatch):
+def test_transformers_loads_switches_and_deletes_adapters(saved, monkeypatch):
     if IS_REFUSED:
         monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.21.0")
     base, adapter, expected = saved
@@ -97,13 +97,13 @@ def test_transformers_loads_switches_and_deletes_adapters_where_it_accepts_peft(
     assert not [name for name, _ in model.named_parameters() if ".snella_" in name]
 
 
-def test_a_pipeline_takes_an_adapters_folder(tmp_path):
+def test_pipeline_loads_adapter_folder(tmp_path):
     config = transformers.ViTConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=16, patch_size=8
     )
     transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "base")
     base = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "base")
-    model = get_peft_model(base, large()).eval()
+    model = get_peft_model(base, large_config()).eval()
     model.save_pretrained(tmp_path / "adapter")
     processor = transformers.ViTImageProcessor(size={"height": 16, "width": 16})
     classify = transformers.pipeline(
@@ -114,7 +114,7 @@ def test_a_pipeline_takes_an_adapters_folder(tmp_path):
     assert classify(image)[0]["score"] == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_the_status_names_the_method(mlp):
+def test_model_status_contains_the_method(mlp):
     model = mlp.adapted()
     status = get_model_status(model)
     assert status.peft_types == {"default": "SNELLA"}
@@ -122,12 +122,12 @@ def test_the_status_names_the_method(mlp):
     assert {layer.module_type for layer in get_layer_status(model)} == {"snella.Linear"}
 
 
-def test_a_mixed_model_is_refused_in_pefts_words(mlp):
+def test_mixed_model_raises_peft_error(mlp):
     with pytest.raises(ValueError, match="'SNELLA' is not compatible with the `PeftMixedModel`"):
         PeftMixedModel(mlp.base(), SnellaConfig())
 
 
-def test_hotswapping_is_refused_in_pefts_words(mlp, tmp_path):
+def test_peft_hotswap_raises_peft_error(mlp, tmp_path):
     model = mlp.adapted()
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="Hotswapping only supports LORA but SNELLA was passed"):
@@ -138,7 +138,7 @@ def test_hotswapping_is_refused_in_pefts_words(mlp, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["mlp", "gpt2"])
-def test_linear_layers_can_be_converted_to_lora(cases, name):
+def test_linear_layers_convert_to_lora(cases, name):
     case = cases[name]
     model = case.adapted()
     assert model.supports_lora_conversion()
@@ -147,12 +147,12 @@ def test_linear_layers_can_be_converted_to_lora(cases, name):
     config.fan_in_fan_out = name == "gpt2"
     lora = get_peft_model(case.base(), config).eval()
     assert not set_peft_model_state_dict(lora, state).unexpected_keys
-    # rank 8 is the full rank of lin1 alone; how near it comes is PEFT's affair, that it comes nearer is ours
+    # rank 8 is the full rank only of lin1; the conversion must at least reduce the error
     assert (case.predict(lora) - expected).norm() < (case.predict(case.base()) - expected).norm()
 
 
 @pytest.mark.parametrize("impl", ["auto", "eager"])
-def test_a_compiled_conversion_is_that_without_a_compiler(mlp, impl):
+def test_compiled_lora_conversion_equals_eager(mlp, impl):
     model = mlp.adapted(impl=impl)
     _, expected = convert_to_lora(model, rank=2)
     _, state = convert_to_lora(model, rank=2, compile_kwargs={"backend": "eager"})
@@ -162,7 +162,7 @@ def test_a_compiled_conversion_is_that_without_a_compiler(mlp, impl):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_an_update_is_returned_in_the_dtype_of_its_factors(mlp, dtype):
+def test_delta_weight_has_dtype_of_factors(mlp, dtype):
     model = mlp.adapted()
     layer = model.base_model.model.lin0
     exact = layer.get_delta_weight("default")
@@ -175,7 +175,7 @@ def test_an_update_is_returned_in_the_dtype_of_its_factors(mlp, dtype):
 
 
 @pytest.mark.parametrize("name", ["conv", "torch_vit"])
-def test_other_layers_are_not_said_to_be_convertible(cases, name):
+def test_other_layers_do_not_support_lora_conversion(cases, name):
     model = cases[name].adapted()
     assert not model.supports_lora_conversion()
     with pytest.raises(TypeError, match="do not support LoRA conversion"):
@@ -195,7 +195,7 @@ def test_biases_are_trained_and_saved(mlp, tmp_path, bias, trained):
     assert {name for name in names if ".snella_" not in name} == trained
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     mlp.run(model).square().sum().backward()
-    # the bias of the first layer gets the gradient that autograd gives it where nothing is adapted
+    # the bias gradient equals that of the plain layer
     assert all(p.grad.abs().sum() > 0 for n, p in model.named_parameters() if n.endswith("lin0.base_layer.bias"))
     optimizer.step()
     expected = mlp.predict(model.eval())
@@ -203,7 +203,7 @@ def test_biases_are_trained_and_saved(mlp, tmp_path, bias, trained):
     assert torch.equal(mlp.predict(PeftModel.from_pretrained(mlp.base(), tmp_path).eval()), expected)
 
 
-def test_the_gradient_of_a_bias_is_that_of_the_merged_layer(mlp):
+def test_bias_gradient_equals_merged_layer(mlp):
     model = mlp.adapted(bias="snella_only").train()
     mlp.run(model).square().sum().backward()
     plain = mlp.adapted(bias="snella_only").merge_and_unload()
@@ -214,13 +214,13 @@ def test_the_gradient_of_a_bias_is_that_of_the_merged_layer(mlp):
 
 
 @pytest.mark.parametrize("rows", [[1, 99], {"embed_tokens": [99]}, [-1]])
-def test_rows_that_an_embedding_does_not_have_are_refused(rows):
+def test_token_indices_out_of_range_raise(rows):
     with pytest.raises(ValueError, match=r"trainable_token_indices must be in \[0, \d+\] for '.*', got (99|-1)"):
-        get_peft_model(llama(), large(trainable_token_indices=rows))
+        get_peft_model(llama(), large_config(trainable_token_indices=rows))
 
 
-def test_single_tokens_are_trained_saved_and_merged(tmp_path):
-    model = get_peft_model(llama(), large(trainable_token_indices=[1, 3])).train()
+def test_trainable_tokens_are_saved_and_merged(tmp_path):
+    model = get_peft_model(llama(), large_config(trainable_token_indices=[1, 3])).train()
     model(TOKENS).logits.square().sum().backward()
     deltas = [p for n, p in model.named_parameters() if "trainable_tokens_delta" in n]
     assert len(deltas) == 1 and deltas[0].shape == (2, 16) and deltas[0].grad.abs().sum() > 0
@@ -235,8 +235,8 @@ def test_single_tokens_are_trained_saved_and_merged(tmp_path):
     assert (merged.get_input_embeddings().weight != llama().get_input_embeddings().weight).any(1).sum() == 2
 
 
-def test_tied_embeddings_stay_tied(tmp_path):
-    config = large(modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+def test_tied_embeddings_remain_tied(tmp_path):
+    config = large_config(modules_to_save=["embed_tokens"], ensure_weight_tying=True)
     model = get_peft_model(llama(tie_word_embeddings=True), config).train()
     embedding = model.base_model.model.model.embed_tokens.modules_to_save["default"].weight
     head = model.base_model.model.lm_head.modules_to_save["default"].weight
@@ -249,18 +249,18 @@ def test_tied_embeddings_stay_tied(tmp_path):
     assert torch.equal(loaded(TOKENS).logits, expected)
 
 
-def test_an_update_of_a_tied_layer_is_refused():
-    config = large(target_modules=["lm_head"], ensure_weight_tying=True)
+def test_tied_target_raises():
+    config = large_config(target_modules=["lm_head"], ensure_weight_tying=True)
     with pytest.raises(NotImplementedError, match=r"a target among the tied layers \['lm_head'\].*modules_to_save"):
         get_peft_model(llama(tie_word_embeddings=True), config)
 
 
-def test_a_weighted_sum_of_adapters_is_refused_with_what_gives_it(kind):
+def test_add_weighted_adapter_raises_with_alternative(kind):
     model = kind.adapted()
     model.add_adapter("second", kind.config(r=2))
     with pytest.raises(NotImplementedError, match=r"add_weighted_adapter\(\['default', 'second'\], \[0\.3, 0\.7\]"):
         model.add_weighted_adapter(["default", "second"], [0.3, 0.7], "sum")
-    # what the message says does give the sum
+    # the suggested alternative computes the sum
     layers = [module for module in model.modules() if isinstance(module, SnellaLayer)]
     for layer in layers:
         layer.set_scale("default", 0.3)
@@ -273,7 +273,7 @@ def test_a_weighted_sum_of_adapters_is_refused_with_what_gives_it(kind):
         torch.testing.assert_close(layer._base_layout(layer._oriented_weight()), layer._base_layout(weight) + update)
 
 
-def test_a_batch_of_several_adapters_is_refused(mlp):
+def test_mixed_batch_raises(mlp):
     model = mlp.adapted()
     with pytest.raises(
         NotImplementedError, match=r"adapter_names=\['default', '__base__'\] is not supported: a batch cannot mix"
@@ -281,14 +281,14 @@ def test_a_batch_of_several_adapters_is_refused(mlp):
         model(mlp.inputs(), adapter_names=["default", "__base__"])
 
 
-def test_pefts_methods_live_beside_the_tuner(mlp):
+def test_other_peft_methods_still_work(mlp):
     lora = get_peft_model(mlp.base(), LoraConfig(r=2, target_modules=["lin0"]))
     assert get_model_status(lora).peft_types == {"default": "LORA"}
     with pytest.raises(ValueError, match="SNELLA"):
         lora.add_adapter("second", SnellaConfig())
 
 
-def test_no_warning_comes_with_a_plain_adapter(mlp):
+def test_plain_adapter_does_not_warn(mlp):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = get_peft_model(mlp.base(), SnellaConfig(rank_pattern={"lin0": 2}))

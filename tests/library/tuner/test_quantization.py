@@ -1,4 +1,4 @@
-"""Base layers whose weight is quantized: bitsandbytes and torchao, as they compute on this machine."""
+"""Quantized base layers: bitsandbytes and torchao on the CPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BITSANDBYTES = ["nf4", "fp4", "nf4 double", "nf4 bfloat16", "int8"]
 TORCHAO = ["torchao int8", "torchao int8 groups", "torchao int4", "torchao int4 bfloat16"]
 
 
-def need(package):
+def skip_without(package):
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed: pip install {package}")
     with warnings.catch_warnings():
@@ -32,10 +32,10 @@ def need(package):
 
 
 def linear(kind, m=M, n=N, bias=True):
-    """A quantized linear layer of one kind, and the weight that it stores."""
+    """Create a quantized linear layer, and return it with its dequantized weight."""
     plain = nn.Linear(n, m, bias=bias)
     if kind in BITSANDBYTES:
-        bnb = need("bitsandbytes")
+        bnb = skip_without("bitsandbytes")
         if kind == "int8":
             layer = bnb.nn.Linear8bitLt(n, m, bias=bias, has_fp16_weights=False)
         else:
@@ -49,7 +49,7 @@ def linear(kind, m=M, n=N, bias=True):
         if kind == "int8":
             return layer, functional.int8_vectorwise_dequant(layer.weight.data, layer.weight.SCB)
         return layer, functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-    need("torchao")
+    skip_without("torchao")
     from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, granularity, quantize_
 
     configs = {
@@ -79,7 +79,7 @@ CONFIG = dict(r=4, target_modules=["lin"], init_sparsity=0.5, init_weights=False
 
 
 def adapted(kind, **options):
-    """A model with one quantized layer that carries an update, and the same with the weight dequantized by hand."""
+    """Create an adapted model with a quantized layer, and a copy with the dequantized weight."""
     torch.manual_seed(0)
     layer, weight = linear(kind)
     torch.manual_seed(0)
@@ -94,19 +94,19 @@ def adapted(kind, **options):
     return models
 
 
-def the_layer(model):
+def adapted_layer_of(model):
     return next(module for module in model.modules() if isinstance(module, SnellaLayer))
 
 
 def bits(model):
-    """Everything that the quantized weight consists of, copied."""
-    base = the_layer(model).get_base_layer()
-    source = the_layer(model)._weight()
+    """Return copies of all tensors of the quantized weight."""
+    base = adapted_layer_of(model).get_base_layer()
+    source = adapted_layer_of(model)._weight()
     stored = [] if type(base.weight).__module__.startswith("torchao.") else [base.weight.data]
     return [tensor.detach().clone() for tensor in (*stored, *source.tensors)] + [source.materialize()]
 
 
-def loses(kind):
+def is_lossy(kind):
     return pytest.warns(UserWarning, match=r"merged into 1 quantized weight \(.*\): .* by \d+\.\d% of .* in 'lin'")
 
 
@@ -136,44 +136,44 @@ x = torch.randn(5, N, generator=torch.Generator().manual_seed(3))
 # forward and backward -----------------------------------------------------------------------------------------------
 
 
-def test_outputs_and_gradients_are_those_of_the_layer_dequantized_by_hand(kind):
+def test_outputs_and_gradients_equal_dequantized_layer(kind):
     model, by_hand = adapted(kind)
-    is_half = kind == "torchao int4 bfloat16"  # the layer itself computes in bfloat16
-    found, expected = x.clone().requires_grad_(), x.clone().requires_grad_()
+    is_half = kind == "torchao int4 bfloat16"  # the layer computes in bfloat16
+    actual, expected = x.clone().requires_grad_(), x.clone().requires_grad_()
     tolerance = dict(rtol=2e-2, atol=2e-2) if is_half else {}
     with torch.autocast("cpu", torch.bfloat16, enabled=is_half):
-        outputs = model(found), by_hand(expected)
+        outputs = model(actual), by_hand(expected)
     torch.testing.assert_close(*outputs, **tolerance)
     for output in outputs:
         output.square().sum().backward()
-    torch.testing.assert_close(found.grad, expected.grad, **tolerance)
+    torch.testing.assert_close(actual.grad, expected.grad, **tolerance)
     learned = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     assert len(learned) >= 5, "factors and scalars"
     for name, parameter in learned:
-        wanted = by_hand.get_parameter(name).grad
-        scale = wanted.abs().max().item()
+        target = by_hand.get_parameter(name).grad
+        scale = target.abs().max().item()
         torch.testing.assert_close(
-            parameter.grad, wanted, **(dict(rtol=0, atol=5e-2 * scale) if is_half else dict(rtol=1e-4, atol=1e-5))
+            parameter.grad, target, **(dict(rtol=0, atol=5e-2 * scale) if is_half else dict(rtol=1e-4, atol=1e-5))
         )
-    assert all(p.grad is None for p in the_layer(model).get_base_layer().parameters())
+    assert all(p.grad is None for p in adapted_layer_of(model).get_base_layer().parameters())
 
 
-def test_an_update_that_is_smaller_than_the_spacing_of_the_dequantized_dtype_still_counts():
+def test_small_update_is_not_rounded_away():
     model, _ = adapted("nf4 bfloat16", scaling=1e-4)
-    layer = the_layer(model)
+    layer = adapted_layer_of(model)
     weight, delta = layer._weight().materialize(), layer.get_delta_weight("default")
-    is_lost = (weight.float() + delta).bfloat16() == weight
-    assert is_lost[delta != 0].float().mean() > 0.9, "a sum in bfloat16 would lose it"
+    is_rounded_away = (weight.float() + delta).bfloat16() == weight
+    assert is_rounded_away[delta != 0].float().mean() > 0.9, "a sum in bfloat16 would lose it"
     torch.testing.assert_close(layer(x), x @ (weight.float() + delta).T + layer.bias)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["folded", "in a branch of its own"])
-def test_nothing_dequantized_lives_between_the_passes(one_of_each, dropout, monkeypatch):
+@pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["folded", "separate-branch"])
+def test_dequantized_weight_is_freed_between_passes(one_of_each, dropout, monkeypatch):
     model, _ = adapted(one_of_each, update_dropout=dropout)
-    layer, made = the_layer(model), []
+    layer, made = adapted_layer_of(model), []
     plain = layer.quantization.source
 
-    def watched(base):
+    def record_source(base):
         source = plain(base)
 
         def make():
@@ -183,42 +183,44 @@ def test_nothing_dequantized_lives_between_the_passes(one_of_each, dropout, monk
 
         return type(source)(source.shape, source.tensors, make)
 
-    monkeypatch.setattr(layer.quantization, "source", watched)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    monkeypatch.setattr(layer.quantization, "source", record_source)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         y = layer(x.clone().requires_grad_())
     assert len(made) == 1 and made[0]() is None
-    owned = {p.data_ptr() for p in model.parameters()}
-    assert max(t.numel() for t in kept if t.data_ptr() not in owned) < M * N / 2, "nothing of the weight's size"
+    parameter_ptrs = {p.data_ptr() for p in model.parameters()}
+    assert max(t.numel() for t in saved if t.data_ptr() not in parameter_ptrs) < M * N / 2, (
+        "no saved tensor has the size of the weight"
+    )
     y.sum().backward()
     assert len(made) == 2, "dequantized again"
 
 
-def test_a_fixed_support_works_on_a_quantized_weight(one_of_each):
+def test_fixed_support_works_with_quantized_weight(one_of_each):
     models = adapted(one_of_each, fixed_support=True)
     for model in models:
-        the_layer(model).set_support("default", torch.arange(0, M * N, 7))
+        adapted_layer_of(model).set_support("default", torch.arange(0, M * N, 7))
     torch.testing.assert_close(*(model(x) for model in models))
     for model in models:
         model.eval()
         torch.testing.assert_close(*(model(x) for model in models))
         model(x).sum().backward()
-    torch.testing.assert_close(*(the_layer(model).snella_A["default"].grad for model in models))
+    torch.testing.assert_close(*(adapted_layer_of(model).snella_A["default"].grad for model in models))
 
 
-# dynamo asks a tensor between two graphs for its gradient
+# dynamo reads gradients of tensors between graphs
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-def test_a_compiled_model_takes_the_quantized_layer_as_it_is():
+def test_compiled_model_supports_quantized_layer():
     model, _ = adapted("nf4")
     expected = model(x)
     torch.testing.assert_close(torch.compile(model, backend="eager")(x), expected)
 
 
-# peft calls transformers by a name that transformers is about to change
+# peft uses a name that transformers deprecates
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.parametrize("package", ["bitsandbytes", "torchao"])
-def test_a_language_model_that_transformers_has_quantized_learns_under_checkpointing(package, tmp_path):
-    need(package)
+def test_quantized_language_model_trains_under_checkpointing(package, tmp_path):
+    skip_without(package)
     config = transformers.LlamaConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=32
     )
@@ -250,8 +252,8 @@ def test_a_language_model_that_transformers_has_quantized_learns_under_checkpoin
 # evaluation ---------------------------------------------------------------------------------------------------------
 
 
-class Bytes(Quantization):
-    """A weight as bytes with one scale, which needs no package."""
+class Int8Quantization(Quantization):
+    """Int8 weight with one scale, without any package."""
 
     name = "bytes"
 
@@ -273,62 +275,62 @@ class Bytes(Quantization):
 
 
 def adapted_on(kind, **options):
-    """A model with one quantized layer that carries an update; `bytes` runs without any package."""
+    """Create an adapted model with a quantized layer; `bytes` requires no package."""
     if kind != "bytes":
         return adapted(kind, **options)[0]
     torch.manual_seed(0)
     net = Net(nn.Linear(N, M))
     torch.manual_seed(1)
     model = get_peft_model(net, SnellaConfig(**CONFIG | options))
-    the_layer(model).quantization = Bytes(net.lin.weight.detach())
+    adapted_layer_of(model).quantization = Int8Quantization(net.lin.weight.detach())
     return model
 
 
-def test_evaluation_gives_the_bits_of_training_and_keeps_nothing_dequantized(kind_or_bytes, monkeypatch):
+def test_evaluation_equals_training_and_caches_no_dequantized_weight(kind_or_bytes, monkeypatch):
     model = adapted_on(kind_or_bytes)
-    layer, kept = the_layer(model), []
+    layer, saved = adapted_layer_of(model), []
     trained = layer(x)
     model.eval()
     effective = layer._effective
 
-    def watched(*args, **options):
+    def record_source(*args, **options):
         weight = effective(*args, **options)
-        kept.append(weakref.ref(weight))
+        saved.append(weakref.ref(weight))
         return weight
 
-    monkeypatch.setattr(layer, "_effective", watched)
+    monkeypatch.setattr(layer, "_effective", record_source)
     for is_enabled in (False, True):
         with torch.set_grad_enabled(is_enabled):
             torch.testing.assert_close(layer(x), trained.detach(), rtol=0, atol=0)
     assert layer._cache._effective is None
-    assert kept and all(made() is None for made in kept)
+    assert saved and all(made() is None for made in saved)
 
 
-def test_a_frozen_adapter_passes_gradients_on_without_keeping_its_weight(one_of_each_or_bytes):
+def test_frozen_adapter_propagates_gradients_without_caching_weight(one_of_each_or_bytes):
     model = adapted_on(one_of_each_or_bytes)
-    layer, found, expected = the_layer(model), *(x.clone().requires_grad_() for _ in range(2))
+    layer, actual, expected = adapted_layer_of(model), *(x.clone().requires_grad_() for _ in range(2))
     layer(expected).square().sum().backward()
     model.requires_grad_(False).eval()
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        y = layer(found)
-    assert max((t.numel() for t in kept), default=0) < M * N / 2
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = layer(actual)
+    assert max((t.numel() for t in saved), default=0) < M * N / 2
     y.square().sum().backward()
-    torch.testing.assert_close(found.grad, expected.grad, rtol=0, atol=0)
+    torch.testing.assert_close(actual.grad, expected.grad, rtol=0, atol=0)
 
 
-def test_a_weight_that_changes_between_evaluation_s_passes_is_noticed():
+def test_evaluation_detects_weight_change():
     model = adapted_on("bytes")
     model.requires_grad_(False).eval()
-    y = the_layer(model)(x.clone().requires_grad_())
-    the_layer(model).snella_B["default"].add_(1)
+    y = adapted_layer_of(model)(x.clone().requires_grad_())
+    adapted_layer_of(model).snella_B["default"].add_(1)
     with pytest.raises(RuntimeError, match=rf"a weight \[{M}, {N}\] must not change between forward and backward"):
         y.sum().backward()
 
 
-def test_evaluation_keeps_the_weight_where_it_is_told_to(kind_or_bytes, monkeypatch):
+def test_cache_delta_caches_weight_in_evaluation(kind_or_bytes, monkeypatch):
     model = adapted_on(kind_or_bytes)
-    layer = the_layer(model)
+    layer = adapted_layer_of(model)
     model.eval()
     with torch.no_grad():
         expected = layer(x)
@@ -336,14 +338,14 @@ def test_evaluation_keeps_the_weight_where_it_is_told_to(kind_or_bytes, monkeypa
         torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
         assert layer._cache._effective is not None
         with monkeypatch.context() as patch:
-            patch.setattr(layer, "_effective", None)  # not needed any more
+            patch.setattr(layer, "_effective", None)  # no longer required
             torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
         model.peft_config["default"].cache_delta = False
         torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
     assert layer._cache._effective is None
 
 
-def test_evaluation_in_another_dtype_is_not_served_from_memory(one_of_each):
+def test_cached_weight_depends_on_dtype(one_of_each):
     model, by_hand = adapted(one_of_each)
     model.eval(), by_hand.eval()
     with torch.no_grad():
@@ -353,103 +355,105 @@ def test_evaluation_in_another_dtype_is_not_served_from_memory(one_of_each):
         torch.testing.assert_close(model(x), by_hand(x))
 
 
-def test_without_its_adapter_the_layer_is_the_base_layer(kind):
+def test_disabled_adapter_equals_base_layer(kind):
     model, _ = adapted(kind)
     before = bits(model)
-    base = copy.deepcopy(the_layer(model).get_base_layer())
-    # bitsandbytes does not round four-bit weights to their own dtype on their way into its product, and changes their
-    # layout in evaluation; its 8-bit layers quantize their input in evaluation alone
+    base = copy.deepcopy(adapted_layer_of(model).get_base_layer())
+    # bitsandbytes does not round 4-bit weights to their dtype before the product, and changes their
+    # layout in evaluation; its 8-bit layers quantize their input only in evaluation
     tolerance = dict(rtol=0, atol=5e-3) if kind == "nf4 bfloat16" else {}
-    given = x.to(the_layer(model)._op_dtype(x)).requires_grad_()
+    inputs = x.to(adapted_layer_of(model)._op_dtype(x)).requires_grad_()
     for mode in (True, False):
         model.train(mode)
-        expected = base.train(mode if kind == "int8" else True)(given)
+        expected = base.train(mode if kind == "int8" else True)(inputs)
         with model.disable_adapter(), torch.no_grad():
-            torch.testing.assert_close(the_layer(model)(given), expected, **tolerance)
-    for mine, theirs in zip(bits(model), before, strict=True):
-        assert torch.equal(mine, theirs), "evaluating the base layer changes nothing"
+            torch.testing.assert_close(adapted_layer_of(model)(inputs), expected, **tolerance)
+    for actual, reference in zip(bits(model), before, strict=True):
+        assert torch.equal(actual, reference), "evaluation must not change the base layer"
 
 
 @pytest.mark.parametrize(("kind", "tolerance"), [("nf4", 2**-8), ("nf4 double", 0.05)])
-def test_a_weight_that_bitsandbytes_has_laid_out_for_cpus_is_laid_out_back(kind, tolerance):
-    bnb = need("bitsandbytes")
+def test_cpu_layout_of_bitsandbytes_is_undone(kind, tolerance):
+    bnb = skip_without("bitsandbytes")
     layer, weight = linear(kind)
     packed, state = bnb.functional._convert_weight_packed_for_cpu(layer.weight.data, layer.weight.quant_state)
     layer.weight.data, layer.weight.quant_state = packed, state
     model = get_peft_model(Net(layer), SnellaConfig(**CONFIG))
-    # the layout keeps the scales in bfloat16, and quantizes them anew where they were quantized
-    torch.testing.assert_close(the_layer(model)._weight().materialize(), weight, rtol=tolerance, atol=0)
+    # the layout stores the scales in bfloat16, and requantizes quantized scales
+    torch.testing.assert_close(adapted_layer_of(model)._weight().materialize(), weight, rtol=tolerance, atol=0)
 
 
 # merging ------------------------------------------------------------------------------------------------------------
 
 
-def test_merging_quantizes_the_sum_and_says_what_that_lost(kind):
+def test_merge_requantizes_and_warns_about_the_error(kind):
     model, _ = adapted(kind)
-    layer = the_layer(model)
+    layer = adapted_layer_of(model)
     before, delta = layer._weight().materialize().float(), layer.get_delta_weight("default").float()
     attributes = dict(layer.get_base_layer().weight.__dict__)
-    with loses(kind) as caught:
+    with is_lossy(kind) as records:
         model.merge_adapter()
     after = layer._weight().materialize().float()
     assert not torch.equal(after, before)
-    lost = (after - (before + delta)).norm() / delta.norm()
-    said = float(str(caught[0].message).split("by ")[1].split("%")[0]) / 100
-    assert said > 0 and said == pytest.approx(lost.item(), rel=0.02, abs=1e-3)
+    relative_error = (after - (before + delta)).norm() / delta.norm()
+    message = float(str(records[0].message).split("by ")[1].split("%")[0]) / 100
+    assert message > 0 and message == pytest.approx(relative_error.item(), rel=0.02, abs=1e-3)
     assert set(layer.get_base_layer().weight.__dict__) == set(attributes), "quantized with the same settings"
     merged = layer.get_base_layer()(x.to(layer._op_dtype(x))) if kind != "int8" else layer(x)
-    wanted = x @ after.T + layer.bias.float()
-    torch.testing.assert_close(merged.float(), wanted, rtol=5e-2, atol=5e-2)
+    expected = x @ after.T + layer.bias.float()
+    torch.testing.assert_close(merged.float(), expected, rtol=5e-2, atol=5e-2)
 
 
 @pytest.mark.parametrize("kind", TORCHAO)
-def test_torchao_keeps_the_scales_where_new_ones_would_lose_more(kind):
+def test_torchao_merge_keeps_scales_if_more_accurate(kind):
     model, _ = adapted(kind, scaling=1e-3)
-    layer, before = the_layer(model), bits(model)
-    with pytest.warns(UserWarning, match=r"by (100\.0|\d\d?\.\d)% of"):  # all of the update at the worst
+    layer, before = adapted_layer_of(model), bits(model)
+    with pytest.warns(UserWarning, match=r"by (100\.0|\d\d?\.\d)% of"):  # at most the entire update
         layer.merge()
     after = bits(model)
     assert torch.equal(after[1], before[1]), "scales"
-    untouched = layer.get_delta_weight("default") == 0
-    assert torch.equal(after[0][untouched], before[0][untouched])
+    unchanged = layer.get_delta_weight("default") == 0
+    assert torch.equal(after[0][unchanged], before[0][unchanged])
 
 
-def test_unmerging_restores_every_bit(kind):
+def test_unmerge_is_bit_exact(kind):
     model, _ = adapted(kind)
-    layer, before, output = the_layer(model), bits(model), model(x)
+    layer, before, output = adapted_layer_of(model), bits(model), model(x)
     for _ in range(2):
-        with loses(kind):
+        with is_lossy(kind):
             model.merge_adapter()
         layer(x.to(layer._op_dtype(x)))
         model.unmerge_adapter()
-    for mine, theirs in zip(bits(model), before, strict=True):
-        assert torch.equal(mine, theirs)
+    for actual, expected in zip(bits(model), before, strict=True):
+        assert torch.equal(actual, expected)
     torch.testing.assert_close(model(x), output, rtol=0, atol=0)
 
 
-def test_a_second_adapter_is_merged_from_the_untouched_weight(one_of_each):
+def test_second_adapter_is_merged_into_original_weight(one_of_each):
     model, _ = adapted(one_of_each)
     model.add_adapter("other", SnellaConfig(**CONFIG))
-    layer, before = the_layer(model), bits(model)
-    wanted = layer._weight().materialize().float() + sum(layer.get_delta_weight(name) for name in ("default", "other"))
+    layer, before = adapted_layer_of(model), bits(model)
+    target = layer._weight().materialize().float() + sum(layer.get_delta_weight(name) for name in ("default", "other"))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT's of the second merge, ours of the loss
+        warnings.simplefilter(
+            "ignore"
+        )  # one warning of PEFT about the second merge, one about the requantization error
         layer.merge(adapter_names=["default"])
         layer.merge(adapter_names=["other"])
     both = layer._weight().materialize()
-    layer.quantization.write(layer.get_base_layer(), wanted)
+    layer.quantization.write(layer.get_base_layer(), target)
     torch.testing.assert_close(layer._weight().materialize(), both)
     layer.unmerge()
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(bits(model), before, strict=True))
+    assert all(torch.equal(actual, expected) for actual, expected in zip(bits(model), before, strict=True))
 
 
-def test_a_merge_that_is_not_finite_is_refused_and_changes_nothing(one_of_each):
+def test_nonfinite_safe_merge_raises_without_changes(one_of_each):
     model, _ = adapted(one_of_each)
     before = bits(model)
-    the_layer(model).snella_A["default"].data[0, 0, 0] = torch.nan
+    adapted_layer_of(model).snella_A["default"].data[0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"NaNs detected in the merged weights\. The adapter default"):
-        the_layer(model).merge(safe_merge=True)
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(bits(model), before, strict=True))
+        adapted_layer_of(model).merge(safe_merge=True)
+    assert all(torch.equal(actual, expected) for actual, expected in zip(bits(model), before, strict=True))
 
 
 def test_merging_many_layers_warns_once_and_unloads_quantized_layers(one_of_each):
@@ -457,17 +461,17 @@ def test_merging_many_layers_warns_once_and_unloads_quantized_layers(one_of_each
     model = nn.Sequential(*(linear(one_of_each, N, N)[0] for _ in range(3)))
     names = [type(layer) for layer in model]
     model = get_peft_model(model, SnellaConfig(**CONFIG | {"target_modules": ["0", "1", "2"]}))
-    with pytest.warns(UserWarning, match=r"merged into 3 quantized weights .* in '[012]'\)") as caught:
+    with pytest.warns(UserWarning, match=r"merged into 3 quantized weights .* in '[012]'\)") as records:
         merged = model.merge_and_unload()
-    assert len(caught) == 1
+    assert len(records) == 1
     assert [type(layer) for layer in merged] == names
     assert not any(isinstance(module, SnellaLayer) for module in merged.modules())
 
 
-def test_the_loss_is_measured_against_the_update():
+def test_requantization_error_is_relative_to_update():
     before, update, error = torch.zeros(4), torch.tensor([3.0, 4, 0, 0]), torch.tensor([0.0, 0, 0, 1])
     loss = measure_requantization("lin", "some bits", before, before + update, before + update + error)
-    assert (loss.lost, loss.update, loss.relative) == (1, 5, 0.2)
+    assert (loss.error, loss.update, loss.relative) == (1, 5, 0.2)
     assert RequantizationLoss("", "", 0.0, 0.0).relative == 0
     assert RequantizationLoss("", "", 1.0, 0.0).relative == float("inf")
 
@@ -475,9 +479,9 @@ def test_the_loss_is_measured_against_the_update():
 # saving, copying ----------------------------------------------------------------------------------------------------
 
 
-def test_an_adapter_is_saved_and_loaded_on_a_quantized_base(one_of_each, tmp_path):
+def test_adapter_saves_and_loads_on_quantized_base(one_of_each, tmp_path):
     model, _ = adapted(one_of_each)
-    base = Net(copy.deepcopy(the_layer(model).get_base_layer()))
+    base = Net(copy.deepcopy(adapted_layer_of(model).get_base_layer()))
     base.head.load_state_dict(model.base_model.model.head.state_dict())
     with torch.no_grad():
         expected = model.eval()(x)
@@ -486,14 +490,14 @@ def test_an_adapter_is_saved_and_loaded_on_a_quantized_base(one_of_each, tmp_pat
         torch.testing.assert_close(loaded.eval()(x), expected, rtol=0, atol=0)
 
 
-def test_copies_compute_the_same(one_of_each):
+def test_copies_are_equal(one_of_each):
     model, _ = adapted(one_of_each)
     expected = model(x)
     torch.testing.assert_close(copy.deepcopy(model)(x), expected)
 
 
 @pytest.mark.filterwarnings("ignore:.* no budget allocator is attached:UserWarning")
-def test_a_training_step_moves_the_adapter_and_not_the_base(one_of_each):
+def test_training_changes_only_the_adapter(one_of_each):
     model, _ = adapted(one_of_each)
     before = bits(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -505,39 +509,39 @@ def test_a_training_step_moves_the_adapter_and_not_the_base(one_of_each):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(bits(model), before, strict=True))
+    assert all(torch.equal(actual, expected) for actual, expected in zip(bits(model), before, strict=True))
 
 
-# what cannot be adapted ---------------------------------------------------------------------------------------------
+# unsupported layers -------------------------------------------------------------------------------------------------
 
 
 def wrap(layer, targets=("lin",)):
     return get_peft_model(Net(layer), SnellaConfig(r=4, target_modules=list(targets)))
 
 
-def test_a_layer_that_is_not_quantized_yet_is_refused():
-    bnb = need("bitsandbytes")
+def test_unquantized_bitsandbytes_layer_raises():
+    bnb = skip_without("bitsandbytes")
     for cls, options in ((bnb.nn.Linear4bit, {}), (bnb.nn.Linear8bitLt, {"has_fp16_weights": False})):
         with pytest.raises(RuntimeError, match=r"'lin', a Linear\w+ of .* yet: its weight is torch\.float32 on 'cpu'"):
             wrap(cls(N, M, **options))
 
 
-def test_a_layer_that_quantizes_in_every_pass_is_refused():
-    layer = need("bitsandbytes").nn.Linear8bitLt(N, M, has_fp16_weights=True)
+def test_has_fp16_weights_raises():
+    layer = skip_without("bitsandbytes").nn.Linear8bitLt(N, M, has_fp16_weights=True)
     with pytest.raises(NotImplementedError, match=r"'lin', a Linear8bitLt with has_fp16_weights=True"):
         wrap(layer)
 
 
-def test_other_modules_of_bitsandbytes_are_refused_by_name():
-    model = nn.ModuleDict({"lin": need("bitsandbytes").nn.StableEmbedding(4, 4)})
+def test_other_bitsandbytes_modules_raise_with_name():
+    model = nn.ModuleDict({"lin": skip_without("bitsandbytes").nn.StableEmbedding(4, 4)})
     with pytest.raises(
         NotImplementedError, match=r"'lin', a StableEmbedding of bitsandbytes; supported quantized layers are"
     ):
         get_peft_model(model, SnellaConfig(target_modules=["lin"]))
 
 
-def test_other_tensors_of_torchao_are_refused_by_name():
-    need("torchao")
+def test_other_torchao_tensors_raise_with_name():
+    skip_without("torchao")
     from torchao.quantization import Float8WeightOnlyConfig, Int8DynamicActivationInt8WeightConfig, quantize_
 
     layer = nn.Linear(N, M)
@@ -554,7 +558,7 @@ def test_other_tensors_of_torchao_are_refused_by_name():
 
 
 @pytest.mark.parametrize("packed", ["qweight", "W_q"])
-def test_layers_of_other_packages_are_refused_by_name(packed):
+def test_layers_of_other_packages_raise_with_name(packed):
     class Packed(nn.Module):
         out_features = M
 
@@ -566,8 +570,8 @@ def test_layers_of_other_packages_are_refused_by_name(packed):
         wrap(layer)
 
 
-def test_a_quantized_projection_of_an_attention_is_refused():
-    need("torchao")
+def test_quantized_attention_projection_raises():
+    skip_without("torchao")
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     model = nn.ModuleDict({"attn": nn.MultiheadAttention(32, 2)})
@@ -580,9 +584,9 @@ def test_a_quantized_projection_of_an_attention_is_refused():
         get_peft_model(model, SnellaConfig(target_modules=["attn"]))
 
 
-def test_nothing_is_imported_for_a_model_that_is_not_quantized(monkeypatch):
+def test_unquantized_model_does_not_import_quantization_packages(monkeypatch):
     import sys
 
     for module in ("bitsandbytes", "torchao"):
-        monkeypatch.setitem(sys.modules, module, None)  # importing it would raise
+        monkeypatch.setitem(sys.modules, module, None)  # an import would raise
     wrap(nn.Linear(N, M))(x)

@@ -1,4 +1,4 @@
-"""Inputs that are computed again in the backward pass instead of being kept, and those kept in eight bits."""
+"""Recomputed and int8-compressed inputs."""
 
 import copy
 import logging
@@ -23,7 +23,7 @@ from snella.memory.recompute import can_recompute, mark_outputs, unmark_outputs
 WIDTH = 12
 
 
-KNOWN = {
+SUPPORTED = {
     "gelu": nn.GELU(),
     "gelu-tanh": nn.GELU(approximate="tanh"),
     "silu": nn.SiLU(),
@@ -43,7 +43,7 @@ KNOWN = {
 
 
 def adapted(module, trained=False, **settings):
-    """Linear, the module, Linear; both linear layers adapted."""
+    """Return an adapted model of a linear layer, the module and a linear layer."""
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(WIDTH, WIDTH), copy.deepcopy(module), nn.Linear(WIDTH, 7))
     config = SnellaConfig(r=4, target_modules=["0", "2"], init_weights=False, **settings)
@@ -54,14 +54,14 @@ def adapted(module, trained=False, **settings):
 
 
 def step(model, x):
-    """Gradients of one step by name, and what autograd kept: bytes of each storage that is no parameter."""
+    """Return the gradients of one step by name, and the bytes of all saved storages except parameters."""
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    kept = {}
+    saved = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+            saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -69,7 +69,7 @@ def step(model, x):
     loss.backward()
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    return grads, sum(kept.values())
+    return grads, sum(saved.values())
 
 
 def assert_same_bits(first, second):
@@ -79,20 +79,20 @@ def assert_same_bits(first, second):
 
 
 @pytest.mark.parametrize("trained", [False, True])
-@pytest.mark.parametrize("name", KNOWN)
-def test_gradients_have_the_same_bits_and_less_is_kept(name, trained):
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_recomputation_saves_less_with_identical_gradients(name, trained):
     x = torch.randn(5, 3, WIDTH)
-    plain, kept = step(adapted(KNOWN[name], trained, recompute_inputs=False), x)
-    recomputed, less = step(adapted(KNOWN[name], trained), x)
+    plain, saved = step(adapted(SUPPORTED[name], trained, recompute_inputs=False), x)
+    recomputed, reduced = step(adapted(SUPPORTED[name], trained), x)
     assert_same_bits(plain, recomputed)
-    # the output of the module, which only the second layer needs
-    assert kept - less == x.nbytes
+    # the output of the module, which only the second layer uses
+    assert saved - reduced == x.nbytes
 
 
 @pytest.mark.parametrize(
     "norm", [nn.BatchNorm2d(6), nn.GroupNorm(2, 6), timm_layers.LayerNorm2d(6)], ids=lambda norm: type(norm).__name__
 )
-def test_convolutions_do_not_keep_what_a_normalization_gives_them(norm):
+def test_convolutions_recompute_normalized_inputs(norm):
     def build(recompute):
         torch.manual_seed(0)
         base = nn.Sequential(nn.Conv2d(3, 6, 3), copy.deepcopy(norm), nn.Conv2d(6, 4, 3))
@@ -102,13 +102,13 @@ def test_convolutions_do_not_keep_what_a_normalization_gives_them(norm):
         return model
 
     x = torch.randn(2, 3, 9, 9)
-    plain, kept = step(build(False), x)
-    recomputed, less = step(build(True), x)
+    plain, saved = step(build(False), x)
+    recomputed, reduced = step(build(True), x)
     assert_same_bits(plain, recomputed)
-    assert less < kept
+    assert reduced < saved
 
 
-def test_batch_normalization_that_is_trained_is_not_computed_again():
+def test_trained_batch_norm_is_not_recomputed():
     model = get_peft_model(
         nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 4, 3)),
         SnellaConfig(r=2, target_modules=["2"], init_weights=False),
@@ -130,7 +130,7 @@ def test_batch_normalization_that_is_trained_is_not_computed_again():
     ],
     ids=["test-vit", "vit", "convnext", "swin"],
 )
-def test_whole_models_train_with_the_same_bits_and_keep_less(build):
+def test_full_models_save_less_with_identical_gradients(build):
     def adapt(recompute):
         torch.manual_seed(0)
         return get_peft_model(build(), SnellaConfig(r=2, recompute_inputs=recompute)).train()
@@ -140,15 +140,15 @@ def test_whole_models_train_with_the_same_bits_and_keep_less(build):
     grid = getattr(getattr(model.base_model.model, "patch_embed", None), "img_size", None)
     x = torch.randn(2, 3, *(grid or (size, size)))
     torch.manual_seed(1)
-    plain, kept = step(adapt(False), x)
+    plain, saved = step(adapt(False), x)
     torch.manual_seed(1)
-    recomputed, less = step(model, x)
+    recomputed, reduced = step(model, x)
     assert_same_bits(plain, recomputed)
-    assert less < 0.9 * kept
+    assert reduced < 0.9 * saved
 
 
 @pytest.mark.parametrize("kind", ["deit", "llama"])
-def test_query_key_and_value_share_what_is_computed_again(kind, monkeypatch):
+def test_query_key_and_value_share_one_recomputation(kind, monkeypatch):
     if kind == "deit":
         shape = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
         base, x = (
@@ -161,7 +161,7 @@ def test_query_key_and_value_share_what_is_computed_again(kind, monkeypatch):
         base, x = LlamaForCausalLM(LlamaConfig(vocab_size=11, **shape)), torch.randint(0, 11, (2, 5))
         norm = base.model.layers[0].input_layernorm
     model = get_peft_model(base, SnellaConfig(r=2, init_weights=False)).train()
-    # without a gradient to its output nothing is marked: let the embeddings ask for one
+    # marks require a gradient, so let the embeddings require one
     base.enable_input_require_grads() if kind == "llama" else base.deit.embeddings.requires_grad_(True)
     calls = []
     forward = type(norm).forward
@@ -176,7 +176,7 @@ def test_query_key_and_value_share_what_is_computed_again(kind, monkeypatch):
     assert calls == [True, False]
 
 
-def test_autocast_computes_the_same_bits_again():
+def test_autocast_is_bit_identical():
     def train(recompute):
         model = adapted(nn.GELU(), recompute_inputs=recompute)
         with torch.autocast("cpu", torch.bfloat16):
@@ -188,7 +188,7 @@ def test_autocast_computes_the_same_bits_again():
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing_has_the_same_bits(use_reentrant):
+def test_gradient_checkpointing_is_bit_identical(use_reentrant):
     def train(recompute):
         model = adapted(nn.LayerNorm(WIDTH), recompute_inputs=recompute)
         x = torch.linspace(-1, 1, 5 * WIDTH).view(5, WIDTH).requires_grad_()
@@ -198,7 +198,7 @@ def test_gradient_checkpointing_has_the_same_bits(use_reentrant):
     assert_same_bits(train(False), train(True))
 
 
-def test_two_backward_passes_over_one_graph_give_the_same_bits():
+def test_repeated_backward_is_bit_identical():
     model = adapted(nn.GELU())
     loss = model(torch.randn(5, WIDTH)).square().sum()
     tensors = [p for p in model.parameters() if p.requires_grad]
@@ -207,7 +207,7 @@ def test_two_backward_passes_over_one_graph_give_the_same_bits():
         assert torch.equal(a, b)
 
 
-def test_a_module_that_changed_before_the_backward_pass_is_an_error():
+def test_module_change_before_backward_raises():
     model = adapted(nn.LayerNorm(WIDTH))
     loss = model(torch.randn(5, WIDTH)).square().sum()
     with torch.no_grad():
@@ -216,7 +216,7 @@ def test_a_module_that_changed_before_the_backward_pass_is_an_error():
         loss.backward()
 
 
-def test_a_module_that_changed_before_its_output_was_used_is_not_computed_again():
+def test_module_change_before_use_disables_recomputation():
     norm, z = nn.LayerNorm(WIDTH), torch.randn(5, WIDTH, requires_grad=True)
     mark_outputs(norm)
     marked = norm(z)
@@ -227,9 +227,11 @@ def test_a_module_that_changed_before_its_output_was_used_is_not_computed_again(
 
 @pytest.mark.parametrize("compress", [False, True])
 @pytest.mark.parametrize("name", ["gelu", "layer-norm", "batch-norm"])
-def test_the_mode_may_change_between_the_passes(name, compress):
+def test_training_mode_can_change_between_passes(name, compress):
     def gradients(switches):
-        model = adapted(nn.BatchNorm1d(WIDTH) if name == "batch-norm" else KNOWN[name], compress_activations=compress)
+        model = adapted(
+            nn.BatchNorm1d(WIDTH) if name == "batch-norm" else SUPPORTED[name], compress_activations=compress
+        )
         model.eval()
         inner = model.base_model.model[1]
         loss = model(torch.linspace(-1, 1, 8 * WIDTH).view(8, WIDTH)).square().sum()
@@ -242,7 +244,7 @@ def test_the_mode_may_change_between_the_passes(name, compress):
     assert_same_bits(gradients(False), gradients(True))
 
 
-def test_an_input_that_was_written_to_is_torch_s_own_error():
+def test_in_place_write_to_input_raises_torch_error():
     z = torch.randn(5, WIDTH, requires_grad=True)
     model = adapted(nn.GELU())
     copied = z * 1
@@ -252,10 +254,10 @@ def test_an_input_that_was_written_to_is_torch_s_own_error():
         loss.backward()
 
 
-def test_only_the_very_output_of_an_untouched_known_module_is_computed_again():
+def test_only_unmodified_outputs_of_supported_modules_are_recomputed():
     norm, z = nn.LayerNorm(WIDTH), torch.randn(5, WIDTH, requires_grad=True)
     assert mark_outputs(norm) == 1
-    assert mark_outputs(norm) == 1  # and not marked twice
+    assert mark_outputs(norm) == 1  # without a second mark
     marked = norm(z)
     assert origin_of(marked)[0][0].data_ptr() == z.data_ptr()
     for other in (marked.view(5, WIDTH), marked[:3], marked + 0, marked.detach(), z, F.layer_norm(z, (WIDTH,))):
@@ -275,7 +277,7 @@ def test_only_the_very_output_of_an_untouched_known_module_is_computed_again():
     assert origin_of(norm(z)) == ((), None)
 
 
-def test_modules_with_randomness_or_of_unknown_classes_are_not_known():
+def test_random_and_unknown_modules_are_not_supported():
     class Noisy(nn.GELU):
         def forward(self, x):
             return super().forward(x) * torch.rand(())
@@ -284,26 +286,26 @@ def test_modules_with_randomness_or_of_unknown_classes_are_not_known():
         assert not can_recompute(module)
 
 
-def test_the_choice_is_logged_once(caplog):
+def test_recomputation_is_logged_once(caplog):
     with caplog.at_level(logging.INFO, "snella.model"):
         adapted(nn.GELU())
     lines = [record.message for record in caplog.records if "recomputing" in record.message]
     assert lines == ["recomputing inputs of adapted layers from 1 normalizations and activations"]
 
 
-def test_a_copied_and_a_pickled_model_still_mark(tmp_path):
+def test_copied_and_pickled_models_recompute(tmp_path):
     model = adapted(nn.GELU())
     torch.save(model, tmp_path / "model.pt")
     x = torch.randn(5, WIDTH)
-    grads, kept = step(model, x)
+    grads, saved = step(model, x)
     for other in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
-        again, same = step(other, x)
-        assert_same_bits(grads, again)
-        assert same == kept
+        repeated, same = step(other, x)
+        assert_same_bits(grads, repeated)
+        assert same == saved
 
 
 @pytest.mark.parametrize("unload", ["unload", "merge_and_unload"])
-def test_a_model_without_its_adapters_has_no_marks(unload):
+def test_unloaded_model_has_no_hooks(unload):
     plain = getattr(adapted(nn.GELU()), unload)()
     assert not any(module._forward_hooks for module in plain.modules())
 
@@ -312,7 +314,7 @@ def test_a_model_without_its_adapters_has_no_marks(unload):
 
 
 def relative_error(grads, exact):
-    """The distance of all gradients together to the exact ones, as a part of their norm."""
+    """Return the relative error of the concatenated gradients."""
     difference = sum(float((grads[name] - grad).square().sum()) for name, grad in exact.items())
     return (difference / sum(float(grad.square().sum()) for grad in exact.values())) ** 0.5
 
@@ -325,19 +327,19 @@ def images_of(model):
     return torch.randn(2, 3, *grid)
 
 
-@pytest.mark.parametrize("name", KNOWN)
-def test_outputs_are_exact_gradients_near_and_a_quarter_is_kept(name):
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_compression_has_exact_outputs_close_gradients_and_a_quarter_of_the_memory(name):
     x = torch.randn(BATCH)
-    exact, kept = step(adapted(KNOWN[name]), x)
-    compressed, less = step(adapted(KNOWN[name], compress_activations=True), x)
-    assert torch.equal(adapted(KNOWN[name])(x), adapted(KNOWN[name], compress_activations=True)(x))
+    exact, saved = step(adapted(SUPPORTED[name]), x)
+    compressed, reduced = step(adapted(SUPPORTED[name], compress_activations=True), x)
+    assert torch.equal(adapted(SUPPORTED[name])(x), adapted(SUPPORTED[name], compress_activations=True)(x))
     assert relative_error(compressed, exact) < 0.03
-    # a byte an entry and a scale a group, of what the module kept; some keep more than their input
+    # one byte per entry and one scale per group; some modules save more than their input
     group = WIDTH if "norm" in name else GROUP
-    assert kept - less >= x.nbytes - x.numel() * (1 + 4 / group)
+    assert saved - reduced >= x.nbytes - x.numel() * (1 + 4 / group)
 
 
-def test_gradients_are_those_at_the_rounded_input():
+def test_gradients_are_computed_at_rounded_input():
     module, z, weights = nn.LayerNorm(WIDTH), torch.randn(BATCH, requires_grad=True), torch.randn(BATCH)
     module.requires_grad_(False)
     mark_outputs(module, compress=lambda: True)
@@ -351,7 +353,7 @@ def test_gradients_are_those_at_the_rounded_input():
 
 @pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm, timm_layers.RmsNorm])
 @pytest.mark.parametrize("width", [12, 96])
-def test_a_row_that_is_small_beside_the_others_keeps_its_gradient(norm, width):
+def test_small_rows_keep_accurate_gradients(norm, width):
     module, weights = norm(width, eps=1e-12).requires_grad_(False), torch.randn(4, width)
     z = torch.randn(4, width) * torch.tensor([1.0, 1e-3, 0, 1.0])[:, None]
     grads = []
@@ -364,7 +366,7 @@ def test_a_row_that_is_small_beside_the_others_keeps_its_gradient(norm, width):
         assert (rounded - exact).norm() < 0.03 * exact.norm()
 
 
-def test_what_an_activation_keeps_as_its_output_is_not_kept_in_eight_bits_too():
+def test_activations_that_save_their_output_are_not_compressed():
     def kept(compress):
         torch.manual_seed(0)
         base = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1))
@@ -376,12 +378,12 @@ def test_what_an_activation_keeps_as_its_output_is_not_kept_in_eight_bits_too():
     assert_same_bits(exact, same)
 
 
-def test_a_normalization_that_is_trained_keeps_its_input():
+def test_trained_normalization_saves_exact_input():
     x = torch.randn(BATCH)
-    exact, kept = step(adapted(nn.LayerNorm(WIDTH), trained=True), x)
+    exact, saved = step(adapted(nn.LayerNorm(WIDTH), trained=True), x)
     same, as_much = step(adapted(nn.LayerNorm(WIDTH), trained=True, compress_activations=True), x)
     assert_same_bits(exact, same)
-    assert kept == as_much
+    assert saved == as_much
 
 
 @pytest.mark.parametrize(
@@ -396,19 +398,19 @@ def test_a_normalization_that_is_trained_keeps_its_input():
     ],
     ids=["vit", "convnext", "swin"],
 )
-def test_whole_models_keep_less_and_gradients_are_near(build, share):
+def test_compression_of_full_models_saves_memory_with_close_gradients(build, share):
     def adapt(**settings):
         torch.manual_seed(0)
         return get_peft_model(build(), SnellaConfig(r=2, **settings)).eval()
 
     x = images_of(build())
-    exact, kept = step(adapt(), x)
-    compressed, less = step(adapt(compress_activations=True), x)
-    assert less < share * kept
+    exact, saved = step(adapt(), x)
+    compressed, reduced = step(adapt(compress_activations=True), x)
+    assert reduced < share * saved
     assert relative_error(compressed, exact) < 0.03
 
 
-def test_a_language_model_keeps_less_and_gradients_are_near():
+def test_compression_of_language_model_saves_memory_with_close_gradients():
     shape = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128)
 
     def adapt(**settings):
@@ -418,14 +420,14 @@ def test_a_language_model_keeps_less_and_gradients_are_near():
         return _Logits(model).train()
 
     x = torch.randint(0, 11, (2, 8))
-    exact, kept = step(adapt(), x)
-    compressed, less = step(adapt(compress_activations=True), x)
-    assert less < 0.85 * kept
+    exact, saved = step(adapt(), x)
+    compressed, reduced = step(adapt(compress_activations=True), x)
+    assert reduced < 0.85 * saved
     assert 0 < relative_error(compressed, exact) < 0.03
 
 
 class _Logits(nn.Module):
-    """A language model as a function to logits."""
+    """Language model that returns logits."""
 
     def __init__(self, model):
         super().__init__()
@@ -435,7 +437,7 @@ class _Logits(nn.Module):
         return self.model(input_ids=tokens, use_cache=False).logits
 
 
-def test_autocast_takes_the_rounded_input():
+def test_compression_under_autocast():
     def train(**settings):
         model = adapted(nn.GELU(), **settings)
         with torch.autocast("cpu", torch.bfloat16):
@@ -446,7 +448,7 @@ def test_autocast_takes_the_rounded_input():
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing_with_compression_has_the_same_bits(use_reentrant):
+def test_compression_under_gradient_checkpointing_is_bit_identical(use_reentrant):
     def train(is_checkpointed):
         model = adapted(nn.LayerNorm(WIDTH), compress_activations=True)
         x = torch.linspace(-1, 1, GROUP * WIDTH).view(GROUP, WIDTH).requires_grad_()
@@ -457,7 +459,7 @@ def test_gradient_checkpointing_with_compression_has_the_same_bits(use_reentrant
     assert_same_bits(train(False), train(True))
 
 
-def test_two_backward_passes_over_one_compressed_graph_give_the_same_bits():
+def test_repeated_backward_with_compression_is_bit_identical():
     model = adapted(nn.GELU(), compress_activations=True)
     loss = model(torch.randn(BATCH)).square().sum()
     tensors = [p for p in model.parameters() if p.requires_grad]
@@ -466,19 +468,19 @@ def test_two_backward_passes_over_one_compressed_graph_give_the_same_bits():
         assert torch.equal(a, b)
 
 
-def test_hooks_of_others_see_and_change_what_they_would():
+def test_other_hooks_see_original_inputs():
     x = torch.randn(BATCH)
     model, exact = adapted(nn.GELU(), compress_activations=True), adapted(nn.GELU())
-    for one in (model, exact):
-        one.base_model.model[1].register_forward_hook(lambda module, args, output: output * 2)
+    for adapted_model in (model, exact):
+        adapted_model.base_model.model[1].register_forward_hook(lambda module, args, output: output * 2)
     assert torch.equal(model(x), exact(x))
     assert 0 < relative_error(step(model, x)[0], step(exact, x)[0]) < 0.03
-    for one in (model, exact):  # what it gives the module is not what we would keep
-        one.base_model.model[1].register_forward_pre_hook(lambda module, args: (args[0] * 3,))
+    for adapted_model in (model, exact):  # the hook changes the module's input, which therefore cannot be compressed
+        adapted_model.base_model.model[1].register_forward_pre_hook(lambda module, args: (args[0] * 3,))
     assert_same_bits(step(exact, x)[0], step(model, x)[0])
 
 
-def test_a_compressing_module_that_changed_is_an_error_too():
+def test_module_change_with_compression_raises():
     model = adapted(nn.LayerNorm(WIDTH), compress_activations=True)
     loss = model(torch.randn(BATCH)).square().sum()
     with torch.no_grad():
@@ -487,17 +489,17 @@ def test_a_compressing_module_that_changed_is_an_error_too():
         loss.backward()
 
 
-def test_copies_compress_and_unloading_ends_it():
+def test_copies_compress_and_unloaded_models_do_not():
     model, x = adapted(nn.GELU(), compress_activations=True), torch.randn(BATCH)
-    grads, kept = step(model, x)
-    again, same = step(copy.deepcopy(model), x)
-    assert_same_bits(grads, again)
-    assert same == kept
+    grads, saved = step(model, x)
+    repeated, same = step(copy.deepcopy(model), x)
+    assert_same_bits(grads, repeated)
+    assert same == saved
     plain = model.unload()
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in plain.modules())
 
 
-def test_adapters_of_different_layers_decide_together_what_is_kept_in_eight_bits():
+def test_any_adapter_enables_compression():
     torch.manual_seed(0)
     base = nn.Sequential(
         nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, 7)
@@ -505,19 +507,19 @@ def test_adapters_of_different_layers_decide_together_what_is_kept_in_eight_bits
     settings = {"r": 4, "init_weights": False}
     model = get_peft_model(base, SnellaConfig(target_modules=["2"], compress_activations=True, **settings)).train()
     model.add_adapter("other", SnellaConfig(target_modules=["4"], compress_activations=False, **settings))
-    x, kept = torch.randn(BATCH), []
+    x, saved = torch.randn(BATCH), []
     for compress in (False, True):
         model.base_model.model[4].snella_config["other"].compress_activations = compress
         model.base_model.set_adapter(["default", "other"])
-        kept.append(step(model, x)[1])
-    assert kept[1] < kept[0]
+        saved.append(step(model, x)[1])
+    assert saved[1] < saved[0]
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
 @pytest.mark.parametrize("add", ["get_peft_model", "inject_adapter_in_model"])
 @pytest.mark.parametrize("first", [False, True])
-def test_only_active_adapters_decide_what_is_kept_in_eight_bits(first, add):
-    """The `first` adapter, and another that is active once it is chosen."""
+def test_only_active_adapters_enable_compression(first, add):
+    """Compression applies if an active adapter enables it."""
 
     def config(compress):
         targets = ["0", "2"] if compress is first else ["0"]
@@ -539,17 +541,17 @@ def test_only_active_adapters_decide_what_is_kept_in_eight_bits(first, add):
                     module.set_adapter(names)
 
     x = torch.randn(BATCH)
-    kept = {}
+    saved = {}
     for names in ("default", "other", ["default", "other"], "default"):
         choose(names)
-        kept[str(names)] = step(model, x)[1]
-    compressed, plain = (kept["default"], kept["other"]) if first else (kept["other"], kept["default"])
+        saved[str(names)] = step(model, x)[1]
+    compressed, plain = (saved["default"], saved["other"]) if first else (saved["other"], saved["default"])
     assert compressed < plain
-    # the rounding of one is not imposed on the other
-    assert kept["['default', 'other']"] >= plain
+    # compression of one adapter does not affect the other
+    assert saved["['default', 'other']"] >= plain
 
 
-def test_a_compiled_model_steps_aside():
+def test_compiled_model_disables_compression():
     x = torch.randn(BATCH)
     exact, compressed = adapted(nn.GELU()), adapted(nn.GELU(), compress_activations=True)
     for model in (exact, compressed):
@@ -561,7 +563,7 @@ def test_a_compiled_model_steps_aside():
     assert_same_bits(grads, same)
 
 
-def test_inputs_that_are_kept_in_any_case_cannot_be_compressed():
+def test_compression_requires_recomputation():
     with pytest.raises(ValueError, match="compress_activations=True requires recompute_inputs=True"):
         SnellaConfig(compress_activations=True, recompute_inputs=False)
     with pytest.raises((TypeError, ValueError), match="compress_activations"):

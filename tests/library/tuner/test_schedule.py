@@ -1,4 +1,4 @@
-"""Equation 12 in integers."""
+"""Budget schedules (eq. 12)."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ KINDS = ["cubic", "quadratic", "linear", "constant"]
 
 
 @pytest.mark.parametrize("schedule", ["cubic", "quadratic", "linear"])
-def test_a_schedule_starts_and_ends_exactly_at_its_budgets(schedule):
+def test_schedule_starts_and_ends_exactly_at_its_budgets(schedule):
     assert budget_at(0, 7, 84_934_656, 25_480_397, schedule) == 84_934_656
     assert budget_at(7, 7, 84_934_656, 25_480_397, schedule) == 25_480_397
     assert budget_at(99, 7, 84_934_656, 25_480_397, schedule) == 25_480_397
 
 
-def test_a_constant_schedule_is_at_the_target_from_the_start():
+def test_constant_schedule_is_at_target_from_the_start():
     assert [budget_at(t, 4, 1000, 300, "constant") for t in range(5)] == [300] * 5
 
 
@@ -33,7 +33,7 @@ def test_a_constant_schedule_is_at_the_target_from_the_start():
         ("linear", [1000, 825, 650, 475, 300]),
     ],
 )
-def test_values_equal_those_computed_by_hand(schedule, expected):
+def test_values_equal_hand_computation(schedule, expected):
     assert [budget_at(t, 4, 1000, 300, schedule) for t in range(5)] == expected
 
 
@@ -43,7 +43,7 @@ def test_values_equal_those_computed_by_hand(schedule, expected):
     extra=st.integers(0, 10**9),
     schedule=st.sampled_from(KINDS),
 )
-def test_a_budget_never_grows_and_stays_between_its_ends(total, target, extra, schedule):
+def test_budget_is_monotonic_and_bounded(total, target, extra, schedule):
     budgets = [budget_at(t, total, target + extra, target, schedule) for t in range(total + 2)]
     assert all(later <= earlier for earlier, later in pairwise(budgets))
     assert budgets[-1] == budgets[-2] == target
@@ -61,6 +61,6 @@ def test_a_budget_never_grows_and_stays_between_its_ends(total, target, extra, s
         ((-1, 4, 10, 3), "t must be at least 0, got -1"),
     ],
 )
-def test_arguments_out_of_range_are_refused(arguments, message):
+def test_arguments_out_of_range_raise(arguments, message):
     with pytest.raises(ValueError, match=message):
         budget_at(*arguments)

@@ -1,4 +1,4 @@
-"""A sparse file that is damaged is refused, whatever is wrong with it."""
+"""Sparse weight files: round trip and corruption."""
 
 import json
 
@@ -13,7 +13,7 @@ SHAPES = {"gaps": [20, 20], "bitmap": [20, 20], "int32": [1, 1]}
 
 
 def make() -> SparsePatch:
-    """A patch with positions in several forms, and a tensor that is replaced."""
+    """Create a patch with several position encodings and a replaced tensor."""
     torch.manual_seed(0)
     entries = {
         name: Entries(torch.tensor(list(where), dtype=torch.long), torch.randn(len(where)))
@@ -23,30 +23,30 @@ def make() -> SparsePatch:
 
 
 def assert_same(patch: SparsePatch, expected: SparsePatch) -> None:
-    for name, one in expected.entries.items():
-        assert torch.equal(patch.entries[name].indices, one.indices)
-        assert torch.equal(patch.entries[name].values, one.values)
+    for name, entries in expected.entries.items():
+        assert torch.equal(patch.entries[name].indices, entries.indices)
+        assert torch.equal(patch.entries[name].values, entries.values)
     assert torch.equal(patch.replaced["head"], expected.replaced["head"])
     assert (patch.shapes, patch.digests) == (expected.shapes, expected.digests)
     assert patch.metadata == expected.metadata
 
 
-def test_a_file_is_read_as_it_was_written(tmp_path):
+def test_file_round_trip(tmp_path):
     sizes = {name: rows * columns for name, (rows, columns) in SHAPES.items()}
     positions = {name: torch.tensor(list(where), dtype=torch.long) for name, where in POSITIONS.items()}
-    forms = {name: encode_positions(where, sizes[name])[0] for name, where in positions.items()}
-    assert forms == {name: name for name in POSITIONS}
+    encodings = {name: encode_positions(where, sizes[name])[0] for name, where in positions.items()}
+    assert encodings == {name: name for name in POSITIONS}
     path = tmp_path / "m.safetensors"
     path.write_bytes(make().to_bytes())
     assert_same(SparsePatch.read(path), make())
 
 
 @pytest.mark.parametrize("flip", [1, 128])
-def test_no_byte_can_change_unnoticed(tmp_path, flip):
+def test_every_flipped_byte_is_detected(tmp_path, flip):
     path, content = tmp_path / "m.safetensors", make().to_bytes()
     refused = 0
-    for place in range(len(content)):
-        path.write_bytes(content[:place] + bytes([content[place] ^ flip]) + content[place + 1 :])
+    for position in range(len(content)):
+        path.write_bytes(content[:position] + bytes([content[position] ^ flip]) + content[position + 1 :])
         try:
             patch = SparsePatch.read(path)
         except ValueError as error:
@@ -73,9 +73,9 @@ def test_no_byte_can_change_unnoticed(tmp_path, flip):
             r"'gaps' must have ascending positions in \[0, 399\]",
         ),
     ],
-    ids=["missing", "fewer", "beyond"],
+    ids=["missing", "fewer-positions", "out-of-range"],
 )
-def test_positions_that_cannot_be_are_refused_in_spite_of_a_right_digest(tmp_path, change, message):
+def test_invalid_positions_with_valid_digest_raise(tmp_path, change, message):
     path, content = tmp_path / "m.safetensors", make().to_bytes()
     tensors = load(content)
     metadata = {"format": "snella-sparse-1", "shapes": json.dumps(SHAPES), "digests": "{}"}
@@ -85,14 +85,14 @@ def test_positions_that_cannot_be_are_refused_in_spite_of_a_right_digest(tmp_pat
         SparsePatch.read(path)
 
 
-def test_a_file_without_its_digest_is_refused(tmp_path):
+def test_file_without_digest_raises(tmp_path):
     path, tensors = tmp_path / "m.safetensors", load(make().to_bytes())
     path.write_bytes(save(tensors, {"format": "snella-sparse-1", "shapes": json.dumps(SHAPES), "digests": "{}"}))
     with pytest.raises(ValueError, match=r"is damaged: its SHA-256 is [0-9a-f]{64}, expected None; export it again"):
         SparsePatch.read(path)
 
 
-def test_a_file_of_another_kind_is_refused(tmp_path):
+def test_file_with_another_format_raises(tmp_path):
     path = tmp_path / "m.safetensors"
     path.write_bytes(save({"a": torch.zeros(1)}))
     with pytest.raises(ValueError, match=r"m.safetensors contains no sparse update; create one with snella export RUN"):
@@ -100,4 +100,4 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
 
 
 def test_equal_patches_have_equal_bytes():
-    assert len({make().to_bytes() for _ in range(12)}) == 1  # safetensors orders metadata at random
+    assert len({make().to_bytes() for _ in range(12)}) == 1  # safetensors writes metadata in random order

@@ -1,4 +1,4 @@
-"""A SNELLA update on a support that is given instead of competed for."""
+"""Updates with a fixed support."""
 
 import copy
 
@@ -47,7 +47,7 @@ def layers(peft_model):
     return [m for m in peft_model.modules() if isinstance(m, SnellaLayer)]
 
 
-def test_positions_survive_packing_into_bits():
+def test_positions_round_trip_through_bit_mask():
     indices = torch.tensor([18, 0, 7, 8])
     packed = pack_positions(indices, 19)
     assert packed.tolist() == [0b10000001, 0b00000001, 0b00000100]
@@ -58,12 +58,12 @@ def test_positions_survive_packing_into_bits():
     ("indices", "message"),
     [([3, 19], r"indices must be in \[0, 19\), got 3 to 19"), ([3, 3], r"got 2 indices, 1 of them distinct")],
 )
-def test_positions_out_of_range_or_repeated_are_refused(indices, message):
+def test_positions_out_of_range_or_repeated_raise(indices, message):
     with pytest.raises(ValueError, match=message):
         pack_positions(torch.tensor(indices), 19)
 
 
-def test_the_update_is_the_merged_matrix_at_these_entries_and_zero_elsewhere(supported):
+def test_update_is_merged_matrix_at_support_and_zero_elsewhere(supported):
     qkv, out = layers(supported)
     spec, factors, _, _ = qkv.get_update("default")
     merged = torch.cat([spec.merge_matrix(matrix) for matrix in spec.matrices(factors)]).detach().flatten()
@@ -74,7 +74,7 @@ def test_the_update_is_the_merged_matrix_at_these_entries_and_zero_elsewhere(sup
     assert not out.get_delta_weight("default").any()
 
 
-def test_training_and_evaluation_compute_the_same_bits_and_all_factors_learn(supported):
+def test_training_equals_evaluation_and_all_factors_have_gradients(supported):
     x = torch.randn(3, 4)
     trained = supported.train()(x)
     trained.square().sum().backward()
@@ -87,7 +87,7 @@ def test_training_and_evaluation_compute_the_same_bits_and_all_factors_learn(sup
         assert torch.equal(merged(x), trained)
 
 
-def test_the_support_is_saved_with_the_adapter(supported, tmp_path):
+def test_support_is_saved_with_adapter(supported, tmp_path):
     x = torch.randn(3, 4)
     supported.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(model(), tmp_path)
@@ -96,7 +96,7 @@ def test_the_support_is_saved_with_the_adapter(supported, tmp_path):
     assert layers(loaded)[0].budgets("default") == (2, 1, 1)
 
 
-def test_a_budget_cannot_change_it(supported):
+def test_allocator_does_not_change_support(supported):
     with pytest.raises(ValueError, match=r"fixed support of \[2, 1, 1\] entries in 'qkv'"):
         layers(supported)[0].set_budget("default", [1, 1, 1])
     optimizer = torch.optim.SGD([p for p in supported.parameters() if p.requires_grad], lr=0.1)
@@ -104,13 +104,13 @@ def test_a_budget_cannot_change_it(supported):
         BudgetAllocator(supported, total_epochs=2, steps_per_epoch=2).attach(optimizer)
 
 
-def test_an_adapter_whose_entries_compete_takes_no_support():
+def test_set_support_requires_fixed_support():
     competing = get_peft_model(model(), SnellaConfig(r=4, target_modules=["qkv"]))
     with pytest.raises(ValueError, match=r"adapter 'default' must have a fixed support; .*fixed_support=True"):
         layers(competing)[0].set_support("default", QKV)
 
 
-def test_it_cannot_be_trained_together_with_another_adapter(supported):
+def test_fixed_support_requires_a_single_active_adapter(supported):
     supported.add_adapter("other", SnellaConfig(r=4, target_modules=["qkv"]))
     supported.base_model.set_adapter(["default", "other"])
     with pytest.raises(NotImplementedError, match=r"\['default', 'other'\] cannot be trained together"):
@@ -120,6 +120,6 @@ def test_it_cannot_be_trained_together_with_another_adapter(supported):
     assert both.isfinite().all()
 
 
-def test_regularization_of_the_update_is_refused():
+def test_update_regularization_raises():
     with pytest.raises(ValueError, match=r"fixed_support=True requires update_dropout=0 .*got 0.1 and 0.1"):
         SnellaConfig(fixed_support=True, preset="official")

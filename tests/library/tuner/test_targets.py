@@ -1,4 +1,4 @@
-"""Which modules are adapted, how fused ones are cut, what the errors say."""
+"""Module selection, splits of fused layers, and errors."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def adapted_modules(model, **settings):
         (r".*\.proj", [*(f"blocks.{k}.attn.proj" for k in range(6)), "patch_embed.proj"]),
     ],
 )
-def test_targets_match_by_name_suffix_and_expression(vit, targets, expected):
+def test_targets_match_names_suffixes_and_expressions(vit, targets, expected):
     assert adapted_modules(vit.base(), target_modules=targets) == sorted(expected)
 
 
-def test_all_linear_leaves_out_head_patch_embedding_and_patch_merging(cases):
-    for name, unwanted in (
+def test_all_linear_excludes_head_patch_embedding_and_patch_merging(cases):
+    for name, excluded in (
         ("timm_vit", ("head", "patch_embed")),
         ("timm_swin", ("head", "patch_embed", "downsample")),
         ("timm_convnext", ("head", "downsample", "stem", "conv_dw")),
@@ -52,26 +52,26 @@ def test_all_linear_leaves_out_head_patch_embedding_and_patch_merging(cases):
     ):
         modules = adapted_modules(cases[name].base(), target_modules="all-linear")
         assert modules
-        assert not [module for module in modules if set(unwanted) & set(module.split("."))], name
+        assert not [module for module in modules if set(excluded) & set(module.split("."))], name
 
 
-def test_the_word_all_linear_may_be_written_in_capitals(mlp):
+def test_all_linear_is_case_insensitive(mlp):
     assert adapted_modules(mlp.base(), target_modules="All-Linear") == ["lin0", "lin1"]
 
 
-def test_all_linear_means_the_same_for_a_second_adapter(case):
+def test_all_linear_is_the_same_for_a_second_adapter(case):
     model = case.adapted(modules_to_save=case.head)
     names = [matrix.name for matrix in adapted_matrices(model)]
     model.add_adapter("second", case.config(modules_to_save=case.head))
     assert [matrix.name for matrix in adapted_matrices(model, "second")] == names
 
 
-def test_all_linear_on_a_model_without_linear_layers_is_refused(cases):
+def test_all_linear_without_linear_layers_raises(cases):
     with pytest.raises(ValueError, match="target_modules='all-linear' matches no linear layer in Sequential"):
         get_peft_model(nn.Sequential(nn.Conv2d(1, 1, 1)), SnellaConfig())
 
 
-def test_excluded_modules_are_left_out(vit):
+def test_exclude_modules(vit):
     modules = adapted_modules(vit.base(), target_modules="all-linear", exclude_modules=["mlp.fc1", "qkv"])
     assert {module.rpartition(".")[2] for module in modules} == {"proj", "fc2"}
     modules = adapted_modules(vit.base(), target_modules="all-linear", exclude_modules=r"blocks\.[0-4]\..*")
@@ -80,19 +80,19 @@ def test_excluded_modules_are_left_out(vit):
 
 @pytest.mark.parametrize("targets", ["all-linear", ["qkv", "fc1", "fc2", "attn.proj"], None])
 @pytest.mark.parametrize("pattern", [None, "blocks", ["layers", "blocks"]])
-def test_layers_to_transform_choose_blocks(vit, targets, pattern):
+def test_layers_to_transform_selects_blocks(vit, targets, pattern):
     modules = adapted_modules(vit.base(), target_modules=targets, layers_to_transform=[0, 4], layers_pattern=pattern)
     assert len(modules) == 8
     assert {module.split(".")[1] for module in modules} == {"0", "4"}
 
 
-def test_layers_to_transform_may_be_one_number(cases):
+def test_layers_to_transform_accepts_an_integer(cases):
     modules = adapted_modules(cases["llama"].base(), layers_to_transform=1)
     assert len(modules) == 7
     assert {module.split(".")[2] for module in modules} == {"1"}
 
 
-def test_layers_pattern_chooses_the_inner_number(cases):
+def test_layers_pattern_selects_the_inner_index(cases):
     base = cases["timm_swin"].base()
     assert {module[:8] for module in adapted_modules(base, layers_to_transform=[1])} == {"layers.1"}
     modules = adapted_modules(cases["timm_swin"].base(), layers_to_transform=[0], layers_pattern="blocks")
@@ -112,14 +112,14 @@ def test_layers_pattern_chooses_the_inner_number(cases):
         ("blocks.3", None, None),
     ],
 )
-def test_the_block_of_a_module_is_read_off_its_name(name, pattern, number):
+def test_block_number(name, pattern, number):
     assert block_number(name, pattern) == number
 
 
 # defaults -----------------------------------------------------------------------------------------------------------
 
 
-def test_stable_diffusion_defaults_to_the_projections_of_the_joint_attention(cases):
+def test_stable_diffusion_defaults_to_joint_attention_projections(cases):
     kinds = {matrix.kind for matrix in adapted_matrices(cases["sd3"].adapted())}
     assert kinds == {"attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"}
 
@@ -138,7 +138,7 @@ def test_sam_defaults_to_its_image_encoder():
     assert all(module.startswith("vision_encoder.layers.") for module in modules)
 
 
-def test_sam_defaults_can_be_narrowed_to_some_blocks():
+def test_sam_defaults_support_layers_to_transform():
     with torch.device("meta"):
         model = _sam()
     assert {module.split(".")[2] for module in adapted_modules(model, layers_to_transform=[1])} == {"1"}
@@ -157,17 +157,17 @@ def test_sam_defaults_can_be_narrowed_to_some_blocks():
         ("convnext_base", 72, None),
     ],
 )
-def test_large_models_have_the_papers_matrices(name, matrices, weights):
+def test_large_models_have_the_matrices_of_the_paper(name, matrices, weights):
     with torch.device("meta"):
         model = get_peft_model(timm.create_model(name), SnellaConfig(r=8, target_modules="all-linear"))
-        found = adapted_matrices(model)
-        assert len(found) == matrices
-        assert weights is None or sum(matrix.size for matrix in found) == weights
+        actual = adapted_matrices(model)
+        assert len(actual) == matrices
+        assert weights is None or sum(matrix.size for matrix in actual) == weights
         if name == "vit_base_patch16_224":
             factors = [p for n, p in model.named_parameters() if ".snella_A" in n or ".snella_B" in n]
             assert sum(p.numel() for p in factors) == 1_327_104
-            others = {id(p) for p in factors}
-            scalars = [p for p in model.parameters() if p.requires_grad and id(p) not in others]
+            rest = {id(p) for p in factors}
+            scalars = [p for p in model.parameters() if p.requires_grad and id(p) not in rest]
             assert sum(p.numel() for p in scalars) == 72 * 4
             assert model.get_nb_trainable_parameters()[0] == 1_327_104 + 72 * 4
 
@@ -175,7 +175,7 @@ def test_large_models_have_the_papers_matrices(name, matrices, weights):
 # errors -------------------------------------------------------------------------------------------------------------
 
 
-def test_targets_that_match_nothing_are_answered_with_near_names(vit):
+def test_unmatched_targets_error_suggests_names(vit):
     base = vit.base()
     names = list(base.state_dict())
     with pytest.raises(
@@ -187,36 +187,36 @@ def test_targets_that_match_nothing_are_answered_with_near_names(vit):
     assert list(base.state_dict()) == names
 
 
-def test_an_expression_that_matches_nothing_is_quoted(vit):
+def test_unmatched_expression_is_quoted(vit):
     with pytest.raises(ValueError, match=r"no module matches target_modules='encoder\.\*'; this model has e\.g\."):
         get_peft_model(vit.base(), SnellaConfig(target_modules="encoder.*"))
 
 
-def test_a_layer_norm_cannot_be_adapted(mlp):
+def test_layer_norm_target_raises(mlp):
     with pytest.raises(TypeError, match=r"target_modules matches 'norm', a LayerNorm; SNELLA adapts torch\.nn\.Linear"):
         get_peft_model(mlp.base(), SnellaConfig(target_modules=["norm"]))
 
 
-def test_a_quantized_weight_is_refused():
+def test_integer_weight_raises():
     model = nn.Sequential(nn.Linear(4, 4))
     model[0].weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
     with pytest.raises(NotImplementedError, match=r"matches '0', a Linear whose weight is torch\.int8"):
         get_peft_model(model, SnellaConfig(target_modules=["0"]))
 
 
-def test_an_even_kernel_with_same_padding_says_what_to_do():
+def test_even_kernel_with_same_padding_raises_with_a_hint():
     model = nn.Sequential(nn.Conv2d(1, 2, 2, padding="same"))
     with pytest.raises(NotImplementedError, match=r"kernel_size=\[2, 2\] with dilation=\[1, 1\]; pad the input"):
         get_peft_model(model, SnellaConfig(target_modules=["0"]))
 
 
-def test_a_layer_with_a_forward_of_its_own_is_refused():
+def test_custom_forward_raises():
     model = nn.Sequential(Conv2dSame(1, 2, 3, stride=2))
     with pytest.raises(NotImplementedError, match=r"matches '0', a timm\..*Conv2dSame with a custom forward\(\)"):
         get_peft_model(model, SnellaConfig(target_modules=["0"]))
 
 
-def test_a_layer_that_carries_another_methods_adapter_is_refused(mlp):
+def test_layer_with_adapter_of_another_method_raises(mlp):
     model = inject_adapter_in_model(LoraConfig(r=2, target_modules=["lin0"]), mlp.base())
     del model.peft_config
     with pytest.raises(
@@ -229,7 +229,7 @@ def test_a_layer_that_carries_another_methods_adapter_is_refused(mlp):
 
 
 class Fused(nn.Module):
-    """A bare fused projection beside a configuration with grouped queries."""
+    """Fused projection of a model with grouped-query attention."""
 
     def __init__(self, rows=32, columns=16, heads=4, kv_heads=2):
         super().__init__()
@@ -246,22 +246,22 @@ def rows_of(model, groups, targets=("qkv_proj",)):
     return [matrix.shape[0] for matrix in adapted_matrices(model)]
 
 
-def test_fused_layers_are_cut_into_three(vit, cases):
+def test_fused_layers_are_split_into_three(vit, cases):
     assert rows_of(vit.base(), "auto", ["blocks.0.attn.qkv"]) == [64, 64, 64]
     assert rows_of(cases["gpt2"].base(), "auto", ["h.0.attn.c_attn"]) == [16, 16, 16]
     assert rows_of(vit.base(), "auto", ["blocks.0.mlp.fc1"]) == [192]
 
 
-def test_grouped_queries_get_fewer_rows_for_keys_and_values():
+def test_grouped_query_attention_has_fewer_rows_for_keys_and_values():
     assert rows_of(Fused(), "auto") == [16, 8, 8]
 
 
-def test_an_integer_cuts_the_fused_layers_alone(vit):
+def test_integer_splits_only_fused_layers(vit):
     assert rows_of(vit.base(), 1, ["blocks.0.attn.qkv"]) == [192]
     assert rows_of(vit.base(), 6, ["blocks.0.attn.qkv", "blocks.0.mlp.fc1"]) == [32] * 6 + [192]
 
 
-def test_a_mapping_decides_layer_by_layer_and_the_longest_suffix_wins(vit):
+def test_longest_suffix_in_mapping_wins(vit):
     groups = {"qkv": 2, "blocks.1.attn.qkv": [100, 92], "fc1": 3}
     rows = rows_of(
         vit.base(), groups, ["blocks.0.attn.qkv", "blocks.1.attn.qkv", "blocks.0.mlp.fc1", "blocks.0.mlp.fc2"]
@@ -277,7 +277,7 @@ def test_a_mapping_decides_layer_by_layer_and_the_longest_suffix_wins(vit):
         ({"qkv_proj": [40, -8]}, r"into rows \[40, -8\], but it has 32 rows"),
     ],
 )
-def test_cuts_that_do_not_fit_are_refused(groups, message):
+def test_invalid_splits_raise(groups, message):
     with pytest.raises(ValueError, match=message):
         rows_of(Fused(), groups)
 
@@ -293,38 +293,38 @@ def test_cuts_that_do_not_fit_are_refused(groups, message):
         ("fc1", 48, 16, (48,)),
     ],
 )
-def test_only_layers_that_look_fused_are_cut(suffix, rows, columns, expected):
+def test_only_fused_layers_are_split(suffix, rows, columns, expected):
     assert count_rows(f"blocks.0.{suffix}", rows, columns, nn.Module(), "auto") == expected
 
 
-def test_each_matrix_of_a_fused_layer_trains_like_a_layer_of_its_own():
+def test_each_matrix_of_fused_layer_trains_like_a_separate_layer():
     torch.manual_seed(0)
     fused, x, goal = nn.Sequential(nn.Linear(6, 15)), torch.randn(20, 6), torch.randn(20, 15)
     config = dict(r=4, init_weights=False, init_sparsity=0.3, target_sparsity=0.3)
     model = get_peft_model(fused, SnellaConfig(target_modules=["0"], qkv_groups={"0": [4, 5, 6]}, **config))
     rows = [slice(0, 4), slice(4, 9), slice(9, 15)]
     layer = model.base_model.model[0]
-    apart = []
+    separate = []
     for group, part in enumerate(rows):
         linear = nn.Linear(6, part.stop - part.start)
         linear.load_state_dict({"weight": layer.base_layer.weight[part], "bias": layer.base_layer.bias[part]})
         single = get_peft_model(nn.Sequential(linear), SnellaConfig(target_modules=["0"], **config))
         for name, parameter in single.base_model.model[0].named_parameters():
             if name.startswith("snella_"):
-                whole = layer.get_parameter(name).detach()
-                parameter.data.copy_(whole[part] if "snella_B" in name else whole[group][None])
-        apart.append(single)
+                complete = layer.get_parameter(name).detach()
+                parameter.data.copy_(complete[part] if "snella_B" in name else complete[group][None])
+        separate.append(single)
     for step in range(3):
-        for net, target in [(model, goal), *((one, goal[:, part]) for one, part in zip(apart, rows, strict=True))]:
+        for net, target in [(model, goal), *((item, goal[:, part]) for item, part in zip(separate, rows, strict=True))]:
             optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=1e-4)
             optimizer.zero_grad()
             (net(x) - target).square().sum().backward()
             optimizer.step()
-        joined = torch.cat([one.base_model.model[0].get_delta_weight("default") for one in apart])
+        joined = torch.cat([item.base_model.model[0].get_delta_weight("default") for item in separate])
         assert torch.allclose(layer.get_delta_weight("default"), joined, rtol=1e-4, atol=1e-6), step
 
 
-def test_the_head_of_a_wrapped_model_is_left_out():
+def test_head_of_wrapped_model_is_excluded():
     class Wrapper(nn.Module):
         def __init__(self):
             super().__init__()
@@ -334,31 +334,31 @@ def test_the_head_of_a_wrapped_model_is_left_out():
     assert "net.blocks.0.attn.qkv" in all_linear_names(Wrapper())
 
 
-def test_a_weight_that_two_targeted_layers_share_is_refused():
+def test_tied_targets_raise():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = model[0].weight
     with pytest.raises(NotImplementedError, match=r"target_modules matches '0', whose weight \['0', '1'\] share"):
         get_peft_model(model, SnellaConfig(r=2, target_modules=["0", "1"]))
 
 
-def test_a_layer_with_two_names_is_refused():
+def test_shared_layer_raises():
     model = nn.Sequential(nn.Linear(4, 4), nn.GELU())
     model.again = model[0]
     with pytest.raises(NotImplementedError, match=r"whose weight \['0', 'again'\] share"):
         get_peft_model(model, SnellaConfig(r=2, target_modules=["0"]))
 
 
-def test_the_choice_of_the_implementation_is_logged_with_its_reason(caplog):
+def test_implementation_is_logged_with_reason(caplog):
     caplog.set_level("INFO", logger="snella")
     get_peft_model(nn.Sequential(nn.Linear(4, 4)), SnellaConfig(r=2, target_modules=["0"], kernel="rbf"))
     assert "impl='auto' is 'eager' (numba supports only the piecewise kernels, got kernel='rbf')" in caplog.text
 
 
-# what is adapted without being named --------------------------------------------------------------------------------
+# default targets of other architectures -----------------------------------------------------------------------------
 
 
-def kinds_of(make, **settings):
-    """Names of the adapted modules without their numbers, of a model without memory."""
+def default_kinds(make, **settings):
+    """Return the matrix types of a meta-device model with default targets."""
     with torch.device("meta"):
         model = get_peft_model(make(), SnellaConfig(r=2, **settings))
     return {re.sub(r"\d+", "#", matrix.module_name) for matrix in adapted_matrices(model)}
@@ -379,20 +379,20 @@ def kinds_of(make, **settings):
         ("convnext_tiny", {"stages.#.blocks.#.mlp.fc#"}),
     ],
 )
-def test_a_model_without_linear_layers_has_its_ungrouped_convolutions_adapted(name, kinds):
-    assert kinds_of(lambda: timm.create_model(name)) == kinds
+def test_model_without_linear_layers_adapts_ungrouped_convolutions(name, kinds):
+    assert default_kinds(lambda: timm.create_model(name)) == kinds
 
 
-def test_convolutions_with_a_forward_of_their_own_are_left_out_of_the_default():
-    assert "conv_stem" not in kinds_of(lambda: timm.create_model("tf_efficientnet_b0"))
+def test_convolutions_with_custom_forward_are_excluded_by_default():
+    assert "conv_stem" not in default_kinds(lambda: timm.create_model("tf_efficientnet_b0"))
 
 
-def test_all_linear_says_that_convolutions_can_be_adapted():
+def test_all_linear_error_mentions_convolutions():
     with pytest.raises(ValueError, match=r"no linear layer in ResNet .*; target_modules=None adapts its convolutions"):
-        kinds_of(lambda: timm.create_model("resnet18"), target_modules="all-linear")
+        default_kinds(lambda: timm.create_model("resnet18"), target_modules="all-linear")
 
 
-def test_a_convolutional_model_trains_with_the_default():
+def test_convolutional_model_trains_with_defaults():
     model = get_peft_model(timm.create_model("resnet18", num_classes=3), SnellaConfig(r=2, modules_to_save=["fc"]))
     model(torch.randn(2, 3, 32, 32)).square().sum().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
@@ -422,15 +422,15 @@ def _mask2former():
 
 @pytest.mark.parametrize("make", [_deit, _detr, _mask2former])
 @pytest.mark.filterwarnings("ignore:the default target_modules adapt")
-def test_heads_of_deit_detr_and_mask2former_are_left_out(make):
-    kinds = kinds_of(make)
+def test_heads_of_deit_detr_and_mask2former_are_excluded(make):
+    kinds = default_kinds(make)
     assert any(kind.endswith("q_proj") or kind.endswith("query") for kind in kinds)
     heads = ("classifier", "predictor", "mask_embedder")
     assert not [kind for kind in kinds if any(head in kind for head in heads)]
 
 
-def test_the_distilled_head_of_timms_deit_is_left_out():
-    assert kinds_of(lambda: timm.create_model("deit_tiny_distilled_patch16_224")) == {
+def test_distilled_head_of_timm_deit_is_excluded():
+    assert default_kinds(lambda: timm.create_model("deit_tiny_distilled_patch16_224")) == {
         *("blocks.#.attn.qkv", "blocks.#.attn.proj", "blocks.#.mlp.fc#"),
     }
 
@@ -442,19 +442,19 @@ def _flux():
     return FluxTransformer2DModel(in_channels=4, num_layers=1, num_single_layers=1, axes_dims_rope=(2, 2, 4), **sizes)
 
 
-def test_the_patch_embedding_and_the_head_of_flux_are_left_out():
-    kinds = kinds_of(_flux)
+def test_patch_embedding_and_head_of_flux_are_excluded():
+    kinds = default_kinds(_flux)
     assert "single_transformer_blocks.#.proj_out" in kinds and "context_embedder" in kinds
     assert not kinds & {"x_embedder", "proj_out"}
 
 
-def test_patch_merging_of_torchvisions_swin_is_left_out():
+def test_patch_merging_of_torchvision_swin_is_excluded():
     from torchvision.models import swin_t
 
-    assert kinds_of(swin_t) == {"features.#.#.attn.qkv", "features.#.#.attn.proj", "features.#.#.mlp.#"}
+    assert default_kinds(swin_t) == {"features.#.#.attn.qkv", "features.#.#.attn.proj", "features.#.#.mlp.#"}
 
 
-def test_falcons_linear_layers_are_adapted_as_what_they_are():
+def test_falcon_linear_layers_are_adapted():
     torch.manual_seed(0)
     config = transformers.FalconConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     base = transformers.FalconForCausalLM(config).eval()
@@ -473,18 +473,20 @@ def _mixtral():
     return transformers.MixtralForCausalLM(transformers.MixtralConfig(vocab_size=32, num_key_value_heads=2, **sizes))
 
 
-def test_experts_that_the_default_leaves_out_are_named_with_what_is_covered():
+def test_excluded_experts_are_reported_with_coverage():
     covered = 4 * 16 * 16
     share = covered / (covered + 4 * (48 * 16 + 16 * 24) + 4 * 16)
-    with pytest.warns(UserWarning, match=rf"adapt {share:.0%} of the weights of MixtralForCausalLM.*experts") as caught:
-        kinds = kinds_of(_mixtral)
+    with pytest.warns(
+        UserWarning, match=rf"adapt {share:.0%} of the weights of MixtralForCausalLM.*experts"
+    ) as records:
+        kinds = default_kinds(_mixtral)
     assert kinds == {f"model.layers.#.self_attn.{part}_proj" for part in "qkvo"}
-    message = str(next(w.message for w in caught if "MixtralForCausalLM" in str(w.message)))
+    message = str(next(w.message for w in records if "MixtralForCausalLM" in str(w.message)))
     assert "'model.layers.0.mlp.experts.gate_up_proj' [4, 48, 16] of MixtralExperts" in message
     assert "'model.layers.0.mlp.gate.weight' [4, 16] of MixtralTopKRouter" in message
 
 
-def test_experts_can_be_trained_in_full_by_name():
+def test_experts_can_be_trained_in_full():
     model = get_peft_model(
         _mixtral(), SnellaConfig(r=2, target_modules=["q_proj"], parameters_to_save=["gate_up_proj"])
     )
@@ -504,14 +506,14 @@ def test_experts_can_be_trained_in_full_by_name():
         (lambda: nn.Conv3d(4, 4, 1), "a Conv3d; .*train it in full with modules_to_save"),
     ],
 )
-def test_layers_that_cannot_be_adapted_are_refused_with_what_serves_instead(make, hint):
+def test_unsupported_layers_raise_with_alternative(make, hint):
     with pytest.raises(TypeError, match=f"target_modules matches '0', {hint}"):
         get_peft_model(nn.Sequential(make()), SnellaConfig(target_modules=["0"]))
 
 
 @pytest.mark.parametrize("field", ["target_modules", "exclude_modules"])
-def test_an_expression_that_would_never_end_is_refused(field, monkeypatch):
-    monkeypatch.setattr(targets_module, "_MATCHING_S", 0.2)
+def test_slow_expression_raises(field, monkeypatch):
+    monkeypatch.setattr(targets_module, "_MATCH_TIMEOUT_S", 0.2)
     model = nn.ModuleDict({"a" * 40: nn.Linear(4, 4)})
     settings = {"target_modules": ["linear"]} | {field: r"(a|aa)+(a|aa)+(a|aa)+(a|aa)+b"}
     with pytest.raises(ValueError, match=r"regular expression '\(a\|aa\)\+.*' takes more than 0\.2 s to match .*aaaa"):

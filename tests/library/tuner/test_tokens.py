@@ -1,4 +1,4 @@
-"""Bare parameters such as `cls_token`, trained with the adapter."""
+"""Trainable bare parameters, such as `cls_token`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from snella.compat.tokens import TokenAdapter, token_adapters
 
 
 @pytest.fixture(params=["timm_vit", "vit", "dinov2"])
-def tokened(request, cases):
-    """Models whose token belongs to the model itself, or to a module inside of it."""
+def token_case(request, cases):
+    """Model with a token at the root or in a submodule."""
     return cases[request.param]
 
 
@@ -37,23 +37,23 @@ def token(model):
     return token_adapters(model)[0]
 
 
-def in_use(model):
+def active_tokens(model):
     adapter = token(model)
     return getattr(adapter._owner[0], adapter.parameter_name)
 
 
-def test_a_token_starts_at_its_pretrained_value_and_is_trained(tokened):
-    model = tokened.adapted(parameters_to_save=["cls_token"])
-    assert torch.equal(tokened.predict(model), tokened.predict(tokened.adapted()))
+def test_token_starts_at_pretrained_value_and_is_trained(token_case):
+    model = token_case.adapted(parameters_to_save=["cls_token"])
+    assert torch.equal(token_case.predict(model), token_case.predict(token_case.adapted()))
     optimizer = create_snella_optimizer(model, lr=0.1)
-    tokened.run(model.train()).square().sum().backward()
-    before, pretrained = in_use(model).clone(), token(model).base_layer.weight.clone()
+    token_case.run(model.train()).square().sum().backward()
+    before, pretrained = active_tokens(model).clone(), token(model).base_layer.weight.clone()
     optimizer.step()
-    assert (in_use(model) - before).abs().max() > 0.01
+    assert (active_tokens(model) - before).abs().max() > 0.01
     assert torch.equal(token(model).base_layer.weight, pretrained)
 
 
-def test_a_token_is_seen_by_every_way_of_calling_the_model(vit):
+def test_token_is_used_by_every_entry_point(vit):
     model = trained(vit)
     x = vit.inputs()
     other = vit.adapted(parameters_to_save=["cls_token"])
@@ -63,57 +63,57 @@ def test_a_token_is_seen_by_every_way_of_calling_the_model(vit):
         )
 
 
-def test_a_token_is_saved_with_the_adapter_and_gives_the_same_bits(tokened, tmp_path):
-    model = trained(tokened)
+def test_token_is_saved_with_adapter(token_case, tmp_path):
+    model = trained(token_case)
     model.save_pretrained(tmp_path)
     state = load_file(tmp_path / "adapter_model.safetensors")
     assert len([name for name in state if name.endswith("cls_token_adapter.snella_token")]) == 1
     for low in (False, True):
         loaded = PeftModel.from_pretrained(
-            tokened.base(), tmp_path, adapter_name="other", low_cpu_mem_usage=low, is_trainable=True
+            token_case.base(), tmp_path, adapter_name="other", low_cpu_mem_usage=low, is_trainable=True
         ).eval()
-        assert torch.equal(tokened.predict(loaded), tokened.predict(model))
-        assert in_use(loaded).requires_grad
+        assert torch.equal(token_case.predict(loaded), token_case.predict(model))
+        assert active_tokens(loaded).requires_grad
 
 
-def test_a_token_is_disabled_with_the_adapter(tokened):
-    model = trained(tokened)
-    after = tokened.predict(model)
+def test_token_is_disabled_with_adapter(token_case):
+    model = trained(token_case)
+    after = token_case.predict(model)
     with model.disable_adapter():
-        assert torch.equal(tokened.predict(model), tokened.predict(tokened.base()))
-    assert torch.equal(tokened.predict(model), after)
+        assert torch.equal(token_case.predict(model), token_case.predict(token_case.base()))
+    assert torch.equal(token_case.predict(model), after)
 
 
-def test_tokens_are_switched_and_deleted_with_their_adapters(tokened):
-    model = trained(tokened)
-    first = tokened.predict(model)
-    model.add_adapter("second", tokened.config(parameters_to_save=["cls_token"]))
-    assert torch.equal(tokened.predict(model), first)
-    assert in_use(model).requires_grad
+def test_tokens_are_switched_and_deleted_with_adapters(token_case):
+    model = trained(token_case)
+    first = token_case.predict(model)
+    model.add_adapter("second", token_case.config(parameters_to_save=["cls_token"]))
+    assert torch.equal(token_case.predict(model), first)
+    assert active_tokens(model).requires_grad
     model.set_adapter("second")
-    assert torch.equal(in_use(model), token(model).base_layer.weight)
-    assert in_use(model) is token(model).snella_token["second"]
+    assert torch.equal(active_tokens(model), token(model).base_layer.weight)
+    assert active_tokens(model) is token(model).snella_token["second"]
     assert not token(model).snella_token["default"].requires_grad
-    model.add_adapter("third", tokened.config())
+    model.add_adapter("third", token_case.config())
     model.set_adapter("third")
-    assert in_use(model) is token(model).base_layer.weight
+    assert active_tokens(model) is token(model).base_layer.weight
     model.set_adapter("default")
-    assert torch.equal(tokened.predict(model), first)
+    assert torch.equal(token_case.predict(model), first)
     model.delete_adapter("second")
-    assert torch.equal(tokened.predict(model), first)
+    assert torch.equal(token_case.predict(model), first)
     assert list(token(model).snella_token) == ["default"]
 
 
-def test_deleting_the_active_adapter_hands_the_token_to_the_next(vit):
+def test_deleting_active_adapter_activates_next_token(vit):
     model = trained(vit)
     model.add_adapter("second", vit.config(parameters_to_save=["cls_token"]))
     model.set_adapter("second")
     with pytest.warns(UserWarning, match="second was active which is now deleted"):
         model.delete_adapter("second")
-    assert in_use(model) is token(model).snella_token["default"]
+    assert active_tokens(model) is token(model).snella_token["default"]
 
 
-def test_two_active_adapters_with_one_token_are_refused(vit):
+def test_two_active_adapters_with_one_token_raise(vit):
     model = trained(vit)
     model.add_adapter("second", vit.config(parameters_to_save=["cls_token"]))
     expected = vit.predict(model)
@@ -122,14 +122,14 @@ def test_two_active_adapters_with_one_token_are_refused(vit):
     assert torch.equal(vit.predict(model), expected)
     model.add_adapter("third", vit.config())
     model.base_model.set_adapter(["default", "third"])
-    assert in_use(model) is token(model).snella_token["default"]
+    assert active_tokens(model) is token(model).snella_token["default"]
 
 
-def test_tokens_are_merged_and_restored(tokened):
-    model = trained(tokened)
-    expected, weights = tokened.predict(model), {k: v.clone() for k, v in model.state_dict().items()}
+def test_tokens_merge_and_unmerge(token_case):
+    model = trained(token_case)
+    expected, weights = token_case.predict(model), {k: v.clone() for k, v in model.state_dict().items()}
     model.merge_adapter(safe_merge=True)
-    assert torch.equal(tokened.predict(model), expected)
+    assert torch.equal(token_case.predict(model), expected)
     assert torch.equal(token(model).base_layer.weight, token(model).snella_token["default"])
     with pytest.warns(UserWarning, match="already merged"):
         model.merge_adapter()
@@ -137,15 +137,15 @@ def test_tokens_are_merged_and_restored(tokened):
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
     model.merge_adapter()
     with model.disable_adapter():
-        assert torch.equal(tokened.predict(model), tokened.predict(tokened.base()))
+        assert torch.equal(token_case.predict(model), token_case.predict(token_case.base()))
 
 
-def test_unmerging_a_token_that_is_not_merged_warns(vit):
+def test_unmerging_unmerged_token_warns(vit):
     with pytest.warns(UserWarning, match="Already unmerged"):
         token(trained(vit)).unmerge()
 
 
-def test_an_adapter_added_while_merged_starts_at_the_pretrained_token(vit):
+def test_adapter_added_while_merged_starts_at_pretrained_token(vit):
     model = trained(vit)
     pretrained = token(model).base_layer.weight.clone()
     model.merge_adapter()
@@ -153,7 +153,7 @@ def test_an_adapter_added_while_merged_starts_at_the_pretrained_token(vit):
     assert torch.equal(token(model).snella_token["second"], pretrained)
 
 
-def test_a_broken_token_is_not_merged_safely(vit):
+def test_safe_merge_rejects_nonfinite_token(vit):
     model = trained(vit)
     token(model).snella_token["default"].data.fill_(torch.nan)
     with pytest.raises(ValueError, match=r"NaNs detected in the merged weights\. The adapter default"):
@@ -161,63 +161,63 @@ def test_a_broken_token_is_not_merged_safely(vit):
 
 
 @pytest.mark.parametrize("merge", [True, False])
-def test_unloading_gives_the_parameter_back(tokened, merge):
-    model = trained(tokened)
-    expected = tokened.predict(model) if merge else tokened.predict(tokened.base())
+def test_unload_restores_parameter(token_case, merge):
+    model = trained(token_case)
+    expected = token_case.predict(model) if merge else token_case.predict(token_case.base())
     plain = model.merge_and_unload() if merge else model.unload()
-    assert list(plain.state_dict()) == list(tokened.base().state_dict())
-    assert torch.equal(tokened.predict(plain), expected)
+    assert list(plain.state_dict()) == list(token_case.base().state_dict())
+    assert torch.equal(token_case.predict(plain), expected)
     assert not any(isinstance(module, TokenAdapter) for module in plain.modules())
-    fresh = tokened.base()
+    fresh = token_case.base()
     fresh.load_state_dict(plain.state_dict())
-    assert torch.equal(tokened.predict(fresh), expected)
+    assert torch.equal(token_case.predict(fresh), expected)
 
 
-def test_copies_and_pickles_keep_the_token_in_use(tokened):
-    model = trained(tokened)
-    expected = tokened.predict(model)
+def test_copies_and_pickles_keep_active_token(token_case):
+    model = trained(token_case)
+    expected = token_case.predict(model)
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
-    for twin in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
-        assert torch.equal(tokened.predict(twin), expected)
-        assert in_use(twin) is token(twin).snella_token["default"]
-        shift(twin, 1.0)
-        assert not torch.allclose(tokened.predict(twin), expected)
-    assert torch.equal(tokened.predict(model), expected)
+    for copied in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
+        assert torch.equal(token_case.predict(copied), expected)
+        assert active_tokens(copied) is token(copied).snella_token["default"]
+        shift(copied, 1.0)
+        assert not torch.allclose(token_case.predict(copied), expected)
+    assert torch.equal(token_case.predict(model), expected)
 
 
-def test_a_state_dict_restores_the_token_in_use(vit):
+def test_load_state_dict_restores_active_token(vit):
     model = trained(vit)
     for assign in (False, True):
         other = vit.adapted(parameters_to_save=["cls_token"])
         other.load_state_dict(model.state_dict(), assign=assign)
         assert torch.equal(vit.predict(other), vit.predict(model))
-        assert in_use(other) is token(other).snella_token["default"]
+        assert active_tokens(other) is token(other).snella_token["default"]
 
 
-def test_half_precision_tokens_keep_the_models_dtype(tokened):
-    model = get_peft_model(tokened.base().bfloat16(), tokened.config(parameters_to_save=["cls_token"]))
-    assert in_use(model).dtype == torch.bfloat16
-    inputs = tokened.inputs()
+def test_half_precision_tokens_have_model_dtype(token_case):
+    model = get_peft_model(token_case.base().bfloat16(), token_case.config(parameters_to_save=["cls_token"]))
+    assert active_tokens(model).dtype == torch.bfloat16
+    inputs = token_case.inputs()
     inputs = {"pixel_values": inputs["pixel_values"].bfloat16()} if isinstance(inputs, dict) else inputs.bfloat16()
-    tokened.run(model, inputs).float().sum().backward()
+    token_case.run(model, inputs).float().sum().backward()
     model.double()
-    assert in_use(model) is token(model).snella_token["default"]
-    assert in_use(model).dtype == torch.float64
+    assert active_tokens(model) is token(model).snella_token["default"]
+    assert active_tokens(model).dtype == torch.float64
 
 
-def test_a_model_materialised_from_the_meta_device_keeps_its_token_in_use(vit):
+def test_materialized_meta_model_keeps_active_token(vit):
     with torch.device("meta"):
         model = get_peft_model(vit.make(), vit.config(parameters_to_save=["cls_token"]))
-    assert in_use(model).is_meta
+    assert active_tokens(model).is_meta
     model.to_empty(device="cpu")
-    assert in_use(model) is token(model).snella_token["default"]
-    assert not in_use(model).is_meta
+    assert active_tokens(model) is token(model).snella_token["default"]
+    assert not active_tokens(model).is_meta
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_checkpointing_changes_no_gradient_of_a_token(cases, use_reentrant):
+def test_checkpointing_does_not_change_token_gradient(cases, use_reentrant):
     gradients = []
     for checkpointed in (False, True):
         base = cases["vit"].base()
@@ -225,11 +225,11 @@ def test_checkpointing_changes_no_gradient_of_a_token(cases, use_reentrant):
             base.activation_checkpointing_enable({"use_reentrant": use_reentrant})
         model = get_peft_model(base, cases["vit"].config(parameters_to_save=["cls_token"])).train()
         cases["vit"].run(model).square().sum().backward()
-        gradients.append(in_use(model).grad)
+        gradients.append(active_tokens(model).grad)
     assert torch.equal(*gradients)
 
 
-def test_the_official_preset_trains_the_class_token_where_there_is_one(cases):
+def test_official_preset_trains_existing_class_token(cases):
     model = cases["timm_vit"].adapted(preset="official")
     assert model.peft_config["default"].parameters_to_save == ["cls_token"]
     assert [t.parameter_name for t in token_adapters(model)] == ["cls_token"]
@@ -238,7 +238,7 @@ def test_the_official_preset_trains_the_class_token_where_there_is_one(cases):
     assert cases["timm_vit"].adapted().peft_config["default"].parameters_to_save == []
 
 
-def test_one_official_configuration_serves_models_with_and_without_a_token(cases):
+def test_official_config_supports_models_with_and_without_token(cases):
     config = cases["timm_swin"].config(preset="official")
     get_peft_model(cases["timm_swin"].base(), copy.deepcopy(config))
     config.parameters_to_save = []
@@ -246,7 +246,7 @@ def test_one_official_configuration_serves_models_with_and_without_a_token(cases
     assert token_adapters(get_peft_model(cases["timm_vit"].base(), config))
 
 
-def test_an_official_adapter_of_a_model_without_a_token_can_be_loaded(cases, tmp_path):
+def test_official_adapter_of_model_without_token_loads(cases, tmp_path):
     case = cases["timm_swin"]
     model = case.adapted(preset="official")
     model.save_pretrained(tmp_path)
@@ -254,7 +254,7 @@ def test_an_official_adapter_of_a_model_without_a_token_can_be_loaded(cases, tmp
     assert torch.equal(case.predict(loaded), case.predict(model))
 
 
-def test_any_bare_parameter_can_be_trained_by_suffix(cases):
+def test_bare_parameter_is_selected_by_suffix(cases):
     model = cases["vit"].adapted(parameters_to_save=["embeddings.position_embeddings", "layernorm.weight"])
     assert model.peft_config["default"].parameters_to_save == [
         "vit.embeddings.position_embeddings",
@@ -264,7 +264,7 @@ def test_any_bare_parameter_can_be_trained_by_suffix(cases):
     assert all(t.snella_token["default"].grad.any() for t in token_adapters(model))
 
 
-def test_a_token_that_the_model_lacks_is_answered_with_near_names(vit):
+def test_unmatched_token_error_suggests_names(vit):
     base = vit.base()
     with pytest.raises(
         ValueError,
@@ -276,14 +276,14 @@ def test_a_token_that_the_model_lacks_is_answered_with_near_names(vit):
         get_peft_model(base, vit.config(parameters_to_save=["xyz"]))
 
 
-def test_an_empty_place_cannot_become_a_token(vit):
+def test_none_parameter_raises(vit):
     base = vit.base()
     base.register_parameter("nothing", None)
     with pytest.raises(ValueError, match=r"VisionTransformer\.nothing must be a parameter, got None"):
         TokenAdapter(base, "nothing")
 
 
-def test_tokens_do_not_decay(vit):
+def test_tokens_have_no_weight_decay(vit):
     groups = {g["name"]: g["params"] for g in create_snella_optimizer(trained(vit), lr=0.1).param_groups}
     assert "head" not in groups
     assert len(groups["head_no_decay"]) == 1

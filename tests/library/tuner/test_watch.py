@@ -1,4 +1,4 @@
-"""What goes wrong silently in a training run is told, once: budgets nobody shrinks, layers nobody uses."""
+"""Warnings about silent training mistakes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 
 from snella import BudgetAllocator, SnellaConfig
-from snella.heads import looks_new
+from snella.heads import is_newly_initialized
 
 
 def train(case, model, steps):
@@ -22,18 +22,18 @@ def train(case, model, steps):
         optimizer.step()
 
 
-def test_exactly_one_warning_says_what_to_call(mlp):
+def test_missing_allocator_warns_once(mlp):
     model = mlp.adapted(target_sparsity=0.6)
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning) as records:
         train(mlp, model, 30)
-    assert len(caught) == 1
-    message = str(caught[0].message)
+    assert len(records) == 1
+    message = str(records[0].message)
     assert "target_sparsity=0.6 is set, but after 2 optimizer steps no budget allocator is attached" in message
     assert "BudgetAllocator(model, total_epochs=…, steps_per_epoch=…).attach(optimizer)" in message
     assert "callbacks=[SnellaCallback()]" in message
 
 
-def test_the_second_step_is_what_warns(mlp):
+def test_warning_occurs_at_second_step(mlp):
     model = mlp.adapted()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -42,7 +42,7 @@ def test_the_second_step_is_what_warns(mlp):
         train(mlp, model, 1)
 
 
-def test_an_adapter_that_is_saved_after_one_step_without_an_allocator_is_told_of(mlp, tmp_path):
+def test_saving_after_one_step_without_allocator_warns(mlp, tmp_path):
     untrained, model = mlp.adapted(), mlp.adapted()
     train(mlp, model, 1)
     with warnings.catch_warnings():
@@ -52,7 +52,7 @@ def test_an_adapter_that_is_saved_after_one_step_without_an_allocator_is_told_of
         model.save_pretrained(tmp_path / "trained")
 
 
-def test_a_trained_adapter_is_trained_on_at_its_target_without_an_allocator(mlp, tmp_path):
+def test_adapter_at_target_trains_without_allocator(mlp, tmp_path):
     model = mlp.adapted()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     BudgetAllocator(model, total_epochs=1, steps_per_epoch=1).attach(optimizer)
@@ -66,7 +66,7 @@ def test_a_trained_adapter_is_trained_on_at_its_target_without_an_allocator(mlp,
         train(mlp, loaded, 3)
 
 
-def test_an_epoch_of_another_optimizer_does_not_end_the_watch(mlp):
+def test_steps_of_another_optimizer_do_not_end_the_check(mlp):
     model = mlp.adapted()
     other = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
     for _ in range(30):
@@ -75,7 +75,7 @@ def test_an_epoch_of_another_optimizer_does_not_end_the_watch(mlp):
         train(mlp, model, 2)
 
 
-def test_an_allocator_that_is_called_by_hand_after_each_step_is_one(mlp):
+def test_update_and_allocate_counts_as_attached(mlp):
     model = mlp.adapted(zero_init_ema=True)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     allocator = BudgetAllocator(model, total_epochs=2, steps_per_epoch=2)
@@ -88,7 +88,7 @@ def test_an_allocator_that_is_called_by_hand_after_each_step_is_one(mlp):
 
 
 class Classifier(nn.Module):
-    """A backbone with weights that nobody would take for new, and a new head."""
+    """Backbone with trained-looking weights and a new head."""
 
     def __init__(self, head) -> None:
         super().__init__()
@@ -98,8 +98,8 @@ class Classifier(nn.Module):
         return self.head(self.body(x).tanh())
 
 
-def drawn(weight, bias=0.0):
-    """A head with a weight drawn by `weight` and one value for its biases."""
+def make_head(weight, bias=0.0):
+    """Create a head with an initializer for the weight and a constant bias."""
     head = nn.Linear(64, 10)
     torch.manual_seed(0)
     weight(head.weight)
@@ -108,7 +108,7 @@ def drawn(weight, bias=0.0):
 
 
 def two_steps(head, **settings):
-    """Two steps of a training that needs no allocator."""
+    """Run two training steps without an allocator, at constant sparsity."""
     torch.manual_seed(0)
     model = get_peft_model(
         Classifier(head), SnellaConfig(r=2, init_sparsity=0.7, target_modules=["body"], **settings)
@@ -122,21 +122,21 @@ def two_steps(head, **settings):
 
 NEW_HEADS = {
     "torch": lambda: nn.Linear(64, 10),
-    "timm": lambda: drawn(lambda w: nn.init.trunc_normal_(w, std=0.02)),
-    "transformers": lambda: drawn(lambda w: nn.init.normal_(w, std=0.02)),
-    "xavier": lambda: drawn(nn.init.xavier_uniform_),
-    "zeros": lambda: drawn(nn.init.zeros_),
+    "timm": lambda: make_head(lambda w: nn.init.trunc_normal_(w, std=0.02)),
+    "transformers": lambda: make_head(lambda w: nn.init.normal_(w, std=0.02)),
+    "xavier": lambda: make_head(nn.init.xavier_uniform_),
+    "zeros": lambda: make_head(nn.init.zeros_),
     "convolution": lambda: nn.Sequential(nn.Unflatten(1, (64, 1, 1)), nn.Conv2d(64, 10, 1), nn.Flatten()),
 }
 
 
 @pytest.mark.parametrize("kind", NEW_HEADS)
-def test_a_new_head_that_is_frozen_is_named_at_the_second_step_and_its_hooks_are_gone(kind):
+def test_frozen_new_head_warns_at_second_step_and_removes_hooks(kind):
     name = "head.1" if kind == "convolution" else "head"
     message = rf"the head '{name}' has its initial random values and is frozen.* modules_to_save=\['{name}'\]"
-    with pytest.warns(UserWarning, match=message) as caught:
+    with pytest.warns(UserWarning, match=message) as records:
         model = two_steps(NEW_HEADS[kind]())
-    assert len(caught) == 1
+    assert len(records) == 1
     assert not [m for m in model.modules() if m._forward_hooks]
 
 
@@ -149,8 +149,8 @@ def trained_head():
 
 
 def text_embeddings():
-    """A zero-shot classifier as of CLIP: a bias of zeros, and rows that point the same way."""
-    head = drawn(nn.init.normal_)
+    """Zero-shot classifier, like CLIP's: zero bias and correlated rows."""
+    head = make_head(nn.init.normal_)
     with torch.no_grad():
         head.weight.add_(torch.randn(64)).div_(head.weight.norm(dim=1, keepdim=True))
     return head
@@ -166,13 +166,13 @@ def text_embeddings():
     ],
     ids=["trained", "zero-shot", "none", "saved"],
 )
-def test_a_head_that_is_trained_or_has_learned_values_is_left_alone(make, settings):
+def test_trained_heads_do_not_warn(make, settings):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         two_steps(make(), **settings)
 
 
-def test_a_new_head_that_the_model_does_not_call_is_left_alone():
+def test_unused_new_head_does_not_warn():
     class Features(Classifier):
         def forward(self, x):
             return self.body(x)
@@ -188,31 +188,31 @@ def test_a_new_head_that_the_model_does_not_call_is_left_alone():
             optimizer.step()
 
 
-def test_no_head_of_trained_weights_looks_new():
+def test_trained_weights_do_not_look_newly_initialized():
     torch.manual_seed(0)
-    assert not looks_new(torch.randn(10, 64) + torch.randn(64), torch.zeros(10))  # correlated rows
-    assert not looks_new(torch.randn(10, 640) * torch.linspace(1, 2, 10)[:, None], torch.zeros(10))
-    assert not looks_new(torch.randn(10, 64) + 0.5, torch.zeros(10))
-    assert not looks_new(torch.randn(10, 64), torch.full((10,), 1e-4))
-    assert not looks_new(torch.randn(10, 64), None)
-    assert not looks_new(torch.randn(10, 64, device="meta"), None)
-    assert not looks_new(torch.ones(10, 64, dtype=torch.int8), None)
-    assert not looks_new(torch.zeros(0, 64), None)
-    assert not looks_new(torch.zeros(64), None)
-    assert not looks_new(nn.Linear(8, 3).weight, None)  # too few to tell
-    assert looks_new(nn.Linear(64, 10, bias=False).bfloat16().weight, None)
+    assert not is_newly_initialized(torch.randn(10, 64) + torch.randn(64), torch.zeros(10))  # correlated rows
+    assert not is_newly_initialized(torch.randn(10, 640) * torch.linspace(1, 2, 10)[:, None], torch.zeros(10))
+    assert not is_newly_initialized(torch.randn(10, 64) + 0.5, torch.zeros(10))
+    assert not is_newly_initialized(torch.randn(10, 64), torch.full((10,), 1e-4))
+    assert not is_newly_initialized(torch.randn(10, 64), None)
+    assert not is_newly_initialized(torch.randn(10, 64, device="meta"), None)
+    assert not is_newly_initialized(torch.ones(10, 64, dtype=torch.int8), None)
+    assert not is_newly_initialized(torch.zeros(0, 64), None)
+    assert not is_newly_initialized(torch.zeros(64), None)
+    assert not is_newly_initialized(nn.Linear(8, 3).weight, None)  # too few entries
+    assert is_newly_initialized(nn.Linear(64, 10, bias=False).bfloat16().weight, None)
 
 
 @pytest.mark.parametrize(
     "settings", [{"target_sparsity": 0.0}, {"target_sparsity": 0.5, "init_sparsity": 0.5}], ids=["dense", "constant"]
 )
-def test_a_run_that_needs_no_allocator_is_left_alone(mlp, settings):
+def test_constant_sparsity_does_not_warn(mlp, settings):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(mlp, mlp.adapted(**settings), 15)
 
 
-def test_an_attached_allocator_silences_the_warning(mlp):
+def test_attached_allocator_does_not_warn(mlp):
     model = mlp.adapted()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     BudgetAllocator(model, total_epochs=3, steps_per_epoch=5).attach(optimizer)
@@ -221,7 +221,7 @@ def test_an_attached_allocator_silences_the_warning(mlp):
         train(mlp, model, 15)
 
 
-def test_frozen_adapters_and_evaluation_are_no_training(mlp):
+def test_frozen_adapters_and_evaluation_do_not_warn(mlp):
     model = mlp.adapted()
     model.base_model.set_requires_grad("default", False)
     other = mlp.adapted()
@@ -234,8 +234,8 @@ def test_frozen_adapters_and_evaluation_are_no_training(mlp):
             optimizer.step()
 
 
-class Partly(nn.Module):
-    """One layer is called, of one the weight is read, two are there only."""
+class PartlyUsed(nn.Module):
+    """Model that calls one layer, reads the weight of one, and does not use two."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -251,9 +251,9 @@ TARGETS = ["called", "read", "spare", "other", "attn"]
 UNUSED = r"2 of 6 adapted modules were not used in the first optimizer step: 'spare', 'other'; the model neither called"
 
 
-def partly(inject=get_peft_model, **settings):
+def make_partly_used(inject=get_peft_model, **settings):
     settings = {"r": 2, "init_sparsity": 0.3, "target_sparsity": 0.3, "target_modules": TARGETS} | settings
-    return inject(Partly(), SnellaConfig(**settings))
+    return inject(PartlyUsed(), SnellaConfig(**settings))
 
 
 def step(model, optimizer=None):
@@ -267,27 +267,31 @@ def step(model, optimizer=None):
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("in_place", [False, True], ids=["peft_model", "injected"])
-def test_layers_that_the_model_does_not_use_are_named_once_after_the_first_step(compiled, in_place):
-    model = partly(lambda model, config: inject_adapter_in_model(config, model)) if in_place else partly()
-    with pytest.warns(UserWarning, match=UNUSED) as caught:
+def test_unused_layers_are_reported_once_after_first_step(compiled, in_place):
+    model = (
+        make_partly_used(lambda model, config: inject_adapter_in_model(config, model))
+        if in_place
+        else make_partly_used()
+    )
+    with pytest.warns(UserWarning, match=UNUSED) as records:
         optimizer = step(torch.compile(model, backend="eager") if compiled else model)
-    assert len(caught) == 1
+    assert len(records) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         step(model, optimizer)
 
 
-def test_an_allocator_says_nothing_more_of_them():
-    model = partly(target_sparsity=0.6)
+def test_allocator_does_not_report_unused_layers_again():
+    model = make_partly_used(target_sparsity=0.6)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     BudgetAllocator(model, total_epochs=2, steps_per_epoch=2).attach(optimizer)
-    with pytest.warns(UserWarning, match=UNUSED) as caught:
+    with pytest.warns(UserWarning, match=UNUSED) as records:
         step(model, optimizer)
-    assert len(caught) == 1
+    assert len(records) == 1
 
 
-def test_steps_of_other_optimizers_say_nothing_of_an_adapter():
-    other, model = nn.Linear(4, 4), partly()
+def test_steps_of_other_optimizers_do_not_warn():
+    other, model = nn.Linear(4, 4), make_partly_used()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         step(other)
@@ -295,8 +299,8 @@ def test_steps_of_other_optimizers_say_nothing_of_an_adapter():
         step(model)
 
 
-def test_merging_names_what_the_model_has_not_used(tmp_path):
-    model, x = partly(), torch.randn(3, 4)
+def test_merging_reports_unused_layers(tmp_path):
+    model, x = make_partly_used(), torch.randn(3, 4)
     with pytest.warns(UserWarning, match=UNUSED):
         step(model)
     model.save_pretrained(tmp_path)
@@ -305,27 +309,27 @@ def test_merging_names_what_the_model_has_not_used(tmp_path):
         copy.deepcopy(model).merge_and_unload()
     with pytest.warns(UserWarning, match=message):
         model.merge_adapter()
-    loaded = PeftModel.from_pretrained(Partly(), tmp_path)
+    loaded = PeftModel.from_pretrained(PartlyUsed(), tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         copy.deepcopy(loaded).unload()
     with pytest.warns(UserWarning, match=message.replace("so far", "in training")):
-        copy.deepcopy(loaded).merge_and_unload()  # has run in another process alone
+        copy.deepcopy(loaded).merge_and_unload()  # only ran in another process
     loaded.save_pretrained(tmp_path / "again")
     assert SnellaConfig.from_pretrained(tmp_path / "again").unused_modules == ["spare", "other"]
-    fresh = partly()
+    fresh = make_partly_used()
     fresh.save_pretrained(tmp_path / "fresh")
     assert SnellaConfig.from_pretrained(tmp_path / "fresh").unused_modules is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fresh.merge_and_unload()  # nothing is known of a model that was never run
+        fresh.merge_and_unload()  # no record for a model that never ran
     loaded.eval()(x)
     with pytest.warns(UserWarning, match=message):
         loaded.merge_and_unload()
 
 
 class Normalized(nn.Module):
-    """A batch normalization between two layers, and one that keeps no statistics."""
+    """Model with a batch normalization with and one without running statistics."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -341,7 +345,7 @@ def normalized(**settings):
     return get_peft_model(Normalized(), SnellaConfig(**settings))
 
 
-def test_running_statistics_that_an_adapter_does_not_hold_are_named_when_it_is_saved(tmp_path):
+def test_unsaved_running_statistics_warn_when_saving(tmp_path):
     model = normalized()
     optimizer = step(model)
     message = (
@@ -357,15 +361,15 @@ def test_running_statistics_that_an_adapter_does_not_hold_are_named_when_it_is_s
         model.save_pretrained(tmp_path)
 
 
-def test_the_ways_out_that_are_named_save_or_keep_running_statistics(tmp_path):
-    saved, still = normalized(modules_to_save=["norm"]), normalized()
+def test_suggested_fixes_save_or_freeze_running_statistics(tmp_path):
+    saved, remaining = normalized(modules_to_save=["norm"]), normalized()
     step(saved)
-    still.base_model.model.norm.register_forward_pre_hook(lambda module, _: module.eval() and None)
-    step(still)
+    remaining.base_model.model.norm.register_forward_pre_hook(lambda module, _: module.eval() and None)
+    step(remaining)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         saved.save_pretrained(tmp_path / "saved")
-        still.save_pretrained(tmp_path / "still")
+        remaining.save_pretrained(tmp_path / "still")
     torch.manual_seed(0)
     loaded = PeftModel.from_pretrained(Normalized(), tmp_path / "saved")
     name = "base_model.model.norm.modules_to_save.default.running_mean"
@@ -373,30 +377,30 @@ def test_the_ways_out_that_are_named_save_or_keep_running_statistics(tmp_path):
     assert saved.state_dict()[name].abs().sum() > 0
 
 
-def test_an_adapter_that_is_saved_far_above_its_target_is_told_of_once(tmp_path):
-    model = partly(target_modules=["called", "read"], target_sparsity=0.9)
+def test_saving_far_above_target_warns_once(tmp_path):
+    model = make_partly_used(target_modules=["called", "read"], target_sparsity=0.9)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     allocator = BudgetAllocator(model, total_epochs=2, steps_per_epoch=8).attach(optimizer)
-    for _ in range(8):  # what four batches a step make of two epochs of 16 batches
+    for _ in range(8):  # two epochs of 16 batches with gradient accumulation over 4 batches
         step(model, optimizer)
     budget = sum(allocator.budgets.values())
     message = (
         rf"saved with {budget:,} entries, its target is 3: the allocator has counted 8 of 16 .* steps_per_epoch or "
         r"total.*allocator\.advance_to\(16\) reduces the budget"
     )
-    with pytest.warns(UserWarning, match=message) as caught:
+    with pytest.warns(UserWarning, match=message) as records:
         model.save_pretrained(tmp_path)
-    assert len(caught) == 1
+    assert len(records) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.save_pretrained(tmp_path)
         for _ in range(8):
             step(model, optimizer)
         model.save_pretrained(tmp_path)
-    other = partly(target_modules=["called", "read"], target_sparsity=0.9)
+    other = make_partly_used(target_modules=["called", "read"], target_sparsity=0.9)
     optimizer = torch.optim.SGD([p for p in other.parameters() if p.requires_grad], lr=1e-3)
     exact = BudgetAllocator(other, total_epochs=2, steps_per_epoch=8).attach(optimizer)
-    exact.has_exact_steps = True  # as a trainer's checkpoint is saved
+    exact.has_exact_steps = True  # like a trainer's checkpoint
     step(other, optimizer)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,4 +1,4 @@
-"""`SnellaConfig.weight_gradient`: which gradients of a model are estimated, and which are not."""
+"""`SnellaConfig.weight_gradient`: estimated, rounded and exact gradients of a model."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ TOKENS, WIDTH = 200, 8
 
 
 class Net(nn.Module):
-    """An attention, a convolution and a linear layer, one after the other."""
+    """Attention, convolution and linear layer in sequence."""
 
     def __init__(self):
         super().__init__()
@@ -36,32 +36,32 @@ def gradients(weight_gradient, seed=0):
 
 
 def test_linear_layers_and_attention_are_estimated_and_convolutions_exact():
-    (loss, exact), (same, found) = gradients("exact"), gradients("sample:1/2")
+    (loss, exact), (same, actual) = gradients("exact"), gradients("sample:1/2")
     assert torch.equal(loss, same)
-    different = {name for name in exact if not torch.equal(exact[name], found[name])}
+    different = {name for name in exact if not torch.equal(exact[name], actual[name])}
     assert different
     assert not [name for name in different if ".conv." in name]
     assert {name for name in exact if "snella_B" in name and ".conv." not in name} <= different
     for name in different:
-        assert (found[name] - exact[name]).norm() < exact[name].norm(), name
+        assert (actual[name] - exact[name]).norm() < exact[name].norm(), name
 
 
 @pytest.mark.filterwarnings("ignore:this processor has no bfloat16 instructions")
-def test_bfloat16_rounds_the_gradients_of_linear_layers_and_attention_alone():
-    (loss, exact), (same, found) = gradients("exact"), gradients("bfloat16")
+def test_bfloat16_rounds_only_gradients_of_linear_layers_and_attention():
+    (loss, exact), (same, actual) = gradients("exact"), gradients("bfloat16")
     assert torch.equal(loss, same)
     for name, grad in exact.items():
-        assert torch.equal(grad, found[name]) == (".conv." in name or ".base_layer." in name), name
-        torch.testing.assert_close(found[name], grad, rtol=0.05, atol=0.02 * float(grad.abs().max()))
+        assert torch.equal(grad, actual[name]) == (".conv." in name or ".base_layer." in name), name
+        torch.testing.assert_close(actual[name], grad, rtol=0.05, atol=0.02 * float(grad.abs().max()))
 
 
-def test_the_sample_is_that_of_torch_s_generator():
-    first, again, other = (gradients("sample:1/2", seed)[1] for seed in (0, 0, 1))
-    assert all(torch.equal(first[name], again[name]) for name in first)
+def test_sampling_uses_torch_generator():
+    first, repeated, other = (gradients("sample:1/2", seed)[1] for seed in (0, 0, 1))
+    assert all(torch.equal(first[name], repeated[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
-def test_of_several_adapters_the_largest_sample_holds():
+def test_several_adapters_use_the_largest_sample():
     model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), SnellaConfig(target_modules=["0"]))
     layer = model.base_model.model[0]
     assert layer.linear_op.token_share == 1
@@ -75,8 +75,8 @@ def test_of_several_adapters_the_largest_sample_holds():
 
 @pytest.mark.filterwarnings("default:this processor has no bfloat16 instructions")
 @pytest.mark.parametrize("is_supported", [True, False])
-def test_a_processor_without_bfloat16_products_is_warned_of(is_supported, monkeypatch, recwarn):
+def test_missing_bfloat16_support_warns(is_supported, monkeypatch, recwarn):
     monkeypatch.setattr("snella.model._multiplies_bfloat16", lambda: is_supported)
     gradients("bfloat16")
-    found = [str(one.message) for one in recwarn if "has no bfloat16 instructions" in str(one.message)]
-    assert len(found) == (0 if is_supported else 1)
+    actual = [str(single.message) for single in recwarn if "has no bfloat16 instructions" in str(single.message)]
+    assert len(actual) == (0 if is_supported else 1)

@@ -1,4 +1,4 @@
-"""Numba backend: the piecewise kernels on the CPU with few passes over memory, exact selection and threads."""
+"""Numba backend: multithreaded CPU implementation of the piecewise kernels with exact threshold selection."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from torch import Tensor
 from snella.backends.base import Backend, Gradients, MergeCache, Merged, Product
 from snella.backends.numba import backward, forward
 from snella.kernels import MixK, NormalizedRBF, PLinear
-from snella.sparsify import KEEPS_EVERYTHING
+from snella.sparsify import KEEP_ALL
 from snella.update import Factors, UpdateSpec
 
 _MAX_WIDTH, _MIN_WIDTH = 192, 96
 _MIN_BLOCKS = 6  # enough work for a few threads
-_WORKSPACE_ENTRIES = 1 << 20  # of a block's two matrices, to fit in cache
-_MAX_CHUNKS = 16  # each chunk has a partial gradient of B
+_WORKSPACE_ENTRIES = 1 << 20  # size of a block's two matrices, to fit in cache
+_MAX_CHUNKS = 16  # each chunk allocates a partial gradient of B
 _MIN_ENTRIES_FOR_THREADS = 1 << 17
-_PIECES_PER_THREAD = 4  # balances the load between threads
-_SDDMM_DENSITY = 0.1  # below this density, compute a weight gradient only at the kept entries
-_TOKENS = 256  # tokens per pass over the kept entries
+_TASKS_PER_THREAD = 4  # balances the load between threads
+_SDDMM_DENSITY = 0.1  # below this density, compute a weight gradient only at the nonzero entries
+_TOKENS = 256  # tokens per pass over the nonzero entries
 _BYTE_ORDER = "<" if sys.byteorder == "little" else ">"
 _MODES = {"soft": forward.SOFT, "official": forward.OFFICIAL, "none": forward.NONE}
 _SUPPORTED = (torch.float32, torch.bfloat16)
@@ -42,7 +42,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class PackedFactors(NamedTuple):
-    """Inputs of a Numba kernel for one matrix: `A` `[n, K]`, `B` `[m, K]`, `coeff` `[P]`, and softmax scalars."""
+    """Inputs of the Numba kernels for one matrix: `A` `[n, K]`, `B` `[m, K]`, `coeff` `[P]`, and softmax scalars."""
 
     A: np.ndarray
     B: np.ndarray
@@ -51,7 +51,7 @@ class PackedFactors(NamedTuple):
 
 
 class _Matrix(NamedTuple):
-    """One matrix within a pass: packed factors, threshold, `column_stats`, and `ΔW` if it was written."""
+    """State of one matrix within a pass: packed factors, threshold, `column_stats`, and optionally `ΔW`."""
 
     packed: PackedFactors
     shape: tuple[int, int]
@@ -63,9 +63,9 @@ class _Matrix(NamedTuple):
 class NumbaBackend(Backend):
     """Backend for the kernels `mix_k`, `normalized_rbf` and `p_linear` in float32 on the CPU.
 
-    A merged matrix is written only to find its threshold. With a known threshold, the effective weight and the
-    gradients are computed from the factors block by block. `cache_delta` saves the effective weight; the softmax
-    statistics, three numbers per column, are always saved.
+    Only the threshold selection writes a merged matrix. With a known threshold, the backend computes the effective
+    weight and the gradients from the factors block by block. `cache_delta` saves the effective weight. The backward
+    pass always reuses the softmax statistics, three numbers per column.
     """
 
     name = "numba"
@@ -151,10 +151,10 @@ class NumbaBackend(Backend):
                 if base is not None and out is not None:
                     out[rows] = base[rows]
                 continue
-            ends = None if base is None or out is None else (as_array(base[rows]), as_array(out[rows]))
-            places = [slice(group, group + 1), rows, *[slice(group, group + 1)] * 4]
-            targets = [None if array is None else array[place] for array, place in zip(arrays, places, strict=True)]
-            _grad_matrix(spec, matrix, grad, ends, targets)
+            buffers = None if base is None or out is None else (as_array(base[rows]), as_array(out[rows]))
+            slices = [slice(group, group + 1), rows, *[slice(group, group + 1)] * 4]
+            targets = [None if array is None else array[part] for array, part in zip(arrays, slices, strict=True)]
+            _grad_matrix(spec, matrix, grad, buffers, targets)
         pairs = zip(grads, merged.factors, strict=True)
         return tuple([None if wide is None or f is None else wide.to(f.dtype) for wide, f in pairs])
 
@@ -177,10 +177,10 @@ class NumbaBackend(Backend):
 def _merge_matrix(
     spec: UpdateSpec, packed: PackedFactors, budget: int, threshold: float | None, stats: np.ndarray, is_new: bool
 ) -> _Matrix:
-    """Return one matrix; merge it to find an unknown threshold, and fill `stats` if `is_new`."""
+    """Return the state of one matrix: find an unknown threshold, and fill `stats` if `is_new`."""
     shape = (packed.B.shape[0], packed.A.shape[0])
     if threshold is None and spec.mode == "none":
-        threshold = KEEPS_EVERYTHING
+        threshold = KEEP_ALL
     if threshold is not None:
         if is_new:
             column_stats(packed, shape, stats)
@@ -203,16 +203,16 @@ def _add_matrix(spec: UpdateSpec, matrix: _Matrix, base: np.ndarray, out: np.nda
 
 
 def use_sddmm(spec: UpdateSpec, budget: int, size: int) -> bool:
-    """Return whether SDDMM at the kept entries is cheaper than the dense product for ∂L/∂W with `size` entries."""
+    """Return whether SDDMM at the nonzero entries is cheaper than the dense product for ∂L/∂W with `size` entries."""
     return spec.mode == "soft" and 0 < budget < _SDDMM_DENSITY * size
 
 
 def sddmm_weight_grad(matrix: _Matrix, budget: int, grad_y: Tensor, x: Tensor, out: Tensor) -> None:
-    """Write ∂L/∂W at the kept entries of one matrix into `out` (SDDMM).
+    """Write ∂L/∂W at the nonzero entries of one matrix into `out` (SDDMM).
 
     Args:
         matrix: The matrix.
-        budget: Number of kept entries.
+        budget: Maximum number of nonzero entries.
         grad_y: The matrix's columns of ∂L/∂y, `[tokens, rows]`.
         x: `[tokens, n]`, dtype of `grad_y`.
         out: Zeros, `[rows, n]`, float32.
@@ -224,7 +224,7 @@ def sddmm_weight_grad(matrix: _Matrix, budget: int, grad_y: Tensor, x: Tensor, o
     counts, sums = np.empty(blocks, np.int64), np.zeros((blocks, capacity), np.float32)
     _run(backward.list_entries, blocks, shape, width, *packed, matrix.threshold, rows, columns, counts)
     for tokens in range(0, x.shape[0], _TOKENS):
-        parts = (_float32(part[tokens : tokens + _TOKENS].T) for part in (grad_y, x))
+        parts = (_to_float32_array(part[tokens : tokens + _TOKENS].T) for part in (grad_y, x))
         _run(backward.sddmm_accumulate, blocks, shape, *parts, rows, columns, counts, sums)
     _run(backward.sddmm_scatter, blocks, shape, rows, columns, counts, sums, out.numpy())
 
@@ -233,10 +233,10 @@ def _grad_matrix(
     spec: UpdateSpec,
     matrix: _Matrix,
     grad: Tensor,
-    ends: tuple[np.ndarray, np.ndarray] | None,
+    buffers: tuple[np.ndarray, np.ndarray] | None,
     targets: Sequence[Any],
 ) -> None:
-    """Write one matrix's gradients into `targets`, in the order of `Factors`; `ends` = (base, out) also adds `S`."""
+    """Write one matrix's gradients into `targets`, in the order of `Factors`; `buffers` (base, out) also adds `S`."""
     packed, kernel, (m, n) = matrix.packed, spec.kernel, matrix.shape
     (K, pieces), (width, blocks) = (packed.B.shape[1], len(packed.coeff)), _blocks(matrix.shape)
     per_chunk = -(-blocks // _MAX_CHUNKS)
@@ -252,13 +252,13 @@ def _grad_matrix(
         width,
         *packed,
         matrix.stats,
-        _float32(grad),
+        _to_float32_array(grad),
         matrix.threshold,
         np.float32(spec.scaling),
         _MODES[spec.mode],
         grad_temperature is not None,
-        ends is not None,
-        *((_EMPTY, _EMPTY) if ends is None else ends),
+        buffers is not None,
+        *((_EMPTY, _EMPTY) if buffers is None else buffers),
         grad_A[0],
         partial_B,
         means,
@@ -310,7 +310,7 @@ def merge_and_count(packed: PackedFactors, shape: tuple[int, int], stats: np.nda
 
 
 def select_threshold(value: np.ndarray, budget: int, bins: np.ndarray | None = None) -> np.float32:
-    """Return the `(budget + 1)`-th largest magnitude, by a histogram and a selection within one bin."""
+    """Return the `(budget + 1)`-th largest magnitude, from a histogram and a partition of one bin."""
     if budget == value.size:
         return np.float32(0)
     width, blocks = _blocks(value.shape)
@@ -318,10 +318,10 @@ def select_threshold(value: np.ndarray, budget: int, bins: np.ndarray | None = N
         bins = np.empty((blocks, forward.HISTOGRAM_BINS), np.int32)
         _run(forward.count, blocks, value.shape, width, value, bins)
     counts = bins.sum(0, dtype=np.int64)
-    at_least = np.cumsum(counts[::-1])  # entries in this bin or a higher one, from the top
-    position = int(np.searchsorted(at_least, budget, side="right"))
+    cumulative = np.cumsum(counts[::-1])  # number of entries in each bin and all higher ones, from the top
+    position = int(np.searchsorted(cumulative, budget, side="right"))
     bin_index = forward.HISTOGRAM_BINS - 1 - position
-    above = int(at_least[position]) - int(counts[bin_index])
+    above = int(cumulative[position]) - int(counts[bin_index])
     ends = np.cumsum(bins[:, bin_index], dtype=np.int64)
     candidates = np.empty(int(ends[-1]), np.float32)
     offsets = ends - bins[:, bin_index]
@@ -334,7 +334,7 @@ def select_threshold(value: np.ndarray, budget: int, bins: np.ndarray | None = N
 def as_array(tensor: Tensor) -> np.ndarray:
     """Return an array view of a contiguous float32 tensor, or of the bit patterns of a bfloat16 tensor.
 
-    Unlike `Tensor.numpy`, it does not prevent resizing the tensor's storage, which FSDP requires.
+    Unlike `Tensor.numpy`, this does not lock the size of the tensor's storage, which FSDP changes.
     """
     tensor = tensor.detach()
     if not tensor.numel():
@@ -348,14 +348,14 @@ def as_array(tensor: Tensor) -> np.ndarray:
     return np.asarray(SimpleNamespace(__array_interface__=interface, tensor=tensor))  # keeps the tensor alive
 
 
-def _float32(tensor: Tensor) -> np.ndarray:
-    """Return any tensor as a contiguous float32 array."""
+def _to_float32_array(tensor: Tensor) -> np.ndarray:
+    """Convert a tensor to a contiguous float32 array."""
     return as_array(tensor.to(torch.float32).contiguous())
 
 
 @lru_cache(maxsize=4096)
 def _blocks(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return block width and number of blocks; they depend only on the shape, so sums are independent of threads."""
+    """Return block width and number of blocks; they depend only on the shape, so sums do not depend on threads."""
     m, n = shape
     width = min(_MAX_WIDTH, -(-n // _MIN_BLOCKS), max(_MIN_WIDTH, _WORKSPACE_ENTRIES // (2 * m)))
     width = max(_MIN_WIDTH, (width + 15) // 16 * 16)
@@ -363,21 +363,21 @@ def _blocks(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _run(function: Callable[..., None], count: int, shape: tuple[int, ...], *arguments: Any) -> None:
-    """Call `function(first, last, …)` over `count` pieces of work, distributed over threads."""
+    """Call `function(first, last, …)` over the range `count`, distributed over threads."""
     threads = min(torch.get_num_threads(), count) if shape[0] * shape[1] >= _MIN_ENTRIES_FOR_THREADS else 1
     if threads < 2:
         function(0, count, *arguments)
         return
-    pieces = min(count, _PIECES_PER_THREAD * threads)
-    bounds = [count * k // pieces for k in range(pieces + 1)]
+    num_tasks = min(count, _TASKS_PER_THREAD * threads)
+    bounds = [count * k // num_tasks for k in range(num_tasks + 1)]
     parallel_for([partial(function, *ends, *arguments) for ends in pairwise(bounds)], threads)
 
 
 def parallel_for(tasks: Sequence[Callable[[], None]], threads: int) -> None:
     """Run all tasks on up to `threads` threads and wait for them.
 
-    Runs on torch's OpenMP threads if available: they spin for some milliseconds after each product, and other threads
-    would oversubscribe the cores. Raises the first error of a task after all tasks have ended.
+    Uses torch's OpenMP threads if available: they spin for some milliseconds after each product, so other threads
+    would oversubscribe the cores. Raises the first error of a task after all tasks end.
     """
     if threads < 2 or len(tasks) < 2:
         for task in tasks:
@@ -417,9 +417,9 @@ def _torch_openmp() -> ctypes.CDLL | None:
     maps = Path("/proc/self/maps")
     if not maps.is_file():
         return None
-    home = Path(torch.__file__).parent
+    torch_folder = Path(torch.__file__).parent
     loaded = {line.split(maxsplit=5)[-1].strip() for line in maps.read_text().splitlines() if "libgomp" in line}
-    bundled = sorted(path for path in loaded if Path(path).is_relative_to(home))
+    bundled = sorted(path for path in loaded if Path(path).is_relative_to(torch_folder))
     others = sorted(loaded)
     # wheels bundle a copy; other builds of torch use the system's library, which must be unique
     path = bundled[0] if bundled else others[0] if len(others) == 1 else None

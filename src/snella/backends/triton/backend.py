@@ -1,4 +1,4 @@
-"""Triton backend: the piecewise kernels on a CUDA device, one launch for all matrices of a weight, sync-free."""
+"""Triton backend: piecewise kernels on a CUDA device; sync-free, with one launch for all matrices of a weight."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch import Tensor
 from snella.backends.base import Backend, Gradients, Merged, zero_gradients
 from snella.backends.triton import backward, forward
 from snella.kernels import MixK, NormalizedRBF, PLinear
-from snella.sparsify import KEEPS_EVERYTHING
+from snella.sparsify import KEEP_ALL
 from snella.update import Factors, UpdateSpec
 
-# fixed instead of autotuned, because the order of sums, and therefore the bits of results, depends on them
+# fixed instead of autotuned, because they determine the order of sums and therefore the bits of results
 TILE = {"BLOCK_M": 32, "BLOCK_N": 64}
 _TILES_PER_HISTOGRAM = 4
 STATISTICS = {"ALONG": 64, "ACROSS": 16}
-_ENTRIES_TO_ADD = 2048
-_ENTRIES_TO_COUNT = 4096
-_MOST_PROGRAMS_TO_COUNT = 256  # each program adds its counts to the matrix's histogram once
-_SUMS_AT_ONCE = 512
+_ADD_BLOCK = 2048
+_COUNT_BLOCK = 4096
+_MAX_COUNT_PROGRAMS = 256  # each program adds its counts to the histogram of the matrix once
+_SUM_BLOCK = 512
 _MODES = {"soft": forward.SOFT.value, "official": forward.OFFICIAL.value, "none": forward.NONE.value}
 LAUNCH: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
 
@@ -66,20 +66,20 @@ class _Launches:
         )
 
     def on_device(self) -> AbstractContextManager[Any]:
-        """Return a context with the factors' device as the current one, on which Triton launches."""
+        """Return a context that selects the factors' device, because Triton launches on the current device."""
         return torch.cuda.device(self.A.device) if self.A.is_cuda else nullcontext()
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return an uninitialized tensor on the factors' device."""
         return torch.empty(shape, dtype=dtype, device=self.A.device)
 
-    def tiles(self, tiles_of_rows: int = 1) -> tuple[int, int, int]:
+    def tiles(self, row_tiles: int = 1) -> tuple[int, int, int]:
         """Return the grid of tiles over all matrices."""
         rows = max(self.spec.row_counts)
-        return -(-self.n // TILE["BLOCK_N"]), -(-rows // (TILE["BLOCK_M"] * tiles_of_rows)), self.groups
+        return -(-self.n // TILE["BLOCK_N"]), -(-rows // (TILE["BLOCK_M"] * row_tiles)), self.groups
 
     def softmax_stats(self) -> SoftmaxStats:
-        """Compute maximum logit and inverse sum of exponentials of each column or row."""
+        """Compute the maximum logit and inverse sum of exponentials of each column or row."""
         if not self.has_softmax:
             return SoftmaxStats(None, None)
         by_column = self.axis["AXIS"] == 0
@@ -129,7 +129,7 @@ class _Launches:
         """Write `ΔW` and return the thresholds, `[G]`; mode `none` needs no selection."""
         if self.spec.mode == "none":
             self.merge(delta, stats)
-            return self.new(self.groups).fill_(KEEPS_EVERYTHING)
+            return self.new(self.groups).fill_(KEEP_ALL)
         targets = 1 if self.spec.mode == "soft" else 2
         high_bins, low_bins = forward.HIGH_BINS.value * self.groups, forward.LOW_BINS.value * self.groups * targets
         counts = torch.zeros(high_bins + 2 * low_bins, dtype=torch.int32, device=self.A.device)
@@ -137,7 +137,7 @@ class _Launches:
         state, thresholds = self.new(2 * self.groups * targets, dtype=torch.int32), self.new(self.groups)
         self.merge(delta, stats, high)
         entries = max(self.spec.row_counts) * self.n
-        grid = (min(-(-entries // _ENTRIES_TO_COUNT), _MOST_PROGRAMS_TO_COUNT), self.groups)
+        grid = (min(-(-entries // _COUNT_BLOCK), _MAX_COUNT_PROGRAMS), self.groups)
         for level in (1, 2):
             forward.count_within_bin[grid](
                 delta,
@@ -149,7 +149,7 @@ class _Launches:
                 self.n,
                 TARGETS=targets,
                 LEVEL=level,
-                BLOCK=_ENTRIES_TO_COUNT,
+                BLOCK=_COUNT_BLOCK,
                 **LAUNCH,
             )
         forward.finish_thresholds[(self.groups,)](
@@ -160,7 +160,7 @@ class _Launches:
     def add_sparse(self, delta: Tensor, thresholds: Tensor, base: Tensor, out: Tensor) -> None:
         """Write `base + scaling·S` into `out`."""
         entries = max(self.spec.row_counts) * self.n
-        forward.add_sparse[-(-entries // _ENTRIES_TO_ADD), self.groups](
+        forward.add_sparse[-(-entries // _ADD_BLOCK), self.groups](
             delta,
             thresholds,
             self.layout,
@@ -169,7 +169,7 @@ class _Launches:
             self.spec.scaling,
             self.n,
             MODE=_MODES[self.spec.mode],
-            BLOCK=_ENTRIES_TO_ADD,
+            BLOCK=_ADD_BLOCK,
             **LAUNCH,
         )
 
@@ -183,8 +183,8 @@ class _Launches:
         weighted_sum = None
         if self.has_softmax:
             by_column = self.axis["AXIS"] == 0
-            kept = self.groups * self.n if by_column else self.m
-            partial = self.new(rows if by_column else columns, kept)
+            num_sums = self.groups * self.n if by_column else self.m
+            partial = self.new(rows if by_column else columns, num_sums)
             backward.softmax_weighted_sums[grid](
                 self.A,
                 self.B,
@@ -196,7 +196,7 @@ class _Launches:
                 partial,
                 self.spec.scaling,
                 self.n,
-                kept,
+                num_sums,
                 **self.sizes,
                 **self.axis,
                 **mode,
@@ -242,7 +242,7 @@ class _Launches:
             SOFTMAX=self.has_softmax,
             CENTER=self.spec.kernel.center_softmax,
             **self.axis,
-            BLOCK=_SUMS_AT_ONCE,
+            BLOCK=_SUM_BLOCK,
             **LAUNCH,
         )
         return part_A.sum(0).to(self.A.dtype), part_B.sum(0).to(self.B.dtype), *scalar_grads
@@ -250,15 +250,15 @@ class _Launches:
 
 @lru_cache(maxsize=4096)
 def _layout(
-    row_counts: tuple[int, ...], budgets: tuple[int, ...], n: int, takes_rank: bool, device: torch.device, stream: int
+    row_counts: tuple[int, ...], budgets: tuple[int, ...], n: int, selects_rank: bool, device: torch.device, stream: int
 ) -> Tensor:
-    """Return the table that every kernel reads, `[G, 6]` on `device`; cached per `stream`, copied without a sync."""
+    """Return the `layout` argument of all kernels, `[G, 6]` on `device`; cached per `stream`, copied without a sync."""
     table = np.zeros((len(budgets), forward.LAYOUT_FIELDS.value), np.int32)
     start = 0
     for entry, count, budget in zip(table, row_counts, budgets, strict=True):
         size = count * n
         entry[:3] = start, count, count if budget else 0
-        if takes_rank:
+        if selects_rank:
             entry[3] = -1 if budget == size else budget
         elif budget:
             # descending ranks of the two entries around the quantile, see `quantile_threshold`
@@ -272,7 +272,7 @@ def _layout(
 
 
 def is_interpreted() -> bool:
-    """Return whether the kernels were defined under `TRITON_INTERPRET=1` and run slowly on the CPU, for tests."""
+    """Return whether the kernels run in Triton's interpreter on the CPU (`TRITON_INTERPRET=1`), for tests."""
     return type(forward.merge).__name__ == "InterpretedFunction"
 
 
@@ -344,6 +344,6 @@ class TritonBackend(Backend):
             return tuple(zero_gradients(merged.factors))
         launches = _Launches(spec, merged.factors, merged.budgets)
         with launches.on_device():
-            # with a saved ΔW, the softmax statistics are not saved
+            # recompute the softmax statistics if only ΔW was saved
             stats = merged.workspace or launches.softmax_stats()
             return launches.gradients(delta, merged.thresholds, stats, grad_weight.detach().contiguous())

@@ -1,9 +1,9 @@
 # mypy: ignore-errors
 """Triton kernels of the backward pass, from `∂L/∂W` to the factors and scalars.
 
-Distances and softmax are recomputed from the factors. Sums over several tiles are written per tile and added in a fixed
-order afterwards, without atomic float additions. Shape letters as in `forward`; `q` tiles of rows, `s` tiles of
-columns.
+The kernels recompute distances and softmax from the factors. They write sums over several tiles per tile and add them
+in a fixed order afterwards, without atomic float additions. Shape letters as in `forward`; `q` tiles of rows, `s` tiles
+of columns.
 """
 
 import triton
@@ -15,10 +15,10 @@ from snella.backends.triton.forward import (
     SOFT,
     along_axis,
     distance,
-    logits_of,
     mean_prob,
     piecewise,
-    probs_of,
+    scale_logits,
+    softmax_probs,
 )
 
 
@@ -70,7 +70,7 @@ def softmax_weighted_sums(
     i_inside, j_inside = i < active, j < tl.where(active > 0, n, 0)
     inside = i_inside[:, None] & j_inside[None, :]
     value = piecewise(B + start * R, A + group * n * R, coeff + group * P, i, j, i_inside, j_inside, P, R)
-    probs = probs_of(
+    probs = softmax_probs(
         value, temperature, max_logit, inverse_sum, group, start, i, j, i_inside, j_inside, n, HAS_TEMPERATURE, AXIS
     )
     rows = (start + i).to(tl.int64)
@@ -132,29 +132,29 @@ def factor_gradients(
     tl.store(sums + P, tl.sum(gradient))
     if SOFTMAX:
         value = piecewise(first, second, coeff + group * P, i, j, i_inside, j_inside, P, R)
-        probs = probs_of(
+        probs = softmax_probs(
             value, temperature, max_logit, inverse_sum, group, start, i, j, i_inside, j_inside, n, HAS_TEMPERATURE, AXIS
         )
-        coupled = along_axis(weighted_sum, group, start, i, j, i_inside, j_inside, n, AXIS)
+        axis_sum = along_axis(weighted_sum, group, start, i, j, i_inside, j_inside, n, AXIS)
         weighted = tl.where(inside, gradient * probs, 0.0)
-        of_logits = tl.load(alpha + group).to(tl.float32) * (weighted - probs * coupled)
-        of_logits = tl.where(inside, of_logits, 0.0)
+        grad_logits = tl.load(alpha + group).to(tl.float32) * (weighted - probs * axis_sum)
+        grad_logits = tl.where(inside, grad_logits, 0.0)
         tl.store(sums + P + 1, tl.sum(weighted))
         if HAS_TEMPERATURE:
-            logits = logits_of(value, temperature, group, HAS_TEMPERATURE)
-            tl.store(sums + P + 2, tl.sum(tl.where(inside, of_logits * logits, 0.0)))
-            of_logits = logits_of(of_logits, temperature, group, HAS_TEMPERATURE)
-        of_value = of_logits + gradient if LINEAR_TERM else of_logits
+            logits = scale_logits(value, temperature, group, HAS_TEMPERATURE)
+            tl.store(sums + P + 2, tl.sum(tl.where(inside, grad_logits * logits, 0.0)))
+            grad_logits = scale_logits(grad_logits, temperature, group, HAS_TEMPERATURE)
+        grad_value = grad_logits + gradient if LINEAR_TERM else grad_logits
     else:
-        of_value = gradient
+        grad_value = gradient
     grad_B += tl.program_id(0).to(tl.int64) * m * R
     grad_A += (tl.program_id(1).to(tl.int64) * tl.num_programs(2) + group) * n * R
     for p in tl.static_range(P):
-        length = distance(first, second, i, j, i_inside, j_inside, p, P, R)
-        tl.store(sums + p, tl.sum(tl.where(inside, of_value * length, 0.0)))
+        dist = distance(first, second, i, j, i_inside, j_inside, p, P, R)
+        tl.store(sums + p, tl.sum(tl.where(inside, grad_value * dist, 0.0)))
         # zero distances have no gradient
-        coef = tl.load(coeff + group * P + p).to(tl.float32) * of_value
-        coef = tl.where(length == 0.0, 0.0, tl.div_rn(coef, tl.where(length == 0.0, 1.0, length)))
+        coef = tl.load(coeff + group * P + p).to(tl.float32) * grad_value
+        coef = tl.where(dist == 0.0, 0.0, tl.div_rn(coef, tl.where(dist == 0.0, 1.0, dist)))
         coef = tl.where(inside, coef, 0.0)
         for k in range(p * (R // P), (p + 1) * (R // P)):
             b = tl.load(first + i * R + k, mask=i_inside, other=0.0).to(tl.float32)
@@ -187,21 +187,21 @@ def scalar_gradients(
     active = tl.load(layout + group * LAYOUT_FIELDS + 2)
     sums += group * num_tiles * (P + 3)
     for p in tl.static_range(P):
-        store_as(grad_coeff + group * P + p, total_of(sums + p, num_tiles, P + 3, BLOCK))
+        store_as(grad_coeff + group * P + p, strided_sum(sums + p, num_tiles, P + 3, BLOCK))
     if SOFTMAX:
-        of_delta = total_of(sums + P, num_tiles, P + 3, BLOCK)
-        of_alpha = total_of(sums + P + 1, num_tiles, P + 3, BLOCK)
+        grad_sum = strided_sum(sums + P, num_tiles, P + 3, BLOCK)
+        alpha_grad = strided_sum(sums + P + 1, num_tiles, P + 3, BLOCK)
         if CENTER:
-            of_alpha -= of_delta * mean_prob(active, n, AXIS).to(tl.float64)
-        store_as(grad_alpha + group, of_alpha)
-        store_as(grad_beta + group, of_delta)
+            alpha_grad -= grad_sum * mean_prob(active, n, AXIS).to(tl.float64)
+        store_as(grad_alpha + group, alpha_grad)
+        store_as(grad_beta + group, grad_sum)
         if HAS_TEMPERATURE:
             gamma = tl.load(temperature + group).to(tl.float64)
-            store_as(grad_temperature + group, -total_of(sums + P + 2, num_tiles, P + 3, BLOCK) / gamma)
+            store_as(grad_temperature + group, -strided_sum(sums + P + 2, num_tiles, P + 3, BLOCK) / gamma)
 
 
 @triton.jit
-def total_of(values, count, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
+def strided_sum(values, count, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
     """Sum `count` numbers with stride `STRIDE` in float64."""
     lanes = tl.zeros([BLOCK], tl.float64)
     for first in range(0, count, BLOCK):
@@ -212,5 +212,5 @@ def total_of(values, count, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def store_as(target, value):
-    """Store in the target's dtype."""
+    """Store a value in the dtype of the target."""
     tl.store(target, value.to(tl.float32).to(target.dtype.element_ty))

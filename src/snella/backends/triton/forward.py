@@ -1,10 +1,11 @@
 # mypy: ignore-errors
 """Triton kernels of the forward pass: distances, softmax over one axis, merge, `W0 + scaling·S`.
 
-Every kernel processes all `G` matrices of a fused weight in one launch. `layout` `[G, 6]`, int32, has for each matrix:
-first row in the weight, number of rows, number of rows if it has a budget (else 0), two ranks for the selection, and a
-fraction. Products and sums are fused only by explicit `tl.fma` (`enable_fp_fusion=False` at every launch), so distances
-are bit-identical in all kernels. Shape letters: `m` outputs, `n` inputs, `R` rank, `P` pieces of width `R / P`.
+Every kernel processes all `G` matrices of a fused weight in one launch. `layout` `[G, 6]`, int32, contains for each
+matrix: first row in the weight, number of rows, number of rows with a budget (0 without one), two ranks for the
+selection, and a fraction. Products and sums are fused only by explicit `tl.fma` (`enable_fp_fusion=False` at every
+launch), so distances are bit-identical in all kernels. Shape letters: `m` outputs, `n` inputs, `R` rank, `P` pieces of
+width `R / P`.
 """
 
 import triton
@@ -13,11 +14,11 @@ import triton.language as tl
 LAYOUT_FIELDS = tl.constexpr(6)
 HIGH_BINS = tl.constexpr(2048)  # bins of the first of three histograms: exponent and leading 3 bits of the mantissa
 HIGH_SHIFT = tl.constexpr(20)
-SOFT, OFFICIAL, NONE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # the modes of `sparsify`
+SOFT, OFFICIAL, NONE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # modes of `sparsify`
 
 
 @triton.jit
-def exp_of_nonpositive(x):
+def exp_nonpositive(x):
     """Compute `exp(x)` for `x ≤ 0` to within two units in the last place; `x` is clamped to [−87, 0].
 
     2^k·exp(r) with `|r| ≤ ln 2 / 2`, `k·ln 2` subtracted in two parts, exp(r) by its Taylor series to the 7th power.
@@ -61,8 +62,8 @@ def piecewise(first, second, coeff, i, j, i_inside, j_inside, P: tl.constexpr, R
 
 
 @triton.jit
-def logits_of(value, temperature, group, HAS_TEMPERATURE: tl.constexpr):
-    """Compute the logits `κ/γ`."""
+def scale_logits(value, temperature, group, HAS_TEMPERATURE: tl.constexpr):
+    """Divide by the temperature: `κ/γ`."""
     if HAS_TEMPERATURE:
         gamma = tl.load(temperature + group).to(tl.float32)
         value = tl.div_rn(value, gamma + tl.zeros_like(value))
@@ -71,7 +72,7 @@ def logits_of(value, temperature, group, HAS_TEMPERATURE: tl.constexpr):
 
 @triton.jit
 def along_axis(vector, group, start, i, j, i_inside, j_inside, n, AXIS: tl.constexpr):
-    """Load the values of `vector` for a tile's columns (`AXIS` 0, `[1, columns]`) or rows (1, `[rows, 1]`)."""
+    """Load the values of `vector` for the columns (`AXIS` 0, `[1, columns]`) or rows (1, `[rows, 1]`) of a tile."""
     if AXIS == 0:
         values = tl.load(vector + group * n + j, mask=j_inside, other=0.0)[None, :]
     else:
@@ -80,7 +81,7 @@ def along_axis(vector, group, start, i, j, i_inside, j_inside, n, AXIS: tl.const
 
 
 @triton.jit
-def probs_of(
+def softmax_probs(
     value,
     temperature,
     max_logit,
@@ -98,7 +99,7 @@ def probs_of(
     """Compute `softmax(κ/γ)` over `AXIS` on a tile, from the maximum logit and inverse sum of each column or row."""
     row_max = along_axis(max_logit, group, start, i, j, i_inside, j_inside, n, AXIS)
     scale = along_axis(inverse_sum, group, start, i, j, i_inside, j_inside, n, AXIS)
-    return exp_of_nonpositive(logits_of(value, temperature, group, HAS_TEMPERATURE) - row_max) * scale
+    return exp_nonpositive(scale_logits(value, temperature, group, HAS_TEMPERATURE) - row_max) * scale
 
 
 @triton.jit
@@ -127,25 +128,25 @@ def softmax_statistics(
     start = tl.load(layout + group * LAYOUT_FIELDS)
     active = tl.load(layout + group * LAYOUT_FIELDS + 2)
     if AXIS == 0:
-        kept, summed, num_kept, num_summed, position = A + group * n * R, B + start * R, n, active, group * n
+        outer, inner, num_outer, num_inner, position = A + group * n * R, B + start * R, n, active, group * n
     else:
-        kept, summed, num_kept, num_summed, position = B + start * R, A + group * n * R, active, n, start
+        outer, inner, num_outer, num_inner, position = B + start * R, A + group * n * R, active, n, start
     j = tl.program_id(0) * ACROSS + tl.arange(0, ACROSS)
-    j_inside = j < num_kept
-    top = tl.full([ALONG, ACROSS], -3.0e38, tl.float32)
+    j_inside = j < num_outer
+    running_max = tl.full([ALONG, ACROSS], -3.0e38, tl.float32)
     total = tl.zeros([ALONG, ACROSS], tl.float32)
-    for first in range(0, num_summed, ALONG):
+    for first in range(0, num_inner, ALONG):
         i = first + tl.arange(0, ALONG)
-        i_inside = i < num_summed
-        value = piecewise(summed, kept, coeff + group * P, i, j, i_inside, j_inside, P, R)
-        logits = logits_of(value, temperature, group, HAS_TEMPERATURE)
+        i_inside = i < num_inner
+        value = piecewise(inner, outer, coeff + group * P, i, j, i_inside, j_inside, P, R)
+        logits = scale_logits(value, temperature, group, HAS_TEMPERATURE)
         inside = i_inside[:, None] & j_inside[None, :]
-        higher = tl.where(inside & (logits > top), logits, top)
-        added = tl.where(inside, exp_of_nonpositive(logits - higher), 0.0)
-        total = tl.fma(total, exp_of_nonpositive(top - higher), added)
-        top = higher
-    highest = tl.max(top, 0)
-    sums = tl.sum(total * exp_of_nonpositive(top - highest[None, :]), 0)
+        new_max = tl.where(inside & (logits > running_max), logits, running_max)
+        added = tl.where(inside, exp_nonpositive(logits - new_max), 0.0)
+        total = tl.fma(total, exp_nonpositive(running_max - new_max), added)
+        running_max = new_max
+    highest = tl.max(running_max, 0)
+    sums = tl.sum(total * exp_nonpositive(running_max - highest[None, :]), 0)
     sums = tl.where(sums == 0.0, 1.0, sums)
     tl.store(max_logit + position + j, highest, mask=j_inside)
     tl.store(inverse_sum + position + j, tl.div_rn(tl.full([ACROSS], 1.0, tl.float32), sums), mask=j_inside)
@@ -191,7 +192,7 @@ def merge(
         inside = i_inside[:, None] & j_inside[None, :]
         value = piecewise(B + start * R, A + group * n * R, coeff + group * P, i, j, i_inside, j_inside, P, R)
         if SOFTMAX:
-            probs = probs_of(
+            probs = softmax_probs(
                 value,
                 temperature,
                 max_logit,
@@ -268,27 +269,27 @@ LOW_BITS = tl.constexpr(10)
 
 
 @triton.jit
-def bin_of_rank(counts, rank, BINS: tl.constexpr):
-    """Return the bin with the entry of this rank, and the entry's rank within the bin."""
+def find_bin(counts, rank, BINS: tl.constexpr):
+    """Return the bin that contains the entry of this rank, and the rank of the entry within the bin."""
     bins = tl.arange(0, BINS)
     count = tl.load(counts + bins)
-    at_least = tl.cumsum(count, 0, reverse=True)
-    bin_index = tl.sum((at_least > rank).to(tl.int32), 0) - 1
+    cumulative = tl.cumsum(count, 0, reverse=True)
+    bin_index = tl.sum((cumulative > rank).to(tl.int32), 0) - 1
     above = tl.sum(tl.where(bins > bin_index, count, 0), 0)
     return bin_index, rank - above
 
 
 @triton.jit
 def leading_bits(layout, high, middle, state, group, target, TARGETS: tl.constexpr, LEVEL: tl.constexpr):
-    """Return the target entry's bits known after `LEVEL` histograms, and its rank among the entries that share them."""
+    """Return the leading bits of the target entry after `LEVEL` histograms, and its rank among entries with them."""
     if LEVEL == 1:
         rank = tl.load(layout + group * LAYOUT_FIELDS + 3 + target)
-        known, rank = bin_of_rank(high + group * HIGH_BINS, rank, HIGH_BINS)
+        prefix, rank = find_bin(high + group * HIGH_BINS, rank, HIGH_BINS)
     else:
         before = state + (group * TARGETS + target) * 2
-        found, rank = bin_of_rank(middle + (group * TARGETS + target) * LOW_BINS, tl.load(before + 1), LOW_BINS)
-        known = (tl.load(before) << LOW_BITS) | found
-    return known, rank
+        bin_index, rank = find_bin(middle + (group * TARGETS + target) * LOW_BINS, tl.load(before + 1), LOW_BINS)
+        prefix = (tl.load(before) << LOW_BITS) | bin_index
+    return prefix, rank
 
 
 @triton.jit
@@ -313,18 +314,18 @@ def count_within_bin(
     size = tl.load(layout + group * LAYOUT_FIELDS + 2) * n
     shift: tl.constexpr = HIGH_SHIFT - LOW_BITS * LEVEL
     for target in tl.static_range(TARGETS):
-        known, rank = leading_bits(layout, high, middle, state, group, target, TARGETS, LEVEL)
+        prefix, rank = leading_bits(layout, high, middle, state, group, target, TARGETS, LEVEL)
         if LEVEL == 1:  # noqa: SIM102 - evaluated at compile time
             if tl.program_id(0) == 0:
-                tl.store(state + (group * TARGETS + target) * 2, known)
+                tl.store(state + (group * TARGETS + target) * 2, prefix)
                 tl.store(state + (group * TARGETS + target) * 2 + 1, rank)
         bins = tl.zeros([LOW_BINS], tl.int32)
         for first in range(tl.program_id(0) * BLOCK, size, tl.num_programs(0) * BLOCK):
             entry = first + tl.arange(0, BLOCK)
             value = tl.load(delta + start * n + entry, mask=entry < size, other=0.0)
             bits = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-            same = (entry < size) & ((bits >> (shift + LOW_BITS)) == known)
-            bins += tl.histogram((bits >> shift) & (LOW_BINS - 1), LOW_BINS, mask=same)
+            is_match = (entry < size) & ((bits >> (shift + LOW_BITS)) == prefix)
+            bins += tl.histogram((bits >> shift) & (LOW_BINS - 1), LOW_BINS, mask=is_match)
         out = middle if LEVEL == 1 else low
         out += (group * TARGETS + target) * LOW_BINS + tl.arange(0, LOW_BINS)
         tl.atomic_add(out, bins, mask=bins > 0, sem="relaxed")
@@ -333,9 +334,9 @@ def count_within_bin(
 @triton.jit
 def order_statistic(layout, high, middle, low, state, group, target, TARGETS: tl.constexpr):
     """Return the target magnitude."""
-    known, rank = leading_bits(layout, high, middle, state, group, target, TARGETS, 2)
-    found, _ = bin_of_rank(low + (group * TARGETS + target) * LOW_BINS, rank, LOW_BINS)
-    return ((known << LOW_BITS) | found).to(tl.float32, bitcast=True)
+    prefix, rank = leading_bits(layout, high, middle, state, group, target, TARGETS, 2)
+    bin_index, _ = find_bin(low + (group * TARGETS + target) * LOW_BINS, rank, LOW_BINS)
+    return ((prefix << LOW_BITS) | bin_index).to(tl.float32, bitcast=True)
 
 
 @triton.jit

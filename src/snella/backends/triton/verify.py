@@ -1,4 +1,4 @@
-"""First-use check: the Triton kernels of an update on this device against torch operations in float64."""
+"""First-use check of the Triton kernels on a device against torch operations in float64."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROWS, COLUMNS = (64,), 96
 TOLERANCE = 2e-4
 """Tolerance for float32 sums, relative to the largest exact value."""
 _NAMES = ("merged weight", "threshold", *(f"gradient of {name}" for name in Factors._fields))
-_known: dict[str, str | None] = {}
+_results: dict[str, str | None] = {}
 
 
 def failed_check(spec: UpdateSpec, A: Tensor) -> str | None:
@@ -36,46 +36,46 @@ def failed_check(spec: UpdateSpec, A: Tensor) -> str | None:
 
     Args:
         spec: Spec of the update; only kernel, sparsifier and scaling matter.
-        A: Input-side factors, `[G, n, r]`, for device, dtype and rank.
+        A: Input-side factors, `[G, n, r]`; only device, dtype and rank matter.
     """
     key = _key(spec, A)
-    if key not in _known:
-        stored = _read()
-        if key in stored:
-            _known[key] = stored[key]
+    if key not in _results:
+        saved = _load_results()
+        if key in saved:
+            _results[key] = saved[key]
         else:
-            _known[key] = _compare(spec, A)
-            _write({**stored, key: _known[key]})
-    return _known[key]
+            _results[key] = _compare(spec, A)
+            _save_results({**saved, key: _results[key]})
+    return _results[key]
 
 
 def _compare(spec: UpdateSpec, A: Tensor) -> str | None:
-    """Return the first wrong result with its error, or `None`."""
+    """Return a message about the first wrong result, or `None`."""
     spec = replace(spec, row_counts=ROWS, backend="triton")
     factors = _factors(spec, A)
-    wide = Factors(*(None if tensor is None else tensor.double() for tensor in factors))  # type: ignore[arg-type]
-    budgets = (_clear_budget(spec.merge_matrix(next(spec.matrices(wide)))),)
+    wide_factors = Factors(*(None if tensor is None else tensor.double() for tensor in factors))  # type: ignore[arg-type]
+    budgets = (_unambiguous_budget(spec.merge_matrix(next(spec.matrices(wide_factors)))),)
     generator = torch.Generator("cpu").manual_seed(1)
     base, grad = (torch.randn(ROWS[0], COLUMNS, generator=generator, device="cpu").to(A.device) for _ in range(2))
     results = []
-    for computed_by, given in ((backend.TritonBackend(), factors), (TorchBackend(), wide)):
-        merged = computed_by.merge(spec, given, budgets)
-        dtype = torch.float32 if given is factors else torch.float64
+    for implementation, inputs in ((backend.TritonBackend(), factors), (TorchBackend(), wide_factors)):
+        merged = implementation.merge(spec, inputs, budgets)
+        dtype = torch.float32 if inputs is factors else torch.float64
         weight, grad_weight = base.to(dtype), grad.to(dtype)
         out = torch.empty_like(weight)
-        computed_by.add_update(spec, merged, weight, out)
-        results.append((out, merged.thresholds, *computed_by.grad_factors(spec, merged, grad_weight)))
+        implementation.add_update(spec, merged, weight, out)
+        results.append((out, merged.thresholds, *implementation.grad_factors(spec, merged, grad_weight)))
     scalars = [value.abs().max().item() for value in results[1][4:] if value is not None]
-    for number, (name, mine, exact) in enumerate(zip(_NAMES, *results, strict=True)):
-        if mine is None or exact is None:
+    for index, (name, actual, expected) in enumerate(zip(_NAMES, *results, strict=True)):
+        if actual is None or expected is None:
             continue
-        # gradients of the kernel's scalars are sums that cancel: the largest of them is the scale of all
-        scale = max(scalars) if number >= 4 else exact.abs().max().item()
-        error = (mine.double() - exact).abs().max().item()
-        if not error <= (TOLERANCE + torch.finfo(mine.dtype).eps) * (scale + 1e-3):
+        # gradients of the kernel's scalars are sums with cancellation: use the largest of them as the scale of all
+        scale = max(scalars) if index >= 4 else expected.abs().max().item()
+        error = (actual.double() - expected).abs().max().item()
+        if not error <= (TOLERANCE + torch.finfo(actual.dtype).eps) * (scale + 1e-3):
             versions = f"triton {triton.__version__}, torch {torch.__version__}"
             return (
-                f"computes the {name} of kernel {spec.kernel.name!r} wrong on {_device_name(A.device)}: largest error "
+                f"computes a wrong {name} of kernel {spec.kernel.name!r} on {_device_name(A.device)}: largest error "
                 f"{error:.2e}, largest value {scale:.2e} ({versions})"
             )
     return None
@@ -96,12 +96,12 @@ def _factors(spec: UpdateSpec, A: Tensor) -> Factors:
         "beta": uniform(1) / 4,
         "temperature": 0.8 + uniform(1) / 4,
     }
-    given = (scalars[name] if name in spec.kernel.scalars else None for name in Factors._fields[2:])
-    return Factors(uniform(1, COLUMNS, rank).to(A.dtype), uniform(ROWS[0], rank).to(A.dtype), *given)
+    scalar_values = (scalars[name] if name in spec.kernel.scalars else None for name in Factors._fields[2:])
+    return Factors(uniform(1, COLUMNS, rank).to(A.dtype), uniform(ROWS[0], rank).to(A.dtype), *scalar_values)
 
 
-def _clear_budget(delta: Tensor) -> int:
-    """Return a budget of 20 to 40 % whose threshold lies in the widest gap, so that rounding moves no entry."""
+def _unambiguous_budget(delta: Tensor) -> int:
+    """Return a budget of 20 to 40 % with the widest gap at its threshold, so that rounding changes no selection."""
     magnitudes = delta.abs().flatten().sort(descending=True).values
     first, last = int(0.2 * len(magnitudes)), int(0.4 * len(magnitudes))
     gaps = magnitudes[first:last] - magnitudes[first + 1 : last + 1]
@@ -139,24 +139,24 @@ def _source_digest() -> str:
 
 
 def _cache_file() -> Path:
-    """Return the file that caches results between processes."""
+    """Return the path of the results on disk."""
     return cache_folder() / "kernel_checks.json"
 
 
-def _read() -> dict[str, str | None]:
-    """Read the stored results; empty if the file is missing or corrupt."""
+def _load_results() -> dict[str, str | None]:
+    """Load the results from disk; empty if the file is missing or corrupt."""
     try:
-        stored = json.loads(_cache_file().read_text(encoding="utf-8"))
+        saved = json.loads(_cache_file().read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return stored if isinstance(stored, dict) else {}
+    return saved if isinstance(saved, dict) else {}
 
 
-def _write(results: dict[str, str | None]) -> None:
-    """Store results atomically; without a writable folder, every process repeats the check."""
+def _save_results(results: dict[str, str | None]) -> None:
+    """Save the results atomically; without a writable folder, every process repeats the check."""
     file = _cache_file()
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.partial")
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(results, indent=1), encoding="utf-8")
-        os.replace(partial, file)
+        temporary.write_text(json.dumps(results, indent=1), encoding="utf-8")
+        os.replace(temporary, file)
