@@ -1,4 +1,4 @@
-"""Fine-tune, evaluate and use vision models: what the command line `snella` calls.
+"""Python API of the application: fine-tune, evaluate and use vision models.
 
 run = train(data="photos", backbone="vit_base_patch16_224.augreg_in21k", out="runs/photos")
 load(run).predict("new.jpg").label
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from snella_app.runs.predict import load
     from snella_app.runs.task_bank import TaskBank
 
-_HOMES = {"TaskBank": "runs.task_bank", "TrainConfig": "config", "load": "runs.predict", "train": "api"}
+_MODULES = {"TaskBank": "runs.task_bank", "TrainConfig": "config", "load": "runs.predict", "train": "api"}
 
 __all__ = ["TaskBank", "TrainConfig", "load", "train"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the module of a public name on first use; the command's help waits for none of them."""
+    """Import the module of a public name on first use, which keeps the command's help fast."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,4 +1,4 @@
-"""`snella.train`: training from Python."""
+"""Python entry point of training, `snella.train`."""
 
 import os
 from typing import Any
@@ -22,7 +22,7 @@ def train(config: TrainConfig | None = None, *, console: Console | None = None, 
         config: Configuration of the run.
         console: Console for progress and results; standard output if None.
         **settings: Fields of `TrainConfig`, instead of `config`. `data` may also be a torch or Hugging Face dataset, or
-            a mapping from train, val and test to datasets.
+            a mapping from split names (train, val, test) to datasets.
 
     Returns:
         Folder of the run.
@@ -41,7 +41,7 @@ def train(config: TrainConfig | None = None, *, console: Console | None = None, 
     if config.method == AUTO_METHOD and not is_object:
         choose_method = plugin("choices", "method")
         if choose_method is None:
-            raise ValueError("method=auto needs the package snella_lab, which compares methods; name a method")
+            raise ValueError("method=auto requires the package snella_lab, which compares methods; choose a method")
         config = choose_method(config, console)
     if (config.folds and config.fold is None) or (config.resume and is_cross_validation(str(config.out))):
         train_folds(config, console, **options)

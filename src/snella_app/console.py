@@ -25,7 +25,7 @@ class _Unpadded:
         self.encoding = getattr(stream, "encoding", None) or "utf-8"
 
     def write(self, text: str) -> int:
-        """Write whole lines, as rich passes them."""
+        """Write text without trailing spaces; rich passes whole lines."""
         return self.stream.write("\n".join(line.rstrip(" ") for line in text.split("\n")))
 
     def flush(self) -> None:
@@ -104,7 +104,7 @@ def make_console(file: IO[str] | None = None, *, survives_closed_output: bool = 
 def printable(text: str) -> str:
     r"""Escape control characters, lone surrogates and bidirectional controls as `\x1b`.
 
-    File names may contain all of them. Line breaks and tabs are kept.
+    File names can contain any of these. Line breaks and tabs are unchanged.
     """
     return "".join(char if _is_harmless(char) else repr(char)[1:-1] for char in text)
 
@@ -122,7 +122,7 @@ def print_line(console: Console, text: str) -> None:
 
 
 def print_rows(console: Console, rows: Sequence[tuple[str, str]]) -> None:
-    """Print names and texts in two columns; on a terminal, long texts are wrapped within their column."""
+    """Print name-value pairs in two columns; a terminal wraps long values within their column."""
     if not console.is_terminal:
         width = max(len(name) for name, _ in rows)
         for name, text in rows:
@@ -154,7 +154,7 @@ def print_heading(console: Console, text: str) -> None:
         print_line(console, f"--- {text} ---")
 
 
-def tracked(items: Iterable[_T], text: str, total: int, console: Console | None) -> Iterable[_T]:
+def track_progress(items: Iterable[_T], text: str, total: int, console: Console | None) -> Iterable[_T]:
     """Wrap items in a progress bar if the console is a terminal; no-op if `console` is None."""
     if console is None or not console.is_terminal:
         return items
@@ -163,6 +163,6 @@ def tracked(items: Iterable[_T], text: str, total: int, console: Console | None)
     return track(items, text, total=total, console=console, transient=True)
 
 
-def counted(number: int, noun: str) -> str:
-    """Format a number with its pluralized noun: `1 image`, `1,200 images`."""
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """Format a number with its noun: `1 image`, `1,200 images`; `plural` defaults to the noun with an s."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"

@@ -4,7 +4,7 @@ import torch
 
 
 def device_named(name: str) -> torch.device:
-    """Return the torch device with this name; this machine need not have it.
+    """Parse the name of a torch device, whether or not this machine has it.
 
     Raises:
         ValueError: If torch does not know the device.
@@ -35,7 +35,7 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = f"torch {torch.__version__} finds no {'GPU' if device.type == 'cuda' else 'device of this type'}"
         if device.type == "cuda" and torch.cuda.is_available():
-            reason = f"torch finds {torch.cuda.device_count()} GPUs, from cuda:0"
+            reason = f"torch.cuda.device_count() is {torch.cuda.device_count()}"
         raise ValueError(f"device must be available, got {name!r}, but {reason}; use auto") from error
 
     return device

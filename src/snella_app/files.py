@@ -14,7 +14,7 @@ from typing import Any
 
 @contextmanager
 def naming_file(path: Path) -> Iterator[None]:
-    """Add the file name to write errors such as a full disk.
+    """Add the file name to write errors, e.g. of a full disk.
 
     Args:
         path: File that is written inside the context.
@@ -47,7 +47,7 @@ WRITE_FAILURES = {
 
 @contextmanager
 def made_folder(folder: Path) -> Iterator[None]:
-    """Create a folder and its parents, and remove the empty ones among them on failure.
+    """Create a folder and its parents; on failure, remove the created folders that are empty.
 
     Args:
         folder: The folder; may exist.
@@ -68,7 +68,7 @@ def made_folder(folder: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write text atomically; surrogate-escaped bytes, as in file names that are not UTF-8, are kept."""
+    """Write text atomically; surrogate escapes, e.g. of non-UTF-8 file names, become the original bytes."""
     write_bytes(path, text.encode(errors="surrogateescape"))
 
 
@@ -143,7 +143,7 @@ def check_files(folder: Path, digests: Mapping[str, str]) -> None:
         digests: SHA-256 by name, relative to `folder`.
 
     Raises:
-        ValueError: If digests differ; names all of these files.
+        ValueError: If digests differ; lists all altered files.
     """
     present = ((name, digest) for name, digest in digests.items() if (folder / name).is_file())
     altered = [name for name, digest in present if sha256_of(folder / name) != digest]
@@ -155,12 +155,12 @@ def check_files(folder: Path, digests: Mapping[str, str]) -> None:
 
 
 def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a JSON object with an added entry `sha256`, the digest of its other entries."""
+    """Add the entry `sha256`, the digest of all other entries, to a JSON object."""
     return {**{name: value for name, value in values.items() if name != SEAL}, SEAL: _digest(values)}
 
 
 def is_intact(values: Any) -> bool:
-    """Return whether a sealed JSON object is unchanged; True if it was never sealed."""
+    """Return whether a sealed JSON object is unchanged; True for an object without a seal."""
     return not isinstance(values, Mapping) or values.get(SEAL, _digest(values)) == _digest(values)
 
 

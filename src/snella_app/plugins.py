@@ -23,7 +23,7 @@ def plugin(group: str, name: str) -> Any:
     """Load the object registered as `name` in `snella.{group}`; None if no package registers it.
 
     Args:
-        group: As for `plugins`, or `reports` or `choices`.
+        group: One of the groups in the table above, without `snella.`.
         name: Name of the entry point.
 
     Raises:
@@ -37,18 +37,18 @@ def plugin(group: str, name: str) -> Any:
 def plugins(group: str, reserved: frozenset[str] = frozenset()) -> dict[str, Any]:
     """Load all objects registered in `snella.{group}`, by name.
 
-    Entries that cannot be imported, or whose name is taken, are skipped with a warning that names their package.
+    Entries with an import error or a name in use are skipped; a warning names their package.
 
     Args:
-        group: `commands`, `methods`, `data` or `backbones`.
-        reserved: Names that the application itself uses.
+        group: `commands`, `methods`, `data` or `backbones`, see the table above.
+        reserved: Names of the application, which plugins cannot use.
     """
     objects = {}
     for name, entry in _entries(group, reserved).items():
         try:
             objects[name] = entry.load()
         except Exception as error:
-            package = _package(entry)
+            package = _package_name(entry)
             warnings.warn(
                 f"{package} registers {name!r} in snella.{group}, which cannot be imported "
                 f"({type(error).__name__}: {error}); update or uninstall {package}",
@@ -59,20 +59,18 @@ def plugins(group: str, reserved: frozenset[str] = frozenset()) -> dict[str, Any
 
 @functools.cache
 def _entries(group: str, reserved: frozenset[str] = frozenset()) -> dict[str, EntryPoint]:
-    """Return the entry points of a group by name, those of this project first; warn of names that are taken."""
+    """Return the entry points of a group by name, this project's first; warn about duplicate names."""
     entries: dict[str, EntryPoint] = {}
-    found = entry_points(group=f"snella.{group}")
-    for entry in sorted(found, key=lambda entry: (_package(entry) != "snella", entry.name)):
+    installed = entry_points(group=f"snella.{group}")
+    for entry in sorted(installed, key=lambda entry: (_package_name(entry) != "snella", entry.name)):
         if entry.name in entries or entry.name in reserved:
-            package = _package(entry)
-            warnings.warn(
-                f"{package} registers {entry.name!r} in snella.{group}, which is taken; ignored", stacklevel=3
-            )
+            package = _package_name(entry)
+            warnings.warn(f"{package} registers {entry.name!r} in snella.{group}, a name in use; ignored", stacklevel=3)
         else:
             entries[entry.name] = entry
     return entries
 
 
-def _package(entry: EntryPoint) -> str:
+def _package_name(entry: EntryPoint) -> str:
     """Return the name of the package that registers an entry point."""
     return entry.module if entry.dist is None else entry.dist.name

@@ -166,15 +166,15 @@ def hint_at_choice(kind: Any, value: Any) -> str:
     parts = [kind, *get_args(kind)]
     choices = [str(choice) for part in parts if get_origin(part) is Literal for choice in get_args(part)]
     text = str(value).lower()
-    meant = _OTHER_VALUES.get(text.replace("_", "-"))
-    if meant not in choices:
-        squeezed = re.sub(r"[-_ ]", "", text)
-        meant = next((choice for choice in choices if re.sub(r"[-_ ]", "", choice) == squeezed), None)
-    return f"; did you mean {meant}?" if meant else nearest(text, choices, form="; did you mean {}?")
+    suggestion = _OTHER_VALUES.get(text.replace("_", "-"))
+    if suggestion not in choices:
+        compact = re.sub(r"[-_ ]", "", text)
+        suggestion = next((choice for choice in choices if re.sub(r"[-_ ]", "", choice) == compact), None)
+    return f"; did you mean {suggestion}?" if suggestion else nearest(text, choices, form="; did you mean {}?")
 
 
 def ours(name: str, known: Iterable[str]) -> str | None:
-    """Return the known setting that other tools call `name`, if any."""
+    """Return the setting that corresponds to another tool's `name`, if any."""
     known_names = set(known)
     return next((ours for ours in OTHER_NAMES.get(name.replace("-", "_"), ()) if ours in known_names), None)
 

@@ -105,12 +105,12 @@ def nearest(name: str, known: Iterable[str], *, most: int = 1, cutoff: float = 0
 
 
 def near_siblings(path: Path, *, most: int = 3, cutoff: float = 0.5, folders_alone: bool = False) -> str:
-    """Suggest files and folders with a name similar to a missing one: "; nearest there: 'a', 'b'"; empty for none."""
+    """Suggest files and folders with a name similar to a missing one: "; nearest: 'a', 'b'"; empty for none."""
     if not path.parent.is_dir():
         return f"; there is no folder '{path.parent}'"
     names = sorted(child.name for child in path.parent.iterdir() if child.is_dir() or not folders_alone)
     near = difflib.get_close_matches(path.name, names, n=most, cutoff=cutoff)
-    return f"; nearest there: {', '.join(map(repr, near))}" if near else ""
+    return f"; nearest: {', '.join(map(repr, near))}" if near else ""
 
 
 def _three_digits(value: float) -> str:

@@ -1,4 +1,4 @@
-"""What other packages register as entry points: `examples/plugin`, and packages that are broken."""
+"""Plugins of other packages: `examples/plugin` and broken packages."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "plugin"
 
 
 def install(folder, project, module):
-    """Lay a package down as an installer does: the module, its metadata and its entry points."""
+    """Install a package: module, metadata and entry points."""
     (folder / f"{module[0]}.py").write_text(module[1])
     info = folder / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
     info.mkdir()
@@ -25,7 +25,7 @@ def install(folder, project, module):
 
 @pytest.fixture
 def example(tmp_path):
-    """A folder in which the example is installed, beside a data file."""
+    """Folder with the installed example and a data file."""
     project = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())["project"]
     install(tmp_path, project, ("snella_norms", (EXAMPLE / "snella_norms.py").read_text()))
     pixels = np.random.default_rng(0).integers(0, 255, (24, 32, 32), np.uint8)
@@ -60,12 +60,12 @@ def test_a_command_of_another_package_is_listed_and_called(example):
     assert snella(example, "classes", "npz:small.npz").stdout == "0, 1\n"
 
 
-def test_the_data_format_of_another_package_is_among_those_that_an_error_lists(example):
+def test_unknown_data_error_lists_the_data_formats_of_plugins(example):
     assert "npz:PATH" in snella(example, "classes", "nowhere").stderr
 
 
 @pytest.mark.parametrize("group", ["commands", "methods", "data", "backbones"])
-def test_a_package_that_cannot_be_imported_is_named_and_left_out(group, tmp_path):
+def test_a_plugin_with_an_import_error_is_reported_and_skipped(group, tmp_path):
     project = {"name": "broken", "version": "1", "entry-points": {f"snella.{group}": {"hello": "broken:X"}}}
     install(tmp_path, project, ("broken", "raise RuntimeError('no such thing')"))
     uses = {"data": ("data", "check", "nowhere"), "commands": ("--help",)}
@@ -76,21 +76,21 @@ def test_a_package_that_cannot_be_imported_is_named_and_left_out(group, tmp_path
     assert "RuntimeError: no such thing" in message and "Traceback" not in done.stderr
 
 
-def test_a_method_that_exists_is_kept(tmp_path):
+def test_a_plugin_cannot_replace_a_method(tmp_path):
     project = {"name": "thief", "version": "1", "entry-points": {"snella.methods": {"lora": "snella_thief:X"}}}
     install(tmp_path, project, ("snella_thief", "X = None"))
     code = "from snella_app.methods import METHODS; print(METHODS['lora'].source)"
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
     )
-    assert "thief registers 'lora' in snella.methods, which is taken; ignored" in done.stderr
+    assert "thief registers 'lora' in snella.methods, a name in use; ignored" in done.stderr
     assert "2106.09685" in done.stdout
 
 
-def test_a_name_that_is_taken_is_kept_by_its_owner(tmp_path):
+def test_a_plugin_cannot_replace_a_command(tmp_path):
     source = "from snella_app.cli.command import command\n@command('os')\ndef train() -> None:\n    print('stolen')\n"
     project = {"name": "thief", "version": "1", "entry-points": {"snella.commands": {"train": "thief:train"}}}
     install(tmp_path, project, ("thief", source))
     done = snella(tmp_path, "train", "--help")
-    assert "command 'train' is registered already" in done.stderr and "stolen" not in done.stdout
+    assert "command 'train' is already registered" in done.stderr and "stolen" not in done.stdout
     assert "--backbone" in done.stdout

@@ -29,7 +29,7 @@ from snella_app.text import listed
 
 _logger = logging.getLogger(__name__)
 _Arrays = dict[str, tuple[int, ...]]
-# representation layer of the first releases; timm's ViT has none
+# representation layer of early releases; timm's ViT has none
 _REPRESENTATION = ("pre_logits/kernel", "pre_logits/bias")
 
 
@@ -58,7 +58,7 @@ def read_google_npz(path: Path) -> tuple[dict[str, Tensor], int]:
             "checkpoint"
         )
     sizes = _sizes(shapes, prefix, path)
-    _check(shapes, prefix, sizes, path)
+    _check_shapes(shapes, prefix, sizes, path)
     model = VisionTransformer(weight_init="skip", **sizes)
     model.load_pretrained(str(path))
     return {key: value.detach() for key, value in model.state_dict().items()}, sizes["num_heads"]
@@ -104,7 +104,7 @@ def _sizes(shapes: _Arrays, prefix: str, path: Path) -> dict[str, Any]:
     }
 
 
-def _check(shapes: _Arrays, prefix: str, sizes: dict[str, Any], path: Path) -> None:
+def _check_shapes(shapes: _Arrays, prefix: str, sizes: dict[str, Any], path: Path) -> None:
     """Check that all arrays are present and consistent; copying would broadcast silently."""
     width, heads, depth = sizes["embed_dim"], sizes["num_heads"], sizes["depth"]
     per_head, hidden, patch = width // heads, round(sizes["mlp_ratio"] * width), sizes["patch_size"]
@@ -174,8 +174,8 @@ _SWIN = Origin("Microsoft's Swin")
 _CONVNEXT = Origin("Facebook's ConvNeXt")
 
 
-def origin_of(state: dict[str, Tensor]) -> Origin | None:
-    """Identify the publisher of a state dict; None if unknown, which keeps timm's configuration.
+def identify_origin(state: dict[str, Tensor]) -> Origin | None:
+    """Identify the publisher of a state dict; None if unknown, for timm's configuration.
 
     MAE and MoCo v3 have fixed positions: sines and cosines of the patch's column and row, zero for the class token.
     MAE stores the column first, MoCo v3 the row.
@@ -201,7 +201,7 @@ def origin_of(state: dict[str, Tensor]) -> Origin | None:
     return None
 
 
-def encoder_alone(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], str | None]:
+def extract_encoder(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], str | None]:
     """Extract the encoder from a pre-training checkpoint.
 
     MAE checkpoints also hold a decoder; MoCo v3 checkpoints hold two encoders, projection heads and a predictor.
@@ -239,21 +239,21 @@ def errors(
     state: Mapping[str, Tensor],
     reference: Mapping[str, Tensor],
     *,
-    may_lack: tuple[str, ...] = (),
-    may_lack_endings: tuple[str, ...] = (),
+    optional_prefixes: tuple[str, ...] = (),
+    optional_suffixes: tuple[str, ...] = (),
 ) -> list[str]:
-    """Return one message per kind of mismatch, with names and shapes; empty if `state` fits.
+    """Return one message per type of mismatch, with names and shapes; empty if `state` fits.
 
     Args:
         state: Tensors of a file in the model's naming.
         reference: State dict of the model.
-        may_lack: Prefixes of names that may be missing.
-        may_lack_endings: Suffixes of names that may be missing.
+        optional_prefixes: Prefixes of names that may be missing.
+        optional_suffixes: Suffixes of names that may be missing.
     """
     missing = [
         f"{key} {list(value.shape)}"
         for key, value in reference.items()
-        if key not in state and not key.startswith(may_lack) and not key.endswith(may_lack_endings)
+        if key not in state and not key.startswith(optional_prefixes) and not key.endswith(optional_suffixes)
     ]
     unexpected = [f"{key} {list(value.shape)}" for key, value in state.items() if key not in reference]
     reshaped = [
@@ -319,10 +319,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
         content = _read_torch(path)
     else:
         raise ValueError(f"weights '{path}' must end in one of {', '.join(WEIGHT_SUFFIXES)}, got {path.suffix!r}")
-    state, left_out = encoder_alone(_unwrap(_open_nested(content, path)))
-    if left_out is not None:
-        _logger.info("using only the encoder of '%s'; dropped %s", path, left_out)
-    origin = origin_of(state)
+    state, dropped_parts = extract_encoder(_unwrap(_open_nested(content, path)))
+    if dropped_parts is not None:
+        _logger.info("using only the encoder of '%s'; dropped %s", path, dropped_parts)
+    origin = identify_origin(state)
     heads_by_width = origin.num_heads if origin is not None else {}
     num_heads = heads_by_width.get(state["pos_embed"].shape[-1]) if heads_by_width else None
     return Checkpoint(state, path, num_heads, origin)
@@ -357,16 +357,16 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, *, name: str) -> None
     mismatches = errors(
         state,
         reference,
-        may_lack=tuple(f"{head}." for head in heads),
-        may_lack_endings=("num_batches_tracked",),
+        optional_prefixes=tuple(f"{head}." for head in heads),
+        optional_suffixes=("num_batches_tracked",),
     )
     if mismatches:
         raise ValueError(f"weights '{checkpoint.source}' do not fit backbone {name!r}: {'; '.join(mismatches)}")
     model.load_state_dict(state, strict=False)
-    _take_normalization(model, checkpoint)
+    _set_normalization(model, checkpoint)
 
 
-def _take_normalization(model: nn.Module, checkpoint: Checkpoint) -> None:
+def _set_normalization(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Set the publisher's mean and standard deviation in the model's data config."""
     origin, cfg = checkpoint.origin, dict(getattr(model, "pretrained_cfg", None) or {})
     if origin is None or not cfg:
@@ -444,7 +444,7 @@ def _check_position_tables(checkpoint: Checkpoint, name: str, reference: dict[st
         {key: value[:1] for key, value in part.items() if key.endswith(_TABLE)}
         for part in (checkpoint.state, reference)
     )
-    mismatches = errors(file, expected, may_lack=tuple(expected)) if expected else []
+    mismatches = errors(file, expected, optional_prefixes=tuple(expected)) if expected else []
     if mismatches:
         raise ValueError(f"weights '{checkpoint.source}' do not fit backbone {name!r}: {'; '.join(mismatches)}")
 

@@ -104,7 +104,7 @@ _PROBE_TIMEOUT_S = 5.0
 _NETWORK_MODULES = ("httpx", "httpx2", "httpcore", "requests", "urllib3")
 
 
-def _local_ways() -> str:
+def _local_alternatives() -> str:
     """Return the alternatives to the Hub."""
     names = packaged_names()
     shipped = (
@@ -121,8 +121,8 @@ def _local_ways() -> str:
 def create_from_hub(name: str, *, pretrained: bool, **options: Any) -> nn.Module:
     """Create the timm model `name` with weights from the Hub or its local cache.
 
-    If the Hub does not answer one short request, only the cache is used; the Hub client would otherwise retry every
-    file for half a minute.
+    If the Hub does not answer one short request, only the cache is used. The Hub client would retry every file for half
+    a minute.
 
     Args:
         name: timm name or `hf-hub:owner/repo`.
@@ -140,12 +140,12 @@ def create_from_hub(name: str, *, pretrained: bool, **options: Any) -> nn.Module
             if _is_network_error(error):
                 raise ConnectionError(
                     f"the hub ({constants.ENDPOINT}) could not be reached ({reason or _first_line(error)}) "
-                    f"and backbone {name!r} is not in its cache. {_local_ways()}"
+                    f"and backbone {name!r} is not in its cache. {_local_alternatives()}"
                 ) from error
             if isinstance(error, (HfHubHTTPError, HTTPError)):
                 raise ValueError(
                     f"the hub ({constants.ENDPOINT}) does not provide backbone {name!r}: "
-                    f"{_first_line(error)}. {_local_ways()}"
+                    f"{_first_line(error)}. {_local_alternatives()}"
                 ) from error
             raise
 
@@ -165,7 +165,7 @@ def cache_only_if_unreachable() -> Iterator[str | None]:
 
 
 def _why_unreachable() -> str | None:
-    """Return the reason why one request to the Hub gets no answer, or None if it gets one."""
+    """Return the error of one request to the Hub, or None if the Hub answers."""
     try:
         huggingface_hub.get_session().head(constants.ENDPOINT, timeout=_PROBE_TIMEOUT_S)
     except Exception as error:
@@ -244,28 +244,28 @@ def create_backbone(
     _check_numbers(num_classes, img_size)
     options: dict[str, Any] = {"num_classes": num_classes}
     if (packaged := plugin("backbones", name)) is not None:
-        _refuse_second_weights(name, weights, "includes the weights of a package")
+        _reject_second_weights(name, weights, "includes the weights of a package")
         model = _build(packaged.architecture, options, img_size)
         if pretrained:
             packaged.load(model)
     elif name.startswith(_HUB_PREFIXES):
-        _refuse_second_weights(name, weights, "includes weights")
+        _reject_second_weights(name, weights, "includes weights")
         size = {} if img_size is None else {"img_size": img_size}
         model = create_from_hub(name, pretrained=pretrained, **options, **size)
     elif (path := _as_path(name)) is not None:
-        _refuse_second_weights(name, weights, "includes weights")
+        _reject_second_weights(name, weights, "includes weights")
         model = _from_path(path, name, options, pretrained, img_size)
     elif weights is not None:
-        timm_name, checkpoint = _known(name), read_checkpoint(Path(weights).expanduser())
+        timm_name, checkpoint = _resolve_name(name), read_checkpoint(Path(weights).expanduser())
         extra = _pooling(timm_name, checkpoint)
-        model = _keep_arguments(_build(timm_name, options | extra, img_size), extra)
+        model = _store_arguments(_build(timm_name, options | extra, img_size), extra)
         load_weights(model, checkpoint, name=name)
     elif pretrained:
-        timm_name = _known(name)
+        timm_name = _resolve_name(name)
         _check_has_weights(timm_name)
         model = create_from_hub(timm_name, pretrained=True, **options, **_size_option(timm_name, img_size))
     else:
-        model = _build(_known(name), options, img_size)
+        model = _build(_resolve_name(name), options, img_size)
     return _with_channels(_with_input_size(model, name, img_size), name, channels)
 
 
@@ -281,13 +281,13 @@ def _from_path(path: Path, name: str, options: dict[str, Any], pretrained: bool,
     checkpoint = read_checkpoint(path)
     inferred = infer_architecture(checkpoint, source=name)
     side = inferred.img_size if img_size is None else img_size
-    model = _keep_arguments(_build(inferred.name, options | inferred.options, side), inferred.options)
+    model = _store_arguments(_build(inferred.name, options | inferred.options, side), inferred.options)
     if pretrained:
         load_weights(model, checkpoint, name=inferred.name)
     return _with_input_size(model, inferred.name, side)
 
 
-def _keep_arguments(model: nn.Module, arguments: dict[str, Any]) -> nn.Module:
+def _store_arguments(model: nn.Module, arguments: dict[str, Any]) -> nn.Module:
     """Store model arguments under timm's `model_args`, so that the model can be rebuilt from its config."""
     if arguments:
         update_config(model, model_args=arguments)
@@ -348,7 +348,7 @@ def _with_channels(model: nn.Module, name: str, channels: int) -> nn.Module:
     _, height, width = config["input_size"]
     values = {key: _extended(config[key], channels) for key in ("mean", "std")}
     update_config(model, input_size=(channels, height, width), **values)
-    return _keep_arguments(model, {"in_chans": channels})
+    return _store_arguments(model, {"in_chans": channels})
 
 
 def _extended(values: Sequence[float], channels: int) -> tuple[float, ...]:
@@ -368,7 +368,7 @@ def _as_path(name: str) -> Path | None:
         if not looks_like_path and (timm.is_model(name) or not path.exists()):
             return None
     if not path.exists():
-        near = _of_family(name)
+        near = _similar_backbones(name)
         hint = f"; similar backbones: {', '.join(map(repr, near))}" if near else ""
         raise FileNotFoundError(
             f"backbone {name!r}: no such file or folder; write a hub repository as 'hf-hub:owner/name'{hint}"
@@ -376,7 +376,7 @@ def _as_path(name: str) -> Path | None:
     return path
 
 
-def _known(name: str) -> str:
+def _resolve_name(name: str) -> str:
     """Return timm's current name for `name`; raise an error with the nearest names if unknown."""
     name = get_deprecated_models().get(name) or name
     architecture, _, tag = name.partition(".")
@@ -392,7 +392,7 @@ def _known(name: str) -> str:
     lower = name.lower()
     within = [known for known in {*names} if lower in known]
     within.sort(key=lambda known: (not known.startswith(lower), len(known), known))
-    nearest = _of_family(name) or within[:5] or difflib.get_close_matches(name, names, n=5, cutoff=0.5)
+    nearest = _similar_backbones(name) or within[:5] or difflib.get_close_matches(name, names, n=5, cutoff=0.5)
     hint = f"nearest: {', '.join(map(repr, nearest))}" if nearest else "timm.list_models() lists all names"
     raise ValueError(
         f"unknown backbone {name!r}; {hint}. Also accepted: a local file or folder, {', '.join(packaged_names())}"
@@ -413,7 +413,7 @@ _LETTERS = {"base": "b", "small": "s", "large": "l", "tiny": "t", "patch": ""}
 """Abbreviations in names of papers and other libraries: ViT-B/16, vit_b_16."""
 
 
-def _of_family(name: str) -> list[str]:
+def _similar_backbones(name: str) -> list[str]:
     """Return up to five well-known pre-trained models whose names contain this one, prefix matches first."""
     query = re.sub(r"[^a-z0-9]", "", name.lower())
     ranked = []
@@ -435,11 +435,11 @@ def _check_has_weights(name: str) -> None:
         )
 
 
-def _refuse_second_weights(name: str, weights: str | None, why: str) -> None:
+def _reject_second_weights(name: str, weights: str | None, reason: str) -> None:
     """Reject `weights` for a name that includes weights."""
     if weights is not None:
         raise ValueError(
-            f"weights must be omitted because backbone {name!r} {why}, got {weights!r}; "
+            f"weights must be omitted because backbone {name!r} {reason}, got {weights!r}; "
             "pass the architecture's timm name with weights=PATH"
         )
 

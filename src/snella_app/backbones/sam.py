@@ -19,7 +19,7 @@ from snella_app.text import listed
 
 _DECODER_HEADS = 8  # not visible in the shapes; the same in every published SAM
 _VISION, _PROMPT, _DECODER = "vision_encoder.", "prompt_encoder.", "mask_decoder."
-_NEEDED = (
+_REQUIRED = (
     _VISION + "pos_embed",
     _VISION + "patch_embed.projection.weight",
     _VISION + "layers.0.attn.rel_pos_h",
@@ -47,10 +47,10 @@ def infer_sam_config(state: Mapping[str, Tensor], *, source: str) -> SamConfig:
     Raises:
         ValueError: If required tensors are missing or shapes are inconsistent.
     """
-    missing = [key for key in _NEEDED if key not in state]
+    missing = [key for key in _REQUIRED if key not in state]
     if missing:
         raise ValueError(f"'{source}' is not a complete SAM: {', '.join(missing)} missing")
-    shapes = {key: list(state[key].shape) for key in _NEEDED}
+    shapes = {key: list(state[key].shape) for key in _REQUIRED}
     _, grid, _, width = shapes[_VISION + "pos_embed"]
     patch = shapes[_VISION + "patch_embed.projection.weight"][-1]
     head_width = shapes[_VISION + "layers.0.attn.rel_pos_h"][1]
@@ -134,7 +134,7 @@ def load_sam(path: str | Path, *, image_size: int | None = None) -> SamModel:
     """Load a SAM of any size with all of its weights.
 
     For another image size, absolute positions are resampled bicubically and relative positions of the global blocks
-    linearly, like the model does on the fly.
+    linearly, as the model does on the fly.
 
     Args:
         path: The authors' `.pth`, a weight file in transformers' naming, or a folder written by
@@ -153,7 +153,7 @@ def load_sam(path: str | Path, *, image_size: int | None = None) -> SamModel:
     if location.is_dir():
         config, state = _read_folder(location)
     else:
-        state = _in_transformers_names(read_checkpoint(location).state, location)
+        state = _to_transformers_names(read_checkpoint(location).state, location)
         config = infer_sam_config(state, source=str(location))
     if image_size is not None:
         config, state = _resized(config, state, image_size)
@@ -166,7 +166,7 @@ def load_sam(path: str | Path, *, image_size: int | None = None) -> SamModel:
     return model.eval()
 
 
-def _in_transformers_names(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+def _to_transformers_names(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Convert a state dict of either layout to transformers' names."""
     names = set(state)
     if not any(name.startswith(("image_encoder.patch_embed.", "vision_encoder.patch_embed.")) for name in names):

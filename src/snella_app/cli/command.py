@@ -19,8 +19,8 @@ class Command:
         function: Function to call. Positional-only parameters become positional arguments, the others options. If the
             only parameter is a dataclass, its fields become the options. The docstring is the help.
         library: Module to import before the call; during the import, Ctrl-C exits immediately.
-        is_recorded: Whether to store the settings in the run folder as `commands/NAME.yaml`.
-        is_research: Whether help lists the command under research commands.
+        is_recorded: True to store the settings in the run folder as `commands/NAME.yaml`.
+        is_research: True to list the command under research commands.
     """
 
     function: Callable[..., None]
@@ -36,16 +36,16 @@ def command(library: str, *, is_recorded: bool = False, is_research: bool = Fals
     """Register a function as a command, with dashes in its name.
 
     Raises:
-        ValueError: If a command has this name already.
+        ValueError: If a command of this name exists.
     """
 
-    def enter(function: _Function) -> _Function:
+    def register(function: _Function) -> _Function:
         if function.__name__.replace("_", "-") in COMMANDS:
-            raise ValueError(f"command {function.__name__!r} is registered already")
+            raise ValueError(f"command {function.__name__!r} is already registered")
         COMMANDS[function.__name__.replace("_", "-")] = Command(function, library, is_recorded, is_research)
         return function
 
-    return enter
+    return register
 
 
 def record(name: str, settings: dict[str, Any]) -> None:

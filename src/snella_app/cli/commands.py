@@ -58,19 +58,19 @@ def evaluate(
       snella evaluate runs/photos --calibrate
 
     Args:
-        run: Folder of the run.
+        run: Run folder.
         data: Evaluate on this data instead of the run's, e.g. more-photos. The run must have been trained on all of its
             classes.
         split: Split to evaluate: train, val, test or all. auto selects the test split of the run, or all images of
             other data.
         batch_size: Batch size.
-        columns: Columns of a table, e.g. path=file,label=species; the columns of the run if not given.
+        columns: Columns of a table, e.g. path=file,label=species; defaults to the run's columns.
         skip_corrupt: Skip images that cannot be read.
         out: Also write the results to this JSON file.
         calibrate: Refit the temperature of a classifier on the validation images, and store it.
         device: auto, or a torch device such as cpu, cuda:1 or mps.
     """
-    from snella_app.console import make_console, make_table, print_line
+    from snella_app.console import counted, make_console, make_table, print_line
     from snella_app.files import write_json
     from snella_app.records import RunInfo, read
     from snella_app.runs.evaluate import calibrate_run, evaluate
@@ -86,7 +86,7 @@ def evaluate(
         print_line(console, f"stored temperature {calibration.temperature:.4g}; predict divides logits by it")
         for part in calibration.reliability:
             error = f"expected calibration error {part.ece_before:.4f} before, {part.ece:.4f} after"
-            print_line(console, f"{part.split}, {part.count} images: {error}")
+            print_line(console, f"{part.split}, {counted(part.count, 'image')}: {error}")
         print_line(console, calibration.verdict)
         return
     result = evaluate(
@@ -103,7 +103,10 @@ def evaluate(
     console = make_console()
     for note in result["notes"]:
         print_line(console, f"note: {note}")
-    print_line(console, f"{result['data']} ({result['split']}), {result['images']} images: {task.result_text(result)}")
+    print_line(
+        console,
+        f"{result['data']} ({result['split']}), {counted(result['images'], 'image')}: {task.result_text(result)}",
+    )
     table = task.result_table(result, result["classes"])
     console.print(make_table(table.columns, table.rows, title=table.title))
     if out is not None:
@@ -135,23 +138,23 @@ def predict(
       snella predict runs/photos inbox --watch --out predictions.csv
 
     Args:
-        run: Folder of the run.
+        run: Run folder.
         images: Image files, folders, quoted glob patterns, or tables (CSV, Parquet) with a column of paths; - reads
             paths from standard input, one per line.
         out: Write label and probability of each image to this .csv, .json, .jsonl or .parquet file instead of printing;
             a folder of masks for segmentation.
         overwrite: Replace existing files.
-        top_k: Number of classes per image, most likely first, or all; if not given, one in files and three on the
+        top_k: Number of classes per image, most likely first, or all; defaults to one in files and three on the
             terminal.
         unsure: Mark predictions with a lower probability as unsure. auto uses the threshold that halves the error rate
             on validation.
-        tta: Test-time augmentation: number of views whose probabilities are averaged. 2 uses the image and its flip, up
-            to 10 add corner crops of the enlarged image. The setting of the run if not given.
+        tta: Test-time augmentation: number of views whose probabilities are averaged. 2 uses the image and its flip;
+            larger values, up to 10, add corner crops of the enlarged image. Defaults to the run's setting.
         features: Also write the features of each image, the input of the classifier head, to this .npz, .npy or
             .parquet file.
         watch: Keep predicting new images in the folders until Ctrl-C; rows are appended to --out.
         batch_size: Batch size.
-        columns: Path column of a table, e.g. path=file; found by its usual names if not given.
+        columns: Path column of a table, e.g. path=file; detected by name if not given.
         skip_corrupt: Skip images that cannot be read.
         device: auto, or a torch device such as cpu, cuda:1 or mps.
     """
@@ -184,19 +187,19 @@ def merge(run: str, /, *, out: str, overwrite: bool = False) -> None:
     timm loads the folder: timm.create_model("local-dir:photos-model", pretrained=True).
 
     Args:
-        run: Folder of the run.
-        out: Folder for a model in timm's format, with preprocessing and class names; or a .safetensors file for only
-            the weights.
+        run: Run folder.
+        out: Folder for a model in timm's format, with preprocessing and class names; or a .safetensors file for the
+            weights only.
         overwrite: Replace existing output.
     """
     from snella_app.console import make_console, print_line
     from snella_app.records import RunInfo, read
-    from snella_app.runs.merge import describe_file, loading_snippet, merge, views_notes
+    from snella_app.runs.merge import describe_file, loading_snippet, merge, prediction_notes
 
     path = merge(run, out, overwrite=overwrite)
     console = make_console()
     print_line(console, f"{path}: {_mib(path):.1f} MiB, {describe_file(path)}; to load it:")
-    for note in views_notes(read(RunInfo, run)):
+    for note in prediction_notes(read(RunInfo, run)):
         print_line(console, f"# {note}")  # a Python comment, so that the output can be pasted
     print_line(console, loading_snippet(path))
 
@@ -233,14 +236,14 @@ def export(
     sparse: positions and values of the changed weights.
 
     Args:
-        run: Folder of the run.
+        run: Run folder.
         format: Export format.
-        out: Output file or folder; named after the run and next to it if not given.
+        out: Output file or folder; defaults to the name of the run, next to the run.
         overwrite: Replace the output of an earlier export.
-        opset: ONNX opset version (onnx); the exporter's default if not given.
-        rank: Rank of the LoRA (lora; 32 if not given).
-        values: Data type of the values (sparse; fp32 if not given); bf16 rounds them.
-        images: Image files to compare outputs on, [a.jpg,b.jpg]; test or validation images of the run if not given.
+        opset: ONNX opset version (onnx); defaults to the exporter's.
+        rank: Rank of the LoRA (lora; default 32).
+        values: Data type of the values (sparse; default fp32); bf16 rounds them.
+        images: Image files to compare outputs on, [a.jpg,b.jpg]; defaults to test or validation images of the run.
         logits: Omit softmax (or sigmoid) and temperature (onnx, torchscript, torch-export).
     """
     from snella_app.console import make_console, print_line
@@ -280,16 +283,16 @@ def explain(
     'snella[explain]'.
 
     Args:
-        run: Folder of the run.
-        images: Image files, folders, quoted glob patterns, or tables; validation images of the run if not given.
+        run: Run folder.
+        images: Image files, folders, quoted glob patterns, or tables; defaults to validation images of the run.
         out: Output folder for the heat maps; required with images.
-        by: Kind of heat map: gradcam (gradient times activation, for one class), or rollout (attention of a ViT through
+        by: Heat map method: gradcam (gradient times activation, for one class) or rollout (attention of a ViT through
             all layers, independent of the class).
-        of: Class to explain; the predicted class if not given.
+        of: Class to explain; defaults to the predicted class.
         neighbors: Number of nearest training images to show, by feature similarity; 0 for none.
         overwrite: Write into a folder that is not empty.
         batch_size: Batch size.
-        columns: Path column of a table, e.g. path=file; found by its usual names if not given.
+        columns: Path column of a table, e.g. path=file; detected by name if not given.
         skip_corrupt: Skip images that cannot be read.
         device: auto, or a torch device such as cpu, cuda:1 or mps.
     """
@@ -302,7 +305,7 @@ def explain(
         wrong = [f"{name} {value}" for name, value in given.items() if value is not None]
         if wrong:
             raise ValueError(
-                f"images must be given with {', '.join(wrong)}; without images, validation images are explained"
+                f"images must be given with {', '.join(wrong)}; without images, snella explain uses validation images"
             )
         report = explain_validation(run, by=by, batch_size=batch_size, device=device)
         print_line(console, f"report: {report}")
@@ -353,7 +356,7 @@ def serve(
     pip install 'snella[serve]'.
 
     Args:
-        run: Folder of the run.
+        run: Run folder.
         host: Address to listen on; 0.0.0.0 for all addresses of this machine.
         port: Port; 0 selects a free one.
         unsure: Mark predictions with a lower probability as unsure; auto uses the threshold of the run.
@@ -396,9 +399,9 @@ def push(
     usage; fill in the license yourself.
 
     Args:
-        run: Folder of the run.
+        run: Run folder.
         name: Repository name on the hub, user/model.
-        to_folder: Write this new folder, without any network access.
+        to_folder: Write the repository to this new folder instead, without network access.
         adapter: Push the PEFT adapter instead of the merged model.
         private: Create a private repository.
         overwrite: Add a commit to an existing repository.
@@ -436,14 +439,14 @@ def inspect(
     name of a GPU adds the predicted time of a step for plain ViTs.
 
     Args:
-        run: Folder of the run.
+        run: Run folder.
         report: Also rewrite the HTML report.
         backbone: Estimate the training memory of this backbone instead of showing a run; a name as for snella train.
-        batch: With --backbone, batch size (32 if not given).
-        img_size: With --backbone, input resolution in pixels; the model's default if not given.
-        r: With --backbone, rank of SNELLA and LoRA (8 if not given).
-        dtype: With --backbone, data type of weights and activations (fp32 if not given).
-        device: With --backbone, device or GPU to train on; this machine need not have it.
+        batch: With --backbone, batch size (default 32).
+        img_size: With --backbone, input resolution in pixels; defaults to the model's.
+        r: With --backbone, rank of SNELLA and LoRA (default 8).
+        dtype: With --backbone, data type of weights and activations (default fp32).
+        device: With --backbone, device or GPU for training; not required on this machine.
 
     Raises:
         ValueError: If neither or both of `run` and `backbone` are given, or an option does not apply.
@@ -465,7 +468,7 @@ def inspect(
         errors.append("--report needs a run; leave it out with --backbone")
     if backbone is None and given:
         typed = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items())
-        errors.append(f"{typed} can only be given with --backbone NAME")
+        errors.append(f"--backbone NAME must be given with {typed}")
     if errors:
         raise ValueError("; ".join(errors))
     console = make_console()
@@ -497,7 +500,7 @@ def data(
     sheet: str | None = None,
     decode: bool = False,
 ) -> None:
-    """Check a data set before training, or validate the folder of a published benchmark.
+    """Check a dataset before training, or validate the folder of a published benchmark.
 
       snella data check photos --sheet photos.png
       snella data check photos/labels.csv --columns path=file,label=species
@@ -509,8 +512,8 @@ def data(
 
     Args:
         action: The only action is check.
-        data: Data as for snella train --data; or a folder with VTAB-1k, FGVC, one of their data sets, or both as
-            vtab-1k and fgvc.
+        data: Data as for snella train --data; the folder of VTAB-1k, of FGVC or of one of their datasets; or a folder
+            with the subfolders vtab-1k and fgvc.
         columns: Columns of a table, as for snella train.
         task: Task as for snella train, e.g. multilabel for lists of labels, regression for numbers.
         skip_corrupt: Report images that cannot be read as a note instead of an error, as for training with
@@ -540,7 +543,7 @@ def data(
         }
         wrong = [f"--{name} {value}" for name, value in given.items() if value is not None]
         if wrong:
-            raise ValueError(f"{', '.join(wrong)} cannot be given for benchmarks, got {data!r}; leave it out")
+            raise ValueError(f"{', '.join(wrong)} cannot be used with a benchmark, got {data!r}; leave it out")
         checks = check_benchmarks(data, decode=decode)
         for check in checks:
             make_console().print(_benchmark_table(check))
@@ -563,7 +566,7 @@ def _check_own_data(
     white: int | None,
     sheet: str | None,
 ) -> tuple[list[str], list[str]]:
-    """Print a summary of a data set, write its contact sheet, and return errors and warnings."""
+    """Print a summary of a dataset, write its contact sheet, and return errors and warnings."""
     from snella_app.console import make_console, make_table, print_line, print_rows
     from snella_app.data.check import check_data, contact_sheet
     from snella_app.data.datasets import show_reading
@@ -618,15 +621,15 @@ def _write_sheet(image: Any, sheet: str) -> None:
 
 
 def _benchmark_table(check: "BenchmarkCheck") -> "Table":
-    """Return a table with one row per data set: images per split, classes and status."""
+    """Return a table with one row per dataset: images per split, classes and status."""
     from rich.table import Table
 
     from snella_app.console import counted
 
     parts = list(dict.fromkeys(name for dataset in check.found for name in dataset.parts))
     table = Table(title=f"{check.title} in {check.folder}", title_justify="left")
-    for name in ("data set", *parts, "classes", ""):
-        table.add_column(name, justify="left" if name in ("data set", "") else "right")
+    for name in ("dataset", *parts, "classes", ""):
+        table.add_column(name, justify="left" if name in ("dataset", "") else "right")
     for dataset in check.found:
         sizes = [f"{len(dataset.parts[name]):,}" if name in dataset.parts else "–" for name in parts]
         wrong = len(dataset.errors) + len(dataset.deviations)
@@ -652,7 +655,7 @@ def _memory_table(backbone: str, device: str | None = None, **given: Any) -> "Gr
     device = device or choose_device("auto").type
     predictions = predict_for_methods(backbone, **chosen, device_type="cuda" if device in GPUS else device)
     columns = ["weights", "gradients", "optimizer state", "saved for backward", "largest temporary", "total"]
-    note = "total is the peak. It is less than the sum: saved tensors are freed while gradients are computed"
+    note = "total is the peak, less than the sum because the backward pass frees saved tensors"
     shape = shape_of_backbone(backbone, chosen["img_size"]) if device in GPUS else None
     if shape is not None:
         columns += ["step, ms"]

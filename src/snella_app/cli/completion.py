@@ -32,14 +32,14 @@ _PATHS = {
     "to_folder",
     "weights",
 }
-"""Arguments that complete to files and folders."""
+"""Arguments completed with file and folder names."""
 
 
 def completion_script(shell: Shell) -> str:
     """Generate the completion script of the command `snella`.
 
-    The script completes commands, options, paths, bundled backbones and fixed choices. It is static: commands and
-    backbones installed later are missing until the script is generated again.
+    The script completes commands, options, paths, bundled backbones and fixed choices. It is static: generate
+    it again after installing commands or backbones.
 
     Args:
         shell: Shell that sources the script.
@@ -52,7 +52,9 @@ def completion_script(shell: Shell) -> str:
     backbones = sorted(entry_points(group="snella.backbones").names)
     for name, command in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=summary(command))
-        config = subparser.add_argument("--config", help="YAML file with any of the options; the command line wins.")
+        config = subparser.add_argument(
+            "--config", help="YAML file with any of the options; the command line takes precedence."
+        )
         config.complete = shtab.FILE  # type: ignore[attr-defined]
         subparser.add_argument("--print-config", action="store_true", help="Print the configuration.")
         for option in options_of(command.function):

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(words: list[str]) -> int:
     """Parse, import and run a command; late imports let Ctrl-C exit at any time."""
-    end_when_interrupted()
+    exit_on_interrupt()
     try:
         from snella_app.cli.parser import call, parse
 
@@ -63,7 +63,7 @@ def _run(words: list[str]) -> int:
         extra = "generation" if missing == "diffusers" else "app"
         print(f"{_PROGRAM}: the command line needs {missing}: pip install 'snella[{extra}]'", file=sys.stderr)
         return _USER_ERROR
-    raise_when_interrupted()
+    raise_on_interrupt()
     command()
     if COMMANDS[name].is_recorded:
         record(name, settings)
@@ -84,23 +84,23 @@ def _report(error: Exception, words: Sequence[str], status: int = _USER_ERROR) -
     return status
 
 
-def end_when_interrupted() -> None:
+def exit_on_interrupt() -> None:
     """Make Ctrl-C exit immediately with one line and status 130; no-op in other programs.
 
-    An exception does not work here: libraries swallow it during their import or print a traceback.
+    Raising an exception does not work here: libraries swallow it during import or print a traceback.
     """
     is_this_program = bool(sys.argv) and Path(sys.argv[0]).stem == _PROGRAM
     if is_this_program and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, _end)
+        signal.signal(signal.SIGINT, _handle_interrupt)
 
 
-def raise_when_interrupted() -> None:
+def raise_on_interrupt() -> None:
     """Make Ctrl-C raise KeyboardInterrupt again, so that commands can clean up."""
-    if signal.getsignal(signal.SIGINT) is _end:
+    if signal.getsignal(signal.SIGINT) is _handle_interrupt:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _end(number: int, frame: FrameType | None) -> None:
+def _handle_interrupt(number: int, frame: FrameType | None) -> None:
     """Handle SIGINT: print a line and exit."""
     print(f"{_PROGRAM}: interrupted", file=sys.stderr, flush=True)
     os._exit(_INTERRUPTED)

@@ -29,7 +29,7 @@ from snella_app.text import nearest
 
 plugins("commands")  # registers the commands of other packages
 _BOOLEANS = ("true", "false", "yes", "no")
-_OF_ALL_COMMANDS = ("--config", "--print-config", "--help", "--version")
+_GLOBAL_OPTIONS = ("--config", "--print-config", "--help", "--version")
 
 
 class UsageError(ValueError):
@@ -45,7 +45,7 @@ class Option:
         type: Type annotation.
         default: Default value; `MISSING` if required.
         help: Help text from the docstring.
-        is_positional: Whether the argument is positional.
+        is_positional: True for a positional argument.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Option:
 
     @property
     def is_list(self) -> bool:
-        """Whether the argument takes several values."""
+        """True if the argument takes several values."""
         return get_origin(_without_none(self.type)) is list
 
 
@@ -117,26 +117,26 @@ def parse(arguments: Sequence[str]) -> tuple[str, bool, dict[str, Any]]:
         UsageError: If a command or option is unknown, or a value is missing or malformed.
     """
     is_debugging = "--debug" in arguments
-    words = [_as_registered(word) for word in arguments if word != "--debug"]
+    words = [_with_dashes(word) for word in arguments if word != "--debug"]
     if words[:1] == ["help"]:
         words = [*words[1:2], "--help"]
     is_completion = any(word.partition("=")[0] == "--completion" for word in words[:1])
     name = None if is_completion else next((word for word in words if not word.startswith("-")), None)
     if name is None and not is_completion and not set(words) & {"-h", "--help", "--version"}:
-        raise UsageError(f"missing command, one of {', '.join(COMMANDS)}; see snella --help")
+        raise UsageError(f"missing command; choose one of {', '.join(COMMANDS)}; see snella --help")
     if name is not None and name not in COMMANDS:
         hint = nearest(name, COMMANDS, most=2, form="nearest: {}") or f"commands: {', '.join(COMMANDS)}"
         raise UsageError(f"snella has no command {name!r}; {hint}; see snella --help")
     options = [] if name is None else options_of(COMMANDS[name].function)
     if name is not None:
         _check_options(name, options, words)
-        preset = _checked_preset(options, words)
+        preset = _find_preset(options, words)
         words = _with_preset(name, words, preset) if name == "train" else words
-        words = _give_flags_values(options, words)
+        words = _expand_flags(options, words)
     try:
         values = build_parser().parse_args(words)
     except UsageError as error:
-        raise UsageError(_as_typed(str(error), str(name), options, words)) from None
+        raise UsageError(_rewrite_error(str(error), str(name), options, words)) from None
     settings = values[values.command].as_dict()
     return values.command, is_debugging, {key: value for key, value in settings.items() if key != "config"}
 
@@ -250,7 +250,7 @@ def _command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
         print_config="--print-config",
     )
     parser.add_argument(
-        "--config", action="config", help="YAML file with any of the options below; the command line wins."
+        "--config", action="config", help="YAML file with any of the options below; the command line takes precedence."
     )
     owner = settings_class(function)
     basic: tuple[str, ...] = getattr(owner, "basic", ())
@@ -272,13 +272,13 @@ def _add(group: Any, option: Option, method_default: str) -> None:
     Args:
         group: Parser or argument group.
         option: The argument.
-        method_default: Text on the method's default, if the method sets it.
+        method_default: Description of the method's default; empty if the method sets none.
     """
     text = option.help.replace("%", "%%")
     if option.default is MISSING:
         text += "" if option.is_positional else " (required)"
     elif option.default not in (None, {}):
-        text += f" (default: {_shown(option.default)})"
+        text += f" (default: {_format_default(option.default)})"
     elif method_default:
         text += f" ({method_default})"
     if option.is_positional:
@@ -290,7 +290,7 @@ def _add(group: Any, option: Option, method_default: str) -> None:
     group.add_argument(option.typed, type=option.type, metavar=option.choices, help=text, **needed)
 
 
-def _as_typed(message: str, command: str, options: Sequence[Option], words: Sequence[str]) -> str:
+def _rewrite_error(message: str, command: str, options: Sequence[Option], words: Sequence[str]) -> str:
     """Rewrite a jsonargparse error as "argument must be X, got Y", with arguments as typed.
 
     Handles `Parser key "top_k": ... value: many`, `required: predict.run, predict.out`, `unrecognized arguments: x` and
@@ -320,7 +320,7 @@ def _as_typed(message: str, command: str, options: Sequence[Option], words: Sequ
 
 
 def _arguments(words: Sequence[str]) -> list[str]:
-    """Return the words that are neither options nor their values: the command and its positional arguments."""
+    """Return the command and its positional arguments, without options and their values."""
     previous = ["", *words[:-1]]
     return [
         word
@@ -331,7 +331,7 @@ def _arguments(words: Sequence[str]) -> list[str]:
 
 def _check_options(command: str, options: Sequence[Option], words: Sequence[str]) -> None:
     """Reject unknown options and suggest the closest ones."""
-    known = [*(option.typed for option in options if not option.is_positional), *_OF_ALL_COMMANDS]
+    known = [*(option.typed for option in options if not option.is_positional), *_GLOBAL_OPTIONS]
     names = {option.name: option for option in options}
     for word in words:
         option = re.split(r"[.=]", word)[0]
@@ -346,7 +346,7 @@ def _check_options(command: str, options: Sequence[Option], words: Sequence[str]
             raise UsageError(f"snella {command} has no option {option}{hint}; see snella {command} --help")
 
 
-def _give_flags_values(options: Sequence[Option], words: Sequence[str]) -> list[str]:
+def _expand_flags(options: Sequence[Option], words: Sequence[str]) -> list[str]:
     """Expand a boolean flag such as `--resume` without a value to `--resume=true`.
 
     Optional booleans (`bool | None`) consume the next word, so that an invalid value is an error.
@@ -363,7 +363,7 @@ def _give_flags_values(options: Sequence[Option], words: Sequence[str]) -> list[
     ]
 
 
-def _checked_preset(options: Sequence[Option], words: Sequence[str]) -> Any:
+def _find_preset(options: Sequence[Option], words: Sequence[str]) -> Any:
     """Return the last preset named by the options or their configuration files, if any.
 
     Raises:
@@ -397,7 +397,7 @@ def _read_config(path: str, known: Sequence[str]) -> dict[str, Any]:
     """Read the settings in a configuration file.
 
     Raises:
-        UsageError: If the file is invalid, or has settings that are not in `known`.
+        UsageError: If the file is invalid or has unknown settings.
     """
     file = Path(path).expanduser()
     if not os.path.isfile(file):  # Path.is_file raises if the name is too long
@@ -415,14 +415,14 @@ def _read_config(path: str, known: Sequence[str]) -> dict[str, Any]:
         text = "is nested too deeply; write settings as 'epochs: 20'"
         raise UsageError(f"--config {path} {text}") from None
     if not isinstance(content, dict):
-        raise UsageError(f"--config {path} must hold settings such as 'epochs: 20', got {type(content).__name__}")
+        raise UsageError(f"--config {path} must contain settings such as 'epochs: 20', got {type(content).__name__}")
     try:
         json.dumps(content, default=str)
     except (ValueError, RecursionError):
-        text = "holds a setting that contains itself; write settings as 'epochs: 20'"
+        text = "has a recursive setting; write settings as 'epochs: 20'"
         raise UsageError(f"--config {path} {text}") from None
     except TypeError as error:  # a date, bytes or a tuple
-        text = f"must name settings by strings: {error}; write settings as 'epochs: 20'"
+        text = f"must use strings as setting names: {error}; write settings as 'epochs: 20'"
         raise UsageError(f"--config {path} {text}") from None
     unknown = []
     for key in (str(key) for key in content if key not in known):
@@ -435,12 +435,12 @@ def _read_config(path: str, known: Sequence[str]) -> dict[str, Any]:
 
 
 def _near_file(file: Path) -> str:
-    """Suggest files with a similar name in the same folder, or report that the folder is missing."""
+    """Suggest files with a similar name in the same folder, or report a missing folder."""
     if not os.path.isdir(file.parent):
         return f"; there is no folder '{file.parent}'"
     names = sorted(child.name for child in file.parent.iterdir() if child.is_file())
     near = difflib.get_close_matches(file.name, names, n=2, cutoff=0.5)
-    return f"; nearest there: {', '.join(map(repr, near))}" if near else ""
+    return f"; nearest: {', '.join(map(repr, near))}" if near else ""
 
 
 def as_flags(message: str, command: str | None = None) -> str:
@@ -475,8 +475,8 @@ def _missing_options(match: re.Match[str]) -> str:
     return f"missing required options: {options}, e.g. " + re.sub(r"(\w+)='([^']*)'", r"--\1 \2", examples)
 
 
-def _as_registered(word: str) -> str:
-    """Replace underscores by dashes in an option's name; keeps its value and dotted suffix."""
+def _with_dashes(word: str) -> str:
+    """Replace underscores with dashes in an option's name, but not in its value and dotted suffix."""
     end = re.search(r"[.=]|$", word)
     size = end.start() if end and word.startswith("--") else 0
     return word[:size].replace("_", "-") + word[size:]
@@ -487,8 +487,8 @@ def _dashed(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _shown(default: Any) -> str:
-    """Format a default as it is typed."""
+def _format_default(default: Any) -> str:
+    """Format a default as typed on the command line."""
     return str(default).lower() if isinstance(default, bool) else str(default)
 
 

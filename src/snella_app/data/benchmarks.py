@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
+from snella_app.console import counted
 from snella_app.data.datasets import Collection, FileImages, ImageDataset
 from snella_app.text import listed, nearest
 
-_MOST_COPIES = 0.05
+_MAX_COPIES = 0.05
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,10 @@ class Inspection:
             raise ValueError(f"{spec} does not match {self.name} of the benchmark: {'; '.join(problems)}{remedy}")
         self.notes += [f"differs from the benchmark: {deviation}" for deviation in self.deviations]
 
-    def compare(self, one: str, other: str) -> None:
+    def compare(self, first: str, second: str) -> None:
         """Record the `overlap_errors` of two splits, if both exist."""
-        if one in self.parts and other in self.parts:
-            errors, notes = overlap_errors(self.parts[one], self.parts[other])
+        if first in self.parts and second in self.parts:
+            errors, notes = overlap_errors(self.parts[first], self.parts[second])
             self.errors += errors
             self.notes += notes
 
@@ -96,11 +97,11 @@ def dataset_of(part: ListedPart) -> ImageDataset:
 
 
 def file_errors(part: ListedPart) -> list[str]:
-    """Return errors for files that are listed twice or do not exist, one text each."""
+    """Return one error for duplicate files, and one for missing files."""
     errors = []
-    twice = [file for file, count in Counter(part.files).items() if count > 1]
-    if twice:
-        errors.append(f"{part.name} lists {len(twice)} files more than once: {listed(twice)}")
+    duplicates = [file for file, count in Counter(part.files).items() if count > 1]
+    if duplicates:
+        errors.append(f"{part.name} has {counted(len(duplicates), 'duplicate file')}: {listed(duplicates)}")
     existing = _sizes(part)
     missing = [file for file in part.files if file not in existing]
     if missing:
@@ -111,30 +112,32 @@ def file_errors(part: ListedPart) -> list[str]:
     return errors
 
 
-def overlap_errors(one: ListedPart, other: ListedPart) -> tuple[list[str], list[str]]:
+def overlap_errors(first: ListedPart, second: ListedPart) -> tuple[list[str], list[str]]:
     """Find images that are in two splits: the same file, or files with equal bytes.
 
     Only files whose size occurs in both splits are read. Some benchmarks contain a few copies under other names (e.g.
     symmetric rendered shapes), so up to 5 % of the evaluation split become notes instead of errors.
 
     Args:
-        one: Training split.
-        other: Evaluation split.
+        first: Training split.
+        second: Evaluation split.
 
     Returns:
         Errors and notes.
     """
-    common = sorted({str(one.root / file) for file in one.files} & {str(other.root / file) for file in other.files})
+    common = sorted(
+        {str(first.root / file) for file in first.files} & {str(second.root / file) for file in second.files}
+    )
     if common:
         return [
-            f"{len(common)} images are in both {one.name} and {other.name}: "
+            f"{counted(len(common), 'image')} in both {first.name} and {second.name}: "
             f"{listed([Path(file).name for file in common])}"
         ], []
-    copies = _copies(one, other)
+    copies = _copies(first, second)
     if not copies:
         return [], []
-    text = f"{len(copies)} of {len(other)} images of {other.name} are copies of images of {one.name}: {listed(copies)}"
-    return ([text], []) if len(copies) > _MOST_COPIES * len(other) else ([], [text])
+    text = f"{len(copies)} of {len(second)} images of {second.name} with copies in {first.name}: {listed(copies)}"
+    return ([text], []) if len(copies) > _MAX_COPIES * len(second) else ([], [text])
 
 
 def class_errors(parts: Sequence[ListedPart], classes: int) -> tuple[list[str], list[str]]:
@@ -159,21 +162,21 @@ def class_errors(parts: Sequence[ListedPart], classes: int) -> tuple[list[str], 
     return errors, [f"{classes} classes must have images, got {len(present)}; missing: {listed(absent)}"]
 
 
-def _copies(one: ListedPart, other: ListedPart) -> list[str]:
-    """Return `file of other = file of one` for every pair with equal bytes."""
+def _copies(first: ListedPart, second: ListedPart) -> list[str]:
+    """Return `file of second = file of first` for every pair with equal bytes."""
 
     def digest(file: Path) -> bytes:
         return hashlib.blake2b(file.read_bytes(), digest_size=16).digest()
 
-    sizes, other_sizes = _sizes(one), _sizes(other)
+    sizes, other_sizes = _sizes(first), _sizes(second)
     common = set(sizes.values()) & set(other_sizes.values())
     by_digest: dict[bytes, str] = {}
-    for file in one.files:
+    for file in first.files:
         if sizes.get(file) in common:
-            by_digest.setdefault(digest(one.root / file), file)
+            by_digest.setdefault(digest(first.root / file), file)
     copies = []
-    for file in other.files:
-        if other_sizes.get(file) in common and (original := by_digest.get(digest(other.root / file))):
+    for file in second.files:
+        if other_sizes.get(file) in common and (original := by_digest.get(digest(second.root / file))):
             copies.append(f"{file} = {original}")
     return copies
 
@@ -229,23 +232,23 @@ class BenchmarkFamily(Generic[M]):
     layout: str
     read: Callable[[Path, M], Inspection]
 
-    def known(self, name: str) -> M | None:
+    def find(self, name: str) -> M | None:
         """Return the dataset for a folder name, or None."""
         return next((member for member in self.members.values() if name in (member.name, *member.aliases)), None)
 
-    def place(self, root: Path, member: M) -> Path:
+    def locate(self, root: Path, member: M) -> Path:
         """Return the folder of a dataset: the first existing name, else the main name."""
         places = [root / name for name in (member.name, *member.aliases)]
         return next((place for place in places if place.is_dir()), places[0])
 
-    def holds(self, folder: Path) -> bool:
+    def has_datasets(self, folder: Path) -> bool:
         """Return whether the folder contains any of the datasets."""
-        return any(self.place(folder, member).is_dir() for member in self.members.values())
+        return any(self.locate(folder, member).is_dir() for member in self.members.values())
 
     def resolve(self, path: Path) -> Path:
         """Resolve a dataset path, allowing alternative folder names."""
-        member = self.known(path.name)
-        return path if member is None else self.place(path.parent, member)
+        member = self.find(path.name)
+        return path if member is None else self.locate(path.parent, member)
 
     def load(self, path: str, *, strict_sizes: bool) -> tuple[M, Inspection]:
         """Read and check the dataset at a folder path.
@@ -259,12 +262,12 @@ class BenchmarkFamily(Generic[M]):
             ValueError: If the name is not a dataset, or `read` finds errors; one message lists all.
         """
         spec, requested = f"{self.prefix}:{path}", Path(path).expanduser()
-        member = self.known(requested.name)
+        member = self.find(requested.name)
         if member is None:
             names = f"; {self.kind}s are {', '.join(self.members)}"
             hint = nearest(requested.name, self.members, most=3, cutoff=0.4) or names
             raise ValueError(f"{spec} must end with the name of a {self.kind}, got {requested.name!r}{hint}")
-        folder = self.place(requested.parent, member)
+        folder = self.locate(requested.parent, member)
         if not folder.is_dir():
             raise FileNotFoundError(
                 f"{spec}: no folder '{folder}'; see the expected layout with `snella data check {requested.parent}`"
@@ -376,10 +379,10 @@ def inspect_vtab(folder: Path, task: VtabTask) -> Inspection:
     inspection.errors += errors
     inspection.deviations += deviations
     inspection.count({**_VTAB_SIZES, "test": task.test_size})
-    for one, other in (("train800", "val200"), (_JOINED, "test"), ("train800", "test"), ("val200", "test")):
-        is_covered = one != _JOINED and other == "test" and _JOINED in parts and not inspection.errors
+    for first, second in (("train800", "val200"), (_JOINED, "test"), ("train800", "test"), ("val200", "test")):
+        is_covered = first != _JOINED and second == "test" and _JOINED in parts and not inspection.errors
         if not is_covered:
-            inspection.compare(one, other)
+            inspection.compare(first, second)
     return inspection
 
 
@@ -515,8 +518,8 @@ def inspect_fgvc(folder: Path, dataset: FgvcDataset) -> Inspection:
     for part in inspection.parts.values():
         inspection.errors += file_errors(part)
     _check_fgvc_numbers(inspection, dataset)
-    for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
-        inspection.compare(one, other)
+    for first, second in (("train", "val"), ("train", "test"), ("val", "test")):
+        inspection.compare(first, second)
     return inspection
 
 
@@ -547,7 +550,7 @@ def _fgvc_lists(inspection: Inspection) -> dict[str, dict[str, int]]:
 
 
 def _read_object(file: Path) -> tuple[dict[str, int], str]:
-    """Read one list; return class ids (text ids are converted) and an error text."""
+    """Read one list; return class ids, converted to integers, and an error message."""
     try:
         content: Any = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -11,9 +11,10 @@ from typing import Any, cast
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from snella_app.console import counted
 from snella_app.data.benchmarks import FGVC, FGVC_DATASETS, VTAB, VTAB_TASKS, BenchmarkFamily, Inspection
 from snella_app.data.datasets import MaskDataset, broken_images, known_facts
-from snella_app.data.load import DataSplits, load_data, repeated_images
+from snella_app.data.load import DataSplits, find_duplicates, load_data
 from snella_app.data.table import TargetKind
 from snella_app.text import listed
 
@@ -42,7 +43,7 @@ class BenchmarkCheck:
 
     @property
     def errors(self) -> list[str]:
-        """All errors, one text each."""
+        """All error messages."""
         texts = [
             f"{inspection.name}: {error}"
             for inspection in self.found
@@ -78,7 +79,7 @@ def check_benchmarks(folder: str | Path, *, decode: bool = False) -> list[Benchm
         raise FileNotFoundError(
             f"folder must be a benchmark folder, got {str(folder)!r}, which does not exist; expected layout: {layouts}"
         )
-    checks = _single(root) or _all(root)
+    checks = _check_single(root) or _check_all(root)
     if not checks:
         inside = sorted(child.name for child in root.iterdir())
         contents = f"it contains {listed(inside)}" if inside else "it is empty"
@@ -99,30 +100,30 @@ def holds_benchmark(folder: str | Path) -> bool:
     if not root.is_dir():
         return False
     places = [root, *(child for child in root.iterdir() if child.is_dir())]
-    is_member = any(family.known(root.resolve().name) for family in _FAMILIES)
-    return is_member or any(family.holds(place) for place in places for family in _FAMILIES)
+    is_member = any(family.find(root.resolve().name) for family in _FAMILIES)
+    return is_member or any(family.has_datasets(place) for place in places for family in _FAMILIES)
 
 
-def _single(root: Path) -> list[BenchmarkCheck]:
-    """Check a folder that is a single dataset."""
+def _check_single(root: Path) -> list[BenchmarkCheck]:
+    """Check a folder that is one dataset of a benchmark."""
     for family in _FAMILIES:
-        member = family.known(root.resolve().name)
-        if member is not None and not any(other.holds(root) for other in _FAMILIES):
+        member = family.find(root.resolve().name)
+        if member is not None and not any(other.has_datasets(root) for other in _FAMILIES):
             return [BenchmarkCheck(family.title, root.parent, [family.read(root, member)])]
     return []
 
 
-def _all(root: Path) -> list[BenchmarkCheck]:
+def _check_all(root: Path) -> list[BenchmarkCheck]:
     """Check all benchmarks in a folder and its direct subfolders."""
     places = [root, *sorted(child for child in root.iterdir() if child.is_dir())]
-    return [_whole(family, place) for family in _FAMILIES for place in places if family.holds(place)]
+    return [_check_benchmark(family, place) for family in _FAMILIES for place in places if family.has_datasets(place)]
 
 
-def _whole(family: BenchmarkFamily[Any], root: Path) -> BenchmarkCheck:
+def _check_benchmark(family: BenchmarkFamily[Any], root: Path) -> BenchmarkCheck:
     """Check a complete benchmark."""
     found, missing = [], []
     for name, member in family.members.items():
-        place = family.place(root, member)
+        place = family.locate(root, member)
         if place.is_dir():
             found.append(family.read(place, member))
         else:
@@ -135,7 +136,7 @@ def _unexpected_folders(root: Path, missing: list[str]) -> list[str]:
     texts = []
     for child in sorted(child for child in root.iterdir() if child.is_dir()):
         near = difflib.get_close_matches(child.name.lower(), missing, n=1, cutoff=0.6)
-        if near and not any(family.known(child.name) for family in _FAMILIES):
+        if near and not any(family.find(child.name) for family in _FAMILIES):
             texts.append(f"{child.name!r}, nearest: {near[0]!r}")
     return texts
 
@@ -146,7 +147,7 @@ def _decode(inspection: Inspection) -> None:
     paths = [path for path in files if path.is_file()]
     broken = [f"{files[paths[index]]} ({reason})" for index, reason in broken_images(paths).items()]
     if broken:
-        inspection.errors.append(f"{len(broken)} of {len(paths)} images cannot be read: {listed(broken)}")
+        inspection.errors.append(f"{len(broken)} of {counted(len(paths), 'image')} cannot be read: {listed(broken)}")
 
 
 _GENERIC = (
@@ -173,7 +174,7 @@ class DataCheck:
         ranges: Minimum, median and maximum of each regression target; empty for other tasks.
         sizes: Width and height of the smallest, median and largest image; None if images were not inspected.
         kinds: Number of images by format and mode, e.g. `JPEG RGB`.
-        errors: Problems that training rejects, and definite mistakes.
+        errors: Problems that training rejects, and certain mistakes.
         warnings: Problems that may invalidate results, with remedies.
         notes: Other notes for the user.
     """
@@ -227,11 +228,11 @@ def check_data(
         named = listed([f"{name} ({reason})" for name, reason in splits.broken.items()])
         check.notes = [note for note in check.notes if named not in note]
         count = len(splits.broken)
-        text = f"{count} image{'s' if count > 1 else ''} cannot be used"
+        images = counted(count, "unusable image")
         if skip_corrupt:
-            check.notes.append(f"{text} and {'are' if count > 1 else 'is'} skipped (--skip-corrupt): {named}")
+            check.notes.append(f"skipped {images} (--skip-corrupt): {named}")
         else:
-            check.errors.append(f"{text}: {named}; skip with --skip-corrupt")
+            check.errors.append(f"{images}: {named}; skip with --skip-corrupt")
     if not isinstance(splits.train, MaskDataset) and target == "class":
         check.counts = {
             name: {part: images.labels.count(label) for part, images in splits.parts.items()}
@@ -242,7 +243,7 @@ def check_data(
         check.counts = _label_counts(splits)
     elif target == "numbers":
         check.ranges = _ranges(splits)
-    check.warnings += _repetitions(splits)
+    check.warnings += _duplicate_warnings(splits)
     facts = [fact for images in splits.parts.values() for fact in known_facts(images).values()]
     if facts:
         by_area = sorted((fact.size for fact in facts), key=lambda size: size[0] * size[1])
@@ -269,11 +270,11 @@ def _ranges(splits: DataSplits) -> dict[str, tuple[float, float, float]]:
     return dict(zip(splits.classes, zip(low, median, high, strict=True), strict=True))
 
 
-def _repetitions(splits: DataSplits) -> list[str]:
+def _duplicate_warnings(splits: DataSplits) -> list[str]:
     """Return warnings about duplicate images within a split, with equal or different labels."""
     notes = []
     for part, images in splits.parts.items():
-        groups = repeated_images(images)
+        groups = find_duplicates(images)
         contradicting = [group for group in groups if len({images.labels[position] for position in group}) > 1]
         texts = (
             ("image appears", "images appear", "more than once", "remove the copies"),

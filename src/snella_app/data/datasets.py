@@ -86,8 +86,8 @@ class CachedImages:
         self.budget_bytes = budget_bytes
         self.reading = reading
         self.facts: dict[int, ImageFacts] = {}
-        self.kept_bytes = 0
-        self._kept: dict[int, Any] = {}
+        self.cached_bytes = 0
+        self._cached: dict[int, Any] = {}
 
     def load(self, row: int) -> Any:
         """Return the decoded image, from the cache if possible.
@@ -95,15 +95,15 @@ class CachedImages:
         Raises:
             ValueError: If the file is missing or broken.
         """
-        if (cached := self._kept.get(row)) is not None:
+        if (cached := self._cached.get(row)) is not None:
             return cached
         image = self.read(row)
         worker = get_worker_info()
         budget = self.budget_bytes // (1 if worker is None else worker.num_workers)
         size = image.nbytes if isinstance(image, Tensor) else len(image.getbands()) * image.width * image.height
-        if self.kept_bytes + size <= budget:
-            self._kept[row] = image
-            self.kept_bytes += size
+        if self.cached_bytes + size <= budget:
+            self._cached[row] = image
+            self.cached_bytes += size
         return image
 
     def read(self, row: int) -> Any:
@@ -121,12 +121,12 @@ class CachedImages:
     def at_side(self, side: int | None) -> Self:
         """Return a copy with another `Reading.side` and an empty cache."""
         source = copy(self)
-        source.reading, source._kept, source.kept_bytes = replace(self.reading, side=side), {}, 0
+        source.reading, source._cached, source.cached_bytes = replace(self.reading, side=side), {}, 0
         return source
 
     def __getstate__(self) -> dict[str, Any]:
         """Exclude cached images from pickling."""
-        return {**self.__dict__, "_kept": {}, "kept_bytes": 0, "facts": {}}
+        return {**self.__dict__, "_cached": {}, "cached_bytes": 0, "facts": {}}
 
 
 class FileImages(CachedImages):
@@ -181,23 +181,23 @@ def broken_rows(source: "CachedImages", rows: Sequence[int]) -> dict[int, str]:
         return None
 
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as threads:
-        reasons = _WATCH.get()(threads.map(reason, rows), len(rows))
+        reasons = _PROGRESS.get()(threads.map(reason, rows), len(rows))
         return {row: text for row, text in zip(rows, reasons, strict=True) if text is not None}
 
 
-Watch = Callable[[Iterable[str | None], int], Iterable[str | None]]
+ProgressWrapper = Callable[[Iterable[str | None], int], Iterable[str | None]]
 """Wraps an iterable of known length to display progress."""
-_WATCH: ContextVar[Watch] = ContextVar("watch", default=lambda items, total: items)
+_PROGRESS: ContextVar[ProgressWrapper] = ContextVar("watch", default=lambda items, total: items)
 
 
 @contextmanager
-def watched_reading(watch: Watch) -> Iterator[None]:
-    """Display progress of the first decoding of all images with `watch`."""
-    token = _WATCH.set(watch)
+def reading_progress(wrap: ProgressWrapper) -> Iterator[None]:
+    """Display the progress of the first decoding of all images with `wrap`."""
+    token = _PROGRESS.set(wrap)
     try:
         yield
     finally:
-        _WATCH.reset(token)
+        _PROGRESS.reset(token)
 
 
 @contextmanager
@@ -211,12 +211,12 @@ def show_reading(console: "Console | None", is_wanted: bool = True) -> Iterator[
     if console is None or not is_wanted or not console.is_terminal:
         yield
         return
-    from snella_app.console import tracked
+    from snella_app.console import track_progress
 
-    def watch(items: Iterable[str | None], total: int) -> Iterable[str | None]:
-        return tracked(items, "reading images", total, console)
+    def wrap(items: Iterable[str | None], total: int) -> Iterable[str | None]:
+        return track_progress(items, "reading images", total, console)
 
-    with watched_reading(watch):
+    with reading_progress(wrap):
         yield
 
 
@@ -296,7 +296,7 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
         self.annotations = annotations or Annotations()
         self._encode: Callable[[Target], Any] | None = None
         self._is_weighted = False
-        # shared memory, so that copies in persistent workers see new epochs
+        # shared memory lets copies in persistent workers see new epochs
         self._epoch = _shared_zero()
 
     def __len__(self) -> int:
@@ -341,7 +341,7 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
 
     def with_transform(self, transform: Callable[[Image.Image], Any] | None) -> "ImageDataset":
         """Return a copy with another transform; cached images are shared."""
-        return self._selected(range(len(self)), transform)
+        return self._select(range(len(self)), transform)
 
     def with_source(self, source: ImageSource) -> "ImageDataset":
         """Return a copy with another source of the same rows."""
@@ -358,7 +358,7 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
             encode: Maps the label-column value to the target; None uses the class index. Must be picklable.
             is_weighted: Append the sample weight to each item, if the data has weights.
         """
-        changed = self._selected(range(len(self)), self.transform)
+        changed = self._select(range(len(self)), self.transform)
         changed._encode, changed._is_weighted = encode, is_weighted and self.annotations.weights is not None
         return changed
 
@@ -377,11 +377,11 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
 
     def subset(self, positions: Sequence[int]) -> "ImageDataset":
         """Return the images at these positions, in this order."""
-        return self._selected([self._position(position) for position in positions], self.transform)
+        return self._select([self._position(position) for position in positions], self.transform)
 
-    def _selected(self, positions: Sequence[int], transform: Callable[[Image.Image], Any] | None) -> "ImageDataset":
+    def _select(self, positions: Sequence[int], transform: Callable[[Image.Image], Any] | None) -> "ImageDataset":
         """Return a copy with the selected items."""
-        selected = self._made(
+        selected = self._rebuild(
             [self.rows[position] for position in positions],
             [self.labels[position] for position in positions],
             [self.names[position] for position in positions],
@@ -401,7 +401,7 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
             image = image.clone() if isinstance(image, Tensor) else image.copy()
         return image, *self.target_and_weight(index)
 
-    def _made(self, rows: list[int], labels: list[int], names: list[str], transform: Any) -> "ImageDataset":
+    def _rebuild(self, rows: list[int], labels: list[int], names: list[str], transform: Any) -> "ImageDataset":
         """Build a dataset of the same source."""
         return ImageDataset(self.source, rows, labels, names, transform=transform, seed=self.seed)
 
@@ -505,7 +505,7 @@ class MaskDataset(ImageDataset):
         transformed, mask = cast(Callable[..., Any], self.transform)(image, tv_tensors.Mask(labels))
         return transformed, mask.as_subclass(Tensor).long()
 
-    def _made(self, rows: list[int], labels: list[int], names: list[str], transform: Any) -> "MaskDataset":
+    def _rebuild(self, rows: list[int], labels: list[int], names: list[str], transform: Any) -> "MaskDataset":
         """Build a dataset of the same sources."""
         return MaskDataset(self.source, self.masks, rows, names, transform=transform, seed=self.seed)
 

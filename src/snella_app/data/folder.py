@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from snella_app.console import counted
 from snella_app.data.datasets import Collection, FileImages, ImageDataset, broken_rows
 from snella_app.data.images import HEIC_HINT, IMAGE_SUFFIXES, RGB, Reading, is_heic, is_image
 from snella_app.text import listed
@@ -42,7 +43,7 @@ def load_folder(path: str, *, skip_corrupt: bool = False, reading: Reading = RGB
     others: Counter[str] = Counter()
     files = {part: _class_files(folder, others) for part, folder in folders.items()}
     _check_classes(files, folders, root)
-    notes = [*([_other_kinds(others)] if others else []), *_passed_over(root, folders)]
+    notes = [*([_other_files_note(others)] if others else []), *_skipped_notes(root, folders)]
     source = FileImages([f for c in files.values() for paths in c.values() for f in paths], reading=reading)
     broken = {source.paths[row]: reason for row, reason in broken_rows(source, range(len(source.paths))).items()}
     if broken:
@@ -79,7 +80,7 @@ def note_broken(broken: Mapping[str, str], count: int, folder: str | Path, skip_
             f"{len(broken)} of {count} images in '{folder}' cannot be read: {named}. Remove or replace them, or skip "
             "them with --skip-corrupt (skip_corrupt=True)"
         )
-    return f"skipped {len(broken)} broken image{'s' if len(broken) > 1 else ''}: {named}"
+    return f"skipped {counted(len(broken), 'broken image')}: {named}"
 
 
 def existing_folder(
@@ -134,19 +135,18 @@ def _part_folders(root: Path) -> tuple[dict[str, Path], bool]:
     return {"train": root}, False
 
 
-def _passed_over(root: Path, folders: dict[str, Path]) -> list[str]:
+def _skipped_notes(root: Path, folders: dict[str, Path]) -> list[str]:
     """Return notes about images outside class folders and about folders that are not splits."""
     notes = []
     for folder in {root, *folders.values()}:
         loose = [child.name for child in sorted(folder.iterdir()) if child.is_file() and is_image(child)]
         if loose:
             where = "" if folder == root else f" in {folder.name}"
-            count = "1 image" if len(loose) == 1 else f"{len(loose)} images"
-            notes.append(f"skipped {count}{where} outside class folders, e.g. {loose[0]!r}")
+            notes.append(f"skipped {counted(len(loose), 'image')}{where} outside class folders, e.g. {loose[0]!r}")
     if folders.get("train") != root:
         others = [child for child in _subfolders(root) if child not in folders.values()]
         images = {child.name: sum(is_image(file) for file in _walk(child)) for child in others}
-        named = [f"{name!r} with {count} images" for name, count in images.items() if count]
+        named = [f"{name!r} with {counted(count, 'image')}" for name, count in images.items() if count]
         if named:
             known = ", ".join(sorted(PARTS))
             notes.append(f"skipped {listed(named)}: not a split with class folders; split names are {known}")
@@ -182,7 +182,7 @@ def _check_classes(files: dict[str, _Files], folders: dict[str, Path], root: Pat
     """Check that folders define a classification problem; report all errors in one message."""
     errors = []
     if not files["train"]:
-        errors.append(_no_classes(folders["train"]))
+        errors.append(_no_classes_error(folders["train"]))
     elif len(files["train"]) == 1:
         only = next(iter(files["train"]))
         inside = [child.name for child in _subfolders(folders["train"] / only)]
@@ -210,13 +210,13 @@ def _check_classes(files: dict[str, _Files], folders: dict[str, Path], root: Pat
         raise ValueError(f"folder '{root}' cannot be used: {'; '.join(errors)}")
 
 
-def _no_classes(folder: Path) -> str:
+def _no_classes_error(folder: Path) -> str:
     """Return the error for a folder without class folders."""
     visible = [child for child in folder.iterdir() if not child.name.startswith(".")]
     if not visible:
         return f"'{folder}' is empty; {_LAYOUT}"
     loose = sum(child.is_file() and is_image(child) for child in visible)
-    return f"no class folders in '{folder}' ({loose} images without a class); {_LAYOUT}{_table_hint(folder)}"
+    return f"no class folders in '{folder}' ({counted(loose, 'image')} without a class); {_LAYOUT}{_table_hint(folder)}"
 
 
 def _table_hint(*folders: Path) -> str:
@@ -246,8 +246,8 @@ def _dataset(
     return ImageDataset(source, [rows[file] for file, _ in pairs], [label for _, label in pairs], names)
 
 
-def _other_kinds(others: Counter[str]) -> str:
+def _other_files_note(others: Counter[str]) -> str:
     """Return the note about files that are not images."""
     kinds = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(_NAMED))
     heic = f"; {HEIC_HINT}" if "HEIC" in others else ""
-    return f"skipped {others.total()} files other than {', '.join(IMAGE_SUFFIXES)}: {kinds}{heic}"
+    return f"skipped {counted(others.total(), 'file')} other than {', '.join(IMAGE_SUFFIXES)}: {kinds}{heic}"

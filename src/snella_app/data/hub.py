@@ -15,7 +15,7 @@ from torchvision.transforms.functional import to_pil_image
 from snella_app.data.datasets import CachedImages, Collection
 from snella_app.data.folder import PARTS
 from snella_app.data.images import Reading, check_regular, decode_image, to_channels
-from snella_app.data.table import Columns, RowOptions, Samples, collection_of, outside_reason
+from snella_app.data.table import Columns, RowOptions, Samples, build_collection, outside_reason
 from snella_app.text import listed, near_siblings
 
 PYTHON_PREFIX = "python:"
@@ -35,7 +35,7 @@ def load_hf(path: str, options: RowOptions) -> Collection:
     Raises:
         ConnectionError: If the Hub is needed and cannot be reached.
         FileNotFoundError: If the dataset does not exist.
-        ValueError: If the dataset cannot be read, or `collection_of` rejects it.
+        ValueError: If the dataset cannot be read, or `build_collection` rejects it.
         ImportError: If the package `datasets` is not installed.
     """
     from huggingface_hub.constants import HF_HUB_CACHE
@@ -70,7 +70,7 @@ def load_wds(path: str, options: RowOptions) -> Collection:
 
     Raises:
         FileNotFoundError: If the shards do not exist.
-        ValueError: If the shards cannot be read, or `collection_of` rejects them.
+        ValueError: If the shards cannot be read, or `build_collection` rejects them.
         ImportError: If the package `datasets` is not installed.
     """
     library = _library(f"wds:{path}")
@@ -96,7 +96,7 @@ def from_python(data: Any, options: RowOptions) -> Collection:
 
     Raises:
         TypeError: If the object is of another type.
-        ValueError: If `collection_of` rejects the data.
+        ValueError: If `build_collection` rejects the data.
     """
     name, where = "data", f"{PYTHON_PREFIX}data"
     parts = dict(data) if isinstance(data, Mapping) else {"train": data}
@@ -125,7 +125,7 @@ def from_python(data: Any, options: RowOptions) -> Collection:
         splits=[part_name for part_name, part in parts.items() for _ in range(len(part))] if len(parts) > 1 else None,
         classes=classes,
     )
-    return collection_of(samples, options)
+    return build_collection(samples, options)
 
 
 class _HubImages(CachedImages):
@@ -232,22 +232,22 @@ def _from_hf(data: Any, where: str, name: str, options: RowOptions, roots: Seque
     if roots is not None and options.columns.root is not None:
         roots = [options.columns.root]
     columns = Columns({"path": images[0], **options.columns.names}) if images else options.columns
-    found = columns.of(table, ("path", "label"), where)
-    if found["path"] not in images:
-        raise ValueError(f"{where}: column {found['path']!r} must hold images, got {table[found['path']][:1]}")
+    roles = columns.resolve(table, ("path", "label"), where)
+    if roles["path"] not in images:
+        raise ValueError(f"{where}: column {roles['path']!r} must hold images, got {table[roles['path']][:1]}")
     if len(parts) > 1:
         table["split"] = [part for part, rows in parts.items() for _ in range(len(rows))]
-        found["split"] = "split"
-    encoded = [rows.select_columns([found["path"]]) for rows in parts.values()]
-    encoded = [rows.cast_column(found["path"], datasets.Image(decode=False)) for rows in encoded]
+        roles["split"] = "split"
+    encoded = [rows.select_columns([roles["path"]]) for rows in parts.values()]
+    encoded = [rows.cast_column(roles["path"], datasets.Image(decode=False)) for rows in encoded]
     names = table.get(_KEY) or [f"{part}/{row:06}" for part, rows in parts.items() for row in range(len(rows))]
-    samples = Samples.of_table(
-        name, where, _HubImages(encoded, found["path"], options.reading, roots), names, table, found
+    samples = Samples.from_table(
+        name, where, _HubImages(encoded, roles["path"], options.reading, roots), names, table, roles
     )
     samples.notes = [*notes, *samples.notes]
     if options.target != "numbers":
         samples.classes = _class_names(first.features.get(samples.label_columns[0]))
-    return collection_of(samples, options)
+    return build_collection(samples, options)
 
 
 def _values(rows: Any, images: Sequence[str]) -> dict[str, list[Any]]:

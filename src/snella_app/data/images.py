@@ -23,7 +23,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".g
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF")
 """Formats that Pillow may decode, regardless of the file name; pillow-heif adds HEIF. EPS is excluded: it starts
 Ghostscript."""
-_MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 2**27)
+_MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 2**27)
 """Limit for TIFF and array files; Pillow has its own limit for other formats."""
 _STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8")
 """Magic bytes of formats that Pillow reads; those of TIFF and BMP are ambiguous."""
@@ -175,7 +175,7 @@ def _naming_errors(name: str, file: File) -> Iterator[None]:
 
 
 def _reason(error: BaseException, file: File) -> str:
-    """Return why a file is not readable, without the path that Pillow's message repeats."""
+    """Return the reason of a read error, without the path in Pillow's message."""
     if isinstance(file, str | Path) and Path(file).is_file() and not Path(file).stat().st_size:
         return "the file is empty"
     if isinstance(error, FileNotFoundError):
@@ -199,11 +199,11 @@ def open_image(file: File) -> Image.Image:
 
         pillow_heif.register_heif_opener()
         return Image.open(file, formats=("HEIF",))
-    return Image.open(file, formats=_known_formats())
+    return Image.open(file, formats=_supported_formats())
 
 
 @cache
-def _known_formats() -> tuple[str, ...]:
+def _supported_formats() -> tuple[str, ...]:
     """Return the `FORMATS` supported by the installed Pillow."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
@@ -294,8 +294,8 @@ def _check_header(shape: Sequence[int], dtype: Any) -> None:
     """Check dtype and size of an array before it is read."""
     if dtype is None or dtype.kind not in "uif":
         raise ValueError(f"values must be numeric, got {dtype}")
-    if math.prod(shape) > _MOST_PIXELS * 4:
-        raise ValueError(f"the image must have at most {_MOST_PIXELS * 4:,} values, got an array of {list(shape)}")
+    if math.prod(shape) > _MAX_PIXELS * 4:
+        raise ValueError(f"the image must have at most {_MAX_PIXELS * 4:,} values, got an array of {list(shape)}")
 
 
 def first_channels(image: Tensor) -> Tensor:

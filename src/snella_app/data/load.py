@@ -15,6 +15,7 @@ from typing import Any, Literal, cast
 import numpy as np
 from torch import Tensor
 
+from snella_app.console import counted
 from snella_app.data.benchmarks import FGVC, VTAB, load_fgvc, load_vtab
 from snella_app.data.datasets import Collection, FileImages, ImageDataset, Target, joined, known_facts
 from snella_app.data.folder import load_folder
@@ -28,18 +29,18 @@ from snella_app.plugins import plugins
 from snella_app.text import listed, near_siblings
 
 _FOLDER = "folder:"
-_LEAST_CORRELATION, _MOST_DISTANCE = 0.995, 3.0
+_MIN_CORRELATION, _MAX_DISTANCE = 0.995, 3.0
 _FLAT, _DARK = 2.0, 0.25
-_CHUNK, _MOST_PAIRS = 1024, 2_000_000_000
+_CHUNK, _MAX_PAIRS = 1024, 2_000_000_000
 _IMBALANCE = 4
 """Ratio of class sizes that triggers a note about imbalance."""
-_IN_FOLDERS: dict[str, Callable[..., Collection]] = {
+_FOLDER_FORMATS: dict[str, Callable[..., Collection]] = {
     _FOLDER: load_folder,
     "masks:": load_masks,
     "kvasir:": load_kvasir,
 }
 """Folder formats by prefix; each function takes the path and `skip_corrupt`."""
-_IN_TABLES: dict[str, Callable[..., Collection]] = {
+_TABLE_FORMATS: dict[str, Callable[..., Collection]] = {
     "csv:": partial(load_table, kind="csv"),
     "parquet:": partial(load_table, kind="parquet"),
     "hf:": load_hf,
@@ -96,9 +97,11 @@ class DataSplits:
 @functools.cache
 def _registered() -> dict[str, Callable[..., Collection]]:
     """Return registered data loaders by name; names of loaders that take a path end with a colon."""
-    own = frozenset(prefix.removesuffix(":") for prefix in (*_IN_FOLDERS, *_IN_TABLES, *_BENCHMARKS, PYTHON_PREFIX))
+    reserved = frozenset(
+        prefix.removesuffix(":") for prefix in (*_FOLDER_FORMATS, *_TABLE_FORMATS, *_BENCHMARKS, PYTHON_PREFIX)
+    )
     loaders = {}
-    for name, load in plugins("data", own).items():
+    for name, load in plugins("data", reserved).items():
         needs_path = any(p.default is p.empty for p in inspect.signature(load).parameters.values())
         loaders[f"{name}:" if needs_path else name] = load
     return loaders
@@ -108,7 +111,7 @@ def data_names() -> list[str]:
     """Return the accepted forms of a data specification."""
     tables = ("csv:FILE", "parquet:FILE", "hf:NAME", "wds:SHARDS")
     return [
-        *(f"{prefix}PATH" for prefix in _IN_FOLDERS),
+        *(f"{prefix}PATH" for prefix in _FOLDER_FORMATS),
         *tables,
         *(f"{prefix}PATH" for prefix in _BENCHMARKS),
         *(f"{name}PATH" if name.endswith(":") else name for name in _registered()),
@@ -144,7 +147,7 @@ def full_spec(spec: str) -> str:
 
 def split_spec(spec: str) -> tuple[str, str | None]:
     """Split `folder:PATH` into `("folder:", "PATH")`; data without a path gives `(name, None)`."""
-    prefixes = (*_IN_FOLDERS, *_IN_TABLES, *_BENCHMARKS, PYTHON_PREFIX)
+    prefixes = (*_FOLDER_FORMATS, *_TABLE_FORMATS, *_BENCHMARKS, PYTHON_PREFIX)
     prefix = next((prefix for prefix in prefixes if spec.startswith(prefix)), None)
     if prefix is None:  # loads the plugins
         prefix = next((name for name in _registered() if name.endswith(":") and spec.startswith(name)), None)
@@ -153,7 +156,7 @@ def split_spec(spec: str) -> tuple[str, str | None]:
 
 def has_columns(data: Any) -> bool:
     """Return whether a specification or data object may have columns."""
-    return not isinstance(data, str) or split_spec(full_spec(data))[0] in _IN_TABLES
+    return not isinstance(data, str) or split_spec(full_spec(data))[0] in _TABLE_FORMATS
 
 
 def data_folder(spec: str) -> Path | None:
@@ -227,27 +230,27 @@ def load_data(
         FileNotFoundError: If a folder or Debian package does not exist.
         ImportError: If a Python package is not installed.
     """
-    for_test = seed if test_seed is None else test_seed
+    test_split_seed = seed if test_seed is None else test_seed
     sizes = {"train": train_size, "val": val_size, "test": test_size}
-    _check_numbers({"seed": seed, "test_seed": for_test}, val_fraction, test_fraction, sizes)
+    _check_numbers({"seed": seed, "test_seed": test_split_seed}, val_fraction, test_fraction, sizes)
     collection = _collect(spec, skip_corrupt, strict_sizes, columns, target, Reading(channels, white or FULL_WHITE))
     fold_part = None
     if folds is not None and fold is not None:
         fold_part = "test" if collection.test is None else "val"
-        _hold_out(collection, folds, fold, for_test)
+        _hold_out(collection, folds, fold, test_split_seed)
     train, val, test = (
-        _divide(collection, seed, for_test, val_fraction, test_fraction, protocol)
+        _divide(collection, seed, test_split_seed, val_fraction, test_fraction, protocol)
         if divide
         else (collection.train, collection.val, collection.test)
     )
     labels = collection.label_names
-    train = _choose("train", train, train_size, seed, labels)
+    train = _subsample("train", train, train_size, seed, labels)
     if val is not None:
-        val = _choose("val", val, val_size, seed, labels)
+        val = _subsample("val", val, val_size, seed, labels)
     elif val_size is not None:
         raise ValueError(f"val_size must be omitted because protocol={protocol} has no val split, got {val_size}")
     if test is not None:
-        test = _choose("test", test, test_size, for_test, labels)
+        test = _subsample("test", test, test_size, test_split_seed, labels)
     elif test_size is not None:
         raise ValueError(f"test_size must be omitted because {collection.name!r} has no test split, got {test_size}")
     parts = {name: part for name, part in (("train", train), ("val", val), ("test", test)) if part is not None}
@@ -259,11 +262,11 @@ def load_data(
     targets_text = columns_text if target == "numbers" else f"in {len(collection.classes)} classes"
     description = f"{collection.name}: {total:,} images {targets_text}; {counts}"
     warnings = [
-        *_absent(parts, collection, target),
-        *_darkness(parts),
-        *_shared_groups(parts),
-        *_copies(parts),
-        *(_imbalance(train, labels) if collection.strata is None else []),
+        *_missing_class_warnings(parts, collection, target),
+        *_dark_image_notes(parts),
+        *_shared_group_warnings(parts),
+        *_copy_warnings(parts),
+        *(_imbalance_notes(train, labels) if collection.strata is None else []),
     ]
     return DataSplits(
         train,
@@ -272,7 +275,7 @@ def load_data(
         collection.classes,
         collection.name,
         description,
-        notes=[*collection.notes, *_pages(parts), *warnings],
+        notes=[*collection.notes, *_page_notes(parts), *warnings],
         warnings=warnings,
         is_resized_whole=collection.is_resized_whole,
         broken=collection.broken,
@@ -307,21 +310,21 @@ def _collect(
     prefix, path = split_spec(spec)
     if prefix == PYTHON_PREFIX:
         raise ValueError(f"data {spec} is a Python object; pass it to train or evaluate with data=...")
-    if prefix in _IN_TABLES:
-        return _IN_TABLES[prefix](path, RowOptions(Columns.parse(columns), target, skip_corrupt, reading))
+    if prefix in _TABLE_FORMATS:
+        return _TABLE_FORMATS[prefix](path, RowOptions(Columns.parse(columns), target, skip_corrupt, reading))
     if columns is not None:
         raise ValueError(
-            f"columns can only be given for data with columns, {', '.join(_IN_TABLES)}, got {columns!r} with {spec}"
+            f"columns can only be given for data with columns, {', '.join(_TABLE_FORMATS)}, got {columns!r} with {spec}"
         )
     if given and prefix != _FOLDER:
-        known = ", ".join((_FOLDER, *_IN_TABLES))
+        known = ", ".join((_FOLDER, *_TABLE_FORMATS))
         raise ValueError(
             f"channels and white can only be given for {known}, got {reading.channels} and {reading.white} with {spec}"
         )
     if prefix in _BENCHMARKS:
         return _as_target(_BENCHMARKS[prefix](path, strict_sizes=strict_sizes), target, spec)
-    if prefix in _IN_FOLDERS:
-        return _as_target(_IN_FOLDERS[prefix](path, skip_corrupt=skip_corrupt, **given), target, spec)
+    if prefix in _FOLDER_FORMATS:
+        return _as_target(_FOLDER_FORMATS[prefix](path, skip_corrupt=skip_corrupt, **given), target, spec)
     if prefix in _registered():
         load = _registered()[prefix]
         return _as_target(load() if path is None else load(path), target, spec)
@@ -334,7 +337,7 @@ def _data_hint(spec: str) -> str:
     name, colon, rest = spec.partition(":")
     if colon:
         registered = (name for name in _registered() if name.endswith(":"))
-        prefixes = [prefix[:-1] for prefix in (*_IN_FOLDERS, *_IN_TABLES, *_BENCHMARKS, *registered)]
+        prefixes = [prefix[:-1] for prefix in (*_FOLDER_FORMATS, *_TABLE_FORMATS, *_BENCHMARKS, *registered)]
         near = difflib.get_close_matches(name.lower(), prefixes, n=1, cutoff=0.5)
         return f"; did you mean '{near[0]}:{rest}'?" if near else ""
     path = Path(spec).expanduser()
@@ -398,10 +401,10 @@ def _divide(
 def _hold_out(collection: Collection, folds: int, fold: int, seed: int) -> None:
     """Hold out one fold of the training and validation images as the test or validation split."""
     images = collection.train if collection.val is None else joined(collection.train, collection.val)
-    left, taken = fold_split(
+    rest, selected = fold_split(
         images.labels, images.annotations.groups, folds, fold, seed=seed, classes=collection.label_names
     )
-    collection.train, collection.val, held_out = images.subset(left), None, images.subset(taken)
+    collection.train, collection.val, held_out = images.subset(rest), None, images.subset(selected)
     if collection.test is None:
         collection.test = held_out
         collection.notes.append(f"fold {fold} of {folds} is the test split")
@@ -414,24 +417,26 @@ def _hold_out(collection: Collection, folds: int, fold: int, seed: int) -> None:
 def _split_off(
     images: ImageDataset, fraction: float, seed: int, classes: list[str], part: str
 ) -> tuple[ImageDataset, ImageDataset]:
-    """Split images into (remaining, split off), by groups if present."""
+    """Split images into remaining and split-off images, by groups if present."""
     groups = images.annotations.groups
     if groups is None:
         reserve = 2 if part == "test" else 1
-        left, taken = stratified_split(images.labels, fraction, seed=seed, classes=classes, reserve=reserve, part=part)
+        rest, selected = stratified_split(
+            images.labels, fraction, seed=seed, classes=classes, reserve=reserve, part=part
+        )
     else:
-        left, taken = grouped_split(images.labels, groups, fraction, seed=seed, part=part)
-    return images.subset(left), images.subset(taken)
+        rest, selected = grouped_split(images.labels, groups, fraction, seed=seed, part=part)
+    return images.subset(rest), images.subset(selected)
 
 
-def _choose(part: str, images: ImageDataset, size: int | None, seed: int, classes: list[str]) -> ImageDataset:
+def _subsample(part: str, images: ImageDataset, size: int | None, seed: int, classes: list[str]) -> ImageDataset:
     """Subsample a split to `size` images; None keeps all."""
     if size is None:
         return images
     return images.subset(stratified_sample(images.labels, size, seed=seed, classes=classes, argument=f"{part}_size"))
 
 
-def _absent(parts: dict[str, ImageDataset], collection: Collection, target: TargetKind) -> list[str]:
+def _missing_class_warnings(parts: dict[str, ImageDataset], collection: Collection, target: TargetKind) -> list[str]:
     """Return warnings about classes or labels missing from a split."""
     notes = []
     names = {"class": collection.label_names, "labels": collection.classes}.get(target, [])
@@ -456,7 +461,7 @@ def _absent(parts: dict[str, ImageDataset], collection: Collection, target: Targ
     return notes
 
 
-def _shared_groups(parts: dict[str, ImageDataset]) -> list[str]:
+def _shared_group_warnings(parts: dict[str, ImageDataset]) -> list[str]:
     """Return warnings about groups in both the training split and another split of the data."""
     notes = []
     trained = set(parts["train"].annotations.groups or [])
@@ -477,7 +482,7 @@ def is_unbalanced(labels: Iterable[int]) -> bool:
     return bool(counts) and max(counts) >= _IMBALANCE * min(counts)
 
 
-def _imbalance(train: ImageDataset, classes: list[str]) -> list[str]:
+def _imbalance_notes(train: ImageDataset, classes: list[str]) -> list[str]:
     """Return a note about class imbalance."""
     if not is_unbalanced(train.labels):
         return []
@@ -485,11 +490,11 @@ def _imbalance(train: ImageDataset, classes: list[str]) -> list[str]:
     most, fewest = max(counts, key=lambda label: counts[label]), min(counts, key=lambda label: counts[label])
     return [
         f"classes are unbalanced: {counts[most]} training images of {classes[most]!r}, {counts[fewest]} of "
-        f"{classes[fewest]!r}; use balanced accuracy, which weighs all classes equally"
+        f"{classes[fewest]!r}; use balanced accuracy, which weights all classes equally"
     ]
 
 
-def _pages(parts: dict[str, ImageDataset]) -> list[str]:
+def _page_notes(parts: dict[str, ImageDataset]) -> list[str]:
     """Return a note about images with several pages or frames."""
     names = [
         images.names[position]
@@ -499,34 +504,35 @@ def _pages(parts: dict[str, ImageDataset]) -> list[str]:
     ]
     if not names:
         return []
-    return [f"{len(names)} images have several pages or frames; only the first is used: {listed(names)}"]
+    return [f"only the first page or frame of {counted(len(names), 'image')} is used: {listed(names)}"]
 
 
-def _darkness(parts: dict[str, ImageDataset]) -> list[str]:
-    """Return a note if 16-bit images use a small part of their range, like images of 12-bit cameras."""
+def _dark_image_notes(parts: dict[str, ImageDataset]) -> list[str]:
+    """Return a note about 16-bit images that use a small part of the range, e.g. from 12-bit cameras."""
     facts = [fact for images in parts.values() for fact in known_facts(images).values()]
     shares = [fact.brightest for fact in facts if fact.brightest is not None]
     if not shares or max(shares) > _DARK or max(shares) == 0:
         return []
     return [
-        f"{len(shares)} 16-bit images use at most {max(shares):.1%} of the range; set the white value with --white "
-        "(white=), e.g. 4095 for 12-bit cameras"
+        f"{counted(len(shares), '16-bit image')} with values up to {max(shares):.1%} of the range; set the "
+        "white value with --white (white=), e.g. 4095 for 12-bit cameras"
     ]
 
 
-def _copies(parts: dict[str, ImageDataset]) -> list[str]:
+def _copy_warnings(parts: dict[str, ImageDataset]) -> list[str]:
     """Return warnings about validation or test images that are copies of training images, exact or re-encoded."""
     equal = _equal_files(parts)
     notes = []
     for name in ("val", "test"):
-        both = {**near_copies(parts["train"], parts[name]), **equal.get(name, {})} if name in parts else {}
+        both = {**find_near_copies(parts["train"], parts[name]), **equal.get(name, {})} if name in parts else {}
         if both:
             trained, others = parts["train"].names, parts[name].names
             shown = listed(f"{trained[b]!r} is {others[a]!r}" for a, b in sorted(both.items()))
             resaved = len(both) - len(equal.get(name, {}))
             kind = f" ({resaved} of them re-encoded or resized)" if resaved else ""
+            duplicate = "is also a training image" if len(both) == 1 else "are also training images"
             notes.append(
-                f"{len(both)} of {len(parts[name])} {name} images are also training images{kind}, e.g. {shown}; "
+                f"{len(both)} of {len(parts[name])} {name} images {duplicate}{kind}, e.g. {shown}; "
                 f"{name} results are optimistic; remove the copies from one split"
             )
     return notes
@@ -551,7 +557,7 @@ def _equal_files(parts: dict[str, ImageDataset]) -> dict[str, dict[int, int]]:
     }
 
 
-def repeated_images(images: ImageDataset) -> list[list[int]]:
+def find_duplicates(images: ImageDataset) -> list[list[int]]:
     """Return groups of positions with identical images, compared by size and 16×16 gray thumbnail.
 
     Args:
@@ -564,7 +570,7 @@ def repeated_images(images: ImageDataset) -> list[list[int]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
-def equal_pictures(train: ImageDataset, others: ImageDataset) -> dict[int, int]:
+def find_equal_images(train: ImageDataset, others: ImageDataset) -> dict[int, int]:
     """Find images whose pixels equal a training image, independent of file format.
 
     Args:
@@ -575,21 +581,21 @@ def equal_pictures(train: ImageDataset, others: ImageDataset) -> dict[int, int]:
         Position of the training image by position in `others`.
     """
     are_known = all(len(known_facts(images)) == len(images) for images in (train, others))
-    by_look = [_looks(images, are_known) for images in (train, others)]
-    shared = set(by_look[0]) & set(by_look[1])
-    positions = [[p for look in shared for p in groups[look]] for groups in by_look]
+    by_key = [_group_by_thumbnail(images, are_known) for images in (train, others)]
+    shared = set(by_key[0]) & set(by_key[1])
+    positions = [[p for key in shared for p in groups[key]] for groups in by_key]
     trained = {_pixel_digest(train, position): position for position in positions[0]}
     digests = {position: _pixel_digest(others, position) for position in sorted(positions[1])}
     return {position: trained[digest] for position, digest in digests.items() if digest in trained}
 
 
-def _looks(images: ImageDataset, are_known: bool) -> dict[Any, list[int]]:
+def _group_by_thumbnail(images: ImageDataset, are_known: bool) -> dict[Any, list[int]]:
     """Group positions by size and thumbnail; use the single key None if images were not inspected."""
     facts = known_facts(images)
     groups: dict[Any, list[int]] = {}
     for position in range(len(images)):
-        look = (facts[position].size, facts[position].thumbnail.tobytes()) if are_known else None
-        groups.setdefault(look, []).append(position)
+        key = (facts[position].size, facts[position].thumbnail.tobytes()) if are_known else None
+        groups.setdefault(key, []).append(position)
     return groups
 
 
@@ -600,7 +606,7 @@ def _pixel_digest(images: ImageDataset, position: int) -> bytes:
     return hashlib.blake2b(repr((pixels.shape, str(pixels.dtype))).encode() + pixels.tobytes(), digest_size=16).digest()
 
 
-def near_copies(train: ImageDataset, others: ImageDataset) -> dict[int, int]:
+def find_near_copies(train: ImageDataset, others: ImageDataset) -> dict[int, int]:
     """Find near-duplicates of training images: re-encoded, resized or compressed copies.
 
     Two images match if their 16×16 gray thumbnails have a correlation of at least 0.995 and a root mean square
@@ -617,7 +623,7 @@ def near_copies(train: ImageDataset, others: ImageDataset) -> dict[int, int]:
         {p: facts.thumbnail for p, facts in known_facts(images).items() if facts.thumbnail.std() > _FLAT}
         for images in (train, others)
     ]
-    if not all(known) or len(known[0]) * len(known[1]) > _MOST_PAIRS:
+    if not all(known) or len(known[0]) * len(known[1]) > _MAX_PAIRS:
         return {}
     positions = [np.array(list(thumbnails)) for thumbnails in known]
     raw = [np.stack(list(thumbnails.values())).reshape(len(thumbnails), -1).astype(np.float32) for thumbnails in known]
@@ -628,7 +634,7 @@ def near_copies(train: ImageDataset, others: ImageDataset) -> dict[int, int]:
         correlations = unit[1][start : start + _CHUNK] @ unit[0].T
         for offset, nearest in enumerate(correlations.argmax(1)):
             distance = np.sqrt(((raw[1][start + offset] - raw[0][nearest]) ** 2).mean())
-            if correlations[offset, nearest] >= _LEAST_CORRELATION and distance <= _MOST_DISTANCE:
+            if correlations[offset, nearest] >= _MIN_CORRELATION and distance <= _MAX_DISTANCE:
                 matches[int(positions[1][start + offset])] = int(positions[0][nearest])
     return matches
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from snella_app.console import counted
 from snella_app.data.datasets import Collection, FileImages, FileMasks, ImageDataset, MaskDataset
 from snella_app.data.folder import existing_folder
 from snella_app.data.images import IMAGE_SUFFIXES, THRESHOLD, read_image, read_label_map
@@ -33,14 +34,14 @@ def same_images(first: ImageDataset, second: ImageDataset) -> list[tuple[str, st
 
 
 def overlap_note(train: ImageDataset, test: ImageDataset, part: str = "test") -> list[str]:
-    """Return a note if test images are also training images."""
+    """Return a note about test images that are also training images."""
     both = same_images(train, test)
     if not both:
         return []
-    shown = listed((f"{mine} = {theirs}" for mine, theirs in both), _SHOWN)
+    shown = listed((f"{train_name} = {test_name}" for train_name, test_name in both), _SHOWN)
+    duplicate = "is also a training image" if len(both) == 1 else "are also training images"
     return [
-        f"{len(both)} of {len(test)} {part} images are also training images (equal pixels): {shown}; "
-        f"{part} results are optimistic"
+        f"{len(both)} of {len(test)} {part} images {duplicate} (equal pixels): {shown}; {part} results are optimistic"
     ]
 
 
@@ -151,7 +152,7 @@ def collect_masks(
     broken = {pair: check.broken for pair, check in checks.items() if check.broken}
     notes: list[str] = []
     if broken:
-        text = f"{_many(len(broken), 'pair')} with an unreadable file: {listed(list(broken.values()))}"
+        text = f"{counted(len(broken), 'pair')} with an unreadable file: {listed(list(broken.values()))}"
         if skip_corrupt:
             notes.append(f"skipped {text}")
         else:
@@ -163,12 +164,12 @@ def collect_masks(
         if check.image_size != check.mask_size
     ]
     if mismatched:
-        errors.append(f"{_many(len(mismatched), 'mask')} with a different size than the image: {listed(mismatched)}")
+        errors.append(f"{counted(len(mismatched), 'mask')} with a different size than the image: {listed(mismatched)}")
     thresholded = sum(check.is_thresholded for check in good.values())
     labels = Counter(label for check in good.values() for label in check.labels)
     is_white = class_names is None or len(class_names) == 2
     is_white = is_white and set(labels) <= {0, 255}
-    classes = class_names or _found_classes(1 if is_white else _without_gaps(labels))
+    classes = class_names or _default_class_names(1 if is_white else _without_gaps(labels))
     if good and not is_white:
         errors += _out_of_range({masks[pair]: check.labels for pair, check in good.items()}, classes, class_names)
     if not errors:
@@ -177,7 +178,7 @@ def collect_masks(
         raise ValueError(f"{spec} cannot be used: {'; '.join(errors)}")
     if thresholded:
         notes.append(
-            f"{_many(thresholded, 'mask')} in a lossy format (JPEG), which does not preserve labels: "
+            f"{counted(thresholded, 'mask')} in a lossy format (JPEG), which does not preserve labels: "
             f"values of at least {THRESHOLD} become {classes[1]!r}"
         )
     parts = {
@@ -215,9 +216,9 @@ def find_pairs(folder: Path, root: Path, errors: list[str]) -> list[MaskPair]:
     without_mask = [images[stem].name for stem in images if stem not in masks]
     without_image = [masks[stem].name for stem in masks if stem not in images]
     if without_mask:
-        errors.append(f"{_many(len(without_mask), 'image')} without a mask{where}: {listed(without_mask)}")
+        errors.append(f"{counted(len(without_mask), 'image')} without a mask{where}: {listed(without_mask)}")
     if without_image:
-        errors.append(f"{_many(len(without_image), 'mask')} without an image{where}: {listed(without_image)}")
+        errors.append(f"{counted(len(without_image), 'mask')} without an image{where}: {listed(without_image)}")
     return [MaskPair(images[stem], masks[stem]) for stem in images if stem in masks]
 
 
@@ -273,7 +274,7 @@ def _without_gaps(labels: Mapping[int, int]) -> int:
     return max(last, 1)
 
 
-def _found_classes(last: int) -> list[str]:
+def _default_class_names(last: int) -> list[str]:
     """Return default class names."""
     return BINARY_CLASSES if last == 1 else ["background", *(f"class {label}" for label in range(1, last + 1))]
 
@@ -286,18 +287,20 @@ def _out_of_range(
     texts = [f"{mask} has {', '.join(map(str, wrong[:5]))}" for mask, wrong in outside.items() if wrong]
     if not texts:
         return []
-    why = (
+    reason = (
         f"{_CLASS_FILE} lists {len(classes)} classes"
         if class_names
         else f"labels must be 0, 1, 2 … without gaps, or 0 and 255; list absent classes in {_CLASS_FILE}"
     )
-    return [f"{_many(len(texts), 'mask')} with labels out of range 0 to {len(classes) - 1} ({why}): {listed(texts)}"]
+    return [
+        f"{counted(len(texts), 'mask')} with labels out of range 0 to {len(classes) - 1} ({reason}): {listed(texts)}"
+    ]
 
 
 def _unusable(
     labels: Mapping[int, int], pairs: Mapping[str, Sequence[MaskPair]], broken: Mapping[MaskPair, str]
 ) -> list[str]:
-    """Return errors that concern the data as a whole."""
+    """Return errors of the whole dataset."""
     errors = [
         f"no readable pair of image and mask in the split '{part}'"
         for part, split_pairs in pairs.items()
@@ -320,11 +323,6 @@ def _dataset(pairs: Sequence[MaskPair], names: Mapping[MaskPair, str], is_white:
 def _size(size: tuple[int, int]) -> str:
     """Format width × height."""
     return f"{size[0]}×{size[1]}"
-
-
-def _many(number: int, noun: str) -> str:
-    """Return a number with its noun."""
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 CLASSES = ["background", "polyp"]
@@ -353,7 +351,7 @@ def load_kvasir(path: str, *, skip_corrupt: bool = False) -> Collection:
     names = _official_split(root, pairs, errors)
     notes = []
     if names is None:
-        names = _own_split(list(pairs))
+        names = _split_by_hash(list(pairs))
         notes.append(
             f"kvasir: no {' and '.join(_SPLIT_FILES.values())} in the folder: selected {len(names['test'])} test "
             "images by SHA-256 of their names, not the official split"
@@ -383,10 +381,12 @@ def _official_split(root: Path, pairs: dict[str, MaskPair], errors: list[str]) -
     for part, chosen in names.items():
         unknown = [name for name in chosen if name not in pairs]
         if unknown:
-            errors.append(f"{len(unknown)} names in {_SPLIT_FILES[part]} without image and mask: {listed(unknown)}")
+            errors.append(
+                f"{counted(len(unknown), 'name')} in {_SPLIT_FILES[part]} without image and mask: {listed(unknown)}"
+            )
     both = sorted(set(names["train"]) & set(names["test"]))
     if both:
-        errors.append(f"{len(both)} names are in both {' and '.join(_SPLIT_FILES.values())}: {listed(both)}")
+        errors.append(f"{counted(len(both), 'name')} in both {' and '.join(_SPLIT_FILES.values())}: {listed(both)}")
     return names
 
 
@@ -396,7 +396,7 @@ def _names(file: Path) -> list[str]:
     return list(dict.fromkeys(Path(line).stem if "." in line else Path(line).name for line in lines if line))
 
 
-def _own_split(names: list[str]) -> dict[str, list[str]]:
+def _split_by_hash(names: list[str]) -> dict[str, list[str]]:
     """Select a reproducible 12 % of names as the test split."""
     ordered = sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
     test = set(ordered[: max(1, round(_TEST_SHARE * len(ordered)))])

@@ -103,7 +103,7 @@ PROTOCOLS: dict[str, RunProtocol] = {
             "test",
             "as in the authors' scripts: the best epoch is selected on the test images, with ImageNet's mean and "
             "standard deviation",
-            "the epoch was selected on the test images: this test accuracy is optimistic, not comparable with others",
+            "the epoch was selected on the test images: the test accuracy is optimistic, not comparable with others",
         ),
     )
 }

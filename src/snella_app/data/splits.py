@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import numpy as np
 
-_MOST_FOLDS = 20
+_MAX_FOLDS = 20
 
 
 def stratified_split(
@@ -37,7 +37,7 @@ def stratified_split(
             + (", or disable the test split with --test-fraction 0 (test_fraction=0)" if part == "test" else "")
         )
     total = max(round(fraction * len(labels)), len(classes))
-    return _take(labels, _quotas(counts, min(total, int((counts - reserve).sum())), reserve), seed)
+    return _sample(labels, _quotas(counts, min(total, int((counts - reserve).sum())), reserve), seed)
 
 
 def grouped_split(
@@ -74,15 +74,15 @@ def grouped_split(
             f"creating a '{part}' split requires at least two groups, excluding a class's only group, "
             f"got {count} of {len(set(groups))}. Add a split column, or disable groups with --columns group=none"
         )
-    folds = min(_MOST_FOLDS, count)
+    folds = min(_MAX_FOLDS, count)
     share = min(Fraction(fraction * len(labels) / len(free)).limit_denominator(folds), Fraction(folds - 1, folds))
     numerator, folds = (share.numerator, share.denominator) if share > 0 else (1, folds)
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # classes with fewer images than folds
-        pieces = [taken for _, taken in splitter.split(free, np.asarray(labels)[free], np.asarray(groups)[free])]
-    taken = free[np.concatenate(pieces[:numerator])]
-    return sorted(set(range(len(labels))) - set(taken.tolist())), sorted(taken.tolist())
+        pieces = [selected for _, selected in splitter.split(free, np.asarray(labels)[free], np.asarray(groups)[free])]
+    selected = free[np.concatenate(pieces[:numerator])]
+    return sorted(set(range(len(labels))) - set(selected.tolist())), sorted(selected.tolist())
 
 
 def fold_split(
@@ -117,8 +117,8 @@ def fold_split(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # classes with fewer images than folds
         pieces = list(kind(folds, shuffle=True, random_state=seed).split(np.zeros(len(labels)), labels, groups))
-    left, taken = pieces[fold - 1]
-    return left.tolist(), taken.tolist()
+    rest, selected = pieces[fold - 1]
+    return rest.tolist(), selected.tolist()
 
 
 def stratified_sample(
@@ -148,7 +148,7 @@ def stratified_sample(
         )
     if size < present:
         raise ValueError(f"{argument} must be at least {present}, one image per class, got {size}")
-    return _take(labels, _quotas(counts, size, 0), seed)[1]
+    return _sample(labels, _quotas(counts, size, 0), seed)[1]
 
 
 def _quotas(counts: np.ndarray, total: int, reserve: int) -> np.ndarray:
@@ -164,20 +164,20 @@ def _quotas(counts: np.ndarray, total: int, reserve: int) -> np.ndarray:
     return quotas
 
 
-def _take(labels: Sequence[int], quotas: np.ndarray, seed: int) -> tuple[list[int], list[int]]:
+def _sample(labels: Sequence[int], quotas: np.ndarray, seed: int) -> tuple[list[int], list[int]]:
     """Sample each class's quota; return remaining and selected positions."""
     from sklearn.model_selection import train_test_split  # lazy: slow import
 
     labels_array = np.asarray(labels)
     generator = np.random.RandomState(seed)
-    left: list[int] = []
-    taken: list[int] = []
+    rest: list[int] = []
+    selected: list[int] = []
     for label, quota in enumerate(quotas.tolist()):
         members = np.flatnonzero(labels_array == label)
         if quota in (0, len(members)):
-            (taken if quota else left).extend(members.tolist())
+            (selected if quota else rest).extend(members.tolist())
             continue
         remaining, drawn = train_test_split(members, test_size=quota, random_state=generator)
-        left.extend(remaining.tolist())
-        taken.extend(drawn.tolist())
-    return sorted(left), sorted(taken)
+        rest.extend(remaining.tolist())
+        selected.extend(drawn.tolist())
+    return sorted(rest), sorted(selected)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from snella_app.console import counted
 from snella_app.data.datasets import (
     Annotations,
     CachedImages,
@@ -51,9 +52,9 @@ _SEPARATORS = ("|", ";", ",")
 _TRUE, _FALSE = ("1", "1.0", "true", "yes"), ("0", "0.0", "false", "no", "", "-1")
 _BINS = 10
 _FEW_CLASSES = 20
-_LEAST_IN_STRATUM = 3
+_MIN_IN_STRATUM = 3
 _EXAMPLES = 3
-_MOST_WEIGHT = 1e9  # Adam squares gradients, which scale with the weights, in float32
+_MAX_WEIGHT = 1e9  # Adam squares gradients, which scale with the weights, in float32
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,8 @@ class Columns:
         root = names.pop(_ROOT, None)
         return cls(names, None if root is None else Path(root).expanduser())
 
-    def of(self, table: Mapping[str, Sequence[Any]], needed: Sequence[str], where: str) -> dict[str, str]:
-        """Return the column name of each role found in the table.
+    def resolve(self, table: Mapping[str, Sequence[Any]], needed: Sequence[str], where: str) -> dict[str, str]:
+        """Return the column name of each role in the table.
 
         Args:
             table: Values by column.
@@ -105,14 +106,14 @@ class Columns:
         names = list(table)
         plain = {re.sub(r"[\s_\-.]", "", name.lower().rpartition(".")[2]): name for name in reversed(names)}
         plain |= {re.sub(r"[\s_\-.]", "", name.lower()): name for name in reversed(names)}
-        found: dict[str, str] = {}
+        roles: dict[str, str] = {}
         errors: list[str] = []
         for role in ROLES:
             given = self.names.get(role)
             if given is None:
                 name = next((plain[word] for word in _SYNONYMS[role] if word in plain), None)
-                if name is not None and name not in found.values():
-                    found[role] = name
+                if name is not None and name not in roles.values():
+                    roles[role] = name
                 elif role in needed:
                     errors.append(f"no {role} column ({role} or a similar name); set it with --columns {role}=NAME")
                 continue
@@ -124,10 +125,10 @@ class Columns:
             for name in unknown:
                 errors.append(f"no column {name!r} for {role}" + nearest(name, table, form=" (nearest: '{}')"))
             if not unknown:
-                found[role] = given
+                roles[role] = given
         if errors:
-            raise ValueError(f"{where}: {'; '.join(errors)}. Columns: {_described(table)}")
-        return found
+            raise ValueError(f"{where}: {'; '.join(errors)}. Columns: {_describe_columns(table)}")
+        return roles
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ class Samples:
         splits: Raw split of each image; None without splits.
         weights: Raw sample weight of each image; None without weights.
         groups: Raw group of each image; None without groups.
-        classes: Class names in order, if the data defines one.
+        classes: Class names by index, if the data defines them.
         broken: Reason by unusable row.
         notes: Notes for the user.
     """
@@ -180,20 +181,20 @@ class Samples:
     notes: list[str] = field(default_factory=list)
 
     @classmethod
-    def of_table(
+    def from_table(
         cls,
         name: str,
         where: str,
         source: CachedImages,
         names: list[str],
         table: Mapping[str, list[Any]],
-        found: Mapping[str, str],
+        roles: Mapping[str, str],
     ) -> "Samples":
-        """Build samples from a table with the column roles `found`, see `Columns.of`."""
-        labels = _columns_in("label", found["label"])
+        """Build samples from a table; `roles` maps column roles to names, see `Columns.resolve`."""
+        labels = _columns_in("label", roles["label"])
         values = zip(*(table[label] for label in labels), strict=True)
         splits, weights, groups = (
-            table[found[role]] if role in found else None for role in ("split", "weight", "group")
+            table[roles[role]] if role in roles else None for role in ("split", "weight", "group")
         )
         return cls(
             name,
@@ -205,7 +206,7 @@ class Samples:
             splits=splits,
             weights=weights,
             groups=groups,
-            notes=[f"columns: {', '.join(f'{role} {column!r}' for role, column in found.items())}"],
+            notes=[f"columns: {', '.join(f'{role} {column!r}' for role, column in roles.items())}"],
         )
 
 
@@ -224,8 +225,8 @@ def load_table(path: str, options: RowOptions, *, kind: str) -> Collection:
     """
     table, file = read_table(path, kind)
     where = f"{kind}:{path}"
-    found = options.columns.of(table, ("path", "label"), where)
-    names = _paths(table, found["path"])
+    roles = options.columns.resolve(table, ("path", "label"), where)
+    names = _paths(table, roles["path"])
     root = options.columns.root or file.parent
     source = FileImages([root / name for name in names], reading=options.reading)
     broken = {row: "no path" for row, name in enumerate(names) if not name}
@@ -235,12 +236,12 @@ def load_table(path: str, options: RowOptions, *, kind: str) -> Collection:
     broken |= {
         row: "no such file" for row, image in enumerate(source.paths) if row not in broken and not image.is_file()
     }
-    samples = Samples.of_table(file.stem, where, source, names, table, found)
+    samples = Samples.from_table(file.stem, where, source, names, table, roles)
     samples.broken = broken
-    return collection_of(samples, options)
+    return build_collection(samples, options)
 
 
-def collection_of(samples: Samples, options: RowOptions) -> Collection:
+def build_collection(samples: Samples, options: RowOptions) -> Collection:
     """Convert rows to images with labels, weights and groups in their splits.
 
     Labels become class indices (`class`) or strata for splitting: the rarest label of an image (`labels`), or one of
@@ -258,8 +259,8 @@ def collection_of(samples: Samples, options: RowOptions) -> Collection:
     values, broken = _targets(samples, target)
     weights = None if samples.weights is None else [_number(value) for value in samples.weights]
     for row, weight in enumerate(samples.weights or []):
-        if not 0 <= _number(weight) <= _MOST_WEIGHT:
-            broken[row] = f"weight {weight!r} is not in [0, {_MOST_WEIGHT:g}]"
+        if not 0 <= _number(weight) <= _MAX_WEIGHT:
+            broken[row] = f"weight {weight!r} is not in [0, {_MAX_WEIGHT:g}]"
     broken |= samples.broken
     usable = [row for row in range(len(samples.names)) if row not in broken]
     broken |= broken_rows(samples.source, usable)
@@ -272,7 +273,7 @@ def collection_of(samples: Samples, options: RowOptions) -> Collection:
             )
         notes.append(f"skipped {_broken_text(broken, samples)}")
     rows = [row for row in usable if row not in broken]
-    rows = _without_repetitions(rows, samples, values, notes)
+    rows = _drop_duplicates(rows, samples, values, notes)
     if not rows:
         reason = f"all are unusable: {_broken_text(broken, samples)}" if broken else f"got {len(samples.names)} rows"
         raise ValueError(f"{samples.where} has no images to train on, {reason}")
@@ -341,7 +342,7 @@ def read_table(path: str, kind: str) -> tuple[dict[str, list[Any]], Path]:
 
 
 def outside_reason(path: Path, roots: Sequence[Path]) -> str:
-    """Return why a row may not reference a file outside the allowed folders; empty if it may.
+    """Return the reason why a row may not reference a file; empty for files in the allowed folders.
 
     Args:
         path: File referenced by the row; links are resolved.
@@ -353,7 +354,7 @@ def outside_reason(path: Path, roots: Sequence[Path]) -> str:
         return f"no such file: {error}"
     if any(resolved.is_relative_to(root.resolve()) for root in roots):
         return ""
-    return f"{str(resolved)!r} is outside of {str(roots[0])!r}; allow another folder with --columns root=FOLDER"
+    return f"{str(resolved)!r} is outside {str(roots[0])!r}; allow another folder with --columns root=FOLDER"
 
 
 def table_paths(path: str | Path, columns: Columns) -> list[Path]:
@@ -365,14 +366,14 @@ def table_paths(path: str | Path, columns: Columns) -> list[Path]:
 
     Raises:
         FileNotFoundError: If the table does not exist.
-        ValueError: If the path column is missing, or a Parquet file lists an image outside of its folder or
+        ValueError: If the path column is missing, or a Parquet file lists an image outside its folder or
             `columns.root`.
     """
     kind = "parquet" if Path(path).suffix == ".parquet" else "csv"
     table, _ = read_table(str(path), kind)
-    found = columns.of(table, ("path",), str(path))
+    roles = columns.resolve(table, ("path",), str(path))
     folder = columns.root or Path(path).expanduser().parent
-    paths = [folder / name for name in _paths(table, found["path"]) if name]
+    paths = [folder / name for name in _paths(table, roles["path"]) if name]
     reasons = (outside_reason(image, [folder]) for image in paths) if kind == "parquet" else ()
     if reason := next(filter(None, reasons), None):
         raise ValueError(f"{path} must list images below its folder: {reason}")
@@ -391,9 +392,11 @@ def _read_csv(file: Path) -> dict[str, list[Any]]:
         raise ValueError(f"'{file}' must be a CSV file in UTF-8: {error}; save it as CSV (UTF-8)") from error
     names, *rows = rows or [[]]
     names = [name.strip() for name in names]
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise ValueError(f"'{file}' must have unique column names, got {listed([repr(name) for name in twice])} twice")
+    duplicates = [name for name, count in Counter(names).items() if count > 1]
+    if duplicates:
+        raise ValueError(
+            f"'{file}' must have unique column names, got {listed([repr(name) for name in duplicates])} twice"
+        )
     wrong = [f"row {number} has {len(row)}" for number, row in enumerate(rows, 1) if len(row) != len(names)]
     if wrong:
         raise ValueError(
@@ -451,7 +454,7 @@ def _number(value: Any) -> float:
         return math.nan
 
 
-def _described(table: Mapping[str, Sequence[Any]]) -> str:
+def _describe_columns(table: Mapping[str, Sequence[Any]]) -> str:
     """Describe each column: name, type and three examples."""
     texts = []
     for name, values in table.items():
@@ -459,18 +462,18 @@ def _described(table: Mapping[str, Sequence[Any]]) -> str:
         present = [value for value in present if value is not None]
         shown = ", ".join(
             f"{text[:40]}…" if len(text) > 40 else text
-            for text in map(repr, list(dict.fromkeys(map(_shown, present)))[:_EXAMPLES])
+            for text in map(repr, list(dict.fromkeys(map(_format_value, present)))[:_EXAMPLES])
         )
-        texts.append(f"{name!r} ({_kind(present)}{': ' if shown else ''}{shown})")
+        texts.append(f"{name!r} ({_value_type(present)}{': ' if shown else ''}{shown})")
     return ", ".join(texts)
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     """Format a value for an error message."""
     return "|".join(map(str, value)) if isinstance(value, list | tuple) else _text(value)
 
 
-def _kind(values: Sequence[Any]) -> str:
+def _value_type(values: Sequence[Any]) -> str:
     """Return the type of a column's values."""
     if not values:
         return "empty"
@@ -512,7 +515,8 @@ def _targets(samples: Samples, target: TargetKind) -> tuple[list[Target], dict[i
     if row is not None:
         raise ValueError(
             f"{samples.where}: column {samples.label_columns[0]!r} must hold one class per image, got the list "
-            f"{_shown(samples.labels[row])!r} in row {row + 1}; use --task multilabel for several labels per image"
+            f"{_format_value(samples.labels[row])!r} in row {row + 1}; use --task multilabel for several labels per "
+            "image"
         )
     texts = [_text(value) for value in samples.labels]
     return list(texts), {row: "no label" for row, text in enumerate(texts) if not text}
@@ -526,14 +530,14 @@ def _numbers(samples: Samples) -> tuple[list[Target], dict[int, str]]:
         is_scalar = not isinstance(value, list | tuple)
         numbers = tuple(_number(part) for part in ([value] if is_scalar else value))
         if not all(map(math.isfinite, numbers)):
-            broken[row] = f"label {_shown(value)!r} is not a number"
+            broken[row] = f"label {_format_value(value)!r} is not a number"
         values.append(numbers[0] if is_scalar else numbers)
     if broken and len(broken) == len(values):
         names = " and ".join(map(repr, samples.label_columns))
         raise ValueError(
-            f"{samples.where}: column {names} must hold numbers for task regression, got {_shown(samples.labels[0])!r} "
-            f"in row 1 and no number in {len(values)} rows; select another column with --columns label=NAME, or remove "
-            "--task regression"
+            f"{samples.where}: column {names} must hold numbers for task regression, got "
+            f"{_format_value(samples.labels[0])!r} in row 1 and no number in "
+            f"{len(values)} rows; select another column with --columns label=NAME, or remove --task regression"
         )
     return values, broken
 
@@ -567,19 +571,19 @@ def _labels(
         bins = max(1, min(_BINS, len(rows) // _BINS))
         edges = np.unique(np.quantile(first, np.linspace(0, 1, bins + 1)[1:-1])) if bins > 1 else np.array([])
         in_range = np.bincount(np.digitize(first, edges), minlength=len(edges) + 1)
-        while len(edges) and in_range.min() < _LEAST_IN_STRATUM:  # merge small ranges caused by ties
+        while len(edges) and in_range.min() < _MIN_IN_STRATUM:  # merge small ranges caused by ties
             edges = np.delete(edges, max(int(in_range.argmin()) - 1, 0))
             in_range = np.bincount(np.digitize(first, edges), minlength=len(edges) + 1)
         strata = np.digitize(first, edges)
         return dict(zip(rows, strata.tolist(), strict=True)), samples.label_columns, _ranges(edges)
     if target == "labels":
         counts = Counter(label for row in rows for label in values[row])
-        classes = samples.classes or _in_order(counts)
+        classes = samples.classes or _sort_names(counts)
         rarest = {row: min(values[row], key=lambda name: (counts[name], name), default=_NONE) for row in rows}
         sizes = Counter(rarest.values())
-        names = [name for name in _in_order(sizes) if sizes[name] >= _LEAST_IN_STRATUM]
+        names = [name for name in _sort_names(sizes) if sizes[name] >= _MIN_IN_STRATUM]
         few = sum(size for name, size in sizes.items() if name not in names)
-        has_others = few >= _LEAST_IN_STRATUM or not names
+        has_others = few >= _MIN_IN_STRATUM or not names
         rest = len(names) if has_others else names.index(max(names, key=sizes.__getitem__))
         strata_names = [*names, "others"] if has_others and few else names
         return (
@@ -587,7 +591,7 @@ def _labels(
             classes,
             strata_names,
         )
-    known = samples.classes or _in_order({values[row] for row in rows})
+    known = samples.classes or _sort_names({values[row] for row in rows})
     index = {name: number for number, name in enumerate(known)}
     return {row: index[values[row]] for row in rows}, known, None
 
@@ -598,7 +602,7 @@ def _ranges(edges: np.ndarray) -> list[str]:
     return [f"{low} to {high}" for low, high in zip(["lowest", *texts], [*texts, "highest"], strict=True)]
 
 
-def _in_order(names: Iterable[str]) -> list[str]:
+def _sort_names(names: Iterable[str]) -> list[str]:
     """Sort class names numerically if all are numbers, else alphabetically."""
     unique = set(names)
     is_numeric = not any(math.isnan(_number(name)) for name in unique)
@@ -630,7 +634,7 @@ def _check_classes(
         )
 
 
-def _without_repetitions(rows: list[int], samples: Samples, values: Sequence[Any], notes: list[str]) -> list[int]:
+def _drop_duplicates(rows: list[int], samples: Samples, values: Sequence[Any], notes: list[str]) -> list[int]:
     """Drop rows that repeat an image within a split; add notes about repeated and contradicting rows."""
     parts = _parts(samples)
     first: dict[tuple[str, str], int] = {}
@@ -644,16 +648,20 @@ def _without_repetitions(rows: list[int], samples: Samples, values: Sequence[Any
             repeated += 1
         else:
             unique.append(row)
-            contradicting.append(f"{samples.names[row]} ({_shown(values[earlier])}, {_shown(values[row])})")
+            contradicting.append(
+                f"{samples.names[row]} ({_format_value(values[earlier])}, {_format_value(values[row])})"
+            )
     if repeated:
-        notes.append(f"skipped {repeated} repeated rows")
+        notes.append(f"skipped {counted(repeated, 'repeated row')}")
     if contradicting:
-        notes.append(f"{len(contradicting)} rows contradict the label of an earlier row: {listed(contradicting)}")
+        notes.append(
+            f"{counted(len(contradicting), 'row')} with another label than an earlier row: {listed(contradicting)}"
+        )
     return unique
 
 
 def _broken_text(broken: Mapping[int, str], samples: Samples) -> str:
-    """Summarize unusable rows: count, reasons and examples."""
+    """Summarize unusable rows with count, reasons and examples."""
     kinds = Counter(_error_kind(reason) for reason in broken.values())
     counts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items(), key=lambda item: (-item[1], item[0])))
     named = listed([f"{samples.names[row] or f'row {row + 1}'} ({broken[row]})" for row in sorted(broken)])

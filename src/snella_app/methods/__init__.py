@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     )
     from snella_app.methods.saving import load_trained, load_trained_into, save_trained
 
-_HOMES = {
+_MODULES = {
     "AdapterFileError": "model_parts",
     **dict.fromkeys(("Batches", "Method", "MethodSpec", "SelectionData"), "method"),
     **dict.fromkeys(("load_trained", "load_trained_into", "save_trained"), "saving"),
@@ -57,4 +57,4 @@ def __getattr__(name: str) -> Any:
     """Import the module of a public name on first use."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'registry')}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES.get(name, 'registry')}"), name)

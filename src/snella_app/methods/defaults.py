@@ -55,7 +55,7 @@ SPARSE_RECIPES: dict[str, dict[str, Any]] = {
 
 
 def shown_defaults(purpose: str) -> dict[str, Any]:
-    """Return the defaults of the default method, to be shown in help.
+    """Return the default method's defaults for help texts.
 
     Args:
         purpose: `RunSettings.purpose`; empty for `snella train`.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 Rule = Callable[[Any], str | None]
-"""Function that returns None for a valid value, otherwise the requirement."""
+"""Function that returns None for a valid value, else the requirement."""
 
 
 def whole_number(least: int = 1) -> Rule:
@@ -68,7 +68,7 @@ def _class_loss(outputs: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(outputs.float(), labels)
 
 
-def _say_nothing(text: str) -> None:
+def _ignore_progress(text: str) -> None:
     """Discard a progress message."""
 
 
@@ -81,14 +81,14 @@ class SelectionData:
         validation: Returns a new iterator over validation batches; `noah` ranks candidates on them.
         loss: Loss of the task, `(outputs, labels) -> 0-dim tensor`.
         report: Callback for progress messages of a long selection.
-        has_class_scores: Whether outputs are class scores and labels class indices; otherwise candidates are ranked
-            only by the loss.
+        has_class_scores: True if outputs are class scores and labels are class indices; otherwise only the loss ranks
+            candidates.
     """
 
     train: Batches
     validation: Batches | None = None
     loss: Callable[[Tensor, Tensor], Tensor] = _class_loss
-    report: Callable[[str], None] = _say_nothing
+    report: Callable[[str], None] = _ignore_progress
     has_class_scores: bool = True
 
     def __call__(self) -> Iterable[tuple[Tensor, Tensor]]:
@@ -110,7 +110,7 @@ class Method:
         suffix: Option set by a number at the end of the name: with `"r"`, `adapter-8` means `r=8`. None allows no
             number.
         check: `options -> errors`, checks option values without a model.
-        config: `(head, options) -> PeftConfig`, for PEFT adapters. Exceptions count as errors of the options. `options`
+        config: `(head, options) -> PeftConfig`, for PEFT adapters. Exceptions are reported as option errors. `options`
             include `target_modules`.
         needs_batches: The selection of trained parameters depends on training data; `build_method` requires `batches`.
         needs_validation: Candidates are compared on validation images, which `batches` must provide.
@@ -118,19 +118,19 @@ class Method:
             `needs_batches`; None uses `build`.
         merge: `model -> backbone`, merges the trained parameters into the backbone. None if this is impossible.
         penalty: `model -> 0-dim tensor`, added to the loss of each training step. None adds nothing.
-        unmerged_reason: Why `merge` is None, as the end of a sentence: "adds prompt tokens, which are no weights".
+        unmerged_reason: Reason why `merge` is None, a verb phrase: "adds prompt tokens, which are not weights".
         defaults: Default settings of `snella train` for AdamW with warm-up and cosine decay: `lr` for added or changed
             parameters, `scalar_lr` for scalar kernel parameters, `head_lr`, `weight_decay` for matrices, and options of
             the method.
-        recipes: Defaults of other kinds of runs, by `RunSettings.purpose`; other purposes are an error.
+        recipes: Defaults of other run types, by `RunSettings.purpose`; a missing purpose is an error.
         optimizer: `(model, class, *, lr, head_lr, weight_decay, scalar_lr) -> optimizer`, for methods with special
             parameter groups; receives `scalar_lr` only if it is set. None uses `lr`, `head_lr` for the head, and no
             decay of vectors.
-        unsharded_reason: Why the frozen weights cannot be sharded, as the end of a sentence. Empty if they can.
+        unsharded_reason: Reason why the frozen weights cannot be sharded, a verb phrase; empty if they can.
         schedule: `(model, total_steps) -> schedule`. Training calls `schedule.attach(optimizer)` at the start; the
             state of the schedule is saved with the optimizer. None for no schedule.
-        has_budgets: Whether a `BudgetAllocator` assigns budgets to the matrices.
-        is_head_only: Whether only the head is trained.
+        has_budgets: True if a `BudgetAllocator` assigns budgets to the matrices.
+        is_head_only: True if only the head is trained.
         peft_type: Name in PEFT's method comparison; None for the family in upper case.
     """
 
@@ -183,5 +183,5 @@ class MethodSpec:
 
 
 def unchanged(model: nn.Module) -> nn.Module:
-    """Return the model; the merge of methods that train the backbone's weights directly."""
+    """Return the model unchanged; `merge` of methods that train the backbone's weights directly."""
     return model

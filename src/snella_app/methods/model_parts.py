@@ -30,11 +30,11 @@ def attach(
         before: Forward pre-hook, `(module, inputs) -> inputs`.
 
     Raises:
-        ValueError: If the name is used already, e.g. because a method was applied twice.
+        ValueError: If the name is in use, e.g. because a method was applied twice.
     """
     if hasattr(module, name):
         raise ValueError(
-            f"{type(module).__name__} has a {name!r} already, a {type(getattr(module, name)).__name__}; "
+            f"{type(module).__name__} already has a {name!r} ({type(getattr(module, name)).__name__}); "
             "apply a method only once, to a fresh backbone"
         )
     device = next((parameter.device for parameter in module.parameters()), None)
@@ -78,7 +78,7 @@ def remove_hooks(module: nn.Module, *hooks: Callable[..., Any]) -> None:
 def freeze_running_statistics(model: nn.Module) -> int:
     """Make batch normalization layers use their running statistics in training mode too.
 
-    Otherwise frozen layers change with each batch, and the saved adapter does not contain the change.
+    Otherwise each batch changes the frozen layers, and the saved adapter does not contain the change.
 
     Args:
         model: Backbone; changed in place.

@@ -44,7 +44,7 @@ def peft_method(
     *,
     suffix: str | None = None,
     targets: Targets = adaptable_layers,
-    **needs: Any,
+    **fields: Any,
 ) -> Method:
     """Create the `Method` of a PEFT adapter.
 
@@ -55,14 +55,14 @@ def peft_method(
         options: As for `Method`.
         suffix: As for `Method`.
         targets: Selects the target modules if the options have no `target_modules`.
-        **needs: Further fields of `Method`.
+        **fields: Further fields of `Method`.
     """
 
     def build(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
-        given = options if "target_modules" in options else {"target_modules": targets(model, head), **options}
-        return inject(model, config(head, given))
+        resolved = options if "target_modules" in options else {"target_modules": targets(model, head), **options}
+        return inject(model, config(head, resolved))
 
-    return Method(summary, source, build, options, suffix=suffix, config=config, merge=merge_adapter, **needs)
+    return Method(summary, source, build, options, suffix=suffix, config=config, merge=merge_adapter, **fields)
 
 
 def inject(model: nn.Module, config: PeftConfig) -> PeftModel:
@@ -106,13 +106,13 @@ def merge_adapter(model: nn.Module) -> nn.Module:
 
 
 def own_fields(config: type[PeftConfig]) -> tuple[str, ...]:
-    """Return the fields that a configuration adds to `PeftConfig`, without `modules_to_save`, which is the head."""
+    """Return the fields that a configuration adds to `PeftConfig`, except `modules_to_save`, the head."""
     base = {f.name for f in dataclasses.fields(PeftConfig)} | {"modules_to_save"}
     return tuple(f.name for f in dataclasses.fields(config) if f.name not in base and f.init)
 
 
 _SNELL_OPTIONS = own_fields(SnellaConfig)
-_OF_SPARSITY = (
+_SPARSITY_OPTIONS = (
     *("target_sparsity", "init_sparsity", "sparsify_mode", "allocation", "schedule", "importance", "realloc_every"),
     *("beta1", "beta2", "min_layer_share", "zero_init_ema", "fixed_support"),
 )
@@ -187,7 +187,7 @@ KLORA = peft_method(
     "a kernel's high-rank update without sparsity",
     "kernelized LoRA (KLoRA) of SNELLA, Shen et al., arXiv 2510.24037, Tables VII to IX",
     _klora_config,
-    tuple(option for option in _SNELL_OPTIONS if option not in _OF_SPARSITY),
+    tuple(option for option in _SNELL_OPTIONS if option not in _SPARSITY_OPTIONS),
     suffix="r",
     defaults={"lr": 2e-3, "scalar_lr": 1e-4, "head_lr": 1e-3, "weight_decay": 0.0, "r": 8},
     optimizer=create_snella_optimizer,
@@ -387,20 +387,20 @@ ADALORA = peft_method(
 )
 
 
-def _of_peft(
+def _from_peft(
     summary: str,
     source: str,
     kind: type[PeftConfig],
     defaults: Mapping[str, Any],
     suffix: str | None = None,
-    **own: Any,
+    **fixed: Any,
 ) -> Method:
-    """Create the `Method` of a PEFT configuration class; `own` overrides its defaults and may set `targets`."""
-    targets = own.pop("targets", adaptable_layers)
+    """Create the `Method` of a PEFT configuration class; `fixed` replaces its defaults and may set `targets`."""
+    targets = fixed.pop("targets", adaptable_layers)
 
     def config(head: str, options: Options) -> PeftConfig:
         with without_harmless_warnings():
-            return kind(modules_to_save=[head], **{**own, **options})  # type: ignore[call-arg]
+            return kind(modules_to_save=[head], **{**fixed, **options})  # type: ignore[call-arg]
 
     source = f"{source}; PEFT's implementation"
     return peft_method(summary, source, config, own_fields(kind), suffix=suffix, targets=targets, defaults=defaults)
@@ -424,7 +424,7 @@ def layer_norms(model: nn.Module, head: str) -> str:
 
 _UNDECAYED: dict[str, Any] = {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 0.0}
 CATALOG: dict[str, Method] = {
-    "shira": _of_peft(
+    "shira": _from_peft(
         "random weights, r (m + n) of each m x n matrix",
         "SHiRA, Bhardwaj et al., arXiv 2406.13175",
         peft.ShiraConfig,
@@ -433,13 +433,13 @@ CATALOG: dict[str, Method] = {
         r=8,
         random_seed=0,
     ),
-    "supertuning": _of_peft(
+    "supertuning": _from_peft(
         "the weights of largest magnitude",
         "Super-Tuning, arXiv 2607.09287",
         peft.SupertuningConfig,
         _UNDECAYED,
     ),
-    "fourierft": _of_peft(
+    "fourierft": _from_peft(
         "a few coefficients of each update's two-dimensional Fourier transform",
         "FourierFT, Gao et al., arXiv 2405.03003",
         peft.FourierFTConfig,
@@ -448,7 +448,7 @@ CATALOG: dict[str, Method] = {
         n_frequency=3000,
         scaling=300.0,
     ),
-    "randlora": _of_peft(
+    "randlora": _from_peft(
         "scales of random low-rank bases that add up to full rank",
         "RandLoRA, Albert et al., arXiv 2502.00987",
         peft.RandLoraConfig,
@@ -456,7 +456,7 @@ CATALOG: dict[str, Method] = {
         "r",
         save_projection=False,
     ),
-    "vera": _of_peft(
+    "vera": _from_peft(
         "two vectors per layer that scale shared random factors",
         "VeRA, Kopiczko et al., arXiv 2310.11454",
         peft.VeraConfig,
@@ -465,42 +465,42 @@ CATALOG: dict[str, Method] = {
         r=256,
         save_projection=False,
     ),
-    "loha": _of_peft(
+    "loha": _from_peft(
         "Hadamard products of two low-rank updates",
         "FedPara / LoHa, Hyeon-Woo et al., arXiv 2108.06098",
         peft.LoHaConfig,
         _DECAYED,
         "r",
     ),
-    "lokr": _of_peft(
+    "lokr": _from_peft(
         "Kronecker products",
         "LoKr, Yeh et al., arXiv 2309.14859",
         peft.LoKrConfig,
         _DECAYED,
         "r",
     ),
-    "boft": _of_peft(
+    "boft": _from_peft(
         "orthogonal factors in butterfly form",
         "BOFT, Liu et al., arXiv 2311.06243",
         peft.BOFTConfig,
         _UNDECAYED,
         "boft_block_size",
     ),
-    "hra": _of_peft(
+    "hra": _from_peft(
         "chains of Householder reflections",
         "HRA, Yuan et al., arXiv 2405.17484",
         peft.HRAConfig,
         {**_UNDECAYED, "r": 8},
         "r",
     ),
-    "delora": _of_peft(
+    "delora": _from_peft(
         "low-rank updates of a learned norm",
         "DeLoRA, Bini et al., arXiv 2503.18225",
         peft.DeloraConfig,
         {**_UNDECAYED, "r": 8},
         "r",
     ),
-    "ln_tuning": _of_peft(
+    "ln_tuning": _from_peft(
         "weights and biases of the layer normalizations",
         "LN tuning, Zhao et al., arXiv 2312.11420",
         peft.LNTuningConfig,

@@ -60,26 +60,26 @@ def parse_method(name: str) -> tuple[str, int | None]:
     """Split `vpt-deep-50` into `("vpt-deep", 50)`; the number is None if the name has none.
 
     Raises:
-        ValueError: If the method is unknown, or has a number although it takes none.
+        ValueError: If the method is unknown, or has a number but accepts none.
     """
     match = None if name in METHODS else re.fullmatch(r"(.+)-(\d+)", name)
     family, digits = (match[1], match[2]) if match else (name, None)
     if family not in METHODS:
-        hint = _meant(name) or nearest(family, METHODS, most=3, cutoff=0.5)
+        hint = _suggest_spelling(name) or nearest(family, METHODS, most=3, cutoff=0.5)
         numbered = ", ".join(f"{key}-N" for key, method in METHODS.items() if method.suffix is not None)
         plain = ", ".join(key for key, method in METHODS.items() if method.suffix is None)
-        raise ValueError(f"method must be one of {plain}, {numbered} (-N may be left out), got {name!r}{hint}")
+        raise ValueError(f"method must be one of {plain}, {numbered} (-N is optional), got {name!r}{hint}")
     if digits is None:
         return family, None
     suffix = METHODS[family].suffix
     if suffix is None:
-        raise ValueError(f"method {family!r} takes no number, got {name!r}; use {family!r}")
+        raise ValueError(f"method {family!r} accepts no number, got {name!r}; use {family!r}")
     if int(digits) < 1:
         raise ValueError(f"the number in a method's name, {suffix}, must be at least 1, got {name!r}")
     return family, int(digits)
 
 
-def _meant(name: str) -> str:
+def _suggest_spelling(name: str) -> str:
     """Suggest a method for a spelling such as `lora8` or `LoRA_8`: `; did you mean 'lora-8'?`; empty for none."""
     plain = name.lower().replace("_", "-")
     family = plain.rstrip("0123456789")
@@ -119,7 +119,7 @@ def build_method(
             f"method {name!r} selects parameters from training data, got batches=None; "
             "pass batches=..., a callable that returns pairs of images and labels"
         )
-    head_name = _prepare(model, head)
+    head_name = _freeze(model, head)
     try:
         built = method.build(model, head_name, options, batches if method.needs_batches else None)
     except (ValueError, TypeError) as error:
@@ -140,7 +140,7 @@ def restore_method(
     options = check_method(name, options)
     family = parse_method(name)[0]
     method = METHODS[family]
-    head_name = _prepare(model, head)
+    head_name = _freeze(model, head)
     if method.restore is not None:
         built = method.restore(model, head_name, options, tensors)
     else:
@@ -167,8 +167,7 @@ def check_method(name: str, options: Options) -> Options:
         suffix = str(method.suffix)
         if options.get(suffix, number) != number:
             raise ValueError(
-                f"method {name!r} sets {suffix} to {number}, but {suffix}={options[suffix]} was given too; "
-                "leave one out"
+                f"method {name!r} sets {suffix} to {number}, but got {suffix}={options[suffix]}; pass only one of them"
             )
         options = {**options, suffix: number}
     errors = method.check(options) if method.check is not None else []
@@ -187,7 +186,9 @@ def spec_of(model: nn.Module) -> MethodSpec:
     """
     spec = getattr(model, "snella_method", None)
     if not isinstance(spec, MethodSpec):
-        raise ValueError(f"{type(model).__name__} was not made by build_method; call build_method(name, model) first")
+        raise ValueError(
+            f"{type(model).__name__} was not created by build_method; call build_method(name, model) first"
+        )
     return spec
 
 
@@ -219,7 +220,7 @@ def merge_trained(model: nn.Module) -> nn.Module:
     return method.merge(model)
 
 
-def _prepare(model: nn.Module, head: str | None) -> str:
+def _freeze(model: nn.Module, head: str | None) -> str:
     """Freeze all parameters, and return the name of the head."""
     head_name = find_head(model, head)
     for parameter in model.parameters():
@@ -230,7 +231,7 @@ def _prepare(model: nn.Module, head: str | None) -> str:
 def _unknown_options(name: str, unknown: list[str], known: tuple[str, ...]) -> str:
     """Format the error message for unknown options."""
     parts = [f"{key!r}{nearest(key, known, most=2, cutoff=0.5, form=' (nearest: {})')}" for key in unknown]
-    has = f"it takes {', '.join(known)}" if known else "it takes none"
+    has = f"it has {', '.join(known)}" if known else "it has none"
     return f"method {name!r} has no option {', '.join(parts)}; {has}"
 
 

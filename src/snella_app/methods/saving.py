@@ -55,8 +55,8 @@ def save_trained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         with all_ranks(config):
             settings = _plain(config.to_dict())
         write_bytes(target / CONFIG_NAME, json.dumps(settings, indent=2, sort_keys=True).encode())
-    described = {"format": 1, "method": spec.name, "options": _plain(spec.options), "head": spec.head}
-    write_bytes(target / METHOD_FILE, json.dumps(described, indent=2).encode() + b"\n")
+    method_info = {"format": 1, "method": spec.name, "options": _plain(spec.options), "head": spec.head}
+    write_bytes(target / METHOD_FILE, json.dumps(method_info, indent=2).encode() + b"\n")
     write_bytes(target / file, _as_safetensors(tensors, _settings_digest(target)))
 
 
@@ -79,12 +79,16 @@ def load_trained(folder: str | os.PathLike[str], backbone: nn.Module) -> nn.Modu
     if (source / CONFIG_NAME).is_file():
         model = _rebuild_adapter(source, backbone)
     elif (source / METHOD_FILE).is_file():
-        described = _read_settings(source / METHOD_FILE)
+        method_info = _read_settings(source / METHOD_FILE)
         read_header(source / TENSOR_FILE)
         tensors = _read_tensors(source / TENSOR_FILE)
-        model = restore_method(described["method"], backbone, tensors, head=described["head"], **described["options"])
+        model = restore_method(
+            method_info["method"], backbone, tensors, head=method_info["head"], **method_info["options"]
+        )
     else:
-        raise FileNotFoundError(f"{source} holds no adapter: it has neither {CONFIG_NAME} nor {METHOD_FILE}; {REMEDY}")
+        raise FileNotFoundError(
+            f"{source} contains no adapter: it has neither {CONFIG_NAME} nor {METHOD_FILE}; {REMEDY}"
+        )
     load_trained_into(model, source)
     return model.eval()
 
@@ -118,10 +122,10 @@ def _rebuild_adapter(folder: Path, backbone: nn.Module) -> nn.Module:
     config.inference_mode = False
     model = inject(backbone, config)
     method = folder / METHOD_FILE
-    described: dict[str, Any] = _read_settings(method) if method.is_file() else {}
-    name = described.get("method", str(getattr(config.peft_type, "value", config.peft_type)).lower())
-    family = parse_method(name)[0] if "method" in described else (name if name in METHODS else "")
-    model.snella_method = MethodSpec(name, described.get("options", {}), described.get("head", "head"), family)  # type: ignore[assignment]
+    method_info: dict[str, Any] = _read_settings(method) if method.is_file() else {}
+    name = method_info.get("method", str(getattr(config.peft_type, "value", config.peft_type)).lower())
+    family = parse_method(name)[0] if "method" in method_info else (name if name in METHODS else "")
+    model.snella_method = MethodSpec(name, method_info.get("options", {}), method_info.get("head", "head"), family)  # type: ignore[assignment]
     return model
 
 
@@ -132,7 +136,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise AdapterFileError(f"{path} is damaged: {error}; {REMEDY}") from None
     if not isinstance(values, dict):
-        raise AdapterFileError(f"{path} is damaged: it must hold a mapping, got {values!r:.60}; {REMEDY}")
+        raise AdapterFileError(f"{path} is damaged: it must contain a mapping, got {values!r:.60}; {REMEDY}")
     return values
 
 
@@ -250,42 +254,42 @@ def read_header(path: Path) -> dict[str, list[int]]:
             shapes = {name: [int(n) for n in entry["shape"]] for name, entry in tensors.items()}
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise damaged(f"its safetensors header is unreadable ({error})") from None
-    cut = [name for name, end in ends.items() if end > size]
-    if cut:
-        raise damaged(f"cut off at {size} of {max(ends.values())} bytes, so {_some(cut)} is incomplete")
+    truncated = [name for name, end in ends.items() if end > size]
+    if truncated:
+        raise damaged(f"truncated at {size} of {max(ends.values())} bytes; {_shorten(truncated)} is incomplete")
     if max(ends.values(), default=8 + length) != size:
         raise damaged(f"{size} bytes, its header describes {max(ends.values(), default=8 + length)}")
     return shapes
 
 
-def check_fits(path: Path, found: dict[str, list[int]], wanted: dict[str, list[int]]) -> None:
+def check_fits(path: Path, actual: dict[str, list[int]], expected: dict[str, list[int]]) -> None:
     """Compare the shapes in a file with those of the model.
 
     Args:
         path: File name, for the error message.
-        found: Shapes in the file, from `read_header`.
-        wanted: Shapes required by the model.
+        actual: Shapes in the file, from `read_header`.
+        expected: Shapes required by the model.
 
     Raises:
         AdapterFileError: If shapes differ, or tensors are missing or unexpected; reports all of them together.
     """
     errors = [
-        f"{name!r} is {found[name]} in the file and {shape} in the model"
-        for name, shape in wanted.items()
-        if name in found and found[name] != shape
+        f"{name!r} is {actual[name]} in the file and {shape} in the model"
+        for name, shape in expected.items()
+        if name in actual and actual[name] != shape
     ]
     if len(errors) > _SHOWN:
         errors = [*errors[:_SHOWN], f"{len(errors) - _SHOWN} more tensors differ in shape"]
-    missing = [name for name in wanted if name not in found]
-    extra = [name for name in found if name not in wanted]
+    missing = [name for name in expected if name not in actual]
+    extra = [name for name in actual if name not in expected]
     if missing:
-        errors.append(f"the file lacks {_some(missing)}")
+        errors.append(f"the file lacks {_shorten(missing)}")
     if extra:
-        errors.append(f"the model lacks {_some(extra)}")
+        errors.append(f"the model lacks {_shorten(extra)}")
     if errors:
         raise AdapterFileError(f"{path} belongs to another model: {'; '.join(errors)}")
 
 
-def _some(names: list[str]) -> str:
-    """List the first names and the number of remaining ones."""
+def _shorten(names: list[str]) -> str:
+    """Format the first names and the number of remaining ones."""
     return listed(map(repr, names), _SHOWN)

@@ -109,9 +109,9 @@ def read_object(file: Path) -> dict[str, Any]:
     if not file.is_file():
         folder, hint = file.parent, _hint(file)
         if (folder / "run.json").is_file():
-            state = "the run has not written it yet, or it was deleted"
+            state = "not written yet, or deleted"
         elif folder.is_dir():
-            state, hint = "this is not the folder of a run", "pass the folder that `snella train --out` wrote"
+            state, hint = "this is not a run folder", "pass the folder that `snella train --out` wrote"
         else:
             state, hint = "no such folder", "pass the folder that `snella train --out` wrote"
         raise FileNotFoundError(f"no file {file}: {state}; {hint}")
@@ -126,7 +126,7 @@ def read_object(file: Path) -> dict[str, Any]:
     except RecursionError:
         raise ValueError(f"{file} is damaged: nested too deeply; {_hint(file)}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{file}: the file must contain a mapping, got {_shown(values)}; {_hint(file)}")
+        raise ValueError(f"{file}: the file must contain a mapping, got {_format_value(values)}; {_hint(file)}")
     if not is_intact(values):
         raise ValueError(f"{file} was altered after it was written: SHA-256 mismatch; {_hint(file)}")
     if values.get("format", FORMAT) != FORMAT:
@@ -138,7 +138,7 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def record_from(kind: type[T], values: Any, file: Path | None = None, where: str = "") -> T:
-    """Build a dataclass from plain values, checking each value against its field's type.
+    """Build a dataclass from plain values, and check each value's type.
 
     Args:
         kind: Dataclass.
@@ -151,7 +151,7 @@ def record_from(kind: type[T], values: Any, file: Path | None = None, where: str
             the values.
     """
     if not isinstance(values, Mapping):
-        raise _error(file, f"{_quoted(where)} must be a mapping, got {_shown(values)}")
+        raise _error(file, f"{_quote(where)} must be a mapping, got {_format_value(values)}")
     hints = _hints(kind)  # type: ignore[arg-type]
     arguments = {}
     for f in fields(kind):  # type: ignore[arg-type]
@@ -161,15 +161,15 @@ def record_from(kind: type[T], values: Any, file: Path | None = None, where: str
             continue
         if value is None and not _accepts_none(hints[f.name]):
             near = nearest(f.name, map(str, values), form=" (nearest: '{}')")
-            raise _error(file, f"{_quoted(path)} is missing{near}")
-        arguments[f.name] = _converted(hints[f.name], value, file, path)
+            raise _error(file, f"{_quote(path)} is missing{near}")
+        arguments[f.name] = _convert(hints[f.name], value, file, path)
     try:
         return kind(**arguments)
     except ValueError as error:
         raise _error(file, f"{where}: {error}" if where else str(error)) from None
 
 
-def _converted(kind: Any, value: Any, file: Path | None, where: str) -> Any:
+def _convert(kind: Any, value: Any, file: Path | None, where: str) -> Any:
     """Convert a value of a file to a field type."""
     origin, inner = get_origin(kind), get_args(kind)
     if kind is Any:
@@ -178,23 +178,23 @@ def _converted(kind: Any, value: Any, file: Path | None, where: str) -> Any:
         options = [option for option in inner if option is not NoneType]
         if value is None and len(options) < len(inner):
             return None
-        return _converted(_fitting(options, value), value, file, where)
+        return _convert(_best_match(options, value), value, file, where)
     if is_dataclass(kind):
         return record_from(kind, value, file, where)  # type: ignore[arg-type]
     if origin is Literal:
         if value not in inner:
-            raise _error(file, f"{_quoted(where)} must be one of {', '.join(map(repr, inner))}, got {value!r}")
+            raise _error(file, f"{_quote(where)} must be one of {', '.join(map(repr, inner))}, got {value!r}")
         return value
     if origin in (list, tuple):
-        items = _checked(list, value, file, where)
-        converted = [_converted(inner[0], item, file, f"{where}[{i}]") for i, item in enumerate(items)]
+        items = _check_type(list, value, file, where)
+        converted = [_convert(inner[0], item, file, f"{where}[{i}]") for i, item in enumerate(items)]
         return tuple(converted) if origin is tuple else converted
     if origin is dict:
-        entries = _checked(dict, value, file, where)
-        return {str(key): _converted(inner[1], item, file, f"{where}.{key}") for key, item in entries.items()}
+        entries = _check_type(dict, value, file, where)
+        return {str(key): _convert(inner[1], item, file, f"{where}.{key}") for key, item in entries.items()}
     if kind is float and value is None:
         return math.nan  # JSON stores NaN in lists and mappings as null
-    return _checked(kind, value, file, where)
+    return _check_type(kind, value, file, where)
 
 
 _NAMES: dict[type, str] = {
@@ -207,16 +207,16 @@ _NAMES: dict[type, str] = {
 }
 
 
-def _checked(kind: type, value: Any, file: Path | None, where: str) -> Any:
+def _check_type(kind: type, value: Any, file: Path | None, where: str) -> Any:
     """Check that a value has a plain type; integers are accepted as floats."""
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise _error(file, f"{_quoted(where)} must be {_NAMES[kind]}, got {_shown(value)}")
+        raise _error(file, f"{_quote(where)} must be {_NAMES[kind]}, got {_format_value(value)}")
     return value
 
 
-def _fitting(options: list[Any], value: Any) -> Any:
+def _best_match(options: list[Any], value: Any) -> Any:
     """Return the first type with the most required fields present in the value."""
 
     def count(option: Any) -> int:
@@ -244,7 +244,7 @@ def _is_same(value: Any, default: Any) -> bool:
     return value is default or value == default or all(isinstance(v, float) and math.isnan(v) for v in pair)
 
 
-def _quoted(where: str) -> str:
+def _quote(where: str) -> str:
     """Quote a path inside a file."""
     return f"'{where}'" if where else "the file"
 
@@ -263,7 +263,7 @@ def _hint(file: Path) -> str:
     return f"resume with `snella train --resume --out {file.parent}`, or train again with `--overwrite`"
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     """Format a value and its type for a message."""
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

@@ -41,13 +41,13 @@ class BackboneInfo:
 
     def __post_init__(self) -> None:
         """Check sizes against their limits."""
-        for name, most in _MOST.items():
+        for name, most in _MAX.items():
             value = getattr(self, name)
             if value is not None and not 1 <= value <= most:
                 raise ValueError(f"{name} must be from 1 to {most:,}, got {value:,}")
 
 
-_MOST = {"img_size": 16_384, "num_classes": 1_000_000, "channels": 4_096}
+_MAX = {"img_size": 16_384, "num_classes": 1_000_000, "channels": 4_096}
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,8 @@ class Calibration:
 
     Attributes:
         temperature: Divisor of the logits; above 1 for an overconfident model.
-        threshold: Lowest probability at which the validation error rate is at most half the overall one; None if no
-            threshold achieves it or there are no errors.
+        threshold: Lowest probability at which the validation error rate is at most half the overall error rate; None if
+            there is no such threshold or no error.
         coverage: Fraction of validation images whose probability reaches the threshold.
         accuracy: Accuracy on these images.
         reliability: Calibration on validation and, if present, test images.
@@ -168,9 +168,9 @@ class RunInfo(Record):
     """Record of a run: `run.json`.
 
     `files` holds the digests of a finished run's other files. `calibration` is set for classifiers with validation
-    images. `id` is drawn at the start of a run and stored in its checkpoints. `settings` is the digest of the settings
-    in `config.yaml`. `final_head` is `layers` if predictions come from a linear head on several layers, fitted after
-    training.
+    images. `id` is a random id from the start of the run, also stored in its checkpoints. `settings` is the digest of
+    the settings in `config.yaml`. `final_head` is `layers` if predictions come from a linear head on several layers,
+    fitted after training.
     """
 
     file: ClassVar[str] = "run.json"
@@ -338,14 +338,14 @@ class Metrics(Record):
 
     @property
     def adapter_epoch(self) -> int | None:
-        """Epoch whose budgets the adapter has: the best one, or the last one if an average is saved."""
+        """Epoch of the adapter's budgets: the best epoch, or the last one for a saved average."""
         if self.averaged is not None and self.averaged.is_saved and self.history:
             return self.history[-1].epoch
         return self.best_epoch
 
     @property
     def measured(self) -> tuple[str, SplitScores | None]:
-        """Split and scores that a report shows first: test if present, else validation."""
+        """Main split and scores of a report: test if present, else validation."""
         return ("test", self.test) if self.test is not None else ("validation", self.val)
 
     @property

@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     from snella_app.report.inspect import inspect_run, inspect_summary
     from snella_app.report.report import write_report
 
-_HOMES = {"inspect_run": "inspect", "inspect_summary": "inspect", "model_card": "card", "write_report": "report"}
+_MODULES = {"inspect_run": "inspect", "inspect_summary": "inspect", "model_card": "card", "write_report": "report"}
 
 __all__ = ["inspect_run", "inspect_summary", "model_card", "write_report"]
 
 
 def __getattr__(name: str) -> Any:
     """Import the module of a public name on first use."""
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -108,8 +108,8 @@ def epochs_of_allocation(allocation: Allocation, metrics: Metrics | None, is_fin
 def adapter_step(allocation: Allocation, metrics: Metrics | None) -> AllocationStep | None:
     """Return the allocation in effect when the saved adapter was evaluated.
 
-    This is the last allocation with the total budget recorded for that epoch. If several have the same total (constant
-    schedule), allocations after the end of the epoch are excluded. Without a recorded budget it is the last allocation.
+    This is the last allocation with the epoch's total budget. If several allocations have this total (constant
+    schedule), those after the end of the epoch are excluded. Without a recorded budget, it is the last allocation.
     """
     if not allocation.history:
         return None

@@ -13,7 +13,7 @@ from typing import Any
 from snella_app.records import MaskScores, Metrics, RunInfo, read, read_if_present
 from snella_app.text import count_text, plain_text, seconds_text
 
-_MOST_CLASSES = 60
+_MAX_CLASSES = 60
 _PREPARED = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 _TAGS = {"classification": "image-classification", "segmentation": "image-segmentation"}
 """Hub pipeline tags by task."""
@@ -35,7 +35,7 @@ def model_card(
     as a comment in the metadata and a section in the text.
 
     Args:
-        run: Folder of the run.
+        run: Run folder.
         use: Instructions for loading and using the model, Markdown.
         name: Name of the model; None uses method and data.
         library: Library that loads the model: timm, peft, transformers, onnx.
@@ -63,12 +63,12 @@ def model_card(
     )
     sections = [
         f"---\n{data.to_yaml().strip()}\n{_LICENSE}\n---",
-        f"# {_escaped(title)}",
+        f"# {_escape(title)}",
         _summary(info),
         f"## How to use\n\n{use.strip()}",
-        _measured(metrics),
-        _described("Data", _data(info)),
-        _described("Training", _training(info, metrics)),
+        _results_table(metrics),
+        _fact_list("Data", _data(info)),
+        _fact_list("Training", _training(info, metrics)),
         "## Limitations\n\nThe results hold for images similar to the training images; evaluate the model before using "
         "it on other images. The model knows only the classes above and assigns one of them to any image.",
         "## License\n\nFill in here and as `license:` in the metadata.",
@@ -106,14 +106,14 @@ def _summary(info: RunInfo) -> str:
     text += "[PEFT](https://github.com/huggingface/peft) and snella."
     if not info.classes:
         return text
-    names = json.dumps(info.classes[:_MOST_CLASSES], ensure_ascii=False)
+    names = json.dumps(info.classes[:_MAX_CLASSES], ensure_ascii=False)
     for character in "<>&`":  # prevent HTML and the end of the code span
         names = names.replace(character, f"\\u{ord(character):04x}")
-    more = "" if len(info.classes) <= _MOST_CLASSES else f" and {len(info.classes) - _MOST_CLASSES} more"
+    more = "" if len(info.classes) <= _MAX_CLASSES else f" and {len(info.classes) - _MAX_CLASSES} more"
     return f"{text}\n\n{len(info.classes)} outputs, in this order: `{names}`{more}."
 
 
-def _measured(metrics: Metrics | None) -> str:
+def _results_table(metrics: Metrics | None) -> str:
     """Return the results as a table."""
     if metrics is None:
         return ""
@@ -121,7 +121,7 @@ def _measured(metrics: Metrics | None) -> str:
     rows = [row for split, scores in splits if scores is not None for row in scores.rows(split)]
     if not rows:
         return ""
-    lines = [f"| {_escaped(label)} | {value} | {note} |" for label, value, note in rows]
+    lines = [f"| {_escape(label)} | {value} | {note} |" for label, value, note in rows]
     protocol = (
         "The best epoch was selected on the test images, so these results are optimistic."
         if metrics.selected_on == "test"
@@ -136,16 +136,16 @@ def _data(info: RunInfo) -> list[tuple[str, str]]:
     sizes = ", ".join(f"{_SPLITS.get(part, part)} {count_text(size)}" for part, size in info.data.sizes.items())
     prepared = {name: info.data_config[name] for name in _PREPARED if name in info.data_config}
     return [
-        ("Data", _escaped(info.data.description or info.data.spec)),
+        ("Data", _escape(info.data.description or info.data.spec)),
         ("Images", sizes),
-        ("Preparation", _escaped(plain_text(prepared))),
-        *(("Note", _escaped(note)) for note in info.data.notes),
+        ("Preparation", _escape(plain_text(prepared))),
+        *(("Note", _escape(note)) for note in info.data.notes),
     ]
 
 
 def _training(info: RunInfo, metrics: Metrics | None) -> list[tuple[str, str]]:
     """Return the facts about the training."""
-    rows = [("Method", f"{_code(info.method)}, {_escaped(plain_text(info.method_options))}")]
+    rows = [("Method", f"{_code(info.method)}, {_escape(plain_text(info.method_options))}")]
     if metrics is not None:
         epochs = f"{metrics.best_epoch} of {metrics.history[-1].epoch}" if metrics.history else ""
         if metrics.averaged is not None and metrics.averaged.is_saved:
@@ -155,10 +155,10 @@ def _training(info: RunInfo, metrics: Metrics | None) -> list[tuple[str, str]]:
         if metrics.final_head is not None and metrics.final_head.is_saved:
             rows.append(("Final head in snella", metrics.final_head.name))
     versions = ", ".join(f"{package} {version}" for package, version in info.versions.items())
-    return [*rows, ("Command", _code(info.command) if info.command else ""), ("Versions", _escaped(versions))]
+    return [*rows, ("Command", _code(info.command) if info.command else ""), ("Versions", _escape(versions))]
 
 
-def _escaped(text: str) -> str:
+def _escape(text: str) -> str:
     """Escape untrusted text as one line of literal Markdown."""
     return re.sub(r"([\\`*_\[\]|])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
@@ -170,6 +170,6 @@ def _code(text: str) -> str:
     return f"{fence}{space}{' '.join(text.split())}{space}{fence}"
 
 
-def _described(title: str, rows: Sequence[tuple[str, str]]) -> str:
+def _fact_list(title: str, rows: Sequence[tuple[str, str]]) -> str:
     """Return a section with a list of facts, omitting empty ones."""
     return f"## {title}\n\n" + "\n".join(f"- {name}: {text}" for name, text in rows if text)

@@ -34,7 +34,7 @@ def mask_colors(count: int) -> np.ndarray:
 
     palette = np.array([to_rgb(color) for color in (WARM, *(color for color in COLORS if color != WARM))])
     labels = np.arange(max(count - 1, 0))
-    tint = np.array(_TINTS)[labels // len(palette) % len(_TINTS), None]  # each palette cycle gets a lighter tint
+    tint = np.array(_TINTS)[labels // len(palette) % len(_TINTS), None]  # a lighter tint for each palette cycle
     colors = palette[labels % len(palette)] * (1 - tint) + tint
     return (np.concatenate([np.zeros((1, 3)), colors])[:count] * 255).round().astype(np.uint8)
 
@@ -118,10 +118,10 @@ def choose_examples(items: Sequence[Prediction], limit: int = 24) -> tuple[list[
 
 def load_example(prediction: Prediction, images: ImageSource | None) -> Example:
     """Load the image of a prediction; a read error is stored in `problem` instead of raised."""
-    return Example(prediction, *load_picture(prediction.index, images))
+    return Example(prediction, *load_image_uri(prediction.index, images))
 
 
-def load_picture(index: int, images: ImageSource | None, longest: int = 176) -> tuple[str | None, int, int, str]:
+def load_image_uri(index: int, images: ImageSource | None, longest: int = 176) -> tuple[str | None, int, int, str]:
     """Load an image and return URI, width, height and, without an image, the reason."""
     problem = "image unavailable"
     image = None

@@ -208,7 +208,7 @@ def _short_count(count: int) -> str:
     return str(count)
 
 
-_MOST_CURVES = 6
+_MAX_CURVES = 6
 _SPLITS = {"val": "validation"}
 _SQUARE = (CURVE[1], CURVE[1])
 
@@ -223,8 +223,8 @@ def calibration_section(info: RunInfo, predictions: Predictions | None) -> dict[
     calibration = info.calibration
     if calibration is None or not calibration.reliability:
         return None
-    shown = calibration.reliability[-1]  # the test split if there is one: nothing is fitted to it
-    pictures = [
+    shown = calibration.reliability[-1]  # the test split if present, since nothing is fitted to it
+    svgs = [
         inline_svg(
             reliability_curve(shown),
             "reliability",
@@ -232,11 +232,11 @@ def calibration_section(info: RunInfo, predictions: Predictions | None) -> dict[
         )
     ]
     if predictions is not None and predictions.split == "val" and predictions.items:
-        pictures.append(
+        svgs.append(
             inline_svg(
                 coverage_curve(predictions.with_temperature(calibration.temperature), calibration),
                 "coverage",
-                "Accuracy among the images with the highest probabilities, against their share.",
+                "Accuracy among the images with the highest probabilities, against coverage.",
             )
         )
     return {
@@ -247,7 +247,7 @@ def calibration_section(info: RunInfo, predictions: Predictions | None) -> dict[
         "threshold": calibration.threshold,
         "coverage": calibration.coverage,
         "accuracy": calibration.accuracy,
-        "figures": pictures,
+        "figures": svgs,
     }
 
 
@@ -259,19 +259,19 @@ def ranking_section(info: RunInfo, predictions: Predictions | None) -> dict[str,
     scores = np.array([item.probabilities for item in predictions.items])
     if len(set(labels.tolist())) < 2:
         return None
-    pictures = []
+    svgs = []
     if len(info.classes) == 2:
         figure, area = roc_curve(labels, scores[:, 1], info.classes[1])
-        pictures.append(inline_svg(figure, "roc", f"True positive against false positive rate, area {area:.3f}."))
+        svgs.append(inline_svg(figure, "roc", f"True positive against false positive rate, area {area:.3f}."))
     figure, precisions = precision_recall_curves(labels, scores, info.classes)
-    drawn = "the classes with the lowest average precision" if len(precisions) > _MOST_CURVES else "each class"
-    pictures.append(inline_svg(figure, "precision-recall", f"Precision against recall of {drawn}."))
+    drawn = "the classes with the lowest average precision" if len(precisions) > _MAX_CURVES else "each class"
+    svgs.append(inline_svg(figure, "precision-recall", f"Precision against recall of {drawn}."))
     return {
         "split": predictions.split_name,
         "mean": float(np.mean(list(precisions.values()))),
-        "worst": sorted(precisions.items(), key=lambda pair: pair[1])[:_MOST_CURVES],
-        "is_partial": len(precisions) > _MOST_CURVES,
-        "figures": pictures,
+        "worst": sorted(precisions.items(), key=lambda pair: pair[1])[:_MAX_CURVES],
+        "is_partial": len(precisions) > _MAX_CURVES,
+        "figures": svgs,
     }
 
 
@@ -306,7 +306,7 @@ def coverage_curve(predictions: Predictions, calibration: Calibration) -> Figure
     if calibration.threshold is not None:
         handles.append(axes.axvline(calibration.coverage, color=WARM, linewidth=1.5, linestyle=(0, (4, 3))))
         labels.append(f"probability ≥ {percent_text(calibration.threshold)}")
-    axes.set(xlim=(0, 1.02), xlabel="share of the images answered", ylabel="accuracy")
+    axes.set(xlim=(0, 1.02), xlabel="coverage: fraction of images", ylabel="accuracy")
     low = min(0.9, float((right.cumsum() / np.arange(1, len(right) + 1)).min()))
     bottom = max(0.0, low - 0.05)
     axes.set_ylim(bottom, 1 + 0.04 * (1 - bottom))
@@ -360,7 +360,7 @@ def precision_recall_curves(
 
     present = sorted(set(labels.tolist()))
     precisions = {c: float(metrics.average_precision_score(labels == c, scores[:, c])) for c in present}
-    drawn = sorted(sorted(present, key=precisions.__getitem__)[:_MOST_CURVES])
+    drawn = sorted(sorted(present, key=precisions.__getitem__)[:_MAX_CURVES])
     columns = 2 if max(len(shortened(classes[c])) for c in drawn) < 12 else 1
     height = CURVE[1] + 18 * max(0, -(-len(drawn) // columns) - 1)
     figure, axes = new_figure(_SQUARE[0], height, "Precision and recall")
@@ -370,6 +370,6 @@ def precision_recall_curves(
         handles += axes.plot(recall, precision, color=color, linewidth=2, drawstyle="steps-post")
     axes.set(xlim=(-0.01, 1.02), ylim=(-0.02, 1.05), xlabel="recall", ylabel="precision")
     percent_axis(axes, "both")
-    labels_of = [f"{shortened(classes[c])} {percent_text(precisions[c])}" for c in drawn]
-    add_legend(figure, handles, labels_of, columns=columns)
+    legend = [f"{shortened(classes[c])} {percent_text(precisions[c])}" for c in drawn]
+    add_legend(figure, handles, legend, columns=columns)
     return figure, {classes[c]: value for c, value in precisions.items()}

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 from safetensors import SafetensorError, safe_open
 
+from snella_app.console import counted
 from snella_app.records import (
     Allocation,
     AnswerScores,
@@ -31,7 +32,7 @@ from snella_app.records import (
     read_if_present,
 )
 from snella_app.report.allocation import arrange
-from snella_app.text import bytes_text, count_text, percent_text, plain_text, seconds_text
+from snella_app.text import bytes_text, percent_text, plain_text, seconds_text
 
 _REMEDY = "copy the adapter again, or train again with `--overwrite`"
 _FILES = ("adapter_model.safetensors", "trainable.safetensors")
@@ -157,8 +158,8 @@ def inspect_summary(run: str | Path) -> dict[str, Any]:
     Returns:
         JSON-serializable values: `status`, `task`, `method`, `method_options`, `backbone`, `data`, `classes`,
         `scores`, `best_epoch`, `protocol`, `selected_on`, `ema`, `train_s`, `learning` (losses of a generator),
-        `adapter_missing` (finished run without adapter), `missing` (files that the finished run wrote and that are
-        gone), `sizes`, `parameters`, `settings`, and `budgets` (None for methods without budgets).
+        `adapter_missing` (finished run without adapter), `missing` (deleted files of a finished
+        run), `sizes`, `parameters`, `settings`, and `budgets` (None for methods without budgets).
 
     Raises:
         FileNotFoundError: If the folder has no `run.json`, or results of a finished run are missing.
@@ -241,11 +242,6 @@ def inspect_run(run: str | Path) -> Group:
     if summary["settings"]:
         parts += [Text(), _settings_table(summary["settings"])]
     return Group(*parts)
-
-
-def _counted(number: int, one: str, more: str) -> str:
-    """Return a number with its singular or plural noun."""
-    return f"{count_text(number)} {one if number == 1 else more}"
 
 
 def _scores(scores: Scores | MaskScores | None) -> dict[str, Any] | None:
@@ -335,7 +331,7 @@ def _epoch_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     for split, scores in summary["scores"].items():
         if scores:
-            rows.append((split, f"{scores['text']}, {_counted(scores['images'], 'image', 'images')}"))
+            rows.append((split, f"{scores['text']}, {counted(scores['images'], 'image')}"))
     if summary["best_epoch"] is not None:
         rows.append(
             ("best epoch", f"{summary['best_epoch']} of {summary['epochs']}, {seconds_text(summary['train_s'])}")
@@ -374,13 +370,13 @@ def _nonzeros_text(budgets: dict[str, Any]) -> str:
     source = "the adapter file" if budgets["from_adapter"] else "allocation.json"
     if budgets["mismatches"]:
         names = ", ".join(budgets["mismatches"][:5])
-        count = _counted(len(budgets["mismatches"]), "matrix", "matrices")
+        count = counted(len(budgets["mismatches"]), "matrix", "matrices")
         return f"Non-zero entries differ from the budget in {count}: {names}"
     return f"Non-zero entries: {budgets['nonzeros']:,}, equal to the budget (from {source}) in every matrix."
 
 
 def _settings_table(settings: dict[str, Any]) -> Table:
-    """Return the adapter settings that are not None."""
+    """Return the non-None adapter settings."""
     table = Table(
         title="Settings of the adapter", title_justify="left", title_style="bold", show_header=False, box=None
     )
@@ -400,7 +396,7 @@ def read_scores_of_generator(run: str | Path, task: str) -> dict[str, float]:
     """Return evaluation scores by name; empty without an evaluation. Raises like `snella_app.records.read`.
 
     Args:
-        run: Folder of the run.
+        run: Run folder.
         task: One of `GENERATOR_TASKS`.
     """
     if task == "generation":

@@ -55,7 +55,7 @@ from snella_app.report.examples import (
     ImageSource,
     choose_examples,
     load_example,
-    load_picture,
+    load_image_uri,
     mask_colors,
     picture_uri,
 )
@@ -97,7 +97,7 @@ def masks_section(folder: Path, info: RunInfo, images: ImageSource | None) -> di
     shown.sort(key=lambda item: (math.isnan(item.dice), item.dice))
     items = []
     for item in shown:
-        uri, width, height, problem = load_picture(item.index, images, _LONGEST)
+        uri, width, height, problem = load_image_uri(item.index, images, _LONGEST)
         image = {"uri": uri, "width": width, "height": height, "problem": problem}
         items.append({"name": item.name, "dice": item.dice, "iou": item.iou, **image})
     colors = mask_colors(len(info.classes)) / 255
@@ -146,10 +146,10 @@ def results_section(metrics: Metrics | None, marks: Sequence[tuple[str, float]] 
     if isinstance(scores, Scores) and not isinstance(scores, OrdinalScores) and scores.images:
         ends = max(scores.accuracy - scores.margin, 0.0), min(scores.accuracy + scores.margin, 1.0)
         scale = Scale(scores.accuracy, *ends, list(marks))
-    return {"hero": facts[0] if facts else None, "scale": scale, "others": facts[1:], "kept": _kept_text(metrics)}
+    return {"hero": facts[0] if facts else None, "scale": scale, "others": facts[1:], "adapter": _adapter_text(metrics)}
 
 
-def _kept_text(metrics: Metrics) -> str:
+def _adapter_text(metrics: Metrics) -> str:
     """Return epoch, training time and file size of the saved adapter as one line."""
     parts = [] if metrics.best_epoch is None else [" ".join(filter(None, _kept_epoch(metrics)))]
     parts += [] if math.isnan(metrics.train_s) else [f"trained in {seconds_text(metrics.train_s)}"]
@@ -343,11 +343,11 @@ def verdict_text(info: RunInfo, metrics: Metrics | None) -> str:
     if correct / total - frequent > scores.margin:
         return f"{text}."
     recalls = [row[i] / sum(row) for i, row in enumerate(scores.confusion) if sum(row)]
-    balanced, one_answer = sum(recalls) / len(recalls), 1 / len(recalls)
-    if balanced - one_answer > scores.balanced_margin:
+    balanced, constant_share = sum(recalls) / len(recalls), 1 / len(recalls)
+    if balanced - constant_share > scores.balanced_margin:
         return (
-            f"{text}, but only {percent_text(one_answer)} balanced accuracy, which weighs all classes equally; this "
-            f"model reaches {percent_text(balanced)} ({margin_text(scores.balanced_margin)})."
+            f"{text}, but only {percent_text(constant_share)} balanced accuracy, which weights all classes equally; "
+            f"this model reaches {percent_text(balanced)} ({margin_text(scores.balanced_margin)})."
         )
     return (
         f"{text}. The model does not exceed it by more than the 95\N{NO-BREAK SPACE}% margin: no evidence of learning "
@@ -442,7 +442,7 @@ def allocation_section(
             "Values are in the table of matrices.",
         ),
         "trend": trend and inline_svg(trend, "block-trend", "Sparsity of each block with its linear trend."),
-        "kept": sum(budgets.values()),
+        "budget": sum(budgets.values()),
         "total": allocation.total_weights,
         "frozen": [matrix.name for matrix in allocation.matrices if budgets[matrix.name] == 0],
         "evolution": evolution,
@@ -470,7 +470,7 @@ def _class_predictions(folder: Path, info: RunInfo) -> Predictions | None:
 def examples_section(
     info: RunInfo, predictions: Predictions | None, images: ImageSource | None
 ) -> dict[str, Any] | None:
-    """Return sample images with calibrated predictions, as `snella predict` gives them."""
+    """Return sample images with calibrated predictions, like those of `snella predict`."""
     if predictions is None:
         return None
     if info.calibration is not None:
@@ -549,7 +549,7 @@ def uses(folder: Path, task: str) -> list[Use]:
     """Return command lines and Python code that use a run.
 
     Args:
-        folder: Folder of the run.
+        folder: Run folder.
         task: Task of the run.
     """
     run = shlex.quote(str(folder))
@@ -585,13 +585,13 @@ def write_report(
     Sections without data (e.g. budgets of a method without budgets) are omitted.
 
     Args:
-        run: Folder of the run.
+        run: Run folder.
         images: Images of the split in `predictions.json` by index: a mapping, or a function like the validation set's
             `image`.
         metrics: Metrics so far of an unfinished run, which has no `metrics.json` yet.
         allocation: Allocation so far of an unfinished run, which has no `allocation.json` yet.
         state: Overrides the status `running` in the record: `stopped` if the process is gone, `finished` if the final
-            results are written. None keeps the recorded status.
+            results are written. None uses the recorded status.
 
     Returns:
         Path of the report.

@@ -21,7 +21,7 @@ from snella_app.records import (
     RunInfo,
     read_if_present,
 )
-from snella_app.report.examples import ImageSource, load_picture
+from snella_app.report.examples import ImageSource, load_image_uri
 from snella_app.report.style import (
     ACCENT,
     COLORS,
@@ -39,9 +39,9 @@ from snella_app.text import measure_text, percent_text
 
 _SHOWN = 12
 """Cards per group."""
-_MOST_POINTS = 2_000
-_MOST_RANGES = 5
-_LEAST_IN_RANGE = 5
+_MAX_POINTS = 2_000
+_MAX_RANGES = 5
+_MIN_IN_RANGE = 5
 _TINY = 1e-6
 
 
@@ -100,7 +100,7 @@ def true_and_predicted(predictions: NumberPredictions, target: int, name: str) -
         name: Name of the target.
     """
     truth, predicted = _number_arrays(predictions)
-    chosen = np.unique(np.linspace(0, len(truth) - 1, min(len(truth), _MOST_POINTS)).round().astype(int))
+    chosen = np.unique(np.linspace(0, len(truth) - 1, min(len(truth), _MAX_POINTS)).round().astype(int))
     x, y = truth[chosen, target], predicted[chosen, target]
     figure, axes = new_figure(*CURVE, f"{shortened(name, 30)}: predicted and true")
     low, high = float(min(x.min(), y.min())), float(max(x.max(), y.max()))
@@ -123,7 +123,7 @@ def residual_ranges(predictions: NumberPredictions, target: int, name: str) -> F
     """
     truth, predicted = (values[:, target] for values in _number_arrays(predictions))
     errors = predicted - truth
-    count = max(1, min(_MOST_RANGES, len(truth) // _LEAST_IN_RANGE))
+    count = max(1, min(_MAX_RANGES, len(truth) // _MIN_IN_RANGE))
     edges = np.unique(np.quantile(truth, np.linspace(0, 1, count + 1)))
     bins = np.clip(np.digitize(truth, edges[1:-1]), 0, max(len(edges) - 2, 0))
     present = sorted(set(bins.tolist()))
@@ -161,15 +161,15 @@ def label_set_verdict(scores: LabelSetScores, split: str) -> str:
 
 def regression_verdict(scores: RegressionScores, split: str) -> str:
     """Return the result as a sentence, compared with predicting the training median."""
-    texts = []
+    sentences = []
     for row in scores.per_target:
         better = 1 - row.mae / row.baseline_mae if row.baseline_mae else math.nan
         compared = f"{percent_text(better)} less than" if better > 0 else "no less than"
-        texts.append(
+        sentences.append(
             f"the mean absolute error of {row.name} is {measure_text(row.mae)}, {compared} the "
             f"{measure_text(row.baseline_mae)} of always predicting the training images' median"
         )
-    return f"On {scores.images:,} {split} images, {'; '.join(texts)}." if texts else ""
+    return f"On {scores.images:,} {split} images, {'; '.join(sentences)}." if sentences else ""
 
 
 def label_cards(
@@ -193,7 +193,7 @@ def label_cards(
             bool((given[row] == truth[row].astype(bool)).all()),
             ", ".join(marked) or "no label",
             ", ".join(true) or "no label",
-            *load_picture(item.index, images),
+            *load_image_uri(item.index, images),
         )
 
     wrong = int((given != truth.astype(bool)).any(1).sum())
@@ -219,7 +219,7 @@ def number_cards(
 
     def card(row: int) -> Card:
         item = predictions.items[row]
-        return Card(item.name, None, text(item.predicted), text(item.values), *load_picture(item.index, images))
+        return Card(item.name, None, text(item.predicted), text(item.values), *load_image_uri(item.index, images))
 
     return _groups(errors, card, f"of {len(errors)} images, largest errors first")
 

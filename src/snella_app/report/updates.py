@@ -40,8 +40,8 @@ def adapter_updates(adapter: AdapterFile, infos: Mapping[str, MatrixInfo]) -> Up
         infos: Matrices in `allocation.json` by name.
     """
     if any(key.endswith(".snella_A") for key in adapter.shapes) and not adapter.config.get("fixed_support"):
-        return _of_snella(adapter, infos)
-    return _of_lora(adapter) if _is_plain_lora(adapter) else None
+        return _snella_updates(adapter, infos)
+    return _lora_updates(adapter) if _is_plain_lora(adapter) else None
 
 
 def deepest_query(names: Sequence[str]) -> str:
@@ -50,7 +50,7 @@ def deepest_query(names: Sequence[str]) -> str:
     return (queries or list(names))[-1]
 
 
-def _of_snella(adapter: AdapterFile, infos: Mapping[str, MatrixInfo]) -> UpdateSource:
+def _snella_updates(adapter: AdapterFile, infos: Mapping[str, MatrixInfo]) -> UpdateSource:
     """Return updates computed from factors, scalars and budgets by the reference formula."""
     config = SnellaConfig.from_pretrained(str(adapter.path.parent))
     modules = _modules(adapter, ".snella_A")
@@ -67,7 +67,7 @@ def _of_snella(adapter: AdapterFile, infos: Mapping[str, MatrixInfo]) -> UpdateS
     kernel = config.make_kernel()
     merged: dict[str, list[Tensor]] = {}
 
-    def make(name: str) -> Tensor:
+    def compute(name: str) -> Tensor:
         module, group = places[name]
         if module not in merged:
             merged.clear()  # cache one fused layer: its matrices are merged together and requested in sequence
@@ -79,7 +79,7 @@ def _of_snella(adapter: AdapterFile, infos: Mapping[str, MatrixInfo]) -> UpdateS
                 merged[module] = sparsify_update(Update(spec, Factors(*values), budgets))[0]  # type: ignore[arg-type]
         return config.scaling * merged[module][group].float()
 
-    return shapes, make
+    return shapes, compute
 
 
 def _modules(adapter: AdapterFile, ending: str) -> list[str]:
@@ -110,7 +110,7 @@ def _is_plain_lora(adapter: AdapterFile) -> bool:
     )
 
 
-def _of_lora(adapter: AdapterFile) -> UpdateSource:
+def _lora_updates(adapter: AdapterFile) -> UpdateSource:
     """Return updates `scaling · B A`, with fused layers split into the same matrices as in SNELLA."""
     rank = adapter.config["r"]
     scaling = adapter.config.get("lora_alpha", _LORA_ALPHA) / (rank**0.5 if adapter.config.get("use_rslora") else rank)
@@ -124,13 +124,13 @@ def _of_lora(adapter: AdapterFile) -> UpdateSource:
         places |= {name: (module, group, m // len(names)) for group, name in enumerate(names)}
         shapes |= {name: (m // len(names), n) for name in names}
 
-    def make(name: str) -> Tensor:
+    def compute(name: str) -> Tensor:
         module, group, rows = places[name]
         with safe_open(adapter.path, "pt") as file:
             A, B = (file.get_tensor(f"{_PREFIX}{module}.lora_{letter}.weight").float() for letter in "AB")
         return scaling * (B[group * rows : (group + 1) * rows] @ A)
 
-    return shapes, make
+    return shapes, compute
 
 
 def part_names(module: str, groups: int, infos: Mapping[str, MatrixInfo]) -> list[str]:
@@ -143,8 +143,8 @@ def part_names(module: str, groups: int, infos: Mapping[str, MatrixInfo]) -> lis
     return [f"{module}.{part}" for part in ("qkv" if groups == 3 else map(str, range(groups)))]
 
 
-def _pooled(values: Tensor, side: int = MOST_CELLS) -> np.ndarray:
-    """Downsample a matrix to at most `side` cells per side, keeping the largest magnitude of each cell."""
+def _downsample(values: Tensor, side: int = MOST_CELLS) -> np.ndarray:
+    """Downsample a matrix to at most `side` cells per side, with the entry of largest magnitude in each cell."""
     rows, columns = (max(1, -(-size // side)) for size in values.shape)
     padded = torch.nn.functional.pad(values, (0, -values.shape[1] % columns, 0, -values.shape[0] % rows))
     blocks = padded.unfold(0, rows, rows).unfold(1, columns, columns).flatten(2)
@@ -161,7 +161,7 @@ def draw_updates(updates: Mapping[str, Tensor], name: str) -> Figure:
     panel = min(max(250 * height, 110), 420)
     figure, panels = new_panels(270 * columns, (panel + 50) * lines + 60, titles, columns)
     for axes, value in zip(panels, updates.values(), strict=True):
-        drawn = _pooled(value)
+        drawn = _downsample(value)
         limit = float(np.quantile(np.abs(drawn)[drawn != 0], 0.99)) if drawn.any() else 1.0
         rows, inputs = value.shape
         axes.grid(False)

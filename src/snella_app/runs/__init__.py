@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from snella_app.runs.model import LoadedRun, load_run
     from snella_app.runs.task_bank import TaskBank
 
-_HOMES = {
+_MODULES = {
     "LoadedRun": "model",
     "RunFolder": "folder",
     "TaskBank": "task_bank",
@@ -25,6 +25,6 @@ __all__ = ["LoadedRun", "RunFolder", "TaskBank", "load_merged", "load_run"]
 
 def __getattr__(name: str) -> Any:
     """Import the module of a public name on first use."""
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

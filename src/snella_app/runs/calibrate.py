@@ -12,9 +12,9 @@ from snella_app.records import Calibration, Reliability, ReliabilityBin
 
 __all__ = ["calibrate", "expected_calibration_error", "fit_temperature", "reliability_bins", "unsure_threshold"]
 
-MOST_BINS = 15
+MAX_BINS = 15
 _PER_BIN = 12  # minimum images per bin; keeps the standard error of its accuracy below 15 points
-_LEAST, _MOST = 0.05, 20.0
+_MIN_TEMPERATURE, _MAX_TEMPERATURE = 0.05, 20.0
 _TINY = 1e-38  # probabilities are float32
 
 
@@ -65,7 +65,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         scaled = logits.double() * float(np.exp(-log_temperature))
         return float(F.cross_entropy(scaled, labels, label_smoothing=smoothing))
 
-    bounds = (float(np.log(_LEAST)), float(np.log(_MOST)))
+    bounds = (float(np.log(_MIN_TEMPERATURE)), float(np.log(_MAX_TEMPERATURE)))
     result = minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-6})
     return round(float(np.exp(result.x)), 6)
 
@@ -77,19 +77,19 @@ def expected_calibration_error(bins: list[ReliabilityBin]) -> float:
 
 
 def reliability_bins(confidence: Tensor, is_right: Tensor) -> list[ReliabilityBin]:
-    """Group images into up to 15 bins of equal size by confidence, with at least 12 images each.
+    """Group images by confidence into up to 15 bins of equal size, with at least 12 images each.
 
     Images with equal confidence share a bin.
 
     Args:
         confidence: Highest probability of each image, `[images]`, in [0, 1].
-        is_right: Whether the prediction is correct, `[images]`, boolean.
+        is_right: True for correct predictions, `[images]`, boolean.
     """
     if not len(confidence):
         return []
     order = confidence.argsort(stable=True)
     ranked, right = confidence[order].double(), is_right[order].double()
-    count = max(1, min(MOST_BINS, len(ranked) // _PER_BIN))
+    count = max(1, min(MAX_BINS, len(ranked) // _PER_BIN))
     places = torch.tensor([round(number * len(ranked) / count) for number in range(1, count)], dtype=torch.long)
     bounds = [0]
     for edge in torch.searchsorted(ranked, ranked[places]).tolist():  # first image with equal confidence
@@ -107,7 +107,7 @@ def unsure_threshold(confidence: Tensor, is_right: Tensor) -> tuple[float | None
 
     Args:
         confidence: Highest probability of each image, `[images]`, in [0, 1].
-        is_right: Whether the prediction is correct, `[images]`, boolean.
+        is_right: True for correct predictions, `[images]`, boolean.
 
     Returns:
         Threshold, fraction of images at or above it, and their accuracy. If no threshold halves the error rate, or

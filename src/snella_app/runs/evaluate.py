@@ -10,10 +10,10 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from snella_app.console import make_console, print_line, tracked
+from snella_app.console import make_console, print_line, track_progress
 from snella_app.data import DataSplits, ImageDataset, full_spec, has_columns, load_data
 from snella_app.data.datasets import read_at_side, show_reading
-from snella_app.data.load import equal_pictures, near_copies
+from snella_app.data.load import find_equal_images, find_near_copies
 from snella_app.records import Calibration, DataInfo, RunInfo, plain, read
 from snella_app.report import write_report
 from snella_app.report.examples import ImageSource
@@ -39,14 +39,14 @@ def redraw_report(run: str | Path, console: Console | None = None) -> Path:
     If the images are missing or changed, the report has no images, and a note gives the reason.
 
     Args:
-        run: Folder of the run.
+        run: Run folder.
         console: Console for the note; standard output if None.
 
     Returns:
         Path of the report.
 
     Raises:
-        FileNotFoundError: If `run` is not the folder of a run.
+        FileNotFoundError: If `run` is not a run folder.
         ValueError: If the run has another kind of task, such as a personalized generator.
     """
     folder = RunFolder(run)
@@ -75,7 +75,7 @@ Split = Literal["auto", "train", "val", "test", "all"]
 
 
 class _Relabeled(Dataset[tuple[Tensor, Any]]):
-    """Concatenated data sets with the class indices of the run."""
+    """Concatenated datasets with the class indices of the run."""
 
     def __init__(self, parts: Sequence[ImageDataset], numbers: list[int], task: Task) -> None:
         self.items = [(part, index) for part in parts for index in range(len(part))]
@@ -105,13 +105,13 @@ def evaluate(
     """Evaluate the best model of a run with the metrics of its task.
 
     Args:
-        run: Folder of the run.
-        data: Data to evaluate on instead of the run's data, as for training, or a data set object. The run must have
+        run: Run folder.
+        data: Data to evaluate on instead of the run's data, as for training, or a dataset object. The run must have
             been trained on all of its classes.
         split: Split to evaluate. `auto` selects the test split of the run (validation if it has none), or all images of
             other data.
         batch_size: Batch size.
-        columns: Columns of a table, as for training; the columns of the run if None.
+        columns: Columns of a table, as for training; None uses the columns of the run.
         skip_corrupt: Skip images that cannot be read.
         device: auto, or a torch device such as cpu, cuda:1 or mps.
         console: Console for progress bars; no progress if None.
@@ -130,9 +130,9 @@ def evaluate(
     loaded = load_run(run, device)
     with show_reading(console):
         splits, chosen, parts = images_for_run(loaded, data, split, skip_corrupt=skip_corrupt, columns=columns)
-        training_note = _training_note(loaded, splits if data is None else None, _parts(splits, chosen), chosen)
+        training_note = _training_note(loaded, splits if data is None else None, _split_parts(splits, chosen), chosen)
     status_note = unfinished_note(loaded)
-    items = _Relabeled(parts, _numbers(splits.classes, loaded), loaded.task)
+    items = _Relabeled(parts, _class_indices(splits.classes, loaded), loaded.task)
     scores = loaded.task.metrics(*_run_model(loaded, items, batch_size, console))
     head = {
         "data": _spec(loaded, data),
@@ -144,56 +144,57 @@ def evaluate(
 
 
 def _training_note(
-    loaded: LoadedRun, own: DataSplits | None, parts: Sequence[ImageDataset], split: Split
+    loaded: LoadedRun, run_splits: DataSplits | None, parts: Sequence[ImageDataset], split: Split
 ) -> str | None:
-    """Report how many evaluated images are training images, by their pixels; None if there are none.
+    """Report the number of evaluated images that are training images, by their pixels; None for zero.
 
     Args:
         loaded: The run.
-        own: Splits of the run, if they are evaluated; their notes already report duplicates in the test split.
+        run_splits: Splits of the run, if they are evaluated; their notes already report duplicates in the test split.
         parts: Evaluated images.
         split: Evaluated split.
     """
-    if own is not None and split in ("val", "test") and not isinstance(loaded.model, Ensemble):
+    if run_splits is not None and split in ("val", "test") and not isinstance(loaded.model, Ensemble):
         if split == "val" and loaded.probe is not None:
             return (
                 "the final head was also fitted to these images, so results are optimistic; metrics.json has results "
                 "of a fit to only the training images"
             )
         return None
-    if own is None:
+    if run_splits is None:
         config, stored = loaded.folder.read_config(), loaded.info.data
         try:
             config.data = find_data(loaded.folder.path, str(config.data), stored.folder)
-            own = load_splits(config)
-            if not is_same_split(stored, own):
+            run_splits = load_splits(config)
+            if not is_same_split(stored, run_splits):
                 raise ValueError(f"files were added or removed in {config.data}")
         except (OSError, ValueError, ImportError) as error:
             return (
                 f"cannot check for training images of the run among these images: {error}; results are optimistic if "
                 "the run was trained on them"
             )
-    trained = [own.train]
+    trained = [run_splits.train]
     if isinstance(loaded.model, Ensemble):  # each image was trained on by all folds but one
-        trained += [part for name, part in own.parts.items() if name in ("val", own.fold_part)]
-    elif loaded.probe is not None and own.val is not None:
-        trained.append(own.val)
+        trained += [part for name, part in run_splits.parts.items() if name in ("val", run_splits.fold_part)]
+    elif loaded.probe is not None and run_splits.val is not None:
+        trained.append(run_splits.val)
     count = resaved = 0
     example = ""
     for part in parts:
         equal: dict[int, str] = {}
         near: dict[int, str] = {}
         for train in trained:
-            equal |= {position: train.names[other] for position, other in equal_pictures(train, part).items()}
-            near |= {position: train.names[other] for position, other in near_copies(train, part).items()}
+            equal |= {position: train.names[other] for position, other in find_equal_images(train, part).items()}
+            near |= {position: train.names[other] for position, other in find_near_copies(train, part).items()}
         both = {**near, **equal}
         count, resaved = count + len(both), resaved + len(both) - len(equal)
         example = example or next((f"{part.names[p]!r} is {name!r}" for p, name in sorted(both.items())), "")
     if not count:
         return None
     kind = f" ({resaved} of them re-encoded or resized)" if resaved else ""
+    duplicate = "is a training image" if count == 1 else "are training images"
     return (
-        f"{count} of {sum(map(len, parts))} images are training images of the run{kind}, e.g. {example}; results are "
+        f"{count} of {sum(map(len, parts))} images {duplicate} of the run{kind}, e.g. {example}; results are "
         "optimistic, so evaluate on unseen images"
     )
 
@@ -212,7 +213,7 @@ def calibrate_run(run: str | Path, *, batch_size: int = 32, device: str = "auto"
         The calibration stored in `run.json`.
 
     Raises:
-        FileNotFoundError: If `run` is not the folder of a run, or its images no longer exist.
+        FileNotFoundError: If `run` is not a run folder, or its images no longer exist.
         ValueError: If the run is not a finished classification, is a cross-validation, has no validation images, or its
             images have changed.
     """
@@ -239,7 +240,7 @@ def calibrate_run(run: str | Path, *, batch_size: int = 32, device: str = "auto"
     names: tuple[Split, ...] = ("val", "test") if loaded.info.data.sizes.get("test") else ("val",)
     for split in names:
         splits, _, parts = images_for_run(loaded, None, split)
-        items = _Relabeled(parts, _numbers(splits.classes, loaded), loaded.task)
+        items = _Relabeled(parts, _class_indices(splits.classes, loaded), loaded.task)
         reduced, labels = _run_model(loaded, items, batch_size)
         measured[split] = (loaded.task.sample_outputs(reduced), labels)
     calibration = calibrate(measured)
@@ -268,21 +269,24 @@ def images_for_run(
         columns: As for `evaluate`.
 
     Returns:
-        Splits of the data, name of the selected split, and its data sets.
+        Splits of the data, name of the selected split, and its datasets.
 
     Raises:
         FileNotFoundError: If the data of the run no longer exists.
         ValueError: As for `evaluate`, except for unknown classes.
     """
     splits, is_run_data = _load_splits(loaded, data, split, skip_corrupt, columns)
-    chosen = _chosen(split, splits) if is_run_data else "all" if split == "auto" else split
+    chosen = _resolve_split(split, splits) if is_run_data else "all" if split == "auto" else split
     loaded.task.check_data(splits.train, _spec(loaded, data))
     if loaded.task.target != "class":
         splits = encoded(splits, create_task(loaded.task.name, splits.classes))
     return (
         splits,
         chosen,
-        [part.with_transform(loaded.transform) for part in read_at_side(_parts(splits, chosen), loaded.reading.side)],
+        [
+            part.with_transform(loaded.transform)
+            for part in read_at_side(_split_parts(splits, chosen), loaded.reading.side)
+        ],
     )
 
 
@@ -294,14 +298,14 @@ def _spec(loaded: LoadedRun, data: Any) -> str:
 def _load_splits(
     loaded: LoadedRun, data: Any, split: Split, skip_corrupt: bool, columns: str | None
 ) -> tuple[DataSplits, bool]:
-    """Load the splits of the run or other data; returns them with True for data of the run."""
+    """Load the splits of the run or of other data; the second value is True for data of the run."""
     config, stored = loaded.folder.read_config(), loaded.info.data
     config.skip_corrupt = skip_corrupt or config.skip_corrupt
     config.columns = columns if columns is not None else config.columns
     if data is None:
         config.data = find_data(loaded.folder.path, str(config.data), stored.folder)
         splits = load_splits(config)
-        measured = _names(_chosen(split, splits))
+        measured = _split_names(_resolve_split(split, splits))
         check_splits(loaded.folder.path, stored, splits, measured)
         unknown = [name for name in parts_of(splits) if name in measured and name not in stored.contents]
         if unknown:
@@ -314,7 +318,7 @@ def _load_splits(
     with contextlib.suppress(ValueError):
         config.data = full_spec(data) if isinstance(data, str) else config.data
         splits = load_splits(config, None if isinstance(data, str) else data)
-        changed = changed_parts(stored, splits, _names(_chosen(split, splits)))
+        changed = changed_parts(stored, splits, _split_names(_resolve_split(split, splits)))
         if is_same_split(stored, splits) and not changed:
             return splits, True
         if is_same_split(stored, splits):
@@ -333,18 +337,18 @@ def _load_splits(
     return splits, False
 
 
-def _chosen(split: Split, splits: DataSplits) -> Split:
+def _resolve_split(split: Split, splits: DataSplits) -> Split:
     """Resolve `auto` to the test split, or validation if there is none."""
     return split if split != "auto" else "test" if splits.test is not None else "val"
 
 
-def _names(split: Split) -> Collection[str]:
+def _split_names(split: Split) -> Collection[str]:
     """Return the names of the evaluated splits."""
     return PARTS if split == "all" else (split,)
 
 
-def _parts(splits: DataSplits, split: Split) -> list[ImageDataset]:
-    """Return the data sets of a split."""
+def _split_parts(splits: DataSplits, split: Split) -> list[ImageDataset]:
+    """Return the datasets of a split."""
     present = parts_of(splits)
     if split == "all":
         return list(present.values())
@@ -353,12 +357,12 @@ def _parts(splits: DataSplits, split: Split) -> list[ImageDataset]:
     return [present[split]]
 
 
-def _numbers(names: list[str], loaded: LoadedRun) -> list[int]:
+def _class_indices(names: list[str], loaded: LoadedRun) -> list[int]:
     """Map the classes of the data to class indices of the run."""
     unknown = [name for name in names if name not in loaded.classes]
     if unknown:
         raise ValueError(
-            f"the data has classes {unknown} that the run was not trained on; the run has the classes {loaded.classes}"
+            f"the run was not trained on the classes {unknown} of the data; its classes are {loaded.classes}"
         )
     return [loaded.classes.index(name) for name in names]
 
@@ -371,7 +375,7 @@ def _run_model(
     labels: list[Tensor] = []
     with torch.inference_mode():
         batches = DataLoader(items, batch_size, collate_fn=loaded.task.collate)
-        for batch in tracked(batches, "evaluating", len(batches), console):
+        for batch in track_progress(batches, "evaluating", len(batches), console):
             images = batch["images"].to(loaded.device)
             outputs = loaded.task.outputs(loaded.network, images, loaded.info.tta).cpu()
             for whole, part in zip((reduced, labels), loaded.task.reduce(outputs, batch["labels"]), strict=True):

@@ -27,11 +27,11 @@ from snella_app.text import percent_text
 __all__ = ["HEAT_MAPS", "Explained", "HeatMap", "explain", "explain_validation", "nearest_images"]
 
 HeatMap = Literal["gradcam", "rollout"]
-"""Kind of heat map: gradient times activation for a class, or attention rollout of a ViT, independent of the class."""
+"""Heat map method: gradient times activation for a class, or attention rollout of a ViT, independent of the class."""
 HEAT_MAPS = "heat_maps"
 """Folder in a run with the heat maps of its report, `INDEX.png`."""
 _SHOWN = 12
-_MOST_NEIGHBORS_FROM = 2_000
+_MAX_CANDIDATES = 2_000
 _LONGEST = 320
 
 
@@ -123,7 +123,7 @@ def explain(
                         "name": str(prediction.path),
                         "file": name,
                         "text": ", ".join(f"{c} {percent_text(p)}" for c, p in prediction.ranking[:3]),
-                        "target": f"for {target}" if by == "gradcam" else "of attention, for any class",
+                        "target": f"for {target}" if by == "gradcam" else "of attention, independent of the class",
                         "image": _shown(heat[0]),
                         "heat": _shown(heat[1]),
                         "near": near[number],
@@ -146,7 +146,7 @@ def explain_validation(run: str | Path, *, by: HeatMap = "gradcam", batch_size: 
         Path of the report.
 
     Raises:
-        FileNotFoundError: If `run` is not the folder of a run, or its images no longer exist.
+        FileNotFoundError: If `run` is not a run folder, or its images no longer exist.
         ValueError: If the run has another task, or its images have changed.
         ImportError: If Captum is not installed.
     """
@@ -154,7 +154,7 @@ def explain_validation(run: str | Path, *, by: HeatMap = "gradcam", batch_size: 
     model = load(run, device, batch_size=batch_size)
     _check_task(model)
     predictions = read(Predictions, run)
-    split = parts_of(_own_splits(model))[predictions.split]
+    split = parts_of(_load_run_splits(model))[predictions.split]
     wrong, right = choose_examples(predictions.items, _SHOWN)
     items = [*wrong, *right]
     folder = Path(run) / HEAT_MAPS
@@ -190,7 +190,7 @@ def nearest_images(features: np.ndarray, others: np.ndarray, count: int) -> list
 
 
 def _check_map(by: str) -> None:
-    """Reject an unknown kind of heat map."""
+    """Reject an unknown heat map method."""
     if by not in get_args(HeatMap):
         raise ValueError(f"by must be one of {', '.join(get_args(HeatMap))}, got {by!r}")
 
@@ -201,7 +201,7 @@ def _check_task(model: Predictor) -> None:
         raise ValueError(f"run must be a classification run for heat maps, got a run of {model.loaded.info.task!r}")
 
 
-def _own_splits(model: Predictor) -> Any:
+def _load_run_splits(model: Predictor) -> Any:
     """Load the splits of the run's data."""
     folder, stored = model.loaded.folder, model.loaded.info.data
     config = folder.read_config()
@@ -216,8 +216,8 @@ def _neighbors(
 ) -> list[list[dict[str, Any]]]:
     """Return the nearest training images for the page; adds a note and returns none if they cannot be read."""
     try:
-        train: ImageDataset = _own_splits(model).train
-        step = max(1, -(-len(train) // _MOST_NEIGHBORS_FROM))
+        train: ImageDataset = _load_run_splits(model).train
+        step = max(1, -(-len(train) // _MAX_CANDIDATES))
         places = list(range(0, len(train), step))
         size = model.batch_size
         chunks = [places[start : start + size] for start in range(0, len(places), size)]
@@ -226,7 +226,7 @@ def _neighbors(
         notes.append(f"no nearest training images: {error}")
         return [[] for _ in rows]
     if step > 1:
-        notes.append(f"neighbors are searched among {len(places):,} training images, every {step}th")
+        notes.append(f"neighbors are from {len(places):,} evenly spaced training images of {len(train):,}")
     neighbors = nearest_images(np.stack(rows), others, count)
     return [
         [
@@ -260,17 +260,17 @@ def _shown(image: Image.Image) -> dict[str, Any]:
 
 
 def _png(image: Image.Image, by: HeatMap) -> bytes:
-    """Encode a heat map as PNG, with its kind in the metadata."""
-    content, texts = io.BytesIO(), PngInfo()
-    texts.add_text("by", by)
-    image.save(content, "PNG", pnginfo=texts)
+    """Encode a heat map as PNG, with its method in the metadata."""
+    content, metadata = io.BytesIO(), PngInfo()
+    metadata.add_text("by", by)
+    image.save(content, "PNG", pnginfo=metadata)
     return content.getvalue()
 
 
 def _page(model: Predictor, entries: Sequence[dict[str, Any]], of: str | None, by: HeatMap) -> str:
     """Render `index.html`."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    texts = resources.files("snella_app.report")
-    template = environment.from_string(texts.joinpath("explained.html.jinja").read_text(encoding="utf-8"))
-    style = texts.joinpath("report.css").read_text(encoding="utf-8")
+    templates = resources.files("snella_app.report")
+    template = environment.from_string(templates.joinpath("explained.html.jinja").read_text(encoding="utf-8"))
+    style = templates.joinpath("report.css").read_text(encoding="utf-8")
     return template.render(run=model.loaded.info, entries=entries, of=of, by=by, style=Markup(style))

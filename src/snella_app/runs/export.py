@@ -22,12 +22,13 @@ from torch import Tensor, nn
 
 from snella.compat.sparse_file import Entries, SparsePatch, ValueDtype, digest_of, load_sparse
 from snella.layer import SnellaLayer
+from snella_app.console import counted
 from snella_app.data import ImageDataset, read_image
 from snella_app.data.datasets import FileImages, read_at_side
 from snella_app.files import made_folder, naming_file, sync_tree, write_text
 from snella_app.report import model_card
 from snella_app.runs.images import find_data, load_splits, parts_of
-from snella_app.runs.merge import merged_model, run_metadata, views_notes, write_timm_folder
+from snella_app.runs.merge import merged_model, prediction_notes, run_metadata, write_timm_folder
 from snella_app.runs.model import Ensemble, LoadedRun, load_run, make_backbone
 
 OUTPUT_BOUND = 1e-4
@@ -35,7 +36,7 @@ OUTPUT_BOUND = 1e-4
 _NUM_IMAGES = 8
 _DEFAULT_RANK = 32
 _TWO_GIB = 2**31
-_MOST_CHANGED = 0.9  # maximum fraction of changed weights in a sparse file
+_MAX_CHANGED = 0.9  # maximum fraction of changed weights in a sparse file
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class ExportOptions:
         values: Data type of the values in a sparse file.
         images: Images to compare outputs on; test or validation images of the run if empty.
         logits: Export the outputs of the model instead of the outputs of `predict`.
-        own: Images of the run, if `images` is empty; set by `export`.
+        run_images: Images of the run to compare outputs on if `images` is empty; set by `export`.
     """
 
     opset: int | None = None
@@ -56,7 +57,7 @@ class ExportOptions:
     values: ValueDtype | None = None
     images: Sequence[str | Path] = ()
     logits: bool = False
-    own: ImageDataset | None = None
+    run_images: ImageDataset | None = None
 
 
 @dataclass
@@ -85,7 +86,7 @@ class ExportFormat:
         snippet: Python code that loads `{path}`, or a function that returns it.
         options: Supported fields of `ExportOptions`.
         packages: Additional modules with the extra that installs them.
-        is_folder: Whether the export is a folder.
+        is_folder: True if the export is a folder.
         temperature: Location of the temperature, if the outputs do not include it.
         tasks: Supported tasks; None for all.
     """
@@ -123,7 +124,7 @@ def export(
     several batch sizes. Sparse files restore the fine-tuned weights bit for bit.
 
     Args:
-        run: Folder of the run.
+        run: Run folder.
         format: Key of `FORMATS`.
         out: Output file or folder; named after the run and next to it if None.
         overwrite: Replace the output of an earlier export.
@@ -164,14 +165,14 @@ def export(
         supported = ", ".join(name for name, entry in FORMATS.items() if entry.tasks is None)
         raise ValueError(f"format={format} does not support the task {loaded.task.name}; use one of {supported}")
     if "images" in chosen.options and not images:
-        options = dataclasses.replace(options, own=_own_part(loaded))
+        options = dataclasses.replace(options, run_images=_run_images(loaded))
     temporary = path.with_name(f".{path.name}.tmp")
     with made_folder(path.parent), naming_file(path):
         try:
             _remove(temporary)
             notes = chosen.write(loaded, temporary, options) + _output_notes(loaded, chosen, options)
             if path.is_dir():
-                _refuse_other_files(path, temporary)
+                _reject_other_files(path, temporary)
                 _remove(path)
             if temporary.is_dir():
                 sync_tree(temporary)
@@ -188,7 +189,7 @@ def export(
 
 
 def _output_notes(loaded: LoadedRun, chosen: ExportFormat, options: ExportOptions) -> list[str]:
-    """Describe the outputs, and how temperature and test-time augmentation are handled."""
+    """Describe the outputs, temperature and test-time augmentation."""
     info = loaded.info
     temperature = info.temperature if "logits" in chosen.options else info.trained_head_temperature
     averages_flips = loaded.info.tta == 2
@@ -196,7 +197,7 @@ def _output_notes(loaded: LoadedRun, chosen: ExportFormat, options: ExportOption
         divided = "" if temperature == 1.0 else f", from logits divided by the temperature {temperature:g}"
         views = ["they are averaged over an image and its flip, as in predict"] if averages_flips else []
         return [f"outputs are the {loaded.task.final_name} of predict{divided}; use --logits for logits", *views]
-    views = views_notes(loaded.info)
+    views = prediction_notes(loaded.info)
     if temperature == 1.0:
         return views
     text = "outputs are logits without temperature: softmax(outputs / {:g}) gives the probabilities of {}"
@@ -237,7 +238,7 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _refuse_other_files(folder: Path, written: Path) -> None:
+def _reject_other_files(folder: Path, written: Path) -> None:
     """Reject a folder with files that an export did not write."""
     names = {file.name for file in written.iterdir()}
     others = sorted(file.name for file in folder.iterdir() if file.name not in names)
@@ -271,13 +272,13 @@ def _graph_model(loaded: LoadedRun, options: ExportOptions) -> tuple[nn.Module, 
 
 def _sample_images(loaded: LoadedRun, options: ExportOptions) -> Tensor:
     """Load real images as a batch `[n, C, H, W]`: the given ones, or images of the run."""
-    if options.own is None:
+    if options.run_images is None:
         return torch.stack([loaded.transform(read_image(Path(image), loaded.reading)) for image in options.images])
-    (part,) = read_at_side([options.own.with_transform(loaded.transform)], loaded.reading.side)
+    (part,) = read_at_side([options.run_images.with_transform(loaded.transform)], loaded.reading.side)
     return torch.stack([part[index][0] for index in range(min(_NUM_IMAGES, len(part)))])
 
 
-def _own_part(loaded: LoadedRun) -> ImageDataset:
+def _run_images(loaded: LoadedRun) -> ImageDataset:
     """Return the test images of the run, or validation or training images if there are none."""
     config = loaded.folder.read_config()
     try:
@@ -307,9 +308,12 @@ def _compare(images: Tensor, model: nn.Module, run_exported: Callable[[Tensor], 
             if worst > OUTPUT_BOUND or not torch.equal(got.argmax(1), expected.argmax(1)):
                 raise ValueError(
                     f"{name} outputs must equal torch outputs to within {OUTPUT_BOUND:g} of the largest output, with "
-                    f"the same classes, got a difference of {worst:.1e} on {count} images; nothing was written"
+                    f"the same classes, got a difference of {worst:.1e} on {counted(count, 'image')}; "
+                    "nothing was written"
                 )
-    return f"outputs on {len(images)} images differ by {worst:.1e} of the largest (allowed: {OUTPUT_BOUND:g})"
+    return (
+        f"outputs on {counted(len(images), 'image')} differ by {worst:.1e} of the largest (allowed: {OUTPUT_BOUND:g})"
+    )
 
 
 @contextlib.contextmanager
@@ -428,7 +432,7 @@ print(classify("image.jpg"))
 _USE_LORA = """```python
 from peft import PeftModel
 
-model = PeftModel.from_pretrained(backbone, "PATH_OR_NAME")  # the backbone above, with a head of as many classes
+model = PeftModel.from_pretrained(backbone, "PATH_OR_NAME")  # the backbone above, with the same number of classes
 ```
 """
 
@@ -462,7 +466,7 @@ def _write_lora(loaded: LoadedRun, path: Path, options: ExportOptions) -> list[s
     if not isinstance(model, PeftModel) or not layers:
         raise ValueError(f"format lora needs a PEFT adapter, got a run of method {loaded.info.method}")
     if str(getattr(model.peft_config["default"].peft_type, "value", "")) == "LORA":
-        raise ValueError(f"the adapter of the run is a LoRA already; use {loaded.folder.adapter}")
+        raise ValueError(f"the adapter of the run is already a LoRA; use {loaded.folder.adapter}")
     adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     unsupported = sorted({type(layer).__name__ for layer in adapted if not layer.supports_lora_conversion("default")})
     if unsupported:
@@ -491,7 +495,8 @@ def _write_lora(loaded: LoadedRun, path: Path, options: ExportOptions) -> list[s
     error = float((got - expected).abs().max() / expected.abs().max())
     return [
         f"rank {rank}: ‖ΔW − BA‖ / ‖ΔW‖ = {(lost / total) ** 0.5 if total else 0.0:.4f} (Frobenius, all layers); "
-        f"outputs on {len(images)} images differ by {error:.1e} of the largest; {agreement:.1%} have the same class"
+        f"outputs on {counted(len(images), 'image')} differ by {error:.1e} of the largest; "
+        f"{agreement:.1%} have the same class"
     ]
 
 
@@ -520,7 +525,7 @@ def _write_sparse(loaded: LoadedRun, path: Path, options: ExportOptions) -> list
     changed = sum(len(entries.indices) for entries in patch.entries.values())
     replaced = sum(tensor.numel() for tensor in others.values())
     weights = sum(torch.Size(shape).numel() for shape in patch.shapes.values())
-    if len(content) >= size or changed > _MOST_CHANGED * weights:
+    if len(content) >= size or changed > _MAX_CHANGED * weights:
         raise ValueError(
             f"method {loaded.info.method} changes {changed + replaced:,} of {weights + replaced:,} weights, too many "
             "for a sparse file; use --format timm, which stores all weights"
@@ -630,7 +635,7 @@ def _graph_snippet(format: str) -> Callable[[LoadedRun, Path, ExportOptions], st
 
 def _example_image(options: ExportOptions) -> str | None:
     """Return the first compared image file, for the snippet; None if the images are not files."""
-    part = options.own
+    part = options.run_images
     if part is None:
         return str(options.images[0])
     return str(part.source.paths[part.rows[0]]) if isinstance(part.source, FileImages) else None
@@ -695,7 +700,7 @@ FORMATS: dict[str, ExportFormat] = {
         options=("images", "logits"),
     ),
     "torch-export": ExportFormat(
-        "merged model as a graph of torch.export",
+        "merged model as a torch.export graph",
         ".pt2",
         _write_torch_export,
         _graph_snippet("torch-export"),

@@ -49,7 +49,7 @@ _DIGESTED = ("config.yaml", "metrics.json", "allocation.json", "predictions.json
 _DIGESTED_FOLDERS = ("adapter", "selection")
 CARD = "README.md"
 """Model card of the adapter. It has no digest, since users edit it."""
-_NEW_RUN = "; once the run is finished, train further with other settings by snella train --init-from {} --out NEW"
+_NEW_RUN_HINT = "; once the run is finished, train further with other settings by snella train --init-from {} --out NEW"
 _INHERITED = (
     *("task", "backbone", "weights", "pretrained", "channels", "method", "r", "scaling"),
     *("columns", "white", "skip_corrupt", "class_order", "protocol", "seed", "test_seed", "folds", "fold"),
@@ -58,7 +58,7 @@ _INHERITED = (
 """Settings inherited with `init_from`. Other values would not fit the trained weights, or would evaluate them on
 training images."""
 _REMEDY = "copy the file again, or train again with `--overwrite`"
-_UNBOUND = (*SESSION_FIELDS, *UNSTORED_FIELDS, "data")
+_CHANGEABLE = (*SESSION_FIELDS, *UNSTORED_FIELDS, "data")
 """Settings that may change when a run is resumed; images have separate digests."""
 
 
@@ -68,7 +68,7 @@ def settings_digest(values: Mapping[str, Any]) -> str:
     Args:
         values: Content of the file.
     """
-    bound = {str(name): value for name, value in values.items() if name not in _UNBOUND}
+    bound = {str(name): value for name, value in values.items() if name not in _CHANGEABLE}
     return hashlib.sha256(json.dumps(bound, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -77,7 +77,7 @@ def status_text(status: Status) -> str:
     return "running or killed" if status == "running" else status
 
 
-def _as_of_file(message: str) -> str:
+def _for_config_file(message: str) -> str:
     """Rephrase errors of settings for a file: quote names, and drop command line examples."""
     missing = r"missing required settings: (.*?), e\.g\. [^;]*"
     message = re.sub(missing, lambda match: "it lacks " + ", ".join(map(repr, match[1].split(", "))), message)
@@ -118,7 +118,7 @@ class RunFolderOf(Generic[S]):
             return None
         run = self.read_json("run.json")
         if run.get("status") not in get_args(Status):
-            raise ValueError(f"{self.path / 'run.json'} is damaged: it holds no status; {_REMEDY}")
+            raise ValueError(f"{self.path / 'run.json'} is damaged: it contains no status; {_REMEDY}")
         status: Status = run["status"]
         return status
 
@@ -130,7 +130,7 @@ class RunFolderOf(Generic[S]):
 
     @property
     def has_stopped(self) -> bool:
-        """Whether the run was killed: its status is `running`, but no process holds its lock.
+        """True if the run was killed: its status is `running`, but no process holds its lock.
 
         False if the lock cannot be checked, e.g. in a folder of another user.
         """
@@ -154,7 +154,7 @@ class RunFolderOf(Generic[S]):
         """Read a JSON file without validating its fields, which `snella_app.records.read` does.
 
         Raises:
-            FileNotFoundError: If this is not the folder of a run, or the run has not written the file yet.
+            FileNotFoundError: If this is not a run folder, or the run has not written the file yet.
             ValueError: If the file is damaged.
         """
         return records.read_object(self.path / name)
@@ -162,7 +162,7 @@ class RunFolderOf(Generic[S]):
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file atomically."""
         write_json(self.path / name, value)
-        self._note_digest(name)
+        self._update_digest(name)
 
     def write(self, record: Record) -> None:
         """Write the file of a record atomically; adds the run id and settings digest to records with these fields."""
@@ -173,12 +173,12 @@ class RunFolderOf(Generic[S]):
         elif isinstance(record, FoldResults):
             record = dataclasses.replace(record, settings=self._binding()["settings"])
         records.write(record, self.path)
-        self._note_digest(record.file)
+        self._update_digest(record.file)
 
     def update(self, status: Status, error: str | None = None, **values: Any) -> None:
         """Update entries of `run.json`; others are unchanged."""
-        is_there = (self.path / "run.json").is_file()
-        run = self.read_json("run.json") if is_there else {"format": FORMAT, **self._binding()}
+        has_record = (self.path / "run.json").is_file()
+        run = self.read_json("run.json") if has_record else {"format": FORMAT, **self._binding()}
         run.update(values, status=status)
         run.pop("error", None)
         if error is not None:
@@ -198,7 +198,7 @@ class RunFolderOf(Generic[S]):
         """Compare files with their digests in `run.json`; no-op for unfinished runs, which have no digests.
 
         Raises:
-            ValueError: If files were altered; names all of them.
+            ValueError: If files were altered; lists all of them.
         """
         check_files(self.path, self.read_json("run.json").get("files", {}))
 
@@ -206,7 +206,7 @@ class RunFolderOf(Generic[S]):
         """Check that a finished run has all files that it wrote.
 
         Raises:
-            FileNotFoundError: If files are missing; names all of them.
+            FileNotFoundError: If files are missing; lists all of them.
         """
         files = self.read_json("run.json").get("files", {})
         if missing := [name for name in files if not (self.path / name).is_file()]:
@@ -215,7 +215,7 @@ class RunFolderOf(Generic[S]):
                 "`--overwrite`"
             )
 
-    def _note_digest(self, name: str) -> None:
+    def _update_digest(self, name: str) -> None:
         """Update the digest of a rewritten file of a finished run."""
         values = self.read_json("run.json") if (self.path / "run.json").is_file() else {}
         if name in values.get("files", {}):
@@ -225,19 +225,19 @@ class RunFolderOf(Generic[S]):
     def write_config(self, config: S) -> None:
         """Write `config.yaml`, without settings such as `overwrite` that apply to one call."""
         write_text(self.path / "config.yaml", yaml.safe_dump(config.stored(), sort_keys=False))
-        self._note_digest("config.yaml")
+        self._update_digest("config.yaml")
 
     def read_config(self) -> S:
         """Read the configuration of the run.
 
         Raises:
-            FileNotFoundError: If this is not the folder of a run.
+            FileNotFoundError: If this is not a run folder.
             ValueError: If the file is damaged, was altered, or has invalid settings.
         """
         path = self.path / "config.yaml"
         if not path.is_file():
-            raise FileNotFoundError(f"no file {path}: this is not the folder of a run")
-        known = self._known_settings()
+            raise FileNotFoundError(f"no file {path}: this is not a run folder")
+        known = self._stored_digest()
         try:
             stored = self._stored_settings()
             if known is None or settings_digest(stored) == known:
@@ -246,7 +246,9 @@ class RunFolderOf(Generic[S]):
         except (TypeError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
             raise ValueError(f"{path} is damaged: {error}; train again with `--overwrite`") from None
         except ValueError as error:  # its message is written for the command line
-            raise ValueError(f"{path} is damaged: {_as_of_file(str(error))}; train again with `--overwrite`") from None
+            raise ValueError(
+                f"{path} is damaged: {_for_config_file(str(error))}; train again with `--overwrite`"
+            ) from None
         raise ValueError(
             f"{path} was altered after it was written: the run was started with other settings; restore the file, or "
             "train again with `--overwrite`"
@@ -293,10 +295,10 @@ class RunFolderOf(Generic[S]):
                     "it with that version, or start over with --overwrite"
                 )
             return self._resumed(config)
-        is_named = all(getattr(config, name) for name in config.needed)
-        if settings.resume and not is_named and (self.path / "config.yaml").is_file():
-            return self._begun(config)
-        if settings.resume and not is_named:
+        can_start = all(getattr(config, name) for name in config.needed)
+        if settings.resume and not can_start and (self.path / "config.yaml").is_file():
+            return self._restart_settings(config)
+        if settings.resume and not can_start:
             raise FileNotFoundError(
                 f"out must be the folder of a run to resume, got {self.path}, which has no run; "
                 f"give {' and '.join(config.needed)} to start one"
@@ -311,7 +313,7 @@ class RunFolderOf(Generic[S]):
                 f"out={self.path} holds {state}; {hint}choose another folder, or start over with --overwrite"
             )
         if status is None and self._holds_unexpected_files():
-            raise FileExistsError(f"out={self.path} holds files but no run; choose a new or empty folder")
+            raise FileExistsError(f"out={self.path} contains files but no run; choose a new or empty folder")
         return config.resolved()
 
     def resolve_resume(self, config: S) -> tuple[S, Status | None]:
@@ -350,7 +352,7 @@ class RunFolderOf(Generic[S]):
         self._clear(keep="config.yaml")
         self.checkpoints.mkdir(exist_ok=True)
 
-    def _begun(self, config: S) -> S:
+    def _restart_settings(self, config: S) -> S:
         """Return the settings of a run that was killed before it wrote `run.json`."""
         if any(self.checkpoints.glob("checkpoint-*")):
             raise FileNotFoundError(
@@ -368,7 +370,7 @@ class RunFolderOf(Generic[S]):
         """Read `config.yaml`."""
         return dict(yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8")))
 
-    def _known_settings(self) -> str | None:
+    def _stored_digest(self) -> str | None:
         """Return the stored settings digest; None for runs of early versions."""
         for name in ("run.json", FoldResults.file):
             if (self.path / name).is_file():
@@ -393,7 +395,7 @@ class RunFolderOf(Generic[S]):
         if differences:
             raise ValueError(
                 f"resume continues {self.path} with its stored settings, but {'; '.join(differences)}; leave them out"
-                + (_NEW_RUN.format(self.path) if hasattr(stored, "init_from") else "")
+                + (_NEW_RUN_HINT.format(self.path) if hasattr(stored, "init_from") else "")
             )
         for name in SESSION_FIELDS:
             if hasattr(config, name):
@@ -435,7 +437,7 @@ class RunFolder(RunFolderOf[TrainConfig]):
                 The budget starts at the sparsity of this run's adapter.
 
         Raises:
-            FileNotFoundError: If this is not the folder of a run, or the adapter is missing.
+            FileNotFoundError: If this is not a run folder, or the adapter is missing.
             ValueError: If the run is not finished, or inherited settings differ.
         """
         if self.status != "finished":
@@ -451,7 +453,9 @@ class RunFolder(RunFolderOf[TrainConfig]):
             if getattr(config, name) != getattr(stored, name)
         ]
         if different:
-            raise ValueError(f"init_from={self.path} needs its settings, but {'; '.join(different)}; leave them out")
+            raise ValueError(
+                f"init_from={self.path} requires the settings of that run, but {'; '.join(different)}; leave them out"
+            )
         values = {name: getattr(stored, name) for name in _INHERITED}
         for name in ("data", "train_size", "img_size", "target_sparsity"):
             values[name] = getattr(stored if getattr(config, name) is None else config, name)

@@ -16,25 +16,25 @@ from torch import Tensor
 from torchvision import tv_tensors
 
 from snella_app.data import read_image, split_spec
-from snella_app.data.folder import listed
 from snella_app.data.images import DECODING_ERRORS, IMAGE_SUFFIXES, RGB, Reading, decode_image, is_image, to_channels
 from snella_app.data.table import TABLE_SUFFIXES, Columns, table_paths
+from snella_app.text import listed
 
-__all__ = ["ImageInput", "expand", "near_name", "new_files", "read_input", "separate"]
+__all__ = ["ImageInput", "expand", "near_name", "new_files", "read_input", "split_inputs"]
 
 ImageInput = str | Path | bytes | Image.Image | np.ndarray | Tensor
 """One image: a file, its bytes, a PIL image, an array `[height, width]` or `[height, width, 1, 3 or 4]`, or a tensor
 `[height, width]` or `[1, 3 or 4, height, width]`. Values are 0 to 255 (uint8) or 0 to 1 (floating point)."""
 
 _STANDARD_INPUT = "-"
-_PICTURES = (1, 3, 4)
-"""Numbers of channels that PIL images have."""
+_PIL_CHANNELS = (1, 3, 4)
+"""Numbers of channels of PIL images."""
 _PATTERN = "*?["
 _POLL_S = 0.5
 
 
-def separate(
-    images: Any, columns: str | None = None, own: str | None = None, *, keep_missing: bool = False
+def split_inputs(
+    images: Any, columns: str | None = None, run_columns: str | None = None, *, keep_missing: bool = False
 ) -> tuple[list[ImageInput], bool]:
     """Split inputs into single images.
 
@@ -42,11 +42,11 @@ def separate(
         images: One image, or several: a folder, a pattern, a table of files, a batch as a 4-dim array or tensor, or an
             iterable of any of these.
         columns: As for `expand`.
-        own: As for `expand`.
+        run_columns: As for `expand`.
         keep_missing: As for `expand`.
 
     Returns:
-        List of images, and whether the input was one single image.
+        List of images, and True if the input was a single image.
 
     Raises:
         FileNotFoundError: If a file does not exist (suggests similar names), or a folder has no images.
@@ -54,7 +54,7 @@ def separate(
         TypeError: If an input is not an image.
     """
     if isinstance(images, str | Path):
-        files = expand([images], columns, own, keep_missing=keep_missing)
+        files = expand([images], columns, run_columns, keep_missing=keep_missing)
         return list(files), len(files) == 1 and Path(images) == files[0]
     if isinstance(images, np.ndarray | Tensor) and images.ndim == 4:
         return list(images), False
@@ -67,7 +67,7 @@ def separate(
     single: list[ImageInput] = []
     for image in images:
         if isinstance(image, str | Path):
-            single += expand([image], columns, own, keep_missing=keep_missing)
+            single += expand([image], columns, run_columns, keep_missing=keep_missing)
         else:
             single.append(image)
     if not single:
@@ -76,15 +76,19 @@ def separate(
 
 
 def expand(
-    images: Iterable[str | Path], columns: str | None = None, own: str | None = None, *, keep_missing: bool = False
+    images: Iterable[str | Path],
+    columns: str | None = None,
+    run_columns: str | None = None,
+    *,
+    keep_missing: bool = False,
 ) -> list[Path]:
     """Expand file, folder, pattern and table arguments into image files.
 
     Args:
         images: Files; folders, searched recursively; patterns such as `photos/**/*.jpg`; tables (CSV, TSV, Parquet;
             `csv:FILE`, `parquet:FILE`) with a column of paths; `-` for standard input with one path per line.
-        columns: Path column of a table, `path=file`. If None, its usual names are tried, then `own`.
-        own: Columns of the table that the run was trained on.
+        columns: Path column of a table, `path=file`. If None, its usual names are tried, then `run_columns`.
+        run_columns: Columns of the run's table.
         keep_missing: Keep missing files listed in a table or on standard input, to be skipped like corrupt files.
 
     Raises:
@@ -92,7 +96,7 @@ def expand(
         ValueError: If `images` is empty, or a table has no column of paths.
     """
     paths: list[Path] = []
-    check_listed = list if keep_missing else _all_there
+    check_listed = list if keep_missing else _require_all
     for word in images:
         prefix, rest = split_spec(str(word))
         is_table = prefix in ("csv:", "parquet:") and bool(rest)
@@ -100,7 +104,7 @@ def expand(
         if str(word) == _STANDARD_INPUT:
             paths += check_listed(Path(line) for line in sys.stdin.read().splitlines() if line.strip())
         elif is_table or (image.suffix.lower() in TABLE_SUFFIXES and image.is_file()):
-            paths += check_listed(_paths_in_table(image, columns, own))
+            paths += check_listed(_paths_in_table(image, columns, run_columns))
         elif image.is_dir():
             inside = _images_in(image)
             if not inside:
@@ -134,7 +138,7 @@ def read_input(image: Any, name: str, reading: Reading = RGB) -> Any:
         return read_image(image, reading)
     if isinstance(image, bytes):
         return decode_image(io.BytesIO(image), name, reading)
-    if isinstance(image, Image.Image) and reading.channels in _PICTURES:
+    if isinstance(image, Image.Image) and reading.channels in _PIL_CHANNELS:
         try:
             image.load()
             return to_channels(ImageOps.exif_transpose(image), reading)
@@ -142,7 +146,7 @@ def read_input(image: Any, name: str, reading: Reading = RGB) -> Any:
             raise ValueError(f"{name!r} is not a readable image: {error or type(error).__name__}") from error
     if isinstance(image, np.ndarray | Tensor):
         return _from_array(image, name, reading.channels)
-    pictures = "PIL images, " if reading.channels in _PICTURES else ""
+    pictures = "PIL images, " if reading.channels in _PIL_CHANNELS else ""
     raise TypeError(f"images must be files, {pictures}arrays or tensors, got {type(image).__name__} as {name}")
 
 
@@ -161,31 +165,31 @@ def new_files(folders: Sequence[Path], known: Iterable[Path], poll_s: float = _P
         New images in the order of their names, possibly none.
     """
     seen = {path.resolve() for path in known}
-    growing: dict[Path, tuple[int, int]] = {}
+    states: dict[Path, tuple[int, int]] = {}
     while True:
-        whole, before = [], growing
-        growing = {}
+        complete, previous = [], states
+        states = {}
         for path in (path for folder in folders for path in _images_in(folder) if path.resolve() not in seen):
             try:
                 state = path.stat()
             except OSError:  # deleted in the meantime
                 continue
-            growing[path] = (state.st_size, state.st_mtime_ns)
-            if before.get(path) == growing[path] and state.st_size:
-                whole.append(path)
-        seen.update(path.resolve() for path in whole)
-        yield whole
+            states[path] = (state.st_size, state.st_mtime_ns)
+            if previous.get(path) == states[path] and state.st_size:
+                complete.append(path)
+        seen.update(path.resolve() for path in complete)
+        yield complete
         time.sleep(poll_s)
 
 
 def near_name(missing: Path) -> str:
-    """Suggest why a file is missing: a pattern without a match, a missing folder, a mistyped name."""
+    """Return a likely reason for a missing file: a pattern without a match, a missing folder, a mistyped name."""
     if any(char in missing.name for char in _PATTERN):
         return f"; no file in {missing.parent} matches the pattern; fix it, or give the folder"
     if not missing.parent.is_dir():
         return f"; there is no folder {missing.parent}"
     near = difflib.get_close_matches(missing.name, sorted(child.name for child in missing.parent.iterdir()), n=1)
-    return f"; nearest there: {near[0]!r}" if near else f"; {missing.parent} has no similar name"
+    return f"; nearest: {near[0]!r}" if near else f"; {missing.parent} has no similar name"
 
 
 def _images_in(folder: Path) -> list[Path]:
@@ -193,21 +197,21 @@ def _images_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and is_image(path))
 
 
-def _paths_in_table(table: Path, columns: str | None, own: str | None) -> list[Path]:
-    """Return the images in a table, by the given column, its usual names, or the column of the run."""
+def _paths_in_table(table: Path, columns: str | None, run_columns: str | None) -> list[Path]:
+    """Return the images in a table, by the given column, a usual name, or the column of the run."""
     if columns is not None:
         return table_paths(table, Columns.parse(columns))
     try:
         return table_paths(table, Columns())
     except ValueError:
-        path = Columns.parse(own).names.get("path")
+        path = Columns.parse(run_columns).names.get("path")
         if path is None:
             raise
         return table_paths(table, Columns({"path": path}))
 
 
 def _existing(paths: Iterable[Path]) -> list[Path]:
-    """Return the paths, and require that all of them exist."""
+    """Return the paths; all of them must exist."""
     existing = []
     for path in paths:
         if not path.exists():
@@ -216,8 +220,8 @@ def _existing(paths: Iterable[Path]) -> list[Path]:
     return existing
 
 
-def _all_there(paths: Iterable[Path]) -> list[Path]:
-    """Return the paths of a table or list, and require that all of them exist."""
+def _require_all(paths: Iterable[Path]) -> list[Path]:
+    """Return the paths of a table or list; all of them must exist."""
     all_paths = list(paths)
     missing = [path for path in all_paths if not path.exists()]
     if not missing:
@@ -239,7 +243,7 @@ def _from_array(image: np.ndarray | Tensor, name: str, channels: int) -> Any:
         values = (moved.movedim(0, -1) if moved.ndim == 3 else moved).numpy()
     else:
         values = image
-    allowed = _PICTURES if channels in _PICTURES else (channels,)
+    allowed = _PIL_CHANNELS if channels in _PIL_CHANNELS else (channels,)
     given = values.shape[2] if values.ndim == 3 else 1
     if values.ndim not in (2, 3) or given not in allowed or 0 in values.shape:
         words = f"{', '.join(map(str, allowed[:-1]))} or {allowed[-1]}" if len(allowed) > 1 else str(channels)
@@ -256,7 +260,7 @@ def _from_array(image: np.ndarray | Tensor, name: str, channels: int) -> Any:
             )
     elif values.dtype != np.uint8:
         raise ValueError(f"an image must be uint8 or floating point, got {values.dtype} as {name}")
-    if channels not in _PICTURES:
+    if channels not in _PIL_CHANNELS:
         array = values if values.dtype == np.uint8 else values.astype(np.float32)
         return tv_tensors.Image(torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, -1, 0))))
     pixels = values if values.dtype == np.uint8 else (values * 255).round().astype(np.uint8)

@@ -69,10 +69,10 @@ def check_splits(run: Path, data: DataInfo | None, splits: DataSplits, names: Co
         run: Folder of the run, for the error message.
         data: Data record of the run; no check if None.
         splits: Current splits from the settings of the run.
-        names: Splits whose image contents are compared; each has to be read.
+        names: Splits whose images are read and compared.
 
     Raises:
-        ValueError: If the images differ; names both sizes and the remedy.
+        ValueError: If the images differ; the message has both sizes and a remedy.
     """
     if data is None:
         return
@@ -87,7 +87,7 @@ def check_splits(run: Path, data: DataInfo | None, splits: DataSplits, names: Co
     changed = changed_parts(data, splits, names)
     if changed:
         raise ValueError(
-            f"data must contain the images of {run}, got files with the same names and other contents in {data.spec} "
+            f"data must contain the images of {run}, got files with the same names but other contents in {data.spec} "
             f"({', '.join(changed)}): images were replaced or re-encoded; restore the files, evaluate on other images "
             "with --data, or train a new run"
         )
@@ -116,7 +116,7 @@ def find_data(run: Path, spec: str, absolute: str | None) -> str:
     kind = "file" if folder.suffix in TABLE_SUFFIXES else "folder"
     places = spec if absolute in (None, path) else f"{spec} (then {absolute})"
     raise FileNotFoundError(
-        f"the data of {run} must exist at {places}, got no such {kind}; pass its new location with --data {prefix}NEW"
+        f"the data of {run} must exist at {places}; no such {kind}; pass its new location with --data {prefix}NEW"
     )
 
 

@@ -19,10 +19,10 @@ from snella_app.tasks import task_class
 _SUFFIX = ".safetensors"
 _OTHER_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".npz", ".onnx", ".h5", ".pkl", ".tar", ".gz", ".zip")
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
-_KEPT_ENTRIES = ("first_conv", "classifier", "license", "pool_size")
+_INHERITED_ENTRIES = ("first_conv", "classifier", "license", "pool_size")
 """Entries of a backbone's `pretrained_cfg` that also apply to the fine-tuned model."""
 _USE = "use"
-"""Entry of a merged model that explains its outputs, `Task.merged_use`."""
+"""Entry of a merged model that explains its outputs, `Task.decoding_comment`."""
 
 
 def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> Path:
@@ -43,7 +43,7 @@ def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> Path:
     effective weight. The temperature is not merged; it is stored in the metadata and in `config.json`.
 
     Args:
-        run: Folder of the run.
+        run: Run folder.
         out: Output file (`.safetensors`) or folder.
         overwrite: Replace an existing file, or the output of an earlier call in the folder.
 
@@ -127,7 +127,7 @@ def run_metadata(loaded: LoadedRun, model: nn.Module) -> dict[str, str]:
         "model_args": json.dumps(_model_args(model)),
         "task": loaded.task.name,
         "task_state": json.dumps(loaded.task.state()),
-        _USE: loaded.task.merged_use(),
+        _USE: loaded.task.decoding_comment(),
         "classes": json.dumps(loaded.classes),
         "built_from": json.dumps(plain(backbone)),
         "data_config": json.dumps(loaded.info.data_config),
@@ -151,7 +151,7 @@ def _timm_config(loaded: LoadedRun, model: nn.Module, out: str) -> dict[str, Any
     size = built_in_size(model)
     arguments = _model_args(model) | ({} if size is None else {"img_size": size})
     timm_model: Any = model
-    inherited = {name: value for name, value in dict(timm_model.pretrained_cfg).items() if name in _KEPT_ENTRIES}
+    inherited = {name: value for name, value in dict(timm_model.pretrained_cfg).items() if name in _INHERITED_ENTRIES}
     outputs = loaded.info.backbone.num_classes
     return {
         "architecture": architecture,
@@ -161,7 +161,7 @@ def _timm_config(loaded: LoadedRun, model: nn.Module, out: str) -> dict[str, Any
         "temperature": loaded.info.trained_head_temperature,
         "task": loaded.task.name,
         "task_state": loaded.task.state(),
-        _USE: loaded.task.merged_use(),
+        _USE: loaded.task.decoding_comment(),
         **({"model_args": arguments} if arguments else {}),
         "pretrained_cfg": {
             **inherited,
@@ -229,7 +229,7 @@ def _use_lines(path: Path, use: str) -> str:
     return f"{layer_probe_snippet(head)}\n{use.replace('model(', 'logits_of(')}" if head.is_file() else use
 
 
-def views_notes(info: RunInfo) -> list[str]:
+def prediction_notes(info: RunInfo) -> list[str]:
     """Return notes on differences between `predict` and the merged model; empty if outputs are equal.
 
     Args:

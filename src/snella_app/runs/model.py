@@ -21,7 +21,7 @@ from snella_app.runs.folder import RunFolder, status_text
 from snella_app.runs.layer_probe import LayerProbe, read_layer_probe
 from snella_app.tasks import Task, create_task, task_class, task_names
 
-_COMMANDS_OF_OTHERS = {
+_OTHER_COMMANDS = {
     "generation": "snella generate and snella evaluate-generation use it",
     "language": "snella evaluate-language uses it",
 }
@@ -32,7 +32,7 @@ class LoadedRun:
     """Best model of a run, with its transform, classes and task.
 
     Attributes:
-        folder: Folder of the run.
+        folder: Run folder.
         model: Backbone with trained parameters and head.
         transform: Preprocessing of images.
         classes: Class names in the order of the outputs.
@@ -77,7 +77,7 @@ def load_run(run: str | Path | RunFolder, device: str = "auto") -> LoadedRun:
         Model in evaluation mode with its transform, class names and record.
 
     Raises:
-        FileNotFoundError: If `run` is not the folder of a run, has no finished epoch, or its adapter is missing.
+        FileNotFoundError: If `run` is not a run folder, has no finished epoch, or its adapter is missing.
         ValueError: If `run.json` is damaged, or the run has another kind of task, such as a personalized generator.
         AdapterFileError: If the adapter is damaged or does not fit the model; names the tensor.
     """
@@ -86,12 +86,12 @@ def load_run(run: str | Path | RunFolder, device: str = "auto") -> LoadedRun:
     if results is not None:
         return _load_ensemble(folder, results, device)
     info = read(RunInfo, folder.path)
-    with _naming(folder.path):
+    with _convert_errors(folder.path):
         task = get_task(info)
         _check_outputs(info, task)
         folder.check_adapter()
         backbone = make_backbone(info.backbone, task.name)
-        size = built_in_size(backbone, is_only=True)
+        size = built_in_size(backbone, is_strict=True)
         model = load_trained(folder.adapter, backbone).to(choose_device(device))
         probe = read_layer_probe(folder.adapter, model)
         if probe is not None:
@@ -112,8 +112,8 @@ _LIBRARY_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError,
 
 
 @contextmanager
-def _naming(run: Path) -> Iterator[None]:
-    """Convert library errors about the files of a run into one error that names the run."""
+def _convert_errors(run: Path) -> Iterator[None]:
+    """Convert library errors about the files of a run to a ValueError that names the run."""
     try:
         yield
     except NotImplementedError:
@@ -143,16 +143,16 @@ def _check_head(probe: LayerProbe, info: RunInfo) -> None:
         raise ValueError(f"the final head must have {expected} outputs, got {num_outputs}; copy the run again")
 
 
-def built_in_size(model: nn.Module, *, is_only: bool = False) -> int | None:
+def built_in_size(model: nn.Module, *, is_strict: bool = False) -> int | None:
     """Return the image size that a model is built for; None if it accepts any size.
 
     Args:
         model: Backbone, or segmenter around one.
-        is_only: Also return None for models that accept other sizes.
+        is_strict: Also return None for models that accept other sizes.
     """
     patches: Any = getattr(getattr(model, "encoder", model), "patch_embed", None)
     size = getattr(patches, "img_size", None)
-    if size is None or (is_only and not getattr(patches, "strict_img_size", False)):
+    if size is None or (is_strict and not getattr(patches, "strict_img_size", False)):
         return None
     return int(size[0])
 
@@ -206,7 +206,7 @@ def _load_ensemble(folder: RunFolder, results: FoldResults, device: str) -> Load
         )
     loaded = [load_run(folder.path / row.folder, device) for row in results.rows]
     first = loaded[0]
-    task = first.task.of_ensemble([fold.task for fold in loaded])
+    task = first.task.for_ensemble([fold.task for fold in loaded])
     model = Ensemble(loaded, task).eval()
     info = dataclasses.replace(first.info, calibration=None, tta=1)  # applied by each model
     return LoadedRun(first.folder, model, first.transform, first.classes, task, info)
@@ -227,7 +227,7 @@ def get_task(info: RunInfo) -> Task:
 def get_task_name(info: RunInfo) -> str:
     """Return the name of a run's task; raises like `get_task`."""
     if info.task not in task_names():
-        hint = _COMMANDS_OF_OTHERS.get(info.task, "another version of snella wrote it")
+        hint = _OTHER_COMMANDS.get(info.task, "another version of snella wrote it")
         raise ValueError(f"run must be of the task {' or '.join(task_names())}, got a run of {info.task!r}; {hint}")
     return info.task
 

@@ -19,18 +19,18 @@ from snella_app.methods import spec_of
 from snella_app.methods.model_parts import base_model
 from snella_app.records import FoldResults, RunInfo, read, read_if_present
 from snella_app.runs.folder import RunFolder
-from snella_app.runs.image_inputs import ImageInput, near_name, read_input, separate
+from snella_app.runs.image_inputs import ImageInput, near_name, read_input, split_inputs
 from snella_app.runs.model import Ensemble, LoadedRun, get_task_name, load_run
 from snella_app.tasks import Task, task_class
 from snella_app.tasks.predictions import Prediction
 
-__all__ = ["MOST_VIEWS", "Predictor", "check_order", "columns_of", "load", "predict", "predict_each", "task_of_run"]
+__all__ = ["MAX_VIEWS", "Predictor", "check_order", "columns_of", "load", "predict", "predict_each", "task_of_run"]
 
 _RUN_FILE = "run.json"
 _THREADS = 4  # decoding and resizing release the interpreter lock
 _ENLARGED = 8 / 7  # scale of the image before corner crops: 256 to 224 pixels
 _CORNERS = ((0, 0), (1, 1), (0, 1), (1, 0))
-MOST_VIEWS = 2 * (1 + len(_CORNERS))
+MAX_VIEWS = 2 * (1 + len(_CORNERS))
 """Maximum number of test-time augmentation views: the image and four corner crops, and their flips."""
 
 Unsure = float | Literal["auto"] | None
@@ -93,7 +93,7 @@ class Predictor:
             images: A file, a PIL image, an array or a tensor (see `snella_app.runs.image_inputs`); or several: a
                 folder, a pattern, a table, a batch, or a list of these.
             tta: Test-time augmentation: number of views whose probabilities are averaged (the image, its flip, corner
-                crops of the enlarged image and their flips); the setting of the run if None.
+                crops of the enlarged image and their flips); None uses the setting of the run.
             unsure: Probability below which predictions are marked as unsure; `auto` uses the threshold of the run.
             skip_corrupt: Skip images that cannot be read. A single image that cannot be read is always an error.
 
@@ -105,7 +105,7 @@ class Predictor:
             ValueError: If an image cannot be read, or a setting does not apply to the task.
             TypeError: If an input is not an image.
         """
-        single, is_single = separate(images, own=self._columns, keep_missing=skip_corrupt)
+        single, is_single = split_inputs(images, run_columns=self._columns, keep_missing=skip_corrupt)
         each = self.each(single, tta=tta, unsure=unsure, skip_corrupt=skip_corrupt and not is_single)
         predictions = list(each)
         return predictions[0] if is_single else predictions
@@ -122,7 +122,7 @@ class Predictor:
         Raises:
             ValueError: If the model has no head that takes one vector per image.
         """
-        single, is_single = separate(images, own=self._columns)
+        single, is_single = split_inputs(images, run_columns=self._columns)
         rows: list[np.ndarray] = []
         for _ in self.each(single, on_features=rows.append):
             pass
@@ -135,7 +135,7 @@ class Predictor:
         return torch.stack([self.loaded.transform(image) for image in read])
 
     def picture(self, prepared: Tensor) -> Image.Image:
-        """Convert one preprocessed image back to RGB; unless it has 1, 3 or 4 channels, to their mean in grayscale."""
+        """Convert a preprocessed image back to RGB; other than 1, 3 or 4 channels become their mean in grayscale."""
         config = self.loaded.info.data_config
         mean, std = (torch.tensor(config[name])[:, None, None] for name in ("mean", "std"))
         pixels = (prepared.cpu() * std + mean).clamp(0, 1)
@@ -152,7 +152,7 @@ class Predictor:
         on_skipped: Callable[[Path, str], None] = lambda path, reason: None,
         on_features: Callable[[np.ndarray], None] | None = None,
     ) -> Iterator[Any]:
-        """Yield predictions one by one, so that masks need not all be in memory.
+        """Yield predictions one by one, which keeps only the masks of one batch in memory.
 
         Args:
             images: Single images, as returned by `snella_app.runs.image_inputs.separate`.
@@ -169,7 +169,7 @@ class Predictor:
             for index, prediction in enumerate(predictions):
                 if on_features is not None and features is not None:
                     on_features(features[index])
-                yield prediction if threshold is None else _marked(prediction, threshold)
+                yield prediction if threshold is None else _with_threshold(prediction, threshold)
 
     @property
     def _columns(self) -> str | None:
@@ -178,8 +178,8 @@ class Predictor:
 
     def check_settings(self, tta: int | None, unsure: Unsure) -> float | None:
         """Check settings of `each`, and return the probability for `unsure`."""
-        if tta is not None and not 1 <= tta <= MOST_VIEWS:
-            raise ValueError(f"tta must be between 1 and {MOST_VIEWS} views, got {tta}")
+        if tta is not None and not 1 <= tta <= MAX_VIEWS:
+            raise ValueError(f"tta must be between 1 and {MAX_VIEWS} views, got {tta}")
         if tta is not None and isinstance(self.loaded.model, Ensemble):
             raise ValueError(
                 f"tta must be left out for a cross-validation, whose models use the tta of their runs, got {tta}"
@@ -188,7 +188,7 @@ class Predictor:
         if unsure == "auto":
             if calibration is None:
                 raise ValueError("unsure must be a probability for a run without calibration, got 'auto'; use e.g. 0.5")
-            return calibration.threshold  # None where no threshold was found
+            return calibration.threshold  # None if there is no threshold
         if unsure is not None and not 0.0 < unsure <= 1.0:
             raise ValueError(f"unsure must be auto or a probability in (0, 1], got {unsure}")
         return unsure
@@ -231,7 +231,7 @@ class Predictor:
                     head.register_forward_pre_hook(lambda module, inputs: head_inputs.append(inputs[0])).remove
                 )
             is_calibrated = tta in (None, self.loaded.info.tta)  # the temperature was fitted to averaged outputs
-            outputs = [self._of_view(images.to(self.device), view) for view in range(tta or self.loaded.info.tta)]
+            outputs = [self._view_outputs(images.to(self.device), view) for view in range(tta or self.loaded.info.tta)]
             outputs = outputs if is_calibrated else [output / self.temperature for output in outputs]
             averaged = outputs[0] if len(outputs) == 1 else self.loaded.task.average_outputs(outputs)
             averaged = averaged / self.temperature if is_calibrated else averaged
@@ -245,7 +245,7 @@ class Predictor:
             raise ValueError("features need a classifier head with one input vector per image; this model has none")
         return averaged, head_inputs[0].flatten(1)[:, : _feature_width(self.loaded)].float().cpu().numpy()
 
-    def _of_view(self, images: Tensor, view: int) -> Tensor:
+    def _view_outputs(self, images: Tensor, view: int) -> Tensor:
         """Return the outputs for one view of a batch; flips maps back."""
         outputs = self.loaded.network(_view(images, view))
         if outputs.ndim == 4 and view > 1:
@@ -262,7 +262,7 @@ def load(run: str | Path | RunFolder, device: str = "auto", *, batch_size: int =
         batch_size: Batch size.
 
     Raises:
-        FileNotFoundError: If `run` is not the folder of a run (suggests similar names), or has no finished epoch.
+        FileNotFoundError: If `run` is not a run folder (suggests similar names), or has no finished epoch.
         ValueError: If a file of the run is damaged, or the run has another kind of task, such as a personalized
             generator.
     """
@@ -337,7 +337,7 @@ def predict_each(
     if not isinstance(run, LoadedRun):
         check_order(Path(run), images)
     folder = run.folder.path if isinstance(run, LoadedRun) else run
-    single, _ = separate(images, columns, columns_of(folder), keep_missing=options.get("skip_corrupt", False))
+    single, _ = split_inputs(images, columns, columns_of(folder), keep_missing=options.get("skip_corrupt", False))
     loaded = run if isinstance(run, LoadedRun) else load_run(run, device)
     yield from Predictor(loaded, batch_size=batch_size).each(single, **options)
 
@@ -350,7 +350,8 @@ def check_order(run: Path, images: Any) -> None:
     swapped = [image for image in words if (image / _RUN_FILE).is_file()]
     if swapped and not (run / _RUN_FILE).is_file():
         raise ValueError(
-            f"run must be the folder of a run, got {str(run)!r}; {str(swapped[0])!r} is one, pass it before the images"
+            f"run must be the folder of a run, got {str(run)!r}; {str(swapped[0])!r} is a run, pass it "
+            "before the images"
         )
     if not run.is_dir():
         raise FileNotFoundError(f"no run {run}{near_name(run)}")
@@ -394,7 +395,7 @@ def _view(images: Tensor, view: int) -> Tensor:
     return images.flip(-1) if is_flipped else images
 
 
-def _marked(prediction: Any, threshold: float) -> Any:
+def _with_threshold(prediction: Any, threshold: float) -> Any:
     """Return a prediction with a threshold for unsure predictions."""
     if not isinstance(prediction, Prediction):
         raise ValueError(f"unsure needs a task with one class per image, got {threshold:g}; leave it out")

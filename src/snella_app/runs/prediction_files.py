@@ -15,15 +15,14 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from snella_app.console import counted, make_console, print_line, tracked
-from snella_app.data.folder import listed
+from snella_app.console import counted, make_console, print_line, track_progress
 from snella_app.files import made_folder, naming_file, write_bytes
 from snella_app.runs.image_inputs import expand, new_files
 from snella_app.runs.model import unfinished_note
 from snella_app.runs.predict import check_order, columns_of, load, task_of_run
 from snella_app.tasks import Task
 from snella_app.tasks.predictions import TABLE_SUFFIXES
-from snella_app.text import utf8_text
+from snella_app.text import listed, utf8_text
 
 __all__ = ["expand_for", "parse_unsure", "predict_to_files", "write_features"]
 
@@ -82,7 +81,7 @@ def predict_to_files(
 
     def skip(path: Path, reason: str) -> None:
         skipped.append(f"{str(path)!r} ({reason})")
-        if watch:  # never reaches the summary at the end
+        if watch:  # watching never reaches the summary at the end
             print_line(errors, f"skipped {skipped[-1]}")
 
     def predicted(paths: Sequence[Path]) -> Iterator[Any]:
@@ -99,8 +98,8 @@ def predict_to_files(
     if watch:
         predictions: Iterable[Any] = _watched(predicted, files, folders, out if is_appended else None)
     else:
-        predictions = tracked(predicted(files), "predicting", len(files), None if out is None else errors)
-    shown = _noted(predictions, names)
+        predictions = track_progress(predicted(files), "predicting", len(files), None if out is None else errors)
+    shown = _record_paths(predictions, names)
     with _until_interrupted() if watch else contextlib.nullcontext():
         if out is None:
             for prediction in shown:
@@ -116,7 +115,8 @@ def predict_to_files(
         print_line(console, f"features of {counted(len(names), 'image')}: {features}")
     if threshold == "auto" and model.check_settings(tta, threshold) is None:
         print_line(
-            console, "no prediction is marked as unsure: no threshold halves the validation errors, or there are none"
+            console,
+            "no prediction is marked as unsure: no threshold halves the validation errors, or there are no errors",
         )
     if skipped and not watch:
         print_line(errors, f"skipped {counted(len(skipped), 'image')}: {listed(skipped)}")
@@ -147,17 +147,17 @@ def write_features(
         ImportError: If the file is Parquet and pyarrow is not installed.
     """
     _check_features(str(out), False, overwrite=overwrite)
-    path, texts, content = Path(out), [str(name) for name in names], io.BytesIO()
+    path, image_names, content = Path(out), [str(name) for name in names], io.BytesIO()
     table = np.stack(features) if features else np.zeros((0, 0), np.float32)
     if path.suffix == ".npz":
-        np.savez(content, images=np.array(texts, dtype=str), features=table)
+        np.savez(content, images=np.array(image_names, dtype=str), features=table)
     elif path.suffix == ".npy":
         np.save(content, table)
     else:
         import pyarrow
         from pyarrow import parquet
 
-        named = {"images": [utf8_text(text) for text in texts], "features": list(table)}
+        named = {"images": [utf8_text(text) for text in image_names], "features": list(table)}
         parquet.write_table(pyarrow.table(named), content)
     with made_folder(path.parent):
         write_bytes(path, content.getvalue())
@@ -170,7 +170,7 @@ def _check_features(features: str | None, watch: bool, *, overwrite: bool) -> No
         return
     path = Path(features)
     if watch:
-        raise ValueError("features must be left out with watch, which never finishes to write them")
+        raise ValueError("features must be left out with watch, which never ends")
     if path.suffix not in _FEATURE_SUFFIXES:
         raise ValueError(f"features must end with {', '.join(_FEATURE_SUFFIXES)}, got {features!r}")
     if path.suffix == ".parquet":
@@ -194,7 +194,7 @@ def parse_unsure(unsure: str | None) -> Any:
         raise ValueError(f"unsure must be auto or a probability in (0, 1], got {unsure!r}") from None
 
 
-def _noted(predictions: Iterable[Any], names: list[Path]) -> Iterator[Any]:
+def _record_paths(predictions: Iterable[Any], names: list[Path]) -> Iterator[Any]:
     """Yield the predictions, and append their image paths to `names`."""
     for prediction in predictions:
         names.append(prediction.path)

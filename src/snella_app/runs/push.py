@@ -10,7 +10,7 @@ from snella_app.records import RunInfo, read
 from snella_app.report import model_card
 from snella_app.runs.folder import RunFolder
 from snella_app.runs.layer_probe import LAYER_PROBE
-from snella_app.runs.merge import describe_file, loading_snippet, merge, views_notes
+from snella_app.runs.merge import describe_file, loading_snippet, merge, prediction_notes
 from snella_app.runs.model import get_task
 
 __all__ = ["Pushed", "push", "write_hub_folder"]
@@ -20,7 +20,7 @@ _WEIGHTS = "model.safetensors"
 
 @dataclass(frozen=True)
 class Pushed:
-    """Result of `push`: URL on the hub; or the written folder, and why the hub was not reached, if that was tried."""
+    """Result of `push`: URL on the hub, or the written folder and the error if the hub could not be reached."""
 
     place: str
     reason: str | None = None
@@ -30,7 +30,7 @@ def write_hub_folder(run: str | Path, folder: str | Path, name: str, *, adapter:
     """Write the folder of a hub repository: weights and model card (`README.md`).
 
     Args:
-        run: Folder of the run.
+        run: Run folder.
         folder: New or empty folder.
         name: Repository name on the hub, for the loading code.
         adapter: Write the PEFT adapter instead of the merged model, which timm loads.
@@ -62,7 +62,7 @@ def write_hub_folder(run: str | Path, folder: str | Path, name: str, *, adapter:
     use = f"```python\n{snippet}\n```\n\nThe files are {describe_file(written)}."
     if info.trained_head_temperature != 1.0:
         use += f" Calibrated probabilities are `(logits / {info.trained_head_temperature:g}).softmax(-1)`."
-    use += "".join(f" In snella, {note}." for note in views_notes(info))
+    use += "".join(f" In snella, {note}." for note in prediction_notes(info))
     write_text(path / "README.md", model_card(run, use, name=name, library="timm" if is_timm else "snella"))
     return path
 
@@ -79,7 +79,7 @@ def push(
     """Push the model of a run to the hub; with `to_folder`, or if the hub cannot be reached, write its folder.
 
     Args:
-        run: Folder of the run.
+        run: Run folder.
         name: Repository name on the hub, `user/model`.
         to_folder: Write this new folder, without any network access.
         adapter: Push the PEFT adapter instead of the merged model.
@@ -87,7 +87,7 @@ def push(
         overwrite: Add a commit to an existing repository; earlier files stay in its history.
 
     Returns:
-        URL on the hub; or the folder, and why the hub was not reached.
+        URL on the hub, or the folder and the error if the hub could not be reached.
 
     Raises:
         FileExistsError: If the repository exists and `overwrite` is not set, or the folder is not empty.
@@ -119,7 +119,7 @@ def push(
         status = None if error.response is None else error.response.status_code
         if status == 409:
             raise FileExistsError(
-                f"name={name} exists on the hub already; choose another name, or add a commit with --overwrite "
+                f"name={name} already exists on the hub; choose another name, or add a commit with --overwrite "
                 "(overwrite=True)"
             ) from error
         if status in (401, 403):

@@ -26,9 +26,9 @@ from snella_app.tasks.predictions import Prediction
 __all__ = ["ServerLimits", "create_app", "serve"]
 
 _EXTRA = "the server needs fastapi, uvicorn and python-multipart: pip install 'snella[serve]'"
-_OVERHEAD = 2**20  # allowed bytes of a request besides its files
+_OVERHEAD = 2**20  # bytes of a request besides its files
 _PAGE = Path(__file__).with_name("serve.html")
-_BYTES_OF_PIXEL = 4
+_BYTES_PER_PIXEL = 4
 _CONNECTIONS = 64
 _DOCS = ("/docs", "/openapi.json")
 _NOSNIFF = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
@@ -80,7 +80,7 @@ class _PixelBudget:
 
     @contextmanager
     def holding(self, pixels: float) -> Iterator[bool]:
-        """Reserve pixels until the end of the block; yields whether they fit."""
+        """Reserve pixels until the end of the block; yields True if they fit."""
         with self._lock:
             fits = self._used + pixels <= self._limit
             self._used += pixels if fits else 0.0
@@ -146,10 +146,10 @@ def create_app(
     policy = _content_policy(page_text)
     app = FastAPI(title="snella", description=f"{info.method} on {info.backbone.name}", redoc_url=None)
 
-    def refusal(request: Request) -> Any:
+    def check_headers(request: Request) -> Any:
         """Return an error response based on the request headers; None if they are valid."""
         host = request.headers.get("host", "")
-        if not _is_own_host(host, names):
+        if not _is_allowed_host(host, names):
             return JSONResponse(
                 {"error": f"Host must be an address or a name of this server, got {host!r}; add it with --hosts"},
                 400,
@@ -165,12 +165,12 @@ def create_app(
     @app.middleware("http")
     async def guard(request: Request, call_next: Callable[[Request], Awaitable[Any]]) -> Any:
         start = time.monotonic()
-        answer = refusal(request) or await call_next(request)
+        answer = check_headers(request) or await call_next(request)
         answer.headers.update(_NOSNIFF)
         answer.headers["Content-Security-Policy"] = _DOCS_POLICY if request.url.path in _DOCS else policy
         client = request.client.host if request.client else "-"
-        took = f"{1000 * (time.monotonic() - start):.0f} ms"
-        log(f"{time.strftime('%H:%M:%S')} {client} {request.method} {request.url.path} {answer.status_code} {took}")
+        duration = f"{1000 * (time.monotonic() - start):.0f} ms"
+        log(f"{time.strftime('%H:%M:%S')} {client} {request.method} {request.url.path} {answer.status_code} {duration}")
         return answer
 
     @app.exception_handler(RequestValidationError)
@@ -245,7 +245,7 @@ def serve(
     """Serve predictions over HTTP until Ctrl-C.
 
     Args:
-        run: Folder of the run.
+        run: Run folder.
         host: Address to listen on; 0.0.0.0 for all addresses of this machine.
         port: Port; 0 selects a free one.
         limits: Limits of requests; default limits if None.
@@ -311,7 +311,7 @@ def _listener(host: str, port: int) -> Iterator[socket.socket]:
         yield listener
 
 
-def _is_own_host(header: str, names: set[str]) -> bool:
+def _is_allowed_host(header: str, names: set[str]) -> bool:
     """Return whether a `Host` header is a known name or an IP address; blocks DNS rebinding from other sites."""
     host = re.sub(r":\d+$", "", header).strip("[]").lower().rstrip(".")
     if host in names:
@@ -373,7 +373,7 @@ def _checked_pixels(file: Any, limits: ServerLimits, reading: Reading = RGB) -> 
         file.seek(0)
     if pixels > limits.megapixels * 1e6:
         raise ValueError(f"an image must have at most {limits.megapixels:g} million pixels{got}")
-    return max(pixels, 1.0) + size / _BYTES_OF_PIXEL
+    return max(pixels, 1.0) + size / _BYTES_PER_PIXEL
 
 
 def _index(path: Path) -> int:

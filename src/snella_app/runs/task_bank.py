@@ -74,7 +74,7 @@ class TaskBank:
         self._limit = int(memory_mib * _MIB)
         self._device = choose_device(device)
         self._model: nn.Module | None = None
-        self._described: tuple[Any, ...] = ()
+        self._key: tuple[Any, ...] = ()
         self._tasks: dict[str, _Task] = {}
         self._cached: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
         self._lock = Lock()
@@ -114,7 +114,7 @@ class TaskBank:
             run: Folder of its run.
 
         Raises:
-            FileNotFoundError: If `run` is not the folder of a run, or has no adapter yet.
+            FileNotFoundError: If `run` is not a run folder, or has no adapter yet.
             ValueError: If the run has another backbone, or its weights need more than `memory_mib`.
             NotImplementedError: If its method stores whole weights.
         """
@@ -122,15 +122,15 @@ class TaskBank:
         if isinstance(loaded.model, Ensemble):
             raise ValueError(f"run={run} is a cross-validation with several models; add one, e.g. {loaded.folder.path}")
         backbone_key = _backbone_key(loaded.info.backbone, loaded.task.name)
-        if self._tasks and backbone_key != self._described:
+        if self._tasks and backbone_key != self._key:
             raise ValueError(
-                f"run={run} must have the backbone of the bank, {self._described}, got {backbone_key}; "
+                f"run={run} must have the backbone of the bank, {self._key}, got {backbone_key}; "
                 "create one bank per backbone"
             )
         base = make_backbone(loaded.info.backbone, loaded.task.name) if self._model is None else self._model
         base = base.to(self._device).eval()
         tensors = base.state_dict(keep_vars=True)
-        updates = _updates_of(loaded.model.to(self._device))
+        updates = _collect_updates(loaded.model.to(self._device))
         for key, update in updates.items():
             if key not in tensors or not torch.equal(update.base, tensors[key]):
                 raise ValueError(
@@ -150,14 +150,14 @@ class TaskBank:
                 f"run={run} was trained with {loaded.info.method}, which stores whole weights, but a bank needs "
                 "SNELLA factors; load this run separately"
             )
-        need = _bytes(update.base for update in updates.values())
-        if need > self._limit:
+        required = _bytes(update.base for update in updates.values())
+        if required > self._limit:
             raise ValueError(
-                f"memory_mib must be at least {need / _MIB:.1f} for the effective weights of {run}, got "
+                f"memory_mib must be at least {required / _MIB:.1f} for the effective weights of {run}, got "
                 f"{self._limit / _MIB:.1f}"
             )
         with self._lock:
-            self._model, self._described = base, backbone_key
+            self._model, self._key = base, backbone_key
             self._cached.pop(name, None)
             probe = None if loaded.probe is None else loaded.probe.on(base).to(self._device).eval()
             self._tasks[name] = _Task(replace(loaded, model=base, probe=probe), updates, replaced)
@@ -225,7 +225,7 @@ class TaskBank:
         return [predictions[place] for place in range(len(images))]
 
     def _groups(self, tasks: Sequence[str], count: int) -> list[tuple[str, list[int]]]:
-        """Group image indices by task; cached tasks come first, so that no task is merged twice."""
+        """Group image indices by task; cached tasks come first, which avoids merging a task twice."""
         if len(tasks) != count:
             raise ValueError(f"tasks must have one name per image, got {len(tasks)} names for {count} images")
         groups: dict[str, list[int]] = {}
@@ -260,8 +260,8 @@ class TaskBank:
             return self._cached[name]
         task = self._tasks[name]
         free: dict[str, Tensor] = {}
-        need = _bytes(update.base for update in task.updates.values())
-        while self._cached and self.cached_bytes + need > self._limit:
+        required = _bytes(update.base for update in task.updates.values())
+        while self._cached and self.cached_bytes + required > self._limit:
             _, free = self._cached.popitem(last=False)
         weights = {}
         for key, entry in task.updates.items():
@@ -276,12 +276,12 @@ class TaskBank:
 
 
 def _backbone_key(backbone: BackboneInfo, task: str) -> tuple[Any, ...]:
-    """Return the settings that runs must share to share a backbone, with the seed if weights are random."""
+    """Return the settings that runs of one backbone have in common, with the seed of random weights."""
     seed = None if backbone.pretrained is not False else backbone.seed
     return (backbone.name, backbone.weights, backbone.img_size, task, seed)
 
 
-def _updates_of(model: nn.Module) -> dict[str, _Update]:
+def _collect_updates(model: nn.Module) -> dict[str, _Update]:
     """Return the updates of an adapted model by weight name in the backbone."""
     inner: nn.Module = getattr(getattr(model, "base_model", None), "model", model)
     updates = {}

@@ -441,7 +441,7 @@ class OrdinalTask(ClassificationTask):
             reordered.append(dataclasses.replace(item, ranking=ranking))
         return reordered
 
-    def merged_use(self) -> str:
+    def decoding_comment(self) -> str:
         """Return the comment that computes the median rank."""
         return "# classes[(model(transform(image.convert('RGB'))[None]).sigmoid().cumprod(1) > 0.5).sum()]"
 

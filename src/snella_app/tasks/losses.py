@@ -36,8 +36,8 @@ def full_precision(outputs: Tensor) -> Tensor:
 def weighted_mean(losses: Tensor, weights: Tensor | None) -> Tensor:
     """Return the weighted mean `Σ_i w_i l_i / n`, 0-dim.
 
-    The divisor is the number of samples, not the sum of weights, so a sample's gradient contribution does not depend on
-    the rest of the batch. Balanced class weights have mean 1 over the training images.
+    The divisor is the number of samples, not the sum of weights, so a sample's gradient does not depend on the rest
+    of the batch. Balanced class weights have mean 1 over the training images.
 
     Args:
         losses: `[batch]`.
@@ -83,7 +83,7 @@ def logit_adjusted(
 ) -> Tensor:
     """Compute the cross-entropy of logits shifted by the log class priors.
 
-    l_i = -Σ_c q[i, c] log softmax(logits + τ log π)[i, c],   π_c = share of class c in the training images,   τ = 1
+    l_i = -Σ_c q[i, c] log softmax(logits + τ log π)[i, c],   π_c = fraction of training images of class c,   τ = 1
 
     The shift applies only in training. The argmax of the unshifted logits minimizes the balanced error.
 

@@ -131,7 +131,7 @@ class MultiLabelTask(Task):
         """Return the thresholds."""
         return {"thresholds": list(self.thresholds)}
 
-    def of_ensemble(self, tasks: Sequence[Any]) -> Self:
+    def for_ensemble(self, tasks: Sequence[Any]) -> Self:
         """Return the task with the mean of the models' thresholds."""
         return dataclasses.replace(self, thresholds=tuple(np.mean([t.thresholds for t in tasks], axis=0).tolist()))
 
@@ -282,7 +282,7 @@ class MultiLabelTask(Task):
     check_output = staticmethod(image_outputs.check_output)
     write_predictions = staticmethod(image_outputs.write_predictions)
 
-    def merged_use(self) -> str:
+    def decoding_comment(self) -> str:
         """Return the comment that applies the thresholds."""
         shown = [round(threshold, 4) for threshold in self.thresholds]
         return (

@@ -178,7 +178,7 @@ def _ranked(ranking: Sequence[tuple[str, float]], first: int = 1) -> Row:
     return columns
 
 
-def _beside(values: Mapping[str, float], others: Sequence[str], suffix: str) -> Row:
+def _with_unique_names(values: Mapping[str, float], others: Sequence[str], suffix: str) -> Row:
     """Return `values` as columns; names that collide with `others` get a suffix."""
     columns: Row = {}
     for name, value in values.items():
@@ -270,7 +270,7 @@ def _parquet(rows: Sequence[Row]) -> bytes:
 def check_output(out: str | Path | None, top_k: int | None, *, overwrite: bool) -> None:
     """Check the output arguments of `write_predictions` before prediction; raises the same errors.
 
-    `out` is None if no file is written.
+    None for `out` writes no file.
     """
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}; omit it for the default, or set --top-k all")
@@ -335,7 +335,7 @@ class LabelSetPrediction:
     def row(self, top_k: int | None = None) -> Row:
         """Return `labels`, and the probabilities of all classes or the top-k classes."""
         rounded = {name: round(p, 6) for name, p in self.probabilities.items()}
-        class_columns = _beside(rounded, ("image", "labels"), "_probability")
+        class_columns = _with_unique_names(rounded, ("image", "labels"), "_probability")
         return {"labels": self.labels, **(class_columns if top_k is None else _ranked(self.ranking[:top_k]))}
 
 
@@ -371,7 +371,9 @@ class NumberPrediction:
 
     def row(self, top_k: int | None = None) -> Row:
         """Return one column per target."""
-        return _beside({name: float(f"{value:.7g}") for name, value in self.values.items()}, ("image",), "_value")
+        return _with_unique_names(
+            {name: float(f"{value:.7g}") for name, value in self.values.items()}, ("image",), "_value"
+        )
 
 
 def check_number_output(out: str | Path | None, top_k: int | None, *, overwrite: bool) -> None:

@@ -233,7 +233,7 @@ class RegressionTask(Task):
     check_output = staticmethod(image_outputs.check_number_output)
     write_predictions = staticmethod(image_outputs.write_numbers)
 
-    def merged_use(self) -> str:
+    def decoding_comment(self) -> str:
         """Return the comment that converts outputs to target units."""
         mean, std = ([float(f"{value:.7g}") for value in values] for values in (self.mean, self.std))
         return f"# model(transform(image.convert('RGB'))[None])[0] * torch.tensor({std}) + torch.tensor({mean})"

@@ -59,8 +59,8 @@ def pooled_scores(counts: np.ndarray, classes: list[str]) -> dict[str, Any]:
 
     By image: mean over images of the mean over classes that are present or predicted. Images without such classes are
     excluded; the score is 1 if no image remains. Pooled: computed over the pixels of all images. GPS's variant is
-    pooled and ignores pixels whose true class is background, so it ignores false positives there: for two classes, IoU
-    equals the recall R and Dice equals 2R / (1 + R).
+    pooled and ignores background pixels, and therefore false positives: for two classes, IoU equals the recall R and
+    Dice equals 2R / (1 + R).
 
     Args:
         counts: `[images, classes, classes]` from `pixel_counts`; class 0 is the background.
@@ -276,7 +276,7 @@ class SegmentationTask(Task):
         """Check that images have masks.
 
         Raises:
-            ValueError: If they do not.
+            ValueError: If images have no masks.
         """
         if not isinstance(dataset, MaskDataset):
             raise ValueError(

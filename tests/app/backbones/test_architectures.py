@@ -32,12 +32,12 @@ def test_the_architecture_and_input_size_are_read_from_the_shapes(name: str, img
     assert (found.name, found.img_size, found.options) == (name, img_size, {})
 
 
-def test_a_norm_after_pooling_means_average_pooling():
+def test_a_norm_after_pooling_selects_average_pooling():
     found = infer_vit(shapes_of("vit_base_patch16_224", global_pool="avg"), source="w.pth")
     assert found.options == {"global_pool": "avg"}
 
 
-def test_a_weight_file_alone_is_a_backbone(tmp_path):
+def test_a_weight_file_is_a_valid_backbone(tmp_path):
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", num_classes=3, img_size=48, global_pool="avg").eval()
     torch.save({"model": model.state_dict()}, tmp_path / "vit.pth")
@@ -59,18 +59,18 @@ def test_dinov2s_own_file_with_mask_token_is_recognized(tmp_path):
     assert torch.equal(loaded.forward_features(images), model.forward_features(images))
 
 
-def test_a_vit_of_unknown_size_says_what_was_seen():
+def test_unknown_vit_size_error_has_the_inferred_sizes():
     with pytest.raises(
         ValueError, match=r"width 64, depth \d+, patch size 16, 101 positions, 0 register .*weights='w.pth'"
     ):
         infer_vit(shapes_of("test_vit"), source="w.pth")
 
 
-def test_a_known_size_that_timm_has_no_name_for_says_what_was_seen():
+def test_a_size_without_timm_name_error_has_the_inferred_sizes():
     with pytest.raises(ValueError, match="width 768, depth 12, patch size 12"):
         infer_vit(shapes_of("vit_base_patch16_224", patch_size=12, img_size=120), source="w.pth")
 
 
-def test_another_network_is_refused_with_what_it_holds():
+def test_another_network_error_lists_its_tensors():
     with pytest.raises(ValueError, match=re.escape("it holds conv1.0.weight [")):
         infer_vit(shapes_of("test_resnet"), source="w.pth")

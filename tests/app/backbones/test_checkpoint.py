@@ -17,7 +17,7 @@ def save(state: dict, path: Path) -> str:
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ".safetensors"])
-def test_a_saved_model_comes_back_with_the_same_outputs(suffix, tiny_vit, images, tmp_path):
+def test_a_saved_model_reloads_with_the_same_outputs(suffix, tiny_vit, images, tmp_path):
     model = tiny_vit()
     file = save(model.state_dict(), tmp_path / f"weights{suffix}")
     loaded = create_backbone("test_vit", num_classes=4, weights=file).eval()
@@ -44,14 +44,14 @@ def test_nested_dictionaries_and_wrapper_prefixes_are_recognized(wrap, tiny_vit,
     assert torch.equal(loaded(images), model(images))
 
 
-def test_weights_take_the_place_of_the_hub_whatever_pretrained_says(tiny_vit, images, tmp_path):
+def test_weights_replace_the_hub_regardless_of_pretrained(tiny_vit, images, tmp_path):
     model = tiny_vit()
     file = save(model.state_dict(), tmp_path / "w.pth")
     loaded = create_backbone("test_vit", num_classes=4, weights=file, pretrained=False).eval()
     assert torch.equal(loaded(images), model(images))
 
 
-def test_a_head_of_another_class_count_is_left_out_and_all_else_is_taken(tiny_vit, images, tmp_path):
+def test_a_head_with_another_class_count_is_dropped_and_the_rest_loaded(tiny_vit, images, tmp_path):
     model = tiny_vit(num_classes=7)
     file = save(model.state_dict(), tmp_path / "w.pth")
     loaded = create_backbone("test_vit", num_classes=3, weights=file).eval()
@@ -84,7 +84,7 @@ def test_half_precision_weights_are_loaded_into_a_float32_model(tiny_vit, tmp_pa
     assert torch.equal(loaded.head.weight, state["head.weight"].float())
 
 
-def test_a_convolutional_network_loads_and_may_lack_its_batch_counters(tmp_path):
+def test_a_convolutional_network_loads_without_batch_counters(tmp_path):
     model = timm.create_model("test_resnet", num_classes=4).eval()
     state = {key: value for key, value in model.state_dict().items() if not key.endswith("num_batches_tracked")}
     loaded = create_backbone("test_resnet", num_classes=4, weights=save(state, tmp_path / "w.pth")).eval()
@@ -107,14 +107,14 @@ def test_missing_unexpected_and_reshaped_tensors_are_reported_together_with_thei
     assert "w.pth" in message and "'test_vit'" in message
 
 
-def test_many_errors_are_counted_and_the_first_ones_named(tiny_vit, tmp_path):
+def test_errors_show_the_count_and_the_first_ones(tiny_vit, tmp_path):
     state = {key: value for key, value in tiny_vit().state_dict().items() if not key.startswith("blocks.")}
     file = save(state, tmp_path / "w.pth")
     with pytest.raises(ValueError, match=r"\d+ missing \(blocks.0.norm1.weight \[64\], .* and \d+ more\)"):
         create_backbone("test_vit", num_classes=4, weights=file)
 
 
-def test_another_patch_size_is_refused_rather_than_resampled(tiny_vit, tmp_path):
+def test_another_patch_size_is_rejected_rather_than_resampled(tiny_vit, tmp_path):
     state = tiny_vit().state_dict()
     state["patch_embed.proj.weight"] = torch.zeros(64, 3, 8, 8)
     file = save(state, tmp_path / "w.pth")
@@ -124,7 +124,7 @@ def test_another_patch_size_is_refused_rather_than_resampled(tiny_vit, tmp_path)
         create_backbone("test_vit", num_classes=4, weights=file)
 
 
-def test_positions_that_are_no_square_grid_are_refused(tiny_vit, tmp_path):
+def test_positions_without_a_square_grid_are_rejected(tiny_vit, tmp_path):
     state = tiny_vit().state_dict()
     state["pos_embed"] = torch.zeros(1, 91, 64)
     file = save(state, tmp_path / "w.pth")
@@ -132,7 +132,7 @@ def test_positions_that_are_no_square_grid_are_refused(tiny_vit, tmp_path):
         create_backbone("test_vit", num_classes=4, weights=file)
 
 
-def test_a_file_with_code_inside_is_refused_and_not_run(tmp_path):
+def test_a_file_with_code_is_rejected_and_not_executed(tmp_path):
     class Surprise:
         def __reduce__(self):
             return Path.touch, (tmp_path / "ran",)
@@ -145,7 +145,7 @@ def test_a_file_with_code_inside_is_refused_and_not_run(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".npz"])
 @pytest.mark.parametrize("keep", [0, 900])
-def test_a_damaged_file_is_named(suffix, keep, tiny_vit, write_npz, tmp_path):
+def test_a_damaged_file_is_reported(suffix, keep, tiny_vit, write_npz, tmp_path):
     path = tmp_path / f"broken{suffix}"
     model = tiny_vit()
     write_npz(model, path) if suffix == ".npz" else save(model.state_dict(), path)
@@ -158,13 +158,13 @@ def test_a_damaged_file_is_named(suffix, keep, tiny_vit, write_npz, tmp_path):
     ("content", "found"),
     [([1, 2], "got list"), ({"epoch": 3}, "a dictionary with epoch"), ({"model": {}}, "a dictionary with ")],
 )
-def test_a_file_without_tensors_says_what_it_holds(content, found, tmp_path):
+def test_a_file_without_tensors_error_lists_its_content(content, found, tmp_path):
     torch.save(content, tmp_path / "w.pth")
     with pytest.raises(ValueError, match=f"must hold a dictionary of tensors, .*{found}"):
         read_checkpoint(tmp_path / "w.pth")
 
 
-def test_another_kind_of_file_is_refused_with_the_kinds_that_are_read(tmp_path):
+def test_an_unknown_suffix_error_lists_the_supported_suffixes(tmp_path):
     (tmp_path / "w.h5").write_bytes(b"x")
     with pytest.raises(
         ValueError, match=r"must end in one of \.pth, \.pt, \.bin, \.pth\.tar, \.safetensors, \.npz, got '\.h5'"
@@ -172,6 +172,6 @@ def test_another_kind_of_file_is_refused_with_the_kinds_that_are_read(tmp_path):
         create_backbone("test_vit", num_classes=2, weights=str(tmp_path / "w.h5"))
 
 
-def test_a_missing_weight_file_is_named(tmp_path):
+def test_a_missing_weight_file_is_reported(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"weights '.*gone\.pth': no such file"):
         create_backbone("test_vit", num_classes=2, weights=str(tmp_path / "gone.pth"))

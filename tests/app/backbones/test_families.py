@@ -1,4 +1,4 @@
-"""Which matrices are adapted in each family of timm, and which module is its head."""
+"""Adapted matrices and head of each timm family."""
 
 import functools
 
@@ -16,7 +16,7 @@ ATTENTION = {"attn.q", "attn.k", "attn.v", "attn.proj"}
 MLP = {"mlp.fc1", "mlp.fc2"}
 VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 SWIN = {"embed_dim": 16, "depths": (1, 1), "num_heads": (2, 4), "window_size": 4}
-# name, further arguments, kinds of matrices, how many, head
+# name, arguments, matrix types, number of matrices, head
 FAMILIES = [
     ("vit_base_patch16_224", VIT, ATTENTION | MLP, 12, "head"),
     ("vit_base_patch14_dinov2", VIT | {"patch_size": 16}, ATTENTION | MLP, 12, "head"),
@@ -49,7 +49,7 @@ FAMILIES = [
 def test_a_family_is_adapted_in_its_matrices_and_trains_all_of_them(name, options, kinds, count, head):
     torch.manual_seed(0)
     size = {} if name == "convnext_base" else {"img_size": 32}
-    # mixers of timm's names take no other width
+    # timm's mixers have a fixed width
     build = MlpMixer if name == "mixer" else functools.partial(timm.create_model, name)
     model = build(num_classes=3, **options, **size)
     with torch.no_grad():
@@ -70,7 +70,7 @@ def test_a_family_is_adapted_in_its_matrices_and_trains_all_of_them(name, option
     assert all(matrix.layer.snella_A["default"].grad.abs().sum() > 0 for matrix in matrices)
 
 
-def test_a_network_of_convolutions_alone_is_adapted_in_all_but_its_stem():
+def test_a_convolutional_network_is_adapted_except_its_stem():
     model = timm.create_model("test_resnet", num_classes=3)
     head = find_head(model)
     targets = adaptable_layers(model, head)

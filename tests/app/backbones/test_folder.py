@@ -43,7 +43,7 @@ def test_pretrained_false_builds_the_folders_architecture_at_random(tiny_vit, tm
     assert not torch.equal(loaded.pos_embed, model.pos_embed)
 
 
-def test_a_tensor_missing_from_the_folders_file_is_named(tiny_vit, tmp_path):
+def test_a_tensor_missing_from_the_folders_file_is_reported(tiny_vit, tmp_path):
     model = tiny_vit()
     save_for_hf(model, tmp_path, safe_serialization=False)
     state = model.state_dict()
@@ -53,14 +53,14 @@ def test_a_tensor_missing_from_the_folders_file_is_named(tiny_vit, tmp_path):
         create_backbone(str(tmp_path), num_classes=3)
 
 
-def test_a_folder_without_config_is_named(tmp_path):
+def test_a_folder_without_config_is_reported(tmp_path):
     with pytest.raises(
         FileNotFoundError, match=r"must contain config\.json and model\.safetensors; config\.json is missing"
     ):
         create_backbone(str(tmp_path), num_classes=2)
 
 
-def test_a_folder_without_weights_is_named(tmp_path):
+def test_a_folder_without_weights_is_reported(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "test_vit"}))
     with pytest.raises(FileNotFoundError, match=r"must contain one of model.safetensors, pytorch_model.bin"):
         create_backbone(str(tmp_path), num_classes=2)
@@ -75,7 +75,7 @@ def test_a_folder_without_weights_is_named(tmp_path):
         ('{"architecture": "test_vitt"}', r"got 'test_vitt'; nearest: \['test_vit"),
     ],
 )
-def test_a_configuration_that_is_not_timms_is_refused(config, message, tmp_path):
+def test_a_configuration_that_is_not_timms_is_rejected(config, message, tmp_path):
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(ValueError, match=message):
         create_backbone(str(tmp_path), num_classes=2)

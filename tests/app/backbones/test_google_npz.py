@@ -24,7 +24,7 @@ def test_googles_layout_gives_the_outputs_of_the_model_it_was_written_from(
     assert torch.equal(load(tmp_path / "vit.npz")(images), model(images))
 
 
-def test_another_class_count_and_input_size_are_taken(tiny_vit, write_npz, tmp_path):
+def test_other_class_counts_and_input_sizes_are_supported(tiny_vit, write_npz, tmp_path):
     model = tiny_vit(num_classes=21)
     write_npz(model, tmp_path / "vit.npz")
     loaded = load(tmp_path / "vit.npz", img_size=64)
@@ -32,7 +32,7 @@ def test_another_class_count_and_input_size_are_taken(tiny_vit, write_npz, tmp_p
     assert loaded(torch.zeros(1, 3, 64, 64)).shape == (1, 4)
 
 
-def test_the_architecture_is_found_when_only_the_path_is_given(write_npz, tmp_path):
+def test_the_architecture_is_inferred_from_the_path(write_npz, tmp_path):
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", num_classes=3, img_size=64).eval()
     write_npz(model, tmp_path / "Ti_16.npz")
@@ -43,19 +43,19 @@ def test_the_architecture_is_found_when_only_the_path_is_given(write_npz, tmp_pa
     assert config["input_size"] == (3, 64, 64) and config["mean"] == (0.5, 0.5, 0.5)
 
 
-def test_another_number_of_heads_is_refused_although_all_shapes_agree(tiny_vit, write_npz, tmp_path):
+def test_another_number_of_heads_is_rejected_although_all_shapes_agree(tiny_vit, write_npz, tmp_path):
     write_npz(tiny_vit(num_heads=4), tmp_path / "vit.npz")
     with pytest.raises(ValueError, match=r"vit\.npz' have 4 attention heads, backbone 'test_vit' has 2"):
         load(tmp_path / "vit.npz")
 
 
-def test_an_array_that_would_be_broadcast_is_refused(tiny_vit, write_npz, tmp_path):
+def test_an_array_that_would_be_broadcast_is_rejected(tiny_vit, write_npz, tmp_path):
     write_npz(tiny_vit(), tmp_path / "vit.npz", **{"Transformer/encoder_norm/scale": np.ones(1, dtype=np.float32)})
     with pytest.raises(ValueError, match=re.escape("Transformer/encoder_norm/scale: file [1], expected [64]")):
         load(tmp_path / "vit.npz")
 
 
-def test_missing_arrays_are_named(tiny_vit, write_npz, tmp_path):
+def test_missing_arrays_are_reported(tiny_vit, write_npz, tmp_path):
     write_npz(tiny_vit(), tmp_path / "vit.npz", **{"Transformer/encoderblock_1/LayerNorm_2/bias": None})
     with pytest.raises(ValueError, match=r"encoderblock_1/LayerNorm_2/bias: file lacks it, expected \[64\]"):
         load(tmp_path / "vit.npz")
@@ -71,7 +71,7 @@ def test_many_invalid_arrays_are_counted(tiny_vit, write_npz, tmp_path):
         load(tmp_path / "vit.npz")
 
 
-def test_positions_without_a_class_token_are_refused(tiny_vit, write_npz, tmp_path):
+def test_positions_without_a_class_token_are_rejected(tiny_vit, write_npz, tmp_path):
     write_npz(tiny_vit(), tmp_path / "vit.npz", **{POSITIONS: np.zeros((1, 100, 64), dtype=np.float32)})
     with pytest.raises(ValueError, match=re.escape(f"{POSITIONS} [1, 100, 64]")):
         load(tmp_path / "vit.npz")
@@ -81,19 +81,19 @@ def test_positions_without_a_class_token_are_refused(tiny_vit, write_npz, tmp_pa
     ("key", "kind"),
     [("conv_root/kernel", "a ResNet-ViT hybrid"), ("params/img/embedding/kernel", "a big_vision checkpoint")],
 )
-def test_other_layouts_of_google_are_told_apart(key, kind, tiny_vit, write_npz, tmp_path):
+def test_other_layouts_of_google_are_rejected(key, kind, tiny_vit, write_npz, tmp_path):
     write_npz(tiny_vit(), tmp_path / "vit.npz", **{key: np.zeros(1, dtype=np.float32)})
     with pytest.raises(NotImplementedError, match=kind):
         load(tmp_path / "vit.npz")
 
 
-def test_an_array_that_no_vit_has_is_named(tiny_vit, write_npz, tmp_path):
+def test_an_unexpected_array_is_reported(tiny_vit, write_npz, tmp_path):
     write_npz(tiny_vit(), tmp_path / "vit.npz", **{"Transformer/encoderblock_9/extra": np.zeros(3, dtype=np.float32)})
     with pytest.raises(ValueError, match=r"Transformer/encoderblock_9/extra: file \[3\], not part of a ViT"):
         load(tmp_path / "vit.npz")
 
 
-def test_the_representation_layer_of_the_first_releases_is_left_out_with_a_note(
+def test_the_representation_layer_of_early_releases_is_dropped_with_a_note(
     tiny_vit, write_npz, images, tmp_path, caplog
 ):
     caplog.set_level("INFO", logger="snella_app.backbones")

@@ -18,7 +18,7 @@ from snella_app.backbones.create import create_from_hub
 def empty_hub_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
-    # these tests speak to a hub of their own on this machine, whatever the environment says of the real one
+    # these tests use a local hub, regardless of the environment
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
@@ -39,7 +39,7 @@ def closed_port() -> int:
 
 
 class _Hub(BaseHTTPRequestHandler):
-    """Answers as the hub does for one repository."""
+    """Serves one repository like the hub."""
 
     files: dict[str, bytes] = {}
 
@@ -69,7 +69,7 @@ class _Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(monkeypatch) -> Iterator[dict[str, bytes]]:
-    """A server on this machine that speaks the hub's protocol; the test puts files in."""
+    """Local server with the hub's protocol; the test adds files."""
     files: dict[str, bytes] = {}
     handler = type("Hub", (_Hub,), {"files": files})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -80,7 +80,7 @@ def hub(monkeypatch) -> Iterator[dict[str, bytes]]:
 
 
 @pytest.mark.parametrize("name", ["test_vit.r160_in1k", "hf-hub:timm/test_vit.r160_in1k"])
-def test_a_hub_out_of_reach_is_said_with_the_ways_that_work_without_it(name, closed_port, monkeypatch):
+def test_an_unreachable_hub_error_has_alternatives(name, closed_port, monkeypatch):
     point_hub_at(f"http://127.0.0.1:{closed_port}", monkeypatch)
     with pytest.raises(ConnectionError) as caught:
         create_backbone(name, num_classes=2)
@@ -97,14 +97,14 @@ def test_a_hub_out_of_reach_is_said_with_the_ways_that_work_without_it(name, clo
     assert constants.HF_HUB_OFFLINE is False
 
 
-def test_the_users_own_offline_mode_is_named_as_the_reason(monkeypatch):
+def test_offline_mode_is_reported_as_the_reason(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ConnectionError, match=r"HF_HUB_OFFLINE is set.*backbone 'test_vit' is not in its cache"):
         create_backbone("test_vit", num_classes=2)
     assert constants.HF_HUB_OFFLINE is True
 
 
-def test_a_hub_that_lacks_the_repository_is_told_from_one_out_of_reach(hub):
+def test_a_missing_repository_differs_from_an_unreachable_hub(hub):
     with pytest.raises(ValueError, match=r"does not provide backbone 'test_vit': .*pretrained=False"):
         create_backbone("test_vit", num_classes=2)
 
@@ -119,6 +119,6 @@ def test_weights_come_from_the_hub_and_later_from_its_cache(hub, tiny_vit, image
     assert torch.equal(again.pos_embed, timm.layers.resample_abs_pos_embed(model.pos_embed, [6, 6]))
 
 
-def test_an_error_that_is_not_the_networks_passes_through():
+def test_other_errors_pass_unchanged():
     with pytest.raises(TypeError, match="nonsense"):
         create_from_hub("test_vit", pretrained=False, nonsense=1)

@@ -16,7 +16,7 @@ from snella_app.backbones.sam import infer_sam_config, load_sam
 
 
 def tiny_config(hidden_size: int = 24, heads: int = 3, depth: int = 3, image_size: int = 64, **vision) -> SamConfig:
-    """A small SAM; random weights of the encoder have a real one's size, where transformers draws them at 1e-10."""
+    """Small SAM; encoder weights have a realistic scale, since transformers initializes them at 1e-10."""
     vision = {"window_size": 3, "global_attn_indexes": [1], "mlp_dim": 40, "initializer_range": 0.02} | vision
     sizes = {"image_size": image_size, "patch_size": 8}
     return SamConfig(
@@ -44,7 +44,7 @@ def _plain(ours: str, theirs: str, *leaves: str) -> dict[str, str]:
 
 
 def original_names(depth: int) -> dict[str, str]:
-    """Every tensor of the authors' checkpoint, by hand: their name to transformers'."""
+    """Tensor names of the authors' checkpoint, mapped to transformers' names."""
     names = {"image_encoder.pos_embed": "vision_encoder.pos_embed"}
     names |= _plain("vision_encoder.patch_embed.projection", "image_encoder.patch_embed.proj")
     for k in range(depth):
@@ -118,7 +118,7 @@ def original(sam: SamModel, tmp_path: Path) -> Path:
     return path
 
 
-def test_the_hand_written_layout_covers_every_tensor_of_the_model(sam):
+def test_the_test_layout_covers_every_tensor_of_the_model(sam):
     covered = set(original_names(3).values()) | {"prompt_encoder.shared_embedding.positional_embedding"}
     assert covered == set(sam.state_dict())
 
@@ -156,7 +156,7 @@ def test_a_folder_of_transformers_and_its_single_file_are_recognized(sam, tmp_pa
     [(768, 12, 12, [2, 5, 8, 11]), (1024, 16, 24, [5, 11, 17, 23]), (1280, 16, 32, [7, 15, 23, 31])],
     ids=["vit_b", "vit_l", "vit_h"],
 )
-def test_the_published_sizes_are_told_from_their_shapes(width, heads, depth, global_blocks):
+def test_the_published_sizes_are_inferred_from_their_shapes(width, heads, depth, global_blocks):
     vision = {"hidden_size": width, "num_attention_heads": heads, "num_hidden_layers": depth}
     config = SamConfig(vision_config=vision | {"global_attn_indexes": global_blocks})
     with torch.device("meta"):
@@ -173,7 +173,7 @@ def test_positions_are_resampled_for_another_image_size(sam, original, tmp_path)
     smaller = load_sam(original, image_size=32)
     assert smaller.config.vision_config.image_size == smaller.config.prompt_encoder_config.image_size == 32
     assert smaller.vision_encoder.pos_embed.shape == (1, 4, 4, 24)
-    # the global block's table as the model itself resamples it while it runs
+    # the global block's table, resampled like in the model
     attention, resized = sam.vision_encoder.layers[1].attn, smaller.vision_encoder.layers[1].attn
     assert torch.allclose(
         resized.get_rel_pos(4, 4, resized.rel_pos_h), attention.get_rel_pos(4, 4, attention.rel_pos_h)
@@ -181,7 +181,7 @@ def test_positions_are_resampled_for_another_image_size(sam, original, tmp_path)
     assert torch.equal(smaller.vision_encoder.layers[0].attn.rel_pos_h, sam.vision_encoder.layers[0].attn.rel_pos_h)
     features, masks, _ = outputs(smaller, 32)
     assert features.shape == (1, 32, 4, 4) and masks.shape[-2:] == (16, 16)
-    # constant positions stay what they are
+    # constant positions are unchanged
     state = original_state(sam) | {"image_encoder.pos_embed": torch.full((1, 8, 8, 24), 0.5)}
     torch.save(state, tmp_path / "constant.pth")
     assert torch.allclose(
@@ -196,12 +196,12 @@ def test_a_folder_takes_another_image_size_too(sam, original, tmp_path):
 
 
 @pytest.mark.parametrize("size", [4, 60])
-def test_an_image_size_that_patches_cannot_tile_is_refused(size, original):
+def test_an_image_size_is_rejected_unless_it_is_a_multiple_of_the_patch_size(size, original):
     with pytest.raises(ValueError, match=f"image_size must be a multiple of SAM's patch size 8, got {size}"):
         load_sam(original, image_size=size)
 
 
-def test_missing_extra_and_reshaped_tensors_are_named_together(sam, tmp_path):
+def test_missing_extra_and_reshaped_tensors_are_reported_together(sam, tmp_path):
     state = original_state(sam)
     del state["image_encoder.blocks.2.norm1.weight"]
     state["image_encoder.prompt_generator.shared_mlp.weight"] = torch.zeros(2, 3)
@@ -215,7 +215,7 @@ def test_missing_extra_and_reshaped_tensors_are_named_together(sam, tmp_path):
     assert "mask_decoder.transformer.layer_norm_final_attn.bias: file [31], model [32]" in message
 
 
-def test_tensors_without_which_no_size_is_known_are_named(sam, tmp_path):
+def test_missing_required_tensors_are_reported(sam, tmp_path):
     state = original_state(sam)
     del state["mask_decoder.iou_token.weight"]
     torch.save(state, tmp_path / "sam.pth")
@@ -223,7 +223,7 @@ def test_tensors_without_which_no_size_is_known_are_named(sam, tmp_path):
         load_sam(tmp_path / "sam.pth")
 
 
-def test_sizes_that_do_not_agree_are_refused(sam):
+def test_inconsistent_sizes_are_rejected(sam):
     state = sam.state_dict()
     head = {"vision_encoder.layers.0.attn.rel_pos_h": torch.zeros(5, 7)}
     with pytest.raises(ValueError, match="width 24 must be a multiple of the head dimension 7"):
@@ -233,20 +233,20 @@ def test_sizes_that_do_not_agree_are_refused(sam):
         infer_sam_config(state | window, source="sam.pth")
 
 
-def test_another_network_is_refused_with_what_it_holds(tmp_path):
+def test_another_network_error_lists_its_tensors(tmp_path):
     torch.save({"blocks.0.weight": torch.zeros(2)}, tmp_path / "vit.pth")
     with pytest.raises(ValueError, match=r"not a SAM: image_encoder\.patch_embed .* got blocks\.0\.weight"):
         load_sam(tmp_path / "vit.pth")
 
 
-def test_what_is_not_there_is_named(tmp_path):
+def test_a_missing_file_is_reported(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"gone\.pth': no such file"):
         load_sam(tmp_path / "gone.pth")
     with pytest.raises(FileNotFoundError, match=rf"{re.escape(str(tmp_path))}' must contain config\.json"):
         load_sam(tmp_path)
 
 
-def test_a_folder_of_another_model_is_refused(tmp_path):
+def test_a_folder_of_another_model_is_rejected(tmp_path):
     (tmp_path / "config.json").write_text("{]", encoding="utf-8")
     with pytest.raises(ValueError, match=r"config\.json' is not a readable configuration"):
         load_sam(tmp_path)
@@ -255,7 +255,7 @@ def test_a_folder_of_another_model_is_refused(tmp_path):
         load_sam(tmp_path)
 
 
-def test_a_folder_whose_weights_do_not_fit_is_refused(sam, tmp_path):
+def test_a_folder_whose_weights_do_not_fit_is_rejected(sam, tmp_path):
     sam.config.save_pretrained(tmp_path)
     state = {name: tensor.clone() for name, tensor in sam.state_dict().items()}
     del state["mask_decoder.iou_token.weight"]

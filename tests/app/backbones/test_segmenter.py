@@ -32,13 +32,13 @@ def test_a_timm_model_scores_every_pixel(name):
     assert scores.shape == (2, 3, 64, 64) and scores.isfinite().all()
 
 
-def test_the_decoder_sees_four_layers_and_the_last_among_them():
+def test_the_decoder_uses_four_layers_including_the_last():
     model = make()
     depth = len(model.encoder.blocks)
     assert model.layers[-1] == depth - 1 and len(model.layers) == min(4, depth)
 
 
-def test_images_are_shown_whole():
+def test_images_are_not_cropped():
     import timm
 
     config = timm.data.resolve_model_data_config(make())
@@ -64,7 +64,7 @@ def test_every_method_trains_the_decoder_and_reloads(method, tmp_path):
         assert torch.equal(load_trained(tmp_path, make())(images), model.eval()(images))
 
 
-def test_a_model_without_feature_maps_is_refused():
+def test_a_model_without_feature_maps_is_rejected():
     with pytest.raises(NotImplementedError, match=r"requires feature maps .*got Linear"):
         SegmentationModel(nn.Linear(2, 2), 2)
 
@@ -87,7 +87,7 @@ def test_sam_without_prompts_gives_its_own_logits(sam_folder):
     assert scores.shape == (2, 2, 64, 64) and not scores[:, 0].any()
 
 
-def test_in_sam_the_encoder_is_adapted_and_decoder_and_dense_embedding_are_trained(sam_folder, tmp_path):
+def test_sam_adapts_the_encoder_and_trains_decoder_and_dense_embedding(sam_folder, tmp_path):
     model = build_method("snella-2", make(f"sam:{sam_folder}", 2, img_size=None), head="decoder")
     model(torch.randn(1, 3, 64, 64)).square().mean().backward()
     moved = {name for name, p in model.named_parameters() if p.requires_grad and p.grad is not None and p.grad.any()}
@@ -102,13 +102,13 @@ def test_in_sam_the_encoder_is_adapted_and_decoder_and_dense_embedding_are_train
         assert torch.equal(again(images), model.eval()(images))
 
 
-def test_sam_takes_a_smaller_image(sam_folder):
+def test_sam_supports_smaller_images(sam_folder):
     model = make(f"sam:{sam_folder}", 2, img_size=32)
     assert model(torch.randn(1, 3, 32, 32)).shape == (1, 2, 32, 32)
     assert model.pretrained_cfg["input_size"] == (3, 32, 32)
 
 
-def test_sam_gives_one_mask_and_brings_its_weights(sam_folder):
+def test_sam_predicts_one_mask_and_includes_its_weights(sam_folder):
     with pytest.raises(NotImplementedError, match=r"num_classes must be 2 .*got 3"):
         make(f"sam:{sam_folder}", 3)
     with pytest.raises(ValueError, match=r"weights must be omitted for backbone 'sam:.*got 'w.pth'"):

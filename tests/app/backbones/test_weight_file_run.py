@@ -1,4 +1,4 @@
-"""A weight file alone as the backbone, from training to the merged file that timm loads."""
+"""Run with a weight file as the backbone, from training to the merged file that timm loads."""
 
 import io
 
@@ -25,7 +25,7 @@ from snella_app.training.train import train
         ("convnext_tiny", {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 16)}),
     ],
 )
-def test_a_run_on_a_weight_file_alone_merges_into_a_file_that_the_printed_lines_load(
+def test_a_run_on_a_weight_file_merges_into_a_file_that_the_printed_code_loads(
     architecture, options, no_report, tmp_path
 ):
     torch.manual_seed(0)

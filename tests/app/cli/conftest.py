@@ -46,7 +46,7 @@ def run(train_words, tmp_path_factory):
 
 @pytest.fixture
 def failing(capsys):
-    """Run a command that must fail, and give its one line on standard error."""
+    """Run a failing command and return its line on standard error."""
 
     def call(*words, status=2):
         assert main(list(words)) == status

@@ -13,7 +13,7 @@ from snella_app.runs import RunFolder, load_run
 from snella_app.training.trainer import SnellaTrainer
 
 
-def test_train_leaves_a_finished_run_with_its_resolved_configuration(run):
+def test_train_writes_a_finished_run_with_its_resolved_configuration(run):
     values = yaml.safe_load((run / "config.yaml").read_text())
     assert RunFolder(run).status == "finished"
     assert (values["r"], values["target_sparsity"], values["epochs"], values["method_options"]) == (
@@ -25,7 +25,7 @@ def test_train_leaves_a_finished_run_with_its_resolved_configuration(run):
     assert values["lr"] is not None
 
 
-def test_the_command_in_run_json_is_one_that_the_parser_understands(run):
+def test_the_command_in_run_json_can_be_parsed(run):
     import shlex
 
     from snella_app.cli.parser import parse
@@ -37,7 +37,7 @@ def test_the_command_in_run_json_is_one_that_the_parser_understands(run):
     assert name == "train" and TrainConfig(**settings) == RunFolder(run).read_config()
 
 
-def test_evaluate_prints_and_writes_the_measures(run, capsys, tmp_path):
+def test_evaluate_prints_and_writes_the_metrics(run, capsys, tmp_path):
     assert main(["evaluate", str(run), "--out", str(tmp_path / "result.json")]) == 0
     result = json.loads((tmp_path / "result.json").read_text())
     text = capsys.readouterr().out
@@ -45,7 +45,7 @@ def test_evaluate_prints_and_writes_the_measures(run, capsys, tmp_path):
     assert yaml.safe_load((run / "commands" / "evaluate.yaml").read_text())["split"] == "auto"
 
 
-def test_predict_prints_a_line_an_image(run, photos, capsys):
+def test_predict_prints_one_line_per_image(run, photos, capsys):
     assert (
         main(["predict", str(run), "--skip-corrupt", str(photos / "cats" / "00.png"), str(photos / "dogs" / "01.png")])
         == 0
@@ -63,7 +63,7 @@ def test_predict_writes_csv(run, photos, tmp_path, capsys):
     assert "15 images" in capsys.readouterr().out
 
 
-def test_predict_refuses_an_output_before_it_loads_anything(run, photos, tmp_path, failing):
+def test_predict_rejects_an_output_before_loading(run, photos, tmp_path, failing):
     (tmp_path / "p.csv").write_text("mine")
     words = ["predict", str(run), str(photos / "cats")]
     line = failing(*words, "--out", str(tmp_path / "p.csv"))
@@ -74,7 +74,7 @@ def test_predict_refuses_an_output_before_it_loads_anything(run, photos, tmp_pat
     assert (tmp_path / "p.csv").read_text().startswith("image,label,probability")
 
 
-def test_predict_says_that_the_run_comes_first(run, photos, failing):
+def test_predict_reports_swapped_arguments(run, photos, failing):
     image = photos / "cats" / "00.png"
     assert "run must be the folder of a run, got the file" in failing("predict", str(image), str(run))
     assert "pass it before the images" in failing("predict", str(photos), str(run))
@@ -106,7 +106,7 @@ def test_merge_writes_a_folder_of_timm(run, tmp_path, capsys):
     assert names["classes"] == load_run(run).classes
 
 
-def test_images_that_are_skipped_are_counted_and_named(run, photos, tmp_path, capsys):
+def test_skipped_images_are_listed(run, photos, tmp_path, capsys):
     (tmp_path / "cut.png").write_bytes((photos / "cats" / "00.png").read_bytes()[:99])
     words = ["predict", str(run), str(photos / "cats" / "00.png"), str(tmp_path / "cut.png"), "--skip-corrupt"]
     assert main([*words, "--out", str(tmp_path / "p.csv")]) == 0
@@ -114,7 +114,7 @@ def test_images_that_are_skipped_are_counted_and_named(run, photos, tmp_path, ca
     assert "1 image: " in captured.out and "skipped 1 image: '" in captured.err and "cut.png' (" in captured.err
 
 
-def test_a_run_that_cannot_be_written_is_read_all_the_same(run, photos, tmp_path, capsys):
+def test_a_read_only_run_can_be_read(run, photos, tmp_path, capsys):
     copy = tmp_path / "run"
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns("commands"))
     (copy / "commands").write_text("in the way, since root may write into any folder")
@@ -131,11 +131,11 @@ def test_inspect_shows_the_budgets(run, capsys):
     assert (run / "report.html").exists()
 
 
-def test_settings_come_from_a_file_and_the_command_line_wins(train_words, tmp_path, capsys):
+def test_the_command_line_takes_precedence_over_a_configuration_file(train_words, tmp_path, capsys):
     settings = {"epochs": 7, "method": "linear", "seed": 3}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings))
     words = [word for word in train_words if word not in ("--r",)]
-    words.remove("2")  # epochs stay, the rank goes
+    words.remove("2")  # keeps epochs, removes the rank
     words = [w for w in words if w != "--epochs"]
     if "2" in words:
         words.remove("2")
@@ -145,13 +145,13 @@ def test_settings_come_from_a_file_and_the_command_line_wins(train_words, tmp_pa
     assert (values["epochs"], values["method"], values["seed"]) == (1, "linear", 3)
 
 
-def test_a_finished_run_is_protected_and_said_to_be_finished(run, train_words, failing, capsys):
+def test_a_finished_run_is_protected_and_reported_as_finished(run, train_words, failing, capsys):
     assert "holds a finished run" in failing(*train_words, "--out", str(run))
     assert main(["train", "--out", str(run), "--resume"]) == 0
     assert "is already finished" in capsys.readouterr().out
 
 
-def test_ctrl_c_ends_with_130_and_the_command_that_continues(train_words, tmp_path, failing, monkeypatch):
+def test_ctrl_c_exits_with_130_and_the_resume_command(train_words, tmp_path, failing, monkeypatch):
     original = SnellaTrainer.training_step
 
     def press_ctrl_c(self, *args, **kwargs):
@@ -168,7 +168,7 @@ def test_ctrl_c_ends_with_130_and_the_command_that_continues(train_words, tmp_pa
     assert main(command) == 0 and RunFolder(out).status == "finished"
 
 
-def test_ctrl_c_before_training_ends_with_130(train_words, tmp_path, failing, monkeypatch):
+def test_ctrl_c_before_training_exits_with_130(train_words, tmp_path, failing, monkeypatch):
     def press_ctrl_c(*args, **kwargs):
         raise KeyboardInterrupt
 
@@ -176,7 +176,7 @@ def test_ctrl_c_before_training_ends_with_130(train_words, tmp_path, failing, mo
     assert failing(*train_words, "--out", str(tmp_path / "run"), status=130) == "snella: interrupted\n"
 
 
-def test_ctrl_c_while_the_command_line_is_read_ends_with_130(failing, monkeypatch):
+def test_ctrl_c_while_parsing_exits_with_130(failing, monkeypatch):
     def press_ctrl_c(*args, **kwargs):
         raise KeyboardInterrupt
 
@@ -184,7 +184,7 @@ def test_ctrl_c_while_the_command_line_is_read_ends_with_130(failing, monkeypatc
     assert failing("train", status=130) == "snella: interrupted\n"
 
 
-def test_a_loss_that_is_no_number_is_one_line(train_words, tmp_path, failing):
+def test_a_nan_loss_is_a_one_line_error(train_words, tmp_path, failing):
     line = failing(
         *train_words,
         "--out",
@@ -218,13 +218,13 @@ def test_a_loss_that_is_no_number_is_one_line(train_words, tmp_path, failing):
         (["--method", "lorra"], "nearest: lora"),
     ],
 )
-def test_mistakes_are_one_line_and_leave_no_folder(words, message, train_words, tmp_path, failing):
+def test_user_errors_are_one_line_and_create_no_folder(words, message, train_words, tmp_path, failing):
     out = tmp_path / "run"
     assert message in failing(*train_words, *words, "--out", str(out))
     assert not out.exists()
 
 
-def test_a_truncated_image_is_named_and_can_be_skipped(train_words, photos, tmp_path, failing, capsys):
+def test_a_truncated_image_is_reported_and_can_be_skipped(train_words, photos, tmp_path, failing, capsys):
     import shutil
 
     shutil.copytree(photos, tmp_path / "photos")

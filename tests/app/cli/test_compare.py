@@ -22,7 +22,7 @@ def asked(*words):
     return experiment_from_args(asdict(CompareOptions(**parse(list(words))[2])))
 
 
-def test_a_comparison_is_trained_and_gone_on_with(tmp_path, capsys):
+def test_a_comparison_trains_and_resumes(tmp_path, capsys):
     out = str(tmp_path / "c")
     assert main([*WORDS, "--out", out]) == 0
     rows, _ = read_lines(tmp_path / "c" / "results.jsonl")
@@ -42,14 +42,14 @@ def test_flags_become_an_experiment():
     assert experiment.settings == {"epochs": 4} and experiment.forgetting == ()
 
 
-def test_flags_go_before_the_file():
+def test_options_override_the_file():
     words = ("compare", "--out", "x", "--experiment", "coffee", "--seeds", "4", "--epochs", "2", "--methods", "linear")
     experiment = asked(*words)
     assert experiment.seeds == 4 and experiment.settings["epochs"] == 2 and experiment.settings["img_size"] == 42
     assert [entry.name for entry in experiment.methods] == ["linear"] and experiment.reference_name == "linear"
 
 
-def test_head_start_and_ema_hold_for_every_method(tmp_path):
+def test_head_init_and_ema_apply_to_every_method(tmp_path):
     words = ("--head-init", "probe", "--ema", "0.5", "--methods", "bias,lora-2")
     assert main([*WORDS, *words, "--out", str(tmp_path / "c")]) == 0
     rows, _ = read_lines(tmp_path / "c" / "results.jsonl")
@@ -72,7 +72,7 @@ def test_the_status_says_that_runs_failed(tmp_path, capsys, monkeypatch):
     assert main(["compare", "--out", out, "--workers", "0", "--retry-failed"]) == 0
 
 
-def test_a_folder_alone_means_its_own_experiment(tmp_path):
+def test_a_folder_resumes_its_experiment(tmp_path):
     assert asked("compare", "--out", str(tmp_path)) is None
 
 
@@ -89,18 +89,18 @@ def test_a_folder_alone_means_its_own_experiment(tmp_path):
         (["--method", "linear"], "snella compare has no option --method; nearest: --methods"),
     ],
 )
-def test_mistakes_are_one_line_and_leave_no_folder(words, message, tmp_path, failing):
+def test_user_errors_are_one_line_and_create_no_folder(words, message, tmp_path, failing):
     assert message in failing(*WORDS, *words, "--out", str(tmp_path / "c"))
     assert not (tmp_path / "c").exists()
 
 
-def test_experiments_of_other_commands_are_not_offered(tmp_path, failing):
+def test_experiments_of_other_commands_are_not_listed(tmp_path, failing):
     message = failing(*WORDS, "--experiment", "table5", "--out", str(tmp_path / "c"))
     assert "coffee" in message and "table1-vtab" in message
     assert not any(f" {name}," in message or f"nearest: {name}" in message for name in ("table5", "table6", "table18"))
 
 
-def test_nothing_to_go_on_with_is_said(tmp_path, failing):
+def test_a_missing_comparison_is_reported(tmp_path, failing):
     assert "holds no comparison to continue; give methods, data and a backbone" in failing(
         "compare", "--out", str(tmp_path / "c")
     )

@@ -22,7 +22,7 @@ printf '%s\\n' "${COMPREPLY[@]}"
 
 
 def complete(shell, script, *words, where):
-    """The completions of the last word in a real shell."""
+    """Completions of the last word in a real shell."""
     program = shutil.which(shell)
     if program is None:
         pytest.skip(f"{shell} is not installed")
@@ -84,5 +84,5 @@ def test_an_unknown_shell_is_an_error(words, got, capsys):
     assert capsys.readouterr().err == f"snella: --completion must be one of bash, zsh, fish, got {got}\n"
 
 
-def test_every_path_is_an_option_of_a_command():
+def test_every_path_completion_is_an_option_of_a_command():
     assert {option.name for command in COMMANDS.values() for option in options_of(command.function)} >= _PATHS

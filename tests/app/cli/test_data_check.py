@@ -6,7 +6,7 @@ from tests.benchmark_folders import write_fgvc, write_vtab
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """One task of its real size, one that is too small, and a data set of FGVC."""
+    """One complete task, one task that is too small, and one FGVC dataset."""
     root = tmp_path_factory.mktemp("data")
     write_vtab(root / "vtab-1k" / "kitti", 4, {"train800": 800, "val200": 200, "test": 711})
     write_vtab(root / "vtab-1k" / "patch_camelyon", 2, {"train800": 8, "val200": 4, "test": 4})
@@ -14,7 +14,7 @@ def data(tmp_path_factory):
     return root
 
 
-def test_a_data_set_without_faults_is_said_to_be_complete(data, capsys):
+def test_a_dataset_without_errors_is_reported_as_complete(data, capsys):
     assert main(["data", "check", str(data / "vtab-1k" / "kitti")]) == 0
     shown = capsys.readouterr()
     assert "complete, no errors found" in shown.out and shown.err == ""
@@ -22,7 +22,7 @@ def test_a_data_set_without_faults_is_said_to_be_complete(data, capsys):
     assert all(word in row for word in ("800", "200", "1,000", "711", "4", "good"))
 
 
-def test_everything_that_is_wrong_is_one_error(data, capsys):
+def test_all_problems_are_one_error(data, capsys):
     assert main(["data", "check", str(data)]) == 2
     shown = capsys.readouterr()
     assert shown.err.count("\n") == 1 and shown.err.startswith("snella: ")
@@ -37,7 +37,7 @@ def test_everything_that_is_wrong_is_one_error(data, capsys):
     assert "missing" in shown.out and "VTAB-1k in" in shown.out and "FGVC in" in shown.out
 
 
-def test_what_is_typed_wrong_is_told(data, failing, tmp_path):
+def test_invalid_arguments_are_reported(data, failing, tmp_path):
     assert "(it is empty); expected layout: VTAB-1k" in failing("data", "check", str(tmp_path))
     assert "--folder" not in failing("data", "check", str(tmp_path / "nowhere"))
     assert "nowhere', which does not exist" in failing("data", "check", str(tmp_path / "nowhere"))
@@ -46,14 +46,14 @@ def test_what_is_typed_wrong_is_told(data, failing, tmp_path):
     assert "snella data has no option --decod; nearest: --decode" in failing("data", "check", str(data), "--decod")
 
 
-def test_images_are_decoded_when_asked_for(data, failing, tmp_path):
+def test_decode_checks_all_images(data, failing, tmp_path):
     folder = write_fgvc(tmp_path / "nabirds", "images", [1, 2], {"train": 4, "val": 2, "test": 2})
     (folder / "images/001.Bird_1/train_0.jpg").write_bytes(b"broken")
     assert "cannot be read" not in failing("data", "check", str(folder))
     assert "1 of 8 images cannot be read: 001.Bird_1/train_0.jpg" in failing("data", "check", str(folder), "--decode")
 
 
-def test_training_on_other_sizes_says_how_to_go_on(data, failing, tmp_path):
+def test_an_error_on_other_sizes_has_a_remedy(data, failing, tmp_path):
     error = failing(
         "train", "--data", f"vtab:{data}/vtab-1k/patch_camelyon", "--backbone", "test_vit",
         "--out", str(tmp_path / "run"),

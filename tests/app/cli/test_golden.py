@@ -1,6 +1,8 @@
-"""The help of every command and the errors of its line, word for word.
+"""Golden help and error messages of every command. After an intended change, run
 
-After a change that is meant: `UPDATE_GOLDEN=1 python -m pytest tests/app/cli/test_golden.py`, and read `git diff`.
+    UPDATE_GOLDEN=1 python -m pytest tests/app/cli/test_golden.py
+
+and read `git diff`.
 """
 
 import os

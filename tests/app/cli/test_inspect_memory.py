@@ -5,7 +5,7 @@ import pytest
 from snella_app.cli.main import main
 
 
-def test_a_backbone_gets_a_row_a_method_and_no_file_is_written(capsys, tmp_path, monkeypatch):
+def test_a_backbone_prints_one_row_per_method_without_writing_files(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["inspect", "--backbone", "test_vit", "--batch", "4", "--img-size", "32", "--r", "2", "--device", "cuda"]
     assert main(words) == 0
@@ -30,12 +30,12 @@ def test_a_gpu_adds_predicted_steps_for_plain_vits(capsys):
     [
         ([], "inspect takes either RUN, the folder of a run, or --backbone NAME, got neither"),
         (["r", "--backbone", "test_vit"], "or --backbone NAME, got RUN r and --backbone test_vit"),
-        (["r", "--batch", "4", "--img-size", "32"], "--batch 4, --img-size 32 can only be given with --backbone NAME"),
+        (["r", "--batch", "4", "--img-size", "32"], "--backbone NAME must be given with --batch 4, --img-size 32"),
         (["--backbone", "test_vit", "--report"], "--report needs a run; leave it out with --backbone"),
         (["--backbone", "test_vit", "--batch", "0", "--r", "-1"], "--batch must be at least 1, got 0; --r must be at"),
         (["--backbone", "test_vat"], "unknown backbone 'test_vat'; nearest: 'test_vit'"),
         (["--backbone", "test_vit", "--dtype", "fp16"], "--dtype must be one of fp32, bf16, got fp16"),
     ],
 )
-def test_what_does_not_go_together_is_one_clear_error(words, line, failing):
+def test_conflicting_arguments_are_one_error(words, line, failing):
     assert line in failing("inspect", *words)

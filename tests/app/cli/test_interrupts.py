@@ -6,10 +6,10 @@ import pytest
 
 def interrupt(program, then=""):
     code = (
-        "import os, signal, sys; from snella_app.cli.main import end_when_interrupted, raise_when_interrupted\n"
+        "import os, signal, sys; from snella_app.cli.main import exit_on_interrupt, raise_on_interrupt\n"
         # a shell that started the tests in the background lets its children ignore the signal
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        f"sys.argv = [{program!r}]; end_when_interrupted(); {then}\n"
+        f"sys.argv = [{program!r}]; exit_on_interrupt(); {then}\n"
         "class Imported:\n"
         "    def __del__(self): os.kill(os.getpid(), signal.SIGINT)\n"
         "Imported()\n"
@@ -19,11 +19,11 @@ def interrupt(program, then=""):
 
 
 @pytest.mark.parametrize("program", ["/usr/bin/snella", "snella.exe"])
-def test_ctrl_c_during_the_program_s_imports_is_one_line_and_130(program):
+def test_ctrl_c_during_imports_prints_one_line_and_exits_with_130(program):
     done = interrupt(program)
     assert (done.returncode, done.stderr) == (130, "snella: interrupted\n")
 
 
-def test_other_programs_and_a_running_command_get_the_exception():
-    for done in (interrupt("train.py"), interrupt("snella", "raise_when_interrupted()")):
+def test_other_programs_and_running_commands_receive_the_exception():
+    for done in (interrupt("train.py"), interrupt("snella", "raise_on_interrupt()")):
         assert "KeyboardInterrupt" in done.stderr and "interrupted" not in done.stderr

@@ -22,14 +22,14 @@ def test_help_explains_every_command_with_an_example(name, capsys):
         assert other in text
 
 
-def test_options_are_understood_with_dashes_and_underscores():
+def test_options_accept_dashes_and_underscores():
     for option in ("--target-sparsity", "--target_sparsity"):
         name, is_debugging, settings = parse(["train", "--data", "digits", option, "0.5"])
         assert (name, is_debugging, settings["target_sparsity"], settings["data"]) == ("train", False, 0.5, "digits")
     assert parse(["train", "--target-sparsity=0.25"])[2]["target_sparsity"] == 0.25
 
 
-def test_flags_need_no_value_and_take_one():
+def test_flags_accept_an_optional_value():
     assert parse(["train", "--resume", "--out", "x"])[2]["resume"] is True
     assert parse(["train", "--out", "x", "--resume"])[2]["resume"] is True
     assert parse(["train", "--resume", "false"])[2]["resume"] is False
@@ -53,14 +53,14 @@ def test_flags_need_no_value_and_take_one():
         ("--config=file.yaml --epochs 9", {"epochs": 9, "method_options": {"preset": "paper"}}),
     ],
 )
-def test_a_preset_changes_defaults_and_what_is_given_wins(words, expected, tmp_path, monkeypatch):
+def test_explicit_options_override_a_preset(words, expected, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("file.yaml").write_text("preset: paper\nepochs: 7\n")
     _, _, settings = parse(["train", "--out", "x", *words.split()])
     assert {name: settings[name] for name in expected} == expected
 
 
-def test_method_options_are_set_one_by_one():
+def test_method_options_are_set_individually():
     words = ["train", "--method-options.kernel", "rbf", "--method-options.min_layer_share", "0.1"]
     assert parse(words)[2]["method_options"] == {"kernel": "rbf", "min_layer_share": 0.1}
     words = ["train", "--method_options.kernel", "p_linear", "--method_options.min_layer_share=0.1"]
@@ -96,7 +96,7 @@ def test_help_of_train_shows_basic_options_first_and_the_method_s_defaults(capsy
             "snella train has no option --target-sparsty; nearest: --target-sparsity",
         ),
         (["trian"], "snella has no command 'trian'; nearest: train"),
-        ([], "missing command, one of train, evaluate, predict, .*, demo; see snella --help"),
+        ([], "missing command; choose one of train, evaluate, predict, .*, demo; see snella --help"),
         (["train", "--epochs", "many"], "--epochs must be an integer, got many"),
         (["train", "--lr", "x"], "--lr must be a number, got x"),
         (["train", "--resume=perhaps"], "--resume must be true or false, got perhaps"),
@@ -127,31 +127,31 @@ def test_help_of_train_shows_basic_options_first_and_the_method_s_defaults(capsy
         (["export", "run", "--format", "onxx"], "got onxx; did you mean onnx"),
     ],
 )
-def test_a_wrong_command_line_is_told_in_the_user_s_words(words, message):
+def test_parser_errors_use_the_typed_names(words, message):
     with pytest.raises(UsageError, match=message):
         parse(words)
 
 
-def test_unknown_keys_in_a_configuration_file_are_refused(tmp_path):
+def test_unknown_keys_in_a_configuration_file_are_rejected(tmp_path):
     (tmp_path / "c.yaml").write_text("epochs: 3\nepoks: 3\nlearning_rate: 1\n")
     unknown = r"'epoks' \(nearest: epochs.*\), 'learning_rate' \(use lr\)"
     with pytest.raises(UsageError, match=rf"--config .*c\.yaml has unknown settings: {unknown}"):
         parse(["train", "--config", str(tmp_path / "c.yaml")])
 
 
-def test_a_list_in_a_configuration_file_is_named_as_one(tmp_path):
+def test_a_list_in_a_configuration_file_is_rejected(tmp_path):
     (tmp_path / "c.yaml").write_text("images: 3\n")
     with pytest.raises(UsageError, match=r"IMAGES must be a list such as \[a, b\], got 3"):
         parse(["predict", "--config", str(tmp_path / "c.yaml"), "run", "a.png"])
 
 
 @pytest.mark.parametrize("option", ["--max-steps", "--warmup-steps", "--lora-alpha", "--name", "--project"])
-def test_an_option_of_another_unit_or_meaning_has_no_translation(option):
+def test_options_with_another_meaning_are_not_translated(option):
     with pytest.raises(UsageError, match=f"snella train has no option {option}(; nearest: .*)?; see"):
         parse(["train", option, "1"])
 
 
-def test_text_in_place_of_a_configuration_file_is_refused():
+def test_a_missing_configuration_mapping_is_rejected():
     with pytest.raises(UsageError, match="--config must be an existing YAML file, got 'epochs: 3 xxx"):
         parse(["train", "--config", "epochs: 3 " + 300 * "x"])
 
@@ -161,19 +161,22 @@ def test_text_in_place_of_a_configuration_file_is_refused():
     [
         ("epochs: 3\n  a: [\n", r"--config .*c\.yaml, line 2: mapping values are not allowed here"),
         ("a: " + "[" * 3000, r"--config .*c\.yaml is nested too deeply"),
-        ("method_options: &a {kernel: *a}\n", r"--config .*c\.yaml holds a setting that contains itself"),
-        ("2001-01-01: 1\n", r"--config .*c\.yaml must name settings by strings: keys must be .*, not datetime\.date"),
-        ("- a\n", r"--config .*c\.yaml must hold settings such as 'epochs: 20', got list"),
+        ("method_options: &a {kernel: *a}\n", r"--config .*c\.yaml has a recursive setting"),
+        (
+            "2001-01-01: 1\n",
+            r"--config .*c\.yaml must use strings as setting names: keys must be .*, not datetime\.date",
+        ),
+        ("- a\n", r"--config .*c\.yaml must contain settings such as 'epochs: 20', got list"),
         (b"\xff\xfe\x00\xd8", r"--config .*c\.yaml must be a YAML text file: "),
     ],
 )
-def test_a_configuration_file_that_cannot_be_used_is_named(content, message, tmp_path):
+def test_an_invalid_configuration_file_is_reported(content, message, tmp_path):
     (tmp_path / "c.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UsageError, match=message):
         parse(["train", f"--config={tmp_path / 'c.yaml'}"])
 
 
-def test_a_missing_configuration_file_is_answered_with_its_neighbours(tmp_path):
+def test_a_missing_configuration_file_error_suggests_similar_names(tmp_path):
     (tmp_path / "config.yaml").write_text("epochs: 3\n")
     with pytest.raises(
         UsageError, match=r"must be an existing YAML file, got '.*confg\.yaml'; nearest .*'config\.yaml'"
@@ -183,7 +186,7 @@ def test_a_missing_configuration_file_is_answered_with_its_neighbours(tmp_path):
         parse(["train", "--config", str(tmp_path / "a" / "c.yaml")])
 
 
-def test_help_waits_for_no_library_besides_those_of_the_package_itself():
+def test_help_imports_no_heavy_library():
     code = (
         "import sys, snella; own = set(sys.modules)\n"
         "from snella_app.cli.main import main\n"
@@ -206,7 +209,7 @@ def test_help_is_a_command_too(capsys):
         assert texts[0] == texts[1]
 
 
-def test_commands_of_every_day_come_before_those_of_research(capsys):
+def test_everyday_commands_come_before_research_commands(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     everyday, research = capsys.readouterr().out.split("everyday commands:")[1].split("research commands:")
@@ -215,7 +218,7 @@ def test_commands_of_every_day_come_before_those_of_research(capsys):
     assert sorted([*names[0], *names[1]]) == sorted(COMMANDS)
 
 
-def test_missing_settings_are_named_as_options(capsys):
+def test_missing_settings_are_reported_as_options(capsys):
     assert main(["train", "--epochs", "3"]) == 2
     assert capsys.readouterr().err == (
         "snella: missing required options: --data, --backbone, --out, e.g. --data photos --backbone "
@@ -239,7 +242,7 @@ print(snella.SnellaConfig(r=2).r)
 """
 
 
-def test_without_the_extra_the_library_works_and_the_command_line_names_it():
+def test_the_command_line_names_a_missing_extra():
     done = subprocess.run([sys.executable, "-c", HIDDEN], capture_output=True, text=True, check=True)
     assert done.stderr == "snella: the command line needs docstring_parser: pip install 'snella[app]'\n"
     assert done.stdout == "snella.load needs timm: pip install 'snella[app]'\n2\n"

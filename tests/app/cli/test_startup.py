@@ -1,4 +1,4 @@
-"""The program starts quickly: nothing heavy is imported before it is needed."""
+"""Fast startup: heavy libraries are imported only on use."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ HEAVY = ("torch", "torchvision", "timm", "peft", "transformers", "accelerate", "
 
 
 def loaded_by(code, heavy=HEAVY):
-    """Which of the heavy libraries a program has imported in the end, what it printed, and its exit status."""
+    """Return the heavy libraries that a program imported, its output and its exit status."""
     program = (
         f"import sys\ntry:\n    {code}\nexcept SystemExit as end:\n    status = end.code or 0\n"
         f"print('\\n#', status, *[name for name in {heavy!r} if name in sys.modules])"
@@ -32,7 +32,7 @@ def loaded_by(code, heavy=HEAVY):
         (["train", "--epohcs", "3"], "nearest: --epochs", 2),
     ],
 )
-def test_help_version_and_a_typo_wait_for_no_library(words, printed, status):
+def test_help_version_and_typos_import_no_heavy_library(words, printed, status):
     names, text, code = loaded_by(f"from snella_app.cli.main import main; status = main({words!r})")
     assert names == [] and printed in text and code == status
 
@@ -51,6 +51,6 @@ def test_predicting_imports_neither_matplotlib_nor_scikit_learn():
     "imports",
     ["import snella, peft", "import peft, snella", "import snella.config", "import snella; snella.SnellaConfig"],
 )
-def test_peft_knows_the_tuner_whatever_is_imported_first(imports):
+def test_peft_knows_the_tuner_in_any_import_order(imports):
     code = f"{imports}; from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as known; status = int('SNELLA' in known)"
     assert loaded_by(code)[2] == 1

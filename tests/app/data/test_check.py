@@ -21,7 +21,7 @@ def photos(tmp_path):
     return root
 
 
-def test_counts_sizes_formats_and_names_are_told(photos):
+def test_counts_sizes_formats_and_names_are_reported(photos):
     stamp(7, (400, 300)).save(photos / "dog/large.jpg")
     check = check_data(f"folder:{photos}")
     assert check.errors == []
@@ -38,21 +38,21 @@ def test_counts_sizes_formats_and_names_are_told(photos):
     ]
 
 
-def test_broken_files_and_repeated_pictures_are_told(photos):
+def test_broken_files_and_duplicate_images_are_reported(photos):
     (photos / "dog/00.png").write_text("no image")
     for index in range(20, 30):
         stamp(3, (43, 30)).save(photos / "Dogs" / f"{index}.png")
         stamp(3, (43, 30)).save(photos / "dog" / f"{index}.png")
     check = check_data(f"folder:{photos}")
     (error,) = check.errors
-    assert error.startswith("1 image cannot be used: dog/00.png (unknown image format)")
+    assert error.startswith("1 unusable image: dog/00.png (unknown image format)")
     assert not any("left out" in note for note in check.notes)
     assert any(text.startswith("train: 1 image appears more than once: ") for text in check.warnings)
     assert any(text.startswith("train: 1 image has several labels: ") for text in check.warnings)
     assert any("test images are also training images" in text for text in check.warnings)
 
 
-def test_what_cannot_be_divided_is_an_error_and_is_described_all_the_same(photos):
+def test_unsplittable_data_is_an_error_and_still_described(photos):
     for file in sorted((photos / "Dogs").iterdir())[1:]:
         file.unlink()
     check = check_data(f"folder:{photos}")
@@ -60,14 +60,14 @@ def test_what_cannot_be_divided_is_an_error_and_is_described_all_the_same(photos
     assert check.counts["Dogs"] == {"train": 1}
 
 
-def test_a_contact_sheet_has_a_row_a_class(photos):
+def test_a_contact_sheet_has_one_row_per_class(photos):
     sheet = contact_sheet(check_data(f"folder:{photos}").splits, per_class=3)
     assert sheet.size == (3 * 100 + 4, 3 * 120 + 4)
     tile = np.asarray(sheet)[24 + 12 : 24 + 84, 8:96].astype(float)
     assert tile.std() > 20 and np.asarray(sheet)[:, -4:].min() == 255
 
 
-def test_the_command_prints_draws_and_fails(photos, capsys, tmp_path):
+def test_the_command_prints_results_writes_a_sheet_and_fails_on_errors(photos, capsys, tmp_path):
     assert main(["data", "check", f"folder:{photos}", "--sheet", str(tmp_path / "new/sheet.png")]) == 0
     shown = capsys.readouterr().out
     assert "photos: 24 images in 3 classes" in shown
@@ -95,16 +95,16 @@ def test_data_without_files_is_described(capsys):
     assert "digits: 1,797 images in 10 classes" in capsys.readouterr().out
 
 
-def test_what_a_training_would_leave_out_is_a_note_with_skip_broken(photos, capsys):
+def test_skipped_images_are_a_note_with_skip_corrupt(photos, capsys):
     (photos / "dog" / "00.png").write_bytes(b"nothing")
     assert main(["data", "check", f"folder:{photos}"]) == 2
     assert "skip with --skip-corrupt" in capsys.readouterr().err
     assert main(["data", "check", f"folder:{photos}", "--skip-corrupt"]) == 0
     printed = capsys.readouterr().out
-    assert "1 image cannot be used and is skipped (--skip-corrupt): dog/00.png" in printed
+    assert "skipped 1 unusable image (--skip-corrupt): dog/00.png" in printed
 
 
-def test_lists_of_labels_are_checked_as_such(photos, tmp_path, capsys):
+def test_label_lists_are_checked_as_multilabel_data(photos, tmp_path, capsys):
     table = tmp_path / "t.csv"
     names = sorted(path.relative_to(photos) for path in photos.rglob("*.png"))
     table.write_text("path,tags\n" + "".join(f"{photos / name},{name.parent}|thing\n" for name in names))
@@ -118,7 +118,7 @@ def test_lists_of_labels_are_checked_as_such(photos, tmp_path, capsys):
     assert sum(check.counts["thing"].values()) == len(names) and "(none)" in printed and "label" in printed
 
 
-def test_the_range_of_numbers_is_told(photos, tmp_path, capsys):
+def test_the_range_of_numbers_is_reported(photos, tmp_path, capsys):
     table = tmp_path / "t.csv"
     names = sorted(path.relative_to(photos) for path in photos.rglob("*.png"))
     rows = "".join(f"{photos / name},{number},{2.5 * number}\n" for number, name in enumerate(names))

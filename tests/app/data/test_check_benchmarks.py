@@ -8,14 +8,14 @@ TINY = {"train800": 8, "val200": 4, "test": 4}
 
 @pytest.fixture
 def data(tmp_path):
-    """A folder with parts of both benchmarks."""
+    """Folder with some datasets of both benchmarks."""
     write_vtab(tmp_path / "vtab-1k" / "kitti", 4, TINY)
     write_vtab(tmp_path / "vtab-1k" / "patch_camelyon", 2, TINY)
     write_fgvc(tmp_path / "fgvc" / "cub", "images", [1, 2], {"train": 4, "val": 2, "test": 2})
     return tmp_path
 
 
-def test_both_benchmarks_are_found_in_a_folder_of_benchmarks(data):
+def test_both_benchmarks_in_a_folder_are_checked(data):
     vtab, fgvc = check_benchmarks(data)
     assert (vtab.title, vtab.folder.name, [found.name for found in vtab.found]) == (
         "VTAB-1k",
@@ -29,27 +29,27 @@ def test_both_benchmarks_are_found_in_a_folder_of_benchmarks(data):
     )
 
 
-def test_what_is_missing_is_told_with_its_place(data):
+def test_missing_datasets_are_reported_with_their_location(data):
     (check,) = check_benchmarks(data / "vtab-1k")
     assert len(check.missing) == 17
     assert check.errors[-1].startswith("17 of 19 datasets of VTAB-1k are missing: cifar, caltech101, dtd")
     assert f"put each into '{data / 'vtab-1k'}' as TASK/{{train800,val200" in check.errors[-1]
 
 
-def test_a_folder_of_a_like_name_is_pointed_out(data):
+def test_a_folder_with_a_similar_name_is_reported(data):
     (data / "vtab-1k" / "DTD-1k").mkdir()
     (check,) = check_benchmarks(data / "vtab-1k")
     assert check.errors[-1].endswith("(unknown folders: 'DTD-1k', nearest: 'dtd')")
 
 
-def test_one_data_set_is_checked_alone(data):
+def test_a_single_dataset_can_be_checked(data):
     (vtab,), (fgvc,) = (check_benchmarks(data / path) for path in ("vtab-1k/kitti", "fgvc/cub"))
     assert vtab.missing == fgvc.missing == []
     assert "kitti: test must have 711 images, got 4" in vtab.errors
     assert any(error.startswith("cub: 200 classes must have images, got 2") for error in fgvc.errors)
 
 
-def test_broken_images_are_only_found_when_all_are_decoded(data):
+def test_decode_finds_broken_images(data):
     (data / "vtab-1k/kitti/images/test/000001.jpg").write_bytes(b"no image")
     (quick,), (thorough,) = (check_benchmarks(data / "vtab-1k/kitti", decode=decode) for decode in (False, True))
     assert not any("cannot be read" in error for error in quick.errors)
@@ -59,7 +59,7 @@ def test_broken_images_are_only_found_when_all_are_decoded(data):
     )
 
 
-def test_a_folder_without_any_benchmark_says_what_belongs_there(tmp_path):
+def test_a_folder_without_benchmark_error_has_the_layout(tmp_path):
     with pytest.raises(ValueError, match=r"\(it is empty\); expected layout: VTAB-1k as TASK/\{train800"):
         check_benchmarks(tmp_path)
     (tmp_path / "photos").mkdir()
@@ -67,7 +67,7 @@ def test_a_folder_without_any_benchmark_says_what_belongs_there(tmp_path):
         check_benchmarks(tmp_path)
 
 
-def test_a_folder_that_is_not_there_is_named(tmp_path):
+def test_a_missing_folder_is_reported(tmp_path):
     with pytest.raises(
         FileNotFoundError,
         match=r"folder must be a benchmark folder, got '.*nowhere', which does not exist; expected layout: VTAB",

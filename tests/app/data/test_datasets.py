@@ -34,13 +34,13 @@ def test_without_a_transform_an_item_is_an_rgb_image_and_a_label():
     assert (image.mode, image.size, label) == ("RGB", (24, 20), 2)
 
 
-def test_length_labels_and_names_belong_together():
+def test_length_labels_and_names_match():
     data = noise()
     assert len(data) == len(data.labels) == len(data.names) == 12
     assert data.names[3] == "noise/3" and data.labels[3] == 0
 
 
-def test_an_item_depends_on_seed_epoch_and_index_and_on_nothing_else():
+def test_an_item_depends_only_on_seed_epoch_and_index():
     data = noise(transform=CROP, seed=3)
     first = data[4][0]
     torch.manual_seed(99)
@@ -60,7 +60,7 @@ def test_two_items_are_augmented_differently():
     assert not torch.equal(data[0][0], data[1][0])
 
 
-def test_torchs_generator_is_left_as_it_was():
+def test_torchs_generator_is_unchanged():
     data = noise(transform=CROP)
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -71,7 +71,7 @@ def test_torchs_generator_is_left_as_it_was():
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")  # on one core
 @pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
-def test_workers_give_what_the_main_process_gives(context):
+def test_workers_return_the_same_items_as_the_main_process(context):
     data = noise(transform=CROP, seed=1)
     data.set_epoch(2)
     alone = epoch_of(data)
@@ -98,12 +98,12 @@ def test_a_copy_with_another_transform_keeps_images_seed_and_epoch():
     assert data.epoch == 3
 
 
-def test_a_subset_has_its_items_in_the_order_asked_for():
+def test_a_subset_has_the_requested_order():
     data = noise().subset([5, 0, -1])
     assert data.names == ["noise/5", "noise/0", "noise/11"] and data.labels == [2, 0, 2]
 
 
-def test_the_image_may_be_drawn_on_without_changing_the_data():
+def test_changing_a_returned_image_does_not_change_the_data():
     data = noise()
     before = data[0][0].tobytes()
     data.image(0).paste("red", (0, 0, 20, 20))
@@ -112,14 +112,14 @@ def test_the_image_may_be_drawn_on_without_changing_the_data():
 
 
 @pytest.mark.parametrize("index", [12, -13])
-def test_an_index_beyond_the_end_is_refused(index):
+def test_an_index_beyond_the_end_is_rejected(index):
     with pytest.raises(IndexError, match=f"index {index} is out of range for 12 images"):
         noise()[index]
     with pytest.raises(IndexError, match=f"index {index}"):
         noise().image(index)
 
 
-def test_rows_labels_and_names_must_be_equally_many():
+def test_rows_labels_and_names_must_have_equal_lengths():
     with pytest.raises(ValueError, match="equal lengths, got 2, 1 and 3"):
         ImageDataset(ArrayImages(np.zeros((2, 4, 4), np.uint8)), [0, 1], [0], ["a", "b", "c"])
 
@@ -132,7 +132,7 @@ def test_a_dataset_survives_pickling():
     assert torch.equal(again[3][0], data[3][0])
 
 
-def test_the_digest_of_contents_changes_with_any_pixel_and_any_order_and_with_nothing_else():
+def test_the_content_digest_depends_only_on_pixels_and_order():
     data = noise()
     digest = data.content_digest()
     assert noise(transform=CROP, seed=3).content_digest() == digest
@@ -143,7 +143,7 @@ def test_the_digest_of_contents_changes_with_any_pixel_and_any_order_and_with_no
     assert data.content_digest() != digest and first.content_digest() == noise().subset(range(5)).content_digest()
 
 
-def test_the_digest_of_contents_changes_with_a_mask():
+def test_the_content_digest_depends_on_masks():
     def segmented(corner):
         labels = np.zeros((3, 20, 24), np.uint8)
         labels[2, 0, 0] = corner
@@ -152,7 +152,7 @@ def test_the_digest_of_contents_changes_with_a_mask():
     assert segmented(0).content_digest() == segmented(0).content_digest() != segmented(1).content_digest()
 
 
-def test_shared_memory_without_room_is_named_in_one_line(monkeypatch):
+def test_full_shared_memory_is_a_one_line_error(monkeypatch):
     def without_room(tensor):
         raise RuntimeError("unable to resize file </torch_1> to the right size: No space left on device (28)")
 

@@ -20,7 +20,7 @@ def idx(values: np.ndarray) -> bytes:
 
 @pytest.fixture
 def fashion(tmp_path) -> Path:
-    """A small Fashion-MNIST of 40 and 10 images."""
+    """Small Fashion-MNIST with 40 training and 10 test images."""
     for prefix, count in (("train", 40), ("t10k", 10)):
         pixels = np.random.default_rng(0).integers(0, 256, (count, 28, 28), dtype=np.uint8)
         (tmp_path / f"{prefix}-images-idx3-ubyte.gz").write_bytes(idx(pixels))
@@ -29,7 +29,7 @@ def fashion(tmp_path) -> Path:
 
 
 @pytest.mark.skipif(not FASHION.is_dir(), reason="Debian package dataset-fashion-mnist is not installed")
-def test_fashion_mnist_keeps_its_own_test_part(monkeypatch):
+def test_fashion_mnist_has_its_official_test_split(monkeypatch):
     monkeypatch.delenv("SNELLA_FASHION_MNIST", raising=False)
     data = load_data("fashion-mnist", train_size=1000, val_size=500)
     assert (len(data.train), len(data.val), len(data.test)) == (1000, 500, 10_000)
@@ -44,7 +44,7 @@ def test_another_folder_is_taken_from_the_environment(fashion, monkeypatch):
     assert (len(data.train), len(data.val), len(data.test)) == (30, 10, 10)
 
 
-def test_missing_fashion_mnist_is_named_with_the_command(tmp_path):
+def test_missing_fashion_mnist_error_has_the_install_command(tmp_path):
     command = "run `apt install dataset-fashion-mnist`, or set SNELLA_FASHION_MNIST"
     with pytest.raises(FileNotFoundError, match=rf"train-images-idx3-ubyte\.gz' does not exist; {command}"):
         load_fashion_mnist(str(tmp_path))
@@ -59,19 +59,19 @@ def test_missing_fashion_mnist_is_named_with_the_command(tmp_path):
         (idx(np.zeros((2, 28, 28), np.uint8))[:-12], "Compressed file ended"),
         (
             gzip.compress(struct.pack(">BBBB3i", 0, 0, 8, 3, 2, 28, 28) + b"\x00" * 5),
-            r"the header says \[2, 28, 28\], got 5 values",
+            r"the header specifies shape \[2, 28, 28\], got 5 values",
         ),
     ],
     ids=["no-gzip", "other-dimensions", "short", "cut", "too-few"],
 )
-def test_a_damaged_file_is_named(content, message, fashion):
+def test_a_damaged_file_is_reported(content, message, fashion):
     (fashion / "t10k-images-idx3-ubyte.gz").write_bytes(content)
     with pytest.raises(ValueError, match=rf"t10k-images-idx3-ubyte\.gz' is damaged: .*{message}"):
         load_fashion_mnist(str(fashion))
 
 
 @pytest.mark.parametrize("labels", [np.zeros(9, np.uint8), np.full(10, 11, np.uint8)])
-def test_files_that_do_not_belong_together_are_refused(labels, fashion):
+def test_mismatched_files_are_rejected(labels, fashion):
     (fashion / "t10k-labels-idx1-ubyte.gz").write_bytes(idx(labels))
     message = f"test files in '.*' do not match: 10 images, {len(labels)} labels up to {labels.max()}"
     with pytest.raises(ValueError, match=message):
@@ -79,7 +79,7 @@ def test_files_that_do_not_belong_together_are_refused(labels, fashion):
 
 
 @pytest.mark.skipif(not STAMPS.is_dir(), reason="Debian package tuxpaint-stamps-default is not installed")
-def test_the_stamps_are_thirteen_categories_on_white(monkeypatch):
+def test_the_stamps_have_thirteen_categories_on_white(monkeypatch):
     monkeypatch.delenv("SNELLA_STAMPS", raising=False)
     data = load_data("stamps")
     assert len(data.classes) == 13 and "animals" in data.classes and "military" not in data.classes
@@ -100,7 +100,7 @@ def stamps(root: Path, counts: dict[str, int]) -> Path:
     return root
 
 
-def test_small_categories_and_mirrored_stamps_are_left_out(tmp_path):
+def test_small_categories_and_mirrored_stamps_are_skipped(tmp_path):
     root = stamps(tmp_path, {"a": 12, "b": 13, "c": 11})
     Image.new("RGBA", (2, 2)).save(root / "c" / "kind" / "0_mirror.png")
     collection = load_stamps(str(root))
@@ -109,12 +109,12 @@ def test_small_categories_and_mirrored_stamps_are_left_out(tmp_path):
     assert collection.train.image(0).getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_too_few_categories_are_refused(tmp_path):
+def test_too_few_categories_are_rejected(tmp_path):
     with pytest.raises(ValueError, match=r"at least 2 categories with 12 PNGs each, got \['a'\]"):
         load_stamps(str(stamps(tmp_path, {"a": 12, "b": 2})))
 
 
-def test_missing_stamps_are_named_with_the_command(tmp_path, monkeypatch):
+def test_missing_stamps_error_has_the_install_command(tmp_path, monkeypatch):
     monkeypatch.setenv("SNELLA_STAMPS", str(tmp_path / "none"))
     with pytest.raises(
         FileNotFoundError,

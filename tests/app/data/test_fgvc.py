@@ -19,20 +19,20 @@ def load(folder, **options):
     return load_data(f"fgvc:{folder}", strict_sizes=False, **options)
 
 
-def test_there_are_five_data_sets():
+def test_there_are_five_datasets():
     assert [data.classes for data in FGVC_DATASETS.values()] == [200, 555, 102, 120, 196]
     assert sum(sum(data.sizes) for data in FGVC_DATASETS.values()) == 105_304
 
 
-def test_a_data_set_loads_with_its_own_parts_and_class_names(cub):
+def test_a_dataset_loads_with_its_splits_and_class_names(cub):
     data = load(cub)
     assert (len(data.train), len(data.val), len(data.test)) == (9, 3, 6)
     assert data.classes == ["003.Bird_3", "017.Bird_17", "200.Bird_200"] and data.train.labels[:4] == [0, 1, 2, 0]
     assert data.train.image(0).size == (8, 8) and not data.is_resized_whole
 
 
-def test_classes_are_numbered_over_all_lists_together(cub):
-    """Numbered by the training list alone, the class of id 200 would be number 1 there and number 2 in the test."""
+def test_class_indices_are_shared_across_lists(cub):
+    """By the training list only, the class of id 200 would have index 1 in training and 2 in test."""
     train = json.loads((cub / "train.json").read_text())
     (cub / "train.json").write_text(json.dumps({file: label for file, label in train.items() if label != 17}))
     data = load(cub)
@@ -42,14 +42,14 @@ def test_classes_are_numbered_over_all_lists_together(cub):
     )
 
 
-def test_ids_sort_as_numbers_also_where_they_are_written_as_text(cub):
+def test_ids_in_text_form_sort_numerically(cub):
     for split in TINY:
         file = cub / f"{split}.json"
         file.write_text(json.dumps({name: str(label) for name, label in json.loads(file.read_text()).items()}))
     assert load(cub).train.labels[:3] == [0, 1, 2]
 
 
-def test_classes_without_folders_of_their_own_are_named_by_their_ids(tmp_path):
+def test_classes_without_separate_folders_use_their_ids_as_names(tmp_path):
     folder = write_fgvc(tmp_path / "oxfordflower", "", [1, 2, 10], TINY)
     for split in TINY:
         entries = json.loads((folder / f"{split}.json").read_text())
@@ -64,19 +64,19 @@ def test_classes_without_folders_of_their_own_are_named_by_their_ids(tmp_path):
     ("folder", "images", "name"),
     [("CUB_200_2011", "images", "cub"), ("stanforddogs", "Images", "stanforddog"), ("stanfordcars", "", "stanfordcar")],
 )
-def test_other_names_of_a_folder_are_known(folder, images, name, tmp_path):
+def test_alternative_folder_names_are_accepted(folder, images, name, tmp_path):
     write_fgvc(tmp_path / folder, images, [1, 2], TINY)
     for asked in (folder, name):
         assert load_fgvc(str(tmp_path / asked), strict_sizes=False).name == name
 
 
-def test_the_final_run_learns_from_validation_too_and_the_official_one_does_not(cub):
+def test_the_final_protocol_trains_on_validation_and_the_official_one_does_not(cub):
     final, official = load(cub, protocol="final"), load(cub, protocol="official")
     assert (len(final.train), final.val, len(final.test)) == (12, None, 6)
     assert (len(official.train), official.val, len(official.test)) == (9, None, 6)
 
 
-def test_trainval_is_divided_where_there_is_no_train(cub):
+def test_trainval_is_split_without_train(cub):
     joined = {}
     for split in ("train", "val"):
         joined |= json.loads((cub / f"{split}.json").read_text())
@@ -87,7 +87,7 @@ def test_trainval_is_divided_where_there_is_no_train(cub):
     assert data.notes[0] == "cub: no train.json; trainval.json is split into training and validation"
 
 
-def test_other_sizes_and_classes_are_refused_and_listed(cub):
+def test_other_sizes_and_classes_are_rejected_and_listed(cub):
     message = (
         r"fgvc:.*cub does not match cub of the benchmark: 200 classes must have images, got 3; missing: 3, 4.*more; "
         r"train must have 5,394 images, got 9; val must have 600 images, got 3; test must have 5,794 images, got 6"
@@ -102,7 +102,7 @@ def test_more_classes_than_the_benchmark_has_are_always_refused(tmp_path):
         load(folder)
 
 
-def test_files_that_do_not_exist_and_broken_lists_are_told_in_one_message(cub):
+def test_missing_files_and_malformed_lists_are_one_message(cub):
     shutil.rmtree(cub / "images" / "017.Bird_17")
     (cub / "val.json").write_text('{"a.jpg": 1,')
     with pytest.raises(ValueError) as caught:
@@ -123,13 +123,13 @@ def test_files_that_do_not_exist_and_broken_lists_are_told_in_one_message(cub):
         ({"a.jpg": 1.5, "b.jpg": True}, "invalid entries (2): 'a.jpg': 1.5, 'b.jpg': True"),
     ],
 )
-def test_a_list_of_another_kind_is_refused(content, message, cub):
+def test_a_list_of_another_type_is_rejected(content, message, cub):
     (cub / "test.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
         load(cub)
 
 
-def test_missing_lists_are_named(cub):
+def test_missing_lists_are_reported(cub):
     (cub / "test.json").unlink()
     with pytest.raises(
         ValueError, match=r"missing in '.*cub': test.json; the layout is DATASET/\{train,val,test\}.json"
@@ -137,15 +137,15 @@ def test_missing_lists_are_named(cub):
         load(cub)
 
 
-def test_an_image_in_two_lists_is_refused(cub):
+def test_an_image_in_two_lists_is_rejected(cub):
     train, test = (json.loads((cub / f"{split}.json").read_text()) for split in ("train", "test"))
     first = next(iter(train))
     (cub / "test.json").write_text(json.dumps({**test, first: train[first]}))
-    with pytest.raises(ValueError, match=r"1 images are in both train and test: train_0\.jpg"):
+    with pytest.raises(ValueError, match=r"1 image in both train and test: train_0\.jpg"):
         load(cub)
 
 
-def test_an_unknown_or_missing_data_set_is_told_with_the_nearest(tmp_path):
+def test_an_unknown_or_missing_dataset_error_suggests_similar_names(tmp_path):
     with pytest.raises(ValueError, match=r"got 'standforddog'; nearest: stanforddog"):
         load_data(f"fgvc:{tmp_path}/standforddog")
     with pytest.raises(ValueError, match=r"got 'xyz'; datasets are cub, nabirds"):

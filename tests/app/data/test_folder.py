@@ -26,7 +26,7 @@ def test_class_folders_become_a_stratified_split_in_three(write_images):
     assert data.description == "photos: 30 images in 2 classes; train 18 · val 6 · test 6"
 
 
-def test_an_item_is_the_image_that_its_name_says(write_images):
+def test_an_item_is_the_image_of_its_name(write_images):
     root = write_images({"a": 5, "b": 5})
     data = load(root)
     for index, name in enumerate(data.test.names):
@@ -34,7 +34,7 @@ def test_an_item_is_the_image_that_its_name_says(write_images):
 
 
 @pytest.mark.parametrize("word", ["val", "validation", "valid", "Val", "dev"])
-def test_parts_that_are_there_are_kept(word, write_images):
+def test_existing_splits_are_used(word, write_images):
     data = load(write_images({"train/a": 4, "train/b": 3, f"{word}/a": 2, f"{word}/b": 1, "test/a": 1, "test/b": 2}))
     assert [Counter(part.labels) for part in (data.train, data.val, data.test)] == [
         {0: 4, 1: 3},
@@ -44,13 +44,13 @@ def test_parts_that_are_there_are_kept(word, write_images):
     assert data.val.names == [f"{word}/a/000.png", f"{word}/a/001.png", f"{word}/b/000.png"]
 
 
-def test_a_missing_validation_part_is_split_from_training(write_images):
+def test_a_missing_validation_split_is_created_from_training(write_images):
     data = load(write_images({"train/a": 10, "train/b": 10, "test/a": 2, "test/b": 2}))
     assert (len(data.train), len(data.val), len(data.test)) == (16, 4, 4)
     assert all(name.startswith("train/") for name in data.val.names)
 
 
-def test_a_divided_folder_without_a_test_part_has_none(write_images):
+def test_a_folder_with_splits_but_without_test_has_no_test_split(write_images):
     root = write_images({"train/a": 4, "train/b": 4, "val/a": 1, "val/b": 1})
     assert load(root).test is None
     with pytest.raises(ValueError, match="test_size must be omitted because 'photos' has no test split, got 2"):
@@ -61,7 +61,7 @@ def test_a_class_named_train_is_a_class(write_images):
     assert load(write_images({"bus": 5, "train": 5})).classes == ["bus", "train"]
 
 
-def test_hidden_files_are_ignored_and_other_kinds_noted(write_images):
+def test_hidden_files_are_ignored_and_other_types_noted(write_images):
     root = write_images({"a": 5, "b": 5, ".cache": 5, "a/.thumbs": 5})
     (root / "a" / ".DS_Store").write_bytes(b"x")
     (root / "a" / "._000.png").write_bytes(b"x")
@@ -74,13 +74,13 @@ def test_hidden_files_are_ignored_and_other_kinds_noted(write_images):
     assert note.startswith("skipped 2 files other than .png,") and "1 .txt" in note and "1 .heic" in note
 
 
-def test_images_below_a_class_folder_belong_to_the_class(write_images):
+def test_images_in_nested_folders_belong_to_the_class(write_images):
     data = load(write_images({"a/day": 3, "a/night/late": 2, "b": 5}))
     assert data.classes == ["a", "b"]
     assert len(data.train) + len(data.val) + len(data.test) == 10
 
 
-def test_suffixes_count_in_any_case(write_images):
+def test_suffixes_are_case_insensitive(write_images):
     root = write_images({"a": 5, "b": 5}, suffix=".JPG")
     assert load(root).train.image(0).mode == "RGB"
 
@@ -91,7 +91,7 @@ def break_files(root, count):
         file.write_bytes(file.read_bytes()[:60] if index % 2 else b"no image")
 
 
-def test_broken_images_are_named_and_counted(write_images):
+def test_broken_images_are_listed_and_counted(write_images):
     root = write_images({"a": 6, "b": 5})
     break_files(root, 2)
     with pytest.raises(ValueError) as caught:
@@ -101,7 +101,7 @@ def test_broken_images_are_named_and_counted(write_images):
     assert "a/000.png (unknown image format)" in message and "a/001.png (" in message
 
 
-def test_of_many_broken_images_five_are_named(write_images):
+def test_five_of_many_broken_images_are_listed(write_images):
     root = write_images({"a": 12, "b": 5})
     break_files(root, 8)
     with pytest.raises(ValueError, match=r"8 of 17 images .*a/004\.png .* and 3 more\. Remove") as caught:
@@ -109,7 +109,7 @@ def test_of_many_broken_images_five_are_named(write_images):
     assert "a/005.png" not in str(caught.value)
 
 
-def test_broken_images_are_left_out_and_noted_on_demand(write_images):
+def test_skip_corrupt_skips_broken_images_with_a_note(write_images):
     root = write_images({"a": 7, "b": 5})
     break_files(root, 2)
     data = load(root, skip_corrupt=True)
@@ -119,7 +119,7 @@ def test_broken_images_are_left_out_and_noted_on_demand(write_images):
     assert note.startswith("skipped 2 broken images: a/000.png (")
 
 
-def test_a_class_of_broken_images_only_is_refused_all_the_same(write_images):
+def test_a_class_of_only_broken_images_is_rejected(write_images):
     root = write_images({"a": 2, "b": 5, "c": 5})
     break_files(root, 2)
     with pytest.raises(ValueError, match="class folders without readable images: 'a'"):
@@ -150,17 +150,17 @@ def test_a_class_of_broken_images_only_is_refused_all_the_same(write_images):
         *("two-vals", "few", "few-val"),
     ],
 )
-def test_a_folder_that_gives_no_classification_is_refused(counts, message, write_images):
+def test_a_folder_without_a_classification_problem_is_rejected(counts, message, write_images):
     with pytest.raises(ValueError, match=message):
         load(write_images(counts))
 
 
-def test_training_and_testing_are_parts_and_no_classes(write_images):
+def test_training_and_testing_are_splits(write_images):
     data = load(write_images({"training/a": 4, "training/b": 4, "testing/a": 2, "testing/b": 2}))
     assert data.classes == ["a", "b"] and len(data.test) == 4
 
 
-def test_what_is_passed_over_is_noted(write_images):
+def test_skipped_files_and_folders_are_noted(write_images):
     root = write_images({"train/a": 4, "train/b": 4, "test": 3, "extra/a": 2, ".": 1})
     assert load(root).notes == [
         "skipped 1 image outside class folders, e.g. '000.png'",
@@ -169,7 +169,7 @@ def test_what_is_passed_over_is_noted(write_images):
     ]
 
 
-def test_a_folder_too_many_and_a_table_of_labels_are_told(write_images):
+def test_an_extra_folder_level_and_a_label_table_are_reported(write_images):
     root = write_images({"photos/cats": 3, "photos/dogs": 3})
     with pytest.raises(ValueError, match="got one: 'photos'; its subfolders 'cats', 'dogs' may be the"):
         load(root)
@@ -192,14 +192,14 @@ def test_unbalanced_classes_are_noted(write_images):
     assert note.startswith("classes are unbalanced: 24 training images of 'a', 6 of 'b'")
 
 
-def test_images_of_two_parts_are_noted(write_images):
+def test_images_in_two_splits_are_noted(write_images):
     root = write_images({"train/a": 4, "train/b": 4, "val/a": 2, "val/b": 2, "test/a": 2, "test/b": 2})
     (root / "test/a/copy.png").write_bytes((root / "train/a/001.png").read_bytes())
     (note,) = load(root).notes
-    assert note.startswith("1 of 5 test images are also training images, e.g. 'train/a/001.png' is 'test/a/copy.png'")
+    assert note.startswith("1 of 5 test images is also a training image, e.g. 'train/a/001.png' is 'test/a/copy.png'")
 
 
-def test_images_of_other_endings_are_told_by_their_content(write_images, monkeypatch):
+def test_images_of_other_suffixes_are_detected_by_content(write_images, monkeypatch):
     root = write_images({"a": 5, "b": 5})
     (root / "a/000.png").rename(root / "a/000.jpeg_large")
     (root / "a/photo.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0")
@@ -211,7 +211,7 @@ def test_images_of_other_endings_are_told_by_their_content(write_images, monkeyp
     )
 
 
-def test_two_images_a_class_will_do_without_a_test(write_images):
+def test_two_images_per_class_suffice_without_a_test_split(write_images):
     root = write_images({"a": 2, "b": 2})
     with pytest.raises(ValueError, match=r"or disable the test split with --test-fraction 0 \(test_fraction=0\)"):
         load(root)
@@ -226,7 +226,7 @@ def test_several_errors_are_reported_together(write_images):
         load(root)
 
 
-def test_a_missing_folder_is_answered_with_its_neighbors(write_images):
+def test_a_missing_folder_error_suggests_similar_names(write_images):
     root = write_images({"a": 3, "b": 3})
     missing = root.parent / "fotos" / "2024"
     with pytest.raises(FileNotFoundError, match=f"folder:{missing}: no folder 'fotos' in .*nearest: 'photos'"):
@@ -235,7 +235,7 @@ def test_a_missing_folder_is_answered_with_its_neighbors(write_images):
         load(root.parent / "zzz")
 
 
-def test_an_empty_path_is_refused():
+def test_an_empty_path_is_rejected():
     with pytest.raises(ValueError, match=r"data must name a folder after 'folder:', got 'folder:'; write folder:PATH"):
         load("")
 
@@ -248,7 +248,7 @@ def test_a_file_is_not_a_folder(tmp_path):
         load(tmp_path / "x.png")
 
 
-def test_a_class_that_only_training_has_is_noted(write_images):
+def test_a_class_only_in_training_is_noted(write_images):
     data = load(write_images({"train/a": 4, "train/b": 4, "val/a": 2}))
     (note,) = data.notes
     assert note.startswith("class 'b' has no validation images; add validation images, ") and data.warnings == [note]

@@ -33,7 +33,7 @@ def encoded(index):
 
 
 def all_items(data):
-    """By name: pixels, class name and group of every image."""
+    """Pixels, class name and group of every image, by name."""
     items = {}
     for part in (data.train, data.val, data.test):
         for index in range(len(part) if part is not None else 0):
@@ -67,7 +67,7 @@ def test_an_image_folder_with_metadata_has_its_columns(image_folder):
         assert item == (picture(index).tobytes(), "ab"[index % 2], f"p{index // 3}")
 
 
-def test_a_saved_data_set_has_its_class_names_and_parts(tmp_path):
+def test_a_saved_dataset_has_its_class_names_and_splits(tmp_path):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["zebra", "ant"])})
     parts = {
         part: datasets.Dataset.from_dict(
@@ -90,7 +90,7 @@ def test_a_saved_data_set_has_its_class_names_and_parts(tmp_path):
         load_data(f"hf:{tmp_path}/saved", columns="label=kind")
 
 
-def test_rows_name_files_below_the_folder_alone_or_below_the_root_that_is_asked_for(tmp_path):
+def test_rows_may_only_reference_files_below_the_folder_or_the_given_root(tmp_path):
     (tmp_path / "images").mkdir()
     os.mkfifo(tmp_path / "pipe")
     for index in range(20):
@@ -169,11 +169,11 @@ def test_shards_of_parts_are_these_parts(shards):
     assert data.classes == ["0", "1"] and data.val.names[0] == "020"
 
 
-def test_missing_shards_and_data_sets_are_told(shards, image_folder, tmp_path):
+def test_missing_shards_and_datasets_are_reported(shards, image_folder, tmp_path):
     root = shards(["x-000.tar"])
-    with pytest.raises(FileNotFoundError, match=r"got wds:.*, missing: .*x-001\.tar; nearest there: 'x-000\.tar'"):
+    with pytest.raises(FileNotFoundError, match=r"got wds:.*, missing: .*x-001\.tar; nearest: 'x-000\.tar'"):
         load_data(f"wds:{root}/x-{{000..001}}.tar")
-    with pytest.raises(FileNotFoundError, match=r"data hf:.*photo cannot be read: .*; nearest there: 'photos'"):
+    with pytest.raises(FileNotFoundError, match=r"data hf:.*photo cannot be read: .*; nearest: 'photos'"):
         load_data(f"hf:{tmp_path}/photo")
     with pytest.raises(ConnectionError, match=r"neither a folder nor in the cache, and the hub could not be reached"):
         load_data("hf:somebody/photos")
@@ -184,7 +184,7 @@ def test_missing_shards_and_data_sets_are_told(shards, image_folder, tmp_path):
         load_data(f"wds:{tmp_path}/bad.tar")
 
 
-def test_a_broken_image_in_a_data_set_is_named():
+def test_a_broken_image_in_a_dataset_is_reported():
     content = [{"bytes": encoded(i) if i != 3 else b"no image", "path": None} for i in range(20)]
     data = datasets.Dataset.from_dict({"image": content, "label": ["a", "b"] * 10})
     data = data.cast_column("image", datasets.Image())
@@ -208,7 +208,7 @@ class Pictures(torch.utils.data.Dataset):
         return self.make(self.numbers[row]), self.numbers[row] % 2
 
 
-def test_a_torch_data_set_is_divided_and_parts_are_kept():
+def test_a_torch_dataset_is_split_and_existing_splits_are_used():
     items = all_items(load_data(Pictures(range(20))))
     assert items == {f"train/{i:06}": (picture(i).tobytes(), ("cat", "dog")[i % 2], None) for i in range(20)}
     data = load_data({"train": Pictures(range(10)), "val": Pictures(range(10, 14)), "test": Pictures([15, 16])})
@@ -216,7 +216,7 @@ def test_a_torch_data_set_is_divided_and_parts_are_kept():
     assert data.test.labels == [1, 0] and data.test.image(0).tobytes() == picture(15).tobytes()
 
 
-def test_transformed_items_and_other_objects_are_refused():
+def test_transformed_items_and_other_objects_are_rejected():
     with pytest.raises(ValueError, match=r"must be 8-bit images .* got Tensor of torch\.float32; remove"):
         load_data(Pictures(range(20), lambda i: torch.zeros(3, 8, 8)))
     pixels = load_data(Pictures(range(20), lambda i: torch.full((3, 8, 8), i, dtype=torch.uint8)))

@@ -11,13 +11,13 @@ from PIL import Image
 
 import snella
 from snella_app.data import ImageDataset, images, load_data, read_image
-from snella_app.data.datasets import FileImages, broken_images, broken_rows, joined, read_at_side, watched_reading
+from snella_app.data.datasets import FileImages, broken_images, broken_rows, joined, read_at_side, reading_progress
 from snella_app.data.images import IMAGE_SUFFIXES, Reading, inspect_image, read_label_map, to_rgb
-from snella_app.data.load import near_copies
+from snella_app.data.load import find_near_copies
 
 
 @pytest.mark.parametrize("suffix", IMAGE_SUFFIXES)
-def test_every_listed_kind_of_file_is_read_as_rgb(suffix, tmp_path):
+def test_every_listed_format_is_read_as_rgb(suffix, tmp_path):
     Image.new("RGB", (4, 3), (255, 0, 0)).save(tmp_path / f"red{suffix}")
     image = read_image(tmp_path / f"red{suffix}")
     assert (image.mode, image.size) == ("RGB", (4, 3))
@@ -26,7 +26,7 @@ def test_every_listed_kind_of_file_is_read_as_rgb(suffix, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-def test_transparency_is_laid_on_white(mode, tmp_path):
+def test_transparency_is_blended_with_white(mode, tmp_path):
     image = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
     image.putpixel((1, 0), (0, 0, 0, 255))
     image.convert(mode).save(tmp_path / "x.png")
@@ -34,7 +34,7 @@ def test_transparency_is_laid_on_white(mode, tmp_path):
     assert [rgb.getpixel((0, 0)), rgb.getpixel((1, 0))] == [(255, 255, 255), (0, 0, 0)]
 
 
-def test_a_palette_with_transparency_in_bytes_is_laid_on_white(tmp_path):
+def test_a_palette_with_transparency_in_bytes_is_blended_with_white(tmp_path):
     image = Image.new("P", (2, 1))
     image.putpalette([10, 20, 30, 40, 50, 60])
     image.putpixel((1, 0), 1)
@@ -43,7 +43,7 @@ def test_a_palette_with_transparency_in_bytes_is_laid_on_white(tmp_path):
     assert [rgb.getpixel((0, 0)), rgb.getpixel((1, 0))] == [(255, 255, 255), (40, 50, 60)]
 
 
-def test_an_rgb_file_with_a_transparent_color_is_laid_on_white(tmp_path):
+def test_an_rgb_file_with_a_transparent_color_is_blended_with_white(tmp_path):
     Image.new("RGB", (1, 1), (1, 2, 3)).save(tmp_path / "x.png", transparency=(1, 2, 3))
     assert read_image(tmp_path / "x.png").getpixel((0, 0)) == (255, 255, 255)
 
@@ -64,17 +64,17 @@ def test_sixteen_bit_gray_keeps_its_high_byte(suffix, tmp_path):
     assert [image.getpixel((x, 0))[0] for x in range(3)] == [0, 128, 255]
 
 
-def test_small_32_bit_integers_are_taken_as_they_are():
+def test_small_32_bit_integers_are_unchanged():
     assert to_rgb(Image.fromarray(np.array([[7, 200]], dtype=np.int32))).getpixel((1, 0)) == (200, 200, 200)
 
 
-def test_floating_point_values_are_refused(tmp_path):
+def test_floating_point_values_are_rejected(tmp_path):
     Image.fromarray(np.zeros((2, 2), dtype=np.float32)).save(tmp_path / "x.tif")
     with pytest.raises(ValueError, match=r"x\.tif' is not a readable image: floating-point values"):
         read_image(tmp_path / "x.tif")
 
 
-def test_a_photograph_is_turned_upright(tmp_path):
+def test_exif_orientation_is_applied(tmp_path):
     image = Image.new("RGB", (4, 2))
     exif = image.getexif()
     exif[0x0112] = 6  # turn by 90 degrees
@@ -82,14 +82,14 @@ def test_a_photograph_is_turned_upright(tmp_path):
     assert read_image(tmp_path / "x.jpg").size == (2, 4)
 
 
-def test_an_animation_gives_its_first_frame(tmp_path):
+def test_an_animation_is_read_as_its_first_frame(tmp_path):
     frames = [Image.new("RGB", (2, 2), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
     assert read_image(tmp_path / "x.gif").getpixel((0, 0)) == (255, 0, 0)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".bmp", ".tif", ".gif", ".ppm"])
-def test_a_truncated_file_of_any_kind_is_found(suffix, tmp_path):
+def test_a_truncated_file_of_any_format_is_detected(suffix, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     whole, cut = tmp_path / f"whole{suffix}", tmp_path / f"cut{suffix}"
     Image.fromarray(pixels).save(whole)
@@ -99,7 +99,7 @@ def test_a_truncated_file_of_any_kind_is_found(suffix, tmp_path):
         read_image(cut)
 
 
-def test_text_and_empty_files_are_no_images(tmp_path):
+def test_text_and_empty_files_are_not_images(tmp_path):
     (tmp_path / "a.png").write_text("not an image")
     (tmp_path / "b.jpg").write_bytes(b"")
     reasons = broken_images([tmp_path / "a.png", tmp_path / "b.jpg", tmp_path / "gone.png"])
@@ -107,7 +107,7 @@ def test_text_and_empty_files_are_no_images(tmp_path):
     assert reasons[2] == "no such file"
 
 
-def test_the_first_decoding_can_be_watched(tmp_path):
+def test_the_first_decoding_reports_progress(tmp_path):
     seen = []
 
     def watch(items, total):
@@ -117,7 +117,7 @@ def test_the_first_decoding_can_be_watched(tmp_path):
 
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "b.jpg").write_bytes(b"")
-    with watched_reading(watch):
+    with reading_progress(watch):
         assert broken_images([tmp_path / "a.png", tmp_path / "b.jpg"]) == {1: "the file is empty"}
     assert seen == [(None, 2), ("the file is empty", 2)]
     assert broken_images([tmp_path / "a.png"]) == {} and len(seen) == 2
@@ -126,7 +126,7 @@ def test_the_first_decoding_can_be_watched(tmp_path):
 @pytest.mark.parametrize(
     ("suffix", "mode", "side", "size"),
     [
-        (".jpg", "RGB", 64, (80, 120)),  # by 8 while it is decoded, and no more: by 2 would be 40
+        (".jpg", "RGB", 64, (80, 120)),  # only reduced by 8 while decoding; another factor 2 would give 40
         (".jpg", "RGB", 16, (16, 24)),  # by 8, then by 5
         (".jpg", "L", 64, (80, 120)),
         (".png", "RGB", 64, (64, 96)),  # 640 // 64 = 10
@@ -135,7 +135,7 @@ def test_the_first_decoding_can_be_watched(tmp_path):
         (".jpg", "RGB", None, (640, 960)),
     ],
 )
-def test_a_large_image_is_read_at_a_fraction_of_its_resolution_upright(suffix, mode, side, size, tmp_path):
+def test_a_large_image_is_read_upright_at_a_fraction_of_its_resolution(suffix, mode, side, size, tmp_path):
     upright = Image.linear_gradient("L").resize((640, 960)).convert(mode)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -147,7 +147,7 @@ def test_a_large_image_is_read_at_a_fraction_of_its_resolution_upright(suffix, m
     assert np.abs(np.asarray(image, dtype=int) - np.asarray(full, dtype=int)).max() <= 6
 
 
-def test_parts_of_one_source_still_share_it_at_another_resolution(tmp_path):
+def test_splits_share_a_source_at_another_resolution(tmp_path):
     for name in "ab":
         Image.new("RGB", (400, 300)).save(tmp_path / f"{name}.jpg")
     source = FileImages([tmp_path / "a.jpg", tmp_path / "b.jpg"])
@@ -156,10 +156,10 @@ def test_parts_of_one_source_still_share_it_at_another_resolution(tmp_path):
     assert small[0].source is small[1].source is not source and small[0].names == ["a"]
     assert [part.image(0).size for part in small] == [(200, 150)] * 3  # JPEGs by powers of two
     assert parts[0].image(0).size == (400, 300) and small[2].image(1).size == (200, 150)
-    assert source.kept_bytes == 400 * 300 * 3 and small[0].source.kept_bytes == 2 * 200 * 150 * 3
+    assert source.cached_bytes == 400 * 300 * 3 and small[0].source.cached_bytes == 2 * 200 * 150 * 3
 
 
-def test_postscript_under_the_name_of_a_picture_starts_no_program(tmp_path, monkeypatch):
+def test_postscript_with_an_image_suffix_starts_no_program(tmp_path, monkeypatch):
     program, marker = tmp_path / "gs", tmp_path / "started"
     program.write_text(f'#!/bin/sh\n[ "$1" = --version ] || touch {marker}\n')
     program.chmod(0o755)
@@ -171,24 +171,24 @@ def test_postscript_under_the_name_of_a_picture_starts_no_program(tmp_path, monk
         with pytest.raises(ValueError, match=r"a.png' is not a readable (image|mask): "):
             read(path)
     assert not marker.exists()
-    with pytest.raises(OSError), Image.open(path) as image:  # what Pillow does when it may
+    with pytest.raises(OSError), Image.open(path) as image:  # Pillow's default behavior
         image.load()
     assert marker.exists()
 
 
-def test_no_image_is_opened_by_pillow_but_in_one_place():
+def test_images_are_opened_in_one_place():
     """Pillow's own `open` tries every format that it knows."""
 
     def opens(path):
         calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
-        return any(ast.unparse(call.func).endswith("Image.open") for call in calls)  # not in a text, as of a snippet
+        return any(ast.unparse(call.func).endswith("Image.open") for call in calls)  # not in strings
 
     sources = Path(snella.__file__).parents[1]
     files = (path for name in ("snella", "snella_app", "snella_lab") for path in (sources / name).rglob("*.py"))
     assert [path.relative_to(sources).as_posix() for path in files if opens(path)] == ["snella_app/data/images.py"]
 
 
-def test_an_array_that_says_it_fills_the_memory_is_refused_by_its_header(tmp_path):
+def test_an_array_that_exceeds_memory_is_rejected_by_its_header(tmp_path):
     path = tmp_path / "a.npy"
     with path.open("wb") as file:
         header = {"shape": (60000, 60000, 5), "fortran_order": False, "descr": "|u1"}
@@ -204,14 +204,14 @@ def test_an_array_that_says_it_fills_the_memory_is_refused_by_its_header(tmp_pat
         read_image(tiff, Reading(5))
 
 
-def test_the_pixels_of_an_uploaded_array_are_known_before_it_is_read():
+def test_pixels_of_an_uploaded_array_are_read_from_its_header():
     values = np.zeros((6, 5, 4), np.uint8)
     for write in (np.save, lambda file, array: tifffile.imwrite(file, array, photometric="minisblack")):
         file = io.BytesIO()
         write(file, values)
         file.seek(0)
         assert images.array_pixels(file) == 120
-        assert images.decode_image(file, "upload", Reading(6)).shape == (6, 5, 4)  # the stream is where it was
+        assert images.decode_image(file, "upload", Reading(6)).shape == (6, 5, 4)  # the stream position is unchanged
     file = io.BytesIO()
     np.save(file, np.array([("a", 1)], dtype=object))
     file.seek(0)
@@ -219,14 +219,14 @@ def test_the_pixels_of_an_uploaded_array_are_known_before_it_is_read():
         images.array_pixels(file)
 
 
-def test_a_pipe_among_the_images_is_refused_at_once(tmp_path):
+def test_a_pipe_is_rejected_immediately(tmp_path):
     os.mkfifo(tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"a.png' is not a readable image: not a regular file \(a pipe, socket"):
         read_image(tmp_path / "a.png")
     assert "not a regular file" in broken_images([tmp_path / "a.png"])[0]
 
 
-def test_gray_and_alpha_are_kept_where_they_are_asked_for(tmp_path):
+def test_gray_and_alpha_are_read_on_request(tmp_path):
     Image.new("RGBA", (1, 1), (10, 20, 30, 40)).save(tmp_path / "x.png")
     Image.new("L", (1, 1), 77).save(tmp_path / "y.png")
     rgba, white, gray = (
@@ -256,7 +256,7 @@ def test_many_channels_are_read_in_any_layout(layout, tmp_path):
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_the_value_that_is_white_can_be_chosen(channels, tmp_path):
+def test_the_white_value_is_configurable(channels, tmp_path):
     Image.fromarray(np.array([[0, 1000, 4095, 60000]], dtype=np.uint16)).save(tmp_path / "x.png")
     image = read_image(tmp_path / "x.png", Reading(channels, 4095))
     assert [np.atleast_1d(image.getpixel((x, 0)))[0] for x in range(4)] == [0, 62, 255, 255]
@@ -264,14 +264,14 @@ def test_the_value_that_is_white_can_be_chosen(channels, tmp_path):
     assert float(read_image(tmp_path / "x.npy", Reading(5, 4000)).mean()) == 0.5
 
 
-def test_dark_images_of_16_bits_are_noted(tmp_path):
+def test_dark_16_bit_images_are_noted(tmp_path):
     for index in range(12):
         folder = tmp_path / "ab"[index % 2]
         folder.mkdir(exist_ok=True)
         values = np.random.default_rng(index).integers(0, 4096, (8, 8)).astype(np.uint16)
         values[0, 0] = 4095
         Image.fromarray(values).save(folder / f"{index}.png")
-    note = "12 16-bit images use at most 6.2% of the range; set the white value with --white (white=), e.g. "
+    note = "12 16-bit images with values up to 6.2% of the range; set the white value with --white (white=), e.g. "
     assert any(one.startswith(note) for one in load_data(f"folder:{tmp_path}").notes)
     bright = load_data(f"folder:{tmp_path}", white=4095)
     assert bright.notes == [] and max(np.asarray(bright.train.image(0)).ravel()) == 255
@@ -287,13 +287,13 @@ def test_dark_images_of_16_bits_are_noted(tmp_path):
         (np.zeros((5, 4, 4), complex), "values must be numeric, got complex128"),
     ],
 )
-def test_other_arrays_are_refused(values, message, tmp_path):
+def test_other_arrays_are_rejected(values, message, tmp_path):
     np.save(tmp_path / "x.npy", values)
     with pytest.raises(ValueError, match=rf"x\.npy' is not a readable image: .*{message}"):
         read_image(tmp_path / "x.npy", Reading(5))
 
 
-def test_a_photograph_of_apple_is_read_by_pillow_heif_or_answered_with_its_name(tmp_path, monkeypatch):
+def test_heic_images_are_read_by_pillow_heif_or_rejected_with_its_name(tmp_path, monkeypatch):
     import pillow_heif
 
     heif = pillow_heif.from_pillow(Image.new("RGB", (64, 64), (200, 30, 40)))
@@ -311,7 +311,7 @@ def _unknown(file, formats):
     raise OSError("cannot identify image file")
 
 
-def test_what_is_known_of_a_file_is_noted(tmp_path):
+def test_facts_about_files_are_stored(tmp_path):
     frames = [Image.new("L", (40, 30), value) for value in (0, 255)]
     frames[0].save(tmp_path / "x.tif", save_all=True, append_images=frames[1:])
     pixels = np.random.default_rng(0).integers(0, 256, (30, 20, 3), dtype=np.uint8).repeat(40, 0).repeat(40, 1)
@@ -323,7 +323,7 @@ def test_what_is_known_of_a_file_is_noted(tmp_path):
     assert (second.size, second.mode, second.format, second.has_pages) == ((800, 1200), "CMYK", "JPEG", False)
 
 
-def test_large_jpegs_that_are_cut_off_are_found_too(tmp_path):
+def test_large_truncated_jpegs_are_detected(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (900, 900, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "x.jpg")
     content = (tmp_path / "x.jpg").read_bytes()
@@ -332,12 +332,12 @@ def test_large_jpegs_that_are_cut_off_are_found_too(tmp_path):
 
 
 def stamp(seed):
-    """A picture with large shapes, as photographs have them."""
+    """Image with large shapes, like photographs."""
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((120, 90), Image.Resampling.BICUBIC)
 
 
-def test_copies_that_were_saved_again_are_found_and_others_are_not(tmp_path):
+def test_re_encoded_copies_are_detected_and_others_are_not(tmp_path):
     paths = []
     for seed in range(40):
         paths.append(tmp_path / f"{seed}.png")
@@ -350,7 +350,7 @@ def test_copies_that_were_saved_again_are_found_and_others_are_not(tmp_path):
     assert broken_rows(source, range(43)) == {}
     train = ImageDataset(source, range(20), [0] * 20, [path.name for path in paths[:20]])
     others = ImageDataset(source, range(20, 43), [0] * 23, [path.name for path in paths[20:]])
-    assert near_copies(train, others) == {20: 3, 21: 4}
+    assert find_near_copies(train, others) == {20: 3, 21: 4}
 
 
 def test_copies_and_pages_are_noted(tmp_path):
@@ -362,10 +362,10 @@ def test_copies_and_pages_are_noted(tmp_path):
     stamp(2).save(tmp_path / "test/a/again.jpg", quality=60)
     stamp(30).save(tmp_path / "train/a/film.gif", save_all=True, append_images=[stamp(31)])
     notes = load_data(f"folder:{tmp_path}").notes
-    assert "1 images have several pages or frames; only the first is used: train/a/film.gif" in notes
+    assert "only the first page or frame of 1 image is used: train/a/film.gif" in notes
     assert any(
         note.startswith(
-            "1 of 5 test images are also training images (1 of them re-encoded or resized), e.g. 'train/a/2.png'"
+            "1 of 5 test images is also a training image (1 of them re-encoded or resized), e.g. 'train/a/2.png'"
         )
         and note.endswith("is 'test/a/again.jpg'; test results are optimistic; remove the copies from one split")
         for note in notes

@@ -12,7 +12,7 @@ def folder(tmp_path):
     return write_pairs(tmp_path / "Kvasir-SEG", 25, ending=".jpg")
 
 
-def test_the_split_files_decide_what_is_tested(folder):
+def test_the_split_files_define_the_test_split(folder):
     names = [f"{index:03}" for index in range(25)]
     (folder / "train.txt").write_text("\n".join(names[:20]))
     (folder / "val.txt").write_text("\n".join(f"images/{name}.jpg" for name in names[20:]))
@@ -22,7 +22,7 @@ def test_the_split_files_decide_what_is_tested(folder):
     assert len(data.train) + len(data.val) == 20
 
 
-def test_without_split_files_the_names_decide_and_it_is_said(folder):
+def test_without_split_files_names_define_the_split_with_a_note(folder):
     data = load_data(f"kvasir:{folder}")
     assert len(data.test) == 3  # 12 %
     assert any("selected 3 test images by SHA-256 of their names" in note for note in data.notes)
@@ -30,20 +30,20 @@ def test_without_split_files_the_names_decide_and_it_is_said(folder):
     assert again.test.names == data.test.names and again.train.names != data.train.names
 
 
-def test_split_files_that_contradict_the_folder_or_each_other_are_refused(folder):
+def test_inconsistent_split_files_are_rejected(folder):
     (folder / "train.txt").write_text("000\n001\n002\nghost\n")
     with pytest.raises(ValueError, match=r"train.txt exists but val.txt does not"):
         load_data(f"kvasir:{folder}")
     (folder / "val.txt").write_text("002\n003\n")
     with pytest.raises(ValueError) as caught:
         load_data(f"kvasir:{folder}")
-    assert "1 names in train.txt without image and mask: ghost" in str(caught.value)
-    assert "1 names are in both train.txt and val.txt: 002" in str(caught.value)
+    assert "1 name in train.txt without image and mask: ghost" in str(caught.value)
+    assert "1 name in both train.txt and val.txt: 002" in str(caught.value)
 
 
-def test_an_image_that_is_tested_under_another_name_is_found_by_its_pixels(folder):
+def test_a_test_copy_under_another_name_is_detected_by_its_pixels(folder):
     shutil.copy(folder / "images" / "000.png", folder / "images" / "024.png")
     (folder / "train.txt").write_text("\n".join(f"{index:03}" for index in range(20)))
     (folder / "val.txt").write_text("\n".join(f"{index:03}" for index in range(20, 25)))
     notes = load_data(f"kvasir:{folder}").notes
-    assert any("1 of 5 test images are also training images" in note and "images/000.png" in note for note in notes)
+    assert any("1 of 5 test images is also a training image" in note and "images/000.png" in note for note in notes)

@@ -26,30 +26,30 @@ def names_of(data) -> list[list[str]]:
     return [part.names for part in (data.train, data.val, data.test)]
 
 
-def test_the_same_seed_gives_the_same_parts_and_another_one_others():
+def test_splits_depend_on_the_seed():
     first, again, other = (load_data("digits", seed=seed) for seed in (5, 5, 6))
     assert names_of(first) == names_of(again)
     assert all(a != b for a, b in zip(names_of(first), names_of(other), strict=True))
     assert first.train.seed == first.val.seed == 5
 
 
-def test_parts_do_not_overlap_and_hold_everything():
+def test_splits_are_a_partition():
     names = [name for part in names_of(load_data("digits")) for name in part]
     assert len(names) == len(set(names)) == 1797
 
 
-def test_the_shares_are_of_all_images():
+def test_fractions_are_of_all_images():
     data = load_data("digits", val_fraction=0.3, test_fraction=0.1)
     assert (len(data.train), len(data.val), len(data.test)) == (1078, 539, 180)
 
 
-def test_without_a_test_share_there_is_no_test_part():
+def test_a_test_fraction_of_zero_creates_no_test_split():
     data = load_data("digits", test_fraction=0)
     assert data.test is None and len(data.val) == 359
     assert data.description == "digits: 1,797 images in 10 classes; train 1,438 · val 359"
 
 
-def test_sizes_choose_from_the_parts_and_leave_the_other_parts_as_they_are():
+def test_sizes_subsample_splits_independently():
     whole, small = load_data("digits"), load_data("digits", train_size=100, val_size=50, test_size=20)
     assert (len(small.train), len(small.val), len(small.test)) == (100, 50, 20)
     assert all(set(a) < set(b) for a, b in zip(names_of(small), names_of(whole), strict=True))
@@ -69,12 +69,12 @@ def test_sizes_choose_from_the_parts_and_leave_the_other_parts_as_they_are():
         ("cvs:t.csv", "did you mean 'csv:t.csv'?"),
     ],
 )
-def test_an_unknown_specification_is_answered_with_the_nearest(spec, message):
+def test_an_unknown_specification_error_suggests_the_nearest(spec, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         load_data(spec)
 
 
-def test_a_bare_path_is_what_lies_there(tmp_path, monkeypatch):
+def test_a_bare_path_is_resolved_by_its_content(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in ("photos/cat", "lungs/images", "lungs/masks", "shards", "saved", "digits"):
         Path(folder).mkdir(parents=True)
@@ -105,7 +105,7 @@ def test_a_bare_path_is_what_lies_there(tmp_path, monkeypatch):
     ]
     with pytest.raises(ValueError, match=r"got 'x\.jpg', which is not a table \(CSV, TSV, Parquet or tar\)"):
         load_data("x.jpg")
-    with pytest.raises(ValueError, match="got 'photo'; nearest there: 'photos'"):
+    with pytest.raises(ValueError, match="got 'photo'; nearest: 'photos'"):
         load_data("photo")
 
 
@@ -121,11 +121,11 @@ def test_a_bare_path_is_what_lies_there(tmp_path, monkeypatch):
         ({"test_size": 9}, "test_size must be at least 10, one image per class, got 9"),
     ],
 )
-def test_numbers_out_of_range_are_refused(options, message):
+def test_numbers_out_of_range_are_rejected(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         load_data("digits", **options)
 
 
-def test_several_wrong_numbers_are_reported_together():
+def test_several_invalid_numbers_are_reported_together():
     with pytest.raises(ValueError, match=r"seed must be .* got -2; test_size must be at least 1, got -3"):
         load_data("digits", seed=-2, test_size=-3)

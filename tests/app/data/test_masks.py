@@ -12,14 +12,14 @@ from .mask_folders import write_pairs
 
 
 @pytest.mark.parametrize("white", [1, 255])
-def test_masks_of_black_and_white_are_binary(white, tmp_path):
+def test_black_and_white_masks_are_binary(white, tmp_path):
     data = load_data(f"masks:{write_pairs(tmp_path / 'm', 10, white=white)}")
     assert data.classes == ["background", "foreground"]
     assert [len(part) for part in (data.train, data.val, data.test)] == [6, 2, 2]
     assert set(np.unique(data.train.mask(0))) == {0, 1}
 
 
-def test_label_maps_give_as_many_classes_as_labels(tmp_path):
+def test_label_maps_define_the_number_of_classes(tmp_path):
     root = write_pairs(tmp_path / "m", 10, classes=4)
     data = load_data(f"masks:{root}")
     assert data.classes == ["background", "class 1", "class 2", "class 3"]
@@ -27,7 +27,7 @@ def test_label_maps_give_as_many_classes_as_labels(tmp_path):
     assert load_data(f"masks:{root}").classes == ["nothing", "leaf", "stem", "root", "rare"]
 
 
-def test_palette_masks_hold_their_indices(tmp_path):
+def test_palette_masks_are_read_as_indices(tmp_path):
     mask = Image.fromarray(np.array([[0, 1], [2, 1]], np.uint8))
     mask.putpalette([0, 0, 0, 200, 0, 0, 0, 0, 250])
     mask.save(tmp_path / "m.png")
@@ -35,28 +35,28 @@ def test_palette_masks_hold_their_indices(tmp_path):
     assert labels.tolist() == [[0, 1], [2, 1]] and not is_thresholded
 
 
-def test_jpeg_masks_are_cut_at_128_and_it_is_said(tmp_path):
+def test_jpeg_masks_are_thresholded_at_128_with_a_note(tmp_path):
     data = load_data(f"masks:{write_pairs(tmp_path / 'm', 10, ending='.jpg')}")
     assert any("10 masks in a lossy format (JPEG)" in note and "at least 128" in note for note in data.notes)
     exact = load_data(f"masks:{write_pairs(tmp_path / 'exact', 10)}")
     assert np.mean(data.train.mask(0) != exact.train.mask(0)) < 0.02
 
 
-def test_parts_of_their_own_are_kept(tmp_path):
+def test_existing_splits_are_used(tmp_path):
     for part, count in (("train", 4), ("val", 2), ("test", 3)):
         write_pairs(tmp_path / "m" / part, count)
     data = load_data(f"masks:{tmp_path / 'm'}")
     assert [len(part) for part in (data.train, data.val, data.test)] == [4, 2, 3]
     assert data.test.names[0] == "test/images/000.png"
-    # the same noise was written into every part
+    # every split has the same noise
     assert any("3 of 3 test images are also training images" in note for note in data.notes)
 
 
-def test_image_and_mask_move_together_and_the_same_way_every_time(tmp_path):
+def test_image_and_mask_are_transformed_together_and_reproducibly(tmp_path):
     from snella_app.data import build_transform
 
     root = write_pairs(tmp_path / "m", 6)
-    for index in range(6):  # a mask is what is bright in its image
+    for index in range(6):  # bright pixels are foreground
         labels = np.asarray(Image.open(root / "masks" / f"{index:03}.png"))
         Image.fromarray(np.repeat(labels[..., None], 3, 2)).save(root / "images" / f"{index:03}.png")
     config = {"input_size": (3, 32, 32), "mean": (0, 0, 0), "std": (1, 1, 1), "crop_mode": "squash", "crop_pct": 1.0}
@@ -72,7 +72,7 @@ def test_image_and_mask_move_together_and_the_same_way_every_time(tmp_path):
     assert any((data[index][1] != first[index][1]).any() for index in range(len(data)))
 
 
-def test_everything_that_is_wrong_with_the_files_is_told_at_once(tmp_path):
+def test_all_file_errors_are_reported_together(tmp_path):
     root = write_pairs(tmp_path / "m", 9, classes=3)
     (root / "masks" / "000.png").unlink()
     (root / "images" / "001.png").unlink()
@@ -100,7 +100,7 @@ def test_everything_that_is_wrong_with_the_files_is_told_at_once(tmp_path):
         assert error in text
 
 
-def test_broken_pairs_are_left_out_when_asked(tmp_path):
+def test_skip_corrupt_skips_broken_pairs(tmp_path):
     root = write_pairs(tmp_path / "m", 9)
     (root / "masks" / "003.png").write_bytes(b"no picture")
     data = load_data(f"masks:{root}", skip_corrupt=True)
@@ -108,7 +108,7 @@ def test_broken_pairs_are_left_out_when_asked(tmp_path):
     assert any("skipped 1 pair with an unreadable file" in note and "003.png" in note for note in data.notes)
 
 
-def test_labels_beyond_the_named_classes_are_refused(tmp_path):
+def test_labels_beyond_the_named_classes_are_rejected(tmp_path):
     root = write_pairs(tmp_path / "m", 8, classes=4)
     (root / "classes.txt").write_text("sky\nsea\n")
     with pytest.raises(ValueError, match=r"labels out of range 0 to 1 \(classes.txt lists 2 classes\).*2, 3"):
@@ -118,13 +118,13 @@ def test_labels_beyond_the_named_classes_are_refused(tmp_path):
         load_data(f"masks:{root}")
 
 
-def test_masks_of_one_label_teach_nothing(tmp_path):
+def test_masks_with_a_single_label_are_rejected(tmp_path):
     root = write_pairs(tmp_path / "m", 6, white=0)
     with pytest.raises(ValueError, match="masks must have at least two labels, got only 0"):
         load_data(f"masks:{root}")
 
 
-def test_a_folder_of_another_layout_is_told_what_it_must_hold(tmp_path):
+def test_a_wrong_layout_error_has_the_expected_layout(tmp_path):
     (tmp_path / "photos").mkdir()
     with pytest.raises(ValueError, match=r"in images/; the expected layout is images/NAME.jpg and masks/NAME.png"):
         load_data(f"masks:{tmp_path / 'photos'}")

@@ -20,7 +20,7 @@ def write_nifti(path, volume, kind=2):
 
 @pytest.fixture
 def templates(tmp_path, monkeypatch):
-    """A head of 60×70×160 with a brain of two regions inside."""
+    """Head of 60×70×160 voxels with a brain of two regions."""
     head = np.full((60, 70, 160), 90, np.uint8)
     brain, atlas = np.zeros_like(head), np.zeros_like(head)
     brain[10:50, 10:60] = 120
@@ -32,7 +32,7 @@ def templates(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_parts_are_slabs_that_keep_a_distance(templates):
+def test_the_splits_are_separated_slabs(templates):
     data = load_data("mri")
     heights = {part: [int(name[-3:]) for name in getattr(data, part).names] for part in ("train", "val", "test")}
     for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
@@ -49,19 +49,19 @@ def test_the_atlas_is_grouped_into_nine_regions(templates):
     assert set(np.unique(data.train.mask(0))) == {0, 1, 9}
 
 
-def test_patches_are_labeled_by_the_region_in_their_middle(templates):
+def test_patches_are_labeled_by_the_region_at_their_center(templates):
     data = load_data("mri-regions")
     assert data.classes == list(REGIONS)
     assert set(data.train.labels) == {0, 8} and data.train.image(0).size == (64, 64)
     assert any("regions" in note for note in data.notes)
 
 
-def test_missing_volumes_are_told_with_the_command(tmp_path):
+def test_missing_volumes_error_has_the_install_command(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"ch2.nii.gz' does not exist; run `apt install mricron-data`"):
         load_mri(str(tmp_path))
 
 
-def test_volumes_that_do_not_belong_together_are_refused(templates):
+def test_mismatched_volumes_are_rejected(templates):
     write_nifti(templates / "aal.nii.gz", np.zeros((60, 70, 150), np.uint8))
     from snella_lab.bundled.data import _volume
 
@@ -70,7 +70,7 @@ def test_volumes_that_do_not_belong_together_are_refused(templates):
         load_mri()
 
 
-def test_damaged_volumes_are_told(tmp_path):
+def test_damaged_volumes_are_reported(tmp_path):
     path = tmp_path / "v.nii.gz"
     path.write_bytes(b"junk")
     with pytest.raises(ValueError, match=r"v.nii.gz' is damaged: Not a gzipped file"):
@@ -79,12 +79,12 @@ def test_damaged_volumes_are_told(tmp_path):
     with pytest.raises(ValueError, match="must be a NIfTI-1 file"):
         read_nifti(path)
     write_nifti(path, np.zeros((2, 3, 4), np.uint8), kind=16)
-    with pytest.raises(ValueError, match=r"must hold a volume of bytes, got shape \[2, 3, 4\] and data type 16"):
+    with pytest.raises(ValueError, match=r"must contain a volume of bytes, got shape \[2, 3, 4\] and data type 16"):
         read_nifti(path)
     write_nifti(path, np.zeros((2, 3, 4), np.uint8))
     content = gzip.decompress(path.read_bytes())
     path.write_bytes(gzip.compress(content[:-5]))
-    with pytest.raises(ValueError, match=r"the header says \[2, 3, 4\], got 19 bytes"):
+    with pytest.raises(ValueError, match=r"the header specifies shape \[2, 3, 4\], got 19 bytes"):
         read_nifti(path)
     with pytest.raises(FileNotFoundError):
         read_nifti(tmp_path / "none.nii.gz")

@@ -15,30 +15,30 @@ def paths(tmp_path) -> list[Path]:
     return found
 
 
-def test_a_decoded_image_is_kept_and_not_read_again(paths):
+def test_a_decoded_image_is_cached(paths):
     source = FileImages(paths)
     first = source.load(1)
     paths[1].unlink()
     assert source.load(1) is first
-    assert source.kept_bytes == 300
+    assert source.cached_bytes == 300
 
 
 def test_images_beyond_the_budget_are_decoded_every_time(paths):
     source = FileImages(paths, budget_bytes=650)
     images = [source.load(row) for row in range(3)]
-    assert source.kept_bytes == 600
+    assert source.cached_bytes == 600
     assert source.load(0) is images[0] and source.load(2) is not images[2]
 
 
-def test_decoded_images_do_not_travel_with_the_pickle(paths):
+def test_decoded_images_are_not_pickled(paths):
     source = FileImages(paths)
     source.load(0)
     again = pickle.loads(pickle.dumps(source))
-    assert again.kept_bytes == 0 and again.load(0).size == (10, 10)
-    assert source.kept_bytes == 300
+    assert again.cached_bytes == 0 and again.load(0).size == (10, 10)
+    assert source.cached_bytes == 300
 
 
-def test_a_file_that_has_gone_since_is_named(paths):
+def test_a_deleted_file_is_reported(paths):
     source = FileImages(paths)
     paths[2].unlink()
     with pytest.raises(ValueError, match=r"2\.png' is not a readable image: no such file"):

@@ -30,7 +30,7 @@ def test_a_split_is_a_partition_with_every_class_on_both_sides(counts, fraction,
 
 
 @given(counts=st.lists(st.integers(1, 60), min_size=2, max_size=6), seed=st.integers(0, 2**32 - 1), data=st.data())
-def test_a_sample_has_exactly_the_size_and_every_class(counts, seed, data):
+def test_a_sample_has_the_exact_size_and_every_class(counts, seed, data):
     labels, classes = labels_of(counts), [str(index) for index in range(len(counts))]
     size = data.draw(st.integers(len(counts), len(labels)))
     chosen = stratified_sample(labels, size, seed=seed, classes=classes, argument="train_size")
@@ -40,43 +40,43 @@ def test_a_sample_has_exactly_the_size_and_every_class(counts, seed, data):
 
 
 @pytest.mark.parametrize(("fraction", "expected"), [(0.2, [20, 10, 6]), (0.5, [50, 25, 15])])
-def test_classes_keep_their_shares(fraction, expected):
+def test_class_proportions_are_preserved(fraction, expected):
     labels = labels_of([100, 50, 30])
     _, taken = stratified_split(labels, fraction, seed=0, classes=CLASSES)
     assert [Counter(labels[i] for i in taken)[label] for label in range(3)] == expected
 
 
-def test_the_seed_decides():
+def test_samples_depend_on_the_seed():
     labels = labels_of([40, 40, 40])
     splits = [stratified_split(labels, 0.25, seed=seed, classes=CLASSES) for seed in (1, 1, 2)]
     assert splits[0] == splits[1] != splits[2]
 
 
-def test_each_class_is_drawn_from_numpys_frozen_stream():
+def test_sampling_uses_numpys_legacy_generator():
     _, taken = stratified_split(labels_of([6, 6]), 0.34, seed=0, classes=["a", "b"])
     stream = np.random.RandomState(0)
     assert taken == sorted([*stream.permutation(6)[:2], *(6 + stream.permutation(6)[:2])])
 
 
-def test_a_rare_class_is_in_every_part():
+def test_a_rare_class_is_in_every_split():
     labels = labels_of([1000, 3])
     left, test = stratified_split(labels, 0.1, seed=0, classes=["common", "rare"], reserve=2, part="test")
     assert Counter(labels[i] for i in test)[1] == 1 and Counter(labels[i] for i in left)[1] == 2
 
 
-def test_too_few_images_of_a_class_are_named_and_counted():
+def test_classes_with_too_few_images_are_reported():
     message = "every class needs at least 3 images to create a 'test' split; 'b' has 2, 'c' has 1"
     with pytest.raises(ValueError, match=re.escape(message)):
         stratified_split(labels_of([9, 2, 1]), 0.2, seed=0, classes=CLASSES, reserve=2, part="test")
 
 
-def test_more_than_there_is_cannot_be_chosen():
+def test_a_sample_larger_than_the_data_is_rejected():
     with pytest.raises(
         ValueError, match=r"val_size must be at most 6, the number of images in the split, got 7; .*val_fraction"
     ):
         stratified_sample(labels_of([3, 3]), 7, seed=0, classes=["a", "b"], argument="val_size")
 
 
-def test_fewer_than_one_a_class_cannot_be_chosen():
+def test_a_sample_smaller_than_the_number_of_classes_is_rejected():
     with pytest.raises(ValueError, match="val_size must be at least 3, one image per class, got 2"):
         stratified_sample(labels_of([3, 3, 3]), 2, seed=0, classes=CLASSES, argument="val_size")

@@ -13,7 +13,7 @@ COLUMNS = ("file", "species", "patient")
 
 @pytest.fixture
 def write_table(tmp_path):
-    """Writes a table of so many images, or of rows that are given, and returns its path."""
+    """Write a table with a number of images or with given rows, and return its path."""
     (tmp_path / "images").mkdir()
 
     def write(rows, columns=COLUMNS, name="photos.csv", delimiter=","):
@@ -36,7 +36,7 @@ def parts_of(data):
     return [part for part in (data.train, data.val, data.test) if part is not None]
 
 
-def test_columns_are_found_by_their_names_and_paths_are_relative_to_the_file(write_table, tmp_path, monkeypatch):
+def test_columns_are_detected_by_name_and_paths_are_relative_to_the_file(write_table, tmp_path, monkeypatch):
     file = write_table(rows_of(20), ("File Name", "Label", "other"))
     monkeypatch.chdir("/")
     data = load_data(f"csv:{file}")
@@ -50,12 +50,12 @@ def test_columns_are_found_by_their_names_and_paths_are_relative_to_the_file(wri
 
 
 @pytest.mark.parametrize(("delimiter", "name"), [(";", "x.csv"), ("\t", "x.tsv")])
-def test_other_delimiters_are_seen(delimiter, name, write_table):
+def test_delimiters_are_detected(delimiter, name, write_table):
     file = write_table(rows_of(20), name=name, delimiter=delimiter)
     assert len(load_data(f"csv:{file}", columns="path=file,label=species,group=none").train) == 12
 
 
-def test_named_columns_win_and_a_path_may_be_made_of_columns(write_table):
+def test_given_columns_take_precedence_and_paths_may_be_templates(write_table):
     rows = [(f"images/{i:02}.png", f"{i:02}", "ab"[i % 2], "xy"[i // 10]) for i in range(20)]
     file = write_table(rows, ("image", "id", "label", "kind"))
     assert load_data(f"csv:{file}").classes == ["a", "b"]
@@ -66,7 +66,7 @@ def test_named_columns_win_and_a_path_may_be_made_of_columns(write_table):
     }
 
 
-def test_a_column_that_is_not_there_is_answered_with_what_each_holds(write_table):
+def test_a_missing_column_error_describes_all_columns(write_table):
     file = write_table([(*row, str(i)) for i, row in enumerate(rows_of(4))], (*COLUMNS, "age"))
     with pytest.raises(ValueError) as caught:
         load_data(f"csv:{file}", columns="label=specie")
@@ -92,7 +92,7 @@ def test_a_column_that_is_not_there_is_answered_with_what_each_holds(write_table
         ("root=", "group, root, got 'root='"),
     ],
 )
-def test_columns_that_cannot_be_read_are_refused(text, message):
+def test_invalid_columns_are_rejected(text, message):
     with pytest.raises(ValueError, match=message):
         Columns.parse(text)
 
@@ -110,7 +110,7 @@ def test_images_of_one_group_stay_together_and_classes_are_balanced(write_table)
     assert without.train.annotations.groups is None
 
 
-def test_a_group_that_is_a_class_is_trained_on(write_table):
+def test_the_only_group_of_a_class_is_used_for_training(write_table):
     rows = [(f"images/{i:02}.png", "abc"[i % 3], "only" if i % 3 == 2 else f"p{i % 6}-{i // 12}") for i in range(60)]
     data = load_data(f"csv:{write_table(rows)}", columns="label=species")
     assert Counter(data.train.labels)[2] == 20
@@ -125,7 +125,7 @@ def test_one_group_cannot_be_split(write_table):
         load_data(f"csv:{file}")
 
 
-def test_the_parts_of_a_split_column_are_kept_and_groups_across_them_are_told(write_table):
+def test_a_split_column_is_used_and_shared_groups_are_reported(write_table):
     rows = [(*row, ("train", "train", "Valid", "test")[i // 5]) for i, row in enumerate(rows_of(20, patients=3))]
     data = load_data(f"csv:{write_table(rows, (*COLUMNS, 'split'))}")
     assert [len(part) for part in parts_of(data)] == [10, 5, 5]
@@ -137,7 +137,7 @@ def test_the_parts_of_a_split_column_are_kept_and_groups_across_them_are_told(wr
         load_data(f"csv:{write_table(rows_of(20, patients=3))}", columns="split=patient,label=species")
 
 
-def test_rows_that_cannot_be_used_are_counted_and_named_or_left_out(write_table, tmp_path):
+def test_unusable_rows_are_reported_or_skipped(write_table, tmp_path):
     rows = [*rows_of(20), ("images/gone.png", "cat", "p1"), ("images/bad.jpg", "dog", "p2"), ("images/20.png", "", "p")]
     (tmp_path / "images/bad.jpg").write_text("no image")
     file = write_table(rows)
@@ -155,13 +155,13 @@ def test_rows_that_cannot_be_used_are_counted_and_named_or_left_out(write_table,
     assert data.notes[1].startswith(f"skipped 3 of 23 rows of csv:{file}, 1 no label, 1 no")
 
 
-def test_repeated_rows_are_left_out_and_contradictions_noted(write_table):
+def test_repeated_rows_are_skipped_and_contradictions_noted(write_table):
     rows = [*rows_of(20), ("images/00.png", "cat", "p0"), ("images/01.png", "cat", "p0")]
     data = load_data(f"csv:{write_table(rows)}", columns="group=none")
     assert sum(map(len, parts_of(data))) == 21
     assert data.notes[1:3] == [
-        "skipped 1 repeated rows",
-        "1 rows contradict the label of an earlier row: images/01.png (dog, cat)",
+        "skipped 1 repeated row",
+        "1 row with another label than an earlier row: images/01.png (dog, cat)",
     ]
 
 
@@ -175,13 +175,13 @@ def test_repeated_rows_are_left_out_and_contradictions_noted(write_table):
         ),
     ],
 )
-def test_a_column_that_holds_no_classes_is_refused(label, message, write_table):
+def test_a_column_without_classes_is_rejected(label, message, write_table):
     file = write_table([(f"images/{i:02}.png", label(i), f"p{i}") for i in range(50)])
     with pytest.raises(ValueError, match=message):
         load_data(f"csv:{file}", columns="label=species")
 
 
-def test_numbered_classes_are_in_the_order_of_numbers(write_table):
+def test_numeric_classes_are_sorted_by_number(write_table):
     file = write_table([(f"images/{i:02}.png", str(i % 3 * 5), f"p{i}") for i in range(30)])
     assert load_data(f"csv:{file}", columns="label=species,group=none").classes == ["0", "5", "10"]
 
@@ -253,7 +253,7 @@ def test_parquet_holds_lists_and_numbers(write_table, tmp_path):
         load_data(f"parquet:{tmp_path}/y.parquet")
 
 
-def test_parquet_names_files_below_its_folder_alone_or_below_the_root_that_is_asked_for(write_table, tmp_path):
+def test_parquet_may_only_reference_files_below_its_folder_or_the_given_root(write_table, tmp_path):
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -280,7 +280,7 @@ def test_parquet_names_files_below_its_folder_alone_or_below_the_root_that_is_as
     assert table_paths(file, Columns(root=tmp_path))[0] == tmp_path / names[0]
 
 
-def test_times_out_of_range_in_a_parquet_file_are_one_line(tmp_path):
+def test_timestamps_out_of_range_in_a_parquet_file_are_a_one_line_error(tmp_path):
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -300,19 +300,19 @@ def test_times_out_of_range_in_a_parquet_file_are_one_line(tmp_path):
         (b"file,label\na,caf\xe9\n", r"must be a CSV file in UTF-8: .*; save it as CSV \(UTF-8\)"),
     ],
 )
-def test_a_damaged_table_is_refused(content, message, tmp_path):
+def test_a_damaged_table_is_rejected(content, message, tmp_path):
     (tmp_path / "x.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message):
         load_data(f"csv:{tmp_path}/x.csv")
 
 
-def test_a_missing_table_is_answered_with_its_neighbors(write_table):
+def test_a_missing_table_error_suggests_similar_names(write_table):
     file = write_table(rows_of(4))
     with pytest.raises(FileNotFoundError, match=r"photo\.csv, which does not exist; nearest: 'photos\.csv'"):
         load_data(f"csv:{file.parent}/photo.csv")
 
 
-def test_other_data_has_no_columns_and_numbers_only_as_names_of_classes(write_images):
+def test_other_data_has_no_columns_and_takes_numbers_from_class_names(write_images):
     with pytest.raises(ValueError, match=r"columns can only be given for data with columns, csv:, .*digits"):
         load_data("digits", columns="label=x")
     assert load_data("digits", target="numbers").train.annotations.targets[0] in {float(n) for n in range(10)}
@@ -321,7 +321,7 @@ def test_other_data_has_no_columns_and_numbers_only_as_names_of_classes(write_im
         load_data(f"folder:{photos}", target="numbers")
 
 
-def test_ten_thousand_rows_are_read_in_their_order(tmp_path):
+def test_ten_thousand_rows_are_read_in_order(tmp_path):
     Image.new("RGB", (2, 2)).save(tmp_path / "one.png")
     with (tmp_path / "x.csv").open("w") as file:
         file.writelines(["path,label\n", *(f"one.png,{i % 7}\n" for i in range(10_000))])
@@ -329,7 +329,7 @@ def test_ten_thousand_rows_are_read_in_their_order(tmp_path):
     assert len(paths) == 10_000 and paths[0] == tmp_path / "one.png"
 
 
-def test_text_where_numbers_are_needed_is_named_also_when_broken_rows_are_left_out(write_table):
+def test_text_instead_of_numbers_is_reported_even_with_skip_corrupt(write_table):
     file = write_table(rows_of(12))
     for skip_corrupt in (False, True):
         with pytest.raises(
@@ -338,14 +338,14 @@ def test_text_where_numbers_are_needed_is_named_also_when_broken_rows_are_left_o
             load_data(f"csv:{file}", columns="label=species", target="numbers", skip_corrupt=skip_corrupt)
 
 
-def test_why_no_row_can_be_used_is_told(write_table):
+def test_the_reasons_of_unusable_rows_are_reported(write_table):
     file = write_table([(f"images/gone{i}.png", "ab"[i % 2], "p") for i in range(4)])
     with pytest.raises(ValueError, match=r"no images to train on, all are unusable: 4 of 4 rows of .*, 4 no such file"):
         load_data(f"csv:{file}", columns="label=species,group=none", skip_corrupt=True)
 
 
 @pytest.mark.parametrize("weight", ["-1", "1e308", "nan", "x"])
-def test_a_weight_that_no_loss_can_take_is_refused(weight, write_table):
+def test_weights_out_of_range_are_rejected(weight, write_table):
     rows = [(*row[:2], weight if index == 3 else "1") for index, row in enumerate(rows_of(12))]
     file = write_table(rows, ("path", "label", "weight"))
     with pytest.raises(
@@ -354,14 +354,14 @@ def test_a_weight_that_no_loss_can_take_is_refused(weight, write_table):
         load_data(f"csv:{file}")
 
 
-def test_weights_that_are_all_zero_are_refused(write_table):
+def test_zero_weights_are_rejected(write_table):
     file = write_table([(*row[:2], "0") for row in rows_of(12)], ("path", "label", "weight"))
     with pytest.raises(ValueError, match=r"a weight above 0, got 0 for all 12; --columns weight=none ignores"):
         load_data(f"csv:{file}")
     assert len(load_data(f"csv:{file}", columns="weight=none").train) > 0
 
 
-def test_classes_without_a_training_image_are_counted_with_what_to_do(write_table):
+def test_classes_without_training_images_are_reported_with_a_remedy(write_table):
     rows = [(*row[:2], "train" if row[1] == "cat" or i < 2 else "test") for i, row in enumerate(rows_of(12))]
     rows = [(path, "fox" if part == "test" else label, part) for path, label, part in rows]
     file = write_table(rows, ("path", "label", "split"))

@@ -28,7 +28,7 @@ def image() -> Image.Image:
 @pytest.mark.parametrize(
     ("crop_pct", "crop_mode"), [(0.9, "center"), (1.0, "center"), (1.0, "squash"), (0.8, "squash")]
 )
-def test_evaluation_is_timms(interpolation, crop_pct, crop_mode, image):
+def test_evaluation_matches_timm(interpolation, crop_pct, crop_mode, image):
     config = {**CONFIG, "interpolation": interpolation, "crop_pct": crop_pct, "crop_mode": crop_mode}
     ours = build_transform(config, train=False, augment="none")(image)
     theirs = timm.data.create_transform(**config, is_training=False)(image)
@@ -38,12 +38,12 @@ def test_evaluation_is_timms(interpolation, crop_pct, crop_mode, image):
 
 
 @pytest.mark.parametrize("size", [(8, 8), (33, 500), (500, 31)])
-def test_small_and_narrow_images_come_out_in_the_models_size(size):
+def test_small_and_narrow_images_are_resized_to_the_input_size(size):
     transform = build_transform(CONFIG, train=False, augment="none")
     assert transform(Image.new("RGB", size)).shape == (3, 32, 32)
 
 
-def test_a_models_own_configuration_is_taken(image):
+def test_the_models_data_config_is_used(image):
     config = timm.data.resolve_model_data_config(timm.create_model("test_vit"))
     assert build_transform(config, train=True, augment="crop")(image).shape == (3, 160, 160)
 
@@ -55,7 +55,7 @@ def test_values_are_scaled_and_normalized():
 
 
 @pytest.mark.parametrize("augment", ["randaugment", "trivialaugment", "3augment"])
-def test_stronger_augmentation_adds_to_a_crop_and_draws_from_torch(augment, image):
+def test_stronger_augmentation_extends_crop_and_uses_torchs_generator(augment, image):
     crop, strong = (build_transform(CONFIG, train=True, augment=name) for name in ("crop", augment))
     results = []
     for transform in (strong, strong, crop):
@@ -66,7 +66,7 @@ def test_stronger_augmentation_adds_to_a_crop_and_draws_from_torch(augment, imag
     pickle.loads(pickle.dumps(strong))
 
 
-def test_erasing_leaves_a_rectangle_of_zeros_and_the_rest_as_it_is(image):
+def test_erasing_only_zeroes_a_rectangle(image):
     plain = build_transform(CONFIG, train=True, augment="none")(image)
     torch.manual_seed(0)
     erased = build_transform(CONFIG, train=True, augment="none", random_erasing=1.0)(image)
@@ -86,7 +86,7 @@ def test_flip_gives_the_evaluation_image_or_its_mirror(image):
     assert seen == {"same", "mirror"}
 
 
-def test_crop_cuts_at_least_half_of_the_area():
+def test_crop_covers_at_least_half_of_the_area():
     ramp = np.broadcast_to(np.arange(200, dtype=np.uint8)[None, :, None], (200, 200, 3))
     crop = build_transform({**CONFIG, "mean": (0,) * 3, "std": (1,) * 3}, train=True, augment="crop")
     torch.manual_seed(0)
@@ -119,12 +119,12 @@ def test_a_transform_survives_pickling(image):
         ({"input_size": (3, 32, 48)}, "none", NotImplementedError, "input_size must be square, got [32, 48]"),
     ],
 )  # fmt: skip
-def test_what_is_not_known_is_refused_with_the_choices(changes, augment, error, message):
+def test_unknown_values_are_rejected_with_the_choices(changes, augment, error, message):
     with pytest.raises(error, match=re.escape(message)):
         build_transform({**CONFIG, **changes}, train=True, augment=augment)
 
 
-def test_an_incomplete_configuration_names_what_it_lacks():
+def test_missing_configuration_entries_are_reported():
     with pytest.raises(ValueError, match=r"data_config lacks mean, std; use timm.data.resolve_model_data_config"):
         build_transform({"input_size": (3, 8, 8)}, train=True, augment="none")
 

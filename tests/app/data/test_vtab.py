@@ -31,7 +31,7 @@ def test_there_are_nineteen_tasks_in_three_groups():
     assert sum(task.classes for task in VTAB_TASKS.values()) == 940
 
 
-def test_a_task_of_its_real_size_loads_without_complaint(whole):
+def test_a_complete_task_loads_without_notes(whole):
     data = load_data(f"vtab:{whole}")
     assert (len(data.train), len(data.val), len(data.test), len(data.classes)) == (800, 200, 711, 4)
     assert data.notes == [] and data.is_resized_whole
@@ -39,7 +39,7 @@ def test_a_task_of_its_real_size_loads_without_complaint(whole):
     assert data.train.image(0).size == (8, 8)
 
 
-def test_the_final_run_learns_from_both_and_holds_nothing_out(whole):
+def test_the_final_protocol_trains_on_both_splits(whole):
     choosing, final = (load_data(f"vtab:{whole}", protocol=name) for name in ("standard", "final"))
     assert final.val is None and len(final.train) == 1000
     assert final.train.names == choosing.train.names + choosing.val.names
@@ -49,7 +49,7 @@ def test_the_final_run_learns_from_both_and_holds_nothing_out(whole):
     assert same == [choosing.train.image(0).tobytes(), choosing.val.image(199).tobytes()]
 
 
-def test_the_official_protocol_learns_from_both_too(kitti):
+def test_the_official_protocol_trains_on_both_splits(kitti):
     official = load_data(f"vtab:{kitti}", protocol="official", strict_sizes=False)
     assert official.val is None and names(official.train) == ["train800", "val200"] and names(official.test) == ["test"]
 
@@ -57,13 +57,13 @@ def test_the_official_protocol_learns_from_both_too(kitti):
 @pytest.mark.parametrize(
     ("folder", "asked", "name"), [("cifar100", "cifar", "cifar"), ("pets", "pets", "oxford_iiit_pet")]
 )
-def test_other_names_of_a_folder_are_known(folder, asked, name, tmp_path):
+def test_alternative_folder_names_are_accepted(folder, asked, name, tmp_path):
     write_vtab(tmp_path / folder, VTAB_TASKS[name].classes, {"train800": 100, "val200": 4, "test": 4})
     collection = load_vtab(str(tmp_path / asked), strict_sizes=False)
     assert collection.name == name and len(collection.classes) == VTAB_TASKS[name].classes
 
 
-def test_without_single_lists_the_joint_one_is_cut(whole, tmp_path):
+def test_missing_lists_are_derived_from_the_joint_list(whole, tmp_path):
     folder = shutil.copytree(whole, tmp_path / "kitti")
     for name in ("train800", "val200"):
         (folder / f"{name}.txt").unlink()
@@ -72,7 +72,7 @@ def test_without_single_lists_the_joint_one_is_cut(whole, tmp_path):
     assert data.notes == ["kitti: train800 and val200 are the first 800 and the last 200 of train800val200.txt"]
 
 
-def test_other_sizes_are_refused_and_all_of_them_listed(kitti):
+def test_other_sizes_are_rejected_and_listed(kitti):
     message = (
         r"vtab:.*kitti does not match kitti of the benchmark: train800 must have 800 images, got 12; val200 must have "
         r"200 images, got 4; train800val200 must have 1,000 images, got 16; test must have 711 images, got 8; "
@@ -82,7 +82,7 @@ def test_other_sizes_are_refused_and_all_of_them_listed(kitti):
         load_data(f"vtab:{kitti}")
 
 
-def test_other_sizes_are_noted_where_they_are_allowed(kitti):
+def test_allowed_other_sizes_are_noted(kitti):
     data = load_data(f"vtab:{kitti}", strict_sizes=False)
     assert "differs from the benchmark: test must have 711 images, got 8" in data.notes
 
@@ -92,7 +92,7 @@ def spoil(folder, name, change):
     file.write_text(change(file.read_text()))
 
 
-def test_all_errors_are_told_in_one_message(kitti):
+def test_all_errors_are_one_message(kitti):
     (kitti / "images/test/000003.jpg").unlink()
     (kitti / "images/test/000004.jpg").unlink()
     spoil(kitti, "train800", lambda text: text.replace("000001.jpg 1", "000001.jpg 7"))
@@ -104,14 +104,14 @@ def test_all_errors_are_told_in_one_message(kitti):
         "2 of 8 files listed in test do not exist in",
         "images/test/000003.jpg, images/test/000004.jpg",
         "labels must be in 0 … 3, train800 has 7",
-        "val200 lists 1 files more than once: images/val200/000000.jpg",
+        "val200 has 1 duplicate file: images/val200/000000.jpg",
         "train800val200.txt must list the labels of train800.txt followed by those of val200.txt",
     ):
         assert part in str(caught.value)
     assert "strict_sizes" not in str(caught.value)
 
 
-def test_missing_and_empty_lists_are_named(kitti):
+def test_missing_and_empty_lists_are_reported(kitti):
     (kitti / "val200.txt").unlink()
     spoil(kitti, "test", lambda text: "")
     with pytest.raises(ValueError, match=r"test.txt is empty; missing in '.*kitti': val200.txt; the layout is TASK/\{"):
@@ -125,17 +125,17 @@ def test_classes_without_images_are_counted(kitti):
         load_data(f"vtab:{kitti}")
 
 
-def test_a_test_image_that_is_listed_for_training_too_is_refused(kitti):
+def test_a_test_image_in_the_training_list_is_rejected(kitti):
     spoil(kitti, "test", lambda text: text + "images/train800/000002.jpg 2\n")
-    with pytest.raises(ValueError, match=r"1 images are in both train800 and test: 000002\.jpg"):
+    with pytest.raises(ValueError, match=r"1 image in both train800 and test: 000002\.jpg"):
         load_data(f"vtab:{kitti}", strict_sizes=False)
 
 
-def test_copies_under_other_names_are_refused_where_they_are_many(kitti):
+def test_many_copies_under_other_names_are_rejected(kitti):
     shutil.copy(kitti / "images/train800/000002.jpg", kitti / "images/test/000005.jpg")
     with pytest.raises(
         ValueError,
-        match=r"1 of 8 images of test are copies of images of .*: images/test/000005.jpg = images/\w+/000002.jpg",
+        match=r"1 of 8 images of test with copies in .*: images/test/000005.jpg = images/\w+/000002.jpg",
     ):
         load_data(f"vtab:{kitti}", strict_sizes=False)
 
@@ -144,10 +144,10 @@ def test_a_few_copies_are_noted(tmp_path):
     folder = write_vtab(tmp_path / "kitti", 4, {**TINY, "test": 30})
     shutil.copy(folder / "images/val200/000001.jpg", folder / "images/test/000005.jpg")
     data = load_data(f"vtab:{folder}", strict_sizes=False)
-    assert any(note.startswith("1 of 30 images of test are copies of images of train800val200") for note in data.notes)
+    assert any(note.startswith("1 of 30 images of test with copies in train800val200") for note in data.notes)
 
 
-def test_images_of_equal_length_but_other_content_are_no_copies(tmp_path):
+def test_files_of_equal_size_but_other_content_are_not_copies(tmp_path):
     folder = write_vtab(tmp_path / "kitti", 4, TINY)
     for split in ("train800", "test"):
         file = folder / f"images/{split}/000000.jpg"
@@ -157,7 +157,7 @@ def test_images_of_equal_length_but_other_content_are_no_copies(tmp_path):
     assert not any("copies" in note for note in load_data(f"vtab:{folder}", strict_sizes=False).notes)
 
 
-def test_an_unknown_task_is_told_with_the_nearest(tmp_path):
+def test_an_unknown_task_error_suggests_similar_names(tmp_path):
     with pytest.raises(
         ValueError,
         match=r"vtab:.*/clevr_counts must end with the name of a task, got 'clevr_counts'; nearest: clevr_count",
@@ -167,17 +167,17 @@ def test_an_unknown_task_is_told_with_the_nearest(tmp_path):
         load_data(f"vtab:{tmp_path}/xyz")
 
 
-def test_a_missing_folder_is_told_with_what_belongs_there(tmp_path):
+def test_a_missing_folder_error_has_the_layout(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no folder '.*/dtd'; see the expected layout with `snella data check"):
         load_data(f"vtab:{tmp_path}/dtd")
 
 
-def test_the_number_of_validation_images_needs_a_validation_part(kitti):
+def test_val_size_requires_a_validation_split(kitti):
     with pytest.raises(ValueError, match="val_size must be omitted because protocol=final has no val split, got 3"):
         load_data(f"vtab:{kitti}", protocol="final", val_size=3, strict_sizes=False)
 
 
-def test_a_run_finds_its_data_again_under_the_folders_other_name(tmp_path):
+def test_a_run_finds_its_data_under_an_alternative_folder_name(tmp_path):
     (tmp_path / "cifar100").mkdir()
     assert data_folder(f"vtab:{tmp_path}/cifar") == tmp_path / "cifar100"
     assert data_folder(f"vtab:{tmp_path}/dtd") == tmp_path / "dtd" and data_folder("digits") is None

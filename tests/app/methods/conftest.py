@@ -1,4 +1,4 @@
-"""Small models, one step of training, and training data for methods that look at some."""
+"""Small models, a training step, and training data for methods that need it."""
 
 from pathlib import Path
 
@@ -12,13 +12,13 @@ from snella_app.methods import SelectionData
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if Path(__file__).parent in item.path.parents:  # a few steps without an allocator are no training
+        if Path(__file__).parent in item.path.parents:  # no allocator warning for a few steps
             item.add_marker(pytest.mark.filterwarnings("ignore:.* no budget allocator is attached:UserWarning"))
 
 
 @pytest.fixture
 def make_model():
-    """A fresh timm model with the same random weights each time."""
+    """Return a new timm model with fixed random weights."""
 
     def make(name="test_vit", num_classes=3, **options):
         torch.manual_seed(0)
@@ -30,13 +30,13 @@ def make_model():
 
 @pytest.fixture
 def images():
-    """Four images, the same each time."""
+    """Return four fixed images."""
     return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(5))
 
 
 @pytest.fixture
 def batches(images):
-    """Two batches of labeled images, afresh each time they are asked for, for training and for validation."""
+    """Selection data with two training and two validation batches."""
 
     def both():
         return iter([(images, torch.tensor([0, 1, 2, 0])), (images.flip(0), torch.tensor([1, 2, 0, 1]))])

@@ -9,7 +9,7 @@ LABELS = torch.tensor([0, 1, 2, 0])
 
 
 def ranks(model):
-    """How many singular values of each layer are not zero."""
+    """Return the number of nonzero singular values of each layer."""
     return [int((p != 0).sum()) for n, p in model.named_parameters() if "lora_E" in n]
 
 
@@ -25,7 +25,7 @@ def train(model, images, optimizer, steps, first=0):
         optimizer.zero_grad()
 
 
-def test_ranks_fall_from_one_and_a_half_to_r_on_average(make_model, images):
+def test_ranks_decrease_from_one_and_a_half_r_to_r_on_average(make_model, images):
     model = build_method("adalora-2", make_model()).train()
     optimizer = optimizer_of(model)
     schedule = RankSchedule(model, 20).attach(optimizer)
@@ -39,7 +39,7 @@ def test_ranks_fall_from_one_and_a_half_to_r_on_average(make_model, images):
     assert schedule.step == 20
 
 
-def test_a_schedule_of_ones_own_is_kept(make_model):
+def test_a_given_schedule_is_used(make_model):
     schedule = RankSchedule(build_method("adalora-2", make_model(), tinit=3, tfinal=4, total_step=50), 10)
     assert (schedule.config.tinit, schedule.config.tfinal, schedule.config.total_step) == (3, 4, 10)
     with pytest.raises(ValueError, match=r"tinit \+ tfinal must be less than the 7 steps of the run, got 3 \+ 4"):
@@ -47,7 +47,7 @@ def test_a_schedule_of_ones_own_is_kept(make_model):
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
-def test_the_shortest_runs_have_a_schedule(steps, make_model, images):
+def test_the_shortest_runs_support_a_schedule(steps, make_model, images):
     model = build_method("adalora-2", make_model()).train()
     optimizer = optimizer_of(model)
     RankSchedule(model, steps).attach(optimizer)

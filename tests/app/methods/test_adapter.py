@@ -14,14 +14,14 @@ def filled(adapter):
     return adapter
 
 
-def test_the_forward_pass_is_that_of_the_formula():
+def test_the_forward_pass_matches_the_formula():
     adapter = filled(Adapter(6, 2, scale=0.3)).eval()
     h = torch.randn(2, 4, 6)
     down = gelu(h @ adapter.down.weight.T + adapter.down.bias)
     torch.testing.assert_close(adapter(h), h + 0.3 * (down @ adapter.up.weight.T + adapter.up.bias))
 
 
-def test_its_activation_can_be_the_papers(make_model, images):
+def test_the_activation_is_configurable(make_model, images):
     model = build_method("adapter-2", make_model(), activation="relu")
     adapter = filled(model.blocks[0].mlp.adapter).eval()
     h = torch.randn(2, 4, 64)
@@ -31,7 +31,7 @@ def test_its_activation_can_be_the_papers(make_model, images):
         build_method("adapter-2", make_model(), activation="tanh")
 
 
-def test_it_stands_inside_of_the_residual_branch_after_the_mlp(make_model, images):
+def test_the_adapter_is_in_the_residual_branch_after_the_mlp(make_model, images):
     model = build_method("adapter-2", make_model()).eval()
     block = model.blocks[0]
     filled(block.mlp.adapter)
@@ -44,7 +44,7 @@ def test_it_stands_inside_of_the_residual_branch_after_the_mlp(make_model, image
 
 @pytest.mark.parametrize("method", ["adapter-2", "mosa-2"])
 @pytest.mark.parametrize("name", ["test_convnext", "swin_tiny_patch4_window7_224"])
-def test_other_architectures_have_one_adapter_an_mlp(method, name, make_model):
+def test_other_architectures_have_one_adapter_per_mlp(method, name, make_model):
     small = {"depths": (1, 1), "embed_dim": 12, "num_heads": (1, 2), "img_size": 56} if "swin" in name else {}
     model = build_method(method, make_model(name, **small))
     mlps = [m for n, m in model.named_modules() if n.endswith(".mlp")]
@@ -54,28 +54,28 @@ def test_other_architectures_have_one_adapter_an_mlp(method, name, make_model):
     assert all(m.adapter.up.weight.grad is not None for m in mlps)
 
 
-def test_a_model_without_mlps_is_named(make_model):
+def test_a_model_without_mlps_is_reported(make_model):
     with pytest.raises(
         ValueError, match="method 'adapter' cannot be applied to ResNet: it adapts the MLP of each block"
     ):
         build_method("adapter", make_model("test_resnet"))
 
 
-def test_a_second_adapter_in_the_same_place_is_refused(make_model):
+def test_a_second_adapter_is_rejected(make_model):
     with pytest.raises(
-        ValueError, match="Mlp has a 'adapter' already, a Adapter; apply a method only once, to a fresh backbone"
+        ValueError, match="Mlp already has a 'adapter' \\(Adapter\\); apply a method only once, to a fresh backbone"
     ):
         build_method("adapter", build_method("adapter", make_model()))
 
 
-def test_sparse_adapters_share_out_all_weights_evenly():
+def test_sparse_adapters_partition_all_weights_evenly():
     sparse = SparseAdapters(8, 4, experts=4, seed=3)
     assert torch.bincount(sparse.owner.flatten().long()).tolist() == [8, 8, 8, 8]
     assert torch.equal(sparse.owner, SparseAdapters(8, 4, experts=4, seed=3).owner)
     assert not torch.equal(sparse.owner, SparseAdapters(8, 4, experts=4, seed=4).owner)
 
 
-def test_one_sparse_adapter_works_in_training_and_their_mean_in_evaluation():
+def test_training_uses_one_sparse_adapter_and_evaluation_their_mean():
     sparse = filled(SparseAdapters(8, 4, experts=2))
     h = torch.randn(5, 8)
     hidden = gelu(h @ sparse.down.weight.T + sparse.down.bias)

@@ -1,4 +1,4 @@
-"""How much each weight matters, by hand-computed gradients."""
+"""Weight sensitivity against hand-computed gradients."""
 
 import pytest
 import torch
@@ -41,11 +41,11 @@ def test_gradients_are_summed_with_their_signs():
     assert summed_gradients(layer(), ["weight"], batches, total)["weight"].tolist() == [[-2.0, 3.0]]
 
 
-def test_no_more_batches_are_looked_at_than_allowed():
+def test_the_number_of_batches_is_limited():
     assert squared_gradients(layer(), ["weight"], batches, total, 1)["weight"].tolist() == [[1.0, 4.0]]
 
 
-def test_the_model_is_left_as_it_was():
+def test_the_model_is_unchanged():
     model = nn.Sequential(layer(), nn.Dropout(0.5)).train()
     model[0].bias.requires_grad_(True)
     state = torch.random.get_rng_state()
@@ -65,27 +65,27 @@ def test_gradients_of_different_weights_never_exist_together():
     assert later_is_gone == [True, True]
 
 
-def test_a_name_that_is_no_parameter_is_refused():
+def test_an_unknown_parameter_is_rejected():
     with pytest.raises(ValueError, match=r"names must be parameters of Linear, got \['wieght'\]"):
         squared_gradients(layer(), ["wieght"], batches, total)
 
 
-def test_a_loss_that_is_not_finite_names_its_batch():
+def test_a_non_finite_loss_is_reported_with_its_batch():
     with pytest.raises(ValueError, match="the loss must be finite, got inf in batch 2"):
         squared_gradients(layer(), ["weight"], batches, lambda m, x, _: m(x).sum() + (torch.inf if x[0, 0] < 0 else 0))
 
 
-def test_no_batch_is_refused():
+def test_zero_batches_are_rejected():
     with pytest.raises(ValueError, match="at least one batch of images and labels, got none"):
         squared_gradients(layer(), ["weight"], lambda: iter([]), total)
 
 
-def test_what_is_no_callable_is_refused_as_batches():
+def test_batches_must_be_callable():
     with pytest.raises(TypeError, match=r"batches must be a callable .*, got \[1, 2\]; pass batches=lambda"):
         selection_data([1, 2])
 
 
-def test_the_loss_of_plain_batches_is_cross_entropy_and_that_of_selection_data_its_own():
+def test_plain_batches_use_cross_entropy_and_selection_data_their_loss():
     logits, labels = torch.tensor([[2.0, 0.0]]), torch.tensor([0])
     plain = loss_of(selection_data(batches))(nn.Identity(), logits, labels)
     torch.testing.assert_close(plain, torch.log(1 + torch.exp(torch.tensor(-2.0))))
@@ -93,7 +93,7 @@ def test_the_loss_of_plain_batches_is_cross_entropy_and_that_of_selection_data_i
     assert loss_of(selection_data(own))(nn.Identity(), logits, labels) == 2.0
 
 
-def test_entries_are_ranked_over_all_tensors_and_equal_ones_by_their_place():
+def test_entries_are_ranked_over_all_tensors_with_ties_by_position():
     values = [torch.tensor([[1.0, 5.0], [0.0, 2.0]]), torch.tensor([5.0, 0.0, 3.0])]
     owners, positions = rank_entries(values, 6)
     assert list(zip(owners.tolist(), positions.tolist(), strict=True)) == [
@@ -118,6 +118,6 @@ def test_the_ranking_is_that_of_a_stable_sort(count):
     assert torch.equal(starts[owners] + positions, order)
 
 
-def test_more_entries_than_there_are_are_refused():
+def test_more_entries_than_the_tensors_have_are_rejected():
     with pytest.raises(ValueError, match=r"count must be in \[0, 3\], .* got 4"):
         rank_entries([torch.zeros(3)], 4)

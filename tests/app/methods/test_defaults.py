@@ -1,4 +1,4 @@
-"""No file outside of the `methods/` packages knows a method by its name."""
+"""Method names occur only in the `methods/` packages."""
 
 import ast
 import re
@@ -37,7 +37,7 @@ OF_FILES = {"snella_app/runs/export.py": "lora", "snella_app/cli/commands.py": "
 
 
 def texts_of(path):
-    """The strings of a file with their lines, without docstrings."""
+    """Return the strings of a file with line numbers, without docstrings."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
@@ -46,12 +46,12 @@ def texts_of(path):
 
 
 def names_in(path, words):
-    """The lines of a file where a string is a method's name, with or without a number or the dash before one."""
+    """Return the lines of a file with a method name in a string, with or without a number."""
     pattern = re.compile(rf"({'|'.join(map(re.escape, words))})(-\d*)?")
     return [f"{path}:{line}: {text!r}" for line, text in texts_of(path) if pattern.fullmatch(text)]
 
 
-def test_no_method_s_name_stands_outside_of_methods():
+def test_method_names_occur_only_in_the_methods_packages():
     words = [name for name in METHODS if name not in OTHER_MEANINGS]
     places = {path: path.relative_to(SOURCES).as_posix() for path in sorted(SOURCES.rglob("*.py"))}
     searched = [path for path, place in places.items() if not place.startswith(tuple(ALLOWED))]
@@ -72,14 +72,14 @@ def test_no_method_s_name_stands_outside_of_methods():
         "snella_lab/recipes/instruct",
     ],
 )
-def test_words_of_other_meaning_are_no_methods_where_methods_are_spoken_of(place):
+def test_other_words_are_not_mistaken_for_methods(place):
     words = [word for word in OTHER_MEANINGS if word not in ("adapter", "snella")]
     found = [line for path in sorted((SOURCES / place).rglob("*.py")) for line in names_in(path, words)]
     is_schedule = [line for line in found if "recipes/instruct/train.py" in line and "'linear'" in line]
     assert len(found) == len(is_schedule) <= 1, "\n".join(found)
 
 
-def test_a_name_is_found_where_there_is_one(tmp_path):
+def test_method_names_are_detected(tmp_path):
     (tmp_path / "a.py").write_text('"""lora"""\nx = "lora-8"\nname = f"snell-{x}"\ny = "a lora"\n')
     assert names_in(tmp_path / "a.py", ["lora", "snell"]) == [
         f"{tmp_path / 'a.py'}:2: 'lora-8'",
@@ -89,11 +89,11 @@ def test_a_name_is_found_where_there_is_one(tmp_path):
 
 @pytest.mark.parametrize(("method", "purpose"), [(DEFAULT_METHOD, ""), (RECIPE_METHOD, "generation"),
                                                  (RECIPE_METHOD, "language")])  # fmt: skip
-def test_help_shows_what_the_default_method_takes(method, purpose):
+def test_help_shows_the_default_methods_defaults(method, purpose):
     assert shown_defaults(purpose) == find_method(method).defaults_of(purpose)
 
 
-def test_methods_with_a_part_of_their_own_are_in_the_table():
+def test_documented_methods_are_in_the_table():
     for name in (PROBE_METHOD, REFERENCE_METHOD, *(name.format(r=8) for name in MEMORY_METHODS)):
         assert find_method(name) is not None
     assert find_method(PROBE_METHOD).is_head_only

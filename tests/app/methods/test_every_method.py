@@ -1,4 +1,4 @@
-"""What holds for each row of the table; a new row is covered as it is added."""
+"""Contract of every registered method."""
 
 import copy
 
@@ -39,9 +39,7 @@ QUICK = {"noah": {"supernet_epochs": 1}}
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_it_begins_trains_copies_saves_reloads_and_merges_as_it_promises(
-    method, make_model, batches, train_steps, images, tmp_path
-):
+def test_a_method_fulfills_its_contract(method, make_model, batches, train_steps, images, tmp_path):
     model = build_method(method, make_model(), batches=batches, **QUICK.get(method, {}))
     with torch.no_grad():
         plain, begun = make_model().eval()(images), model.eval()(images)
@@ -49,7 +47,7 @@ def test_it_begins_trains_copies_saves_reloads_and_merges_as_it_promises(
         torch.testing.assert_close(begun, plain, atol=2e-6, rtol=1e-5)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     model.train()
-    for _ in range(2):  # some factors have no gradient until others have moved
+    for _ in range(2):  # some factors have no gradient until others change
         train_steps(model, steps=1)
         cross_entropy(model(images), torch.tensor([0, 1, 2, 0])).backward()
     for name, parameter in model.named_parameters():
@@ -70,7 +68,7 @@ def test_it_begins_trains_copies_saves_reloads_and_merges_as_it_promises(
 
 
 def _check_size(method, model, folder):
-    """Nothing of the frozen backbone is in the file."""
+    """The file has no tensor of the frozen backbone."""
     (weights,) = folder.glob("*.safetensors")
     with safe_open(weights, "pt") as file:
         stored = sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
@@ -80,7 +78,7 @@ def _check_size(method, model, folder):
 
 
 def _check_copies(model, images, outputs, folder):
-    """A copy works, shares nothing, and takes saved values back."""
+    """A copy works, shares no tensors, and loads saved values."""
     twin = copy.deepcopy(model)
     assert torch.equal(twin(images), outputs)
     for parameter in twin.parameters():
@@ -92,7 +90,7 @@ def _check_copies(model, images, outputs, folder):
 
 
 def _check_merging(method, model, make_model, images, outputs):
-    """Merged weights are those of a plain model with the same outputs; what cannot be merged says why."""
+    """Merging gives a plain model with the same outputs; other methods give a reason."""
     row = METHODS[method]
     if row.merge is None:
         with pytest.raises(ValueError, match=f"method '{method}' cannot be merged .*: it {row.unmerged_reason}"):
@@ -105,7 +103,7 @@ def _check_merging(method, model, make_model, images, outputs):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_its_row_says_what_it_is(method):
+def test_a_method_has_a_summary_and_source(method):
     row = METHODS[method]
     assert row.summary and row.source
     assert row.suffix is None or row.suffix in row.options
@@ -116,14 +114,14 @@ def test_its_row_says_what_it_is(method):
 
 
 @pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.suffix is not None])
-def test_the_number_in_its_name_is_its_option(method):
+def test_the_number_in_the_name_sets_the_option(method):
     suffix = METHODS[method].suffix
     assert check_method(f"{method}-4", {}) == {suffix: 4}
-    with pytest.raises(ValueError, match=f"'{method}-4' sets {suffix} to 4, but {suffix}=2 was given too"):
+    with pytest.raises(ValueError, match=f"'{method}-4' sets {suffix} to 4, but got {suffix}=2"):
         check_method(f"{method}-4", {suffix: 2})
 
 
 @pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.needs_batches])
-def test_without_data_it_says_that_it_needs_some(method, make_model):
+def test_a_method_without_required_data_is_rejected(method, make_model):
     with pytest.raises(ValueError, match=f"'{method}' selects parameters from training data, got batches=None"):
         build_method(method, make_model())

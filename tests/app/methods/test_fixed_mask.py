@@ -13,7 +13,7 @@ def layers(model):
     return {name: m for name, m in model.get_base_model().named_modules() if isinstance(m, SnellaLayer)}
 
 
-def test_the_mask_is_the_most_sensitive_weights_of_all_matrices_together(make_model, batches):
+def test_the_mask_selects_the_most_sensitive_weights_of_all_matrices(make_model, batches):
     built = build_method("fixed-mask-4", make_model(), batches=batches, budget=0.001, kernel="p_linear")
     model, total = make_model().eval(), {}
     names = matrix_layers(model, "head")
@@ -29,7 +29,7 @@ def test_the_mask_is_the_most_sensitive_weights_of_all_matrices_together(make_mo
     assert sum(sum(layer.budgets("default")) for layer in layers(built).values()) == 1000
 
 
-def test_the_mask_comes_back_from_the_file_without_data(make_model, batches, images, tmp_path):
+def test_the_mask_is_restored_without_data(make_model, batches, images, tmp_path):
     built = build_method("fixed-mask-4", make_model(), batches=batches, budget=0.001).eval()
     save_trained(built, tmp_path)
     loaded = load_trained(tmp_path, make_model())
@@ -40,11 +40,11 @@ def test_the_mask_comes_back_from_the_file_without_data(make_model, batches, ima
     ]
 
 
-def test_a_mask_larger_than_the_matrices_is_refused(make_model, batches):
+def test_a_mask_larger_than_the_matrices_is_rejected(make_model, batches):
     with pytest.raises(ValueError, match=r"budget must be at most 0.2\d+ million, .* got 1$"):
         build_method("fixed-mask", make_model(), batches=batches, budget=1)
 
 
-def test_what_belongs_to_the_competition_is_no_option(make_model, batches):
+def test_allocation_settings_are_not_options(make_model, batches):
     with pytest.raises(ValueError, match="no option 'target_sparsity'"):
         build_method("fixed-mask", make_model(), batches=batches, target_sparsity=0.5)

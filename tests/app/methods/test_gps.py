@@ -1,4 +1,4 @@
-"""GPS: of each neuron the inputs with the largest gradient."""
+"""GPS: inputs with the largest gradient of each neuron."""
 
 import math
 
@@ -21,7 +21,7 @@ def sparse_layers(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, SparseUpdate)}
 
 
-def test_each_row_gets_its_k_inputs_of_largest_magnitude_and_of_equal_ones_the_first():
+def test_each_row_gets_its_k_largest_inputs_with_ties_by_position():
     gradient = torch.tensor([[1.0, -3.0, 2.0], [0.5, 0.5, -0.5], [0.0, 0.0, 9.0]])
     assert strongest_inputs(gradient, 1).tolist() == [1, 3, 8]
     assert strongest_inputs(gradient, 2).tolist() == [1, 2, 3, 4, 6, 8]
@@ -29,16 +29,16 @@ def test_each_row_gets_its_k_inputs_of_largest_magnitude_and_of_equal_ones_the_f
     assert strongest_inputs(gradient.view(3, 1, 3, 1), 1).tolist() == [1, 3, 8]
 
 
-def test_on_a_vit_b_16_these_are_the_papers_neurons():
+def test_vit_b_16_has_the_papers_number_of_neurons():
     with torch.device("meta"):
         model = timm.create_model("vit_base_patch16_224", num_classes=100)
     neurons = sum(len(model.get_parameter(f"{name}.weight")) for name in neuron_layers(model, "head"))
     assert neurons == 12 * (3 * 768 + 768 + 4 * 768 + 768) + 768 == 83_712
 
 
-def test_the_contrastive_loss_is_its_formula_computed_by_hand():
+def test_the_contrastive_loss_matches_the_formula():
     features = torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 3.0]])
-    # cosines 0, 0, 1 at temperature 1; the first feature is alone in its class
+    # cosines 0, 0, 1 at temperature 1; the first feature is the only one of its class
     expected = -math.log(math.e / (1 + math.e))
     loss = supervised_contrastive(features, torch.tensor([0, 1, 1]), temperature=1.0)
     torch.testing.assert_close(loss, torch.tensor(expected))
@@ -54,7 +54,7 @@ def test_the_contrastive_loss_does_not_depend_on_the_head(make_model, images):
     assert not model.head._forward_pre_hooks
 
 
-def test_the_contrastive_loss_refuses_masks(make_model, images):
+def test_the_contrastive_loss_rejects_masks(make_model, images):
     with pytest.raises(ValueError, match=r"one label per image, got labels of shape \[4, 32, 32\]; use .*='task'"):
         contrastive_loss("head")(make_model(), images, torch.zeros(4, 32, 32))
 
@@ -73,7 +73,7 @@ def test_k_weights_of_each_neuron_its_bias_and_the_head_are_trained(name, k, mak
     assert not any(p.requires_grad for name, p in model.named_parameters() if "norm" in name or "cls" in name)
 
 
-def test_the_selection_is_the_gradients_own_and_the_same_every_time(make_model, batches):
+def test_the_selection_follows_the_gradients_and_is_deterministic(make_model, batches):
     chosen = sparse_layers(build_method("gps", make_model(), batches=batches, selection_loss="task"))
     again = sparse_layers(build_method("gps", make_model(), batches=batches, selection_loss="task"))
     model = make_model().eval()
@@ -85,7 +85,7 @@ def test_the_selection_is_the_gradients_own_and_the_same_every_time(make_model, 
         assert torch.equal(layer.indices, again[name].indices)
 
 
-def test_an_adapter_of_another_model_is_named_as_such(make_model, batches, tmp_path):
+def test_an_adapter_of_another_model_is_rejected(make_model, batches, tmp_path):
     save_trained(build_method("gps", make_model("test_vit2"), batches=batches), tmp_path)
     with pytest.raises(
         AdapterFileError, match=r"the adapter does not fit VisionTransformer: .*architecture it was trained"
@@ -97,6 +97,6 @@ def test_an_adapter_of_another_model_is_named_as_such(make_model, batches, tmp_p
     ("options", "message"),
     [({"k": 0}, "k must be an integer of at least 1, got 0"), ({"selection_loss": "mse"}, "got 'mse'")],
 )
-def test_options_out_of_range_are_refused(options, message, make_model, batches):
+def test_options_out_of_range_are_rejected(options, message, make_model, batches):
     with pytest.raises(ValueError, match=message):
         build_method("gps", make_model(), batches=batches, **options)

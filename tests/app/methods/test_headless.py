@@ -32,6 +32,6 @@ def test_only_the_adapter_is_trained():
     assert {name.split(".")[-3] for name, p in adapted.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
 
 
-def test_a_method_that_needs_a_head_is_refused():
+def test_a_method_that_needs_a_head_is_rejected():
     with pytest.raises(ValueError, match="PEFT adapter or full for a model without a head, got 'bias'"):
         adapt_headless("bias", model(), {})

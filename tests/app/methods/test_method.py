@@ -12,7 +12,7 @@ CHECK = check_by(
 )
 
 
-def test_good_values_and_missing_ones_pass():
+def test_valid_and_missing_values_pass():
     assert CHECK({}) == []
     assert CHECK({"r": 1, "rate": 0, "scale": 1e9, "kind": "b"}) == []
 
@@ -28,9 +28,9 @@ def test_good_values_and_missing_ones_pass():
         ("kind", "c", "kind must be one of 'a', 'b', got 'c'"),
     ],
 )
-def test_a_bad_value_is_named_with_what_is_wanted(name, value, error):
+def test_an_invalid_value_is_reported_with_the_requirement(name, value, error):
     assert CHECK({name: value}) == [error]
 
 
-def test_all_errors_come_together():
+def test_all_errors_are_reported_together():
     assert len(CHECK({"r": -1, "kind": 3})) == 2

@@ -6,7 +6,7 @@ from snella_app.methods import build_method
 from snella_app.methods.partial import MlpHead
 
 
-def test_the_forward_pass_is_that_of_the_formula():
+def test_the_forward_pass_matches_the_formula():
     torch.manual_seed(0)
     head = MlpHead(5, 3, layers=3, dropout=0.0).train()
     first, second = head.hidden[0], head.hidden[4]
@@ -27,7 +27,7 @@ def test_one_layer_is_a_linear_head(make_model, images):
     assert model(images).shape == (4, 3)
 
 
-def test_a_batch_of_one_image_is_normalized_by_what_was_seen(make_model, images):
+def test_a_batch_of_one_image_uses_running_statistics(make_model, images):
     model = build_method("mlp-3", make_model(), dropout=0.0).train()
     model(images)
     statistics = [b.clone() for b in model.buffers()]
@@ -36,7 +36,7 @@ def test_a_batch_of_one_image_is_normalized_by_what_was_seen(make_model, images)
     assert all(torch.equal(a, b) for a, b in zip(statistics, model.buffers(), strict=True))
 
 
-def test_a_head_that_is_no_linear_layer_is_refused(make_model):
+def test_a_nonlinear_head_is_rejected(make_model):
     with pytest.raises(
         ValueError, match=r"'mlp' cannot be applied to ConvNeXt: its head 'head' must be a linear layer, got Norm"
     ):

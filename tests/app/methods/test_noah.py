@@ -1,4 +1,4 @@
-"""NOAH: supernet, search and the subnet that is found."""
+"""NOAH: supernet, search and selected subnet."""
 
 import dataclasses
 from random import Random
@@ -33,11 +33,11 @@ def search(score, space=SPACE, seed=0, **options):
 def test_the_parameters_of_a_combination_are_counted_by_the_formula():
     subnet = Subnet((2, 1, 0, 0), (4, 0, 0, 0), (1, 1, 1, 0))
     assert SPACE.count(subnet) == 3 * 8 + 4 * 32 + 3 * (2 * 8 + 1 + 8)
-    assert SPACE.least() == Subnet((1, 0, 0, 0), (1, 0, 0, 0), (1, 0, 0, 0))
+    assert SPACE.smallest() == Subnet((1, 0, 0, 0), (1, 0, 0, 0), (1, 0, 0, 0))
 
 
 @pytest.mark.parametrize(("blocks", "depths"), [(12, [3, 6, 9, 12]), (5, [2, 3, 4, 5]), (2, [1, 2]), (1, [1])])
-def test_a_kind_fills_a_quarter_to_all_of_the_blocks(blocks, depths):
+def test_a_module_type_is_in_a_quarter_to_all_of_the_blocks(blocks, depths):
     assert SubnetSpace((8,) * blocks, (32,) * blocks, (1,), 0).depths == depths
 
 
@@ -64,11 +64,11 @@ def test_evolution_finds_a_better_combination_than_chance_within_the_budget():
     assert all(SPACE.count(subnet) <= 400 for subnet in measured)
 
 
-def test_no_candidate_is_measured_twice_and_of_equals_the_smallest_wins():
+def test_no_candidate_is_evaluated_twice_and_ties_select_the_smallest():
     measured = []
     best = search(lambda subnet: measured.append(subnet) or (0.5, 0.0))
     assert len(set(measured)) == len(measured) > 12
-    assert best == SPACE.least()
+    assert best == SPACE.smallest()
 
 
 def test_the_search_is_the_same_for_the_same_seed():
@@ -78,12 +78,12 @@ def test_the_search_is_the_same_for_the_same_seed():
 
 def test_the_search_ends_where_the_budget_leaves_no_candidate():
     said = []
-    space = dataclasses.replace(SPACE, budget=SPACE.count(SPACE.least()))
-    assert search(lambda subnet: (0.0, 0.0), space, report=said.append) == SPACE.least()
-    assert said[-1] == "noah: no candidates of at most 65 parameters are left"
+    space = dataclasses.replace(SPACE, budget=SPACE.count(SPACE.smallest()))
+    assert search(lambda subnet: (0.0, 0.0), space, report=said.append) == SPACE.smallest()
+    assert said[-1] == "noah: no candidates with at most 65 parameters left"
 
 
-def test_a_supernet_computes_as_the_subnet_of_its_first_parts(make_model, images):
+def test_a_supernet_matches_the_subnet_of_its_first_parts(make_model, images):
     model = make_model().requires_grad_(False)
     supernet = build_supernet(model, "head", 4).eval()
     torch.manual_seed(1)
@@ -112,7 +112,7 @@ def test_a_supernet_computes_as_the_subnet_of_its_first_parts(make_model, images
         assert adapter(x) is x
 
 
-def test_the_model_that_is_built_computes_what_the_supernet_did_as_that_combination(make_model, images):
+def test_the_built_model_matches_the_supernet_with_that_combination(make_model, images):
     torch.manual_seed(1)
     supernet = build_supernet(make_model().requires_grad_(False), "head", 4).eval()
     for parameter in supernet.parameters():
@@ -133,7 +133,7 @@ def test_the_model_that_is_built_computes_what_the_supernet_did_as_that_combinat
         assert not torch.allclose(supernet(images), outputs, atol=1e-2)
 
 
-def test_the_model_gets_fresh_modules_within_the_budget_and_nothing_of_the_supernet(make_model, batches):
+def test_the_model_gets_fresh_modules_within_the_budget(make_model, batches):
     model = make_model()
     head = {name: value.clone() for name, value in model.head.state_dict().items()}
     torch.manual_seed(2)
@@ -153,7 +153,7 @@ def test_the_model_gets_fresh_modules_within_the_budget_and_nothing_of_the_super
 def test_the_papers_budget_is_scaled_to_the_backbone_and_never_below_the_smallest_combination(make_model):
     space = space_of(make_model(), "head", {})
     assert space.sizes == (5, 10, 50, 100)
-    assert space.budget == space.count(space.least())
+    assert space.budget == space.count(space.smallest())
     assert space_of(make_model(), "head", {"sizes": [1]}).budget > dataclasses.replace(space, budget=0).budget
 
 
@@ -166,7 +166,7 @@ def test_the_papers_budget_is_scaled_to_the_backbone_and_never_below_the_smalles
         ({"population": 1}, "population must be an integer of at least 2, got 1"),
     ],
 )
-def test_options_out_of_range_are_refused(options, message, make_model, batches):
+def test_options_out_of_range_are_rejected(options, message, make_model, batches):
     with pytest.raises(ValueError, match=message):
         build_method("noah", make_model(), batches=batches, **options)
 
@@ -186,7 +186,7 @@ def test_it_needs_training_images_and_a_finite_loss(make_model, batches):
         build_method("noah", make_model(), batches=broken, **QUICK)
 
 
-def test_a_block_without_a_fused_qkv_layer_is_refused(make_model, batches):
+def test_a_block_without_a_fused_qkv_layer_is_rejected(make_model, batches):
     model = make_model()
     model.blocks[1].attn.qkv = nn.Identity()
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""How much each method trains of a ViT-B/16, against the numbers of its paper; the head's 76,900 are not counted."""
+"""Trainable parameters of a ViT-B/16 without the head's 76,900, against the papers."""
 
 import pytest
 import timm
@@ -8,7 +8,7 @@ from snella_app.methods import build_method
 
 HEAD = 768 * 100 + 100
 LORA_8 = 8 * 12 * (768 + 2304 + 768 + 768 + 768 + 3072 + 3072 + 768)
-SNELLA_8 = LORA_8 + 8 * 12 * 2 * 768 + 72 * 4  # q, k and v have an A of their own; α, β and two α_p a matrix
+SNELLA_8 = LORA_8 + 8 * 12 * 2 * 768 + 72 * 4  # q, k and v have separate factors A; α, β and two α_p per matrix
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ SNELLA_8 = LORA_8 + 8 * 12 * 2 * 768 + 72 * 4  # q, k and v have an A of their o
         ("vqt-1", 12 * 768 + 12 * 768 * 100),  # queries, and the wider head
         ("adapter-8", 156_768),  # 0.16 M in NOAH
         ("adapter-64", 1_189_632),
-        ("mosa-16", 12 * (2 * 16 * 768 + 16 + 768)),  # as many as one adapter
+        ("mosa-16", 12 * (2 * 16 * 768 + 16 + 768)),  # same as one adapter
         ("ssf", 205_824),  # 0.21 M, 0.28 M with a head of 100 classes in SSF
         ("lora-8", LORA_8),
         ("snella-8", SNELLA_8),
@@ -33,14 +33,14 @@ SNELLA_8 = LORA_8 + 8 * 12 * 2 * 768 + 72 * 4  # q, k and v have an A of their o
         ("supertuning", 12 * (17_694 + 5_898 + 23_592 + 23_592)),  # 1 % of each matrix
         ("vera-256", 12 * (4 * 256 + 2304 + 768 + 3072 + 768)),
         ("loha-8", 2 * LORA_8),
-        ("lokr-8", 80_640),  # the docs' number: factors of the sizes nearest to the square roots
+        ("lokr-8", 80_640),  # number in the docs: factor sizes nearest to the square roots
         ("randlora-32", 12 * 4 * 24 * (32 + 768)),  # 768 / 32 bases, scales of their rows and columns
         ("hra-8", 8 * 12 * (768 + 768 + 768 + 3072)),
         ("delora-8", LORA_8 + 48),
         ("ln_tuning", 25 * 2 * 768),
     ],
 )
-def test_it_trains_as_many_parameters_of_vit_b_as_published(method, count):
+def test_the_parameter_count_of_vit_b_is_as_published(method, count):
     with torch.device("meta"):
         model = timm.create_model("vit_base_patch16_224", num_classes=100)
     model = build_method(method, model)
@@ -57,7 +57,7 @@ def test_it_trains_as_many_parameters_of_vit_b_as_published(method, count):
         ("boft-4", lambda n, m: n * 4 + m),
     ],
 )
-def test_it_trains_as_many_parameters_a_layer_as_published(method, of_layer, make_model):
+def test_the_parameter_count_per_layer_is_as_published(method, of_layer, make_model):
     model = make_model()
     shapes = [(m.in_features, m.out_features) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)][:-1]
     model = build_method(method, model)

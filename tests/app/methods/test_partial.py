@@ -7,7 +7,7 @@ def trained(model):
     return {name for name, p in model.named_parameters() if p.requires_grad}
 
 
-def test_the_last_blocks_the_norm_and_the_head_learn(make_model):
+def test_the_last_blocks_the_norm_and_the_head_are_trained(make_model):
     model = build_method("partial-2", make_model())
     wanted = ("blocks.4.", "blocks.5.", "norm.", "head.")
     assert trained(model) == {n for n, _ in model.named_parameters() if n.startswith(wanted)}
@@ -25,12 +25,12 @@ def test_it_works_on_other_architectures(name, wanted, make_model):
     assert trained(model) == {n for n, _ in model.named_parameters() if n.startswith(wanted)}
 
 
-def test_more_blocks_than_there_are_is_refused(make_model):
+def test_more_blocks_than_the_model_has_are_rejected(make_model):
     with pytest.raises(ValueError, match="'partial': blocks must be at most 6 for this model, got 7"):
         build_method("partial-7", make_model())
 
 
-def test_a_model_without_blocks_is_named():
+def test_a_model_without_blocks_is_reported():
     from torch import nn
 
     with pytest.raises(ValueError, match="method 'partial' cannot be applied to Sequential: it needs numbered blocks"):

@@ -1,4 +1,4 @@
-"""What each of PEFT's methods does to a weight, against its published formula; `W` is `[m, n]`, all numbers random."""
+"""PEFT's methods against their published formulas; `W` is `[m, n]`, all values random."""
 
 import pytest
 import torch
@@ -58,7 +58,7 @@ def fourierft(W, layer, p):
 
 
 def randlora(W, layer, p):
-    # PEFT deals the columns of its random B out to the bases in turn
+    # PEFT assigns the columns of its random B to the bases in turn
     A, B = layer.randlora_A["default"][:, 0], layer.randlora_B["default"].flatten(1)
     gamma, scales = p["randlora_gamma"], p["randlora_lambda"]
     bases = [B[:, k::3] @ torch.diag(scales[:, k]) @ A @ torch.diag(gamma[k]) for k in range(3)]

@@ -14,14 +14,14 @@ def test_options_are_the_fields_of_pefts_configuration(make_model):
     assert build_method("vera-16", make_model()).peft_config["default"].r == 16
 
 
-def test_sparse_methods_train_values_alone_not_masked_matrices(make_model):
+def test_sparse_methods_train_only_values(make_model):
     for method in ("shira-2", "supertuning"):
         model = build_method(method, make_model())
         own = [p for n, p in model.named_parameters() if p.requires_grad and "head" not in n]
         assert all(p.ndim == 1 and len(p) < 64 * 64 / 4 for p in own)
 
 
-def test_ln_tuning_changes_layer_normalizations_and_nothing_of_that_name_besides(make_model):
+def test_ln_tuning_only_changes_layer_normalizations(make_model):
     model = build_method("ln_tuning", make_model())
     trained = {n.split(".ln_tuning_layers")[0] for n, p in model.named_parameters() if p.requires_grad and "ln_" in n}
     names = {f"blocks.{i}.norm{k}" for i in range(6) for k in (1, 2)} | {"norm"}
@@ -50,11 +50,11 @@ def test_random_projections_come_from_their_seed_and_are_not_saved(make_model, i
         ("ln_tuning", "ResNet has no LayerNorm outside its head 'fc'"),
     ],
 )
-def test_a_model_that_a_method_cannot_change_is_named_with_the_method(method, reason, make_model):
+def test_an_unsupported_model_is_reported_with_the_method(method, reason, make_model):
     with pytest.raises(ValueError, match=f"method '{method}' cannot be applied to ResNet: {reason}"):
         build_method(method, make_model("test_resnet"))
 
 
-def test_only_adapters_are_merged_as_such(make_model):
+def test_only_adapters_can_be_merged_as_adapters(make_model):
     with pytest.raises(TypeError, match="model must be a PeftModel to merge its adapter, got VisionTransformer"):
         merge_adapter(make_model())

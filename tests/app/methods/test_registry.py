@@ -18,7 +18,7 @@ def trainable(model):
     return {name.replace("base_model.model.", "") for name, p in model.named_parameters() if p.requires_grad}
 
 
-def test_linear_trains_the_head_alone():
+def test_linear_trains_the_head_only():
     assert trainable(build_method("linear", vit())) == {"head.weight", "head.bias"}
 
 
@@ -73,7 +73,7 @@ def test_a_network_without_linear_layers_has_its_convolutions_adapted(name):
         assert built(torch.randn(2, 3, 64, 64)).shape == (2, 3)
 
 
-def test_a_model_with_nothing_to_adapt_is_refused():
+def test_a_model_with_nothing_to_adapt_is_rejected():
     with pytest.raises(ValueError, match="Sequential has no Linear or Conv2d layer to adapt besides its head '1'"):
         adaptable_layers(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), "1")
 
@@ -94,20 +94,20 @@ def test_a_typo_in_the_name_gives_the_nearest_names():
         parse_method("vpt-deap-5")
 
 
-def test_a_rank_where_there_is_none_is_refused():
-    with pytest.raises(ValueError, match="method 'linear' takes no number, got 'linear-8'; use 'linear'"):
+def test_an_unsupported_rank_is_rejected():
+    with pytest.raises(ValueError, match="method 'linear' accepts no number, got 'linear-8'; use 'linear'"):
         build_method("linear-8", vit())
     with pytest.raises(ValueError, match="name, r, must be at least 1, got 'lora-0'"):
         parse_method("lora-0")
 
 
-def test_two_different_ranks_are_refused():
-    with pytest.raises(ValueError, match="'lora-8' sets r to 8, but r=4 was given too"):
+def test_two_different_ranks_are_rejected():
+    with pytest.raises(ValueError, match="'lora-8' sets r to 8, but got r=4"):
         build_method("lora-8", vit(), r=4)
     assert build_method("lora-4", vit(), r=4).peft_config["default"].r == 4
 
 
-def test_an_option_that_a_method_lacks_is_named_with_the_nearest():
+def test_an_unknown_option_error_suggests_the_nearest():
     with pytest.raises(ValueError, match=r"has no option 'target_sparcity' \(nearest: target_sparsity"):
         build_method("snella", vit(), target_sparcity=0.5)
     with pytest.raises(ValueError, match="method 'linear' has no option 'r'; it takes none"):
@@ -116,7 +116,7 @@ def test_an_option_that_a_method_lacks_is_named_with_the_nearest():
         check_method("snell", {"kernel": "rbf"})
 
 
-def test_values_that_the_method_refuses_are_refused_without_a_model():
+def test_invalid_values_are_rejected_without_a_model():
     with pytest.raises(ValueError, match=r"target_sparsity.*1\.5"):
         check_method("snella", {"target_sparsity": 1.5})
     with pytest.raises(ValueError, match=r"r must be divisible by num_pieces=2, got r=3"):
@@ -130,7 +130,7 @@ def test_the_options_of_snella_are_the_fields_of_its_configuration():
     assert "peft_type" not in options and "modules_to_save" not in options
 
 
-def test_every_contender_has_a_name():
+def test_every_registered_method_has_a_name():
     wanted = "linear bias full partial mlp vpt-shallow vpt-deep vqt adapter mosa ssf lora dora adalora snella snell"
     chosen = "snella-matched klora gps spt-lora spt-adapter fixed-mask noah"
     catalog = "shira supertuning fourierft randlora vera loha lokr boft hra delora ln_tuning"
@@ -174,11 +174,11 @@ def test_kernelized_lora_adds_the_merged_matrix_as_it_is(kernel):
 def test_a_model_knows_its_method():
     spec = spec_of(build_method("lora-4", vit()))
     assert (spec.name, spec.family, spec.options, spec.head) == ("lora-4", "lora", {"r": 4}, "head")
-    with pytest.raises(ValueError, match="VisionTransformer was not made by build_method"):
+    with pytest.raises(ValueError, match="VisionTransformer was not created by build_method"):
         spec_of(vit())
 
 
-def test_the_head_is_found_or_asked_for():
+def test_the_head_is_detected_or_required():
     assert find_head(timm.create_model("test_convnext", num_classes=3)) == "head.fc"
     assert find_head(timm.create_model("test_resnet", num_classes=3)) == "fc"
     plain = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
@@ -191,7 +191,7 @@ def test_the_head_is_found_or_asked_for():
         find_head(vit(num_classes=0))
 
 
-def test_timm_models_whose_configuration_names_no_head_are_asked():
+def test_timm_models_without_a_configured_head_use_get_classifier():
     model = vit()
     model.pretrained_cfg = {}
     assert find_head(model) == "head"

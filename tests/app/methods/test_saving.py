@@ -30,7 +30,7 @@ def trained(method, name="test_vit"):
 
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_reloaded_model_gives_the_same_bits(method, name, tmp_path):
+def test_a_reloaded_model_is_bit_identical(method, name, tmp_path):
     model = trained(method, name)
     save_trained(model, tmp_path / "adapter")
     loaded = load_trained(tmp_path / "adapter", backbone(name))
@@ -62,7 +62,7 @@ def test_a_saved_adapter_is_an_ordinary_peft_adapter(method, tmp_path):
         assert torch.equal(load_trained(tmp_path, backbone())(images), model(images))
 
 
-def test_training_can_go_on_after_loading(tmp_path):
+def test_training_can_continue_after_loading(tmp_path):
     save_trained(trained("snella-2"), tmp_path)
     loaded = load_trained(tmp_path, backbone())
     assert {p.requires_grad for n, p in loaded.named_parameters() if "snella_" in n} == {True}
@@ -86,7 +86,7 @@ def test_no_flipped_bit_of_the_values_goes_unnoticed(method, tmp_path):
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
 
-def test_a_header_that_safetensors_refuses_is_called_damaged(tmp_path):
+def test_an_invalid_header_is_reported_as_damage(tmp_path):
     save_trained(trained("linear"), tmp_path)
     path = tmp_path / "trainable.safetensors"
     path.write_bytes(path.read_bytes().replace(b'"dtype":"F32"', b'"dtype":"F33"', 1))
@@ -95,7 +95,7 @@ def test_a_header_that_safetensors_refuses_is_called_damaged(tmp_path):
 
 
 @pytest.mark.parametrize(("method", "name"), [("linear", "method.json"), ("snella-2", "adapter_config.json")])
-def test_other_settings_than_the_saved_ones_are_noticed(method, name, tmp_path):
+def test_changed_settings_are_detected(method, name, tmp_path):
     save_trained(trained(method), tmp_path)
     (tmp_path / name).write_text((tmp_path / name).read_text() + " ")
     with pytest.raises(AdapterFileError, match=rf"{name} is damaged: it was altered after the adapter was saved"):
@@ -104,7 +104,7 @@ def test_other_settings_than_the_saved_ones_are_noticed(method, name, tmp_path):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("method", ["linear", "snella-2"])
-def test_values_that_are_not_finite_are_refused(method, value, tmp_path):
+def test_values_that_are_not_finite_are_rejected(method, value, tmp_path):
     model = trained(method)
     name = next(n for n, p in model.named_parameters() if p.requires_grad)
     model.get_parameter(name).data.view(-1)[:2] = value
@@ -135,7 +135,7 @@ def test_a_truncated_file_names_the_incomplete_tensor(method, tmp_path):
     (path,) = tmp_path.glob("*.safetensors")
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(
-        AdapterFileError, match=rf"{path.name} is damaged: cut off at \d+ of \d+ bytes, so '.+' is incomplete"
+        AdapterFileError, match=rf"{path.name} is damaged: truncated at \d+ of \d+ bytes; '.+' is incomplete"
     ):
         load_trained(tmp_path, backbone())
 
@@ -149,14 +149,14 @@ def test_a_truncated_file_names_the_incomplete_tensor(method, tmp_path):
         (b"\xff" * 40, "bytes, the file has 40"),
     ],
 )
-def test_a_file_of_other_content_is_called_damaged(content, message, tmp_path):
+def test_other_content_is_reported_as_damage(content, message, tmp_path):
     save_trained(trained("linear"), tmp_path)
     (tmp_path / "trainable.safetensors").write_bytes(content)
     with pytest.raises(AdapterFileError, match=message):
         load_trained(tmp_path, backbone())
 
 
-def test_a_file_with_something_appended_is_called_damaged(tmp_path):
+def test_appended_bytes_are_reported_as_damage(tmp_path):
     save_file({"a": torch.zeros(2)}, tmp_path / "x.safetensors")
     with (tmp_path / "x.safetensors").open("ab") as file:
         file.write(b"1234")
@@ -172,7 +172,7 @@ def test_an_adapter_for_another_number_of_classes_names_the_tensor_and_both_shap
 
 
 @pytest.mark.parametrize("method", ["linear", "bias"])
-def test_an_adapter_of_another_architecture_names_what_is_missing_and_left_over(method, tmp_path):
+def test_an_adapter_of_another_architecture_lists_missing_and_extra_tensors(method, tmp_path):
     model = trained(method)
     save_trained(model, tmp_path)
     path = tmp_path / "trainable.safetensors"
@@ -183,7 +183,7 @@ def test_an_adapter_of_another_architecture_names_what_is_missing_and_left_over(
         load_trained(tmp_path, backbone())
 
 
-def test_a_refused_file_leaves_the_model_as_it_was(tmp_path):
+def test_a_rejected_file_leaves_the_model_unchanged(tmp_path):
     save_trained(trained("lora-2"), tmp_path)
     other = build_method("lora-4", backbone())
     before = {n: p.clone() for n, p in other.named_parameters()}
@@ -206,8 +206,8 @@ def test_equal_tensors_are_equal_files(tmp_path):
     assert len({path.read_bytes() for path in tmp_path.glob("*/*.safetensors")}) == 1
 
 
-def test_a_folder_without_an_adapter_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=f"{tmp_path.name} holds no adapter"):
+def test_a_folder_without_an_adapter_is_reported(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path.name} contains no adapter"):
         load_trained(tmp_path, backbone())
     save_trained(trained("linear"), tmp_path)
     (tmp_path / "trainable.safetensors").unlink()
@@ -216,15 +216,15 @@ def test_a_folder_without_an_adapter_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(("method", "name"), [("lora-2", "adapter_config.json"), ("linear", "method.json")])
-@pytest.mark.parametrize(("content", "reason"), [("{", "Expecting"), ("[1]", r"must hold a mapping, got \[1\]")])
-def test_damaged_settings_are_named_with_the_way_out(method, name, content, reason, tmp_path):
+@pytest.mark.parametrize(("content", "reason"), [("{", "Expecting"), ("[1]", r"must contain a mapping, got \[1\]")])
+def test_damaged_settings_are_reported_with_a_remedy(method, name, content, reason, tmp_path):
     save_trained(trained(method), tmp_path)
     (tmp_path / name).write_text(content)
     with pytest.raises(AdapterFileError, match=rf"{name} is damaged: .*{reason}.*; copy the adapter again, or train"):
         load_trained(tmp_path, backbone())
 
 
-def test_method_json_tells_how_to_build_the_model_again(tmp_path):
+def test_method_json_rebuilds_the_model(tmp_path):
     save_trained(trained("snella-2"), tmp_path)
     described = json.loads((tmp_path / "method.json").read_text())
     assert described == {"format": 1, "method": "snella-2", "options": {"r": 2}, "head": "head"}

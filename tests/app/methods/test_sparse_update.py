@@ -1,4 +1,4 @@
-"""A layer of which single weights are trained."""
+"""Layers with individually trained weights."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ INDICES = torch.tensor([0, 4, 5])
 
 @pytest.fixture(params=["linear", "conv", "reflect"])
 def case(request):
-    """A layer and an input for it."""
+    """Return a layer and an input."""
     torch.manual_seed(0)
     if request.param == "linear":
         return nn.Linear(3, 4), torch.randn(2, 5, 3)
@@ -20,7 +20,7 @@ def case(request):
     return nn.Conv2d(4, 6, 3, padding=1, groups=2, padding_mode=mode), torch.randn(2, 4, 5, 5)
 
 
-def test_it_begins_as_the_layer_learns_the_chosen_entries_alone_and_merges_to_the_same_bits(case):
+def test_a_sparse_update_trains_only_the_selected_entries_and_merges_bit_for_bit(case):
     layer, x = case
     layer.requires_grad_(False)
     before, outputs = layer.weight.clone(), layer(x)
@@ -50,14 +50,14 @@ def test_the_gradient_is_that_of_the_weight_at_the_chosen_entries(case):
     torch.testing.assert_close(sparse.values.grad, layer.weight.grad.flatten()[INDICES])
 
 
-def test_what_is_trained_and_stored_is_two_numbers_an_entry(case):
+def test_each_entry_stores_two_numbers(case):
     sparse = SparseUpdate(case[0].requires_grad_(False), INDICES)
     assert [p.numel() for p in sparse.parameters() if p.requires_grad] == [3]
     assert sparse.saved_buffers == ("indices",)
     assert (sparse.indices.dtype, sparse.indices.numel()) == (torch.int32, 3)
 
 
-def test_a_model_that_reads_the_weight_past_the_layer_gets_the_trained_one(case):
+def test_direct_weight_access_returns_the_trained_weight(case):
     layer, _ = case
     sparse = SparseUpdate(layer.requires_grad_(False), INDICES)
     sparse.values.data.fill_(1.0)
@@ -81,12 +81,12 @@ def test_under_autocast_it_computes_in_half_precision_as_the_layer_does(case):
 
 
 @pytest.mark.parametrize("indices", [[1, 1], [2, 1], [0, 12], [-1, 0], [[0, 1]]])
-def test_positions_out_of_range_repeated_or_out_of_order_are_refused(indices):
+def test_positions_out_of_range_repeated_or_out_of_order_are_rejected(indices):
     with pytest.raises(ValueError, match=r"one-dimensional, strictly ascending positions in \[0, 12\), got tensor"):
         SparseUpdate(nn.Linear(3, 4), torch.tensor(indices))
 
 
-def test_a_layer_with_a_forward_pass_of_its_own_is_refused():
+def test_a_layer_with_a_forward_pass_of_its_own_is_rejected():
     class Scaled(nn.Linear):
         def forward(self, x):
             return 2 * super().forward(x)

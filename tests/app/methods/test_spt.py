@@ -1,4 +1,4 @@
-"""SPT: which weights are trained one by one, and which matrices get a module."""
+"""SPT: individually trained weights and structured modules."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import nn
 
 from snella_app.methods import build_method, spec_of
 from snella_lab.methods.adapter import Adapter
-from snella_lab.methods.spt import AdapterBehind, LowRank, SptLayer, budget_of, spend_budget
+from snella_lab.methods.spt import LowRank, OutputAdapter, SptLayer, budget_of, spend_budget
 
 VALUES = [torch.tensor([9.0, 8.0, 1.0, 7.0]), torch.tensor([6.0, 0.0]), torch.tensor([5.0, 4.0, 3.0])]
 
@@ -14,18 +14,18 @@ VALUES = [torch.tensor([9.0, 8.0, 1.0, 7.0]), torch.tensor([6.0, 0.0]), torch.te
 @pytest.mark.parametrize(
     ("thresholds", "budget", "structured", "chosen"),
     [
-        # 9 and 8 by themselves, then 7 turns the first group into a module of 3 parameters; 6 and 5 are left
+        # 9 and 8 individually; 7 makes the first group a module of 3 parameters; 6 and 5 remain
         ([3, 9, 9], 5, [True, False, False], [[], [0], [0]]),
-        # nothing reaches its threshold
+        # no group reaches its threshold
         ([9, 9, 9], 4, [False, False, False], [[0, 1, 3], [0], []]),
-        # at 8 the module would cost 3 instead of 1, more than what is left of 2
+        # at 8 the module would cost 3 instead of 1, more than the remaining 2
         ([2, 9, 9], 2, [False, False, False], [[0, 1], [], []]),
-        # what a structured group has besides is passed for nothing: 1 and 0 are the last to be looked at
+        # other entries of a structured group are free: 1 and 0 are the last candidates
         ([1, 9, 9], 8, [True, False, False], [[], [0, 1], [0, 1, 2]]),
         ([9, 9, 9], 0, [False, False, False], [[], [], []]),
     ],
 )
-def test_the_budget_is_spent_down_the_ranking(thresholds, budget, structured, chosen):
+def test_the_budget_follows_the_ranking(thresholds, budget, structured, chosen):
     costs = [3, 9, 9]
     found = spend_budget(VALUES, costs, thresholds, budget)
     assert found[0] == structured
@@ -33,7 +33,7 @@ def test_the_budget_is_spent_down_the_ranking(thresholds, budget, structured, ch
     assert sum(c for c, s in zip(costs, found[0], strict=True) if s) + sum(map(len, found[1])) == budget
 
 
-def test_more_than_all_groups_can_use_is_refused():
+def test_more_than_all_groups_can_use_is_rejected():
     with pytest.raises(ValueError, match=r"budget must be at most 8e-06 million .*, got 9e-06"):
         spend_budget(VALUES, [3, 9, 9], [1, 9, 9], 9)
 
@@ -41,19 +41,19 @@ def test_more_than_all_groups_can_use_is_refused():
 @pytest.mark.parametrize(("rows", "columns", "r"), [(6, 4, 2), (3, 5, 1)])
 def test_the_cost_of_a_module_is_its_parameters(rows, columns, r):
     assert LowRank.count(rows, columns, r) == sum(p.numel() for p in LowRank(rows, columns, r).parameters())
-    assert AdapterBehind.count(rows, columns, r) == sum(p.numel() for p in AdapterBehind(rows, columns, r).parameters())
+    assert OutputAdapter.count(rows, columns, r) == sum(p.numel() for p in OutputAdapter(rows, columns, r).parameters())
 
 
 @pytest.mark.parametrize("method", ["spt-lora-2", "spt-adapter-2"])
 @pytest.mark.parametrize("budget", [0.0004, 0.005])
 @pytest.mark.parametrize("backbone", ["test_vit", "test_resnet"])
-def test_exactly_the_budget_is_trained_besides_the_head(method, budget, backbone, make_model, batches):
+def test_the_trained_parameters_match_the_budget(method, budget, backbone, make_model, batches):
     model = build_method(method, make_model(backbone), batches=batches, budget=budget, alpha=40)
     head = set(model.get_submodule(spec_of(model).head).parameters())
     trained = [p for p in model.parameters() if p.requires_grad and p not in head]
     assert sum(p.numel() for p in trained) == round(budget * 1e6)
     if budget > 0.001:
-        assert any(isinstance(module, LowRank | AdapterBehind) for module in model.modules())
+        assert any(isinstance(module, LowRank | OutputAdapter) for module in model.modules())
 
 
 def test_the_default_is_0_4_million_on_a_vit_b_16():
@@ -73,7 +73,7 @@ def test_the_default_is_0_4_million_on_a_vit_b_16():
 
 @pytest.fixture
 def layer():
-    """A fused layer of three matrices, the second of which has a module."""
+    """Fused layer of three matrices with a module on the second."""
     torch.manual_seed(0)
     return lambda module: SptLayer(nn.Linear(4, 6).requires_grad_(False), torch.tensor([1, 20]), (2, 2, 2), {1: module})
 
@@ -92,7 +92,7 @@ def test_a_low_rank_update_changes_the_rows_of_its_matrix(layer):
 
 
 def test_an_adapter_changes_the_output_of_its_matrix(layer):
-    spt = layer(AdapterBehind(2, 4, 3))
+    spt = layer(OutputAdapter(2, 4, 3))
     adapter = spt.structured["1"].adapter
     nn.init.normal_(adapter.up.weight)
     x = torch.randn(5, 4)

@@ -87,12 +87,12 @@ def test_batch_and_group_normalization_fold_too():
         torch.testing.assert_close(merge_trained(model)(x), outputs)
 
 
-def test_a_model_with_nothing_to_follow_is_named():
+def test_a_model_without_supported_operations_is_rejected():
     with pytest.raises(ValueError, match=r"'ssf' cannot be applied to Sequential: .* got none outside the head '1'"):
         build_method("ssf", nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), head="1")
 
 
-def test_operations_that_the_model_does_not_call_are_named_once(images):
+def test_unused_operations_are_reported_once(images):
     import timm
 
     beit = timm.create_model("beit_base_patch16_224", img_size=32, depth=2, embed_dim=24, num_heads=2, num_classes=2)

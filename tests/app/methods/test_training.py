@@ -1,4 +1,4 @@
-"""Each method in a whole run of `snella train`: settings, Trainer, best adapter, reloading."""
+"""Each method in a run of `snella train`: settings, Trainer, best adapter, reloading."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def check(run_folder, method):
     assert info["status"] == "finished" and info["method"] == method
     trained = [row for row in metrics["history"] if row["epoch"] > 0]
     assert len(trained) == 2 and all(row["train_loss"] > 0 for row in trained)
-    # a head that starts from a probe is measured before training; these two methods' heads are not one linear layer
+    # a head from a probe is evaluated before training; these two methods have no single linear head
     before = [row["train_loss"] for row in metrics["history"] if row["epoch"] == 0]
     assert before == ([] if method in ("mlp", "vqt") else [None])
     model = load_trained(run_folder.adapter, make_backbone(read(RunInfo, run_folder.path).backbone))
@@ -52,7 +52,7 @@ def test_adaloras_ranks_fall_in_the_trainer(run):
     folder = run("adalora-2", method_options={"orth_reg_weight": 10.0})
     model = check(folder, "adalora-2")
     history = folder.read_json("metrics.json")["history"]
-    # near 10 √3 while the factors are small: the penalty is part of the training loss and of no other
+    # near 10 √3 while the factors are small: only the training loss includes the penalty
     assert all(row["train_loss"] > 12 for row in history[1:]) and all(row["val_loss"] < 6 for row in history)
     kept = [int((p != 0).sum()) for name, p in model.named_parameters() if "lora_E" in name]
     # the best of two epochs of two steps: the budget is reached after the second step
@@ -66,5 +66,5 @@ def test_ranks_need_a_model_and_an_optimizer():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_trains_by_its_name_alone(method, run):
+def test_every_method_trains_by_name(method, run):
     check(run(method), method)

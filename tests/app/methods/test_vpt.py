@@ -8,7 +8,7 @@ from snella_lab.methods.prompts import Prompts
 
 
 def tokens_of(model, images):
-    """What enters the first block."""
+    """Return the input of the first block."""
     return model.norm_pre(model._pos_embed(model.patch_embed(images)))
 
 
@@ -56,7 +56,7 @@ def test_pooling_over_patches_leaves_the_prompts_out(method, options, make_model
     assert model.blocks[0].prompts.prefix == prefix
 
 
-def test_values_start_uniform_in_glorots_range():
+def test_initial_values_follow_glorots_range():
     torch.manual_seed(0)
     tokens = Prompts(50, 64, patch_area=256).tokens
     bound = math.sqrt(6 / (3 * 256 + 64))
@@ -64,14 +64,14 @@ def test_values_start_uniform_in_glorots_range():
     assert tokens.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
 
 
-def test_dropout_acts_on_prompts_in_training_alone(make_model, images):
+def test_dropout_acts_on_prompts_only_in_training(make_model, images):
     model = build_method("vpt-deep-4", make_model(), dropout=0.5)
     with torch.no_grad():
         assert not torch.equal(model.train()(images), model(images))
         assert torch.equal(model.eval()(images), model(images))
 
 
-def test_a_model_without_one_row_of_tokens_is_named(make_model):
+def test_a_model_without_one_token_sequence_is_rejected(make_model):
     for name in ("test_convnext", "test_resnet"):
         with pytest.raises(
             ValueError, match=r"'vpt-deep' cannot be applied to (ConvNeXt|ResNet): its blocks do not share"
@@ -79,7 +79,7 @@ def test_a_model_without_one_row_of_tokens_is_named(make_model):
             build_method("vpt-deep", make_model(name))
 
 
-def test_a_model_that_rotates_its_tokens_is_named(make_model):
+def test_a_model_with_rotary_embeddings_is_rejected(make_model):
     import timm
 
     eva = timm.create_model("eva02_tiny_patch14_224", img_size=28, depth=1, embed_dim=24, num_heads=2, num_classes=2)
@@ -90,7 +90,7 @@ def test_a_model_that_rotates_its_tokens_is_named(make_model):
         build_method("vqt", beit)
 
 
-def test_blocks_of_another_make_are_named():
+def test_unsupported_blocks_are_rejected():
     import timm
     from torch import nn
 

@@ -6,7 +6,7 @@ from snella_app.methods import build_method
 
 
 def with_random_norms(model):
-    """Norms and layer scales that are not the identity, so that leaving one out shows."""
+    """Randomize norms and layer scales, so that each affects the output."""
     torch.manual_seed(4)
     for name, parameter in model.named_parameters():
         if "norm" in name or "ls" in name:
@@ -15,7 +15,7 @@ def with_random_norms(model):
 
 
 @pytest.mark.parametrize("options", [{}, {"init_values": 0.5, "qk_norm": True}, {"qkv_bias": False}])
-def test_a_summary_is_what_the_block_makes_of_a_token_that_no_other_sees(options, make_model, images):
+def test_a_query_token_does_not_change_other_tokens(options, make_model, images):
     plain = with_random_norms(make_model(**options)).eval()
     model = build_method("vqt-2", with_random_norms(make_model(**options))).eval()
     parts = []
@@ -23,7 +23,7 @@ def test_a_summary_is_what_the_block_makes_of_a_token_that_no_other_sees(options
         x = plain.norm_pre(plain._pos_embed(plain.patch_embed(images)))
         seen = x.shape[1]
         mask = torch.zeros(seen + 2, seen + 2)
-        mask[:, seen:] = -torch.inf  # nobody looks at the queries
+        mask[:, seen:] = -torch.inf  # no token attends to the queries
         for block, asked in zip(plain.blocks, model.blocks, strict=True):
             y = block(torch.cat([x, asked.queries.tokens.expand(4, -1, -1)], dim=1), attn_mask=mask)
             x = y[:, :seen]
@@ -33,12 +33,12 @@ def test_a_summary_is_what_the_block_makes_of_a_token_that_no_other_sees(options
         torch.testing.assert_close(model(images), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_the_backbone_keeps_nothing_for_the_backward_pass(make_model, images):
+def test_the_backbone_saves_no_tensors_for_the_backward_pass(make_model, images):
     model = build_method("vqt", make_model()).train()
     assert not model.forward_features(images).requires_grad
     model(images).sum().backward()
     assert all(block.queries.tokens.grad.abs().sum() > 0 for block in model.blocks)
-    assert not any(hasattr(block.attn.qkv, "kept_output") for block in model.blocks)
+    assert not any(hasattr(block.attn.qkv, "stored_output") for block in model.blocks)
 
 
 def test_normalized_parts_have_length_one(make_model, images):
@@ -53,7 +53,7 @@ def test_normalized_parts_have_length_one(make_model, images):
     assert scores.abs().max() <= (1 + len(summaries)) * 8  # seven unit vectors of 64 entries sum to at most 7 * 8
 
 
-def test_a_block_of_another_make_is_named(make_model):
+def test_an_unsupported_block_is_rejected(make_model):
     with pytest.raises(
         ValueError, match=r"'vqt' cannot be applied to ConvNeXt: its blocks do not share one token sequence"
     ):
@@ -64,7 +64,7 @@ def test_a_block_of_another_make_is_named(make_model):
         build_method("vqt", model)
 
 
-def test_features_without_an_image_are_refused(make_model):
+def test_features_without_an_image_are_rejected(make_model):
     model = build_method("vqt", make_model())
     with pytest.raises(RuntimeError, match="needs the summaries of a forward pass, got only features"):
         model.head(torch.zeros(1, 64))

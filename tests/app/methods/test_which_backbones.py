@@ -1,4 +1,4 @@
-"""The table "Which backbones" of docs/methods.md: what it promises is built and trained, what it denies is refused."""
+"""The table "Which backbones" of docs/methods.md: supported pairs train, others are rejected."""
 
 import re
 from pathlib import Path
@@ -25,7 +25,7 @@ SMALL = {"shira": "shira-2", "fourierft": "fourierft-20"}
 
 
 def promised():
-    """`(method, backbone, whether it works)` as the table says."""
+    """Return `(method, backbone, is_supported)` from the table."""
     text = (Path(__file__).parents[3] / "docs" / "methods.md").read_text()
     lines = [line for line in text.split("## Which backbones")[1].split("\n## ")[0].splitlines() if "| yes |" in line]
     found = []
@@ -48,7 +48,7 @@ def test_the_table_has_every_method():
 
 
 @pytest.mark.parametrize(("method", "backbone"), [(m, b) for m, b, works in promised() if works])
-def test_a_method_trains_and_reloads_where_the_table_says_yes(method, backbone, batches, images, train_steps, tmp_path):
+def test_supported_backbones_train_and_reload(method, backbone, batches, images, train_steps, tmp_path):
     model = build_method(SMALL.get(method, method), make(backbone), batches=batches)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     train_steps(model, steps=2)
@@ -63,6 +63,6 @@ def test_a_method_trains_and_reloads_where_the_table_says_yes(method, backbone, 
 
 
 @pytest.mark.parametrize(("method", "backbone"), [(m, b) for m, b, works in promised() if not works])
-def test_a_method_is_refused_with_the_models_name_where_the_table_says_no(method, backbone, batches):
+def test_unsupported_backbones_are_rejected_by_name(method, backbone, batches):
     with pytest.raises(ValueError, match=f"method '{method}' .*(SwinTransformer|ConvNeXt|ResNet)"):
         build_method(method, make(backbone), batches=batches)

@@ -1,4 +1,4 @@
-"""The table "Which tasks" of docs/methods.md: what it promises is built and trained, what it denies is refused."""
+"""The table "Which tasks" of docs/methods.md: supported pairs train, others are rejected."""
 
 import re
 from pathlib import Path
@@ -20,7 +20,7 @@ SMALL = {"shira": "shira-2", "fourierft": "fourierft-20"}
 
 
 def promised(column):
-    """`(method, whether it works)` as the table says."""
+    """Return `(method, is_supported)` from the table."""
     text = (Path(__file__).parents[3] / "docs" / "methods.md").read_text()
     found = []
     for line in text.split("## Which tasks")[1].split("\n## ")[0].splitlines():
@@ -53,7 +53,7 @@ def make_segmenter(sam_folder):
 
 @pytest.fixture
 def pairs():
-    """Two batches of images and masks, with the task's loss."""
+    """Selection data with two batches of images and masks, and the task's loss."""
     draw = torch.Generator().manual_seed(0)
     task = create_task("segmentation", ["background", "polyp"])
     batches = [
@@ -77,7 +77,7 @@ LOOK_AT_LABELS = ("gps", "spt-lora-2", "spt-adapter-2", "fixed-mask-2", "noah")
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("method", ["linear", "mlp", "vqt", "snella-2", *LOOK_AT_LABELS])
-def test_a_method_learns_other_targets_than_one_class(method, target):
+def test_a_method_trains_on_other_targets(method, target):
     outputs, make_labels = TARGETS[target]
     task, draw = create_task(target, ["0", "1", "2"]), torch.Generator().manual_seed(0)
     batches = [(torch.randn(4, 3, 32, 32, generator=draw), make_labels(draw)) for _ in range(2)]
@@ -100,7 +100,7 @@ def test_a_method_learns_other_targets_than_one_class(method, target):
 
 @pytest.mark.parametrize("column", ["timm", "sam"])
 @pytest.mark.parametrize("method", [method for method, works in promised("timm") if works])
-def test_a_method_segments_where_the_table_says_yes(method, column, make_segmenter, pairs, tmp_path):
+def test_supported_methods_train_segmentation(method, column, make_segmenter, pairs, tmp_path):
     assert dict(promised(column))[method]
     torch.manual_seed(0)
     model = build_method(SMALL.get(method, method), make_segmenter(column), head="decoder", batches=pairs).train()
@@ -121,7 +121,7 @@ def test_a_method_segments_where_the_table_says_yes(method, column, make_segment
 
 @pytest.mark.parametrize("column", ["timm", "sam"])
 @pytest.mark.parametrize("method", [method for method, works in promised("timm") if not works])
-def test_a_method_is_refused_in_one_line_where_the_table_says_no(method, column, make_segmenter, pairs):
+def test_unsupported_methods_are_rejected_in_one_line(method, column, make_segmenter, pairs):
     assert not dict(promised(column))[method]
     reason = (
         "its head 'decoder' must be a linear layer, got"
@@ -134,7 +134,7 @@ def test_a_method_is_refused_in_one_line_where_the_table_says_no(method, column,
 
 
 @pytest.mark.parametrize(("method", "works"), promised("generators"))
-def test_generators_and_language_models_take_what_the_table_says(method, works, tmp_path):
+def test_generators_and_language_models_support_the_tabled_methods(method, works, tmp_path):
     configs = (
         lambda: DreamBoothConfig(data="folder:x", pipeline="sd3", out="o", method=method, class_name="dog").resolved(),
         lambda: LanguageConfig(data="x.json", model="llama", out="o", method=method).resolved(),

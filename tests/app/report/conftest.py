@@ -1,4 +1,4 @@
-"""Run folders as training writes them (12 blocks of 6 matrices, 10 epochs, cubic schedule)."""
+"""Run folders like those of training (12 blocks of 6 matrices, 10 epochs, cubic schedule)."""
 
 import json
 
@@ -234,7 +234,7 @@ class RunBuilder:
 
 
 def share_out(importance, caps, budget):
-    """Proportional shares under caps, what is left by largest remainder."""
+    """Proportional shares under caps, with largest remainders."""
     caps = np.array(caps, dtype=float)
     shares = np.zeros_like(caps)
     while (left := budget - shares.sum()) > 0.5:
@@ -249,12 +249,12 @@ def share_out(importance, caps, budget):
 
 @pytest.fixture
 def run(tmp_path):
-    """An empty run folder named `demo` and the means to fill it."""
+    """Writer for a run folder named `demo`."""
     return RunBuilder(tmp_path / "runs" / "demo")
 
 
 def make_photo(index, size=300):
-    """A gray picture with some structure, like a solar cell."""
+    """Gray image with some structure, like a solar cell."""
     y, x = np.mgrid[0:size, 0:size] / size
     wave = 120 + 60 * np.sin(12 * x + index) + 40 * np.cos(9 * y * (1 + index % 3))
     noise = np.random.default_rng(index).normal(0, 10, (size, size))
@@ -263,6 +263,6 @@ def make_photo(index, size=300):
 
 @pytest.fixture(scope="session")
 def compared_report(tmp_path_factory):
-    """Path of the report of a finished SNELLA run with a comparison; only to be read."""
+    """Report of a finished SNELLA run with a comparison; read-only."""
     builder = RunBuilder(tmp_path_factory.mktemp("compared") / "demo").finished().comparison()
     return write_report(builder.folder, make_photo)

@@ -10,11 +10,11 @@ from snella_app.report import model_card
 
 
 def head_of(card):
-    """The metadata at the top of a card."""
+    """Return the metadata of a card."""
     return yaml.safe_load(card.split("---")[1])
 
 
-def test_a_card_has_the_results_that_a_hub_reads_and_the_table_that_people_do(run):
+def test_a_card_has_metadata_and_a_results_table(run):
     card = model_card(run.finished().folder, "    snella predict RUN", name="solar cells")
     head, test = head_of(card), run.read("metrics.json")["test"]
     assert head["pipeline_tag"] == "image-classification" and head["tags"] == ["snella", "classification"]
@@ -28,20 +28,20 @@ def test_a_card_has_the_results_that_a_hub_reads_and_the_table_that_people_do(ru
     assert '`["defective", "sound"]`' in card and "## How to use\n\nsnella predict RUN\n" in card
 
 
-def test_what_the_program_does_not_know_is_left_to_fill_in(run):
+def test_the_license_is_left_to_the_user(run):
     card = model_card(run.finished().folder, "x")
     assert "license" not in head_of(card)
     assert "\n# license: fill in" in card and "## License\n\nFill in" in card
 
 
-def test_a_run_that_has_not_been_measured_and_one_that_chose_on_the_test_images_say_so(run):
+def test_missing_or_optimistic_results_are_noted(run):
     run.run_json()
     assert "## Results" not in model_card(run.folder, "x") and "model-index" not in head_of(model_card(run.folder, "x"))
     run.finished().change("metrics.json", selected_on="test", best_metric="test_accuracy")
     assert "these results are optimistic" in model_card(run.folder, "x")
 
 
-def test_the_base_model_is_named_as_the_hub_names_it_where_it_is_there(run):
+def test_the_base_model_has_its_hub_id(run):
     run.finished()
     assert "base_model" not in head_of(model_card(run.folder, "x"))
     backbone = {"name": "vit_base_patch16_224.augreg_in21k", "architecture": "vit_base_patch16_224", "pretrained": True}
@@ -49,7 +49,7 @@ def test_the_base_model_is_named_as_the_hub_names_it_where_it_is_there(run):
     assert head_of(model_card(run.folder, "x"))["base_model"] == "timm/vit_base_patch16_224.augreg_in21k"
 
 
-def test_texts_from_outside_stay_texts(run):
+def test_untrusted_text_is_escaped(run):
     evil = "<img src=x onerror=alert(1)>`<b>`\n\n# title [a](http://b) | c _a_ **b**"
     run.finished(classes=(evil, "sound")).change("run.json", command=f"snella train --data {evil}")
     data = run.read("run.json")["data"] | {"description": evil, "notes": [evil], "spec": evil}

@@ -16,7 +16,7 @@ def test_colors_differ_for_many_classes_and_the_background_is_black():
     assert np.array_equal(mask_colors(4), colors[:4])
 
 
-def test_a_mask_is_written_as_a_palette_picture_whose_indices_are_the_labels(tmp_path):
+def test_a_mask_is_written_as_a_palette_png_of_labels(tmp_path):
     labels = np.array([[0, 1, 9], [2, 0, 255]], np.uint8)
     write_mask(labels, tmp_path / "m.png")
     image = read_mask(tmp_path / "m.png")
@@ -24,7 +24,7 @@ def test_a_mask_is_written_as_a_palette_picture_whose_indices_are_the_labels(tmp
     assert tuple(np.asarray(image.convert("RGB"))[0, 1]) == tuple(mask_colors(2)[1])
 
 
-def test_an_overlay_leaves_the_background_as_it_is_and_draws_outlines():
+def test_an_overlay_draws_outlines_and_keeps_the_background():
     image = Image.new("RGB", (20, 20), (100, 100, 100))
     labels = np.zeros((10, 10), np.uint8)
     labels[2:8, 2:8] = 1
@@ -35,7 +35,7 @@ def test_an_overlay_leaves_the_background_as_it_is_and_draws_outlines():
     assert np.array_equal(pixels[10, 15], color)  # the last pixel of the square, whose neighbor is the background
 
 
-def test_panels_stand_side_by_side_at_one_size():
+def test_panels_have_one_size():
     picture = overlay_panels(Image.new("RGB", (100, 50)), [np.zeros((5, 10)), np.ones((50, 100))])
     assert picture.size == (3 * 260 + 2 * 4, 130)
 
@@ -58,7 +58,7 @@ def test_metrics_of_a_segmentation_are_read_with_gaps_as_nan(tmp_path):
     assert math.isnan(read(MaskPredictions, tmp_path).items[0].dice)
 
 
-def test_metrics_without_a_number_are_refused(tmp_path):
+def test_missing_metrics_are_rejected(tmp_path):
     metrics = {"trainable_parameters": 7, "val": {"dice": 0.5, "iou": "high"}}
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
     with pytest.raises(ValueError, match=r"'val.iou' must be a number, got str 'high'"):

@@ -14,12 +14,12 @@ XLINK = "{http://www.w3.org/1999/xlink}href"
 
 
 def texts(svg):
-    """All texts of an SVG, and a proof that it is well-formed."""
+    """Return all text of a well-formed SVG."""
     return ["".join(node.itertext()).strip() for node in ET.fromstring(svg).iter() if node.tag.endswith("}text")]
 
 
 def small_allocation(budgets, importance=None, total=2):
-    """Two matrices over as many allocations as `budgets` has pairs."""
+    """Allocation of two matrices with one step per pair in `budgets`."""
     matrices = [MatrixInfo(name, name, 0, (10, 10), 100, 100, 100) for name in ("q", "_k")]
     history = [
         AllocationStep(t, t, total, sum(pair), dict(zip(("q", "_k"), pair, strict=True)), importance or {})
@@ -30,7 +30,7 @@ def small_allocation(budgets, importance=None, total=2):
 
 @pytest.mark.parametrize("ending", [".svg", ".png"])
 def test_every_figure_is_written_as_svg_and_png(run, tmp_path, ending, monkeypatch):
-    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)  # another test may have imported it
+    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)  # another test can have imported it
     run.finished()
     allocation, metrics = read(Allocation, run.folder), read(Metrics, run.folder)
     budgets = allocation.history[-1].budgets
@@ -56,7 +56,7 @@ def test_every_figure_is_written_as_svg_and_png(run, tmp_path, ending, monkeypat
     assert "matplotlib.pyplot" not in sys.modules
 
 
-def test_a_figure_of_another_ending_is_refused(run, tmp_path):
+def test_an_unsupported_suffix_is_rejected(run, tmp_path):
     run.finished()
     with pytest.raises(ValueError, match=r"\.svg or \.png, got 'loss.jpg'"):
         save_figure(figures.loss_curves(read(Metrics, run.folder)), tmp_path / "loss.jpg")
@@ -85,12 +85,12 @@ def test_a_confusion_matrix_beyond_fifty_classes_has_no_numbers_and_fewer_names(
     assert 20 < len(names) < 2 * n
 
 
-def test_a_confusion_matrix_of_another_size_than_the_classes_is_refused():
+def test_a_confusion_matrix_of_another_size_than_the_classes_is_rejected():
     with pytest.raises(ValueError, match=r"must be \[3, 3\] for 3 classes, got \[2, 2\]"):
         figures.confusion_matrix([[1, 0], [0, 1]], ["a", "b", "c"])
 
 
-def test_class_names_are_shown_as_they_are_and_cannot_leave_the_picture():
+def test_class_names_are_literal_and_stay_in_the_figure():
     names = ["$x^2$", "<script>alert(1)</script>", "--></svg>", "狗", "a\nb"]
     rows = [[1] * 5] * 5
     svg = inline_svg(figures.confusion_matrix(rows, names), "c", 'a "quoted" <b>')
@@ -100,12 +100,12 @@ def test_class_names_are_shown_as_they_are_and_cannot_leave_the_picture():
     assert 'aria-label="a &quot;quoted&quot; &lt;b&gt;"' in svg
 
 
-def test_long_labels_are_cut():
+def test_long_labels_are_shortened():
     assert shortened("number 1234567890", 10) == "number…890"
     assert shortened("bell\x07") == "bell\N{REPLACEMENT CHARACTER}"
 
 
-def test_inline_figures_use_the_pages_inks_and_font_and_have_no_clashing_ids(run):
+def test_inline_figures_use_css_variables_and_unique_ids(run):
     run.finished()
     metrics = read(Metrics, run.folder)
     svg = inline_svg(figures.loss_curves(metrics), "one", "Loss")
@@ -148,7 +148,7 @@ def test_a_map_of_many_blocks_has_no_numbers():
     assert "75" not in shown
 
 
-def test_budget_figures_hold_with_a_single_allocation_and_names_with_an_underscore():
+def test_budget_figures_support_a_single_allocation_and_underscores():
     allocation = small_allocation([(100, 100)])
     assert {"budget", "target"} <= set(texts(inline_svg(allocation_figures.budget_curve(allocation, None), "b", "B")))
     shares = texts(inline_svg(allocation_figures.budget_shares(allocation, None), "s", "S"))
@@ -156,7 +156,7 @@ def test_budget_figures_hold_with_a_single_allocation_and_names_with_an_undersco
     assert "matrices" in texts(inline_svg(allocation_figures.frozen_curve(allocation, None), "f", "F"))
 
 
-def test_shares_are_by_kind_or_depth_and_nothing_else():
+def test_budget_shares_are_by_kind_or_depth():
     with pytest.raises(ValueError, match=r"by must be 'kind' or 'depth', got 'layer'"):
         allocation_figures.budget_shares(small_allocation([(1, 1)]), None, "layer")
 
@@ -170,7 +170,7 @@ def test_shares_of_many_blocks_name_only_the_first_and_the_last():
     assert legend == ["0", "31"]
 
 
-def test_the_mean_of_a_kind_leaves_out_what_a_logarithmic_scale_cannot_show():
+def test_the_mean_of_a_kind_ignores_values_off_the_log_scale():
     allocation = small_allocation([(50, 0), (60, 0)], {"q": 1e-6, "_k": 0.0})
     mean = allocation_figures.importance_curves(allocation, 2).axes[0].lines[1]
     assert list(mean.get_ydata()) == [1e-6, 1e-6]
@@ -186,7 +186,7 @@ def test_importance_ticks_are_powers_of_ten():
     assert "2·10⁻³" in texts(inline_svg(allocation_figures.importance_curves(narrow, 2), "i", "I"))
 
 
-def test_a_file_that_cannot_be_replaced_leaves_no_trace(tmp_path):
+def test_a_failed_write_leaves_no_temporary_file(tmp_path):
     (tmp_path / "report.html").mkdir()
     with pytest.raises(OSError, match=r"report.html"):
         write_atomically(tmp_path / "report.html", b"page")

@@ -1,4 +1,4 @@
-"""Heat maps of models whose answer is known to depend on one place."""
+"""Heat maps of models that depend on one known region."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ SWIN = {"depths": (1, 1), "num_heads": (2, 2), "embed_dim": 16, "window_size": 4
     ("name", "options"),
     [("test_vit", {"img_size": SIZE}), ("test_convnext", {}), ("swin_tiny_patch4_window7_224", SWIN)],
 )
-def test_every_kind_of_model_has_a_map_of_each_image(name, options):
+def test_every_architecture_has_a_map_per_image(name, options):
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=2, **options).eval()
     images, outputs = torch.randn(3, 3, SIZE, SIZE), torch.tensor([0, 1, 1])
@@ -45,7 +45,7 @@ def test_the_map_of_a_linear_readout_is_its_contribution_at_each_place():
 
 
 @pytest.mark.parametrize("method", ["snella-2", "vpt-deep"])
-def test_prompts_and_class_tokens_have_no_place_in_the_map(method):
+def test_maps_exclude_prompts_and_class_tokens(method):
     torch.manual_seed(0)
     model = build_method(method, timm.create_model("test_vit", num_classes=3, img_size=SIZE)).eval()
     images = torch.randn(1, 3, SIZE, SIZE)
@@ -65,7 +65,7 @@ def test_prompts_and_class_tokens_have_no_place_in_the_map(method):
 
 
 @pytest.mark.parametrize(("method", "pool"), [("snella-2", "token"), ("lora-2", "avg")])
-def test_the_roll_out_is_the_product_of_the_attentions_with_what_passes_them_by(method, pool):
+def test_the_roll_out_is_the_product_of_attentions_with_residuals(method, pool):
     torch.manual_seed(0)
     options = {"img_size": SIZE, "global_pool": pool}
     model = build_method(method, timm.create_model("test_vit", num_classes=3, **options)).eval()
@@ -96,7 +96,7 @@ def test_the_roll_out_is_the_product_of_the_attentions_with_what_passes_them_by(
     assert not any(block.attn.attn_drop._forward_pre_hooks for block in base.blocks)
 
 
-def test_models_without_attentions_of_their_own_tokens_alone_have_no_roll_out():
+def test_unsupported_models_have_no_roll_out():
     with pytest.raises(ValueError, match="attention roll-out needs a timm ViT, got ConvNeXt; use gradcam"):
         attention_rollout(timm.create_model("test_convnext", num_classes=2), torch.zeros(1, 3, SIZE, SIZE))
     model = build_method("vpt-deep-5", timm.create_model("test_vit", num_classes=3, img_size=SIZE)).eval()
@@ -104,12 +104,12 @@ def test_models_without_attentions_of_their_own_tokens_alone_have_no_roll_out():
         attention_rollout(model, torch.zeros(1, 3, SIZE, SIZE))
 
 
-def test_a_model_that_does_not_name_its_feature_maps_is_refused():
+def test_a_model_without_feature_info_is_rejected():
     with pytest.raises(ValueError, match="heat maps need a timm model with feature_info, got Linear"):
         heat_maps(nn.Linear(2, 2), torch.zeros(1, 2), torch.tensor([0]))
 
 
-def test_what_counts_little_stays_as_it_is():
+def test_low_values_are_nearly_transparent():
     image, heat = Image.new("RGB", (8, 8), (200, 100, 50)), np.zeros((4, 4), np.float32)
     heat[:, 2:] = 1
     shown = np.asarray(overlay_heat(image, heat)).astype(int)

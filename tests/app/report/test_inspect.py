@@ -53,7 +53,7 @@ def test_the_summary_is_plain_and_its_numbers_agree_with_the_files(run):
     assert summary["sizes"]["adapted_weights_bytes"] == 4 * 21_233_664
 
 
-def test_the_budgets_that_the_adapter_carries_win_over_those_of_the_log(run):
+def test_adapter_budgets_take_precedence_over_the_log(run):
     run.finished()
     budgets = dict(run.read("allocation.json")["history"][9]["budgets"])
     budgets["blocks.7.attn.qkv.v"] = 5
@@ -63,7 +63,7 @@ def test_the_budgets_that_the_adapter_carries_win_over_those_of_the_log(run):
     assert {m["name"]: m["budget"] for m in summary["matrices"]} == budgets
 
 
-def test_the_budgets_of_a_real_adapter_are_found_by_the_names_of_its_matrices(tmp_path):
+def test_budgets_of_a_real_adapter_map_to_matrix_names(tmp_path):
     model = timm.create_model("test_vit", num_classes=3)
     config = SnellaConfig(r=8, target_modules="all-linear", modules_to_save=["head"], init_sparsity=0.25)
     model = get_peft_model(model, config)
@@ -103,14 +103,14 @@ def test_a_method_without_budgets_shows_its_sizes_only(run):
     assert "Sparsity" not in printed(run)
 
 
-def test_a_run_that_has_only_begun_can_be_inspected(run):
+def test_an_unfinished_run_can_be_inspected(run):
     run.run_json(status="running")
     summary = inspect_summary(run.folder)
     assert (summary["status"], summary["best_epoch"], summary["sizes"]["adapter_bytes"]) == ("running", None, None)
     assert "running or killed" in printed(run) and not summary["adapter_missing"]
 
 
-def test_a_finished_run_without_its_adapter_is_not_called_well(run):
+def test_a_missing_adapter_of_a_finished_run_is_an_error(run):
     run.finished()
     for file in (run.folder / "adapter").iterdir():
         file.unlink()
@@ -121,7 +121,7 @@ def test_a_finished_run_without_its_adapter_is_not_called_well(run):
     assert "Non-zero entries" not in text
 
 
-def test_a_finished_run_without_its_results_is_refused(run):
+def test_a_finished_run_without_its_results_is_rejected(run):
     run.finished()
     digests = {"metrics.json": sha256_of(run.folder / "metrics.json")}
     run.run_json(status="finished", files=digests)
@@ -130,7 +130,7 @@ def test_a_finished_run_without_its_results_is_refused(run):
         inspect_summary(run.folder)
 
 
-def test_other_missing_files_of_a_finished_run_are_named(run):
+def test_other_missing_files_of_a_finished_run_are_reported(run):
     run.finished()
     names = ("predictions.json", "adapter/adapter_config.json", "adapter/adapter_model.safetensors")
     run.change("run.json", files={name: sha256_of(run.folder / name) for name in names})
@@ -147,7 +147,7 @@ def test_a_failed_run_shows_its_error(run):
     assert "loss is nan in epoch 3 [bold]" in printed(run)
 
 
-def test_a_damaged_adapter_is_named(run):
+def test_a_damaged_adapter_is_reported(run):
     run.finished()
     file = run.folder / "adapter/adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
@@ -155,14 +155,14 @@ def test_a_damaged_adapter_is_named(run):
         inspect_summary(run.folder)
 
 
-def test_damaged_settings_of_an_adapter_are_named(run):
+def test_damaged_settings_of_an_adapter_are_reported(run):
     run.finished()
     (run.folder / "adapter/adapter_config.json").write_text("{")
     with pytest.raises(ValueError, match=r"adapter_config.json is damaged"):
         inspect_summary(run.folder)
 
 
-def test_an_adapter_of_another_run_is_refused(run):
+def test_an_adapter_of_another_run_is_rejected(run):
     run.finished()
     values = run.read("allocation.json")
     for matrix in values["matrices"]:

@@ -31,7 +31,7 @@ VOID = {"meta", "link", "br", "wbr", "img", "input", "hr"}
 
 
 class Page(HTMLParser):
-    """Attributes and texts of a page; refuses tags that do not match."""
+    """Parser of attributes and text; rejects mismatched tags."""
 
     def __init__(self, text):
         super().__init__()
@@ -99,7 +99,7 @@ def test_the_report_says_what_was_trained_with_which_result(compared_report):
 
 
 @pytest.mark.parametrize(("count", "note"), [(999, ""), (49_491, ""), (664_610, "664,610"), (21_233_664, "21,233,664")])
-def test_a_count_stands_in_full_below_its_short_form_alone(count, note):
+def test_a_short_count_has_the_exact_value_as_a_note(count, note):
     assert _count_fact("parameters", count).note == note
 
 
@@ -118,7 +118,7 @@ def test_the_test_accuracy_is_the_main_number_and_what_was_trained_is_folded(com
         assert words in method.partition("<details>")[2], words
 
 
-def test_a_plus_minus_is_a_margin_of_95_percent_and_says_so(run):
+def test_margins_are_labeled_as_95_percent(run):
     report = page(run.finished(classes=("cat", "dog")))
     margin = f"±{100 * read(Metrics, run.folder).test.margin:.1f} points"
     assert f"95 % margin: {margin}" in report.text
@@ -164,14 +164,14 @@ def test_a_result_far_below_the_most_frequent_class_is_not_called_within_the_mar
     assert "within the" not in text
 
 
-def test_unbalanced_classes_are_told_by_what_each_class_counts_the_same_in(run):
+def test_unbalanced_classes_are_compared_by_balanced_accuracy(run):
     run.finished(classes=("defect", "ok"))
     test = run.read("metrics.json")["test"] | {"confusion": [[11, 9], [166, 1794]], "accuracy": 0.9116}
     run.change("metrics.json", test=test)
     text = page(run).text
     assert (
-        "Always predicting 'ok', the most frequent class, gets 99.0 %, but only 50.0 % balanced accuracy, which weighs "
-        "all classes equally; this model reaches 73.3 % (95 % margin: ±10.4 points)." in text
+        "Always predicting 'ok', the most frequent class, gets 99.0 %, but only 50.0 % balanced accuracy, which "
+        "weights all classes equally; this model reaches 73.3 % (95 % margin: ±10.4 points)." in text
     )
     assert "no evidence" not in text
 
@@ -187,7 +187,7 @@ def test_the_scale_shows_the_margin_and_the_baselines(run):
     assert words.endswith(percent_text(probe).replace("\N{NO-BREAK SPACE}", " "))
 
 
-def test_sections_say_of_which_split_their_images_are(run):
+def test_sections_name_their_split(run):
     run.finished()
     text = page(run).text
     assert "Confusion matrix test images 400 test images" in text
@@ -199,10 +199,10 @@ def test_sections_say_of_which_split_their_images_are(run):
     assert "These are" not in page(run).text and "Images with predictions test images Wrong" in page(run).text
 
 
-def test_a_run_is_used_from_the_command_line_from_python_over_http_and_elsewhere(run):
+def test_the_report_shows_all_uses_of_a_run(run):
     page = Page(write_report(run.finished().folder).read_text(encoding="utf-8"))
     blocks = [attrs for tag, attrs in page.tags if tag == "pre" and "copy" in attrs.get("class", "").split()]
-    assert len(blocks) == 9  # seven uses in blocks of code, the command and config.yaml
+    assert len(blocks) == 9  # seven code blocks of uses, the command and config.yaml
     for words in (
         f"snella predict {run.folder} photo.jpg",
         f"model = snella.load('{run.folder}')",
@@ -235,7 +235,7 @@ def test_the_printed_uses_are_commands_and_attributes_that_exist(task, kind, tmp
     assert used and used <= {*dir(kind), *(field.name for field in dataclasses.fields(kind))}
 
 
-def test_classes_are_sorted_by_recall_and_confusions_are_named(run):
+def test_classes_are_sorted_by_recall_and_confusions_are_reported(run):
     run.finished(classes=("cat", "dog", "owl"))
     test = run.read("metrics.json")["test"] | {"confusion": [[9, 1, 0], [4, 5, 1], [0, 0, 10]], "accuracy": 0.8}
     run.change("metrics.json", test=test)
@@ -251,7 +251,7 @@ def test_the_report_of_a_method_without_budgets_leaves_their_sections_out(run):
     assert "295,682" in report.text and "method" in report.ids
 
 
-def test_a_comparison_appears_when_it_was_made(run):
+def test_a_comparison_is_shown_if_present(run):
     run.finished(method="lora")
     assert "comparison" not in page(run).ids
     report = page(run.comparison())
@@ -262,7 +262,7 @@ def test_a_comparison_appears_when_it_was_made(run):
 
 
 @pytest.mark.parametrize("status", ["running", "interrupted", "failed"])
-def test_an_unfinished_run_has_a_report_that_says_so(run, status):
+def test_the_report_of_an_unfinished_run_has_a_notice(run, status):
     run.run_json(status=status, error="loss is nan in epoch 3, step 12 <here>" if status == "failed" else None)
     report = page(run)
     assert [attrs["id"] for tag, attrs in report.tags if tag == "section"] == ["configuration"]
@@ -271,7 +271,7 @@ def test_an_unfinished_run_has_a_report_that_says_so(run, status):
 
 
 @pytest.mark.parametrize(("status", "state"), [("running", "stopped"), ("interrupted", "interrupted")])
-def test_the_page_of_a_killed_run_waits_for_nothing(run, status, state):
+def test_the_page_of_a_killed_run_does_not_reload(run, status, state):
     run.run_json(status=status)
     text = write_report(run.folder).read_text()
     assert ('http-equiv="refresh"' in text) == ("written at 20" in text) == (status == "running")
@@ -280,7 +280,7 @@ def test_the_page_of_a_killed_run_waits_for_nothing(run, status, state):
     assert "Resume it with" in text and ("stopped without an error message" in text) == (state == "stopped")
 
 
-def test_a_finished_run_without_metrics_is_refused(run):
+def test_a_finished_run_without_metrics_is_rejected(run):
     run.run_json()
     with pytest.raises(FileNotFoundError, match=r"no file .*metrics.json: "):
         write_report(run.folder)
@@ -291,7 +291,7 @@ def test_an_interrupted_run_shows_the_budgets_it_reached(run):
     assert {"notice", "method", "sparsity", "budgets"} <= set(page(run).ids)
 
 
-def test_everything_that_comes_from_outside_is_escaped(run):
+def test_untrusted_text_is_escaped(run):
     evil = '"><script>alert(1)</script><img src=x onerror=alert(2)>'
     run.finished(classes=(evil, "--></svg><script>"), method="lora")
     run.run_json(
@@ -306,18 +306,18 @@ def test_everything_that_comes_from_outside_is_escaped(run):
     )
     run.write("config.yaml", evil)
     report = page(run, lambda index: Image.new("RGB", (8, 8)))
-    assert [tag for tag, attrs in report.tags if tag == "script" or "onerror" in attrs] == ["script"]  # our own
+    assert [tag for tag, attrs in report.tags if tag == "script" or "onerror" in attrs] == ["script"]  # ours
     assert all(attrs["src"].startswith("data:image/png;base64,") for tag, attrs in report.tags if tag == "img")
 
 
-def test_the_page_names_no_address_of_the_network(compared_report):
+def test_the_page_has_no_external_urls(compared_report):
     text = compared_report.read_text(encoding="utf-8")
     addresses = set(re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"')\s>]{1,40})""", text))
     assert all(address.startswith(("#", "data:")) for address in addresses)
     assert "default-src 'none'" in text
 
 
-def test_pictures_and_tables_are_accessible(compared_report):
+def test_images_and_tables_are_accessible(compared_report):
     report = Page(compared_report.read_text(encoding="utf-8"))
     assert all(attrs.get("alt") for tag, attrs in report.tags if tag == "img")
     assert all(attrs.get("aria-label") for tag, attrs in report.tags if tag == "svg")
@@ -343,7 +343,7 @@ def predictions(right, wrong):
     ("right", "wrong", "shown"),
     [(100, 50, (12, 12)), (100, 3, (3, 21)), (2, 50, (22, 2)), (4, 5, (5, 4)), (9, 0, (0, 9))],
 )
-def test_where_one_group_is_small_the_other_fills_the_grid(right, wrong, shown):
+def test_the_larger_group_fills_the_grid(right, wrong, shown):
     chosen_wrong, chosen_right = choose_examples(predictions(right, wrong))
     assert (len(chosen_wrong), len(chosen_right)) == shown
     assert len({item.index for item in chosen_wrong + chosen_right}) == sum(shown)
@@ -354,7 +354,7 @@ def test_the_most_confident_mistakes_come_first():
     assert [item.index for item in choose_examples(items)[0]] == [1, 2, 0]
 
 
-def test_a_picture_that_is_gone_is_reported_in_its_place(run):
+def test_a_missing_image_is_reported_in_place(run):
     def gone(index):
         raise FileNotFoundError(f"cells/{index}.png was removed")
 
@@ -363,7 +363,7 @@ def test_a_picture_that_is_gone_is_reported_in_its_place(run):
     assert not [tag for tag, _ in report.tags if tag == "img"]
 
 
-def test_pictures_come_from_a_mapping_or_a_function_or_not_at_all():
+def test_images_come_from_a_mapping_or_a_function_or_are_missing():
     item = predictions(1, 0)[0]
     picture = Image.new("L", (400, 200))
     assert load_example(item, {0: picture}).width == 176
@@ -373,13 +373,13 @@ def test_pictures_come_from_a_mapping_or_a_function_or_not_at_all():
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK", "I;16", "F"])
-def test_a_picture_of_any_mode_becomes_a_png(mode):
+def test_images_of_any_mode_become_png(mode):
     uri, width, height = picture_uri(Image.new(mode, (28, 20)))
     assert (width, height) == (28, 20)
     assert uri.startswith("data:image/png;base64,iVBOR")
 
 
-def test_an_old_report_survives_when_a_new_one_cannot_be_made(run):
+def test_a_failed_write_keeps_the_old_report(run):
     path = write_report(run.finished(method="lora").folder)
     before = path.read_bytes()
     run.write("predictions.json", "{")
@@ -389,7 +389,7 @@ def test_an_old_report_survives_when_a_new_one_cannot_be_made(run):
     assert not [file for file in run.folder.iterdir() if file.name.startswith(".")]
 
 
-def test_numbers_read_well():
+def test_numbers_are_formatted():
     spaced = [
         (count_text(768), "768"),
         (count_text(12_345), "12,345"),
@@ -440,7 +440,7 @@ def test_a_calibrated_run_shows_its_reliability_and_the_suggested_threshold(run)
         assert words in page.text, words
 
 
-def test_groups_are_told_apart_the_least_recognized_first(run):
+def test_groups_are_sorted_by_accuracy(run):
     info = read(RunInfo, run.finished().folder)
     right, wrong = [1.0, *[0.0] * (len(info.classes) - 1)], [0.0, 1.0, *[0.0] * (len(info.classes) - 2)]
     groups = ["site A"] * 3 + ["<b>B</b>"] * 2
@@ -458,7 +458,7 @@ def test_groups_are_told_apart_the_least_recognized_first(run):
 
 
 @pytest.mark.parametrize(("wrong", "shown", "is_more"), [(2, 2, False), (40, 30, True), (0, 30, False)])
-def test_of_many_groups_those_with_errors_are_shown(wrong, shown, is_more, run):
+def test_only_groups_with_errors_are_shown_for_many_groups(wrong, shown, is_more, run):
     info = read(RunInfo, run.finished().folder)
     rows = [[float(n == (i < wrong)) for n in range(len(info.classes))] for i in range(50)]
     items = [Prediction(i, f"{i}.png", 0, row, group=f"{i}") for i, row in enumerate(rows)]

@@ -1,4 +1,4 @@
-"""The report page in a real browser: what it asks for, what it shows, whether people can read it."""
+"""The report page in a real browser: requests, content and readability."""
 
 import pytest
 
@@ -9,7 +9,7 @@ SECTIONS = ["results", "comparison", "confusion", "examples", "use", "curves", "
 OPEN_ALL = "document.querySelectorAll('details').forEach(details => details.open = true)"
 
 
-def test_the_page_shows_all_sections_and_pictures_and_asks_the_network_for_nothing(browser, compared_report):
+def test_the_page_loads_no_external_resources(browser, compared_report):
     browser.open(compared_report)
     browser.evaluate(OPEN_ALL)
     assert browser.evaluate("[...document.querySelectorAll('section')].map(s => s.id)") == SECTIONS
@@ -22,7 +22,7 @@ def test_the_page_shows_all_sections_and_pictures_and_asks_the_network_for_nothi
     assert browser.evaluate("performance.getEntriesByType('resource').filter(e => !e.name.startsWith('data:'))") == []
 
 
-def test_a_page_that_asks_for_something_is_noticed(browser, compared_report, tmp_path):
+def test_external_requests_are_detected(browser, compared_report, tmp_path):
     text = compared_report.read_text(encoding="utf-8")
     asking = tmp_path / "asking.html"
     asking.write_text(text.replace("</main>", '<img src="missing.png" alt=""></main>'), encoding="utf-8")
@@ -30,7 +30,7 @@ def test_a_page_that_asks_for_something_is_noticed(browser, compared_report, tmp
 
 
 @pytest.mark.parametrize("width", [1200, 768, 400])
-def test_no_text_is_cut_or_covered_or_tiny_at_any_width(browser, compared_report, width):
+def test_text_is_readable_at_any_width(browser, compared_report, width):
     browser.open(compared_report, width)
     browser.evaluate(OPEN_ALL)
     assert browser.evaluate("document.documentElement.scrollWidth") <= width
@@ -39,7 +39,7 @@ def test_no_text_is_cut_or_covered_or_tiny_at_any_width(browser, compared_report
 
 
 @pytest.mark.parametrize(("width", "is_shown"), [(390, True), (1280, False)])
-def test_a_narrow_screen_says_where_to_scroll(browser, compared_report, width, is_shown):
+def test_a_narrow_screen_shows_scroll_hints(browser, compared_report, width, is_shown):
     browser.open(compared_report, width)
     browser.evaluate(OPEN_ALL)
     hints = "[...document.querySelectorAll('#sparsity .sideways')].map(e => e.getBoundingClientRect().height > 0)"
@@ -49,7 +49,7 @@ def test_a_narrow_screen_says_where_to_scroll(browser, compared_report, width, i
 
 
 @pytest.mark.parametrize("dark", [False, True])
-def test_texts_stand_out_from_the_ground_in_both_modes(browser, compared_report, dark):
+def test_text_has_enough_contrast_in_both_modes(browser, compared_report, dark):
     browser.open(compared_report, dark=dark)
     ground = browser.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (ground == "rgb(17, 21, 27)") == dark
@@ -69,13 +69,13 @@ def test_confusion_matrices_are_readable_for_few_and_for_many_classes(browser, r
         assert browser.evaluate(SMALLEST_TEXT) >= 8.5
 
 
-def test_names_that_look_like_markup_stay_text(browser, run):
+def test_names_are_escaped(browser, run):
     evil = "<img src=x onerror='document.title=1'>"
     run.finished(classes=(evil, "--></svg><script>document.title = 2</script>"), method="lora")
     report = write_report(run.folder)
     browser.open(report)
     assert browser.evaluate("document.title") == "lora on elpv · snella report"
-    assert browser.evaluate("[document.scripts.length, document.images.length]") == [1, 0]  # the copy buttons' own
+    assert browser.evaluate("[document.scripts.length, document.images.length]") == [1, 0]  # copy buttons
     assert browser.evaluate("document.querySelector('#confusion tbody th').textContent") == evil
     assert browser.complaints() == []
 
@@ -106,7 +106,7 @@ def test_every_block_of_code_has_a_button_that_copies_it(browser, compared_repor
     assert browser.complaints() == []
 
 
-def test_a_script_that_is_not_ours_does_not_run(browser, compared_report, tmp_path):
+def test_other_scripts_are_blocked(browser, compared_report, tmp_path):
     text = compared_report.read_text(encoding="utf-8")
     changed = tmp_path / "changed.html"
     changed.write_text(text.replace("</main>", "</main><script>document.title = 'ran'</script>"), encoding="utf-8")

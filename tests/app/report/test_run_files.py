@@ -68,21 +68,21 @@ def test_errors_of_numbers_with_different_units_are_not_averaged():
     ]
 
 
-def test_a_folder_that_is_no_run_is_told_from_one_that_does_not_exist(run, tmp_path):
+def test_missing_runs_and_missing_folders_have_different_errors(run, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file .*demo/run.json: this is not a run folder; pass the"):
         read(RunInfo, run.folder)
     with pytest.raises(FileNotFoundError, match=r"no file .*nowhere/run.json: no such folder"):
         read(RunInfo, tmp_path / "nowhere")
 
 
-def test_a_missing_file_of_a_run_is_named_with_the_way_to_get_it(run):
+def test_a_missing_file_is_reported_with_a_remedy(run):
     run.run_json()
-    with pytest.raises(FileNotFoundError, match=r"no file .*metrics.json: the run has not written it yet.*--resume"):
+    with pytest.raises(FileNotFoundError, match=r"no file .*metrics.json: not written yet.*--resume"):
         read(Metrics, run.folder)
     assert read_if_present(Metrics, run.folder) is None
 
 
-def test_damaged_json_is_named_with_line_and_column(run):
+def test_damaged_json_is_reported_with_line_and_column(run):
     run.finished()
     text = (run.folder / "allocation.json").read_text()
     run.write("allocation.json", text[: len(text) // 2])
@@ -93,7 +93,7 @@ def test_damaged_json_is_named_with_line_and_column(run):
         read(RunInfo, run.folder)
 
 
-def test_an_unknown_format_number_is_refused(run):
+def test_an_unknown_format_number_is_rejected(run):
     run.run_json(format=7)
     with pytest.raises(ValueError, match=r"run.json has format 7, this version of snella reads format 1"):
         read(RunInfo, run.folder)
@@ -110,33 +110,33 @@ def test_an_unknown_format_number_is_refused(run):
         ({"backbone": ["vit"]}, r"'backbone' must be a mapping, got list \['vit'\]"),
     ],
 )
-def test_a_wrong_field_of_the_run_is_named_with_what_came(run, change, message):
+def test_an_invalid_field_is_reported_with_its_value(run, change, message):
     run.run_json(**change)
     with pytest.raises(ValueError, match="run.json: " + message):
         read(RunInfo, run.folder)
 
 
-def test_a_file_that_holds_a_list_is_refused(run):
+def test_a_list_is_rejected(run):
     run.write("comparison.json", [1, 2])
     with pytest.raises(ValueError, match=r"comparison.json: the file must contain a mapping, got list \[1, 2\]; .*del"):
         read(MethodResults, run.folder)
 
 
-def test_a_value_that_is_true_is_no_number(run):
+def test_true_is_not_a_number(run):
     run.finished()
     run.change("metrics.json", train_s=True)
     with pytest.raises(ValueError, match=r"'train_s' must be a number, got bool True"):
         read(Metrics, run.folder)
 
 
-def test_a_confusion_matrix_that_is_not_square_is_refused(run):
+def test_a_confusion_matrix_that_is_not_square_is_rejected(run):
     run.finished()
     run.change("metrics.json", val={"accuracy": 0.5, "confusion": [[1, 2], [3]]})
     with pytest.raises(ValueError, match=r"val: confusion must be square, got 2 rows of lengths \[1, 2\]"):
         read(Metrics, run.folder)
 
 
-def test_an_allocation_that_names_other_matrices_is_refused(run):
+def test_an_allocation_that_names_other_matrices_is_rejected(run):
     run.finished()
     values = run.read("allocation.json")
     values["history"][3]["budgets"]["blocks.12.mlp.fc1"] = values["history"][3]["budgets"].pop("blocks.0.mlp.fc1")
@@ -147,7 +147,7 @@ def test_an_allocation_that_names_other_matrices_is_refused(run):
         read(Allocation, run.folder)
 
 
-def test_predictions_that_do_not_fit_the_classes_are_refused(run):
+def test_predictions_that_do_not_fit_the_classes_are_rejected(run):
     run.finished()
     with pytest.raises(ValueError, match=r"items\[0\] has 2 probabilities and label 0, but run.json lists 5 classes"):
         read(Predictions, run.folder).for_classes(5)
@@ -164,13 +164,13 @@ def test_values_that_were_not_measured_are_nan_or_none(run):
     assert metrics.test is None
 
 
-def test_the_adapter_s_allocation_is_that_of_its_own_epoch_not_the_last(run):
+def test_the_adapters_allocation_is_that_of_its_epoch(run):
     run.finished(best=4)
     allocation, metrics = read(Allocation, run.folder), read(Metrics, run.folder)
     assert adapter_step(allocation, metrics).t == 4
 
 
-def test_with_a_constant_total_the_adapter_still_has_the_allocation_of_its_epoch(run):
+def test_a_constant_total_keeps_the_allocation_of_the_epoch(run):
     run.finished(best=4)
     values = run.read("allocation.json")
     for entry in values["history"]:
@@ -183,7 +183,7 @@ def test_with_a_constant_total_the_adapter_still_has_the_allocation_of_its_epoch
     assert adapter_step(read(Allocation, run.folder), read(Metrics, run.folder)).t == 4
 
 
-def test_without_metrics_the_last_allocation_counts_and_without_history_none(run):
+def test_the_allocation_defaults_to_the_last_one(run):
     run.allocation()
     allocation = read(Allocation, run.folder)
     assert adapter_step(allocation, None).t == 10
@@ -201,7 +201,7 @@ def test_without_an_adapter_the_budgets_are_those_of_its_record(run):
     assert current_budgets(None, allocation)[allocation.matrices[5].name] == 17
 
 
-def test_allocations_within_an_epoch_are_put_onto_the_epochs(run):
+def test_allocation_times_map_to_epochs(run):
     run.finished()
     allocation, metrics = read(Allocation, run.folder), read(Metrics, run.folder)
     assert epochs_of_allocation(allocation, metrics, is_finished=True) == 10

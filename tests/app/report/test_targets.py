@@ -1,4 +1,4 @@
-"""The report's sections for several labels, ordered classes and numbers, of runs as training writes them."""
+"""Report sections for multilabel, ordinal and regression runs."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ NAMES = {
 
 
 class Images:
-    """As much of a data set as predictions are made of."""
+    """Dataset attributes that predictions need."""
 
     def __init__(self, labels, targets):
         self.labels, self.names = labels, [f"image{row:03}.png" for row in range(len(targets))]
@@ -30,7 +30,7 @@ class Images:
 
 
 def write_run(folder, name):
-    """A finished run of a task, its outputs drawn at random around the truth."""
+    """Finished run of a task with random outputs around the truth."""
     rng, classes = np.random.default_rng(0), NAMES[name]
     task = create_task(name, classes, mean=(40.0, 170.0), std=(20.0, 10.0), median=(38.0, 170.0))
     count = 60
@@ -92,7 +92,7 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_results_are_read_as_they_were_written(runs, name):
+def test_results_survive_a_round_trip(runs, name):
     folder, scores = runs[name]
     stored = read(Metrics, folder).test
     assert stored == scores_from(scores)
@@ -101,7 +101,7 @@ def test_results_are_read_as_they_were_written(runs, name):
             assert getattr(stored, metric) == pytest.approx(scores[metric])
 
 
-def test_the_page_of_labels_has_their_numbers(runs):
+def test_the_multilabel_page_has_all_scores(runs):
     folder, scores = runs["multilabel"]
     page = (folder / "report.html").read_text()
     for row in scores["per_class"]:
@@ -109,16 +109,16 @@ def test_the_page_of_labels_has_their_numbers(runs):
     assert 'aria-label="Precision against recall of 3 labels on the validation images' in page
     assert 'id="confusion"' not in page
     table = page.partition('aria-label="Table of labels"')[2].partition("</section>")[0]
-    assert "scroll sideways" in table  # on a telephone its last columns are off the screen
+    assert "scroll sideways" in table  # the last columns are off a phone's screen
 
 
-def test_the_page_of_numbers_sets_them_beside_the_baseline(runs):
+def test_the_regression_page_compares_with_the_baseline(runs):
     folder, scores = runs["regression"]
     page = (folder / "report.html").read_text()
     for row in scores["per_target"]:
         for key in ("mae", "rmse", "baseline_mae", "baseline_rmse"):
             assert f">{row[key]:.4g}<" in page
-    assert page.count("<svg") == 6  # two curves, and for each number a scatter plot and errors by range
+    assert page.count("<svg") == 6  # two curves, and a scatter plot and box plot per target
     hero = page.partition('<div class="hero">')[2].partition("</div>")[0]
     assert "test R²" in hero and f">{scores['r2']:.3f}<" in hero  # errors in years and centimeters have no mean
     assert f"{scores['mae']:.4g}" not in page and f"{scores['rmse']:.4g}" not in page
@@ -143,7 +143,7 @@ def test_the_worst_images_come_first(runs):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("width", [1200, 390])
-def test_no_text_of_these_pages_is_cut_or_tiny(browser, runs, name, width):
+def test_text_of_these_pages_is_readable(browser, runs, name, width):
     browser.open(runs[name][0] / "report.html", width)
     assert browser.evaluate("document.documentElement.scrollWidth") <= width
     assert browser.evaluate(FAULTY_TEXTS) == []

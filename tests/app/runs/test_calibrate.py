@@ -21,7 +21,7 @@ from snella_app.runs.folder import RunFolder
 
 
 def sampled(temperature, images=20_000, classes=4):
-    """Logits whose softmax over a temperature is what the labels are drawn from."""
+    """Logits, and labels drawn from their softmax with a temperature."""
     random = np.random.default_rng(0)
     logits = torch.from_numpy(random.normal(0, 3, (images, classes)))
     gumbel = torch.from_numpy(random.gumbel(size=(images, classes)))
@@ -29,7 +29,7 @@ def sampled(temperature, images=20_000, classes=4):
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-def test_the_temperature_that_labels_were_drawn_with_is_found(temperature):
+def test_the_true_temperature_is_recovered(temperature):
     assert fit_temperature(*sampled(temperature)) == pytest.approx(temperature, rel=0.03)
 
 
@@ -40,14 +40,14 @@ def test_no_other_temperature_has_a_lower_loss():
     assert all(loss(best) <= loss(best * factor) for factor in (0.5, 0.95, 1.05, 2.0))
 
 
-def test_images_that_are_all_right_do_not_make_a_model_infinitely_sure():
+def test_perfect_predictions_keep_a_finite_confidence():
     logits, labels = torch.tensor([[2.0, 0.0], [0.0, 2.0]] * 10), torch.tensor([0, 1] * 10)
     temperature = fit_temperature(logits, labels)
     right = float((logits[0] / temperature).softmax(0)[0])
-    assert right == pytest.approx(1 - 0.5 / 22, abs=1e-4)  # the smoothed target itself
+    assert right == pytest.approx(1 - 0.5 / 22, abs=1e-4)  # equals the smoothed target
 
 
-def test_calibration_brings_the_error_down_and_says_so_for_every_split():
+def test_calibration_lowers_the_error_on_every_split():
     logits, labels = sampled(3.0, images=4000)
     measured = {"val": (logits[:2000].softmax(1), labels[:2000]), "test": (logits[2000:].softmax(1), labels[2000:])}
     found = calibrate(measured)
@@ -69,7 +69,7 @@ def test_the_calibration_error_is_the_mean_distance_weighted_by_images():
 
 
 @pytest.mark.parametrize(("images", "bins"), [(5, 1), (48, 4), (100, 8), (1000, 15)])
-def test_bins_hold_equally_many_images_and_are_fewer_for_few(images, bins):
+def test_bins_have_equal_sizes_and_few_images_have_few_bins(images, bins):
     confidence = torch.linspace(0.99, 0.3, images)
     found = reliability_bins(confidence, confidence > 0.6)
     counts = [b.count for b in found]
@@ -78,7 +78,7 @@ def test_bins_hold_equally_many_images_and_are_fewer_for_few(images, bins):
     assert sum(b.accuracy * b.count for b in found) == pytest.approx(int((confidence > 0.6).sum()), abs=1e-2)
 
 
-def test_images_of_equal_probability_are_in_one_bin():
+def test_images_of_equal_probability_share_a_bin():
     confidence = torch.cat([torch.full((30,), 1.0), torch.linspace(0.5, 0.9, 12)])
     right = torch.arange(42) % 2 == 0
     found = reliability_bins(confidence, right)
@@ -108,7 +108,7 @@ def test_no_images_have_no_bins():
     assert reliability_bins(torch.zeros(0), torch.zeros(0, dtype=torch.bool)) == []
 
 
-def test_a_temperature_that_makes_the_test_worse_is_said_not_to_help():
+def test_a_temperature_that_worsens_the_test_split_is_reported():
     confident = torch.tensor([[4.0, 0.0], [0.0, 4.0]] * 40).softmax(1)
     labels = torch.tensor([0, 1] * 40)
     wrong = labels.clone()
@@ -122,7 +122,7 @@ def test_a_temperature_that_makes_the_test_worse_is_said_not_to_help():
     assert good.verdict.startswith("The temperature helped on the 80 test images: expected calibration error 13.2 %")
 
 
-def test_the_threshold_is_the_least_that_halves_the_errors():
+def test_the_threshold_is_the_lowest_that_halves_the_errors():
     confidence = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2])
     right = torch.tensor([True, True, True, False, True, False, False, False])
     threshold, coverage, accuracy = unsure_threshold(confidence, right)
@@ -167,7 +167,7 @@ def test_a_run_without_a_temperature_gets_the_one_that_training_fits(finished, t
         ({"status": "running"}, "must be a finished classification run to be calibrated, got status 'running'"),
     ],
 )
-def test_a_run_that_cannot_have_a_temperature_is_refused(changes, message, finished, tmp_path):
+def test_unsupported_runs_are_rejected(changes, message, finished, tmp_path):
     run = RunFolder(shutil.copytree(finished.path, tmp_path / "run"))
     values = run.read_json("run.json")
     data = values["data"] | changes.pop("data", {})

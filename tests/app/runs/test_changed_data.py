@@ -19,13 +19,13 @@ from snella_app.training.trainer import SnellaTrainer
 
 @pytest.fixture
 def mine(photos, tmp_path):
-    """Photographs that a test may change."""
+    """Photographs that a test can change."""
     return shutil.copytree(photos, tmp_path / "mine")
 
 
 @pytest.fixture
 def run_of(finished, tmp_path):
-    """A copy of the finished run that says it was trained on a folder of the same photographs."""
+    """Copy of the finished run with a folder of the same photographs as its data."""
 
     def make(folder):
         run = RunFolder(shutil.copytree(finished.path, tmp_path / "copy"))
@@ -41,7 +41,7 @@ def run_of(finished, tmp_path):
 
 @pytest.fixture
 def interrupted(settings, mine, console, monkeypatch, no_report):
-    """Settings of a run on `mine` that was interrupted after an epoch."""
+    """Settings of a run on `mine`, interrupted after one epoch."""
     config = settings(data=f"folder:{mine}", epochs=2)
     training_step = SnellaTrainer.training_step
 
@@ -57,7 +57,7 @@ def interrupted(settings, mine, console, monkeypatch, no_report):
     return config
 
 
-def test_run_json_says_which_images_and_where(finished, photos):
+def test_run_json_stores_images_and_folder(finished, photos):
     data = finished.read_json("run.json")["data"]
     assert len(data["digest"]) == 64 and data["folder"] == str(photos)
 
@@ -65,7 +65,7 @@ def test_run_json_says_which_images_and_where(finished, photos):
 @pytest.mark.parametrize(
     ("change", "now"), [("added", "train 3"), ("removed", "train 2"), ("renamed", "the same numb")]
 )
-def test_evaluating_on_changed_images_is_refused_with_both_sizes(change, now, run_of, mine):
+def test_evaluating_on_changed_images_is_rejected_with_both_sizes(change, now, run_of, mine):
     run = run_of(mine)
     first = mine / "cats" / "000.png"
     if change == "added":
@@ -86,18 +86,18 @@ def test_evaluating_on_changed_images_is_refused_with_both_sizes(change, now, ru
 
 
 def replace_pixels(path):
-    """Another picture under the same name."""
+    """Replace an image under the same name."""
     Image.eval(Image.open(path), lambda value: 255 - value).save(path)
 
 
-def test_a_replaced_image_is_noticed_where_it_is_measured(run_of, mine):
+def test_a_replaced_image_is_detected_in_the_evaluated_split(run_of, mine):
     run = run_of(mine)
     splits = load_splits(run.read_config())
     before = evaluate(run.path)
     assert before["notes"] == []
     replace_pixels(splits.test.source.paths[splits.test.rows[0]])
     with pytest.raises(
-        ValueError, match=r"with the same names and other contents in folder:.*mine \(test\): .*or train a new run"
+        ValueError, match=r"with the same names but other contents in folder:.*mine \(test\): .*or train a new run"
     ):
         evaluate(run.path)
     with pytest.raises(ValueError, match=r"other contents in folder:.*mine \(test\)"):
@@ -109,7 +109,7 @@ def test_a_replaced_image_is_noticed_where_it_is_measured(run_of, mine):
     assert note in other["notes"]
 
 
-def test_of_images_that_a_run_did_not_read_it_is_said_that_replaced_ones_are_not_noticed(run_of, mine):
+def test_unchecked_images_are_noted(run_of, mine):
     run = run_of(mine)
     before = evaluate(run.path)
     data = run.read_json("run.json")["data"]
@@ -122,19 +122,19 @@ def test_of_images_that_a_run_did_not_read_it_is_said_that_replaced_ones_are_not
     ]
 
 
-def test_test_images_that_are_left_untouched_are_not_read_for_their_digest(settings, console, no_report):
+def test_unused_test_images_are_not_read(settings, console, no_report):
     run = train(settings(epochs=1), console, measure_test=False)
     assert list(run.read_json("run.json")["data"]["contents"]) == ["train", "val"]
 
 
-def test_resuming_on_replaced_images_is_refused(interrupted, mine):
+def test_resuming_on_replaced_images_is_rejected(interrupted, mine):
     train_images = load_splits(interrupted).train
     replace_pixels(train_images.source.paths[train_images.rows[0]])
     with pytest.raises(ValueError, match=r"other contents in folder:.*mine \(train\): images were replaced"):
         train(TrainConfig(out=interrupted.out, resume=True), Console(file=io.StringIO()))
 
 
-def test_moved_images_are_the_run_s_own_wherever_they_lie(run_of, mine, finished, tmp_path):
+def test_moved_images_are_recognized(run_of, mine, finished, tmp_path):
     run = run_of(mine)
     moved = mine.rename(tmp_path / "moved")
     with pytest.raises(
@@ -161,7 +161,7 @@ def test_a_relative_folder_is_found_from_another_directory(photos, tmp_path, mon
         find_data(tmp_path, "folder:all", str(tmp_path / "gone"))
 
 
-def test_resuming_on_changed_images_is_refused_and_changes_nothing(interrupted, mine):
+def test_resuming_on_changed_images_is_rejected_and_changes_nothing(interrupted, mine):
     run = RunFolder(interrupted.out)
     before = (run.path / "run.json").read_bytes()
     (mine / "cats" / "000.png").rename(mine / "cats" / "zzz.png")
@@ -170,7 +170,7 @@ def test_resuming_on_changed_images_is_refused_and_changes_nothing(interrupted, 
     assert (run.path / "run.json").read_bytes() == before
 
 
-def test_resuming_goes_on_with_moved_images(interrupted, mine, tmp_path):
+def test_resuming_accepts_moved_images(interrupted, mine, tmp_path):
     moved = mine.rename(tmp_path / "moved")
     with pytest.raises(FileNotFoundError, match="pass its new location with --data folder:NEW"):
         train(TrainConfig(out=interrupted.out, resume=True), Console(file=io.StringIO()))
@@ -181,7 +181,7 @@ def test_resuming_goes_on_with_moved_images(interrupted, mine, tmp_path):
     assert evaluate(run.path)["split"] == "test"
 
 
-def test_resuming_a_run_without_a_digest_of_its_data_with_other_data_is_refused(interrupted):
+def test_resuming_a_run_without_data_digest_on_other_data_is_rejected(interrupted):
     run = RunFolder(interrupted.out)
     run.update("interrupted", data={"spec": interrupted.data})
     with pytest.raises(ValueError, match=r"data is 'folder:.*' there and 'digits' here; leave them out"):
@@ -189,7 +189,7 @@ def test_resuming_a_run_without_a_digest_of_its_data_with_other_data_is_refused(
 
 
 @pytest.mark.parametrize("change", ["removed", "renamed"])
-def test_a_report_without_its_images_is_written_without_pictures_and_says_so(change, run_of, mine, console):
+def test_a_report_without_images_has_a_note(change, run_of, mine, console):
     run = run_of(mine)
     redraw_report(run.path, console)
     assert "<img" in run.report.read_text() and not console.file.getvalue()
@@ -202,8 +202,8 @@ def test_a_report_without_its_images_is_written_without_pictures_and_says_so(cha
     assert "note: the report has no images: " in console.file.getvalue()
 
 
-def test_a_report_of_no_run_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="this is not the folder of a run"):
+def test_a_report_without_a_run_is_rejected(tmp_path):
+    with pytest.raises(FileNotFoundError, match="this is not a run folder"):
         redraw_report(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Runs on tables, on objects and on images of other channels: trained, evaluated, predicted, resumed, merged."""
+"""Runs on tables, Python objects and other channel counts: training, evaluation, prediction, resuming, merging."""
 
 import csv
 
@@ -21,7 +21,7 @@ from snella_app.training.train import train
 
 @pytest.fixture
 def table(photos):
-    """A table of the photographs with a group of four images each."""
+    """Table of the photographs in groups of four images."""
     rows = [
         (f"{p.parent.name}/{p.name}", p.parent.name, f"{p.parent.name}-{int(p.stem) // 4}")
         for p in photos.rglob("*.png")
@@ -34,11 +34,11 @@ def table(photos):
 
 @pytest.fixture
 def fast(settings, no_report):
-    """Make the configuration of a run of one epoch."""
+    """Return the configuration of a one-epoch run."""
     return lambda **changes: settings(**{"method": "linear", "epochs": 1, **changes})
 
 
-def test_a_table_is_trained_on_evaluated_and_predicted(fast, table, console, tmp_path):
+def test_a_table_can_be_trained_on_evaluated_and_predicted(fast, table, console, tmp_path):
     run = train(fast(data=f"csv:{table}", columns="path=where"), console)
     assert "columns: path 'where', label 'species', group 'patient'" in console.file.getvalue()
     metrics = run.read_json("metrics.json")
@@ -60,7 +60,7 @@ def test_a_table_is_trained_on_evaluated_and_predicted(fast, table, console, tmp
     small.unlink()
 
 
-def test_replaced_pixels_and_other_groups_are_noticed(fast, photos, tmp_path, console):
+def test_replaced_pixels_and_changed_groups_are_detected(fast, photos, tmp_path, console):
     root = tmp_path / "copy"
     for file in photos.rglob("*.png"):
         (root / file.parent.name).mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ def test_replaced_pixels_and_other_groups_are_noticed(fast, photos, tmp_path, co
         evaluate(run.path)
     write("g")
     Image.new("RGB", (32, 32)).save(root / load_run(run.path).folder.read_json("predictions.json")["items"][0]["name"])
-    with pytest.raises(ValueError, match="files with the same names and other contents"):
+    with pytest.raises(ValueError, match="files with the same names but other contents"):
         evaluate(run.path, split="val")
     assert first[0].label in ("cats", "dogs", "owls")
 
@@ -157,7 +157,7 @@ def test_images_of_other_channels_are_trained_on_and_merged(channels, fast, cons
     assert torch.allclose(logits, own, atol=1e-5) and prediction.label == loaded.classes[int(logits.argmax())]
 
 
-def test_channels_that_do_not_fit_are_refused(fast, console, photos):
+def test_channels_that_do_not_fit_are_rejected(fast, console, photos):
     with pytest.raises(ValueError, match="augment must be none, flip or crop for 4 channels, got 'imagenet'"):
         fast(channels=4, augment="imagenet")
     with pytest.raises(ValueError, match="channels must be 3 with task 'segmentation', got 1"):
@@ -170,7 +170,7 @@ def test_channels_that_do_not_fit_are_refused(fast, console, photos):
         train(fast(channels=6), console)
 
 
-def test_the_command_names_the_object_that_is_missing():
+def test_the_command_reports_a_missing_object():
     with pytest.raises(ValueError, match=r"columns must be ROLE=NAME pairs like path=file"):
         TrainConfig(data="csv:x", backbone="test_vit", out="x", columns="pth=file")
     assert RunFolder("x").path.name == "x"

@@ -1,4 +1,4 @@
-"""Heat maps of a run's images, and their nearest training images."""
+"""Heat maps and nearest training images."""
 
 import re
 import shutil
@@ -27,7 +27,7 @@ def test_images_get_heat_maps_and_their_nearest_training_images(finished, photos
     assert page.count("<section>") == 3 and not found.notes
     cosines = [float(c) for c in re.findall(r"cosine (-?[\d.]+)", page)]
     assert len(cosines) == 6 and all(a >= b for a, b in zip(cosines[::2], cosines[1::2], strict=True))
-    assert max(cosines) == 1.0  # some of them are training images themselves
+    assert max(cosines) == 1.0  # some are training images
     assert np.asarray(Image.open(tmp_path / "out" / "0001-000.png")).std() > 5
     with pytest.raises(FileExistsError, match=r"out=.*out is not empty"):
         explain(finished.path, chosen, tmp_path / "out")
@@ -35,7 +35,7 @@ def test_images_get_heat_maps_and_their_nearest_training_images(finished, photos
         explain(finished.path, chosen, tmp_path / "other", of="newts")
 
 
-def test_where_the_training_images_are_gone_the_heat_maps_are_there(finished, photos, tmp_path):
+def test_heat_maps_need_no_training_images(finished, photos, tmp_path):
     run = shutil.copytree(finished.path, tmp_path / "run")
     text = (run / "config.yaml").read_text().replace(str(photos), "/nowhere/photos")
     (run / "config.yaml").write_text(text)
@@ -57,11 +57,15 @@ def test_the_report_shows_wrong_and_right_images_with_their_heat_maps(finished, 
     assert wrong + right == len(maps)
 
 
-def test_attention_is_rolled_out_on_request_and_the_pages_say_so(finished, photos, tmp_path):
+def test_rollout_is_selectable_and_labeled(finished, photos, tmp_path):
     image = photos / "cats" / "000.png"
     found = explain(finished.path, [image], tmp_path / "out", by="rollout", neighbors=0)
     page = found.page.read_text()
-    assert "independent of the class" in page and "of attention, for any class" in page and "HiResCAM" not in page
+    assert (
+        "independent of the class" in page
+        and "of attention, independent of the class" in page
+        and "HiResCAM" not in page
+    )
     explain(finished.path, [image], tmp_path / "gradcam", neighbors=0)
     rolled, grad = (np.asarray(Image.open(tmp_path / name / "0001-000.png")) for name in ("out", "gradcam"))
     assert rolled.shape == grad.shape and np.abs(rolled.astype(int) - grad).mean() > 1
@@ -76,7 +80,7 @@ def test_attention_is_rolled_out_on_request_and_the_pages_say_so(finished, photo
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
 @pytest.mark.parametrize(("width", "in_a_row"), [(390, 2), (1280, 5)])
-def test_an_image_and_its_heat_map_stand_side_by_side(width, in_a_row, finished, photos, tmp_path, browser):
+def test_an_image_is_next_to_its_heat_map(width, in_a_row, finished, photos, tmp_path, browser):
     found = explain(finished.path, [photos / "cats" / "000.png"], tmp_path / "out")
     browser.open(found.page, width=width)
     tops = browser.evaluate("[...document.querySelectorAll('figure')].map(f => f.getBoundingClientRect().top)")

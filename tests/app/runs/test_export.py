@@ -1,4 +1,4 @@
-"""A run's model in the formats of other programs."""
+"""Export formats of a run's model."""
 
 import ast
 import dataclasses
@@ -48,7 +48,7 @@ def expected(loaded, images):
 
 @pytest.fixture(scope="module")
 def probabilities(loaded, images, expected):
-    """Of predict: the mean over an image and its flip, with the run's temperature."""
+    """Outputs of predict: mean over an image and its flip, with the run's temperature."""
     assert loaded.info.tta == 2
     with torch.no_grad():
         mean = (expected.softmax(1) + loaded.model(images.flip(-1)).softmax(1)) / 2
@@ -60,7 +60,7 @@ def backbone_of(loaded):
 
 
 def reader(name, path):
-    """A function from images to outputs, by the program that the format is for."""
+    """Return a function from images to outputs of an exported file."""
     if name == "onnx":
         onnxruntime = pytest.importorskip("onnxruntime")
         session = onnxruntime.InferenceSession(str(path))
@@ -102,9 +102,7 @@ def test_a_graph_gives_the_model_s_own_outputs_with_logits(name, finished, image
 @pytest.mark.parametrize(
     ("name", "mode"), [*((name, "RGB") for name in CHECKED), ("torchscript", "RGBA"), ("torchscript", "I;16")]
 )
-def test_the_printed_snippet_runs_as_it_stands_and_says_what_predict_says(
-    name, mode, finished, photos, tmp_path, capsys
-):
+def test_the_printed_snippet_runs_and_matches_predict(name, mode, finished, photos, tmp_path, capsys):
     image, out = tmp_path / "new.png", tmp_path / "m"
     with Image.open(photos / "dogs" / "003.png") as picture:
         pixels = np.asarray(picture.resize((50, 41)))
@@ -124,7 +122,7 @@ def test_the_printed_snippet_runs_as_it_stands_and_says_what_predict_says(
     assert ast.literal_eval(done.stdout) == pytest.approx(prediction.probabilities, abs=1e-4)
 
 
-def test_a_run_with_another_white_has_no_snippet_that_prepares_images(loaded):
+def test_a_run_with_a_white_value_has_no_preprocessing_snippet(loaded):
     assert exporting._preparation(loaded) is not None
     data = dataclasses.replace(loaded.info.data, white=4095)
     other = dataclasses.replace(loaded, info=dataclasses.replace(loaded.info, data=data))
@@ -139,7 +137,7 @@ def test_the_run_s_images_are_loaded_once(finished, tmp_path, monkeypatch):
     assert "transform(Image.open(" in done.snippet and len(loadings) == 1
 
 
-def test_onnx_says_classes_and_preprocessing_and_takes_an_opset(finished, loaded, tmp_path):
+def test_onnx_stores_classes_and_preprocessing_and_supports_opset(finished, loaded, tmp_path):
     onnx = pytest.importorskip("onnx")
     path = export(finished.path, "onnx", tmp_path / "m.onnx", opset=20).path
     model = onnx.load(path)
@@ -150,7 +148,7 @@ def test_onnx_says_classes_and_preprocessing_and_takes_an_opset(finished, loaded
 
 
 @pytest.mark.parametrize("name", CHECKED)
-def test_other_outputs_are_refused_and_leave_nothing(name, finished, tmp_path, monkeypatch):
+def test_different_outputs_are_rejected_without_a_file(name, finished, tmp_path, monkeypatch):
     compare = exporting._compare
 
     def compare_altered(images, model, run, name):
@@ -162,7 +160,7 @@ def test_other_outputs_are_refused_and_leave_nothing(name, finished, tmp_path, m
     assert not list(tmp_path.iterdir())
 
 
-def test_sparse_gives_the_fine_tuned_weights_and_the_old_ones_again_bit_for_bit(finished, loaded, images, tmp_path):
+def test_sparse_files_restore_fine_tuned_and_original_weights_bit_for_bit(finished, loaded, images, tmp_path):
     done = export(finished.path, "sparse", tmp_path / "m.safetensors")
     model = backbone_of(loaded)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -181,7 +179,7 @@ def test_sparse_gives_the_fine_tuned_weights_and_the_old_ones_again_bit_for_bit(
     assert json.loads(patch.metadata["classes"]) == ["cats", "dogs", "owls"]
 
 
-def test_the_values_are_the_adapter_s_own_update(finished, loaded, tmp_path):
+def test_the_values_are_the_adapters_update(finished, loaded, tmp_path):
     patch = SparsePatch.read(export(finished.path, "sparse", tmp_path / "m").path)
     layer = loaded.model.base_model.model.blocks[0].attn.qkv
     update = layer.get_delta_weight("default").flatten()
@@ -199,7 +197,7 @@ def test_half_precision_values_are_smaller_and_nearly_the_same(finished, loaded,
         torch.testing.assert_close(patches[1].entries[name].values.float(), entries.values, rtol=2**-8, atol=0)
 
 
-def test_a_sparse_file_is_not_put_on_another_model(finished, loaded, tmp_path):
+def test_a_sparse_file_rejects_another_model(finished, loaded, tmp_path):
     path = export(finished.path, "sparse", tmp_path / "m").path
     other = backbone_of(loaded)
     with torch.no_grad():
@@ -221,7 +219,7 @@ def test_a_sparse_file_is_not_put_on_another_model(finished, loaded, tmp_path):
 @pytest.mark.parametrize(
     ("density", "kind"), [(0.0, "gaps"), (0.00001, "gaps"), (0.01, "gaps"), (0.3, "bitmap"), (1.0, "bitmap")]
 )
-def test_positions_come_back_from_the_smallest_encoding(density, kind):
+def test_positions_use_the_smallest_encoding(density, kind):
     size = 300_007
     generator = torch.Generator().manual_seed(0)
     indices = (torch.rand(size, generator=generator) < density).nonzero().flatten()
@@ -240,7 +238,7 @@ def test_gaps_of_every_length_are_coded():
 
 
 @pytest.mark.parametrize("method", ["shira-2", "gps", "linear"])
-def test_other_methods_that_change_few_weights_are_exact_too(method, settings, no_report, tmp_path):
+def test_other_sparse_methods_are_exact(method, settings, no_report, tmp_path):
     run = train(settings(method=method, epochs=1, method_options={}))
     model = make_backbone(load_run(run.path, "cpu").info.backbone, "classification").eval()
     load_sparse(model, export(run.path, "sparse", tmp_path / "m").path)
@@ -250,16 +248,16 @@ def test_other_methods_that_change_few_weights_are_exact_too(method, settings, n
     assert all(torch.equal(tensor, merged[name]) for name, tensor in model.state_dict().items())
 
 
-def test_a_method_that_changes_all_weights_is_refused(settings, no_report, tmp_path):
+def test_a_method_that_changes_all_weights_is_rejected(settings, no_report, tmp_path):
     run = train(settings(method="lora-2", epochs=1))
     with pytest.raises(ValueError, match=r"method lora-2 changes .* use --format timm"):
         export(run.path, "sparse", tmp_path / "m")
-    with pytest.raises(ValueError, match="is a LoRA already"):
+    with pytest.raises(ValueError, match="is already a LoRA"):
         export(run.path, "lora", tmp_path / "l")
     assert not list(tmp_path.glob("[ml]"))
 
 
-def test_lora_comes_nearer_with_its_rank_and_says_how_near(finished, loaded, images, expected, tmp_path):
+def test_lora_error_decreases_with_its_rank(finished, loaded, images, expected, tmp_path):
     from peft import PeftModel
 
     notes, errors = [], []
@@ -298,7 +296,7 @@ def test_transformers_loads_the_hf_folder_with_labels_and_preprocessing(finished
         assert torch.equal(plain(images), expected)
 
 
-def test_the_timm_folder_is_that_of_merge(finished, images, expected, tmp_path):
+def test_the_timm_folder_equals_merge(finished, images, expected, tmp_path):
     from snella_app.runs.merge import merge
 
     one, two = export(finished.path, "timm", tmp_path / "one").path, merge(finished.path, tmp_path / "two")
@@ -319,13 +317,13 @@ def test_nothing_is_overwritten_silently(finished, tmp_path):
     assert (path / "mine.txt").read_text() == "notes" and sorted(p.name for p in tmp_path.iterdir()) == ["m"]
 
 
-def test_a_missing_package_is_named_with_its_extra(finished, tmp_path, monkeypatch):
+def test_a_missing_package_is_reported_with_its_extra(finished, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ImportError, match=r"format onnx needs onnxscript: pip install 'snella\[export\]'"):
         export(finished.path, "onnx", tmp_path / "m")
 
 
-def test_images_for_the_check_can_be_given_where_the_run_s_are_gone(make_photos, tiny_run, tmp_path, no_report):
+def test_comparison_images_can_be_given(make_photos, tiny_run, tmp_path, no_report):
     folder = make_photos(tmp_path / "photos", {"cats": 16, "dogs": 16})
     config = TrainConfig(**{**tiny_run, "epochs": 1}, data=f"folder:{folder}", out=str(tmp_path / "run"))
     run = train(config)
@@ -337,7 +335,7 @@ def test_images_for_the_check_can_be_given_where_the_run_s_are_gone(make_photos,
     assert (tmp_path / "run.torchscript.pt").is_file()
 
 
-def test_the_command_prints_what_loads_it(finished, tmp_path, capsys):
+def test_the_command_prints_the_loading_code(finished, tmp_path, capsys):
     out = tmp_path / "m.sparse"
     assert main(["export", str(finished.path), "--format", "sparse", "--out", str(out)]) == 0
     printed = capsys.readouterr().out

@@ -25,7 +25,7 @@ def made(path, status):
     return run
 
 
-def test_a_finished_run_is_not_overwritten_by_accident(tmp_path):
+def test_a_finished_run_is_not_overwritten_by_default(tmp_path):
     run = made(tmp_path / "run", "finished")
     with pytest.raises(
         FileExistsError, match=r"out=.*run holds a finished run; choose another folder, or start over with --overwrite"
@@ -53,7 +53,7 @@ def test_resuming_uses_the_stored_settings(tmp_path):
         run.resolve_settings(config(run.path, epochs=3, resume=True))
 
 
-def test_the_settings_of_one_call_are_neither_stored_nor_read_back(tmp_path):
+def test_settings_of_one_call_are_not_stored(tmp_path):
     run = RunFolder(tmp_path / "run")
     run.create(config(run.path, overwrite=True, progress=False).resolved())
     text = (run.path / "config.yaml").read_text()
@@ -63,20 +63,20 @@ def test_the_settings_of_one_call_are_neither_stored_nor_read_back(tmp_path):
     assert (read.overwrite, read.progress, read.resume) == (False, True, False)
 
 
-def test_a_status_that_is_none_is_called_damage(tmp_path):
+def test_an_invalid_status_is_reported_as_damage(tmp_path):
     run = made(tmp_path / "run", "running")
     (run.path / "run.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"run.json is damaged: it holds no status; copy the file again, or train"):
+    with pytest.raises(ValueError, match=r"run.json is damaged: it contains no status; copy the file again, or train"):
         run.resolve_settings(config(run.path))
 
 
-def test_a_run_that_is_running_may_have_been_killed(tmp_path):
+def test_a_running_status_may_be_a_killed_run(tmp_path):
     run = made(tmp_path / "run", "running")
     with pytest.raises(FileExistsError, match=r"an unfinished run \(running or killed\); resume it with --resume"):
         run.resolve_settings(config(run.path))
 
 
-def test_resuming_without_a_run_needs_to_know_what_to_start(tmp_path):
+def test_resuming_without_a_run_requires_data_and_backbone(tmp_path):
     run = RunFolder(tmp_path / "run")
     with pytest.raises(FileNotFoundError, match=r"got .*run, which has no run; give data and backbone"):
         run.resolve_settings(TrainConfig(out=str(run.path), resume=True))
@@ -84,16 +84,16 @@ def test_resuming_without_a_run_needs_to_know_what_to_start(tmp_path):
     assert not run.path.exists()
 
 
-def test_a_folder_with_other_files_is_left_alone(tmp_path):
+def test_a_folder_with_other_files_is_rejected(tmp_path):
     (tmp_path / "thesis.txt").write_text("x")
-    with pytest.raises(FileExistsError, match="holds files but no run"):
+    with pytest.raises(FileExistsError, match="contains files but no run"):
         RunFolder(tmp_path).resolve_settings(config(tmp_path))
     file = tmp_path / "thesis.txt"
-    with pytest.raises(FileExistsError, match=r"thesis.txt holds files but no run"):
+    with pytest.raises(FileExistsError, match=r"thesis.txt contains files but no run"):
         RunFolder(file).resolve_settings(config(file))
 
 
-def test_starting_over_removes_the_run_and_nothing_else(tmp_path):
+def test_overwrite_removes_only_the_run(tmp_path):
     run = made(tmp_path / "run", "finished")
     (run.path / "notes.txt").write_text("mine")
     (run.adapter).mkdir()
@@ -103,17 +103,17 @@ def test_starting_over_removes_the_run_and_nothing_else(tmp_path):
     assert not run.adapter.exists() and run.status is None
 
 
-def test_what_is_no_run_is_called_so(tmp_path):
+def test_a_folder_without_a_run_is_rejected(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"run.json: this is not a run folder"):
         RunFolder(tmp_path).read_json("run.json")
-    with pytest.raises(FileNotFoundError, match=r"config.yaml: this is not the folder of a run"):
+    with pytest.raises(FileNotFoundError, match=r"config.yaml: this is not a run folder"):
         RunFolder(tmp_path).read_config()
     run = made(tmp_path / "run", "running")
-    with pytest.raises(FileNotFoundError, match=r"metrics.json: the run has not written it yet"):
+    with pytest.raises(FileNotFoundError, match=r"metrics.json: not written yet"):
         run.read_json("metrics.json")
 
 
-def test_damaged_files_are_named(tmp_path):
+def test_damaged_files_are_reported(tmp_path):
     run = made(tmp_path / "run", "running")
     (run.path / "metrics.json").write_text("{")
     with pytest.raises(ValueError, match=r"metrics.json is damaged"):
@@ -134,11 +134,11 @@ def test_damaged_files_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new"), [("label_smoothing: 0.0", "label_smoothing: 0.3"), ("epochs: 10", "epochs: 0")]
 )
-def test_settings_of_an_unfinished_run_that_were_edited_are_refused(tmp_path, old, new):
+def test_edited_settings_of_an_unfinished_run_are_rejected(tmp_path, old, new):
     run = made(tmp_path / "run", "running")
     text = (run.path / "config.yaml").read_text()
     (run.path / "config.yaml").write_text(text.replace("workers: 0", "workers: 2"))
-    assert run.read_config().workers == 2  # no part of what is trained
+    assert run.read_config().workers == 2  # does not affect training
     assert old in text
     (run.path / "config.yaml").write_text(text.replace(old, new))
     with pytest.raises(
@@ -147,7 +147,7 @@ def test_settings_of_an_unfinished_run_that_were_edited_are_refused(tmp_path, ol
         run.resolve_settings(TrainConfig(out=str(run.path), resume=True))
 
 
-def test_refused_settings_of_a_file_do_not_name_options(tmp_path):
+def test_errors_of_a_settings_file_use_field_names(tmp_path):
     (tmp_path / "config.yaml").write_text("data: digits\nbackbone: test_vit\nout: x\nepochs: -1\nbatch_size: -1\n")
     refused = (
         r"config.yaml is damaged: 'epochs' must be at least 0, got -1; 'batch_size' must be at least 1, got -1; train"
@@ -164,7 +164,7 @@ def test_refused_settings_of_a_file_do_not_name_options(tmp_path):
     assert as_flags(str(error.value)) == str(error.value)
 
 
-def test_an_unfinished_run_of_an_early_version_is_refused_and_a_finished_one_is_read(tmp_path):
+def test_an_unfinished_run_of_an_early_version_is_rejected_and_a_finished_one_is_read(tmp_path):
     run = made(tmp_path / "run", "running")
     early = {"format": 1, "status": "running"}
     (run.path / "run.json").write_text(json.dumps(sealed(early)))
@@ -176,7 +176,7 @@ def test_an_unfinished_run_of_an_early_version_is_refused_and_a_finished_one_is_
     assert run.resolve_settings(TrainConfig(out=str(run.path), resume=True)).epochs == 10
 
 
-def test_a_new_run_in_the_same_folder_has_another_id_and_a_resumed_one_its_own(tmp_path):
+def test_a_new_run_gets_a_new_id_and_a_resumed_one_keeps_it(tmp_path):
     run = made(tmp_path / "run", "running")
     first = run.id
     run.update("interrupted")
@@ -191,10 +191,8 @@ class Killed(BaseException):
     """Stands for SIGKILL."""
 
 
-def test_a_kill_while_starting_over_leaves_a_folder_that_resume_knows_or_refuses(tmp_path, monkeypatch):
-    """Killed before each renaming and removal in turn: as it was while `config.yaml` is the old one, refused with what
-    to do while `run.json` is there, begun after.
-    """
+def test_a_kill_during_overwrite_leaves_a_resumable_or_rejected_folder(tmp_path, monkeypatch):
+    """Kill before each rename and removal: the old run, a rejected folder with `run.json`, or a resumable run."""
     wanted, said = config(tmp_path / "run", epochs=3).resolved(), []
     for number in range(20):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
@@ -236,7 +234,7 @@ def test_checkpoints_without_the_record_of_their_run_are_not_removed(tmp_path):
         run.resolve_settings(TrainConfig(out=str(run.path), resume=True))
 
 
-def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_with_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr("os.fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match=r"\[Errno 28\] No space left on device: '.*a.json'"):
         write_json(tmp_path / "a.json", {"x": 1})
@@ -244,7 +242,7 @@ def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")])
-def test_a_write_that_fails_leaves_no_empty_folder_and_names_the_folder(error, tmp_path):
+def test_a_failed_write_leaves_no_empty_folder(error, tmp_path):
     with pytest.raises(OSError, match=r"No space left on device: '.*/new/inner'"), made_folder(tmp_path / "new/inner"):
         raise error
     assert not list(tmp_path.iterdir())
@@ -255,10 +253,10 @@ def test_a_write_that_fails_leaves_no_empty_folder_and_names_the_folder(error, t
     (tmp_path / "there").mkdir()
     with pytest.raises(KeyError, match="bug"), made_folder(tmp_path / "there"):
         raise KeyError("bug")
-    assert [path.name for path in tmp_path.iterdir()] == ["there"]  # it was there before
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]  # existed before
 
 
-def test_a_plot_that_cannot_be_written_leaves_no_folder(tmp_path, monkeypatch):
+def test_a_failed_plot_leaves_no_folder(tmp_path, monkeypatch):
     monkeypatch.setattr("os.fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     plot = Plot("a", [{"x": 1}], lambda: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match=r"No space left on device: '.*plots'"):
@@ -266,7 +264,7 @@ def test_a_plot_that_cannot_be_written_leaves_no_folder(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_edited_settings_of_a_cross_validation_are_refused(tmp_path):
+def test_edited_settings_of_a_cross_validation_are_rejected(tmp_path):
     folder = RunFolder(tmp_path)
     folder.write_config(config(tmp_path, folds=3).resolved())
     folder.write(FoldResults(3))
@@ -277,7 +275,7 @@ def test_edited_settings_of_a_cross_validation_are_refused(tmp_path):
         folder.read_config()
 
 
-def test_a_link_in_the_place_of_the_lock_is_refused_and_not_written_through(tmp_path):
+def test_a_symlink_at_the_lock_is_rejected(tmp_path):
     run = made(tmp_path / "run", "running")
     (tmp_path / "mine.txt").write_text("mine")
     run.lock.symlink_to(tmp_path / "mine.txt")
@@ -286,14 +284,14 @@ def test_a_link_in_the_place_of_the_lock_is_refused_and_not_written_through(tmp_
     assert (tmp_path / "mine.txt").read_text() == "mine" and run.lock.is_symlink()
 
 
-def test_a_link_in_the_place_of_a_temporary_file_is_not_written_through(tmp_path):
+def test_a_symlink_at_a_temporary_file_is_not_followed(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     (tmp_path / ".a.json.tmp").symlink_to(tmp_path / "mine.txt")
     write_json(tmp_path / "a.json", {"x": 1})
     assert (tmp_path / "mine.txt").read_text() == "mine" and (tmp_path / "a.json").read_text() == '{\n "x": 1\n}\n'
 
 
-def test_an_error_is_stored_and_forgotten_when_the_run_goes_on(tmp_path):
+def test_an_error_is_stored_and_cleared_on_resume(tmp_path):
     run = made(tmp_path / "run", "running")
     run.update("failed", error="boom")
     assert run.read_json("run.json")["error"] == "boom"
@@ -301,7 +299,7 @@ def test_an_error_is_stored_and_forgotten_when_the_run_goes_on(tmp_path):
     assert "error" not in run.read_json("run.json")
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
+def test_a_failed_write_keeps_the_old_file(tmp_path):
     write_json(tmp_path / "a.json", {"x": 1})
     before = (tmp_path / "a.json").read_bytes()
     with pytest.raises(ValueError, match="nan"):

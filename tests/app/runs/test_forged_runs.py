@@ -1,4 +1,4 @@
-"""Runs whose files were changed and sealed again: one error that names the run, and nothing of the libraries."""
+"""Changed and resealed run files: one error that names the run, without library errors."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from snella_app.runs.model import load_run
 
 @pytest.fixture
 def forged(finished, tmp_path):
-    """A copy of the finished run, whose `run.json` a function has changed."""
+    """Copy of the finished run with a changed `run.json`."""
 
     def make(change):
         run = shutil.copytree(finished.path, tmp_path / "forged")
@@ -35,7 +35,7 @@ def forged(finished, tmp_path):
         ("channels", 5, r"forged cannot be loaded: .* tensor a \(5\) must match the size of tensor b \(3\)"),
     ],
 )
-def test_a_backbone_that_is_none_is_one_line(entry, value, message, forged):
+def test_an_invalid_backbone_is_a_one_line_error(entry, value, message, forged):
     run = forged(lambda values: values["backbone"].__setitem__(entry, value))
     with pytest.raises(ValueError, match=message):
         load_run(run)
@@ -54,13 +54,13 @@ def test_a_backbone_that_is_none_is_one_line(entry, value, message, forged):
         ("interpolation", 7, "run.json: data_config: interpolation must be one of .*, got 7"),
     ],
 )
-def test_a_data_config_that_is_none_is_one_line(entry, value, message, forged):
+def test_an_invalid_data_config_is_a_one_line_error(entry, value, message, forged):
     run = forged(lambda values: values["data_config"].__setitem__(entry, value))
     with pytest.raises(ValueError, match=message):
         load_run(run)
 
 
-def test_fewer_names_than_outputs_are_one_line(forged):
+def test_missing_class_names_are_a_one_line_error(forged):
     run = forged(lambda values: values["classes"].pop())
     with pytest.raises(ValueError, match=r"must name the classes of 3 outputs, got 2 names; copy the run again"):
         load_run(run)
@@ -76,7 +76,7 @@ def test_fewer_names_than_outputs_are_one_line(forged):
         ("target_modules", 7, "target_modules must be a list of names or a regular expression, got 7"),
     ],
 )
-def test_settings_of_an_adapter_that_are_none_are_one_line(entry, value, message, forged):
+def test_invalid_adapter_settings_are_a_one_line_error(entry, value, message, forged):
     run = forged(lambda values: values.update(files={}))
     path = run / "adapter" / "adapter_config.json"
     values = json.loads(path.read_text())

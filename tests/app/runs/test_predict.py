@@ -1,4 +1,4 @@
-"""`snella.load`: images of every kind, one or many, and what is said about them."""
+"""`snella.load`: predictions for one or several images of all input types."""
 
 import dataclasses
 import io
@@ -20,7 +20,7 @@ from snella_app.records import Calibration, plain
 from snella_app.runs import RunFolder
 from snella_app.runs.evaluate import evaluate
 from snella_app.runs.image_inputs import expand, new_files
-from snella_app.runs.predict import MOST_VIEWS, Predictor, predict
+from snella_app.runs.predict import MAX_VIEWS, Predictor, predict
 from snella_app.runs.prediction_files import predict_to_files, write_features
 from tests.processes import command
 
@@ -32,7 +32,7 @@ def model(finished):
 
 @pytest.fixture
 def calibrated(finished, tmp_path):
-    """A run with a temperature of 2 and a threshold."""
+    """Run with temperature 2 and a threshold."""
     run = RunFolder(shutil.copytree(finished.path, tmp_path / "calibrated"))
     run.update("finished", calibration=plain(Calibration(2.0, 0.4)))
     return run.path
@@ -51,7 +51,7 @@ def test_three_lines_predict(finished, photos):
     assert "snella-2, 3 classes, on cpu" in repr(model)
 
 
-def test_an_image_is_the_same_as_file_pil_image_bytes_array_and_tensor(model, photos):
+def test_all_input_types_give_the_same_prediction(model, photos):
     path = photos / "owls" / "004.png"
     image, array = Image.open(path), np.asarray(Image.open(path))
     tensor = torch.from_numpy(array.copy()).movedim(-1, 0)
@@ -92,13 +92,13 @@ def test_one_image_gives_one_prediction_and_several_a_list(model, photos):
         ([], ValueError, "images must name at least one file or folder, got none"),
     ],
 )
-def test_what_is_no_image_is_named(model, image, error, message):
+def test_an_invalid_input_is_reported(model, image, error, message):
     with pytest.raises(error, match=message):
         model.predict(image)
 
 
-def test_a_run_that_is_not_there_is_named_by_load(finished):
-    with pytest.raises(FileNotFoundError, match=r"no run .*rum; nearest there: 'run'"):
+def test_load_reports_a_missing_run(finished):
+    with pytest.raises(FileNotFoundError, match=r"no run .*rum; nearest: 'run'"):
         snella.load(finished.path.parent / "rum")
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         snella.load(finished.path, batch_size=0)
@@ -128,7 +128,7 @@ def test_logits_are_divided_by_the_run_s_temperature(uncalibrated, calibrated, p
 
 
 def test_views_are_averaged_as_probabilities(model, photos):
-    """A temperature fitted to the average of two views divides that; one fitted to one view divides each view."""
+    """A temperature fitted to two views divides their average; one fitted to one view divides each view."""
     image = Image.open(photos / "cats" / "002.png")
     view, both = model.loaded.transform(image), model.predict(image)
     assert model.loaded.info.tta == 2 and model.temperature != 1
@@ -146,11 +146,11 @@ def test_views_are_averaged_as_probabilities(model, photos):
     alone = dict(zip(model.classes, (logits[0] / model.temperature).softmax(0).tolist(), strict=True))
     for found in (model.predict(image, tta=1), Predictor(one_view).predict(image)):
         assert found.probabilities == pytest.approx(alone, abs=1e-5)
-    many = model.predict(image, tta=MOST_VIEWS)
+    many = model.predict(image, tta=MAX_VIEWS)
     assert sum(many.probabilities.values()) == pytest.approx(1, abs=1e-5)
     assert many.probabilities != both.probabilities
     uniform = model.predict(np.full((32, 32, 3), 77, np.uint8))
-    same(uniform, model.predict(np.full((32, 32, 3), 77, np.uint8), tta=MOST_VIEWS))
+    same(uniform, model.predict(np.full((32, 32, 3), 77, np.uint8), tta=MAX_VIEWS))
     with pytest.raises(ValueError, match="tta must be between 1 and 10 views, got 11"):
         model.predict(image, tta=11)
 
@@ -198,7 +198,7 @@ def test_predictions_below_a_threshold_are_unsure(calibrated, photos, tmp_path):
         (1.5, r"unsure must be auto or a probability in \(0, 1\], got 1\.5"),
     ],
 )
-def test_a_threshold_that_cannot_be_meant_is_refused(uncalibrated, unsure, message):
+def test_an_invalid_threshold_is_rejected(uncalibrated, unsure, message):
     with pytest.raises(ValueError, match=message):
         uncalibrated.predict(torch.zeros(3, 8, 8), unsure=unsure)
     with pytest.raises(ValueError, match=r"unsure must be auto or a probability in \(0, 1\], got 'often'"):
@@ -207,7 +207,7 @@ def test_a_threshold_that_cannot_be_meant_is_refused(uncalibrated, unsure, messa
 
 @pytest.fixture
 def uncalibrated(finished, tmp_path):
-    """A run without a temperature."""
+    """Run without temperature."""
     run = RunFolder(shutil.copytree(finished.path, tmp_path / "uncalibrated"))
     run.update("finished", calibration=None)
     return snella.load(run.path)
@@ -226,7 +226,7 @@ def test_paths_come_from_standard_input_tables_and_patterns(photos, tmp_path, mo
     assert expand([str(photos / "*" / "00[01].png")]) == sorted(photos.glob("*/00[01].png"))
 
 
-def test_new_files_are_found_once_and_only_when_they_are_whole(tmp_path, photos):
+def test_new_files_are_yielded_once_when_complete(tmp_path, photos):
     looks = new_files([tmp_path], [], poll_s=0.0)
     assert next(looks) == []
     whole = (photos / "cats" / "000.png").read_bytes()
@@ -284,7 +284,7 @@ def test_watching_appends_rows_and_is_resumed(finished, photos, tmp_path, monkey
 
 @pytest.fixture
 def gappy(photos, tmp_path):
-    """A table of ten images, of which eight are missing and one is empty."""
+    """Table of ten images; eight are missing and one is empty."""
     (tmp_path / "empty.png").write_bytes(b"")
     whole = photos / "cats" / "000.png"
     names = [str(whole), "empty.png", *(f"gone-{number}.png" for number in range(8))]
@@ -293,14 +293,14 @@ def gappy(photos, tmp_path):
     return table
 
 
-def test_a_table_with_missing_images_is_answered_with_their_number_and_the_way_out(model, gappy):
+def test_missing_images_of_a_table_are_counted_with_a_remedy(model, gappy):
     with pytest.raises(FileNotFoundError, match=r"8 of 10 images are missing: .*gone-0\.png, .* and 3 more; fix .*"):
         model.predict(gappy)
     assert len(model.predict(gappy, skip_corrupt=True)) == 1
     assert len(predict(model.loaded, [gappy], skip_corrupt=True)) == 1
 
 
-def test_images_of_a_table_are_named_as_the_table_names_them(finished, photos, tmp_path, monkeypatch):
+def test_images_of_a_table_keep_their_names(finished, photos, tmp_path, monkeypatch):
     shutil.copytree(photos / "cats", tmp_path / "mine" / "cats")
     (tmp_path / "mine" / "table.csv").write_text("path\ncats/000.png\n", encoding="utf-8")
     for folder, table, expected in (
@@ -311,15 +311,15 @@ def test_images_of_a_table_are_named_as_the_table_names_them(finished, photos, t
         assert [str(one.path) for one in predict(finished.path, [table])] == [expected]
 
 
-def test_of_many_images_that_are_left_out_the_first_are_named(finished, gappy, tmp_path, capsys):
+def test_the_first_of_many_skipped_images_are_listed(finished, gappy, tmp_path, capsys):
     predict_to_files(str(finished.path), [str(gappy)], out=str(tmp_path / "out.csv"), skip_corrupt=True)
     said = capsys.readouterr().err
     assert said.startswith("skipped 9 images: ") and said.endswith("gone-3.png' (no such file) and 4 more\n")
     assert "empty.png' (the file is empty)" in said and "Errno" not in said
 
 
-def test_a_terminal_sees_how_far_predicting_and_measuring_are(finished, photos, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal, rich takes it
+def test_a_terminal_shows_progress(finished, photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich treats it as a terminal
     predict_to_files(str(finished.path), [str(photos)], out=str(tmp_path / "out.csv"))
     evaluate(finished.path, console=make_console(sys.stderr))
     said = capsys.readouterr().err
@@ -330,7 +330,7 @@ def test_a_terminal_sees_how_far_predicting_and_measuring_are(finished, photos, 
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_a_process_that_watches_answers_files_as_they_are_dropped_and_ends_in_peace(stop, finished, photos, tmp_path):
+def test_watch_predicts_new_files_and_stops_cleanly(stop, finished, photos, tmp_path):
     inbox, out, errors = tmp_path / "inbox", tmp_path / "rows.csv", tmp_path / "errors.txt"
     inbox.mkdir()
     shutil.copy(photos / "cats" / "000.png", inbox / "a.png")
@@ -346,7 +346,7 @@ def test_a_process_that_watches_answers_files_as_they_are_dropped_and_ends_in_pe
         ]
         assert errors.read_text() == f"skipped '{inbox / 'b.png'}' (unknown image format)\n"
         process.send_signal(stop)
-        # a line that the signal interrupts while it is printed is printed again
+        # a line interrupted by the signal is printed again
         *again, last = process.communicate(timeout=120)[0].splitlines()
         assert last == f"2 images: {out}" and process.returncode == 0
         assert all(line.startswith(f"{inbox / 'c.png'}: ") for line in again) and len(again) <= 1

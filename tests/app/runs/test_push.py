@@ -1,4 +1,4 @@
-"""Publishing: a folder in the hub's layout, the hub itself, and what happens without it."""
+"""Pushing: hub folder, hub requests, and the unreachable hub."""
 
 import json
 
@@ -13,7 +13,7 @@ from snella_app.runs.push import Pushed, push, write_hub_folder
 
 
 class Hub:
-    """What is asked of the hub; `status` is an error that it answers with."""
+    """Record requests to the hub; `status` is its error status."""
 
     calls: list = []
     status = None
@@ -53,7 +53,7 @@ def test_a_folder_has_the_model_that_timm_loads_and_its_card(finished, tmp_path)
         write_hub_folder(finished.path, tmp_path / "hub", "user/photos")
 
 
-def test_an_adapter_is_published_in_peft_s_layout(finished, tmp_path):
+def test_an_adapter_is_pushed_in_pefts_layout(finished, tmp_path):
     done = push(finished.path, "user/photos", to_folder=tmp_path / "hub", adapter=True)
     names = {path.name for path in (tmp_path / "hub").iterdir()}
     assert done == Pushed(str(tmp_path / "hub"))
@@ -74,18 +74,18 @@ def test_the_hub_gets_a_new_model_and_its_files(finished, hub):
 @pytest.mark.parametrize(
     ("status", "error", "message"),
     [
-        (409, FileExistsError, "name=user/photos exists on the hub already; choose another name, or add a commit with"),
+        (409, FileExistsError, "name=user/photos already exists on the hub; choose another name, or add a commit with"),
         (401, PermissionError, "no write permission for name=user/photos; run `hf auth login`"),
     ],
 )
-def test_a_model_that_exists_or_belongs_to_others_is_left_alone(finished, hub, monkeypatch, status, error, message):
+def test_an_existing_or_foreign_repository_is_rejected(finished, hub, monkeypatch, status, error, message):
     monkeypatch.setattr(hub, "status", status)
     with pytest.raises(error, match=message):
         push(finished.path, "user/photos")
     assert hub.calls == [] and not finished.path.with_name("run-hub").exists()
 
 
-def test_without_the_hub_the_folder_is_left_with_the_reason(finished, monkeypatch, tmp_path):
+def test_an_unreachable_hub_leaves_the_folder_with_the_reason(finished, monkeypatch, tmp_path):
     import shutil
 
     run = shutil.copytree(finished.path, tmp_path / "run")
@@ -95,6 +95,6 @@ def test_without_the_hub_the_folder_is_left_with_the_reason(finished, monkeypatc
     assert (tmp_path / "run-hub" / "README.md").is_file()
 
 
-def test_a_name_that_the_hub_has_not_is_refused(finished, tmp_path):
+def test_an_invalid_repository_name_is_rejected(finished, tmp_path):
     with pytest.raises(ValueError, match="on the hub such as user/photos, got 'my photos!'"):
         push(finished.path, "my photos!", to_folder=tmp_path / "hub")

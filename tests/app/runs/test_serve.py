@@ -1,4 +1,4 @@
-"""A run behind a real HTTP server: answers, limits, and the page in a browser."""
+"""A run behind a real HTTP server: responses, limits, and the page in a browser."""
 
 import contextlib
 import http.client
@@ -31,7 +31,7 @@ def model(finished):
 
 @pytest.fixture(scope="module")
 def address(model):
-    """The address of a server with small limits."""
+    """Address of a server with small limits."""
     limits = ServerLimits(files=3, mib=0.1, megapixels=0.01, total_megapixels=0.04)
     app = create_app(model, limits, unsure=0.999, hosts=["photos.example.org"], log=LOG.append)
     with served(app) as found:
@@ -40,7 +40,7 @@ def address(model):
 
 @contextlib.contextmanager
 def served(app):
-    """An application in a thread, on a free port."""
+    """Run an application in a thread, on a free port."""
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical"))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -55,7 +55,7 @@ LOG = []
 
 
 def post(address, files, field="files", **headers):
-    """Status and JSON of the answer to a form with files."""
+    """Post a form with files; return status and JSON."""
     body = io.BytesIO()
     for name, content in files:
         head = f'--x\r\nContent-Disposition: form-data; name="{field}"; filename="{name}"\r\n\r\n'
@@ -72,14 +72,14 @@ def post(address, files, field="files", **headers):
 
 
 def bomb(width, height):
-    """A PNG whose header says that it is large."""
+    """PNG with a large size in its header."""
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunks = [(b"IHDR", head), (b"IDAT", zlib.compress(b"\0")), (b"IEND", b"")]
     parts = [struct.pack(">I", len(d)) + kind + d + struct.pack(">I", zlib.crc32(kind + d)) for kind, d in chunks]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
-def test_an_answer_is_what_predict_says(address, model, photos):
+def test_responses_match_predict(address, model, photos):
     paths = [photos / "cats" / "003.png", photos / "owls" / "001.png"]
     status, answer = post(address, [(path.name, path.read_bytes()) for path in paths])
     assert status == 200
@@ -93,7 +93,7 @@ def test_an_answer_is_what_predict_says(address, model, photos):
         assert list(entry["probabilities"]) == [name for name, _ in expected.ranking]
 
 
-def test_health_says_what_is_served(address):
+def test_health_returns_model_and_limits(address):
     with urllib.request.urlopen(f"{address}/health") as answer:
         health = json.load(answer)
     assert health["status"] == "ok" and health["classes"] == ["cats", "dogs", "owls"]
@@ -105,7 +105,7 @@ def test_health_says_what_is_served(address):
     }
 
 
-def test_one_broken_file_does_not_spoil_the_others(address, photos):
+def test_a_broken_file_does_not_affect_others(address, photos):
     whole = (photos / "cats" / "003.png").read_bytes()
     status, answer = post(address, [("a.txt", b"no image"), ("b.png", whole), ("c.png", whole[:200])])
     first, second, third = answer["predictions"]
@@ -122,12 +122,12 @@ def test_one_broken_file_does_not_spoil_the_others(address, photos):
         (b"\0" * 110_000, "a file must have at most 0.1 MiB"),
     ],
 )
-def test_images_over_the_limits_are_refused_before_they_are_decoded(address, content, message):
+def test_images_over_the_limits_are_rejected_before_they_are_decoded(address, content, message):
     status, answer = post(address, [("x.png", content)])
     assert status == 422 and message in answer["predictions"][0]["error"]
 
 
-def test_requests_over_the_limits_are_refused(address, photos):
+def test_requests_over_the_limits_are_rejected(address, photos):
     small = ("a.png", (photos / "cats" / "003.png").read_bytes())
     status, answer = post(address, [small] * 4)
     assert (status, answer) == (413, {"error": "a request must have at most 3 files, got 4"})
@@ -140,13 +140,13 @@ def test_requests_over_the_limits_are_refused(address, photos):
         for name, value in headers.items():
             connection.putheader(name, value)
         connection.endheaders()
-        answer = connection.getresponse()  # before any of the body was sent
+        answer = connection.getresponse()  # before the body is sent
         assert (answer.status, json.load(answer)) == (status, {"error": message})
         connection.close()
 
 
-def test_images_in_flight_are_bounded_over_all_requests(model, photos, monkeypatch):
-    """One request waits inside of the model; a second one that does not fit beside it gets 503, and later 200."""
+def test_pixels_of_all_requests_are_limited(model, photos, monkeypatch):
+    """One request waits in the model; a second one exceeds the budget and gets 503, later 200."""
     inside, go_on, original = threading.Event(), threading.Event(), type(model).each
 
     def slow(self, *args, **kwargs):
@@ -183,7 +183,7 @@ def test_images_in_flight_are_bounded_over_all_requests(model, photos, monkeypat
         ("evil.test:8000", 400),
     ],
 )
-def test_a_page_of_another_site_cannot_ask_the_server_under_its_own_name(address, host, status):
+def test_unknown_hosts_are_rejected(address, host, status):
     connection = http.client.HTTPConnection(address.removeprefix("http://"))
     connection.request("GET", "/health", headers={"Host": host})
     answer = connection.getresponse()
@@ -194,7 +194,7 @@ def test_a_page_of_another_site_cannot_ask_the_server_under_its_own_name(address
     connection.close()
 
 
-def test_answers_say_what_a_browser_may_do_with_them(address):
+def test_responses_have_security_headers(address):
     with urllib.request.urlopen(f"{address}/") as answer:
         policy = answer.headers["Content-Security-Policy"]
         assert answer.headers["X-Content-Type-Options"] == "nosniff"
@@ -203,7 +203,7 @@ def test_answers_say_what_a_browser_may_do_with_them(address):
         assert "swagger" in answer.read().decode() and answer.headers["X-Content-Type-Options"] == "nosniff"
 
 
-def test_a_form_without_files_is_told_the_name_of_the_field(address, photos):
+def test_a_form_without_files_names_the_field(address, photos):
     small = ("a.png", (photos / "cats" / "003.png").read_bytes())
     expected = (
         f"images must be files of the form's field 'files', got 'file'; curl -F files=@photo.jpg {address}/predict"
@@ -215,7 +215,7 @@ def test_a_form_without_files_is_told_the_name_of_the_field(address, photos):
     assert json.load(error.value) == {"error": "Not Found; this server has /, /health, /docs and POST /predict"}
 
 
-def test_each_answer_is_a_line_of_the_log(address, photos):
+def test_each_response_is_logged(address, photos):
     LOG.clear()
     post(address, [("a.png", (photos / "cats" / "003.png").read_bytes())])
     assert len(LOG) == 1 and re.fullmatch(r"\d\d:\d\d:\d\d 127\.0\.0\.1 POST /predict 200 \d+ ms", LOG[0])
@@ -240,12 +240,12 @@ def test_postscript_starts_no_program(address):
         ),
     ],
 )
-def test_an_address_that_cannot_be_listened_on_is_one_line(options, error, message, finished):
+def test_an_unavailable_address_is_a_one_line_error(options, error, message, finished):
     with pytest.raises(error, match=message):
         serve(str(finished.path), **options)
 
 
-def test_settings_that_cannot_be_meant_are_refused(finished, model):
+def test_invalid_settings_are_rejected(finished, model):
     with pytest.raises(ValueError, match="max_files must be positive, got 0; max_mib must be positive, got -1"):
         ServerLimits(files=0, mib=-1)
     with pytest.raises(ValueError, match="max_total_megapixels must be at least max_megapixels, 50, got 40"):
@@ -262,7 +262,7 @@ def test_settings_that_cannot_be_meant_are_refused(finished, model):
 
 
 @pytest.mark.parametrize(("stop", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
-def test_a_process_serves_until_it_is_told_to_stop(stop, status, finished, model, photos):
+def test_a_process_serves_until_it_is_stopped(stop, status, finished, model, photos):
     path = photos / "cats" / "003.png"
     with command(["serve", str(finished.path), "--port", "0"], stderr=subprocess.PIPE) as process:
         own = process.stdout.readline().partition(" at ")[2].partition(",")[0]
@@ -275,7 +275,7 @@ def test_a_process_serves_until_it_is_told_to_stop(stop, status, finished, model
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
 @pytest.mark.parametrize("width", [390, 1200])
-def test_the_page_shows_the_answers_of_dropped_files(address, browser, photos, width, tmp_path):
+def test_the_page_shows_predictions_of_dropped_files(address, browser, photos, width, tmp_path):
     browser.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600)
     browser.events.clear()
     browser.call("Page.navigate", url=address)
@@ -302,7 +302,7 @@ def test_the_page_shows_the_answers_of_dropped_files(address, browser, photos, w
         text.includes('example.png') ? done(text) : setTimeout(look, 50) }; look() })""")
     assert "%" in shown
     assert not browser.complaints()  # of the content policy
-    # names that are numbers, which JavaScript would put into their own order
+    # numeric names, which JavaScript reorders
     answer = '{name: "x", probabilities: {"7": .6, "0": .1, "1": .3}}'
     bars = f"[...shown(new Blob(), {answer}).querySelectorAll('.bar span')].map(name => name.textContent)"
     assert browser.evaluate(bars) == ["7", "1", "0"]

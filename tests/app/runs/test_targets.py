@@ -1,4 +1,4 @@
-"""Runs with several labels, ordered classes and numbers, and with unbalanced classes, from data to report and back."""
+"""Multilabel, ordinal, regression and imbalanced runs, from data to report."""
 
 import csv
 import io
@@ -32,7 +32,7 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    """40 images with up to three bright colors, named in `colors`, their number in `count`, how bright in `light`."""
+    """40 images with up to three bright colors: names in `colors`, number in `count`, brightness in `light`."""
     folder = tmp_path_factory.mktemp("table")
     rng = np.random.default_rng(0)
     rows = []
@@ -53,7 +53,7 @@ def table(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def make_run(table, tmp_path_factory):
-    """Train a tiny run of a task on the table, once for all tests that only read it."""
+    """Train a tiny run of a task on the table, shared by tests that only read it."""
     runs = {}
 
     def make(task, label):
@@ -147,7 +147,7 @@ def test_thresholds_are_chosen_on_validation_and_used_by_predict(make_run, table
     assert ranked[1][2] == predictions[0].ranking[0][0]
 
 
-def test_numbers_are_predicted_in_their_own_unit(make_run, table, tmp_path):
+def test_numbers_are_predicted_in_their_unit(make_run, table, tmp_path):
     run = make_run("regression", "light+mean")
     predictions = predict(run.path, [table.parent])
     names, *rows = read_csv(table)
@@ -243,7 +243,7 @@ def test_a_file_of_class_weights_becomes_part_of_the_settings(make_photos, tmp_p
         train(balanced_settings(photos, tmp_path / "other", class_weights={"cats": 1, "mice": 3}), QUIET)
 
 
-def test_the_weighted_order_depends_on_seed_and_epoch_alone_and_balances():
+def test_the_weighted_order_depends_on_seed_and_epoch_and_balances_classes():
     weights = [1 / 90] * 90 + [1 / 10] * 10
     one, two = EpochSampler(100, 3, weights), EpochSampler(100, 3, weights)
     two.set_epoch(1)
@@ -266,7 +266,7 @@ def test_sample_weights_of_a_table_reach_the_loss(table, tmp_path):
     assert losses["weight"] > 1.2 * losses["none"]  # weights of 1 and 2, half of each
 
 
-def test_folders_give_labels_and_numbers_where_they_can(make_photos, tmp_path):
+def test_folders_support_labels_and_numeric_classes(make_photos, tmp_path):
     folder = make_photos(tmp_path / "ages", {"1": 6, "2": 6, "10": 6})
     base = {**TINY, "epochs": 1, "data": f"folder:{folder}"}
     run = train(TrainConfig(**base, task="regression", out=str(tmp_path / "n")), QUIET, draw_report=False)

@@ -15,7 +15,7 @@ COLORS = {"animals": {"cats": 10, "dogs": 10, "owls": 10}, "plants": {"oak": 12,
 
 @pytest.fixture(scope="module")
 def folders(make_photos, tiny_run, tmp_path_factory):
-    """Runs of three tasks on one backbone, with other classes, ranks and sparsity."""
+    """Runs of three tasks on one backbone, with different classes, ranks and sparsity."""
     root = tmp_path_factory.mktemp("bank")
     for name, counts in COLORS.items():
         make_photos(root / name, counts)
@@ -47,7 +47,7 @@ def one_set(folders):
 
 
 @pytest.mark.parametrize("sets", [1, 2, 3])
-def test_a_mixed_batch_gives_each_run_s_own_bits_in_the_order_given(folders, images, sets):
+def test_a_mixed_batch_is_bit_identical_to_each_run(folders, images, sets):
     size = one_set(folders)
     bank = TaskBank(folders, memory_mib=size * (sets + 0.1), device="cpu")
     for _ in range(3):
@@ -61,7 +61,7 @@ def test_a_mixed_batch_gives_each_run_s_own_bits_in_the_order_given(folders, ima
     assert bank.merges == {1: 3 + 2 + 2, 2: 3 + 1 + 1, 3: 3}[sets]
 
 
-def test_the_task_that_was_not_used_for_longest_goes_first(folders, images):
+def test_the_least_recently_used_task_is_evicted(folders, images):
     bank = TaskBank(folders, memory_mib=one_set(folders) * 2.1, device="cpu")
     for name in ("animals", "plants", "animals", "again"):
         bank(images[:1], [name])
@@ -87,7 +87,7 @@ def test_files_are_predicted_as_by_each_run(folders, make_photos, tmp_path):
         assert prediction.probability == pytest.approx(expected.probability, abs=1e-6)
 
 
-def test_tasks_come_and_go(folders, images):
+def test_tasks_can_be_added_and_removed(folders, images):
     bank = TaskBank({"animals": folders["animals"]}, device="cpu")
     assert bank.classes("animals") == ["cats", "dogs", "owls"]
     with pytest.raises(ValueError, match="task must be one of animals, got 'plants'"):
@@ -100,7 +100,7 @@ def test_tasks_come_and_go(folders, images):
         bank(images[:2], ["plants"])
 
 
-def test_what_cannot_be_held_is_refused(folders, tiny_run, make_photos, tmp_path):
+def test_unsupported_runs_are_rejected(folders, tiny_run, make_photos, tmp_path):
     with pytest.raises(
         ValueError, match=r"memory_mib must be at least 0\.\d for the effective weights of .*, got 0\.0"
     ):
@@ -117,6 +117,6 @@ def test_what_cannot_be_held_is_refused(folders, tiny_run, make_photos, tmp_path
     train(TrainConfig(**{**settings, "out": str(tmp_path / "two")}))
     more = make_photos(tmp_path / "more", {"a": 10, "b": 10, "c": 10})
     train(TrainConfig(**{**settings, "data": f"folder:{more}", "out": str(tmp_path / "three")}))
-    # random weights are drawn after a head of another size
+    # a head of another size changes the random weights
     with pytest.raises(ValueError, match=r"trained on other weights in 'blocks\.0\.attn\.qkv\.weight' than the bank;"):
         TaskBank({"two": tmp_path / "two", "three": tmp_path / "three"}, device="cpu")

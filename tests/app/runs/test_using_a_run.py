@@ -1,4 +1,4 @@
-"""Evaluating, predicting and merging a finished run."""
+"""Evaluation, prediction and merging of a finished run."""
 
 import csv
 import json
@@ -34,20 +34,20 @@ def test_evaluating_repeats_the_test_result(finished):
     assert result["loss"] == pytest.approx(test["loss"], abs=1e-6)
 
 
-def test_evaluating_another_part(finished):
+def test_other_splits_can_be_evaluated(finished):
     val = evaluate(finished.path, split="val", batch_size=3)
     assert val["accuracy"] == finished.read_json("metrics.json")["val"]["accuracy"]
     assert evaluate(finished.path, split="all")["images"] == 48
 
 
-def test_other_data_is_evaluated_in_full_with_the_run_s_class_numbers(finished, make_photos, tmp_path):
+def test_other_data_is_evaluated_with_the_runs_class_indices(finished, make_photos, tmp_path):
     folder = make_photos(tmp_path / "new", {"owls": 5, "dogs": 5}, contrast=0)
     result = evaluate(finished.path, f"folder:{folder}")
     assert (result["split"], result["images"], result["classes"]) == ("all", 10, ["cats", "dogs", "owls"])
     assert [sum(row) for row in result["confusion"]] == [0, 5, 5]
 
 
-def test_classes_that_the_run_does_not_know_are_named(finished, make_photos, tmp_path):
+def test_unknown_classes_are_reported(finished, make_photos, tmp_path):
     folder = make_photos(tmp_path / "new", {"cats": 5, "newts": 5})
     with pytest.raises(
         ValueError,
@@ -56,14 +56,14 @@ def test_classes_that_the_run_does_not_know_are_named(finished, make_photos, tmp
         evaluate(finished.path, f"folder:{folder}")
 
 
-def test_unusable_evaluation_settings_are_named(finished):
+def test_unusable_evaluation_settings_are_reported(finished):
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         evaluate(finished.path, batch_size=0)
     with pytest.raises(ValueError, match="split must be one of train, val, test, all, auto for this data, got 'dev'"):
         evaluate(finished.path, split="dev")
 
 
-def test_predictions_are_the_model_s_own(finished, photos):
+def test_predictions_match_the_model(finished, photos):
     paths = [photos / "dogs" / "003.png", photos / "cats" / "001.png"]
     one, two = predict(finished.path, paths, batch_size=1), predict(finished.path, [str(p) for p in paths])
     assert [p.path for p in one] == paths
@@ -77,7 +77,7 @@ def test_predictions_are_the_model_s_own(finished, photos):
     assert one[0].label == loaded.classes[int(logits.argmax())]
 
 
-def test_a_folder_stands_for_the_images_in_it(finished, photos):
+def test_a_folder_is_expanded_to_its_images(finished, photos):
     assert len(predict(finished.path, [photos / "cats"])) == 16
     assert len(predict(load_run(finished.path), [photos, photos / "cats" / "000.png"])) == 49
 
@@ -94,7 +94,7 @@ def test_predictions_are_written_as_csv(finished, photos, tmp_path):
     assert whole.read_text().splitlines()[0] == "image,label,probability"
 
 
-def test_an_output_of_predictions_that_cannot_be_meant_is_refused(tmp_path):
+def test_an_invalid_output_is_rejected(tmp_path):
     (tmp_path / "p.csv").write_text("mine")
     with pytest.raises(FileExistsError, match=r"out=.*p\.csv exists; .* with --overwrite \(overwrite=True\)"):
         write_predictions([], tmp_path / "p.csv")
@@ -107,7 +107,7 @@ def test_an_output_of_predictions_that_cannot_be_meant_is_refused(tmp_path):
         write_predictions([], tmp_path / "new.csv", top_k=0)
 
 
-def test_an_image_in_the_run_s_place_is_answered_with_the_order(finished, photos):
+def test_swapped_arguments_are_reported(finished, photos):
     image = photos / "cats" / "000.png"
     with pytest.raises(ValueError, match=r"run must be the folder of a run, got the file '.*000\.png'; pass the run"):
         predict(image, [finished.path])
@@ -115,7 +115,7 @@ def test_an_image_in_the_run_s_place_is_answered_with_the_order(finished, photos
         predict(photos / "cats", [finished.path])
 
 
-def test_images_that_cannot_be_read_are_named_or_left_out(finished, photos, tmp_path):
+def test_images_that_cannot_be_read_are_reported_or_skipped(finished, photos, tmp_path):
     whole = (photos / "cats" / "000.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
     images = [photos / "cats" / "000.png", tmp_path / "cut.png"]
@@ -124,7 +124,7 @@ def test_images_that_cannot_be_read_are_named_or_left_out(finished, photos, tmp_
     assert [p.path for p in predict(finished.path, images, skip_corrupt=True)] == images[:1]
 
 
-def test_hidden_files_are_no_images_and_content_counts_beside_the_ending(finished, photos, tmp_path):
+def test_hidden_files_are_ignored_and_content_is_checked(finished, photos, tmp_path):
     Image.open(photos / "cats" / "000.png").save(tmp_path / "a.jfif", "JPEG")
     Image.open(photos / "cats" / "000.png").save(tmp_path / "b", "PNG")
     (tmp_path / "._a.jpg").write_bytes(b"what macOS keeps")
@@ -132,12 +132,12 @@ def test_hidden_files_are_no_images_and_content_counts_beside_the_ending(finishe
     assert [p.path.name for p in predict(finished.path, [tmp_path])][:2] == ["a.jfif", "b"]
 
 
-def test_a_run_that_is_not_there_is_named_before_the_images(finished, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no run .*rum; nearest there: 'run'"):
+def test_a_missing_run_is_reported_before_the_images(finished, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no run .*rum; nearest: 'run'"):
         predict(finished.path.parent / "rum", [tmp_path / "a.jpg"])
 
 
-def test_the_ending_of_a_file_says_how_predictions_are_written(finished, photos, tmp_path, monkeypatch):
+def test_the_suffix_selects_the_prediction_format(finished, photos, tmp_path, monkeypatch):
     predictions = predict(finished.path, [photos / "cats" / "000.png"], unsure=1.0)
     (row,) = json.loads(write_predictions(predictions, tmp_path / "p.json", 3).read_text())
     assert list(row) == [
@@ -160,7 +160,7 @@ def test_the_ending_of_a_file_says_how_predictions_are_written(finished, photos,
         write_predictions([], tmp_path / "q.parquet")
 
 
-def test_values_that_json_and_parquet_lack_are_written_as_null_and_readable_names(tmp_path):
+def test_json_and_parquet_get_null_and_valid_utf8(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     number = NumberPrediction(Path("caf\udce9.png"), {"dose": float("nan"), "mass": 1.5})
     (row,) = json.loads(write_predictions([number], tmp_path / "p.json").read_text())
@@ -173,7 +173,7 @@ def test_values_that_json_and_parquet_lack_are_written_as_null_and_readable_name
     assert table.to_pylist() == [{"image": "a.png", "labels": ["?"], "?": 0.7}]
 
 
-def test_classes_and_targets_that_are_called_as_a_column_get_a_suffix(tmp_path):
+def test_classes_named_like_a_column_get_a_suffix(tmp_path):
     probabilities = {"image": 0.75, "labels": 0.25, "image_probability": 0.5}
     labels = LabelSetPrediction(Path("a.png"), ["image", "image_probability"], probabilities)
     (row,) = json.loads(write_predictions([labels], tmp_path / "labels.json").read_text())
@@ -186,10 +186,10 @@ def test_classes_and_targets_that_are_called_as_a_column_get_a_suffix(tmp_path):
     assert row == {"image": "a.png", "image_value": 2.0, "labels": 3.0}
 
 
-def test_paths_without_images_are_named(finished, photos, tmp_path):
+def test_paths_without_images_are_reported(finished, photos, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no image .*nothing\.png; .* has no similar name"):
         predict(finished.path, [tmp_path / "nothing.png"])
-    with pytest.raises(FileNotFoundError, match=r"no image .*00\.png; nearest there: '0\d+\.png'"):
+    with pytest.raises(FileNotFoundError, match=r"no image .*00\.png; nearest: '0\d+\.png'"):
         predict(finished.path, [photos / "cats" / "00.png"])
     with pytest.raises(FileNotFoundError, match=r"no image .*\*\.tif; no file in .*cats matches the pattern"):
         predict(finished.path, [photos / "cats" / "*.tif"])
@@ -232,7 +232,7 @@ def test_other_methods_merge_too(method, settings, console, no_report, tmp_path)
         torch.testing.assert_close(plain.eval()(images), load_run(run.path).model(images))
 
 
-def test_the_lines_that_load_a_merged_file_give_equal_outputs(finished, tmp_path):
+def test_the_loading_snippet_gives_equal_outputs(finished, tmp_path):
     lines = loading_snippet(merge(finished.path, tmp_path / "model.safetensors"))
     assert "snella" not in lines.replace(str(tmp_path), "")
     assert "timm.create_model('test_vit', num_classes=3, img_size=32)" in lines
@@ -259,7 +259,7 @@ def timm_predictions(model, transform, classes, paths, views=1):
     [("test_vit", "snella-2", 48), ("test_efficientnet", "full", 96), ("vit_tiny_patch16_224", "linear", 64)],
 )
 @pytest.mark.parametrize("out", ["model", "model.safetensors"])
-def test_timm_alone_predicts_with_a_merged_model_what_the_run_predicts(
+def test_timm_predicts_with_a_merged_model_like_the_run(
     backbone, method, img_size, out, make_photos, settings, console, no_report, tmp_path
 ):
     photos = make_photos(tmp_path / "photos", {"cats": 12, "dogs": 12}, side=70)
@@ -275,7 +275,7 @@ def test_timm_alone_predicts_with_a_merged_model_what_the_run_predicts(
         exec(loading_snippet(path), names)
         model, transform, classes = (names[name] for name in ("model", "transform", "classes"))
     paths = sorted(photos.rglob("*.png"))
-    run.update("finished", calibration=None)  # the temperature is no part of the weights
+    run.update("finished", calibration=None)  # the temperature is not part of the weights
     assert load_run(run.path).info.tta == 2
     for views, expected in ((1, predict(run.path, paths, tta=1)), (2, predict(run.path, paths))):
         found = timm_predictions(model, transform, classes, paths, views)
@@ -289,7 +289,7 @@ def test_a_merged_folder_is_a_backbone_for_another_run(finished, settings, conso
     assert load_run(run.path).info.data_config["input_size"] == [3, 32, 32]
 
 
-def test_merging_into_a_folder_keeps_what_lies_there(finished, tmp_path):
+def test_merging_keeps_other_files_in_a_folder(finished, tmp_path):
     folder = tmp_path / "model"
     merge(finished.path, folder)
     with pytest.raises(FileExistsError, match=r"out=.*model exists; .* replace it with --overwrite"):
@@ -302,7 +302,7 @@ def test_merging_into_a_folder_keeps_what_lies_there(finished, tmp_path):
         merge(finished.path, folder, overwrite=True)
 
 
-def test_merging_does_not_overwrite_by_accident(finished, tmp_path):
+def test_merging_does_not_overwrite_by_default(finished, tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_text("mine")
     with pytest.raises(
@@ -325,11 +325,11 @@ def test_a_damaged_adapter_is_reported_with_its_tensor(finished, tmp_path):
         load_run(tmp_path / "run")
     run = RunFolder(tmp_path / "run")
     run.update("finished", files={})
-    with pytest.raises(AdapterFileError, match=r"is damaged: cut off at .*'base_model.model.* is incomplete"):
+    with pytest.raises(AdapterFileError, match=r"is damaged: truncated at .*'base_model.model.* is incomplete"):
         load_run(run)
 
 
-def test_a_damaged_file_gets_the_same_advice_from_every_command(finished, tmp_path):
+def test_every_command_has_the_same_remedy_for_a_damaged_file(finished, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(finished.path, folder)
     path = folder / "adapter" / "adapter_model.safetensors"
@@ -344,7 +344,7 @@ def test_a_damaged_file_gets_the_same_advice_from_every_command(finished, tmp_pa
                 command(folder)
 
 
-def test_a_run_without_an_adapter_says_what_to_do(finished, tmp_path):
+def test_a_run_without_adapter_has_a_remedy(finished, tmp_path):
     shutil.copytree(finished.path, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "adapter")
     missing = r"run.adapter is missing, although the run is finished; restore .*train again with `--overwrite`"
@@ -357,11 +357,11 @@ def test_a_run_without_an_adapter_says_what_to_do(finished, tmp_path):
         FileNotFoundError, match=r"no adapter yet \(status running or killed\); finish the run with --resume"
     ):
         load_run(tmp_path / "run")
-    with pytest.raises(FileNotFoundError, match="this is not the folder of a run"):
+    with pytest.raises(FileNotFoundError, match="this is not a run folder"):
         load_run(tmp_path)
 
 
-def test_a_finished_run_is_not_trained_again_by_resuming(finished, console):
+def test_resuming_does_not_train_a_finished_run(finished, console):
     before = (finished.path / "metrics.json").read_bytes()
     train(TrainConfig(out=str(finished.path), resume=True), console)
     assert (finished.path / "metrics.json").read_bytes() == before
@@ -371,11 +371,11 @@ def test_a_finished_run_is_not_trained_again_by_resuming(finished, console):
 @pytest.mark.parametrize(
     "name", ["run.json", "config.yaml", "metrics.json", "predictions.json", "adapter/adapter_config.json"]
 )
-def test_a_flipped_bit_in_a_file_of_a_finished_run_is_noticed(name, finished, tmp_path):
+def test_a_flipped_bit_in_a_finished_run_is_detected(name, finished, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(finished.path, folder)
     content = bytearray((folder / name).read_bytes())
-    position = content.index(b"e")  # of the kind that leaves JSON readable
+    position = content.index(b"e")  # keeps the JSON readable
     content[position] ^= 4
     (folder / name).write_bytes(content)
     commands = {
@@ -388,21 +388,21 @@ def test_a_flipped_bit_in_a_file_of_a_finished_run_is_noticed(name, finished, tm
             command()
 
 
-def test_what_the_run_itself_writes_again_is_its_own(finished, tmp_path):
+def test_rewritten_files_of_the_run_are_accepted(finished, tmp_path):
     run = RunFolder(shutil.copytree(finished.path, tmp_path / "run"))
     run.write_json("metrics.json", {**run.read_json("metrics.json"), "train_s": 1.0})
     run.write_config(run.read_config())
     run.check_files()
-    (run.path / "predictions.json").unlink()  # to save room: whoever needs it says so
+    (run.path / "predictions.json").unlink()  # saves space
     run.check_files()
 
 
-def test_images_that_the_run_was_trained_on_are_counted_by_their_pixels(finished, photos, make_photos, tmp_path):
+def test_training_images_are_detected_by_their_pixels(finished, photos, make_photos, tmp_path):
     table = tmp_path / "again.csv"
     files = sorted(photos.rglob("*.png"))
     for index, file in enumerate(files):
         with Image.open(file) as image:
-            image.save(tmp_path / f"{index}.bmp")  # other files of the same pixels
+            image.save(tmp_path / f"{index}.bmp")  # other files with the same pixels
     rows = [f"{index}.bmp,{file.parent.name}" for index, file in enumerate(files)]
     table.write_text("\n".join(["path,label", *rows]))
     trained = finished.read_json("run.json")["data"]["sizes"]["train"]
@@ -414,7 +414,7 @@ def test_images_that_the_run_was_trained_on_are_counted_by_their_pixels(finished
     assert not any("training images" in text for text in evaluate(finished.path, str(other))["notes"])
 
 
-def test_other_images_are_not_called_new_where_the_run_s_own_are_gone(make_photos, tiny_run, tmp_path, no_report):
+def test_a_missing_training_check_is_noted(make_photos, tiny_run, tmp_path, no_report):
     folder = make_photos(tmp_path / "photos", {"cats": 16, "dogs": 16})
     run = train(TrainConfig(**{**tiny_run, "epochs": 1}, data=str(folder), out=str(tmp_path / "run")))
     folder.rename(tmp_path / "moved")
@@ -423,7 +423,7 @@ def test_other_images_are_not_called_new_where_the_run_s_own_are_gone(make_photo
     assert note.startswith("cannot check for training images of the run among these images: ")
 
 
-def test_a_run_that_is_not_finished_is_said_to_be_so(finished, photos, tmp_path, capsys):
+def test_an_unfinished_run_is_noted(finished, photos, tmp_path, capsys):
     run = RunFolder(shutil.copytree(finished.path, tmp_path / "run"))
     write_json(run.path / "run.json", sealed({**run.read_json("run.json"), "status": "interrupted"}))
     words = "the run is not finished (interrupted): this is its best epoch so far; finish it with snella train --out "

@@ -27,7 +27,7 @@ def test_a_batch_stacks_images_and_labels():
     assert batch["labels"].tolist() == [1, 0] and batch["labels"].dtype == torch.long
 
 
-def test_metrics_agree_with_scikit_learn_and_count_every_image():
+def test_metrics_match_scikit_learn():
     torch.manual_seed(0)
     logits, labels = torch.randn(50, 3), torch.randint(0, 3, (50,))
     result = ClassificationTask(3).metrics(logits, labels)
@@ -47,12 +47,12 @@ def test_metrics_agree_with_scikit_learn_and_count_every_image():
         ("macro_f1", "validation 0.9000 (macro F1 0.4500), test 0.8000 (balanced 0.4000)"),
     ],
 )
-def test_the_last_line_has_what_the_epoch_was_chosen_by(monitor, text):
+def test_the_last_line_has_the_monitored_metric(monitor, text):
     val = {"accuracy": 0.9, "balanced_accuracy": 0.5, "macro_f1": 0.45}
     assert ClassificationTask(2, monitor=monitor).final_text(val, {"accuracy": 0.8, "balanced_accuracy": 0.4}) == text
 
 
-def test_a_class_without_images_has_an_empty_row_and_no_say_in_the_balanced_accuracy():
+def test_a_class_without_images_does_not_affect_the_balanced_accuracy():
     logits = torch.eye(3)[[0, 0, 2]]
     result = ClassificationTask(3).metrics(logits, [0, 0, 1])
     assert result["confusion"] == [[2, 0, 0], [0, 0, 1], [0, 0, 0]]
@@ -64,14 +64,14 @@ def test_metrics_do_not_depend_on_label_smoothing():
     assert ClassificationTask(2, 0.5).metrics(logits, labels) == ClassificationTask(2).metrics(logits, labels)
 
 
-def test_settings_out_of_range_are_reported_together():
+def test_invalid_settings_are_reported_together():
     with pytest.raises(
         ValueError, match=r"num_classes must be at least 2, got 1; label_smoothing must be in \[0, 1\), got 1\.0"
     ):
         ClassificationTask(1, 1.0)
 
 
-def test_logits_without_labels_are_refused():
+def test_logits_without_labels_are_rejected():
     with pytest.raises(ValueError, match="same length of at least 1, got 2 and 3"):
         ClassificationTask(2).metrics(torch.zeros(2, 2), [0, 1, 1])
     with pytest.raises(ValueError, match="got 0 and 0"):

@@ -1,4 +1,4 @@
-"""Losses by hand, and where they must agree with each other."""
+"""Losses against formulas and each other."""
 
 import math
 
@@ -31,7 +31,7 @@ def test_the_logit_adjustment_adds_log_shares():
 
 
 @pytest.mark.parametrize("loss", [cross_entropy, focal, logit_adjusted])
-def test_a_mixture_of_labels_costs_the_mixture_of_their_losses(loss):
+def test_mixed_labels_have_the_mixed_loss(loss):
     priors = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
     mixed = 0.3 * F.one_hot(LABELS, 3) + 0.7 * F.one_hot(torch.tensor([1, 0]), 3)
     parts = [loss(LOGITS, labels, log_priors=priors) for labels in (LABELS, torch.tensor([1, 0]))]
@@ -47,7 +47,7 @@ def test_the_binary_focal_loss_is_its_formula():
     assert torch.allclose(weighted, (each * torch.where(labels > 0, torch.tensor([3.0, 1.0, 0.5]), 1.0)).mean(1))
 
 
-def test_corn_asks_a_sample_its_own_questions_alone():
+def test_corn_uses_only_the_conditional_outputs_of_a_sample():
     z = torch.tensor([[0.3, -0.2], [0.3, -0.2], [0.3, -0.2]], dtype=torch.float64)
     losses = corn(z, torch.tensor([0, 1, 2]))
     up, down = -F.logsigmoid(z[0]), -F.logsigmoid(-z[0])

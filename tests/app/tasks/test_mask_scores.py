@@ -1,4 +1,4 @@
-"""Dice and IoU against cases counted by hand, and against torchmetrics."""
+"""Dice and IoU against hand-counted cases and torchmetrics."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def test_dice_and_iou_by_hand():
     }  # fmt: skip
 
 
-def test_gps_variant_is_blind_to_false_positives():
+def test_gps_variant_ignores_false_positives():
     labels = np.zeros((1, 4, 4), int)
     labels[0, 0, :] = 1
     everything = np.ones_like(labels)
@@ -48,7 +48,7 @@ def test_gps_variant_is_blind_to_false_positives():
     assert scores["dice_gps_foreground_only"] == pytest.approx(2 * recall / (1 + recall))
 
 
-def test_a_pooled_pair_obeys_dice_from_iou_as_the_papers_numbers_do():
+def test_pooled_dice_follows_from_pooled_iou():
     generator = torch.Generator().manual_seed(0)
     predicted, labels = (torch.randint(0, 2, (5, 9, 9), generator=generator) for _ in range(2))
     scores = pooled_scores(counts_of(predicted, labels), ["background", "polyp"])
@@ -56,18 +56,18 @@ def test_a_pooled_pair_obeys_dice_from_iou_as_the_papers_numbers_do():
     assert pytest.approx(0.9688, abs=1e-4) == 2 * 0.9395 / 1.9395
 
 
-def test_classes_that_are_neither_there_nor_found_have_no_say():
+def test_classes_neither_present_nor_predicted_are_ignored():
     labels = np.array([[[0, 1]], [[0, 0]], [[0, 0]]])
     predicted = np.array([[[0, 1]], [[0, 0]], [[0, 2]]])
     dice, _ = image_scores(counts_of(predicted, labels, 3))
     assert np.isnan(dice).tolist() == [[False, True], [True, True], [True, False]]
     scores = pooled_scores(counts_of(predicted, labels, 3), ["a", "b", "c"])
-    assert scores["dice"] == pytest.approx((1 + 0) / 2)  # the second image is left out
+    assert scores["dice"] == pytest.approx((1 + 0) / 2)  # without the second image
     empty = pooled_scores(counts_of(labels[1:2], labels[1:2], 3), ["a", "b", "c"])
     assert empty["dice"] == empty["dice_pooled"] == 1.0 and empty["per_class"][1]["dice"] is None
 
 
-def test_pooled_and_by_image_agree_with_torchmetrics():
+def test_pooled_and_by_image_scores_match_torchmetrics():
     torchmetrics = pytest.importorskip("torchmetrics")
     from torchmetrics.functional.segmentation import dice_score
     from torchmetrics.segmentation import MeanIoU

@@ -29,7 +29,7 @@ def test_the_loss_is_cross_entropy_and_overlap_and_falls_with_better_scores():
     assert task.loss(SCORES.bfloat16(), LABELS).dtype == torch.float32
 
 
-def test_what_is_kept_of_a_batch_gives_the_metrics():
+def test_reduced_batches_give_the_metrics():
     task = SegmentationTask(("background", "polyp"))
     reduced, labels = task.reduce(torch.cat([SCORES, -SCORES]), LABELS.repeat(2, 1, 1))
     assert reduced.shape == (2, 5) and labels.tolist() == [0, 0]
@@ -47,14 +47,14 @@ def test_epochs_are_ranked_by_dice_and_then_by_loss():
     assert max(rows, key=task.selection_score) is rows[2]
 
 
-def test_bad_settings_are_told_together():
+def test_invalid_settings_are_reported_together():
     with pytest.raises(ValueError) as caught:
         SegmentationTask(("one",), 1.5, "hinge")
     for text in ("got ['one']", "label_smoothing must be in [0, 1), got 1.5", "one of dice, iou, none, got 'hinge'"):
         assert text in str(caught.value)
 
 
-def test_tasks_have_the_names_that_the_configuration_takes():
+def test_tasks_have_the_configured_names():
     from typing import get_args, get_type_hints
 
     assert list(get_args(get_type_hints(TrainConfig)["task"])) == task_names()
@@ -63,7 +63,7 @@ def test_tasks_have_the_names_that_the_configuration_takes():
     assert create_task("segmentation", ["a", "b"], mask_loss=None, epochs=3).classes == ("a", "b")
 
 
-def test_settings_of_another_task_are_refused():
+def test_settings_of_another_task_are_rejected():
     wanted = {"data": "d", "backbone": "b", "out": "o"}
     with pytest.raises(ValueError, match="mask_loss applies to task segmentation, got 'iou' with task 'class"):
         TrainConfig(**wanted, mask_loss="iou")
@@ -73,7 +73,7 @@ def test_settings_of_another_task_are_refused():
         TrainConfig(**wanted, task="detection")
 
 
-def test_each_task_wants_its_own_kind_of_data(tmp_path):
+def test_each_task_checks_its_data(tmp_path):
     task = SegmentationTask(("background", "polyp"))
     with pytest.raises(ValueError, match=r"must be images with masks for task segmentation, .*got 'digits'"):
         task.check_data(ImageDataset(None, [], [], []), "digits")
@@ -81,24 +81,24 @@ def test_each_task_wants_its_own_kind_of_data(tmp_path):
         task.report_images(ImageDataset(None, [], [], []), tmp_path)
 
 
-def test_examples_are_the_worst_and_some_others():
+def test_examples_are_the_worst_and_evenly_spaced_images():
     dice = [0.9, 0.1, None, 0.5, 0.7, 0.3, 0.95, 0.2]
     assert choose_indices(dice, 4) == [1, 7, 3, 6]
     assert sorted(choose_indices(dice, 20)) == list(range(8))
 
 
-def test_a_mask_gets_the_numbers_of_the_run():
+def test_masks_are_remapped_to_the_runs_classes():
     assert SegmentationTask(("a", "b", "c")).remap_labels(torch.tensor([[0, 1]]), [0, 2]).tolist() == [[0, 2]]
 
 
 @pytest.mark.parametrize("name", [name for name in task_names() if name != "segmentation"])
-def test_other_tasks_refuse_images_with_masks(name):
+def test_other_tasks_reject_images_with_masks(name):
     task, masked = create_task(name, ["a", "b", "c"]), object.__new__(MaskDataset)
     with pytest.raises(ValueError, match=f"segmentation for images with masks like masks:x, got {name!r}; add"):
         task.check_data(masked, "masks:x")
 
 
-def test_outputs_are_averaged_over_an_image_and_its_flip_whose_maps_turn_back():
+def test_outputs_are_averaged_over_an_image_and_its_flip():
     task, images = SegmentationTask(["a", "b"]), torch.randn(3, 2, 4, 6)
     assert torch.equal(task.outputs(lambda batch: 2 * batch, images), 2 * images)
     torch.testing.assert_close(task.outputs(torch.nn.Identity(), images, 2).softmax(1), images.softmax(1))

@@ -1,4 +1,4 @@
-"""Tasks of several labels, ordered classes and numbers: what they take from data, and their metrics by hand."""
+"""Multilabel, ordinal and regression tasks: data statistics and metrics."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def dataset(labels, targets=None):
     return ImageDataset(images, range(len(labels)), labels, names, annotations=Annotations(targets))
 
 
-def test_balanced_class_weights_are_scikit_learn_s_and_have_mean_one():
+def test_balanced_class_weights_match_scikit_learn_and_have_mean_one():
     from sklearn.utils.class_weight import compute_class_weight
 
     labels = [0] * 6 + [1] * 3 + [2]
@@ -33,11 +33,11 @@ def test_balanced_class_weights_are_scikit_learn_s_and_have_mean_one():
 
 def test_a_class_without_images_cannot_be_balanced():
     task = create_task("classification", ["a", "b"], class_weights="balanced")
-    with pytest.raises(ValueError, match="training images of every class to balance, got none of 'b'; add images"):
+    with pytest.raises(ValueError, match="training images of every class, got none of 'b'; add images"):
         task.fitted(dataset([0, 0]), ["a", "b"])
 
 
-def test_class_weights_by_name_are_checked_with_near_names():
+def test_class_weights_by_name_are_checked():
     assert resolve_class_weights({"cat": 1, "dog": 2.5}, ["dog", "cat"], []) == (2.5, 1.0)
     assert resolve_class_weights("none", ["dog", "cat"], []) is None
     message = r"one weight per class \('dog', 'cat'\): no class 'dgo' \(nearest: 'dog'\); no weight for 'dog'"
@@ -47,7 +47,7 @@ def test_class_weights_by_name_are_checked_with_near_names():
         resolve_class_weights({"cat": -1, "dog": 2}, ["dog", "cat"], [])
 
 
-def test_macro_f1_of_a_classification_is_scikit_learn_s():
+def test_macro_f1_matches_scikit_learn():
     torch.manual_seed(0)
     logits, labels = torch.randn(40, 3), torch.randint(0, 3, (40,))
     scores = ClassificationTask(3).metrics(logits, labels)
@@ -61,7 +61,7 @@ def test_epochs_are_compared_by_the_monitored_metric_in_its_direction():
     assert RegressionTask(("age",), monitor="mae").selection_score({"val_mae": 3.0, "val_loss": 0.2}) == (-3.0, -0.2)
 
 
-def test_metrics_of_several_labels_agree_with_scikit_learn():
+def test_multilabel_metrics_match_scikit_learn():
     torch.manual_seed(0)
     logits, labels = torch.randn(60, 3), (torch.rand(60, 3) > 0.6).int()
     task = MultiLabelTask(("a", "b", "c"), thresholds=(0.3, 0.5, 0.7))
@@ -77,14 +77,14 @@ def test_metrics_of_several_labels_agree_with_scikit_learn():
     )
 
 
-def test_a_label_that_no_image_has_counts_in_no_mean():
+def test_labels_without_images_are_excluded_from_means():
     logits, labels = torch.tensor([[3.0, -3.0], [-3.0, -3.0]]), torch.tensor([[1, 0], [0, 0]])
     scores = MultiLabelTask(("a", "b")).metrics(logits, labels)
     assert scores["map"] == scores["macro_f1"] == 1.0
     assert scores["per_class"][1]["average_precision"] is None
 
 
-def test_thresholds_have_the_highest_f1_that_any_threshold_has():
+def test_thresholds_maximize_f1():
     torch.manual_seed(0)
     probabilities, labels = torch.rand(50, 4).double().numpy(), (torch.rand(50, 4) > 0.7).int().numpy()
     labels[:, 3] = 0
@@ -95,7 +95,7 @@ def test_thresholds_have_the_highest_f1_that_any_threshold_has():
         assert reached >= max(every) - 1e-12
     assert thresholds[3] == 0.5
     tied = best_thresholds(np.array([[0.2], [0.2], [0.2]]), np.array([[1], [0], [0]]))
-    assert tied == [0.1]  # equal probabilities are all above or all below
+    assert tied == [0.1]  # equal probabilities are on the same side
 
 
 def test_positive_weights_are_the_ratio_of_images_without_and_with_the_label():
@@ -107,7 +107,7 @@ def test_positive_weights_are_the_ratio_of_images_without_and_with_the_label():
     assert task.remap_labels(torch.tensor([1.0]), [1]).tolist() == [0.0, 1.0]
 
 
-def test_the_state_of_several_labels_is_their_thresholds():
+def test_the_multilabel_state_is_the_thresholds():
     logits, labels = torch.tensor([[0.0, 2.0], [-1.0, 1.0], [-2.0, 0.5]]), np.array([[1, 1], [1, 0], [0, 0]])
     task = MultiLabelTask(("a", "b")).calibrated(logits, labels)
     again = create_task("multilabel", ["a", "b"], **task.state())
@@ -115,7 +115,7 @@ def test_the_state_of_several_labels_is_their_thresholds():
     assert again.metrics(logits, labels)["macro_f1"] == 1.0
 
 
-def test_ordered_classes_are_measured_in_ranks():
+def test_ordinal_metrics_use_ranks():
     torch.manual_seed(0)
     logits, labels = torch.randn(40, 3), torch.randint(0, 4, (40,))
     scores = OrdinalTask(4, loss_name="corn").metrics(logits, labels)
@@ -127,7 +127,7 @@ def test_ordered_classes_are_measured_in_ranks():
     assert OrdinalTask(4, loss_name="corn").metrics(perfect, [0, 0])["kappa"] == 1.0
 
 
-def test_the_order_of_classes_is_their_numbers_or_must_be_given():
+def test_class_order_follows_numbers_or_is_required():
     assert rank_order(["0", "1", "10", "2"], None) == ["0", "1", "2", "10"]
     assert rank_order(["1 low", "2 high", "-1 none"], None) == ["-1 none", "1 low", "2 high"]
     assert rank_order(["high", "low", "mid"], "low, mid,high") == ["low", "mid", "high"]
@@ -142,7 +142,7 @@ def test_two_classes_are_not_ordinal():
         create_task("ordinal", ["0", "1"])
 
 
-def test_numbers_are_standardized_for_the_loss_and_turned_back():
+def test_targets_are_standardized_for_the_loss_and_converted_back():
     data = dataset([0] * 4, [(1.0, 100.0), (2.0, 200.0), (3.0, 300.0), (6.0, 300.0)])
     task = create_task("regression", ["x", "y"]).fitted(data, ["x", "y"])
     assert task.mean == pytest.approx((3.0, 225.0)) and task.std == pytest.approx(
@@ -159,31 +159,31 @@ def test_numbers_are_standardized_for_the_loss_and_turned_back():
     assert scores["r2"] == pytest.approx(-1.0)
 
 
-def test_models_of_several_folds_are_averaged_in_the_numbers_own_unit():
+def test_models_of_several_folds_are_averaged_in_target_units():
     one, two = RegressionTask(("x",), mean=(1.0,), std=(2.0,)), RegressionTask(("x",), mean=(3.0,), std=(4.0,))
     outputs = [torch.tensor([[1.0]]), torch.tensor([[0.5]])]  # 3 and 5
     assert one.numbers(one.average_outputs(outputs, [one, two])).item() == pytest.approx(4.0)
     tasks = [MultiLabelTask(("a",), thresholds=(t,)) for t in (0.2, 0.6)]
-    pooled = tasks[0].of_ensemble(tasks)
+    pooled = tasks[0].for_ensemble(tasks)
     assert pooled.thresholds == pytest.approx((0.4,))
 
 
 @pytest.mark.parametrize("task", [MultiLabelTask(("a", "b", "c")), OrdinalTask(4)], ids=lambda task: task.name)
-def test_the_average_of_outputs_has_the_mean_of_their_probabilities(task):
+def test_averaged_outputs_have_the_mean_probabilities(task):
     torch.manual_seed(0)
     outputs = [torch.randn(5, 3).double(), torch.randn(5, 3).double()]
     mean = (task.probabilities(outputs[0]) + task.probabilities(outputs[1])) / 2
     assert torch.allclose(task.probabilities(task.average_outputs(outputs)), mean)
 
 
-def test_large_numbers_keep_their_differences():
+def test_large_targets_keep_their_precision():
     data = dataset([0] * 3, [1.7e9, 1.7e9 + 1, 1.7e9 + 2])
     task = create_task("regression", ["t"]).fitted(data, ["t"])
     values = task.standardized(torch.stack([task.encode(1.7e9 + i) for i in range(3)]))
     assert values[:, 0].tolist() == pytest.approx([-(1.5**0.5), 0.0, 1.5**0.5])
 
 
-def test_a_regression_refuses_data_that_lacks_a_number():
+def test_a_regression_rejects_missing_targets():
     task = RegressionTask(("x", "y"))
     assert task.remap_labels(torch.tensor([1.0, 2.0]), [1, 0]).tolist() == [2.0, 1.0]
     with pytest.raises(ValueError, match="must have all targets of the run, got none for 'y'"):
