@@ -480,7 +480,7 @@ def test_custom_forward_raises_by_name_and_is_excluded_from_all_linear(target):
     model = make()
     model.attn = CustomForward(WIDTH, HEADS)
     assert all_linear_names(model) == ["before"]
-    with pytest.raises(NotImplementedError, match=r"matches 'attn', a .*OwnForward with a custom forward\(\)"):
+    with pytest.raises(NotImplementedError, match=r"matches 'attn', a .*CustomForward with a custom forward\(\)"):
         adapt(model, targets=[target])
 
 

@@ -25,7 +25,7 @@ REFUSED = {
 }
 UNITS = ("whole", "norms", "layers", "blocks")
 EQUALLY_ROUNDED = {"FULL_SHARD-layers", "SHARD_GRAD_OP-norms", "SHARD_GRAD_OP-layers", "NO_SHARD-layers", "FSDP2-whole"}
-"""Cases in which eight bits act on the same normalizations as in the whole model."""
+"""Cases whose sharded model compresses the same normalizations as the unsharded model."""
 RECOMPUTED = [f"{kind}-{units}" for kind in ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "FSDP2") for units in UNITS]
 
 

@@ -66,7 +66,7 @@ def test_auto_classes_load_adapter_folder(saved):
 
 REQUIRED = transformers.integrations.peft.MIN_PEFT_VERSION
 IS_REFUSED = Version(importlib.metadata.version("peft")) < Version(REQUIRED)
-"""transformers 5.24 refuses PEFT 0.21 for every method."""
+"""transformers 5.24 rejects PEFT 0.21 for every method."""
 
 
 @pytest.mark.skipif(not IS_REFUSED, reason="transformers accepts this PEFT")

@@ -33,7 +33,7 @@ def adapted(**options):
 
 
 QKV = torch.tensor([2, 15, 16, 47])
-"""Two entries of q, one of k and one of v, which have four rows of four columns each."""
+"""Two entries of q, one of k and one of v; each matrix is 4×4."""
 
 
 @pytest.fixture

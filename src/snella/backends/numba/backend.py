@@ -325,7 +325,7 @@ def select_threshold(value: np.ndarray, budget: int, bins: np.ndarray | None = N
     ends = np.cumsum(bins[:, bin_index], dtype=np.int64)
     candidates = np.empty(int(ends[-1]), np.float32)
     offsets = ends - bins[:, bin_index]
-    _run(forward.collect, blocks, value.shape, width, value, *forward.bits_of_bin(bin_index), offsets, candidates)
+    _run(forward.collect, blocks, value.shape, width, value, *forward.bin_bit_range(bin_index), offsets, candidates)
     rank = len(candidates) - 1 - (budget - above)
     candidates.partition(rank)
     return candidates[rank]

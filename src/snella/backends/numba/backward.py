@@ -1,8 +1,8 @@
 """Numba kernels of the backward pass, from ∂L/∂W to the factors and scalars; shape letters as in `forward`.
 
-Functions with reassociated sums are inlined by Numba. A separate function could be compiled twice with different sum
-orders, standalone and inside its caller, and a process that loads the caller from the disk cache could get the other
-order. A resumed run would then differ in the last bits.
+Numba inlines functions with reassociated sums. It could otherwise compile a function twice with different sum orders,
+standalone and inside its caller, and a process that loads the caller from the disk cache could get the other order. A
+resumed run would then differ in the last bits.
 """
 
 # ruff: noqa: D103
@@ -36,18 +36,34 @@ SCALE, MEAN, BY_DISTANCE, LINES = 24, 25, 26, 28
 
 @njit(**FASTMATH_STRICT_ORDER)
 def merge_block_and_gradient(
-    tile, B, coeff, softmax, columns, start, w, grad, threshold, scaling, mode, adds, base, result, value, exps, scratch
+    tile,
+    B,
+    coeff,
+    softmax,
+    columns,
+    start,
+    w,
+    grad,
+    threshold,
+    scaling,
+    mode,
+    writes_result,
+    base,
+    result,
+    value,
+    exps,
+    scratch,
 ):
     # value[i, j] = G = grad·scaling·∂S/∂ΔW of the block, row by row; ΔW is bit-identical to `merge_block` through the
-    # column statistics; scratch = squares, Σ_i G, Σ_i G·exps per column; if adds: also result = base + scaling·S
+    # column statistics; scratch = squares, Σ_i G, Σ_i G·exps per column; if writes_result: result = base + scaling·S
     inv_temperature, linear, _, beta, has_softmax = softmax
     squares, total, mean = scratch[0], scratch[1], scratch[2]
     m = B.shape[0]
-    times, less = np.float32(1), ZERO
+    slope, offset = np.float32(1), ZERO
     if mode == SOFT:
-        times, less = np.float32(2), threshold
+        slope, offset = np.float32(2), threshold
     elif mode == NONE:
-        times, less = ZERO, np.float32(-1)
+        slope, offset = ZERO, np.float32(-1)
     for j in range(w):
         total[j] = mean[j] = ZERO
     is_default = is_p2_r8(tile, coeff)
@@ -59,17 +75,19 @@ def merge_block_and_gradient(
             weighted_distances(tile, B, coeff, i, w, value, i, squares)
         if has_softmax:
             for j in range(w):
-                at = np.uintp(start + j)
-                one = exponential(value[i, j] * inv_temperature - columns[0, at])
+                column = np.uintp(start + j)
+                one = exponential(value[i, j] * inv_temperature - columns[0, column])
                 exps[i, j] = one
-                value[i, j] = linear * value[i, j] + columns[1, at] * one + beta
-        if adds:
+                value[i, j] = linear * value[i, j] + columns[1, column] * one + beta
+        if writes_result:
             prefetch_row(base, i, start, w)
             prefetch_row(result, i, start, w)
             add_row(base, value, i, i, start, w, threshold, scaling, mode, result)
         for j in range(w):
             magnitude = abs(value[i, j])
-            one = grad[i, np.uintp(start + j)] * scaling * (times * magnitude - less) if magnitude > threshold else ZERO
+            one = (
+                grad[i, np.uintp(start + j)] * scaling * (slope * magnitude - offset) if magnitude > threshold else ZERO
+            )
             value[i, j] = one
             total[j] += one
         if has_softmax:
@@ -112,8 +130,8 @@ def row_grad_coefs(i, q, w, R, tile, B, coeff, softmax, value, exps, scale, mean
 
 
 @njit(**FASTMATH_REASSOC, inline="always")
-def accumulate_factor_grads(i, rows_left, w, R, tile, B, coefs, grad_A_acc, grad_B, chunk):
-    # add coefs·(B − tile) of the rows i … i + ROWS − 1, of which rows_left exist, to grad_A_acc and grad_B[chunk];
+def accumulate_factor_grads(i, num_rows, w, R, tile, B, coefs, grad_A_acc, grad_B, chunk):
+    # add coefs·(B − tile) of the rows i … i + num_rows − 1, num_rows ≤ ROWS, to grad_A_acc and grad_B[chunk];
     # one loop over several rows reads tile and grad_A_acc only once
     pieces, m = coefs.shape[1], B.shape[0]
     i1, i2, i3 = min(i + 1, m - 1), min(i + 2, m - 1), min(i + 3, m - 1)
@@ -133,39 +151,39 @@ def accumulate_factor_grads(i, rows_left, w, R, tile, B, coefs, grad_A_acc, grad
                 t2 += x2
                 t3 += x3
             grad_B[chunk, i, k] += t0
-            if rows_left > 1:
+            if num_rows > 1:
                 grad_B[chunk, i1, k] += t1
-            if rows_left > 2:
+            if num_rows > 2:
                 grad_B[chunk, i2, k] += t2
-            if rows_left > 3:
+            if num_rows > 3:
                 grad_B[chunk, i3, k] += t3
 
 
 @njit(**FASTMATH_REASSOC, inline="always")
-def row_grad_coefs_p2_r8(i, to, w, lines, B, coeff, linear, value, exps):
-    # `row_grad_coefs` for two pieces of width four, the default, in one loop; writes the coefficients to lines `to` and
-    # to + 1. Vectorization requires that the compiler knows which lines of which array a loop accesses
+def row_grad_coefs_p2_r8(i, line, w, lines, B, coeff, linear, value, exps):
+    # `row_grad_coefs` for two pieces of width four, the default, in one loop; writes the coefficients to lines `line`
+    # and `line + 1`. The compiler vectorizes the loop only if it knows which lines of which array the loop accesses
     c0, c1 = coeff[0], coeff[1]
     b0, b1, b2, b3 = B[i, 0], B[i, 1], B[i, 2], B[i, 3]
     b4, b5, b6, b7 = B[i, 4], B[i, 5], B[i, 6], B[i, 7]
     for j in range(w):
-        one = linear * value[i, j] + lines[SCALE, j] * exps[i, j] * (value[i, j] - lines[MEAN, j])
+        grad_value = linear * value[i, j] + lines[SCALE, j] * exps[i, j] * (value[i, j] - lines[MEAN, j])
         d0, d1, d2, d3 = b0 - lines[0, j], b1 - lines[1, j], b2 - lines[2, j], b3 - lines[3, j]
         d4, d5, d6, d7 = b4 - lines[4, j], b5 - lines[5, j], b6 - lines[6, j], b7 - lines[7, j]
         first = math.sqrt((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3))
         second = math.sqrt((d4 * d4 + d5 * d5) + (d6 * d6 + d7 * d7))
-        lines[BY_DISTANCE, j] += one * first
-        lines[BY_DISTANCE + 1, j] += one * second
-        lines[to, j] = c0 * one / first if first > ZERO else ZERO
-        lines[to + 1, j] = c1 * one / second if second > ZERO else ZERO
+        lines[BY_DISTANCE, j] += grad_value * first
+        lines[BY_DISTANCE + 1, j] += grad_value * second
+        lines[line, j] = c0 * grad_value / first if first > ZERO else ZERO
+        lines[line + 1, j] = c1 * grad_value / second if second > ZERO else ZERO
 
 
 @njit(**FASTMATH_REASSOC, inline="always")
-def rows_grad_p2_r8(i, left, w, lines, B, coeff, linear, value, exps, grad_B, chunk):
-    # `row_grad_coefs` and `accumulate_factor_grads` for ROWS rows of the default kernel, of which `left` exist; no
-    # gradient of the temperature
+def rows_grad_p2_r8(i, num_rows, w, lines, B, coeff, linear, value, exps, grad_B, chunk):
+    # `row_grad_coefs` and `accumulate_factor_grads` for the first `num_rows` of ROWS rows, for the default kernel
+    # without the gradient of the temperature
     row_grad_coefs_p2_r8(i, 16, w, lines, B, coeff, linear, value, exps)
-    if left == ROWS:
+    if num_rows == ROWS:
         row_grad_coefs_p2_r8(i + 1, 18, w, lines, B, coeff, linear, value, exps)
         row_grad_coefs_p2_r8(i + 2, 20, w, lines, B, coeff, linear, value, exps)
         row_grad_coefs_p2_r8(i + 3, 22, w, lines, B, coeff, linear, value, exps)
@@ -174,14 +192,14 @@ def rows_grad_p2_r8(i, left, w, lines, B, coeff, linear, value, exps, grad_B, ch
     for k in range(8):
         b0, b1, b2, b3 = B[i, k], B[i1, k], B[i2, k], B[i3, k]
         t0, t1, t2, t3 = ZERO, ZERO, ZERO, ZERO
-        of = 16 + k // 4
-        if left == ROWS:
+        coef_line = 16 + k // 4
+        if num_rows == ROWS:
             for j in range(w):
                 a = lines[k, j]
-                x0 = lines[of, j] * (b0 - a)
-                x1 = lines[of + 2, j] * (b1 - a)
-                x2 = lines[of + 4, j] * (b2 - a)
-                x3 = lines[of + 6, j] * (b3 - a)
+                x0 = lines[coef_line, j] * (b0 - a)
+                x1 = lines[coef_line + 2, j] * (b1 - a)
+                x2 = lines[coef_line + 4, j] * (b2 - a)
+                x3 = lines[coef_line + 6, j] * (b3 - a)
                 lines[8 + k, j] += (x0 + x1) + (x2 + x3)
                 t0 += x0
                 t1 += x1
@@ -192,7 +210,7 @@ def rows_grad_p2_r8(i, left, w, lines, B, coeff, linear, value, exps, grad_B, ch
             grad_B[chunk, i3, k] += t3
         else:
             for j in range(w):
-                x0 = lines[of, j] * (b0 - lines[k, j])
+                x0 = lines[coef_line, j] * (b0 - lines[k, j])
                 lines[8 + k, j] += x0
                 t0 += x0
         grad_B[chunk, i, k] += t0
@@ -208,10 +226,10 @@ def block_grad_p2_r8(w, lines, tile, scale, mean, B, coeff, linear, value, exps,
     for k in range(8):
         for j in range(w):
             lines[k, j], lines[8 + k, j] = tile[k, j], ZERO
-    whole = m - m % ROWS
-    for i in range(0, whole, ROWS):
+    num_full = m - m % ROWS
+    for i in range(0, num_full, ROWS):
         rows_grad_p2_r8(i, ROWS, w, lines, B, coeff, linear, value, exps, grad_B, chunk)
-    for i in range(whole, m):
+    for i in range(num_full, m):
         rows_grad_p2_r8(i, 1, w, lines, B, coeff, linear, value, exps, grad_B, chunk)
     for p in range(2):
         for j in range(w):
@@ -237,7 +255,7 @@ def factor_gradients(
     scaling,
     mode,
     has_temperature,
-    adds,
+    writes_result,
     base,
     result,
     grad_A,
@@ -268,15 +286,15 @@ def factor_gradients(
             w = min(width, n - start)
             copy_tile(A, start, w, tile)
             merge_block_and_gradient(
-                tile, B, coeff, softmax, columns, start, w, grad, threshold, scaling, mode, adds, base, result, value,
-                exps, scratch
+                tile, B, coeff, softmax, columns, start, w, grad, threshold, scaling, mode, writes_result, base, result,
+                value, exps, scratch
             )  # fmt: skip
             for j in range(w):
-                at = np.uintp(start + j)
-                inverse = columns[2, at] if has_softmax else ZERO
+                column = np.uintp(start + j)
+                inverse = columns[2, column] if has_softmax else ZERO
                 sums[chunk, pieces + 1] += scratch[1, j]
                 mean[j] = scratch[2, j] * inverse
-                means[at] = mean[j]
+                means[column] = mean[j]
                 scale[j] = np.float32(alpha) * inv_temperature * inverse
             if is_default:
                 block_grad_p2_r8(
@@ -285,14 +303,14 @@ def factor_gradients(
             else:
                 grad_A_acc[:, :] = ZERO
                 for i in range(0, m, ROWS):
-                    left = min(ROWS, m - i)
-                    for q in range(left):
+                    num_rows = min(ROWS, m - i)
+                    for q in range(num_rows):
                         row_grad_coefs(
                             i + q, q, w, R, tile, B, coeff, softmax, value, exps, scale, mean, rows, coefs, sums, chunk
                         )
-                    if left < ROWS:
-                        coefs[left:, :, :] = ZERO
-                    accumulate_factor_grads(i, left, w, R, tile, B, coefs, grad_A_acc, grad_B, chunk)
+                    if num_rows < ROWS:
+                        coefs[num_rows:, :, :] = ZERO
+                    accumulate_factor_grads(i, num_rows, w, R, tile, B, coefs, grad_A_acc, grad_B, chunk)
             for k in range(K):
                 for j in range(w):
                     grad_A[np.uintp(start + j), k] = -grad_A_acc[k, j]
@@ -308,18 +326,18 @@ def list_entries(first, last, width, A, B, coeff, softmax, threshold, rows, colu
         w = min(width, n - start)
         copy_tile(A, start, w, tile)
         merge_block(tile, B, coeff, softmax, w, value, exps, inv_sum, scratch)
-        at = 0
+        position = 0
         for i in range(m):
-            found = np.int32(0)
+            num_hits = np.int32(0)
             for j in range(w):
-                found += abs(value[i, j]) > threshold
-            if found == 0:
+                num_hits += abs(value[i, j]) > threshold
+            if num_hits == 0:
                 continue
             for j in range(w):
                 if abs(value[i, j]) > threshold:
-                    rows[block, at], columns[block, at] = i, start + j
-                    at += 1
-        counts[block] = at
+                    rows[block, position], columns[block, position] = i, start + j
+                    position += 1
+        counts[block] = position
 
 
 @compiled(FASTMATH_REASSOC)
@@ -327,18 +345,18 @@ def sddmm_accumulate(first, last, grad_y, x, rows, columns, counts, sums):
     # sums[block, e] += Σ_t grad_y[rows[e], t]·x[columns[e], t]; tokens t are contiguous in both
     tokens = x.shape[1]
     for block in range(first, last):
-        where_i, where_j, total = rows[block], columns[block], sums[block]
+        row_indices, column_indices, total = rows[block], columns[block], sums[block]
         for e in range(counts[block]):
-            left, right = grad_y[where_i[e]], x[where_j[e]]
-            one = ZERO
+            left, right = grad_y[row_indices[e]], x[column_indices[e]]
+            dot = ZERO
             for t in range(tokens):
-                one += left[t] * right[t]
-            total[e] += one
+                dot += left[t] * right[t]
+            total[e] += dot
 
 
 @compiled(FASTMATH_STRICT_ORDER)
 def sddmm_scatter(first, last, rows, columns, counts, sums, result):
     for block in range(first, last):
-        where_i, where_j, total = rows[block], columns[block], sums[block]
+        row_indices, column_indices, total = rows[block], columns[block], sums[block]
         for e in range(counts[block]):
-            result[where_i[e], where_j[e]] = total[e]
+            result[row_indices[e], column_indices[e]] = total[e]

@@ -1,4 +1,4 @@
-"""Compilation settings of the Numba kernels, and their shared scalar operations."""
+"""Compiler settings and scalar operations of the Numba kernels."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ FASTMATH_REASSOC: dict[str, Any] = {
 FASTMATH_STRICT_ORDER: dict[str, Any] = {**FASTMATH_REASSOC, "fastmath": {"contract", "nsz"}}
 # No contraction: `W0 + scaling·S` rounds like torch, so that a merged weight equals the base plus `get_delta_weight`.
 NO_CONTRACT: dict[str, Any] = {**FASTMATH_REASSOC, "fastmath": {"nsz"}}
-_ROUNDS_TO_WHOLE = np.float32(3 << 22)  # spacing of float32 numbers is 1 here
+_ROUND_TO_INT = np.float32(3 << 22)  # float32 values near this constant have spacing 1
 
 
 def compiled(settings: dict[str, Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Compile at the first call, and cache the result on disk if a folder is writable."""
+    """Compile a function at its first call, and cache the result on disk if a folder is writable."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         try:
@@ -42,8 +42,8 @@ def compiled(settings: dict[str, Any]) -> Callable[[Callable[..., None]], Callab
 def remove_stale_index(function: Callable[..., None], folder: Path) -> None:
     """Remove Numba's cache index of `function` if any kernel file is newer.
 
-    Numba checks only the function's own file. Without this, it would load a function compiled with an outdated helper
-    from another file, and mix both versions of the helper in one process.
+    Numba checks only the file that defines the function. It could load a function compiled with an outdated helper from
+    another file, and mix both versions of the helper in one process.
     """
     newest = max(file.stat().st_mtime for file in Path(__file__).parent.glob("*.py"))
     for index in folder.glob(f"{Path(function.__code__.co_filename).stem}.{function.__name__}-*.nbi"):
@@ -80,12 +80,12 @@ def prefetch(typing_context: Any, array: Any, i: Any, j: Any) -> Any:
         values = zip(args[1:], index_types, strict=True)
         indices = [context.cast(builder, value, kind, types.intp) for value, kind in values]
         array = context.make_array(array_type)(context, builder, args[0])
-        place = cgutils.get_item_pointer(context, builder, array_type, array, indices, wraparound=False)
-        address, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [address, number, number, number])
+        element_pointer = cgutils.get_item_pointer(context, builder, array_type, array, indices, wraparound=False)
+        byte_pointer, int32 = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte_pointer, int32, int32, int32])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
-        to_read, keep, data = number(0), number(3), number(1)
-        builder.call(function, [builder.bitcast(place, address), to_read, keep, data])
+        read, locality, cache_type = int32(0), int32(3), int32(1)
+        builder.call(function, [builder.bitcast(element_pointer, byte_pointer), read, locality, cache_type])
         return context.get_dummy_value()
 
     return types.void(array, i, j), generate
@@ -126,12 +126,12 @@ def exponential(x: Any) -> Any:
     """Compute `exp(x)` for `x ≤ 0` to within two units in the last place; `x` is clamped to at least −87.
 
     2^k·exp(r) with `|r| ≤ ln 2 / 2`, `k·ln 2` subtracted in two parts, exp(r) by its Taylor series to the 7th power.
-    Sums must keep their written order: a constant is added to round `k` to an integer, which the low bits of the sum
-    then hold, and subtracted again.
+    Requires strict summation order: adding and subtracting a constant rounds `k` to an integer, and the low bits of
+    the sum contain `k`.
     """
     x = max(x, np.float32(-87))
-    shifted = x * np.float32(1.4426950408889634) + _ROUNDS_TO_WHOLE
-    k = shifted - _ROUNDS_TO_WHOLE
+    shifted = x * np.float32(1.4426950408889634) + _ROUND_TO_INT
+    k = shifted - _ROUND_TO_INT
     r = x - k * np.float32(0.693145751953125)
     r = r - k * np.float32(1.428606765330187e-06)
     p = np.float32(1 / 5040)

@@ -34,23 +34,23 @@ from snella.backends.numba.compile import (
 ZERO = np.float32(0)
 HISTOGRAM_BINS = 1 << 12  # exponent and leading 7 bits of the mantissa, for 32 exponents
 _HISTOGRAM_SHIFT, _FIRST_BIN = np.int32(16), np.int32((127 - 30) << 7)  # starts at 2^-30
-WIDTH_OF_ROWS = 768  # columns of a tile in row-wise merges: 24 KiB at rank 8
+ROW_TILE_WIDTH = 768  # tile width of row-wise merges: 24 KiB at rank 8
 PREFETCH_DISTANCE = 6  # rows to prefetch ahead
 _MAGNITUDE = np.int32(0x7FFFFFFF)
-SOFT, OFFICIAL, NONE = 0, 1, 2  # the modes of `sparsify`
+SOFT, OFFICIAL, NONE = 0, 1, 2  # modes of `sparsify`
 
 
 @njit(**FASTMATH_STRICT_ORDER, inline="always")
 def histogram_bin(value):
-    # monotonic in the magnitude; the first and last bin include smaller and larger values
+    # monotonic in the magnitude; the first and last bin include out-of-range values
     leading = ((bits_of_float(value) & _MAGNITUDE) >> _HISTOGRAM_SHIFT) - _FIRST_BIN
     return min(max(leading, np.int32(0)), np.int32(HISTOGRAM_BINS - 1))
 
 
-def bits_of_bin(number: int) -> tuple[np.int32, np.uint32]:
-    """Return the lowest bit pattern of the magnitudes in a histogram bin, and the number of patterns."""
-    lowest, end = ((int(_FIRST_BIN) + number + k) << int(_HISTOGRAM_SHIFT) for k in range(2))
-    lowest, end = 0 if number == 0 else lowest, 1 << 31 if number == HISTOGRAM_BINS - 1 else end
+def bin_bit_range(index: int) -> tuple[np.int32, np.uint32]:
+    """Return the lowest bit pattern of the magnitudes in a histogram bin, and the number of bit patterns."""
+    lowest, end = ((int(_FIRST_BIN) + index + k) << int(_HISTOGRAM_SHIFT) for k in range(2))
+    lowest, end = 0 if index == 0 else lowest, 1 << 31 if index == HISTOGRAM_BINS - 1 else end
     return np.int32(lowest), np.uint32(end - lowest)
 
 
@@ -83,15 +83,15 @@ def squared_distances(tile, B, i, first, last, w, squares):
             squares[j] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)
         k += 4
     while k < last:
-        one = B[i, k]
+        b = B[i, k]
         for j in range(w):
-            difference = one - tile[k, j]
+            difference = b - tile[k, j]
             squares[j] += difference * difference
         k += 1
 
 
 @njit(**FASTMATH_STRICT_ORDER)
-def distances_p2_r8(tile, B, coeff, i, w, value, at):
+def distances_p2_r8(tile, B, coeff, i, w, value, row):
     # `weighted_distances` for two pieces of width four, the default
     c0, b0, b1, b2, b3 = coeff[0], B[i, 0], B[i, 1], B[i, 2], B[i, 3]
     c1, b4, b5, b6, b7 = coeff[1], B[i, 4], B[i, 5], B[i, 6], B[i, 7]
@@ -100,21 +100,21 @@ def distances_p2_r8(tile, B, coeff, i, w, value, at):
         d4, d5, d6, d7 = b4 - tile[4, j], b5 - tile[5, j], b6 - tile[6, j], b7 - tile[7, j]
         first = math.sqrt((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3))
         second = math.sqrt((d4 * d4 + d5 * d5) + (d6 * d6 + d7 * d7))
-        value[at, j] = c0 * first + c1 * second
+        value[row, j] = c0 * first + c1 * second
 
 
 @njit(**FASTMATH_STRICT_ORDER)
-def weighted_distances(tile, B, coeff, i, w, value, at, squares):
-    # value[at, j] = Σ_p coeff[p]·‖B[i, piece p] − tile[piece p, j]‖
+def weighted_distances(tile, B, coeff, i, w, value, row, squares):
+    # value[row, j] = Σ_p coeff[p]·‖B[i, piece p] − tile[piece p, j]‖
     pieces = coeff.shape[0]
     R = tile.shape[0] // pieces
     for j in range(w):
-        value[at, j] = ZERO
+        value[row, j] = ZERO
     for p in range(pieces):
         c = coeff[p]
         squared_distances(tile, B, i, p * R, (p + 1) * R, w, squares)
         for j in range(w):
-            value[at, j] += c * math.sqrt(squares[j])
+            value[row, j] += c * math.sqrt(squares[j])
 
 
 @njit(**FASTMATH_STRICT_ORDER)
@@ -146,9 +146,9 @@ def merge_block(tile, B, coeff, softmax, w, value, exps, inv_sum, scratch):
         return
     for i in range(m):
         for j in range(w):
-            one = exponential(value[i, j] * inv_temperature - max_logit[j])
-            exps[i, j] = one
-            inv_sum[j] += one
+            exp = exponential(value[i, j] * inv_temperature - max_logit[j])
+            exps[i, j] = exp
+            inv_sum[j] += exp
     for j in range(w):
         inverse = 1.0 / np.float64(inv_sum[j])
         inv_sum[j] = np.float32(inverse)
@@ -160,7 +160,7 @@ def merge_block(tile, B, coeff, softmax, w, value, exps, inv_sum, scratch):
 
 @njit(**FASTMATH_STRICT_ORDER)
 def merge_row(tile, B, coeff, softmax, i, w, columns, start, row, squares):
-    # row[0, j] = the value of `merge_block`, bit-identical, from the column's max_logit and scale
+    # row[0, j] = value[i, j] of `merge_block`, bit-identical, from the column's max_logit and scale
     inv_temperature, linear, _, beta, has_softmax = softmax
     if is_p2_r8(tile, coeff):
         distances_p2_r8(tile, B, coeff, i, w, row, 0)
@@ -168,17 +168,17 @@ def merge_row(tile, B, coeff, softmax, i, w, columns, start, row, squares):
         weighted_distances(tile, B, coeff, i, w, row, 0, squares)
     if has_softmax:
         for j in range(w):
-            at = np.uintp(start + j)
-            exp = exponential(row[0, j] * inv_temperature - columns[0, at])
-            row[0, j] = linear * row[0, j] + columns[1, at] * exp + beta
+            column = np.uintp(start + j)
+            exp = exponential(row[0, j] * inv_temperature - columns[0, column])
+            row[0, j] = linear * row[0, j] + columns[1, column] * exp + beta
 
 
 @njit(**FASTMATH_STRICT_ORDER)
 def store_column_stats(inv_sum, scratch, start, w, columns):
     # columns = max_logit, scale and inv_sum of the block's columns, for `merge_row` and the backward pass
     for j in range(w):
-        at = np.uintp(start + j)
-        columns[0, at], columns[1, at], columns[2, at] = scratch[1, j], scratch[2, j], inv_sum[j]
+        column = np.uintp(start + j)
+        columns[0, column], columns[1, column], columns[2, column] = scratch[1, j], scratch[2, j], inv_sum[j]
 
 
 @njit(**FASTMATH_STRICT_ORDER)
@@ -195,7 +195,7 @@ def merge_and_count(first, last, width, A, B, coeff, softmax, result, bins, colu
     # bins[block, h] = number of the block's entries in histogram bin h
     m, n = result.shape
     tile, value, exps, inv_sum, scratch = alloc_workspace(m, A.shape[1], width)
-    own_bins = np.empty(width, np.uint16)
+    row_bins = np.empty(width, np.uint16)
     for block in range(first, last):
         start = block * width
         w = min(width, n - start)
@@ -206,25 +206,25 @@ def merge_and_count(first, last, width, A, B, coeff, softmax, result, bins, colu
         for i in range(m):
             for j in range(w):
                 result[i, np.uintp(start + j)] = value[i, j]
-                own_bins[j] = histogram_bin(value[i, j])
+                row_bins[j] = histogram_bin(value[i, j])
             for j in range(w):
-                bins[block, own_bins[j]] += 1
+                bins[block, row_bins[j]] += 1
 
 
 @compiled(FASTMATH_STRICT_ORDER)
 def count(first, last, width, value, bins):
-    # the histogram of an existing matrix
+    # histogram of an existing matrix
     m, n = value.shape
-    own_bins = np.empty(width, np.uint16)
+    row_bins = np.empty(width, np.uint16)
     for block in range(first, last):
         start = block * width
         w = min(width, n - start)
         bins[block, :] = 0
         for i in range(m):
             for j in range(w):
-                own_bins[j] = histogram_bin(value[i, np.uintp(start + j)])
+                row_bins[j] = histogram_bin(value[i, np.uintp(start + j)])
             for j in range(w):
-                bins[block, own_bins[j]] += 1
+                bins[block, row_bins[j]] += 1
 
 
 @compiled(FASTMATH_STRICT_ORDER)
@@ -234,39 +234,45 @@ def collect(first, last, width, value, lowest, span, offsets, result):
     for block in range(first, last):
         start = block * width
         w = min(width, n - start)
-        at = offsets[block]
+        position = offsets[block]
         for i in range(m):
-            found = np.int32(0)
+            num_hits = np.int32(0)
             for j in range(w):
-                found += np.uint32((bits_of_float(value[i, np.uintp(start + j)]) & _MAGNITUDE) - lowest) < span
-            if found == 0:
+                num_hits += np.uint32((bits_of_float(value[i, np.uintp(start + j)]) & _MAGNITUDE) - lowest) < span
+            if num_hits == 0:
                 continue
             for j in range(w):
                 bits = bits_of_float(value[i, np.uintp(start + j)]) & _MAGNITUDE
                 if np.uint32(bits - lowest) < span:
-                    result[at] = float_of_bits(bits)
-                    at += 1
+                    result[position] = float_of_bits(bits)
+                    position += 1
 
 
 @njit(**NO_CONTRACT)
-def add_row(base, value, of, i, start, w, threshold, scaling, mode, result):
-    # result[i, start + j] = base + scaling·S of value[of, j], in the arrays' own types
+def add_row(base, value, source_row, i, start, w, threshold, scaling, mode, result):
+    # result[i, start + j] = base + scaling·S of value[source_row, j], in the dtypes of the arrays
     if mode == SOFT:
         for j in range(w):
-            one, at = value[of, j], np.uintp(start + j)
-            magnitude = abs(one)
+            entry, column = value[source_row, j], np.uintp(start + j)
+            magnitude = abs(entry)
             weight = magnitude - threshold if magnitude > threshold else ZERO
-            result[i, at] = store_from_f32(load_as_f32(base[i, at]) + scaling * (one * weight), result[i, at])
+            result[i, column] = store_from_f32(
+                load_as_f32(base[i, column]) + scaling * (entry * weight), result[i, column]
+            )
     elif mode == OFFICIAL:
         for j in range(w):
-            one, at = value[of, j], np.uintp(start + j)
-            magnitude = abs(one)
+            entry, column = value[source_row, j], np.uintp(start + j)
+            magnitude = abs(entry)
             weight = magnitude if magnitude > threshold else ZERO
-            result[i, at] = store_from_f32(load_as_f32(base[i, at]) + scaling * (one * weight), result[i, at])
+            result[i, column] = store_from_f32(
+                load_as_f32(base[i, column]) + scaling * (entry * weight), result[i, column]
+            )
     else:
         for j in range(w):
-            at = np.uintp(start + j)
-            result[i, at] = store_from_f32(load_as_f32(base[i, at]) + scaling * value[of, j], result[i, at])
+            column = np.uintp(start + j)
+            result[i, column] = store_from_f32(
+                load_as_f32(base[i, column]) + scaling * value[source_row, j], result[i, column]
+            )
 
 
 @compiled(NO_CONTRACT)
@@ -293,7 +299,7 @@ def measure_column_stats(first, last, width, A, B, coeff, softmax, columns):
 def merge_and_add(first, last, A, B, coeff, softmax, columns, base, threshold, scaling, mode, result):
     # result = base + scaling·S on the rows first … last − 1, merging S row by row
     n = result.shape[1]
-    width = min(n, WIDTH_OF_ROWS)
+    width = min(n, ROW_TILE_WIDTH)
     tile, row, squares = (
         np.empty((A.shape[1], width), np.float32),
         np.empty((1, width), np.float32),
