@@ -192,9 +192,9 @@ class SnellaConfig(PeftConfig):
             from a fraction `P` of the tokens, e.g. `"sample:1/2"` (see `snella.memory.sampling.sample_tokens`). Outputs
             and all other gradients stay exact. Convolutions, `impl="reference"` and weights that a model reads for
             anything but `F.linear` always use exact gradients.
-        fixed_support: Update only the entries set by `layer.set_support` (the paper's predefined mask) instead of
-            letting entries compete. The update is the merged matrix at these entries, without shrinkage. Sparsities,
-            schedule and allocation have no effect.
+        fixed_support: Update only the entries set by `snella.fixed_support.set_support` (the paper's predefined mask)
+            instead of letting entries compete. The update is the merged matrix at these entries, without shrinkage.
+            Sparsities, schedule and allocation have no effect.
         impl: Implementation of the adapted layer: `"auto"`, `"triton"` (Triton kernels on a CUDA device), `"numba"`
             (Numba kernels on the CPU), `"eager"` or `"reference"`; see `snella.functional.adapted_linear`.
         init_weights: `True` draws small factors: the update of a ViT-B-sized weight starts near 5e-6, and narrow layers

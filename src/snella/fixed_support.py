@@ -1,16 +1,115 @@
-"""Updates with a fixed support: selected entries of a merged matrix, and a layer op that applies them."""
+"""Updates with a fixed support: selected entries of a merged matrix, and a layer op that applies them.
+
+A layer without such an adapter never enters this module.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from snella.backends.base import store_gradients, zero_gradients
-from snella.update import Factors, LayerOp, LazyWeight, UpdateSpec, without_view
+from snella.budgets import seal_budgets
+from snella.cache import pack_positions
+from snella.update import Factors, LayerOp, LazyWeight, Update, UpdateSpec, without_view
+
+if TYPE_CHECKING:
+    from snella.layer import SnellaLayer
+
+
+def set_support(layer: SnellaLayer, adapter_name: str, indices: Tensor) -> None:
+    """Set the entries that an adapter with `fixed_support` updates.
+
+    Args:
+        layer: The layer.
+        adapter_name: The adapter.
+        indices: Positions in the flattened weight `[m, …]`, outputs first, integer.
+
+    Raises:
+        ValueError: If the adapter has no fixed support, or positions are out of range or repeated.
+    """
+    if adapter_name not in layer.snella_support:
+        raise ValueError(
+            f"adapter {adapter_name!r} must have a fixed support; create it with SnellaConfig(fixed_support=True)"
+        )
+    packed = layer.snella_support[adapter_name]
+    packed.copy_(pack_positions(indices.to(packed.device), layer.out_features * layer.in_features))
+    ends = torch.tensor([rows.stop * layer.in_features for rows in layer.matrix_rows(adapter_name)])
+    below = torch.searchsorted(indices.cpu().long().sort().values, ends)
+    layer.snella_budget[adapter_name].copy_(below.diff(prepend=below.new_zeros(1)))
+    seal_budgets(layer, adapter_name)
+    layer.clear_cache()
+
+
+def learnable_entries(
+    layer: SnellaLayer, names: Sequence[str], fixed: Sequence[tuple[str, Update]]
+) -> tuple[Tensor, Tensor]:
+    """Return values and positions of the only active adapter, differentiable.
+
+    Args:
+        layer: The layer.
+        names: All adapters of the call.
+        fixed: Adapters with a fixed support, and their updates.
+
+    Raises:
+        NotImplementedError: If other adapters are also active.
+    """
+    if len(names) > 1:
+        raise NotImplementedError(
+            f"adapters {list(names)} cannot be trained together, because {[name for name, _ in fixed]} have a fixed "
+            "support; activate only one"
+        )
+    ((name, update),) = fixed
+    indices = layer._cache.positions(name, layer.snella_support[name])
+    return merged_entries(update.spec, update.factors, indices), indices
+
+
+def apply_entries(
+    layer: SnellaLayer,
+    x: Tensor,
+    weight: Tensor | LazyWeight,
+    bias: Tensor | None,
+    values: Tensor,
+    indices: Tensor,
+) -> Tensor:
+    """Apply the base layer with values added to selected entries of its weight, in the dtype of autocast or the weight.
+
+    Args:
+        layer: The layer.
+        x: Input.
+        weight: `[m, …]`.
+        bias: `[m]` or `None`.
+        values: See `learnable_entries`.
+        indices: See `learnable_entries`.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    elif isinstance(weight, Tensor):
+        x = x.to(weight.dtype)
+    return layer_with_entries(x, weight, bias if bias is None else bias.to(x.dtype), values, indices, layer._op())
+
+
+@torch.no_grad()
+def add_entries(
+    layer: SnellaLayer, total: Tensor | None, fixed: Sequence[tuple[str, Update]], shape: torch.Size
+) -> Tensor:
+    """Return a weight with the updates of all adapters with a fixed support, without gradient.
+
+    Args:
+        layer: The layer.
+        total: `[m, …]`; `None` starts at zero.
+        fixed: Adapters with a fixed support, and their updates.
+        shape: Shape of the result.
+    """
+    for name, update in fixed:
+        indices = layer._cache.positions(name, layer.snella_support[name])
+        values = merged_entries(update.spec, update.factors, indices)
+        total = fold_entries(values.new_zeros(shape) if total is None else total, values, indices)
+    return cast(Tensor, total)
 
 
 def merged_entries(spec: UpdateSpec, factors: Factors, indices: Tensor) -> Tensor:

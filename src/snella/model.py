@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
 from snella._text import listed
+from snella.budgets import buffers_off_meta
 from snella.cache import check_after_step
 from snella.compat.attention import AdaptedAttention, Projection, input_projections, is_adaptable, keep_off_fast_path
 from snella.compat.hooks import onloaded
@@ -28,7 +29,7 @@ from snella.compat.quantization import one_warning
 from snella.compat.tokens import TokenAdapter, attach_tokens, find_tokens, token_adapters
 from snella.config import SnellaConfig
 from snella.heads import NewHeads
-from snella.layer import SnellaLayer
+from snella.layer import SnellaLayer, describe_backend, drop_adapter
 from snella.memory.recompute import mark_outputs, unmark_outputs
 from snella.targets import (
     all_linear_names,
@@ -255,7 +256,7 @@ class SnellaModel(BaseTuner):
                 module._modules.update(before)
             for module in model.modules():
                 if isinstance(module, SnellaLayer):
-                    module.drop_adapter(adapter_name)
+                    drop_adapter(module, adapter_name)
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
             raise
@@ -268,7 +269,7 @@ class SnellaModel(BaseTuner):
             logger.info("recomputing inputs of adapted layers from %d normalizations and activations", count)
         layer = next((m for m in model.modules() if isinstance(m, SnellaLayer) and adapter_name in m.snella_A), None)
         if layer is not None and not layer.snella_A[adapter_name].is_meta:
-            logger.info("adapter %r: impl=%r is %s", adapter_name, config.impl, layer.backend(adapter_name))
+            logger.info("adapter %r: impl=%r is %s", adapter_name, config.impl, describe_backend(layer, adapter_name))
         is_on_cpu = layer is not None and layer.snella_A[adapter_name].device.type == "cpu"
         if config.weight_gradient == "bfloat16" and is_on_cpu and not _multiplies_bfloat16():
             warnings.warn(
@@ -458,7 +459,7 @@ class SnellaModel(BaseTuner):
             setattr(parent, child_name, new_module)
             return
         # PEFT moves the factors to the base weight's current device
-        off_meta = new_module.buffers_off_meta() if isinstance(new_module, SnellaLayer) else nullcontext()
+        off_meta = buffers_off_meta(new_module) if isinstance(new_module, SnellaLayer) else nullcontext()
         with onloaded(new_module, with_base=True), off_meta:
             super()._replace_module(parent, child_name, new_module, child)
 

@@ -19,6 +19,7 @@ from snella import update as spec
 from snella.backends.base import TorchBackend
 from snella.backends.numba import backend as numba_backend
 from snella.cache import LayerCache
+from snella.fixed_support import set_support
 from snella.layer import SnellaLayer
 from snella.matrices import adapted_matrices
 
@@ -340,7 +341,7 @@ def pair(kind="linear", **settings):
         config = SnellaConfig(**{"r": 4, "target_modules": ["layer"], "init_weights": False, "scaling": 0.1} | settings)
         model = get_peft_model(Reader(copy.deepcopy(layer), reads), config)
         if config.fixed_support:
-            layers(model)[0].set_support("default", torch.arange(0, 50, 3))
+            set_support(layers(model)[0], "default", torch.arange(0, 50, 3))
         models.append(model)
     return *models, torch.randn(shape)
 

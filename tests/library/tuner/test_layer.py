@@ -13,8 +13,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from snella import SnellaConfig
+from snella.fixed_support import set_support
 from snella.layer import SnellaLayer, log_backend
 from snella.matrices import adapted_matrices
+from snella.regularization import update_dropout
 
 
 def layers(model):
@@ -202,7 +204,7 @@ def test_output_supports_in_place_operations(layer, shape, settings):
     for inplace in (False, True):
         model = adapted(nn.Sequential(copy.deepcopy(layer), nn.ReLU(inplace=inplace)), **settings)
         if "fixed_support" in settings:
-            first_layer(model).set_support("default", torch.arange(0, 64, 2))
+            set_support(first_layer(model), "default", torch.arange(0, 64, 2))
         torch.manual_seed(0)
         model(x).square().sum().backward()
         gradients[inplace] = [p.grad for p in model.parameters() if p.requires_grad]
@@ -431,14 +433,14 @@ def test_update_dropout_applies_only_to_the_update_in_training():
 
 def test_dropout_exclude(vit):
     model = vit.adapted(preset="official")
-    with_dropout = {layer.module_name.rpartition(".")[2]: layer._update_dropout("default") for layer in layers(model)}
+    with_dropout = {layer.module_name.rpartition(".")[2]: update_dropout(layer, "default") for layer in layers(model)}
     assert with_dropout == {"qkv": 0.1, "proj": 0.0, "fc1": 0.1, "fc2": 0.1}
 
 
 @pytest.mark.parametrize("name", ["vit", "dinov2", "swin", "sam", "gpt2", "timm_swin"])
 def test_official_preset_excludes_attention_output_from_dropout(cases, name):
     model = cases[name].adapted(preset="official")
-    kinds = {m.kind: m.layer._update_dropout("default") for m in adapted_matrices(model)}
+    kinds = {m.kind: update_dropout(m.layer, "default") for m in adapted_matrices(model)}
     excluded = {kind for kind, rate in kinds.items() if rate == 0}
     assert len(excluded) == 1
     assert "proj" in excluded.pop()

@@ -26,6 +26,7 @@ from PIL import Image
 from torch import nn
 
 from snella import SnellaConfig
+from snella.base_layer import orient
 from snella.layer import SnellaLayer
 from snella.matrices import adapted_matrices
 
@@ -265,12 +266,12 @@ def test_add_weighted_adapter_raises_with_alternative(kind):
     for layer in layers:
         layer.set_scale("default", 0.3)
         layer.set_scale("second", 0.7)
-    weights = [layer._oriented_weight().clone() for layer in layers]
+    weights = [layer._weight().clone() for layer in layers]
     updates = [layer.get_delta_weight("default") + layer.get_delta_weight("second") for layer in layers]
     model.base_model.set_adapter(["default", "second"])
     model.merge_adapter()
     for layer, weight, update in zip(layers, weights, updates, strict=True):
-        torch.testing.assert_close(layer._base_layout(layer._oriented_weight()), layer._base_layout(weight) + update)
+        torch.testing.assert_close(layer.get_base_layer().weight, orient(layer.get_base_layer(), weight) + update)
 
 
 def test_mixed_batch_raises(mlp):

@@ -14,8 +14,11 @@ from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 
 from snella import SnellaConfig
+from snella.base_layer import product_dtype
 from snella.compat.quantization import Quantization, RequantizationLoss, measure_requantization
+from snella.fixed_support import set_support
 from snella.layer import SnellaLayer
+from snella.merge import effective_weight
 from snella.update import LazyWeight
 
 M, N = 64, 128
@@ -199,7 +202,7 @@ def test_dequantized_weight_is_freed_between_passes(one_of_each, dropout, monkey
 def test_fixed_support_works_with_quantized_weight(one_of_each):
     models = adapted(one_of_each, fixed_support=True)
     for model in models:
-        adapted_layer_of(model).set_support("default", torch.arange(0, M * N, 7))
+        set_support(adapted_layer_of(model), "default", torch.arange(0, M * N, 7))
     torch.testing.assert_close(*(model(x) for model in models))
     for model in models:
         model.eval()
@@ -291,14 +294,13 @@ def test_evaluation_equals_training_and_caches_no_dequantized_weight(kind_or_byt
     layer, saved = adapted_layer_of(model), []
     trained = layer(x)
     model.eval()
-    effective = layer._effective
 
     def record_source(*args, **options):
-        weight = effective(*args, **options)
+        weight = effective_weight(*args, **options)
         saved.append(weakref.ref(weight))
         return weight
 
-    monkeypatch.setattr(layer, "_effective", record_source)
+    monkeypatch.setattr("snella.layer.effective_weight", record_source)
     for is_enabled in (False, True):
         with torch.set_grad_enabled(is_enabled):
             torch.testing.assert_close(layer(x), trained.detach(), rtol=0, atol=0)
@@ -338,7 +340,7 @@ def test_cache_delta_caches_weight_in_evaluation(kind_or_bytes, monkeypatch):
         torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
         assert layer._cache._effective is not None
         with monkeypatch.context() as patch:
-            patch.setattr(layer, "_effective", None)  # no longer required
+            patch.setattr("snella.layer.effective_weight", None)  # no longer required
             torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
         model.peft_config["default"].cache_delta = False
         torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
@@ -362,7 +364,7 @@ def test_disabled_adapter_equals_base_layer(kind):
     # bitsandbytes does not round 4-bit weights to their dtype before the product, and changes their
     # layout in evaluation; its 8-bit layers quantize their input only in evaluation
     tolerance = dict(rtol=0, atol=5e-3) if kind == "nf4 bfloat16" else {}
-    inputs = x.to(adapted_layer_of(model)._op_dtype(x)).requires_grad_()
+    inputs = x.to(product_dtype(adapted_layer_of(model), x)).requires_grad_()
     for mode in (True, False):
         model.train(mode)
         expected = base.train(mode if kind == "int8" else True)(inputs)
@@ -399,7 +401,7 @@ def test_merge_requantizes_and_warns_about_the_error(kind):
     message = float(str(records[0].message).split("by ")[1].split("%")[0]) / 100
     assert message > 0 and message == pytest.approx(relative_error.item(), rel=0.02, abs=1e-3)
     assert set(layer.get_base_layer().weight.__dict__) == set(attributes), "quantized with the same settings"
-    merged = layer.get_base_layer()(x.to(layer._op_dtype(x))) if kind != "int8" else layer(x)
+    merged = layer.get_base_layer()(x.to(product_dtype(layer, x))) if kind != "int8" else layer(x)
     expected = x @ after.T + layer.bias.float()
     torch.testing.assert_close(merged.float(), expected, rtol=5e-2, atol=5e-2)
 
@@ -422,7 +424,7 @@ def test_unmerge_is_bit_exact(kind):
     for _ in range(2):
         with is_lossy(kind):
             model.merge_adapter()
-        layer(x.to(layer._op_dtype(x)))
+        layer(x.to(product_dtype(layer, x)))
         model.unmerge_adapter()
     for actual, expected in zip(bits(model), before, strict=True):
         assert torch.equal(actual, expected)

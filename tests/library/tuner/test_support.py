@@ -9,6 +9,7 @@ from torch import nn
 
 from snella import BudgetAllocator, SnellaConfig
 from snella.cache import pack_positions, unpack_positions
+from snella.fixed_support import set_support
 from snella.layer import SnellaLayer
 
 
@@ -39,7 +40,7 @@ QKV = torch.tensor([2, 15, 16, 47])
 @pytest.fixture
 def supported():
     peft_model = adapted()
-    peft_model.base_model.model.qkv.set_support("default", QKV)
+    set_support(peft_model.base_model.model.qkv, "default", QKV)
     return peft_model
 
 
@@ -107,7 +108,7 @@ def test_allocator_does_not_change_support(supported):
 def test_set_support_requires_fixed_support():
     competing = get_peft_model(model(), SnellaConfig(r=4, target_modules=["qkv"]))
     with pytest.raises(ValueError, match=r"adapter 'default' must have a fixed support; .*fixed_support=True"):
-        layers(competing)[0].set_support("default", QKV)
+        set_support(layers(competing)[0], "default", QKV)
 
 
 def test_fixed_support_requires_a_single_active_adapter(supported):

@@ -1,0 +1,76 @@
+"""Budgets of a layer's adapters: buffers that are saved with the adapter and survive model averaging.
+
+Model averaging may average buffers (`AveragedModel(use_buffers=True)`, timm's `ModelEmaV2`). An averaged budget does
+not match its seal, and the layer then restores the budgets that were last set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from snella.cache import seal_of
+
+if TYPE_CHECKING:
+    from snella.layer import SnellaLayer
+
+
+def read_budgets(layer: SnellaLayer, adapter_name: str) -> tuple[int, ...]:
+    """Return the budgets in the buffer; replace averaged ones with the live budgets first."""
+    buffer, seals = layer.snella_budget[adapter_name], layer.snella_seal[adapter_name]
+    budgets, stored_seals = torch.stack((buffer, seals.to(buffer.device))).tolist()  # one transfer
+    is_sealed = stored_seals == [seal_of(budget) for budget in budgets]
+    if is_sealed and not layer._cache.is_written_without_seal(adapter_name, buffer, seals):
+        layer._cache.note_seal(adapter_name, buffer, seals)
+        return tuple(budgets)
+    live = layer._live_budgets[adapter_name]
+    buffer.copy_(torch.tensor(live, dtype=buffer.dtype))
+    seal_budgets(layer, adapter_name)
+    return live
+
+
+def seal_budgets(layer: SnellaLayer, adapter_name: str, budgets: tuple[int, ...] | None = None) -> None:
+    """Record the buffer's values as the live budgets.
+
+    Args:
+        layer: The layer.
+        adapter_name: The adapter.
+        budgets: The values; read from the device by default.
+    """
+    buffer = layer.snella_budget[adapter_name]
+    if buffer.is_meta:
+        layer.snella_seal[adapter_name] = torch.zeros_like(buffer)
+        return
+    budgets = tuple(buffer.tolist()) if budgets is None else budgets
+    layer._live_budgets[adapter_name] = budgets
+    seals = torch.tensor([seal_of(budget) for budget in budgets], dtype=buffer.dtype, device=buffer.device)
+    layer.snella_seal[adapter_name] = seals
+    layer._cache.note_seal(adapter_name, buffer, seals)
+    layer._cache.note_budgets(adapter_name, buffer, budgets)
+
+
+def seal_all_budgets(layer: SnellaLayer, *_: Any) -> None:
+    """`load_state_dict` hook: seal the loaded budgets."""
+    for name in layer.snella_budget:
+        seal_budgets(layer, name)
+
+
+def restore_budgets(layer: SnellaLayer, *_: Any) -> None:
+    """Replace averaged budgets in the buffers, for code that reads the buffers directly; a `state_dict` hook."""
+    for name, buffer in layer.snella_budget.items():
+        if not buffer.is_meta and not layer.snella_seal[name].is_meta:
+            read_budgets(layer, name)
+
+
+@contextmanager
+def buffers_off_meta(layer: SnellaLayer) -> Iterator[None]:
+    """Keep budgets, seals and supports in place if a move, e.g. by accelerate, sends them to the meta device."""
+    buffers = (layer.snella_budget, layer.snella_seal, layer.snella_support)
+    before = [(values, name, values[name]) for values in buffers for name in values]
+    yield
+    for values, name, buffer in before:
+        if values[name].is_meta:
+            values[name] = buffer

@@ -1,0 +1,149 @@
+"""Effective weights of a layer: merging into the base weight, undoing it, and writing quantized weights."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+
+from snella.backends.base import MergeCache
+from snella.base_layer import check_weight, orient
+from snella.compat.quantization import Quantization, measure_requantization, report_requantization
+from snella.fixed_support import add_entries
+from snella.functional import compute_effective_weight, write_effective_weight
+from snella.update import LazyWeight
+
+if TYPE_CHECKING:
+    from snella.layer import SnellaLayer
+
+
+@torch.no_grad()
+def effective_weight(
+    layer: SnellaLayer,
+    weight: Tensor | LazyWeight | None,
+    adapter_names: list[str],
+    shape: torch.Size | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Return `W0 + Σ scaling·S` without gradient, bit-identical to the forward pass.
+
+    Args:
+        layer: The layer.
+        weight: `W0`, `[m, …]`, or `None` for the sum of the updates.
+        adapter_names: Adapters whose updates are added.
+        shape: Shape of the result; defaults to the shape of the layer's weight.
+        dtype: Dtype of the result if `weight` is a `LazyWeight`.
+    """
+    shape = shape or layer._weight().shape
+    plan = layer._plan_updates(adapter_names)
+    if plan.fixed:
+        total: Tensor | None = None
+        if plan.updates:
+            total, thresholds = compute_effective_weight(weight, plan.updates, shape)
+            plan.keep(thresholds)
+        elif weight is not None:
+            total = weight.materialize_wide() if isinstance(weight, LazyWeight) else weight
+        total = add_entries(layer, total, plan.fixed, shape)
+        return total.to(dtype) if isinstance(weight, LazyWeight) else total
+    total, thresholds = compute_effective_weight(weight, plan.updates, shape, dtype)
+    plan.keep(thresholds)
+    return total
+
+
+def sparse_updates(layer: SnellaLayer, adapter_name: str) -> list[Tensor]:
+    """Return `S` of each matrix of one adapter, `[rows, n]`, without `scaling` and gradient."""
+    plan, shape = layer._plan_updates([adapter_name]), torch.Size((layer.out_features, layer.in_features))
+    if plan.fixed:
+        total = effective_weight(layer, None, [adapter_name], shape) / layer.scaling[adapter_name]
+    else:
+        (update,) = plan.updates
+        update = update._replace(spec=replace(update.spec, scaling=1.0))
+        total, thresholds = compute_effective_weight(None, [update], shape)
+        plan.keep(thresholds)
+    return [total[rows] for rows in layer.matrix_rows(adapter_name)]
+
+
+@torch.no_grad()
+def merge_updates(layer: SnellaLayer, names: list[str], *, is_safe: bool) -> None:
+    """Add the updates of these adapters to the base weight, and keep what `unmerge_updates` needs.
+
+    The sum starts from the original weight: merging adapters one by one would round at each step.
+
+    Args:
+        layer: The layer.
+        names: Adapters that are not merged yet.
+        is_safe: Check that the merged weight is finite before writing it.
+
+    Raises:
+        ValueError: If `is_safe` finds non-finite values.
+    """
+    original = _original_weight(layer)
+    check_weight(layer, original)
+    merged = effective_weight(layer, original, [*layer.merged_adapters, *names])
+    if is_safe and not torch.isfinite(merged).all():
+        broken = ", ".join(names)
+        raise ValueError(f"NaNs detected in the merged weights. The adapter {broken} seems to be broken")
+    if isinstance(original, LazyWeight):
+        _write_quantized(layer, merged, original)
+    else:
+        layer._unmerged_weight = original
+        _write(layer, merged)
+    layer.merged_adapters.extend(names)
+    layer._cache.clear()
+
+
+def unmerge_updates(layer: SnellaLayer) -> None:
+    """Restore the base weight, bit for bit, to its state before the merge."""
+    if not layer.merged:
+        warnings.warn("Already unmerged. Nothing to do.", stacklevel=3)
+        return
+    if layer._unmerged_weight is not None:
+        _write(layer, layer._unmerged_weight)
+    if layer._unmerged_quantized is not None and layer.quantization is not None:
+        layer.quantization.restore(layer.get_base_layer(), layer._unmerged_quantized[1])
+    layer._unmerged_weight = layer._unmerged_quantized = None
+    layer.merged_adapters.clear()
+    layer._cache.clear()
+
+
+def refresh_merged(layer: SnellaLayer, adapter_name: str, cache: MergeCache | None) -> None:
+    """Rewrite a merged weight after an adapter has changed in place; see `SnellaLayer.refresh`."""
+    names, original = list(layer.merged_adapters), layer._unmerged_weight
+    if original is None or len(names) > 1 or layer.snella_config[adapter_name].fixed_support:
+        layer.unmerge()
+        layer.merge(adapter_names=names)
+        return
+    weight = cast(Tensor, layer._weight())
+    write_effective_weight(original, layer.get_update(adapter_name), weight, cache)
+    if not weight.is_inference():
+        torch.autograd.graph.increment_version(weight)  # kernels write without a version change
+
+
+def _original_weight(layer: SnellaLayer) -> Tensor | LazyWeight:
+    """Return the base weight before any merge: a copy, except for quantized weights, which a merge replaces."""
+    if layer._unmerged_quantized is not None:
+        return layer._unmerged_quantized[0]
+    if layer._unmerged_weight is not None:
+        return layer._unmerged_weight
+    weight = layer._weight()
+    return weight.detach().clone() if isinstance(weight, Tensor) else weight
+
+
+def _write(layer: SnellaLayer, weight: Tensor) -> None:
+    """Write `[m, …]` into the base weight in place, which preserves ties and views."""
+    base = layer.get_base_layer()
+    orient(base, cast(Tensor, base.weight)).data.copy_(weight)
+
+
+def _write_quantized(layer: SnellaLayer, merged: Tensor, original: LazyWeight) -> None:
+    """Store a merged weight in the quantized base layer and report the requantization error."""
+    base, quantization = layer.get_base_layer(), cast(Quantization, layer.quantization)
+    if layer._unmerged_quantized is None:
+        layer._unmerged_quantized = (original, quantization.snapshot(base))
+    quantization.write(base, merged)
+    stored = quantization.source(base).materialize()
+    loss = measure_requantization(layer.module_name, quantization.name, original.materialize(), merged, stored)
+    report_requantization(loss)
