@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from snella.config import SnellaConfig
+from snella.fixed_support import set_support
 from snella.layer import SnellaLayer
 from snella.optimizer import create_snella_optimizer
 from snella.targets import count_rows
@@ -479,7 +480,7 @@ def _build_mask(model: nn.Module, head: str, options: Options, batches: Batches 
     wrapped = inject(model, _mask_config(head, {"target_modules": layers, **options}))
     adapted = wrapped.get_base_model()
     for k, name in enumerate(layers):
-        cast(SnellaLayer, adapted.get_submodule(name)).set_support("default", positions[owners == k])
+        set_support(cast(SnellaLayer, adapted.get_submodule(name)), "default", positions[owners == k])
     return wrapped
 
 
