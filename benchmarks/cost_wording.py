@@ -1,4 +1,4 @@
-"""Formatting of cost estimates: units, two digits, and a note on the method."""
+"""Format cost estimates: units, two significant digits, and notes on the method."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _WIDTH = 140
 
 
 def notes_text(speed: RowSpeed, is_gpu_measured: bool) -> str:
-    """Describe how the costs are estimated."""
+    """Describe the method of the cost estimates."""
     small, large = BATCHES
     per_weight_ns = f"{1e9 * speed.step.per_weight_s:.2g} ns"
     rate = f"{float(f'{1e-9 / speed.step.per_flop_s:.2g}'):,.0f} GFLOP/s"
-    gpu = "" if is_gpu_measured else " The project has measured nothing on a GPU."
+    gpu = "" if is_gpu_measured else " No GPU measurements are available."
     text = (
         f"Estimates, not measurements, for SNELLA-8 in float32 on {speed.device}: seconds = passes × adapted weights × "
         f"{per_weight_ns} + FLOP ÷ {rate}. Both constants fit the rows of `snella` at batch {small} and {large} in "

@@ -38,13 +38,13 @@ _BACKBONES = {
 }
 _BATCH = 32  # as in the experiment files
 _POLYP_TRAIN, _POLYP_VAL, _POLYP_TEST, _POLYP_EPOCHS = 704, 176, 120, 20
-_SUBJECTS, _PICTURES = 30, 3000  # 25 prompts, four times each
+_SUBJECTS, _IMAGES = 30, 3000  # 25 prompts, four times each
 _INSTRUCTIONS = 170_000
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Generated text for pages and experiment files.
+    """Cost texts for pages and experiment files.
 
     Args:
         pages: Text by page name.
@@ -63,12 +63,12 @@ def estimate(rows: list[dict[str, Any]]) -> Costs:
     """
     speed = row_speed(rows, classifier(BACKBONE, 1))
     notes = notes_text(speed, has_gpu_rows(rows))
-    makers = {"benchmarks": _benchmarks, "segmentation": _polyps, "generation": _dreambooth, "language": _language}
+    estimators = {"benchmarks": _benchmarks, "segmentation": _polyps, "generation": _dreambooth, "language": _language}
     pages, experiments = {}, {}
-    for page, make in makers.items():
-        table, of_experiments = make(speed)
+    for page, estimator in estimators.items():
+        table, experiment_texts = estimator(speed)
         pages[f"{page}.md"] = f"{table}\n\n{notes}"
-        for path, text in of_experiments.items():
+        for path, text in experiment_texts.items():
             experiments[path] = f"{_MARK} {METHOD} in float32 on {speed.device} takes {text}; see docs/{page}.md."
     return Costs(pages, experiments)
 
@@ -124,9 +124,9 @@ def _vtab(speed: RowSpeed) -> tuple[str, dict[str, str]]:
             continue
         experiment, counted = read_experiment(name), classifier(backbone, _BATCH)
         run = seconds(speed, counted, final_run(experiment)) / len(experiment.data)
-        whole = _whole(speed, counted, name)
-        lines.append([f"`{name}`", label, time_text(run), whole, flop_text(counted), memory_text(counted)])
-        experiments[f"paper/{name}.yaml"] = _of_experiment(name, whole, counted)
+        time = _method_time(speed, counted, name)
+        lines.append([f"`{name}`", label, time_text(run), time, flop_text(counted), memory_text(counted)])
+        experiments[f"paper/{name}.yaml"] = _experiment_text(name, time, counted)
     head = ["experiment", "backbone", "one final run, one dataset", "SNELLA-8, all runs"]
     return markdown_table([*head, "FLOP per image", f"memory, batch {_BATCH}"], lines), experiments
 
@@ -141,17 +141,17 @@ def _fgvc(speed: RowSpeed) -> tuple[str, dict[str, str]]:
         train, val, test = data.sizes
         run = seconds(speed, counted, training(train + val, epochs, _BATCH, test))
         lines.append([f"one final run on `{name}`", time_text(run)])
-    wholes = {name: _whole(speed, counted, name) for name in names}
-    lines += [[f"SNELLA-8, all runs of `{name}`", whole] for name, whole in wholes.items()]
+    times = {name: _method_time(speed, counted, name) for name in names}
+    lines += [[f"SNELLA-8, all runs of `{name}`", time] for name, time in times.items()]
     lines.append([f"memory at batch {_BATCH}", memory_text(counted)])
-    experiments = {f"paper/{name}.yaml": _of_experiment(name, whole, counted) for name, whole in wholes.items()}
+    experiments = {f"paper/{name}.yaml": _experiment_text(name, time, counted) for name, time in times.items()}
     return markdown_table([f"ViT-B/16, {flop_text(counted)} per image", ""], lines), experiments
 
 
 def _polyps(speed: RowSpeed) -> tuple[str, dict[str, str]]:
     """Estimate Table V."""
-    measured = _POLYP_EPOCHS * _POLYP_VAL + _POLYP_TEST
-    work, lines = training(_POLYP_TRAIN, _POLYP_EPOCHS, 1, measured), []
+    evaluated = _POLYP_EPOCHS * _POLYP_VAL + _POLYP_TEST
+    work, lines = training(_POLYP_TRAIN, _POLYP_EPOCHS, 1, evaluated), []
     for name in SAM_NAMES:
         counted = sam(name, 1)
         lines.append([name, time_text(seconds(speed, counted, work)), flop_text(counted), memory_text(counted)])
@@ -166,16 +166,16 @@ def _dreambooth(speed: RowSpeed) -> tuple[str, dict[str, str]]:
     counted = sd3_medium(config.resolution, config.max_sequence_length, config.batch_size)
     passes = config.steps * config.accumulation
     run = Workload(passes, passes * config.batch_size)
-    drawing = Workload(0, 0, 2 * config.sample_steps)  # classifier-free guidance: two passes per step
-    learning = seconds(speed, counted, run, is_checkpointed=True)
-    pictures = _PICTURES * seconds(speed, counted, drawing)
+    generation = Workload(0, 0, 2 * config.sample_steps)  # classifier-free guidance: two passes per step
+    training_s = seconds(speed, counted, run, is_checkpointed=True)
+    generation_s = _IMAGES * seconds(speed, counted, generation)
     lines = [
-        [f"training one subject, {config.steps} steps", time_text(learning)],
-        ["generating one image", time_text(pictures / _PICTURES)],
-        [f"Table VI: {_SUBJECTS} subjects, {_PICTURES:,} images", time_text(_SUBJECTS * learning + pictures)],
+        [f"training one subject, {config.steps} steps", time_text(training_s)],
+        ["generating one image", time_text(generation_s / _IMAGES)],
+        [f"Table VI: {_SUBJECTS} subjects, {_IMAGES:,} images", time_text(_SUBJECTS * training_s + generation_s)],
         ["training memory, transformer only", memory_text(counted)],
     ]
-    text = f"{time_text(learning)} per subject and {time_text(pictures)} for all images, "
+    text = f"{time_text(training_s)} per subject and {time_text(generation_s)} for all images, "
     text += f"and {memory_text(counted)} of memory for the transformer"
     return markdown_table([f"512×512, {flop_text(counted)} per image", ""], lines), {"dreambooth/table6.yaml": text}
 
@@ -194,8 +194,8 @@ def _language(speed: RowSpeed) -> tuple[str, dict[str, str]]:
     return markdown_table(head, lines), {"language/table18.yaml": f"{time}, and {memory_text(counted)} of memory"}
 
 
-def _whole(speed: RowSpeed, counted: CountedStep, name: str) -> str:
-    """Format the time of one method in an experiment, with the fewest and the most tuning runs."""
+def _method_time(speed: RowSpeed, counted: CountedStep, name: str) -> str:
+    """Format the time range of one method in an experiment, from the fewest to the most tuning runs."""
     fewest, most = (time_text(seconds(speed, counted, work)) for work in one_method(read_experiment(name)))
     if fewest == most:
         return fewest
@@ -203,7 +203,7 @@ def _whole(speed: RowSpeed, counted: CountedStep, name: str) -> str:
     return f"{low} to {high} {unit}" if unit == other else f"{fewest} to {most}"
 
 
-def _of_experiment(name: str, whole: str, counted: CountedStep) -> str:
+def _experiment_text(name: str, time: str, counted: CountedStep) -> str:
     """Return the text for an experiment file."""
     official = " (rank 32 more)" if name.endswith("-official") else ""
-    return f"{whole}{official}, and {memory_text(counted)} of memory at batch {counted.batch}"
+    return f"{time}{official}, and {memory_text(counted)} of memory at batch {counted.batch}"

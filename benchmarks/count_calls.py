@@ -1,7 +1,7 @@
 """Readability metrics: calls of a forward pass, functions of a training run, sizes of classes and packages.
 
-Counts the Python calls in one forward pass of an adapted `nn.Linear` (SNELLA and PEFT's LoRA), the functions that a
-training run enters before its first step, the functions that receive its configuration, and the lines of each package.
+Counts the Python calls in one forward pass of an adapted `nn.Linear` (SNELLA and PEFT's LoRA), the functions called
+before the first step of a training run, the functions that receive its configuration, and the lines of each package.
 
 python benchmarks/count_calls.py
 """
@@ -54,10 +54,10 @@ class Calls:
 
 
 def count_calls(function: Callable[[], object]) -> Calls:
-    """Call `function` and count the Python functions that it enters, with `sys.setprofile`."""
+    """Call `function` and count its Python calls with `sys.setprofile`."""
     calls, last = Calls(), ""
 
-    def note(frame: FrameType, event: str, argument: object) -> None:
+    def profile(frame: FrameType, event: str, argument: object) -> None:
         nonlocal last
         code: CodeType = frame.f_code
         # skip code without a file, e.g. a generated `__init__`
@@ -67,7 +67,7 @@ def count_calls(function: Callable[[], object]) -> Calls:
         calls.switches += code.co_filename != last
         last = code.co_filename
 
-    sys.setprofile(note)
+    sys.setprofile(profile)
     try:
         function()
     finally:
@@ -75,24 +75,24 @@ def count_calls(function: Callable[[], object]) -> Calls:
     return calls
 
 
-def functions_given(kind: type, function: Callable[[], object]) -> dict[str, set[str]]:
+def functions_receiving(kind: type, function: Callable[[], object]) -> dict[str, set[str]]:
     """Call `function` and return the project functions that receive an instance of `kind`, by source file."""
-    given: dict[str, set[str]] = {}
+    receivers: dict[str, set[str]] = {}
 
-    def note(frame: FrameType, event: str, argument: object) -> None:
+    def profile(frame: FrameType, event: str, argument: object) -> None:
         code = frame.f_code
         if event != "call" or not code.co_filename.startswith(f"{PROJECT}/snella"):
             return
         names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
         if any(isinstance(frame.f_locals.get(name), kind) for name in names):
-            given.setdefault(code.co_filename, set()).add(code.co_qualname)
+            receivers.setdefault(code.co_filename, set()).add(code.co_qualname)
 
-    sys.setprofile(note)
+    sys.setprofile(profile)
     try:
         function()
     finally:
         sys.setprofile(None)
-    return given
+    return receivers
 
 
 class _FirstStepError(Exception):
@@ -100,10 +100,10 @@ class _FirstStepError(Exception):
 
 
 def functions_before_first_step(config: TrainConfig) -> dict[str, set[str]]:
-    """Run a training run up to its first step and return the project functions that it enters, by source file."""
+    """Start a training run and return the project functions called before its first step, by source file."""
     entered: dict[str, set[str]] = {}
 
-    def note(frame: FrameType, event: str, argument: object) -> None:
+    def profile(frame: FrameType, event: str, argument: object) -> None:
         code = frame.f_code
         if event == "call" and code.co_filename.startswith(f"{PROJECT}/snella"):
             entered.setdefault(code.co_filename, set()).add(code.co_qualname)
@@ -113,7 +113,7 @@ def functions_before_first_step(config: TrainConfig) -> dict[str, set[str]]:
 
     console = make_console(file=io.StringIO())
     with mock.patch.object(SnellaTrainer, "training_step", stop), suppress(_FirstStepError):
-        sys.setprofile(note)
+        sys.setprofile(profile)
         try:
             train(config, console)
         finally:
@@ -207,9 +207,12 @@ def main() -> None:
     print(f"before the first step: {sum(map(len, entered.values()))} functions in {len(entered)} files")
     with tempfile.TemporaryDirectory() as folder, open(Path(folder, "log"), "w") as log:
         config, console = small_training(str(Path(folder, "run"))), make_console(file=log)
-        given = functions_given(TrainConfig, lambda: train(config, console))
-    print(f"train(config): the configuration enters {sum(map(len, given.values()))} functions in {len(given)} files")
-    for file, functions in sorted(given.items()):
+        receivers = functions_receiving(TrainConfig, lambda: train(config, console))
+    print(
+        f"train(config): the configuration is passed to {sum(map(len, receivers.values()))} functions "
+        f"in {len(receivers)} files"
+    )
+    for file, functions in sorted(receivers.items()):
         print(f"  {Path(file).relative_to(PROJECT)}: {', '.join(sorted(functions))}")
     for root in ("snella", "snella_app", "snella_lab"):
         size = size_of(Path(PROJECT, root))

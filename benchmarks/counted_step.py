@@ -51,8 +51,8 @@ def count_step(build: Callable[[], nn.Module], inputs: Mapping[str, Any], checkp
         build: Function that creates the model with SNELLA adapters; called on the meta device, in float32.
         inputs: Arguments of the model on the meta device, the first one a batch; a single positional tensor has the
             name `""`.
-        checkpointed: Name of the module list whose blocks use activation checkpointing, e.g. `"layers"`. The FLOP do
-            not include the recomputation.
+        checkpointed: Name of the module list whose blocks use activation checkpointing, e.g. `"layers"`. The FLOP
+            exclude the recomputation.
     """
     with torch.device("meta"):
         model = build().train()
@@ -63,14 +63,16 @@ def count_step(build: Callable[[], nn.Module], inputs: Mapping[str, Any], checkp
         layer.enable_adapters(False)
         layer.get_base_layer().weight.requires_grad_(True)
     input_storages = {_storage(tensor): tensor for tensor in _tensors(inputs)}
-    record = _Kept({_storage(tensor) for tensor in (*model.parameters(), *model.buffers())} | input_storages.keys())
+    record = _SavedTensors(
+        {_storage(tensor) for tensor in (*model.parameters(), *model.buffers())} | input_storages.keys()
+    )
 
     def run() -> Tensor:
         return _first_tensor(model(inputs[""]) if "" in inputs else model(**inputs))
 
     # two separate passes, because the counter's hooks disable the recomputation of inputs
     with _FusedAttention():
-        with record.of(model, checkpointed):
+        with record.hooks(model, checkpointed):
             run()
         with FlopCounterMode(display=False, custom_mapping=_ATTENTION_FLOP) as counter:
             y = run()
@@ -99,7 +101,7 @@ def _attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Compute fused attention if possible; a mask with a gradient, e.g. SAM's relative positions, needs the matrix."""
+    """Compute fused attention, or the general operation for a mask with a gradient (SAM's relative positions)."""
     if enable_gqa or dropout_p or (attn_mask is not None and attn_mask.requires_grad):
         return nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -126,22 +128,22 @@ _ATTENTION_FLOP = {
 
 
 @dataclass
-class _Kept:
+class _SavedTensors:
     """Bytes saved by a forward pass, counted by storage.
 
     `peak` is the maximum over modules of the saved bytes up to the module plus its temporary tensors. Checkpointed
     blocks count with their inputs, and with the saved tensors of one block at a time.
     """
 
-    own: set[int]
+    excluded: set[int]
     peak: int = 0
-    _lasting: int = 0
+    _persistent: int = 0
     _in_block: int = 0
     _is_in_block: bool = False
     _seen: dict[int, Tensor] = field(default_factory=dict)
 
     @contextmanager
-    def of(self, model: nn.Module, checkpointed: str) -> Iterator[None]:
+    def hooks(self, model: nn.Module, checkpointed: str) -> Iterator[None]:
         """Register hooks on a model."""
         handles = [
             module.register_forward_hook(self._after_module, with_kwargs=True)
@@ -168,35 +170,35 @@ class _Kept:
     def _pack(self, tensor: Tensor) -> Tensor:
         """Count a tensor saved by autograd."""
         key = _storage(tensor)
-        if key not in self.own and key not in self._seen:
+        if key not in self.excluded and key not in self._seen:
             self._seen[key] = tensor
             size = tensor.untyped_storage().nbytes()
             if self._is_in_block:
                 self._in_block += size
             else:
-                self._lasting += size
-            self.peak = max(self.peak, self._lasting + self._in_block)
+                self._persistent += size
+            self.peak = max(self.peak, self._persistent + self._in_block)
         return tensor
 
     def _after_module(self, module: nn.Module, positional: Any, named: Any, output: Any) -> None:
         """Count temporaries: gradients of inputs and outputs; for an adapted layer, effective weight and gradient."""
-        passed = {_storage(t): t for t in _tensors((positional, named, output))}
-        temporary = _bytes(passed.values())
+        tensors = {_storage(t): t for t in _tensors((positional, named, output))}
+        temporary = _bytes(tensors.values())
         if isinstance(module, SnellaLayer):
             temporary += 2 * _FLOAT32 * module.get_base_layer().weight.numel()
-        self.peak = max(self.peak, self._lasting + self._in_block + temporary)
+        self.peak = max(self.peak, self._persistent + self._in_block + temporary)
 
     def _before_adapted(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         """Exclude an input that the adapted layer recomputes."""
         if origin_of(inputs[0])[1] is not None:
-            self.own.add(_storage(inputs[0]))
+            self.excluded.add(_storage(inputs[0]))
 
     def _before_block(self, block: nn.Module, positional: Any, named: Any) -> None:
         """Count the inputs of a checkpointed block."""
         for tensor in _tensors((positional, named)):
             if tensor.requires_grad and _storage(tensor) not in self._seen:
                 self._seen[_storage(tensor)] = tensor
-                self._lasting += _bytes([tensor])
+                self._persistent += _bytes([tensor])
         self._is_in_block = True
 
     def _after_block(self, block: nn.Module, positional: Any, output: Any) -> None:

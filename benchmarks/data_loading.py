@@ -1,9 +1,9 @@
-"""Throughput of the project's data loading and torchvision's ImageFolder with the same transform, interleaved.
+"""Throughput of snella's data loading and torchvision's ImageFolder with the same transform, interleaved.
 
     python benchmarks/data_loading.py --out benchmarks/data_loading.jsonl
 
-The images are Tux Paint's stamps (Debian's tuxpaint-stamps-default), once as PNG (median 155×195) and once enlarged to
-JPEGs of 1600 pixels ("photographs"). Each round reads one epoch with each loader in the main process. Times are CPU
+The images are Tux Paint's stamps (Debian's tuxpaint-stamps-default), as PNG (median 155×195) and enlarged to JPEGs of
+1600 pixels ("photographs"). Each round reads one epoch with each loader in the main process. Times are CPU
 seconds. `first epoch` decodes all images; `later epochs` read decoded images from a cache of up to 512 MiB.
 """
 
@@ -36,15 +36,15 @@ def write_images(folder: Path, kind: str, count: int) -> None:
     """Write the stamps as class folders."""
     stamps = load_data("stamps").train
     for index in range(count):
-        place = folder / stamps.names[index].partition("/")[0]
-        place.mkdir(parents=True, exist_ok=True)
+        class_folder = folder / stamps.names[index].partition("/")[0]
+        class_folder.mkdir(parents=True, exist_ok=True)
         image = stamps.image(index)
         if kind == "photographs":
             scale = 1600 / max(image.size)
             image = image.resize((round(scale * image.width), round(scale * image.height)), Image.Resampling.BICUBIC)
-            image.save(place / f"{index:04}.jpg", quality=90)
+            image.save(class_folder / f"{index:04}.jpg", quality=90)
         else:
-            image.save(place / f"{index:04}.png")
+            image.save(class_folder / f"{index:04}.png")
 
 
 def read_all(dataset) -> tuple[float, float]:
@@ -67,15 +67,15 @@ def main() -> None:
     for kind in ("stamps", "photographs"):
         with tempfile.TemporaryDirectory() as temporary:
             write_images(Path(temporary), kind, options.images)
-            theirs = ImageFolder(temporary, transform)
-            paths = [Path(path) for path, _ in theirs.samples]
-            labels, names = [label for _, label in theirs.samples], [path.name for path in paths]
+            image_folder = ImageFolder(temporary, transform)
+            paths = [Path(path) for path, _ in image_folder.samples]
+            labels, names = [label for _, label in image_folder.samples], [path.name for path in paths]
             times: dict[str, list[tuple[float, float]]] = {"ImageFolder": [], "first epoch": [], "later epochs": []}
             for _ in range(options.rounds):
-                ours = ImageDataset(FileImages(paths), range(len(paths)), labels, names, transform=transform)
-                times["ImageFolder"].append(read_all(theirs))
-                times["first epoch"].append(read_all(ours))
-                times["later epochs"].append(read_all(ours))
+                dataset = ImageDataset(FileImages(paths), range(len(paths)), labels, names, transform=transform)
+                times["ImageFolder"].append(read_all(image_folder))
+                times["first epoch"].append(read_all(dataset))
+                times["later epochs"].append(read_all(dataset))
             medians = {name: statistics.median(cpu for cpu, _ in pairs) for name, pairs in times.items()}
             row = {
                 "benchmark": "data_loading",

@@ -1,4 +1,4 @@
-"""Size of a run's sparse files by sparsity, compared with factors, a LoRA of equal rank and merged weights.
+"""Size of sparse files by sparsity, compared with factors, LoRA of the same rank, and merged weights.
 
     python benchmarks/export_sizes.py runs/photos      # a SNELLA run; prints a table for docs/export.md
 
@@ -23,6 +23,7 @@ SPARSITIES = (0.7, 0.8, 0.9, 0.97, 0.99, 0.999)
 
 
 def mib(content: bytes) -> str:
+    """Format a size in MiB."""
     return f"{len(content) / 2**20:.2f}"
 
 
@@ -33,7 +34,7 @@ def main() -> None:
     layers = [module for module in model.modules() if isinstance(module, SnellaLayer)]
     run_budgets = {id(layer): layer.budgets("default") for layer in layers}
     sizes = {id(layer): [rows.stop - rows.start for rows in layer.matrix_rows("default")] for layer in layers}
-    total, kept = (
+    total, changed = (
         sum(matrix.shape[0] * matrix.shape[1] for matrix in adapted_matrices(model)),
         sum(map(sum, run_budgets.values())),
     )
@@ -42,13 +43,15 @@ def main() -> None:
     names = [name.removeprefix("base_model.model.") for name, module in model.named_modules() if module in layers]
     lora = get_peft_model(make_backbone(loaded.info.backbone), LoraConfig(r=rank, target_modules=names))
     factors = {k: v.contiguous() for k, v in get_peft_model_state_dict(model).items() if "snella_" in k}
-    print(f"{run}: {loaded.info.backbone.name}, {total:,} adapted weights, r {rank}, sparsity {1 - kept / total:.3f}\n")
+    print(
+        f"{run}: {loaded.info.backbone.name}, {total:,} adapted weights, r {rank}, sparsity {1 - changed / total:.3f}\n"
+    )
     print(f"factors {mib(save(factors))} MiB, LoRA {mib(save(dict(get_peft_model_state_dict(lora))))} MiB, "
           f"merged weights {mib(save({k: v.contiguous() for k, v in plain.state_dict().items()}))} MiB\n")  # fmt: skip
-    print("| sparsity | changed weights | positions as | fp32 values, MiB | bf16 values, MiB | int32 and fp32, MiB |")
+    print("| sparsity | changed weights | index encoding | fp32 values, MiB | bf16 values, MiB | int32 and fp32, MiB |")
     print("|---:|---:|---|---:|---:|---:|")
     for sparsity in SPARSITIES:
-        factor = (1 - sparsity) * total / kept
+        factor = (1 - sparsity) * total / changed
         for layer in layers:
             limits = [rows * layer.in_features for rows in sizes[id(layer)]]
             budgets = [
@@ -56,20 +59,20 @@ def main() -> None:
             ]
             layer.set_budget("default", budgets)
         patch = sparse_patch(model, base)
-        whole, half = patch.to_bytes("fp32"), patch.to_bytes("bf16")
-        kinds = kinds_in(whole)
+        fp32, bf16 = patch.to_bytes("fp32"), patch.to_bytes("bf16")
+        encodings = index_encodings(fp32)
         count = sum(len(entries.indices) for entries in patch.entries.values())
-        print(f"| {sparsity} | {count:,} | {kinds} | {mib(whole)} | {mib(half)} | {8 * count / 2**20:.2f} |")
+        print(f"| {sparsity} | {count:,} | {encodings} | {mib(fp32)} | {mib(bf16)} | {8 * count / 2**20:.2f} |")
 
 
-def kinds_in(content: bytes) -> str:
+def index_encodings(content: bytes) -> str:
     """Return the index encodings with their number of matrices."""
     import json
 
     stream = BytesIO(content)
     header = json.loads(stream.read(8 + int.from_bytes(content[:8], "little"))[8:])
-    kinds = [key.rpartition(":")[2] for key in header if ":" in key and not key.endswith(":values")]
-    return ", ".join(f"{kind} ({kinds.count(kind)})" for kind in sorted(set(kinds)))
+    encodings = [key.rpartition(":")[2] for key in header if ":" in key and not key.endswith(":values")]
+    return ", ".join(f"{encoding} ({encodings.count(encoding)})" for encoding in sorted(set(encodings)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fault injection: break small training runs and count the outcomes.
+"""Fault injection: interrupt and damage small training runs, and count the outcomes.
 
     make faults                       all groups; appends a row to benchmarks/faults.jsonl
     python benchmarks/faults.py --quick --out row.jsonl    a few trials per group, without HTML reports
@@ -20,7 +20,7 @@
     inodes      a file system with few inodes
     torchruns   two torchrun commands in one folder
 
-Groups in `faults_of_others.py` use untrusted input:
+Groups in `untrusted_faults.py` use untrusted input:
 
     exchanged   checkpoints, settings and records of another run, unlisted files
     forged      changed values in run.json and adapter settings, with valid hashes
@@ -29,10 +29,10 @@ Groups in `faults_of_others.py` use untrusted input:
     requests    six parallel requests with large images to `snella serve`
     markup      markup in the names of classes, files and folders; pages opened in a browser
 
-A command may report the damage in one line (noticed) or return the correct result (harmless). Other results,
-tracebacks and runs that cannot resume are failures: the script prints their details and exits with 1.
+A command may report the damage in a one-line error (noticed) or return the correct result (harmless). Other results,
+tracebacks and runs that cannot be resumed are failures: the script prints the details and exits with 1.
 
-All processes are forked from this one, which has only imported the libraries.
+All processes are forked from this one after importing the libraries.
 """
 
 import argparse
@@ -64,9 +64,9 @@ os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", HF_HUB_OFFLINE=
 import numpy as np
 import torch
 import yaml
-from faults_of_others import bombs, exchanged, forged, markup, objects, requests
 from PIL import Image
 from safetensors.torch import load_file
+from untrusted_faults import bombs, exchanged, forged, markup, objects, requests
 
 from snella_app.cli import parser as _parser
 from snella_app.cli.main import main
@@ -87,14 +87,14 @@ FAILURES = {
     **dict.fromkeys(("finished", "checkpoint", "together", "exchanged"), _COMPARED),
     **dict.fromkeys(("fuzzed", "forged"), ("traceback",)),
     **dict.fromkeys(("objects", "bombs"), ("traceback", "executed")),
-    "merged": (*_RESUMED, "left over"),
-    "limits": ("traceback", "left over", "no file named"),
+    "merged": (*_RESUMED, "leftover files"),
+    "limits": ("traceback", "leftover files", "no path"),
     "torchruns": ("other results", "not resumed"),
     "requests": ("traceback", "out of memory", "no server"),
     "markup": ("traceback", "executed", "refused", "missing page", "no server"),
 }
 """Failing results of each group."""
-MUST_BE_ZERO = {result for results in FAILURES.values() for result in results}
+FAILING_RESULTS = {result for results in FAILURES.values() for result in results}
 
 
 @dataclass
@@ -167,12 +167,10 @@ class Child:
         os.close(self.source)
         status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         text = b"".join(chunks).decode(errors="replace")
-        return Finished(
-            status, text + ("\nTraceback (most recent call last): killed, took too long" if is_late else "")
-        )
+        return Finished(status, text + ("\nTraceback (most recent call last): killed after timeout" if is_late else ""))
 
 
-def at_file_operation(folder: Path, number: int | None, action: Callable[[], None]) -> list[int]:
+def call_at_file_operation(folder: Path, number: int | None, action: Callable[[], None]) -> list[int]:
     """Call `action` before the file operation with this number (from 1) in a folder, as seen by audit hooks.
 
     Returns:
@@ -200,11 +198,11 @@ FILE_EVENTS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", 
 
 
 def die() -> None:
-    """Kill this process, like a power failure."""
+    """Kill this process, as in a power failure."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def fill_up() -> None:
+def fail_writes() -> None:
     """Make all further writes fail."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
 
@@ -234,34 +232,36 @@ class Harness:
     seed: int
     sizes: dict[str, int]
     counts: dict[str, Counter[str]] = field(default_factory=dict)
-    complaints: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
     tiny = tuple(TINY)
     fork = staticmethod(fork)
     child = Child
     outcome = staticmethod(lambda run: outcome(run))
 
-    def count_answer(self, group: str, what: str, ended: Finished, is_same: Callable[[], bool]) -> None:
+    def count_command(self, group: str, description: str, result: Finished, is_same: Callable[[], bool]) -> None:
         """Count the outcome of one command: a traceback, a one-line error, or results compared by `is_same`."""
-        if ended.has_traceback:
-            self.count(group, "traceback", what, ended.text)
-        elif ended.status:
+        if result.has_traceback:
+            self.count(group, "traceback", description, result.text)
+        elif result.status:
             self.count(group, "one line")
         else:
-            self.count(group, "harmless" if is_same() else "other results", what, ended.text)
+            self.count(group, "harmless" if is_same() else "other results", description, result.text)
 
-    def count(self, group: str, result: str, what: str = "", text: str = "") -> None:
-        """Count the result of one trial; keep the details of failures."""
+    def count(self, group: str, result: str, description: str = "", text: str = "") -> None:
+        """Count the result of one trial; record the details of failures."""
         self.counts.setdefault(group, Counter())[result] += 1
-        if result in MUST_BE_ZERO:
-            self.complaints.append(f"{group}: {what}: {result}\n    " + text.strip()[-1500:].replace("\n", "\n    "))
+        if result in FAILING_RESULTS:
+            self.failures.append(
+                f"{group}: {description}: {result}\n    " + text.strip()[-1500:].replace("\n", "\n    ")
+            )
 
     def trials(self, group: str) -> Iterator[tuple[int, random.Random, Path]]:
         """Yield number, random generator and empty folder of each trial in a group."""
         for number in range(self.sizes[group]):
-            place = self.root / group.replace(" ", "-") / str(number)
-            place.mkdir(parents=True)
-            yield number, random.Random(f"{self.seed}-{group}-{number}"), place
-            shutil.rmtree(place)
+            folder = self.root / group.replace(" ", "-") / str(number)
+            folder.mkdir(parents=True)
+            yield number, random.Random(f"{self.seed}-{group}-{number}"), folder
+            shutil.rmtree(folder)
 
     def prepare(self) -> None:
         """Train without faults to measure time and file operations; also create interrupted runs."""
@@ -269,17 +269,17 @@ class Harness:
         notes = self.root / "operations"
 
         def work() -> int:
-            count = at_file_operation(run, None, die)
+            count = call_at_file_operation(run, None, die)
             status = main([*TINY, "--out", str(run)])
             notes.write_text(json.dumps({"operations": count[0], "modules": list(sys.modules)}))
             return status
 
-        ended = fork(work)
-        if ended.status:
-            raise SystemExit(f"the uninterrupted run failed:\n{ended.text}")
-        noted = json.loads(notes.read_text())
-        self.operations = noted["operations"]
-        for name in noted["modules"]:  # import late modules once, not in every process
+        result = fork(work)
+        if result.status:
+            raise SystemExit(f"the uninterrupted run failed:\n{result.text}")
+        counts = json.loads(notes.read_text())
+        self.operations = counts["operations"]
+        for name in counts["modules"]:  # import lazily loaded modules once for all processes
             if not name.startswith("triton"):  # prints errors at exit
                 with suppress(Exception):
                     importlib.import_module(name)
@@ -290,7 +290,7 @@ class Harness:
         self.finished, self.expected = run, outcome(run)
         self.unfinished = self.root / "cut" / "run"
         for number in range(self.operations // 2, self.operations):
-            ended = fork(functools.partial(train_until, self.unfinished, number, die))
+            result = fork(functools.partial(train_until, self.unfinished, number, die))
             if list((self.unfinished / "checkpoints").glob("checkpoint-*")):
                 break
             shutil.rmtree(self.unfinished, ignore_errors=True)
@@ -298,145 +298,151 @@ class Harness:
         fork(functools.partial(train_until, other, number, die, [*TINY, "--seed", "1"]))
         self.unfinished_other = other
         if self.sizes["overwritten"]:
-            whole = shutil.copytree(other, self.root / "other" / "whole", symlinks=True)
-            fork(lambda: main(["train", "--out", str(whole), "--resume"]))
-            self.expected_of_other = outcome(whole)
+            complete = shutil.copytree(other, self.root / "other" / "whole", symlinks=True)
+            fork(lambda: main(["train", "--out", str(complete), "--resume"]))
+            self.expected_of_other = outcome(complete)
         self.images = self.root / "images"
         self.images.mkdir()
         pixels = np.random.default_rng(0).integers(0, 255, (2, 32, 32, 3), dtype=np.uint8)
         for index, image in enumerate(pixels):
             Image.fromarray(image).save(self.images / f"{index}.png")
 
-    def resume(self, group: str, what: str, run: Path) -> None:
+    def resume(self, group: str, description: str, run: Path) -> None:
         """Resume a run and compare the results."""
-        ended = fork(lambda: main(["train", "--out", str(run), "--resume"]))
-        if ended.status == 2 and "holds none; give data and backbone" in ended.text:  # killed before the start
-            ended = fork(lambda: main([*TINY, "--out", str(run), "--overwrite"]))
-        if ended.has_traceback:
-            self.count(group, "traceback", what, ended.text)
-        elif ended.status != 0:
-            self.count(group, "not resumed", what, ended.text)
+        result = fork(lambda: main(["train", "--out", str(run), "--resume"]))
+        if result.status == 2 and "holds none; give data and backbone" in result.text:  # killed before the start
+            result = fork(lambda: main([*TINY, "--out", str(run), "--overwrite"]))
+        if result.has_traceback:
+            self.count(group, "traceback", description, result.text)
+        elif result.status != 0:
+            self.count(group, "not resumed", description, result.text)
         else:
-            self.count(group, "same bits" if outcome(run) == self.expected else "other results", what, ended.text)
+            self.count(
+                group, "same bits" if outcome(run) == self.expected else "other results", description, result.text
+            )
 
     def killed(self) -> None:
         """Kill runs at random times and before random file operations."""
-        for number, draw, place in self.trials("killed"):
-            run = place / "run"
+        for number, draw, folder in self.trials("killed"):
+            run = folder / "run"
             if number % 2:
                 instant = draw.uniform(0.0, 1.05 * self.duration_s)
-                what = f"after {instant:.3f} s"
+                description = f"after {instant:.3f} s"
                 fork(lambda run=run: main([*TINY, "--out", str(run)]), signal_after_s=instant)
             else:
                 operation = draw.randint(1, self.operations)
-                what = f"before file operation {operation}"
+                description = f"before file operation {operation}"
                 fork(functools.partial(train_until, run, operation, die))
             if draw.random() < 0.3 and run.exists():
                 operation = draw.randint(1, self.operations)
-                what += f", resumed until before operation {operation}"
+                description += f", resumed until before operation {operation}"
                 fork(functools.partial(train_until, run, operation, die, ["train", "--resume"]))
-            self.resume("killed", what, run)
+            self.resume("killed", description, run)
 
     def disk_full(self) -> None:
         """Fail writes by number or file size."""
-        for number, draw, place in self.trials("disk full"):
-            run = place / "run"
+        for number, draw, folder in self.trials("disk full"):
+            run = folder / "run"
             if number % 2:
                 limit = int(2 ** draw.uniform(0, 19))
-                what = f"files of at most {limit} bytes"
-                ended = fork(functools.partial(train_limited, run, limit))
+                description = f"files of at most {limit} bytes"
+                result = fork(functools.partial(train_limited, run, limit))
             else:
                 operation = draw.randint(1, self.operations)
-                what = f"full from file operation {operation} on"
-                ended = fork(functools.partial(train_until, run, operation, fill_up))
-            if ended.has_traceback:
-                self.count("disk full", "traceback", what, ended.text)
+                description = f"full from file operation {operation} on"
+                result = fork(functools.partial(train_until, run, operation, fail_writes))
+            if result.has_traceback:
+                self.count("disk full", "traceback", description, result.text)
                 continue
-            self.count("disk full", "one line" if ended.status else "not met")
-            self.resume("disk full", what, run)
+            self.count("disk full", "one line" if result.status else "no effect")
+            self.resume("disk full", description, run)
 
     def small_disk(self) -> None:
         """Train on a small file system, if mounting is allowed."""
-        for _, draw, place in self.trials("small disk"):
+        for _, draw, folder in self.trials("small disk"):
             size = draw.randint(16, 1200) * 1024
-            with mounted(place, size) as is_mounted:
+            with mounted(folder, size) as is_mounted:
                 if not is_mounted:
-                    self.count("small disk", "could not be mounted")
+                    self.count("small disk", "mount failed")
                     return
-                what = f"a disk of {size} bytes"
-                ended = fork(lambda place=place: main([*TINY, "--out", str(place / "run")]))
-                if ended.has_traceback:
-                    self.count("small disk", "traceback", what, ended.text)
+                description = f"a disk of {size} bytes"
+                result = fork(lambda folder=folder: main([*TINY, "--out", str(folder / "run")]))
+                if result.has_traceback:
+                    self.count("small disk", "traceback", description, result.text)
                     continue
-                self.count("small disk", "one line" if ended.status else "not met")
-                subprocess.run(["mount", "-o", "remount,size=64m", str(place)], check=True)
-                self.resume("small disk", what, place / "run")
+                self.count("small disk", "one line" if result.status else "no effect")
+                subprocess.run(["mount", "-o", "remount,size=64m", str(folder)], check=True)
+                self.resume("small disk", description, folder / "run")
 
     def overwritten(self) -> None:
         """Kill a run that overwrites an unfinished run with other settings."""
-        for _, draw, place in self.trials("overwritten"):
-            run = shutil.copytree(self.unfinished_other, place / "run", symlinks=True)
+        for _, draw, folder in self.trials("overwritten"):
+            run = shutil.copytree(self.unfinished_other, folder / "run", symlinks=True)
             operation = draw.randint(1, 30)
-            what = f"before file operation {operation}"
+            description = f"before file operation {operation}"
             fork(functools.partial(train_until, run, operation, die, [*TINY, "--overwrite"]))
-            ended = fork(lambda run=run: main(["train", "--out", str(run), "--resume"]))
-            if ended.has_traceback:
-                self.count("overwritten", "traceback", what, ended.text)
-            elif ended.status and "--overwrite" in ended.text:
+            result = fork(lambda run=run: main(["train", "--out", str(run), "--resume"]))
+            if result.has_traceback:
+                self.count("overwritten", "traceback", description, result.text)
+            elif result.status and "--overwrite" in result.text:
                 fork(lambda run=run: main([*TINY, "--out", str(run), "--overwrite"]))
                 same = outcome(run) == self.expected
-                self.count("overwritten", "told to overwrite" if same else "other results", what, ended.text)
-            elif ended.status:
-                self.count("overwritten", "not resumed", what, ended.text)
+                self.count("overwritten", "needs overwrite" if same else "other results", description, result.text)
+            elif result.status:
+                self.count("overwritten", "not resumed", description, result.text)
             else:
                 results = outcome(run)
-                kinds = {"the old one resumed": self.expected_of_other, "the new one begun": self.expected}
-                kind = next((name for name, expected in kinds.items() if results == expected), "other results")
-                self.count("overwritten", kind, what, ended.text)
+                results_by_kind = {"old run resumed": self.expected_of_other, "new run started": self.expected}
+                kind = next(
+                    (name for name, expected in results_by_kind.items() if results == expected), "other results"
+                )
+                self.count("overwritten", kind, description, result.text)
 
     def folds(self) -> None:
         """Kill and resume a cross-validation."""
-        words = [word for word in TINY if word not in ("--test-size",)]
-        del words[words.index("--val-size") + 2]  # value of --test-size; folds are the test splits
-        words += ["--folds", "2"]
-        self._killed_variant("folds", words, lambda run: (run / "folds.json").read_bytes())
+        argv = [word for word in TINY if word not in ("--test-size",)]
+        del argv[argv.index("--val-size") + 2]  # value of --test-size; folds are the test splits
+        argv += ["--folds", "2"]
+        self._killed_variant("folds", argv, lambda run: (run / "folds.json").read_bytes())
 
     def features(self) -> None:
         """Kill and resume a linear probe on cached features."""
-        words = [word for word in TINY if word != "--r"]
-        del words[words.index("--img-size") + 2]
-        words += ["--method", "linear", "--augment", "none"]
-        self._killed_variant("features", words, outcome)
+        argv = [word for word in TINY if word != "--r"]
+        del argv[argv.index("--img-size") + 2]
+        argv += ["--method", "linear", "--augment", "none"]
+        self._killed_variant("features", argv, outcome)
 
-    def _killed_variant(self, group: str, words: list[str], result: Callable[[Path], object]) -> None:
+    def _killed_variant(self, group: str, argv: list[str], read_results: Callable[[Path], object]) -> None:
         """Kill a training run before random file operations, resume it and compare the results."""
         if not self.sizes[group]:
             return
-        whole = self.root / group / "whole"
-        whole.parent.mkdir(parents=True)
+        uninterrupted = self.root / group / "whole"
+        uninterrupted.parent.mkdir(parents=True)
         notes = self.root / group / "operations"
 
         def count() -> int:
-            operations = at_file_operation(whole, None, die)
-            status = main([*words, "--out", str(whole)])
+            operations = call_at_file_operation(uninterrupted, None, die)
+            status = main([*argv, "--out", str(uninterrupted)])
             notes.write_text(str(operations[0]))
             return status
 
-        ended = fork(count)
-        if ended.status:
-            raise SystemExit(f"the uninterrupted run of {group} failed:\n{ended.text}")
-        expected, operations = result(whole), int(notes.read_text())
-        for _, draw, place in self.trials(group):
-            run, operation = place / "run", draw.randint(1, operations)
-            what = f"before file operation {operation}"
-            fork(functools.partial(train_until, run, operation, die, words))
-            ended = fork(lambda run=run: main(["train", "--out", str(run), "--resume"]))
-            if ended.status == 2 and ("which holds none" in ended.text or "--overwrite" in ended.text):
-                ended = fork(lambda run=run: main([*words, "--out", str(run), "--overwrite"]))
-            if ended.has_traceback or ended.status:
-                self.count(group, "traceback" if ended.has_traceback else "not resumed", what, ended.text)
+        result = fork(count)
+        if result.status:
+            raise SystemExit(f"the uninterrupted run of {group} failed:\n{result.text}")
+        expected, operations = read_results(uninterrupted), int(notes.read_text())
+        for _, draw, folder in self.trials(group):
+            run, operation = folder / "run", draw.randint(1, operations)
+            description = f"before file operation {operation}"
+            fork(functools.partial(train_until, run, operation, die, argv))
+            result = fork(lambda run=run: main(["train", "--out", str(run), "--resume"]))
+            if result.status == 2 and ("which holds none" in result.text or "--overwrite" in result.text):
+                result = fork(lambda run=run: main([*argv, "--out", str(run), "--overwrite"]))
+            if result.has_traceback or result.status:
+                self.count(group, "traceback" if result.has_traceback else "not resumed", description, result.text)
             else:
-                self.count(group, "same bits" if result(run) == expected else "other results", what, ended.text)
+                self.count(
+                    group, "same bits" if read_results(run) == expected else "other results", description, result.text
+                )
 
     def merged(self) -> None:
         """Kill merge and export: files with the final name must be complete, and a second call must succeed."""
@@ -445,23 +451,23 @@ class Harness:
             "merge to a folder": ["merge", str(self.finished), "--out", "m", "--overwrite"],
             "export": ["export", str(self.finished), "--format", "sparse", "--out", "s.safetensors", "--overwrite"],
         }
-        for number, draw, place in self.trials("merged"):
+        for number, draw, folder in self.trials("merged"):
             name = list(commands)[number % len(commands)]
-            target = place / commands[name][commands[name].index("--out") + 1]
-            words = [str(target) if word == target.name else word for word in commands[name]]
+            target = folder / commands[name][commands[name].index("--out") + 1]
+            argv = [str(target) if word == target.name else word for word in commands[name]]
             operation = draw.randint(1, 8)
-            fork(functools.partial(call_until, place, operation, die, words))
-            left = contents_of(target)
-            ended = fork(lambda words=words: main(words))
-            what = f"{name}, killed before file operation {operation}"
-            if ended.has_traceback or ended.status:
-                self.count("merged", "traceback" if ended.has_traceback else "not resumed", what, ended.text)
-            elif left and left != contents_of(target) and (target.is_file() or "config.json" in left):
-                self.count("merged", "other results", what, str(sorted(left)))
-            elif any(path.name.endswith(".tmp") for path in place.iterdir()):
-                self.count("merged", "left over", what, str(list(place.iterdir())))
+            fork(functools.partial(call_until, folder, operation, die, argv))
+            remaining = contents_of(target)
+            result = fork(lambda argv=argv: main(argv))
+            description = f"{name}, killed before file operation {operation}"
+            if result.has_traceback or result.status:
+                self.count("merged", "traceback" if result.has_traceback else "not resumed", description, result.text)
+            elif remaining and remaining != contents_of(target) and (target.is_file() or "config.json" in remaining):
+                self.count("merged", "other results", description, str(sorted(remaining)))
+            elif any(path.name.endswith(".tmp") for path in folder.iterdir()):
+                self.count("merged", "leftover files", description, str(list(folder.iterdir())))
             else:
-                self.count("merged", "whole at the second call")
+                self.count("merged", "complete after retry")
 
     def limits(self) -> None:
         """Limit the file size: commands must print a one-line error with a file name and leave no empty folder."""
@@ -475,182 +481,182 @@ class Harness:
             lambda out: ["predict", run, images, "--out", f"{out}/p.csv"],
             lambda out: ["evaluate", run, "--out", f"{out}/e.json"],
         ]
-        for number, draw, place in self.trials("limits"):
-            words = commands[number % len(commands)](place / "new")
+        for number, draw, folder in self.trials("limits"):
+            argv = commands[number % len(commands)](folder / "new")
             limit = draw.choice([0, 10, 200])
-            ended = fork(functools.partial(call_limited, words, limit))
-            what = f"{' '.join(words)} with files of at most {limit} bytes"
-            empty = [path for path in place.rglob("*") if path.is_dir() and not any(path.iterdir())]
-            if ended.has_traceback:
-                self.count("limits", "traceback", what, ended.text)
-            elif ended.status == 0:
-                self.count("limits", "not met")
-            elif str(place) not in ended.text.strip().splitlines()[-1] or empty:
-                self.count("limits", "left over" if empty else "no file named", what, f"{empty} {ended.text}")
+            result = fork(functools.partial(call_limited, argv, limit))
+            description = f"{' '.join(argv)} with files of at most {limit} bytes"
+            empty = [path for path in folder.rglob("*") if path.is_dir() and not any(path.iterdir())]
+            if result.has_traceback:
+                self.count("limits", "traceback", description, result.text)
+            elif result.status == 0:
+                self.count("limits", "no effect")
+            elif str(folder) not in result.text.strip().splitlines()[-1] or empty:
+                self.count("limits", "leftover files" if empty else "no path", description, f"{empty} {result.text}")
             else:
-                self.count("limits", "one line with the file")
+                self.count("limits", "one line with path")
 
     def inodes(self) -> None:
         """Train on a file system with few inodes, if mounting is allowed."""
-        for _, draw, place in self.trials("inodes"):
+        for _, draw, folder in self.trials("inodes"):
             count = draw.randint(3, 22)
-            with mounted(place, 2**26, f"nr_inodes={count}") as is_mounted:
+            with mounted(folder, 2**26, f"nr_inodes={count}") as is_mounted:
                 if not is_mounted:
-                    self.count("inodes", "could not be mounted")
+                    self.count("inodes", "mount failed")
                     return
-                what = f"a disk for {count} files"
-                ended = fork(lambda place=place: main([*TINY, "--out", str(place / "run")]))
-                if ended.has_traceback:
-                    self.count("inodes", "traceback", what, ended.text)
+                description = f"a disk for {count} files"
+                result = fork(lambda folder=folder: main([*TINY, "--out", str(folder / "run")]))
+                if result.has_traceback:
+                    self.count("inodes", "traceback", description, result.text)
                     continue
-                self.count("inodes", "one line" if ended.status else "not met")
-                subprocess.run(["mount", "-o", "remount,nr_inodes=100000", str(place)], check=True)
-                self.resume("inodes", what, place / "run")
+                self.count("inodes", "one line" if result.status else "no effect")
+                subprocess.run(["mount", "-o", "remount,nr_inodes=100000", str(folder)], check=True)
+                self.resume("inodes", description, folder / "run")
 
     def torchruns(self) -> None:
         """Start two torchrun commands with two processes each in one folder."""
         if not self.sizes["torchruns"]:
             return
-        whole = self.root / "torchruns-whole"
-        if torchrun(whole).wait(LIMIT_S * 3):
+        uninterrupted = self.root / "torchruns-whole"
+        if torchrun(uninterrupted).wait(LIMIT_S * 3):
             raise SystemExit("the uninterrupted torchrun failed")
-        expected = outcome(whole)
-        for _, draw, place in self.trials("torchruns"):
-            first = torchrun(place / "run")
+        expected = outcome(uninterrupted)
+        for _, draw, folder in self.trials("torchruns"):
+            first = torchrun(folder / "run")
             time.sleep(draw.uniform(0.0, 3.0))
-            both = (first, torchrun(place / "run"))
-            texts = [process.communicate(timeout=LIMIT_S * 3)[0] for process in both]
+            both = (first, torchrun(folder / "run"))
+            outputs = [process.communicate(timeout=LIMIT_S * 3)[0] for process in both]
             statuses = [process.returncode for process in both]
             if 0 not in statuses:
-                self.count("torchruns", "not resumed", "two torchruns", "".join(texts))
-            elif outcome(place / "run") != expected:
-                self.count("torchruns", "other results", "two torchruns", "".join(texts))
+                self.count("torchruns", "not resumed", "two torchruns", "".join(outputs))
+            elif outcome(folder / "run") != expected:
+                self.count("torchruns", "other results", "two torchruns", "".join(outputs))
             else:
-                self.count("torchruns", "one went through" if any(statuses) else "the one after the other")
+                self.count("torchruns", "one succeeded" if any(statuses) else "sequential")
 
     def damaged_run(self) -> None:
         """Damage a finished run, then run every command on it."""
-        sound = self.ask(self.finished)
-        if any(answer.startswith("status") for answer in sound.values()):
-            raise SystemExit(f"an undamaged run was rejected: {sound}")
-        for _, draw, place in self.trials("finished"):
-            run = shutil.copytree(self.finished, place / "run", symlinks=True)
-            what = damage(draw, run, [path for path in files_of(run) if "checkpoints" not in path.parts])
-            for command, answer in self.ask(run).items():
+        expected = self.run_commands(self.finished)
+        if any(answer.startswith("status") for answer in expected.values()):
+            raise SystemExit(f"an undamaged run was rejected: {expected}")
+        for _, draw, folder in self.trials("finished"):
+            run = shutil.copytree(self.finished, folder / "run", symlinks=True)
+            description = damage(draw, run, [path for path in files_of(run) if "checkpoints" not in path.parts])
+            for command, answer in self.run_commands(run).items():
                 if answer.startswith("traceback"):
-                    self.count("finished", "traceback", f"{what}: {command}", answer)
+                    self.count("finished", "traceback", f"{description}: {command}", answer)
                 elif answer.startswith("status") or (command == "inspect" and "The adapter is missing" in answer):
                     self.count("finished", "noticed")
                 else:
-                    same = answer == sound[command]
-                    self.count("finished", "harmless" if same else "other results", f"{what}: {command}", answer)
+                    same = answer == expected[command]
+                    self.count("finished", "harmless" if same else "other results", f"{description}: {command}", answer)
 
-    def ask(self, run: Path) -> dict[str, str]:
+    def run_commands(self, run: Path) -> dict[str, str]:
         """Run all commands on a run; return their output or its digest, `status N: line`, or a traceback."""
-        place = run.parent
-        words = {
-            "predict": ["predict", str(run), str(self.images), "--out", str(place / "p.csv"), "--overwrite"],
-            "evaluate": ["evaluate", str(run), "--out", str(place / "e.json")],
-            "merge": ["merge", str(run), "--out", str(place / "m.safetensors"), "--overwrite"],
+        folder = run.parent
+        argv = {
+            "predict": ["predict", str(run), str(self.images), "--out", str(folder / "p.csv"), "--overwrite"],
+            "evaluate": ["evaluate", str(run), "--out", str(folder / "e.json")],
+            "merge": ["merge", str(run), "--out", str(folder / "m.safetensors"), "--overwrite"],
             "inspect": ["inspect", str(run)],
             "resume": ["train", "--out", str(run), "--resume"],
         }
-        answers = place / "answers.json"
+        answers = folder / "answers.json"
 
         def work() -> int:
-            outputs = {name: self._answer(name, line, run) for name, line in words.items()}
+            outputs = {name: self._run_command(name, line, run) for name, line in argv.items()}
             answers.write_text(json.dumps(outputs))
             return 0
 
-        ended = fork(work)
-        return json.loads(answers.read_text()) if ended.status == 0 else {"all": f"traceback {ended.text}"}
+        result = fork(work)
+        return json.loads(answers.read_text()) if result.status == 0 else {"all": f"traceback {result.text}"}
 
-    def _answer(self, name: str, words: list[str], run: Path) -> str:
+    def _run_command(self, name: str, argv: list[str], run: Path) -> str:
         """Run one command in this process and return its output."""
         output = io.StringIO()
         try:
             with redirect_stdout(output), redirect_stderr(output):
-                status = main(words)
+                status = main(argv)
         except BaseException:
             return "traceback " + traceback.format_exc()
         text = output.getvalue()
         if status:
             return f"status {status}: {text}"
-        place = run.parent
+        folder = run.parent
         if name == "predict":
-            text = (place / "p.csv").read_text()
+            text = (folder / "p.csv").read_text()
         elif name == "evaluate":
-            result = json.loads((place / "e.json").read_text())
+            result = json.loads((folder / "e.json").read_text())
             text = json.dumps({key: result[key] for key in result if key != "notes"})
         elif name == "merge":
-            tensors = load_file(place / "m.safetensors")
+            tensors = load_file(folder / "m.safetensors")
             digest = hashlib.sha256()
             for key in sorted(tensors):
                 digest.update(key.encode() + tensors[key].numpy().tobytes())
             text = digest.hexdigest()
         elif name == "resume":
             text = json.dumps(outcome(run), sort_keys=True)
-        return text.replace(str(place), "")
+        return text.replace(str(folder), "")
 
     def damaged_checkpoint(self) -> None:
         """Damage an interrupted run, then resume it."""
-        for _, draw, place in self.trials("checkpoint"):
-            run = shutil.copytree(self.unfinished, place / "run", symlinks=True)
-            what = damage(draw, run, files_of(run))
-            ended = fork(lambda run=run: main(["train", "--out", str(run), "--resume"]))
-            if ended.has_traceback:
-                self.count("checkpoint", "traceback", what, ended.text)
-            elif ended.status:
+        for _, draw, folder in self.trials("checkpoint"):
+            run = shutil.copytree(self.unfinished, folder / "run", symlinks=True)
+            description = damage(draw, run, files_of(run))
+            result = fork(lambda run=run: main(["train", "--out", str(run), "--resume"]))
+            if result.has_traceback:
+                self.count("checkpoint", "traceback", description, result.text)
+            elif result.status:
                 self.count("checkpoint", "noticed")
             else:
                 same = outcome(run) == self.expected
-                self.count("checkpoint", "harmless" if same else "other results", what, ended.text)
+                self.count("checkpoint", "harmless" if same else "other results", description, result.text)
 
     def fuzzed(self) -> None:
         """Run random command lines and configuration files."""
-        for _, draw, place in self.trials("fuzzed"):
-            words = fuzzed_words(draw, place, self.finished, self.images)
-            ended = fork(functools.partial(run_fuzzed, words, place), limit_s=60)
-            if ended.has_traceback:
-                self.count("fuzzed", "traceback", " ".join(map(repr, words)), ended.text)
+        for _, draw, folder in self.trials("fuzzed"):
+            argv = fuzzed_words(draw, folder, self.finished, self.images)
+            result = fork(functools.partial(run_fuzzed, argv, folder), limit_s=60)
+            if result.has_traceback:
+                self.count("fuzzed", "traceback", " ".join(map(repr, argv)), result.text)
             else:
-                self.count("fuzzed", "accepted" if ended.status in (0, REACHED) else "one line")
+                self.count("fuzzed", "accepted" if result.status in (0, REACHED) else "one line")
 
     def together(self) -> None:
         """Start a second process in the folder of an active run."""
-        for number, draw, place in self.trials("together"):
-            run = place / "run"
+        for number, draw, folder in self.trials("together"):
+            run = folder / "run"
             first = Child(lambda run=run: main([*TINY, "--out", str(run)]))
-            how = ("--resume", "--overwrite", "")[number % 3]
-            words = ["train", "--out", str(run), "--resume"] if how == "--resume" else [*TINY, "--out", str(run)]
-            words += ["--overwrite"] if how == "--overwrite" else []
+            option = ("--resume", "--overwrite", "")[number % 3]
+            argv = ["train", "--out", str(run), "--resume"] if option == "--resume" else [*TINY, "--out", str(run)]
+            argv += ["--overwrite"] if option == "--overwrite" else []
             instant = draw.uniform(0.0, self.duration_s)
             time.sleep(instant)
             is_stopped = draw.random() < 0.3
             if is_stopped:
                 os.kill(first.pid, signal.SIGSTOP)
-            second = fork(lambda words=words: main(words))
+            second = fork(lambda argv=argv: main(argv))
             if is_stopped:
                 os.kill(first.pid, signal.SIGCONT)
-            ended = first.wait()
-            what = f"{how or 'no option'} after {instant:.3f} s"
-            if second.has_traceback or ended.has_traceback:
-                self.count("together", "traceback", what, second.text + ended.text)
+            result = first.wait()
+            description = f"{option or 'no option'} after {instant:.3f} s"
+            if second.has_traceback or result.has_traceback:
+                self.count("together", "traceback", description, second.text + result.text)
             elif outcome(run) != self.expected:
-                self.count("together", "other results", what, second.text + ended.text)
+                self.count("together", "other results", description, second.text + result.text)
             elif f"process {first.pid}" in second.text or f"process {os.getpid()}" in second.text:
-                self.count("together", "refused by number")
+                self.count("together", "rejected with process id")
             else:
-                self.count("together", "the one after the other")
+                self.count("together", "sequential")
 
 
 def torchrun(run: Path) -> "subprocess.Popen[str]":
     """Start a training run with two processes."""
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    tiny = [word for word in TINY if word != "--r"]  # torchrun would parse it as its own option
+    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    tiny = [word for word in TINY if word != "--r"]  # torchrun would parse it as an option
     tiny[tiny.index("--img-size") + 2] = "--method=snella-2"  # replaces the rank
-    words += ["-m", "snella_app.cli.main", *tiny, "--out", str(run)]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    argv += ["-m", "snella_app.cli.main", *tiny, "--out", str(run)]
+    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def contents_of(path: Path) -> dict[str, str]:
@@ -660,34 +666,34 @@ def contents_of(path: Path) -> dict[str, str]:
     return {file.name: _sha256(file) for file in files_of(path) if not file.name.startswith(".")}
 
 
-def call_until(folder: Path, operation: int, action: Callable[[], None], words: list[str]) -> int:
-    """Run a command with `action` before a file operation."""
-    at_file_operation(folder, operation, action)
-    return main(words)
+def call_until(folder: Path, operation: int, action: Callable[[], None], argv: list[str]) -> int:
+    """Run a command and call `action` before a file operation."""
+    call_at_file_operation(folder, operation, action)
+    return main(argv)
 
 
-def call_limited(words: list[str], limit: int) -> int:
+def call_limited(argv: list[str], limit: int) -> int:
     """Run a command with a file size limit in bytes."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    return main(words)
+    return main(argv)
 
 
 @contextmanager
-def mounted(place: Path, size: int, *options: str) -> Iterator[bool]:
-    """Mount a file system of the given size at `place`; yield False if not permitted."""
-    command = ["mount", "-t", "tmpfs", "-o", ",".join((f"size={size}", *options)), "tmpfs", str(place)]
+def mounted(folder: Path, size: int, *options: str) -> Iterator[bool]:
+    """Mount a file system of the given size at `folder`; yield False if not permitted."""
+    command = ["mount", "-t", "tmpfs", "-o", ",".join((f"size={size}", *options)), "tmpfs", str(folder)]
     is_mounted = shutil.which("mount") is not None and subprocess.run(command, capture_output=True).returncode == 0
     try:
         yield is_mounted
     finally:
         if is_mounted:
-            subprocess.run(["umount", str(place)], check=True)
+            subprocess.run(["umount", str(folder)], check=True)
 
 
-def train_until(run: Path, operation: int, action: Callable[[], None], words: list[str] | None = None) -> int:
-    """Train with `action` before a file operation."""
-    at_file_operation(run, operation, action)
-    return main([*(TINY if words is None else words), "--out", str(run)])
+def train_until(run: Path, operation: int, action: Callable[[], None], argv: list[str] | None = None) -> int:
+    """Train and call `action` before a file operation."""
+    call_at_file_operation(run, operation, action)
+    return main([*(TINY if argv is None else argv), "--out", str(run)])
 
 
 def train_limited(run: Path, limit: int) -> int:
@@ -726,7 +732,7 @@ def damage(draw: random.Random, run: Path, files: list[Path]) -> str:
     return f"{name} bit {bit} of byte {at} flipped"
 
 
-NASTY = [
+ODD_VALUES = [
     "", " ", "0", "-1", "1", "2", "3.5", "1e400", "-0.0", "nan", "inf", "true", "null", "~", "[]", "{}", "[1, 2]",
     "{a: 1}", "{a: {b: c}}", "a" * 300, "\udce9", "\x1b[31m", "\n", "[/b]", "[bold]", "../x", "digits", "test_vit",
     "snella-2", "lora-0", "lora--3", "snella-99999999999", "folder:", "folder:nowhere", "masks:", "'", '"', "%s", "{",
@@ -759,10 +765,10 @@ EXPENSIVE = (
 )
 
 
-def fuzzed_words(draw: random.Random, place: Path, run: Path, images: Path) -> list[str]:
+def fuzzed_words(draw: random.Random, folder: Path, run: Path, images: Path) -> list[str]:
     """Mutate a valid command line."""
     name = draw.choice(list(COMMANDS)) if draw.random() < 0.6 else "train"
-    words = {
+    argv = {
         "train": [*TINY, "--out", "run"],
         "evaluate": ["evaluate", str(run)],
         "predict": ["predict", str(run), str(images)],
@@ -785,23 +791,23 @@ def fuzzed_words(draw: random.Random, place: Path, run: Path, images: Path) -> l
     options += ["config", "help", "version", "print-config", "method-options.kernel", "method-options.r"]
     for _ in range(draw.choice([1, 1, 1, 2, 3])):
         kind = draw.randrange(6)
-        at = draw.randint(1, len(words))
+        at = draw.randint(1, len(argv))
         option = "--" + draw.choice(options)
         if kind == 0:
-            words[at:at] = [option, draw.choice(NASTY)]
+            argv[at:at] = [option, draw.choice(ODD_VALUES)]
         elif kind == 1:
-            words[at:at] = [f"{option}={draw.choice(NASTY)}"]
-        elif kind == 2 and len(words) > 2:
-            del words[min(at, len(words) - 1)]
-        elif kind == 3 and len(words) > 1:
-            words[min(at, len(words) - 1)] = draw.choice(NASTY)
+            argv[at:at] = [f"{option}={draw.choice(ODD_VALUES)}"]
+        elif kind == 2 and len(argv) > 2:
+            del argv[min(at, len(argv) - 1)]
+        elif kind == 3 and len(argv) > 1:
+            argv[min(at, len(argv) - 1)] = draw.choice(ODD_VALUES)
         elif kind == 4:
-            words[at:at] = [option[: draw.randint(1, len(option))]]
+            argv[at:at] = [option[: draw.randint(1, len(option))]]
         else:
             text = draw.choice(CONFIGS) if draw.random() < 0.7 else fuzzed_yaml(draw)
-            (place / "config.yaml").write_bytes(text.encode(errors="surrogateescape"))
-            words[at:at] = ["--config", "config.yaml"]
-    return words
+            (folder / "config.yaml").write_bytes(text.encode(errors="surrogateescape"))
+            argv[at:at] = ["--config", "config.yaml"]
+    return argv
 
 
 def fuzzed_yaml(draw: random.Random) -> str:
@@ -810,31 +816,31 @@ def fuzzed_yaml(draw: random.Random) -> str:
         "data": "digits", "backbone": "test_vit", "pretrained": False, "epochs": 1, "method": "snella-2",
         "method_options": {"kernel": "rbf"}, "lr": 0.01, "img_size": 32, "out": "run",
     }  # fmt: skip
-    strange = [None, [], {}, "", -1, 2**70, float("nan"), float("inf"), True, "a", [[1]], {"a": {}}, {1: 2}, b"x"]
+    odd_values = [None, [], {}, "", -1, 2**70, float("nan"), float("inf"), True, "a", [[1]], {"a": {}}, {1: 2}, b"x"]
     for name in draw.sample(list(values), draw.randint(1, 3)):
-        values[name] = draw.choice(strange)
+        values[name] = draw.choice(odd_values)
     text = bytearray(yaml.safe_dump(values).encode())
     for _ in range(draw.choice([0, 0, 1, 3])):
         text[draw.randrange(len(text))] = draw.randrange(256)
     return text.decode("latin-1")
 
 
-def run_fuzzed(words: list[str], place: Path) -> int:
+def run_fuzzed(argv: list[str], folder: Path) -> int:
     """Run a command line up to the training loop; for expensive commands, only parse the settings."""
     call = _parser.call
 
-    def settings_alone(name: str, settings: dict[str, object]) -> Callable[[], None]:
+    def parse_only(name: str, settings: dict[str, object]) -> Callable[[], None]:
         command = call(name, settings)
         return (lambda: None) if name in EXPENSIVE else command
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    _parser.call = settings_alone
+    _parser.call = parse_only
     sys.modules["snella_app.training.train"].__dict__["_fit"] = lambda *arguments: os._exit(REACHED)
-    os.chdir(place)
-    return main(words)
+    os.chdir(folder)
+    return main(argv)
 
 
-def leave_page_out(run: Path, images: object = None, **so_far: object) -> Path:
+def write_empty_report(run: Path, images: object = None, **so_far: object) -> Path:
     """Write an empty report."""
     (run / "report.html").write_text("<html></html>")
     return run / "report.html"
@@ -853,7 +859,7 @@ QUICK = {
 
 
 def table(counts: dict[str, Counter[str]]) -> str:
-    """Format the results as a Markdown table, one row per group."""
+    """Format the results as Markdown, one row per group."""
     lines = ["| fault | trials | results |", "|---|---|---|"]
     for group, results in counts.items():
         text = ", ".join(f"{number} {result}" for result, number in sorted(results.items()))
@@ -866,8 +872,8 @@ def provenance() -> dict[str, object]:
     """Return commit, CPU model and torch version."""
     here = Path(__file__).parent
 
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True)
+    def git(*argv: str) -> str:
+        done = subprocess.run(["git", *argv], cwd=here, capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else ""
 
     models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
@@ -888,7 +894,7 @@ def run_all(arguments: argparse.Namespace) -> int:
     for name in ("train", "evaluate", "predict", "merge", "inspect", "data", "compare", "export", "serve"):
         importlib.import_module(COMMANDS[name].library)
     if arguments.quick:  # the report takes half of the time
-        sys.modules["snella_app.training.finish"].__dict__["write_report"] = leave_page_out
+        sys.modules["snella_app.training.finish"].__dict__["write_report"] = write_empty_report
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="snella-faults-") as folder:
         harness = Harness(Path(folder), arguments.seed, sizes)
@@ -902,8 +908,8 @@ def run_all(arguments: argparse.Namespace) -> int:
             group()
             group = getattr(group, "func", group)
             print(f"{time.monotonic() - start:.0f} s: {group.__name__}", file=sys.stderr, flush=True)
-    for complaint in harness.complaints:
-        print(complaint)
+    for failure in harness.failures:
+        print(failure)
     print(table(harness.counts))
     row = {
         **provenance(),
@@ -915,7 +921,7 @@ def run_all(arguments: argparse.Namespace) -> int:
     if not arguments.only:
         with Path(arguments.out).open("a") as file:
             file.write(json.dumps(row) + "\n")
-    return 1 if harness.complaints else 0
+    return 1 if harness.failures else 0
 
 
 if __name__ == "__main__":

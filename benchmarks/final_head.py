@@ -2,8 +2,8 @@
 
 python benchmarks/final_head.py --folders-root ROOT          appends to final_head.jsonl
 
-`products/folders.py` writes ROOT. The backbone is not trained. Each head adds one part to the previous one. The default
-is all development folders.
+`products/folders.py` writes ROOT. The backbone is not trained. Each head extends the previous one. All development
+folders are used by default.
 """
 
 import argparse
@@ -46,25 +46,31 @@ def features_of(folder: Path, pixels: int) -> tuple[dict[str, MeasuredFeatures],
 
 
 def accuracy(
-    parts: dict[str, MeasuredFeatures], task: object, *, own: int | None, val: bool, flips: bool, average: bool
+    parts: dict[str, MeasuredFeatures],
+    task: object,
+    *,
+    num_features: int | None,
+    with_val: bool,
+    with_flips: bool,
+    average: bool,
 ) -> float:
     """Fit a head and return its test accuracy.
 
     Args:
         parts: Features from `features_of`.
         task: Task from `features_of`, which defines the loss.
-        own: Number of features; None uses all.
-        val: Also train on validation images.
-        flips: Also train on flipped images.
+        num_features: Number of features; None uses all.
+        with_val: Also train on validation images.
+        with_flips: Also train on flipped images.
         average: Average the probabilities of an image and its flip.
     """
-    fitted = [parts["train"], parts["val"]] if val else [parts["train"]]
-    views = [torch.cat([part.views[view][:, :own] for part in fitted]) for view in range(1 + flips)]
+    fitted = [parts["train"], parts["val"]] if with_val else [parts["train"]]
+    views = [torch.cat([part.views[view][:, :num_features] for part in fitted]) for view in range(1 + with_flips)]
     labels = torch.cat([part.labels for part in fitted])
     weight, bias = fit_linear(task, MeasuredFeatures(views, labels, None), task.num_classes)
     test = parts["test"]
-    seen = test.views if average else test.views[:1]
-    probabilities = sum((view[:, :own] @ weight.T + bias).softmax(1) for view in seen)
+    test_views = test.views if average else test.views[:1]
+    probabilities = sum((view[:, :num_features] @ weight.T + bias).softmax(1) for view in test_views)
     return float((probabilities.argmax(1) == test.labels).float().mean())
 
 
@@ -78,12 +84,12 @@ def main() -> None:
     names = ("last layer", "and validation images", "and flips", "and averaged flips", "and three more layers")
     table = []
     for folder in args.folders:
-        parts, task, own = features_of(args.folders_root / folder, args.pixels)
-        heads = [(own, False, False, False), (own, True, False, False), (own, True, True, False)]
-        heads += [(own, True, True, True), (None, True, True, True)]
+        parts, task, width = features_of(args.folders_root / folder, args.pixels)
+        heads = [(width, False, False, False), (width, True, False, False), (width, True, True, False)]
+        heads += [(width, True, True, True), (None, True, True, True)]
         accuracies = [
-            accuracy(parts, task, own=width, val=val, flips=flips, average=average)
-            for width, val, flips, average in heads
+            accuracy(parts, task, num_features=num_features, with_val=val, with_flips=flips, average=average)
+            for num_features, val, flips, average in heads
         ]
         table.append(accuracies)
         print(folder, *(f"{100 * value:.1f}" for value in accuracies), flush=True)

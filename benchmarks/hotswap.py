@@ -1,11 +1,11 @@
-"""Time to switch a loaded model to another task: snella.hotswap, PEFT's methods, and scattered entries.
+"""Time to switch a loaded model to another task: snella.hotswap, PEFT and scattered entries.
 
     python benchmarks/hotswap.py                  # ViT-B/16, r 8; appends to benchmarks/hotswap.jsonl
     python benchmarks/hotswap.py vit_small_patch16_224 30
 
-All methods switch between two tasks, interleaved in one process. Rows hold medians and minima of wall-clock time and of
-CPU time, which is less sensitive to other load. Each method has a separate model, merged if its name says so. Before
-timing, the outputs after a switch are compared with those of a model loaded for the other task.
+All methods switch between two tasks, interleaved in one process. Rows contain medians and minima of wall-clock and CPU
+time; CPU time is less sensitive to other load. Each method has a separate model, which is merged unless its name says
+"unmerged". Before timing, the outputs after a switch are compared with those of a model loaded for the other task.
 """
 
 import sys
@@ -37,6 +37,7 @@ REFERENCE = "peft lora set_adapter + merge"
 
 
 def backbone(name: str) -> nn.Module:
+    """Build a timm model with random weights from a fixed seed."""
     torch.manual_seed(0)
     return timm.create_model(name, num_classes=10).eval()
 
@@ -54,7 +55,7 @@ def save_adapters(name: str, config: Any, folder: Path) -> None:
         model.save_pretrained(folder / task)
 
 
-def with_both(name: str, folder: Path) -> PeftModel:
+def load_both(name: str, folder: Path) -> PeftModel:
     """Load a model with the adapters of both tasks and merge the first."""
     with without_harmless_warnings():
         model = PeftModel.from_pretrained(backbone(name), folder / TASKS[0], adapter_name=TASKS[0])
@@ -64,6 +65,8 @@ def with_both(name: str, folder: Path) -> PeftModel:
 
 
 def set_and_merge(model: PeftModel) -> Callable[[str], None]:
+    """Return a function that activates and merges a task's adapter with PEFT."""
+
     def switch(task: str) -> None:
         model.unmerge_adapter()
         model.set_adapter(task)
@@ -81,9 +84,9 @@ def scattered(name: str, sparsity: float) -> tuple[nn.Module, Callable[[str], No
         for key, weight in model.named_parameters():
             if key.endswith("weight") and any(f".{target}." in key for target in TARGETS):
                 count = round((1 - sparsity) * weight.numel())
-                where = torch.randperm(weight.numel(), generator=generator)[:count].sort().values
+                indices = torch.randperm(weight.numel(), generator=generator)[:count].sort().values
                 entries[key], shapes[key] = (
-                    Entries(where, torch.randn(count, generator=generator) * 1e-3),
+                    Entries(indices, torch.randn(count, generator=generator) * 1e-3),
                     [*weight.shape],
                 )
         patches[task] = SparsePatch(entries, {}, shapes)
@@ -103,7 +106,8 @@ def main() -> None:
     root = Path(tempfile.mkdtemp())
     snella = partial(SnellaConfig, r=R, target_modules=TARGETS, target_sparsity=SPARSITY, init_sparsity=SPARSITY)
     lora = partial(LoraConfig, r=R, lora_alpha=R, target_modules=TARGETS, init_lora_weights=False)
-    torch.sparse.check_sparse_tensor_invariants.disable()  # as PEFT's indices are valid; undecided, torch warns
+    # PEFT's indices are valid; torch warns if the setting is undefined
+    torch.sparse.check_sparse_tensor_invariants.disable()
     shira = partial(ShiraConfig, r=R, target_modules=TARGETS, random_seed=0)
     for kind, config in (("snella", snella), ("lora", lora), ("shira", shira)):
         save_adapters(name, config, root / kind)
@@ -116,11 +120,11 @@ def main() -> None:
     in_memory.merge_adapter()
     from_file.merge_adapter()
     values = {task: AdapterValues.read(root / "snella" / task) for task in TASKS}
-    by_peft = {kind: with_both(name, root / kind) for kind in ("snella", "lora", "shira")}
+    peft_models = {kind: load_both(name, root / kind) for kind in ("snella", "lora", "shira")}
     switches: dict[str, tuple[nn.Module, Callable[[str], Any]]] = {
-        REFERENCE: (by_peft["lora"], set_and_merge(by_peft["lora"])),
-        "peft snella set_adapter + merge": (by_peft["snella"], set_and_merge(by_peft["snella"])),
-        "peft shira set_adapter + merge": (by_peft["shira"], set_and_merge(by_peft["shira"])),
+        REFERENCE: (peft_models["lora"], set_and_merge(peft_models["lora"])),
+        "peft snella set_adapter + merge": (peft_models["snella"], set_and_merge(peft_models["snella"])),
+        "peft shira set_adapter + merge": (peft_models["shira"], set_and_merge(peft_models["shira"])),
         "peft lora hotswap_adapter, from file, unmerged": (
             unmerged,
             lambda task: hotswap_adapter(unmerged, str(root / "lora" / task), "default", torch_device="cpu"),
@@ -132,32 +136,35 @@ def main() -> None:
     }
     images = torch.randn(2, 3, 224, 224)
     with torch.inference_mode():
-        for contender in ("snella hotswap, in memory", "snella hotswap, from file"):
-            model, switch = switches[contender]
+        for method in ("snella hotswap, in memory", "snella hotswap, from file"):
+            model, switch = switches[method]
             switch(TASKS[1])
             expected = PeftModel.from_pretrained(backbone(name), root / "snella" / TASKS[1]).eval().merge_and_unload()
             if not torch.equal(model(images), expected(images)):
-                raise SystemExit(f"the outputs of {contender} differ from those of a model loaded for the task")
-    times: dict[str, list[tuple[float, float]]] = {contender: [] for contender in switches}
+                raise SystemExit(f"the outputs of {method} differ from those of a model loaded for the task")
+    times: dict[str, list[tuple[float, float]]] = {method: [] for method in switches}
     for number in range(2 * rounds + 4):  # the first four compute thresholds and compile
-        for contender, (_, switch) in switches.items():
+        for method, (_, switch) in switches.items():
             start = time.perf_counter(), time.process_time()
             switch(TASKS[number % 2])
             if number >= 4:
-                times[contender].append((time.perf_counter() - start[0], time.process_time() - start[1]))
+                times[method].append((time.perf_counter() - start[0], time.process_time() - start[1]))
     adapted = sum(m.out_features * m.in_features for m in in_memory.modules() if isinstance(m, SnellaLayer))
     rows = []
-    for contender, durations in times.items():
+    for method, durations in times.items():
         row: dict[str, Any] = {"benchmark": "hotswap", "backbone": name, "adapted_weights": adapted, "r": R}
-        row |= {"sparsity": SPARSITY, "contender": contender, "switches": len(durations)}
+        row |= {"sparsity": SPARSITY, "contender": method, "switches": len(durations)}
         for k, kind in enumerate(("wall", "cpu")):
-            mine, reference = [pair[k] for pair in durations], [pair[k] for pair in times[REFERENCE]]
-            row[f"{kind}_median_ms"], row[f"{kind}_min_ms"] = round(median(mine) * 1e3, 2), round(min(mine) * 1e3, 2)
-            ratios = [a / b for a, b in zip(mine, reference, strict=True)]
+            times_s, reference = [pair[k] for pair in durations], [pair[k] for pair in times[REFERENCE]]
+            row[f"{kind}_median_ms"], row[f"{kind}_min_ms"] = (
+                round(median(times_s) * 1e3, 2),
+                round(min(times_s) * 1e3, 2),
+            )
+            ratios = [a / b for a, b in zip(times_s, reference, strict=True)]
             row[f"{kind}_over_reference"] = round(median(ratios), 3)
-            row[f"{kind}_min_over_reference"] = round(min(mine) / min(reference), 3)
+            row[f"{kind}_min_over_reference"] = round(min(times_s) / min(reference), 3)
         rows.append({**row, **conditions("cpu")})
-        print(contender, {key: row[key] for key in row if key.startswith(("wall", "cpu"))})
+        print(method, {key: row[key] for key in row if key.startswith(("wall", "cpu"))})
     append_rows(ROWS, rows)
 
 

@@ -46,7 +46,7 @@ def heavy_tailed(generator: np.random.Generator, comparisons: int, tasks: int, s
 
 
 def is_decided(values: Pairs) -> bool:
-    """Return True if `snella_lab.comparison.statistics` decides any comparison."""
+    """Return True if `snella_lab.comparison.statistics` decides at least one comparison."""
     differences = with_holm({number: difference_of(pairs.tolist()) for number, pairs in enumerate(values)})
     return any(value is not None and value.direction != 0 for value in differences.values())
 
@@ -54,10 +54,10 @@ def is_decided(values: Pairs) -> bool:
 def bootstrap_is_clear(values: Pairs, generator: np.random.Generator, resamples: int = 1000) -> bool:
     """Return True if the interval of a percentile bootstrap (over tasks, then seeds) excludes zero."""
     _, tasks, seeds = values.shape
-    drawn = generator.integers(0, tasks, (resamples, tasks, 1))
-    inner = generator.integers(0, seeds, (resamples, tasks, seeds))
+    task_indices = generator.integers(0, tasks, (resamples, tasks, 1))
+    seed_indices = generator.integers(0, seeds, (resamples, tasks, seeds))
     for pairs in values:
-        low, high = np.quantile(pairs[drawn, inner].mean(axis=(1, 2)), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        low, high = np.quantile(pairs[task_indices, seed_indices].mean(axis=(1, 2)), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         if low > 0 or high < 0:
             return True
     return False
@@ -65,14 +65,14 @@ def bootstrap_is_clear(values: Pairs, generator: np.random.Generator, resamples:
 
 def measure(count: int) -> list[dict[str, Any]]:
     """Return the fraction of simulations that decide at least one true zero, by setting."""
-    makers: dict[str, Callable[..., Pairs]] = {
+    samplers: dict[str, Callable[..., Pairs]] = {
         "independent": independent,
         "shared reference": shared_reference,
         "heavy-tailed tasks": heavy_tailed,
     }
     settings = [
         *((name, 1, 6, 3) for name in ("independent", "heavy-tailed tasks")),
-        *((name, 12, 6, 3) for name in makers),
+        *((name, 12, 6, 3) for name in samplers),
         *(("independent", 1, tasks, seeds) for tasks, seeds in ((1, 5), (1, 3), (4, 3), (6, 5), (19, 3))),
     ]
     rows = []
@@ -80,7 +80,7 @@ def measure(count: int) -> list[dict[str, Any]]:
         generator = np.random.default_rng(0)
         decided = bootstrapped = 0
         for _ in range(count):
-            values = makers[name](generator, comparisons, tasks, seeds)
+            values = samplers[name](generator, comparisons, tasks, seeds)
             decided += is_decided(values)
             bootstrapped += comparisons == 1 and bootstrap_is_clear(values, generator)
         row: dict[str, Any] = {"differences": name, "comparisons": comparisons, "tasks": tasks, "seeds": seeds}
@@ -94,9 +94,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     head = "| differences | comparisons | tasks | seeds | t and Holm | percentile bootstrap |"
     lines = [head, "|---|---:|---:|---:|---:|---:|"]
     for row in rows:
-        old = row.get("bootstrap_called_clear")
+        bootstrap = row.get("bootstrap_called_clear")
         cells = [row["differences"], *(str(row[key]) for key in ("comparisons", "tasks", "seeds"))]
-        cells += [f"{100 * row['called_clear']:.1f} %", "" if old is None else f"{100 * old:.1f} %"]
+        cells += [f"{100 * row['called_clear']:.1f} %", "" if bootstrap is None else f"{100 * bootstrap:.1f} %"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

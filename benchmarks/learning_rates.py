@@ -5,9 +5,9 @@ python benchmarks/learning_rates.py --tasks mri-regions,stamps --methods lora-8,
 Tasks, sizes and settings come from experiments/bundled-suite.yaml. The outputs of the frozen blocks are computed once
 per task and stored in `--cache`. A run selects its epoch on its validation images, as `snella train` does, among the
 last 40 %. It is evaluated on up to `--val-size` images that the recipe uses for neither training nor validation, never
-on the test split, except for folders without unused images. The entry `kept` of a row holds the results of the probe
+on the test split, except for folders without unused images. The entry `kept` of a row contains the results of the probe
 initialization, if any, and of the best and last epoch, for the weights (raw) and their average (ema). Each run appends
-a JSON line to learning_rates.jsonl; runs that have a line are skipped.
+a JSON line to learning_rates.jsonl; finished runs are skipped.
 """
 
 import argparse
@@ -96,21 +96,22 @@ def main() -> None:
         for seed in map(int, args.seeds.split(",")):
             for task in args.tasks.split(","):
                 for method in args.methods.split(","):
-                    head = {"task": task, "method": method, "lr_factor": factor, "seed": seed, "blocks": args.blocks}
-                    head |= {"val_size": args.val_size, "settings": settings, "options": options}
-                    head |= {"probe_inverse_penalty": args.probe_inverse_penalty, "recipe": args.recipe}
-                    head |= {"selection": "val"}
-                    if not is_done(out, head):
-                        append(out, {**head, **run(head, Path(args.cache))})
+                    setting = {"task": task, "method": method, "lr_factor": factor, "seed": seed, "blocks": args.blocks}
+                    setting |= {"val_size": args.val_size, "settings": settings, "options": options}
+                    setting |= {"probe_inverse_penalty": args.probe_inverse_penalty, "recipe": args.recipe}
+                    setting |= {"selection": "val"}
+                    if not is_done(out, setting):
+                        append(out, {**setting, **run(setting, Path(args.cache))})
 
 
-def is_done(out: Path, head: dict[str, Any]) -> bool:
-    """Return True if `out` has a row of this run."""
+def is_done(out: Path, setting: dict[str, Any]) -> bool:
+    """Return True if `out` contains a row of this run."""
     rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-    return any(all(row.get(key) == value for key, value in head.items()) for row in rows)
+    return any(all(row.get(key) == value for key, value in setting.items()) for row in rows)
 
 
 def append(out: Path, row: dict[str, Any]) -> None:
+    """Append a row and print its results."""
     with out.open("a") as file:
         file.write(json.dumps(row) + "\n")
     print({key: row[key] for key in ("task", "method", "lr_factor", "seed", "settings", "options")}, flush=True)
@@ -118,38 +119,38 @@ def append(out: Path, row: dict[str, Any]) -> None:
     print("   ", shown, row["cpu_s"], flush=True)
 
 
-def config_of(head: dict[str, Any]) -> TrainConfig:
+def config_of(setting: dict[str, Any]) -> TrainConfig:
     """Return the recipe's settings for a task, with the method's learning rate scaled by the factor."""
     suite = yaml.safe_load(SUITE.read_text())
     named = {entry.get("name", entry["data"]): entry for entry in suite["data"]}
-    entry = named.get(head["task"], {"data": head["task"]})
+    entry = named.get(setting["task"], {"data": setting["task"]})
     task_settings = {key: value for key, value in entry.items() if key not in ("name", "group")}
-    recipe = suite["train"] if head["recipe"] == "suite" else {"img_size": 42, "train_size": 240, "val_size": 60}
-    if head["task"].startswith("folder:"):
+    recipe = suite["train"] if setting["recipe"] == "suite" else {"img_size": 42, "train_size": 240, "val_size": 60}
+    if setting["task"].startswith("folder:"):
         recipe = {key: value for key, value in recipe.items() if key not in ("train_size", "val_size", "test_size")}
-    settings = {**task_settings, **recipe, "test_seed": 0, "seed": head["seed"], **head["settings"]}
-    if head["recipe"] == "suite":
-        settings = {**settings, **task_settings, **head["settings"]}
-    options = dict(head["options"])
-    config = TrainConfig(backbone=suite["backbone"], method=head["method"], out="-", **settings).resolved()
-    if (rest := 12 - head["blocks"]) and head["method"] != "linear":
+    settings = {**task_settings, **recipe, "test_seed": 0, "seed": setting["seed"], **setting["settings"]}
+    if setting["recipe"] == "suite":
+        settings = {**settings, **task_settings, **setting["settings"]}
+    options = dict(setting["options"])
+    config = TrainConfig(backbone=suite["backbone"], method=setting["method"], out="-", **settings).resolved()
+    if (rest := 12 - setting["blocks"]) and setting["method"] != "linear":
         options["exclude_modules"] = r"blocks\.(" + "|".join(map(str, range(rest))) + r")\..*"
-    rates = {"lr": (config.lr or 0.0) * head["lr_factor"]}
-    if head["method"] == "linear":
-        rates["head_lr"] = (config.head_lr or 0.0) * head["lr_factor"]
+    rates = {"lr": (config.lr or 0.0) * setting["lr_factor"]}
+    if setting["method"] == "linear":
+        rates["head_lr"] = (config.head_lr or 0.0) * setting["lr_factor"]
     return dataclasses.replace(config, method_options={**config.method_options, **options}, **rates)
 
 
-def run(head: dict[str, Any], cache: Path) -> dict[str, Any]:
+def run(setting: dict[str, Any], cache: Path) -> dict[str, Any]:
     """Train once; select states on the validation images and evaluate them on unused images."""
     start = time.process_time()
-    config = config_of(head)
-    features = features_of(config, head["blocks"], head["val_size"], cache)
+    config = config_of(setting)
+    features = features_of(config, setting["blocks"], setting["val_size"], cache)
     images = features.train.shape[1]
     config = config.with_batch_size_for(images)
     torch.manual_seed(config.seed)
     backbone = new_backbone(config, features.classes)
-    blocks = list(backbone.blocks)[12 - head["blocks"] :]  # type: ignore[arg-type]
+    blocks = list(backbone.blocks)[12 - setting["blocks"] :]  # type: ignore[arg-type]
     model = build_method(config.method, backbone, head="head", **config.options_of_method())
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     forward = nn.Sequential(*(block for block in base.blocks[-len(blocks) :]), base.norm, Head(base))  # type: ignore
@@ -157,10 +158,10 @@ def run(head: dict[str, Any], cache: Path) -> dict[str, Any]:
     total = steps_per_epoch * config.epochs
     has_probe_start = config.head_init == "probe" or (config.head_init == "auto" and total < 100)
     if has_probe_start:
-        start_from_probe(model, forward, features, head["probe_inverse_penalty"])
-    kept: dict[str, dict[str, Any]] = {}
+        start_from_probe(model, forward, features, setting["probe_inverse_penalty"])
+    results: dict[str, dict[str, Any]] = {}
     if has_probe_start:
-        kept["start"] = both_parts(model, forward, features)
+        results["start"] = evaluate_both(model, forward, features)
     optimizer = build_optimizer(model, **config.optimizer_options())
     schedule = get_cosine_schedule_with_warmup(optimizer, round(config.warmup_ratio * total), total)
     allocator = None
@@ -194,18 +195,18 @@ def run(head: dict[str, Any], cache: Path) -> dict[str, Any]:
             with average.applied() if name == "ema" else nullcontext():
                 row[name] = measure(model, forward, features.val, features.val_labels)
                 score = (not is_denser, row[name]["val_accuracy"], -row[name]["val_loss"])
-                for which in (name, f"last_{name}"):
-                    if which not in best or score >= best[which][0] or which.startswith("last"):
-                        best[which] = (score, trained_values(model), {"epoch": epoch + 1, **row[name]})
-                        best[which][2]["sparsity"] = row.get("sparsity")
+                for key in (name, f"last_{name}"):
+                    if key not in best or score >= best[key][0] or key.startswith("last"):
+                        best[key] = (score, trained_values(model), {"epoch": epoch + 1, **row[name]})
+                        best[key][2]["sparsity"] = row.get("sparsity")
         history.append(row)
     result = {"update_rms": update_rms(model)}
     for name, (_, values, row) in best.items():
-        same = kept.get(name.removeprefix("last_"), {})
+        same = results.get(name.removeprefix("last_"), {})
         is_measured = same.get("epoch") == row["epoch"]
-        kept[name] = same if is_measured else measured(model, forward, features, values, row)
+        results[name] = same if is_measured else reevaluate(model, forward, features, values, row)
     return {
-        **{"kept": kept, "history": history, "lr": config.lr, "steps": total, "train_images": images},
+        **{"kept": results, "history": history, "lr": config.lr, "steps": total, "train_images": images},
         **{"val_images": len(features.val), "measured_images": len(features.rest), **result},
         **{"img_size": config.img_size, "backbone": config.backbone, "classes": features.classes},
         **{"batch_size": config.effective_batch_size, "epochs": config.epochs, "has_probe_start": has_probe_start},
@@ -224,18 +225,18 @@ def trained_values(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in state if name in trained or "snella" in name}
 
 
-def measured(
+def reevaluate(
     model: nn.Module, forward: nn.Module, features: Features, values: dict[str, Tensor], row: dict[str, Any]
 ) -> dict[str, Any]:
     """Evaluate a stored state on unused images; its validation results must match the stored ones."""
     model.load_state_dict(values, strict=False)
-    again = both_parts(model, forward, features)
-    if abs(again["val_accuracy"] - row["val_accuracy"]) > 1e-6:
-        raise RuntimeError(f"a stored state must reproduce its validation accuracy, got {again} for {row}")
-    return {**row, **again}
+    scores = evaluate_both(model, forward, features)
+    if abs(scores["val_accuracy"] - row["val_accuracy"]) > 1e-6:
+        raise RuntimeError(f"a stored state must reproduce its validation accuracy, got {scores} for {row}")
+    return {**row, **scores}
 
 
-def both_parts(model: nn.Module, forward: nn.Module, features: Features) -> dict[str, float]:
+def evaluate_both(model: nn.Module, forward: nn.Module, features: Features) -> dict[str, float]:
     """Return the results on validation and unused images."""
     rest = measure(model, forward, features.rest, features.rest_labels)
     val = measure(model, forward, features.val, features.val_labels)
@@ -255,6 +256,7 @@ class Head(nn.Module):
 
 
 def new_backbone(config: TrainConfig, classes: int) -> nn.Module:
+    """Build the backbone of a configuration."""
     names = ("weights", "pretrained", "img_size", "seed")
     settings = {name: getattr(config, name) for name in names}
     return make_backbone(BackboneInfo(name=str(config.backbone), num_classes=classes, **settings))
@@ -271,12 +273,12 @@ def features_of(config: TrainConfig, blocks: int, val_size: int, cache: Path) ->
     whole = load_splits(dataclasses.replace(config, train_size=None, val_size=None))
     if splits.val is None or whole.val is None:
         raise ValueError(f"data must have validation images, got {config.data!r} with protocol {config.protocol!r}")
-    taken = {*splits.train.names, *splits.val.names}
+    used = {*splits.train.names, *splits.val.names}
     parts = []
     for part in (whole.val, whole.train):
-        left = [position for position, name in enumerate(part.names) if name not in taken]
-        random.Random(0).shuffle(left)
-        parts.append(part.subset(left[: max(val_size - sum(len(p) for p in parts), 0)]))
+        unused = [position for position, name in enumerate(part.names) if name not in used]
+        random.Random(0).shuffle(unused)
+        parts.append(part.subset(unused[: max(val_size - sum(len(p) for p in parts), 0)]))
     if not any(map(len, parts)) and splits.test is not None and str(config.data).startswith("folder:"):
         parts = [splits.test]
     backbone = new_backbone(config, len(splits.classes)).eval()

@@ -2,7 +2,7 @@
 
 python benchmarks/method_diagram.py
 
-`snella` computes every value in the figure.
+All values are computed by `snella`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from snella.allocator import allocate
 from snella.kernels import merge_factors
 from snella.sparsify import keep_threshold, sparsify
 
-PICTURE = Path(__file__).parents[1] / "docs" / "images" / "method.svg"
-ROWS, COLUMNS, RANK, KEPT = 18, 24, 4, 0.3
+FIGURE = Path(__file__).parents[1] / "docs" / "images" / "method.svg"
+ROWS, COLUMNS, RANK, DENSITY = 18, 24, 4, 0.3
 INK, MUTED, ACCENT = "#1b1f24", "#57606a", "#0072b2"
 
 
@@ -31,31 +31,33 @@ def draw_method() -> Figure:
     B = torch.randn(ROWS, RANK, generator=generator)
     scalars = {"piece_coeff": torch.tensor([0.1, -0.1]), "alpha": torch.tensor(1.0), "beta": torch.tensor(0.0)}
     delta = merge_factors(A, B, "mix_k", **scalars)
-    sparse = sparsify(delta, keep_threshold(delta, round(KEPT * delta.numel())))
+    sparse = sparsify(delta, keep_threshold(delta, round(DENSITY * delta.numel())))
 
     figure = Figure(figsize=(12, 4.6), facecolor="white")
     _matrix(figure.add_axes((0.015, 0.30, 0.05, 0.45)), B, "B", f"{ROWS} x {RANK}")
     _matrix(figure.add_axes((0.095, 0.78, 0.19, 0.10)), A.T, "Aᵀ", f"{RANK} x {COLUMNS}", above=True)
     _matrix(figure.add_axes((0.095, 0.30, 0.19, 0.45)), delta, "ΔW = κ(A, B)", "any rank, never stored")
     _arrow(figure, 0.292, 0.345)
-    _matrix(figure.add_axes((0.355, 0.30, 0.19, 0.45)), sparse, "S", f"the {KEPT:.0%} largest, shrunk by the threshold")
+    _matrix(
+        figure.add_axes((0.355, 0.30, 0.19, 0.45)), sparse, "S", f"the {DENSITY:.0%} largest, shrunk by the threshold"
+    )
     _arrow(figure, 0.552, 0.600)
     _budgets(figure.add_axes((0.665, 0.30, 0.325, 0.45)), generator)
     for x, title, text in (
         (
             0.015,
             "1  Merge",
-            "Two learned factors meet in a nonlinear kernel κ:\nan entry from one row of A and one of B",
+            "A nonlinear kernel κ maps each pair of factor\nrows, one of A and one of B, to an entry",
         ),
         (
             0.355,
-            "2  Compete inside a matrix",
+            "2  Compete within a matrix",
             "Entries below a threshold become 0;\nthe layer is one product, x (W0 + S)ᵀ",
         ),
         (
             0.640,
             "3  Compete across layers",
-            "All matrices share one budget that shrinks in\ntraining; more important matrices keep more",
+            "All matrices share one budget that shrinks during\ntraining; important matrices keep more weights",
         ),
     ):
         figure.text(x, 0.95, title, fontsize=13, weight="bold", color=INK, va="center")
@@ -78,6 +80,7 @@ def _matrix(axes: Axes, values: Tensor, name: str, note: str, above: bool = Fals
 
 
 def _arrow(figure: Figure, left: float, right: float) -> None:
+    """Draw an arrow between two panels."""
     axes = figure.add_axes((left, 0.48, right - left, 0.08))
     axes.annotate("", (1, 0.5), (0, 0.5), arrowprops={"arrowstyle": "-|>", "color": ACCENT, "lw": 2})
     axes.axis("off")
@@ -89,10 +92,10 @@ def _budgets(axes: Axes, generator: torch.Generator) -> None:
     importance = torch.rand(count, generator=generator).add(0.15).pow(2).tolist()
     width = 0.8 / steps
     for step in range(steps):
-        budget = budget_at(step, steps - 1, size * count, round(KEPT * size * count))
-        kept = allocate(importance, [size] * count, budget)
-        places = [layer + (step - (steps - 1) / 2) * width for layer in range(count)]
-        axes.bar(places, [b / size for b in kept], width * 0.9, color=ACCENT, alpha=0.25 + 0.25 * step)
+        budget = budget_at(step, steps - 1, size * count, round(DENSITY * size * count))
+        budgets = allocate(importance, [size] * count, budget)
+        positions = [layer + (step - (steps - 1) / 2) * width for layer in range(count)]
+        axes.bar(positions, [b / size for b in budgets], width * 0.9, color=ACCENT, alpha=0.25 + 0.25 * step)
     axes.set_xticks(range(count), [f"{k + 1}" for k in range(count)], fontsize=9, color=INK)
     axes.set_yticks([0, 0.5, 1], ["0", "½", "all"], fontsize=9, color=INK)
     axes.set_xlabel("adapted matrix; bars from start (pale) to end (dark) of training", fontsize=9, color=INK)
@@ -102,5 +105,5 @@ def _budgets(axes: Axes, generator: torch.Generator) -> None:
 
 
 if __name__ == "__main__":
-    draw_method().savefig(PICTURE, metadata={"Date": None})
-    print(PICTURE)
+    draw_method().savefig(FIGURE, metadata={"Date": None})
+    print(FIGURE)

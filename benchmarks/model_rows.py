@@ -1,4 +1,4 @@
-"""Saved tensors and step time of SNELLA and PEFT's LoRA on further models, with one thread, in CPU time.
+"""Saved tensors and step time of SNELLA and PEFT's LoRA on more models, in CPU time of one thread.
 
 python benchmarks/model_rows.py                       every model and setting; appends to model_rows.jsonl
 python benchmarks/model_rows.py vit_large --rounds 5  models by name prefix
@@ -92,7 +92,7 @@ SNELLA = {
     "snella-compress-sample": {"compress_activations": True, "weight_gradient": "sample:1/2"},
     "snella-keep-delta": {"cache_delta": True},
 }
-CONTENDERS = ["lora", "full", *SNELLA]
+METHODS = ["lora", "full", *SNELLA]
 
 
 def build(setting: Setting) -> nn.Module:
@@ -108,20 +108,20 @@ def build(setting: Setting) -> nn.Module:
     return timm.create_model(setting.model, num_classes=_CLASSES, **options)
 
 
-def adapted(setting: Setting, contender: str) -> nn.Module:
+def adapted(setting: Setting, method: str) -> nn.Module:
     """Build the model with one method's adapters."""
     model = build(setting)
-    if contender == "full":
+    if method == "full":
         return model
     is_language = setting.model == "llama"
     common: dict[str, Any] = {"r": setting.r, "target_modules": _LANGUAGE if is_language else _VISION}
     head = None if is_language else [next(name for name, _ in model.named_modules() if name in ("head", "head.fc"))]
     common["modules_to_save"] = head
     model.to(setting.dtype)
-    if contender == "lora":
+    if method == "lora":
         model = get_peft_model(model, LoraConfig(lora_alpha=setting.r, **common))
     else:
-        config = SnellaConfig(target_sparsity=0.7, init_sparsity=0.7, **common, **SNELLA[contender])
+        config = SnellaConfig(target_sparsity=0.7, init_sparsity=0.7, **common, **SNELLA[method])
         model = get_peft_model(model, config)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -129,8 +129,8 @@ def adapted(setting: Setting, contender: str) -> nn.Module:
     return model
 
 
-class Contender:
-    """A model with optimizer and one batch."""
+class MethodRunner:
+    """Model, optimizer and batch of one method."""
 
     def __init__(self, setting: Setting, name: str) -> None:
         self.setting, self.model = setting, adapted(setting, name).train()
@@ -159,7 +159,7 @@ class Contender:
         self.optimizer.zero_grad()
         return time.process_time() - start
 
-    def kept(self) -> int:
+    def saved_bytes(self) -> int:
         """Return the bytes saved by autograd."""
         return record_forward(_Loss(self.model, self.forward), self.batch).kept
 
@@ -176,34 +176,34 @@ class _Loss(nn.Module):
         return self.function(batch)
 
 
-def kept_of_whole(setting: Setting, name: str) -> int:
+def saved_bytes(setting: Setting, name: str) -> int:
     """Return the saved bytes of the whole model, extrapolated from two depths if only some blocks are built."""
     if setting.depth is None or setting.blocks is None:
-        return Contender(setting, name).kept()
-    less, more = (Contender(replace(setting, depth=depth), name).kept() for depth in (1, 2))
-    return less + (setting.blocks - 1) * (more - less)
+        return MethodRunner(setting, name).saved_bytes()
+    one_block, two_blocks = (MethodRunner(replace(setting, depth=depth), name).saved_bytes() for depth in (1, 2))
+    return one_block + (setting.blocks - 1) * (two_blocks - one_block)
 
 
 def measure(setting: Setting, rounds: int) -> list[dict[str, Any]]:
     """Return a row for each method."""
-    names = [name for name in CONTENDERS if name != "full" or setting.frozen == "float32"]
-    kept = {name: kept_of_whole(setting, name) for name in names}
+    names = [name for name in METHODS if name != "full" or setting.frozen == "float32"]
+    saved = {name: saved_bytes(setting, name) for name in names}
     gc.collect()
-    contenders = {name: Contender(setting, name) for name in names} if rounds else {}
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for runner in contenders.values():
+    runners = {name: MethodRunner(setting, name) for name in names} if rounds else {}
+    times: dict[str, list[float]] = {name: [] for name in runners}
+    for runner in runners.values():
         runner.step()
     for _ in range(rounds):
-        for name, runner in contenders.items():
+        for name, runner in runners.items():
             times[name].append(runner.step())
     described = {key: value for key, value in vars(setting).items() if value is not None and value != 0}
     common = {"benchmark": "model_rows", **described, "sparsity": 0.7, "rounds": rounds, "clock": "process time"}
     rows = []
     for name in names:
-        row = {**common, **conditions("cpu"), "contender": name, "kept_mib": round(kept[name] / 2**20, 1)}
-        row["kept_over_lora"] = round(kept[name] / kept["lora"], 4)
+        row = {**common, **conditions("cpu"), "contender": name, "kept_mib": round(saved[name] / 2**20, 1)}
+        row["kept_over_lora"] = round(saved[name] / saved["lora"], 4)
         if rounds:
-            ratios = [mine / theirs for mine, theirs in zip(times[name], times["lora"], strict=True)]
+            ratios = [step_s / lora_s for step_s, lora_s in zip(times[name], times["lora"], strict=True)]
             row["step_s"] = round(statistics.median(times[name]), 4)
             row["step_over_lora"] = round(statistics.median(ratios), 3)
             row["step_over_lora_quartiles"] = [round(q, 3) for q in quartiles(ratios)]

@@ -7,12 +7,12 @@ from costs import ROOT, update_costs
 from step_memory import PAGE as SPEED_PAGE
 from step_memory import update_page
 from suite_table import (
+    FIGURES,
     GUIDE,
     PAGE,
-    PICTURES,
     README,
+    TWINS_FIGURES,
     TWINS_PAGE,
-    TWINS_PICTURES,
     draw_suite,
     draw_twins,
     update_overview,
@@ -32,8 +32,8 @@ if __name__ == "__main__":
     changed += [page for page in (GUIDE, README) if update_overview(page)]
     changed += [TWINS_PAGE] if update_twins() else []
     speed = ROOT / "docs" / "images" / "speed"
-    before = {path: path.read_bytes() for folder in (speed, PICTURES, TWINS_PICTURES) for path in folder.glob("*.svg")}
-    drawn = [*draw_figures(rows, speed), *draw_suite(), *draw_twins()]
-    changed += [path for path in drawn if path.read_bytes() != before.get(path)]
+    before = {path: path.read_bytes() for folder in (speed, FIGURES, TWINS_FIGURES) for path in folder.glob("*.svg")}
+    figures = [*draw_figures(rows, speed), *draw_suite(), *draw_twins()]
+    changed += [path for path in figures if path.read_bytes() != before.get(path)]
     names = [str(path.relative_to(ROOT)) for path in changed]
     print("\n".join(f"{name} changed" for name in names) or "README.md, docs/ and experiments/ are up to date")

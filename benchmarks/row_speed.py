@@ -49,13 +49,13 @@ def row_speed(rows: list[dict[str, Any]], counted: CountedStep) -> RowSpeed:
 
     Raises:
         ValueError: If a batch size has no such CPU row, the rows come from two machines, or times do not grow with the
-            batch size, or faster than it.
+            batch size, or grow faster.
     """
     by_batch = {batch: _row(rows, batch) for batch in BATCHES}
     missing = [str(batch) for batch, row in by_batch.items() if row is None]
     if missing:
         raise ValueError(
-            f"results.jsonl must hold rows of {CONTENDER} on {BACKBONE} in float32 on a CPU, medians of at least "
+            f"results.jsonl must contain rows of {CONTENDER} on {BACKBONE} in float32 on a CPU, medians of at least "
             f"{_LEAST_ROUNDS} rounds, at batch {' and '.join(map(str, BATCHES))}, got none at {', '.join(missing)}; "
             "run: python benchmarks/step_time.py"
         )

@@ -18,7 +18,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 # lazily created images by class and origin
-Pictures = dict[str, dict[str, list[Callable[[], Image.Image]]]]
+Images = dict[str, dict[str, list[Callable[[], Image.Image]]]]
 
 _CLIPART = ("animals", "buildings", "food", "geography", "people", "recreation", "tools", "transportation")
 _TEXTURES = ("base_floor", "base_light", "base_wall", "clown", "gothic_block", "gothic_trim", "oquartz", "skies")
@@ -37,23 +37,23 @@ def main() -> None:
     write(args.out / "textures", textures(share / "games/openarena/baseoa/pak4-textures.pk3"), *_SIZES["textures"])
 
 
-def write(out: Path, pictures: Pictures, train: int, val: int, test: int) -> None:
+def write(out: Path, images: Images, train: int, val: int, test: int) -> None:
     """Split each class by origin in random order and write the images."""
     counts = {}
-    for label, origins in pictures.items():
+    for label, origins in images.items():
         names = sorted(origins)
         random.Random(label).shuffle(names)
-        left = [(name, number, make) for name in names for number, make in enumerate(origins[name])]
+        remaining = [(name, number, make) for name in names for number, make in enumerate(origins[name])]
         for part, size in (("train", train), ("val", val), ("test", test)):
             folder = out / part / label
             folder.mkdir(parents=True, exist_ok=True)
-            taken, left = left[:size], left[size:]
-            for name, number, make in taken:
+            selected, remaining = remaining[:size], remaining[size:]
+            for name, number, make in selected:
                 make().save(folder / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}_{number}.png")
-            if taken:  # drop the rest of the last origin
-                left = [item for item in left if item[0] != taken[-1][0]]
-            counts[part] = counts.get(part, 0) + len(taken)
-    print(out, len(pictures), "classes", counts)
+            if selected:  # drop the rest of the last origin
+                remaining = [item for item in remaining if item[0] != selected[-1][0]]
+            counts[part] = counts.get(part, 0) + len(selected)
+    print(out, len(images), "classes", counts)
 
 
 def on_white(image: Image.Image, side: int = 128) -> Image.Image:
@@ -65,8 +65,8 @@ def on_white(image: Image.Image, side: int = 128) -> Image.Image:
     return square.convert("RGB")
 
 
-def clipart(folder: Path) -> Pictures:
-    """Return drawings by subject."""
+def clipart(folder: Path) -> Images:
+    """Return clip art by subject."""
 
     def origins(label: str) -> dict[str, list[Callable[[], Image.Image]]]:
         return {path.stem: [lambda p=path: on_white(Image.open(p))] for path in (folder / label).rglob("*.png")}  # type: ignore
@@ -74,7 +74,7 @@ def clipart(folder: Path) -> Pictures:
     return {label: origins(label) for label in _CLIPART}
 
 
-def emoji(share: Path) -> Pictures:
+def emoji(share: Path) -> Images:
     """Return emoji of one code point by group, without skin tones."""
     font = ImageFont.truetype(str(next(share.glob("fonts/**/NotoColorEmoji.ttf"))), 109)
 
@@ -83,7 +83,7 @@ def emoji(share: Path) -> Pictures:
         ImageDraw.Draw(image).text((0, 0), text, font=font, embedded_color=True)
         return on_white(image)
 
-    pictures: Pictures = {}
+    images: Images = {}
     group = ""
     for line in (share / "unicode/emoji/emoji-test.txt").read_text().splitlines():
         if line.startswith("# group: "):
@@ -92,29 +92,30 @@ def emoji(share: Path) -> Pictures:
             codes = line.split(";")[0].split()
             if group == "flags" or len([code for code in codes if code != "FE0F"]) == 1:
                 text = "".join(chr(int(code, 16)) for code in codes)
-                pictures.setdefault(group, {})["-".join(codes)] = [lambda t=text: draw(t)]  # type: ignore[misc]
-    return pictures
+                images.setdefault(group, {})["-".join(codes)] = [lambda t=text: draw(t)]  # type: ignore[misc]
+    return images
 
 
-def textures(archive: Path) -> Pictures:
+def textures(archive: Path) -> Images:
     """Return quarters of surface textures by set."""
-    pictures: Pictures = {label: {} for label in _TEXTURES}
+    images: Images = {label: {} for label in _TEXTURES}
     with zipfile.ZipFile(archive) as files:
         for name in files.namelist():
             label = name.split("/")[1] if name.count("/") == 2 else ""
-            if label in pictures and name.lower().endswith((".jpg", ".tga", ".png")):
-                pictures[label][Path(name).stem] = list(_quarters(files.read(name)))
-    return pictures
+            if label in images and name.lower().endswith((".jpg", ".tga", ".png")):
+                images[label][Path(name).stem] = list(_quarters(files.read(name)))
+    return images
 
 
 def _quarters(content: bytes) -> Iterator[Callable[[], Image.Image]]:
+    """Yield functions that crop the four quarters of an image."""
     for corner in range(4):
 
         def crop(corner: int = corner) -> Image.Image:
             image = Image.open(io.BytesIO(content)).convert("RGB")
             width, height = image.width // 2, image.height // 2
-            left, top = corner % 2 * width, corner // 2 * height
-            return image.crop((left, top, left + width, top + height)).resize((128, 128))
+            remaining, top = corner % 2 * width, corner // 2 * height
+            return image.crop((remaining, top, remaining + width, top + height)).resize((128, 128))
 
         yield crop
 

@@ -68,9 +68,9 @@ def count_whole(contender: str, backbone: str, batch: int, depths: tuple[int, ..
         return count(contender, backbone, batch, None)
     with torch.device("meta"):
         blocks = len(timm.create_model(backbone).blocks)
-    few, more = (count(contender, backbone, batch, depth) for depth in depths)
+    small, large = (count(contender, backbone, batch, depth) for depth in depths)
     steps = (blocks - depths[0]) / (depths[1] - depths[0])
-    return {name: round(few[name] + steps * (more[name] - few[name])) for name in FIELDS}
+    return {name: round(small[name] + steps * (large[name] - small[name])) for name in FIELDS}
 
 
 def rows_of(backbone: str, batch: int, depths: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -124,9 +124,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="output file, replaced; default step_memory.jsonl")
     args = parser.parse_args()
     if args.out is None and (args.backbones, args.batch, args.depths) != (list(DEPTHS), BATCH, None):
-        parser.error(
-            f"--out is required with other models, batch size or depths than the defaults, which {ROWS.name} holds"
-        )
+        parser.error(f"--out is required for other models, batch sizes or depths; {ROWS.name} contains the defaults")
     torch.set_num_threads(1)
     out = args.out or ROWS
     out.unlink(missing_ok=True)

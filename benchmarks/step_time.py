@@ -21,7 +21,7 @@ VARIANTS = [
     "snella-compress",
     "snella-compress-sample",
 ]
-PEERS = ["frozen", "lora", "dora", "shira", "full", "snella", *VARIANTS, "snella-keep-inputs"]
+METHODS = ["frozen", "lora", "dora", "shira", "full", "snella", *VARIANTS, "snella-keep-inputs"]
 
 
 def main() -> None:
@@ -56,15 +56,15 @@ def main() -> None:
         return
     small, base, huge = "vit_small_patch16_224", "vit_base_patch16_224", "vit_huge_patch14_224"
     common = {"device": args.device, "out": args.out}
-    bench(BenchConfig([base], [4], PEERS, rounds=5, **common), console)
+    bench(BenchConfig([base], [4], METHODS, rounds=5, **common), console)
     bench(BenchConfig([base], [16], ["frozen", "lora", "full", "snella", *VARIANTS], rounds=4, **common), console)
     bench(BenchConfig([base], [16], ["lora", "snella"], sparsity=[0.99], rounds=2, **common), console)
     bench(BenchConfig([base], [4], ["lora", "snella", "paper"], rounds=2, **common), console)
     bench(BenchConfig([small], [4], ["lora", "full", "snella"], rounds=4, **common), console)
     if args.device != "cpu":
-        peers = [*PEERS, "snella-keep-delta"]
-        bench(BenchConfig([base], [64], [*peers, "paper"], dtype=["bf16"], memory=True, **common), console)
-        bench(BenchConfig([huge], [8], peers, dtype=["bf16"], memory=True, **common), console)
+        methods = [*METHODS, "snella-keep-delta"]
+        bench(BenchConfig([base], [64], [*methods, "paper"], dtype=["bf16"], memory=True, **common), console)
+        bench(BenchConfig([huge], [8], methods, dtype=["bf16"], memory=True, **common), console)
 
 
 if __name__ == "__main__":

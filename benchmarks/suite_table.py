@@ -37,8 +37,8 @@ RESULTS = ROOT / "benchmarks" / "bundled-suite"
 TWINS, UNTUNED = ROOT / "benchmarks" / "twins", ROOT / "benchmarks" / "untuned" / "suite.jsonl"
 GUIDE, README = ROOT / "docs" / "compare.md", ROOT / "README.md"
 PAGE = TWINS_PAGE = ROOT / "docs" / "notes" / "comparisons.md"
-PICTURES = ROOT / "docs" / "images" / "suite"
-TWINS_PICTURES = ROOT / "docs" / "images" / "twins"
+FIGURES = ROOT / "docs" / "images" / "suite"
+TWINS_FIGURES = ROOT / "docs" / "images" / "twins"
 BEGIN, END = "<!-- rows of benchmarks/bundled-suite begin -->", "<!-- rows end -->"
 TWINS_BEGIN = "<!-- rows of benchmarks/twins begin -->"
 PAIRS_BEGIN, PAIRS_END = "<!-- leads in benchmarks/bundled-suite begin -->", "<!-- leads end -->"
@@ -103,13 +103,13 @@ def leads_tables(experiment: Experiment, rows: Rows) -> str:
     return "\n\n".join(parts)
 
 
-def _lead_texts(found: Difference | None, tasks: int) -> tuple[str, str, str]:
+def _lead_texts(lead: Difference | None, tasks: int) -> tuple[str, str, str]:
     """Format a difference with its interval and tests."""
-    return difference_text(found, tasks), *significance_texts(found)
+    return difference_text(lead, tasks), *significance_texts(lead)
 
 
 def untuned_rows() -> list[CellRow]:
-    """Read `benchmarks/untuned/suite.jsonl`: runs at default learning rates, where tuning selected other ones."""
+    """Read `benchmarks/untuned/suite.jsonl`: runs at default learning rates, where tuning selected other values."""
     return _rows(UNTUNED)
 
 
@@ -157,7 +157,7 @@ def _markdown_table(lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
 
 
-def draw_twins(folder: Path = TWINS_PICTURES) -> list[Path]:
+def draw_twins(folder: Path = TWINS_FIGURES) -> list[Path]:
     """Draw the twins' differences from SNELLA, light and dark; return the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     figure = forest(summarize(*read_suite(TWINS)), False)
@@ -218,7 +218,7 @@ def _mean(method: MethodSummary) -> float:
     return 0.0 if mean is None else mean.mean
 
 
-def draw_suite(folder: Path = PICTURES) -> list[Path]:
+def draw_suite(folder: Path = FIGURES) -> list[Path]:
     """Draw differences, accuracy over memory and accuracy over learning rate; return the paths."""
     experiment, rows = read_suite()
     finished = _finished(experiment, rows)

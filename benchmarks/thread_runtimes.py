@@ -40,7 +40,7 @@ def main() -> None:
             step = runner.step(*batch).step_s
             if number >= 0:
                 times[name].append(step)
-    ratios = [separate / openmp for separate, openmp in zip(times["own"], times["openmp"], strict=True)]
+    ratios = [separate_s / openmp_s for separate_s, openmp_s in zip(times["own"], times["openmp"], strict=True)]
     row = {
         "benchmark": "thread_runtimes",
         "backbone": args.backbone,

@@ -1,7 +1,7 @@
 """Registers, spills, shared memory, occupancy and instructions of the compiled Triton kernels; requires no GPU.
 
 python benchmarks/triton_resources.py                         all capabilities and ranks; writes triton_resources.jsonl
-python benchmarks/triton_resources.py --capabilities 90 --ranks 8 --warps 8          adds rows for another launch
+python benchmarks/triton_resources.py --capabilities 90 --ranks 8 --warps 8          appends rows for another launch
 python benchmarks/triton_resources.py --capabilities 90 --ranks 8 --check    only compiles
 
 Each kernel is compiled with the settings that select its branches. Resources come from Triton's copy of `cuobjdump`.
@@ -34,7 +34,7 @@ INTEGERS = {"n": "i32", "m": "i32", "num_kept": "i32", "num_tiles": "i32", "scal
 TABLES = dict.fromkeys(("layout", "counts", "high", "middle", "low", "state"), "*i32")
 TILE, STATISTICS = backend.TILE, backend.STATISTICS
 _WARP = 32
-_REGISTERS, _REGISTERS_AT_ONCE = 65_536, 256
+_REGISTERS, _REGISTER_UNIT = 65_536, 256
 """Registers per multiprocessor, and the allocation unit per warp."""
 _LIMITS = {
     80: (64, 32, 164),
@@ -86,8 +86,8 @@ def variants(rank: int = 8) -> Iterator[tuple[str, Any, dict[str, Any]]]:
         yield f"factor gradients, {label}", backward.factor_gradients, axis | TILE | terms
         scalar = axis | {"SOFTMAX": True, "CENTER": axis is warm, "BLOCK": 512}
         yield f"scalar gradients, {label}", backward.scalar_gradients, scalar
-    nothing = no_softmax | {"alpha": None, "weighted_sum": None, "MODE": 2}
-    yield "factor gradients, p-linear", backward.factor_gradients, plain | TILE | nothing
+    plain_linear = no_softmax | {"alpha": None, "weighted_sum": None, "MODE": 2}
+    yield "factor gradients, p-linear", backward.factor_gradients, plain | TILE | plain_linear
     for targets, mode_name in ((1, "soft"), (2, "official")):
         yield f"add sparse, {mode_name}", forward.add_sparse, {"MODE": targets - 1, "BLOCK": 2048}
         counting = {"TARGETS": targets, "LEVEL": targets, "BLOCK": 4096}
@@ -122,7 +122,7 @@ def resources_of(compiled: Any, capability: int) -> Resources:
         code = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
     text = usage.stdout + usage.stderr
     numbers = {name: int(number) for name, number in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
-    # dynamic shared memory is requested at launch and missing in the machine code
+    # dynamic shared memory is requested at launch and not part of the machine code
     shared = max(numbers["SHARED"], int(compiled.metadata.shared))
     instructions = len(re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/", code, re.MULTILINE))
     share = occupancy(numbers["REG"], shared, int(backend.LAUNCH["num_warps"]), capability)
@@ -131,19 +131,21 @@ def resources_of(compiled: Any, capability: int) -> Resources:
 
 def occupancy(registers: int, shared_bytes: int, warps: int, capability: int) -> float:
     """Compute the occupancy: active warps over the multiprocessor's warps, for programs with `warps` warps."""
-    most_warps, most_programs, shared_kib = _LIMITS[capability]
-    warp_registers = -(-registers * _WARP // _REGISTERS_AT_ONCE) * _REGISTERS_AT_ONCE
-    by_registers = _REGISTERS // warp_registers // warps if warp_registers else most_programs
+    max_warps, max_programs, shared_kib = _LIMITS[capability]
+    warp_registers = -(-registers * _WARP // _REGISTER_UNIT) * _REGISTER_UNIT
+    by_registers = _REGISTERS // warp_registers // warps if warp_registers else max_programs
     by_shared = shared_kib * 1024 // (shared_bytes + _RESERVED_KIB * 1024)
-    programs = min(most_programs, most_warps // warps, by_registers, by_shared)
-    return round(programs * warps / most_warps, 3)
+    programs = min(max_programs, max_warps // warps, by_registers, by_shared)
+    return round(programs * warps / max_warps, 3)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capabilities", nargs="+", type=int, choices=CAPABILITIES, default=list(CAPABILITIES))
     parser.add_argument("--ranks", nargs="+", type=int, default=list(RANKS))
-    parser.add_argument("--warps", type=int, help="instead of the backend's number; adds rows to the file")
+    parser.add_argument(
+        "--warps", type=int, help="warps per program, overrides the backend's setting; appends rows to the file"
+    )
     parser.add_argument("--check", action="store_true", help="only compile")
     parser.add_argument("--out", type=Path, default=ROWS)
     args = parser.parse_args()

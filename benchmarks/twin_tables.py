@@ -37,11 +37,11 @@ def read_folder(folder: Path) -> Rows:
     """Read the rows of a folder.
 
     Raises:
-        FileNotFoundError: If the folder holds no comparison.
+        FileNotFoundError: If the folder contains no comparison.
         ValueError: If a row is damaged.
     """
     if not (folder / ROWS_FILE).is_file():
-        raise FileNotFoundError(f"{folder} holds no {ROWS_FILE}; run: make twins")
+        raise FileNotFoundError(f"{folder} contains no {ROWS_FILE}; run: make twins")
     rows, notes = read_lines(folder / ROWS_FILE)
     if notes:
         raise ValueError("; ".join(notes))

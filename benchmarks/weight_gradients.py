@@ -106,18 +106,18 @@ def gradients(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Pai
     pairs: dict[str, Pair] = {}
     hooks = []
 
-    def keep(name: str, _: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
+    def record_input(name: str, _: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
         (x,) = args
-        kept, origin = origin_of(x)
+        source, origin = origin_of(x)
 
-        def note(grad: Tensor) -> None:
-            pairs[name] = grad.detach(), x.detach() if origin is None else origin.compute(kept)
+        def record_gradient(grad: Tensor) -> None:
+            pairs[name] = grad.detach(), x.detach() if origin is None else origin.compute(source)
 
-        y.register_hook(note)
+        y.register_hook(record_gradient)
 
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name.startswith("blocks"):
-            hooks.append(module.register_forward_hook(partial(keep, name)))
+            hooks.append(module.register_forward_hook(partial(record_input, name)))
     cross_entropy(model(images.requires_grad_()), labels).backward()
     for handle in hooks:
         handle.remove()

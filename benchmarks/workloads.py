@@ -1,4 +1,4 @@
-"""Number of training and evaluation images for the paper's tables, and the estimated time."""
+"""Numbers of training and evaluation images of the paper's tables, and time estimates."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ _VTAB_TRAIN, _VTAB_VAL = 800, 200
 
 @dataclass(frozen=True)
 class Workload:
-    """Amount of work.
+    """Workload in batches and samples.
 
     Args:
         passes: Number of training batches (forward and backward).
-        learnt: Total samples in the training batches.
-        measured: Samples in evaluation (forward only).
+        trained: Number of training samples over all epochs.
+        evaluated: Number of evaluation samples (forward only).
     """
 
     passes: float
-    learnt: float
-    measured: float = 0.0
+    trained: float
+    evaluated: float = 0.0
 
     def times(self, count: float) -> Workload:
         """Multiply the work by `count`."""
-        return Workload(count * self.passes, count * self.learnt, count * self.measured)
+        return Workload(count * self.passes, count * self.trained, count * self.evaluated)
 
     def plus(self, other: Workload) -> Workload:
         """Add two workloads."""
-        return Workload(self.passes + other.passes, self.learnt + other.learnt, self.measured + other.measured)
+        return Workload(self.passes + other.passes, self.trained + other.trained, self.evaluated + other.evaluated)
 
 
-def training(images: int, epochs: int, batch: int, measured: float = 0.0) -> Workload:
+def training(images: int, epochs: int, batch: int, evaluated: float = 0.0) -> Workload:
     """Return the workload of one training run; the last batch of an epoch may be smaller."""
-    return Workload(epochs * math.ceil(images / batch), epochs * images, measured)
+    return Workload(epochs * math.ceil(images / batch), epochs * images, evaluated)
 
 
 def seconds(speed: RowSpeed, counted: CountedStep, work: Workload, *, is_checkpointed: bool = False) -> float:
@@ -49,14 +49,14 @@ def seconds(speed: RowSpeed, counted: CountedStep, work: Workload, *, is_checkpo
     Args:
         speed: Speed of the machine.
         counted: One step of `counted.batch` samples.
-        work: The workload.
+        work: Workload.
         is_checkpointed: True if each training pass repeats the forward pass, including the merge.
     """
     forward = counted.forward_flop / counted.batch
-    total = speed.step.seconds(work.passes, counted.adapted, work.learnt * counted.training_flop / counted.batch)
+    total = speed.step.seconds(work.passes, counted.adapted, work.trained * counted.training_flop / counted.batch)
     if is_checkpointed:
-        total += speed.forward.seconds(work.passes, counted.adapted, work.learnt * forward)
-    return total + speed.forward.seconds(0, counted.adapted, work.measured * forward)
+        total += speed.forward.seconds(work.passes, counted.adapted, work.trained * forward)
+    return total + speed.forward.seconds(0, counted.adapted, work.evaluated * forward)
 
 
 def final_run(experiment: Experiment) -> Workload:
@@ -71,22 +71,24 @@ def one_method(experiment: Experiment) -> tuple[Workload, Workload]:
     fewest = factors * grid.seeds if factors > 1 else 0
     most = (factors + grid.max_extensions) * grid.seeds if factors > 1 else 0
     final = final_run(experiment).times(experiment.seeds)
-    trial = _over_tasks(experiment, "standard")
-    return final.plus(trial.times(fewest)), final.plus(trial.times(most))
+    tuning = _over_tasks(experiment, "standard")
+    return final.plus(tuning.times(fewest)), final.plus(tuning.times(most))
 
 
 def _over_tasks(experiment: Experiment, protocol: str) -> Workload:
     """Return the workload of one training run on every task."""
-    rule = PROTOCOLS[protocol]
+    protocol_settings = PROTOCOLS[protocol]
     epochs = int(experiment.settings["epochs"])
-    times_measured = sum(rule.is_measured(epoch, epochs) for epoch in range(1, epochs + 1))
+    num_evaluations = sum(protocol_settings.is_measured(epoch, epochs) for epoch in range(1, epochs + 1))
     total = Workload(0, 0)
     for entry in experiment.data:
         train, val, test, is_joined = _sizes(entry.name)
         batch = int(entry.settings.get("batch_size", experiment.settings.get("batch_size", 0)))
-        learnt = train + val if protocol == "final" or (protocol == "official" and is_joined) else train
-        measured = {"val": times_measured * val, "test": times_measured * test, None: test}[rule.selected_on]
-        total = total.plus(training(learnt, epochs, batch, measured))
+        trained = train + val if protocol == "final" or (protocol == "official" and is_joined) else train
+        evaluated = {"val": num_evaluations * val, "test": num_evaluations * test, None: test}[
+            protocol_settings.selected_on
+        ]
+        total = total.plus(training(trained, epochs, batch, evaluated))
     return total
 
 

@@ -1,4 +1,4 @@
-"""Tiny data in exactly the layouts of VTAB-1k and FGVC."""
+"""Tiny datasets in the layouts of VTAB-1k and FGVC."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from PIL import Image
 
 
 def write_noise(path: Path, key: Sequence[int], side: int = 8, channel: int | None = None) -> None:
-    """An image of its own for every key; with a channel, that one is a little brighter."""
+    """Write a random image seeded by `key`; `channel` is slightly brighter."""
     pixels = np.random.default_rng(key).integers(0, 150, (side, side, 3))
     if channel is not None:
         pixels[..., channel % 3] += 60
@@ -18,7 +18,7 @@ def write_noise(path: Path, key: Sequence[int], side: int = 8, channel: int | No
 
 
 def write_vtab(folder: Path, classes: int, sizes: Mapping[str, int], side: int = 8) -> Path:
-    """One task: `sizes` of train800, val200 and test; train800val200 has copies of the first two."""
+    """Write one VTAB task with the given split sizes; train800val200 contains copies of train800 and val200."""
     rows: dict[str, list[str]] = {}
     labels: dict[str, list[int]] = {}
     for number, (split, size) in enumerate(sizes.items()):
@@ -43,7 +43,7 @@ def write_vtab(folder: Path, classes: int, sizes: Mapping[str, int], side: int =
 
 
 def write_fgvc(folder: Path, images: str, ids: Sequence[int], sizes: Mapping[str, int], side: int = 8) -> Path:
-    """One data set: `sizes` of train, val and test, with the class ids in turn."""
+    """Write one FGVC dataset with the given split sizes, cycling through the class ids."""
     for number, (split, size) in enumerate(sizes.items()):
         entries = {}
         for index in range(size):

@@ -1,4 +1,4 @@
-"""A real browser for the pages that we write, and what it is asked about them."""
+"""Headless browser for HTML pages, and JavaScript checks."""
 
 import base64
 import json
@@ -7,7 +7,7 @@ import select
 import subprocess
 import time
 
-# texts of a figure that leave it, or that lie on each other (turned ones count by their own box)
+# texts that are cut off or overlap in a figure (rotated texts by their bounding box)
 FAULTY_TEXTS = """
 [...document.querySelectorAll('svg.figure')].flatMap(svg => {
   const frame = svg.getBoundingClientRect(), errors = []
@@ -40,7 +40,7 @@ CONTRAST = """
 
 
 class Browser:
-    """Headless Chromium over the DevTools pipe: file descriptors 3 (to it) and 4 (from it), messages end with NUL."""
+    """Headless Chromium controlled through the DevTools pipe: file descriptors 3 and 4, NUL-terminated messages."""
 
     def __init__(self, program, profile):
         to_read, self._to_write = os.pipe()
@@ -69,7 +69,7 @@ class Browser:
             self.call(f"{domain}.enable")
 
     def call(self, method, **params):
-        """Send a command and return its result; events that arrive meanwhile are kept."""
+        """Send a command and return its result; events received in between are stored."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": params}
         if self._session:
@@ -83,13 +83,13 @@ class Browser:
                 return answer["result"]
 
     def _next(self, seconds=30.0):
-        """The next message; events go to `events` too."""
+        """Return the next message; events are also added to `events`."""
         end = time.monotonic() + seconds
         while b"\0" not in self._buffer:
             ready, _, _ = select.select([self._from_read], [], [], max(end - time.monotonic(), 0))
             data = os.read(self._from_read, 1 << 20) if ready else b""
             if not data:
-                raise TimeoutError(f"Chromium said nothing for {seconds} s, exit status {self._process.poll()}")
+                raise TimeoutError(f"Chromium sent no message for {seconds} s, exit status {self._process.poll()}")
             self._buffer += data
         text, _, self._buffer = self._buffer.partition(b"\0")
         message = json.loads(text)
@@ -98,7 +98,7 @@ class Browser:
         return message
 
     def open(self, path, width=1200, dark=False):
-        """Load a page at a width, in the light or the dark mode."""
+        """Load a page at a given width in light or dark mode."""
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.call(
@@ -112,30 +112,30 @@ class Browser:
         return self
 
     def evaluate(self, expression):
-        """The JSON value of a JavaScript expression in the page."""
+        """Evaluate a JavaScript expression in the page and return its JSON value."""
         answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         if "exceptionDetails" in answer:
             raise RuntimeError(answer["exceptionDetails"]["exception"]["description"])
         return answer["result"].get("value")
 
     def requested(self):
-        """Addresses of everything that the page asked for."""
+        """Return the URLs of all requests of the page."""
         return [
             event["params"]["request"]["url"] for event in self.events if event["method"] == "Network.requestWillBeSent"
         ]
 
     def complaints(self):
-        """What the console and the log say: errors, warnings, violations of the content policy, exceptions."""
+        """Return console and log messages: errors, warnings, content policy violations and exceptions."""
         kinds = ("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown")
         return [event["params"] for event in self.events if event["method"] in kinds]
 
     def screenshot(self, path, height=None):
-        """Write the whole page as a PNG."""
+        """Save a screenshot of the whole page as PNG."""
         answer = self.call("Page.captureScreenshot", captureBeyondViewport=True)
         path.write_bytes(base64.b64decode(answer["data"]))
 
     def close(self):
-        """End this browser and no other."""
+        """Close the browser."""
         os.close(self._to_write)
         os.close(self._from_read)
         try:

@@ -1,7 +1,7 @@
-"""Fixtures of tests that train or use a run, and one thread a test process.
+"""Fixtures for tests that train or use a run; one thread per test process.
 
-`make test` runs two processes side by side, and more threads than cores only wait. `TEST_THREADS` sets another number
-(`make test-isa`).
+`make test` runs two processes in parallel, and more threads would oversubscribe the cores. `TEST_THREADS` sets the
+number of threads (`make test-isa`).
 """
 
 import io
@@ -21,10 +21,10 @@ from .browser import Browser
 
 torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
 if not torch.cuda.is_available():
-    # read when Triton is imported, which other packages do: its kernels are then run by an interpreter on the CPU
+    # set before any package imports Triton, so that its kernels run in the CPU interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# the same examples in every run, so that a red test is a change of ours; `make test-slow` looks for new ones
+# fixed examples for reproducible failures; `make test-slow` samples new ones
 hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
 hypothesis.settings.register_profile("new", max_examples=500, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
@@ -32,7 +32,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory):
-    """One headless Chromium for all tests of a worker."""
+    """Headless Chromium, shared by all tests of a worker."""
     program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if program is None:
         pytest.skip("chromium is not installed; on Debian: apt install chromium")
@@ -42,7 +42,7 @@ def browser(tmp_path_factory):
 
 
 def write_photos(root, counts, side=32, contrast=22):
-    """Noise in which each class has one color a little brighter: learnable, not at once."""
+    """Write noise images with one slightly brighter channel per class, which takes a few steps to learn."""
     rng = np.random.default_rng(0)
     for channel, (name, count) in enumerate(counts.items()):
         (root / name).mkdir(parents=True)
@@ -65,7 +65,7 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_run():
-    """Settings of a tiny run with dropout and drop-path in the update; where it reads and writes is missing."""
+    """Settings of a tiny run with dropout and drop-path in the update, without data and output folder."""
     return {
         "backbone": "test_vit",
         "pretrained": False,
@@ -82,7 +82,7 @@ def tiny_run():
 
 @pytest.fixture
 def settings(photos, tiny_run, tmp_path):
-    """Make the configuration of a tiny run, some of it changed."""
+    """Return a function that creates the configuration of a tiny run with changes."""
     base = {**tiny_run, "data": f"folder:{photos}", "out": str(tmp_path / "run")}
 
     def make(**changes):
@@ -96,7 +96,7 @@ def settings(photos, tiny_run, tmp_path):
 
 @pytest.fixture
 def no_report(monkeypatch):
-    """Leave the report page out, which takes longer than these runs and has tests of its own."""
+    """Skip the report, which takes longer than these runs and is tested separately."""
     monkeypatch.setattr("snella_app.training.finish.write_report", lambda run, images=None, **_: run / "report.html")
 
 
@@ -107,8 +107,8 @@ def console():
 
 @pytest.fixture(scope="session")
 def finished(photos, tiny_run, tmp_path_factory):
-    """One finished run for all tests that only read it."""
-    from snella_app.training.train import train  # with all libraries, for which other tests need not wait
+    """Train one run, shared by all tests that only read it."""
+    from snella_app.training.train import train  # imported here because it loads all libraries
 
     out = str(tmp_path_factory.mktemp("finished") / "run")
     config = TrainConfig(**{**tiny_run, "method_options": {}}, data=f"folder:{photos}", out=out)

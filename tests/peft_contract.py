@@ -1,8 +1,8 @@
-"""Runs PEFT's own tests of the installed version on SNELLA and, as the control, on LoRA (`make peft-contract`).
+"""Run the tests of the installed PEFT version on SNELLA and, as a control, on LoRA (`make peft-contract`).
 
-PEFT ships its tests in its source distribution alone, which pip brings once; rows of SNELLA take the place of those of
-all other methods, and nothing else in the tests is changed. Ends with 1 unless the tests that SNELLA fails and LoRA
-passes are exactly the `KNOWN` ones.
+The tests are only in PEFT's source distribution, which pip downloads once. Test cases for SNELLA replace those of all
+other methods; nothing else is changed. Exits with 1 unless the tests that SNELLA fails and LoRA passes are exactly
+those in `KNOWN`.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ KNOWN: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def main(folder: Path) -> int:
-    """Fetch, insert, run, count."""
+    """Download PEFT's tests, insert the test cases, run them and count the results."""
     tests = _fetch(folder)
     file = tests / "test_custom_models.py"
     report = folder / "report.xml"
@@ -82,7 +82,7 @@ def main(folder: Path) -> int:
 
 
 def _fetch(folder: Path) -> Path:
-    """The folder of PEFT's tests, with our rows in them."""
+    """Download PEFT's tests, insert the test cases and return the folder."""
     version = importlib.metadata.version("peft")
     root = folder / f"peft-{version}"
     if not root.is_dir():
@@ -95,12 +95,12 @@ def _fetch(folder: Path) -> Path:
         text = file.read_text(encoding="utf-8")
         for mark in (_MARK, _PAIRS_MARK):
             if text.count(mark) != 1:
-                raise RuntimeError(f"{file} of PEFT {version} has {mark!r} {text.count(mark)} times, expected 1")
+                raise RuntimeError(f"{file} of PEFT {version} must contain {mark!r} once, got {text.count(mark)}")
         text = text.replace(_MARK, f"{_ROWS}{_MARK}")
         text = text.replace(_PAIRS_MARK, f"{_PAIRS}\n\n{_PAIRS_MARK}")
         file.write_text(text, encoding="utf-8")
         (root / "tests" / "__init__.py").touch()
-        # a library for tests that download data, none of which is run here
+        # only needed by tests that download data, which are not run
         helpers = root / "tests" / "testing_utils.py"
         text = helpers.read_text(encoding="utf-8")
         helpers.write_text(text.replace("from datasets import load_dataset", "load_dataset = None"), encoding="utf-8")
@@ -108,16 +108,16 @@ def _fetch(folder: Path) -> Path:
 
 
 def known_table() -> str:
-    """`KNOWN` in Markdown."""
+    """Format `KNOWN` as Markdown."""
     lines = ["| test | rows | why |", "|---|---|---|"]
     for test, (reason, rows) in KNOWN.items():
-        shown = f"all {len(rows)}" if rows == _EVERY else ", ".join(rows)
-        lines.append(f"| `{test}` | {shown} | {reason} |")
+        row_text = f"all {len(rows)}" if rows == _EVERY else ", ".join(rows)
+        lines.append(f"| `{test}` | {row_text} | {reason} |")
     return "\n".join(lines)
 
 
 def _count(report: Path, output: Path) -> int:
-    """Print how many tests each method passes, and how those that SNELLA alone fails differ from `KNOWN`."""
+    """Print the outcomes of each method and the differences from `KNOWN`; return the exit status."""
     counts: dict[str, collections.Counter[str]] = {
         name: collections.Counter() for name in ("SnellaConfig", "LoraConfig")
     }
@@ -133,19 +133,19 @@ def _count(report: Path, output: Path) -> int:
             row = parameters.partition(f" {method}")[0]
             failed[method][test, row] = (case.find(outcome).get("message") or "").splitlines()[0][:150]
     if not counts["LoraConfig"]["passed"]:
-        raise RuntimeError(f"no test of LoRA passed, so that nothing was compared; see {output}")
+        raise RuntimeError(f"no LoRA test passed, nothing was compared; see {output}")
     for method, outcomes in counts.items():
         print(f"{method}: " + ", ".join(f"{number} {outcome}" for outcome, number in sorted(outcomes.items())))
-    alone = {key: message for key, message in failed["SnellaConfig"].items() if key not in failed["LoraConfig"]}
-    known = {(test, row) for test, (_, rows) in KNOWN.items() for row in rows}
+    snella_only = {key: message for key, message in failed["SnellaConfig"].items() if key not in failed["LoraConfig"]}
+    expected = {(test, row) for test, (_, rows) in KNOWN.items() for row in rows}
     for test, (reason, rows) in KNOWN.items():
-        print(f"  {test}: {sum((test, row) in alone for row in rows)} of {len(rows)} known ones fail: {reason}")
-    for test, row in sorted(alone.keys() - known):
-        print(f"  NOT KNOWN: {test}[{row}]: {alone[test, row]}")
-    for test, row in sorted(known - alone.keys()):
-        print(f"  PASSES NOW: {test}[{row}]; take it out of KNOWN")
-    print(f"everything is in {output}")
-    return 0 if alone.keys() == known else 1
+        print(f"  {test}: {sum((test, row) in snella_only for row in rows)} of {len(rows)} known failures: {reason}")
+    for test, row in sorted(snella_only.keys() - expected):
+        print(f"  NOT KNOWN: {test}[{row}]: {snella_only[test, row]}")
+    for test, row in sorted(expected - snella_only.keys()):
+        print(f"  PASSES NOW: {test}[{row}]; remove it from KNOWN")
+    print(f"full output: {output}")
+    return 0 if snella_only.keys() == expected else 1
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Other processes: two of one training, which meet through a file, and a command line of its own."""
+"""Helpers for subprocesses: two distributed ranks and the command line."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ import pytest
 
 
 def in_two_processes(worker: Path, folder: Path, *arguments: str, timeout: float) -> list[Any]:
-    """What both processes print in their last line, as JSON.
+    """Run a worker script in two processes and return the JSON in the last line of each output.
 
     Args:
-        worker: A script, started with a rank, a path where the ranks meet, and `arguments`.
-        folder: Where that path is.
-        arguments: The others.
-        timeout: Seconds that a process may take.
+        worker: Script, called with the rank, the rendezvous file and `arguments`.
+        folder: Folder of the rendezvous file.
+        arguments: Additional arguments.
+        timeout: Time limit per process in seconds.
     """
     processes = [
         subprocess.Popen(
@@ -29,7 +29,7 @@ def in_two_processes(worker: Path, folder: Path, *arguments: str, timeout: float
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            # the ranks meet on this machine, whatever its name resolves to
+            # use the loopback interface, independent of the hostname
             env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
         )
         for rank in range(2)
@@ -39,21 +39,21 @@ def in_two_processes(worker: Path, folder: Path, *arguments: str, timeout: float
     except subprocess.TimeoutExpired:
         for process in processes:
             process.kill()
-        pytest.fail(f"the ranks never met or never ended: {[process.communicate() for process in processes]}")
+        pytest.fail(f"the ranks timed out: {[process.communicate() for process in processes]}")
     assert [process.returncode for process in processes] == [0, 0], outputs
     return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
 
 
 @contextlib.contextmanager
-def command(words: list[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
-    """`snella` with `words` in a process, which takes Ctrl-C and is killed if it is still there at the end."""
+def command(args: list[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """Run `snella` with `args` in a process that handles Ctrl-C; kill it on exit."""
     program = (
-        # a shell that started the tests in the background lets its children ignore the signal
+        # child processes of a background shell ignore SIGINT by default
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from snella_app.cli.main import main; sys.exit(main(sys.argv[1:]))"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", program, *words],
+        [sys.executable, "-c", program, *args],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -1,4 +1,4 @@
-"""Packages import only what stands to their right in `docs/architecture.md`, and modules in no circle."""
+"""Packages import only packages to their right in `docs/architecture.md`, without circular imports."""
 
 import ast
 import graphlib
@@ -11,34 +11,34 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "src"
 ROOTS = ("snella_lab", "snella_app", "snella")
-"""From left to right."""
-OF_ALL = {"snella_app": {"__init__", "console", "device", "files", "plugins", "records", "settings", "text"}}
-"""What all packages of a root use."""
-LIBRARY_NEEDS = {"numba", "numpy", "peft", "regex", "safetensors", "torch", "transformers", "triton"} | {
+"""Root packages, left to right."""
+SHARED = {"snella_app": {"__init__", "console", "device", "files", "plugins", "records", "settings", "text"}}
+"""Modules that all packages of a root may import."""
+LIBRARY_DEPENDENCIES = {"numba", "numpy", "peft", "regex", "safetensors", "torch", "transformers", "triton"} | {
     "bitsandbytes",
     "huggingface_hub",
     "llvmlite",
     "torchao",
 }
-"""Packages that the library imports: its own dependencies, what PEFT depends on, and the optional backends."""
+"""Packages that the library may import: its dependencies, PEFT's dependencies and optional backends."""
 
 
 def layers(root):
-    """The sets of packages in the diagram of one root, from left to right."""
+    """Return the layers in the diagram of a root, left to right."""
     lines = (ROOT / "docs" / "architecture.md").read_text().splitlines()
     line = next(line for line in lines if line.startswith(f"    {root}: "))
     return [set(re.findall(r"\w+", part)) for part in line.partition(": ")[2].split("→")]
 
 
-def parts_of(path):
-    """The name of a module or package below `src`, from its file."""
+def module_parts(path):
+    """Return the dotted name of a module file as a tuple."""
     parts = path.relative_to(SOURCES).with_suffix("").parts
     return parts[:-1] if parts[-1] == "__init__" else parts
 
 
-def imported(tree, *, at_once=False):
-    """Dotted names of this project that a module imports; with `at_once` not those within functions or conditions."""
-    nodes = list(tree.body) if at_once else list(ast.walk(tree))
+def imported_names(tree, *, top_level=False):
+    """Yield the project names that a module imports; `top_level` excludes imports in functions and conditions."""
+    nodes = list(tree.body) if top_level else list(ast.walk(tree))
     for node in nodes:
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in ROOTS:
             yield from ((*node.module.split("."), alias.name) for alias in node.names)
@@ -46,69 +46,71 @@ def imported(tree, *, at_once=False):
             yield from (tuple(a.name.split(".")) for a in node.names if a.name.split(".")[0] in ROOTS)
 
 
-def home_of(name):
-    """The module or package that a dotted name is or stands in."""
+def module_of(name):
+    """Return the module or package of a dotted name."""
     while not ((SOURCES.joinpath(*name)).is_dir() or SOURCES.joinpath(*name).with_suffix(".py").is_file()):
         name = name[:-1]
     return name
 
 
 def modules(root):
-    """Parsed modules of a root, by their file."""
+    """Return the syntax trees of a root by file."""
     return {path: ast.parse(path.read_text()) for path in sorted((SOURCES / root).rglob("*.py"))}
 
 
 @pytest.mark.parametrize("root", ROOTS)
-def test_a_root_imports_only_from_roots_to_its_right(root):
+def test_root_packages_import_only_packages_to_their_right(root):
     allowed = ROOTS[ROOTS.index(root) :]
     wrong = {
         f"{path.relative_to(ROOT)} imports {'.'.join(name)}"
         for path, tree in modules(root).items()
-        for name in imported(tree)
+        for name in imported_names(tree)
         if name[0] not in allowed
     }
     assert not wrong
 
 
-def test_the_library_needs_torch_and_peft_alone():
-    found = set()
+def test_library_imports_only_its_dependencies():
+    imported = set()
     for tree in modules("snella").values():
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-                found.add(node.module.split(".")[0])
+                imported.add(node.module.split(".")[0])
             elif isinstance(node, ast.Import):
-                found |= {alias.name.split(".")[0] for alias in node.names}
-    assert found - set(sys.stdlib_module_names) - {"snella"} <= LIBRARY_NEEDS
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+    assert imported - set(sys.stdlib_module_names) - {"snella"} <= LIBRARY_DEPENDENCIES
 
 
 @pytest.mark.parametrize("root", ["snella_app", "snella_lab"])
-def test_a_package_imports_only_from_packages_to_its_right(root):
-    order, of_all = layers(root), OF_ALL.get(root, {"__init__"})
-    there = {path.stem for path in (SOURCES / root).glob("*.py")}
-    there |= {path.parent.name for path in (SOURCES / root).glob("*/__init__.py")}
-    assert there - of_all - {"__init__", "__main__"} == set().union(*order)
+def test_packages_import_only_packages_to_their_right(root):
+    order, shared = layers(root), SHARED.get(root, {"__init__"})
+    packages = {path.stem for path in (SOURCES / root).glob("*.py")}
+    packages |= {path.parent.name for path in (SOURCES / root).glob("*/__init__.py")}
+    assert packages - shared - {"__init__", "__main__"} == set().union(*order)
     rank = {package: number for number, names in enumerate(order) for package in names}
     wrong = []
     for path, tree in modules(root).items():
-        package = (*parts_of(path), "__init__")[1]
+        package = (*module_parts(path), "__init__")[1]
         if package in ("__init__", "__main__"):
             continue
-        for name in imported(tree):
-            used = (*home_of(name), "__init__")[1]
-            ok = name[0] != root or used in of_all or used == package or rank.get(package, len(order)) < rank[used]
-            if not ok:
+        for name in imported_names(tree):
+            target = (*module_of(name), "__init__")[1]
+            is_allowed = (
+                name[0] != root or target in shared or target == package or rank.get(package, len(order)) < rank[target]
+            )
+            if not is_allowed:
                 wrong.append(f"{path.relative_to(ROOT)} imports {'.'.join(name)}")
     assert not wrong
 
 
-def test_no_modules_import_each_other_in_a_circle():
+def test_there_are_no_circular_imports():
     graph = {}
     for root in ROOTS:
         for path, tree in modules(root).items():
-            module = parts_of(path)
-            names = (home_of(name) for name in imported(tree, at_once=True))
+            module = module_parts(path)
+            names = (module_of(name) for name in imported_names(tree, top_level=True))
             graph[module] = {name for name in names if name not in (module, module[:-1], (root,))}
     try:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
-        pytest.fail(f"a circle of imports: {' → '.join('.'.join(name) for name in error.args[1])}")
+        pytest.fail(f"circular import: {' → '.join('.'.join(name) for name in error.args[1])}")

@@ -12,7 +12,7 @@ from snella_app.console import counted, make_console, print_heading, print_line,
 from snella_app.data.datasets import broken_images, show_reading
 
 
-def test_what_is_no_terminal_gets_whole_lines_without_padding():
+def test_files_get_unwrapped_lines_without_padding():
     file = io.StringIO()
     console = make_console(file)
     table = Table(show_header=False, box=None)
@@ -30,23 +30,23 @@ def test_standard_output_is_the_default(capsys):
     assert len(capsys.readouterr().out.splitlines()) == 1
 
 
-@pytest.mark.parametrize(("is_terminal", "is_wanted"), [(True, True), (True, False), (False, True)])
-def test_reading_is_shown_on_a_terminal_where_it_is_wanted(is_terminal, is_wanted, tmp_path):
+@pytest.mark.parametrize(("is_terminal", "is_enabled"), [(True, True), (True, False), (False, True)])
+def test_reading_progress_is_shown_on_a_terminal_if_enabled(is_terminal, is_enabled, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     console = Console(file=io.StringIO(), width=80, force_terminal=is_terminal, color_system=None)
-    with show_reading(console, is_wanted):
+    with show_reading(console, is_enabled):
         assert broken_images([tmp_path / "a.png"]) == {}
-    assert ("reading images" in console.file.getvalue()) == (is_terminal and is_wanted)
+    assert ("reading images" in console.file.getvalue()) == (is_terminal and is_enabled)
 
 
-def test_a_terminal_keeps_its_width(monkeypatch):
+def test_terminal_width_is_preserved(monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     console = make_console(io.StringIO())
     assert console.is_terminal and console.width < 1000
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
-def test_rows_stand_in_two_columns_and_are_wrapped_on_a_terminal_only(is_terminal):
+def test_rows_have_two_columns_and_wrap_only_on_a_terminal(is_terminal):
     console = Console(file=io.StringIO(), width=40, force_terminal=is_terminal, color_system=None)
     print_rows(console, [("data", "[bold] " + "word " * 15), ("memory", "1 MiB")])
     lines = console.file.getvalue().splitlines()
@@ -59,7 +59,7 @@ def test_numbers_and_nouns_agree():
     assert (counted(1, "image"), counted(0, "step"), counted(1200, "image")) == ("1 image", "0 steps", "1,200 images")
 
 
-def test_a_heading_in_a_file_is_one_short_line():
+def test_heading_in_a_file_is_one_line():
     file = io.StringIO()
     print_heading(make_console(file), "1/3  linear")
     assert file.getvalue() == "--- 1/3  linear ---\n"
@@ -75,18 +75,18 @@ NAMES = {
 }
 
 
-@pytest.mark.parametrize("is_own", [True, False])
+@pytest.mark.parametrize("is_project_console", [True, False])
 @pytest.mark.parametrize("name", NAMES)
-def test_names_are_written_as_they_read(name, is_own):
+def test_names_are_printed_literally(name, is_project_console):
     file = io.StringIO()
-    print_line(make_console(file) if is_own else Console(file=file, width=200), f"adapter {name}")
+    print_line(make_console(file) if is_project_console else Console(file=file, width=200), f"adapter {name}")
     assert file.getvalue() == f"adapter {NAMES[name]}\n"
     print_rows(Console(file=file, width=200, force_terminal=True, color_system=None), [("data", name)])
     assert NAMES[name] in file.getvalue()
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_tables_hold_names_as_they_read(name):
+def test_tables_print_names_literally(name):
     table = Table(title=f"in {name}")
     table.add_column(name)
     table.add_row(name)
@@ -96,7 +96,7 @@ def test_tables_hold_names_as_they_read(name):
     assert file.getvalue().count(NAMES[name]) >= 3 and "\x1b" not in file.getvalue()
 
 
-def test_line_breaks_and_tabs_stay():
+def test_line_breaks_and_tabs_are_preserved():
     assert printable("a\tb\nc\r") == "a\tb\nc\\r"
 
 
@@ -109,7 +109,7 @@ def test_work_continues_when_the_output_is_closed():
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline().startswith("line 0")
     process.stdout.close()
-    said = process.stderr.read()
+    stderr = process.stderr.read()
     process.stderr.close()
     assert process.wait() == 0
-    assert said == "snella: the output was closed ([Errno 32] Broken pipe); the run continues\ndone\n"
+    assert stderr == "snella: the output was closed ([Errno 32] Broken pipe); the run continues\ndone\n"

@@ -1,4 +1,4 @@
-"""`make test` goes on after a failure and says at the end what failed."""
+"""`make test` continues after a failure and lists the failed stages at the end."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is no
 
 @pytest.fixture
 def make_test(tmp_path):
-    """Run `make test` with programs that only note how they are called, and fail where a word is among it."""
+    """Return a function that runs `make test` with stub programs, which log their calls and fail on a given word."""
     calls = tmp_path / "calls"
 
     def run(failing):
@@ -29,25 +29,25 @@ def make_test(tmp_path):
             (tmp_path / stamp).touch()
         environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
         command = ["make", "--old-file=packages", f"VENV={tmp_path}", "test"]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
-        return done.returncode, done.stdout.splitlines()[-1], calls.read_text()
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+        return result.returncode, result.stdout.splitlines()[-1], calls.read_text()
 
     return run
 
 
 @pytest.mark.parametrize(
-    ("failing", "named"),
+    ("failing", "expected"),
     [("ruff", "[style]"), ("mypy", "[types]"), ("slow", "[tests]"), ("quantized", "[quantized]"), ("ray", "[ray]")],
 )
-def test_every_stage_runs_where_one_fails_and_the_end_names_it(make_test, failing, named):
+def test_all_stages_run_and_failed_stages_are_listed(make_test, failing, expected):
     code, last, calls = make_test(failing)
     assert code != 0
-    assert last == f"=== failed: {named}"
+    assert last == f"=== failed: {expected}"
     for call in ("ruff", "mypy", "not slow and not gpu", "test_quantization.py", "test_processes.py -k ray"):
         assert call in calls
     missing = [word for word in calls.split() if word.startswith("tests/") and not (ROOT / word).exists()]
     assert not missing
 
 
-def test_it_succeeds_where_all_stages_do(make_test):
+def test_make_test_succeeds_if_all_stages_pass(make_test):
     assert make_test("nothing")[:2] == (0, "=== all stages passed")

@@ -1,4 +1,4 @@
-"""Files that commit 99db782 wrote (`tests/old_files/README.md`) are read, and say the same as then."""
+"""Files written by commit 99db782 (`tests/old_files/README.md`) are read with the same results."""
 
 import io
 import json
@@ -30,7 +30,7 @@ def expected():
     return json.loads((OLD / "run_expected.json").read_text())
 
 
-def test_an_old_run_predicts_and_measures_what_it_did(run, expected):
+def test_old_run_reproduces_predictions_and_metrics(run, expected):
     for prediction in predict(run, [OLD / "images"]):
         stored = expected["predict"][prediction.path.name]
         assert [name for name, _ in prediction.ranking] == list(stored)
@@ -41,7 +41,7 @@ def test_an_old_run_predicts_and_measures_what_it_did(run, expected):
     assert result == expected["evaluate"]
 
 
-def test_an_old_run_is_inspected_as_then(run, expected):
+def test_old_run_reproduces_the_inspection(run, expected):
     summary = json.loads(json.dumps(inspect_summary(run)))
     del summary["run"]
     for name, value in expected["inspect"].items():
@@ -54,14 +54,14 @@ def test_an_old_run_is_inspected_as_then(run, expected):
     assert "95,232 of 245,760 adapted weights" in console.file.getvalue()
 
 
-def test_the_report_of_an_old_run_is_drawn(run):
+def test_report_of_an_old_run_is_written(run):
     page = redraw_report(run, Console(quiet=True)).read_text()
     assert "snella-2 on digits" in page and "sparsity-map" in page and "<img" in page
 
 
 @pytest.mark.parametrize("kind", [RunInfo, Metrics, Allocation, Predictions])
-def test_what_is_written_has_the_keys_and_values_of_old_files(kind, run):
-    """Whoever reads by those keys, an older version among them, finds them."""
+def test_written_files_contain_the_keys_and_values_of_old_files(kind, run):
+    """Old versions read these keys."""
     before = json.loads((run / kind.file).read_text())
     RunFolder(run).write(read(kind, run))
     after = json.loads((run / kind.file).read_text())
@@ -70,14 +70,14 @@ def test_what_is_written_has_the_keys_and_values_of_old_files(kind, run):
 
 
 def contains(new, old):
-    """Whether every key of old mappings is in the new ones, with its value."""
+    """Return True if `new` contains all keys and values of `old`, recursively."""
     if isinstance(old, dict):
         return all(key in new and contains(new[key], value) for key, value in old.items())
     return len(new) == len(old) and all(map(contains, new, old)) if isinstance(old, list) else new == old
 
 
 def numbers_of(page):
-    """The row of snella-2 of each Markdown table, by column; a column without a number may be left out."""
+    """Return the snella-2 row of each Markdown table by column, without empty columns."""
     rows, headings = [], []
     for line in page.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
@@ -88,7 +88,7 @@ def numbers_of(page):
     return rows
 
 
-def test_an_old_comparison_is_drawn_with_the_numbers_of_then(tmp_path):
+def test_old_comparison_reproduces_the_numbers(tmp_path):
     folder = Path(shutil.copytree(OLD / "comparison", tmp_path / "comparison"))
     (folder / "comparison.md").unlink()
     console = Console(file=io.StringIO(), width=200)
@@ -96,23 +96,24 @@ def test_an_old_comparison_is_drawn_with_the_numbers_of_then(tmp_path):
     assert page.is_file() and "note:" not in console.file.getvalue()
     rows, notes = read_lines(folder / "results.jsonl")
     assert len(rows) == 6 and not notes
-    numbers, today = (numbers_of((place / "comparison.md").read_text()) for place in (OLD / "comparison", folder))
-    for row in numbers:
-        row["difference from linear"] = row.pop("difference to linear")  # the heading then
-    assert numbers[0]["digits"] == "53.3" and numbers[0]["changed"] == "73,726"
+    expected, actual = (numbers_of((place / "comparison.md").read_text()) for place in (OLD / "comparison", folder))
+    for row in expected:
+        row["difference from linear"] = row.pop("difference to linear")  # heading in old files
+    assert expected[0]["digits"] == "53.3" and expected[0]["changed"] == "73,726"
     added = [
-        {name: row.pop(name) for name in list(row) if name not in old} for row, old in zip(today, numbers, strict=True)
+        {name: row.pop(name) for name in list(row) if name not in old}
+        for row, old in zip(actual, expected, strict=True)
     ]
-    assert today == numbers
+    assert actual == expected
     assert all(set(columns) <= {"p", "above"} for columns in added)
 
 
-def test_a_row_of_a_comparison_has_the_columns_and_values_of_old_files():
+def test_comparison_rows_have_the_columns_and_values_of_old_files():
     for line in (OLD / "comparison" / "results.jsonl").read_text().splitlines():
         columns = json.loads(line)
         written = sealed(plain(record_from(CellRow, CellRow.decoded(columns))))
         assert written == columns and list(written) == list(columns)
 
 
-def test_a_value_that_was_not_measured_is_null_and_nan_again():
+def test_missing_measurement_is_null():
     assert plain(Metrics(trainable_parameters=1))["train_s"] is None

@@ -1,4 +1,4 @@
-"""How `make peft-contract` counts; the run itself takes ten minutes."""
+"""Counting of `make peft-contract`; the run itself takes ten minutes."""
 
 from pathlib import Path
 from xml.sax.saxutils import quoteattr
@@ -19,7 +19,7 @@ def write_report(path, cases):
     path.write_text(f"<testsuites><testsuite>{''.join(lines)}</testsuite></testsuites>")
 
 
-def as_known(failing=KNOWN_CASES):
+def known_outcomes(failing=KNOWN_CASES):
     return [
         case
         for test, row in KNOWN_CASES
@@ -30,38 +30,38 @@ def as_known(failing=KNOWN_CASES):
     ]
 
 
-def test_the_contract_holds_if_exactly_the_known_tests_fail(tmp_path, capsys):
-    write_report(tmp_path / "report.xml", as_known())
+def test_contract_passes_if_exactly_the_known_tests_fail(tmp_path, capsys):
+    write_report(tmp_path / "report.xml", known_outcomes())
     assert _count(tmp_path / "report.xml", tmp_path) == 0
     assert f"SnellaConfig: {len(KNOWN_CASES)} failure" in capsys.readouterr().out
 
 
-def test_the_contract_is_broken_by_another_failure(tmp_path, capsys):
-    more = [("test_new", "MHA 1", "LoraConfig", "passed"), ("test_new", "MHA 1", "SnellaConfig", "error")]
-    write_report(tmp_path / "report.xml", as_known() + more)
+def test_contract_fails_for_an_unknown_failure(tmp_path, capsys):
+    new_failure = [("test_new", "MHA 1", "LoraConfig", "passed"), ("test_new", "MHA 1", "SnellaConfig", "error")]
+    write_report(tmp_path / "report.xml", known_outcomes() + new_failure)
     assert _count(tmp_path / "report.xml", tmp_path) == 1
     assert "NOT KNOWN: test_new[MHA 1]: first line" in capsys.readouterr().out
 
 
-def test_the_contract_is_broken_by_a_known_failure_that_passes(tmp_path, capsys):
+def test_contract_fails_if_a_known_failure_passes(tmp_path, capsys):
     test, row = KNOWN_CASES[-1]
-    write_report(tmp_path / "report.xml", as_known(KNOWN_CASES[:-1]))
+    write_report(tmp_path / "report.xml", known_outcomes(KNOWN_CASES[:-1]))
     assert _count(tmp_path / "report.xml", tmp_path) == 1
     assert f"PASSES NOW: {test}[{row}]" in capsys.readouterr().out
 
 
-def test_what_lora_fails_too_is_not_counted(tmp_path):
+def test_failures_shared_with_lora_are_ignored(tmp_path):
     both = [("test_both", "MHA 1", method, "failure") for method in ("LoraConfig", "SnellaConfig")]
-    write_report(tmp_path / "report.xml", as_known() + both)
+    write_report(tmp_path / "report.xml", known_outcomes() + both)
     assert _count(tmp_path / "report.xml", tmp_path) == 0
 
 
-def test_a_report_without_lora_compares_nothing(tmp_path):
+def test_report_without_lora_raises(tmp_path):
     write_report(tmp_path / "report.xml", [("test_new", "MHA 1", "SnellaConfig", "passed")])
-    with pytest.raises(RuntimeError, match=r"no test of LoRA passed, so that nothing was compared; see output\.txt"):
+    with pytest.raises(RuntimeError, match=r"no LoRA test passed, nothing was compared; see output\.txt"):
         _count(tmp_path / "report.xml", Path("output.txt"))
 
 
-def test_the_documents_show_the_known_failures():
+def test_documents_list_the_known_failures():
     page = Path(__file__).parents[1] / "docs" / "library-reference.md"
     assert known_table() in page.read_text(encoding="utf-8")

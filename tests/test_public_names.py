@@ -1,4 +1,4 @@
-"""What `snella` itself offers."""
+"""Public names of the package `snella`."""
 
 import io
 from pathlib import Path
@@ -13,17 +13,17 @@ from snella_app.config import TrainConfig
 from snella_app.runs import RunFolder
 
 
-def test_the_public_names_are_listed_and_are_there():
+def test_public_names_are_listed_and_exist():
     assert set(snella.__all__) <= set(dir(snella)) and {"train", "load"} <= set(dir(snella))
     assert all(getattr(snella, name) is not None for name in snella.__all__)
     assert not [name for name in dir(snella) if name.startswith("_")]
 
 
-def test_the_package_says_that_it_has_types():
+def test_package_is_marked_as_typed():
     assert (Path(snella.__file__).parent / "py.typed").is_file()
 
 
-def test_a_run_is_trained_and_loaded_in_two_lines(photos, tiny_run, tmp_path, no_report):
+def test_train_and_load_take_two_lines(photos, tiny_run, tmp_path, no_report):
     console = Console(file=io.StringIO())
     settings = {**tiny_run, "epochs": 1, "device": "cpu:0", "out": tmp_path / "run"}
     run = snella.train(data=photos, console=console, **settings)
@@ -44,7 +44,7 @@ class Gray(Dataset):
         return Image.new("RGB", (32, 32), (10 * row,) * 3), row // 12
 
 
-def test_an_object_is_cross_validated(tiny_run, tmp_path, no_report):
+def test_dataset_object_is_cross_validated(tiny_run, tmp_path, no_report):
     settings = {**tiny_run, "epochs": 1, "folds": 2, "out": tmp_path / "run"}
     run = snella.train(data=Gray(), console=Console(file=io.StringIO()), **settings)
     assert [row["fold"] for row in run.read_json("folds.json")["rows"]] == [1, 2]

@@ -1,4 +1,4 @@
-"""Importing the package is all that registering takes."""
+"""Importing the package registers SNELLA in PEFT."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import snella
 from snella.compat.registration import _KEY_FUNCTION, PEFT_TYPE, register
 
 
-def test_peft_knows_the_tuner_once_the_package_is_imported():
+def test_importing_the_package_registers_the_tuner():
     assert PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] is snella.SnellaConfig
     assert PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] is snella.SnellaModel
     assert PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] == "snella_"
@@ -28,20 +28,20 @@ def test_registering_twice_changes_nothing():
     assert getattr(save_and_load, _KEY_FUNCTION) is function
 
 
-def test_peft_still_names_base_parameters_by_one_function():
-    # when this fails, look for what get_base_model_state_dict of this PEFT asks for a parameter's former name
+def test_peft_still_has_the_wrapped_key_function():
+    # on failure, check which function maps parameter names in get_base_model_state_dict of this PEFT version
     assert getattr(save_and_load, _KEY_FUNCTION).__wrapped__.__module__ == save_and_load.__name__
 
 
-def test_peft_has_no_member_of_our_name_yet():
-    # when this fails, PEFT has gained a SNELLA of its own: register under its member instead of the plain string
+def test_peft_has_no_snella_member_yet():
+    # on failure, PEFT has added SNELLA: register under its member instead of the plain string
     assert PEFT_TYPE not in PeftType.__members__
     assert PEFT_TYPE not in {member.value for member in PeftType}
 
 
-def test_importing_the_package_loads_none_of_the_heavy_libraries():
+def test_importing_the_package_loads_no_heavy_libraries():
     heavy = ["timm", "diffusers", "matplotlib", "sklearn", "torchvision", "rich", "jsonargparse"]
-    # peft brings what it brings
+    # ignore the imports of peft
     code = (
         "import sys, peft; before = set(sys.modules); import snella; "
         f"print([name for name in {heavy!r} if name in set(sys.modules) - before])"
@@ -50,7 +50,7 @@ def test_importing_the_package_loads_none_of_the_heavy_libraries():
     assert result.stdout.strip() == "[]"
 
 
-def test_every_public_name_is_there():
+def test_all_public_names_exist():
     assert all(getattr(snella, name) is not None for name in snella.__all__)
 
 

@@ -1,4 +1,4 @@
-"""The wheel holds every module, template, experiment and entry point; `make wheel` also installs and runs it."""
+"""The wheel contains all package files, experiments and entry points; `make wheel` also installs and runs it."""
 
 import importlib.util
 import subprocess
@@ -21,7 +21,7 @@ def try_wheel():
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """A wheel of this checkout; pip fetches the build backend."""
+    """Build a wheel of this checkout; pip downloads the build backend."""
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
     subprocess.run(command, check=True, capture_output=True, timeout=200)
@@ -36,26 +36,26 @@ def test_the_wheel_is_complete(try_wheel, wheel, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "lost",
+    "missing",
     [
         *("snella_app/py.typed", "snella_app/runs/serve.html"),
         *("snella_lab/experiments/coffee.yaml", "snella/layer.py"),
     ],
 )
-def test_a_file_that_is_missing_from_the_wheel_is_named(try_wheel, wheel, lost, tmp_path):
-    with zipfile.ZipFile(wheel) as whole, zipfile.ZipFile(tmp_path / wheel.name, "w") as part:
-        for name in whole.namelist():
-            if name != lost:
-                part.writestr(name, whole.read(name))
-    with pytest.raises(SystemExit, match=rf"missing files \['{lost}'\], unexpected files \[\]"):
+def test_missing_file_is_reported(try_wheel, wheel, missing, tmp_path):
+    with zipfile.ZipFile(wheel) as source, zipfile.ZipFile(tmp_path / wheel.name, "w") as target:
+        for name in source.namelist():
+            if name != missing:
+                target.writestr(name, source.read(name))
+    with pytest.raises(SystemExit, match=rf"missing files \['{missing}'\], unexpected files \[\]"):
         try_wheel.check_contents(tmp_path / wheel.name)
 
 
-def test_a_step_that_fails_prints_its_command_and_output(try_wheel, tmp_path):
+def test_failed_step_prints_command_and_output(try_wheel, tmp_path):
     environment = object.__new__(try_wheel.Environment)
-    environment.programs, environment.work = Path(sys.executable).parent, tmp_path
+    environment.bin, environment.work = Path(sys.executable).parent, tmp_path
     program = Path(sys.executable).name
-    environment.run("step", program, "-c", "print('said')", says="said")
-    for words in ({"status": 3}, {"says": "unsaid"}):
+    environment.run("step", program, "-c", "print('said')", expected_output="said")
+    for options in ({"status": 3}, {"expected_output": "unsaid"}):
         with pytest.raises(SystemExit, match=r"(?s)step: status 0, expected .*print\('said'\).*said"):
-            environment.run("step", program, "-c", "print('said')", **words)
+            environment.run("step", program, "-c", "print('said')", **options)

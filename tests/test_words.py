@@ -1,4 +1,4 @@
-"""The field's words in place of the project's own: what sources and documents no longer say."""
+"""Sources and documents use standard terms."""
 
 import re
 from pathlib import Path
@@ -30,8 +30,8 @@ WORDS = {
     r"\w*(optimis(?!t)|initialis|normalis|summaris|recognis|personalis|quantis|regularis)\w*": "American spelling",
     r"\w*(colou?ur|neighbour|behaviour|favour)\w*|catalogue|labelled|judgement|centred": "American spelling",
 }
-ALLOWED = {"docs/notes": "laboratory notes, as they were written"}
-"""Folders and files in which the words may stand, and why."""
+ALLOWED = {"docs/notes": "laboratory notes"}
+"""Excluded folders and files with the reason."""
 FILES = [
     path
     for pattern in ("src/**/*.py", "src/**/*.jinja", "src/**/*.md", "docs/**/*.md", "README.md")
@@ -41,16 +41,16 @@ FILES = [
 
 
 @pytest.mark.parametrize("word", WORDS)
-def test_sources_and_documents_use_the_words_of_the_field(word):
+def test_sources_and_documents_avoid_listed_words(word):
     pattern = re.compile(rf"(?<![A-Za-z])(?:{word})(?![A-Za-z])", re.IGNORECASE)
-    found = [
+    matches = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()[:90]}"
         for path in FILES
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
         if pattern.search(line)
     ]
-    assert not found, f"write {WORDS[word]!r} in place of these:\n" + "\n".join(found)
+    assert not matches, f"use {WORDS[word]!r} instead:\n" + "\n".join(matches)
 
 
-def test_the_files_are_found():
+def test_files_exist():
     assert len(FILES) > 100 and any(path.name == "README.md" for path in FILES)

@@ -1,8 +1,8 @@
-"""Install a wheel of snella in an empty virtual environment and try it: the library, then `[app]`, then `[lab]`.
+"""Smoke-test a wheel of snella in a new virtual environment: the library, then `[app]`, then `[lab]`.
 
     make wheel
 
-Each step prints one line. A failed step prints the command and its output, and ends the program with status 1.
+Each step prints one line. A failed step prints its command and output, and exits with status 1.
 """
 
 import argparse
@@ -92,7 +92,7 @@ def check_contents(wheel: Path) -> None:
     """Compare the files and entry points of the wheel with the repository.
 
     Raises:
-        SystemExit: A file or an entry point is missing, or one too many.
+        SystemExit: A file or an entry point is missing or unexpected.
     """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     with zipfile.ZipFile(wheel) as archive:
@@ -116,41 +116,43 @@ def check_contents(wheel: Path) -> None:
 
 
 class Environment:
-    """An empty virtual environment, and a folder in which its programs run."""
+    """New virtual environment with a working folder."""
 
     def __init__(self, folder: Path) -> None:
-        """Create the environment below `folder`."""
+        """Create the environment in `folder`."""
         venv.create(folder / "venv", with_pip=True)
-        self.programs = folder / "venv" / ("Scripts" if os.name == "nt" else "bin")
+        self.bin = folder / "venv" / ("Scripts" if os.name == "nt" else "bin")
         self.work = folder / "work"
         self.work.mkdir()
 
-    def run(self, title: str, program: str, *words: str, status: int = 0, says: str = "") -> None:
+    def run(self, title: str, program: str, *args: str, status: int = 0, expected_output: str = "") -> None:
         """Run a program of the environment.
 
         Args:
-            title: Printed name of the step.
-            program: File name of the program.
-            *words: Its arguments.
+            title: Name of the step.
+            program: Name of the program.
+            *args: Arguments.
             status: Expected exit status.
-            says: Expected part of the output.
+            expected_output: Expected part of the output.
 
         Raises:
-            SystemExit: Another status, or other output.
+            SystemExit: The status or output differs.
         """
-        hidden = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
-        environment = {name: value for name, value in os.environ.items() if name not in hidden}
+        unset = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+        environment = {name: value for name, value in os.environ.items() if name not in unset}
         environment |= {"HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
-        command = [str(self.programs / program), *words]
-        done = subprocess.run(command, cwd=self.work, env=environment, capture_output=True, text=True)
-        output = done.stdout + done.stderr
-        if done.returncode != status or says not in output:
-            sys.exit(f"{title}: status {done.returncode}, expected {status} and {says!r}\n{command}\n{output}")
+        command = [str(self.bin / program), *args]
+        result = subprocess.run(command, cwd=self.work, env=environment, capture_output=True, text=True)
+        output = result.stdout + result.stderr
+        if result.returncode != status or expected_output not in output:
+            sys.exit(
+                f"{title}: status {result.returncode}, expected {status} and {expected_output!r}\n{command}\n{output}"
+            )
         lines = output.strip().splitlines()
         print(f"{title}: {lines[-1].strip()[:80] if lines else 'ok'}", flush=True)
 
     def install(self, requirement: str) -> None:
-        """Install a requirement by pip."""
+        """Install a requirement with pip."""
         self.run(f"pip install {Path(requirement).name}", "python", "-m", "pip", "install", "--quiet", requirement)
 
     def python(self, title: str, code: str) -> None:
@@ -159,38 +161,42 @@ class Environment:
 
 
 def try_wheel(wheel: Path, folder: Path) -> None:
-    """Install the wheel with more and more extras, and try what each promises."""
+    """Install the wheel with increasing extras and test each."""
     check_contents(wheel)
     environment = Environment(folder)
 
     environment.install(str(wheel))
     environment.python("library: an adapted layer trains", LIBRARY)
-    environment.run("library: snella names the extra", "snella", "--help", status=2, says="pip install 'snella[app]'")
+    environment.run(
+        "library: snella names the extra", "snella", "--help", status=2, expected_output="pip install 'snella[app]'"
+    )
 
     environment.install(f"{wheel}[app]")
-    environment.run("app: snella --version", "snella", "--version", says=f"snella {wheel.name.split('-')[1]}")
-    environment.run("app: snella --help", "snella", "--help", says="everyday commands")
-    environment.run("app: snella --completion bash", "snella", "--completion", "bash", says="complete -o")
-    environment.run("app: snella demo --help", "snella", "demo", "--help", says="snella demo")
+    environment.run(
+        "app: snella --version", "snella", "--version", expected_output=f"snella {wheel.name.split('-')[1]}"
+    )
+    environment.run("app: snella --help", "snella", "--help", expected_output="everyday commands")
+    environment.run("app: snella --completion bash", "snella", "--completion", "bash", expected_output="complete -o")
+    environment.run("app: snella demo --help", "snella", "demo", "--help", expected_output="snella demo")
     environment.python("app: photos", PHOTOS)
-    environment.run("app: snella train", "snella", *TRAIN, says="report.html")
-    environment.run("app: snella predict", "snella", "predict", "run", "photos/red/0.png", says="0.png")
+    environment.run("app: snella train", "snella", *TRAIN, expected_output="report.html")
+    environment.run("app: snella predict", "snella", "predict", "run", "photos/red/0.png", expected_output="0.png")
     environment.python("app: bundled experiments", EXPERIMENTS)
     unknown = ("compare", "--experiment", "cofee", "--out", "compared")
-    environment.run("app: snella compare", "snella", *unknown, status=2, says="nearest: coffee")
+    environment.run("app: snella compare", "snella", *unknown, status=2, expected_output="nearest: coffee")
 
     environment.install(f"{wheel}[lab]")
     environment.python("lab: entry points", ENTRY_POINTS)
 
 
 def main() -> None:
-    """Parse the command line and try the wheel."""
+    """Parse the command line and test the wheel."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("wheel", type=Path, help="file of the wheel")
+    parser.add_argument("wheel", type=Path, help="wheel file")
     wheel = parser.parse_args().wheel.resolve()
     with tempfile.TemporaryDirectory(prefix="snella-wheel-") as folder:
         try_wheel(wheel, Path(folder))
-    print("the wheel works")
+    print("all steps passed")
 
 
 if __name__ == "__main__":

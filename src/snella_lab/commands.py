@@ -1,4 +1,4 @@
-"""Laboratory commands; each function's signature and docstring define its command line."""
+"""Laboratory commands. Signatures and docstrings define the command line."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -44,7 +44,7 @@ def plot(
     device: Device | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Plot what runs have learned as SVG and PNG, with the data as CSV.
+    """Plot results of runs as SVG and PNG, with the data as CSV.
 
       snella plot allocation runs/photos runs/cells --out plots
       snella plot evolution runs/photos --out plots
@@ -62,7 +62,7 @@ def plot(
     update plots the update of one matrix and its singular values; overlap compares the updates of several tasks.
     features plots a t-SNE of the features of several models; radar plots the accuracy of methods by task group.
     memory plots memory use during training steps. samples, masks and images show data, predicted segmentations and
-    generated images. gradcam shows the evidence for the true class.
+    generated images. gradcam shows class activation maps of the true class.
 
     Args:
         kind: allocation, evolution, update, overlap, features, radar, memory, samples, masks, gradcam or
@@ -73,8 +73,8 @@ def plot(
         matrix: Matrix to plot (update, overlap), e.g. blocks.11.attn.qkv.q; defaults to the deepest query projection.
         data: Images (features, gradcam), as for snella train; defaults to the first run's data.
         split: Split of the data (features, masks, gradcam); defaults to the test images.
-        limit: Maximum number of images (features; default 500), or per row (samples, masks, gradcam, images; default
-            6).
+        limit: Maximum number of images in total (features; default 500) or per row (samples, masks, gradcam, images;
+            default 6).
         seed: Seed for image selection and embedding (features, samples, gradcam; default 0).
         steps: Training steps (memory; default 2).
         batch_size: Batch size (memory, features); defaults to the first run's (memory) or 32 (features).
@@ -89,13 +89,13 @@ def plot(
     function = plot_function(kind)
     options: dict[str, Any] = dict(by=by, matrix=matrix, data=data, split=split, limit=limit, seed=seed, device=device)
     options |= dict(steps=steps, batch_size=batch_size)
-    given = {name: value for name, value in options.items() if value is not None}
-    others = sorted(set(given) - set(inspect.signature(function).parameters))
-    if others:
-        names = ", ".join(f"--{name.replace('_', '-')} {given[name]}" for name in others)
+    set_options = {name: value for name, value in options.items() if value is not None}
+    unsupported = sorted(set(set_options) - set(inspect.signature(function).parameters))
+    if unsupported:
+        names = ", ".join(f"--{name.replace('_', '-')} {set_options[name]}" for name in unsupported)
         raise ValueError(f"{names}: not an option of snella plot {kind}; see snella plot --help")
     console = make_console()
-    plots = function(runs, **given)
+    plots = function(runs, **set_options)
     paths = write_plots(plots, out, overwrite=overwrite)
     for note in (note for drawn in plots for note in drawn.notes):
         print_line(console, note)
@@ -129,14 +129,14 @@ def fit_matrix(
     Args:
         out: Output folder; created.
         preset: quick takes minutes; paper uses Adam at 1e-4 for 100,000 steps and takes half an hour.
-        kernels: Comma-separated kernels: built-in names, or module:name of a Kernel or of a function of A and B.
-            Defaults to all built-in kernels.
+        kernels: Comma-separated kernels: built-in names, or module:name of a Kernel subclass or a function of A and
+            B. Defaults to all built-in kernels.
         size: Rows and columns of the matrices; default 48.
         ranks: Ranks of the matrices; default 4,8,16,32,48.
         matrices: Random matrices per rank; default 10.
         r: Rank of the learnable factors; default 8.
-        steps: Adam steps; defaults to the preset's.
-        lr: Learning rate; defaults to the preset's.
+        steps: Adam steps; defaults to the preset's value.
+        lr: Learning rate; defaults to the preset's value.
         seed: Seed for the matrices and initial factors; default 0.
         overwrite: Overwrite existing figures and tables.
     """
@@ -181,7 +181,7 @@ class CompareOptions:
     Args:
         out: Comparison folder; an existing comparison is resumed.
         experiment: YAML file or name of a bundled experiment; the options below override it.
-        methods: Methods, e.g. linear,lora-8,snella-8.
+        methods: Methods to compare, e.g. linear,lora-8,snella-8.
         data: Datasets, e.g. elpv,digits,folder:photos.
         backbone: Pre-trained model, as for snella train.
         seeds: Final runs per method and dataset; default 3.
@@ -325,7 +325,7 @@ def generate(
     Args:
         run: Run folder.
         out: Output folder for the images.
-        prompt: Prompt, with the run's token for the subject, e.g. sks.
+        prompt: Prompt that contains the run's subject token, e.g. sks.
         prompts: Prompt file, one prompt per line, with {0} for the token and {1} for the class; or DreamBooth's
             prompts_and_classes.txt.
         live: Use the file's prompts for live subjects; the default for cats and dogs.
@@ -354,7 +354,7 @@ def generate(
         device=device,
         overwrite=overwrite,
     )
-    print_line(make_console(), f"{counted(len(images), 'picture')}: {out}")
+    print_line(make_console(), f"{counted(len(images), 'image')}: {out}")
 
 
 @command("snella_lab.recipes.dreambooth", is_research=True)

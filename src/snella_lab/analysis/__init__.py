@@ -1,4 +1,4 @@
-"""The paper's analyses on your own runs, as figures and tables.
+"""The paper's analyses of your runs, as figures and tables.
 
 Every plot function takes run folders and returns `Plot`s for `write_plots`. Public names are imported lazily.
 """
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from snella_lab.analysis.profiles import memory, radar
     from snella_lab.analysis.updates import overlap, read_updates, update
 
-_HOMES = {**KINDS, "read_updates": "updates"} | dict.fromkeys(
+_MODULES = {**KINDS, "read_updates": "updates"} | dict.fromkeys(
     ("FitConfig", "definiteness", "fit_matrices"), "matrix_fit"
 )
 
@@ -45,6 +45,6 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import the module of a public name on first use."""
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

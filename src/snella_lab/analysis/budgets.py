@@ -1,4 +1,4 @@
-"""Budget plots: sparsity and importance by layer, at the end of and during training."""
+"""Budget plots: sparsity and importance by layer, during training and in the final adapter."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ _METRIC_NAMES = {
     "delta_magnitude": "W-Magnitude",
     "delta_mean_magnitude": "mean W-Magnitude",
 }
-_SHOWN_TIMES = 6
+_MAX_STEPS = 6
 
 
 @dataclass(frozen=True)
 class BudgetedRun:
-    """Budgets of a run, read from its files.
+    """Budgets of a run.
 
     Attributes:
         label: Short name.
@@ -62,7 +62,7 @@ class BudgetedRun:
 
     @property
     def metric(self) -> str:
-        """The paper's name of the importance metric."""
+        """Name of the importance metric in the paper."""
         name = str(self.settings.get("importance", "sensitivity"))
         return _METRIC_NAMES.get(name, name)
 
@@ -79,7 +79,7 @@ def read_budgeted_run(run: str | Path, label: str) -> BudgetedRun:
     """Read the budgets of a run.
 
     Raises:
-        FileNotFoundError: If the folder holds no run.
+        FileNotFoundError: If the folder contains no run.
         ValueError: If the method has no budgets or a file is damaged.
     """
     info = read(RunInfo, run)
@@ -104,16 +104,16 @@ def allocation(runs: Sequence[str | Path], *, by: Layers = "block") -> list[Plot
         by: Layer granularity.
 
     Returns:
-        One plot with a table row for each layer and run; `allocation-trend` holds slope and intercept.
+        One plot with a table row for each layer and run; `allocation-trend` contains slope and intercept.
 
     Raises:
-        FileNotFoundError: If a folder holds no run.
+        FileNotFoundError: If a folder contains no run.
         ValueError: If a run has no budgets.
     """
-    read_runs = [read_budgeted_run(run, label) for run, label in zip(runs, run_labels(runs), strict=True)]
+    budgeted_runs = [read_budgeted_run(run, label) for run, label in zip(runs, run_labels(runs), strict=True)]
     rows: list[Row] = []
     trends: list[Row] = []
-    for run in read_runs:
+    for run in budgeted_runs:
         layers = layer_sparsities(run, run.budgets, by)
         slope, intercept = linear_trend([row["sparsity"] for row in layers])
         rows += [{**row, "trend": intercept + slope * row["position"]} for row in layers]
@@ -133,31 +133,31 @@ def layer_sparsities(run: BudgetedRun, budgets: Mapping[str, int], by: Layers) -
 
 
 def evolution(runs: Sequence[str | Path], *, by: Layers = "block") -> list[Plot]:
-    """Plot importance and sparsity of each layer during training (Figure 16), and the total budget (Figure 6).
+    """Plot the importance and sparsity of each layer (Figure 16) and the total budget (Figure 6) during training.
 
-    The importance of a layer is the mean importance of its matrices. Each run has its own column of panels.
+    The importance of a layer is the mean importance of its matrices. Each run has a separate column of panels.
 
     Args:
         runs: Folders of runs with budgets.
         by: Layer granularity.
 
     Returns:
-        Two plots. `evolution` has a table row for each layer after each recorded allocation; the figure shows a
-        selection. `budget` has a row for each allocation, with the scheduled budget.
+        Two plots. `evolution` has a table row for each layer and recorded allocation; the figure shows a subset.
+        `budget` has a row for each allocation, with the scheduled budget.
 
     Raises:
-        FileNotFoundError: If a folder holds no run.
+        FileNotFoundError: If a folder contains no run.
         ValueError: If a run has no budgets or no recorded allocation.
     """
-    read_runs = [read_budgeted_run(run, label) for run, label in zip(runs, run_labels(runs), strict=True)]
-    for run in read_runs:
+    budgeted_runs = [read_budgeted_run(run, label) for run, label in zip(runs, run_labels(runs), strict=True)]
+    for run in budgeted_runs:
         if not run.allocation.history:
             raise ValueError(f"run must have recorded allocations, got {run.label} with none in allocation.json")
-    rows = [row for run in read_runs for step in run.allocation.history for row in _layers_after(run, step, by)]
-    totals = [row for run in read_runs for row in budget_rows(run)]
+    rows = [row for run in budgeted_runs for step in run.allocation.history for row in _layers_after(run, step, by)]
+    totals = [row for run in budgeted_runs for row in budget_rows(run)]
     return [
-        Plot("evolution", rows, partial(_draw_evolution, rows, {run.label: run.metric for run in read_runs}, by)),
-        Plot("budget", totals, partial(_draw_budgets, totals, read_runs)),
+        Plot("evolution", rows, partial(_draw_evolution, rows, {run.label: run.metric for run in budgeted_runs}, by)),
+        Plot("budget", totals, partial(_draw_budgets, totals, budgeted_runs)),
     ]
 
 
@@ -178,7 +178,7 @@ def _layers_after(run: BudgetedRun, step: AllocationStep, by: Layers) -> list[Ro
 
 def budget_rows(run: BudgetedRun) -> list[Row]:
     """Return the total budget after each allocation, and the scheduled budget `b_t` (eq. 12)."""
-    whole, target = run.allocation.total_weights, run.allocation.target_budget
+    total_weights, target = run.allocation.total_weights, run.allocation.target_budget
     first, schedule = run.allocation.history[0].budget, str(run.settings.get("schedule", "cubic"))
     return [
         {
@@ -187,7 +187,7 @@ def budget_rows(run: BudgetedRun) -> list[Row]:
             "t": step.t,
             "total": step.total,
             "budget": step.budget,
-            "share": step.budget / whole,
+            "share": step.budget / total_weights,
             "scheduled": budget_at(step.t, step.total, first, target, schedule),
         }
         for step in run.allocation.history
@@ -195,18 +195,18 @@ def budget_rows(run: BudgetedRun) -> list[Row]:
 
 
 def _draw_allocation(rows: Sequence[Row], by: Layers) -> Figure:
-    """Draw one panel per run with bars of sparsity and the linear trend."""
+    """Draw one panel per run with a bar for the sparsity of each layer, and the linear trend."""
     runs = grouped(rows, "run")
     columns = min(len(runs), 3)
-    widest = max(map(len, runs.values()))
-    width = max(260, 60 + (16 if widest <= 32 else 5) * widest)
-    lines = -(-len(runs) // columns)
+    max_layers = max(map(len, runs.values()))
+    width = max(260, 60 + (16 if max_layers <= 32 else 5) * max_layers)
+    panel_rows = -(-len(runs) // columns)
     titles = [shortened(label, width // 9) for label in runs]
-    figure, panels = new_panels(width * columns, 200 * lines + 50, titles, columns, sharey=True)
+    figure, panels = new_panels(width * columns, 200 * panel_rows + 50, titles, columns, sharey=True)
     for axes, layers in zip(panels, runs.values(), strict=True):
-        places = [row["position"] for row in layers]
-        axes.bar(places, [row["sparsity"] for row in layers], width=0.8, color=ACCENT)
-        axes.plot(places, [row["trend"] for row in layers], color=WARM, linewidth=2.2)
+        positions = [row["position"] for row in layers]
+        axes.bar(positions, [row["sparsity"] for row in layers], width=0.8, color=ACCENT)
+        axes.plot(positions, [row["trend"] for row in layers], color=WARM, linewidth=2.2)
         axes.grid(False, axis="x")
         axes.set_ylim(0, 1.02)
         percent_axis(axes)
@@ -219,7 +219,7 @@ def _draw_allocation(rows: Sequence[Row], by: Layers) -> Figure:
 
 
 def _draw_evolution(rows: Sequence[Row], metrics: Mapping[str, str], by: Layers) -> Figure:
-    """Draw one column per run: importance above, sparsity below, one line per step from light to dark."""
+    """Draw one column per run, importance over sparsity, with one line per step from light to dark."""
     labels = list(metrics)
     titles = [f"{shortened(label, 20)}: {metrics[label]}" for label in labels]
     figure, panels = new_panels(
@@ -228,47 +228,47 @@ def _draw_evolution(rows: Sequence[Row], metrics: Mapping[str, str], by: Layers)
     handles: list[Line2D] = []
     names: list[str] = []
     for column, run_rows in enumerate(grouped(rows, "run").values()):
-        steps = _spread(sorted({row["step"] for row in run_rows}))
-        above, below = panels[column], panels[column + len(labels)]
+        steps = _evenly_spaced(sorted({row["step"] for row in run_rows}))
+        top, bottom = panels[column], panels[column + len(labels)]
         for number, step in enumerate(steps):
             step_rows = [row for row in run_rows if row["step"] == step]
             color = time_color(number, len(steps))
-            places = [row["position"] for row in step_rows]
+            positions = [row["position"] for row in step_rows]
             importance = [row["importance"] if row["importance"] > 0 else np.nan for row in step_rows]
-            above.plot(places, importance, color=color, linewidth=1.8, marker="o", markersize=3)
-            (line,) = below.plot(
-                places, [row["sparsity"] for row in step_rows], color=color, linewidth=1.8, marker="o", markersize=3
+            top.plot(positions, importance, color=color, linewidth=1.8, marker="o", markersize=3)
+            (line,) = bottom.plot(
+                positions, [row["sparsity"] for row in step_rows], color=color, linewidth=1.8, marker="o", markersize=3
             )
             if column == 0:
                 handles.append(line)
                 names.append("start" if step == 0 else f"step {step}")
-        if any(np.isfinite(line.get_ydata()).any() for line in above.lines):
-            log_axis(above)
-        below.set_ylim(-0.02, 1.02)
-        percent_axis(below)
-        _layer_axis(below, [row for row in run_rows if row["step"] == steps[-1]], by)
-        above.tick_params(labelbottom=False)
+        if any(np.isfinite(line.get_ydata()).any() for line in top.lines):
+            log_axis(top)
+        bottom.set_ylim(-0.02, 1.02)
+        percent_axis(bottom)
+        _layer_axis(bottom, [row for row in run_rows if row["step"] == steps[-1]], by)
+        top.tick_params(labelbottom=False)
     panels[0].set_ylabel("importance (log scale)")
     panels[len(labels)].set_ylabel("sparsity ratio")
     if len(labels) > 1:  # runs may have different steps
         names = ["first", *[""] * (len(names) - 2), "last"] if len(names) > 2 else names
-    add_legend(figure, handles, names, columns=min(3 * len(labels), _SHOWN_TIMES))
+    add_legend(figure, handles, names, columns=min(3 * len(labels), _MAX_STEPS))
     return figure
 
 
 def _draw_budgets(rows: Sequence[Row], runs: Sequence[BudgetedRun]) -> Figure:
-    """Draw the total budget of each run as steps, and its schedule as a thin dashed curve."""
+    """Draw the total budget of each run as a step curve and its schedule as a dashed curve."""
     figure, axes = new_figure(560, 340, "Total budget")
     handles = []
     for number, run in enumerate(runs):
         run_rows = [row for row in rows if row["run"] == run.label]
         color, marker = style_of(number)
-        whole, target, first = run.allocation.total_weights, run.allocation.target_budget, run_rows[0]["budget"]
+        total_weights, target, first = run.allocation.total_weights, run.allocation.target_budget, run_rows[0]["budget"]
         schedule, last = str(run.settings.get("schedule", "cubic")), run_rows[-1]
-        fine = np.linspace(0, last["total"], 201)
+        grid = np.linspace(0, last["total"], 201)
         scale = last["step"] / last["t"] if last["t"] else 1.0
-        curve = [budget_at(int(1000 * t), 1000 * last["total"], first, target, schedule) / whole for t in fine]
-        axes.plot(fine * scale, curve, color=color, linewidth=1, linestyle=(0, (4, 3)))
+        curve = [budget_at(int(1000 * t), 1000 * last["total"], first, target, schedule) / total_weights for t in grid]
+        axes.plot(grid * scale, curve, color=color, linewidth=1, linestyle=(0, (4, 3)))
         style: dict[str, Any] = {"color": color, "linewidth": 2, "marker": marker if len(run_rows) <= 30 else ""}
         steps, fractions = [row["step"] for row in run_rows], [row["share"] for row in run_rows]
         handles += axes.step(steps, fractions, where="post", markersize=5, **style)
@@ -281,20 +281,20 @@ def _draw_budgets(rows: Sequence[Row], runs: Sequence[BudgetedRun]) -> Figure:
 
 
 def time_color(number: int, count: int) -> str:
-    """Return the color of one of `count` points in time, from light to the full accent."""
+    """Return the color of step `number` out of `count`, from light to dark."""
     return to_hex(accent_map()(0.18 + 0.82 * number / max(count - 1, 1)), keep_alpha=True)
 
 
-def _spread(values: Sequence[int]) -> list[int]:
+def _evenly_spaced(values: Sequence[int]) -> list[int]:
     """Select evenly spaced values, including the first and the last."""
-    if len(values) <= _SHOWN_TIMES:
+    if len(values) <= _MAX_STEPS:
         return list(values)
-    places = np.linspace(0, len(values) - 1, _SHOWN_TIMES).round().astype(int)
-    return [values[place] for place in places]
+    indices = np.linspace(0, len(values) - 1, _MAX_STEPS).round().astype(int)
+    return [values[index] for index in indices]
 
 
 def _layer_axis(axes: Axes, rows: Sequence[Row], by: Layers) -> None:
-    """Set ticks at layers, labeled with block numbers."""
+    """Place ticks at layers and label them with block numbers."""
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
     if by == "block":
         names = {row["position"]: row["layer"] for row in rows}

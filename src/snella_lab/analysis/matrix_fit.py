@@ -27,9 +27,9 @@ from snella_lab.analysis.plot import Plot, Row, grouped
 
 Merge = Callable[[Tensor, Tensor, KernelScalars], Tensor]
 """Function of factors `A` `[n, r]`, `B` `[m, r]` and scalars; returns `[m, n]`."""
-_STATE = "fits.json"
-_RECORDED = 100
-_REACH = 4.0
+_STATE_FILE = "fits.json"
+_MAX_RECORDED_STEPS = 100
+_X_MAX = 4.0
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class FitConfig:
             if getattr(self, name) < 1
         ]
         if self.r < 2 or self.r % 2:
-            errors.append(f"r must be a multiple of 2, the pieces of a factor row, got {self.r}")
+            errors.append(f"r must be a multiple of 2 (a factor row has two pieces), got {self.r}")
         if not self.ranks or not all(1 <= rank <= self.size for rank in self.ranks):
             errors.append(f"ranks must be in [1, size={self.size}], got {list(self.ranks)}")
         if not 0 < self.density <= 1:
@@ -188,7 +188,9 @@ def fit_kernel(kernel: str, config: FitConfig, on_step: Callable[[int], None] = 
     if shape != [count, size, size]:
         raise ValueError(f"kernel {kernel!r} must return [m, n] = {[size, size]}, got {shape[1:]}")
     optimizer = torch.optim.Adam(parameters, lr=config.lr)
-    recorded = set(np.linspace(0, config.steps - 1, min(_RECORDED, config.steps)).round().astype(int).tolist())
+    recorded = set(
+        np.linspace(0, config.steps - 1, min(_MAX_RECORDED_STEPS, config.steps)).round().astype(int).tolist()
+    )
     steps, gradients, errors = [], [], []
     for step in range(config.steps):
         optimizer.zero_grad()
@@ -216,15 +218,15 @@ def fit_matrices(
     Args:
         config: Settings.
         out: Folder for finished kernels (`fits.json`), from which an interrupted call resumes; None disables it.
-        on_step: Callback that receives the kernel and the step number.
+        on_step: Callback that receives kernel and step number.
 
     Returns:
         Three plots: `kernel-curves` (4a) with table `kernel-curves-definiteness`, see `definiteness`; `fit-error` (4b),
-        mean squared error over rank, with table `fit-error-matrices` of single matrices; `fit-gradient` (4c), gradient
-        norm over steps.
+        mean squared error by rank, with table `fit-error-matrices` by matrix; `fit-gradient` (4c), gradient norm by
+        step.
 
     Raises:
-        ValueError: If a kernel is unknown, or the folder holds fits with other settings.
+        ValueError: If a kernel is unknown, or the folder contains fits with other settings.
     """
     for kernel in config.kernels:
         find_kernel(kernel)
@@ -268,34 +270,34 @@ def fit_matrices(
 
 
 def kernel_curves(kernels: Sequence[str], points: int = 161) -> list[Row]:
-    """Compute κ(1, x) and its derivative for x in [−4, 4], with x as the first coordinate of each piece.
+    """Compute κ(1, x) and its derivative for x in [−4, 4], where x is the first coordinate of each piece.
 
     All scalars are 1 and β is 0. Normalized kernels apply their softmax over the points of the curve; each derivative
     is with respect to the point itself.
     """
-    xs = torch.linspace(-_REACH, _REACH, points, dtype=torch.float64)
+    xs = torch.linspace(-_X_MAX, _X_MAX, points, dtype=torch.float64)
     rows: list[Row] = []
     for name in kernels:
         merge = find_kernel(name)
         A = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
         B = torch.stack([xs, torch.zeros_like(xs)], 1)
-        values = _line(merge, A, B)
-        whole = torch.autograd.functional.jacobian(partial(_line, merge, A), B)
-        slopes = whole[..., 0].diagonal()
+        values = _kernel_values(merge, A, B)
+        jacobian = torch.autograd.functional.jacobian(partial(_kernel_values, merge, A), B)
+        slopes = jacobian[..., 0].diagonal()
         curve = zip(xs.tolist(), values.tolist(), slopes.tolist(), strict=True)
         rows += [{"kernel": name, "x": x, "value": value, "slope": slope} for x, value, slope in curve]
     return rows
 
 
-def _line(merge: Merge, A: Tensor, B: Tensor) -> Tensor:
-    """Return the only column of a merged matrix."""
+def _kernel_values(merge: Merge, A: Tensor, B: Tensor) -> Tensor:
+    """Evaluate the kernel for the single row of `A` and each row of `B`."""
     return merge(A, B, _unit_scalars())[:, 0]
 
 
 def _unit_scalars() -> KernelScalars:
-    """Return scalars with all coefficients 1 and no shift."""
-    one = torch.ones((), dtype=torch.float64)
-    return KernelScalars(torch.ones(2, dtype=torch.float64), one, torch.zeros((), dtype=torch.float64))
+    """Return scalars with all coefficients 1 and shift 0."""
+    alpha = torch.ones((), dtype=torch.float64)
+    return KernelScalars(torch.ones(2, dtype=torch.float64), alpha, torch.zeros((), dtype=torch.float64))
 
 
 def definiteness(kernels: Sequence[str], points: int = 60, r: int = 8, seed: int = 0) -> list[Row]:
@@ -339,8 +341,8 @@ def definiteness(kernels: Sequence[str], points: int = 60, r: int = 8, seed: int
 
 
 def _read_fits(folder: Path, config: FitConfig) -> dict[str, Fit]:
-    """Read the fits of an earlier call with the same settings."""
-    path = folder / _STATE
+    """Read the fits of a previous call with the same settings."""
+    path = folder / _STATE_FILE
     if not path.is_file():
         return {}
     try:
@@ -349,7 +351,7 @@ def _read_fits(folder: Path, config: FitConfig) -> dict[str, Fit]:
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is damaged: {error}; delete it to start again") from error
     if state["settings"] != _settings(config):
-        raise ValueError(f"out={folder} holds fits with other settings, {state['settings']}; choose another folder")
+        raise ValueError(f"out={folder} contains fits with other settings, {state['settings']}; choose another folder")
     return fits
 
 
@@ -357,7 +359,7 @@ def _write_fits(folder: Path, config: FitConfig, fits: Mapping[str, Fit]) -> Non
     """Write the finished fits."""
     folder.mkdir(parents=True, exist_ok=True)
     values = {name: dataclasses.asdict(fit) for name, fit in fits.items()}
-    write_json(folder / _STATE, {"settings": _settings(config), "fits": values})
+    write_json(folder / _STATE_FILE, {"settings": _settings(config), "fits": values})
 
 
 def _settings(config: FitConfig) -> dict[str, Any]:
@@ -384,7 +386,7 @@ def _draw_curves(rows: Sequence[Row]) -> Figure:
 
 
 def _draw_errors(rows: Sequence[Row]) -> Figure:
-    """Draw mean error over rank with standard deviations."""
+    """Draw the mean error versus rank, with standard deviations."""
     figure, axes = new_figure(560, 380, "Fit error of random matrices")
     handles, kernels = [], grouped(rows, "kernel")
     for number, points in enumerate(kernels.values()):
@@ -406,7 +408,7 @@ def _draw_errors(rows: Sequence[Row]) -> Figure:
 
 
 def _draw_gradients(rows: Sequence[Row]) -> Figure:
-    """Draw the gradient norm over steps."""
+    """Draw the gradient norm versus step."""
     figure, axes = new_figure(560, 380, "Gradient norm of the factors")
     handles, kernels = [], grouped(rows, "kernel")
     for number, points in enumerate(kernels.values()):

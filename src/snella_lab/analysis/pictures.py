@@ -1,4 +1,4 @@
-"""Image plots: masks, heat maps and features of several runs, data samples, and generated images."""
+"""Image plots: masks, heat maps, feature embeddings, data samples and generated images."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ from snella_lab.comparison.experiment import DataEntry, data_entry
 from snella_lab.comparison.experiment_files import bundled_experiments, read_experiment
 
 PRETRAINED = "pre-trained"
-_SIDE = 96
+_CELL_SIZE = 96
 _PERPLEXITY = 30.0
 
 
 def samples(sources: Sequence[str], *, limit: int = 6, seed: int = 0) -> list[Plot]:
-    """Plot sample images, one row per dataset, ordered by group (Figure 11).
+    """Plot sample images, one row per dataset, sorted by group (Figure 11).
 
     Args:
-        sources: Data as in `snella train`, or names or files of experiments, whose data and groups are used.
+        sources: Data specifications as in `snella train`, or experiment names or files.
         limit: Images per dataset, from different classes where possible.
         seed: Seed of the selection.
 
@@ -53,7 +53,7 @@ def samples(sources: Sequence[str], *, limit: int = 6, seed: int = 0) -> list[Pl
     """
     if limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
-    entries = [entry for source in sources for entry in _entries(str(source))]
+    entries = [entry for source in sources for entry in _data_entries(str(source))]
     order = list(dict.fromkeys(entry.group for entry in entries))
     entries.sort(key=lambda entry: order.index(entry.group))
     rows: list[Row] = []
@@ -61,8 +61,8 @@ def samples(sources: Sequence[str], *, limit: int = 6, seed: int = 0) -> list[Pl
     titles: list[str] = []
     for entry in entries:
         splits = load_data(entry.data, seed=seed)
-        chosen = _of_each_class(splits.train.labels, limit, seed)
-        images.append([splits.train.image(index) for index in chosen])
+        selected = _class_balanced_indices(splits.train.labels, limit, seed)
+        images.append([splits.train.image(index) for index in selected])
         group = "" if entry.group == entry.name else f"{entry.group}: "
         titles.append(f"{group}{entry.name}")
         rows += [
@@ -72,10 +72,10 @@ def samples(sources: Sequence[str], *, limit: int = 6, seed: int = 0) -> list[Pl
                 "class": splits.classes[splits.train.labels[index]] if splits.classes else "",
                 "image": splits.train.names[index],
             }
-            for index in chosen
+            for index in selected
         ]
-    heads = [[shortened(str(row["class"]), 13) for row in rows if row["data"] == entry.name] for entry in entries]
-    return [Plot("samples", rows, partial(_draw_grid, images, titles, heads))]
+    captions = [[shortened(str(row["class"]), 13) for row in rows if row["data"] == entry.name] for entry in entries]
+    return [Plot("samples", rows, partial(_draw_grid, images, titles, captions))]
 
 
 def masks(runs: Sequence[str | Path], *, split: Split = "auto", limit: int = 6, device: str = "auto") -> list[Plot]:
@@ -88,20 +88,20 @@ def masks(runs: Sequence[str | Path], *, split: Split = "auto", limit: int = 6, 
         device: auto, or a torch device such as cpu, cuda:1 or mps.
 
     Returns:
-        One plot with a table row for each image and the Dice of each run, averaged over classes without background.
+        One plot with a table row for each image and the Dice of each run, averaged over foreground classes.
 
     Raises:
-        FileNotFoundError: If a folder holds no finished run.
+        FileNotFoundError: If a folder contains no finished run.
         ValueError: If a run has another task than segmentation.
     """
     first = load_run(runs[0], device)
     _, _, parts = images_for_run(first, None, split)
     items = [(part, index) for part in parts for index in range(len(part))]
-    chosen = [items[i * len(items) // min(limit, len(items))] for i in range(min(limit, len(items)))]
-    rows: list[dict[str, object]] = [{"image": part.names[index]} for part, index in chosen]
-    columns: list[list[Image.Image]] = [[part.image(index) for part, index in chosen]]
+    selected = [items[i * len(items) // min(limit, len(items))] for i in range(min(limit, len(items)))]
+    rows: list[dict[str, object]] = [{"image": part.names[index]} for part, index in selected]
+    columns: list[list[Image.Image]] = [[part.image(index) for part, index in selected]]
     true: list[np.ndarray] = []
-    for part, index in chosen:
+    for part, index in selected:
         if not isinstance(part, MaskDataset):
             raise ValueError(f"masks requires segmentation runs, got {runs[0]} with task {first.task.name!r}")
         true.append(np.asarray(part.mask(index)))
@@ -121,10 +121,10 @@ def masks(runs: Sequence[str | Path], *, split: Split = "auto", limit: int = 6, 
             row[f"dice {label}"] = mean_dice(mask, truth)
         columns.append([overlay(image, mask) for image, mask in zip(columns[0], predicted, strict=True)])
     titles = ["image", "true mask", *run_labels(runs)]
-    heads = [[""] * len(rows)] * 2 + [
+    captions = [[""] * len(rows)] * 2 + [
         [f"Dice {row[f'dice {label}']:.2f}" for row in rows] for label in run_labels(runs)
     ]
-    return [Plot("masks", rows, partial(_draw_grid, columns, titles, heads))]
+    return [Plot("masks", rows, partial(_draw_grid, columns, titles, captions))]
 
 
 def gradcam(
@@ -136,11 +136,11 @@ def gradcam(
     seed: int = 0,
     device: str = "auto",
 ) -> list[Plot]:
-    """Plot heat maps of the evidence for the true class, for the pre-trained model and each run (Figure 15).
+    """Plot class activation maps of the true class for the pre-trained model and each run (Figure 15).
 
-    Images are cropped by the first run's transform. The maps come from `snella_app.report.examples.heat_maps`, which
-    supports ViT, Swin, ConvNeXt and other timm models. The pre-trained model combines the first run's backbone before
-    training with that run's trained head.
+    Images are cropped by the first run's transform. The maps are computed by `snella_app.report.examples.heat_maps`,
+    which supports ViT, Swin, ConvNeXt and other timm models. The pre-trained model combines the first run's pre-trained
+    backbone with its trained head.
 
     Args:
         runs: Folders of classification runs.
@@ -154,18 +154,20 @@ def gradcam(
         One plot with a table row for each image and model, with the fraction of the map's mass in the central ninth.
 
     Raises:
-        FileNotFoundError: If a folder holds no finished run, or the data no longer exists.
+        FileNotFoundError: If a folder contains no finished run, or the data no longer exists.
         ValueError: If a run has another task than classification, or its model has no feature map.
         ImportError: If Captum is not installed.
     """
     first = load_run(runs[0], device)
     splits, _, parts = images_for_run(first, data, split)
     items = [(part, index) for part in parts for index in range(len(part))]
-    chosen = [items[place] for place in _of_each_class([part.labels[index] for part, index in items], limit, seed)]
-    photographs = [part.image(index) for part, index in chosen]
-    shown = [_as_seen(first, image) for image in photographs]
-    numbers = torch.tensor([first.classes.index(splits.classes[part.labels[index]]) for part, index in chosen])
-    lines: list[list[Image.Image]] = [shown]
+    selected = [
+        items[index] for index in _class_balanced_indices([part.labels[index] for part, index in items], limit, seed)
+    ]
+    images = [part.image(index) for part, index in selected]
+    inputs = [_model_input_image(first, image) for image in images]
+    numbers = torch.tensor([first.classes.index(splits.classes[part.labels[index]]) for part, index in selected])
+    grid: list[list[Image.Image]] = [inputs]
     rows: list[Row] = []
     labels = run_labels(runs)
     for label, run in zip([PRETRAINED, *labels], [None, *runs], strict=True):
@@ -173,25 +175,25 @@ def gradcam(
         if loaded.task.name != "classification":
             raise ValueError(f"gradcam requires classification runs, got {run} with task {loaded.task.name!r}")
         model = _pretrained_with_head(loaded) if run is None else loaded.model
-        batch = torch.stack([loaded.transform(image) for image in photographs]).to(loaded.device)
+        batch = torch.stack([loaded.transform(image) for image in images]).to(loaded.device)
         maps = heat_maps(model.to(loaded.device), batch, numbers)
-        lines.append([overlay_heat(image, heat) for image, heat in zip(shown, maps, strict=True)])
+        grid.append([overlay_heat(image, heat) for image, heat in zip(inputs, maps, strict=True)])
         rows += [
             {
                 "run": label,
                 "image": part.names[index],
                 "class": splits.classes[part.labels[index]],
-                "share_in_middle": middle_share(heat),
+                "share_in_middle": center_fraction(heat),
             }
-            for (part, index), heat in zip(chosen, maps, strict=True)
+            for (part, index), heat in zip(selected, maps, strict=True)
         ]
-    heads = [[shortened(splits.classes[part.labels[index]], 13) for part, index in chosen]]
-    heads += [[""] * len(shown)] * (len(lines) - 1)
-    return [Plot("gradcam", rows, partial(_draw_grid, lines, ["image", PRETRAINED, *labels], heads))]
+    captions = [[shortened(splits.classes[part.labels[index]], 13) for part, index in selected]]
+    captions += [[""] * len(inputs)] * (len(grid) - 1)
+    return [Plot("gradcam", rows, partial(_draw_grid, grid, ["image", PRETRAINED, *labels], captions))]
 
 
 def _pretrained_with_head(loaded: LoadedRun) -> nn.Module:
-    """Return the run's backbone before training with the trained head."""
+    """Return the pre-trained backbone of a run with the trained head."""
     model = make_backbone(loaded.info.backbone)
     name = spec_of(loaded.model).head
     trained = {
@@ -204,19 +206,19 @@ def _pretrained_with_head(loaded: LoadedRun) -> nn.Module:
     return model.eval()
 
 
-def _as_seen(loaded: LoadedRun, image: Image.Image) -> Image.Image:
-    """Return an image after the run's transform, without normalization, as background of a heat map."""
+def _model_input_image(loaded: LoadedRun, image: Image.Image) -> Image.Image:
+    """Return an image after the run's transform but without normalization, as the background of a heat map."""
     mean, std = (torch.tensor(loaded.info.data_config[name]).view(-1, 1, 1) for name in ("mean", "std"))
     values = (loaded.transform(image)[:3] * std[:3] + mean[:3]).clamp(0, 1)
     pixels = (255 * values).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    return Image.fromarray(pixels).resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)
+    return Image.fromarray(pixels).resize((_CELL_SIZE, _CELL_SIZE), Image.Resampling.BICUBIC)
 
 
-def middle_share(heat: np.ndarray) -> float:
-    """Return the fraction of a map's sum in the middle third of its height and width; 0 for a map of zeros."""
+def center_fraction(heat: np.ndarray) -> float:
+    """Return the fraction of a map's sum in the central third of height and width; 0 if the map is zero."""
     height, width = heat.shape
-    middle = heat[height // 3 : height - height // 3, width // 3 : width - width // 3]
-    return float(middle.sum() / heat.sum()) if heat.any() else 0.0
+    center = heat[height // 3 : height - height // 3, width // 3 : width - width // 3]
+    return float(center.sum() / heat.sum()) if heat.any() else 0.0
 
 
 def images(folders: Sequence[str | Path], *, limit: int = 6) -> list[Plot]:
@@ -224,53 +226,57 @@ def images(folders: Sequence[str | Path], *, limit: int = 6) -> list[Plot]:
 
     Args:
         folders: Image folders, e.g. from `snella generate`, which names files by prompt and seed. The plot shows the
-            names that most folders share; a folder with none of them, e.g. the subject's photos, shows its first
-            images.
+            names that most folders have in common. A folder without these names, e.g. the subject's photos, shows its
+            first images.
         limit: Images per folder.
 
     Returns:
         One plot with a table row for each image.
 
     Raises:
-        FileNotFoundError: If a folder holds no images.
+        FileNotFoundError: If a folder contains no images.
     """
     files = {Path(folder): sorted(p for p in Path(folder).iterdir() if is_image(p)) for folder in map(Path, folders)}
     for folder, paths in files.items():
         if not paths:
-            raise FileNotFoundError(f"folder {folder} holds no images")
+            raise FileNotFoundError(f"folder {folder} contains no images")
     counts = Counter(path.name for paths in files.values() for path in paths)
     shared = max(counts.values())
     common = sorted(name for name, count in counts.items() if count == shared and count > 1)
-    grid: list[list[Path]] = []
+    paths_by_folder: list[list[Path]] = []
     for folder, paths in files.items():
         selected = [folder / name for name in common if folder / name in paths] or paths
-        grid.append(selected[:limit])
+        paths_by_folder.append(selected[:limit])
     labels = run_labels(folders)
-    rows = [{"folder": label, "image": path.name} for label, paths in zip(labels, grid, strict=True) for path in paths]
-    pictures = [[read_image(path) for path in paths] for paths in grid]
-    heads = [[shortened(path.stem, 13) for path in paths] for paths in grid]
-    return [Plot("images", rows, partial(_draw_grid, pictures, labels, heads))]
+    rows = [
+        {"folder": label, "image": path.name}
+        for label, paths in zip(labels, paths_by_folder, strict=True)
+        for path in paths
+    ]
+    loaded = [[read_image(path) for path in paths] for paths in paths_by_folder]
+    captions = [[shortened(path.stem, 13) for path in paths] for paths in paths_by_folder]
+    return [Plot("images", rows, partial(_draw_grid, loaded, labels, captions))]
 
 
 def mean_dice(mask: np.ndarray, truth: np.ndarray) -> float:
-    """Compute the Dice score 2·|A ∩ B| / (|A| + |B|), averaged over the nonzero classes present; 1 without any."""
+    """Compute the Dice score 2·|A ∩ B| / (|A| + |B|), averaged over all nonzero classes; 1 if there are none."""
     classes = [label for label in np.union1d(mask, truth) if label > 0]
     if not classes:
         return 1.0
-    both = [float(((mask == label) & (truth == label)).sum()) for label in classes]
+    intersections = [float(((mask == label) & (truth == label)).sum()) for label in classes]
     sizes = [float((mask == label).sum() + (truth == label).sum()) for label in classes]
-    return float(np.mean([2 * shared / size for shared, size in zip(both, sizes, strict=True)]))
+    return float(np.mean([2 * intersection / size for intersection, size in zip(intersections, sizes, strict=True)]))
 
 
-def _entries(source: str) -> list[DataEntry]:
+def _data_entries(source: str) -> list[DataEntry]:
     """Return the data entries of an experiment, or of a single data specification."""
     if source in bundled_experiments() or source.endswith((".yaml", ".yml")):
         return list(read_experiment(source).data)
     return [data_entry(source)]
 
 
-def _of_each_class(labels: Sequence[int], count: int, seed: int) -> list[int]:
-    """Return indices of random items, cycling through the classes."""
+def _class_balanced_indices(labels: Sequence[int], count: int, seed: int) -> list[int]:
+    """Sample indices in random order, cycling through the classes."""
     order = np.random.default_rng(seed).permutation(len(labels)).tolist()
     by_class: dict[int, list[int]] = {}
     for index in order:
@@ -280,34 +286,38 @@ def _of_each_class(labels: Sequence[int], count: int, seed: int) -> list[int]:
 
 
 _GAP, _TITLE, _CAPTION = 12, 24, 17
-"""Heights in pixels: gap between cells, row title, image caption."""
+"""Heights of cell gap, row title and image caption in pixels."""
 
 
-def _draw_grid(lines: Sequence[Sequence[Image.Image]], titles: Sequence[str], heads: Sequence[Sequence[str]]) -> Figure:
-    """Draw one row of images per title with a caption above each image, in cells of equal size."""
-    columns = max(map(len, lines))
-    tops = [_TITLE + _CAPTION * any(line) for line in heads]
-    width = (_SIDE + _GAP) * columns + _GAP
-    height = (_SIDE + _GAP) * len(lines) + sum(tops) + _GAP
-    figure, panels = new_panels(width, height, [""] * (columns * len(lines)), columns)
+def _draw_grid(
+    grid: Sequence[Sequence[Image.Image]], titles: Sequence[str], captions: Sequence[Sequence[str]]
+) -> Figure:
+    """Draw a grid with one titled row of images per entry of `titles` and a caption above each image."""
+    columns = max(map(len, grid))
+    tops = [_TITLE + _CAPTION * any(cells) for cells in captions]
+    width = (_CELL_SIZE + _GAP) * columns + _GAP
+    height = (_CELL_SIZE + _GAP) * len(grid) + sum(tops) + _GAP
+    figure, panels = new_panels(width, height, [""] * (columns * len(grid)), columns)
     figure.set_layout_engine("none")
     bottom = height
-    for row, line in enumerate(lines):
-        bottom -= _GAP + tops[row] + _SIDE
+    for row, cells in enumerate(grid):
+        bottom -= _GAP + tops[row] + _CELL_SIZE
         left = _GAP / width
         title = shortened(titles[row], 10 * columns)
-        place = (bottom + _SIDE + tops[row] - 3) / height
-        figure.text(left, place, title, color=INK, fontsize=11, fontweight="bold", va="top")
+        y = (bottom + _CELL_SIZE + tops[row] - 3) / height
+        figure.text(left, y, title, color=INK, fontsize=11, fontweight="bold", va="top")
         for column in range(columns):
             axes = panels[row * columns + column]
             axes.set_axis_off()
-            corner = _GAP + (_SIDE + _GAP) * column
-            axes.set_position((corner / width, bottom / height, _SIDE / width, _SIDE / height))
-            if column < len(line):
-                image = line[column].convert("RGB")
-                image.thumbnail((2 * _SIDE, 2 * _SIDE), Image.Resampling.LANCZOS)
+            corner = _GAP + (_CELL_SIZE + _GAP) * column
+            axes.set_position((corner / width, bottom / height, _CELL_SIZE / width, _CELL_SIZE / height))
+            if column < len(cells):
+                image = cells[column].convert("RGB")
+                image.thumbnail((2 * _CELL_SIZE, 2 * _CELL_SIZE), Image.Resampling.LANCZOS)
                 axes.imshow(np.asarray(image), interpolation="none" if min(image.size) > 40 else "nearest")
-                figure.text(corner / width, (bottom + _SIDE + 4) / height, heads[row][column], color=INK, fontsize=9)
+                figure.text(
+                    corner / width, (bottom + _CELL_SIZE + 4) / height, captions[row][column], color=INK, fontsize=9
+                )
     return figure
 
 
@@ -341,18 +351,18 @@ def features(
         One plot with a table row for each image and model; `features-nmi` has a row for each model.
 
     Raises:
-        FileNotFoundError: If a folder holds no finished run, or the data no longer exists.
+        FileNotFoundError: If a folder contains no finished run, or the data no longer exists.
         ValueError: If a run has another task than classification.
     """
     labels = run_labels(runs)
     first = load_run(runs[0], device)
     splits, _, parts = images_for_run(first, data, split)
     classes = [label for part in parts for label in part.labels]
-    chosen = np.arange(len(classes))
+    selected = np.arange(len(classes))
     if len(classes) > limit:
         names = splits.classes
-        chosen = np.array(sorted(stratified_sample(classes, limit, seed=seed, classes=names, argument="limit")))
-    targets = np.array(classes)[chosen]
+        selected = np.array(sorted(stratified_sample(classes, limit, seed=seed, classes=names, argument="limit")))
+    targets = np.array(classes)[selected]
     models: list[tuple[str, NDArray[np.float32]]] = []
     for label, run in zip([PRETRAINED, *labels], [None, *runs], strict=True):
         loaded = first if run is None else load_run(run, device)
@@ -363,12 +373,12 @@ def features(
             raise ValueError(f"features requires classification runs, got {run} with task {loaded.task.name!r}")
         starts = np.cumsum([0, *map(len, parts)])
         subsets = [
-            part.subset((chosen[(chosen >= start) & (chosen < start + len(part))] - start).tolist())
+            part.subset((selected[(selected >= start) & (selected < start + len(part))] - start).tolist())
             for part, start in zip(parts, starts, strict=False)
         ]
         inputs = [part.with_transform(loaded.transform) for part in subsets if len(part)]
         models.append((label, head_inputs(model, inputs, batch_size)))
-    points = {label: embed(values, seed) for label, values in models}
+    embeddings = {label: embed(values, seed) for label, values in models}
     scores: list[Row] = [
         {
             "run": label,
@@ -380,8 +390,8 @@ def features(
     ]
     rows = [
         {"run": label, "image": int(index), "class": splits.classes[number], "x": float(x), "y": float(y)}
-        for label, places in points.items()
-        for index, number, (x, y) in zip(chosen, targets, places, strict=True)
+        for label, points in embeddings.items()
+        for index, number, (x, y) in zip(selected, targets, points, strict=True)
     ]
     notes = [f"{row['run']}: NMI {row['nmi']:.3f}" for row in scores]
     return [Plot("features", rows, partial(_draw_features, rows, scores), notes, {"nmi": scores})]
@@ -402,7 +412,7 @@ def cluster_nmi(values: NDArray[np.float32], classes: NDArray[np.int64], seed: i
 
 
 def _normalized(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Normalize features to unit length, so that outliers in norm do not dominate."""
+    """Normalize features to unit length to limit the influence of outliers."""
     norms = np.linalg.norm(values, axis=1, keepdims=True)
     return (values / np.maximum(norms, 1e-12)).astype(np.float32)
 
@@ -420,8 +430,8 @@ def _draw_features(rows: Sequence[Row], scores: Sequence[Row]) -> Figure:
         for number, name in enumerate(classes):
             color, marker = style_of(number)
             points = [row for row in rows if row["run"] == score["run"] and row["class"] == name]
-            places = [row["x"] for row in points], [row["y"] for row in points]
-            axes.plot(*places, linestyle="none", marker=marker, color=color, markersize=4, alpha=0.85)
+            coordinates = [row["x"] for row in points], [row["y"] for row in points]
+            axes.plot(*coordinates, linestyle="none", marker=marker, color=color, markersize=4, alpha=0.85)
         axes.grid(False)
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set(visible=True, color=MUTED)

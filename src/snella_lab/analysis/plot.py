@@ -32,7 +32,7 @@ KINDS = {
     "gradcam": "pictures",
     "images": "pictures",
 }
-"""Module of `snella_lab.analysis` that defines the function of each plot kind."""
+"""Module in `snella_lab.analysis` of each plot function."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Plot:
         rows: Data, one mapping from column to value per CSV row.
         draw: Function that creates the figure.
         notes: Notes for the reader, one per line.
-        tables: Further tables by file name suffix.
+        tables: Additional tables by file name suffix.
     """
 
     name: str
@@ -64,7 +64,7 @@ def write_plots(plots: Sequence[Plot], out: str | Path, *, overwrite: bool = Fal
 
     Returns:
         Paths of `NAME.svg`, `NAME.png`, `NAME-dark.svg`, `NAME-dark.png` and `NAME.csv` of each plot, and
-        `NAME-TABLE.csv` of its further tables.
+        `NAME-TABLE.csv` of its additional tables.
 
     Raises:
         FileExistsError: If a file exists; nothing is written.
@@ -77,13 +77,13 @@ def write_plots(plots: Sequence[Plot], out: str | Path, *, overwrite: bool = Fal
         for plot in plots
         for ending, rows in {"": plot.rows, **{f"-{name}": rows for name, rows in plot.tables.items()}}.items()
     }
-    pictures = (
+    figures = (
         folder / f"{plot.name}{dark}.{kind}" for plot in plots for dark in ("", "-dark") for kind in ("svg", "png")
     )
-    present = [path for path in (*tables, *pictures) if path.exists()]
-    if present and not overwrite:
+    existing = [path for path in (*tables, *figures) if path.exists()]
+    if existing and not overwrite:
         raise FileExistsError(
-            f"out={folder} already holds {present[0].name!r}; choose another folder, or replace it with --overwrite "
+            f"out={folder} already contains {existing[0].name!r}; choose another folder, or pass --overwrite "
             "(overwrite=True)"
         )
     with made_folder(folder):

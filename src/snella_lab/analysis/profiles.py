@@ -26,31 +26,33 @@ from snella_lab.comparison.store import FILE as ROWS_FILE
 from snella_lab.comparison.store import read_lines
 from snella_lab.comparison.summary import summarize
 
-_LEAST_SPAN = 0.02
-_MOST_POINTS = 120
+_MIN_SPAN = 0.02
+_MAX_POINTS = 120
 _PHASES = ("forward", "backward", "optimizer")
 
 
 def radar(folders: Sequence[str | Path]) -> list[Plot]:
     """Plot the accuracy of methods by task group as a radar, one axis per group and comparison (Figure 2).
 
-    Each axis has its own scale; its highest mean lies on the rim. The table holds the unscaled accuracies.
+    Each axis has a separate scale with the highest mean at the rim. The table contains the unscaled accuracies.
 
     Args:
-        folders: Comparison folders written by `snella compare`; only methods common to all are drawn.
+        folders: Comparison folders written by `snella compare`; only methods in all of them are drawn.
 
     Returns:
         One plot with a table row for each method and axis.
 
     Raises:
-        FileNotFoundError: If a folder holds no comparison.
-        ValueError: If the comparisons share no method, or the radar has fewer than three axes.
+        FileNotFoundError: If a folder contains no comparison.
+        ValueError: If the comparisons have no method in common, or the radar has fewer than three axes.
     """
     labels = run_labels(folders)
     results: dict[str, dict[str, tuple[float, float, int]]] = {}
     for label, folder in zip(labels, map(Path, folders), strict=True):
         if not (folder / EXPERIMENT_FILE).is_file():
-            raise FileNotFoundError(f"{folder} holds no comparison: {EXPERIMENT_FILE} is missing; run snella compare")
+            raise FileNotFoundError(
+                f"{folder} contains no comparison: {EXPERIMENT_FILE} is missing; run snella compare"
+            )
         rows, _ = read_lines(folder / ROWS_FILE)
         summary = summarize(read_experiment(str(folder / EXPERIMENT_FILE)), list(rows.values()))
         for group, tasks in summary.groups.items():
@@ -64,7 +66,7 @@ def radar(folders: Sequence[str | Path]) -> list[Plot]:
                     results.setdefault(axis, {})[method.name] = (mean, deviation, len(tasks))
     methods = [name for name in next(iter(results.values()), {}) if all(name in values for values in results.values())]
     if not methods:
-        raise ValueError(f"folders must share a method that is finished on all tasks, got none in {', '.join(labels)}")
+        raise ValueError(f"folders must have a finished method in common, got none in {', '.join(labels)}")
     if len(results) < 3:
         raise ValueError(f"a radar must have at least 3 axes, got {', '.join(results)}; add comparisons or groups")
     table = []
@@ -80,7 +82,7 @@ def radar(folders: Sequence[str | Path]) -> list[Plot]:
 
 def scaled_radius(value: float, low: float, high: float) -> float:
     """Scale a value to a radius: 1 at `high`, and 0.3 at `low` unless the range is below the minimum span."""
-    span = max(high - low, _LEAST_SPAN)
+    span = max(high - low, _MIN_SPAN)
     return 1 - 0.7 * (high - value) / span
 
 
@@ -88,18 +90,19 @@ def memory(runs: Sequence[str | Path], *, steps: int = 2, batch_size: int | None
     """Plot the memory of live tensors during training steps of each run (Figure 7b).
 
     Each model takes `steps` training steps on random images with AdamW. After every torch operation, the plot records
-    the bytes of all live tensors, weights included. An allocator reserves more.
+    the bytes of all live tensors, including weights. The memory reserved by an allocator is larger.
 
     Args:
-        runs: Run folders; comparable for one backbone and batch size.
+        runs: Run folders; results are comparable for the same backbone and batch size.
         steps: Number of training steps.
-        batch_size: Batch size; None uses that of the first run.
+        batch_size: Batch size; None uses the batch size of the first run.
 
     Returns:
-        One plot with a table row for each point in time; `memory-peaks` holds the peak of each phase of the last step.
+        One plot with a table row for each point in time. `memory-peaks` contains the peaks of the phases of the last
+        step.
 
     Raises:
-        FileNotFoundError: If a folder holds no run with an adapter.
+        FileNotFoundError: If a folder contains no run with an adapter.
         ValueError: If `steps` or `batch_size` is smaller than 1.
     """
     for name, value in (("steps", steps), ("batch_size", batch_size)):
@@ -114,11 +117,11 @@ def memory(runs: Sequence[str | Path], *, steps: int = 2, batch_size: int | None
         channels, height, width = loaded.info.data_config["input_size"]
         images = torch.randn(size, channels, height, width, generator=torch.Generator().manual_seed(0))
         points = follow_memory(loaded.model, images, steps)
-        rows += [{"run": label, "batch_size": size, **point} for point in _thinned(points)]
+        rows += [{"run": label, "batch_size": size, **point} for point in _downsample(points)]
         last = [point for point in points if point["step"] == steps]
         for phase in _PHASES:
-            most = max(point["mib"] for point in last if point["phase"] == phase)
-            peaks.append({"run": label, "batch_size": size, "phase": phase, "peak_mib": most})
+            peak = max(point["mib"] for point in last if point["phase"] == phase)
+            peaks.append({"run": label, "batch_size": size, "phase": phase, "peak_mib": peak})
     return [Plot("memory", rows, partial(_draw_memory, rows), (), {"peaks": peaks})]
 
 
@@ -126,20 +129,20 @@ class LiveTensors(TorchDispatchMode):
     """Dispatch mode that counts the bytes of live storages created by torch operations.
 
     Args:
-        known: Existing tensors to include, such as a model's weights.
+        existing: Tensors to include from the start, such as a model's weights.
 
     Attributes:
         live: Current number of bytes.
         points: Step, phase and bytes after each operation.
     """
 
-    def __init__(self, known: Sequence[Tensor] = ()) -> None:
+    def __init__(self, existing: Sequence[Tensor] = ()) -> None:
         super().__init__()
         self.live = 0
         self.points: list[tuple[int, str, int]] = []
-        self.place = (1, _PHASES[0])
+        self.step_phase = (1, _PHASES[0])
         self._seen: set[int] = set()
-        for tensor in known:
+        for tensor in existing:
             self._track(tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -148,7 +151,7 @@ class LiveTensors(TorchDispatchMode):
         for leaf in tree_leaves(outputs):
             if isinstance(leaf, Tensor):
                 self._track(leaf)
-        self.points.append((*self.place, self.live))
+        self.points.append((*self.step_phase, self.live))
         return outputs
 
     def _track(self, tensor: Tensor) -> None:
@@ -176,7 +179,7 @@ def follow_memory(model: nn.Module, images: Tensor, steps: int) -> list[dict[str
         steps: Number of training steps.
 
     Returns:
-        Points with `step`, `phase`, `position` (each phase has length 1) and `mib`; the first point is the memory
+        Points with `step`, `phase`, `position` (each phase has length 1) and `mib`. The first point is the memory
         before training.
     """
     model.train()
@@ -187,13 +190,13 @@ def follow_memory(model: nn.Module, images: Tensor, steps: int) -> list[dict[str
     with live, warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* no budget allocator is attached")  # dummy steps need no allocator
         for step in range(1, steps + 1):
-            live.place = (step, "forward")
+            live.step_phase = (step, "forward")
             outputs = model(images)
             loss = outputs.float().square().mean()
             del outputs
-            live.place = (step, "backward")
+            live.step_phase = (step, "backward")
             loss.backward()
-            live.place = (step, "optimizer")
+            live.step_phase = (step, "optimizer")
             optimizer.step()
             optimizer.zero_grad()
             del loss
@@ -210,18 +213,18 @@ def follow_memory(model: nn.Module, images: Tensor, steps: int) -> list[dict[str
     return points
 
 
-def _thinned(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Reduce each phase to at most `_MOST_POINTS` points by taking local maxima."""
+def _downsample(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Reduce each phase to at most `_MAX_POINTS` points by taking local maxima."""
     maxima: list[dict[str, Any]] = []
-    for place in dict.fromkeys((point["step"], point["phase"]) for point in points):
-        group = [point for point in points if (point["step"], point["phase"]) == place]
-        width = math.ceil(len(group) / _MOST_POINTS)
+    for step_phase in dict.fromkeys((point["step"], point["phase"]) for point in points):
+        group = [point for point in points if (point["step"], point["phase"]) == step_phase]
+        width = math.ceil(len(group) / _MAX_POINTS)
         maxima += [max(group[i : i + width], key=lambda point: point["mib"]) for i in range(0, len(group), width)]
     return maxima
 
 
 def _draw_radar(rows: Sequence[Row]) -> Figure:
-    """Draw one polygon per method, with the highest accuracy at the end of each axis."""
+    """Draw one polygon per method and label each axis with the highest accuracy."""
     axes_names = list(dict.fromkeys(row["axis"] for row in rows))
     methods = grouped(rows, "method")
     figure, axes = new_figure(560, 410 + 20 * -(-len(methods) // 4))
@@ -235,22 +238,22 @@ def _draw_radar(rows: Sequence[Row]) -> Figure:
         axes.plot([0, np.cos(angle)], [0, np.sin(angle)], color=GRID, linewidth=1)
         best = max(row["accuracy"] for row in rows if row["axis"] == name)
         side = "center" if abs(np.cos(angle)) < 0.1 else "left" if np.cos(angle) > 0 else "right"
-        place = (1.1 * np.cos(angle), 1.14 * np.sin(angle))
-        axes.text(*place, shortened(name, 22), ha=side, va="bottom", color=INK, fontsize=12)
-        axes.text(*place, f"{100 * best:.1f} %", ha=side, va="top", color=MUTED, fontsize=11)
+        anchor = (1.1 * np.cos(angle), 1.14 * np.sin(angle))
+        axes.text(*anchor, shortened(name, 22), ha=side, va="bottom", color=INK, fontsize=12)
+        axes.text(*anchor, f"{100 * best:.1f} %", ha=side, va="top", color=MUTED, fontsize=11)
     handles = []
-    for number, own in enumerate(methods.values()):
+    for number, points in enumerate(methods.values()):
         color, marker = style_of(number)
-        radii = np.array([row["radius"] for row in own])
-        closed, turn = np.append(radii, radii[0]), np.append(angles, angles[0])
-        look: dict[str, Any] = {"color": color, "marker": marker, "markersize": 5, "linewidth": 1.8}
-        handles += axes.plot(closed * np.cos(turn), closed * np.sin(turn), **look)
+        radii = np.array([row["radius"] for row in points])
+        closed_radii, closed_angles = np.append(radii, radii[0]), np.append(angles, angles[0])
+        style: dict[str, Any] = {"color": color, "marker": marker, "markersize": 5, "linewidth": 1.8}
+        handles += axes.plot(closed_radii * np.cos(closed_angles), closed_radii * np.sin(closed_angles), **style)
     add_legend(figure, handles, [shortened(method) for method in methods], columns=4)
     return figure
 
 
 def _draw_memory(rows: Sequence[Row]) -> Figure:
-    """Draw one line per run over the phases of the steps."""
+    """Draw one line per run, with ticks for the phases of each step."""
     figure, axes = new_figure(640, 380, f"Live tensors during training, batch size {rows[0]['batch_size']}")
     handles, runs = [], grouped(rows, "run")
     for number, points in enumerate(runs.values()):
@@ -261,9 +264,9 @@ def _draw_memory(rows: Sequence[Row]) -> Figure:
             linewidth=1.8,
         )
     last = math.ceil(max(row["position"] for row in rows))
-    for place in range(0, last + 1, len(_PHASES)):
-        axes.axvline(place, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
-    axes.set_xticks([place + 0.5 for place in range(last)], [_PHASES[place % 3] for place in range(last)])
+    for position in range(0, last + 1, len(_PHASES)):
+        axes.axvline(position, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+    axes.set_xticks([position + 0.5 for position in range(last)], [_PHASES[position % 3] for position in range(last)])
     axes.tick_params(axis="x", length=0)
     axes.grid(False, axis="x")
     axes.set_ylim(bottom=0)

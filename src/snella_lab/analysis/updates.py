@@ -58,23 +58,23 @@ class RunUpdates:
 def read_updates(run: str | Path, label: str) -> RunUpdates:
     """Read the weight updates of a run.
 
-    For SNELLA and LoRA, the adapter file suffices, for any task. For other methods, updates are the differences between
-    the merged model and the backbone.
+    SNELLA and LoRA updates are computed from the adapter file, for any task. For other methods, updates are the
+    differences between merged model and backbone.
 
     Raises:
-        FileNotFoundError: If the run has no adapter or the folder holds no run.
-        ValueError: If the method changes no weights, e.g. prompts.
+        FileNotFoundError: If the run has no adapter or the folder contains no run.
+        ValueError: If the method changes no weights, e.g. prompt tuning.
     """
     adapter = read_adapter(run)
     if adapter is None:
         raise FileNotFoundError(f"run {run} has no adapter yet; choose a run that has finished an epoch")
     allocation = read_if_present(Allocation, run)
     infos = {} if allocation is None else {matrix.name: matrix for matrix in allocation.matrices}
-    shapes, make = adapter_updates(adapter, infos) or _of_differences(run)
+    shapes, make = adapter_updates(adapter, infos) or _merge_differences(run)
     return RunUpdates(label, shapes, infos, make)
 
 
-def _of_differences(run: str | Path) -> UpdateSource:
+def _merge_differences(run: str | Path) -> UpdateSource:
     """Compute the differences between the matrices of merged model and backbone, without the head."""
     loaded = load_run(run, device="cpu")
     head = spec_of(loaded.model).head
@@ -89,21 +89,21 @@ def _of_differences(run: str | Path) -> UpdateSource:
             names = part_names(module, 3 if module.endswith("qkv") and len(difference) % 3 == 0 else 1, {})
             changed |= dict(zip(names, difference.chunk(len(names)), strict=True))
     if not changed:
-        raise ValueError(
-            f"run must have changed matrices of its backbone, got {run} with method {loaded.info.method!r}"
-        )
+        raise ValueError(f"run must change backbone matrices, got {run} with method {loaded.info.method!r}")
     return {name: (len(value), value.shape[1]) for name, value in changed.items()}, changed.__getitem__
 
 
-def choose_matrix(several: Sequence[RunUpdates], name: str | None) -> str:
-    """Return the named matrix, or the deepest query projection (else the deepest matrix) common to all runs.
+def choose_matrix(run_updates: Sequence[RunUpdates], name: str | None) -> str:
+    """Return the named matrix, or the deepest query projection (else the deepest matrix) that all runs change.
 
     Raises:
-        ValueError: If the runs share no matrix, or not the named one.
+        ValueError: If no matrix, or not the named one, is changed by all runs.
     """
-    common = [name for name in several[0].shapes if all(name in run.shapes for run in several)]
+    common = [name for name in run_updates[0].shapes if all(name in run.shapes for run in run_updates)]
     if not common:
-        raise ValueError(f"runs must share a matrix, got none common to {', '.join(run.label for run in several)}")
+        raise ValueError(
+            f"runs must have a matrix in common, got none in {', '.join(run.label for run in run_updates)}"
+        )
     if name is not None:
         if name not in common:
             raise ValueError(f"matrix must be changed by all runs, e.g. {common[0]!r}, got {name!r}")
@@ -147,7 +147,7 @@ def rank_row(update: Tensor) -> dict[str, Any]:
 
 
 def update(runs: Sequence[str | Path], *, matrix: str | None = None) -> list[Plot]:
-    """Plot the update of one matrix, one panel per run (Figure 12a), its singular values and effective ranks.
+    """Plot the update of one matrix for each run (Figure 12a), with singular values and effective ranks.
 
     Args:
         runs: Run folders: SNELLA and LoRA on any task, other weight-changing methods on image tasks.
@@ -155,25 +155,25 @@ def update(runs: Sequence[str | Path], *, matrix: str | None = None) -> list[Plo
 
     Returns:
         Two plots. `update` has a table row for each run with size, density and ranks of the matrix. `update-spectrum`
-        has a row for each singular value; `update-spectrum-ranks` holds the ranks of all matrices of the same type.
+        has a row for each singular value; `update-spectrum-ranks` contains the ranks of all matrices of the same type.
 
     Raises:
         FileNotFoundError: If a run has no adapter.
-        ValueError: If the runs share no matrix or a method changes no weights.
+        ValueError: If the runs have no matrix in common, or a method changes no weights.
     """
-    several = [read_updates(run, label) for run, label in zip(runs, run_labels(runs), strict=True)]
-    name = choose_matrix(several, matrix)
-    updates = {run.label: run.make(name) for run in several}
+    run_updates = [read_updates(run, label) for run, label in zip(runs, run_labels(runs), strict=True)]
+    name = choose_matrix(run_updates, matrix)
+    updates = {run.label: run.make(name) for run in run_updates}
     rows = [{"run": label, "matrix": name, **rank_row(value)} for label, value in updates.items()]
     spectrum = [
         {"run": label, "matrix": name, "index": index, "singular_value": value}
         for label, matrix_update in updates.items()
         for index, value in enumerate(singular_values(matrix_update).tolist(), start=1)
     ]
-    same_type = [other for other in several[0].shapes if _without_numbers(other) == _without_numbers(name)]
+    same_type = [other for other in run_updates[0].shapes if _without_numbers(other) == _without_numbers(name)]
     ranks = [
         {"run": run.label, "matrix": other, "position": position, **rank_row(run.make(other))}
-        for run in several
+        for run in run_updates
         for position, other in enumerate(same_type)
         if other in run.shapes
     ]
@@ -186,11 +186,11 @@ def update(runs: Sequence[str | Path], *, matrix: str | None = None) -> list[Plo
 def overlap(runs: Sequence[str | Path], *, matrix: str | None = None) -> list[Plot]:
     """Plot the overlap between the updates of several tasks, by layer and by weight (Figures 12b, 12c, section 4.5).
 
-    Each value comes with its chance level: the same updates with entries at random positions of each matrix.
+    Each value has a chance level, computed for the same updates with randomly permuted entries.
 
     Args:
         runs: At least two run folders with the same backbone.
-        matrix: Matrix for the plots by weight; None selects the deepest query projection.
+        matrix: Matrix for the weight plots; None selects the deepest query projection.
 
     Returns:
         Three plots. `overlap`: mean cosine similarity over all pairs of tasks, one row per layer. `overlap-frequency`:
@@ -199,27 +199,29 @@ def overlap(runs: Sequence[str | Path], *, matrix: str | None = None) -> list[Pl
 
     Raises:
         FileNotFoundError: If a run has no adapter.
-        ValueError: If fewer than two runs are given, the runs share no matrix, or a method changes no weights.
+        ValueError: If fewer than two runs are given, the runs have no matrix in common, or a method changes no weights.
     """
     if len(runs) < 2:
         raise ValueError(f"overlap requires at least 2 runs, got {len(runs)}")
-    several = [read_updates(run, label) for run, label in zip(runs, run_labels(runs), strict=True)]
-    name = choose_matrix(several, matrix)
+    run_updates = [read_updates(run, label) for run, label in zip(runs, run_labels(runs), strict=True)]
+    name = choose_matrix(run_updates, matrix)
     common = [
-        other for other, shape in several[0].shapes.items() if all(run.shapes.get(other) == shape for run in several)
+        other
+        for other, shape in run_updates[0].shapes.items()
+        if all(run.shapes.get(other) == shape for run in run_updates)
     ]
-    layers = _layers(common, several)
+    layers = _layers(common, run_updates)
     rows: list[Row] = []
     counts, expected = np.zeros(len(runs) + 1), np.zeros(len(runs) + 1)
     for position, (layer, names) in enumerate(layers.items()):
         total = _Similarity(len(runs))
         for other in names:
-            stacked = torch.stack([run.make(other).flatten() for run in several])
+            stacked = torch.stack([run.make(other).flatten() for run in run_updates])
             total.add(stacked)
             counts += update_frequencies(stacked)
             expected += _expected_frequencies(stacked)
         rows.append({"layer": layer, "position": position, "matrices": len(names), **total.row()})
-    stacked = torch.stack([run.make(name).flatten() for run in several])
+    stacked = torch.stack([run.make(name).flatten() for run in run_updates])
     observed, chance = update_frequencies(stacked), _expected_frequencies(stacked)
     frequencies = [
         {
@@ -231,19 +233,19 @@ def overlap(runs: Sequence[str | Path], *, matrix: str | None = None) -> list[Pl
         }
         for tasks in range(len(runs) + 1)
     ]
-    changed = (stacked != 0).sum(0).view(several[0].shapes[name])
+    changed = (stacked != 0).sum(0).view(run_updates[0].shapes[name])
     return [
         Plot("overlap", rows, partial(_draw_similarity, rows)),
         Plot("overlap-frequency", frequencies, partial(_draw_frequencies, frequencies, name)),
-        Plot("overlap-map", _lines(changed), partial(_draw_map, changed, name, len(runs))),
+        Plot("overlap-map", _axis_means(changed), partial(_draw_map, changed, name, len(runs))),
     ]
 
 
 class _Similarity:
-    """Cosine similarities between the updates of `count` tasks, with all matrices as one vector."""
+    """Cosine similarities between the updates of `count` tasks, over the concatenation of all matrices."""
 
     def __init__(self, count: int) -> None:
-        self._products, self._chance, self._both = torch.zeros(3, count, count, dtype=torch.float64)
+        self._products, self._chance, self._intersections = torch.zeros(3, count, count, dtype=torch.float64)
 
     def add(self, stacked: Tensor) -> None:
         """Add the updates of one matrix, `[tasks, weights]`."""
@@ -251,7 +253,7 @@ class _Similarity:
         self._products += stacked.double() @ stacked.double().T
         self._chance += torch.outer(sums, sums) / stacked.shape[1]  # mean over all permutations of the entries
         support = (stacked != 0).double()
-        self._both += support @ support.T
+        self._intersections += support @ support.T
 
     def row(self) -> dict[str, Any]:
         """Return mean, minimum and maximum similarity of all pairs, the chance level, and the support overlap."""
@@ -261,8 +263,10 @@ class _Similarity:
             return {"pairs": 0, "cosine": float("nan"), "chance": float("nan")}
         cosines = [float(self._products[i, j] / (norms[i] * norms[j])) for i, j in pairs]
         chance = [float(self._chance[i, j] / (norms[i] * norms[j])) for i, j in pairs]
-        sizes = self._both.diagonal()
-        jaccard = [float(self._both[i, j] / (sizes[i] + sizes[j] - self._both[i, j])) for i, j in pairs]
+        sizes = self._intersections.diagonal()
+        jaccard = [
+            float(self._intersections[i, j] / (sizes[i] + sizes[j] - self._intersections[i, j])) for i, j in pairs
+        ]
         return {
             "pairs": len(pairs),
             "cosine": float(np.mean(cosines)),
@@ -297,8 +301,8 @@ def _expected_frequencies(stacked: Tensor) -> np.ndarray:
     return chance_frequencies((stacked != 0).double().mean(1).tolist()) * stacked.shape[1]
 
 
-def _lines(changed: Tensor) -> list[Row]:
-    """Sort rows (outputs) and columns (inputs) of a matrix by the mean number of tasks that change their weights."""
+def _axis_means(changed: Tensor) -> list[Row]:
+    """Sort the rows (outputs) and columns (inputs) by the mean number of tasks that change their weights."""
     entries = [
         {"axis": axis, "index": index, "mean_tasks": float(value)}
         for axis, means in (("row", changed.double().mean(1)), ("column", changed.double().mean(0)))
@@ -307,9 +311,9 @@ def _lines(changed: Tensor) -> list[Row]:
     return sorted(entries, key=lambda row: -float(row["mean_tasks"]))
 
 
-def _layers(names: Sequence[str], several: Sequence[RunUpdates]) -> dict[str, list[str]]:
+def _layers(names: Sequence[str], run_updates: Sequence[RunUpdates]) -> dict[str, list[str]]:
     """Group matrices by block, in order of depth."""
-    infos = {name: info for run in several for name, info in run.infos.items()}
+    infos = {name: info for run in run_updates for name, info in run.infos.items()}
     layers: dict[str, list[str]] = {}
     for name in names:
         if name in infos:
@@ -327,7 +331,7 @@ def _without_numbers(name: str) -> str:
 
 
 def _draw_spectrum(spectrum: Sequence[Row], rows: Sequence[Row], ranks: Sequence[Row], name: str) -> Figure:
-    """Draw singular values relative to the largest, and the effective rank over depth."""
+    """Draw singular values relative to the largest, and effective rank versus depth."""
     titles = [f"Singular values of {shortened(name, 26)}", "Effective rank by depth"]
     figure, (left, right) = new_panels(860, 380, titles, 2)
     handles = []
@@ -338,8 +342,11 @@ def _draw_spectrum(spectrum: Sequence[Row], rows: Sequence[Row], ranks: Sequence
         if len(values):
             left.plot(np.arange(1, len(values) + 1), values / values[0], color=color, linewidth=2)
         run_ranks = [entry for entry in ranks if entry["run"] == row["run"]]
-        places, heights = [entry["position"] for entry in run_ranks], [entry["effective_rank"] for entry in run_ranks]
-        handles += right.plot(places, heights, color=color, linewidth=2, marker=marker, markersize=5)
+        positions, heights = (
+            [entry["position"] for entry in run_ranks],
+            [entry["effective_rank"] for entry in run_ranks],
+        )
+        handles += right.plot(positions, heights, color=color, linewidth=2, marker=marker, markersize=5)
     left.set_yscale("log")
     left.set(xlabel="index", ylabel="relative to the largest")
     right.set(xlabel="matrix (in model order)", ylabel="effective rank")
@@ -351,31 +358,33 @@ def _draw_spectrum(spectrum: Sequence[Row], rows: Sequence[Row], ranks: Sequence
 
 
 def _draw_similarity(rows: Sequence[Row]) -> Figure:
-    """Draw mean cosine similarity by layer with the range of all pairs, and the chance level."""
+    """Draw the mean and range of the cosine similarity by layer, and the chance level."""
     figure, axes = new_figure(560, 340, "Cosine similarity of updates between tasks")
     layers = [row for row in rows if row["pairs"]]
-    places = [row["position"] for row in layers]
-    least, greatest = [row["least"] for row in layers], [row["greatest"] for row in layers]
-    band = axes.fill_between(places, least, greatest, color=ACCENT, alpha=0.18, linewidth=0)
+    positions = [row["position"] for row in layers]
+    lowest, highest = [row["least"] for row in layers], [row["greatest"] for row in layers]
+    band = axes.fill_between(positions, lowest, highest, color=ACCENT, alpha=0.18, linewidth=0)
     (mean,) = axes.plot(
-        places, [row["cosine"] for row in layers], color=ACCENT, linewidth=2.2, marker="o", markersize=5
+        positions, [row["cosine"] for row in layers], color=ACCENT, linewidth=2.2, marker="o", markersize=5
     )
     chance = [row["chance"] for row in layers]
-    (random,) = axes.plot(places, chance, color=WARM, linewidth=1.6, linestyle=(0, (4, 3)), marker="s", markersize=4)
-    axes.set_ylim(min(0, *least, 0) - 0.02, max(0.5, *greatest) + 0.05)
-    axes.set_xticks(places[:: -(-len(places) // 12)], [row["layer"] for row in layers][:: -(-len(places) // 12)])
+    (random,) = axes.plot(positions, chance, color=WARM, linewidth=1.6, linestyle=(0, (4, 3)), marker="s", markersize=4)
+    axes.set_ylim(min(0, *lowest, 0) - 0.02, max(0.5, *highest) + 0.05)
+    axes.set_xticks(
+        positions[:: -(-len(positions) // 12)], [row["layer"] for row in layers][:: -(-len(positions) // 12)]
+    )
     axes.set(xlabel="block", ylabel="cosine similarity")
     add_legend(figure, [mean, band, random], ["mean of all pairs", "range of all pairs", "chance level"])
     return figure
 
 
 def _draw_frequencies(rows: Sequence[Row], name: str) -> Figure:
-    """Draw the number of weights by number of changing tasks as bars, and the expectation of independent tasks."""
+    """Draw a histogram of the number of tasks that change a weight, and the expectation for independent tasks."""
     figure, axes = new_figure(560, 340, f"Number of tasks that change a weight of {shortened(name, 20)}")
-    places = [row["tasks"] for row in rows]
-    bars = axes.bar(places, [row["weights"] for row in rows], width=0.75, color=ACCENT)
+    positions = [row["tasks"] for row in rows]
+    bars = axes.bar(positions, [row["weights"] for row in rows], width=0.75, color=ACCENT)
     chance = [row["expected_by_chance"] for row in rows]
-    marks = axes.plot(places, chance, color=WARM, marker="D", markersize=6, linestyle=":")
+    marks = axes.plot(positions, chance, color=WARM, marker="D", markersize=6, linestyle=":")
     axes.set_ylim(0.5, 2 * max(row["weights"] for row in rows))
     log_axis(axes)
     axes.grid(False, axis="x")

@@ -25,13 +25,13 @@ from snella.sparsify import quantile_threshold, sparsify
 from snella_app.methods.registry import build_method
 
 REFERENCE = "lora"
-"""Baseline in the denominator of ratios."""
+"""Baseline for ratios."""
 
-_MOST_OF_QUANTILE = 2**24  # maximum number of entries in torch.quantile
+_QUANTILE_LIMIT = 2**24  # maximum number of entries in torch.quantile
 
 
-class TwoBranches(nn.Module):
-    """Unfused reference: base layer and update as two products, with the merge under activation checkpointing.
+class UnfusedLayer(nn.Module):
+    """Unfused reference: base layer and update as separate products, with activation checkpointing of the merge.
 
         y = x W0ᵀ + bias + scaling·x Sᵀ,   S = sparsify(ΔW, quantile(|ΔW|, sparsity))
 
@@ -58,7 +58,7 @@ class TwoBranches(nn.Module):
         for matrix, budget in zip(spec.matrices(factors), budgets, strict=True):
             delta = spec.merge_matrix(matrix)
             sparsity, magnitudes = 1 - budget / delta.numel(), delta.detach().abs().flatten()
-            is_small = delta.numel() <= _MOST_OF_QUANTILE
+            is_small = delta.numel() <= _QUANTILE_LIMIT
             # torch.quantile, as in the authors' code; quantile_threshold is faster
             threshold = torch.quantile(magnitudes, sparsity) if is_small else quantile_threshold(delta, sparsity)
             groups.append(sparsify(delta, threshold, spec.mode))
@@ -66,7 +66,7 @@ class TwoBranches(nn.Module):
 
 
 def _use_unfused_reference(model: nn.Module) -> nn.Module:
-    """Replace every adapted linear layer of `model` with `TwoBranches`, in place.
+    """Replace every adapted linear layer of `model` with `UnfusedLayer`, in place.
 
     Raises:
         TypeError: If an adapted layer is not linear.
@@ -77,7 +77,7 @@ def _use_unfused_reference(model: nn.Module) -> nn.Module:
         if not isinstance(module.get_base_layer(), nn.Linear):
             raise TypeError(f"adapted layers must be linear, got {type(module).__name__} at {name!r}")
         parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, TwoBranches(module))
+        setattr(model.get_submodule(parent), last, UnfusedLayer(module))
     return model
 
 
@@ -103,7 +103,7 @@ class RecomputedInputs:
     """SNELLA's recomputation of inputs for models of any method.
 
     Autograd saves the output of a normalization or activation as the input of the next trained layer. This class saves
-    the input of that module instead, which is saved anyway, and recomputes the output. Gradients are bit-identical.
+    only the input of that module, which is saved anyway, and recomputes the output. Gradients are bit-identical.
 
     Args:
         model: Modified in place; its `forward` runs under saved-tensor hooks.
@@ -114,19 +114,19 @@ class RecomputedInputs:
         self._forward = model.forward
         mark_outputs(model)
         for module in model.modules():
-            if is_parametrized(module) and isinstance(module, nn.LayerNorm):  # in SPT; mark_outputs does not support it
+            if is_parametrized(module) and isinstance(module, nn.LayerNorm):  # SPT; mark_outputs does not support it
                 module.register_forward_hook(_mark_parametrized)
             if can_recompute(module) or is_parametrized(module):
-                module.register_forward_hook(self._note)
+                module.register_forward_hook(self._record_output)
         model.forward = self.forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model."""
         outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
-        pack_outer, unpack_outer = outer or (_same, _same)
+        pack_outer, unpack_outer = outer or (_identity, _identity)
 
         def pack(tensor: Tensor) -> Any:
-            return self._find(tensor) or pack_outer(tensor)
+            return self._placeholder(tensor) or pack_outer(tensor)
 
         def unpack(packed: Any) -> Tensor:
             if not isinstance(packed, _Recomputed):
@@ -134,7 +134,8 @@ class RecomputedInputs:
             output = packed.mark.origin.compute(packed.mark.detached())
             if output.stride() != packed.stride:
                 raise RuntimeError(
-                    f"a recomputed output must have strides {packed.stride}, got {output.stride()}; report a bug"
+                    f"a recomputed output must have strides {packed.stride}, got {output.stride()}; "
+                    "please report this bug"
                 )
             return output.as_strided(*packed.view)
 
@@ -144,13 +145,13 @@ class RecomputedInputs:
         finally:
             self._outputs.clear()
 
-    def _note(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        """Forward hook: record a marked output by its storage."""
+    def _record_output(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        """Forward hook: record the storage of a marked output."""
         if Mark.on(output) is not None:
             storage = StorageWeakRef(output.untyped_storage())
             self._outputs[storage.cdata] = _Recomputable(storage, weakref.ref(output), output.stride())
 
-    def _find(self, tensor: Tensor) -> _Recomputed | None:
+    def _placeholder(self, tensor: Tensor) -> _Recomputed | None:
         """Return the placeholder for a marked output or a view of one, else None."""
         if tensor.layout != torch.strided:
             return None
@@ -169,7 +170,7 @@ def _mark_parametrized(module: nn.Module, args: tuple[Tensor], output: Tensor) -
         Mark.put(output, (z,), Output(partial(type(module).forward, module), z.device.type, module=module))
 
 
-def _same(value: Any) -> Any:
+def _identity(value: Any) -> Any:
     """Return the value unchanged."""
     return value
 
@@ -215,7 +216,7 @@ Builder = Callable[[nn.Module, Workload], nn.Module]
 
 
 def _frozen(model: nn.Module, workload: Workload) -> nn.Module:
-    """Train only head and class token: a full forward and backward pass without the overhead of a method."""
+    """Train only head and class token: forward and backward pass without adapter overhead."""
     model.requires_grad_(False)
     token = [model.cls_token] if isinstance(getattr(model, "cls_token", None), nn.Parameter) else []
     for parameter in (*token, *model.get_submodule("head").parameters()):

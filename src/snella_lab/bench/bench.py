@@ -1,4 +1,4 @@
-"""Step time and memory of methods, and the cost of single operations: interleaved runs, medians."""
+"""Benchmarks of step time, memory and single operations: medians of interleaved runs."""
 
 from __future__ import annotations
 
@@ -190,9 +190,9 @@ def peak_of_child(function: Callable[..., float], name: str, *args: Any) -> dict
     """Measure the peak resident set size of a new process that calls `function(name, *args)`.
 
     Args:
-        function: Importable function that returns the process's peak before the part of interest.
-        name: First argument, named in the error.
-        args: Further arguments.
+        function: Importable function that returns the peak before the measured part.
+        name: First argument, used in the error message.
+        args: Additional arguments.
 
     Returns:
         `peak_rss_mib`, the total peak, and `peak_step_mib`, the peak minus the returned value.
@@ -240,7 +240,7 @@ _IMPLEMENTATIONS = {
     "snella-eager": "eager",
     "snella-triton": "triton",
 }
-_SHOWN = ("contender", "forward_s", "backward_s", "step_s", f"step_over_{REFERENCE}", "saved_mib", "trainable")
+_TABLE_COLUMNS = ("contender", "forward_s", "backward_s", "step_s", f"step_over_{REFERENCE}", "saved_mib", "trainable")
 
 
 def bench(config: BenchConfig, console: Console | None = None) -> list[dict[str, Any]]:
@@ -309,12 +309,12 @@ def _measure(config: BenchConfig, workload: Workload, batch: int, console: Conso
         shuffle.shuffle(order)
         for name in order:
             times[name].append(runners[name].step(images, labels))
-    common = {"benchmark": "step_time", **_described(workload, batch), "rounds": config.rounds}
+    common = {"benchmark": "step_time", **_setting_fields(workload, batch), "rounds": config.rounds}
     common |= conditions(workload.device)
     rows = []
     for name, runner in runners.items():
         summary = _summary(times[name], times.get(REFERENCE))
-        rows.append({**common, "contender": name, **summary, **_counted(runner.model, images)})
+        rows.append({**common, "contender": name, **summary, **_tensor_counts(runner.model, images)})
     del runners
     if config.memory:
         for row in rows:
@@ -325,21 +325,21 @@ def _measure(config: BenchConfig, workload: Workload, batch: int, console: Conso
 def _count(config: BenchConfig, workload: Workload, batch: int) -> list[dict[str, Any]]:
     """Count saved tensors and parameters of one setting from one forward pass of each model."""
     images, _ = random_batch(workload, batch)
-    common = {"benchmark": "kept_bytes", **_described(workload, batch), **conditions(workload.device)}
+    common = {"benchmark": "kept_bytes", **_setting_fields(workload, batch), **conditions(workload.device)}
     rows = []
     for name in config.methods:
-        rows.append({**common, "contender": name, **_counted(BASELINES[name](workload.base(), workload), images)})
+        rows.append({**common, "contender": name, **_tensor_counts(BASELINES[name](workload.base(), workload), images)})
         gc.collect()
     return rows
 
 
-def _described(workload: Workload, batch: int) -> dict[str, Any]:
-    """Return the row fields that describe a setting."""
+def _setting_fields(workload: Workload, batch: int) -> dict[str, Any]:
+    """Return the setting as row fields."""
     fields = {key: value for key, value in asdict(workload).items() if key not in ("dtype", "device")}
     return {**fields, "dtype": str(workload.dtype).removeprefix("torch."), "batch": batch}
 
 
-def _counted(model: nn.Module, images: Tensor) -> dict[str, Any]:
+def _tensor_counts(model: nn.Module, images: Tensor) -> dict[str, Any]:
     """Count the tensors that autograd saves in a forward pass, and the parameters."""
     return {
         "saved_mib": round(record_forward(model.train(), images).kept / 2**20, 1),
@@ -348,14 +348,14 @@ def _counted(model: nn.Module, images: Tensor) -> dict[str, Any]:
     }
 
 
-def _summary(steps: list[StepTime], peer: list[StepTime] | None) -> dict[str, Any]:
+def _summary(steps: list[StepTime], reference_steps: list[StepTime] | None) -> dict[str, Any]:
     """Return median times and the median ratio to the reference, paired by round."""
     summary: dict[str, Any] = {
         key: round(statistics.median(getattr(step, key) for step in steps), 4)
         for key in ("forward_s", "backward_s", "step_s")
     }
-    if peer:
-        ratios = [step.step_s / reference.step_s for step, reference in zip(steps, peer, strict=True)]
+    if reference_steps:
+        ratios = [step.step_s / reference.step_s for step, reference in zip(steps, reference_steps, strict=True)]
         summary[f"step_over_{REFERENCE}"] = round(statistics.median(ratios), 3)
         summary[f"step_over_{REFERENCE}_quartiles"] = [round(q, 3) for q in quartiles(ratios)]
     return summary
@@ -372,7 +372,7 @@ def quartiles(values: list[float]) -> tuple[float, float]:
 def _table(rows: list[dict[str, Any]], workload: Workload, batch: int) -> Table:
     """Return the console table of one setting."""
     peak = next((key for key in ("peak_gpu_mib", "peak_rss_mib") if rows and key in rows[0]), None)
-    shown = [*_SHOWN, *([peak] if peak else [])]
+    shown = [*_TABLE_COLUMNS, *([peak] if peak else [])]
     dtype = str(workload.dtype).removeprefix("torch.")
     title = f"{workload.backbone}, batch {batch}, r {workload.r}, sparsity {workload.sparsity}, {dtype}"
     values = ([row.get(name, "") for name in shown] for row in rows)
@@ -383,7 +383,7 @@ def _table(rows: list[dict[str, Any]], workload: Workload, batch: int) -> Table:
 def measure_sampling(
     m: int, n: int, *, tokens: int = 3152, density: float = 0.01, r: int = 8, rounds: int = 5
 ) -> dict[str, Any]:
-    """Time `∂L/∂W = grad_yᵀ x` at the nonzero entries of `S`, interleaved with the dense product.
+    """Time `∂L/∂W = grad_yᵀ x` at the nonzero entries of `S` against the dense product.
 
     Args:
         m: Output features.
@@ -405,7 +405,7 @@ def measure_sampling(
     backend = NumbaBackend()
     (matrix,) = backend.merge(spec, factors, (budget,)).workspace
     if matrix is None:
-        raise RuntimeError(f"density must keep at least one entry, got {density}; increase it")
+        raise RuntimeError(f"density must select at least one entry, got {density}; increase it")
 
     def sampled() -> Tensor:
         out = torch.zeros(m, n)
@@ -415,9 +415,9 @@ def measure_sampling(
     def dense() -> Tensor:
         return grad_y.T @ x
 
-    some, whole = sampled(), dense()
-    if int(some.count_nonzero()) != budget or not torch.allclose(
-        some, torch.where(some == 0, some, whole), atol=1e-3 * float(whole.abs().max())
+    sparse_grad, dense_grad = sampled(), dense()
+    if int(sparse_grad.count_nonzero()) != budget or not torch.allclose(
+        sparse_grad, torch.where(sparse_grad == 0, sparse_grad, dense_grad), atol=1e-3 * float(dense_grad.abs().max())
     ):
         raise RuntimeError(f"sampled entries differ from the dense product at density {density}; nothing was timed")
     sampled_s, dense_s, ratio = _interleaved(sampled, dense, rounds)
@@ -438,7 +438,7 @@ def measure_sampling(
 def measure_matrix(
     m: int, n: int, *, tokens: int = 1576, r: int = 8, sparsity: float = 0.7, rounds: int = 9, impl: str = "auto"
 ) -> dict[str, Any]:
-    """Time the effective weight of one matrix (merge, exact selection, addition), interleaved with its forward product.
+    """Time the effective weight of one matrix (merge, exact selection, addition) against its forward product.
 
     Args:
         m: Output features.
@@ -451,7 +451,7 @@ def measure_matrix(
 
     Returns:
         A row with both times in seconds, their ratio and `extra_over_matrix`: the peak memory on top of weight and
-        factors, in multiples of the matrix size. The effective weight itself counts as 1.
+        factors, in multiples of the matrix size, including 1 for the effective weight itself.
 
     Raises:
         RuntimeError: If the op differs from the reference.
@@ -515,26 +515,26 @@ def measure_competition(
     layers = [module for module in model.modules() if isinstance(module, SnellaLayer)]
     caps = [matrix.size for matrix in allocator.matrices]
 
-    def learn() -> None:
+    def train_step() -> None:
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(images), labels).backward()
         optimizer.step()
 
     @torch.no_grad()
-    def merge(*, selects: bool) -> None:
+    def merge(*, with_selection: bool) -> None:
         for layer in layers:
             update, weight = layer.get_update("default"), cast(Tensor, layer.get_base_layer().weight)
-            if not selects:
+            if not with_selection:
                 full_budgets = tuple(rows * weight.shape[1] for rows in update.spec.row_counts)
                 update = update._replace(budgets=full_budgets)
             compute_effective_weight(weight, [update._replace(thresholds=None)], weight.shape)
 
     parts: dict[str, Callable[[], object]] = {
-        "learn_s": learn,
+        "learn_s": train_step,
         "importance_s": allocator.importance.update,
         "allocate_s": lambda: allocate(allocator.importance.scores(), caps, allocator.target_budget),
-        "merge_s": lambda: merge(selects=False),
-        "merge_and_select_s": lambda: merge(selects=True),
+        "merge_s": lambda: merge(with_selection=False),
+        "merge_and_select_s": lambda: merge(with_selection=True),
     }
     times: dict[str, list[float]] = {name: [] for name in parts}
     for k in range(rounds + 1):  # round 0 compiles
@@ -547,7 +547,7 @@ def measure_competition(
     step_s = medians["learn_s"] + medians["importance_s"]
     return {
         "benchmark": "competition",
-        **_described(workload, batch),
+        **_setting_fields(workload, batch),
         "rounds": rounds,
         "clock": "process time",
         **conditions("cpu"),

@@ -1,4 +1,4 @@
-"""Diagnosis of a machine: hardware and versions, correctness of each backend, and step time."""
+"""Machine diagnosis: hardware, versions, backend correctness and step time."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Diagnosis:
 def diagnose(
     *, time_steps: bool = True, out: str | Path | None = None, console: Console | None = None, rounds: int = 3
 ) -> Diagnosis:
-    """Describe the machine, compare every backend with the reference, and time a training step of a ViT-B.
+    """Describe the machine, check each backend against the reference, and time a training step of a ViT-B.
 
     Steps are timed on the fastest device: batch size 4 in float32 on a CPU, 64 in float32 and bfloat16 on a GPU.
 

@@ -14,10 +14,10 @@ from snella.kernels import make_kernel
 from snella.update import Factors, LinearOp, Update, UpdateSpec
 
 SHAPES = (((1,), 1), ((96,), 80), ((17,), 33), ((40, 40, 40), 64), ((768,), 192))
-"""Rows of each matrix in a weight, and columns: one entry, even, odd, fused query/key/value, a ViT layer."""
+"""Rows of each matrix in a weight, and columns: one entry, even, odd, fused query/key/value, ViT layer."""
 KERNELS = ("mix_k", "p_linear")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_DRAWS, _RANK, _TOKENS = 8, 8, 6
+_SAMPLES, _RANK, _TOKENS = 8, 8, 6
 _SCALARS = ("piece_coeff", "alpha", "beta", "temperature")
 
 
@@ -35,7 +35,7 @@ class BackendCheck:
         cases: Number of pairs of kernel and shape.
         worst: Largest ratio of error and tolerance over all cases, outputs and gradients; correct if at most 1.
         where: Kernel, shape and tensor with the largest ratio.
-        error: Reason why the backend cannot run; empty if it can.
+        error: Reason why the backend cannot run, or an empty string.
     """
 
     device: str
@@ -86,7 +86,8 @@ def op_error(impl: str, device: str = "cpu", sparsity: float = 0.7) -> str | Non
         sparsity: Sparsity of the update.
 
     Returns:
-        Message on the worst tensor, or on why the implementation cannot run; `None` if all are within the tolerance.
+        Error message with the worst tensor or the reason why the implementation cannot run; None if all tensors are
+        within the tolerance.
     """
     check = check_backend(impl, device, sparsity=sparsity)
     if check.verdict == "correct":
@@ -98,20 +99,23 @@ def _ratios(
     kernel: str, rows: tuple[int, ...], columns: int, impl: str, device: str, dtype: torch.dtype, sparsity: float
 ) -> dict[str, float]:
     """Return the ratio of error and tolerance of a backend, for the output and each gradient; NaN becomes infinity."""
-    exact, plain, actual = [], [], []
-    for seed in range(_DRAWS):
+    exact, reference, actual = [], [], []
+    for seed in range(_SAMPLES):
         tensors = _tensors(kernel, rows, columns, seed, device, dtype)
-        wide = {name: tensor.double() for name, tensor in tensors.items()}
-        exact.append(_solve(kernel, rows, wide, "reference", sparsity))
-        plain.append(_solve(kernel, rows, tensors, "reference", sparsity))
+        float64 = {name: tensor.double() for name, tensor in tensors.items()}
+        exact.append(_solve(kernel, rows, float64, "reference", sparsity))
+        reference.append(_solve(kernel, rows, tensors, "reference", sparsity))
         actual.append(_solve(kernel, rows, tensors, impl, sparsity))
-    eps = {name: torch.finfo(tensor.dtype).eps for name, tensor in plain[0].items()}
-    reference = {name: max(loss, 8 * eps[name]) for name, loss in _losses(plain, exact).items()}
+    eps = {name: torch.finfo(tensor.dtype).eps for name, tensor in reference[0].items()}
+    reference_errors = {name: max(error, 8 * eps[name]) for name, error in _relative_errors(reference, exact).items()}
     # scalar gradients are sums with cancellation, so all scalars share the largest reference error
-    scalar_loss = max((reference[name] for name in _SCALARS if name in reference), default=0.0)
-    limits = {name: 2 * (scalar_loss if name in _SCALARS else loss) + eps[name] / 2 for name, loss in reference.items()}
-    losses = _losses(actual, exact)
-    return {name: math.inf if math.isnan(loss) else loss / limits[name] for name, loss in losses.items()}
+    scalar_error = max((reference_errors[name] for name in _SCALARS if name in reference_errors), default=0.0)
+    limits = {
+        name: 2 * (scalar_error if name in _SCALARS else error) + eps[name] / 2
+        for name, error in reference_errors.items()
+    }
+    errors = _relative_errors(actual, exact)
+    return {name: math.inf if math.isnan(error) else error / limits[name] for name, error in errors.items()}
 
 
 def _tensors(
@@ -123,15 +127,16 @@ def _tensors(
     def uniform(*shape: int) -> Tensor:
         return 2 * torch.rand(*shape, generator=generator) - 1
 
-    made, groups, m = make_kernel(kernel), len(rows), sum(rows)
+    kernel_module, groups, m = make_kernel(kernel), len(rows), sum(rows)
     scalars = {
-        "piece_coeff": (0.75 + uniform(groups, made.num_pieces) / 4) * (-1.0) ** torch.arange(made.num_pieces),
+        "piece_coeff": (0.75 + uniform(groups, kernel_module.num_pieces) / 4)
+        * (-1.0) ** torch.arange(kernel_module.num_pieces),
         "alpha": 1 + uniform(groups) / 4,
         "beta": uniform(groups) / 4,
         "temperature": 0.8 + uniform(groups) / 4,
     }
     factors = {"A": uniform(groups, columns, _RANK), "B": uniform(m, _RANK)}
-    factors |= {name: scalars[name] for name in _SCALARS if name in made.scalars}
+    factors |= {name: scalars[name] for name in _SCALARS if name in kernel_module.scalars}
     base = {"x": uniform(_TOKENS, columns), "weight": uniform(m, columns), "grad_y": uniform(_TOKENS, m)}
     tensors = {name: tensor.to(dtype) for name, tensor in base.items()} | factors
     return {name: tensor.to(device) for name, tensor in tensors.items()}
@@ -152,12 +157,14 @@ def _solve(
     return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
 
 
-def _losses(actual: list[dict[str, Tensor]], exact: list[dict[str, Tensor]]) -> dict[str, float]:
+def _relative_errors(actual: list[dict[str, Tensor]], exact: list[dict[str, Tensor]]) -> dict[str, float]:
     """Return the root mean square over samples of the largest relative error, by tensor."""
-    losses = {}
+    relative_errors = {}
     for name in exact[0]:
         scale = max(solution[name].abs().max().item() for solution in exact) or 1.0
         pairs = zip(actual, exact, strict=True)
-        errors = torch.tensor([(x[name].double() - true[name]).abs().max().item() / scale for x, true in pairs])
-        losses[name] = errors.square().mean().sqrt().item()
-    return losses
+        errors = torch.tensor(
+            [(sample[name].double() - true[name]).abs().max().item() / scale for sample, true in pairs]
+        )
+        relative_errors[name] = errors.square().mean().sqrt().item()
+    return relative_errors

@@ -25,14 +25,14 @@ _PACKAGES = ("torch", "peft", "timm", "numpy", "numba", "triton")
 
 def conditions(device: str, packages: Iterable[str] = _PACKAGES) -> dict[str, Any]:
     """Return the provenance of a row: command without its output path, device, package versions, commit and date."""
-    words = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
     git = ["git", "-C", str(Path(__file__).parent)]
     return {
-        "command": re.sub(r" --out[= ]\S+", "", words),
+        "command": re.sub(r" --out[= ]\S+", "", command),
         "device": device_name(device),
         "versions": {name: version(name) for name in packages if find_spec(name) is not None},
-        "commit": _output([*git, "rev-parse", "--short", "HEAD"]),
-        "dirty": bool(_output([*git, "status", "--porcelain", "--untracked-files=no", ":/"])),
+        "commit": _stdout_of([*git, "rev-parse", "--short", "HEAD"]),
+        "dirty": bool(_stdout_of([*git, "status", "--porcelain", "--untracked-files=no", ":/"])),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -71,7 +71,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _processor() -> str:
-    """Return the CPU model name, or the architecture where the system does not report one."""
+    """Return the CPU model name, or the architecture if the system does not report one."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text(encoding="utf-8").splitlines():
@@ -80,7 +80,7 @@ def _processor() -> str:
     return platform.machine()
 
 
-def _output(command: list[str]) -> str:
+def _stdout_of(command: list[str]) -> str:
     """Return a command's stdout, empty if it cannot run."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
@@ -92,14 +92,14 @@ _BEGIN, _END = "<!-- rows of benchmarks/results.jsonl begin -->", "<!-- rows end
 
 
 def performance_section(rows: list[dict[str, Any]]) -> str:
-    """Format the latest row of each setting as Markdown tables: step times relative to LoRA, memory and kernels.
+    """Format the latest row of each setting as Markdown: step times relative to LoRA, memory and single operations.
 
     Rows of one setting with different `rounds` get separate tables, because ratios are comparable only within a run.
-    A run is dropped when a later run of the same setting covers all of its methods.
+    A later run replaces an earlier run of the same setting if it has all of its methods.
     """
     runs: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for row in rows:
-        if _is_step(row):
+        if _is_step_time(row):
             run = tuple(row[name] for name in ("backbone", "batch", "r", "sparsity", "dtype", "device", "rounds"))
             earlier = runs.pop(run, {})  # re-insert at the end: order by latest measurement
             runs[run] = earlier | {row["contender"]: row}
@@ -125,7 +125,7 @@ def performance_section(rows: list[dict[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
-def _is_step(row: dict[str, Any]) -> bool:
+def _is_step_time(row: dict[str, Any]) -> bool:
     """Return True for a step time row, except `snella-keep-delta` on CPU, which repeats `snella`."""
     is_repeated = row.get("contender") == "snella-keep-delta" and row["device"].startswith("cpu")
     return row.get("benchmark") == "step_time" and not is_repeated
@@ -183,8 +183,8 @@ def _step_table(key: tuple[Any, ...], rows: list[dict[str, Any]]) -> str:
 
 
 def _memory_tables(rows: list[dict[str, Any]]) -> list[str]:
-    """Return tables of saved tensors by backbone size, one for each setting with at least two backbones."""
-    latest = {_key(row)[:-1]: row for row in rows if row["benchmark"] == "kept_bytes"}
+    """Return tables of saved tensors by backbone size, one per setting with at least two backbones."""
+    latest = {_setting_key(row)[:-1]: row for row in rows if row["benchmark"] == "kept_bytes"}
     tables = []
     for (batch, dtype, r, sparsity), part in _grouped(list(latest.values()), "batch", "dtype", "r", "sparsity").items():
         counted: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
@@ -193,7 +193,7 @@ def _memory_tables(rows: list[dict[str, Any]]) -> list[str]:
         counted = {name: methods for name, methods in counted.items() if {REFERENCE, "snella"} <= methods.keys()}
         if len(counted) < 2:
             continue
-        names = sorted({name for methods in counted.values() for name in methods} - {REFERENCE}, key=_place)
+        names = sorted({name for methods in counted.values() for name in methods} - {REFERENCE}, key=_sort_key)
         settings = f"batch {batch}, r {r}, sparsity {sparsity}, {dtype}"
         title = f"**Saved for backward by model size, {settings}** (ratio to LoRA), counted from shapes"
         lines = []
@@ -214,19 +214,19 @@ _MEMORY = {"peak_gpu_mib": "peak memory", "peak_rss_mib": "peak RSS"}
 
 def _matrix_table(rows: list[dict[str, Any]]) -> str:
     """Return the table of single-matrix measurements."""
-    where = f"{rows[0]['device']}, {rows[0]['date'][:10]}"
+    source = f"{rows[0]['device']}, {rows[0]['date'][:10]}"
     head = ["matrix", "seconds", "relative to the forward product", "tokens", "extra memory / matrix size"]
     lines = []
     for row in rows:
         (m, n), ratio, extra = row["shape"], row["effective_over_product"], row["extra_over_matrix"]
         lines.append([f"{m}×{n}", f"{row['effective_s']:.4f}", str(ratio), f"{row['tokens']:,}", str(extra)])
-    return _markdown(f"**Effective weight of one matrix: merge, exact selection, addition** · {where}", head, lines)
+    return _markdown(f"**Effective weight of one matrix: merge, exact selection, addition** · {source}", head, lines)
 
 
 def _sampling_table(rows: list[dict[str, Any]]) -> str:
-    """Return the table of sampled vs. dense weight gradients, a line for each matrix and number of tokens."""
+    """Return the table of sampled vs. dense weight gradients, one line per matrix and number of tokens."""
     densities = sorted({row["density"] for row in rows})
-    where = f"{rows[0]['device']}, {rows[0]['date'][:10]}"
+    source = f"{rows[0]['device']}, {rows[0]['date'][:10]}"
     lines = []
     by_shape: dict[tuple[int, int, int], dict[float, float]] = {}
     for row in rows:
@@ -234,13 +234,13 @@ def _sampling_table(rows: list[dict[str, Any]]) -> str:
     for (m, n, tokens), ratios in by_shape.items():
         cells = [f"{ratios[density]:.2f}" if density in ratios else "" for density in densities]
         lines.append([f"{m}×{n}", f"{tokens:,}", *cells])
-    title = f"**Sparse weight gradient (SDDMM): time relative to the dense product** · {where}"
+    title = f"**Sparse weight gradient (SDDMM): time relative to the dense product** · {source}"
     return _markdown(title, ["matrix", "tokens", *(f"density {density:.1%}" for density in densities)], lines)
 
 
 def _competition_table(rows: list[dict[str, Any]]) -> str:
-    """Return the table of importance, selection and allocation time, a line for each backbone and batch size."""
-    where = f"{rows[0]['device']}, {rows[0]['date'][:10]}, median of {rows[0]['rounds']}, {rows[0]['clock']}"
+    """Return the table of importance, selection and allocation time, one line per backbone and batch size."""
+    source = f"{rows[0]['device']}, {rows[0]['date'][:10]}, median of {rows[0]['rounds']}, {rows[0]['clock']}"
     head = ["", "step", "importance", "selection", "fraction of the step", "allocation, once per epoch"]
     lines = [
         [
@@ -252,7 +252,7 @@ def _competition_table(rows: list[dict[str, Any]]) -> str:
         ]
         for row in rows
     ]
-    return _markdown(f"**Overhead of importance, selection and allocation** · {where}", head, lines)
+    return _markdown(f"**Overhead of importance, selection and allocation** · {source}", head, lines)
 
 
 _COMMON = ("dtype", "r", "sparsity", "device")
@@ -263,10 +263,10 @@ _ORDER = (
 
 
 def draw_figures(rows_file: str | Path, folder: str | Path) -> list[Path]:
-    """Draw step time over batch size and memory over model size.
+    """Draw step time versus batch size and memory versus model size.
 
     Args:
-        rows_file: JSON lines of `bench`. The last row of a setting counts.
+        rows_file: JSON lines of `bench`. The last row of each setting is drawn.
         folder: Output folder for the SVG files.
 
     Returns:
@@ -274,22 +274,22 @@ def draw_figures(rows_file: str | Path, folder: str | Path) -> list[Path]:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    latest = {_key(row): row for row in read_rows(rows_file) if _is_step(row)}
+    latest = {_setting_key(row): row for row in read_rows(rows_file) if _is_step_time(row)}
     rows = [row | {"million": row["weights"] / 1e6, "counted_mib": _counted_mib(row)} for row in latest.values()]
-    drawn = []
+    paths = []
     for (backbone, *common), part in _grouped(rows, "backbone", *_COMMON).items():
         if len({row["batch"] for row in part}) > 1:
             path = folder / f"time-{backbone}{_suffix(*common)}.svg"
-            title = f"{backbone}, {_words(*common)}"
-            drawn.append(_lines(path, part, "batch", "step_s", title, "batch size", "seconds per step"))
+            title = f"{backbone}, {_settings_text(*common)}"
+            paths.append(_draw_lines(path, part, "batch", "step_s", title, "batch size", "seconds per step"))
     for (batch, *common), part in _grouped(rows, "batch", *_COMMON).items():
         memory = next((key for key in ("peak_gpu_mib", "peak_step_mib", "counted_mib") if key in part[0]), None)
         if memory is not None and len({row["backbone"] for row in part}) > 1:
             path = folder / f"memory-batch{batch}{_suffix(*common)}.svg"
             label = {"counted_mib": "estimated memory (MiB)"}.get(memory, "peak memory (MiB)")
-            title = f"batch {batch}, {_words(*common)}"
-            drawn.append(_lines(path, part, "million", memory, title, "weights (millions)", label))
-    return drawn
+            title = f"batch {batch}, {_settings_text(*common)}"
+            paths.append(_draw_lines(path, part, "million", memory, title, "weights (millions)", label))
+    return paths
 
 
 def _counted_mib(row: dict[str, Any]) -> float:
@@ -302,7 +302,7 @@ def _counted_mib(row: dict[str, Any]) -> float:
     return float(row["saved_mib"] + ((row["weights"] + 3 * row["trainable"]) * bytes_each + importance) / 2**20)
 
 
-def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+def _setting_key(row: dict[str, Any]) -> tuple[Any, ...]:
     """Return the setting that a row measures."""
     return tuple(row.get(name) for name in ("contender", "backbone", "r", "sparsity", "dtype", "batch", "device"))
 
@@ -315,14 +315,14 @@ def _grouped(rows: list[dict[str, Any]], *names: str) -> dict[tuple[Any, ...], l
     return groups
 
 
-def _lines(path: Path, rows: list[dict[str, Any]], x: str, y: str, title: str, x_label: str, y_label: str) -> Path:
+def _draw_lines(path: Path, rows: list[dict[str, Any]], x: str, y: str, title: str, x_label: str, y_label: str) -> Path:
     """Draw one line per method."""
     figure, axes = new_figure(*CURVE, title)
-    names = sorted({row["contender"] for row in rows}, key=_place)
+    names = sorted({row["contender"] for row in rows}, key=_sort_key)
     for name in names:
         points = sorted((row[x], row[y]) for row in rows if row["contender"] == name and y in row)
-        color = COLORS[_place(name)[0] % len(COLORS)]
-        # the reference is dashed and on top, so that an identical line below it stays visible
+        color = COLORS[_sort_key(name)[0] % len(COLORS)]
+        # dashed and on top, so that an identical line below stays visible
         style: dict[str, Any] = {"linestyle": "--", "zorder": 3} if name == REFERENCE else {}
         axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=color, label=name, **style)
     axes.set_xlabel(x_label)
@@ -335,18 +335,18 @@ def _lines(path: Path, rows: list[dict[str, Any]], x: str, y: str, title: str, x
     return path
 
 
-def _place(name: str) -> tuple[int, str]:
+def _sort_key(name: str) -> tuple[int, str]:
     """Return the position of a method, which selects its color."""
     return _ORDER.index(name) if name in _ORDER else len(_ORDER), name
 
 
-def _words(dtype: str, r: int, sparsity: float, device: str) -> str:
-    """Return the settings shared by a figure's rows; CPU devices read "CPU"."""
-    where = device.partition(",")[0].upper() if device.startswith("cpu") else device
-    return f"{dtype}, r {r}, sparsity {sparsity}, {where}"
+def _settings_text(dtype: str, r: int, sparsity: float, device: str) -> str:
+    """Format the shared settings of a figure; CPU devices are abbreviated to "CPU"."""
+    source = device.partition(",")[0].upper() if device.startswith("cpu") else device
+    return f"{dtype}, r {r}, sparsity {sparsity}, {source}"
 
 
 def _suffix(dtype: str, r: int, sparsity: float, device: str) -> str:
-    """Return the shared settings as a file name suffix."""
-    where = "cpu" if device.startswith("cpu") else "".join(c if c.isalnum() else "-" for c in device.lower())
-    return f"-{dtype}-r{r}-sparsity{sparsity}-{where}"
+    """Format the shared settings as a file name suffix."""
+    source = "cpu" if device.startswith("cpu") else "".join(c if c.isalnum() else "-" for c in device.lower())
+    return f"-{dtype}-r{r}-sparsity{sparsity}-{source}"

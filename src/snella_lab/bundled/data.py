@@ -40,13 +40,15 @@ def read_nifti(path: Path) -> np.ndarray:
         raise ValueError(f"'{path}' must be a NIfTI-1 file with a header of {_FIRST_VOXEL} bytes and magic 'n+1'")
     order = "<" if int.from_bytes(content[:4], "little") == _HEADER_BYTES else ">"
     dimensions = np.frombuffer(content, f"{order}i2", 8, 40).tolist()
-    kind = int(np.frombuffer(content, f"{order}i2", 1, 70)[0])
+    data_type = int(np.frombuffer(content, f"{order}i2", 1, 70)[0])
     shape = tuple(dimensions[1 : 1 + dimensions[0]])
-    if dimensions[0] != 3 or kind != _UINT8:
-        raise ValueError(f"'{path}' must hold a volume of bytes, got shape {list(shape)} and data type {kind}")
+    if dimensions[0] != 3 or data_type != _UINT8:
+        raise ValueError(f"'{path}' must contain a volume of bytes, got shape {list(shape)} and data type {data_type}")
     start = max(int(np.frombuffer(content, f"{order}f4", 1, 108)[0]), _FIRST_VOXEL)
     if len(content) - start < np.prod(shape):
-        raise ValueError(f"'{path}' is damaged: the header says {list(shape)}, got {len(content) - start} bytes")
+        raise ValueError(
+            f"'{path}' is damaged: the header specifies shape {list(shape)}, got {len(content) - start} bytes"
+        )
     return np.frombuffer(content, np.uint8, int(np.prod(shape)), start).reshape(shape, order="F")
 
 
@@ -55,7 +57,7 @@ _FASHION_CLASSES = [
     "T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
 ]  # fmt: skip
 _STAMPS_FOLDER = "/usr/share/tuxpaint/stamps"  # installed by the Debian package
-_STAMPS_AT_LEAST = 12
+_MIN_STAMPS = 12
 
 
 def load_fashion_mnist(folder: str | None = None) -> Collection:
@@ -85,7 +87,7 @@ def load_fashion_mnist(folder: str | None = None) -> Collection:
 
 
 def load_stamps(folder: str | None = None) -> Collection:
-    """Load Tux Paint's stamps: photos and drawings of objects on white, by category.
+    """Load Tux Paint's stamps: photos and drawings on white, by category.
 
     Classes are the categories with at least 12 images, 13 in the Debian package. `*_mirror.png` files are skipped,
     because mirrored copies would leak test images into training.
@@ -105,19 +107,17 @@ def load_stamps(folder: str | None = None) -> Collection:
         for category in sorted(root.iterdir())
         if category.is_dir()
     }
-    classes = [name for name, paths in files.items() if len(paths) >= _STAMPS_AT_LEAST]
+    classes = [name for name, paths in files.items() if len(paths) >= _MIN_STAMPS]
     if len(classes) < 2:
         raise ValueError(
-            f"data stamps: '{root}' must hold at least 2 categories with {_STAMPS_AT_LEAST} PNGs each, got {classes}"
+            f"data stamps: '{root}' must contain at least 2 categories with {_MIN_STAMPS} PNGs each, got {classes}"
         )
     pairs = [(file, label) for label, name in enumerate(classes) for file in files[name]]
     names = [file.relative_to(root).as_posix() for file, _ in pairs]
     source = FileImages([file for file, _ in pairs])
     images = ImageDataset(source, range(len(pairs)), [label for _, label in pairs], names)
     small = [f"{name} ({len(paths)})" for name, paths in files.items() if name not in classes]
-    notes = (
-        [f"stamps: skipped categories with fewer than {_STAMPS_AT_LEAST} images: {', '.join(small)}"] if small else []
-    )
+    notes = [f"stamps: skipped categories with fewer than {_MIN_STAMPS} images: {', '.join(small)}"] if small else []
     return Collection("stamps", classes, images, notes=notes)
 
 
@@ -137,7 +137,9 @@ def _read_idx(file: Path, dimensions: int) -> np.ndarray:
     shape = tuple(np.frombuffer(content, ">i4", dimensions, 4).tolist())
     if len(content) - header != np.prod(shape):
         size = len(content) - header
-        raise ValueError(f"data fashion-mnist: '{file}' is damaged: the header says {list(shape)}, got {size} values")
+        raise ValueError(
+            f"data fashion-mnist: '{file}' is damaged: the header specifies shape {list(shape)}, got {size} values"
+        )
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
@@ -164,10 +166,10 @@ REGIONS: dict[str, tuple[str, ...]] = {
 _CYCLE = (("train", 18), (None, 3), ("val", 5), (None, 3), ("test", 7), (None, 3))
 """Repeating slabs from bottom to top, in slices of 1 mm; slabs of part None separate neighbors."""
 _FIRST_SLICE, _LAST_SLICE = 5, 154
-_PATCH, _STEP, _EVERY = 64, 10, 3
+_PATCH_SIZE, _GRID_STEP, _SLICE_STEP = 64, 10, 3
 _SLAB_NOTE = (
-    "{}: all slices come from one head; neighboring slices look alike, so the splits are slabs of 18, 5 and 7 mm with "
-    "gaps of 3 mm; results may not generalize to other heads"
+    "{}: all slices come from one head and neighboring slices are similar, so the splits are slabs of 18, 5 and 7 mm "
+    "with gaps of 3 mm; results may not generalize to other heads"
 )
 
 
@@ -186,32 +188,32 @@ def load_mri(folder: str | None = None) -> Collection:
 
 
 def load_mri_lobes(folder: str | None = None) -> Collection:
-    """Load the slices of `load_mri` with nine groups of brain regions as classes; raises as `load_mri`."""
+    """Load the slices of `load_mri` with nine groups of brain regions as classes; see `load_mri` for errors."""
     root = _root(folder, "mri-lobes")
     return _slices("mri-lobes", ["background", *REGIONS], _volume(root / _HEAD), _groups(root))
 
 
 def load_mri_regions(folder: str | None = None) -> Collection:
-    """Load 64×64 mm patches, classified by the group of brain regions at the center; raises as `load_mri`.
+    """Load 64×64 mm patches, classified by the group of brain regions at the center; see `load_mri` for errors.
 
     Centers lie on a 10 mm grid in every third slice, where the surrounding 3×3 pixels belong to one group.
     """
     root = _root(folder, "mri-regions")
     head, groups = _volume(root / _HEAD), _groups(root)
-    half = _PATCH // 2
+    half = _PATCH_SIZE // 2
     patches: list[np.ndarray] = []
     samples: dict[str, list[tuple[int, str]]] = {"train": [], "val": [], "test": []}
     rows: dict[str, list[int]] = {"train": [], "val": [], "test": []}
     for part, heights in _slabs().items():
-        for z in heights[::_EVERY]:
-            picture = np.pad(_upright(head, z), half)
+        for z in heights[::_SLICE_STEP]:
+            image = np.pad(_upright(head, z), half)
             labels = _upright(groups, z)
-            for y in range(_STEP // 2, labels.shape[0], _STEP):
-                for x in range(_STEP // 2, labels.shape[1], _STEP):
-                    around = labels[y - 1 : y + 2, x - 1 : x + 2]
-                    if labels[y, x] and (around == labels[y, x]).all():
+            for y in range(_GRID_STEP // 2, labels.shape[0], _GRID_STEP):
+                for x in range(_GRID_STEP // 2, labels.shape[1], _GRID_STEP):
+                    neighborhood = labels[y - 1 : y + 2, x - 1 : x + 2]
+                    if labels[y, x] and (neighborhood == labels[y, x]).all():
                         rows[part].append(len(patches))
-                        patches.append(picture[y : y + _PATCH, x : x + _PATCH])
+                        patches.append(image[y : y + _PATCH_SIZE, x : x + _PATCH_SIZE])
                         samples[part].append((int(labels[y, x]) - 1, f"mri-regions/z{z:03}-y{y:03}-x{x:03}"))
     source = ArrayImages(np.stack(patches))
     parts = {
@@ -248,9 +250,9 @@ def _slabs() -> dict[str, list[int]]:
 
 def _upright(volume: np.ndarray, z: int) -> np.ndarray:
     """Return one axial slice with the nose on top, padded to a square."""
-    picture = np.rot90(volume[:, :, z])
-    padding = picture.shape[0] - picture.shape[1]
-    return np.pad(picture, ((0, 0), (padding // 2, padding - padding // 2)))
+    image = np.rot90(volume[:, :, z])
+    padding = image.shape[0] - image.shape[1]
+    return np.pad(image, ((0, 0), (padding // 2, padding - padding // 2)))
 
 
 def _groups(root: Path) -> np.ndarray:
@@ -266,11 +268,11 @@ def _groups(root: Path) -> np.ndarray:
 
 def _group_of(name: str) -> int:
     """Return the group number of a region by name prefix, from 1; 0 if none matches."""
-    return next((n for n, starts in enumerate(REGIONS.values(), 1) if name.startswith(starts)), 0)
+    return next((n for n, prefixes in enumerate(REGIONS.values(), 1) if name.startswith(prefixes)), 0)
 
 
 def _root(folder: str | None, data: str) -> Path:
-    """Return the folder after validating its files and volume shapes."""
+    """Return the folder; validate its files and volume shapes."""
     root = Path(folder or os.environ.get("SNELLA_MRI") or _FOLDER).expanduser()
     for name in (_HEAD, _BRAIN, _ATLAS, _ATLAS_NAMES):
         if not (root / name).is_file():
@@ -290,7 +292,7 @@ def _volume(path: Path) -> np.ndarray:
 
 
 _DIGITS = [str(digit) for digit in range(10)]
-_DEFECTIVE_FROM = 0.5
+_DEFECT_THRESHOLD = 0.5
 
 
 def load_digits() -> Collection:
@@ -333,7 +335,7 @@ def load_elpv() -> Collection:
     try:
         rows = [line.split() for line in (folder / "labels.csv").read_text().splitlines() if line.strip()]
         names = [row[0] for row in rows]
-        labels = [int(float(row[1]) >= _DEFECTIVE_FROM) for row in rows]
+        labels = [int(float(row[1]) >= _DEFECT_THRESHOLD) for row in rows]
     except (OSError, ValueError, IndexError) as error:
         raise ValueError(_damaged("elpv", folder / "labels.csv", error, "elpv-dataset")) from error
     images = ImageDataset(FileImages([folder / name for name in names]), range(len(names)), labels, names)

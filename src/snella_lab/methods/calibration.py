@@ -48,7 +48,7 @@ def summed_gradients(
 
 
 def rank_entries(values: Sequence[Tensor], count: int) -> tuple[Tensor, Tensor]:
-    """Find the `count` largest entries over several tensors, in descending order.
+    """Find the `count` largest entries of several tensors, in descending order.
 
     The result is exact and deterministic; ties are ordered by tensor, then by position. Peak memory is the result plus
     one boolean mask per tensor, without a sorted copy.
@@ -65,24 +65,24 @@ def rank_entries(values: Sequence[Tensor], count: int) -> tuple[Tensor, Tensor]:
     """
     total = sum(tensor.numel() for tensor in values)
     if not 0 <= count <= total:
-        raise ValueError(f"count must be in [0, {total}], the entries of all tensors together, got {count}")
+        raise ValueError(f"count must be in [0, {total}] (total number of entries), got {count}")
     # nonnegative floats sort like their bit patterns, so bisection over integers finds the exact threshold
     bits = [tensor.reshape(-1).view(torch.int32) for tensor in values]
     threshold = _kth_largest(bits, count)
-    above = [torch.nonzero(tensor > threshold).flatten() for tensor in bits]
-    magnitudes = torch.cat([tensor[indices].cpu() for tensor, indices in zip(bits, above, strict=True)])
+    indices_above = [torch.nonzero(tensor > threshold).flatten() for tensor in bits]
+    magnitudes = torch.cat([tensor[indices].cpu() for tensor, indices in zip(bits, indices_above, strict=True)])
     order = magnitudes.argsort(descending=True, stable=True)
-    owners = [torch.cat([torch.full((len(indices),), k) for k, indices in enumerate(above)])[order]]
-    positions = [torch.cat([indices.cpu() for indices in above])[order]]
+    tensor_indices = [torch.cat([torch.full((len(indices),), k) for k, indices in enumerate(indices_above)])[order]]
+    positions = [torch.cat([indices.cpu() for indices in indices_above])[order]]
     missing = count - len(order)
     for k, tensor in enumerate(bits):
         if missing <= 0:
             break
         ties = torch.nonzero(tensor == threshold).flatten()[:missing].cpu()
-        owners.append(torch.full((len(ties),), k))
+        tensor_indices.append(torch.full((len(ties),), k))
         positions.append(ties)
         missing -= len(ties)
-    return torch.cat(owners), torch.cat(positions)
+    return torch.cat(tensor_indices), torch.cat(positions)
 
 
 def _kth_largest(bits: Sequence[Tensor], count: int) -> int:
@@ -107,7 +107,7 @@ def _accumulate(
     limit: int | None,
     add: Callable[[Tensor, Tensor], object],
 ) -> dict[str, Tensor]:
-    """Accumulate a function of each gradient in hooks and free the gradient at once to save memory."""
+    """Accumulate a function of each gradient in hooks and free the gradient immediately."""
     parameters = dict(model.named_parameters())
     unknown = [name for name in names if name not in parameters]
     if unknown:
@@ -123,36 +123,37 @@ def _accumulate(
         return hook
 
     device = next(iter(parameters.values())).device
-    with _measuring(model, [parameters[name] for name in names]), torch.enable_grad():
+    with _calibration_mode(model, [parameters[name] for name in names]), torch.enable_grad():
         handles = [parameters[name].register_post_accumulate_grad_hook(collect(name)) for name in names]
         try:
-            seen = 0
+            num_batches = 0
             for images, labels in islice(batches(), limit):
                 value = loss(model, images.to(device), labels.to(device))
                 if not math.isfinite(value.item()):
                     raise ValueError(
-                        f"the loss must be finite, got {value.item()} in batch {seen + 1}; check the images and weights"
+                        f"the loss must be finite, got {value.item()} in batch {num_batches + 1}; check the images "
+                        "and weights"
                     )
                 value.backward()
-                seen += 1
+                num_batches += 1
         finally:
             for handle in handles:
                 handle.remove()
-    if not seen:
+    if not num_batches:
         raise ValueError("batches() must yield at least one batch of images and labels, got none")
     return totals
 
 
 @contextmanager
-def _measuring(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Switch to evaluation mode and gradients for only these parameters; restore both on exit."""
+def _calibration_mode(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Switch to evaluation mode with gradients for these parameters only; restore the state on exit."""
     modes = {module: module.training for module in model.modules()}
     requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    measured = set(parameters)
+    selected = set(parameters)
     try:
         model.eval()
         for parameter in requires_grad:
-            parameter.requires_grad_(parameter in measured)
+            parameter.requires_grad_(parameter in selected)
         yield
     finally:
         for module, training in modes.items():

@@ -1,4 +1,4 @@
-"""`noah`: a searched combination of prompts, low-rank updates and adapters, sized per block."""
+"""`noah`: searched combination of prompts, low-rank updates and adapters, with sizes per block."""
 
 import copy
 import math
@@ -21,10 +21,10 @@ from snella_lab.methods.calibration import SelectionData, selection_data
 from snella_lab.methods.prompts import Prompts, insert_prompts, make_prompts, remove_prompts
 from snella_lab.methods.spt import LowRank, add_low_rank, budget_of
 
-_PARENTS = 10
-_MUTATION = 0.2
-_DEPTH_MUTATION = 0.4
-_TRIES = 200
+_NUM_PARENTS = 10
+_MUTATION_PROB = 0.2
+_DEPTH_MUTATION_PROB = 0.4
+_MAX_TRIES = 200
 
 
 class Subnet(NamedTuple):
@@ -41,13 +41,13 @@ class SubnetSpace:
 
     Args:
         block_widths: Token width of each block.
-        qkv_sides: Inputs plus outputs of each block's qkv layer.
+        qkv_sizes: Inputs plus outputs of each block's qkv layer.
         sizes: Candidate sizes, ascending.
         budget: Maximum number of parameters of a subnet.
     """
 
     block_widths: tuple[int, ...]
-    qkv_sides: tuple[int, ...]
+    qkv_sizes: tuple[int, ...]
     sizes: tuple[int, ...]
     budget: int
 
@@ -59,32 +59,32 @@ class SubnetSpace:
 
     def count(self, subnet: Subnet) -> int:
         """Count parameters: Σ_blocks p·d + r·(in + out) + (2·d·a + a + d if a > 0)."""
-        rows = zip(self.block_widths, self.qkv_sides, *subnet, strict=True)
-        return sum(p * d + r * sides + (2 * d * a + a + d if a else 0) for d, sides, p, r, a in rows)
+        rows = zip(self.block_widths, self.qkv_sizes, *subnet, strict=True)
+        return sum(p * d + r * qkv_size + (2 * d * a + a + d if a else 0) for d, qkv_size, p, r, a in rows)
 
-    def least(self) -> Subnet:
+    def smallest(self) -> Subnet:
         """Return the smallest subnet: the smallest size of each module type in the first quarter of the blocks."""
         return Subnet(*[self._padded([self.sizes[0]] * self.depths[0])] * 3)
 
-    def sample(self, draw: Random) -> Subnet:
+    def sample(self, rng: Random) -> Subnet:
         """Sample a random subnet; it may exceed the budget."""
-        depths = (draw.choice(self.depths) for _ in range(3))
-        return Subnet(*(self._padded([draw.choice(self.sizes) for _ in range(depth)]) for depth in depths))
+        depths = (rng.choice(self.depths) for _ in range(3))
+        return Subnet(*(self._padded([rng.choice(self.sizes) for _ in range(depth)]) for depth in depths))
 
-    def mutate(self, subnet: Subnet, draw: Random) -> Subnet:
+    def mutate(self, subnet: Subnet, rng: Random) -> Subnet:
         """Resample some sizes and sometimes the depth of a module type."""
         mutated = []
         for sizes in subnet:
             depth = sum(size > 0 for size in sizes)
-            if draw.random() < _DEPTH_MUTATION:
-                depth = draw.choice(self.depths)
-            resampled = [draw.choice(self.sizes) if not s or draw.random() < _MUTATION else s for s in sizes[:depth]]
+            if rng.random() < _DEPTH_MUTATION_PROB:
+                depth = rng.choice(self.depths)
+            resampled = [rng.choice(self.sizes) if not s or rng.random() < _MUTATION_PROB else s for s in sizes[:depth]]
             mutated.append(self._padded(resampled))
         return Subnet(*mutated)
 
-    def cross(self, mother: Subnet, father: Subnet, draw: Random) -> Subnet:
+    def cross(self, mother: Subnet, father: Subnet, rng: Random) -> Subnet:
         """Take each module type from a random parent."""
-        return Subnet(*(draw.choice(pair) for pair in zip(mother, father, strict=True)))
+        return Subnet(*(rng.choice(pair) for pair in zip(mother, father, strict=True)))
 
     def _padded(self, sizes: list[int]) -> tuple[int, ...]:
         """Pad sizes with 0 for the remaining blocks."""
@@ -94,7 +94,7 @@ class SubnetSpace:
 def search_subnet(
     space: SubnetSpace,
     score: Callable[[Subnet], tuple[float, float]],
-    draw: Random,
+    rng: Random,
     *,
     population: int,
     generations: int,
@@ -108,7 +108,7 @@ def search_subnet(
     Args:
         space: Search space.
         score: Score of a subnet; higher is better.
-        draw: Random number generator.
+        rng: Random number generator.
         population: Candidates per generation.
         generations: Generations after the initial random one.
         report: Callback for one progress line per generation.
@@ -122,7 +122,7 @@ def search_subnet(
         return scores[subnet], -space.count(subnet), subnet
 
     def breed(make: Callable[[], Subnet], count: int) -> None:
-        for _ in range(count * _TRIES):
+        for _ in range(count * _MAX_TRIES):
             if count <= 0:
                 return
             subnet = make()
@@ -131,22 +131,22 @@ def search_subnet(
                 count -= 1
 
     def mutant() -> Subnet:
-        return space.mutate(draw.choice(parents), draw)
+        return space.mutate(rng.choice(parents), rng)
 
     def cross() -> Subnet:
-        return space.cross(draw.choice(parents), draw.choice(parents), draw)
+        return space.cross(rng.choice(parents), rng.choice(parents), rng)
 
     for generation in range(generations + 1):
         before = len(scores)
         if generation == 0:
-            scores[space.least()] = score(space.least())
+            scores[space.smallest()] = score(space.smallest())
         else:
-            parents = sorted(scores, key=rank, reverse=True)[:_PARENTS]
+            parents = sorted(scores, key=rank, reverse=True)[:_NUM_PARENTS]
             breed(mutant, population // 2)
             breed(cross, population // 2)
-        breed(partial(space.sample, draw), population - (len(scores) - before))
+        breed(partial(space.sample, rng), population - (len(scores) - before))
         if len(scores) == before:
-            report(f"noah: no candidates of at most {space.budget:,} parameters are left")
+            report(f"noah: no candidates with at most {space.budget:,} parameters left")
             break
         best = max(scores, key=rank)
         report(
@@ -194,11 +194,11 @@ def build_supernet(model: nn.Module, head: str, size: int) -> nn.Module:
 
 def activate(supernet: nn.Module, subnet: Subnet) -> None:
     """Configure the supernet to compute one subnet."""
-    kinds: tuple[type[Prompts | SuperLowRank | SuperAdapter], ...] = (Prompts, SuperLowRank, SuperAdapter)
-    for kind, sizes in zip(kinds, subnet, strict=True):
-        parts = [module for module in supernet.modules() if isinstance(module, kind)]
-        for part, size in zip(parts, sizes, strict=True):
-            part.active = size
+    module_types: tuple[type[Prompts | SuperLowRank | SuperAdapter], ...] = (Prompts, SuperLowRank, SuperAdapter)
+    for module_type, sizes in zip(module_types, subnet, strict=True):
+        modules = [module for module in supernet.modules() if isinstance(module, module_type)]
+        for module, size in zip(modules, sizes, strict=True):
+            module.active = size
 
 
 def train_supernet(
@@ -215,12 +215,12 @@ def train_supernet(
         weight_decay: Weight decay of AdamW.
 
     Returns:
-        The random number generator, seeded from torch's, for use by the search.
+        Random number generator for the search, seeded from torch.
 
     Raises:
         ValueError: `data` is empty, or a loss is not finite.
     """
-    draw = Random(int(torch.randint(2**31, ())))
+    rng = Random(int(torch.randint(2**31, ())))
     device = next(supernet.parameters()).device
     optimizer = torch.optim.AdamW([p for p in supernet.parameters() if p.requires_grad], lr, weight_decay=weight_decay)
     supernet.train()
@@ -228,7 +228,7 @@ def train_supernet(
         optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * epoch / epochs)) / 2
         total, steps = 0.0, 0
         for images, labels in data():
-            activate(supernet, space.sample(draw))
+            activate(supernet, space.sample(rng))
             loss = data.loss(supernet(images.to(device)), labels.to(device))
             if not math.isfinite(loss.item()):
                 raise ValueError(
@@ -241,14 +241,14 @@ def train_supernet(
         if not steps:
             raise ValueError("batches() must yield at least one batch of images and labels, got none")
         data.report(f"noah: supernet epoch {epoch + 1} of {epochs}, loss {total / steps:.4f}")
-    return draw
+    return rng
 
 
 @torch.no_grad()
 def accuracy_of(supernet: nn.Module, subnet: Subnet, data: SelectionData) -> tuple[float, float]:
     """Compute the validation accuracy of a subnet and, as a tie-breaker, its negative loss.
 
-    For multilabel, ordinal and regression tasks the accuracy is 0 and only the loss counts.
+    For multilabel, ordinal and regression tasks, the accuracy is 0 and only the loss is used.
 
     Raises:
         ValueError: `data` has no validation images.
@@ -256,16 +256,16 @@ def accuracy_of(supernet: nn.Module, subnet: Subnet, data: SelectionData) -> tup
     activate(supernet, subnet)
     supernet.eval()
     device = next(supernet.parameters()).device
-    right = images_seen = 0
+    correct = num_images = 0
     loss = 0.0
     for images, labels in data.validation() if data.validation is not None else ():
         outputs, labels = supernet(images.to(device)), labels.to(device)
-        right += int((outputs.argmax(dim=1) == labels).sum()) if data.has_class_scores else 0
+        correct += int((outputs.argmax(dim=1) == labels).sum()) if data.has_class_scores else 0
         loss += float(data.loss(outputs, labels)) * len(images)
-        images_seen += len(images)
-    if not images_seen:
+        num_images += len(images)
+    if not num_images:
         raise ValueError("validation must yield at least one batch of images and labels, got none")
-    return right / images_seen, -loss / images_seen
+    return correct / num_images, -loss / num_images
 
 
 _SIZES = (5, 10, 50, 100)
@@ -292,20 +292,20 @@ def qkv_layers(model: nn.Module, head: str) -> list[tuple[str, nn.Module, nn.Lin
 def space_of(model: nn.Module, head: str, options: Options) -> SubnetSpace:
     """Build the search space for a model."""
     layers = qkv_layers(model, head)
-    smallest = SubnetSpace(
+    space = SubnetSpace(
         tuple(width_of_block(block) or 0 for _, block, _ in layers),
         tuple(qkv.in_features + qkv.out_features for _, _, qkv in layers),
         tuple(sorted(options.get("sizes", _SIZES))),
         budget=0,
     )
-    least = smallest.count(smallest.least())
-    budget = budget_of(options, model, head, on_vit_b=0.64)
-    if "budget" in options and budget < least:
+    min_budget = space.count(space.smallest())
+    budget = budget_of(options, model, head, vit_b_budget=0.64)
+    if "budget" in options and budget < min_budget:
         raise ValueError(
-            f"budget must be at least {least / 1e6:g} million parameters, the size of the smallest subnet of "
-            f"sizes={list(smallest.sizes)}, got {options['budget']}"
+            f"budget must be at least {min_budget / 1e6:g} million parameters, the size of the smallest subnet of "
+            f"sizes={list(space.sizes)}, got {options['budget']}"
         )
-    return replace(smallest, budget=max(budget, least))
+    return replace(space, budget=max(budget, min_budget))
 
 
 def _build(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
@@ -317,7 +317,7 @@ def _build(model: nn.Module, head: str, options: Options, batches: Batches | Non
             "pass batches=SelectionData(train=..., validation=...)"
         )
     supernet = build_supernet(model, head, space.sizes[-1])
-    draw = train_supernet(
+    rng = train_supernet(
         supernet,
         space,
         data,
@@ -328,7 +328,7 @@ def _build(model: nn.Module, head: str, options: Options, batches: Batches | Non
     best = search_subnet(
         space,
         lambda subnet: accuracy_of(supernet, subnet, data),
-        draw,
+        rng,
         population=options.get("population", 20),
         generations=options.get("generations", 5),
         report=data.report,

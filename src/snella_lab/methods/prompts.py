@@ -68,7 +68,7 @@ def remove_prompts(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -
 
 
 class PromptEnd(nn.Module):
-    """Marker of the block after which the first block's prompts are removed.
+    """Marker for removing the first block's prompts after a later block.
 
     Args:
         prompts: Number of prompts.
@@ -207,24 +207,24 @@ class QueryHead(nn.Linear):
         return super().forward(torch.cat(parts, dim=-1))
 
 
-def keep_output(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+def store_output(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Forward hook of `attn.qkv`: store its output for the block's queries."""
-    module.kept_output = output
+    module.stored_output = output
 
 
 def summarize_block(module: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Forward hook of a block: compute the summary of its child `queries`; the output is unchanged."""
-    module.queries.summary = module.queries.summarize(module, module.attn.qkv.kept_output)
-    del module.attn.qkv.kept_output
+    module.queries.summary = module.queries.summarize(module, module.attn.qkv.stored_output)
+    del module.attn.qkv.stored_output
 
 
 def _build(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
     """Attach queries to each block and replace the head by a `QueryHead`."""
     blocks = token_blocks("vqt", model, head)
-    old = model.get_submodule(head)
-    lacking = [name for name, block in blocks if not _has_parts(block)]
-    if lacking or not isinstance(old, nn.Linear):
-        reason = f"unsupported block {lacking[0]!r}" if lacking else f"its head is a {type(old).__name__}"
+    old_head = model.get_submodule(head)
+    unsupported = [name for name, block in blocks if not _has_parts(block)]
+    if unsupported or not isinstance(old_head, nn.Linear):
+        reason = f"unsupported block {unsupported[0]!r}" if unsupported else f"its head is a {type(old_head).__name__}"
         raise ValueError(
             f"method 'vqt' cannot be applied to {type(model).__name__}: {reason}; it needs a linear head and blocks "
             "with a fused attn.qkv, as in timm's VisionTransformer"
@@ -234,11 +234,13 @@ def _build(model: nn.Module, head: str, options: Options, batches: Batches | Non
     for _, block in blocks:
         tokens = make_prompts(model, block, options.get("queries", 1)).tokens.detach()
         queries = Queries(tokens, options.get("dropout", 0.0))
-        block.attn.qkv.register_forward_hook(keep_output)  # type: ignore[union-attr]
+        block.attn.qkv.register_forward_hook(store_output)  # type: ignore[union-attr]
         attach(block, "queries", queries, after=summarize_block)
         sources.append(queries)
-    new = QueryHead(old.in_features, old.out_features, sources, normalize=options.get("normalize", False))
-    model.set_submodule(head, new.to(old.weight.device, old.weight.dtype))
+    new_head = QueryHead(
+        old_head.in_features, old_head.out_features, sources, normalize=options.get("normalize", False)
+    )
+    model.set_submodule(head, new_head.to(old_head.weight.device, old_head.weight.dtype))
     return model
 
 

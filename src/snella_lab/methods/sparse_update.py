@@ -1,4 +1,4 @@
-"""`gps-k` and the sparse updates that GPS and SPT share: int32 positions and values, without dense tensors."""
+"""`gps-k`, and sparse updates for GPS and SPT: int32 positions and values, without dense tensors."""
 
 from collections.abc import Mapping
 from typing import Any, TypeGuard
@@ -21,7 +21,7 @@ class SparseUpdate(nn.Module):
     y = product(x, W) + bias,   W = W0, W[indices[k]] += values[k]
 
     Autograd saves only the input and the values. The backward pass recomputes `W`, and its weight gradient covers only
-    the values. Optimizer state and checkpoint each hold `2·len(indices)` numbers instead of a masked matrix.
+    the values. Optimizer state and checkpoint each contain `2·len(indices)` numbers instead of a masked matrix.
 
     Args:
         base_layer: Frozen layer.
@@ -82,7 +82,7 @@ class SparseUpdate(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_layer" or name.startswith("__"):  # copying asks for __deepcopy__
+            if name == "base_layer" or name.startswith("__"):  # copy looks up __deepcopy__ before base_layer exists
                 raise
             return getattr(super().__getattr__("base_layer"), name)
 
@@ -106,7 +106,7 @@ class SparseUpdate(nn.Module):
         return self.base_layer
 
     def extra_repr(self) -> str:
-        """Show the number of trained entries."""
+        """Return the number of trained entries."""
         return f"{len(self.indices)} of {self.base_layer.weight.numel()} weights"
 
 
@@ -165,11 +165,13 @@ def neuron_layers(model: nn.Module, head: str) -> list[str]:
     Layers with a custom forward pass stay frozen, and so does the output projection of `nn.MultiheadAttention`, which
     reads its weight directly.
     """
-    outers = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
+    attention_names = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
     return [
         name
         for name, module in model.named_modules()
-        if can_be_sparse(module) and not is_inside(name, head) and not any(is_inside(name, outer) for outer in outers)
+        if can_be_sparse(module)
+        and not is_inside(name, head)
+        and not any(is_inside(name, attention) for attention in attention_names)
     ]
 
 
@@ -209,11 +211,11 @@ def supervised_contrastive(features: Tensor, labels: Tensor, temperature: float 
     Source: Khosla et al., arXiv 2004.11362, eq. 2.
     """
     z = F.normalize(features.float(), dim=1)
-    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
-    log_shares = (z @ z.T / temperature).masked_fill(itself, -torch.inf).log_softmax(dim=1)
-    positive = (labels[:, None] == labels[None, :]) & ~itself
+    diagonal = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    log_probs = (z @ z.T / temperature).masked_fill(diagonal, -torch.inf).log_softmax(dim=1)
+    positive = (labels[:, None] == labels[None, :]) & ~diagonal
     counts = positive.sum(dim=1)
-    means = -log_shares.masked_fill(~positive, 0.0).sum(dim=1) / counts.clamp(min=1)
+    means = -log_probs.masked_fill(~positive, 0.0).sum(dim=1) / counts.clamp(min=1)
     return means.sum() / (counts > 0).sum().clamp(min=1)
 
 
@@ -223,7 +225,7 @@ def contrastive_loss(head: str, temperature: float = 0.07) -> Loss:
     def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         if labels.ndim != 1:
             raise ValueError(
-                "selection_loss='contrastive' compares images by class and needs one label per image, got "
+                "selection_loss='contrastive' requires one class label per image, got "
                 f"labels of shape {list(labels.shape)}; use selection_loss='task'"
             )
         features: list[Tensor] = []
@@ -255,11 +257,11 @@ def _build(model: nn.Module, head: str, options: Options, batches: Batches | Non
     loss = _selection_loss(data, head, options)
     weights = [f"{name}.weight" for name in names]
     gradients = summed_gradients(model, weights, data, loss, options.get("calibration_batches"))
-    chosen = {name: strongest_inputs(gradients.pop(f"{name}.weight"), options.get("k", 1)) for name in names}
-    return _apply(model, head, chosen)
+    selected = {name: strongest_inputs(gradients.pop(f"{name}.weight"), options.get("k", 1)) for name in names}
+    return _apply(model, head, selected)
 
 
-def _apply(model: nn.Module, head: str, chosen: Mapping[str, Tensor]) -> nn.Module:
+def _apply(model: nn.Module, head: str, selected: Mapping[str, Tensor]) -> nn.Module:
     """Make the selected weights, the biases of their layers, layer scales and the head trainable."""
     train_head(model, head)
     for name in neuron_layers(model, head):
@@ -269,7 +271,7 @@ def _apply(model: nn.Module, head: str, chosen: Mapping[str, Tensor]) -> nn.Modu
     for name, parameter in model.named_parameters():
         if name.rsplit(".", 1)[-1].startswith("gamma"):
             parameter.requires_grad_(True)
-    for name, indices in chosen.items():
+    for name, indices in selected.items():
         model.set_submodule(name, SparseUpdate(model.get_submodule(name), indices))
     return model
 

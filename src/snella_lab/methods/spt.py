@@ -38,12 +38,12 @@ _RULES = {
     "calibration_batches": whole_number(),
 }
 
-_WEIGHTS_OF_VIT_B = 84_934_656
+_VIT_B_WEIGHTS = 84_934_656
 _FROZEN_PARTS = {"patch_embed", "patch_embedding", "patch_merging", "downsample", "stem"}
 
 
 class StructuredModule(nn.Module, ABC):
-    """Module for a matrix with many sensitive weights, used instead of sparse entries.
+    """Module that replaces the sparse entries of a matrix with many sensitive weights.
 
     A mergeable module has a method `delta` that returns its weight update, `[rows, columns]`.
 
@@ -156,39 +156,39 @@ def spend_budget(
     """
     total = sum(tensor.numel() for tensor in values)
     is_structured = [False] * len(values)
-    chosen: list[list[int]] = [[] for _ in values]
-    left, seen = budget, 0
+    selected: list[list[int]] = [[] for _ in values]
+    remaining, seen = budget, 0
     ranked = min(total, 4 * budget)
-    while left and seen < total:
-        owners, positions = rank_entries(values, ranked)
-        for group, position in zip(owners[seen:].tolist(), positions[seen:].tolist(), strict=True):
+    while remaining and seen < total:
+        groups_by_rank, positions = rank_entries(values, ranked)
+        for group, position in zip(groups_by_rank[seen:].tolist(), positions[seen:].tolist(), strict=True):
             seen += 1
             if is_structured[group]:
                 continue
-            price = costs[group] - len(chosen[group])
-            if len(chosen[group]) + 1 >= thresholds[group] and price <= left:
-                is_structured[group], chosen[group] = True, []
-                left -= price
+            cost = costs[group] - len(selected[group])
+            if len(selected[group]) + 1 >= thresholds[group] and cost <= remaining:
+                is_structured[group], selected[group] = True, []
+                remaining -= cost
             else:
-                chosen[group].append(position)
-                left -= 1
-            if not left:
+                selected[group].append(position)
+                remaining -= 1
+            if not remaining:
                 break
         ranked = min(total, 4 * ranked)
-    if left:
+    if remaining:
         raise ValueError(
-            f"budget must be at most {(budget - left) / 1e6:g} million parameters, the maximum for this model and r, "
-            f"got {budget / 1e6:g}"
+            f"budget must be at most {(budget - remaining) / 1e6:g} million parameters, the maximum for this model and "
+            f"r, got {budget / 1e6:g}"
         )
-    return is_structured, [torch.tensor(sorted(positions), dtype=torch.int64) for positions in chosen]
+    return is_structured, [torch.tensor(sorted(positions), dtype=torch.int64) for positions in selected]
 
 
-def budget_of(options: Options, model: nn.Module, head: str, on_vit_b: float = 0.4) -> int:
-    """Return the budget in parameters: `budget` million, else `on_vit_b` million scaled from ViT-B/16 by size."""
+def budget_of(options: Options, model: nn.Module, head: str, vit_b_budget: float = 0.4) -> int:
+    """Return the budget in parameters: `budget` million, else `vit_b_budget` million scaled from ViT-B/16 by size."""
     if "budget" in options:
         return round(options["budget"] * 1e6)
     weights = sum(model.get_parameter(f"{name}.weight").numel() for name in matrix_layers(model, head))
-    return max(1, round(on_vit_b * 1e6 * weights / _WEIGHTS_OF_VIT_B))
+    return max(1, round(vit_b_budget * 1e6 * weights / _VIT_B_WEIGHTS))
 
 
 def matrix_layers(model: nn.Module, head: str) -> list[str]:
@@ -233,11 +233,10 @@ def select(
     fixed = sum(model.get_parameter(name).numel() for name in whole)
     if budget <= fixed:
         raise ValueError(
-            f"budget must be more than {fixed / 1e6:g} million parameters, the size of the class token, "
-            f"got {budget / 1e6:g}"
+            f"budget must exceed {fixed / 1e6:g} million parameters, the size of the class token, got {budget / 1e6:g}"
         )
-    plain = vectors(model, head)
-    names = [*(f"{name}.weight" for name in layers), *plain]
+    vector_names = vectors(model, head)
+    names = [*(f"{name}.weight" for name in layers), *vector_names]
     sensitivities = squared_gradients(model, names, data, loss_of(data), options.get("calibration_batches", 8))
     r, alpha, beta = options.get("r", 8), options.get("alpha", 10), options.get("beta", 5)
     groups: list[tuple[str, int, int]] = []
@@ -250,15 +249,15 @@ def select(
             values.append(matrix[start:stop])
             costs.append(structure.count(stop - start, matrix.shape[1], r))
             thresholds.append(max(1, ceil(costs[-1] / alpha)))
-    for name in plain:
+    for name in vector_names:
         groups.append((name, -1, 0))
         values.append(sensitivities.pop(name))
         costs.append(values[-1].numel())
         thresholds.append(max(1, ceil(costs[-1] / beta)))
-    is_structured, chosen = spend_budget(values, costs, thresholds, budget - fixed)
+    is_structured, selected = spend_budget(values, costs, thresholds, budget - fixed)
     entries: dict[str, list[Tensor]] = {}
     structured: dict[str, list[int]] = {}
-    for (name, group, offset), gets_module, positions in zip(groups, is_structured, chosen, strict=True):
+    for (name, group, offset), gets_module, positions in zip(groups, is_structured, selected, strict=True):
         if gets_module and group < 0:
             whole.append(name)
         elif gets_module:
@@ -312,15 +311,15 @@ def restore_selection(
     structured: dict[str, set[int]] = {}
     whole: list[str] = []
     for name, tensor in tensors.items():
-        plain = name.replace(".base_layer.", ".")
-        if ".structured." in plain:
-            layer, _, rest = plain.partition(".structured.")
-            structured.setdefault(layer, set()).add(int(rest.partition(".")[0]))
-        elif plain.endswith(".indices"):
-            module, _, vector = plain.removesuffix(".indices").partition(".parametrizations.")
+        base_name = name.replace(".base_layer.", ".")
+        if ".structured." in base_name:
+            layer, _, remainder = base_name.partition(".structured.")
+            structured.setdefault(layer, set()).add(int(remainder.partition(".")[0]))
+        elif base_name.endswith(".indices"):
+            module, _, vector = base_name.removesuffix(".indices").partition(".parametrizations.")
             entries[f"{module}.{vector.partition('.')[0] or 'weight'}"] = tensor
-        elif not plain.endswith(".values") and not is_inside(plain, head):
-            whole.append(plain)
+        elif not base_name.endswith(".values") and not is_inside(base_name, head):
+            whole.append(base_name)
     groups = {name: tuple(sorted(numbers)) for name, numbers in structured.items()}
     with restoring(model):
         selection = SptSelection(entries, groups, tuple(whole))
@@ -328,7 +327,7 @@ def restore_selection(
 
 
 def merge_selection(model: nn.Module) -> nn.Module:
-    """Merge everything that SPT trained into the backbone's weights and vectors."""
+    """Merge all trained updates into the backbone."""
     merge_sparse(model)
     for module in list(model.modules()):
         if parametrize.is_parametrized(module):
@@ -361,7 +360,7 @@ def spt_method(summary: str, source: str, structure: type[StructuredModule], **f
     )
 
 
-class AdapterBehind(StructuredModule):
+class OutputAdapter(StructuredModule):
     """Adapter on the output of one matrix: h + U gelu(D h + d) + u; see `Adapter`."""
 
     def __init__(self, rows: int, columns: int, r: int) -> None:
@@ -383,7 +382,7 @@ class AdapterBehind(StructuredModule):
 SPT_ADAPTER = spt_method(
     "the most sensitive weights, and an adapter after each matrix with many of them",
     "SPT-Adapter, He et al., arXiv 2303.08566",
-    AdapterBehind,
+    OutputAdapter,
     unmerged_reason="adds nonlinear bottlenecks after matrices",
 )
 """Like `SPT_LORA`, but a matrix with at least `(2·r·rows + r + rows) / alpha` selected weights gets an adapter on its
@@ -439,7 +438,8 @@ SPT_LORA = spt_method(
 The sensitivity of a weight is Σ_batches (∂loss/∂w)² over `calibration_batches` batches (8) with the task's loss and the
 untrained head. All weights of the adapted matrices, biases, norms and layer scales are ranked together:
 
-- A matrix with at least `r·(rows + columns) / alpha` selected weights gets h + B A x instead of sparse entries.
+- A matrix with at least `r·(rows + columns) / alpha` selected weights gets a low-rank update h + B A x instead of
+  sparse entries.
 - A vector with at least a fraction `1 / beta` of selected entries is trained in full.
 - All other selected weights are trained as sparse entries.
 - The class token is always trained.
@@ -450,8 +450,8 @@ code uses the nearest count.
 """
 
 
-_OF_THE_SELECTION = ("budget", "calibration_batches")
-_OF_THE_COMPETITION = {
+_SELECTION_OPTIONS = ("budget", "calibration_batches")
+_COMPETITION_OPTIONS = {
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fixed_support", "target_sparsity"),
     *("init_sparsity", "sparsify_mode", "update_dropout", "update_drop_path", "dropout_exclude", "zero_init_ema"),
     *("allocation", "schedule", "importance", "realloc_every", "beta1", "beta2", "min_layer_share", "cache_delta"),
@@ -461,8 +461,8 @@ _OF_THE_COMPETITION = {
 
 def _mask_config(head: str, options: Options) -> PeftConfig:
     """Build the configuration of SNELLA with a fixed support."""
-    given = {name: value for name, value in options.items() if name not in _OF_THE_SELECTION}
-    return SnellaConfig(modules_to_save=[head], fixed_support=True, **given)
+    kwargs = {name: value for name, value in options.items() if name not in _SELECTION_OPTIONS}
+    return SnellaConfig(modules_to_save=[head], fixed_support=True, **kwargs)
 
 
 def _build_mask(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
@@ -476,11 +476,11 @@ def _build_mask(model: nn.Module, head: str, options: Options, batches: Batches 
             f"budget must be at most {total / 1e6:g} million, the size of the adapted matrices, got {budget / 1e6:g}"
         )
     sensitivities = squared_gradients(model, weights, data, loss_of(data), options.get("calibration_batches", 8))
-    owners, positions = rank_entries([sensitivities[name] for name in weights], budget)
+    layer_indices, positions = rank_entries([sensitivities[name] for name in weights], budget)
     wrapped = inject(model, _mask_config(head, {"target_modules": layers, **options}))
     adapted = wrapped.get_base_model()
     for k, name in enumerate(layers):
-        set_support(cast(SnellaLayer, adapted.get_submodule(name)), "default", positions[owners == k])
+        set_support(cast(SnellaLayer, adapted.get_submodule(name)), "default", positions[layer_indices == k])
     return wrapped
 
 
@@ -493,7 +493,7 @@ FIXED_MASK = Method(
     "SNELLA's merged matrix at the most sensitive weights, selected before training",
     "SNELLA, Shen et al., arXiv 2510.24037, Table XVII; the mask is SPT's, He et al., arXiv 2303.08566",
     _build_mask,
-    (*(name for name in own_fields(SnellaConfig) if name not in _OF_THE_COMPETITION), *_OF_THE_SELECTION),
+    (*(name for name in own_fields(SnellaConfig) if name not in _COMPETITION_OPTIONS), *_SELECTION_OPTIONS),
     suffix="r",
     check=check_by({"budget": number(1e-6), "calibration_batches": whole_number()}),
     config=_mask_config,

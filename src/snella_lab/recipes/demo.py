@@ -55,7 +55,7 @@ def run_demo(
     """Train a linear probe, LoRA and SNELLA on the same split and compare them.
 
     Args:
-        out: Run folder of SNELLA; the other methods use subfolders. Receives `comparison.json`.
+        out: Run folder of SNELLA, which also contains `comparison.json`; the other methods use subfolders.
         overwrite: Replace earlier runs.
         console: Output console; standard output if None.
         **settings: Overrides of `DEMO_SETTINGS`, or `epochs`.
@@ -101,7 +101,7 @@ def _row(run: RunFolder, method: str) -> MethodResult:
 
 
 def _table(rows: list[MethodResult]) -> Table:
-    """Build the terminal table."""
+    """Return the results table."""
     columns = ("method", "accuracy", "balanced accuracy", "trainable parameters", "seconds", "adapter MiB")
     cells = (
         (

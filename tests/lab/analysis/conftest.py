@@ -1,4 +1,4 @@
-"""Folders of runs with known updates: real adapters on test_vit, and the JSON files beside them."""
+"""Run folders with real adapters on test_vit and their JSON files."""
 
 import json
 import shutil
@@ -16,17 +16,17 @@ OLD_RUN = Path(__file__).parents[2] / "old_files" / "run"
 
 @pytest.fixture
 def old_run(tmp_path):
-    """A finished SNELLA run of two epochs, as commit 99db782 wrote it."""
+    """Return a finished SNELLA run of two epochs, written by commit 99db782."""
     return Path(shutil.copytree(OLD_RUN, tmp_path / "snella"))
 
 
 @pytest.fixture
 def save_run(tmp_path):
-    """Save an adapter of a method on test_vit, with random values, as the folder of a run."""
+    """Return a function that writes a run folder with a random adapter on test_vit."""
 
     def make(name, method="lora-2", seed=0):
-        described = BackboneInfo("test_vit", pretrained=False, img_size=32, num_classes=10, seed=0)
-        model = build_method(method, make_backbone(described))
+        backbone = BackboneInfo("test_vit", pretrained=False, img_size=32, num_classes=10, seed=0)
+        model = build_method(method, make_backbone(backbone))
         torch.manual_seed(seed)
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -35,7 +35,7 @@ def save_run(tmp_path):
         data_config = json.loads((OLD_RUN / "run.json").read_text())["data_config"]
         info = RunInfo(
             method=method,
-            backbone=described,
+            backbone=backbone,
             classes=[str(digit) for digit in range(10)],
             data=DataInfo("digits", seed=0),
             data_config=data_config,

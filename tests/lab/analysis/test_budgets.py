@@ -1,4 +1,4 @@
-"""Sparsity, importance and budgets by layer, against numbers computed by hand."""
+"""Sparsity, importance and budget by layer match values computed by hand."""
 
 import numpy as np
 import pytest
@@ -9,12 +9,12 @@ from snella_lab.analysis import allocation, evolution
 
 
 def write_run(folder, budgets, importance):
-    """A running run of two blocks with two matrices of 10 and 30 weights each, and an outer one of 20."""
+    """Write a running run: two blocks with matrices of 10 and 30 weights, and one matrix of 20 outside the blocks."""
     folder.mkdir(parents=True)
     names = ["blocks.0.q", "blocks.0.fc", "blocks.1.q", "blocks.1.fc", "neck"]
     depths, sizes = [0, 0, 1, 1, None], [10, 30, 10, 30, 20]
-    of_matrices = zip(names, depths, sizes, budgets, strict=True)
-    matrices = [MatrixInfo(name, name, depth, (1, size), size, kept, kept) for name, depth, size, kept in of_matrices]
+    columns = zip(names, depths, sizes, budgets, strict=True)
+    matrices = [MatrixInfo(name, name, depth, (1, size), size, budget, budget) for name, depth, size, budget in columns]
     history = [AllocationStep(0, 0, 2, 100, dict(zip(names, sizes, strict=True)), {})]
     history += [
         AllocationStep(
@@ -38,28 +38,28 @@ def run(tmp_path):
     return write_run(tmp_path / "mine", [5, 15, 0, 10, 10], [4.0, 2.0, 0.0, 1.0, 8.0])
 
 
-def test_sparsity_of_a_block_is_that_of_all_its_weights(run):
+def test_block_sparsity_counts_all_weights_of_the_block(run):
     (plot,) = allocation([run])
-    found = [(row["layer"], row["weights"], row["budget"], row["sparsity"]) for row in plot.rows]
-    assert found == [("0", 40, 20, 0.5), ("1", 40, 10, 0.75), ("–", 20, 10, 0.5)]
+    layers = [(row["layer"], row["weights"], row["budget"], row["sparsity"]) for row in plot.rows]
+    assert layers == [("0", 40, 20, 0.5), ("1", 40, 10, 0.75), ("–", 20, 10, 0.5)]
     # least squares through (0, .5), (1, .75), (2, .5): slope 0, mean 7/12
     (trend,) = plot.tables["trend"]
     assert trend["slope"] == pytest.approx(0, abs=1e-12) and trend["intercept"] == pytest.approx(7 / 12)
     assert [row["trend"] for row in plot.rows] == pytest.approx([7 / 12] * 3)
 
 
-def test_each_matrix_can_be_a_layer(run):
+def test_layers_can_be_single_matrices(run):
     (plot,) = allocation([run], by="matrix")
     assert [row["sparsity"] for row in plot.rows] == pytest.approx([0.5, 0.5, 1.0, 2 / 3, 0.5])
 
 
-def test_the_trend_is_the_line_of_least_squares():
+def test_linear_trend_is_the_least_squares_fit():
     assert linear_trend([1.0, 3.0, 5.0]) == pytest.approx((2.0, 1.0))
     assert linear_trend([0.0, 1.0, 0.0, 3.0]) == pytest.approx((0.8, -0.2))
     assert linear_trend([0.25]) == (0.0, 0.25)
 
 
-def test_the_importance_of_a_layer_is_the_mean_of_its_matrices(run):
+def test_layer_importance_is_the_mean_over_its_matrices(run):
     layers, budget = evolution([run])
     last = [row for row in layers.rows if row["step"] == 8]
     assert [(row["layer"], row["importance"], row["sparsity"]) for row in last] == [
@@ -76,7 +76,7 @@ def test_the_importance_of_a_layer_is_the_mean_of_its_matrices(run):
     ]
 
 
-def test_the_pictures_of_a_real_run_are_drawn(old_run, run):
+def test_plots_of_a_real_run_are_drawn(old_run, run):
     history = read(Allocation, old_run).history
     layers, budget = evolution([old_run, run])
     assert [row["budget"] for row in budget.rows if row["run"] == "snella"] == [step.budget for step in history]
@@ -85,7 +85,7 @@ def test_the_pictures_of_a_real_run_are_drawn(old_run, run):
         plot.draw().draw_without_rendering()
 
 
-def test_a_run_without_budgets_is_refused(save_run):
+def test_run_without_budgets_is_rejected(save_run):
     run = save_run("lora")
     with pytest.raises(ValueError, match=r"must have weight budgets.* with method 'lora-2' and no allocation.json"):
         allocation([run])

@@ -1,4 +1,4 @@
-"""Fits of random matrices: ranks, curves, definiteness and fits against known values; users' kernels; resumption."""
+"""Matrix fitting: ranks, kernel curves, definiteness, known errors, custom kernels and resuming."""
 
 import json
 import math
@@ -23,12 +23,12 @@ SMALL = FitConfig(("linear", "mix_k"), size=8, ranks=(1, 8), matrices=2, r=2, st
 
 
 def product(A, B):
-    """LoRA's product, as a user would write it."""
+    """LoRA's product as a custom kernel function."""
     return B @ A.T
 
 
 class Doubled(Kernel):
-    """A kernel class of a user's."""
+    """Custom kernel class."""
 
     name = "doubled"
 
@@ -37,58 +37,58 @@ class Doubled(Kernel):
 
 
 @pytest.mark.parametrize(("rank", "density"), [(1, 0.5), (3, 0.3), (12, 0.3), (5, 1.0)])
-def test_random_matrices_have_their_rank_and_variance(rank, density):
-    found = random_matrices(12, rank, 4, density, torch.Generator().manual_seed(0))
-    assert [int(torch.linalg.matrix_rank(matrix.double(), rtol=1e-5)) for matrix in found] == [rank] * 4
-    assert found.square().mean((1, 2)).tolist() == pytest.approx([1.0] * 4, rel=1e-5)
-    assert (found == 0).any() == (density < 1)
+def test_random_matrices_have_the_given_rank_and_unit_variance(rank, density):
+    matrices = random_matrices(12, rank, 4, density, torch.Generator().manual_seed(0))
+    assert [int(torch.linalg.matrix_rank(matrix.double(), rtol=1e-5)) for matrix in matrices] == [rank] * 4
+    assert matrices.square().mean((1, 2)).tolist() == pytest.approx([1.0] * 4, rel=1e-5)
+    assert (matrices == 0).any() == (density < 1)
 
 
-def test_a_product_of_rank_two_fits_rank_one_and_no_more():
+def test_linear_kernel_of_rank_two_fits_matrices_up_to_rank_two():
     fit = fit_kernel("linear", SMALL)
     generator = torch.Generator().manual_seed(0)
     matrices = [random_matrices(8, rank, 2, 0.3, generator) for rank in (1, 8)]
     best = [float(torch.linalg.svdvals(m.double())[2:].square().sum() / 64) for m in matrices[1]]  # Eckart and Young
     assert max(fit.mse[0]) < 1e-4
-    for reached, bound in zip(fit.mse[1], best, strict=True):
-        assert bound * 0.999 <= reached < bound * 1.2
+    for error, bound in zip(fit.mse[1], best, strict=True):
+        assert bound * 0.999 <= error < bound * 1.2
     assert fit.steps[0] == 0 and fit.steps[-1] == 299 and fit.gradient[-1] < fit.gradient[0]
 
 
-def test_curves_are_the_kernels_formulas():
+def test_kernel_curves_match_the_formulas():
     rows = {(row["kernel"], row["x"]): row for row in kernel_curves(list(KERNELS), points=9)}
     sigma = 1 / (1 + math.exp(-2))
     xs = np.arange(-4, 5)
     probs = np.exp(abs(xs - 1)) / np.exp(abs(xs - 1)).sum()
-    share = probs[6]  # at x = 2
+    prob = probs[6]  # at x = 2
     expected = {
         "linear": (2.0, 1.0),
         "p_linear": (1.0, 1.0),
         "sigmoid": (sigma, sigma * (1 - sigma)),
         "rbf": (math.exp(-1), -2 * math.exp(-1)),
-        "normalized_rbf": (share, share * (1 - share)),
-        "mix_k": (1 + share, 1 + share * (1 - share)),
+        "normalized_rbf": (prob, prob * (1 - prob)),
+        "mix_k": (1 + prob, 1 + prob * (1 - prob)),
     }
     for kernel, (value, slope) in expected.items():
         assert rows[kernel, 2.0]["value"] == pytest.approx(value)
         assert rows[kernel, 2.0]["slope"] == pytest.approx(slope)
 
 
-def test_a_distance_kernel_is_not_positive_semi_definite():
+def test_distance_kernels_are_not_positive_semi_definite():
     rows = {row["kernel"]: row for row in definiteness(["linear", "rbf", "p_linear", "mix_k"])}
     assert rows["linear"]["is_positive_semi_definite"] and rows["rbf"]["is_positive_semi_definite"]
     distances = rows["p_linear"]
     assert distances["trace"] == 0 and distances["smallest"] < -1 and not distances["is_positive_semi_definite"]
-    assert distances["conditional"] > -1e-9  # minus a distance is, on vectors that sum to 0
+    assert distances["conditional"] > -1e-9  # negative distances are, on vectors that sum to 0
     mixed = rows["mix_k"]
     assert mixed["smallest"] < -1 and mixed["asymmetry"] > 0 and not mixed["is_positive_semi_definite"]
 
 
 @pytest.mark.parametrize(("name", "factor"), [("product", 1), ("Doubled", 2)])
-def test_a_users_kernel_joins_by_its_import_path(name, factor):
+def test_custom_kernels_are_imported_by_path(name, factor):
     fit = fit_kernel(f"{__name__}:{name}", FitConfig(size=6, ranks=(2,), matrices=1, r=2, steps=1))
-    known = fit_kernel("linear", FitConfig(size=6, ranks=(2,), matrices=1, r=2, steps=1))
-    assert (fit.error[0] == pytest.approx(known.error[0])) == (factor == 1)
+    expected = fit_kernel("linear", FitConfig(size=6, ranks=(2,), matrices=1, r=2, steps=1))
+    assert (fit.error[0] == pytest.approx(expected.error[0])) == (factor == 1)
 
 
 @pytest.mark.parametrize(
@@ -100,12 +100,12 @@ def test_a_users_kernel_joins_by_its_import_path(name, factor):
         ("torch:add", r"must return \[m, n\]"),
     ],
 )
-def test_a_kernel_that_is_none_is_refused(kernel, message):
+def test_invalid_kernel_is_rejected(kernel, message):
     with pytest.raises((ValueError, RuntimeError), match=message):
         fit_kernel(kernel, FitConfig(size=6, ranks=(2,), matrices=1, r=4, steps=1))
 
 
-def test_settings_out_of_range_are_listed_together():
+def test_all_out_of_range_settings_are_reported_together():
     with pytest.raises(
         ValueError, match=r"r must be a multiple of 2.*got 3; ranks must be in \[1, size=8\], got \[9\]"
     ):
@@ -113,9 +113,9 @@ def test_settings_out_of_range_are_listed_together():
     assert (PRESETS["paper"].steps, PRESETS["paper"].lr, PRESETS["paper"].matrices) == (100_000, 1e-4, 10)
 
 
-def test_an_interrupted_call_fits_only_what_is_missing(tmp_path, monkeypatch):
+def test_interrupted_call_resumes_with_the_missing_kernels(tmp_path, monkeypatch):
     short = FitConfig(("linear", "p_linear"), size=6, ranks=(2, 4), matrices=2, r=2, steps=3)
-    whole = fit_matrices(short)
+    uninterrupted = fit_matrices(short)
 
     class Stopped(Exception):
         pass
@@ -129,10 +129,12 @@ def test_an_interrupted_call_fits_only_what_is_missing(tmp_path, monkeypatch):
     assert list(json.loads((tmp_path / "fits.json").read_text())["fits"]) == ["linear"]
     fitted = []
     monkeypatch.setattr(matrix_fit, "fit_kernel", lambda name, *rest: fitted.append(name) or fit_kernel(name, *rest))
-    again = fit_matrices(short, tmp_path)
-    assert fitted == ["p_linear"] and again[1].rows == whole[1].rows
-    assert again[1].rows[0]["mse"] == pytest.approx(np.mean([row["mse"] for row in again[1].tables["matrices"][:2]]))
-    with pytest.raises(ValueError, match="holds fits with other settings"):
+    resumed = fit_matrices(short, tmp_path)
+    assert fitted == ["p_linear"] and resumed[1].rows == uninterrupted[1].rows
+    assert resumed[1].rows[0]["mse"] == pytest.approx(
+        np.mean([row["mse"] for row in resumed[1].tables["matrices"][:2]])
+    )
+    with pytest.raises(ValueError, match="contains fits with other settings"):
         fit_matrices(FitConfig(size=6, ranks=(2, 4), matrices=2, r=2, steps=4), tmp_path)
-    for plot in again:
+    for plot in resumed:
         plot.draw().draw_without_rendering()

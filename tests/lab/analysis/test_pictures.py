@@ -1,4 +1,4 @@
-"""Grids of images: which are shown, and the overlap of masks."""
+"""Image plots: selection of images, Dice scores and heat maps."""
 
 import numpy as np
 import pytest
@@ -7,14 +7,17 @@ from safetensors.torch import load_file, save_file
 
 from snella_app.runs import RunFolder
 from snella_lab.analysis import gradcam, images, samples
-from snella_lab.analysis.pictures import PRETRAINED, _of_each_class, mean_dice, middle_share
+from snella_lab.analysis.pictures import PRETRAINED, _class_balanced_indices, center_fraction, mean_dice
 
 
-def test_samples_are_of_different_classes_in_the_order_of_groups():
+def test_samples_cycle_through_the_classes():
     (plot,) = samples(["digits"], limit=4)
     assert [row["class"] for row in plot.rows] == ["0", "1", "2", "3"] and len({r["image"] for r in plot.rows}) == 4
     plot.draw().draw_without_rendering()
-    assert [sorted(_of_each_class([0, 0, 1], 3, seed=1)[:1])[0] in (0, 1), len(_of_each_class([0, 0, 1], 5, 0))] == [
+    assert [
+        sorted(_class_balanced_indices([0, 0, 1], 3, seed=1)[:1])[0] in (0, 1),
+        len(_class_balanced_indices([0, 0, 1], 5, 0)),
+    ] == [
         True,
         3,
     ]
@@ -22,7 +25,7 @@ def test_samples_are_of_different_classes_in_the_order_of_groups():
         samples(["digits"], limit=0)
 
 
-def test_images_of_one_name_stand_below_each_other(tmp_path):
+def test_images_are_matched_by_file_name(tmp_path):
     for folder, names in (
         ("subject", ["a.png"]),
         ("lora", ["0-0.png", "1-0.png", "x.png"]),
@@ -36,31 +39,31 @@ def test_images_of_one_name_stand_below_each_other(tmp_path):
     both = ["0-0.png", "1-0.png"]
     assert shown == [("subject", "a.png"), *(("lora", n) for n in both), *(("snella", n) for n in both)]
     (tmp_path / "none").mkdir()
-    with pytest.raises(FileNotFoundError, match="none holds no images"):
+    with pytest.raises(FileNotFoundError, match="none contains no images"):
         images([tmp_path / "none"])
 
 
-def test_dice_is_the_mean_of_the_classes_that_are_there():
+def test_dice_is_averaged_over_the_classes_present():
     mask, truth = np.array([[1, 1], [2, 0]]), np.array([[1, 0], [0, 0]])
     assert mean_dice(mask, truth) == pytest.approx((2 * 1 / 3 + 0) / 2)
     assert mean_dice(np.zeros((2, 2)), np.zeros((2, 2))) == 1.0
 
 
-def test_heat_maps_of_the_pretrained_model_and_of_a_run_are_of_the_same_images(old_run):
+def test_gradcam_uses_the_same_images_for_all_models(old_run):
     pytest.importorskip("captum")
     path = old_run / "adapter" / "adapter_model.safetensors"
-    # as trained in two epochs, the update changes a map of few pixels in last bits alone
+    # after two epochs, the update only changes the last bits of a small map
     save_file({name: 10 * value if "snella_A" in name else value for name, value in load_file(path).items()}, path)
     RunFolder(old_run).finish()
     (plot,) = gradcam([old_run], limit=3, device="cpu")
     names = {label: [row["image"] for row in plot.rows if row["run"] == label] for label in (PRETRAINED, "snella")}
     assert names[PRETRAINED] == names["snella"] and len(names["snella"]) == 3
     shares = {label: [row["share_in_middle"] for row in plot.rows if row["run"] == label] for label in names}
-    assert shares[PRETRAINED] != shares["snella"]  # the update changes what speaks for a class
+    assert shares[PRETRAINED] != shares["snella"]  # the update changes the evidence
 
 
-def test_the_share_in_the_middle_of_a_flat_map_is_a_ninth():
-    assert middle_share(np.ones((9, 9))) == pytest.approx(1 / 9) and middle_share(np.zeros((9, 9))) == 0
+def test_center_fraction_of_a_constant_map_is_one_ninth():
+    assert center_fraction(np.ones((9, 9))) == pytest.approx(1 / 9) and center_fraction(np.zeros((9, 9))) == 0
     corner = np.zeros((6, 6))
     corner[0, 0] = 1
-    assert middle_share(corner) == 0
+    assert center_fraction(corner) == 0

@@ -1,4 +1,4 @@
-"""Files of plots: names, tables, the two modes, and what is refused."""
+"""Plot files: names, tables, light and dark mode, and errors."""
 
 import csv
 
@@ -20,7 +20,7 @@ def draw():
     return figure
 
 
-def test_a_plot_becomes_four_pictures_and_its_numbers(tmp_path):
+def test_plot_is_written_as_four_images_and_csv_tables(tmp_path):
     paths = write_plots([Plot("one", ROWS, draw, tables={"more": ROWS[:1]})], tmp_path / "new")
     names = ["one.svg", "one.png", "one-dark.svg", "one-dark.png", "one.csv", "one-more.csv"]
     assert [path.name for path in paths] == names
@@ -31,19 +31,19 @@ def test_a_plot_becomes_four_pictures_and_its_numbers(tmp_path):
         ]
     light, dark = (np.asarray(Image.open(tmp_path / "new" / name).convert("RGB")) for name in names[1:4:2])
     assert light[2, 2].min() > 250 and dark[2, 2].max() < 50
-    assert light.min() < 60 and dark.max() > 200  # the line in the ink of each mode
+    assert light.min() < 60 and dark.max() > 200  # line color of each mode
 
 
-def test_an_existing_file_is_only_replaced_on_demand(tmp_path):
+def test_existing_files_are_only_replaced_with_overwrite(tmp_path):
     (tmp_path / "one.csv").write_text("mine")
-    with pytest.raises(FileExistsError, match=r"already holds 'one\.csv'"):
+    with pytest.raises(FileExistsError, match=r"already contains 'one\.csv'"):
         write_plots([Plot("one", ROWS, draw)], tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["one.csv"]
     write_plots([Plot("one", ROWS, draw)], tmp_path, overwrite=True)
     assert (tmp_path / "one.csv").read_text() == csv_text(ROWS)
 
 
-def test_dark_figures_keep_no_ink_of_the_light_ones():
+def test_darken_replaces_all_light_mode_colors():
     figure, axes = new_figure(300, 200, "title")
     axes.bar([0, 1], [1, 2], color=INK)
     axes.fill_between([0, 1], [0, 1], color=PANEL)
@@ -53,13 +53,13 @@ def test_dark_figures_keep_no_ink_of_the_light_ones():
     assert axes.patches[0].get_facecolor() == (230 / 255, 234 / 255, 240 / 255, 1.0)
 
 
-def test_labels_are_as_short_as_they_may_be():
+def test_run_labels_are_the_shortest_unique_suffixes():
     assert run_labels(["a/x", "b/y"]) == ["x", "y"]
     assert run_labels(["a/x", "b/x"]) == ["a/x", "b/x"]
     assert run_labels(["a/x"]) == ["x"]
 
 
-def test_every_kind_has_its_function():
+def test_every_plot_kind_has_a_function():
     for kind in KINDS:
         assert plot_function(kind).__name__ == kind
     with pytest.raises(ValueError, match=r"kind must be one of allocation, .* got 'pie'"):

@@ -1,4 +1,4 @@
-"""Memory of known operations, and radii of known accuracies."""
+"""Memory of known operations and radii of known accuracies."""
 
 import pytest
 import torch
@@ -10,35 +10,35 @@ from snella_lab.analysis import memory, radar
 from snella_lab.analysis.profiles import LiveTensors, _draw_radar, follow_memory, scaled_radius
 
 
-def test_living_tensors_are_counted_until_they_are_freed():
+def test_live_tensors_are_counted_until_they_are_freed():
     weight = torch.zeros(1000)
     with LiveTensors([weight]) as live:
         assert live.live == 4000
         first = torch.zeros(500)
         second = first * 2
         view = first[:10]
-        assert live.live == 8000  # a view adds nothing
+        assert live.live == 8000  # views share their storage
         del first, view
         assert live.live == 6000
         del second
     assert live.live == 4000 and max(size for *_, size in live.points) == 8000
 
 
-def test_the_memory_of_a_step_is_weights_activations_gradients_and_moments():
+def test_step_memory_is_weights_activations_gradients_and_moments():
     model = nn.Linear(256, 256, bias=False)
     points = follow_memory(model, torch.randn(2, 256), steps=2)
     weight, batch = 256 * 256 * 4 / 2**20, 2 * 256 * 4 / 2**20
     assert points[0]["mib"] == pytest.approx(weight + batch)
-    most = {
+    peaks = {
         phase: max(p["mib"] for p in points if p["phase"] == phase and p["step"] == 2)
         for phase in ("forward", "backward")
     }
-    assert most["forward"] == pytest.approx(3 * weight, rel=0.05)  # weight and both moments
-    assert most["backward"] == pytest.approx(4 * weight, rel=0.05)  # and the gradient
+    assert peaks["forward"] == pytest.approx(3 * weight, rel=0.05)  # weight and both moments
+    assert peaks["backward"] == pytest.approx(4 * weight, rel=0.05)  # and the gradient
     assert points[-1]["mib"] == pytest.approx(3 * weight, rel=0.05) and points[-1]["position"] == 6
 
 
-def test_a_runs_memory_is_followed(old_run):
+def test_memory_of_a_run_is_recorded(old_run):
     (plot,) = memory([old_run], steps=1, batch_size=2)
     peaks = {row["phase"]: row["peak_mib"] for row in plot.tables["peaks"]}
     assert peaks["forward"] > plot.rows[0]["mib"] > 0.5 and set(peaks) == {"forward", "backward", "optimizer"}
@@ -46,13 +46,13 @@ def test_a_runs_memory_is_followed(old_run):
         memory([old_run], steps=0)
 
 
-def test_the_best_lies_on_the_rim_and_close_ones_lie_close():
+def test_radius_is_one_for_the_best_and_similar_for_similar_values():
     assert scaled_radius(0.9, 0.7, 0.9) == 1 and scaled_radius(0.7, 0.7, 0.9) == pytest.approx(0.3)
     assert scaled_radius(0.8, 0.7, 0.9) == pytest.approx(0.65)
     assert scaled_radius(0.799, 0.799, 0.8) == pytest.approx(1 - 0.7 * 0.001 / 0.02)
 
 
-def test_each_of_sixteen_methods_has_a_color_of_its_own_that_both_panels_show():
+def test_sixteen_methods_have_distinct_colors_with_contrast_in_both_modes():
     axes = ("medical", "glyphs", "natural")
     rows = [{"axis": a, "method": f"m{n}", "accuracy": 0.5, "radius": 0.5} for a in axes for n in range(16)]
     handles = _draw_radar(rows).legends[0].legend_handles
@@ -62,17 +62,17 @@ def test_each_of_sixteen_methods_has_a_color_of_its_own_that_both_panels_show():
         assert min(contrast(color, to_rgb(panel)) for color in colors) >= 3
 
 
-def contrast(one, other):
-    """Contrast ratio of the Web Content Accessibility Guidelines."""
+def contrast(first, second):
+    """Compute the WCAG contrast ratio."""
 
     def luminance(color):
         parts = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in color]
         return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
 
-    low, high = sorted((luminance(one), luminance(other)))
+    low, high = sorted((luminance(first), luminance(second)))
     return (high + 0.05) / (low + 0.05)
 
 
-def test_a_folder_without_a_comparison_is_refused(tmp_path):
+def test_folder_without_comparison_is_rejected(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"experiment\.yaml is missing"):
         radar([tmp_path])

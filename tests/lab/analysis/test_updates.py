@@ -1,4 +1,4 @@
-"""Updates of runs: equal to what the models compute, and their numbers against a hand computation."""
+"""Run updates equal the updates of the models, and statistics match values computed by hand."""
 
 import math
 
@@ -24,36 +24,36 @@ from snella_lab.analysis.updates import (
 )
 
 
-def test_the_updates_of_snella_are_those_of_its_layers(old_run):
-    found = read_updates(old_run, "run")
+def test_snella_updates_equal_the_sparse_updates_of_the_layers(old_run):
+    updates = read_updates(old_run, "run")
     matrices = {matrix.name: matrix for matrix in adapted_matrices(load_run(old_run, "cpu").model)}
-    assert set(found.shapes) == set(matrices)
+    assert set(updates.shapes) == set(matrices)
     budgets = {matrix.name: matrix.budget for matrix in read(Allocation, old_run).matrices}
     for name in ("blocks.0.attn.qkv.k", "blocks.5.attn.qkv.v", "blocks.3.mlp.fc2"):
-        value = found.make(name)
+        value = updates.make(name)
         torch.testing.assert_close(value, 10.0 * matrices[name].sparse_update())  # scaling 10
-        assert int(value.count_nonzero()) == budgets[name] and list(value.shape) == list(found.shapes[name])
+        assert int(value.count_nonzero()) == budgets[name] and list(value.shape) == list(updates.shapes[name])
 
 
 @pytest.mark.parametrize("method", ["lora-2", "full", "dora-2"])
-def test_the_updates_of_other_methods_are_what_merging_changes(save_run, method):
+def test_updates_of_other_methods_are_the_merge_differences(save_run, method):
     run = save_run("run", method)
     loaded = load_run(run, "cpu")
     before = make_backbone(loaded.info.backbone, "classification").state_dict()
     merged = merge_trained(loaded.model).state_dict()
-    found = read_updates(run, "run")
+    updates = read_updates(run, "run")
     difference = merged["blocks.1.attn.qkv.weight"] - before["blocks.1.attn.qkv.weight"]
-    whole = torch.cat([found.make(f"blocks.1.attn.qkv.{part}") for part in "qkv"])
-    torch.testing.assert_close(whole, difference, atol=1e-6, rtol=1e-4)
-    assert not any(name.startswith("head") for name in found.shapes)
+    qkv_update = torch.cat([updates.make(f"blocks.1.attn.qkv.{part}") for part in "qkv"])
+    torch.testing.assert_close(qkv_update, difference, atol=1e-6, rtol=1e-4)
+    assert not any(name.startswith("head") for name in updates.shapes)
 
 
-def test_a_method_that_changes_no_weights_is_refused(save_run):
+def test_method_without_weight_updates_is_rejected(save_run):
     with pytest.raises(ValueError, match="vpt-deep"):
         read_updates(save_run("run", "vpt-deep-2"), "run")
 
 
-def test_ranks_of_known_matrices():
+def test_ranks_match_known_matrices():
     assert effective_rank(torch.tensor([2.0, 2.0, 2.0, 2.0])) == pytest.approx(4)
     assert effective_rank(torch.tensor([5.0, 0.0])) == pytest.approx(1)
     assert effective_rank(torch.tensor([3.0, 1.0])) == pytest.approx(
@@ -65,7 +65,7 @@ def test_ranks_of_known_matrices():
     assert rank_row(torch.zeros(2, 3))["effective_rank"] == 0.0 and rank_row(torch.zeros(2, 3))["rank"] == 0
 
 
-def test_similarity_of_a_layer_is_that_of_its_matrices_as_one_vector():
+def test_layer_similarity_concatenates_its_matrices():
     first = torch.tensor([[1.0, 0.0, 2.0, 0.0], [0.0, 0.0, 1.0, 3.0]])
     second = torch.tensor([[4.0, 1.0], [-1.0, 0.0]])
     total = _Similarity(2)
@@ -75,52 +75,52 @@ def test_similarity_of_a_layer_is_that_of_its_matrices_as_one_vector():
     norms = math.sqrt(1 + 4 + 16 + 1) * math.sqrt(1 + 9 + 1)
     assert row["cosine"] == pytest.approx((2 - 4) / norms)
     assert row["chance"] == pytest.approx((3 * 4 / 4 + 5 * -1 / 2) / norms)
-    assert row["jaccard"] == pytest.approx(2 / 5)  # both change 2 of the 5 entries that one of them changes
+    assert row["jaccard"] == pytest.approx(2 / 5)  # intersection 2, union 5
     assert (row["pairs"], row["least"], row["greatest"]) == (1, row["cosine"], row["cosine"])
 
 
-def test_a_task_without_an_update_takes_part_in_no_pair():
+def test_zero_updates_are_excluded_from_pairs():
     total = _Similarity(3)
     total.add(torch.tensor([[1.0, 1.0], [0.0, 0.0], [1.0, 0.0]]))
     row = total.row()
     assert row["pairs"] == 1 and row["cosine"] == pytest.approx(1 / math.sqrt(2))
 
 
-def test_how_often_weights_are_changed_and_what_chance_would_give():
+def test_observed_and_chance_frequencies_match_hand_counts():
     stacked = torch.tensor([[1.0, 0, 0, 2], [1, 0, -1, 0], [3, 0, 0, 0]])
     assert update_frequencies(stacked).tolist() == [1, 2, 0, 1]
     assert chance_frequencies([0.5, 0.25]) == pytest.approx([0.375, 0.5, 0.125])
     assert chance_frequencies([0.3] * 30) == pytest.approx(stats.binom.pmf(np.arange(31), 30, 0.3))
 
 
-def test_a_drawn_cell_shows_its_strongest_entry():
+def test_pooled_cell_is_its_largest_entry_in_magnitude():
     values = torch.zeros(5, 4)
     values[0, 1], values[1, 0], values[4, 3] = 1.0, -3.0, 0.5
     assert _pooled(values, side=3).tolist() == [[-3.0, 0.0], [0.0, 0.0], [0.0, 0.5]]
 
 
-def test_updates_of_two_runs_are_compared(save_run):
+def test_update_and_overlap_compare_two_runs(save_run):
     runs = [save_run("a", seed=0), save_run("b", seed=1)]
-    pictures, spectrum = update(runs)
-    assert [row["matrix"] for row in pictures.rows] == ["blocks.5.attn.qkv.q"] * 2  # the deepest, of blocks 0 … 5
-    assert [row["rank"] for row in pictures.rows] == [2, 2]
+    updates, spectrum = update(runs)
+    assert [row["matrix"] for row in updates.rows] == ["blocks.5.attn.qkv.q"] * 2  # block 5 is the deepest
+    assert [row["rank"] for row in updates.rows] == [2, 2]
     assert len(spectrum.tables["ranks"]) == 2 * 6
-    similarity, frequencies, lines = overlap(runs, matrix="blocks.0.mlp.fc1")
-    a, b = (torch.cat([read_updates(run, "").make(n).flatten() for n in _block(0)]) for run in runs)
+    similarity, frequencies, map_rows = overlap(runs, matrix="blocks.0.mlp.fc1")
+    a, b = (torch.cat([read_updates(run, "").make(n).flatten() for n in _block_matrices(0)]) for run in runs)
     assert similarity.rows[0]["cosine"] == pytest.approx(float(torch.cosine_similarity(a, b, dim=0)), abs=1e-5)
     assert [row["weights"] for row in frequencies.rows] == [0, 0, 192 * 64]  # LoRA changes every weight
     assert sum(row["weights_of_all_matrices"] for row in frequencies.rows) == 6 * (4 * 64 * 64 + 2 * 192 * 64)
-    assert lines.rows[0]["mean_tasks"] == 2.0
-    for plot in (pictures, spectrum, similarity, frequencies, lines):
+    assert map_rows.rows[0]["mean_tasks"] == 2.0
+    for plot in (updates, spectrum, similarity, frequencies, map_rows):
         plot.draw().draw_without_rendering()
 
 
-def _block(number):
+def _block_matrices(number):
     parts = ("attn.qkv.q", "attn.qkv.k", "attn.qkv.v", "attn.proj", "mlp.fc1", "mlp.fc2")
     return [f"blocks.{number}.{part}" for part in parts]
 
 
-def test_the_deepest_query_projection_is_that_of_the_last_block_in_counting_order(save_run):
+def test_deepest_query_sorts_block_numbers_numerically(save_run):
     names = list(read_updates(save_run("a", method="snella-2"), "").shapes)
     assert names[-1] == "blocks.5.mlp.fc2" and deepest_query(names) == "blocks.5.attn.qkv.q"
     assert deepest_query(["blocks.9.q_proj", "blocks.10.q_proj", "blocks.10.fc2"]) == "blocks.10.q_proj"
@@ -128,22 +128,22 @@ def test_the_deepest_query_projection_is_that_of_the_last_block_in_counting_orde
 
 
 @pytest.mark.parametrize(("method", "shown"), [("snella-2", True), ("lora-2", True), ("bias", False)])
-def test_a_run_s_report_shows_the_update_that_its_adapter_holds(method, shown, save_run):
+def test_report_shows_the_update_in_the_adapter(method, shown, save_run):
     section = update_section(read_adapter(save_run("a", method=method)), None)
     assert (section is not None) == shown
     if shown:
         assert section["name"] == "blocks.5.attn.qkv.q" and "Update of blocks.5.attn.qkv.q" in section["figure"]
 
 
-def test_the_update_that_is_shown_is_of_a_matrix_with_a_budget(save_run):
+def test_report_shows_a_matrix_with_a_budget(save_run):
     adapter = read_adapter(save_run("a", method="snella-2"))
-    frozen = dict.fromkeys(_block(5), 0)
+    frozen = dict.fromkeys(_block_matrices(5), 0)
     assert update_section(adapter, None, frozen)["name"] == "blocks.4.attn.qkv.q"
-    everywhere = {name: 0 for number in range(6) for name in _block(number)}
-    assert update_section(adapter, None, everywhere)["name"] == "blocks.5.attn.qkv.q"
+    all_frozen = {name: 0 for number in range(6) for name in _block_matrices(number)}
+    assert update_section(adapter, None, all_frozen)["name"] == "blocks.5.attn.qkv.q"
 
 
-def test_one_run_has_no_overlap(save_run):
+def test_overlap_requires_two_runs(save_run):
     run = save_run("a")
     with pytest.raises(ValueError, match="overlap requires at least 2 runs, got 1"):
         overlap([run])

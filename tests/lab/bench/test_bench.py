@@ -1,4 +1,4 @@
-"""The measurement itself, on models that take milliseconds."""
+"""`snella bench` on tiny models: measurements, rows, tables and errors."""
 
 import json
 import re
@@ -30,38 +30,38 @@ from snella_lab.bench.bench import Runner, peak_of_child, quartiles, random_batc
 from snella_lab.bench.reference import op_error
 from snella_lab.bench.rows import append_rows, conditions, draw_figures, performance_section, read_rows, update_document
 
-KEPT = ["lora", "snella", "snella-keep-delta"]
+SAVING = ["lora", "snella", "snella-keep-delta"]
 TINY = Workload("test_vit", r=4, sparsity=0.5)
 QUIET = Console(quiet=True)
 
-# PEFT's SHiRA makes sparse tensors without saying whether they are to be checked
+# PEFT's SHiRA creates sparse tensors without setting the invariant checks
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning")
 
 
 @pytest.mark.filterwarnings("ignore:this processor has no bfloat16 instructions")
 @pytest.mark.parametrize("name", [name for name in BASELINES if "compiled" not in name and "triton" not in name])
-def test_every_contender_takes_a_step(name):
+def test_every_baseline_takes_a_step(name):
     runner, (images, labels) = Runner(name, TINY), random_batch(TINY, 2)
     assert runner.has_finite_gradients(images, labels)
     time = runner.step(images, labels)
     assert 0 < time.forward_s + time.backward_s < time.step_s
 
 
-def test_the_papers_computation_and_the_folded_op_are_the_same_function():
+def test_unfused_reference_equals_the_fused_op():
     images, _ = random_batch(TINY, 2)
-    found = []
+    results = []
     for name in ("snella", "paper"):
         model = Runner(name, TINY).model.train()
         y = model(images)
         y.square().sum().backward()
-        found.append([y.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
-    folded, paper = found
+        results.append([y.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    fused, unfused = results
     # the quantile lies within one rank of the exact threshold
-    torch.testing.assert_close(paper[0], folded[0], rtol=1e-3, atol=1e-4)
-    assert len(paper) == len(folded)
+    torch.testing.assert_close(unfused[0], fused[0], rtol=1e-3, atol=1e-4)
+    assert len(unfused) == len(fused)
 
 
-def test_rows_hold_medians_ratios_and_conditions(tmp_path):
+def test_rows_contain_medians_ratios_and_provenance(tmp_path):
     config = BenchConfig(
         ["test_vit"], [2, 3], ["lora", "snella"], r=[4], rounds=3, out=str(tmp_path / "a" / "rows.jsonl"),
         figures=str(tmp_path / "pictures"),
@@ -81,7 +81,7 @@ def test_rows_hold_medians_ratios_and_conditions(tmp_path):
     assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["time-test_vit-float32-r4-sparsity0.7-cpu.svg"]
 
 
-def test_a_contender_whose_op_is_wrong_is_not_timed(monkeypatch, capsys):
+def test_method_with_a_wrong_op_is_not_timed(monkeypatch, capsys):
     original = numba_backend.select_threshold
     monkeypatch.setattr(numba_backend, "select_threshold", lambda *args: original(*args) * 1.5)
     assert re.fullmatch(
@@ -94,7 +94,7 @@ def test_a_contender_whose_op_is_wrong_is_not_timed(monkeypatch, capsys):
         measure_matrix(8, 8, impl="numba", rounds=1)
 
 
-def test_a_contender_without_finite_gradients_is_not_timed(monkeypatch, capsys):
+def test_method_with_nonfinite_gradients_is_not_timed(monkeypatch, capsys):
     build = BASELINES["lora"]
 
     def broken(model, workload):
@@ -111,15 +111,15 @@ MIB = 2**18  # values of float32
 
 
 def allocate(name, before_mib, after_mib):
-    """Touch memory, take the peak, and touch more."""
-    held = [torch.ones(before_mib * MIB)]
+    """Allocate memory, read the peak, and allocate more."""
+    tensors = [torch.ones(before_mib * MIB)]
     before = peak_rss_mib()
-    held.append(torch.ones(after_mib * MIB))
+    tensors.append(torch.ones(after_mib * MIB))
     return before
 
 
-def test_the_peak_of_a_child_is_its_own_whatever_its_parent_holds():
-    parent = torch.ones(1000 * MIB)  # more than the child has
+def test_peak_of_child_excludes_the_memory_of_the_parent():
+    parent = torch.ones(1000 * MIB)  # more than the child uses
     small, large = (peak_of_child(allocate, "allocate", 10, size) for size in (40, 140))
     assert small["peak_step_mib"] == pytest.approx(40, abs=15)
     assert large["peak_step_mib"] == pytest.approx(140, abs=15)
@@ -127,14 +127,14 @@ def test_the_peak_of_a_child_is_its_own_whatever_its_parent_holds():
     assert large["peak_rss_mib"] < len(parent) / MIB
 
 
-def end_at_once(name):
+def exit_immediately(name):
     sys.exit(3)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_child_that_ends_without_a_result_is_an_error():
+def test_child_that_exits_without_a_result_raises():
     with pytest.raises(RuntimeError, match="memory measurement of 'lora' failed with exit code 3"):
-        peak_of_child(end_at_once, "lora")
+        peak_of_child(exit_immediately, "lora")
 
 
 @pytest.mark.slow
@@ -142,12 +142,12 @@ def test_peak_memory_differs_between_methods():
     backbone = "vit_tiny_patch16_224"
     config = BenchConfig([backbone], [8], ["frozen", "full"], rounds=1, memory=True)
     frozen, full = bench(config, QUIET)
-    kept = full["saved_mib"] - frozen["saved_mib"]
+    difference_mib = full["saved_mib"] - frozen["saved_mib"]
     assert frozen["peak_step_mib"] > frozen["saved_mib"] / 2
-    assert full["peak_rss_mib"] - frozen["peak_rss_mib"] > kept / 2 > 20
+    assert full["peak_rss_mib"] - frozen["peak_rss_mib"] > difference_mib / 2 > 20
 
 
-def test_the_peak_is_read_from_the_system_where_it_tells(monkeypatch, tmp_path):
+def test_peak_is_read_from_proc_status_if_available(monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "_STATUS", tmp_path / "status")
     by_usage = peak_rss_mib()
     assert by_usage > 100
@@ -155,7 +155,7 @@ def test_the_peak_is_read_from_the_system_where_it_tells(monkeypatch, tmp_path):
     assert peak_rss_mib() == 2.0
 
 
-def test_a_device_that_is_not_there_is_one_line(capsys):
+def test_unavailable_device_is_a_one_line_error(capsys):
     assert main(["bench", "--device", "cuda:77", "--backbones", "test_vit"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("snella: --device must be available, got 'cuda:77' (") and error.count("\n") == 1
@@ -163,8 +163,8 @@ def test_a_device_that_is_not_there_is_one_line(capsys):
     assert "got 'cudda' (Expected one of" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is said without a GPU")
-def test_the_file_of_table_16_is_one_line_without_a_gpu(capsys):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests the error without a GPU")
+def test_table_16_without_a_gpu_is_a_one_line_error(capsys):
     file = Path(__file__).parents[3] / "experiments" / "paper" / "table16.yaml"
     assert main(["bench", "--config", str(file)]) == 2
     error = capsys.readouterr().err
@@ -173,14 +173,14 @@ def test_the_file_of_table_16_is_one_line_without_a_gpu(capsys):
     )
 
 
-def test_one_matrix_is_timed_beside_its_product():
+def test_matrix_is_timed_against_its_product():
     row = measure_matrix(96, 64, tokens=50, rounds=3)
     assert row["shape"] == [96, 64]
     assert row["effective_over_product"] > 0
     assert 1 <= row["extra_over_matrix"] < 400
 
 
-def test_all_errors_of_a_configuration_are_told_together():
+def test_all_configuration_errors_are_reported_together():
     with pytest.raises(ValueError, match=r"batch must be at least 1, got 0; r must be at least 1, got 0") as caught:
         BenchConfig(["vit_bse"], [0], ["lorra"], [0], [1.0], ["fp8"], rounds=-1, figures="here")
     for text in (
@@ -191,52 +191,52 @@ def test_all_errors_of_a_configuration_are_told_together():
         assert text in str(caught.value)
 
 
-def test_the_grid_is_what_it_says():
+def test_grid_contains_all_settings_and_methods():
     config = grid()
     assert len(config.settings()) == 4 * 4 * 2 * 4 * 2
-    peers = {"frozen", "lora", "dora", "shira", "full", "gps", "klora", "spt-lora", "spt-adapter", "snell"}
-    assert peers | {"snella", "snella-keep-delta", "paper"} == set(config.methods)
+    baselines = {"frozen", "lora", "dora", "shira", "full", "gps", "klora", "spt-lora", "spt-adapter", "snell"}
+    assert baselines | {"snella", "snella-keep-delta", "paper"} == set(config.methods)
 
 
-def test_a_contender_that_stores_the_weight_keeps_it_and_snella_does_not():
-    rows = {row["contender"]: row for row in bench(BenchConfig(["test_vit"], [2], KEPT, r=[4], rounds=0), QUIET)}
+def test_only_keep_delta_saves_the_effective_weight():
+    rows = {row["contender"]: row for row in bench(BenchConfig(["test_vit"], [2], SAVING, r=[4], rounds=0), QUIET)}
     adapted = sum(
         module.get_base_layer().weight.numel()
         for name, module in Runner("snella", TINY).model.named_modules()
         if isinstance(module, SnellaLayer)
     )
-    more = rows["snella-keep-delta"]["saved_mib"] - rows["snella"]["saved_mib"]
-    assert more == pytest.approx(4 * adapted / 2**20, abs=0.11)  # both are rounded to a tenth
+    difference_mib = rows["snella-keep-delta"]["saved_mib"] - rows["snella"]["saved_mib"]
+    assert difference_mib == pytest.approx(4 * adapted / 2**20, abs=0.11)  # both values are rounded to 0.1
     assert {row["benchmark"] for row in rows.values()} == {"kept_bytes"} and "step_s" not in rows["snella"]
     assert rows["snella"]["saved_mib"] < rows["lora"]["saved_mib"]
     with pytest.raises(ValueError, match="memory requires timed steps, got rounds=0"):
-        BenchConfig(["test_vit"], [2], KEPT, rounds=0, memory=True)
+        BenchConfig(["test_vit"], [2], SAVING, rounds=0, memory=True)
 
 
-@pytest.mark.parametrize("name", ["lora", "full", "gps", "spt-lora", "spt-adapter"])
-def test_recomputed_inputs_leave_every_bit_and_keep_less(name):
-    found = []
-    for contender in (name, f"{name}-recompute"):
-        model = Runner(contender, TINY).model
+@pytest.mark.parametrize("method", ["lora", "full", "gps", "spt-lora", "spt-adapter"])
+def test_recomputed_inputs_are_bit_identical_and_save_memory(method):
+    results = []
+    for name in (method, f"{method}-recompute"):
+        model = Runner(name, TINY).model
         torch.manual_seed(1)
         images, _ = random_batch(TINY, 3)
-        kept = record_forward(model, images).kept
+        saved_bytes = record_forward(model, images).kept
         y = model(images)
         y.square().sum().backward()
-        found.append((kept, [y.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]))
-    (whole, expected), (less, values) = found
-    assert less < 0.75 * whole
+        results.append((saved_bytes, [y.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]))
+    (all_bytes, expected), (fewer_bytes, values) = results
+    assert fewer_bytes < 0.75 * all_bytes
     assert len(values) == len(expected) > 2
-    assert all(torch.equal(mine, other) for mine, other in zip(values, expected, strict=True))
+    assert all(torch.equal(actual, reference) for actual, reference in zip(values, expected, strict=True))
 
 
-def test_lora_with_recomputed_inputs_keeps_what_snella_keeps():
+def test_lora_with_recomputed_inputs_saves_as_much_as_snella():
     images, _ = random_batch(TINY, 3)
-    kept = {name: record_forward(Runner(name, TINY).model, images).kept for name in ("lora-recompute", "snella")}
-    assert kept["lora-recompute"] == pytest.approx(kept["snella"], rel=0.01)
+    saved_bytes = {name: record_forward(Runner(name, TINY).model, images).kept for name in ("lora-recompute", "snella")}
+    assert saved_bytes["lora-recompute"] == pytest.approx(saved_bytes["snella"], rel=0.01)
 
 
-def test_an_output_that_is_written_to_is_kept_as_it_is():
+def test_outputs_modified_in_place_are_saved():
     model = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4))
     model[1].register_forward_hook(lambda module, inputs, output: output.mul_(2))
     x = torch.randn(3, 4)
@@ -248,25 +248,25 @@ def test_an_output_that_is_written_to_is_kept_as_it_is():
     assert torch.equal(model[2].weight.grad, expected)
 
 
-def test_a_table_has_what_each_method_adds_to_the_memory_of_each_backbone():
+def test_memory_table_lists_saved_tensors_by_backbone_size():
     common = {"benchmark": "kept_bytes", "batch": 4, "r": 8, "sparsity": 0.7, "dtype": "float32", "device": "cpu, x"}
     common |= {"commit": "a", "dirty": False, "date": "2026-11-26", "rounds": 2, "step_s": 1.0}
     rows = [
         {**common, "backbone": backbone, "contender": name, "weights": weights, "trainable": 2**18, "saved_mib": saved}
-        for backbone, weights, of_lora, of_snella in (("big", 40 * 2**20, 90, 60), ("small", 10 * 2**20, 50, 30))
-        for name, saved in (("lora", of_lora), ("snella", of_snella))
+        for backbone, weights, lora_mib, snella_mib in (("big", 40 * 2**20, 90, 60), ("small", 10 * 2**20, 50, 30))
+        for name, saved in (("lora", lora_mib), ("snella", snella_mib))
     ]
     section = performance_section(rows)
     assert "| small, 10 M | 50 MiB | 30 MiB (0.60) |" in section
     assert section.index("| small, 10 M") < section.index("| big, 42 M | 90 MiB | 60 MiB (0.67) |")
 
 
-def test_quartiles_of_one_value_are_that_value():
+def test_quartiles_of_a_single_value_equal_it():
     assert quartiles([2.0]) == (2.0, 2.0)
     assert quartiles([1.0, 2.0, 3.0, 4.0]) == (1.75, 3.25)
 
 
-def test_a_line_that_was_cut_off_is_left_out_and_a_damaged_one_is_named(tmp_path):
+def test_truncated_last_line_is_skipped_and_a_damaged_line_raises(tmp_path):
     path = tmp_path / "rows.jsonl"
     append_rows(path, [{"a": 1}, {"a": 2}])
     path.write_text(path.read_text() + '{"a": ')
@@ -276,7 +276,7 @@ def test_a_line_that_was_cut_off_is_left_out_and_a_damaged_one_is_named(tmp_path
         read_rows(path)
 
 
-def test_memory_is_drawn_against_the_size_of_the_model(tmp_path):
+def test_memory_is_drawn_versus_model_size(tmp_path):
     rows = [
         {"benchmark": "step_time", "contender": name, "backbone": backbone, "r": 8, "sparsity": 0.7, "dtype": "float32",
          "batch": 4, "device": "cpu, 2 threads", "weights": weights, "step_s": 1.0, "saved_mib": weights / 1e5,
@@ -290,44 +290,44 @@ def test_memory_is_drawn_against_the_size_of_the_model(tmp_path):
 
 
 @pytest.mark.parametrize("out", [["--out", "elsewhere/rows.jsonl"], ["--out=elsewhere/rows.jsonl"]])
-def test_a_row_names_its_command_without_the_output_path(out, monkeypatch):
+def test_command_in_a_row_excludes_the_output_path(out, monkeypatch):
     monkeypatch.setattr("sys.argv", ["benchmarks/bench.py", "--rounds", "2", *out, "--r", "8"])
     assert conditions("cpu")["command"] == "bench.py --rounds 2 --r 8"
 
 
-def test_conditions_name_the_device():
+def test_conditions_contain_the_device():
     assert conditions("cpu")["device"].startswith("cpu, 1 threads, ")
 
 
-def test_the_command_line_takes_lists_with_commas(tmp_path, capsys):
+def test_command_line_accepts_comma_separated_lists(tmp_path, capsys):
     out = tmp_path / "rows.jsonl"
-    words = ["bench", "--backbones", "test_vit", "--batch", "1,2", "--methods", "lora", "--rounds", "1"]
-    assert main([*words, "--out", str(out)]) == 0
+    args = ["bench", "--backbones", "test_vit", "--batch", "1,2", "--methods", "lora", "--rounds", "1"]
+    assert main([*args, "--out", str(out)]) == 0
     assert [row["batch"] for row in read_rows(out)] == [1, 2]
-    assert main([*words[:3], "--batch", "a,b"]) != 0
+    assert main([*args[:3], "--batch", "a,b"]) != 0
     assert "--batch must be integers separated by commas, e.g. 4,16; got 'a,b'" in capsys.readouterr().err
 
 
-def test_a_setting_builds_the_same_weights_each_time():
+def test_workload_weights_are_deterministic():
     first, second = TINY.base(), replace(TINY, r=8).base()
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
-def test_the_notes_show_the_committed_rows(tmp_path):
+def test_notes_show_the_committed_rows(tmp_path):
     root = Path(__file__).parents[3]
     copy = tmp_path / "step-time.md"
     copy.write_text((root / "docs" / "notes" / "step-time.md").read_text())
     assert not update_document(copy, root / "benchmarks" / "results.jsonl"), "run: python benchmarks/readme.py"
 
 
-def test_a_document_without_a_place_for_rows_is_refused(tmp_path):
+def test_document_without_markers_is_rejected(tmp_path):
     (tmp_path / "page.md").write_text("nothing here")
     append_rows(tmp_path / "rows.jsonl", [])
     with pytest.raises(ValueError, match=r"page.md must contain the markers"):
         update_document(tmp_path / "page.md", tmp_path / "rows.jsonl")
 
 
-def test_a_run_is_left_out_once_all_its_methods_were_measured_again():
+def test_run_is_dropped_if_a_later_run_covers_its_methods():
     shared = {"benchmark": "step_time", "backbone": "b", "batch": 1, "r": 8, "sparsity": 0.7, "dtype": "float32"}
     shared |= {"device": "cpu", "commit": "c", "dirty": False, "date": "2026-01-01", "saved_mib": 1.0}
     runs = [
@@ -341,11 +341,11 @@ def test_a_run_is_left_out_once_all_its_methods_were_measured_again():
     rows = [shared | {"rounds": n, "contender": name, "step_s": seconds} for n, name, seconds in runs]
     text = performance_section(rows)
     assert "median of 4" not in text and "median of 6" in text
-    assert "| paper | 9.00 s" in text, "a run with a contender of its own stays, with the peer it was measured beside"
+    assert "| paper | 9.00 s" in text, "a run with an additional method stays, with its reference"
     assert "| lora | 1.50 s" in text
 
 
-def test_tables_say_where_and_when(tmp_path):
+def test_tables_show_device_and_settings(tmp_path):
     config = BenchConfig(["test_vit"], [2], ["lora", "snella"], r=[4], rounds=1)
     sampling = {"tokens": 10, "rounds": 1}
     rows = [*bench(config, QUIET), measure_matrix(64, 48, tokens=10, rounds=1)]
@@ -358,7 +358,7 @@ def test_tables_say_where_and_when(tmp_path):
     assert "density 2.0% | density 50.0%" in text
 
 
-def test_the_competition_is_timed_apart_from_its_step():
+def test_competition_is_timed_separately():
     row = measure_competition("test_vit", batch=2, r=4, rounds=2)
     assert row["step_s"] > row["importance_s"] > 0 and row["allocate_s"] > 0
     assert row["merge_and_select_s"] > 0 and row["select_s"] == pytest.approx(
@@ -369,6 +369,6 @@ def test_the_competition_is_timed_apart_from_its_step():
     assert f"| test_vit, batch 2 | {row['step_s']:.2f} s | {row['importance_s']:.3f} s |" in text
 
 
-def test_a_sampling_without_entries_is_refused():
-    with pytest.raises(RuntimeError, match=r"density must keep at least one entry, got 0\.0"):
+def test_sampling_without_entries_is_rejected():
+    with pytest.raises(RuntimeError, match=r"density must select at least one entry, got 0\.0"):
         measure_sampling(8, 8, density=0.0)

@@ -1,4 +1,4 @@
-"""Costs on the pages of the tasks: estimated from committed rows, with steps that are counted from shapes."""
+"""Cost estimates from committed rows and step counts."""
 
 import shutil
 from pathlib import Path
@@ -26,13 +26,13 @@ def _scripts(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
 
 
-def a_row(batch, step_s, forward_s, **changes):
+def make_row(batch, step_s, forward_s, **changes):
     row = {"benchmark": "step_time", "backbone": "vit_base_patch16_224", "contender": "snella", "dtype": "float32"}
     row |= {"r": 8, "sparsity": 0.7, "rounds": 3, "device": "cpu, 2 threads", "batch": batch, "commit": "abc1234"}
     return row | {"step_s": step_s, "forward_s": forward_s, "dirty": False, "date": "2026-01-02T03:04:05"} | changes
 
 
-def counted(**changes):
+def make_counted_step(**changes):
     from counted_step import CountedStep
 
     return CountedStep(
@@ -40,7 +40,7 @@ def counted(**changes):
     )
 
 
-def test_pages_and_experiments_show_what_the_committed_rows_say(tmp_path):
+def test_pages_and_experiments_match_the_committed_rows(tmp_path):
     from costs import update_costs
 
     for folder in ("docs", "experiments"):
@@ -49,7 +49,7 @@ def test_pages_and_experiments_show_what_the_committed_rows_say(tmp_path):
     assert not changed, f"{', '.join(changed)} differ from benchmarks/results.jsonl; run: python benchmarks/readme.py"
 
 
-def test_the_page_shows_the_committed_rows_of_memory(tmp_path):
+def test_speed_page_matches_the_committed_memory_rows(tmp_path):
     from step_memory import PAGE, ROWS, update_page
 
     copy = tmp_path / "speed.md"
@@ -57,32 +57,32 @@ def test_the_page_shows_the_committed_rows_of_memory(tmp_path):
     assert not update_page(copy, ROWS), "run: python benchmarks/readme.py"
 
 
-def test_a_row_of_memory_at_two_depths_is_that_of_the_whole_model():
+def test_extrapolation_from_two_depths_equals_the_whole_model():
     from step_memory import count, count_whole
 
-    whole = count("gps", "vit_tiny_patch16_224", 2, None)
-    of_two = count_whole("gps", "vit_tiny_patch16_224", 2, (1, 2))
-    assert of_two == whole
+    complete = count("gps", "vit_tiny_patch16_224", 2, None)
+    extrapolated = count_whole("gps", "vit_tiny_patch16_224", 2, (1, 2))
+    assert extrapolated == complete
 
 
-@pytest.mark.parametrize("words", ["--backbones vit_tiny_patch16_224", "--depths 1 2", "--batch 2"])
-def test_other_models_do_not_replace_the_committed_rows_of_memory(words, monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("args", ["--backbones vit_tiny_patch16_224", "--depths 1 2", "--batch 2"])
+def test_other_settings_require_an_output_file(args, monkeypatch, tmp_path, capsys):
     import step_memory
 
     rows = tmp_path / "step_memory.jsonl"
     rows.write_text("{}\n")
     monkeypatch.setattr(step_memory, "ROWS", rows)
     monkeypatch.setattr(step_memory, "rows_of", lambda *_: [{"count": 1}])
-    monkeypatch.setattr("sys.argv", ["step_memory.py", *words.split()])
+    monkeypatch.setattr("sys.argv", ["step_memory.py", *args.split()])
     with pytest.raises(SystemExit):
         step_memory.main()
     assert rows.read_text() == "{}\n" and "--out is required" in capsys.readouterr().err
-    monkeypatch.setattr("sys.argv", ["step_memory.py", *words.split(), "--out", str(tmp_path / "other.jsonl")])
+    monkeypatch.setattr("sys.argv", ["step_memory.py", *args.split(), "--out", str(tmp_path / "other.jsonl")])
     step_memory.main()
     assert rows.read_text() == "{}\n" and '{"count": 1}' in (tmp_path / "other.jsonl").read_text()
 
 
-def test_three_products_are_counted_for_every_adapted_layer_but_the_first_whose_input_needs_no_gradient():
+def test_adapted_layers_count_three_products_and_the_first_layer_two():
     from counted_step import count_step
 
     def build():
@@ -97,7 +97,7 @@ def test_three_products_are_counted_for_every_adapted_layer_but_the_first_whose_
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
-def test_memory_counted_from_shapes_is_that_predicted_from_a_real_forward_pass(name):
+def test_memory_from_shapes_matches_a_real_forward_pass(name):
     from counted_step import count_step
 
     def build():
@@ -109,7 +109,7 @@ def test_memory_counted_from_shapes_is_that_predicted_from_a_real_forward_pass(n
     assert step.peak_bytes == pytest.approx(predicted.total, rel=0.02)
 
 
-def test_of_checkpointed_blocks_what_enters_them_and_one_block_are_kept():
+def test_checkpointing_saves_block_inputs_and_one_block():
     from counted_step import count_step
 
     def bytes_of(blocks, checkpointed):
@@ -123,75 +123,78 @@ def test_of_checkpointed_blocks_what_enters_them_and_one_block_are_kept():
             lambda: adapt_headless("snella-8", LlamaForCausalLM(config), {}), inputs, checkpointed
         ).peak_bytes
 
-    entering = 3 * 5 * 8 * 4
-    assert bytes_of(1, "layers") - bytes_of(1, "") == pytest.approx(entering, abs=entering)
+    input_bytes = 3 * 5 * 8 * 4
+    assert bytes_of(1, "layers") - bytes_of(1, "") == pytest.approx(input_bytes, abs=input_bytes)
     saved = [bytes_of(blocks, "") - bytes_of(blocks, "layers") for blocks in (3, 4, 5)]
-    assert saved[0] > 4 * entering
-    assert saved[2] - saved[1] == saved[1] - saved[0] > 4 * entering
+    assert saved[0] > 4 * input_bytes
+    assert saved[2] - saved[1] == saved[1] - saved[0] > 4 * input_bytes
 
 
-def test_both_constants_are_those_of_the_line_through_two_rows():
+def test_constants_are_fitted_through_two_rows():
     from row_speed import row_speed
 
-    rows = [a_row(4, 1.0 + 4 * 0.5, 0.4 + 4 * 0.1), a_row(16, 1.0 + 16 * 0.5, 0.4 + 16 * 0.1)]
-    speed = row_speed(rows, counted())
+    rows = [make_row(4, 1.0 + 4 * 0.5, 0.4 + 4 * 0.1), make_row(16, 1.0 + 16 * 0.5, 0.4 + 16 * 0.1)]
+    speed = row_speed(rows, make_counted_step())
     assert (speed.step.per_weight_s, speed.step.per_flop_s) == pytest.approx((1.0 / 100, 0.5 / 30))
     assert (speed.forward.per_weight_s, speed.forward.per_flop_s) == pytest.approx((0.4 / 100, 0.1 / 10))
     assert speed.device == "cpu, 2 threads"
 
 
-def test_the_newest_row_of_enough_rounds_counts():
+def test_newest_row_with_enough_rounds_is_used():
     from row_speed import row_speed
 
-    rows = [a_row(4, 9.0, 3.0), a_row(16, 9.0, 3.0), a_row(4, 3.0, 1.0), a_row(4, 8.0, 2.0, rounds=2)]
+    rows = [make_row(4, 9.0, 3.0), make_row(16, 9.0, 3.0), make_row(4, 3.0, 1.0), make_row(4, 8.0, 2.0, rounds=2)]
     rows += [
-        a_row(4, 8.0, 2.0, sparsity=0.99),
-        a_row(4, 0.1, 0.1, device="NVIDIA"),
-        a_row(4, 7.0, 2.0, contender="lora"),
+        make_row(4, 8.0, 2.0, sparsity=0.99),
+        make_row(4, 0.1, 0.1, device="NVIDIA"),
+        make_row(4, 7.0, 2.0, contender="lora"),
     ]
-    assert row_speed(rows, counted()).step.per_flop_s == pytest.approx((9.0 - 3.0) / 12 / 30)
+    assert row_speed(rows, make_counted_step()).step.per_flop_s == pytest.approx((9.0 - 3.0) / 12 / 30)
 
 
-def test_rows_that_are_missing_or_contradict_each_other_are_refused():
+def test_missing_or_inconsistent_rows_are_rejected():
     from row_speed import row_speed
 
     with pytest.raises(ValueError, match=r"at batch 4 and 16, got none at 16; run: python benchmarks/step_time.py"):
-        row_speed([a_row(4, 3.0, 1.0), a_row(16, 9.0, 3.0, rounds=2)], counted())
+        row_speed([make_row(4, 3.0, 1.0), make_row(16, 9.0, 3.0, rounds=2)], make_counted_step())
     with pytest.raises(ValueError, match=r"one machine, got 'cpu, 2 threads' and 'cpu, 8 threads'"):
-        row_speed([a_row(4, 3.0, 1.0), a_row(16, 9.0, 3.0, device="cpu, 8 threads")], counted())
+        row_speed([make_row(4, 3.0, 1.0), make_row(16, 9.0, 3.0, device="cpu, 8 threads")], make_counted_step())
     with pytest.raises(ValueError, match=r"step_s of rows at batch 4 and 16 must grow .* got 3.0 and 2.0 s"):
-        row_speed([a_row(4, 3.0, 1.0), a_row(16, 2.0, 3.0)], counted())
+        row_speed([make_row(4, 3.0, 1.0), make_row(16, 2.0, 3.0)], make_counted_step())
     with pytest.raises(ValueError, match=r"forward_s of rows .* not faster than it, got 1.0 and 5.0 s"):
-        row_speed([a_row(4, 3.0, 1.0), a_row(16, 9.0, 5.0)], counted())
+        row_speed([make_row(4, 3.0, 1.0), make_row(16, 9.0, 5.0)], make_counted_step())
 
 
-def test_work_takes_its_passes_its_flop_and_where_checkpointed_a_second_forward_pass():
+def test_seconds_include_passes_flop_and_recomputation():
     from row_speed import Line, RowSpeed
     from workloads import Workload, seconds
 
     speed = RowSpeed(step=Line(0.1, 0.001), forward=Line(0.01, 0.002), device="cpu")
-    step, work = counted(batch=2, forward_flop=20, training_flop=60), Workload(passes=5, learnt=10, measured=7)
-    alone = 5 * 0.1 * 100 + 10 * 30 * 0.001 + 7 * 10 * 0.002
-    assert seconds(speed, step, work) == pytest.approx(alone)
-    assert seconds(speed, step, work, is_checkpointed=True) == pytest.approx(alone + 5 * 0.01 * 100 + 10 * 10 * 0.002)
+    step, work = (
+        make_counted_step(batch=2, forward_flop=20, training_flop=60),
+        Workload(passes=5, trained=10, evaluated=7),
+    )
+    base_s = 5 * 0.1 * 100 + 10 * 30 * 0.001 + 7 * 10 * 0.002
+    assert seconds(speed, step, work) == pytest.approx(base_s)
+    assert seconds(speed, step, work, is_checkpointed=True) == pytest.approx(base_s + 5 * 0.01 * 100 + 10 * 10 * 0.002)
 
 
-def test_work_of_an_experiment_is_what_its_file_says():
+def test_workload_of_an_experiment_matches_its_file():
     from workloads import Workload, final_run, one_method
 
     vtab = read_experiment("table1-vtab")
     assert final_run(vtab) == Workload(19 * 100 * 32, 19 * 100_000, 387_904)
     fewest, most = one_method(vtab)
-    assert (fewest.learnt, most.learnt) == (19 * 540_000, 19 * 620_000)
-    assert fewest.measured == 3 * 387_904 + 3 * 19 * 100 * 200
+    assert (fewest.trained, most.trained) == (19 * 540_000, 19 * 620_000)
+    assert fewest.evaluated == 3 * 387_904 + 3 * 19 * 100 * 200
     official, same = one_method(read_experiment("table1-vtab-official"))
     assert official == same
-    assert official.learnt == 7 * 100_000
-    assert official.measured == 19 * (10_000 + 1_880 + 6_149 + 3_669 + 32_768 + 42_670 + 12_150)
-    assert one_method(read_experiment("table1-fgvc-official"))[0].learnt == 38_750 * 100
+    assert official.trained == 7 * 100_000
+    assert official.evaluated == 19 * (10_000 + 1_880 + 6_149 + 3_669 + 32_768 + 42_670 + 12_150)
+    assert one_method(read_experiment("table1-fgvc-official"))[0].trained == 38_750 * 100
 
 
-def test_a_file_without_a_place_for_its_cost_is_refused(tmp_path):
+def test_file_without_a_cost_marker_is_rejected(tmp_path):
     from costs import with_cost
 
     with pytest.raises(ValueError, match=r"a.yaml must contain a line that starts with 'Estimated by"):
@@ -202,7 +205,7 @@ def test_a_file_without_a_place_for_its_cost_is_refused(tmp_path):
     ("before", "indent", "after"),
     [("cost: >-\n  Counted.\n", "  ", "expected: >-\n"), ("# cost      3 epochs\n", "#           ", "# needs     a\n")],
 )  # fmt: skip
-def test_the_cost_of_an_experiment_is_replaced_and_nothing_else(before, indent, after):
+def test_only_the_cost_of_an_experiment_is_replaced(before, indent, after):
     from costs import with_cost
 
     text = "Estimated by benchmarks/readme.py: " + "word " * 40
@@ -214,20 +217,20 @@ def test_the_cost_of_an_experiment_is_replaced_and_nothing_else(before, indent, 
     assert max(map(len, once.splitlines())) <= 120
 
 
-def test_numbers_have_two_digits_and_units_that_people_use():
+def test_numbers_have_two_digits_and_readable_units():
     from cost_wording import flop_text, memory_text, time_text
 
     texts = [time_text(s) for s in (8.04, 660, 3600 * 22.2, 86400 * 2.84, 86400 * 93.4, 86400 * 289, 86400 * 840)]
     assert texts == ["8.0 s", "11 min", "22 hours", "2.8 days", "93 days", "290 days", "2.3 years"]
-    assert flop_text(counted(batch=2, training_flop=209e9)) == "0.10 TFLOP"
-    assert memory_text(counted(peak_bytes=10.2 * 2**30)) == "10 GiB"
+    assert flop_text(make_counted_step(batch=2, training_flop=209e9)) == "0.10 TFLOP"
+    assert memory_text(make_counted_step(peak_bytes=10.2 * 2**30)) == "10 GiB"
 
 
-def test_that_nothing_was_measured_on_a_gpu_is_said_only_while_it_is_so():
+def test_notes_mention_missing_gpu_rows_only_if_missing():
     from cost_wording import notes_text
     from row_speed import has_gpu_rows, row_speed
 
     rows = read_rows(ROWS)
-    speed = row_speed([a_row(4, 3.0, 1.0), a_row(16, 9.0, 3.0)], counted())
-    assert not has_gpu_rows([a_row(4, 1, 1)]) and has_gpu_rows([*rows, {"device": "NVIDIA H100"}])
-    assert ["nothing on a GPU" in notes_text(speed, measured) for measured in (False, True)] == [True, False]
+    speed = row_speed([make_row(4, 3.0, 1.0), make_row(16, 9.0, 3.0)], make_counted_step())
+    assert not has_gpu_rows([make_row(4, 1, 1)]) and has_gpu_rows([*rows, {"device": "NVIDIA H100"}])
+    assert ["No GPU measurements" in notes_text(speed, measured) for measured in (False, True)] == [True, False]

@@ -1,4 +1,4 @@
-"""How much Python one adapted layer runs."""
+"""Readability metrics: Python calls of an adapted layer and functions that receive the configuration."""
 
 import importlib.util
 import io
@@ -31,22 +31,22 @@ def test_an_adapted_linear_layer_takes_at_most_60_calls_in_6_files(counting):
     assert len(calls) <= 6, calls
 
 
-def test_the_configuration_of_a_training_enters_at_most_10_files(counting, tmp_path):
+def test_training_configuration_is_passed_to_at_most_10_files(counting, tmp_path):
     config = counting.small_training(str(tmp_path / "run"))
     console = make_console(file=io.StringIO())
-    given = counting.functions_given(TrainConfig, lambda: train(config, console, draw_report=False))
-    assert len(given) <= 10, sorted(given)
-    assert "train" in {name for names in given.values() for name in names}
+    receivers = counting.functions_receiving(TrainConfig, lambda: train(config, console, draw_report=False))
+    assert len(receivers) <= 10, sorted(receivers)
+    assert "train" in {name for names in receivers.values() for name in names}
 
 
-def test_who_gets_an_argument_is_told_by_file_and_function(counting):
+def test_functions_receiving_an_argument_are_listed_by_file(counting):
     config = SnellaConfig(r=8)
-    given = counting.functions_given(SnellaConfig, lambda: config.rank_of("fc1"))
-    assert given == {str(Path(counting.PACKAGE, "config.py")): {"SnellaConfig.rank_of"}}
-    assert counting.functions_given(SnellaConfig, lambda: TrainConfig) == {}
+    receivers = counting.functions_receiving(SnellaConfig, lambda: config.rank_of("fc1"))
+    assert receivers == {str(Path(counting.PACKAGE, "config.py")): {"SnellaConfig.rank_of"}}
+    assert counting.functions_receiving(SnellaConfig, lambda: TrainConfig) == {}
 
 
-def test_a_call_is_counted_with_its_file_and_built_in_functions_are_not(counting):
+def test_calls_are_counted_by_file_without_built_in_functions(counting):
     def inner():
         return len("four")
 

@@ -15,15 +15,15 @@ from snella_lab.bench.reference import check_backend, op_error
 
 
 @pytest.fixture(autouse=True)
-def few(monkeypatch):
-    """Fewer draws and shapes."""
-    monkeypatch.setattr(reference, "_DRAWS", 3)
+def fewer_cases(monkeypatch):
+    """Use fewer samples and shapes."""
+    monkeypatch.setattr(reference, "_SAMPLES", 3)
     monkeypatch.setattr(reference, "SHAPES", (((17,), 33), ((8, 8, 8), 12)))
 
 
 @pytest.mark.parametrize("impl", ["numba", "eager"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_the_backends_of_the_cpu_are_right(impl, dtype):
+def test_cpu_backends_are_correct(impl, dtype):
     if impl == "numba":
         pytest.importorskip("numba")
     check = check_backend(impl, "cpu", dtype)
@@ -32,28 +32,28 @@ def test_the_backends_of_the_cpu_are_right(impl, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_triton_is_right(dtype):
+def test_triton_is_correct(dtype):
     assert check_backend("triton", "cuda", dtype).verdict == "correct"
 
 
 def wrong_gradient(self, *args, **options):
-    """A gradient of the factors that is a thousandth too large."""
-    A, *others = RIGHT(self, *args, **options)
+    """Return factor gradients with a relative error of 0.1 %."""
+    A, *others = CORRECT(self, *args, **options)
     return (A * 1.001, *others)
 
 
-RIGHT = TorchBackend.grad_factors
+CORRECT = TorchBackend.grad_factors
 
 
-def test_a_backend_that_is_wrong_is_named_with_the_tensor(monkeypatch):
+def test_wrong_backend_is_reported_with_its_tensor(monkeypatch):
     monkeypatch.setattr(TorchBackend, "grad_factors", wrong_gradient)
     check = check_backend("eager", "cpu")
     assert check.verdict == "wrong" and check.worst > 1 and check.where.endswith(" A")
 
 
-def test_a_gradient_that_is_not_a_number_is_wrong(monkeypatch):
+def test_nan_gradient_is_wrong(monkeypatch):
     def broken(self, *args, **options):
-        A, B, *others = RIGHT(self, *args, **options)
+        A, B, *others = CORRECT(self, *args, **options)
         return (A, B * torch.nan, *others)
 
     monkeypatch.setattr(TorchBackend, "grad_factors", broken)
@@ -61,19 +61,19 @@ def test_a_gradient_that_is_not_a_number_is_wrong(monkeypatch):
     assert check.verdict == "wrong" and check.worst == float("inf") and check.where.endswith(" B")
 
 
-def test_a_backend_that_is_missing_says_why(monkeypatch):
+def test_missing_backend_reports_the_reason(monkeypatch):
     monkeypatch.setattr("snella.backends.numba_problem", lambda: "numba is not installed")
     check = check_backend("numba", "cpu")
     assert check.verdict == "not available" and "numba is not installed" in check.error
 
 
-def test_the_machine_is_described():
+def test_machine_is_described():
     machine = describe_machine({"torch": "2.0"})
     assert machine["versions"] == {"torch": "2.0"} and "Python" in machine["system"]
     assert (machine["gpu"] == "none") == (not torch.cuda.is_available())
 
 
-def test_the_results_are_written(tmp_path):
+def test_results_are_written(tmp_path):
     console = Console(file=io.StringIO(), width=200)
     diagnosis = diagnose(time_steps=False, out=tmp_path / "new" / "doctor.json", console=console)
     stored = json.loads((tmp_path / "new" / "doctor.json").read_text())
@@ -84,7 +84,7 @@ def test_the_results_are_written(tmp_path):
     assert "all available backends are correct" in console.file.getvalue()
 
 
-def test_the_command_ends_with_1_if_a_backend_is_wrong(monkeypatch, capsys):
+def test_command_exits_with_1_if_a_backend_is_wrong(monkeypatch, capsys):
     assert main(["doctor", "--steps", "false"]) == 0
     monkeypatch.setattr(TorchBackend, "grad_factors", wrong_gradient)
     with pytest.raises(SystemExit, match="1"):
@@ -94,13 +94,13 @@ def test_the_command_ends_with_1_if_a_backend_is_wrong(monkeypatch, capsys):
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.7, 0.99, 0.9999])
 @pytest.mark.parametrize("impl", ["numba", "eager"])
-def test_the_backends_are_right_at_every_sparsity(impl, sparsity):
+def test_backends_are_correct_at_every_sparsity(impl, sparsity):
     if impl == "numba":
         pytest.importorskip("numba")
     assert op_error(impl, sparsity=sparsity) is None
 
 
-def test_steps_are_timed_beside_lora_and_full_fine_tuning(monkeypatch, tmp_path):
+def test_steps_are_timed_for_lora_full_and_snella(monkeypatch, tmp_path):
     config = doctor.BenchConfig
     monkeypatch.setattr(
         doctor, "BenchConfig", lambda **options: config(**options | {"backbones": ["test_vit"], "batch": [2]})

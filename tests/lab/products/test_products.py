@@ -27,16 +27,16 @@ _ROWS = [
 ]  # fmt: skip
 
 
-def test_scores_of_three_images_are_those_by_hand():
+def test_scores_match_values_computed_by_hand():
     probabilities = np.array([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7]])
     scores = _module("metrics").score(probabilities, np.array([0, 1, 1]))
     assert scores["accuracy"] == pytest.approx(2 / 3)
     assert scores["balanced_accuracy"] == pytest.approx(0.75)  # recalls 1 and 1/2
     assert scores["nll"] == pytest.approx(-(np.log(0.9) + np.log(0.2) + np.log(0.7)) / 3)
-    assert scores["ece"] == pytest.approx((0.1 + 0.8 + 0.3) / 3)  # one image a bin
+    assert scores["ece"] == pytest.approx((0.1 + 0.8 + 0.3) / 3)  # one image per bin
 
 
-def test_a_certain_error_has_a_finite_likelihood():
+def test_confident_error_has_a_finite_likelihood():
     module = _module("metrics")
     assert module.score(np.array([[1.0, 0.0]]), np.array([1]))["nll"] == pytest.approx(-np.log(module.LEAST))
 
@@ -45,60 +45,60 @@ def test_a_certain_error_has_a_finite_likelihood():
     ("probabilities", "message"),
     [(np.array([[0.5, 0.4]]), "must sum to 1, got 0.9000"), (np.ones((2, 1)), r"must be \[1, classes\], got \[2, 1\]")],
 )
-def test_what_is_no_table_of_probabilities_is_rejected(probabilities, message):
+def test_invalid_probabilities_are_rejected(probabilities, message):
     with pytest.raises(ValueError, match=message):
         _module("metrics").score(probabilities, np.array([0]))
 
 
-def test_means_are_over_seeds_on_the_folders_that_all_products_have():
+def test_means_are_over_seeds_on_shared_folders():
     assert _module("table").means(_ROWS)["snella"] == pytest.approx({"a": 0.8, "b": 0.5, "c": 0.4})
 
 
-def test_equal_accuracies_share_their_mean_rank():
+def test_equal_accuracies_get_the_average_rank():
     table = _module("table")
     assert table.mean_ranks(table.means(_ROWS)) == pytest.approx(
         {"snella": (1 + 1.5 + 1) / 3, "other": (2 + 1.5 + 2) / 3}
     )
 
 
-def test_the_difference_has_the_interval_of_students_t_over_folders():
+def test_difference_has_the_t_interval_over_folders():
     table = _module("table")
-    found = table.differences(table.means(_ROWS))
+    differences = table.differences(table.means(_ROWS))
     gaps = np.array([-0.1, 0.0, -0.3])
     half = 4.302653 * gaps.std(ddof=1) / np.sqrt(3)
-    assert list(found) == ["other"]
-    assert found["other"].mean == pytest.approx(gaps.mean())
-    assert (found["other"].low, found["other"].high) == pytest.approx(
+    assert list(differences) == ["other"]
+    assert differences["other"].mean == pytest.approx(gaps.mean())
+    assert (differences["other"].low, differences["other"].high) == pytest.approx(
         (gaps.mean() - half, gaps.mean() + half), rel=1e-5
     )
 
 
-def test_differences_are_corrected_over_products():
+def test_differences_are_corrected_for_multiple_products():
     table = _module("table")
     third = [_row("third", folder, accuracy) for folder, accuracy in (("a", 0.6), ("b", 0.41), ("c", 0.35))]
-    found = table.differences(table.means([*_ROWS, *third]))
-    assert [value.comparisons for value in found.values()] == [2, 2]
-    assert found["third"].adjusted_p == pytest.approx(2 * found["third"].p)
+    differences = table.differences(table.means([*_ROWS, *third]))
+    assert [value.comparisons for value in differences.values()] == [2, 2]
+    assert differences["third"].adjusted_p == pytest.approx(2 * differences["third"].p)
 
 
-def test_the_table_is_ordered_by_mean_rank():
+def test_table_is_sorted_by_mean_rank():
     lines = _module("table").markdown(_ROWS).splitlines()
     assert lines[2].startswith("| snella | 1.17 | 56.7 | – | – | – |")
     assert lines[3].startswith("| other | 1.83 | 43.3 | −13.3 [−51.3, +24.6] | 0.27 | 0 of 3 (0.50) |")
 
 
-def test_memory_that_was_not_measured_is_a_dash():
+def test_missing_memory_is_a_dash():
     rows = [{key: value for key, value in row.items() if key != "peak_mib"} for row in _ROWS[:4]] + _ROWS[4:]
     lines = _module("table").markdown(rows).splitlines()
     assert lines[2].endswith("| 1 | – | 0.0 |") and lines[3].endswith("| 1 | 1 | 0.0 |")
 
 
-@pytest.mark.parametrize(("name", "reason"), [("fastia", "must be among fastai"), ("lightly", "no script yet")])
-def test_a_wrong_name_is_refused_before_any_environment_is_made(name, reason, monkeypatch, tmp_path, capsys):
-    module, made = _module("environments"), []
-    monkeypatch.setattr(module, "make", lambda _, name: made.append(name))
+@pytest.mark.parametrize(("name", "reason"), [("fastia", "must be among fastai"), ("tabpfn", "downloads its weights")])
+def test_unknown_product_is_rejected_before_creating_environments(name, reason, monkeypatch, tmp_path, capsys):
+    module, created = _module("environments"), []
+    monkeypatch.setattr(module, "make", lambda _, name: created.append(name))
     monkeypatch.setattr("sys.argv", ["environments.py", "--cache", str(tmp_path), "fastai", name])
     with pytest.raises(SystemExit):
         module.main()
     error = capsys.readouterr().err
-    assert not made and repr(name) in error and reason in error
+    assert not created and repr(name) in error and reason in error

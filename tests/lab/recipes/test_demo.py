@@ -10,8 +10,8 @@ from snella_lab.recipes.demo import DEMO_METHODS, run_demo
 
 
 @pytest.fixture
-def counted(monkeypatch):
-    """At the end of every epoch, the budget and the counted non-zeros of every matrix."""
+def counts_by_epoch(monkeypatch):
+    """Record budget and number of nonzeros of every matrix after each epoch."""
     epochs = []
     evaluate = SnellaTrainer.evaluate
 
@@ -25,13 +25,13 @@ def counted(monkeypatch):
     return epochs
 
 
-def test_the_demonstration_compares_three_methods_on_one_split(photos, tmp_path, counted):
+def test_demo_compares_three_methods_on_one_split(photos, tmp_path, counts_by_epoch):
     output = io.StringIO()
     sizes = {"train_size": 24, "val_size": 8, "test_size": 8}
     model = {"backbone": "test_vit", "pretrained": False, "img_size": 32, "batch_size": 8, "epochs": 3}
-    # this model has six blocks, and the demonstration adapts those after the sixth
-    own = {"method_options": {}, "device": "cpu", "progress": False}
-    settings = {"data": f"folder:{photos}", **sizes, **model, **own}
+    # test_vit has six blocks; the demo excludes the first six
+    options = {"method_options": {}, "device": "cpu", "progress": False}
+    settings = {"data": f"folder:{photos}", **sizes, **model, **options}
     folder = run_demo(tmp_path / "demo", console=Console(file=output, width=160), **settings)
     runs = [RunFolder(folder / name) for name in ("", "linear", "lora-8")]
     assert [run.status for run in runs] == ["finished"] * 3
@@ -51,8 +51,8 @@ def test_the_demonstration_compares_three_methods_on_one_split(photos, tmp_path,
         f"{rows[0]['trainable_parameters']:,}",
     ):
         assert text in table
-    assert len(counted) == 4, "the start and three epochs"
-    for matrices in counted:
+    assert len(counts_by_epoch) == 4, "initial evaluation and three epochs"
+    for matrices in counts_by_epoch:
         assert len(matrices) == 36
         for name, budget, nonzeros in matrices:
             assert nonzeros == budget, name
@@ -61,15 +61,15 @@ def test_the_demonstration_compares_three_methods_on_one_split(photos, tmp_path,
 
 
 @pytest.mark.slow
-def test_the_demonstration_runs_on_its_real_model_and_photographs(tmp_path, counted):
+def test_demo_runs_with_the_real_model_and_images(tmp_path, counts_by_epoch):
     pytest.importorskip("elpv_dataset")
     settings = {"train_size": 64, "val_size": 32, "test_size": 32, "epochs": 2, "progress": False}
     folder = run_demo(tmp_path / "demo", console=Console(file=io.StringIO()), **settings)
     assert (folder / "report.html").read_text().count("data:image/png;base64") >= 24
     allocation = RunFolder(folder).read_json("allocation.json")
     assert allocation["history"][-1]["budget"] == allocation["target_budget"]
-    for matrices in counted:
+    for matrices in counts_by_epoch:
         assert len(matrices) == 36
         for name, budget, nonzeros in matrices:
-            # float32 numbers can tie: an entry equal to the threshold, or exactly zero, is not kept
+            # float32 ties: entries equal to the threshold or exactly zero are dropped
             assert budget - 2 <= nonzeros <= budget, name

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from snella_lab.recipes.dreambooth.config import DreamBoothConfig
     from snella_lab.recipes.dreambooth.evaluate import evaluate_generation, mean_cosine, vendi_score
-    from snella_lab.recipes.dreambooth.generate import SamplingConfig, draw_images
+    from snella_lab.recipes.dreambooth.generate import SamplingConfig, sample_images
     from snella_lab.recipes.dreambooth.pipeline import load_pipeline
     from snella_lab.recipes.dreambooth.report import write_generation_report
     from snella_lab.recipes.dreambooth.train import FlowMatching, personalize
 
-_HOMES = {
+_MODULES = {
     "SamplingConfig": "generate",
     "DreamBoothConfig": "config",
     "FlowMatching": "train",
-    "draw_images": "generate",
+    "sample_images": "generate",
     "evaluate_generation": "evaluate",
     "load_pipeline": "pipeline",
     "mean_cosine": "evaluate",
@@ -31,11 +31,11 @@ __all__ = [
     "DreamBoothConfig",
     "FlowMatching",
     "SamplingConfig",
-    "draw_images",
     "evaluate_generation",
     "load_pipeline",
     "mean_cosine",
     "personalize",
+    "sample_images",
     "vendi_score",
     "write_generation_report",
 ]
@@ -43,11 +43,11 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import a public name on first use."""
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
     except ModuleNotFoundError as error:
         if error.name != "diffusers":
             raise
-        raise ImportError("personalized generation needs diffusers; pip install 'snella[generation]'") from error
+        raise ImportError("DreamBooth requires diffusers; run pip install 'snella[generation]'") from error

@@ -8,7 +8,7 @@ from snella_app.config import RunSettings
 from snella_app.methods.defaults import RECIPE_METHOD
 from snella_app.runs.folder import RunFolderOf
 
-_RATES = ("lr", "scalar_lr", "weight_decay", "max_grad_norm", "prior_weight", "guidance")
+_NONNEGATIVE = ("lr", "scalar_lr", "weight_decay", "max_grad_norm", "prior_weight", "guidance")
 _MINIMUMS = {
     "resolution": 8,
     "steps": 1,
@@ -127,32 +127,32 @@ class DreamBoothConfig(RunSettings):
         errors = [*self.path_errors(), *self.kind_errors(), *self.device_errors()]
         errors += [] if self.token.strip() else [f"token must be a word, got {self.token!r}"]
         errors += self.minimum_errors(_MINIMUMS)
-        errors += [*self.nonnegative_errors(_RATES), *self.method_errors()]
+        errors += [*self.nonnegative_errors(_NONNEGATIVE), *self.method_errors()]
         if errors:
             raise ValueError("; ".join(errors))
 
     def named(self, class_name: str | None) -> "DreamBoothConfig":
-        """Return a copy with the prompts filled in.
+        """Return a copy with class name and prompts.
 
         Args:
-            class_name: Class from the data; used if the settings have none.
+            class_name: Class from the data, used if the settings define none.
 
         Raises:
             ValueError: A prompt needs a class name and neither the settings nor the data define one.
         """
-        known = self.class_name or class_name
-        lacking = [] if self.prompt else ["prompt"]
-        lacking += ["class_prompt"] if self.prior_weight > 0 and not self.class_prompt else []
-        if lacking and not known:
+        resolved_class = self.class_name or class_name
+        missing = [] if self.prompt else ["prompt"]
+        missing += ["class_prompt"] if self.prior_weight > 0 and not self.class_prompt else []
+        if missing and not resolved_class:
             raise ValueError(
                 f"class_name must be the class of the subject, e.g. dog, got none, and {self.data} does not "
-                f"define it; set it, or set {' and '.join(lacking)}"
+                f"define it; set it, or set {' and '.join(missing)}"
             )
         return dataclasses.replace(
             self,
-            class_name=known,
-            prompt=self.prompt or f"a photo of {self.token} {known}",
-            class_prompt=self.class_prompt or (f"a photo of {known}" if known else None),
+            class_name=resolved_class,
+            prompt=self.prompt or f"a photo of {self.token} {resolved_class}",
+            class_prompt=self.class_prompt or (f"a photo of {resolved_class}" if resolved_class else None),
         )
 
 

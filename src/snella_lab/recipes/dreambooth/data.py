@@ -8,6 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from snella_app.console import counted
 from snella_app.data.datasets import broken_images
 from snella_app.data.folder import existing_folder, note_broken
 from snella_app.data.images import IMAGE_SUFFIXES, read_image
@@ -16,10 +17,10 @@ from snella_app.text import listed, nearest
 LIVE_CLASSES = ("cat", "dog")
 """Classes of DreamBooth's live subjects, which use a separate prompt list."""
 
-_LIST = re.compile(r"=\s*\[(.*?)^\s*\]", re.DOTALL | re.MULTILINE)
-_TEXT = re.compile(r"^\s*(?:'([^'\n]*)'|\"([^\"\n]*)\")", re.MULTILINE)
-_PLACE = re.compile(r"\{([^{}]*)\}")
-_NAMES = {"{token}": "{0}", "{class}": "{1}"}
+_LIST_PATTERN = re.compile(r"=\s*\[(.*?)^\s*\]", re.DOTALL | re.MULTILINE)
+_STRING_PATTERN = re.compile(r"^\s*(?:'([^'\n]*)'|\"([^\"\n]*)\")", re.MULTILINE)
+_PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
+_PLACEHOLDER_NUMBERS = {"{token}": "{0}", "{class}": "{1}"}
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class PromptFile:
     Attributes:
         objects: Templates for objects.
         live: Templates for live subjects; equal to `objects` for a plain text file.
-        classes: Class by subject, if the file lists it.
+        classes: Classes by subject, if the file lists them.
     """
 
     objects: list[str]
@@ -69,7 +70,10 @@ def read_prompt_file(path: str | Path) -> PromptFile:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"prompts must be a UTF-8 text file, got '{path}': {error}") from None
-    lists = [[_numbered(single or double) for single, double in _TEXT.findall(body)] for body in _LIST.findall(text)]
+    lists = [
+        [_numbered(single or double) for single, double in _STRING_PATTERN.findall(body)]
+        for body in _LIST_PATTERN.findall(text)
+    ]
     if not lists:
         lines = (line.strip() for line in text.splitlines())
         lists = [[_numbered(line) for line in lines if line and not line.startswith("#")]]
@@ -79,7 +83,7 @@ def read_prompt_file(path: str | Path) -> PromptFile:
 
 def _numbered(template: str) -> str:
     """Replace named placeholders by numbered ones."""
-    for name, number in _NAMES.items():
+    for name, number in _PLACEHOLDER_NUMBERS.items():
         template = template.replace(name, number)
     return template
 
@@ -99,19 +103,19 @@ def _classes(text: str) -> dict[str, str]:
 
 def _check(file: Path, lists: list[list[str]]) -> None:
     """Validate prompt lists and report all errors together."""
-    errors = ["it has no prompts"] if not all(lists) else []
-    templates = list(dict.fromkeys(template for each in lists for template in each))
-    without = [repr(template) for template in templates if "{0}" not in template]
-    if without:
-        errors.append(f"{len(without)} of {len(templates)} prompts have no {{0}}: {listed(without)}")
-    strange = [
-        f"{{{place}}} in {template!r}"
+    errors = ["no prompts"] if not all(lists) else []
+    templates = list(dict.fromkeys(template for prompts in lists for template in prompts))
+    without_token = [repr(template) for template in templates if "{0}" not in template]
+    if without_token:
+        errors.append(f"{len(without_token)} of {len(templates)} prompts have no {{0}}: {listed(without_token)}")
+    unknown = [
+        f"{{{placeholder}}} in {template!r}"
         for template in templates
-        for place in _PLACE.findall(template)
-        if place not in ("0", "1")
+        for placeholder in _PLACEHOLDER.findall(template)
+        if placeholder not in ("0", "1")
     ]
-    if strange:
-        errors.append(f"placeholders other than {{0}} and {{1}}: {listed(strange)}")
+    if unknown:
+        errors.append(f"placeholders other than {{0}} and {{1}}: {listed(unknown)}")
     if errors:
         raise ValueError(
             f"prompts '{file}': {'; '.join(errors)}; write the subject's token as {{0}} (or {{token}}) and "
@@ -120,9 +124,9 @@ def _check(file: Path, lists: list[list[str]]) -> None:
 
 
 PROMPT_FILE = "prompts_and_classes.txt"
-"""File of classes and prompts in the DreamBooth dataset."""
-_OF_IMAGES = "with the images of one subject"
-_OF_SUBJECTS = "with one folder of images per subject, as in the DreamBooth dataset"
+"""File with classes and prompts in the DreamBooth dataset."""
+_FOLDER_CONTENT = "with the images of one subject"
+_DATASET_CONTENT = "with one folder of images per subject, as in the DreamBooth dataset"
 
 
 @dataclass(frozen=True)
@@ -147,10 +151,10 @@ class Concept:
 
     def digest(self) -> str:
         """Return the SHA-256 of file names and contents, independent of the folder's path."""
-        total = hashlib.sha256()
+        digest = hashlib.sha256()
         for path in self.paths:
-            total.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
-        return total.hexdigest()
+            digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+        return digest.hexdigest()
 
 
 def load_concept(spec: str, subject: str | None = None, *, skip_corrupt: bool = False) -> Concept:
@@ -175,12 +179,12 @@ def load_concept(spec: str, subject: str | None = None, *, skip_corrupt: bool = 
     if family == "folder":
         if subject is not None:
             raise ValueError(
-                f"subject chooses among the folders of dreambooth:PATH, got {subject!r} with {spec!r}; leave it out, "
-                f"or write dreambooth:{path}"
+                f"subject selects a folder in dreambooth:PATH, got {subject!r} with {spec!r}; omit it, "
+                f"or use dreambooth:{path}"
             )
-        folder = existing_folder(path, "folder", _OF_IMAGES)
+        folder = existing_folder(path, "folder", _FOLDER_CONTENT)
         return _concept(folder, None, skip_corrupt)
-    root = existing_folder(path, "dreambooth", _OF_SUBJECTS)
+    root = existing_folder(path, "dreambooth", _DATASET_CONTENT)
     folder = _subject_folder(root, subject)
     prompts = root / PROMPT_FILE
     classes = read_prompt_file(prompts).classes if prompts.is_file() else {}
@@ -205,17 +209,17 @@ def _concept(folder: Path, class_name: str | None, skip_corrupt: bool) -> Concep
     files = sorted(child for child in folder.iterdir() if child.is_file() and not child.name.startswith("."))
     paths = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
     if not paths:
-        state = f"{len(files)} files that are not images" if files else "an empty folder"
+        state = counted(len(files), "non-image file") if files else "an empty folder"
         raise ValueError(
             f"folder '{folder}' must contain images ({', '.join(IMAGE_SUFFIXES)}) of one subject, got {state}"
         )
     broken = broken_images(paths)
-    notes = [f"skipped {len(files) - len(paths)} files that are not images"] if len(files) > len(paths) else []
+    notes = [f"skipped {counted(len(files) - len(paths), 'non-image file')}"] if len(files) > len(paths) else []
     if broken:
-        named = {paths[index].name: reason for index, reason in broken.items()}
-        notes.append(note_broken(named, len(paths), folder, skip_corrupt))
+        reasons_by_name = {paths[index].name: reason for index, reason in broken.items()}
+        notes.append(note_broken(reasons_by_name, len(paths), folder, skip_corrupt))
         if len(broken) == len(paths):
-            reasons = listed(f"{name} ({reason})" for name, reason in named.items())
+            reasons = listed(f"{name} ({reason})" for name, reason in reasons_by_name.items())
             raise ValueError(f"all {len(paths)} images in '{folder}' are corrupt: {reasons}")
-    good = [path for index, path in enumerate(paths) if index not in broken]
-    return Concept(folder.name, good, class_name, notes)
+    valid = [path for index, path in enumerate(paths) if index not in broken]
+    return Concept(folder.name, valid, class_name, notes)

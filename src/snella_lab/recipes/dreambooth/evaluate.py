@@ -23,7 +23,7 @@ from snella_lab.recipes.dreambooth.data import PROMPT_FILE, PromptFile, fill, lo
 from snella_lab.recipes.dreambooth.generate import GeneratedImage, generate_images, load_generator, sampling_of
 from snella_lab.recipes.dreambooth.pipeline import suppress_progress_bars
 
-_TINY = 1e-12
+_EPS = 1e-12
 
 
 def vendi_score(embeddings: Tensor) -> float:
@@ -44,7 +44,7 @@ def vendi_score(embeddings: Tensor) -> float:
     unit = _normalized(embeddings)
     kernel = unit @ unit.T / len(unit)  # [n, n], trace 1
     eigenvalues = torch.linalg.eigvalsh(kernel).clamp_min(0.0)
-    return float(torch.exp(-torch.special.xlogy(eigenvalues, eigenvalues.clamp_min(_TINY)).sum()))
+    return float(torch.exp(-torch.special.xlogy(eigenvalues, eigenvalues.clamp_min(_EPS)).sum()))
 
 
 def mean_cosine(first: Tensor, second: Tensor) -> float:
@@ -81,9 +81,9 @@ def _normalized(embeddings: Tensor) -> Tensor:
         raise ValueError(f"embeddings must be [n, d] with n >= 1, got shape {list(embeddings.shape)}")
     values = embeddings.detach().double()
     norms = values.norm(dim=1, keepdim=True)
-    bad = int((~torch.isfinite(norms) | (norms == 0)).sum())
-    if bad:
-        raise ValueError(f"embeddings must be finite and nonzero, got {bad} invalid rows of {len(values)}")
+    num_invalid = int((~torch.isfinite(norms) | (norms == 0)).sum())
+    if num_invalid:
+        raise ValueError(f"embeddings must be finite and nonzero, got {num_invalid} invalid rows of {len(values)}")
     return values / norms
 
 
@@ -209,16 +209,16 @@ def evaluate_generation(
     overwrite: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Generate the missing images of the DreamBooth protocol and evaluate them.
+    """Generate missing images for the DreamBooth protocol and evaluate them.
 
-    Each run folder receives `evaluation/` with the images and `generation.json` with the scores.
+    Images are written to `evaluation/` and scores to `generation.json` in each run folder.
 
     Args:
         runs: Run folder, or a folder of runs.
         clip: CLIP model: local folder in transformers format or hub name.
         dino: DINOv2 model: local folder in transformers format or hub name.
         prompts: Prompt file; `prompts_and_classes.txt` in the run's `dreambooth:` folder if None.
-        live: Use the prompts for live subjects; None uses them for cats and dogs.
+        live: Use the prompts for live subjects; None selects them for cats and dogs.
         pictures: Images per prompt, with seeds 0, 1, …
         steps: Sampling steps; the run's `sample_steps` if None.
         batch_size: Batch size.
@@ -247,11 +247,11 @@ def evaluate_generation(
         loaded = load_generator(folder, pipeline=pipeline, device=device)
         config = loaded.config
         templates = lists[folder].templates(config.class_name, live)
-        words = config.class_name or ""
+        class_name = config.class_name or ""
         generated = generate_images(
             folder / "evaluation",
             loaded.pipeline,
-            [fill(template, config.token, words) for template in templates],
+            [fill(template, config.token, class_name) for template in templates],
             range(pictures),
             sampling_of(config, steps, batch_size=batch_size),
             loaded.device,
@@ -260,8 +260,8 @@ def evaluate_generation(
             overwrite=overwrite,
         )
         concept = load_concept(str(config.data), config.subject, skip_corrupt=config.skip_corrupt)
-        plain = [fill(template, "", words) for template in templates for _ in range(pictures)]
-        scores = score_images(generated, list(concept.images()), plain, *embedders)
+        plain_prompts = [fill(template, "", class_name) for template in templates for _ in range(pictures)]
+        scores = score_images(generated, list(concept.images()), plain_prompts, *embedders)
         sampling = asdict(sampling_of(config, steps))
         row = {"subject": concept.name, "method": config.method, "pictures": len(generated), **scores}
         loaded.run.write_json(RESULT_FILE, {"format": 1, **row, "clip": clip, "dino": dino, "drawing": sampling})
@@ -297,19 +297,19 @@ def score_images(
     Returns:
         `concept_alignment`: mean cosine similarity of CLIP embeddings over all pairs of a generated and a real image.
         `text_alignment`: mean cosine similarity of the CLIP embeddings of each image and its prompt.
-        `text_alignment_without_token`: the same with the prompts of `plain_prompts`.
+        `text_alignment_without_token`: mean cosine similarity with the prompts in `plain_prompts`.
         `vendi`: Vendi score of the DINOv2 embeddings of all images.
         `vendi_by_prompt`: mean over prompts of the Vendi score of each prompt's images.
     """
-    images = [read_image(picture.path) for picture in pictures]
-    clip_embeddings = clip.images(images)
-    dino_embeddings = dino.images(images)
+    loaded = [read_image(image.path) for image in pictures]
+    clip_embeddings = clip.images(loaded)
+    dino_embeddings = dino.images(loaded)
     rows_by_prompt: dict[str, list[int]] = {}
-    for row, picture in enumerate(pictures):
-        rows_by_prompt.setdefault(picture.prompt, []).append(row)
+    for row, image in enumerate(pictures):
+        rows_by_prompt.setdefault(image.prompt, []).append(row)
     return {
         "concept_alignment": mean_cosine(clip_embeddings, clip.images(concept)),
-        "text_alignment": paired_cosine(clip_embeddings, clip.texts([picture.prompt for picture in pictures])),
+        "text_alignment": paired_cosine(clip_embeddings, clip.texts([image.prompt for image in pictures])),
         "text_alignment_without_token": paired_cosine(clip_embeddings, clip.texts(plain_prompts)),
         "vendi": vendi_score(dino_embeddings),
         "vendi_by_prompt": statistics.fmean(

@@ -66,58 +66,59 @@ def sampling_of(
     )
 
 
-def draw_images(
+def sample_images(
     pipeline: StableDiffusion3Pipeline,
     jobs: Sequence[tuple[str, int]],
-    drawing: SamplingConfig,
+    sampling: SamplingConfig,
     device: torch.device,
-    receive: Callable[[int, Image.Image], None],
+    on_image: Callable[[int, Image.Image], None],
 ) -> None:
     """Generate one image per job.
 
-    Each distinct prompt is embedded once, first. Only transformer and autoencoder then stay on the device.
+    Each distinct prompt is embedded once before sampling. Afterwards, only the transformer and the autoencoder are on
+    the device.
 
     Args:
         pipeline: Pipeline with the adapter in its transformer.
         jobs: Prompt and seed of each image.
-        drawing: Sampling settings.
+        sampling: Sampling settings.
         device: Device.
-        receive: Callback with the job index and its image, called after each batch.
+        on_image: Callback for each image, called with job index and image after each batch.
 
     Raises:
         ValueError: The pipeline does not support this resolution.
     """
-    check_resolution(pipeline, drawing.resolution)
+    check_resolution(pipeline, sampling.resolution)
     prompts = list(dict.fromkeys(prompt for prompt, _ in jobs))
-    is_guided = drawing.guidance > 1
+    is_guided = sampling.guidance > 1
     texts = [*prompts, *([""] if is_guided else [])]
-    embedded = dict(zip(texts, embed_prompts(pipeline, texts, device, drawing.max_sequence_length), strict=True))
-    drawer = _without_text_encoders(pipeline, device)
-    for first in range(0, len(jobs), drawing.batch_size):
-        batch = jobs[first : first + drawing.batch_size]
-        for number, picture in enumerate(_draw(drawer, batch, embedded, drawing, device), first):
-            receive(number, picture)
+    embedded = dict(zip(texts, embed_prompts(pipeline, texts, device, sampling.max_sequence_length), strict=True))
+    image_pipeline = _without_text_encoders(pipeline, device)
+    for start in range(0, len(jobs), sampling.batch_size):
+        batch = jobs[start : start + sampling.batch_size]
+        for number, image in enumerate(_generate_batch(image_pipeline, batch, embedded, sampling, device), start):
+            on_image(number, image)
 
 
 def _without_text_encoders(pipeline: StableDiffusion3Pipeline, device: torch.device) -> StableDiffusion3Pipeline:
     """Build a pipeline without text encoders on the device; diffusers infers the device from all components."""
-    absent: dict[str, Any] = dict.fromkeys(_TEXT_PARTS)
-    drawer = StableDiffusion3Pipeline(
+    text_parts: dict[str, Any] = dict.fromkeys(_TEXT_PARTS)
+    image_pipeline = StableDiffusion3Pipeline(
         transformer=pipeline.transformer.to(device).eval(),
         scheduler=type(pipeline.scheduler).from_config(pipeline.scheduler.config),
         vae=pipeline.vae.to(device),
-        **absent,
+        **text_parts,
     )
-    drawer.set_progress_bar_config(disable=True)
-    return drawer
+    image_pipeline.set_progress_bar_config(disable=True)
+    return image_pipeline
 
 
 @torch.no_grad()
-def _draw(
+def _generate_batch(
     pipeline: StableDiffusion3Pipeline,
     jobs: Sequence[tuple[str, int]],
     embedded: dict[str, PromptEmbedding],
-    drawing: SamplingConfig,
+    sampling: SamplingConfig,
     device: torch.device,
 ) -> list[Image.Image]:
     """Generate one batch of images."""
@@ -127,17 +128,17 @@ def _draw(
         return tokens.to(device), torch.cat([embedded[prompt].pooled for prompt in prompts]).to(device)
 
     tokens, pooled = stacked([prompt for prompt, _ in jobs])
-    negative = stacked([""] * len(jobs)) if drawing.guidance > 1 else (None, None)
-    with autocast(device, drawing.precision):
+    negative = stacked([""] * len(jobs)) if sampling.guidance > 1 else (None, None)
+    with autocast(device, sampling.precision):
         return pipeline(
             prompt_embeds=tokens,
             pooled_prompt_embeds=pooled,
             negative_prompt_embeds=negative[0],
             negative_pooled_prompt_embeds=negative[1],
-            height=drawing.resolution,
-            width=drawing.resolution,
-            num_inference_steps=drawing.steps,
-            guidance_scale=drawing.guidance,
+            height=sampling.resolution,
+            width=sampling.resolution,
+            num_inference_steps=sampling.steps,
+            guidance_scale=sampling.guidance,
             generator=[torch.Generator().manual_seed(seed) for _, seed in jobs],
         ).images
 
@@ -164,7 +165,7 @@ def generate_images(
     pipeline: StableDiffusion3Pipeline,
     prompts: Sequence[str],
     seeds: Sequence[int],
-    drawing: SamplingConfig,
+    sampling: SamplingConfig,
     device: torch.device,
     console: Console,
     *,
@@ -177,12 +178,13 @@ def generate_images(
     Args:
         folder: Output folder for `PROMPT-SEED.png` and `images.json`; created.
         pipeline: Pipeline with the adapter in its transformer.
-        prompts: The prompts.
+        prompts: Prompts.
         seeds: Seeds; one image per prompt and seed.
-        drawing: Sampling settings.
+        sampling: Sampling settings.
         device: Device.
         console: Output console; the progress bar appears only on a terminal.
-        source: Pipeline and digest of the adapter. Images from another source raise an error unless `overwrite` is set.
+        source: Pipeline and digest of the adapter. Raises an error for images from another source unless
+            `overwrite` is set.
         overwrite: Replace other generated images in the folder.
         show_bar: Show a progress bar.
 
@@ -191,7 +193,7 @@ def generate_images(
         ValueError: The pipeline does not support this resolution.
     """
     width = max(2, len(str(len(prompts) - 1)))
-    pictures = [
+    images = [
         GeneratedImage(folder / f"{number:0{width}}-{seed}.png", prompt, seed)
         for number, prompt in enumerate(prompts)
         for seed in seeds
@@ -199,8 +201,8 @@ def generate_images(
     content = {
         "format": 1,
         "source": source,
-        "drawing": {name: value for name, value in asdict(drawing).items() if name != "batch_size"},
-        "images": [{"file": each.path.name, "prompt": each.prompt, "seed": each.seed} for each in pictures],
+        "drawing": {name: value for name, value in asdict(sampling).items() if name != "batch_size"},
+        "images": [{"file": image.path.name, "prompt": image.prompt, "seed": image.seed} for image in images],
     }
     check_image_folder(folder, content, overwrite=overwrite)
     folder.mkdir(parents=True, exist_ok=True)
@@ -209,18 +211,18 @@ def generate_images(
             if path.suffix.lower() in IMAGE_SUFFIXES:
                 path.unlink()
         write_json(folder / MANIFEST, content)
-    missing = [each for each in pictures if not each.path.is_file()]
+    missing = [image for image in images if not image.path.is_file()]
     columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not (show_bar and console.is_terminal)) as bar:
-        task = bar.add_task("generating", total=len(pictures), completed=len(pictures) - len(missing))
+        task = bar.add_task("generating", total=len(images), completed=len(images) - len(missing))
 
-        def receive(number: int, picture: Image.Image) -> None:
-            _write(missing[number], picture)
+        def on_image(number: int, image: Image.Image) -> None:
+            _write(missing[number], image)
             bar.advance(task)
 
         if missing:
-            draw_images(pipeline, [(each.prompt, each.seed) for each in missing], drawing, device, receive)
-    return pictures
+            sample_images(pipeline, [(image.prompt, image.seed) for image in missing], sampling, device, on_image)
+    return images
 
 
 def check_image_folder(folder: Path, content: dict[str, Any], *, overwrite: bool) -> None:
@@ -245,10 +247,10 @@ def check_image_folder(folder: Path, content: dict[str, Any], *, overwrite: bool
         raise FileExistsError(f"out={folder} contains other files; choose an empty or a new folder")
     if manifest is not None and not overwrite:
         changed = [name for name in ("source", "drawing", "images") if manifest.get(name) != content[name]]
-        names = {"source": "another adapter", "drawing": "other settings", "images": "other prompts or seeds"}
+        reasons = {"source": "another adapter", "drawing": "other settings", "images": "other prompts or seeds"}
         raise FileExistsError(
-            f"out={folder} contains images of {' and '.join(names[name] for name in changed)}; choose another folder, "
-            "or pass --overwrite"
+            f"out={folder} contains images of {' and '.join(reasons[name] for name in changed)}; choose another "
+            "folder, or pass --overwrite"
         )
 
 
@@ -261,19 +263,19 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest if isinstance(manifest, dict) else None
 
 
-def _write(picture: GeneratedImage, image: Image.Image) -> None:
+def _write(target: GeneratedImage, image: Image.Image) -> None:
     """Write a PNG file atomically with prompt and seed in its metadata."""
     info = PngInfo()
-    info.add_itxt("prompt", picture.prompt)
-    info.add_itxt("seed", str(picture.seed))
+    info.add_itxt("prompt", target.prompt)
+    info.add_itxt("seed", str(target.seed))
     content = io.BytesIO()
     image.save(content, format="PNG", pnginfo=info)
-    write_bytes(picture.path, content.getvalue())
+    write_bytes(target.path, content.getvalue())
 
 
 @dataclass(frozen=True)
 class LoadedGenerator:
-    """The pipeline of a run with its adapter."""
+    """Pipeline of a run with its adapter."""
 
     run: DreamBoothFolder
     config: DreamBoothConfig
@@ -347,11 +349,11 @@ def generate(
         FileNotFoundError: See `load_generator`.
         FileExistsError: `out` contains other images.
     """
-    checked = {"pictures": (pictures, 1), "seed": (seed, 0), "batch_size": (batch_size, 1), "steps": (steps, 1)}
+    minimums = {"pictures": (pictures, 1), "seed": (seed, 0), "batch_size": (batch_size, 1), "steps": (steps, 1)}
     errors = [
-        f"{name} must be at least {least}, got {value}"
-        for name, (value, least) in checked.items()
-        if value is not None and value < least
+        f"{name} must be at least {minimum}, got {value}"
+        for name, (value, minimum) in minimums.items()
+        if value is not None and value < minimum
     ]
     errors += [] if prompts else ["prompt must be given, e.g. 'a photo of sks dog on the beach', got none"]
     if errors:
@@ -375,8 +377,8 @@ def select_prompts(run: str | Path, prompt: str | None, file: str | Path | None,
 
     Args:
         run: Run folder.
-        prompt: Complete prompt; exclusive with `file`.
-        file: Prompt file; exclusive with `prompt`.
+        prompt: Complete prompt; mutually exclusive with `file`.
+        file: Prompt file; mutually exclusive with `prompt`.
         live: Use the file's prompts for live subjects; None uses them for cats and dogs.
 
     Raises:

@@ -24,7 +24,7 @@ from snella_app.text import near_siblings
 
 @dataclass(frozen=True)
 class PromptEmbedding:
-    """The embedding of a prompt.
+    """Prompt embedding.
 
     Attributes:
         tokens: `[1, L, D]`, float32.
@@ -35,7 +35,7 @@ class PromptEmbedding:
     pooled: Tensor
 
     def repeated(self, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return token and pooled embeddings repeated for `count` images."""
+        """Repeat token and pooled embeddings for `count` images."""
         return self.tokens.to(device).repeat(count, 1, 1), self.pooled.to(device).repeat(count, 1)
 
 
@@ -60,7 +60,7 @@ class LatentImages:
     def __len__(self) -> int:
         return len(self.mean)
 
-    def draw(self, indices: list[int], generator: torch.Generator) -> Tensor:
+    def sample(self, indices: list[int], generator: torch.Generator) -> Tensor:
         """Sample latents of the images at `indices`, `[n, c, h, w]`."""
         mean, std = self.mean[indices], self.std[indices]
         noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype)
@@ -117,12 +117,12 @@ def encode_images(
         ValueError: The pipeline does not support this resolution; the message suggests one.
     """
     check_resolution(pipeline, resolution)
-    pictures = list(images)
-    pictures += [ImageOps.mirror(image) for image in pictures] if flip else []
+    all_images = list(images)
+    all_images += [ImageOps.mirror(image) for image in all_images] if flip else []
     vae, means, deviations = pipeline.vae, [], []
     with offload_models(vae, device=device):
-        for picture in pictures:
-            pixels = pipeline.image_processor.preprocess(picture, resolution, resolution, resize_mode="crop")
+        for image in all_images:
+            pixels = pipeline.image_processor.preprocess(image, resolution, resolution, resize_mode="crop")
             latents = vae.encode(pixels.to(device, vae.dtype)).latent_dist
             means.append(latents.mean.float().cpu())
             deviations.append(latents.std.float().cpu())
@@ -136,14 +136,14 @@ def check_resolution(pipeline: StableDiffusion3Pipeline, resolution: int) -> Non
     Raises:
         ValueError: The resolution is not a multiple of the latent patch size, or exceeds the position embeddings.
     """
-    unit = pipeline.vae_scale_factor * pipeline.patch_size
-    most = unit * getattr(pipeline.transformer.config, "pos_embed_max_size", 0)
-    near = max(unit, resolution // unit * unit)
-    near = min(near, most) if most else near
-    if resolution % unit or (most and resolution > most):
-        limit = f" up to {most}" if most else ""
+    multiple = pipeline.vae_scale_factor * pipeline.patch_size
+    max_resolution = multiple * getattr(pipeline.transformer.config, "pos_embed_max_size", 0)
+    nearest = max(multiple, resolution // multiple * multiple)
+    nearest = min(nearest, max_resolution) if max_resolution else nearest
+    if resolution % multiple or (max_resolution and resolution > max_resolution):
+        limit = f" up to {max_resolution}" if max_resolution else ""
         raise ValueError(
-            f"resolution must be a multiple of {unit}{limit} for this pipeline, got {resolution}; use {near}"
+            f"resolution must be a multiple of {multiple}{limit} for this pipeline, got {resolution}; use {nearest}"
         )
 
 
@@ -162,9 +162,9 @@ def suppress_progress_bars() -> Iterator[None]:
                 log.enable_progress_bar()
 
 
-_INDEX = "model_index.json"
+_INDEX_FILE = "model_index.json"
 _OPTIONAL = ("text_encoder_3", "tokenizer_3", "image_encoder", "feature_extractor")
-_NEEDED = (
+_COMPONENTS = (
     "transformer",
     "scheduler",
     "vae",
@@ -197,20 +197,20 @@ def load_pipeline(name: str, *, encoder_dtype: torch.dtype = torch.float32) -> S
         with suppress_progress_bars():
             return StableDiffusion3Pipeline.from_pretrained(folder, dtype=dtypes, local_files_only=True, **absent)
     if name.count("/") != 1 or name.startswith((".", "~", "/")):
-        near = near_siblings(folder, folders_alone=True)
-        raise FileNotFoundError(f"pipeline must be a folder or a hub name (owner/repo), got {name!r}{near}")
+        suggestion = near_siblings(folder, folders_alone=True)
+        raise FileNotFoundError(f"pipeline must be a folder or a hub name (owner/repo), got {name!r}{suggestion}")
     with cache_only_if_unreachable() as reason, suppress_progress_bars():
         try:
             return StableDiffusion3Pipeline.from_pretrained(name, dtype=dtypes, local_files_only=bool(reason))
         except (OSError, ValueError, HfHubHTTPError) as error:
             if reason is None:
                 raise ValueError(
-                    f"the hub denies pipeline {name!r}: {_first_line(error)}; accept its license on the hub, or "
-                    "download it elsewhere and pass the folder"
+                    f"the hub denies access to pipeline {name!r}: {_first_line(error)}; accept its license on the "
+                    "hub, or download it elsewhere and pass the folder"
                 ) from error
             raise ConnectionError(
                 f"pipeline {name!r} is not a local folder and not cached, and the hub is unreachable ({reason}); pass "
-                f"a local folder in diffusers format (with {_INDEX}, transformer/, vae/, …)"
+                f"a local folder in diffusers format (with {_INDEX_FILE}, transformer/, vae/, …)"
             ) from error
 
 
@@ -220,11 +220,11 @@ def _check_folder(folder: Path) -> list[str]:
     Returns:
         Missing optional components, which diffusers needs as explicit None arguments.
     """
-    index = folder / _INDEX
+    index = folder / _INDEX_FILE
     if not index.is_file():
         raise FileNotFoundError(
-            f"pipeline folder '{folder}' must be in diffusers format, got a folder without {_INDEX}; write it with "
-            "pipeline.save_pretrained"
+            f"pipeline folder '{folder}' must be in diffusers format, got a folder without {_INDEX_FILE}; write it "
+            "with pipeline.save_pretrained"
         )
     try:
         components = json.loads(index.read_text(encoding="utf-8"))
@@ -236,9 +236,9 @@ def _check_folder(folder: Path) -> list[str]:
             f"pipeline folder '{folder}' must contain a StableDiffusion3Pipeline, got {kind}; snella dreambooth "
             "supports Stable Diffusion 3 only"
         )
-    absent = [part for part in _NEEDED if part not in components or components[part][0] is None]
-    errors = [f"{part} is missing from {_INDEX}" for part in absent if part not in _OPTIONAL]
-    for part in _NEEDED:
+    absent = [part for part in _COMPONENTS if part not in components or components[part][0] is None]
+    errors = [f"{part} is missing from {_INDEX_FILE}" for part in absent if part not in _OPTIONAL]
+    for part in _COMPONENTS:
         if part not in absent:
             errors += _component_errors(folder / part)
     if errors:

@@ -20,7 +20,7 @@ from snella_app.report.style import ACCENT, CURVE, MUTED, add_legend, inline_svg
 from snella_app.text import bytes_text, count_text, percent_text, plain_text, seconds_text
 from snella_lab.recipes.dreambooth.generate import MANIFEST
 
-_LONGEST = 320
+_MAX_SIDE = 320
 _WINDOW = 20
 
 
@@ -47,14 +47,14 @@ def write_generation_report(run: str | Path) -> Path:
     numbers = [
         ("loss on fixed noise", after, f"{before} before training"),
         ("trainable parameters", count_text(metrics.trainable_parameters), ""),
-        ("adapter file", bytes_text(metrics.adapter_bytes), "loads on top of the pipeline"),
+        ("adapter file", bytes_text(metrics.adapter_bytes), "loaded on top of the pipeline"),
         ("training time", seconds_text(metrics.train_s), trained.optimizer),
     ]
     if allocation is not None and budgets:
-        kept, total = sum(budgets.values()), max(allocation.total_weights, 1)
+        changed, total = sum(budgets.values()), max(allocation.total_weights, 1)
         frozen = sum(budget == 0 for budget in budgets.values())
-        note = f"of {count_text(total)} ({percent_text(kept / total)}), {frozen} matrices frozen"
-        numbers.insert(2, ("adapted weights kept", count_text(kept), note))
+        note = f"of {count_text(total)} ({percent_text(changed / total)}), {frozen} matrices frozen"
+        numbers.insert(2, ("adapted weights kept", count_text(changed), note))
     data = info.data
     subject = [Path(data.folder or "") / name for name in data.files or []]
     context = {
@@ -64,8 +64,8 @@ def write_generation_report(run: str | Path) -> Path:
         "numbers": [{"label": label, "value": value, "note": note} for label, value, note in numbers],
         "curve": inline_svg(loss_curve(trained.loss_history), "curve-loss", f"Loss by step; {curve['steps']} steps."),
         "groups": [
-            {"title": "Images of the subject", "note": data.description, "items": _pictures(subject)},
-            {"title": "Images generated after training", "note": "", "items": _samples(folder / "samples")},
+            {"title": "Images of the subject", "note": data.description, "items": _image_entries(subject)},
+            {"title": "Images generated after training", "note": "", "items": _sample_entries(folder / "samples")},
         ],
         "allocation": allocation_section(info, metrics, allocation, budgets),
         "config": (folder / "config.yaml").read_text(encoding="utf-8"),
@@ -74,7 +74,7 @@ def write_generation_report(run: str | Path) -> Path:
 
 
 def loss_curve(history: Sequence[LossRow]) -> Figure:
-    """Plot the loss of each step and the mean of the last 20 steps."""
+    """Plot the loss of each step and its moving average over 20 steps."""
     figure, axes = new_figure(2 * CURVE[0], CURVE[1], "Loss")
     steps = [row.step for row in history]
     losses = np.array([np.nan if row.loss is None else row.loss for row in history], dtype=float)
@@ -87,26 +87,26 @@ def loss_curve(history: Sequence[LossRow]) -> Figure:
     return figure
 
 
-def _samples(folder: Path) -> list[dict[str, Any]]:
+def _sample_entries(folder: Path) -> list[dict[str, Any]]:
     """Return the report entries of the run's sample images."""
     manifest = folder / MANIFEST
     if not manifest.is_file():
         return []
     entries = json.loads(manifest.read_text(encoding="utf-8"))["images"]
-    shown = _pictures(folder / entry["file"] for entry in entries)
+    shown = _image_entries(folder / entry["file"] for entry in entries)
     return [
         item | {"text": f"{entry['prompt']} · seed {entry['seed']}"} for item, entry in zip(shown, entries, strict=True)
     ]
 
 
-def _pictures(paths: Iterable[Path]) -> list[dict[str, Any]]:
-    """Encode images for the report; an unreadable image gets a problem text."""
+def _image_entries(paths: Iterable[Path]) -> list[dict[str, Any]]:
+    """Encode images for the report; unreadable images get an error message."""
     items: list[dict[str, Any]] = []
     for path in paths:
         item: dict[str, Any] = {"text": path.name, "uri": None, "problem": ""}
         try:
             with open_image(path) as image:
-                item["uri"], item["width"], item["height"] = picture_uri(image, _LONGEST)
+                item["uri"], item["width"], item["height"] = picture_uri(image, _MAX_SIDE)
         except OSError as error:
             item["problem"] = f"cannot be read: {error}"
         items.append(item)

@@ -77,12 +77,12 @@ class FlowMatching:
     """
 
     def __init__(self, scheduler: FlowMatchEulerDiscreteScheduler, weighting: str, precondition: bool) -> None:
-        fresh = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
-        self.sigmas, self.times = fresh.sigmas[: len(fresh.timesteps)], fresh.timesteps
+        copy = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
+        self.sigmas, self.times = copy.sigmas[: len(copy.timesteps)], copy.timesteps
         self.weighting = weighting
         self.precondition = precondition
 
-    def draw_times(self, count: int, generator: torch.Generator) -> Tensor:
+    def sample_times(self, count: int, generator: torch.Generator) -> Tensor:
         """Sample `count` relative positions in [0, 1) in the timestep list."""
         return compute_density_for_timestep_sampling(
             self.weighting, count, _LOGIT_MEAN, _LOGIT_STD, _MODE_SCALE, generator=generator
@@ -137,7 +137,7 @@ class DreamBoothTrainer:
     """Training loop for one adapter.
 
     Images, noise and timesteps of a micro-batch depend only on the seed, the step and the micro-batch index, so a
-    resumed run repeats them. The subject's images are shuffled each epoch.
+    resumed run samples the same ones. The subject's images are shuffled each epoch.
 
     Args:
         model: Adapted model from `adapt_headless`.
@@ -165,7 +165,7 @@ class DreamBoothTrainer:
         run: DreamBoothFolder,
         device: torch.device,
     ) -> None:
-        # accelerate otherwise reuses the settings of the first Accelerator in the process; transformers resets it too
+        # accelerate would reuse the settings of the first Accelerator in the process; transformers also resets it
         AcceleratorState._reset_state(reset_partial_state=True)
         precision = "bf16" if config.precision == "bf16" else "no"
         self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
@@ -222,12 +222,12 @@ class DreamBoothTrainer:
             task = bar.add_task("training", total=self.config.steps, completed=self.step)
             while self.step < self.config.steps:
                 self._take_step(prepared, optimizer)
-                bar.update(task, completed=self.step, description=self._line())
+                bar.update(task, completed=self.step, description=self._log_line())
                 is_due = self.step % self.config.save_every == 0 or self.step == self.config.steps
                 if is_due or interrupt.is_requested:
                     self.save()
                 if is_due:
-                    print_line(console, self._line())
+                    print_line(console, self._log_line())
                 if interrupt.is_requested and self.step < self.config.steps:
                     raise KeyboardInterrupt
         if self.allocator is not None:
@@ -277,10 +277,10 @@ class DreamBoothTrainer:
         self.model.eval()
         generator = torch.Generator().manual_seed(mix_seed(self.config.seed, _FIXED))
         values = []
-        for index in range(len(self.subject.images)):
-            for number in range(_FIXED_TIMES):
-                times = torch.tensor([(number + 0.5) / _FIXED_TIMES])
-                values.append(self._losses(self.model, self.subject, [index], times, generator).mean().item())
+        for image_index in range(len(self.subject.images)):
+            for index in range(_FIXED_TIMES):
+                times = torch.tensor([(index + 0.5) / _FIXED_TIMES])
+                values.append(self._losses(self.model, self.subject, [image_index], times, generator).mean().item())
         self.model.train(was_training)
         return math.fsum(values) / len(values)
 
@@ -291,34 +291,34 @@ class DreamBoothTrainer:
             torch.manual_seed(mix_seed(config.seed, _GLOBAL, self.step, number))
             generator = torch.Generator().manual_seed(mix_seed(config.seed, _NOISE, self.step, number))
             position = self.step * config.accumulation + number
-            loss = self._pass_loss(model, self.subject, position, generator)
+            loss = self._micro_batch_loss(model, self.subject, position, generator)
             if self.classes is not None:
-                loss = loss + config.prior_weight * self._pass_loss(model, self.classes, position, generator)
-            self._check("the loss", loss.item())
+                loss = loss + config.prior_weight * self._micro_batch_loss(model, self.classes, position, generator)
+            self._check_finite("the loss", loss.item())
             total += loss.item() / config.accumulation
             self.accelerator.backward(loss / config.accumulation)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         norm = self.accelerator.clip_grad_norm_(trained, config.max_grad_norm or math.inf)
         grad_norm = 0.0 if norm is None else float(norm)
-        self._check("the gradient", grad_norm)
+        self._check_finite("the gradient", grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         self.step += 1
         self.history.append({"step": self.step, "loss": total, "grad_norm": grad_norm, "budget": self._budget()})
 
-    def _pass_loss(
+    def _micro_batch_loss(
         self, model: nn.Module, training_set: TrainingSet, position: int, generator: torch.Generator
     ) -> Tensor:
-        """Compute the mean loss of micro-batch `position`."""
+        """Compute the mean loss of the micro-batch at a global position."""
         count, total = self.config.batch_size, len(training_set.images)
         indices = [_epoch_index(total, self.config.seed, position * count + k) for k in range(count)]
-        return self._losses(model, training_set, indices, self.loss.draw_times(count, generator), generator).mean()
+        return self._losses(model, training_set, indices, self.loss.sample_times(count, generator), generator).mean()
 
     def _losses(
         self, model: nn.Module, training_set: TrainingSet, indices: list[int], times: Tensor, generator: torch.Generator
     ) -> Tensor:
         """Compute the loss of each indexed image at the given timesteps."""
-        images = training_set.images.draw(indices, generator)
+        images = training_set.images.sample(indices, generator)
         noise = torch.randn(images.shape, generator=generator)
         with self.accelerator.autocast():
             return self.loss.losses(model, images.to(self.device), noise.to(self.device), times, training_set.prompt)
@@ -327,18 +327,20 @@ class DreamBoothTrainer:
         """Return the current total budget."""
         return None if self.allocator is None else sum(self.allocator.budgets.values())
 
-    def _check(self, what: str, value: float) -> None:
+    def _check_finite(self, name: str, value: float) -> None:
         """Raise an error for a value that is not finite."""
         if math.isfinite(value):
             return
-        options = {name: getattr(self.config, name) for name in ("lr", "scalar_lr", "scaling")}
-        shown = ", ".join(f"--{name.replace('_', '-')} (now {rate:g})" for name, rate in options.items() if rate)
+        options = {option: getattr(self.config, option) for option in ("lr", "scalar_lr", "scaling")}
+        suggestions = ", ".join(
+            f"--{option.replace('_', '-')} (now {rate:g})" for option, rate in options.items() if rate
+        )
         raise NonFiniteLossError(
-            f"{what} became {value} in step {self.step + 1} of {self.config.steps}; the last checkpoint in "
-            f"{self.run_folder.checkpoints} is kept; start a new run with a lower {shown}"
+            f"{name} became {value} in step {self.step + 1} of {self.config.steps}; the last checkpoint in "
+            f"{self.run_folder.checkpoints} is kept; start a new run with a lower {suggestions}"
         )
 
-    def _line(self) -> str:
+    def _log_line(self) -> str:
         """Format step, recent loss and budget as a log line."""
         recent = [row["loss"] for row in self.history[-_RECENT:]]
         text = f"step {self.step:>5}/{self.config.steps}  loss {math.fsum(recent) / len(recent):.5f}"
@@ -446,22 +448,22 @@ def _personalize(config: DreamBoothConfig, run: DreamBoothFolder, console: Conso
     run.prepare(config, is_resumed=is_resumed)
     run.write(_describe_run(config, concept))
     with record_status(run, "dreambooth"), InterruptCallback() as interrupt:
-        drawing = sampling_of(config)
+        sampling = sampling_of(config)
         subject = _training_set(pipeline, config, device, str(config.prompt), concept)
         classes = None
         if config.prior_weight > 0:
-            pictures = generate_images(
+            class_images = generate_images(
                 run.path / "class_images",
                 pipeline,
                 [str(config.class_prompt)],
                 range(config.class_images),
-                drawing,
+                sampling,
                 device,
                 console,
                 source=str(config.pipeline),
                 show_bar=config.progress,
             )
-            class_concept = Concept("class_images", [picture.path for picture in pictures])
+            class_concept = Concept("class_images", [image.path for image in class_images])
             classes = _training_set(pipeline, config, device, str(config.class_prompt), class_concept)
         torch.manual_seed(config.seed)
         model = adapt_headless(config.method, pipeline.transformer, config.options_of_method())
@@ -471,17 +473,17 @@ def _personalize(config: DreamBoothConfig, run: DreamBoothFolder, console: Conso
         if (checkpoint := checkpoint_to_resume(run, console)) is not None:
             trainer.load(checkpoint)
         trainer.run(console, interrupt)
-        _finish(trainer, pipeline, drawing, run, console)
+        _finish(trainer, pipeline, sampling, run, console)
     return run
 
 
 def _check_images(run: DreamBoothFolder, concept: Concept) -> None:
-    """Check that a resumed run uses the images it started with."""
+    """Check that the images of a resumed run have not changed."""
     stored = read(RunInfo, run.path).data
     if stored.digest not in (None, concept.digest()):
-        then, now = stored.sizes.get("train"), len(concept.paths)
+        expected, actual = stored.sizes.get("train"), len(concept.paths)
         raise ValueError(
-            f"data must contain the {then} images that {run.path} started with, got {now} images in "
+            f"data must contain the {expected} images that {run.path} started with, got {actual} images in "
             f"{concept.paths[0].parent} with different content; restore them, or start a new run"
         )
 
@@ -498,7 +500,7 @@ def _training_set(
 def _finish(
     trainer: DreamBoothTrainer,
     pipeline: StableDiffusion3Pipeline,
-    drawing: SamplingConfig,
+    sampling: SamplingConfig,
     run: DreamBoothFolder,
     console: Console,
 ) -> None:
@@ -526,7 +528,7 @@ def _finish(
             pipeline,
             [str(config.prompt)],
             range(config.seed, config.seed + config.samples),
-            drawing,
+            sampling,
             trainer.device,
             console,
             source=adapter_source(run, config),

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from snella_lab.recipes.instruct.evaluate import evaluate_language
     from snella_lab.recipes.instruct.train import fine_tune
 
-_HOMES = {
+_MODULES = {
     "CHOICES": "data",
     "LanguageConfig": "config",
     "evaluate_language": "evaluate",
@@ -25,6 +25,6 @@ __all__ = ["CHOICES", "LanguageConfig", "evaluate_language", "extract_answer", "
 
 def __getattr__(name: str) -> Any:
     """Import a public name on first use."""
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -8,7 +8,7 @@ from snella_app.config import RunSettings
 from snella_app.methods.defaults import RECIPE_METHOD
 from snella_app.runs.folder import RunFolderOf
 
-_RATES = ("lr", "scalar_lr", "weight_decay", "max_grad_norm")
+_NONNEGATIVE = ("lr", "scalar_lr", "weight_decay", "max_grad_norm")
 _MINIMUMS = {
     "max_length": 2,
     "epochs": 1,
@@ -101,7 +101,7 @@ class LanguageConfig(RunSettings):
         """Validate all settings that need neither data nor model; report all errors together."""
         errors = [*self.path_errors(), *self.kind_errors(), *self.device_errors()]
         errors += [*self._template_errors(), *self.minimum_errors(_MINIMUMS)]
-        errors += [*self.nonnegative_errors(_RATES), *self.method_errors()]
+        errors += [*self.nonnegative_errors(_NONNEGATIVE), *self.method_errors()]
         if errors:
             raise ValueError("; ".join(errors))
 

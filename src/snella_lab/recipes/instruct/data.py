@@ -1,4 +1,4 @@
-"""Instruction data in the JSON format of the commonsense benchmark: instruction, input, output and answer."""
+"""Instruction data in the JSON format of the commonsense benchmark."""
 
 import json
 import re
@@ -27,7 +27,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 
 def extract_answer(task: str, text: str) -> str:
-    """Return the first answer choice in a text, or an empty string, which counts as wrong.
+    """Return the first answer choice in a text, or an empty string if there is none.
 
     Args:
         task: Key of `CHOICES`.
@@ -37,7 +37,7 @@ def extract_answer(task: str, text: str) -> str:
     return "" if match is None else match[0]
 
 
-_TEST = "test.json"
+_TEST_FILE = "test.json"
 
 
 @dataclass(frozen=True)
@@ -102,12 +102,12 @@ def read_benchmark(folder: str | Path, choices: dict[str, tuple[str, ...]]) -> d
     """
     root = Path(folder).expanduser()
     if not root.is_dir():
-        raise FileNotFoundError(f"data must be a folder with TASK/{_TEST}, got '{folder}'{near_siblings(root)}")
-    files = {name: root / name / _TEST for name in choices if (root / name / _TEST).is_file()}
+        raise FileNotFoundError(f"data must be a folder with TASK/{_TEST_FILE}, got '{folder}'{near_siblings(root)}")
+    files = {name: root / name / _TEST_FILE for name in choices if (root / name / _TEST_FILE).is_file()}
     if not files:
         folders = sorted(child.name for child in root.iterdir() if child.is_dir())
         raise FileNotFoundError(
-            f"'{root}' must contain at least one of {', '.join(f'{name}/{_TEST}' for name in choices)}, got the "
+            f"'{root}' must contain at least one of {', '.join(f'{name}/{_TEST_FILE}' for name in choices)}, got the "
             f"folders: {listed(folders) if folders else 'none'}"
         )
     return {name: read_instructions(file, choices[name]) for name, file in files.items()}
@@ -154,7 +154,7 @@ class Template:
                 raise FileNotFoundError(f"template must be an existing text file, got '{path}'")
             text = file.read_text(encoding="utf-8")
             if "{instruction}" not in text:
-                raise ValueError(f"template '{file}' must have {{instruction}} where the instruction belongs, got none")
+                raise ValueError(f"template '{file}' must contain {{instruction}}, got none")
             has_input = "{input}" in text
             self.plain = text.replace("{input}", "")
             self.with_input = text if has_input else text.replace("{instruction}", "{instruction}\n{input}")
@@ -163,7 +163,7 @@ class Template:
         """Return the prompt of an entry."""
         text = self.with_input if entry.input else self.plain
         before, _, after = text.partition("{instruction}")
-        # substitute separately: braces inside an instruction must stay literal
+        # substitute separately, because braces inside an instruction are literal
         return before.replace("{input}", entry.input) + entry.instruction + after.replace("{input}", entry.input)
 
 
@@ -180,12 +180,12 @@ def encode(tokenizer: Any, prompt: str, response: str, max_length: int, *, learn
     Returns:
         `input_ids` and `labels`.
     """
-    start = list(tokenizer(prompt).input_ids)
-    if start and start[-1] == tokenizer.eos_token_id:
-        start.pop()
-    rest = [*tokenizer(response, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-    ids = [*start, *rest][:max_length]
-    labels = ids if learn_prompt else [*[IGNORED] * len(start), *rest][:max_length]
+    prompt_ids = list(tokenizer(prompt).input_ids)
+    if prompt_ids and prompt_ids[-1] == tokenizer.eos_token_id:
+        prompt_ids.pop()
+    response_ids = [*tokenizer(response, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    ids = [*prompt_ids, *response_ids][:max_length]
+    labels = ids if learn_prompt else [*[IGNORED] * len(prompt_ids), *response_ids][:max_length]
     return {"input_ids": ids, "labels": list(labels)}
 
 

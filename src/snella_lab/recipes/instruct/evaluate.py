@@ -77,18 +77,18 @@ def evaluate_language(
     config = folder.read_config()
     name, target = str(model or config.model), choose_device(device)
     settings = {"beams": beams, "max_new_tokens": max_new_tokens, "adapter": adapter_digest(folder.adapter)}
-    done = {task: _read_answers(folder, task, settings, overwrite) for task in questions}
+    answers = {task: _read_answers(folder, task, settings, overwrite) for task in questions}
     answers_folder = folder.path / "answers"
     answers_folder.mkdir(exist_ok=True)
     total = sum(map(len, questions.values()))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        shown = bar.add_task("answering", total=total, completed=sum(map(len, done.values())))
-        generator: _Answerer | None = None
+        progress = bar.add_task("answering", total=total, completed=sum(map(len, answers.values())))
+        generator: _AnswerGenerator | None = None
         for task, entries in questions.items():
-            missing = entries[len(done[task]) :]
+            missing = entries[len(answers[task]) :]
             if missing and generator is None:
-                generator = _Answerer(name, folder, config, target, beams, max_new_tokens)
+                generator = _AnswerGenerator(name, folder, config, target, beams, max_new_tokens)
             with (answers_folder / f"{task}.jsonl").open("a", encoding="utf-8") as file:
                 for first in range(0, len(missing), batch_size):
                     batch = missing[first : first + batch_size]
@@ -96,15 +96,15 @@ def evaluate_language(
                     rows = [_row(task, entry, text) for entry, text in zip(batch, texts, strict=True)]
                     file.writelines(json.dumps(row) + "\n" for row in rows)
                     file.flush()
-                    done[task] += rows
-                    bar.update(shown, advance=len(rows), description=task)
-    result = {"format": 1, "settings": settings, "tasks": {task: _scores(rows) for task, rows in done.items()}}
+                    answers[task] += rows
+                    bar.update(progress, advance=len(rows), description=task)
+    result = {"format": 1, "settings": settings, "tasks": {task: _scores(rows) for task, rows in answers.items()}}
     result["mean"] = statistics.fmean(scores["accuracy"] for scores in result["tasks"].values())  # type: ignore[attr-defined]
     folder.write_json(RESULT_FILE, result)
     return result
 
 
-class _Answerer:
+class _AnswerGenerator:
     """Fine-tuned model with tokenizer, template and decoding settings."""
 
     def __init__(
@@ -118,8 +118,8 @@ class _Answerer:
     ) -> None:
         self.tokenizer = load_tokenizer(name)
         self.template = Template(config.template)
-        plain = load_model(name, torch.bfloat16 if config.base == "bf16" else torch.float32)
-        self.model: nn.Module = load_trained(run.adapter, plain).to(device).eval()
+        base_model = load_model(name, torch.bfloat16 if config.base == "bf16" else torch.float32)
+        self.model: nn.Module = load_trained(run.adapter, base_model).to(device).eval()
         self.device, self.beams, self.max_new_tokens = device, beams, max_new_tokens
 
     @torch.no_grad()
@@ -128,7 +128,7 @@ class _Answerer:
         prompts = [list(self.tokenizer(self.template.fill(entry)).input_ids) for entry in entries]
         prompts = [ids[:-1] if ids[-1] == self.tokenizer.eos_token_id else ids for ids in prompts]
         batch = {name: value.to(self.device) for name, value in pad_left(prompts, self.tokenizer.pad_token_id).items()}
-        written = self.model.generate(  # type: ignore[operator]
+        output_ids = self.model.generate(  # type: ignore[operator]
             **batch,
             max_new_tokens=self.max_new_tokens,
             num_beams=self.beams,
@@ -139,8 +139,8 @@ class _Answerer:
             pad_token_id=self.tokenizer.pad_token_id,
             eos_token_id=self.tokenizer.eos_token_id,
         )
-        new = written[:, batch["input_ids"].shape[1] :]
-        texts: list[str] = self.tokenizer.batch_decode(new, skip_special_tokens=True)
+        answer_ids = output_ids[:, batch["input_ids"].shape[1] :]
+        texts: list[str] = self.tokenizer.batch_decode(answer_ids, skip_special_tokens=True)
         return texts
 
 
@@ -151,14 +151,14 @@ def _row(task: str, entry: Instruction, text: str) -> dict[str, Any]:
 
 
 def _scores(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Compute the accuracy of a task; an answer without a choice is wrong."""
-    right = sum(row["right"] for row in rows)
+    """Compute the accuracy of a task; an answer without a choice counts as wrong."""
+    correct = sum(row["right"] for row in rows)
     unanswered = sum(not row["predicted"] for row in rows)
-    return {"accuracy": right / len(rows), "right": right, "questions": len(rows), "unanswered": unanswered}
+    return {"accuracy": correct / len(rows), "right": correct, "questions": len(rows), "unanswered": unanswered}
 
 
 def _read_answers(run: LanguageFolder, task: str, settings: dict[str, Any], overwrite: bool) -> list[dict[str, Any]]:
-    """Read existing answers and drop a truncated last line; the first line of the file holds the settings."""
+    """Read existing answers and drop a truncated last line; the first line of the file contains the settings."""
     path = run.path / "answers" / f"{task}.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
     rows = []

@@ -233,7 +233,7 @@ def _fine_tune(config: LanguageConfig, run: LanguageFolder, console: Console) ->
     is_resumed = status is not None
     data = Path(str(config.data)).expanduser()
     tokenizer = load_tokenizer(str(config.model))
-    train, val, notes = _items(config, tokenizer)
+    train, val, notes = _encode_data(config, tokenizer)
     digest = hashlib.sha256(data.read_bytes()).hexdigest()
     if is_resumed and read(RunInfo, run.path).data.digest != digest:
         raise ValueError(
@@ -245,12 +245,14 @@ def _fine_tune(config: LanguageConfig, run: LanguageFolder, console: Console) ->
     weights = sum(parameter.numel() for parameter in base.parameters())
     if config.gradient_checkpointing:
         # transformers 5.24 renamed this method and warns about the old name
-        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        enable_checkpointing = (
+            getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+        )
+        enable_checkpointing({"use_reentrant": False})
     torch.manual_seed(config.seed)
     model = adapt_headless(config.method, base, config.options_of_method()).to(device)
     run.prepare(config, is_resumed=is_resumed)
-    described = DataInfo(
+    data_info = DataInfo(
         spec=str(config.data),
         seed=config.seed,
         description=counted(len(train), "instruction"),
@@ -258,7 +260,7 @@ def _fine_tune(config: LanguageConfig, run: LanguageFolder, console: Console) ->
         digest=digest,
         notes=notes,
     )
-    run.write(_describe(config, described))
+    run.write(_run_info(config, data_info))
     matrices = matrices_of(model)
     adapted = f"; {len(matrices)} matrices, {sum(m.size for m in matrices):,} adapted weights" if matrices else ""
     rows = [
@@ -268,7 +270,7 @@ def _fine_tune(config: LanguageConfig, run: LanguageFolder, console: Console) ->
         ("method", f"{config.method}, {trainable_parameters(model):,} trainable parameters{adapted}"),
         (
             "training",
-            f"{counted(config.epochs, 'epoch')}, {config.batch_size * config.accumulation} a step, on {device}",
+            f"{counted(config.epochs, 'epoch')}, {config.batch_size * config.accumulation} per step, on {device}",
         ),
     ]
     print_rows(console, rows)
@@ -281,7 +283,7 @@ def _fine_tune(config: LanguageConfig, run: LanguageFolder, console: Console) ->
     return run
 
 
-def _items(config: LanguageConfig, tokenizer: Any) -> tuple[list[_Item], list[_Item], list[str]]:
+def _encode_data(config: LanguageConfig, tokenizer: Any) -> tuple[list[_Item], list[_Item], list[str]]:
     """Return encoded training entries, held-out entries and notes for the user."""
     entries = read_instructions(str(config.data))
     template = Template(config.template)
@@ -293,10 +295,10 @@ def _items(config: LanguageConfig, tokenizer: Any) -> tuple[list[_Item], list[_I
     notes = []
     if len(usable) < len(items):
         skipped = len(items) - len(usable)
-        notes.append(f"skipped {skipped} entries whose prompt fills max_length={config.max_length} tokens")
+        notes.append(f"skipped entries with a prompt of at least max_length={config.max_length} tokens: {skipped}")
     if len(usable) <= config.val_size:
         raise ValueError(
-            f"data must have more entries than val_size={config.val_size}, got {len(usable)} usable ones of "
+            f"data must have more entries than val_size={config.val_size}, got {len(usable)} usable entries of "
             f"{len(items)} in {config.data}" + (f" ({notes[0]}; raise it)" if notes else "")
         )
     order = torch.randperm(len(usable), generator=torch.Generator().manual_seed(config.seed)).tolist()
@@ -368,7 +370,7 @@ def _finish(
     print_line(console, f"adapter {run.adapter}")
 
 
-def _describe(config: LanguageConfig, data: DataInfo) -> RunInfo:
+def _run_info(config: LanguageConfig, data: DataInfo) -> RunInfo:
     """Build the record of a starting run."""
     return RunInfo(
         status="running",

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3, CLIP and DINOv2, tiny, with random weights and tokenizers built on the spot."""
+"""Tiny Stable Diffusion 3, CLIP and DINOv2 models with random weights and generated tokenizers."""
 
 import diffusers
 import numpy as np
@@ -38,7 +38,7 @@ def text_config(**changes):
 
 
 def make_pipeline():
-    """Two blocks of joint attention, latents of 4 channels at half the side, three text encoders; all random."""
+    """Create a random pipeline: two joint attention blocks, 4 latent channels, three text encoders."""
     torch.manual_seed(0)
     transformer = diffusers.SD3Transformer2DModel(
         sample_size=8,
@@ -116,7 +116,7 @@ def dino_folder(tmp_path_factory):
 
 
 def write_subject(folder, count=4, side=20, seed=0):
-    """Pictures of one kind: a bright square on a dark ground, a little different each time."""
+    """Write similar images: a bright square at varying positions on dark noise."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
     for number in range(count):

@@ -35,22 +35,28 @@ def config(**changes):
         ({"token": " "}, "token must be a word, got ' '"),
     ],
 )
-def test_errors_are_told_with_their_values(changes, message):
+def test_errors_contain_the_values(changes, message):
     with pytest.raises(ValueError, match=message):
         config(**changes)
 
 
-def test_the_paper_s_settings_are_the_defaults():
-    found = config().resolved()
-    assert (found.resolution, found.steps, found.batch_size, found.accumulation, found.lr) == (512, 500, 1, 4, 1e-4)
-    assert (found.optimizer, found.gradient_checkpointing, found.prior_weight) == ("auto", True, 0.0)
+def test_defaults_are_the_settings_of_the_paper():
+    settings = config().resolved()
+    assert (settings.resolution, settings.steps, settings.batch_size, settings.accumulation, settings.lr) == (
+        512,
+        500,
+        1,
+        4,
+        1e-4,
+    )
+    assert (settings.optimizer, settings.gradient_checkpointing, settings.prior_weight) == ("auto", True, 0.0)
     assert config(method="lora-16").resolved().options_of_method() == {"r": 16}
     assert config(method="full").resolved().lr == 5e-6
 
 
-def test_prompts_are_made_of_token_and_class():
-    found = config(prior_weight=1.0).named("dog")
-    assert (found.prompt, found.class_prompt) == ("a photo of sks dog", "a photo of dog")
+def test_prompts_contain_token_and_class():
+    settings = config(prior_weight=1.0).named("dog")
+    assert (settings.prompt, settings.class_prompt) == ("a photo of sks dog", "a photo of dog")
     assert config(class_name="puppy", token="xyz").named("dog").prompt == "a photo of xyz puppy"
     assert config(prompt="my sks").named(None).prompt == "my sks"
     with pytest.raises(
@@ -61,7 +67,7 @@ def test_prompts_are_made_of_token_and_class():
         config(prompt="my sks", prior_weight=1.0).named(None)
 
 
-def test_the_command_line_reads_the_settings():
+def test_command_line_parses_the_settings():
     name, _, settings = parse(
         [
             "dreambooth",
@@ -77,11 +83,11 @@ def test_the_command_line_reads_the_settings():
         ]
     )
     assert name == "dreambooth"
-    found = DreamBoothConfig(**settings)
-    assert (found.flip, found.method_options, found.steps) == (True, {"kernel": "rbf"}, 500)
+    dreambooth = DreamBoothConfig(**settings)
+    assert (dreambooth.flip, dreambooth.method_options, dreambooth.steps) == (True, {"kernel": "rbf"}, 500)
 
 
-def test_help_shows_the_defaults_of_its_own_methods(capsys):
+def test_help_shows_the_defaults_of_each_command(capsys):
     with pytest.raises(SystemExit):
         parse(["dreambooth", "--help"])
     text = " ".join(capsys.readouterr().out.split())
@@ -91,9 +97,16 @@ def test_help_shows_the_defaults_of_its_own_methods(capsys):
     assert "(default with snella: 0.005)" in " ".join(capsys.readouterr().out.split())
 
 
-def test_the_experiment_of_table_vi_is_what_the_paper_states():
+def test_table_vi_experiment_matches_the_paper():
     path = Path(__file__).parents[4] / "experiments" / "dreambooth" / "table6.yaml"
-    found = DreamBoothConfig(**yaml.safe_load(path.read_text()), subject="dog6", out="runs/dog6").resolved()
-    stated = (found.resolution, found.batch_size, found.accumulation, found.lr, found.steps, found.optimizer)
-    assert stated == (512, 1, 4, 1e-4, 500, "adamw8bit")
-    assert found.gradient_checkpointing and found.scaling == 1.0
+    settings = DreamBoothConfig(**yaml.safe_load(path.read_text()), subject="dog6", out="runs/dog6").resolved()
+    actual = (
+        settings.resolution,
+        settings.batch_size,
+        settings.accumulation,
+        settings.lr,
+        settings.steps,
+        settings.optimizer,
+    )
+    assert actual == (512, 1, 4, 1e-4, 500, "adamw8bit")
+    assert settings.gradient_checkpointing and settings.scaling == 1.0

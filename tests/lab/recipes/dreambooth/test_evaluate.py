@@ -1,4 +1,4 @@
-"""The protocol of Table VI, on an untrained adapter: what is drawn, what is measured, what is refused."""
+"""Protocol of Table VI on an untrained adapter: generation, scores and errors."""
 
 import json
 import math
@@ -30,7 +30,7 @@ def dataset(subject, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(dataset, pipeline_folder, tmp_path_factory):
-    """Two runs of one step beside each other."""
+    """Train two runs of one step in the same folder."""
     root = tmp_path_factory.mktemp("runs")
     settings = dict(resolution=16, steps=1, accumulation=1, samples=0, sample_steps=1, max_sequence_length=24)
     for name in ("toy", "toy2"):
@@ -55,13 +55,15 @@ def embedders(clip_folder, dino_folder):
     return ClipEmbedder(str(clip_folder), CPU), DinoEmbedder(str(dino_folder), CPU)
 
 
-def test_every_prompt_is_drawn_measured_and_kept(runs, subject, clip_folder, dino_folder, embedders, tmp_path, capsys):
-    words = ["--clip", str(clip_folder), "--dino", str(dino_folder), "--pictures", "2", "--device", "cpu"]
-    assert main(["evaluate-generation", str(runs), *words, "--out", str(tmp_path / "table.json")]) == 0
+def test_every_prompt_is_generated_scored_and_reused(
+    runs, subject, clip_folder, dino_folder, embedders, tmp_path, capsys
+):
+    args = ["--clip", str(clip_folder), "--dino", str(dino_folder), "--pictures", "2", "--device", "cpu"]
+    assert main(["evaluate-generation", str(runs), *args, "--out", str(tmp_path / "table.json")]) == 0
     printed = capsys.readouterr().out
     assert "concept alignment" in printed and "standard error" in printed
-    found = json.loads((tmp_path / "table.json").read_text())
-    row = found["runs"][0]
+    results = json.loads((tmp_path / "table.json").read_text())
+    row = results["runs"][0]
     assert (row["subject"], row["method"], row["pictures"]) == ("toy", "lora-2", 4)
     manifest = json.loads((runs / "toy" / "evaluation" / "images.json").read_text())
     prompts = [entry["prompt"] for entry in manifest["images"]]
@@ -82,40 +84,40 @@ def test_every_prompt_is_drawn_measured_and_kept(runs, subject, clip_folder, din
         for image, p in zip(images, plain, strict=True)
     ]
     assert row["text_alignment_without_token"] == pytest.approx(sum(pairs) / 4)
-    values = [each["vendi"] for each in found["runs"]]
-    assert found["mean"]["vendi"] == pytest.approx(sum(values) / 2)
-    assert found["standard_error"]["vendi"] == pytest.approx(abs(values[0] - values[1]) / 2)
+    values = [each["vendi"] for each in results["runs"]]
+    assert results["mean"]["vendi"] == pytest.approx(sum(values) / 2)
+    assert results["standard_error"]["vendi"] == pytest.approx(abs(values[0] - values[1]) / 2)
     times = {path: path.stat().st_mtime_ns for path in (runs / "toy" / "evaluation").iterdir()}
-    again = evaluate_generation(runs / "toy", clip=str(clip_folder), dino=str(dino_folder), pictures=2, device="cpu")
+    rerun = evaluate_generation(runs / "toy", clip=str(clip_folder), dino=str(dino_folder), pictures=2, device="cpu")
     assert times == {path: path.stat().st_mtime_ns for path in (runs / "toy" / "evaluation").iterdir()}
-    assert again["mean"]["vendi"] == row["vendi"] and again["standard_error"]["vendi"] is None
+    assert rerun["mean"]["vendi"] == row["vendi"] and rerun["standard_error"]["vendi"] is None
 
 
-def test_four_equal_pictures_have_the_diversity_of_one(embedders, tmp_path):
-    pictures = []
+def test_equal_images_have_the_diversity_of_one(embedders, tmp_path):
+    images = []
     for number in range(4):
         path = tmp_path / f"{number}.png"
         Image.new("RGB", (20, 20), (200, 40 + 100 * (number // 2), 40)).save(path)
-        pictures.append(GeneratedImage(path, f"prompt {number // 2}", number % 2))
-    concept = [read_image(pictures[0].path)]
-    scores = score_images(pictures[:2], concept, ["toy"] * 2, *embedders)
+        images.append(GeneratedImage(path, f"prompt {number // 2}", number % 2))
+    concept = [read_image(images[0].path)]
+    scores = score_images(images[:2], concept, ["toy"] * 2, *embedders)
     assert scores["concept_alignment"] == pytest.approx(1.0, abs=1e-6)
     assert scores["vendi"] == scores["vendi_by_prompt"] == pytest.approx(1.0, abs=1e-3)
-    scores = score_images(pictures, concept, ["toy"] * 4, *embedders)
+    scores = score_images(images, concept, ["toy"] * 4, *embedders)
     assert scores["vendi_by_prompt"] == pytest.approx(1.0, abs=1e-3) and scores["vendi"] > scores["vendi_by_prompt"]
 
 
-def test_prompts_come_from_a_line_or_a_file(runs, tmp_path):
+def test_prompts_come_from_the_option_or_a_file(runs, tmp_path):
     file = tmp_path / "mine.txt"
     file.write_text("{token} {class} on a tray\n")
     assert select_prompts(runs / "toy", None, file) == ["sks toy on a tray"]
     assert select_prompts(runs / "toy", "as typed", None) == ["as typed"]
-    for prompt, given, told in ((None, None, "neither"), ("a", file, "both")):
-        with pytest.raises(ValueError, match=f"must be given, got {told}; pass e.g. --prompt"):
-            select_prompts(runs / "toy", prompt, given)
+    for prompt, prompt_file, shown in ((None, None, "neither"), ("a", file, "both")):
+        with pytest.raises(ValueError, match=f"must be given, got {shown}; pass e.g. --prompt"):
+            select_prompts(runs / "toy", prompt, prompt_file)
 
 
-def test_other_pictures_are_not_drawn_over(runs, tmp_path):
+def test_other_images_are_not_overwritten(runs, tmp_path):
     out = tmp_path / "out"
     generate(runs / "toy", ["sks"], out, pictures=1, device="cpu")
     with pytest.raises(
@@ -134,7 +136,7 @@ def test_other_pictures_are_not_drawn_over(runs, tmp_path):
         generate(runs / "toy", ["sks"], tmp_path / "mine" / "letter.txt", device="cpu")
 
 
-def test_numbers_and_folders_that_cannot_be_are_refused(runs, tmp_path, clip_folder, dino_folder):
+def test_invalid_numbers_and_folders_are_rejected(runs, tmp_path, clip_folder, dino_folder):
     with pytest.raises(
         ValueError, match=r"pictures must be at least 1, got 0; steps must .* got 0; prompt must be given"
     ):
@@ -148,7 +150,7 @@ def test_numbers_and_folders_that_cannot_be_are_refused(runs, tmp_path, clip_fol
         load_generator(tmp_path)
 
 
-def test_a_folder_without_the_wanted_model_is_refused(runs, clip_folder, dino_folder, tmp_path, monkeypatch):
+def test_folder_without_the_expected_model_is_rejected(runs, clip_folder, dino_folder, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"clip must be a folder in transformers format, .* has no CLIPModel"):
         ClipEmbedder(str(tmp_path), CPU)
     with pytest.raises(FileNotFoundError, match=r"dino must be .* has no Dinov2Model"):
@@ -160,7 +162,7 @@ def test_a_folder_without_the_wanted_model_is_refused(runs, clip_folder, dino_fo
         ClipEmbedder("nobody/clip", CPU)
 
 
-def test_a_run_on_a_plain_folder_needs_a_file_of_prompts(runs, tmp_path, clip_folder, dino_folder):
+def test_run_on_a_plain_folder_requires_a_prompt_file(runs, tmp_path, clip_folder, dino_folder):
     run = shutil.copytree(runs / "toy", tmp_path / "run")
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace("data: dreambooth:", "data: folder:"))
@@ -168,6 +170,6 @@ def test_a_run_on_a_plain_folder_needs_a_file_of_prompts(runs, tmp_path, clip_fo
         evaluate_generation(run, clip=str(clip_folder), dino=str(dino_folder), device="cpu")
 
 
-def test_vendi_scores_lie_between_one_and_the_number_of_pictures(embedders, subject):
+def test_vendi_score_is_between_one_and_the_number_of_images(embedders, subject):
     score = vendi_score(embedders[1].images([read_image(path) for path in sorted(subject.iterdir())]))
     assert 1.0 < score < 4.0 and math.isfinite(score)

@@ -14,7 +14,7 @@ def copy(pipeline_folder, tmp_path):
     return shutil.copytree(pipeline_folder, tmp_path / "sd3")
 
 
-def test_everything_that_a_folder_lacks_is_named(copy):
+def test_all_missing_components_are_reported_together(copy):
     shutil.rmtree(copy / "vae")
     (copy / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
     (copy / "text_encoder" / "config.json").unlink()
@@ -32,7 +32,7 @@ def test_everything_that_a_folder_lacks_is_named(copy):
         assert error in str(caught.value)
 
 
-def test_a_folder_of_another_kind_is_refused(copy, tmp_path):
+def test_folder_of_another_pipeline_is_rejected(copy, tmp_path):
     index = copy / "model_index.json"
     content = json.loads(index.read_text())
     index.write_text(json.dumps({**content, "vae": [None, None]}))
@@ -49,29 +49,27 @@ def test_a_folder_of_another_kind_is_refused(copy, tmp_path):
         load_pipeline(str(copy))
 
 
-def test_a_pipeline_may_lack_its_third_text_encoder(copy):
+def test_third_text_encoder_is_optional(copy):
     index = copy / "model_index.json"
     absent = {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
     index.write_text(json.dumps(json.loads(index.read_text()) | absent))
     assert load_pipeline(str(copy)).text_encoder_3 is None
 
 
-def test_only_the_text_encoders_take_the_dtype(pipeline_folder):
+def test_dtype_applies_to_the_text_encoders_only(pipeline_folder):
     pipeline = load_pipeline(str(pipeline_folder), encoder_dtype=torch.bfloat16)
     parts = (pipeline.text_encoder, pipeline.text_encoder_3, pipeline.transformer, pipeline.vae)
     assert [part.dtype for part in parts] == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32]
 
 
-def test_a_folder_that_is_not_there_is_answered_with_near_ones(copy):
-    with pytest.raises(
-        FileNotFoundError, match=r"folder or a hub name \(owner/repo\), got '.*sd'; nearest there: 'sd3'"
-    ):
+def test_missing_folder_suggests_similar_names(copy):
+    with pytest.raises(FileNotFoundError, match=r"folder or a hub name \(owner/repo\), got '.*sd'; nearest: 'sd3'"):
         load_pipeline(str(copy.parent / "sd"))
     with pytest.raises(FileNotFoundError, match=r"got './no/where/sd3'; there is no folder 'no/where'"):
         load_pipeline("./no/where/sd3")
 
 
-def test_a_hub_name_says_that_the_hub_is_out_of_reach(monkeypatch):
+def test_unreachable_hub_is_reported(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(
         ConnectionError, match=r"'nobody/nothing' is not a local folder and not cached, .* \(HF_HUB_OFFLINE is set\)"
@@ -79,7 +77,7 @@ def test_a_hub_name_says_that_the_hub_is_out_of_reach(monkeypatch):
         load_pipeline("nobody/nothing")
 
 
-def test_a_resolution_that_does_not_fit_is_refused_with_one_that_does(pipeline_folder):
+def test_unsupported_resolution_suggests_a_supported_one(pipeline_folder):
     pipeline = load_pipeline(str(pipeline_folder))
     with pytest.raises(ValueError, match="must be a multiple of 4 up to 32 for this pipeline, got 18; use 16"):
         check_resolution(pipeline, 18)

@@ -12,26 +12,26 @@ def test_identical_embeddings_count_as_one_image():
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])
-def test_orthogonal_embeddings_count_one_each(count):
+def test_orthogonal_embeddings_count_separately(count):
     assert vendi_score(3.0 * torch.eye(count, 9)) == pytest.approx(count, rel=1e-12)
 
 
 @pytest.mark.parametrize("degrees", [10.0, 60.0, 90.0])
-def test_two_embeddings_at_an_angle_agree_with_the_formula_by_hand(degrees):
+def test_two_embeddings_match_the_formula_by_hand(degrees):
     cosine = math.cos(math.radians(degrees))
     # K / 2 has the eigenvalues (1 ± cos) / 2
-    shares = [(1 + cosine) / 2, (1 - cosine) / 2]
-    by_hand = math.exp(-sum(share * math.log(share) for share in shares))
+    probs = [(1 + cosine) / 2, (1 - cosine) / 2]
+    expected = math.exp(-sum(p * math.log(p) for p in probs))
     pair = torch.tensor([[2.0, 0.0], [5.0 * cosine, 5.0 * math.sin(math.radians(degrees))]], dtype=torch.float64)
-    assert vendi_score(pair) == pytest.approx(by_hand, rel=1e-12)
+    assert vendi_score(pair) == pytest.approx(expected, rel=1e-12)
 
 
-def test_two_pairs_of_twins_count_as_two():
-    twins = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
-    assert vendi_score(twins) == pytest.approx(2.0, rel=1e-12)
+def test_two_pairs_of_duplicates_count_as_two():
+    duplicates = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    assert vendi_score(duplicates) == pytest.approx(2.0, rel=1e-12)
 
 
-def test_cosines_are_means_over_all_pairs_or_over_rows():
+def test_cosines_average_over_all_pairs_or_rows():
     first = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
     second = torch.tensor([[3.0, 0.0], [1.0, 1.0]])
     half = 2**-0.5
@@ -39,7 +39,7 @@ def test_cosines_are_means_over_all_pairs_or_over_rows():
     assert paired_cosine(first, second) == pytest.approx((1 + half) / 2)
 
 
-def test_embeddings_that_have_no_direction_are_refused():
+def test_zero_or_nonfinite_embeddings_are_rejected():
     with pytest.raises(ValueError, match=r"finite and nonzero, got 2 invalid rows of 3"):
         vendi_score(torch.tensor([[0.0, 0.0], [1.0, 0.0], [math.nan, 1.0]]))
     with pytest.raises(ValueError, match=r"n >= 1, got shape \[0, 4\]"):

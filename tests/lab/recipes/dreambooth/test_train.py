@@ -1,4 +1,4 @@
-"""From images to pictures, through the command line, with a pipeline that is real but for its size and weights."""
+"""DreamBooth through the command line, with a tiny random pipeline."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from snella_app.cli.main import main
 from snella_app.methods import load_trained
 from snella_app.training.session import NonFiniteLossError, TrainingInterrupted
-from snella_lab.recipes.dreambooth import DreamBoothConfig, SamplingConfig, draw_images, load_pipeline, personalize
+from snella_lab.recipes.dreambooth import DreamBoothConfig, SamplingConfig, load_pipeline, personalize, sample_images
 from snella_lab.recipes.dreambooth.generate import generate
 from snella_lab.recipes.dreambooth.train import DreamBoothTrainer
 
@@ -52,33 +52,33 @@ def settings(subject, pipeline_folder, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def taught(subject, pipeline_folder, tmp_path_factory):
-    """One finished run, started as a user starts it."""
+def finished_run(subject, pipeline_folder, tmp_path_factory):
+    """Train one run through the command line."""
     out = tmp_path_factory.mktemp("taught") / "run"
     values = {**TINY, "data": f"folder:{subject}", "pipeline": str(pipeline_folder), "out": str(out)}
-    words = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    assert main(["dreambooth", *words]) == 0
+    args = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    assert main(["dreambooth", *args]) == 0
     return out
 
 
 @pytest.fixture
 def no_report(monkeypatch):
-    """Leave the report page out, which takes longer than these runs."""
+    """Skip the report, which takes longer than these runs."""
     monkeypatch.setattr("snella_lab.recipes.dreambooth.train.write_generation_report", lambda run: run / "report.html")
 
 
 @contextmanager
 def interrupted_at(step):
-    """Press Ctrl-C at the end of a step."""
+    """Send SIGINT at the end of a step."""
     take_step = DreamBoothTrainer._take_step
 
-    def pressing(self, *arguments):
+    def step_and_interrupt(self, *arguments):
         take_step(self, *arguments)
         if self.step == step:
             signal.raise_signal(signal.SIGINT)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DreamBoothTrainer, "_take_step", pressing)
+        patch.setattr(DreamBoothTrainer, "_take_step", step_and_interrupt)
         yield
 
 
@@ -90,22 +90,22 @@ def pixels(path):
     return np.asarray(Image.open(path))
 
 
-def picture_of(pipeline, prompt="a photo of sks toy", seed=0):
-    found = []
-    drawing = SamplingConfig(resolution=16, steps=2, max_sequence_length=24)
-    draw_images(pipeline, [(prompt, seed)], drawing, torch.device("cpu"), lambda _, picture: found.append(picture))
-    return np.asarray(found[0])
+def generated_pixels(pipeline, prompt="a photo of sks toy", seed=0):
+    images = []
+    sampling = SamplingConfig(resolution=16, steps=2, max_sequence_length=24)
+    sample_images(pipeline, [(prompt, seed)], sampling, torch.device("cpu"), lambda _, image: images.append(image))
+    return np.asarray(images[0])
 
 
-def test_the_loss_on_fixed_noise_falls_and_the_budget_reaches_its_target(taught):
-    metrics = metrics_of(taught)
+def test_training_lowers_the_fixed_loss_and_reaches_the_target_budget(finished_run):
+    metrics = metrics_of(finished_run)
     assert metrics["fixed_loss"]["after"] < 0.97 * metrics["fixed_loss"]["before"]
     history = metrics["loss_history"]
     assert [row["step"] for row in history] == list(range(1, STEPS + 1))
     assert all(row["loss"] > 0 and row["grad_norm"] > 0 for row in history)
-    allocation = json.loads((taught / "allocation.json").read_text())
-    kept = sum(matrix["budget"] for matrix in allocation["matrices"])
-    assert kept == allocation["target_budget"] == history[-1]["budget"] == allocation["total_weights"] * 3 // 10 + 1
+    allocation = json.loads((finished_run / "allocation.json").read_text())
+    budget = sum(matrix["budget"] for matrix in allocation["matrices"])
+    assert budget == allocation["target_budget"] == history[-1]["budget"] == allocation["total_weights"] * 3 // 10 + 1
     assert {matrix["kind"] for matrix in allocation["matrices"]} == {
         "attn.to_q",
         "attn.to_k",
@@ -114,70 +114,74 @@ def test_the_loss_on_fixed_noise_falls_and_the_budget_reaches_its_target(taught)
     }
 
 
-def test_pictures_of_a_loaded_run_are_those_that_training_drew(taught, tmp_path):
-    words = ["--prompt", "a photo of sks toy", "--pictures", "2", "--device", "cpu"]
-    assert main(["generate", str(taught), "--out", str(tmp_path / "pictures"), *words]) == 0
+def test_generate_reproduces_the_samples_of_training(finished_run, tmp_path):
+    args = ["--prompt", "a photo of sks toy", "--pictures", "2", "--device", "cpu"]
+    assert main(["generate", str(finished_run), "--out", str(tmp_path / "pictures"), *args]) == 0
     assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == ["00-0.png", "00-1.png", "images.json"]
-    np.testing.assert_array_equal(pixels(tmp_path / "pictures" / "00-0.png"), pixels(taught / "samples" / "00-0.png"))
+    np.testing.assert_array_equal(
+        pixels(tmp_path / "pictures" / "00-0.png"), pixels(finished_run / "samples" / "00-0.png")
+    )
     assert (pixels(tmp_path / "pictures" / "00-1.png") != pixels(tmp_path / "pictures" / "00-0.png")).any()
 
 
-def test_the_adapter_loads_through_peft_into_a_plain_pipeline(taught, pipeline_folder):
+def test_adapter_loads_with_peft_into_a_plain_pipeline(finished_run, pipeline_folder):
     pipeline = load_pipeline(str(pipeline_folder))
-    untrained = picture_of(pipeline)
-    peft.PeftModel.from_pretrained(pipeline.transformer, taught / "adapter")
-    trained = picture_of(pipeline)
-    np.testing.assert_array_equal(trained, pixels(taught / "samples" / "00-0.png"))
+    untrained = generated_pixels(pipeline)
+    peft.PeftModel.from_pretrained(pipeline.transformer, finished_run / "adapter")
+    trained = generated_pixels(pipeline)
+    np.testing.assert_array_equal(trained, pixels(finished_run / "samples" / "00-0.png"))
     assert (trained != untrained).any()
 
 
-def test_the_run_folder_tells_what_was_done(taught, subject, capsys):
-    run = json.loads((taught / "run.json").read_text())
+def test_run_folder_contains_records_and_report(finished_run, subject, capsys):
+    run = json.loads((finished_run / "run.json").read_text())
     assert (run["status"], run["task"], run["data"]["subject"]) == ("finished", "generation", subject.name)
     assert run["data"]["description"] == "4 images of toy, prompt “a photo of sks toy”"
     assert "--class-name toy" in run["command"] and "--steps 12" in run["command"]
-    page = (taught / "report.html").read_text()
+    page = (finished_run / "report.html").read_text()
     assert page.count("<img ") == 5 and "a photo of sks toy · seed 0" in page and "Sparsity of each matrix" in page
-    with Image.open(taught / "samples" / "00-0.png") as picture:
-        assert picture.text == {"prompt": "a photo of sks toy", "seed": "0"}
-    assert main(["inspect", str(taught)]) == 0
+    with Image.open(finished_run / "samples" / "00-0.png") as image:
+        assert image.text == {"prompt": "a photo of sks toy", "seed": "0"}
+    assert main(["inspect", str(finished_run)]) == 0
     assert "attn.to_q" in capsys.readouterr().out
 
 
-def test_a_picture_depends_on_prompt_and_seed_alone(taught, pipeline_folder):
+def test_image_depends_only_on_prompt_and_seed(finished_run, pipeline_folder):
     pipeline = load_pipeline(str(pipeline_folder))
-    drawn = {}
+    images = {}
     jobs = [("a toy", 3), ("sks toy", 0), ("a photo of sks toy", 5)]
-    drawing = SamplingConfig(resolution=16, steps=2, max_sequence_length=24, batch_size=3)
-    draw_images(pipeline, jobs, drawing, torch.device("cpu"), lambda k, picture: drawn.update({k: np.asarray(picture)}))
-    alone = picture_of(pipeline, *jobs[2])
-    # a batch may round the last bit of a pixel otherwise
-    assert np.abs(drawn[2].astype(int) - alone.astype(int)).max() <= 1
-    assert np.abs(drawn[0].astype(int) - alone.astype(int)).max() > 1
+    sampling = SamplingConfig(resolution=16, steps=2, max_sequence_length=24, batch_size=3)
+    sample_images(pipeline, jobs, sampling, torch.device("cpu"), lambda k, image: images.update({k: np.asarray(image)}))
+    single = generated_pixels(pipeline, *jobs[2])
+    # batching may change the last bit of a pixel
+    assert np.abs(images[2].astype(int) - single.astype(int)).max() <= 1
+    assert np.abs(images[0].astype(int) - single.astype(int)).max() > 1
 
 
-def test_an_interrupted_run_goes_on_to_the_same_bits(settings, taught, tmp_path, no_report):
+def test_interrupted_run_resumes_bit_identically(settings, finished_run, tmp_path, no_report):
     out = str(tmp_path / "cut")
     with interrupted_at(5), pytest.raises(TrainingInterrupted, match=r"checkpoint-5; resume with: snella dreambooth"):
         personalize(settings(out=out))
     run = personalize(DreamBoothConfig(out=out, resume=True))
-    whole, resumed = (load_file(folder / "adapter_model.safetensors") for folder in (taught / "adapter", run.adapter))
-    assert whole.keys() == resumed.keys()
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    assert metrics_of(run.path)["loss_history"] == metrics_of(taught)["loss_history"]
-    assert (run.path / "allocation.json").read_text() == (taught / "allocation.json").read_text()
+    uninterrupted, resumed = (
+        load_file(folder / "adapter_model.safetensors") for folder in (finished_run / "adapter", run.adapter)
+    )
+    assert uninterrupted.keys() == resumed.keys()
+    assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
+    assert metrics_of(run.path)["loss_history"] == metrics_of(finished_run)["loss_history"]
+    assert (run.path / "allocation.json").read_text() == (finished_run / "allocation.json").read_text()
 
 
 @pytest.mark.parametrize(("method", "file"), [("lora-2", "adapter_model"), ("full", "trainable")])
-def test_other_methods_learn_and_load_too(settings, no_report, method, file):
+def test_other_methods_train_and_load(settings, no_report, method, file):
     run = personalize(settings(method=method, steps=2, lr=1e-3))
     assert metrics_of(run.path)["fixed_loss"]["after"] < metrics_of(run.path)["fixed_loss"]["before"]
     assert (run.adapter / f"{file}.safetensors").is_file() and not (run.path / "allocation.json").exists()
-    drawn = generate(run.path, ["a photo of sks toy"], run.path / "more", pictures=1, device="cpu")
-    np.testing.assert_array_equal(pixels(drawn[0].path), pixels(run.path / "samples" / "00-0.png"))
+    generated = generate(run.path, ["a photo of sks toy"], run.path / "more", pictures=1, device="cpu")
+    np.testing.assert_array_equal(pixels(generated[0].path), pixels(run.path / "samples" / "00-0.png"))
 
 
-def test_prior_preservation_learns_images_that_the_pipeline_drew(settings, no_report):
+def test_prior_preservation_trains_on_generated_images(settings, no_report):
     changes = dict(steps=1, samples=0, gradient_checkpointing=False, flip=True, precision="bf16", accumulation=1)
     plain = personalize(settings(**changes))
     prior = personalize(settings(**changes, prior_weight=0.5, class_images=2, out=f"{plain.path}-prior"))
@@ -190,13 +194,13 @@ def test_prior_preservation_learns_images_that_the_pipeline_drew(settings, no_re
     assert losses[1] > 1.1 * losses[0]
 
 
-def test_a_loss_that_is_no_number_ends_the_run(settings, tmp_path):
+def test_nonfinite_loss_ends_the_run(settings, tmp_path):
     with pytest.raises(NonFiniteLossError, match=r"became (nan|inf) in step \d+ of 12; .*lower --lr \(now 1e\+30\)"):
         personalize(settings(method="full", lr=1e30, max_grad_norm=0.0))
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
 
 
-def test_a_resumed_run_needs_the_images_it_began_with(settings, subject, tmp_path):
+def test_resumed_run_requires_the_original_images(settings, subject, tmp_path):
     copy = shutil.copytree(subject, tmp_path / "copy")
     with interrupted_at(1), pytest.raises(TrainingInterrupted, match="checkpoint-1; resume"):
         personalize(settings(data=f"folder:{copy}"))
@@ -205,50 +209,50 @@ def test_a_resumed_run_needs_the_images_it_began_with(settings, subject, tmp_pat
         personalize(DreamBoothConfig(out=str(tmp_path / "run"), resume=True))
 
 
-def test_a_finished_run_is_left_alone(taught, capsys):
-    before = (taught / "metrics.json").stat().st_mtime_ns
-    assert main(["dreambooth", "--out", str(taught), "--resume"]) == 0
+def test_finished_run_is_not_modified(finished_run, capsys):
+    before = (finished_run / "metrics.json").stat().st_mtime_ns
+    assert main(["dreambooth", "--out", str(finished_run), "--resume"]) == 0
     assert "is already finished" in capsys.readouterr().out
-    assert main(["dreambooth", "--out", str(taught), "--data", "folder:x", "--pipeline", "y"]) == 2
+    assert main(["dreambooth", "--out", str(finished_run), "--data", "folder:x", "--pipeline", "y"]) == 2
     assert "holds a finished run; choose another folder" in capsys.readouterr().err
-    assert (taught / "metrics.json").stat().st_mtime_ns == before
+    assert (finished_run / "metrics.json").stat().st_mtime_ns == before
 
 
-def test_eight_bit_adam_resumes_to_the_same_bits(settings, tmp_path, no_report):
+def test_eight_bit_adam_resumes_bit_identically(settings, tmp_path, no_report):
     pytest.importorskip("bitsandbytes")
-    # large enough matrices for bitsandbytes to keep their state in 8 bits
+    # bitsandbytes stores the state in 8 bits only for large matrices
     changes = dict(optimizer="adamw8bit", method="full", lr=1e-4, steps=3, samples=0)
-    whole = personalize(settings(**changes))
-    assert metrics_of(whole.path)["optimizer"] == "8-bit AdamW of bitsandbytes"
+    uninterrupted = personalize(settings(**changes))
+    assert metrics_of(uninterrupted.path)["optimizer"] == "8-bit AdamW of bitsandbytes"
     with interrupted_at(1), pytest.raises(TrainingInterrupted, match="checkpoint-1"):
         personalize(settings(**changes, out=str(tmp_path / "cut")))
     run = personalize(DreamBoothConfig(out=str(tmp_path / "cut"), resume=True))
-    first, second = (load_file(each.adapter / "trainable.safetensors") for each in (whole, run))
+    first, second = (load_file(each.adapter / "trainable.safetensors") for each in (uninterrupted, run))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert math.isfinite(metrics_of(run.path)["fixed_loss"]["after"])
 
 
 @pytest.mark.parametrize("method", ["snella", "lora-8"])
-def test_after_a_few_steps_of_the_defaults_the_update_is_a_small_part_of_the_weights(settings, method, no_report):
+def test_default_learning_rates_give_small_updates(settings, method, no_report):
     run = personalize(settings(method=method, lr=None, scaling=None, steps=4, save_every=4, samples=0))
     model = load_trained(run.adapter, load_pipeline(str(run.read_config().pipeline)).transformer)
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     changes = torch.cat([layer.get_delta_weight("default").flatten() for layer in layers])
     weights = torch.cat([layer.get_base_layer().weight.flatten() for layer in layers])
-    # these matrices are 48 times narrower than the real model's, so that the update starts larger beside the weights
+    # matrices are 48 times narrower than in the real model, so the relative update is larger
     assert 1e-4 < changes.norm() / weights.norm() < 0.1
 
 
-def test_inspect_tells_what_the_generator_learned_and_draws_its_own_page(taught, tmp_path, capsys):
+def test_inspect_shows_generation_results_and_redraws_the_report(finished_run, tmp_path, capsys):
     run = tmp_path / "run"
-    shutil.copytree(taught, run)
+    shutil.copytree(finished_run, run)
     scores = {"concept_alignment": 0.75, "text_alignment": 0.3, "text_alignment_without_token": 0.25}
     (run / "generation.json").write_text(json.dumps({"format": 1, **scores, "vendi": 2.5, "vendi_by_prompt": 1.5}))
     (run / "report.html").unlink()
     assert main(["inspect", str(run), "--report"]) == 0
     text = " ".join(capsys.readouterr().out.replace("\N{NO-BREAK SPACE}", " ").split())
     fixed = metrics_of(run)["fixed_loss"]
-    for words in (
+    for expected in (
         "16×16 px",
         "4 images of toy, prompt “a photo of sks toy”",
         f"steps {STEPS} in",
@@ -257,12 +261,12 @@ def test_inspect_tells_what_the_generator_learned_and_draws_its_own_page(taught,
         "adapted weights kept (30",
         "report: ",
     ):
-        assert words in text, words
+        assert expected in text, expected
     assert "classes" not in text and "best epoch" not in text
     assert "Images generated after training" in (run / "report.html").read_text()
 
 
-@pytest.mark.parametrize("words", [["evaluate"], ["predict", "photo.png"], ["merge", "--out", "merged.safetensors"]])
-def test_commands_for_labeled_images_name_those_of_generators(taught, capsys, words):
-    assert main([words[0], str(taught), *words[1:]]) != 0
+@pytest.mark.parametrize("args", [["evaluate"], ["predict", "photo.png"], ["merge", "--out", "merged.safetensors"]])
+def test_classification_commands_point_to_the_generation_commands(finished_run, capsys, args):
+    assert main([args[0], str(finished_run), *args[1:]]) != 0
     assert "got a run of 'generation'; snella generate and snella evaluate-generation use it" in capsys.readouterr().err

@@ -14,14 +14,14 @@ def write(path, content):
     return path
 
 
-def test_entries_are_read_with_or_without_input(tmp_path):
+def test_input_is_optional(tmp_path):
     entries = [ENTRY, {**ENTRY, "input": "rain", "answer": "false"}, {k: v for k, v in ENTRY.items() if k != "input"}]
-    found = read_instructions(write(tmp_path / "data.json", entries))
-    assert found[0] == Instruction(ENTRY["instruction"], "", "the correct answer is true", "true")
-    assert [entry.input for entry in found] == ["", "rain", ""]
+    instructions = read_instructions(write(tmp_path / "data.json", entries))
+    assert instructions[0] == Instruction(ENTRY["instruction"], "", "the correct answer is true", "true")
+    assert [entry.input for entry in instructions] == ["", "rain", ""]
 
 
-def test_the_tasks_that_a_folder_holds_are_read(tmp_path):
+def test_benchmark_reads_the_tasks_in_the_folder(tmp_path):
     write(tmp_path / "boolq" / "test.json", [ENTRY])
     write(tmp_path / "other" / "test.json", [ENTRY])
     assert list(read_benchmark(tmp_path, CHOICES)) == ["boolq"]
@@ -42,20 +42,20 @@ def test_the_tasks_that_a_folder_holds_are_read(tmp_path):
         ([{"instruction": "a", "output": "b"}], "answer is missing"),
     ],
 )
-def test_another_layout_is_refused(tmp_path, content, message):
+def test_invalid_file_is_rejected(tmp_path, content, message):
     with pytest.raises(ValueError, match=message):
         read_instructions(write(tmp_path / "data.json", content))
 
 
-def test_an_answer_that_the_task_does_not_have_is_refused(tmp_path):
+def test_invalid_answer_is_rejected(tmp_path):
     write(tmp_path / "boolq" / "test.json", [{**ENTRY, "answer": "maybe"}])
     with pytest.raises(ValueError, match=r"entry 0: answer must be one of true, false, got 'maybe'"):
         read_benchmark(tmp_path, CHOICES)
 
 
-def test_what_is_missing_is_answered_with_what_is_there(tmp_path):
+def test_missing_path_suggests_existing_ones(tmp_path):
     write(tmp_path / "commonsense_170k.json", [ENTRY])
-    with pytest.raises(FileNotFoundError, match=r"got '.*common_170k.json'; nearest there: 'commonsense_170k.json'"):
+    with pytest.raises(FileNotFoundError, match=r"got '.*common_170k.json'; nearest: 'commonsense_170k.json'"):
         read_instructions(tmp_path / "common_170k.json")
     with pytest.raises(FileNotFoundError, match=r"got '.*no/data.json'; there is no folder"):
         read_instructions(tmp_path / "no" / "data.json")

@@ -12,7 +12,7 @@ from snella_lab.recipes.instruct.train import load_model
 
 
 class Letters:
-    """A tokenizer of letters: 1 begins, 2 ends."""
+    """Character tokenizer with start token 1 and end token 2."""
 
     eos_token_id = 2
 
@@ -36,30 +36,30 @@ class Letters:
         ("piqa", "answer1", ""),
     ],
 )
-def test_the_first_choice_in_a_text_is_the_answer(task, text, answer):
+def test_first_choice_in_the_text_is_the_answer(task, text, answer):
     assert extract_answer(task, text) == answer
 
 
-def test_right_wrong_and_missing_answers_are_counted():
+def test_correct_wrong_and_missing_answers_are_counted():
     entry = Instruction("is it?", "", "the correct answer is true", "true")
     rows = [_row("boolq", entry, text) for text in ("it is true", "false, not true", "who knows", "true")]
     assert [row["predicted"] for row in rows] == ["true", "false", "", "true"]
     assert _scores(rows) == {"accuracy": 0.5, "right": 2, "questions": 4, "unanswered": 1}
 
 
-def test_there_are_eight_tasks():
+def test_benchmark_has_eight_tasks():
     assert len(CHOICES) == 8 and CHOICES["openbookqa"][-1] == "answer5"
 
 
-def test_only_the_response_is_learned_unless_the_prompt_is_wanted():
-    found = encode(Letters(), "ab", "cd", 10, learn_prompt=False)
-    assert found == {"input_ids": [1, 97, 98, 99, 100, 2], "labels": [-100, -100, -100, 99, 100, 2]}
-    assert encode(Letters(), "ab", "cd", 10, learn_prompt=True)["labels"] == found["input_ids"]
-    cut = encode(Letters(), "ab", "cd", 4, learn_prompt=False)
-    assert cut == {"input_ids": [1, 97, 98, 99], "labels": [-100, -100, -100, 99]}
+def test_labels_exclude_the_prompt_unless_learn_prompt_is_set():
+    encoded = encode(Letters(), "ab", "cd", 10, learn_prompt=False)
+    assert encoded == {"input_ids": [1, 97, 98, 99, 100, 2], "labels": [-100, -100, -100, 99, 100, 2]}
+    assert encode(Letters(), "ab", "cd", 10, learn_prompt=True)["labels"] == encoded["input_ids"]
+    truncated = encode(Letters(), "ab", "cd", 4, learn_prompt=False)
+    assert truncated == {"input_ids": [1, 97, 98, 99], "labels": [-100, -100, -100, 99]}
 
 
-def test_batches_are_padded_right_to_train_and_left_to_answer():
+def test_training_pads_right_and_generation_pads_left():
     items = [{"input_ids": [1, 5], "labels": [-100, 5]}, {"input_ids": [1, 6, 7], "labels": [-100, 6, 7]}]
     batch = pad_right(items, 0)
     assert batch["input_ids"].tolist() == [[1, 5, 0], [1, 6, 7]]
@@ -70,7 +70,7 @@ def test_batches_are_padded_right_to_train_and_left_to_answer():
     assert batch["attention_mask"].tolist() == [[0, 1, 1], [1, 1, 1]]
 
 
-def test_a_template_takes_instruction_and_input_whatever_braces_they_hold(tmp_path):
+def test_template_ignores_braces_in_instruction_and_input(tmp_path):
     entry = Instruction("what is {input}?", "{instruction}", "x", "x")
     assert Template().fill(entry) == (
         "### Instruction:\nwhat is {input}?\n\n### Input:\n{instruction}\n\n### Response:\n"
@@ -82,7 +82,7 @@ def test_a_template_takes_instruction_and_input_whatever_braces_they_hold(tmp_pa
     assert Template(path).fill(entry) == "Q: what is {input}?\n{instruction} A:"
     assert Template(path).fill(Instruction("why?", "", "x", "x")) == "Q: why? A:"
     path.write_text("Q:")
-    with pytest.raises(ValueError, match=r"template '.*template.txt' must have \{instruction\} where .*, got none"):
+    with pytest.raises(ValueError, match=r"template '.*template.txt' must contain \{instruction\}, got none"):
         Template(path)
     with pytest.raises(FileNotFoundError, match=r"template must be an existing text file, got .*gone.txt"):
         Template(tmp_path / "gone.txt")
@@ -110,12 +110,12 @@ def test_a_template_takes_instruction_and_input_whatever_braces_they_hold(tmp_pa
         ),
     ],
 )
-def test_errors_of_the_settings_are_told_with_their_values(changes, message):
+def test_setting_errors_contain_the_values(changes, message):
     with pytest.raises(ValueError, match=message):
         LanguageConfig(**{"data": "d.json", "model": "m", "out": "o", **changes})
 
 
-def test_a_model_that_is_not_there_says_so(tmp_path, monkeypatch):
+def test_missing_model_is_reported(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"a folder with a causal language model .*, got '.*': "):
         load_model(str(tmp_path), torch.float32)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -125,7 +125,7 @@ def test_a_model_that_is_not_there_says_so(tmp_path, monkeypatch):
         load_model("nobody/llama", torch.float32)
 
 
-def test_the_experiment_of_table_xviii_holds_settings_that_exist():
+def test_table_xviii_experiment_has_valid_settings():
     path = Path(__file__).parents[4] / "experiments" / "language" / "table18.yaml"
-    found = LanguageConfig(**yaml.safe_load(path.read_text()), out="runs/llama").resolved()
-    assert (found.epochs, found.batch_size * found.accumulation, found.max_length) == (3, 16, 256)
+    settings = LanguageConfig(**yaml.safe_load(path.read_text()), out="runs/llama").resolved()
+    assert (settings.epochs, settings.batch_size * settings.accumulation, settings.max_length) == (3, 16, 256)

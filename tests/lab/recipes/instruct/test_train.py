@@ -1,4 +1,4 @@
-"""From a JSON file to answers, through the command line, with a LLaMA that is real but for its size and weights."""
+"""Instruction tuning through the command line, with a tiny random LLaMA."""
 
 import json
 import math
@@ -33,7 +33,7 @@ TINY = {
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory):
-    """Two blocks, a token a letter."""
+    """Save a LLaMA with two blocks and a character tokenizer."""
     folder = tmp_path_factory.mktemp("llama")
     letters = ["<pad>", "<s>", "</s>", "<unk>", "Ġ", "Ċ", *string.ascii_letters, *string.digits, *"#:.,?/"]
     ids = {letter: number for number, letter in enumerate(letters)}
@@ -46,7 +46,7 @@ def llama(tmp_path_factory):
     sizes = dict(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
     )
-    # weights large enough for a frozen head to say anything at all
+    # weights large enough for distinct predictions with a frozen head
     config = LlamaConfig(
         vocab_size=len(letters), **sizes, initializer_range=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=2
     )
@@ -56,7 +56,7 @@ def llama(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """Training entries, and two of the benchmark's tasks."""
+    """Write training entries and two benchmark tasks."""
     root = tmp_path_factory.mktemp("commonsense")
     entries = []
     for number in range(24):
@@ -82,34 +82,34 @@ def settings(llama, data, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def tuned(llama, data, tmp_path_factory):
-    """One finished run, started as a user starts it."""
+def finished_run(llama, data, tmp_path_factory):
+    """Train one run through the command line."""
     out = tmp_path_factory.mktemp("tuned") / "run"
     values = {**TINY, "data": data / "train.json", "model": llama, "out": out, "epochs": 6, "val_size": 4}
-    words = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    assert main(["language", *words]) == 0
+    args = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    assert main(["language", *args]) == 0
     return out
 
 
-def test_the_loss_of_held_out_entries_falls_and_the_budget_reaches_its_target(tuned):
-    history = json.loads((tuned / "metrics.json").read_text())["loss_history"]
+def test_training_lowers_the_held_out_loss_and_reaches_the_target_budget(finished_run):
+    history = json.loads((finished_run / "metrics.json").read_text())["loss_history"]
     held_out = [row["eval_loss"] for row in history if "eval_loss" in row]
     assert len(held_out) == 6 and held_out[-1] < 0.9 * held_out[0]
-    allocation = json.loads((tuned / "allocation.json").read_text())
+    allocation = json.loads((finished_run / "allocation.json").read_text())
     assert len(allocation["matrices"]) == 14
     assert sum(matrix["budget"] for matrix in allocation["matrices"]) == allocation["target_budget"]
-    run = json.loads((tuned / "run.json").read_text())
+    run = json.loads((finished_run / "run.json").read_text())
     assert (run["status"], run["task"], run["data"]["sizes"]) == ("finished", "language", {"train": 20, "val": 4})
 
 
-def test_every_question_is_answered_and_counted(tuned, data, capsys):
-    words = ["--data", str(data), "--max-new-tokens", "40", "--batch-size", "2", "--device", "cpu"]
-    assert main(["evaluate-language", str(tuned), *words]) == 0
+def test_all_questions_are_answered_and_counted(finished_run, data, capsys):
+    args = ["--data", str(data), "--max-new-tokens", "40", "--batch-size", "2", "--device", "cpu"]
+    assert main(["evaluate-language", str(finished_run), *args]) == 0
     assert "mean of tasks" in capsys.readouterr().out
-    result = json.loads((tuned / "language.json").read_text())
+    result = json.loads((finished_run / "language.json").read_text())
     assert list(result["tasks"]) == ["boolq", "piqa"]
     for task, scores in result["tasks"].items():
-        rows = [json.loads(line) for line in (tuned / "answers" / f"{task}.jsonl").read_text().splitlines()[1:]]
+        rows = [json.loads(line) for line in (finished_run / "answers" / f"{task}.jsonl").read_text().splitlines()[1:]]
         assert len(rows) == scores["questions"] == 5
         assert scores["right"] == sum(row["predicted"] == row["answer"] for row in rows)
         assert scores["accuracy"] == scores["right"] / 5
@@ -117,45 +117,45 @@ def test_every_question_is_answered_and_counted(tuned, data, capsys):
     assert result["mean"] == sum(scores["accuracy"] for scores in result["tasks"].values()) / 2
 
 
-def test_answers_that_are_there_are_kept_and_a_torn_line_is_answered_again(tuned, data):
+def test_evaluation_resumes_after_a_truncated_line(finished_run, data):
     options = dict(max_new_tokens=40, batch_size=2, device="cpu")
-    first = evaluate_language(tuned, data, **options)
-    path = tuned / "answers" / "boolq.jsonl"
-    whole = path.read_text()
-    lines = whole.splitlines(keepends=True)
+    first = evaluate_language(finished_run, data, **options)
+    path = finished_run / "answers" / "boolq.jsonl"
+    content = path.read_text()
+    lines = content.splitlines(keepends=True)
     path.write_text("".join(lines[:3]) + lines[3][:20])
-    assert evaluate_language(tuned, data, **options) == first
-    assert path.read_text() == whole
+    assert evaluate_language(finished_run, data, **options) == first
+    assert path.read_text() == content
     with pytest.raises(
         FileExistsError, match=r"boolq.jsonl contains answers with other settings, .*'beams': 1.*--overwrite"
     ):
-        evaluate_language(tuned, data, **options, beams=2)
-    assert evaluate_language(tuned, data, **options, limit=2)["tasks"]["piqa"]["questions"] in (2, 5)
+        evaluate_language(finished_run, data, **options, beams=2)
+    assert evaluate_language(finished_run, data, **options, limit=2)["tasks"]["piqa"]["questions"] in (2, 5)
 
 
-def test_a_saved_adapter_gives_the_same_logits(tuned, llama):
-    models_ = [load_trained(tuned / "adapter", load_model(str(llama), torch.float32)) for _ in range(2)]
+def test_saved_adapter_reproduces_the_logits(finished_run, llama):
+    loaded = [load_trained(finished_run / "adapter", load_model(str(llama), torch.float32)) for _ in range(2)]
     ids = torch.tensor([load_tokenizer(str(llama))("is 3 even?").input_ids])
     plain = load_model(str(llama), torch.float32).eval()(ids).logits
     with torch.no_grad():
-        first, second = (model(input_ids=ids).logits for model in models_)
+        first, second = (model(input_ids=ids).logits for model in loaded)
     assert torch.equal(first, second) and not torch.allclose(first, plain, atol=1e-3)
 
 
 @pytest.mark.parametrize("method", ["snella", pytest.param("lora-2", marks=pytest.mark.slow)])
-def test_an_interrupted_run_goes_on_to_the_same_bits(settings, tmp_path, method):
+def test_interrupted_run_resumes_bit_identically(settings, tmp_path, method):
     scaling = {} if method == "snella" else {"scaling": None}
-    whole = fine_tune(settings(method=method, **scaling))
+    uninterrupted = fine_tune(settings(method=method, **scaling))
     step = LanguageTrainer.training_step
 
-    def pressing(self, *arguments, **options):
+    def step_and_interrupt(self, *arguments, **options):
         loss = step(self, *arguments, **options)
         if self.state.global_step == 1:
             signal.raise_signal(signal.SIGINT)
             LanguageTrainer.training_step = step
         return loss
 
-    LanguageTrainer.training_step = pressing
+    LanguageTrainer.training_step = step_and_interrupt
     try:
         with pytest.raises(
             TrainingInterrupted, match=r"checkpoint-2; resume with: snella language --out .*cut --resume"
@@ -164,52 +164,52 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(settings, tmp_path, method)
     finally:
         LanguageTrainer.training_step = step
     run = fine_tune(LanguageConfig(out=str(tmp_path / "cut"), resume=True))
-    first, second = (load_file(each.adapter / "adapter_model.safetensors") for each in (whole, run))
+    first, second = (load_file(each.adapter / "adapter_model.safetensors") for each in (uninterrupted, run))
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_full_fine_tuning_runs_too(settings):
+def test_full_fine_tuning_runs(settings):
     changes = dict(learn_prompt=True, precision="bf16", gradient_checkpointing=True)
     run = fine_tune(settings(method="full", scaling=None, epochs=1, lr=1e-3, **changes))
     assert (run.adapter / "trainable.safetensors").is_file()
 
 
-def test_entries_whose_prompt_leaves_no_room_are_left_out_and_counted(settings, tmp_path):
+def test_entries_with_too_long_prompts_are_skipped_and_counted(settings, tmp_path):
     with pytest.raises(
-        ValueError, match=r"more entries than val_size=0, got 0 usable ones of 24 in .*fills max_length=16"
+        ValueError, match=r"more entries than val_size=0, got 0 usable entries of 24 in .*at least max_length=16"
     ):
         fine_tune(settings(max_length=16))
-    with pytest.raises(ValueError, match=r"more entries than val_size=24, got 24 usable ones of 24"):
+    with pytest.raises(ValueError, match=r"more entries than val_size=24, got 24 usable entries of 24"):
         fine_tune(settings(val_size=24))
     long = tmp_path / "long.json"
     entry = {"instruction": "why?", "output": "the correct answer is true", "answer": "true"}
     long.write_text(json.dumps([entry, entry, {**entry, "instruction": "why? " * 30}]))
     run = fine_tune(settings(data=str(long), epochs=1))
     notes = json.loads((run.path / "run.json").read_text())["data"]["notes"]
-    assert notes == ["skipped 1 entries whose prompt fills max_length=64 tokens"]
+    assert notes == ["skipped entries with a prompt of at least max_length=64 tokens: 1"]
 
 
-def test_a_gradient_that_is_no_number_ends_the_run_before_it_reaches_the_weights(settings, monkeypatch):
+def test_nonfinite_gradient_ends_the_run_before_the_update(settings, monkeypatch):
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args, **options: torch.tensor(math.inf))
     with pytest.raises(NonFiniteLossError, match=r"the gradient became inf in step 1 of 6; the last checkpoint in"):
         fine_tune(settings())
 
 
-def test_a_loss_that_is_no_number_ends_the_run(settings, tmp_path):
+def test_nonfinite_loss_ends_the_run(settings, tmp_path):
     with pytest.raises(NonFiniteLossError, match=r"became (nan|inf) in step \d of 6; .*lower --lr \(now 1e\+30\)"):
         fine_tune(settings(method="full", scaling=None, lr=1e30, max_grad_norm=0.0))
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
 
 
-def test_numbers_and_runs_that_cannot_be_are_refused(tuned, data, tmp_path):
+def test_invalid_numbers_and_runs_are_rejected(finished_run, data, tmp_path):
     with pytest.raises(ValueError, match="beams must be at least 1, got 0; limit must be at least 1, got 0"):
-        evaluate_language(tuned, data, beams=0, limit=0)
+        evaluate_language(finished_run, data, beams=0, limit=0)
     shutil.copy(Path(__file__).parents[3] / "old_files" / "run" / "run.json", tmp_path)
     with pytest.raises(ValueError, match=r"must be a snella language run folder, got .*, a run of another task"):
         evaluate_language(tmp_path, data)
 
 
-def test_a_resumed_run_needs_the_data_it_began_with(settings, tmp_path, data):
+def test_resumed_run_requires_the_original_data(settings, tmp_path, data):
     copy = tmp_path / "copy.json"
     copy.write_text((data / "train.json").read_text())
     run = fine_tune(settings(data=str(copy), epochs=1))
@@ -219,23 +219,23 @@ def test_a_resumed_run_needs_the_data_it_began_with(settings, tmp_path, data):
         fine_tune(LanguageConfig(out=str(run.path), resume=True))
 
 
-def test_inspect_tells_what_the_language_model_learned(tuned, tmp_path, capsys):
+def test_inspect_shows_the_language_results(finished_run, tmp_path, capsys):
     run = tmp_path / "run"
-    shutil.copytree(tuned, run)
+    shutil.copytree(finished_run, run)
     tasks = {"boolq": {"accuracy": 0.5}, "piqa": {"accuracy": 1.0}}
     (run / "language.json").write_text(json.dumps({"format": 1, "tasks": tasks, "mean": 0.75}))
     page = run / "report.html"
     assert main(["inspect", str(run)]) == 0
     text = " ".join(capsys.readouterr().out.replace("\N{NO-BREAK SPACE}", " ").split())
     losses = [row for row in json.loads((run / "metrics.json").read_text())["loss_history"] if "eval_loss" in row]
-    for words in (
+    for expected in (
         "20 instructions, 4 held out",
         "steps 18 (6 epochs) in",
         f"{losses[-1]['eval_loss']:.4f} on held-out entries",
         "accuracy 75.0 %, the mean of boolq 50.0 %, piqa 100.0 %",
         "adapted weights kept (30",
     ):
-        assert words in text, words
+        assert expected in text, expected
     assert "classes" not in text
     assert main(["inspect", str(run), "--report"]) != 0 and not page.exists()
     assert "got a run of 'language'; snella evaluate-language uses it" in capsys.readouterr().err

@@ -30,10 +30,10 @@ from snella_app.cli.main import main
 from snella_app.files import sealed, write_text
 from snella_app.training.checkpoints import latest_checkpoint
 
-MOST_BYTES = 8 * 2**30
+MAX_BYTES = 8 * 2**30
 START_S = 60
-_LINKED = "mine"
-"""Name and content of a file outside the run that no command may modify."""
+_LINK_TARGET = "mine"
+"""Name and content of a file outside the run, which no command may modify."""
 MARKUP = (
     "<img src=x onerror=window.hit=1>",
     "<b onmouseover=window.hit=1>b",
@@ -44,32 +44,34 @@ MARKUP = (
 
 
 def exchanged(harness: Any) -> None:
-    """Copy parts of another unfinished run, edit settings or add unlisted files; then `--resume`."""
-    for number, draw, place in harness.trials("exchanged"):
-        run = shutil.copytree(harness.unfinished, place / "run", symlinks=True)
-        what = _EXCHANGES[number % len(_EXCHANGES)](draw, run, harness.unfinished_other)
-        ended = harness.fork(lambda run=run: main(["train", "--out", str(run), "--resume"]))
-        mine = place / _LINKED
-        if mine.exists() and mine.read_text() != _LINKED:
-            harness.count("exchanged", "other results", what, ended.text)
+    """Copy parts of another unfinished run, edit settings or add unlisted files; then resume."""
+    for number, draw, folder in harness.trials("exchanged"):
+        run = shutil.copytree(harness.unfinished, folder / "run", symlinks=True)
+        description = _MODIFICATIONS[number % len(_MODIFICATIONS)](draw, run, harness.unfinished_other)
+        result = harness.fork(lambda run=run: main(["train", "--out", str(run), "--resume"]))
+        target = folder / _LINK_TARGET
+        if target.exists() and target.read_text() != _LINK_TARGET:
+            harness.count("exchanged", "other results", description, result.text)
         else:
-            harness.count_answer("exchanged", what, ended, lambda run=run: harness.outcome(run) == harness.expected)
+            harness.count_command(
+                "exchanged", description, result, lambda run=run: harness.outcome(run) == harness.expected
+            )
 
 
-def _checkpoint_of_another(draw: random.Random, run: Path, other: Path) -> str:
+def _replace_checkpoints(draw: random.Random, run: Path, other: Path) -> str:
     shutil.rmtree(run / "checkpoints")
     shutil.copytree(other / "checkpoints", run / "checkpoints")
     return "checkpoints of another run"
 
 
-def _files_of_another(draw: random.Random, run: Path, other: Path) -> str:
+def _replace_files(draw: random.Random, run: Path, other: Path) -> str:
     names = draw.choice([("config.yaml",), ("run.json",), ("config.yaml", "run.json")])
     for name in names:
         shutil.copy(other / name, run / name)
     return f"{' and '.join(names)} of another run"
 
 
-def _edited_settings(draw: random.Random, run: Path, other: Path) -> str:
+def _edit_settings(draw: random.Random, run: Path, other: Path) -> str:
     path = run / "config.yaml"
     values = yaml.safe_load(path.read_text())
     numbers = [("label_smoothing", 0.3), ("seed", 5), ("epochs", 0), ("epochs", 7), ("r", -1)]
@@ -78,77 +80,77 @@ def _edited_settings(draw: random.Random, run: Path, other: Path) -> str:
     return f"{name}: {value} in config.yaml"
 
 
-def _unlisted_file(draw: random.Random, run: Path, other: Path) -> str:
+def _add_unlisted_file(draw: random.Random, run: Path, other: Path) -> str:
     name = draw.choice(["scaler.pt", "pytorch_model.bin", "adapter_model.bin", "scheduler_2.pt"])
     checkpoint = latest_checkpoint(run / "checkpoints")
     (checkpoint / name).write_bytes(b"\x80\x04." if draw.random() < 0.5 else (checkpoint / "optimizer.pt").read_bytes())
     return f"{name} in the checkpoint"
 
 
-def _linked_lock(draw: random.Random, run: Path, other: Path) -> str:
-    (run.parent / _LINKED).write_text(_LINKED)
+def _link_lock(draw: random.Random, run: Path, other: Path) -> str:
+    (run.parent / _LINK_TARGET).write_text(_LINK_TARGET)
     (run / ".lock").unlink(missing_ok=True)
-    (run / ".lock").symlink_to(run.parent / _LINKED)
+    (run / ".lock").symlink_to(run.parent / _LINK_TARGET)
     return ".lock is a link"
 
 
-_EXCHANGES = (_checkpoint_of_another, _files_of_another, _edited_settings, _unlisted_file, _linked_lock)
+_MODIFICATIONS = (_replace_checkpoints, _replace_files, _edit_settings, _add_unlisted_file, _link_lock)
 
 
 def forged(harness: Any) -> None:
     """Change values in `run.json` or the adapter settings of a finished run, with valid hashes."""
-    strange = [None, -1, 0, 7, 10**9, "x", "", [], {}, [1, 2], 0.5, True, [0.5] * 5, ["a"] * 3, {"a": 1}]
-    for _, draw, place in harness.trials("forged"):
-        run = shutil.copytree(harness.finished, place / "run", symlinks=True)
+    odd_values = [None, -1, 0, 7, 10**9, "x", "", [], {}, [1, 2], 0.5, True, [0.5] * 5, ["a"] * 3, {"a": 1}]
+    for _, draw, folder in harness.trials("forged"):
+        run = shutil.copytree(harness.finished, folder / "run", symlinks=True)
         values = json.loads((run / "run.json").read_text())
         if draw.random() < 0.6:
             part = draw.choice([values, values["backbone"], values["data"], values["data_config"]])
             name = draw.choice(sorted(part))
-            value = draw.choice(strange)
+            value = draw.choice(odd_values)
             part[name] = value
         else:
             path = run / "adapter" / "adapter_config.json"
             settings = json.loads(path.read_text())
-            name, value = draw.choice([*sorted(settings), "trainable_token_indices"]), draw.choice(strange)
+            name, value = draw.choice([*sorted(settings), "trainable_token_indices"]), draw.choice(odd_values)
             path.write_text(json.dumps({**settings, name: value}))
             values["files"] = {}
         (run / "run.json").write_text(json.dumps(sealed(values)))
-        words = ["predict", str(run), str(harness.images), "--out", str(place / "p.csv")]
-        ended = harness.fork(functools.partial(_within_memory, words))
-        harness.count_answer("forged", f"{name}: {value!r}", ended, lambda: True)
+        argv = ["predict", str(run), str(harness.images), "--out", str(folder / "p.csv")]
+        result = harness.fork(functools.partial(_run_with_memory_limit, argv))
+        harness.count_command("forged", f"{name}: {value!r}", result, lambda: True)
 
 
-def _within_memory(words: list[str]) -> int:
+def _run_with_memory_limit(argv: list[str]) -> int:
     """Run a command with limited memory."""
-    resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
-    return main(words)
+    resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
+    return main(argv)
 
 
 def objects(harness: Any) -> None:
-    """Read YAML that constructs Python objects, in every place that reads YAML."""
-    for number, _, place in harness.trials("objects"):
-        marker = place / "executed"
+    """Read YAML that constructs Python objects, wherever YAML is read."""
+    for number, _, folder in harness.trials("objects"):
+        marker = folder / "executed"
         text = f"!!python/object/apply:os.system ['touch {marker}']"
-        run, file = place / "run", place / "x.yaml"
+        run, file = folder / "run", folder / "x.yaml"
         if number % 3 == 0:
             run = shutil.copytree(harness.unfinished, run, symlinks=True)
             (run / "config.yaml").write_text(text)
-            words = ["train", "--out", str(run), "--resume"]
+            argv = ["train", "--out", str(run), "--resume"]
         elif number % 3 == 1:
             file.write_text(f"data: {text}\n")
-            words = ["train", "--config", str(file), "--out", str(run)]
+            argv = ["train", "--config", str(file), "--out", str(run)]
         else:
             file.write_text(text)
-            words = [*harness.tiny, "--class-weights", str(file), "--out", str(run)]
-        ended = harness.fork(lambda words=words: main(words))
+            argv = [*harness.tiny, "--class-weights", str(file), "--out", str(run)]
+        result = harness.fork(lambda argv=argv: main(argv))
         if marker.exists():
-            harness.count("objects", "executed", " ".join(words), ended.text)
+            harness.count("objects", "executed", " ".join(argv), result.text)
         else:
-            harness.count_answer("objects", " ".join(words), ended, lambda: True)
+            harness.count_command("objects", " ".join(argv), result, lambda: True)
 
 
-def png(width: int, height: int, content: bytes | None = None) -> bytes:
-    """Return a PNG with the given size in its header; by default, with all pixels black."""
+def make_png(width: int, height: int, content: bytes | None = None) -> bytes:
+    """Return a PNG with the given size in its header; pixels are black by default."""
     if content is None:
         packer = zlib.compressobj(9)
         content = b"".join(packer.compress(bytes(3 * width + 1)) for _ in range(height)) + packer.flush()
@@ -158,8 +160,8 @@ def png(width: int, height: int, content: bytes | None = None) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
-def _array_of(shape: tuple[int, ...]) -> bytes:
-    """Return an array file with this shape in the header and no data."""
+def _npy_header(shape: tuple[int, ...]) -> bytes:
+    """Return a NumPy file with the given shape in the header and no data."""
     out = io.BytesIO()
     np.lib.format.write_array_header_1_0(out, {"shape": shape, "fortran_order": False, "descr": "|u1"})
     return out.getvalue()
@@ -171,41 +173,41 @@ POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\ns
 def bombs(harness: Any) -> None:
     """Read decompression bombs and PostScript in image folders, mask folders and prediction input."""
     contents: list[tuple[str, Callable[[], bytes]]] = [
-        ("a header of 60,000 × 60,000", lambda: png(60_000, 60_000, zlib.compress(b"\0"))),
+        ("a header of 60,000 × 60,000", lambda: make_png(60_000, 60_000, zlib.compress(b"\0"))),
         ("PostScript", lambda: POSTSCRIPT),
-        ("an array of 60,000 × 60,000 × 3", lambda: _array_of((60_000, 60_000, 3))),
-        ("a text of 1 GiB when unpacked", _text_bomb),
+        ("an array of 60,000 × 60,000 × 3", lambda: _npy_header((60_000, 60_000, 3))),
+        ("a compressed text of 1 GiB", _text_bomb),
     ]
-    for number, _, place in harness.trials("bombs"):
-        program, marker = place / "bin" / "gs", place / "executed"
+    for number, _, folder in harness.trials("bombs"):
+        program, marker = folder / "bin" / "gs", folder / "executed"
         program.parent.mkdir()
         program.write_text(f'#!/bin/sh\n[ "$1" = --version ] || touch {marker}\n')
         program.chmod(0o755)
-        what, make = contents[number % len(contents)]
+        description, make = contents[number % len(contents)]
         masks = number // len(contents) % 3 == 1
-        data = place / "data"
+        data = folder / "data"
         for index in range(12):
-            folder = data / ("images" if masks else "ab"[index % 2])
-            folder.mkdir(parents=True, exist_ok=True)
+            image_folder = data / ("images" if masks else "ab"[index % 2])
+            image_folder.mkdir(parents=True, exist_ok=True)
             pixels = np.random.default_rng(index).integers(0, 255, (16, 16, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / f"{index}.png")
+            Image.fromarray(pixels).save(image_folder / f"{index}.png")
             if masks:
                 (data / "masks").mkdir(exist_ok=True)
                 Image.fromarray((pixels[..., 0] > 128).astype(np.uint8)).save(data / "masks" / f"{index}.png")
         (data / ("masks" if masks else "a") / "0.png").write_bytes(make())
-        words = ["data", "check", f"{'masks' if masks else 'folder'}:{data}"]
+        argv = ["data", "check", f"{'masks' if masks else 'folder'}:{data}"]
         if number // len(contents) % 3 == 2:
-            words = ["predict", str(harness.finished), str(data / "a"), "--out", str(place / "p.csv")]
+            argv = ["predict", str(harness.finished), str(data / "a"), "--out", str(folder / "p.csv")]
 
-        def ask(words: list[str] = words, program: Path = program) -> int:
+        def ask(argv: list[str] = argv, program: Path = program) -> int:
             os.environ["PATH"] = f"{program.parent}:{os.environ['PATH']}"
-            return _within_memory(words)
+            return _run_with_memory_limit(argv)
 
-        ended = harness.fork(ask)
+        result = harness.fork(ask)
         if marker.exists():
-            harness.count("bombs", "executed", f"{what}: {words}", ended.text)
+            harness.count("bombs", "executed", f"{description}: {argv}", result.text)
         else:
-            harness.count_answer("bombs", f"{what}: {words}", ended, lambda: True)
+            harness.count_command("bombs", f"{description}: {argv}", result, lambda: True)
 
 
 def _text_bomb() -> bytes:
@@ -214,35 +216,37 @@ def _text_bomb() -> bytes:
     text = b"".join(packer.compress(bytes(2**20)) for _ in range(1024)) + packer.flush()
     data = b"Comment\0\0" + text
     chunk = struct.pack(">I", len(data)) + b"zTXt" + data + struct.pack(">I", zlib.crc32(b"zTXt" + data))
-    whole = png(16, 16)
-    return whole[:33] + chunk + whole[33:]
+    image = make_png(16, 16)
+    return image[:33] + chunk + image[33:]
 
 
 def requests(harness: Any) -> None:
     """Send parallel requests with large images; expect status 200, 413, 422 or 503, and bounded memory."""
-    most_mib = 1_500
-    for _, _, place in harness.trials("requests"):
-        port_file = place / "port"
+    max_mib = 1_500
+    for _, _, folder in harness.trials("requests"):
+        port_file = folder / "port"
         child = harness.child(functools.partial(_serve, harness.finished, port_file))
         port = _wait_for_port(port_file)
         if port is None:
             harness.count("requests", "no server", "start", child.wait(signal_after_s=0).text)
             continue
-        body, before = png(7_000, 7_000), _resident_mib(child.pid)
+        body, before = make_png(7_000, 7_000), _resident_mib(child.pid)
         statuses: list[int] = []
-        askers = [threading.Thread(target=_ask, args=(port, [body] * 2, statuses)) for _ in range(6)]
-        for asker in askers:
-            asker.start()
+        clients = [threading.Thread(target=_post_images, args=(port, [body] * 2, statuses)) for _ in range(6)]
+        for client in clients:
+            client.start()
         peak = before
-        while any(asker.is_alive() for asker in askers):
+        while any(client.is_alive() for client in clients):
             peak = max(peak, _resident_mib(child.pid))
             time.sleep(0.02)
-        ended = child.wait(signal_after_s=0)
-        what = f"statuses {sorted(statuses)}, {peak - before:.0f} MiB more"
-        if "Traceback" in ended.text or set(statuses) - {200, 413, 422, 503}:
-            harness.count("requests", "traceback", what, ended.text)
+        result = child.wait(signal_after_s=0)
+        description = f"statuses {sorted(statuses)}, {peak - before:.0f} MiB more"
+        if "Traceback" in result.text or set(statuses) - {200, 413, 422, 503}:
+            harness.count("requests", "traceback", description, result.text)
         else:
-            harness.count("requests", "bounded" if peak - before < most_mib else "out of memory", what, ended.text)
+            harness.count(
+                "requests", "bounded" if peak - before < max_mib else "out of memory", description, result.text
+            )
 
 
 def _wait_for_port(port_file: Path) -> int | None:
@@ -271,7 +275,7 @@ def _serve(run: Path, port_file: Path) -> int:
     return 0
 
 
-def _ask(port: int, images: list[bytes], statuses: list[int]) -> None:
+def _post_images(port: int, images: list[bytes], statuses: list[int]) -> None:
     """Send images and append the response status."""
     parts = [
         f'--x\r\nContent-Disposition: form-data; name="files"; filename="{i}.png"\r\n\r\n'.encode() + image + b"\r\n"
@@ -291,41 +295,41 @@ def _resident_mib(pid: int) -> float:
 
 
 def markup(harness: Any) -> None:
-    """Put markup into all names from the data, and open the pages in a browser, if available."""
+    """Put markup into all names in the data and open the pages in a browser, if available."""
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    for _, _, place in harness.trials("markup"):
+    for _, _, folder in harness.trials("markup"):
         if program is None:
             harness.count("markup", "no browser")
             return
-        data, run = place / f"data {MARKUP[0]}", place / "run"
+        data, run = folder / f"data {MARKUP[0]}", folder / "run"
         for number, name in enumerate(MARKUP):
             (data / name).mkdir(parents=True)
             for index in range(12):
                 pixels = np.random.default_rng(100 * number + index).integers(0, 255, (32, 32, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(data / name / f"{index}{name}.png")
-        pages = [run / "report.html", place / "maps" / "index.html"]
+        pages = [run / "report.html", folder / "maps" / "index.html"]
 
-        def work(run: Path = run, data: Path = data, place: Path = place) -> int:
+        def work(run: Path = run, data: Path = data, folder: Path = folder) -> int:
             tiny = list(harness.tiny)
             tiny[tiny.index("--data") + 1] = f"folder:{data}"
             for name in ("train", "val", "test"):
                 at = tiny.index(f"--{name}-size")
                 del tiny[at : at + 2]
             status = main([*tiny, "--epochs", "1", "--batch-size", "8", "--out", str(run)])
-            return status or main(["explain", str(run), str(data), "--out", str(place / "maps")])
+            return status or main(["explain", str(run), str(data), "--out", str(folder / "maps")])
 
-        ended = harness.fork(work)
-        if ended.has_traceback or ended.status:
-            result = "traceback" if ended.has_traceback else "refused"
-            harness.count("markup", result, "train and explain", ended.text)
+        result = harness.fork(work)
+        if result.has_traceback or result.status:
+            kind = "traceback" if result.has_traceback else "refused"
+            harness.count("markup", kind, "train and explain", result.text)
             continue
-        port_file = place / "port"
+        port_file = folder / "port"
         server = harness.child(functools.partial(_serve, run, port_file))
         try:
-            with _browser(program, place / "chromium") as browser:
+            with _browser(program, folder / "chromium") as browser:
                 for page in pages:
                     if not page.is_file():
-                        harness.count("markup", "missing page", page.name, ended.text)
+                        harness.count("markup", "missing page", page.name, result.text)
                         continue
                     browser.open(page)
                     _count_page(harness, page.name, browser)
@@ -342,7 +346,7 @@ def markup(harness: Any) -> None:
 
 @contextmanager
 def _browser(program: str, profile: Path) -> Iterator[Any]:
-    """Start a headless Chromium with the driver of the tests."""
+    """Start a headless Chromium with the test driver."""
     sys.path.insert(0, str(Path(__file__).parent.parent))
     from tests.browser import Browser
 
@@ -354,7 +358,7 @@ def _browser(program: str, profile: Path) -> Iterator[Any]:
 
 
 def _count_page(harness: Any, name: str, browser: Any) -> None:
-    """Count a page as executed if it ran or created markup from the names."""
+    """Count a page as executed if names created elements or ran scripts."""
     state = browser.evaluate(
         "[window.hit, document.querySelectorAll('[onerror],[onload],[onmouseover]').length, "
         "document.body.textContent.includes('onerror')]"
