@@ -49,7 +49,7 @@ def rows_of(name):
     return [json.loads(line) for line in (FOLDER / name).read_text(encoding="utf-8").splitlines()]
 
 
-def a_row(**fields):
+def make_row(**fields):
     """Return a row of `step_time` on the EPYC with two threads."""
     row = {"backbone": "vit_base_patch16_224", "contender": "lora", "batch": 4, "r": 8, "sparsity": 0.7}
     row |= {"benchmark": "step_time", "device": "cpu, 2 threads, AMD EPYC", "dtype": "float32"}
@@ -192,7 +192,7 @@ def test_a_sparse_weight_gradient_costs_less_on_a_cpu_only():
     assert gpu[0] == gpu[1]
 
 
-def test_constants_of_the_kernels_are_those_of_the_committed_rows():
+def test_kernel_constants_match_the_committed_rows():
     rows = {
         row["kernel"]: row
         for row in rows_of("triton_resources.jsonl")
@@ -240,7 +240,7 @@ def test_seconds_add_on_a_cpu_and_overlap_with_launches_on_a_gpu():
     )
 
 
-def test_a_range_holds_the_expected_value():
+def test_range_contains_the_expected_value():
     snella, lora = (count_step(MODELS["ViT-B/16"], name, 16, precision="bfloat16") for name in ("snella", "lora"))
     low, expected, high = ratio_range("h100", snella, lora)
     assert low < expected < high
@@ -299,21 +299,21 @@ def test_bytes_of_committed_rows_are_within_three_percent():
 def test_rows_of_gpus_and_in_bfloat16_are_not_cases_of_a_cpu(tmp_path):
     from cost_model import count_row, counted_cases, read_case, timed_cases
 
-    autocast = [a_row(autocast=True, frozen=dtype) for dtype in ("float32", "bfloat16")]
-    skipped = [a_row(device="NVIDIA H100 80GB HBM3"), a_row(dtype="bfloat16"), a_row(frozen="bfloat16")]
-    assert read_case(a_row()).precision == "float32"
+    autocast = [make_row(autocast=True, frozen=dtype) for dtype in ("float32", "bfloat16")]
+    skipped = [make_row(device="NVIDIA H100 80GB HBM3"), make_row(dtype="bfloat16"), make_row(frozen="bfloat16")]
+    assert read_case(make_row()).precision == "float32"
     assert not any(map(read_case, (*skipped, *autocast))) and not any(map(count_row, skipped))
     # saved bytes do not depend on rates
     assert [count_row(row).precision for row in autocast] == ["autocast", "bfloat16"]
 
-    lines = [json.dumps(row) + "\n" for row in (a_row(), *skipped, *autocast)]
+    lines = [json.dumps(row) + "\n" for row in (make_row(), *skipped, *autocast)]
     (tmp_path / "results.jsonl").write_text("".join(lines), encoding="utf-8")
     (tmp_path / "model_rows.jsonl").touch()
-    assert [case.row for case in timed_cases(tmp_path)] == [a_row()]
+    assert [case.row for case in timed_cases(tmp_path)] == [make_row()]
     assert len(counted_cases(tmp_path)) == 3
 
 
-def test_rows_of_another_machine_are_found_by_device_at_any_position(tmp_path):
+def test_rows_are_selected_by_device_at_any_position(tmp_path):
     from cost_model import EPYC_2, INTEL_1, intel_cases, machine_name, other_epyc_cases, timed_cases
 
     cases = timed_cases()
@@ -337,7 +337,7 @@ def test_rows_of_another_machine_are_found_by_device_at_any_position(tmp_path):
     assert in_other_order == pytest.approx([one.seconds for one in intel])
 
 
-def test_a_held_out_configuration_does_not_enter_its_rates():
+def test_held_out_configuration_is_excluded_from_its_fit():
     from cost_model import fit_rates, leave_one_out, timed_cases
 
     cases = timed_cases()
@@ -365,7 +365,7 @@ def test_tokens_until_finds_the_smallest_batch():
     assert tokens_until(TINY, lambda batch: False) is None
 
 
-def test_the_page_shows_the_tables_of_the_committed_rows(tmp_path):
+def test_page_matches_the_committed_rows(tmp_path):
     from cost_model import PAGE, update_page
 
     copy = tmp_path / PAGE.name
