@@ -216,6 +216,11 @@ class CompareOptions:
         workers: Parallel runs, one process each; 0 runs everything in the current process.
         threads: Threads per worker; defaults to an equal share of the CPUs.
         ray: Run on Ray: the cluster at RAY_ADDRESS, or this machine.
+        gpus: GPUs per run on Ray, e.g. 0.25; defaults to an equal share of the cluster's GPUs.
+        run_limit: Maximum minutes per run; a run that takes longer is stopped and counts as failed.
+        emit: Write job scripts for a scheduler instead of training: slurm.
+        emit_to: Folder of the job scripts; default OUT/slurm.
+        part: Train one part and write no report, e.g. 0/8 for the first of eight parts; used by the job scripts.
         retry_failed: Train failed runs again.
         draw_only: Skip training; redraw the table and the HTML report from existing results.
     """
@@ -253,6 +258,11 @@ class CompareOptions:
     workers: int = 1
     threads: int | None = None
     ray: bool = False
+    gpus: float | None = None
+    run_limit: float | None = None
+    emit: Literal["slurm"] | None = None
+    emit_to: str | None = None
+    part: str | None = None
     retry_failed: bool = False
     draw_only: bool = False
 
@@ -266,12 +276,13 @@ def compare(options: CompareOptions) -> None:
       snella compare --experiment coffee --out runs/coffee --workers 2
       snella compare --out runs/compare
       snella compare --out runs/compare --draw-only
+      snella compare --experiment bundled-suite --out runs/suite --emit slurm
 
     The third command resumes the first; several processes may run it at once. The folder receives comparison.html and
     results.jsonl, with one row per run.
     """
     from snella_lab.comparison.compare import compare
-    from snella_lab.comparison.experiment_files import experiment_from_args
+    from snella_lab.comparison.experiment_files import experiment_from_args, parse_part
 
     compare(
         experiment_from_args(asdict(options)),
@@ -279,6 +290,11 @@ def compare(options: CompareOptions) -> None:
         workers=options.workers,
         threads=options.threads,
         ray=options.ray,
+        gpus=options.gpus,
+        run_limit=options.run_limit,
+        part=parse_part(options.part),
+        emit=options.emit,
+        emit_to=options.emit_to,
         retry_failed=options.retry_failed,
         draw_only=options.draw_only,
     )

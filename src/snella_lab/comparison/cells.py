@@ -4,7 +4,7 @@ import functools
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,7 +17,7 @@ from snella_app.config import TrainConfig
 from snella_app.methods import find_method
 from snella_app.records import CellRow, SearchChoice
 from snella_lab.comparison.experiment import DataEntry, Experiment, MethodEntry, folder_name, make_config
-from snella_lab.comparison.search import Candidate, Choice, TuningResult, next_tuning_runs
+from snella_lab.comparison.search import Candidate, TuningResult, next_tuning_runs
 
 GitState: TypeAlias = tuple[str | None, bool | None]
 _state: GitState | None = None
@@ -164,7 +164,7 @@ class Cell:
 
 def tuned_settings(
     experiment: Experiment, data: DataEntry, method: MethodEntry, candidate: Candidate
-) -> Mapping[str, Any]:
+) -> Mapping[str, float]:
     """Return `lr`, `head_lr` and `weight_decay` of a candidate, based on the method's defaults.
 
     The factor scales the learning rate of the method's parameters. The head's learning rate is scaled only if the
@@ -173,8 +173,14 @@ def tuned_settings(
     base = make_config(method, data, experiment.settings, backbone=experiment.backbone, out="-")
     lr = base.lr or 0.0
     head_lr = lr if base.head_lr is None else base.head_lr
+    defaults = {"lr": lr, "head_lr": head_lr, "weight_decay": base.weight_decay or 0.0}
+    return scaled_settings(defaults, method, candidate)
+
+
+def scaled_settings(defaults: Mapping[str, float], method: MethodEntry, candidate: Candidate) -> Mapping[str, float]:
+    """Return `lr`, `head_lr` and `weight_decay` of a candidate, given those of `Candidate()`; see `tuned_settings`."""
+    lr, head_lr, decay = (defaults[name] for name in ("lr", "head_lr", "weight_decay"))
     is_head_only = find_method(method.method).is_head_only
-    decay = base.weight_decay or 0.0
     return {
         "lr": _rounded(lr * candidate.lr_factor),
         "head_lr": _rounded(head_lr * candidate.lr_factor) if is_head_only else head_lr,
@@ -205,125 +211,214 @@ class BlockedRun:
     error: str
 
 
+Part: TypeAlias = tuple[int, int]
+"""Number of one part, from 0, and the number of parts of a comparison."""
+
+
+def units(experiment: Experiment) -> list[tuple[DataEntry, MethodEntry, tuple[int, ...]]]:
+    """Split an experiment into units that do not depend on each other: task, method and seeds of final runs.
+
+    With a search, a unit has all runs of a method on a task, because later runs depend on earlier ones. Without a
+    search, every run is a unit.
+    """
+    seeds = tuple(range(experiment.seeds))
+    split: list[tuple[DataEntry, MethodEntry, tuple[int, ...]]] = []
+    for data, method in _pairs(experiment):
+        decay = tuned_settings(experiment, data, method, Candidate())["weight_decay"]
+        has_search = isinstance(next_tuning_runs(experiment.grid, decay, {}), list)
+        split += [(data, method, seeds)] if has_search else [(data, method, (seed,)) for seed in seeds]
+    return split
+
+
 class Plan:
     """Finished and remaining cells of an experiment.
 
+    The cost of a call does not grow with the number of finished cells.
+
     Args:
         experiment: The experiment.
-        rows: Rows of finished cells by cell name; `record` adds to a copy.
+        rows: Rows of finished cells by cell name.
+        part: Restricts the plan to one part of the `units`; None plans all cells.
+
+    Attributes:
+        done: Number of finished cells.
+        left: Number of remaining cells, without grid extensions.
     """
 
-    def __init__(self, experiment: Experiment, rows: Mapping[str, CellRow]) -> None:
+    def __init__(self, experiment: Experiment, rows: Mapping[str, CellRow], part: Part | None = None) -> None:
         self.experiment = experiment
-        self.rows = dict(rows)
-        self._default_decays = {
-            (data.name, method.name): tuned_settings(experiment, data, method, Candidate())["weight_decay"]
-            for data, method in self._pairs()
-        }
+        self._pairs: dict[tuple[str, str], _Pair] = {}
+        for data, method, seeds in _planned(experiment, part):
+            self._pairs[data.name, method.name] = _Pair(experiment, data, method, seeds)
+        self.done = 0
+        for row in rows.values():
+            pair = self._pairs.get(_pair_of(row))
+            if pair is not None:
+                self.done += pair.record(row)
+        self._open = {name: pair for name, pair in self._pairs.items() if pair.ready()}
+        self.left = sum(pair.left() for pair in self._open.values())
 
     def record(self, row: CellRow) -> None:
         """Add the row of a finished cell."""
-        self.rows[row.cell] = row
+        pair = self._pairs.get(_pair_of(row))
+        if pair is None:
+            return
+        before = pair.left()
+        self.done += pair.record(row)
+        self.left += pair.left() - before
+        if not pair.ready():
+            self._open.pop(_pair_of(row), None)
+
+    def ready(self) -> Iterator[Cell | BlockedRun]:
+        """Yield unfinished cells without unfinished dependencies, in the order of the experiment.
+
+        Rows recorded during the iteration may make further cells ready, which the next call yields.
+        """
+        for pair in list(self._open.values()):
+            yield from list(pair.ready())
+
+    def left_of(self, task: str, method: str) -> int:
+        """Return the number of remaining cells of a pair, without grid extensions."""
+        pair = self._pairs.get((task, method))
+        return 0 if pair is None else pair.left()
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """Return the names of all pairs of task and method, grouped by task."""
+        return list(self._pairs)
+
+
+def _planned(experiment: Experiment, part: Part | None) -> list[tuple[DataEntry, MethodEntry, tuple[int, ...]]]:
+    """Return the pairs of a part, each with all its seeds of final runs."""
+    if part is None:
+        return [(data, method, tuple(range(experiment.seeds))) for data, method in _pairs(experiment)]
+    number, count = part
+    planned: dict[tuple[str, str], tuple[DataEntry, MethodEntry, tuple[int, ...]]] = {}
+    for data, method, seeds in units(experiment)[number::count]:
+        earlier = planned.get((data.name, method.name), (data, method, ()))[2]
+        planned[data.name, method.name] = (data, method, (*earlier, *seeds))
+    return list(planned.values())
+
+
+def _pairs(experiment: Experiment) -> list[tuple[DataEntry, MethodEntry]]:
+    """Return all pairs of task and method, grouped by task."""
+    return [(data, method) for data in experiment.data for method in experiment.methods]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Columns of a row that the plan needs."""
+
+    seed: int
+    candidate: Candidate
+    is_final: bool
+    result: TuningResult
+    search: SearchChoice | None
+    error: str | None
+
+    @classmethod
+    def of(cls, row: CellRow) -> "_Run":
+        """Take the columns from a row."""
+        is_measured = row.purpose == "final" and row.status == "success"
+        search = row.search if is_measured else None
+        candidate = Candidate(row.lr_factor, row.tried_weight_decay)
+        error = row.error or ("failed" if row.status != "success" else None)
+        return cls(row.seed, candidate, row.purpose == "final", tuning_result(row), search, error)
+
+
+class _Pair:
+    """Finished and remaining cells of one method on one task.
+
+    Args:
+        experiment: The experiment.
+        data: The task.
+        method: The method.
+        seeds: Seeds of the final runs.
+    """
+
+    def __init__(self, experiment: Experiment, data: DataEntry, method: MethodEntry, seeds: tuple[int, ...]) -> None:
+        self._experiment, self._data, self._method, self._seeds = experiment, data, method, seeds
+        self._defaults = tuned_settings(experiment, data, method, Candidate())
+        self._runs: dict[str, _Run] = {}
+        self._ready: list[Cell | BlockedRun] | None = None
+
+    def record(self, row: CellRow) -> bool:
+        """Add a row, and return True if its cell is new."""
+        is_new = row.cell not in self._runs
+        self._runs[row.cell], self._ready = _Run.of(row), None
+        return is_new
 
     def ready(self) -> list[Cell | BlockedRun]:
-        """Return unfinished cells without unfinished dependencies, in the order of the experiment."""
-        return [cell for pair in self._pairs() for cell in self._ready(*pair)]
+        """Return the next cells."""
+        if self._ready is None:
+            self._ready = self._next()
+        return self._ready
 
-    def left(self) -> list[tuple[Cell, int]]:
-        """Return the next cell and the number of remaining runs of every unfinished pair, ignoring grid extensions."""
-        counts = []
-        for data, method in self._pairs():
-            ready = self._ready(data, method)
-            if ready:
-                first = ready[0].cell if isinstance(ready[0], BlockedRun) else ready[0]
-                counts.append((first, len(ready) + self._later(data, method, first)))
-        return counts
+    def left(self) -> int:
+        """Return the number of remaining cells, without grid extensions."""
+        ready = self.ready()
+        return len(ready) + (0 if not ready or isinstance(ready[0], BlockedRun) else self._later(ready[0]))
 
-    def done(self) -> int:
-        """Return the number of finished cells."""
-        names = {_pair_of(row) for row in self.rows.values()}
-        pairs = {(data.name, method.name) for data, method in self._pairs()} & names
-        return sum(_pair_of(row) in pairs for row in self.rows.values())
-
-    def choice(self, data: DataEntry, method: MethodEntry) -> Choice | list[Candidate]:
-        """Return the selected hyperparameters of a pair, or the candidates to train first."""
-        decay = self._default_decays[data.name, method.name]
-        return next_tuning_runs(self.experiment.grid, decay, self._results(data, method))
-
-    def _pairs(self) -> list[tuple[DataEntry, MethodEntry]]:
-        """Return all pairs of task and method, grouped by task."""
-        return [(data, method) for data in self.experiment.data for method in self.experiment.methods]
-
-    def _ready(self, data: DataEntry, method: MethodEntry) -> list[Cell | BlockedRun]:
-        """Return the next cells of one pair.
+    def _next(self) -> list[Cell | BlockedRun]:
+        """Compute the next cells.
 
         Once a final run is evaluated on test images, its hyperparameters are fixed for all seeds of the pair, even if
         tuning runs are repeated later.
         """
-        measured = self._measured(data, method)
+        data, method = self._data, self._method
+        measured = self._measured()
         if measured is not None:
-            seeds = range(self.experiment.seeds)
-            remaining = (Cell(data, method, s, _candidate_of(measured), True, measured.search) for s in seeds)
-            return [cell for cell in remaining if cell.name not in self.rows]
-        choice = self.choice(data, method)
+            remaining = (Cell(data, method, s, measured.candidate, True, measured.search) for s in self._seeds)
+            return [cell for cell in remaining if cell.name not in self._runs]
+        results = self._results()
+        choice = next_tuning_runs(self._experiment.grid, self._defaults["weight_decay"], results)
         if isinstance(choice, list):
             trials = [
                 Cell(data, method, seed, candidate, False)
                 for candidate in choice
-                for seed in range(self.experiment.grid.seeds)
+                for seed in range(self._experiment.grid.seeds)
             ]
-            return [cell for cell in trials if cell.name not in self.rows]
-        finals = [
-            Cell(data, method, seed, choice.candidate or Candidate(), True) for seed in range(self.experiment.seeds)
-        ]
-        missing = [cell for cell in finals if cell.name not in self.rows]
+            return [cell for cell in trials if cell.name not in self._runs]
+        finals = [Cell(data, method, seed, choice.candidate or Candidate(), True) for seed in self._seeds]
+        missing = [cell for cell in finals if cell.name not in self._runs]
         if missing and choice.candidate is not None:
-            rates = {c: tuned_settings(self.experiment, data, method, c) for c in choice.tried}
-            search = choice.record(self._results(data, method), rates.__getitem__)
+            rates = {c: scaled_settings(self._defaults, method, c) for c in choice.tried}
+            search = choice.record(results, rates.__getitem__)
             return [replace(cell, search=search) for cell in missing]
-        error = f"all {len(choice.tried)} tuning runs failed; first error: {self._first_error(data, method)}"
+        error = f"all {len(choice.tried)} tuning runs failed; first error: {self._first_error()}"
         return [BlockedRun(cell, error) for cell in missing]
 
-    def _later(self, data: DataEntry, method: MethodEntry, next_cell: Cell) -> int:
-        """Return the number of runs of a pair that are not ready yet."""
+    def _later(self, next_cell: Cell) -> int:
+        """Return the number of runs that are not ready yet."""
         if next_cell.is_final:
             return 0
-        finals = self.experiment.seeds
+        finals, grid = len(self._seeds), self._experiment.grid
         if next_cell.candidate.weight_decay is not None:
             return finals
-        decays = {w for w in self.experiment.grid.weight_decays if w != self._default_decays[data.name, method.name]}
-        return finals + len(decays) * self.experiment.grid.seeds
+        return finals + len({w for w in grid.weight_decays if w != self._defaults["weight_decay"]}) * grid.seeds
 
-    def _results(self, data: DataEntry, method: MethodEntry) -> dict[Candidate, list[TuningResult]]:
-        """Return the finished tuning runs of a pair."""
+    def _results(self) -> dict[Candidate, list[TuningResult]]:
+        """Return the finished tuning runs."""
         results: dict[Candidate, list[TuningResult]] = {}
-        for row in self._trials(data, method):
-            candidate = _candidate_of(row)
-            results.setdefault(candidate, []).append(tuning_result(row))
+        for run in self._trials():
+            results.setdefault(run.candidate, []).append(run.result)
         return results
 
-    def _measured(self, data: DataEntry, method: MethodEntry) -> CellRow | None:
-        """Return the final row of a pair with the lowest seed, or None."""
-        pair = (data.name, method.name)
-        rows = (r for r in self.rows.values() if r.purpose == "final" and _pair_of(r) == pair)
-        return min((r for r in rows if r.status == "success"), key=lambda row: row.seed, default=None)
+    def _measured(self) -> _Run | None:
+        """Return the finished final run with the lowest seed, or None."""
+        finals = (run for run in self._runs.values() if run.is_final and run.error is None)
+        return min(finals, key=lambda run: run.seed, default=None)
 
-    def _trials(self, data: DataEntry, method: MethodEntry) -> list[CellRow]:
-        """Return the rows of a pair's tuning runs, sorted by cell name."""
-        pair = (data.name, method.name)
-        rows = [r for r in self.rows.values() if r.purpose == "trial" and _pair_of(r) == pair]
-        return sorted((r for r in rows if r.seed < self.experiment.grid.seeds), key=lambda row: row.cell)
+    def _trials(self) -> list[_Run]:
+        """Return the tuning runs, sorted by cell name."""
+        trials = [name for name, run in self._runs.items() if not run.is_final]
+        runs = [self._runs[name] for name in sorted(trials)]
+        return [run for run in runs if run.seed < self._experiment.grid.seeds]
 
-    def _first_error(self, data: DataEntry, method: MethodEntry) -> str:
+    def _first_error(self) -> str:
         """Return the error of the first failed tuning run."""
-        return next((row.error for row in self._trials(data, method) if row.error), "no error was recorded")
+        return next((run.error for run in self._trials() if run.error), "no error was recorded")
 
 
 def _pair_of(row: CellRow) -> tuple[str, str]:
     """Return task and method of a row."""
     return row.task_name, row.experiment_name
-
-
-def _candidate_of(row: CellRow) -> Candidate:
-    """Return the candidate of a row."""
-    return Candidate(row.lr_factor, row.tried_weight_decay)

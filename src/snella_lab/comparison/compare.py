@@ -1,12 +1,18 @@
 """Comparison driver: train the missing runs of an experiment, then write the table and the HTML report."""
 
+import math
 import os
+import shlex
 import shutil
+import signal
 import statistics
+import threading
 import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -26,8 +32,8 @@ from snella_app.text import seconds_text
 from snella_app.training.distributed import refuse_several_processes
 from snella_app.training.session import NonFiniteLossError, TrainingInterrupted
 from snella_lab.comparison import CellsFailedError
-from snella_lab.comparison.cells import BlockedRun, Cell, Plan
-from snella_lab.comparison.executors import Executor, InProcesses, InThisProcess, OnRay, import_ray
+from snella_lab.comparison.cells import BlockedRun, Cell, Part, Plan, units
+from snella_lab.comparison.executors import Executor, Finished, InProcesses, InThisProcess, OnRay, import_ray
 from snella_lab.comparison.experiment import (
     FILE,
     PROBE,
@@ -42,8 +48,9 @@ from snella_lab.comparison.experiment_files import read_experiment
 from snella_lab.comparison.report import print_paper_comparison, print_paper_orderings, write_markdown, write_page
 from snella_lab.comparison.run_cell import probe_images, record_crash
 from snella_lab.comparison.search import Candidate
+from snella_lab.comparison.slurm import write_slurm_scripts
 from snella_lab.comparison.statistics import Spread, average
-from snella_lab.comparison.store import LOCKS, cell_lock, collect, drop_failed, is_locked, read_row
+from snella_lab.comparison.store import LOCKS, cell_lock, collect, drop_failed, is_locked, read_part, read_row
 from snella_lab.comparison.summary import COSTS, cost_texts, print_summary, recommend, spread_text, summarize
 
 
@@ -53,15 +60,13 @@ class ComparisonProgress:
     Args:
         console: Output.
         plan: Finished and remaining runs.
-        slots: Number of parallel runs.
+        rows: Rows of finished runs, for the remaining time.
     """
 
-    def __init__(self, console: Console, plan: Plan, slots: int) -> None:
-        self._console, self._plan, self._slots = console, plan, slots
-        self._durations: dict[tuple[str, str], list[float]] = {}
+    def __init__(self, console: Console, plan: Plan, rows: Iterable[CellRow]) -> None:
+        self._console, self._plan = console, plan
+        self._remaining = _RemainingTime(plan, rows)
         self._is_waiting = False
-        for row in plan.rows.values():
-            self._note(row)
         self._bar = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console, transient=True
         )
@@ -69,7 +74,7 @@ class ComparisonProgress:
         self._running: dict[str, float] = {}
 
     def __enter__(self) -> "ComparisonProgress":
-        left, done = sum(count for _, count in self._plan.left()), self._plan.done()
+        left, done = self._plan.left, self._plan.done
         if left:
             already = f", {done:,} already done" if done else ""
             print_line(self._console, f"{counted(left, 'run')} to train{already}")
@@ -88,18 +93,18 @@ class ComparisonProgress:
         self._running[cell.title] = time.monotonic()
         self._refresh()
 
-    def ended(self, cell: Cell, row: CellRow, is_own: bool = True) -> None:
-        """Print the result of a run."""
+    def ended(self, cell: Cell, row: CellRow, slots: int, is_own: bool = True) -> None:
+        """Print the result of a run, and the remaining time with `slots` parallel runs."""
         self._running.pop(cell.title, None)
-        self._note(row)
-        left = sum(count for _, count in self._plan.left())
-        number = f"[{self._plan.done()}/{self._plan.done() + left}]"
+        self._remaining.record(row)
+        left, done = self._plan.left, self._plan.done
+        number = f"[{done}/{done + left}]"
         if row.status == "success":
             scores = {"validation": row.score("val"), "test": row.score("test")}
             result = ", ".join(f"{part} {score:.4f}" for part, score in scores.items() if score is not None)
         else:
             result = f"FAILED, {row.error}"
-        remaining = f"; about {seconds_text(self._remaining_s())} left" if left else ""
+        remaining = f"; about {seconds_text(self._remaining.seconds() / slots)} left" if left else ""
         others = "" if is_own else " by another process"
         origin = ", reused from the selected tuning run" if row.results and row.results.trained_as else ""
         text = f"{number} {cell.title}: {result} ({seconds_text(row.total_time)}{others}{origin}){remaining}"
@@ -117,26 +122,66 @@ class ComparisonProgress:
             print_line(self._console, f"waiting for {count} run{'s' if count != 1 else ''} in other processes")
         self._is_waiting = True
 
-    def _note(self, row: CellRow) -> None:
-        """Record the time of a run."""
-        if row.status == "success":
-            self._durations.setdefault((row.task_name, row.experiment_name), []).append(row.total_time)
-
-    def _remaining_s(self) -> float:
-        """Estimate the remaining time from the mean duration of the same pair, else of the same task, else overall."""
-        overall = [s for durations in self._durations.values() for s in durations] or [0.0]
-        total = 0.0
-        for cell, count in self._plan.left():
-            same_pair = self._durations.get((cell.data.name, cell.method.name))
-            same_task = [s for (task, _), values in self._durations.items() if task == cell.data.name for s in values]
-            total += count * statistics.fmean(same_pair or same_task or overall)
-        return total / self._slots
-
     def _refresh(self) -> None:
         """Update the bar."""
-        done = self._plan.done()
-        left = sum(count for _, count in self._plan.left())
+        left, done = self._plan.left, self._plan.done
         self._bar.update(self._task, completed=done, total=done + left, description=" | ".join(self._running) or "runs")
+
+
+class _RemainingTime:
+    """Estimate of the time of all remaining runs, from the mean duration of the same pair, task, or of all runs.
+
+    Args:
+        plan: Finished and remaining runs.
+        rows: Rows of finished runs.
+    """
+
+    def __init__(self, plan: Plan, rows: Iterable[CellRow]) -> None:
+        self._plan = plan
+        self._methods: dict[str, list[str]] = {}
+        for task, method in plan.pairs():
+            self._methods.setdefault(task, []).append(method)
+        self._times: dict[tuple[str, ...], tuple[float, int]] = {}
+        self._known: dict[str, float] = {}
+        self._unknown: dict[str, int] = {}
+        self._known_s, self._unknown_runs = 0.0, 0
+        for row in rows:
+            self._add(row)
+        for task in self._methods:
+            self._estimate(task)
+
+    def record(self, row: CellRow) -> None:
+        """Add a finished run, which the plan has recorded."""
+        self._add(row)
+        self._estimate(row.task_name)
+
+    def seconds(self) -> float:
+        """Return the time of all remaining runs, one after the other."""
+        return self._known_s + self._unknown_runs * (self._mean() or 0.0)
+
+    def _add(self, row: CellRow) -> None:
+        """Add the duration of a run to its pair, its task and all runs."""
+        if row.status == "success":
+            for key in ((row.task_name, row.experiment_name), (row.task_name,), ()):
+                total, count = self._times.get(key, (0.0, 0))
+                self._times[key] = total + row.total_time, count + 1
+
+    def _mean(self, *key: str) -> float | None:
+        """Return the mean duration of a pair, a task or all runs; None without a run."""
+        total, count = self._times.get(key, (0.0, 0))
+        return total / count if count else None
+
+    def _estimate(self, task: str) -> None:
+        """Estimate the remaining time of a task again."""
+        of_task, known, unknown = self._mean(task), 0.0, 0
+        for method in self._methods.get(task, ()):
+            left = self._plan.left_of(task, method)
+            mean = self._mean(task, method) if (task, method) in self._times else of_task
+            known += left * (mean or 0.0)
+            unknown += left if mean is None else 0
+        self._known_s += known - self._known.get(task, 0.0)
+        self._unknown_runs += unknown - self._unknown.get(task, 0)
+        self._known[task], self._unknown[task] = known, unknown
 
 
 _POLL_S = 2.0
@@ -149,6 +194,11 @@ def compare(
     workers: int = 1,
     threads: int | None = None,
     ray: bool = False,
+    gpus: float | None = None,
+    run_limit: float | None = None,
+    part: Part | None = None,
+    emit: Literal["slurm"] | None = None,
+    emit_to: str | Path | None = None,
     retry_failed: bool = False,
     draw_only: bool = False,
     console: Console | None = None,
@@ -163,12 +213,18 @@ def compare(
         workers: Number of worker processes; 0 trains sequentially in this process and does not measure memory.
         threads: Threads per worker; None divides the CPU cores evenly.
         ray: Run on Ray instead of local processes.
+        gpus: GPUs per run on Ray, e.g. 0.25; None divides the GPUs of the cluster among the workers.
+        run_limit: Maximum minutes of one run, which then counts as failed; None for no limit. Requires `ray` or
+            worker processes.
+        part: Train one of several parts, e.g. `(0, 8)` for the first of eight, and write no report; see `units`.
+        emit: Train nothing; write job scripts for this scheduler, which train the unfinished runs.
+        emit_to: Folder of the scripts; `OUT/slurm` if None.
         retry_failed: Train failed runs again.
         draw_only: Only write the table and the report from existing rows.
         console: Output; stdout if None.
 
     Returns:
-        Path of the report.
+        Path of the report; the folder with `part`, the script that submits the jobs with `emit`.
 
     Raises:
         FileExistsError: If `out` holds other files.
@@ -177,18 +233,23 @@ def compare(
         ValueError: If settings contradict each other, the stored experiment or the data.
         CellsFailedError: If a final run failed, or a tuning run failed for another reason than a diverged loss. Raised
             after the report is written; not with `draw_only`.
-        TrainingInterrupted: On Ctrl-C; finished runs are kept.
+        TrainingInterrupted: On Ctrl-C; finished runs stay stored.
     """
     refuse_several_processes("a comparison")
     console = console or make_console(survives_closed_output=True)
     root = Path(out)
     if workers < 0 or (threads is not None and threads < 1):
         raise ValueError(f"workers must be at least 0 and threads at least 1, got {workers} and {threads}")
-    if ray:
-        import_ray()
+    _check_options(workers, ray, gpus, run_limit, part, emit, draw_only)
     requested, experiment = experiment, _resolve_experiment(experiment, root)
-    if not draw_only:
-        check_parts(experiment, console)
+    if not draw_only and part is None:
+        check_parts(experiment, console, checks_device=emit is None)
+    limit_s = math.inf if run_limit is None else 60 * run_limit
+    if part is not None:
+        rows = read_part(root, [(data, method) for data, method, _ in units(experiment)[part[0] :: part[1]]])
+        executor = _executor(root, experiment, workers, threads, ray, gpus, keep_checkpoints=True)
+        _train_all(root, Plan(experiment, rows, part), rows.values(), executor, console, limit_s)
+        return root
     root.mkdir(parents=True, exist_ok=True)
     experiment = _store(root, experiment)
     if requested is not None:
@@ -198,15 +259,22 @@ def compare(
     rows, notes = collect(root)
     for note in notes:
         print_line(console, f"note: {note}")
-    plan = Plan(experiment, rows)
+    if emit is not None:
+        script = write_slurm_scripts(root, experiment, emit_to, workers, threads, run_limit)
+        left = Plan(experiment, rows).left
+        print_line(console, f"{counted(left, 'run')} to train; submit with: bash {shlex.quote(str(script))}")
+        return script
     if not draw_only:
-        _train_all(root, plan, _executor(root, experiment, workers, threads, ray), console)
-    rows, _ = collect(root)
-    page = write_page(root, experiment, list(rows.values()))
-    write_markdown(root, experiment, list(rows.values()))
-    print_summary(console, experiment, list(rows.values()))
-    print_paper_comparison(console, experiment, summarize(experiment, list(rows.values())))
-    print_paper_orderings(console, experiment, list(rows.values()))
+        executor = _executor(root, experiment, workers, threads, ray, gpus)
+        _train_all(root, Plan(experiment, rows), rows.values(), executor, console, limit_s)
+        rows, _ = collect(root)
+    results = list(rows.values())
+    summary = summarize(experiment, results)
+    page = write_page(root, experiment, results, summary)
+    write_markdown(root, experiment, results, summary)
+    print_summary(console, summary)
+    print_paper_comparison(console, experiment, summary)
+    print_paper_orderings(console, experiment, results)
     warning = get_protocol(experiment.settings.get("protocol", "standard")).warning
     if warning:
         print_line(console, f"official protocol: {warning}")
@@ -221,13 +289,44 @@ def compare(
     return page
 
 
+def _check_options(
+    workers: int,
+    ray: bool,
+    gpus: float | None,
+    run_limit: float | None,
+    part: Part | None,
+    emit: str | None,
+    draw_only: bool,
+) -> None:
+    """Reject options that contradict each other or are out of range."""
+    if ray:
+        import_ray()
+    if gpus is not None and (not ray or gpus < 0 or (gpus > 1 and gpus != int(gpus))):
+        raise ValueError(f"gpus must be 0 to 1 or an integer, and requires ray, got {gpus:g} and ray={ray}")
+    if run_limit is not None and (run_limit <= 0 or not (ray or workers)):
+        raise ValueError(
+            f"run_limit must be positive and requires ray or workers, got {run_limit:g} and workers={workers}"
+        )
+    if emit is not None and (emit != "slurm" or ray or draw_only or part is not None):
+        raise ValueError(f"emit must be slurm, and excludes ray, part and draw_only, got {emit!r}")
+    if part is not None and (draw_only or not 0 <= part[0] < part[1]):
+        raise ValueError(
+            f"part must be NUMBER/COUNT with NUMBER below COUNT, and excludes draw_only, got {part[0]}/{part[1]}"
+        )
+
+
 def _has_diverged(row: CellRow) -> bool:
     """Return True for a tuning run with a non-finite loss, which the search expects at high learning rates."""
     return row.purpose == "trial" and str(row.error).startswith(NonFiniteLossError.__name__)
 
 
-def check_parts(experiment: Experiment, console: Console) -> None:
+def check_parts(experiment: Experiment, console: Console, checks_device: bool = True) -> None:
     """Validate all data and the backbone before training.
+
+    Args:
+        experiment: The experiment.
+        console: Output for descriptions of the data.
+        checks_device: If False, skip the device, which only the machines of a cluster have.
 
     Raises:
         ValueError: If data or backbone are missing or invalid; one message lists all errors.
@@ -246,7 +345,8 @@ def check_parts(experiment: Experiment, console: Console) -> None:
             errors.append(f"forgetting: {error}")
     config = make_config(PROBE, experiment.data[0], experiment.settings, backbone=experiment.backbone, out="-")
     try:
-        choose_device(config.device)
+        if checks_device:
+            choose_device(config.device)
         create_backbone(
             experiment.backbone,
             num_classes=2,
@@ -340,7 +440,7 @@ def choose_method(config: TrainConfig, console: Console | None = None) -> TrainC
         FileExistsError: If `out` holds a run, or `OUT-choice` a selection with other settings.
         ValueError: If data or settings are invalid.
         CellsFailedError: If every method failed.
-        TrainingInterrupted: On Ctrl-C; finished runs are kept.
+        TrainingInterrupted: On Ctrl-C; finished runs stay stored.
     """
     refuse_several_processes("choosing a method")
     console = console or make_console(survives_closed_output=True)
@@ -429,83 +529,145 @@ def _trained_row(root: Path, experiment: Experiment, cell: Cell, console: Consol
     return row
 
 
-def _executor(root: Path, experiment: Experiment, workers: int, threads: int | None, ray: bool) -> Executor:
+def _executor(
+    root: Path,
+    experiment: Experiment,
+    workers: int,
+    threads: int | None,
+    ray: bool,
+    gpus: float | None = None,
+    keep_checkpoints: bool = False,
+) -> Executor:
     """Return the executor for these settings."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     each = threads or max(1, cores // max(workers, 1))
     if ray:
-        config = experiment.settings.get("device", "auto")
-        gpus = 1.0 / max(workers, 1) if choose_device(config).type == "cuda" else 0.0
         return OnRay(root, experiment, workers if workers > 1 else None, threads or 1, gpus)
     if workers == 0:
         return InThisProcess(root, experiment)
-    return InProcesses(root, experiment, workers, each)
+    return InProcesses(root, experiment, workers, each, keep_checkpoints)
 
 
-def _train_all(root: Path, plan: Plan, executor: Executor, console: Console) -> None:
+def _train_all(
+    root: Path,
+    plan: Plan,
+    rows: Iterable[CellRow],
+    executor: Executor,
+    console: Console,
+    limit_s: float = math.inf,
+) -> None:
     """Start runs until all are finished by this or other processes."""
     running: dict[str, Cell] = {}
+    limit = _RunLimit(root, executor, limit_s)
     try:
-        with ComparisonProgress(console, plan, executor.slots) as progress:
+        with ComparisonProgress(console, plan, rows) as progress, _interrupted_by_sigterm():
             while True:
-                ready = plan.ready()
-                if not ready and not running:
-                    return
-                claimed = _start(root, plan, [c for c in ready if _name(c) not in running], running, executor, progress)
-                if not running and claimed == 0:
-                    continue
+                claimed, recorded = _start(root, plan, running, executor, progress)
                 if not running:
-                    progress.waiting(claimed)
-                for ended in executor.wait(_POLL_S):
-                    running.pop(ended.cell.name)
-                    row = ended.outcome.row if ended.outcome else None
-                    if ended.outcome is None:
-                        row = record_crash(root, plan.experiment, ended.cell, ended.error)
+                    if not plan.left:
+                        return
+                    if recorded and not claimed:
+                        continue
+                    if claimed:
+                        progress.waiting(claimed)
+                ended = executor.wait(_POLL_S)
+                for finished in [*ended, *limit.stop_overdue(running.values(), ended)]:
+                    running.pop(finished.cell.name)
+                    row = finished.outcome.row if finished.outcome else None
+                    if finished.outcome is None:
+                        is_stopped = limit.has_stopped(finished.cell)
+                        row = record_crash(root, plan.experiment, finished.cell, finished.error, is_stopped)
                     if row is None:
-                        progress.claimed_elsewhere(ended.cell)
+                        progress.claimed_elsewhere(finished.cell)
                     else:
                         plan.record(row)
-                        progress.ended(ended.cell, row, ended.outcome is None or ended.outcome.state == "trained")
+                        is_own = finished.outcome is None or finished.outcome.state == "trained"
+                        progress.ended(finished.cell, row, max(1, executor.slots), is_own)
     except (KeyboardInterrupt, TrainingInterrupted):
         raise TrainingInterrupted(
-            f"interrupted after {counted(plan.done(), 'finished run')}; resume with: snella compare --out {root}"
+            f"interrupted after {counted(plan.done, 'finished run')}; resume with: snella compare --out {root}"
         ) from None
     finally:
         executor.close()
 
 
+class _RunLimit:
+    """Time limit of each run, from the moment when its worker has locked the cell.
+
+    Args:
+        root: Folder of the comparison.
+        executor: Executor of the runs.
+        limit_s: Maximum seconds.
+    """
+
+    def __init__(self, root: Path, executor: Executor, limit_s: float) -> None:
+        self._root, self._executor, self._limit_s = root, executor, limit_s
+        self._started: dict[str, float] = {}
+        self._stopped: set[str] = set()
+
+    def has_stopped(self, cell: Cell) -> bool:
+        """Return True if the run exceeded the limit."""
+        return cell.name in self._stopped
+
+    def stop_overdue(self, running: Iterable[Cell], ended: Iterable[Finished]) -> list[Finished]:
+        """Stop the runs above the limit that have not ended, and return them with an error."""
+        if math.isinf(self._limit_s):
+            return []
+        overdue, now = [], time.monotonic()
+        names = {finished.cell.name for finished in ended}
+        for cell in running:
+            if cell.name in names:
+                continue
+            if cell.name not in self._started and is_locked(self._root / LOCKS, cell.name):
+                self._started[cell.name] = now
+            if now - self._started.get(cell.name, now) > self._limit_s:
+                self._executor.stop(cell)
+                self._stopped.add(cell.name)
+                error = f"no result within {self._limit_s / 60:g} minutes (run_limit); the run was stopped"
+                overdue.append(Finished(cell, None, error))
+        return overdue
+
+
+@contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """Handle SIGTERM, which schedulers send before they end a job, like Ctrl-C; only in the main thread."""
+    is_main = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler) if is_main else None
+    try:
+        yield
+    finally:
+        if is_main:
+            signal.signal(signal.SIGTERM, previous)
+
+
 def _start(
-    root: Path,
-    plan: Plan,
-    ready: list[Cell | BlockedRun],
-    running: dict[str, Cell],
-    executor: Executor,
-    progress: ComparisonProgress,
-) -> int:
-    """Start runs in free slots, record runs finished elsewhere, and return the number of runs claimed elsewhere."""
-    claimed = 0
-    for item in ready:
+    root: Path, plan: Plan, running: dict[str, Cell], executor: Executor, progress: ComparisonProgress
+) -> tuple[int, int]:
+    """Start runs in free slots and record runs finished elsewhere.
+
+    Returns:
+        Number of runs claimed by other processes, and number of recorded runs.
+    """
+    claimed = recorded = 0
+    slots = executor.slots
+    for item in plan.ready():
+        if len(running) >= slots:
+            break
         cell = item.cell if isinstance(item, BlockedRun) else item
+        if cell.name in running:
+            continue
         row = read_row(cell.folder(root))
+        is_own = row is None and isinstance(item, BlockedRun)
         if row is None and isinstance(item, BlockedRun):
             row = record_crash(root, plan.experiment, cell, item.error)
-            is_own = True
-        else:
-            is_own = False
         if row is not None:
             plan.record(row)
-            progress.ended(cell, row, is_own)
+            progress.ended(cell, row, slots, is_own)
+            recorded += 1
         elif is_locked(root / LOCKS, cell.name):
             claimed += 1
-        elif len(running) < executor.slots:
+        else:
             running[cell.name] = cell
             progress.started(cell)
             executor.start(cell)
-            if executor.slots == 1:
-                return claimed
-    return claimed
-
-
-def _name(item: Cell | BlockedRun) -> str:
-    """Return the name of the cell."""
-    return item.cell.name if isinstance(item, BlockedRun) else item.name
+    return claimed, recorded

@@ -1,6 +1,7 @@
 """Executors: in-process, subprocess and Ray."""
 
 import contextlib
+import math
 import multiprocessing
 import os
 import signal
@@ -37,13 +38,18 @@ class Finished:
 class Executor(Protocol):
     """Interface for training cells in parallel."""
 
-    slots: int
+    @property
+    def slots(self) -> int:
+        """Number of parallel cells; may change."""
 
     def start(self, cell: Cell) -> None:
         """Start a cell; requires a free slot."""
 
     def wait(self, timeout_s: float) -> list[Finished]:
         """Wait for a finished cell or the timeout, and return all finished cells."""
+
+    def stop(self, cell: Cell) -> None:
+        """Stop a running cell, which then does not finish."""
 
     def close(self) -> None:
         """Stop running cells."""
@@ -72,6 +78,9 @@ class InThisProcess:
         ended, self._ended = self._ended, []
         return ended
 
+    def stop(self, cell: Cell) -> None:
+        """No-op; no cell runs in the background."""
+
     def close(self) -> None:
         """No-op; no cell runs in the background."""
 
@@ -87,10 +96,13 @@ class InProcesses:
         experiment: The experiment.
         slots: Number of parallel processes.
         threads: Threads per process.
+        keep_checkpoints: Save a checkpoint after each epoch.
     """
 
-    def __init__(self, root: Path, experiment: Experiment, slots: int, threads: int) -> None:
-        self.slots = slots
+    def __init__(
+        self, root: Path, experiment: Experiment, slots: int, threads: int, keep_checkpoints: bool = False
+    ) -> None:
+        self.slots, self._keep_checkpoints = slots, keep_checkpoints
         self._root, self._experiment, self._threads = root, experiment, threads
         methods = multiprocessing.get_all_start_methods()
         self._context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
@@ -101,7 +113,7 @@ class InProcesses:
     def start(self, cell: Cell) -> None:
         """Start a cell in a new process."""
         receiving, sending = self._context.Pipe(duplex=False)
-        arguments = (sending, self._root, self._experiment, cell, self._threads, git_state())
+        arguments = (sending, self._root, self._experiment, cell, self._threads, git_state(), self._keep_checkpoints)
         process = self._context.Process(target=_work, args=arguments, name=cell.name)
         process.start()
         sending.close()
@@ -113,6 +125,15 @@ class InProcesses:
             time.sleep(timeout_s)
             return []
         return [self._end(ready) for ready in wait(list(self._running), timeout_s) if isinstance(ready, Connection)]
+
+    def stop(self, cell: Cell) -> None:
+        """Kill the process of a running cell."""
+        for connection, (running, process) in list(self._running.items()):
+            if running == cell:
+                process.kill()
+                process.join()
+                connection.close()
+                del self._running[connection]
 
     def close(self) -> None:
         """Terminate running cells and wait for them."""
@@ -142,14 +163,20 @@ class InProcesses:
 
 
 def _work(
-    connection: Connection, root: Path, experiment: Experiment, cell: Cell, threads: int, state: GitState
+    connection: Connection,
+    root: Path,
+    experiment: Experiment,
+    cell: Cell,
+    threads: int,
+    state: GitState,
+    keep_checkpoints: bool,
 ) -> None:
     """Run a cell in a worker process; ignore Ctrl-C, because the parent terminates the worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     set_threads(threads)
     set_git_state(state)
     with _reported(connection) as send:
-        send((run_cell(root, experiment, cell, is_own_process=True), ""))
+        send((run_cell(root, experiment, cell, True, keep_checkpoints), ""))
 
 
 @contextlib.contextmanager
@@ -179,40 +206,59 @@ class OnRay:
     """Execution on Ray, with one task and one worker process per cell.
 
     Connects to the cluster in `RAY_ADDRESS`, or starts a local one. All machines must see the comparison's folder
-    under the same path.
+    under the same path. A cell whose worker or machine is lost starts again, from its last checkpoint, at most
+    `MAX_RESTARTS` times.
 
     Args:
         root: Folder of the comparison; made absolute.
         experiment: The experiment.
-        slots: Number of parallel cells; None uses all CPUs of the cluster.
+        slots: Number of parallel cells; None uses all machines of the cluster.
         threads: Threads per cell, reserved as Ray CPUs.
-        gpus: Fraction of a GPU per cell.
+        gpus: Fraction of a GPU per cell, reserved as Ray GPUs; None divides the cluster's GPUs among `slots`, with at
+            most one per cell.
 
     Raises:
         ImportError: If Ray is not installed.
+        ConnectionError: If no cluster answers at `RAY_ADDRESS`.
+        ValueError: If no machine of the cluster has enough CPUs and GPUs for a cell.
     """
 
-    def __init__(self, root: Path, experiment: Experiment, slots: int | None, threads: int, gpus: float = 0.0) -> None:
+    def __init__(
+        self, root: Path, experiment: Experiment, slots: int | None, threads: int, gpus: float | None = None
+    ) -> None:
         ray = import_ray()
         self._ray = ray
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
-            address = os.environ.get("RAY_ADDRESS")
-            here: dict[str, Any] = {
-                "num_cpus": slots * threads if slots else os.cpu_count() or 1,
-                "include_dashboard": False,
-            }
-            ray.init(address=address or "local", log_to_driver=False, **({} if address else here))
-        available = int(ray.cluster_resources().get("CPU", 1)) // threads
-        self.slots = max(1, available if slots is None else slots)
-        self._arguments = (root.resolve(), experiment, threads, git_state())
+            _connect(ray, None if slots is None else slots * threads)
+        self._slots, self._threads = slots, threads
+        self._gpus = _gpu_share(self._total("GPU"), slots, experiment) if gpus is None else gpus
+        self._root = root.resolve()
+        self._arguments = ray.put((self._root, experiment, threads, git_state(), Path.cwd()))
         # max_calls=1: a new worker for each cell, so that its peak memory is that of the cell
-        self._task = ray.remote(num_cpus=threads, num_gpus=gpus, max_calls=1, max_retries=0)(_work_for_ray)
+        options: dict[str, Any] = {"num_cpus": threads, "num_gpus": self._gpus, "max_calls": 1, "max_retries": 0}
+        self._task = ray.remote(**options)(_work_for_ray)
         self._running: dict[Any, Cell] = {}
+        self._restarts: dict[str, int] = {}
+        self._counted_at, self._count = -math.inf, 0
+        if not self.slots:
+            machines = "; ".join(f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs" for node in self._nodes())
+            self.close()
+            raise ValueError(
+                f"a run needs {threads} CPUs and {self._gpus:g} GPUs on one machine, got a Ray cluster with "
+                f"{machines}; reduce threads or gpus"
+            )
+
+    @property
+    def slots(self) -> int:
+        """Number of parallel cells; grows and shrinks with the machines of the cluster."""
+        if time.monotonic() - self._counted_at > _NODES_S:
+            self._counted_at, self._count = time.monotonic(), sum(map(self._slots_of, self._nodes()))
+        return self._count if self._slots is None else min(self._count, self._slots)
 
     def start(self, cell: Cell) -> None:
         """Submit a cell to Ray."""
-        self._running[self._task.remote(*self._arguments, cell)] = cell
+        self._running[self._task.remote(self._arguments, cell)] = cell
 
     def wait(self, timeout_s: float) -> list[Finished]:
         """Wait for a finished cell or the timeout, and return all finished cells."""
@@ -220,7 +266,13 @@ class OnRay:
             time.sleep(timeout_s)
             return []
         ready, _ = self._ray.wait(list(self._running), num_returns=1, timeout=timeout_s)
-        return [self._end(reference) for reference in ready]
+        return [finished for reference in ready if (finished := self._end(reference)) is not None]
+
+    def stop(self, cell: Cell) -> None:
+        """Stop a running cell."""
+        for reference in [reference for reference, running in self._running.items() if running == cell]:
+            del self._running[reference]
+            self._ray.cancel(reference, force=True)
 
     def close(self) -> None:
         """Cancel running cells, and shut down a cluster started by this object."""
@@ -230,14 +282,70 @@ class OnRay:
         if self._owns_ray:
             self._ray.shutdown()
 
-    def _end(self, reference: Any) -> Finished:
-        """Return the outcome of a worker, or the reason of its crash."""
+    def _end(self, reference: Any) -> Finished | None:
+        """Return the outcome of a worker or the reason of its crash; None if the cell starts again."""
         cell = self._running.pop(reference)
         try:
             return Finished(cell, self._ray.get(reference))
         except self._ray.exceptions.RayError as error:
-            reason = str(error).strip().splitlines()
-            return Finished(cell, None, f"{type(error).__name__}: {reason[-1] if reason else 'the worker crashed'}")
+            lines = str(error).strip().splitlines()
+            reason = f"{type(error).__name__}: {lines[-1] if lines else 'the worker crashed'}"
+            restarts = self._restarts.get(cell.name, 0)
+            if isinstance(error, self._ray.exceptions.RayTaskError):
+                return Finished(cell, None, reason)
+            if restarts == MAX_RESTARTS:
+                return Finished(cell, None, f"{reason} (after {restarts} restarts)")
+            self._restarts[cell.name] = restarts + 1
+            self.start(cell)
+            return None
+
+    def _nodes(self) -> list[dict[str, float]]:
+        """Return the resources of all live machines."""
+        return [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+
+    def _total(self, resource: str) -> float:
+        """Return the amount of a resource in the cluster."""
+        return sum(node.get(resource, 0.0) for node in self._nodes())
+
+    def _slots_of(self, node: dict[str, float]) -> int:
+        """Return the number of cells that fit on a machine."""
+        by_cpu = int(node.get("CPU", 0.0) // self._threads)
+        if not self._gpus:
+            return by_cpu
+        gpus, rounded = node.get("GPU", 0.0), 1e-6
+        by_gpu = int(gpus) * int(1 / self._gpus + rounded) if self._gpus <= 1 else int(gpus // self._gpus)
+        return min(by_cpu, by_gpu)
+
+
+MAX_RESTARTS = 2
+"""Number of times that a cell starts again after its worker or machine was lost."""
+_NODES_S = 2.0
+
+
+def _connect(ray: Any, cpus: int | None) -> None:
+    """Connect to the cluster in `RAY_ADDRESS`, or start a local one with that many CPUs."""
+    address = os.environ.get("RAY_ADDRESS")
+    if address is None:
+        ray.init(
+            address="local", log_to_driver=False, include_dashboard=False, num_cpus=cpus or max(1, os.cpu_count() or 1)
+        )
+        return
+    try:
+        ray.init(address=address, log_to_driver=False)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        lines = str(error).strip().splitlines()
+        raise ConnectionError(
+            f"no Ray cluster answers at RAY_ADDRESS={address} ({lines[0] if lines else type(error).__name__}); start "
+            "one with `ray start --head`, or unset RAY_ADDRESS to use this machine"
+        ) from None
+
+
+def _gpu_share(gpus: float, slots: int | None, experiment: Experiment) -> float:
+    """Return the GPUs per cell: an equal share for each slot, at most one; 0 on the CPU."""
+    if not gpus or not str(experiment.settings.get("device", "auto")).startswith(("auto", "cuda")):
+        return 0.0
+    share = 1.0 if slots is None else min(1.0, gpus / slots)
+    return math.floor(share * 10_000) / 10_000  # the precision of Ray
 
 
 def import_ray() -> Any:
@@ -254,8 +362,11 @@ def import_ray() -> Any:
     return ray
 
 
-def _work_for_ray(root: Path, experiment: Experiment, threads: int, state: GitState, cell: Cell) -> Outcome:
+def _work_for_ray(arguments: tuple[Path, Experiment, int, GitState, Path], cell: Cell) -> Outcome:
     """Run a cell in a Ray worker."""
+    root, experiment, threads, state, folder = arguments
+    if folder.is_dir():  # relative paths of data start here
+        os.chdir(folder)
     set_threads(threads)
     set_git_state(state)
-    return run_cell(root, experiment, cell, is_own_process=True)
+    return run_cell(root, experiment, cell, is_own_process=True, keep_checkpoints=True)

@@ -1,7 +1,7 @@
 """Comparison figures: accuracy over cost, accuracy over learning rate, and paired differences."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
+from snella_app.records import CellRow
 from snella_app.report.style import (
     ACCENT,
     COLORS,
@@ -93,7 +94,10 @@ def learning_rate_curves(summary: Summary, rows: Rows, tasks: Sequence[str], tit
         tasks: Tasks to average over, at factors tried on all of them; a mean marks its best learning rate.
         title: Title of the figure.
     """
-    curves = [(number, m.name, _mean_curve(rows, m.name, tasks)) for number, m in enumerate(summary.methods)]
+    pairs: dict[tuple[str, str], list[CellRow]] = {}
+    for row in rows:
+        pairs.setdefault((row.experiment_name, row.task_name), []).append(row)
+    curves = [(number, m.name, _mean_curve(pairs, m.name, tasks)) for number, m in enumerate(summary.methods)]
     curves = [curve for curve in curves if len(curve[2]) > 1]
     if not curves:
         return None
@@ -111,7 +115,9 @@ def learning_rate_curves(summary: Summary, rows: Rows, tasks: Sequence[str], tit
 
 def _chosen(rows: Rows, method: str, tasks: Sequence[str]) -> float | None:
     """Return the factor of a method's final runs on one task; None for several tasks or without final runs."""
-    finals = [row for row in final_rows(rows) if row.experiment_name == method and [row.task_name] == [*tasks]]
+    if len(tasks) != 1:
+        return None
+    finals = [row for row in final_rows(rows) if row.experiment_name == method and row.task_name == tasks[0]]
     return finals[0].lr_factor if finals else None
 
 
@@ -131,9 +137,11 @@ def _draw_curve(axes: Axes, number: int, points: Sequence[tuple[float, float | N
     return line
 
 
-def _mean_curve(rows: Rows, method: str, tasks: Sequence[str]) -> list[tuple[float, float | None]]:
-    """Average the curves of several tasks at their common factors."""
-    curves = [dict(lr_curve(rows, method, task)) for task in tasks]
+def _mean_curve(
+    pairs: Mapping[tuple[str, str], Rows], method: str, tasks: Sequence[str]
+) -> list[tuple[float, float | None]]:
+    """Average the curves of several tasks at their common factors, given the rows by method and task."""
+    curves = [dict(lr_curve(pairs.get((method, task), ()), method, task)) for task in tasks]
     common = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
     return [(factor, _mean([curve[factor] for curve in curves])) for factor in common]
 

@@ -175,17 +175,18 @@ def _own_result(column: str, line: MethodSummary, summary: Summary) -> float | N
 MARKDOWN_FILE = "comparison.md"
 
 
-def markdown_tables(experiment: Experiment, rows: Rows) -> str:
+def markdown_tables(experiment: Experiment, rows: Rows, summary: Summary | None = None) -> str:
     """Format the result tables as Markdown, with caption, command, machine and dates.
 
     Args:
         experiment: The experiment, for order, groups and reference.
         rows: All rows.
+        summary: Results of the rows; computed if None.
 
     Returns:
         Markdown text; a single sentence if no final run is finished.
     """
-    summary = summarize(experiment, rows)
+    summary = summary or summarize(experiment, rows)
     if not summary.finals:
         return "No final run is finished yet.\n"
     parts = []
@@ -209,9 +210,9 @@ def markdown_tables(experiment: Experiment, rows: Rows) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def write_markdown(root: Path, experiment: Experiment, rows: Rows) -> Path:
+def write_markdown(root: Path, experiment: Experiment, rows: Rows, summary: Summary | None = None) -> Path:
     """Write the Markdown tables next to the HTML report."""
-    write_text(root / MARKDOWN_FILE, markdown_tables(experiment, rows))
+    write_text(root / MARKDOWN_FILE, markdown_tables(experiment, rows, summary))
     return root / MARKDOWN_FILE
 
 
@@ -234,7 +235,9 @@ def _provenance(experiment: Experiment, rows: Rows) -> str:
 
 FILE = "comparison.html"
 _NARROW = 310  # figure width in pixels on a phone
-_KEPT = {
+MOST_TASK_FIGURES = 24
+"""Maximum number of tasks with figures by task; the tables have all tasks."""
+_SELECTED_EPOCH = {
     "standard": "at the best epoch on validation",
     "final": "at the last epoch, trained on training and validation images",
     "official": "at the best epoch on the same test images",
@@ -242,18 +245,19 @@ _KEPT = {
 """Evaluated epoch of a final run, by protocol."""
 
 
-def write_page(root: Path, experiment: Experiment, rows: Rows) -> Path:
+def write_page(root: Path, experiment: Experiment, rows: Rows, summary: Summary | None = None) -> Path:
     """Write the HTML report atomically.
 
     Args:
         root: Folder of the comparison.
         experiment: The experiment.
         rows: All rows.
+        summary: Results of the rows; computed if None.
 
     Returns:
         Path of the report.
     """
-    summary = summarize(experiment, rows)
+    summary = summary or summarize(experiment, rows)
     context = {
         "experiment": experiment,
         "title": _title(experiment),
@@ -263,7 +267,7 @@ def write_page(root: Path, experiment: Experiment, rows: Rows) -> Path:
         else [],
         "published": [row.texts for row in paper_comparison(experiment, summary)],
         "orderings": [result.texts for result in paper_orderings(experiment, rows)],
-        "kept": _KEPT[experiment.settings.get("protocol", "standard")],
+        "kept": _SELECTED_EPOCH[experiment.settings.get("protocol", "standard")],
         "warning": get_protocol(experiment.settings.get("protocol", "standard")).warning,
         "costs": _costs(summary),
         "pareto": _pareto(summary),
@@ -273,7 +277,8 @@ def write_page(root: Path, experiment: Experiment, rows: Rows) -> Path:
         "recommendation": recommendation_text(summary),
         "headline": _headline(summary),
         "forest": _forest(summary, False),
-        "forests": _forest(summary, True) if len(summary.tasks) > 1 else Markup(""),
+        "forests": _forest(summary, True) if 1 < len(summary.tasks) <= MOST_TASK_FIGURES else Markup(""),
+        "most_task_figures": MOST_TASK_FIGURES,
         "shown_points": f"{100 * figures.SHOWN_RANGE:g}",
         "on_gpu": any(row.column("accelerator_memory_max") for row in rows),
         "tested": interval_text(summary),
@@ -382,13 +387,13 @@ def _pareto(summary: Summary) -> list[Markup]:
         ("num_trainable_params", "trainable parameters", "Trainable parameters", True),
         ("step_time", "median seconds of a step", "Step time", False),
     ]
-    pictures = []
+    plots = []
     for name, label, title, is_log in axes:
         figure = figures.pareto(summary, name, label, title, is_log)
         if figure is not None:
             text = f"Test {summary.measure} over {title.lower()}, one point per method."
-            pictures.append(_picture(figure, f"pareto-{name}", text))
-    return pictures
+            plots.append(_svg(figure, f"pareto-{name}", text))
+    return plots
 
 
 def _forest(summary: Summary, with_tasks: bool) -> Markup:
@@ -396,9 +401,9 @@ def _forest(summary: Summary, with_tasks: bool) -> Markup:
     text = "Paired differences on each task." if with_tasks else "Mean paired differences from the reference."
     parts = []
     for place, width in (("roomy", 640), ("narrow", _NARROW)):
-        picture = _picture(figures.forest(summary, with_tasks, width), f"forest-{place}-{with_tasks:d}", text)
-        if picture:
-            parts.append(Markup('<div class="{}">{}</div>').format(place, picture))
+        svg = _svg(figures.forest(summary, with_tasks, width), f"forest-{place}-{with_tasks:d}", text)
+        if svg:
+            parts.append(Markup('<div class="{}">{}</div>').format(place, svg))
     return Markup("").join(parts)
 
 
@@ -406,13 +411,18 @@ def _rates(summary: Summary, rows: Rows) -> list[Markup]:
     """Plot the metric over the learning rate: the mean over tasks, then each task."""
     tasks = summary.tasks or sorted({row.task_name for row in rows})
     overall = [("Mean over tasks", tasks)] if len(tasks) > 1 else []
-    pictures = []
-    for number, (title, task_group) in enumerate([*overall, *((task, [task]) for task in tasks)]):
-        figure = figures.learning_rate_curves(summary, rows, task_group, shortened(title, 40))
+    plots = []
+    by_task: dict[str, list[CellRow]] = {}
+    for row in rows:
+        by_task.setdefault(row.task_name, []).append(row)
+    single = [(task, [task]) for task in tasks] if len(tasks) <= MOST_TASK_FIGURES else []
+    for number, (title, task_group) in enumerate([*overall, *single]):
+        task_rows = rows if len(task_group) > 1 else by_task.get(task_group[0], [])
+        figure = figures.learning_rate_curves(summary, task_rows, task_group, shortened(title, 40))
         if figure is not None:
             text = f"{title}: validation {summary.measure} over the learning rate, one line per method."
-            pictures.append(_picture(figure, f"rates-{number}", text))
-    return pictures
+            plots.append(_svg(figure, f"rates-{number}", text))
+    return plots
 
 
 def _choices(summary: Summary, rows: Rows) -> list[dict[str, Any]]:
@@ -458,6 +468,6 @@ def _machines(rows: Rows) -> list[dict[str, Any]]:
     return list(machines.values())
 
 
-def _picture(figure: Figure | None, name: str, description: str) -> Markup:
+def _svg(figure: Figure | None, name: str, description: str) -> Markup:
     """Return a figure as markup, empty for None; `inline_svg` escapes text from the rows."""
     return Markup("" if figure is None else inline_svg(figure, name, description))

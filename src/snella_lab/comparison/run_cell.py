@@ -8,6 +8,7 @@ import traceback
 import warnings
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
+from snella_app.config import TrainConfig
 from snella_app.data import ImageDataset, build_transform, load_data
 from snella_app.data.splits import stratified_sample
 from snella_app.files import write_json
@@ -33,7 +35,9 @@ from snella_app.records import CellResults, CellRow, Metrics, RunInfo, SplitScor
 from snella_app.runs import RunFolder, load_run
 from snella_app.runs.evaluate import evaluate
 from snella_app.runs.model import make_backbone
+from snella_app.training.checkpoints import find_damage, latest_checkpoint
 from snella_app.training.linear_probe import head_inputs
+from snella_app.training.results import versions_of
 from snella_app.training.session import TrainingInterrupted
 from snella_app.training.train import train
 from snella_lab.comparison.cells import Cell, git_state, package_info, system_info, tuned_settings, tuning_result
@@ -298,16 +302,21 @@ class Outcome:
     row: CellRow | None = None
 
 
-def run_cell(root: Path, experiment: Experiment, cell: Cell, is_own_process: bool = False) -> Outcome:
+def run_cell(
+    root: Path, experiment: Experiment, cell: Cell, is_own_process: bool = False, keep_checkpoints: bool = False
+) -> Outcome:
     """Train a cell and store its row, unless it is finished or claimed by another process.
 
-    Files of an interrupted attempt are removed first. A failed run is stored as a row with its error.
+    An interrupted attempt continues from its checkpoint; without one, its files are removed first. A failed run is
+    stored as a row with its error.
 
     Args:
         root: Folder of the comparison.
         experiment: The experiment.
         cell: The cell.
         is_own_process: True in a process dedicated to this cell, whose peak memory is that of the cell.
+        keep_checkpoints: Save a checkpoint after each epoch, for machines that may be lost. SIGTERM and Ctrl-C always
+            save one.
 
     Raises:
         TrainingInterrupted: On Ctrl-C; the lock of the cell is released.
@@ -323,19 +332,29 @@ def run_cell(root: Path, experiment: Experiment, cell: Cell, is_own_process: boo
             return Outcome("found", row)
         if not is_acquired:
             return Outcome("claimed")
-        row = _row(root, experiment, cell, folder, is_own_process)
+        row = _row(root, experiment, cell, folder, is_own_process, keep_checkpoints)
         append_row(root, folder, row)
         drop_adapters(root, experiment, cell)
     remove_lock(root / LOCKS, cell.name)
     return Outcome("trained", row)
 
 
-def record_crash(root: Path, experiment: Experiment, cell: Cell, error: str) -> CellRow | None:
-    """Store the row of a cell whose process crashed; None if another process has claimed it."""
+def record_crash(
+    root: Path, experiment: Experiment, cell: Cell, error: str, ignores_lock: bool = False
+) -> CellRow | None:
+    """Store the row of a cell whose process crashed; None if another process has claimed it.
+
+    Args:
+        root: Folder of the comparison.
+        experiment: The experiment.
+        cell: The cell.
+        error: Reason of the crash.
+        ignores_lock: Store the row even if the cell is locked, by a process that no longer responds.
+    """
     folder = cell.folder(root)
     with cell_lock(root / LOCKS, cell.name) as is_acquired:
         row = read_row(folder)
-        if row is None and not is_acquired:
+        if row is None and not is_acquired and not ignores_lock:
             return None
         if row is None:
             row = _failed(row_header(cell, experiment, _now()), error, 0.0)
@@ -344,24 +363,46 @@ def record_crash(root: Path, experiment: Experiment, cell: Cell, error: str) -> 
     return row
 
 
-def _row(root: Path, experiment: Experiment, cell: Cell, folder: Path, is_own_process: bool) -> CellRow:
+def _earlier_s(folder: Path, config: TrainConfig) -> float | None:
+    """Return the training time up to the checkpoint of an interrupted attempt.
+
+    Returns:
+        Seconds; None without an intact checkpoint of the same settings and package versions.
+    """
+    run = RunFolder(folder)
+    checkpoint = latest_checkpoint(run.checkpoints)
+    try:
+        if checkpoint is None or run.status not in ("running", "interrupted") or find_damage(checkpoint, run.id):
+            return None
+        versions = read(RunInfo, folder).versions
+        is_same = versions == versions_of(set(versions) - {"python"}) and not config.differences(run.read_config())
+        return float(json.loads((checkpoint / "progress.json").read_text())["elapsed_s"]) if is_same else None
+    except (OSError, ValueError, LookupError, TypeError, PackageNotFoundError):
+        return None
+
+
+def _row(
+    root: Path, experiment: Experiment, cell: Cell, folder: Path, is_own_process: bool, keep_checkpoints: bool
+) -> CellRow:
     """Train and evaluate a cell, and return a row with its results or its error."""
     start, before_mib = time.monotonic(), psutil.Process().memory_info().rss / 2**20
     created_at = _now()
     log = root / LOGS / (cell.name.replace("/", "!") + ".txt")
     log.parent.mkdir(parents=True, exist_ok=True)
-    if folder.exists():
+    config = cell.config(experiment, folder)
+    earlier_s = _earlier_s(folder, config)
+    if earlier_s is None and folder.exists():
         shutil.rmtree(folder)
     head = row_header(cell, experiment, created_at)
-    with log.open("w", encoding="utf-8") as file:
+    with log.open("w" if earlier_s is None else "a", encoding="utf-8") as file:
         try:
-            trial = finish_tuning_run(root, experiment, cell, folder)
+            trial = finish_tuning_run(root, experiment, cell, folder) if earlier_s is None else None
             if trial is None:
                 train(
-                    cell.config(experiment, folder),
+                    replace(config, resume=earlier_s is not None),
                     Console(file=file, width=200),
                     measure_test=cell.is_final,
-                    keep_checkpoints=False,
+                    keep_checkpoints=keep_checkpoints,
                     draw_report=False,
                 )
             run = RunFolder(folder)
@@ -381,7 +422,8 @@ def _row(root: Path, experiment: Experiment, cell: Cell, folder: Path, is_own_pr
         except Exception as error:
             traceback.print_exc(file=file)
             return _failed(head, f"{type(error).__name__}: {_first_lines(error)}", time.monotonic() - start)
-    total = round(time.monotonic() - start + (0.0 if trial is None else trial.total_time), 3)
+    earlier_s = (earlier_s or 0.0) if trial is None else trial.total_time
+    total = round(time.monotonic() - start + earlier_s, 3)
     return CellRow(**head, status="success", total_time=total, results=results)
 
 

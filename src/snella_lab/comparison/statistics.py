@@ -113,7 +113,7 @@ def difference(rows: Rows, method: str, reference: str, tasks: Sequence[str], me
     Returns:
         The difference without correction (see `with_holm`), or None without pairs.
     """
-    pairs = [values for task in tasks if (values := _paired(rows, method, reference, task, metric))]
+    pairs = [values for values in _paired(rows, method, reference, tasks, metric) if values]
     return difference_of(pairs) if pairs else None
 
 
@@ -142,25 +142,25 @@ def difference_of(pairs: Sequence[Sequence[float]]) -> Difference:
     return Difference(mean, low, high, count, tasks, float(test.pvalue), above, below)
 
 
-def with_holm(found: Mapping[Key, Difference | None]) -> dict[Key, Difference | None]:
+def with_holm(differences: Mapping[Key, Difference | None]) -> dict[Key, Difference | None]:
     """Set `adjusted_p` of a family of comparisons by Holm's correction.
 
     The k-th of m p-values in ascending order becomes max over i <= k of (m - i + 1) · p_i, at most 1.
 
     Args:
-        found: Differences by any key; None and single units, which have no p-value, are unchanged.
+        differences: Differences by any key; None and single units, which have no p-value, are unchanged.
 
     Returns:
         The same keys in the same order.
     """
-    tested = {key: value for key, value in found.items() if value is not None and not math.isnan(value.p)}
+    tested = {key: value for key, value in differences.items() if value is not None and not math.isnan(value.p)}
     adjusted: dict[Key, float] = {}
     highest = 0.0
     for place, key in enumerate(sorted(tested, key=lambda key: tested[key].p)):
         highest = max(highest, min(1.0, (len(tested) - place) * tested[key].p))
         adjusted[key] = highest
     changed = {key: replace(value, adjusted_p=adjusted[key], comparisons=len(tested)) for key, value in tested.items()}
-    return {key: changed.get(key, value) for key, value in found.items()}
+    return {key: changed.get(key, value) for key, value in differences.items()}
 
 
 def average(rows: Rows, method: str, column: str) -> float | None:
@@ -207,11 +207,14 @@ def _mean_of_groups(rows: Rows, method: str, groups: Sequence[Sequence[str]], me
     )
 
 
-def _paired(rows: Rows, method: str, reference: str, task: str, metric: str) -> list[float]:
-    """Return the differences on one task for every seed that both methods have."""
-    values: dict[str, dict[int, float]] = {method: {}, reference: {}}
+def _paired(rows: Rows, method: str, reference: str, tasks: Sequence[str], metric: str) -> list[list[float]]:
+    """Return the differences on each task for every seed that both methods have."""
+    values: dict[tuple[str, str], dict[int, float]] = {
+        (task, name): {} for task in tasks for name in (method, reference)
+    }
     for row in rows:
-        if row.task_name == task and row.experiment_name in values:
-            values[row.experiment_name][row.seed] = _value(row, metric)
-    common = sorted(values[method].keys() & values[reference].keys())
-    return [values[method][seed] - values[reference][seed] for seed in common]
+        scores = values.get((row.task_name, row.experiment_name))
+        if scores is not None:
+            scores[row.seed] = _value(row, metric)
+    both = [(values[task, method], values[task, reference]) for task in tasks]
+    return [[first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())] for first, second in both]

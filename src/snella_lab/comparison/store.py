@@ -13,7 +13,8 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from filelock import FileLock, Timeout
 
 from snella_app.files import SEAL, is_intact, sealed, write_json, write_text
 from snella_app.records import CellRow, plain, record_from, write
+from snella_lab.comparison.experiment import DataEntry, MethodEntry, folder_name
 
 FILE = "results.jsonl"
 LOCKS = "locks"
@@ -100,34 +102,57 @@ def append_row(root: Path, folder: Path, row: CellRow) -> None:
 
 def read_row(folder: Path) -> CellRow | None:
     """Read the row of one cell; None if it is missing or damaged."""
-    columns = _parsed(_text(folder / CellRow.file))
-    return _record(columns) if columns is not None and _row_error(columns) is None else None
+    return _checked(_parsed(_text(folder / CellRow.file)), {})[0]
 
 
 def read_lines(path: Path) -> tuple[dict[str, CellRow], list[str]]:
     """Read the last row of each cell from a results file, and notes about invalid lines."""
-    rows, notes = _columns_of_lines(path)
-    return {name: _record(columns) for name, columns in rows.items()}, notes
+    lines, notes = _read_lines(path)
+    return {name: line.row for name, line in lines.items()}, notes
 
 
-def _columns_of_lines(path: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Return rows as plain columns, and notes about invalid lines; see `read_lines`."""
-    rows: dict[str, dict[str, Any]] = {}
-    notes = []
-    lines = _text(path).split("\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        row = _parsed(line)
-        if row is None:
-            error: str | None = "is truncated" if number == len(lines) else "is not a comparison row"
-        else:
-            error = _row_error(row)
-        if row is not None and error is None:
-            rows[row["cell"]] = row
-        else:
-            notes.append(f"{path}, line {number} {error} ({len(line)} characters) and was skipped")
-    return rows, notes
+@dataclass(frozen=True)
+class _Line:
+    """A valid line of the results file.
+
+    Args:
+        start: Offset in the file in bytes.
+        size: Number of bytes.
+        row: The row.
+    """
+
+    start: int
+    size: int
+    row: CellRow
+
+
+def _read_lines(path: Path, is_brief: bool = False) -> tuple[dict[str, _Line], list[str]]:
+    """Read the last valid line of each cell, and notes about invalid lines.
+
+    Args:
+        path: The results file.
+        is_brief: Leave out `train_config`, most of a row's memory.
+    """
+    lines: dict[str, _Line] = {}
+    notes: list[str] = []
+    if not path.is_file():
+        return lines, notes
+    pool: dict[str, Any] = {}
+    with path.open("rb") as file:
+        start = 0
+        for number, line in enumerate(file, start=1):
+            text = line.decode("utf-8", "replace").removesuffix("\n")
+            if text.strip():
+                columns = _parsed(text)
+                row, error = _checked(columns, pool)
+                if columns is None and not line.endswith(b"\n"):
+                    error = "is truncated"
+                if row is None:
+                    notes.append(f"{path}, line {number} {error} ({len(text)} characters) and was skipped")
+                else:
+                    lines[row.cell] = _Line(start, len(line), replace(row, train_config={}) if is_brief else row)
+            start += len(line)
+    return lines, notes
 
 
 def collect(root: Path) -> tuple[dict[str, CellRow], list[str]]:
@@ -140,31 +165,63 @@ def collect(root: Path) -> tuple[dict[str, CellRow], list[str]]:
         root: Folder of the comparison.
 
     Returns:
-        Rows by cell name, and notes about repairs.
+        Rows by cell name, without `train_config`, and notes about repairs.
     """
-    rows, notes = _columns_of_lines(root / FILE)
-    merged = dict(rows)
-    for path in sorted((root / "cells").rglob(CellRow.file)):
-        name = path.parent.relative_to(root / "cells").as_posix()
-        row = _parsed(_text(path))
-        error = "is not a comparison row" if row is None else _row_error(row)
-        if row is not None and error is None and row["cell"] != name:
-            error = f"holds the row of another cell, {row['cell']!r}"
-        if row is not None and error is None and name not in merged:
-            merged[name] = row
-        elif name in merged and row != merged[name]:
-            notes.append(f"{path} {error or f'differs from {FILE}'}; restored from {FILE}")
-            write_json(path, merged[name])
-        elif error is not None:
-            notes.append(f"{path} {error} and was skipped")
-    restored = [name for name in merged if name not in rows]
+    path = root / FILE
+    lines, notes = _read_lines(path, is_brief=True)
+    rows = {name: line.row for name, line in lines.items()}
+    restored: dict[str, dict[str, Any]] = {}
+    pool: dict[str, Any] = {}
+    with path.open("rb") if lines else nullcontext() as file:
+        for copy in _copies(root / "cells"):
+            name = copy.parent.relative_to(root / "cells").as_posix()
+            columns = _parsed(_text(copy))
+            if name in lines:
+                stored = _columns_of(file, lines[name])
+                if columns == stored:
+                    continue
+            row, error = _checked(columns, pool)
+            if row is not None and row.cell != name:
+                error = f"holds the row of another cell, {row.cell!r}"
+            if name in lines:
+                notes.append(f"{copy} {error or f'differs from {FILE}'}; restored from {FILE}")
+                write_json(copy, stored)
+            elif error is not None:
+                notes.append(f"{copy} {error} and was skipped")
+            elif row is not None and columns is not None:
+                rows[name], restored[name] = replace(row, train_config={}), columns
     if notes and restored:
         notes.append(f"{len(restored)} rows restored from cell folders")
-    if merged and (notes or merged != rows or _line_count(root / FILE) != len(merged)):
+    if rows and (notes or restored or _line_count(path) != len(rows)):
         with cell_lock(root / LOCKS, FILE) as is_acquired:
             if is_acquired:  # else another process is writing it
-                _write(root / FILE, merged.values())
-    return {name: _record(columns) for name, columns in merged.items()}, notes
+                with path.open("rb") if lines else nullcontext() as file:
+                    remaining = {name: _columns_of(file, line) for name, line in lines.items()}
+                _write(path, [*remaining.values(), *restored.values()])
+    return rows, notes
+
+
+def _copies(cells: Path) -> Iterator[Path]:
+    """Yield the `cell.json` of all cells in alphabetical order, without searching the run folders that have one."""
+    for folder, folders, files in os.walk(cells):
+        if CellRow.file in files:
+            folders.clear()
+            yield Path(folder, CellRow.file)
+        folders.sort()
+
+
+def _columns_of(file: Any, line: _Line) -> dict[str, Any]:
+    """Read the columns of a valid line again."""
+    file.seek(line.start)
+    columns: dict[str, Any] = json.loads(file.read(line.size))
+    return columns
+
+
+def read_part(root: Path, pairs: Iterable[tuple[DataEntry, MethodEntry]]) -> dict[str, CellRow]:
+    """Read the rows of pairs of task and method from their folders, without repairs."""
+    folders = {root / "cells" / folder_name(data.name) / folder_name(method.name) for data, method in pairs}
+    rows = (read_row(copy.parent) for folder in sorted(folders) for copy in _copies(folder))
+    return {row.cell: row for row in rows if row is not None}
 
 
 def drop_failed(root: Path) -> list[str]:
@@ -190,8 +247,10 @@ def drop_failed(root: Path) -> list[str]:
                 )
             for name in failed:
                 (root / "cells" / name / CellRow.file).unlink(missing_ok=True)
-            current, _ = _columns_of_lines(root / FILE)  # includes concurrent additions by other processes
-            _write(root / FILE, [row for name, row in current.items() if name not in failed])
+            lines, _ = _read_lines(root / FILE)  # includes concurrent additions by other processes
+            with (root / FILE).open("rb") as file:
+                remaining = [_columns_of(file, line) for name, line in lines.items() if name not in failed]
+            _write(root / FILE, remaining)
     return failed
 
 
@@ -216,21 +275,43 @@ def _record(columns: dict[str, Any]) -> CellRow:
     return record_from(CellRow, CellRow.decoded(columns))
 
 
-def _row_error(row: dict[str, Any]) -> str | None:
-    """Return the error of a row's columns, phrased to follow a file name, or None if valid.
+def _checked(columns: dict[str, Any] | None, pool: dict[str, Any]) -> tuple[CellRow | None, str | None]:
+    """Return the row of parsed columns, or None and the error, phrased to follow a file name.
 
     The cell name becomes a path below the comparison's folder and must not escape it.
+
+    Args:
+        columns: Parsed columns; None for text that is no row.
+        pool: Parts of earlier rows, shared by equal ones.
     """
-    name = row["cell"]
+    if columns is None:
+        return None, "is not a comparison row"
+    name = columns["cell"]
     if not isinstance(name, str) or _CELL_NAME.fullmatch(name) is None:
-        return f"has the cell name {name!r}, which must be a relative path such as 'digits/lora-8/seed-0'"
-    if not is_intact(row):
-        return f"was modified after it was written (the {SEAL} of {name!r} differs)"
+        return None, f"has the cell name {name!r}, which must be a relative path such as 'digits/lora-8/seed-0'"
+    if not is_intact(columns):
+        return None, f"was modified after it was written (the {SEAL} of {name!r} differs)"
     try:
-        _record(row)
+        return _shared(_record(columns), pool), None
     except ValueError as error:
-        return f"is not a comparison row: {error}"
-    return None
+        return None, f"is not a comparison row: {error}"
+
+
+_REPEATED = ("package_info", "system_info", "search")
+_REPEATED_RESULTS = ("peft_config", "sizes", "split")
+_REPEATED_WORDS = ("task_name", "group", "experiment_name", "comparison", "method", "model_id", "created_at")
+
+
+def _shared(row: CellRow, pool: dict[str, Any]) -> CellRow:
+    """Replace the parts that repeat in other rows by those of the first row."""
+
+    def share(value: Any) -> Any:
+        return value if value is None else pool.setdefault(repr(value), value)
+
+    results = row.results
+    if results is not None:
+        results = replace(results, **{name: share(getattr(results, name)) for name in _REPEATED_RESULTS})
+    return replace(row, results=results, **{name: share(getattr(row, name)) for name in (*_REPEATED, *_REPEATED_WORDS)})
 
 
 def _text(path: Path) -> str:

@@ -108,7 +108,7 @@ def summarize(experiment: Experiment, rows: Rows) -> Summary:
         experiment: The experiment, for order, groups and reference.
         rows: All rows; other methods and tasks are ignored.
     """
-    names, task_names = [m.name for m in experiment.methods], [d.name for d in experiment.data]
+    names, task_names = [m.name for m in experiment.methods], {d.name for d in experiment.data}
     rows = [row for row in rows if row.experiment_name in names and row.task_name in task_names]
     finals = final_rows(rows)
     seen = {row.task_name for row in finals}
@@ -144,16 +144,27 @@ def _line(
 ) -> MethodSummary:
     """Compute the results of one method."""
     is_reference = name == reference
+    by_task: dict[str, list[CellRow]] = {task: [] for task in tasks}
+    with_reference: dict[str, list[CellRow]] = {task: [] for task in tasks}
+    for row in rows:
+        if row.experiment_name == name:
+            by_task[row.task_name].append(row)
+        if row.experiment_name in (name, reference):
+            with_reference[row.task_name].append(row)
     method_rows = [row for row in rows if row.experiment_name == name]
+    both = [row for row in rows if row.experiment_name in (name, reference)]
     on_edge = {row.task_name for row in method_rows if row.search and row.search.lr_on_edge}
     return MethodSummary(
         name,
-        {metric: {task: spread(rows, name, task, metric) for task in tasks} for metric in metrics},
-        {metric: mean_over_tasks(rows, name, tasks, metric) for metric in metrics},
-        {metric: mean_over_groups(rows, name, groups, metric) for metric in metrics},
-        {m: None if is_reference else difference(rows, name, reference, tasks, m) for m in metrics},
-        {task: None if is_reference else difference(rows, name, reference, [task], metrics[0]) for task in tasks},
-        {column: average(rows, name, column) for column in COSTS},
+        {metric: {task: spread(by_task[task], name, task, metric) for task in tasks} for metric in metrics},
+        {metric: mean_over_tasks(method_rows, name, tasks, metric) for metric in metrics},
+        {metric: mean_over_groups(method_rows, name, groups, metric) for metric in metrics},
+        {m: None if is_reference else difference(both, name, reference, tasks, m) for m in metrics},
+        {
+            task: None if is_reference else difference(with_reference[task], name, reference, [task], metrics[0])
+            for task in tasks
+        },
+        {column: average(method_rows, name, column) for column in COSTS},
         len(on_edge),
         sum(row.experiment_name == name for row in failed),
     )
@@ -350,9 +361,8 @@ def interval_text(summary: Summary) -> str:
     return f"{text}; no difference is decided with fewer than {MIN_UNITS} tasks or seeds" if few else text
 
 
-def print_summary(console: Console, experiment: Experiment, rows: Rows) -> None:
+def print_summary(console: Console, summary: Summary) -> None:
     """Print the result tables, the outcome and the recommendation."""
-    summary = summarize(experiment, rows)
     if not summary.finals:
         print_line(console, "no final run is finished yet")
         return

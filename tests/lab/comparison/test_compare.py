@@ -1,8 +1,10 @@
 """Whole comparisons: tiny models, real images, real processes."""
 
+import contextlib
 import json
 import re
 import shutil
+import time
 from dataclasses import replace
 
 import pytest
@@ -14,9 +16,9 @@ from snella_app.training.session import TrainingInterrupted
 from snella_lab.comparison import CellsFailedError
 from snella_lab.comparison.cells import Cell
 from snella_lab.comparison.compare import compare
-from snella_lab.comparison.executors import InThisProcess
+from snella_lab.comparison.executors import Finished, InThisProcess
 from snella_lab.comparison.experiment_files import read_experiment
-from snella_lab.comparison.run_cell import record_crash, run_cell
+from snella_lab.comparison.run_cell import Outcome, record_crash, run_cell
 from snella_lab.comparison.search import Candidate
 from snella_lab.comparison.store import append_row, cell_lock, is_locked, read_row
 
@@ -313,11 +315,11 @@ def test_settings_that_do_not_fit_the_data_are_told_beforehand(changes, message,
 
 @pytest.mark.parametrize("changes", [{"train": {"epochs": 2}}, {"methods": ["bias"]}])
 def test_what_another_command_stores_in_the_meantime_is_not_lost(changes, tiny, tmp_path, console, monkeypatch):
-    def store_another(experiment, console):
+    def store_another(experiment, console, **options):
         (tmp_path / "c").mkdir()
         tiny(**changes).with_probes().write(tmp_path / "c")
 
-    def train_nothing(root, plan, executor, console):
+    def train_nothing(*arguments):
         pass
 
     monkeypatch.setattr("snella_lab.comparison.compare.check_parts", store_another)
@@ -381,3 +383,83 @@ def test_ray_that_is_not_installed_is_told_with_its_command(tiny, tmp_path, cons
 
 def test_the_folder_remembers_the_experiment(finished, experiment):
     assert yaml.safe_load((finished[0] / "experiment.yaml").read_text()) == experiment.as_dict()
+
+
+def test_an_interrupted_run_continues_from_its_checkpoint_with_the_same_bits(tiny, tmp_path, monkeypatch):
+    experiment = tiny(methods=["lora-2"], grid={"lr_factors": [1.0]}, train={"epochs": 3}, forgetting=[])
+    cell = Cell(experiment.data[0], experiment.methods[0], 0, Candidate(), True)
+    expected = run_cell(tmp_path / "whole", experiment, cell).row
+
+    def press_ctrl_c(folder):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("snella_app.training.trainer.remove_incomplete", press_ctrl_c)
+        with pytest.raises(TrainingInterrupted):
+            run_cell(tmp_path / "c", experiment, cell, keep_checkpoints=True)
+    assert [path.name for path in cell.folder(tmp_path / "c").glob("checkpoints/*")] == ["checkpoint-2"]
+    row = run_cell(tmp_path / "c", experiment, cell).row
+    assert "resuming from" in (tmp_path / "c/logs/digits!lora-2!seed-0.txt").read_text()
+    assert (row.results.val, row.results.test) == (expected.results.val, expected.results.test)
+    assert row.total_time >= row.results.train_time and list(rows_of(tmp_path / "c")) == [cell.name]
+
+
+def test_a_checkpoint_of_other_settings_is_not_continued(tiny, tmp_path, monkeypatch):
+    cells = []
+    for epochs in (2, 3):
+        experiment = tiny(methods=["lora-2"], grid={"lr_factors": [1.0]}, train={"epochs": epochs}, forgetting=[])
+        cells.append((experiment, Cell(experiment.data[0], experiment.methods[0], 0, Candidate(), True)))
+
+    def press_ctrl_c(folder):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("snella_app.training.trainer.remove_incomplete", press_ctrl_c)
+        with pytest.raises(TrainingInterrupted):
+            run_cell(tmp_path, *cells[0], keep_checkpoints=True)
+    assert run_cell(tmp_path, *cells[1]).row.results.epochs == 3
+    assert "resuming from" not in (tmp_path / "logs/digits!lora-2!seed-0.txt").read_text()
+
+
+class HangingExecutor:
+    """Executor whose first cell locks itself and never ends; the others end at once."""
+
+    slots = 2
+
+    def __init__(self, root, make_row, experiment):
+        self.root, self.make_row, self.experiment = root, make_row, experiment
+        self.stack, self.ended, self.hanging = contextlib.ExitStack(), [], None
+
+    def start(self, cell):
+        if self.hanging is None:
+            self.hanging = cell
+            self.stack.enter_context(cell_lock(self.root / "locks", cell.name))
+            return
+        row = self.make_row(self.experiment, cell.data.name, cell.method.name, cell.seed)
+        append_row(self.root, cell.folder(self.root), row)
+        self.ended.append(Finished(cell, Outcome("trained", row)))
+
+    def wait(self, timeout_s):
+        time.sleep(0.05)
+        ended, self.ended = self.ended, []
+        return ended
+
+    def stop(self, cell):
+        assert cell == self.hanging
+
+    def close(self):
+        self.stack.close()
+
+
+def test_a_run_that_does_not_answer_is_stopped_at_its_limit_and_the_others_go_on(
+    tiny, tmp_path, console, make_row, monkeypatch
+):
+    experiment = tiny(methods=["linear"], seeds=4, grid={"lr_factors": [1.0]}, forgetting=[])
+    monkeypatch.setattr(
+        "snella_lab.comparison.compare._executor", lambda root, *_: HangingExecutor(root, make_row, experiment)
+    )
+    with pytest.raises(CellsFailedError, match=r"1 of 4 runs failed, e.g. digits/linear/seed-0: no result within"):
+        compare(experiment, tmp_path / "c", run_limit=0.005, console=console)
+    rows = rows_of(tmp_path / "c")
+    assert [row["status"] for _, row in sorted(rows.items())] == ["failed", "success", "success", "success"]
+    assert rows["digits/linear/seed-0"]["error"] == "no result within 0.005 minutes (run_limit); the run was stopped"

@@ -1,5 +1,6 @@
 """Several processes on one comparison: workers, two commands at once, a killed one, Ray."""
 
+import contextlib
 import io
 import json
 import os
@@ -7,12 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
 from rich.console import Console
 
-from snella_lab.comparison import CellsFailedError
+from snella_lab.comparison import CellsFailedError, executors
 from snella_lab.comparison.compare import compare
 
 from .conftest import rows_of
@@ -74,8 +76,6 @@ def test_a_killed_command_is_gone_on_with(tmp_path):
 
 
 def test_a_cell_whose_process_is_killed_is_recorded_and_the_others_go_on(tiny, tmp_path, monkeypatch):
-    from snella_lab.comparison import executors
-
     original, killed = executors.InProcesses.start, []
 
     def start_and_kill(self, cell):
@@ -124,3 +124,175 @@ def test_ray_trains_the_cells_on_a_local_cluster_of_several_processes(tiny, tmp_
     assert {row["status"] for row in rows.values()} == {"success"}
     assert all(row["peak_rss_mib"] > row["training_mib"] > 1 for row in rows.values())
     assert len(trained(output.getvalue())) == 2
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """A Ray cluster with one CPU, to which machines can be added; `RAY_ADDRESS` names it."""
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    started = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    monkeypatch.setenv("RAY_ADDRESS", started.address)
+    monkeypatch.setattr(executors, "_NODES_S", 0.0)
+    yield started
+    import ray
+
+    ray.shutdown()
+    started.shutdown()
+
+
+@contextlib.contextmanager
+def on_ray(monkeypatch, root, work, *, device="cpu", slots=None, gpus=None):
+    """An executor on Ray whose workers call a stub instead of training."""
+    monkeypatch.setattr(executors, "_work_for_ray", work)
+    executor = executors.OnRay(root, SimpleNamespace(settings={"device": device}), slots, 1, gpus)
+    try:
+        yield executor
+    finally:
+        executor.close()
+
+
+def finish(executor, count, limit_s=200):
+    """Wait for that many cells."""
+    ended, end = [], time.monotonic() + limit_s
+    while len(ended) < count and time.monotonic() < end:
+        ended += executor.wait(1.0)
+    return {finished.cell.name: (finished.outcome, finished.error) for finished in ended}
+
+
+def cells(*names):
+    return [SimpleNamespace(name=name) for name in names]
+
+
+def test_ray_starts_a_cell_again_whose_worker_was_killed_and_gives_up_after_some_times(cluster, tmp_path, monkeypatch):
+    def work(arguments, cell):
+        import os
+        import signal
+
+        attempts = arguments[0] / cell.name
+        with attempts.open("a") as file:
+            file.write("x")
+        if cell.name == "never" or attempts.stat().st_size == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return "trained"
+
+    with on_ray(monkeypatch, tmp_path, work) as executor:
+        for cell in cells("once", "never"):
+            executor.start(cell)
+        ended = finish(executor, 2)
+    assert ended["once"] == ("trained", "") and (tmp_path / "once").read_text() == "xx"
+    outcome, error = ended["never"]
+    assert outcome is None and error.endswith("(after 2 restarts)") and (tmp_path / "never").read_text() == "xxx"
+
+
+def test_ray_stops_a_cell_that_does_not_answer_and_the_others_go_on(cluster, tmp_path, monkeypatch):
+    def work(arguments, cell):
+        import time
+
+        (arguments[0] / cell.name).touch()
+        if cell.name == "hangs":
+            time.sleep(10_000)
+        return "trained"
+
+    with on_ray(monkeypatch, tmp_path, work) as executor:
+        hangs, other = cells("hangs", "other")
+        executor.start(hangs)
+        while not (tmp_path / "hangs").exists():
+            executor.wait(0.2)
+        executor.start(other)
+        assert finish(executor, 1, limit_s=3) == {}
+        executor.stop(hangs)
+        assert finish(executor, 1) == {"other": ("trained", "")}
+
+
+def test_ray_uses_the_cluster_at_its_address_and_machines_that_join_late(cluster, tmp_path, monkeypatch):
+    import ray
+
+    def work(arguments, cell):
+        import os
+        import time
+
+        (arguments[0] / cell.name).touch()
+        while len(list(arguments[0].iterdir())) < 2:
+            time.sleep(0.1)
+        return os.getcwd()
+
+    with on_ray(monkeypatch, tmp_path / "runs", work) as executor:
+        (tmp_path / "runs").mkdir()
+        assert executor.slots == 1
+        first, second = cells("first", "second")
+        executor.start(first)
+        assert finish(executor, 1, limit_s=3) == {}
+        node = cluster.add_node(num_cpus=2)
+        assert executor.slots == 3
+        executor.start(second)
+        assert set(finish(executor, 2)) == {"first", "second"}
+        cluster.remove_node(node)
+        while executor.slots != 1:
+            time.sleep(0.2)
+    assert not ray.is_initialized()
+    with on_ray(monkeypatch, tmp_path, work, slots=5) as executor:  # the cluster is still there
+        assert executor.slots == 1
+
+
+def test_ray_shares_a_gpu_among_cells(tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    ray.init(num_cpus=4, num_gpus=1, include_dashboard=False, log_to_driver=False)
+
+    def work(arguments, cell):
+        import ray
+
+        return ray.get_gpu_ids()
+
+    try:
+        with on_ray(monkeypatch, tmp_path, work, gpus=0.5) as executor:
+            assert executor.slots == 2
+            for cell in cells("a", "b"):
+                executor.start(cell)
+            assert finish(executor, 2) == {"a": ([0], ""), "b": ([0], "")}
+        with on_ray(monkeypatch, tmp_path, work, device="cuda", slots=3) as executor:
+            assert executor.slots == 3
+        with on_ray(monkeypatch, tmp_path, work, device="cpu") as executor:
+            assert executor.slots == 4
+        message = r"a run needs 1 CPUs and 2 GPUs on one machine, got a Ray cluster with 4 CPUs, 1 GPUs"
+        with pytest.raises(ValueError, match=message), on_ray(monkeypatch, tmp_path, work, gpus=2):
+            pass
+    finally:
+        ray.shutdown()
+
+
+def test_a_ray_cluster_that_does_not_answer_is_one_error(tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+
+    def refuse(**options):
+        raise ConnectionError("Could not connect to the GCS.\nMore lines")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(
+        ConnectionError, match=r"no Ray cluster answers at RAY_ADDRESS=127\.0\.0\.1:1 \(Could not connect"
+    ):
+        executors.OnRay(tmp_path, SimpleNamespace(settings={}), None, 1)
+
+
+def test_a_killed_driver_on_ray_goes_on_from_the_checkpoints_and_counts_every_cell_once(tmp_path, monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    root = tmp_path / "c"
+    words_of_ray = [*words(root), "--ray", "--workers", "2", "--lr-factors", "1", "--epochs", "12", "--seeds", "1"]
+    process = subprocess.Popen(words_of_ray, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not list(root.glob("cells/*/*/*/checkpoints/checkpoint-*")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    for child in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    process.communicate()
+    before = lines_of(root)
+    again = subprocess.run(words_of_ray, capture_output=True, text=True, timeout=800)
+    assert again.returncode == 0, again.stderr
+    assert sorted(lines_of(root)) == ["digits/bias/seed-0", "digits/linear/seed-0"]
+    assert len(trained(again.stdout)) == 2 - len(before)
+    assert any("resuming from" in log.read_text() for log in (root / "logs").glob("*.txt"))

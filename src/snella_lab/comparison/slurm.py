@@ -1,0 +1,98 @@
+"""Job scripts that train a comparison with Slurm."""
+
+import shlex
+import sys
+from pathlib import Path
+
+from snella_app.files import write_text
+from snella_lab.comparison.cells import units
+from snella_lab.comparison.experiment import Experiment
+
+MAX_PARTS = 1000
+"""Maximum number of array indices; Slurm's default for MaxArraySize is 1001."""
+
+_TRAIN = """#!/bin/bash
+#SBATCH --job-name={name}
+#SBATCH --array=0-{last}
+#SBATCH --cpus-per-task={cpus}
+#SBATCH --output={log}
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:TERM@120
+# Trains one part of {out}. Finished runs are skipped; an interrupted run continues from its checkpoint.
+set -euo pipefail
+cd {folder}
+exec {command} --part "$SLURM_ARRAY_TASK_ID/{count}"{options}
+"""
+
+_REPORT = """#!/bin/bash
+#SBATCH --job-name={name}-report
+#SBATCH --output={report_log}
+# Writes the tables and the report of {out}.
+set -euo pipefail
+cd {folder}
+exec {command} --draw-only
+"""
+
+_SUBMIT = """#!/bin/bash
+# Submits the array job, then the job that writes the report. Arguments go to sbatch, e.g. --partition=gpu
+# --gres=gpu:1 --time=04:00:00. Run this script again to train what is missing.
+set -euo pipefail
+job=$(sbatch --parsable "$@" {train})
+sbatch --dependency="afterany:${{job%%;*}}" {report}
+"""
+
+
+def write_slurm_scripts(
+    root: Path,
+    experiment: Experiment,
+    folder: str | Path | None,
+    workers: int,
+    threads: int | None,
+    run_limit: float | None,
+) -> Path:
+    """Write `train.sh` (an array job), `report.sh` and `submit.sh`, and return the last one.
+
+    An array index trains one of the `units` of the experiment, or several if there are more than `MAX_PARTS`.
+
+    Args:
+        root: Folder of the comparison, on a disk that all machines share.
+        experiment: The experiment.
+        folder: Folder of the scripts; `ROOT/slurm` if None.
+        workers: Parallel runs of an array index.
+        threads: Threads per run; 1 if None.
+        run_limit: Maximum minutes of one run, or None.
+    """
+    root = root.resolve()
+    scripts = root / "slurm" if folder is None else Path(folder).resolve()
+    logs = scripts / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    if any(character in str(scripts) for character in '"\\\n'):
+        raise ValueError(f"emit_to must be a path without quotation marks, backslashes and newlines, got {scripts}")
+    count = min(len(units(experiment)), MAX_PARTS)
+    threads = threads or 1
+    options = f" --workers {workers} --threads {threads}"
+    options += "" if run_limit is None else f" --run-limit {run_limit:g}"
+    values = {
+        "name": "".join(c if c.isalnum() or c in "-_." else "-" for c in experiment.name),
+        "count": count,
+        "last": count - 1,
+        "cpus": max(workers, 1) * threads,
+        "log": _quoted(str(logs).replace("%", "%%") + "/%a.txt"),
+        "report_log": _quoted(str(logs).replace("%", "%%") + "/report.txt"),
+        "out": " ".join(str(root).split()),
+        "folder": shlex.quote(str(Path.cwd())),
+        "command": f"{shlex.quote(sys.executable)} -m snella_app.cli.main compare --out {shlex.quote(str(root))}",
+        "options": options,
+        "train": shlex.quote(str(scripts / "train.sh")),
+        "report": shlex.quote(str(scripts / "report.sh")),
+    }
+    for name, text in (("train.sh", _TRAIN), ("report.sh", _REPORT), ("submit.sh", _SUBMIT)):
+        write_text(scripts / name, text.format(**values))
+        (scripts / name).chmod(0o755)
+    return scripts / "submit.sh"
+
+
+def _quoted(path: str) -> str:
+    """Quote a path for an `#SBATCH` line."""
+    return path if " " not in path else f'"{path}"'

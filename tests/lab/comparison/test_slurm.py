@@ -1,0 +1,122 @@
+"""Job scripts for Slurm, and the parts that their array indices train."""
+
+import os
+import shutil
+import subprocess
+
+import pytest
+
+from snella_lab.comparison.cells import Plan, units
+from snella_lab.comparison.compare import compare
+from snella_lab.comparison.experiment_files import parse_part
+from snella_lab.comparison.slurm import MAX_PARTS, write_slurm_scripts
+
+from .conftest import rows_of
+
+SBATCH = """#!/bin/bash
+# Runs a job at once: every index of an array, with the number of the job on standard output.
+echo "$@" >> "$CALLS"
+script="${!#}"
+last=$(sed -n 's/^#SBATCH --array=0-//p' "$script")
+for index in $(seq 0 "${last:-0}"); do
+  SLURM_ARRAY_TASK_ID=$index bash "$script" >> "$CALLS.log" 2>&1 || echo "index $index: $?" >> "$CALLS"
+done
+echo "7;cluster"
+"""
+
+
+def cells_of(plan):
+    """All cells that a plan without a search trains."""
+    return [cell.name for cell in plan.ready()]
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 7])
+def test_the_parts_of_a_comparison_without_a_search_are_its_cells_each_once(tiny, count):
+    experiment = tiny(methods=["linear", "bias"], data=["digits", "mnist5k"], seeds=2, grid={"lr_factors": [1.0]})
+    parts = [cells_of(Plan(experiment, {}, (number, count))) for number in range(count)]
+    assert len(units(experiment)) == 8
+    assert sorted(name for part in parts for name in part) == sorted(cells_of(Plan(experiment, {})))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_a_search_stays_in_one_part(tiny, make_row):
+    experiment = tiny(methods=["linear", "bias"], seeds=3)
+    assert [(data.name, method.name, seeds) for data, method, seeds in units(experiment)] == [
+        ("digits", "linear", (0, 1, 2)),
+        ("digits", "bias", (0, 1, 2)),
+    ]
+    plan = Plan(experiment, {}, (1, 2))
+    assert {cell.method.name for cell in plan.ready()} == {"bias"} and plan.left == 5
+    row = make_row(experiment, "digits", "linear", 0)
+    plan.record(row)
+    assert plan.left == 5 and plan.done == 0
+
+
+def test_the_scripts_name_the_array_its_log_and_the_folder(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    submit = write_slurm_scripts(tmp_path / "my runs", tiny(seeds=2), None, 2, 3, 90.0)
+    assert submit == tmp_path / "my runs" / "slurm" / "submit.sh"
+    train = (submit.parent / "train.sh").read_text()
+    assert "#SBATCH --array=0-1\n#SBATCH --cpus-per-task=6\n" in train
+    assert f'#SBATCH --output="{submit.parent}/logs/%a.txt"\n' in train and (submit.parent / "logs").is_dir()
+    assert f"cd {tmp_path}\n" in train
+    assert train.endswith('--part "$SLURM_ARRAY_TASK_ID/2" --workers 2 --threads 3 --run-limit 90\n')
+    for script in submit.parent.glob("*.sh"):
+        subprocess.run(["bash", "-n", script], check=True)
+        if shutil.which("shellcheck"):
+            subprocess.run(["shellcheck", script], check=True)
+
+
+def test_large_comparisons_have_several_units_in_an_index(tiny, tmp_path):
+    experiment = tiny(seeds=MAX_PARTS, grid={"lr_factors": [1.0]})
+    train = write_slurm_scripts(tmp_path, experiment, tmp_path / "jobs", 1, None, None).with_name("train.sh")
+    assert f"--array=0-{MAX_PARTS - 1}\n" in train.read_text() and f"/{MAX_PARTS}" in train.read_text()
+
+
+@pytest.mark.parametrize("text", ["", "1", "a/b", "1/2/3", "-1/2"])
+def test_a_part_is_two_integers(text):
+    with pytest.raises(ValueError, match=f"part must be NUMBER/COUNT, e.g. 0/8, got '{text}'"):
+        parse_part(text)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"part": (2, 2)}, "part must be NUMBER/COUNT with NUMBER below COUNT, and excludes draw_only, got 2/2"),
+        ({"part": (0, 2), "draw_only": True}, "excludes draw_only, got 0/2"),
+        ({"emit": "pbs"}, "emit must be slurm, and excludes ray, part and draw_only, got 'pbs'"),
+        ({"emit": "slurm", "part": (0, 2)}, "emit must be slurm, and excludes ray, part and draw_only"),
+        (
+            {"run_limit": 5.0, "workers": 0},
+            "run_limit must be positive and requires ray or workers, got 5 and workers=0",
+        ),
+        ({"gpus": 0.5}, "gpus must be 0 to 1 or an integer, and requires ray, got 0.5 and ray=False"),
+    ],
+)
+def test_options_that_contradict_each_other_are_rejected(options, message, tiny, tmp_path, console):
+    with pytest.raises(ValueError, match=message):
+        compare(tiny(), tmp_path / "c", console=console, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_printed_command_trains_every_cell_once_and_writes_the_report(tiny, tmp_path, console, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "sbatch").write_text(SBATCH)
+    (tmp_path / "bin" / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
+    root = tmp_path / "c"
+    submit = compare(tiny(grid={"lr_factors": [1.0]}), root, workers=0, emit="slurm", console=console)
+    printed = console.file.getvalue().splitlines()[-1]
+    assert printed == f"2 runs to train; submit with: bash {submit}" and not (root / "results.jsonl").exists()
+    for attempt in (1, 2):
+        subprocess.run(["bash", "-c", printed.partition("with: ")[2] + " --partition=gpu"], check=True)
+        log = (tmp_path / "calls.log").read_text()
+        assert (tmp_path / "calls").read_text().splitlines() == attempt * [
+            f"--parsable --partition=gpu {root}/slurm/train.sh",
+            f"--dependency=afterany:7 {root}/slurm/report.sh",
+        ], log
+        assert sorted(rows_of(root)) == ["digits/linear/seed-0", "digits/lora-2/seed-0"]
+        assert len((root / "results.jsonl").read_text().splitlines()) == 2
+        assert log.count("1 run to train") == 2 and "lora-2" in (root / "comparison.html").read_text()
