@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -320,7 +321,9 @@ class BudgetAllocator:
         t, total = self._time(step)
         budget = budget_at(t, total, self.start_budget, self.target_budget, self.config.schedule)
         caps = [matrix.size for matrix in self.matrices]
-        scores = _broadcast_scores(self.importance.scores())
+        scores = self.importance.scores()
+        if not self.importance.is_sharded:
+            scores = _broadcast_scores(scores)
         # allocate by size before the first step, and always with "uniform"
         is_by_size = self.config.allocation == "uniform" or step == 0
         shares = [matrix.budget for matrix in self.matrices]
@@ -395,12 +398,14 @@ class BudgetAllocator:
         self._set_budgets([int(value) for value in state["budgets"].values()])
 
     def _save_into(self, _: Optimizer, state_dict: dict[str, Any]) -> None:
-        state_dict["param_groups"][0][_STATE_KEY] = self.state_dict()
+        # a string, because torch.distributed.checkpoint rejects lists that differ in length from the current state
+        state = self.state_dict()
+        state_dict["param_groups"][0][_STATE_KEY] = {**state, "history": json.dumps(state["history"])}
 
     def _load_from(self, optimizer: Optimizer) -> None:
         state = optimizer.param_groups[0].pop(_STATE_KEY, None)
         if state is not None:
-            self.load_state_dict(state)
+            self.load_state_dict({**state, "history": json.loads(state["history"])})
 
 
 class _ZeroGradHook:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from snella.matrices import AdaptedMatrix
 
@@ -16,11 +16,27 @@ UPDATE_METRICS = ("delta_magnitude", "delta_mean_magnitude")
 """Metrics computed from the merged updates instead of the factors."""
 
 
+class _EntryRange(NamedTuple):
+    """Range of the entries of a matrix's factor in this process.
+
+    Args:
+        start: First entry in the flattened factor.
+        shape: Shape of the whole factor.
+        copies: Number of processes with the same range.
+    """
+
+    start: int
+    shape: torch.Size
+    copies: int
+
+
 class _Observation(NamedTuple):
     """Value and gradient of one tensor; without a gradient, the importance is the magnitude of the value."""
 
     value: Tensor
     gradient: Tensor | None
+    entries: _EntryRange | None = None
+    """Range of the entries in `value`, if FSDP shards a factor of any matrix."""
 
 
 @dataclass
@@ -72,6 +88,13 @@ class ImportanceTracker:
         self._averages: dict[str, Tensor] = {}
         self._uncertainties: dict[str, Tensor] = {}
         self._flat: dict[torch.device, _FlatAverages] = {}
+        self._ranges: dict[str, _EntryRange] = {}
+        self._flat_shard_starts: list[int] = []  # of FSDP1's flat shards
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process has the averages of its own entries only, so that `scores` sums over all processes."""
+        return bool(self._ranges)
 
     @torch.no_grad()
     def update(self, gradient_scale: float = 1.0) -> None:
@@ -81,6 +104,7 @@ class ImportanceTracker:
             gradient_scale: Scale of the gradients, from a gradient scaler.
         """
         observations = self._observe_updates() if self.metric in UPDATE_METRICS else self._observe_factors()
+        self._ranges = {key: item.entries for key, item in observations.items() if item.entries is not None}
         by_device: dict[torch.device, dict[str, _Observation]] = {}
         for key, observation in observations.items():
             by_device.setdefault(observation.value.device, {})[key] = observation
@@ -90,10 +114,18 @@ class ImportanceTracker:
     @torch.no_grad()
     def with_gradient(self) -> set[str]:
         """Return the names of matrices whose factors have a nonzero gradient."""
-        _, gradients = _gather_factors(self.matrices)
+        if self._has_sharded_factors():
+            observations = self._observe_shards(with_gradient=True)
+            flags = [
+                any(bool(gradient.any()) for gradient in _gradients_in(observations, matrix))
+                for matrix in self.matrices
+            ]
+            local = torch.tensor(flags, dtype=torch.uint8, device=_factors_of(self.matrices[0])[0].device)
+            present = _over_processes(local, torch.distributed.ReduceOp.MAX).tolist()
+            return {matrix.name for matrix, flag in zip(self.matrices, present, strict=True) if flag}
         names = set()
         for matrix in self.matrices:
-            grad_A, grad_B = gradients[id(matrix.layer)]
+            grad_A, grad_B = (factor.grad for factor in _factors_of(matrix))
             if (
                 grad_A is not None
                 and grad_B is not None
@@ -104,7 +136,9 @@ class ImportanceTracker:
 
     @torch.no_grad()
     def scores(self) -> list[float]:
-        """Return `p` of every matrix, 0 before the first update."""
+        """Return `p` of every matrix, 0 before the first update; with sharded factors, the same in every process."""
+        if self._ranges:
+            return self._sum_over_ranks()
         scores = []
         for matrix in self.matrices:
             keys = [f"{matrix.name}/{key}" for key in ("A", "B", "S") if f"{matrix.name}/{key}" in self._averages]
@@ -113,12 +147,29 @@ class ImportanceTracker:
         # one transfer for all matrices
         return torch.stack([score.cpu() for score in scores]).tolist() if scores else []
 
+    def _sum_over_ranks(self) -> list[float]:
+        """Return `p` of every matrix from one sum of a number per matrix over all processes."""
+        scores = []
+        for matrix in self.matrices:
+            parts = []
+            for key in (f"{matrix.name}/A", f"{matrix.name}/B"):
+                entries, product = self._ranges[key], self._averages[key] * self._uncertainties[key]
+                parts.append(product.sum(dtype=torch.float64) / (entries.shape.numel() * entries.copies))
+            scores.append(torch.stack(parts).sum().cpu())
+        total = torch.stack(scores).to(next(iter(self._averages.values())).device)
+        return _over_processes(total, torch.distributed.ReduceOp.SUM).tolist()
+
+    def _has_sharded_factors(self) -> bool:
+        """Return whether FSDP shards a factor of any matrix."""
+        return any(is_sharded(factor) for matrix in self.matrices for factor in _factors_of(matrix))
+
     def _observe_factors(self) -> dict[str, _Observation]:
         """Return the factors and their gradients, keyed by `"NAME/A"` and `"NAME/B"`."""
+        if self._has_sharded_factors():
+            return self._observe_shards(with_gradient=self.metric != "magnitude")
         observations = {}
-        values, gradients = _gather_factors(self.matrices)
         for matrix in self.matrices:
-            factors, (grad_A, grad_B) = matrix.parts(*values[id(matrix.layer)]), gradients[id(matrix.layer)]
+            factors, (grad_A, grad_B) = matrix.factors, (factor.grad for factor in _factors_of(matrix))
             if self.metric == "magnitude":
                 parts: tuple[Tensor | None, ...] = (None, None)
             elif grad_A is None or grad_B is None:
@@ -128,6 +179,23 @@ class ImportanceTracker:
             for letter, factor, gradient in zip("AB", factors, parts, strict=True):
                 observations[f"{matrix.name}/{letter}"] = _Observation(factor.detach(), gradient)
         return observations
+
+    def _observe_shards(self, *, with_gradient: bool) -> dict[str, _Observation]:
+        """Return the entries of the factors in this process and their gradients, by matrix name and letter."""
+        factors = {id(factor): factor for matrix in self.matrices for factor in _factors_of(matrix)}
+        flat_shards = [key for key, factor in factors.items() if is_sharded(factor) and not isinstance(factor, DTensor)]
+        if flat_shards and not self._flat_shard_starts:
+            sizes = _sizes_of(self.matrices)
+            self._flat_shard_starts = _find_shard_starts(
+                [factors[key] for key in flat_shards], [sizes[key] for key in flat_shards]
+            )
+        starts = dict(zip(flat_shards, self._flat_shard_starts, strict=True))
+        shards = {key: _shard_of(factor, starts.get(key, 0)) for key, factor in factors.items()}
+        return {
+            f"{matrix.name}/{letter}": shards[id(factor)].part(begin, shape, with_gradient=with_gradient)
+            for matrix in self.matrices
+            for letter, factor, begin, shape in zip("AB", _factors_of(matrix), *_layout_of(matrix), strict=True)
+        }
 
     def _observe_updates(self) -> dict[str, _Observation]:
         """Return every sparse update, or its mean magnitude; merge fused layers once.
@@ -156,13 +224,14 @@ class ImportanceTracker:
         flat = self._flat.get(device)
         if flat is None or flat.keys != list(values) or self._averages.get(flat.keys[0]) is not flat.first_view:
             averages, uncertainties = [], []
-            for key, (value, _) in values.items():
+            for key, observation in values.items():
+                value = observation.value
                 zeros = torch.zeros(value.numel(), dtype=torch.float32, device=device)
-                average = self._averages.get(key)
+                average = self._own_part(key, self._averages.get(key), value)
                 # NaN marks an average that starts at its first value
                 initial = zeros if self.zero_init_ema else torch.full_like(zeros, torch.nan)
                 averages.append(initial if average is None else average.to(device).reshape(-1))
-                uncertainty = self._uncertainties.get(key)
+                uncertainty = self._own_part(key, self._uncertainties.get(key), value)
                 uncertainties.append(zeros if uncertainty is None else uncertainty.to(device).reshape(-1))
             shapes = [observation.value.shape for observation in values.values()]
             flat = self._flat[device] = _FlatAverages(list(values), torch.cat(averages), torch.cat(uncertainties))
@@ -170,6 +239,13 @@ class ImportanceTracker:
             self._uncertainties |= flat.split_views(flat.uncertainties, shapes)
             flat.first_view = self._averages[flat.keys[0]]
         return flat
+
+    def _own_part(self, key: str, average: Tensor | None, value: Tensor) -> Tensor | None:
+        """Return this process's entries of an average, which `load_state_dict` restores whole."""
+        if average is None or average.numel() == value.numel():
+            return average
+        start = self._ranges[key].start
+        return average.reshape(-1)[start : start + value.numel()]
 
     def _smooth(self, flat: _FlatAverages, observations: Sequence[_Observation], scale: float) -> None:
         """Update both moving averages; skip entries with non-finite values.
@@ -190,8 +266,20 @@ class ImportanceTracker:
         flat.uncertainties.lerp_(value.sub_(flat.averages).abs_(), 1 - self.beta2)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as a dict of tensors and plain values."""
+        """Return the state as a dict of tensors and plain values; with sharded factors, call it in every process."""
+        if self._ranges:
+            return {"averages": self._gathered(self._averages), "uncertainties": self._gathered(self._uncertainties)}
         return {"averages": dict(self._averages), "uncertainties": dict(self._uncertainties)}
+
+    def _gathered(self, averages: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return averages with the entries of all processes."""
+        sizes = [self._ranges[key].shape.numel() for key in averages]
+        whole = torch.zeros(sum(sizes), device=next(iter(averages.values())).device)
+        for (key, average), part in zip(averages.items(), whole.split(sizes), strict=True):
+            start = self._ranges[key].start
+            part[start : start + average.numel()] = average.reshape(-1)
+        whole = _over_processes(whole, torch.distributed.ReduceOp.MAX)  # no average is negative
+        return {key: part.view(self._ranges[key].shape) for key, part in zip(averages, whole.split(sizes), strict=True)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the averages.
@@ -207,9 +295,10 @@ class ImportanceTracker:
                     f"the allocator's state has the matrix {name!r}, which this model does not adapt; "
                     f"this model adapts e.g. {list(matrices_by_name)[:3]}"
                 )
+        self._ranges = {}
         self._averages, self._uncertainties = (
             {
-                key: value.clone().to(matrices_by_name[key.rpartition("/")[0]].factors[0].device)
+                key: value.clone().to(_factors_of(matrices_by_name[key.rpartition("/")[0]])[0].device)
                 for key, value in part.items()
             }
             for part in (state["averages"], state["uncertainties"])
@@ -226,68 +315,99 @@ def is_sharded(factor: Tensor) -> bool:
     return isinstance(factor, DTensor) or factor.dim() == 1
 
 
-def _gather_factors(
-    matrices: Sequence[AdaptedMatrix],
-) -> tuple[dict[int, list[Tensor]], dict[int, list[Tensor | None]]]:
-    """Return `A` and `B` of every layer by its id, and their gradients; gather sharded ones."""
-    values: dict[int, list[Tensor]] = {}
-    gradients: dict[int, list[Tensor | None]] = {}
-    shards: list[tuple[int, int, torch.Size]] = []
+def _layout_of(matrix: AdaptedMatrix) -> tuple[tuple[int, int], tuple[torch.Size, torch.Size]]:
+    """Return the first entry of `A` and `B` of a matrix in its layer's flattened factors, and their shapes."""
+    layer = matrix.layer
+    rank = layer.snella_config[matrix.adapter_name].rank_of(layer.module_name)
+    rows, columns = matrix.shape
+    before = sum(layer.row_counts[matrix.adapter_name][: matrix.group])
+    return (matrix.group * columns * rank, before * rank), (torch.Size((columns, rank)), torch.Size((rows, rank)))
+
+
+def _sizes_of(matrices: Sequence[AdaptedMatrix]) -> dict[int, int]:
+    """Return the number of entries of each layer's whole factors by their id."""
+    sizes: dict[int, int] = {}
     for matrix in matrices:
-        layer = matrix.layer
-        if id(layer) in values:
-            continue
-        factors, rows = _factors_of(matrix), layer.row_counts[matrix.adapter_name]
-        values[id(layer)] = [factor.detach() for factor in factors]
-        gradients[id(layer)] = [factor.grad for factor in factors]
-        rank = layer.snella_config[matrix.adapter_name].rank_of(layer.module_name)
-        shapes = torch.Size((len(rows), layer.in_features, rank)), torch.Size((layer.out_features, rank))
-        for k, (factor, shape) in enumerate(zip(factors, shapes, strict=True)):
-            if isinstance(factor, DTensor):
-                values[id(layer)][k] = factor.full_tensor().detach()
-                gradients[id(layer)][k] = factor.grad.full_tensor() if isinstance(factor.grad, DTensor) else None
-            elif is_sharded(factor):
-                shards.append((id(layer), k, shape))
-    if shards:
-        local = [(values[key][k], gradients[key][k], shape) for key, k, shape in shards]
-        for (key, k, _), (value, gradient) in zip(shards, _gather_shards(local), strict=True):
-            values[key][k], gradients[key][k] = value, gradient
-    return values, gradients
+        for factor, shape in zip(_factors_of(matrix), _layout_of(matrix)[1], strict=True):
+            sizes[id(factor)] = sizes.get(id(factor), 0) + shape.numel()
+    return sizes
 
 
-def _gather_shards(
-    shards: Sequence[tuple[Tensor, Tensor | None, torch.Size]],
-) -> list[tuple[Tensor, Tensor | None]]:
-    """Gather tensors that FSDP1 splits into flat shards in rank order, and their gradients.
+def _gradients_in(observations: Mapping[str, _Observation], matrix: AdaptedMatrix) -> list[Tensor]:
+    """Return the gradients of both factors of a matrix."""
+    gradients = (observations[f"{matrix.name}/{letter}"].gradient for letter in "AB")
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+class _Shard(NamedTuple):
+    """Entries of a layer's factor in this process, flattened."""
+
+    value: Tensor
+    gradient: Tensor | None
+    start: int
+    copies: int
+
+    def part(self, begin: int, shape: torch.Size, *, with_gradient: bool) -> _Observation:
+        """Return the entries of the factor of one matrix, which begins at entry `begin`."""
+        low = min(max(begin, self.start), begin + shape.numel())
+        high = max(low, min(begin + shape.numel(), self.start + self.value.numel()))
+        inside = slice(low - self.start, high - self.start) if high > low else slice(0)
+        value = self.value[inside]
+        gradient = None
+        if with_gradient:
+            gradient = torch.zeros_like(value) if self.gradient is None else self.gradient[inside]
+        return _Observation(value, gradient, _EntryRange(low - begin, shape, self.copies))
+
+
+def _shard_of(factor: Tensor, start: int) -> _Shard:
+    """Return the entries of a factor in this process; `start` is the first one of FSDP1's flat shard."""
+    world = torch.distributed.get_world_size()
+    value, gradient = factor.detach(), factor.grad
+    if not isinstance(value, DTensor):
+        return _Shard(value.reshape(-1), None if gradient is None else gradient.reshape(-1), start, _copies(factor))
+    mesh, rows = value.device_mesh, value.shape[0]
+    sharded = [dim for dim, placement in enumerate(value.placements) if not placement.is_replicate()]
+    placement = value.placements[sharded[0]] if len(sharded) == 1 else None
+    if type(placement) is not Shard or placement.dim != 0:  # for example with tensor parallelism
+        full_gradient = gradient.full_tensor() if isinstance(gradient, DTensor) else None
+        whole = value.full_tensor().reshape(-1)
+        return _Shard(whole, None if full_gradient is None else full_gradient.reshape(-1), 0, world)
+    count = mesh.size(sharded[0])
+    first_row = min(mesh.get_local_rank(sharded[0]) * -(-rows // count), rows)
+    local = gradient.to_local().reshape(-1) if isinstance(gradient, DTensor) else None
+    return _Shard(value.to_local().reshape(-1), local, first_row * value.shape[1:].numel(), world // count)
+
+
+def _copies(factor: Tensor) -> int:
+    """Return the number of processes with these entries of a factor that is no `DTensor`."""
+    return 1 if is_sharded(factor) else torch.distributed.get_world_size()
+
+
+def _find_shard_starts(flat_shards: Sequence[Tensor], full_sizes: Sequence[int]) -> list[int]:
+    """Return the first entry of each flat shard of factors of `full_sizes` entries, which FSDP1 splits in rank order.
 
     Raises:
         NotImplementedError: If the shards of all processes do not form exactly one tensor, as with `HYBRID_SHARD`.
     """
     distributed = torch.distributed
-    world_size, device = distributed.get_world_size(), shards[0][0].device
-    sizes = torch.tensor([value.numel() for value, _, _ in shards], device=device)
-    sizes_by_rank = [torch.empty_like(sizes) for _ in range(world_size)]
+    world = distributed.get_world_size()
+    sizes = torch.tensor([shard.numel() for shard in flat_shards], device=flat_shards[0].device)
+    sizes_by_rank = [torch.empty_like(sizes) for _ in range(world)]
     distributed.all_gather(sizes_by_rank, sizes)
-    stacked, full_sizes = torch.stack(sizes_by_rank).cpu(), [shape.numel() for _, _, shape in shards]
-    if stacked.sum(0).tolist() != full_sizes:
+    stacked = torch.stack(sizes_by_rank).cpu()
+    if stacked.sum(0).tolist() != list(full_sizes):
         raise NotImplementedError(
-            f"BudgetAllocator requires one copy of the {sum(full_sizes)} factor entries over all {world_size} "
-            f"processes, got {int(stacked.sum())} entries; use FSDP1's sharding_strategy FULL_SHARD or "
-            "SHARD_GRAD_OP, FSDP2 or DDP"
+            f"BudgetAllocator requires one copy of the {sum(full_sizes)} factor entries over all {world} processes, "
+            f"got {int(stacked.sum())} entries; use FSDP1's sharding_strategy FULL_SHARD or SHARD_GRAD_OP, FSDP2 or "
+            "DDP"
         )
-    starts = stacked[: distributed.get_rank()].sum(0).tolist()
-    # each process writes its shards into zeros, so that all_reduce concatenates them
-    gathered = torch.zeros(2, sum(full_sizes), device=device)
-    has_gradient = torch.zeros(len(shards), device=device)
-    parts = [part.split(full_sizes) for part in gathered]
-    for k, ((value, gradient, _), start) in enumerate(zip(shards, starts, strict=True)):
-        parts[0][k][start : start + value.numel()] = value
-        if gradient is not None:
-            parts[1][k][start : start + value.numel()] = gradient
-            has_gradient[k] = 1
-    distributed.all_reduce(gathered)
-    distributed.all_reduce(has_gradient)
-    return [
-        (parts[0][k].view(shape), parts[1][k].view(shape) if has_grad else None)
-        for k, ((_, _, shape), has_grad) in enumerate(zip(shards, has_gradient.tolist(), strict=True))
-    ]
+    return stacked[: distributed.get_rank()].sum(0).tolist()
+
+
+def _over_processes(values: Tensor, operation: Any) -> Tensor:
+    """Reduce a tensor over all processes, on the GPU with NCCL."""
+    device = values.device
+    if torch.distributed.get_backend() == "nccl":
+        values = values.cuda()
+    torch.distributed.all_reduce(values, operation)
+    return values.to(device)

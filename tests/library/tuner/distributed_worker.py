@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from snella import BudgetAllocator, SnellaConfig, create_snella_optimizer
-from snella.importance import _gather_shards
+from snella.importance import _find_shard_starts
 from snella.matrices import adapted_matrices
 
 
@@ -119,7 +119,7 @@ def main(rank: int, meeting_point: str, *cases: str) -> None:
     for case in cases:
         try:
             if case == "pieces":  # a full copy in each of two groups, as with HYBRID_SHARD
-                _gather_shards([(torch.zeros(3), None, torch.Size([3]))])
+                _find_shard_starts([torch.zeros(3)], [3])
             kind, impl, *importance = case.split("-")
             results[case] = run(kind, impl, rank, *importance)
         except Exception as error:

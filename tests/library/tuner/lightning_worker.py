@@ -34,7 +34,7 @@ def main(folder: str) -> None:
     trainer.fit(module, DataLoader(data, 4))
     state = trainer.optimizers[0].state_dict()["param_groups"][0]["snella_allocator"]
     digests = {name: float(p.double().abs().sum()) for name, p in module.named_parameters() if p.requires_grad}
-    result = {"history": state["history"], "digests": digests}
+    result = {"history": json.loads(state["history"]), "digests": digests}
     Path(folder, f"{trainer.global_rank}.json").write_text(json.dumps(result))
     trainer.strategy.barrier()
     os._exit(0)  # gloo can deadlock if both ranks shut down concurrently

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from peft import get_peft_model
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from snella import BudgetAllocator, SnellaConfig
+from snella import BudgetAllocator, SnellaConfig, create_snella_optimizer
 from tests.processes import in_two_processes
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
@@ -110,3 +112,26 @@ def test_replaced_optimizer_parameters_raise_at_first_step():
         NotImplementedError, match=r"the parameters of SGD were replaced after attach .*deepspeed.initialize"
     ):
         optimizer.step()
+
+
+def test_a_checkpoint_of_torch_distributed_restores_the_allocator():
+    def prepare():
+        torch.manual_seed(0)
+        model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), SnellaConfig(r=2, target_modules=["0"]))
+        optimizer = create_snella_optimizer(model, lr=0.1)
+        return model, optimizer, BudgetAllocator(model, total_epochs=4, steps_per_epoch=1).attach(optimizer)
+
+    model, optimizer, allocator = prepare()
+    for _ in range(2):
+        model(torch.ones(1, 4)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    weights, state = get_state_dict(model, optimizer)
+    other, other_optimizer, resumed = prepare()
+    with warnings.catch_warnings():
+        # torch first takes a step without gradients, before any layer is used
+        warnings.simplefilter("ignore", UserWarning)
+        set_state_dict(other, other_optimizer, model_state_dict=weights, optim_state_dict=state)
+    assert resumed.step == 2
+    assert resumed.history == allocator.history
+    assert resumed.importance.scores() == allocator.importance.scores()

@@ -49,7 +49,7 @@ def make_trainer(*callbacks, **settings):
 
 
 def history_of(trainer):
-    return trainer.optimizers[0].state_dict()["param_groups"][0]["snella_allocator"]["history"]
+    return json.loads(trainer.optimizers[0].state_dict()["param_groups"][0]["snella_allocator"]["history"])
 
 
 def budgets_of(model):
