@@ -1,0 +1,853 @@
+"""Training with 2 and 4 processes, compared with one process: engines × launchers × options, on a tiny model with gloo.
+
+python benchmarks/many_devices.py                          replaces many_devices.jsonl and the table of the note
+python benchmarks/many_devices.py --loops torchrun --engines DDP --options plain --counts 2 --out rows.jsonl
+python benchmarks/many_devices.py --table                  writes the table from many_devices.jsonl
+
+DeepSpeed is used if it can be imported, e.g. from a folder in PYTHONPATH.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ROWS = Path(__file__).with_suffix(".jsonl")
+NOTE = Path(__file__).parent.parent / "docs" / "notes" / "many-devices.md"
+LOOPS = ("torchrun", "accelerate", "Trainer")
+ENGINES = ("DDP", "FSDP2", "FSDP1", "ZeRO-1", "ZeRO-2", "ZeRO-3")
+OPTIONS = ("plain", "accumulation", "checkpointing", "bf16", "compile")
+COUNTS = (2, 4)
+DEEPSPEED_OPTIONS = ("plain", "bf16")
+RESUMED_FROM = {4: 2, 1: 4}
+"""Number of processes that saved the checkpoint, by the number of processes that resume it."""
+STEPS, SAVED_AT, PER_EPOCH = 12, 6, 3
+BATCH, SIDE, CLASSES = 16, 16, 5
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
+LR = 1e-2
+ALONE = "one process"
+COMPILER = "aot_eager"
+"""Backend of torch.compile; the default one would compile C++ for minutes."""
+
+
+# model and data -------------------------------------------------------------------------------------------------------
+
+
+def make_model(has_allocator: bool = True) -> nn.Module:
+    """Return the adapted tiny ViT, the same in every process."""
+    from peft import get_peft_model
+    from transformers import ViTConfig, ViTForImageClassification
+
+    from snella import SnellaConfig
+
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    base = ViTForImageClassification(
+        ViTConfig(**sizes, image_size=SIDE, patch_size=8, num_channels=1, num_labels=CLASSES)
+    )
+    settings: dict[str, Any] = {"impl": "eager", "modules_to_save": ["classifier"]}
+    fixed = {} if has_allocator else {"init_sparsity": 0.7, "target_sparsity": 0.7}
+    return get_peft_model(base, SnellaConfig(r=4, target_modules=TARGETS, **settings, **fixed))
+
+
+def images() -> tuple[Tensor, Tensor]:
+    """Return the images of all steps, `[steps·batch, 1, side, side]`, and their labels."""
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.randint(CLASSES, (STEPS * BATCH,), generator=generator)
+    noise = torch.randn(len(labels), 1, SIDE, SIDE, generator=generator)
+    return noise + torch.linspace(-1, 1, CLASSES)[labels][:, None, None, None], labels
+
+
+def parts_of(step: int, accumulated: int) -> list[tuple[Tensor, Tensor]]:
+    """Return this process's share of each micro-batch of a step."""
+    X, y = images()
+    rank, count = rank_and_count()
+    parts = []
+    for start in range(step * BATCH, (step + 1) * BATCH, BATCH // accumulated):
+        share = BATCH // accumulated // count
+        indices = slice(start + rank * share, start + (rank + 1) * share)
+        parts.append((X[indices], y[indices]))
+    return parts
+
+
+def rank_and_count() -> tuple[int, int]:
+    """Return the rank and the number of processes."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+# communication --------------------------------------------------------------------------------------------------------
+
+
+class CommunicatedBytes(TorchDispatchMode):
+    """Sum of the bytes of all collectives: the larger of a collective's input and output, per process."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        from torch.distributed.tensor import DTensor
+        from torch.utils._pytree import tree_leaves
+
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # its collectives follow as operations of their own
+        output = func(*args, **(kwargs or {}))
+        if func.namespace in ("c10d", "_c10d_functional") and "wait" not in func.__name__:
+            sizes = [
+                sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(part) if isinstance(leaf, Tensor))
+                for part in (*args, output)
+            ]
+            self.total += max(sizes)
+        return output
+
+
+def count_bytes(allocator: Any) -> list[int]:
+    """Make an allocator append the bytes that it communicates in each step to the returned list."""
+    per_step: list[int] = []
+    step = [0]
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with CommunicatedBytes() as mode:
+                result = function(*args, **kwargs)
+            step[0] += mode.total
+            return result
+
+        return call
+
+    finish = allocator._finish_step
+    allocator._update_importance = counted(allocator._update_importance)
+    allocator._allocate = counted(allocator._allocate)
+
+    def finish_step(number: int) -> None:
+        finish(number)
+        per_step.append(step[0])
+        step[0] = 0
+
+    allocator._finish_step = finish_step
+    return per_step
+
+
+# one training ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Cell:
+    """One training: how it is launched, what it is parallelized with, and one option."""
+
+    loop: str
+    engine: str
+    option: str
+    folder: Path
+    has_allocator: bool = True
+    first: int = 0
+    """Step to resume at."""
+    losses: list[float] = field(default_factory=list)
+    allocator_bytes: list[int] = field(default_factory=list)
+    budgets: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def accumulated(self) -> int:
+        """Micro-batches per step."""
+        return 2 if self.option == "accumulation" else 1
+
+    def checkpoint(self, count: int) -> Path:
+        """Return the folder of the checkpoint that `count` processes write."""
+        mode = "" if self.has_allocator else "-fixed"
+        return self.folder / f"{self.loop}-{self.engine}-{self.option}{mode}-{count}".replace(" ", "-")
+
+
+def attach(cell: Cell, model: nn.Module, optimizer: Any) -> Any:
+    """Attach an allocator, and count its bytes."""
+    from snella import BudgetAllocator
+
+    if not cell.has_allocator:
+        return None
+    allocator = BudgetAllocator(model, total_epochs=STEPS // PER_EPOCH, steps_per_epoch=PER_EPOCH).attach(optimizer)
+    cell.allocator_bytes = count_bytes(allocator)
+    return allocator
+
+
+def check_engine(cell: Cell, wrapped: nn.Module) -> None:
+    """Raise an error if a launcher replaced the engine, as Accelerate does on a CPU."""
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    wrapped = getattr(wrapped, "_orig_mod", wrapped)
+    expected = {
+        "FSDP1": isinstance(wrapped, FullyShardedDataParallel),
+        "FSDP2": isinstance(wrapped, FSDPModule),
+        "ZeRO": type(wrapped).__module__.startswith("deepspeed"),
+    }
+    if not expected.get(cell.engine.partition("-")[0], True):
+        raise RuntimeError(f"{cell.loop} ignores {cell.engine} on a CPU and uses {type(wrapped).__name__}")
+
+
+def run_torchrun(cell: Cell) -> dict[str, Tensor]:
+    """Train in a plain loop; return the whole state at the end."""
+    if cell.engine.startswith("ZeRO"):
+        return _run_deepspeed(cell)
+    model = make_model(cell.has_allocator)
+    if cell.option == "checkpointing":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    wrapped = _wrap(cell, model)
+    from snella import create_snella_optimizer
+
+    optimizer = create_snella_optimizer(wrapped, lr=LR)
+    allocator = attach(cell, wrapped, optimizer)
+    if cell.first:
+        _load(cell, wrapped, optimizer)
+    if cell.option == "compile":
+        wrapped.compile(backend=COMPILER)
+    is_autocast = cell.option == "bf16" and cell.engine in (ALONE, "DDP")
+    wrapped.train()
+    for step in range(cell.first, STEPS):
+        parts, losses = parts_of(step, cell.accumulated), []
+        for number, (x, y) in enumerate(parts):
+            is_last = number == len(parts) - 1
+            with _syncing(cell, wrapped, is_last), torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
+                loss = wrapped(pixel_values=x, labels=y).loss.float()
+                (loss / len(parts)).backward()
+            losses.append(float(loss))
+        optimizer.step()
+        optimizer.zero_grad()
+        cell.losses.append(sum(losses) / len(losses))
+        if step + 1 == SAVED_AT and not cell.first:
+            _save(cell, wrapped, model, optimizer)
+    if allocator is not None:
+        cell.budgets = allocator.budgets
+    return model.state_dict() if cell.engine == ALONE else _whole(wrapped)
+
+
+def _wrap(cell: Cell, model: nn.Module) -> nn.Module:
+    """Parallelize a model."""
+    from torch.distributed.fsdp import (
+        FullyShardedDataParallel,
+        MixedPrecision,
+        MixedPrecisionPolicy,
+        fully_shard,
+    )
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+    from torch.nn.parallel import DistributedDataParallel
+    from transformers.models.vit.modeling_vit import ViTLayer
+
+    if rank_and_count()[1] == 1:
+        return model
+    half = torch.bfloat16 if cell.option == "bf16" else None
+    if cell.engine == "DDP":
+        return DistributedDataParallel(model)
+    if cell.engine == "FSDP1":
+        return FullyShardedDataParallel(
+            model,
+            auto_wrap_policy=ModuleWrapPolicy({ViTLayer}),
+            use_orig_params=True,
+            device_id=torch.device("cpu"),
+            mixed_precision=MixedPrecision(param_dtype=half) if half else None,
+        )
+    if cell.engine == "FSDP2":
+        policy = MixedPrecisionPolicy(param_dtype=half)
+        for module in model.modules():
+            if isinstance(module, ViTLayer):
+                fully_shard(module, mp_policy=policy)
+        return fully_shard(model, mp_policy=policy)
+    return model
+
+
+def _syncing(cell: Cell, model: nn.Module, is_last: bool) -> contextlib.AbstractContextManager[Any]:
+    """Average gradients only after the last micro-batch of a step."""
+    if rank_and_count()[1] == 1:
+        return contextlib.nullcontext()
+    if cell.engine == "FSDP2":
+        model.set_requires_gradient_sync(is_last)  # type: ignore[operator]
+    elif cell.engine in ("DDP", "FSDP1") and not is_last:
+        return model.no_sync()  # type: ignore[operator,no-any-return]
+    return contextlib.nullcontext()
+
+
+def _save(cell: Cell, wrapped: nn.Module, model: nn.Module, optimizer: Any) -> None:
+    """Save the whole state in rank 0."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    rank, count = rank_and_count()
+    if count == 1:
+        return
+    if isinstance(wrapped, FullyShardedDataParallel):
+        weights, state = _whole(wrapped), FullyShardedDataParallel.optim_state_dict(wrapped, optimizer)
+    else:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights, state = get_state_dict(wrapped, optimizer, options=options)
+    if rank == 0:
+        folder = cell.checkpoint(count)
+        folder.mkdir(parents=True)
+        torch.save({"model": weights, "optimizer": state}, folder / "state.pt")
+        model.save_pretrained(folder, state_dict=weights)  # type: ignore[operator]
+
+
+def _load(cell: Cell, wrapped: nn.Module, optimizer: Any) -> None:
+    """Load the state that another number of processes saved."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    _, count = rank_and_count()
+    saved = torch.load(cell.checkpoint(RESUMED_FROM[count]) / "state.pt", weights_only=True)
+    if isinstance(wrapped, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(wrapped):
+            tensors = _named_tensors(wrapped)
+            for name, tensor in saved["model"].items():
+                tensors[name].data.copy_(tensor)
+        state = FullyShardedDataParallel.optim_state_dict_to_load(wrapped, optimizer, saved["optimizer"])
+        optimizer.load_state_dict(state)
+        return
+    options = StateDictOptions(full_state_dict=True)
+    set_state_dict(
+        wrapped, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"], options=options
+    )
+
+
+def _run_deepspeed(cell: Cell) -> dict[str, Tensor]:
+    """Train with `deepspeed.initialize`."""
+    import deepspeed
+
+    from snella import create_snella_optimizer
+
+    _, count = rank_and_count()
+    model = make_model(cell.has_allocator)
+    if cell.option == "checkpointing":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = create_snella_optimizer(model, lr=LR)
+    engine, optimizer, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(cell))
+    attach(cell, model, optimizer)
+    if cell.first:
+        engine.load_checkpoint(str(cell.checkpoint(RESUMED_FROM[count])))
+    if cell.option == "compile":
+        engine.compile(backend=COMPILER)
+    engine.train()
+    for step in range(cell.first, STEPS):
+        losses = []
+        for x, y in parts_of(step, cell.accumulated):
+            if cell.option == "bf16":
+                x = x.bfloat16()
+            loss = engine(pixel_values=x, labels=y).loss
+            engine.backward(loss)
+            engine.step()
+            losses.append(float(loss))
+        cell.losses.append(sum(losses) / len(losses))
+        if step + 1 == SAVED_AT and not cell.first:
+            engine.save_checkpoint(str(cell.checkpoint(count)))
+    return deepspeed_state(model)
+
+
+def deepspeed_config(cell: Cell) -> dict[str, Any]:
+    """Return DeepSpeed's configuration."""
+    _, count = rank_and_count()
+    return {
+        "train_micro_batch_size_per_gpu": BATCH // count // cell.accumulated,
+        "gradient_accumulation_steps": cell.accumulated,
+        "zero_optimization": {"stage": int(cell.engine[-1])},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": cell.option == "bf16"},
+    }
+
+
+def deepspeed_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the whole state of a model that ZeRO shards."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        return {name: tensor.detach().float().clone() for name, tensor in model.state_dict().items()}
+
+
+def run_accelerate(cell: Cell) -> dict[str, Tensor]:
+    """Train in Accelerate's loop; return the whole state at the end."""
+    from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState, GradientState
+
+    from snella import create_snella_optimizer
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    _, count = rank_and_count()
+    plugins: dict[str, Any] = {}
+    if cell.engine.startswith("FSDP"):
+        plugins["fsdp_plugin"] = FullyShardedDataParallelPlugin(
+            fsdp_version=int(cell.engine[-1]),
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["ViTLayer"],
+            state_dict_type="FULL_STATE_DICT" if cell.engine == "FSDP1" else "SHARDED_STATE_DICT",
+            use_orig_params=True,
+            activation_checkpointing=cell.option == "checkpointing",
+        )
+    elif cell.engine.startswith("ZeRO"):
+        plugins["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=deepspeed_config(cell))
+    accelerator = Accelerator(
+        cpu=True,
+        mixed_precision="bf16" if cell.option == "bf16" else "no",
+        gradient_accumulation_steps=cell.accumulated,
+        dynamo_backend=COMPILER if cell.option == "compile" else "no",
+        **plugins,
+    )
+    model = make_model(cell.has_allocator)
+    if cell.option == "checkpointing" and not cell.engine.startswith("FSDP"):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = create_snella_optimizer(model, lr=LR)
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    check_engine(cell, wrapped)
+    allocator = attach(cell, wrapped, optimizer)
+    if cell.first:
+        accelerator.load_state(str(cell.checkpoint(RESUMED_FROM[count])))
+    wrapped.train()
+    for step in range(cell.first, STEPS):
+        losses = []
+        for x, y in parts_of(step, cell.accumulated):
+            with accelerator.accumulate(wrapped):
+                loss = wrapped(pixel_values=x, labels=y).loss
+                accelerator.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+            losses.append(float(loss))
+        cell.losses.append(sum(losses) / len(losses))
+        if step + 1 == SAVED_AT and not cell.first and count > 1:
+            accelerator.save_state(str(cell.checkpoint(count)), safe_serialization=False)
+            if accelerator.is_main_process:
+                # check_engine lets only DDP pass, whose state is whole in each process
+                accelerator.unwrap_model(wrapped, keep_torch_compile=False).save_pretrained(cell.checkpoint(count))
+    if allocator is not None:
+        cell.budgets = allocator.budgets
+    if cell.engine.startswith("ZeRO"):
+        return deepspeed_state(model)
+    return _whole(wrapped)
+
+
+def _whole(wrapped: nn.Module) -> dict[str, Tensor]:
+    """Return the whole state of a model that DDP or FSDP wraps."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    wrapped = getattr(wrapped, "_orig_mod", wrapped)
+    if isinstance(wrapped, FullyShardedDataParallel):  # its state_dict crashes on a CPU
+        with FullyShardedDataParallel.summon_full_params(wrapped, writeback=False):
+            return {name: tensor.detach().clone() for name, tensor in _named_tensors(wrapped).items()}
+    if rank_and_count()[1] == 1:
+        return wrapped.state_dict()
+    return get_model_state_dict(wrapped, options=StateDictOptions(full_state_dict=True))
+
+
+def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and saved buffers by name, without the names of wrappers."""
+    tensors = dict(model.named_parameters())
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(prefix, recurse=False):
+            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                tensors[name] = buffer
+    return {_plain_name(name): tensor for name, tensor in tensors.items()}
+
+
+def run_trainer(cell: Cell) -> dict[str, Tensor]:
+    """Train with transformers' Trainer; return the whole state at the end."""
+    from accelerate.state import AcceleratorState, GradientState
+    from torch.utils.data import StackDataset
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    from snella import create_snella_optimizer
+    from snella.callback import SnellaCallback
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    _, count = rank_and_count()
+    X, y = images()
+
+    class Counted(TrainerCallback):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            if callback.allocator is not None:
+                cell.allocator_bytes = count_bytes(callback.allocator)
+
+    class SnellaTrainer(Trainer):
+        def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+            if self.optimizer is None:
+                self.optimizer = create_snella_optimizer(self.model, lr=LR)
+            return self.optimizer
+
+        def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+            check_engine(cell, self.model_wrapped)
+            loss = super().training_step(*args, **kwargs)
+            micro_losses.append(float(loss))
+            return loss
+
+    micro_losses: list[float] = []
+    callback = SnellaCallback()
+    settings: dict[str, Any] = {}
+    if cell.engine.startswith("FSDP"):
+        settings["fsdp"] = "full_shard"
+        settings["fsdp_config"] = {
+            "version": int(cell.engine[-1]),
+            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "transformer_layer_cls_to_wrap": ["ViTLayer"],
+            "state_dict_type": "FULL_STATE_DICT" if cell.engine == "FSDP1" else "SHARDED_STATE_DICT",
+            "use_orig_params": True,
+        }
+    elif cell.engine.startswith("ZeRO"):
+        settings["deepspeed"] = deepspeed_config(cell)
+    shared = cell.checkpoint(RESUMED_FROM.get(count, 0) if cell.first else count)
+    arguments = TrainingArguments(
+        output_dir=str(cell.checkpoint(count)) + ("-resumed" if cell.first else ""),
+        use_cpu=True,
+        per_device_train_batch_size=BATCH // count // cell.accumulated,
+        gradient_accumulation_steps=cell.accumulated,
+        gradient_checkpointing=cell.option == "checkpointing",
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        bf16=cell.option == "bf16",
+        torch_compile=cell.option == "compile",
+        torch_compile_backend=COMPILER if cell.option == "compile" else None,
+        max_steps=STEPS,
+        save_steps=SAVED_AT,
+        max_grad_norm=0.0,
+        lr_scheduler_type="constant",
+        report_to=[],
+        disable_tqdm=True,
+        logging_strategy="no",
+        train_sampling_strategy="sequential",
+        **settings,
+    )
+    # an epoch of the data is PER_EPOCH steps, so that the callback's epochs are those of the other loops
+    data = StackDataset(pixel_values=X[: PER_EPOCH * BATCH], labels=y[: PER_EPOCH * BATCH])
+    trainer = SnellaTrainer(
+        make_model(cell.has_allocator),
+        arguments,
+        train_dataset=data,
+        callbacks=[callback, Counted()] if cell.has_allocator else [],
+    )
+    resume = str(shared / f"checkpoint-{SAVED_AT}") if cell.first else None
+    trainer.train(resume_from_checkpoint=resume)
+    groups = zip(*[iter(micro_losses)] * cell.accumulated, strict=True)
+    scale = 1.0 if cell.accumulated == 1 else float(cell.accumulated)  # the Trainer divides by it
+    cell.losses = [sum(group) / len(group) * scale for group in groups]
+    if callback.allocator is not None:
+        cell.budgets = callback.allocator.budgets
+    if cell.engine.startswith("ZeRO"):
+        return deepspeed_state(trainer.model)
+    return _whole(trainer.model_wrapped)
+
+
+RUNNERS = {"torchrun": run_torchrun, "accelerate": run_accelerate, "Trainer": run_trainer}
+
+
+# worker ---------------------------------------------------------------------------------------------------------------
+
+
+def digest(cell: Cell, state: dict[str, Tensor]) -> str:
+    """Return a hash of budgets and sparse updates, thus of thresholds, from this process's view of the whole state."""
+    from snella.matrices import adapted_matrices
+
+    plain = make_model(cell.has_allocator)
+    names = dict(plain.state_dict())
+    cleaned = {_plain_name(name): tensor for name, tensor in state.items()}
+    unknown = sorted(set(cleaned) - set(names))
+    if unknown:
+        raise AssertionError(f"unknown names in the gathered state: {unknown[:3]}")
+    plain.load_state_dict(cleaned, strict=False)
+    matrices = adapted_matrices(plain)
+    found = hashlib.sha256()
+    for matrix in matrices:
+        if cell.budgets:
+            matrix.layer.set_budget("default", [cell.budgets[matrix.name]])
+        found.update(f"{matrix.name} {matrix.budget}".encode())
+        found.update(matrix.sparse_update().numpy().tobytes())  # Δ·(|Δ| - threshold)
+    return found.hexdigest()[:12]
+
+
+def _plain_name(name: str) -> str:
+    """Return a parameter's name without the names of wrappers."""
+    for part in ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module."):
+        name = name.replace(part, "")
+    return name.removeprefix("module.")
+
+
+def run_cell(cell: Cell) -> dict[str, Any]:
+    """Run a cell; return its result in this process."""
+    import safetensors.torch
+
+    written: list[str] = []
+    save = safetensors.torch.save_file
+
+    def save_file(tensors: Any, filename: Any, *args: Any, **kwargs: Any) -> None:
+        written.append(str(filename))
+        save(tensors, filename, *args, **kwargs)
+
+    import peft.peft_model
+
+    peft.peft_model.safe_save_file = save_file
+    torch._dynamo.reset()
+    _, count = rank_and_count()
+    result: dict[str, Any] = {
+        "loop": cell.loop,
+        "engine": cell.engine,
+        "option": cell.option,
+        "processes": count,
+        "has_allocator": cell.has_allocator,
+        "resumed_from": RESUMED_FROM[count] if cell.first else None,
+    }
+    try:
+        state = RUNNERS[cell.loop](cell)
+        result |= {
+            "losses": cell.losses,
+            "budgets": cell.budgets,
+            "digest": digest(cell, state),
+            "bytes": cell.allocator_bytes,
+            "adapter_files_written": sum("adapter_model" in name for name in written),
+        }
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        first_line = next(iter(str(error).strip().splitlines()), "")
+        result["error"] = f"{type(error).__name__}: {first_line}"[:300]
+        result["raised_in"] = f"{Path(frame.filename).parent.name}/{Path(frame.filename).name}:{frame.lineno}"
+    return result
+
+
+def cells(arguments: argparse.Namespace, count: int) -> Iterator[Cell]:
+    """Yield the cells of one launch, DeepSpeed's last because it patches torch."""
+    folder = Path(arguments.folder)
+    if count == 1:
+        for loop in arguments.loops:
+            for option in arguments.options:
+                yield Cell(loop, ALONE, option, folder)
+                if any(engine.startswith("ZeRO") for engine in arguments.engines) and option in DEEPSPEED_OPTIONS:
+                    yield Cell(loop, ALONE, option, folder, has_allocator=False)
+    for loop, engine in sorted(itertools.product(arguments.loops, arguments.engines), key=lambda pair: "Z" in pair[1]):
+        is_deepspeed = engine.startswith("ZeRO")
+        for option in arguments.options:
+            if is_deepspeed and option not in DEEPSPEED_OPTIONS:
+                continue
+            for first in (0, SAVED_AT):
+                if (first and RESUMED_FROM.get(count) not in arguments.counts) or (not first and count == 1):
+                    continue
+                yield Cell(loop, engine, option, folder, not is_deepspeed, first)
+            if is_deepspeed and option == "plain" and count > 1:
+                yield Cell(loop, engine, option, folder)
+
+
+def work(arguments: argparse.Namespace) -> None:
+    """Run the cells of one launch, and write this process's results."""
+    warnings.simplefilter("ignore")
+    rank, count = rank_and_count()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    with (Path(arguments.folder) / f"{arguments.worker}-{count}-{rank}.jsonl").open("w") as stream:
+        for cell in cells(arguments, count):
+            stream.write(json.dumps(run_cell(cell)) + "\n")
+            stream.flush()
+            dist.barrier()
+    os._exit(0)  # gloo's threads occasionally deadlock at exit
+
+
+# driver ---------------------------------------------------------------------------------------------------------------
+
+
+def run(words: Sequence[str], log: Path, environment: dict[str, str], timeout: float) -> bool:
+    """Run a command with its output in a file; kill it with its children after `timeout` seconds."""
+    with log.open("w") as stream:
+        process = subprocess.Popen(words, stdout=stream, stderr=stream, env=environment, start_new_session=True)
+        try:
+            return process.wait(timeout) == 0
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return False
+
+
+def launch(launcher: str, count: int, folder: Path, arguments: argparse.Namespace) -> list[Result]:
+    """Run a worker in `count` processes; return the results of all processes."""
+    loops = [loop for loop in arguments.loops if (loop == "accelerate") == (launcher == "accelerate")]
+    worker = [__file__, "--worker", launcher, "--folder", str(folder), "--loops", *loops]
+    worker += ["--engines", *arguments.engines, "--options", *arguments.options]
+    worker += ["--counts", *map(str, arguments.counts)]
+    scripts = Path(sys.executable).parent
+    if launcher == "accelerate" and count > 1:
+        start = [str(scripts / "accelerate"), "launch", "--multi_gpu", "--num_processes", str(count)]
+        start += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        start += ["--main_process_port", "0"]
+    else:
+        start = [str(scripts / "torchrun"), "--standalone", "--nproc-per-node", str(count)]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    run([*start, *worker], folder / f"{launcher}-{count}.log", environment, arguments.timeout)
+    files = [folder / f"{launcher}-{count}-{rank}.jsonl" for rank in range(count)]
+    return [json.loads(line) for file in files if file.exists() for line in file.read_text().splitlines()]
+
+
+Result = dict[str, Any]
+Key = tuple[str, str, str, bool, int, bool]
+"""Loop, engine, option, whether there is an allocator, number of processes, whether the training is a resumed one."""
+
+
+def measure(arguments: argparse.Namespace, folder: Path) -> list[Result]:
+    """Run all launches; return one row per training."""
+    by_key: dict[Key, list[Result]] = {}
+    for launcher in sorted({"accelerate" if loop == "accelerate" else "torchrun" for loop in arguments.loops}):
+        for count in (*arguments.counts, 1):
+            print(f"{launcher}, {count} processes", flush=True)
+            for result in launch(launcher, count, folder, arguments):
+                is_resumed = result["resumed_from"] is not None
+                key = (result["loop"], result["engine"], result["option"], result["has_allocator"], count, is_resumed)
+                by_key.setdefault(key, []).append(result)
+    return [summarize(key, results, by_key) for key, results in by_key.items() if key[1] != ALONE]
+
+
+def summarize(key: Key, results: list[Result], by_key: dict[Key, list[Result]]) -> Result:
+    """Compare the processes of one training with each other and with one process."""
+    loop, engine, option, has_allocator, count, is_resumed = key
+    row: Result = {
+        "loop": loop,
+        "engine": engine,
+        "option": option,
+        "allocator": has_allocator,
+        "processes": count,
+        "resumed_from": RESUMED_FROM[count] if is_resumed else None,
+    }
+    errors = [result for result in results if "error" in result]
+    if len(results) < count and not errors:
+        return {**row, "error": f"{count - len(results)} of {count} processes ended without a result"}
+    if errors:
+        return {**row, "error": errors[0]["error"], "raised_in": errors[0].get("raised_in")}
+    (reference,) = by_key[loop, ALONE, option, has_allocator, 1, False]
+    if "error" in reference:
+        return {**row, "error": f"one process: {reference['error']}"}
+    losses = torch.tensor([result["losses"] for result in results], dtype=torch.float64).mean(0)
+    expected = torch.tensor(reference["losses"], dtype=torch.float64)[-len(losses) :]
+    budgets = results[0]["budgets"]
+    moved = sum(abs(budgets[name] - number) for name, number in reference["budgets"].items()) // 2 if budgets else None
+    per_step = [max(values) for values in zip(*(result["bytes"] for result in results), strict=True)]
+    return {
+        **row,
+        "same_on_all_ranks": len({(result["digest"], json.dumps(result["budgets"])) for result in results}) == 1,
+        "largest_loss_difference": float((losses - expected).abs().max()),
+        "first_loss": float(expected[0]),
+        "last_loss": float(expected[-1]),
+        "budget_entries_moved": moved,
+        "budget": sum(budgets.values()) if budgets else None,
+        "matrices": len(budgets) or None,
+        "allocator_bytes_per_step": per_step,
+        "processes_that_saved": sum(result["adapter_files_written"] > 0 for result in results),
+    }
+
+
+# table ----------------------------------------------------------------------------------------------------------------
+
+
+def table(rows: list[Result]) -> str:
+    """Return the markdown table: one line per engine, launcher and option."""
+    grouped: dict[tuple[str, str, str], list[Result]] = {}
+    for row in rows:
+        grouped.setdefault((row["engine"], row["loop"], row["option"]), []).append(row)
+    lines = [
+        "| engine | loop | option | same on all ranks | loss, 2 | loss, 4 | saved | 2 → 4 | 4 → 1 | bytes per step |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    failures: dict[tuple[str, str, str], list[str]] = {}
+    for (engine, loop, option), group in grouped.items():
+        for has_allocator in sorted({row["allocator"] for row in group}, reverse=True):
+            cells = {(row["processes"], row["resumed_from"]): row for row in group if row["allocator"] == has_allocator}
+            name = engine if has_allocator == (not engine.startswith("ZeRO")) else f"{engine}, allocator"
+            fresh = [row for (_, resumed), row in cells.items() if resumed is None]
+            if fresh and all("error" in row for row in fresh):
+                failures.setdefault((name, loop, _short(fresh[0]["error"])), []).append(option)
+                continue
+            lines.append(_line(name, loop, option, cells))
+    for (name, loop, error), options in failures.items():
+        lines.append(f"| {name} | {loop} | {', '.join(options)} | {error} | | | | | | |")
+    return "\n".join(lines)
+
+
+def _line(engine: str, loop: str, option: str, cells: dict[tuple[int, int | None], Result]) -> str:
+    """Return one line of the table."""
+    done = [row for row in cells.values() if "error" not in row]
+    fresh = [row for row in done if row["resumed_from"] is None]
+    same = "yes" if all(row["same_on_all_ranks"] for row in done) else "**no**"
+    files = sorted({row["processes_that_saved"] for row in fresh})
+    number_of_bytes = sorted({max(row["allocator_bytes_per_step"], default=0) for row in fresh})
+    entries = [_difference(cells.get(key)) for key in ((2, None), (4, None), (4, 2), (1, 4))]
+    saved = "once" if files == [1] else "–" if files == [0] else ", ".join(map(str, files))
+    bytes_text = ", ".join(map(str, number_of_bytes)) if fresh and fresh[0]["matrices"] else "–"
+    return "| " + " | ".join([engine, loop, option, same, *entries[:2], saved, *entries[2:], bytes_text]) + " |"
+
+
+def _difference(row: Result | None) -> str:
+    """Return the largest difference of the loss, or the error."""
+    if row is None:
+        return "–"
+    return _short(row["error"]) if "error" in row else f"{row['largest_loss_difference']:.0e}"
+
+
+def _short(error: str) -> str:
+    """Return an error that fits into a table."""
+    text = re.sub(r"(/[\w.-]+){3,}/", "…/", error).replace("|", "/")
+    return f"`{text if len(text) <= 130 else text[:129] + '…'}`"
+
+
+def write_table(rows: list[Result]) -> None:
+    """Replace the table of the note."""
+    begin, end = "<!-- many devices begin -->", "<!-- many devices end -->"
+    text = NOTE.read_text(encoding="utf-8")
+    before, rest = text.split(begin)
+    NOTE.write_text(f"{before}{begin}\n\n{table(rows)}\n\n{end}{rest.split(end)[1]}", encoding="utf-8")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    command = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command.add_argument("--loops", nargs="+", default=LOOPS, choices=LOOPS)
+    command.add_argument("--engines", nargs="+", default=ENGINES)
+    command.add_argument("--options", nargs="+", default=OPTIONS, choices=OPTIONS)
+    command.add_argument("--counts", nargs="+", type=int, default=COUNTS)
+    command.add_argument("--timeout", type=float, default=900, help="seconds of one launch")
+    command.add_argument("--out", type=Path, default=ROWS)
+    command.add_argument("--table", action="store_true", help="only write the table")
+    command.add_argument("--worker", help=argparse.SUPPRESS)
+    command.add_argument("--folder", help=argparse.SUPPRESS)
+    return command
+
+
+def main() -> None:
+    """Run the benchmark, or one of its processes."""
+    arguments = parser().parse_args()
+    if arguments.worker:
+        work(arguments)
+        return
+    rows: list[Result] = []
+    if not arguments.table:
+        torch.set_num_threads(1)
+        with tempfile.TemporaryDirectory() as folder:
+            rows = measure(arguments, Path(arguments.folder or folder))
+    from snella_lab.bench.rows import append_rows, conditions, read_rows
+
+    if rows:
+        provenance = conditions("cpu")
+        if arguments.out == ROWS:
+            ROWS.unlink(missing_ok=True)
+        append_rows(arguments.out, [{**row, **provenance} for row in rows])
+    if arguments.out == ROWS:
+        write_table(read_rows(ROWS))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""The cheapest two settings of `benchmarks/many_devices.py`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parents[3] / "benchmarks" / "many_devices.py"
+ENGINES = ("DDP", "FSDP2")
+needs_processes = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Rows of two processes in a plain loop, by engine."""
+    out = tmp_path_factory.mktemp("many") / "rows.jsonl"
+    words = ["--loops", "torchrun", "--engines", *ENGINES, "--options", "plain", "--counts", "2", "--out", str(out)]
+    process = subprocess.run([sys.executable, str(SCRIPT), *words], capture_output=True, text=True, timeout=280)
+    assert process.returncode == 0, process.stderr
+    return {row["engine"]: row for row in map(json.loads, out.read_text().splitlines())}
+
+
+@needs_processes
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_train_as_one_and_save_once(rows, engine):
+    row = rows[engine]
+    assert "error" not in row, row
+    assert row["same_on_all_ranks"]
+    assert row["processes_that_saved"] == 1
+    assert row["largest_loss_difference"] < 1e-4
+    assert row["budget_entries_moved"] <= 4  # of an importance that is rounded otherwise
+
+
+@needs_processes
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_allocator_never_communicates_more_than_one_number_per_matrix_in_a_step(rows, engine):
+    row = rows[engine]
+    per_step = row["allocator_bytes_per_step"]
+    assert len(per_step) == 12
+    assert max(per_step) == 8 * row["matrices"]
+    # every third step allocates; the first one also looks for matrices without a gradient
+    assert sum(size > 0 for size in per_step) == 4 + (per_step[0] > 0)
