@@ -72,7 +72,7 @@ def variants(rank: int = 8) -> Iterator[tuple[str, Any, dict[str, Any]]]:
     """Yield the name, the kernel and the settings of each branch."""
     plain = {"P": 2, "R": rank, "HAS_TEMPERATURE": False, "temperature": None, "AXIS": 0}
     warm = {"P": 4 if rank > 8 else 3, "R": rank if rank > 8 else 6, "HAS_TEMPERATURE": True, "AXIS": 1}
-    no_softmax = {"peak": None, "inverse_sum": None, "SOFTMAX": False, "LINEAR_TERM": True}
+    no_softmax = {"max_logit": None, "inverse_sum": None, "SOFTMAX": False, "LINEAR_TERM": True}
     for label, axis in (("mix-k", plain), ("normalized rbf", warm)):
         yield f"softmax statistics, {label}", forward.softmax_statistics, axis | STATISTICS
         merge = axis | TILE | {"SOFTMAX": True, "LINEAR_TERM": axis is plain, "CENTER": axis is warm, "TILES": 4}
