@@ -179,7 +179,7 @@ def test_an_invalid_configuration_file_is_reported(content, message, tmp_path):
 def test_a_missing_configuration_file_error_suggests_similar_names(tmp_path):
     (tmp_path / "config.yaml").write_text("epochs: 3\n")
     with pytest.raises(
-        UsageError, match=r"must be an existing YAML file, got '.*confg\.yaml'; nearest .*'config\.yaml'"
+        UsageError, match=r"must be an existing YAML file, got '.*confg\.yaml'; nearest: 'config\.yaml'"
     ):
         parse(["train", "--config", str(tmp_path / "confg.yaml")])
     with pytest.raises(UsageError, match=r"got '.*a/c\.yaml'; there is no folder '.*a'"):

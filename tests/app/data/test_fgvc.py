@@ -119,8 +119,8 @@ def test_missing_files_and_malformed_lists_are_one_message(cub):
     ("content", "message"),
     [
         ([1, 2], r"test.json must contain an object \{image path: class\}, got '\[1, 2\]'"),
-        ({"a.jpg": "bird"}, "test.json must map each image to an integer, invalid entries (1): 'a.jpg': 'bird'"),
-        ({"a.jpg": 1.5, "b.jpg": True}, "invalid entries (2): 'a.jpg': 1.5, 'b.jpg': True"),
+        ({"a.jpg": "bird"}, r"test.json must map each image to an integer, invalid entries \(1\): 'a.jpg': 'bird'"),
+        ({"a.jpg": 1.5, "b.jpg": True}, r"invalid entries \(2\): 'a.jpg': 1.5, 'b.jpg': True"),
     ],
 )
 def test_a_list_of_another_type_is_rejected(content, message, cub):

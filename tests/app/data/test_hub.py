@@ -106,7 +106,7 @@ def test_rows_may_only_reference_files_below_the_folder_or_the_given_root(tmp_pa
         return f"hf:{tmp_path / name}"
 
     outside = save(names, "outside")
-    with pytest.raises(ValueError, match=r"20 of 20 rows .* is outside of '.*outside'; allow .*--columns root="):
+    with pytest.raises(ValueError, match=r"20 of 20 rows .* is outside '.*outside'; allow .*--columns root="):
         load_data(outside)
     assert load_data(outside, columns=f"root={tmp_path}").train.image(0).size == (8, 8)
     for special in ("/dev/zero", str(tmp_path / "pipe")):

@@ -269,9 +269,9 @@ def test_parquet_may_only_reference_files_below_its_folder_or_the_given_root(wri
         if outside == str(secret):  # below the folder, and absolute
             load_data(f"parquet:{tmp_path}/x.parquet")
             continue
-        with pytest.raises(ValueError, match=r"1 of 21 rows .* is outside of '.*'; allow .*--columns root=FOLDER"):
+        with pytest.raises(ValueError, match=r"1 of 21 rows .* is outside '.*'; allow .*--columns root=FOLDER"):
             load_data(f"parquet:{tmp_path}/x.parquet")
-        with pytest.raises(ValueError, match=r"x.parquet must list images below its folder: .* is outside of '"):
+        with pytest.raises(ValueError, match=r"x.parquet must list images below its folder: .* is outside '"):
             table_paths(tmp_path / "x.parquet", Columns())
     parquet.write_table(pa.table({"image": names, "label": [0, 1] * 10}), file)
     with pytest.raises(ValueError, match="20 no such file"):

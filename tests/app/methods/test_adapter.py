@@ -70,16 +70,16 @@ def test_a_second_adapter_is_rejected(make_model):
 
 def test_sparse_adapters_partition_all_weights_evenly():
     sparse = SparseAdapters(8, 4, experts=4, seed=3)
-    assert torch.bincount(sparse.owner.flatten().long()).tolist() == [8, 8, 8, 8]
-    assert torch.equal(sparse.owner, SparseAdapters(8, 4, experts=4, seed=3).owner)
-    assert not torch.equal(sparse.owner, SparseAdapters(8, 4, experts=4, seed=4).owner)
+    assert torch.bincount(sparse.expert_index.flatten().long()).tolist() == [8, 8, 8, 8]
+    assert torch.equal(sparse.expert_index, SparseAdapters(8, 4, experts=4, seed=3).expert_index)
+    assert not torch.equal(sparse.expert_index, SparseAdapters(8, 4, experts=4, seed=4).expert_index)
 
 
 def test_training_uses_one_sparse_adapter_and_evaluation_their_mean():
     sparse = filled(SparseAdapters(8, 4, experts=2))
     h = torch.randn(5, 8)
     hidden = gelu(h @ sparse.down.weight.T + sparse.down.bias)
-    each = [h + hidden @ (2 * sparse.up.weight * (sparse.owner == i)).T + sparse.up.bias for i in range(2)]
+    each = [h + hidden @ (2 * sparse.up.weight * (sparse.expert_index == i)).T + sparse.up.bias for i in range(2)]
     sparse.train()
     seen = [sparse(h) for _ in range(20)]
     which = [next(i for i in range(2) if torch.allclose(y, each[i], atol=1e-5)) for y in seen]
@@ -90,11 +90,11 @@ def test_training_uses_one_sparse_adapter_and_evaluation_their_mean():
 def test_only_the_weights_of_the_active_sparse_adapter_get_a_gradient():
     sparse = filled(SparseAdapters(8, 4, experts=4)).train()
     sparse(torch.randn(5, 8)).sum().backward()
-    assert len(sparse.owner[sparse.up.weight.grad != 0].unique()) == 1
+    assert len(sparse.expert_index[sparse.up.weight.grad != 0].unique()) == 1
     assert sparse.down.weight.grad.count_nonzero() == 32
 
 
 def test_masks_differ_between_blocks(make_model):
     model = build_method("mosa-4", make_model(), mask_seed=7)
-    owners = [block.mlp.adapter.owner for block in model.blocks]
-    assert not torch.equal(owners[0], owners[1])
+    experts_of_blocks = [block.mlp.adapter.expert_index for block in model.blocks]
+    assert not torch.equal(experts_of_blocks[0], experts_of_blocks[1])

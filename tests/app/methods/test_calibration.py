@@ -119,5 +119,5 @@ def test_the_ranking_is_that_of_a_stable_sort(count):
 
 
 def test_more_entries_than_the_tensors_have_are_rejected():
-    with pytest.raises(ValueError, match=r"count must be in \[0, 3\], .* got 4"):
+    with pytest.raises(ValueError, match=r"count must be in \[0, 3\] .*, got 4"):
         rank_entries([torch.zeros(3)], 4)

@@ -55,7 +55,9 @@ def test_the_contrastive_loss_does_not_depend_on_the_head(make_model, images):
 
 
 def test_the_contrastive_loss_rejects_masks(make_model, images):
-    with pytest.raises(ValueError, match=r"one label per image, got labels of shape \[4, 32, 32\]; use .*='task'"):
+    with pytest.raises(
+        ValueError, match=r"one class label per image, got labels of shape \[4, 32, 32\]; use .*='task'"
+    ):
         contrastive_loss("head")(make_model(), images, torch.zeros(4, 32, 32))
 
 

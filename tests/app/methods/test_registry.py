@@ -110,7 +110,7 @@ def test_two_different_ranks_are_rejected():
 def test_an_unknown_option_error_suggests_the_nearest():
     with pytest.raises(ValueError, match=r"has no option 'target_sparcity' \(nearest: target_sparsity"):
         build_method("snella", vit(), target_sparcity=0.5)
-    with pytest.raises(ValueError, match="method 'linear' has no option 'r'; it takes none"):
+    with pytest.raises(ValueError, match="method 'linear' has no option 'r'; it has none"):
         build_method("linear", vit(), r=4)
     with pytest.raises(ValueError, match="method 'snell' has no option 'kernel'"):
         check_method("snell", {"kernel": "rbf"})

@@ -103,7 +103,7 @@ def test_an_adapter_changes_the_output_of_its_matrix(layer):
 
 
 def test_the_class_token_must_fit_into_the_budget(make_model, batches):
-    with pytest.raises(ValueError, match=r"more than 6.4e-05 million parameters, .* class token, got 5e-05"):
+    with pytest.raises(ValueError, match=r"must exceed 6.4e-05 million parameters, .* class token, got 5e-05"):
         build_method("spt-lora", make_model(), batches=batches, budget=0.00005)
 
 

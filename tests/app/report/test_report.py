@@ -274,7 +274,7 @@ def test_the_report_of_an_unfinished_run_has_a_notice(run, status):
 def test_the_page_of_a_killed_run_does_not_reload(run, status, state):
     run.run_json(status=status)
     text = write_report(run.folder).read_text()
-    assert ('http-equiv="refresh"' in text) == ("written at 20" in text) == (status == "running")
+    assert ('http-equiv="refresh"' in text) == ("written during training, at 20" in text) == (status == "running")
     text = write_report(run.folder, state="stopped").read_text()
     assert f'<span class="badge {state}">{state}</span>' in text and 'http-equiv="refresh"' not in text
     assert "Resume it with" in text and ("stopped without an error message" in text) == (state == "stopped")

@@ -139,7 +139,7 @@ def test_moved_images_are_recognized(run_of, mine, finished, tmp_path):
     moved = mine.rename(tmp_path / "moved")
     with pytest.raises(
         FileNotFoundError,
-        match=r"data of .*copy must exist at folder:.*mine, got no such .*; pass its new location with --data folder",
+        match=r"data of .*copy must exist at folder:.*mine; no such folder; pass its new location with --data folder",
     ):
         evaluate(run.path)
     result = evaluate(run.path, f"folder:{moved}")
@@ -155,9 +155,7 @@ def test_a_relative_folder_is_found_from_another_directory(photos, tmp_path, mon
     assert absolute_folder("folder:all") == str(photos) and absolute_folder("digits") is None
     monkeypatch.chdir(tmp_path)
     assert find_data(tmp_path, "folder:all", stored) == f"folder:{photos}"
-    with pytest.raises(
-        FileNotFoundError, match=r"folder:all \(then .*gone\), got no such folder; pass its new location"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"folder:all \(then .*gone\); no such folder; pass its new location"):
         find_data(tmp_path, "folder:all", str(tmp_path / "gone"))
 
 

@@ -54,7 +54,7 @@ def test_all_errors_are_reported_together():
         ({"r": 4, "method_options": {"r": 2}}, "r given both by name and in method_options"),
         ({"method": "linear", "r": 4}, "method 'linear' has no option 'r'"),
         ({"method": "lora", "scalar_lr": 1e-4}, "snell, klora and fixed-mask.*, got 0.0001 with method 'lora'"),
-        ({"method": "lora-8", "r": 4}, "sets r to 8, but r=4"),
+        ({"method": "lora-8", "r": 4}, "sets r to 8, but got r=4"),
         ({"method_options": {"kernal": "rbf"}}, r"no option 'kernal' \(nearest: kernel"),
         ({"device": "gpu"}, "device must be auto or a torch device .*, got 'gpu'; did you mean cuda"),
         ({"precision": "fp8"}, "precision must be one of fp32, bf16, fp16, got 'fp8'"),

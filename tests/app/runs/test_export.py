@@ -331,7 +331,7 @@ def test_comparison_images_can_be_given(make_photos, tiny_run, tmp_path, no_repo
     with pytest.raises(ValueError, match="images must be given to compare outputs, since"):
         export(run.path, "torchscript")
     image = tmp_path / "moved" / "cats" / "000.png"
-    assert "on 1 images" in export(run.path, "torchscript", images=[image]).notes[0]
+    assert "on 1 image " in export(run.path, "torchscript", images=[image]).notes[0]
     assert (tmp_path / "run.torchscript.pt").is_file()
 
 

@@ -51,7 +51,7 @@ def test_unknown_classes_are_reported(finished, make_photos, tmp_path):
     folder = make_photos(tmp_path / "new", {"cats": 5, "newts": 5})
     with pytest.raises(
         ValueError,
-        match=r"classes \['newts'\] that the run was not trained on; .*'cats', 'dogs', 'owls'\]",
+        match=r"not trained on the classes \['newts'\] of the data; .*'cats', 'dogs', 'owls'\]",
     ):
         evaluate(finished.path, f"folder:{folder}")
 
@@ -111,7 +111,7 @@ def test_swapped_arguments_are_reported(finished, photos):
     image = photos / "cats" / "000.png"
     with pytest.raises(ValueError, match=r"run must be the folder of a run, got the file '.*000\.png'; pass the run"):
         predict(image, [finished.path])
-    with pytest.raises(ValueError, match=r"got '.*cats'; '.*run' is one, pass it before the images"):
+    with pytest.raises(ValueError, match=r"got '.*cats'; '.*run' is a run, pass it before the images"):
         predict(photos / "cats", [finished.path])
 
 

@@ -12,7 +12,7 @@ from snella_app.methods import merge_trained
 from snella_app.records import Allocation, read
 from snella_app.report.inspect import read_adapter
 from snella_app.report.report import update_section
-from snella_app.report.updates import _pooled, deepest_query
+from snella_app.report.updates import _downsample, deepest_query
 from snella_app.runs.model import load_run, make_backbone
 from snella_lab.analysis import overlap, read_updates, update
 from snella_lab.analysis.updates import (
@@ -93,10 +93,10 @@ def test_observed_and_chance_frequencies_match_hand_counts():
     assert chance_frequencies([0.3] * 30) == pytest.approx(stats.binom.pmf(np.arange(31), 30, 0.3))
 
 
-def test_pooled_cell_is_its_largest_entry_in_magnitude():
+def test_downsampled_cell_is_its_largest_entry_in_magnitude():
     values = torch.zeros(5, 4)
     values[0, 1], values[1, 0], values[4, 3] = 1.0, -3.0, 0.5
-    assert _pooled(values, side=3).tolist() == [[-3.0, 0.0], [0.0, 0.0], [0.0, 0.5]]
+    assert _downsample(values, side=3).tolist() == [[-3.0, 0.0], [0.0, 0.0], [0.0, 0.5]]
 
 
 def test_update_and_overlap_compare_two_runs(save_run):
