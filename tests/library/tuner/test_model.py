@@ -382,3 +382,13 @@ def test_failed_injection_leaves_model_unchanged(is_second):
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
     assert model.state_dict().keys() == state.keys()
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_state_dict_without_factors_is_rejected(mlp, tmp_path):
+    model = mlp.adapted()
+    flat = {f"flat.{name}": value for name, value in model.state_dict().items() if "snella_" not in name}
+    with pytest.raises(ValueError, match=r"must contain the factors of adapter 'default', got \d+ entries without any"):
+        model.save_pretrained(tmp_path / "flat", state_dict=flat)
+    assert not (tmp_path / "flat" / "adapter_model.safetensors").exists()
+    model.save_pretrained(tmp_path / "whole", state_dict=model.state_dict())
+    model.save_pretrained(tmp_path / "rank_1", state_dict={}, is_main_process=False)
