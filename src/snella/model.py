@@ -512,8 +512,8 @@ class SnellaModel(BaseTuner):
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         if layers and state_dict and not any(cls.prefix in name for name in selected):
             raise ValueError(
-                f"state_dict must contain the factors of adapter {adapter_name!r}, got {len(state_dict)} entries without "
-                f"any, e.g. {next(iter(state_dict))!r}; pass the full state dict of the unwrapped model"
+                f"state_dict must contain the factors of adapter {adapter_name!r}, got {len(state_dict)} entries "
+                f"without any, e.g. {next(iter(state_dict))!r}; pass the full state dict of the unwrapped model"
             )
         return selected
 

@@ -113,7 +113,7 @@ def masks_section(folder: Path, info: RunInfo, images: ImageSource | None) -> di
 
 @dataclass(frozen=True)
 class Fact:
-    """A labeled value of the report with a note."""
+    """A labeled value in the report, with an optional note."""
 
     label: str
     value: str
@@ -150,7 +150,7 @@ def results_section(metrics: Metrics | None, marks: Sequence[tuple[str, float]] 
 
 
 def _adapter_text(metrics: Metrics) -> str:
-    """Return epoch, training time and file size of the saved adapter as one line."""
+    """Return the epoch, training time and file size of the saved adapter as one line."""
     parts = [] if metrics.best_epoch is None else [" ".join(filter(None, _kept_epoch(metrics)))]
     parts += [] if math.isnan(metrics.train_s) else [f"trained in {seconds_text(metrics.train_s)}"]
     parts += [f"adapter file {bytes_text(metrics.adapter_bytes)}"] if metrics.adapter_bytes else []
@@ -182,7 +182,7 @@ _SHORT_METRICS = {"map": "mAP", "mae": "MAE", "rmse": "RMSE", "r2": "R²"}
 
 
 def _kept_epoch(metrics: Metrics) -> tuple[str, str, str]:
-    """Return label, value and note for the epoch of the saved adapter and its selection."""
+    """Return the label, value and note for the saved adapter's epoch and how it was selected."""
     total = f"of {metrics.history[-1].epoch}" if metrics.history else ""
     average = "" if metrics.ema is None else f"; average of the weights, decay {metrics.ema:g}"
     if (averaged := metrics.averaged) is not None and averaged.is_saved:
@@ -197,7 +197,7 @@ def _kept_epoch(metrics: Metrics) -> tuple[str, str, str]:
 
 
 def comparison_section(rows: list[MethodResult] | None) -> dict[str, Any] | None:
-    """Return accuracy and cost of the compared methods."""
+    """Return the accuracy and cost of the compared methods."""
     if not rows:
         return None
     accuracy = inline_svg(figures.comparison_bars(rows), "comparison-accuracy", "Accuracy of each method, as bars.")
@@ -398,7 +398,7 @@ def update_section(
 def allocation_section(
     info: RunInfo, metrics: Metrics | None, allocation: Allocation | None, budgets: dict[str, int]
 ) -> dict[str, Any] | None:
-    """Return sparsity map, budgets and importance over time, and the table of matrices."""
+    """Return the sparsity map, budgets and importance over time, and the table of matrices."""
     if allocation is None or not allocation.matrices:
         return None
     epochs = epochs_of_allocation(allocation, metrics, info.is_finished)
@@ -582,14 +582,14 @@ def write_report(
 ) -> Path:
     """Atomically write `RUN/report.html` from the files of the run.
 
-    Sections without data (e.g. budgets of a method without budgets) are omitted.
+    Sections without data are omitted, e.g. budgets for a method that has none.
 
     Args:
         run: Run folder.
         images: Images of the split in `predictions.json` by index: a mapping, or a function like the validation set's
             `image`.
-        metrics: Metrics so far of an unfinished run, which has no `metrics.json` yet.
-        allocation: Allocation so far of an unfinished run, which has no `allocation.json` yet.
+        metrics: Current metrics of an unfinished run, which has no `metrics.json` yet.
+        allocation: Current allocation of an unfinished run, which has no `allocation.json` yet.
         state: Overrides the status `running` in the record: `stopped` if the process is gone, `finished` if the final
             results are written. None uses the recorded status.
 
@@ -676,7 +676,7 @@ def write_page(folder: Path, package: str, context: Mapping[str, Any], name: str
 
 
 def breakable(text: str) -> Markup:
-    """Insert line-break opportunities after path separators."""
+    """Insert line-break opportunities after `:`, `/`, `_` and `.`."""
     return Markup(re.sub(r"([:/_.])", r"\1<wbr>", str(escape(text))))
 
 

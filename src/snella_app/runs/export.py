@@ -48,7 +48,7 @@ class ExportOptions:
         rank: Rank of the exported LoRA.
         values: Data type of the values in a sparse file.
         images: Images to compare outputs on; test or validation images of the run if empty.
-        logits: Export the outputs of the model instead of the outputs of `predict`.
+        logits: Export the model's raw outputs instead of the outputs of `predict`.
         run_images: Images of the run to compare outputs on if `images` is empty; set by `export`.
     """
 
@@ -85,9 +85,9 @@ class ExportFormat:
         write: `(loaded, path, options) -> notes`; writes the export to a temporary path.
         snippet: Python code that loads `{path}`, or a function that returns it.
         options: Supported fields of `ExportOptions`.
-        packages: Additional modules with the extra that installs them.
+        packages: Required modules, each with the extra that installs it.
         is_folder: True if the export is a folder.
-        temperature: Location of the temperature, if the outputs do not include it.
+        temperature: Location of the temperature, if the outputs do not apply it.
         tasks: Supported tasks; None for all.
     """
 
@@ -117,7 +117,7 @@ def export(
     """Export the best model of a run to another format.
 
     ONNX, TorchScript and `torch.export` files return the outputs of `predict`: class probabilities with the temperature
-    of the run, or numbers in their unit.
+    of the run, or numbers in their original units.
 
     The export is atomic: it is written to a temporary path and renamed after verification. For ONNX, TorchScript and
     `torch.export`, outputs on real images must be within `OUTPUT_BOUND` of torch's outputs with the same classes, for
@@ -126,7 +126,7 @@ def export(
     Args:
         run: Run folder.
         format: Key of `FORMATS`.
-        out: Output file or folder; named after the run and next to it if None.
+        out: Output file or folder; if None, written next to the run and named after it.
         overwrite: Replace the output of an earlier export.
         opset: ONNX opset version (onnx).
         rank: Rank (lora).
@@ -138,7 +138,7 @@ def export(
         Path, measurements and loading snippet.
 
     Raises:
-        FileExistsError: If `out` exists.
+        FileExistsError: If `out` exists and may not be replaced.
         ImportError: If a required package is missing; names the extra.
         ValueError: If the format is unknown, an option does not apply to it, it does not support the task or method, or
             outputs differ.
@@ -213,7 +213,7 @@ def _find(name: str) -> ExportFormat:
 
 
 def _check_options(name: str, chosen: ExportFormat, options: ExportOptions) -> None:
-    """Reject options of other formats and numbers out of range."""
+    """Reject options of other formats and out-of-range numbers."""
     for option, value in vars(options).items():
         if value not in (None, (), False) and value != [] and option not in chosen.options:
             owners = ", ".join(other for other, entry in FORMATS.items() if option in entry.options)
@@ -258,7 +258,7 @@ class _Final(nn.Module):
         self.tta = loaded.info.tta
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return probabilities, or numbers in their unit."""
+        """Return probabilities, or numbers in their original units."""
         return self.task.final_outputs(self.task.outputs(self.model, images, self.tta), self.temperature)
 
 
@@ -279,14 +279,14 @@ def _sample_images(loaded: LoadedRun, options: ExportOptions) -> Tensor:
 
 
 def _run_images(loaded: LoadedRun) -> ImageDataset:
-    """Return the test images of the run, or validation or training images if there are none."""
+    """Return the run's test images, falling back to validation and then training images."""
     config = loaded.folder.read_config()
     try:
         config.data = find_data(loaded.folder.path, str(config.data), loaded.info.data.folder)
         parts = parts_of(load_splits(config))
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(
-            f"images must be given to compare outputs, since images of the run cannot be read: {error}"
+            f"images must be given to compare outputs, since the run's images cannot be read: {error}"
         ) from None
     return parts.get("test") or parts.get("val") or parts["train"]
 
@@ -331,7 +331,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _dynamic_batch() -> Any:
-    """Return dynamic shapes with a free batch dimension."""
+    """Return shapes with a dynamic batch dimension."""
     return ({0: torch.export.Dim("batch")},)
 
 
@@ -600,7 +600,7 @@ _GRAPHS = {
         _RUN_TORCH,
     ),
 }
-"""Snippet of each format: imported module, code to load the file, code to run `images`."""
+"""Loading snippet of each graph format: imported module, code to load the file, code to run `images`."""
 
 
 def _graph_snippet(format: str) -> Callable[[LoadedRun, Path, ExportOptions], str]:

@@ -21,7 +21,7 @@ from snella_app.records import FORMAT, Allocation, FoldResults, Record, RunInfo,
 
 
 def adapter_digest(folder: Path) -> str:
-    """Return the first 16 digits of the SHA-256 of an adapter's weights, which ties results to these weights.
+    """Return the first 16 hex digits of the SHA-256 of an adapter's weights, which tie results to these weights.
 
     Args:
         folder: `RUN/adapter`.
@@ -73,12 +73,12 @@ def settings_digest(values: Mapping[str, Any]) -> str:
 
 
 def status_text(status: Status) -> str:
-    """Return a human-readable status; a killed process leaves the status `running`."""
+    """Return the status in human-readable form; a killed process leaves the status `running`."""
     return "running or killed" if status == "running" else status
 
 
 def _for_config_file(message: str) -> str:
-    """Rephrase errors of settings for a file: quote names, and drop command line examples."""
+    """Rephrase a settings error for a configuration file: quote names and drop command-line examples."""
     missing = r"missing required settings: (.*?), e\.g\. [^;]*"
     message = re.sub(missing, lambda match: "it lacks " + ", ".join(map(repr, match[1].split(", "))), message)
     return re.sub(r"(^|; )(\w+)(?= must\b)", r"\1'\2'", message)
@@ -124,7 +124,7 @@ class RunFolderOf(Generic[S]):
 
     @property
     def id(self) -> str | None:
-        """Unique id of the run; None if the folder has no run, or an early version wrote it."""
+        """Unique id of the run; None if the folder has no run, or if an early version of snella wrote it."""
         run_id = self.read_json("run.json").get("id") if (self.path / "run.json").is_file() else None
         return None if run_id is None else str(run_id)
 
@@ -132,7 +132,7 @@ class RunFolderOf(Generic[S]):
     def has_stopped(self) -> bool:
         """True if the run was killed: its status is `running`, but no process holds its lock.
 
-        False if the lock cannot be checked, e.g. in a folder of another user.
+        False if the lock cannot be checked, e.g. in another user's folder.
         """
         if self.status != "running":
             return False
@@ -151,7 +151,7 @@ class RunFolderOf(Generic[S]):
         return True
 
     def read_json(self, name: str) -> Any:
-        """Read a JSON file without validating its fields, which `snella_app.records.read` does.
+        """Read a JSON file without validating its fields; `snella_app.records.read` validates them.
 
         Raises:
             FileNotFoundError: If this is not a run folder, or the run has not written the file yet.
@@ -165,8 +165,8 @@ class RunFolderOf(Generic[S]):
         self._update_digest(name)
 
     def write(self, record: Record) -> None:
-        """Write the file of a record atomically; adds the run id and settings digest to records with these fields."""
-        is_early = (self.path / "run.json").is_file() and self.id is None  # runs of early versions get no id
+        """Write a record's file atomically; add the run id and settings digest to records that have these fields."""
+        is_early = (self.path / "run.json").is_file() and self.id is None  # runs written by early versions get no id
         if isinstance(record, RunInfo) and not is_early:
             binding: Any = self._binding()
             record = dataclasses.replace(record, **binding)
@@ -176,7 +176,7 @@ class RunFolderOf(Generic[S]):
         self._update_digest(record.file)
 
     def update(self, status: Status, error: str | None = None, **values: Any) -> None:
-        """Update entries of `run.json`; others are unchanged."""
+        """Update entries of `run.json`, leaving the others unchanged."""
         has_record = (self.path / "run.json").is_file()
         run = self.read_json("run.json") if has_record else {"format": FORMAT, **self._binding()}
         run.update(values, status=status)
@@ -258,7 +258,7 @@ class RunFolderOf(Generic[S]):
         """Check that the best adapter exists and that no file was altered.
 
         Raises:
-            FileNotFoundError: If the adapter is missing or not written yet.
+            FileNotFoundError: If the adapter is missing or has not been written yet.
             ValueError: If a file was altered.
         """
         if any(self.adapter.glob("*.safetensors")):
@@ -273,17 +273,17 @@ class RunFolderOf(Generic[S]):
         raise FileNotFoundError(f"{self.path} holds no adapter yet (status {state}); finish the run with --resume")
 
     def resolve_settings(self, config: S) -> S:
-        """Resolve the settings of a new or resumed run. Loads and writes nothing.
+        """Resolve the settings of a new or resumed run, without writing anything.
 
         Args:
-            config: Requested settings; `resume` and `overwrite` select the treatment of an existing run.
+            config: Requested settings; `resume` and `overwrite` determine what happens to an existing run.
 
         Returns:
             Resolved settings; the stored ones for a resumed run.
 
         Raises:
             FileExistsError: If the folder has a run and neither `resume` nor `overwrite` is set, or has other files.
-            FileNotFoundError: If `resume` is set without a run, and without data and backbone to start one.
+            FileNotFoundError: If `resume` is set, but there is neither a run nor the data and backbone to start one.
             ValueError: If `resume` is set with settings that differ from the stored ones.
         """
         status = self.status
@@ -371,7 +371,7 @@ class RunFolderOf(Generic[S]):
         return dict(yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8")))
 
     def _stored_digest(self) -> str | None:
-        """Return the stored settings digest; None for runs of early versions."""
+        """Return the stored settings digest; None for runs written by early versions."""
         for name in ("run.json", FoldResults.file):
             if (self.path / name).is_file():
                 known: str | None = self.read_json(name).get("settings")
@@ -403,7 +403,7 @@ class RunFolderOf(Generic[S]):
         return stored
 
     def _holds_unexpected_files(self) -> bool:
-        """Return whether the folder has files other than runs and files of an unfinished run."""
+        """Return whether the folder contains anything other than runs and the files of an unfinished run."""
         if not self.path.exists():
             return False
         if not self.path.is_dir():
@@ -413,7 +413,7 @@ class RunFolderOf(Generic[S]):
         return any(not (entry / "run.json").is_file() for entry in unexpected)
 
     def _clear(self, keep: str | None = None) -> None:
-        """Remove only files of the run: checkpoints first, then `run.json` (the mark of a run), then the rest."""
+        """Remove only the run's own files: checkpoints first, then `run.json` (which marks a run), then the rest."""
         folders = sorted(self.folders, key=lambda name: name != "checkpoints")
         files = sorted(self.files, key=lambda name: name != "run.json")
         for name in (folders[0], *files, *folders[1:]):
@@ -433,7 +433,7 @@ class RunFolder(RunFolderOf[TrainConfig]):
         """Return the settings of a new run that starts from the trained weights of this one.
 
         Args:
-            config: Requested settings. Inherited settings with their default value are replaced by those of this run.
+            config: Requested settings. Inherited settings left at their defaults are replaced by those of this run.
                 The budget starts at the sparsity of this run's adapter.
 
         Raises:

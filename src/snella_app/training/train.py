@@ -1,4 +1,4 @@
-"""Training run from configuration to report."""
+"""A training run, from configuration to report."""
 
 import contextlib
 import io
@@ -79,7 +79,7 @@ def train(
 
     Raises:
         FileExistsError: If the folder contains a run and neither `resume` nor `overwrite` is set.
-        RunInUseError: If another process writes to the folder.
+        RunInUseError: If another process is writing to the folder.
         FileNotFoundError: If the data of a resumed run or the adapter of a finished run is missing.
         ValueError: If settings contradict each other or the data, or the images of a resumed run have changed.
         TrainingInterrupted: On Ctrl-C, after saving a checkpoint.
@@ -125,7 +125,7 @@ def _show_finished(run: RunFolder, console: Console, draw_report: bool) -> None:
 def _prepare(
     config: TrainConfig, run: RunFolder, console: Console, is_resumed: bool, data: Any
 ) -> tuple[TrainConfig, RunComponents]:
-    """Load data and model, and resolve automatic settings; a resumed run reuses its stored settings."""
+    """Load the data and the model, and resolve automatic settings; a resumed run reuses its stored settings."""
     started_at = time.monotonic()
     _check_trackers(config)
     stored = read(RunInfo, run.path).data if is_resumed else None
@@ -150,10 +150,10 @@ def _prepare(
 
 
 def _fit(session: Session) -> SnellaTrainer:
-    """Train from the last checkpoint, or from the start without one.
+    """Train from the last checkpoint, or from the start if there is none.
 
     Raises:
-        KeyboardInterrupt: If training was interrupted; a checkpoint is saved.
+        KeyboardInterrupt: If training was interrupted; a checkpoint has been saved.
     """
     with InterruptCallback() as interrupt:
         trainer = _run_trainer(session, interrupt)
@@ -199,7 +199,7 @@ def _run_trainer(session: Session, interrupt: InterruptCallback) -> SnellaTraine
 def _callbacks(
     session: Session, interrupt: InterruptCallback
 ) -> tuple[list[TrainerCallback], ProgressDisplay, TrackingCallback]:
-    """Build all callbacks; also return the two that display the loss."""
+    """Build all callbacks; also return the two that report the loss."""
     config, parts = session.config, session.parts
     matrices, method = matrices_of(parts.model), method_of(parts.model)
     allocation = SnellaCallback() if matrices and config.epochs else None
@@ -221,7 +221,7 @@ def _callbacks(
 
 
 def _check_trackers(config: TrainConfig) -> None:
-    """Check that the packages of all trackers are installed, before data and model are loaded.
+    """Check that the packages of all trackers are installed, before the data and the model are loaded.
 
     Raises:
         ImportError: If a package is missing.
@@ -268,7 +268,7 @@ def _tracking(config: TrainConfig, run: RunFolder) -> Iterator[None]:
 class _LivePage(TrainerCallback):
     """Callback that updates the report during training, after an epoch and at most once every `_PAGE_S` seconds.
 
-    Updates are at least 20 times as far apart as the last one took, so they use at most 5 % of the time.
+    The pause after an update is at least 20 times its duration, so updates take at most 5 % of the time.
 
     Args:
         draw: Function that writes the report.

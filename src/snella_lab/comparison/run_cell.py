@@ -52,7 +52,7 @@ def count_changed_weights(run: Path) -> int | None:
         run: Folder of a finished run.
 
     Returns:
-        Number of changed weights; None for a method that cannot be merged, because it adds modules instead.
+        Number of changed weights; None for a method that cannot be merged, because it adds modules.
     """
     loaded = load_run(run, device="cpu")
     head = spec_of(loaded.model).head
@@ -130,7 +130,7 @@ def probe_accuracy(features: NDArray[np.float32], labels: NDArray[np.int64]) -> 
     folds = min(_FOLDS, int(np.bincount(labels)[np.unique(labels)].min()))
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # predictions do not depend on full convergence
+        warnings.simplefilter("ignore", ConvergenceWarning)  # full convergence is not needed to compare accuracies
         split = StratifiedKFold(folds, shuffle=True, random_state=0)
         predicted = cross_val_predict(probe, features, labels, cv=split)
     return float((predicted == labels).mean())
@@ -140,7 +140,7 @@ def probe_images(data: str, images: int) -> tuple[list[ImageDataset], NDArray[np
     """Return a stratified sample of at most `images` training and validation images, and their labels.
 
     Raises:
-        ValueError: If a class has a single image, which rules out cross-validation.
+        ValueError: If a class has only one image, so that cross-validation is impossible.
     """
     splits = load_data(data, seed=0)
     parts = [splits.train] if splits.val is None else [splits.train, splits.val]
@@ -235,7 +235,7 @@ def _adapter_config(adapter: Path) -> dict[str, Any] | None:
 
 
 def finish_tuning_run(root: Path, experiment: Experiment, cell: Cell, folder: Path) -> CellRow | None:
-    """Reuse the tuning run with identical settings as the final run, and evaluate it on the test images.
+    """Reuse a tuning run that has the final run's settings, and evaluate it on the test images.
 
     Args:
         root: Folder of the comparison.
@@ -274,7 +274,7 @@ def drop_adapters(root: Path, experiment: Experiment, cell: Cell) -> None:
     Args:
         root: Folder of the comparison.
         experiment: The experiment.
-        cell: The cell just finished; selects the tuning runs of the same method and seed.
+        cell: The cell that has just finished; selects the tuning runs of the same method and seed.
     """
     place = replace(cell, is_final=False).folder(root).parent
     rows = {path.parent: read_row(path.parent) for path in place.glob(f"*_seed-{cell.seed}/{CellRow.file}")}
@@ -314,8 +314,8 @@ def run_cell(
         root: Folder of the comparison.
         experiment: The experiment.
         cell: The cell.
-        is_own_process: True in a process dedicated to this cell, whose peak memory is that of the cell.
-        keep_checkpoints: Save a checkpoint after each epoch, for machines that may be lost. SIGTERM and Ctrl-C always
+        is_own_process: True in a process dedicated to this cell, so that its peak memory is the cell's.
+        keep_checkpoints: Save a checkpoint after each epoch, for preemptible machines. SIGTERM and Ctrl-C always
             save one.
 
     Raises:
@@ -348,8 +348,8 @@ def record_crash(
         root: Folder of the comparison.
         experiment: The experiment.
         cell: The cell.
-        error: Reason of the crash.
-        ignores_lock: Store the row even if the cell is locked, by a process that no longer responds.
+        error: Reason for the crash.
+        ignores_lock: Store the row even if an unresponsive process holds the cell's lock.
     """
     folder = cell.folder(root)
     with cell_lock(root / LOCKS, cell.name) as is_acquired:
@@ -367,7 +367,7 @@ def _earlier_s(folder: Path, config: TrainConfig) -> float | None:
     """Return the training time up to the checkpoint of an interrupted attempt.
 
     Returns:
-        Seconds; None without an intact checkpoint of the same settings and package versions.
+        Seconds; None if there is no intact checkpoint with the same settings and package versions.
     """
     run = RunFolder(folder)
     checkpoint = latest_checkpoint(run.checkpoints)
