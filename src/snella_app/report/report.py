@@ -186,7 +186,7 @@ def _kept_epoch(metrics: Metrics) -> tuple[str, str, str]:
     total = f"of {metrics.history[-1].epoch}" if metrics.history else ""
     average = "" if metrics.ema is None else f"; average of the weights, decay {metrics.ema:g}"
     if (averaged := metrics.averaged) is not None and averaged.is_saved:
-        kind = "weights of {} (SWA)" if averaged.kind == "swa" else "a greedy soup of {}"
+        kind = "(SWA over {})" if averaged.kind == "swa" else "(greedy soup of {})"
         offered = f"epochs {averaged.offered[0]} to {averaged.offered[-1]} {total}"
         return "averaged epochs", ", ".join(map(str, averaged.epochs)), kind.format(offered)
     if metrics.selected_on is None:

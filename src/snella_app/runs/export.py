@@ -195,7 +195,7 @@ def _output_notes(loaded: LoadedRun, chosen: ExportFormat, options: ExportOption
     averages_flips = loaded.info.tta == 2
     if "logits" in chosen.options and not options.logits:
         divided = "" if temperature == 1.0 else f", from logits divided by the temperature {temperature:g}"
-        views = ["they are averaged over an image and its flip, as in predict"] if averages_flips else []
+        views = ["outputs are averaged over an image and its flip, as in predict"] if averages_flips else []
         return [f"outputs are the {loaded.task.final_name} of predict{divided}; use --logits for logits", *views]
     views = prediction_notes(loaded.info)
     if temperature == 1.0:
@@ -359,7 +359,7 @@ def _write_onnx(loaded: LoadedRun, path: Path, options: ExportOptions) -> list[s
                 verbose=False,
             )
         except Exception as error:
-            opset_text = "" if options.opset is None else f" with opset={options.opset}; leave it out"
+            opset_text = "" if options.opset is None else f" with opset={options.opset} (try without opset)"
             raise ValueError(f"torch cannot export this model to ONNX{opset_text}: {_first_line(error)}") from error
     if program is None:
         raise ValueError("torch cannot export this model to ONNX: its exporter returned nothing")
@@ -681,7 +681,7 @@ FORMATS: dict[str, ExportFormat] = {
         "positions and values of the changed weights",
         ".sparse.safetensors",
         _write_sparse,
-        "from snella import load_sparse\npatch = load_sparse(backbone, {path!r})  # {backbone}, patch.remove()",
+        "from snella import load_sparse\npatch = load_sparse(backbone, {path!r})  # {backbone}; undo: patch.remove()",
         options=("values",),
     ),
     "onnx": ExportFormat(

@@ -84,7 +84,7 @@ def test_a_graph_gives_the_run_s_probabilities_for_any_batch_size(name, finished
         f"outputs are the probabilities of predict, from logits divided by the temperature {temperature:g}; "
         "use --logits"
     )
-    assert done.notes[2] == "they are averaged over an image and its flip, as in predict"
+    assert done.notes[2] == "outputs are averaged over an image and its flip, as in predict"
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.load.*:DeprecationWarning")

@@ -79,7 +79,7 @@ def test_swa_saves_the_mean_of_the_last_epochs_with_the_sparsity_asked_for(setti
     assert [matrix.nonzeros() for matrix in matrices] == [matrix.budget for matrix in matrices]
     assert "the average of epochs 2, 3, 4 is saved" in console.file.getvalue()
     assert _kept_epoch(read(Metrics, run.path)) == (
-        *("averaged epochs", "2, 3, 4", "weights of epochs 2 to 4 of 4 (SWA)"),
+        *("averaged epochs", "2, 3, 4", "(SWA over epochs 2 to 4 of 4)"),
     )
 
 
