@@ -20,7 +20,7 @@ from snella.matrices import AdaptedMatrix, adapted_matrices
 from snella.optimizer import MATCHER_ATTRIBUTE
 
 _STATE_KEY = "snella_allocator"  # in the first parameter group of an optimizer's state
-_FORMAT = 1
+_FORMAT = 2
 _HISTORY_INTERVALS = 100  # intervals of the training with one history entry each
 _GRADIENT_CHECK_STEPS = 5  # a zero-initialized head or drop-path can suppress the first gradients
 
@@ -366,7 +366,10 @@ class BudgetAllocator:
     # state ---------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as a dict of tensors and plain values."""
+        """Return the state as a dict of tensors and plain values.
+
+        If FSDP shards the factors, call it, and `optimizer.state_dict()`, in every process.
+        """
         return {
             "format": _FORMAT,
             "step": self.step,
@@ -404,8 +407,11 @@ class BudgetAllocator:
 
     def _load_from(self, optimizer: Optimizer) -> None:
         state = optimizer.param_groups[0].pop(_STATE_KEY, None)
-        if state is not None:
-            self.load_state_dict({**state, "history": json.loads(state["history"])})
+        if state is None:
+            return
+        if state.get("format") == _FORMAT:
+            state = {**state, "history": json.loads(state["history"])}
+        self.load_state_dict(state)
 
 
 class _ZeroGradHook:

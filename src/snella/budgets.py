@@ -28,7 +28,7 @@ def read_budgets(layer: SnellaLayer, adapter_name: str) -> tuple[int, ...]:
         return tuple(budgets)
     live = layer._live_budgets[adapter_name]
     buffer.copy_(torch.tensor(live, dtype=buffer.dtype))
-    seal_budgets(layer, adapter_name)
+    seal_budgets(layer, adapter_name, live)
     return live
 
 

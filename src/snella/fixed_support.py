@@ -40,8 +40,9 @@ def set_support(layer: SnellaLayer, adapter_name: str, indices: Tensor) -> None:
     packed.copy_(pack_positions(indices.to(packed.device), layer.out_features * layer.in_features))
     ends = torch.tensor([rows.stop * layer.in_features for rows in layer.matrix_rows(adapter_name)])
     below = torch.searchsorted(indices.cpu().long().sort().values, ends)
-    layer.snella_budget[adapter_name].copy_(below.diff(prepend=below.new_zeros(1)))
-    seal_budgets(layer, adapter_name)
+    counts = below.diff(prepend=below.new_zeros(1))
+    layer.snella_budget[adapter_name].copy_(counts)
+    seal_budgets(layer, adapter_name, tuple(counts.tolist()))
     layer.clear_cache()
 
 

@@ -144,8 +144,7 @@ class ImportanceTracker:
             keys = [f"{matrix.name}/{key}" for key in ("A", "B", "S") if f"{matrix.name}/{key}" in self._averages]
             parts = [(self._averages[key] * self._uncertainties[key]).mean(dtype=torch.float64) for key in keys]
             scores.append(torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64))
-        # one transfer for all matrices
-        return torch.stack([score.cpu() for score in scores]).tolist() if scores else []
+        return _stack_on_one_device(scores).tolist() if scores else []
 
     def _sum_over_ranks(self) -> list[float]:
         """Return `p` of every matrix from one sum of a number per matrix over all processes."""
@@ -155,9 +154,8 @@ class ImportanceTracker:
             for key in (f"{matrix.name}/A", f"{matrix.name}/B"):
                 entries, product = self._ranges[key], self._averages[key] * self._uncertainties[key]
                 parts.append(product.sum(dtype=torch.float64) / (entries.shape.numel() * entries.copies))
-            scores.append(torch.stack(parts).sum().cpu())
-        total = torch.stack(scores).to(next(iter(self._averages.values())).device)
-        return _over_processes(total, torch.distributed.ReduceOp.SUM).tolist()
+            scores.append(torch.stack(parts).sum())
+        return _over_processes(_stack_on_one_device(scores), torch.distributed.ReduceOp.SUM).tolist()
 
     def _has_sharded_factors(self) -> bool:
         """Return whether FSDP shards a factor of any matrix."""
@@ -203,7 +201,7 @@ class ImportanceTracker:
         Raises:
             NotImplementedError: If the factors are sharded, because merging requires complete factors.
         """
-        if any(is_sharded(factor) for factor in _factors_of(self.matrices[0])):
+        if self._has_sharded_factors():
             raise NotImplementedError(
                 f"importance={self.metric!r} requires complete factors between passes, got factors sharded by FSDP; "
                 "set importance='sensitivity', or train with DDP"
@@ -241,7 +239,7 @@ class ImportanceTracker:
         return flat
 
     def _own_part(self, key: str, average: Tensor | None, value: Tensor) -> Tensor | None:
-        """Return this process's entries of an average, which `load_state_dict` restores whole."""
+        """Return this process's entries of an average; `load_state_dict` restores averages unsharded."""
         if average is None or average.numel() == value.numel():
             return average
         start = self._ranges[key].start
@@ -384,17 +382,16 @@ def _copies(factor: Tensor) -> int:
 
 
 def _find_shard_starts(flat_shards: Sequence[Tensor], full_sizes: Sequence[int]) -> list[int]:
-    """Return the first entry of each flat shard of factors of `full_sizes` entries, which FSDP1 splits in rank order.
+    """Return the index of the first entry of each flat shard of this process; FSDP1 splits factors in rank order.
 
     Raises:
         NotImplementedError: If the shards of all processes do not form exactly one tensor, as with `HYBRID_SHARD`.
     """
     distributed = torch.distributed
     world = distributed.get_world_size()
-    sizes = torch.tensor([shard.numel() for shard in flat_shards], device=flat_shards[0].device)
-    sizes_by_rank = [torch.empty_like(sizes) for _ in range(world)]
-    distributed.all_gather(sizes_by_rank, sizes)
-    stacked = torch.stack(sizes_by_rank).cpu()
+    sizes = torch.zeros(world, len(flat_shards), dtype=torch.long, device=flat_shards[0].device)
+    sizes[distributed.get_rank()] = torch.tensor([shard.numel() for shard in flat_shards])
+    stacked = _over_processes(sizes, distributed.ReduceOp.SUM).cpu()
     if stacked.sum(0).tolist() != list(full_sizes):
         raise NotImplementedError(
             f"BudgetAllocator requires one copy of the {sum(full_sizes)} factor entries over all {world} processes, "
@@ -402,6 +399,11 @@ def _find_shard_starts(flat_shards: Sequence[Tensor], full_sizes: Sequence[int])
             "DDP"
         )
     return stacked[: distributed.get_rank()].sum(0).tolist()
+
+
+def _stack_on_one_device(scores: Sequence[Tensor]) -> Tensor:
+    """Stack scalars, possibly of several devices, on the device of the first, so that one transfer reads them all."""
+    return torch.stack([score.to(scores[0].device) for score in scores])
 
 
 def _over_processes(values: Tensor, operation: Any) -> Tensor:

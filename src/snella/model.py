@@ -504,17 +504,17 @@ class SnellaModel(BaseTuner):
                 because FSDP gathers the weights on one rank only.
         """
         layers = _adapted_layers(model, [adapter_name])
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        if layers and state_dict and not any(f"{cls.prefix}A" in name for name in selected):
+            raise ValueError(
+                f"state_dict must contain the factors of adapter {adapter_name!r}, got {len(state_dict)} entries "
+                f"without any, e.g. {next(iter(state_dict))!r}; pass the full state dict of the unwrapped model"
+            )
         if isinstance(config, SnellaConfig) and not any(layer.snella_budget[adapter_name].is_meta for layer in layers):
             config.watch.on_saving(model, *_budget_and_target(layers, adapter_name), config.target_sparsity)
             unused = [layer.module_name for layer in layers if not layer.is_applied]
             if len(unused) < len(layers):  # else nothing has run here, and the field comes from another process
                 config.unused_modules = unused or None
-        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        if layers and state_dict and not any(cls.prefix in name for name in selected):
-            raise ValueError(
-                f"state_dict must contain the factors of adapter {adapter_name!r}, got {len(state_dict)} entries "
-                f"without any, e.g. {next(iter(state_dict))!r}; pass the full state dict of the unwrapped model"
-            )
         return selected
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:

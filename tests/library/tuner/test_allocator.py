@@ -328,10 +328,17 @@ def test_optimizer_checkpoint_without_allocator_loads(mlp):
 
 
 def test_state_with_another_format_raises(mlp):
-    with pytest.raises(ValueError, match="the allocator's state must have format 1, got 2"):
-        make_allocator(mlp.adapted()).load_state_dict({"format": 2})
-    with pytest.raises(ValueError, match="must have format 1, got None"):
+    with pytest.raises(ValueError, match="the allocator's state must have format 2, got 1"):
+        make_allocator(mlp.adapted()).load_state_dict({"format": 1})
+    with pytest.raises(ValueError, match="must have format 2, got None"):
         make_allocator(mlp.adapted()).load_state_dict({})
+    model = mlp.adapted()
+    optimizer = make_optimizer(model)
+    make_allocator(model).attach(optimizer)
+    state = optimizer.state_dict()
+    state["param_groups"][0]["snella_allocator"] |= {"format": 1, "history": []}
+    with pytest.raises(ValueError, match="must have format 2, got 1"):
+        optimizer.load_state_dict(state)
 
 
 def test_state_of_another_model_raises_with_a_name(mlp):

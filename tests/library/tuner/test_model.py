@@ -386,7 +386,11 @@ def test_failed_injection_leaves_model_unchanged(is_second):
 
 def test_state_dict_without_factors_is_rejected(mlp, tmp_path):
     model = mlp.adapted()
-    flat = {f"flat.{name}": value for name, value in model.state_dict().items() if "snella_" not in name}
+    flat = {
+        f"flat.{name}": value
+        for name, value in model.state_dict().items()
+        if "snella_A" not in name and "snella_B" not in name
+    }
     with pytest.raises(ValueError, match=r"must contain the factors of adapter 'default', got \d+ entries without any"):
         model.save_pretrained(tmp_path / "flat", state_dict=flat)
     assert not (tmp_path / "flat" / "adapter_model.safetensors").exists()
