@@ -541,7 +541,7 @@ def run_trainer(cell: Cell) -> dict[str, Tensor]:
     resume = str(shared / f"checkpoint-{SAVED_AT}") if cell.first else None
     trainer.train(resume_from_checkpoint=resume)
     groups = zip(*[iter(micro_losses)] * cell.accumulated, strict=True)
-    scale = 1.0 if cell.accumulated == 1 else float(cell.accumulated)  # the Trainer divides by it
+    scale = cell.accumulated  # the Trainer divides by it
     cell.losses = [sum(group) / len(group) * scale for group in groups]
     if callback.allocator is not None:
         cell.budgets = callback.allocator.budgets
@@ -557,7 +557,7 @@ RUNNERS = {"torchrun": run_torchrun, "accelerate": run_accelerate, "Trainer": ru
 
 
 def digest(cell: Cell, state: dict[str, Tensor]) -> str:
-    """Return a hash of budgets and sparse updates, thus of thresholds, from this process's view of the whole state."""
+    """Return a hash of budgets and sparse updates, which depend on the thresholds, in this process's view of the state."""
     from snella.matrices import adapted_matrices
 
     plain = make_model(cell.has_allocator)
@@ -816,7 +816,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the command line."""
     command = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     command.add_argument("--loops", nargs="+", default=LOOPS, choices=LOOPS)
-    command.add_argument("--engines", nargs="+", default=ENGINES)
+    command.add_argument("--engines", nargs="+", default=ENGINES, choices=ENGINES)
     command.add_argument("--options", nargs="+", default=OPTIONS, choices=OPTIONS)
     command.add_argument("--counts", nargs="+", type=int, default=COUNTS)
     command.add_argument("--timeout", type=float, default=900, help="seconds of one launch")

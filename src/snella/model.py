@@ -499,12 +499,21 @@ class SnellaModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """Select the entries as PEFT does, and run the checks of `TrainingWatch.on_saving`.
 
+        PEFT looks for the names of modules. FSDP1 and torch's checkpoint wrapper add a module to these names, but not
+        to the names in `state_dict`.
+
         Raises:
             ValueError: If `state_dict` has entries, but no factor of the adapter. An empty `state_dict` is allowed,
                 because FSDP gathers the weights on one rank only.
         """
         layers = _adapted_layers(model, [adapter_name])
-        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        module_names = {_without_wrappers(name): name for name, _ in model.named_modules()}
+        renamed = {}
+        for name, tensor in state_dict.items():
+            owner, _, leaf = name.rpartition(".")
+            renamed[f"{module_names.get(owner, owner)}.{leaf}"] = tensor
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, renamed, unwanted_adapter_names)
+        selected = {_without_wrappers(name): tensor for name, tensor in selected.items()}
         if layers and state_dict and not any(f"{cls.prefix}A" in name for name in selected):
             raise ValueError(
                 f"state_dict must contain the factors of adapter {adapter_name!r}, got {len(state_dict)} entries "
@@ -592,6 +601,11 @@ class _Compression:
                     if not config.compress_activations:
                         return False
         return is_active
+
+
+def _without_wrappers(name: str) -> str:
+    """Remove the modules of FSDP1 and of torch's checkpoint wrapper from a name."""
+    return name.replace("_fsdp_wrapped_module.", "").replace("_checkpoint_wrapped_module.", "")
 
 
 def _adapted_layers(model: nn.Module, adapter_names: list[str]) -> list[SnellaLayer]:

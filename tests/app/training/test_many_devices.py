@@ -27,13 +27,13 @@ def rows(tmp_path_factory):
 
 @needs_processes
 @pytest.mark.parametrize("engine", ENGINES)
-def test_two_processes_train_as_one_and_save_once(rows, engine):
+def test_two_processes_train_as_one_and_save(rows, engine):
     row = rows[engine]
     assert "error" not in row, row
     assert row["same_on_all_ranks"]
     assert row["processes_that_saved"] == 1
     assert row["largest_loss_difference"] < 1e-4
-    assert row["budget_entries_moved"] <= 4  # of an importance that is rounded otherwise
+    assert row["budget_entries_moved"] <= 4  # differently rounded importance may move entries
 
 
 @needs_processes
@@ -41,7 +41,7 @@ def test_two_processes_train_as_one_and_save_once(rows, engine):
 def test_the_allocator_never_communicates_more_than_one_number_per_matrix_in_a_step(rows, engine):
     row = rows[engine]
     per_step = row["allocator_bytes_per_step"]
-    assert len(per_step) == 12
-    assert max(per_step) == 8 * row["matrices"]
-    # every third step allocates; the first one also looks for matrices without a gradient
-    assert sum(size > 0 for size in per_step) == 4 + (per_step[0] > 0)
+    expected = [0, 0, 8 * row["matrices"]] * 4  # every third step allocates
+    if engine == "FSDP2":
+        expected[0] = row["matrices"]  # the search for missing gradients, one byte per matrix
+    assert per_step == expected

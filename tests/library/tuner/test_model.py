@@ -17,6 +17,7 @@ from peft import (
 )
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from snella import SnellaConfig, SnellaModel
 from snella.layer import SnellaLayer
@@ -396,3 +397,17 @@ def test_state_dict_without_factors_is_rejected(mlp, tmp_path):
     assert not (tmp_path / "flat" / "adapter_model.safetensors").exists()
     model.save_pretrained(tmp_path / "whole", state_dict=model.state_dict())
     model.save_pretrained(tmp_path / "rank_1", state_dict={}, is_main_process=False)
+
+
+def test_adapter_of_a_wrapped_layer_is_saved_completely(mlp, tmp_path):
+    model = mlp.adapted()
+    model.save_pretrained(tmp_path / "plain")
+    base = model.get_base_model()
+    for name, child in list(base.named_children()):
+        if any("snella_A" in key for key in child.state_dict()):
+            setattr(base, name, checkpoint_wrapper(child))
+    assert any("_checkpoint_wrapped_module" in name for name, _ in model.named_modules())
+    model.save_pretrained(tmp_path / "wrapped")
+    plain, wrapped = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "wrapped"))
+    assert plain.keys() == wrapped.keys() and any("snella_A" in name for name in plain)
+    assert all(torch.equal(plain[name], wrapped[name]) for name in plain)
