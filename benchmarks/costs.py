@@ -162,10 +162,10 @@ def _polyps(speed: RowSpeed) -> tuple[str, dict[str, str]]:
 
 def _dreambooth(speed: RowSpeed) -> tuple[str, dict[str, str]]:
     """Estimate Table VI."""
-    config = DreamBoothConfig(data="-", pipeline="-", out="-")
-    counted = sd3_medium(config.resolution, config.max_sequence_length, config.batch_size)
-    passes = config.steps * config.accumulation
-    run = Workload(passes, passes * config.batch_size)
+    config = DreamBoothConfig.from_flat(data="-", pipeline="-", out="-")
+    counted = sd3_medium(config.resolution, config.max_sequence_length, config.optim.batch_size)
+    passes = config.steps * config.optim.accumulation
+    run = Workload(passes, passes * config.optim.batch_size)
     generation = Workload(0, 0, 2 * config.sample_steps)  # classifier-free guidance: two passes per step
     training_s = seconds(speed, counted, run, is_checkpointed=True)
     generation_s = _IMAGES * seconds(speed, counted, generation)
@@ -182,13 +182,13 @@ def _dreambooth(speed: RowSpeed) -> tuple[str, dict[str, str]]:
 
 def _language(speed: RowSpeed) -> tuple[str, dict[str, str]]:
     """Estimate Table XVIII."""
-    config = LanguageConfig(data="-", model="-", out="-")
-    counted = llama_7b(config.max_length, config.batch_size)
-    work = training(_INSTRUCTIONS, config.epochs, config.batch_size)
+    config = LanguageConfig.from_flat(data="-", model="-", out="-")
+    counted = llama_7b(config.max_length, config.optim.batch_size)
+    work = training(_INSTRUCTIONS, config.epochs, config.optim.batch_size)
     time = time_text(seconds(speed, counted, work, is_checkpointed=True))
     lines = [
         [f"{config.epochs} epochs of {_INSTRUCTIONS:,} examples", time],
-        [f"memory at batch {config.batch_size}", memory_text(counted)],
+        [f"memory at batch {config.optim.batch_size}", memory_text(counted)],
     ]
     head = [f"LLaMA-2-7B, {config.max_length} tokens, {flop_text(counted)} per example", ""]
     return markdown_table(head, lines), {"language/table18.yaml": f"{time}, and {memory_text(counted)} of memory"}

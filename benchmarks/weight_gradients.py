@@ -63,8 +63,9 @@ def main() -> None:
 def measure(data: str, img_size: int, batch_size: int, batches: int) -> dict[str, Any]:
     """Return the mean and maximum error over layers for each estimate."""
     torch.manual_seed(0)
-    config = TrainConfig(data=data, backbone=BACKBONE, method="linear", out="-", img_size=img_size).resolved()
-    splits = load_splits(dataclasses.replace(config, train_size=batch_size * batches, val_size=20))
+    config = TrainConfig.from_flat(data=data, backbone=BACKBONE, method="linear", out="-", img_size=img_size).resolved()
+    images = dataclasses.replace(config.data, train_size=batch_size * batches, val_size=20)
+    splits = load_splits(images, config.run.seed)
     info = BackboneInfo(name=BACKBONE, num_classes=len(splits.classes), img_size=img_size, seed=0, pretrained=True)
     model: Any = make_backbone(info).eval().requires_grad_(False)
     transform = build_transform(resolve_data_config(model, img_size), train=False, augment="none")

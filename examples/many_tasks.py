@@ -40,7 +40,7 @@ for task in TASKS:
         "progress": False,
         "overwrite": True,
     }
-    train(TrainConfig(data=f"folder:{OUT / 'images' / task}", out=str(OUT / task), **settings))
+    train(TrainConfig.from_flat(data=f"folder:{OUT / 'images' / task}", out=str(OUT / task), **settings))
 
 # a bank predicts images of both tasks in one call, in input order
 bank = TaskBank({task: OUT / task for task in TASKS}, memory_mib=100)

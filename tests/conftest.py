@@ -89,7 +89,7 @@ def settings(photos, tiny_run, tmp_path):
         values = {**base, **changes}
         if not values["method"].startswith("snell") and "method_options" not in changes:
             values["method_options"] = {}
-        return TrainConfig(**values)
+        return TrainConfig.from_flat(**values)
 
     return make
 
@@ -111,7 +111,7 @@ def finished(photos, tiny_run, tmp_path_factory):
     from snella_app.training.train import train  # imported here because it loads all libraries
 
     out = str(tmp_path_factory.mktemp("finished") / "run")
-    config = TrainConfig(**{**tiny_run, "method_options": {}}, data=f"folder:{photos}", out=out)
+    config = TrainConfig.from_flat(**{**tiny_run, "method_options": {}}, data=f"folder:{photos}", out=out)
     output = io.StringIO()
     run = train(config, Console(file=output, width=200))
     run.printed = output.getvalue()

@@ -28,7 +28,7 @@ def test_train_and_load_take_two_lines(photos, tiny_run, tmp_path, no_report):
     settings = {**tiny_run, "epochs": 1, "device": "cpu:0", "out": tmp_path / "run"}
     run = snella.train(data=photos, console=console, **settings)
     assert isinstance(run, RunFolder) and run.status == "finished"
-    assert run.read_config().data == f"folder:{photos}"
+    assert run.read_config().data.spec == f"folder:{photos}"
     assert snella.load(run).predict(photos / "cats" / "000.png").label in ("cats", "dogs", "owls")
 
 
@@ -55,4 +55,4 @@ def test_dataset_object_is_cross_validated(tiny_run, tmp_path, no_report):
 
 def test_a_config_and_settings_exclude_each_other():
     with pytest.raises(TypeError, match="train takes a config or settings, got both: config and epochs"):
-        snella.train(TrainConfig(data="digits", backbone="test_vit", out="x"), epochs=3)
+        snella.train(TrainConfig.from_flat(data="digits", backbone="test_vit", out="x"), epochs=3)

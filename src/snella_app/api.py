@@ -21,8 +21,9 @@ def train(config: TrainConfig | None = None, *, console: Console | None = None, 
     Args:
         config: Configuration of the run.
         console: Console for progress and results; standard output if None.
-        **settings: Fields of `TrainConfig`, instead of `config`. `data` may also be a torch or Hugging Face dataset, or
-            a mapping from split names (train, val, test) to datasets.
+        **settings: Settings by flat name, e.g. `lr` or `data`, instead of `config`; the parts of `TrainConfig` describe
+            them. `data` may also be a torch or Hugging Face dataset, or a mapping from split names (train, val, test)
+            to datasets.
 
     Returns:
         Folder of the run.
@@ -37,13 +38,14 @@ def train(config: TrainConfig | None = None, *, console: Console | None = None, 
     options = {"data": settings.pop("data")} if is_object else {}
     if is_object:
         settings["data"] = "python:data"
-    config = TrainConfig(**settings) if config is None else config
-    if config.method == AUTO_METHOD and not is_object:
+    config = TrainConfig.from_flat(**settings) if config is None else config
+    if config.method.name == AUTO_METHOD and not is_object:
         choose_method = plugin("choices", "method")
         if choose_method is None:
             raise ValueError("method=auto requires the package snella_lab, which compares methods; choose a method")
         config = choose_method(config, console)
-    if (config.folds and config.fold is None) or (config.resume and is_cross_validation(str(config.out))):
+    out, data = str(config.run.out), config.data
+    if (data.folds and data.fold is None) or (config.run.resume and is_cross_validation(out)):
         train_folds(config, console, **options)
-        return RunFolder(str(config.out))
+        return RunFolder(out)
     return train_run(config, console, **options)

@@ -1,11 +1,12 @@
 """Laboratory commands. Signatures and docstrings define the command line."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from snella_app.cli.command import Device, command, listed
+from snella_app.config import Config, Setting, TrainConfig
 from snella_lab.recipes.dreambooth.config import DreamBoothConfig
 from snella_lab.recipes.instruct.config import LanguageConfig
 
@@ -140,8 +141,6 @@ def fit_matrix(
         seed: Seed for the matrices and initial factors; default 0.
         overwrite: Overwrite existing figures and tables.
     """
-    from dataclasses import replace
-
     from snella_app.console import make_console, make_table
     from snella_lab.analysis.matrix_fit import PRESETS, fit_matrices
     from snella_lab.analysis.plot import write_plots
@@ -174,8 +173,8 @@ def _print_plots(console: "Console", paths: Iterable[Path]) -> None:
             print_line(console, str(path))
 
 
-@dataclass
-class CompareOptions:
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions(Config):
     """Settings of `snella compare`; None keeps the experiment's value.
 
     Args:
@@ -191,28 +190,11 @@ class CompareOptions:
         extensions: Maximum number of grid extensions while the best value lies on the edge of the grid; default 2.
         reference: Reference method for pairwise comparisons; defaults to the first LoRA.
         forgetting: Datasets whose linear-probe accuracy measures forgetting, e.g. stamps,digits; none disables it.
-        epochs: Epochs, for all methods.
-        batch_size: Batch size.
-        img_size: Input resolution in pixels.
-        train_size: Training images per dataset.
-        val_size: Validation images per dataset.
-        test_size: Maximum number of test images per dataset.
-        augment: Augmentation of training images: none, flip, or crop.
-        head_init: Initialization of the classifier head: random, or probe for a linear probe; auto uses probe below 100
-            steps.
-        ema: Decay of the exponential moving average of the trained parameters, e.g. 0.9998; the average is evaluated
-            and saved.
         task: classification, multilabel (compared by mean average precision), ordinal (by quadratic weighted kappa) or
             regression (by R²).
         monitor: Validation metric for epoch selection, as for snella train. balanced_accuracy, and macro_f1 for
             multilabel, also become the comparison metric.
-        columns: Table columns, e.g. path=file,label=species, as for snella train.
-        channels: Image channels.
-        skip_corrupt: Skip corrupt images.
-        weights: Weight file for a backbone given by its architecture name.
-        pretrained: Load pre-trained weights; false uses random weights, for tests.
-        device: auto, or a torch device such as cpu, cuda:1 or mps.
-        precision: fp32, or bf16 for autocast.
+        train: Other settings of all runs by flat name, entries of `shared`.
         workers: Parallel runs, one process each; 0 runs everything in the current process.
         threads: Threads per worker; defaults to an equal share of the CPUs.
         ray: Run on Ray: the cluster at RAY_ADDRESS, or this machine.
@@ -224,6 +206,12 @@ class CompareOptions:
         retry_failed: Train failed runs again.
         draw_only: Skip training; redraw the table and the HTML report from existing results.
     """
+
+    shared: ClassVar[tuple[str, ...]] = (
+        *("epochs", "batch_size", "img_size", "train_size", "val_size", "test_size", "augment", "head_init", "ema"),
+        *("columns", "channels", "skip_corrupt", "weights", "pretrained", "device", "precision"),
+    )
+    """Settings of `TrainConfig` that are options; `workers` counts processes, not data loader workers."""
 
     out: str
     experiment: str | None = None
@@ -237,24 +225,9 @@ class CompareOptions:
     extensions: int | None = None
     reference: str | None = None
     forgetting: str | None = None
-    epochs: int | None = None
-    batch_size: int | None = None
-    img_size: int | None = None
-    train_size: int | None = None
-    val_size: int | None = None
-    test_size: int | None = None
-    augment: Literal["none", "flip", "crop"] | None = None
-    head_init: Literal["auto", "random", "probe"] | None = None
-    ema: float | None = None
     task: Literal["classification", "multilabel", "ordinal", "regression"] | None = None
     monitor: str | None = None
-    columns: str | None = None
-    channels: int | None = None
-    skip_corrupt: bool | None = None
-    weights: str | None = None
-    pretrained: bool | None = None
-    device: Device | None = None
-    precision: Literal["fp32", "bf16"] | None = None
+    train: dict[str, Any] = field(default_factory=dict)
     workers: int = 1
     threads: int | None = None
     ray: bool = False
@@ -265,6 +238,26 @@ class CompareOptions:
     part: str | None = None
     retry_failed: bool = False
     draw_only: bool = False
+
+    @classmethod
+    def command_options(cls) -> dict[str, Setting]:
+        """Return the options: the fields, with the shared settings of `TrainConfig` in place of `train`."""
+        settings: dict[str, Setting] = {}
+        for name, setting in cls.settings().items():
+            if name == "train":
+                known = TrainConfig.settings()
+                settings |= {
+                    name: replace(known[name], type=known[name].type | None, default=None) for name in cls.shared
+                }
+            else:
+                settings[name] = setting
+        return settings
+
+    @classmethod
+    def from_flat(cls, **settings: Any) -> Self:
+        """Create the settings from options; None leaves a shared setting out."""
+        train = {name: value for name in cls.shared if (value := settings.pop(name, None)) is not None}
+        return super().from_flat(**settings, train=train)
 
 
 @command("snella_lab.comparison.compare")
@@ -285,7 +278,7 @@ def compare(options: CompareOptions) -> None:
     from snella_lab.comparison.experiment_files import experiment_from_args, parse_part
 
     compare(
-        experiment_from_args(asdict(options)),
+        experiment_from_args(options.flat()),
         options.out,
         workers=options.workers,
         threads=options.threads,

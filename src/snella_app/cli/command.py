@@ -17,7 +17,7 @@ class Command:
 
     Attributes:
         function: Function to call. Positional-only parameters become positional arguments, the others options. If the
-            only parameter is a dataclass, its fields become the options. The docstring is the help.
+            only parameter is a `Config`, its settings become the options. The docstring is the help.
         library: Module to import before the call; during the import, Ctrl-C exits immediately.
         is_recorded: True to store the settings in the run folder as `commands/NAME.yaml`.
         is_research: True to list the command under research commands.

@@ -1,7 +1,6 @@
 """Command line parser, built from the commands' signatures and docstrings."""
 
 import argparse
-import dataclasses
 import difflib
 import inspect
 import json
@@ -11,6 +10,7 @@ import shutil
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from types import UnionType
@@ -22,6 +22,7 @@ from jsonargparse import ArgumentParser
 
 from snella_app.cli import commands as _commands  # noqa: F401 - registers its commands
 from snella_app.cli.command import COMMANDS, Command
+from snella_app.config import Config, Setting
 from snella_app.methods.defaults import TRAIN_PRESETS, shown_defaults
 from snella_app.plugins import plugins
 from snella_app.settings import described, hint_at_choice, ours
@@ -77,21 +78,19 @@ class Option:
         return get_origin(_without_none(self.type)) is list
 
 
-def settings_class(function: Callable[..., None]) -> type | None:
-    """Return the dataclass whose fields are a command's options; None if its parameters are the options."""
+def settings_class(function: Callable[..., None]) -> type[Config] | None:
+    """Return the configuration whose settings are a command's options; None if its parameters are the options."""
     kinds = list(_hints(function).values())
-    return kinds[0] if len(kinds) == 1 and isinstance(kinds[0], type) and dataclasses.is_dataclass(kinds[0]) else None
+    return kinds[0] if len(kinds) == 1 and isinstance(kinds[0], type) and issubclass(kinds[0], Config) else None
 
 
 def options_of(function: Callable[..., None]) -> list[Option]:
     """Return the arguments of a command."""
-    owner = settings_class(function) or function
-    helps = {entry.arg_name: " ".join((entry.description or "").split()) for entry in _docstring(owner).params}
-    hints = _hints(owner)
-    if isinstance(owner, type) and dataclasses.is_dataclass(owner):
-        fields = dataclasses.fields(owner)
-        defaults = {f.name: f.default_factory() for f in fields if f.default_factory is not MISSING}
-        return [Option(f.name, hints[f.name], defaults.get(f.name, f.default), helps[f.name], False) for f in fields]
+    config = settings_class(function)
+    if config is not None:
+        settings = config.command_options().values()
+        return [Option(s.name, s.type, s.fresh_default(), _text_of(s), False) for s in settings]
+    helps, hints = _texts(function), _hints(function)
     return [
         Option(
             name,
@@ -100,7 +99,7 @@ def options_of(function: Callable[..., None]) -> list[Option]:
             helps[name],
             parameter.kind is parameter.POSITIONAL_ONLY,
         )
-        for name, parameter in inspect.signature(owner).parameters.items()
+        for name, parameter in inspect.signature(function).parameters.items()
     ]
 
 
@@ -157,7 +156,7 @@ def call(name: str, settings: Mapping[str, Any]) -> Callable[[], None]:
     function = COMMANDS[name].function
     owner = settings_class(function)
     if owner is not None:
-        config = owner(**settings)
+        config = owner.from_flat(**settings)
         return lambda: function(config)
     bound = inspect.signature(function).bind_partial()
     bound.arguments.update(settings)
@@ -256,7 +255,7 @@ def _command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
     basic: tuple[str, ...] = getattr(owner, "basic", ())
     purpose = getattr(owner, "purpose", None)
     method_defaults = {} if purpose is None else shown_defaults(purpose)
-    method = getattr(owner, "method", "")
+    method = {option.name: option.default for option in options}.get("method", "")
     first: Any = parser.add_argument_group("basic options") if basic else parser
     rest: Any = parser.add_argument_group("advanced options (keep the defaults for a first run)") if basic else parser
     for option in sorted(options, key=lambda option: [*basic, option.name].index(option.name)):
@@ -501,6 +500,17 @@ def _without_none(kind: Any) -> Any:
 def _hints(owner: Callable[..., Any]) -> dict[str, Any]:
     """Return the types of parameters or fields."""
     return {name: kind for name, kind in get_type_hints(owner).items() if name != "return"}
+
+
+def _text_of(setting: Setting) -> str:
+    """Return the help text of a setting, from the docstring of its class or of a base class."""
+    return next(text for kind in setting.owner.__mro__ if (text := _texts(kind).get(setting.path[-1])))
+
+
+@cache
+def _texts(owner: Callable[..., Any]) -> dict[str, str]:
+    """Return the descriptions of parameters or fields in a docstring."""
+    return {entry.arg_name: " ".join((entry.description or "").split()) for entry in _docstring(owner).params}
 
 
 def _docstring(owner: Callable[..., Any]) -> docstring_parser.Docstring:

@@ -1,6 +1,7 @@
 """Evaluation of a run's best model on its test split or on other data."""
 
 import contextlib
+import dataclasses
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from snella_app.console import make_console, print_line, track_progress
-from snella_app.data import DataSplits, ImageDataset, full_spec, has_columns, load_data
+from snella_app.data import DataSplits, ImageDataset, has_columns, load_data
 from snella_app.data.datasets import read_at_side, show_reading
 from snella_app.data.load import find_equal_images, find_near_copies
 from snella_app.records import Calibration, DataInfo, RunInfo, plain, read
@@ -64,8 +65,8 @@ def redraw_report(run: str | Path, console: Console | None = None) -> Path:
 def _shown_images(folder: RunFolder, stored: DataInfo) -> ImageDataset | None:
     """Return the images listed in `predictions.json`."""
     config = folder.read_config()
-    config.data = find_data(folder.path, str(config.data), stored.folder)
-    splits = load_splits(config)
+    spec = find_data(folder.path, str(config.data.spec), stored.folder)
+    splits = load_splits(dataclasses.replace(config.data, spec=spec), config.run.seed)
     name = "test" if splits.val is None else "val"
     check_splits(folder.path, stored, splits, (name,))
     return parts_of(splits).get(name)
@@ -164,10 +165,10 @@ def _training_note(
     if run_splits is None:
         config, stored = loaded.folder.read_config(), loaded.info.data
         try:
-            config.data = find_data(loaded.folder.path, str(config.data), stored.folder)
-            run_splits = load_splits(config)
+            spec = find_data(loaded.folder.path, str(config.data.spec), stored.folder)
+            run_splits = load_splits(dataclasses.replace(config.data, spec=spec), config.run.seed)
             if not is_same_split(stored, run_splits):
-                raise ValueError(f"files were added or removed in {config.data}")
+                raise ValueError(f"files were added or removed in {spec}")
         except (OSError, ValueError, ImportError) as error:
             return (
                 f"cannot check for training images of the run among these images: {error}; results are optimistic if "
@@ -300,11 +301,15 @@ def _load_splits(
 ) -> tuple[DataSplits, bool]:
     """Load the splits of the run or of other data; the second value is True for data of the run."""
     config, stored = loaded.folder.read_config(), loaded.info.data
-    config.skip_corrupt = skip_corrupt or config.skip_corrupt
-    config.columns = columns if columns is not None else config.columns
+    images, seed = config.data, config.run.seed
+    images = dataclasses.replace(
+        images,
+        skip_corrupt=skip_corrupt or images.skip_corrupt,
+        columns=images.columns if columns is None else columns,
+    )
     if data is None:
-        config.data = find_data(loaded.folder.path, str(config.data), stored.folder)
-        splits = load_splits(config)
+        spec = find_data(loaded.folder.path, str(images.spec), stored.folder)
+        splits = load_splits(dataclasses.replace(images, spec=spec), seed)
         measured = _split_names(_resolve_split(split, splits))
         check_splits(loaded.folder.path, stored, splits, measured)
         unknown = [name for name in parts_of(splits) if name in measured and name not in stored.contents]
@@ -316,8 +321,9 @@ def _load_splits(
         return splits, True
     note = None
     with contextlib.suppress(ValueError):
-        config.data = full_spec(data) if isinstance(data, str) else config.data
-        splits = load_splits(config, None if isinstance(data, str) else data)
+        is_spec = isinstance(data, str)
+        images = dataclasses.replace(images, spec=data if is_spec else images.spec)
+        splits = load_splits(images, seed, None if is_spec else data)
         changed = changed_parts(stored, splits, _split_names(_resolve_split(split, splits)))
         if is_same_split(stored, splits) and not changed:
             return splits, True
@@ -325,9 +331,9 @@ def _load_splits(
             note = f"the files have the names of the run's images, but other contents in {', '.join(changed)}"
     splits = load_data(
         data,
-        seed=config.seed,
+        seed=seed,
         skip_corrupt=skip_corrupt,
-        columns=config.columns if columns is not None or has_columns(data) else None,
+        columns=images.columns if columns is not None or has_columns(data) else None,
         channels=loaded.reading.channels,
         white=loaded.info.data.white,
         target=loaded.task.target,

@@ -1,5 +1,6 @@
 """Heat maps of predictions, and nearest training images."""
 
+import dataclasses
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -205,8 +206,8 @@ def _load_run_splits(model: Predictor) -> Any:
     """Load the splits of the run's data."""
     folder, stored = model.loaded.folder, model.loaded.info.data
     config = folder.read_config()
-    config.data = find_data(folder.path, str(config.data), stored.folder)
-    splits = load_splits(config)
+    spec = find_data(folder.path, str(config.data.spec), stored.folder)
+    splits = load_splits(dataclasses.replace(config.data, spec=spec), config.run.seed)
     check_splits(folder.path, stored, splits, ())
     return splits
 

@@ -282,8 +282,8 @@ def _run_images(loaded: LoadedRun) -> ImageDataset:
     """Return the run's test images, falling back to validation and then training images."""
     config = loaded.folder.read_config()
     try:
-        config.data = find_data(loaded.folder.path, str(config.data), loaded.info.data.folder)
-        parts = parts_of(load_splits(config))
+        spec = find_data(loaded.folder.path, str(config.data.spec), loaded.info.data.folder)
+        parts = parts_of(load_splits(dataclasses.replace(config.data, spec=spec), config.run.seed))
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(
             f"images must be given to compare outputs, since the run's images cannot be read: {error}"

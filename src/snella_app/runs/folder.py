@@ -242,7 +242,7 @@ class RunFolderOf(Generic[S]):
             stored = self._stored_settings()
             if known is None or settings_digest(stored) == known:
                 values = {name: value for name, value in stored.items() if name not in UNSTORED_FIELDS}
-                return self.settings_type(**values)
+                return self.settings_type.from_flat(**values)
         except (TypeError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
             raise ValueError(f"{path} is damaged: {error}; train again with `--overwrite`") from None
         except ValueError as error:  # its message is written for the command line
@@ -287,23 +287,23 @@ class RunFolderOf(Generic[S]):
             ValueError: If `resume` is set with settings that differ from the stored ones.
         """
         status = self.status
-        settings: Any = config
-        if settings.resume and status is not None:
+        if config.run.resume and status is not None:
             if status != "finished" and self.id is None:
                 raise ValueError(
                     f"{self.path} was started by an early version of snella, whose checkpoints have no run id; finish "
                     "it with that version, or start over with --overwrite"
                 )
             return self._resumed(config)
-        can_start = all(getattr(config, name) for name in config.needed)
-        if settings.resume and not can_start and (self.path / "config.yaml").is_file():
+        given = config.flat()
+        can_start = all(given[name] for name in config.needed)
+        if config.run.resume and not can_start and (self.path / "config.yaml").is_file():
             return self._restart_settings(config)
-        if settings.resume and not can_start:
+        if config.run.resume and not can_start:
             raise FileNotFoundError(
                 f"out must be the folder of a run to resume, got {self.path}, which has no run; "
                 f"give {' and '.join(config.needed)} to start one"
             )
-        if status is not None and not settings.overwrite:
+        if status is not None and not config.run.overwrite:
             state, hint = (
                 ("a finished run", "")
                 if status == "finished"
@@ -325,8 +325,8 @@ class RunFolderOf(Generic[S]):
         Raises:
             FileNotFoundError: As for `resolve_settings`, or if the adapter or results of a finished run are missing.
         """
-        resolved: Any = self.resolve_settings(config)
-        status = self.status if resolved.resume else None
+        resolved = self.resolve_settings(config)
+        status = self.status if resolved.run.resume else None
         if status == "finished":
             self.check_adapter()
             self.check_complete()
@@ -386,21 +386,17 @@ class RunFolderOf(Generic[S]):
 
     def _resumed(self, config: S) -> S:
         """Return the stored settings, if `config` does not contradict them; `data` may name a new location."""
-        stored = self.read_config()
-        data = getattr(config, "data", None)
+        stored, given = self.read_config(), config.flat()
         run = self.read_json("run.json") if self.status is not None else {}
-        if data and run.get("data", {}).get("digest"):
-            setattr(stored, "data", data)  # noqa: B010 - a field of the subclass
+        if given.get("data") and run.get("data", {}).get("digest"):
+            stored = stored.replace(data=given["data"])
         differences = config.differences(stored)
         if differences:
             raise ValueError(
                 f"resume continues {self.path} with its stored settings, but {'; '.join(differences)}; leave them out"
-                + (_NEW_RUN_HINT.format(self.path) if hasattr(stored, "init_from") else "")
+                + (_NEW_RUN_HINT.format(self.path) if "init_from" in given else "")
             )
-        for name in SESSION_FIELDS:
-            if hasattr(config, name):
-                setattr(stored, name, getattr(config, name))
-        return stored
+        return stored.replace(**{name: given[name] for name in SESSION_FIELDS if name in given})
 
     def _holds_unexpected_files(self) -> bool:
         """Return whether the folder contains anything other than runs and the files of an unfinished run."""
@@ -444,27 +440,26 @@ class RunFolder(RunFolderOf[TrainConfig]):
             state = "which has no run" if self.status is None else f"which is {status_text(self.status)}"
             raise ValueError(f"init_from must be the folder of a finished run, got {self.path}, {state}")
         self.check_adapter()
-        stored = self.read_config()
-        defaults = {f.name: f.default for f in dataclasses.fields(TrainConfig)}
-        given = [name for name in _INHERITED if getattr(config, name) != defaults[name]]
+        stored, given = self.read_config().flat(), config.flat()
+        settings = TrainConfig.settings()
         different = [
-            f"{name} is {getattr(stored, name)!r} there and {getattr(config, name)!r} here"
-            for name in given
-            if getattr(config, name) != getattr(stored, name)
+            f"{name} is {stored[name]!r} there and {given[name]!r} here"
+            for name in _INHERITED
+            if given[name] != settings[name].default and given[name] != stored[name]
         ]
         if different:
             raise ValueError(
                 f"init_from={self.path} requires the settings of that run, but {'; '.join(different)}; leave them out"
             )
-        values = {name: getattr(stored, name) for name in _INHERITED}
+        values = {name: stored[name] for name in _INHERITED}
         for name in ("data", "train_size", "img_size", "target_sparsity"):
-            values[name] = getattr(stored if getattr(config, name) is None else config, name)
-        options = {**stored.method_options, **config.method_options}
+            values[name] = stored[name] if given[name] is None else given[name]
+        options = {**stored["method_options"], **given["method_options"]}
         allocation = read_if_present(Allocation, self.path)
-        if allocation is not None and "init_sparsity" not in config.method_options:
+        if allocation is not None and "init_sparsity" not in given["method_options"]:
             budget = sum(matrix.budget for matrix in allocation.matrices)
             if budget < allocation.total_weights:
                 sparsity = 1 - budget / allocation.total_weights
 
                 options["init_sparsity"] = min(sparsity, values["target_sparsity"])
-        return dataclasses.replace(config, **values, method_options=options)
+        return config.replace(**values, method_options=options)

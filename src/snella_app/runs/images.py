@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from snella_app.config import TrainConfig
+from snella_app.config import DataConfig
 from snella_app.data import DataSplits, ImageDataset, data_folder, load_data, split_spec, with_class_order
 from snella_app.data.table import TABLE_SUFFIXES
 from snella_app.records import DataInfo
@@ -125,12 +125,18 @@ def _counts(sizes: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {count}" for name, count in sizes.items())
 
 
-def load_splits(config: TrainConfig, data: Any = None) -> DataSplits:
-    """Load the splits of a configuration or of `data`; deterministic as long as the files are unchanged."""
+def load_splits(config: DataConfig, seed: int, data: Any = None) -> DataSplits:
+    """Load the splits of a configuration; deterministic as long as the files are unchanged.
+
+    Args:
+        config: Images, labels and splits.
+        seed: Seed of the run, which draws the splits.
+        data: Data set object to load instead of `config.spec`.
+    """
     task = task_class(config.task)
     splits = load_data(
-        str(config.data) if data is None else data,
-        seed=config.seed,
+        str(config.spec) if data is None else data,
+        seed=seed,
         test_seed=config.test_seed,
         val_fraction=config.val_fraction,
         test_fraction=config.test_fraction,

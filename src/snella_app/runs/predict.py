@@ -274,7 +274,7 @@ def load(run: str | Path | RunFolder, device: str = "auto", *, batch_size: int =
 
 def columns_of(run: str | Path) -> str | None:
     """Return the columns of a run's table; None for other data, or if the run does not exist (reported later)."""
-    return RunFolder(run).read_config().columns if (Path(run) / "config.yaml").is_file() else None
+    return RunFolder(run).read_config().data.columns if (Path(run) / "config.yaml").is_file() else None
 
 
 def task_of_run(run: str | Path) -> type[Task]:

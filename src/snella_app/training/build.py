@@ -1,7 +1,8 @@
-"""Components of a training: data, model and task, from a configuration."""
+"""Components of a training: `load` loads data and task, `build` creates the model."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -10,18 +11,16 @@ from typing import Any
 
 import timm.data
 import torch
-from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from snella_app.config import DEFAULT_BATCH_SIZE, TrainConfig
-from snella_app.console import counted, print_line
+from snella_app.config import DEFAULT_BATCH_SIZE, DataConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig
+from snella_app.console import print_line
 from snella_app.data import DataSplits, ImageDataset, build_transform
 from snella_app.data.datasets import MaskDataset, read_at_side, show_reading
 from snella_app.data.protocol import get_protocol
-from snella_app.device import choose_device
 from snella_app.methods import SelectionData, build_method, find_method, load_trained, load_trained_into, save_trained
 from snella_app.methods.model_parts import find_head
 from snella_app.methods.saving import METHOD_FILE
@@ -40,14 +39,46 @@ _READ_MARGIN = 4
 """Minimum shorter side when reading an image, in input sizes; a crop of 1/16 of its area then needs no upsampling."""
 
 
-def epoch_sampler(train: ImageDataset, task: Task, config: TrainConfig) -> EpochSampler:
-    """Return the sampler of the training images."""
-    weights = task.sample_weights(train) if config.sampler == "weighted" else None
-    return EpochSampler(len(train), config.seed, weights)
+@dataclass(frozen=True)
+class LoadedData:
+    """Images and task of a run.
+
+    Attributes:
+        config: Part of the configuration that describes the data.
+        seed: Seed of the run.
+        splits: Images with targets encoded for the task, without transforms.
+        task: Task fitted to the training images.
+        started_at: Time on the `time.monotonic()` clock at which loading started.
+        source: Data set object named by `config.spec`, if any.
+        batch_size: Batch size of passes over the images before training.
+        shows_progress: True to show progress bars on a terminal.
+    """
+
+    config: DataConfig
+    seed: int
+    splits: DataSplits
+    task: Task
+    started_at: float
+    source: Any = None
+    batch_size: int = DEFAULT_BATCH_SIZE
+    shows_progress: bool = True
+
+
+def epoch_sampler(train: ImageDataset, task: Task, sampler: str, seed: int) -> EpochSampler:
+    """Return the sampler of the training images.
+
+    Args:
+        train: Training images.
+        task: Task with the sampling weights.
+        sampler: `DataConfig.sampler`.
+        seed: Seed of the run.
+    """
+    weights = task.sample_weights(train) if sampler == "weighted" else None
+    return EpochSampler(len(train), seed, weights)
 
 
 def selection_data(
-    train: ImageDataset, val: ImageDataset | None, task: Task, config: TrainConfig, console: Console | None = None
+    train: ImageDataset, val: ImageDataset | None, data: LoadedData, console: Console | None = None
 ) -> SelectionData:
     """Return training and validation batches for parameter selection, reproducible from the seed; never test images.
 
@@ -57,28 +88,27 @@ def selection_data(
     Args:
         train: Training images with the run's transform.
         val: Validation images with the evaluation transform, if available.
-        task: Task with collate function and loss.
-        config: Settings with batch size, seed and number of workers.
+        data: Task, sampler, batch size, seed and number of workers.
         console: Output console for progress; None shows none.
     """
-    passes = count()
-    show = config.progress and console is not None and console.is_terminal
+    passes, task, seed = count(), data.task, data.seed
+    show = data.shows_progress and console is not None and console.is_terminal
 
     def batches(images: ImageDataset, order: EpochSampler | None) -> Iterator[tuple[Tensor, Tensor]]:
         loader = DataLoader(
             images,
-            config.effective_batch_size,
+            data.batch_size,
             sampler=order,
             collate_fn=task.collate,
-            num_workers=config.workers,
-            generator=torch.Generator().manual_seed(config.seed),  # leaves torch's global generator unchanged
+            num_workers=data.config.workers,
+            generator=torch.Generator().manual_seed(seed),  # leaves torch's global generator unchanged
         )
         steps = track(loader, "selecting trainable weights", console=console, transient=True) if show else loader
         yield from ((batch["images"], batch["labels"]) for batch in steps)
 
     def train_pass() -> Iterator[tuple[Tensor, Tensor]]:
         epoch, images = next(passes), train.with_transform(train.transform)
-        order = epoch_sampler(images, task, config)
+        order = epoch_sampler(images, task, data.config.sampler, seed)
         images.set_epoch(epoch)
         order.set_epoch(epoch)
         return batches(images, order)
@@ -127,6 +157,8 @@ class RunComponents:
         task: Task fitted to the training images.
         backbone: Record of the backbone.
         data_config: Preprocessing in timm's format.
+        seed: Seed of the run.
+        workers: Number of data loading processes.
         probe_features: Features of training images before training; set by `snella_app.training.linear_probe`.
         start_layers: Features of several layers for the same images; None if the run trains the model.
     """
@@ -136,123 +168,129 @@ class RunComponents:
     task: Task
     backbone: BackboneInfo
     data_config: dict[str, Any]
+    seed: int = 0
+    workers: int = 0
     probe_features: Tensor | None = None
     start_layers: Tensor | None = None
 
 
-def build_components(
-    config: TrainConfig, resumed: Path | None = None, console: Console | None = None, data: Any = None
-) -> RunComponents:
-    """Load the data, create the backbone and apply the method.
+def load(
+    config: DataConfig, optim: OptimConfig, run: RunConfig, console: Console | None = None, source: Any = None
+) -> LoadedData:
+    """Load the images and create the task.
 
     Args:
-        config: Resolved settings.
-        resumed: Folder of the resumed or initial run, whose stored selection is reused.
-        console: Output console for selection progress; None shows none.
-        data: Object named by `config.data`.
+        config: Images, labels and splits.
+        optim: Loss and monitored metric of the task, and the batch size.
+        run: Seed.
+        console: Output console for progress; None shows none.
+        source: Data set object named by `config.spec`.
 
     Raises:
-        ValueError: If the batch size exceeds the number of training images, or data, model and settings do not fit
-            together.
+        ValueError: If the batch size exceeds the number of training images, or data and task do not fit together.
     """
-    device = choose_device(config.device)
-    if config.precision == "fp16" and device.type != "cuda":
-        raise ValueError(f"precision must be fp32 or bf16 on device {device.type!r}, got 'fp16'; fp16 requires a GPU")
-    with show_reading(console, config.progress):
-        splits = load_splits(config, data)
-    task = create_task(config.task, splits.classes, **config.as_dict())
-    task.check_data(splits.train, str(config.data))
-    if config.effective_batch_size < process_count():
+    started_at = time.monotonic()
+    with show_reading(console, run.progress):
+        splits = load_splits(config, run.seed, source)
+    task = create_task(config.task, splits.classes, **optim.task_options())
+    task.check_data(splits.train, str(config.spec))
+    if optim.effective_batch_size < process_count():
         raise ValueError(
             f"batch_size must be at least the number of processes, {process_count()}, since they split each batch, "
-            f"got {config.effective_batch_size}"
+            f"got {optim.effective_batch_size}"
         )
     task = task.fitted(splits.train, splits.classes)
     splits = encoded(splits, task)
-    if config.batch_size is None and len(splits.train) < DEFAULT_BATCH_SIZE:
+    if optim.batch_size is None and len(splits.train) < DEFAULT_BATCH_SIZE:
         splits.notes.append(
             f"batch size reduced from {DEFAULT_BATCH_SIZE} to {len(splits.train)}, the number of training images"
         )
-    elif isinstance(config.batch_size, int) and len(splits.train) < config.effective_batch_size:
+    elif isinstance(optim.batch_size, int) and len(splits.train) < optim.batch_size:
         raise ValueError(
-            f"batch_size must be at most the number of training images, {len(splits.train)} in {config.data}, "
-            f"got {config.batch_size}; "
+            f"batch_size must be at most the number of training images, {len(splits.train)} in {config.spec}, "
+            f"got {optim.batch_size}; "
             f"pass --batch-size {len(splits.train)} or less, or add images"
         )
-    if config.channels != 3:
-        splits.notes.append(
-            f"the first convolution of {config.backbone} is adapted from 3 to {counted(config.channels, 'channel')}"
-        )
-    return assemble(config, splits, task, resumed, console, data)
+    return LoadedData(config, run.seed, splits, task, started_at, source, optim.effective_batch_size, run.progress)
 
 
-def assemble(
-    config: TrainConfig,
-    splits: DataSplits,
-    task: Task,
+def build(
+    model: ModelConfig,
+    method: MethodConfig,
+    data: LoadedData,
+    device: torch.device,
     resumed: Path | None = None,
     console: Console | None = None,
-    data: Any = None,
 ) -> RunComponents:
     """Create the backbone for loaded data, apply the method, and set the transforms.
 
-    `splits` is not modified, so components for several image sizes can coexist.
+    `data` is not modified, so components for several image sizes can coexist.
 
     Args:
-        config: Resolved settings.
-        splits: Data encoded for the task.
-        task: Task fitted to the data.
-        resumed: See `build_components`.
-        console: See `build_components`.
-        data: See `build_components`.
+        model: Backbone.
+        method: Resolved method.
+        data: Images and task.
+        device: Device of the model.
+        resumed: Folder of the resumed or initial run, whose stored selection is reused.
+        console: Output console for selection progress; None shows none.
+
+    Raises:
+        ValueError: If data, model and method do not fit together.
     """
-    device = choose_device(config.device)
+    config, task, seed = data.config, data.task, data.seed
     info = BackboneInfo(
-        name=str(config.backbone),
-        weights=config.weights,
-        pretrained=config.pretrained,
-        img_size=config.img_size,
-        num_classes=task.count_outputs(splits.classes),
-        seed=config.seed,
+        name=str(model.backbone),
+        weights=model.weights,
+        pretrained=model.pretrained,
+        img_size=model.img_size,
+        num_classes=task.count_outputs(data.splits.classes),
+        seed=seed,
         channels=config.channels,
     )
     backbone = make_backbone(info, config.task)
-    if config.drop_path:
-        set_drop_path(backbone, find_head(backbone, task.head), config.drop_path)
+    if model.drop_path:
+        set_drop_path(backbone, find_head(backbone, task.head), model.drop_path)
     data_config = get_protocol(config.protocol).data_config(
-        resolve_data_config(backbone, config.img_size), is_resized_whole=splits.is_resized_whole
+        resolve_data_config(backbone, model.img_size), is_resized_whole=data.splits.is_resized_whole
     )
     info = dataclasses.replace(info, architecture=architecture_name(backbone))
+    splits = _transformed(data, data_config)
+    torch.manual_seed(seed)
+    if resumed is not None and has_selection(resumed):
+        adapted = restore_selection(resumed, backbone).to(device)
+    else:
+        batches = None
+        if find_method(method.name).needs_batches:
+            train, val = _images_to_choose_from(method.name, data, splits, data_config)
+            batches = selection_data(train, val, data, console)
+            backbone.to(device)
+        adapted = build_method(method.name, backbone, head=task.head, batches=batches, **method.all_options())
+        adapted = adapted.to(device)
+    if model.grad_checkpointing:
+        checkpoint_gradients(adapted)
+    return RunComponents(splits, adapted, task, info, data_config, seed, config.workers)
+
+
+def _transformed(data: LoadedData, data_config: dict[str, Any]) -> DataSplits:
+    """Return the splits with the transforms of training and evaluation."""
+    config, task = data.config, data.task
     augment: Any = task.augment if config.augment == "auto" else config.augment
     train_transform = build_transform(data_config, train=True, augment=augment, random_erasing=config.random_erasing)
     transform = build_transform(data_config, train=False, augment="none")
-    by_name = parts_of(splits)
-    read = dict(zip(by_name, read_at_side(list(by_name.values()), read_side(data_config, splits.train)), strict=True))
+    by_name = parts_of(data.splits)
+    side = read_side(data_config, data.splits.train)
+    read = dict(zip(by_name, read_at_side(list(by_name.values()), side), strict=True))
     transforms = {"train": train_transform, "val": transform, "test": transform}
     transformed: dict[str, Any] = {name: part.with_transform(transforms[name]) for name, part in read.items()}
-    splits = dataclasses.replace(splits, **transformed)
-    torch.manual_seed(config.seed)
-    if resumed is not None and has_selection(resumed):
-        model = restore_selection(resumed, backbone).to(device)
-    else:
-        batches = None
-        if find_method(config.method).needs_batches:
-            train, val = _images_to_choose_from(config, splits, transform, data)
-            batches = selection_data(train, val, task, config, console)
-            backbone.to(device)
-        model = build_method(config.method, backbone, head=task.head, batches=batches, **config.options_of_method())
-        model = model.to(device)
-    if config.grad_checkpointing:
-        checkpoint_gradients(model)
-    return RunComponents(splits, model, task, info, data_config)
+    return dataclasses.replace(data.splits, **transformed)
 
 
-def load_start(parts: RunComponents, config: TrainConfig, run: RunFolder) -> None:
+def load_start(parts: RunComponents, spec: str, run: RunFolder) -> None:
     """Load the trained weights of another run into the model of a new run.
 
     Args:
         parts: Components of the new run. A note is added if its splits differ from the other run's.
-        config: Settings of the new run, from `RunFolder.start_settings`.
+        spec: Data of the new run, for the error message.
         run: The other run.
 
     Raises:
@@ -263,8 +301,7 @@ def load_start(parts: RunComponents, config: TrainConfig, run: RunFolder) -> Non
     classes = list(parts.splits.classes)
     if list(info.classes) != classes:
         raise ValueError(
-            f"data must have the classes of init_from={run.path}, {list(info.classes)[:6]}, got "
-            f"{classes[:6]} in {config.data}"
+            f"data must have the classes of init_from={run.path}, {list(info.classes)[:6]}, got {classes[:6]} in {spec}"
         )
     load_trained_into(parts.model, run.adapter)
     if not is_same_split(info.data, parts.splits):
@@ -274,17 +311,19 @@ def load_start(parts: RunComponents, config: TrainConfig, run: RunFolder) -> Non
 
 
 def _images_to_choose_from(
-    config: TrainConfig, splits: DataSplits, transform: Callable[[Image.Image], Any], data: Any
+    method: str, data: LoadedData, splits: DataSplits, data_config: dict[str, Any]
 ) -> tuple[ImageDataset, ImageDataset | None]:
     """Return training and validation images for a method that selects its trained parameters.
 
     A protocol that trains on the validation images leaves none to compare candidates. Training and validation images
     then come from the standard protocol. Test images are never used.
     """
-    if splits.val is not None or not find_method(config.method).needs_validation:
+    if splits.val is not None or not find_method(method).needs_validation:
         return splits.train, splits.val
-    standard = load_splits(dataclasses.replace(config, protocol="standard"), data)
+    config = dataclasses.replace(data.config, protocol="standard")
+    standard = load_splits(config, data.seed, data.source)
     standard = encoded(standard, create_task(config.task, standard.classes))
+    transform = build_transform(data_config, train=False, augment="none")
     val = None if standard.val is None else standard.val.with_transform(transform)
     return standard.train.with_transform(splits.train.transform), val
 

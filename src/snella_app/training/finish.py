@@ -57,7 +57,7 @@ class Session:
     """Training session.
 
     Attributes:
-        config: Settings without automatic fields.
+        plan: Settings without automatic fields.
         run: Run folder.
         parts: Data and model.
         console: Output console for progress and results.
@@ -66,7 +66,7 @@ class Session:
         costs: Callback that measures step time and memory.
     """
 
-    config: TrainConfig
+    plan: TrainConfig
     run: RunFolder
     parts: RunComponents
     console: Console
@@ -148,7 +148,7 @@ def _measure(session: Session, trainer: SnellaTrainer) -> _Measured:
         outputs = {} if parts.splits.val is None else {"val": trainer.outputs(parts.splits.val)}
         fit, final_head = _fit_final_head(session, trainer, outputs)
         if parts.splits.test is not None:
-            views, loader = session.config.views, trainer.get_eval_dataloader
+            views, loader = session.plan.data.views, trainer.get_eval_dataloader
             outputs["test"] = (
                 trainer.outputs(parts.splits.test)
                 if fit is None
@@ -189,7 +189,7 @@ def _metrics(session: Session, trainer: SnellaTrainer) -> Metrics:
         protocol=protocol.name,
         selected_on=protocol.selected_on,
         best_metric=protocol.best_metric(parts.task.best_metric),
-        ema=session.config.ema,
+        ema=session.plan.optim.ema,
         train_s=round(trainer.elapsed_s, 3),
         trainable_parameters=trainable_parameters(parts.model),
         adapted_weights=sum(m.size for m in matrices) if matrices else None,
@@ -213,15 +213,15 @@ def _fit_final_head(
     Returns:
         The fit, or None if it is not saved, and its record, or None if no head was fitted.
     """
-    config, parts, run = session.config, session.parts, session.run
+    views, parts, run = session.plan.data.views, session.parts, session.run
     task = parts.task
     if is_main():
         (run.adapter / LAYER_PROBE).unlink(missing_ok=True)  # left by an interrupted `finish`
         run.update("running", final_head="trained")
-    if config.final_head != "layers" or process_count() > 1:  # a run resumed in several processes
+    if session.plan.optim.final_head != "layers" or process_count() > 1:  # a run resumed in several processes
         return None, None
-    train = plain_images(parts.splits.train).subset(probe_rows(parts, config).tolist())
-    fit = fit_layers(parts, train, config.views, trainer.get_eval_dataloader)
+    train = plain_images(parts.splits.train).subset(probe_rows(parts).tolist())
+    fit = fit_layers(parts, train, views, trainer.get_eval_dataloader)
     if fit.val is None:
         record = FinalHead(fit.probe.layers, True)
     else:
@@ -241,9 +241,9 @@ def _print_results(
 ) -> None:
     """Print the selected epoch, its results and the sparsity of the adapter."""
     console, parts, averaged = session.console, session.parts, measured.averaged
-    best = best_epoch(trainer.history, trainer.selection_score)
-    if trainer.has_stalled and (last := trainer.history[-1]["epoch"]) < session.config.epochs:
-        print_line(console, f"stopped after epoch {last} of {session.config.epochs}")
+    best, epochs = best_epoch(trainer.history, trainer.selection_score), session.plan.optim.epochs
+    if trainer.has_stalled and (last := trainer.history[-1]["epoch"]) < epochs:
+        print_line(console, f"stopped after epoch {last} of {epochs}")
     if averaged is not None:
         print_line(console, _averaged_text(averaged, best))
     if measured.final_head is not None:

@@ -49,16 +49,16 @@ def train_folds(config: TrainConfig, console: Console | None = None, **options: 
         ValueError: `train` rejects the settings, or a resumed cross-validation has other settings.
     """
     console = console or make_console(survives_closed_output=True)
-    folder = RunFolder(str(config.out))
+    folder = RunFolder(str(config.run.out))
     config = _prepared(config, folder)
-    count = int(config.folds or 0)
+    count = int(config.data.folds or 0)
     results = FoldResults(count)
     for fold in range(1, count + 1):
         run = RunFolder(folder.path / f"fold-{fold}")
         if run.status != "finished":
             is_started = run.status is not None
             print_line(console, f"fold {fold} of {count}")
-            fold_config = dataclasses.replace(config, fold=fold, out=str(run.path), resume=is_started, overwrite=False)
+            fold_config = config.replace(fold=fold, out=str(run.path), resume=is_started, overwrite=False)
             train(fold_config, console, **options)
         metrics = read(Metrics, run.path)
         held_out = read(RunInfo, run.path).data.fold_part or "test"
@@ -68,7 +68,7 @@ def train_folds(config: TrainConfig, console: Console | None = None, **options: 
         folder.write(FoldResults(count, held_out, [*results.rows, row]))
         results = read(FoldResults, folder.path)
     write_text(folder.path / "folds.md", _markdown(results))
-    write_text(folder.path / "folds.html", _page(results, str(config.data), config.method))
+    write_text(folder.path / "folds.html", _page(results, str(config.data.spec), config.method.name))
     console.print(_table(results))
     print_line(console, f"table {folder.path / 'folds.html'}; snella predict {folder.path} averages all models")
     return results
@@ -100,17 +100,18 @@ def summary_of(results: FoldResults, *, test: bool = False) -> dict[str, tuple[f
 def _prepared(config: TrainConfig, folder: RunFolder) -> TrainConfig:
     """Write the settings of a new cross-validation, or return the stored settings of a resumed one."""
     stored = read_if_present(FoldResults, folder.path)
-    if stored is not None and config.resume:
+    if stored is not None and config.run.resume:
         known = folder.read_config()
         differences = config.differences(known)
         if differences:
             raise ValueError(
                 f"resume continues {folder.path} with its stored settings, but {'; '.join(differences)}; leave them out"
             )
-        return dataclasses.replace(known, out=str(folder.path), workers=config.workers, progress=config.progress)
+        session = {"workers": config.data.workers, "progress": config.run.progress}
+        return known.replace(out=str(folder.path), **session)
     if folder.status is not None:
         raise FileExistsError(f"out={folder.path} contains a run of one split; choose another folder for folds")
-    if stored is not None and not config.overwrite:
+    if stored is not None and not config.run.overwrite:
         raise FileExistsError(
             f"out={folder.path} contains a cross-validation of {stored.folds} folds; continue it with --resume, choose "
             "another folder, or start over with --overwrite"
@@ -119,7 +120,7 @@ def _prepared(config: TrainConfig, folder: RunFolder) -> TrainConfig:
         raise FileExistsError(
             f"out={folder.path} contains files but no cross-validation; choose an empty or a new folder"
         )
-    if not config.data or not config.backbone:
+    if not config.data.spec or not config.model.backbone:
         raise FileNotFoundError(
             f"out must be the folder of a cross-validation to resume, got {folder.path}, which has none"
         )
@@ -128,7 +129,7 @@ def _prepared(config: TrainConfig, folder: RunFolder) -> TrainConfig:
             RunFolder(folder.path / f"fold-{fold}")._clear()
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.write_config(config)
-    folder.write(FoldResults(int(config.folds or 0)))
+    folder.write(FoldResults(int(config.data.folds or 0)))
     return config
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
-from snella_app.config import TrainConfig
+from snella_app.config import DataConfig, OptimConfig
 from snella_app.data import ImageDataset, build_transform, has_flips
 from snella_app.methods import method_of, spec_of
 from snella_app.methods.model_parts import base_model
@@ -62,15 +62,15 @@ def plain_images(images: ImageDataset | FeatureDataset) -> ImageDataset:
     return images.images if isinstance(images, FeatureDataset) else images
 
 
-def can_cache_features(config: TrainConfig, model: nn.Module) -> bool:
+def can_cache_features(data: DataConfig, model: nn.Module) -> bool:
     """Return whether the head's inputs are constant: a linear probe of a timm model without augmentation."""
     method = method_of(model)
     return (
         method is not None
         and method.is_head_only
-        and config.augment == "none"
-        and config.views == 1
-        and not (config.mixup or config.cutmix or config.random_erasing)
+        and data.augment == "none"
+        and data.views == 1
+        and not (data.mixup or data.cutmix or data.random_erasing)
         and has_timm_features(model)
         and isinstance(model.get_submodule(spec_of(model).head), nn.Linear)
         and not _draws_random_numbers(model)
@@ -88,25 +88,25 @@ def _draws_random_numbers(model: nn.Module) -> bool:
     return any(isinstance(rate := getattr(module, name, None), float) and rate > 0 for module, name in rates)
 
 
-def cache_features(parts: RunComponents, config: TrainConfig) -> nn.Module:
+def cache_features(parts: RunComponents, batch_size: int) -> nn.Module:
     """Replace all images by their features, and return the head, the only module to train.
 
     Args:
         parts: Data and model; the data sets are replaced.
-        config: Resolved settings; uses batch size and number of workers.
+        batch_size: Batch size.
     """
     for name, images in parts_of(parts.splits).items():
-        features = torch.cat(list(pooled_features(parts.model, images, config)))
+        features = torch.cat(list(pooled_features(parts.model, images, batch_size, parts.workers)))
         setattr(parts.splits, name, FeatureDataset(images, features))
     return parts.model.get_submodule(spec_of(parts.model).head)
 
 
 @torch.no_grad()
-def pooled_features(model: nn.Module, images: ImageDataset, config: TrainConfig) -> Iterator[Tensor]:
+def pooled_features(model: nn.Module, images: ImageDataset, batch_size: int, workers: int) -> Iterator[Tensor]:
     """Yield the pooled features of each batch, on the CPU."""
     device = next(model.parameters()).device
     model.eval()
-    for batch, *_ in DataLoader(images, batch_size=config.effective_batch_size, num_workers=config.workers):
+    for batch, *_ in DataLoader(images, batch_size=batch_size, num_workers=workers):
         pooled = model.forward_head(model.forward_features(batch.to(device)), pre_logits=True)  # type: ignore[operator]
         yield pooled.float().cpu()
 
@@ -143,40 +143,48 @@ _CLEAR = 2.0
 """Minimum difference in standard errors that counts as clear."""
 
 
-def choose_head_start(parts: RunComponents, config: TrainConfig) -> TrainConfig:
+def choose_head_start(parts: RunComponents, optim: OptimConfig, protocol: str) -> OptimConfig:
     """Resolve `head_init="auto"` and `head_norm="auto"`.
 
     `head_init` is `probe` for a linear head of a timm classifier with at least two classes, else `random`. The
     `official` protocol uses `random`, as the authors' scripts do. `head_norm` is `running` for a probe-initialized
     head, else `none`.
     """
-    init, norm = config.head_init, config.head_norm
+    init, norm = optim.head_init, optim.head_norm
     if init == "auto":
-        init = "probe" if config.protocol != "official" and _can_probe(parts) else "random"
+        init = "probe" if protocol != "official" and _can_probe(parts) else "random"
     if norm == "auto":
         norm = "running" if init == "probe" else "none"
-    return dataclasses.replace(config, head_init=init, head_norm=norm)
+    return dataclasses.replace(optim, head_init=init, head_norm=norm)
 
 
-def choose_final_head(parts: RunComponents, config: TrainConfig) -> Literal["trained", "layers"]:
+def choose_final_head(
+    parts: RunComponents, requested: str, protocol: str, *, is_sharded: bool = False
+) -> Literal["trained", "layers"]:
     """Resolve `final_head="auto"`: `layers` if the model and the task support it, else `trained`.
+
+    Args:
+        parts: Data and model.
+        requested: `OptimConfig.final_head`.
+        protocol: `DataConfig.protocol`; `official` selects `trained`.
+        is_sharded: True if the frozen weights will be sharded, which only `trained` supports.
 
     Raises:
         ValueError: If `final_head` is `layers`, but the model or the task does not support it.
     """
-    if config.final_head == "trained" or (config.final_head == "auto" and config.protocol == "official"):
+    if requested == "trained" or (requested == "auto" and protocol == "official"):
         return "trained"
-    reason = _reason_for_trained(parts, config)
-    if reason is not None and config.final_head == "layers":
+    reason = _reason_for_trained(parts, is_sharded)
+    if reason is not None and requested == "layers":
         raise ValueError(f"final_head='layers' needs {reason}; use final_head='trained'")
     return "layers" if reason is None else "trained"
 
 
-def _reason_for_trained(parts: RunComponents, config: TrainConfig) -> str | None:
+def _reason_for_trained(parts: RunComponents, is_sharded: bool) -> str | None:
     """Return the missing requirement for a probe on several layers; None if all are met."""
     if not parts.task.has_linear_fit:
         return f"a task with one output per image, got {parts.task.name}"
-    if process_count() > 1 or config.shard:
+    if process_count() > 1 or is_sharded:
         return "a single process"
     layers = probed_layers(parts.model)
     if not layers or not _reads_features(parts, layers):
@@ -209,7 +217,7 @@ def _reads_features(parts: RunComponents, layers: Sequence[int]) -> bool:
         model.train(was_training)
 
 
-def normalize_features(parts: RunComponents, config: TrainConfig) -> FeatureNorm:
+def normalize_features(parts: RunComponents, optim: OptimConfig) -> FeatureNorm:
     """Normalize the inputs of the head from now on.
 
     Raises:
@@ -221,10 +229,10 @@ def normalize_features(parts: RunComponents, config: TrainConfig) -> FeatureNorm
             "head_norm='running' needs a timm classifier with a linear head on its pooled features, got "
             f"{type(base).__name__} with {type(head).__name__}; use head_norm='none'"
         )
-    return FeatureNorm(head, probe_features(parts, config))
+    return FeatureNorm(head, probe_features(parts, optim))
 
 
-def choose_augmentation(parts: RunComponents, config: TrainConfig) -> TrainConfig:
+def choose_augmentation(parts: RunComponents, data: DataConfig, optim: OptimConfig) -> DataConfig:
     """Resolve `augment="auto"` and `tta="auto"`.
 
     `augment="auto"` selects `Task.augment`: crops and flips for single-label, multi-label and ordinal tasks, flips for
@@ -240,22 +248,21 @@ def choose_augmentation(parts: RunComponents, config: TrainConfig) -> TrainConfi
 
     Args:
         parts: Data and model; the transform of the training images is replaced.
-        config: Resolved settings.
+        data: Settings to resolve.
+        optim: Batch size and final head.
     """
-    augment: Any = config.augment
+    augment: Any = data.augment
     if augment == "auto":
-        augment = parts.task.augment if config.protocol != "official" else "flip"
-        if augment == "crop" and _flips_change_classes(parts, config):
+        augment = parts.task.augment if data.protocol != "official" else "flip"
+        if augment == "crop" and _flips_change_classes(parts, optim):
             augment = "crop-no-flip"
-        transform = build_transform(
-            parts.data_config, train=True, augment=augment, random_erasing=config.random_erasing
-        )
+        transform = build_transform(parts.data_config, train=True, augment=augment, random_erasing=data.random_erasing)
         parts.splits.train = parts.splits.train.with_transform(transform)
-    tta = config.tta
+    tta = data.tta
     if tta == "auto":
-        is_averaged = has_flips(augment) and parts.task.has_one_class and config.protocol != "official"
+        is_averaged = has_flips(augment) and parts.task.has_one_class and data.protocol != "official"
         tta = 2 if is_averaged else 1
-    return dataclasses.replace(config, augment=augment, tta=tta)
+    return dataclasses.replace(data, augment=augment, tta=tta)
 
 
 def _can_probe(parts: RunComponents) -> bool:
@@ -264,14 +271,14 @@ def _can_probe(parts: RunComponents) -> bool:
     return parts.task.has_linear_fit and can_fit and _is_probe(*base_and_head(parts.model))
 
 
-def _flips_change_classes(parts: RunComponents, config: TrainConfig) -> bool:
+def _flips_change_classes(parts: RunComponents, optim: OptimConfig) -> bool:
     """Return whether a cross-validated probe is clearly worse if fitted to flips and averaged over flips."""
     if not parts.task.has_one_class or not _can_probe(parts):
         return False
-    rows = probe_rows(parts, config)
-    order = np.random.default_rng(config.seed).permutation(len(rows))[:_MOST_FLIPPED]
-    plain = probe_features(parts, config)[torch.from_numpy(order)].double().numpy()
-    flipped = _features_before_training(parts, config, rows[order], flip=True).double().numpy()
+    rows = probe_rows(parts)
+    order = np.random.default_rng(parts.seed).permutation(len(rows))[:_MOST_FLIPPED]
+    plain = probe_features(parts, optim)[torch.from_numpy(order)].double().numpy()
+    flipped = _features_before_training(parts, optim, rows[order], flip=True).double().numpy()
     labels = np.asarray(parts.splits.train.labels)[rows[order]]
     outputs = parts.task.count_outputs(parts.splits.classes)
     only_without = only_with = 0
@@ -301,32 +308,32 @@ def is_clearly_more(only_first: int, only_second: int) -> bool:
     return only_first - only_second > _CLEAR * math.sqrt(only_first + only_second)
 
 
-def probe_rows(parts: RunComponents, config: TrainConfig) -> NDArray[np.int64]:
+def probe_rows(parts: RunComponents) -> NDArray[np.int64]:
     """Return the indices of the training images for a probe: all, or a random sample of `_MOST_PROBE_IMAGES`."""
     count = len(parts.splits.train)
     if count <= _MOST_PROBE_IMAGES:
         return np.arange(count)
-    return np.sort(np.random.default_rng(config.seed).choice(count, _MOST_PROBE_IMAGES, replace=False))
+    return np.sort(np.random.default_rng(parts.seed).choice(count, _MOST_PROBE_IMAGES, replace=False))
 
 
-def probe_features(parts: RunComponents, config: TrainConfig) -> Tensor:
+def probe_features(parts: RunComponents, optim: OptimConfig) -> Tensor:
     """Return the pooled features of the probe images before training, `[images, width]`; computed once.
 
     Args:
         parts: Data and model; caches the features.
-        config: Resolved settings; uses batch size, seed and number of workers.
+        optim: Batch size and final head.
     """
     if parts.probe_features is None:
-        train, rows = parts.splits.train, probe_rows(parts, config)
+        train, rows = parts.splits.train, probe_rows(parts)
         if isinstance(train, FeatureDataset):
             parts.probe_features = train.features[torch.from_numpy(rows)]
         else:
-            parts.probe_features = _features_before_training(parts, config, rows)
+            parts.probe_features = _features_before_training(parts, optim, rows)
     return parts.probe_features
 
 
 def _features_before_training(
-    parts: RunComponents, config: TrainConfig, rows: NDArray[np.int64], *, flip: bool = False
+    parts: RunComponents, optim: OptimConfig, rows: NDArray[np.int64], *, flip: bool = False
 ) -> Tensor:
     """Return the pooled features of training images, optionally flipped horizontally.
 
@@ -336,21 +343,22 @@ def _features_before_training(
     images = parts.splits.train.with_transform(_Flipped(transform) if flip else transform).subset(rows.tolist())
     base, head = base_and_head(parts.model)
     was_training = parts.model.training
-    if config.final_head == "layers" and not flip:
+    batch_size, workers = optim.effective_batch_size, parts.workers
+    if optim.final_head == "layers" and not flip:
         parts.model.eval()
-        parts.start_layers = torch.cat(list(batches_of_features(parts.model, images, config)))
+        parts.start_layers = torch.cat(list(batches_of_features(parts.model, images, batch_size, workers)))
         features = parts.start_layers[:, : head.in_features].cpu()
     else:
-        features = torch.cat(list(pooled_features(base, images, config)))
+        features = torch.cat(list(pooled_features(base, images, batch_size, workers)))
     parts.model.train(was_training)
     return features
 
 
 @torch.no_grad()
-def batches_of_features(model: nn.Module, images: ImageDataset, config: TrainConfig) -> Iterator[Tensor]:
+def batches_of_features(model: nn.Module, images: ImageDataset, batch_size: int, workers: int) -> Iterator[Tensor]:
     """Yield the `layer_features` of each batch, on the model's device."""
     layers, device = probed_layers(model), next(model.parameters()).device
-    for batch, *_ in DataLoader(images, batch_size=config.effective_batch_size, num_workers=config.workers):
+    for batch, *_ in DataLoader(images, batch_size=batch_size, num_workers=workers):
         yield layer_features(model, batch.to(device), layers).float()
 
 
@@ -370,7 +378,7 @@ def _is_probe(base: nn.Module, head: nn.Module) -> bool:
     return isinstance(head, nn.Linear) and has_timm_features(base) and width in (None, head.in_features)
 
 
-def start_head_from_probe(parts: RunComponents, config: TrainConfig) -> None:
+def start_head_from_probe(parts: RunComponents, optim: OptimConfig) -> None:
     """Initialize the head with a linear probe on the features before training.
 
     The probe is a logistic regression for single-label classification, one logistic regression per label (`multilabel`)
@@ -383,7 +391,7 @@ def start_head_from_probe(parts: RunComponents, config: TrainConfig) -> None:
 
     Args:
         parts: Data and model; the head is changed in place. Features from `cache_features` are reused.
-        config: Resolved settings; uses batch size, seed and number of workers.
+        optim: Batch size and final head.
 
     Raises:
         ValueError: If the model has no linear head on pooled features, or the task does not support a linear fit.
@@ -395,8 +403,8 @@ def start_head_from_probe(parts: RunComponents, config: TrainConfig) -> None:
             f"{type(base).__name__} with {type(head).__name__}; use head_init='random'"
         )
     train = parts.splits.train
-    features = probe_features(parts, config).double().numpy()
-    targets = [train.target_and_weight(index) for index in probe_rows(parts, config).tolist()]
+    features = probe_features(parts, optim).double().numpy()
+    targets = [train.target_and_weight(index) for index in probe_rows(parts).tolist()]
     batch = parts.task.collate([(torch.empty(0), *target) for target in targets])
     labels = batch["labels"].numpy()
     sample_weights = batch["weights"].double().numpy() if "weights" in batch else None

@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from rich.console import Console
 
 from snella_app.config import TrainConfig
 from snella_app.data.protocol import get_protocol
-from snella_app.training.build import RunComponents, assemble
+from snella_app.device import choose_device
+from snella_app.training.build import LoadedData, RunComponents, build
 from snella_app.training.distributed import from_main
 from snella_app.training.linear_probe import choose_augmentation, choose_final_head, choose_head_start
 from snella_app.training.sizing import fit_batch_size, fit_epochs, fit_image_size
 
 
-def plan_training(
-    parts: RunComponents, config: TrainConfig, console: Console, begun: float, data: Any = None
-) -> tuple[RunComponents, TrainConfig]:
+def resolve(
+    config: TrainConfig, data: LoadedData, parts: RunComponents, console: Console
+) -> tuple[TrainConfig, RunComponents]:
     """Choose image size, batch size, heads, augmentation and number of epochs of a new run, in this order.
 
     Args:
+        config: Settings with the method's defaults; fields may be `"auto"` or None.
+        data: Loaded images.
         parts: Data and model for the requested settings.
-        config: Resolved settings; fields may be `"auto"` or None.
         console: Output console for the choices.
-        begun: Time on the `time.monotonic()` clock at which loading of data and model started.
-        data: Object named by `config.data`.
 
     Returns:
-        Data and model, rebuilt if the image size changed, and settings without automatic fields.
+        The plan, settings without automatic fields, and data and model, rebuilt if the image size changed.
 
     Raises:
         ValueError: If `epochs` is 0 without a probe-initialized head or without selection on validation images.
@@ -36,32 +35,38 @@ def plan_training(
     requested, loaded = config, parts
 
     def at_size(size: int | None) -> RunComponents:
-        return assemble(dataclasses.replace(requested, img_size=size), loaded.splits, loaded.task, data=data)
+        model = dataclasses.replace(requested.model, img_size=size)
+        return build(model, requested.method, data, choose_device(requested.run.device))
 
-    size = from_main(lambda: fit_image_size(loaded, requested, at_size, console)).img_size
-    if size != config.img_size:
-        parts, config = at_size(size), dataclasses.replace(config, img_size=size)
-    config = from_main(lambda: fit_batch_size(parts, config, console))
-    config = choose_heads(parts, config.with_batch_size_for(len(parts.splits.train)))
-    return parts, from_main(lambda: fit_epochs(parts, config, console, begun))
+    size = from_main(lambda: fit_image_size(loaded, requested, at_size, console))
+    if size != config.model.img_size:
+        parts, config = at_size(size), config.replace(img_size=size)
+    batch_size = from_main(lambda: fit_batch_size(parts, config.optim, console))
+    config = choose_heads(parts, config.replace(batch_size=batch_size))
+    epochs = from_main(lambda: fit_epochs(parts, config, console, data.started_at))
+    return config.replace(epochs=epochs), parts
 
 
 def choose_heads(parts: RunComponents, config: TrainConfig) -> TrainConfig:
-    """Choose the final head, the initialization of the trained head and the augmentation.
+    """Choose batch size, final head, the initialization of the trained head and the augmentation.
 
     Args:
         parts: Data and model; the transform of the training images is replaced.
-        config: Settings with a batch size.
+        config: Settings, without automatic batch size.
 
     Raises:
         ValueError: If `epochs` is 0 without a probe-initialized head or without selection on validation images.
     """
-    config = dataclasses.replace(config, final_head=choose_final_head(parts, config))
-    config = choose_augmentation(parts, config if config.init_from else choose_head_start(parts, config))
-    uses_val = get_protocol(config.protocol).selected_on == "val"
-    if config.epochs == 0 and not (uses_val and config.head_init == "probe"):
+    data, optim = config.data, config.optim.with_batch_size_for(len(parts.splits.train))
+    final_head = choose_final_head(parts, optim.final_head, data.protocol, is_sharded=config.run.shard)
+    optim = dataclasses.replace(optim, final_head=final_head)
+    if config.model.init_from is None:
+        optim = choose_head_start(parts, optim, data.protocol)
+    data = choose_augmentation(parts, data, optim)
+    uses_val = get_protocol(data.protocol).selected_on == "val"
+    if optim.epochs == 0 and not (uses_val and optim.head_init == "probe"):
         raise ValueError(
-            f"epochs must be at least 1, got 0 with head_init={config.head_init!r} and protocol={config.protocol!r}; "
+            f"epochs must be at least 1, got 0 with head_init={optim.head_init!r} and protocol={data.protocol!r}; "
             "0 epochs require head_init='probe' and a protocol that selects on validation images"
         )
-    return config
+    return dataclasses.replace(config, data=data, optim=optim)

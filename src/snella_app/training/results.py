@@ -16,7 +16,7 @@ from torch import nn
 
 from snella import BudgetAllocator, SnellaConfig
 from snella.matrices import AdaptedMatrix, adapted_matrices
-from snella_app.config import SCHEDULE_END, TrainConfig, command_line
+from snella_app.config import SCHEDULE_END, OptimConfig, TrainConfig, command_line
 from snella_app.console import counted, print_rows
 from snella_app.data.protocol import get_protocol
 from snella_app.methods import method_of, method_options
@@ -31,11 +31,11 @@ _PACKAGES = ("snella", "torch", "peft", "timm", "transformers")
 _USUAL_SIZE, MIN_SIZE = 224, 48
 
 
-def describe_run(config: TrainConfig, parts: RunComponents, names: Collection[str] = PARTS) -> RunInfo:
+def describe_run(plan: TrainConfig, parts: RunComponents, names: Collection[str] = PARTS) -> RunInfo:
     """Build the record of a starting run.
 
     Args:
-        config: Resolved settings.
+        plan: Settings without automatic fields.
         parts: Data and model.
         names: Splits in use; their contents are recorded.
     """
@@ -43,30 +43,30 @@ def describe_run(config: TrainConfig, parts: RunComponents, names: Collection[st
     return RunInfo(
         status="running",
         task=parts.task.name,
-        protocol=config.protocol,
-        ema=config.ema,
-        tta=config.views,
-        method=config.method,
-        method_options=config.options_of_method(),
+        protocol=plan.data.protocol,
+        ema=plan.optim.ema,
+        tta=plan.data.views,
+        method=plan.method.name,
+        method_options=plan.method.all_options(),
         backbone=parts.backbone,
         classes=list(splits.classes),
         task_state=parts.task.state() or None,
         data=DataInfo(
-            spec=str(config.data),
-            seed=config.seed,
+            spec=str(plan.data.spec),
+            seed=plan.run.seed,
             description=splits.description,
             sizes=split_sizes(splits),
             digest=splits_digest(splits),
             contents=contents_of(splits, names),
-            folder=absolute_folder(str(config.data)),
+            folder=absolute_folder(str(plan.data.spec)),
             notes=list(splits.notes),
             fold_part=splits.fold_part,
-            white=config.white,
+            white=plan.data.white,
             read_side=read_side(parts.data_config, splits.train),
         ),
         data_config=parts.data_config,
         versions=versions_of(_PACKAGES),
-        command=command_of(config),
+        command=command_of(plan),
     )
 
 
@@ -77,7 +77,7 @@ def versions_of(packages: Iterable[str]) -> dict[str, str]:
 
 def command_of(config: TrainConfig) -> str:
     """Return the command line for the settings, without defaults."""
-    return command_line(config, TrainConfig(data="-", backbone="-", out="-"), "train")
+    return command_line(config, TrainConfig.from_flat(data="-", backbone="-", out="-"), "train")
 
 
 def sparsity_summary(matrices: Sequence[AdaptedMatrix]) -> str:
@@ -140,53 +140,53 @@ def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def log_summary(console: Console, config: TrainConfig, parts: RunComponents) -> None:
+def log_summary(console: Console, plan: TrainConfig, parts: RunComponents) -> None:
     """Print data, model, method, budgets, steps and estimated memory.
 
     Args:
         console: Output console.
-        config: Resolved settings.
+        plan: Settings without automatic fields.
         parts: Data and model.
     """
-    splits, model = parts.splits, parts.model
+    splits, model, optim = parts.splits, parts.model, plan.optim
     size = tuple(parts.data_config["input_size"])
     classes = ", ".join(splits.classes[:6]) + (", …" if len(splits.classes) > 6 else "")
-    batch = config.effective_batch_size
-    steps = counted(config.steps_per_epoch(len(splits.train)), "step")
-    images = f"{config.accumulate} × {counted(batch, 'image')}" if config.accumulate > 1 else counted(batch, "image")
+    batch = optim.effective_batch_size
+    steps = counted(optim.steps_per_epoch(len(splits.train)), "step")
+    images = f"{optim.accumulate} × {counted(batch, 'image')}" if optim.accumulate > 1 else counted(batch, "image")
     device = next(model.parameters()).device
     count = process_count()
     processes = f", by {count} processes" if count > 1 else ""
-    processes += " with sharded frozen weights" if count > 1 and config.shard else ""
+    processes += " with sharded frozen weights" if count > 1 and plan.run.shard else ""
     batch = -(-batch // count)
     memory = predict_step_memory(model, (size[0], size[1], size[2]), batch).total / 2**20
-    memory -= saved_bytes(model, count) / 2**20 if config.shard else 0
+    memory -= saved_bytes(model, count) / 2**20 if plan.run.shard else 0
     free = free_memory(device) / 2**20
     rows = [
         ("data", splits.description),
         (parts.task.outputs_name, f"{len(splits.classes)}: {classes}"),
         *(("note", note) for note in splits.notes),
-        *_protocol_rows(config),
-        ("backbone", f"{config.backbone}, {_count(model):,} weights, images of {size[1]}×{size[2]} px"),
-        ("method", f"{config.method}, {trainable_parameters(model):,} trainable parameters{_adapted(model)}"),
-        _start_row(config),
+        *_protocol_rows(plan.data.protocol, optim),
+        ("backbone", f"{plan.model.backbone}, {_count(model):,} weights, images of {size[1]}×{size[2]} px"),
+        ("method", f"{plan.method.name}, {trainable_parameters(model):,} trainable parameters{_adapted(model)}"),
+        _start_row(plan.model.init_from, optim.head_init),
         *([("budget", _budgets(model))] if matrices_of(model) else []),
-        ("training", f"{counted(config.epochs, 'epoch')} of {steps}, {images} each, on {device}{processes}"),
-        *_stopping_rows(config, model),
+        ("training", f"{counted(optim.epochs, 'epoch')} of {steps}, {images} each, on {device}{processes}"),
+        *_stopping_rows(optim, model),
         (
             "memory",
             f"about {memory:,.0f} MiB of {free:,.0f} MiB free (estimate for weights, gradients, optimizer, batch)",
         ),
-        *_cost_warnings(config, parts, memory, free),
+        *_cost_warnings(plan, parts, memory, free),
     ]
     print_rows(console, rows)
 
 
-def _start_row(config: TrainConfig) -> tuple[str, str]:
+def _start_row(init_from: str | None, head_init: str) -> tuple[str, str]:
     """Describe the initialization of the head, or of all trained weights."""
-    if config.init_from is not None:
-        return "start", f"trained weights of {config.init_from}, including the head"
-    return "head", "initialized from a linear probe" if config.head_init == "probe" else "initialized at random"
+    if init_from is not None:
+        return "start", f"trained weights of {init_from}, including the head"
+    return "head", "initialized from a linear probe" if head_init == "probe" else "initialized at random"
 
 
 def free_memory(device: torch.device) -> int:
@@ -230,18 +230,20 @@ def size_step(model: nn.Module) -> int:
     return math.lcm(*map(int, patches[:1]), *reductions) if patches or reductions else 32
 
 
-def _cost_warnings(config: TrainConfig, parts: RunComponents, memory: float, free: float) -> list[tuple[str, str]]:
+def _cost_warnings(plan: TrainConfig, parts: RunComponents, memory: float, free: float) -> list[tuple[str, str]]:
     """Build the warnings about memory and time."""
     rows = []
     if memory > free:
-        options = [f"--batch-size below {config.effective_batch_size}"] if config.effective_batch_size > 1 else []
-        if "compress_activations" in set(method_options(config.method)) - set(config.method_options):
+        batch_size = plan.optim.effective_batch_size
+        options = [f"--batch-size below {batch_size}"] if batch_size > 1 else []
+        if "compress_activations" in set(method_options(plan.method.name)) - set(plan.method.options):
             options.append("--method-options.compress_activations true")
-        options += [] if config.grad_checkpointing else ["--grad-checkpointing"]
+        options += [] if plan.model.grad_checkpointing else ["--grad-checkpointing"]
         listed = f"{', '.join(options)} or " if options else ""
         rows.append(("warning", f"not enough free memory; use {listed}a smaller --img-size"))
     side, patch = int(parts.data_config["input_size"][-1]), size_step(parts.model)
-    if config.img_size is None and side >= 1.5 * _USUAL_SIZE and next(parts.model.parameters()).device.type == "cpu":
+    is_on_cpu = next(parts.model.parameters()).device.type == "cpu"
+    if plan.model.img_size is None and side >= 1.5 * _USUAL_SIZE and is_on_cpu:
         usual = _USUAL_SIZE // patch * patch
         rows.append(
             (
@@ -253,33 +255,33 @@ def _cost_warnings(config: TrainConfig, parts: RunComponents, memory: float, fre
     return rows
 
 
-def _stopping_rows(config: TrainConfig, model: nn.Module) -> list[tuple[str, str]]:
+def _stopping_rows(optim: OptimConfig, model: nn.Module) -> list[tuple[str, str]]:
     """Describe early stopping and its relation to the sparsity schedule."""
-    if config.early_stopping is None:
+    if optim.early_stopping is None:
         return []
-    text = f"after {counted(config.early_stopping, 'epoch')} without improvement"
+    text = f"after {counted(optim.early_stopping, 'epoch')} without improvement"
     if not matrices_of(model):
         return [("stopping", text)]
     end = cast(SnellaConfig, cast(PeftModel, model).peft_config["default"]).schedule_end or 1.0
     if end >= 1:
         note = "early stopping has no effect: the budget reaches its target at the last step (schedule_end 1)"
         return [("note", f"{note}; use --method-options.schedule_end {SCHEDULE_END}")]
-    reached = math.ceil(end * config.epochs)
+    reached = math.ceil(end * optim.epochs)
     return [("stopping", f"{text}, from epoch {reached}, when the budget reaches its target (schedule_end {end:g})")]
 
 
-def _protocol_rows(config: TrainConfig) -> list[tuple[str, str]]:
+def _protocol_rows(name: str, optim: OptimConfig) -> list[tuple[str, str]]:
     """Describe a non-default protocol and weight averaging."""
-    protocol = get_protocol(config.protocol)
+    protocol = get_protocol(name)
     rows = [] if protocol.name == "standard" else [("protocol", f"{protocol.name}: {protocol.summary}")]
     if protocol.warning:
         rows.append(("warning", protocol.warning))
-    if config.ema is not None:
-        rows.append(("average", f"exponential moving average of the trained weights, decay {config.ema:g}"))
-    if config.swa is not None:
-        rows.append(("average", f"mean of the trained weights of the last {config.swa} epochs (swa)"))
-    if config.soup is not None:
-        rows.append(("average", f"greedy soup of the best of the last {config.soup} epochs"))
+    if optim.ema is not None:
+        rows.append(("average", f"exponential moving average of the trained weights, decay {optim.ema:g}"))
+    if optim.swa is not None:
+        rows.append(("average", f"mean of the trained weights of the last {optim.swa} epochs (swa)"))
+    if optim.soup is not None:
+        rows.append(("average", f"greedy soup of the best of the last {optim.soup} epochs"))
     return rows
 
 

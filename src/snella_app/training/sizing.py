@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from snella_app.config import TrainConfig, budget_seconds
+from snella_app.config import OptimConfig, TrainConfig, budget_seconds
 from snella_app.console import counted, print_line
 from snella_app.data import ImageDataset
 from snella_app.data.protocol import get_protocol
@@ -47,8 +48,8 @@ _SIZE_ERRORS = (ValueError, TypeError, RuntimeError, AssertionError, IndexError)
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def fit_batch_size(parts: RunComponents, config: TrainConfig, console: Console) -> TrainConfig:
-    """Resolve `batch_size="auto"` to the largest batch size that fits into memory.
+def fit_batch_size(parts: RunComponents, optim: OptimConfig, console: Console) -> int | Literal["auto"] | None:
+    """Return the batch size, with `batch_size="auto"` resolved to the largest batch size that fits into memory.
 
     Candidates are powers of two up to 256 with at least 10 steps per epoch. The largest candidate with a predicted
     memory of at most 0.8 of the free memory is tested with a trial step, and halved while the step runs out of memory.
@@ -56,18 +57,18 @@ def fit_batch_size(parts: RunComponents, config: TrainConfig, console: Console) 
 
     Args:
         parts: Data and model.
-        config: Resolved settings.
+        optim: Requested batch size, and precision.
         console: Output console for the choice.
     """
-    if config.batch_size != "auto":
-        return config
+    if optim.batch_size != "auto":
+        return optim.batch_size
     device = next(parts.model.parameters()).device
     free = free_memory(device)
     largest = max(1, min(_LARGEST_BATCH, len(parts.splits.train) // _FEWEST_STEPS // process_count()))
     batch = 1 << largest.bit_length() - 1
     while batch > 1 and _predicted(parts, batch) > _MEMORY_SHARE * free:
         batch //= 2
-    while batch > 1 and _runs_out_of_memory(lambda: _trial_step(parts, config, _first_images(parts, batch))):  # noqa: B023
+    while batch > 1 and _runs_out_of_memory(lambda: _trial_step(parts, optim.precision, _first_images(parts, batch))):  # noqa: B023
         batch //= 2
     memory = _predicted(parts, batch) / 2**20
     whole = batch * process_count()
@@ -75,13 +76,13 @@ def fit_batch_size(parts: RunComponents, config: TrainConfig, console: Console) 
         console,
         f"batch size {whole}: a step takes about {memory:,.0f} of {free / 2**20:,.0f} MiB free",
     )
-    return dataclasses.replace(config, batch_size=whole)
+    return whole
 
 
 def fit_image_size(
     parts: RunComponents, config: TrainConfig, at_size: Callable[[int], RunComponents], console: Console
-) -> TrainConfig:
-    """Reduce the image size if `epochs` do not fit into `time_budget` at the backbone's default size.
+) -> int | None:
+    """Return the image size, reduced if `epochs` do not fit into `time_budget` at the backbone's default size.
 
     Candidates are multiples of the model's patch size or reduction, from 48 pixels. The result is the largest candidate
     at which the epochs fit according to measured steps, to within 15 %, or the smallest candidate if they fit at none.
@@ -95,18 +96,19 @@ def fit_image_size(
         at_size: Function that builds data and model for another image size.
         console: Output console for the choice.
     """
-    if config.time_budget is None or config.img_size is not None:
-        return config
+    requested, time_budget = config.model.img_size, config.optim.time_budget
+    if time_budget is None or requested is not None:
+        return requested
     default, step = int(parts.data_config["input_size"][-1]), size_step(parts.model)
     sizes = [*range(-(-MIN_SIZE // step) * step, default, step), default]
     reason = _reason_to_keep_size(config)
     if reason is not None:
         print_line(console, f"image size stays {default} px: {reason}")
     if reason is not None or len(sizes) == 1:
-        return config
-    epochs = counted(config.epochs, "epoch")
-    print_line(console, f"measuring step times to fit {epochs} into {config.time_budget}")
-    allowed = _TIME_SHARE * budget_seconds(config.time_budget) / config.epochs
+        return requested
+    epochs = counted(config.optim.epochs, "epoch")
+    print_line(console, f"measuring step times to fit {epochs} into {time_budget}")
+    allowed = _TIME_SHARE * budget_seconds(time_budget) / config.optim.epochs
     seconds: dict[int, float] = {}
     fits, too_large, index = -1, len(sizes), 0
     while fits + 1 < too_large and not (
@@ -117,8 +119,9 @@ def fit_image_size(
             seconds[size] = _measure_times(parts if size == default else at_size(size), config).epoch_s
         except _SIZE_ERRORS as error:
             text = str(error).strip().partition("\n")[0]
-            print_line(console, f"image size stays {default} px: {config.backbone} does not support {size} px ({text})")
-            return config
+            name = config.model.backbone
+            print_line(console, f"image size stays {default} px: {name} does not support {size} px ({text})")
+            return requested
         fits, too_large = (index, too_large) if seconds[size] <= allowed else (fits, index)
         largest = size * math.sqrt(allowed / seconds[size])
         index = max(bisect.bisect_right(sizes, largest) - 1, fits + 1)
@@ -126,31 +129,31 @@ def fit_image_size(
             index = (fits + too_large) // 2
     chosen = sizes[max(fits, 0)]
     if chosen == default:
-        return config
+        return requested
     default_s = seconds.get(default, seconds[max(seconds)] * (default / max(seconds)) ** 2)
-    fit = f"fit into {config.time_budget}" if fits >= 0 else f"exceed {config.time_budget} even at the smallest size"
+    fit = f"fit into {time_budget}" if fits >= 0 else f"exceed {time_budget} even at the smallest size"
     print_line(
         console,
         f"image size {chosen} px: {epochs} {fit}; one epoch takes about {seconds_text(seconds[chosen])}, at "
         f"{default} px, the backbone's default size, about {seconds_text(default_s)}"
         f"{'' if default in seconds else ' (estimated from the number of pixels)'}; use --img-size to set the size",
     )
-    return dataclasses.replace(config, img_size=chosen)
+    return chosen
 
 
 def _reason_to_keep_size(config: TrainConfig) -> str | None:
     """Return the reason to keep the image size; None if other sizes can be tried."""
-    if config.init_from is not None:
-        return f"{config.init_from} uses this size"
-    if config.folds is not None:
+    if config.model.init_from is not None:
+        return f"{config.model.init_from} uses this size"
+    if config.data.folds is not None:
         return "all folds use the same size"
-    if find_method(config.method).needs_batches:
-        return f"{config.method} selects parameters at this size"
+    if find_method(config.method.name).needs_batches:
+        return f"{config.method.name} selects parameters at this size"
     return None
 
 
-def fit_epochs(parts: RunComponents, config: TrainConfig, console: Console, begun: float | None = None) -> TrainConfig:
-    """Set the number of epochs that fits into `time_budget`, at most 100, from a few timed steps.
+def fit_epochs(parts: RunComponents, config: TrainConfig, console: Console, begun: float | None = None) -> int:
+    """Return the number of epochs that fits into `time_budget`, at most 100, from a few timed steps.
 
     The minimum is 1 epoch, or 0 for a probe-initialized head that is evaluated on validation images.
 
@@ -160,16 +163,18 @@ def fit_epochs(parts: RunComponents, config: TrainConfig, console: Console, begu
         console: Output console for the choice.
         begun: Time on the `time.monotonic()` clock at which loading of data and model started; now if None.
     """
-    if config.time_budget is None:
-        return config
+    time_budget = config.optim.time_budget
+    if time_budget is None:
+        return config.optim.epochs
     begun = time.monotonic() if begun is None else begun
     times = _measure_times(parts, config)
     spent_s = time.monotonic() - begun
-    budget_s = budget_seconds(config.time_budget)
+    budget_s = budget_seconds(time_budget)
     left_s = _TIME_SHARE * budget_s - spent_s - times.final_s
-    fewest = 0 if config.head_init == "probe" and get_protocol(config.protocol).selected_on == "val" else 1
+    uses_val = get_protocol(config.data.protocol).selected_on == "val"
+    fewest = 0 if config.optim.head_init == "probe" and uses_val else 1
     epochs = max(fewest, min(_MOST_EPOCHS, int(left_s / times.epoch_s)))
-    text = f"{counted(epochs, 'epoch')} in {config.time_budget}: one epoch takes about {seconds_text(times.epoch_s)}"
+    text = f"{counted(epochs, 'epoch')} in {time_budget}: one epoch takes about {seconds_text(times.epoch_s)}"
     if not epochs:
         text += "; the head from the linear probe is saved without training"
     elif times.epoch_s > left_s:
@@ -177,7 +182,7 @@ def fit_epochs(parts: RunComponents, config: TrainConfig, console: Console, begu
     elif epochs == _MOST_EPOCHS:
         text += f"; {_MOST_EPOCHS} is the maximum; for more, use --epochs without --time-budget"
     print_line(console, text)
-    return dataclasses.replace(config, epochs=epochs)
+    return epochs
 
 
 @dataclass(frozen=True)
@@ -190,31 +195,30 @@ class _Times:
 
 def _measure_times(parts: RunComponents, config: TrainConfig) -> _Times:
     """Estimate times from a few training and evaluation steps."""
-    config = fit_batch_size(parts, config, Console(file=io.StringIO()))
-    per_batch = max(config.effective_batch_size // process_count(), 1)
-    train_s = _step_seconds(parts, config, parts.splits.train, per_batch, _trial_step)
-    steps = config.steps_per_epoch(len(parts.splits.train)) * config.accumulate
-    selection = get_protocol(config.protocol).selection_part(parts.splits)
+    data, batch_size = config.data, fit_batch_size(parts, config.optim, Console(file=io.StringIO()))
+    optim = dataclasses.replace(config.optim, batch_size=batch_size)
+    per_batch = max(optim.effective_batch_size // process_count(), 1)
+    train_s = _step_seconds(parts, optim, parts.splits.train, per_batch, _trial_step)
+    steps = optim.steps_per_epoch(len(parts.splits.train)) * optim.accumulate
+    selection = get_protocol(data.protocol).selection_part(parts.splits)
     measured = [part for name, part in parts_of(parts.splits).items() if name != "train"]
     if not measured:
         return _Times(steps * train_s, 0.0)
     # the first pass reads from disk; later passes may read from memory
-    first_read_s = _step_seconds(parts, config, measured[-1], per_batch, _only_read)
-    evaluation_s = config.views * _step_seconds(parts, config, measured[-1], per_batch, _trial_evaluation)
+    first_read_s = _step_seconds(parts, optim, measured[-1], per_batch, _only_read)
+    evaluation_s = data.views * _step_seconds(parts, optim, measured[-1], per_batch, _trial_evaluation)
 
     def batches_of(part: ImageDataset) -> int:
-        return -(-len(part) // config.effective_batch_size)
+        return -(-len(part) // optim.effective_batch_size)
 
     def seconds_of(part: ImageDataset) -> float:
         return batches_of(part) * evaluation_s
 
     epoch_s = steps * train_s + (0.0 if selection is None else seconds_of(selection))
     final_s = sum(batches_of(part) * first_read_s + seconds_of(part) for part in measured)
-    if config.final_head == "layers":
-        rows = len(probe_rows(parts, config))
-        final_s += -(-rows // config.effective_batch_size) * evaluation_s + layer_fit_seconds(
-            parts, config.views * rows
-        )
+    if optim.final_head == "layers":
+        rows = len(probe_rows(parts))
+        final_s += -(-rows // optim.effective_batch_size) * evaluation_s + layer_fit_seconds(parts, data.views * rows)
     return _Times(epoch_s, final_s)
 
 
@@ -230,7 +234,7 @@ def _first_images(parts: RunComponents, count: int) -> dict[str, Tensor]:
     return parts.task.collate([train[index % len(train)] for index in range(count)])
 
 
-def _trial_step(parts: RunComponents, config: TrainConfig, batch: dict[str, Tensor]) -> None:
+def _trial_step(parts: RunComponents, precision: str, batch: dict[str, Tensor]) -> None:
     """Run forward and backward with memory for the optimizer's moments, and restore the model's state."""
     model, device = parts.model, next(parts.model.parameters()).device
     images, labels = batch["images"].to(device), batch["labels"].to(device)
@@ -239,7 +243,7 @@ def _trial_step(parts: RunComponents, config: TrainConfig, batch: dict[str, Tens
     try:
         with restored_state(model, images):
             model.train()
-            with _autocast(device, config):
+            with _autocast(device, precision):
                 loss = parts.task.loss(model(images), labels)
             loss.backward()
     finally:
@@ -248,46 +252,46 @@ def _trial_step(parts: RunComponents, config: TrainConfig, batch: dict[str, Tens
 
 
 @torch.no_grad()
-def _trial_evaluation(parts: RunComponents, config: TrainConfig, batch: dict[str, Tensor]) -> None:
+def _trial_evaluation(parts: RunComponents, precision: str, batch: dict[str, Tensor]) -> None:
     """Run a forward pass in evaluation mode, and restore the model's state."""
     model, device = parts.model, next(parts.model.parameters()).device
     images = batch["images"].to(device)
-    with restored_state(model, images), _autocast(device, config):
+    with restored_state(model, images), _autocast(device, precision):
         model.eval()
         model(images)
 
 
-def _only_read(parts: RunComponents, config: TrainConfig, batch: dict[str, Tensor]) -> None:
+def _only_read(parts: RunComponents, precision: str, batch: dict[str, Tensor]) -> None:
     """No-op, for timing only data loading."""
 
 
-def _autocast(device: torch.device, config: TrainConfig) -> torch.autocast | nullcontext[None]:
+def _autocast(device: torch.device, precision: str) -> torch.autocast | nullcontext[None]:
     """Return the autocast context of training."""
-    dtype = _DTYPES.get(config.precision)
+    dtype = _DTYPES.get(precision)
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 def _step_seconds(
     parts: RunComponents,
-    config: TrainConfig,
+    optim: OptimConfig,
     dataset: torch.utils.data.Dataset[object],
     batch: int,
-    step: Callable[[RunComponents, TrainConfig, dict[str, Tensor]], None],
+    step: Callable[[RunComponents, str, dict[str, Tensor]], None],
 ) -> float:
     """Return the median time of a step including data loading, in seconds.
 
     The first step is excluded, since it may compile kernels. The second step may compile as well. At least two steps
     are therefore timed after the first, and the median of an even number of times is the lower one.
     """
-    generator = torch.Generator().manual_seed(config.seed)  # leaves torch's global generator unchanged
-    loader = DataLoader(dataset, batch, collate_fn=parts.task.collate, num_workers=config.workers, generator=generator)
-    limit_s = _MEASURED_SHARE * budget_seconds(str(config.time_budget))
+    generator = torch.Generator().manual_seed(parts.seed)  # leaves torch's global generator unchanged
+    loader = DataLoader(dataset, batch, collate_fn=parts.task.collate, num_workers=parts.workers, generator=generator)
+    limit_s = _MEASURED_SHARE * budget_seconds(str(optim.time_budget))
     spans: list[float] = []
     start = time.perf_counter()
     passes = 1 if step is _only_read else _FEWEST_TIMED  # one pass times reading; other steps repeat small splits
     batches = itertools.chain.from_iterable(itertools.repeat(loader, passes))
     for number, items in enumerate(batches):
-        step(parts, config, items)
+        step(parts, optim.precision, items)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         spans.append(time.perf_counter() - start)

@@ -5,9 +5,11 @@ import io
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -16,14 +18,15 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from snella import SnellaCallback
 from snella_app.config import TrainConfig
-from snella_app.console import make_console, print_line
+from snella_app.console import counted, make_console, print_line
 from snella_app.data.protocol import get_protocol
+from snella_app.device import choose_device
 from snella_app.methods import method_of
-from snella_app.records import RunInfo, read
+from snella_app.records import DataInfo, RunInfo, read
 from snella_app.runs.evaluate import redraw_report
 from snella_app.runs.folder import RunFolder
 from snella_app.runs.images import PARTS, check_splits, find_data
-from snella_app.training.build import RunComponents, build_components, load_start, store_selection
+from snella_app.training.build import LoadedData, RunComponents, build, load, load_start, store_selection
 from snella_app.training.callbacks import ProgressDisplay, ScheduleCallback, TrackingCallback
 from snella_app.training.checkpoints import latest_checkpoint
 from snella_app.training.distributed import (
@@ -41,11 +44,11 @@ from snella_app.training.linear_probe import (
     normalize_features,
     start_head_from_probe,
 )
-from snella_app.training.plan import choose_heads, plan_training
+from snella_app.training.plan import choose_heads, resolve
 from snella_app.training.results import describe_run, log_summary, matrices_of, shorten_hint
 from snella_app.training.session import InterruptCallback, checkpoint_to_resume, lock_run, record_status
 from snella_app.training.sharding import shard_frozen
-from snella_app.training.trainer import SnellaTrainer
+from snella_app.training.trainer import SnellaTrainer, training_arguments
 
 _PAGE_S = 30.0
 
@@ -68,7 +71,7 @@ def train(
         config: Configuration. With `resume`, the stored run continues from its last checkpoint with its stored
             settings.
         console: Output console; standard output if None.
-        data: Data set of torch or Hugging Face, or a mapping from train, val and test to data sets. `config.data` then
+        data: Data set of torch or Hugging Face, or a mapping from train, val and test to data sets. `config.data.spec`
             names it, for example `python:flowers`. Resuming the run requires the same object.
         measure_test: If False, skip the test images, for example in tuning runs.
         keep_checkpoints: If False, do not save a checkpoint after each epoch; for short runs.
@@ -87,27 +90,31 @@ def train(
         CheckpointError: If the disk is full (the last checkpoint remains valid), or the checkpoint of a resumed run is
             damaged.
     """
-    run = RunFolder(str(config.out))
-    join_processes(config.device)
+    run = RunFolder(str(config.run.out))
+    join_processes(config.run.device)
     if not is_main():
         console = Console(file=io.StringIO())
     console = console or make_console(survives_closed_output=True)
     with only_main(lock_run(run, is_shared=True)):
-        if config.init_from is not None and not config.resume:
-            config = RunFolder(config.init_from).start_settings(config)
+        if config.model.init_from is not None and not config.run.resume:
+            config = RunFolder(config.model.init_from).start_settings(config)
         config, status = from_main(partial(run.resolve_resume, config))
         if status == "finished":
             _show_finished(run, console, draw_report)
             return run
-        config, parts = _prepare(config, run, console, status is not None, data)
+        stored = None if status is None else read(RunInfo, run.path).data
+        images = _load(config, run, stored, console, data)
+        parts = _build(config, run, stored, console, images)
+        plan, parts = _resolve(config, run, stored, console, images, parts)
+        wait_for_others()  # all processes must read the stored files before the main process replaces them
         if is_main():
-            run.prepare(config, is_resumed=status is not None)
-            store_selection(run.path, config.method, parts.model)
-            run.write(describe_run(config, parts, PARTS if measure_test else ("train", "val")))
-            log_summary(console, config, parts)
+            run.prepare(plan, is_resumed=stored is not None)
+            store_selection(run.path, plan.method.name, parts.model)
+            run.write(describe_run(plan, parts, PARTS if measure_test else ("train", "val")))
+            log_summary(console, plan, parts)
         if not measure_test:
             parts.splits.test = None
-        session = Session(config, run, parts, console, keep_checkpoints, draw_report)
+        session = Session(plan, run, parts, console, keep_checkpoints, draw_report)
         with only_main(record_status(run, "train")):
             finish(session, _fit(session))
     return run
@@ -122,31 +129,56 @@ def _show_finished(run: RunFolder, console: Console, draw_report: bool) -> None:
             redraw_report(run.path, console)
 
 
-def _prepare(
-    config: TrainConfig, run: RunFolder, console: Console, is_resumed: bool, data: Any
-) -> tuple[TrainConfig, RunComponents]:
-    """Load the data and the model, and resolve automatic settings; a resumed run reuses its stored settings."""
-    started_at = time.monotonic()
-    _check_trackers(config)
-    stored = read(RunInfo, run.path).data if is_resumed else None
-    if is_resumed:
-        config.data = find_data(run.path, str(config.data), None if stored is None else stored.folder)
-    start = None if config.init_from is None else RunFolder(config.init_from)
-    selection_path = run.path if is_resumed else None if start is None else start.path
-    parts = build_components(config, selection_path, console, data)
+def _load(config: TrainConfig, run: RunFolder, stored: DataInfo | None, console: Console, source: Any) -> LoadedData:
+    """Load images and task; a resumed run, with the data record `stored`, finds moved images."""
+    _check_trackers(config.run.trackers)
+    device = choose_device(config.run.device)
+    if config.optim.precision == "fp16" and device.type != "cuda":
+        raise ValueError(f"precision must be fp32 or bf16 on device {device.type!r}, got 'fp16'; fp16 requires a GPU")
+    images = config.data
+    if stored is not None:
+        images = replace(images, spec=find_data(run.path, str(images.spec), stored.folder))
+    data = load(images, config.optim, config.run, console, source)
+    if images.channels != 3:
+        channels = counted(images.channels, "channel")
+        data.splits.notes.append(f"the first convolution of {config.model.backbone} is adapted from 3 to {channels}")
+    return data
+
+
+def _build(
+    config: TrainConfig, run: RunFolder, stored: DataInfo | None, console: Console, data: LoadedData
+) -> RunComponents:
+    """Build the model, with the stored selection of a resumed or initial run, and check the images of a resumed run."""
+    start = config.model.init_from
+    selection = run.path if stored is not None else None if start is None else Path(start)
+    device = choose_device(config.run.device)
+    parts = build(config.model, config.method, data, device, selection, console)
     check_splits(run.path, stored, parts.splits)
+    return parts
+
+
+def _resolve(
+    config: TrainConfig,
+    run: RunFolder,
+    stored: DataInfo | None,
+    console: Console,
+    data: LoadedData,
+    parts: RunComponents,
+) -> tuple[TrainConfig, RunComponents]:
+    """Decide the automatic settings of a new run; a resumed run reuses its stored settings."""
+    config = replace(config, data=data.config)
     has_no_checkpoint = latest_checkpoint(run.checkpoints) is None
-    if not is_resumed:
-        parts, config = plan_training(parts, config, console, started_at, data)
+    if stored is None:
+        plan, parts = resolve(config, data, parts, console)
+    elif has_no_checkpoint:
+        plan = choose_heads(parts, config)
     else:
-        config = config.with_batch_size_for(len(parts.splits.train))
-        config = choose_heads(parts, config) if has_no_checkpoint else config
-    if config.epochs:
+        plan = replace(config, optim=config.optim.with_batch_size_for(len(parts.splits.train)))
+    if plan.optim.epochs:
         parts.start_layers = None  # invalid once training changes the features
-    if start is not None and has_no_checkpoint:
-        load_start(parts, config, start)
-    wait_for_others()  # all processes must read the stored files before the main process replaces them
-    return config, parts
+    if plan.model.init_from is not None and has_no_checkpoint:
+        load_start(parts, str(plan.data.spec), RunFolder(plan.model.init_from))
+    return plan, parts
 
 
 def _fit(session: Session) -> SnellaTrainer:
@@ -164,29 +196,31 @@ def _fit(session: Session) -> SnellaTrainer:
 
 def _run_trainer(session: Session, interrupt: InterruptCallback) -> SnellaTrainer:
     """Initialize the head, build the trainer and run it."""
-    config, run, parts = session.config, session.run, session.parts
+    plan, run, parts = session.plan, session.run, session.parts
+    data, optim = plan.data, plan.optim
     checkpoint = from_main(lambda: checkpoint_to_resume(run, session.console))
     start = time.monotonic()
-    trained_part = cache_features(parts, config) if can_cache_features(config, parts.model) else None
-    if config.head_init == "probe" and checkpoint is None:
-        start_head_from_probe(parts, config)
-    norm = normalize_features(parts, config) if config.head_norm == "running" else None
-    if config.shard and process_count() > 1:
+    can_cache = can_cache_features(data, parts.model)
+    trained_part = cache_features(parts, optim.effective_batch_size) if can_cache else None
+    if optim.head_init == "probe" and checkpoint is None:
+        start_head_from_probe(parts, optim)
+    norm = normalize_features(parts, optim) if optim.head_norm == "running" else None
+    if plan.run.shard and process_count() > 1:
         shard_frozen(parts.model)
     callbacks, display, tracking = _callbacks(session, interrupt)
-    with contextlib.closing(display), _tracking(config, run):
+    with contextlib.closing(display), _tracking(plan.run.trackers, run):
         trainer = SnellaTrainer(
-            parts.model,
-            config,
-            parts.task,
-            parts.splits.train,
-            get_protocol(config.protocol).selection_part(parts.splits),
+            parts,
+            data,
+            optim,
+            training_arguments(optim, plan.run, run.checkpoints, data.workers, session.keep_checkpoints),
             run,
             callbacks,
             trained_part,
             start,
-            session.keep_checkpoints,
             norm,
+            plan.model.init_from is not None,
+            plan.method.scaling,
         )
         if session.draw_report and is_main():
             trainer.add_callback(_LivePage(lambda: draw_page(session, trainer)))
@@ -200,33 +234,33 @@ def _callbacks(
     session: Session, interrupt: InterruptCallback
 ) -> tuple[list[TrainerCallback], ProgressDisplay, TrackingCallback]:
     """Build all callbacks; also return the two that report the loss."""
-    config, parts = session.config, session.parts
+    plan, parts = session.plan, session.parts
     matrices, method = matrices_of(parts.model), method_of(parts.model)
-    allocation = SnellaCallback() if matrices and config.epochs else None
-    step_images = config.effective_batch_size * config.accumulate
+    allocation = SnellaCallback() if matrices and plan.optim.epochs else None
+    step_images = plan.optim.effective_batch_size * plan.optim.accumulate
     display = ProgressDisplay(
         session.console,
         parts.task,
-        get_protocol(config.protocol),
+        get_protocol(plan.data.protocol),
         sum(m.size for m in matrices) or None,
         allocation,
-        config.progress,
+        plan.run.progress,
         shorten_hint(parts),
         step_images=step_images,
     )
     tracking = TrackingCallback(matrices, allocation, step_images)
     schedules = [] if method is None or method.schedule is None else [ScheduleCallback(method.schedule)]
     callbacks = [*([allocation] if allocation else []), *schedules, interrupt, display, session.costs]
-    return [*callbacks, *([tracking] if config.trackers else [])], display, tracking
+    return [*callbacks, *([tracking] if plan.run.trackers else [])], display, tracking
 
 
-def _check_trackers(config: TrainConfig) -> None:
+def _check_trackers(trackers: Sequence[str]) -> None:
     """Check that the packages of all trackers are installed, before the data and the model are loaded.
 
     Raises:
         ImportError: If a package is missing.
     """
-    for name in config.trackers:
+    for name in trackers:
         try:
             INTEGRATION_TO_CALLBACK[name]()
         except (ImportError, RuntimeError) as error:
@@ -234,7 +268,7 @@ def _check_trackers(config: TrainConfig) -> None:
 
 
 @contextmanager
-def _tracking(config: TrainConfig, run: RunFolder) -> Iterator[None]:
+def _tracking(trackers: Sequence[str], run: RunFolder) -> Iterator[None]:
     """Redirect trackers to the run folder and silence them; environment variables set by the user take precedence.
 
     Raises:
@@ -247,7 +281,7 @@ def _tracking(config: TrainConfig, run: RunFolder) -> Iterator[None]:
         "WANDB_SILENT": "true",
         "MLFLOW_TRACKING_URI": f"sqlite:///{folder.absolute()}/mlflow.db",
     }
-    if config.trackers and is_main():
+    if trackers and is_main():
         folder.mkdir(exist_ok=True)
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -257,7 +291,7 @@ def _tracking(config: TrainConfig, run: RunFolder) -> Iterator[None]:
         yield
     except Exception as error:
         package = type(error).__module__.partition(".")[0]
-        if package not in config.trackers:
+        if package not in trackers:
             raise
         raise ValueError(f"track={package}: {str(error).strip().splitlines()[0]}") from error
     finally:

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from snella import BudgetAllocator, SnellaCallback
-from snella_app.config import TrainConfig
+from snella_app.config import DataConfig, OptimConfig, RunConfig
 from snella_app.data import ImageDataset
 from snella_app.data.protocol import get_protocol
 from snella_app.device import choose_device
@@ -36,8 +36,7 @@ from snella_app.files import write_json
 from snella_app.methods import load_trained_into, method_of, save_trained
 from snella_app.records import AveragedEpochs
 from snella_app.runs.folder import RunFolder, RunFolderOf
-from snella_app.tasks import Task
-from snella_app.training.build import epoch_sampler
+from snella_app.training.build import RunComponents, epoch_sampler
 from snella_app.training.callbacks import EpochEnds, WeightAverage
 from snella_app.training.checkpoints import reading_checkpoint, remove_incomplete, reporting_write_errors, staged
 from snella_app.training.distributed import (
@@ -276,61 +275,63 @@ class SnellaTrainer(CheckpointingTrainer):
     - Checkpoints include the weight average and the weights of epochs to average.
 
     Args:
-        model: Model from `build_method`.
-        config: Resolved settings.
-        task: Task with loss and metrics.
-        train: Training images.
-        val: Images for epoch selection under the protocol of `config`; None keeps the last epoch.
+        parts: Model from `build_method`, task, training images, and images for epoch selection under the protocol of
+            `data`; without them, the last epoch is kept.
+        data: Protocol, sampler, MixUp, CutMix and views per prediction.
+        optim: Resolved settings.
+        args: From `training_arguments`.
         run: Run folder for checkpoints and the best adapter.
         callbacks: Additional callbacks.
         trained_part: Submodule that receives the data sets' items; the whole model if None.
         start: Start of this session on the `time.monotonic()` clock; now if None.
-        keep_checkpoints: Save a checkpoint after each epoch.
         feature_norm: Normalization of the head's inputs, folded into the saved head; None to disable.
+        is_initialized: True if the trained weights start from another run, whose result may be the best epoch.
+        scaling: Factor on the update, for the error of a non-finite loss.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        config: TrainConfig,
-        task: Task,
-        train: ImageDataset,
-        val: ImageDataset | None,
+        parts: RunComponents,
+        data: DataConfig,
+        optim: OptimConfig,
+        args: TrainingArguments,
         run: RunFolder,
         callbacks: list[TrainerCallback],
         trained_part: nn.Module | None = None,
         start: float | None = None,
-        keep_checkpoints: bool = True,
         feature_norm: FeatureNorm | None = None,
+        is_initialized: bool = False,
+        scaling: float | None = None,
     ) -> None:
-        self.config = config
+        model, train = parts.model, parts.splits.train
+        self.data_config, self.optim_config, self._scaling = data, optim, scaling
         self.feature_norm = feature_norm
-        self.task = task
-        self.validation_set = val
-        self.protocol = get_protocol(config.protocol)
-        self.average = None if config.ema is None else WeightAverage(model, config.ema)
+        self.task = parts.task
+        self.protocol = get_protocol(data.protocol)
+        self.validation_set = val = self.protocol.selection_part(parts.splits)
+        self.average = None if optim.ema is None else WeightAverage(model, optim.ema)
         averaging: list[TrainerCallback] = [] if self.average is None else [self.average]
         averaging += [] if feature_norm is None else [feature_norm]
-        self.epoch_ends = EpochEnds(model, count) if (count := config.swa or config.soup) else None
+        self.epoch_ends = EpochEnds(model, count) if (count := optim.swa or optim.soup) else None
         self.progress = _Progress()
         self._weights: list[float] = []
         self._micro_step, self._step_loss = 0, 0.0
-        self._sampler = epoch_sampler(train, task, config)
+        self._sampler = epoch_sampler(train, self.task, data.sampler, parts.seed)
         self._is_sharded = is_sharded(model) and trained_part is None
-        self._shards = ShardedBatches(self._sampler, config.effective_batch_size, process_number(), process_count())
+        self._shards = ShardedBatches(self._sampler, optim.effective_batch_size, process_number(), process_count())
         super().__init__(
             model,
             run,
             start,
             model=model if trained_part is None else trained_part,
-            args=training_arguments(config, run.checkpoints, keep_checkpoints),
-            data_collator=task.collate,
+            args=args,
+            data_collator=self.task.collate,
             train_dataset=train,
             eval_dataset=train if val is None else val,  # `evaluate` selects the data itself
             callbacks=[EpochCallback(train, self._sampler), *averaging, *callbacks],
         )
         self.model_accepts_loss_kwargs = False
-        if self.protocol.selected_on == "val" and (config.head_init == "probe" or config.init_from is not None):
+        if self.protocol.selected_on == "val" and (optim.head_init == "probe" or is_initialized):
             self.add_callback(_MeasureStart(self))
         self.add_callback(_StopIfStalled(self))
 
@@ -365,7 +366,7 @@ class SnellaTrainer(CheckpointingTrainer):
             if (allocator is None or row["budget"] <= allocator.target_budget)
             and math.isfinite((score := self.selection_score(row))[0])
         ]
-        patience = self.config.early_stopping
+        patience = self.optim_config.early_stopping
         return patience is not None and bool(rows) and max(rows)[1] - rows[-1][1] >= patience
 
     @property
@@ -441,7 +442,7 @@ class SnellaTrainer(CheckpointingTrainer):
             return None
         rows = {row["epoch"]: self.selection_score(row) for row in self.history}
         chosen = ends.epochs
-        if self.config.soup is not None:
+        if self.optim_config.soup is not None:
             best_first = sorted(ends.epochs, key=lambda epoch: (rows[epoch], epoch), reverse=True)
             chosen = best_first[:1]
             score, _ = self._score_of_mean(chosen)
@@ -455,7 +456,7 @@ class SnellaTrainer(CheckpointingTrainer):
         if is_saved:
             with ends.mean_applied(chosen):
                 self._save_adapter()
-        kind: Literal["swa", "soup"] = "swa" if self.config.soup is None else "soup"
+        kind: Literal["swa", "soup"] = "swa" if self.optim_config.soup is None else "soup"
         return AveragedEpochs(kind, chosen, ends.epochs, is_saved, scores)
 
     def _score_of_mean(self, epochs: Sequence[int]) -> tuple[tuple[float, float], dict[str, float]]:
@@ -476,7 +477,7 @@ class SnellaTrainer(CheckpointingTrainer):
     def _selection_scores(self) -> dict[str, float]:
         """Evaluate the selection split under the names of the history; empty if the epoch is not evaluated."""
         epoch = round(self.state.epoch or 0)
-        if self.validation_set is None or not self.protocol.is_measured(epoch, self.config.epochs):
+        if self.validation_set is None or not self.protocol.is_measured(epoch, self.optim_config.epochs):
             return {}
         return self._measured(self.validation_set)
 
@@ -491,7 +492,7 @@ class SnellaTrainer(CheckpointingTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the optimizer with its parameter groups."""
         if self.optimizer is None:
-            self.optimizer = build_optimizer(self.trained_model, **self.config.optimizer_options())
+            self.optimizer = build_optimizer(self.trained_model, **self.optim_config.optimizer_options())
         return self.optimizer
 
     def compute_loss(
@@ -511,7 +512,7 @@ class SnellaTrainer(CheckpointingTrainer):
         penalty = None if (method := method_of(self.trained_model)) is None else method.penalty
         if penalty is not None and model.training:
             loss = loss + penalty(self.trained_model)
-        if model.training and (self.config.accumulate > 1 or self._shards.count > 1):
+        if model.training and (self.optim_config.accumulate > 1 or self._shards.count > 1):
             loss = loss * self._weights[self._micro_step]
         return (loss, logits) if return_outputs else loss
 
@@ -522,7 +523,7 @@ class SnellaTrainer(CheckpointingTrainer):
             NonFiniteLossError: The loss is not finite.
         """
         micro_step = [self._micro_step] if self._micro_step else []  # same first seed without accumulation
-        torch.manual_seed(mix_seed(self.config.seed, 1, self.state.global_step, self.args.process_index, *micro_step))
+        torch.manual_seed(mix_seed(self.args.seed, 1, self.state.global_step, self.args.process_index, *micro_step))
         loss = super().training_step(model, self._mix(inputs), num_items_in_batch)
         self._micro_step += 1
         self._step_loss += self.last_loss
@@ -540,8 +541,8 @@ class SnellaTrainer(CheckpointingTrainer):
         The Trainer divides the loss by the number of batches, and DDP divides gradients by the number of processes.
         """
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, *others)
-        per_epoch = self.config.steps_per_epoch(len(self._sampler))
-        first = self.state.global_step % per_epoch * self.config.accumulate
+        per_epoch = self.optim_config.steps_per_epoch(len(self._sampler))
+        first = self.state.global_step % per_epoch * self.optim_config.accumulate
         numbers = range(first, first + len(batches))
         images = min(len(self._sampler), (first + len(batches)) * self._shards.batch_size)
         images -= first * self._shards.batch_size
@@ -579,7 +580,7 @@ class SnellaTrainer(CheckpointingTrainer):
 
         Torchvision mixes one-hot labels; with the image index as label, a row contains the mixing weight.
         """
-        alphas = {v2.MixUp: self.config.mixup, v2.CutMix: self.config.cutmix}
+        alphas = {v2.MixUp: self.data_config.mixup, v2.CutMix: self.data_config.cutmix}
         count = len(inputs["labels"])
         mixers = [kind(alpha=alpha, num_classes=count) for kind, alpha in alphas.items() if alpha]
         if not mixers or count == 1:
@@ -594,7 +595,7 @@ class SnellaTrainer(CheckpointingTrainer):
         """Return the reduced outputs and labels of a batch, without a loss; `Task.metrics` computes the loss."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
-            outputs = self.task.outputs(model, inputs["images"], self.config.views)
+            outputs = self.task.outputs(model, inputs["images"], self.data_config.views)
         return None, *self.task.reduce(outputs, inputs["labels"])
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
@@ -634,7 +635,8 @@ class SnellaTrainer(CheckpointingTrainer):
         epoch = (step - 1) // per_epoch + 1
         done = sum(row["epoch"] > 0 for row in self.history)
         saved = f"the state after epoch {done} and the best adapter are kept" if done else "no adapter was saved"
-        options = {name: getattr(self.config, name) for name in ("lr", "scalar_lr", "head_lr", "scaling")}
+        rates = {name: getattr(self.optim_config, name) for name in ("lr", "scalar_lr", "head_lr")}
+        options = {**rates, "scaling": self._scaling}
         shown = ", ".join(
             f"--{name.replace('_', '-')} (now {rate:g})" for name, rate in options.items() if rate is not None
         )
@@ -645,26 +647,36 @@ class SnellaTrainer(CheckpointingTrainer):
         )
 
 
-def training_arguments(config: TrainConfig, checkpoints: Path, keep_checkpoints: bool = True) -> TrainingArguments:
-    """Return Trainer arguments: evaluation and checkpoint per epoch, warmup and cosine decay."""
+def training_arguments(
+    optim: OptimConfig, run: RunConfig, checkpoints: Path, workers: int = 0, keep_checkpoints: bool = True
+) -> TrainingArguments:
+    """Return Trainer arguments: evaluation and checkpoint per epoch, warmup and cosine decay.
+
+    Args:
+        optim: Resolved settings.
+        run: Seed, device and trackers.
+        checkpoints: Output folder.
+        workers: Number of data loading processes.
+        keep_checkpoints: Save a checkpoint after each epoch.
+    """
     return base_training_arguments(
         checkpoints,
-        choose_device(config.device),
-        seed=config.seed,
-        precision=config.precision,
-        num_train_epochs=config.epochs,
-        per_device_train_batch_size=-(-config.effective_batch_size // process_count()),
-        per_device_eval_batch_size=config.effective_batch_size,
-        learning_rate=config.lr or 0.0,
-        lr_scheduler_type="cosine_with_min_lr" if config.min_lr else "cosine",
-        lr_scheduler_kwargs={"min_lr_rate": config.min_lr / (config.lr or 1.0)} if config.min_lr else {},
-        warmup_steps=config.warmup_ratio,
-        max_grad_norm=config.max_grad_norm,
+        choose_device(run.device),
+        seed=run.seed,
+        precision=optim.precision,
+        num_train_epochs=optim.epochs,
+        per_device_train_batch_size=-(-optim.effective_batch_size // process_count()),
+        per_device_eval_batch_size=optim.effective_batch_size,
+        learning_rate=optim.lr or 0.0,
+        lr_scheduler_type="cosine_with_min_lr" if optim.min_lr else "cosine",
+        lr_scheduler_kwargs={"min_lr_rate": optim.min_lr / (optim.lr or 1.0)} if optim.min_lr else {},
+        warmup_steps=optim.warmup_ratio,
+        max_grad_norm=optim.max_grad_norm,
         eval_strategy="epoch",
         save_strategy="epoch" if keep_checkpoints else "no",
         logging_strategy="no",
-        dataloader_num_workers=config.workers,
-        gradient_accumulation_steps=config.accumulate,
-        report_to=config.trackers or "none",
-        run_name=str(config.out),
+        dataloader_num_workers=workers,
+        gradient_accumulation_steps=optim.accumulate,
+        report_to=run.trackers or "none",
+        run_name=str(run.out),
     )

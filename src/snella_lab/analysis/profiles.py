@@ -113,7 +113,7 @@ def memory(runs: Sequence[str | Path], *, steps: int = 2, batch_size: int | None
     size = batch_size
     for label, run in zip(run_labels(runs), runs, strict=True):
         loaded = load_run(run, device="cpu")
-        size = size or loaded.folder.read_config().effective_batch_size
+        size = size or loaded.folder.read_config().optim.effective_batch_size
         channels, height, width = loaded.info.data_config["input_size"]
         images = torch.randn(size, channels, height, width, generator=torch.Generator().manual_seed(0))
         points = follow_memory(loaded.model, images, steps)

@@ -171,9 +171,8 @@ def tuned_settings(
     method trains nothing but the head.
     """
     base = make_config(method, data, experiment.settings, backbone=experiment.backbone, out="-")
-    lr = base.lr or 0.0
-    head_lr = lr if base.head_lr is None else base.head_lr
-    defaults = {"lr": lr, "head_lr": head_lr, "weight_decay": base.weight_decay or 0.0}
+    lr, head_lr, decay = base.optim.lr or 0.0, base.optim.head_lr, base.optim.weight_decay or 0.0
+    defaults = {"lr": lr, "head_lr": lr if head_lr is None else head_lr, "weight_decay": decay}
     return scaled_settings(defaults, method, candidate)
 
 

@@ -346,13 +346,13 @@ def check_parts(experiment: Experiment, console: Console, checks_device: bool = 
     config = make_config(PROBE, experiment.data[0], experiment.settings, backbone=experiment.backbone, out="-")
     try:
         if checks_device:
-            choose_device(config.device)
+            choose_device(config.run.device)
         create_backbone(
             experiment.backbone,
             num_classes=2,
-            weights=config.weights,
-            pretrained=config.pretrained,
-            img_size=config.img_size,
+            weights=config.model.weights,
+            pretrained=config.model.pretrained,
+            img_size=config.model.img_size,
         )
     except (OSError, ValueError, ImportError) as error:
         errors.append(str(error))
@@ -364,13 +364,14 @@ def _check_data(experiment: Experiment, data: DataEntry, console: Console) -> No
     """Validate the splits of one task."""
     cell = Cell(data, PROBE, 0, Candidate(), True)
     config = cell.config(experiment, "-")
-    splits = load_splits(config)
-    create_task(config.task, splits.classes, **config.as_dict()).check_data(splits.train, data.data)
-    if splits.test is None or (splits.val is None and config.protocol == "standard"):
+    splits, batch_size = load_splits(config.data, config.run.seed), config.optim.batch_size
+    task = create_task(config.data.task, splits.classes, **config.optim.task_options())
+    task.check_data(splits.train, data.data)
+    if splits.test is None or (splits.val is None and config.data.protocol == "standard"):
         raise ValueError(f"data {data.data!r} must have a validation and a test part, got {splits.description}")
-    if len(splits.train) < config.effective_batch_size and config.batch_size is not None:
+    if isinstance(batch_size, int) and len(splits.train) < batch_size:
         raise ValueError(
-            f"batch_size must be at most {len(splits.train)}, the number of training images, got {config.batch_size}"
+            f"batch_size must be at most {len(splits.train)}, the number of training images, got {batch_size}"
         )
     print_line(console, f"data: {splits.description}")
     for note in splits.notes:
@@ -444,13 +445,14 @@ def choose_method(config: TrainConfig, console: Console | None = None) -> TrainC
     """
     refuse_several_processes("choosing a method")
     console = console or make_console(survives_closed_output=True)
-    stored = RunFolder(str(config.out)).resolve_settings(replace(config, method=CHOICE_METHODS[0]))
-    if config.resume and stored.method != AUTO_METHOD and RunFolder(str(config.out)).status is not None:
-        return replace(config, method=stored.method)
-    root = Path(f"{str(config.out).rstrip('/')}{CHOICE_FOLDER}")
+    run = RunFolder(str(config.run.out))
+    stored = run.resolve_settings(config.replace(method=CHOICE_METHODS[0])).method.name
+    if config.run.resume and stored != AUTO_METHOD and run.status is not None:
+        return config.replace(method=stored)
+    root = Path(f"{str(config.run.out).rstrip('/')}{CHOICE_FOLDER}")
     experiment = _choice_experiment(config)
     check_parts(experiment, console)
-    if root.exists() and config.overwrite:
+    if root.exists() and config.run.overwrite:
         shutil.rmtree(root)
     root.mkdir(parents=True, exist_ok=True)
     experiment = _store(root, _resolve_experiment(experiment, root))
@@ -481,7 +483,7 @@ def choose_method(config: TrainConfig, console: Console | None = None) -> TrainC
         raise CellsFailedError(f"every method failed in {root}, e.g. {rows[0].cell}: {rows[0].error}")
     chosen, text = recommend(means, costs, experiment.measures[experiment.metric])
     print_line(console, text)
-    return replace(config, method=chosen)
+    return config.replace(method=chosen)
 
 
 _CHOICE_COSTS = ("accelerator_memory_max", "training_mib", "train_time")
@@ -489,22 +491,24 @@ _CHOICE_COSTS = ("accelerator_memory_max", "training_mib", "train_time")
 
 def _choice_experiment(config: TrainConfig) -> Experiment:
     """Return the experiment of `choose_method`."""
-    default = TrainConfig(data="-", backbone="-", out="-")
-    shared = [name for name in SHARED_SETTINGS if getattr(config, name) != getattr(default, name)]
-    settings: dict[str, Any] = {name: getattr(config, name) for name in shared if name not in ("protocol", "workers")}
+    given, known = config.flat(), TrainConfig.settings()
+    shared = [name for name in SHARED_SETTINGS if given[name] != known[name].default]
+    settings: dict[str, Any] = {name: given[name] for name in shared if name not in ("protocol", "workers")}
     for name in ("early_stopping", "swa", "soup", "lr", "batch_size"):
         settings.pop(name, None)
-    settings["epochs"] = min(config.epochs, _CHOICE_EPOCHS)
-    settings["test_seed"] = config.seed if config.test_seed is None else config.test_seed
-    splits = load_splits(replace(config, method=CHOICE_METHODS[0], protocol="standard"))
+    settings["epochs"] = min(config.optim.epochs, _CHOICE_EPOCHS)
+    settings["test_seed"] = config.run.seed if config.data.test_seed is None else config.data.test_seed
+    splits = load_splits(replace(config.data, protocol="standard"), config.run.seed)
     if len(splits.train) > _CHOICE_IMAGES:
         settings["train_size"] = _CHOICE_IMAGES
-    if isinstance(config.batch_size, int):
-        settings["batch_size"] = min(config.batch_size, _CHOICE_IMAGES)
-    data = DataEntry("data", str(config.data), "data")
+    if isinstance(config.optim.batch_size, int):
+        settings["batch_size"] = min(config.optim.batch_size, _CHOICE_IMAGES)
+    data = DataEntry("data", str(config.data.spec), "data")
     methods = tuple(MethodEntry(name, name) for name in CHOICE_METHODS)
     grid = Grid(lr_factors=(1.0,), weight_decays=(), max_extensions=0, seeds=_CHOICE_SEEDS)
-    return Experiment(methods, (data,), str(config.backbone), "choice", _CHOICE_SEEDS, grid, settings, forgetting=())
+    return Experiment(
+        methods, (data,), str(config.model.backbone), "choice", _CHOICE_SEEDS, grid, settings, forgetting=()
+    )
 
 
 def _trained_row(root: Path, experiment: Experiment, cell: Cell, console: Console) -> CellRow:

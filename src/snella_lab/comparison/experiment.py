@@ -236,7 +236,7 @@ def make_config(method: MethodEntry, data: DataEntry, shared: Mapping[str, Any],
         "method_options": dict(method.options),
         "progress": False,
     }
-    return TrainConfig(**{**settings, **values}).resolved()
+    return TrainConfig.from_flat(**{**settings, **values}).resolved()
 
 
 def _mapping(value: Any, where: str, known: Iterable[str], needed: str) -> Mapping[str, Any]:

@@ -100,18 +100,13 @@ def _find(name: str) -> Path:
 
 
 _NONE = "none"
-_TRAIN = (
-    *("epochs", "batch_size", "img_size", "train_size", "val_size", "test_size", "augment", "weights", "pretrained"),
-    *("head_init", "ema", "device", "precision", "task", "monitor", "columns", "channels", "skip_corrupt"),
-)
-"""Shared settings with an option in `snella compare`; its `--workers` counts processes, not data loader workers."""
 
 
 def experiment_from_args(args: Mapping[str, Any]) -> Experiment | None:
     """Build the experiment of a command line: from a file, the output folder or options, with the given changes.
 
     Args:
-        args: Arguments of `snella compare` by name; None for omitted ones.
+        args: Fields of `CompareOptions`; None for omitted ones.
 
     Returns:
         The experiment, or None if only the output folder was given.
@@ -155,7 +150,7 @@ def _changes(args: Mapping[str, Any]) -> dict[str, Any]:
         name: given[key] for key, name in (("tune_seeds", "seeds"), ("extensions", "max_extensions")) if key in given
     }
     grid.update({key: _numbers(key, given[key]) for key in ("lr_factors", "weight_decays") if key in given})
-    train = {key: given[key] for key in _TRAIN if key in given}
+    train = {**given["train"], **{key: given[key] for key in ("task", "monitor") if key in given}}
     return changes | ({"grid": grid} if grid else {}) | ({"train": train} if train else {})
 
 

@@ -259,9 +259,9 @@ def finish_tuning_run(root: Path, experiment: Experiment, cell: Cell, folder: Pa
         return None
     shutil.copytree(run.path, folder, ignore=shutil.ignore_patterns(CellRow.file))
     final_run = RunFolder(folder)
-    config = replace(final_run.read_config(), out=str(folder))
+    config = final_run.read_config().replace(out=str(folder))
     final_run.write_config(config)
-    scores = evaluate(folder, split="test", batch_size=config.effective_batch_size, device=config.device)
+    scores = evaluate(folder, split="test", batch_size=config.optim.effective_batch_size, device=config.run.device)
     final_run.write(replace(read(Metrics, folder), test=scores_from(scores)))
     return row
 
@@ -399,7 +399,7 @@ def _row(
             trial = finish_tuning_run(root, experiment, cell, folder) if earlier_s is None else None
             if trial is None:
                 train(
-                    replace(config, resume=earlier_s is not None),
+                    config.replace(resume=earlier_s is not None),
                     Console(file=file, width=200),
                     measure_test=cell.is_final,
                     keep_checkpoints=keep_checkpoints,

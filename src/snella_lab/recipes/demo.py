@@ -67,7 +67,7 @@ def run_demo(
     for number, (method, method_settings) in enumerate(DEMO_METHODS.items(), start=1):
         target = folder if method.startswith("snella") else folder / method
         print_heading(console, f"{number}/{len(DEMO_METHODS)}  {method}")
-        config = TrainConfig(
+        config = TrainConfig.from_flat(
             **{**DEMO_SETTINGS, **method_settings, **settings}, out=str(target), method=method, overwrite=overwrite
         )
         run = train(config, console)

@@ -37,7 +37,7 @@ def test_a_run_on_a_weight_file_merges_into_a_file_that_the_printed_code_loads(
             pixels = rng.integers(0, 255, (32, 32, 3)).astype(np.uint8)
             Image.fromarray(pixels).save(tmp_path / "photos" / kind / f"{index}.png")
     settings = {"img_size": 32, "method": "snella-2", "epochs": 1, "batch_size": 8, "device": "cpu", "progress": False}
-    config = TrainConfig(
+    config = TrainConfig.from_flat(
         data=f"folder:{tmp_path / 'photos'}",
         backbone=str(tmp_path / "weights.pth"),
         out=str(tmp_path / "run"),

@@ -34,7 +34,7 @@ def test_the_command_in_run_json_can_be_parsed(run):
     words = shlex.split(RunFolder(run).read_json("run.json")["command"])
     assert words[0] == "snella"
     name, _, settings = parse(words[1:])
-    assert name == "train" and TrainConfig(**settings) == RunFolder(run).read_config()
+    assert name == "train" and TrainConfig.from_flat(**settings) == RunFolder(run).read_config()
 
 
 def test_evaluate_prints_and_writes_the_metrics(run, capsys, tmp_path):

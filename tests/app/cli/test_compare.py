@@ -1,7 +1,5 @@
 """`snella compare` on the command line."""
 
-from dataclasses import asdict
-
 import pytest
 
 from snella_app.cli.main import main
@@ -19,7 +17,7 @@ WORDS = [
 
 
 def asked(*words):
-    return experiment_from_args(asdict(CompareOptions(**parse(list(words))[2])))
+    return experiment_from_args(CompareOptions.from_flat(**parse(list(words))[2]).flat())
 
 
 def test_a_comparison_trains_and_resumes(tmp_path, capsys):

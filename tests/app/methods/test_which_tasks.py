@@ -136,8 +136,10 @@ def test_unsupported_methods_are_rejected_in_one_line(method, column, make_segme
 @pytest.mark.parametrize(("method", "works"), promised("generators"))
 def test_generators_and_language_models_support_the_tabled_methods(method, works, tmp_path):
     configs = (
-        lambda: DreamBoothConfig(data="folder:x", pipeline="sd3", out="o", method=method, class_name="dog").resolved(),
-        lambda: LanguageConfig(data="x.json", model="llama", out="o", method=method).resolved(),
+        lambda: DreamBoothConfig.from_flat(
+            data="folder:x", pipeline="sd3", out="o", method=method, class_name="dog"
+        ).resolved(),
+        lambda: LanguageConfig.from_flat(data="x.json", model="llama", out="o", method=method).resolved(),
     )
     for make in configs:
         if works:

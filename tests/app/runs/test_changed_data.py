@@ -17,6 +17,10 @@ from snella_app.training.train import train
 from snella_app.training.trainer import SnellaTrainer
 
 
+def splits_of(config):
+    return load_splits(config.data, config.run.seed)
+
+
 @pytest.fixture
 def mine(photos, tmp_path):
     """Photographs that a test can change."""
@@ -29,11 +33,10 @@ def run_of(finished, tmp_path):
 
     def make(folder):
         run = RunFolder(shutil.copytree(finished.path, tmp_path / "copy"))
-        config = run.read_config()
-        config.data = f"folder:{folder}"
+        config = run.read_config().replace(data=f"folder:{folder}")
         run.write_config(config)
         data = run.read_json("run.json")["data"]
-        run.update("finished", data={**data, "spec": config.data, "folder": absolute_folder(config.data)})
+        run.update("finished", data={**data, "spec": config.data.spec, "folder": absolute_folder(config.data.spec)})
         return run
 
     return make
@@ -92,7 +95,7 @@ def replace_pixels(path):
 
 def test_a_replaced_image_is_detected_in_the_evaluated_split(run_of, mine):
     run = run_of(mine)
-    splits = load_splits(run.read_config())
+    splits = splits_of(run.read_config())
     before = evaluate(run.path)
     assert before["notes"] == []
     replace_pixels(splits.test.source.paths[splits.test.rows[0]])
@@ -128,10 +131,10 @@ def test_unused_test_images_are_not_read(settings, console, no_report):
 
 
 def test_resuming_on_replaced_images_is_rejected(interrupted, mine):
-    train_images = load_splits(interrupted).train
+    train_images = splits_of(interrupted).train
     replace_pixels(train_images.source.paths[train_images.rows[0]])
     with pytest.raises(ValueError, match=r"other contents in folder:.*mine \(train\): images were replaced"):
-        train(TrainConfig(out=interrupted.out, resume=True), Console(file=io.StringIO()))
+        train(TrainConfig.from_flat(out=interrupted.run.out, resume=True), Console(file=io.StringIO()))
 
 
 def test_moved_images_are_recognized(run_of, mine, finished, tmp_path):
@@ -160,30 +163,30 @@ def test_a_relative_folder_is_found_from_another_directory(photos, tmp_path, mon
 
 
 def test_resuming_on_changed_images_is_rejected_and_changes_nothing(interrupted, mine):
-    run = RunFolder(interrupted.out)
+    run = RunFolder(interrupted.run.out)
     before = (run.path / "run.json").read_bytes()
     (mine / "cats" / "000.png").rename(mine / "cats" / "zzz.png")
     with pytest.raises(ValueError, match=r"got the same number of other files in folder:.*mine"):
-        train(TrainConfig(out=interrupted.out, resume=True), Console(file=io.StringIO()))
+        train(TrainConfig.from_flat(out=interrupted.run.out, resume=True), Console(file=io.StringIO()))
     assert (run.path / "run.json").read_bytes() == before
 
 
 def test_resuming_accepts_moved_images(interrupted, mine, tmp_path):
     moved = mine.rename(tmp_path / "moved")
     with pytest.raises(FileNotFoundError, match="pass its new location with --data folder:NEW"):
-        train(TrainConfig(out=interrupted.out, resume=True), Console(file=io.StringIO()))
-    config = TrainConfig(out=interrupted.out, resume=True, data=f"folder:{moved}")
+        train(TrainConfig.from_flat(out=interrupted.run.out, resume=True), Console(file=io.StringIO()))
+    config = TrainConfig.from_flat(out=interrupted.run.out, resume=True, data=f"folder:{moved}")
     run = train(config, Console(file=io.StringIO()))
-    assert run.status == "finished" and run.read_config().data == config.data
+    assert run.status == "finished" and run.read_config().data.spec == config.data.spec
     assert run.read_json("run.json")["data"]["folder"] == str(moved)
     assert evaluate(run.path)["split"] == "test"
 
 
 def test_resuming_a_run_without_data_digest_on_other_data_is_rejected(interrupted):
-    run = RunFolder(interrupted.out)
-    run.update("interrupted", data={"spec": interrupted.data})
+    run = RunFolder(interrupted.run.out)
+    run.update("interrupted", data={"spec": interrupted.data.spec})
     with pytest.raises(ValueError, match=r"data is 'folder:.*' there and 'digits' here; leave them out"):
-        train(TrainConfig(out=interrupted.out, resume=True, data="digits"), Console(file=io.StringIO()))
+        train(TrainConfig.from_flat(out=interrupted.run.out, resume=True, data="digits"), Console(file=io.StringIO()))
 
 
 @pytest.mark.parametrize("change", ["removed", "renamed"])
@@ -206,4 +209,4 @@ def test_a_report_without_a_run_is_rejected(tmp_path):
 
 
 def test_the_same_images_pass(finished):
-    check_splits(finished.path, read(RunInfo, finished.path).data, load_splits(finished.read_config()))
+    check_splits(finished.path, read(RunInfo, finished.path).data, splits_of(finished.read_config()))

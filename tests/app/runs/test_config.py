@@ -2,13 +2,12 @@ import dataclasses
 import inspect
 from decimal import Decimal
 from pathlib import Path
-from typing import get_type_hints
 
 import numpy as np
 import pytest
 import torch
 
-from snella_app.config import TrainConfig
+from snella_app.config import DataConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from snella_app.device import choose_device
 from snella_app.methods import METHODS
 from snella_app.methods.defaults import TRAIN_PRESETS
@@ -18,7 +17,7 @@ PLACES = {"data": "digits", "backbone": "test_vit", "out": "runs/x"}
 
 def test_all_errors_are_reported_together():
     with pytest.raises(ValueError) as caught:
-        TrainConfig(
+        TrainConfig.from_flat(
             out="x",
             epochs=-1,
             batch_size=-1,
@@ -68,54 +67,56 @@ def test_all_errors_are_reported_together():
 )  # fmt: skip
 def test_a_value_out_of_range_is_reported(changes, message):
     with pytest.raises(ValueError, match=message):
-        TrainConfig(**{**PLACES, **changes})
+        TrainConfig.from_flat(**{**PLACES, **changes})
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_resolving_adds_method_defaults_to_given_settings(method):
-    config = TrainConfig(**PLACES, method=method, lr=0.5).resolved()
-    assert config.lr == 0.5
+    config = TrainConfig.from_flat(**PLACES, method=method, lr=0.5).resolved()
+    assert config.optim.lr == 0.5
     for name, value in METHODS[method].defaults.items():
-        assert getattr(config, name) == (0.5 if name == "lr" else value)
+        assert config.flat()[name] == (0.5 if name == "lr" else value)
     assert config.resolved() == config
 
 
 def test_every_default_of_a_method_is_a_setting():
-    fields = {f.name for f in dataclasses.fields(TrainConfig)}
+    fields = set(TrainConfig.settings())
     for method in METHODS.values():
         assert {"lr", "head_lr", "weight_decay"} <= set(method.defaults) <= fields
 
 
 def test_the_rank_in_the_name_wins_over_the_default_and_options_over_both():
-    assert TrainConfig(**PLACES, method="snella-16").resolved().options_of_method()["r"] == 16
-    config = TrainConfig(**PLACES, method_options={"scaling": 2.0, "kernel": "rbf"}).resolved()
-    assert config.scaling is None
-    assert config.options_of_method() == {"r": 8, "target_sparsity": 0.7, "scaling": 2.0, "kernel": "rbf"}
+    assert TrainConfig.from_flat(**PLACES, method="snella-16").resolved().method.all_options()["r"] == 16
+    config = TrainConfig.from_flat(**PLACES, method_options={"scaling": 2.0, "kernel": "rbf"}).resolved()
+    assert config.method.scaling is None
+    assert config.method.all_options() == {"r": 8, "target_sparsity": 0.7, "scaling": 2.0, "kernel": "rbf"}
 
 
 def test_differences_compare_only_given_settings():
-    stored = TrainConfig(**PLACES, method="lora", epochs=7).resolved()
-    assert TrainConfig(out="elsewhere", resume=True).differences(stored) == []
-    assert TrainConfig(out="x", resume=True, epochs=9).differences(stored) == ["epochs is 7 there and 9 here"]
+    stored = TrainConfig.from_flat(**PLACES, method="lora", epochs=7).resolved()
+    assert TrainConfig.from_flat(out="elsewhere", resume=True).differences(stored) == []
+    assert TrainConfig.from_flat(out="x", resume=True, epochs=9).differences(stored) == ["epochs is 7 there and 9 here"]
 
 
 def test_every_setting_is_documented():
-    for f in dataclasses.fields(TrainConfig):
-        assert f"\n        {f.name}: " in (TrainConfig.__doc__ or "")
+    for setting in TrainConfig.settings().values():
+        texts = [kind.__doc__ or "" for kind in setting.owner.__mro__]
+        assert sum(f"\n        {setting.path[-1]}: " in text for text in texts) == 1, setting.name
 
 
 def test_a_preset_sets_missing_settings_and_is_stored():
-    config = TrainConfig(**PLACES, preset="paper", epochs=10, method_options={"kernel": "rbf"})
-    assert (config.scaling, config.lr, config.scalar_lr, config.augment) == (1.0, 1e-3, 1e-3, "none")
-    assert config.epochs == 10, "given, though it is the default"
-    assert config.method_options == {"preset": "paper", "kernel": "rbf"}
-    assert config.resolved().scaling == 1.0 and config.resolved().target_sparsity == 0.7
-    assert dataclasses.replace(config, scaling=2.0).scaling == 2.0
-    assert TrainConfig(**config.stored()).stored() == config.stored()
+    config = TrainConfig.from_flat(**PLACES, preset="paper", epochs=10, method_options={"kernel": "rbf"})
+    assert (config.method.scaling, config.optim.lr, config.optim.scalar_lr) == (1.0, 1e-3, 1e-3)
+    assert config.data.augment == "none"
+    assert config.optim.epochs == 10, "given, though it is the default"
+    assert config.method.options == {"preset": "paper", "kernel": "rbf"}
+    assert config.resolved().method.scaling == 1.0 and config.resolved().method.target_sparsity == 0.7
+    assert config.replace(scaling=2.0).method.scaling == 2.0
+    assert TrainConfig.from_flat(**config.stored()).stored() == config.stored()
 
 
 def test_the_official_preset_only_adds_the_authors_code_differences():
-    paper, official = (TrainConfig(**PLACES, preset=name).as_dict() for name in ("paper", "official"))
+    paper, official = (TrainConfig.from_flat(**PLACES, preset=name).flat() for name in ("paper", "official"))
     assert {name for name in paper if paper[name] != official[name]} == {"preset", "method_options"}
     assert official["method_options"] == {"preset": "official"}
 
@@ -131,16 +132,16 @@ def test_the_official_preset_only_adds_the_authors_code_differences():
 )  # fmt: skip
 def test_an_unknown_preset_or_method_is_rejected(changes, message):
     with pytest.raises(ValueError, match=message):
-        TrainConfig(**PLACES, **changes)
+        TrainConfig.from_flat(**PLACES, **changes)
 
 
 def test_the_documents_show_what_the_presets_change():
     page = (Path(__file__).parents[3] / "docs" / "tuning.md").read_text(encoding="utf-8")
     paper, official = TRAIN_PRESETS["paper"], TRAIN_PRESETS["official"]
-    default = TrainConfig(**PLACES).resolved()
+    default = TrainConfig.from_flat(**PLACES).resolved().flat()
     lines = ["| option | default | paper | official |", "|---|---|---|---|"]
     for name in (name for name in paper if name != "method_options"):
-        cells = [getattr(default, name), paper[name], official[name]]
+        cells = [default[name], paper[name], official[name]]
         shown = [cell if isinstance(cell, str) else _plain(cell) for cell in cells]
         lines.append(f"| `--{name.replace('_', '-')}` | {' | '.join(shown)} |")
     lines.append("| `--method-options.preset` | paper | paper | official |")
@@ -156,17 +157,17 @@ WRONG = {str: 3, bool: "no", int: "x", float: "x"}
 """A value of another kind, by the kind of the field."""
 
 
-@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(TrainConfig)])
+@pytest.mark.parametrize("field", TrainConfig.settings())
 def test_a_value_of_the_wrong_type_is_reported_with_its_field(field):
-    kind = get_type_hints(TrainConfig)[field]
+    kind = TrainConfig.settings()[field].type
     for wrong in (object(), [object()], {3: 4}, b"x", *(value for part, value in WRONG.items() if kind == part)):
         with pytest.raises(ValueError, match=rf"(^|; ){field} must be "):
-            TrainConfig(**{**PLACES, field: wrong})
+            TrainConfig.from_flat(**{**PLACES, field: wrong})
 
 
 def test_types_and_ranges_are_reported_together():
     with pytest.raises(ValueError) as caught:
-        TrainConfig(**PLACES, epochs=True, pretrained="no", lr=-1.0, seed=1.5, method_options=[1])
+        TrainConfig.from_flat(**PLACES, epochs=True, pretrained="no", lr=-1.0, seed=1.5, method_options=[1])
     for part in (
         "epochs must be an integer, got True",
         "pretrained must be true or false, got 'no'",
@@ -178,14 +179,16 @@ def test_types_and_ranges_are_reported_together():
 
 
 def test_paths_and_numpy_numbers_become_plain_values():
-    config = TrainConfig(**{**PLACES, "out": Path("runs/x")}, epochs=np.int64(3), lr=np.float32(0.5), drop_path=0)
-    assert (config.out, config.epochs, config.lr) == ("runs/x", 3, 0.5)
-    assert [type(value) for value in (config.out, config.epochs, config.lr)] == [str, int, float]
+    config = TrainConfig.from_flat(
+        **{**PLACES, "out": Path("runs/x")}, epochs=np.int64(3), lr=np.float32(0.5), drop_path=0
+    )
+    assert (config.run.out, config.optim.epochs, config.optim.lr) == ("runs/x", 3, 0.5)
+    assert [type(value) for value in (config.run.out, config.optim.epochs, config.optim.lr)] == [str, int, float]
 
 
 def test_settings_of_other_tools_suggest_ours():
     with pytest.raises(TypeError) as caught:
-        TrainConfig(**PLACES, model="x", learning_rate=1e-3, epoks=3)
+        TrainConfig.from_flat(**PLACES, model="x", learning_rate=1e-3, epoks=3)
     assert str(caught.value) == (
         "TrainConfig has no setting 'model' (it is called backbone), 'learning_rate' (it is called lr), 'epoks' "
         "(nearest: epochs); see help(TrainConfig)"
@@ -194,7 +197,10 @@ def test_settings_of_other_tools_suggest_ours():
 
 def test_a_bare_folder_is_stored_with_its_prefix(tmp_path):
     (tmp_path / "photos" / "cat").mkdir(parents=True)
-    assert TrainConfig(**{**PLACES, "data": str(tmp_path / "photos")}).data == f"folder:{tmp_path / 'photos'}"
+    assert (
+        TrainConfig.from_flat(**{**PLACES, "data": str(tmp_path / "photos")}).data.spec
+        == f"folder:{tmp_path / 'photos'}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -212,12 +218,57 @@ def test_an_unavailable_device_is_rejected(name, message):
 
 
 def test_a_device_may_have_an_index():
-    assert TrainConfig(**PLACES, device="cuda:1").device == "cuda:1"
+    assert TrainConfig.from_flat(**PLACES, device="cuda:1").run.device == "cuda:1"
     assert choose_device("cpu:0") == torch.device("cpu", 0)
 
 
-def test_settings_are_keyword_only():
-    parameters = list(inspect.signature(TrainConfig.__init__).parameters.values())[1:]
+@pytest.mark.parametrize("kind", [TrainConfig, DataConfig, ModelConfig, MethodConfig, OptimConfig, RunConfig])
+def test_settings_are_keyword_only_and_frozen(kind):
+    parameters = list(inspect.signature(kind.__init__).parameters.values())[1:]
     assert {parameter.kind for parameter in parameters} == {inspect.Parameter.KEYWORD_ONLY}
     with pytest.raises(TypeError, match="positional argument"):
-        TrainConfig("digits", "test_vit")
+        kind("digits")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(
+            kind(**({"run": RunConfig(out="x", resume=True)} if kind is TrainConfig else {})), parameters[0].name, 1
+        )
+
+
+def test_flat_names_are_unique_and_listed_in_order():
+    parts = [DataConfig, ModelConfig, MethodConfig, OptimConfig, RunConfig]
+    names = [name for part in parts for name in part.settings()]
+    assert len(names) == len(set(names)) == len(TrainConfig.order)
+    assert list(TrainConfig.settings()) == list(TrainConfig.order) and set(names) == set(TrainConfig.order)
+
+
+def test_parts_and_flat_names_give_the_same_configuration():
+    config = TrainConfig(
+        data=DataConfig(spec="digits", train_size=60),
+        model=ModelConfig(backbone="test_vit"),
+        method=MethodConfig(name="lora-4"),
+        optim=OptimConfig(lr=0.1),
+        run=RunConfig(out="runs/x"),
+    )
+    flat = {**PLACES, "train_size": 60, "method": "lora-4", "lr": 0.1}
+    assert config == TrainConfig.from_flat(**flat) == TrainConfig.from_flat(**config.flat())
+    assert {name: config.flat()[name] for name in flat} == flat
+    changed = config.replace(lr=0.2, data="mnist5k")
+    assert (changed.optim.lr, changed.data.spec, changed.model) == (0.2, "mnist5k", config.model)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: DataConfig(spec=3, val_fraction=0.0),
+            r"data must be a string, got 3; val_fraction must be in \(0, 1\)",
+        ),
+        (lambda: ModelConfig(img_size=4), "img_size must be at least 8, got 4"),
+        (lambda: MethodConfig(name="lora", options={"q": 1}), "method 'lora' has no option 'q'"),
+        (lambda: OptimConfig(swa=3, soup=3), "ema, swa and soup exclude each other, got swa 3 and soup 3"),
+        (lambda: RunConfig(seed=-1, track="tensorbord"), "seed must be at least 0, got -1; track must be among"),
+    ],
+)
+def test_a_part_checks_its_own_settings(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -172,5 +172,5 @@ def test_channels_that_do_not_fit_are_rejected(fast, console, photos):
 
 def test_the_command_reports_a_missing_object():
     with pytest.raises(ValueError, match=r"columns must be ROLE=NAME pairs like path=file"):
-        TrainConfig(data="csv:x", backbone="test_vit", out="x", columns="pth=file")
+        TrainConfig.from_flat(data="csv:x", backbone="test_vit", out="x", columns="pth=file")
     assert RunFolder("x").path.name == "x"

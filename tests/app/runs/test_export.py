@@ -325,7 +325,7 @@ def test_a_missing_package_is_reported_with_its_extra(finished, tmp_path, monkey
 
 def test_comparison_images_can_be_given(make_photos, tiny_run, tmp_path, no_report):
     folder = make_photos(tmp_path / "photos", {"cats": 16, "dogs": 16})
-    config = TrainConfig(**{**tiny_run, "epochs": 1}, data=f"folder:{folder}", out=str(tmp_path / "run"))
+    config = TrainConfig.from_flat(**{**tiny_run, "epochs": 1}, data=f"folder:{folder}", out=str(tmp_path / "run"))
     run = train(config)
     folder.rename(tmp_path / "moved")
     with pytest.raises(ValueError, match="images must be given to compare outputs, since"):

@@ -15,7 +15,7 @@ from snella_lab.analysis.plot import Plot, write_plots
 
 
 def config(path, **changes):
-    return TrainConfig(**{"data": "digits", "backbone": "test_vit", "out": str(path), **changes})
+    return TrainConfig.from_flat(**{"data": "digits", "backbone": "test_vit", "out": str(path), **changes})
 
 
 def made(path, status):
@@ -37,15 +37,16 @@ def test_an_unfinished_run_can_be_continued_or_started_over(tmp_path):
     run = made(tmp_path / "run", "interrupted")
     with pytest.raises(FileExistsError, match=r"an unfinished run \(interrupted\); resume it with --resume"):
         run.resolve_settings(config(run.path))
-    assert run.resolve_settings(config(run.path, overwrite=True)).overwrite
+    assert run.resolve_settings(config(run.path, overwrite=True)).run.overwrite
 
 
 def test_resuming_uses_the_stored_settings(tmp_path):
     run = RunFolder(tmp_path / "run")
     run.create(config(run.path, epochs=7, method="lora-4").resolved())
     run.update("running")
-    settled = run.resolve_settings(TrainConfig(out=str(run.path), resume=True))
-    assert (settled.epochs, settled.method, settled.data, settled.resume) == (7, "lora-4", "digits", True)
+    settled = run.resolve_settings(TrainConfig.from_flat(out=str(run.path), resume=True))
+    values = settled.flat()
+    assert [values[name] for name in ("epochs", "method", "data", "resume")] == [7, "lora-4", "digits", True]
     with pytest.raises(
         ValueError,
         match=r"epochs is 7 there and 3 here; leave them out; once the run is finished, .* snella train --init-from ",
@@ -60,7 +61,7 @@ def test_settings_of_one_call_are_not_stored(tmp_path):
     assert not any(name in text for name in ("overwrite", "resume", "progress"))
     (run.path / "config.yaml").write_text(text + "overwrite: true\nprogress: false\nresume: false\n")
     read = run.read_config()
-    assert (read.overwrite, read.progress, read.resume) == (False, True, False)
+    assert (read.run.overwrite, read.run.progress, read.run.resume) == (False, True, False)
 
 
 def test_an_invalid_status_is_reported_as_damage(tmp_path):
@@ -79,8 +80,8 @@ def test_a_running_status_may_be_a_killed_run(tmp_path):
 def test_resuming_without_a_run_requires_data_and_backbone(tmp_path):
     run = RunFolder(tmp_path / "run")
     with pytest.raises(FileNotFoundError, match=r"got .*run, which has no run; give data and backbone"):
-        run.resolve_settings(TrainConfig(out=str(run.path), resume=True))
-    assert run.resolve_settings(config(run.path, resume=True)).epochs == 10
+        run.resolve_settings(TrainConfig.from_flat(out=str(run.path), resume=True))
+    assert run.resolve_settings(config(run.path, resume=True)).optim.epochs == 10
     assert not run.path.exists()
 
 
@@ -138,13 +139,13 @@ def test_edited_settings_of_an_unfinished_run_are_rejected(tmp_path, old, new):
     run = made(tmp_path / "run", "running")
     text = (run.path / "config.yaml").read_text()
     (run.path / "config.yaml").write_text(text.replace("workers: 0", "workers: 2"))
-    assert run.read_config().workers == 2  # does not affect training
+    assert run.read_config().data.workers == 2  # does not affect training
     assert old in text
     (run.path / "config.yaml").write_text(text.replace(old, new))
     with pytest.raises(
         ValueError, match=r"config.yaml was altered after it was written: .* restore the file, or train"
     ):
-        run.resolve_settings(TrainConfig(out=str(run.path), resume=True))
+        run.resolve_settings(TrainConfig.from_flat(out=str(run.path), resume=True))
 
 
 def test_errors_of_a_settings_file_use_field_names(tmp_path):
@@ -171,9 +172,9 @@ def test_an_unfinished_run_of_an_early_version_is_rejected_and_a_finished_one_is
     with pytest.raises(
         ValueError, match=r"run was started by an early version of snella, whose checkpoints have no run id"
     ):
-        run.resolve_settings(TrainConfig(out=str(run.path), resume=True))
+        run.resolve_settings(TrainConfig.from_flat(out=str(run.path), resume=True))
     (run.path / "run.json").write_text(json.dumps(sealed({**early, "status": "finished"})))
-    assert run.resolve_settings(TrainConfig(out=str(run.path), resume=True)).epochs == 10
+    assert run.resolve_settings(TrainConfig.from_flat(out=str(run.path), resume=True)).optim.epochs == 10
 
 
 def test_a_new_run_gets_a_new_id_and_a_resumed_one_keeps_it(tmp_path):
@@ -217,7 +218,7 @@ def test_a_kill_during_overwrite_leaves_a_resumable_or_rejected_folder(tmp_path,
             with contextlib.suppress(Killed):
                 run.create(wanted)
         try:
-            said.append(run.resolve_settings(TrainConfig(out=str(run.path), resume=True)).epochs)
+            said.append(run.resolve_settings(TrainConfig.from_flat(out=str(run.path), resume=True)).optim.epochs)
         except ValueError as error:
             said.append(str(error).partition(": ")[2])
         if next(changes) <= number:
@@ -231,7 +232,7 @@ def test_checkpoints_without_the_record_of_their_run_are_not_removed(tmp_path):
     (run.checkpoints / "checkpoint-4").mkdir()
     (run.path / "run.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"run holds checkpoints but no run.json; restore that file"):
-        run.resolve_settings(TrainConfig(out=str(run.path), resume=True))
+        run.resolve_settings(TrainConfig.from_flat(out=str(run.path), resume=True))
 
 
 def test_a_full_disk_is_reported_with_the_file(tmp_path, monkeypatch):
@@ -268,7 +269,7 @@ def test_edited_settings_of_a_cross_validation_are_rejected(tmp_path):
     folder = RunFolder(tmp_path)
     folder.write_config(config(tmp_path, folds=3).resolved())
     folder.write(FoldResults(3))
-    assert folder.read_config().folds == 3
+    assert folder.read_config().data.folds == 3
     text = (tmp_path / "config.yaml").read_text()
     (tmp_path / "config.yaml").write_text(text.replace("folds: 3", "folds: 2"))
     with pytest.raises(ValueError, match=r"config.yaml was altered after it was written"):

@@ -60,7 +60,7 @@ def make_run(table, tmp_path_factory):
         if task not in runs:
             out = str(tmp_path_factory.mktemp(task) / "run")
             runs[task] = train(
-                TrainConfig(**TINY, task=task, data=f"csv:{table}", columns=f"label={label}", out=out), QUIET
+                TrainConfig.from_flat(**TINY, task=task, data=f"csv:{table}", columns=f"label={label}", out=out), QUIET
             )
         return runs[task]
 
@@ -188,7 +188,7 @@ def test_the_report_has_the_sections_of_its_task(make_run, task, label):
 def test_a_linear_head_is_trained_on_cached_features(table, tmp_path):
     settings = {**TINY, "method": "linear", "augment": "none", "epochs": 1}
     for task, label in TASKS.items():
-        config = TrainConfig(
+        config = TrainConfig.from_flat(
             **settings, task=task, data=f"csv:{table}", columns=f"label={label}", out=str(tmp_path / task)
         )
         row = train(config, QUIET, draw_report=False).read_json("metrics.json")["history"][0]
@@ -200,7 +200,7 @@ def balanced_settings(photos, out, **changes):
         **{"class_weights": "balanced", "sampler": "weighted", "loss": "focal", "monitor": "macro_f1"},
         **{"data": f"folder:{photos}", "out": str(out), "epochs": 3, "head_init": "random", **changes},
     }
-    return TrainConfig(**{**TINY, **values})
+    return TrainConfig.from_flat(**{**TINY, **values})
 
 
 def test_a_balanced_run_resumes_to_the_same_bits(make_photos, tmp_path, monkeypatch):
@@ -217,7 +217,7 @@ def test_a_balanced_run_resumes_to_the_same_bits(make_photos, tmp_path, monkeypa
     with pytest.raises((KeyboardInterrupt, TrainingInterrupted)):
         train(balanced_settings(photos, tmp_path / "cut"), QUIET, draw_report=False)
     monkeypatch.undo()
-    again = train(TrainConfig(out=str(tmp_path / "cut"), resume=True), QUIET, draw_report=False)
+    again = train(TrainConfig.from_flat(out=str(tmp_path / "cut"), resume=True), QUIET, draw_report=False)
     for name in ("history", "val", "test", "best_epoch"):
         assert again.read_json("metrics.json")[name] == whole.read_json("metrics.json")[name]
 
@@ -229,7 +229,7 @@ def test_the_epoch_is_selected_by_the_monitored_metric(make_photos, tmp_path):
     assert metrics["best_metric"] == "val_macro_f1"
     best = max(metrics["history"], key=lambda row: (row["val_macro_f1"], -row["val_loss"], row["epoch"]))
     assert metrics["best_epoch"] == best["epoch"]
-    assert run.read_config().class_weights == "balanced"
+    assert run.read_config().optim.class_weights == "balanced"
 
 
 def test_a_file_of_class_weights_becomes_part_of_the_settings(make_photos, tmp_path):
@@ -238,7 +238,7 @@ def test_a_file_of_class_weights_becomes_part_of_the_settings(make_photos, tmp_p
     weights.write_text(json.dumps({"cats": 1, "dogs": 3}))
     settings = {"sampler": "shuffle", "epochs": 1, "class_weights": str(weights)}
     run = train(balanced_settings(photos, tmp_path / "run", **settings), QUIET, draw_report=False)
-    assert run.read_config().class_weights == {"cats": 1.0, "dogs": 3.0}
+    assert run.read_config().optim.class_weights == {"cats": 1.0, "dogs": 3.0}
     with pytest.raises(ValueError, match=r"no class 'mice'; no weight for 'dogs'"):
         train(balanced_settings(photos, tmp_path / "other", class_weights={"cats": 1, "mice": 3}), QUIET)
 
@@ -261,7 +261,7 @@ def test_sample_weights_of_a_table_reach_the_loss(table, tmp_path):
     losses = {}
     for weight in ("weight", "none"):
         out = str(tmp_path / weight)
-        config = TrainConfig(**settings, columns=f"label=light,weight={weight}", out=out)
+        config = TrainConfig.from_flat(**settings, columns=f"label=light,weight={weight}", out=out)
         losses[weight] = train(config, QUIET, draw_report=False).read_json("metrics.json")["history"][0]["train_loss"]
     assert losses["weight"] > 1.2 * losses["none"]  # weights of 1 and 2, half of each
 
@@ -269,13 +269,18 @@ def test_sample_weights_of_a_table_reach_the_loss(table, tmp_path):
 def test_folders_support_labels_and_numeric_classes(make_photos, tmp_path):
     folder = make_photos(tmp_path / "ages", {"1": 6, "2": 6, "10": 6})
     base = {**TINY, "epochs": 1, "data": f"folder:{folder}"}
-    run = train(TrainConfig(**base, task="regression", out=str(tmp_path / "n")), QUIET, draw_report=False)
+    run = train(TrainConfig.from_flat(**base, task="regression", out=str(tmp_path / "n")), QUIET, draw_report=False)
     assert run.read_json("run.json")["classes"] == ["value"]
     assert sorted({item["values"][0] for item in run.read_json("predictions.json")["items"]}) == [1.0, 2.0, 10.0]
-    run = train(TrainConfig(**base, task="ordinal", out=str(tmp_path / "o")), QUIET, draw_report=False)
+    run = train(TrainConfig.from_flat(**base, task="ordinal", out=str(tmp_path / "o")), QUIET, draw_report=False)
     assert run.read_json("run.json")["classes"] == ["1", "2", "10"]
     names = make_photos(tmp_path / "names", {"cats": 6, "dogs": 6})
     with pytest.raises(ValueError, match=r"column of numbers for task regression.* with classes 'cats', 'dogs'"):
-        train(TrainConfig(**{**base, "data": f"folder:{names}"}, task="regression", out=str(tmp_path / "r")), QUIET)
+        train(
+            TrainConfig.from_flat(**{**base, "data": f"folder:{names}"}, task="regression", out=str(tmp_path / "r")),
+            QUIET,
+        )
     with pytest.raises(ValueError, match=r"class_order must list the classes from lowest"):
-        train(TrainConfig(**{**base, "data": f"folder:{names}"}, task="ordinal", out=str(tmp_path / "q")), QUIET)
+        train(
+            TrainConfig.from_flat(**{**base, "data": f"folder:{names}"}, task="ordinal", out=str(tmp_path / "q")), QUIET
+        )

@@ -27,7 +27,7 @@ def folders(make_photos, tiny_run, tmp_path_factory):
     for name, data, method, sparsity in [*rows, ("again", "plants", "snella-2", 0.7)]:
         options = {"target_sparsity": sparsity, "init_sparsity": 0.3}
         settings = {**shared, "method": method, "method_options": options, "epochs": 1}
-        train(TrainConfig(**settings, data=f"folder:{root / data}", out=str(root / "runs" / name)))
+        train(TrainConfig.from_flat(**settings, data=f"folder:{root / data}", out=str(root / "runs" / name)))
         runs[name] = root / "runs" / name
     return runs
 
@@ -109,14 +109,14 @@ def test_unsupported_runs_are_rejected(folders, tiny_run, make_photos, tmp_path)
         TaskBank(memory_mib=-1)
     photos = make_photos(tmp_path / "photos", {"a": 10, "b": 10})
     settings = {**tiny_run, "data": f"folder:{photos}", "epochs": 1, "method_options": {}}
-    train(TrainConfig(**{**settings, "method": "lora-2", "out": str(tmp_path / "lora")}))
+    train(TrainConfig.from_flat(**{**settings, "method": "lora-2", "out": str(tmp_path / "lora")}))
     with pytest.raises(NotImplementedError, match="trained with lora-2, which stores whole weights"):
         TaskBank({"lora": tmp_path / "lora"}, device="cpu")
     with pytest.raises(ValueError, match="must have the backbone of the bank"):
         TaskBank(folders, device="cpu").add("random", tmp_path / "lora")
-    train(TrainConfig(**{**settings, "out": str(tmp_path / "two")}))
+    train(TrainConfig.from_flat(**{**settings, "out": str(tmp_path / "two")}))
     more = make_photos(tmp_path / "more", {"a": 10, "b": 10, "c": 10})
-    train(TrainConfig(**{**settings, "data": f"folder:{more}", "out": str(tmp_path / "three")}))
+    train(TrainConfig.from_flat(**{**settings, "data": f"folder:{more}", "out": str(tmp_path / "three")}))
     # a head of another size changes the random weights
     with pytest.raises(ValueError, match=r"trained on other weights in 'blocks\.0\.attn\.qkv\.weight' than the bank;"):
         TaskBank({"two": tmp_path / "two", "three": tmp_path / "three"}, device="cpu")

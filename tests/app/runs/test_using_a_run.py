@@ -351,7 +351,7 @@ def test_a_run_without_adapter_has_a_remedy(finished, tmp_path):
     with pytest.raises(FileNotFoundError, match=missing):
         load_run(tmp_path / "run")
     with pytest.raises(FileNotFoundError, match=missing):
-        train(TrainConfig(out=str(tmp_path / "run"), resume=True))
+        train(TrainConfig.from_flat(out=str(tmp_path / "run"), resume=True))
     RunFolder(tmp_path / "run").update("running")
     with pytest.raises(
         FileNotFoundError, match=r"no adapter yet \(status running or killed\); finish the run with --resume"
@@ -363,7 +363,7 @@ def test_a_run_without_adapter_has_a_remedy(finished, tmp_path):
 
 def test_resuming_does_not_train_a_finished_run(finished, console):
     before = (finished.path / "metrics.json").read_bytes()
-    train(TrainConfig(out=str(finished.path), resume=True), console)
+    train(TrainConfig.from_flat(out=str(finished.path), resume=True), console)
     assert (finished.path / "metrics.json").read_bytes() == before
     assert "is already finished" in console.file.getvalue()
 
@@ -381,7 +381,7 @@ def test_a_flipped_bit_in_a_finished_run_is_detected(name, finished, tmp_path):
     commands = {
         "predict, evaluate and merge": lambda: load_run(folder),
         "inspect": lambda: inspect_summary(folder),
-        "resume": lambda: train(TrainConfig(out=str(folder), resume=True)),
+        "resume": lambda: train(TrainConfig.from_flat(out=str(folder), resume=True)),
     }
     for command in commands.values():
         with pytest.raises(ValueError, match=rf"{name}.*(altered after it was written|damaged|must be|missing)"):
@@ -416,7 +416,7 @@ def test_training_images_are_detected_by_their_pixels(finished, photos, make_pho
 
 def test_a_missing_training_check_is_noted(make_photos, tiny_run, tmp_path, no_report):
     folder = make_photos(tmp_path / "photos", {"cats": 16, "dogs": 16})
-    run = train(TrainConfig(**{**tiny_run, "epochs": 1}, data=str(folder), out=str(tmp_path / "run")))
+    run = train(TrainConfig.from_flat(**{**tiny_run, "epochs": 1}, data=str(folder), out=str(tmp_path / "run")))
     folder.rename(tmp_path / "moved")
     (tmp_path / "moved" / "cats" / "015.png").unlink()
     (note,) = (text for text in evaluate(run.path, str(tmp_path / "moved"))["notes"] if "trained on" in text)

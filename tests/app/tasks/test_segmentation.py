@@ -66,11 +66,11 @@ def test_tasks_have_the_configured_names():
 def test_settings_of_another_task_are_rejected():
     wanted = {"data": "d", "backbone": "b", "out": "o"}
     with pytest.raises(ValueError, match="mask_loss applies to task segmentation, got 'iou' with task 'class"):
-        TrainConfig(**wanted, mask_loss="iou")
+        TrainConfig.from_flat(**wanted, mask_loss="iou")
     with pytest.raises(ValueError, match=r"min_lr must be at most lr, 0.001, got 0.1"):
-        TrainConfig(**wanted, lr=1e-3, min_lr=0.1)
+        TrainConfig.from_flat(**wanted, lr=1e-3, min_lr=0.1)
     with pytest.raises(ValueError, match=r"task must be one of classification, .*segmentation, got 'detection'"):
-        TrainConfig(**wanted, task="detection")
+        TrainConfig.from_flat(**wanted, task="detection")
 
 
 def test_each_task_checks_its_data(tmp_path):

@@ -20,4 +20,4 @@ def config(out, **options):
         "r": 2,
         "progress": False,
     }
-    return TrainConfig(**settings | options)
+    return TrainConfig.from_flat(**settings | options)

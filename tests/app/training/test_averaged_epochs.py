@@ -9,12 +9,13 @@ from snella.matrices import adapted_matrices
 from snella_app.records import Metrics, read
 from snella_app.report.report import _kept_epoch
 from snella_app.runs import load_run
-from snella_app.training.build import build_components
 from snella_app.training.callbacks import EpochEnds
 from snella_app.training.checkpoints import CheckpointError
 from snella_app.training.session import TrainingInterrupted
 from snella_app.training.train import train
 from snella_app.training.trainer import SnellaTrainer
+
+from .components import build_components
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -138,8 +139,7 @@ def test_a_resumed_run_averages_to_the_same_bits(settings, console, monkeypatch,
         patch.setattr(SnellaTrainer, "training_step", interrupted)
         with pytest.raises(TrainingInterrupted):
             train(config, console)
-    config.resume = True
-    resumed = train(config, console)
+    resumed = train(config.replace(resume=True), console)
     one, other = (load_file(run.adapter / "adapter_model.safetensors") for run in (whole, resumed))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 

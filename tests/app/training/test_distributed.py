@@ -65,7 +65,7 @@ def adapter_of(run):
 def whole(photos, tiny_run, tmp_path_factory):
     """The run of one process."""
     values = {**tiny_run, **SAME, "data": f"folder:{photos}"}
-    return train(TrainConfig(**values, out=str(tmp_path_factory.mktemp("whole") / "run")))
+    return train(TrainConfig.from_flat(**values, out=str(tmp_path_factory.mktemp("whole") / "run")))
 
 
 def assert_same(run, whole):
@@ -91,14 +91,14 @@ def test_two_processes_are_interrupted_together_and_one_goes_on(shard, settings,
     config = settings(**SAME, shard=shard)
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(config.stored()))
     done = train_in_two(tmp_path, "--config", str(tmp_path / "settings.yaml"), "--progress", "false", interrupt_at=5)
-    run = RunFolder(config.out)
+    run = RunFolder(config.run.out)
     assert run.status == "interrupted", done.stderr
     assert latest_checkpoint(run.checkpoints).name == "checkpoint-6"
     assert ("by 2 processes with sharded frozen weights" if shard else "by 2 processes\n") in done.stdout
     assert f"holds {0.5 if shard else 1.0} of the frozen weights" in done.stdout
     assert done.stdout.count("backbone  test_vit") == 1
     assert done.stderr.count("interrupted; saved as") == 1
-    run = train(TrainConfig(out=config.out, resume=True), console)
+    run = train(TrainConfig.from_flat(out=config.run.out, resume=True), console)
     assert_same(run, whole)
 
 
@@ -116,10 +116,10 @@ def test_two_processes_go_on_with_a_run_of_one(shard, settings, whole, console, 
         patch.setattr(SnellaTrainer, "training_step", press_ctrl_c)
         with pytest.raises(TrainingInterrupted, match="checkpoint-2"):
             train(config, console)
-    done = train_in_two(tmp_path, "--out", config.out, "--resume", *(["--shard"] if shard else []))
+    done = train_in_two(tmp_path, "--out", config.run.out, "--resume", *(["--shard"] if shard else []))
     assert done.returncode == 0, done.stderr
     assert f"holds {0.5 if shard else 1.0} of the frozen weights" in done.stdout
-    run = RunFolder(config.out)
+    run = RunFolder(config.run.out)
     assert_same(run, whole)
     assert run.report.is_file() and done.stdout.count("best epoch") == 1
     assert run.read_json("metrics.json")["val"]["confusion"] == whole.read_json("metrics.json")["val"]["confusion"]
@@ -132,7 +132,7 @@ def test_processes_that_share_the_weights_predict_masks_together(settings, tmp_p
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(config.stored()))
     done = train_in_two(tmp_path, "--config", str(tmp_path / "settings.yaml"), "--progress", "false")
     assert done.returncode == 0, done.stderr
-    run = RunFolder(config.out)
+    run = RunFolder(config.run.out)
     kept = [item["mask"] for item in run.read_json("predictions.json")["items"] if item["mask"]]
     assert run.status == "finished" and kept and all((run.path / mask).is_file() for mask in kept)
 

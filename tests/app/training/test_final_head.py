@@ -20,11 +20,11 @@ from snella_app.runs.merge import loading_snippet, merge
 from snella_app.runs.predict import load
 from snella_app.tasks import create_task
 from snella_app.training import final_head
-from snella_app.training.build import build_components
 from snella_app.training.final_head import MeasuredFeatures, fit_linear, is_clearly_worse
 from snella_app.training.linear_probe import base_and_head, choose_final_head
 from snella_app.training.train import train
 
+from .components import build_components
 from .digits import config
 
 QUIET = Console(quiet=True)
@@ -112,7 +112,7 @@ def test_a_run_ends_with_it(finished):
     assert head["val_trained"] == pytest.approx(max(row["val_accuracy"] for row in metrics["history"]))
     assert f"adapter/{LAYER_PROBE}" in run.read_json("run.json")["files"]
     assert "linear head on layers 3, 4, 5, 6 is the final head: validation accuracy" in log
-    assert run.read_config().final_head == "layers"
+    assert run.read_config().optim.final_head == "layers"
 
 
 def test_predictions_and_measurements_use_it(finished):
@@ -222,7 +222,7 @@ def test_the_trained_head_stays(options, tmp_path):
 def test_features_are_those_that_the_head_gets_for_methods_with_modules_of_their_own(method, tmp_path):
     settings = config(tmp_path, method=method, r=None).resolved()
     parts = build_components(settings)
-    assert choose_final_head(parts, settings) == "layers"
+    assert choose_final_head(parts, "auto", "standard") == "layers"
     images, model = torch.randn(2, 3, 32, 32), parts.model.eval()
     with torch.no_grad():
         own = layer_features(model, images, probed_layers(model))[:, :64]
@@ -234,7 +234,7 @@ def test_what_cannot_be_had_is_refused(tmp_path):
     parts = build_components(settings)
     parts.model.forward_intermediates = None
     with pytest.raises(ValueError, match="final_head='layers' needs a timm model with forward_intermediates"):
-        choose_final_head(parts, settings)
+        choose_final_head(parts, "layers", "standard")
 
 
 def test_without_validation_images_it_is_fitted_to_all(tmp_path):

@@ -80,7 +80,7 @@ def test_an_interrupted_cross_validation_is_continued(fast, console, tmp_path, m
     from snella_app.training import folds
 
     def stop_at_two(config, *rest, **options):
-        if config.fold == 2:
+        if config.data.fold == 2:
             raise KeyboardInterrupt
         return original(config, *rest, **options)
 

@@ -9,11 +9,11 @@ from PIL import Image
 from rich.console import Console
 
 from snella_app.tasks.classification import fit_probe
-from snella_app.training.build import build_components
 from snella_app.training.linear_probe import choose_augmentation, choose_head_start, start_head_from_probe
 from snella_app.training.train import train
 
 from . import digits
+from .components import build_components
 
 QUIET = Console(quiet=True)
 
@@ -34,7 +34,7 @@ def test_the_head_fits_the_training_images_before_the_first_step(options, tmp_pa
     settings = config(tmp_path, **options).resolved()
     parts = build_components(settings)
     random_start, labels = logits_of(parts)
-    start_head_from_probe(parts, settings)
+    start_head_from_probe(parts, settings.optim)
     found, _ = logits_of(parts)
     assert (random_start.argmax(1) == labels).float().mean() < 0.4
     assert (found.argmax(1) == labels).float().mean() > 0.7
@@ -103,7 +103,8 @@ def test_the_probe_is_scikit_learns_on_scaled_features(classes):
 )
 def test_auto_is_the_probe_where_there_are_few_steps_and_a_linear_head(options, expected, tmp_path):
     settings = config(tmp_path, **{"head_init": "auto"} | options).resolved()
-    assert choose_head_start(build_components(settings), settings).head_init == expected
+    parts = build_components(settings)
+    assert choose_head_start(parts, settings.optim, settings.data.protocol).head_init == expected
 
 
 @pytest.mark.parametrize(
@@ -112,7 +113,8 @@ def test_auto_is_the_probe_where_there_are_few_steps_and_a_linear_head(options, 
 )
 def test_auto_is_a_probe_for_linear_heads_except_with_the_authors_protocol(settings, expected, tmp_path):
     settings = config(tmp_path, head_init="auto", **settings).resolved()
-    assert choose_head_start(build_components(settings), settings).head_init == expected
+    parts = build_components(settings)
+    assert choose_head_start(parts, settings.optim, settings.data.protocol).head_init == expected
 
 
 class MirrorSensitive(torch.nn.Module):
@@ -160,7 +162,7 @@ def test_auto_leaves_flips_out_if_they_change_the_classes(kind, expected, tta, h
     parts = build_components(settings)
     parts.model.forward_features = MirrorSensitive().forward_features
     parts.model.forward_head = lambda features, pre_logits: features
-    chosen = choose_augmentation(parts, settings)
+    chosen = choose_augmentation(parts, settings.data, settings.optim)
     assert (chosen.augment, chosen.tta) == (expected, tta)
 
 
@@ -178,7 +180,7 @@ def test_auto_leaves_flips_out_if_they_change_the_classes(kind, expected, tta, h
 def test_a_run_averages_flips_where_it_trains_on_them(settings, augment, tta, tmp_path):
     chosen = config(tmp_path, **{"head_init": "random", "augment": "auto"} | settings).resolved()
     parts = build_components(chosen)
-    chosen = choose_augmentation(parts, chosen)
+    chosen = choose_augmentation(parts, chosen.data, chosen.optim)
     assert (chosen.augment, chosen.tta) == (augment, tta)
 
 
@@ -186,13 +188,13 @@ def test_a_run_says_and_stores_what_auto_stands_for(tmp_path):
     text = io.StringIO()
     run = train(config(tmp_path / "run", head_init="auto"), Console(file=text, width=100))
     assert "initialized from a linear probe" in text.getvalue()
-    assert run.read_config().head_init == "probe"
+    assert run.read_config().optim.head_init == "probe"
 
 
 def test_a_model_without_a_linear_head_is_refused(tmp_path):
     settings = config(tmp_path, method="mlp-3", r=None).resolved()
     with pytest.raises(ValueError, match="head_init='probe' needs a timm classifier with a linear head on its pooled"):
-        start_head_from_probe(build_components(settings), settings)
+        start_head_from_probe(build_components(settings), settings.optim)
 
 
 def test_an_unknown_start_is_named_with_the_choices(tmp_path):

@@ -9,10 +9,12 @@ from safetensors.torch import load_file
 from snella import BudgetAllocator
 from snella_app.config import TrainConfig
 from snella_app.runs.model import load_run
-from snella_app.training.build import build_components, load_start
+from snella_app.training.build import load_start
 from snella_app.training.results import matrices_of
 from snella_app.training.session import TrainingInterrupted
 from snella_app.training.train import train
+
+from .components import build_components
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -23,7 +25,7 @@ def further(finished, tmp_path):
 
     def make(**changes):
         values = {"init_from": str(finished.path), "out": str(tmp_path / "new"), "device": "cpu", "progress": False}
-        return TrainConfig(**{**values, **changes})
+        return TrainConfig.from_flat(**{**values, **changes})
 
     return make
 
@@ -34,7 +36,7 @@ def test_a_new_run_starts_from_the_outputs_and_budgets_of_the_other(finished, fu
     images = torch.stack([parts.splits.val[k][0] for k in range(4)])
     with torch.no_grad():
         fresh = parts.model.eval()(images)
-    load_start(parts, config, finished)
+    load_start(parts, config.data.spec, finished)
     BudgetAllocator(parts.model, total_epochs=2, steps_per_epoch=2)
     other = load_run(finished)
     with torch.no_grad():
@@ -51,8 +53,9 @@ def test_it_has_the_settings_of_the_other_run_but_for_those_given(finished, furt
     run = train(further(epochs=2, batch_size=8, target_sparsity=0.8), console)
     assert run.status == "finished"
     mine, theirs = run.read_config(), finished.read_config()
-    assert (mine.method, mine.r, mine.backbone, mine.data) == (theirs.method, theirs.r, theirs.backbone, theirs.data)
-    assert (mine.epochs, mine.target_sparsity) == (2, 0.8)
+    inherited = ("method", "r", "backbone", "data")
+    assert all(mine.flat()[name] == theirs.flat()[name] for name in inherited)
+    assert (mine.optim.epochs, mine.method.target_sparsity) == (2, 0.8)
     before, after = (folder.read_json("allocation.json") for folder in (finished, run))
     budgets = [entry["budget"] for entry in after["history"]]
     assert budgets[0] == sum(matrix["budget"] for matrix in before["matrices"])
@@ -70,7 +73,7 @@ def test_it_resumes_without_the_other_run(finished, further, tmp_path, console, 
         with pytest.raises(TrainingInterrupted, match="--resume"):
             train(further(init_from=str(copied), epochs=2, batch_size=8, out=str(tmp_path / "cut")), console)
     shutil.rmtree(copied)
-    resumed = train(TrainConfig(out=str(tmp_path / "cut"), resume=True, progress=False), console)
+    resumed = train(TrainConfig.from_flat(out=str(tmp_path / "cut"), resume=True, progress=False), console)
     assert resumed.read_json("metrics.json")["history"] == whole.read_json("metrics.json")["history"]
 
 
@@ -103,5 +106,5 @@ def test_other_images_are_noted(finished, further, make_photos, tmp_path):
     others = make_photos(tmp_path / "others", {"cats": 12, "dogs": 12, "owls": 12})
     config = finished.start_settings(further(data=f"folder:{others}")).resolved()
     parts = build_components(config)
-    load_start(parts, config, finished)
+    load_start(parts, config.data.spec, finished)
     assert parts.splits.notes[-1].startswith(f"{finished.path} has different splits; its training images")

@@ -18,7 +18,7 @@ LINEAR = {"method": "linear", "method_options": {}, "augment": "none", "epochs":
 
 
 def config(**options):
-    return TrainConfig(data="digits", backbone="test_vit", out="unused", **options)
+    return TrainConfig.from_flat(data="digits", backbone="test_vit", out="unused", **options)
 
 
 @pytest.mark.parametrize(
@@ -27,12 +27,12 @@ def config(**options):
 )
 def test_features_are_computed_once_only_where_they_cannot_change(method, augment, can):
     model = build_method(method, timm.create_model("test_vit", num_classes=3))
-    assert can_cache_features(config(method=method, augment=augment), model) is can
+    assert can_cache_features(config(method=method, augment=augment).data, model) is can
 
 
 def test_a_head_with_dropout_before_it_sees_the_images_every_time():
     model = build_method("linear", timm.create_model("test_vit", num_classes=3, drop_rate=0.5))
-    assert not can_cache_features(config(method="linear", augment="none"), model)
+    assert not can_cache_features(config(method="linear", augment="none").data, model)
 
 
 def test_the_probe_gives_what_it_gives_on_the_images_themselves(settings, tmp_path, monkeypatch, no_report):
@@ -59,9 +59,7 @@ def test_the_backbone_runs_once_for_every_image(settings, monkeypatch, no_report
 
 
 def test_the_time_of_a_probe_counts_its_features(settings, monkeypatch, no_report):
-    monkeypatch.setattr(
-        running_module, "cache_features", lambda parts, config: time.sleep(1.5) or cache_features(parts, config)
-    )
+    monkeypatch.setattr(running_module, "cache_features", lambda *args: time.sleep(1.5) or cache_features(*args))
     assert train(settings(**LINEAR)).read_json("metrics.json")["train_s"] > 1.5
 
 
@@ -79,6 +77,6 @@ def test_an_interrupted_probe_resumes_to_the_same_result(settings, tmp_path, mon
     with pytest.raises(TrainingInterrupted):
         train(config)
     monkeypatch.setattr(SnellaTrainer, "evaluate", evaluate)
-    found = train(TrainConfig(out=config.out, resume=True, progress=False)).read_json("metrics.json")
+    found = train(TrainConfig.from_flat(out=config.run.out, resume=True, progress=False)).read_json("metrics.json")
     assert found["test"] == expected["test"]
     assert found["history"] == expected["history"]

@@ -26,7 +26,7 @@ TASK = ClassificationTask(3)
 
 
 def config(method, **changes):
-    return TrainConfig(data="digits", backbone="test_vit", out="x", method=method, **changes).resolved()
+    return TrainConfig.from_flat(data="digits", backbone="test_vit", out="x", method=method, **changes).resolved()
 
 
 def vit(method):

@@ -85,7 +85,7 @@ def test_an_unknown_protocol_is_refused():
     with pytest.raises(ValueError, match=message):
         get_protocol("offical")
     with pytest.raises(ValueError, match=message):
-        TrainConfig(data="digits", backbone="test_vit", out="-", protocol="offical")
+        TrainConfig.from_flat(data="digits", backbone="test_vit", out="-", protocol="offical")
 
 
 def test_the_standard_protocol_chooses_on_validation(runs):
@@ -162,7 +162,7 @@ def test_the_official_protocol_measures_every_tenth_epoch_and_the_last_ten():
 
 def test_an_epoch_that_was_not_measured_is_not_kept(camelyon, tmp_path, no_report):
     """Epochs 2 and 3 of 13 are not measured; the best is among the others."""
-    config = TrainConfig(
+    config = TrainConfig.from_flat(
         data=f"vtab:{camelyon}", strict_sizes=False, backbone="test_vit", pretrained=False, img_size=32,
         method="linear", epochs=13, batch_size=16, augment="none", device="cpu", progress=False, protocol="official",
         out=str(tmp_path / "run"),
@@ -226,13 +226,13 @@ def test_fgvc_trains_by_the_same_command(tmp_path, no_report):
 @pytest.mark.parametrize("ema", [0.0, 1.0, -1.0])
 def test_a_decay_out_of_range_is_refused(ema):
     with pytest.raises(ValueError, match=rf"ema must be in \(0, 1\), got {ema}; leave it out to disable it"):
-        TrainConfig(data="digits", backbone="test_vit", out="-", ema=ema)
+        TrainConfig.from_flat(data="digits", backbone="test_vit", out="-", ema=ema)
 
 
 def test_what_an_averaged_run_keeps_is_the_average_with_exactly_its_budgets(settings, no_report):
     """Measured and kept is the average; the adapter reloads to it, as sparse as its budgets say."""
     short = {"protocol": "final", "epochs": 2, "head_norm": "none"}
-    plain = train(settings(**short, out=settings().out + "-plain"), Console(file=io.StringIO()))
+    plain = train(settings(**short, out=settings().run.out + "-plain"), Console(file=io.StringIO()))
     run = train(settings(**short, ema=0.9), Console(file=io.StringIO()))
     factors, values = (load_file(r.adapter / "adapter_model.safetensors") for r in (run, plain))
     last = load_file(next(run.checkpoints.iterdir()) / "adapter_model.safetensors")
@@ -256,7 +256,7 @@ def test_what_an_averaged_run_keeps_is_the_average_with_exactly_its_budgets(sett
 
 def test_an_averaged_run_resumes_to_the_same_bits(settings, console, no_report, monkeypatch):
     step, short = 6, {"ema": 0.9, "epochs": 2}
-    whole = train(settings(**short, out=settings().out + "-whole"), console)
+    whole = train(settings(**short, out=settings().run.out + "-whole"), console)
     config, original = settings(**short), SnellaTrainer.training_step
 
     def press_ctrl_c(self, *args, **kwargs):
@@ -269,7 +269,7 @@ def test_an_averaged_run_resumes_to_the_same_bits(settings, console, no_report, 
         patch.setattr(SnellaTrainer, "training_step", press_ctrl_c)
         with pytest.raises(TrainingInterrupted, match=f"checkpoint-{step}"):
             train(config, console)
-    run = train(TrainConfig(out=config.out, resume=True), console)
+    run = train(TrainConfig.from_flat(out=config.run.out, resume=True), console)
     for name in ("adapter/adapter_model", "checkpoints/checkpoint-8/ema", "checkpoints/checkpoint-8/adapter_model"):
         one, two = (load_file(r.path / f"{name}.safetensors") for r in (run, whole))
         assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)

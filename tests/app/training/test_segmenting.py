@@ -184,7 +184,7 @@ def test_tasks_and_data_that_do_not_belong_together_are_refused(folder, tmp_path
 
 
 def test_the_decoder_learns(folder, tmp_path):
-    config = TrainConfig(
+    config = TrainConfig.from_flat(
         task="segmentation", data=f"masks:{folder}", backbone="test_vit", pretrained=False, img_size=32, method="full",
         epochs=5, batch_size=4, lr=1e-3, head_lr=3e-3, device="cpu", progress=False, out=str(tmp_path / "run"),
     )  # fmt: skip
@@ -216,17 +216,17 @@ def test_sam_learns_polyps_as_the_paper_does(tmp_path, capsys):
 def test_the_experiment_of_table_v_is_what_the_paper_describes():
     path = Path(__file__).parents[3] / "experiments" / "polyp" / "table5.yaml"
     _, _, settings = parse(["train", "--config", str(path), "--out", "runs/polyp"])
-    config = TrainConfig(**settings).resolved()
-    assert (config.epochs, config.batch_size, config.lr, config.min_lr) == (20, 1, 1e-3, 1e-7)
-    assert config.task == "segmentation" and config.options_of_method()["r"] == 8
+    config = TrainConfig.from_flat(**settings).resolved()
+    assert (config.optim.epochs, config.optim.batch_size, config.optim.lr, config.optim.min_lr) == (20, 1, 1e-3, 1e-7)
+    assert config.data.task == "segmentation" and config.method.all_options()["r"] == 8
     _, _, settings = parse(["train", "--config", str(path), "--out", "o", "--method", "lora-8", "--scaling", "null"])
-    assert TrainConfig(**settings).resolved().options_of_method() == {"r": 8}
+    assert TrainConfig.from_flat(**settings).resolved().method.all_options() == {"r": 8}
 
 
 def test_merging_a_sam_and_training_on_all_images_work(tmp_path):
     torch.manual_seed(0)
     SamModel(tiny_config()).save_pretrained(tmp_path / "sam")
-    config = TrainConfig(
+    config = TrainConfig.from_flat(
         task="segmentation", data=f"masks:{write_pairs(tmp_path / 'm', 8)}", backbone=f"sam:{tmp_path / 'sam'}",
         protocol="final", method="lora-2", epochs=1, batch_size=2, img_size=32, device="cpu", out=str(tmp_path / "run"),
     )  # fmt: skip

@@ -11,7 +11,7 @@ from snella_app.methods import build_method
 from snella_app.runs.merge import merge
 from snella_app.runs.model import load_run
 from snella_app.tasks import ClassificationTask
-from snella_app.training.build import FOLDER, has_selection, selection_data, store_selection
+from snella_app.training.build import FOLDER, LoadedData, has_selection, selection_data, store_selection
 from snella_app.training.session import TrainingInterrupted
 from snella_app.training.train import train
 from snella_app.training.trainer import SnellaTrainer
@@ -23,10 +23,11 @@ OPTIONS = {"noah": {"sizes": [1], "supernet_epochs": 1, "population": 2, "genera
 def parts(settings):
     """The images of a tiny run with their tensors' first pixel for transform, and its settings."""
     config = settings(method="gps")
-    splits = load_data(str(config.data), seed=0)
+    splits = load_data(str(config.data.spec), seed=0)
     mark = lambda image: torch.tensor([float(sum(image.getpixel((0, 0)))), float(torch.rand(()))])  # noqa: E731
     task = ClassificationTask(len(splits.classes))
-    return splits.train.with_transform(mark), splits.val.with_transform(mark), task, config
+    data = LoadedData(config.data, 0, splits, task, 0.0, batch_size=8, shows_progress=False)
+    return splits.train.with_transform(mark), splits.val.with_transform(mark), data
 
 
 def passes(data, which, count=2):
@@ -86,7 +87,7 @@ def test_noah_searches_on_images_apart_though_the_run_learns_from_them_too(setti
     monkeypatch.setattr("snella_app.training.build.selection_data", watched)
     config = settings(method="noah", method_options=OPTIONS["noah"], epochs=1, protocol="final")
     run = train(config, console)
-    parts = load_data(str(config.data), seed=config.seed, protocol="standard")
+    parts = load_data(str(config.data.spec), seed=config.run.seed, protocol="standard")
     assert seen["val"] == set(parts.val.names) and seen["train"] == set(parts.train.names) and seen["transforms"]
     assert not (seen["train"] | seen["val"]) & set(parts.test.names)
     assert run.read_json("run.json")["data"]["sizes"]["train"] == len(seen["train"] | seen["val"])
@@ -94,7 +95,7 @@ def test_noah_searches_on_images_apart_though_the_run_learns_from_them_too(setti
 
 def test_a_resumed_run_does_not_choose_again_and_ends_in_the_same_bits(settings, console, no_report, monkeypatch):
     chosen = {"method": "spt-lora-2", "method_options": {"budget": 0.003, "alpha": 40}, "epochs": 2}
-    whole = train(settings(**chosen, out=settings().out + "-whole"), console)
+    whole = train(settings(**chosen, out=settings().run.out + "-whole"), console)
     config, evaluate = settings(**chosen), SnellaTrainer.evaluate
 
     def interrupt_in_the_second_epoch(self, *args, **kwargs):
@@ -108,7 +109,7 @@ def test_a_resumed_run_does_not_choose_again_and_ends_in_the_same_bits(settings,
             train(config, console)
     looked = []
     monkeypatch.setattr("snella_lab.methods.spt.squared_gradients", lambda *args: looked.append(args))
-    run = train(TrainConfig(out=config.out, resume=True, progress=False), console)
+    run = train(TrainConfig.from_flat(out=config.run.out, resume=True, progress=False), console)
     one, two = (load_file(r.path / "adapter" / "trainable.safetensors") for r in (run, whole))
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
     assert not looked

@@ -53,7 +53,7 @@ def test_a_run_that_a_living_process_writes_is_refused_with_its_number(how, held
     run = RunFolder(folder)
     run.update("running")
     before = (folder / "run.json").read_bytes()
-    config = TrainConfig(data="digits", backbone="test_vit", out=str(folder), **{how: True})
+    config = TrainConfig.from_flat(data="digits", backbone="test_vit", out=str(folder), **{how: True})
     with pytest.raises(RunInUseError, match=rf"out=.*run is locked by running process {process.pid}; wait"):
         train(config)
     assert (folder / "run.json").read_bytes() == before
@@ -116,7 +116,7 @@ def test_a_lock_excludes_the_same_process_too(tmp_path):
 
 
 def test_a_folder_s_name_that_is_no_text_is_refused_before_anything_is_trained(tmp_path):
-    config = TrainConfig(data="digits", backbone="test_vit", out=f"{tmp_path}/caf\udce9")
+    config = TrainConfig.from_flat(data="digits", backbone="test_vit", out=f"{tmp_path}/caf\udce9")
     with pytest.raises(ValueError, match=r"out must be a name in UTF-8 without control characters, got '.*/caf.udce9'"):
         train(config)
     assert not list(tmp_path.iterdir())
@@ -155,11 +155,11 @@ def test_resuming_where_nothing_can_be_written_says_that_a_finished_run_is_finis
     output = io.StringIO()
     with no_permission_to_write(run.path):
         if status == "finished":
-            train(TrainConfig(out=str(run.path), resume=True), Console(file=output, width=200))
+            train(TrainConfig.from_flat(out=str(run.path), resume=True), Console(file=output, width=200))
             assert "run is already finished; report" in output.getvalue()
         else:
             with pytest.raises(PermissionError, match="Permission denied"):
-                train(TrainConfig(out=str(run.path), resume=True), Console(file=output))
+                train(TrainConfig.from_flat(out=str(run.path), resume=True), Console(file=output))
     assert not (run.path / ".lock").exists()
 
 
@@ -211,4 +211,4 @@ def test_resuming_a_finished_run_that_lacks_results_names_them(name, finished, t
     with pytest.raises(
         FileNotFoundError, match=rf"run is finished, but lacks {name}; restore it from a copy, or train"
     ):
-        train(TrainConfig(out=str(run.path), resume=True), Console(file=io.StringIO()))
+        train(TrainConfig.from_flat(out=str(run.path), resume=True), Console(file=io.StringIO()))

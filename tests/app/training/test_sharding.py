@@ -58,12 +58,12 @@ def test_every_method_is_shared_or_says_why_not(tmp_path):
 
 def test_what_cannot_be_shared_is_refused_before_anything_is_loaded():
     with pytest.raises(ValueError, match="shard needs another method, got 'full', which leaves no weight frozen"):
-        TrainConfig(**PLACES, method="full", shard=True)
+        TrainConfig.from_flat(**PLACES, method="full", shard=True)
     with pytest.raises(ValueError, match=r"shard needs another method, got 'vqt-2', which routes gradients around"):
-        TrainConfig(**PLACES, method="vqt-2", shard=True)
+        TrainConfig.from_flat(**PLACES, method="vqt-2", shard=True)
     with pytest.raises(ValueError, match=r"time_budget must not be combined with shard, got 30m"):
-        TrainConfig(**PLACES, time_budget="30m", shard=True)
-    assert TrainConfig(**PLACES, method="lora-2", shard=True).shard
+        TrainConfig.from_flat(**PLACES, time_budget="30m", shard=True)
+    assert TrainConfig.from_flat(**PLACES, method="lora-2", shard=True).run.shard
 
 
 def test_a_process_saves_its_part_of_the_weights_but_for_those_it_works_with():

@@ -12,14 +12,17 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from snella_app.config import TrainConfig, budget_seconds
+from snella_app.device import choose_device
 from snella_app.records import RunInfo, read
 from snella_app.runs.model import load_run
 from snella_app.training import sizing
-from snella_app.training.build import assemble, build_components
+from snella_app.training.build import build, load
 from snella_app.training.memory import predict_step_memory
 from snella_app.training.results import size_step
 from snella_app.training.sizing import fit_batch_size, fit_epochs, fit_image_size
 from snella_app.training.train import train
+
+from .components import build_components
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -39,7 +42,7 @@ def test_the_largest_batch_is_taken_whose_predicted_memory_fits(share, many, set
     free = share * sizes[16] / 0.8
     monkeypatch.setattr(sizing, "free_memory", lambda device: free)
     fitting = [batch for batch, size in sizes.items() if size <= 0.8 * free]
-    chosen = fit_batch_size(parts, config, console).batch_size
+    chosen = fit_batch_size(parts, config.optim, console)
     assert chosen == max(fitting, default=1) and (chosen == 16) == (share > 1)
     assert f"batch size {chosen}: a step takes about" in console.file.getvalue()
 
@@ -49,16 +52,16 @@ def test_a_step_that_runs_out_of_memory_halves_the_batch(many, settings, console
     parts = build_components(config)
     tried = []
 
-    def step(parts, config, batch):
+    def step(parts, precision, batch):
         tried.append(len(batch["labels"]))
         if len(batch["labels"]) > 4:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(sizing, "_trial_step", step)
-    assert fit_batch_size(parts, config, console).batch_size == 4 and tried == [16, 8, 4]
+    assert fit_batch_size(parts, config.optim, console) == 4 and tried == [16, 8, 4]
     monkeypatch.setattr(sizing, "_trial_step", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        fit_batch_size(parts, config, console)
+        fit_batch_size(parts, config.optim, console)
 
 
 def test_a_trial_step_leaves_no_trace(settings):
@@ -67,7 +70,7 @@ def test_a_trial_step_leaves_no_trace(settings):
     before = {name: tensor.clone() for name, tensor in parts.model.state_dict().items()}
     state = torch.random.get_rng_state()
     parts.model.eval()
-    sizing._trial_step(parts, config, sizing._first_images(parts, 3))
+    sizing._trial_step(parts, config.optim.precision, sizing._first_images(parts, 3))
     assert torch.equal(torch.random.get_rng_state(), state) and not parts.model.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in parts.model.state_dict().items())
     assert all(parameter.grad is None for parameter in parts.model.parameters())
@@ -78,11 +81,11 @@ def test_the_run_is_that_of_the_numbers_that_were_chosen(settings, console, monk
     config = settings(epochs=9, batch_size="auto", time_budget="60s", train_size=20)
     run = train(config, console)
     stored = run.read_config()
-    assert stored.batch_size == 2 and 1 <= stored.epochs <= 2  # 20 images: 10 steps of 2
+    assert stored.optim.batch_size == 2 and 1 <= stored.optim.epochs <= 2  # 20 images: 10 steps of 2
     text = console.file.getvalue()
     assert "batch size 2: a step takes about" in text and re.search(r"\d+ epochs? in 60s: one epoch takes about", text)
     values = {**stored.stored(), "time_budget": None, "out": str(tmp_path / "again")}
-    again = train(TrainConfig(**values, progress=False), console)
+    again = train(TrainConfig.from_flat(**values, progress=False), console)
     one, two = (load_file(folder.adapter / "adapter_model.safetensors") for folder in (run, again))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
@@ -99,9 +102,9 @@ def test_as_many_epochs_as_fit(budget, epochs, said, settings, console, monkeypa
     config = settings(batch_size=1, accumulate=2, train_size=14, val_size=3, time_budget=budget).resolved()
     parts = build_components(config)
     seconds = {sizing._trial_step: 0.5, sizing._trial_evaluation: 0.1, sizing._only_read: 0.0}
-    monkeypatch.setattr(sizing, "_step_seconds", lambda parts, config, dataset, batch, step: seconds[step])
+    monkeypatch.setattr(sizing, "_step_seconds", lambda parts, optim, dataset, batch, step: seconds[step])
     assert len(parts.splits.train) == 14 and len(parts.splits.val) == 3
-    assert fit_epochs(parts, config, console).epochs == epochs
+    assert fit_epochs(parts, config, console) == epochs
     assert said in console.file.getvalue()
 
 
@@ -110,7 +113,7 @@ def timed_by_pixels(monkeypatch):
     """A step of training takes a second at 160 px and less with fewer pixels, one of evaluation nothing."""
     timing = SimpleNamespace(sides=[], power=2)
 
-    def step_seconds(parts, config, dataset, batch, step):
+    def step_seconds(parts, optim, dataset, batch, step):
         side = parts.data_config["input_size"][-1]
         assert next(iter(dataset))[0].shape[-1] == side
         if step is not sizing._trial_step:
@@ -126,12 +129,12 @@ def chosen_size(settings, console, **changes):
     """What is chosen for 16 training images, one a step, and what is said of it."""
     values = {"img_size": None, "batch_size": 1, "train_size": 16, "val_size": 3, "epochs": 4, **changes}
     config = settings(**values).resolved()
-    parts = build_components(config)
+    data, device = load(config.data, config.optim, config.run), choose_device(config.run.device)
 
     def at_size(size):
-        return assemble(dataclasses.replace(config, img_size=size), parts.splits, parts.task)
+        return build(dataclasses.replace(config.model, img_size=size), config.method, data, device)
 
-    return fit_image_size(parts, config, at_size, console).img_size, console.file.getvalue()
+    return fit_image_size(at_size(None), config, at_size, console), console.file.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -199,7 +202,7 @@ def test_a_backbone_that_cannot_be_built_for_another_size_keeps_its_own(settings
     def at_size(size):
         raise ValueError(f"no {size}\nat all")
 
-    assert fit_image_size(parts, config, at_size, console) == config
+    assert fit_image_size(parts, config, at_size, console) is None
     assert "image size stays 160 px: test_vit does not support 48 px (no 48)" in console.file.getvalue()
 
 
@@ -208,7 +211,11 @@ def test_the_chosen_size_is_that_of_the_run(settings, console, monkeypatch, time
     config = settings(img_size=None, epochs=4, time_budget="3s", batch_size=1, train_size=16, method="linear")
     run = train(config, console)
     info = read(RunInfo, run.path)
-    assert run.read_config().img_size == info.backbone.img_size == 48 and info.data_config["input_size"] == [3, 48, 48]
+    assert run.read_config().model.img_size == info.backbone.img_size == 48 and info.data_config["input_size"] == [
+        3,
+        48,
+        48,
+    ]
     assert "images of 48×48 px" in console.file.getvalue()
     assert load_run(run).transform(Image.new("RGB", (60, 60))).shape == (3, 48, 48)
 
@@ -270,8 +277,8 @@ def test_the_first_read_of_images_is_timed_apart_from_evaluation(settings):
     config = settings(batch_size=2, time_budget="1h").resolved()
     parts = build_components(config)
     images = _ReadSlowlyOnce()
-    assert sizing._step_seconds(parts, config, images, 2, sizing._only_read) >= 0.06
-    assert sizing._step_seconds(parts, config, images, 2, sizing._only_read) < 0.03
+    assert sizing._step_seconds(parts, config.optim, images, 2, sizing._only_read) >= 0.06
+    assert sizing._step_seconds(parts, config.optim, images, 2, sizing._only_read) < 0.03
 
 
 def test_the_final_head_is_part_of_the_budget(settings, console, monkeypatch):
@@ -279,7 +286,7 @@ def test_the_final_head_is_part_of_the_budget(settings, console, monkeypatch):
     parts = build_components(config)
     monkeypatch.setattr(sizing, "_step_seconds", lambda *args: 0.1)
     without = sizing._measure_times(parts, config)
-    with_head = sizing._measure_times(parts, dataclasses.replace(config, final_head="layers"))
+    with_head = sizing._measure_times(parts, config.replace(final_head="layers"))
     assert with_head.epoch_s == without.epoch_s
     assert with_head.final_s >= without.final_s + 14 * 0.1
 
@@ -292,4 +299,4 @@ def test_two_steps_that_compile_are_left_out_of_the_time_of_a_step(settings):
     def step(*_):
         time.sleep(next(pauses, 0.0))
 
-    assert sizing._step_seconds(parts, config, parts.splits.val, len(parts.splits.val), step) < 0.1
+    assert sizing._step_seconds(parts, config.optim, parts.splits.val, len(parts.splits.val), step) < 0.1

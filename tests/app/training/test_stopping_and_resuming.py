@@ -48,7 +48,7 @@ if where == "step":
 else:
     original = checkpoints.sync_tree
     checkpoints.sync_tree = lambda folder: die() if folder.name == f"checkpoint-{step}" else original(folder)
-train(TrainConfig(**yaml.safe_load(open(path))))
+train(TrainConfig.from_flat(**yaml.safe_load(open(path))))
 """
 
 
@@ -80,7 +80,7 @@ def same(one, two):
 def uninterrupted(photos, tiny_run, tmp_path_factory):
     """What the run of `settings()` ends with when nothing happens."""
     values = {"data": f"folder:{photos}", "out": str(tmp_path_factory.mktemp("uninterrupted") / "run")}
-    config = TrainConfig(**tiny_run, **values)
+    config = TrainConfig.from_flat(**tiny_run, **values)
     run = train(config, Console(file=io.StringIO()))
     return outcome(run)
 
@@ -88,7 +88,7 @@ def uninterrupted(photos, tiny_run, tmp_path_factory):
 def resumed(config):
     """Continue a run with nothing but its folder."""
     output = io.StringIO()
-    run = train(TrainConfig(out=config.out, resume=True), Console(file=output, width=200))
+    run = train(TrainConfig.from_flat(out=config.run.out, resume=True), Console(file=output, width=200))
     return run, output.getvalue()
 
 
@@ -96,7 +96,7 @@ def kill(config, where, step, tmp_path):
     """Train in a process that kills itself."""
     import yaml
 
-    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(config.as_dict()))
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(config.flat()))
     command = [sys.executable, "-c", KILLED, where, str(step), str(tmp_path / "settings.yaml")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -106,7 +106,7 @@ def kill(config, where, step, tmp_path):
 def test_a_killed_run_resumes_to_the_same_bits(where, step, kept, settings, uninterrupted, tmp_path):
     config = settings()
     kill(config, where, step, tmp_path)
-    run = RunFolder(config.out)
+    run = RunFolder(config.run.out)
     assert run.status == "running"
     assert latest_checkpoint(run.checkpoints) == run.checkpoints / kept
     assert any(p.name.startswith(".staging") for p in run.checkpoints.iterdir()) == (where == "save")
@@ -129,11 +129,11 @@ def test_estimated_gradients_resume_to_the_same_bits(settings, tmp_path):
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(settings, uninterrupted):
     config = settings()
-    run = RunFolder(config.out)
+    run = RunFolder(config.run.out)
     run.create(run.resolve_settings(config))
-    backbone = BackboneInfo(name=config.backbone)
-    data = DataInfo(spec=config.data, digest=splits_digest(load_splits(config)))
-    run.write(RunInfo(status="running", method=config.method, backbone=backbone, classes=[], data=data))
+    backbone = BackboneInfo(name=config.model.backbone)
+    data = DataInfo(spec=config.data.spec, digest=splits_digest(load_splits(config.data, config.run.seed)))
+    run.write(RunInfo(status="running", method=config.method.name, backbone=backbone, classes=[], data=data))
     assert same(outcome(resumed(config)[0]), uninterrupted)
 
 
@@ -164,7 +164,7 @@ def test_an_interrupted_run_saves_and_resumes_to_the_same_bits(
         ):
             train(config, console)
     assert signal.getsignal(number) == handler
-    assert RunFolder(config.out).status == "interrupted"
+    assert RunFolder(config.run.out).status == "interrupted"
     run, _ = resumed(config)
     assert same(outcome(run), uninterrupted)
 
@@ -190,7 +190,7 @@ def test_a_closed_terminal_is_no_request_under_nohup():
 def test_a_run_killed_before_its_report_gets_it_by_resuming(finished, tmp_path):
     run = RunFolder(shutil.copytree(finished.path, tmp_path / "run"))
     run.report.unlink()
-    resumed(TrainConfig(out=str(run.path), resume=True))
+    resumed(TrainConfig.from_flat(out=str(run.path), resume=True))
     assert "<html" in run.report.read_text()
 
 
@@ -203,7 +203,7 @@ def test_a_run_killed_at_its_end_has_a_page_that_says_finished_and_resuming_comp
         patch.setattr(RunFolder, "finish", lambda self: (_ for _ in ()).throw(SystemExit))  # as a kill would
         with pytest.raises(SystemExit):
             train(config, console, draw_report=True)
-    run = RunFolder(config.out)
+    run = RunFolder(config.run.out)
     assert run.status == "running"
     assert '<span class="badge finished">' in run.report.read_text()
     (run.adapter / "README.md").unlink()
@@ -222,7 +222,7 @@ def test_resuming_a_finished_run_removes_what_a_kill_left(finished, tmp_path):
     run = RunFolder(shutil.copytree(finished.path, tmp_path / "run"))
     (run.path / ".report.html.x1y2").write_text("half")
     (run.path / ".mine").write_text("kept")
-    resumed(TrainConfig(out=str(run.path), resume=True))
+    resumed(TrainConfig.from_flat(out=str(run.path), resume=True))
     assert [path.name for path in run.path.glob(".*")] == [".mine"]
 
 
@@ -272,7 +272,7 @@ def test_a_checkpoint_that_is_not_as_it_was_written_is_named_with_the_ways_out(
         patch.setattr("snella_app.training.train.finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(TrainingInterrupted, match="checkpoint-12"):
             train(config, console)
-    checkpoint = RunFolder(config.out).checkpoints / "checkpoint-12"
+    checkpoint = RunFolder(config.run.out).checkpoints / "checkpoint-12"
     refused = r"checkpoint is damaged: .*-12: {}.*; start over with --overwrite, or remove .*checkpoints and --resume"
     for name in (*FILES, "rng_state.pth", "progress.json", "manifest.json"):
         whole = (checkpoint / name).read_bytes()
@@ -287,7 +287,7 @@ def test_a_checkpoint_that_is_not_as_it_was_written_is_named_with_the_ways_out(
     older = shutil.copytree(checkpoint, checkpoint.with_name("checkpoint-4"))
     (checkpoint / "optimizer.pt").write_bytes(flipped((checkpoint / "optimizer.pt").read_bytes()))
     note = io.StringIO()
-    assert checkpoint_to_resume(RunFolder(config.out), Console(file=note, width=400)) == older
+    assert checkpoint_to_resume(RunFolder(config.run.out), Console(file=note, width=400)) == older
     assert "note: skipped" in note.getvalue() and "optimizer.pt was modified" in note.getvalue()
     shutil.rmtree(older)
     assert same(outcome(resumed(config)[0]), uninterrupted)
@@ -338,7 +338,7 @@ def test_a_full_disk_while_saving_leaves_the_old_checkpoint_and_resumes(settings
         )
         with pytest.raises(CheckpointError, match=message):
             train(config, console)
-    run = RunFolder(config.out)
+    run = RunFolder(config.run.out)
     assert run.status == "failed" and "the disk is full" in run.read_json("run.json")["error"]
     assert [p.name for p in run.checkpoints.iterdir()] == ["checkpoint-4"]
     assert same(outcome(resumed(config)[0]), uninterrupted)
@@ -392,7 +392,7 @@ def test_a_full_disk_while_keeping_the_best_adapter_leaves_the_old_one(settings,
             match=r"could not write .*adapter: the disk is full .*; the previous one, .*adapter, is intact",
         ):
             train(config, console)
-    run = RunFolder(config.out)
+    run = RunFolder(config.run.out)
     kept, epoch_1 = (
         {name: value for name, value in load_file(folder / "adapter_model.safetensors").items() if ".head." not in name}
         for folder in (run.adapter, run.checkpoints / "checkpoint-4")  # whose head has normalized inputs
@@ -416,7 +416,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_says_where(settings, console
     )
     with pytest.raises(NonFiniteLossError, match=message):
         train(config, console)
-    run = RunFolder(config.out)
+    run = RunFolder(config.run.out)
     assert run.status == "failed" and "epoch 2, step 6" in run.read_json("run.json")["error"]
     for folder in ("checkpoints/checkpoint-4", "adapter"):
         assert all(t.isfinite().all() for t in load_file(run.path / folder / "adapter_model.safetensors").values())
@@ -453,7 +453,7 @@ def test_a_validation_loss_that_is_no_number_is_not_saved(settings, console, mon
     monkeypatch.setattr(ClassificationTask, "metrics", broken)
     with pytest.raises(NonFiniteLossError, match="the validation loss became inf in epoch 2, step 8 of 12"):
         train(settings(), console)
-    assert [p.name for p in RunFolder(settings().out).checkpoints.iterdir()] == ["checkpoint-4"]
+    assert [p.name for p in RunFolder(settings().run.out).checkpoints.iterdir()] == ["checkpoint-4"]
 
 
 def test_an_image_that_vanished_is_one_line_with_workers_too(settings, console, photos, monkeypatch, tmp_path):
@@ -463,5 +463,5 @@ def test_an_image_that_vanished_is_one_line_with_workers_too(settings, console, 
         patch.setattr("snella_app.training.train._fit", lambda *args: shutil.rmtree(mine / "cats") or fit(*args))
         with pytest.raises(ValueError, match=r"^'.*cats/\d+.png' is not a readable image: no such file[^\n]*$"):
             train(config, console)
-    error = RunFolder(config.out).read_json("run.json")["error"]
+    error = RunFolder(config.run.out).read_json("run.json")["error"]
     assert "Traceback" not in error and "is not a readable image" in error

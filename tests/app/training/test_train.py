@@ -17,9 +17,10 @@ from snella_app.records import RunInfo, read
 from snella_app.runs import RunFolder, load_run
 from snella_app.runs.evaluate import images_for_run
 from snella_app.runs.model import make_backbone
-from snella_app.training.build import build_components
 from snella_app.training.finish import _only_answer
 from snella_app.training.train import train
+
+from .components import build_components
 
 training = sys.modules["snella_app.training.finish"]
 
@@ -180,12 +181,12 @@ def test_fewer_images_than_a_batch_is_said_with_both_numbers(settings, console):
         ValueError, match=r"batch_size must be at most the number of training images, \d\d in folder:.*, got 100"
     ):
         train(settings(batch_size=100), console)
-    assert not RunFolder(settings().out).path.exists()
+    assert not RunFolder(settings().run.out).path.exists()
 
 
 def test_a_batch_size_that_nobody_gave_shrinks_to_the_training_images(settings, console, no_report):
     run = train(settings(batch_size=None, epochs=1, train_size=9), console)
-    assert run.read_config().batch_size == 9
+    assert run.read_config().optim.batch_size == 9
     text = console.file.getvalue()
     assert "batch size reduced from 32 to 9, the number of training images" in text
     assert "1 epoch of 1 step, 9 images each" in text
@@ -255,7 +256,7 @@ def test_a_failure_is_noted_in_run_json(settings, console, monkeypatch):
     monkeypatch.setattr(SnellaTrainer, "outputs", fail)
     with pytest.raises(RuntimeError, match="the sensor melted"):
         train(settings(epochs=1), console)
-    run = json.loads((RunFolder(settings().out).path / "run.json").read_text())
+    run = json.loads((RunFolder(settings().run.out).path / "run.json").read_text())
     assert (run["status"], run["error"]) == ("failed", "the sensor melted")
 
 

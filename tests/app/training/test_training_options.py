@@ -15,11 +15,12 @@ from torch import nn
 from snella_app.config import TrainConfig
 from snella_app.methods import build_method
 from snella_app.runs import RunFolder
-from snella_app.training.build import build_components
 from snella_app.training.optimizer import build_optimizer, checkpoint_gradients, set_drop_path
 from snella_app.training.session import TrainingInterrupted
 from snella_app.training.train import _tracking, train
-from snella_app.training.trainer import SnellaTrainer
+from snella_app.training.trainer import SnellaTrainer, training_arguments
+
+from .components import build_components
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -59,13 +60,13 @@ def test_with_budgets_training_does_not_stop_before_the_target_sparsity(settings
     assert [row["budget"] <= allocation["target_budget"] for row in rows] == [False, False, False, False, True, True]
     assert sum(matrix["budget"] for matrix in allocation["matrices"]) == allocation["target_budget"]
     assert "from epoch 4, when the budget reaches its target (schedule_end 0.7)" in console.file.getvalue()
-    assert run.read_config().method_options == {"schedule_end": 0.7}
+    assert run.read_config().method.options == {"schedule_end": 0.7}
 
 
 def test_a_preset_keeps_its_schedule_and_the_log_says_that_nothing_stops(settings, console):
     options = {"method_options": {"preset": "paper"}}
     run = train(settings(**{**STILL, **options}, epochs=3, early_stopping=1), console)
-    assert len(history_of(run)) == 4 and run.read_config().method_options == {"preset": "paper"}
+    assert len(history_of(run)) == 4 and run.read_config().method.options == {"preset": "paper"}
     assert "early stopping has no effect: the budget reaches its target at the last step" in console.file.getvalue()
 
 
@@ -80,7 +81,7 @@ def test_a_run_that_was_killed_after_it_had_stopped_is_not_trained_further(setti
             train(config, console)
     assert finish is sys.modules["snella_app.training.train"].finish
     monkeypatch.setattr(SnellaTrainer, "training_step", lambda *args: pytest.fail("a step was trained"))
-    run = train(TrainConfig(out=config.out, resume=True), console)
+    run = train(TrainConfig.from_flat(out=config.run.out, resume=True), console)
     assert run.status == "finished" and [row["epoch"] for row in history_of(run)] == [0, 1]
 
 
@@ -131,7 +132,7 @@ def test_rates_decay_from_the_head_to_the_stem(method, settings):
     options = {} if method != "snella-2" else {"method_options": {}}
     config = settings(method=method, lr=1.0, head_lr=1.0, layer_decay=0.5, **options).resolved()
     model = build_method(method, timm.create_model("test_vit", num_classes=3, img_size=32))
-    optimizer = build_optimizer(model, **config.optimizer_options())
+    optimizer = build_optimizer(model, **config.optim.optimizer_options())
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     named = {name: rates[id(p)] for name, p in model.named_parameters() if id(p) in rates}
     count = len(timm.create_model("test_vit").blocks)
@@ -187,9 +188,10 @@ def test_mixing_weighs_the_losses_of_both_labels(settings, console, monkeypatch)
 def test_the_loss_of_a_mixed_batch_is_that_of_soft_labels(settings, console):
     config = settings(method="linear", method_options={}, mixup=1.0).resolved()
     parts = build_components(config)
-    run = RunFolder(config.out)
+    run = RunFolder(config.run.out)
     run.create(config)
-    trainer = SnellaTrainer(parts.model, config, parts.task, parts.splits.train, None, run, [])
+    args = training_arguments(config.optim, config.run, run.checkpoints)
+    trainer = SnellaTrainer(parts, config.data, config.optim, args, run, [])
     images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
     inputs = {"images": images, "labels": labels, "other_labels": labels.roll(1), "share": 0.3}
     one_hot = torch.eye(3)
@@ -256,7 +258,7 @@ def test_a_run_with_all_of_it_resumes_to_the_same_bits(settings, console, monkey
         patch.setattr(SnellaTrainer, "training_step", press_ctrl_c)
         with pytest.raises(TrainingInterrupted, match="checkpoint-6"):
             train(config, console)
-    run = train(TrainConfig(out=config.out, resume=True), console)
+    run = train(TrainConfig.from_flat(out=config.run.out, resume=True), console)
     assert history_of(run) == history_of(whole)
     one, two = adapter_of(run), adapter_of(whole)
     assert all(torch.equal(one[name], two[name]) for name in two)
@@ -308,4 +310,4 @@ def test_a_tracker_without_its_package_is_named_before_anything_is_loaded(settin
         ImportError, match="track=wandb requires a missing package; pip install wandb: WandbCallback requires"
     ):
         train(settings(track="wandb"), console)
-    assert not os.path.exists(settings().out)
+    assert not os.path.exists(settings().run.out)

@@ -140,7 +140,7 @@ def test_the_chosen_trial_is_the_final_cell_of_its_seed_and_training_it_again_ch
     before = rows_of(copy)["digits/lora-2/seed-0"]
     assert before["trained_as"] == f"digits/lora-2/trials/lr-x{before['lr_factor']:g}_seed-0"
     config = RunFolder(copy / "cells/digits/lora-2/seed-0").read_config()
-    assert config.out.endswith("lora-2/seed-0") and config.lr == before["lr"]
+    assert config.run.out.endswith("lora-2/seed-0") and config.optim.lr == before["lr"]
     shutil.rmtree(copy / "cells/digits/lora-2/seed-0")  # the trials' adapters are gone: it must be trained
     lines = (copy / "results.jsonl").read_text().splitlines(keepends=True)
     (copy / "results.jsonl").write_text("".join(line for line in lines if json.loads(line)["cell"] != before["cell"]))

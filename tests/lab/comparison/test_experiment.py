@@ -38,8 +38,13 @@ def test_entries_and_data_have_settings_of_their_own(tiny):
     method = method_entry({"method": "snella-4", "options": {"kernel": "rbf"}, "scaling": 3.0})
     data = data_entry({"data": "digits", "train_size": 30})
     config = make_config(method, data, experiment.settings, backbone="test_vit", out="-", seed=5)
-    assert (config.scaling, config.method_options, config.train_size, config.seed) == (3.0, {"kernel": "rbf"}, 30, 5)
-    assert (config.epochs, config.test_size, config.r) == (1, 30, 4)
+    assert (config.method.scaling, config.method.options, config.data.train_size, config.run.seed) == (
+        3.0,
+        {"kernel": "rbf"},
+        30,
+        5,
+    )
+    assert (config.optim.epochs, config.data.test_size, config.method.r) == (1, 30, 4)
 
 
 def test_the_reference_is_the_first_lora_unless_it_is_named(tiny):

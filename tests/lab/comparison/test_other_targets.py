@@ -43,8 +43,11 @@ def test_methods_are_compared_by_what_measures_the_task(task, label, metric, tit
     args = {
         **dict.fromkeys(["experiment", "reference", "tune_seeds", "seeds"]),
         **{"out": str(tmp_path / "c"), "methods": "linear,lora-2", "data": f"csv:{table}", "backbone": "test_vit"},
-        **{"seeds": 1, "lr_factors": "1", "weight_decays": "none", "forgetting": "none", "pretrained": False},
+        **{"seeds": 1, "lr_factors": "1", "weight_decays": "none", "forgetting": "none"},
+    }
+    args["train"] = {
         **{"task": task, "columns": f"path=photo,label={label}", "img_size": 32, "epochs": 1, "device": "cpu"},
+        "pretrained": False,
     }
     experiment = experiment_from_args(args)
     page = compare(experiment, args["out"], workers=0, console=console).read_text()
@@ -112,7 +115,7 @@ def test_auto_takes_what_a_small_comparison_on_validation_recommends(
         **{"data": f"csv:{table}", "columns": "path=photo,label=kind", "backbone": "test_vit", "pretrained": False},
         **{"img_size": 32, "epochs": 2, "device": "cpu", "seed": 3, "out": str(tmp_path / "run"), "progress": False},
     }
-    config = TrainConfig(**values, method="auto")
+    config = TrainConfig.from_flat(**values, method="auto")
     chosen = choose_method(config, console)
     rows = list(rows_of(tmp_path / "run-choice").values())
     assert [row["experiment_name"] for row in rows] == ["linear", "linear", "lora-2", "lora-2"]
@@ -122,15 +125,15 @@ def test_auto_takes_what_a_small_comparison_on_validation_recommends(
         for name in ("linear", "lora-2")
     }
     printed = console.file.getvalue()
-    assert f"Recommended: {chosen.method}" in printed and f"{100 * max(means.values()):.1f}" in printed
-    assert chosen.method in means and chosen.seed == 3 and chosen.epochs == 2
+    assert f"Recommended: {chosen.method.name}" in printed and f"{100 * max(means.values()):.1f}" in printed
+    assert chosen.method.name in means and chosen.run.seed == 3 and chosen.optim.epochs == 2
     monkeypatch.setattr("snella_lab.comparison.run_cell.train", None)  # the choice stands in its folder
     words = [
         f"--{name.replace('_', '-')}={str(value).lower() if value is False else value}"
         for name, value in values.items()
     ]
     assert main(["train", *words, "--method", "auto"]) == 0
-    assert read(RunInfo, tmp_path / "run").method == chosen.method
+    assert read(RunInfo, tmp_path / "run").method == chosen.method.name
     assert main(["train", *words, "--method", "auto"]) == 2
     assert "holds a finished run" in capsys.readouterr().err
 
@@ -138,6 +141,6 @@ def test_auto_takes_what_a_small_comparison_on_validation_recommends(
 def test_what_belongs_to_one_method_or_would_see_test_images_is_refused_with_auto(tmp_path):
     values = {"data": "digits", "backbone": "test_vit", "out": str(tmp_path), "method": "auto"}
     with pytest.raises(ValueError, match=r"r 4 needs a named method, got method 'auto'; .*folds 3 needs"):
-        TrainConfig(**values, r=4, folds=3)
+        TrainConfig.from_flat(**values, r=4, folds=3)
     with pytest.raises(ValueError, match=r"train\(method='auto'\) or the command line"):
-        TrainConfig(**values).resolved()
+        TrainConfig.from_flat(**values).resolved()

@@ -129,7 +129,7 @@ def test_the_official_files_need_no_trial_and_set_each_task_by_itself(experiment
     assert next_tuning_runs(experiment.grid, 0.05, {}) == Choice(Candidate(1.0), (Candidate(1.0),), False, False)
     dogs = experiments["table1-fgvc-official"]
     config = Cell(dogs.data[-1], dogs.methods[0], 0, Candidate(), True).config(dogs, "-")
-    assert (config.lr, config.ema, config.augment) == (0.0001, 0.9999, "imagenet")
+    assert (config.optim.lr, config.optim.ema, config.data.augment) == (0.0001, 0.9999, "imagenet")
 
 
 def changed(experiment, **changes):

@@ -128,7 +128,7 @@ def test_all_seeds_of_a_task_share_its_test_images(tiny):
 
     experiment = tiny()
     cells = [Cell(experiment.data[0], experiment.methods[0], seed, Candidate(), True) for seed in (0, 1)]
-    first, second = (load_splits(cell.config(experiment, "-")) for cell in cells)
+    first, second = (load_splits(c.data, c.run.seed) for c in (cell.config(experiment, "-") for cell in cells))
     assert first.test.names == second.test.names and first.train.names != second.train.names
     assert not set(first.test.names) & {*second.train.names, *second.val.names}
 

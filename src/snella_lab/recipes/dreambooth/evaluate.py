@@ -263,7 +263,7 @@ def evaluate_generation(
         plain_prompts = [fill(template, "", class_name) for template in templates for _ in range(pictures)]
         scores = score_images(generated, list(concept.images()), plain_prompts, *embedders)
         sampling = asdict(sampling_of(config, steps))
-        row = {"subject": concept.name, "method": config.method, "pictures": len(generated), **scores}
+        row = {"subject": concept.name, "method": config.method.name, "pictures": len(generated), **scores}
         loaded.run.write_json(RESULT_FILE, {"format": 1, **row, "clip": clip, "dino": dino, "drawing": sampling})
         rows.append({"run": str(folder), **row})
     scores_by_metric = {name: [row[name] for row in rows] for name in METRICS}

@@ -61,7 +61,7 @@ def sampling_of(
         config.sample_steps if steps is None else steps,
         config.guidance if guidance is None else guidance,
         config.max_sequence_length,
-        config.precision,
+        config.optim.precision,
         batch_size,
     )
 
@@ -303,7 +303,7 @@ def load_generator(run: str | Path, *, pipeline: str | None = None, device: str 
     folder.check_adapter()
     config = folder.read_config()
     name = str(pipeline or config.pipeline)
-    loaded = load_pipeline(name, encoder_dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32)
+    loaded = load_pipeline(name, encoder_dtype=torch.bfloat16 if config.optim.precision == "bf16" else torch.float32)
     load_trained(folder.adapter, loaded.transformer)
     return LoadedGenerator(folder, config, loaded, choose_device(device), adapter_source(folder, config))
 

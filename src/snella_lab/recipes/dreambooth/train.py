@@ -167,20 +167,20 @@ class DreamBoothTrainer:
     ) -> None:
         # accelerate would reuse the settings of the first Accelerator in the process; transformers also resets it
         AcceleratorState._reset_state(reset_partial_state=True)
-        precision = "bf16" if config.precision == "bf16" else "no"
+        precision = "bf16" if config.optim.precision == "bf16" else "no"
         self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
         self.model, self.config, self.loss, self.run_folder, self.device = model.to(device), config, loss, run, device
         self.subject, self.classes = subject, classes
-        if config.gradient_checkpointing:
+        if config.optim.gradient_checkpointing:
             transformer: Any = getattr(model, "get_base_model", lambda: model)()
             transformer.enable_gradient_checkpointing()
         self.optimizer, self.optimizer_name = build_low_bit_optimizer(
             model,
-            config.optimizer,
+            config.optim.optimizer,
             device,
-            lr=config.lr or 0.0,
-            scalar_lr=config.scalar_lr,
-            weight_decay=config.weight_decay,
+            lr=config.optim.lr or 0.0,
+            scalar_lr=config.optim.scalar_lr,
+            weight_decay=config.optim.weight_decay or 0.0,
         )
         self.step = 0
         self.history: list[dict[str, Any]] = []
@@ -188,7 +188,7 @@ class DreamBoothTrainer:
         self._earlier_s, self._start = 0.0, time.monotonic()
         self.allocator: BudgetAllocator | None = None
         if matrices_of(model):
-            effective_batch_size = config.batch_size * config.accumulation
+            effective_batch_size = config.optim.batch_size * config.optim.accumulation
             steps_per_epoch = math.ceil(len(subject.images) / effective_batch_size)
             self.allocator = BudgetAllocator(
                 model,
@@ -217,7 +217,7 @@ class DreamBoothTrainer:
             self.allocator.attach(optimizer)
         prepared.train()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        is_shown = self.config.progress and console.is_terminal
+        is_shown = self.config.run.progress and console.is_terminal
         with Progress(*columns, console=console, transient=True, disable=not is_shown) as bar:
             task = bar.add_task("training", total=self.config.steps, completed=self.step)
             while self.step < self.config.steps:
@@ -275,7 +275,7 @@ class DreamBoothTrainer:
         """Compute the mean loss over the subject's images at evenly spaced timesteps with fixed noise."""
         was_training = self.model.training
         self.model.eval()
-        generator = torch.Generator().manual_seed(mix_seed(self.config.seed, _FIXED))
+        generator = torch.Generator().manual_seed(mix_seed(self.config.run.seed, _FIXED))
         values = []
         for image_index in range(len(self.subject.images)):
             for index in range(_FIXED_TIMES):
@@ -287,18 +287,18 @@ class DreamBoothTrainer:
     def _take_step(self, model: nn.Module, optimizer: Any) -> None:
         """Run one optimizer step: accumulate gradients, clip and update."""
         config, total = self.config, 0.0
-        for number in range(config.accumulation):
-            torch.manual_seed(mix_seed(config.seed, _GLOBAL, self.step, number))
-            generator = torch.Generator().manual_seed(mix_seed(config.seed, _NOISE, self.step, number))
-            position = self.step * config.accumulation + number
+        for number in range(config.optim.accumulation):
+            torch.manual_seed(mix_seed(config.run.seed, _GLOBAL, self.step, number))
+            generator = torch.Generator().manual_seed(mix_seed(config.run.seed, _NOISE, self.step, number))
+            position = self.step * config.optim.accumulation + number
             loss = self._micro_batch_loss(model, self.subject, position, generator)
             if self.classes is not None:
                 loss = loss + config.prior_weight * self._micro_batch_loss(model, self.classes, position, generator)
             self._check_finite("the loss", loss.item())
-            total += loss.item() / config.accumulation
-            self.accelerator.backward(loss / config.accumulation)
+            total += loss.item() / config.optim.accumulation
+            self.accelerator.backward(loss / config.optim.accumulation)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        norm = self.accelerator.clip_grad_norm_(trained, config.max_grad_norm or math.inf)
+        norm = self.accelerator.clip_grad_norm_(trained, config.optim.max_grad_norm or math.inf)
         grad_norm = 0.0 if norm is None else float(norm)
         self._check_finite("the gradient", grad_norm)
         optimizer.step()
@@ -310,8 +310,8 @@ class DreamBoothTrainer:
         self, model: nn.Module, training_set: TrainingSet, position: int, generator: torch.Generator
     ) -> Tensor:
         """Compute the mean loss of the micro-batch at a global position."""
-        count, total = self.config.batch_size, len(training_set.images)
-        indices = [_epoch_index(total, self.config.seed, position * count + k) for k in range(count)]
+        count, total = self.config.optim.batch_size, len(training_set.images)
+        indices = [_epoch_index(total, self.config.run.seed, position * count + k) for k in range(count)]
         return self._losses(model, training_set, indices, self.loss.sample_times(count, generator), generator).mean()
 
     def _losses(
@@ -331,7 +331,8 @@ class DreamBoothTrainer:
         """Raise an error for a value that is not finite."""
         if math.isfinite(value):
             return
-        options = {option: getattr(self.config, option) for option in ("lr", "scalar_lr", "scaling")}
+        optim, scaling = self.config.optim, self.config.method.scaling
+        options = {"lr": optim.lr, "scalar_lr": optim.scalar_lr, "scaling": scaling}
         suggestions = ", ".join(
             f"--{option.replace('_', '-')} (now {rate:g})" for option, rate in options.items() if rate
         )
@@ -364,15 +365,15 @@ def _describe_run(config: DreamBoothConfig, concept: Concept) -> RunInfo:
     return RunInfo(
         status="running",
         task="generation",
-        method=config.method,
-        method_options=config.options_of_method(),
+        method=config.method.name,
+        method_options=config.method.all_options(),
         backbone=BackboneInfo(name=str(config.pipeline), img_size=config.resolution),
         classes=[],
         data=DataInfo(
             spec=str(config.data),
             subject=concept.name,
             class_name=config.class_name,
-            seed=config.seed,
+            seed=config.run.seed,
             description=f"{counted(len(concept.paths), 'image')} of {concept.name}, prompt “{config.prompt}”",
             sizes={"train": len(concept.paths)},
             digest=concept.digest(),
@@ -381,7 +382,7 @@ def _describe_run(config: DreamBoothConfig, concept: Concept) -> RunInfo:
             notes=list(concept.notes),
         ),
         versions=versions_of(_PACKAGES),
-        command=command_line(config, DreamBoothConfig(data="-", pipeline="-", out="-"), "dreambooth"),
+        command=command_line(config, DreamBoothConfig.from_flat(data="-", pipeline="-", out="-"), "dreambooth"),
     )
 
 
@@ -389,15 +390,17 @@ def _print_summary(console: Console, trainer: DreamBoothTrainer, concept: Concep
     """Print subject, prompts, model, method and steps."""
     config, matrices = trainer.config, matrices_of(trainer.model)
     adapted = f"; {len(matrices)} matrices, {sum(m.size for m in matrices):,} adapted weights" if matrices else ""
-    training = f"{counted(config.steps, 'step')}, {counted(config.batch_size * config.accumulation, 'image')} each"
+    training = (
+        f"{counted(config.steps, 'step')}, {counted(config.optim.batch_size * config.optim.accumulation, 'image')} each"
+    )
     rows = [
         ("subject", f"{concept.name}, {counted(len(concept.paths), 'image')}"),
         *(("note", note) for note in concept.notes),
         ("prompt", str(config.prompt)),
         *([("class", f"{config.class_prompt}, {config.class_images} images")] if config.prior_weight > 0 else []),
         ("pipeline", f"{config.pipeline}, {config.resolution}×{config.resolution} px"),
-        ("method", f"{config.method}, {trainable_parameters(trainer.model):,} trainable parameters{adapted}"),
-        ("training", f"{training}, lr {config.lr:g}, on {trainer.device}"),
+        ("method", f"{config.method.name}, {trainable_parameters(trainer.model):,} trainable parameters{adapted}"),
+        ("training", f"{training}, lr {config.optim.lr:g}, on {trainer.device}"),
         ("optimizer", trainer.optimizer_name),
     ]
     print_rows(console, rows)
@@ -423,7 +426,7 @@ def personalize(config: DreamBoothConfig, console: Console | None = None) -> Dre
         CheckpointError: The disk is full (the last checkpoint is kept), or the resumed checkpoint is damaged.
     """
     console = console or make_console(survives_closed_output=True)
-    run = DreamBoothFolder(str(config.out))
+    run = DreamBoothFolder(str(config.run.out))
     with lock_run(run):
         return _personalize(config, run, console)
 
@@ -437,12 +440,12 @@ def _personalize(config: DreamBoothConfig, run: DreamBoothFolder, console: Conso
             write_generation_report(run.path)
         return run
     is_resumed = status is not None
-    device = choose_device(config.device)
+    device = choose_device(config.run.device)
     concept = load_concept(str(config.data), config.subject, skip_corrupt=config.skip_corrupt)
     if is_resumed:
         _check_images(run, concept)
     config = config.named(concept.class_name)
-    encoder_dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    encoder_dtype = torch.bfloat16 if config.optim.precision == "bf16" else torch.float32
     pipeline = load_pipeline(str(config.pipeline), encoder_dtype=encoder_dtype)
     check_resolution(pipeline, config.resolution)
     run.prepare(config, is_resumed=is_resumed)
@@ -461,12 +464,12 @@ def _personalize(config: DreamBoothConfig, run: DreamBoothFolder, console: Conso
                 device,
                 console,
                 source=str(config.pipeline),
-                show_bar=config.progress,
+                show_bar=config.run.progress,
             )
             class_concept = Concept("class_images", [image.path for image in class_images])
             classes = _training_set(pipeline, config, device, str(config.class_prompt), class_concept)
-        torch.manual_seed(config.seed)
-        model = adapt_headless(config.method, pipeline.transformer, config.options_of_method())
+        torch.manual_seed(config.run.seed)
+        model = adapt_headless(config.method.name, pipeline.transformer, config.method.all_options())
         loss = FlowMatching(pipeline.scheduler, config.weighting, config.precondition)
         trainer = DreamBoothTrainer(model, config, loss, subject, classes, run, device)
         _print_summary(console, trainer, concept)
@@ -527,13 +530,13 @@ def _finish(
             run.path / "samples",
             pipeline,
             [str(config.prompt)],
-            range(config.seed, config.seed + config.samples),
+            range(config.run.seed, config.run.seed + config.samples),
             sampling,
             trainer.device,
             console,
             source=adapter_source(run, config),
             overwrite=True,
-            show_bar=config.progress,
+            show_bar=config.run.progress,
         )
     run.finish()
     report = write_generation_report(run.path)

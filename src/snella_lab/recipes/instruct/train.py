@@ -175,17 +175,17 @@ def training_arguments(config: LanguageConfig, checkpoints: Path) -> TrainingArg
     """Return Trainer arguments: one checkpoint per epoch, warmup and linear decay."""
     return base_training_arguments(
         checkpoints,
-        choose_device(config.device),
-        seed=config.seed,
-        precision=config.precision,
+        choose_device(config.run.device),
+        seed=config.run.seed,
+        precision=config.optim.precision,
         num_train_epochs=config.epochs,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.accumulation,
-        learning_rate=config.lr or 0.0,
+        per_device_train_batch_size=config.optim.batch_size,
+        per_device_eval_batch_size=config.optim.batch_size,
+        gradient_accumulation_steps=config.optim.accumulation,
+        learning_rate=config.optim.lr or 0.0,
         lr_scheduler_type="linear",
         warmup_steps=config.warmup_steps,
-        max_grad_norm=config.max_grad_norm,
+        max_grad_norm=config.optim.max_grad_norm,
         eval_strategy="epoch" if config.val_size else "no",
         save_strategy="epoch",
         logging_strategy="epoch",
@@ -219,7 +219,7 @@ def fine_tune(config: LanguageConfig, console: Console | None = None) -> Languag
         CheckpointError: The disk is full (the last checkpoint is kept), or the resumed checkpoint is damaged.
     """
     console = console or make_console(survives_closed_output=True)
-    run = LanguageFolder(str(config.out))
+    run = LanguageFolder(str(config.run.out))
     with lock_run(run):
         return _fine_tune(config, run, console)
 
@@ -240,21 +240,21 @@ def _fine_tune(config: LanguageConfig, run: LanguageFolder, console: Console) ->
             f"data must be the file that {run.path} started with, got changed content in {data}; "
             "restore the file, or start a new run"
         )
-    device = choose_device(config.device)
+    device = choose_device(config.run.device)
     base: Any = load_model(str(config.model), torch.bfloat16 if config.base == "bf16" else torch.float32)
     weights = sum(parameter.numel() for parameter in base.parameters())
-    if config.gradient_checkpointing:
+    if config.optim.gradient_checkpointing:
         # transformers 5.24 renamed this method and warns about the old name
         enable_checkpointing = (
             getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
         )
         enable_checkpointing({"use_reentrant": False})
-    torch.manual_seed(config.seed)
-    model = adapt_headless(config.method, base, config.options_of_method()).to(device)
+    torch.manual_seed(config.run.seed)
+    model = adapt_headless(config.method.name, base, config.method.all_options()).to(device)
     run.prepare(config, is_resumed=is_resumed)
     data_info = DataInfo(
         spec=str(config.data),
-        seed=config.seed,
+        seed=config.run.seed,
         description=counted(len(train), "instruction"),
         sizes={"train": len(train), "val": len(val)},
         digest=digest,
@@ -263,15 +263,13 @@ def _fine_tune(config: LanguageConfig, run: LanguageFolder, console: Console) ->
     run.write(_run_info(config, data_info))
     matrices = matrices_of(model)
     adapted = f"; {len(matrices)} matrices, {sum(m.size for m in matrices):,} adapted weights" if matrices else ""
+    per_step = config.optim.batch_size * config.optim.accumulation
     rows = [
         ("data", f"{data}, {counted(len(train), 'instruction')}, {len(val)} held out"),
         *(("note", note) for note in notes),
         ("model", f"{config.model}, {weights:,} weights"),
-        ("method", f"{config.method}, {trainable_parameters(model):,} trainable parameters{adapted}"),
-        (
-            "training",
-            f"{counted(config.epochs, 'epoch')}, {config.batch_size * config.accumulation} per step, on {device}",
-        ),
+        ("method", f"{config.method.name}, {trainable_parameters(model):,} trainable parameters{adapted}"),
+        ("training", f"{counted(config.epochs, 'epoch')}, {per_step} per step, on {device}"),
     ]
     print_rows(console, rows)
     with record_status(run, "language"):
@@ -301,7 +299,7 @@ def _encode_data(config: LanguageConfig, tokenizer: Any) -> tuple[list[_Item], l
             f"data must have more entries than val_size={config.val_size}, got {len(usable)} usable entries of "
             f"{len(items)} in {config.data}" + (f" ({notes[0]}; raise it)" if notes else "")
         )
-    order = torch.randperm(len(usable), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    order = torch.randperm(len(usable), generator=torch.Generator().manual_seed(config.run.seed)).tolist()
     held_out = set(order[: config.val_size])
     train = [item for index, item in enumerate(usable) if index not in held_out]
     return train, [usable[index] for index in sorted(held_out)], notes
@@ -322,14 +320,14 @@ def _fit(
     checkpoint = checkpoint_to_resume(run, console)
     optimizer, name = build_low_bit_optimizer(
         model,
-        config.optimizer,
+        config.optim.optimizer,
         device,
-        lr=config.lr or 0.0,
-        scalar_lr=config.scalar_lr,
-        weight_decay=config.weight_decay,
+        lr=config.optim.lr or 0.0,
+        scalar_lr=config.optim.scalar_lr,
+        weight_decay=config.optim.weight_decay or 0.0,
     )
     allocation = SnellaCallback() if matrices_of(model) else None
-    progress = LanguageProgress(console, allocation, config.progress)
+    progress = LanguageProgress(console, allocation, config.run.progress)
     trainer = LanguageTrainer(
         model,
         run,
@@ -375,11 +373,11 @@ def _run_info(config: LanguageConfig, data: DataInfo) -> RunInfo:
     return RunInfo(
         status="running",
         task="language",
-        method=config.method,
-        method_options=config.options_of_method(),
+        method=config.method.name,
+        method_options=config.method.all_options(),
         backbone=BackboneInfo(name=str(config.model)),
         classes=[],
         data=data,
         versions=versions_of(_PACKAGES),
-        command=command_line(config, LanguageConfig(data="-", model="-", out="-"), "language"),
+        command=command_line(config, LanguageConfig.from_flat(data="-", model="-", out="-"), "language"),
     )

@@ -8,7 +8,7 @@ from snella_lab.recipes.dreambooth import DreamBoothConfig
 
 
 def config(**changes):
-    return DreamBoothConfig(**{"data": "folder:dog", "pipeline": "sd3", "out": "runs/dog", **changes})
+    return DreamBoothConfig.from_flat(**{"data": "folder:dog", "pipeline": "sd3", "out": "runs/dog", **changes})
 
 
 @pytest.mark.parametrize(
@@ -42,16 +42,17 @@ def test_errors_contain_the_values(changes, message):
 
 def test_defaults_are_the_settings_of_the_paper():
     settings = config().resolved()
-    assert (settings.resolution, settings.steps, settings.batch_size, settings.accumulation, settings.lr) == (
+    optim = settings.optim
+    assert (settings.resolution, settings.steps, optim.batch_size, optim.accumulation, optim.lr) == (
         512,
         500,
         1,
         4,
         1e-4,
     )
-    assert (settings.optimizer, settings.gradient_checkpointing, settings.prior_weight) == ("auto", True, 0.0)
-    assert config(method="lora-16").resolved().options_of_method() == {"r": 16}
-    assert config(method="full").resolved().lr == 5e-6
+    assert (optim.optimizer, optim.gradient_checkpointing, settings.prior_weight) == ("auto", True, 0.0)
+    assert config(method="lora-16").resolved().method.all_options() == {"r": 16}
+    assert config(method="full").resolved().optim.lr == 5e-6
 
 
 def test_prompts_contain_token_and_class():
@@ -83,8 +84,8 @@ def test_command_line_parses_the_settings():
         ]
     )
     assert name == "dreambooth"
-    dreambooth = DreamBoothConfig(**settings)
-    assert (dreambooth.flip, dreambooth.method_options, dreambooth.steps) == (True, {"kernel": "rbf"}, 500)
+    dreambooth = DreamBoothConfig.from_flat(**settings)
+    assert (dreambooth.flip, dreambooth.method.options, dreambooth.steps) == (True, {"kernel": "rbf"}, 500)
 
 
 def test_help_shows_the_defaults_of_each_command(capsys):
@@ -99,14 +100,10 @@ def test_help_shows_the_defaults_of_each_command(capsys):
 
 def test_table_vi_experiment_matches_the_paper():
     path = Path(__file__).parents[4] / "experiments" / "dreambooth" / "table6.yaml"
-    settings = DreamBoothConfig(**yaml.safe_load(path.read_text()), subject="dog6", out="runs/dog6").resolved()
-    actual = (
-        settings.resolution,
-        settings.batch_size,
-        settings.accumulation,
-        settings.lr,
-        settings.steps,
-        settings.optimizer,
-    )
+    settings = DreamBoothConfig.from_flat(
+        **yaml.safe_load(path.read_text()), subject="dog6", out="runs/dog6"
+    ).resolved()
+    optim = settings.optim
+    actual = (settings.resolution, optim.batch_size, optim.accumulation, optim.lr, settings.steps, optim.optimizer)
     assert actual == (512, 1, 4, 1e-4, 500, "adamw8bit")
-    assert settings.gradient_checkpointing and settings.scaling == 1.0
+    assert optim.gradient_checkpointing and settings.method.scaling == 1.0

@@ -35,7 +35,7 @@ def runs(dataset, pipeline_folder, tmp_path_factory):
     settings = dict(resolution=16, steps=1, accumulation=1, samples=0, sample_steps=1, max_sequence_length=24)
     for name in ("toy", "toy2"):
         personalize(
-            DreamBoothConfig(
+            DreamBoothConfig.from_flat(
                 data=f"dreambooth:{dataset}",
                 subject=name,
                 class_name="toy",

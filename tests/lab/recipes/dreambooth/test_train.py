@@ -46,7 +46,7 @@ def settings(subject, pipeline_folder, tmp_path):
         values = {**base, **changes}
         if not values.get("method", "snella").startswith("snell"):
             values["scaling"] = None
-        return DreamBoothConfig(**values)
+        return DreamBoothConfig.from_flat(**values)
 
     return make
 
@@ -162,7 +162,7 @@ def test_interrupted_run_resumes_bit_identically(settings, finished_run, tmp_pat
     out = str(tmp_path / "cut")
     with interrupted_at(5), pytest.raises(TrainingInterrupted, match=r"checkpoint-5; resume with: snella dreambooth"):
         personalize(settings(out=out))
-    run = personalize(DreamBoothConfig(out=out, resume=True))
+    run = personalize(DreamBoothConfig.from_flat(out=out, resume=True))
     uninterrupted, resumed = (
         load_file(folder / "adapter_model.safetensors") for folder in (finished_run / "adapter", run.adapter)
     )
@@ -206,7 +206,7 @@ def test_resumed_run_requires_the_original_images(settings, subject, tmp_path):
         personalize(settings(data=f"folder:{copy}"))
     (copy / "00.png").unlink()
     with pytest.raises(ValueError, match=r"the 4 images that .*, got 3 images in .*copy with different content"):
-        personalize(DreamBoothConfig(out=str(tmp_path / "run"), resume=True))
+        personalize(DreamBoothConfig.from_flat(out=str(tmp_path / "run"), resume=True))
 
 
 def test_finished_run_is_not_modified(finished_run, capsys):
@@ -226,7 +226,7 @@ def test_eight_bit_adam_resumes_bit_identically(settings, tmp_path, no_report):
     assert metrics_of(uninterrupted.path)["optimizer"] == "8-bit AdamW of bitsandbytes"
     with interrupted_at(1), pytest.raises(TrainingInterrupted, match="checkpoint-1"):
         personalize(settings(**changes, out=str(tmp_path / "cut")))
-    run = personalize(DreamBoothConfig(out=str(tmp_path / "cut"), resume=True))
+    run = personalize(DreamBoothConfig.from_flat(out=str(tmp_path / "cut"), resume=True))
     first, second = (load_file(each.adapter / "trainable.safetensors") for each in (uninterrupted, run))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert math.isfinite(metrics_of(run.path)["fixed_loss"]["after"])

@@ -112,7 +112,7 @@ def test_template_ignores_braces_in_instruction_and_input(tmp_path):
 )
 def test_setting_errors_contain_the_values(changes, message):
     with pytest.raises(ValueError, match=message):
-        LanguageConfig(**{"data": "d.json", "model": "m", "out": "o", **changes})
+        LanguageConfig.from_flat(**{"data": "d.json", "model": "m", "out": "o", **changes})
 
 
 def test_missing_model_is_reported(tmp_path, monkeypatch):
@@ -127,5 +127,9 @@ def test_missing_model_is_reported(tmp_path, monkeypatch):
 
 def test_table_xviii_experiment_has_valid_settings():
     path = Path(__file__).parents[4] / "experiments" / "language" / "table18.yaml"
-    settings = LanguageConfig(**yaml.safe_load(path.read_text()), out="runs/llama").resolved()
-    assert (settings.epochs, settings.batch_size * settings.accumulation, settings.max_length) == (3, 16, 256)
+    settings = LanguageConfig.from_flat(**yaml.safe_load(path.read_text()), out="runs/llama").resolved()
+    assert (settings.epochs, settings.optim.batch_size * settings.optim.accumulation, settings.max_length) == (
+        3,
+        16,
+        256,
+    )

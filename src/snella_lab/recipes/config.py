@@ -1,0 +1,41 @@
+"""Parts of the recipes' configurations."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from snella_app.config import BaseMethodConfig, BaseOptimConfig
+from snella_app.methods.defaults import RECIPE_METHOD
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeMethodConfig(BaseMethodConfig):
+    """Fine-tuning method and its options.
+
+    Args:
+        name: snella, snell, lora, dora or full; lora-8 sets the rank.
+    """
+
+    name: str = RECIPE_METHOD
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeOptimConfig(BaseOptimConfig):
+    """Batches, optimizer and precision.
+
+    Args:
+        batch_size: Samples per forward pass (micro-batch size).
+        accumulation: Gradient accumulation steps.
+        optimizer: adamw, adamw8bit (requires bitsandbytes), or auto for 8-bit AdamW if bitsandbytes works, else AdamW.
+        gradient_checkpointing: Recompute each block's activations instead of storing them.
+        precision: fp32, or bf16 for autocast.
+    """
+
+    batch_size: int = 1
+    accumulation: int = 4
+    optimizer: Literal["auto", "adamw", "adamw8bit"] = "auto"
+    gradient_checkpointing: bool = False
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+    def errors(self) -> list[str]:
+        """Check the ranges."""
+        return [*self.minimum_errors({"batch_size": 1, "accumulation": 1}), *super().errors()]
