@@ -8,6 +8,7 @@ from pathlib import Path
 
 import common
 import numpy as np
+import yaml
 
 from snella_app.cli.main import main as snella
 from snella_app.runs.predict import load
@@ -44,6 +45,7 @@ def fit(job: common.Job) -> common.Fitted:
     if status := snella(words):
         raise SystemExit(f"snella {' '.join(words)} exited with status {status}")
     model = load(out)
+    epochs = yaml.safe_load((out / "config.yaml").read_text())["epochs"]
 
     def predict(paths: list[Path]) -> np.ndarray:
         with place:  # deletes the run afterwards
@@ -51,7 +53,7 @@ def fit(job: common.Job) -> common.Fitted:
         return np.array([[row[name] for name in job.classes] for row in rows])
 
     stored = sum(file.stat().st_size for file in (out / "adapter").rglob("*") if file.is_file())
-    return common.Fitted(predict, stored, {})
+    return common.Fitted(predict, stored, {"epochs": epochs})
 
 
 if __name__ == "__main__":
