@@ -8,11 +8,10 @@ from typing import Any
 from rich.console import Console
 
 from snella_app.config import TrainConfig
-from snella_app.data.protocol import get_protocol
 from snella_app.training.build import RunComponents, assemble
 from snella_app.training.distributed import from_main
 from snella_app.training.linear_probe import choose_augmentation, choose_final_head, choose_head_start
-from snella_app.training.sizing import fit_batch_size, fit_epochs, fit_image_size
+from snella_app.training.sizing import can_skip_training, fit_batch_size, fit_epochs, fit_image_size
 
 
 def plan_training(
@@ -38,7 +37,8 @@ def plan_training(
     def at_size(size: int | None) -> RunComponents:
         return assemble(dataclasses.replace(requested, img_size=size), loaded.splits, loaded.task, data=data)
 
-    size = from_main(lambda: fit_image_size(loaded, requested, at_size, console)).img_size
+    sized = _with_heads(loaded, requested)
+    size = from_main(lambda: fit_image_size(loaded, sized, at_size, console)).img_size
     if size != config.img_size:
         parts, config = at_size(size), dataclasses.replace(config, img_size=size)
     config = from_main(lambda: fit_batch_size(parts, config, console))
@@ -56,12 +56,16 @@ def choose_heads(parts: RunComponents, config: TrainConfig) -> TrainConfig:
     Raises:
         ValueError: If `epochs` is 0 without a probe-initialized head or without selection on validation images.
     """
-    config = dataclasses.replace(config, final_head=choose_final_head(parts, config))
-    config = choose_augmentation(parts, config if config.init_from else choose_head_start(parts, config))
-    uses_val = get_protocol(config.protocol).selected_on == "val"
-    if config.epochs == 0 and not (uses_val and config.head_init == "probe"):
+    config = choose_augmentation(parts, _with_heads(parts, config))
+    if config.epochs == 0 and not can_skip_training(config):
         raise ValueError(
             f"epochs must be at least 1, got 0 with head_init={config.head_init!r} and protocol={config.protocol!r}; "
             "0 epochs require head_init='probe' and a protocol that selects on validation images"
         )
     return config
+
+
+def _with_heads(parts: RunComponents, config: TrainConfig) -> TrainConfig:
+    """Choose the final head and the initialization of the trained head, which do not depend on the image size."""
+    config = dataclasses.replace(config, final_head=choose_final_head(parts, config))
+    return config if config.init_from else choose_head_start(parts, config)
