@@ -138,14 +138,14 @@ def fit_image_size(
     chosen = sizes[max(fits, 0)]
     if chosen == default:
         return config
-    default_s = seconds.get(default, seconds[max(seconds)] * (default / max(seconds)) ** 2)
+    default_s = seconds_text(seconds.get(default, seconds[max(seconds)] * (default / max(seconds)) ** 2))
     fit = f"{'fits' if only_head else 'fit'} into {config.time_budget}"
     if fits < 0:
         fit = f"{'exceeds' if only_head else 'exceed'} {config.time_budget} even at the smallest size"
     print_line(
         console,
         f"image size {chosen} px: {work} {fit}; {'it' if only_head else 'one epoch'} takes about "
-        f"{seconds_text(seconds[chosen])}, at {default} px, the backbone's default size, about {seconds_text(default_s)}"
+        f"{seconds_text(seconds[chosen])}, at {default} px, the backbone's default size, about {default_s}"
         f"{'' if default in seconds else ' (estimated from the number of pixels)'}; use --img-size to set the size",
     )
     return dataclasses.replace(config, img_size=chosen)
