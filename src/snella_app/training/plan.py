@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 
 from snella_app.config import TrainConfig
+from snella_app.console import print_line
+from snella_app.methods import find_method
 from snella_app.training.build import RunComponents, assemble
 from snella_app.training.distributed import from_main
 from snella_app.training.linear_probe import choose_augmentation, choose_final_head, choose_head_start
@@ -43,7 +45,20 @@ def plan_training(
         parts, config = at_size(size), dataclasses.replace(config, img_size=size)
     config = from_main(lambda: fit_batch_size(parts, config, console))
     config = choose_heads(parts, config.with_batch_size_for(len(parts.splits.train)))
+    if _needs_no_epochs(config):
+        if config.epochs:
+            print_line(
+                console,
+                f"no epochs: {config.method} does not train the backbone, so the final head on its features is the same "
+                "after any number of epochs; use --final-head trained to train the head",
+            )
+        return parts, dataclasses.replace(config, epochs=0)
     return parts, from_main(lambda: fit_epochs(parts, config, console, begun))
+
+
+def _needs_no_epochs(config: TrainConfig) -> bool:
+    """Return whether training cannot change the final head, which is fitted to features of a frozen backbone."""
+    return find_method(config.method).is_head_only and config.final_head == "layers" and can_skip_training(config)
 
 
 def choose_heads(parts: RunComponents, config: TrainConfig) -> TrainConfig:
