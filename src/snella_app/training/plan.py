@@ -49,8 +49,8 @@ def plan_training(
         if config.epochs:
             print_line(
                 console,
-                f"no epochs: {config.method} does not train the backbone, so the final head on its features is the same "
-                "after any number of epochs; use --final-head trained to train the head",
+                f"no epochs: {config.method} does not train the backbone, so epochs would not change the final head; "
+                "use --final-head trained to train the head",
             )
         return parts, dataclasses.replace(config, epochs=0)
     return parts, from_main(lambda: fit_epochs(parts, config, console, begun))
