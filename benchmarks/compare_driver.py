@@ -3,7 +3,7 @@
     python benchmarks/compare_driver.py --out benchmarks/compare_driver.jsonl
 
 A simulated worker writes the row of its cell at once. The driver plans, starts and records every cell, then writes the
-tables and the report. Each size runs in a process of its own: ten methods, ten cells per method and task (five learning
+tables and the report. Each size runs in a separate process: ten methods, ten cells per method and task (five learning
 rates, two weight decays, three seeds), so 10,000 cells have 100 tasks. `resume` is a second call that trains nothing.
 Times are CPU time without the simulated workers. Memory is the growth of the peak after a warm-up of 100 cells.
 """
@@ -39,7 +39,7 @@ SLOTS = 16
 
 
 class Instant:
-    """Executor whose cells end at once.
+    """Executor that writes rows instead of training.
 
     Attributes:
         worker_s: Time of the simulated workers.
@@ -74,7 +74,7 @@ class Instant:
         return {**header, **candidate, **run, "search": cell.search, "train_config": config}
 
     def stop(self, cell: Cell) -> None:
-        """Stop nothing."""
+        """No-op."""
 
     def wait(self, timeout_s: float) -> list[Finished]:
         """Return the ended cells."""
@@ -82,7 +82,7 @@ class Instant:
         return ended
 
     def close(self) -> None:
-        """Stop nothing."""
+        """No-op."""
 
 
 def _store(root: Path, folder: Path, row: CellRow) -> None:

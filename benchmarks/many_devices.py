@@ -557,7 +557,7 @@ RUNNERS = {"torchrun": run_torchrun, "accelerate": run_accelerate, "Trainer": ru
 
 
 def digest(cell: Cell, state: dict[str, Tensor]) -> str:
-    """Return a hash of budgets and sparse updates, which depend on the thresholds, in this process's view of the state."""
+    """Return a hash of budgets and sparse updates, which depend on the thresholds, as this process sees them."""
     from snella.matrices import adapted_matrices
 
     plain = make_model(cell.has_allocator)

@@ -20,6 +20,7 @@ from folders import DEVELOPMENT, HELD_OUT
 PRODUCTS: dict[str, tuple[str, str, str]] = {
     "snella": ("main", "snella_train.py", "default"),
     "snella-fixed-epochs": ("main", "snella_train.py", "fixed-epochs"),
+    "snella-own-size": ("main", "snella_train.py", "own-size"),
     "snella-lora-8": ("main", "snella_train.py", "lora-8"),
     "snella-dora-8": ("main", "snella_train.py", "dora-8"),
     "snella-full": ("main", "snella_train.py", "full"),

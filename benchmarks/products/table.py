@@ -1,6 +1,6 @@
 """Table and figure of the rows: mean rank and mean difference from `snella train` over folders.
 
-python benchmarks/products/table.py rows.jsonl [--picture accuracy.png]
+python benchmarks/products/table.py rows.jsonl [--products snella fastai ...] [--picture accuracy.svg]
 """
 
 import argparse
@@ -23,9 +23,11 @@ Means = dict[str, dict[str, float]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path)
+    parser.add_argument("--products", nargs="+", help="default: all")
     parser.add_argument("--picture", type=Path)
     args = parser.parse_args()
     rows = [json.loads(line) for line in args.rows.read_text().splitlines() if line.strip()]
+    rows = [row for row in rows if args.products is None or row["product"] in args.products]
     for minutes in sorted({row["minutes"] for row in rows}):
         print(f"\n{minutes:g} minutes\n\n{markdown([row for row in rows if row['minutes'] == minutes])}")
     if args.picture:
@@ -90,22 +92,40 @@ def markdown(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def curves(rows: list[dict]) -> tuple[dict[str, list[tuple[float, float]]], list[str]]:
+    """Return the points of each product, mean minutes used and mean accuracy in percent, and the folders averaged.
+
+    All points average the same folders: those with rows for every product and every budget the product has.
+    """
+    folders: dict[tuple[str, float], set[str]] = defaultdict(set)
+    for row in rows:
+        folders[row["product"], row["minutes"]].add(row["folder"])
+    common = sorted(set.intersection(*folders.values()))
+    if not common:
+        raise SystemExit("no folder has rows for all products and budgets; select some with --products")
+    points: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for name, minutes in sorted(folders):
+        same = [r for r in rows if (r["product"], r["minutes"]) == (name, minutes) and r["folder"] in common]
+        seconds, accuracy = (np.mean(list(means(same, score)[name].values())) for score in ("seconds", "accuracy"))
+        points[name].append((float(seconds) / 60, 100 * float(accuracy)))
+    return points, common
+
+
 def draw(rows: list[dict], file: Path) -> None:
     """Plot mean accuracy over run time in minutes, one line per product, on a logarithmic axis."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    points, folders = curves(rows)
+    figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
-    for name in dict.fromkeys(row["product"] for row in rows):
-        points = []
-        for minutes in sorted({row["minutes"] for row in rows if row["product"] == name}):
-            same = [row for row in rows if row["minutes"] == minutes]
-            accuracy, seconds = means(same)[name].values(), means(same, "seconds")[name].values()
-            if accuracy:
-                points.append((np.mean(list(seconds)) / 60, 100 * np.mean(list(accuracy))))
-        if points:
-            axes.plot(*zip(*points, strict=True), marker="o", label=name, linewidth=2.5 if name == REFERENCE else 1.2)
-    axes.set(xscale="log", xlabel="minutes", ylabel="test accuracy (%)")
+    for name in sorted(points, key=lambda name: name != REFERENCE):
+        axes.plot(*zip(*points[name], strict=True), marker="o", label=name, linewidth=2.5 if name == REFERENCE else 1.2)
+    axes.set(xscale="log", xlabel="minutes used (two CPU threads)", ylabel="test accuracy (%)")
+    axes.set_title(f"Mean over {len(folders)} folders: {', '.join(folders)}", fontsize="small")
+    axes.xaxis.set_major_locator(FixedLocator([0.5, 1, 2, 3, 5, 10]))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.legend(fontsize="small")
     axes.grid(alpha=0.3)
     figure.savefig(file, dpi=150)

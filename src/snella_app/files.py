@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -78,23 +79,16 @@ def write_bytes(path: Path, content: bytes) -> None:
     Raises:
         OSError: If the disk is full or not writable; the old file is unchanged.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # processes may write the same file
     with naming_file(path):
         try:
-            if temporary.is_symlink():
-                temporary.unlink()
-            with open(temporary, "wb", opener=_open_no_link) as file:
+            with open(temporary, "xb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
-
-
-def _open_no_link(path: str, flags: int) -> int:
-    """Open a file without following symbolic links."""
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def write_json(path: Path, value: Any) -> None:

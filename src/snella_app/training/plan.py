@@ -7,12 +7,13 @@ import dataclasses
 from rich.console import Console
 
 from snella_app.config import TrainConfig
-from snella_app.data.protocol import get_protocol
+from snella_app.console import print_line
 from snella_app.device import choose_device
+from snella_app.methods import find_method
 from snella_app.training.build import LoadedData, RunComponents, build
 from snella_app.training.distributed import from_main
 from snella_app.training.linear_probe import choose_augmentation, choose_final_head, choose_head_start
-from snella_app.training.sizing import fit_batch_size, fit_epochs, fit_image_size
+from snella_app.training.sizing import can_skip_training, fit_batch_size, fit_epochs, fit_image_size
 
 
 def resolve(
@@ -38,13 +39,28 @@ def resolve(
         model = dataclasses.replace(requested.model, img_size=size)
         return build(model, requested.method, data, choose_device(requested.run.device))
 
-    size = from_main(lambda: fit_image_size(loaded, requested, at_size, console))
+    sized = _with_heads(loaded, requested)
+    size = from_main(lambda: fit_image_size(loaded, sized, at_size, console))
     if size != config.model.img_size:
         parts, config = at_size(size), config.replace(img_size=size)
     batch_size = from_main(lambda: fit_batch_size(parts, config.optim, console))
-    config = choose_heads(parts, config.replace(batch_size=batch_size))
-    epochs = from_main(lambda: fit_epochs(parts, config, console, data.started_at))
-    return config.replace(epochs=epochs), parts
+    plan = choose_heads(parts, config.replace(batch_size=batch_size))
+    if _needs_no_epochs(plan):
+        if plan.optim.epochs:
+            print_line(
+                console,
+                f"no epochs: {plan.method.name} does not train the backbone, so epochs would not change the final "
+                "head; use --final-head trained to train the head",
+            )
+        return plan.replace(epochs=0), parts
+    epochs = from_main(lambda: fit_epochs(parts, plan, console, data.started_at))
+    return plan.replace(epochs=epochs), parts
+
+
+def _needs_no_epochs(plan: TrainConfig) -> bool:
+    """Return whether training cannot change the final head, which is fitted to features of a frozen backbone."""
+    has_final_head = plan.optim.final_head == "layers" and can_skip_training(plan.optim, plan.data.protocol)
+    return find_method(plan.method.name).is_head_only and has_final_head
 
 
 def choose_heads(parts: RunComponents, config: TrainConfig) -> TrainConfig:
@@ -57,16 +73,22 @@ def choose_heads(parts: RunComponents, config: TrainConfig) -> TrainConfig:
     Raises:
         ValueError: If `epochs` is 0 without a probe-initialized head or without selection on validation images.
     """
-    data, optim = config.data, config.optim.with_batch_size_for(len(parts.splits.train))
-    final_head = choose_final_head(parts, optim.final_head, data.protocol, is_sharded=config.run.shard)
-    optim = dataclasses.replace(optim, final_head=final_head)
-    if config.model.init_from is None:
-        optim = choose_head_start(parts, optim, data.protocol)
-    data = choose_augmentation(parts, data, optim)
-    uses_val = get_protocol(data.protocol).selected_on == "val"
-    if optim.epochs == 0 and not (uses_val and optim.head_init == "probe"):
+    optim = config.optim.with_batch_size_for(len(parts.splits.train))
+    config = _with_heads(parts, dataclasses.replace(config, optim=optim))
+    data, optim = choose_augmentation(parts, config.data, config.optim), config.optim
+    if optim.epochs == 0 and not can_skip_training(optim, data.protocol):
         raise ValueError(
             f"epochs must be at least 1, got 0 with head_init={optim.head_init!r} and protocol={data.protocol!r}; "
             "0 epochs require head_init='probe' and a protocol that selects on validation images"
         )
-    return dataclasses.replace(config, data=data, optim=optim)
+    return dataclasses.replace(config, data=data)
+
+
+def _with_heads(parts: RunComponents, config: TrainConfig) -> TrainConfig:
+    """Choose the final head and the initialization of the trained head, which do not depend on the image size."""
+    optim, protocol = config.optim, config.data.protocol
+    final_head = choose_final_head(parts, optim.final_head, protocol, is_sharded=config.run.shard)
+    optim = dataclasses.replace(optim, final_head=final_head)
+    if config.model.init_from is None:
+        optim = choose_head_start(parts, optim, protocol)
+    return dataclasses.replace(config, optim=optim)

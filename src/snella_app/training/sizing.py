@@ -43,6 +43,8 @@ _MEASURED_SHARE = 0.02
 """Fraction of the time budget for timing, which is exceeded only for the minimum number of steps."""
 _SIZE_RATIO = 1.15
 """The size search ends if the smallest too large size is at most this factor above the largest that fits."""
+_SMALL_SIDE, _MEASURED_SIDES = 112, 16
+"""Image size that is tried for images of any size, and the number of images whose size is read."""
 _SIZE_ERRORS = (ValueError, TypeError, RuntimeError, AssertionError, IndexError)
 """Errors of models that do not support an image size."""
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -82,17 +84,21 @@ def fit_batch_size(parts: RunComponents, optim: OptimConfig, console: Console) -
 def fit_image_size(
     parts: RunComponents, config: TrainConfig, at_size: Callable[[int], RunComponents], console: Console
 ) -> int | None:
-    """Return the image size, reduced if `epochs` do not fit into `time_budget` at the backbone's default size.
+    """Return the image size, reduced if the required work does not fit into `time_budget` at the backbone's default size.
+
+    The required work is `epochs` epochs. If the run may have no epochs and fits a final head on several layers, it is
+    only this head on the features of all images, since more pixels raise the accuracy more than epochs at a smaller
+    size. Sizes above 112 pixels and above the median shorter side of the images are then excluded.
 
     Candidates are multiples of the model's patch size or reduction, from 48 pixels. The result is the largest candidate
-    at which the epochs fit according to measured steps, to within 15 %, or the smallest candidate if they fit at none.
+    at which the work fits according to measured steps, to within 15 %, or the smallest candidate if it fits at none.
     The search starts at the smallest candidate, since a step at the default size may exceed the budget. Each next
-    candidate is the largest at which the epochs fit if time is proportional to the number of pixels. A given
+    candidate is the largest at which the work fits if time is proportional to the number of pixels. A given
     `img_size` is unchanged, and models that do not support other sizes keep their default.
 
     Args:
         parts: Data and model at the backbone's default size.
-        config: Resolved settings.
+        config: Settings with the start of the head and the final head chosen.
         at_size: Function that builds data and model for another image size.
         console: Output console for the choice.
     """
@@ -106,9 +112,14 @@ def fit_image_size(
         print_line(console, f"image size stays {default} px: {reason}")
     if reason is not None or len(sizes) == 1:
         return requested
-    epochs = counted(config.optim.epochs, "epoch")
-    print_line(console, f"measuring step times to fit {epochs} into {time_budget}")
-    allowed = _TIME_SHARE * budget_seconds(time_budget) / config.optim.epochs
+    optim = config.optim
+    only_head = can_skip_training(optim, config.data.protocol) and optim.final_head == "layers"
+    if only_head:
+        most = max(_SMALL_SIDE, _median_side(parts.splits.train))
+        sizes = [size for size in sizes if size - step < most] or sizes[:1]
+    work = "the final head" if only_head else counted(optim.epochs, "epoch")
+    print_line(console, f"measuring step times to fit {work} into {time_budget}")
+    allowed = _TIME_SHARE * budget_seconds(time_budget) / (1 if only_head else optim.epochs)
     seconds: dict[int, float] = {}
     fits, too_large, index = -1, len(sizes), 0
     while fits + 1 < too_large and not (
@@ -116,12 +127,13 @@ def fit_image_size(
     ):
         size = sizes[index]
         try:
-            seconds[size] = _measure_times(parts if size == default else at_size(size), config).epoch_s
+            times = _measure_times(parts if size == default else at_size(size), config, with_training=not only_head)
         except _SIZE_ERRORS as error:
             text = str(error).strip().partition("\n")[0]
             name = config.model.backbone
             print_line(console, f"image size stays {default} px: {name} does not support {size} px ({text})")
             return requested
+        seconds[size] = times.final_s if only_head else times.epoch_s
         fits, too_large = (index, too_large) if seconds[size] <= allowed else (fits, index)
         largest = size * math.sqrt(allowed / seconds[size])
         index = max(bisect.bisect_right(sizes, largest) - 1, fits + 1)
@@ -130,15 +142,23 @@ def fit_image_size(
     chosen = sizes[max(fits, 0)]
     if chosen == default:
         return requested
-    default_s = seconds.get(default, seconds[max(seconds)] * (default / max(seconds)) ** 2)
-    fit = f"fit into {time_budget}" if fits >= 0 else f"exceed {time_budget} even at the smallest size"
+    default_s = seconds_text(seconds.get(default, seconds[max(seconds)] * (default / max(seconds)) ** 2))
+    fit = f"{'fits' if only_head else 'fit'} into {time_budget}"
+    if fits < 0:
+        fit = f"{'exceeds' if only_head else 'exceed'} {time_budget} even at the smallest size"
     print_line(
         console,
-        f"image size {chosen} px: {epochs} {fit}; one epoch takes about {seconds_text(seconds[chosen])}, at "
-        f"{default} px, the backbone's default size, about {seconds_text(default_s)}"
+        f"image size {chosen} px: {work} {fit}; {'it' if only_head else 'one epoch'} takes about "
+        f"{seconds_text(seconds[chosen])}, at {default} px, the backbone's default size, about {default_s}"
         f"{'' if default in seconds else ' (estimated from the number of pixels)'}; use --img-size to set the size",
     )
     return chosen
+
+
+def _median_side(images: ImageDataset) -> float:
+    """Return the median shorter side of some images, in pixels."""
+    indices = range(0, len(images), max(1, len(images) // _MEASURED_SIDES))
+    return statistics.median(min(images.image(index).size) for index in indices)
 
 
 def _reason_to_keep_size(config: TrainConfig) -> str | None:
@@ -171,8 +191,7 @@ def fit_epochs(parts: RunComponents, config: TrainConfig, console: Console, begu
     spent_s = time.monotonic() - begun
     budget_s = budget_seconds(time_budget)
     left_s = _TIME_SHARE * budget_s - spent_s - times.final_s
-    uses_val = get_protocol(config.data.protocol).selected_on == "val"
-    fewest = 0 if config.optim.head_init == "probe" and uses_val else 1
+    fewest = 0 if can_skip_training(config.optim, config.data.protocol) else 1
     epochs = max(fewest, min(_MOST_EPOCHS, int(left_s / times.epoch_s)))
     text = f"{counted(epochs, 'epoch')} in {time_budget}: one epoch takes about {seconds_text(times.epoch_s)}"
     if not epochs:
@@ -185,6 +204,16 @@ def fit_epochs(parts: RunComponents, config: TrainConfig, console: Console, begu
     return epochs
 
 
+def can_skip_training(optim: OptimConfig, protocol: str) -> bool:
+    """Return whether a run may have no epochs: its head starts as a linear probe and is evaluated on validation images.
+
+    Args:
+        optim: Settings with the start of the head chosen.
+        protocol: `DataConfig.protocol`.
+    """
+    return optim.head_init == "probe" and get_protocol(protocol).selected_on == "val"
+
+
 @dataclass(frozen=True)
 class _Times:
     """Time of one epoch with evaluation, and of the final evaluation on all splits, in seconds."""
@@ -193,12 +222,12 @@ class _Times:
     final_s: float
 
 
-def _measure_times(parts: RunComponents, config: TrainConfig) -> _Times:
-    """Estimate times from a few training and evaluation steps."""
+def _measure_times(parts: RunComponents, config: TrainConfig, with_training: bool = True) -> _Times:
+    """Estimate times from a few training and evaluation steps; the time of an epoch is 0 without training steps."""
     data, batch_size = config.data, fit_batch_size(parts, config.optim, Console(file=io.StringIO()))
     optim = dataclasses.replace(config.optim, batch_size=batch_size)
     per_batch = max(optim.effective_batch_size // process_count(), 1)
-    train_s = _step_seconds(parts, optim, parts.splits.train, per_batch, _trial_step)
+    train_s = _step_seconds(parts, optim, parts.splits.train, per_batch, _trial_step) if with_training else 0.0
     steps = optim.steps_per_epoch(len(parts.splits.train)) * optim.accumulate
     selection = get_protocol(data.protocol).selection_part(parts.splits)
     measured = [part for name, part in parts_of(parts.splits).items() if name != "train"]
@@ -206,7 +235,8 @@ def _measure_times(parts: RunComponents, config: TrainConfig) -> _Times:
         return _Times(steps * train_s, 0.0)
     # the first pass reads from disk; later passes may read from memory
     first_read_s = _step_seconds(parts, optim, measured[-1], per_batch, _only_read)
-    evaluation_s = data.views * _step_seconds(parts, optim, measured[-1], per_batch, _trial_evaluation)
+    views = 2 if data.tta == "auto" else data.views
+    evaluation_s = views * _step_seconds(parts, optim, measured[-1], per_batch, _trial_evaluation)
 
     def batches_of(part: ImageDataset) -> int:
         return -(-len(part) // optim.effective_batch_size)
@@ -214,11 +244,16 @@ def _measure_times(parts: RunComponents, config: TrainConfig) -> _Times:
     def seconds_of(part: ImageDataset) -> float:
         return batches_of(part) * evaluation_s
 
-    epoch_s = steps * train_s + (0.0 if selection is None else seconds_of(selection))
+    selection_s = 0.0 if selection is None else seconds_of(selection)
+    epoch_s = steps * train_s + selection_s
     final_s = sum(batches_of(part) * first_read_s + seconds_of(part) for part in measured)
+    if can_skip_training(optim, data.protocol):
+        final_s += selection_s  # the start
     if optim.final_head == "layers":
         rows = len(probe_rows(parts))
-        final_s += -(-rows // optim.effective_batch_size) * evaluation_s + layer_fit_seconds(parts, data.views * rows)
+        fitted = -(-rows // optim.effective_batch_size) * evaluation_s
+        fitted += 0.0 if parts.splits.val is None else seconds_of(parts.splits.val)
+        final_s += fitted + layer_fit_seconds(parts, views * rows)
     return _Times(epoch_s, final_s)
 
 

@@ -241,6 +241,11 @@ def compare(
     if workers < 0 or (threads is not None and threads < 1):
         raise ValueError(f"workers must be at least 0 and threads at least 1, got {workers} and {threads}")
     _check_options(workers, ray, gpus, run_limit, part, emit, draw_only)
+    if part is not None and (experiment is not None or retry_failed):
+        raise ValueError(
+            f"part trains the experiment stored in out={str(out)!r}, and excludes an experiment and retry_failed; "
+            "start the comparison with emit, then train its parts"
+        )
     requested, experiment = experiment, _resolve_experiment(experiment, root)
     if not draw_only and part is None:
         check_parts(experiment, console, checks_device=emit is None)
@@ -575,11 +580,12 @@ def _train_all(
                     if claimed:
                         progress.waiting(claimed)
                 ended = executor.wait(_POLL_S)
-                for finished in [*ended, *limit.stop_overdue(running.values(), ended)]:
+                overdue = limit.stop_overdue(running.values(), ended)
+                for finished in [*ended, *overdue]:
                     running.pop(finished.cell.name)
                     row = finished.outcome.row if finished.outcome else None
                     if finished.outcome is None:
-                        is_stopped = limit.has_stopped(finished.cell)
+                        is_stopped = any(finished is item for item in overdue)
                         row = record_crash(root, plan.experiment, finished.cell, finished.error, is_stopped)
                     if row is None:
                         progress.claimed_elsewhere(finished.cell)
@@ -596,7 +602,7 @@ def _train_all(
 
 
 class _RunLimit:
-    """Time limit of each run, from the moment when its worker has locked the cell.
+    """Time limit of each run, counted from when its worker locks the cell.
 
     Args:
         root: Folder of the comparison.
@@ -607,11 +613,6 @@ class _RunLimit:
     def __init__(self, root: Path, executor: Executor, limit_s: float) -> None:
         self._root, self._executor, self._limit_s = root, executor, limit_s
         self._started: dict[str, float] = {}
-        self._stopped: set[str] = set()
-
-    def has_stopped(self, cell: Cell) -> bool:
-        """Return True if the run exceeded the limit."""
-        return cell.name in self._stopped
 
     def stop_overdue(self, running: Iterable[Cell], ended: Iterable[Finished]) -> list[Finished]:
         """Stop the runs above the limit that have not ended, and return them with an error."""
@@ -619,6 +620,8 @@ class _RunLimit:
             return []
         overdue, now = [], time.monotonic()
         names = {finished.cell.name for finished in ended}
+        for name in names:
+            self._started.pop(name, None)  # a later attempt has the full time
         for cell in running:
             if cell.name in names:
                 continue
@@ -626,7 +629,7 @@ class _RunLimit:
                 self._started[cell.name] = now
             if now - self._started.get(cell.name, now) > self._limit_s:
                 self._executor.stop(cell)
-                self._stopped.add(cell.name)
+                del self._started[cell.name]
                 error = f"no result within {self._limit_s / 60:g} minutes (run_limit); the run was stopped"
                 overdue.append(Finished(cell, None, error))
         return overdue

@@ -344,7 +344,7 @@ def _gpu_share(gpus: float, slots: int | None, experiment: Experiment) -> float:
     """Return the GPUs per cell: an equal share for each slot, at most one; 0 on the CPU."""
     if not gpus or not str(experiment.settings.get("device", "auto")).startswith(("auto", "cuda")):
         return 0.0
-    share = 1.0 if slots is None else min(1.0, gpus / slots)
+    share = 1.0 if slots is None else 1 / max(1, math.ceil(slots / gpus))  # whole runs per GPU
     return math.floor(share * 10_000) / 10_000  # the precision of Ray
 
 

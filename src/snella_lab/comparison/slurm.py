@@ -36,10 +36,10 @@ exec {command} --draw-only
 
 _SUBMIT = """#!/bin/bash
 # Submits the array job, then the job that writes the report. Arguments go to sbatch, e.g. --partition=gpu
-# --gres=gpu:1 --time=04:00:00. Run this script again to train what is missing.
+# --gres=gpu:1 --time=04:00:00. Run this script again to train the remaining runs.
 set -euo pipefail
 job=$(sbatch --parsable "$@" {train})
-sbatch --dependency="afterany:${{job%%;*}}" {report}
+sbatch "$@" --dependency="afterany:${{job%%;*}}" {report}
 """
 
 
@@ -65,10 +65,10 @@ def write_slurm_scripts(
     """
     root = root.resolve()
     scripts = root / "slurm" if folder is None else Path(folder).resolve()
-    logs = scripts / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
     if any(character in str(scripts) for character in '"\\\n'):
         raise ValueError(f"emit_to must be a path without quotation marks, backslashes and newlines, got {scripts}")
+    (scripts / "logs").mkdir(parents=True, exist_ok=True)
+    logs = str(scripts / "logs").replace("%", "%%")
     count = min(len(units(experiment)), MAX_PARTS)
     threads = threads or 1
     options = f" --workers {workers} --threads {threads}"
@@ -78,8 +78,8 @@ def write_slurm_scripts(
         "count": count,
         "last": count - 1,
         "cpus": max(workers, 1) * threads,
-        "log": _quoted(str(logs).replace("%", "%%") + "/%a.txt"),
-        "report_log": _quoted(str(logs).replace("%", "%%") + "/report.txt"),
+        "log": f'"{logs}/%a.txt"',
+        "report_log": f'"{logs}/report.txt"',
         "out": " ".join(str(root).split()),
         "folder": shlex.quote(str(Path.cwd())),
         "command": f"{shlex.quote(sys.executable)} -m snella_app.cli.main compare --out {shlex.quote(str(root))}",
@@ -91,8 +91,3 @@ def write_slurm_scripts(
         write_text(scripts / name, text.format(**values))
         (scripts / name).chmod(0o755)
     return scripts / "submit.sh"
-
-
-def _quoted(path: str) -> str:
-    """Quote a path for an `#SBATCH` line."""
-    return path if " " not in path else f'"{path}"'

@@ -6,17 +6,19 @@ checked. A valid line takes precedence over the copy, and a damaged or missing r
 with all its columns.
 
 Locks are operating system locks (`filelock`) on files below `locks/`. They are released when the process exits, for
-any reason, and have no timeout. They work on one machine; use Ray to share a comparison between machines.
+any reason, and have no timeout. They work on one machine. On a
+cluster, Ray's driver or Slurm's parts assign the cells.
 """
 
+import io
 import json
 import os
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -107,7 +109,8 @@ def read_row(folder: Path) -> CellRow | None:
 
 def read_lines(path: Path) -> tuple[dict[str, CellRow], list[str]]:
     """Read the last row of each cell from a results file, and notes about invalid lines."""
-    lines, notes = _read_lines(path)
+    with _open(path) as file:
+        lines, notes = _read_lines(file, path)
     return {name: line.row for name, line in lines.items()}, notes
 
 
@@ -126,32 +129,37 @@ class _Line:
     row: CellRow
 
 
-def _read_lines(path: Path, is_brief: bool = False) -> tuple[dict[str, _Line], list[str]]:
+def _open(path: Path) -> BinaryIO:
+    """Open a results file for reading; a missing file is empty."""
+    return path.open("rb") if path.is_file() else io.BytesIO()
+
+
+def _read_lines(file: BinaryIO, path: Path, is_brief: bool = False) -> tuple[dict[str, _Line], list[str]]:
     """Read the last valid line of each cell, and notes about invalid lines.
 
+    Positions of lines are those in `file`, also if another process replaces `path` meanwhile.
+
     Args:
-        path: The results file.
+        file: The open results file.
+        path: Its path, for notes.
         is_brief: Leave out `train_config`, most of a row's memory.
     """
     lines: dict[str, _Line] = {}
     notes: list[str] = []
-    if not path.is_file():
-        return lines, notes
     pool: dict[str, Any] = {}
-    with path.open("rb") as file:
-        start = 0
-        for number, line in enumerate(file, start=1):
-            text = line.decode("utf-8", "replace").removesuffix("\n")
-            if text.strip():
-                columns = _parsed(text)
-                row, error = _checked(columns, pool)
-                if columns is None and not line.endswith(b"\n"):
-                    error = "is truncated"
-                if row is None:
-                    notes.append(f"{path}, line {number} {error} ({len(text)} characters) and was skipped")
-                else:
-                    lines[row.cell] = _Line(start, len(line), replace(row, train_config={}) if is_brief else row)
-            start += len(line)
+    start = 0
+    for number, line in enumerate(file, start=1):
+        text = line.decode("utf-8", "replace").removesuffix("\n")
+        if text.strip():
+            columns = _parsed(text)
+            row, error = _checked(columns, pool)
+            if columns is None and not line.endswith(b"\n"):
+                error = "is truncated"
+            if row is None:
+                notes.append(f"{path}, line {number} {error} ({len(text)} characters) and was skipped")
+            else:
+                lines[row.cell] = _Line(start, len(line), replace(row, train_config={}) if is_brief else row)
+        start += len(line)
     return lines, notes
 
 
@@ -168,11 +176,11 @@ def collect(root: Path) -> tuple[dict[str, CellRow], list[str]]:
         Rows by cell name, without `train_config`, and notes about repairs.
     """
     path = root / FILE
-    lines, notes = _read_lines(path, is_brief=True)
-    rows = {name: line.row for name, line in lines.items()}
-    restored: dict[str, dict[str, Any]] = {}
-    pool: dict[str, Any] = {}
-    with path.open("rb") if lines else nullcontext() as file:
+    with _open(path) as file:
+        lines, notes = _read_lines(file, path, is_brief=True)
+        rows = {name: line.row for name, line in lines.items()}
+        restored: dict[str, dict[str, Any]] = {}
+        pool: dict[str, Any] = {}
         for copy in _copies(root / "cells"):
             name = copy.parent.relative_to(root / "cells").as_posix()
             columns = _parsed(_text(copy))
@@ -190,14 +198,15 @@ def collect(root: Path) -> tuple[dict[str, CellRow], list[str]]:
                 notes.append(f"{copy} {error} and was skipped")
             elif row is not None and columns is not None:
                 rows[name], restored[name] = replace(row, train_config={}), columns
-    if notes and restored:
-        notes.append(f"{len(restored)} rows restored from cell folders")
-    if rows and (notes or restored or _line_count(path) != len(rows)):
-        with cell_lock(root / LOCKS, FILE) as is_acquired:
-            if is_acquired:  # else another process is writing it
-                with path.open("rb") if lines else nullcontext() as file:
-                    remaining = {name: _columns_of(file, line) for name, line in lines.items()}
-                _write(path, [*remaining.values(), *restored.values()])
+        if notes and restored:
+            notes.append(f"{len(restored)} rows restored from cell folders")
+        if rows and (notes or restored or _line_count(path) != len(rows)):
+            with cell_lock(root / LOCKS, FILE) as is_acquired:
+                if is_acquired:  # else another process is writing it
+                    with _open(path) as current:  # includes concurrent additions by other processes
+                        latest, _ = _read_lines(current, path, is_brief=True)
+                        remaining = [_columns_of(current, line) for line in latest.values()]
+                    _write(path, [*remaining, *(restored[name] for name in restored if name not in latest)])
     return rows, notes
 
 
@@ -237,7 +246,7 @@ def drop_failed(root: Path) -> list[str]:
         TimeoutError: If another process is writing the results file.
     """
     rows, _ = collect(root)
-    failed = [name for name, row in rows.items() if row.status == "failed"]
+    failed = {name for name, row in rows.items() if row.status == "failed"}
     if failed:
         with cell_lock(root / LOCKS, FILE, timeout_s=_WRITE_WAIT_S) as is_acquired:
             if not is_acquired:
@@ -247,11 +256,11 @@ def drop_failed(root: Path) -> list[str]:
                 )
             for name in failed:
                 (root / "cells" / name / CellRow.file).unlink(missing_ok=True)
-            lines, _ = _read_lines(root / FILE)  # includes concurrent additions by other processes
-            with (root / FILE).open("rb") as file:
+            with _open(root / FILE) as file:
+                lines, _ = _read_lines(file, root / FILE)  # includes concurrent additions by other processes
                 remaining = [_columns_of(file, line) for name, line in lines.items() if name not in failed]
             _write(root / FILE, remaining)
-    return failed
+    return sorted(failed)
 
 
 def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:

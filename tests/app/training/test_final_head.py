@@ -245,9 +245,17 @@ def test_without_validation_images_it_is_fitted_to_all(tmp_path):
     assert load_run(run).probe is not None
 
 
-def test_a_linear_probe_has_it_too(tmp_path):
-    run = train(config(tmp_path, method="linear", r=None, augment="none", tta=1), QUIET)
+def test_a_linear_probe_has_it_too_and_trains_no_epochs(tmp_path, console):
+    run = train(config(tmp_path, method="linear", r=None), console)
     assert load_run(run).probe is not None
+    assert run.read_config().optim.epochs == 0 and [row["epoch"] for row in run.read_json("metrics.json")["history"]] == [0]
+    assert "no epochs: linear does not train the backbone" in console.file.getvalue()
+
+
+@pytest.mark.parametrize("options", [{"final_head": "trained"}, {"head_init": "random"}, {"protocol": "final"}])
+def test_a_linear_probe_without_it_trains_its_epochs(options, tmp_path):
+    settings = config(tmp_path, method="linear", r=None, **{"val_size": None} | options)
+    assert train(settings, QUIET).read_config().optim.epochs == settings.optim.epochs > 0
 
 
 @pytest.mark.parametrize("task", ["regression", "multilabel", "ordinal"])

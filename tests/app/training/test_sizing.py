@@ -99,7 +99,7 @@ def test_the_run_is_that_of_the_numbers_that_were_chosen(settings, console, monk
     ],
 )
 def test_as_many_epochs_as_fit(budget, epochs, said, settings, console, monkeypatch):
-    config = settings(batch_size=1, accumulate=2, train_size=14, val_size=3, time_budget=budget).resolved()
+    config = settings(batch_size=1, accumulate=2, train_size=14, val_size=3, tta=1, time_budget=budget).resolved()
     parts = build_components(config)
     seconds = {sizing._trial_step: 0.5, sizing._trial_evaluation: 0.1, sizing._only_read: 0.0}
     monkeypatch.setattr(sizing, "_step_seconds", lambda parts, optim, dataset, batch, step: seconds[step])
@@ -193,6 +193,36 @@ def test_a_size_that_is_given_or_must_be_the_same_stays(changes, said, settings,
     size, text = chosen_size(settings, console, **{"time_budget": "30s", **changes})
     assert size == changes.get("img_size") and said in text and bool(said) == bool(text)
     assert timed_by_pixels.sides == []
+
+
+def test_the_final_head_needs_time_for_features_only(settings, console, monkeypatch):
+    sides = []
+
+    def step_seconds(parts, config, dataset, batch, step):
+        assert step is not sizing._trial_step
+        if step is sizing._only_read:
+            return 0.0
+        sides.append(parts.data_config["input_size"][-1])
+        return (sides[-1] / 160) ** 2
+
+    monkeypatch.setattr(sizing, "_step_seconds", step_seconds)
+    monkeypatch.setattr(sizing, "layer_fit_seconds", lambda *_: 0.0)
+    monkeypatch.setattr(sizing, "_SMALL_SIDE", 160)  # the images are smaller
+    options = {"time_budget": "40s", "final_head": "layers", "head_init": "probe", "tta": 1, "test_size": 4}
+    size, text = chosen_size(settings, console, **options)
+    # 16 training images, validation images three times (start, trained head, final head) and test images: 29 steps
+    assert size is None and sides == [48, 160]  # 29 seconds at 160 px
+    options["time_budget"] = "20s"
+    size, text = chosen_size(settings, console, **options)
+    assert size == 112  # 0.9 · 20 / (29 · 0.49) = 1.27, and 0.98 at 128 px
+    assert "image size 112 px: the final head fits into 20s; it takes about 14.2 s, at 160 px" in text.replace(
+        "\N{NO-BREAK SPACE}", " "
+    )
+    sides.clear()
+    options["time_budget"] = "1h"
+    for side, expected in ((100, 112), (20, 48)):
+        monkeypatch.setattr(sizing, "_SMALL_SIDE", side)
+        assert chosen_size(settings, console, **options)[0] == expected
 
 
 def test_a_backbone_that_cannot_be_built_for_another_size_keeps_its_own(settings, console, timed_by_pixels):

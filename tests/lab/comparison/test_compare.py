@@ -6,6 +6,7 @@ import re
 import shutil
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -15,8 +16,8 @@ from snella_app.runs.layer_probe import LAYER_PROBE
 from snella_app.training.session import TrainingInterrupted
 from snella_lab.comparison import CellsFailedError
 from snella_lab.comparison.cells import Cell
-from snella_lab.comparison.compare import compare
-from snella_lab.comparison.executors import Finished, InThisProcess
+from snella_lab.comparison.compare import _RunLimit, compare
+from snella_lab.comparison.executors import Finished, InThisProcess, _gpu_share
 from snella_lab.comparison.experiment_files import read_experiment
 from snella_lab.comparison.run_cell import Outcome, record_crash, run_cell
 from snella_lab.comparison.search import Candidate
@@ -422,13 +423,13 @@ def test_a_checkpoint_of_other_settings_is_not_continued(tiny, tmp_path, monkeyp
 
 
 class HangingExecutor:
-    """Executor whose first cell locks itself and never ends; the others end at once."""
+    """Executor whose first cell takes its lock and hangs; the others finish immediately."""
 
     slots = 2
 
     def __init__(self, root, make_row, experiment):
         self.root, self.make_row, self.experiment = root, make_row, experiment
-        self.stack, self.ended, self.hanging = contextlib.ExitStack(), [], None
+        self.stack, self.ended, self.hanging, self.stopped = contextlib.ExitStack(), [], None, []
 
     def start(self, cell):
         if self.hanging is None:
@@ -445,21 +446,48 @@ class HangingExecutor:
         return ended
 
     def stop(self, cell):
-        assert cell == self.hanging
+        self.stopped.append(cell)
 
     def close(self):
         self.stack.close()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "slots", "expected"),
+    [(1, None, 1.0), (1, 3, 0.3333), (2, 3, 0.5), (4, 2, 1.0), (8, 20, 0.3333), (0, 3, 0.0)],
+)
+def test_gpu_share_lets_a_whole_number_of_cells_run_on_each_gpu(gpus, slots, expected):
+    share = _gpu_share(gpus, slots, SimpleNamespace(settings={}))
+    assert share == expected
+    assert not share or slots is None or int(1 / share) * gpus >= slots
+
+
+def test_time_of_an_earlier_attempt_does_not_count(tiny, tmp_path, make_row, monkeypatch):
+    experiment = tiny(methods=["linear"], seeds=1)
+    executor = HangingExecutor(tmp_path, make_row, experiment)
+    limit = _RunLimit(tmp_path, executor, 10.0)
+    cell = Cell(experiment.data[0], experiment.methods[0], 0, Candidate(), True)
+    now = [100.0]
+    monkeypatch.setattr("snella_lab.comparison.compare.time.monotonic", lambda: now[0])
+    with cell_lock(tmp_path / "locks", cell.name):
+        assert not limit.stop_overdue([cell], [])
+        now[0] += 11.0
+        assert not limit.stop_overdue([cell], [Finished(cell, None, "claimed by another process")])
+        assert not limit.stop_overdue([cell], []) and not executor.stopped
+        now[0] += 11.0
+        (overdue,) = limit.stop_overdue([cell], [])
+    assert overdue.cell == cell and executor.stopped == [cell]
 
 
 def test_a_run_that_does_not_answer_is_stopped_at_its_limit_and_the_others_go_on(
     tiny, tmp_path, console, make_row, monkeypatch
 ):
     experiment = tiny(methods=["linear"], seeds=4, grid={"lr_factors": [1.0]}, forgetting=[])
-    monkeypatch.setattr(
-        "snella_lab.comparison.compare._executor", lambda root, *_: HangingExecutor(root, make_row, experiment)
-    )
+    executor = HangingExecutor(tmp_path / "c", make_row, experiment)
+    monkeypatch.setattr("snella_lab.comparison.compare._executor", lambda *_: executor)
     with pytest.raises(CellsFailedError, match=r"1 of 4 runs failed, e.g. digits/linear/seed-0: no result within"):
         compare(experiment, tmp_path / "c", run_limit=0.005, console=console)
+    assert executor.stopped == [executor.hanging]
     rows = rows_of(tmp_path / "c")
     assert [row["status"] for _, row in sorted(rows.items())] == ["failed", "success", "success", "success"]
     assert rows["digits/linear/seed-0"]["error"] == "no result within 0.005 minutes (run_limit); the run was stopped"

@@ -84,6 +84,7 @@ def test_a_part_is_two_integers(text):
     [
         ({"part": (2, 2)}, "part must be NUMBER/COUNT with NUMBER below COUNT, and excludes draw_only, got 2/2"),
         ({"part": (0, 2), "draw_only": True}, "excludes draw_only, got 0/2"),
+        ({"part": (0, 2)}, "part trains the experiment stored in out=.*, and excludes an experiment and retry_failed"),
         ({"emit": "pbs"}, "emit must be slurm, and excludes ray, part and draw_only, got 'pbs'"),
         ({"emit": "slurm", "part": (0, 2)}, "emit must be slurm, and excludes ray, part and draw_only"),
         (
@@ -115,7 +116,7 @@ def test_the_printed_command_trains_every_cell_once_and_writes_the_report(tiny, 
         log = (tmp_path / "calls.log").read_text()
         assert (tmp_path / "calls").read_text().splitlines() == attempt * [
             f"--parsable --partition=gpu {root}/slurm/train.sh",
-            f"--dependency=afterany:7 {root}/slurm/report.sh",
+            f"--partition=gpu --dependency=afterany:7 {root}/slurm/report.sh",
         ], log
         assert sorted(rows_of(root)) == ["digits/linear/seed-0", "digits/lora-2/seed-0"]
         assert len((root / "results.jsonl").read_text().splitlines()) == 2

@@ -90,6 +90,24 @@ def test_a_row_that_is_there_twice_is_written_once(root):
     assert path.read_text().count("\n") == 3
 
 
+def test_file_replaced_while_waiting_for_the_lock_is_read_again(root, monkeypatch):
+    path, original = root / "results.jsonl", store.cell_lock
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines, lines[0]]))
+
+    def lock_after_another_process(*args, **options):
+        append_row(root, root / "cells" / "late", row("late", 9))
+        replacement = root / "replacement"
+        replacement.write_text("".join(sorted(path.read_text().splitlines(keepends=True), reverse=True)))
+        replacement.replace(path)
+        return original(*args, **options)
+
+    monkeypatch.setattr(store, "cell_lock", lock_after_another_process)
+    collect(root)
+    assert values(root) == {"c0": 0, "c1": 1, "c2": 2, "late": 9}
+    assert path.read_text().count("\n") == 4
+
+
 def test_lines_of_another_kind_are_named(root):
     path = root / "results.jsonl"
     path.write_text('{"a": 1}\n[]\n' + path.read_text())

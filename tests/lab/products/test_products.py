@@ -93,6 +93,22 @@ def test_missing_memory_is_a_dash():
     assert lines[2].endswith("| 1 | – | 0.0 |") and lines[3].endswith("| 1 | 1 | 0.0 |")
 
 
+def test_curves_average_the_folders_that_all_points_share(tmp_path):
+    table = _module("table")
+    later = [row | {"minutes": 3.0, "accuracy": row["accuracy"] + 0.1, "seconds": 90.0} for row in _ROWS[2:4]]
+    points, folders = table.curves([*_ROWS, *later])
+    assert folders == ["b", "c"]  # snella has no row of folder a at three minutes
+    assert np.array(points["snella"]) == pytest.approx(np.array([(1 / 60, 45.0), (1.5, 55.0)]))
+    assert np.array(points["other"]) == pytest.approx(np.array([(1 / 60, 30.0)]))
+    table.draw([*_ROWS, *later], tmp_path / "curves.svg")
+    assert (tmp_path / "curves.svg").stat().st_size
+
+
+def test_curves_without_a_shared_folder_are_an_error(tmp_path):
+    with pytest.raises(SystemExit, match="no folder has rows for all products and budgets"):
+        _module("table").draw([_row("snella", "a", 0.7), _row("other", "b", 0.7)], tmp_path / "curves.svg")
+
+
 @pytest.mark.parametrize(("name", "reason"), [("fastia", "must be among fastai"), ("tabpfn", "downloads its weights")])
 def test_unknown_product_is_rejected_before_creating_environments(name, reason, monkeypatch, tmp_path, capsys):
     module, created = _module("environments"), []
