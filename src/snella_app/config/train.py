@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -91,11 +91,12 @@ class TrainConfig(RunSettings):
                 "method must name a method, got 'auto'; use train(method='auto') or the command line to select one"
             )
         result = super().resolved()
-        options = dict(result.method.options)
-        is_open = not {"schedule_end", "preset"} & set(options)
-        if result.optim.early_stopping is not None and find_method(result.method.name).has_budgets and is_open:
-            options["schedule_end"] = SCHEDULE_END
-        return result.replace(method_options=options, class_weights=result.optim.read_class_weights())
+        method, optim = result.method, result.optim
+        is_open = not {"schedule_end", "preset"} & set(method.options)
+        if optim.early_stopping is not None and find_method(method.name).has_budgets and is_open:
+            method = replace(method, options={**method.options, "schedule_end": SCHEDULE_END})
+        optim = replace(optim, class_weights=optim.read_class_weights())
+        return replace(result, method=method, optim=optim)
 
     def errors(self) -> list[str]:
         """Check the settings that concern several parts, and need neither data nor model."""

@@ -216,11 +216,11 @@ def _run_trainer(session: Session, interrupt: InterruptCallback) -> SnellaTraine
             training_arguments(optim, plan.run, run.checkpoints, data.workers, session.keep_checkpoints),
             run,
             callbacks,
-            trained_part,
-            start,
-            norm,
-            plan.model.init_from is not None,
-            plan.method.scaling,
+            trained_part=trained_part,
+            start=start,
+            feature_norm=norm,
+            is_initialized=plan.model.init_from is not None,
+            scaling=plan.method.scaling,
         )
         if session.draw_report and is_main():
             trainer.add_callback(_LivePage(lambda: draw_page(session, trainer)))

@@ -132,7 +132,7 @@ def test_inspect_shows_the_budgets(run, capsys):
 
 
 def test_the_command_line_takes_precedence_over_a_configuration_file(train_words, tmp_path, capsys):
-    settings = {"epochs": 7, "method": "linear", "seed": 3}
+    settings = {"epochs": 7, "method": "bias", "seed": 3}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings))
     words = [word for word in train_words if word not in ("--r",)]
     words.remove("2")  # keeps epochs, removes the rank
@@ -142,7 +142,7 @@ def test_the_command_line_takes_precedence_over_a_configuration_file(train_words
     out = str(tmp_path / "run")
     assert main([words[0], "--config", str(tmp_path / "c.yaml"), *words[1:], "--epochs", "1", "--out", out]) == 0
     values = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    assert (values["epochs"], values["method"], values["seed"]) == (1, "linear", 3)
+    assert (values["epochs"], values["method"], values["seed"]) == (1, "bias", 3)
 
 
 def test_a_finished_run_is_protected_and_reported_as_finished(run, train_words, failing, capsys):
@@ -172,7 +172,7 @@ def test_ctrl_c_before_training_exits_with_130(train_words, tmp_path, failing, m
     def press_ctrl_c(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("snella_app.training.train.build_components", press_ctrl_c)
+    monkeypatch.setattr("snella_app.training.train.load", press_ctrl_c)
     assert failing(*train_words, "--out", str(tmp_path / "run"), status=130) == "snella: interrupted\n"
 
 

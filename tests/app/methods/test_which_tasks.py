@@ -143,7 +143,7 @@ def test_generators_and_language_models_support_the_tabled_methods(method, works
     )
     for make in configs:
         if works:
-            assert make().lr > 0
+            assert make().optim.lr > 0
         else:
             with pytest.raises(ValueError, match=f"method must be .*, got '{method}'"):
                 make()

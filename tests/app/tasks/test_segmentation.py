@@ -55,9 +55,9 @@ def test_invalid_settings_are_reported_together():
 
 
 def test_tasks_have_the_configured_names():
-    from typing import get_args, get_type_hints
+    from typing import get_args
 
-    assert list(get_args(get_type_hints(TrainConfig)["task"])) == task_names()
+    assert list(get_args(TrainConfig.settings()["task"].type)) == task_names()
     with pytest.raises(ValueError, match=r"one of classification, .*segmentation, got 'segmentatoin'; nearest: segm"):
         task_class("segmentatoin")
     assert create_task("segmentation", ["a", "b"], mask_loss=None, epochs=3).classes == ("a", "b")

@@ -55,7 +55,7 @@ def keys(run):
 
 
 def test_the_names_are_the_same_everywhere():
-    choices = TrainConfig.__dataclass_fields__["protocol"].type
+    choices = TrainConfig.settings()["protocol"].type
     assert list(PROTOCOLS) == list(Protocol.__args__) == list(choices.__args__)
 
 

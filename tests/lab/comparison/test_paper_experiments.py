@@ -109,23 +109,23 @@ def test_rates_are_chosen_on_validation_and_the_final_run_learns_from_it_too(exp
         Cell(experiment.data[0], experiment.methods[-1], 0, Candidate(), is_final).config(experiment, "-")
         for is_final in (False, True)
     )
-    assert (trial.protocol, final.protocol) == ("standard", "final")
+    assert (trial.data.protocol, final.data.protocol) == ("standard", "final")
 
 
 def test_the_official_files_need_no_trial_and_set_each_task_by_itself(experiments):
     experiment = experiments["table1-vtab-official"]
     configs = {
-        data.name: Cell(data, experiment.methods[0], 0, Candidate(), True).config(experiment, "-")
+        data.name: Cell(data, experiment.methods[0], 0, Candidate(), True).config(experiment, "-").flat()
         for data in experiment.data
     }
-    assert configs["cifar"].protocol == "official" and configs["cifar"].method_options["preset"] == "official"
-    assert (configs["cifar"].batch_size, configs["cifar"].weight_decay, configs["cifar"].target_sparsity) == (
+    assert configs["cifar"]["protocol"] == "official" and configs["cifar"]["method_options"]["preset"] == "official"
+    assert (configs["cifar"]["batch_size"], configs["cifar"]["weight_decay"], configs["cifar"]["target_sparsity"]) == (
         8,
         0.05,
         0.8,
     )
-    assert (configs["dtd"].weight_decay, configs["dtd"].target_sparsity) == (0.005, 0.93)
-    assert configs["dtd"].lr == configs["dtd"].scalar_lr == configs["dtd"].head_lr == 0.001
+    assert (configs["dtd"]["weight_decay"], configs["dtd"]["target_sparsity"]) == (0.005, 0.93)
+    assert configs["dtd"]["lr"] == configs["dtd"]["scalar_lr"] == configs["dtd"]["head_lr"] == 0.001
     assert next_tuning_runs(experiment.grid, 0.05, {}) == Choice(Candidate(1.0), (Candidate(1.0),), False, False)
     dogs = experiments["table1-fgvc-official"]
     config = Cell(dogs.data[-1], dogs.methods[0], 0, Candidate(), True).config(dogs, "-")
