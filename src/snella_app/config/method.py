@@ -20,7 +20,8 @@ class BaseMethodConfig(Config):
     The flat name of `name` is `method`, that of `options` `method_options`.
 
     Args:
-        r: Rank of the factors (lora, dora, snella, snell). A higher rank is more expressive and needs more memory and time.
+        r: Rank of the factors (lora, dora, snella, snell). A higher rank is more expressive and needs more memory and
+            time.
         target_sparsity: Fraction of the adapted weights that the final update leaves unchanged (snella, snell); 0.7
             changes 30 % of them.
         scaling: Factor on the sparse update (snella, snell). Lower it if training diverges, raise it if the accuracy

@@ -84,7 +84,7 @@ def fit_batch_size(parts: RunComponents, optim: OptimConfig, console: Console) -
 def fit_image_size(
     parts: RunComponents, config: TrainConfig, at_size: Callable[[int], RunComponents], console: Console
 ) -> int | None:
-    """Return the image size, reduced if the required work does not fit into `time_budget` at the backbone's default size.
+    """Return the image size, reduced if the required work does not fit into `time_budget` at the default size.
 
     The required work is `epochs` epochs. If the run may have no epochs and fits a final head on several layers, it is
     only this head on the features of all images, since more pixels raise the accuracy more than epochs at a smaller

@@ -248,7 +248,9 @@ def test_without_validation_images_it_is_fitted_to_all(tmp_path):
 def test_a_linear_probe_has_it_too_and_trains_no_epochs(tmp_path, console):
     run = train(config(tmp_path, method="linear", r=None), console)
     assert load_run(run).probe is not None
-    assert run.read_config().optim.epochs == 0 and [row["epoch"] for row in run.read_json("metrics.json")["history"]] == [0]
+    assert run.read_config().optim.epochs == 0 and [
+        row["epoch"] for row in run.read_json("metrics.json")["history"]
+    ] == [0]
     assert "no epochs: linear does not train the backbone" in console.file.getvalue()
 
 
