@@ -1,6 +1,7 @@
 """Registers, spills, shared memory, occupancy and instructions of the compiled Triton kernels; requires no GPU.
 
 python benchmarks/triton_resources.py                         all capabilities and ranks; writes triton_resources.jsonl
+python benchmarks/triton_resources.py --capabilities 90 --launch 8 64        appends rows for another launch
 python benchmarks/triton_resources.py --capabilities 90 --ranks 8 --check    only compiles
 
 Each kernel is compiled with the settings that select its branches, and as at a launch with pointers and sizes that are
@@ -105,7 +106,9 @@ def launch_of(kernel: Any, settings: dict[str, Any]) -> dict[str, Any]:
     return backend.launch_options(kernel.__name__, settings.get("R", 1) // settings.get("P", 1))
 
 
-def compile_for(target: GPUTarget, kernel: Any, settings: dict[str, Any], aligned: bool = True) -> Any:
+def compile_for(
+    target: GPUTarget, kernel: Any, settings: dict[str, Any], launch: dict[str, Any], aligned: bool = True
+) -> Any:
     """Compile one kernel to machine code."""
     signature, constants, attributes = {}, {}, {}
     for position, parameter in enumerate(kernel.params):
@@ -119,7 +122,7 @@ def compile_for(target: GPUTarget, kernel: Any, settings: dict[str, Any], aligne
         if aligned and (signature[name].startswith("*") or name in _ALIGNED_SIZES):
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=target, options=launch_of(kernel, settings))
+    compiled = triton.compile(source, target=target, options=launch)
     if not (compiled.asm.get("cubin") or compiled.asm.get("hsaco")):
         raise RuntimeError(f"no machine code for {kernel.__name__} with {settings}")
     return compiled
@@ -194,17 +197,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capabilities", nargs="+", type=int, choices=CAPABILITIES, default=list(CAPABILITIES))
     parser.add_argument("--ranks", nargs="+", type=int, default=list(RANKS))
+    parser.add_argument(
+        "--launch",
+        nargs=2,
+        type=int,
+        metavar=("WARPS", "REGISTERS"),
+        help="another launch; appends its rows to the file",
+    )
     parser.add_argument("--check", action="store_true", help="only compile")
     parser.add_argument("--out", type=Path, default=ROWS)
     args = parser.parse_args()
     rows, count = [], 0
     for rank in args.ranks:
         for name, kernel, settings in variants(rank):
-            warps = int(launch_of(kernel, settings)["num_warps"])
+            launch = launch_of(kernel, settings)
+            if args.launch:
+                launch |= dict(zip(("num_warps", "maxnreg"), args.launch, strict=True))
+            warps = launch["num_warps"]
             for capability, aligned in [(capability, True) for capability in args.capabilities] + [(90, False)]:
                 if capability not in args.capabilities:
                     continue
-                compiled = compile_for(GPUTarget("cuda", capability, _WARP), kernel, settings, aligned)
+                compiled = compile_for(GPUTarget("cuda", capability, _WARP), kernel, settings, launch, aligned)
                 count += 1
                 print(f"{count} {name}, r {rank}, {capability}", flush=True)
                 if args.check:
@@ -214,9 +227,9 @@ def main() -> None:
     if args.check:
         print(f"{count} compiled")
         return
-    for name, kernel, settings in variants(args.ranks[0]):
+    for name, kernel, settings in [] if args.launch else variants(args.ranks[0]):
         try:
-            compile_for(GPUTarget("hip", "gfx942", 64), kernel, settings)
+            compile_for(GPUTarget("hip", "gfx942", 64), kernel, settings, launch_of(kernel, settings))
             error = ""
         except Exception as problem:  # the row records any error of Triton's AMD backend
             error = f"{type(problem).__name__}: {str(problem).splitlines()[0][:200] if str(problem) else ''}"
@@ -224,8 +237,9 @@ def main() -> None:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True, cwd=ROWS.parent
     )
-    versions = {"triton": triton.__version__, "tile": TILE, "commit": commit.stdout.strip()}
-    args.out.write_text("".join(json.dumps({**row, **versions}) + "\n" for row in rows))
+    earlier = args.out.read_text() if args.launch else ""
+    versions = {"triton": triton.__version__, "tile": TILE, "commit": commit.stdout.strip(), "launch": args.launch}
+    args.out.write_text(earlier + "".join(json.dumps({**row, **versions}) + "\n" for row in rows))
 
 
 if __name__ == "__main__":

@@ -163,8 +163,8 @@ and `10r` operations for distances and gradients of the factors."""
 TRITON = Kernels(
     operations=817, per_rank=20, merged_bytes=35, weight_accesses=6, calls=17, dense=True, serial=2 * 1512 / 64
 )
-"""Operations are instructions per entry of the compiled kernels (`benchmarks/triton_resources.jsonl`, capability 9.0);
-loops over the rank count once, so they are a lower bound. Bytes are the reads and writes of each launch, with partial
+"""Operations are executed instructions per entry of the compiled kernels (`benchmarks/triton_resources.jsonl`,
+capability 9.0), for `mix_k` at rank 8 and per rank up to 32. Bytes are the reads and writes of each launch, with partial
 sums of `3r/8` bytes at rank 8. One program per 16 columns computes softmax statistics, 64 rows a step."""
 SDDMM = (0.54, 2.6)
 """Time of a sparse weight gradient (SDDMM) relative to the dense product: constant, and slope over the density.
