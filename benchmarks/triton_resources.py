@@ -103,7 +103,7 @@ def variants(rank: int = 8) -> Iterator[tuple[str, Any, dict[str, Any]]]:
 
 def launch_of(kernel: Any, settings: dict[str, Any]) -> dict[str, Any]:
     """Return the launch options of a kernel."""
-    return backend.launch_options(kernel.__name__, settings.get("R", 1) // settings.get("P", 1))
+    return backend.launch_options(kernel.__name__, settings.get("R", 1))
 
 
 def compile_for(

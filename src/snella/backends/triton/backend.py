@@ -26,20 +26,23 @@ _MAX_COUNT_PROGRAMS = 256  # each program adds its counts to the histogram of th
 SUM_BLOCK = 512
 _MODES = {"soft": forward.SOFT.value, "official": forward.OFFICIAL.value, "none": forward.NONE.value}
 _WARPS = {"factor_gradients": 4, "scalar_gradients": 4}
-_REGISTERS = {"softmax_statistics": 64, "softmax_weighted_sums": 64, "merge": 80, "factor_gradients": 128}
-"""Registers per thread: the fewest with which no compiled kernel spills, see the README of this package."""
-_WIDE, _REGISTERS_WIDE = 8, 128
+_REGISTERS = {
+    "softmax_statistics": (64, 64),
+    "softmax_weighted_sums": (64, 80),
+    "merge": (80, 128),
+    "factor_gradients": (128, 128),
+}
+"""Registers per thread up to rank 8 and above: limits without spills, see the README of this package."""
 
 _MAX_ENTRIES = 1 << 30  # positions within a matrix are int32
 _MIN_CAPABILITY = (7, 0)
 
 
-def launch_options(kernel: str, width: int = 1) -> dict[str, Any]:
-    """Return warps per program and registers per thread of a kernel, for pieces of a width."""
+def launch_options(kernel: str, rank: int = 1) -> dict[str, Any]:
+    """Return warps per program and registers per thread of a kernel."""
     options: dict[str, Any] = {"num_warps": _WARPS.get(kernel, 8), "enable_fp_fusion": False}
     if kernel in _REGISTERS and torch.version.hip is None:  # AMD's compiler has no such limit
-        is_wide = kernel == "merge" and width > _WIDE
-        options["maxnreg"] = _REGISTERS_WIDE if is_wide else _REGISTERS[kernel]
+        options["maxnreg"] = _REGISTERS[kernel][rank > 8]
     return options
 
 
@@ -64,7 +67,6 @@ class _Launches:
         kernel = spec.kernel
         self.has_softmax = isinstance(kernel, NormalizedRBF)
         self.sizes = {"P": kernel.num_pieces, "R": self.rank}
-        self.width = self.rank // kernel.num_pieces
         self.axis = {"HAS_TEMPERATURE": self.temperature is not None, "AXIS": kernel.softmax_dim}
         self.terms = {"SOFTMAX": self.has_softmax, "LINEAR_TERM": not self.has_softmax or isinstance(kernel, MixK)}
         is_cuda = self.A.is_cuda
@@ -109,7 +111,7 @@ class _Launches:
             **self.sizes,
             **self.axis,
             **STATISTICS,
-            **launch_options("softmax_statistics"),
+            **launch_options("softmax_statistics", self.rank),
         )
         return SoftmaxStats(max_logit, inverse_sum)
 
@@ -134,7 +136,7 @@ class _Launches:
             COUNT=counts is not None,
             TILES=_TILES_PER_HISTOGRAM,
             **TILE,
-            **launch_options("merge", self.width),
+            **launch_options("merge", self.rank),
         )
 
     def merge_and_select(self, delta: Tensor, stats: SoftmaxStats) -> Tensor:
@@ -213,7 +215,7 @@ class _Launches:
                 **self.axis,
                 **mode,
                 **TILE,
-                **launch_options("softmax_weighted_sums"),
+                **launch_options("softmax_weighted_sums", self.rank),
             )
             weighted_sum = partial.sum(0)
         part_A, part_B = self.new(rows, groups, self.n, self.rank), self.new(columns, self.m, self.rank)
@@ -239,7 +241,7 @@ class _Launches:
             **self.axis,
             **mode,
             **TILE,
-            **launch_options("factor_gradients"),
+            **launch_options("factor_gradients", self.rank),
         )
         # zeros, because a kernel without softmax does not write the gradients of α, β and γ
         scalar_grads = [value if value is None else torch.zeros_like(value) for value in self.scalars]
