@@ -101,9 +101,9 @@ def variants(rank: int = 8) -> Iterator[tuple[str, Any, dict[str, Any]]]:
         yield f"finish thresholds, {mode_name}", forward.finish_thresholds, {"TARGETS": targets}
 
 
-def launch_of(kernel: Any, settings: dict[str, Any]) -> dict[str, Any]:
+def launch_of(kernel: Any, settings: dict[str, Any], aligned: bool = True) -> dict[str, Any]:
     """Return the launch options of a kernel."""
-    return backend.launch_options(kernel.__name__, settings.get("R", 1))
+    return backend.launch_options(kernel.__name__, settings.get("R", 1), aligned)
 
 
 def compile_for(
@@ -210,13 +210,13 @@ def main() -> None:
     rows, count = [], 0
     for rank in args.ranks:
         for name, kernel, settings in variants(rank):
-            launch = launch_of(kernel, settings)
-            if args.launch:
-                launch |= dict(zip(("num_warps", "maxnreg"), args.launch, strict=True))
-            warps = launch["num_warps"]
             for capability, aligned in [(capability, True) for capability in args.capabilities] + [(90, False)]:
                 if capability not in args.capabilities:
                     continue
+                launch = launch_of(kernel, settings, aligned)
+                if args.launch:
+                    launch |= dict(zip(("num_warps", "maxnreg"), args.launch, strict=True))
+                warps = launch["num_warps"]
                 compiled = compile_for(GPUTarget("cuda", capability, _WARP), kernel, settings, launch, aligned)
                 count += 1
                 print(f"{count} {name}, r {rank}, {capability}", flush=True)

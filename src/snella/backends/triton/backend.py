@@ -27,7 +27,7 @@ SUM_BLOCK = 512
 _MODES = {"soft": forward.SOFT.value, "official": forward.OFFICIAL.value, "none": forward.NONE.value}
 _WARPS = {"factor_gradients": 4, "scalar_gradients": 4}
 _REGISTERS = {
-    "softmax_statistics": (64, 64),
+    "softmax_statistics": (64, 80),
     "softmax_weighted_sums": (64, 80),
     "merge": (80, 128),
     "factor_gradients": (128, 128),
@@ -38,11 +38,13 @@ _MAX_ENTRIES = 1 << 30  # positions within a matrix are int32
 _MIN_CAPABILITY = (7, 0)
 
 
-def launch_options(kernel: str, rank: int = 1) -> dict[str, Any]:
+def launch_options(kernel: str, rank: int = 1, aligned: bool = True) -> dict[str, Any]:
     """Return warps per program and registers per thread of a kernel."""
     options: dict[str, Any] = {"num_warps": _WARPS.get(kernel, 8), "enable_fp_fusion": False}
     if kernel in _REGISTERS and torch.version.hip is None:  # AMD's compiler has no such limit
         options["maxnreg"] = _REGISTERS[kernel][rank > 8]
+        if kernel == "factor_gradients" and not aligned:
+            options["maxnreg"] = 168  # columns are not loaded in groups of four, so a thread holds more rows
     return options
 
 
@@ -241,7 +243,7 @@ class _Launches:
             **self.axis,
             **mode,
             **TILE,
-            **launch_options("factor_gradients", self.rank),
+            **launch_options("factor_gradients", self.rank, self.n % 16 == 0),
         )
         # zeros, because a kernel without softmax does not write the gradients of α, β and γ
         scalar_grads = [value if value is None else torch.zeros_like(value) for value in self.scalars]
