@@ -2,13 +2,17 @@
 
 python benchmarks/selective_checkpointing.py              every model and the checks; appends to the .jsonl file
 python benchmarks/selective_checkpointing.py vit --rounds 9
-python benchmarks/selective_checkpointing.py --table      writes the table of src/snella/memory/README.md
+python benchmarks/selective_checkpointing.py --table      writes the tables of src/snella/memory/README.md
 
-`selective` and `selective-linear` run SNELLA without recomputation of inputs, and each block under
-`torch.utils.checkpoint` with `create_selective_checkpoint_contexts`. The first keeps the results of all matrix
-products, convolutions and attention, the second only those of linear layers; both recompute the rest of the block.
-`selective-compress` keeps the results of linear layers in int8, and saved-tensor hooks keep the blocks' inputs in int8.
-Steps of all variants are interleaved in one process. Vision models have random weights and fewer blocks.
+The selective variants run SNELLA without recomputation of inputs, and each block under `torch.utils.checkpoint` with
+`create_selective_checkpoint_contexts`. `selective` keeps the results of all matrix products, convolutions and
+attention, `selective-linear` only those of linear layers; both recompute the rest of the block. The layer is one
+operator, as under `torch.compile`, so the recomputation neither multiplies nor merges. `selective-compress` keeps the
+results of linear layers in int8, and saved-tensor hooks keep the blocks' inputs in int8. `snella-modules` recomputes
+inputs without tracking operations inside blocks.
+
+Bytes are those of whole models, with random weights. Steps of all variants are interleaved in one process, on models
+with fewer blocks.
 """
 
 from __future__ import annotations
@@ -16,12 +20,14 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import patch
 
 import torch
 from model_rows import MethodRunner, Setting
@@ -31,8 +37,12 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+import snella.compat.compile  # noqa: F401, registers the layer's operator
+from snella.compat.graph import forward_in_graph
+from snella.layer import SnellaLayer
+from snella.memory import recompute
 from snella.memory.compression import Layout, decode, encode
-from snella.memory.recompute import unmark_outputs
+from snella.memory.recompute import mark_outputs, unmark_outputs
 from snella_lab.bench.bench import peak_bytes, quartiles
 from snella_lab.bench.rows import append_rows, conditions, put_between, read_rows
 
@@ -41,10 +51,14 @@ PAGE = Path(__file__).parents[1] / "src" / "snella" / "memory" / "README.md"
 _BEGIN, _END = "<!-- rows of benchmarks/selective_checkpointing.jsonl begin -->", "<!-- rows end -->"
 
 SETTINGS = {
-    "ViT-B/16": Setting("vit_base_patch16_224", batch=4, depth=2, blocks=12),
-    "Swin-B": Setting("swin_base_patch4_window7_224", batch=2, options={"depths": (1, 1, 3, 1)}),
-    "ConvNeXt-B": Setting("convnext_base", batch=2, options={"depths": (1, 1, 4, 1)}),
-    "LLaMA": Setting(
+    "ViT-B/16, batch 4": Setting("vit_base_patch16_224", batch=4, depth=2, blocks=12),
+    "ViT-B/16, batch 16": Setting("vit_base_patch16_224", batch=16, depth=2, blocks=12),
+    # without drop path, whose random numbers would differ between variants
+    "Swin-B, batch 2": Setting(
+        "swin_base_patch4_window7_224", batch=2, options={"depths": (1, 1, 3, 1), "drop_path_rate": 0.0}
+    ),
+    "ConvNeXt-B, batch 2": Setting("convnext_base", batch=2, options={"depths": (1, 1, 4, 1)}),
+    "LLaMA, 256 tokens": Setting(
         "llama", batch=1, tokens=256, depth=2, blocks=32,
         options={"hidden_size": 1024, "intermediate_size": 2752, "num_attention_heads": 8},
     ),
@@ -52,24 +66,30 @@ SETTINGS = {
 _BLOCKS = ("Block", "SwinTransformerBlock", "ConvNeXtBlock", "LlamaDecoderLayer")
 
 _aten: Any = torch.ops.aten
-LINEAR = [_aten.mm.default, _aten.addmm.default]
+LINEAR = [_aten.mm.default, _aten.addmm.default, cast(Any, torch.ops).snella.adapted_layer.default]
 PRODUCTS = [
     *LINEAR,
     _aten.bmm.default,
     _aten.convolution.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
 ]
-# method of `model_rows` and kept operations; the variants without them are SNELLA and LoRA as they are
-VARIANTS: dict[str, tuple[str, list[Any] | None]] = {
-    "lora": ("lora", None),
-    "snella": ("snella", None),
-    "selective": ("snella", PRODUCTS),
-    "selective-linear": ("snella", LINEAR),
-    "snella-compress": ("snella-compress", None),
-    "selective-compress": ("snella", LINEAR),
+# methods of `model_rows`
+VARIANTS = {
+    "lora": "lora",
+    "snella": "snella",
+    "snella-modules": "snella",
+    "selective": "snella",
+    "selective-linear": "snella",
+    "snella-compress": "snella-compress",
+    "selective-compress": "snella",
 }
 Encoded = tuple[Tensor, Layout]
+Kept = tuple[Encoded, tuple[Tensor, ...]]
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
+POLICIES: dict[str, Callable[[], Contexts]] = {
+    "selective": partial(create_selective_checkpoint_contexts, PRODUCTS),
+    "selective-linear": partial(create_selective_checkpoint_contexts, LINEAR),
+}
 
 
 def checkpoint_blocks(
@@ -93,14 +113,16 @@ def checkpoint_blocks(
 
     unmark_outputs(model)
     for block in model.modules():
+        if isinstance(block, SnellaLayer):
+            block.forward = partial(forward_in_graph, block)
         if type(block).__name__ in _BLOCKS:
-            block.forward = partial(run, block.forward)  # type: ignore[assignment]
+            block.forward = partial(run, block.forward)
 
 
 class _KeepRounded(TorchDispatchMode):
     """Keeps the results of linear layers in int8."""
 
-    def __init__(self, kept: list[Encoded]) -> None:
+    def __init__(self, kept: list[Kept]) -> None:
         super().__init__()
         self.kept = kept
 
@@ -108,25 +130,29 @@ class _KeepRounded(TorchDispatchMode):
         """Call the function and keep its result."""
         output = func(*args, **(kwargs or {}))
         if func in LINEAR:
-            self.kept.append(encode(output))
+            y, *thresholds = output if isinstance(output, tuple) else (output,)
+            self.kept.append((encode(y), tuple(thresholds)))
         return output
 
 
 class _ReturnRounded(TorchDispatchMode):
     """Returns the kept results instead of computing them."""
 
-    def __init__(self, kept: list[Encoded]) -> None:
+    def __init__(self, kept: list[Kept]) -> None:
         super().__init__()
         self.kept = kept
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the function or return its kept result."""
-        return decode(*self.kept.pop(0)) if func in LINEAR else func(*args, **(kwargs or {}))
+        if func not in LINEAR:
+            return func(*args, **(kwargs or {}))
+        encoded, thresholds = self.kept.pop(0)
+        return (decode(*encoded), *thresholds) if thresholds else decode(*encoded)
 
 
 def rounded_contexts() -> Contexts:
     """Return contexts that keep the results of linear layers in int8."""
-    kept: list[Encoded] = []
+    kept: list[Kept] = []
     return _KeepRounded(kept), _ReturnRounded(kept)
 
 
@@ -149,14 +175,15 @@ class Variant(MethodRunner):
     """Model, optimizer and batch of one variant."""
 
     def __init__(self, name: str, setting: Setting) -> None:
-        method, ops = VARIANTS[name]
-        super().__init__(setting, method)
+        super().__init__(setting, VARIANTS[name])
         self._kept: list[Any] | None = None
-        if name == "selective-compress":
+        if name == "snella-modules":
+            with patch("snella.memory.recompute.can_track", lambda module, compress: False):
+                mark_outputs(self.model)
+        elif name == "selective-compress":
             checkpoint_blocks(self.model, partial(self._noting, rounded_contexts), partial(round_saved, self._note))
-        elif ops is not None:
-            make = partial(create_selective_checkpoint_contexts, ops)
-            checkpoint_blocks(self.model, partial(self._noting, make))
+        elif name in POLICIES:
+            checkpoint_blocks(self.model, partial(self._noting, POLICIES[name]))
 
     def _note(self, packed: Any) -> None:
         if self._kept is not None:
@@ -206,15 +233,17 @@ class Variant(MethodRunner):
 def kept_bytes(name: str, setting: Setting) -> int:
     """Return the kept bytes of the whole model, extrapolated from two depths if its blocks are identical."""
     if setting.blocks is None:
-        return Variant(name, setting).kept_bytes()
+        depths = {key: value for key, value in (setting.options or {}).items() if key != "depths"}
+        return Variant(name, replace(setting, options=depths)).kept_bytes()
     one, two = (Variant(name, replace(setting, depth=depth)).kept_bytes() for depth in (1, 2))
     return one + (setting.blocks - 1) * (two - one)
 
 
 def error_of(grads: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
-    """Return the relative error of all gradients."""
-    total = sum(float((grads[name] - exact[name]).square().sum()) for name in exact if name != "loss")
-    return (total / sum(float(exact[name].square().sum()) for name in exact if name != "loss")) ** 0.5
+    """Return the relative error of the factors' gradients."""
+    factors = [name for name in exact if "snella_" in name]
+    total = sum(float((grads[name] - exact[name]).square().sum()) for name in factors)
+    return (total / sum(float(exact[name].square().sum()) for name in factors)) ** 0.5
 
 
 def measure(title: str, setting: Setting, rounds: int) -> list[dict[str, Any]]:
@@ -229,12 +258,12 @@ def measure(title: str, setting: Setting, rounds: int) -> list[dict[str, Any]]:
     for name, variant in variants.items():
         row = {**common, "variant": name, "kept_mib": round(kept[name] / 2**20, 2)}
         row["kept_over_lora"] = round(kept[name] / kept["lora"], 4)
-        if name not in ("lora", "snella"):
+        if name != "lora":
             grads = variant.gradients()
             row["loss_same_bits"] = torch.equal(grads["loss"], exact["loss"])
             row["gradients_same_bits"] = all(torch.equal(grads[key], exact[key]) for key in exact)
             row["gradient_error"] = float(f"{error_of(grads, exact):.3g}")
-        # tensors that the step allocates, without the kept ones of the same depth
+        # tensors of the step besides the kept ones
         row["step_mib"] = round((peak_bytes(variant.loss_and_backward) - variant.kept_bytes()) / 2**20, 1)
         rows.append(row)
     del exact
@@ -260,75 +289,114 @@ TINY = Setting("vit_tiny_patch16_224", batch=4, side=32, depth=2)
 CHECKED = ("snella", "selective-linear", "snella-compress", "selective-compress")
 
 
-def check(name: str) -> dict[str, Any]:
-    """Return the outcome of a compiled step, of a repeated backward pass, and of DDP with two processes."""
-    exact = Variant(name, TINY).gradients()
+def check() -> list[dict[str, Any]]:
+    """Return a row for each variant: a compiled step, a repeated backward pass, and DDP with two processes."""
+    exact = {name: Variant(name, TINY).gradients() for name in CHECKED}
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_distributed_steps, (folder,), nprocs=2)
+        distributed: dict[str, Any] = torch.load(Path(folder, "grads.pt"))
+    rows = []
+    for name in CHECKED:
 
-    def compiled() -> str:
-        torch._dynamo.reset()
-        variant = Variant("snella" if name.startswith("selective") else name, TINY)
-        if name == "selective-compress":
-            checkpoint_blocks(variant.model, rounded_contexts, partial(round_saved, lambda packed: None))
-        elif name.startswith("selective"):
-            ops = [*LINEAR, cast(Any, torch.ops).snella.adapted_layer.default]
-            checkpoint_blocks(variant.model, partial(create_selective_checkpoint_contexts, ops))
-        variant.model.compile(backend="aot_eager", fullgraph=True)
-        return f"runs, gradients differ by {error_of(variant.gradients(), exact):.1g}"
+        def compiled(name: str = name) -> str:
+            return _difference(_compiled_gradients(name), exact[name])
 
-    def repeated() -> str:
+        grads = distributed[name]
+        ddp = grads if isinstance(grads, str) else _difference(grads, exact[name])
+        row = {"compile": _outcome(compiled), "repeated_backward": _outcome(partial(_repeat, name)), "ddp": ddp}
+        rows.append({"benchmark": "selective_checks", "variant": name, **row, **conditions("cpu")})
+    return rows
+
+
+def _compiled_gradients(name: str) -> dict[str, Tensor]:
+    """Return the gradients of a step without graph breaks, on any thread of compilation."""
+    torch._dynamo.reset()
+    variant = Variant(name if name.startswith("snella") else "snella", TINY)
+    if name == "selective-compress":
+        checkpoint_blocks(variant.model, rounded_contexts, partial(round_saved, lambda packed: None))
+    elif name in POLICIES:
+        checkpoint_blocks(variant.model, POLICIES[name])
+    variant.model.compile(backend="aot_eager", fullgraph=True)
+    # the layer notes that it was applied, a side effect in a checkpointed part
+    with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True):
+        return variant.gradients()
+
+
+def _repeat(name: str) -> str:
+    """Run two backward passes through one graph."""
+    variant = Variant(name, TINY)
+    loss = variant.forward(variant.batch)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    return "runs"
+
+
+def _distributed_steps(rank: int, folder: str) -> None:
+    """Run a step of each variant on half of the batch with DDP and write the averaged gradients."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    results: dict[str, Any] = {}
+    for name in CHECKED:
         variant = Variant(name, TINY)
-        loss = variant.forward(variant.batch)
-        loss.backward(retain_graph=True)
-        loss.backward()
-        return "runs"
-
-    def distributed() -> str:
-        with tempfile.TemporaryDirectory() as folder:
-            torch.multiprocessing.spawn(_distributed_step, (name, folder), nprocs=2)
-            grads = torch.load(Path(folder, "grads.pt"))
-        return f"runs, gradients differ by {error_of(grads, exact):.1g}"
-
-    checks = {"compile": compiled, "repeated_backward": repeated, "ddp": distributed}
-    return {"benchmark": "selective_checks", "variant": name, **{key: _outcome(f) for key, f in checks.items()}}
+        half = slice(rank * TINY.batch // 2, (rank + 1) * TINY.batch // 2)
+        variant.batch, variant.labels = variant.batch[half], variant.labels[half]
+        inner, variant.model = variant.model, DistributedDataParallel(variant.model)
+        variant.forward(variant.batch).backward()
+        results[name] = {key: p.grad for key, p in inner.named_parameters() if p.grad is not None}
+    if rank == 0:
+        torch.save(results, Path(folder, "grads.pt"))
+    torch.distributed.destroy_process_group()
 
 
 def _outcome(function: Callable[[], str]) -> str:
-    """Return the result of the function, or the first line of its error."""
+    """Return the result of the function, or the first sentence of its error."""
     try:
         return function()
     except Exception as error:  # the outcome is the error
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return f"{type(error).__name__}: {(lines or [''])[0]}"
+        text = " ".join(str(error).split())
+        return f"{type(error).__name__}: {text.partition('. ')[0][:80]}"
 
 
-def _distributed_step(rank: int, name: str, folder: str) -> None:
-    """Run a step on half of the batch with DDP and write the averaged gradients."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    variant = Variant(name, TINY)
-    half = slice(rank * TINY.batch // 2, (rank + 1) * TINY.batch // 2)
-    variant.batch, variant.labels = variant.batch[half], variant.labels[half]
-    inner, variant.model = variant.model, DistributedDataParallel(variant.model)
-    variant.forward(variant.batch).backward()
-    if rank == 0:
-        torch.save({key: p.grad for key, p in inner.named_parameters() if p.grad is not None}, Path(folder, "grads.pt"))
-    torch.distributed.destroy_process_group()
+def _difference(grads: dict[str, Tensor], exact: dict[str, Tensor]) -> str:
+    """Describe the difference between gradients."""
+    error = error_of(grads, exact)
+    return f"runs, gradients differ by {error:.0e}" if error else "runs, same gradients"
+
+
+def measure_frames(title: str, setting: Setting) -> dict[str, Any]:
+    """Return the cost of the checks whether the frame of a tracked block is running, in one step."""
+    variant, seconds = Variant("snella", setting), [0.0, 0.0]
+    is_running = recompute._TrackingMode.is_running
+
+    def timed(mode: Any) -> bool:
+        start = time.process_time()
+        result = is_running(mode)
+        seconds[0] += time.process_time() - start
+        seconds[1] += 1
+        return result
+
+    variant.step()
+    step_s = variant.step()
+    with patch.object(recompute._TrackingMode, "is_running", timed):
+        variant.step()
+    row = {"benchmark": "tracking_frames", "title": title, "checks": int(seconds[1]), "checks_s": round(seconds[0], 6)}
+    return {**row, "checks_over_step": round(seconds[0] / step_s, 6), "step_s": round(step_s, 4), **conditions("cpu")}
 
 
 # page -----------------------------------------------------------------------------------------------------------------
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def tables(rows: list[dict[str, Any]]) -> str:
     """Format the latest rows as Markdown tables."""
     latest = {(row["title"], row["variant"]): row for row in rows if row["benchmark"] == "selective_checkpointing"}
-    lines = ["| | " + " | ".join(list(VARIANTS)[1:]) + " |", "|---" * len(VARIANTS) + "|"]
+    names = list(VARIANTS)[1:]
+    lines = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for title in SETTINGS:
         cells = []
-        for name in list(VARIANTS)[1:]:
+        for name in names:
             row = latest[title, name]
-            reference = "snella-compress" if name.endswith("compress") else "snella"
-            cell = f"{row['kept_over_lora']:.2f}"
-            cells.append(cell if name == reference else f"{cell}, {row[f'step_over_{reference}']:.2f}")
+            ratio = row["step_over_snella-compress" if name.endswith("compress") else "step_over_snella"]
+            cells.append(f"{row['kept_over_lora']:.2f}, {ratio:.2f}, {row['step_mib']:.0f} MiB")
         lines.append(f"| {title} | {' | '.join(cells)} |")
     checks = {row["variant"]: row for row in rows if row["benchmark"] == "selective_checks"}
     lines += ["", "| | `torch.compile` | repeated backward pass | DDP, 2 processes |", "|---|---|---|---|"]
@@ -336,45 +404,46 @@ def table(rows: list[dict[str, Any]]) -> str:
         f"| {name} | {' | '.join(row[key] for key in ('compile', 'repeated_backward', 'ddp'))} |"
         for name, row in checks.items()
     ]
+    frames = {row["title"]: row for row in rows if row["benchmark"] == "tracking_frames"}
+    lines += ["", "| | frame checks per step | their share of the step |", "|---|---|---|"]
+    lines += [f"| {title} | {row['checks']} | {row['checks_over_step']:.2%} |" for title, row in frames.items()]
     return "\n".join(lines)
 
 
 def update_page(page: Path = PAGE, rows_file: Path = ROWS) -> bool:
     """Write the tables into the page; return True if it changed."""
-    return put_between(page, _BEGIN, _END, table(read_rows(rows_file)))
+    return put_between(page, _BEGIN, _END, tables(read_rows(rows_file)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", help="prefixes of timm names, `llama` or `checks`; default all")
+    parser.add_argument("models", nargs="*", help="prefixes of `model:batch`, `checks` or `frames`; default all")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps per variant")
-    parser.add_argument("--table", action="store_true", help="only write the table from the rows")
+    parser.add_argument("--table", action="store_true", help="only write the tables from the rows")
     parser.add_argument("--out", default=str(ROWS))
     args = parser.parse_args()
     if args.table:
         update_page()
         return
     torch.set_num_threads(1)
+
+    def is_selected(key: str) -> bool:
+        return not args.models or any(key.startswith(name) for name in args.models)
+
     for title, setting in SETTINGS.items():
-        if not args.models or any(setting.model.startswith(name) for name in args.models):
-            rows = measure(title, setting, args.rounds)
-            append_rows(args.out, rows)
-            for row in rows:
-                shown = (
-                    "variant",
-                    "kept_mib",
-                    "kept_over_lora",
-                    "gradients_same_bits",
-                    "gradient_error",
-                    "step_mib",
-                    "step_over_lora",
-                )
-                print(title, {key: row.get(key) for key in (*shown, "step_over_snella", "step_s")}, flush=True)
-    if not args.models or "checks" in args.models:
-        for name in CHECKED:
-            row = {**check(name), **conditions("cpu")}
-            append_rows(args.out, [row])
-            print(row, flush=True)
+        if is_selected(f"{setting.model}:{setting.batch}"):
+            _append(args.out, measure(title, setting, args.rounds))
+        if is_selected("frames") and setting.model in ("swin_base_patch4_window7_224", "llama"):
+            _append(args.out, [measure_frames(title, setting)])
+    if is_selected("checks"):
+        _append(args.out, check())
+
+
+def _append(path: str, rows: list[dict[str, Any]]) -> None:
+    """Append and print rows."""
+    append_rows(path, rows)
+    for row in rows:
+        print({key: value for key, value in row.items() if key not in ("versions", "command", "options")}, flush=True)
 
 
 if __name__ == "__main__":
