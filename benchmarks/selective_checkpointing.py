@@ -309,7 +309,7 @@ def check() -> list[dict[str, Any]]:
 
 
 def _compiled_gradients(name: str) -> dict[str, Tensor]:
-    """Return the gradients of a step without graph breaks, on any thread of compilation."""
+    """Return the gradients of a compiled step without graph breaks."""
     torch._dynamo.reset()
     variant = Variant(name if name.startswith("snella") else "snella", TINY)
     if name == "selective-compress":
@@ -353,8 +353,8 @@ def _outcome(function: Callable[[], str]) -> str:
     try:
         return function()
     except Exception as error:  # the outcome is the error
-        text = " ".join(str(error).split())
-        return f"{type(error).__name__}: {text.partition('. ')[0][:80]}"
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        return f"{type(error).__name__}: {(lines or [''])[0].partition('. ')[0].strip()}"
 
 
 def _difference(grads: dict[str, Tensor], exact: dict[str, Tensor]) -> str:
