@@ -50,6 +50,7 @@ class Setting:
         autocast: Run steps under bfloat16 autocast.
         frozen: Dtype of the frozen weights.
         fused: Use fused attention in Swin (timm's `TIMM_FUSED_ATTN=2`).
+        options: More options of the model or its configuration.
     """
 
     model: str
@@ -62,6 +63,7 @@ class Setting:
     autocast: bool = False
     frozen: str = "float32"
     fused: bool = False
+    options: dict[str, Any] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -100,10 +102,11 @@ def build(setting: Setting) -> nn.Module:
     torch.manual_seed(0)
     if setting.model == "llama":
         # LLaMA-7B's blocks with a small vocabulary; embedding and head are not adapted
-        config = LlamaConfig(vocab_size=_VOCABULARY, num_hidden_layers=setting.depth or 32)
-        return LlamaForCausalLM(config)
+        options = {"vocab_size": _VOCABULARY, "num_hidden_layers": setting.depth or 32, **(setting.options or {})}
+        return LlamaForCausalLM(LlamaConfig(**options))
     timm.layers.set_fused_attn(True, experimental=setting.fused)
-    options: dict[str, Any] = {} if setting.depth is None else {"depth": setting.depth}
+    options = dict(setting.options or {})
+    options |= {} if setting.depth is None else {"depth": setting.depth}
     options |= {} if setting.side is None else {"img_size": setting.side}
     return timm.create_model(setting.model, num_classes=_CLASSES, **options)
 

@@ -4,6 +4,8 @@ python benchmarks/readme.py
 """
 
 from costs import ROOT, update_costs
+from selective_checkpointing import PAGE as MEMORY_PAGE
+from selective_checkpointing import update_page as update_memory_page
 from step_memory import PAGE as SPEED_PAGE
 from step_memory import update_page
 from suite_table import (
@@ -27,6 +29,7 @@ if __name__ == "__main__":
     steps_page = ROOT / "docs" / "notes" / "step-time.md"
     changed = [steps_page] if update_document(steps_page, rows) else []
     changed += [SPEED_PAGE] if update_page() else []
+    changed += [MEMORY_PAGE] if update_memory_page() else []
     changed += update_costs(rows)
     changed += [PAGE] if update_suite() else []
     changed += [page for page in (GUIDE, README) if update_overview(page)]
@@ -36,4 +39,4 @@ if __name__ == "__main__":
     figures = [*draw_figures(rows, speed), *draw_suite(), *draw_twins()]
     changed += [path for path in figures if path.read_bytes() != before.get(path)]
     names = [str(path.relative_to(ROOT)) for path in changed]
-    print("\n".join(f"{name} changed" for name in names) or "README.md, docs/ and experiments/ are up to date")
+    print("\n".join(f"{name} changed" for name in names) or "all pages are up to date")

@@ -1,12 +1,13 @@
 """Registers, spills, shared memory, occupancy and instructions of the compiled Triton kernels; requires no GPU.
 
 python benchmarks/triton_resources.py                         all capabilities and ranks; writes triton_resources.jsonl
-python benchmarks/triton_resources.py --capabilities 90 --ranks 8 --warps 8          appends rows for another launch
+python benchmarks/triton_resources.py --capabilities 90 --launch 8 64        appends rows for another launch
 python benchmarks/triton_resources.py --capabilities 90 --ranks 8 --check    only compiles
 
-Each kernel is compiled with the settings that select its branches. Resources come from Triton's copy of `cuobjdump`.
-Occupancy is the fraction of a multiprocessor's warps that registers, shared memory and the program limit allow. The
-script also compiles for AMD's `gfx942`; those rows only report errors.
+Each kernel is compiled with the settings that select its branches, and as at a launch with pointers and sizes that are
+divisible by 16 (`aligned`); capability 9.0 also without. Resources come from Triton's copy of `cuobjdump`. Occupancy is
+the fraction of a multiprocessor's warps that registers, shared memory and the program limit allow. The script also
+compiles for AMD's `gfx942`; those rows only report errors.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,7 +32,8 @@ from snella.backends.triton import backend, backward, forward
 ROWS = Path(__file__).with_suffix(".jsonl")
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
 RANKS = (8, 16, 32)
-INTEGERS = {"n": "i32", "m": "i32", "num_kept": "i32", "num_tiles": "i32", "scaling": "fp32"}
+INTEGERS = {"n": "i32", "m": "i32", "R": "i32", "num_kept": "i32", "num_tiles": "i32", "scaling": "fp32"}
+_ALIGNED_SIZES = {"n", "num_kept"}
 TABLES = dict.fromkeys(("layout", "counts", "high", "middle", "low", "state"), "*i32")
 TILE, STATISTICS = backend.TILE, backend.STATISTICS
 _WARP = 32
@@ -58,6 +61,8 @@ class Resources:
         spilled_bytes: Local memory per thread.
         shared_bytes: Shared memory per program.
         instructions: Number of machine instructions.
+        executed: Instructions that a thread executes per entry of its tile: those of the loops over pieces and their
+            widths count once per iteration, those of the loop over tiles once.
         occupancy: Active warps over the multiprocessor's warps.
     """
 
@@ -65,6 +70,7 @@ class Resources:
     spilled_bytes: int
     shared_bytes: int
     instructions: int
+    executed: float
     occupancy: float
 
 
@@ -84,35 +90,45 @@ def variants(rank: int = 8) -> Iterator[tuple[str, Any, dict[str, Any]]]:
         yield f"softmax sums, {label}", backward.softmax_weighted_sums, axis | TILE | {"MODE": mode}
         terms = {"SOFTMAX": True, "LINEAR_TERM": axis is plain, "MODE": mode}
         yield f"factor gradients, {label}", backward.factor_gradients, axis | TILE | terms
-        scalar = axis | {"SOFTMAX": True, "CENTER": axis is warm, "BLOCK": 512}
+        scalar = axis | {"SOFTMAX": True, "CENTER": axis is warm, "BLOCK": backend.SUM_BLOCK}
         yield f"scalar gradients, {label}", backward.scalar_gradients, scalar
     plain_linear = no_softmax | {"alpha": None, "weighted_sum": None, "MODE": 2}
     yield "factor gradients, p-linear", backward.factor_gradients, plain | TILE | plain_linear
     for targets, mode_name in ((1, "soft"), (2, "official")):
-        yield f"add sparse, {mode_name}", forward.add_sparse, {"MODE": targets - 1, "BLOCK": 2048}
-        counting = {"TARGETS": targets, "LEVEL": targets, "BLOCK": 4096}
+        yield f"add sparse, {mode_name}", forward.add_sparse, {"MODE": targets - 1, "BLOCK": backend.ADD_BLOCK}
+        counting = {"TARGETS": targets, "LEVEL": targets, "BLOCK": backend.COUNT_BLOCK}
         yield f"count within bin, {mode_name}", forward.count_within_bin, counting
         yield f"finish thresholds, {mode_name}", forward.finish_thresholds, {"TARGETS": targets}
 
 
-def compile_for(target: GPUTarget, kernel: Any, settings: dict[str, Any]) -> Any:
+def launch_of(kernel: Any, settings: dict[str, Any], aligned: bool = True) -> dict[str, Any]:
+    """Return the launch options of a kernel."""
+    return backend.launch_options(kernel.__name__, settings.get("R", 1), aligned)
+
+
+def compile_for(
+    target: GPUTarget, kernel: Any, settings: dict[str, Any], launch: dict[str, Any], aligned: bool = True
+) -> Any:
     """Compile one kernel to machine code."""
-    signature, constants = {}, {}
-    for parameter in kernel.params:
+    signature, constants, attributes = {}, {}, {}
+    for position, parameter in enumerate(kernel.params):
         name = parameter.name
-        if parameter.is_constexpr or settings.get(name, 0) is None:
+        if parameter.is_constexpr or (name in settings and settings[name] is None):
             signature[name], constants[name] = "constexpr", settings[name]
         elif name in INTEGERS | TABLES:
             signature[name] = (INTEGERS | TABLES)[name]
         else:
             signature[name] = "*bf16" if name in ("base", "out", "grad", "A") else "*fp32"
-    compiled = triton.compile(ASTSource(kernel, signature, constants), target=target, options=backend.LAUNCH)
+        if aligned and (signature[name].startswith("*") or name in _ALIGNED_SIZES):
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=target, options=launch)
     if not (compiled.asm.get("cubin") or compiled.asm.get("hsaco")):
         raise RuntimeError(f"no machine code for {kernel.__name__} with {settings}")
     return compiled
 
 
-def resources_of(compiled: Any, capability: int) -> Resources:
+def resources_of(compiled: Any, capability: int, settings: dict[str, Any], warps: int) -> Resources:
     """Read the resources of a compiled kernel with `cuobjdump`."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -124,9 +140,47 @@ def resources_of(compiled: Any, capability: int) -> Resources:
     numbers = {name: int(number) for name, number in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
     # dynamic shared memory is requested at launch and not part of the machine code
     shared = max(numbers["SHARED"], int(compiled.metadata.shared))
-    instructions = len(re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/", code, re.MULTILINE))
-    share = occupancy(numbers["REG"], shared, int(backend.LAUNCH["num_warps"]), capability)
-    return Resources(numbers["REG"], numbers["STACK"] + numbers["LOCAL"], shared, instructions, share)
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(.*?);", code, re.MULTILINE)
+    instructions = [(int(address, 16), text) for address, text in lines]
+    entries = settings.get("BLOCK", 0) or settings.get("BLOCK_M", 0) * settings.get("BLOCK_N", 0)
+    entries = max(1, (entries or settings.get("ALONG", 0) * settings.get("ACROSS", 0)) // (_WARP * warps))
+    executed = executed_instructions(instructions, entries, settings.get("P", 1), settings.get("R", 1)) / entries
+    share = occupancy(numbers["REG"], shared, warps, capability)
+    spilled = numbers["STACK"] + numbers["LOCAL"]
+    return Resources(numbers["REG"], spilled, shared, len(instructions), round(executed, 1), share)
+
+
+def executed_instructions(instructions: list[tuple[int, str]], entries: int, pieces: int, rank: int) -> float:
+    """Count the instructions that a thread with `entries` entries executes.
+
+    A backward branch ends a loop. The innermost loop with square roots iterates over the pieces, a loop with only
+    multiplications over a piece's width. The compiler may have unrolled a part: the loop then contains more than one
+    root or product per entry.
+    """
+
+    def count(first: int, last: int, operation: str) -> int:
+        return sum(first <= address <= last and operation in text for address, text in instructions)
+
+    loops = []
+    for address, text in instructions:
+        branch = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
+        if branch and int(branch[1], 16) < address:
+            loops.append((int(branch[1], 16), address))
+    iterations = Counter[tuple[int, int]]()
+    for first, last in loops:
+        roots, products = count(first, last, "MUFU.RSQ"), count(first, last, "FMUL") or count(first, last, "FFMA")
+        inner = [loop for loop in loops if loop != (first, last) and first <= loop[0] and loop[1] <= last]
+        if roots and not any(count(*loop, "MUFU.RSQ") for loop in inner):
+            iterations[first, last] = max(1, pieces // round(roots / entries))
+        elif products and not roots:
+            iterations[first, last] = max(1, rank // pieces // max(1, round(products / entries)))
+    executed = 0
+    for address, text in instructions:
+        repeated = 0 if text.startswith("NOP") else 1
+        for (first, last), number in iterations.items():
+            repeated *= number if first <= address <= last else 1
+        executed += repeated
+    return executed
 
 
 def occupancy(registers: int, shared_bytes: int, warps: int, capability: int) -> float:
@@ -144,36 +198,47 @@ def main() -> None:
     parser.add_argument("--capabilities", nargs="+", type=int, choices=CAPABILITIES, default=list(CAPABILITIES))
     parser.add_argument("--ranks", nargs="+", type=int, default=list(RANKS))
     parser.add_argument(
-        "--warps", type=int, help="warps per program, overrides the backend's setting; appends rows to the file"
+        "--launch",
+        nargs=2,
+        type=int,
+        metavar=("WARPS", "REGISTERS"),
+        help="another launch; appends its rows to the file",
     )
     parser.add_argument("--check", action="store_true", help="only compile")
     parser.add_argument("--out", type=Path, default=ROWS)
     args = parser.parse_args()
-    if args.warps:
-        backend.LAUNCH["num_warps"] = args.warps
     rows, count = [], 0
     for rank in args.ranks:
         for name, kernel, settings in variants(rank):
-            for capability in args.capabilities:
-                compiled = compile_for(GPUTarget("cuda", capability, _WARP), kernel, settings)
+            for capability, aligned in [(capability, True) for capability in args.capabilities] + [(90, False)]:
+                if capability not in args.capabilities:
+                    continue
+                launch = launch_of(kernel, settings, aligned)
+                if args.launch:
+                    launch |= dict(zip(("num_warps", "maxnreg"), args.launch, strict=True))
+                warps = launch["num_warps"]
+                compiled = compile_for(GPUTarget("cuda", capability, _WARP), kernel, settings, launch, aligned)
                 count += 1
                 print(f"{count} {name}, r {rank}, {capability}", flush=True)
                 if args.check:
                     continue
-                row = {"kernel": name, "rank": rank, "capability": capability}
-                rows.append({**row, **asdict(resources_of(compiled, capability))})
+                row = {"kernel": name, "rank": rank, "capability": capability, "aligned": aligned}
+                rows.append({**row, **asdict(resources_of(compiled, capability, settings, warps)), "warps": warps})
     if args.check:
         print(f"{count} compiled")
         return
-    for name, kernel, settings in [] if args.warps else variants(args.ranks[0]):
+    for name, kernel, settings in [] if args.launch else variants(args.ranks[0]):
         try:
-            compile_for(GPUTarget("hip", "gfx942", 64), kernel, settings)
+            compile_for(GPUTarget("hip", "gfx942", 64), kernel, settings, launch_of(kernel, settings))
             error = ""
         except Exception as problem:  # the row records any error of Triton's AMD backend
             error = f"{type(problem).__name__}: {str(problem).splitlines()[0][:200] if str(problem) else ''}"
         rows.append({"kernel": name, "rank": args.ranks[0], "capability": "gfx942", "error": error})
-    versions = {"triton": triton.__version__, "tile": TILE, "warps": backend.LAUNCH["num_warps"]}
-    earlier = args.out.read_text() if args.warps else ""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True, cwd=ROWS.parent
+    )
+    earlier = args.out.read_text() if args.launch else ""
+    versions = {"triton": triton.__version__, "tile": TILE, "commit": commit.stdout.strip(), "launch": args.launch}
     args.out.write_text(earlier + "".join(json.dumps({**row, **versions}) + "\n" for row in rows))
 
 

@@ -160,12 +160,10 @@ class Kernels:
 NUMBA = Kernels(operations=180, per_rank=10, merged_bytes=16, weight_accesses=4, calls=8, dense=False)
 """Forward: write `ΔW`, read it twice. Backward: one sweep over the gradient. An entry takes six roots, two exponentials
 and `10r` operations for distances and gradients of the factors."""
-TRITON = Kernels(
-    operations=817, per_rank=20, merged_bytes=35, weight_accesses=6, calls=17, dense=True, serial=2 * 1512 / 64
-)
-"""Operations are instructions per entry of the compiled kernels (`benchmarks/triton_resources.jsonl`, capability 9.0);
-loops over the rank count once, so they are a lower bound. Bytes are the reads and writes of each launch, with partial
-sums of `3r/8` bytes at rank 8. One program per 16 columns computes softmax statistics, 64 rows a step."""
+TRITON = Kernels(operations=905, per_rank=34, merged_bytes=35, weight_accesses=6, calls=17, dense=True, serial=27.0)
+"""Operations are executed instructions per entry of the compiled kernels (`benchmarks/triton_resources.jsonl`,
+capability 9.0), for `mix_k` at rank 8 and per rank up to 32. Bytes are the reads and writes of each launch, with
+partial sums of `3r/8` bytes at rank 8. One program per 16 columns computes softmax statistics, 64 rows a step."""
 SDDMM = (0.54, 2.6)
 """Time of a sparse weight gradient (SDDMM) relative to the dense product: constant, and slope over the density.
 

@@ -8,7 +8,7 @@ import math
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -84,17 +84,16 @@ def fit_batch_size(parts: RunComponents, optim: OptimConfig, console: Console) -
 def fit_image_size(
     parts: RunComponents, config: TrainConfig, at_size: Callable[[int], RunComponents], console: Console
 ) -> int | None:
-    """Return the image size, reduced if the required work does not fit into `time_budget` at the default size.
+    """Choose the largest image size at which the run fits into `time_budget`.
 
-    The required work is `epochs` epochs. If the run may have no epochs and fits a final head on several layers, it is
-    only this head on the features of all images, since more pixels raise the accuracy more than epochs at a smaller
-    size. Sizes above 112 pixels and above the median shorter side of the images are then excluded.
+    The run is `epochs` epochs and the final evaluation. If it may have no epochs and fits a final head on several
+    layers, this head alone comes first: it must fit, and the epochs only count if they fit at half of its size or more.
+    A head on more pixels is better than a few epochs at much fewer. Sizes above 112 pixels and above the median shorter
+    side of the images are then excluded.
 
-    Candidates are multiples of the model's patch size or reduction, from 48 pixels. The result is the largest candidate
-    at which the work fits according to measured steps, to within 15 %, or the smallest candidate if it fits at none.
-    The search starts at the smallest candidate, since a step at the default size may exceed the budget. Each next
-    candidate is the largest at which the work fits if time is proportional to the number of pixels. A given
-    `img_size` is unchanged, and models that do not support other sizes keep their default.
+    Candidates are multiples of the model's patch size or reduction, from 48 pixels to the backbone's default. The
+    search stops within 15 % of the largest that fits; if none fits, the result is the smallest. A given `img_size` is
+    unchanged, and models that do not support other sizes keep their default.
 
     Args:
         parts: Data and model at the backbone's default size.
@@ -102,8 +101,8 @@ def fit_image_size(
         at_size: Function that builds data and model for another image size.
         console: Output console for the choice.
     """
-    requested, time_budget = config.model.img_size, config.optim.time_budget
-    if time_budget is None or requested is not None:
+    optim, requested, budget = config.optim, config.model.img_size, config.optim.time_budget
+    if budget is None or requested is not None:
         return requested
     default, step = int(parts.data_config["input_size"][-1]), size_step(parts.model)
     sizes = [*range(-(-MIN_SIZE // step) * step, default, step), default]
@@ -112,14 +111,76 @@ def fit_image_size(
         print_line(console, f"image size stays {default} px: {reason}")
     if reason is not None or len(sizes) == 1:
         return requested
-    optim = config.optim
-    only_head = can_skip_training(optim, config.data.protocol) and optim.final_head == "layers"
-    if only_head:
-        most = max(_SMALL_SIDE, _median_side(parts.splits.train))
-        sizes = [size for size in sizes if size - step < most] or sizes[:1]
-    work = "the final head" if only_head else counted(optim.epochs, "epoch")
-    print_line(console, f"measuring step times to fit {work} into {time_budget}")
-    allowed = _TIME_SHARE * budget_seconds(time_budget) / (1 if only_head else optim.epochs)
+    epochs = counted(optim.epochs, "epoch")
+    print_line(console, f"measuring step times to fit {epochs} into {budget}")
+    allowed = _TIME_SHARE * budget_seconds(budget)
+
+    def epoch_seconds(size: int) -> float:
+        times = _measure_times(parts if size == default else at_size(size), config)
+        return times.epoch_s + times.final_s / optim.epochs
+
+    def head_seconds(size: int) -> float:
+        return _measure_times(parts if size == default else at_size(size), config, with_training=False).final_s
+
+    try:
+        found = None
+        if can_skip_training(optim, config.data.protocol) and optim.final_head == "layers":
+            most = max(_SMALL_SIDE, _median_side(parts.splits.train))
+            sizes = [size for size in sizes if size - step < most] or sizes[:1]
+            head = _largest_size(sizes, head_seconds, allowed)
+            sizes = [size for size in sizes if 2 * size >= head.size]
+            found, work, unit = head, "the final head", "it"
+        if found is None or (optim.epochs and found.fits):
+            trained = _largest_size(sizes, epoch_seconds, allowed / optim.epochs)
+            if found is None or trained.fits:
+                found, work, unit = trained, epochs, "one epoch"
+    except _SizeError as error:
+        print_line(console, f"image size stays {default} px: {config.model.backbone} does not support {error}")
+        return requested
+    if found.size == default:
+        return requested
+    seconds = found.seconds
+    default_s = seconds.get(default, seconds[max(seconds)] * (default / max(seconds)) ** 2)
+    is_one = unit == "it" or optim.epochs == 1
+    fit = f"{'fits' if is_one else 'fit'} into {budget}"
+    if not found.fits:
+        fit = f"{'exceeds' if is_one else 'exceed'} {budget} even at the smallest size"
+    print_line(
+        console,
+        f"image size {found.size} px: {work} {fit}; {unit} takes about {seconds_text(seconds[found.size])}, at "
+        f"{default} px, the backbone's default size, about {seconds_text(default_s)}"
+        f"{'' if default in seconds else ' (estimated from the number of pixels)'}; use --img-size to set the size",
+    )
+    return found.size
+
+
+class _SizeError(Exception):
+    """A model does not support an image size."""
+
+
+@dataclass
+class _LargestSize:
+    """Result of a search: the size, whether it fits, and the measured seconds by size."""
+
+    size: int
+    fits: bool
+    seconds: dict[int, float]
+
+
+def _largest_size(sizes: Sequence[int], seconds_at: Callable[[int], float], allowed: float) -> _LargestSize:
+    """Search the largest size whose time is at most `allowed`, to within 15 %.
+
+    The search starts at the smallest size, since a step at the largest may exceed the budget. Each next size is the
+    largest that fits if time is proportional to the number of pixels.
+
+    Args:
+        sizes: Candidates in ascending order.
+        seconds_at: Function that measures the time at a size.
+        allowed: Maximum time in seconds.
+
+    Raises:
+        _SizeError: If the model does not support a size.
+    """
     seconds: dict[int, float] = {}
     fits, too_large, index = -1, len(sizes), 0
     while fits + 1 < too_large and not (
@@ -127,32 +188,15 @@ def fit_image_size(
     ):
         size = sizes[index]
         try:
-            times = _measure_times(parts if size == default else at_size(size), config, with_training=not only_head)
+            seconds[size] = seconds_at(size)
         except _SIZE_ERRORS as error:
-            text = str(error).strip().partition("\n")[0]
-            name = config.model.backbone
-            print_line(console, f"image size stays {default} px: {name} does not support {size} px ({text})")
-            return requested
-        seconds[size] = times.final_s if only_head else times.epoch_s
+            raise _SizeError(f"{size} px ({str(error).strip().partition(chr(10))[0]})") from error
         fits, too_large = (index, too_large) if seconds[size] <= allowed else (fits, index)
-        largest = size * math.sqrt(allowed / seconds[size])
+        largest = size * math.sqrt(allowed / max(seconds[size], 1e-9))
         index = max(bisect.bisect_right(sizes, largest) - 1, fits + 1)
         if index >= too_large or too_large < len(sizes):
             index = (fits + too_large) // 2
-    chosen = sizes[max(fits, 0)]
-    if chosen == default:
-        return requested
-    default_s = seconds_text(seconds.get(default, seconds[max(seconds)] * (default / max(seconds)) ** 2))
-    fit = f"{'fits' if only_head else 'fit'} into {time_budget}"
-    if fits < 0:
-        fit = f"{'exceeds' if only_head else 'exceed'} {time_budget} even at the smallest size"
-    print_line(
-        console,
-        f"image size {chosen} px: {work} {fit}; {'it' if only_head else 'one epoch'} takes about "
-        f"{seconds_text(seconds[chosen])}, at {default} px, the backbone's default size, about {default_s}"
-        f"{'' if default in seconds else ' (estimated from the number of pixels)'}; use --img-size to set the size",
-    )
-    return chosen
+    return _LargestSize(sizes[max(fits, 0)], fits >= 0, seconds)
 
 
 def _median_side(images: ImageDataset) -> float:

@@ -484,7 +484,7 @@ def measure_matrix(
         "effective_s": effective_s,
         "product_s": product_s,
         "effective_over_product": ratio,
-        "extra_over_matrix": round(_extra_bytes(effective) / (4 * m * n), 2),
+        "extra_over_matrix": round(peak_bytes(effective) / (4 * m * n), 2),
     }
 
 
@@ -579,7 +579,7 @@ def _interleaved(first: Callable[[], object], second: Callable[[], object], roun
     return first_s, second_s, round(ratio, 3)
 
 
-def _extra_bytes(function: Callable[[], Tensor]) -> int:
+def peak_bytes(function: Callable[[], Tensor]) -> int:
     """Return the peak bytes of a call: NumPy arrays from tracemalloc plus torch tensors from the profiler."""
     tracemalloc.start()
     try:

@@ -195,34 +195,49 @@ def test_a_size_that_is_given_or_must_be_the_same_stays(changes, said, settings,
     assert timed_by_pixels.sides == []
 
 
-def test_the_final_head_needs_time_for_features_only(settings, console, monkeypatch):
-    sides = []
+@pytest.fixture
+def head_by_pixels(monkeypatch):
+    """Evaluation steps take a second at 160 px and less with fewer pixels, training steps `factor` times as long."""
+    timing = SimpleNamespace(factor=3.0)
 
-    def step_seconds(parts, config, dataset, batch, step):
-        assert step is not sizing._trial_step
-        if step is sizing._only_read:
-            return 0.0
-        sides.append(parts.data_config["input_size"][-1])
-        return (sides[-1] / 160) ** 2
+    def step_seconds(parts, optim, dataset, batch, step):
+        seconds = (parts.data_config["input_size"][-1] / 160) ** 2
+        return {sizing._only_read: 0.0, sizing._trial_evaluation: seconds}.get(step, timing.factor * seconds)
 
     monkeypatch.setattr(sizing, "_step_seconds", step_seconds)
     monkeypatch.setattr(sizing, "layer_fit_seconds", lambda *_: 0.0)
     monkeypatch.setattr(sizing, "_SMALL_SIDE", 160)  # the images are smaller
-    options = {"time_budget": "40s", "final_head": "layers", "head_init": "probe", "tta": 1, "test_size": 4}
-    size, text = chosen_size(settings, console, **options)
-    # 16 training images, validation images three times (start, trained head, final head) and test images: 29 steps
-    assert size is None and sides == [48, 160]  # 29 seconds at 160 px
-    options["time_budget"] = "20s"
-    size, text = chosen_size(settings, console, **options)
-    assert size == 112  # 0.9 · 20 / (29 · 0.49) = 1.27, and 0.98 at 128 px
-    assert "image size 112 px: the final head fits into 20s; it takes about 14.2 s, at 160 px" in text.replace(
-        "\N{NO-BREAK SPACE}", " "
-    )
-    sides.clear()
-    options["time_budget"] = "1h"
-    for side, expected in ((100, 112), (20, 48)):
-        monkeypatch.setattr(sizing, "_SMALL_SIDE", side)
-        assert chosen_size(settings, console, **options)[0] == expected
+    return timing
+
+
+_HEAD = {"final_head": "layers", "head_init": "probe", "tta": 1, "test_size": 4}
+
+
+@pytest.mark.parametrize(
+    ("budget", "factor", "size", "said"),
+    [
+        # 16 training images, validation images three times (start, trained head, final head) and test images: 29 steps
+        ("20s", 3, 112, "112 px: the final head fits into 20s; it takes about 14.2 s, at 160 px"),
+        ("40s", 3, None, ""),  # the head takes 29 s at 160 px, four epochs and the head 58 s at 80 px
+        ("70s", 3, 80, "80 px: 4 epochs fit into 70s; one epoch takes about 14.6 s"),
+        ("70s", 1, 112, "112 px: 4 epochs fit into 70s; one epoch takes about 12.9 s"),
+        ("1s", 3, 48, "48 px: the final head exceeds 1s even at the smallest size; it takes about 2.6 s"),
+    ],
+)
+def test_the_final_head_comes_before_epochs_at_less_than_half_its_size(
+    budget, factor, size, said, settings, console, head_by_pixels
+):
+    head_by_pixels.factor = factor
+    chosen, text = chosen_size(settings, console, time_budget=budget, **_HEAD)
+    assert chosen == size and said in text.replace("\N{NO-BREAK SPACE}", " ")
+
+
+@pytest.mark.parametrize(("side", "size"), [(100, 112), (20, 48)])
+def test_the_final_head_uses_no_size_above_that_of_the_images(
+    side, size, settings, console, head_by_pixels, monkeypatch
+):
+    monkeypatch.setattr(sizing, "_SMALL_SIDE", side)
+    assert chosen_size(settings, console, time_budget="1h", **_HEAD)[0] == size
 
 
 def test_a_backbone_that_cannot_be_built_for_another_size_keeps_its_own(settings, console, timed_by_pixels):

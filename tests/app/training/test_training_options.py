@@ -292,7 +292,10 @@ def test_what_a_tracker_refuses_is_one_line_and_its_variables_are_as_before(sett
 
     run = RunFolder(tmp_path / "run")
     run.path.mkdir()
-    with pytest.raises(ValueError, match=r"track=mlflow: no folders$"), _tracking(settings(track="mlflow").run.trackers, run):
+    with (
+        pytest.raises(ValueError, match=r"track=mlflow: no folders$"),
+        _tracking(settings(track="mlflow").run.trackers, run),
+    ):
         assert os.environ["MLFLOW_TRACKING_URI"] == f"sqlite:///{run.path}/tracking/mlflow.db"
         assert os.environ["WANDB_DIR"] == str(run.path / "tracking") and (run.path / "tracking").is_dir()
         raise RefusedError("no folders\nbut databases")

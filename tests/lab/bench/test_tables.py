@@ -43,6 +43,8 @@ def page(name):
 
 
 def test_generated_tables_match_the_committed_rows(tmp_path):
+    from selective_checkpointing import PAGE as MEMORY_PAGE
+    from selective_checkpointing import update_page
     from suite_table import GUIDE, PAGE, README, TWINS_PAGE, update_overview, update_suite, update_twins
 
     from snella_lab.bench.rows import update_document
@@ -50,9 +52,25 @@ def test_generated_tables_match_the_committed_rows(tmp_path):
     rows = ROOT / "benchmarks" / "results.jsonl"
     steps = ROOT / "docs" / "notes" / "step-time.md"
     scripts = [(PAGE, update_suite), (GUIDE, update_overview), (README, update_overview), (TWINS_PAGE, update_twins)]
-    for path, update in (*scripts, (steps, lambda copy: update_document(copy, rows))):
+    for path, update in (*scripts, (MEMORY_PAGE, update_page), (steps, lambda copy: update_document(copy, rows))):
         copy = shutil.copy(path, tmp_path)
         assert not update(Path(copy)), f"{path.name} differs from its rows; run: python benchmarks/readme.py"
+
+
+def test_memory_page_states_the_outcome_of_its_rows():
+    from selective_checkpointing import ROWS, SETTINGS
+
+    from snella_lab.bench.rows import read_rows
+
+    rows = {(row["title"], row["variant"]): row for row in read_rows(ROWS) if "kept_over_lora" in row}
+    selective = [rows[title, "selective-linear"] for title in SETTINGS]
+    assert all(row["gradients_same_bits"] for row in selective)
+    assert all(
+        row["kept_over_lora"] < rows[title, "snella"]["kept_over_lora"] + 0.03
+        for title, row in zip(SETTINGS, selective, strict=True)
+    )
+    slower = [100 * (row["step_over_snella"] - 1) for row in selective]
+    assert f"takes {min(slower):.0f} to {max(slower):.0f} % longer" in page("src/snella/memory/README.md")
 
 
 def test_readme_matches_the_suite(suite):

@@ -529,6 +529,16 @@ def test_compression_preserves_memory_layouts(function):
     y.sum().backward()
 
 
+def test_copies_of_tracked_block_run_their_own_forward_pass():
+    block = Block(lambda x: x.view(16, WIDTH))
+    mark_outputs(block)
+    replica = block._replicate_for_data_parallel()
+    replica.function = lambda x: x.view(8, 2 * WIDTH)
+    x = replica(torch.randn(2, 8, WIDTH, requires_grad=True))
+    assert x.shape == (8, 2 * WIDTH)
+    assert origin_of(x)[1] is not None
+
+
 def test_operations_outside_tracked_blocks_are_not_tracked():
     norm, z = nn.LayerNorm(WIDTH), torch.randn(2, 8, WIDTH, requires_grad=True)
     mark_outputs(norm)

@@ -20,16 +20,32 @@ from snella.update import Factors, UpdateSpec
 TILE = {"BLOCK_M": 32, "BLOCK_N": 64}
 _TILES_PER_HISTOGRAM = 4
 STATISTICS = {"ALONG": 64, "ACROSS": 16}
-_ADD_BLOCK = 2048
-_COUNT_BLOCK = 4096
+ADD_BLOCK = 4096
+COUNT_BLOCK = 4096
 _MAX_COUNT_PROGRAMS = 256  # each program adds its counts to the histogram of the matrix once
-_SUM_BLOCK = 512
+SUM_BLOCK = 512
 _MODES = {"soft": forward.SOFT.value, "official": forward.OFFICIAL.value, "none": forward.NONE.value}
-LAUNCH: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
-
+_WARPS = {"factor_gradients": 4, "scalar_gradients": 4}
+_REGISTERS = {
+    "softmax_statistics": (64, 80),
+    "softmax_weighted_sums": (64, 80),
+    "merge": (80, 128),
+    "factor_gradients": (128, 128),
+}
+"""Registers per thread up to rank 8 and above: limits without spills, see the README of this package."""
 
 _MAX_ENTRIES = 1 << 30  # positions within a matrix are int32
 _MIN_CAPABILITY = (7, 0)
+
+
+def launch_options(kernel: str, rank: int = 1, aligned: bool = True) -> dict[str, Any]:
+    """Return warps per program and registers per thread of a kernel."""
+    options: dict[str, Any] = {"num_warps": _WARPS.get(kernel, 8), "enable_fp_fusion": False}
+    if kernel in _REGISTERS and torch.version.hip is None:  # AMD's compiler has no such limit
+        options["maxnreg"] = _REGISTERS[kernel][rank > 8]
+        if kernel == "factor_gradients" and not aligned:
+            options["maxnreg"] = 168  # columns are not loaded in groups of four, so a thread holds more rows
+    return options
 
 
 class SoftmaxStats(NamedTuple):
@@ -97,7 +113,7 @@ class _Launches:
             **self.sizes,
             **self.axis,
             **STATISTICS,
-            **LAUNCH,
+            **launch_options("softmax_statistics", self.rank),
         )
         return SoftmaxStats(max_logit, inverse_sum)
 
@@ -122,7 +138,7 @@ class _Launches:
             COUNT=counts is not None,
             TILES=_TILES_PER_HISTOGRAM,
             **TILE,
-            **LAUNCH,
+            **launch_options("merge", self.rank),
         )
 
     def merge_and_select(self, delta: Tensor, stats: SoftmaxStats) -> Tensor:
@@ -137,7 +153,7 @@ class _Launches:
         state, thresholds = self.new(2 * self.groups * targets, dtype=torch.int32), self.new(self.groups)
         self.merge(delta, stats, high)
         entries = max(self.spec.row_counts) * self.n
-        grid = (min(-(-entries // _COUNT_BLOCK), _MAX_COUNT_PROGRAMS), self.groups)
+        grid = (min(-(-entries // COUNT_BLOCK), _MAX_COUNT_PROGRAMS), self.groups)
         for level in (1, 2):
             forward.count_within_bin[grid](
                 delta,
@@ -149,18 +165,18 @@ class _Launches:
                 self.n,
                 TARGETS=targets,
                 LEVEL=level,
-                BLOCK=_COUNT_BLOCK,
-                **LAUNCH,
+                BLOCK=COUNT_BLOCK,
+                **launch_options("count_within_bin"),
             )
         forward.finish_thresholds[(self.groups,)](
-            self.layout, high, middle, low, state, thresholds, TARGETS=targets, **LAUNCH
+            self.layout, high, middle, low, state, thresholds, TARGETS=targets, **launch_options("finish_thresholds")
         )
         return thresholds
 
     def add_sparse(self, delta: Tensor, thresholds: Tensor, base: Tensor, out: Tensor) -> None:
         """Write `base + scaling·S` into `out`."""
         entries = max(self.spec.row_counts) * self.n
-        forward.add_sparse[-(-entries // _ADD_BLOCK), self.groups](
+        forward.add_sparse[-(-entries // ADD_BLOCK), self.groups](
             delta,
             thresholds,
             self.layout,
@@ -169,8 +185,8 @@ class _Launches:
             self.spec.scaling,
             self.n,
             MODE=_MODES[self.spec.mode],
-            BLOCK=_ADD_BLOCK,
-            **LAUNCH,
+            BLOCK=ADD_BLOCK,
+            **launch_options("add_sparse"),
         )
 
     def gradients(
@@ -201,7 +217,7 @@ class _Launches:
                 **self.axis,
                 **mode,
                 **TILE,
-                **LAUNCH,
+                **launch_options("softmax_weighted_sums", self.rank),
             )
             weighted_sum = partial.sum(0)
         part_A, part_B = self.new(rows, groups, self.n, self.rank), self.new(columns, self.m, self.rank)
@@ -227,7 +243,7 @@ class _Launches:
             **self.axis,
             **mode,
             **TILE,
-            **LAUNCH,
+            **launch_options("factor_gradients", self.rank, self.n % 16 == 0),
         )
         # zeros, because a kernel without softmax does not write the gradients of α, β and γ
         scalar_grads = [value if value is None else torch.zeros_like(value) for value in self.scalars]
@@ -242,8 +258,8 @@ class _Launches:
             SOFTMAX=self.has_softmax,
             CENTER=self.spec.kernel.center_softmax,
             **self.axis,
-            BLOCK=_SUM_BLOCK,
-            **LAUNCH,
+            BLOCK=SUM_BLOCK,
+            **launch_options("scalar_gradients"),
         )
         return part_A.sum(0).to(self.A.dtype), part_B.sum(0).to(self.B.dtype), *scalar_grads
 

@@ -14,6 +14,7 @@ from snella.backends.triton.forward import (
     NONE,
     SOFT,
     along_axis,
+    clamp,
     distance,
     mean_prob,
     piecewise,
@@ -23,10 +24,11 @@ from snella.backends.triton.forward import (
 
 
 @triton.jit
-def delta_gradient(delta, grad, thresholds, group, rows, j, inside, scaling, n, MODE: tl.constexpr):
+def delta_gradient(delta, grad, thresholds, group, start, i, j, inside, scaling, n, MODE: tl.constexpr):
     """Compute `G = ∂L/∂ΔW = scaling·∂S/∂ΔW ⊙ ∂L/∂W` on a tile."""
-    entry = rows[:, None] * n + j[None, :]
-    magnitude = tl.abs(tl.load(delta + entry, mask=inside, other=0.0))
+    first = start.to(tl.int64) * n
+    entry = i[:, None] * n + j[None, :]
+    magnitude = tl.abs(tl.load(delta + first + entry, mask=inside, other=0.0))
     threshold = tl.load(thresholds + group)
     slope = magnitude
     if MODE == SOFT:
@@ -34,7 +36,7 @@ def delta_gradient(delta, grad, thresholds, group, rows, j, inside, scaling, n, 
     elif MODE == NONE:
         slope = tl.zeros_like(magnitude) + 1.0
     slope = tl.where(inside & (magnitude > threshold), slope, 0.0)
-    return slope * tl.load(grad + entry, mask=inside, other=0.0).to(tl.float32) * scaling
+    return slope * tl.load(grad + first + entry, mask=inside, other=0.0).to(tl.float32) * scaling
 
 
 @triton.jit
@@ -69,12 +71,11 @@ def softmax_weighted_sums(
     j = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     i_inside, j_inside = i < active, j < tl.where(active > 0, n, 0)
     inside = i_inside[:, None] & j_inside[None, :]
-    value = piecewise(B + start * R, A + group * n * R, coeff + group * P, i, j, i_inside, j_inside, P, R)
+    value = piecewise(B + start * R, A + group * n * R, coeff + group * P, clamp(i, active), clamp(j, n), R // P, P, R)
     probs = softmax_probs(
         value, temperature, max_logit, inverse_sum, group, start, i, j, i_inside, j_inside, n, HAS_TEMPERATURE, AXIS
     )
-    rows = (start + i).to(tl.int64)
-    gradient = delta_gradient(delta, grad, thresholds, group, rows, j, inside, scaling, n, MODE)
+    gradient = delta_gradient(delta, grad, thresholds, group, start, i, j, inside, scaling, n, MODE)
     weighted = tl.where(inside, gradient * probs, 0.0)
     if AXIS == 0:
         tl.store(partial + tl.program_id(1) * num_kept + group * n + j, tl.sum(weighted, 0), mask=j < n)
@@ -82,7 +83,7 @@ def softmax_weighted_sums(
         tl.store(partial + tl.program_id(0) * num_kept + start + i, tl.sum(weighted, 1), mask=i_inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def factor_gradients(
     A,
     B,
@@ -102,8 +103,8 @@ def factor_gradients(
     scaling,
     n,
     m,
+    R,
     P: tl.constexpr,
-    R: tl.constexpr,
     SOFTMAX: tl.constexpr,
     LINEAR_TERM: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
@@ -114,9 +115,11 @@ def factor_gradients(
 ):
     """Write each tile's partial gradients: `grad_A` `[q, G, n, R]`, `grad_B` `[s, m, R]`, `sums` `[G, q·s, P + 3]`.
 
-    `sums` contains `Σ ∂L/∂κ·d_p` for each piece, then `Σ G`, `Σ G⊙Z` and `Σ ∂L/∂(κ/γ)·κ/γ`.
+    `sums` contains `Σ ∂L/∂κ·d_p` for each piece, then `Σ G`, `Σ G⊙Z` and `Σ ∂L/∂(κ/γ)·κ/γ`. The rank is a
+    runtime argument, because the compiler would unroll constant loops and keep their factors in up to 255 registers.
     """
     group = tl.program_id(2)
+    width = R // P
     start = tl.load(layout + group * LAYOUT_FIELDS)
     count = tl.load(layout + group * LAYOUT_FIELDS + 1)
     active = tl.load(layout + group * LAYOUT_FIELDS + 2)
@@ -124,14 +127,13 @@ def factor_gradients(
     j = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     i_inside, j_inside = i < active, j < tl.where(active > 0, n, 0)
     inside = i_inside[:, None] & j_inside[None, :]
-    first, second = B + start * R, A + group * n * R
-    rows = (start + i).to(tl.int64)
-    gradient = delta_gradient(delta, grad, thresholds, group, rows, j, inside, scaling, n, MODE)
+    first, second, i_load, j_load = B + start * R, A + group * n * R, clamp(i, active), clamp(j, n)
+    gradient = delta_gradient(delta, grad, thresholds, group, start, i, j, inside, scaling, n, MODE)
     tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     sums += (group * tl.num_programs(1) * tl.num_programs(0) + tile) * (P + 3)
     tl.store(sums + P, tl.sum(gradient))
     if SOFTMAX:
-        value = piecewise(first, second, coeff + group * P, i, j, i_inside, j_inside, P, R)
+        value = piecewise(first, second, coeff + group * P, i_load, j_load, width, P, R)
         probs = softmax_probs(
             value, temperature, max_logit, inverse_sum, group, start, i, j, i_inside, j_inside, n, HAS_TEMPERATURE, AXIS
         )
@@ -147,21 +149,21 @@ def factor_gradients(
         grad_value = grad_logits + gradient if LINEAR_TERM else grad_logits
     else:
         grad_value = gradient
-    grad_B += tl.program_id(0).to(tl.int64) * m * R
+    grad_B += (tl.program_id(0).to(tl.int64) * m + start) * R
     grad_A += (tl.program_id(1).to(tl.int64) * tl.num_programs(2) + group) * n * R
-    for p in tl.static_range(P):
-        dist = distance(first, second, i, j, i_inside, j_inside, p, P, R)
+    for p in range(P):
+        dist = distance(first, second, i_load, j_load, p, width, R)
         tl.store(sums + p, tl.sum(tl.where(inside, grad_value * dist, 0.0)))
         # zero distances have no gradient
         coef = tl.load(coeff + group * P + p).to(tl.float32) * grad_value
         coef = tl.where(dist == 0.0, 0.0, tl.div_rn(coef, tl.where(dist == 0.0, 1.0, dist)))
         coef = tl.where(inside, coef, 0.0)
-        for k in range(p * (R // P), (p + 1) * (R // P)):
-            b = tl.load(first + i * R + k, mask=i_inside, other=0.0).to(tl.float32)
-            a = tl.load(second + j * R + k, mask=j_inside, other=0.0).to(tl.float32)
+        for k in range(p * width, (p + 1) * width):
+            b = tl.load(first + i_load * R + k).to(tl.float32)
+            a = tl.load(second + j_load * R + k).to(tl.float32)
             grad_diff = coef * (b[:, None] - a[None, :])
-            tl.store(grad_B + rows * R + k, tl.sum(grad_diff, 1), mask=i < count)
-            tl.store(grad_A + j * R + k, -tl.sum(grad_diff, 0), mask=j < n)
+            tl.store(grad_B + i * R + k, tl.where(i_inside, tl.sum(grad_diff, 1), 0.0), mask=i < count)
+            tl.store(grad_A + j * R + k, tl.where(j_inside, -tl.sum(grad_diff, 0), 0.0), mask=j < n)
 
 
 @triton.jit

@@ -40,24 +40,36 @@ def exp_nonpositive(x):
 
 
 @triton.jit
-def distance(first, second, i, j, i_inside, j_inside, piece, P: tl.constexpr, R: tl.constexpr):
+def clamp(position, count):
+    """Replace positions outside the matrix by its last row or column.
+
+    Loads of factors then need no mask, which would occupy one predicate register per row and column of a thread.
+    """
+    return tl.minimum(position, tl.maximum(count - 1, 0))
+
+
+@triton.jit
+def distance(first, second, i, j, piece, width, R):
     """Compute `d[i, j] = ‖first[i, piece] − second[j, piece]‖`; subtracts before squaring."""
     squares = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
-    for k in range(R // P):
-        b = tl.load(first + i * R + piece * (R // P) + k, mask=i_inside, other=0.0).to(tl.float32)
-        a = tl.load(second + j * R + piece * (R // P) + k, mask=j_inside, other=0.0).to(tl.float32)
+    for k in range(width):
+        b = tl.load(first + i * R + piece * width + k).to(tl.float32)
+        a = tl.load(second + j * R + piece * width + k).to(tl.float32)
         difference = b[:, None] - a[None, :]
         squares = tl.fma(difference, difference, squares)
     return tl.sqrt_rn(squares)
 
 
 @triton.jit
-def piecewise(first, second, coeff, i, j, i_inside, j_inside, P: tl.constexpr, R: tl.constexpr):
-    """Compute `κ[i, j] = Σ_p coeff[p]·d_p[i, j]`."""
+def piecewise(first, second, coeff, i, j, width, P: tl.constexpr, R):
+    """Compute `κ[i, j] = Σ_p coeff[p]·d_p[i, j]` of rows and columns inside the matrix, see `clamp`.
+
+    The loop over the pieces is not unrolled, so that the factors of one piece occupy registers at a time.
+    """
     value = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
-    for p in tl.static_range(P):
+    for p in range(P):
         weight = tl.load(coeff + p).to(tl.float32)
-        value += weight * distance(first, second, i, j, i_inside, j_inside, p, P, R)
+        value += weight * distance(first, second, i, j, p, width, R)
     return value
 
 
@@ -138,7 +150,7 @@ def softmax_statistics(
     for first in range(0, num_inner, ALONG):
         i = first + tl.arange(0, ALONG)
         i_inside = i < num_inner
-        value = piecewise(inner, outer, coeff + group * P, i, j, i_inside, j_inside, P, R)
+        value = piecewise(inner, outer, coeff + group * P, clamp(i, num_inner), clamp(j, num_outer), R // P, P, R)
         logits = scale_logits(value, temperature, group, HAS_TEMPERATURE)
         inside = i_inside[:, None] & j_inside[None, :]
         new_max = tl.where(inside & (logits > running_max), logits, running_max)
@@ -184,13 +196,16 @@ def merge(
     active = tl.load(layout + group * LAYOUT_FIELDS + 2)
     j = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     j_inside = j < tl.where(active > 0, n, 0)
+    delta += start.to(tl.int64) * n
     first_row = tl.program_id(1) * TILES * BLOCK_M
     bins = tl.zeros([HIGH_BINS], tl.int32)
     for first in range(first_row, tl.minimum(first_row + TILES * BLOCK_M, active), BLOCK_M):
         i = first + tl.arange(0, BLOCK_M)
         i_inside = i < active
         inside = i_inside[:, None] & j_inside[None, :]
-        value = piecewise(B + start * R, A + group * n * R, coeff + group * P, i, j, i_inside, j_inside, P, R)
+        value = piecewise(
+            B + start * R, A + group * n * R, coeff + group * P, clamp(i, active), clamp(j, n), R // P, P, R
+        )
         if SOFTMAX:
             probs = softmax_probs(
                 value,
@@ -211,8 +226,7 @@ def merge(
                 probs -= mean_prob(active, n, AXIS)
             weighted = tl.load(alpha + group).to(tl.float32) * probs + tl.load(beta + group).to(tl.float32)
             value = weighted + value if LINEAR_TERM else weighted
-        rows = (start + i).to(tl.int64)
-        tl.store(delta + rows[:, None] * n + j[None, :], value, mask=inside)
+        tl.store(delta + i[:, None] * n + j[None, :], value, mask=inside)
         if COUNT:
             leading = (value.to(tl.int32, bitcast=True) & 0x7FFFFFFF) >> HIGH_SHIFT
             bins += tl.histogram(
@@ -237,20 +251,20 @@ def mean_prob(active, n, AXIS: tl.constexpr):
 def add_sparse(delta, thresholds, layout, base, out, scaling, n, MODE: tl.constexpr, BLOCK: tl.constexpr):
     """Write `out = base + scaling·S`, rounded once to the dtype of `out`; all `[m, n]`, `out` may be `base`."""
     group = tl.program_id(1)
-    start = tl.load(layout + group * LAYOUT_FIELDS).to(tl.int64)
+    first = tl.load(layout + group * LAYOUT_FIELDS).to(tl.int64) * n
     rows = tl.load(layout + group * LAYOUT_FIELDS + 1)
     active = tl.load(layout + group * LAYOUT_FIELDS + 2)
-    entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = entry < rows.to(tl.int64) * n
-    value = tl.load(delta + start * n + entry, mask=entry < active.to(tl.int64) * n, other=0.0)
+    entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = entry < rows * n
+    value = tl.load(delta + first + entry, mask=entry < active * n, other=0.0)
     threshold = tl.load(thresholds + group)
     magnitude = tl.abs(value)
     # NaN propagates, because it is multiplied by 0
     sparse = scaling * (value * tl.where(magnitude > threshold, excess(magnitude, threshold, MODE), 0.0))
-    source = tl.load(base + start * n + entry, mask=inside, other=0.0)
+    source = tl.load(base + first + entry, mask=inside, other=0.0)
     wide = tl.float64 if base.dtype.element_ty == tl.float64 else tl.float32
     total = source.to(wide) + sparse.to(wide)
-    tl.store(out + start * n + entry, total.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + first + entry, total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
