@@ -47,8 +47,8 @@ class OptimConfig(BaseOptimConfig):
     Args:
         epochs: Number of epochs; 0 trains only a linear probe.
         time_budget: Approximate training time, e.g. 30m or 1h30m. Measures a training step and sets the number of
-            epochs. Lowers img_size first if `epochs` epochs at the model's resolution do not fit, unless img_size is
-            given.
+            epochs and, unless given, img_size: the largest at which `epochs` epochs fit, or only the final head if they
+            do not fit at half its size.
         early_stopping: Stop after N epochs without improvement. With budgets (snella, snell) training does not stop
             before the target sparsity is reached, by default after 70 % of the epochs.
         batch_size: Batch size; if not given 32, or all training images if there are fewer. auto selects the largest

@@ -124,13 +124,15 @@ def fit_image_size(
 
     try:
         found = None
-        if can_skip_training(optim, config.data.protocol) and optim.final_head == "layers":
+        has_head = can_skip_training(optim, config.data.protocol) and optim.final_head == "layers"
+        trains = optim.epochs and not (has_head and find_method(config.method.name).is_head_only)
+        if has_head or not trains:
             most = max(_SMALL_SIDE, _median_side(parts.splits.train))
             sizes = [size for size in sizes if size - step < most] or sizes[:1]
             head = _largest_size(sizes, head_seconds, allowed)
             sizes = [size for size in sizes if 2 * size >= head.size]
             found, work, unit = head, "the final head", "it"
-        if found is None or (optim.epochs and found.fits):
+        if found is None or (trains and found.fits):
             trained = _largest_size(sizes, epoch_seconds, allowed / optim.epochs)
             if found is None or trained.fits:
                 found, work, unit = trained, epochs, "one epoch"

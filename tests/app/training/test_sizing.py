@@ -232,6 +232,16 @@ def test_the_final_head_comes_before_epochs_at_less_than_half_its_size(
     assert chosen == size and said in text.replace("\N{NO-BREAK SPACE}", " ")
 
 
+def test_a_linear_probe_has_the_size_of_its_final_head(settings, console, head_by_pixels):
+    assert chosen_size(settings, console, time_budget="70s", method="linear", **_HEAD)[0] is None
+    assert chosen_size(settings, console, time_budget="20s", method="linear", **_HEAD)[0] == 112
+
+
+def test_without_epochs_the_final_evaluation_fits(settings, console, head_by_pixels):
+    options = {**_HEAD, "final_head": "trained", "epochs": 0, "time_budget": "7s"}
+    assert chosen_size(settings, console, **options)[0] == 112  # ten steps of 0.49 s
+
+
 @pytest.mark.parametrize(("side", "size"), [(100, 112), (20, 48)])
 def test_the_final_head_uses_no_size_above_that_of_the_images(
     side, size, settings, console, head_by_pixels, monkeypatch
