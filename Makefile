@@ -51,7 +51,7 @@ $(VENV)/.installed-for-tests: $(STAMP)
 packages:
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  dpkg -s $(PACKAGES) >/dev/null 2>&1 || { apt-get update -q && apt-get install -q -y --no-install-recommends $(PACKAGES); } ; \
-	else echo "note: tests of Debian's data sets and of the report in a browser need: apt install $(PACKAGES)"; fi
+	else echo "note: tests of Debian's datasets and of the report in a browser need: apt install $(PACKAGES)"; fi
 
 demo: install ## fine-tune a real pre-trained ViT on real photographs; writes runs/demo/
 	$(BIN)/snella demo --out runs/demo --overwrite

@@ -224,7 +224,7 @@ def ratio_errors(held_out: list[HeldOut]) -> list[float]:
     return errors
 
 
-_ERROR_HEAD = ("rows", "median error", "largest", "within 15 %", "ratio to LoRA, median")
+_ERROR_HEAD = ("rows", "median error", "largest", "within 15%", "ratio to LoRA, median")
 
 
 def error_table(held_out: list[HeldOut]) -> str:
@@ -302,7 +302,7 @@ def bytes_table(folder: Path = FOLDER) -> str:
         within = sum(abs(error) <= _BYTES_GOAL for error in errors)
         median = f"{_median(errors):.1%}".replace("%", " %")
         lines.append([name, str(len(errors)), median, f"{worst:+.1%}".replace("%", " %"), str(within)])
-    return markdown_table(["bytes", "settings", "median error", "largest", "within 3 %"], lines)
+    return markdown_table(["bytes", "settings", "median error", "largest", "within 3%"], lines)
 
 
 def datasheet_table() -> str:
@@ -365,7 +365,7 @@ def tokens_until(model: Transformer, is_reached: Callable[[int], bool]) -> int |
 
 
 def crossing_table(cases: list[Case]) -> str:
-    """Format tokens per step: where merging drops below 10 %, and where SNELLA is as fast as LoRA."""
+    """Format tokens per step: where merging drops below 10%, and where SNELLA is as fast as LoRA."""
     epyc = fit_rates(cases_of(EPYC_2, cases))
     lines = [[f"{machine_name(EPYC_2)}, ViT-B/16, float32", *_crossings(epyc, "ViT-B/16", _count_on_cpu)]]
     lines += [
@@ -373,7 +373,7 @@ def crossing_table(cases: list[Case]) -> str:
         for name, gpu in GPUS.items()
         for model in ("ViT-B/16", "ViT-H/14", "ViT-22B/14")
     ]
-    head = ["predicted, not run", "merging below 10 % of the step", "exact SNELLA as fast as LoRA"]
+    head = ["predicted, not run", "merging below 10% of the step", "exact SNELLA as fast as LoRA"]
     return markdown_table([*head, '`"sample:1/4"` as fast as LoRA'], lines)
 
 

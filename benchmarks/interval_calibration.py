@@ -96,7 +96,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         bootstrap = row.get("bootstrap_called_clear")
         cells = [row["differences"], *(str(row[key]) for key in ("comparisons", "tasks", "seeds"))]
-        cells += [f"{100 * row['called_clear']:.1f} %", "" if bootstrap is None else f"{100 * bootstrap:.1f} %"]
+        cells += [f"{100 * row['called_clear']:.1f}%", "" if bootstrap is None else f"{100 * bootstrap:.1f}%"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -4,7 +4,7 @@ python benchmarks/learning_rates.py --tasks mri-regions,stamps --methods lora-8,
 
 Tasks, sizes and settings come from experiments/bundled-suite.yaml. The outputs of the frozen blocks are computed once
 per task and stored in `--cache`. A run selects its epoch on its validation images, as `snella train` does, among the
-last 40 %. It is evaluated on up to `--val-size` images that the recipe uses for neither training nor validation, never
+last 40%. It is evaluated on up to `--val-size` images that the recipe uses for neither training nor validation, never
 on the test split, except for folders without unused images. The entry `kept` of a row contains the results of the probe
 initialization, if any, and of the best and last epoch, for the weights (raw) and their average (ema). Each run appends
 a JSON line to learning_rates.jsonl; finished runs are skipped.

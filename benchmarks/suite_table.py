@@ -206,7 +206,7 @@ def decided_text(summary: Summary) -> str:
         else f"No difference is decided; the smallest p is {p_text(min(d.adjusted_p for d in differences.values()))}."
     )
     return (
-        f"Intervals: Student's t, 95 %, over {len(summary.tasks)} tasks (seeds averaged per task). p: t test with "
+        f"Intervals: Student's t, 95%, over {len(summary.tasks)} tasks (seeds averaged per task). p: t test with "
         f"Holm's correction over {len(differences)} comparisons. above: number of tasks above {summary.reference}, "
         f"with the p of the sign test. {outcome}"
     )

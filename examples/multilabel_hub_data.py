@@ -1,6 +1,6 @@
-"""Multi-label classification on a Hugging Face data set.
+"""Multi-label classification on a Hugging Face dataset.
 
-Each image shows two of scikit-learn's handwritten digits; its labels are the digits. The script writes the data set
+Each image shows two of scikit-learn's handwritten digits; its labels are the digits. The script writes the dataset
 with `datasets`. `--quick` uses few images and a tiny random model, for tests.
 """
 

@@ -25,7 +25,7 @@ WORDS = {
     r"forgives?|forgiving": "is less sensitive",
     r"verdicts": "per-sample outputs",
     r"peaky": "concentrated",
-    r"as sure as right|share that is right|is certain to": "perfectly calibrated, fraction correct, 95 % margin",
+    r"as sure as right|share that is right|is certain to": "perfectly calibrated, fraction correct, 95% margin",
     r"package-borne": "bundled",
     r"\w*(optimis(?!t)|initialis|normalis|summaris|recognis|personalis|quantis|regularis)\w*": "American spelling",
     r"\w*(colou?ur|neighbour|behaviour|favour)\w*|catalogue|labelled|judgement|centred": "American spelling",

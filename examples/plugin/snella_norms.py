@@ -52,7 +52,7 @@ def load_npz(path):
 
 @command("snella_app.data")
 def classes(data: str, /) -> None:
-    """Print the classes of a data set.
+    """Print the classes of a dataset.
 
       snella classes npz:small.npz
 

@@ -20,8 +20,8 @@ def count_text(count: int) -> str:
 
 
 def percent_text(share: float, digits: int = 1) -> str:
-    """Format a fraction as a percentage: 87.5 %; NaN becomes a dash."""
-    return "–" if math.isnan(share) else f"{decimal_text(100 * share, digits)}{_SPACE}%"
+    """Format a fraction as a percentage: 87.5%; NaN becomes a dash."""
+    return "–" if math.isnan(share) else f"{decimal_text(100 * share, digits)}%"
 
 
 def points_text(share: float, digits: int = 1) -> str:
@@ -31,8 +31,8 @@ def points_text(share: float, digits: int = 1) -> str:
 
 
 def margin_text(share: float) -> str:
-    """Format the half-width of a 95 % confidence interval: 95 % margin: ±13.4 points; empty for NaN."""
-    return "" if math.isnan(share) else f"95{_SPACE}% margin: ±{decimal_text(100 * share, 1)} points"
+    """Format the half-width of a 95% confidence interval: 95% margin: ±13.4 points; empty for NaN."""
+    return "" if math.isnan(share) else f"95% margin: ±{decimal_text(100 * share, 1)} points"
 
 
 def decimal_text(value: float, digits: int) -> str:

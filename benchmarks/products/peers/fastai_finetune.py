@@ -60,7 +60,7 @@ def fit(job: common.Job) -> common.Fitted:
         trial(batch[0])
 
     limit_s = 0.06 * job.minutes * 60
-    step_s = 1.05 * common.seconds_per_batch(lambda: data.train, step, limit_s)  # 5 % for the optimizer
+    step_s = 1.05 * common.seconds_per_batch(lambda: data.train, step, limit_s)  # 5% for the optimizer
     trial.eval().requires_grad_(False)
     look_s = common.seconds_per_batch(lambda: data.train, look, limit_s)
     trial = None  # free memory

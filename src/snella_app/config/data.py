@@ -24,7 +24,7 @@ class DataConfig(Config):
 
     Args:
         spec: Training data: a folder (class/image, or train|val|test/class/image), also written folder:PATH; a table of
-            paths and labels (.csv, .parquet, also written csv:FILE, parquet:FILE); a Hugging Face data set
+            paths and labels (.csv, .parquet, also written csv:FILE, parquet:FILE); a Hugging Face dataset
             (hf:FOLDER, hf:OWNER/NAME); WebDataset shards (wds:FOLDER); a benchmark task (vtab:PATH/dtd,
             fgvc:PATH/cub); or digits, mnist5k, fashion-mnist, elpv, stamps or mri-regions. With masks: masks:PATH
             (images/ and masks/), kvasir:PATH, mri or mri-lobes.

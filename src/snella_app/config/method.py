@@ -23,7 +23,7 @@ class BaseMethodConfig(Config):
         r: Rank of the factors (lora, dora, snella, snell). A higher rank is more expressive and needs more memory and
             time.
         target_sparsity: Fraction of the adapted weights that the final update leaves unchanged (snella, snell); 0.7
-            changes 30 % of them.
+            changes 30% of them.
         scaling: Factor on the sparse update (snella, snell). Lower it if training diverges, raise it if the accuracy
             hardly changes.
         options: More options of the method, e.g. kernel, preset, schedule, min_layer_share for snella; lora_alpha for

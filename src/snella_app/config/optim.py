@@ -50,7 +50,7 @@ class OptimConfig(BaseOptimConfig):
             epochs and, unless given, img_size: the largest at which `epochs` epochs fit, or only the final head if they
             do not fit at half its size.
         early_stopping: Stop after N epochs without improvement. With budgets (snella, snell) training does not stop
-            before the target sparsity is reached, by default after 70 % of the epochs.
+            before the target sparsity is reached, by default after 70% of the epochs.
         batch_size: Batch size; if not given 32, or all training images if there are fewer. auto selects the largest
             power of two up to 256 that fits into memory and leaves at least 10 steps per epoch.
         accumulate: Gradient accumulation: number of batches per optimizer step.

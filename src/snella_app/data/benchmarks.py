@@ -116,7 +116,7 @@ def overlap_errors(first: ListedPart, second: ListedPart) -> tuple[list[str], li
     """Find images that are in two splits: the same file, or files with equal bytes.
 
     Only files whose size occurs in both splits are read. Some benchmarks contain a few copies under other names (e.g.
-    symmetric rendered shapes), so up to 5 % of the evaluation split become notes instead of errors.
+    symmetric rendered shapes), so up to 5% of the evaluation split become notes instead of errors.
 
     Args:
         first: Training split.

@@ -334,7 +334,7 @@ def load_kvasir(path: str, *, skip_corrupt: bool = False) -> Collection:
     """Load Kvasir-SEG in the authors' layout: `images/NAME.jpg`, `masks/NAME.jpg` (thresholded at 128).
 
     The official split is in `train.txt` (880 names) and `val.txt` (120 names), one name per line. `val.txt` is the test
-    split; validation images are split off the training images. Without these files, the first 12 % of names ordered by
+    split; validation images are split off the training images. Without these files, the first 12% of names ordered by
     SHA-256 (120 of 1,000) form a reproducible but unofficial test split.
 
     Args:
@@ -397,7 +397,7 @@ def _names(file: Path) -> list[str]:
 
 
 def _split_by_hash(names: list[str]) -> dict[str, list[str]]:
-    """Select a reproducible 12 % of names as the test split."""
+    """Select a reproducible 12% of names as the test split."""
     ordered = sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
     test = set(ordered[: max(1, round(_TEST_SHARE * len(ordered)))])
     return {"train": [n for n in names if n not in test], "test": [n for n in names if n in test]}

@@ -37,9 +37,9 @@ def build_transform(
         data_config: `timm.data.resolve_model_data_config(model)`, with `input_size`, `mean`, `std`, `interpolation`,
             `crop_pct` and `crop_mode`.
         train: If False, `augment` is ignored.
-        augment: "none"; "flip": horizontal flip with probability 0.5; "crop": random resized crop of 50 to 100 % of
+        augment: "none"; "flip": horizontal flip with probability 0.5; "crop": random resized crop of 50 to 100% of
             the area, and flip; "crop-no-flip": "crop" without flip, e.g. for letters; "imagenet": random resized crop
-            of 8 to 100 % of the area, flip, and color jitter of 0.4 (brightness, contrast, saturation), like ImageNet
+            of 8 to 100% of the area, flip, and color jitter of 0.4 (brightness, contrast, saturation), like ImageNet
             training and the authors' FGVC runs; "randaugment": "crop" and two random operations at magnitude 9
             (Cubuk et al., arXiv 1909.13719); "trivialaugment": "crop" and one operation at a random magnitude (Müller
             and Hutter, arXiv 2103.10158); "3augment": "crop", color jitter, and one of grayscale, solarization and

@@ -167,7 +167,7 @@ SNELLA_MATCHED = peft_method(
     optimizer=create_snella_optimizer,
 )
 """SNELLA with `preset="matched"` of `SnellaConfig`: a step of the factors changes `scaling·S` by about the learning
-rate times the size of `W0`, and the budget reaches its target after 70 % of the training; see docs/method.md.
+rate times the size of `W0`, and the budget reaches its target after 70% of the training; see docs/method.md.
 """
 
 SNELL = peft_method(

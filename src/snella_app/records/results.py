@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 from snella_app.records.record import FORMAT, OPTIONAL, Record, record_from
 from snella_app.text import count_text, decimal_text, margin_text, measure_text, percent_text
 
-_Z = 1.959964  # 97.5 % quantile of the normal distribution
+_Z = 1.959964  # 97.5% quantile of the normal distribution
 
 
 class _Result:
@@ -50,7 +50,7 @@ class Scores(_Result):
 
     @property
     def margin(self) -> float:
-        """95 % margin of the accuracy: the distance to the farther end of Wilson's interval; NaN without images.
+        """95% margin of the accuracy: the distance to the farther end of Wilson's interval; NaN without images.
 
         center = (a + z² / 2n) / (1 + z² / n),   half = z sqrt(a (1 - a) / n + z² / 4n²) / (1 + z² / n)
         """
@@ -63,7 +63,7 @@ class Scores(_Result):
 
     @property
     def balanced_margin(self) -> float:
-        """95 % margin of the balanced accuracy; NaN without images.
+        """95% margin of the balanced accuracy; NaN without images.
 
         z / K sqrt(Σ_c p_c (1 - p_c) / (n_c + 2)),   p_c = (correct_c + 1) / (n_c + 2), over the K classes present
         """

@@ -154,7 +154,7 @@ class Calibration:
             return ""
         last = self.reliability[-1]
         images = f"{'validation' if last.split == 'val' else last.split} images"
-        change = f"expected calibration error {100 * last.ece_before:.1f} % without it, {100 * last.ece:.1f} % with it"
+        change = f"expected calibration error {100 * last.ece_before:.1f}% without it, {100 * last.ece:.1f}% with it"
         if last.is_better:
             return f"The temperature helped on the {last.count} {images}: {change}."
         return (

@@ -169,7 +169,7 @@ def sparsity_map(matrices: Sequence[MatrixInfo], budgets: Mapping[str, int]) -> 
     axes.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5), xlabel="block")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    scale_bar(figure, axes, "sparsity  (× frozen: budget 0)", {0.0: "100 %", 0.5: "50 %", 1.0: "0 %"})
+    scale_bar(figure, axes, "sparsity  (× frozen: budget 0)", {0.0: "100%", 0.5: "50%", 1.0: "0%"})
     return figure
 
 

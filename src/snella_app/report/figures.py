@@ -132,7 +132,7 @@ def confusion_matrix(confusion: Sequence[Sequence[int]], classes: Sequence[str])
     axes.set_yticks(ticks, [names[i] for i in ticks])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(n > NUMBERED_CLASSES)
-    scale_bar(figure, axes, "fraction of the true class", {0.0: "0 %", 0.5: "50 %", 1.0: "100 %"})
+    scale_bar(figure, axes, "fraction of the true class", {0.0: "0%", 0.5: "50%", 1.0: "100%"})
     return figure
 
 
@@ -149,7 +149,7 @@ def comparison_bars(rows: Sequence[MethodResult]) -> Figure:
             text = "not measured" if math.isnan(number) else percent_text(number)
             axes.text(np.nan_to_num(number) + 0.01, place, text, va="center", color=INK, fontsize=11)
     axes.set_xlim(0, 1.19)
-    axes.set_xticks(np.linspace(0, 1, 5), [f"{p} %" for p in (0, 25, 50, 75, 100)])
+    axes.set_xticks(np.linspace(0, 1, 5), [f"{p}%" for p in (0, 25, 50, 75, 100)])
     add_legend(figure, axes.containers, ["accuracy", "balanced accuracy"])  # type: ignore[arg-type]
     return figure
 

@@ -122,7 +122,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Scale:
-    """Accuracy scale: value, 95 % confidence limits and named baselines, all in [0, 1]."""
+    """Accuracy scale: value, 95% confidence limits and named baselines, all in [0, 1]."""
 
     value: float
     low: float
@@ -349,10 +349,7 @@ def verdict_text(info: RunInfo, metrics: Metrics | None) -> str:
             f"{text}, but only {percent_text(constant_share)} balanced accuracy, which weights all classes equally; "
             f"this model reaches {percent_text(balanced)} ({margin_text(scores.balanced_margin)})."
         )
-    return (
-        f"{text}. The model does not exceed it by more than the 95\N{NO-BREAK SPACE}% margin: no evidence of learning "
-        "yet."
-    )
+    return f"{text}. The model does not exceed it by more than the 95% margin: no evidence of learning yet."
 
 
 def _confused_pairs(info: RunInfo, scores: Scores) -> list[dict[str, Any]]:

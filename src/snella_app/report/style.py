@@ -115,7 +115,7 @@ def percent_axis(axes: Axes, which: Literal["x", "y", "both"] = "y") -> None:
     """Format axis values in [0, 1] as percentages."""
     for name, axis in (("x", axes.xaxis), ("y", axes.yaxis)):
         if which in (name, "both"):
-            axis.set_major_formatter(FuncFormatter(lambda share, _: f"{round(100 * share, 3):g}\N{NO-BREAK SPACE}%"))
+            axis.set_major_formatter(FuncFormatter(lambda share, _: f"{round(100 * share, 3):g}%"))
 
 
 def add_legend(figure: Figure, handles: Sequence[Artist], labels: Sequence[str], columns: int = 3) -> None:

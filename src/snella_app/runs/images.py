@@ -131,7 +131,7 @@ def load_splits(config: DataConfig, seed: int, data: Any = None) -> DataSplits:
     Args:
         config: Images, labels and splits.
         seed: Seed of the run, which draws the splits.
-        data: Data set object to load instead of `config.spec`.
+        data: Dataset object to load instead of `config.spec`.
     """
     task = task_class(config.task)
     splits = load_data(

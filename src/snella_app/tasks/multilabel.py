@@ -253,7 +253,7 @@ class MultiLabelTask(Task):
             sample_weights = np.ones(len(labels)) if weights is None else weights
             if self.positive_weights is not None:
                 sample_weights = sample_weights * np.where(answers, self.positive_weights[c], 1.0)
-            constant = 4.0 if answers[0] else -4.0  # a probability of 98 or 2 %
+            constant = 4.0 if answers[0] else -4.0  # a probability of 98 or 2%
             fits.append(fit_binary_probe(features, answers, sample_weights, constant))
         weight, bias = zip(*fits, strict=True)
         return torch.stack(weight), torch.stack(bias)

@@ -49,7 +49,7 @@ class LoadedData:
         splits: Images with targets encoded for the task, without transforms.
         task: Task fitted to the training images.
         started_at: Time on the `time.monotonic()` clock at which loading started.
-        source: Data set object named by `config.spec`, if any.
+        source: Dataset object named by `config.spec`, if any.
         batch_size: Batch size of passes over the images before training.
         shows_progress: True to show progress bars on a terminal.
     """
@@ -184,7 +184,7 @@ def load(
         optim: Loss and monitored metric of the task, and the batch size.
         run: Seed.
         console: Output console for progress; None shows none.
-        source: Data set object named by `config.spec`.
+        source: Dataset object named by `config.spec`.
 
     Raises:
         ValueError: If the batch size exceeds the number of training images, or data and task do not fit together.

@@ -167,8 +167,8 @@ partial sums of `3r/8` bytes at rank 8. One program per 16 columns computes soft
 SDDMM = (0.54, 2.6)
 """Time of a sparse weight gradient (SDDMM) relative to the dense product: constant, and slope over the density.
 
-The line is fitted to the newest committed rows of a 3072×768 matrix, at densities from 1 to 10 %. Its error there is at
-most 9 %. At 768×768 it is 19 to 37 % too low, with a median of 28 %.
+The line is fitted to the newest committed rows of a 3072×768 matrix, at densities from 1 to 10%. Its error there is at
+most 9%. At 768×768 it is 19 to 37% too low, with a median of 28%.
 """
 
 

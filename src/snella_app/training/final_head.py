@@ -54,7 +54,7 @@ class LayerFit:
 
 
 Load = Callable[[ImageDataset], Iterable[dict[str, Tensor]]]
-"""Function that returns collated batches of a data set."""
+"""Function that returns collated batches of a dataset."""
 
 
 @torch.no_grad()

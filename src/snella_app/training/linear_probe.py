@@ -27,10 +27,10 @@ from snella_app.training.feature_norm import FeatureNorm
 
 
 class FeatureDataset(Dataset[tuple[Any, ...]]):
-    """Data set of precomputed image features.
+    """Dataset of precomputed image features.
 
     Args:
-        images: Original data set with a transform that does not depend on the epoch.
+        images: Original dataset with a transform that does not depend on the epoch.
         features: Features, `[len(images), width]`.
     """
 
@@ -58,7 +58,7 @@ class FeatureDataset(Dataset[tuple[Any, ...]]):
 
 
 def plain_images(images: ImageDataset | FeatureDataset) -> ImageDataset:
-    """Return the original images of a `FeatureDataset`; image data sets are unchanged."""
+    """Return the original images of a `FeatureDataset`; image datasets are unchanged."""
     return images.images if isinstance(images, FeatureDataset) else images
 
 
@@ -92,7 +92,7 @@ def cache_features(parts: RunComponents, batch_size: int) -> nn.Module:
     """Replace all images by their features, and return the head, the only module to train.
 
     Args:
-        parts: Data and model; the data sets are replaced.
+        parts: Data and model; the datasets are replaced.
         batch_size: Batch size.
     """
     for name, images in parts_of(parts.splits).items():

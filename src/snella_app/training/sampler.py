@@ -41,7 +41,7 @@ class EpochSampler(Sampler[int]):
 
 
 class EpochCallback(TrainerCallback):
-    """Callback that sets the epoch of data sets and samplers.
+    """Callback that sets the epoch of datasets and samplers.
 
     Accelerate also does this, but not for an epoch that is resumed midway.
 

@@ -92,7 +92,7 @@ def fit_image_size(
     side of the images are then excluded.
 
     Candidates are multiples of the model's patch size or reduction, from 48 pixels to the backbone's default. The
-    search stops within 15 % of the largest that fits; if none fits, the result is the smallest. A given `img_size` is
+    search stops within 15% of the largest that fits; if none fits, the result is the smallest. A given `img_size` is
     unchanged, and models that do not support other sizes keep their default.
 
     Args:
@@ -170,7 +170,7 @@ class _LargestSize:
 
 
 def _largest_size(sizes: Sequence[int], seconds_at: Callable[[int], float], allowed: float) -> _LargestSize:
-    """Search the largest size whose time is at most `allowed`, to within 15 %.
+    """Search the largest size whose time is at most `allowed`, to within 15%.
 
     The search starts at the smallest size, since a step at the largest may exceed the budget. Each next size is the
     largest that fits if time is proportional to the number of pixels.

@@ -71,7 +71,7 @@ def train(
         config: Configuration. With `resume`, the stored run continues from its last checkpoint with its stored
             settings.
         console: Output console; standard output if None.
-        data: Data set of torch or Hugging Face, or a mapping from train, val and test to data sets. `config.data.spec`
+        data: Dataset of torch or Hugging Face, or a mapping from train, val and test to datasets. `config.data.spec`
             names it, for example `python:flowers`. Resuming the run requires the same object.
         measure_test: If False, skip the test images, for example in tuning runs.
         keep_checkpoints: If False, do not save a checkpoint after each epoch; for short runs.
@@ -302,7 +302,7 @@ def _tracking(trackers: Sequence[str], run: RunFolder) -> Iterator[None]:
 class _LivePage(TrainerCallback):
     """Callback that updates the report during training, after an epoch and at most once every `_PAGE_S` seconds.
 
-    The pause after an update is at least 20 times its duration, so updates take at most 5 % of the time.
+    The pause after an update is at least 20 times its duration, so updates take at most 5% of the time.
 
     Args:
         draw: Function that writes the report.

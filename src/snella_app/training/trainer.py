@@ -266,7 +266,7 @@ class _Progress:
 
 
 class SnellaTrainer(CheckpointingTrainer):
-    """Trainer for `(image, label)` data sets.
+    """Trainer for `(image, label)` datasets.
 
     Differences from `CheckpointingTrainer`:
     - Random numbers (dropout, drop path) depend only on `(seed, step)` and the data order only on `(seed, epoch)`, so a
@@ -282,7 +282,7 @@ class SnellaTrainer(CheckpointingTrainer):
         args: From `training_arguments`.
         run: Run folder for checkpoints and the best adapter.
         callbacks: Additional callbacks.
-        trained_part: Submodule that receives the data sets' items; the whole model if None.
+        trained_part: Submodule that receives the datasets' items; the whole model if None.
         start: Start of this session on the `time.monotonic()` clock; now if None.
         feature_norm: Normalization of the head's inputs, folded into the saved head; None to disable.
         is_initialized: True if the trained weights start from another run, whose result may be the best epoch.
@@ -380,7 +380,7 @@ class SnellaTrainer(CheckpointingTrainer):
         return self.protocol.selection_score(row, self.task.selection_score)
 
     def outputs(self, dataset: Dataset[Any]) -> tuple[np.ndarray, np.ndarray]:
-        """Return the outputs on a data set, reduced by `Task.reduce`, and its labels."""
+        """Return the outputs on a dataset, reduced by `Task.reduce`, and its labels."""
         output = self.evaluation_loop(self.get_eval_dataloader(dataset), "evaluation", prediction_loss_only=False)
         return np.asarray(output.predictions), np.asarray(output.label_ids)
 

@@ -240,7 +240,7 @@ def _draw_radar(rows: Sequence[Row]) -> Figure:
         side = "center" if abs(np.cos(angle)) < 0.1 else "left" if np.cos(angle) > 0 else "right"
         anchor = (1.1 * np.cos(angle), 1.14 * np.sin(angle))
         axes.text(*anchor, shortened(name, 22), ha=side, va="bottom", color=INK, fontsize=12)
-        axes.text(*anchor, f"{100 * best:.1f} %", ha=side, va="top", color=MUTED, fontsize=11)
+        axes.text(*anchor, f"{100 * best:.1f}%", ha=side, va="top", color=MUTED, fontsize=11)
     handles = []
     for number, points in enumerate(methods.values()):
         color, marker = style_of(number)

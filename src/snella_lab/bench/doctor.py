@@ -66,7 +66,7 @@ def diagnose(
                 diagnosis.checks += [check_backend(impl, device, dtype) for dtype in DTYPES]
     table = make_table(("device", "backend", "dtype", "error / limit", "where", "verdict"), ())
     for check in diagnosis.checks:
-        ratio = "–" if check.error else f"{100 * check.worst:.0f} %"
+        ratio = "–" if check.error else f"{100 * check.worst:.0f}%"
         table.add_row(check.device, check.impl, check.dtype, ratio, check.error or check.where, check.verdict)
     console.print(table)
     if time_steps:

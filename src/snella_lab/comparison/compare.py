@@ -481,7 +481,7 @@ def choose_method(config: TrainConfig, console: Console | None = None) -> TrainC
         texts = cost_texts({**dict.fromkeys(COSTS), **costs[method.name]})
         print_line(
             console,
-            f"{method.name}: validation {experiment.measures[experiment.metric]} {spread_text(means[method.name])} %, "
+            f"{method.name}: validation {experiment.measures[experiment.metric]} {spread_text(means[method.name])}%, "
             f"memory {texts['memory']}, time {texts['time']}",
         )
     if not means:

@@ -33,7 +33,7 @@ class Difference:
 
     Args:
         mean: Mean over units.
-        low: Lower end of the 95 % interval, without correction for multiple comparisons; NaN for a single unit.
+        low: Lower end of the 95% interval, without correction for multiple comparisons; NaN for a single unit.
         high: Upper end of the interval.
         pairs: Number of pairs of the same task and seed.
         tasks: Number of tasks.

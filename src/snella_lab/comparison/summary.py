@@ -261,7 +261,7 @@ def undecided_text(value: Difference) -> str:
 def recommendation_text(summary: Summary) -> str:
     """Recommend a method: within one standard error of the best metric, then least memory, then least time.
 
-    The standard error is that of the best method's mean over seeds; memory within 5 % counts as equal. Lists methods
+    The standard error is that of the best method's mean over seeds; memory within 5% counts as equal. Lists methods
     without results. Empty if no method has results.
     """
     means = {m.name: value for m in summary.methods if (value := m.over_tasks[summary.column]) is not None}
@@ -293,7 +293,7 @@ def recommend(
     texts = cost_texts({**dict.fromkeys(COSTS), **costs[chosen]})
     return chosen, (
         f"Recommended: {chosen}. {len(near)} methods are within one standard error ({100 * error:.1f} points) of the "
-        f"best {measure}, {100 * top.mean:.1f} % for {best}; {reason} (memory {texts['memory']}, time {texts['time']})."
+        f"best {measure}, {100 * top.mean:.1f}% for {best}; {reason} (memory {texts['memory']}, time {texts['time']})."
     )
 
 
@@ -316,7 +316,7 @@ def _cheapest(names: Sequence[str], costs: Mapping[str, Mapping[str, float | Non
         return chosen, f"{chosen} needs the least memory"
     if math.isinf(least):
         return chosen, f"memory was not measured, and {chosen} needs the least time"
-    return chosen, f"{chosen} needs the least memory (within 5 %) and the least time"
+    return chosen, f"{chosen} needs the least memory (within 5%) and the least time"
 
 
 def part_text(value: Difference, tasks: int) -> str:

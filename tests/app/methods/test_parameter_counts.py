@@ -30,7 +30,7 @@ SNELLA_8 = LORA_8 + 8 * 12 * 2 * 768 + 72 * 4  # q, k and v have separate factor
         ("snella-8", SNELLA_8),
         ("klora-8", SNELLA_8),
         ("dora-8", LORA_8 + 12 * (2304 + 768 + 3072 + 768)),
-        ("supertuning", 12 * (17_694 + 5_898 + 23_592 + 23_592)),  # 1 % of each matrix
+        ("supertuning", 12 * (17_694 + 5_898 + 23_592 + 23_592)),  # 1% of each matrix
         ("vera-256", 12 * (4 * 256 + 2304 + 768 + 3072 + 768)),
         ("loha-8", 2 * LORA_8),
         ("lokr-8", 80_640),  # number in the docs: factor sizes nearest to the square roots

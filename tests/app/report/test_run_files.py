@@ -45,8 +45,8 @@ def test_the_margin_of_an_accuracy_reaches_the_farther_end_of_wilsons_interval(c
 def test_accuracies_have_the_same_kind_of_margin_and_none_without_images():
     scores = Scores(0.75, 0.75, confusion=[[30, 10], [10, 30]])
     (_, _, accuracy), (_, _, balanced) = scores.rows("test")
-    assert accuracy.replace("\N{NO-BREAK SPACE}", " ") == "95 % margin: ±10.5 points, 80 images"
-    assert balanced.replace("\N{NO-BREAK SPACE}", " ") == "95 % margin: ±9.4 points, mean over classes"
+    assert accuracy.replace("\N{NO-BREAK SPACE}", " ") == "95% margin: ±10.5 points, 80 images"
+    assert balanced.replace("\N{NO-BREAK SPACE}", " ") == "95% margin: ±9.4 points, mean over classes"
     assert [note for _, _, note in Scores(0.75, 0.75).rows("test")] == ["", "mean over classes"]
 
 

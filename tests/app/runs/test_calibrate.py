@@ -116,10 +116,10 @@ def test_a_temperature_that_worsens_the_test_split_is_reported():
     found = calibrate({"val": (confident, wrong), "test": (confident, labels)})
     assert found.temperature > 1 and not found.reliability[1].is_better
     assert found.verdict.startswith(
-        "The temperature did not help on the 80 test images: expected calibration error 1.8 % without it, "
+        "The temperature did not help on the 80 test images: expected calibration error 1.8% without it, "
     )
     good = calibrate({"val": (confident, wrong), "test": (confident, wrong)})
-    assert good.verdict.startswith("The temperature helped on the 80 test images: expected calibration error 13.2 %")
+    assert good.verdict.startswith("The temperature helped on the 80 test images: expected calibration error 13.2%")
 
 
 def test_the_threshold_is_the_lowest_that_halves_the_errors():

@@ -37,7 +37,7 @@ def test_triton_is_correct(dtype):
 
 
 def wrong_gradient(self, *args, **options):
-    """Return factor gradients with a relative error of 0.1 %."""
+    """Return factor gradients with a relative error of 0.1%."""
     A, *others = CORRECT(self, *args, **options)
     return (A * 1.001, *others)
 

@@ -70,14 +70,14 @@ def test_memory_page_states_the_outcome_of_its_rows():
         for title, row in zip(SETTINGS, selective, strict=True)
     )
     slower = [100 * (row["step_over_snella"] - 1) for row in selective]
-    assert f"takes {min(slower):.0f} to {max(slower):.0f} % longer" in page("src/snella/memory/README.md")
+    assert f"takes {min(slower):.0f} to {max(slower):.0f}% longer" in page("src/snella/memory/README.md")
 
 
 def test_readme_matches_the_suite(suite):
     readme = page("README.md")
     matched, without = suite["all"]["snella-matched-8"], suite["without"]["snella-matched-8"]
     lead, fewer, default = matched["lora-8"], without["lora-8"], suite["defaults"]["snella-8"]
-    assert f"by {100 * lead.mean:.1f} points (95 % interval {100 * lead.low:.1f} to +{100 * lead.high:.1f})" in readme
+    assert f"by {100 * lead.mean:.1f} points (95% interval {100 * lead.low:.1f} to +{100 * lead.high:.1f})" in readme
     assert lead.above == 6 and lead.mean > 2 * fewer.mean * 5 / 6
     assert f"by {100 * fewer.mean:.1f} ({100 * fewer.low:.1f} to {100 * fewer.high:.1f})" in readme
     assert not any(result.direction for leader in suite["all"].values() for result in leader.values())

@@ -57,7 +57,7 @@ def test_methods_are_compared_by_what_measures_the_task(task, label, metric, tit
     best = [name for name, top in tops.items() if top == max(tops.values())]
     have = f"{', '.join(best)} {'has' if len(best) == 1 else 'have'}"
     printed = console.file.getvalue()
-    assert f"{have} the highest test {title}, {100 * tops[best[0]]:.1f} %" in printed
+    assert f"{have} the highest test {title}, {100 * tops[best[0]]:.1f}%" in printed
     assert "Recommended: " in printed and f" {title}" in printed.partition("Recommended: ")[2].partition(chr(10))[0]
     assert f"<h2>{title[0].upper()}{title[1:]} on test</h2>" in page and "ccuracy on test" not in page
 

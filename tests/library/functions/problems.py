@@ -106,7 +106,7 @@ def make_problem(
     mode: str = "soft",
     **kernel_options: object,
 ) -> Problem:
-    """Create a linear layer with one update; `budget` defaults to 40 % of the entries, in mode `none` to all."""
+    """Create a linear layer with one update; `budget` defaults to 40% of the entries, in mode `none` to all."""
     generator = torch.Generator().manual_seed(seed)
     base_dtype = base_dtype or dtype
 

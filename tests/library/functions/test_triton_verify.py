@@ -26,7 +26,7 @@ def verify(monkeypatch, tmp_path):
 
 @pytest.fixture
 def wrong_gradients(monkeypatch):
-    """Patch the backend: gradients of A are 1 % too large."""
+    """Patch the backend: gradients of A are 1% too large."""
     from snella.backends.triton.backend import TritonBackend
 
     original = TritonBackend.grad_factors

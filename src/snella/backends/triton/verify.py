@@ -101,7 +101,7 @@ def _factors(spec: UpdateSpec, A: Tensor) -> Factors:
 
 
 def _unambiguous_budget(delta: Tensor) -> int:
-    """Return a budget of 20 to 40 % with the widest gap at its threshold, so that rounding changes no selection."""
+    """Return a budget of 20 to 40% with the widest gap at its threshold, so that rounding changes no selection."""
     magnitudes = delta.abs().flatten().sort(descending=True).values
     first, last = int(0.2 * len(magnitudes)), int(0.4 * len(magnitudes))
     gaps = magnitudes[first:last] - magnitudes[first + 1 : last + 1]
