@@ -132,7 +132,7 @@ def test_a_run_with_a_white_value_has_no_preprocessing_snippet(loaded):
 def test_the_run_s_images_are_loaded_once(finished, tmp_path, monkeypatch):
     loadings = []
     load = exporting.load_splits
-    monkeypatch.setattr(exporting, "load_splits", lambda config: loadings.append(config) or load(config))
+    monkeypatch.setattr(exporting, "load_splits", lambda *args: loadings.append(args) or load(*args))
     done = export(finished.path, "torchscript", tmp_path / "m")
     assert "transform(Image.open(" in done.snippet and len(loadings) == 1
 
