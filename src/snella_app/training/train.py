@@ -174,8 +174,6 @@ def _resolve(
         plan = choose_heads(parts, config)
     else:
         plan = replace(config, optim=config.optim.with_batch_size_for(len(parts.splits.train)))
-    if plan.optim.epochs:
-        parts.start_layers = None  # invalid once training changes the features
     if plan.model.init_from is not None and has_no_checkpoint:
         load_start(parts, str(plan.data.spec), RunFolder(plan.model.init_from))
     return plan, parts
@@ -205,6 +203,8 @@ def _run_trainer(session: Session, interrupt: InterruptCallback) -> SnellaTraine
     if optim.head_init == "probe" and checkpoint is None:
         start_head_from_probe(parts, optim)
     norm = normalize_features(parts, optim) if optim.head_norm == "running" else None
+    if optim.epochs:
+        parts.start_layers = None  # training changes the features
     if plan.run.shard and process_count() > 1:
         shard_frozen(parts.model)
     callbacks, display, tracking = _callbacks(session, interrupt)

@@ -115,6 +115,23 @@ def test_a_run_ends_with_it(finished):
     assert run.read_config().optim.final_head == "layers"
 
 
+@pytest.mark.parametrize("options", [{}, {"augment": "flip"}, {"augment": "none", "head_norm": "none"}])
+def test_it_is_fitted_to_the_features_of_the_trained_model(options, tmp_path, monkeypatch):
+    seen = []
+    original = final_head.measure_features
+
+    def measure(parts, images, views, load, first_view=None):
+        measured = original(parts, images, views, load, first_view)
+        seen.append((measured.views[0], original(parts, images, 1, load).views[0]))
+        return measured
+
+    monkeypatch.setattr(final_head, "measure_features", measure)
+    run = train(config(tmp_path, protocol="final", val_size=None, **options), QUIET)  # saves the last epoch
+    assert run.read_json("metrics.json")["best_epoch"] > 0 and len(seen) == 2  # train and test
+    for features, after in seen:
+        torch.testing.assert_close(features, after)
+
+
 def test_predictions_and_measurements_use_it(finished):
     run, _ = finished
     loaded = load_run(run)
