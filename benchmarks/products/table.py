@@ -1,6 +1,6 @@
 """Table and figure of the rows: mean rank and mean difference from `snella train` over folders.
 
-python benchmarks/products/table.py rows.jsonl [--products snella fastai ...] [--picture accuracy.svg]
+python benchmarks/products/table.py rows.jsonl [--products snella fastai ...] [--minutes 1 3 ...] [--picture FILE]
 """
 
 import argparse
@@ -24,10 +24,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path)
     parser.add_argument("--products", nargs="+", help="default: all")
+    parser.add_argument("--minutes", nargs="+", type=float, help="default: all")
     parser.add_argument("--picture", type=Path)
     args = parser.parse_args()
     rows = [json.loads(line) for line in args.rows.read_text().splitlines() if line.strip()]
     rows = [row for row in rows if args.products is None or row["product"] in args.products]
+    rows = [row for row in rows if args.minutes is None or row["minutes"] in args.minutes]
     for minutes in sorted({row["minutes"] for row in rows}):
         print(f"\n{minutes:g} minutes\n\n{markdown([row for row in rows if row['minutes'] == minutes])}")
     if args.picture:
@@ -114,7 +116,7 @@ def curves(rows: list[dict]) -> tuple[dict[str, list[tuple[float, float]]], list
 def draw(rows: list[dict], file: Path) -> None:
     """Plot mean accuracy over run time in minutes, one line per product, on a logarithmic axis."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
+    from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
     points, folders = curves(rows)
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -124,7 +126,7 @@ def draw(rows: list[dict], file: Path) -> None:
     axes.set(xscale="log", xlabel="minutes used (two CPU threads)", ylabel="test accuracy (%)")
     axes.set_title(f"Mean over {len(folders)} folders: {', '.join(folders)}", fontsize="small")
     axes.xaxis.set_major_locator(FixedLocator([0.5, 1, 2, 3, 5, 10]))
-    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.legend(fontsize="small")
     axes.grid(alpha=0.3)
