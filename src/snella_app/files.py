@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
 import secrets
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 
 @contextmanager
@@ -76,11 +81,14 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file atomically: write a temporary file in the same folder, sync it, rename it.
 
+    Several processes may write the same file. Temporary files of processes that were killed are removed.
+
     Raises:
         OSError: If the disk is full or not writable; the old file is unchanged.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # processes may write the same file
+    temporary = path.with_name(f".{path.name}.{_machine()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
     with naming_file(path):
+        _remove_leftovers(path)
         try:
             with open(temporary, "xb") as file:
                 file.write(content)
@@ -89,6 +97,20 @@ def write_bytes(path: Path, content: bytes) -> None:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@cache
+def _machine() -> str:
+    """Return a short name of this machine, since process IDs are only unique on one."""
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove temporary files for `path` from processes of this machine that no longer run."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.{_machine()}-*-*.tmp"):
+        process = leftover.name.rsplit("-", 2)[1]
+        if process.isdecimal() and not psutil.pid_exists(int(process)):
+            leftover.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,10 +1,13 @@
 """Atomic file writes."""
 
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
 
-from snella_app.files import write_bytes
+from snella_app.files import _machine, write_bytes
 
 
 def test_concurrent_writers_of_one_file_do_not_disturb_each_other(tmp_path):
@@ -25,6 +28,20 @@ def test_concurrent_writers_of_one_file_do_not_disturb_each_other(tmp_path):
         thread.join()
     assert not errors and path.read_bytes() in contents
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_temporary_files_of_killed_processes_are_removed(tmp_path):
+    path = tmp_path / "model.safetensors"
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    killed, running, remote = (
+        tmp_path / f".{path.name}.{machine}-{process}-0123abcd.tmp"
+        for machine, process in ((_machine(), ended.pid), (_machine(), os.getpid()), ("other1", ended.pid))
+    )
+    for file in (killed, running, remote):
+        file.touch()
+    write_bytes(path, b"x")
+    assert sorted(tmp_path.iterdir()) == sorted([path, running, remote])
 
 
 def test_temporary_file_is_removed_after_an_error(tmp_path):

@@ -39,7 +39,7 @@ def test_the_page_states_how_its_numbers_came_about(page):
 def test_the_outcome_is_said_in_a_sentence(large, page):
     outcome = re.search(r'id="outcome">(.*?)</p>', page)[1]
     assert outcome == outcome_text(summarize(*large))
-    pattern = r"full has the highest test accuracy, \d+\.\d % in the mean over 6 tasks: \d+\.\d points above lora-8 "
+    pattern = r"full has the highest test accuracy, \d+\.\d% in the mean over 6 tasks: \d+\.\d points above lora-8 "
     assert re.match(pattern + r"\(95% interval \+\d+\.\d to \+\d+\.\d\)\. Of the others, ", outcome)
     assert "linear" in outcome.partition("are clearly below lora-8")[0].rpartition(" and ")[2]
 
@@ -106,7 +106,7 @@ def test_words_of_the_page_are_those_of_the_measure_and_of_what_was_tuned(table_
     assert "<h2>Mean average precision and cost</h2>" in text and "Accuracy" not in text
     assert "The learning rate was tuned on the validation set" in text
     assert "forgetting" not in markdown_tables(experiment, rows) and "memory" in markdown_tables(experiment, rows)
-    ticks = re.findall(r"<text[^>]*>([\d.]+)\s%</text>", text)
+    ticks = re.findall(r"<text[^>]*>([\d.]+)%</text>", text)
     assert ticks and not [tick for tick in ticks if tick.endswith("0") and "." in tick]
 
 
