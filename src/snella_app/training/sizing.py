@@ -88,8 +88,8 @@ def fit_image_size(
 
     The run is `epochs` epochs and the final evaluation. If it may have no epochs and fits a final head on several
     layers, this head alone comes first: it must fit, and the epochs only count if they fit at half of its size or more.
-    A head on more pixels is better than a few epochs at much fewer. Sizes above 112 pixels and above the median shorter
-    side of the images are then excluded.
+    A head on more pixels is better than a few epochs at much fewer. To leave time for epochs, the size of the head is
+    at most the median shorter side of the images, or 112 pixels; a method that trains no epochs uses all sizes.
 
     Candidates are multiples of the model's patch size or reduction, from 48 pixels to the backbone's default. The
     search stops within 15% of the largest that fits; if none fits, the result is the smallest. A given `img_size` is
@@ -127,11 +127,10 @@ def fit_image_size(
         has_head = can_skip_training(optim, config.data.protocol) and optim.final_head == "layers"
         trains = optim.epochs and not (has_head and find_method(config.method.name).is_head_only)
         if has_head or not trains:
-            most = max(_SMALL_SIDE, _median_side(parts.splits.train))
-            sizes = [size for size in sizes if size - step < most] or sizes[:1]
-            head = _largest_size(sizes, head_seconds, allowed)
-            sizes = [size for size in sizes if 2 * size >= head.size]
-            found, work, unit = head, "the final head", "it"
+            most = max(_SMALL_SIDE, _median_side(parts.splits.train)) if trains else default
+            head_sizes = [size for size in sizes if size - step < most] or sizes[:1]
+            found, work, unit = _largest_size(head_sizes, head_seconds, allowed), "the final head", "it"
+            sizes = [size for size in sizes if 2 * size >= found.size]
         if found is None or (trains and found.fits):
             trained = _largest_size(sizes, epoch_seconds, allowed / optim.epochs)
             if found is None or trained.fits:

@@ -242,12 +242,20 @@ def test_without_epochs_the_final_evaluation_fits(settings, console, head_by_pix
     assert chosen_size(settings, console, **options)[0] == 112  # ten steps of 0.49 s
 
 
-@pytest.mark.parametrize(("side", "size"), [(100, 112), (20, 48)])
-def test_the_final_head_uses_no_size_above_that_of_the_images(
-    side, size, settings, console, head_by_pixels, monkeypatch
+@pytest.mark.parametrize(
+    ("side", "budget", "changes", "size"),
+    [
+        (100, "40s", {"epochs": 100}, 112),  # the head takes 14 s at 112 px, and would fit at 160 px
+        (20, "40s", {"epochs": 100}, 48),
+        (100, "1h", {}, None),  # the epochs fit at 160 px
+        (20, "40s", {"method": "linear"}, None),  # no epochs
+    ],
+)
+def test_a_head_before_epochs_uses_no_size_above_that_of_the_images(
+    side, budget, changes, size, settings, console, head_by_pixels, monkeypatch
 ):
     monkeypatch.setattr(sizing, "_SMALL_SIDE", side)
-    assert chosen_size(settings, console, time_budget="1h", **_HEAD)[0] == size
+    assert chosen_size(settings, console, time_budget=budget, **_HEAD, **changes)[0] == size
 
 
 def test_a_backbone_that_cannot_be_built_for_another_size_keeps_its_own(settings, console, timed_by_pixels):
