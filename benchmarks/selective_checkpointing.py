@@ -5,14 +5,14 @@ python benchmarks/selective_checkpointing.py vit --rounds 9
 python benchmarks/selective_checkpointing.py --table      writes the tables of src/snella/memory/README.md
 
 The selective variants run SNELLA without recomputation of inputs, and each block under `torch.utils.checkpoint` with
-`create_selective_checkpoint_contexts`. `selective` keeps the results of all matrix products, convolutions and
-attention, `selective-linear` only those of linear layers; both recompute the rest of the block. The layer is one
-operator, as under `torch.compile`, so the recomputation neither multiplies nor merges. `selective-compress` keeps the
-results of linear layers in int8, and saved-tensor hooks keep the blocks' inputs in int8. `snella-modules` recomputes
-inputs without tracking operations inside blocks.
+`create_selective_checkpoint_contexts`. `selective` saves the results of all matrix products, convolutions and
+attention. `selective-linear` saves only the results of linear layers. Both recompute the rest of the block. The layer
+is one operator, as under `torch.compile`, so the recomputation neither multiplies nor merges. `selective-compress`
+saves the results of linear layers in int8, and saved-tensor hooks save the blocks' inputs in int8. `snella-modules`
+recomputes inputs without tracking operations inside blocks.
 
-Bytes are those of whole models, with random weights. Steps of all variants are interleaved in one process, on models
-with fewer blocks.
+Bytes are measured on whole models with random weights. Step times are measured on models with fewer blocks, with the
+steps of all variants interleaved in one process.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _BEGIN, _END = "<!-- rows of benchmarks/selective_checkpointing.jsonl begin -->"
 SETTINGS = {
     "ViT-B/16, batch 4": Setting("vit_base_patch16_224", batch=4, depth=2, blocks=12),
     "ViT-B/16, batch 16": Setting("vit_base_patch16_224", batch=16, depth=2, blocks=12),
-    # without drop path, whose random numbers would differ between variants
+    # no drop path: its random numbers differ between variants
     "Swin-B, batch 2": Setting(
         "swin_base_patch4_window7_224", batch=2, options={"depths": (1, 1, 3, 1), "drop_path_rate": 0.0}
     ),
@@ -190,7 +190,7 @@ class Variant(MethodRunner):
             self._kept.append(packed)
 
     def _noting(self, make: Callable[[], Contexts]) -> Contexts:
-        """Make contexts and note what the first one keeps."""
+        """Create the contexts, and record the results that the forward context saves."""
         contexts: Any = make()
         self._note(contexts[0].kept if isinstance(contexts[0], _KeepRounded) else contexts[0].storage)
         return contexts

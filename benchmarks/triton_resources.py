@@ -61,8 +61,8 @@ class Resources:
         spilled_bytes: Local memory per thread.
         shared_bytes: Shared memory per program.
         instructions: Number of machine instructions.
-        executed: Instructions that a thread executes per entry of its tile: those of the loops over pieces and their
-            widths count once per iteration, those of the loop over tiles once.
+        executed: Instructions that a thread executes per entry of its tile. The loops over pieces and their widths
+            count once per iteration, the loop over tiles counts once.
         occupancy: Active warps over the multiprocessor's warps.
     """
 

@@ -79,7 +79,7 @@ class Option:
 
 
 def settings_class(function: Callable[..., None]) -> type[Config] | None:
-    """Return the configuration whose settings are a command's options; None if its parameters are the options."""
+    """Return the configuration class that defines a command's options; None if its parameters define them."""
     kinds = list(_hints(function).values())
     return kinds[0] if len(kinds) == 1 and isinstance(kinds[0], type) and issubclass(kinds[0], Config) else None
 

@@ -231,7 +231,7 @@ def build(
         method: Resolved method.
         data: Images and task.
         device: Device of the model.
-        resumed: Folder of the resumed or initial run, whose stored selection is reused.
+        resumed: Folder of the resumed or initial run; its stored selection is reused.
         console: Output console for selection progress; None shows none.
 
     Raises:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -70,7 +71,7 @@ def fit_batch_size(parts: RunComponents, optim: OptimConfig, console: Console) -
     batch = 1 << largest.bit_length() - 1
     while batch > 1 and _predicted(parts, batch) > _MEMORY_SHARE * free:
         batch //= 2
-    while batch > 1 and _runs_out_of_memory(lambda: _trial_step(parts, optim.precision, _first_images(parts, batch))):  # noqa: B023
+    while batch > 1 and _runs_out_of_memory(partial(_trial_step, parts, optim.precision, _first_images(parts, batch))):
         batch //= 2
     memory = _predicted(parts, batch) / 2**20
     whole = batch * process_count()

@@ -6,8 +6,7 @@ checked. A valid line takes precedence over the copy, and a damaged or missing r
 with all its columns.
 
 Locks are operating system locks (`filelock`) on files below `locks/`. They are released when the process exits, for
-any reason, and have no timeout. They work on one machine. On a
-cluster, Ray's driver or Slurm's parts assign the cells.
+any reason, and have no timeout. They work on one machine; on a cluster, Ray's driver or Slurm's parts assign the cells.
 """
 
 import io
