@@ -102,7 +102,7 @@ def create_snella_optimizer(
 
 def _fsdp1_shapes(model: nn.Module) -> dict[int, torch.Size]:
     """Return the shapes of parameters sharded by FSDP1, by id; the shards are flat."""
-    shapes = {}
+    shapes: dict[int, torch.Size] = {}
     for module in model.modules():
         flat_param = getattr(getattr(module, "_handle", None), "flat_param", None)
         if flat_param is not None and flat_param._params is not None:  # None without use_orig_params
