@@ -475,7 +475,7 @@ class SnellaTrainer(CheckpointingTrainer):
         """Write the run's adapter in the main process."""
         if self.args.should_save:
             folded = nullcontext() if self.feature_norm is None else self.feature_norm.folded()
-            with reporting_write_errors(self.run_folder.adapter), folded:
+            with reporting_write_errors(self.run_folder.adapter), folded, self.run_folder.writing_adapter():
                 save_trained(self.trained_model, self.run_folder.adapter)
 
     def _selection_scores(self) -> dict[str, float]:

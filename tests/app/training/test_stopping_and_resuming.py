@@ -293,6 +293,34 @@ def test_a_checkpoint_that_is_not_as_it_was_written_is_named_with_the_ways_out(
     assert same(outcome(resumed(config)[0]), uninterrupted)
 
 
+def test_the_best_adapter_of_another_run_is_refused(settings, console, uninterrupted, finished, monkeypatch):
+    config = settings()
+    run = RunFolder(config.run.out)
+    original = SnellaTrainer.training_step
+
+    def interrupt(self, *args, **kwargs):
+        if self.state.global_step == 6:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SnellaTrainer, "training_step", interrupt)
+        for start in (lambda: train(config, console), lambda: resumed(config)):
+            with pytest.raises(TrainingInterrupted, match="checkpoint-4"):
+                start()
+            assert "adapter/adapter_model.safetensors" in run.read_json("run.json")["files"]
+    own = run.adapter.rename(run.path / ".own")
+    shutil.copytree(finished.adapter, run.adapter)
+    refused = r"run: adapter/.*adapter_model\.safetensors.*: damaged: altered after it was written"
+    with pytest.raises(ValueError, match=refused):
+        resumed(config)
+    with pytest.raises(ValueError, match=refused):
+        run.check_adapter()
+    shutil.rmtree(run.adapter)
+    own.rename(run.adapter)
+    assert same(outcome(resumed(config)[0]), uninterrupted)
+
+
 @pytest.mark.parametrize("method", ["lora-2", "linear", "full", "snella-matched-2"])
 def test_other_methods_resume_to_the_same_bits_too(method, settings, console, monkeypatch, tmp_path):
     options = {"lora_dropout": 0.3} if method == "lora-2" else {}
