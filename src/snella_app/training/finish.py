@@ -21,7 +21,8 @@ from snella_app.data.protocol import RunProtocol
 from snella_app.files import write_text
 from snella_app.methods import load_trained_into
 from snella_app.records import AveragedEpochs, EpochRow, FinalHead, Metrics, plain, scores_from
-from snella_app.report import model_card, write_report
+from snella_app.report.card import model_card
+from snella_app.report.report import write_report
 from snella_app.runs.calibrate import calibrate
 from snella_app.runs.folder import CARD, RunFolder
 from snella_app.runs.layer_probe import LAYER_PROBE
