@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from snella_app.config import TrainConfig
 from snella_app.records import BackboneInfo, DataInfo, RunInfo
-from snella_app.report import write_report
+from snella_app.report.report import write_report
 from snella_app.runs import RunFolder
 from snella_app.runs.images import load_splits, splits_digest
 from snella_app.tasks.classification import ClassificationTask
