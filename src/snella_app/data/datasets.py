@@ -3,14 +3,14 @@
 import hashlib
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self, cast
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, cast
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch.utils.data import Dataset, get_worker_info
 from torchvision import tv_tensors
 from torchvision.transforms.functional import to_pil_image
 
+from snella_app.console import track_progress
 from snella_app.data.images import (
     RGB,
     ImageFacts,
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 _THREADS = 4  # decoding releases the interpreter lock
 _BUDGET_BYTES = 512 * 2**20
+_CONSOLE: ContextVar["Console | None"] = ContextVar("console", default=None)
+T, R = TypeVar("T"), TypeVar("R")
 
 
 class ImageSource(Protocol):
@@ -180,24 +183,13 @@ def broken_rows(source: "CachedImages", rows: Sequence[int]) -> dict[int, str]:
             return str(error).partition("image: ")[2] or str(error)
         return None
 
+    return {row: text for row, text in zip(rows, decode_all(reason, rows), strict=True) if text is not None}
+
+
+def decode_all(decode: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    """Apply a function that decodes images to all items, in threads; see `show_reading` for progress."""
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as threads:
-        reasons = _PROGRESS.get()(threads.map(reason, rows), len(rows))
-        return {row: text for row, text in zip(rows, reasons, strict=True) if text is not None}
-
-
-ProgressWrapper = Callable[[Iterable[str | None], int], Iterable[str | None]]
-"""Wraps an iterable of known length to display progress."""
-_PROGRESS: ContextVar[ProgressWrapper] = ContextVar("watch", default=lambda items, total: items)
-
-
-@contextmanager
-def reading_progress(wrap: ProgressWrapper) -> Iterator[None]:
-    """Display the progress of the first decoding of all images with `wrap`."""
-    token = _PROGRESS.set(wrap)
-    try:
-        yield
-    finally:
-        _PROGRESS.reset(token)
+        return list(track_progress(threads.map(decode, items), "reading images", len(items), _CONSOLE.get()))
 
 
 @contextmanager
@@ -208,16 +200,11 @@ def show_reading(console: "Console | None", is_wanted: bool = True) -> Iterator[
         console: Console for the transient bar; None disables it.
         is_wanted: If False, the bar is disabled.
     """
-    if console is None or not is_wanted or not console.is_terminal:
+    token = _CONSOLE.set(console if is_wanted else None)
+    try:
         yield
-        return
-    from snella_app.console import track_progress
-
-    def wrap(items: Iterable[str | None], total: int) -> Iterable[str | None]:
-        return track_progress(items, "reading images", total, console)
-
-    with reading_progress(wrap):
-        yield
+    finally:
+        _CONSOLE.reset(token)
 
 
 Target = str | float | tuple[str, ...] | tuple[float, ...]
@@ -605,9 +592,8 @@ class Collection:
         """Names of image labels, used to stratify splits."""
         return self.classes if self.strata is None else self.strata
 
-    def parts(self) -> Iterator[tuple[str, ImageDataset]]:
-        """Iterate over existing splits by name."""
-        for name in ("train", "val", "test"):
-            part = getattr(self, name)
-            if part is not None:
-                yield name, part
+    @property
+    def parts(self) -> dict[str, ImageDataset]:
+        """Existing splits by name."""
+        splits = (("train", self.train), ("val", self.val), ("test", self.test))
+        return {name: part for name, part in splits if part is not None}

@@ -49,6 +49,7 @@ _TABLE_FORMATS: dict[str, Callable[..., Collection]] = {
 """Table formats by prefix; each function takes the text after the colon and `RowOptions`."""
 _BENCHMARKS: dict[str, Callable[..., Collection]] = {"vtab:": load_vtab, "fgvc:": load_fgvc}
 """Benchmarks by prefix; each function takes the path of one dataset and `strict_sizes`."""
+_PREFIXES = (*_FOLDER_FORMATS, *_TABLE_FORMATS, *_BENCHMARKS, PYTHON_PREFIX)
 _BENCHMARK_FOLDERS: dict[str, Callable[[Path], Path]] = {"vtab:": VTAB.resolve, "fgvc:": FGVC.resolve}
 """Functions that resolve alternative folder names, by benchmark prefix."""
 
@@ -97,9 +98,7 @@ class DataSplits:
 @functools.cache
 def _registered() -> dict[str, Callable[..., Collection]]:
     """Return registered data loaders by name; names of loaders that take a path end with a colon."""
-    reserved = frozenset(
-        prefix.removesuffix(":") for prefix in (*_FOLDER_FORMATS, *_TABLE_FORMATS, *_BENCHMARKS, PYTHON_PREFIX)
-    )
+    reserved = frozenset(prefix.removesuffix(":") for prefix in _PREFIXES)
     loaders = {}
     for name, load in plugins("data", reserved).items():
         needs_path = any(p.default is p.empty for p in inspect.signature(load).parameters.values())
@@ -147,8 +146,7 @@ def full_spec(spec: str) -> str:
 
 def split_spec(spec: str) -> tuple[str, str | None]:
     """Split `folder:PATH` into `("folder:", "PATH")`; data without a path gives `(name, None)`."""
-    prefixes = (*_FOLDER_FORMATS, *_TABLE_FORMATS, *_BENCHMARKS, PYTHON_PREFIX)
-    prefix = next((prefix for prefix in prefixes if spec.startswith(prefix)), None)
+    prefix = next((prefix for prefix in _PREFIXES if spec.startswith(prefix)), None)
     if prefix is None:  # loads the plugins
         prefix = next((name for name in _registered() if name.endswith(":") and spec.startswith(name)), None)
     return (spec, None) if prefix is None else (prefix, spec.removeprefix(prefix))
@@ -257,7 +255,7 @@ def load_data(
     for part in parts.values():
         part.seed = seed
     counts = " · ".join(f"{name} {len(part):,}" for name, part in parts.items())
-    total = sum(len(images) for _, images in collection.parts())
+    total = sum(map(len, collection.parts.values()))
     columns_text = f"with {' and '.join(collection.classes)}"
     targets_text = columns_text if target == "numbers" else f"in {len(collection.classes)} classes"
     description = f"{collection.name}: {total:,} images {targets_text}; {counts}"
@@ -336,8 +334,7 @@ def _data_hint(spec: str) -> str:
     """Return a suggestion for an unknown specification."""
     name, colon, rest = spec.partition(":")
     if colon:
-        registered = (name for name in _registered() if name.endswith(":"))
-        prefixes = [prefix[:-1] for prefix in (*_FOLDER_FORMATS, *_TABLE_FORMATS, *_BENCHMARKS, *registered)]
+        prefixes = [prefix[:-1] for prefix in (*_PREFIXES, *_registered()) if prefix.endswith(":")]
         near = difflib.get_close_matches(name.lower(), prefixes, n=1, cutoff=0.5)
         return f"; did you mean '{near[0]}:{rest}'?" if near else ""
     path = Path(spec).expanduser()
@@ -366,7 +363,7 @@ def _as_target(collection: Collection, target: TargetKind, spec: str) -> Collect
                 f"{', '.join(map(repr, collection.classes[:3]))}"
             ) from None
         note = "regression targets are the class names"
-    for _, part in collection.parts():
+    for part in collection.parts.values():
         part.annotations = replace(part.annotations, targets=[values[label] for label in part.labels])
     return replace(
         collection,
