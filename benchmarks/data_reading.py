@@ -19,13 +19,14 @@ process. Readers are interleaved over the rounds.
 import argparse
 import json
 import os
+import re
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ def main() -> None:
     parser.add_argument("--kind", choices=("png", "jpeg"), default="png")
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prefix", default="", help="start of each measurement's command, e.g. 'taskset -c 0,1'")
     parser.add_argument("--behavior", action="store_true")
     parser.add_argument("--table", action="store_true", help="print the table of the rows in --out")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS, metavar=("READER", "FOLDER"))
@@ -65,33 +67,32 @@ def main() -> None:
     if options.table:
         print(speed_table(read_rows(options.out)))
         return
-    rows = behaviors() if options.behavior else speeds(options.folder, options.kind, options.images, options.rounds)
-    provenance = conditions("cpu", ("torch", "torchvision", "datasets", "pyarrow"))
-    if options.folder is not None:
-        provenance["command"] = provenance["command"].replace(str(options.folder), options.folder.name)
-    rows = [{"benchmark": "data_reading", **row, **provenance} for row in rows]
-    for row in rows:
+    command = " ".join(
+        ["data_reading.py", *(["--behavior"] if options.behavior else ["FOLDER", "--kind", options.kind])]
+    )
+    for row in behaviors() if options.behavior else speeds(options):
+        provenance = conditions("cpu", ("torch", "torchvision", "datasets", "pyarrow"))
+        row = {"benchmark": "data_reading", **row, **provenance, "command": command}
         print(json.dumps(row))
-    if options.out:
-        append_rows(options.out, rows)
+        if options.out:
+            append_rows(options.out, [row])
 
 
-def speeds(folder: Path, kind: str, count: int, rounds: int) -> list[dict[str, Any]]:
-    """Return a row for each reader, state of the caches and round."""
-    rows = []
+def speeds(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield a row for each reader, state of the caches and round."""
     with tempfile.TemporaryDirectory() as temporary:
         photos = Path(temporary, "photos")
-        files = write_images(folder, photos, kind, count)
-        for number in range(rounds):
+        files = write_images(options.folder, photos, options.kind, options.images)
+        for number in range(options.rounds):
             for reader in READERS:
                 cache = Path(temporary, f"cache-{reader}-{number}")
                 for state in ("cold", "warm"):
                     if state == "cold":
                         drop_from_page_cache(files)
-                    measured = run_measurement(reader, photos, cache)
+                    measured = run_measurement(options.prefix.split(), reader, photos, cache)
                     measured["cache_mb"] = sum(f.stat().st_size for f in cache.rglob("*") if f.is_file()) / 1e6
-                    rows.append({"reader": reader, "state": state, "kind": kind, "images": len(files), **measured})
-    return rows
+                    source = {"folder": options.folder.name, "kind": options.kind, "images": len(files)}
+                    yield {"reader": reader, "state": state, **source, **measured}
 
 
 def speed_table(rows: list[dict[str, Any]]) -> str:
@@ -144,9 +145,9 @@ def drop_from_page_cache(files: Iterable[Path]) -> None:
         os.close(descriptor)
 
 
-def run_measurement(reader: str, folder: Path, cache: Path) -> dict[str, Any]:
+def run_measurement(prefix: list[str], reader: str, folder: Path, cache: Path) -> dict[str, Any]:
     """Measure a reader in a new process with a cache folder of `datasets`."""
-    command = [sys.executable, __file__, "--measure", reader, str(folder)]
+    command = [*prefix, sys.executable, __file__, "--measure", reader, str(folder)]
     environment = {**os.environ, "HF_HOME": str(cache), "OMP_NUM_THREADS": str(_THREADS), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -231,13 +232,12 @@ class _Pairs:
         return item["image"], item["label"]
 
 
-def behaviors() -> list[dict[str, Any]]:
-    """Return a row for each case of `CASES`, with the outcome of each reader."""
+def behaviors() -> Iterator[dict[str, Any]]:
+    """Yield a row for each case of `CASES`, with the outcome of each reader."""
     import datasets
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    rows = []
     with tempfile.TemporaryDirectory() as temporary:
         for name, write in CASES.items():
             folder = Path(temporary, name.replace(" ", "-"))
@@ -246,16 +246,16 @@ def behaviors() -> list[dict[str, Any]]:
             outcomes = {"folder": lambda f=folder, t=table: describe_ours(f"csv:{t}" if t else f"folder:{f}", f)}
             outcomes["hf"] = lambda f=folder: describe_ours(f"hf:{f}", f)
             outcomes["datasets"] = lambda f=folder, t=table: describe_theirs(f, t)
-            rows.append({"case": name, **{reader: outcome(run) for reader, run in outcomes.items()}})
-    return rows
+            yield {"case": name, **{reader: outcome(run) for reader, run in outcomes.items()}}
 
 
 def outcome(run: Callable[[], str]) -> str:
     """Return the outcome of a case, or the error."""
     try:
-        return run()
+        text = run()
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        text = f"{type(error).__name__}: {error}"
+    return re.sub(rf"{re.escape(tempfile.gettempdir())}/tmp[^/ ]*/", "", text)
 
 
 def describe_ours(spec: str, folder: Path) -> str:
