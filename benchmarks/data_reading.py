@@ -67,9 +67,7 @@ def main() -> None:
     if options.table:
         print(speed_table(read_rows(options.out)))
         return
-    command = " ".join(
-        ["data_reading.py", *(["--behavior"] if options.behavior else ["FOLDER", "--kind", options.kind])]
-    )
+    command = f"data_reading.py {'--behavior' if options.behavior else f'FOLDER --kind {options.kind}'}"
     for row in behaviors() if options.behavior else speeds(options):
         provenance = conditions("cpu", ("torch", "torchvision", "datasets", "pyarrow"))
         row = {"benchmark": "data_reading", **row, **provenance, "command": command}
