@@ -52,9 +52,8 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", type=Path)
     parser.add_argument("--out")
     parser.add_argument("--kind", choices=("png", "jpeg"), default="png")
-    parser.add_argument("--images", type=int, default=1000)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--prefix", default="", help="start of each measurement's command, e.g. 'taskset -c 0,1'")
+    parser.add_argument("--images", type=int, default=500)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--behavior", action="store_true")
     parser.add_argument("--table", action="store_true", help="print the table of the rows in --out")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS, metavar=("READER", "FOLDER"))
@@ -87,7 +86,7 @@ def speeds(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 for state in ("cold", "warm"):
                     if state == "cold":
                         drop_from_page_cache(files)
-                    measured = run_measurement(options.prefix.split(), reader, photos, cache)
+                    measured = run_measurement(reader, photos, cache)
                     measured["cache_mb"] = sum(f.stat().st_size for f in cache.rglob("*") if f.is_file()) / 1e6
                     source = {"folder": options.folder.name, "kind": options.kind, "images": len(files)}
                     yield {"reader": reader, "state": state, **source, **measured}
@@ -143,9 +142,9 @@ def drop_from_page_cache(files: Iterable[Path]) -> None:
         os.close(descriptor)
 
 
-def run_measurement(prefix: list[str], reader: str, folder: Path, cache: Path) -> dict[str, Any]:
+def run_measurement(reader: str, folder: Path, cache: Path) -> dict[str, Any]:
     """Measure a reader in a new process with a cache folder of `datasets`."""
-    command = [*prefix, sys.executable, __file__, "--measure", reader, str(folder)]
+    command = [sys.executable, __file__, "--measure", reader, str(folder)]
     environment = {**os.environ, "HF_HOME": str(cache), "OMP_NUM_THREADS": str(_THREADS), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
