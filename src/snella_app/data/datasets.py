@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
@@ -270,7 +270,7 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
         labels: Sequence[int],
         names: Sequence[str],
         *,
-        transform: Callable[[Image.Image], Any] | None = None,
+        transform: Callable[..., Any] | None = None,
         seed: int = 0,
         annotations: Annotations | None = None,
     ) -> None:
@@ -326,19 +326,17 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
         """Return the sources of an item's content."""
         return [self.source]
 
-    def with_transform(self, transform: Callable[[Image.Image], Any] | None) -> "ImageDataset":
+    def with_transform(self, transform: Callable[..., Any] | None) -> Self:
         """Return a copy with another transform; cached images are shared."""
         return self._select(range(len(self)), transform)
 
-    def with_source(self, source: ImageSource) -> "ImageDataset":
+    def with_source(self, source: ImageSource) -> Self:
         """Return a copy with another source of the same rows."""
         changed = self.with_transform(self.transform)
         changed.source = source
         return changed
 
-    def with_targets(
-        self, encode: Callable[[Target], Any] | None = None, *, is_weighted: bool = False
-    ) -> "ImageDataset":
+    def with_targets(self, encode: Callable[[Target], Any] | None = None, *, is_weighted: bool = False) -> Self:
         """Return a copy with other targets.
 
         Args:
@@ -362,20 +360,19 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
             return (target,)
         return target, self.annotations.weights[index]
 
-    def subset(self, positions: Sequence[int]) -> "ImageDataset":
+    def subset(self, positions: Sequence[int]) -> Self:
         """Return the images at these positions, in this order."""
         return self._select([self._position(position) for position in positions], self.transform)
 
-    def _select(self, positions: Sequence[int], transform: Callable[[Image.Image], Any] | None) -> "ImageDataset":
+    def _select(self, positions: Sequence[int], transform: Callable[..., Any] | None) -> Self:
         """Return a copy with the selected items."""
-        selected = self._rebuild(
-            [self.rows[position] for position in positions],
-            [self.labels[position] for position in positions],
-            [self.names[position] for position in positions],
-            transform,
-        )
+        selected = copy(self)
+        selected.rows = [self.rows[position] for position in positions]
+        selected.labels = [self.labels[position] for position in positions]
+        selected.names = [self.names[position] for position in positions]
         selected.annotations = self.annotations.subset(positions)
-        selected._encode, selected._is_weighted = self._encode, self._is_weighted
+        selected.transform = transform
+        selected._epoch = _shared_zero()  # later epochs of the copies are independent
         selected.set_epoch(self.epoch)
         return selected
 
@@ -387,10 +384,6 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
         else:
             image = image.clone() if isinstance(image, Tensor) else image.copy()
         return image, *self.target_and_weight(index)
-
-    def _rebuild(self, rows: list[int], labels: list[int], names: list[str], transform: Any) -> "ImageDataset":
-        """Build a dataset of the same source."""
-        return ImageDataset(self.source, rows, labels, names, transform=transform, seed=self.seed)
 
     def _position(self, index: int) -> int:
         """Return a nonnegative index."""
@@ -489,12 +482,8 @@ class MaskDataset(ImageDataset):
         image, labels = self.source.load(self.rows[index]), torch.from_numpy(self.mask(index))
         if self.transform is None:
             return image.copy(), labels.numpy()
-        transformed, mask = cast(Callable[..., Any], self.transform)(image, tv_tensors.Mask(labels))
+        transformed, mask = self.transform(image, tv_tensors.Mask(labels))
         return transformed, mask.as_subclass(Tensor).long()
-
-    def _rebuild(self, rows: list[int], labels: list[int], names: list[str], transform: Any) -> "MaskDataset":
-        """Build a dataset of the same sources."""
-        return MaskDataset(self.source, self.masks, rows, names, transform=transform, seed=self.seed)
 
 
 def read_at_side(parts: Sequence[ImageDataset], side: int | None) -> list[ImageDataset]:

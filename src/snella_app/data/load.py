@@ -236,24 +236,19 @@ def load_data(
     if folds is not None and fold is not None:
         fold_part = "test" if collection.test is None else "val"
         _hold_out(collection, folds, fold, test_split_seed)
-    train, val, test = (
-        _divide(collection, seed, test_split_seed, val_fraction, test_fraction, protocol)
-        if divide
-        else (collection.train, collection.val, collection.test)
-    )
+    divided = collection.parts
+    if divide:
+        divided = _divide(collection, seed, test_split_seed, val_fraction, test_fraction, protocol)
     labels = collection.label_names
-    train = _subsample("train", train, train_size, seed, labels)
-    if val is not None:
-        val = _subsample("val", val, val_size, seed, labels)
-    elif val_size is not None:
-        raise ValueError(f"val_size must be omitted because protocol={protocol} has no val split, got {val_size}")
-    if test is not None:
-        test = _subsample("test", test, test_size, test_split_seed, labels)
-    elif test_size is not None:
-        raise ValueError(f"test_size must be omitted because {collection.name!r} has no test split, got {test_size}")
-    parts = {name: part for name, part in (("train", train), ("val", val), ("test", test)) if part is not None}
-    for part in parts.values():
-        part.seed = seed
+    reasons = {"val": f"protocol={protocol} has no val split", "test": f"{collection.name!r} has no test split"}
+    parts = {}
+    for name, size in sizes.items():
+        if name in divided:
+            sample_seed = test_split_seed if name == "test" else seed
+            parts[name] = _subsample(name, divided[name], size, sample_seed, labels)
+            parts[name].seed = seed
+        elif size is not None:
+            raise ValueError(f"{name}_size must be omitted because {reasons[name]}, got {size}")
     counts = " · ".join(f"{name} {len(part):,}" for name, part in parts.items())
     total = sum(map(len, collection.parts.values()))
     columns_text = f"with {' and '.join(collection.classes)}"
@@ -264,12 +259,12 @@ def load_data(
         *_dark_image_notes(parts),
         *_shared_group_warnings(parts),
         *_copy_warnings(parts),
-        *(_imbalance_notes(train, labels) if collection.strata is None else []),
+        *(_imbalance_notes(parts["train"], labels) if collection.strata is None else []),
     ]
     return DataSplits(
-        train,
-        val,
-        test,
+        parts["train"],
+        parts.get("val"),
+        parts.get("test"),
         collection.classes,
         collection.name,
         description,
@@ -375,8 +370,8 @@ def _as_target(collection: Collection, target: TargetKind, spec: str) -> Collect
 
 def _divide(
     collection: Collection, seed: int, test_seed: int, val_fraction: float, test_fraction: float, protocol: Protocol
-) -> tuple[ImageDataset, ImageDataset | None, ImageDataset | None]:
-    """Create the missing splits."""
+) -> dict[str, ImageDataset]:
+    """Return the splits by name, including the created ones."""
     train, val, test = collection.train, collection.val, collection.test
     total, classes = len(train), collection.label_names
     if not collection.has_parts and test_fraction > 0:
@@ -386,13 +381,14 @@ def _divide(
             f"protocol=official needs test images for epoch selection, but {collection.name!r} has none; use another "
             "protocol"
         )
-    if protocol != "standard":
-        joins_training = val is not None and (protocol == "final" or collection.official_joins_val)
-        return joined(train, val) if joins_training and val is not None else train, None, test
-    if val is None:
+    if protocol == "standard" and val is None:
         share = val_fraction * total / len(train)
         train, val = _split_off(train, share, seed, classes, "val")
-    return train, val, test
+    elif protocol != "standard" and val is not None:
+        if protocol == "final" or collection.official_joins_val:
+            train = joined(train, val)
+        val = None
+    return replace(collection, train=train, val=val, test=test).parts
 
 
 def _hold_out(collection: Collection, folds: int, fold: int, seed: int) -> None:
