@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 _THREADS = 4  # decoding releases the interpreter lock
 _BUDGET_BYTES = 512 * 2**20
 _CONSOLE: ContextVar["Console | None"] = ContextVar("console", default=None)
-T, R = TypeVar("T"), TypeVar("R")
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
 
 class ImageSource(Protocol):
@@ -186,7 +187,7 @@ def broken_rows(source: "CachedImages", rows: Sequence[int]) -> dict[int, str]:
     return {row: text for row, text in zip(rows, decode_all(reason, rows), strict=True) if text is not None}
 
 
-def decode_all(decode: Callable[[T], R], items: Sequence[T]) -> list[R]:
+def decode_all(decode: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
     """Apply a function that decodes images to all items, in threads; see `show_reading` for progress."""
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as threads:
         return list(track_progress(threads.map(decode, items), "reading images", len(items), _CONSOLE.get()))

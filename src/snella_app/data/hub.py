@@ -134,7 +134,8 @@ class _HubImages(CachedImages):
 
     def __init__(self, columns: Sequence[Any], name: str, reading: Reading, roots: Sequence[Path] | None) -> None:
         super().__init__(reading=reading)
-        self.columns, self.name, self.roots = ConcatDataset(columns), name, roots
+        self.columns: ConcatDataset[Any] = ConcatDataset(columns)
+        self.name, self.roots = name, roots
 
     def read(self, row: int) -> Any:
         """Decode one image."""
@@ -170,7 +171,7 @@ class _ObjectImages(CachedImages):
 
     def __init__(self, parts: Sequence[Any], reading: Reading) -> None:
         super().__init__(reading=reading)
-        self.items = ConcatDataset(parts)
+        self.items: ConcatDataset[Any] = ConcatDataset(parts)
 
     def read(self, row: int) -> Any:
         """Return the image of an item."""
