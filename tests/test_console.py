@@ -36,7 +36,9 @@ def test_reading_progress_is_shown_on_a_terminal_if_enabled(is_terminal, is_enab
     console = Console(file=io.StringIO(), width=80, force_terminal=is_terminal, color_system=None)
     with show_reading(console, is_enabled):
         assert broken_images([tmp_path / "a.png"]) == {}
-    assert ("reading images" in console.file.getvalue()) == (is_terminal and is_enabled)
+    shown = console.file.getvalue()
+    assert ("reading images" in shown) == (is_terminal and is_enabled)
+    assert broken_images([tmp_path / "a.png"]) == {} and console.file.getvalue() == shown
 
 
 def test_terminal_width_is_preserved(monkeypatch):

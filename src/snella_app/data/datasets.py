@@ -3,14 +3,14 @@
 import hashlib
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self, cast
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch.utils.data import Dataset, get_worker_info
 from torchvision import tv_tensors
 from torchvision.transforms.functional import to_pil_image
 
+from snella_app.console import track_progress
 from snella_app.data.images import (
     RGB,
     ImageFacts,
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
 
 _THREADS = 4  # decoding releases the interpreter lock
 _BUDGET_BYTES = 512 * 2**20
+_CONSOLE: ContextVar["Console | None"] = ContextVar("console", default=None)
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
 
 class ImageSource(Protocol):
@@ -180,24 +184,13 @@ def broken_rows(source: "CachedImages", rows: Sequence[int]) -> dict[int, str]:
             return str(error).partition("image: ")[2] or str(error)
         return None
 
+    return {row: text for row, text in zip(rows, decode_all(reason, rows), strict=True) if text is not None}
+
+
+def decode_all(decode: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
+    """Apply a function that decodes images to all items, in threads; see `show_reading` for progress."""
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as threads:
-        reasons = _PROGRESS.get()(threads.map(reason, rows), len(rows))
-        return {row: text for row, text in zip(rows, reasons, strict=True) if text is not None}
-
-
-ProgressWrapper = Callable[[Iterable[str | None], int], Iterable[str | None]]
-"""Wraps an iterable of known length to display progress."""
-_PROGRESS: ContextVar[ProgressWrapper] = ContextVar("watch", default=lambda items, total: items)
-
-
-@contextmanager
-def reading_progress(wrap: ProgressWrapper) -> Iterator[None]:
-    """Display the progress of the first decoding of all images with `wrap`."""
-    token = _PROGRESS.set(wrap)
-    try:
-        yield
-    finally:
-        _PROGRESS.reset(token)
+        return list(track_progress(threads.map(decode, items), "reading images", len(items), _CONSOLE.get()))
 
 
 @contextmanager
@@ -208,16 +201,11 @@ def show_reading(console: "Console | None", is_wanted: bool = True) -> Iterator[
         console: Console for the transient bar; None disables it.
         is_wanted: If False, the bar is disabled.
     """
-    if console is None or not is_wanted or not console.is_terminal:
+    token = _CONSOLE.set(console if is_wanted else None)
+    try:
         yield
-        return
-    from snella_app.console import track_progress
-
-    def wrap(items: Iterable[str | None], total: int) -> Iterable[str | None]:
-        return track_progress(items, "reading images", total, console)
-
-    with reading_progress(wrap):
-        yield
+    finally:
+        _CONSOLE.reset(token)
 
 
 Target = str | float | tuple[str, ...] | tuple[float, ...]
@@ -283,7 +271,7 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
         labels: Sequence[int],
         names: Sequence[str],
         *,
-        transform: Callable[[Image.Image], Any] | None = None,
+        transform: Callable[..., Any] | None = None,
         seed: int = 0,
         annotations: Annotations | None = None,
     ) -> None:
@@ -339,19 +327,17 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
         """Return the sources of an item's content."""
         return [self.source]
 
-    def with_transform(self, transform: Callable[[Image.Image], Any] | None) -> "ImageDataset":
+    def with_transform(self, transform: Callable[..., Any] | None) -> Self:
         """Return a copy with another transform; cached images are shared."""
         return self._select(range(len(self)), transform)
 
-    def with_source(self, source: ImageSource) -> "ImageDataset":
+    def with_source(self, source: ImageSource) -> Self:
         """Return a copy with another source of the same rows."""
         changed = self.with_transform(self.transform)
         changed.source = source
         return changed
 
-    def with_targets(
-        self, encode: Callable[[Target], Any] | None = None, *, is_weighted: bool = False
-    ) -> "ImageDataset":
+    def with_targets(self, encode: Callable[[Target], Any] | None = None, *, is_weighted: bool = False) -> Self:
         """Return a copy with other targets.
 
         Args:
@@ -375,20 +361,19 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
             return (target,)
         return target, self.annotations.weights[index]
 
-    def subset(self, positions: Sequence[int]) -> "ImageDataset":
+    def subset(self, positions: Sequence[int]) -> Self:
         """Return the images at these positions, in this order."""
         return self._select([self._position(position) for position in positions], self.transform)
 
-    def _select(self, positions: Sequence[int], transform: Callable[[Image.Image], Any] | None) -> "ImageDataset":
+    def _select(self, positions: Sequence[int], transform: Callable[..., Any] | None) -> Self:
         """Return a copy with the selected items."""
-        selected = self._rebuild(
-            [self.rows[position] for position in positions],
-            [self.labels[position] for position in positions],
-            [self.names[position] for position in positions],
-            transform,
-        )
+        selected = copy(self)
+        selected.rows = [self.rows[position] for position in positions]
+        selected.labels = [self.labels[position] for position in positions]
+        selected.names = [self.names[position] for position in positions]
         selected.annotations = self.annotations.subset(positions)
-        selected._encode, selected._is_weighted = self._encode, self._is_weighted
+        selected.transform = transform
+        selected._epoch = _shared_zero()  # later epochs of the copies are independent
         selected.set_epoch(self.epoch)
         return selected
 
@@ -400,10 +385,6 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
         else:
             image = image.clone() if isinstance(image, Tensor) else image.copy()
         return image, *self.target_and_weight(index)
-
-    def _rebuild(self, rows: list[int], labels: list[int], names: list[str], transform: Any) -> "ImageDataset":
-        """Build a dataset of the same source."""
-        return ImageDataset(self.source, rows, labels, names, transform=transform, seed=self.seed)
 
     def _position(self, index: int) -> int:
         """Return a nonnegative index."""
@@ -502,12 +483,8 @@ class MaskDataset(ImageDataset):
         image, labels = self.source.load(self.rows[index]), torch.from_numpy(self.mask(index))
         if self.transform is None:
             return image.copy(), labels.numpy()
-        transformed, mask = cast(Callable[..., Any], self.transform)(image, tv_tensors.Mask(labels))
+        transformed, mask = self.transform(image, tv_tensors.Mask(labels))
         return transformed, mask.as_subclass(Tensor).long()
-
-    def _rebuild(self, rows: list[int], labels: list[int], names: list[str], transform: Any) -> "MaskDataset":
-        """Build a dataset of the same sources."""
-        return MaskDataset(self.source, self.masks, rows, names, transform=transform, seed=self.seed)
 
 
 def read_at_side(parts: Sequence[ImageDataset], side: int | None) -> list[ImageDataset]:
@@ -605,9 +582,8 @@ class Collection:
         """Names of image labels, used to stratify splits."""
         return self.classes if self.strata is None else self.strata
 
-    def parts(self) -> Iterator[tuple[str, ImageDataset]]:
-        """Iterate over existing splits by name."""
-        for name in ("train", "val", "test"):
-            part = getattr(self, name)
-            if part is not None:
-                yield name, part
+    @property
+    def parts(self) -> dict[str, ImageDataset]:
+        """Existing splits by name."""
+        splits = (("train", self.train), ("val", self.val), ("test", self.test))
+        return {name: part for name, part in splits if part is not None}

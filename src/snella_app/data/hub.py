@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import ConcatDataset
 from torchvision.transforms.functional import to_pil_image
 
 from snella_app.data.datasets import CachedImages, Collection
@@ -133,16 +134,17 @@ class _HubImages(CachedImages):
 
     def __init__(self, columns: Sequence[Any], name: str, reading: Reading, roots: Sequence[Path] | None) -> None:
         super().__init__(reading=reading)
-        self.columns, self.name, self.roots = list(columns), name, roots
+        self.columns: ConcatDataset[Any] = ConcatDataset(columns)
+        self.name, self.roots = name, roots
 
     def read(self, row: int) -> Any:
         """Decode one image."""
-        item = _item(self.columns, row)[self.name]
+        item = self.columns[row][self.name]
         return decode_image(io.BytesIO(self._bytes(item)), str(item["path"] or f"row {row}"), self.reading)
 
     def content(self, row: int) -> bytes:
         """Return the encoded image."""
-        return self._bytes(_item(self.columns, row)[self.name])
+        return self._bytes(self.columns[row][self.name])
 
     def _bytes(self, item: Any) -> bytes:
         """Return the bytes of an image from the column or the file it references."""
@@ -169,11 +171,11 @@ class _ObjectImages(CachedImages):
 
     def __init__(self, parts: Sequence[Any], reading: Reading) -> None:
         super().__init__(reading=reading)
-        self.parts = list(parts)
+        self.items: ConcatDataset[Any] = ConcatDataset(parts)
 
     def read(self, row: int) -> Any:
         """Return the image of an item."""
-        image = _item(self.parts, row)[0]
+        image = self.items[row][0]
         if isinstance(image, Tensor | np.ndarray):
             if image.dtype not in (np.dtype(np.uint8), torch.uint8):
                 raise ValueError(
@@ -189,15 +191,6 @@ class _ObjectImages(CachedImages):
         """Return the pixels."""
         image = self.read(row)
         return repr(image.size).encode() + image.tobytes()
-
-
-def _item(parts: Sequence[Any], row: int) -> Any:
-    """Return an item of concatenated datasets."""
-    for part in parts:
-        if row < len(part):
-            return part[row]
-        row -= len(part)
-    raise IndexError(row)
 
 
 def _labels_of(part: Any) -> list[Any]:

@@ -49,6 +49,7 @@ _TABLE_FORMATS: dict[str, Callable[..., Collection]] = {
 """Table formats by prefix; each function takes the text after the colon and `RowOptions`."""
 _BENCHMARKS: dict[str, Callable[..., Collection]] = {"vtab:": load_vtab, "fgvc:": load_fgvc}
 """Benchmarks by prefix; each function takes the path of one dataset and `strict_sizes`."""
+_PREFIXES = (*_FOLDER_FORMATS, *_TABLE_FORMATS, *_BENCHMARKS, PYTHON_PREFIX)
 _BENCHMARK_FOLDERS: dict[str, Callable[[Path], Path]] = {"vtab:": VTAB.resolve, "fgvc:": FGVC.resolve}
 """Functions that resolve alternative folder names, by benchmark prefix."""
 
@@ -97,9 +98,7 @@ class DataSplits:
 @functools.cache
 def _registered() -> dict[str, Callable[..., Collection]]:
     """Return registered data loaders by name; names of loaders that take a path end with a colon."""
-    reserved = frozenset(
-        prefix.removesuffix(":") for prefix in (*_FOLDER_FORMATS, *_TABLE_FORMATS, *_BENCHMARKS, PYTHON_PREFIX)
-    )
+    reserved = frozenset(prefix.removesuffix(":") for prefix in _PREFIXES)
     loaders = {}
     for name, load in plugins("data", reserved).items():
         needs_path = any(p.default is p.empty for p in inspect.signature(load).parameters.values())
@@ -147,8 +146,7 @@ def full_spec(spec: str) -> str:
 
 def split_spec(spec: str) -> tuple[str, str | None]:
     """Split `folder:PATH` into `("folder:", "PATH")`; data without a path gives `(name, None)`."""
-    prefixes = (*_FOLDER_FORMATS, *_TABLE_FORMATS, *_BENCHMARKS, PYTHON_PREFIX)
-    prefix = next((prefix for prefix in prefixes if spec.startswith(prefix)), None)
+    prefix = next((prefix for prefix in _PREFIXES if spec.startswith(prefix)), None)
     if prefix is None:  # loads the plugins
         prefix = next((name for name in _registered() if name.endswith(":") and spec.startswith(name)), None)
     return (spec, None) if prefix is None else (prefix, spec.removeprefix(prefix))
@@ -238,26 +236,21 @@ def load_data(
     if folds is not None and fold is not None:
         fold_part = "test" if collection.test is None else "val"
         _hold_out(collection, folds, fold, test_split_seed)
-    train, val, test = (
-        _divide(collection, seed, test_split_seed, val_fraction, test_fraction, protocol)
-        if divide
-        else (collection.train, collection.val, collection.test)
-    )
+    divided = collection.parts
+    if divide:
+        divided = _divide(collection, seed, test_split_seed, val_fraction, test_fraction, protocol)
     labels = collection.label_names
-    train = _subsample("train", train, train_size, seed, labels)
-    if val is not None:
-        val = _subsample("val", val, val_size, seed, labels)
-    elif val_size is not None:
-        raise ValueError(f"val_size must be omitted because protocol={protocol} has no val split, got {val_size}")
-    if test is not None:
-        test = _subsample("test", test, test_size, test_split_seed, labels)
-    elif test_size is not None:
-        raise ValueError(f"test_size must be omitted because {collection.name!r} has no test split, got {test_size}")
-    parts = {name: part for name, part in (("train", train), ("val", val), ("test", test)) if part is not None}
-    for part in parts.values():
-        part.seed = seed
+    reasons = {"val": f"protocol={protocol} has no val split", "test": f"{collection.name!r} has no test split"}
+    parts = {}
+    for name, size in sizes.items():
+        if name in divided:
+            sample_seed = test_split_seed if name == "test" else seed
+            parts[name] = _subsample(name, divided[name], size, sample_seed, labels)
+            parts[name].seed = seed
+        elif size is not None:
+            raise ValueError(f"{name}_size must be omitted because {reasons[name]}, got {size}")
     counts = " · ".join(f"{name} {len(part):,}" for name, part in parts.items())
-    total = sum(len(images) for _, images in collection.parts())
+    total = sum(map(len, collection.parts.values()))
     columns_text = f"with {' and '.join(collection.classes)}"
     targets_text = columns_text if target == "numbers" else f"in {len(collection.classes)} classes"
     description = f"{collection.name}: {total:,} images {targets_text}; {counts}"
@@ -266,12 +259,12 @@ def load_data(
         *_dark_image_notes(parts),
         *_shared_group_warnings(parts),
         *_copy_warnings(parts),
-        *(_imbalance_notes(train, labels) if collection.strata is None else []),
+        *(_imbalance_notes(parts["train"], labels) if collection.strata is None else []),
     ]
     return DataSplits(
-        train,
-        val,
-        test,
+        parts["train"],
+        parts.get("val"),
+        parts.get("test"),
         collection.classes,
         collection.name,
         description,
@@ -336,8 +329,7 @@ def _data_hint(spec: str) -> str:
     """Return a suggestion for an unknown specification."""
     name, colon, rest = spec.partition(":")
     if colon:
-        registered = (name for name in _registered() if name.endswith(":"))
-        prefixes = [prefix[:-1] for prefix in (*_FOLDER_FORMATS, *_TABLE_FORMATS, *_BENCHMARKS, *registered)]
+        prefixes = [prefix[:-1] for prefix in (*_PREFIXES, *_registered()) if prefix.endswith(":")]
         near = difflib.get_close_matches(name.lower(), prefixes, n=1, cutoff=0.5)
         return f"; did you mean '{near[0]}:{rest}'?" if near else ""
     path = Path(spec).expanduser()
@@ -366,7 +358,7 @@ def _as_target(collection: Collection, target: TargetKind, spec: str) -> Collect
                 f"{', '.join(map(repr, collection.classes[:3]))}"
             ) from None
         note = "regression targets are the class names"
-    for _, part in collection.parts():
+    for part in collection.parts.values():
         part.annotations = replace(part.annotations, targets=[values[label] for label in part.labels])
     return replace(
         collection,
@@ -378,8 +370,8 @@ def _as_target(collection: Collection, target: TargetKind, spec: str) -> Collect
 
 def _divide(
     collection: Collection, seed: int, test_seed: int, val_fraction: float, test_fraction: float, protocol: Protocol
-) -> tuple[ImageDataset, ImageDataset | None, ImageDataset | None]:
-    """Create the missing splits."""
+) -> dict[str, ImageDataset]:
+    """Return the splits by name, including the created ones."""
     train, val, test = collection.train, collection.val, collection.test
     total, classes = len(train), collection.label_names
     if not collection.has_parts and test_fraction > 0:
@@ -389,13 +381,14 @@ def _divide(
             f"protocol=official needs test images for epoch selection, but {collection.name!r} has none; use another "
             "protocol"
         )
-    if protocol != "standard":
-        joins_training = val is not None and (protocol == "final" or collection.official_joins_val)
-        return joined(train, val) if joins_training and val is not None else train, None, test
-    if val is None:
+    if protocol == "standard" and val is None:
         share = val_fraction * total / len(train)
         train, val = _split_off(train, share, seed, classes, "val")
-    return train, val, test
+    elif protocol != "standard" and val is not None:
+        if protocol == "final" or collection.official_joins_val:
+            train = joined(train, val)
+        val = None
+    return replace(collection, train=train, val=val, test=test).parts
 
 
 def _hold_out(collection: Collection, folds: int, fold: int, seed: int) -> None:

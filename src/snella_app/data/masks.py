@@ -1,60 +1,18 @@
 """Folders of images and masks: `images/` and `masks/`, or `train|val|test/` with both."""
 
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from snella_app.console import counted
-from snella_app.data.datasets import Collection, FileImages, FileMasks, ImageDataset, MaskDataset
+from snella_app.data.datasets import Collection, FileImages, FileMasks, MaskDataset, decode_all
 from snella_app.data.folder import existing_folder
-from snella_app.data.images import IMAGE_SUFFIXES, THRESHOLD, read_image, read_label_map
+from snella_app.data.images import IMAGE_SUFFIXES, THRESHOLD, ImageFacts, facts_of, read_image, read_label_map
 from snella_app.text import listed
-
-_OVERLAP_THREADS = 4  # decoding and hashing release the interpreter lock
-_SHOWN = 3
-
-
-def same_images(first: ImageDataset, second: ImageDataset) -> list[tuple[str, str]]:
-    """Return pairs of names with equal decoded pixels, one from each dataset.
-
-    Re-encoded or resized copies are not detected.
-    """
-    by_digest = dict(zip(_digests(first), first.names, strict=True))
-    return [
-        (by_digest[digest], name)
-        for digest, name in zip(_digests(second), second.names, strict=True)
-        if digest in by_digest
-    ]
-
-
-def overlap_note(train: ImageDataset, test: ImageDataset, part: str = "test") -> list[str]:
-    """Return a note about test images that are also training images."""
-    both = same_images(train, test)
-    if not both:
-        return []
-    shown = listed((f"{train_name} = {test_name}" for train_name, test_name in both), _SHOWN)
-    duplicate = "is also a training image" if len(both) == 1 else "are also training images"
-    return [
-        f"{len(both)} of {len(test)} {part} images {duplicate} (equal pixels): {shown}; {part} results are optimistic"
-    ]
-
-
-def _digests(images: ImageDataset) -> Sequence[str]:
-    """Return the SHA-256 of size and pixels of each image."""
-
-    def digest(index: int) -> str:
-        image = images.image(index)
-        return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
-
-    with ThreadPoolExecutor(min(_OVERLAP_THREADS, os.cpu_count() or 1)) as threads:
-        return list(threads.map(digest, range(len(images))))
-
 
 BINARY_CLASSES = ["background", "foreground"]
 MASK_STRATA = ["image with a mask"]
@@ -62,7 +20,6 @@ MASK_STRATA = ["image with a mask"]
 _LAYOUT = "the expected layout is images/NAME.jpg and masks/NAME.png, or train, val and test folders with both"
 _PARTS = ("train", "val", "test")
 _CLASS_FILE = "classes.txt"
-_THREADS = 4  # decoding releases the interpreter lock
 _MAX_LABELS = 256
 
 
@@ -76,13 +33,12 @@ class MaskPair:
 
 @dataclass(frozen=True)
 class _PairCheck:
-    """Check of a decoded pair: error if unreadable, both sizes (width, height), and present labels."""
+    """Check of a decoded pair: facts of the upright image, size of the mask, and present labels."""
 
-    broken: str = ""
-    image_size: tuple[int, int] = (0, 0)
-    mask_size: tuple[int, int] = (0, 0)
-    labels: tuple[int, ...] = ()
-    is_thresholded: bool = False
+    facts: ImageFacts
+    mask_size: tuple[int, int]
+    labels: tuple[int, ...]
+    is_thresholded: bool
 
 
 def load_masks(path: str, *, skip_corrupt: bool = False) -> Collection:
@@ -106,7 +62,7 @@ def load_masks(path: str, *, skip_corrupt: bool = False) -> Collection:
     folders = {part: root / part for part in _PARTS if (root / part).is_dir()} if divided else {"train": root}
     errors: list[str] = []
     pairs = {part: find_pairs(folder, root, errors) for part, folder in folders.items()}
-    collection = collect_masks(
+    return collect_masks(
         f"masks:{path}",
         root,
         pairs,
@@ -115,10 +71,6 @@ def load_masks(path: str, *, skip_corrupt: bool = False) -> Collection:
         has_parts=divided,
         skip_corrupt=skip_corrupt,
     )
-    for part in (collection.val, collection.test):
-        if part is not None:
-            collection.notes += overlap_note(collection.train, part, "val" if part is collection.val else "test")
-    return collection
 
 
 def collect_masks(
@@ -146,10 +98,11 @@ def collect_masks(
         ValueError: As for `load_masks`.
     """
     all_pairs = [pair for split_pairs in pairs.values() for pair in split_pairs]
-    checks = dict(zip(all_pairs, _check_pairs(all_pairs), strict=True))
+    checks = dict(zip(all_pairs, decode_all(_check_pair, all_pairs), strict=True))
     names = {pair: pair.image.relative_to(root).as_posix() for pair in all_pairs}
     masks = {pair: pair.mask.relative_to(root).as_posix() for pair in all_pairs}
-    broken = {pair: check.broken for pair, check in checks.items() if check.broken}
+    broken = {pair: check for pair, check in checks.items() if isinstance(check, str)}
+    good = {pair: check for pair, check in checks.items() if not isinstance(check, str)}
     notes: list[str] = []
     if broken:
         text = f"{counted(len(broken), 'pair')} with an unreadable file: {listed(list(broken.values()))}"
@@ -157,11 +110,10 @@ def collect_masks(
             notes.append(f"skipped {text}")
         else:
             errors.append(f"{text} (skip them with --skip-corrupt (skip_corrupt=True))")
-    good = {pair: check for pair, check in checks.items() if not check.broken}
     mismatched = [
-        f"{masks[pair]} is {_size(check.mask_size)}, its image {_size(check.image_size)}"
+        f"{masks[pair]} is {_size(check.mask_size)}, its image {_size(check.facts.size)}"
         for pair, check in good.items()
-        if check.image_size != check.mask_size
+        if check.facts.size != check.mask_size
     ]
     if mismatched:
         errors.append(f"{counted(len(mismatched), 'mask')} with a different size than the image: {listed(mismatched)}")
@@ -182,7 +134,7 @@ def collect_masks(
             f"values of at least {THRESHOLD} become {classes[1]!r}"
         )
     parts = {
-        part: _dataset([pair for pair in split_pairs if pair not in broken], names, is_white)
+        part: _dataset({pair: good[pair] for pair in split_pairs if pair in good}, names, is_white)
         for part, split_pairs in pairs.items()
     }
     return Collection(
@@ -236,21 +188,15 @@ def _files(folder: Path, root: Path, errors: list[str]) -> dict[str, Path]:
     return files
 
 
-def _check_pairs(pairs: Sequence[MaskPair]) -> list[_PairCheck]:
-    """Decode all files."""
-    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as threads:
-        return list(threads.map(_check_pair, pairs))
-
-
-def _check_pair(pair: MaskPair) -> _PairCheck:
-    """Decode one image and its mask."""
+def _check_pair(pair: MaskPair) -> _PairCheck | str:
+    """Decode one image and its mask; return the error if a file is unreadable."""
     try:
-        image = read_image(pair.image)
+        facts = facts_of(read_image(pair.image))
         values, is_thresholded = read_label_map(pair.mask)
     except ValueError as error:
-        return _PairCheck(broken=str(error))
+        return str(error)
     labels = tuple(np.flatnonzero(np.bincount(values.reshape(-1))).tolist())
-    return _PairCheck("", image.size, (values.shape[1], values.shape[0]), labels, is_thresholded)
+    return _PairCheck(facts, (values.shape[1], values.shape[0]), labels, is_thresholded)
 
 
 def _class_names(root: Path) -> list[str] | None:
@@ -311,12 +257,11 @@ def _unusable(
     return errors
 
 
-def _dataset(pairs: Sequence[MaskPair], names: Mapping[MaskPair, str], is_white: bool) -> MaskDataset:
+def _dataset(pairs: Mapping[MaskPair, _PairCheck], names: Mapping[MaskPair, str], is_white: bool) -> MaskDataset:
     """Build the dataset of one split."""
-    images, masks = (
-        FileImages([p.image for p in pairs]),
-        FileMasks([p.mask for p in pairs], is_white_foreground=is_white),
-    )
+    images = FileImages([pair.image for pair in pairs])
+    images.facts = {row: check.facts for row, check in enumerate(pairs.values())}
+    masks = FileMasks([pair.mask for pair in pairs], is_white_foreground=is_white)
     return MaskDataset(images, masks, range(len(pairs)), [names[pair] for pair in pairs])
 
 
@@ -361,8 +306,6 @@ def load_kvasir(path: str, *, skip_corrupt: bool = False) -> Collection:
         f"kvasir:{path}", root, parts, errors, class_names=CLASSES, has_parts=True, skip_corrupt=skip_corrupt
     )
     collection.name = "kvasir"
-    if collection.test is not None:
-        notes += overlap_note(collection.train, collection.test)
     collection.notes += notes
     return collection
 

@@ -273,7 +273,7 @@ def build_collection(samples: Samples, options: RowOptions) -> Collection:
             )
         notes.append(f"skipped {_broken_text(broken, samples)}")
     rows = [row for row in usable if row not in broken]
-    rows = _drop_duplicates(rows, samples, values, notes)
+    rows = _drop_duplicates(rows, samples, parts, values, notes)
     if not rows:
         reason = f"all are unusable: {_broken_text(broken, samples)}" if broken else f"got {len(samples.names)} rows"
         raise ValueError(f"{samples.where} has no images to train on, {reason}")
@@ -634,9 +634,10 @@ def _check_classes(
         )
 
 
-def _drop_duplicates(rows: list[int], samples: Samples, values: Sequence[Any], notes: list[str]) -> list[int]:
+def _drop_duplicates(
+    rows: list[int], samples: Samples, parts: Sequence[str], values: Sequence[Any], notes: list[str]
+) -> list[int]:
     """Drop rows that repeat an image within a split; add notes about repeated and contradicting rows."""
-    parts = _parts(samples)
     first: dict[tuple[str, str], int] = {}
     unique, repeated, contradicting = [], 0, []
     for row in rows:

@@ -11,7 +11,7 @@ from PIL import Image
 
 import snella
 from snella_app.data import ImageDataset, images, load_data, read_image
-from snella_app.data.datasets import FileImages, broken_images, broken_rows, joined, read_at_side, reading_progress
+from snella_app.data.datasets import FileImages, broken_images, broken_rows, joined, read_at_side
 from snella_app.data.images import IMAGE_SUFFIXES, Reading, inspect_image, read_label_map, to_rgb
 from snella_app.data.load import find_near_copies
 
@@ -105,22 +105,6 @@ def test_text_and_empty_files_are_not_images(tmp_path):
     reasons = broken_images([tmp_path / "a.png", tmp_path / "b.jpg", tmp_path / "gone.png"])
     assert reasons[0] == "unknown image format" and reasons[1] == "the file is empty"
     assert reasons[2] == "no such file"
-
-
-def test_the_first_decoding_reports_progress(tmp_path):
-    seen = []
-
-    def watch(items, total):
-        for item in items:
-            seen.append((item, total))
-            yield item
-
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    (tmp_path / "b.jpg").write_bytes(b"")
-    with reading_progress(watch):
-        assert broken_images([tmp_path / "a.png", tmp_path / "b.jpg"]) == {1: "the file is empty"}
-    assert seen == [(None, 2), ("the file is empty", 2)]
-    assert broken_images([tmp_path / "a.png"]) == {} and len(seen) == 2
 
 
 @pytest.mark.parametrize(

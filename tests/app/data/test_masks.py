@@ -52,6 +52,21 @@ def test_existing_splits_are_used(tmp_path):
     assert any("3 of 3 test images are also training images" in note for note in data.notes)
 
 
+def test_a_copy_in_another_split_is_one_warning(tmp_path):
+    root = write_pairs(tmp_path / "m" / "train", 6)
+    write_pairs(tmp_path / "other", 9)
+    for kind in ("images", "masks"):
+        (tmp_path / "m" / "val" / kind).mkdir(parents=True)
+        for index in (6, 7, 8):
+            shutil.copy(tmp_path / "other" / kind / f"{index:03}.png", tmp_path / "m" / "val" / kind)
+    Image.open(root / "images" / "002.png").save(tmp_path / "m" / "val" / "images" / "007.png", compress_level=1)
+    data = load_data(f"masks:{tmp_path / 'm'}")
+    (warning,) = data.warnings
+    assert warning.startswith("1 of 3 val images is also a training image (1 of them re-encoded or resized), e.g. ")
+    assert "'train/images/002.png' is 'val/images/007.png'" in warning
+    assert sum("also" in note for note in data.notes) == 1
+
+
 def test_image_and_mask_are_transformed_together_and_reproducibly(tmp_path):
     from snella_app.data import build_transform
 
