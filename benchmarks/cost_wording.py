@@ -10,7 +10,7 @@ from row_speed import BACKBONE, BATCHES, RowSpeed
 _GIB = 2**30
 _UNITS = (("s", 1, 100), ("min", 60, 100), ("hours", 3600, 50), ("days", 86400, 700))
 _YEAR_S = 365.25 * 86400
-_WIDTH = 200
+_WIDTH = 120
 
 
 def notes_text(speed: RowSpeed, is_gpu_measured: bool) -> str:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 
@@ -210,11 +211,12 @@ def decided_text(summary: Summary) -> str:
         if decided
         else f"No difference is decided; the smallest p is {p_text(min(d.adjusted_p for d in differences.values()))}."
     )
-    return (
+    text = (
         f"Intervals: Student's t, 95%, over {len(summary.tasks)} tasks (seeds averaged per task). p: t test with "
         f"Holm's correction over {len(differences)} comparisons. above: number of tasks above {summary.reference}, "
         f"with the p of the sign test. {outcome}"
     )
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def _mean(method: MethodSummary) -> float:
