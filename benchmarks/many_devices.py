@@ -287,16 +287,12 @@ def _syncing(cell: Cell, model: nn.Module, is_last: bool) -> contextlib.Abstract
 def _save(cell: Cell, wrapped: nn.Module, model: nn.Module, optimizer: Any) -> None:
     """Save the whole state in rank 0."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
-    from torch.distributed.fsdp import FullyShardedDataParallel
 
     rank, count = rank_and_count()
     if count == 1:
         return
-    if isinstance(wrapped, FullyShardedDataParallel):
-        weights, state = _whole(wrapped), FullyShardedDataParallel.optim_state_dict(wrapped, optimizer)
-    else:
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights, state = get_state_dict(wrapped, optimizer, options=options)
+    # on a CPU, FSDP1 frees or overwrites state that it "offloads to the CPU"
+    weights, state = get_state_dict(wrapped, optimizer, options=StateDictOptions(full_state_dict=True))
     if rank == 0:
         folder = cell.checkpoint(count)
         folder.mkdir(parents=True)
@@ -307,18 +303,9 @@ def _save(cell: Cell, wrapped: nn.Module, model: nn.Module, optimizer: Any) -> N
 def _load(cell: Cell, wrapped: nn.Module, optimizer: Any) -> None:
     """Load the state that another number of processes saved."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
-    from torch.distributed.fsdp import FullyShardedDataParallel
 
     _, count = rank_and_count()
     saved = torch.load(cell.checkpoint(RESUMED_FROM[count]) / "state.pt", weights_only=True)
-    if isinstance(wrapped, FullyShardedDataParallel):
-        with FullyShardedDataParallel.summon_full_params(wrapped):
-            tensors = _named_tensors(wrapped)
-            for name, tensor in saved["model"].items():
-                tensors[name].data.copy_(tensor)
-        state = FullyShardedDataParallel.optim_state_dict_to_load(wrapped, optimizer, saved["optimizer"])
-        optimizer.load_state_dict(state)
-        return
     options = StateDictOptions(full_state_dict=True)
     set_state_dict(
         wrapped, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"], options=options
@@ -359,7 +346,7 @@ def _run_deepspeed(cell: Cell) -> dict[str, Tensor]:
 
 
 def deepspeed_config(cell: Cell) -> dict[str, Any]:
-    """Return DeepSpeed's configuration."""
+    """Return DeepSpeed's configuration; its default clips gradients to a norm of 1."""
     _, count = rank_and_count()
     return {
         "train_micro_batch_size_per_gpu": BATCH // count // cell.accumulated,
@@ -367,6 +354,7 @@ def deepspeed_config(cell: Cell) -> dict[str, Any]:
         "zero_optimization": {"stage": int(cell.engine[-1])},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
+        "gradient_clipping": 0.0,
         "bf16": {"enabled": cell.option == "bf16"},
     }
 
@@ -443,25 +431,11 @@ def run_accelerate(cell: Cell) -> dict[str, Tensor]:
 def _whole(wrapped: nn.Module) -> dict[str, Tensor]:
     """Return the whole state of a model that DDP or FSDP wraps."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-    from torch.distributed.fsdp import FullyShardedDataParallel
 
     wrapped = getattr(wrapped, "_orig_mod", wrapped)
-    if isinstance(wrapped, FullyShardedDataParallel):  # its state_dict crashes on a CPU
-        with FullyShardedDataParallel.summon_full_params(wrapped, writeback=False):
-            return {name: tensor.detach().clone() for name, tensor in _named_tensors(wrapped).items()}
     if rank_and_count()[1] == 1:
         return wrapped.state_dict()
     return get_model_state_dict(wrapped, options=StateDictOptions(full_state_dict=True))
-
-
-def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and saved buffers by name, without the names of wrappers."""
-    tensors = dict(model.named_parameters())
-    for prefix, module in model.named_modules():
-        for name, buffer in module.named_buffers(prefix, recurse=False):
-            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
-                tensors[name] = buffer
-    return {_plain_name(name): tensor for name, tensor in tensors.items()}
 
 
 def run_trainer(cell: Cell) -> dict[str, Tensor]:

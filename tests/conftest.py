@@ -76,6 +76,7 @@ def tiny_run():
         "final_head": "trained",
         "batch_size": 8,
         "device": "cpu",
+        "precision": "fp32",
         "progress": False,
     }
 

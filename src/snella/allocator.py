@@ -298,8 +298,10 @@ class BudgetAllocator:
     def _check_gradients(self) -> None:
         """Warn about matrices that have no gradient in any of the first steps."""
         self._num_gradient_checks += 1
-        # `SnellaModel` reports unused layers; a matrix without budget has no gradient
-        excluded = {m.name for m in self.matrices if m.is_frozen or not m.layer.is_applied}
+        # `SnellaModel` reports unused layers
+        excluded = {m.name for m in self.matrices if not m.layer.is_applied}
+        if self._num_gradient_checks == 1:  # later, a matrix may have lost its budget for lack of a gradient
+            excluded |= set(self.frozen)
         self._without_gradient -= self.importance.with_gradient() | excluded
         if self._num_gradient_checks == min(_GRADIENT_CHECK_STEPS, self.total_steps) and self._without_gradient:
             names = [matrix.name for matrix in self.matrices if matrix.name in self._without_gradient]

@@ -70,8 +70,10 @@ def create_snella_optimizer(
     adapter_ids = {id(parameter) for parameter in (*factors, *scalars)}
     other_params = [p for p in model.parameters() if p.requires_grad and id(p) not in adapter_ids]
     tokens = {id(p) for token in token_adapters(model) for p in token.snella_token.values()}
-    decayed = [p for p in other_params if p.ndim > 1 and id(p) not in tokens]
-    not_decayed = [p for p in other_params if p.ndim <= 1 or id(p) in tokens]
+    sharded_shapes = _fsdp1_shapes(model)
+    matrix_ids = {id(p) for p in other_params if len(sharded_shapes.get(id(p), p.shape)) > 1} - tokens
+    decayed = [p for p in other_params if id(p) in matrix_ids]
+    not_decayed = [p for p in other_params if id(p) not in matrix_ids]
     other_lr = lr if head_lr is None else head_lr
     other_weight_decay = weight_decay if head_weight_decay is None else head_weight_decay
     groups = [
@@ -96,6 +98,16 @@ def create_snella_optimizer(
     if _is_matched(model) if match_update is None else match_update:
         StepMatcher(model).attach(optimizer)
     return optimizer
+
+
+def _fsdp1_shapes(model: nn.Module) -> dict[int, torch.Size]:
+    """Return the shapes of parameters sharded by FSDP1, by id; the shards are flat."""
+    shapes: dict[int, torch.Size] = {}
+    for module in model.modules():
+        flat_param = getattr(getattr(module, "_handle", None), "flat_param", None)
+        if flat_param is not None and flat_param._params is not None:  # None without use_orig_params
+            shapes.update(zip(map(id, flat_param._params), flat_param._shapes, strict=True))
+    return shapes
 
 
 def _is_matched(model: nn.Module) -> bool:

@@ -1,6 +1,10 @@
-"""Torch devices by name."""
+"""Torch devices by name, and the precision of training on them."""
+
+from contextlib import nullcontext
 
 import torch
+
+_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def device_named(name: str) -> torch.device:
@@ -39,3 +43,27 @@ def choose_device(name: str) -> torch.device:
         raise ValueError(f"device must be available, got {name!r}, but {reason}; use auto") from error
 
     return device
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """Return bf16 or fp32 for `auto`, depending on whether the device multiplies bfloat16 matrices in hardware.
+
+    Args:
+        name: `OptimConfig.precision`; other names than `auto` are returned.
+        device: Training device.
+    """
+    if name != "auto":
+        return name
+    return "bf16" if _has_bfloat16_products(device) else "fp32"
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast | nullcontext[None]:
+    """Return the autocast context of a training step; `fp32` has none."""
+    return torch.autocast(device.type, _HALF[precision]) if precision in _HALF else nullcontext()
+
+
+def _has_bfloat16_products(device: torch.device) -> bool:
+    """Return whether bfloat16 products are faster than float32: GPUs with tensor cores for it, AVX512-BF16 and AMX."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -261,6 +261,11 @@ def errors(
         for key, value in state.items()
         if key in reference and value.shape != reference[key].shape
     ]
+    return mismatches(missing, unexpected, reshaped)
+
+
+def mismatches(missing: list[str], unexpected: list[str], reshaped: list[str]) -> list[str]:
+    """Return one message per type of mismatch, with its tensors."""
     kinds = (("missing", missing), ("unexpected", unexpected), ("with a different shape", reshaped))
     return [f"{len(names)} {kind} ({listed(names)})" for kind, names in kinds if names]
 

@@ -52,25 +52,8 @@ def packaged_names() -> list[str]:
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
 
 
-@dataclass(frozen=True)
-class LocalFolder:
-    """Local model folder: architecture in `config.json` and weight file."""
-
-    architecture: str
-    weights: Path
-    has_fixed_input_size: bool
-
-
-def read_folder(path: Path) -> LocalFolder:
-    """Read `config.json` and locate the weight file of a folder.
-
-    Args:
-        path: Folder written by `timm.models.save_for_hf`, or a download of a timm repository.
-
-    Raises:
-        FileNotFoundError: If `config.json` or the weight file is missing.
-        ValueError: If the configuration is damaged, belongs to another library or has an unknown architecture.
-    """
+def _read_folder(path: Path) -> tuple[Path, bool]:
+    """Return the weight file of a folder in timm's format, and whether its architecture has a fixed input size."""
     config_file = path / "config.json"
     if not config_file.is_file():
         raise FileNotFoundError(
@@ -96,7 +79,7 @@ def read_folder(path: Path) -> LocalFolder:
     cfg = config.get("pretrained_cfg", config)
     default = timm.get_pretrained_cfg(architecture)
     fixed = cfg.get("fixed_input_size", bool(default is not None and default.fixed_input_size))
-    return LocalFolder(architecture, weights, bool(fixed))
+    return weights, bool(fixed)
 
 
 _logger = logging.getLogger(__name__)
@@ -272,11 +255,11 @@ def create_backbone(
 def _from_path(path: Path, name: str, options: dict[str, Any], pretrained: bool, img_size: int | None) -> nn.Module:
     """Build from a folder in the Hub's format or from a weight file with inferred architecture."""
     if path.is_dir():
-        folder = read_folder(path)
-        size: dict[str, Any] = {"img_size": img_size} if folder.has_fixed_input_size and img_size is not None else {}
+        weights, has_fixed_size = _read_folder(path)
+        size: dict[str, Any] = {"img_size": img_size} if has_fixed_size and img_size is not None else {}
         model = timm.create_model(f"{_FOLDER_PREFIX}{path}", pretrained=False, **options, **size)
         if pretrained:
-            load_weights(model, read_checkpoint(folder.weights), name=name)
+            load_weights(model, read_checkpoint(weights), name=name)
         return model
     checkpoint = read_checkpoint(path)
     inferred = infer_architecture(checkpoint, source=name)

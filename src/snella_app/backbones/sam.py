@@ -13,7 +13,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from transformers import SamConfig, SamMaskDecoderConfig, SamModel, SamPromptEncoderConfig, SamVisionConfig
 
-from snella_app.backbones.checkpoint import errors, read_checkpoint
+from snella_app.backbones.checkpoint import errors, mismatches, read_checkpoint
 from snella_app.backbones.create import SAM_PREFIX
 from snella_app.text import listed
 
@@ -158,10 +158,8 @@ def load_sam(path: str | Path, *, image_size: int | None = None) -> SamModel:
     if image_size is not None:
         config, state = _resized(config, state, image_size)
     model = SamModel(config)
-    reference = model.state_dict()
-    mismatches = errors(state, reference)
-    if mismatches:
-        raise ValueError(f"weights '{location}' do not fit SAM: {'; '.join(mismatches)}")
+    if found := errors(state, model.state_dict()):
+        raise ValueError(f"weights '{location}' do not fit SAM: {'; '.join(found)}")
     model.load_state_dict(state)
     return model.eval()
 
@@ -221,17 +219,9 @@ def _read_folder(folder: Path) -> tuple[SamConfig, dict[str, Tensor]]:
         folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
     )
     model, info = cast(SamModel, loaded[0]), loaded[1]
-    mismatches = [
-        f"{len(keys)} {kind} ({listed(sorted(map(str, keys)))})"
-        for kind, keys in (
-            ("missing", info["missing_keys"]),
-            ("unexpected", info["unexpected_keys"]),
-            ("with a different shape", info["mismatched_keys"]),
-        )
-        if keys
-    ]
-    if mismatches:
-        raise ValueError(f"weights in '{folder}' do not fit its config.json: {'; '.join(mismatches)}")
+    found = mismatches(*(sorted(map(str, info[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")))
+    if found:
+        raise ValueError(f"weights in '{folder}' do not fit its config.json: {'; '.join(found)}")
     return model.config, model.state_dict()
 
 

@@ -107,7 +107,7 @@ def evaluate(
         console,
         f"{result['data']} ({result['split']}), {counted(result['images'], 'image')}: {task.result_text(result)}",
     )
-    table = task.result_table(result, result["classes"])
+    table = task.result_table(result)
     console.print(make_table(table.columns, table.rows, title=table.title))
     if out is not None:
         write_json(Path(out), result)

@@ -82,7 +82,9 @@ class OptimConfig(BaseOptimConfig):
             epoch is better on validation. Off if not given.
         soup: Greedy soup over the last N epochs: average the weights of the best epoch with those of each further epoch
             that does not lower the validation result. Off if not given.
-        precision: fp32, or autocast with bf16 or (GPU only) fp16.
+        precision: Precision of the training steps: fp32, or autocast with bf16 or (GPU only) fp16. auto selects bf16 on
+            GPUs and CPUs that multiply bfloat16 matrices in hardware, fp32 otherwise. Evaluation and prediction use
+            fp32.
     """
 
     epochs: int = 10
@@ -105,7 +107,7 @@ class OptimConfig(BaseOptimConfig):
     ema: float | None = None
     swa: int | None = None
     soup: int | None = None
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
 
     @property
     def effective_batch_size(self) -> int:

@@ -5,6 +5,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Self
 
 import peft
@@ -88,15 +89,9 @@ def without_harmless_warnings() -> Iterator[None]:
         yield
 
 
-def merge_adapter(model: nn.Module) -> nn.Module:
-    """Merge the adapter into the weights and return the backbone.
-
-    Raises:
-        TypeError: If the model is not a `PeftModel`.
-    """
-    if not isinstance(model, PeftModel):
-        raise TypeError(f"model must be a PeftModel to merge its adapter, got {type(model).__name__}")
-    inner: nn.Module = model.base_model.model  # type: ignore[assignment]
+def merge_adapter(model: Any) -> nn.Module:
+    """Merge the adapter of a `PeftModel` into the weights and return the backbone."""
+    inner: nn.Module = model.base_model.model
     for name, module in list(inner.named_modules()):
         # PEFT's LN tuning leaves the head wrapped, but other code expects a plain layer
         if isinstance(module, ModulesToSaveWrapper):
@@ -118,24 +113,9 @@ _SPARSITY_OPTIONS = (
 )
 
 
-def _snella_config(head: str, options: Options) -> PeftConfig:
-    """Return the SNELLA configuration with a trainable head."""
-    return SnellaConfig(modules_to_save=[head] if head else None, **options)
-
-
-def _matched_config(head: str, options: Options) -> PeftConfig:
-    """Return the SNELLA configuration with `preset="matched"`."""
-    return _snella_config(head, {"preset": "matched", **options})
-
-
-def _snell_config(head: str, options: Options) -> PeftConfig:
-    """Return the SNELL configuration: kernel p_linear and uniform sparsity."""
-    return _snella_config(head, {"kernel": "p_linear", "allocation": "uniform", **options})
-
-
-def _klora_config(head: str, options: Options) -> PeftConfig:
-    """Return the KLoRA configuration: SNELLA without sparsification."""
-    return _snella_config(head, {**options, "sparsify_mode": "none", "target_sparsity": 0.0})
+def _snella_config(head: str, options: Options, **defaults: Any) -> PeftConfig:
+    """Return the SNELLA configuration with a trainable head; `defaults` are those of a variant."""
+    return SnellaConfig(modules_to_save=[head] if head else None, **{**defaults, **options})
 
 
 SNELLA = peft_method(
@@ -159,7 +139,7 @@ SNELLA = peft_method(
 SNELLA_MATCHED = peft_method(
     "SNELLA with steps matched to the size of the weights",
     "SNELLA, Shen et al., arXiv 2510.24037; matched steps are added by this package",
-    _matched_config,
+    partial(_snella_config, preset="matched"),
     _SNELL_OPTIONS,
     suffix="r",
     defaults=SPARSE_DEFAULTS,
@@ -173,7 +153,7 @@ rate times the size of `W0`, and the budget reaches its target after 70% of the 
 SNELL = peft_method(
     "sparse updates, the same sparsity everywhere",
     "SNELL, Shen et al., arXiv 2411.01800",
-    _snell_config,
+    partial(_snella_config, kernel="p_linear", allocation="uniform"),
     tuple(option for option in _SNELL_OPTIONS if option not in ("kernel", "allocation")),
     suffix="r",
     defaults=SPARSE_DEFAULTS,
@@ -186,7 +166,7 @@ SNELL = peft_method(
 KLORA = peft_method(
     "a kernel's high-rank update without sparsity",
     "kernelized LoRA (KLoRA) of SNELLA, Shen et al., arXiv 2510.24037, Tables VII to IX",
-    _klora_config,
+    partial(_snella_config, sparsify_mode="none", target_sparsity=0.0),
     tuple(option for option in _SNELL_OPTIONS if option not in _SPARSITY_OPTIONS),
     suffix="r",
     defaults={"lr": 2e-3, "scalar_lr": 1e-4, "head_lr": 1e-3, "weight_decay": 0.0, "r": 8},
@@ -211,14 +191,13 @@ _LORA_OPTIONS = (
 )
 
 
-def lora_config(head: str, options: Options) -> PeftConfig:
-    """Return the LoRA configuration: W = W0 + (lora_alpha / r) B A, by default with `lora_alpha = r` (scaling 1)."""
-    return LoraConfig(modules_to_save=[head], **{"r": 8, "lora_alpha": options.get("r", 8), **options})
+def _lora_config(head: str, options: Options, **defaults: Any) -> PeftConfig:
+    """Return the LoRA configuration: W = W0 + (lora_alpha / r) B A, by default with `lora_alpha = r` (scaling 1).
 
-
-def _dora_config(head: str, options: Options) -> PeftConfig:
-    """Return the DoRA configuration: W = m ⊙ (W0 + B A) / ‖W0 + B A‖ with row norms; m starts as ‖W0‖."""
-    return lora_config(head, {"use_dora": True, **options})
+    `use_dora` gives DoRA: W = m ⊙ (W0 + B A) / ‖W0 + B A‖ with row norms; m starts as ‖W0‖.
+    """
+    rank = options.get("r", 8)
+    return LoraConfig(modules_to_save=[head], **{"r": 8, "lora_alpha": rank, **defaults, **options})
 
 
 _DECAYED: dict[str, Any] = {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-4, "r": 8}
@@ -230,7 +209,7 @@ _LORA_RECIPES: dict[str, dict[str, Any]] = {
 LORA = peft_method(
     "low-rank updates",
     "LoRA, Hu et al., arXiv 2106.09685; PEFT's implementation",
-    lora_config,
+    _lora_config,
     _LORA_OPTIONS,
     suffix="r",
     defaults=_DECAYED,
@@ -239,7 +218,7 @@ LORA = peft_method(
 DORA = peft_method(
     "low-rank updates of the direction and a magnitude for each output",
     "DoRA, Liu et al., arXiv 2402.09353; PEFT's implementation",
-    _dora_config,
+    partial(_lora_config, use_dora=True),
     tuple(option for option in _LORA_OPTIONS if option != "use_dora"),
     suffix="r",
     defaults=_DECAYED,

@@ -111,9 +111,7 @@ def build_method(
         ValueError: If the name, an option or a value is invalid, the number contradicts an option, the method does not
             support the model, or required data is missing.
     """
-    options = check_method(name, options)
-    family = parse_method(name)[0]
-    method = METHODS[family]
+    options, method = check_method(name, options), find_method(name)
     if method.needs_batches and batches is None:
         raise ValueError(
             f"method {name!r} selects parameters from training data, got batches=None; "
@@ -126,8 +124,7 @@ def build_method(
         if method.config is None:
             raise
         raise ValueError(f"method {name!r} cannot be applied to {type(model).__name__}: {error}") from error
-    built.snella_method = MethodSpec(name, options, head_name, family)  # type: ignore[assignment]
-    return built
+    return _with_spec(built, name, options, head_name)
 
 
 def restore_method(
@@ -137,16 +134,13 @@ def restore_method(
 
     Arguments and errors are as for `build_method`; `tensors` are the saved tensors by name.
     """
-    options = check_method(name, options)
-    family = parse_method(name)[0]
-    method = METHODS[family]
+    options, method = check_method(name, options), find_method(name)
     head_name = _freeze(model, head)
     if method.restore is not None:
         built = method.restore(model, head_name, options, tensors)
     else:
         built = method.build(model, head_name, options, None)
-    built.snella_method = MethodSpec(name, options, head_name, family)  # type: ignore[assignment]
-    return built
+    return _with_spec(built, name, options, head_name)
 
 
 def check_method(name: str, options: Options) -> Options:
@@ -220,6 +214,12 @@ def merge_trained(model: nn.Module) -> nn.Module:
     return method.merge(model)
 
 
+def _with_spec(model: nn.Module, name: str, options: Options, head: str) -> nn.Module:
+    """Store the applied method in a model, and return it."""
+    model.snella_method = MethodSpec(name, options, head, parse_method(name)[0])  # type: ignore[assignment]
+    return model
+
+
 def _freeze(model: nn.Module, head: str | None) -> str:
     """Freeze all parameters, and return the name of the head."""
     head_name = find_head(model, head)
@@ -250,10 +250,8 @@ def adapt_headless(method: str, model: nn.Module, options: dict[str, Any]) -> nn
     Raises:
         ValueError: If the method, an option or a value is invalid, or the method needs a head.
     """
-    options = check_method(method, options)
-    family = parse_method(method)[0]
-    config_of = METHODS[family].config
-    if config_of is None and family != "full":
+    options, config_of = check_method(method, options), find_method(method).config
+    if config_of is None and find_method(method) is not FULL:
         raise ValueError(f"method must be a PEFT adapter or full for a model without a head, got {method!r}")
     for parameter in model.parameters():
         parameter.requires_grad_(config_of is None)
@@ -263,6 +261,4 @@ def adapt_headless(method: str, model: nn.Module, options: dict[str, Any]) -> nn
         config = config_of("", {**options, "target_modules": targets})
         config.modules_to_save = None  # type: ignore[attr-defined]
         built = get_peft_model(model, config)
-    # the empty name refers to the whole model, which has no separate head
-    built.snella_method = MethodSpec(name=method, options=options, head="", family=family)  # type: ignore[assignment]
-    return built
+    return _with_spec(built, method, options, head="")  # the whole model, which has no separate head

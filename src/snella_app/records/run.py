@@ -167,10 +167,10 @@ class Calibration:
 class RunInfo(Record):
     """Record of a run: `run.json`.
 
-    `files` holds the digests of a finished run's other files. `calibration` is set for classifiers with validation
-    images. `id` is a random id from the start of the run, also stored in its checkpoints. `settings` is the digest of
-    the settings in `config.yaml`. `final_head` is `layers` if predictions come from a linear head on several layers,
-    fitted after training.
+    `files` holds the digests of a finished run's other files, or of an unfinished run's adapter. `calibration` is set
+    for classifiers with validation images. `id` is a random id from the start of the run, also stored in its
+    checkpoints. `settings` is the digest of the settings in `config.yaml`. `final_head` is `layers` if predictions come
+    from a linear head on several layers, fitted after training.
     """
 
     file: ClassVar[str] = "run.json"
@@ -214,7 +214,7 @@ class RunInfo(Record):
         return self.status == "finished"
 
     def check_folder(self, folder: Path) -> None:
-        """Compare the files of a finished run with their digests."""
+        """Compare the files of a run with their digests."""
         check_files(folder, self.files or {})
 
 

@@ -19,6 +19,7 @@ from snella_app.report.style import (
     ACCENT,
     COLORS,
     CURVE,
+    DASHED,
     PANEL,
     WARM,
     accent_map,
@@ -196,8 +197,8 @@ def block_trend(matrices: Sequence[MatrixInfo], budgets: Mapping[str, int]) -> F
     bars = axes.bar(range(len(depths)), shares, width=0.8, color=ACCENT)
     (line,) = axes.plot([intercept + slope * place for place in range(len(depths))], color=WARM, linewidth=2.2)
     axes.grid(False, axis="x")
-    axes.set(ylim=(0, 1.02), xlabel="block")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
+    axes.set_ylim(0, 1.02)
+    epoch_axis(axes, "block")
     names = dict(enumerate(map(str, depths)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: names.get(round(value), "")))
     percent_axis(axes)
@@ -218,9 +219,7 @@ def budget_curve(allocation: Allocation, epochs: int | None) -> Figure:
     marker = "o" if len(times) <= 30 else ""
     handles = axes.plot(times, share, color=ACCENT, linewidth=2, marker=marker, markersize=4)
     handles.append(
-        axes.axhline(
-            allocation.target_budget / allocation.total_weights, color=WARM, linewidth=1.4, linestyle=(0, (4, 3))
-        )
+        axes.axhline(allocation.target_budget / allocation.total_weights, color=WARM, linewidth=1.4, linestyle=DASHED)
     )
     axes.set_ylim(0, 1.05)
     percent_axis(axes)
@@ -230,32 +229,26 @@ def budget_curve(allocation: Allocation, epochs: int | None) -> Figure:
     return figure
 
 
-def budget_shares(allocation: Allocation, epochs: int | None, by: str = "kind") -> Figure:
+def budget_shares(allocation: Allocation, epochs: int | None, *, by_block: bool = False) -> Figure:
     """Draw each matrix type's or block's share of the total budget over the epochs, stacked.
 
     Args:
         allocation: As for `budget_curve`.
         epochs: As for `budget_curve`.
-        by: `kind` or `depth`.
-
-    Raises:
-        ValueError: If `by` is neither.
+        by_block: If True, draw blocks instead of types.
     """
-    if by not in ("kind", "depth"):
-        raise ValueError(f"by must be 'kind' or 'depth', got {by!r}; pass one of them")
     grid = arrange(allocation.matrices, {matrix.name: matrix.size for matrix in allocation.matrices})
-    groups: list[str | int | None] = list(grid.kinds if by == "kind" else grid.depths)
-    place = {m.name: groups.index(m.kind if by == "kind" else m.depth) for m in allocation.matrices}
+    groups: list[str | int | None] = list(grid.depths if by_block else grid.kinds)
+    place = {m.name: groups.index(m.depth if by_block else m.kind) for m in allocation.matrices}
     totals = np.zeros((len(groups), len(allocation.history)))
     for column, entry in enumerate(allocation.history):
         for name, budget in entry.budgets.items():
             totals[place[name], column] += budget
     shares = totals / np.maximum(totals.sum(axis=0), 1)
-    figure, axes = new_figure(CURVE[0], CURVE[1] + 25, f"Share of the budget by {'kind' if by == 'kind' else 'block'}")
+    figure, axes = new_figure(CURVE[0], CURVE[1] + 25, f"Share of the budget by {'block' if by_block else 'kind'}")
     times = _times(allocation, epochs)
-    if by == "kind":
-        colors = [COLORS[i % len(COLORS)] for i in range(len(groups))]
-    else:
+    colors = [COLORS[i % len(COLORS)] for i in range(len(groups))]
+    if by_block:
         depth_scale = accent_map()
         colors = [to_hex(depth_scale(0.12 + 0.88 * i / max(len(groups) - 1, 1)), True) for i in range(len(groups))]
     if len(times) == 1:
@@ -268,7 +261,7 @@ def budget_shares(allocation: Allocation, epochs: int | None, by: str = "kind") 
     names = ["–" if group is None else shortened(str(group), 16) for group in groups]
     if len(groups) > 16:  # the end points identify an ordered scale
         handles, names = [handles[0], handles[-1]], [names[0], names[-1]]
-    add_legend(figure, handles, names, columns=3 if by == "kind" else 8)
+    add_legend(figure, handles, names, columns=8 if by_block else 3)
     return figure
 
 

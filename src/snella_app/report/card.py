@@ -90,7 +90,7 @@ def _results(info: RunInfo, metrics: Metrics | None, tag: str | None) -> list[An
 
     if metrics is None or tag is None:
         return None
-    split, scores = ("test", metrics.test) if metrics.test is not None else ("validation", metrics.val)
+    split, scores = metrics.measured
     if scores is None:
         return None
     shared: dict[str, Any] = {"task_type": tag, "dataset_type": "custom"}
@@ -127,7 +127,7 @@ def _results_table(metrics: Metrics | None) -> str:
         if metrics.selected_on == "test"
         else "The best epoch was selected on the validation images; the test images were evaluated once."
     )
-    size = "" if not isinstance(metrics.test or metrics.val, MaskScores) else " Measured at the input resolution."
+    size = "" if not isinstance(metrics.measured[1], MaskScores) else " Measured at the input resolution."
     return "\n".join(["## Results", "", "| | | |", "|---|---|---|", *lines, "", protocol + size])
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from snella_app.data.images import open_image
 from snella_app.files import write_bytes
+from snella_app.methods.model_parts import base_model
 from snella_app.records import Prediction
 
 _OPACITY = 0.45
@@ -94,14 +95,13 @@ ImageSource = Mapping[int, Image.Image | None] | Callable[[int], Image.Image | N
 
 
 @dataclass(frozen=True)
-class Example:
-    """An image with its prediction; without an image, `problem` gives the reason."""
+class Picture:
+    """An image of a page as data URI; without an image, `problem` gives the reason."""
 
-    prediction: Prediction
-    uri: str | None
-    width: int
-    height: int
-    problem: str
+    uri: str | None = None
+    width: int = 0
+    height: int = 0
+    problem: str = ""
 
 
 def choose_examples(items: Sequence[Prediction], limit: int = 24) -> tuple[list[Prediction], list[Prediction]]:
@@ -116,23 +116,13 @@ def choose_examples(items: Sequence[Prediction], limit: int = 24) -> tuple[list[
     return wrong[:n_wrong], [right[i * len(right) // n_right] for i in range(n_right)]
 
 
-def load_example(prediction: Prediction, images: ImageSource | None) -> Example:
-    """Load the image of a prediction; a read error is stored in `problem` instead of raised."""
-    return Example(prediction, *load_image_uri(prediction.index, images))
-
-
-def load_image_uri(index: int, images: ImageSource | None, longest: int = 176) -> tuple[str | None, int, int, str]:
-    """Load an image and return URI, width, height and, without an image, the reason."""
-    problem = "image unavailable"
-    image = None
+def load_picture(index: int, images: ImageSource | None, longest: int = 176) -> Picture:
+    """Load an image by its index; a read error is stored in `problem` instead of raised."""
     try:
-        if images is not None:
-            image = images(index) if callable(images) else images.get(index)
-        if image is not None:
-            return *picture_uri(image, longest), ""
+        image = images(index) if callable(images) else (images or {}).get(index)
+        return Picture(problem="image unavailable") if image is None else Picture(*picture_uri(image, longest))
     except OSError as error:
-        problem = f"cannot be read: {error}"
-    return None, 0, 0, problem
+        return Picture(problem=f"cannot be read: {error}")
 
 
 def picture_uri(image: Image.Image, longest: int = 176) -> tuple[str, int, int]:
@@ -176,7 +166,7 @@ def heat_maps(model: nn.Module, images: Tensor, outputs: Tensor) -> np.ndarray:
         from captum.attr import LayerGradientXActivation
     except ImportError as error:
         raise ImportError("heat maps need captum; pip install 'snella[explain]'") from error
-    layer, width, patch = explained_layer(model)
+    layer, width, patch = _explained_layer(model)
     inputs = images.detach().clone().requires_grad_()
     with torch.enable_grad():
         product = LayerGradientXActivation(model, layer, multiply_by_inputs=True).attribute(
@@ -206,9 +196,8 @@ def attention_rollout(model: nn.Module, images: Tensor) -> np.ndarray:
     Sources:
         Abnar and Zuidema, Quantifying Attention Flow in Transformers (arXiv 2005.00928).
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    blocks, patch = getattr(base, "blocks", None), getattr(getattr(base, "patch_embed", None), "patch_size", None)
-    attentions: list[Any] = [getattr(block, "attn", None) for block in blocks or []]
+    base, blocks, patch = _vit_parts(model)
+    attentions: list[Any] = [getattr(block, "attn", None) for block in blocks]
     if (
         patch is None
         or not attentions
@@ -253,18 +242,16 @@ def _heat_of_size(grid: Tensor, images: Tensor) -> np.ndarray:
     return sized.clamp(0, 1).cpu().numpy()
 
 
-def explained_layer(model: nn.Module) -> tuple[nn.Module, int, tuple[int, int]]:
-    """Return the layer explained by heat maps, its channel count, and its patch size ((1, 1) for feature maps).
+def _vit_parts(model: nn.Module) -> tuple[Any, Sequence[Any], Any]:
+    """Return the model without PEFT wrapper, its blocks and its patch size, as far as it has them."""
+    base: Any = base_model(model)
+    return base, getattr(base, "blocks", None) or (), getattr(getattr(base, "patch_embed", None), "patch_size", None)
 
-    Args:
-        model: As for `heat_maps`.
 
-    Raises:
-        ValueError: If the model has neither ViT blocks nor timm's `feature_info`.
-    """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    blocks, patch = getattr(base, "blocks", None), getattr(getattr(base, "patch_embed", None), "patch_size", None)
-    if blocks is not None and len(blocks) and hasattr(blocks[-1], "norm1") and patch is not None:
+def _explained_layer(model: nn.Module) -> tuple[nn.Module, int, tuple[int, int]]:
+    """Return the layer explained by heat maps, its channel count, and its patch size ((1, 1) for feature maps)."""
+    base, blocks, patch = _vit_parts(model)
+    if blocks and hasattr(blocks[-1], "norm1") and patch is not None:
         return blocks[-1].norm1, int(base.embed_dim), (int(patch[0]), int(patch[1]))
     info = getattr(base, "feature_info", None)
     if not info:

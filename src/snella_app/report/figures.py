@@ -1,4 +1,4 @@
-"""Figures of a run: learning curves, confusion matrix, method comparison, calibration and ranking.
+"""Figures and report sections: learning curves, confusion matrix, method comparison, calibration and ranking.
 
 Drawing functions return a `matplotlib.figure.Figure` without global state, for `save_figure` or `inline_svg`.
 """
@@ -10,14 +10,25 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from snella_app.records import Calibration, MethodResult, Metrics, Predictions, Reliability, RunInfo
+from snella_app.records import (
+    Calibration,
+    MethodResult,
+    Metrics,
+    Predictions,
+    RegressionScores,
+    Reliability,
+    RunInfo,
+    Scores,
+)
 from snella_app.report.style import (
     ACCENT,
     COLORS,
     CURVE,
+    DASHED,
     GRID,
     INK,
     MUTED,
@@ -33,7 +44,7 @@ from snella_app.report.style import (
     shortened,
     text_on,
 )
-from snella_app.text import percent_text
+from snella_app.text import count_text, measure_text, percent_text
 
 NUMBERED_CLASSES = 50
 """Maximum number of classes for confusion matrices with numbers."""
@@ -47,14 +58,15 @@ def loss_curves(metrics: Metrics) -> Figure:
     return _curves(metrics, "Loss", lines)
 
 
-_QUALITIES: dict[str, tuple[str, tuple[tuple[str, str, str], ...]]] = {
-    "accuracy": (
-        "Accuracy on {}",
-        (("accuracy", "val_accuracy", ACCENT), ("balanced accuracy", "val_balanced_accuracy", COLORS[2])),
+_QUALITIES: dict[str, tuple[str, str, tuple[tuple[str, str, str], ...]]] = {
+    "dice": (
+        "Overlap on {}, mean over images",
+        "Dice",
+        (("Dice", "val_dice", ACCENT), ("IoU", "val_iou", COLORS[2])),
     ),
-    "dice": ("Overlap on {}, mean over images", (("Dice", "val_dice", ACCENT), ("IoU", "val_iou", COLORS[2]))),
     "map": (
         "Precision and F1 on {}",
+        "mean average precision",
         (
             ("mAP", "val_map", ACCENT),
             ("macro F1", "val_macro_f1", COLORS[2]),
@@ -63,16 +75,27 @@ _QUALITIES: dict[str, tuple[str, tuple[tuple[str, str, str], ...]]] = {
     ),
     "kappa": (
         "Agreement on {}",
+        "quadratic weighted kappa",
         (
             ("kappa", "val_kappa", ACCENT),
             ("accuracy", "val_accuracy", COLORS[2]),
             ("mean rank error", "val_mae", WARM),
         ),
     ),
-    "error": ("Errors on {}", (("MAE", "val_mae", ACCENT), ("RMSE", "val_rmse", COLORS[2]))),
-    "r2": ("R² on {}", (("R², mean over targets", "val_r2", ACCENT),)),
+    "error": (
+        "Errors on {}",
+        "mean absolute error",
+        (("MAE", "val_mae", ACCENT), ("RMSE", "val_rmse", COLORS[2])),
+    ),
+    "r2": ("R² on {}", "R², mean over targets,", (("R², mean over targets", "val_r2", ACCENT),)),
+    "accuracy": (
+        "Accuracy on {}",
+        "accuracy",
+        (("accuracy", "val_accuracy", ACCENT), ("balanced accuracy", "val_balanced_accuracy", COLORS[2])),
+    ),
 }
-SHARES = ("accuracy", "dice", "map")
+"""Title, description and lines `(label, entry of an epoch's row, color)` of `quality_curves`, in order of choice."""
+_SHARES = ("accuracy", "dice", "map")
 """Curves of `quality_curves` with values in [0, 1]."""
 
 
@@ -84,9 +107,9 @@ def quality_curves(metrics: Metrics, name: str) -> Figure:
         name: accuracy (and balanced accuracy), dice (and IoU), map (and F1), kappa (and accuracy and rank error),
             error (MAE and RMSE of one target) or r2 (several targets).
     """
-    title, lines = _QUALITIES[name]
+    title, _, lines = _QUALITIES[name]
     figure = _curves(metrics, title.format(metrics.selection), lines)
-    if name in SHARES:
+    if name in _SHARES:
         percent_axis(figure.axes[0])
     return figure
 
@@ -162,7 +185,7 @@ def cost_bars(rows: Sequence[MethodResult]) -> Figure:
     axes.barh(np.arange(len(rows)), seconds, height=0.5, color=ACCENT)
     for place, row in enumerate(rows):
         time = "not measured" if math.isnan(row.train_s) else f"{row.train_s:,.0f} s"
-        count = "" if row.trainable_parameters is None else f" · {_short_count(row.trainable_parameters)}"
+        count = "" if row.trainable_parameters is None else f" · {count_text(row.trainable_parameters)}"
         axes.text(seconds[place] + longest / 60, place, time + count, va="center", color=INK, fontsize=11)
     axes.set_xlim(0, 1.75 * longest)
     axes.set_xlabel("seconds · trainable parameters")
@@ -180,7 +203,7 @@ def _curves(metrics: Metrics, title: str, lines: Sequence[tuple[str, str, str]])
         places, numbers = zip(*points, strict=True) if points else ((), ())  # some protocols skip some entries
         handles += axes.plot(places, numbers, color=color, linewidth=2, marker=marker, markersize=4)
     if metrics.best_epoch is not None:
-        handles.append(axes.axvline(metrics.best_epoch, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1))
+        handles.append(axes.axvline(metrics.best_epoch, color=MUTED, linewidth=1.2, linestyle=DASHED, zorder=1))
         labels.append("best epoch")
     if len(epochs) == 1:
         axes.set_xlim(epochs[0] - 1, epochs[0] + 1)
@@ -200,17 +223,98 @@ def _bar_axes(rows: Sequence[MethodResult], title: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _short_count(count: int) -> str:
-    """Format a count with three digits: 768, 1.33 M."""
-    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return str(count)
-
-
-_MAX_CURVES = 6
+_MAX_CURVES, _MAX_CONFUSED = 6, 5
 _SPLITS = {"val": "validation"}
 _SQUARE = (CURVE[1], CURVE[1])
+
+
+def curves_section(metrics: Metrics | None) -> list[Markup]:
+    """Return loss and accuracy curves over the epochs."""
+    if metrics is None or not metrics.history:
+        return []
+    last = metrics.history[-1]
+    return [
+        inline_svg(
+            loss_curves(metrics),
+            "curve-loss",
+            f"Loss by epoch; last epoch {last.epoch}: training {measure_text(last.train_loss)}, "
+            f"{metrics.selection} {measure_text(last.val_loss)}.",
+        ),
+        *([] if metrics.selected_on is None else [_quality_curves(metrics)]),
+    ]
+
+
+def _quality_curves(metrics: Metrics) -> Markup:
+    """Return the first validation-quality curves for which the history has values."""
+    last = metrics.history[-1]
+    measured = (
+        n
+        for n, (_, _, lines) in _QUALITIES.items()
+        if any(not math.isnan(getattr(r, lines[0][1])) for r in metrics.history)
+    )
+    name = next(measured, "accuracy")
+    if name == "error" and isinstance(metrics.val, RegressionScores) and len(metrics.val.per_target) > 1:
+        name = "r2"  # targets have different units
+    _, label, lines = _QUALITIES[name]
+    value = getattr(last, lines[0][1])
+    text = percent_text(value) if name in _SHARES else measure_text(value)
+    return inline_svg(
+        quality_curves(metrics, name),
+        f"curve-{name}",
+        f"{metrics.selection.capitalize()} {label} by epoch; last epoch {last.epoch}: {text}.",
+    )
+
+
+def comparison_section(rows: list[MethodResult] | None) -> dict[str, Any] | None:
+    """Return the accuracy and cost of the compared methods."""
+    if not rows:
+        return None
+    accuracy = inline_svg(comparison_bars(rows), "comparison-accuracy", "Accuracy of each method, as bars.")
+    cost = inline_svg(cost_bars(rows), "comparison-cost", "Training time of each method, as bars.")
+    return {"rows": rows, "figures": [accuracy, cost]}
+
+
+def confusion_section(info: RunInfo, metrics: Metrics | None) -> dict[str, Any] | None:
+    """Return the confusion matrix and per-class scores, on the test split if there is one."""
+    if metrics is None:
+        return None
+    split, scores = metrics.measured
+    if not isinstance(scores, Scores) or not scores.confusion:
+        return None
+    return {
+        "split": split,
+        "count": scores.images,
+        "numbered": len(info.classes) <= NUMBERED_CLASSES,
+        "figure": inline_svg(
+            confusion_matrix(scores.confusion, info.classes),
+            "confusion-matrix",
+            f"Confusion matrix of {len(info.classes)} classes on the {split} images; values are in the table below.",
+        ),
+        "rows": sorted(_class_rows(info, scores), key=lambda row: (math.isnan(row["recall"]), row["recall"])),
+        "pairs": _confused_pairs(info, scores),
+    }
+
+
+def _confused_pairs(info: RunInfo, scores: Scores) -> list[dict[str, Any]]:
+    """Return the most frequently confused class pairs with image counts."""
+    pairs: list[dict[str, Any]] = [
+        {"label": info.classes[i], "predicted": info.classes[j], "count": count, "images": sum(row)}
+        for i, row in enumerate(scores.confusion)
+        for j, count in enumerate(row)
+        if i != j and count
+    ]
+    return sorted(pairs, key=lambda pair: -pair["count"])[:_MAX_CONFUSED]
+
+
+def _class_rows(info: RunInfo, scores: Scores) -> list[dict[str, Any]]:
+    """Return image count, recall and precision by class."""
+    rows = []
+    for i, name in enumerate(info.classes):
+        images, predicted = sum(scores.confusion[i]), sum(row[i] for row in scores.confusion)
+        hits = scores.confusion[i][i]
+        recall, precision = (hits / n if n else math.nan for n in (images, predicted))
+        rows.append({"name": name, "images": images, "recall": recall, "precision": precision})
+    return rows
 
 
 def calibration_section(info: RunInfo, predictions: Predictions | None) -> dict[str, Any] | None:
@@ -278,7 +382,7 @@ def ranking_section(info: RunInfo, predictions: Predictions | None) -> dict[str,
 def reliability_curve(reliability: Reliability) -> Figure:
     """Draw accuracy against confidence with and without temperature scaling; dot areas are image counts."""
     figure, axes = new_figure(*_SQUARE, f"Reliability on {_SPLITS.get(reliability.split, reliability.split)}")
-    handles = [axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))[0]]
+    handles = [axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1.2, linestyle=DASHED)[0]]
     labels = ["perfectly calibrated"]
     for name, bins, color in (
         ("without temperature", reliability.bins_before, WARM),
@@ -304,7 +408,7 @@ def coverage_curve(predictions: Predictions, calibration: Calibration) -> Figure
     handles = axes.plot(shares, right.cumsum() / np.arange(1, len(right) + 1), color=ACCENT, linewidth=2)
     labels = ["accuracy"]
     if calibration.threshold is not None:
-        handles.append(axes.axvline(calibration.coverage, color=WARM, linewidth=1.5, linestyle=(0, (4, 3))))
+        handles.append(axes.axvline(calibration.coverage, color=WARM, linewidth=1.5, linestyle=DASHED))
         labels.append(f"probability ≥ {percent_text(calibration.threshold)}")
     axes.set(xlim=(0, 1.02), xlabel="coverage: fraction of images", ylabel="accuracy")
     low = min(0.9, float((right.cumsum() / np.arange(1, len(right) + 1)).min()))
@@ -331,7 +435,7 @@ def roc_curve(labels: np.ndarray, scores: np.ndarray, name: str) -> tuple[Figure
     false_rate, true_rate, _ = metrics.roc_curve(labels, scores)
     area = float(metrics.roc_auc_score(labels, scores))
     figure, axes = new_figure(*_SQUARE, f"ROC, area {area:.3f}")
-    axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
+    axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1.2, linestyle=DASHED)
     axes.plot(false_rate, true_rate, color=ACCENT, linewidth=2)
     axes.set(
         xlim=(-0.01, 1.01),

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,9 +175,9 @@ def inspect_summary(run: str | Path) -> dict[str, Any]:
     adapter = read_adapter(folder)
     budgets = current_budgets(adapter, allocation)
     value_bytes = adapter.value_bytes if adapter else 4
-    is_generator = info.task in GENERATOR_TASKS
+    is_generator = info.task in _GENERATOR_TASKS
     scores: dict[str, Any] = (
-        dict(read_scores_of_generator(folder, info.task))
+        dict(_generator_scores(folder, info.task))
         if is_generator
         else {name: _scores(getattr(metrics, part, None)) for name, part in (("validation", "val"), ("test", "test"))}
     )
@@ -285,15 +285,12 @@ def _budgets(allocation: Allocation, budgets: dict[str, int], from_adapter: bool
 
 def _overview(summary: dict[str, Any]) -> Table:
     """Return status, data, results and sizes as a two-column table."""
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
     is_running = summary["status"] == "running"
     rows = [("run", summary["run"]), ("status", "running or killed" if is_running else summary["status"])]
     if summary["error"]:
         rows.append(("error", summary["error"]))
     rows += [("method", summary["method"]), ("options", plain_text(summary["method_options"]))]
-    rows += generator_rows(summary) if summary["task"] in GENERATOR_TASKS else _epoch_rows(summary)
+    rows += _generator_rows(summary) if summary["task"] in _GENERATOR_TASKS else _epoch_rows(summary)
     sizes = summary["sizes"]
     parameters = summary["parameters"]
     if summary["missing"]:
@@ -317,8 +314,16 @@ def _overview(summary: dict[str, Any]) -> Table:
                 f"dense adapted matrices {bytes_text(sizes['adapted_weights_bytes'])}",
             ),
         ]
+    return _facts_table(rows, pad_edge=False)
+
+
+def _facts_table(rows: Iterable[tuple[str, str]], **options: Any) -> Table:
+    """Return a table of names and values without header."""
+    table = Table(show_header=False, box=None, **options)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
     for name, value in rows:
-        table.add_row(name, Text(value))
+        table.add_row(Text(name), Text(value))
     return table
 
 
@@ -377,28 +382,16 @@ def _nonzeros_text(budgets: dict[str, Any]) -> str:
 
 def _settings_table(settings: dict[str, Any]) -> Table:
     """Return the non-None adapter settings."""
-    table = Table(
-        title="Settings of the adapter", title_justify="left", title_style="bold", show_header=False, box=None
-    )
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    for key, value in settings.items():
-        if value is not None:
-            table.add_row(Text(key), Text(plain_text(value)))
-    return table
+    rows = ((key, plain_text(value)) for key, value in settings.items() if value is not None)
+    return _facts_table(rows, title="Settings of the adapter", title_justify="left", title_style="bold")
 
 
-GENERATOR_TASKS = ("generation", "language")
+_GENERATOR_TASKS = ("generation", "language")
 """Tasks whose runs report steps and loss instead of a best epoch and accuracy."""
 
 
-def read_scores_of_generator(run: str | Path, task: str) -> dict[str, float]:
-    """Return evaluation scores by name; empty without an evaluation. Raises like `snella_app.records.read`.
-
-    Args:
-        run: Run folder.
-        task: One of `GENERATOR_TASKS`.
-    """
+def _generator_scores(run: str | Path, task: str) -> dict[str, float]:
+    """Return the evaluation scores of a generator by name; empty without an evaluation."""
     if task == "generation":
         fidelity = read_if_present(SubjectFidelity, run)
         return {} if fidelity is None else dataclasses.asdict(fidelity)
@@ -408,12 +401,8 @@ def read_scores_of_generator(run: str | Path, task: str) -> dict[str, float]:
     return {"mean": answers.mean} | {name: scores.accuracy for name, scores in answers.tasks.items()}
 
 
-def generator_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the rows of `snella inspect` for a generator: model, data, steps, loss and scores.
-
-    Args:
-        summary: Result of `inspect_summary` for a task in `GENERATOR_TASKS`.
-    """
+def _generator_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return rows for the model, data, steps, loss and scores of a generator."""
     backbone, data, curve = summary["backbone"], summary["data"], summary["learning"]
     is_image_generator = summary["task"] == "generation"
     size = f", {backbone['img_size']}×{backbone['img_size']} px" if backbone["img_size"] else ""

@@ -17,15 +17,13 @@ from typing import Any, Literal
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
-from matplotlib.colors import to_hex
 
 from snella_app.data.images import open_image
+from snella_app.files import write_bytes
 from snella_app.methods.defaults import PROBE_METHOD
 from snella_app.records import (
     Allocation,
     LabelSetScores,
-    MaskPredictions,
-    MaskScores,
     MethodResult,
     MethodResults,
     Metrics,
@@ -51,17 +49,10 @@ from snella_app.report.allocation import (
     importance_curves,
     sparsity_map,
 )
-from snella_app.report.examples import (
-    ImageSource,
-    choose_examples,
-    load_example,
-    load_image_uri,
-    mask_colors,
-    picture_uri,
-)
-from snella_app.report.figures import calibration_section, ranking_section
+from snella_app.report.examples import ImageSource, Picture, choose_examples, load_picture, picture_uri
 from snella_app.report.inspect import AdapterFile, current_budgets, read_adapter
-from snella_app.report.style import inline_svg, write_atomically
+from snella_app.report.style import inline_svg
+from snella_app.report.updates import adapter_updates, deepest_query, draw_updates
 from snella_app.text import (
     bytes_text,
     count_text,
@@ -74,60 +65,8 @@ from snella_app.text import (
 )
 
 _LONGEST = 800
-
-
-def classes_section(metrics: Metrics | None) -> dict[str, Any] | None:
-    """Return Dice and IoU by class, on the test split if there is one."""
-    if metrics is None:
-        return None
-    split, scores = metrics.measured
-    if not isinstance(scores, MaskScores):
-        return None
-    return {"split": split, "count": scores.images, "rows": scores.per_class}
-
-
-def masks_section(folder: Path, info: RunInfo, images: ImageSource | None) -> dict[str, Any] | None:
-    """Return sample images with true and predicted masks, worst first."""
-    if info.task != "segmentation":
-        return None
-    predictions = read_if_present(MaskPredictions, folder)
-    shown = [] if predictions is None else [item for item in predictions.items if item.mask]
-    if predictions is None or not shown:
-        return None
-    shown.sort(key=lambda item: (math.isnan(item.dice), item.dice))
-    items = []
-    for item in shown:
-        uri, width, height, problem = load_image_uri(item.index, images, _LONGEST)
-        image = {"uri": uri, "width": width, "height": height, "problem": problem}
-        items.append({"name": item.name, "dice": item.dice, "iou": item.iou, **image})
-    colors = mask_colors(len(info.classes)) / 255
-    return {
-        "split": predictions.split_name,
-        "note": f"{len(items)} of {len(predictions.items)} images: the worst, then others evenly spaced.",
-        "legend": [
-            {"name": name, "color": to_hex(color)} for name, color in zip(info.classes[1:], colors[1:], strict=True)
-        ],
-        "items": items,
-    }
-
-
-@dataclass(frozen=True)
-class Fact:
-    """A labeled value in the report, with an optional note."""
-
-    label: str
-    value: str
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Scale:
-    """Accuracy scale: value, 95% confidence limits and named baselines, all in [0, 1]."""
-
-    value: float
-    low: float
-    high: float
-    marks: list[tuple[str, float]]
+Fact = tuple[str, str, str]
+"""Label, value and note of a number in the report."""
 
 
 def results_section(metrics: Metrics | None, marks: Sequence[tuple[str, float]] = ()) -> dict[str, Any] | None:
@@ -140,12 +79,12 @@ def results_section(metrics: Metrics | None, marks: Sequence[tuple[str, float]] 
     if metrics is None:
         return None
     splits = (("test", metrics.test), ("validation", metrics.val))
-    facts = [Fact(*row) for split, scores in splits if scores is not None for row in scores.rows(split)]
-    scale: Scale | None = None
+    facts = [row for split, scores in splits if scores is not None for row in scores.rows(split)]
+    scale: dict[str, Any] | None = None
     scores = metrics.measured[1]
     if isinstance(scores, Scores) and not isinstance(scores, OrdinalScores) and scores.images:
-        ends = max(scores.accuracy - scores.margin, 0.0), min(scores.accuracy + scores.margin, 1.0)
-        scale = Scale(scores.accuracy, *ends, list(marks))
+        low, high = max(scores.accuracy - scores.margin, 0.0), min(scores.accuracy + scores.margin, 1.0)
+        scale = {"value": scores.accuracy, "low": low, "high": high, "marks": marks}
     return {"hero": facts[0] if facts else None, "scale": scale, "others": facts[1:], "adapter": _adapter_text(metrics)}
 
 
@@ -167,14 +106,14 @@ def method_facts(metrics: Metrics | None, allocation: Allocation | None, budgets
         frozen = sum(budget == 0 for budget in budgets.values())
         share = percent_text(kept / max(total, 1))
         note = f"of {count_text(total)} ({share}), {len(budgets)} matrices, {frozen} frozen"
-        facts.append(Fact("adapted weights kept", count_text(kept), note))
+        facts.append(("adapted weights kept", count_text(kept), note))
     elif metrics.adapted_weights:
         facts.append(_count_fact("adapted weights", metrics.adapted_weights))
     if (head := metrics.final_head) is not None:
         value = f"{len(head.layers)} layers" if head.is_saved else "trained"
-        facts.append(Fact("final head", value, f"{head.name}: {head.comparison}" if head.comparison else head.name))
+        facts.append(("final head", value, f"{head.name}: {head.comparison}" if head.comparison else head.name))
     if not math.isnan(metrics.peak_rss_mib):
-        facts.append(Fact("peak memory", bytes_text(metrics.peak_rss_mib * 2**20), "of the training process"))
+        facts.append(("peak memory", bytes_text(metrics.peak_rss_mib * 2**20), "of the training process"))
     return facts
 
 
@@ -194,84 +133,6 @@ def _kept_epoch(metrics: Metrics) -> tuple[str, str, str]:
     split, _, metric = metrics.best_metric.partition("_")
     chosen_by = f"{'validation' if split == 'val' else split} {_SHORT_METRICS.get(metric, metric.replace('_', ' '))}"
     return "best epoch", str(metrics.best_epoch), (f"{total}, by {chosen_by}" if total else "") + average
-
-
-def comparison_section(rows: list[MethodResult] | None) -> dict[str, Any] | None:
-    """Return the accuracy and cost of the compared methods."""
-    if not rows:
-        return None
-    accuracy = inline_svg(figures.comparison_bars(rows), "comparison-accuracy", "Accuracy of each method, as bars.")
-    cost = inline_svg(figures.cost_bars(rows), "comparison-cost", "Training time of each method, as bars.")
-    return {"rows": rows, "figures": [accuracy, cost]}
-
-
-def curves_section(metrics: Metrics | None) -> list[Markup]:
-    """Return loss and accuracy curves over the epochs."""
-    if metrics is None or not metrics.history:
-        return []
-    last = metrics.history[-1]
-    return [
-        inline_svg(
-            figures.loss_curves(metrics),
-            "curve-loss",
-            f"Loss by epoch; last epoch {last.epoch}: training {measure_text(last.train_loss)}, "
-            f"{metrics.selection} {measure_text(last.val_loss)}.",
-        ),
-        *([] if metrics.selected_on is None else [_quality_curves(metrics)]),
-    ]
-
-
-_QUALITIES = {
-    "dice": ("val_dice", "Dice"),
-    "map": ("val_map", "mean average precision"),
-    "kappa": ("val_kappa", "quadratic weighted kappa"),
-    "error": ("val_mae", "mean absolute error"),
-    "r2": ("val_r2", "R², mean over targets,"),
-    "accuracy": ("val_accuracy", "accuracy"),
-}
-"""Names of `quality_curves`: required entry of an epoch's row and its label."""
-
-
-def _quality_curves(metrics: Metrics) -> Markup:
-    """Return the first validation-quality curves for which the history has values."""
-    last = metrics.history[-1]
-    candidates = (
-        name
-        for name, (entry, _) in _QUALITIES.items()
-        if any(not math.isnan(getattr(r, entry)) for r in metrics.history)
-    )
-    name = next(candidates, "accuracy")
-    if name == "error" and isinstance(metrics.val, RegressionScores) and len(metrics.val.per_target) > 1:
-        name = "r2"  # targets have different units
-    entry, label = _QUALITIES[name]
-    value = getattr(last, entry)
-    text = percent_text(value) if name in figures.SHARES else measure_text(value)
-    return inline_svg(
-        figures.quality_curves(metrics, name),
-        f"curve-{name}",
-        f"{metrics.selection.capitalize()} {label} by epoch; last epoch {last.epoch}: {text}.",
-    )
-
-
-def confusion_section(info: RunInfo, metrics: Metrics | None) -> dict[str, Any] | None:
-    """Return the confusion matrix and per-class scores, on the test split if there is one."""
-    if metrics is None:
-        return None
-    split, scores = metrics.measured
-    if not isinstance(scores, Scores) or not scores.confusion:
-        return None
-    return {
-        "split": split,
-        "count": scores.images,
-        "numbered": len(info.classes) <= figures.NUMBERED_CLASSES,
-        "figure": inline_svg(
-            figures.confusion_matrix(scores.confusion, info.classes),
-            "confusion-matrix",
-            f"Confusion matrix of {len(info.classes)} classes on the {split} images; values are in the table below.",
-        ),
-        "rows": sorted(_class_rows(info, scores), key=lambda row: (math.isnan(row["recall"]), row["recall"])),
-        "pairs": _confused_pairs(info, scores),
-    }
 
 
 def groups_section(info: RunInfo, predictions: Predictions | None) -> dict[str, Any] | None:
@@ -352,36 +213,12 @@ def verdict_text(info: RunInfo, metrics: Metrics | None) -> str:
     return f"{text}. The model does not exceed it by more than the 95% margin: no evidence of learning yet."
 
 
-def _confused_pairs(info: RunInfo, scores: Scores) -> list[dict[str, Any]]:
-    """Return the most frequently confused class pairs with image counts."""
-    pairs: list[dict[str, Any]] = [
-        {"label": info.classes[i], "predicted": info.classes[j], "count": count, "images": sum(row)}
-        for i, row in enumerate(scores.confusion)
-        for j, count in enumerate(row)
-        if i != j and count
-    ]
-    return sorted(pairs, key=lambda pair: -pair["count"])[:_CONFUSED]
-
-
-def _class_rows(info: RunInfo, scores: Scores) -> list[dict[str, Any]]:
-    """Return image count, recall and precision by class."""
-    rows = []
-    for i, name in enumerate(info.classes):
-        images, predicted = sum(scores.confusion[i]), sum(row[i] for row in scores.confusion)
-        hits = scores.confusion[i][i]
-        recall, precision = (hits / n if n else math.nan for n in (images, predicted))
-        rows.append({"name": name, "images": images, "recall": recall, "precision": precision})
-    return rows
-
-
 def update_section(
     adapter: AdapterFile | None, allocation: Allocation | None, budgets: Mapping[str, int] | None = None
 ) -> dict[str, Any] | None:
     """Return the update of the deepest query projection with a budget; None for adapters without updates."""
     if adapter is None:
         return None
-    from snella_app.report.updates import adapter_updates, deepest_query, draw_updates
-
     infos = {} if allocation is None else {matrix.name: matrix for matrix in allocation.matrices}
     source = adapter_updates(adapter, infos)
     if source is None or not source[0]:
@@ -403,24 +240,17 @@ def allocation_section(
     step = adapter_step(allocation, metrics)
     evolution = []
     if allocation.history:
+        total = f"from {allocation.total_weights:,} to {allocation.target_budget:,}"
+        frozen = f"the saved adapter freezes {grid.frozen_count}"
+        of_kinds, of_blocks = (budget_shares(allocation, epochs, by_block=by_block) for by_block in (False, True))
         evolution = [
-            inline_svg(
-                budget_curve(allocation, epochs),
-                "budget-total",
-                f"Total budget over time, from {allocation.total_weights:,} to {allocation.target_budget:,}.",
-            ),
-            *(
-                inline_svg(
-                    budget_shares(allocation, epochs, by),
-                    f"budget-{by}",
-                    f"Share of each {by} in the total budget over time.",
-                )
-                for by in ("kind", "depth")
-            ),
+            inline_svg(budget_curve(allocation, epochs), "budget-total", f"Total budget over time, {total}."),
+            inline_svg(of_kinds, "budget-kind", "Share of each kind in the total budget over time."),
+            inline_svg(of_blocks, "budget-depth", "Share of each depth in the total budget over time."),
             inline_svg(
                 frozen_curve(allocation, epochs),
                 "budget-frozen",
-                f"Number of frozen and full matrices over time; the saved adapter freezes {grid.frozen_count}.",
+                f"Number of frozen and full matrices over time; {frozen}.",
             ),
         ]
     trend = block_trend(allocation.matrices, budgets)
@@ -475,30 +305,25 @@ def examples_section(
     wrong, right = choose_examples(predictions.items)
     n_wrong = sum(not item.is_right for item in predictions.items)
 
-    def shown(items: list[Prediction]) -> list[dict[str, Any]]:
-        return [
-            {
-                "image": load_example(item, images),
-                "predicted": info.classes[item.predicted],
-                "label": info.classes[item.label],
-            }
-            for item in items
-        ]
+    def shown(item: Prediction) -> dict[str, Any]:
+        return {
+            "name": item.name,
+            "picture": load_picture(item.index, images),
+            "is_right": item.is_right,
+            "predicted": info.classes[item.predicted],
+            "probability": item.probability,
+            "label": info.classes[item.label],
+            "label_probability": item.probabilities[item.label],
+        }
 
+    n_right = len(predictions.items) - n_wrong
+    groups = (
+        ("Wrong predictions", f"{len(wrong)} of {n_wrong}, most confident first", wrong),
+        ("Correct predictions", f"{len(right)} of {n_right}, evenly spaced", right),
+    )
     return {
         "split": predictions.split_name,
-        "groups": [
-            {
-                "title": "Wrong predictions",
-                "note": f"{len(wrong)} of {n_wrong}, most confident first",
-                "items": shown(wrong),
-            },
-            {
-                "title": "Correct predictions",
-                "note": f"{len(right)} of {len(predictions.items) - n_wrong}, evenly spaced",
-                "items": shown(right),
-            },
-        ],
+        "groups": [{"title": title, "note": note, "items": list(map(shown, items))} for title, note, items in groups],
     }
 
 
@@ -511,20 +336,19 @@ def heat_maps_section(folder: Path, info: RunInfo, predictions: Predictions | No
         if item is not None:
             with open_image(path) as image:
                 by = image.info["by"]
-                uri, width, height = picture_uri(image, _LONGEST)
+                picture = Picture(*picture_uri(image, _LONGEST))
             names = {"predicted": info.classes[item.predicted], "label": info.classes[item.label]}
-            entries.append({"item": item, "uri": uri, "width": width, "height": height, "by": by, **names})
+            entries.append({"item": item, "picture": picture, "by": by, **names})
     return sorted(entries, key=lambda entry: (entry["item"].is_right, -entry["item"].probability))
 
 
 def _count_fact(label: str, count: int) -> Fact:
     """Return a count in short form, with the exact value as a note if they differ."""
     exact, short = f"{count:,}", count_text(count)
-    return Fact(label, short, exact if exact != short else "")
+    return label, short, exact if exact != short else ""
 
 
-_CONFUSED, _CONFUSED_IN_GROUP = 5, 3
-_SHOWN_GROUPS = 30
+_CONFUSED_IN_GROUP, _SHOWN_GROUPS = 3, 30
 _MERGED = {"segmentation": ("the whole model in one file", "model.safetensors")}
 _PREDICTED = {
     "multilabel": "prediction.labels, prediction.probabilities",
@@ -620,18 +444,18 @@ def write_report(
         "verdict": verdict_text(info, metrics),
         "results": results_section(metrics, baselines(info, metrics, comparison)),
         "facts": method_facts(metrics, allocation, budgets),
-        "curves": curves_section(metrics),
-        "confusion": confusion_section(info, metrics),
+        "curves": figures.curves_section(metrics),
+        "confusion": figures.confusion_section(info, metrics),
         "groups": groups_section(info, class_predictions),
-        "calibration": calibration_section(info, class_predictions),
-        "ranking": ranking_section(info, class_predictions),
+        "calibration": figures.calibration_section(info, class_predictions),
+        "ranking": figures.ranking_section(info, class_predictions),
         "allocation": allocation_section(info, metrics, allocation, budgets),
         "update": update_section(adapter, allocation, budgets),
-        "comparison": comparison_section(comparison),
+        "comparison": figures.comparison_section(comparison),
         "examples": examples_section(info, class_predictions, images),
         "heat_maps": heat_maps_section(folder, info, class_predictions),
-        "classes": classes_section(metrics),
-        "masks": masks_section(folder, info, images),
+        "classes": targets.classes_section(metrics),
+        "masks": targets.masks_section(folder, info, images),
         "labels": targets.labels_section(folder, info, metrics, images),
         "numbers": targets.numbers_section(folder, info, metrics, images),
         "uses": [] if adapter is None else uses(folder, info.task),
@@ -668,7 +492,7 @@ def write_page(folder: Path, package: str, context: Mapping[str, Any], name: str
     page = environment.from_string(template).render(
         context, style=Markup(style), script=Markup(script), script_digest=digest
     )
-    write_atomically(folder / name, page.encode("utf-8", "backslashreplace"))
+    write_bytes(folder / name, page.encode("utf-8", "backslashreplace"))
     return folder / name
 
 

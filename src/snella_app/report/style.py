@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import html
 import io
-import os
 import re
-import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +26,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from snella_app.files import write_bytes
+
 INK, MUTED, GRID, PANEL = "#1c2531", "#566172", "#dbe0e8", "#fefefd"
 ACCENT, WARM = "#2f6fdd", "#d2680c"
 COLORS = (ACCENT, WARM, "#1d9367", "#c8446a", "#8a5cd0", "#148fa8", "#9a8410", "#7b6a5c")
@@ -42,6 +42,8 @@ _MARKERS = "osD^vPX*<>hp"
 _FONT = 12.0
 CURVE = (430.0, 310.0)
 """Width and height of figures placed side by side; readable on a phone."""
+DASHED = (0, (4, 3))
+"""Line style of references and limits."""
 
 
 def new_figure(width: float, height: float, title: str = "") -> tuple[Figure, Axes]:
@@ -193,7 +195,7 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     metadata = {"Date": None} if path.suffix == ".svg" else {}
     with matplotlib.rc_context({"svg.hashsalt": path.stem}):
         figure.savefig(data, format=path.suffix[1:], dpi=144, metadata=metadata)
-    write_atomically(path, data.getvalue())
+    write_bytes(path, data.getvalue())
     return path
 
 
@@ -254,18 +256,3 @@ def inline_svg(figure: Figure, name: str, description: str) -> Markup:
         f'style="--w: {width}px" xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
     )
     return Markup(re.sub(r"<svg[^>]*>", lambda _: head, svg, count=1))
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file atomically."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -1,4 +1,4 @@
-"""Report sections for multi-label and regression targets."""
+"""Report sections for multi-label, regression and segmentation targets."""
 
 from __future__ import annotations
 
@@ -9,23 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from sklearn.metrics import precision_recall_curve
 
 from snella_app.records import (
     LabelSetPredictions,
     LabelSetScores,
+    MaskPredictions,
+    MaskScores,
     Metrics,
     NumberPredictions,
     RegressionScores,
     RunInfo,
     read_if_present,
 )
-from snella_app.report.examples import ImageSource, load_image_uri
+from snella_app.report.examples import ImageSource, Picture, load_picture, mask_colors
 from snella_app.report.style import (
     ACCENT,
     COLORS,
     CURVE,
+    DASHED,
     GRID,
     INK,
     MUTED,
@@ -39,6 +43,7 @@ from snella_app.text import measure_text, percent_text
 
 _SHOWN = 12
 """Cards per group."""
+_LONGEST = 800
 _MAX_POINTS = 2_000
 _MAX_RANGES = 5
 _MIN_IN_RANGE = 5
@@ -47,19 +52,13 @@ _TINY = 1e-6
 
 @dataclass(frozen=True)
 class Card:
-    """An image with true and predicted values; without an image, `problem` gives the reason.
-
-    `is_right` is None for regression.
-    """
+    """A picture with true and predicted values; `is_right` is None for regression."""
 
     name: str
     is_right: bool | None
     predicted: str
     truth: str
-    uri: str | None
-    width: int
-    height: int
-    problem: str
+    picture: Picture
 
 
 def precision_recall_curves(predictions: LabelSetPredictions, classes: Sequence[str], scores: LabelSetScores) -> Figure:
@@ -106,7 +105,7 @@ def true_and_predicted(predictions: NumberPredictions, target: int, name: str) -
     low, high = float(min(x.min(), y.min())), float(max(x.max(), y.max()))
     margin = 0.04 * (high - low) or 1.0
     ends = (low - margin, high + margin)
-    axes.plot(ends, ends, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
+    axes.plot(ends, ends, color=MUTED, linewidth=1.2, linestyle=DASHED, zorder=1)
     opacity = float(np.clip(12 / math.sqrt(len(x)), 0.25, 0.8))
     axes.plot(x, y, "o", color=ACCENT, markersize=4.5, alpha=opacity, markeredgewidth=0)
     axes.set(xlim=ends, ylim=ends, xlabel="true", ylabel="predicted")
@@ -129,7 +128,7 @@ def residual_ranges(predictions: NumberPredictions, target: int, name: str) -> F
     present = sorted(set(bins.tolist()))
     groups = [errors[bins == b] for b in present]
     figure, axes = new_figure(*CURVE, f"{shortened(name, 30)}: error by true value")
-    axes.axhline(0, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
+    axes.axhline(0, color=MUTED, linewidth=1.2, linestyle=DASHED, zorder=1)
     drawn = axes.boxplot(groups, whis=(5, 95), showfliers=False, widths=0.55, patch_artist=True)
     for box in drawn["boxes"]:
         box.set(facecolor=ACCENT, alpha=0.35, edgecolor=ACCENT)
@@ -193,7 +192,7 @@ def label_cards(
             bool((given[row] == truth[row].astype(bool)).all()),
             ", ".join(marked) or "no label",
             ", ".join(true) or "no label",
-            *load_image_uri(item.index, images),
+            load_picture(item.index, images),
         )
 
     wrong = int((given != truth.astype(bool)).any(1).sum())
@@ -219,7 +218,7 @@ def number_cards(
 
     def card(row: int) -> Card:
         item = predictions.items[row]
-        return Card(item.name, None, text(item.predicted), text(item.values), *load_image_uri(item.index, images))
+        return Card(item.name, None, text(item.predicted), text(item.values), load_picture(item.index, images))
 
     return _groups(errors, card, f"of {len(errors)} images, largest errors first")
 
@@ -234,26 +233,26 @@ def labels_section(
     if not isinstance(scores, LabelSetScores):
         return None
     predictions = read_if_present(LabelSetPredictions, folder)
-    on_split = metrics.test if predictions is not None and predictions.split == "test" else metrics.val
-    figures = []
-    if predictions is not None and predictions.items and isinstance(on_split, LabelSetScores):
-        figures = [
-            inline_svg(
-                precision_recall_curves(predictions, info.classes, on_split),
-                "precision-recall",
-                f"Precision against recall of {len(info.classes)} labels on the {predictions.split_name} images; "
-                "values are in the table.",
-            )
-        ]
+    figures, groups = [], []
+    if predictions is not None and predictions.items:
+        groups = label_cards(predictions, info.classes, images)
+        on_split = metrics.test if predictions.split == "test" else metrics.val
+        if isinstance(on_split, LabelSetScores):
+            figures = [
+                inline_svg(
+                    precision_recall_curves(predictions, info.classes, on_split),
+                    "precision-recall",
+                    f"Precision against recall of {len(info.classes)} labels on the {predictions.split_name} images; "
+                    "values are in the table.",
+                )
+            ]
     return {
         "split": split,
         "count": scores.images,
         "rows": sorted(scores.per_class, key=lambda row: (math.isnan(row.average_precision), row.average_precision)),
         "figures": figures,
         "figure_split": "" if predictions is None else predictions.split_name,
-        "groups": []
-        if predictions is None or not predictions.items
-        else label_cards(predictions, info.classes, images),
+        "groups": groups,
     }
 
 
@@ -267,8 +266,9 @@ def numbers_section(
     if not isinstance(scores, RegressionScores):
         return None
     predictions = read_if_present(NumberPredictions, folder)
-    figures = []
+    figures, groups = [], []
     if predictions is not None and predictions.items:
+        groups = number_cards(predictions, info.classes, images)
         split_name = predictions.split_name
         for target, name in enumerate(info.classes):
             figures += [
@@ -289,9 +289,41 @@ def numbers_section(
         "rows": scores.per_target,
         "figures": figures,
         "figure_split": "" if predictions is None else predictions.split_name,
-        "groups": []
-        if predictions is None or not predictions.items
-        else number_cards(predictions, info.classes, images),
+        "groups": groups,
+    }
+
+
+def classes_section(metrics: Metrics | None) -> dict[str, Any] | None:
+    """Return Dice and IoU by class, on the test split if there is one."""
+    if metrics is None:
+        return None
+    split, scores = metrics.measured
+    if not isinstance(scores, MaskScores):
+        return None
+    return {"split": split, "count": scores.images, "rows": scores.per_class}
+
+
+def masks_section(folder: Path, info: RunInfo, images: ImageSource | None) -> dict[str, Any] | None:
+    """Return sample images with true and predicted masks, worst first."""
+    if info.task != "segmentation":
+        return None
+    predictions = read_if_present(MaskPredictions, folder)
+    shown = [] if predictions is None else [item for item in predictions.items if item.mask]
+    if predictions is None or not shown:
+        return None
+    shown.sort(key=lambda item: (math.isnan(item.dice), item.dice))
+    items = [
+        {"name": i.name, "dice": i.dice, "iou": i.iou, "picture": load_picture(i.index, images, _LONGEST)}
+        for i in shown
+    ]
+    colors = mask_colors(len(info.classes)) / 255
+    return {
+        "split": predictions.split_name,
+        "note": f"{len(items)} of {len(predictions.items)} images: the worst, then others evenly spaced.",
+        "legend": [
+            {"name": name, "color": to_hex(color)} for name, color in zip(info.classes[1:], colors[1:], strict=True)
+        ],
+        "items": items,
     }
 
 

@@ -16,8 +16,8 @@ from snella_app.data import DataSplits, ImageDataset, has_columns, load_data
 from snella_app.data.datasets import read_at_side, show_reading
 from snella_app.data.load import find_equal_images, find_near_copies
 from snella_app.records import Calibration, DataInfo, RunInfo, plain, read
-from snella_app.report import write_report
 from snella_app.report.examples import ImageSource
+from snella_app.report.report import write_report
 from snella_app.runs.calibrate import calibrate
 from snella_app.runs.folder import RunFolder
 from snella_app.runs.images import (

@@ -26,7 +26,7 @@ from snella_app.console import counted
 from snella_app.data import ImageDataset, read_image
 from snella_app.data.datasets import FileImages, read_at_side
 from snella_app.files import made_folder, naming_file, sync_tree, write_text
-from snella_app.report import model_card
+from snella_app.report.card import model_card
 from snella_app.runs.images import find_data, load_splits, parts_of
 from snella_app.runs.merge import merged_model, prediction_notes, run_metadata, write_timm_folder
 from snella_app.runs.model import Ensemble, LoadedRun, load_run, make_backbone

@@ -8,7 +8,8 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar, get_args
 
@@ -165,11 +166,11 @@ class RunFolderOf(Generic[S]):
         self._update_digest(name)
 
     def write(self, record: Record) -> None:
-        """Write a record's file atomically; add the run id and settings digest to records that have these fields."""
+        """Write a record's file atomically; add the run id and the digests to records that have these fields."""
         is_early = (self.path / "run.json").is_file() and self.id is None  # runs written by early versions get no id
         if isinstance(record, RunInfo) and not is_early:
             binding: Any = self._binding()
-            record = dataclasses.replace(record, **binding)
+            record = dataclasses.replace(record, **binding, files=self._stored_digests() or None)
         elif isinstance(record, FoldResults):
             record = dataclasses.replace(record, settings=self._binding()["settings"])
         records.write(record, self.path)
@@ -187,20 +188,38 @@ class RunFolderOf(Generic[S]):
 
     def finish(self) -> None:
         """Set the status to finished, and store the digests of settings, results and adapter."""
-        paths = [self.path / name for name in _DIGESTED]
-        for folder in _DIGESTED_FOLDERS:
+        self.update("finished", files=self._digests(_DIGESTED, _DIGESTED_FOLDERS))
+
+    @contextmanager
+    def writing_adapter(self) -> Iterator[None]:
+        """Store the digests of the adapter that the context writes for an unfinished run.
+
+        A process killed in the context leaves the run without digests; resuming writes the adapter again.
+        """
+        self.update("running", files={})
+        yield
+        self.update("running", files=self._digests((), ("adapter",)))
+
+    def _digests(self, names: Iterable[str], folders: Iterable[str]) -> dict[str, str]:
+        """Return the digests of existing files and of all files in folders, except the model card."""
+        paths = [self.path / name for name in names]
+        for folder in folders:
             files = (path for path in (self.path / folder).rglob("*") if path.is_file() and path.name != CARD)
             paths += sorted(files)
-        digests = {path.relative_to(self.path).as_posix(): sha256_of(path) for path in paths if path.is_file()}
-        self.update("finished", files=digests)
+        return {path.relative_to(self.path).as_posix(): sha256_of(path) for path in paths if path.is_file()}
+
+    def _stored_digests(self) -> dict[str, str]:
+        """Return the digests in `run.json`: of the adapter, and of all results once the run is finished."""
+        run = self.read_json("run.json") if (self.path / "run.json").is_file() else {}
+        return dict(run.get("files") or {})
 
     def check_files(self) -> None:
-        """Compare files with their digests in `run.json`; no-op for unfinished runs, which have no digests.
+        """Compare files with their digests in `run.json`; an unfinished run has only those of its adapter.
 
         Raises:
             ValueError: If files were altered; lists all of them.
         """
-        check_files(self.path, self.read_json("run.json").get("files", {}))
+        check_files(self.path, self._stored_digests())
 
     def check_complete(self) -> None:
         """Check that a finished run has all files that it wrote.
@@ -324,12 +343,15 @@ class RunFolderOf(Generic[S]):
 
         Raises:
             FileNotFoundError: As for `resolve_settings`, or if the adapter or results of a finished run are missing.
+            ValueError: As for `resolve_settings`, or if the adapter or results were altered.
         """
         resolved = self.resolve_settings(config)
         status = self.status if resolved.run.resume else None
         if status == "finished":
             self.check_adapter()
             self.check_complete()
+        elif status is not None:
+            self.check_files()
         return resolved, status
 
     def prepare(self, config: S, *, is_resumed: bool) -> None:

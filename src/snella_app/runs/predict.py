@@ -165,7 +165,7 @@ class Predictor:
         threshold = self.check_settings(tta, unsure)
         for paths, pictures, tensors in self._batches(images, skip_corrupt, on_skipped):
             outputs, features = self._outputs(tensors, tta, on_features is not None)
-            predictions = self.loaded.task.image_predictions(self.classes, paths, pictures, outputs)
+            predictions = self.loaded.task.image_predictions(paths, pictures, outputs)
             for index, prediction in enumerate(predictions):
                 if on_features is not None and features is not None:
                     on_features(features[index])

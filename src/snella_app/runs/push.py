@@ -7,7 +7,7 @@ from typing import Any
 
 from snella_app.files import write_text
 from snella_app.records import RunInfo, read
-from snella_app.report import model_card
+from snella_app.report.card import model_card
 from snella_app.runs.folder import RunFolder
 from snella_app.runs.layer_probe import LAYER_PROBE
 from snella_app.runs.merge import describe_file, loading_snippet, merge, prediction_notes

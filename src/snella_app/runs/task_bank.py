@@ -220,7 +220,7 @@ class TaskBank:
                 batch = torch.stack([loaded.transform(image) for image in read])
                 outputs = loaded.task.outputs(partial(self._run, name), batch, loaded.info.tta)
                 outputs = outputs / loaded.info.temperature
-                batch_predictions = loaded.task.image_predictions(loaded.classes, paths, read, outputs)
+                batch_predictions = loaded.task.image_predictions(paths, read, outputs)
                 predictions.update(zip(part, batch_predictions, strict=True))
         return [predictions[place] for place in range(len(images))]
 

@@ -103,7 +103,7 @@ class ClassificationTask(Task):
     """Loss and metrics for one label per image.
 
     Args:
-        num_classes: Number of classes.
+        classes: Class names by index.
         label_smoothing: Label smoothing ε.
         loss_name: One of `losses`.
         monitor: Metric for epoch selection.
@@ -112,7 +112,7 @@ class ClassificationTask(Task):
         log_priors: Log class priors of the training images for logit adjustment; set by `fitted`.
     """
 
-    num_classes: int
+    classes: tuple[str, ...]
     label_smoothing: float = 0.0
     loss_name: str = "cross-entropy"
     monitor: str = "accuracy"
@@ -135,35 +135,30 @@ class ClassificationTask(Task):
     def __post_init__(self) -> None:
         """Check the fields and report all errors in one message."""
         errors = []
-        if self.num_classes < 2:
-            errors.append(f"num_classes must be at least 2, got {self.num_classes}")
+        if len(self.classes) < 2:
+            errors.append(f"classes must be at least 2, got {list(self.classes)}")
         if not 0.0 <= self.label_smoothing < 1.0:
             errors.append(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
         if errors:
             raise ValueError("; ".join(errors))
 
-    @classmethod
-    def first_field(cls, classes: Sequence[str]) -> int:
-        """Return the number of classes."""
-        return len(classes)
-
-    def fitted(self, train: ImageDataset, classes: Sequence[str]) -> Self:
+    def fitted(self, train: ImageDataset) -> Self:
         """Return the task with class weights and priors of the training images.
 
         balanced: w_c = n / (K n_c), as in scikit-learn; the mean over the training images is 1.
         """
         log_priors = None
-        balanced: np.ndarray = np.ones(self.num_classes)
+        balanced: np.ndarray = np.ones(len(self.classes))
         if self.class_weights == "balanced" or self.loss_name == "logit-adjusted":
-            counts = class_frequencies(train.labels, classes)
-            balanced = len(train) / (len(classes) * counts)
+            counts = class_frequencies(train.labels, self.classes)
+            balanced = len(train) / (len(self.classes) * counts)
             log_priors = tuple(np.log(counts / counts.sum()).tolist())
-        weights = resolve_class_weights(self.class_weights, classes, balanced.tolist())
+        weights = resolve_class_weights(self.class_weights, self.classes, balanced.tolist())
         return dataclasses.replace(self, weight_by_class=weights, log_priors=log_priors)
 
     def sample_weights(self, train: ImageDataset) -> list[float]:
         """Return the inverse class frequency of each image, which samples classes uniformly."""
-        counts = np.bincount(train.labels, minlength=self.num_classes)
+        counts = np.bincount(train.labels, minlength=len(self.classes))
         return (1 / counts[np.asarray(train.labels)]).tolist()
 
     def loss(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -225,7 +220,7 @@ class ClassificationTask(Task):
         scores, truth = paired(logits, labels)
         predicted = scores.argmax(dim=-1).numpy()
         return {
-            **class_scores(truth, predicted, self.num_classes),
+            **class_scores(truth, predicted, len(self.classes)),
             "loss": float(F.cross_entropy(full_precision(scores), torch.as_tensor(truth, dtype=torch.long))),
         }
 
@@ -257,19 +252,19 @@ class ClassificationTask(Task):
         """Return the class index `numbers[label]`."""
         return numbers[label]
 
-    def result_table(self, scores: Mapping[str, Any], classes: Sequence[str]) -> ResultTable:
+    def result_table(self, scores: Mapping[str, Any]) -> ResultTable:
         """Return the confusion matrix as a table."""
-        rows = [[name, *map(str, row)] for name, row in zip(classes, scores["confusion"], strict=True)]
-        return ResultTable("true class (rows) and predicted class (columns)", ["", *classes], rows)
+        rows = [[name, *map(str, row)] for name, row in zip(self.classes, scores["confusion"], strict=True)]
+        return ResultTable("true class (rows) and predicted class (columns)", ["", *self.classes], rows)
 
     def image_predictions(
-        self, classes: Sequence[str], paths: Sequence[Path], images: Sequence[Image.Image], outputs: Tensor
+        self, paths: Sequence[Path], images: Sequence[Image.Image], outputs: Tensor
     ) -> list[image_outputs.Prediction]:
         """Return all classes with probabilities, most likely first."""
-        return image_outputs.class_predictions(classes, paths, self.probabilities(outputs))
-
-    check_output = staticmethod(image_outputs.check_output)
-    write_predictions = staticmethod(image_outputs.write_predictions)
+        return [
+            image_outputs.Prediction(path, sorted(zip(self.classes, row, strict=True), key=lambda pair: -pair[1]))
+            for path, row in zip(paths, self.probabilities(outputs).cpu().tolist(), strict=True)
+        ]
 
 
 def class_scores(truth: np.ndarray, predicted: np.ndarray, num_classes: int) -> dict[str, Any]:
@@ -347,9 +342,9 @@ class OrdinalTask(ClassificationTask):
 
     def __post_init__(self) -> None:
         """Check the number of classes."""
-        if self.num_classes < 3:
+        if len(self.classes) < 3:
             raise ValueError(
-                f"classes must be at least 3 for task ordinal, got {self.num_classes}; use --task classification"
+                f"classes must be at least 3 for task ordinal, got {len(self.classes)}; use --task classification"
             )
 
     @staticmethod
@@ -398,13 +393,13 @@ class OrdinalTask(ClassificationTask):
 
         scores, truth = paired(logits, labels)
         ranks = predicted_ranks(self.probabilities(scores)).numpy()
-        rank_labels = list(range(self.num_classes))
+        rank_labels = list(range(len(self.classes)))
         is_constant = len({*truth.tolist(), *ranks.tolist()}) == 1  # all correct; kappa would be 0 / 0
         kappa = 1.0 if is_constant else cohen_kappa_score(truth, ranks, labels=rank_labels, weights="quadratic")
         return {
             "mae": float(np.abs(ranks - truth).mean()),
             "kappa": float(kappa),
-            **class_scores(truth, ranks, self.num_classes),
+            **class_scores(truth, ranks, len(self.classes)),
             "loss": float(corn(full_precision(scores), torch.as_tensor(truth, dtype=torch.long)).mean()),
         }
 
@@ -428,18 +423,16 @@ class OrdinalTask(ClassificationTask):
         return torch.stack(weight), torch.stack(bias)
 
     def image_predictions(
-        self, classes: Sequence[str], paths: Sequence[Path], images: Sequence[Image.Image], outputs: Tensor
+        self, paths: Sequence[Path], images: Sequence[Image.Image], outputs: Tensor
     ) -> list[image_outputs.Prediction]:
         """Return the predicted class first, then other classes by probability."""
-        probabilities = self.probabilities(outputs)
-        plain = image_outputs.class_predictions(classes, paths, probabilities)
-        chosen = [classes[rank] for rank in predicted_ranks(probabilities).tolist()]
-        reordered = []
-        for item, name in zip(plain, chosen, strict=True):
-            first = [pair for pair in item.ranking if pair[0] == name]
-            ranking = first + [pair for pair in item.ranking if pair[0] != name]
-            reordered.append(dataclasses.replace(item, ranking=ranking))
-        return reordered
+        ranks = predicted_ranks(self.probabilities(outputs)).tolist()
+        by_probability = super().image_predictions(paths, images, outputs)
+        return [
+            # the sort is stable
+            dataclasses.replace(item, ranking=sorted(item.ranking, key=lambda pair: pair[0] != self.classes[rank]))
+            for item, rank in zip(by_probability, ranks, strict=True)
+        ]
 
     def decoding_comment(self) -> str:
         """Return the comment that computes the median rank."""

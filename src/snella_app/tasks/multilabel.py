@@ -111,7 +111,7 @@ class MultiLabelTask(Task):
         labels[[self.classes.index(name) for name in target]] = 1.0
         return labels
 
-    def fitted(self, train: ImageDataset, classes: Sequence[str]) -> Self:
+    def fitted(self, train: ImageDataset) -> Self:
         """Return the task with weights of positive labels.
 
         balanced: w_c = (n - n_c) / n_c, which balances positives and negatives.
@@ -119,7 +119,7 @@ class MultiLabelTask(Task):
         counts = self._counts(train)
         balanced = (len(train) - counts) / np.maximum(counts, 1)
         return dataclasses.replace(
-            self, positive_weights=resolve_class_weights(self.class_weights, classes, balanced.tolist())
+            self, positive_weights=resolve_class_weights(self.class_weights, self.classes, balanced.tolist())
         )
 
     def calibrated(self, reduced: ArrayLike, labels: ArrayLike) -> Self:
@@ -137,10 +137,9 @@ class MultiLabelTask(Task):
 
     def sample_weights(self, train: ImageDataset) -> list[float]:
         """Return the inverse frequency of each image's rarest label; images without labels count as one label."""
-        targets = self._targets(train)
-        index = {name: number for number, name in enumerate(self.classes)}
-        counts, unlabeled = self._counts(train), sum(not target for target in targets)
-        return [1 / min((counts[index[name]] for name in target), default=unlabeled) for target in targets]
+        targets, counts = self._targets(train), self._counts(train)
+        unlabeled = sum(not target for target in targets)
+        return [1 / min((counts[label] for label in target), default=unlabeled) for target in targets]
 
     def loss(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
         """Compute the weighted mean of `binary_cross_entropy` or `binary_focal`, see `tasks.losses`.
@@ -235,10 +234,9 @@ class MultiLabelTask(Task):
         self, dataset: ImageDataset, sample_outputs: Tensor, split: str, folder: Path
     ) -> LabelSetPredictions:
         """Return labels and probabilities of each image, and the thresholds."""
-        index = {name: number for number, name in enumerate(self.classes)}
         rows = zip(dataset.names, self._targets(dataset), sample_outputs.tolist(), strict=True)
         items = [
-            LabelSetPrediction(number, name, [index[label] for label in labels], [round(p, 6) for p in row])
+            LabelSetPrediction(number, name, labels, [round(p, 6) for p in row])
             for number, (name, labels, row) in enumerate(rows)
         ]
         return LabelSetPredictions(split, thresholds=list(self.thresholds), items=items)
@@ -264,7 +262,7 @@ class MultiLabelTask(Task):
         mapped[list(numbers)] = label
         return mapped
 
-    def result_table(self, scores: Mapping[str, Any], classes: Sequence[str]) -> ResultTable:
+    def result_table(self, scores: Mapping[str, Any]) -> ResultTable:
         """Return average precision, F1, precision, recall and threshold of each class."""
         keys = ("average_precision", "f1", "precision", "recall", "threshold")
         rows = [
@@ -274,13 +272,16 @@ class MultiLabelTask(Task):
         return ResultTable("classes", ["class", "images", "AP", "F1", "precision", "recall", "threshold"], rows)
 
     def image_predictions(
-        self, classes: Sequence[str], paths: Sequence[Path], images: Sequence[Image.Image], outputs: Tensor
+        self, paths: Sequence[Path], images: Sequence[Image.Image], outputs: Tensor
     ) -> list[image_outputs.LabelSetPrediction]:
         """Return the labels that reach their thresholds, and all class probabilities."""
-        return image_outputs.label_set_predictions(classes, paths, self.probabilities(outputs), self.thresholds)
-
-    check_output = staticmethod(image_outputs.check_output)
-    write_predictions = staticmethod(image_outputs.write_predictions)
+        predictions = []
+        for path, row in zip(paths, self.probabilities(outputs).double().cpu().tolist(), strict=True):
+            probabilities = dict(zip(self.classes, row, strict=True))
+            ranking = sorted(zip(self.classes, row, self.thresholds, strict=True), key=lambda entry: -entry[1])
+            labels = [name for name, p, threshold in ranking if p >= threshold]
+            predictions.append(image_outputs.LabelSetPrediction(path, labels, probabilities))
+        return predictions
 
     def decoding_comment(self) -> str:
         """Return the comment that applies the thresholds."""
@@ -290,15 +291,16 @@ class MultiLabelTask(Task):
             f"{shown}) if p >= t]"
         )
 
-    def _targets(self, dataset: ImageDataset) -> list[tuple[str, ...]]:
-        """Return the label names of each image."""
-        return [tuple(target) for target in dataset.annotations.targets or []]  # type: ignore[arg-type]
+    def _targets(self, dataset: ImageDataset) -> list[list[int]]:
+        """Return the class indices of each image."""
+        index = {name: number for number, name in enumerate(self.classes)}
+        targets: Sequence[Any] = dataset.annotations.targets or []
+        return [[index[name] for name in target] for target in targets]
 
     def _counts(self, dataset: ImageDataset) -> np.ndarray:
         """Count the images with each label, `[classes]`."""
-        index = {name: number for number, name in enumerate(self.classes)}
-        numbers = [index[name] for target in self._targets(dataset) for name in target]
-        return np.bincount(numbers, minlength=len(self.classes))
+        labels = [label for target in self._targets(dataset) for label in target]
+        return np.bincount(labels, minlength=len(self.classes))
 
 
 def _mean(values: Sequence[float]) -> float:

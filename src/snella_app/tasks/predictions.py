@@ -10,10 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor
 
 from snella_app.data import read_image
 from snella_app.files import made_folder, write_bytes, write_json, write_text
@@ -47,25 +43,6 @@ class MaskPrediction:
         """Format the class fractions as one line, largest first."""
         shares = sorted(self.shares.items(), key=lambda pair: -pair[1])
         return ", ".join(f"{name} {share:.1%}" for name, share in shares if share > 0)
-
-
-def mask_predictions(
-    classes: Sequence[str], paths: Sequence[Path], images: Sequence[Image.Image], outputs: Tensor
-) -> list[MaskPrediction]:
-    """Convert class scores to masks; scores are resized to each image before the argmax.
-
-    Args:
-        classes: Class names by label.
-        paths: Image files.
-        images: Upright images.
-        outputs: `[images, classes, height, width]`.
-    """
-    masks = []
-    for path, image, scores in zip(paths, images, outputs.float(), strict=True):
-        size = (image.height, image.width)
-        labels = F.interpolate(scores[None], size, mode="bilinear", align_corners=False).argmax(1)[0]
-        masks.append(MaskPrediction(path, labels.to(torch.uint8).cpu().numpy(), list(classes)))
-    return masks
 
 
 def write_mask_predictions(
@@ -293,20 +270,6 @@ def check_output(out: str | Path | None, top_k: int | None, *, overwrite: bool) 
         raise FileExistsError(f"out={out} exists; choose another name, or replace it with --overwrite (overwrite=True)")
 
 
-def class_predictions(classes: Sequence[str], paths: Sequence[Path], probabilities: Tensor) -> list[Prediction]:
-    """Build predictions from class probabilities.
-
-    Args:
-        classes: Class names by label.
-        paths: Image files.
-        probabilities: `[images, classes]`.
-    """
-    return [
-        Prediction(path, sorted(zip(classes, row, strict=True), key=lambda pair: -pair[1]))
-        for path, row in zip(paths, probabilities.cpu().tolist(), strict=True)
-    ]
-
-
 @dataclass(frozen=True)
 class LabelSetPrediction:
     """Multi-label prediction for one image.
@@ -339,25 +302,6 @@ class LabelSetPrediction:
         return {"labels": self.labels, **(class_columns if top_k is None else _ranked(self.ranking[:top_k]))}
 
 
-def label_set_predictions(
-    classes: Sequence[str], paths: Sequence[Path], probabilities: Tensor, thresholds: Sequence[float]
-) -> list[LabelSetPrediction]:
-    """Build multi-label predictions from probabilities.
-
-    Args:
-        classes: Class names by index.
-        paths: Image files.
-        probabilities: `[images, classes]`.
-        thresholds: Minimum probability of each label.
-    """
-    predictions = []
-    for path, row in zip(paths, probabilities.double().cpu().tolist(), strict=True):
-        assigned = [(name, p) for name, p, threshold in zip(classes, row, thresholds, strict=True) if p >= threshold]
-        labels = [name for name, _ in sorted(assigned, key=lambda pair: -pair[1])]
-        predictions.append(LabelSetPrediction(path, labels, dict(zip(classes, row, strict=True))))
-    return predictions
-
-
 @dataclass(frozen=True)
 class NumberPrediction:
     """Regression prediction for one image: values by target name, in the target's unit."""
@@ -374,18 +318,3 @@ class NumberPrediction:
         return _with_unique_names(
             {name: float(f"{value:.7g}") for name, value in self.values.items()}, ("image",), "_value"
         )
-
-
-def check_number_output(out: str | Path | None, top_k: int | None, *, overwrite: bool) -> None:
-    """Check the output arguments of `write_numbers`; raises the same errors."""
-    if top_k is not None:
-        raise ValueError(f"top_k must be omitted for regression, got {top_k}")
-    check_output(out, top_k, overwrite=overwrite)
-
-
-def write_numbers(
-    predictions: Iterable[NumberPrediction], out: str | Path, top_k: int | None = None, *, overwrite: bool = False
-) -> Path:
-    """Write regression predictions like `write_predictions`; `top_k` must be None."""
-    check_number_output(out, top_k, overwrite=overwrite)
-    return write_predictions(predictions, out, overwrite=overwrite)

@@ -75,7 +75,7 @@ class RegressionTask(Task):
         """Return the targets, `[targets]`, float64."""
         return torch.tensor(target if isinstance(target, tuple | list) else [target], dtype=torch.float64)
 
-    def fitted(self, train: ImageDataset, classes: Sequence[str]) -> Self:
+    def fitted(self, train: ImageDataset) -> Self:
         """Return the task with mean, standard deviation and median of the training images."""
         values = self._values(train)
         std = values.std(0)
@@ -215,23 +215,27 @@ class RegressionTask(Task):
         mapped[list(numbers)] = label
         return mapped
 
-    def result_table(self, scores: Mapping[str, Any], classes: Sequence[str]) -> ResultTable:
+    def result_table(self, scores: Mapping[str, Any]) -> ResultTable:
         """Return errors of each target and of the baselines (training median or mean)."""
         keys = ("mae", "rmse", "r2", "baseline_mae", "baseline_rmse")
         rows = [[row["name"], *(f"{row[key]:.4g}" for key in keys)] for row in scores["per_target"]]
         return ResultTable("targets", ["target", "MAE", "RMSE", "R²", "MAE of the median", "RMSE of the mean"], rows)
 
     def image_predictions(
-        self, classes: Sequence[str], paths: Sequence[Path], images: Sequence[Image.Image], outputs: Tensor
+        self, paths: Sequence[Path], images: Sequence[Image.Image], outputs: Tensor
     ) -> list[image_outputs.NumberPrediction]:
         """Return the predicted values of each image."""
         return [
-            image_outputs.NumberPrediction(path, dict(zip(classes, row, strict=True)))
+            image_outputs.NumberPrediction(path, dict(zip(self.names, row, strict=True)))
             for path, row in zip(paths, self.numbers(outputs).cpu().tolist(), strict=True)
         ]
 
-    check_output = staticmethod(image_outputs.check_number_output)
-    write_predictions = staticmethod(image_outputs.write_numbers)
+    @staticmethod
+    def check_output(out: str | Path | None, top_k: int | None, *, overwrite: bool) -> None:
+        """Check the output file, and that `top_k` is not set."""
+        if top_k is not None:
+            raise ValueError(f"top_k must be omitted for regression, got {top_k}")
+        image_outputs.check_output(out, top_k, overwrite=overwrite)
 
     def decoding_comment(self) -> str:
         """Return the comment that converts outputs to target units."""

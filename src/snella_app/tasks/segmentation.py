@@ -363,7 +363,7 @@ class SegmentationTask(Task):
         """Map the class indices of a mask."""
         return torch.tensor(numbers)[label]
 
-    def result_table(self, scores: Mapping[str, Any], classes: Sequence[str]) -> ResultTable:
+    def result_table(self, scores: Mapping[str, Any]) -> ResultTable:
         """Return Dice and IoU of each class."""
         columns = ["class", "pixels", "Dice by image", "IoU by image", "Dice pooled", "IoU pooled"]
         keys = ("dice", "iou", "dice_pooled", "iou_pooled")
@@ -383,10 +383,15 @@ class SegmentationTask(Task):
         return logs.logsumexp(0) - math.log(len(outputs))
 
     def image_predictions(
-        self, classes: Sequence[str], paths: Sequence[Path], images: Sequence[Image.Image], outputs: Tensor
+        self, paths: Sequence[Path], images: Sequence[Image.Image], outputs: Tensor
     ) -> list[image_outputs.MaskPrediction]:
-        """Return the mask of each image at the image's size."""
-        return image_outputs.mask_predictions(classes, paths, images, outputs)
+        """Return the mask of each image at the image's size; scores are resized before the argmax."""
+        masks = []
+        for path, image, scores in zip(paths, images, outputs.float(), strict=True):
+            size = (image.height, image.width)
+            labels = F.interpolate(scores[None], size, mode="bilinear", align_corners=False).argmax(1)[0]
+            masks.append(image_outputs.MaskPrediction(path, labels.to(torch.uint8).cpu().numpy(), list(self.classes)))
+        return masks
 
     check_output = staticmethod(image_outputs.check_mask_output)
     write_predictions = staticmethod(image_outputs.write_mask_predictions)

@@ -1,7 +1,7 @@
 """Task interface for training, evaluation and reports."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -16,6 +16,7 @@ from snella_app.backbones import create_backbone
 from snella_app.data import ImageDataset, MaskDataset
 from snella_app.records import LabelSetPredictions, MaskPredictions, NumberPredictions, Predictions
 from snella_app.report.examples import ImageSource
+from snella_app.tasks import predictions as image_outputs
 from snella_app.text import listed, nearest
 
 TargetKind = Literal["class", "labels", "numbers"]
@@ -80,12 +81,7 @@ class Task(ABC):
         settings["loss_name"] = settings.pop("loss", None) if cls.losses else None
         known = {f.name for f in fields(cls)} & {name for name, value in settings.items() if value is not None}  # type: ignore[arg-type]
         given = {name: tuple(value) if isinstance(value := settings[name], list) else value for name in known}
-        return cls(cls.first_field(classes), **given)  # type: ignore[call-arg]
-
-    @classmethod
-    def first_field(cls, classes: Sequence[str]) -> Any:
-        """Return the value of the task's first field: the class names."""
-        return tuple(classes)
+        return cls(tuple(classes), **given)  # type: ignore[call-arg]
 
     @staticmethod
     def build_model(name: str, **options: Any) -> nn.Module:
@@ -123,7 +119,7 @@ class Task(ABC):
         """Convert a label-column value to a training target; unused for classes and masks."""
         return target
 
-    def fitted(self, train: ImageDataset, classes: Sequence[str]) -> Self:
+    def fitted(self, train: ImageDataset) -> Self:
         """Return the task with statistics of the training targets."""
         return self
 
@@ -251,7 +247,7 @@ class Task(ABC):
         return self.result_format.format_map(scores)
 
     @abstractmethod
-    def result_table(self, scores: Mapping[str, Any], classes: Sequence[str]) -> ResultTable:
+    def result_table(self, scores: Mapping[str, Any]) -> ResultTable:
         """Return scores by class or target as a table."""
 
     final_name: ClassVar[str] = "probabilities"
@@ -267,22 +263,13 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def image_predictions(
-        self, classes: Sequence[str], paths: Sequence[Path], images: Sequence[Image.Image], outputs: Tensor
-    ) -> Iterable[Any]:
+    def image_predictions(self, paths: Sequence[Path], images: Sequence[Image.Image], outputs: Tensor) -> Sequence[Any]:
         """Convert model outputs of images outside a dataset to prediction objects, one per image."""
 
-    @staticmethod
-    @abstractmethod
-    def check_output(out: str | Path | None, top_k: int | None, *, overwrite: bool) -> None:
-        """Check the output arguments of `write_predictions` before prediction."""
-
-    @staticmethod
-    @abstractmethod
-    def write_predictions(
-        predictions: Iterable[Any], out: str | Path, top_k: int | None = None, *, overwrite: bool = False
-    ) -> Path:
-        """Write the results of `image_predictions` to a file or folder and return its path."""
+    check_output: ClassVar[Callable[..., None]] = staticmethod(image_outputs.check_output)
+    """Check the output arguments of `write_predictions` before prediction."""
+    write_predictions: ClassVar[Callable[..., Path]] = staticmethod(image_outputs.write_predictions)
+    """Write the results of `image_predictions` to a file or folder and return its path."""
 
     @staticmethod
     def prediction_text(prediction: Any, top_k: int | None) -> str:

@@ -199,7 +199,7 @@ def load(
             f"batch_size must be at least the number of processes, {process_count()}, since they split each batch, "
             f"got {optim.effective_batch_size}"
         )
-    task = task.fitted(splits.train, splits.classes)
+    task = task.fitted(splits.train)
     splits = encoded(splits, task)
     if optim.batch_size is None and len(splits.train) < DEFAULT_BATCH_SIZE:
         splits.notes.append(

@@ -21,7 +21,8 @@ from snella_app.data.protocol import RunProtocol
 from snella_app.files import write_text
 from snella_app.methods import load_trained_into
 from snella_app.records import AveragedEpochs, EpochRow, FinalHead, Metrics, plain, scores_from
-from snella_app.report import model_card, write_report
+from snella_app.report.card import model_card
+from snella_app.report.report import write_report
 from snella_app.runs.calibrate import calibrate
 from snella_app.runs.folder import CARD, RunFolder
 from snella_app.runs.layer_probe import LAYER_PROBE
@@ -249,7 +250,8 @@ def _print_results(
     if measured.final_head is not None:
         print_line(console, _final_head_text(measured.final_head))
     average = averaged.text if averaged is not None and averaged.is_saved else None
-    print_line(console, _final_text(parts.task, trainer.protocol, best, scores["val"], scores["test"], average))
+    saved = average if epochs else _untrained_text(measured.final_head)
+    print_line(console, _final_text(parts.task, trainer.protocol, best, scores["val"], scores["test"], saved))
     if trainer.protocol.warning:
         print_line(console, f"{trainer.protocol.name} protocol: {trainer.protocol.warning}")
     measured_part = scores["val"] or scores["test"] or {}
@@ -278,6 +280,11 @@ def _final_head_text(head: FinalHead) -> str:
     return f"{head.name} is the final head: {head.comparison}; refitted to training and validation images"
 
 
+def _untrained_text(head: FinalHead | None) -> str:
+    """Describe the saved model of a run without epochs."""
+    return f"not trained (0 epochs); the {head.name if head is not None and head.is_saved else 'linear probe'} is saved"
+
+
 def _only_answer(scores: dict[str, Any], classes: Sequence[str]) -> str | None:
     """Return the only predicted class; None if several classes are predicted or the images have only one class."""
     confusion = np.asarray(scores.get("confusion") or [[]])
@@ -299,13 +306,14 @@ def _final_text(
     best: int,
     val: dict[str, Any] | None,
     test: dict[str, Any] | None,
-    averaged: str | None,
+    saved: str | None,
 ) -> str:
-    """Format the results of the saved epoch or average, and the selection criterion."""
+    """Format the results of the saved model and the selection criterion; `saved` describes a model of no epoch."""
     if val is not None:
         selected = f"best epoch {best}" if best > 0 else "no epoch is better than the initial model, which is saved"
-        return f"{averaged or selected}: {task.final_text(val, test)}"
-    if averaged is not None:
-        return f"{averaged}: " + ("not evaluated" if test is None else f"test {task.result_text(test)}")
-    saved = f"epoch {best}, the last" if protocol.selected_on is None else f"epoch {best}, the best on the test images"
+        return f"{saved or selected}: {task.final_text(val, test)}"
+    if saved is None:
+        saved = (
+            f"epoch {best}, the last" if protocol.selected_on is None else f"epoch {best}, the best on the test images"
+        )
     return f"{saved}: " + ("not evaluated" if test is None else f"test {task.result_text(test)}")

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from snella_app.config import TrainConfig
 from snella_app.console import print_line
-from snella_app.device import choose_device
+from snella_app.device import choose_device, choose_precision
 from snella_app.methods import find_method
 from snella_app.training.build import LoadedData, RunComponents, build
 from snella_app.training.distributed import from_main
@@ -19,7 +19,7 @@ from snella_app.training.sizing import can_skip_training, fit_batch_size, fit_ep
 def resolve(
     config: TrainConfig, data: LoadedData, parts: RunComponents, console: Console
 ) -> tuple[TrainConfig, RunComponents]:
-    """Choose image size, batch size, heads, augmentation and number of epochs of a new run, in this order.
+    """Choose precision, image size, batch size, heads, augmentation and number of epochs of a new run, in this order.
 
     Args:
         config: Settings with the method's defaults; fields may be `"auto"` or None.
@@ -33,13 +33,15 @@ def resolve(
     Raises:
         ValueError: If `epochs` is 0 without a probe-initialized head or without selection on validation images.
     """
+    device = choose_device(config.run.device)
     requested, loaded = config, parts
 
     def at_size(size: int | None) -> RunComponents:
         model = dataclasses.replace(requested.model, img_size=size)
-        return build(model, requested.method, data, choose_device(requested.run.device))
+        return build(model, requested.method, data, device)
 
-    sized = _with_heads(loaded, requested)
+    config = config.replace(precision=from_main(lambda: choose_precision(config.optim.precision, device)))
+    sized = _with_heads(loaded, config)
     size = from_main(lambda: fit_image_size(loaded, sized, at_size, console))
     if size != config.model.img_size:
         parts, config = at_size(size), config.replace(img_size=size)

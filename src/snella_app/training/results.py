@@ -19,6 +19,7 @@ from snella.matrices import AdaptedMatrix, adapted_matrices
 from snella_app.config import SCHEDULE_END, OptimConfig, TrainConfig, command_line
 from snella_app.console import counted, print_rows
 from snella_app.data.protocol import get_protocol
+from snella_app.device import autocast
 from snella_app.methods import method_of, method_options
 from snella_app.records import Allocation, AllocationStep, DataInfo, GeneratorMetrics, MatrixInfo, RunInfo
 from snella_app.runs.images import PARTS, absolute_folder, contents_of, split_sizes, splits_digest
@@ -155,11 +156,13 @@ def log_summary(console: Console, plan: TrainConfig, parts: RunComponents) -> No
     steps = counted(optim.steps_per_epoch(len(splits.train)), "step")
     images = f"{optim.accumulate} × {counted(batch, 'image')}" if optim.accumulate > 1 else counted(batch, "image")
     device = next(model.parameters()).device
+    precision = "" if optim.precision == "fp32" else f" in {optim.precision}"
     count = process_count()
     processes = f", by {count} processes" if count > 1 else ""
     processes += " with sharded frozen weights" if count > 1 and plan.run.shard else ""
     batch = -(-batch // count)
-    memory = predict_step_memory(model, (size[0], size[1], size[2]), batch).total / 2**20
+    with autocast(device, optim.precision):
+        memory = predict_step_memory(model, (size[0], size[1], size[2]), batch).total / 2**20
     memory -= saved_bytes(model, count) / 2**20 if plan.run.shard else 0
     free = free_memory(device) / 2**20
     rows = [
@@ -171,7 +174,7 @@ def log_summary(console: Console, plan: TrainConfig, parts: RunComponents) -> No
         ("method", f"{plan.method.name}, {trainable_parameters(model):,} trainable parameters{_adapted(model)}"),
         _start_row(plan.model.init_from, optim.head_init),
         *([("budget", _budgets(model))] if matrices_of(model) else []),
-        ("training", f"{counted(optim.epochs, 'epoch')} of {steps}, {images} each, on {device}{processes}"),
+        ("training", f"{counted(optim.epochs, 'epoch')} of {steps}, {images} each, on {device}{precision}{processes}"),
         *_stopping_rows(optim, model),
         (
             "memory",

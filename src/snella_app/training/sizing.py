@@ -9,7 +9,6 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -23,6 +22,7 @@ from snella_app.config import OptimConfig, TrainConfig, budget_seconds
 from snella_app.console import counted, print_line
 from snella_app.data import ImageDataset
 from snella_app.data.protocol import get_protocol
+from snella_app.device import autocast
 from snella_app.methods import find_method
 from snella_app.runs.images import parts_of
 from snella_app.text import seconds_text
@@ -48,7 +48,6 @@ _SMALL_SIDE, _MEASURED_SIDES = 112, 16
 """Image size that is tried for images of any size, and the number of images whose size is read."""
 _SIZE_ERRORS = (ValueError, TypeError, RuntimeError, AssertionError, IndexError)
 """Errors of models that do not support an image size."""
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def fit_batch_size(parts: RunComponents, optim: OptimConfig, console: Console) -> int | Literal["auto"] | None:
@@ -69,11 +68,11 @@ def fit_batch_size(parts: RunComponents, optim: OptimConfig, console: Console) -
     free = free_memory(device)
     largest = max(1, min(_LARGEST_BATCH, len(parts.splits.train) // _FEWEST_STEPS // process_count()))
     batch = 1 << largest.bit_length() - 1
-    while batch > 1 and _predicted(parts, batch) > _MEMORY_SHARE * free:
+    while batch > 1 and _predicted(parts, optim.precision, batch) > _MEMORY_SHARE * free:
         batch //= 2
     while batch > 1 and _runs_out_of_memory(partial(_trial_step, parts, optim.precision, _first_images(parts, batch))):
         batch //= 2
-    memory = _predicted(parts, batch) / 2**20
+    memory = _predicted(parts, optim.precision, batch) / 2**20
     whole = batch * process_count()
     print_line(
         console,
@@ -303,10 +302,11 @@ def _measure_times(parts: RunComponents, config: TrainConfig, with_training: boo
     return _Times(epoch_s, final_s)
 
 
-def _predicted(parts: RunComponents, batch: int) -> int:
+def _predicted(parts: RunComponents, precision: str, batch: int) -> int:
     """Predict the peak memory of one step, in bytes."""
     channels, height, width = parts.data_config["input_size"]
-    return predict_step_memory(parts.model, (channels, height, width), batch).total
+    with autocast(next(parts.model.parameters()).device, precision):
+        return predict_step_memory(parts.model, (channels, height, width), batch).total
 
 
 def _first_images(parts: RunComponents, count: int) -> dict[str, Tensor]:
@@ -324,7 +324,7 @@ def _trial_step(parts: RunComponents, precision: str, batch: dict[str, Tensor]) 
     try:
         with restored_state(model, images):
             model.train()
-            with _autocast(device, precision):
+            with autocast(device, precision):
                 loss = parts.task.loss(model(images), labels)
             loss.backward()
     finally:
@@ -334,22 +334,16 @@ def _trial_step(parts: RunComponents, precision: str, batch: dict[str, Tensor]) 
 
 @torch.no_grad()
 def _trial_evaluation(parts: RunComponents, precision: str, batch: dict[str, Tensor]) -> None:
-    """Run a forward pass in evaluation mode, and restore the model's state."""
+    """Run a forward pass in evaluation mode in float32, and restore the model's state."""
     model, device = parts.model, next(parts.model.parameters()).device
     images = batch["images"].to(device)
-    with restored_state(model, images), _autocast(device, precision):
+    with restored_state(model, images):
         model.eval()
         model(images)
 
 
 def _only_read(parts: RunComponents, precision: str, batch: dict[str, Tensor]) -> None:
     """No-op, for timing only data loading."""
-
-
-def _autocast(device: torch.device, precision: str) -> torch.autocast | nullcontext[None]:
-    """Return the autocast context of training."""
-    dtype = _DTYPES.get(precision)
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 def _step_seconds(

@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +31,7 @@ from snella import BudgetAllocator, SnellaCallback
 from snella_app.config import DataConfig, OptimConfig, RunConfig
 from snella_app.data import ImageDataset
 from snella_app.data.protocol import get_protocol
-from snella_app.device import choose_device
+from snella_app.device import autocast, choose_device
 from snella_app.files import write_json
 from snella_app.methods import load_trained_into, method_of, save_trained
 from snella_app.records import AveragedEpochs
@@ -375,6 +375,10 @@ class SnellaTrainer(CheckpointingTrainer):
         allocators = [c.allocator for c in self.callback_handler.callbacks if isinstance(c, SnellaCallback)]
         return allocators[0] if allocators else None
 
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[Any]:
+        """Return the context of a training step; evaluation does not enter it and computes in float32."""
+        return autocast(self.args.device, self.optim_config.precision)
+
     def selection_score(self, row: Mapping[str, Any]) -> tuple[float, float]:
         """Return the selection score of a history row."""
         return self.protocol.selection_score(row, self.task.selection_score)
@@ -471,7 +475,7 @@ class SnellaTrainer(CheckpointingTrainer):
         """Write the run's adapter in the main process."""
         if self.args.should_save:
             folded = nullcontext() if self.feature_norm is None else self.feature_norm.folded()
-            with reporting_write_errors(self.run_folder.adapter), folded:
+            with reporting_write_errors(self.run_folder.adapter), folded, self.run_folder.writing_adapter():
                 save_trained(self.trained_model, self.run_folder.adapter)
 
     def _selection_scores(self) -> dict[str, float]:
@@ -663,7 +667,7 @@ def training_arguments(
         checkpoints,
         choose_device(run.device),
         seed=run.seed,
-        precision=optim.precision,
+        precision="fp16" if optim.precision == "fp16" else "fp32",  # `SnellaTrainer` enters bfloat16 autocast
         num_train_epochs=optim.epochs,
         per_device_train_batch_size=-(-optim.effective_batch_size // process_count()),
         per_device_eval_batch_size=optim.effective_batch_size,

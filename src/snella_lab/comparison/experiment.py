@@ -228,6 +228,7 @@ def make_config(method: MethodEntry, data: DataEntry, shared: Mapping[str, Any],
     """
     is_sparse = "target_sparsity" in method_options(method.method)
     settings = {
+        "precision": "fp32",  # the same on all machines
         **shared,
         **{key: value for key, value in data.settings.items() if is_sparse or key not in _SPARSE_SETTINGS},
         **method.settings,

@@ -3,7 +3,6 @@ import torch
 from torch import nn
 
 from snella_app.methods import build_method, load_trained, method_options, save_trained
-from snella_app.methods.peft_methods import merge_adapter
 
 
 def test_options_are_the_fields_of_pefts_configuration(make_model):
@@ -53,8 +52,3 @@ def test_random_projections_come_from_their_seed_and_are_not_saved(make_model, i
 def test_an_unsupported_model_is_reported_with_the_method(method, reason, make_model):
     with pytest.raises(ValueError, match=f"method '{method}' cannot be applied to ResNet: {reason}"):
         build_method(method, make_model("test_resnet"))
-
-
-def test_only_adapters_can_be_merged_as_adapters(make_model):
-    with pytest.raises(TypeError, match="model must be a PeftModel to merge its adapter, got VisionTransformer"):
-        merge_adapter(make_model())

@@ -6,7 +6,7 @@ import re
 import yaml
 from markdown_it import MarkdownIt
 
-from snella_app.report import model_card
+from snella_app.report.card import model_card
 
 
 def head_of(card):

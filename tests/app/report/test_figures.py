@@ -8,7 +8,7 @@ from PIL import Image
 from snella_app.records import Allocation, AllocationStep, MatrixInfo, Metrics, read
 from snella_app.report import allocation as allocation_figures
 from snella_app.report import figures
-from snella_app.report.style import inline_svg, save_figure, shortened, write_atomically
+from snella_app.report.style import inline_svg, save_figure, shortened
 
 XLINK = "{http://www.w3.org/1999/xlink}href"
 
@@ -42,8 +42,8 @@ def test_every_figure_is_written_as_svg_and_png(run, tmp_path, ending, monkeypat
         "trend": allocation_figures.block_trend(allocation.matrices, budgets),
         "budget": allocation_figures.budget_curve(allocation, 10),
         "frozen": allocation_figures.frozen_curve(allocation, 10),
-        "kind": allocation_figures.budget_shares(allocation, 10, "kind"),
-        "depth": allocation_figures.budget_shares(allocation, 10, "depth"),
+        "kind": allocation_figures.budget_shares(allocation, 10),
+        "depth": allocation_figures.budget_shares(allocation, 10, by_block=True),
         "importance": allocation_figures.importance_curves(allocation, 10),
     }
     for name, figure in drawn.items():
@@ -156,16 +156,11 @@ def test_budget_figures_support_a_single_allocation_and_underscores():
     assert "matrices" in texts(inline_svg(allocation_figures.frozen_curve(allocation, None), "f", "F"))
 
 
-def test_budget_shares_are_by_kind_or_depth():
-    with pytest.raises(ValueError, match=r"by must be 'kind' or 'depth', got 'layer'"):
-        allocation_figures.budget_shares(small_allocation([(1, 1)]), None, "layer")
-
-
 def test_shares_of_many_blocks_name_only_the_first_and_the_last():
     matrices = [MatrixInfo(f"blocks.{d}.fc", "fc", d, (10, 10), 100, 100, 100) for d in range(32)]
     budgets = {m.name: 50 for m in matrices}
     history = [AllocationStep(t, t, 2, 1600, budgets, {}) for t in range(3)]
-    figure = allocation_figures.budget_shares(Allocation(3200, 1600, matrices, history), 2, "depth")
+    figure = allocation_figures.budget_shares(Allocation(3200, 1600, matrices, history), 2, by_block=True)
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert legend == ["0", "31"]
 
@@ -184,10 +179,3 @@ def test_importance_ticks_are_powers_of_ten():
     assert "10⁻⁵" in shown
     narrow = small_allocation([(50, 10), (60, 0)], {"q": 1e-3, "_k": 3e-3})
     assert "2·10⁻³" in texts(inline_svg(allocation_figures.importance_curves(narrow, 2), "i", "I"))
-
-
-def test_a_failed_write_leaves_no_temporary_file(tmp_path):
-    (tmp_path / "report.html").mkdir()
-    with pytest.raises(OSError, match=r"report.html"):
-        write_atomically(tmp_path / "report.html", b"page")
-    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]

@@ -40,6 +40,25 @@ def test_an_unfinished_run_can_be_continued_or_started_over(tmp_path):
     assert run.resolve_settings(config(run.path, overwrite=True)).run.overwrite
 
 
+def test_a_kill_while_the_adapter_is_written_leaves_it_without_digests(tmp_path):
+    run = made(tmp_path / "run", "running")
+    run.adapter.mkdir()
+    weights = run.adapter / "adapter_model.safetensors"
+    with run.writing_adapter():
+        weights.write_text("epoch 1")
+    with pytest.raises(KeyboardInterrupt), run.writing_adapter():
+        weights.write_text("epoch 2")
+        raise KeyboardInterrupt
+    run.check_adapter()
+    assert run.resolve_resume(config(run.path, resume=True))[1] == "running"
+    with run.writing_adapter():
+        weights.write_text("epoch 2")
+    weights.write_text("of another run")
+    for check in (run.check_adapter, lambda: run.resolve_resume(config(run.path, resume=True))):
+        with pytest.raises(ValueError, match=r"adapter/adapter_model.safetensors: damaged: altered after"):
+            check()
+
+
 def test_resuming_uses_the_stored_settings(tmp_path):
     run = RunFolder(tmp_path / "run")
     run.create(config(run.path, epochs=7, method="lora-4").resolved())

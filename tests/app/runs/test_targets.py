@@ -17,8 +17,8 @@ from snella_app.runs.evaluate import evaluate
 from snella_app.runs.export import export
 from snella_app.runs.merge import loading_snippet, merge
 from snella_app.runs.predict import predict
-from snella_app.tasks import task_class
-from snella_app.tasks.predictions import write_numbers, write_predictions
+from snella_app.tasks import RegressionTask, task_class
+from snella_app.tasks.predictions import write_predictions
 from snella_app.training.sampler import EpochSampler
 from snella_app.training.session import InterruptCallback, TrainingInterrupted
 from snella_app.training.train import train
@@ -154,11 +154,11 @@ def test_numbers_are_predicted_in_their_unit(make_run, table, tmp_path):
     means = [float(row[names.index("mean")]) for row in rows]
     errors = [abs(p.values["mean"] - mean) for p, mean in zip(predictions, means, strict=True)]
     assert np.mean(errors) < 0.5 * np.std(means)
-    written = read_csv(write_numbers(predictions, tmp_path / "numbers.csv"))
+    written = read_csv(write_predictions(predictions, tmp_path / "numbers.csv"))
     assert written[0] == ["image", "light", "mean"]
     assert float(written[1][2]) == pytest.approx(predictions[0].values["mean"], rel=1e-5)
     with pytest.raises(ValueError, match="top_k must be omitted for regression, got 2"):
-        write_numbers(predictions, tmp_path / "again.csv", 2)
+        RegressionTask.check_output(tmp_path / "again.csv", 2, overwrite=False)
 
 
 def test_ordered_classes_are_numbered_by_rank(make_run, table):

@@ -8,8 +8,8 @@ from snella_app.tasks import ClassificationTask
 def test_the_loss_is_cross_entropy_by_hand():
     logits, labels = torch.tensor([[2.0, 0.0, -1.0], [0.0, 1.0, 0.0]], dtype=torch.float64), torch.tensor([0, 2])
     log_p = logits - logits.exp().sum(1, keepdim=True).log()
-    assert torch.allclose(ClassificationTask(3).loss(logits, labels), -(log_p[0, 0] + log_p[1, 2]) / 2)
-    smoothed = ClassificationTask(3, 0.3).loss(logits, labels)
+    assert torch.allclose(ClassificationTask(("a", "b", "c")).loss(logits, labels), -(log_p[0, 0] + log_p[1, 2]) / 2)
+    smoothed = ClassificationTask(("a", "b", "c"), 0.3).loss(logits, labels)
     q = torch.full((2, 3), 0.1, dtype=torch.float64)
     q[0, 0] += 0.7
     q[1, 2] += 0.7
@@ -17,12 +17,12 @@ def test_the_loss_is_cross_entropy_by_hand():
 
 
 def test_the_loss_of_half_precision_logits_is_float32():
-    loss = ClassificationTask(2).loss(torch.tensor([[1.0, 2.0]], dtype=torch.bfloat16), torch.tensor([1]))
+    loss = ClassificationTask(("a", "b")).loss(torch.tensor([[1.0, 2.0]], dtype=torch.bfloat16), torch.tensor([1]))
     assert loss.dtype == torch.float32
 
 
 def test_a_batch_stacks_images_and_labels():
-    batch = ClassificationTask(2).collate([(torch.zeros(3, 4, 4), 1), (torch.ones(3, 4, 4), 0)])
+    batch = ClassificationTask(("a", "b")).collate([(torch.zeros(3, 4, 4), 1), (torch.ones(3, 4, 4), 0)])
     assert batch["images"].shape == (2, 3, 4, 4)
     assert batch["labels"].tolist() == [1, 0] and batch["labels"].dtype == torch.long
 
@@ -30,7 +30,7 @@ def test_a_batch_stacks_images_and_labels():
 def test_metrics_match_scikit_learn():
     torch.manual_seed(0)
     logits, labels = torch.randn(50, 3), torch.randint(0, 3, (50,))
-    result = ClassificationTask(3).metrics(logits, labels)
+    result = ClassificationTask(("a", "b", "c")).metrics(logits, labels)
     predicted = logits.argmax(1)
     assert result["accuracy"] == pytest.approx(float((predicted == labels).float().mean()))
     assert result["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(labels, predicted))
@@ -49,30 +49,35 @@ def test_metrics_match_scikit_learn():
 )
 def test_the_last_line_has_the_monitored_metric(monitor, text):
     val = {"accuracy": 0.9, "balanced_accuracy": 0.5, "macro_f1": 0.45}
-    assert ClassificationTask(2, monitor=monitor).final_text(val, {"accuracy": 0.8, "balanced_accuracy": 0.4}) == text
+    assert (
+        ClassificationTask(("a", "b"), monitor=monitor).final_text(val, {"accuracy": 0.8, "balanced_accuracy": 0.4})
+        == text
+    )
 
 
 def test_a_class_without_images_does_not_affect_the_balanced_accuracy():
     logits = torch.eye(3)[[0, 0, 2]]
-    result = ClassificationTask(3).metrics(logits, [0, 0, 1])
+    result = ClassificationTask(("a", "b", "c")).metrics(logits, [0, 0, 1])
     assert result["confusion"] == [[2, 0, 0], [0, 0, 1], [0, 0, 0]]
     assert result["balanced_accuracy"] == 0.5
 
 
 def test_metrics_do_not_depend_on_label_smoothing():
     logits, labels = torch.randn(5, 2), torch.tensor([0, 1, 0, 1, 1])
-    assert ClassificationTask(2, 0.5).metrics(logits, labels) == ClassificationTask(2).metrics(logits, labels)
+    assert ClassificationTask(("a", "b"), 0.5).metrics(logits, labels) == ClassificationTask(("a", "b")).metrics(
+        logits, labels
+    )
 
 
 def test_invalid_settings_are_reported_together():
     with pytest.raises(
-        ValueError, match=r"num_classes must be at least 2, got 1; label_smoothing must be in \[0, 1\), got 1\.0"
+        ValueError, match=r"classes must be at least 2, got \['a'\]; label_smoothing must be in \[0, 1\), got 1\.0"
     ):
-        ClassificationTask(1, 1.0)
+        ClassificationTask(("a",), 1.0)
 
 
 def test_logits_without_labels_are_rejected():
     with pytest.raises(ValueError, match="same length of at least 1, got 2 and 3"):
-        ClassificationTask(2).metrics(torch.zeros(2, 2), [0, 1, 1])
+        ClassificationTask(("a", "b")).metrics(torch.zeros(2, 2), [0, 1, 1])
     with pytest.raises(ValueError, match="got 0 and 0"):
-        ClassificationTask(2).metrics(torch.zeros(0, 2), [])
+        ClassificationTask(("a", "b")).metrics(torch.zeros(0, 2), [])

@@ -66,7 +66,7 @@ def test_corn_s_probabilities_are_products_of_its_conditional_ones():
 
 def test_weights_of_class_and_sample_multiply_the_loss():
     each = cross_entropy(LOGITS, LABELS)
-    task = ClassificationTask(3, weight_by_class=(2.0, 1.0, 0.5))
+    task = ClassificationTask(("a", "b", "c"), weight_by_class=(2.0, 1.0, 0.5))
     assert torch.allclose(task.loss(LOGITS, LABELS), (2 * each[0] + 0.5 * each[1]) / 2)
     own = torch.tensor([3.0, 0.0])
     assert torch.allclose(task.loss(LOGITS, LABELS, own), 6 * each[0] / 2)
@@ -78,9 +78,9 @@ def test_weights_of_class_and_sample_multiply_the_loss():
 @pytest.mark.parametrize(
     ("task", "outputs", "labels"),
     [
-        (ClassificationTask(3, loss_name="focal"), LOGITS, LABELS),
+        (ClassificationTask(("a", "b", "c"), loss_name="focal"), LOGITS, LABELS),
         (MultiLabelTask(("a", "b", "c")), LOGITS, torch.tensor([[1.0, 0, 1], [0, 0, 0]])),
-        (OrdinalTask(4, loss_name="corn"), LOGITS, torch.tensor([3, 1])),
+        (OrdinalTask(tuple("0123"), loss_name="corn"), LOGITS, torch.tensor([3, 1])),
         (RegressionTask(("x", "y", "z"), mean=(1.0, 2, 3), std=(2.0, 2, 2)), LOGITS, torch.randn(2, 3).double()),
     ],
     ids=lambda value: getattr(value, "name", ""),

@@ -23,9 +23,7 @@ def test_balanced_class_weights_match_scikit_learn_and_have_mean_one():
     from sklearn.utils.class_weight import compute_class_weight
 
     labels = [0] * 6 + [1] * 3 + [2]
-    task = create_task("classification", ["a", "b", "c"], class_weights="balanced").fitted(
-        dataset(labels), ["a", "b", "c"]
-    )
+    task = create_task("classification", ["a", "b", "c"], class_weights="balanced").fitted(dataset(labels))
     assert np.allclose(task.weight_by_class, compute_class_weight("balanced", classes=np.arange(3), y=labels))
     assert np.mean(np.asarray(task.weight_by_class)[labels]) == pytest.approx(1.0)
     assert task.sample_weights(dataset(labels)) == pytest.approx([1 / 6] * 6 + [1 / 3] * 3 + [1.0])
@@ -34,7 +32,7 @@ def test_balanced_class_weights_match_scikit_learn_and_have_mean_one():
 def test_a_class_without_images_cannot_be_balanced():
     task = create_task("classification", ["a", "b"], class_weights="balanced")
     with pytest.raises(ValueError, match="training images of every class, got none of 'b'; add images"):
-        task.fitted(dataset([0, 0]), ["a", "b"])
+        task.fitted(dataset([0, 0]))
 
 
 def test_class_weights_by_name_are_checked():
@@ -50,14 +48,14 @@ def test_class_weights_by_name_are_checked():
 def test_macro_f1_matches_scikit_learn():
     torch.manual_seed(0)
     logits, labels = torch.randn(40, 3), torch.randint(0, 3, (40,))
-    scores = ClassificationTask(3).metrics(logits, labels)
+    scores = ClassificationTask(("a", "b", "c")).metrics(logits, labels)
     assert scores["macro_f1"] == pytest.approx(f1_score(labels, logits.argmax(1), average="macro"))
 
 
 def test_epochs_are_compared_by_the_monitored_metric_in_its_direction():
     row = {"val_accuracy": 0.9, "val_balanced_accuracy": 0.6, "val_loss": 0.5}
-    assert ClassificationTask(2, monitor="balanced_accuracy").selection_score(row) == (0.6, -0.5)
-    assert ClassificationTask(2, monitor="loss").selection_score(row) == (-0.5, -0.5)
+    assert ClassificationTask(("a", "b"), monitor="balanced_accuracy").selection_score(row) == (0.6, -0.5)
+    assert ClassificationTask(("a", "b"), monitor="loss").selection_score(row) == (-0.5, -0.5)
     assert RegressionTask(("age",), monitor="mae").selection_score({"val_mae": 3.0, "val_loss": 0.2}) == (-3.0, -0.2)
 
 
@@ -100,7 +98,7 @@ def test_thresholds_maximize_f1():
 
 def test_positive_weights_are_the_ratio_of_images_without_and_with_the_label():
     data = dataset([0] * 5, [("a",), ("a", "b"), ("a",), (), ("b",)])
-    task = create_task("multilabel", ["a", "b"], class_weights="balanced").fitted(data, ["a", "b"])
+    task = create_task("multilabel", ["a", "b"], class_weights="balanced").fitted(data)
     assert task.positive_weights == pytest.approx((2 / 3, 3 / 2))
     assert task.sample_weights(data) == pytest.approx([1 / 3, 1 / 2, 1 / 3, 1.0, 1 / 2])
     assert task.encode(("b",)).tolist() == [0.0, 1.0]
@@ -118,13 +116,13 @@ def test_the_multilabel_state_is_the_thresholds():
 def test_ordinal_metrics_use_ranks():
     torch.manual_seed(0)
     logits, labels = torch.randn(40, 3), torch.randint(0, 4, (40,))
-    scores = OrdinalTask(4, loss_name="corn").metrics(logits, labels)
+    scores = OrdinalTask(tuple("0123"), loss_name="corn").metrics(logits, labels)
     ranks = (logits.double().sigmoid().cumprod(1) > 0.5).sum(1)
     assert scores["mae"] == pytest.approx(float((ranks - labels).abs().double().mean()))
     assert scores["kappa"] == pytest.approx(cohen_kappa_score(labels, ranks, weights="quadratic"))
     assert sum(map(sum, scores["confusion"])) == 40
     perfect = torch.full((2, 3), -9.0)
-    assert OrdinalTask(4, loss_name="corn").metrics(perfect, [0, 0])["kappa"] == 1.0
+    assert OrdinalTask(tuple("0123"), loss_name="corn").metrics(perfect, [0, 0])["kappa"] == 1.0
 
 
 def test_class_order_follows_numbers_or_is_required():
@@ -144,7 +142,7 @@ def test_two_classes_are_not_ordinal():
 
 def test_targets_are_standardized_for_the_loss_and_converted_back():
     data = dataset([0] * 4, [(1.0, 100.0), (2.0, 200.0), (3.0, 300.0), (6.0, 300.0)])
-    task = create_task("regression", ["x", "y"]).fitted(data, ["x", "y"])
+    task = create_task("regression", ["x", "y"]).fitted(data)
     assert task.mean == pytest.approx((3.0, 225.0)) and task.std == pytest.approx(
         (np.std([1, 2, 3, 6]), np.std([100, 200, 300, 300]))
     )
@@ -168,7 +166,9 @@ def test_models_of_several_folds_are_averaged_in_target_units():
     assert pooled.thresholds == pytest.approx((0.4,))
 
 
-@pytest.mark.parametrize("task", [MultiLabelTask(("a", "b", "c")), OrdinalTask(4)], ids=lambda task: task.name)
+@pytest.mark.parametrize(
+    "task", [MultiLabelTask(("a", "b", "c")), OrdinalTask(tuple("0123"))], ids=lambda task: task.name
+)
 def test_averaged_outputs_have_the_mean_probabilities(task):
     torch.manual_seed(0)
     outputs = [torch.randn(5, 3).double(), torch.randn(5, 3).double()]
@@ -178,7 +178,7 @@ def test_averaged_outputs_have_the_mean_probabilities(task):
 
 def test_large_targets_keep_their_precision():
     data = dataset([0] * 3, [1.7e9, 1.7e9 + 1, 1.7e9 + 2])
-    task = create_task("regression", ["t"]).fitted(data, ["t"])
+    task = create_task("regression", ["t"]).fitted(data)
     values = task.standardized(torch.stack([task.encode(1.7e9 + i) for i in range(3)]))
     assert values[:, 0].tolist() == pytest.approx([-(1.5**0.5), 0.0, 1.5**0.5])
 
@@ -194,7 +194,7 @@ def test_a_regression_rejects_missing_targets():
     ("task", "labels"),
     [
         (MultiLabelTask(("a", "b")), np.array([[1, 0], [1, 1], [0, 1], [0, 0]] * 10)),
-        (OrdinalTask(3, loss_name="corn"), np.array([0, 1, 2, 1] * 10)),
+        (OrdinalTask(tuple("012"), loss_name="corn"), np.array([0, 1, 2, 1] * 10)),
         (RegressionTask(("x", "y"), mean=(1.0, 0.0), std=(2.0, 1.0)), np.array([[1.0, 5.0], [3.0, 4.0]] * 20)),
     ],
     ids=lambda value: getattr(value, "name", ""),

@@ -1,6 +1,7 @@
 """A head that starts as the linear probe."""
 
 import io
+import re
 
 import numpy as np
 import pytest
@@ -71,6 +72,15 @@ def test_a_start_that_no_epoch_beats_is_saved(tmp_path):
     assert metrics["best_epoch"] == 0
     assert metrics["val"]["accuracy"] == pytest.approx(metrics["history"][0]["val_accuracy"])
     assert "no epoch is better than the initial model, which is saved" in console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("final_head", "head"), [("trained", "linear probe"), ("layers", r"linear head on layers \d.*")]
+)
+def test_a_run_without_epochs_names_the_saved_head(final_head, head, tmp_path):
+    console = Console(file=io.StringIO(), width=200)
+    train(config(tmp_path, epochs=0, final_head=final_head), console)
+    assert re.search(rf"^not trained \(0 epochs\); the {head} is saved: validation 0\.", console.file.getvalue(), re.M)
 
 
 @pytest.mark.parametrize("classes", [2, 5])

@@ -22,7 +22,7 @@ from snella_app.training.optimizer import build_optimizer
 from snella_app.training.results import best_epoch, free_memory, log_summary, shorten_hint
 from snella_app.training.sampler import EpochSampler, mix_seed
 
-TASK = ClassificationTask(3)
+TASK = ClassificationTask(("a", "b", "c"))
 
 
 def config(method, **changes):
@@ -153,7 +153,9 @@ def test_what_takes_less_is_a_size_that_patches_tile(side, much, said):
 def test_what_will_not_fit_or_take_long_is_said_before_training(monkeypatch):
     monkeypatch.setattr("snella_app.training.results.free_memory", lambda device: 2**20)
     model = build_method("linear", timm.create_model("test_vit", num_classes=10, img_size=448))
-    parts = RunComponents(load_data("digits"), model, ClassificationTask(10), {}, {"input_size": [3, 448, 448]})
+    parts = RunComponents(
+        load_data("digits"), model, ClassificationTask(tuple("0123456789")), {}, {"input_size": [3, 448, 448]}
+    )
     output = io.StringIO()
     log_summary(Console(file=output, width=300), config("linear"), parts)
     text = output.getvalue()
@@ -167,7 +169,7 @@ def test_snella_can_also_keep_less(monkeypatch):
     parts = RunComponents(
         load_data("digits"),
         build_method("snella", timm.create_model("test_vit", num_classes=10, img_size=32)),
-        ClassificationTask(10),
+        ClassificationTask(tuple("0123456789")),
         {},
         {"input_size": [3, 32, 32]},
     )

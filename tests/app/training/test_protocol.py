@@ -15,7 +15,7 @@ from snella_app.config import TrainConfig
 from snella_app.data import load_data
 from snella_app.data.load import Protocol
 from snella_app.data.protocol import PROTOCOLS, get_protocol
-from snella_app.report import inspect_run
+from snella_app.report.inspect import inspect_run
 from snella_app.runs import RunFolder, load_run
 from snella_app.runs.evaluate import evaluate
 from snella_app.training.session import TrainingInterrupted

@@ -25,7 +25,7 @@ def parts(settings):
     config = settings(method="gps")
     splits = load_data(str(config.data.spec), seed=0)
     mark = lambda image: torch.tensor([float(sum(image.getpixel((0, 0)))), float(torch.rand(()))])  # noqa: E731
-    task = ClassificationTask(len(splits.classes))
+    task = ClassificationTask(tuple(splits.classes))
     data = LoadedData(config.data, 0, splits, task, 0.0, batch_size=8, shows_progress=False)
     return splits.train.with_transform(mark), splits.val.with_transform(mark), data
 

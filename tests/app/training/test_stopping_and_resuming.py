@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from snella_app.config import TrainConfig
 from snella_app.records import BackboneInfo, DataInfo, RunInfo
-from snella_app.report import write_report
+from snella_app.report.report import write_report
 from snella_app.runs import RunFolder
 from snella_app.runs.images import load_splits, splits_digest
 from snella_app.tasks.classification import ClassificationTask
@@ -290,6 +290,34 @@ def test_a_checkpoint_that_is_not_as_it_was_written_is_named_with_the_ways_out(
     assert checkpoint_to_resume(RunFolder(config.run.out), Console(file=note, width=400)) == older
     assert "note: skipped" in note.getvalue() and "optimizer.pt was modified" in note.getvalue()
     shutil.rmtree(older)
+    assert same(outcome(resumed(config)[0]), uninterrupted)
+
+
+def test_the_best_adapter_of_another_run_is_refused(settings, console, uninterrupted, finished, monkeypatch):
+    config = settings()
+    run = RunFolder(config.run.out)
+    original = SnellaTrainer.training_step
+
+    def interrupt(self, *args, **kwargs):
+        if self.state.global_step == 6:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SnellaTrainer, "training_step", interrupt)
+        for start in (lambda: train(config, console), lambda: resumed(config)):
+            with pytest.raises(TrainingInterrupted, match="checkpoint-4"):
+                start()
+            assert "adapter/adapter_model.safetensors" in run.read_json("run.json")["files"]
+    own = run.adapter.rename(run.path / ".own")
+    shutil.copytree(finished.adapter, run.adapter)
+    refused = r"run: adapter/.*adapter_model\.safetensors.*: damaged: altered after it was written"
+    with pytest.raises(ValueError, match=refused):
+        resumed(config)
+    with pytest.raises(ValueError, match=refused):
+        run.check_adapter()
+    shutil.rmtree(run.adapter)
+    own.rename(run.adapter)
     assert same(outcome(resumed(config)[0]), uninterrupted)
 
 

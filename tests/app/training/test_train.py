@@ -15,10 +15,11 @@ from snella.matrices import adapted_matrices
 from snella_app.methods import load_trained
 from snella_app.records import RunInfo, read
 from snella_app.runs import RunFolder, load_run
-from snella_app.runs.evaluate import images_for_run
+from snella_app.runs.evaluate import evaluate, images_for_run
 from snella_app.runs.model import make_backbone
 from snella_app.training.finish import _only_answer
 from snella_app.training.train import train
+from snella_app.training.trainer import SnellaTrainer
 
 from .components import build_components
 
@@ -171,9 +172,30 @@ def test_workers_do_not_change_the_result(settings, console, no_report, tmp_path
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_bf16_trains(settings, console, no_report):
-    metrics = train(settings(epochs=1, precision="bf16"), console).read_json("metrics.json")
+@pytest.mark.parametrize("final_head", ["trained", "layers"])
+def test_bf16_training_is_evaluated_in_float32(final_head, settings, console, no_report):
+    run = train(settings(epochs=1, precision="bf16", final_head=final_head), console)
+    metrics = run.read_json("metrics.json")
     assert 0 < metrics["history"][1]["train_loss"] < 3
+    again = evaluate(run.path, split="test", batch_size=8, console=console)
+    assert again["loss"] == pytest.approx(metrics["test"]["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("has_products", [True, False])
+def test_precision_follows_the_hardware(has_products, settings, console, no_report, monkeypatch):
+    monkeypatch.setattr("snella_app.device._has_bfloat16_products", lambda device: has_products)
+    seen = []
+    method = SnellaTrainer.compute_loss
+
+    def compute_loss(self, model, *args, **kwargs):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return method(self, model, *args, **kwargs)
+
+    monkeypatch.setattr(SnellaTrainer, "compute_loss", compute_loss)
+    run = train(settings(epochs=1, precision="auto"), console)
+    assert run.read_config().optim.precision == ("bf16" if has_products else "fp32")
+    assert ("on cpu in bf16" in console.file.getvalue()) is has_products
+    assert set(seen) == {has_products}
 
 
 def test_fewer_images_than_a_batch_is_said_with_both_numbers(settings, console):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import sys
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from peft import get_peft_model
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
@@ -64,8 +66,10 @@ def strip_wrappers(name: str) -> str:
     return name.replace("_fsdp_wrapped_module.", "").removeprefix("module.")
 
 
-def run(kind: str, impl: str, rank: int, importance: str = "sensitivity") -> dict[str, Any]:
-    """Train an adapter for four epochs of three steps, with different data on every rank."""
+def prepare(
+    kind: str, impl: str, importance: str = "sensitivity"
+) -> tuple[nn.Module, torch.optim.Optimizer, BudgetAllocator, SnellaConfig]:
+    """Return a wrapped model, its optimizer with an attached allocator, the allocator, and the adapter's config."""
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(10, 12), nn.Tanh(), Block(), nn.Linear(12, 3))
     config = SnellaConfig(
@@ -79,13 +83,24 @@ def run(kind: str, impl: str, rank: int, importance: str = "sensitivity") -> dic
     )
     adapted = get_peft_model(base, config)
     model = wrap(kind, adapted)
-    optimizer = create_snella_optimizer(model, lr=1e-2)
-    allocator = BudgetAllocator(model, total_epochs=4, steps_per_epoch=3).attach(optimizer)
-    torch.manual_seed(100 + rank)
-    for _ in range(12):
+    optimizer = create_snella_optimizer(model, lr=1e-2, weight_decay=0.1)
+    return model, optimizer, BudgetAllocator(model, total_epochs=4, steps_per_epoch=3).attach(optimizer), config
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, first: int = 0, end: int = 12) -> None:
+    """Train for some of the twelve steps, with different data on every rank."""
+    model.train()
+    for step in range(first, end):
+        torch.manual_seed(100 * rank + step)
         optimizer.zero_grad()
         model(torch.randn(6, 5, 10)).square().sum().backward()
         optimizer.step()
+
+
+def run(kind: str, impl: str, rank: int, importance: str = "sensitivity") -> dict[str, Any]:
+    """Train an adapter for four epochs of three steps."""
+    model, optimizer, allocator, config = prepare(kind, impl, importance)
+    train(model, optimizer, rank)
     model.eval()
     torch.manual_seed(7)
     x = torch.randn(2, 5, 10)
@@ -109,19 +124,36 @@ def run(kind: str, impl: str, rank: int, importance: str = "sensitivity") -> dic
         "nonzeros": {matrix.name: matrix.nonzeros() for matrix in matrices},
         "digest": {name: p.double().abs().sum().item() for name, p in sorted(parameters.items())},
         "evaluation_error": float((without_gradients - expected).abs().max() / expected.abs().max()),
+        "groups": {group["name"]: len(group["params"]) for group in optimizer.param_groups},
     }
+
+
+def resume(kind: str, rank: int) -> list[dict[str, Any]]:
+    """Return the results of an uninterrupted training and of one that loads its state after six steps."""
+    options = StateDictOptions(full_state_dict=True)
+    model, optimizer, allocator, _ = prepare(kind, "eager")
+    train(model, optimizer, rank, end=6)
+    weights, state = copy.deepcopy(get_state_dict(model, optimizer, options=options))
+    train(model, optimizer, rank, first=6)
+    resumed, resumed_optimizer, resumed_allocator, _ = prepare(kind, "eager")
+    set_state_dict(resumed, resumed_optimizer, model_state_dict=weights, optim_state_dict=state, options=options)
+    train(resumed, resumed_optimizer, rank, first=6)
+    return [
+        {"history": part.history, "digest": {n: p.double().sum().item() for n, p in full_parameters(wrapped).items()}}
+        for part, wrapped in ((allocator, model), (resumed_allocator, resumed))
+    ]
 
 
 def main(rank: int, meeting_point: str, *cases: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=2)
-    results = {}
+    results: dict[str, Any] = {}
     for case in cases:
         try:
             if case == "pieces":  # a full copy in each of two groups, as with HYBRID_SHARD
                 _find_shard_starts([torch.zeros(3)], [3])
             kind, impl, *importance = case.split("-")
-            results[case] = run(kind, impl, rank, *importance)
+            results[case] = resume(kind, rank) if impl == "resume" else run(kind, impl, rank, *importance)
         except Exception as error:
             results[case] = {"error": f"{type(error).__name__}: {error}"}
     print(json.dumps(results), flush=True)

@@ -652,6 +652,18 @@ def test_two_step_training_lists_matrices_without_gradient(mlp):
         train(mlp, model, optimizer, last=2)
 
 
+def test_matrices_frozen_for_lack_of_a_gradient_are_listed(mlp):
+    model = mlp.adapted()
+    optimizer = make_optimizer(model)
+    allocator = make_allocator(model, total_epochs=6, steps_per_epoch=1).attach(optimizer)
+    model.base_model.model.lin0.register_forward_hook(lambda module, args, output: output.detach())
+    model.train()
+    train(mlp, model, optimizer, last=4)
+    assert allocator.frozen == ["lin0"]
+    with pytest.warns(UserWarning, match="1 of 2 adapted matrices got no gradient in the first 5 steps: 'lin0'"):
+        train(mlp, model, optimizer, first=5, last=6)
+
+
 def test_late_gradients_and_frozen_matrices_do_not_warn(mlp):
     model = mlp.adapted()
     optimizer = make_optimizer(model)

@@ -28,6 +28,7 @@ REFUSED = {
 UNITS = ("whole", "norms", "layers", "blocks")
 EQUALLY_ROUNDED = {"FULL_SHARD-layers", "SHARD_GRAD_OP-norms", "SHARD_GRAD_OP-layers", "NO_SHARD-layers", "FSDP2-whole"}
 """Cases whose sharded model compresses the same normalizations as the unsharded model."""
+RESUMED = [f"{kind}-resume" for kind in ("ddp", "fsdp1", "fsdp2")]
 RECOMPUTED = [f"{kind}-{units}" for kind in ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "FSDP2") for units in UNITS]
 
 
@@ -35,7 +36,7 @@ RECOMPUTED = [f"{kind}-{units}" for kind in ("FULL_SHARD", "SHARD_GRAD_OP", "NO_
 def runs(tmp_path_factory):
     """Return the output of both processes for every case."""
     worker = Path(__file__).with_name("distributed_worker.py")
-    return in_two_processes(worker, tmp_path_factory.mktemp("ranks"), *CASES, *REFUSED, timeout=200)
+    return in_two_processes(worker, tmp_path_factory.mktemp("ranks"), *CASES, *REFUSED, *RESUMED, timeout=200)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -63,6 +64,22 @@ def test_sharded_training_equals_ddp(runs, case):
 @pytest.mark.parametrize("case", CASES)
 def test_distributed_evaluation_equals_single_device(runs, case):
     assert runs[0][case]["evaluation_error"] < 1e-5
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_optimizer_groups_do_not_depend_on_sharding(runs, case):
+    groups = runs[0][case]["groups"]
+    assert groups == runs[0]["ddp-eager"]["groups"]
+    assert (groups["head"], groups["head_no_decay"]) == (1, 1)  # the weight and bias of the linear layer "3"
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_training_resumed_from_a_full_state_equals_an_uninterrupted_one(runs, case):
+    for run in runs:
+        assert isinstance(run[case], list), run[case]
+        uninterrupted, resumed = run[case]
+        assert len(uninterrupted["history"]) == 5
+        assert resumed == uninterrupted
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -1,0 +1,91 @@
+"""Time of a training step and of a forward pass in float32 and bfloat16 autocast: SNELLA, LoRA, full fine-tuning.
+
+python benchmarks/precision.py                 three minutes on two cores; appends to precision.jsonl
+
+Methods and precisions are interleaved; rows hold medians over `--rounds`.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from snella import SnellaConfig
+from snella_app.device import autocast
+from snella_lab.comparison.cells import git_state, system_info
+
+HERE = Path(__file__).parent
+MODELS = (("vit_small_patch14_dinov2", 70, 32), ("vit_base_patch16_224", 224, 16))
+METHODS, PRECISIONS, CLASSES = ("lora", "full", "snella"), ("fp32", "bf16"), 10
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=HERE / "precision.jsonl")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    shared: dict[str, Any] = dict(zip(("commit", "is_dirty"), git_state(), strict=True))
+    shared |= {"threads": args.threads, "rounds": args.rounds, "torch": torch.__version__, "system": system_info()}
+    shared |= {"created_at": datetime.now(UTC).isoformat(timespec="seconds")}
+    for name, size, batch in MODELS:
+        for row in measure(name, size, batch, args.rounds):
+            print(row, flush=True)
+            with args.out.open("a") as file:
+                file.write(json.dumps({**row, **shared}) + "\n")
+
+
+def measure(name: str, size: int, batch: int, rounds: int) -> list[dict[str, Any]]:
+    """Time all methods in both precisions; the first two rounds compile and are discarded."""
+    models = {method: build(method, name, size) for method in METHODS}
+    images, labels = torch.randn(batch, 3, size, size), torch.randint(CLASSES, (batch,))
+    times: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for _ in range(rounds + 2):
+        for method, precision in itertools.product(METHODS, PRECISIONS):
+            times.setdefault((method, precision), []).append(step_times(models[method], images, labels, precision))
+    rows = []
+    for (method, precision), spans in times.items():
+        step_s, forward_s = (statistics.median(part) for part in zip(*spans[2:], strict=True))
+        row = {"backbone": name, "img_size": size, "batch_size": batch, "method": method, "precision": precision}
+        rows.append({**row, "step_s": round(step_s, 4), "forward_s": round(forward_s, 4)})
+    return rows
+
+
+def build(method: str, name: str, size: int) -> nn.Module:
+    """Build a model with random weights and adapt it."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=CLASSES, img_size=size)
+    if method == "full":
+        return model
+    targets = {"target_modules": r".*\.(qkv|proj|fc1|fc2)", "modules_to_save": ["head"]}
+    return get_peft_model(model, (LoraConfig if method == "lora" else SnellaConfig)(r=8, **targets))
+
+
+def step_times(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, precision: str) -> tuple[float, float]:
+    """Return the seconds of forward and backward in training mode, and of a forward pass in evaluation mode."""
+    model.train()
+    begun = time.perf_counter()
+    with autocast(images.device, precision):
+        logits = model(images)
+    nn.functional.cross_entropy(logits.float(), labels).backward()
+    trained = time.perf_counter()
+    model.zero_grad(set_to_none=True)
+    model.eval()
+    start = time.perf_counter()
+    with torch.no_grad(), autocast(images.device, precision):
+        model(images)
+    return trained - begun, time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()
