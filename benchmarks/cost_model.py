@@ -52,8 +52,6 @@ SHAPES: dict[str, Transformer] = {
     "llama": replace(MODELS["LLaMA-7B"], tokens=512, outputs=1000),
 }
 """Shapes of the models in the rows; Swin and ConvNeXt are not plain transformers."""
-NAMES = {"vit_small_patch14_dinov2": "DINOv2 ViT-S/14, 42 px"}
-"""Names of models that `MODELS` lacks."""
 _LEAST_ROUNDS = 2
 _TIME_GOAL, _BYTES_GOAL = 0.15, 0.03
 _MIB, _GIB = 2**20, 2**30
@@ -228,18 +226,12 @@ _ERROR_HEAD = ("rows", "median error", "largest", "within 15%", "ratio to LoRA, 
 
 
 def error_table(held_out: list[HeldOut]) -> str:
-    """Format held-out errors of step times, a line for each machine and configuration."""
+    """Format held-out errors of step times, a line for each machine."""
     lines = []
-    for machine, configuration in dict.fromkeys((one.case.machine, one.case.configuration) for one in held_out):
-        own = [one for one in held_out if (one.case.machine, one.case.configuration) == (machine, configuration)]
-        ratios = ratio_errors(own)
-        cells = [*_error_cells(own), _percent(_median(ratios))]
-        lines.append([machine_name(machine), _configuration(configuration), *cells])
     for machine in dict.fromkeys(one.case.machine for one in held_out):
         own = [one for one in held_out if one.case.machine == machine]
-        cells = [f"**{cell}**" for cell in (*_error_cells(own), _percent(_median(ratio_errors(own))))]
-        lines.append([f"**{machine_name(machine)}**", "**all**", *cells])
-    return markdown_table(["machine", "held-out configuration", *_ERROR_HEAD], lines)
+        lines.append([machine_name(machine), *_error_cells(own), _percent(_median(ratio_errors(own)))])
+    return markdown_table(["machine", *_ERROR_HEAD], lines)
 
 
 def _error_cells(held_out: list[HeldOut]) -> list[str]:
@@ -247,7 +239,7 @@ def _error_cells(held_out: list[HeldOut]) -> list[str]:
     worst = max(held_out, key=lambda one: abs(one.error))
     within = sum(abs(one.error) <= _TIME_GOAL for one in held_out)
     median = _percent(_median([one.error for one in held_out]))
-    return [str(len(held_out)), median, f"{worst.error:+.0%} ({worst.case.method})".replace("%", " %"), str(within)]
+    return [str(len(held_out)), median, f"{worst.error:+.0%} ({worst.case.method})", str(within)]
 
 
 def other_machines_table(cases: list[Case], folder: Path = FOLDER) -> str:
@@ -300,8 +292,8 @@ def bytes_table(folder: Path = FOLDER) -> str:
         errors = [predicted / recorded - 1 for predicted, recorded in pairs]
         worst = max(errors, key=abs)
         within = sum(abs(error) <= _BYTES_GOAL for error in errors)
-        median = f"{_median(errors):.1%}".replace("%", " %")
-        lines.append([name, str(len(errors)), median, f"{worst:+.1%}".replace("%", " %"), str(within)])
+        median = f"{_median(errors):.1%}"
+        lines.append([name, str(len(errors)), median, f"{worst:+.1%}", str(within)])
     return markdown_table(["bytes", "settings", "median error", "largest", "within 3%"], lines)
 
 
@@ -371,7 +363,7 @@ def crossing_table(cases: list[Case]) -> str:
     lines += [
         [f"{gpu.name}, {model}", *_crossings(gpu_rates(name), model, count_on_gpu)]
         for name, gpu in GPUS.items()
-        for model in ("ViT-B/16", "ViT-H/14", "ViT-22B/14")
+        for model in ("ViT-B/16", "ViT-H/14")
     ]
     head = ["predicted, not run", "merging below 10% of the step", "exact SNELLA as fast as LoRA"]
     return markdown_table([*head, '`"sample:1/4"` as fast as LoRA'], lines)
@@ -459,7 +451,7 @@ def _median(errors: Iterable[float]) -> float:
 
 def _percent(value: float) -> str:
     """Format a percentage."""
-    return f"{value:.0%}".replace("%", " %")
+    return f"{value:.0%}"
 
 
 def machine_name(device: str) -> str:
@@ -467,15 +459,6 @@ def machine_name(device: str) -> str:
     _, threads, processor = device.split(", ", 2)
     processor = processor.replace("(R)", "").removesuffix(" Processor")
     return f"{processor}, {'1 thread' if threads == '1 threads' else threads}"
-
-
-def _configuration(configuration: tuple[Any, ...]) -> str:
-    """Format a configuration in float32."""
-    model, batch, r, sparsity, _ = configuration
-    name = NAMES.get(model) or next((name for name, shape in MODELS.items() if shape == SHAPES[model]), model)
-    text = f"{name}, batch {batch}"
-    text += f", r {r}" if r != 8 else ""
-    return text + (f", sparsity {sparsity}" if sparsity != 0.7 else "")
 
 
 def sections(folder: Path = FOLDER) -> dict[str, str]:

@@ -10,7 +10,7 @@ from row_speed import BACKBONE, BATCHES, RowSpeed
 _GIB = 2**30
 _UNITS = (("s", 1, 100), ("min", 60, 100), ("hours", 3600, 50), ("days", 86400, 700))
 _YEAR_S = 365.25 * 86400
-_WIDTH = 140
+_WIDTH = 120
 
 
 def notes_text(speed: RowSpeed, is_gpu_measured: bool) -> str:
@@ -20,11 +20,9 @@ def notes_text(speed: RowSpeed, is_gpu_measured: bool) -> str:
     rate = f"{float(f'{1e-9 / speed.step.per_flop_s:.2g}'):,.0f} GFLOP/s"
     gpu = "" if is_gpu_measured else " No GPU measurements are available."
     text = (
-        f"Estimates, not measurements, for SNELLA-8 in float32 on {speed.device}: seconds = passes × adapted weights × "
-        f"{per_weight_ns} + FLOP ÷ {rate}. Both constants fit the rows of `snella` at batch {small} and {large} in "
-        f"`benchmarks/results.jsonl` (`{BACKBONE}`). FLOP and memory are counted from shapes; data loading and "
-        f"library overhead are excluded.{gpu} `snella bench --batch {small},{large} --methods lora,snella` measures a "
-        "step on your machine."
+        f"Estimates for SNELLA-8 in float32 on {speed.device}: seconds = passes × adapted weights × {per_weight_ns} + "
+        f"FLOP ÷ {rate}, fitted to the rows of `{BACKBONE}` at batch {small} and {large} in "
+        f"`benchmarks/results.jsonl`. FLOP and memory are counted from shapes, without data loading and libraries.{gpu}"
     )
     return textwrap.fill(text, _WIDTH, break_long_words=False, break_on_hyphens=False)
 

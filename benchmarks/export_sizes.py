@@ -1,6 +1,6 @@
 """Size of sparse files by sparsity, compared with factors, LoRA of the same rank, and merged weights.
 
-    python benchmarks/export_sizes.py runs/photos      # a SNELLA run; prints a table for docs/export.md
+    python benchmarks/export_sizes.py runs/photos      # a SNELLA run; prints a table for docs/notes/checks.md
 
 The budgets of the run's matrices are scaled proportionally to each sparsity. The files come from
 `snella_app.runs.export`.

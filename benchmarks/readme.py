@@ -12,7 +12,6 @@ from suite_table import (
     FIGURES,
     GUIDE,
     PAGE,
-    README,
     TWINS_FIGURES,
     TWINS_PAGE,
     draw_suite,
@@ -32,7 +31,7 @@ if __name__ == "__main__":
     changed += [MEMORY_PAGE] if update_memory_page() else []
     changed += update_costs(rows)
     changed += [PAGE] if update_suite() else []
-    changed += [page for page in (GUIDE, README) if update_overview(page)]
+    changed += [GUIDE] if update_overview(GUIDE) else []
     changed += [TWINS_PAGE] if update_twins() else []
     speed = ROOT / "docs" / "images" / "speed"
     before = {path: path.read_bytes() for folder in (speed, FIGURES, TWINS_FIGURES) for path in folder.glob("*.svg")}

@@ -1,4 +1,4 @@
-"""Results of the bundled suite and the twins: tables in docs/ and README.md, and figures.
+"""Results of the bundled suite and the twins: tables in docs/, and figures.
 
 `snella compare --out` on a copy of either folder resumes from its rows.
 """
@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from snella_lab.bench.rows import put_between, read_rows
 from snella_lab.comparison.experiment import Experiment
 from snella_lab.comparison.experiment_files import read_experiment
 from snella_lab.comparison.figures import forest, learning_rate_curves, pareto
-from snella_lab.comparison.report import ORDERING_HEADINGS, markdown_tables, paper_orderings, table_cells
+from snella_lab.comparison.report import ORDERING_HEADINGS, paper_orderings, table_cells
 from snella_lab.comparison.statistics import Difference, Rows, difference, final_rows, mean_over_tasks, with_holm
 from snella_lab.comparison.store import read_lines
 from snella_lab.comparison.summary import (
@@ -35,7 +36,7 @@ from snella_lab.comparison.summary import (
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "bundled-suite"
 TWINS, UNTUNED = ROOT / "benchmarks" / "twins", ROOT / "benchmarks" / "untuned" / "suite.jsonl"
-GUIDE, README = ROOT / "docs" / "compare.md", ROOT / "README.md"
+GUIDE = ROOT / "docs" / "compare.md"
 PAGE = TWINS_PAGE = ROOT / "docs" / "notes" / "comparisons.md"
 FIGURES = ROOT / "docs" / "images" / "suite"
 TWINS_FIGURES = ROOT / "docs" / "images" / "twins"
@@ -46,6 +47,7 @@ DEFAULTS_BEGIN, DEFAULTS_END = "<!-- defaults in benchmarks/untuned begin -->", 
 CALIBRATION_BEGIN, CALIBRATION_END = "<!-- rows of benchmarks/interval_calibration.jsonl begin -->", "<!-- rows end -->"
 LEADERS, HELD_OUT = ("snella-matched-8", "snella-8"), "mri-regions"
 METRIC = "test_accuracy"
+IN_OVERVIEW = {"mean over tasks", "mean over groups", "difference from lora-8", "p", "above", "trainable", "file"}
 OVERVIEW_BEGIN, OVERVIEW_END = "<!-- overview of benchmarks/bundled-suite begins -->", "<!-- overview ends -->"
 
 
@@ -67,19 +69,26 @@ def _rows(file: Path) -> list[CellRow]:
 
 
 def update_suite(page: Path = PAGE) -> bool:
-    """Write all tables of the suite into the page; return True if it changed.
+    """Write the tables of the suite into the page; return True if it changed.
 
     Raises:
         ValueError: If a row is damaged or the page has no markers.
     """
     experiment, rows = read_suite()
     changed = [
-        put_between(page, BEGIN, END, markdown_tables(experiment, rows).strip()),
-        put_between(page, PAIRS_BEGIN, PAIRS_END, leads_tables(experiment, rows)),
+        put_between(page, BEGIN, END, accuracy_table(experiment, rows)),
+        put_between(page, PAIRS_BEGIN, PAIRS_END, leads_table(experiment, rows)),
         put_between(page, DEFAULTS_BEGIN, DEFAULTS_END, defaults_table(experiment, rows, untuned_rows())),
         put_between(page, CALIBRATION_BEGIN, CALIBRATION_END, calibration_table(read_rows(CALIBRATION_ROWS))),
     ]
     return any(changed)
+
+
+def accuracy_table(experiment: Experiment, rows: Rows) -> str:
+    """Format accuracies by task and costs, without the columns of `overview`."""
+    headings, *lines = table_cells(summarize(experiment, rows), METRIC, with_costs=True)
+    shown = [place for place, heading in enumerate(headings) if heading not in IN_OVERVIEW]
+    return _markdown_table([[line[place] for place in shown] for line in (headings, *lines)])
 
 
 def leads(rows: Rows, leader: str, names: list[str], tasks: list[str]) -> dict[str, Difference | None]:
@@ -88,19 +97,21 @@ def leads(rows: Rows, leader: str, names: list[str], tasks: list[str]) -> dict[s
     return with_holm({n: difference(finals, leader, n, tasks, METRIC) for n in names if n != leader})
 
 
-def leads_tables(experiment: Experiment, rows: Rows) -> str:
+def leads_table(experiment: Experiment, rows: Rows) -> str:
     """Format the differences between both SNELLA variants and all other methods, with and without `HELD_OUT`."""
     names, tasks = [entry.name for entry in experiment.methods], [entry.name for entry in experiment.data]
     fewer = [task for task in tasks if task != HELD_OUT]
-    parts = []
-    for title, chosen in ((f"All {len(tasks)} tasks", tasks), (f"Without {HELD_OUT}", fewer)):
-        differences = {leader: leads(rows, leader, names, chosen) for leader in LEADERS}
-        lines = [["", *(text for leader in LEADERS for text in (f"{leader} minus", "p", "above"))]]
-        for name in names:
-            cells = [_lead_texts(differences[leader].get(name), len(chosen)) for leader in LEADERS]
-            lines.append([name, *(text for texts in cells for text in texts)])
-        parts.append(f"**{title}**\n\n{_markdown_table(lines)}")
-    return "\n\n".join(parts)
+    chosen = [(leader, part) for leader in LEADERS for part in (tasks, fewer)]
+    differences = [leads(rows, leader, names, part) for leader, part in chosen]
+    head = [f"{leader} minus{f', without {HELD_OUT}' if part is fewer else ''}" for leader, part in chosen]
+    lines = [["", *(text for title in head for text in (title, "p"))]]
+    for name in names:
+        cells = [
+            _lead_texts(difference_by_name.get(name), len(part))[:2]
+            for difference_by_name, (_, part) in zip(differences, chosen, strict=True)
+        ]
+        lines.append([name, *(text for texts in cells for text in texts)])
+    return _markdown_table(lines)
 
 
 def _lead_texts(lead: Difference | None, tasks: int) -> tuple[str, str, str]:
@@ -137,18 +148,13 @@ def defaults_table(experiment: Experiment, rows: Rows, untuned: Rows) -> str:
 
 
 def update_twins(page: Path = TWINS_PAGE) -> bool:
-    """Write the twins' accuracies and orderings into the page; return True if it changed.
+    """Write the twins' orderings into the page; return True if it changed.
 
     Raises:
         ValueError: If a row is damaged or the page has no markers.
     """
-    experiment, rows = read_suite(TWINS)
-    summary = summarize(experiment, rows)
-    accuracies = table_cells(summary, summary.column, with_costs=False)
-    claims = [ORDERING_HEADINGS]
-    claims += [result.texts for result in paper_orderings(experiment, rows)]
-    tables = [_markdown_table(list(map(list, table))) for table in (accuracies, claims)]
-    return put_between(page, TWINS_BEGIN, END, "\n\n".join(tables))
+    claims = [ORDERING_HEADINGS, *(result.texts for result in paper_orderings(*read_suite(TWINS)))]
+    return put_between(page, TWINS_BEGIN, END, _markdown_table(list(map(list, claims))))
 
 
 def _markdown_table(lines: list[list[str]]) -> str:
@@ -205,11 +211,12 @@ def decided_text(summary: Summary) -> str:
         if decided
         else f"No difference is decided; the smallest p is {p_text(min(d.adjusted_p for d in differences.values()))}."
     )
-    return (
+    text = (
         f"Intervals: Student's t, 95%, over {len(summary.tasks)} tasks (seeds averaged per task). p: t test with "
         f"Holm's correction over {len(differences)} comparisons. above: number of tasks above {summary.reference}, "
         f"with the p of the sign test. {outcome}"
     )
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def _mean(method: MethodSummary) -> float:

@@ -12,7 +12,7 @@ from snella_lab.comparison.experiment_files import bundled_experiments
 ROOT = Path(__file__).parents[1]
 PLACEHOLDER = re.compile(r"…|\b(RUN|NAME|IMAGES|FOLDER|DIR|FILE)\b")
 PAGES = ("benchmarks", "segmentation", "generation", "language")
-GUIDES = ("targets", "data", "training", "using-a-run", "walkthroughs", "compare", "export")
+GUIDES = ("targets", "data", "training", "using-a-run", "compare")
 
 
 def commands(text):

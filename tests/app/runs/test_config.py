@@ -136,7 +136,7 @@ def test_an_unknown_preset_or_method_is_rejected(changes, message):
 
 
 def test_the_documents_show_what_the_presets_change():
-    page = (Path(__file__).parents[3] / "docs" / "tuning.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[3] / "docs" / "training.md").read_text(encoding="utf-8")
     paper, official = TRAIN_PRESETS["paper"], TRAIN_PRESETS["official"]
     default = TrainConfig.from_flat(**PLACES).resolved().flat()
     lines = ["| option | default | paper | official |", "|---|---|---|---|"]

@@ -45,13 +45,13 @@ def page(name):
 def test_generated_tables_match_the_committed_rows(tmp_path):
     from selective_checkpointing import PAGE as MEMORY_PAGE
     from selective_checkpointing import update_page
-    from suite_table import GUIDE, PAGE, README, TWINS_PAGE, update_overview, update_suite, update_twins
+    from suite_table import GUIDE, PAGE, TWINS_PAGE, update_overview, update_suite, update_twins
 
     from snella_lab.bench.rows import update_document
 
     rows = ROOT / "benchmarks" / "results.jsonl"
     steps = ROOT / "docs" / "notes" / "step-time.md"
-    scripts = [(PAGE, update_suite), (GUIDE, update_overview), (README, update_overview), (TWINS_PAGE, update_twins)]
+    scripts = [(PAGE, update_suite), (GUIDE, update_overview), (TWINS_PAGE, update_twins)]
     for path, update in (*scripts, (MEMORY_PAGE, update_page), (steps, lambda copy: update_document(copy, rows))):
         copy = shutil.copy(path, tmp_path)
         assert not update(Path(copy)), f"{path.name} differs from its rows; run: python benchmarks/readme.py"
@@ -99,7 +99,7 @@ def test_claims_match_the_suite_and_the_twins(suite):
 
     from snella_lab.comparison.report import paper_orderings
 
-    paper, snella = page("docs/notes/claims.md"), suite["all"]["snella-8"]
+    paper, snella = page("docs/paper.md"), suite["all"]["snella-8"]
     for name in ("lora-8", "ssf", "snell-8", "dora-8"):
         result = snella[name]
         assert f"+{100 * result.mean:.1f} on" in paper and f"({_interval(result)})" in paper, name
@@ -120,7 +120,7 @@ def test_best_snella_ranks_first_on_twelve_of_the_nineteen_tasks():
     best_other = [max(row[task] for name, row in values.items() if not name.startswith("snella")) for task in tasks]
     highest = sum(best_snella >= other for best_snella, other in zip(snella_best, best_other, strict=True))
     assert (len(tasks), highest) == (19, 12)
-    assert "the best SNELLA ranks first or ties on 12" in page("docs/notes/claims.md")
+    assert "the best SNELLA ranks first or ties on 12" in page("docs/paper.md")
 
 
 def test_tuning_page_matches_the_rows_at_three_times_the_learning_rate():
@@ -133,7 +133,7 @@ def test_tuning_page_matches_the_rows_at_three_times_the_learning_rate():
     tasks = [task for task, factor in accuracies if factor == 3.0]
     differences = sorted(100 * (accuracies[task, 3.0] - accuracies[task, 1.0]) for task in tasks)
     texts = [f"{value:+.1f}" for value in differences]
-    assert len(tasks) == 4 and f"({', '.join(texts)})" in page("docs/tuning.md")
+    assert len(tasks) == 4 and f"({', '.join(texts)})" in page("docs/training.md")
 
 
 TWINS = (7, 8, 9, 10, 11, 12)
