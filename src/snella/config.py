@@ -192,9 +192,6 @@ class SnellaConfig(PeftConfig):
             from a fraction `P` of the tokens, e.g. `"sample:1/2"` (see `snella.memory.sampling.sample_tokens`). Outputs
             and all other gradients stay exact. Convolutions, `impl="reference"` and weights that a model reads for
             anything but `F.linear` always use exact gradients.
-        fixed_support: Update only the entries set by `snella.fixed_support.set_support` (the paper's predefined mask)
-            instead of letting entries compete. The update is the merged matrix at these entries, without shrinkage.
-            Sparsities, schedule and allocation have no effect.
         impl: Implementation of the adapted layer: `"auto"`, `"triton"` (Triton kernels on a CUDA device), `"numba"`
             (Numba kernels on the CPU), `"eager"` or `"reference"`; see `snella.functional.adapted_linear`.
         init_weights: `True` draws small factors: the update of a ViT-B-sized weight starts near 5e-6, and narrow layers
@@ -253,7 +250,6 @@ class SnellaConfig(PeftConfig):
     recompute_inputs: bool = field(default=True, metadata={"help": "recompute inputs in the backward pass"})
     compress_activations: bool = field(default=False, metadata={"help": "store activations in int8"})
     weight_gradient: str = field(default="exact", metadata={"help": "exact, bfloat16, or sample:P of the tokens"})
-    fixed_support: bool = field(default=False, metadata={"help": "update only the entries set by set_support"})
     impl: str = field(default="auto", metadata={"help": "implementation of the adapted layer"})
     init_weights: bool = field(default=True, metadata={"help": "draw small factors"})
     unused_modules: list[str] | None = field(default=None, metadata={"help": "read-only: adapted but unused modules"})
@@ -344,6 +340,16 @@ class SnellaConfig(PeftConfig):
         if path.is_file():
             config.check_ranks(path)
         return config
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """Drop `fixed_support`, a field of earlier adapter files, which is always False in a supported adapter."""
+        if kwargs.pop("fixed_support", False):
+            raise ValueError(
+                "fixed_support=True is not supported, got an adapter with a predefined mask; train it again with the "
+                "method 'fixed-mask'"
+            )
+        return kwargs
 
     def check_ranks(self, path: Path) -> None:
         """Check the ranks against the factors in a file. Reads only the file's header.
@@ -451,11 +457,6 @@ class SnellaConfig(PeftConfig):
         interval = self.realloc_every
         if interval != "epoch" and not (isinstance(interval, int) and not isinstance(interval, bool) and interval >= 1):
             errors.append(f"realloc_every must be 'epoch' or a positive number of steps, got {interval!r}")
-        if self.fixed_support and (self.update_dropout or self.update_drop_path):
-            errors.append(
-                f"fixed_support=True requires update_dropout=0 and update_drop_path=0, got {self.update_dropout} and "
-                f"{self.update_drop_path}"
-            )
         groups = self.qkv_groups
         if not (groups == "auto" or isinstance(groups, dict) or (isinstance(groups, int) and groups >= 1)):
             errors.append(f"qkv_groups must be 'auto', a positive integer or a mapping, got {groups!r}")
@@ -557,7 +558,6 @@ _FIELD_TYPES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
                 "cache_delta",
                 "recompute_inputs",
                 "compress_activations",
-                "fixed_support",
             ),
             *("init_weights", "ensure_weight_tying", "inference_mode", "match_update"),
         ),

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import torch
 from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -22,7 +23,7 @@ from snella.layer import SnellaLayer
 
 _PREFIX = "base_model.model."
 _COMPILED = "_orig_mod."
-_MUST_MATCH = ("kernel", "num_pieces", "softmax_dim", "center_softmax", "sparsify_mode", "fixed_support")
+_MUST_MATCH = ("kernel", "num_pieces", "softmax_dim", "center_softmax", "sparsify_mode")
 """Fields that must match; the tensors' shapes cover ranks and row counts."""
 
 
@@ -60,7 +61,7 @@ class AdapterValues:
             raise FileNotFoundError(
                 f"{folder} must contain an adapter, i.e. {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME}"
             )
-        config = PeftConfig.from_pretrained(str(path))
+        config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftConfig._get_peft_type(str(path))].from_pretrained(str(path))
         if not isinstance(config, SnellaConfig):
             raise ValueError(
                 f"{folder} must contain a SNELLA adapter, got {type(config).__name__}; use PEFT's hotswap_adapter for "
