@@ -12,7 +12,8 @@ from typing import Any, Literal, Self, get_args
 import regex
 from huggingface_hub import hf_hub_download
 from peft import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
 from snella._text import did_you_mean
@@ -501,6 +502,14 @@ class SnellaConfig(PeftConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             errors.append(f"layers_pattern requires layers_to_transform, got layers_pattern={self.layers_pattern!r}")
         return errors
+
+
+def read_config(folder: str | Path) -> PeftConfig:
+    """Read the configuration of an adapter of any method, without its tensors."""
+    settings = PeftConfig.from_json_file(str(Path(folder, CONFIG_NAME)))
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING.get(settings.get("peft_type"), PeftConfig)
+    config: PeftConfig = config_class.from_peft_type(**config_class.check_kwargs(**settings))
+    return config
 
 
 def _is_integer(value: Any) -> bool:

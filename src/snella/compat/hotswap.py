@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from peft import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -18,7 +16,7 @@ from torch import Tensor, nn
 from snella._text import listed
 from snella.backends.base import MergeCache
 from snella.compat.tokens import TokenAdapter
-from snella.config import SnellaConfig
+from snella.config import SnellaConfig, read_config
 from snella.layer import SnellaLayer
 
 _PREFIX = "base_model.model."
@@ -61,7 +59,7 @@ class AdapterValues:
             raise FileNotFoundError(
                 f"{folder} must contain an adapter, i.e. {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME}"
             )
-        config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftConfig._get_peft_type(str(path))].from_pretrained(str(path))
+        config = read_config(path)
         if not isinstance(config, SnellaConfig):
             raise ValueError(
                 f"{folder} must contain a SNELLA adapter, got {type(config).__name__}; use PEFT's hotswap_adapter for "

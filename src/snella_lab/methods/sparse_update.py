@@ -216,7 +216,7 @@ class MaskedUpdate(SparseLayer):
         super().__init__(base_layer, indices)
         self.spec = UpdateSpec(config.make_kernel(), row_counts, scaling=config.scaling)
         weight, matrices, r = self.base_layer.weight, len(row_counts), config.rank_of(name)
-        shapes = {"A": (matrices, weight[0].numel(), r), "B": (len(weight), r)}
+        shapes: dict[str, tuple[int, ...]] = {"A": (matrices, weight[0].numel(), r), "B": (len(weight), r)}
         for scalar in self.spec.kernel.scalars:
             if scalar != "temperature" or config.learn_temperature:
                 shapes[scalar] = (matrices, config.num_pieces) if scalar == "piece_coeff" else (matrices,)

@@ -547,6 +547,5 @@ FIXED_MASK = Method(
 over all adapted matrices, and 0 elsewhere. This is the "pre-defined" row of Table XVII, with the kernels
 `kernel=p_linear` and `mix_k` (default). The paper does not state the mask size; the default is SPT's budget, 0.4 on a
 ViT-B/16 and proportional on other models. `ΔW` and `S` are not zero at initialization (about 1/m with mix_k, m the
-output width). The positions of the mask are saved with
-the factors.
+output width). The positions of the mask are saved with the factors.
 """
