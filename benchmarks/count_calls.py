@@ -54,14 +54,15 @@ class Calls:
 
 
 def count_calls(function: Callable[[], object]) -> Calls:
-    """Call `function` and count its Python calls with `sys.setprofile`."""
-    calls, last = Calls(), ""
+    """Call `function` and count its Python calls with `sys.setprofile`, without the call of `function`."""
+    calls, last, skipped = Calls(), "", getattr(function, "__code__", None)
 
     def profile(frame: FrameType, event: str, argument: object) -> None:
         nonlocal last
         code: CodeType = frame.f_code
         # skip code without a file, e.g. a generated `__init__`
-        if event != "call" or code.co_filename.startswith("<") or code.co_filename == KERNELS:
+        is_counted = code is not skipped and not code.co_filename.startswith("<") and code.co_filename != KERNELS
+        if event != "call" or not is_counted:
             return
         calls.by_file[code.co_filename] += 1
         calls.switches += code.co_filename != last

@@ -38,7 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import snella.compat.compile  # noqa: F401, registers the layer's operator
-from snella.compat.graph import forward_in_graph
+from snella.compat.compile import forward_in_graph
 from snella.layer import SnellaLayer
 from snella.memory import recompute
 from snella.memory.compression import Layout, decode, encode
