@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import platform
 import re
-import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterable
@@ -19,6 +17,7 @@ import torch
 
 from snella_app.report.style import COLORS, CURVE, add_legend, new_figure, save_figure
 from snella_lab.bench.baselines import REFERENCE
+from snella_lab.provenance import git_state, processor_name
 
 _PACKAGES = ("torch", "peft", "timm", "numpy", "numba", "triton")
 
@@ -26,13 +25,13 @@ _PACKAGES = ("torch", "peft", "timm", "numpy", "numba", "triton")
 def conditions(device: str, packages: Iterable[str] = _PACKAGES) -> dict[str, Any]:
     """Return the provenance of a row: command without its output path, device, package versions, commit and date."""
     command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    git = ["git", "-C", str(Path(__file__).parent)]
+    commit, is_dirty = git_state()
     return {
         "command": re.sub(r" --out[= ]\S+", "", command),
         "device": device_name(device),
         "versions": {name: version(name) for name in packages if find_spec(name) is not None},
-        "commit": _stdout_of([*git, "rev-parse", "--short", "HEAD"]),
-        "dirty": bool(_stdout_of([*git, "status", "--porcelain", "--untracked-files=no", ":/"])),
+        "commit": (commit or "")[:7],
+        "dirty": bool(is_dirty),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -41,7 +40,7 @@ def device_name(device: str) -> str:
     """Return the device name of a row; CPU names start with "cpu"."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"cpu, {torch.get_num_threads()} threads, {_processor()}"
+    return f"cpu, {torch.get_num_threads()} threads, {processor_name()}"
 
 
 def append_rows(path: str | Path, rows: list[dict[str, Any]]) -> None:
@@ -68,24 +67,6 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
             if number < len(lines):
                 raise ValueError(f"line {number} of {path} is damaged: {error}; remove it") from None
     return rows
-
-
-def _processor() -> str:
-    """Return the CPU model name, or the architecture if the system does not report one."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()
-
-
-def _stdout_of(command: list[str]) -> str:
-    """Return a command's stdout, empty if it cannot run."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:
-        return ""
 
 
 _BEGIN, _END = "<!-- rows of benchmarks/results.jsonl begin -->", "<!-- rows end -->"

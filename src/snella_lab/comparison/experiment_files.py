@@ -125,20 +125,6 @@ def experiment_from_args(args: Mapping[str, Any]) -> Experiment | None:
     return Experiment.from_dict(merged(base, changes))
 
 
-def parse_part(text: str | None) -> tuple[int, int] | None:
-    """Parse `NUMBER/COUNT`, e.g. 0/8.
-
-    Raises:
-        ValueError: If the text is not two integers with a slash.
-    """
-    if text is None:
-        return None
-    words = text.split("/")
-    if len(words) != 2 or not all(word.isdecimal() for word in words):
-        raise ValueError(f"part must be NUMBER/COUNT, e.g. 0/8, got {text!r}")
-    return int(words[0]), int(words[1])
-
-
 def _changes(args: Mapping[str, Any]) -> dict[str, Any]:
     """Convert the given arguments to entries of an experiment file."""
     given = {name: value for name, value in args.items() if value is not None}

@@ -4,8 +4,8 @@ import pytest
 
 from snella_app.cli.main import main
 from snella_app.cli.parser import parse
-from snella_lab.commands import CompareOptions
 from snella_lab.comparison.experiment_files import experiment_from_args
+from snella_lab.comparison.options import CompareOptions
 from snella_lab.comparison.store import read_lines
 
 WORDS = [

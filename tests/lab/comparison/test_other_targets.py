@@ -14,6 +14,7 @@ from snella_lab.comparison.compare import choose_method, compare
 from snella_lab.comparison.executors import InThisProcess
 from snella_lab.comparison.experiment import Experiment
 from snella_lab.comparison.experiment_files import experiment_from_args
+from snella_lab.comparison.options import ExecutionConfig
 
 from .conftest import rows_of
 
@@ -50,7 +51,7 @@ def test_methods_are_compared_by_what_measures_the_task(task, label, metric, tit
         "pretrained": False,
     }
     experiment = experiment_from_args(args)
-    page = compare(experiment, args["out"], workers=0, console=console).read_text()
+    page = compare(experiment, args["out"], ExecutionConfig(workers=0), console=console).read_text()
     rows = list(rows_of(tmp_path / "c").values())
     assert {row["metric"] for row in rows} == {metric} and [row["status"] for row in rows] == ["success"] * 2
     tops = {row["experiment_name"]: row[f"test_{metric}"] for row in rows}

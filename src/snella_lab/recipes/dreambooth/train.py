@@ -15,7 +15,6 @@ from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import S
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from snella import BudgetAllocator
@@ -55,6 +54,7 @@ from snella_lab.recipes.dreambooth.pipeline import (
     load_pipeline,
 )
 from snella_lab.recipes.dreambooth.report import write_generation_report
+from snella_lab.recipes.pretrained import progress_bar
 
 _LOGIT_MEAN, _LOGIT_STD, _MODE_SCALE = 0.0, 1.0, 1.29
 
@@ -216,9 +216,7 @@ class DreamBoothTrainer:
         if self.allocator is not None:
             self.allocator.attach(optimizer)
         prepared.train()
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        is_shown = self.config.run.progress and console.is_terminal
-        with Progress(*columns, console=console, transient=True, disable=not is_shown) as bar:
+        with progress_bar(console, is_shown=self.config.run.progress) as bar:
             task = bar.add_task("training", total=self.config.steps, completed=self.step)
             while self.step < self.config.steps:
                 self._take_step(prepared, optimizer)

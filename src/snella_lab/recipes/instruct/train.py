@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -22,7 +20,6 @@ from transformers import (
 )
 
 from snella import BudgetAllocator, SnellaCallback
-from snella_app.backbones.create import cache_only_if_unreachable
 from snella_app.config import command_line
 from snella_app.console import counted, make_console, print_line, print_rows
 from snella_app.device import choose_device
@@ -49,20 +46,17 @@ from snella_app.training.session import (
 from snella_app.training.trainer import CheckpointingTrainer, base_training_arguments
 from snella_lab.recipes.instruct.config import LanguageConfig, LanguageFolder
 from snella_lab.recipes.instruct.data import IGNORED, Template, encode, pad_right, read_instructions
+from snella_lab.recipes.pretrained import load_pretrained, progress_bar
 
 
 def load_model(name: str, dtype: torch.dtype) -> nn.Module:
     """Load a model onto the CPU.
 
     Args:
-        name: Local folder in transformers format or hub name.
+        name: Local folder in transformers format or hub name; `load_pretrained` describes the errors.
         dtype: Dtype of the weights.
-
-    Raises:
-        FileNotFoundError: The folder does not contain a causal language model.
-        ConnectionError: `name` is not a local folder and cannot be loaded from the hub or its cache.
     """
-    model: nn.Module = _load(AutoModelForCausalLM, name, dtype=dtype)
+    model: nn.Module = load_pretrained(AutoModelForCausalLM, name, "model", dtype=dtype)
     return model
 
 
@@ -71,39 +65,10 @@ def load_tokenizer(name: str) -> Any:
 
     A tokenizer without a padding token uses its unknown token, or else its end token; padding is masked.
     """
-    tokenizer = _load(AutoTokenizer, name)
+    tokenizer = load_pretrained(AutoTokenizer, name, "model")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
-
-
-def _load(kind: Any, name: str, **options: Any) -> Any:
-    """Load a model or tokenizer without progress bars."""
-    log = transformers.utils.logging
-    was_shown = log.is_progress_bar_enabled()
-    log.disable_progress_bar()
-    try:
-        folder = Path(name).expanduser()
-        if folder.is_dir():
-            try:
-                return kind.from_pretrained(folder, local_files_only=True, **options)
-            except (OSError, ValueError) as error:
-                raise FileNotFoundError(
-                    f"model must be a folder with a causal language model and its tokenizer, got '{folder}': "
-                    f"{str(error).strip().splitlines()[0]}"
-                ) from error
-        with cache_only_if_unreachable() as reason:
-            try:
-                return kind.from_pretrained(name, local_files_only=bool(reason), **options)
-            except (OSError, ValueError) as error:
-                cause = f"it is not cached and the hub is unreachable ({reason})" if reason else str(error)
-                raise ConnectionError(
-                    f"model must be a local folder or a hub name, got {name!r}: {cause}; pass a local folder in "
-                    "transformers format"
-                ) from error
-    finally:
-        if was_shown:
-            log.enable_progress_bar()
 
 
 class LanguageTrainer(CheckpointingTrainer):
@@ -129,9 +94,7 @@ class LanguageProgress(TrainerCallback):
 
     def __init__(self, console: Console, allocation: SnellaCallback | None, show_bar: bool) -> None:
         self.console, self.allocation = console, allocation
-        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        hidden = not (show_bar and console.is_terminal)
-        self._bar = Progress(*columns, console=console, transient=True, disable=hidden)
+        self._bar = progress_bar(console, is_shown=show_bar)
         self._task: Any = None
 
     def on_train_begin(
