@@ -346,7 +346,7 @@ def doctor(*, steps: bool = True, out: str | None = None) -> None:
         raise SystemExit(1)
 
 
-@command("snella_lab.bench", is_research=True)
+@command("snella_lab.bench.bench", is_research=True)
 def bench(
     *,
     backbones: str = "vit_base_patch16_224",
@@ -385,9 +385,9 @@ def bench(
         out: JSON Lines file to append to.
         figures: Folder for figures of all rows in --out.
     """
-    from snella_lab.bench import BenchConfig
-    from snella_lab.bench import bench as run_bench
-    from snella_lab.bench import grid as run_grid
+    from snella_lab.bench.bench import BenchConfig
+    from snella_lab.bench.bench import bench as run_bench
+    from snella_lab.bench.bench import grid as run_grid
 
     if grid:
         run_bench(run_grid(device, out))

@@ -46,9 +46,8 @@ def page(name):
 def test_generated_tables_match_the_committed_rows(tmp_path):
     from selective_checkpointing import PAGE as MEMORY_PAGE
     from selective_checkpointing import update_page
+    from step_tables import update_document
     from suite_table import GUIDE, PAGE, README, TWINS_PAGE, update_overview, update_suite, update_twins
-
-    from snella_lab.bench.rows import update_document
 
     rows = ROOT / "benchmarks" / "results.jsonl"
     steps = ROOT / "docs" / "notes" / "step-time.md"

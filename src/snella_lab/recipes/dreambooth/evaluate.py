@@ -20,7 +20,7 @@ from snella_app.device import choose_device
 from snella_lab.recipes.dreambooth.config import DreamBoothFolder
 from snella_lab.recipes.dreambooth.data import PROMPT_FILE, PromptFile, fill, load_concept, read_prompt_file
 from snella_lab.recipes.dreambooth.generate import GeneratedImage, generate_images, load_generator, sampling_of
-from snella_lab.recipes.pretrained import load_pretrained
+from snella_lab.recipes.run import load_pretrained
 
 _EPS = 1e-12
 

@@ -26,7 +26,7 @@ from snella_app.runs.folder import adapter_digest
 from snella_lab.recipes.dreambooth.config import DreamBoothConfig, DreamBoothFolder
 from snella_lab.recipes.dreambooth.data import fill, read_prompt_file
 from snella_lab.recipes.dreambooth.pipeline import PromptEmbedding, check_resolution, embed_prompts, load_pipeline
-from snella_lab.recipes.pretrained import progress_bar
+from snella_lab.recipes.run import progress_bar
 
 _TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
 

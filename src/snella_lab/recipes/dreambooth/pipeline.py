@@ -18,7 +18,7 @@ from torch import Tensor
 
 from snella_app.backbones.create import cache_only_if_unreachable
 from snella_app.text import near_siblings
-from snella_lab.recipes.pretrained import suppress_progress_bars
+from snella_lab.recipes.run import suppress_progress_bars
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from snella_app.runs.folder import adapter_digest
 from snella_lab.recipes.instruct.config import RESULT_FILE, LanguageConfig, LanguageFolder
 from snella_lab.recipes.instruct.data import CHOICES, Instruction, Template, extract_answer, pad_left, read_benchmark
 from snella_lab.recipes.instruct.train import load_model, load_tokenizer
-from snella_lab.recipes.pretrained import progress_bar
+from snella_lab.recipes.run import progress_bar
 
 
 def evaluate_language(

@@ -20,21 +20,18 @@ from transformers import (
 )
 
 from snella import BudgetAllocator, SnellaCallback
-from snella_app.config import command_line
 from snella_app.console import counted, make_console, print_line, print_rows
 from snella_app.device import choose_device
 from snella_app.methods import save_trained
 from snella_app.methods.registry import adapt_headless
 from snella_app.records import BackboneInfo, DataInfo, LossRow, RunInfo, read, record_from
 from snella_app.training.checkpoints import reporting_write_errors
-from snella_app.training.optimizer import build_low_bit_optimizer
 from snella_app.training.results import (
     describe_allocation,
     describe_generator,
     matrices_of,
     sparsity_summary,
     trainable_parameters,
-    versions_of,
 )
 from snella_app.training.session import (
     InterruptCallback,
@@ -46,7 +43,7 @@ from snella_app.training.session import (
 from snella_app.training.trainer import CheckpointingTrainer, base_training_arguments
 from snella_lab.recipes.instruct.config import LanguageConfig, LanguageFolder
 from snella_lab.recipes.instruct.data import IGNORED, Template, encode, pad_right, read_instructions
-from snella_lab.recipes.pretrained import load_pretrained, progress_bar
+from snella_lab.recipes.run import build_optimizer, describe_run, load_pretrained, progress_bar
 
 
 def load_model(name: str, dtype: torch.dtype) -> nn.Module:
@@ -223,7 +220,7 @@ def _fine_tune(config: LanguageConfig, run: LanguageFolder, console: Console) ->
         digest=digest,
         notes=notes,
     )
-    run.write(_run_info(config, data_info))
+    run.write(describe_run(config, "language", BackboneInfo(name=str(config.model)), data_info, _PACKAGES))
     matrices = matrices_of(model)
     adapted = f"; {len(matrices)} matrices, {sum(m.size for m in matrices):,} adapted weights" if matrices else ""
     per_step = config.optim.batch_size * config.optim.accumulation
@@ -281,14 +278,7 @@ def _fit(
 ) -> tuple[LanguageTrainer, LanguageProgress, str]:
     """Train, resuming from the last checkpoint if one exists."""
     checkpoint = checkpoint_to_resume(run, console)
-    optimizer, name = build_low_bit_optimizer(
-        model,
-        config.optim.optimizer,
-        device,
-        lr=config.optim.lr or 0.0,
-        scalar_lr=config.optim.scalar_lr,
-        weight_decay=config.optim.weight_decay or 0.0,
-    )
+    optimizer, name = build_optimizer(model, config.optim, device)
     allocation = SnellaCallback() if matrices_of(model) else None
     progress = LanguageProgress(console, allocation, config.run.progress)
     trainer = LanguageTrainer(
@@ -329,18 +319,3 @@ def _finish(
     if matrices:
         print_line(console, f"the update {sparsity_summary(matrices)}")
     print_line(console, f"adapter {run.adapter}")
-
-
-def _run_info(config: LanguageConfig, data: DataInfo) -> RunInfo:
-    """Build the record of a starting run."""
-    return RunInfo(
-        status="running",
-        task="language",
-        method=config.method.name,
-        method_options=config.method.all_options(),
-        backbone=BackboneInfo(name=str(config.model)),
-        classes=[],
-        data=data,
-        versions=versions_of(_PACKAGES),
-        command=command_line(config, LanguageConfig.from_flat(data="-", model="-", out="-"), "language"),
-    )
