@@ -188,9 +188,9 @@ def compare(options: CompareOptions) -> None:
     results.jsonl, with one row per run.
     """
     from snella_lab.comparison.compare import compare
-    from snella_lab.comparison.experiment_files import experiment_from_args
+    from snella_lab.comparison.experiment_files import experiment_from_options
 
-    compare(experiment_from_args(options.flat()), options.out, options.execution)
+    compare(experiment_from_options(options), options.out, options.execution)
 
 
 @command("snella_lab.recipes.dreambooth.train", is_research=True)

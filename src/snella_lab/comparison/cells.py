@@ -27,6 +27,7 @@ class Cell:
         candidate: Learning-rate factor and weight decay.
         is_final: True for a final run, the only kind that evaluates test images.
         search: Tuning results stored in the row of a final run.
+        blocked_by: Reason why a final run cannot start: all its tuning runs failed.
     """
 
     data: DataEntry
@@ -35,6 +36,7 @@ class Cell:
     candidate: Candidate
     is_final: bool
     search: SearchChoice | None = field(default=None, compare=False)
+    blocked_by: str | None = field(default=None, compare=False)
 
     @property
     def name(self) -> str:
@@ -109,19 +111,6 @@ def tuning_result(row: CellRow) -> TuningResult:
     return TuningResult(row.score("val"), row.column("val_loss"))
 
 
-@dataclass(frozen=True)
-class BlockedRun:
-    """A final run that cannot start because all its tuning runs failed.
-
-    Args:
-        cell: The cell.
-        error: Reason, with the error of the first tuning run.
-    """
-
-    cell: Cell
-    error: str
-
-
 Part: TypeAlias = tuple[int, int]
 """Number of one part, from 0, and the number of parts of a comparison."""
 
@@ -180,7 +169,7 @@ class Plan:
         if not pair.ready():
             self._open.pop(_pair_of(row), None)
 
-    def ready(self) -> Iterator[Cell | BlockedRun]:
+    def ready(self) -> Iterator[Cell]:
         """Yield unfinished cells without unfinished dependencies, in the order of the experiment.
 
         Rows recorded during the iteration may make further cells ready, which the next call yields.
@@ -224,7 +213,7 @@ class _Pair:
         self._experiment, self._data, self._method, self._seeds = experiment, data, method, seeds
         self._defaults = tuned_settings(experiment, data, method, Candidate())
         self._rows: dict[str, CellRow] = {}
-        self._ready: list[Cell | BlockedRun] | None = None
+        self._ready: list[Cell] | None = None
 
     def record(self, row: CellRow) -> bool:
         """Add a row, and return True if its cell is new."""
@@ -232,7 +221,7 @@ class _Pair:
         self._rows[row.cell], self._ready = row, None
         return is_new
 
-    def ready(self) -> list[Cell | BlockedRun]:
+    def ready(self) -> list[Cell]:
         """Return the next cells."""
         if self._ready is None:
             self._ready = self._next()
@@ -241,9 +230,15 @@ class _Pair:
     def left(self) -> int:
         """Return the number of remaining cells, without grid extensions."""
         ready = self.ready()
-        return len(ready) + (0 if not ready or isinstance(ready[0], BlockedRun) else self._later(ready[0]))
+        if not ready or ready[0].is_final:
+            return len(ready)
+        finals, grid = len(self._seeds), self._experiment.grid
+        if ready[0].candidate.weight_decay is not None:
+            return len(ready) + finals
+        decays = {decay for decay in grid.weight_decays if decay != self._defaults["weight_decay"]}
+        return len(ready) + len(decays) * grid.seeds + finals
 
-    def _next(self) -> list[Cell | BlockedRun]:
+    def _next(self) -> list[Cell]:
         """Compute the next cells.
 
         Once a final run is evaluated on test images, its hyperparameters are fixed for all seeds of the pair, even if
@@ -266,20 +261,11 @@ class _Pair:
             search = choice.record(results, rates.__getitem__)
             return [replace(cell, search=search) for cell in missing]
         error = f"all {len(choice.tried)} tuning runs failed; first error: {self._first_error()}"
-        return [BlockedRun(cell, error) for cell in missing]
+        return [replace(cell, blocked_by=error) for cell in missing]
 
     def _missing(self, cells: Iterable[Cell]) -> list[Cell]:
         """Return the cells without a row."""
         return [cell for cell in cells if cell.name not in self._rows]
-
-    def _later(self, next_cell: Cell) -> int:
-        """Return the number of runs that are not ready yet."""
-        if next_cell.is_final:
-            return 0
-        finals, grid = len(self._seeds), self._experiment.grid
-        if next_cell.candidate.weight_decay is not None:
-            return finals
-        return finals + len({w for w in grid.weight_decays if w != self._defaults["weight_decay"]}) * grid.seeds
 
     def _results(self) -> dict[Candidate, list[TuningResult]]:
         """Return the finished tuning runs."""

@@ -29,7 +29,7 @@ from snella_app.runs.images import load_splits
 from snella_app.tasks import create_task
 from snella_app.training.distributed import refuse_several_processes
 from snella_app.training.session import NonFiniteLossError, TrainingInterrupted
-from snella_lab.comparison.cells import BlockedRun, Cell, Plan, units
+from snella_lab.comparison.cells import Cell, Plan, units
 from snella_lab.comparison.executors import Executor, Finished, InProcesses, InThisProcess, OnRay, import_ray
 from snella_lab.comparison.experiment import (
     FILE,
@@ -478,19 +478,17 @@ def _start(
     """
     claimed = recorded = 0
     slots = executor.slots
-    for item in plan.ready():
+    for cell in plan.ready():
         if len(running) >= slots:
             break
-        cell = item.cell if isinstance(item, BlockedRun) else item
         if cell.name in running:
             continue
-        row = read_row(cell.folder(root))
-        is_own = row is None and isinstance(item, BlockedRun)
-        if row is None and isinstance(item, BlockedRun):
-            row = record_crash(root, plan.experiment, cell, item.error)
+        row = found = read_row(cell.folder(root))
+        if found is None and cell.blocked_by is not None:
+            row = record_crash(root, plan.experiment, cell, cell.blocked_by)
         if row is not None:
             plan.record(row)
-            progress.ended(cell, row, slots, is_own)
+            progress.ended(cell, row, slots, is_own=found is None)
             recorded += 1
         elif is_locked(root / LOCKS, cell.name):
             claimed += 1

@@ -422,7 +422,9 @@ def _row(
             raise
         except Exception as error:
             traceback.print_exc(file=file)
-            return _failed(head, f"{type(error).__name__}: {_first_lines(error)}", time.monotonic() - start)
+            text = " ".join(str(error).split())  # the log has the full text
+            text = text if len(text) <= _ERROR_LENGTH else text[:_ERROR_LENGTH] + " …"
+            return _failed(head, f"{type(error).__name__}: {text}", time.monotonic() - start)
     earlier_s = (earlier_s or 0.0) if trial is None else trial.total_time
     total = round(time.monotonic() - start + earlier_s, 3)
     return CellRow(**head, status="success", total_time=total, results=results)
@@ -453,12 +455,6 @@ def _forgetting(root: Path, experiment: Experiment, cell: Cell, run: RunFolder) 
 def _failed(head: dict[str, Any], error: str, elapsed_s: float) -> CellRow:
     """Return the row of a failed run."""
     return CellRow(**head, status="failed", error=error, total_time=round(elapsed_s, 3))
-
-
-def _first_lines(error: Exception) -> str:
-    """Return an error message, truncated; the log has the full text."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= _ERROR_LENGTH else text[:_ERROR_LENGTH] + " …"
 
 
 def _now() -> str:
