@@ -233,11 +233,28 @@ def _fine_tune(config: LanguageConfig, run: LanguageFolder, console: Console) ->
     ]
     print_rows(console, rows)
     with record_status(run, "language"):
+        optimizer, optimizer_name = build_optimizer(model, config.optim, device)
+        allocation = SnellaCallback() if matrices else None
+        progress = LanguageProgress(console, allocation, config.run.progress)
         with InterruptCallback() as interrupt:
-            trainer, progress, optimizer = _fit(config, model, tokenizer, train, val, run, interrupt, console, device)
+            trainer = LanguageTrainer(
+                model,
+                run,
+                args=training_arguments(config, run.checkpoints),
+                data_collator=partial(pad_right, pad_id=tokenizer.pad_token_id),
+                train_dataset=train,
+                eval_dataset=val or None,
+                callbacks=[*([allocation] if allocation else []), interrupt, progress],
+                optimizers=(optimizer, None),
+            )
+            checkpoint = checkpoint_to_resume(run, console)
+            try:
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            finally:
+                progress.close()
         if trainer.state.global_step < trainer.state.max_steps:
             raise KeyboardInterrupt
-        _finish(trainer, progress, optimizer, model, run, console)
+        _finish(trainer, progress.allocator, optimizer_name, model, run, console)
     return run
 
 
@@ -265,42 +282,9 @@ def _encode_data(config: LanguageConfig, tokenizer: Any) -> tuple[list[_Item], l
     return train, [usable[index] for index in sorted(held_out)], notes
 
 
-def _fit(
-    config: LanguageConfig,
-    model: nn.Module,
-    tokenizer: Any,
-    train: list[_Item],
-    val: list[_Item],
-    run: LanguageFolder,
-    interrupt: InterruptCallback,
-    console: Console,
-    device: torch.device,
-) -> tuple[LanguageTrainer, LanguageProgress, str]:
-    """Train, resuming from the last checkpoint if one exists."""
-    checkpoint = checkpoint_to_resume(run, console)
-    optimizer, name = build_optimizer(model, config.optim, device)
-    allocation = SnellaCallback() if matrices_of(model) else None
-    progress = LanguageProgress(console, allocation, config.run.progress)
-    trainer = LanguageTrainer(
-        model,
-        run,
-        args=training_arguments(config, run.checkpoints),
-        data_collator=partial(pad_right, pad_id=tokenizer.pad_token_id),
-        train_dataset=train,
-        eval_dataset=val or None,
-        callbacks=[*([allocation] if allocation else []), interrupt, progress],
-        optimizers=(optimizer, None),
-    )
-    try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    finally:
-        progress.close()
-    return trainer, progress, name
-
-
 def _finish(
     trainer: LanguageTrainer,
-    progress: LanguageProgress,
+    allocator: BudgetAllocator | None,
     optimizer: str,
     model: nn.Module,
     run: LanguageFolder,
@@ -310,8 +294,8 @@ def _finish(
     with reporting_write_errors(run.adapter):
         save_trained(model, run.adapter)
     matrices = matrices_of(model)
-    if progress.allocator is not None:
-        run.write(describe_allocation(model, progress.allocator))
+    if allocator is not None:
+        run.write(describe_allocation(model, allocator))
     history = [record_from(LossRow, row) for row in trainer.state.log_history if "loss" in row or "eval_loss" in row]
     elapsed_s = round(trainer.elapsed_s, 3)
     run.write(describe_generator(model, run.adapter, train_s=elapsed_s, optimizer=optimizer, loss_history=history))
