@@ -199,6 +199,26 @@ def _pairs(experiment: Experiment) -> list[tuple[DataEntry, MethodEntry]]:
     return [(data, method) for data in experiment.data for method in experiment.methods]
 
 
+@dataclass(frozen=True)
+class _Run:
+    """Columns of a row that the plan needs; whole rows of large comparisons would need too much memory."""
+
+    seed: int
+    candidate: Candidate
+    is_final: bool
+    result: TuningResult
+    search: SearchChoice | None
+    error: str | None
+
+    @classmethod
+    def of(cls, row: CellRow) -> "_Run":
+        """Take the columns from a row."""
+        is_final = row.purpose == "final"
+        error = row.error or ("failed" if row.status != "success" else None)
+        candidate = Candidate(row.lr_factor, row.tried_weight_decay)
+        return cls(row.seed, candidate, is_final, tuning_result(row), row.search if is_final else None, error)
+
+
 class _Pair:
     """Finished and remaining cells of one method on one task.
 
@@ -212,13 +232,13 @@ class _Pair:
     def __init__(self, experiment: Experiment, data: DataEntry, method: MethodEntry, seeds: tuple[int, ...]) -> None:
         self._experiment, self._data, self._method, self._seeds = experiment, data, method, seeds
         self._defaults = tuned_settings(experiment, data, method, Candidate())
-        self._rows: dict[str, CellRow] = {}
+        self._runs: dict[str, _Run] = {}
         self._ready: list[Cell] | None = None
 
     def record(self, row: CellRow) -> bool:
         """Add a row, and return True if its cell is new."""
-        is_new = row.cell not in self._rows
-        self._rows[row.cell], self._ready = row, None
+        is_new = row.cell not in self._runs
+        self._runs[row.cell], self._ready = _Run.of(row), None
         return is_new
 
     def ready(self) -> list[Cell]:
@@ -247,8 +267,8 @@ class _Pair:
         data, method = self._data, self._method
         measured = self._measured()
         if measured is not None:
-            fixed = _candidate_of(measured)
-            return self._missing([Cell(data, method, seed, fixed, True, measured.search) for seed in self._seeds])
+            finals = (Cell(data, method, s, measured.candidate, True, measured.search) for s in self._seeds)
+            return self._missing(finals)
         results = self._results()
         choice = next_tuning_runs(self._experiment.grid, self._defaults["weight_decay"], results)
         if isinstance(choice, list):
@@ -265,33 +285,28 @@ class _Pair:
 
     def _missing(self, cells: Iterable[Cell]) -> list[Cell]:
         """Return the cells without a row."""
-        return [cell for cell in cells if cell.name not in self._rows]
+        return [cell for cell in cells if cell.name not in self._runs]
 
     def _results(self) -> dict[Candidate, list[TuningResult]]:
         """Return the finished tuning runs."""
         results: dict[Candidate, list[TuningResult]] = {}
-        for row in self._trials():
-            results.setdefault(_candidate_of(row), []).append(tuning_result(row))
+        for run in self._trials():
+            results.setdefault(run.candidate, []).append(run.result)
         return results
 
-    def _measured(self) -> CellRow | None:
-        """Return the row of the successful final run with the lowest seed, or None."""
-        finals = (row for row in self._rows.values() if row.purpose == "final" and row.status == "success")
-        return min(finals, key=lambda row: row.seed, default=None)
+    def _measured(self) -> _Run | None:
+        """Return the successful final run with the lowest seed, or None."""
+        finals = (run for run in self._runs.values() if run.is_final and run.error is None)
+        return min(finals, key=lambda run: run.seed, default=None)
 
-    def _trials(self) -> list[CellRow]:
-        """Return the rows of the tuning runs, sorted by cell name."""
-        rows = (row for _, row in sorted(self._rows.items()) if row.purpose != "final")
-        return [row for row in rows if row.seed < self._experiment.grid.seeds]
+    def _trials(self) -> list[_Run]:
+        """Return the tuning runs, sorted by cell name."""
+        trials = (run for _, run in sorted(self._runs.items(), key=lambda item: item[0]) if not run.is_final)
+        return [run for run in trials if run.seed < self._experiment.grid.seeds]
 
     def _first_error(self) -> str:
         """Return the error of the first failed tuning run."""
-        return next((row.error for row in self._trials() if row.error), "no error was recorded")
-
-
-def _candidate_of(row: CellRow) -> Candidate:
-    """Return the hyperparameters of a row."""
-    return Candidate(row.lr_factor, row.tried_weight_decay)
+        return next((run.error for run in self._trials() if run.error), "no error was recorded")
 
 
 def _pair_of(row: CellRow) -> tuple[str, str]:

@@ -1,5 +1,7 @@
 """Progress of a comparison on the console."""
 
+import math
+import time
 from collections.abc import Iterable
 
 from rich.console import Console
@@ -29,6 +31,7 @@ class ComparisonProgress:
         self._task = self._bar.add_task("", total=1)
         self._running: list[str] = []
         self._durations: dict[tuple[str, ...], tuple[float, int]] = {}
+        self._estimated_at, self._estimate_s = -math.inf, 0.0
         for row in rows:
             self._add_duration(row)
 
@@ -93,10 +96,14 @@ class ComparisonProgress:
                 self._durations[key] = total + row.total_time, count + 1
 
     def _remaining_s(self) -> float:
-        """Estimate the time of all remaining runs from the mean duration of the same pair, task, or of all runs."""
-        seconds = 0.0
-        for task, method, left in self._plan.remaining():
-            keys = ((task, method), (task,), ())
-            total, count = next((self._durations[key] for key in keys if key in self._durations), (0.0, 1))
-            seconds += left * total / count
-        return seconds
+        """Estimate the time of all remaining runs from the mean duration of the same pair, task, or of all runs.
+
+        The estimate visits all pairs, so it is made at most once a second.
+        """
+        if time.monotonic() - self._estimated_at > 1:
+            self._estimated_at, self._estimate_s = time.monotonic(), 0.0
+            for task, method, left in self._plan.remaining():
+                keys = ((task, method), (task,), ())
+                total, count = next((self._durations[key] for key in keys if key in self._durations), (0.0, 1))
+                self._estimate_s += left * total / count
+        return self._estimate_s

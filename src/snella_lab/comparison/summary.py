@@ -325,8 +325,8 @@ def part_text(value: Difference, tasks: int) -> str:
 def cost_texts(costs: Mapping[str, float | None]) -> dict[str, str]:
     """Format costs; missing ones become a dash."""
     memory, mib = costs.get("accelerator_memory_max"), costs.get("training_mib")
-    if not memory and mib is not None:
-        memory = mib * 2**20
+    if not memory:
+        memory = None if mib is None else mib * 2**20
     return {
         "trainable": _text(costs.get("num_trainable_params"), lambda v: count_text(round(v))),
         "changed": _text(costs.get("changed_weights"), lambda v: count_text(round(v))),
