@@ -127,12 +127,12 @@ class Config:
         for name, least in self.minimums.items():
             if isinstance(value := getattr(self, name), int) and value < least:
                 errors.append(f"{name} must be at least {least}, got {value}")
-        for name in self.nonnegative:
-            if (value := getattr(self, name)) is not None and not 0.0 <= value < float("inf"):
-                errors.append(f"{name} must be at least 0 and finite, got {value}")
         for name in self.fractions:
             if not 0.0 <= (value := getattr(self, name)) < 1.0:
                 errors.append(f"{name} must be in [0, 1), got {value}")
+        for name in self.nonnegative:
+            if (value := getattr(self, name)) is not None and not 0.0 <= value < float("inf"):
+                errors.append(f"{name} must be at least 0 and finite, got {value}")
         return errors
 
     @classmethod
