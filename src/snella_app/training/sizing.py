@@ -29,7 +29,7 @@ from snella_app.text import seconds_text
 from snella_app.training.build import RunComponents
 from snella_app.training.distributed import process_count
 from snella_app.training.final_head import layer_fit_seconds
-from snella_app.training.linear_probe import probe_rows
+from snella_app.training.linear_probe import can_skip_training, probe_rows
 from snella_app.training.memory import predict_step_memory, restored_state
 from snella_app.training.results import MIN_SIZE, free_memory, size_step
 
@@ -92,25 +92,26 @@ def fit_image_size(
     at most the median shorter side of the images, or 112 pixels; a method that trains no epochs uses all sizes.
 
     Candidates are multiples of the model's patch size or reduction, from 48 pixels to the backbone's default. The
-    search stops within 15% of the largest that fits; if none fits, the result is the smallest. A given `img_size` is
-    unchanged, and models that do not support other sizes keep their default.
+    search stops within 15% of the largest that fits; if none fits, the result is the smallest. Models that do not
+    support other sizes keep their default.
 
     Args:
         parts: Data and model at the backbone's default size.
-        config: Settings with the start of the head and the final head chosen.
+        config: Settings with `time_budget`, without `img_size`, with the start of the head and the final head chosen.
         at_size: Function that builds data and model for another image size.
         console: Output console for the choice.
+
+    Returns:
+        Image size; None for the backbone's default.
     """
-    optim, requested, budget = config.optim, config.model.img_size, config.optim.time_budget
-    if budget is None or requested is not None:
-        return requested
+    optim, budget = config.optim, str(config.optim.time_budget)
     default, step = int(parts.data_config["input_size"][-1]), size_step(parts.model)
     sizes = [*range(-(-MIN_SIZE // step) * step, default, step), default]
     reason = _reason_to_keep_size(config)
     if reason is not None:
         print_line(console, f"image size stays {default} px: {reason}")
     if reason is not None or len(sizes) == 1:
-        return requested
+        return None
     epochs = counted(optim.epochs, "epoch")
     print_line(console, f"measuring step times to fit {epochs} into {budget}")
     allowed = _TIME_SHARE * budget_seconds(budget)
@@ -137,9 +138,9 @@ def fit_image_size(
                 found, work, unit = trained, epochs, "one epoch"
     except _SizeError as error:
         print_line(console, f"image size stays {default} px: {config.model.backbone} does not support {error}")
-        return requested
+        return None
     if found.size == default:
-        return requested
+        return None
     seconds = found.seconds
     default_s = seconds.get(default, seconds[max(seconds)] * (default / max(seconds)) ** 2)
     is_one = unit == "it" or optim.epochs == 1
@@ -224,13 +225,11 @@ def fit_epochs(parts: RunComponents, config: TrainConfig, console: Console, begu
 
     Args:
         parts: Data and model.
-        config: Resolved settings with a batch size.
+        config: Resolved settings with `time_budget` and a batch size.
         console: Output console for the choice.
         begun: Time on the `time.monotonic()` clock at which loading of data and model started; now if None.
     """
-    time_budget = config.optim.time_budget
-    if time_budget is None:
-        return config.optim.epochs
+    time_budget = str(config.optim.time_budget)
     begun = time.monotonic() if begun is None else begun
     times = _measure_times(parts, config)
     spent_s = time.monotonic() - begun
@@ -247,16 +246,6 @@ def fit_epochs(parts: RunComponents, config: TrainConfig, console: Console, begu
         text += f"; {_MOST_EPOCHS} is the maximum; for more, use --epochs without --time-budget"
     print_line(console, text)
     return epochs
-
-
-def can_skip_training(optim: OptimConfig, protocol: str) -> bool:
-    """Return whether a run may have no epochs: its head starts as a linear probe and is evaluated on validation images.
-
-    Args:
-        optim: Settings with the start of the head chosen.
-        protocol: `DataConfig.protocol`.
-    """
-    return optim.head_init == "probe" and get_protocol(protocol).selected_on == "val"
 
 
 @dataclass(frozen=True)
