@@ -134,7 +134,7 @@ def _changes(options: CompareOptions) -> dict[str, Any]:
         name: given[key] for key, name in (("tune_seeds", "seeds"), ("extensions", "max_extensions")) if key in given
     }
     grid.update({key: _numbers(key, given[key]) for key in ("lr_factors", "weight_decays") if key in given})
-    train = {**options.train, **{key: given[key] for key in ("task", "monitor") if key in given}}
+    train: dict[str, Any] = {**options.train, **{key: given[key] for key in ("task", "monitor") if key in given}}
     return changes | ({"grid": grid} if grid else {}) | ({"train": train} if train else {})
 
 

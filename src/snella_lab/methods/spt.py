@@ -4,7 +4,7 @@ SPT is sensitivity-aware visual parameter-efficient fine-tuning, He et al., arXi
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from math import ceil, sqrt
@@ -504,7 +504,7 @@ def _restore_mask(model: nn.Module, head: str, options: Options, tensors: Mappin
 
 def _mask_optimizer(
     model: nn.Module,
-    optimizer_cls: type[Optimizer] = AdamW,
+    optimizer_cls: Callable[..., Optimizer] = AdamW,
     *,
     lr: float,
     scalar_lr: float = 1e-4,
