@@ -68,7 +68,8 @@ def _at_fitting_size(
         model = dataclasses.replace(config.model, img_size=size)
         return build(model, config.method, data, choose_device(config.run.device))
 
-    size = from_main(lambda: fit_image_size(parts, _with_heads(parts, config), at_size, console))
+    with_heads = _with_heads(parts, config)
+    size = from_main(lambda: fit_image_size(parts, with_heads, at_size, console, data.started_at))
     return (parts, config) if size is None else (at_size(size), config.replace(img_size=size))
 
 
