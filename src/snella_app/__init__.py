@@ -19,7 +19,7 @@ __all__ = ["TaskBank", "TrainConfig", "load", "train"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the module of a public name on first use, which keeps the command's help fast."""
+    """Import a public name on first use, so that `--help` stays fast."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

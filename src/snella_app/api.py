@@ -21,16 +21,15 @@ def train(config: TrainConfig | None = None, *, console: Console | None = None, 
     Args:
         config: Configuration of the run.
         console: Console for progress and results; standard output if None.
-        **settings: Settings by flat name, e.g. `lr` or `data`, instead of `config`; the parts of `TrainConfig` describe
-            them. `data` may also be a torch or Hugging Face dataset, or a mapping from split names (train, val, test)
-            to datasets.
+        **settings: Fields of the parts of `TrainConfig` by name, e.g. `lr` or `data`, instead of `config`. `data` may
+            also be a torch or Hugging Face dataset, or a mapping from split names (train, val, test) to datasets.
 
     Returns:
-        Folder of the run.
+        Run folder.
 
     Raises:
-        TypeError: If both `config` and settings are given, or a setting is unknown.
-        ValueError: If settings are invalid; reports all errors together.
+        TypeError: If `config` and settings are both given, or a setting is unknown.
+        ValueError: If settings are invalid; one message lists all errors.
     """
     if config is not None and settings:
         raise TypeError(f"train takes a config or settings, got both: config and {', '.join(settings)}")

@@ -1,4 +1,4 @@
-"""Consoles for terminals and files. Lines are wrapped and padded only on terminals; text is never parsed as markup."""
+"""Rich consoles that wrap and pad lines only on terminals and never parse text as markup."""
 
 import contextlib
 import os
@@ -38,7 +38,7 @@ class _Unpadded:
 
 
 class _PersistentStream:
-    """Stream wrapper that discards output once the reader has closed the stream."""
+    """Stream wrapper that discards output after the reader closes the stream."""
 
     def __init__(self, stream: IO[str]) -> None:
         self.stream = stream
@@ -60,7 +60,7 @@ class _PersistentStream:
 
     @contextlib.contextmanager
     def _until_closed(self) -> Iterator[None]:
-        """Redirect the stream to the null device on the first error, and print one note."""
+        """Redirect the stream to the null device on the first error, and print a warning."""
         try:
             yield
         except OSError as error:
@@ -131,10 +131,10 @@ def print_rows(console: Console, rows: Sequence[tuple[str, str]]) -> None:
 def make_table(
     columns: Iterable[str], rows: Iterable[Iterable[str]], *, title: str | None = None, left: int = 1
 ) -> Table:
-    """Create a table with `left` left-aligned columns; the others are right-aligned for numbers."""
+    """Create a table; the first `left` columns are left-aligned, the others right-aligned."""
     table = Table(title=title, title_justify="left")
-    for number, name in enumerate(columns):
-        table.add_column(name, justify="left" if number < left else "right")
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="left" if index < left else "right")
     for row in rows:
         table.add_row(*row)
     return table
@@ -158,5 +158,5 @@ def track_progress(items: Iterable[_T], text: str, total: int, console: Console 
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:
-    """Format a number with its noun: `1 image`, `1,200 images`; `plural` defaults to the noun with an s."""
+    """Format a count with its noun: `1 image`, `1,200 images`; `plural` defaults to `noun` plus s."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"

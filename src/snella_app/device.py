@@ -1,4 +1,4 @@
-"""Torch devices by name, and the precision of training on them."""
+"""Selection of the torch device and the training precision."""
 
 from contextlib import nullcontext
 
@@ -8,10 +8,10 @@ _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def device_named(name: str) -> torch.device:
-    """Parse the name of a torch device, whether or not this machine has it.
+    """Parse a torch device name without checking availability.
 
     Raises:
-        ValueError: If torch does not know the device.
+        ValueError: If the name is not a torch device, or is `meta`.
     """
     try:
         device = torch.device(name)
@@ -26,10 +26,10 @@ def device_named(name: str) -> torch.device:
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device for `auto` or the name of a torch device, and check that this machine has it.
+    """Resolve `auto` or a torch device name, and check that the device is available.
 
     Raises:
-        ValueError: If torch does not know the device, or this machine does not have it.
+        ValueError: If the device is unknown or unavailable.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -46,10 +46,10 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """Return bf16 or fp32 for `auto`, depending on whether the device multiplies bfloat16 matrices in hardware.
+    """Resolve `auto` to bf16 on devices with bfloat16 matrix hardware, else to fp32.
 
     Args:
-        name: `OptimConfig.precision`; other names than `auto` are returned.
+        name: `OptimConfig.precision`; values other than `auto` are returned unchanged.
         device: Training device.
     """
     if name != "auto":
@@ -58,12 +58,12 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast | nullcontext[None]:
-    """Return the autocast context of a training step; `fp32` has none."""
+    """Return the autocast context for training; a no-op context for fp32."""
     return torch.autocast(device.type, _HALF[precision]) if precision in _HALF else nullcontext()
 
 
 def _has_bfloat16_products(device: torch.device) -> bool:
-    """Return whether bfloat16 products are faster than float32: GPUs with tensor cores for it, AVX512-BF16 and AMX."""
+    """Return whether the device multiplies bfloat16 matrices in hardware: GPU tensor cores, AVX512-BF16 or AMX."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -20,10 +20,10 @@ import psutil
 
 @contextmanager
 def naming_file(path: Path) -> Iterator[None]:
-    """Add the file name to write errors, e.g. of a full disk.
+    """Add the file name to write errors, e.g. when the disk is full.
 
     Args:
-        path: File that is written inside the context.
+        path: File written in the context.
 
     Raises:
         OSError: If writing fails.
@@ -35,10 +35,10 @@ def naming_file(path: Path) -> Iterator[None]:
             error.filename = str(path)
         raise
     except Exception as error:
-        number = next((number for text, number in WRITE_FAILURES.items() if text in str(error)), None)
-        if number is None:
+        error_code = next((code for text, code in WRITE_FAILURES.items() if text in str(error)), None)
+        if error_code is None:
             raise
-        raise OSError(number, os.strerror(number), str(path)) from error
+        raise OSError(error_code, os.strerror(error_code), str(path)) from error
 
 
 WRITE_FAILURES = {
@@ -56,10 +56,10 @@ def made_folder(folder: Path) -> Iterator[None]:
     """Create a folder and its parents; on failure, remove the created folders that are empty.
 
     Args:
-        folder: The folder; may exist.
+        folder: Folder to create; may exist.
 
     Raises:
-        OSError: If the folder cannot be created, or a write inside the context fails.
+        OSError: If the folder cannot be created, or a write in the context fails.
     """
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -79,9 +79,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file atomically: write a temporary file in the same folder, sync it, rename it.
+    """Write a file atomically: sync a temporary file in the same folder, then rename it.
 
-    Several processes may write the same file. Temporary files of processes that were killed are removed.
+    Several processes may write the same file. Temporary files left by killed processes are removed.
 
     Raises:
         OSError: If the disk is full or not writable; the old file is unchanged.
@@ -101,15 +101,15 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 @cache
 def _machine() -> str:
-    """Return a short name of this machine, since process IDs are only unique on one."""
+    """Return a short machine ID, since process IDs are unique only within a machine."""
     return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove temporary files for `path` from processes of this machine that no longer run."""
+    """Remove temporary files of `path` left by terminated processes on this machine."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.{_machine()}-*-*.tmp"):
-        process = leftover.name.rsplit("-", 2)[1]
-        if process.isdecimal() and not psutil.pid_exists(int(process)):
+        pid = leftover.name.rsplit("-", 2)[1]
+        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
             leftover.unlink(missing_ok=True)
 
 
@@ -129,7 +129,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Sync a folder's entries, e.g. after a rename, to disk."""
+    """Sync a folder's entries to disk, e.g. after a rename."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -138,7 +138,7 @@ def sync_folder(folder: Path) -> None:
 
 
 SEAL = "sha256"
-"""Key of a sealed JSON object that holds the digest of all other entries."""
+"""Key of the digest in a sealed JSON object."""
 
 
 def sha256_of(path: Path) -> str:
@@ -152,11 +152,11 @@ def sha256_of(path: Path) -> str:
 
 
 def check_files(folder: Path, digests: Mapping[str, str]) -> None:
-    """Compare files with their digests; missing files are ignored.
+    """Verify the SHA-256 digests of files; missing files are ignored.
 
     Args:
         folder: Folder of the files.
-        digests: SHA-256 by name, relative to `folder`.
+        digests: SHA-256 by file name relative to `folder`.
 
     Raises:
         ValueError: If digests differ; lists all altered files.

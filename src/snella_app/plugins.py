@@ -9,7 +9,7 @@
 | `snella.methods` | `snella_app.methods.Method` | `--method NAME` |
 | `snella.data` | function `() -> Collection`, or `(path) -> Collection` | `--data NAME`, or `--data NAME:PATH` |
 | `snella.backbones` | `snella_app.backbones.NamedBackbone` | `--backbone NAME` |
-| `snella.reports` | function `(run folder) -> path of the page` | reports of runs whose task is NAME |
+| `snella.reports` | function `(run folder) -> report path` | reports of runs whose task is NAME |
 | `snella.choices` | function `(config, console) -> config` | `--method auto` (the entry `method`) |
 """
 
@@ -37,11 +37,11 @@ def plugin(group: str, name: str) -> Any:
 def plugins(group: str, reserved: frozenset[str] = frozenset()) -> dict[str, Any]:
     """Load all objects registered in `snella.{group}`, by name.
 
-    Entries with an import error or a name in use are skipped; a warning names their package.
+    Entries that cannot be imported, or whose name is taken, are skipped with a warning.
 
     Args:
         group: `commands`, `methods`, `data` or `backbones`, see the table above.
-        reserved: Names of the application, which plugins cannot use.
+        reserved: Built-in names, which plugins cannot use.
     """
     objects = {}
     for name, entry in _entries(group, reserved).items():
@@ -65,7 +65,8 @@ def _entries(group: str, reserved: frozenset[str] = frozenset()) -> dict[str, En
     for entry in sorted(installed, key=lambda entry: (_package_name(entry) != "snella", entry.name)):
         if entry.name in entries or entry.name in reserved:
             package = _package_name(entry)
-            warnings.warn(f"{package} registers {entry.name!r} in snella.{group}, a name in use; ignored", stacklevel=3)
+            text = f"{package} registers {entry.name!r} in snella.{group}, but the name is taken; ignored"
+            warnings.warn(text, stacklevel=3)
         else:
             entries[entry.name] = entry
     return entries

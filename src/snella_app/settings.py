@@ -1,4 +1,4 @@
-"""Type checks of settings by their annotations, and hints for names and values used by other tools."""
+"""Type checks of settings, and suggestions for names and values used by other tools."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def fitted(kind: Any, value: Any) -> Any:
                 continue
         raise KindError
     if origin is Literal:
-        is_choice = isinstance(value, str) and value in inner
+        is_valid = isinstance(value, str) and value in inner
     elif origin is dict:
         if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
             raise KindError
@@ -146,17 +146,17 @@ def fitted(kind: Any, value: Any) -> Any:
             raise KindError
         return [fitted(inner[0], item) for item in value]
     elif kind is bool:
-        is_choice = isinstance(value, bool)
+        is_valid = isinstance(value, bool)
     elif kind is int:
-        is_choice = isinstance(value, Integral) and not isinstance(value, bool)
-        value = int(value) if is_choice else value
+        is_valid = isinstance(value, Integral) and not isinstance(value, bool)
+        value = int(value) if is_valid else value
     elif kind is float:
-        is_choice = isinstance(value, Real) and not isinstance(value, bool)
-        value = value if not is_choice or isinstance(value, int) else float(value)
+        is_valid = isinstance(value, Real) and not isinstance(value, bool)
+        value = value if not is_valid or isinstance(value, int) else float(value)
     else:
         value = os.fspath(value) if kind is str and isinstance(value, os.PathLike) else value
-        is_choice = isinstance(value, kind)
-    if not is_choice:
+        is_valid = isinstance(value, kind)
+    if not is_valid:
         raise KindError
     return value
 
@@ -174,9 +174,9 @@ def hint_at_choice(kind: Any, value: Any) -> str:
 
 
 def ours(name: str, known: Iterable[str]) -> str | None:
-    """Return the setting that corresponds to another tool's `name`, if any."""
+    """Return the setting that corresponds to another tool's `name`; None if there is none."""
     known_names = set(known)
-    return next((ours for ours in OTHER_NAMES.get(name.replace("-", "_"), ()) if ours in known_names), None)
+    return next((setting for setting in OTHER_NAMES.get(name.replace("-", "_"), ()) if setting in known_names), None)
 
 
 def short(value: Any, most: int = 60) -> str:

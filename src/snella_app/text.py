@@ -19,20 +19,20 @@ def count_text(count: int) -> str:
     return f"{_three_digits(count / size)}{_SPACE}{unit}"
 
 
-def percent_text(share: float, digits: int = 1) -> str:
+def percent_text(fraction: float, digits: int = 1) -> str:
     """Format a fraction as a percentage: 87.5%; NaN becomes a dash."""
-    return "–" if math.isnan(share) else f"{decimal_text(100 * share, digits)}%"
+    return "–" if math.isnan(fraction) else f"{decimal_text(100 * fraction, digits)}%"
 
 
-def points_text(share: float, digits: int = 1) -> str:
+def points_text(fraction: float, digits: int = 1) -> str:
     """Format a difference of fractions in percentage points, with its sign: +2.9, −1.0, 0.0."""
-    text = decimal_text(100 * share, digits)
+    text = decimal_text(100 * fraction, digits)
     return f"+{text}" if text[0].isdigit() and float(text) else text
 
 
-def margin_text(share: float) -> str:
+def margin_text(fraction: float) -> str:
     """Format the half-width of a 95% confidence interval: 95% margin: ±13.4 points; empty for NaN."""
-    return "" if math.isnan(share) else f"95% margin: ±{decimal_text(100 * share, 1)} points"
+    return "" if math.isnan(fraction) else f"95% margin: ±{decimal_text(100 * fraction, 1)} points"
 
 
 def decimal_text(value: float, digits: int) -> str:
@@ -47,7 +47,7 @@ def measure_text(value: float, *, signed: bool = False) -> str:
     """Format a number with four significant digits and a minus sign: 12.35, −0.05, 1.2e+06.
 
     Args:
-        value: The number.
+        value: Number.
         signed: Add a plus sign to positive numbers, for differences.
     """
     return "–" if math.isnan(value) else f"{value:{'+' if signed else ''}.4g}".replace("-", _MINUS)
@@ -87,12 +87,12 @@ def plain_text(value: Any) -> str:
 
 
 def utf8_text(text: str) -> str:
-    """Replace bytes that are not valid UTF-8, as in file names, with `?`."""
+    """Replace invalid UTF-8, e.g. in file names, with `?`."""
     return text.encode(errors="replace").decode()
 
 
 def listed(items: Iterable[str], most: int = 5, separator: str = ", ") -> str:
-    """Join the first items and the number of remaining ones: "a, b and 3 more"."""
+    """Join the first `most` items and count the rest: "a, b and 3 more"."""
     shown = list(items)
     rest = len(shown) - most
     return separator.join(shown[:most]) + (f" and {rest} more" if rest > 0 else "")
@@ -105,7 +105,7 @@ def nearest(name: str, known: Iterable[str], *, most: int = 1, cutoff: float = 0
 
 
 def near_siblings(path: Path, *, most: int = 3, cutoff: float = 0.5, folders_alone: bool = False) -> str:
-    """Suggest files and folders with a name similar to a missing one: "; nearest: 'a', 'b'"; empty for none."""
+    """Suggest files and folders named like a missing path: "; nearest: 'a', 'b'"; empty if none is similar."""
     if not path.parent.is_dir():
         return f"; there is no folder '{path.parent}'"
     names = sorted(child.name for child in path.parent.iterdir() if child.is_dir() or not folders_alone)
@@ -114,7 +114,7 @@ def near_siblings(path: Path, *, most: int = 3, cutoff: float = 0.5, folders_alo
 
 
 def _three_digits(value: float) -> str:
-    """Format a number with three digits, without exponent."""
+    """Format a number with three significant digits and no exponent."""
     return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
 
 

@@ -83,7 +83,7 @@ def test_a_plugin_cannot_replace_a_method(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
     )
-    assert "thief registers 'lora' in snella.methods, a name in use; ignored" in done.stderr
+    assert "thief registers 'lora' in snella.methods, but the name is taken; ignored" in done.stderr
     assert "2106.09685" in done.stdout
 
 

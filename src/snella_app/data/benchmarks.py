@@ -18,7 +18,7 @@ _MAX_COPIES = 0.05
 
 @dataclass(frozen=True)
 class ListedPart:
-    """One split: image files relative to a folder, with class indices.
+    """Benchmark split: image files relative to a folder, with class indices.
 
     Attributes:
         name: Name of the list file without suffix, e.g. `train800`.
@@ -97,7 +97,7 @@ def dataset_of(part: ListedPart) -> ImageDataset:
 
 
 def file_errors(part: ListedPart) -> list[str]:
-    """Return one error for duplicate files, and one for missing files."""
+    """Return at most one error each for duplicate and for missing files."""
     errors = []
     duplicates = [file for file, count in Counter(part.files).items() if count > 1]
     if duplicates:
@@ -113,10 +113,10 @@ def file_errors(part: ListedPart) -> list[str]:
 
 
 def overlap_errors(first: ListedPart, second: ListedPart) -> tuple[list[str], list[str]]:
-    """Find images that are in two splits: the same file, or files with equal bytes.
+    """Find images shared by two splits: the same file, or files with equal bytes.
 
     Only files whose size occurs in both splits are read. Some benchmarks contain a few copies under other names (e.g.
-    symmetric rendered shapes), so up to 5% of the evaluation split become notes instead of errors.
+    symmetric rendered shapes), so copies of up to 5% of the evaluation split are notes instead of errors.
 
     Args:
         first: Training split.
@@ -163,7 +163,7 @@ def class_errors(parts: Sequence[ListedPart], classes: int) -> tuple[list[str], 
 
 
 def _copies(first: ListedPart, second: ListedPart) -> list[str]:
-    """Return `file of second = file of first` for every pair with equal bytes."""
+    """Return `SECOND = FIRST` for every pair of files with equal bytes."""
 
     def digest(file: Path) -> bytes:
         return hashlib.blake2b(file.read_bytes(), digest_size=16).digest()
@@ -214,7 +214,7 @@ M = TypeVar("M", bound=Member)
 
 @dataclass(frozen=True)
 class BenchmarkFamily(Generic[M]):
-    """Benchmark with names, folders and reader of its datasets.
+    """Benchmark: names, folders and reader of its datasets.
 
     Attributes:
         prefix: Prefix of data specifications, as in `vtab:PATH`.
@@ -237,9 +237,9 @@ class BenchmarkFamily(Generic[M]):
         return next((member for member in self.members.values() if name in (member.name, *member.aliases)), None)
 
     def locate(self, root: Path, member: M) -> Path:
-        """Return the folder of a dataset: the first existing name, else the main name."""
-        places = [root / name for name in (member.name, *member.aliases)]
-        return next((place for place in places if place.is_dir()), places[0])
+        """Return the folder of a dataset: the first name that exists, else the main name."""
+        folders = [root / name for name in (member.name, *member.aliases)]
+        return next((folder for folder in folders if folder.is_dir()), folders[0])
 
     def has_datasets(self, folder: Path) -> bool:
         """Return whether the folder contains any of the datasets."""
@@ -329,7 +329,7 @@ VTAB_TASKS: dict[str, VtabTask] = {
 
 
 def load_vtab(path: str, *, strict_sizes: bool = True) -> Collection:
-    """Load one task: `train800` for training, `val200` for validation, and the test images.
+    """Load one VTAB-1k task: `train800` for training, `val200` for validation, and the test images.
 
     Args:
         path: Task folder, with a name in `VTAB_TASKS` or one of its aliases.
@@ -469,7 +469,7 @@ FGVC_DATASETS: dict[str, FgvcDataset] = {
 
 
 def load_fgvc(path: str, *, strict_sizes: bool = True) -> Collection:
-    """Load one dataset.
+    """Load one FGVC dataset.
 
     Args:
         path: Dataset folder, with a name in `FGVC_DATASETS` or one of its aliases.
@@ -509,10 +509,10 @@ def inspect_fgvc(folder: Path, dataset: FgvcDataset) -> Inspection:
     inspection = Inspection(dataset.name, folder)
     lists = _fgvc_lists(inspection)
     ids = sorted({label for entries in lists.values() for label in entries.values()})
-    numbers = {label: number for number, label in enumerate(ids)}
+    indices = {label: number for number, label in enumerate(ids)}
     root = folder / dataset.images
     for name, entries in lists.items():
-        labels = [numbers[label] for label in entries.values()]
+        labels = [indices[label] for label in entries.values()]
         inspection.parts[name] = ListedPart(name, root, list(entries), labels)
     inspection.classes = _folder_names(ids, list(inspection.parts.values()))
     for part in inspection.parts.values():
@@ -557,14 +557,14 @@ def _read_object(file: Path) -> tuple[dict[str, int], str]:
         return {}, f"{file.name} must be a JSON file: {error}"
     if not isinstance(content, dict) or not content:
         return {}, f"{file.name} must contain an object {{image path: class}}, got {str(content)[:40]!r}"
-    wrong = [f"{path!r}: {label!r}" for path, label in content.items() if not _is_number(label)]
-    if wrong:
-        return {}, f"{file.name} must map each image to an integer, invalid entries ({len(wrong)}): {listed(wrong)}"
+    invalid = [f"{path!r}: {label!r}" for path, label in content.items() if not _is_class_id(label)]
+    if invalid:
+        return {}, f"{file.name} must map each image to an integer, invalid entries ({len(invalid)}): {listed(invalid)}"
     return {path: int(label) for path, label in content.items()}, ""
 
 
-def _is_number(label: Any) -> bool:
-    """Return whether a class id is an integer or a string of digits."""
+def _is_class_id(label: Any) -> bool:
+    """Return whether a value is a class ID: an integer or a string of digits."""
     return not isinstance(label, bool) and (isinstance(label, int) or (isinstance(label, str) and label.isdigit()))
 
 

@@ -23,7 +23,7 @@ _FAMILIES: tuple[BenchmarkFamily[Any], ...] = (VTAB, FGVC)
 
 @dataclass
 class BenchmarkCheck:
-    """Validation result of a benchmark folder or of one of its datasets.
+    """Validation result of a benchmark folder or one of its datasets.
 
     Attributes:
         title: Name of the benchmark.
@@ -44,7 +44,7 @@ class BenchmarkCheck:
     @property
     def errors(self) -> list[str]:
         """All error messages."""
-        texts = [
+        messages = [
             f"{inspection.name}: {error}"
             for inspection in self.found
             for error in (*inspection.errors, *inspection.deviations)
@@ -52,11 +52,11 @@ class BenchmarkCheck:
         if self.missing:
             total = len(self.missing) + len(self.found)
             hint = f" (unknown folders: {', '.join(self.unexpected)})" if self.unexpected else ""
-            texts.append(
+            messages.append(
                 f"{len(self.missing)} of {total} datasets of {self.title} are missing: {', '.join(self.missing)}; "
                 f"put each into '{self.folder}' as {self.layout}{hint}"
             )
-        return texts
+        return messages
 
 
 def check_benchmarks(folder: str | Path, *, decode: bool = False) -> list[BenchmarkCheck]:
@@ -67,7 +67,7 @@ def check_benchmarks(folder: str | Path, *, decode: bool = False) -> list[Benchm
         decode: Also decode every image (slow); unreadable files become errors.
 
     Returns:
-        One entry per benchmark that is at least partly present.
+        One entry per benchmark with at least one dataset.
 
     Raises:
         FileNotFoundError: If the folder does not exist.
@@ -81,8 +81,8 @@ def check_benchmarks(folder: str | Path, *, decode: bool = False) -> list[Benchm
         )
     checks = _check_single(root) or _check_all(root)
     if not checks:
-        inside = sorted(child.name for child in root.iterdir())
-        contents = f"it contains {listed(inside)}" if inside else "it is empty"
+        children = sorted(child.name for child in root.iterdir())
+        contents = f"it contains {listed(children)}" if children else "it is empty"
         raise ValueError(
             f"folder must contain a benchmark, got '{root}' ({contents}); expected layout: {layouts}. "
             f"VTAB-1k tasks: {', '.join(VTAB_TASKS)}; FGVC datasets: {', '.join(FGVC_DATASETS)}. "
@@ -99,9 +99,9 @@ def holds_benchmark(folder: str | Path) -> bool:
     root = Path(folder).expanduser()
     if not root.is_dir():
         return False
-    places = [root, *(child for child in root.iterdir() if child.is_dir())]
+    folders = [root, *(child for child in root.iterdir() if child.is_dir())]
     is_member = any(family.find(root.resolve().name) for family in _FAMILIES)
-    return is_member or any(family.has_datasets(place) for place in places for family in _FAMILIES)
+    return is_member or any(family.has_datasets(candidate) for candidate in folders for family in _FAMILIES)
 
 
 def _check_single(root: Path) -> list[BenchmarkCheck]:
@@ -115,34 +115,34 @@ def _check_single(root: Path) -> list[BenchmarkCheck]:
 
 def _check_all(root: Path) -> list[BenchmarkCheck]:
     """Check all benchmarks in a folder and its direct subfolders."""
-    places = [root, *sorted(child for child in root.iterdir() if child.is_dir())]
-    return [_check_benchmark(family, place) for family in _FAMILIES for place in places if family.has_datasets(place)]
+    folders = [root, *sorted(child for child in root.iterdir() if child.is_dir())]
+    return [_check_benchmark(family, path) for family in _FAMILIES for path in folders if family.has_datasets(path)]
 
 
 def _check_benchmark(family: BenchmarkFamily[Any], root: Path) -> BenchmarkCheck:
     """Check a complete benchmark."""
-    found, missing = [], []
+    inspections, missing = [], []
     for name, member in family.members.items():
-        place = family.locate(root, member)
-        if place.is_dir():
-            found.append(family.read(place, member))
+        folder = family.locate(root, member)
+        if folder.is_dir():
+            inspections.append(family.read(folder, member))
         else:
             missing.append(name)
-    return BenchmarkCheck(family.title, root, found, missing, family.layout, _unexpected_folders(root, missing))
+    return BenchmarkCheck(family.title, root, inspections, missing, family.layout, _unexpected_folders(root, missing))
 
 
 def _unexpected_folders(root: Path, missing: list[str]) -> list[str]:
     """Describe unknown folders whose names resemble a missing dataset."""
-    texts = []
+    descriptions = []
     for child in sorted(child for child in root.iterdir() if child.is_dir()):
         near = difflib.get_close_matches(child.name.lower(), missing, n=1, cutoff=0.6)
         if near and not any(family.find(child.name) for family in _FAMILIES):
-            texts.append(f"{child.name!r}, nearest: {near[0]!r}")
-    return texts
+            descriptions.append(f"{child.name!r}, nearest: {near[0]!r}")
+    return descriptions
 
 
 def _decode(inspection: Inspection) -> None:
-    """Add unreadable images to the errors."""
+    """Decode all images and record unreadable ones as errors."""
     files = {part.root / file: file for part in inspection.parts.values() for file in part.files}
     paths = [path for path in files if path.is_file()]
     broken = [f"{files[paths[index]]} ({reason})" for index, reason in broken_images(paths).items()]
@@ -169,12 +169,12 @@ class DataCheck:
     """Validation result of a dataset.
 
     Attributes:
-        splits: Data in the splits of training; unsplit if splitting fails.
+        splits: Training splits; unsplit if splitting fails.
         counts: Number of images by class (or label) and split; empty for regression and segmentation.
         ranges: Minimum, median and maximum of each regression target; empty for other tasks.
         sizes: Width and height of the smallest, median and largest image; None if images were not inspected.
         kinds: Number of images by format and mode, e.g. `JPEG RGB`.
-        errors: Problems that training rejects, and certain mistakes.
+        errors: Problems that make training fail.
         warnings: Problems that may invalidate results, with remedies.
         notes: Other notes for the user.
     """
@@ -199,7 +199,7 @@ def check_data(
     skip_corrupt: bool = False,
     seed: int = 0,
 ) -> DataCheck:
-    """Load data like training, skipping broken images, and report its contents and problems.
+    """Load data as in training, skip broken images, and report contents and problems.
 
     Args:
         spec: As for `load_data`.
@@ -289,17 +289,17 @@ def _duplicate_warnings(splits: DataSplits) -> list[str]:
 
 
 def _suspicious_names(classes: Sequence[str]) -> list[str]:
-    """Return warnings about generic class names and spelling variants of one class."""
+    """Return warnings about generic class names and spelling variants of a class."""
     notes = []
     generic = [repr(name) for name in classes if name.strip().lower() in _GENERIC or _COPY.search(name)]
     if generic:
         notes.append(f"generic class names: {listed(generic)}; rename them, or remove folders that are not classes")
-    alike: dict[str, list[str]] = {}
+    by_spelling: dict[str, list[str]] = {}
     for name in classes:
-        alike.setdefault(re.sub(r"[\W_]", "", name.lower()).rstrip("s") or name, []).append(name)
-    twice = [" and ".join(map(repr, names)) for names in alike.values() if len(names) > 1]
-    if twice:
-        notes.append(f"possible duplicate classes: {listed(twice)}; merge them")
+        by_spelling.setdefault(re.sub(r"[\W_]", "", name.lower()).rstrip("s") or name, []).append(name)
+    variants = [" and ".join(map(repr, names)) for names in by_spelling.values() if len(names) > 1]
+    if variants:
+        notes.append(f"possible duplicate classes: {listed(variants)}; merge them")
     return notes
 
 

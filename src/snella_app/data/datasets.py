@@ -36,7 +36,7 @@ from snella_app.data.images import (
 if TYPE_CHECKING:
     from rich.console import Console
 
-_THREADS = 4  # decoding releases the interpreter lock
+_THREADS = 4  # decoding releases the GIL
 _BUDGET_BYTES = 512 * 2**20
 _CONSOLE: ContextVar["Console | None"] = ContextVar("console", default=None)
 _T = TypeVar("_T")
@@ -78,8 +78,8 @@ class CachedImages:
     Subclasses implement `read` and `content`.
 
     Args:
-        budget_bytes: Cache size for decoded images, one byte per pixel and channel; loader workers share it. Images
-            beyond the budget are decoded every time.
+        budget_bytes: Cache size for decoded images, one byte per pixel and channel, divided among loader workers.
+            Images beyond the budget are decoded on every access.
         reading: As for `read_image`.
 
     Attributes:
@@ -155,7 +155,7 @@ class FileImages(CachedImages):
 
 
 def broken_images(paths: Sequence[Path]) -> dict[int, str]:
-    """Decode every file once and return the broken ones.
+    """Decode every file once and return the broken files.
 
     Args:
         paths: Image files.
@@ -188,20 +188,20 @@ def broken_rows(source: "CachedImages", rows: Sequence[int]) -> dict[int, str]:
 
 
 def decode_all(decode: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
-    """Apply a function that decodes images to all items, in threads; see `show_reading` for progress."""
+    """Apply a decoding function to all items in threads; `show_reading` displays the progress."""
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as threads:
         return list(track_progress(threads.map(decode, items), "reading images", len(items), _CONSOLE.get()))
 
 
 @contextmanager
-def show_reading(console: "Console | None", is_wanted: bool = True) -> Iterator[None]:
-    """Display a progress bar for the first decoding of all images if the console is a terminal.
+def show_reading(console: "Console | None", is_enabled: bool = True) -> Iterator[None]:
+    """Display a progress bar while `decode_all` runs, if the console is a terminal.
 
     Args:
         console: Console for the transient bar; None disables it.
-        is_wanted: If False, the bar is disabled.
+        is_enabled: If False, the bar is disabled.
     """
-    token = _CONSOLE.set(console if is_wanted else None)
+    token = _CONSOLE.set(console if is_enabled else None)
     try:
         yield
     finally:
@@ -220,7 +220,7 @@ class Annotations:
         targets: Values of the label column: class name (`str`), number, label names (tuple of `str`), or numbers of
             several columns (tuple of `float`), depending on `load_data(target=...)`.
         weights: Nonnegative sample weights in the loss.
-        groups: Group of the image, e.g. a patient, site or video.
+        groups: Group of each image, e.g. a patient, site or video.
     """
 
     targets: list[Target] | None = None
@@ -233,14 +233,14 @@ class Annotations:
         return Annotations(*(None if c is None else [c[p] for p in positions] for c in columns))  # type: ignore[arg-type]
 
     def joined(self, other: "Annotations") -> "Annotations":
-        """Concatenate two annotations; drop columns that either lacks."""
+        """Concatenate with other annotations; drop columns missing from either."""
         pairs = zip(
             (self.targets, self.weights, self.groups), (other.targets, other.weights, other.groups), strict=True
         )
         return Annotations(*(None if a is None or b is None else [*a, *b] for a, b in pairs))
 
     def plain(self) -> dict[str, Any]:
-        """Return the present columns as plain values for a digest."""
+        """Return the present columns by name, for a digest."""
         columns = {"targets": self.targets, "weights": self.weights, "groups": self.groups}
         return {name: column for name, column in columns.items() if column is not None}
 
@@ -248,8 +248,8 @@ class Annotations:
 class ImageDataset(Dataset[tuple[Any, ...]]):
     """Dataset of selected images with labels, names and a transform.
 
-    The transform of item `i` runs with torch's generator seeded by (seed, epoch, i) and restores the generator.
-    Augmentation therefore does not depend on workers or order.
+    The transform of item `i` runs with torch's generator seeded by (seed, epoch, i); the generator is restored
+    afterwards. Augmentation is therefore independent of workers and order.
 
     Args:
         source: Source of the images.
@@ -305,7 +305,7 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch that seeds the augmentation; Accelerate's loaders call this at each epoch's start."""
+        """Set the epoch that seeds the augmentation; Accelerate's data loaders call this at the start of each epoch."""
         self._epoch.fill_(epoch)
 
     def image(self, index: int) -> Image.Image:
@@ -333,9 +333,9 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
 
     def with_source(self, source: ImageSource) -> Self:
         """Return a copy with another source of the same rows."""
-        changed = self.with_transform(self.transform)
-        changed.source = source
-        return changed
+        dataset = self.with_transform(self.transform)
+        dataset.source = source
+        return dataset
 
     def with_targets(self, encode: Callable[[Target], Any] | None = None, *, is_weighted: bool = False) -> Self:
         """Return a copy with other targets.
@@ -344,9 +344,9 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
             encode: Maps the label-column value to the target; None uses the class index. Must be picklable.
             is_weighted: Append the sample weight to each item, if the data has weights.
         """
-        changed = self._select(range(len(self)), self.transform)
-        changed._encode, changed._is_weighted = encode, is_weighted and self.annotations.weights is not None
-        return changed
+        dataset = self._select(range(len(self)), self.transform)
+        dataset._encode, dataset._is_weighted = encode, is_weighted and self.annotations.weights is not None
+        return dataset
 
     def target_and_weight(self, index: int) -> tuple[Any, ...]:
         """Return the target of an item, followed by the sample weight if items are weighted."""
@@ -387,14 +387,14 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
         return image, *self.target_and_weight(index)
 
     def _position(self, index: int) -> int:
-        """Return a nonnegative index."""
+        """Convert a negative index to a position."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} is out of range for {len(self)} images")
         return index % len(self)
 
 
 def _shared_zero() -> Tensor:
-    """Return a zero in shared memory.
+    """Return a zero-initialized int64 scalar in shared memory.
 
     Raises:
         OSError: If shared memory (`/dev/shm`) is full or a file size limit is reached.
@@ -413,8 +413,8 @@ def _item_seed(seed: int, epoch: int, index: int) -> int:
 
 def known_facts(images: ImageDataset) -> dict[int, ImageFacts]:
     """Return the facts about inspected images of a dataset by position."""
-    known = images.source.facts if isinstance(images.source, CachedImages) else {}
-    return {position: known[row] for position, row in enumerate(images.rows) if row in known}
+    facts = images.source.facts if isinstance(images.source, CachedImages) else {}
+    return {position: facts[row] for position, row in enumerate(images.rows) if row in facts}
 
 
 class FileMasks(FileImages):
@@ -430,7 +430,7 @@ class FileMasks(FileImages):
         self.is_white_foreground = is_white_foreground
 
     def read(self, row: int) -> Image.Image:
-        """Return labels as gray values of an image."""
+        """Return the labels as a grayscale image."""
         labels, _ = read_label_map(self.paths[row])
         if self.is_white_foreground:
             labels = labels > 0
@@ -438,10 +438,10 @@ class FileMasks(FileImages):
 
 
 class ArrayMasks(ArrayImages):
-    """Masks in one array of labels."""
+    """Masks in one label array."""
 
     def load(self, row: int) -> Image.Image:
-        """Return labels as gray values of an image."""
+        """Return the labels as a grayscale image."""
         return Image.fromarray(self.pixels[row])
 
 
@@ -517,7 +517,7 @@ class _JoinedSource:
         self.first, self.second, self.boundary = first, second, boundary
 
     def load(self, row: int) -> Image.Image:
-        """Return the image of the source that holds the row."""
+        """Return the image from the source that contains the row."""
         return self.first.load(row) if row < self.boundary else self.second.load(row - self.boundary)
 
     def content(self, row: int) -> bytes:
@@ -530,7 +530,7 @@ class _JoinedSource:
 
 
 def joined(first: ImageDataset, second: ImageDataset) -> ImageDataset:
-    """Concatenate two datasets, without transform and with the seed of the first.
+    """Concatenate two datasets; the result has no transform and the seed of the first.
 
     Args:
         first: Dataset of images, or of images with masks.
@@ -549,7 +549,7 @@ def joined(first: ImageDataset, second: ImageDataset) -> ImageDataset:
 
 @dataclass
 class Collection:
-    """Images with classes in the splits of the data.
+    """Labeled images in the splits defined by the data.
 
     Attributes:
         name: Short name of the data.
@@ -557,7 +557,7 @@ class Collection:
         train: Training split, or all images without splits.
         val: Validation split, if the data has one.
         test: Test split, if the data has one.
-        has_parts: True if the data has splits; then no test split is created.
+        has_parts: True if the data defines splits; no test split is then created.
         notes: Notes for the user: skipped files, choices, licenses.
         strata: Names of image labels if they differ from the classes; images with masks have one class per pixel.
         is_resized_whole: If True, images are resized without center crop.

@@ -35,8 +35,8 @@ def load_folder(path: str, *, skip_corrupt: bool = False, reading: Reading = RGB
 
     Raises:
         FileNotFoundError: If the folder does not exist; the message suggests similar names.
-        ValueError: If class folders are missing or empty, classes are fewer than two, a split has classes unknown to
-            training, or images are broken.
+        ValueError: If class folders are missing or empty, there are fewer than two classes, a split has classes unknown
+            to training, or images are broken.
     """
     root = existing_folder(path)
     folders, has_parts = _part_folders(root)
@@ -63,16 +63,16 @@ def load_folder(path: str, *, skip_corrupt: bool = False, reading: Reading = RGB
 
 
 def note_broken(broken: Mapping[str, str], count: int, folder: str | Path, skip_corrupt: bool) -> str:
-    """Return the note about skipped images of a folder.
+    """Return the note about the skipped images of a folder.
 
     Args:
         broken: Reasons by image name.
         count: Number of images in the folder.
         folder: Folder for the message.
-        skip_corrupt: Allow skipping.
+        skip_corrupt: If False, raise an error.
 
     Raises:
-        ValueError: If skipping is not allowed.
+        ValueError: If `skip_corrupt` is False.
     """
     named = listed(f"{name} ({reason})" for name, reason in broken.items())
     if not skip_corrupt:
@@ -139,10 +139,12 @@ def _skipped_notes(root: Path, folders: dict[str, Path]) -> list[str]:
     """Return notes about images outside class folders and about folders that are not splits."""
     notes = []
     for folder in {root, *folders.values()}:
-        loose = [child.name for child in sorted(folder.iterdir()) if child.is_file() and is_image(child)]
-        if loose:
+        unassigned = [child.name for child in sorted(folder.iterdir()) if child.is_file() and is_image(child)]
+        if unassigned:
             where = "" if folder == root else f" in {folder.name}"
-            notes.append(f"skipped {counted(len(loose), 'image')}{where} outside class folders, e.g. {loose[0]!r}")
+            notes.append(
+                f"skipped {counted(len(unassigned), 'image')}{where} outside class folders, e.g. {unassigned[0]!r}"
+            )
     if folders.get("train") != root:
         others = [child for child in _subfolders(root) if child not in folders.values()]
         images = {child.name: sum(is_image(file) for file in _walk(child)) for child in others}
@@ -215,8 +217,9 @@ def _no_classes_error(folder: Path) -> str:
     visible = [child for child in folder.iterdir() if not child.name.startswith(".")]
     if not visible:
         return f"'{folder}' is empty; {_LAYOUT}"
-    loose = sum(child.is_file() and is_image(child) for child in visible)
-    return f"no class folders in '{folder}' ({counted(loose, 'image')} without a class); {_LAYOUT}{_table_hint(folder)}"
+    unassigned = sum(child.is_file() and is_image(child) for child in visible)
+    images = counted(unassigned, "image")
+    return f"no class folders in '{folder}' ({images} without a class); {_LAYOUT}{_table_hint(folder)}"
 
 
 def _table_hint(*folders: Path) -> str:

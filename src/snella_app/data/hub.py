@@ -31,7 +31,7 @@ def load_hf(path: str, options: RowOptions) -> Collection:
     Args:
         path: Folder written by `save_to_disk`, folder of images with `metadata.csv` (`imagefolder`), folder of Parquet
             files, or Hub name `owner/name` or `owner/name:configuration`.
-        options: Conversion options; the first image column is the default.
+        options: Conversion options; the path column defaults to the first image column.
 
     Raises:
         ConnectionError: If the Hub is needed and cannot be reached.
@@ -96,7 +96,7 @@ def from_python(data: Any, options: RowOptions) -> Collection:
         options: Conversion options; column roles apply to Hugging Face datasets.
 
     Raises:
-        TypeError: If the object is of another type.
+        TypeError: If the type of the object is not supported.
         ValueError: If `build_collection` rejects the data.
     """
     name, where = "data", f"{PYTHON_PREFIX}data"
@@ -204,7 +204,7 @@ def _labels_of(part: Any) -> list[Any]:
 
 
 def _from_hf(data: Any, where: str, name: str, options: RowOptions, roots: Sequence[Path] | None = None) -> Collection:
-    """Convert Hugging Face datasets to a `Collection`; files must be below `roots` unless None."""
+    """Convert Hugging Face datasets to a `Collection`; `roots` restricts referenced files unless None."""
     import datasets
 
     parts = dict(data) if isinstance(data, Mapping) else {"train": data}
@@ -272,9 +272,9 @@ def _class_names(kind: Any) -> list[str] | None:
 def _named(value: Any, names: Sequence[str], column: str, row: int) -> Any:
     """Convert class indices to names; -1 (unlabeled) becomes None or is dropped from lists."""
     numbers = value if isinstance(value, list) else [value]
-    wrong = [number for number in numbers if number is not None and number >= len(names)]
-    if wrong:
-        raise ValueError(f"column {column!r}, row {row} must be a class index below {len(names)}, got {wrong[0]}")
+    invalid = [number for number in numbers if number is not None and number >= len(names)]
+    if invalid:
+        raise ValueError(f"column {column!r}, row {row} must be a class index below {len(names)}, got {invalid[0]}")
     named = [None if number is None or number < 0 else names[number] for number in numbers]
     return [name for name in named if name is not None] if isinstance(value, list) else named[0]
 
@@ -314,7 +314,7 @@ def _library(where: str) -> Any:
 
 
 def _reading_error(where: str, place: Path, error: Exception) -> Exception:
-    """Convert an error of the library to a one-line error."""
+    """Convert an error of `datasets` to a one-line error."""
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
@@ -322,7 +322,7 @@ def _reading_error(where: str, place: Path, error: Exception) -> Exception:
     nearest = near_siblings(place) if place.parent.is_dir() and not place.exists() else ""
     if isinstance(error, ConnectionError):
         return ConnectionError(
-            f"data {where} is neither a folder nor in the cache, and the hub could not be reached ({text}); pass a "
+            f"data {where} is neither a folder nor in the cache, and the Hub could not be reached ({text}); pass a "
             f"local copy, hf:FOLDER{nearest}"
         )
     if isinstance(error, FileNotFoundError):

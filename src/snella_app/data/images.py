@@ -33,7 +33,7 @@ _NUMPY_START = b"\x93NUMPY"
 _REDUCIBLE = ("L", "RGB", "CMYK", "YCbCr")
 """Modes whose values can be averaged."""
 _PILLOW_CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
-_SIDE = 16
+_THUMBNAIL_SIDE = 16
 _DRAFT = (256, 256)
 DECODING_ERRORS = (
     OSError,
@@ -81,8 +81,8 @@ class Reading:
         channels: 3 for RGB, 1 for gray, 4 for RGBA; any other number for a TIFF (by tifffile) or `.npy` array of
             `[height, width, channels]`, `[channels, height, width]` or one page per channel.
         white: Value of 16-bit gray images and arrays mapped to white; larger values are clipped.
-        side: Minimum shorter side of an 8-bit image decoded at an integer fraction of its resolution. JPEGs use the
-            decoder's scaling, which is faster; others are averaged. None uses the full resolution.
+        side: Minimum shorter side; larger 8-bit images are downscaled by an integer factor. JPEGs use the decoder's
+            scaling, which is faster; other formats are averaged. None uses the full resolution.
     """
 
     channels: int = 3
@@ -101,8 +101,8 @@ def read_image(path: str | Path, reading: Reading = RGB) -> Any:
         reading: Decoding options.
 
     Returns:
-        A PIL image for 1, 3 or 4 channels, else a `tv_tensors.Image` `[channels, height, width]`, uint8, or float32
-        as a fraction of white for 16-bit values.
+        A PIL image for 1, 3 or 4 channels. Otherwise a `tv_tensors.Image`, `[channels, height, width]`: uint8, or
+        float32 as a fraction of white for 16-bit values.
 
     Raises:
         ValueError: If the file is not an image, is truncated, has unsupported values or another number of channels.
@@ -111,7 +111,7 @@ def read_image(path: str | Path, reading: Reading = RGB) -> Any:
 
 
 def decode_image(file: File, name: str, reading: Reading = RGB) -> Any:
-    """Decode an image like `read_image` from a file or byte stream, called `name` in messages."""
+    """Decode a file or byte stream like `read_image`; `name` identifies it in messages."""
     with _naming_errors(name, file):
         check_regular(file)
         if reading.channels not in _PILLOW_CHANNELS:
@@ -132,7 +132,7 @@ def _reduction(image: Image.Image, reading: Reading) -> int:
 
 
 def inspect_image(file: File, name: str, reading: Reading = RGB) -> ImageFacts:
-    """Decode an image once, large JPEGs at a lower resolution, and return its facts. Raises like `read_image`."""
+    """Decode an image once, large JPEGs at a lower resolution, and return its facts; raises like `read_image`."""
     with _naming_errors(name, file):
         check_regular(file)
         if reading.channels not in _PILLOW_CHANNELS:
@@ -154,7 +154,7 @@ def inspect_image(file: File, name: str, reading: Reading = RGB) -> ImageFacts:
 
 def facts_of(image: Image.Image, mode: str = "", kind: str = "") -> ImageFacts:
     """Return the facts about a decoded image."""
-    thumbnail = image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.BOX)
+    thumbnail = image.convert("L").resize((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE), Image.Resampling.BOX)
     return ImageFacts(image.size, mode or image.mode, kind, False, np.asarray(thumbnail))
 
 
@@ -175,7 +175,7 @@ def _naming_errors(name: str, file: File) -> Iterator[None]:
 
 
 def _reason(error: BaseException, file: File) -> str:
-    """Return the reason of a read error, without the path in Pillow's message."""
+    """Return the reason for a read error, without the path in Pillow's message."""
     if isinstance(file, str | Path) and Path(file).is_file() and not Path(file).stat().st_size:
         return "the file is empty"
     if isinstance(error, FileNotFoundError):
@@ -252,13 +252,13 @@ def _read_array(file: File, reading: Reading) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values))
     if values.dtype == np.uint16:
         return torch.from_numpy(values.astype(np.float32) / reading.white).clamp(max=1)
-    shares = values.astype(np.float32)
-    if not np.issubdtype(values.dtype, np.floating) or not (shares.min() >= 0 and shares.max() <= 1):
+    fractions = values.astype(np.float32)
+    if not np.issubdtype(values.dtype, np.floating) or not (fractions.min() >= 0 and fractions.max() <= 1):
         raise ValueError(
             f"values must be uint8, uint16 or floats in [0, 1], got {values.dtype} in [{values.min():g}, "
             f"{values.max():g}]"
         )
-    return torch.from_numpy(shares)
+    return torch.from_numpy(fractions)
 
 
 def array_pixels(file: File) -> int:
@@ -284,8 +284,8 @@ def _array_header(file: File) -> tuple[tuple[int, ...], Any]:
     """Read shape and dtype from the header of an array file."""
     with nullcontext(file) if not isinstance(file, str | Path) else Path(file).open("rb") as stream:
         version = np.lib.format.read_magic(stream)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(stream)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read_header(stream)
         stream.seek(0)
     return shape, dtype
 
@@ -299,7 +299,7 @@ def _check_header(shape: Sequence[int], dtype: Any) -> None:
 
 
 def first_channels(image: Tensor) -> Tensor:
-    """Return three channels for display, `[3, height, width]`: the first three, or the first one repeated."""
+    """Return three channels for display, `[3, height, width]`: the first three, or the first repeated."""
     first = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
     return first.as_subclass(Tensor)
 
@@ -386,7 +386,7 @@ _GRAYS = ("L", "I", "I;16", "I;16B", "I;16L")
 
 
 def read_label_map(path: str | Path) -> tuple[np.ndarray, bool]:
-    """Read a mask of palette indices, gray values, or black and white.
+    """Read a mask: palette indices, gray values, or black and white.
 
     Lossy formats (JPEG) do not preserve labels. Their masks are thresholded at `THRESHOLD` to 0 and 1.
 
@@ -394,7 +394,7 @@ def read_label_map(path: str | Path) -> tuple[np.ndarray, bool]:
         path: JPEG, or a lossless file in palette, gray or black-and-white mode, or RGB with equal channels.
 
     Returns:
-        Labels `[height, width]`, uint16; and True if the mask was thresholded.
+        Labels `[height, width]`, uint16, and whether the mask was thresholded.
 
     Raises:
         ValueError: If the file is not an image, is truncated, or has colors instead of labels.

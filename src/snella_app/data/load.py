@@ -1,4 +1,4 @@
-"""Loading of a data specification as training, validation and test splits."""
+"""Loading of data specifications into training, validation and test splits."""
 
 import difflib
 import functools
@@ -33,7 +33,7 @@ _MIN_CORRELATION, _MAX_DISTANCE = 0.995, 3.0
 _FLAT, _DARK = 2.0, 0.25
 _CHUNK, _MAX_PAIRS = 1024, 2_000_000_000
 _IMBALANCE = 4
-"""Ratio of class sizes that triggers a note about imbalance."""
+"""Ratio of class sizes that triggers the imbalance note."""
 _FOLDER_FORMATS: dict[str, Callable[..., Collection]] = {
     _FOLDER: load_folder,
     "masks:": load_masks,
@@ -73,7 +73,7 @@ class DataSplits:
         warnings: Problems that may invalidate results, e.g. test images in the training split, with remedies.
         is_resized_whole: If True, images are resized without center crop.
         broken: Reason by name of each skipped image.
-        fold_part: Split that is a fold of a cross-validation.
+        fold_part: Split that holds the cross-validation fold.
     """
 
     train: ImageDataset
@@ -147,7 +147,7 @@ def full_spec(spec: str) -> str:
 def split_spec(spec: str) -> tuple[str, str | None]:
     """Split `folder:PATH` into `("folder:", "PATH")`; data without a path gives `(name, None)`."""
     prefix = next((prefix for prefix in _PREFIXES if spec.startswith(prefix)), None)
-    if prefix is None:  # loads the plugins
+    if prefix is None:  # import plugins only if needed
         prefix = next((name for name in _registered() if name.endswith(":") and spec.startswith(name)), None)
     return (spec, None) if prefix is None else (prefix, spec.removeprefix(prefix))
 
@@ -158,7 +158,7 @@ def has_columns(data: Any) -> bool:
 
 
 def data_folder(spec: str) -> Path | None:
-    """Return the folder or file of a specification, existing or not; None for other data."""
+    """Return the folder or file of a specification, which need not exist; None for other data."""
     prefix, path = split_spec(spec)
     if path is None or prefix == PYTHON_PREFIX or (prefix == "hf:" and not Path(path).expanduser().exists()):
         return None
@@ -188,15 +188,15 @@ def load_data(
     folds: int | None = None,
     fold: int | None = None,
 ) -> DataSplits:
-    """Load data and split it, stratified and seeded. Images of a group stay in one split.
+    """Load data and create stratified, seeded splits. Images of a group stay in one split.
 
-    Existing splits are kept. A test split is created only if the data has no splits, a validation split if it is
-    missing. Both are fractions of all images to be split. Sizes subsample the splits afterwards, so the test images
-    do not depend on the number of training images.
+    Existing splits are kept. A test split is created only for data without splits, a validation split if it is
+    missing. Fractions refer to all images to be split. Sizes subsample the splits afterwards, so the test images are
+    independent of the number of training images.
 
     Args:
-        spec: Folder or table (see `full_spec`), or one of `data_names()`: `folder:PATH` (`class/image` or
-            `train|val|test/class/image`) or a dataset. Or an object, see `snella_app.data.hub.from_python`.
+        spec: Folder or table (see `full_spec`); one of `data_names()`, e.g. `folder:PATH` (`class/image` or
+            `train|val|test/class/image`); or a dataset object (see `snella_app.data.hub.from_python`).
         seed: Seed of splits, subsampling and augmentation.
         val_fraction: Fraction of the validation split.
         test_fraction: Fraction of the test split; 0 for no test split.
@@ -208,23 +208,23 @@ def load_data(
         strict_sizes: Reject benchmark data whose numbers of images or classes differ from the benchmark; if False, add
             a note.
         protocol: `standard` uses a validation split. `final` trains on the validation split as well. `official`
-            follows the authors' scripts, which select the epoch on test images: no images are held out, an existing
-            validation split is trained on for VTAB and unused for other data.
+            follows the authors' scripts, which select the epoch on test images. No images are held out; an existing
+            validation split is used for training on VTAB and ignored for other data.
         columns: Column roles of a table, e.g. `path=file,label=species,group=patient`; other roles are detected by
             column name.
         target: Content of the label column: one class (`class`), any number of labels (`labels`) or numbers
-            (`numbers`, with column names as `classes`). Dataset labels are classes, or strata for the other two; raw
-            values, weights and groups are in `ImageDataset.annotations`.
+            (`numbers`, with column names as `classes`). `ImageDataset.labels` holds classes, or strata for the
+            other two; `ImageDataset.annotations` holds raw values, weights and groups.
         channels: Number of image channels: 3 for RGB, 1 for gray, 4 for RGBA, others for multispectral files; see
             `read_image`.
         white: Value of 16-bit images mapped to white, e.g. 4095 for 12-bit cameras; None means 65535.
         divide: If False, only existing splits are used.
         folds: Number of cross-validation folds.
-        fold: Held-out fold, from 1: the test split, or the validation split if the data has a test split. Training
-            and validation images of the data are pooled before splitting.
+        fold: Held-out fold, counted from 1: the test split, or the validation split if the data has a test split.
+            Training and validation images of the data are pooled before splitting.
 
     Raises:
-        ValueError: If the specification is unknown, an argument is out of range, or images are too few.
+        ValueError: If the specification is unknown, an argument is out of range, or there are too few images.
         FileNotFoundError: If a folder or Debian package does not exist.
         ImportError: If a Python package is not installed.
     """
@@ -236,16 +236,16 @@ def load_data(
     if folds is not None and fold is not None:
         fold_part = "test" if collection.test is None else "val"
         _hold_out(collection, folds, fold, test_split_seed)
-    divided = collection.parts
+    splits_by_name = collection.parts
     if divide:
-        divided = _divide(collection, seed, test_split_seed, val_fraction, test_fraction, protocol)
+        splits_by_name = _divide(collection, seed, test_split_seed, val_fraction, test_fraction, protocol)
     labels = collection.label_names
     reasons = {"val": f"protocol={protocol} has no val split", "test": f"{collection.name!r} has no test split"}
     parts = {}
     for name, size in sizes.items():
-        if name in divided:
+        if name in splits_by_name:
             sample_seed = test_split_seed if name == "test" else seed
-            parts[name] = _subsample(name, divided[name], size, sample_seed, labels)
+            parts[name] = _subsample(name, splits_by_name[name], size, sample_seed, labels)
             parts[name].seed = seed
         elif size is not None:
             raise ValueError(f"{name}_size must be omitted because {reasons[name]}, got {size}")
@@ -285,10 +285,10 @@ def with_class_order(splits: DataSplits, classes: list[str]) -> DataSplits:
     """
     if classes == splits.classes:
         return splits
-    numbers = [classes.index(name) for name in splits.classes]
+    new_indices = [classes.index(name) for name in splits.classes]
     for part in (splits.train, splits.val, splits.test):
         if part is not None:
-            part.labels = [numbers[label] for label in part.labels]
+            part.labels = [new_indices[label] for label in part.labels]
     return replace(splits, classes=classes)
 
 
@@ -296,7 +296,7 @@ def _collect(
     spec: Any, skip_corrupt: bool, strict_sizes: bool, columns: str | None, target: TargetKind, reading: Reading
 ) -> Collection:
     """Load the data in its existing splits."""
-    given: dict[str, Any] = {} if reading == RGB else {"reading": reading}
+    options: dict[str, Any] = {} if reading == RGB else {"reading": reading}
     spec = full_spec(str(spec)) if isinstance(spec, str | Path) else spec
     if not isinstance(spec, str):
         return from_python(spec, RowOptions(Columns.parse(columns), target, skip_corrupt, reading))
@@ -307,17 +307,17 @@ def _collect(
         return _TABLE_FORMATS[prefix](path, RowOptions(Columns.parse(columns), target, skip_corrupt, reading))
     if columns is not None:
         raise ValueError(
-            f"columns can only be given for data with columns, {', '.join(_TABLE_FORMATS)}, got {columns!r} with {spec}"
+            f"columns applies only to data with columns, {', '.join(_TABLE_FORMATS)}, got {columns!r} with {spec}"
         )
-    if given and prefix != _FOLDER:
+    if options and prefix != _FOLDER:
         known = ", ".join((_FOLDER, *_TABLE_FORMATS))
         raise ValueError(
-            f"channels and white can only be given for {known}, got {reading.channels} and {reading.white} with {spec}"
+            f"channels and white apply only to {known}, got {reading.channels} and {reading.white} with {spec}"
         )
     if prefix in _BENCHMARKS:
         return _as_target(_BENCHMARKS[prefix](path, strict_sizes=strict_sizes), target, spec)
     if prefix in _FOLDER_FORMATS:
-        return _as_target(_FOLDER_FORMATS[prefix](path, skip_corrupt=skip_corrupt, **given), target, spec)
+        return _as_target(_FOLDER_FORMATS[prefix](path, skip_corrupt=skip_corrupt, **options), target, spec)
     if prefix in _registered():
         load = _registered()[prefix]
         return _as_target(load() if path is None else load(path), target, spec)
@@ -371,7 +371,7 @@ def _as_target(collection: Collection, target: TargetKind, spec: str) -> Collect
 def _divide(
     collection: Collection, seed: int, test_seed: int, val_fraction: float, test_fraction: float, protocol: Protocol
 ) -> dict[str, ImageDataset]:
-    """Return the splits by name, including the created ones."""
+    """Create missing splits and return all splits by name."""
     train, val, test = collection.train, collection.val, collection.test
     total, classes = len(train), collection.label_names
     if not collection.has_parts and test_fraction > 0:
@@ -410,7 +410,7 @@ def _hold_out(collection: Collection, folds: int, fold: int, seed: int) -> None:
 def _split_off(
     images: ImageDataset, fraction: float, seed: int, classes: list[str], part: str
 ) -> tuple[ImageDataset, ImageDataset]:
-    """Split images into remaining and split-off images, by groups if present."""
+    """Split off a fraction of the images, by group if present; return remaining and selected images."""
     groups = images.annotations.groups
     if groups is None:
         reserve = 2 if part == "test" else 1
@@ -457,14 +457,14 @@ def _missing_class_warnings(parts: dict[str, ImageDataset], collection: Collecti
 def _shared_group_warnings(parts: dict[str, ImageDataset]) -> list[str]:
     """Return warnings about groups in both the training split and another split of the data."""
     notes = []
-    trained = set(parts["train"].annotations.groups or [])
+    train_groups = set(parts["train"].annotations.groups or [])
     for name in ("val", "test"):
         groups = set(parts[name].annotations.groups or []) if name in parts else set()
-        both = sorted(trained & groups)
-        if both:
+        shared = sorted(train_groups & groups)
+        if shared:
             notes.append(
-                f"{len(both)} of {len(groups)} groups in {name} are also in train, e.g. {both[0]!r}; results on {name} "
-                "are optimistic; --columns split=none creates new splits that keep groups together"
+                f"{len(shared)} of {len(groups)} groups in {name} are also in train, e.g. {shared[0]!r}; results on "
+                f"{name} are optimistic; --columns split=none creates new splits that keep groups together"
             )
     return notes
 
@@ -517,22 +517,22 @@ def _copy_warnings(parts: dict[str, ImageDataset]) -> list[str]:
     equal = _equal_files(parts)
     notes = []
     for name in ("val", "test"):
-        both = {**find_near_copies(parts["train"], parts[name]), **equal.get(name, {})} if name in parts else {}
-        if both:
-            trained, others = parts["train"].names, parts[name].names
-            shown = listed(f"{trained[b]!r} is {others[a]!r}" for a, b in sorted(both.items()))
-            resaved = len(both) - len(equal.get(name, {}))
-            kind = f" ({resaved} of them re-encoded or resized)" if resaved else ""
-            duplicate = "is also a training image" if len(both) == 1 else "are also training images"
+        copies = {**find_near_copies(parts["train"], parts[name]), **equal.get(name, {})} if name in parts else {}
+        if copies:
+            train_names, other_names = parts["train"].names, parts[name].names
+            shown = listed(f"{train_names[b]!r} is {other_names[a]!r}" for a, b in sorted(copies.items()))
+            reencoded = len(copies) - len(equal.get(name, {}))
+            kind = f" ({reencoded} of them re-encoded or resized)" if reencoded else ""
+            duplicate = "is also a training image" if len(copies) == 1 else "are also training images"
             notes.append(
-                f"{len(both)} of {len(parts[name])} {name} images {duplicate}{kind}, e.g. {shown}; "
+                f"{len(copies)} of {len(parts[name])} {name} images {duplicate}{kind}, e.g. {shown}; "
                 f"{name} results are optimistic; remove the copies from one split"
             )
     return notes
 
 
 def _equal_files(parts: dict[str, ImageDataset]) -> dict[str, dict[int, int]]:
-    """Map, by split, positions of files to positions of training images with equal bytes."""
+    """Return, by split, the position of the training image with equal bytes for each copy."""
     paths = {
         name: [images.source.paths[row] for row in images.rows]
         for name, images in parts.items()
@@ -543,9 +543,9 @@ def _equal_files(parts: dict[str, ImageDataset]) -> dict[str, dict[int, int]]:
         name: {position: sha256_of(path) for position, path in enumerate(group) if sizes[path.stat().st_size] > 1}
         for name, group in paths.items()
     }
-    trained = {digest: position for position, digest in digests.pop("train", {}).items()}
+    train_positions = {digest: position for position, digest in digests.pop("train", {}).items()}
     return {
-        name: {position: trained[digest] for position, digest in group.items() if digest in trained}
+        name: {position: train_positions[digest] for position, digest in group.items() if digest in train_positions}
         for name, group in digests.items()
     }
 
@@ -577,9 +577,9 @@ def find_equal_images(train: ImageDataset, others: ImageDataset) -> dict[int, in
     by_key = [_group_by_thumbnail(images, are_known) for images in (train, others)]
     shared = set(by_key[0]) & set(by_key[1])
     positions = [[p for key in shared for p in groups[key]] for groups in by_key]
-    trained = {_pixel_digest(train, position): position for position in positions[0]}
+    train_positions = {_pixel_digest(train, position): position for position in positions[0]}
     digests = {position: _pixel_digest(others, position) for position in sorted(positions[1])}
-    return {position: trained[digest] for position, digest in digests.items() if digest in trained}
+    return {position: train_positions[digest] for position, digest in digests.items() if digest in train_positions}
 
 
 def _group_by_thumbnail(images: ImageDataset, are_known: bool) -> dict[Any, list[int]]:
@@ -602,8 +602,8 @@ def _pixel_digest(images: ImageDataset, position: int) -> bytes:
 def find_near_copies(train: ImageDataset, others: ImageDataset) -> dict[int, int]:
     """Find near-duplicates of training images: re-encoded, resized or compressed copies.
 
-    Two images match if their 16×16 gray thumbnails have a correlation of at least 0.995 and a root mean square
-    difference of at most 3 (of 255). Flat images and images that were not inspected are ignored.
+    Two images match if their 16×16 gray thumbnails have a correlation ≥ 0.995 and a root mean square difference
+    ≤ 3 (of 255). Flat images and images that were not inspected are ignored.
 
     Args:
         train: Training images.

@@ -33,7 +33,7 @@ class MaskPair:
 
 @dataclass(frozen=True)
 class _PairCheck:
-    """Check of a decoded pair: facts of the upright image, size of the mask, and present labels."""
+    """Facts of a decoded pair: upright image, mask size and labels present."""
 
     facts: ImageFacts
     mask_size: tuple[int, int]
@@ -42,7 +42,7 @@ class _PairCheck:
 
 
 def load_masks(path: str, *, skip_corrupt: bool = False) -> Collection:
-    """Load images and masks of a folder, paired by file name without suffix.
+    """Load a folder of images and masks, paired by file stem.
 
     Mask values are class indices: palette indices or gray values 0, 1, 2 … without gaps; 0 is the background. Masks of
     0 and 255 are binary; JPEG masks are thresholded at 128. An optional `classes.txt` lists the class names, one per
@@ -50,7 +50,7 @@ def load_masks(path: str, *, skip_corrupt: bool = False) -> Collection:
 
     Args:
         path: Folder.
-        skip_corrupt: Skip pairs with an unreadable file with a note instead of raising an error.
+        skip_corrupt: Skip unreadable pairs with a note instead of raising an error.
 
     Raises:
         FileNotFoundError: If the folder does not exist; the message suggests similar names.
@@ -58,8 +58,8 @@ def load_masks(path: str, *, skip_corrupt: bool = False) -> Collection:
             message lists all errors.
     """
     root = existing_folder(path, "masks", "with images/ and masks/ inside")
-    divided = (root / "train" / "images").is_dir()
-    folders = {part: root / part for part in _PARTS if (root / part).is_dir()} if divided else {"train": root}
+    has_parts = (root / "train" / "images").is_dir()
+    folders = {part: root / part for part in _PARTS if (root / part).is_dir()} if has_parts else {"train": root}
     errors: list[str] = []
     pairs = {part: find_pairs(folder, root, errors) for part, folder in folders.items()}
     return collect_masks(
@@ -68,7 +68,7 @@ def load_masks(path: str, *, skip_corrupt: bool = False) -> Collection:
         pairs,
         errors,
         class_names=_class_names(root),
-        has_parts=divided,
+        has_parts=has_parts,
         skip_corrupt=skip_corrupt,
     )
 
@@ -92,7 +92,7 @@ def collect_masks(
         errors: Errors found so far.
         class_names: Class names by label; None infers them from the labels.
         has_parts: True if the data has splits.
-        skip_corrupt: Skip pairs with an unreadable file with a note.
+        skip_corrupt: Skip unreadable pairs with a note.
 
     Raises:
         ValueError: As for `load_masks`.
@@ -121,11 +121,11 @@ def collect_masks(
     labels = Counter(label for check in good.values() for label in check.labels)
     is_white = class_names is None or len(class_names) == 2
     is_white = is_white and set(labels) <= {0, 255}
-    classes = class_names or _default_class_names(1 if is_white else _without_gaps(labels))
+    classes = class_names or _default_class_names(1 if is_white else _last_consecutive_label(labels))
     if good and not is_white:
         errors += _out_of_range({masks[pair]: check.labels for pair, check in good.items()}, classes, class_names)
     if not errors:
-        errors += _unusable(labels, pairs, broken)
+        errors += _dataset_errors(labels, pairs, broken)
     if errors:
         raise ValueError(f"{spec} cannot be used: {'; '.join(errors)}")
     if thresholded:
@@ -212,8 +212,8 @@ def _class_names(root: Path) -> list[str] | None:
     return names
 
 
-def _without_gaps(labels: Mapping[int, int]) -> int:
-    """Return the last label of the consecutive sequence 0, 1, 2, …."""
+def _last_consecutive_label(labels: Mapping[int, int]) -> int:
+    """Return the last label of the sequence 0, 1, 2, … without gaps; at least 1."""
     last = 0
     while last + 1 in labels:
         last += 1
@@ -230,7 +230,7 @@ def _out_of_range(
 ) -> list[str]:
     """Return the error for masks with labels out of range."""
     outside = {mask: [label for label in present if label >= len(classes)] for mask, present in labels.items()}
-    texts = [f"{mask} has {', '.join(map(str, wrong[:5]))}" for mask, wrong in outside.items() if wrong]
+    texts = [f"{mask} has {', '.join(map(str, invalid[:5]))}" for mask, invalid in outside.items() if invalid]
     if not texts:
         return []
     reason = (
@@ -243,10 +243,10 @@ def _out_of_range(
     ]
 
 
-def _unusable(
+def _dataset_errors(
     labels: Mapping[int, int], pairs: Mapping[str, Sequence[MaskPair]], broken: Mapping[MaskPair, str]
 ) -> list[str]:
-    """Return errors of the whole dataset."""
+    """Return errors of the whole dataset: empty splits or a single label."""
     errors = [
         f"no readable pair of image and mask in the split '{part}'"
         for part, split_pairs in pairs.items()
@@ -272,7 +272,7 @@ def _size(size: tuple[int, int]) -> str:
 
 CLASSES = ["background", "polyp"]
 _SPLIT_FILES = {"train": "train.txt", "test": "val.txt"}
-_TEST_SHARE = 0.12
+_TEST_FRACTION = 0.12
 
 
 def load_kvasir(path: str, *, skip_corrupt: bool = False) -> Collection:
@@ -284,11 +284,11 @@ def load_kvasir(path: str, *, skip_corrupt: bool = False) -> Collection:
 
     Args:
         path: Folder.
-        skip_corrupt: Skip pairs with an unreadable file with a note instead of raising an error.
+        skip_corrupt: Skip unreadable pairs with a note instead of raising an error.
 
     Raises:
         FileNotFoundError: If the folder does not exist; the message suggests similar names.
-        ValueError: As for `load_masks`; if one split file is missing, or names are in both files or without an image.
+        ValueError: As for `load_masks`; also if one split file is missing, a name is in both, or a name has no image.
     """
     root = existing_folder(path, "kvasir", "with images/ and masks/ inside")
     errors: list[str] = []
@@ -298,8 +298,8 @@ def load_kvasir(path: str, *, skip_corrupt: bool = False) -> Collection:
     if names is None:
         names = _split_by_hash(list(pairs))
         notes.append(
-            f"kvasir: no {' and '.join(_SPLIT_FILES.values())} in the folder: selected {len(names['test'])} test "
-            "images by SHA-256 of their names, not the official split"
+            f"kvasir: no {' or '.join(_SPLIT_FILES.values())} in the folder; {len(names['test'])} test images are "
+            "selected by SHA-256 of their names (not the official split)"
         )
     parts = {part: [pairs[name] for name in chosen if name in pairs] for part, chosen in names.items()}
     collection = collect_masks(
@@ -318,7 +318,7 @@ def _official_split(root: Path, pairs: dict[str, MaskPair], errors: list[str]) -
         return None
     if len(present) < len(files):
         absent = next(file.name for file in files.values() if not file.is_file())
-        errors.append(f"{present[0].name} exists but {absent} does not; add it, or remove both for a split by name")
+        errors.append(f"{present[0].name} exists but {absent} does not; add it, or remove both to split by name")
         return {"train": list(pairs)}
     names = {part: _names(file) for part, file in files.items()}
     for part, chosen in names.items():
@@ -327,9 +327,9 @@ def _official_split(root: Path, pairs: dict[str, MaskPair], errors: list[str]) -
             errors.append(
                 f"{counted(len(unknown), 'name')} in {_SPLIT_FILES[part]} without image and mask: {listed(unknown)}"
             )
-    both = sorted(set(names["train"]) & set(names["test"]))
-    if both:
-        errors.append(f"{counted(len(both), 'name')} in both {' and '.join(_SPLIT_FILES.values())}: {listed(both)}")
+    shared = sorted(set(names["train"]) & set(names["test"]))
+    if shared:
+        errors.append(f"{counted(len(shared), 'name')} in both {' and '.join(_SPLIT_FILES.values())}: {listed(shared)}")
     return names
 
 
@@ -340,7 +340,7 @@ def _names(file: Path) -> list[str]:
 
 
 def _split_by_hash(names: list[str]) -> dict[str, list[str]]:
-    """Select a reproducible 12% of names as the test split."""
+    """Select 12% of the names by SHA-256 as the test split."""
     ordered = sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
-    test = set(ordered[: max(1, round(_TEST_SHARE * len(ordered)))])
+    test = set(ordered[: max(1, round(_TEST_FRACTION * len(ordered)))])
     return {"train": [n for n in names if n not in test], "test": [n for n in names if n in test]}

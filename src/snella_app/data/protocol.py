@@ -20,7 +20,7 @@ class RunProtocol:
 
     Attributes:
         name: Value of `--protocol`.
-        selected_on: Split for epoch selection; None keeps the last epoch.
+        selected_on: Split for epoch selection; None selects the last epoch.
         summary: One line, human-readable.
         warning: Caveat about the results; empty for none.
     """
@@ -37,7 +37,7 @@ class RunProtocol:
     def is_measured(self, epoch: int, epochs: int) -> bool:
         """Return whether the model is evaluated after an epoch, counted from 1.
 
-        The authors' scripts evaluate after the first epoch, every tenth epoch after it, and each of the last ten.
+        The authors' scripts evaluate after epoch 1, every tenth epoch after it, and each of the last ten epochs.
         """
         if self.selected_on != "test":
             return self.selected_on is not None
@@ -53,13 +53,13 @@ class RunProtocol:
             task_score: `Task.selection_score`.
         """
         if self.selected_on is None:
-            return 0.0, 0.0  # ties keep the last epoch
+            return 0.0, 0.0  # ties select the last epoch
         if f"{self.selected_on}_loss" not in row or row.get("is_denser"):
             return -math.inf, -math.inf
         return task_score(self.with_val_prefix(row))
 
     def best_metric(self, task_score: str) -> str:
-        """Return the history entry used for epoch selection, or `last_epoch` without selection."""
+        """Return the history entry for epoch selection; `last_epoch` without selection."""
         return "last_epoch" if self.selected_on is None else _renamed(task_score, "val_", f"{self.selected_on}_")
 
     def with_split_prefix(self, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,22 +71,22 @@ class RunProtocol:
         return {_renamed(key, f"{self.selected_on}_", "val_"): value for key, value in row.items()}
 
     def data_config(self, config: Mapping[str, Any], *, is_resized_whole: bool) -> dict[str, Any]:
-        """Return the model's data config adjusted to this protocol and the data.
+        """Adjust the model's data config to this protocol and the data.
 
         Args:
             config: Data config of the model: `mean`, `std`, `crop_pct`, `crop_mode`, `interpolation` and others.
-            is_resized_whole: If True, the benchmark resizes images without center crop.
+            is_resized_whole: If True, images are resized without center crop.
         """
-        changed = dict(config)
+        adjusted = dict(config)
         if is_resized_whole:
-            changed |= {"crop_mode": "squash", "crop_pct": 1.0}
+            adjusted |= {"crop_mode": "squash", "crop_pct": 1.0}
         if self.name == "official":
-            changed |= {"mean": list(IMAGENET_DEFAULT_MEAN), "std": list(IMAGENET_DEFAULT_STD)}
+            adjusted |= {"mean": list(IMAGENET_DEFAULT_MEAN), "std": list(IMAGENET_DEFAULT_STD)}
             if is_resized_whole:
-                changed |= {"interpolation": "bicubic"}
+                adjusted |= {"interpolation": "bicubic"}
             else:
-                changed |= {"crop_mode": "center", "crop_pct": _OFFICIAL_CROP_PCT, "interpolation": "bilinear"}
-        return changed
+                adjusted |= {"crop_mode": "center", "crop_pct": _OFFICIAL_CROP_PCT, "interpolation": "bilinear"}
+        return adjusted
 
 
 PROTOCOLS: dict[str, RunProtocol] = {
@@ -101,9 +101,9 @@ PROTOCOLS: dict[str, RunProtocol] = {
         RunProtocol(
             "official",
             "test",
-            "as in the authors' scripts: the best epoch is selected on the test images, with ImageNet's mean and "
-            "standard deviation",
-            "the epoch was selected on the test images: the test accuracy is optimistic, not comparable with others",
+            "as in the authors' scripts: the best epoch is selected on the test images, and inputs are "
+            "normalized with ImageNet's mean and standard deviation",
+            "the epoch was selected on the test images; test accuracy is optimistic and not comparable with other runs",
         ),
     )
 }

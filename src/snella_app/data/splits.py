@@ -12,14 +12,14 @@ _MAX_FOLDS = 20
 def stratified_split(
     labels: Sequence[int], fraction: float, *, seed: int, classes: Sequence[str], reserve: int = 1, part: str = "val"
 ) -> tuple[list[int], list[int]]:
-    """Split off a fraction of every class, at least one image each.
+    """Split off a fraction of each class, at least one image per class.
 
     Args:
         labels: Class indices.
         fraction: Fraction of all images, in (0, 1).
         seed: Random seed.
         classes: Class names, for messages.
-        reserve: Minimum number of images of each class to leave.
+        reserve: Minimum number of remaining images per class.
         part: Name of the new split, `val` or `test`, for messages.
 
     Returns:
@@ -43,10 +43,10 @@ def stratified_split(
 def grouped_split(
     labels: Sequence[int], groups: Sequence[str], fraction: float, *, seed: int, part: str = "val"
 ) -> tuple[list[int], list[int]]:
-    """Split off approximately a fraction of all images by whole groups, stratified by class.
+    """Split off whole groups with approximately the given fraction of images, stratified by class.
 
-    scikit-learn's `StratifiedGroupKFold` creates folds; the number of selected folds approximates the fraction. If a
-    class occurs in a single group, that group stays, so every class has training images.
+    scikit-learn's `StratifiedGroupKFold` creates folds; the number of selected folds approximates the fraction. The
+    only group of a class is never split off, so every class has training images.
 
     Args:
         labels: Class indices.
@@ -88,13 +88,13 @@ def grouped_split(
 def fold_split(
     labels: Sequence[int], groups: Sequence[str] | None, folds: int, fold: int, *, seed: int, classes: Sequence[str]
 ) -> tuple[list[int], list[int]]:
-    """Split off one cross-validation fold, stratified by class with whole groups.
+    """Split off one cross-validation fold, stratified by class; groups stay together.
 
     Args:
         labels: Class indices.
         groups: Group of each image; None without groups.
         folds: Number of folds.
-        fold: Selected fold, from 1.
+        fold: Selected fold, counted from 1.
         seed: Random seed.
         classes: Class names, for messages.
 
@@ -102,7 +102,7 @@ def fold_split(
         Remaining positions and positions of the fold, both ascending.
 
     Raises:
-        ValueError: If a class has fewer images, or the data fewer groups, than folds.
+        ValueError: If there are more folds than groups, or than images of a class.
     """
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold  # lazy: slow import
 
@@ -159,8 +159,8 @@ def _quotas(counts: np.ndarray, total: int, reserve: int) -> np.ndarray:
     while (gap := total - int(quotas.sum())) != 0:
         step = 1 if gap > 0 else -1
         possible = quotas < caps if gap > 0 else quotas > 1
-        lacking = np.where(possible, step * (share - quotas), -np.inf)
-        quotas[int(np.argmax(lacking))] += step
+        deficit = np.where(possible, step * (share - quotas), -np.inf)
+        quotas[int(np.argmax(deficit))] += step
     return quotas
 
 

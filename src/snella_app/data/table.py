@@ -104,28 +104,28 @@ class Columns:
             ValueError: If a named column does not exist or a required role has no column.
         """
         names = list(table)
-        plain = {re.sub(r"[\s_\-.]", "", name.lower().rpartition(".")[2]): name for name in reversed(names)}
-        plain |= {re.sub(r"[\s_\-.]", "", name.lower()): name for name in reversed(names)}
+        by_plain_name = {re.sub(r"[\s_\-.]", "", name.lower().rpartition(".")[2]): name for name in reversed(names)}
+        by_plain_name |= {re.sub(r"[\s_\-.]", "", name.lower()): name for name in reversed(names)}
         roles: dict[str, str] = {}
         errors: list[str] = []
         for role in ROLES:
-            given = self.names.get(role)
-            if given is None:
-                name = next((plain[word] for word in _SYNONYMS[role] if word in plain), None)
+            column = self.names.get(role)
+            if column is None:
+                name = next((by_plain_name[word] for word in _SYNONYMS[role] if word in by_plain_name), None)
                 if name is not None and name not in roles.values():
                     roles[role] = name
                 elif role in needed:
                     errors.append(f"no {role} column ({role} or a similar name); set it with --columns {role}=NAME")
                 continue
-            if given == _NONE:
+            if column == _NONE:
                 if role in needed:
                     errors.append(f"columns must name a column for {role}, got {role}={_NONE}")
                 continue
-            unknown = [name for name in _columns_in(role, given) if name not in table]
+            unknown = [name for name in _columns_in(role, column) if name not in table]
             for name in unknown:
                 errors.append(f"no column {name!r} for {role}" + nearest(name, table, form=" (nearest: '{}')"))
             if not unknown:
-                roles[role] = given
+                roles[role] = column
         if errors:
             raise ValueError(f"{where}: {'; '.join(errors)}. Columns: {_describe_columns(table)}")
         return roles
@@ -220,7 +220,8 @@ def load_table(path: str, options: RowOptions, *, kind: str) -> Collection:
 
     Raises:
         FileNotFoundError: If the file does not exist; the message suggests similar names.
-        ValueError: If the file is not a table, columns are missing, rows are unusable, or classes are fewer than two.
+        ValueError: If the file is not a table, columns are missing, rows are unusable, or there are fewer than two
+            classes.
         ImportError: If pyarrow is required but not installed.
     """
     table, file = read_table(path, kind)
@@ -252,8 +253,8 @@ def build_collection(samples: Samples, options: RowOptions) -> Collection:
         options: Conversion options.
 
     Raises:
-        ValueError: If rows are unusable, splits are unknown, training images are missing, classes are fewer than two,
-            or labels do not match `target`.
+        ValueError: If rows are unusable, splits are unknown, training images are missing, there are fewer than two
+            classes, or labels do not match `target`.
     """
     parts, target = _parts(samples), options.target
     values, broken = _targets(samples, target)
@@ -277,9 +278,9 @@ def build_collection(samples: Samples, options: RowOptions) -> Collection:
     if not rows:
         reason = f"all are unusable: {_broken_text(broken, samples)}" if broken else f"got {len(samples.names)} rows"
         raise ValueError(f"{samples.where} has no images to train on, {reason}")
-    numbers, classes, strata = _labels(rows, samples, values, target)
+    indices, classes, strata = _labels(rows, samples, values, target)
     if target == "class":
-        _check_classes(classes, numbers, rows, parts, samples)
+        _check_classes(classes, indices, rows, parts, samples)
     groups = samples.groups and [_text(value) or f"(row {row + 1})" for row, value in enumerate(samples.groups)]
 
     def dataset(part: str) -> ImageDataset | None:
@@ -291,7 +292,7 @@ def build_collection(samples: Samples, options: RowOptions) -> Collection:
             None if weights is None else [weights[row] for row in chosen],
             None if groups is None else [groups[row] for row in chosen],
         )
-        labels, names = [numbers[row] for row in chosen], [samples.names[row] for row in chosen]
+        labels, names = [indices[row] for row in chosen], [samples.names[row] for row in chosen]
         return ImageDataset(samples.source, chosen, labels, names, annotations=annotations)
 
     train = dataset("train")
@@ -342,7 +343,7 @@ def read_table(path: str, kind: str) -> tuple[dict[str, list[Any]], Path]:
 
 
 def outside_reason(path: Path, roots: Sequence[Path]) -> str:
-    """Return the reason why a row may not reference a file; empty for files in the allowed folders.
+    """Return the reason a row may not reference a file; empty for files in the allowed folders.
 
     Args:
         path: File referenced by the row; links are resolved.
@@ -361,7 +362,7 @@ def table_paths(path: str | Path, columns: Columns) -> list[Path]:
     """Return the image files listed in a table, in order.
 
     Args:
-        path: CSV or Parquet file; a relative path gives relative image files.
+        path: CSV or Parquet file; a relative path returns relative image paths.
         columns: Column roles.
 
     Raises:
@@ -397,11 +398,11 @@ def _read_csv(file: Path) -> dict[str, list[Any]]:
         raise ValueError(
             f"'{file}' must have unique column names, got {listed([repr(name) for name in duplicates])} twice"
         )
-    wrong = [f"row {number} has {len(row)}" for number, row in enumerate(rows, 1) if len(row) != len(names)]
-    if wrong:
+    invalid = [f"row {number} has {len(row)}" for number, row in enumerate(rows, 1) if len(row) != len(names)]
+    if invalid:
         raise ValueError(
             f"'{file}' must have {len(names)} values per line, one for each of {listed(names)}, but "
-            f"{listed(wrong)}; quote values that contain {delimiter!r}"
+            f"{listed(invalid)}; quote values that contain {delimiter!r}"
         )
     return {name: [row[index].strip() for row in rows] for index, name in enumerate(names)}
 
@@ -419,11 +420,11 @@ def _read_parquet(file: Path) -> dict[str, list[Any]]:
     return table
 
 
-def _columns_in(role: str, given: str) -> list[str]:
-    """Return the columns referenced by a value of `--columns`."""
-    if role == "path" and "{" in given:
-        return re.findall(r"\{([^{}]*)\}", given)
-    return given.split("+") if role == "label" else [given]
+def _columns_in(role: str, column: str) -> list[str]:
+    """Return the columns that a value of `--columns` references."""
+    if role == "path" and "{" in column:
+        return re.findall(r"\{([^{}]*)\}", column)
+    return column.split("+") if role == "label" else [column]
 
 
 def _paths(table: Mapping[str, Sequence[Any]], column: str) -> list[str]:
@@ -440,7 +441,7 @@ def _paths(table: Mapping[str, Sequence[Any]], column: str) -> list[str]:
 
 
 def _text(value: Any) -> str:
-    """Convert a value to text: integral floats without decimal point, missing values as empty text."""
+    """Convert a value to a string: integral floats without decimal point, missing values as an empty string."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
@@ -474,7 +475,7 @@ def _format_value(value: Any) -> str:
 
 
 def _value_type(values: Sequence[Any]) -> str:
-    """Return the type of a column's values."""
+    """Describe the type of a column's values: integers, numbers, text, lists or empty."""
     if not values:
         return "empty"
     if isinstance(values[0], list | tuple):
@@ -501,7 +502,7 @@ def _parts(samples: Samples) -> list[str]:
 
 
 def _targets(samples: Samples, target: TargetKind) -> tuple[list[Target], dict[int, str]]:
-    """Return the target of each row, and the reasons of unusable rows."""
+    """Return the target of each row, and the reason by unusable row."""
     if target == "numbers":
         return _numbers(samples)
     if target == "labels":
@@ -523,7 +524,7 @@ def _targets(samples: Samples, target: TargetKind) -> tuple[list[Target], dict[i
 
 
 def _numbers(samples: Samples) -> tuple[list[Target], dict[int, str]]:
-    """Return one number per row, or a tuple for several columns."""
+    """Return the number of each row (a tuple for several columns), and the reason by unusable row."""
     values: list[Target] = []
     broken = {}
     for row, value in enumerate(samples.labels):
@@ -547,11 +548,11 @@ def _label_lists(samples: Samples) -> Iterable[tuple[str, ...]]:
     if len(samples.label_columns) > 1:
         for row, value in enumerate(samples.labels):
             texts = [_text(part).lower() for part in value]
-            odd = [text for text in texts if text not in (*_TRUE, *_FALSE)]
-            if odd:
+            invalid = [text for text in texts if text not in (*_TRUE, *_FALSE)]
+            if invalid:
                 raise ValueError(
                     f"{samples.where}: multiple label columns must contain only 0 and 1, "
-                    f"got {odd[0]!r} in row {row + 1}"
+                    f"got {invalid[0]!r} in row {row + 1}"
                 )
             yield tuple(name for name, text in zip(samples.label_columns, texts, strict=True) if text in _TRUE)
         return
@@ -597,7 +598,7 @@ def _labels(
 
 
 def _ranges(edges: np.ndarray) -> list[str]:
-    """Return the names of the ranges between edges."""
+    """Name the ranges between edges: `lowest to 1`, `1 to highest`."""
     texts = [f"{edge:g}" for edge in edges]
     return [f"{low} to {high}" for low, high in zip(["lowest", *texts], [*texts, "highest"], strict=True)]
 
@@ -610,7 +611,7 @@ def _sort_names(names: Iterable[str]) -> list[str]:
 
 
 def _check_classes(
-    classes: Sequence[str], numbers: Mapping[int, int], rows: Sequence[int], parts: Sequence[str], samples: Samples
+    classes: Sequence[str], indices: Mapping[int, int], rows: Sequence[int], parts: Sequence[str], samples: Samples
 ) -> None:
     """Reject fewer than two classes, too many classes for the rows, and classes without training images."""
     if len(classes) < 2:
@@ -624,9 +625,9 @@ def _check_classes(
             f"values in {len(rows)} rows, e.g. {', '.join(map(repr, classes[:_EXAMPLES]))}; select another column with "
             "--columns label=NAME"
         )
-    trained = {numbers[row] for row in rows if parts[row] == "train"}
-    counts = Counter(classes[numbers[row]] for row in rows if numbers[row] not in trained)
-    if counts and trained:
+    train_classes = {indices[row] for row in rows if parts[row] == "train"}
+    counts = Counter(classes[indices[row]] for row in rows if indices[row] not in train_classes)
+    if counts and train_classes:
         named = listed([f"{name!r} ({count} in other splits)" for name, count in sorted(counts.items())])
         raise ValueError(
             f"{samples.where}: {len(counts)} of {len(classes)} classes have no training image: {named}; add training "
@@ -656,7 +657,7 @@ def _drop_duplicates(
         notes.append(f"skipped {counted(repeated, 'repeated row')}")
     if contradicting:
         notes.append(
-            f"{counted(len(contradicting), 'row')} with another label than an earlier row: {listed(contradicting)}"
+            f"{counted(len(contradicting), 'row')} with a different label than an earlier row: {listed(contradicting)}"
         )
     return unique
 
@@ -676,4 +677,4 @@ def _error_kind(reason: str) -> str:
     """Return the category of a row's error."""
     if reason in _SIMPLE:
         return reason
-    return {"weight": "wrong weight", "label": "wrong label"}.get(reason.partition(" ")[0], "unreadable")
+    return {"weight": "invalid weight", "label": "invalid label"}.get(reason.partition(" ")[0], "unreadable")

@@ -1,4 +1,4 @@
-"""Image transforms: timm's evaluation preprocessing, with or without augmentation."""
+"""Image transforms: timm's evaluation preprocessing, and augmentation for training."""
 
 import math
 from collections.abc import Callable
@@ -28,29 +28,33 @@ _INTERPOLATIONS = {
 def build_transform(
     data_config: dict[str, Any], *, train: bool, augment: Augment, random_erasing: float = 0.0
 ) -> Callable[[Image.Image], Tensor]:
-    """Build timm's evaluation transform of a model, or a training transform with augmentation.
+    """Build a model's evaluation transform as in timm, or a training transform with augmentation.
 
     Evaluation resizes the short side to `input_size / crop_pct` (both sides for `crop_mode="squash"`), center-crops,
-    and normalizes to `(pixel / 255 - mean) / std`. Augmentation draws from torch's generator.
+    and normalizes to `(pixel / 255 - mean) / std`. Augmentation uses torch's default generator.
 
     Args:
         data_config: `timm.data.resolve_model_data_config(model)`, with `input_size`, `mean`, `std`, `interpolation`,
             `crop_pct` and `crop_mode`.
         train: If False, `augment` is ignored.
-        augment: "none"; "flip": horizontal flip with probability 0.5; "crop": random resized crop of 50 to 100% of
-            the area, and flip; "crop-no-flip": "crop" without flip, e.g. for letters; "imagenet": random resized crop
-            of 8 to 100% of the area, flip, and color jitter of 0.4 (brightness, contrast, saturation), like ImageNet
-            training and the authors' FGVC runs; "randaugment": "crop" and two random operations at magnitude 9
-            (Cubuk et al., arXiv 1909.13719); "trivialaugment": "crop" and one operation at a random magnitude (Müller
-            and Hutter, arXiv 2103.10158); "3augment": "crop", color jitter, and one of grayscale, solarization and
-            blur (DeiT III, arXiv 2204.07118).
+        augment: Training augmentation:
+
+            - "none": no augmentation
+            - "flip": horizontal flip with probability 0.5
+            - "crop": random resized crop of 50 to 100% of the area, and flip
+            - "crop-no-flip": "crop" without flip, e.g. for letters
+            - "imagenet": random resized crop of 8 to 100% of the area, flip, and color jitter of 0.4 (brightness,
+              contrast, saturation), as in ImageNet training and the authors' FGVC runs
+            - "randaugment": "crop" and two random operations at magnitude 9 (Cubuk et al., arXiv 1909.13719)
+            - "trivialaugment": "crop" and one operation at a random magnitude (Müller and Hutter, arXiv 2103.10158)
+            - "3augment": "crop", color jitter, and one of grayscale, solarization and blur (DeiT III, arXiv 2204.07118)
         random_erasing: Probability of erasing a random rectangle as the last step (Zhong et al., arXiv 1708.04896).
 
     Returns:
         Picklable transform from an image to float32 `[channels, height, width]`, one channel per entry of `mean`.
 
     Raises:
-        ValueError: If augmentation, interpolation or crop mode is unknown, or the configuration is incomplete.
+        ValueError: If the augmentation, interpolation or crop mode is unknown, or `data_config` is incomplete.
         NotImplementedError: If the input is not square.
     """
     if augment not in get_args(Augment):
@@ -61,7 +65,7 @@ def build_transform(
         scale = _CROP_SCALES[augment]
         steps = [v2.RandomResizedCrop(size, scale=scale, interpolation=interpolation, antialias=True)]
     else:
-        steps = _resize_and_cut(data_config, size, interpolation)
+        steps = _resize_and_crop(data_config, size, interpolation)
     if train and has_flips(augment):
         steps.append(v2.RandomHorizontalFlip())
     if train and augment == "imagenet":
@@ -88,7 +92,7 @@ def has_flips(augment: str) -> bool:
     return augment not in ("none", "crop-no-flip")
 
 
-def _resize_and_cut(config: dict[str, Any], size: int, interpolation: InterpolationMode) -> list[Callable[[Any], Any]]:
+def _resize_and_crop(config: dict[str, Any], size: int, interpolation: InterpolationMode) -> list[Callable[[Any], Any]]:
     """Return the resize and crop steps of evaluation."""
     mode = config.get("crop_mode") or "center"
     if mode not in get_args(CropMode):
@@ -100,10 +104,12 @@ def _resize_and_cut(config: dict[str, Any], size: int, interpolation: Interpolat
 
 
 def _size(config: dict[str, Any]) -> int:
-    """Return the side of the square input."""
+    """Return the side length of the square input."""
     missing = [key for key in ("input_size", "mean", "std") if key not in config]
     if missing:
-        raise ValueError(f"data_config lacks {', '.join(missing)}; use timm.data.resolve_model_data_config(model)")
+        raise ValueError(
+            f"data_config must contain {', '.join(missing)}; use timm.data.resolve_model_data_config(model)"
+        )
     *_, height, width = config["input_size"]
     if height != width:
         raise NotImplementedError(f"input_size must be square, got {[height, width]}; set the backbone's img_size")

@@ -52,7 +52,7 @@ def fit_probe(
     Args:
         features: `[images, width]`.
         labels: Class index of each image.
-        classes: Number of classes; classes without images keep zero weights.
+        classes: Number of classes; classes without images get zero weights.
         inverse_penalty: Weight of the summed losses relative to `‖w‖²/2`.
         weights: Sample weights `[images]`; None means equal weights.
 
@@ -79,22 +79,22 @@ def fit_probe(
 
 
 def fit_binary_probe(
-    features: np.ndarray, answers: np.ndarray, weights: np.ndarray | None = None, constant: float = 0.0
+    features: np.ndarray, positives: np.ndarray, weights: np.ndarray | None = None, constant: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Fit a binary logistic regression.
 
     Args:
         features: `[images, width]`.
-        answers: `[images]`, bool.
+        positives: True for positive images, `[images]`.
         weights: Sample weights `[images]`; None means equal weights.
-        constant: Bias if all answers are equal; the weights are then zero.
+        constant: Bias if all labels are equal; the weights are then zero.
 
     Returns:
         Weight `[width]` and bias, 0-dim, of the positive logit, float64.
     """
-    if len(set(answers.tolist())) < 2:
+    if len(set(positives.tolist())) < 2:
         return torch.zeros(features.shape[1], dtype=torch.float64), torch.tensor(constant, dtype=torch.float64)
-    weight, bias = fit_probe(features, answers.astype(int), 2, weights=weights)
+    weight, bias = fit_probe(features, positives.astype(int), 2, weights=weights)
     return weight[1] - weight[0], bias[1] - bias[0]
 
 
@@ -317,7 +317,7 @@ class OrdinalTask(ClassificationTask):
     """Loss and metrics for one of K ordered classes per image.
 
     The head has K - 1 outputs: logits of P(y > k | y ≥ k). The predicted rank is the number of ranks k with
-    P(y > k) > 1/2, the median of the class distribution, which minimizes the expected rank error.
+    P(y > k) > 1/2. It is the median of the class distribution and minimizes the expected rank error.
 
     Source: CORN, Shi, Cao and Raschka, 2023, arXiv 2111.08851.
     """
@@ -429,7 +429,7 @@ class OrdinalTask(ClassificationTask):
         ranks = predicted_ranks(self.probabilities(outputs)).tolist()
         by_probability = super().image_predictions(paths, images, outputs)
         return [
-            # the sort is stable
+            # stable sort: other classes stay ordered by probability
             dataclasses.replace(item, ranking=sorted(item.ranking, key=lambda pair: pair[0] != self.classes[rank]))
             for item, rank in zip(by_probability, ranks, strict=True)
         ]

@@ -29,7 +29,7 @@ LOGIT_TAU = 1.0
 
 
 def full_precision(outputs: Tensor) -> Tensor:
-    """Cast half precision to float32 for softmax, sigmoid and their logarithms; keep other dtypes."""
+    """Cast half precision to float32 for softmax, sigmoid and their logarithms; other dtypes are unchanged."""
     return outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
 
 

@@ -43,10 +43,10 @@ def best_thresholds(probabilities: np.ndarray, truth: np.ndarray) -> list[float]
             thresholds.append(_THRESHOLD)
             continue
         f1 = 2 * hits / (np.arange(1, len(hits) + 1) + hits[-1])
-        middles = (ranked + np.append(ranked[1:], 0.0)) / 2
+        midpoints = (ranked + np.append(ranked[1:], 0.0)) / 2
         is_edge = np.append(ranked[1:] < ranked[:-1], True)  # equal probabilities share one threshold
         best = is_edge & (f1 >= f1[is_edge].max() - 1e-12)
-        thresholds.append(float(min(middles[best], key=lambda middle: abs(middle - _THRESHOLD))))
+        thresholds.append(float(min(midpoints[best], key=lambda midpoint: abs(midpoint - _THRESHOLD))))
     return thresholds
 
 
@@ -112,7 +112,7 @@ class MultiLabelTask(Task):
         return labels
 
     def fitted(self, train: ImageDataset) -> Self:
-        """Return the task with weights of positive labels.
+        """Return the task with the weights of positive labels.
 
         balanced: w_c = (n - n_c) / n_c, which balances positives and negatives.
         """
@@ -136,7 +136,7 @@ class MultiLabelTask(Task):
         return dataclasses.replace(self, thresholds=tuple(np.mean([t.thresholds for t in tasks], axis=0).tolist()))
 
     def sample_weights(self, train: ImageDataset) -> list[float]:
-        """Return the inverse frequency of each image's rarest label; images without labels count as one label."""
+        """Return the inverse frequency of each image's rarest label; images without labels form one more class."""
         targets, counts = self._targets(train), self._counts(train)
         unlabeled = sum(not target for target in targets)
         return [1 / min((counts[label] for label in target), default=unlabeled) for target in targets]
@@ -192,24 +192,24 @@ class MultiLabelTask(Task):
 
         scores, truth = paired(logits, np.asarray(labels).astype(int))
         probabilities = self.probabilities(scores).double().numpy()
-        given = (probabilities >= np.asarray(self.thresholds)).astype(int)
+        predicted = (probabilities >= np.asarray(self.thresholds)).astype(int)
         support = truth.sum(0)
-        hits, marked = (truth * given).sum(0), given.sum(0)
+        hits, predicted_counts = (truth * predicted).sum(0), predicted.sum(0)
         with np.errstate(invalid="ignore"):
-            precision, recall = np.nan_to_num(hits / marked), hits / support
-            f1 = 2 * hits / (marked + support)
+            precision, recall = np.nan_to_num(hits / predicted_counts), hits / support
+            f1 = 2 * hits / (predicted_counts + support)
         ap = [
             float(average_precision_score(truth[:, c], probabilities[:, c])) if support[c] else None
             for c in range(len(self.classes))
         ]
         present = support > 0
         loss = LABEL_SET_LOSSES["cross-entropy"](full_precision(scores), torch.as_tensor(truth)).mean()
-        both = int(marked.sum() + support.sum())
+        total = int(predicted_counts.sum() + support.sum())
         return {
             "map": _mean([value for value in ap if value is not None]),
             "macro_f1": _mean(f1[present].tolist()),
-            "micro_f1": 2 * int(hits.sum()) / both if both else 1.0,
-            "subset_accuracy": float((truth == given).all(1).mean()),
+            "micro_f1": 2 * int(hits.sum()) / total if total else 1.0,
+            "subset_accuracy": float((truth == predicted).all(1).mean()),
             "images": len(truth),
             "loss": float(loss),
             "per_class": [
@@ -244,15 +244,15 @@ class MultiLabelTask(Task):
     def fit_linear(
         self, features: np.ndarray, labels: np.ndarray, outputs: int, weights: np.ndarray | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Fit a one-vs-rest logistic regression; labels of all or no images keep zero weights."""
+        """Fit a one-vs-rest logistic regression; labels of all or no images get zero weights."""
         fits = []
         for c in range(outputs):
-            answers = labels[:, c] > 0.5
+            positives = labels[:, c] > 0.5
             sample_weights = np.ones(len(labels)) if weights is None else weights
             if self.positive_weights is not None:
-                sample_weights = sample_weights * np.where(answers, self.positive_weights[c], 1.0)
-            constant = 4.0 if answers[0] else -4.0  # a probability of 98 or 2%
-            fits.append(fit_binary_probe(features, answers, sample_weights, constant))
+                sample_weights = sample_weights * np.where(positives, self.positive_weights[c], 1.0)
+            constant = 4.0 if positives[0] else -4.0  # a probability of 98 or 2%
+            fits.append(fit_binary_probe(features, positives, sample_weights, constant))
         weight, bias = zip(*fits, strict=True)
         return torch.stack(weight), torch.stack(bias)
 

@@ -53,7 +53,7 @@ def write_mask_predictions(
     Args:
         predictions: Predictions, consumed lazily.
         out: Output folder; created if missing.
-        top_k: Must be None; only for classification.
+        top_k: Must be None; supported for classification only.
         overwrite: Write to a non-empty folder.
 
     Raises:
@@ -247,7 +247,7 @@ def _parquet(rows: Sequence[Row]) -> bytes:
 def check_output(out: str | Path | None, top_k: int | None, *, overwrite: bool) -> None:
     """Check the output arguments of `write_predictions` before prediction; raises the same errors.
 
-    None for `out` writes no file.
+    With `out=None`, no file is written.
     """
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}; omit it for the default, or set --top-k all")

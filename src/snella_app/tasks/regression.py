@@ -152,16 +152,16 @@ class RegressionTask(Task):
         by_target = {"multioutput": "raw_values"}
         mae = mean_absolute_error(truth, predicted, **by_target)
         rmse = root_mean_squared_error(truth, predicted, **by_target)
-        varies = truth.std(0) > 0
+        is_varying = truth.std(0) > 0
         r2 = np.full(len(self.names), np.nan)
-        if varies.any():
-            r2[varies] = r2_score(truth[:, varies], predicted[:, varies], **by_target)
+        if is_varying.any():
+            r2[is_varying] = r2_score(truth[:, is_varying], predicted[:, is_varying], **by_target)
         loss = NUMBER_LOSSES["mse"](full_precision(scores).double(), self.standardized(torch.as_tensor(truth)))
-        off_median, off_mean = truth - np.asarray(self.median), truth - np.asarray(self.mean)
+        median_errors, mean_errors = truth - np.asarray(self.median), truth - np.asarray(self.mean)
         return {
             "mae": float(mae.mean()),
             "rmse": float(rmse.mean()),
-            "r2": float(r2[varies].mean()) if varies.any() else float("nan"),
+            "r2": float(r2[is_varying].mean()) if is_varying.any() else float("nan"),
             "images": len(truth),
             "loss": float(loss.mean()),
             "per_target": [
@@ -171,8 +171,8 @@ class RegressionTask(Task):
                     "rmse": float(rmse[t]),
                     "r2": float(r2[t]),
                     "mean": float(truth[:, t].mean()),
-                    "baseline_mae": float(np.abs(off_median[:, t]).mean()),
-                    "baseline_rmse": float(np.sqrt((off_mean[:, t] ** 2).mean())),
+                    "baseline_mae": float(np.abs(median_errors[:, t]).mean()),
+                    "baseline_rmse": float(np.sqrt((mean_errors[:, t] ** 2).mean())),
                 }
                 for t, name in enumerate(self.names)
             ],

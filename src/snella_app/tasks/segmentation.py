@@ -57,8 +57,8 @@ def image_scores(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def pooled_scores(counts: np.ndarray, classes: list[str]) -> dict[str, Any]:
     """Compute all scores on a dataset, averaged over the foreground classes.
 
-    By image: mean over images of the mean over classes that are present or predicted. Images without such classes are
-    excluded; the score is 1 if no image remains. Pooled: computed over the pixels of all images. GPS's variant is
+    By image: mean over images of the mean over classes that are present or predicted. Images without any class
+    are excluded; the score is 1 if no image remains. Pooled: computed over the pixels of all images. GPS's variant is
     pooled and ignores background pixels, and therefore false positives: for two classes, IoU equals the recall R and
     Dice equals 2R / (1 + R).
 
@@ -74,27 +74,27 @@ def pooled_scores(counts: np.ndarray, classes: list[str]) -> dict[str, Any]:
     dice, iou = image_scores(counts)
     total = counts.sum(0)
     pooled_dice, pooled_iou = (values[0] for values in _pooled(total))
-    inside = total.copy()
-    inside[0] = 0
-    gps_dice, gps_iou = (values[0] for values in _pooled(inside))
+    foreground_only = total.copy()
+    foreground_only[0] = 0
+    gps_dice, gps_iou = (values[0] for values in _pooled(foreground_only))
     return {
-        "dice": _mean(np.asarray(_by_image(dice))),
-        "iou": _mean(np.asarray(_by_image(iou))),
-        "dice_pooled": _mean(pooled_dice[1:]),
-        "iou_pooled": _mean(pooled_iou[1:]),
-        "iou_pooled_with_background": _mean(pooled_iou),
-        "dice_gps_foreground_only": _mean(gps_dice[1:]),
-        "iou_gps_foreground_only": _mean(gps_iou[1:]),
+        "dice": _nanmean_or_one(np.asarray(_by_image(dice))),
+        "iou": _nanmean_or_one(np.asarray(_by_image(iou))),
+        "dice_pooled": _nanmean_or_one(pooled_dice[1:]),
+        "iou_pooled": _nanmean_or_one(pooled_iou[1:]),
+        "iou_pooled_with_background": _nanmean_or_one(pooled_iou),
+        "dice_gps_foreground_only": _nanmean_or_one(gps_dice[1:]),
+        "iou_gps_foreground_only": _nanmean_or_one(gps_iou[1:]),
         "pixel_accuracy": float(np.trace(total) / total.sum()),
         "images": len(counts),
         "per_class": [
             {
                 "name": name,
                 "pixels": int(total[label].sum()),
-                "dice": _number(dice[:, label - 1]) if label else None,
-                "iou": _number(iou[:, label - 1]) if label else None,
-                "dice_pooled": _number(pooled_dice[label]),
-                "iou_pooled": _number(pooled_iou[label]),
+                "dice": _nanmean(dice[:, label - 1]) if label else None,
+                "iou": _nanmean(iou[:, label - 1]) if label else None,
+                "dice_pooled": _nanmean(pooled_dice[label]),
+                "iou_pooled": _nanmean(pooled_iou[label]),
             }
             for label, name in enumerate(classes)
         ],
@@ -115,25 +115,25 @@ def _hits_and_errors(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return hits, counts.sum(1) + counts.sum(2) - 2 * hits
 
 
-def _number(values: np.ndarray | np.floating[Any]) -> float | None:
-    """Return the mean of non-NaN values, or None without any."""
+def _nanmean(values: np.ndarray | np.floating[Any]) -> float | None:
+    """Return the mean of non-NaN values; None if there are none."""
     valid = np.atleast_1d(values)[~np.isnan(np.atleast_1d(values))]
     return float(valid.mean()) if len(valid) else None
 
 
-def _mean(values: np.ndarray) -> float:
-    """Return the mean of non-NaN values, or 1 without any."""
-    mean = _number(values)
+def _nanmean_or_one(values: np.ndarray) -> float:
+    """Return the mean of non-NaN values; 1 if there are none."""
+    mean = _nanmean(values)
     return 1.0 if mean is None else mean
 
 
 def _by_image(values: np.ndarray) -> list[float]:
     """Return the class mean of each image; NaN for images without classes."""
-    means = [_number(row) for row in values]
+    means = [_nanmean(row) for row in values]
     return [math.nan if mean is None else mean for mean in means]
 
 
-_LIMIT = 12
+_MAX_EXAMPLES = 12
 
 
 def mask_file(index: int) -> str:
@@ -141,8 +141,8 @@ def mask_file(index: int) -> str:
     return f"masks/{index:05}.png"
 
 
-def choose_indices(dice: Sequence[float], limit: int = _LIMIT) -> list[int]:
-    """Choose images to show: half are the worst, the others evenly spaced over the rest from bad to good.
+def choose_indices(dice: Sequence[float], limit: int = _MAX_EXAMPLES) -> list[int]:
+    """Choose example images: half with the lowest Dice, the others evenly spaced over the rest.
 
     Args:
         dice: Dice of each image; NaN (no foreground) is sorted last.
@@ -211,11 +211,11 @@ def overlap_losses(scores: Tensor, labels: Tensor, kind: MaskLoss) -> Tensor:
         return scores.new_zeros(len(scores))
     p = scores.softmax(1)[:, 1:].flatten(2)  # [batch, classes - 1, pixels]
     t = F.one_hot(labels.flatten(1), scores.shape[1])[..., 1:].transpose(1, 2).to(p.dtype)
-    both, sums = (p * t).sum(-1), p.sum(-1) + t.sum(-1)
+    intersection, sums = (p * t).sum(-1), p.sum(-1) + t.sum(-1)
     overlap = (
-        (2 * both + _SMOOTHING) / (sums + _SMOOTHING)
+        (2 * intersection + _SMOOTHING) / (sums + _SMOOTHING)
         if kind == "dice"
-        else (both + _SMOOTHING) / (sums - both + _SMOOTHING)
+        else (intersection + _SMOOTHING) / (sums - intersection + _SMOOTHING)
     )
     return (1 - overlap).mean(-1)
 
@@ -285,7 +285,7 @@ class SegmentationTask(Task):
             )
 
     def collate(self, items: Sequence[tuple[Any, ...]]) -> dict[str, Tensor]:
-        """Collate transformed items to a batch.
+        """Collate transformed items into a batch.
 
         Args:
             items: Images `[channels, height, width]` of equal size, with masks `[height, width]`.
@@ -349,7 +349,7 @@ class SegmentationTask(Task):
         return MaskPredictions(split, items=items)
 
     def save_examples(self, model: nn.Module, dataset: ImageDataset, sample_outputs: Tensor, folder: Path) -> None:
-        """Write the predicted masks of the worst images and others evenly spaced."""
+        """Write the predicted masks of the images selected by `choose_indices`."""
         dice = _by_image(image_scores(self._counts(sample_outputs.numpy()))[0])
         write_masks(model, dataset, choose_indices(dice), folder)
 

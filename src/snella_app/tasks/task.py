@@ -57,13 +57,13 @@ class Task(ABC):
     monitors: ClassVar[Mapping[str, int]]
     """Choices of `--monitor`, default first; 1 if higher is better, -1 if lower is better."""
     has_one_class: ClassVar[bool] = False
-    """True if the softmax of the outputs gives one class per image; temperature scaling can calibrate it."""
+    """True if the outputs are softmax logits of one class per image, which temperature scaling can calibrate."""
     augment: ClassVar[str] = "crop"
-    """Default of `--augment auto`. Regression and segmentation use flips, since crops change their targets."""
+    """Augmentation for `--augment auto`. Regression and segmentation use flips because crops change their targets."""
     has_linear_fit: ClassVar[bool] = False
     """True if `fit_linear` is supported."""
     epoch_format: ClassVar[str]
-    """Format string of an epoch's row."""
+    """Format string of an epoch's validation scores."""
     val_format: ClassVar[str]
     """Format string of the best epoch's validation scores."""
     test_format: ClassVar[str]
@@ -80,8 +80,8 @@ class Task(ABC):
         """Create the task for the given classes; settings of other tasks are ignored, None selects the default."""
         settings["loss_name"] = settings.pop("loss", None) if cls.losses else None
         known = {f.name for f in fields(cls)} & {name for name, value in settings.items() if value is not None}  # type: ignore[arg-type]
-        given = {name: tuple(value) if isinstance(value := settings[name], list) else value for name in known}
-        return cls(tuple(classes), **given)  # type: ignore[call-arg]
+        arguments = {name: tuple(value) if isinstance(value := settings[name], list) else value for name in known}
+        return cls(tuple(classes), **arguments)  # type: ignore[call-arg]
 
     @staticmethod
     def build_model(name: str, **options: Any) -> nn.Module:
@@ -100,7 +100,7 @@ class Task(ABC):
 
     @property
     def best_metric(self) -> str:
-        """Primary entry of an epoch's row for epoch selection."""
+        """Entry of an epoch's row for epoch selection."""
         return f"val_{self.monitor}"
 
     def check_data(self, dataset: ImageDataset, spec: str) -> None:
@@ -132,7 +132,7 @@ class Task(ABC):
         return {}
 
     def for_ensemble(self, tasks: Sequence[Any]) -> Self:
-        """Return the task of an ensemble, given the tasks of its models."""
+        """Return the task of an ensemble of models with the given tasks."""
         return self
 
     @abstractmethod
@@ -148,14 +148,14 @@ class Task(ABC):
         if tta == 1:
             return outputs
         flipped = model(images.flip(-1))
-        return self.average_outputs([outputs, flipped.flip(-1) if flipped.ndim == 4 else flipped])  # flip maps back
+        return self.average_outputs([outputs, flipped.flip(-1) if flipped.ndim == 4 else flipped])  # undo the flip
 
     def sample_weights(self, train: ImageDataset) -> list[float]:
         """Return unnormalized sampling weights of the training images for the weighted sampler."""
         raise ValueError(f"sampler=weighted requires a task with classes, got {self.name!r}")
 
     def collate(self, items: Sequence[tuple[Any, ...]]) -> dict[str, Tensor]:
-        """Collate transformed items to a batch.
+        """Collate transformed items into a batch.
 
         Args:
             items: Images `[channels, height, width]` of equal size, targets (class indices or tensors of equal size),
@@ -208,7 +208,7 @@ class Task(ABC):
         raise ValueError(f"a linear probe requires a task with one output vector per image, got {self.name!r}")
 
     def probe_weights(self, labels: np.ndarray) -> np.ndarray | None:
-        """Return the sample weights that class weights imply in `fit_linear`; None for equal weights."""
+        """Return the sample weights for `fit_linear` from the class weights; None for equal weights."""
         return None
 
     def save_examples(self, model: nn.Module, dataset: ImageDataset, sample_outputs: Tensor, folder: Path) -> None:
@@ -239,8 +239,8 @@ class Task(ABC):
         """Format the best epoch's validation scores and, if present, the test scores."""
         text = "" if test is None else f", test {self.test_format.format_map(test)}"
         name = self.monitor_names.get(self.monitor)
-        chosen_by = "" if name is None else f" ({name} {val[self.monitor]:.4f})"
-        return f"validation {self.val_format.format_map(val)}{chosen_by}{text}"
+        selection = "" if name is None else f" ({name} {val[self.monitor]:.4f})"
+        return f"validation {self.val_format.format_map(val)}{selection}{text}"
 
     def result_text(self, scores: Mapping[str, Any]) -> str:
         """Format scores."""
@@ -277,7 +277,7 @@ class Task(ABC):
         return prediction.text(top_k)
 
     def decoding_comment(self) -> str:
-        """Return a Python comment that decodes a merged model's output (`model`, `transform`, `classes`, `image`)."""
+        """Return a Python comment that decodes the output of a merged model."""
         return "# classes[model(transform(image.convert('RGB'))[None]).argmax()]"
 
 
@@ -333,9 +333,9 @@ def resolve_class_weights(
     missing = [repr(name) for name in classes if name not in weights]
     if missing:
         errors.append(f"no weight for {listed(missing)}")
-    wrong = [f"{name!r}: {weight}" for name, weight in weights.items() if not 0 <= weight < float("inf")]
-    if wrong:
-        errors.append(f"weights must be at least 0 and finite, got {', '.join(wrong)}")
+    invalid = [f"{name!r}: {weight}" for name, weight in weights.items() if not 0 <= weight < float("inf")]
+    if invalid:
+        errors.append(f"weights must be at least 0 and finite, got {', '.join(invalid)}")
     if errors:
         raise ValueError(
             f"class_weights must have one weight per class ({', '.join(map(repr, classes))}): {'; '.join(errors)}"

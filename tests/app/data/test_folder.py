@@ -146,7 +146,17 @@ def test_a_class_of_only_broken_images_is_rejected(write_images):
         ({"train/a": 9, "train/b": 1}, "every class needs at least 2 images to create a 'val' split.*'b' has 1"),
     ],
     ids=[
-        *("empty", "one", "loose", "nothing", "unknown-val", "unknown-test", "near-val", "empty-val", "no-train"),
+        *(
+            "empty",
+            "one-class",
+            "no-class-folders",
+            "empty-folder",
+            "unknown-val",
+            "unknown-test",
+            "near-val",
+            "empty-val",
+            "no-train",
+        ),
         *("two-vals", "few", "few-val"),
     ],
 )

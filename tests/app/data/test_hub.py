@@ -17,23 +17,23 @@ from snella_app.data import load_data
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
+def isolated_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
-def picture(index):
+def make_image(index):
     return Image.fromarray(np.random.default_rng(index).integers(0, 256, (8, 8, 3), dtype=np.uint8))
 
 
 def encoded(index):
     content = io.BytesIO()
-    picture(index).save(content, "PNG")
+    make_image(index).save(content, "PNG")
     return content.getvalue()
 
 
 def all_items(data):
-    """Pixels, class name and group of every image, by name."""
+    """Return the pixels, class name and group of every image by name."""
     items = {}
     for part in (data.train, data.val, data.test):
         for index in range(len(part) if part is not None else 0):
@@ -52,7 +52,7 @@ def image_folder(tmp_path):
     root.mkdir()
     rows = [(f"{i:02}.png", "ab"[i % 2], f"p{i // 3}") for i in range(24)]
     for index in range(24):
-        picture(index).save(root / f"{index:02}.png")
+        make_image(index).save(root / f"{index:02}.png")
     with (root / "metadata.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("file_name", "species", "patient"), *rows])
     return root
@@ -64,7 +64,7 @@ def test_an_image_folder_with_metadata_has_its_columns(image_folder):
     assert len(items) == 24
     for name, item in items.items():
         index = int(name.rpartition("/")[2])
-        assert item == (picture(index).tobytes(), "ab"[index % 2], f"p{index // 3}")
+        assert item == (make_image(index).tobytes(), "ab"[index % 2], f"p{index // 3}")
 
 
 def test_a_saved_dataset_has_its_class_names_and_splits(tmp_path):
@@ -80,7 +80,7 @@ def test_a_saved_dataset_has_its_class_names_and_splits(tmp_path):
     data = load_data(f"hf:{tmp_path}/saved")
     assert data.classes == ["zebra", "ant"]
     assert [len(part) for part in (data.train, data.val, data.test)] == [12, 4, 4]
-    assert data.test.labels == [0, 1, 0, 1] and data.test.image(1).tobytes() == picture(17).tobytes()
+    assert data.test.labels == [0, 1, 0, 1] and data.test.image(1).tobytes() == make_image(17).tobytes()
     again = load_data(datasets.DatasetDict(parts))
     assert again.classes == data.classes and all_items(again).keys() == all_items(data).keys()
     assert again.train.content_digest() == data.train.content_digest()
@@ -94,7 +94,7 @@ def test_rows_may_only_reference_files_below_the_folder_or_the_given_root(tmp_pa
     (tmp_path / "images").mkdir()
     os.mkfifo(tmp_path / "pipe")
     for index in range(20):
-        picture(index).save(tmp_path / "images" / f"{index:02}.png")
+        make_image(index).save(tmp_path / "images" / f"{index:02}.png")
     names = [str(tmp_path / "images" / f"{index:02}.png") for index in range(20)]
 
     def save(paths, name):
@@ -115,7 +115,7 @@ def test_rows_may_only_reference_files_below_the_folder_or_the_given_root(tmp_pa
         shutil.rmtree(tmp_path / "special")
 
 
-def test_a_class_number_without_a_name_is_one_line(tmp_path):
+def test_a_class_index_without_a_name_is_a_one_line_error(tmp_path):
     plain = datasets.Dataset.from_dict(
         {"image": [{"bytes": encoded(i), "path": None} for i in range(4)], "label": [0, 1, 2, 0]},
         features=datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")}),
@@ -127,7 +127,7 @@ def test_a_class_number_without_a_name_is_one_line(tmp_path):
         load_data(data)
 
 
-def test_lists_of_class_numbers_are_lists_of_names(tmp_path):
+def test_lists_of_class_indices_become_lists_of_names(tmp_path):
     kind = datasets.Sequence(datasets.ClassLabel(names=["x", "y", "z"]))
     data = datasets.Dataset.from_dict(
         {"image": [{"bytes": encoded(i), "path": None} for i in range(20)], "labels": [[0, 2], [1]] * 10},
@@ -139,7 +139,7 @@ def test_lists_of_class_numbers_are_lists_of_names(tmp_path):
 
 @pytest.fixture
 def shards(tmp_path):
-    """Writes shards of ten samples with `json` or `cls` labels."""
+    """Function that writes shards of ten samples with `json` or `cls` labels."""
 
     def write(names, label=lambda i: ("json", json.dumps({"species": "ab"[i % 2], "site": f"s{i // 2}"}))):
         for number, name in enumerate(names):
@@ -159,10 +159,10 @@ def test_shards_have_labels_in_json_and_groups(shards):
     root = shards(["x-000.tar", "x-001.tar", "x-002.tar"])
     for spec in (f"wds:{root}", f"wds:{root}/x-*.tar", f"wds:{root}/x-{{000..002}}.tar"):
         items = all_items(load_data(spec, columns="group=json.site"))
-        assert items == {f"{i:03}": (picture(i).tobytes(), "ab"[i % 2], f"s{i // 2}") for i in range(30)}
+        assert items == {f"{i:03}": (make_image(i).tobytes(), "ab"[i % 2], f"s{i // 2}") for i in range(30)}
 
 
-def test_shards_of_parts_are_these_parts(shards):
+def test_shard_names_define_the_splits(shards):
     root = shards(["train-0.tar", "train-1.tar", "val-0.tar", "test-0.tar"], lambda i: ("cls", str(i % 2)))
     data = load_data(f"wds:{root}")
     assert [len(part) for part in (data.train, data.val, data.test)] == [20, 10, 10]
@@ -175,7 +175,7 @@ def test_missing_shards_and_datasets_are_reported(shards, image_folder, tmp_path
         load_data(f"wds:{root}/x-{{000..001}}.tar")
     with pytest.raises(FileNotFoundError, match=r"data hf:.*photo cannot be read: .*; nearest: 'photos'"):
         load_data(f"hf:{tmp_path}/photo")
-    with pytest.raises(ConnectionError, match=r"neither a folder nor in the cache, and the hub could not be reached"):
+    with pytest.raises(ConnectionError, match=r"neither a folder nor in the cache, and the Hub could not be reached"):
         load_data("hf:somebody/photos")
     with pytest.raises(ValueError, match="data python:x is a Python object; pass it"):
         load_data("python:x")
@@ -195,10 +195,10 @@ def test_a_broken_image_in_a_dataset_is_reported():
     assert len(load_data(data, skip_corrupt=True).train) == 11
 
 
-class Pictures(torch.utils.data.Dataset):
+class TorchImages(torch.utils.data.Dataset):
     classes = ("cat", "dog")
 
-    def __init__(self, numbers, make=picture):
+    def __init__(self, numbers, make=make_image):
         self.numbers, self.make = list(numbers), make
 
     def __len__(self):
@@ -209,17 +209,18 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def test_a_torch_dataset_is_split_and_existing_splits_are_used():
-    items = all_items(load_data(Pictures(range(20))))
-    assert items == {f"train/{i:06}": (picture(i).tobytes(), ("cat", "dog")[i % 2], None) for i in range(20)}
-    data = load_data({"train": Pictures(range(10)), "val": Pictures(range(10, 14)), "test": Pictures([15, 16])})
+    items = all_items(load_data(TorchImages(range(20))))
+    assert items == {f"train/{i:06}": (make_image(i).tobytes(), ("cat", "dog")[i % 2], None) for i in range(20)}
+    parts = {"train": range(10), "val": range(10, 14), "test": [15, 16]}
+    data = load_data({name: TorchImages(numbers) for name, numbers in parts.items()})
     assert [len(part) for part in (data.train, data.val, data.test)] == [10, 4, 2]
-    assert data.test.labels == [1, 0] and data.test.image(0).tobytes() == picture(15).tobytes()
+    assert data.test.labels == [1, 0] and data.test.image(0).tobytes() == make_image(15).tobytes()
 
 
 def test_transformed_items_and_other_objects_are_rejected():
     with pytest.raises(ValueError, match=r"must be 8-bit images .* got Tensor of torch\.float32; remove"):
-        load_data(Pictures(range(20), lambda i: torch.zeros(3, 8, 8)))
-    pixels = load_data(Pictures(range(20), lambda i: torch.full((3, 8, 8), i, dtype=torch.uint8)))
+        load_data(TorchImages(range(20), lambda i: torch.zeros(3, 8, 8)))
+    pixels = load_data(TorchImages(range(20), lambda i: torch.full((3, 8, 8), i, dtype=torch.uint8)))
     assert pixels.train.image(0).getpixel((0, 0)) == (int(pixels.train.names[0][6:]),) * 3
     with pytest.raises(TypeError, match=r"must be a specification like folder:photos, or map-style .* got int"):
         load_data(3)

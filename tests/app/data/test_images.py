@@ -77,7 +77,7 @@ def test_floating_point_values_are_rejected(tmp_path):
 def test_exif_orientation_is_applied(tmp_path):
     image = Image.new("RGB", (4, 2))
     exif = image.getexif()
-    exif[0x0112] = 6  # turn by 90 degrees
+    exif[0x0112] = 6  # rotate by 90 degrees
     image.save(tmp_path / "x.jpg", exif=exif)
     assert read_image(tmp_path / "x.jpg").size == (2, 4)
 
@@ -161,7 +161,7 @@ def test_postscript_with_an_image_suffix_starts_no_program(tmp_path, monkeypatch
 
 
 def test_images_are_opened_in_one_place():
-    """Pillow's own `open` tries every format that it knows."""
+    """`Image.open` tries every format that Pillow supports unless `formats` is given."""
 
     def opens(path):
         calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
@@ -256,7 +256,7 @@ def test_dark_16_bit_images_are_noted(tmp_path):
         values[0, 0] = 4095
         Image.fromarray(values).save(folder / f"{index}.png")
     note = "12 16-bit images with values up to 6.2% of the range; set the white value with --white (white=), e.g. "
-    assert any(one.startswith(note) for one in load_data(f"folder:{tmp_path}").notes)
+    assert any(text.startswith(note) for text in load_data(f"folder:{tmp_path}").notes)
     bright = load_data(f"folder:{tmp_path}", white=4095)
     assert bright.notes == [] and max(np.asarray(bright.train.image(0)).ravel()) == 255
 
@@ -285,13 +285,13 @@ def test_heic_images_are_read_by_pillow_heif_or_rejected_with_its_name(tmp_path,
     red, green, _ = read_image(tmp_path / "x.heic").getpixel((5, 5))
     assert red > 180 and green < 60 and images.is_image(tmp_path / "x.heic")
     monkeypatch.setattr(images, "has_heic", lambda: False)
-    monkeypatch.setattr(Image, "open", _unknown)
+    monkeypatch.setattr(Image, "open", _raise_unknown_format)
     with pytest.raises(ValueError, match=r"HEIC images need pillow-heif: pip install 'snella\[heic\]'"):
         read_image(tmp_path / "x.heic")
     assert not images.is_image(tmp_path / "x.heic")
 
 
-def _unknown(file, formats):
+def _raise_unknown_format(file, formats):
     raise OSError("cannot identify image file")
 
 
@@ -316,7 +316,7 @@ def test_large_truncated_jpegs_are_detected(tmp_path):
 
 
 def stamp(seed):
-    """Image with large shapes, like photographs."""
+    """Return an image with large shapes, like a photograph."""
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((120, 90), Image.Resampling.BICUBIC)
 

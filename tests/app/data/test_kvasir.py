@@ -25,7 +25,7 @@ def test_the_split_files_define_the_test_split(folder):
 def test_without_split_files_names_define_the_split_with_a_note(folder):
     data = load_data(f"kvasir:{folder}")
     assert len(data.test) == 3  # 12%
-    assert any("selected 3 test images by SHA-256 of their names" in note for note in data.notes)
+    assert any("3 test images are selected by SHA-256 of their names" in note for note in data.notes)
     again = load_data(f"kvasir:{folder}", seed=5)
     assert again.test.names == data.test.names and again.train.names != data.train.names
 

@@ -6,7 +6,7 @@ import pytest
 from snella_app.data import data_names, full_spec, load_data
 
 
-def test_the_names_are_listed():
+def test_the_accepted_forms_are_listed():
     families = [
         "folder:PATH",
         "masks:PATH",
@@ -50,10 +50,10 @@ def test_a_test_fraction_of_zero_creates_no_test_split():
 
 
 def test_sizes_subsample_splits_independently():
-    whole, small = load_data("digits"), load_data("digits", train_size=100, val_size=50, test_size=20)
+    full, small = load_data("digits"), load_data("digits", train_size=100, val_size=50, test_size=20)
     assert (len(small.train), len(small.val), len(small.test)) == (100, 50, 20)
-    assert all(set(a) < set(b) for a, b in zip(names_of(small), names_of(whole), strict=True))
-    assert load_data("digits", train_size=100).test.names == whole.test.names
+    assert all(set(a) < set(b) for a, b in zip(names_of(small), names_of(full), strict=True))
+    assert load_data("digits", train_size=100).test.names == full.test.names
     assert names_of(load_data("digits", train_size=100, val_size=50, test_size=20)) == names_of(small)
     counts = [small.train.labels.count(label) for label in range(10)]
     assert min(counts) >= 9 and max(counts) <= 11

@@ -92,10 +92,10 @@ def test_all_file_errors_are_reported_together(tmp_path):
     (root / "masks" / "000.png").unlink()
     (root / "images" / "001.png").unlink()
     Image.new("L", (7, 5)).save(root / "masks" / "002.png")
-    strange = np.asarray(Image.open(root / "masks" / "003.png")).copy()
-    strange[0, 0] = 77
-    Image.fromarray(strange).save(root / "masks" / "003.png")
-    (root / "images" / "004.png").write_bytes(b"no picture")
+    labels = np.asarray(Image.open(root / "masks" / "003.png")).copy()
+    labels[0, 0] = 77
+    Image.fromarray(labels).save(root / "masks" / "003.png")
+    (root / "images" / "004.png").write_bytes(b"no image")
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 40, 3)).astype(np.uint8)).save(
         root / "masks" / "005.png"
     )
@@ -117,7 +117,7 @@ def test_all_file_errors_are_reported_together(tmp_path):
 
 def test_skip_corrupt_skips_broken_pairs(tmp_path):
     root = write_pairs(tmp_path / "m", 9)
-    (root / "masks" / "003.png").write_bytes(b"no picture")
+    (root / "masks" / "003.png").write_bytes(b"no image")
     data = load_data(f"masks:{root}", skip_corrupt=True)
     assert len(data.train) + len(data.val) + len(data.test) == 8
     assert any("skipped 1 pair with an unreadable file" in note and "003.png" in note for note in data.notes)

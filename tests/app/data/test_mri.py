@@ -35,8 +35,8 @@ def templates(tmp_path, monkeypatch):
 def test_the_splits_are_separated_slabs(templates):
     data = load_data("mri")
     heights = {part: [int(name[-3:]) for name in getattr(data, part).names] for part in ("train", "val", "test")}
-    for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
-        assert min(abs(a - b) for a in heights[one] for b in heights[other]) > 3
+    for first, second in (("train", "val"), ("train", "test"), ("val", "test")):
+        assert min(abs(a - b) for a in heights[first] for b in heights[second]) > 3
     assert data.classes == ["background", "brain"]
     assert any("all slices come from one head" in note for note in data.notes)
     assert data.train.image(0).size == (70, 70)

@@ -9,10 +9,10 @@ from snella_app.data.datasets import FileImages
 
 @pytest.fixture
 def paths(tmp_path) -> list[Path]:
-    found = [tmp_path / f"{index}.png" for index in range(3)]
-    for file in found:
+    files = [tmp_path / f"{index}.png" for index in range(3)]
+    for file in files:
         Image.new("RGB", (10, 10)).save(file)
-    return found
+    return files
 
 
 def test_a_decoded_image_is_cached(paths):
@@ -33,8 +33,8 @@ def test_images_beyond_the_budget_are_decoded_every_time(paths):
 def test_decoded_images_are_not_pickled(paths):
     source = FileImages(paths)
     source.load(0)
-    again = pickle.loads(pickle.dumps(source))
-    assert again.cached_bytes == 0 and again.load(0).size == (10, 10)
+    restored = pickle.loads(pickle.dumps(source))
+    assert restored.cached_bytes == 0 and restored.load(0).size == (10, 10)
     assert source.cached_bytes == 300
 
 

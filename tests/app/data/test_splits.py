@@ -23,27 +23,27 @@ def labels_of(counts: list[int]) -> list[int]:
 )
 def test_a_split_is_a_partition_with_every_class_on_both_sides(counts, fraction, reserve, seed):
     labels, classes = labels_of(counts), [str(index) for index in range(len(counts))]
-    left, taken = stratified_split(labels, fraction, seed=seed, classes=classes, reserve=reserve)
-    assert sorted(left + taken) == list(range(len(labels)))
-    assert min(Counter(labels[i] for i in left).values()) >= reserve
-    assert len({labels[i] for i in left}) == len({labels[i] for i in taken}) == len(counts)
+    rest, selected = stratified_split(labels, fraction, seed=seed, classes=classes, reserve=reserve)
+    assert sorted(rest + selected) == list(range(len(labels)))
+    assert min(Counter(labels[i] for i in rest).values()) >= reserve
+    assert len({labels[i] for i in rest}) == len({labels[i] for i in selected}) == len(counts)
 
 
 @given(counts=st.lists(st.integers(1, 60), min_size=2, max_size=6), seed=st.integers(0, 2**32 - 1), data=st.data())
 def test_a_sample_has_the_exact_size_and_every_class(counts, seed, data):
     labels, classes = labels_of(counts), [str(index) for index in range(len(counts))]
     size = data.draw(st.integers(len(counts), len(labels)))
-    chosen = stratified_sample(labels, size, seed=seed, classes=classes, argument="train_size")
-    assert len(set(chosen)) == size and chosen == sorted(chosen)
-    found = Counter(labels[i] for i in chosen)
-    assert len(found) == len(counts)
+    sample = stratified_sample(labels, size, seed=seed, classes=classes, argument="train_size")
+    assert len(set(sample)) == size and sample == sorted(sample)
+    counts_by_label = Counter(labels[i] for i in sample)
+    assert len(counts_by_label) == len(counts)
 
 
 @pytest.mark.parametrize(("fraction", "expected"), [(0.2, [20, 10, 6]), (0.5, [50, 25, 15])])
 def test_class_proportions_are_preserved(fraction, expected):
     labels = labels_of([100, 50, 30])
-    _, taken = stratified_split(labels, fraction, seed=0, classes=CLASSES)
-    assert [Counter(labels[i] for i in taken)[label] for label in range(3)] == expected
+    _, selected = stratified_split(labels, fraction, seed=0, classes=CLASSES)
+    assert [Counter(labels[i] for i in selected)[label] for label in range(3)] == expected
 
 
 def test_samples_depend_on_the_seed():
@@ -53,15 +53,15 @@ def test_samples_depend_on_the_seed():
 
 
 def test_sampling_uses_numpys_legacy_generator():
-    _, taken = stratified_split(labels_of([6, 6]), 0.34, seed=0, classes=["a", "b"])
+    _, selected = stratified_split(labels_of([6, 6]), 0.34, seed=0, classes=["a", "b"])
     stream = np.random.RandomState(0)
-    assert taken == sorted([*stream.permutation(6)[:2], *(6 + stream.permutation(6)[:2])])
+    assert selected == sorted([*stream.permutation(6)[:2], *(6 + stream.permutation(6)[:2])])
 
 
 def test_a_rare_class_is_in_every_split():
     labels = labels_of([1000, 3])
-    left, test = stratified_split(labels, 0.1, seed=0, classes=["common", "rare"], reserve=2, part="test")
-    assert Counter(labels[i] for i in test)[1] == 1 and Counter(labels[i] for i in left)[1] == 2
+    rest, test = stratified_split(labels, 0.1, seed=0, classes=["common", "rare"], reserve=2, part="test")
+    assert Counter(labels[i] for i in test)[1] == 1 and Counter(labels[i] for i in rest)[1] == 2
 
 
 def test_classes_with_too_few_images_are_reported():

@@ -13,7 +13,7 @@ COLUMNS = ("file", "species", "patient")
 
 @pytest.fixture
 def write_table(tmp_path):
-    """Write a table with a number of images or with given rows, and return its path."""
+    """Function that writes a table and its images, and returns the path of the table."""
     (tmp_path / "images").mkdir()
 
     def write(rows, columns=COLUMNS, name="photos.csv", delimiter=","):
@@ -161,7 +161,7 @@ def test_repeated_rows_are_skipped_and_contradictions_noted(write_table):
     assert sum(map(len, parts_of(data))) == 21
     assert data.notes[1:3] == [
         "skipped 1 repeated row",
-        "1 row with another label than an earlier row: images/01.png (dog, cat)",
+        "1 row with a different label than an earlier row: images/01.png (dog, cat)",
     ]
 
 
@@ -313,7 +313,7 @@ def test_a_missing_table_error_suggests_similar_names(write_table):
 
 
 def test_other_data_has_no_columns_and_takes_numbers_from_class_names(write_images):
-    with pytest.raises(ValueError, match=r"columns can only be given for data with columns, csv:, .*digits"):
+    with pytest.raises(ValueError, match=r"columns applies only to data with columns, csv:, .*digits"):
         load_data("digits", columns="label=x")
     assert load_data("digits", target="numbers").train.annotations.targets[0] in {float(n) for n in range(10)}
     photos = write_images({"cat": 6, "dog": 6})
@@ -349,7 +349,7 @@ def test_weights_out_of_range_are_rejected(weight, write_table):
     rows = [(*row[:2], weight if index == 3 else "1") for index, row in enumerate(rows_of(12))]
     file = write_table(rows, ("path", "label", "weight"))
     with pytest.raises(
-        ValueError, match=rf"1 of 12 rows .*, 1 wrong weight: .* \(weight '{weight}' is not in \[0, 1e\+09"
+        ValueError, match=rf"1 of 12 rows .*, 1 invalid weight: .* \(weight '{weight}' is not in \[0, 1e\+09"
     ):
         load_data(f"csv:{file}")
 

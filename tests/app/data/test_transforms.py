@@ -30,11 +30,11 @@ def image() -> Image.Image:
 )
 def test_evaluation_matches_timm(interpolation, crop_pct, crop_mode, image):
     config = {**CONFIG, "interpolation": interpolation, "crop_pct": crop_pct, "crop_mode": crop_mode}
-    ours = build_transform(config, train=False, augment="none")(image)
-    theirs = timm.data.create_transform(**config, is_training=False)(image)
-    assert ours.shape == (3, 32, 32) and ours.dtype == torch.float32
-    assert type(ours) is torch.Tensor
-    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+    actual = build_transform(config, train=False, augment="none")(image)
+    expected = timm.data.create_transform(**config, is_training=False)(image)
+    assert actual.shape == (3, 32, 32) and actual.dtype == torch.float32
+    assert type(actual) is torch.Tensor
+    torch.testing.assert_close(actual, expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (33, 500), (500, 31)])
@@ -70,10 +70,10 @@ def test_erasing_only_zeroes_a_rectangle(image):
     plain = build_transform(CONFIG, train=True, augment="none")(image)
     torch.manual_seed(0)
     erased = build_transform(CONFIG, train=True, augment="none", random_erasing=1.0)(image)
-    is_gone = (erased == 0).all(0)
-    rows, columns = is_gone.any(1).nonzero(), is_gone.any(0).nonzero()
-    assert is_gone.sum() == len(rows) * len(columns) > 16
-    assert torch.equal(erased[:, ~is_gone], plain[:, ~is_gone])
+    is_erased = (erased == 0).all(0)
+    rows, columns = is_erased.any(1).nonzero(), is_erased.any(0).nonzero()
+    assert is_erased.sum() == len(rows) * len(columns) > 16
+    assert torch.equal(erased[:, ~is_erased], plain[:, ~is_erased])
     assert torch.equal(build_transform(CONFIG, train=False, augment="none", random_erasing=1.0)(image), plain)
 
 
@@ -125,15 +125,17 @@ def test_unknown_values_are_rejected_with_the_choices(changes, augment, error, m
 
 
 def test_missing_configuration_entries_are_reported():
-    with pytest.raises(ValueError, match=r"data_config lacks mean, std; use timm.data.resolve_model_data_config"):
+    with pytest.raises(
+        ValueError, match=r"data_config must contain mean, std; use timm.data.resolve_model_data_config"
+    ):
         build_transform({"input_size": (3, 8, 8)}, train=True, augment="none")
 
 
 def test_imagenets_augmentation_changes_colors_too():
     image = Image.new("RGB", (64, 64), (90, 120, 200))
     torch.manual_seed(0)
-    plain, drawn = (build_transform(CONFIG, train=True, augment=name)(image) for name in ("crop", "imagenet"))
-    assert drawn.shape == plain.shape and not torch.allclose(drawn, plain, atol=0.1)
-    assert drawn.flatten(1).std(dim=1).max() < 1e-4, "one color stays one color"
-    measured = [build_transform(CONFIG, train=False, augment=name)(image) for name in ("none", "imagenet")]
-    assert torch.equal(*measured)
+    plain, augmented = (build_transform(CONFIG, train=True, augment=name)(image) for name in ("crop", "imagenet"))
+    assert augmented.shape == plain.shape and not torch.allclose(augmented, plain, atol=0.1)
+    assert augmented.flatten(1).std(dim=1).max() < 1e-4, "a uniform image stays uniform"
+    evaluated = [build_transform(CONFIG, train=False, augment=name)(image) for name in ("none", "imagenet")]
+    assert torch.equal(*evaluated)

@@ -16,8 +16,8 @@ def kitti(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The smallest task at its real size."""
+def complete(tmp_path_factory):
+    """Smallest task at its real size."""
     return write_vtab(tmp_path_factory.mktemp("vtab") / "kitti", 4, {"train800": 800, "val200": 200, "test": 711})
 
 
@@ -31,22 +31,22 @@ def test_there_are_nineteen_tasks_in_three_groups():
     assert sum(task.classes for task in VTAB_TASKS.values()) == 940
 
 
-def test_a_complete_task_loads_without_notes(whole):
-    data = load_data(f"vtab:{whole}")
+def test_a_complete_task_loads_without_notes(complete):
+    data = load_data(f"vtab:{complete}")
     assert (len(data.train), len(data.val), len(data.test), len(data.classes)) == (800, 200, 711, 4)
     assert data.notes == [] and data.is_resized_whole
     assert data.train.labels[:5] == [0, 1, 2, 3, 0] and data.train.names[0] == "images/train800/000000.jpg"
     assert data.train.image(0).size == (8, 8)
 
 
-def test_the_final_protocol_trains_on_both_splits(whole):
-    choosing, final = (load_data(f"vtab:{whole}", protocol=name) for name in ("standard", "final"))
+def test_the_final_protocol_trains_on_both_splits(complete):
+    standard, final = (load_data(f"vtab:{complete}", protocol=name) for name in ("standard", "final"))
     assert final.val is None and len(final.train) == 1000
-    assert final.train.names == choosing.train.names + choosing.val.names
-    assert final.train.labels == choosing.train.labels + choosing.val.labels
-    assert final.test.names == choosing.test.names
+    assert final.train.names == standard.train.names + standard.val.names
+    assert final.train.labels == standard.train.labels + standard.val.labels
+    assert final.test.names == standard.test.names
     same = [final.train.image(index).tobytes() for index in (0, 999)]
-    assert same == [choosing.train.image(0).tobytes(), choosing.val.image(199).tobytes()]
+    assert same == [standard.train.image(0).tobytes(), standard.val.image(199).tobytes()]
 
 
 def test_the_official_protocol_trains_on_both_splits(kitti):
@@ -55,16 +55,16 @@ def test_the_official_protocol_trains_on_both_splits(kitti):
 
 
 @pytest.mark.parametrize(
-    ("folder", "asked", "name"), [("cifar100", "cifar", "cifar"), ("pets", "pets", "oxford_iiit_pet")]
+    ("folder", "requested", "name"), [("cifar100", "cifar", "cifar"), ("pets", "pets", "oxford_iiit_pet")]
 )
-def test_alternative_folder_names_are_accepted(folder, asked, name, tmp_path):
+def test_alternative_folder_names_are_accepted(folder, requested, name, tmp_path):
     write_vtab(tmp_path / folder, VTAB_TASKS[name].classes, {"train800": 100, "val200": 4, "test": 4})
-    collection = load_vtab(str(tmp_path / asked), strict_sizes=False)
+    collection = load_vtab(str(tmp_path / requested), strict_sizes=False)
     assert collection.name == name and len(collection.classes) == VTAB_TASKS[name].classes
 
 
-def test_missing_lists_are_derived_from_the_joint_list(whole, tmp_path):
-    folder = shutil.copytree(whole, tmp_path / "kitti")
+def test_missing_lists_are_derived_from_the_joint_list(complete, tmp_path):
+    folder = shutil.copytree(complete, tmp_path / "kitti")
     for name in ("train800", "val200"):
         (folder / f"{name}.txt").unlink()
     data = load_data(f"vtab:{folder}")
@@ -87,7 +87,7 @@ def test_allowed_other_sizes_are_noted(kitti):
     assert "differs from the benchmark: test must have 711 images, got 8" in data.notes
 
 
-def spoil(folder, name, change):
+def edit_list(folder, name, change):
     file = folder / f"{name}.txt"
     file.write_text(change(file.read_text()))
 
@@ -95,8 +95,8 @@ def spoil(folder, name, change):
 def test_all_errors_are_one_message(kitti):
     (kitti / "images/test/000003.jpg").unlink()
     (kitti / "images/test/000004.jpg").unlink()
-    spoil(kitti, "train800", lambda text: text.replace("000001.jpg 1", "000001.jpg 7"))
-    spoil(kitti, "val200", lambda text: text + "images/val200/000000.jpg 0\nimages/val200/000009.jpg\n")
+    edit_list(kitti, "train800", lambda text: text.replace("000001.jpg 1", "000001.jpg 7"))
+    edit_list(kitti, "val200", lambda text: text + "images/val200/000000.jpg 0\nimages/val200/000009.jpg\n")
     with pytest.raises(ValueError) as caught:
         load_data(f"vtab:{kitti}", strict_sizes=False)
     for part in (
@@ -113,20 +113,20 @@ def test_all_errors_are_one_message(kitti):
 
 def test_missing_and_empty_lists_are_reported(kitti):
     (kitti / "val200.txt").unlink()
-    spoil(kitti, "test", lambda text: "")
+    edit_list(kitti, "test", lambda text: "")
     with pytest.raises(ValueError, match=r"test.txt is empty; missing in '.*kitti': val200.txt; the layout is TASK/\{"):
         load_data(f"vtab:{kitti}", strict_sizes=False)
 
 
 def test_classes_without_images_are_counted(kitti):
     for name in ("train800", "val200", "train800val200", "test"):
-        spoil(kitti, name, lambda text: re.sub(" 3\n", " 2\n", text))
+        edit_list(kitti, name, lambda text: re.sub(" 3\n", " 2\n", text))
     with pytest.raises(ValueError, match="4 classes must have images, got 3; missing: 3"):
         load_data(f"vtab:{kitti}")
 
 
 def test_a_test_image_in_the_training_list_is_rejected(kitti):
-    spoil(kitti, "test", lambda text: text + "images/train800/000002.jpg 2\n")
+    edit_list(kitti, "test", lambda text: text + "images/train800/000002.jpg 2\n")
     with pytest.raises(ValueError, match=r"1 image in both train800 and test: 000002\.jpg"):
         load_data(f"vtab:{kitti}", strict_sizes=False)
 

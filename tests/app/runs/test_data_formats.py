@@ -163,7 +163,7 @@ def test_channels_that_do_not_fit_are_rejected(fast, console, photos):
     with pytest.raises(ValueError, match="channels must be 3 with task 'segmentation', got 1"):
         fast(channels=1, task="segmentation")
     with pytest.raises(
-        ValueError, match=r"channels and white can only be given for folder:, csv:.*, got 1 and 65535 with digits"
+        ValueError, match=r"channels and white apply only to folder:, csv:.*, got 1 and 65535 with digits"
     ):
         train(fast(data="digits", channels=1), console)
     with pytest.raises(ValueError, match=r"48 of 48 images .*it must have 6 channels, got an array|cannot be read"):

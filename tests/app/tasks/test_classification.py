@@ -5,7 +5,7 @@ from sklearn.metrics import balanced_accuracy_score
 from snella_app.tasks import ClassificationTask
 
 
-def test_the_loss_is_cross_entropy_by_hand():
+def test_the_loss_matches_cross_entropy_by_hand():
     logits, labels = torch.tensor([[2.0, 0.0, -1.0], [0.0, 1.0, 0.0]], dtype=torch.float64), torch.tensor([0, 2])
     log_p = logits - logits.exp().sum(1, keepdim=True).log()
     assert torch.allclose(ClassificationTask(("a", "b", "c")).loss(logits, labels), -(log_p[0, 0] + log_p[1, 2]) / 2)

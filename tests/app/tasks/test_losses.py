@@ -1,4 +1,4 @@
-"""Losses against formulas and each other."""
+"""Losses compared with their formulas and with each other."""
 
 import math
 
@@ -14,18 +14,18 @@ LOGITS = torch.tensor([[2.0, 0.0, -1.0], [0.5, 1.0, 0.0]], dtype=torch.float64)
 LABELS = torch.tensor([0, 2])
 
 
-def test_the_focal_loss_is_its_formula():
+def test_the_focal_loss_matches_its_formula():
     p = LOGITS.softmax(1)
-    by_hand = torch.stack([-((1 - p[0, 0]) ** 2) * p[0, 0].log(), -((1 - p[1, 2]) ** 2) * p[1, 2].log()])
-    assert torch.allclose(focal(LOGITS, LABELS), by_hand)
+    expected = torch.stack([-((1 - p[0, 0]) ** 2) * p[0, 0].log(), -((1 - p[1, 2]) ** 2) * p[1, 2].log()])
+    assert torch.allclose(focal(LOGITS, LABELS), expected)
 
 
-def test_the_logit_adjustment_adds_log_shares():
-    shares = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)
-    adjusted = logit_adjusted(LOGITS, LABELS, log_priors=shares.log())
-    weighted = LOGITS.exp() * shares
-    by_hand = -(weighted / weighted.sum(1, keepdim=True)).log()[[0, 1], LABELS]
-    assert torch.allclose(adjusted, by_hand)
+def test_the_logit_adjustment_adds_log_priors():
+    priors = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)
+    adjusted = logit_adjusted(LOGITS, LABELS, log_priors=priors.log())
+    weighted = LOGITS.exp() * priors
+    expected = -(weighted / weighted.sum(1, keepdim=True)).log()[[0, 1], LABELS]
+    assert torch.allclose(adjusted, expected)
     with pytest.raises(ValueError, match="log_priors must be set for the logit-adjusted loss, got None"):
         logit_adjusted(LOGITS, LABELS)
 
@@ -38,13 +38,13 @@ def test_mixed_labels_have_the_mixed_loss(loss):
     assert torch.allclose(loss(LOGITS, mixed.double(), log_priors=priors), 0.3 * parts[0] + 0.7 * parts[1])
 
 
-def test_the_binary_focal_loss_is_its_formula():
+def test_the_binary_focal_loss_matches_its_formula():
     labels = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
     p = LOGITS.sigmoid()
-    each = -(labels * (1 - p) ** 2 * p.log() + (1 - labels) * p**2 * (1 - p).log())
-    assert torch.allclose(binary_focal(LOGITS, labels), each.mean(1))
+    losses = -(labels * (1 - p) ** 2 * p.log() + (1 - labels) * p**2 * (1 - p).log())
+    assert torch.allclose(binary_focal(LOGITS, labels), losses.mean(1))
     weighted = binary_focal(LOGITS, labels, positive_weights=torch.tensor([3.0, 1.0, 0.5]))
-    assert torch.allclose(weighted, (each * torch.where(labels > 0, torch.tensor([3.0, 1.0, 0.5]), 1.0)).mean(1))
+    assert torch.allclose(weighted, (losses * torch.where(labels > 0, torch.tensor([3.0, 1.0, 0.5]), 1.0)).mean(1))
 
 
 def test_corn_uses_only_the_conditional_outputs_of_a_sample():
@@ -54,7 +54,7 @@ def test_corn_uses_only_the_conditional_outputs_of_a_sample():
     assert torch.allclose(losses, torch.stack([down[0], up[0] + down[1], up[0] + up[1]]) / 2)
 
 
-def test_corn_s_probabilities_are_products_of_its_conditional_ones():
+def test_corn_probabilities_are_products_of_conditional_probabilities():
     p = corn_probabilities(torch.tensor([[0.0, math.log(3.0)]], dtype=torch.float64))
     assert torch.allclose(p, torch.tensor([[0.5, 0.125, 0.375]], dtype=torch.float64))
     assert predicted_ranks(torch.tensor([[0.5, 0.125, 0.375], [0.49, 0.125, 0.385], [0.3, 0.1, 0.6]])).tolist() == [
@@ -64,12 +64,12 @@ def test_corn_s_probabilities_are_products_of_its_conditional_ones():
     ]
 
 
-def test_weights_of_class_and_sample_multiply_the_loss():
-    each = cross_entropy(LOGITS, LABELS)
+def test_class_and_sample_weights_multiply_the_loss():
+    losses = cross_entropy(LOGITS, LABELS)
     task = ClassificationTask(("a", "b", "c"), weight_by_class=(2.0, 1.0, 0.5))
-    assert torch.allclose(task.loss(LOGITS, LABELS), (2 * each[0] + 0.5 * each[1]) / 2)
-    own = torch.tensor([3.0, 0.0])
-    assert torch.allclose(task.loss(LOGITS, LABELS, own), 6 * each[0] / 2)
+    assert torch.allclose(task.loss(LOGITS, LABELS), (2 * losses[0] + 0.5 * losses[1]) / 2)
+    sample_weights = torch.tensor([3.0, 0.0])
+    assert torch.allclose(task.loss(LOGITS, LABELS, sample_weights), 6 * losses[0] / 2)
     mixed = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
     soft = cross_entropy(LOGITS, mixed)
     assert torch.allclose(task.loss(LOGITS, mixed), (1.5 * soft[0] + 0.5 * soft[1]) / 2)

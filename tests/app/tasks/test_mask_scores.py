@@ -1,4 +1,4 @@
-"""Dice and IoU against hand-counted cases and torchmetrics."""
+"""Dice and IoU compared with hand-counted cases and torchmetrics."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def test_pixels_are_counted_by_true_and_predicted_class():
     assert counts.tolist() == [[[1, 1, 0], [0, 2, 0], [0, 0, 0]], [[2, 0, 0], [0, 0, 1], [0, 0, 1]]]
 
 
-def test_dice_and_iou_by_hand():
+def test_dice_and_iou_match_values_by_hand():
     # image 1: TP 1, FP 1, FN 1; image 2: TP 4, FP 0, FN 0
     predicted = [[[1, 1], [0, 0]], [[1, 1], [1, 1]]]
     labels = [[[1, 0], [1, 0]], [[1, 1], [1, 1]]]
@@ -62,7 +62,7 @@ def test_classes_neither_present_nor_predicted_are_ignored():
     dice, _ = image_scores(counts_of(predicted, labels, 3))
     assert np.isnan(dice).tolist() == [[False, True], [True, True], [True, False]]
     scores = pooled_scores(counts_of(predicted, labels, 3), ["a", "b", "c"])
-    assert scores["dice"] == pytest.approx((1 + 0) / 2)  # without the second image
+    assert scores["dice"] == pytest.approx((1 + 0) / 2)  # the second image is excluded
     empty = pooled_scores(counts_of(labels[1:2], labels[1:2], 3), ["a", "b", "c"])
     assert empty["dice"] == empty["dice_pooled"] == 1.0 and empty["per_class"][1]["dice"] is None
 

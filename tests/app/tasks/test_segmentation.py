@@ -11,16 +11,16 @@ LABELS = torch.tensor([[[0, 1], [1, 1]]])
 SCORES = torch.tensor([[[[2.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [3.0, 1.0]]]])
 
 
-def test_overlap_losses_by_hand():
+def test_overlap_losses_match_values_by_hand():
     p = SCORES.softmax(1)[0, 1]
     t = LABELS[0].float()
-    both, sums = (p * t).sum(), p.sum() + t.sum()
-    assert torch.allclose(overlap_losses(SCORES, LABELS, "dice"), 1 - (2 * both + 1) / (sums + 1))
-    assert torch.allclose(overlap_losses(SCORES, LABELS, "iou"), 1 - (both + 1) / (sums - both + 1))
+    intersection, sums = (p * t).sum(), p.sum() + t.sum()
+    assert torch.allclose(overlap_losses(SCORES, LABELS, "dice"), 1 - (2 * intersection + 1) / (sums + 1))
+    assert torch.allclose(overlap_losses(SCORES, LABELS, "iou"), 1 - (intersection + 1) / (sums - intersection + 1))
     assert overlap_losses(SCORES, LABELS, "none").tolist() == [0.0]
 
 
-def test_the_loss_is_cross_entropy_and_overlap_and_falls_with_better_scores():
+def test_the_loss_is_cross_entropy_plus_overlap_and_falls_with_better_scores():
     task = SegmentationTask(("background", "polyp"), mask_loss="iou")
     expected = F.cross_entropy(SCORES, LABELS) + overlap_losses(SCORES, LABELS, "iou").mean()
     assert torch.allclose(task.loss(SCORES, LABELS), expected)
@@ -64,13 +64,13 @@ def test_tasks_have_the_configured_names():
 
 
 def test_settings_of_another_task_are_rejected():
-    wanted = {"data": "d", "backbone": "b", "out": "o"}
+    required = {"data": "d", "backbone": "b", "out": "o"}
     with pytest.raises(ValueError, match="mask_loss applies to task segmentation, got 'iou' with task 'class"):
-        TrainConfig.from_flat(**wanted, mask_loss="iou")
+        TrainConfig.from_flat(**required, mask_loss="iou")
     with pytest.raises(ValueError, match=r"min_lr must be at most lr, 0.001, got 0.1"):
-        TrainConfig.from_flat(**wanted, lr=1e-3, min_lr=0.1)
+        TrainConfig.from_flat(**required, lr=1e-3, min_lr=0.1)
     with pytest.raises(ValueError, match=r"task must be one of classification, .*segmentation, got 'detection'"):
-        TrainConfig.from_flat(**wanted, task="detection")
+        TrainConfig.from_flat(**required, task="detection")
 
 
 def test_each_task_checks_its_data(tmp_path):
@@ -102,8 +102,8 @@ def test_outputs_are_averaged_over_an_image_and_its_flip():
     task, images = SegmentationTask(["a", "b"]), torch.randn(3, 2, 4, 6)
     assert torch.equal(task.outputs(lambda batch: 2 * batch, images), 2 * images)
     torch.testing.assert_close(task.outputs(torch.nn.Identity(), images, 2).softmax(1), images.softmax(1))
-    of_classes = create_task("classification", ["a", "b", "c"])
+    classification = create_task("classification", ["a", "b", "c"])
     weights = torch.randn(6, 3)
     plain, flipped = ((batch.mean((1, 2)) @ weights).softmax(1) for batch in (images, images.flip(-1)))
-    both = of_classes.outputs(lambda batch: batch.mean((1, 2)) @ weights, images, 2)
-    torch.testing.assert_close(both.softmax(1), (plain + flipped) / 2)
+    averaged = classification.outputs(lambda batch: batch.mean((1, 2)) @ weights, images, 2)
+    torch.testing.assert_close(averaged.softmax(1), (plain + flipped) / 2)

@@ -63,11 +63,11 @@ def test_multilabel_metrics_match_scikit_learn():
     torch.manual_seed(0)
     logits, labels = torch.randn(60, 3), (torch.rand(60, 3) > 0.6).int()
     task = MultiLabelTask(("a", "b", "c"), thresholds=(0.3, 0.5, 0.7))
-    scores, given = task.metrics(logits, labels), (logits.sigmoid() >= torch.tensor([0.3, 0.5, 0.7])).int()
+    scores, predicted = task.metrics(logits, labels), (logits.sigmoid() >= torch.tensor([0.3, 0.5, 0.7])).int()
     assert scores["map"] == pytest.approx(average_precision_score(labels, logits.sigmoid(), average="macro"))
     for average in ("macro", "micro"):
-        assert scores[f"{average}_f1"] == pytest.approx(f1_score(labels, given, average=average))
-    assert scores["subset_accuracy"] == pytest.approx(float((given == labels).all(1).float().mean()))
+        assert scores[f"{average}_f1"] == pytest.approx(f1_score(labels, predicted, average=average))
+    assert scores["subset_accuracy"] == pytest.approx(float((predicted == labels).all(1).float().mean()))
     assert scores["per_class"][2]["threshold"] == 0.7
     assert scores["per_class"][1]["support"] == int(labels[:, 1].sum())
     assert scores["loss"] == pytest.approx(
@@ -88,12 +88,12 @@ def test_thresholds_maximize_f1():
     labels[:, 3] = 0
     thresholds = best_thresholds(probabilities, labels)
     for c in range(3):
-        every = [f1_score(labels[:, c], probabilities[:, c] >= t) for t in np.linspace(0, 1, 1001)]
-        reached = f1_score(labels[:, c], probabilities[:, c] >= thresholds[c])
-        assert reached >= max(every) - 1e-12
+        scores = [f1_score(labels[:, c], probabilities[:, c] >= t) for t in np.linspace(0, 1, 1001)]
+        best = f1_score(labels[:, c], probabilities[:, c] >= thresholds[c])
+        assert best >= max(scores) - 1e-12
     assert thresholds[3] == 0.5
     tied = best_thresholds(np.array([[0.2], [0.2], [0.2]]), np.array([[1], [0], [0]]))
-    assert tied == [0.1]  # equal probabilities are on the same side
+    assert tied == [0.1]  # equal probabilities share one threshold
 
 
 def test_positive_weights_are_the_ratio_of_images_without_and_with_the_label():
@@ -108,9 +108,9 @@ def test_positive_weights_are_the_ratio_of_images_without_and_with_the_label():
 def test_the_multilabel_state_is_the_thresholds():
     logits, labels = torch.tensor([[0.0, 2.0], [-1.0, 1.0], [-2.0, 0.5]]), np.array([[1, 1], [1, 0], [0, 0]])
     task = MultiLabelTask(("a", "b")).calibrated(logits, labels)
-    again = create_task("multilabel", ["a", "b"], **task.state())
-    assert again.thresholds == task.thresholds
-    assert again.metrics(logits, labels)["macro_f1"] == 1.0
+    restored = create_task("multilabel", ["a", "b"], **task.state())
+    assert restored.thresholds == task.thresholds
+    assert restored.metrics(logits, labels)["macro_f1"] == 1.0
 
 
 def test_ordinal_metrics_use_ranks():
@@ -158,12 +158,12 @@ def test_targets_are_standardized_for_the_loss_and_converted_back():
 
 
 def test_models_of_several_folds_are_averaged_in_target_units():
-    one, two = RegressionTask(("x",), mean=(1.0,), std=(2.0,)), RegressionTask(("x",), mean=(3.0,), std=(4.0,))
+    first, second = RegressionTask(("x",), mean=(1.0,), std=(2.0,)), RegressionTask(("x",), mean=(3.0,), std=(4.0,))
     outputs = [torch.tensor([[1.0]]), torch.tensor([[0.5]])]  # 3 and 5
-    assert one.numbers(one.average_outputs(outputs, [one, two])).item() == pytest.approx(4.0)
+    assert first.numbers(first.average_outputs(outputs, [first, second])).item() == pytest.approx(4.0)
     tasks = [MultiLabelTask(("a",), thresholds=(t,)) for t in (0.2, 0.6)]
-    pooled = tasks[0].for_ensemble(tasks)
-    assert pooled.thresholds == pytest.approx((0.4,))
+    ensemble = tasks[0].for_ensemble(tasks)
+    assert ensemble.thresholds == pytest.approx((0.4,))
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_a_regression_rejects_missing_targets():
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
-def test_the_linear_head_that_is_fitted_has_a_lower_loss_than_a_constant_one(task, labels):
+def test_a_fitted_linear_head_has_a_lower_loss_than_a_constant_one(task, labels):
     rng = np.random.default_rng(0)
     signal = labels.reshape(len(labels), -1).astype(float)
     features = np.concatenate([signal + 0.1 * rng.normal(size=signal.shape), rng.normal(size=(len(labels), 3))], 1)
