@@ -37,8 +37,8 @@ _REQUIRED = (
 def infer_sam_config(state: Mapping[str, Tensor], *, source: str) -> SamConfig:
     """Infer the configuration of a SAM of any size.
 
-    Width, depth, patch size and image size follow from the image encoder's shapes, the number of heads from the width
-    of its relative positions, and the global-attention blocks from their length. The mask decoder has eight heads.
+    Width, depth, patch size and image size follow from the image encoder's shapes. The width of its relative positions
+    gives the number of heads, their length the global-attention blocks. The mask decoder has eight heads.
 
     Args:
         state: State dict in the naming of transformers' `SamModel`.

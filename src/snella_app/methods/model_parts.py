@@ -162,7 +162,7 @@ def is_inside(name: str, module_name: str) -> bool:
 def adaptable_layers(model: nn.Module, head: str) -> list[str]:
     """Return the names of the layers that LoRA and SNELLA adapt.
 
-    As with SNELLA's `"all-linear"`, these are all `Linear` layers except the head, patch embedding and patch merging.
+    Like SNELLA's `"all-linear"`, selects all `Linear` layers except the head, patch embedding and patch merging.
     Networks without such layers use all ungrouped `Conv2d` layers except the first (the stem).
 
     Args:

@@ -137,8 +137,8 @@ SNELLA = peft_method(
 """
 
 SNELLA_MATCHED = peft_method(
-    "SNELLA with update steps scaled to the weights",
-    "SNELLA, Shen et al., arXiv 2510.24037; matched steps are added by this package",
+    "SNELLA with update steps scaled to the weight magnitude",
+    "SNELLA, Shen et al., arXiv 2510.24037; the matched preset is an extension of this package",
     partial(_snella_config, preset="matched"),
     _SNELL_OPTIONS,
     suffix="r",
@@ -146,8 +146,10 @@ SNELLA_MATCHED = peft_method(
     has_budgets=True,
     optimizer=create_snella_optimizer,
 )
-"""SNELLA with `preset="matched"` of `SnellaConfig`: a step of the factors changes `scaling·S` by about the learning
-rate times the magnitude of `W0`, and the budget reaches its target after 70% of training; see docs/method.md.
+"""SNELLA with `preset="matched"` of `SnellaConfig`.
+
+A step of the factors changes `scaling·S` by about the learning rate times the magnitude of `W0`. The budget reaches its
+target after 70% of training. See docs/method.md.
 """
 
 SNELL = peft_method(

@@ -206,7 +206,7 @@ def _settings_digest(folder: Path) -> str:
 
 
 def _as_safetensors(tensors: dict[str, Tensor], settings_digest: str) -> bytes:
-    """Serialize tensors as safetensors; a write error then keeps its errno, unlike with `save_file`."""
+    """Serialize tensors to bytes; `save_file` would drop the errno of a full disk."""
     seen: set[int] = set()
     values = {}
     for name, tensor in tensors.items():
@@ -292,5 +292,5 @@ def check_fits(path: Path, actual: dict[str, list[int]], expected: dict[str, lis
 
 
 def _shorten(names: list[str]) -> str:
-    """Format the first names and the number of remaining ones."""
+    """Format the first names and the number of remaining names."""
     return listed(map(repr, names), _SHOWN)

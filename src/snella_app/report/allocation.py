@@ -327,7 +327,7 @@ def _times(allocation: Allocation, epochs: int | None) -> list[float]:
 
 
 def _time_axis(axes: Axes, times: list[float], epochs: int | None) -> None:
-    """Label the x axis in the unit of `_times`."""
+    """Label the x-axis in the unit of `_times`."""
     if times[0] == times[-1]:
         axes.set_xlim(times[0] - 1, times[0] + 1)
     epoch_axis(axes, "allocation" if epochs is None else "epoch")
@@ -339,7 +339,7 @@ def _is_drawn(value: float) -> bool:
 
 
 def log_axis(axes: Axes) -> None:
-    """Make the y axis logarithmic, with ticks at powers of ten, or denser for small ranges."""
+    """Make the y-axis logarithmic, with ticks at powers of ten, or denser for small ranges."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     axes.yaxis.set_major_locator(LogLocator(subs=(1,) if high / low > 50 else (1, 2, 5), numticks=9))
@@ -357,5 +357,5 @@ def _power_of_ten(value: float, _: object = None) -> str:
 
 
 def _percent(share: float) -> str:
-    """Format a share in percent; only exactly 1 becomes 100."""
+    """Format a fraction in percent; values below 1 show at most 99."""
     return "100" if share == 1 else str(min(round(100 * share), 99))

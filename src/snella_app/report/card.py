@@ -114,7 +114,7 @@ def _summary(info: RunInfo) -> str:
 
 
 def _results_table(metrics: Metrics | None) -> str:
-    """Return the results as a table."""
+    """Return the results as a Markdown table; empty without results."""
     if metrics is None:
         return ""
     splits = [("test", metrics.test), ("validation", metrics.val)]
@@ -132,7 +132,7 @@ def _results_table(metrics: Metrics | None) -> str:
 
 
 def _data(info: RunInfo) -> list[tuple[str, str]]:
-    """Return the facts about the data."""
+    """Return data description, image counts, preparation and notes."""
     sizes = ", ".join(f"{_SPLITS.get(part, part)} {count_text(size)}" for part, size in info.data.sizes.items())
     prepared = {name: info.data_config[name] for name in _PREPARED if name in info.data_config}
     return [
@@ -144,7 +144,7 @@ def _data(info: RunInfo) -> list[tuple[str, str]]:
 
 
 def _training(info: RunInfo, metrics: Metrics | None) -> list[tuple[str, str]]:
-    """Return the facts about the training."""
+    """Return method, trainable parameters, epoch, time, command and versions."""
     rows = [("Method", f"{_code(info.method)}, {_escape(plain_text(info.method_options))}")]
     if metrics is not None:
         epochs = f"{metrics.best_epoch} of {metrics.history[-1].epoch}" if metrics.history else ""

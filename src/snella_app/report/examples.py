@@ -143,8 +143,8 @@ def heat_maps(model: nn.Module, images: Tensor, outputs: Tensor) -> np.ndarray:
     M[i, j] = max(0, Σ_c ∂y/∂A[c, i, j] · A[c, i, j])
 
     Unlike Grad-CAM, HiResCAM does not average gradients over the grid; averaging can highlight irrelevant regions.
-    `A` is the last feature map of a convolutional network or a Swin, or the input tokens of a ViT's last attention
-    (only the class token matters after it).
+    `A` is the last feature map of a convolutional network or a Swin. For a ViT, it is the input tokens of the last
+    attention, after which only the class token matters.
 
     Args:
         model: Model from `build_method` or `load_trained` in evaluation mode, or a plain timm model.

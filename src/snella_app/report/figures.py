@@ -104,8 +104,8 @@ def quality_curves(metrics: Metrics, name: str) -> Figure:
 
     Args:
         metrics: Metrics of the run.
-        name: accuracy (and balanced accuracy), dice (and IoU), map (and F1), kappa (and accuracy and rank error),
-            error (MAE and RMSE of one target) or r2 (several targets).
+        name: One of accuracy (with balanced accuracy), dice (with IoU), map (with F1), kappa (with accuracy and rank
+            error), error (MAE and RMSE of one target), r2 (several targets).
     """
     title, _, lines = _QUALITIES[name]
     figure = _curves(metrics, title.format(metrics.selection), lines)
@@ -245,7 +245,7 @@ def curves_section(metrics: Metrics | None) -> list[Markup]:
 
 
 def _quality_curves(metrics: Metrics) -> Markup:
-    """Return the first validation-quality curves for which the history has values."""
+    """Return curves of the first quality metric with values in the history."""
     last = metrics.history[-1]
     measured = (
         n

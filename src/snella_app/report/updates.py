@@ -51,7 +51,7 @@ def deepest_query(names: Sequence[str]) -> str:
 
 
 def _snella_updates(adapter: AdapterFile, infos: Mapping[str, MatrixInfo]) -> UpdateSource:
-    """Return updates that the reference implementation computes from factors, scalars and budgets."""
+    """Return updates computed by the reference implementation from factors, scalars and budgets."""
     config = SnellaConfig.from_pretrained(str(adapter.path.parent))
     modules = _modules(adapter, ".snella_A")
     places: dict[str, tuple[str, int]] = {}
