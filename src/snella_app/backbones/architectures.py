@@ -1,4 +1,4 @@
-"""Inference of a weight file's timm architecture."""
+"""Architecture inference for weight files."""
 
 import math
 import re
@@ -13,7 +13,7 @@ from snella_app.backbones.checkpoint import Checkpoint
 
 @dataclass(frozen=True)
 class InferredArchitecture:
-    """timm architecture name, input size of the weights, and additional arguments of `create_model`.
+    """timm architecture name, input size of the weights, and further arguments of `timm.create_model`.
 
     `img_size` is None for networks without a fixed input size.
     """
@@ -103,7 +103,7 @@ def infer_swin(state: dict[str, Tensor]) -> InferredArchitecture:
 
     The first position table has `(2w − 1)²` rows for window size `w`. The input size follows from the attention masks
     of shifted windows, `[n, w², w²]` for `n` windows, if the file has them (Microsoft's files do). Otherwise it
-    follows from the window size: the last stage of every published model has exactly one window.
+    follows from the window size, since the last stage of every published model has exactly one window.
 
     Args:
         state: State dict in Microsoft's or timm's naming.
@@ -138,13 +138,13 @@ def _masked_size(state: dict[str, Tensor], patch: int) -> int | None:
     return None
 
 
-# Shapes do not reveal the number of heads; for these widths and depths it is nearly universal.
+# The number of heads is not visible in the shapes; nearly all models of these widths and depths use `_HEADS`.
 _VIT_SIZES = {(192, 12): "tiny", (384, 12): "small", (768, 12): "base", (1024, 24): "large", (1280, 32): "huge"}
 _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 
 
 def infer_vit(state: dict[str, Tensor], *, source: str, num_heads: int | None = None) -> InferredArchitecture:
-    """Infer timm's ViT from width, depth, patch size, layer scale and register tokens.
+    """Infer timm's ViT name from width, depth, patch size, layer scale and register tokens.
 
     Args:
         state: State dict in timm's or DINOv2's naming.
@@ -167,27 +167,27 @@ def infer_vit(state: dict[str, Tensor], *, source: str, num_heads: int | None = 
             "image tower, whose activation is not visible in the shapes; pass its timm name as the backbone, e.g. "
             f"vit_base_patch16_clip_224 or vit_base_patch16_clip_quickgelu_224, and weights={source!r}"
         )
-    width, side = patch.shape[0], patch.shape[-1]
+    width, patch_size = patch.shape[0], patch.shape[-1]
     depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
     registers = next((state[key].shape[1] for key in ("reg_token", "register_tokens") if key in state), 0)
     is_scaled = "blocks.0.ls1.gamma" in state
-    grid = _grid(positions.shape[1], registers)
-    name = _name(_VIT_SIZES.get((width, depth)), side, is_scaled, registers)
+    grid = _grid_side(positions.shape[1], registers)
+    name = _timm_name(_VIT_SIZES.get((width, depth)), patch_size, is_scaled, registers)
     if name is None or grid is None:
         raise ValueError(
             f"cannot infer the architecture of '{source}' from its shapes: a ViT of width {width}, depth {depth}, "
-            f"patch size {side}, {positions.shape[1]} positions, {registers} register tokens, "
+            f"patch size {patch_size}, {positions.shape[1]} positions, {registers} register tokens, "
             f"{'with' if is_scaled else 'without'} layer scale; "
             f"pass its timm name as the backbone and weights={source!r}"
         )
     options: dict[str, Any] = {"global_pool": "avg"} if "fc_norm.weight" in state else {}
     if num_heads is not None and num_heads != _HEADS[width]:
         options["num_heads"] = num_heads
-    return InferredArchitecture(name, grid * side, options)
+    return InferredArchitecture(name, grid * patch_size, options)
 
 
-def _name(size: str | None, patch: int, is_scaled: bool, registers: int) -> str | None:
-    """Return timm's name, or None if timm has none."""
+def _timm_name(size: str | None, patch: int, is_scaled: bool, registers: int) -> str | None:
+    """Return timm's name of a ViT; None if timm has no such model."""
     if size is None:
         return None
     if is_scaled:
@@ -197,8 +197,8 @@ def _name(size: str | None, patch: int, is_scaled: bool, registers: int) -> str 
     return name if timm.is_model(name) and (is_scaled or not registers) else None
 
 
-def _grid(positions: int, registers: int) -> int | None:
-    """Return the side of the square patch grid, allowing for positions of class and register tokens."""
+def _grid_side(positions: int, registers: int) -> int | None:
+    """Return the side of the square patch grid, excluding positions of class and register tokens."""
     for extra in (1, 0, 1 + registers):
         side = math.isqrt(max(positions - extra, 0))
         if side and side * side == positions - extra:
@@ -214,7 +214,7 @@ def infer_architecture(checkpoint: Checkpoint, *, source: str) -> InferredArchit
         source: File as the user typed it, for messages.
 
     Raises:
-        ValueError: If the weights are another network or timm has no name for the ViT.
+        ValueError: If the architecture is not supported, or timm has no name for the ViT.
     """
     state = checkpoint.state
     if is_swin(state):

@@ -29,7 +29,7 @@ from snella_app.text import listed
 
 _logger = logging.getLogger(__name__)
 _Arrays = dict[str, tuple[int, ...]]
-# representation layer of early releases; timm's ViT has none
+# representation layer of early releases, which timm's ViT lacks
 _REPRESENTATION = ("pre_logits/kernel", "pre_logits/bias")
 
 
@@ -105,7 +105,7 @@ def _sizes(shapes: _Arrays, prefix: str, path: Path) -> dict[str, Any]:
 
 
 def _check_shapes(shapes: _Arrays, prefix: str, sizes: dict[str, Any], path: Path) -> None:
-    """Check that all arrays are present and consistent; copying would broadcast silently."""
+    """Check that all arrays are present and consistent; timm would broadcast a wrong shape silently."""
     width, heads, depth = sizes["embed_dim"], sizes["num_heads"], sizes["depth"]
     per_head, hidden, patch = width // heads, round(sizes["mlp_ratio"] * width), sizes["patch_size"]
     expected: _Arrays = {
@@ -147,7 +147,7 @@ def _check_shapes(shapes: _Arrays, prefix: str, sizes: dict[str, Any], path: Pat
         raise ValueError(f"weights '{path}' are inconsistent: {listed(errors, separator='; ')}")
 
 
-_CLOSE = 2e-3  # half precision rounds sines by about 5e-4
+_SINE_TOLERANCE = 2e-3  # half precision rounds sines by about 5e-4
 
 
 @dataclass(frozen=True)
@@ -175,13 +175,13 @@ _CONVNEXT = Origin("Facebook's ConvNeXt")
 
 
 def identify_origin(state: dict[str, Tensor]) -> Origin | None:
-    """Identify the publisher of a state dict; None if unknown, for timm's configuration.
+    """Identify the publisher of a state dict; None if unknown, which keeps timm's normalization.
 
-    MAE and MoCo v3 have fixed positions: sines and cosines of the patch's column and row, zero for the class token.
+    MAE and MoCo v3 use fixed sinusoidal position embeddings of the patch's column and row, zero for the class token.
     MAE stores the column first, MoCo v3 the row.
 
     Args:
-        state: State dict with the file's names, without wrapper prefixes.
+        state: State dict in the file's naming, without wrapper prefixes.
     """
     if "layers.0.downsample.reduction.weight" in state:
         return _SWIN
@@ -196,7 +196,7 @@ def identify_origin(state: dict[str, Tensor]) -> Origin | None:
     patches = positions[0, 1:].detach().float().cpu()
     row, column = _sines(grid, patches.shape[1])
     for origin, expected in ((_MAE, torch.cat([column, row], 1)), (_MOCO, torch.cat([row, column], 1))):
-        if (patches - expected).abs().max() < _CLOSE:
+        if (patches - expected).abs().max() < _SINE_TOLERANCE:
             return origin
     return None
 
@@ -280,7 +280,7 @@ def update_config(model: nn.Module, **entries: Any) -> None:
 
 _TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".pth.tar")
 WEIGHT_SUFFIXES = (*_TORCH_SUFFIXES, ".safetensors", ".npz")
-_NESTED_UNDER = ("state_dict", "model", "model_state_dict")
+_NESTED_KEYS = ("state_dict", "model", "model_state_dict")
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
 _TABLE = "relative_position_bias_table"
 
@@ -339,10 +339,10 @@ def weight_suffix(path: Path) -> str:
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint, *, name: str) -> None:
-    """Load all tensors of a checkpoint into a timm model, except a head with another class count.
+    """Load all tensors of a checkpoint into a timm model, except a head with another number of classes.
 
-    timm's checkpoint filter of the model family converts names and resamples positions. For known publishers, their
-    mean and standard deviation replace those in the model's data config.
+    timm's checkpoint filter converts names and resamples position embeddings. For known publishers, their mean and
+    standard deviation replace those in the model's data config.
 
     Args:
         model: timm model from `create_model`; changed in place.
@@ -385,7 +385,7 @@ def _set_normalization(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def _read_torch(path: Path) -> Any:
-    """Unpickle only tensors and `argparse.Namespace`, in which training scripts store their options."""
+    """Unpickle tensors and `argparse.Namespace`, which training scripts store, but nothing else."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -399,7 +399,7 @@ def _read_torch(path: Path) -> Any:
 def _open_nested(content: Any, path: Path) -> dict[str, Tensor]:
     """Return the dictionary of tensors nested in the content of a file."""
     while isinstance(content, dict):
-        key = next((key for key in _NESTED_UNDER if isinstance(content.get(key), dict)), None)
+        key = next((key for key in _NESTED_KEYS if isinstance(content.get(key), dict)), None)
         if key is None:
             break
         content = content[key]
@@ -421,7 +421,7 @@ def _unwrap(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_patch_and_heads(model: nn.Module, checkpoint: Checkpoint, name: str, reference: dict[str, Tensor]) -> None:
-    """Check the patch size, which timm's filter would silently resample, and the number of heads."""
+    """Check the patch size and the number of heads; timm's filter resamples patch embeddings silently."""
     key = "patch_embed.proj.weight"
     if key in checkpoint.state and key in reference:
         actual, expected = checkpoint.state[key].shape, reference[key].shape
@@ -442,7 +442,7 @@ def _check_patch_and_heads(model: nn.Module, checkpoint: Checkpoint, name: str, 
 def _check_position_tables(checkpoint: Checkpoint, name: str, reference: dict[str, Tensor]) -> None:
     """Check that Swin's position tables match the model's heads and blocks.
 
-    timm's filter resizes tables to the model's window, and fails or resizes heads on a mismatch.
+    timm's filter resizes tables to the model's window; on a mismatch it fails or resizes the heads.
     """
     file, expected = (
         # compare one row: the number of rows may differ, the number of heads may not
@@ -461,7 +461,7 @@ def _filtered(model: nn.Module, checkpoint: Checkpoint, name: str) -> dict[str, 
         return dict(checkpoint.state)
     try:
         with warnings.catch_warnings():
-            # torch warnings caused by timm's resampling of Swin's tables
+            # torch warnings during timm's resampling of Swin's tables
             warnings.filterwarnings("ignore", message="torch.searchsorted|Using a non-tuple sequence")
             return convert(dict(checkpoint.state), model)
     except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError) as error:
@@ -474,7 +474,7 @@ def _filtered(model: nn.Module, checkpoint: Checkpoint, name: str) -> dict[str, 
 def _without_other_head(
     state: dict[str, Tensor], reference: dict[str, Tensor], heads: tuple[str, ...], source: Path
 ) -> dict[str, Tensor]:
-    """Drop a head that the model lacks or whose class count differs."""
+    """Drop a head that the model lacks or that has another number of classes."""
     for head in heads:
         weight, expected = state.get(f"{head}.weight"), reference.get(f"{head}.weight")
         if weight is not None and (expected is None or weight.shape[0] != expected.shape[0]):

@@ -37,7 +37,7 @@ class NamedBackbone:
     Attributes:
         architecture: Name of the timm model.
         load: Loads the weights into a model of that architecture with any image size and head. Raises an `ImportError`
-            that names the package to install if weights are missing.
+            with the install command if the package is missing.
     """
 
     architecture: str
@@ -88,7 +88,7 @@ _NETWORK_MODULES = ("httpx", "httpx2", "httpcore", "requests", "urllib3")
 
 
 def _local_alternatives() -> str:
-    """Return the alternatives to the Hub."""
+    """Format the hint about alternatives to the Hub."""
     names = packaged_names()
     shipped = (
         f" a backbone from an installed package ({', '.join(names)}; on the command line: --backbone {names[0]}),"
@@ -104,8 +104,8 @@ def _local_alternatives() -> str:
 def create_from_hub(name: str, *, pretrained: bool, **options: Any) -> nn.Module:
     """Create the timm model `name` with weights from the Hub or its local cache.
 
-    If the Hub does not answer one short request, only the cache is used. The Hub client would retry every file for half
-    a minute.
+    If the Hub does not answer one short request, only the cache is used; the Hub client would retry each file for 30
+    seconds.
 
     Args:
         name: timm name or `hf-hub:owner/repo`.
@@ -135,20 +135,20 @@ def create_from_hub(name: str, *, pretrained: bool, **options: Any) -> nn.Module
 
 @contextmanager
 def cache_only_if_unreachable() -> Iterator[str | None]:
-    """Switch the Hub client to offline mode if one short request fails; yields the reason."""
-    before = constants.HF_HUB_OFFLINE
-    reason = "HF_HUB_OFFLINE is set" if before else _why_unreachable()
-    if reason is not None and not before:
+    """Switch the Hub client to offline mode if one short request fails, and yield the reason."""
+    was_offline = constants.HF_HUB_OFFLINE
+    reason = "HF_HUB_OFFLINE is set" if was_offline else _connection_failure()
+    if reason is not None and not was_offline:
         _logger.info("hub unreachable (%s); using its cache", reason)
     constants.HF_HUB_OFFLINE = reason is not None
     try:
         yield reason
     finally:
-        constants.HF_HUB_OFFLINE = before
+        constants.HF_HUB_OFFLINE = was_offline
 
 
-def _why_unreachable() -> str | None:
-    """Return the error of one request to the Hub, or None if the Hub answers."""
+def _connection_failure() -> str | None:
+    """Return the error message of one request to the Hub; None if the Hub answers."""
     try:
         huggingface_hub.get_session().head(constants.ENDPOINT, timeout=_PROBE_TIMEOUT_S)
     except Exception as error:
@@ -200,7 +200,7 @@ def create_backbone(
     """Create a timm model with pre-trained weights and a head of `num_classes` outputs.
 
     `timm.data.resolve_model_data_config(model)` returns mean, std, interpolation and the selected input size. A head
-    with another class count is dropped from the weights and the new head is random. All other tensors must match.
+    with another number of classes is dropped and initialized randomly. All other tensors must match.
     Position embeddings are resampled if the input size differs.
 
     Args:
@@ -214,7 +214,7 @@ def create_backbone(
             Swin, Facebook's ConvNeXt), images use the publisher's normalization.
         pretrained: False uses random weights and needs neither the Hub nor a package.
         img_size: Input resolution in pixels; None uses the resolution of the weights.
-        channels: Number of image channels. Values other than 3 adapt the first convolution like timm: kernels are
+        channels: Number of image channels. Values other than 3 adapt the first convolution as in timm: kernels are
             summed for one channel, else repeated and scaled by 3 / channels. Mean and standard deviation are averaged
             or repeated.
 
@@ -335,7 +335,7 @@ def _with_channels(model: nn.Module, name: str, channels: int) -> nn.Module:
 
 
 def _extended(values: Sequence[float], channels: int) -> tuple[float, ...]:
-    """Convert values of three channels to another number: their mean for one, else repeated."""
+    """Convert three per-channel values to `channels` values: their mean for one channel, else repeated."""
     if channels == 1:
         return (sum(values) / len(values),)
     return tuple(values[channel % len(values)] for channel in range(channels))
@@ -360,7 +360,7 @@ def _as_path(name: str) -> Path | None:
 
 
 def _resolve_name(name: str) -> str:
-    """Return timm's current name for `name`; raise an error with the nearest names if unknown."""
+    """Return timm's current name for `name`; errors suggest the nearest names."""
     name = get_deprecated_models().get(name) or name
     architecture, _, tag = name.partition(".")
     if timm.is_model(architecture):
@@ -373,9 +373,9 @@ def _resolve_name(name: str) -> str:
         raise ValueError(f"unknown weights {tag!r} of backbone {architecture!r}; available: {known}")
     names = [*timm.list_models(), *timm.list_pretrained(), *packaged_names()]
     lower = name.lower()
-    within = [known for known in {*names} if lower in known]
-    within.sort(key=lambda known: (not known.startswith(lower), len(known), known))
-    nearest = _similar_backbones(name) or within[:5] or difflib.get_close_matches(name, names, n=5, cutoff=0.5)
+    containing = [known for known in {*names} if lower in known]
+    containing.sort(key=lambda known: (not known.startswith(lower), len(known), known))
+    nearest = _similar_backbones(name) or containing[:5] or difflib.get_close_matches(name, names, n=5, cutoff=0.5)
     hint = f"nearest: {', '.join(map(repr, nearest))}" if nearest else "timm.list_models() lists all names"
     raise ValueError(
         f"unknown backbone {name!r}; {hint}. Also accepted: a local file or folder, {', '.join(packaged_names())}"

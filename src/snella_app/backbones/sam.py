@@ -17,7 +17,7 @@ from snella_app.backbones.checkpoint import errors, mismatches, read_checkpoint
 from snella_app.backbones.create import SAM_PREFIX
 from snella_app.text import listed
 
-_DECODER_HEADS = 8  # not visible in the shapes; the same in every published SAM
+_DECODER_HEADS = 8  # not visible in the shapes; identical in every published SAM
 _VISION, _PROMPT, _DECODER = "vision_encoder.", "prompt_encoder.", "mask_decoder."
 _REQUIRED = (
     _VISION + "pos_embed",
@@ -37,8 +37,8 @@ _REQUIRED = (
 def infer_sam_config(state: Mapping[str, Tensor], *, source: str) -> SamConfig:
     """Infer the configuration of a SAM of any size.
 
-    Width, depth, patch size and image size follow from the image encoder's shapes, the number of heads from the width
-    of its relative positions, and the global-attention blocks from their length. The mask decoder has eight heads.
+    Width, depth, patch size and image size follow from the image encoder's shapes. The width of its relative positions
+    gives the number of heads, their length the global-attention blocks. The mask decoder has eight heads.
 
     Args:
         state: State dict in the naming of transformers' `SamModel`.
@@ -131,10 +131,10 @@ _MLP = re.compile(r"^(mask_decoder\.(?:output_hypernetworks_mlps\.\d+|iou_predic
 
 
 def load_sam(path: str | Path, *, image_size: int | None = None) -> SamModel:
-    """Load a SAM of any size with all of its weights.
+    """Load a SAM of any size with all weights.
 
     For another image size, absolute positions are resampled bicubically and relative positions of the global blocks
-    linearly, as the model does on the fly.
+    linearly, like the model's own interpolation.
 
     Args:
         path: The authors' `.pth`, a weight file in transformers' naming, or a folder written by
@@ -158,8 +158,8 @@ def load_sam(path: str | Path, *, image_size: int | None = None) -> SamModel:
     if image_size is not None:
         config, state = _resized(config, state, image_size)
     model = SamModel(config)
-    if found := errors(state, model.state_dict()):
-        raise ValueError(f"weights '{location}' do not fit SAM: {'; '.join(found)}")
+    if problems := errors(state, model.state_dict()):
+        raise ValueError(f"weights '{location}' do not fit SAM: {'; '.join(problems)}")
     model.load_state_dict(state)
     return model.eval()
 
@@ -175,7 +175,7 @@ def _to_transformers_names(state: dict[str, Tensor], path: Path) -> dict[str, Te
     if any(name.startswith("image_encoder.") for name in names):
         depths = _mlp_depths(names)
         state = {_renamed(name, depths): value for name, value in state.items() if name not in _PIXEL_BUFFERS}
-    # one matrix with two names; files store it under either
+    # one matrix with two names; a file stores it under one or both
     for name, alias in ((_IMAGE_POSITIONS, _PROMPT_POSITIONS), (_PROMPT_POSITIONS, _IMAGE_POSITIONS)):
         if name in state:
             state.setdefault(alias, state[name])
@@ -198,8 +198,8 @@ def _renamed(name: str, depths: dict[str, int]) -> str:
     if match is None:
         return name
     layer, last = int(match[2]), depths[match[1]] - 1
-    place = "proj_in" if layer == 0 else "proj_out" if layer == last else f"layers.{layer - 1}"
-    return f"{match[1]}.{place}.{name[match.end() :]}"
+    part = "proj_in" if layer == 0 else "proj_out" if layer == last else f"layers.{layer - 1}"
+    return f"{match[1]}.{part}.{name[match.end() :]}"
 
 
 def _read_folder(folder: Path) -> tuple[SamConfig, dict[str, Tensor]]:
@@ -219,9 +219,9 @@ def _read_folder(folder: Path) -> tuple[SamConfig, dict[str, Tensor]]:
         folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
     )
     model, info = cast(SamModel, loaded[0]), loaded[1]
-    found = mismatches(*(sorted(map(str, info[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")))
-    if found:
-        raise ValueError(f"weights in '{folder}' do not fit its config.json: {'; '.join(found)}")
+    problems = mismatches(*(sorted(map(str, info[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")))
+    if problems:
+        raise ValueError(f"weights in '{folder}' do not fit its config.json: {'; '.join(problems)}")
     return model.config, model.state_dict()
 
 
@@ -253,10 +253,10 @@ def _resized(config: SamConfig, state: dict[str, Tensor], image_size: int) -> tu
 class SamMaskHead(nn.Module):
     """SAM's mask decoder without prompts; the dense prompt is the "no mask" embedding.
 
-    Like SAM-Adapter, decoder and dense embedding are trained, and the first mask token predicts the mask.
+    As in SAM-Adapter, the decoder and the dense embedding are trained, and the first mask token predicts the mask.
 
     Args:
-        sam: Model that provides decoder, dense embedding and position encoding.
+        sam: Model that provides the decoder, dense embedding and position encoding.
     """
 
     def __init__(self, sam: SamModel) -> None:
@@ -289,7 +289,7 @@ class SamMaskHead(nn.Module):
 class SamSegmenter(nn.Module):
     """Binary segmenter: `[batch, 3, S, S]` → scores of background (always 0) and foreground, `[batch, 2, S, S]`.
 
-    With a background score of 0, the softmax over both equals the sigmoid of SAM's logit.
+    With a background score of 0, the foreground softmax equals the sigmoid of SAM's logit.
 
     Args:
         sam: Model whose encoder and decoder are reused.

@@ -16,7 +16,7 @@ _GROUPS = 8
 
 
 class LightDecoder(nn.Module):
-    """Decoder from multi-layer feature maps to class scores at four times their resolution.
+    """Decoder that maps feature maps of several layers to class scores at four times their resolution.
 
     Each map is normalized (GroupNorm with one group) and projected to 128 channels by a 1×1 convolution. The sum
     passes twice through 2× upsampling, 3×3 convolution, GroupNorm and GELU, then through a 1×1 convolution to the
@@ -53,7 +53,7 @@ class LightDecoder(nn.Module):
 class SegmentationModel(nn.Module):
     """A timm backbone and a decoder: `[batch, 3, H, W]` → class scores `[batch, classes, H, W]`.
 
-    The decoder uses up to four evenly spaced layers including the last.
+    The decoder reads up to four evenly spaced layers, including the last.
 
     Args:
         encoder: timm model without head, with `forward_intermediates`.
@@ -68,8 +68,8 @@ class SegmentationModel(nn.Module):
         info = getattr(encoder, "feature_info", None)
         if not callable(getattr(encoder, "forward_intermediates", None)) or not info:
             raise NotImplementedError(
-                f"segmentation requires feature maps (forward_intermediates), got {type(encoder).__name__} without; "
-                "use a ViT, DINOv2, Swin or ConvNeXt of timm"
+                f"segmentation requires feature maps (forward_intermediates), got {type(encoder).__name__}; "
+                "use a timm ViT, DINOv2, Swin or ConvNeXt"
             )
         self.encoder = encoder
         channels = [int(entry["num_chs"]) for entry in info]
@@ -95,7 +95,7 @@ def create_segmenter(
     pretrained: bool = True,
     img_size: int | None = None,
 ) -> nn.Module:
-    """Build a backbone with a decoder; raises the errors of `create_backbone` and `create_sam_segmenter`.
+    """Build a backbone with a decoder; errors are those of `create_backbone` and `create_sam_segmenter`.
 
     Args:
         name: Name as for `create_backbone`, combined with a `LightDecoder`; or `sam:PATH`, a pre-trained SAM with

@@ -1,4 +1,4 @@
-"""Default methods and hyperparameters; imports no libraries, for fast help."""
+"""Default methods and hyperparameters. Imports no libraries, to keep help fast."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ DEFAULT_METHOD = "snella"
 RECIPE_METHOD = "snella"
 """Default method of `snella dreambooth` and `snella instruct`."""
 PROBE_METHOD = "linear"
-"""Linear probe: the baseline of reports, and the source of features of a frozen backbone."""
+"""Linear probe: baseline of reports, and source of frozen-backbone features."""
 REFERENCE_METHOD = "lora"
 """Reference baseline of comparisons."""
 MEMORY_METHODS = ("snella-{r}", "lora-{r}", "full")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 Rule = Callable[[Any], str | None]
-"""Function that returns None for a valid value, else the requirement."""
+"""Function that returns None for a valid value, otherwise the requirement."""
 
 
 def whole_number(least: int = 1) -> Rule:
@@ -107,16 +107,16 @@ class Method:
             head, checked options, and training batches if `needs_batches` (None otherwise). Returns the model to train:
             the same model, changed in place, or a `PeftModel` around it.
         options: Names of the options.
-        suffix: Option set by a number at the end of the name: with `"r"`, `adapter-8` means `r=8`. None allows no
+        suffix: Option set by a number at the end of the name: with `"r"`, `adapter-8` means `r=8`. None accepts no
             number.
-        check: `options -> errors`, checks option values without a model.
+        check: `options -> error messages`; checks option values without a model.
         config: `(head, options) -> PeftConfig`, for PEFT adapters. Exceptions are reported as option errors. `options`
             include `target_modules`.
-        needs_batches: The selection of trained parameters depends on training data; `build_method` requires `batches`.
-        needs_validation: Candidates are compared on validation images, which `batches` must provide.
+        needs_batches: True if the method selects parameters from training data; `build_method` then requires `batches`.
+        needs_validation: True if candidates are compared on validation images, which `batches` must provide.
         restore: `(model, head, options, tensors) -> model`, rebuilds a saved adapter from its tensors. Required with
             `needs_batches`; None uses `build`.
-        merge: `model -> backbone`, merges the trained parameters into the backbone. None if this is impossible.
+        merge: `model -> backbone`, merges the trained parameters into the backbone. None if they cannot be merged.
         penalty: `model -> 0-dim tensor`, added to the loss of each training step. None adds nothing.
         unmerged_reason: Reason why `merge` is None, a verb phrase: "adds prompt tokens, which are not weights".
         defaults: Default settings of `snella train` for AdamW with warm-up and cosine decay: `lr` for added or changed
@@ -125,10 +125,10 @@ class Method:
         recipes: Defaults of other run types, by `RunSettings.purpose`; a missing purpose is an error.
         optimizer: `(model, class, *, lr, head_lr, weight_decay, scalar_lr) -> optimizer`, for methods with special
             parameter groups; receives `scalar_lr` only if it is set. None uses `lr`, `head_lr` for the head, and no
-            decay of vectors.
+            weight decay for vectors.
         unsharded_reason: Reason why the frozen weights cannot be sharded, a verb phrase; empty if they can.
         schedule: `(model, total_steps) -> schedule`. Training calls `schedule.attach(optimizer)` at the start; the
-            state of the schedule is saved with the optimizer. None for no schedule.
+            optimizer state includes the schedule state. None for no schedule.
         has_budgets: True if a `BudgetAllocator` assigns budgets to the matrices.
         is_head_only: True if only the head is trained.
         peft_type: Name in PEFT's method comparison; None for the family in upper case.
@@ -167,7 +167,7 @@ class Method:
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """Method applied to a model, with everything needed to apply it again.
+    """Record of the method applied to a model, sufficient to apply it again.
 
     Args:
         name: Name passed to `build_method`, e.g. `snella-8`.

@@ -1,4 +1,4 @@
-"""Heads, blocks, MLPs and layers of a model, and modules attached to them."""
+"""Access to the head, blocks, MLPs and layers of a model, and attachment of modules."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -68,7 +68,7 @@ def detach(module: nn.Module, name: str, *hooks: Callable[..., Any]) -> None:
 def remove_hooks(module: nn.Module, *hooks: Callable[..., Any]) -> None:
     """Remove forward hooks by their functions.
 
-    A torch hook handle does not work for a copy of the model.
+    Hooks of a copied model cannot be removed by the original's `RemovableHandle`.
     """
     for table in (module._forward_hooks, module._forward_pre_hooks):
         for key in [key for key, hook in table.items() if hook in hooks]:
@@ -76,9 +76,9 @@ def remove_hooks(module: nn.Module, *hooks: Callable[..., Any]) -> None:
 
 
 def freeze_running_statistics(model: nn.Module) -> int:
-    """Make batch normalization layers use their running statistics in training mode too.
+    """Make batch normalization layers use their running statistics in training mode.
 
-    Otherwise each batch changes the frozen layers, and the saved adapter does not contain the change.
+    Otherwise, each batch would change the running statistics, which adapters do not save.
 
     Args:
         model: Backbone; changed in place.
@@ -162,8 +162,8 @@ def is_inside(name: str, module_name: str) -> bool:
 def adaptable_layers(model: nn.Module, head: str) -> list[str]:
     """Return the names of the layers that LoRA and SNELLA adapt.
 
-    As with SNELLA's `"all-linear"`, these are all `Linear` layers except head, patch embedding and patch merging. In a
-    network without them, they are all ungrouped `Conv2d` layers except the first one (the stem).
+    Like SNELLA's `"all-linear"`, selects all `Linear` layers except the head, patch embedding and patch merging.
+    Networks without such layers use all ungrouped `Conv2d` layers except the first (the stem).
 
     Args:
         model: Backbone with its head.
@@ -208,10 +208,10 @@ def find_blocks(model: nn.Module, head: str) -> list[tuple[str, nn.Module]]:
 
 
 def require_blocks(method: str, model: nn.Module, head: str) -> list[tuple[str, nn.Module]]:
-    """Return the blocks of a backbone like `find_blocks`, and require at least one.
+    """Return the result of `find_blocks`; at least one block is required.
 
     Raises:
-        ValueError: If the model has no blocks; names the method and the model.
+        ValueError: If the model has no blocks. The message names the method and the model.
     """
     blocks = find_blocks(model, head)
     if not blocks:
@@ -226,8 +226,8 @@ def token_blocks(method: str, model: nn.Module, head: str) -> list[tuple[str, nn
     """Return the blocks of a plain vision transformer, which map tokens `[batch, tokens, width]` to tokens.
 
     Raises:
-        ValueError: If the blocks are of another kind (windows, convolutions), or the model needs a position for each
-            token, which added tokens lack; names the method and the model.
+        ValueError: If the blocks do not share one token sequence (windows, convolutions), or attention uses token
+            positions, which added tokens lack. The message names the method and the model.
     """
     blocks = require_blocks(method, model, head)
     reason = ""
@@ -269,7 +269,7 @@ def width_of_block(block: nn.Module) -> int | None:
 
 
 def mlps(model: nn.Module, head: str) -> Iterator[tuple[str, nn.Module, int]]:
-    """Yield `(name, module, output width)` for the MLP of each block; its outputs are channels-last.
+    """Yield `(name, module, output width)` for the MLP of each block; MLP outputs are channels-last.
 
     An MLP is a module named `mlp` or `ffn`; its last linear layer defines the width.
     """
@@ -286,12 +286,12 @@ def _has_weights(module: nn.Module) -> bool:
 
 
 class AdapterFileError(ValueError):
-    """Error for an adapter file that is damaged or does not fit the model."""
+    """Error for a damaged adapter file, or one that does not fit the model."""
 
 
 @contextmanager
 def restoring(model: nn.Module) -> Iterator[None]:
-    """Convert errors of restoring a saved selection into `AdapterFileError`.
+    """Convert errors raised while a saved selection is restored into `AdapterFileError`.
 
     Raises:
         AdapterFileError: If a layer is missing, has another type or has fewer weights.

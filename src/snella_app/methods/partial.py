@@ -8,7 +8,7 @@ from snella_app.methods.model_parts import freeze_running_statistics, is_inside,
 
 
 def train_head(model: nn.Module, head: str) -> None:
-    """Make the head trainable and freeze the running statistics; the first step of every method.
+    """Make the head trainable and freeze the running statistics; first step of every method.
 
     Args:
         model: Model with frozen parameters; changed in place.
@@ -102,7 +102,7 @@ class MlpHead(nn.Module):
 
 
 def _build_mlp_head(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
-    """Replace the linear head by an `MlpHead`."""
+    """Replace the linear head with an `MlpHead`."""
     old = model.get_submodule(head)
     if not isinstance(old, nn.Linear):
         raise ValueError(
@@ -116,29 +116,29 @@ def _build_mlp_head(model: nn.Module, head: str, options: Options, batches: Batc
 
 
 MLP = Method(
-    "a head of several layers",
+    "an MLP head",
     "Mlp-k as compared in VPT, Jia et al., arXiv 2203.12119",
     _build_mlp_head,
     ("layers", "dropout"),
     suffix="layers",
     check=check_by({"layers": whole_number(), "dropout": number(0, 1)}),
-    unmerged_reason="replaces the head of the backbone with several layers",
+    unmerged_reason="replaces the head of the backbone with an MLP",
     defaults={"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-4},
     is_head_only=True,
 )
 
 
 def _build_partial(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
-    """Train the last `blocks` blocks and all modules after them."""
+    """Train the last `blocks` blocks and all later modules."""
     count = options.get("blocks", 1)
     blocks = require_blocks("partial", model, head)
     if count > len(blocks):
         raise ValueError(f"method 'partial': blocks must be at most {len(blocks)} for this model, got {count}")
     train_head(model, head)
-    trained = {name for name, _ in blocks[-count:]}
+    trained_blocks = {name for name, _ in blocks[-count:]}
     is_after = False
     for name, parameter in model.named_parameters():
-        in_block = any(is_inside(name, block) for block in trained)
+        in_block = any(is_inside(name, block) for block in trained_blocks)
         is_after = is_after or in_block
         if in_block or is_inside(name, head) or (is_after and not any(is_inside(name, block) for block, _ in blocks)):
             parameter.requires_grad_(True)

@@ -26,7 +26,7 @@ Targets = Callable[[nn.Module, str], list[str] | str]
 """`(model, head) -> names or regular expression`: default target modules."""
 
 _HARMLESS = (
-    # random projections are recomputed from a saved seed
+    # random projections are recomputed from the saved seed
     "Specified to not save",
     "Specified to not load",
     # BOFT's compiled extension only affects speed
@@ -55,7 +55,7 @@ def peft_method(
         config: As for `Method`.
         options: As for `Method`.
         suffix: As for `Method`.
-        targets: Selects the target modules if the options have no `target_modules`.
+        targets: Selects the target modules if `target_modules` is not among the options.
         **fields: Further fields of `Method`.
     """
 
@@ -70,12 +70,12 @@ def inject(model: nn.Module, config: PeftConfig) -> PeftModel:
     """Inject a PEFT adapter into a model and freeze its running statistics.
 
     Raises:
-        ValueError: If PEFT cannot adapt a target module; names the module.
+        ValueError: If PEFT cannot adapt a target module. The message names the module.
     """
     freeze_running_statistics(model)
     invariants = torch.sparse.check_sparse_tensor_invariants
     if str(getattr(config.peft_type, "value", config.peft_type)) == "SHIRA" and not invariants.is_enabled():
-        invariants.disable()  # PEFT's indices are valid; without an explicit choice, torch warns for each sparse tensor
+        invariants.disable()  # PEFT's indices are valid; otherwise torch warns for each sparse tensor
     with without_harmless_warnings():
         return get_peft_model(model, config)
 
@@ -93,7 +93,7 @@ def merge_adapter(model: Any) -> nn.Module:
     """Merge the adapter of a `PeftModel` into the weights and return the backbone."""
     inner: nn.Module = model.base_model.model
     for name, module in list(inner.named_modules()):
-        # PEFT's LN tuning leaves the head wrapped, but other code expects a plain layer
+        # PEFT's LN tuning leaves the head wrapped; callers expect a plain layer
         if isinstance(module, ModulesToSaveWrapper):
             inner.set_submodule(name, module.modules_to_save[module.active_adapters[0]])
     merged: nn.Module = model.merge_and_unload()
@@ -114,12 +114,12 @@ _SPARSITY_OPTIONS = (
 
 
 def _snella_config(head: str, options: Options, **defaults: Any) -> PeftConfig:
-    """Return the SNELLA configuration with a trainable head; `defaults` are those of a variant."""
+    """Return the SNELLA configuration with a trainable head; `defaults` define a variant."""
     return SnellaConfig(modules_to_save=[head] if head else None, **{**defaults, **options})
 
 
 SNELLA = peft_method(
-    "sparse high-rank updates, budgets by competition",
+    "sparse high-rank updates with competition-based budgets",
     "SNELLA, Shen et al., arXiv 2510.24037",
     _snella_config,
     _SNELL_OPTIONS,
@@ -129,7 +129,7 @@ SNELLA = peft_method(
     has_budgets=True,
     optimizer=create_snella_optimizer,
 )
-"""SNELLA: trains the factors `A`, `B` and scalars of every matrix, and the head.
+"""SNELLA: trains the factors `A` and `B` and the scalars of every matrix, and the head.
 
     W = W0 + scaling · S    S[i, j] = ΔW[i, j] · max(|ΔW[i, j]| − t, 0)    ΔW[i, j] = κ(A[j], B[i])
 
@@ -137,8 +137,8 @@ SNELLA = peft_method(
 """
 
 SNELLA_MATCHED = peft_method(
-    "SNELLA with steps matched to the size of the weights",
-    "SNELLA, Shen et al., arXiv 2510.24037; matched steps are added by this package",
+    "SNELLA with update steps scaled to the weight magnitude",
+    "SNELLA, Shen et al., arXiv 2510.24037; the matched preset is an extension of this package",
     partial(_snella_config, preset="matched"),
     _SNELL_OPTIONS,
     suffix="r",
@@ -146,12 +146,14 @@ SNELLA_MATCHED = peft_method(
     has_budgets=True,
     optimizer=create_snella_optimizer,
 )
-"""SNELLA with `preset="matched"` of `SnellaConfig`: a step of the factors changes `scaling·S` by about the learning
-rate times the size of `W0`, and the budget reaches its target after 70% of the training; see docs/method.md.
+"""SNELLA with `preset="matched"` of `SnellaConfig`.
+
+A step of the factors changes `scaling·S` by about the learning rate times the magnitude of `W0`. The budget reaches its
+target after 70% of training. See docs/method.md.
 """
 
 SNELL = peft_method(
-    "sparse updates, the same sparsity everywhere",
+    "sparse updates with uniform sparsity",
     "SNELL, Shen et al., arXiv 2411.01800",
     partial(_snella_config, kernel="p_linear", allocation="uniform"),
     tuple(option for option in _SNELL_OPTIONS if option not in ("kernel", "allocation")),
@@ -164,7 +166,7 @@ SNELL = peft_method(
 """SNELLA with κ = P-Linear, `ΔW[i, j] = Σ_p α_p ‖A[j, piece p] − B[i, piece p]‖`, and uniform sparsity."""
 
 KLORA = peft_method(
-    "a kernel's high-rank update without sparsity",
+    "dense high-rank kernel updates",
     "kernelized LoRA (KLoRA) of SNELLA, Shen et al., arXiv 2510.24037, Tables VII to IX",
     partial(_snella_config, sparsify_mode="none", target_sparsity=0.0),
     tuple(option for option in _SNELL_OPTIONS if option not in _SPARSITY_OPTIONS),
@@ -174,8 +176,8 @@ KLORA = peft_method(
 )
 """Kernelized LoRA: SNELLA's parameters with a dense update, `W = W0 + scaling · ΔW`, `ΔW[i, j] = κ(A[j], B[i])`.
 
-`kernel` is mix_k (default), p_linear, rbf, …, or linear, which is LoRA's product with two random factors. `ΔW` is not
-zero at the start: with mix_k it is about 1/m for a matrix with m outputs.
+`kernel` is mix_k (default), p_linear, rbf, …, or linear, which is LoRA with two random factors. `ΔW` is not zero at
+initialization: with mix_k it is about 1/m for a matrix with m outputs.
 """
 
 
@@ -216,7 +218,7 @@ LORA = peft_method(
     recipes=_LORA_RECIPES,
 )
 DORA = peft_method(
-    "low-rank updates of the direction and a magnitude for each output",
+    "low-rank updates of the direction and one magnitude per output",
     "DoRA, Liu et al., arXiv 2402.09353; PEFT's implementation",
     partial(_lora_config, use_dora=True),
     tuple(option for option in _LORA_OPTIONS if option != "use_dora"),
@@ -238,8 +240,8 @@ class RankSchedule:
     """Rank schedule of AdaLoRA: calls PEFT's `update_and_allocate` after each optimizer step.
 
     Ranks stay at `init_r` for `tinit` steps, decrease cubically to `r` on average, and stay constant for the last
-    `tfinal` steps. If neither is configured, they are a tenth and half of all steps, as in most runs of the paper. The
-    allocator state is saved with the optimizer state, so that a resumed run continues with it.
+    `tfinal` steps. By default, `tinit` and `tfinal` are 10% and 50% of all steps, as in most runs of the paper. The
+    allocator state is saved with the optimizer state, so that a resumed run continues exactly.
 
     Args:
         model: Model with an AdaLoRA adapter.
@@ -270,7 +272,7 @@ class RankSchedule:
             )
 
     def attach(self, optimizer: Optimizer) -> Self:
-        """Register hooks on an optimizer, unwrapping Accelerate, to step the schedule and save its state."""
+        """Register optimizer hooks that step the schedule and save its state; Accelerate wrappers are removed."""
         while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
             optimizer = inner
         optimizer.register_step_post_hook(self._after_step)
@@ -319,7 +321,7 @@ def is_adalora(model: nn.Module) -> bool:
 
 @contextmanager
 def all_ranks(config: PeftConfig) -> Iterator[None]:
-    """Make PEFT save AdaLoRA factors at full size, with zeros for pruned ranks, so that they fit the model."""
+    """Make PEFT save AdaLoRA factors at full size, with zeros for pruned ranks."""
     pattern = getattr(config, "rank_pattern", None)
     if isinstance(config, AdaLoraConfig):
         config.rank_pattern = None
@@ -355,7 +357,7 @@ def _adalora_config(head: str, options: Options) -> PeftConfig:
 
 
 ADALORA = peft_method(
-    "low-rank updates with ranks by competition",
+    "low-rank updates with adaptive ranks",
     "AdaLoRA, Zhang et al., arXiv 2303.10512; PEFT's implementation",
     _adalora_config,
     _ADALORA_OPTIONS,
@@ -388,7 +390,7 @@ def _from_peft(
 def layer_norms(model: nn.Module, head: str) -> str:
     """Return a regular expression that matches the LayerNorm modules outside the head.
 
-    Plain names would match too many modules, since PEFT matches suffixes: `norm` also matches `blocks.0.attn.norm`.
+    Plain names match too many modules, since PEFT matches suffixes: `norm` also matches `blocks.0.attn.norm`.
 
     Raises:
         ValueError: If the model has no such LayerNorm.
@@ -404,7 +406,7 @@ def layer_norms(model: nn.Module, head: str) -> str:
 _UNDECAYED: dict[str, Any] = {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 0.0}
 CATALOG: dict[str, Method] = {
     "shira": _from_peft(
-        "random weights, r (m + n) of each m x n matrix",
+        "random entries, r (m + n) of each m x n matrix",
         "SHiRA, Bhardwaj et al., arXiv 2406.13175",
         peft.ShiraConfig,
         {**_UNDECAYED, "r": 8},
@@ -419,7 +421,7 @@ CATALOG: dict[str, Method] = {
         _UNDECAYED,
     ),
     "fourierft": _from_peft(
-        "a few coefficients of each update's two-dimensional Fourier transform",
+        "a few 2D Fourier coefficients of each update",
         "FourierFT, Gao et al., arXiv 2405.03003",
         peft.FourierFTConfig,
         {"lr": 1e-1, "head_lr": 1e-3, "weight_decay": 0.0},
@@ -428,7 +430,7 @@ CATALOG: dict[str, Method] = {
         scaling=300.0,
     ),
     "randlora": _from_peft(
-        "scales of random low-rank bases that add up to full rank",
+        "scales of random low-rank bases with a full-rank sum",
         "RandLoRA, Albert et al., arXiv 2502.00987",
         peft.RandLoraConfig,
         {**_UNDECAYED, "r": 32},
@@ -436,7 +438,7 @@ CATALOG: dict[str, Method] = {
         save_projection=False,
     ),
     "vera": _from_peft(
-        "two vectors per layer that scale shared random factors",
+        "two scaling vectors per layer for shared random factors",
         "VeRA, Kopiczko et al., arXiv 2310.11454",
         peft.VeraConfig,
         {"lr": 5e-3, "head_lr": 1e-3, "weight_decay": 0.0, "r": 256},
@@ -487,4 +489,4 @@ CATALOG: dict[str, Method] = {
         targets=layer_norms,
     ),
 }
-"""Methods that need only a PEFT configuration, by name."""
+"""Methods defined only by a PEFT configuration, by name."""

@@ -80,7 +80,7 @@ def parse_method(name: str) -> tuple[str, int | None]:
 
 
 def _suggest_spelling(name: str) -> str:
-    """Suggest a method for a spelling such as `lora8` or `LoRA_8`: `; did you mean 'lora-8'?`; empty for none."""
+    """Return "; did you mean 'lora-8'?" for a spelling such as `lora8` or `LoRA_8`; empty for no match."""
     plain = name.lower().replace("_", "-")
     family = plain.rstrip("0123456789")
     digits, family = plain.removeprefix(family), family.rstrip("-")
@@ -92,7 +92,7 @@ def _suggest_spelling(name: str) -> str:
 def build_method(
     name: str, model: nn.Module, *, head: str | None = None, batches: Batches | None = None, **options: Any
 ) -> nn.Module:
-    """Prepare a model for training with one method.
+    """Prepare a model for training with a method.
 
     Args:
         name: One of `method_names()`, optionally with a number: `lora-8` sets the rank, `vpt-deep-50` the prompts per
@@ -130,7 +130,7 @@ def build_method(
 def restore_method(
     name: str, model: nn.Module, tensors: Mapping[str, Tensor], *, head: str | None = None, **options: Any
 ) -> nn.Module:
-    """Rebuild the structure created by `build_method` without training data; does not load values.
+    """Rebuild the structure created by `build_method` without training data or values.
 
     Arguments and errors are as for `build_method`; `tensors` are the saved tensors by name.
     """
@@ -192,7 +192,7 @@ def method_of(model: nn.Module) -> Method | None:
 
 
 def merge_trained(model: nn.Module) -> nn.Module:
-    """Merge the trained parameters into the backbone; outputs are equal up to rounding.
+    """Merge the trained parameters into the backbone; outputs change only by rounding.
 
     Args:
         model: Model from `build_method` or `load_trained`; do not use it afterwards.
@@ -236,7 +236,7 @@ def _unknown_options(name: str, unknown: list[str], known: tuple[str, ...]) -> s
 
 
 def adapt_headless(method: str, model: nn.Module, options: dict[str, Any]) -> nn.Module:
-    """Prepare a model without a head for training with one method; `load_trained` restores the result.
+    """Prepare a model without a head for training with a method; `load_trained` restores the result.
 
     Args:
         method: A PEFT adapter (`snella`, `snell`, `lora`, `dora`; `lora-8` sets the rank), or `full`.

@@ -39,8 +39,8 @@ def save_trained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Save the trained parameters, without the backbone.
 
     PEFT models are saved as a PEFT adapter (`adapter_config.json`, `adapter_model.safetensors`), others as
-    `trainable.safetensors` and `method.json`. Each file is written atomically, the tensors last. Their metadata contain
-    the SHA-256 digests of the tensors and of the settings file.
+    `trainable.safetensors` and `method.json`. Each file is written atomically, the tensors last. The tensor file's
+    metadata contains SHA-256 digests of the tensors and of the settings file.
 
     Args:
         model: Model from `build_method` or `load_trained`.
@@ -73,8 +73,8 @@ def load_trained(folder: str | os.PathLike[str], backbone: nn.Module) -> nn.Modu
 
     Raises:
         FileNotFoundError: If the folder contains no adapter.
-        AdapterFileError: If the file is damaged, altered, does not fit the model, or contains non-finite values; names
-            the tensor.
+        AdapterFileError: If the file is damaged, altered, does not fit the model, or contains non-finite values. The
+            message names the tensor.
     """
     source = Path(folder)
     if (source / CONFIG_NAME).is_file():
@@ -99,8 +99,8 @@ def load_trained_into(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     Raises:
         FileNotFoundError: If the folder contains no tensors.
-        AdapterFileError: If the file is damaged, altered, does not fit the model, or contains non-finite values; names
-            the tensor. The model is left unchanged.
+        AdapterFileError: If the file is damaged, altered, does not fit the model, or contains non-finite values. The
+            message names the tensor; the model is left unchanged.
     """
     targets, file = _trained_tensors(model)
     path = Path(folder) / file
@@ -116,7 +116,7 @@ def load_trained_into(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 
 def _rebuild_adapter(folder: Path, backbone: nn.Module) -> nn.Module:
-    """Inject the adapter of `folder` into `backbone` without loading its values."""
+    """Inject the adapter in `folder` into `backbone` without loading values."""
     _read_settings(folder / CONFIG_NAME)
     with without_harmless_warnings():
         config = read_config(folder)
@@ -131,7 +131,7 @@ def _rebuild_adapter(folder: Path, backbone: nn.Module) -> nn.Module:
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
-    """Read the object in a JSON file of an adapter."""
+    """Read a settings file of an adapter."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -144,8 +144,8 @@ def _read_settings(path: Path) -> dict[str, Any]:
 def _trained_tensors(model: nn.Module) -> tuple[dict[str, Tensor], str]:
     """Return the tensors to save by name, and the file name.
 
-    For PEFT models, these are the tensors that PEFT saves. For others, they are the trained parameters, the
-    `saved_buffers` of modules, and with full fine-tuning all persistent buffers (running statistics).
+    PEFT models use the tensors that PEFT saves. Others use the trained parameters, the `saved_buffers` of modules, and,
+    with full fine-tuning, all persistent buffers (running statistics).
     """
     if isinstance(model, PeftModel):
         with all_ranks(model.peft_config["default"]):
@@ -161,17 +161,18 @@ def _trained_tensors(model: nn.Module) -> tuple[dict[str, Tensor], str]:
 
 
 def _check_finite(path: Path, tensors: dict[str, Tensor], targets: dict[str, Tensor]) -> None:
-    """Reject infinite values and NaN, except where the model has them too (masks with minus infinity)."""
+    """Reject infinite values and NaN, except where the model's values are not finite either (`-inf` masks)."""
     for name, value in tensors.items():
-        wrong = ~torch.isfinite(value)
-        if wrong.any() and (wrong & torch.isfinite(targets[name].detach().cpu())).any():
+        invalid = ~torch.isfinite(value)
+        if invalid.any() and (invalid & torch.isfinite(targets[name].detach().cpu())).any():
             raise AdapterFileError(
-                f"{path} is damaged: {int(wrong.sum())} of {value.numel()} values in {name!r} are not finite; {REMEDY}"
+                f"{path} is damaged: {int(invalid.sum())} of {value.numel()} values in {name!r} are not finite; "
+                f"{REMEDY}"
             )
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a file with a checked header, and compare them with the digests in its metadata."""
+    """Read the tensors of a file whose header is valid, and verify the digests in its metadata."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -206,7 +207,7 @@ def _settings_digest(folder: Path) -> str:
 
 
 def _as_safetensors(tensors: dict[str, Tensor], settings_digest: str) -> bytes:
-    """Serialize tensors as safetensors; unlike `save_file`, this keeps the errno of a full disk."""
+    """Serialize tensors to bytes; `save_file` would drop the errno of a full disk."""
     seen: set[int] = set()
     values = {}
     for name, tensor in tensors.items():
@@ -235,7 +236,7 @@ def read_header(path: Path) -> dict[str, list[int]]:
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        AdapterFileError: If the file is truncated (names incomplete tensors) or is not a safetensors file.
+        AdapterFileError: If the file is truncated or is not a safetensors file. The message names incomplete tensors.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no adapter file {path}; {REMEDY}")
@@ -259,7 +260,7 @@ def read_header(path: Path) -> dict[str, list[int]]:
     if truncated:
         raise damaged(f"truncated at {size} of {max(ends.values())} bytes; {_shorten(truncated)} is incomplete")
     if max(ends.values(), default=8 + length) != size:
-        raise damaged(f"{size} bytes, its header describes {max(ends.values(), default=8 + length)}")
+        raise damaged(f"it has {size} bytes, its header describes {max(ends.values(), default=8 + length)}")
     return shapes
 
 
@@ -272,7 +273,7 @@ def check_fits(path: Path, actual: dict[str, list[int]], expected: dict[str, lis
         expected: Shapes required by the model.
 
     Raises:
-        AdapterFileError: If shapes differ, or tensors are missing or unexpected; reports all of them together.
+        AdapterFileError: If shapes differ, or tensors are missing or unexpected. One error reports all of them.
     """
     errors = [
         f"{name!r} is {actual[name]} in the file and {shape} in the model"
@@ -292,5 +293,5 @@ def check_fits(path: Path, actual: dict[str, list[int]], expected: dict[str, lis
 
 
 def _shorten(names: list[str]) -> str:
-    """Format the first names and the number of remaining ones."""
+    """Format the first names and the number of remaining names."""
     return listed(map(repr, names), _SHOWN)

@@ -1,1 +1,1 @@
-"""Figures, tables and the HTML report of a run; imports no module, so that predictions do not import matplotlib."""
+"""Figures, tables and the HTML report of a run. Imports no submodule: prediction must not load Matplotlib."""

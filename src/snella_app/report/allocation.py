@@ -36,7 +36,7 @@ from snella_app.text import points_text
 
 @dataclass(frozen=True)
 class Cell:
-    """Matrices of one type and block index (several if the backbone restarts block indices in each stage)."""
+    """Matrices of one type and block index; several if the backbone restarts block indices in each stage."""
 
     size: int
     budget: int
@@ -61,7 +61,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class MatrixGrid:
-    """Cells by (kind, depth), kinds in the block's order; depth None is outside the blocks."""
+    """Cells by `(kind, depth)`; kinds are in forward order, and depth None marks matrices outside the blocks."""
 
     kinds: list[str]
     depths: list[int | None]
@@ -74,7 +74,7 @@ class MatrixGrid:
 
 
 def arrange(matrices: Sequence[MatrixInfo], budgets: Mapping[str, int]) -> MatrixGrid:
-    """Arrange matrices and their budgets by kind and depth."""
+    """Group matrices and their budgets by kind and depth."""
     groups: dict[tuple[str, int | None], list[MatrixInfo]] = {}
     for matrix in matrices:
         groups.setdefault((matrix.kind, matrix.depth), []).append(matrix)
@@ -125,7 +125,7 @@ def adapter_step(allocation: Allocation, metrics: Metrics | None) -> AllocationS
 
 
 NUMBERED_DEPTHS = 48
-"""Maximum number of blocks for maps with numbers."""
+"""Maximum number of blocks for which a map shows numbers."""
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -183,7 +183,7 @@ def linear_trend(values: Sequence[float]) -> tuple[float, float]:
 
 
 def block_trend(matrices: Sequence[MatrixInfo], budgets: Mapping[str, int]) -> Figure | None:
-    """Draw the sparsity of each block as bars and its linear trend (Figure 10); None for fewer than two blocks."""
+    """Draw a bar chart of sparsity by block and its linear trend (Figure 10); None for fewer than two blocks."""
     blocks: dict[int, list[MatrixInfo]] = {}
     for matrix in matrices:
         if matrix.depth is not None:
@@ -230,7 +230,7 @@ def budget_curve(allocation: Allocation, epochs: int | None) -> Figure:
 
 
 def budget_shares(allocation: Allocation, epochs: int | None, *, by_block: bool = False) -> Figure:
-    """Draw each matrix type's or block's share of the total budget over the epochs, stacked.
+    """Draw a stacked plot of the budget shares by matrix type or block over the epochs.
 
     Args:
         allocation: As for `budget_curve`.
@@ -245,7 +245,7 @@ def budget_shares(allocation: Allocation, epochs: int | None, *, by_block: bool 
         for name, budget in entry.budgets.items():
             totals[place[name], column] += budget
     shares = totals / np.maximum(totals.sum(axis=0), 1)
-    figure, axes = new_figure(CURVE[0], CURVE[1] + 25, f"Share of the budget by {'block' if by_block else 'kind'}")
+    figure, axes = new_figure(CURVE[0], CURVE[1] + 25, f"Budget share by {'block' if by_block else 'matrix type'}")
     times = _times(allocation, epochs)
     colors = [COLORS[i % len(COLORS)] for i in range(len(groups))]
     if by_block:
@@ -327,7 +327,7 @@ def _times(allocation: Allocation, epochs: int | None) -> list[float]:
 
 
 def _time_axis(axes: Axes, times: list[float], epochs: int | None) -> None:
-    """Label the x axis in the unit of `_times`."""
+    """Label the x-axis in the unit of `_times`."""
     if times[0] == times[-1]:
         axes.set_xlim(times[0] - 1, times[0] + 1)
     epoch_axis(axes, "allocation" if epochs is None else "epoch")
@@ -339,7 +339,7 @@ def _is_drawn(value: float) -> bool:
 
 
 def log_axis(axes: Axes) -> None:
-    """Make the y axis logarithmic, with ticks at powers of ten, or denser for small ranges."""
+    """Make the y-axis logarithmic, with ticks at powers of ten, or denser for small ranges."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     axes.yaxis.set_major_locator(LogLocator(subs=(1,) if high / low > 50 else (1, 2, 5), numticks=9))
@@ -357,5 +357,5 @@ def _power_of_ten(value: float, _: object = None) -> str:
 
 
 def _percent(share: float) -> str:
-    """Format a share in percent; only exactly 1 becomes 100."""
+    """Format a fraction in percent; values below 1 show at most 99."""
     return "100" if share == 1 else str(min(round(100 * share), 99))

@@ -31,13 +31,13 @@ def model_card(
 ) -> str:
     """Return the model card of a run.
 
-    The metadata block holds library, base model, task, tags and results. The license is unknown and left to the user,
-    as a comment in the metadata and a section in the text.
+    The metadata block holds library, base model, task, tags and results. The license is unknown: a comment in the
+    metadata and a section of the text ask the user to fill it in.
 
     Args:
         run: Run folder.
         use: Instructions for loading and using the model, Markdown.
-        name: Name of the model; None uses method and data.
+        name: Name of the model; None combines method and data.
         library: Library that loads the model: timm, peft, transformers, onnx.
         tags: Tags in addition to the task and `snella`.
 
@@ -100,9 +100,9 @@ def _results(info: RunInfo, metrics: Metrics | None, tag: str | None) -> list[An
 
 
 def _summary(info: RunInfo) -> str:
-    """Return backbone, task, method and classes of the model."""
+    """Return a summary of backbone, task, method and classes."""
     weights = f", weights {_code(info.backbone.weights)}" if info.backbone.weights else ""
-    text = f"{_code(info.backbone.name)}{weights}, fine-tuned for {info.task} by {_code(info.method)} with "
+    text = f"{_code(info.backbone.name)}{weights}, fine-tuned for {info.task} with {_code(info.method)}, using "
     text += "[PEFT](https://github.com/huggingface/peft) and snella."
     if not info.classes:
         return text
@@ -114,7 +114,7 @@ def _summary(info: RunInfo) -> str:
 
 
 def _results_table(metrics: Metrics | None) -> str:
-    """Return the results as a table."""
+    """Return the results as a Markdown table; empty without results."""
     if metrics is None:
         return ""
     splits = [("test", metrics.test), ("validation", metrics.val)]
@@ -132,7 +132,7 @@ def _results_table(metrics: Metrics | None) -> str:
 
 
 def _data(info: RunInfo) -> list[tuple[str, str]]:
-    """Return the facts about the data."""
+    """Return data description, image counts, preparation and notes."""
     sizes = ", ".join(f"{_SPLITS.get(part, part)} {count_text(size)}" for part, size in info.data.sizes.items())
     prepared = {name: info.data_config[name] for name in _PREPARED if name in info.data_config}
     return [
@@ -144,7 +144,7 @@ def _data(info: RunInfo) -> list[tuple[str, str]]:
 
 
 def _training(info: RunInfo, metrics: Metrics | None) -> list[tuple[str, str]]:
-    """Return the facts about the training."""
+    """Return method, trainable parameters, epoch, time, command and versions."""
     rows = [("Method", f"{_code(info.method)}, {_escape(plain_text(info.method_options))}")]
     if metrics is not None:
         epochs = f"{metrics.best_epoch} of {metrics.history[-1].epoch}" if metrics.history else ""
@@ -164,9 +164,9 @@ def _escape(text: str) -> str:
 
 
 def _code(text: str) -> str:
-    """Return untrusted text as a code span, fenced by more backticks than it contains in a row."""
-    longest = max(map(len, re.findall("`+", text)), default=0)
-    fence, space = "`" * (longest + 1), " " if longest else ""
+    """Return untrusted text as a code span, fenced by more backticks than its longest run of backticks."""
+    longest_run = max(map(len, re.findall("`+", text)), default=0)
+    fence, space = "`" * (longest_run + 1), " " if longest_run else ""
     return f"{fence}{space}{' '.join(text.split())}{space}{fence}"
 
 

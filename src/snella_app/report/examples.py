@@ -28,7 +28,7 @@ _LONGEST = 260
 
 
 def mask_colors(count: int) -> np.ndarray:
-    """Return fixed colors of `count` labels, `[count, 3]` uint8, with black for the background."""
+    """Return one fixed color per label, `[count, 3]` uint8; the background is black."""
     from matplotlib.colors import to_rgb
 
     from snella_app.report.style import COLORS, WARM  # lazy: imports matplotlib
@@ -77,8 +77,8 @@ def overlay_panels(image: Image.Image, masks: Sequence[np.ndarray]) -> Image.Ima
     shown = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
     panels = [shown, *(overlay(shown, mask) for mask in masks)]
     canvas = Image.new("RGBA", (len(panels) * (size[0] + _GAP) - _GAP, size[1]), (0, 0, 0, 0))
-    for place, panel in enumerate(panels):
-        canvas.paste(panel, (place * (size[0] + _GAP), 0))
+    for column, panel in enumerate(panels):
+        canvas.paste(panel, (column * (size[0] + _GAP), 0))
     return canvas
 
 
@@ -96,7 +96,7 @@ ImageSource = Mapping[int, Image.Image | None] | Callable[[int], Image.Image | N
 
 @dataclass(frozen=True)
 class Picture:
-    """An image of a page as data URI; without an image, `problem` gives the reason."""
+    """Image embedded in a page as a data URI; `problem` explains a missing image."""
 
     uri: str | None = None
     width: int = 0
@@ -128,7 +128,7 @@ def load_picture(index: int, images: ImageSource | None, longest: int = 176) -> 
 def picture_uri(image: Image.Image, longest: int = 176) -> tuple[str, int, int]:
     """Return a base64 PNG of at most `longest` pixels per side, with its width and height.
 
-    Small images keep their size; the page enlarges them without smoothing.
+    Smaller images keep their size; the page enlarges them without smoothing.
     """
     image = image.convert("RGBA" if "A" in image.getbands() or "transparency" in image.info else "RGB")
     image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
@@ -142,9 +142,9 @@ def heat_maps(model: nn.Module, images: Tensor, outputs: Tensor) -> np.ndarray:
 
     M[i, j] = max(0, Σ_c ∂y/∂A[c, i, j] · A[c, i, j])
 
-    HiResCAM is Grad-CAM without averaging the gradients over the grid; the average can highlight irrelevant regions.
-    `A` is the last feature map of a convolutional network or a Swin, or the input tokens of a ViT's last attention
-    (only the class token matters after it).
+    Unlike Grad-CAM, HiResCAM does not average gradients over the grid; averaging can highlight irrelevant regions.
+    `A` is the last feature map of a convolutional network or a Swin. For a ViT, it is the input tokens of the last
+    attention, after which only the class token matters.
 
     Args:
         model: Model from `build_method` or `load_trained` in evaluation mode, or a plain timm model.
@@ -155,7 +155,7 @@ def heat_maps(model: nn.Module, images: Tensor, outputs: Tensor) -> np.ndarray:
         `[images, height, width]`, float32 in [0, 1]; zeros if no region raises the output.
 
     Raises:
-        ValueError: If the model has no such layer.
+        ValueError: If the model has neither ViT blocks nor `feature_info`.
         ImportError: If Captum is not installed.
 
     Sources:
@@ -166,18 +166,18 @@ def heat_maps(model: nn.Module, images: Tensor, outputs: Tensor) -> np.ndarray:
         from captum.attr import LayerGradientXActivation
     except ImportError as error:
         raise ImportError("heat maps need captum; pip install 'snella[explain]'") from error
-    layer, width, patch = _explained_layer(model)
+    layer, width, patch = _target_layer(model)
     inputs = images.detach().clone().requires_grad_()
     with torch.enable_grad():
         product = LayerGradientXActivation(model, layer, multiply_by_inputs=True).attribute(
             inputs, target=outputs.to(images.device)
         )
-    return _heat_of_size(_summed_grid(product.detach().float(), width, patch, images.shape[-2:]).clamp_min(0), images)
+    return _resized_heat(_summed_grid(product.detach().float(), width, patch, images.shape[-2:]).clamp_min(0), images)
 
 
 @torch.no_grad()
 def attention_rollout(model: nn.Module, images: Tensor) -> np.ndarray:
-    """Return attention roll-out maps of a ViT, independent of the class.
+    """Return attention rollout maps of a ViT, independent of the class.
 
     R = Â_L … Â_1,   Â_l = (mean over heads of A_l + I) / 2
 
@@ -203,7 +203,7 @@ def attention_rollout(model: nn.Module, images: Tensor) -> np.ndarray:
         or not attentions
         or not all(hasattr(a, "attn_drop") and hasattr(a, "fused_attn") for a in attentions)
     ):
-        raise ValueError(f"attention roll-out needs a timm ViT, got {type(base).__name__}; use gradcam")
+        raise ValueError(f"attention rollout needs a timm ViT, got {type(base).__name__}; use gradcam")
     rows, columns = images.shape[-2] // patch[0], images.shape[-1] // patch[1]
     rolled: list[Tensor] = []
 
@@ -225,16 +225,16 @@ def attention_rollout(model: nn.Module, images: Tensor) -> np.ndarray:
     extra = rolled[0].shape[-1] - rows * columns - base.num_prefix_tokens
     if extra:
         raise ValueError(
-            f"attention roll-out needs a model with patch tokens only, got {extra} prompt tokens from its method; use "
+            f"attention rollout needs a model with patch tokens only, got {extra} prompt tokens from its method; use "
             "gradcam"
         )
     first = base.num_prefix_tokens
     pooled = rolled[0][:, :1] if base.global_pool == "token" else rolled[0][:, first:]
     grid = pooled.mean(1)[:, first:].reshape(-1, rows, columns)
-    return _heat_of_size(grid - grid.amin((1, 2), keepdim=True), images)
+    return _resized_heat(grid - grid.amin((1, 2), keepdim=True), images)
 
 
-def _heat_of_size(grid: Tensor, images: Tensor) -> np.ndarray:
+def _resized_heat(grid: Tensor, images: Tensor) -> np.ndarray:
     """Scale a nonnegative grid `[images, rows, columns]` to a maximum of 1 and resize it to the images."""
     peaks = grid.amax((1, 2), keepdim=True)
     shares = grid / torch.where(peaks > 0, peaks, torch.ones_like(peaks))
@@ -243,13 +243,13 @@ def _heat_of_size(grid: Tensor, images: Tensor) -> np.ndarray:
 
 
 def _vit_parts(model: nn.Module) -> tuple[Any, Sequence[Any], Any]:
-    """Return the model without PEFT wrapper, its blocks and its patch size, as far as it has them."""
+    """Return the model without its PEFT wrapper, its blocks and its patch size (empty or None if absent)."""
     base: Any = base_model(model)
     return base, getattr(base, "blocks", None) or (), getattr(getattr(base, "patch_embed", None), "patch_size", None)
 
 
-def _explained_layer(model: nn.Module) -> tuple[nn.Module, int, tuple[int, int]]:
-    """Return the layer explained by heat maps, its channel count, and its patch size ((1, 1) for feature maps)."""
+def _target_layer(model: nn.Module) -> tuple[nn.Module, int, tuple[int, int]]:
+    """Return the target layer of heat maps, its channel count, and its patch size ((1, 1) for feature maps)."""
     base, blocks, patch = _vit_parts(model)
     if blocks and hasattr(blocks[-1], "norm1") and patch is not None:
         return blocks[-1].norm1, int(base.embed_dim), (int(patch[0]), int(patch[1]))

@@ -47,7 +47,7 @@ from snella_app.report.style import (
 from snella_app.text import count_text, measure_text, percent_text
 
 NUMBERED_CLASSES = 50
-"""Maximum number of classes for confusion matrices with numbers."""
+"""Maximum number of classes for which a confusion matrix shows counts."""
 
 
 def loss_curves(metrics: Metrics) -> Figure:
@@ -94,7 +94,7 @@ _QUALITIES: dict[str, tuple[str, str, tuple[tuple[str, str, str], ...]]] = {
         (("accuracy", "val_accuracy", ACCENT), ("balanced accuracy", "val_balanced_accuracy", COLORS[2])),
     ),
 }
-"""Title, description and lines `(label, entry of an epoch's row, color)` of `quality_curves`, in order of choice."""
+"""Title, description and lines `(label, field of EpochRow, color)` of `quality_curves`, in order of preference."""
 _SHARES = ("accuracy", "dice", "map")
 """Curves of `quality_curves` with values in [0, 1]."""
 
@@ -104,8 +104,8 @@ def quality_curves(metrics: Metrics, name: str) -> Figure:
 
     Args:
         metrics: Metrics of the run.
-        name: accuracy (and balanced accuracy), dice (and IoU), map (and F1), kappa (and accuracy and rank error),
-            error (MAE and RMSE of one target) or r2 (several targets).
+        name: One of accuracy (with balanced accuracy), dice (with IoU), map (with F1), kappa (with accuracy and rank
+            error), error (MAE and RMSE of one target), r2 (several targets).
     """
     title, _, lines = _QUALITIES[name]
     figure = _curves(metrics, title.format(metrics.selection), lines)
@@ -115,7 +115,7 @@ def quality_curves(metrics: Metrics, name: str) -> Figure:
 
 
 def confusion_matrix(confusion: Sequence[Sequence[int]], classes: Sequence[str]) -> Figure:
-    """Draw a confusion matrix, colored by fraction of the true class (row), with numbers up to 50 classes.
+    """Draw a confusion matrix, colored by fraction of the true class (row); up to 50 classes show counts.
 
     Args:
         confusion: `confusion[i][j]` is the number of images of class i predicted as class j.
@@ -179,7 +179,7 @@ def comparison_bars(rows: Sequence[MethodResult]) -> Figure:
 
 def cost_bars(rows: Sequence[MethodResult]) -> Figure:
     """Draw training time of several methods in seconds, labeled with trainable parameters."""
-    figure, axes = _bar_axes(rows, "Cost of training")
+    figure, axes = _bar_axes(rows, "Training cost")
     seconds = np.nan_to_num([row.train_s for row in rows])
     longest = float(seconds.max(initial=0.0)) or 1.0
     axes.barh(np.arange(len(rows)), seconds, height=0.5, color=ACCENT)
@@ -193,14 +193,14 @@ def cost_bars(rows: Sequence[MethodResult]) -> Figure:
 
 
 def _curves(metrics: Metrics, title: str, lines: Sequence[tuple[str, str, str]]) -> Figure:
-    """Draw lines `(label, entry of an epoch's row, color)` over the epochs and mark the best epoch."""
+    """Draw lines `(label, field of EpochRow, color)` over the epochs and mark the best epoch."""
     figure, axes = new_figure(*CURVE, title)
     epochs = [row.epoch for row in metrics.history]
     handles, labels = [], [label for label, _, _ in lines]
-    for _, entry, color in lines:
-        points = [(row.epoch, value) for row in metrics.history if not math.isnan(value := getattr(row, entry))]
+    for _, field, color in lines:
+        points = [(row.epoch, value) for row in metrics.history if not math.isnan(value := getattr(row, field))]
         marker = "o" if len(points) <= 30 else ""
-        places, numbers = zip(*points, strict=True) if points else ((), ())  # some protocols skip some entries
+        places, numbers = zip(*points, strict=True) if points else ((), ())  # some protocols do not measure every score
         handles += axes.plot(places, numbers, color=color, linewidth=2, marker=marker, markersize=4)
     if metrics.best_epoch is not None:
         handles.append(axes.axvline(metrics.best_epoch, color=MUTED, linewidth=1.2, linestyle=DASHED, zorder=1))
@@ -245,7 +245,7 @@ def curves_section(metrics: Metrics | None) -> list[Markup]:
 
 
 def _quality_curves(metrics: Metrics) -> Markup:
-    """Return the first validation-quality curves for which the history has values."""
+    """Return curves of the first quality metric with values in the history."""
     last = metrics.history[-1]
     measured = (
         n
@@ -269,13 +269,13 @@ def comparison_section(rows: list[MethodResult] | None) -> dict[str, Any] | None
     """Return the accuracy and cost of the compared methods."""
     if not rows:
         return None
-    accuracy = inline_svg(comparison_bars(rows), "comparison-accuracy", "Accuracy of each method, as bars.")
-    cost = inline_svg(cost_bars(rows), "comparison-cost", "Training time of each method, as bars.")
+    accuracy = inline_svg(comparison_bars(rows), "comparison-accuracy", "Bar chart of the accuracy of each method.")
+    cost = inline_svg(cost_bars(rows), "comparison-cost", "Bar chart of the training time of each method.")
     return {"rows": rows, "figures": [accuracy, cost]}
 
 
 def confusion_section(info: RunInfo, metrics: Metrics | None) -> dict[str, Any] | None:
-    """Return the confusion matrix and per-class scores, on the test split if there is one."""
+    """Return the confusion matrix and per-class scores, on the test split if present."""
     if metrics is None:
         return None
     split, scores = metrics.measured
@@ -318,7 +318,7 @@ def _class_rows(info: RunInfo, scores: Scores) -> list[dict[str, Any]]:
 
 
 def calibration_section(info: RunInfo, predictions: Predictions | None) -> dict[str, Any] | None:
-    """Return reliability and coverage of a calibrated run; None without calibration.
+    """Return reliability and coverage curves of a calibrated run; None without calibration.
 
     Args:
         info: Record of the run.
@@ -327,7 +327,7 @@ def calibration_section(info: RunInfo, predictions: Predictions | None) -> dict[
     calibration = info.calibration
     if calibration is None or not calibration.reliability:
         return None
-    shown = calibration.reliability[-1]  # the test split if present, since nothing is fitted to it
+    shown = calibration.reliability[-1]  # the test split if present: nothing is fitted to it
     svgs = [
         inline_svg(
             reliability_curve(shown),
@@ -356,7 +356,7 @@ def calibration_section(info: RunInfo, predictions: Predictions | None) -> dict[
 
 
 def ranking_section(info: RunInfo, predictions: Predictions | None) -> dict[str, Any] | None:
-    """Return threshold-free curves: ROC for two classes, precision against recall by class."""
+    """Return ROC (two classes) and precision-recall curves over all thresholds."""
     if predictions is None:
         return None
     labels = np.array([item.label for item in predictions.items])

@@ -119,7 +119,7 @@ def saved_budgets(adapter: AdapterFile, matrices: Sequence[MatrixInfo]) -> dict[
 
 
 def current_budgets(adapter: AdapterFile | None, allocation: Allocation | None) -> dict[str, int]:
-    """Return the budget of each matrix by name, from the saved adapter or else from the record."""
+    """Return the budget of each matrix by name, from the saved adapter if present, else from `allocation.json`."""
     if allocation is None:
         return {}
     saved = {} if adapter is None else saved_budgets(adapter, allocation.matrices)
@@ -127,7 +127,7 @@ def current_budgets(adapter: AdapterFile | None, allocation: Allocation | None) 
 
 
 def _module_of(key: str) -> str:
-    """Return the layer of a budget key in a PEFT file."""
+    """Return the module name of a budget key in a PEFT file."""
     return key.removesuffix(".snella_budget").removeprefix("base_model.model.")
 
 
@@ -214,9 +214,9 @@ def inspect_summary(run: str | Path) -> dict[str, Any]:
     }
     if allocation is not None:
         has_saved_budgets = adapter is not None and bool(saved_budgets(adapter, allocation.matrices))
-        kept = sum(budgets.values())
+        total_budget = sum(budgets.values())
         summary["sizes"] |= {
-            "sparse_update_bytes": kept * (value_bytes + _INDEX_BYTES),
+            "sparse_update_bytes": total_budget * (value_bytes + _INDEX_BYTES),
             "adapted_weights_bytes": allocation.total_weights * value_bytes,
         }
         summary["budgets"] = _budgets(allocation, budgets, from_adapter=has_saved_budgets)
@@ -236,9 +236,9 @@ def inspect_run(run: str | Path) -> Group:
             parts.append(Text(f"\nFrozen ({len(frozen)} of {len(budgets['matrices'])}, budget 0): {names}", "yellow"))
         else:
             parts.append(Text("\nNo matrix is frozen."))
-        is_error = summary["adapter_missing"] or budgets["mismatches"]
+        style = "red" if summary["adapter_missing"] or budgets["mismatches"] else ""
         text = "The adapter is missing; these budgets come from allocation.json."
-        parts.append(Text(text if summary["adapter_missing"] else _nonzeros_text(budgets), "red" if is_error else ""))
+        parts.append(Text(text if summary["adapter_missing"] else _nonzeros_text(budgets), style))
     if summary["settings"]:
         parts += [Text(), _settings_table(summary["settings"])]
     return Group(*parts)
@@ -250,7 +250,7 @@ def _scores(scores: Scores | MaskScores | None) -> dict[str, Any] | None:
 
 
 def _budgets(allocation: Allocation, budgets: dict[str, int], from_adapter: bool) -> dict[str, Any]:
-    """Return budgets in total, by matrix, and by matrix type and block."""
+    """Return total budgets, budgets by matrix, and sparsity by matrix type and block."""
     grid = arrange(allocation.matrices, budgets)
     return {
         "total_weights": allocation.total_weights,
@@ -300,8 +300,8 @@ def _overview(summary: dict[str, Any]) -> Table:
     if summary["adapter_missing"]:
         rows.append(("adapter", _MISSING))
     if sizes["adapter_bytes"] is not None:
-        held = ", ".join(f"{part} {count:,}" for part, count in parameters["parts"].items())
-        rows.append(("adapter", f"{bytes_text(sizes['adapter_bytes'])}: {held}"))
+        contents = ", ".join(f"{part} {count:,}" for part, count in parameters["parts"].items())
+        rows.append(("adapter", f"{bytes_text(sizes['adapter_bytes'])}: {contents}"))
     budgets = summary["budgets"]
     if budgets is not None:
         share = percent_text(budgets["kept"] / max(budgets["total_weights"], 1))
@@ -310,7 +310,7 @@ def _overview(summary: dict[str, Any]) -> Table:
             ("target", f"{budgets['target']:,} after the last allocation, {budgets['allocations']} allocations so far"),
             (
                 "as a sparse file",
-                f"{bytes_text(sizes['sparse_update_bytes'])} (value and 32-bit index of each kept weight); "
+                f"{bytes_text(sizes['sparse_update_bytes'])} (value and 32-bit index per weight); "
                 f"dense adapted matrices {bytes_text(sizes['adapted_weights_bytes'])}",
             ),
         ]
@@ -364,7 +364,7 @@ def _grid_table(budgets: dict[str, Any]) -> Table:
 
 
 def _cell(sparsity: float | None) -> Text:
-    """Format one sparsity; only a frozen matrix shows 100."""
+    """Format one sparsity in percent: × for a frozen matrix, otherwise at most 99.9."""
     if sparsity is None:
         return Text("")
     return Text("×", "yellow") if sparsity == 1 else Text(f"{min(100 * sparsity, 99.9):.1f}")
@@ -383,7 +383,7 @@ def _nonzeros_text(budgets: dict[str, Any]) -> str:
 def _settings_table(settings: dict[str, Any]) -> Table:
     """Return the non-None adapter settings."""
     rows = ((key, plain_text(value)) for key, value in settings.items() if value is not None)
-    return _facts_table(rows, title="Settings of the adapter", title_justify="left", title_style="bold")
+    return _facts_table(rows, title="Adapter settings", title_justify="left", title_style="bold")
 
 
 _GENERATOR_TASKS = ("generation", "language")
@@ -406,10 +406,10 @@ def _generator_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     backbone, data, curve = summary["backbone"], summary["data"], summary["learning"]
     is_image_generator = summary["task"] == "generation"
     size = f", {backbone['img_size']}×{backbone['img_size']} px" if backbone["img_size"] else ""
-    held = data["sizes"].get("val") or 0
+    n_held_out = data["sizes"].get("val") or 0
     rows = [
         ("pipeline" if is_image_generator else "model", backbone["name"] + size),
-        ("data", f"{data['spec']}, {data['description']}" + (f", {held} held out" if held else "")),
+        ("data", f"{data['spec']}, {data['description']}" + (f", {n_held_out} held out" if n_held_out else "")),
     ]
     if curve is not None:
         epochs = "" if curve["epochs"] is None else f" ({plain_text(curve['epochs'])} epochs)"

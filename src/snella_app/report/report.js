@@ -1,4 +1,4 @@
-// Add a copy button to every code block; pages without scripts show none.
+// Add a copy button to every code block.
 for (const pre of document.querySelectorAll('pre.copy')) {
   const button = document.createElement('button')
   button.type = 'button'

@@ -90,7 +90,7 @@ def results_section(metrics: Metrics | None, marks: Sequence[tuple[str, float]] 
 
 def _adapter_text(metrics: Metrics) -> str:
     """Return the epoch, training time and file size of the saved adapter as one line."""
-    parts = [] if metrics.best_epoch is None else [" ".join(filter(None, _kept_epoch(metrics)))]
+    parts = [] if metrics.best_epoch is None else [" ".join(filter(None, _saved_epoch(metrics)))]
     parts += [] if math.isnan(metrics.train_s) else [f"trained in {seconds_text(metrics.train_s)}"]
     parts += [f"adapter file {bytes_text(metrics.adapter_bytes)}"] if metrics.adapter_bytes else []
     return " · ".join(parts)
@@ -102,11 +102,11 @@ def method_facts(metrics: Metrics | None, allocation: Allocation | None, budgets
         return []
     facts = [_count_fact("trainable parameters", metrics.trainable_parameters)]
     if allocation is not None:
-        kept, total = sum(budgets.values()), allocation.total_weights
+        total_budget, total = sum(budgets.values()), allocation.total_weights
         frozen = sum(budget == 0 for budget in budgets.values())
-        share = percent_text(kept / max(total, 1))
+        share = percent_text(total_budget / max(total, 1))
         note = f"of {count_text(total)} ({share}), {len(budgets)} matrices, {frozen} frozen"
-        facts.append(("adapted weights kept", count_text(kept), note))
+        facts.append(("adapted weights kept", count_text(total_budget), note))
     elif metrics.adapted_weights:
         facts.append(_count_fact("adapted weights", metrics.adapted_weights))
     if (head := metrics.final_head) is not None:
@@ -120,8 +120,8 @@ def method_facts(metrics: Metrics | None, allocation: Allocation | None, budgets
 _SHORT_METRICS = {"map": "mAP", "mae": "MAE", "rmse": "RMSE", "r2": "R²"}
 
 
-def _kept_epoch(metrics: Metrics) -> tuple[str, str, str]:
-    """Return the label, value and note for the saved adapter's epoch and how it was selected."""
+def _saved_epoch(metrics: Metrics) -> tuple[str, str, str]:
+    """Return label, value and note of the saved adapter's epoch and its selection."""
     total = f"of {metrics.history[-1].epoch}" if metrics.history else ""
     average = "" if metrics.ema is None else f"; average of the weights, decay {metrics.ema:g}"
     if (averaged := metrics.averaged) is not None and averaged.is_saved:
@@ -171,8 +171,8 @@ def baselines(info: RunInfo, metrics: Metrics | None, comparison: list[MethodRes
     scores = None if metrics is None else metrics.measured[1]
     if not isinstance(scores, Scores) or not scores.images:
         return []
-    most, share = _most_frequent(scores)
-    marks = [(f"always {info.classes[most]!r}", share)]
+    majority, share = _most_frequent(scores)
+    marks = [(f"always {info.classes[majority]!r}", share)]
     probe = next((row for row in comparison or [] if row.method == PROBE_METHOD), None)
     return marks if probe is None or math.isnan(probe.accuracy) else [*marks, ("linear probe", probe.accuracy)]
 
@@ -180,8 +180,8 @@ def baselines(info: RunInfo, metrics: Metrics | None, comparison: list[MethodRes
 def _most_frequent(scores: Scores) -> tuple[int, float]:
     """Return the most frequent class and its share of the images."""
     sizes = [sum(row) for row in scores.confusion]
-    most = max(range(len(sizes)), key=sizes.__getitem__)
-    return most, sizes[most] / scores.images
+    majority = max(range(len(sizes)), key=sizes.__getitem__)
+    return majority, sizes[majority] / scores.images
 
 
 def verdict_text(info: RunInfo, metrics: Metrics | None) -> str:
@@ -196,18 +196,18 @@ def verdict_text(info: RunInfo, metrics: Metrics | None) -> str:
     if not isinstance(scores, Scores) or not scores.images:
         return ""
     correct, total = sum(row[i] for i, row in enumerate(scores.confusion)), scores.images
-    most, frequent = _most_frequent(scores)
+    majority, baseline = _most_frequent(scores)
     text = (
-        f"{correct:,} of {total:,} {split} images are classified correctly. Always predicting {info.classes[most]!r}, "
-        f"the most frequent class, gets {percent_text(frequent)}"
+        f"{correct:,} of {total:,} {split} images are classified correctly. Always predicting "
+        f"{info.classes[majority]!r}, the most frequent class, gets {percent_text(baseline)}"
     )
-    if correct / total - frequent > scores.margin:
+    if correct / total - baseline > scores.margin:
         return f"{text}."
     recalls = [row[i] / sum(row) for i, row in enumerate(scores.confusion) if sum(row)]
-    balanced, constant_share = sum(recalls) / len(recalls), 1 / len(recalls)
-    if balanced - constant_share > scores.balanced_margin:
+    balanced, chance = sum(recalls) / len(recalls), 1 / len(recalls)
+    if balanced - chance > scores.balanced_margin:
         return (
-            f"{text}, but only {percent_text(constant_share)} balanced accuracy, which weights all classes equally; "
+            f"{text}, but only {percent_text(chance)} balanced accuracy, which weights all classes equally; "
             f"this model reaches {percent_text(balanced)} ({margin_text(scores.balanced_margin)})."
         )
     return f"{text}. The model does not exceed it by more than the 95% margin: no evidence of learning yet."
@@ -242,11 +242,11 @@ def allocation_section(
     if allocation.history:
         total = f"from {allocation.total_weights:,} to {allocation.target_budget:,}"
         frozen = f"the saved adapter freezes {grid.frozen_count}"
-        of_kinds, of_blocks = (budget_shares(allocation, epochs, by_block=by_block) for by_block in (False, True))
+        type_shares, block_shares = (budget_shares(allocation, epochs, by_block=by_block) for by_block in (False, True))
         evolution = [
             inline_svg(budget_curve(allocation, epochs), "budget-total", f"Total budget over time, {total}."),
-            inline_svg(of_kinds, "budget-kind", "Share of each kind in the total budget over time."),
-            inline_svg(of_blocks, "budget-depth", "Share of each depth in the total budget over time."),
+            inline_svg(type_shares, "budget-kind", "Share of the total budget by matrix type over time."),
+            inline_svg(block_shares, "budget-depth", "Share of the total budget by block over time."),
             inline_svg(
                 frozen_curve(allocation, epochs),
                 "budget-frozen",
@@ -305,7 +305,7 @@ def examples_section(
     wrong, right = choose_examples(predictions.items)
     n_wrong = sum(not item.is_right for item in predictions.items)
 
-    def shown(item: Prediction) -> dict[str, Any]:
+    def example(item: Prediction) -> dict[str, Any]:
         return {
             "name": item.name,
             "picture": load_picture(item.index, images),
@@ -323,7 +323,7 @@ def examples_section(
     )
     return {
         "split": predictions.split_name,
-        "groups": [{"title": title, "note": note, "items": list(map(shown, items))} for title, note, items in groups],
+        "groups": [{"title": title, "note": note, "items": list(map(example, items))} for title, note, items in groups],
     }
 
 
@@ -343,14 +343,14 @@ def heat_maps_section(folder: Path, info: RunInfo, predictions: Predictions | No
 
 
 def _count_fact(label: str, count: int) -> Fact:
-    """Return a count in short form, with the exact value as a note if they differ."""
+    """Return an abbreviated count; if it is rounded, the note gives the exact value."""
     exact, short = f"{count:,}", count_text(count)
     return label, short, exact if exact != short else ""
 
 
 _CONFUSED_IN_GROUP, _SHOWN_GROUPS = 3, 30
-_MERGED = {"segmentation": ("the whole model in one file", "model.safetensors")}
-_PREDICTED = {
+_MERGE_OUTPUTS = {"segmentation": ("the whole model in one file", "model.safetensors")}
+_PREDICTION_FIELDS = {
     "multilabel": "prediction.labels, prediction.probabilities",
     "regression": "prediction.values",
     "segmentation": "prediction.labels, prediction.shares",
@@ -359,7 +359,7 @@ _PREDICTED = {
 
 @dataclass(frozen=True)
 class Use:
-    """Code blocks to copy for one use of a run."""
+    """Copyable code blocks for one use of a run."""
 
     title: str
     blocks: tuple[str, ...]
@@ -374,20 +374,20 @@ def uses(folder: Path, task: str) -> list[Use]:
         task: Task of the run.
     """
     run = shlex.quote(str(folder))
-    merged, out = _MERGED.get(task, ("a folder that timm loads without snella", "model"))
+    merged, out = _MERGE_OUTPUTS.get(task, ("a folder that timm loads without snella", "model"))
     masks = " --out masks" if task == "segmentation" else ""
-    shown = _PREDICTED.get(task, "prediction.label, prediction.probability")
+    fields = _PREDICTION_FIELDS.get(task, "prediction.label, prediction.probability")
     python = (
         f"import snella\n\nmodel = snella.load({str(folder)!r})\n"
-        f"prediction = model.predict('photo.jpg')\nprint({shown})"
+        f"prediction = model.predict('photo.jpg')\nprint({fields})"
     )
     serve = (f"snella serve {run}", "curl -F files=@photo.jpg http://127.0.0.1:8000/predict")
     export = f"snella export {run} --format onnx --out model.onnx"
     return [
         Use("Predict", (f"snella predict {run} photo.jpg another.png{masks}",), "images, folders or tables of paths"),
         Use("Python", (python,)),
-        Use("Serve over HTTP", serve, "needs pip install 'snella[serve]'; send requests from a second terminal"),
-        Use("Export to ONNX", (export,), "needs pip install 'snella[export]'; other formats: snella export --help"),
+        Use("Serve over HTTP", serve, "requires pip install 'snella[serve]'; send requests from a second terminal"),
+        Use("Export to ONNX", (export,), "requires pip install 'snella[export]'; other formats: snella export --help"),
         Use("Merge", (f"snella merge {run} --out {out}",), f"writes {merged}"),
         Use("Evaluate and inspect", (f"snella evaluate {run}\nsnella inspect {run}",)),
     ]
@@ -403,15 +403,15 @@ def write_report(
 ) -> Path:
     """Atomically write `RUN/report.html` from the files of the run.
 
-    Sections without data are omitted, e.g. budgets for a method that has none.
+    Sections without data are omitted, e.g. budgets for methods without them.
 
     Args:
         run: Run folder.
-        images: Images of the split in `predictions.json` by index: a mapping, or a function like the validation set's
-            `image`.
+        images: Images of the split in `predictions.json` by index: a mapping, or a callable such as the validation
+            set's `image`.
         metrics: Current metrics of an unfinished run, which has no `metrics.json` yet.
         allocation: Current allocation of an unfinished run, which has no `allocation.json` yet.
-        state: Overrides the status `running` in the record: `stopped` if the process is gone, `finished` if the final
+        state: Overrides the recorded status `running`: `stopped` if the process has died, `finished` once the final
             results are written. None uses the recorded status.
 
     Returns:

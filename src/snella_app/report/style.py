@@ -31,7 +31,7 @@ from snella_app.files import write_bytes
 INK, MUTED, GRID, PANEL = "#1c2531", "#566172", "#dbe0e8", "#fefefd"
 ACCENT, WARM = "#2f6fdd", "#d2680c"
 COLORS = (ACCENT, WARM, "#1d9367", "#c8446a", "#8a5cd0", "#148fa8", "#9a8410", "#7b6a5c")
-"""Line colors, at least 3:1 against the light and the dark panel."""
+"""Line colors with a contrast of at least 3:1 against the light and the dark panel."""
 MORE_COLORS = ("#b03fc4", "#5a8f00", "#d13b2f", "#64707f", "#a8622a", "#007f7a", "#5f6fe0", "#d0479a")
 """Line colors after `COLORS` is exhausted."""
 
@@ -43,11 +43,11 @@ _FONT = 12.0
 CURVE = (430.0, 310.0)
 """Width and height of figures placed side by side; readable on a phone."""
 DASHED = (0, (4, 3))
-"""Line style of references and limits."""
+"""Line style of reference lines and limits."""
 
 
 def new_figure(width: float, height: float, title: str = "") -> tuple[Figure, Axes]:
-    """Return a styled figure of `width` × `height` CSS pixels with one pair of axes."""
+    """Return a styled figure of `width` × `height` CSS pixels with one `Axes`."""
     figure = _new_canvas(width, height)
     return figure, _styled(figure.add_subplot(), title)
 
@@ -108,7 +108,7 @@ def style_of(number: int) -> tuple[str, str]:
 
 
 def epoch_axis(axes: Axes, label: str = "epoch") -> None:
-    """Label the x axis and use integer ticks."""
+    """Label the x-axis and use integer ticks."""
     axes.set_xlabel(label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
 
@@ -186,7 +186,7 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     """Atomically write a figure as `.svg` or `.png` (2× resolution).
 
     Raises:
-        ValueError: If the suffix is neither.
+        ValueError: If the suffix is neither `.svg` nor `.png`.
     """
     path = Path(path)
     if path.suffix not in (".svg", ".png"):
@@ -234,7 +234,7 @@ def inline_svg(figure: Figure, name: str, description: str) -> Markup:
 
     Args:
         figure: Figure to convert.
-        name: Prefix of all ids, unique in the page; letters, digits and hyphens.
+        name: Prefix of all ids, unique on the page; letters, digits and hyphens.
         description: Alternative text.
     """
     out = io.StringIO()

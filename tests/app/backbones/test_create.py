@@ -15,12 +15,12 @@ def test_a_timm_name_builds_the_requested_head_and_input_size():
     assert model(torch.zeros(1, 3, *config["input_size"][1:])).shape == (1, 5)
 
 
-def test_the_default_size_is_that_of_the_weights():
+def test_the_default_image_size_comes_from_the_weights():
     model = create_backbone("test_vit", num_classes=5, pretrained=False)
     assert timm.data.resolve_model_data_config(model)["input_size"] == (3, 160, 160)
 
 
-def test_a_network_without_fixed_size_has_the_size_in_its_data_config():
+def test_a_network_without_a_fixed_size_stores_the_image_size_in_its_data_config():
     model = create_backbone("test_resnet", num_classes=5, pretrained=False, img_size=65)
     assert timm.data.resolve_model_data_config(model)["input_size"] == (3, 65, 65)
     assert model(torch.zeros(1, 3, 65, 65)).shape == (1, 5)
@@ -78,7 +78,7 @@ def test_a_negative_class_count_is_rejected():
         create_backbone("test_vit", num_classes=-3, pretrained=False)
 
 
-def test_an_empty_image_is_rejected():
+def test_an_image_size_of_zero_is_rejected():
     with pytest.raises(ValueError, match="img_size must be at least 1 pixel, got 0"):
         create_backbone("test_vit", num_classes=2, pretrained=False, img_size=0)
 
@@ -110,6 +110,6 @@ def test_a_folder_rejects_other_weights(tmp_path):
 
 
 @pytest.mark.parametrize("name", packaged_names())
-def test_a_bundled_architecture_builds_with_random_weights_without_its_package(name: str, own_cache):
+def test_a_bundled_architecture_builds_with_random_weights_without_its_package(name: str, session_cache):
     model = create_backbone(name, num_classes=3, pretrained=False, img_size=70)
     assert model(torch.zeros(1, 3, 70, 70)).shape == (1, 3)

@@ -46,7 +46,7 @@ FAMILIES = [
 @pytest.mark.parametrize(
     ("name", "options", "kinds", "count", "head"), FAMILIES, ids=[family[0] for family in FAMILIES]
 )
-def test_a_family_is_adapted_in_its_matrices_and_trains_all_of_them(name, options, kinds, count, head):
+def test_all_matrices_of_a_family_are_adapted_and_trained(name, options, kinds, count, head):
     torch.manual_seed(0)
     size = {} if name == "convnext_base" else {"img_size": 32}
     # timm's mixers have a fixed width
@@ -61,8 +61,8 @@ def test_a_family_is_adapted_in_its_matrices_and_trains_all_of_them(name, option
         model, SnellaConfig(r=2, target_modules=targets, modules_to_save=[head], init_weights=False)
     )
     matrices = adapted_matrices(adapted)
-    found = {matrix.kind.replace("_pool.kv", "_pool") for matrix in matrices}
-    assert found == kinds
+    actual = {matrix.kind.replace("_pool.kv", "_pool") for matrix in matrices}
+    assert actual == kinds
     assert len(matrices) == count
     adapted.train()(torch.randn(2, 3, 32, 32)).square().sum().backward()
     silent = [name for name, p in adapted.named_parameters() if p.requires_grad and p.grad is None]

@@ -27,7 +27,7 @@ def test_class_count_and_input_size_may_differ(tiny_vit, tmp_path):
     assert timm.data.resolve_model_data_config(loaded)["input_size"] == (3, 64, 64)
 
 
-def test_a_convolutional_network_in_a_folder_takes_any_size(tmp_path):
+def test_a_convolutional_network_in_a_folder_accepts_any_image_size(tmp_path):
     model = timm.create_model("test_resnet", num_classes=4).eval()
     save_for_hf(model, tmp_path)
     loaded = create_backbone(str(tmp_path), num_classes=4, img_size=72).eval()
@@ -36,7 +36,7 @@ def test_a_convolutional_network_in_a_folder_takes_any_size(tmp_path):
     assert timm.data.resolve_model_data_config(loaded)["input_size"] == (3, 72, 72)
 
 
-def test_pretrained_false_builds_the_folders_architecture_at_random(tiny_vit, tmp_path):
+def test_pretrained_false_builds_the_folders_architecture_with_random_weights(tiny_vit, tmp_path):
     model = tiny_vit()
     save_for_hf(model, tmp_path)
     loaded = create_backbone(str(tmp_path), num_classes=4, pretrained=False)
@@ -75,7 +75,7 @@ def test_a_folder_without_weights_is_reported(tmp_path):
         ('{"architecture": "test_vitt"}', r"got 'test_vitt'; nearest: \['test_vit"),
     ],
 )
-def test_a_configuration_that_is_not_timms_is_rejected(config, message, tmp_path):
+def test_a_configuration_of_another_library_is_rejected(config, message, tmp_path):
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(ValueError, match=message):
         create_backbone(str(tmp_path), num_classes=2)

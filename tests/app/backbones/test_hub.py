@@ -39,7 +39,7 @@ def closed_port() -> int:
 
 
 class _Hub(BaseHTTPRequestHandler):
-    """Serves one repository like the hub."""
+    """Serve one repository over the Hub's protocol."""
 
     files: dict[str, bytes] = {}
 
@@ -104,7 +104,7 @@ def test_offline_mode_is_reported_as_the_reason(monkeypatch):
     assert constants.HF_HUB_OFFLINE is True
 
 
-def test_a_missing_repository_differs_from_an_unreachable_hub(hub):
+def test_a_missing_repository_is_distinguished_from_an_unreachable_hub(hub):
     with pytest.raises(ValueError, match=r"does not provide backbone 'test_vit': .*pretrained=False"):
         create_backbone("test_vit", num_classes=2)
 

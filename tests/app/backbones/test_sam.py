@@ -107,8 +107,8 @@ def outputs(model: SamModel, size: int = 64) -> list[Tensor]:
     return [model.vision_encoder(pixels)[0], result.pred_masks, result.iou_scores]
 
 
-def same(one: SamModel, other: SamModel) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(outputs(one), outputs(other), strict=True))
+def same_outputs(model: SamModel, other: SamModel) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(outputs(model), outputs(other), strict=True))
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ def test_the_test_layout_covers_every_tensor_of_the_model(sam):
 def test_the_authors_checkpoint_gives_the_same_masks_and_features_bit_for_bit(sam, original):
     loaded = load_sam(original)
     assert not loaded.training
-    assert same(loaded, sam)
+    assert same_outputs(loaded, sam)
     shared = loaded.shared_image_embedding.positional_embedding
     assert torch.equal(shared, loaded.prompt_encoder.shared_embedding.positional_embedding)
 
@@ -142,13 +142,13 @@ def test_the_authors_checkpoint_gives_the_same_masks_and_features_bit_for_bit(sa
 )
 def test_wrapped_copies_of_the_checkpoint_are_recognized(wrap, sam, tmp_path):
     torch.save(wrap(original_state(sam)), tmp_path / "sam.pth")
-    assert same(load_sam(tmp_path / "sam.pth"), sam)
+    assert same_outputs(load_sam(tmp_path / "sam.pth"), sam)
 
 
 def test_a_folder_of_transformers_and_its_single_file_are_recognized(sam, tmp_path):
     sam.save_pretrained(tmp_path / "sam")
-    assert same(load_sam(str(tmp_path / "sam")), sam)
-    assert same(load_sam(tmp_path / "sam" / "model.safetensors"), sam)
+    assert same_outputs(load_sam(str(tmp_path / "sam")), sam)
+    assert same_outputs(load_sam(tmp_path / "sam" / "model.safetensors"), sam)
 
 
 @pytest.mark.parametrize(
@@ -161,10 +161,10 @@ def test_the_published_sizes_are_inferred_from_their_shapes(width, heads, depth,
     config = SamConfig(vision_config=vision | {"global_attn_indexes": global_blocks})
     with torch.device("meta"):
         state = SamModel(config).state_dict()
-    found = infer_sam_config(state, source="sam.pth").to_dict()
-    wanted = config.to_dict()
+    actual = infer_sam_config(state, source="sam.pth").to_dict()
+    expected = config.to_dict()
     for part in ("vision_config", "prompt_encoder_config", "mask_decoder_config"):
-        differing = {key: (found[part].get(key), value) for key, value in wanted[part].items()}
+        differing = {key: (actual[part].get(key), value) for key, value in expected[part].items()}
         differing = {key: pair for key, pair in differing.items() if pair[0] != pair[1] and key != "mlp_ratio"}
         assert not differing, part
 
@@ -189,14 +189,14 @@ def test_positions_are_resampled_for_another_image_size(sam, original, tmp_path)
     )
 
 
-def test_a_folder_takes_another_image_size_too(sam, original, tmp_path):
+def test_a_folder_supports_another_image_size(sam, original, tmp_path):
     sam.save_pretrained(tmp_path / "sam")
-    one, other = load_sam(tmp_path / "sam", image_size=32), load_sam(original, image_size=32)
-    assert all(torch.equal(a, b) for a, b in zip(outputs(one, 32), outputs(other, 32), strict=True))
+    model, other = load_sam(tmp_path / "sam", image_size=32), load_sam(original, image_size=32)
+    assert all(torch.equal(a, b) for a, b in zip(outputs(model, 32), outputs(other, 32), strict=True))
 
 
 @pytest.mark.parametrize("size", [4, 60])
-def test_an_image_size_is_rejected_unless_it_is_a_multiple_of_the_patch_size(size, original):
+def test_an_image_size_that_is_not_a_multiple_of_the_patch_size_is_rejected(size, original):
     with pytest.raises(ValueError, match=f"image_size must be a multiple of SAM's patch size 8, got {size}"):
         load_sam(original, image_size=size)
 

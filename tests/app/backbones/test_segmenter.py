@@ -76,13 +76,13 @@ def test_the_decoder_learns_on_a_frozen_backbone_whose_maps_are_channels_last():
     assert all(p.grad is not None and p.grad.any() for p in model.decoder.norms.parameters())
 
 
-def test_sam_without_prompts_gives_its_own_logits(sam_folder):
+def test_the_segmenter_reproduces_sams_logits_without_prompts(sam_folder):
     sam = SamModel.from_pretrained(sam_folder).eval()
     model = make(f"sam:{sam_folder}", 2, img_size=None).eval()
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        wanted = sam(pixel_values=images, multimask_output=False).pred_masks[:, 0]
-        assert torch.equal(model.decoder(model.encoder(images).last_hidden_state), wanted)
+        expected = sam(pixel_values=images, multimask_output=False).pred_masks[:, 0]
+        assert torch.equal(model.decoder(model.encoder(images).last_hidden_state), expected)
         scores = model(images)
     assert scores.shape == (2, 2, 64, 64) and not scores[:, 0].any()
 

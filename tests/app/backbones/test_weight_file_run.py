@@ -25,9 +25,7 @@ from snella_app.training.train import train
         ("convnext_tiny", {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 16)}),
     ],
 )
-def test_a_run_on_a_weight_file_merges_into_a_file_that_the_printed_code_loads(
-    architecture, options, no_report, tmp_path
-):
+def test_the_printed_code_loads_the_merged_file_of_a_run_on_a_weight_file(architecture, options, no_report, tmp_path):
     torch.manual_seed(0)
     torch.save(timm.create_model(architecture, num_classes=7, **options).state_dict(), tmp_path / "weights.pth")
     rng = np.random.default_rng(0)

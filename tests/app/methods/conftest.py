@@ -38,15 +38,15 @@ def images():
 def batches(images):
     """Selection data with two training and two validation batches."""
 
-    def both():
+    def load_batches():
         return iter([(images, torch.tensor([0, 1, 2, 0])), (images.flip(0), torch.tensor([1, 2, 0, 1]))])
 
-    return SelectionData(both, both)
+    return SelectionData(load_batches, load_batches)
 
 
 @pytest.fixture
 def train_steps(images):
-    """Train a model for some steps; returns it in evaluation mode."""
+    """Train a model for a few steps and return it in evaluation mode."""
 
     def train(model, steps=2, lr=1e-2):
         model.train()

@@ -25,7 +25,7 @@ def train(model, images, optimizer, steps, first=0):
         optimizer.zero_grad()
 
 
-def test_ranks_decrease_from_one_and_a_half_r_to_r_on_average(make_model, images):
+def test_the_mean_rank_decreases_from_1_5_r_to_r(make_model, images):
     model = build_method("adalora-2", make_model()).train()
     optimizer = optimizer_of(model)
     schedule = RankSchedule(model, 20).attach(optimizer)
@@ -39,7 +39,7 @@ def test_ranks_decrease_from_one_and_a_half_r_to_r_on_average(make_model, images
     assert schedule.step == 20
 
 
-def test_a_given_schedule_is_used(make_model):
+def test_a_configured_schedule_is_used(make_model):
     schedule = RankSchedule(build_method("adalora-2", make_model(), tinit=3, tfinal=4, total_step=50), 10)
     assert (schedule.config.tinit, schedule.config.tfinal, schedule.config.total_step) == (3, 4, 10)
     with pytest.raises(ValueError, match=r"tinit \+ tfinal must be less than the 7 steps of the run, got 3 \+ 4"):
@@ -55,7 +55,7 @@ def test_the_shortest_runs_support_a_schedule(steps, make_model, images):
     assert sum(ranks(model)) == (3 if steps == 1 else 2) * 24
 
 
-def test_a_resumed_run_repeats_an_uninterrupted_one_bit_for_bit(make_model, images, tmp_path):
+def test_a_resumed_run_matches_an_uninterrupted_run_bit_for_bit(make_model, images, tmp_path):
     whole = build_method("adalora-2", make_model()).train()
     optimizer = optimizer_of(whole)
     RankSchedule(whole, 10).attach(optimizer)
@@ -74,7 +74,7 @@ def test_a_resumed_run_repeats_an_uninterrupted_one_bit_for_bit(make_model, imag
     assert sum(ranks(resumed)) == 48
 
 
-def test_factors_without_a_rank_are_saved_as_zeros_and_reload_to_the_same_bits(make_model, images, tmp_path):
+def test_pruned_ranks_are_saved_as_zeros_and_reload_bit_for_bit(make_model, images, tmp_path):
     model = build_method("adalora-2", make_model()).train()
     optimizer = optimizer_of(model)
     schedule = RankSchedule(model, 4).attach(optimizer)
@@ -99,7 +99,7 @@ def test_the_penalty_is_the_mean_distance_from_orthogonality(make_model):
     torch.testing.assert_close(orthogonality(model), 0.25 * sum(norms) / 48)
 
 
-def test_other_adapters_have_no_ranks_to_schedule(make_model):
+def test_the_schedule_rejects_other_adapters(make_model):
     model = build_method("lora-2", make_model())
     assert not is_adalora(model)
     with pytest.raises(TypeError, match="model must have an AdaLoRA adapter, got PeftModel"):

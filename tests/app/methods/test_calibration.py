@@ -32,9 +32,9 @@ def batches():
 
 
 def test_sensitivity_is_the_sum_of_the_batches_squared_gradients():
-    found = squared_gradients(layer(), ["weight", "bias"], batches, total)
-    assert found["weight"].tolist() == [[1.0 + 9.0, 4.0 + 1.0]]
-    assert found["bias"].tolist() == [2.0]
+    sensitivity = squared_gradients(layer(), ["weight", "bias"], batches, total)
+    assert sensitivity["weight"].tolist() == [[1.0 + 9.0, 4.0 + 1.0]]
+    assert sensitivity["bias"].tolist() == [2.0]
 
 
 def test_gradients_are_summed_with_their_signs():
@@ -57,7 +57,7 @@ def test_the_model_is_unchanged():
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
 
 
-def test_gradients_of_different_weights_never_exist_together():
+def test_only_one_weight_gradient_exists_at_a_time():
     model = nn.Sequential(layer(), nn.Linear(1, 1))
     later_is_gone = []
     model[0].weight.requires_grad_(True).register_hook(lambda _: later_is_gone.append(model[1].weight.grad is None))
@@ -89,8 +89,8 @@ def test_plain_batches_use_cross_entropy_and_selection_data_their_loss():
     logits, labels = torch.tensor([[2.0, 0.0]]), torch.tensor([0])
     plain = loss_of(selection_data(batches))(nn.Identity(), logits, labels)
     torch.testing.assert_close(plain, torch.log(1 + torch.exp(torch.tensor(-2.0))))
-    own = SelectionData(batches, loss=lambda outputs, labels: outputs.sum())
-    assert loss_of(selection_data(own))(nn.Identity(), logits, labels) == 2.0
+    with_loss = SelectionData(batches, loss=lambda outputs, labels: outputs.sum())
+    assert loss_of(selection_data(with_loss))(nn.Identity(), logits, labels) == 2.0
 
 
 def test_entries_are_ranked_over_all_tensors_with_ties_by_position():
@@ -118,6 +118,6 @@ def test_the_ranking_is_that_of_a_stable_sort(count):
     assert torch.equal(starts[owners] + positions, order)
 
 
-def test_more_entries_than_the_tensors_have_are_rejected():
+def test_a_count_above_the_number_of_entries_is_rejected():
     with pytest.raises(ValueError, match=r"count must be in \[0, 3\] .*, got 4"):
         rank_entries([torch.zeros(3)], 4)

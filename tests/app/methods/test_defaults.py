@@ -19,21 +19,25 @@ from snella_app.methods.defaults import (
 
 SOURCES = Path(snella_app.__file__).parents[1]
 OTHER_MEANINGS = {
-    "snella": "the program, and the package",
+    "snella": "the program and the package",
     "linear": "a kernel function, a schedule, a mode of interpolation",
     "bias": "a parameter",
     "adapter": "the folder of an adapter",
 }
-"""Words that are names of methods too, where they mean something else."""
+"""Method names that are also other terms, with the other meaning."""
 ALLOWED = {
-    "snella_app/methods/": "the table",
-    "snella_lab/methods/": "the table of the laboratory",
-    "snella_lab/bench/": "its baselines are functions of the benchmark, not rows of the table",
-    "snella_app/training/cost_model.py": "its formulas are those of single methods",
-    "snella_lab/recipes/demo.py": "the demonstration is of three methods",
+    "snella_app/methods/": "registry",
+    "snella_lab/methods/": "registry of snella_lab",
+    "snella_lab/bench/": "its baselines are benchmark functions, not registered methods",
+    "snella_app/training/cost_model.py": "it has formulas of individual methods",
+    "snella_lab/recipes/demo.py": "it demonstrates three methods",
 }
-OF_FILES = {"snella_app/runs/export.py": "lora", "snella_app/cli/commands.py": "lora", "snella_app/settings.py": "full"}
-"""Files where one word is a format that adapters are exported to, or what other tools call 32-bit precision."""
+ALLOWED_WORDS = {
+    "snella_app/runs/export.py": "lora",
+    "snella_app/cli/commands.py": "lora",
+    "snella_app/settings.py": "full",
+}
+"""Files that use one method name as an export format or as the name of 32-bit precision."""
 
 
 def texts_of(path):
@@ -55,9 +59,9 @@ def test_method_names_occur_only_in_the_methods_packages():
     words = [name for name in METHODS if name not in OTHER_MEANINGS]
     places = {path: path.relative_to(SOURCES).as_posix() for path in sorted(SOURCES.rglob("*.py"))}
     searched = [path for path, place in places.items() if not place.startswith(tuple(ALLOWED))]
-    of_file = {path: [word for word in words if word != OF_FILES.get(places[path])] for path in searched}
-    found = [line for path in searched for line in names_in(path, of_file[path])]
-    assert len(searched) > 80 and not found, "a method's needs are fields of `Method`:\n" + "\n".join(found)
+    of_file = {path: [word for word in words if word != ALLOWED_WORDS.get(places[path])] for path in searched}
+    lines = [line for path in searched for line in names_in(path, of_file[path])]
+    assert len(searched) > 80 and not lines, "a method's needs are fields of `Method`:\n" + "\n".join(lines)
 
 
 @pytest.mark.parametrize(
@@ -74,9 +78,9 @@ def test_method_names_occur_only_in_the_methods_packages():
 )
 def test_other_words_are_not_mistaken_for_methods(place):
     words = [word for word in OTHER_MEANINGS if word not in ("adapter", "snella")]
-    found = [line for path in sorted((SOURCES / place).rglob("*.py")) for line in names_in(path, words)]
-    is_schedule = [line for line in found if "recipes/instruct/train.py" in line and "'linear'" in line]
-    assert len(found) == len(is_schedule) <= 1, "\n".join(found)
+    lines = [line for path in sorted((SOURCES / place).rglob("*.py")) for line in names_in(path, words)]
+    is_schedule = [line for line in lines if "recipes/instruct/train.py" in line and "'linear'" in line]
+    assert len(lines) == len(is_schedule) <= 1, "\n".join(lines)
 
 
 def test_method_names_are_detected(tmp_path):

@@ -19,7 +19,7 @@ from snella_app.methods import (
     spec_of,
 )
 
-STARTS_ELSEWHERE = {
+CHANGES_INITIAL_OUTPUTS = {
     "mlp",
     "vpt-shallow",
     "vpt-deep",
@@ -33,18 +33,18 @@ STARTS_ELSEWHERE = {
     "fixed-mask",
     "noah",
 }
-"""Methods whose definition does not begin with the outputs of the backbone."""
+"""Methods whose initial outputs differ from those of the backbone."""
 QUICK = {"noah": {"supernet_epochs": 1}}
-"""Options that make a method with a search of its own quick."""
+"""Options that shorten the search of a method."""
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_fulfills_its_contract(method, make_model, batches, train_steps, images, tmp_path):
     model = build_method(method, make_model(), batches=batches, **QUICK.get(method, {}))
     with torch.no_grad():
-        plain, begun = make_model().eval()(images), model.eval()(images)
-    if method not in STARTS_ELSEWHERE:
-        torch.testing.assert_close(begun, plain, atol=2e-6, rtol=1e-5)
+        plain, initial = make_model().eval()(images), model.eval()(images)
+    if method not in CHANGES_INITIAL_OUTPUTS:
+        torch.testing.assert_close(initial, plain, atol=2e-6, rtol=1e-5)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     model.train()
     for _ in range(2):  # some factors have no gradient until others change
@@ -86,17 +86,17 @@ def test_a_method_trains_under_bfloat16_autocast(method, make_model, batches, im
 
 
 def _check_size(method, model, folder):
-    """The file has no tensor of the frozen backbone."""
+    """Check that the file has no tensor of the frozen backbone."""
     (weights,) = folder.glob("*.safetensors")
     with safe_open(weights, "pt") as file:
         stored = sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    # besides trained values: one or two positions of each sparse one, budgets, statistics of a head's normalization
+    # also stored: one or two positions per sparse value, budgets, running statistics of an MLP head
     assert trained <= stored <= 3 * trained + 300 or method == "full"
 
 
 def _check_copies(model, images, outputs, folder):
-    """A copy works, shares no tensors, and loads saved values."""
+    """Check that a copy works, shares no tensors, and loads saved values."""
     twin = copy.deepcopy(model)
     assert torch.equal(twin(images), outputs)
     for parameter in twin.parameters():
@@ -108,7 +108,7 @@ def _check_copies(model, images, outputs, folder):
 
 
 def _check_merging(method, model, make_model, images, outputs):
-    """Merging gives a plain model with the same outputs; other methods give a reason."""
+    """Check that merging gives a plain model with equal outputs, or an error with the reason."""
     row = METHODS[method]
     if row.merge is None:
         with pytest.raises(ValueError, match=f"method '{method}' cannot be merged .*: it {row.unmerged_reason}"):

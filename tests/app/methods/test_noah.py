@@ -37,11 +37,11 @@ def test_the_parameters_of_a_combination_are_counted_by_the_formula():
 
 
 @pytest.mark.parametrize(("blocks", "depths"), [(12, [3, 6, 9, 12]), (5, [2, 3, 4, 5]), (2, [1, 2]), (1, [1])])
-def test_a_module_type_is_in_a_quarter_to_all_of_the_blocks(blocks, depths):
+def test_each_module_type_is_in_a_quarter_to_all_of_the_blocks(blocks, depths):
     assert SubnetSpace((8,) * blocks, (32,) * blocks, (1,), 0).depths == depths
 
 
-def test_candidates_mutants_and_crossings_fill_the_first_blocks_with_the_given_sizes():
+def test_candidates_mutants_and_crossovers_fill_the_first_blocks_with_the_given_sizes():
     draw = Random(1)
     parents = [SPACE.sample(draw) for _ in range(20)]
     children = [SPACE.mutate(p, draw) for p in parents] + [SPACE.cross(*parents[:2], draw) for _ in range(5)]
@@ -52,7 +52,7 @@ def test_candidates_mutants_and_crossings_fill_the_first_blocks_with_the_given_s
     assert children[:20] != parents
 
 
-def test_evolution_finds_a_better_combination_than_chance_within_the_budget():
+def test_evolution_improves_on_the_random_population_within_the_budget():
     def score(subnet):
         measured.append(subnet)
         return float(sum(subnet.prompts) - sum(subnet.ranks)), 0.0
@@ -71,16 +71,16 @@ def test_no_candidate_is_evaluated_twice_and_ties_select_the_smallest():
     assert best == SPACE.smallest()
 
 
-def test_the_search_is_the_same_for_the_same_seed():
+def test_equal_seeds_give_equal_search_results():
     score = lambda subnet: (float(sum(subnet.widths)), 0.0)  # noqa: E731
     assert search(score, seed=3) == search(score, seed=3)
 
 
-def test_the_search_ends_where_the_budget_leaves_no_candidate():
-    said = []
+def test_the_search_ends_when_no_candidate_fits_the_budget():
+    messages = []
     space = dataclasses.replace(SPACE, budget=SPACE.count(SPACE.smallest()))
-    assert search(lambda subnet: (0.0, 0.0), space, report=said.append) == SPACE.smallest()
-    assert said[-1] == "noah: no candidates with at most 65 parameters left"
+    assert search(lambda subnet: (0.0, 0.0), space, report=messages.append) == SPACE.smallest()
+    assert messages[-1] == "noah: no candidates with at most 65 parameters left"
 
 
 def test_a_supernet_matches_the_subnet_of_its_first_parts(make_model, images):
@@ -171,14 +171,14 @@ def test_options_out_of_range_are_rejected(options, message, make_model, batches
         build_method("noah", make_model(), batches=batches, **options)
 
 
-def test_it_needs_validation_images(make_model, batches):
+def test_noah_requires_validation_images(make_model, batches):
     with pytest.raises(ValueError, match="method 'noah' needs validation images for its search, got none"):
         build_method("noah", make_model(), batches=batches.train)
     with pytest.raises(ValueError, match=r"validation must yield at least one batch .* got none"):
         build_method("noah", make_model(), batches=SelectionData(batches.train, lambda: iter([])), **QUICK)
 
 
-def test_it_needs_training_images_and_a_finite_loss(make_model, batches):
+def test_noah_requires_training_images_and_a_finite_loss(make_model, batches):
     with pytest.raises(ValueError, match=r"batches\(\) must yield at least one batch .* got none"):
         build_method("noah", make_model(), batches=SelectionData(lambda: iter([]), batches.validation), **QUICK)
     broken = SelectionData(batches.train, batches.validation, loss=lambda outputs, labels: outputs.sum() * torch.nan)

@@ -1,4 +1,4 @@
-"""Trainable parameters of a ViT-B/16 without the head's 76,900, against the papers."""
+"""Trainable parameters of ViT-B/16 without the head's 76,900, compared with the papers."""
 
 import pytest
 import timm
@@ -49,7 +49,7 @@ def test_the_parameter_count_of_vit_b_is_as_published(method, count):
 
 
 @pytest.mark.parametrize(
-    ("method", "of_layer"),
+    ("method", "expected_count"),
     [
         ("adalora-8", lambda n, m: 12 * (n + m + 1)),
         ("shira-8", lambda n, m: 8 * (n + m)),
@@ -57,9 +57,9 @@ def test_the_parameter_count_of_vit_b_is_as_published(method, count):
         ("boft-4", lambda n, m: n * 4 + m),
     ],
 )
-def test_the_parameter_count_per_layer_is_as_published(method, of_layer, make_model):
+def test_the_parameter_count_per_layer_is_as_published(method, expected_count, make_model):
     model = make_model()
     shapes = [(m.in_features, m.out_features) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)][:-1]
     model = build_method(method, model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert trained == sum(of_layer(n, m) for n, m in shapes) + 64 * 3 + 3
+    assert trained == sum(expected_count(n, m) for n, m in shapes) + 64 * 3 + 3

@@ -9,20 +9,20 @@ def trained(model):
 
 def test_the_last_blocks_the_norm_and_the_head_are_trained(make_model):
     model = build_method("partial-2", make_model())
-    wanted = ("blocks.4.", "blocks.5.", "norm.", "head.")
-    assert trained(model) == {n for n, _ in model.named_parameters() if n.startswith(wanted)}
+    expected = ("blocks.4.", "blocks.5.", "norm.", "head.")
+    assert trained(model) == {n for n, _ in model.named_parameters() if n.startswith(expected)}
 
 
 @pytest.mark.parametrize(
-    ("name", "wanted"),
+    ("name", "expected"),
     [
         ("test_convnext", ("stages.3.blocks.1.", "head.")),
         ("test_resnet", ("layer4.0.", "fc.")),
     ],
 )
-def test_it_works_on_other_architectures(name, wanted, make_model):
+def test_partial_tuning_supports_other_architectures(name, expected, make_model):
     model = build_method("partial", make_model(name))
-    assert trained(model) == {n for n, _ in model.named_parameters() if n.startswith(wanted)}
+    assert trained(model) == {n for n, _ in model.named_parameters() if n.startswith(expected)}
 
 
 def test_more_blocks_than_the_model_has_are_rejected(make_model):

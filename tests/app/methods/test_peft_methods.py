@@ -16,8 +16,8 @@ def test_options_are_the_fields_of_pefts_configuration(make_model):
 def test_sparse_methods_train_only_values(make_model):
     for method in ("shira-2", "supertuning"):
         model = build_method(method, make_model())
-        own = [p for n, p in model.named_parameters() if p.requires_grad and "head" not in n]
-        assert all(p.ndim == 1 and len(p) < 64 * 64 / 4 for p in own)
+        trained = [p for n, p in model.named_parameters() if p.requires_grad and "head" not in n]
+        assert all(p.ndim == 1 and len(p) < 64 * 64 / 4 for p in trained)
 
 
 def test_ln_tuning_only_changes_layer_normalizations(make_model):
@@ -27,7 +27,7 @@ def test_ln_tuning_only_changes_layer_normalizations(make_model):
     assert trained == {f"base_model.model.{name}" for name in names}
 
 
-def test_random_projections_come_from_their_seed_and_are_not_saved(make_model, images, tmp_path):
+def test_random_projections_are_recomputed_from_the_seed_and_not_saved(make_model, images, tmp_path):
     for method, saved in (("vera-8", False), ("randlora-8", False), ("randlora-8", True)):
         folder = tmp_path / f"{method}-{saved}"
         model = build_method(method, make_model(), **({"save_projection": True} if saved else {})).eval()

@@ -61,7 +61,7 @@ def test_options_reach_the_configuration():
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet"])
-def test_a_network_without_linear_layers_has_its_convolutions_adapted(name):
+def test_convolutions_are_adapted_in_networks_without_linear_layers(name):
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=3)
     layers = adaptable_layers(model, find_head(model))
@@ -78,7 +78,7 @@ def test_a_model_with_nothing_to_adapt_is_rejected():
         adaptable_layers(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), "1")
 
 
-def test_running_statistics_stay_as_pre_trained_except_in_full_fine_tuning():
+def test_running_statistics_are_frozen_except_in_full_fine_tuning():
     for method, moves in (("linear", False), ("lora-2", False), ("full", True)):
         torch.manual_seed(0)
         model = build_method(method, timm.create_model("test_resnet", num_classes=3)).train()
@@ -87,7 +87,7 @@ def test_running_statistics_stay_as_pre_trained_except_in_full_fine_tuning():
         assert any(not torch.equal(before[n], b) for n, b in model.named_buffers() if n in before) == moves
 
 
-def test_a_typo_in_the_name_gives_the_nearest_names():
+def test_a_typo_error_suggests_the_nearest_names():
     with pytest.raises(ValueError, match="got 'snela'; nearest: snella, snell"):
         build_method("snela", vit())
     with pytest.raises(ValueError, match=r"one of linear, bias, .*, lora-N, .*, got 'vpt-deap-5'; nearest: vpt-deep"):
@@ -101,7 +101,7 @@ def test_an_unsupported_rank_is_rejected():
         parse_method("lora-0")
 
 
-def test_two_different_ranks_are_rejected():
+def test_conflicting_ranks_are_rejected():
     with pytest.raises(ValueError, match="'lora-8' sets r to 8, but got r=4"):
         build_method("lora-8", vit(), r=4)
     assert build_method("lora-4", vit(), r=4).peft_config["default"].r == 4
@@ -130,11 +130,11 @@ def test_the_options_of_snella_are_the_fields_of_its_configuration():
     assert "peft_type" not in options and "modules_to_save" not in options
 
 
-def test_every_registered_method_has_a_name():
-    wanted = "linear bias full partial mlp vpt-shallow vpt-deep vqt adapter mosa ssf lora dora adalora snella snell"
+def test_the_registry_lists_these_methods():
+    core = "linear bias full partial mlp vpt-shallow vpt-deep vqt adapter mosa ssf lora dora adalora snella snell"
     chosen = "snella-matched klora gps spt-lora spt-adapter fixed-mask noah"
     catalog = "shira supertuning fourierft randlora vera loha lokr boft hra delora ln_tuning"
-    assert {*wanted.split(), *chosen.split(), *catalog.split()} == set(method_names())
+    assert {*core.split(), *chosen.split(), *catalog.split()} == set(method_names())
 
 
 def test_a_name_of_several_words_keeps_its_hyphens():
@@ -151,7 +151,7 @@ def test_all_errors_of_the_options_are_reported_together():
 
 
 @pytest.mark.parametrize("kernel", ["mix_k", "p_linear", "linear"])
-def test_kernelized_lora_adds_the_merged_matrix_as_it_is(kernel):
+def test_kernelized_lora_adds_the_dense_update(kernel):
     model = build_method("klora-4", vit(), kernel=kernel, scaling=2.0)
     matrix = next(m for m in adapted_matrices(model) if m.name.endswith("fc1"))
     layer, weight = matrix.layer, matrix.layer.get_base_layer().weight
@@ -171,7 +171,7 @@ def test_kernelized_lora_adds_the_merged_matrix_as_it_is(kernel):
         SnellaConfig(sparsify_mode="none")
 
 
-def test_a_model_knows_its_method():
+def test_the_applied_method_is_stored_in_the_model():
     spec = spec_of(build_method("lora-4", vit()))
     assert (spec.name, spec.family, spec.options, spec.head) == ("lora-4", "lora", {"r": 4}, "head")
     with pytest.raises(ValueError, match="VisionTransformer was not created by build_method"):

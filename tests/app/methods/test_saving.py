@@ -49,7 +49,7 @@ def test_training_can_continue_after_loading(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["linear", "snella-2"])
-def test_no_flipped_bit_of_the_values_goes_unnoticed(method, tmp_path):
+def test_every_flipped_bit_of_the_values_is_detected(method, tmp_path):
     model = trained(method)
     save_trained(model, tmp_path)
     (path,) = tmp_path.glob("*.safetensors")
@@ -126,7 +126,7 @@ def test_a_truncated_file_names_the_incomplete_tensor(method, tmp_path):
         (b"\xff" * 40, "bytes, the file has 40"),
     ],
 )
-def test_other_content_is_reported_as_damage(content, message, tmp_path):
+def test_invalid_content_is_reported_as_damage(content, message, tmp_path):
     save_trained(trained("linear"), tmp_path)
     (tmp_path / "trainable.safetensors").write_bytes(content)
     with pytest.raises(AdapterFileError, match=message):
@@ -137,7 +137,7 @@ def test_appended_bytes_are_reported_as_damage(tmp_path):
     save_file({"a": torch.zeros(2)}, tmp_path / "x.safetensors")
     with (tmp_path / "x.safetensors").open("ab") as file:
         file.write(b"1234")
-    with pytest.raises(AdapterFileError, match=r"damaged: \d+ bytes, its header describes \d+"):
+    with pytest.raises(AdapterFileError, match=r"damaged: it has \d+ bytes, its header describes \d+"):
         read_header(tmp_path / "x.safetensors")
 
 
@@ -176,7 +176,7 @@ def test_many_missing_tensors_are_counted():
         check_fits(Path("x"), {}, {f"a{i}": [1] for i in range(10)})
 
 
-def test_equal_tensors_are_equal_files(tmp_path):
+def test_equal_tensors_are_saved_as_equal_files(tmp_path):
     model = trained("snella-2")
     for number in range(8):
         save_trained(model, tmp_path / str(number))

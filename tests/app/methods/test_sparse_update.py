@@ -31,16 +31,16 @@ def test_a_sparse_update_trains_only_the_selected_entries_and_merges_bit_for_bit
         sparse(x).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    learnt = sparse(x)
+    outputs = sparse(x)
     assert torch.equal(layer.weight, before)
     model = nn.Sequential(sparse)
     merge_sparse(model)
     assert model[0] is layer
-    assert torch.equal(layer(x), learnt)
+    assert torch.equal(layer(x), outputs)
     assert torch.nonzero((layer.weight - before).flatten()).flatten().tolist() == INDICES.tolist()
 
 
-def test_the_gradient_is_that_of_the_weight_at_the_chosen_entries(case):
+def test_the_gradient_equals_the_weight_gradient_at_the_selected_entries(case):
     layer, x = case
     sparse = SparseUpdate(layer, INDICES)
     layer.requires_grad_(False)
@@ -69,7 +69,7 @@ def test_direct_weight_access_returns_the_trained_weight(case):
         _ = sparse.no_such_thing
 
 
-def test_under_autocast_it_computes_in_half_precision_as_the_layer_does(case):
+def test_autocast_uses_half_precision_like_the_original_layer(case):
     layer, x = case
     sparse = SparseUpdate(layer.requires_grad_(False), INDICES)
     with torch.autocast("cpu", torch.bfloat16):
@@ -86,7 +86,7 @@ def test_positions_out_of_range_repeated_or_out_of_order_are_rejected(indices):
         SparseUpdate(nn.Linear(3, 4), torch.tensor(indices))
 
 
-def test_a_layer_with_a_forward_pass_of_its_own_is_rejected():
+def test_a_layer_with_a_custom_forward_pass_is_rejected():
     class Scaled(nn.Linear):
         def forward(self, x):
             return 2 * super().forward(x)

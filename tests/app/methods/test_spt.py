@@ -27,19 +27,19 @@ VALUES = [torch.tensor([9.0, 8.0, 1.0, 7.0]), torch.tensor([6.0, 0.0]), torch.te
 )
 def test_the_budget_follows_the_ranking(thresholds, budget, structured, chosen):
     costs = [3, 9, 9]
-    found = spend_budget(VALUES, costs, thresholds, budget)
-    assert found[0] == structured
-    assert [one.tolist() for one in found[1]] == chosen
-    assert sum(c for c, s in zip(costs, found[0], strict=True) if s) + sum(map(len, found[1])) == budget
+    selection = spend_budget(VALUES, costs, thresholds, budget)
+    assert selection[0] == structured
+    assert [indices.tolist() for indices in selection[1]] == chosen
+    assert sum(c for c, s in zip(costs, selection[0], strict=True) if s) + sum(map(len, selection[1])) == budget
 
 
-def test_more_than_all_groups_can_use_is_rejected():
+def test_a_budget_above_the_capacity_of_all_groups_is_rejected():
     with pytest.raises(ValueError, match=r"budget must be at most 8e-06 million .*, got 9e-06"):
         spend_budget(VALUES, [3, 9, 9], [1, 9, 9], 9)
 
 
 @pytest.mark.parametrize(("rows", "columns", "r"), [(6, 4, 2), (3, 5, 1)])
-def test_the_cost_of_a_module_is_its_parameters(rows, columns, r):
+def test_the_cost_of_a_module_is_its_parameter_count(rows, columns, r):
     assert LowRank.count(rows, columns, r) == sum(p.numel() for p in LowRank(rows, columns, r).parameters())
     assert OutputAdapter.count(rows, columns, r) == sum(p.numel() for p in OutputAdapter(rows, columns, r).parameters())
 
@@ -56,7 +56,7 @@ def test_the_trained_parameters_match_the_budget(method, budget, backbone, make_
         assert any(isinstance(module, LowRank | OutputAdapter) for module in model.modules())
 
 
-def test_the_default_is_0_4_million_on_a_vit_b_16():
+def test_the_default_budget_is_0_4_million_on_a_vit_b_16():
     class Backbone(nn.Module):
         def __init__(self):
             super().__init__()

@@ -24,7 +24,7 @@ def test_each_channel_is_scaled_and_shifted():
     torch.testing.assert_close(of_maps(maps).reshape(2, 3, 5).transpose(1, 2), ssf(x))
 
 
-def test_it_starts_near_the_identity_as_published():
+def test_initialization_is_near_the_identity_as_published():
     torch.manual_seed(0)
     ssf = ScaleShift(5000)
     assert ssf.scale.mean().item() == pytest.approx(1, abs=2e-3) and ssf.scale.std().item() == pytest.approx(
@@ -35,7 +35,7 @@ def test_it_starts_near_the_identity_as_published():
     )
 
 
-def test_it_follows_every_operation_but_the_head(make_model):
+def test_every_operation_except_the_head_is_scaled_and_shifted(make_model):
     model = build_method("ssf", make_model())
     places = {n.removesuffix(".ssf") for n, m in model.named_modules() if isinstance(m, ScaleShift)}
     inside = {
@@ -45,7 +45,7 @@ def test_it_follows_every_operation_but_the_head(make_model):
 
 
 @pytest.mark.parametrize("make_norm", [LayerNorm2d, partial(SamLayerNorm, data_format="channels_first")])
-def test_norms_of_feature_maps_are_followed_channel_by_channel(make_norm):
+def test_outputs_of_feature_map_norms_are_scaled_per_channel(make_norm):
     layers = nn.Sequential(nn.Conv2d(3, 4, 1), make_norm(4), nn.Flatten(), nn.Linear(4 * 5 * 6, 2))
     layers.num_classes = 2
     model = build_method("ssf", layers, head="3", init_std=0.3).eval()

@@ -48,18 +48,18 @@ def check(run_folder, method):
     return model
 
 
-def test_adaloras_ranks_fall_in_the_trainer(run):
+def test_adalora_reduces_ranks_in_the_trainer(run):
     folder = run("adalora-2", method_options={"orth_reg_weight": 10.0})
     model = check(folder, "adalora-2")
     history = folder.read_json("metrics.json")["history"]
     # near 10 √3 while the factors are small: only the training loss includes the penalty
     assert all(row["train_loss"] > 12 for row in history[1:]) and all(row["val_loss"] < 6 for row in history)
-    kept = [int((p != 0).sum()) for name, p in model.named_parameters() if "lora_E" in name]
+    adapter_ranks = [int((p != 0).sum()) for name, p in model.named_parameters() if "lora_E" in name]
     # the best of two epochs of two steps: the budget is reached after the second step
-    assert sum(kept) <= 2 * 24 + 8 and len(set(kept)) > 1
+    assert sum(adapter_ranks) <= 2 * 24 + 8 and len(set(adapter_ranks)) > 1
 
 
-def test_ranks_need_a_model_and_an_optimizer():
+def test_the_rank_schedule_requires_a_model_and_an_optimizer():
     with pytest.raises(RuntimeError, match="needs the Trainer's model and optimizer, got None and None"):
         ScheduleCallback(METHODS["adalora"].schedule).on_train_begin(None, None, None)
 

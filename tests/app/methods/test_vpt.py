@@ -49,7 +49,7 @@ def test_shallow_prompts_pass_through_all_blocks(make_model, images):
 
 @pytest.mark.parametrize("options", [{"global_pool": "avg"}, {"class_token": False, "global_pool": "avg"}])
 @pytest.mark.parametrize("method", ["vpt-shallow-2", "vpt-deep-2"])
-def test_pooling_over_patches_leaves_the_prompts_out(method, options, make_model, images):
+def test_pooling_over_patches_excludes_prompts(method, options, make_model, images):
     model = build_method(method, make_model(**options)).eval()
     prefix = 0 if "class_token" in options else 1
     assert model.forward_features(images).shape == (4, prefix + 4, 64)

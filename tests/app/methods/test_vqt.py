@@ -41,7 +41,7 @@ def test_the_backbone_saves_no_tensors_for_the_backward_pass(make_model, images)
     assert not any(hasattr(block.attn.qkv, "stored_output") for block in model.blocks)
 
 
-def test_normalized_parts_have_length_one(make_model, images):
+def test_normalized_parts_have_unit_norm(make_model, images):
     model = build_method("vqt", make_model(), normalize=True).eval()
     seen = []
     with torch.no_grad():

@@ -21,21 +21,21 @@ BACKBONES = {
 }
 
 SMALL = {"shira": "shira-2", "fourierft": "fourierft-20"}
-"""Where the default number is more than these backbones' matrices have."""
+"""Methods whose default number exceeds the size of these backbones' matrices."""
 
 
-def promised():
+def documented_support():
     """Return `(method, backbone, is_supported)` from the table."""
     text = (Path(__file__).parents[3] / "docs" / "methods.md").read_text()
     lines = [line for line in text.split("## Which backbones")[1].split("\n## ")[0].splitlines() if "| yes |" in line]
-    found = []
+    support = []
     for line in lines:
         names, _, transformers, convolutional = (cell.strip() for cell in line.strip("|").split("|"))
         for name in re.findall(r"`([^`]+)`", names):
             for method in [m for m in method_names() if re.fullmatch(name.replace("*", ".+"), m)]:
-                found += [(method, backbone, transformers == "yes") for backbone in ("swin", "convnext")]
-                found.append((method, "resnet", convolutional == "yes"))
-    return found
+                support += [(method, backbone, transformers == "yes") for backbone in ("swin", "convnext")]
+                support.append((method, "resnet", convolutional == "yes"))
+    return support
 
 
 def make(backbone):
@@ -43,11 +43,13 @@ def make(backbone):
     return BACKBONES[backbone]()
 
 
-def test_the_table_has_every_method():
-    assert {method for method, *_ in promised()} == set(method_names())
+def test_the_table_lists_every_method():
+    assert {method for method, *_ in documented_support()} == set(method_names())
 
 
-@pytest.mark.parametrize(("method", "backbone"), [(m, b) for m, b, works in promised() if works])
+@pytest.mark.parametrize(
+    ("method", "backbone"), [(m, b) for m, b, is_supported in documented_support() if is_supported]
+)
 def test_supported_backbones_train_and_reload(method, backbone, batches, images, train_steps, tmp_path):
     model = build_method(SMALL.get(method, method), make(backbone), batches=batches)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -62,7 +64,9 @@ def test_supported_backbones_train_and_reload(method, backbone, batches, images,
         assert torch.equal(load_trained(tmp_path, make(backbone))(images), outputs)
 
 
-@pytest.mark.parametrize(("method", "backbone"), [(m, b) for m, b, works in promised() if not works])
+@pytest.mark.parametrize(
+    ("method", "backbone"), [(m, b) for m, b, is_supported in documented_support() if not is_supported]
+)
 def test_unsupported_backbones_are_rejected_by_name(method, backbone, batches):
     with pytest.raises(ValueError, match=f"method '{method}' .*(SwinTransformer|ConvNeXt|ResNet)"):
         build_method(method, make(backbone), batches=batches)

@@ -19,17 +19,17 @@ COLUMNS = ("classification", "timm", "sam", "generators")
 SMALL = {"shira": "shira-2", "fourierft": "fourierft-20"}
 
 
-def promised(column):
+def documented_support(column):
     """Return `(method, is_supported)` from the table."""
     text = (Path(__file__).parents[3] / "docs" / "methods.md").read_text()
-    found = []
+    support = []
     for line in text.split("## Which tasks")[1].split("\n## ")[0].splitlines():
         if "| yes |" in line:
             names, *cells = (cell.strip() for cell in line.strip("|").split("|"))
             for name in re.findall(r"`([^`]+)`", names):
                 known = [m for m in method_names() if re.fullmatch(name.replace("*", ".+"), m)]
-                found += [(method, cells[COLUMNS.index(column)] == "yes") for method in known]
-    return found
+                support += [(method, cells[COLUMNS.index(column)] == "yes") for method in known]
+    return support
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +63,8 @@ def pairs():
     return SelectionData(lambda: batches, lambda: batches, task.loss)
 
 
-def test_the_table_has_every_method_and_all_classify():
-    assert {name for name, works in promised("classification") if works} == set(method_names())
+def test_the_table_lists_every_method_and_all_support_classification():
+    assert {name for name, is_supported in documented_support("classification") if is_supported} == set(method_names())
 
 
 TARGETS = {
@@ -99,9 +99,9 @@ def test_a_method_trains_on_other_targets(method, target):
 
 
 @pytest.mark.parametrize("column", ["timm", "sam"])
-@pytest.mark.parametrize("method", [method for method, works in promised("timm") if works])
+@pytest.mark.parametrize("method", [method for method, is_supported in documented_support("timm") if is_supported])
 def test_supported_methods_train_segmentation(method, column, make_segmenter, pairs, tmp_path):
-    assert dict(promised(column))[method]
+    assert dict(documented_support(column))[method]
     torch.manual_seed(0)
     model = build_method(SMALL.get(method, method), make_segmenter(column), head="decoder", batches=pairs).train()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -120,9 +120,9 @@ def test_supported_methods_train_segmentation(method, column, make_segmenter, pa
 
 
 @pytest.mark.parametrize("column", ["timm", "sam"])
-@pytest.mark.parametrize("method", [method for method, works in promised("timm") if not works])
-def test_unsupported_methods_are_rejected_in_one_line(method, column, make_segmenter, pairs):
-    assert not dict(promised(column))[method]
+@pytest.mark.parametrize("method", [method for method, is_supported in documented_support("timm") if not is_supported])
+def test_unsupported_methods_are_rejected_with_a_one_line_error(method, column, make_segmenter, pairs):
+    assert not dict(documented_support(column))[method]
     reason = (
         "its head 'decoder' must be a linear layer, got"
         if method == "mlp"
@@ -133,8 +133,8 @@ def test_unsupported_methods_are_rejected_in_one_line(method, column, make_segme
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("method", "works"), promised("generators"))
-def test_generators_and_language_models_support_the_tabled_methods(method, works, tmp_path):
+@pytest.mark.parametrize(("method", "is_supported"), documented_support("generators"))
+def test_generators_and_language_models_support_the_documented_methods(method, is_supported, tmp_path):
     configs = (
         lambda: DreamBoothConfig.from_flat(
             data="folder:x", pipeline="sd3", out="o", method=method, class_name="dog"
@@ -142,7 +142,7 @@ def test_generators_and_language_models_support_the_tabled_methods(method, works
         lambda: LanguageConfig.from_flat(data="x.json", model="llama", out="o", method=method).resolved(),
     )
     for make in configs:
-        if works:
+        if is_supported:
             assert make().optim.lr > 0
         else:
             with pytest.raises(ValueError, match=f"method must be .*, got '{method}'"):

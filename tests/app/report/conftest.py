@@ -1,4 +1,4 @@
-"""Run folders like those of training (12 blocks of 6 matrices, 10 epochs, cubic schedule)."""
+"""Synthetic run folders: 12 blocks of 6 matrices, 10 epochs, cubic schedule."""
 
 import json
 
@@ -87,7 +87,7 @@ class RunBuilder:
         return self
 
     def scores(self, classes, images=400):
-        """Scores that agree with a confusion matrix with most images on the diagonal."""
+        """Return scores consistent with a mostly diagonal confusion matrix."""
         n = len(classes)
         rows = []
         for i in range(n):
@@ -137,7 +137,7 @@ class RunBuilder:
         )
 
     def allocation(self, epochs=10, realloc=1, blocks=BLOCKS, best=-1):
-        """Cubic schedule; importances over several orders of magnitude, so that some matrices freeze.
+        """Write a cubic schedule with importances over several orders of magnitude, so that some matrices freeze.
 
         The saved adapter has the budgets of the allocation `best`.
         """
@@ -161,7 +161,7 @@ class RunBuilder:
         for t in range(total + 1):
             budget = int(bT + (1 - t / total) ** 3 * (b0 - bT))
             importance = 1e-7 * np.exp(2.5 * strength + self.random.normal(0, 0.25, len(matrices)) - t / total)
-            budgets = share_out(importance, [m["size"] for m in matrices], budget)
+            budgets = allocate_proportionally(importance, [m["size"] for m in matrices], budget)
             importance = np.where(np.array(budgets) == 0, 0.0, importance)
             names = [m["name"] for m in matrices]
             history.append(
@@ -233,13 +233,15 @@ class RunBuilder:
         return self
 
 
-def share_out(importance, caps, budget):
-    """Proportional shares under caps, with largest remainders."""
+def allocate_proportionally(importance, caps, budget):
+    """Return proportional shares up to the caps, rounded by largest remainders."""
     caps = np.array(caps, dtype=float)
     shares = np.zeros_like(caps)
-    while (left := budget - shares.sum()) > 0.5:
-        open_ = shares < caps
-        shares[open_] = np.minimum(shares[open_] + left * importance[open_] / importance[open_].sum(), caps[open_])
+    while (remaining := budget - shares.sum()) > 0.5:
+        is_open = shares < caps
+        shares[is_open] = np.minimum(
+            shares[is_open] + remaining * importance[is_open] / importance[is_open].sum(), caps[is_open]
+        )
     counts = np.floor(shares + 1e-6).astype(int)
     order = np.argsort(counts - shares)
     for k in order[: budget - counts.sum()]:
@@ -254,7 +256,7 @@ def run(tmp_path):
 
 
 def make_photo(index, size=300):
-    """Gray image with some structure, like a solar cell."""
+    """Return a structured gray image, similar to a solar cell."""
     y, x = np.mgrid[0:size, 0:size] / size
     wave = 120 + 60 * np.sin(12 * x + index) + 40 * np.cos(9 * y * (1 + index % 3))
     noise = np.random.default_rng(index).normal(0, 10, (size, size))

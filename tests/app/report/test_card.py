@@ -9,14 +9,14 @@ from markdown_it import MarkdownIt
 from snella_app.report.card import model_card
 
 
-def head_of(card):
+def metadata_of(card):
     """Return the metadata of a card."""
     return yaml.safe_load(card.split("---")[1])
 
 
 def test_a_card_has_metadata_and_a_results_table(run):
     card = model_card(run.finished().folder, "    snella predict RUN", name="solar cells")
-    head, test = head_of(card), run.read("metrics.json")["test"]
+    head, test = metadata_of(card), run.read("metrics.json")["test"]
     assert head["pipeline_tag"] == "image-classification" and head["tags"] == ["snella", "classification"]
     (entry,) = head["model-index"]
     measured = {m["type"]: m["value"] for result in entry["results"] for m in result["metrics"]}
@@ -28,23 +28,25 @@ def test_a_card_has_metadata_and_a_results_table(run):
 
 def test_the_license_is_left_to_the_user(run):
     card = model_card(run.finished().folder, "x")
-    assert "license" not in head_of(card)
+    assert "license" not in metadata_of(card)
     assert "\n# license: fill in" in card and "## License\n\nFill in" in card
 
 
 def test_missing_or_optimistic_results_are_noted(run):
     run.run_json()
-    assert "## Results" not in model_card(run.folder, "x") and "model-index" not in head_of(model_card(run.folder, "x"))
+    assert "## Results" not in model_card(run.folder, "x") and "model-index" not in metadata_of(
+        model_card(run.folder, "x")
+    )
     run.finished().change("metrics.json", selected_on="test", best_metric="test_accuracy")
     assert "these results are optimistic" in model_card(run.folder, "x")
 
 
 def test_the_base_model_has_its_hub_id(run):
     run.finished()
-    assert "base_model" not in head_of(model_card(run.folder, "x"))
+    assert "base_model" not in metadata_of(model_card(run.folder, "x"))
     backbone = {"name": "vit_base_patch16_224.augreg_in21k", "architecture": "vit_base_patch16_224", "pretrained": True}
     run.change("run.json", backbone=run.read("run.json")["backbone"] | backbone)
-    assert head_of(model_card(run.folder, "x"))["base_model"] == "timm/vit_base_patch16_224.augreg_in21k"
+    assert metadata_of(model_card(run.folder, "x"))["base_model"] == "timm/vit_base_patch16_224.augreg_in21k"
 
 
 def test_untrusted_text_is_escaped(run):

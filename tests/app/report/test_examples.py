@@ -35,21 +35,21 @@ def test_an_overlay_draws_outlines_and_keeps_the_background():
     assert np.array_equal(pixels[10, 15], color)  # the last pixel of the square, whose neighbor is the background
 
 
-def test_panels_have_one_size():
+def test_panels_have_equal_sizes():
     picture = overlay_panels(Image.new("RGB", (100, 50)), [np.zeros((5, 10)), np.ones((50, 100))])
     assert picture.size == (3 * 260 + 2 * 4, 130)
 
 
-def test_metrics_of_a_segmentation_are_read_with_gaps_as_nan(tmp_path):
+def test_null_segmentation_metrics_are_read_as_nan(tmp_path):
     scores = {"dice": 0.5, "iou": 0.4, "dice_pooled": 0.6, "iou_pooled": 0.45, "images": 3, "loss": 1}
     scores["per_class"] = [{"name": "background", "pixels": 9, "dice": None, "dice_pooled": 0.9, "iou_pooled": 0.8}]
     row = {"epoch": 1, "val_dice": 0.5, "val_iou": 0.4}
     metrics = {"trainable_parameters": 7, "best_metric": "val_dice", "history": [row], "val": scores}
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
-    found = read(Metrics, tmp_path)
-    assert isinstance(found.val, MaskScores) and found.test is None and found.history[0].val_dice == 0.5
-    assert math.isnan(found.val.per_class[0].dice) and math.isnan(found.val.dice_gps_foreground_only)
-    assert [value for _, value, _ in found.val.rows("test")][:2] == [
+    loaded = read(Metrics, tmp_path)
+    assert isinstance(loaded.val, MaskScores) and loaded.test is None and loaded.history[0].val_dice == 0.5
+    assert math.isnan(loaded.val.per_class[0].dice) and math.isnan(loaded.val.dice_gps_foreground_only)
+    assert [value for _, value, _ in loaded.val.rows("test")][:2] == [
         "50.0%",
         "40.0%",
     ]
@@ -58,7 +58,7 @@ def test_metrics_of_a_segmentation_are_read_with_gaps_as_nan(tmp_path):
     assert math.isnan(read(MaskPredictions, tmp_path).items[0].dice)
 
 
-def test_missing_metrics_are_rejected(tmp_path):
+def test_a_metric_of_the_wrong_type_is_rejected(tmp_path):
     metrics = {"trainable_parameters": 7, "val": {"dice": 0.5, "iou": "high"}}
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
     with pytest.raises(ValueError, match=r"'val.iou' must be a number, got str 'high'"):

@@ -30,7 +30,7 @@ def small_allocation(budgets, importance=None, total=2):
 
 @pytest.mark.parametrize("ending", [".svg", ".png"])
 def test_every_figure_is_written_as_svg_and_png(run, tmp_path, ending, monkeypatch):
-    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)  # another test can have imported it
+    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)  # another test may have imported it
     run.finished()
     allocation, metrics = read(Allocation, run.folder), read(Metrics, run.folder)
     budgets = allocation.history[-1].budgets
@@ -62,21 +62,21 @@ def test_an_unsupported_suffix_is_rejected(run, tmp_path):
         save_figure(figures.loss_curves(read(Metrics, run.folder)), tmp_path / "loss.jpg")
 
 
-def test_the_same_figure_gives_the_same_bytes(run):
+def test_equal_figures_are_written_as_equal_bytes(run):
     run.finished()
     metrics = read(Metrics, run.folder)
     first, second = (inline_svg(figures.loss_curves(metrics), "loss", "Loss") for _ in range(2))
     assert first == second
 
 
-def test_the_confusion_matrix_shows_every_count_but_zero_and_all_classes():
+def test_the_confusion_matrix_shows_all_nonzero_counts_and_all_classes():
     svg = inline_svg(figures.confusion_matrix([[31, 0], [7, 162]], ["cat", "dog"]), "c", "Confusion")
     shown = texts(svg)
     assert {"31", "7", "162", "cat", "dog"} <= set(shown)
     assert "0" not in shown
 
 
-def test_a_confusion_matrix_beyond_fifty_classes_has_no_numbers_and_fewer_names():
+def test_a_confusion_matrix_of_more_than_fifty_classes_has_no_counts_and_fewer_names():
     n = 120
     rows = [[900 + i if i == j else 0 for j in range(n)] for i in range(n)]
     shown = texts(inline_svg(figures.confusion_matrix(rows, [f"bird {i}" for i in range(n)]), "c", "C"))
@@ -85,12 +85,12 @@ def test_a_confusion_matrix_beyond_fifty_classes_has_no_numbers_and_fewer_names(
     assert 20 < len(names) < 2 * n
 
 
-def test_a_confusion_matrix_of_another_size_than_the_classes_is_rejected():
+def test_a_confusion_matrix_that_does_not_match_the_classes_is_rejected():
     with pytest.raises(ValueError, match=r"must be \[3, 3\] for 3 classes, got \[2, 2\]"):
         figures.confusion_matrix([[1, 0], [0, 1]], ["a", "b", "c"])
 
 
-def test_class_names_are_literal_and_stay_in_the_figure():
+def test_class_names_are_rendered_literally_and_inside_the_figure():
     names = ["$x^2$", "<script>alert(1)</script>", "--></svg>", "狗", "a\nb"]
     rows = [[1] * 5] * 5
     svg = inline_svg(figures.confusion_matrix(rows, names), "c", 'a "quoted" <b>')
@@ -120,7 +120,7 @@ def test_inline_figures_use_css_variables_and_unique_ids(run):
     assert all(link.removeprefix("#") in ids for link in links)
 
 
-def test_the_sparsity_map_marks_frozen_matrices_and_never_calls_a_trained_one_all_zero():
+def test_the_sparsity_map_shows_only_frozen_matrices_as_fully_sparse():
     matrices = [MatrixInfo(f"blocks.{d}.fc", "fc", d, (100, 100), 10_000, 10_000, 10_000) for d in range(4)]
     budgets = dict(zip((m.name for m in matrices), (0, 1, 2_500, 10_000), strict=True))
     shown = texts(inline_svg(allocation_figures.sparsity_map(matrices, budgets), "map", "Map"))
@@ -128,7 +128,7 @@ def test_the_sparsity_map_marks_frozen_matrices_and_never_calls_a_trained_one_al
     assert "100" not in shown
 
 
-def test_the_trend_is_the_line_of_least_squares_through_the_sparsity_of_the_blocks():
+def test_the_block_trend_is_the_least_squares_line():
     matrices = [
         MatrixInfo(f"blocks.{d}.{kind}", kind, d, (10, 10), 100, 100, 100) for d in (2, 10, 11) for kind in ("q", "k")
     ]
@@ -156,7 +156,7 @@ def test_budget_figures_support_a_single_allocation_and_underscores():
     assert "matrices" in texts(inline_svg(allocation_figures.frozen_curve(allocation, None), "f", "F"))
 
 
-def test_shares_of_many_blocks_name_only_the_first_and_the_last():
+def test_the_legend_of_many_blocks_lists_only_the_first_and_the_last():
     matrices = [MatrixInfo(f"blocks.{d}.fc", "fc", d, (10, 10), 100, 100, 100) for d in range(32)]
     budgets = {m.name: 50 for m in matrices}
     history = [AllocationStep(t, t, 2, 1600, budgets, {}) for t in range(3)]

@@ -31,16 +31,16 @@ def test_every_architecture_has_a_map_per_image(name, options):
     assert not np.allclose(heat[1], heat_maps(model, images[1:2], torch.tensor([0]))[0], atol=1e-2)
 
 
-def test_the_map_of_a_linear_readout_is_its_contribution_at_each_place():
+def test_the_map_of_a_linear_head_is_its_contribution_at_each_position():
     model = timm.create_model("test_resnet", num_classes=2).eval()
     images = torch.randn(2, 3, SIZE, SIZE)
     with torch.no_grad():
         features = model.forward_features(images)  # [2, c, 2, 2]
         weight = model.get_classifier().weight.detach()
-    wanted = torch.einsum("nchw,nc->nhw", features, weight[[0, 1]]).clamp_min(0)
-    wanted = wanted / wanted.amax((1, 2), keepdim=True).clamp_min(1e-12)
+    grid = torch.einsum("nchw,nc->nhw", features, weight[[0, 1]]).clamp_min(0)
+    grid = grid / grid.amax((1, 2), keepdim=True).clamp_min(1e-12)
     heat = heat_maps(model, images, torch.tensor([0, 1]))
-    expected = nn.functional.interpolate(wanted[:, None], (SIZE, SIZE), mode="bilinear", align_corners=False)[:, 0]
+    expected = nn.functional.interpolate(grid[:, None], (SIZE, SIZE), mode="bilinear", align_corners=False)[:, 0]
     assert np.allclose(heat, expected, atol=1e-5)
 
 
@@ -65,7 +65,7 @@ def test_maps_exclude_prompts_and_class_tokens(method):
 
 
 @pytest.mark.parametrize(("method", "pool"), [("snella-2", "token"), ("lora-2", "avg")])
-def test_the_roll_out_is_the_product_of_attentions_with_residuals(method, pool):
+def test_rollout_is_the_product_of_attentions_with_residuals(method, pool):
     torch.manual_seed(0)
     options = {"img_size": SIZE, "global_pool": pool}
     model = build_method(method, timm.create_model("test_vit", num_classes=3, **options)).eval()
@@ -96,8 +96,8 @@ def test_the_roll_out_is_the_product_of_attentions_with_residuals(method, pool):
     assert not any(block.attn.attn_drop._forward_pre_hooks for block in base.blocks)
 
 
-def test_unsupported_models_have_no_roll_out():
-    with pytest.raises(ValueError, match="attention roll-out needs a timm ViT, got ConvNeXt; use gradcam"):
+def test_unsupported_models_have_no_rollout():
+    with pytest.raises(ValueError, match="attention rollout needs a timm ViT, got ConvNeXt; use gradcam"):
         attention_rollout(timm.create_model("test_convnext", num_classes=2), torch.zeros(1, 3, SIZE, SIZE))
     model = build_method("vpt-deep-5", timm.create_model("test_vit", num_classes=3, img_size=SIZE)).eval()
     with pytest.raises(ValueError, match="a model with patch tokens only, got 5 prompt tokens from its method"):

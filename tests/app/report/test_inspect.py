@@ -36,7 +36,7 @@ def test_a_snella_run_shows_status_budgets_sparsity_frozen_matrices_and_sizes(ru
         assert words in text, words
 
 
-def test_the_summary_is_plain_and_its_numbers_agree_with_the_files(run):
+def test_the_summary_is_json_serializable_and_agrees_with_the_files(run):
     run.finished()
     summary = inspect_summary(run.folder)
     json.dumps(summary)
@@ -75,7 +75,7 @@ def test_budgets_of_a_real_adapter_map_to_matrix_names(tmp_path):
     assert adapter.parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def test_a_layer_inside_a_fused_one_keeps_its_own_budget(tmp_path):
+def test_a_layer_inside_a_fused_layer_has_a_separate_budget(tmp_path):
     (tmp_path / "adapter").mkdir()
     tensors = {
         "base_model.model.attn.snella_budget": torch.tensor([1, 2]),
@@ -86,7 +86,7 @@ def test_a_layer_inside_a_fused_one_keeps_its_own_budget(tmp_path):
     assert saved_budgets(read_adapter(tmp_path), matrices) == {"attn.q": 1, "attn.k": 2, "attn.out": 3}
 
 
-def test_counted_non_zeros_are_compared_with_the_budgets(run):
+def test_nonzero_counts_are_compared_with_the_budgets(run):
     run.finished()
     values = run.read("allocation.json")
     assert f"Non-zero entries: {values['history'][9]['budget']:,}, equal to the budget" in printed(run)
@@ -95,7 +95,7 @@ def test_counted_non_zeros_are_compared_with_the_budgets(run):
     assert "differ from the budget in 1 matrix: blocks.0.mlp.fc1" in printed(run)
 
 
-def test_a_method_without_budgets_shows_its_sizes_only(run):
+def test_a_method_without_budgets_shows_only_sizes(run):
     run.finished(method="lora")
     summary = inspect_summary(run.folder)
     assert summary["budgets"] is None
@@ -121,7 +121,7 @@ def test_a_missing_adapter_of_a_finished_run_is_an_error(run):
     assert "Non-zero entries" not in text
 
 
-def test_a_finished_run_without_its_results_is_rejected(run):
+def test_a_finished_run_without_results_is_rejected(run):
     run.finished()
     digests = {"metrics.json": sha256_of(run.folder / "metrics.json")}
     run.run_json(status="finished", files=digests)
@@ -177,7 +177,7 @@ def test_an_adapter_of_another_run_is_rejected(run):
         inspect_summary(run.folder)
 
 
-def test_a_method_with_its_own_file_is_read_from_it(run):
+def test_settings_are_read_from_method_json(run):
     run.finished(method="lora")
     folder = run.folder / "adapter"
     (folder / "adapter_model.safetensors").rename(folder / "trainable.safetensors")

@@ -77,7 +77,7 @@ def test_the_report_of_a_snella_run_has_all_sections_with_unique_ids(compared_re
     assert links == sections
 
 
-def test_the_report_says_what_was_trained_with_which_result(compared_report):
+def test_the_report_shows_data_method_and_results(compared_report):
     text = Page(compared_report.read_text(encoding="utf-8")).text
     accuracy = read(Metrics, compared_report.parent).test.accuracy
     for words in (
@@ -103,7 +103,7 @@ def test_a_short_count_has_the_exact_value_as_a_note(count, note):
     assert _count_fact("parameters", count)[2] == note
 
 
-def test_the_test_accuracy_is_the_main_number_and_what_was_trained_is_folded(compared_report):
+def test_test_accuracy_is_the_headline_and_method_details_are_collapsed(compared_report):
     page = compared_report.read_text(encoding="utf-8")
     results = page.partition('<section id="results">')[2].partition("</section>")[0]
     test = read(Metrics, compared_report.parent).test
@@ -126,7 +126,7 @@ def test_margins_are_labeled_as_95_percent(run):
     assert all(text.endswith("95% margin: ") for text in report.text.split("±")[:-1])
 
 
-def test_the_header_gives_the_split_once(run):
+def test_the_header_states_the_split_sizes_once(run):
     data = run.finished().read("run.json")["data"]
     run.change("run.json", data=data | {"description": "cells: 9 images; train 600 · test 400"})
     header = page(run).text.partition("Backbone")
@@ -143,7 +143,7 @@ def test_the_verdict_is_a_sentence_with_a_baseline(run):
     assert f"the most frequent class, gets {most}." in report.text and "no evidence" not in report.text
 
 
-def test_a_result_no_better_than_the_most_frequent_class_says_so(run):
+def test_a_result_within_the_margin_of_the_majority_baseline_is_no_evidence_of_learning(run):
     run.finished(classes=("cat", "dog"))
     test = run.read("metrics.json")["test"] | {"confusion": [[60, 0], [38, 2]], "accuracy": 0.62}
     run.change("metrics.json", test=test)
@@ -153,7 +153,7 @@ def test_a_result_no_better_than_the_most_frequent_class_says_so(run):
     )
 
 
-def test_a_result_far_below_the_most_frequent_class_is_not_called_within_the_margin(run):
+def test_a_result_far_below_the_majority_baseline_is_not_reported_as_within_the_margin(run):
     run.finished(classes=("cat", "dog"))
     test = run.read("metrics.json")["test"] | {"confusion": [[10, 90], [0, 10]], "accuracy": 20 / 110}
     run.change("metrics.json", test=test)
@@ -164,7 +164,7 @@ def test_a_result_far_below_the_most_frequent_class_is_not_called_within_the_mar
     assert "within the" not in text
 
 
-def test_unbalanced_classes_are_compared_by_balanced_accuracy(run):
+def test_imbalanced_classes_are_compared_by_balanced_accuracy(run):
     run.finished(classes=("defect", "ok"))
     test = run.read("metrics.json")["test"] | {"confusion": [[11, 9], [166, 1794]], "accuracy": 0.9116}
     run.change("metrics.json", test=test)
@@ -223,7 +223,7 @@ def test_the_report_shows_all_uses_of_a_run(run):
         ("segmentation", predictions_of_images.MaskPrediction),
     ],
 )
-def test_the_printed_uses_are_commands_and_attributes_that_exist(task, kind, tmp_path):
+def test_printed_commands_and_attributes_exist(task, kind, tmp_path):
     folder = tmp_path / "a run's folder"
     lines = [line for use in uses(folder, task) for block in use.blocks for line in block.splitlines()]
     commands = [parse(shlex.split(line)[1:]) for line in lines if line.startswith("snella ")]
@@ -245,7 +245,7 @@ def test_classes_are_sorted_by_recall_and_confusions_are_reported(run):
     assert text.index("dog confused with cat") < text.index("cat confused with dog")
 
 
-def test_the_report_of_a_method_without_budgets_leaves_their_sections_out(run):
+def test_a_method_without_budgets_has_no_budget_sections(run):
     report = page(run.finished(method="lora"))
     assert not {"sparsity", "budgets", "importance", "matrices"} & set(report.ids)
     assert "295,682" in report.text and "method" in report.ids
@@ -274,7 +274,7 @@ def test_the_report_of_an_unfinished_run_has_a_notice(run, status):
 def test_the_page_of_a_killed_run_does_not_reload(run, status, state):
     run.run_json(status=status)
     text = write_report(run.folder).read_text()
-    assert ('http-equiv="refresh"' in text) == ("written during training, at 20" in text) == (status == "running")
+    assert ('http-equiv="refresh"' in text) == ("This page was written at 20" in text) == (status == "running")
     text = write_report(run.folder, state="stopped").read_text()
     assert f'<span class="badge {state}">{state}</span>' in text and 'http-equiv="refresh"' not in text
     assert "Resume it with" in text and ("stopped without an error message" in text) == (state == "stopped")
@@ -286,7 +286,7 @@ def test_a_finished_run_without_metrics_is_rejected(run):
         write_report(run.folder)
 
 
-def test_an_interrupted_run_shows_the_budgets_it_reached(run):
+def test_an_interrupted_run_shows_its_current_budgets(run):
     run.finished(epochs=4, best=3).run_json(status="interrupted")
     assert {"notice", "method", "sparsity", "budgets"} <= set(page(run).ids)
 
@@ -306,7 +306,7 @@ def test_untrusted_text_is_escaped(run):
     )
     run.write("config.yaml", evil)
     report = page(run, lambda index: Image.new("RGB", (8, 8)))
-    assert [tag for tag, attrs in report.tags if tag == "script" or "onerror" in attrs] == ["script"]  # ours
+    assert [tag for tag, attrs in report.tags if tag == "script" or "onerror" in attrs] == ["script"]  # copy buttons
     assert all(attrs["src"].startswith("data:image/png;base64,") for tag, attrs in report.tags if tag == "img")
 
 
@@ -328,7 +328,7 @@ def test_images_and_tables_are_accessible(compared_report):
     assert all(after <= before + 1 for before, after in pairwise(headings))
 
 
-def test_twelve_wrong_and_twelve_right_images_are_shown_the_wrong_ones_first(compared_report):
+def test_twelve_wrong_images_are_shown_before_twelve_correct_ones(compared_report):
     report = Page(compared_report.read_text(encoding="utf-8"))
     assert sum(tag == "img" for tag, _ in report.tags) == 24
     sample_outputs = [attrs["class"] for _, attrs in report.tags if "verdict" in attrs.get("class", "")]
@@ -355,10 +355,10 @@ def test_the_most_confident_mistakes_come_first():
 
 
 def test_a_missing_image_is_reported_in_place(run):
-    def gone(index):
+    def read_removed(index):
         raise FileNotFoundError(f"cells/{index}.png was removed")
 
-    report = page(run.finished(method="lora"), gone)
+    report = page(run.finished(method="lora"), read_removed)
     assert "cannot be read: cells/" in report.text
     assert not [tag for tag, _ in report.tags if tag == "img"]
 
@@ -372,7 +372,7 @@ def test_images_come_from_a_mapping_or_a_function_or_are_missing():
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK", "I;16", "F"])
-def test_images_of_any_mode_become_png(mode):
+def test_images_of_any_mode_are_encoded_as_png(mode):
     uri, width, height = picture_uri(Image.new(mode, (28, 20)))
     assert (width, height) == (28, 20)
     assert uri.startswith("data:image/png;base64,iVBOR")
@@ -416,8 +416,8 @@ def test_numbers_are_formatted():
         (bytes_text(3.1 * 2**20), "3.10 MiB"),
         (plain_text({"a": [1.0, None, True], "b": {"c": float("nan")}}), "a: 1, –, yes, b: c: –"),
     ]
-    for got, wanted in spaced:
-        assert got.replace("\N{NO-BREAK SPACE}", " ") == wanted
+    for text, expected in spaced:
+        assert text.replace("\N{NO-BREAK SPACE}", " ") == expected
 
 
 def test_a_calibrated_run_shows_its_reliability_and_the_suggested_threshold(run):

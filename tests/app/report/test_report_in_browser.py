@@ -80,7 +80,7 @@ def test_names_are_escaped(browser, run):
     assert browser.complaints() == []
 
 
-def test_the_details_of_the_method_are_folded_and_a_link_to_them_opens_them(browser, compared_report):
+def test_method_details_are_collapsed_until_their_link_is_followed(browser, compared_report):
     browser.open(compared_report)
     shown = "document.querySelector('#sparsity').checkVisibility()"
     assert browser.evaluate(shown) is False
@@ -92,7 +92,7 @@ def test_the_details_of_the_method_are_folded_and_a_link_to_them_opens_them(brow
     assert browser.evaluate("document.querySelectorAll('#matrices tbody tr').length") == 72
 
 
-def test_every_block_of_code_has_a_button_that_copies_it(browser, compared_report):
+def test_every_code_block_has_a_copy_button(browser, compared_report):
     browser.open(compared_report)
     codes = browser.evaluate("[...document.querySelectorAll('#use pre')].map(pre => pre.textContent)")
     assert len(codes) == 7 and browser.evaluate("document.querySelectorAll('#use .code > button').length") == 7
@@ -116,7 +116,7 @@ def test_other_scripts_are_blocked(browser, compared_report, tmp_path):
 
 
 @pytest.mark.parametrize("width", [390, 1280])
-def test_the_main_number_is_larger_than_any_other_and_on_the_first_screen(browser, compared_report, width):
+def test_the_headline_score_has_the_largest_font_and_is_on_the_first_screen(browser, compared_report, width):
     browser.open(compared_report, width)
     sizes = browser.evaluate("""
         [...document.querySelectorAll('#results .value')].filter(e => e.checkVisibility())

@@ -18,7 +18,7 @@ from snella_app.report.allocation import adapter_step, arrange, epochs_of_alloca
 from snella_app.report.inspect import current_budgets
 
 
-def test_a_finished_run_is_read_with_all_its_values(run):
+def test_all_values_of_a_finished_run_are_read(run):
     run.finished().comparison()
     info, metrics, allocation = read(RunInfo, run.folder), read(Metrics, run.folder), read(Allocation, run.folder)
     assert (info.method, info.classes, info.is_finished) == ("snella", ["defective", "sound"], True)
@@ -36,13 +36,13 @@ def test_a_finished_run_is_read_with_all_its_values(run):
     ("correct", "count", "ends"),
     [(27, 52, (0.387, 0.649)), (52, 52, (0.931, 1.0)), (0, 10, (0.0, 0.278)), (394, 400, (0.968, 0.993))],
 )
-def test_the_margin_of_an_accuracy_reaches_the_farther_end_of_wilsons_interval(correct, count, ends):
+def test_the_accuracy_margin_covers_the_farther_end_of_wilsons_interval(correct, count, ends):
     scores = Scores(correct / count, confusion=[[correct, count - correct], [0, 0]])
     assert scores.images == count
     assert scores.margin == pytest.approx(max(abs(end - scores.accuracy) for end in ends), abs=6e-4)
 
 
-def test_accuracies_have_the_same_kind_of_margin_and_none_without_images():
+def test_both_accuracies_have_95_percent_margins_unless_there_are_no_images():
     scores = Scores(0.75, 0.75, confusion=[[30, 10], [10, 30]])
     (_, _, accuracy), (_, _, balanced) = scores.rows("test")
     assert accuracy.replace("\N{NO-BREAK SPACE}", " ") == "95% margin: ±10.5 points, 80 images"
@@ -50,7 +50,7 @@ def test_accuracies_have_the_same_kind_of_margin_and_none_without_images():
     assert [note for _, _, note in Scores(0.75, 0.75).rows("test")] == ["", "mean over classes"]
 
 
-def test_errors_of_numbers_with_different_units_are_not_averaged():
+def test_errors_of_targets_with_different_units_are_not_averaged():
     several = [NumberScores("age", mae=4.0, rmse=5.0, r2=0.5), NumberScores("weight", mae=900.0, rmse=1000.0, r2=-0.98)]
     scores = RegressionScores(mae=452.0, rmse=502.5, r2=-0.24, images=60, per_target=several)
     rows = scores.rows("test")
@@ -164,7 +164,7 @@ def test_values_that_were_not_measured_are_nan_or_none(run):
     assert metrics.test is None
 
 
-def test_the_adapters_allocation_is_that_of_its_epoch(run):
+def test_the_adapter_has_the_allocation_of_its_epoch(run):
     run.finished(best=4)
     allocation, metrics = read(Allocation, run.folder), read(Metrics, run.folder)
     assert adapter_step(allocation, metrics).t == 4
@@ -192,7 +192,7 @@ def test_the_allocation_defaults_to_the_last_one(run):
     assert adapter_step(allocation, None) is None
 
 
-def test_without_an_adapter_the_budgets_are_those_of_its_record(run):
+def test_without_an_adapter_the_budgets_come_from_allocation_json(run):
     run.finished()
     values = run.read("allocation.json")
     values["matrices"][5]["budget"] = 17

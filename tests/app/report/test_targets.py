@@ -19,7 +19,7 @@ NAMES = {
 
 
 class Images:
-    """Dataset attributes that predictions need."""
+    """Dataset stub with the attributes that predictions read."""
 
     def __init__(self, labels, targets):
         self.labels, self.names = labels, [f"image{row:03}.png" for row in range(len(targets))]
@@ -30,7 +30,7 @@ class Images:
 
 
 def write_run(folder, name):
-    """Finished run of a task with random outputs around the truth."""
+    """Write a finished run of a task with random outputs around the targets."""
     rng, classes = np.random.default_rng(0), NAMES[name]
     task = create_task(name, classes, mean=(40.0, 170.0), std=(20.0, 10.0), median=(38.0, 170.0))
     count = 60

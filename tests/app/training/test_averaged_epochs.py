@@ -7,7 +7,7 @@ from torch import nn
 
 from snella.matrices import adapted_matrices
 from snella_app.records import Metrics, read
-from snella_app.report.report import _kept_epoch
+from snella_app.report.report import _saved_epoch
 from snella_app.runs import load_run
 from snella_app.training.callbacks import EpochEnds
 from snella_app.training.checkpoints import CheckpointError
@@ -79,7 +79,7 @@ def test_swa_saves_the_mean_of_the_last_epochs_with_the_sparsity_asked_for(setti
     assert sum(matrix.budget for matrix in matrices) == total - round(0.9 * total)
     assert [matrix.nonzeros() for matrix in matrices] == [matrix.budget for matrix in matrices]
     assert "the average of epochs 2, 3, 4 is saved" in console.file.getvalue()
-    assert _kept_epoch(read(Metrics, run.path)) == (*("averaged epochs", "2, 3, 4", "(SWA over epochs 2 to 4 of 4)"),)
+    assert _saved_epoch(read(Metrics, run.path)) == (*("averaged epochs", "2, 3, 4", "(SWA over epochs 2 to 4 of 4)"),)
 
 
 def test_a_greedy_soup_is_the_best_that_taking_in_one_epoch_after_the_other_finds(settings, console, ends_of):
