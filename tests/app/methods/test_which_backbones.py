@@ -1,4 +1,4 @@
-"""The table "Which backbones" of docs/methods.md: supported pairs train, others are rejected."""
+"""The table "Supported backbones" of docs/methods.md: supported pairs train, others are rejected."""
 
 import re
 from pathlib import Path
@@ -27,7 +27,7 @@ SMALL = {"shira": "shira-2", "fourierft": "fourierft-20"}
 def promised():
     """Return `(method, backbone, is_supported)` from the table."""
     text = (Path(__file__).parents[3] / "docs" / "methods.md").read_text()
-    lines = [line for line in text.split("## Which backbones")[1].split("\n## ")[0].splitlines() if "| yes |" in line]
+    lines = [line for line in text.split("## Supported backbones")[1].split("\n## ")[0].splitlines() if "| yes |" in line]
     found = []
     for line in lines:
         names, _, transformers, convolutional = (cell.strip() for cell in line.strip("|").split("|"))
