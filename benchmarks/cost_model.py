@@ -22,6 +22,7 @@ from cost_wording import markdown_table
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from scipy.optimize import nnls
+from step_tables import put_between
 
 from snella_app.report.style import COLORS, CURVE, INK, add_legend, new_figure, save_figure
 from snella_app.training.cost_model import (
@@ -34,7 +35,7 @@ from snella_app.training.cost_model import (
     count_step,
 )
 from snella_app.training.machines import GPUS, Rates, gpu_rates, ratio_range
-from snella_lab.bench.rows import put_between, read_rows
+from snella_lab.bench.rows import read_rows
 
 FOLDER = Path(__file__).parent
 PAGE = FOLDER.parent / "docs" / "scale.md"

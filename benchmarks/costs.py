@@ -12,11 +12,12 @@ from cost_wording import flop_text, markdown_table, memory_text, notes_text, tim
 from counted_step import CountedStep
 from paper_models import METHOD, SAM_NAMES, classifier, llama_7b, sam, sd3_medium
 from row_speed import BACKBONE, RowSpeed, has_gpu_rows, row_speed
+from step_tables import put_between
 from workloads import Workload, final_run, one_method, seconds, training
 
 from snella_app.data.benchmarks import FGVC_DATASETS
 from snella_app.files import write_text
-from snella_lab.bench.rows import put_between, read_rows
+from snella_lab.bench.rows import read_rows
 from snella_lab.comparison.experiment_files import read_experiment
 from snella_lab.recipes.dreambooth.config import DreamBoothConfig
 from snella_lab.recipes.instruct.config import LanguageConfig

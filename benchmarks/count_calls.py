@@ -54,14 +54,15 @@ class Calls:
 
 
 def count_calls(function: Callable[[], object]) -> Calls:
-    """Call `function` and count its Python calls with `sys.setprofile`."""
-    calls, last = Calls(), ""
+    """Call `function` and count its Python calls with `sys.setprofile`, without the call of `function`."""
+    calls, last, skipped = Calls(), "", getattr(function, "__code__", None)
 
     def profile(frame: FrameType, event: str, argument: object) -> None:
         nonlocal last
         code: CodeType = frame.f_code
         # skip code without a file, e.g. a generated `__init__`
-        if event != "call" or code.co_filename.startswith("<") or code.co_filename == KERNELS:
+        is_counted = code is not skipped and not code.co_filename.startswith("<") and code.co_filename != KERNELS
+        if event != "call" or not is_counted:
             return
         calls.by_file[code.co_filename] += 1
         calls.switches += code.co_filename != last
@@ -100,7 +101,10 @@ class _FirstStepError(Exception):
 
 
 def functions_before_first_step(config: TrainConfig) -> dict[str, set[str]]:
-    """Start a training run and return the project functions called before its first step, by source file."""
+    """Start a training run and return the project code called before its first step, by source file.
+
+    Names such as `train.<locals>.<listcomp>` are comprehensions, generator expressions, lambdas and modules.
+    """
     entered: dict[str, set[str]] = {}
 
     def profile(frame: FrameType, event: str, argument: object) -> None:
@@ -109,6 +113,7 @@ def functions_before_first_step(config: TrainConfig) -> dict[str, set[str]]:
             entered.setdefault(code.co_filename, set()).add(code.co_qualname)
 
     def stop(*_: object) -> None:
+        sys.setprofile(None)  # not the error handling after the step
         raise _FirstStepError
 
     console = make_console(file=io.StringIO())
@@ -206,7 +211,16 @@ def main() -> None:
             print(f"  {count:4} {Path(file).relative_to(PROJECT)}")
     with tempfile.TemporaryDirectory() as folder:
         entered = functions_before_first_step(small_training(str(Path(folder, "run"))))
-    print(f"before the first step: {sum(map(len, entered.values()))} functions in {len(entered)} files")
+    count = sum(map(len, entered.values()))
+    functions: Counter[str] = Counter()
+    for file, names in entered.items():
+        functions[str(Path(file).relative_to(PROJECT).parent)] += sum(not name.endswith(">") for name in names)
+    print(
+        f"before the first step: {count} in {len(entered)} files: {functions.total()} functions and "
+        f"{count - functions.total()} comprehensions, generator expressions, lambdas and modules; functions by package:"
+    )
+    for package, number in functions.most_common():
+        print(f"  {number:4} {package}")
     with tempfile.TemporaryDirectory() as folder, open(Path(folder, "log"), "w") as log:
         config, console = small_training(str(Path(folder, "run"))), make_console(file=log)
         receivers = functions_receiving(TrainConfig, lambda: train(config, console))

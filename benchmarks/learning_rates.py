@@ -42,7 +42,7 @@ from snella_app.training.callbacks import WeightAverage
 from snella_app.training.optimizer import build_optimizer
 from snella_app.training.results import matrices_of
 from snella_app.training.sampler import EpochSampler
-from snella_lab.comparison.cells import git_state, system_info
+from snella_lab.provenance import git_state, system_info
 
 HERE = Path(__file__).parent
 SUITE = HERE.parent / "experiments" / "bundled-suite.yaml"

@@ -8,6 +8,7 @@ from selective_checkpointing import PAGE as MEMORY_PAGE
 from selective_checkpointing import update_page as update_memory_page
 from step_memory import PAGE as SPEED_PAGE
 from step_memory import update_page
+from step_tables import update_document
 from suite_table import (
     FIGURES,
     GUIDE,
@@ -21,7 +22,7 @@ from suite_table import (
     update_twins,
 )
 
-from snella_lab.bench.rows import draw_figures, update_document
+from snella_lab.bench.rows import draw_figures
 
 if __name__ == "__main__":
     rows = ROOT / "benchmarks" / "results.jsonl"

@@ -31,6 +31,8 @@ from unittest.mock import patch
 
 import torch
 from model_rows import MethodRunner, Setting
+from single_operations import peak_bytes
+from step_tables import put_between
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
@@ -38,13 +40,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import snella.compat.compile  # noqa: F401, registers the layer's operator
-from snella.compat.graph import forward_in_graph
+from snella.compat.compile import forward_in_graph
 from snella.layer import SnellaLayer
 from snella.memory import recompute
 from snella.memory.compression import Layout, decode, encode
 from snella.memory.recompute import mark_outputs, unmark_outputs
-from snella_lab.bench.bench import peak_bytes, quartiles
-from snella_lab.bench.rows import append_rows, conditions, put_between, read_rows
+from snella_lab.bench.bench import quartiles
+from snella_lab.bench.rows import append_rows, conditions, read_rows
 
 ROWS = Path(__file__).with_suffix(".jsonl")
 PAGE = Path(__file__).parents[1] / "src" / "snella" / "memory" / "README.md"

@@ -18,11 +18,11 @@ from typing import Any
 
 import timm
 import torch
+from step_tables import put_between
 
 from snella_app.training.memory import predict_step_memory
-from snella_lab.bench import BASELINES
-from snella_lab.bench.baselines import NUM_CLASSES, Workload, random_batch
-from snella_lab.bench.rows import append_rows, conditions, put_between, read_rows
+from snella_lab.bench.baselines import BASELINES, NUM_CLASSES, Workload, random_batch
+from snella_lab.bench.rows import append_rows, conditions, read_rows
 
 ROWS = Path(__file__).parent / "step_memory.jsonl"
 PAGE = Path(__file__).parents[1] / "docs" / "speed.md"

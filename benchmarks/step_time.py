@@ -9,8 +9,10 @@ python benchmarks/step_time.py --grid              every backbone, batch, rank, 
 import argparse
 from pathlib import Path
 
+from single_operations import measure_competition, measure_matrix, measure_sampling
+
 from snella_app.console import make_console
-from snella_lab.bench import BenchConfig, bench, grid, measure_competition, measure_matrix, measure_sampling
+from snella_lab.bench.bench import BenchConfig, bench, grid
 from snella_lab.bench.rows import append_rows
 
 HERE = Path(__file__).parent

@@ -12,10 +12,11 @@ from pathlib import Path
 
 from interval_calibration import ROWS as CALIBRATION_ROWS
 from interval_calibration import table as calibration_table
+from step_tables import put_between
 
 from snella_app.records import CellRow
 from snella_app.report.style import save_figure, write_figure
-from snella_lab.bench.rows import put_between, read_rows
+from snella_lab.bench.rows import read_rows
 from snella_lab.comparison.experiment import Experiment
 from snella_lab.comparison.experiment_files import read_experiment
 from snella_lab.comparison.figures import forest, learning_rate_curves, pareto

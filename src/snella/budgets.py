@@ -67,8 +67,8 @@ def restore_budgets(layer: SnellaLayer, *_: Any) -> None:
 
 @contextmanager
 def buffers_off_meta(layer: SnellaLayer) -> Iterator[None]:
-    """Keep budgets, seals and supports in place if a move, e.g. by accelerate, sends them to the meta device."""
-    buffers = (layer.snella_budget, layer.snella_seal, layer.snella_support)
+    """Keep budgets and seals in place if a move, e.g. by accelerate, sends them to the meta device."""
+    buffers = (layer.snella_budget, layer.snella_seal)
     before = [(values, name, values[name]) for values in buffers for name in values]
     yield
     for values, name, buffer in before:

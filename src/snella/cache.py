@@ -90,7 +90,6 @@ class LayerCache:
         self._adapters: dict[str, AdapterState] = {}
         self._factor_values: dict[tuple[str, ...], Tensor] = {}
         self._budgets: dict[str, tuple[Tensor, int, int, tuple[int, ...]]] = {}
-        self._positions: dict[str, tuple[Tensor, Any, Tensor]] = {}
         self.release_effective_weight()
 
     def release_effective_weight(self) -> None:
@@ -151,17 +150,6 @@ class LayerCache:
         entry = self._sealed.get(name)
         is_known = entry is not None and entry[0] is budget and entry[2] is seal
         return is_known and budget._version != entry[1] and seal._version == entry[3]  # type: ignore[index]
-
-    def positions(self, name: str, packed: Tensor) -> Tensor:
-        """Return the positions of a fixed support; unpack them once per state of `packed`."""
-        fingerprint = compute_fingerprint([packed])
-        if fingerprint is None:
-            return unpack_positions(packed)
-        entry = self._positions.get(name)
-        if entry is None or entry[1] != fingerprint:
-            with torch.inference_mode(False), torch.no_grad():
-                entry = self._positions[name] = (packed, fingerprint, unpack_positions(packed))
-        return entry[2]
 
     def effective_weight(
         self, tensors: Sequence[Tensor], settings: tuple[Any, ...], compute: Callable[[], Tensor]
@@ -272,34 +260,3 @@ def _unwrap(arguments: Any, attribute: str | None = None) -> Any:
     if attribute is not None:
         return tree_map_only(EffectiveWeight, lambda weight: getattr(weight, attribute), arguments)
     return tree_map_only(EffectiveWeight, EffectiveWeight.value, arguments)
-
-
-def pack_positions(indices: Tensor, size: int) -> Tensor:
-    """Pack positions into a bit mask, lowest bit first: uint8 `[ceil(size / 8)]`.
-
-    Args:
-        indices: Positions of the ones, integer.
-        size: Number of entries.
-
-    Raises:
-        ValueError: If a position is out of range or repeated.
-    """
-    bits = torch.zeros(-(-size // 8) * 8, dtype=torch.uint8, device=indices.device)
-    positions = indices.long()
-    if len(positions) and not 0 <= int(positions.min()) <= int(positions.max()) < size:
-        raise ValueError(f"indices must be in [0, {size}), got {int(positions.min())} to {int(positions.max())}")
-    bits[positions] = 1
-    if int(bits.sum()) != len(positions):
-        raise ValueError(f"indices must be unique, got {len(positions)} indices, {int(bits.sum())} of them distinct")
-    return (bits.view(-1, 8) << _shifts(bits.device)).sum(1, dtype=torch.uint8)
-
-
-def unpack_positions(packed: Tensor) -> Tensor:
-    """Return the positions of the ones in ascending order, int32."""
-    bits = (packed[:, None] >> _shifts(packed.device)) & 1
-    return torch.nonzero(bits.view(-1)).flatten().int()
-
-
-def _shifts(device: torch.device) -> Tensor:
-    """Return the bit shifts in a byte, 0 to 7."""
-    return torch.arange(8, dtype=torch.uint8, device=device)

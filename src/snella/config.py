@@ -12,7 +12,8 @@ from typing import Any, Literal, Self, get_args
 import regex
 from huggingface_hub import hf_hub_download
 from peft import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
 from snella._text import did_you_mean
@@ -192,9 +193,6 @@ class SnellaConfig(PeftConfig):
             from a fraction `P` of the tokens, e.g. `"sample:1/2"` (see `snella.memory.sampling.sample_tokens`). Outputs
             and all other gradients stay exact. Convolutions, `impl="reference"` and weights that a model reads for
             anything but `F.linear` always use exact gradients.
-        fixed_support: Update only the entries set by `snella.fixed_support.set_support` (the paper's predefined mask)
-            instead of letting entries compete. The update is the merged matrix at these entries, without shrinkage.
-            Sparsities, schedule and allocation have no effect.
         impl: Implementation of the adapted layer: `"auto"`, `"triton"` (Triton kernels on a CUDA device), `"numba"`
             (Numba kernels on the CPU), `"eager"` or `"reference"`; see `snella.functional.adapted_linear`.
         init_weights: `True` draws small factors: the update of a ViT-B-sized weight starts near 5e-6, and narrow layers
@@ -253,7 +251,6 @@ class SnellaConfig(PeftConfig):
     recompute_inputs: bool = field(default=True, metadata={"help": "recompute inputs in the backward pass"})
     compress_activations: bool = field(default=False, metadata={"help": "store activations in int8"})
     weight_gradient: str = field(default="exact", metadata={"help": "exact, bfloat16, or sample:P of the tokens"})
-    fixed_support: bool = field(default=False, metadata={"help": "update only the entries set by set_support"})
     impl: str = field(default="auto", metadata={"help": "implementation of the adapted layer"})
     init_weights: bool = field(default=True, metadata={"help": "draw small factors"})
     unused_modules: list[str] | None = field(default=None, metadata={"help": "read-only: adapted but unused modules"})
@@ -344,6 +341,16 @@ class SnellaConfig(PeftConfig):
         if path.is_file():
             config.check_ranks(path)
         return config
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """Drop `fixed_support`, a field of earlier adapter files, which is always False in a supported adapter."""
+        if kwargs.pop("fixed_support", False):
+            raise ValueError(
+                "fixed_support=True is not supported, got an adapter with a predefined mask; train it again with the "
+                "method 'fixed-mask'"
+            )
+        return kwargs
 
     def check_ranks(self, path: Path) -> None:
         """Check the ranks against the factors in a file. Reads only the file's header.
@@ -451,11 +458,6 @@ class SnellaConfig(PeftConfig):
         interval = self.realloc_every
         if interval != "epoch" and not (isinstance(interval, int) and not isinstance(interval, bool) and interval >= 1):
             errors.append(f"realloc_every must be 'epoch' or a positive number of steps, got {interval!r}")
-        if self.fixed_support and (self.update_dropout or self.update_drop_path):
-            errors.append(
-                f"fixed_support=True requires update_dropout=0 and update_drop_path=0, got {self.update_dropout} and "
-                f"{self.update_drop_path}"
-            )
         groups = self.qkv_groups
         if not (groups == "auto" or isinstance(groups, dict) or (isinstance(groups, int) and groups >= 1)):
             errors.append(f"qkv_groups must be 'auto', a positive integer or a mapping, got {groups!r}")
@@ -500,6 +502,14 @@ class SnellaConfig(PeftConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             errors.append(f"layers_pattern requires layers_to_transform, got layers_pattern={self.layers_pattern!r}")
         return errors
+
+
+def read_config(folder: str | Path) -> PeftConfig:
+    """Read the configuration of an adapter of any method, without its tensors."""
+    settings = PeftConfig.from_json_file(str(Path(folder, CONFIG_NAME)))
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING.get(settings.get("peft_type"), PeftConfig)
+    config: PeftConfig = config_class.from_peft_type(**config_class.check_kwargs(**settings))
+    return config
 
 
 def _is_integer(value: Any) -> bool:
@@ -557,7 +567,6 @@ _FIELD_TYPES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
                 "cache_delta",
                 "recompute_inputs",
                 "compress_activations",
-                "fixed_support",
             ),
             *("init_weights", "ensure_weight_tying", "inference_mode", "match_update"),
         ),

@@ -8,73 +8,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from snella.autograd import LayerCall, RecomputeCache, add_updates, apply_updates
+from snella.autograd import adapted_layer, add_by_autograd, add_updates
 from snella.backends import choose_backend, get_backend
 from snella.backends.base import MergeCache
 from snella.kernels import make_kernel
-from snella.memory.origins import ORIGIN_ATTRIBUTE, origin_of
-from snella.sparsify import SparsifyMode, sparsify
-from snella.update import Factors, LayerOp, LazyWeight, LinearOp, Update, UpdateSpec
+from snella.sparsify import SparsifyMode
+from snella.update import Factors, LazyWeight, LinearOp, Update, UpdateSpec
 
-
-def adapted_layer(
-    x: Tensor,
-    weight: Tensor | LazyWeight | None,
-    bias: Tensor | None,
-    updates: Sequence[Update],
-    op: LayerOp,
-    *,
-    weight_shape: torch.Size | None = None,
-    cache_delta: bool = False,
-    recompute: RecomputeCache | None = None,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Apply a layer with sparse weight updates.
-
-        y = op(x, W0 + Σ_k scaling_k·S_k) + bias
-
-    Under autocast the input and the effective weight are cast to the autocast dtype. Updates are always merged in at
-    least float32.
-
-    Args:
-        x: Input of the layer.
-        weight: Frozen weight `W0`, `[m, …]`; `None` applies only the updates. Both passes materialize a `LazyWeight`,
-            and the op then computes in the dtype of `x`.
-        bias: `[m]` or `None`.
-        updates: Updates of this weight, each `[m, n]` with `n` the product of the weight's other axes. If one has
-            `backend="reference"` (differentiated by autograd), all must have it.
-        op: The layer's operation.
-        weight_shape: Shape of the weight if `weight` is `None`; defaults to `[m, n]`.
-        cache_delta: Save `ΔW` (with Numba kernels the effective weight) for the backward pass instead of rebuilding it.
-            Costs one more matrix in memory; results stay bit-identical. Ignored with `"reference"`.
-        recompute: Cache shared by the calls of one layer while its parameters do not change.
-
-    Returns:
-        The layer's output, in the dtype of `weight` or autocast (with a `LazyWeight` in the dtype of `x`), and the
-        thresholds `[G]` of each update.
-
-    Raises:
-        ValueError: If both `weight` and `updates` are missing.
-    """
-    if weight is None and not updates:
-        raise ValueError("adapted_layer requires a weight or at least one update, got neither")
-    if weight_shape is None:
-        if weight is None:
-            weight_shape = torch.Size((updates[0].factors.B.shape[0], updates[0].factors.A.shape[1]))
-        else:
-            weight_shape = weight.shape
-    input_sources, origin = origin_of(x) if hasattr(x, ORIGIN_ATTRIBUTE) else ((), None)
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    elif isinstance(weight, Tensor):
-        x = x.to(weight.dtype)
-    bias = bias if bias is None else bias.to(x.dtype)
-    if isinstance(weight, Tensor) and not updates:
-        return op(x, weight.to(x.dtype), bias), ()
-    if updates and updates[0].spec.backend == "reference":
-        return _reference_layer(x, weight, bias, updates, op, weight_shape)
-    lazy = weight if isinstance(weight, LazyWeight) else None
-    call = LayerCall(op, weight_shape, cache_delta, lazy, recompute, origin)
-    return apply_updates(x, None if isinstance(weight, LazyWeight) else weight, bias, updates, call, input_sources)
+__all__ = ["adapted_layer", "adapted_linear", "compute_effective_weight", "write_effective_weight"]
 
 
 def compute_effective_weight(
@@ -99,7 +40,7 @@ def compute_effective_weight(
     with torch.no_grad():
         if updates and updates[0].spec.backend == "reference":
             base = weight.materialize_wide() if isinstance(weight, LazyWeight) else weight
-            total, thresholds = _add_by_autograd(base, updates, weight_shape)
+            total, thresholds = add_by_autograd(base, updates, weight_shape)
             return total.to(dtype) if is_lazy else total, thresholds
         merged = [get_backend(update.spec.backend).merge(*update) for update in updates]
         base = weight.materialize() if isinstance(weight, LazyWeight) else weight
@@ -193,69 +134,3 @@ def adapted_linear(
     spec = replace(spec, backend=choose_backend(impl, spec, factors.A)[0])
     updates = [Update(spec, factors, budgets)]
     return adapted_layer(x, weight, bias, updates, LinearOp(), cache_delta=cache_delta)[0]
-
-
-def sparsify_update(update: Update) -> tuple[list[Tensor], Tensor]:
-    """Merge and sparsify every matrix of an update with differentiable torch operations.
-
-    Returns:
-        `G` tensors `[rows, n]` without `scaling`, and the thresholds `[G]`.
-    """
-    spec, factors, budgets, thresholds = update
-    deltas = [spec.merge_matrix(matrix) for matrix in spec.matrices(factors)]
-    if thresholds is None:
-        pairs = zip(deltas, budgets, strict=True)
-        thresholds = torch.stack([spec.find_threshold(delta, budget) for delta, budget in pairs])
-    return [sparsify(delta, thresholds[group], spec.mode) for group, delta in enumerate(deltas)], thresholds
-
-
-def effective_weight(weight: Tensor | None, updates: Sequence[Update], shape: torch.Size | None = None) -> Tensor:
-    """Return `W0 + Σ scaling·S`, differentiable by autograd with respect to all inputs; the reference implementation.
-
-    The sum is computed in the wider of the two dtypes and rounded once to the dtype of `weight`.
-
-    Args:
-        weight: Frozen weight, `[m, …]`, or `None` for the sum of the updates.
-        updates: Updates of this weight.
-        shape: Shape of the result if `weight` is `None`; defaults to `[m, n]`.
-
-    Returns:
-        Shape and dtype of `weight`; without a weight, `shape` and the dtype of the merged updates.
-
-    Raises:
-        ValueError: If both `weight` and `updates` are missing.
-    """
-    return _add_by_autograd(weight, updates, shape)[0]
-
-
-def _add_by_autograd(
-    weight: Tensor | None, updates: Sequence[Update], shape: torch.Size | None = None
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Return `effective_weight` and the thresholds of each update."""
-    total, all_thresholds = weight, []
-    for update in updates:
-        matrices, thresholds = sparsify_update(update)
-        delta = update.spec.scaling * torch.cat(matrices)
-        if total is None:
-            total = delta.reshape(shape) if shape is not None else delta
-        else:
-            total = total.to(torch.promote_types(total.dtype, delta.dtype)) + delta.reshape(total.shape)
-        all_thresholds.append(thresholds)
-    if total is None:
-        raise ValueError("effective_weight requires a weight or at least one update, got neither")
-    return total if weight is None else total.to(weight.dtype), tuple(all_thresholds)
-
-
-def _reference_layer(
-    x: Tensor,
-    weight: Tensor | LazyWeight | None,
-    bias: Tensor | None,
-    updates: Sequence[Update],
-    op: LayerOp,
-    weight_shape: torch.Size,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """`adapted_layer` by autograd, which saves the effective weight and every intermediate of the merge."""
-    base = weight.materialize_wide() if isinstance(weight, LazyWeight) else weight
-    with torch.autocast(x.device.type, enabled=False):
-        effective, thresholds = _add_by_autograd(base, updates, weight_shape)
-        return op(x, effective.to(x.dtype), bias), thresholds

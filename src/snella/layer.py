@@ -15,17 +15,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from snella.autograd import adapted_layer
 from snella.backends import choose_backend
 from snella.backends.base import MergeCache
 from snella.base_layer import check_weight, input_of_op, orient, product_dtype, unusable_weight
 from snella.budgets import buffers_off_meta, read_budgets, restore_budgets, seal_all_budgets, seal_budgets
 from snella.cache import AdapterState, EffectiveWeight, LayerCache, LiveBudgets
-from snella.compat.graph import forward_in_graph, weight_in_graph
+from snella.compat.compile import forward_in_graph, weight_in_graph
 from snella.compat.hooks import call_inside_hooks, hook_dicts, onloaded
 from snella.compat.quantization import find_quantization
 from snella.config import SnellaConfig
-from snella.fixed_support import apply_entries, fold_entries, learnable_entries
-from snella.functional import adapted_layer
 from snella.initialization import bound_first_update, init_factors
 from snella.memory.sampling import parse_weight_gradient
 from snella.merge import effective_weight, merge_updates, refresh_merged, sparse_updates, unmerge_updates
@@ -41,10 +40,9 @@ class UpdatePlan(NamedTuple):
 
     Args:
         names: Adapters whose updates are folded into the weight.
-        updates: Updates of these adapters with cached thresholds, except for `fixed`. In a compiled graph, `budgets`
-            is empty, because the graph reads the buffer.
+        updates: Updates of these adapters with cached thresholds. In a compiled graph, `budgets` is empty, because the
+            graph reads the buffer.
         states: Cached states that store the thresholds; empty in a compiled graph.
-        fixed: Names and updates of the adapters with a fixed support.
         branches: Adapters with dropout or drop-path on their update, which cannot be folded.
         cache_delta: True if an adapter sets `cache_delta`.
     """
@@ -52,7 +50,6 @@ class UpdatePlan(NamedTuple):
     names: list[str]
     updates: list[Update]
     states: list[AdapterState]
-    fixed: list[tuple[str, Update]]
     branches: list[str]
     cache_delta: bool
 
@@ -81,8 +78,8 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
     is_applied = False
     """True if a forward pass or a read of the weight has used an update since the layer was adapted."""
 
-    other_param_names = ("snella_budget", "snella_seal", "snella_support", "snella_config", "scaling", "row_counts")
-    saved_names = (*adapter_layer_names, "snella_budget", "snella_support")
+    other_param_names = ("snella_budget", "snella_seal", "snella_config", "scaling", "row_counts")
+    saved_names = (*adapter_layer_names, "snella_budget")
     """Parameters and buffers that an adapter file contains."""
 
     pads_input: Any = False
@@ -110,7 +107,6 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         self.snella_temperature = nn.ParameterDict({})
         self.snella_budget = BufferDict({}, persistent=True)
         self.snella_seal = BufferDict({}, persistent=False)
-        self.snella_support = BufferDict({}, persistent=True)
         self.snella_config: dict[str, SnellaConfig] = {}
         self.scaling: dict[str, float] = {}
         self.row_counts: dict[str, tuple[int, ...]] = {}
@@ -164,8 +160,6 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         if not names or self.quantization is not None:
             return weight
         if torch.compiler.is_compiling():
-            if any(name in self.snella_support for name in names):
-                return orient(base, torch.compiler.disable(_read)(self, names))
             return orient(base, weight_in_graph(self, names))
         refuse_tracing(self.module_name)
         is_linear = weight.ndim == 2 and not isinstance(base, Conv1D)
@@ -186,7 +180,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         """
         if not (self.training or in_graph):
             check_written(self, names)
-        folded, branches, updates, states, fixed, impls, cache_delta = [], [], [], [], [], {}, False
+        folded, branches, updates, states, impls, cache_delta = [], [], [], [], {}, False
         for name in names:
             config = self.snella_config[name]
             may_branch = with_branches and self.training and (config.update_dropout or config.update_drop_path)
@@ -201,9 +195,6 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
                 updates.append(Update(spec, factors, ()))
                 continue
             budgets = self.budgets(name)
-            if config.fixed_support:
-                fixed.append((name, Update(spec, factors, budgets)))
-                continue
             # Lightning sets `training` without `train()`, after swapping the factors through `.data`
             state = self._cache.adapter(name, factors, budgets, (spec.mode, self.training))
             updates.append(Update(spec, factors, budgets, state.thresholds))
@@ -211,7 +202,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
             impls[name] = config.impl
         if len(set(impls.values())) > 1:
             raise ValueError(f"impl must be the same in all active adapters, got {impls}")
-        return UpdatePlan(folded, updates, states, fixed, branches, cache_delta)
+        return UpdatePlan(folded, updates, states, branches, cache_delta)
 
     def _names_in_use(self) -> list[str]:
         """Return the active adapters, or none if disabled or merged. A disabled merged layer is unmerged first."""
@@ -332,11 +323,6 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter_name: tuple(frozen)}
         sizes = torch.tensor([rows * n for rows in row_counts])
         self.snella_budget[adapter_name] = sizes - (sizes * config.init_sparsity).long()
-        if adapter_name in self.snella_support:
-            del self.snella_support[adapter_name]
-        if config.fixed_support:
-            self.snella_support[adapter_name] = torch.zeros(-(-m * n // 8), dtype=torch.uint8)
-            self.snella_budget[adapter_name] = torch.zeros_like(sizes)
         self.seal_budgets(adapter_name)
         self.snella_config[adapter_name] = config
         self.scaling[adapter_name] = config.scaling
@@ -358,16 +344,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         self._cache.clear()
 
     def set_budget(self, adapter_name: str, budgets: Iterable[int]) -> None:
-        """Set the budget of each matrix, starting with the next forward pass.
-
-        Raises:
-            ValueError: If the adapter has a fixed support.
-        """
-        if adapter_name in self.snella_support:
-            raise ValueError(
-                f"adapter {adapter_name!r} has a fixed support of {list(self.budgets(adapter_name))} entries in "
-                f"{self.module_name!r}, so its budget cannot change; train it without a BudgetAllocator"
-            )
+        """Set the budget of each matrix, starting with the next forward pass."""
         buffer, integers = self.snella_budget[adapter_name], tuple(map(int, budgets))
         buffer.copy_(torch.tensor(integers, dtype=buffer.dtype))
         self._cache.clear()
@@ -394,13 +371,10 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
 
     def get_update(self, adapter_name: str) -> Update:
         """Return one adapter's update."""
-        plan = self._plan_updates([adapter_name])
-        return plan.fixed[0][1] if plan.fixed else plan.updates[0]
+        return self._plan_updates([adapter_name]).updates[0]
 
     def backend_name(self, adapter_name: str) -> str:
         """Return the backend of this adapter's update: `"eager"`, `"reference"`, `"numba"` or `"triton"`."""
-        if adapter_name in self.snella_support:
-            return "eager"
         return spec_of(self, adapter_name, self.snella_A[adapter_name]).backend
 
     def weight_name(self, name: str) -> str:
@@ -581,10 +555,7 @@ def _apply_learning(
     """Apply base layer and updates in one differentiable op; regularized updates are branches in training."""
     layer._cache.release_effective_weight()
     plan, op = layer._plan_updates(names, with_branches=True), layer._op()
-    if plan.fixed:
-        y = apply_entries(layer, x, weight, bias, *learnable_entries(layer, plan.names, plan.fixed))
-    else:
-        y = _apply_plan(plan, x, weight, bias, op, weight.shape)
+    y = _apply_plan(plan, x, weight, bias, op, weight.shape)
     if plan.branches:
 
         def apply(dropped: Tensor, name: str) -> Tensor:
@@ -645,8 +616,6 @@ def _read(layer: SnellaLayer, names: list[str]) -> Tensor:
     layer._cache.release_effective_weight()
     plan = layer._plan_updates(names)
     with torch.autocast(weight.device.type, enabled=False):
-        if plan.fixed:
-            return fold_entries(weight, *learnable_entries(layer, plan.names, plan.fixed))
         return _apply_plan(plan, weight.new_empty(0), weight, None, WeightOp(), weight.shape)
 
 
@@ -707,8 +676,6 @@ def update_specs(layer: SnellaLayer) -> None:
 
 def describe_backend(layer: SnellaLayer, adapter_name: str) -> str:
     """Describe the backend of an adapter's update and the reason for its choice."""
-    if adapter_name in layer.snella_support:
-        return "'eager' (for a fixed support)"
     A = layer.snella_A[adapter_name]
     spec = spec_of(layer, adapter_name, A)
     return f"{spec.backend!r} ({choose_backend(layer.snella_config[adapter_name].impl, spec, A)[1]})"
@@ -721,7 +688,7 @@ def _init_parameters(layer: SnellaLayer, adapter_name: str) -> None:
     if factors.A.is_meta:
         return
     init_factors(factors, rows, config.num_pieces, is_larger=not config.init_weights)
-    is_quadratic = config.sparsify_mode != "none" and not config.fixed_support
+    is_quadratic = config.sparsify_mode != "none"
     if config.init_weights and is_quadratic and factors.piece_coeff is not None:
         weight = layer._weight()
         weight = weight if isinstance(weight, Tensor) else weight.materialize()

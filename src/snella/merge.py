@@ -12,7 +12,6 @@ from torch import Tensor
 from snella.backends.base import MergeCache
 from snella.base_layer import check_weight, orient
 from snella.compat.quantization import Quantization, measure_requantization, report_requantization
-from snella.fixed_support import add_entries
 from snella.functional import compute_effective_weight, write_effective_weight
 from snella.update import LazyWeight
 
@@ -25,7 +24,6 @@ def effective_weight(
     layer: SnellaLayer,
     weight: Tensor | LazyWeight | None,
     adapter_names: list[str],
-    shape: torch.Size | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Return `W0 + Σ scaling·S` without gradient, bit-identical to the forward pass.
@@ -34,21 +32,10 @@ def effective_weight(
         layer: The layer.
         weight: `W0`, `[m, …]`, or `None` for the sum of the updates.
         adapter_names: Adapters whose updates are added.
-        shape: Shape of the result; defaults to the shape of the layer's weight.
         dtype: Dtype of the result if `weight` is a `LazyWeight`.
     """
-    shape = shape or layer._weight().shape
     plan = layer._plan_updates(adapter_names)
-    if plan.fixed:
-        total: Tensor | None = None
-        if plan.updates:
-            total, thresholds = compute_effective_weight(weight, plan.updates, shape)
-            plan.keep(thresholds)
-        elif weight is not None:
-            total = weight.materialize_wide() if isinstance(weight, LazyWeight) else weight
-        total = add_entries(layer, total, plan.fixed, shape)
-        return total.to(dtype) if isinstance(weight, LazyWeight) else total
-    total, thresholds = compute_effective_weight(weight, plan.updates, shape, dtype)
+    total, thresholds = compute_effective_weight(weight, plan.updates, layer._weight().shape, dtype)
     plan.keep(thresholds)
     return total
 
@@ -56,14 +43,11 @@ def effective_weight(
 def sparse_updates(layer: SnellaLayer, adapter_name: str) -> list[Tensor]:
     """Return `S` of each matrix of one adapter, `[rows, n]`, without `scaling` and gradient."""
     plan, shape = layer._plan_updates([adapter_name]), torch.Size((layer.out_features, layer.in_features))
-    if plan.fixed:
-        total = effective_weight(layer, None, [adapter_name], shape) / layer.scaling[adapter_name]
-    else:
-        (update,) = plan.updates
-        update = update._replace(spec=replace(update.spec, scaling=1.0))
-        total, thresholds = compute_effective_weight(None, [update], shape)
-        plan.keep(thresholds)
-    return [total[rows] for rows in layer.matrix_rows(adapter_name)]
+    (update,) = plan.updates
+    update = update._replace(spec=replace(update.spec, scaling=1.0))
+    total, thresholds = compute_effective_weight(None, [update], shape)
+    plan.keep(thresholds)
+    return [total[rows] for rows in update.spec.rows]
 
 
 @torch.no_grad()
@@ -112,7 +96,7 @@ def unmerge_updates(layer: SnellaLayer) -> None:
 def refresh_merged(layer: SnellaLayer, adapter_name: str, cache: MergeCache | None) -> None:
     """Rewrite a merged weight after an adapter has changed in place; see `SnellaLayer.refresh`."""
     names, original = list(layer.merged_adapters), layer._unmerged_weight
-    if original is None or len(names) > 1 or layer.snella_config[adapter_name].fixed_support:
+    if original is None or len(names) > 1:
         layer.unmerge()
         layer.merge(adapter_names=names)
         return

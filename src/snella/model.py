@@ -619,7 +619,7 @@ def _budget_and_target(layers: list[SnellaLayer], adapter_name: str) -> tuple[in
     budget = sum(sum(layer.budgets(adapter_name)) for layer in layers)
     config = layers[0].snella_config[adapter_name]
     size = sum(layer.out_features * layer.in_features for layer in layers)
-    is_constant = config.fixed_support or config.target_sparsity <= config.init_sparsity
+    is_constant = config.target_sparsity <= config.init_sparsity
     return budget, budget if is_constant else size - round(config.target_sparsity * size)
 
 

@@ -188,7 +188,7 @@ class StepMatcher:
     def _measure_slopes(layer: SnellaLayer, name: str) -> list[float]:
         """Return `κ` of each matrix."""
         config = layer.snella_config[name]
-        if config.sparsify_mode == "none" or config.fixed_support:
+        if config.sparsify_mode == "none":
             return [1.0] * len(layer.row_counts[name])
         return [2 * math.sqrt(float(S.abs().mean())) for S in layer.sparse_updates(name)]
 

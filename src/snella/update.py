@@ -108,8 +108,10 @@ class UpdateSpec:
 
     def merge_matrix(self, factors: MatrixFactors) -> Tensor:
         """Return `ΔW` of one matrix, `[rows, n]`, computed without autocast."""
-        with torch.autocast(factors.A.device.type, enabled=False):
-            return self.kernel.merge(*factors)
+        if torch.is_autocast_enabled(factors.A.device.type):
+            with torch.autocast(factors.A.device.type, enabled=False):
+                return self.kernel.merge(*factors)
+        return self.kernel.merge(*factors)
 
     def find_threshold(self, delta: Tensor, budget: int) -> Tensor:
         """Return the threshold of one merged matrix, 0-dim; entries above it in magnitude survive."""

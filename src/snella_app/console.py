@@ -106,14 +106,8 @@ def printable(text: str) -> str:
 
     File names can contain any of these. Line breaks and tabs are unchanged.
     """
-    return "".join(char if _is_harmless(char) else repr(char)[1:-1] for char in text)
-
-
-def _is_harmless(char: str) -> bool:
-    """Return whether a character is printable and has no side effect on a terminal."""
-    if char in "\n\t":
-        return True
-    return unicodedata.category(char) not in ("Cc", "Cs") and char not in _BIDI_CONTROLS
+    escaped = {char for char in text if unicodedata.category(char) in ("Cc", "Cs") or char in _BIDI_CONTROLS}
+    return text.translate({ord(char): repr(char)[1:-1] for char in escaped - {"\n", "\t"}})
 
 
 def print_line(console: Console, text: str) -> None:

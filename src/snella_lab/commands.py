@@ -1,12 +1,12 @@
 """Laboratory commands. Signatures and docstrings define the command line."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
 from snella_app.cli.command import Device, command, listed
-from snella_app.config import Config, Setting, TrainConfig
+from snella_lab.comparison.options import CompareOptions
 from snella_lab.recipes.dreambooth.config import DreamBoothConfig
 from snella_lab.recipes.instruct.config import LanguageConfig
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-@command("snella_lab.analysis", is_research=True)
+@command("snella_lab.analysis.plot", is_research=True)
 def plot(
     kind: Literal[
         "allocation",
@@ -85,7 +85,7 @@ def plot(
     import inspect
 
     from snella_app.console import make_console, print_line
-    from snella_lab.analysis import plot_function, write_plots
+    from snella_lab.analysis.plot import plot_function, write_plots
 
     function = plot_function(kind)
     options: dict[str, Any] = dict(by=by, matrix=matrix, data=data, split=split, limit=limit, seed=seed, device=device)
@@ -173,93 +173,6 @@ def _print_plots(console: "Console", paths: Iterable[Path]) -> None:
             print_line(console, str(path))
 
 
-@dataclass(frozen=True, kw_only=True)
-class CompareOptions(Config):
-    """Settings of `snella compare`; None keeps the experiment's value.
-
-    Args:
-        out: Comparison folder; an existing comparison is resumed.
-        experiment: YAML file or name of a bundled experiment; the options below override it.
-        methods: Methods to compare, e.g. linear,lora-8,snella-8.
-        data: Datasets, e.g. elpv,digits,folder:photos.
-        backbone: Pre-trained model, as for snella train.
-        seeds: Final runs per method and dataset; default 3.
-        tune_seeds: Seeds per tuning run; default 1.
-        lr_factors: Learning rate grid, as multiples of each method's default, e.g. 0.1,0.3,1,3,10.
-        weight_decays: Weight decay grid, tuned at the best learning rate, e.g. 0,0.1; none keeps the defaults.
-        extensions: Maximum number of grid extensions while the best value lies on the edge of the grid; default 2.
-        reference: Reference method for pairwise comparisons; defaults to the first LoRA.
-        forgetting: Datasets whose linear-probe accuracy measures forgetting, e.g. stamps,digits; none disables it.
-        task: classification, multilabel (compared by mean average precision), ordinal (by quadratic weighted kappa) or
-            regression (by R²).
-        monitor: Validation metric for epoch selection, as for snella train. balanced_accuracy, and macro_f1 for
-            multilabel, also become the comparison metric.
-        train: Other settings of all runs by flat name, entries of `shared`.
-        workers: Parallel runs, one process each; 0 runs everything in the current process.
-        threads: Threads per worker; defaults to an equal share of the CPUs.
-        ray: Run on Ray: the cluster at RAY_ADDRESS, or this machine.
-        gpus: GPUs per run on Ray, e.g. 0.25; defaults to an equal share of the cluster's GPUs.
-        run_limit: Maximum minutes per run; a run that takes longer is stopped and counts as failed.
-        emit: Write job scripts for a scheduler instead of training: slurm.
-        emit_to: Folder of the job scripts; default OUT/slurm.
-        part: Train one part and write no report, e.g. 0/8 for the first of eight parts; used by the job scripts.
-        retry_failed: Train failed runs again.
-        draw_only: Skip training; redraw the table and the HTML report from existing results.
-    """
-
-    shared: ClassVar[tuple[str, ...]] = (
-        *("epochs", "batch_size", "img_size", "train_size", "val_size", "test_size", "augment", "head_init", "ema"),
-        *("columns", "channels", "skip_corrupt", "weights", "pretrained", "device", "precision"),
-    )
-    """Settings of `TrainConfig` that are options; `workers` counts processes, not data loader workers."""
-
-    out: str
-    experiment: str | None = None
-    methods: str | None = None
-    data: str | None = None
-    backbone: str | None = None
-    seeds: int | None = None
-    tune_seeds: int | None = None
-    lr_factors: str | None = None
-    weight_decays: str | None = None
-    extensions: int | None = None
-    reference: str | None = None
-    forgetting: str | None = None
-    task: Literal["classification", "multilabel", "ordinal", "regression"] | None = None
-    monitor: str | None = None
-    train: dict[str, Any] = field(default_factory=dict)
-    workers: int = 1
-    threads: int | None = None
-    ray: bool = False
-    gpus: float | None = None
-    run_limit: float | None = None
-    emit: Literal["slurm"] | None = None
-    emit_to: str | None = None
-    part: str | None = None
-    retry_failed: bool = False
-    draw_only: bool = False
-
-    @classmethod
-    def command_options(cls) -> dict[str, Setting]:
-        """Return the options: the fields, with the shared settings of `TrainConfig` in place of `train`."""
-        settings: dict[str, Setting] = {}
-        for name, setting in cls.settings().items():
-            if name == "train":
-                known = TrainConfig.settings()
-                settings |= {
-                    name: replace(known[name], type=known[name].type | None, default=None) for name in cls.shared
-                }
-            else:
-                settings[name] = setting
-        return settings
-
-    @classmethod
-    def from_flat(cls, **settings: Any) -> Self:
-        """Create the settings from options; None leaves a shared setting out."""
-        train = {name: value for name in cls.shared if (value := settings.pop(name, None)) is not None}
-        return super().from_flat(**settings, train=train)
-
-
 @command("snella_lab.comparison.compare")
 def compare(options: CompareOptions) -> None:
     r"""Compare methods, tuned on the validation set and evaluated once on the test set.
@@ -275,25 +188,12 @@ def compare(options: CompareOptions) -> None:
     results.jsonl, with one row per run.
     """
     from snella_lab.comparison.compare import compare
-    from snella_lab.comparison.experiment_files import experiment_from_args, parse_part
+    from snella_lab.comparison.experiment_files import experiment_from_options
 
-    compare(
-        experiment_from_args(options.flat()),
-        options.out,
-        workers=options.workers,
-        threads=options.threads,
-        ray=options.ray,
-        gpus=options.gpus,
-        run_limit=options.run_limit,
-        part=parse_part(options.part),
-        emit=options.emit,
-        emit_to=options.emit_to,
-        retry_failed=options.retry_failed,
-        draw_only=options.draw_only,
-    )
+    compare(experiment_from_options(options), options.out, options.execution)
 
 
-@command("snella_lab.recipes.dreambooth", is_research=True)
+@command("snella_lab.recipes.dreambooth.train", is_research=True)
 def dreambooth(config: DreamBoothConfig) -> None:
     """Fine-tune Stable Diffusion 3 on a few images of one subject (DreamBooth).
 
@@ -303,7 +203,7 @@ def dreambooth(config: DreamBoothConfig) -> None:
 
     sd3-medium is a folder in diffusers format. The run folder receives the adapter, sample images and report.html.
     """
-    from snella_lab.recipes.dreambooth import personalize
+    from snella_lab.recipes.dreambooth.train import personalize
 
     personalize(config)
 
@@ -366,7 +266,7 @@ def generate(
     print_line(make_console(), f"{counted(len(images), 'image')}: {out}")
 
 
-@command("snella_lab.recipes.dreambooth", is_research=True)
+@command("snella_lab.recipes.dreambooth.evaluate", is_research=True)
 def evaluate_generation(
     run: str,
     /,
@@ -406,7 +306,7 @@ def evaluate_generation(
     """
     from snella_app.console import make_console
     from snella_app.files import write_json
-    from snella_lab.recipes.dreambooth import evaluate_generation
+    from snella_lab.recipes.dreambooth.evaluate import evaluate_generation
 
     result = evaluate_generation(
         run,
@@ -446,7 +346,7 @@ def doctor(*, steps: bool = True, out: str | None = None) -> None:
         raise SystemExit(1)
 
 
-@command("snella_lab.bench", is_research=True)
+@command("snella_lab.bench.bench", is_research=True)
 def bench(
     *,
     backbones: str = "vit_base_patch16_224",
@@ -485,9 +385,9 @@ def bench(
         out: JSON Lines file to append to.
         figures: Folder for figures of all rows in --out.
     """
-    from snella_lab.bench import BenchConfig
-    from snella_lab.bench import bench as run_bench
-    from snella_lab.bench import grid as run_grid
+    from snella_lab.bench.bench import BenchConfig
+    from snella_lab.bench.bench import bench as run_bench
+    from snella_lab.bench.bench import grid as run_grid
 
     if grid:
         run_bench(run_grid(device, out))
@@ -509,7 +409,7 @@ def bench(
     )
 
 
-@command("snella_lab.recipes.instruct", is_research=True)
+@command("snella_lab.recipes.instruct.train", is_research=True)
 def language(config: LanguageConfig) -> None:
     """Fine-tune a causal language model on instructions.
 
@@ -518,12 +418,12 @@ def language(config: LanguageConfig) -> None:
 
     commonsense_170k.json is a list of objects with the fields instruction, input, output and answer.
     """
-    from snella_lab.recipes.instruct import fine_tune
+    from snella_lab.recipes.instruct.train import fine_tune
 
     fine_tune(config)
 
 
-@command("snella_lab.recipes.instruct", is_research=True)
+@command("snella_lab.recipes.instruct.evaluate", is_research=True)
 def evaluate_language(
     run: str,
     /,
@@ -556,7 +456,7 @@ def evaluate_language(
         device: auto, or a torch device such as cpu, cuda:1 or mps.
     """
     from snella_app.console import make_console, make_table
-    from snella_lab.recipes.instruct import evaluate_language
+    from snella_lab.recipes.instruct.evaluate import evaluate_language
 
     result = evaluate_language(
         run,

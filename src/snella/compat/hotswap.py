@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -17,12 +16,12 @@ from torch import Tensor, nn
 from snella._text import listed
 from snella.backends.base import MergeCache
 from snella.compat.tokens import TokenAdapter
-from snella.config import SnellaConfig
+from snella.config import SnellaConfig, read_config
 from snella.layer import SnellaLayer
 
 _PREFIX = "base_model.model."
 _COMPILED = "_orig_mod."
-_MUST_MATCH = ("kernel", "num_pieces", "softmax_dim", "center_softmax", "sparsify_mode", "fixed_support")
+_MUST_MATCH = ("kernel", "num_pieces", "softmax_dim", "center_softmax", "sparsify_mode")
 """Fields that must match; the tensors' shapes cover ranks and row counts."""
 
 
@@ -60,7 +59,7 @@ class AdapterValues:
             raise FileNotFoundError(
                 f"{folder} must contain an adapter, i.e. {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME}"
             )
-        config = PeftConfig.from_pretrained(str(path))
+        config = read_config(path)
         if not isinstance(config, SnellaConfig):
             raise ValueError(
                 f"{folder} must contain a SNELLA adapter, got {type(config).__name__}; use PEFT's hotswap_adapter for "

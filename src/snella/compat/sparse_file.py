@@ -17,7 +17,6 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from snella._text import listed
-from snella.cache import pack_positions, unpack_positions
 
 FORMAT = "snella-sparse-1"
 ValueDtype = Literal["fp32", "bf16"]
@@ -299,6 +298,37 @@ def _decode_gaps(encoded: Tensor) -> Tensor:
         inside = starts + byte_index <= ends
         gaps[inside] |= (content[starts[inside] + byte_index].astype(np.int64) & 127) << 7 * byte_index
     return torch.from_numpy(np.cumsum(gaps + 1) - 1)
+
+
+def pack_positions(indices: Tensor, size: int) -> Tensor:
+    """Pack positions into a bit mask, lowest bit first: uint8 `[ceil(size / 8)]`.
+
+    Args:
+        indices: Positions of the ones, integer.
+        size: Number of entries.
+
+    Raises:
+        ValueError: If a position is out of range or repeated.
+    """
+    bits = torch.zeros(-(-size // 8) * 8, dtype=torch.uint8, device=indices.device)
+    positions = indices.long()
+    if len(positions) and not 0 <= int(positions.min()) <= int(positions.max()) < size:
+        raise ValueError(f"indices must be in [0, {size}), got {int(positions.min())} to {int(positions.max())}")
+    bits[positions] = 1
+    if int(bits.sum()) != len(positions):
+        raise ValueError(f"indices must be unique, got {len(positions)} indices, {int(bits.sum())} of them distinct")
+    return (bits.view(-1, 8) << _shifts(bits.device)).sum(1, dtype=torch.uint8)
+
+
+def unpack_positions(packed: Tensor) -> Tensor:
+    """Return the positions of the ones in ascending order, int32."""
+    bits = (packed[:, None] >> _shifts(packed.device)) & 1
+    return torch.nonzero(bits.view(-1)).flatten().int()
+
+
+def _shifts(device: torch.device) -> Tensor:
+    """Return the bit shifts in a byte, 0 to 7."""
+    return torch.arange(8, dtype=torch.uint8, device=device)
 
 
 _DECODERS = {"int32": lambda encoded: encoded, "gaps": _decode_gaps, "bitmap": unpack_positions}

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from functools import cache
 from importlib.metadata import version
@@ -133,7 +133,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, bool, dict[str, Any]]:
         words = _with_preset(name, words, preset) if name == "train" else words
         words = _expand_flags(options, words)
     try:
-        values = build_parser().parse_args(words)
+        values = build_parser([] if name is None else [name]).parse_args(words)
     except UsageError as error:
         raise UsageError(_rewrite_error(str(error), str(name), options, words)) from None
     settings = values[values.command].as_dict()
@@ -163,8 +163,12 @@ def call(name: str, settings: Mapping[str, Any]) -> Callable[[], None]:
     return lambda: function(*bound.args, **bound.kwargs)
 
 
-def build_parser() -> ArgumentParser:
-    """Build the parser of the program."""
+def build_parser(names: Iterable[str]) -> ArgumentParser:
+    """Build the parser of the program with the options of some commands.
+
+    Args:
+        names: Keys of `COMMANDS`.
+    """
     parser = _Parser(
         prog="snella",
         usage="snella [-h] [--debug] [--version] [--completion SHELL] COMMAND ...",
@@ -192,8 +196,8 @@ def build_parser() -> ArgumentParser:
         title="everyday commands",
         description=textwrap.dedent(_command_list(is_research=False)),
     )
-    for name, command in COMMANDS.items():
-        subcommands.add_subcommand(name, _command_parser(name, command.function))
+    for name in names:
+        subcommands.add_subcommand(name, _command_parser(name, COMMANDS[name].function))
     return parser
 
 

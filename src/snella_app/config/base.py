@@ -48,10 +48,16 @@ class Config:
     Attributes:
         flat_names: Flat names of fields that differ from the name of the field.
         order: Flat names in the order of help and files; the others follow.
+        minimums: Smallest value by field.
+        nonnegative: Fields that are finite and at least 0.
+        fractions: Fields in [0, 1).
     """
 
     flat_names: ClassVar[Mapping[str, str]] = {}
     order: ClassVar[tuple[str, ...]] = ()
+    minimums: ClassVar[Mapping[str, int]] = {}
+    nonnegative: ClassVar[tuple[str, ...]] = ()
+    fractions: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         """Check the fields, and report all errors together."""
@@ -116,32 +122,18 @@ class Config:
         return errors
 
     def errors(self) -> list[str]:
-        """Check the ranges of the fields and their combinations; parts have checked their own fields."""
-        return []
-
-    def minimum_errors(self, least: Mapping[str, int]) -> list[str]:
-        """Check fields against their minimum."""
-        return [
-            f"{name} must be at least {bound}, got {value}"
-            for name, bound in least.items()
-            if (value := getattr(self, name)) is not None and not isinstance(value, str) and value < bound
-        ]
-
-    def nonnegative_errors(self, names: Iterable[str]) -> list[str]:
-        """Check that fields are finite and not negative."""
-        return [
-            f"{name} must be at least 0 and finite, got {value}"
-            for name in names
-            if (value := getattr(self, name)) is not None and not 0.0 <= value < float("inf")
-        ]
-
-    def fraction_errors(self, names: Iterable[str]) -> list[str]:
-        """Check that fields are in [0, 1)."""
-        return [
-            f"{name} must be in [0, 1), got {value}"
-            for name in names
-            if not 0.0 <= (value := getattr(self, name)) < 1.0
-        ]
+        """Check the declared ranges; subclasses also check combinations. Parts have checked their own fields."""
+        errors = []
+        for name, least in self.minimums.items():
+            if isinstance(value := getattr(self, name), int) and value < least:
+                errors.append(f"{name} must be at least {least}, got {value}")
+        for name in self.fractions:
+            if not 0.0 <= (value := getattr(self, name)) < 1.0:
+                errors.append(f"{name} must be in [0, 1), got {value}")
+        for name in self.nonnegative:
+            if (value := getattr(self, name)) is not None and not 0.0 <= value < float("inf"):
+                errors.append(f"{name} must be at least 0 and finite, got {value}")
+        return errors
 
     @classmethod
     def _collect(cls, settings: Mapping[str, Any]) -> tuple[Self, list[str]]:

@@ -5,18 +5,6 @@ from typing import ClassVar, Literal
 
 from snella_app.config.base import Config
 
-_MINIMUMS = {
-    "train_size": 1,
-    "val_size": 1,
-    "test_size": 1,
-    "channels": 1,
-    "white": 1,
-    "folds": 2,
-    "fold": 1,
-    "workers": 0,
-    "test_seed": 0,
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Config):
@@ -69,6 +57,12 @@ class DataConfig(Config):
     """
 
     flat_names: ClassVar = {"spec": "data"}
+    minimums: ClassVar = {
+        **dict.fromkeys(("train_size", "val_size", "test_size", "channels", "white", "fold"), 1),
+        **{"folds": 2, "workers": 0, "test_seed": 0},
+    }
+    nonnegative: ClassVar = ("mixup", "cutmix")
+    fractions: ClassVar = ("test_fraction",)
 
     spec: str | None = None
     task: Literal["classification", "multilabel", "ordinal", "regression", "segmentation"] = "classification"
@@ -112,14 +106,15 @@ class DataConfig(Config):
 
     def errors(self) -> list[str]:
         """Check the fields and their combinations."""
-        errors = [*self.minimum_errors(_MINIMUMS), *self.fraction_errors(("test_fraction",))]
+        errors = super().errors()
         if self.tta not in ("auto", 1, 2):
             errors.append(f"tta must be 1, 2 or auto, got {self.tta}; snella predict --tta supports more views")
         if not 0.0 <= self.random_erasing <= 1.0:
             errors.append(f"random_erasing must be in [0, 1], got {self.random_erasing}")
         if not 0.0 < self.val_fraction < 1.0:
             errors.append(f"val_fraction must be in (0, 1), got {self.val_fraction}")
-        errors += [*self.nonnegative_errors(("mixup", "cutmix")), *self._mask_errors()]
+        if self.task == "segmentation":
+            errors += self._mask_errors()
         if self.channels not in (1, 3) and self.augment == "imagenet":
             errors.append(f"augment must be none, flip or crop for {self.channels} channels, got 'imagenet'")
         if self.fold is not None and (self.folds is None or self.fold > self.folds):
@@ -130,8 +125,6 @@ class DataConfig(Config):
 
     def _mask_errors(self) -> list[str]:
         """Check for settings that do not support masks."""
-        if self.task != "segmentation":
-            return []
         errors = [] if self.channels == 3 else [f"channels must be 3 with task 'segmentation', got {self.channels}"]
         given = {name: getattr(self, name) for name in ("mixup", "cutmix", "random_erasing")}
         errors += [f"{name} does not support masks, got {value}" for name, value in given.items() if value]

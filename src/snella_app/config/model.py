@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from snella_app.config.base import Config
 
@@ -24,6 +25,9 @@ class ModelConfig(Config):
             memory, about a third more time.
     """
 
+    minimums: ClassVar = {"img_size": 8}
+    fractions: ClassVar = ("drop_path",)
+
     backbone: str | None = None
     weights: str | None = None
     pretrained: bool = True
@@ -33,8 +37,8 @@ class ModelConfig(Config):
     grad_checkpointing: bool = False
 
     def errors(self) -> list[str]:
-        """Check the fields, and that the weight file exists."""
-        errors = [*self.minimum_errors({"img_size": 8}), *self.fraction_errors(("drop_path",))]
+        """Check the ranges, and that the weight file exists."""
+        errors = super().errors()
         if self.weights is not None and not Path(self.weights).exists():
             errors.append(f"weights must be an existing file, got {self.weights!r}")
         return errors

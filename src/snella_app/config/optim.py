@@ -4,7 +4,7 @@ import dataclasses
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import yaml
 
@@ -15,7 +15,6 @@ SCHEDULE_END = 0.7
 """Fraction of all epochs after which the budget reaches its target in runs with early stopping."""
 _CLASS_WEIGHTS = ("balanced", "none")
 _TIME = r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?"
-_MINIMUMS = {"epochs": 0, "swa": 2, "soup": 2, "early_stopping": 1, "batch_size": 1, "accumulate": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,14 +29,12 @@ class BaseOptimConfig(Config):
         max_grad_norm: Maximum norm for gradient clipping; 0 disables it.
     """
 
+    nonnegative: ClassVar[tuple[str, ...]] = ("lr", "scalar_lr", "weight_decay", "max_grad_norm")
+
     lr: float | None = None
     scalar_lr: float | None = None
     weight_decay: float | None = None
     max_grad_norm: float = 1.0
-
-    def errors(self) -> list[str]:
-        """Check that the fields are finite and not negative."""
-        return self.nonnegative_errors(("lr", "scalar_lr", "weight_decay", "max_grad_norm"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +83,10 @@ class OptimConfig(BaseOptimConfig):
             GPUs and CPUs that multiply bfloat16 matrices in hardware, fp32 otherwise. Evaluation and prediction use
             fp32.
     """
+
+    minimums: ClassVar = {"epochs": 0, "swa": 2, "soup": 2, "early_stopping": 1, "batch_size": 1, "accumulate": 1}
+    nonnegative: ClassVar = (*BaseOptimConfig.nonnegative, "head_lr", "min_lr")
+    fractions: ClassVar = ("warmup_ratio", "label_smoothing")
 
     epochs: int = 10
     time_budget: str | None = None
@@ -150,12 +151,11 @@ class OptimConfig(BaseOptimConfig):
 
     def errors(self) -> list[str]:
         """Check the fields and their combinations."""
-        errors = [*self.minimum_errors(_MINIMUMS), *self.fraction_errors(("warmup_ratio", "label_smoothing"))]
+        errors = super().errors()
         if self.ema is not None and not 0.0 < self.ema < 1.0:
             errors.append(f"ema must be in (0, 1), got {self.ema}; leave it out to disable it")
         if self.layer_decay is not None and not 0.0 < self.layer_decay <= 1.0:
             errors.append(f"layer_decay must be in (0, 1], got {self.layer_decay}; leave it out to disable it")
-        errors += [*super().errors(), *self.nonnegative_errors(("head_lr", "min_lr"))]
         if self.lr is not None and self.min_lr > self.lr:
             errors.append(f"min_lr must be at most lr, {self.lr}, got {self.min_lr}")
         try:

@@ -1,6 +1,7 @@
 """`RunConfig`: folder, seed and devices of a run."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from snella_app.config.base import Config
 
@@ -18,6 +19,8 @@ class BaseRunConfig(Config):
         progress: Show a progress bar on a terminal.
     """
 
+    minimums: ClassVar = {"seed": 0}
+
     out: str | None = None
     seed: int = 0
     device: str = "auto"
@@ -27,7 +30,7 @@ class BaseRunConfig(Config):
 
     def errors(self) -> list[str]:
         """Check that `resume` and `overwrite` are not both set, and that torch knows the device."""
-        errors = self.minimum_errors({"seed": 0})
+        errors = super().errors()
         if self.resume and self.overwrite:
             errors.append("resume and overwrite exclude each other, got both; leave one out")
         if self.device not in ("auto", "cpu", "cuda"):  # avoids importing torch

@@ -100,15 +100,16 @@ class TrainConfig(RunSettings):
 
     def errors(self) -> list[str]:
         """Check the settings that concern several parts, and need neither data nor model."""
-        is_started = self.run.resume or self.model.init_from is not None
-        return [
-            *self.missing_errors(is_started=is_started),
-            *self.method_errors(),
-            *self._task_errors(),
-            *self._protocol_errors(),
-            *self._start_errors(),
-            *self._shard_errors(),
-        ]
+        init_from = self.model.init_from
+        is_started = self.run.resume or init_from is not None
+        errors = [*self.missing_errors(is_started=is_started), *self.method_errors(), *self._task_errors()]
+        if self.data.protocol == "final":
+            errors += self._validation_errors()
+        if init_from is not None:
+            errors += self._start_errors(init_from)
+        if self.run.shard:
+            errors += self._shard_errors()
+        return errors
 
     def method_errors(self) -> list[str]:
         """Check the method; method 'auto' accepts no method-specific settings."""
@@ -145,12 +146,10 @@ class TrainConfig(RunSettings):
         error = None if optim.monitor is None else check_monitor(task, optim.monitor)
         return errors if error is None else [*errors, error]
 
-    def _protocol_errors(self) -> list[str]:
-        """Check settings that need validation images."""
+    def _validation_errors(self) -> list[str]:
+        """Check for settings that need validation images, with protocol `final`."""
         from snella_app.data.protocol import get_protocol
 
-        if self.data.protocol != "final":
-            return []
         errors, optim, summary = [], self.optim, get_protocol("final").summary
         if optim.early_stopping is not None:
             errors.append(
@@ -164,11 +163,9 @@ class TrainConfig(RunSettings):
             )
         return errors
 
-    def _start_errors(self) -> list[str]:
+    def _start_errors(self, init_from: str) -> list[str]:
         """Check the settings of a run that starts from another run."""
-        init_from, errors = self.model.init_from, []
-        if init_from is None:
-            return []
+        errors = []
         if self.optim.head_init == "probe":
             errors.append("head_init must not be probe with init_from, which loads a trained head; leave it out")
         if self.data.folds is not None and self.data.fold is None:
@@ -181,8 +178,6 @@ class TrainConfig(RunSettings):
         """Check for settings that sharding does not support."""
         from snella_app.methods import METHODS, parse_method
 
-        if not self.run.shard:
-            return []
         errors = []
         if self.optim.time_budget is not None:
             errors.append(

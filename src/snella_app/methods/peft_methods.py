@@ -109,7 +109,7 @@ def own_fields(config: type[PeftConfig]) -> tuple[str, ...]:
 _SNELL_OPTIONS = own_fields(SnellaConfig)
 _SPARSITY_OPTIONS = (
     *("target_sparsity", "init_sparsity", "sparsify_mode", "allocation", "schedule", "importance", "realloc_every"),
-    *("beta1", "beta2", "min_layer_share", "zero_init_ema", "fixed_support"),
+    *("beta1", "beta2", "min_layer_share", "zero_init_ema"),
 )
 
 

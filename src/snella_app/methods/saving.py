@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from snella.compat.sparse_file import tensors_bytes, tensors_digest
+from snella.config import read_config
 from snella_app.files import write_bytes
 from snella_app.methods.method import MethodSpec
 from snella_app.methods.model_parts import AdapterFileError
@@ -118,7 +119,7 @@ def _rebuild_adapter(folder: Path, backbone: nn.Module) -> nn.Module:
     """Inject the adapter of `folder` into `backbone` without loading its values."""
     _read_settings(folder / CONFIG_NAME)
     with without_harmless_warnings():
-        config = PeftConfig.from_pretrained(str(folder))
+        config = read_config(folder)
     config.inference_mode = False
     model = inject(backbone, config)
     method = folder / METHOD_FILE

@@ -37,7 +37,7 @@ from snella_app.text import bytes_text, percent_text, plain_text, seconds_text
 _REMEDY = "copy the adapter again, or train again with `--overwrite`"
 _FILES = ("adapter_model.safetensors", "trainable.safetensors")
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-_UNTRAINED = ("snella_budget", "snella_support", "positions")
+_UNTRAINED = ("snella_budget", "positions")
 _PART = re.compile(r"\.(?P<part>(?:snella|lora)_(?!embedding)\w+?)(?:\.weight|\.\d+)?$")
 
 

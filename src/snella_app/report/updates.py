@@ -14,8 +14,8 @@ from matplotlib.ticker import MaxNLocator
 from safetensors import safe_open
 from torch import Tensor
 
+from snella.autograd import sparsify_update
 from snella.config import SnellaConfig
-from snella.functional import sparsify_update
 from snella.update import Factors, Update, UpdateSpec
 from snella_app.records import MatrixInfo
 from snella_app.report.inspect import AdapterFile
@@ -39,7 +39,7 @@ def adapter_updates(adapter: AdapterFile, infos: Mapping[str, MatrixInfo]) -> Up
         adapter: Adapter file.
         infos: Matrices in `allocation.json` by name.
     """
-    if any(key.endswith(".snella_A") for key in adapter.shapes) and not adapter.config.get("fixed_support"):
+    if any(key.endswith(".snella_A") for key in adapter.shapes):
         return _snella_updates(adapter, infos)
     return _lora_updates(adapter) if _is_plain_lora(adapter) else None
 

@@ -359,9 +359,9 @@ class RunFolderOf(Generic[S]):
         self.remove_temporaries()
         if is_resumed:
             self.write_config(config)
+            self.checkpoints.mkdir(exist_ok=True)
         else:
             self.create(config)
-        self.checkpoints.mkdir(exist_ok=True)
 
     def create(self, config: S) -> None:
         """Start a run: write `config.yaml`, remove the old run, create the folders.

@@ -62,20 +62,18 @@ def changed_parts(data: DataInfo, splits: DataSplits, names: Collection[str] = P
     return [name for name, digest in contents_of(splits, set(names) & set(stored)).items() if digest != stored[name]]
 
 
-def check_splits(run: Path, data: DataInfo | None, splits: DataSplits, names: Collection[str] = PARTS) -> None:
+def check_splits(run: Path, data: DataInfo, splits: DataSplits, names: Collection[str] = PARTS) -> None:
     """Check that the images of a run have not changed since training.
 
     Args:
         run: Folder of the run, for the error message.
-        data: Data record of the run; no check if None.
+        data: Data record of the run.
         splits: Current splits from the settings of the run.
         names: Splits whose images are read and compared.
 
     Raises:
         ValueError: If the images differ; the message has both sizes and a remedy.
     """
-    if data is None:
-        return
     if not is_same_split(data, splits):
         then, now = _counts(data.sizes), _counts(split_sizes(splits))
         files = "the same number of other files" if then == now else now

@@ -286,7 +286,7 @@ def _collect_updates(model: nn.Module) -> dict[str, _Update]:
     inner: nn.Module = getattr(getattr(model, "base_model", None), "model", model)
     updates = {}
     for name, layer in inner.named_modules():
-        if isinstance(layer, SnellaLayer) and "default" not in layer.snella_support:
+        if isinstance(layer, SnellaLayer):
             update = layer.get_update("default")
             tensors: list[Any] = [None if tensor is None else tensor.detach() for tensor in update.factors]
             factors = Factors(*tensors)

@@ -253,7 +253,8 @@ def build(
     data_config = get_protocol(config.protocol).data_config(
         resolve_data_config(backbone, model.img_size), is_resized_whole=data.splits.is_resized_whole
     )
-    info = dataclasses.replace(info, architecture=architecture_name(backbone))
+    pretrained_config = getattr(backbone, "pretrained_cfg", None) or {}  # of timm models
+    info = dataclasses.replace(info, architecture=pretrained_config.get("architecture") or None)
     splits = _transformed(data, data_config)
     torch.manual_seed(seed)
     if resumed is not None and has_selection(resumed):
@@ -339,10 +340,3 @@ def resolve_data_config(model: nn.Module, img_size: int | None) -> dict[str, Any
 def read_side(data_config: Mapping[str, Any], images: ImageDataset) -> int | None:
     """Return the minimum shorter side of the images when read, for crops; None for images with masks."""
     return None if isinstance(images, MaskDataset) else _READ_MARGIN * int(data_config["input_size"][-1])
-
-
-def architecture_name(model: nn.Module) -> str | None:
-    """Return timm's name of the architecture; None for models from other libraries."""
-    config = getattr(model, "pretrained_cfg", None) or {}
-    name = config.get("architecture")
-    return str(name) if name else None

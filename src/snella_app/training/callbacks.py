@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ from snella_app.data.protocol import RunProtocol
 from snella_app.tasks import Task
 from snella_app.text import seconds_text
 from snella_app.training.checkpoints import CheckpointError, existing_file
+
+if TYPE_CHECKING:
+    from snella_app.training.trainer import SnellaTrainer
 
 _FILE, _ENDS_FILE = "ema.safetensors", "epoch_ends.safetensors"
 _ESTIMATE_STEPS, _ESTIMATE_S = 4, 20.0
@@ -282,24 +285,13 @@ class TrackingCallback(TrainerCallback):
     and the total update size. The Trainer logs the metrics of an epoch.
 
     Args:
+        trainer: Trainer that sends the values to its trackers.
         matrices: Adapted matrices; empty for methods without budgets.
-        allocation: Callback that owns the allocator; None without budgets.
         step_images: Images per step.
-
-    Attributes:
-        send: Logging function for values by name; set after the Trainer is created.
-        last_loss: Function that returns the loss of the latest step; set after the Trainer is created.
     """
 
-    def __init__(
-        self,
-        matrices: Sequence[AdaptedMatrix],
-        allocation: SnellaCallback | None,
-        step_images: int,
-    ) -> None:
-        self.matrices, self.allocation, self.step_images = matrices, allocation, step_images
-        self.send: Callable[[dict[str, float]], None] = lambda values: None
-        self.last_loss: Callable[[], float] = lambda: float("nan")
+    def __init__(self, trainer: "SnellaTrainer", matrices: Sequence[AdaptedMatrix], step_images: int) -> None:
+        self.trainer, self.matrices, self.step_images = trainer, matrices, step_images
         self._sent_at = (0, time.perf_counter())
 
     def on_train_begin(
@@ -314,14 +306,18 @@ class TrackingCallback(TrainerCallback):
         if state.global_step % _TRACKED_STEPS == 0:
             now = time.perf_counter()
             pace = self.step_images * (state.global_step - step) / max(now - then, 1e-9)
-            self.send({"loss": self.last_loss(), "images_per_s": pace})
+            self._send({"loss": self.trainer.last_loss, "images_per_s": pace})
             self._sent_at = (state.global_step, now)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Log the values of all matrices."""
-        allocator = None if self.allocation is None else self.allocation.allocator
+        allocator = self.trainer.allocator
         if self.matrices and allocator is not None:
-            self.send(self._measure(allocator.history[-1]["importance"]))
+            self._send(self._measure(allocator.history[-1]["importance"]))
+
+    def _send(self, values: dict[str, float]) -> None:
+        """Log values to all trackers."""
+        self.trainer.callback_handler.on_log(self.trainer.args, self.trainer.state, self.trainer.control, values)
 
     @torch.no_grad()
     def _measure(self, importance: Mapping[str, float]) -> dict[str, float]:

@@ -6,15 +6,13 @@ import contextlib
 import dataclasses
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 
-from snella_app.config import TrainConfig
 from snella_app.console import print_line
 from snella_app.data import ImageDataset
 from snella_app.data.protocol import RunProtocol
@@ -24,11 +22,9 @@ from snella_app.records import AveragedEpochs, EpochRow, FinalHead, Metrics, pla
 from snella_app.report.card import model_card
 from snella_app.report.report import write_report
 from snella_app.runs.calibrate import calibrate
-from snella_app.runs.folder import CARD, RunFolder
+from snella_app.runs.folder import CARD
 from snella_app.runs.layer_probe import LAYER_PROBE
 from snella_app.tasks import Task
-from snella_app.training.build import RunComponents
-from snella_app.training.callbacks import StepTimeCallback
 from snella_app.training.distributed import is_main, process_count, wait_for_others
 from snella_app.training.final_head import LayerFit, fit_layers, is_clearly_worse, measure_layers
 from snella_app.training.linear_probe import plain_images, probe_rows
@@ -41,6 +37,7 @@ from snella_app.training.results import (
     sparsity_summary,
     trainable_parameters,
 )
+from snella_app.training.session import Session
 from snella_app.training.sharding import is_sharded
 from snella_app.training.trainer import SnellaTrainer
 
@@ -51,32 +48,6 @@ merge RUN --out MODEL` merges the adapter into a plain model.
 _MOST_PREDICTIONS = 5_000  # predictions of a large test split take hundreds of megabytes
 Outputs = tuple[np.ndarray, np.ndarray]
 """Reduced outputs and targets of all images in a split."""
-
-
-@dataclass
-class Session:
-    """Training session.
-
-    Attributes:
-        plan: Settings without automatic fields.
-        run: Run folder.
-        parts: Data and model.
-        console: Output console for progress and results.
-        keep_checkpoints: If True, save a checkpoint after each epoch.
-        draw_report: If True, write the HTML report.
-        costs: Callback that measures step time and memory.
-    """
-
-    plan: TrainConfig
-    run: RunFolder
-    parts: RunComponents
-    console: Console
-    keep_checkpoints: bool = True
-    draw_report: bool = True
-    costs: StepTimeCallback = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.costs = StepTimeCallback(next(self.parts.model.parameters()).device)
 
 
 @dataclass

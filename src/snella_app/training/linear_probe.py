@@ -17,6 +17,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from snella_app.config import DataConfig, OptimConfig
 from snella_app.data import ImageDataset, build_transform, has_flips
+from snella_app.data.protocol import get_protocol
 from snella_app.methods import method_of, spec_of
 from snella_app.methods.model_parts import base_model
 from snella_app.runs.images import parts_of
@@ -156,6 +157,16 @@ def choose_head_start(parts: RunComponents, optim: OptimConfig, protocol: str) -
     if norm == "auto":
         norm = "running" if init == "probe" else "none"
     return dataclasses.replace(optim, head_init=init, head_norm=norm)
+
+
+def can_skip_training(optim: OptimConfig, protocol: str) -> bool:
+    """Return whether a run may have no epochs: its head starts as a linear probe and is evaluated on validation images.
+
+    Args:
+        optim: Settings with the start of the head chosen.
+        protocol: `DataConfig.protocol`.
+    """
+    return optim.head_init == "probe" and get_protocol(protocol).selected_on == "val"
 
 
 def choose_final_head(

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -111,13 +112,10 @@ def record_forward(model: nn.Module, images: Tensor) -> ForwardRecord:
     def unpack(_: None) -> Tensor:
         raise RuntimeError("record_forward does not support a backward pass, got one; run only the forward pass")
 
-    def noting(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def note(_: nn.Module, inputs: Any, output: Any) -> None:
-            passed = {t.data_ptr(): t.numel() * t.element_size() for t in (*_tensors(inputs), *_tensors(output))}
-            record.calls[name, seen[name]] = ModuleCall(record.kept - recomputed, sum(passed.values()))
-            seen[name] += 1
-
-        return note
+    def note(name: str, _: nn.Module, inputs: Any, output: Any) -> None:
+        passed = {t.data_ptr(): t.numel() * t.element_size() for t in (*_tensors(inputs), *_tensors(output))}
+        record.calls[name, seen[name]] = ModuleCall(record.kept - recomputed, sum(passed.values()))
+        seen[name] += 1
 
     def note_attention(inputs: tuple[Tensor, ...], output: Tensor) -> None:
         # decoding recreates the inputs and the output in the backward pass, in addition to the gradients
@@ -125,7 +123,7 @@ def record_forward(model: nn.Module, images: Tensor) -> ForwardRecord:
         record.calls[ATTENTION, seen[ATTENTION]] = ModuleCall(record.kept - recomputed, passed)
         seen[ATTENTION] += 1
 
-    handles = [module.register_forward_hook(noting(name)) for name, module in working_modules(model).items()]
+    handles = [module.register_forward_hook(partial(note, name)) for name, module in working_modules(model).items()]
     checkpoint = torch.utils.checkpoint.checkpoint
     try:
         torch.utils.checkpoint.checkpoint = compute_now
@@ -256,8 +254,11 @@ def predict_step_memory(
         device_type: Device type of the training, `"cpu"` or `"cuda"`, which determines temporary tensors; the model's
             if None.
     """
-    few, more = _two_passes(model, image_shape)
-    device_type = device_type or next(model.parameters()).device.type
+    first_parameter = next(model.parameters())
+    device, device_type = first_parameter.device, device_type or first_parameter.device.type
+    with torch.random.fork_rng([device] if first_parameter.is_cuda else []):
+        images = torch.randn(_MORE, *image_shape, device=device, dtype=first_parameter.dtype)
+    few, more = record_forward(model, images[:_FEW].clone()), record_forward(model, images)
     modules = working_modules(model)
     last_call = {name: (name, number) for name, number in few.calls}
     gradients_from: dict[Call, int] = {}
@@ -268,7 +269,9 @@ def predict_step_memory(
         gradients_from[call] = gradients
     gradients = _trained_bytes(model)
     kept = _on_line(few.kept, more.kept, batch_size)
-    step_temporary = _step_temporary(model, device_type)
+    # AdamW needs a denominator for all parameters on a GPU, else two tensors of the largest parameter
+    largest = max((_bytes([p]) for p in model.parameters() if p.requires_grad), default=0)
+    step_temporary = gradients if device_type == "cuda" else 2 * largest
     temporary, peak = step_temporary, max(kept, gradients + step_temporary)
     for call in few.calls.keys() & more.calls.keys():
         first, second = few.calls[call], more.calls[call]
@@ -276,17 +279,9 @@ def predict_step_memory(
         temporary = max(temporary, size)
         peak = max(peak, _on_line(first.kept, second.kept, batch_size) + gradients_from[call] + size)
     if not few.keeps_images:
-        peak += batch_size * math.prod(image_shape) * next(model.parameters()).element_size()
+        peak += batch_size * math.prod(image_shape) * first_parameter.element_size()
     weights = _bytes([*model.parameters(), *model.buffers()])
     return StepMemory(weights, gradients, 2 * gradients, kept, temporary, weights + 2 * gradients + peak)
-
-
-def _two_passes(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[ForwardRecord, ForwardRecord]:
-    """Record forward passes with `_FEW` and `_MORE` images."""
-    first = next(model.parameters())
-    with torch.random.fork_rng([first.device] if first.is_cuda else []):
-        images = torch.randn(_MORE, *image_shape, device=first.device, dtype=first.dtype)
-    return record_forward(model, images[:_FEW].clone()), record_forward(model, images)
 
 
 def _on_line(few: int, more: int, batch_size: int) -> int:
@@ -317,12 +312,6 @@ def _matrix_temporary(module: nn.Module | None, device_type: str) -> int:
             float32 += _EAGER_MATRICES * max(module.row_counts[name]) * module.in_features
         largest = max(largest, 4 * float32)
     return largest + entries * weight.element_size() if largest else 0
-
-
-def _step_temporary(model: nn.Module, device_type: str) -> int:
-    """Return AdamW's temporary bytes: a denominator for all parameters on a GPU, else two of the largest parameter."""
-    sizes = [_bytes([p]) for p in model.parameters() if p.requires_grad]
-    return sum(sizes) if device_type == "cuda" else 2 * max(sizes, default=0)
 
 
 def _trained_bytes(module: nn.Module) -> int:

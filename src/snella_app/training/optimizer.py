@@ -99,19 +99,19 @@ def build_optimizer(
     """
     head_lr = lr if head_lr is None else head_lr
     scalars = {} if scalar_lr is None else {"scalar_lr": scalar_lr}
-    optimizer = _grouped_optimizer(model, lr=lr, head_lr=head_lr, weight_decay=weight_decay, **scalars)
+    method = method_of(model)
+    if method is not None and method.optimizer is not None:
+        rates = {"lr": lr, "head_lr": head_lr, "weight_decay": weight_decay, **scalars}
+        optimizer = method.optimizer(model, torch.optim.AdamW, **rates)
+    else:
+        optimizer = torch.optim.AdamW(_parameter_groups(model, lr, head_lr, weight_decay))
     if layer_decay is not None:
         _decay_rates(optimizer, model, layer_decay)
     return optimizer
 
 
-def _grouped_optimizer(
-    model: nn.Module, *, lr: float, head_lr: float, weight_decay: float, **scalars: float
-) -> torch.optim.Optimizer:
-    """Build AdamW with the parameter groups of the model's method."""
-    method = method_of(model)
-    if method is not None and method.optimizer is not None:
-        return method.optimizer(model, torch.optim.AdamW, lr=lr, head_lr=head_lr, weight_decay=weight_decay, **scalars)
+def _parameter_groups(model: nn.Module, lr: float, head_lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Group the trainable parameters by head and matrices."""
     head = ("base_model.model." if isinstance(model, PeftModel) else "") + spec_of(model).head
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -119,12 +119,10 @@ def _grouped_optimizer(
             groups.setdefault((is_inside(name, head), parameter.ndim > 1), []).append(parameter)
     if not groups:
         raise ValueError(f"method {spec_of(model).name!r} has no trainable parameters in {type(model).__name__}")
-    return torch.optim.AdamW(
-        [
-            {"params": params, "lr": head_lr if in_head else lr, "weight_decay": weight_decay if is_matrix else 0.0}
-            for (in_head, is_matrix), params in sorted(groups.items(), key=lambda item: item[0])
-        ]
-    )
+    return [
+        {"params": params, "lr": head_lr if in_head else lr, "weight_decay": weight_decay if is_matrix else 0.0}
+        for (in_head, is_matrix), params in sorted(groups.items(), key=lambda item: item[0])
+    ]
 
 
 def _decay_rates(optimizer: Optimizer, model: nn.Module, decay: float) -> None:

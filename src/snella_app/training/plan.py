@@ -12,8 +12,13 @@ from snella_app.device import choose_device, choose_precision
 from snella_app.methods import find_method
 from snella_app.training.build import LoadedData, RunComponents, build
 from snella_app.training.distributed import from_main
-from snella_app.training.linear_probe import choose_augmentation, choose_final_head, choose_head_start
-from snella_app.training.sizing import can_skip_training, fit_batch_size, fit_epochs, fit_image_size
+from snella_app.training.linear_probe import (
+    can_skip_training,
+    choose_augmentation,
+    choose_final_head,
+    choose_head_start,
+)
+from snella_app.training.sizing import fit_batch_size, fit_epochs, fit_image_size
 
 
 def resolve(
@@ -34,35 +39,38 @@ def resolve(
         ValueError: If `epochs` is 0 without a probe-initialized head or without selection on validation images.
     """
     device = choose_device(config.run.device)
-    requested, loaded = config, parts
-
-    def at_size(size: int | None) -> RunComponents:
-        model = dataclasses.replace(requested.model, img_size=size)
-        return build(model, requested.method, data, device)
-
     config = config.replace(precision=from_main(lambda: choose_precision(config.optim.precision, device)))
-    sized = _with_heads(loaded, config)
-    size = from_main(lambda: fit_image_size(loaded, sized, at_size, console))
-    if size != config.model.img_size:
-        parts, config = at_size(size), config.replace(img_size=size)
-    batch_size = from_main(lambda: fit_batch_size(parts, config.optim, console))
-    plan = choose_heads(parts, config.replace(batch_size=batch_size))
-    if _needs_no_epochs(plan):
+    if config.optim.time_budget is not None and config.model.img_size is None:
+        parts, config = _at_fitting_size(config, data, parts, console)
+    if config.optim.batch_size == "auto":
+        config = config.replace(batch_size=from_main(lambda: fit_batch_size(parts, config.optim, console)))
+    plan = choose_heads(parts, config)
+    has_final_head = plan.optim.final_head == "layers" and can_skip_training(plan.optim, plan.data.protocol)
+    if has_final_head and find_method(plan.method.name).is_head_only:
         if plan.optim.epochs:
             print_line(
                 console,
                 f"no epochs: {plan.method.name} does not train the backbone, so epochs would not change the final "
                 "head; use --final-head trained to train the head",
             )
-        return plan.replace(epochs=0), parts
-    epochs = from_main(lambda: fit_epochs(parts, plan, console, data.started_at))
-    return plan.replace(epochs=epochs), parts
+        plan = plan.replace(epochs=0)
+    elif plan.optim.time_budget is not None:
+        plan = plan.replace(epochs=from_main(lambda: fit_epochs(parts, plan, console, data.started_at)))
+    return plan, parts
 
 
-def _needs_no_epochs(plan: TrainConfig) -> bool:
-    """Return whether training cannot change the final head, which is fitted to features of a frozen backbone."""
-    has_final_head = plan.optim.final_head == "layers" and can_skip_training(plan.optim, plan.data.protocol)
-    return find_method(plan.method.name).is_head_only and has_final_head
+def _at_fitting_size(
+    config: TrainConfig, data: LoadedData, parts: RunComponents, console: Console
+) -> tuple[RunComponents, TrainConfig]:
+    """Return data and model at the largest image size that fits into the time budget, and settings with this size."""
+
+    def at_size(size: int) -> RunComponents:
+        model = dataclasses.replace(config.model, img_size=size)
+        return build(model, config.method, data, choose_device(config.run.device))
+
+    with_heads = _with_heads(parts, config)
+    size = from_main(lambda: fit_image_size(parts, with_heads, at_size, console, data.started_at))
+    return (parts, config) if size is None else (at_size(size), config.replace(img_size=size))
 
 
 def choose_heads(parts: RunComponents, config: TrainConfig) -> TrainConfig:

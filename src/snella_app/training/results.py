@@ -67,18 +67,13 @@ def describe_run(plan: TrainConfig, parts: RunComponents, names: Collection[str]
         ),
         data_config=parts.data_config,
         versions=versions_of(_PACKAGES),
-        command=command_of(plan),
+        command=command_line(plan, TrainConfig.from_flat(data="-", backbone="-", out="-"), "train"),
     )
 
 
 def versions_of(packages: Iterable[str]) -> dict[str, str]:
     """Return the versions of Python and of packages."""
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
-
-
-def command_of(config: TrainConfig) -> str:
-    """Return the command line for the settings, without defaults."""
-    return command_line(config, TrainConfig.from_flat(data="-", backbone="-", out="-"), "train")
 
 
 def sparsity_summary(matrices: Sequence[AdaptedMatrix]) -> str:
@@ -150,7 +145,10 @@ def log_summary(console: Console, plan: TrainConfig, parts: RunComponents) -> No
         parts: Data and model.
     """
     splits, model, optim = parts.splits, parts.model, plan.optim
-    size = tuple(parts.data_config["input_size"])
+    channels, height, width = parts.data_config["input_size"]
+    trained, matrices = trainable_parameters(model), matrices_of(model)
+    frozen, adapted = sum(p.numel() for p in model.parameters()) - trained, sum(m.size for m in matrices)
+    of_matrices = f"; {len(matrices)} matrices, {adapted:,} adapted weights" if matrices else ""
     classes = ", ".join(splits.classes[:6]) + (", …" if len(splits.classes) > 6 else "")
     batch = optim.effective_batch_size
     steps = counted(optim.steps_per_epoch(len(splits.train)), "step")
@@ -162,7 +160,7 @@ def log_summary(console: Console, plan: TrainConfig, parts: RunComponents) -> No
     processes += " with sharded frozen weights" if count > 1 and plan.run.shard else ""
     batch = -(-batch // count)
     with autocast(device, optim.precision):
-        memory = predict_step_memory(model, (size[0], size[1], size[2]), batch).total / 2**20
+        memory = predict_step_memory(model, (channels, height, width), batch).total / 2**20
     memory -= saved_bytes(model, count) / 2**20 if plan.run.shard else 0
     free = free_memory(device) / 2**20
     rows = [
@@ -170,12 +168,12 @@ def log_summary(console: Console, plan: TrainConfig, parts: RunComponents) -> No
         (parts.task.outputs_name, f"{len(splits.classes)}: {classes}"),
         *(("note", note) for note in splits.notes),
         *_protocol_rows(plan.data.protocol, optim),
-        ("backbone", f"{plan.model.backbone}, {_count(model):,} weights, images of {size[1]}×{size[2]} px"),
-        ("method", f"{plan.method.name}, {trainable_parameters(model):,} trainable parameters{_adapted(model)}"),
+        ("backbone", f"{plan.model.backbone}, {frozen or trained:,} weights, images of {height}×{width} px"),
+        ("method", f"{plan.method.name}, {trained:,} trainable parameters{of_matrices}"),
         _start_row(plan.model.init_from, optim.head_init),
-        *([("budget", _budgets(model))] if matrices_of(model) else []),
+        *([("budget", _budget_text(_adapter_config(model), adapted))] if matrices else []),
         ("training", f"{counted(optim.epochs, 'epoch')} of {steps}, {images} each, on {device}{precision}{processes}"),
-        *_stopping_rows(optim, model),
+        *_stopping_rows(optim, _adapter_config(model) if matrices else None),
         (
             "memory",
             f"about {memory:,.0f} MiB of {free:,.0f} MiB free (estimate for weights, gradients, optimizer, batch)",
@@ -203,25 +201,22 @@ def free_memory(device: torch.device) -> int:
     return free
 
 
-def shorten_hint(parts: RunComponents) -> Callable[[float], str]:
-    """Return a function from the slowdown factor to a hint on shortening the run.
+def shorten_hint(parts: RunComponents, factor: float) -> str:
+    """Return a hint on shortening the run.
 
     The hint assumes that step time is proportional to the number of pixels. This holds for convolutions and
     underestimates the savings in attention.
 
     Args:
         parts: Data and model.
+        factor: Expected duration of the run as a multiple of the desired one.
     """
     side, patch = int(parts.data_config["input_size"][-1]), size_step(parts.model)
-
-    def shorten(much: float) -> str:
-        shorter = int(side / math.sqrt(much)) // patch * patch
-        if shorter < max(MIN_SIZE, patch):
-            return "; to shorten it, reduce --train-size or --epochs, or use a smaller --backbone"
-        fraction = (shorter / side) ** 2
-        return f"; --img-size {shorter} takes about {fraction:.0%} of that time but may lower accuracy"
-
-    return shorten
+    shorter = int(side / math.sqrt(factor)) // patch * patch
+    if shorter < max(MIN_SIZE, patch):
+        return "; to shorten it, reduce --train-size or --epochs, or use a smaller --backbone"
+    fraction = (shorter / side) ** 2
+    return f"; --img-size {shorter} takes about {fraction:.0%} of that time but may lower accuracy"
 
 
 def size_step(model: nn.Module) -> int:
@@ -244,9 +239,10 @@ def _cost_warnings(plan: TrainConfig, parts: RunComponents, memory: float, free:
         options += [] if plan.model.grad_checkpointing else ["--grad-checkpointing"]
         listed = f"{', '.join(options)} or " if options else ""
         rows.append(("warning", f"not enough free memory; use {listed}a smaller --img-size"))
-    side, patch = int(parts.data_config["input_size"][-1]), size_step(parts.model)
+    side = int(parts.data_config["input_size"][-1])
     is_on_cpu = next(parts.model.parameters()).device.type == "cpu"
     if plan.model.img_size is None and side >= 1.5 * _USUAL_SIZE and is_on_cpu:
+        patch = size_step(parts.model)
         usual = _USUAL_SIZE // patch * patch
         rows.append(
             (
@@ -258,14 +254,14 @@ def _cost_warnings(plan: TrainConfig, parts: RunComponents, memory: float, free:
     return rows
 
 
-def _stopping_rows(optim: OptimConfig, model: nn.Module) -> list[tuple[str, str]]:
-    """Describe early stopping and its relation to the sparsity schedule."""
+def _stopping_rows(optim: OptimConfig, adapter: SnellaConfig | None) -> list[tuple[str, str]]:
+    """Describe early stopping and its relation to the sparsity schedule; `adapter` is None without budgets."""
     if optim.early_stopping is None:
         return []
     text = f"after {counted(optim.early_stopping, 'epoch')} without improvement"
-    if not matrices_of(model):
+    if adapter is None:
         return [("stopping", text)]
-    end = cast(SnellaConfig, cast(PeftModel, model).peft_config["default"]).schedule_end or 1.0
+    end = adapter.schedule_end or 1.0
     if end >= 1:
         note = "early stopping has no effect: the budget reaches its target at the last step (schedule_end 1)"
         return [("note", f"{note}; use --method-options.schedule_end {SCHEDULE_END}")]
@@ -288,23 +284,13 @@ def _protocol_rows(name: str, optim: OptimConfig) -> list[tuple[str, str]]:
     return rows
 
 
-def _count(model: nn.Module) -> int:
-    """Count the frozen weights, or all weights if none are frozen."""
-    return sum(p.numel() for p in model.parameters() if not p.requires_grad) or sum(
-        p.numel() for p in model.parameters()
-    )
+def _adapter_config(model: nn.Module) -> SnellaConfig:
+    """Return the adapter's configuration of a model with budgets."""
+    return cast(SnellaConfig, cast(PeftModel, model).peft_config["default"])
 
 
-def _adapted(model: nn.Module) -> str:
-    """Format the number of adapted matrices and weights."""
-    matrices = matrices_of(model)
-    return f"; {len(matrices)} matrices, {sum(m.size for m in matrices):,} adapted weights" if matrices else ""
-
-
-def _budgets(model: nn.Module) -> str:
-    """Format the initial and target budget, b_0 and b_T."""
-    total = sum(matrix.size for matrix in matrices_of(model))
-    settings = cast(SnellaConfig, cast(PeftModel, model).peft_config["default"])
+def _budget_text(settings: SnellaConfig, total: int) -> str:
+    """Format the initial and target budget, b_0 and b_T, of `total` adapted weights."""
     start, end = (total - round(sparsity * total) for sparsity in (settings.init_sparsity, settings.target_sparsity))
     sparsity = f"{settings.target_sparsity:.0%} sparse at the end"
     return f"b_0 {start:,} → b_T {end:,} weights kept ({sparsity}), {settings.schedule}"

@@ -1,4 +1,4 @@
-"""Run sessions: locking, resuming, interrupts and final status."""
+"""`Session` of a run: locking, resuming, interrupts and final status."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -17,8 +18,11 @@ from typing import Any
 from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from snella_app.config import TrainConfig
 from snella_app.console import print_line
-from snella_app.runs.folder import RunFolderOf
+from snella_app.runs.folder import RunFolder, RunFolderOf
+from snella_app.training.build import RunComponents
+from snella_app.training.callbacks import StepTimeCallback
 from snella_app.training.checkpoints import intact_checkpoint, latest_checkpoint, remove_incomplete
 from snella_app.training.distributed import any_of_all, process_count, refuse_several_processes
 
@@ -33,6 +37,29 @@ class NonFiniteLossError(Exception):
     """The loss or the gradient became infinite or NaN."""
 
     exit_status = 2
+
+
+@dataclass
+class Session:
+    """Training session.
+
+    Attributes:
+        plan: Settings without automatic fields.
+        run: Run folder.
+        parts: Data and model.
+        console: Output console for progress and results.
+        costs: Callback that measures step time and memory.
+        keep_checkpoints: If True, save a checkpoint after each epoch.
+        draw_report: If True, write the HTML report.
+    """
+
+    plan: TrainConfig
+    run: RunFolder
+    parts: RunComponents
+    console: Console
+    costs: StepTimeCallback
+    keep_checkpoints: bool = True
+    draw_report: bool = True
 
 
 class InterruptCallback(TrainerCallback):
@@ -191,7 +218,7 @@ os.register_at_fork(after_in_child=_close_inherited)
 
 
 def checkpoint_to_resume(run: RunFolderOf[Any], console: Console) -> Path | None:
-    """Return the latest intact checkpoint; None for a new run. Removes incomplete and obsolete checkpoints.
+    """Return the latest intact checkpoint, None if there is none. Removes incomplete and obsolete checkpoints.
 
     Args:
         run: Run folder.

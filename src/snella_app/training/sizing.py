@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
@@ -29,7 +30,7 @@ from snella_app.text import seconds_text
 from snella_app.training.build import RunComponents
 from snella_app.training.distributed import process_count
 from snella_app.training.final_head import layer_fit_seconds
-from snella_app.training.linear_probe import probe_rows
+from snella_app.training.linear_probe import can_skip_training, probe_rows
 from snella_app.training.memory import predict_step_memory, restored_state
 from snella_app.training.results import MIN_SIZE, free_memory, size_step
 
@@ -82,7 +83,11 @@ def fit_batch_size(parts: RunComponents, optim: OptimConfig, console: Console) -
 
 
 def fit_image_size(
-    parts: RunComponents, config: TrainConfig, at_size: Callable[[int], RunComponents], console: Console
+    parts: RunComponents,
+    config: TrainConfig,
+    at_size: Callable[[int], RunComponents],
+    console: Console,
+    begun: float | None = None,
 ) -> int | None:
     """Choose the largest image size at which the run fits into `time_budget`.
 
@@ -92,28 +97,36 @@ def fit_image_size(
     at most the median shorter side of the images, or 112 pixels; a method that trains no epochs uses all sizes.
 
     Candidates are multiples of the model's patch size or reduction, from 48 pixels to the backbone's default. The
-    search stops within 15% of the largest that fits; if none fits, the result is the smallest. A given `img_size` is
-    unchanged, and models that do not support other sizes keep their default.
+    search stops within 15% of the largest that fits; if none fits, the result is the smallest. Models that do not
+    support other sizes keep their default.
 
     Args:
         parts: Data and model at the backbone's default size.
-        config: Settings with the start of the head and the final head chosen.
+        config: Settings with `time_budget`, without `img_size`, with the start of the head and the final head chosen.
         at_size: Function that builds data and model for another image size.
         console: Output console for the choice.
+        begun: Time on the `time.monotonic()` clock at which loading of data and model started; now if None.
+
+    Returns:
+        Image size; None for the backbone's default.
     """
-    optim, requested, budget = config.optim, config.model.img_size, config.optim.time_budget
-    if budget is None or requested is not None:
-        return requested
+    begun = time.monotonic() if begun is None else begun
+    optim, budget = config.optim, str(config.optim.time_budget)
     default, step = int(parts.data_config["input_size"][-1]), size_step(parts.model)
     sizes = [*range(-(-MIN_SIZE // step) * step, default, step), default]
     reason = _reason_to_keep_size(config)
     if reason is not None:
         print_line(console, f"image size stays {default} px: {reason}")
     if reason is not None or len(sizes) == 1:
-        return requested
+        return None
     epochs = counted(optim.epochs, "epoch")
     print_line(console, f"measuring step times to fit {epochs} into {budget}")
-    allowed = _TIME_SHARE * budget_seconds(budget)
+
+    def left_s() -> float:
+        return _left_seconds(budget, begun)
+
+    def left_per_epoch_s() -> float:
+        return left_s() / optim.epochs
 
     def epoch_seconds(size: int) -> float:
         times = _measure_times(parts if size == default else at_size(size), config)
@@ -129,17 +142,17 @@ def fit_image_size(
         if has_head or not trains:
             most = max(_SMALL_SIDE, _median_side(parts.splits.train)) if trains else default
             head_sizes = [size for size in sizes if size - step < most] or sizes[:1]
-            found, work, unit = _largest_size(head_sizes, head_seconds, allowed), "the final head", "it"
+            found, work, unit = _largest_size(head_sizes, head_seconds, left_s), "the final head", "it"
             sizes = [size for size in sizes if 2 * size >= found.size]
         if found is None or (trains and found.fits):
-            trained = _largest_size(sizes, epoch_seconds, allowed / optim.epochs)
+            trained = _largest_size(sizes, epoch_seconds, left_per_epoch_s)
             if found is None or trained.fits:
                 found, work, unit = trained, epochs, "one epoch"
     except _SizeError as error:
         print_line(console, f"image size stays {default} px: {config.model.backbone} does not support {error}")
-        return requested
+        return None
     if found.size == default:
-        return requested
+        return None
     seconds = found.seconds
     default_s = seconds.get(default, seconds[max(seconds)] * (default / max(seconds)) ** 2)
     is_one = unit == "it" or optim.epochs == 1
@@ -168,8 +181,10 @@ class _LargestSize:
     seconds: dict[int, float]
 
 
-def _largest_size(sizes: Sequence[int], seconds_at: Callable[[int], float], allowed: float) -> _LargestSize:
-    """Search the largest size whose time is at most `allowed`, to within 15%.
+def _largest_size(
+    sizes: Sequence[int], seconds_at: Callable[[int], float], allowed_s: Callable[[], float]
+) -> _LargestSize:
+    """Search the largest size whose time is at most the allowed one, to within 15%.
 
     The search starts at the smallest size, since a step at the largest may exceed the budget. Each next size is the
     largest that fits if time is proportional to the number of pixels.
@@ -177,7 +192,7 @@ def _largest_size(sizes: Sequence[int], seconds_at: Callable[[int], float], allo
     Args:
         sizes: Candidates in ascending order.
         seconds_at: Function that measures the time at a size.
-        allowed: Maximum time in seconds.
+        allowed_s: Function that returns the maximum time in seconds, which measurements reduce.
 
     Raises:
         _SizeError: If the model does not support a size.
@@ -192,12 +207,19 @@ def _largest_size(sizes: Sequence[int], seconds_at: Callable[[int], float], allo
             seconds[size] = seconds_at(size)
         except _SIZE_ERRORS as error:
             raise _SizeError(f"{size} px ({str(error).strip().partition(chr(10))[0]})") from error
+        allowed = max(allowed_s(), 0.0)
         fits, too_large = (index, too_large) if seconds[size] <= allowed else (fits, index)
         largest = size * math.sqrt(allowed / max(seconds[size], 1e-9))
         index = max(bisect.bisect_right(sizes, largest) - 1, fits + 1)
         if index >= too_large or too_large < len(sizes):
             index = (fits + too_large) // 2
-    return _LargestSize(sizes[max(fits, 0)], fits >= 0, seconds)
+    # the search itself takes time, so a size that fitted may not fit at its end
+    measured = sorted(seconds)
+    pixels, times = [size**2 for size in measured], [seconds[size] for size in measured]
+    estimates = {size: float(np.interp(size**2, pixels, times)) for size in sizes[: max(fits, 0) + 1]}
+    allowed = allowed_s()
+    size = max((size for size, needed in estimates.items() if needed <= allowed), default=sizes[0])
+    return _LargestSize(size, estimates[size] <= allowed, {**estimates, **seconds})
 
 
 def _median_side(images: ImageDataset) -> float:
@@ -224,18 +246,14 @@ def fit_epochs(parts: RunComponents, config: TrainConfig, console: Console, begu
 
     Args:
         parts: Data and model.
-        config: Resolved settings with a batch size.
+        config: Resolved settings with `time_budget` and a batch size.
         console: Output console for the choice.
         begun: Time on the `time.monotonic()` clock at which loading of data and model started; now if None.
     """
-    time_budget = config.optim.time_budget
-    if time_budget is None:
-        return config.optim.epochs
+    time_budget = str(config.optim.time_budget)
     begun = time.monotonic() if begun is None else begun
     times = _measure_times(parts, config)
-    spent_s = time.monotonic() - begun
-    budget_s = budget_seconds(time_budget)
-    left_s = _TIME_SHARE * budget_s - spent_s - times.final_s
+    left_s = _left_seconds(time_budget, begun) - times.final_s
     fewest = 0 if can_skip_training(config.optim, config.data.protocol) else 1
     epochs = max(fewest, min(_MOST_EPOCHS, int(left_s / times.epoch_s)))
     text = f"{counted(epochs, 'epoch')} in {time_budget}: one epoch takes about {seconds_text(times.epoch_s)}"
@@ -249,14 +267,9 @@ def fit_epochs(parts: RunComponents, config: TrainConfig, console: Console, begu
     return epochs
 
 
-def can_skip_training(optim: OptimConfig, protocol: str) -> bool:
-    """Return whether a run may have no epochs: its head starts as a linear probe and is evaluated on validation images.
-
-    Args:
-        optim: Settings with the start of the head chosen.
-        protocol: `DataConfig.protocol`.
-    """
-    return optim.head_init == "probe" and get_protocol(protocol).selected_on == "val"
+def _left_seconds(budget: str, begun: float) -> float:
+    """Return the part of a time budget that is left for steps and evaluation."""
+    return _TIME_SHARE * budget_seconds(budget) - (time.monotonic() - begun)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from snella_app.runs.evaluate import redraw_report
 from snella_app.runs.folder import RunFolder
 from snella_app.runs.images import PARTS, check_splits, find_data
 from snella_app.training.build import LoadedData, RunComponents, build, load, load_start, store_selection
-from snella_app.training.callbacks import ProgressDisplay, ScheduleCallback, TrackingCallback
+from snella_app.training.callbacks import ProgressDisplay, ScheduleCallback, StepTimeCallback, TrackingCallback
 from snella_app.training.checkpoints import latest_checkpoint
 from snella_app.training.distributed import (
     from_main,
@@ -37,7 +37,7 @@ from snella_app.training.distributed import (
     process_count,
     wait_for_others,
 )
-from snella_app.training.finish import Session, draw_page, finish
+from snella_app.training.finish import draw_page, finish
 from snella_app.training.linear_probe import (
     cache_features,
     can_cache_features,
@@ -46,7 +46,7 @@ from snella_app.training.linear_probe import (
 )
 from snella_app.training.plan import choose_heads, resolve
 from snella_app.training.results import describe_run, log_summary, matrices_of, shorten_hint
-from snella_app.training.session import InterruptCallback, checkpoint_to_resume, lock_run, record_status
+from snella_app.training.session import InterruptCallback, Session, checkpoint_to_resume, lock_run, record_status
 from snella_app.training.sharding import shard_frozen
 from snella_app.training.trainer import SnellaTrainer, training_arguments
 
@@ -114,7 +114,8 @@ def train(
             log_summary(console, plan, parts)
         if not measure_test:
             parts.splits.test = None
-        session = Session(plan, run, parts, console, keep_checkpoints, draw_report)
+        costs = StepTimeCallback(next(parts.model.parameters()).device)
+        session = Session(plan, run, parts, console, costs, keep_checkpoints, draw_report)
         with only_main(record_status(run, "train")):
             finish(session, _fit(session))
     return run
@@ -131,7 +132,8 @@ def _show_finished(run: RunFolder, console: Console, draw_report: bool) -> None:
 
 def _load(config: TrainConfig, run: RunFolder, stored: DataInfo | None, console: Console, source: Any) -> LoadedData:
     """Load images and task; a resumed run, with the data record `stored`, finds moved images."""
-    _check_trackers(config.run.trackers)
+    if config.run.trackers:
+        _check_trackers(config.run.trackers)
     device = choose_device(config.run.device)
     if config.optim.precision == "fp16" and device.type != "cuda":
         raise ValueError(f"precision must be fp32 or bf16 on device {device.type!r}, got 'fp16'; fp16 requires a GPU")
@@ -153,7 +155,8 @@ def _build(
     selection = run.path if stored is not None else None if start is None else Path(start)
     device = choose_device(config.run.device)
     parts = build(config.model, config.method, data, device, selection, console)
-    check_splits(run.path, stored, parts.splits)
+    if stored is not None:
+        check_splits(run.path, stored, parts.splits)
     return parts
 
 
@@ -167,14 +170,14 @@ def _resolve(
 ) -> tuple[TrainConfig, RunComponents]:
     """Decide the automatic settings of a new run; a resumed run reuses its stored settings."""
     config = replace(config, data=data.config)
-    has_no_checkpoint = latest_checkpoint(run.checkpoints) is None
+    has_checkpoint = stored is not None and latest_checkpoint(run.checkpoints) is not None
     if stored is None:
         plan, parts = resolve(config, data, parts, console)
-    elif has_no_checkpoint:
-        plan = choose_heads(parts, config)
-    else:
+    elif has_checkpoint:
         plan = replace(config, optim=config.optim.with_batch_size_for(len(parts.splits.train)))
-    if plan.model.init_from is not None and has_no_checkpoint:
+    else:
+        plan = choose_heads(parts, config)
+    if plan.model.init_from is not None and not has_checkpoint:
         load_start(parts, str(plan.data.spec), RunFolder(plan.model.init_from))
     return plan, parts
 
@@ -196,7 +199,7 @@ def _run_trainer(session: Session, interrupt: InterruptCallback) -> SnellaTraine
     """Initialize the head, build the trainer and run it."""
     plan, run, parts = session.plan, session.run, session.parts
     data, optim = plan.data, plan.optim
-    checkpoint = from_main(lambda: checkpoint_to_resume(run, session.console))
+    checkpoint = from_main(lambda: checkpoint_to_resume(run, session.console)) if plan.run.resume else None
     start = time.monotonic()
     can_cache = can_cache_features(data, parts.model)
     trained_part = cache_features(parts, optim.effective_batch_size) if can_cache else None
@@ -207,8 +210,9 @@ def _run_trainer(session: Session, interrupt: InterruptCallback) -> SnellaTraine
         parts.start_layers = None  # training changes the features
     if plan.run.shard and process_count() > 1:
         shard_frozen(parts.model)
-    callbacks, display, tracking = _callbacks(session, interrupt)
-    with contextlib.closing(display), _tracking(plan.run.trackers, run):
+    callbacks, display = _callbacks(session, interrupt)
+    tracking = _tracking(plan.run.trackers, run) if plan.run.trackers else nullcontext()
+    with contextlib.closing(display), tracking:
         trainer = SnellaTrainer(
             parts,
             data,
@@ -222,22 +226,21 @@ def _run_trainer(session: Session, interrupt: InterruptCallback) -> SnellaTraine
             is_initialized=plan.model.init_from is not None,
             scaling=plan.method.scaling,
         )
+        if plan.run.trackers:
+            step_images = optim.effective_batch_size * optim.accumulate
+            trainer.add_callback(TrackingCallback(trainer, matrices_of(parts.model), step_images))
         if session.draw_report and is_main():
             trainer.add_callback(_LivePage(lambda: draw_page(session, trainer)))
-        display.last_loss = tracking.last_loss = lambda: trainer.last_loss
-        tracking.send = lambda row: trainer.callback_handler.on_log(trainer.args, trainer.state, trainer.control, row)
+        display.last_loss = lambda: trainer.last_loss
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     return trainer
 
 
-def _callbacks(
-    session: Session, interrupt: InterruptCallback
-) -> tuple[list[TrainerCallback], ProgressDisplay, TrackingCallback]:
-    """Build all callbacks; also return the two that report the loss."""
+def _callbacks(session: Session, interrupt: InterruptCallback) -> tuple[list[TrainerCallback], ProgressDisplay]:
+    """Build the callbacks; also return the display, which shows the loss of the trainer."""
     plan, parts = session.plan, session.parts
     matrices, method = matrices_of(parts.model), method_of(parts.model)
     allocation = SnellaCallback() if matrices and plan.optim.epochs else None
-    step_images = plan.optim.effective_batch_size * plan.optim.accumulate
     display = ProgressDisplay(
         session.console,
         parts.task,
@@ -245,13 +248,11 @@ def _callbacks(
         sum(m.size for m in matrices) or None,
         allocation,
         plan.run.progress,
-        shorten_hint(parts),
-        step_images=step_images,
+        partial(shorten_hint, parts),
+        step_images=plan.optim.effective_batch_size * plan.optim.accumulate,
     )
-    tracking = TrackingCallback(matrices, allocation, step_images)
     schedules = [] if method is None or method.schedule is None else [ScheduleCallback(method.schedule)]
-    callbacks = [*([allocation] if allocation else []), *schedules, interrupt, display, session.costs]
-    return [*callbacks, *([tracking] if plan.run.trackers else [])], display, tracking
+    return [*([allocation] if allocation else []), *schedules, interrupt, display, session.costs], display
 
 
 def _check_trackers(trackers: Sequence[str]) -> None:

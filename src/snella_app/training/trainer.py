@@ -60,39 +60,25 @@ class _StalledError(Exception):
     """The resumed run has already stopped early."""
 
 
-class _StopIfStalled(TrainerCallback):
-    """Callback that ends a resumed run before its first step if it has already stopped early.
-
-    Args:
-        trainer: The trainer; this must be its last callback.
-    """
-
-    def __init__(self, trainer: SnellaTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self.trainer.has_stalled:
-            raise _StalledError
-
-
-class _MeasureStart(TrainerCallback):
-    """Callback that evaluates an initialized head before the first step as epoch 0, which may be the best epoch.
+class _StartCallback(TrainerCallback):
+    """Callback that evaluates the initial model and ends a resumed run that has already stopped early.
 
     Args:
         trainer: The trainer; an earlier callback must attach its allocator.
+        is_measured: Evaluate the model before the first step as epoch 0, which may be the best epoch.
     """
 
-    def __init__(self, trainer: SnellaTrainer) -> None:
-        self.trainer = trainer
+    def __init__(self, trainer: SnellaTrainer, is_measured: bool) -> None:
+        self.trainer, self.is_measured = trainer, is_measured
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.global_step == 0 and not self.trainer.history:
+        if self.is_measured and state.global_step == 0 and not self.trainer.history:
             state.epoch = 0
             self.trainer.evaluate()
+        if self.trainer.has_stalled:
+            raise _StalledError
 
 
 class CheckpointingTrainer(Trainer):
@@ -319,6 +305,7 @@ class SnellaTrainer(CheckpointingTrainer):
         self._sampler = epoch_sampler(train, self.task, data.sampler, parts.seed)
         self._is_sharded = is_sharded(model) and trained_part is None
         self._shards = ShardedBatches(self._sampler, optim.effective_batch_size, process_number(), process_count())
+        self._is_weighted = optim.accumulate > 1 or self._shards.count > 1
         super().__init__(
             model,
             run,
@@ -331,9 +318,8 @@ class SnellaTrainer(CheckpointingTrainer):
             callbacks=[EpochCallback(train, self._sampler), *averaging, *callbacks],
         )
         self.model_accepts_loss_kwargs = False
-        if self.protocol.selected_on == "val" and (optim.head_init == "probe" or is_initialized):
-            self.add_callback(_MeasureStart(self))
-        self.add_callback(_StopIfStalled(self))
+        is_measured = self.protocol.selected_on == "val" and (optim.head_init == "probe" or is_initialized)
+        self.add_callback(_StartCallback(self, is_measured))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; a resumed run that has already stopped early is unchanged."""
@@ -359,15 +345,16 @@ class SnellaTrainer(CheckpointingTrainer):
         Only evaluated epochs within the target budget count, so a run does not stop before it reaches the target
         sparsity.
         """
-        allocator = self.allocator
+        patience, allocator = self.optim_config.early_stopping, self.allocator
+        if patience is None:
+            return False
         rows = [
             (score, -row["epoch"])  # ties go to the first epoch
             for row in self.history
             if (allocator is None or row["budget"] <= allocator.target_budget)
             and math.isfinite((score := self.selection_score(row))[0])
         ]
-        patience = self.optim_config.early_stopping
-        return patience is not None and bool(rows) and max(rows)[1] - rows[-1][1] >= patience
+        return bool(rows) and max(rows)[1] - rows[-1][1] >= patience
 
     @property
     def allocator(self) -> BudgetAllocator | None:
@@ -398,31 +385,31 @@ class SnellaTrainer(CheckpointingTrainer):
         Raises:
             NonFiniteLossError: The loss is not finite; nothing is saved.
         """
+        allocator = self.allocator
         with nullcontext() if self.average is None else self.average.applied():
-            return self._measure_epoch()
-
-    def _measure_epoch(self) -> dict[str, float]:
-        """Evaluate the epoch with the current weights."""
-        row: dict[str, Any] = {
-            "train_loss": self.progress.loss_sum / self.progress.steps if self.progress.steps else math.nan,
-            **self._selection_scores(),
-            "lr": float(self._get_learning_rate()),
-            "budget": self._budget(),
-        }
-        is_start = self.state.global_step == 0
-        if self._is_denser_than_asked():
-            row["is_denser"] = True
-        self.progress.loss_sum, self.progress.steps = 0.0, 0
-        score = self.selection_score(row)
-        is_best = all(self.selection_score(past) <= score for past in self.history)
-        self.log(row)
-        if self.epoch_ends is not None and not is_start:
-            self.epoch_ends.add(round(self.state.epoch or 0))
-        if self.has_stalled:
-            self.control.should_training_stop = True
-        if is_best:
-            self._save_adapter()
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, row)
+            row: dict[str, Any] = {
+                "train_loss": self.progress.loss_sum / self.progress.steps if self.progress.steps else math.nan,
+                **self._selection_scores(),
+                "lr": float(self._get_learning_rate()),
+                "budget": None if allocator is None else sum(allocator.budgets.values()),
+            }
+            if (
+                allocator is not None
+                and (allocator.config.schedule_end or 1.0) < 1
+                and not allocator.has_reached_target
+            ):
+                row["is_denser"] = True  # only epochs that reached the target budget can be the best
+            self.progress.loss_sum, self.progress.steps = 0.0, 0
+            score = self.selection_score(row)
+            is_best = all(self.selection_score(past) <= score for past in self.history)
+            self.log(row)
+            if self.epoch_ends is not None and self.state.global_step > 0:
+                self.epoch_ends.add(round(self.state.epoch or 0))
+            if self.has_stalled:
+                self.control.should_training_stop = True
+            if is_best:
+                self._save_adapter()
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, row)
         return row
 
     def average_epochs(self) -> AveragedEpochs | None:
@@ -516,7 +503,7 @@ class SnellaTrainer(CheckpointingTrainer):
         penalty = None if (method := method_of(self.trained_model)) is None else method.penalty
         if penalty is not None and model.training:
             loss = loss + penalty(self.trained_model)
-        if model.training and (self.optim_config.accumulate > 1 or self._shards.count > 1):
+        if model.training and self._is_weighted:
             loss = loss * self._weights[self._micro_step]
         return (loss, logits) if return_outputs else loss
 
@@ -545,13 +532,14 @@ class SnellaTrainer(CheckpointingTrainer):
         The Trainer divides the loss by the number of batches, and DDP divides gradients by the number of processes.
         """
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, *others)
-        per_epoch = self.optim_config.steps_per_epoch(len(self._sampler))
-        first = self.state.global_step % per_epoch * self.optim_config.accumulate
-        numbers = range(first, first + len(batches))
-        images = min(len(self._sampler), (first + len(batches)) * self._shards.batch_size)
-        images -= first * self._shards.batch_size
-        self._weights = [self._shards.weight(number) * len(batches) * self._shards.count / images for number in numbers]
         self._micro_step, self._step_loss = 0, 0.0
+        if self._is_weighted:
+            shards, count = self._shards, len(batches)
+            per_epoch = self.optim_config.steps_per_epoch(len(self._sampler))
+            first = self.state.global_step % per_epoch * self.optim_config.accumulate
+            images = min(len(self._sampler), (first + count) * shards.batch_size) - first * shards.batch_size
+            numbers = range(first, first + count)
+            self._weights = [shards.weight(number) * count * shards.count / images for number in numbers]
         return batches, items
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -621,16 +609,6 @@ class SnellaTrainer(CheckpointingTrainer):
             if part is not None:
                 part.load(checkpoint)
         return values
-
-    def _budget(self) -> int | None:
-        """Return the current total budget; None without budgets."""
-        allocator = self.allocator
-        return None if allocator is None else sum(allocator.budgets.values())
-
-    def _is_denser_than_asked(self) -> bool:
-        """Return whether the budget is still above its target; only epochs that reached it can be the best."""
-        allocator = self.allocator
-        return allocator is not None and (allocator.config.schedule_end or 1.0) < 1 and not allocator.has_reached_target
 
     def _not_finite(self, what: str, value: float) -> NonFiniteLossError:
         """Build the error with the step, the last saved state and the remedy."""

@@ -1,4 +1,4 @@
-"""Benchmarks of step time, memory and single operations: medians of interleaved runs."""
+"""Benchmarks of step time and memory: medians of interleaved runs."""
 
 from __future__ import annotations
 
@@ -8,27 +8,19 @@ import multiprocessing
 import random
 import statistics
 import time
-import tracemalloc
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, cast
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 import timm
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
 from snella import BudgetAllocator, create_snella_optimizer
-from snella.allocator import allocate
-from snella.backends import choose_backend
-from snella.backends.numba.backend import NumbaBackend, sddmm_weight_grad
-from snella.functional import compute_effective_weight
-from snella.kernels import make_kernel
 from snella.layer import SnellaLayer
-from snella.update import Factors, Update, UpdateSpec
 from snella_app.console import make_console, make_table, print_line
 from snella_app.training.memory import peak_rss_mib, record_forward
 from snella_lab.bench.baselines import BASELINES, REFERENCE, Workload, random_batch
@@ -40,21 +32,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass
 class BenchConfig:
-    """Settings of `snella bench`.
-
-    Args:
-        backbones: timm model names; weights are random.
-        batch: Batch sizes.
-        methods: Methods to compare; ratios are relative to lora.
-        r: Ranks.
-        sparsity: Fractions of the adapted weights that SNELLA leaves unchanged.
-        dtype: fp32 or bf16, for weights and activations.
-        device: cpu, cuda or cuda:1.
-        rounds: Timed steps of each method, reported as medians; 0 only counts saved tensors.
-        memory: Also measure the peak memory of each method; on CPU, in a separate process.
-        out: JSON lines file to append to.
-        figures: Output folder for figures of all rows in `out`.
-    """
+    """Settings of `snella bench`, which describes them; its comma-separated lists are lists here."""
 
     backbones: list[str] = field(default_factory=lambda: ["vit_base_patch16_224"])
     batch: list[int] = field(default_factory=lambda: [4, 16])
@@ -309,7 +287,7 @@ def _measure(config: BenchConfig, workload: Workload, batch: int, console: Conso
         shuffle.shuffle(order)
         for name in order:
             times[name].append(runners[name].step(images, labels))
-    common = {"benchmark": "step_time", **_setting_fields(workload, batch), "rounds": config.rounds}
+    common = {"benchmark": "step_time", **setting_fields(workload, batch), "rounds": config.rounds}
     common |= conditions(workload.device)
     rows = []
     for name, runner in runners.items():
@@ -325,7 +303,7 @@ def _measure(config: BenchConfig, workload: Workload, batch: int, console: Conso
 def _count(config: BenchConfig, workload: Workload, batch: int) -> list[dict[str, Any]]:
     """Count saved tensors and parameters of one setting from one forward pass of each model."""
     images, _ = random_batch(workload, batch)
-    common = {"benchmark": "kept_bytes", **_setting_fields(workload, batch), **conditions(workload.device)}
+    common = {"benchmark": "kept_bytes", **setting_fields(workload, batch), **conditions(workload.device)}
     rows = []
     for name in config.methods:
         rows.append({**common, "contender": name, **_tensor_counts(BASELINES[name](workload.base(), workload), images)})
@@ -333,7 +311,7 @@ def _count(config: BenchConfig, workload: Workload, batch: int) -> list[dict[str
     return rows
 
 
-def _setting_fields(workload: Workload, batch: int) -> dict[str, Any]:
+def setting_fields(workload: Workload, batch: int) -> dict[str, Any]:
     """Return the setting as row fields."""
     fields = {key: value for key, value in asdict(workload).items() if key not in ("dtype", "device")}
     return {**fields, "dtype": str(workload.dtype).removeprefix("torch."), "batch": batch}
@@ -378,220 +356,3 @@ def _table(rows: list[dict[str, Any]], workload: Workload, batch: int) -> Table:
     values = ([row.get(name, "") for name in shown] for row in rows)
     cells = ([f"{value:,}" if isinstance(value, int) else str(value) for value in row] for row in values)
     return make_table([name.replace("_", " ") for name in shown], cells, title=title)
-
-
-def measure_sampling(
-    m: int, n: int, *, tokens: int = 3152, density: float = 0.01, r: int = 8, rounds: int = 5
-) -> dict[str, Any]:
-    """Time `∂L/∂W = grad_yᵀ x` at the nonzero entries of `S` against the dense product.
-
-    Args:
-        m: Output features.
-        n: Input features.
-        tokens: Rows of `x` and `grad_y`.
-        density: Fraction of nonzero entries in `S`.
-        r: Rank.
-        rounds: Number of rounds, reported as medians.
-
-    Returns:
-        A row with both times in seconds and their ratio.
-
-    Raises:
-        RuntimeError: If the sampled entries differ from those of the dense product.
-    """
-    factors, generator = _random_factors(m, n, r)
-    spec, budget = UpdateSpec(make_kernel("mix_k"), (m,), backend="numba"), round(density * m * n)
-    x, grad_y = torch.randn(tokens, n, generator=generator), torch.randn(tokens, m, generator=generator)
-    backend = NumbaBackend()
-    (matrix,) = backend.merge(spec, factors, (budget,)).workspace
-    if matrix is None:
-        raise RuntimeError(f"density must select at least one entry, got {density}; increase it")
-
-    def sampled() -> Tensor:
-        out = torch.zeros(m, n)
-        sddmm_weight_grad(matrix, budget, grad_y, x, out)
-        return out
-
-    def dense() -> Tensor:
-        return grad_y.T @ x
-
-    sparse_grad, dense_grad = sampled(), dense()
-    if int(sparse_grad.count_nonzero()) != budget or not torch.allclose(
-        sparse_grad, torch.where(sparse_grad == 0, sparse_grad, dense_grad), atol=1e-3 * float(dense_grad.abs().max())
-    ):
-        raise RuntimeError(f"sampled entries differ from the dense product at density {density}; nothing was timed")
-    sampled_s, dense_s, ratio = _interleaved(sampled, dense, rounds)
-    return {
-        "benchmark": "sampled_gradient",
-        "shape": [m, n],
-        "tokens": tokens,
-        "density": density,
-        "r": r,
-        "rounds": rounds,
-        **conditions("cpu"),
-        "sampled_s": sampled_s,
-        "dense_s": dense_s,
-        "sampled_over_dense": ratio,
-    }
-
-
-def measure_matrix(
-    m: int, n: int, *, tokens: int = 1576, r: int = 8, sparsity: float = 0.7, rounds: int = 9, impl: str = "auto"
-) -> dict[str, Any]:
-    """Time the effective weight of one matrix (merge, exact selection, addition) against its forward product.
-
-    Args:
-        m: Output features.
-        n: Input features.
-        tokens: Rows of the input.
-        r: Rank.
-        sparsity: Sparsity of the update.
-        rounds: Number of rounds, reported as medians.
-        impl: Implementation, as in `adapted_linear`.
-
-    Returns:
-        A row with both times in seconds, their ratio and `extra_over_matrix`: the peak memory on top of weight and
-        factors, in multiples of the matrix size, including 1 for the effective weight itself.
-
-    Raises:
-        RuntimeError: If the op differs from the reference.
-    """
-    error = op_error(impl, sparsity=sparsity)
-    if error is not None:
-        raise RuntimeError(f"impl={impl!r} does not match the reference: {error}; nothing was timed")
-    factors, generator = _random_factors(m, n, r)
-    weight, x = torch.randn(m, n, generator=generator), torch.randn(tokens, n, generator=generator)
-    spec, budgets = UpdateSpec(make_kernel("mix_k"), (m,)), (int(m * n * (1 - sparsity)),)
-    spec = replace(spec, backend=choose_backend(impl, spec, factors.A)[0])
-
-    def effective() -> Tensor:
-        return compute_effective_weight(weight, [Update(spec, factors, budgets)], weight.shape)[0]
-
-    def product() -> Tensor:
-        return F.linear(x, weight)
-
-    effective(), product()
-    effective_s, product_s, ratio = _interleaved(effective, product, rounds)
-    return {
-        "benchmark": "one_matrix",
-        "shape": [m, n],
-        "tokens": tokens,
-        "r": r,
-        "sparsity": sparsity,
-        "impl": impl,
-        "rounds": rounds,
-        **conditions("cpu"),
-        "effective_s": effective_s,
-        "product_s": product_s,
-        "effective_over_product": ratio,
-        "extra_over_matrix": round(peak_bytes(effective) / (4 * m * n), 2),
-    }
-
-
-def measure_competition(
-    backbone: str = "vit_base_patch16_224", *, batch: int = 4, r: int = 8, sparsity: float = 0.7, rounds: int = 5
-) -> dict[str, Any]:
-    """Measure the CPU time of layer-level and weight-level competition in a SNELLA training step.
-
-    Layer level: importance, once per step, and budget allocation, once per epoch. Weight level: selection, computed as
-    the time of all effective weights minus the time without selection. A step selects once; the backward pass reuses
-    the thresholds.
-
-    Args:
-        backbone: A timm model name.
-        batch: Batch size.
-        r: Rank.
-        sparsity: Sparsity of the update.
-        rounds: Number of rounds, reported as medians.
-
-    Returns:
-        A row with the seconds of a step and of each part, and `competition_over_step`.
-    """
-    workload = Workload(backbone, r, sparsity)
-    images, labels = random_batch(workload, batch)
-    model = BASELINES["snella"](workload.base(), workload).train()
-    optimizer = create_snella_optimizer(model, lr=1e-4)
-    allocator = BudgetAllocator(model, total_epochs=100, steps_per_epoch=100)
-    layers = [module for module in model.modules() if isinstance(module, SnellaLayer)]
-    caps = [matrix.size for matrix in allocator.matrices]
-
-    def train_step() -> None:
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(images), labels).backward()
-        optimizer.step()
-
-    @torch.no_grad()
-    def merge(*, with_selection: bool) -> None:
-        for layer in layers:
-            update, weight = layer.get_update("default"), cast(Tensor, layer.get_base_layer().weight)
-            if not with_selection:
-                full_budgets = tuple(rows * weight.shape[1] for rows in update.spec.row_counts)
-                update = update._replace(budgets=full_budgets)
-            compute_effective_weight(weight, [update._replace(thresholds=None)], weight.shape)
-
-    parts: dict[str, Callable[[], object]] = {
-        "learn_s": train_step,
-        "importance_s": allocator.importance.update,
-        "allocate_s": lambda: allocate(allocator.importance.scores(), caps, allocator.target_budget),
-        "merge_s": lambda: merge(with_selection=False),
-        "merge_and_select_s": lambda: merge(with_selection=True),
-    }
-    times: dict[str, list[float]] = {name: [] for name in parts}
-    for k in range(rounds + 1):  # round 0 compiles
-        for name, part in parts.items():
-            start = time.process_time()
-            part()
-            times[name] += [time.process_time() - start] if k else []
-    medians = {name: round(statistics.median(values), 5) for name, values in times.items()}
-    select_s = medians["merge_and_select_s"] - medians["merge_s"]
-    step_s = medians["learn_s"] + medians["importance_s"]
-    return {
-        "benchmark": "competition",
-        **_setting_fields(workload, batch),
-        "rounds": rounds,
-        "clock": "process time",
-        **conditions("cpu"),
-        **medians,
-        "select_s": round(select_s, 5),
-        "step_s": round(step_s, 5),
-        "competition_over_step": round((select_s + medians["importance_s"]) / step_s, 4),
-    }
-
-
-def _random_factors(m: int, n: int, r: int) -> tuple[Factors, torch.Generator]:
-    """Return the factors of one matrix from a fixed seed, and the generator."""
-    generator = torch.Generator().manual_seed(0)
-    A, B = torch.randn(1, n, r, generator=generator) * n**-0.5, torch.randn(m, r, generator=generator) * m**-0.5
-    return Factors(A, B, torch.tensor([[0.1, -0.1]]), torch.ones(1), torch.zeros(1)), generator
-
-
-def _interleaved(first: Callable[[], object], second: Callable[[], object], rounds: int) -> tuple[float, float, float]:
-    """Return the median seconds of two functions called alternately, and the median of their ratios."""
-    times: list[tuple[float, float]] = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        first()
-        middle = time.perf_counter()
-        second()
-        times.append((middle - start, time.perf_counter() - middle))
-    ratio = statistics.median(first_s / second_s for first_s, second_s in times)
-    first_s, second_s = (round(statistics.median(values), 5) for values in zip(*times, strict=True))
-    return first_s, second_s, round(ratio, 3)
-
-
-def peak_bytes(function: Callable[[], Tensor]) -> int:
-    """Return the peak bytes of a call: NumPy arrays from tracemalloc plus torch tensors from the profiler."""
-    tracemalloc.start()
-    try:
-        with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            result = function()
-        numpy_peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    current = peak = 0
-    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            current += event.nbytes()
-            peak = max(peak, current)
-    del result
-    return numpy_peak + peak

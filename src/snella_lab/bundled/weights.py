@@ -2,7 +2,6 @@
 
 import importlib.util
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from snella._cache_folder import cache_folder
 from snella_app.backbones.checkpoint import Checkpoint, load_weights, update_config
 from snella_app.backbones.create import NamedBackbone
-from snella_app.files import sha256_of
+from snella_app.files import sha256_of, write_bytes
 
 
 def convert_efficientnet_lite(path: Path) -> dict[str, Tensor]:
@@ -219,7 +218,8 @@ def _cached_state(name: str) -> dict[str, Tensor]:
     _check_sha256(source, packaged)
     state = packaged.convert(source)
     try:
-        _write(cached, save(state, metadata={"source_sha256": packaged.sha256}))
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(cached, save(state, metadata={"source_sha256": packaged.sha256}))
     except OSError as error:
         _logger.warning("cannot cache converted weights in '%s' (%s); set SNELLA_CACHE", cached.parent, error)
     return state
@@ -247,20 +247,6 @@ def _check_sha256(source: Path, packaged: PackagedBackbone) -> None:
             f"'{source}' is damaged or of another version: its sha256 must start with {packaged.sha256[:8]}, "
             f"got {digest[:8]}; run `{packaged.install} --force-reinstall`"
         )
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file atomically: write to a temporary file, flush to disk, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 DINOV2_SMALL, EFFICIENTNET_LITE = (

@@ -1,103 +1,15 @@
 """Cells of a comparison (one run each, with configuration and folder), and the plan that schedules them."""
 
-import functools
-import os
-import platform
-import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-import torch
-
-import snella_lab
 from snella_app.config import TrainConfig
 from snella_app.methods import find_method
 from snella_app.records import CellRow, SearchChoice
 from snella_lab.comparison.experiment import DataEntry, Experiment, MethodEntry, folder_name, make_config
 from snella_lab.comparison.search import Candidate, TuningResult, next_tuning_runs
-
-GitState: TypeAlias = tuple[str | None, bool | None]
-_state: GitState | None = None
-_PACKAGES = ("snella", "peft", "transformers", "accelerate", "torch", "timm", "numpy", "scikit-learn", "numba")
-
-
-def package_info() -> dict[str, str | None]:
-    """Return versions, keyed as in PEFT's method comparison (`torch-version`), and the commit of snella's checkout."""
-    versions: dict[str, str | None] = {f"{name}-version": _version(name) for name in _PACKAGES}
-    commit, is_dirty = git_state()
-    return {**versions, "snella-commit-hash": commit, "snella-is-dirty": None if is_dirty is None else str(is_dirty)}
-
-
-def system_info() -> dict[str, Any]:
-    """Describe the machine, keyed as in PEFT's method comparison, with CPU cores and torch threads."""
-    return {
-        "system": platform.system(),
-        "release": platform.release(),
-        "machine": platform.machine(),
-        "processor": _processor(),
-        "accelerator": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "N/A",
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def git_state() -> GitState:
-    """Return the commit of snella's checkout and True if tracked files are modified; None outside a checkout.
-
-    Cached per process; workers get the state from their parent.
-    """
-    global _state
-    if _state is None:
-        _state = _query_git()
-    return _state
-
-
-def set_git_state(state: GitState) -> None:
-    """Set the git state determined by the parent process, which matches the loaded code."""
-    global _state
-    _state = state
-
-
-def _query_git() -> GitState:
-    """Query the git state of the checkout."""
-    root = Path(snella_lab.__file__).parents[2]
-    if not (root / ".git").exists():
-        return None, None
-    commit = _git(root, "rev-parse", "HEAD")
-    changes = _git(root, "status", "--porcelain", "--untracked-files=no")
-    return commit, None if changes is None else bool(changes)
-
-
-def _git(root: Path, *words: str) -> str | None:
-    """Return the output of a git command; None if it fails."""
-    try:
-        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
-
-
-def _version(package: str) -> str | None:
-    """Return the version of a package; None if not installed."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-@functools.cache
-def _processor() -> str:
-    """Return the CPU model name."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
 
 TEST_SEED = 0
 """Seed of the test split in every cell. Run seeds only change the training and validation images, so that
@@ -115,6 +27,7 @@ class Cell:
         candidate: Learning-rate factor and weight decay.
         is_final: True for a final run, the only kind that evaluates test images.
         search: Tuning results stored in the row of a final run.
+        blocked_by: Reason why a final run cannot start: all its tuning runs failed.
     """
 
     data: DataEntry
@@ -123,6 +36,7 @@ class Cell:
     candidate: Candidate
     is_final: bool
     search: SearchChoice | None = field(default=None, compare=False)
+    blocked_by: str | None = field(default=None, compare=False)
 
     @property
     def name(self) -> str:
@@ -197,19 +111,6 @@ def tuning_result(row: CellRow) -> TuningResult:
     return TuningResult(row.score("val"), row.column("val_loss"))
 
 
-@dataclass(frozen=True)
-class BlockedRun:
-    """A final run that cannot start because all its tuning runs failed.
-
-    Args:
-        cell: The cell.
-        error: Reason, with the error of the first tuning run.
-    """
-
-    cell: Cell
-    error: str
-
-
 Part: TypeAlias = tuple[int, int]
 """Number of one part, from 0, and the number of parts of a comparison."""
 
@@ -268,7 +169,7 @@ class Plan:
         if not pair.ready():
             self._open.pop(_pair_of(row), None)
 
-    def ready(self) -> Iterator[Cell | BlockedRun]:
+    def ready(self) -> Iterator[Cell]:
         """Yield unfinished cells without unfinished dependencies, in the order of the experiment.
 
         Rows recorded during the iteration may make further cells ready, which the next call yields.
@@ -276,14 +177,9 @@ class Plan:
         for pair in list(self._open.values()):
             yield from list(pair.ready())
 
-    def left_of(self, task: str, method: str) -> int:
-        """Return the number of remaining cells of a pair, without grid extensions."""
-        pair = self._pairs.get((task, method))
-        return 0 if pair is None else pair.left()
-
-    def pairs(self) -> list[tuple[str, str]]:
-        """Return the names of all pairs of task and method, grouped by task."""
-        return list(self._pairs)
+    def remaining(self) -> Iterator[tuple[str, str, int]]:
+        """Yield each unfinished pair as task, method and number of remaining cells, without grid extensions."""
+        return ((task, method, pair.left()) for (task, method), pair in self._open.items())
 
 
 def _planned(experiment: Experiment, part: Part | None) -> list[tuple[DataEntry, MethodEntry, tuple[int, ...]]]:
@@ -305,7 +201,7 @@ def _pairs(experiment: Experiment) -> list[tuple[DataEntry, MethodEntry]]:
 
 @dataclass(frozen=True)
 class _Run:
-    """Columns of a row that the plan needs."""
+    """Columns of a row that the plan needs; whole rows of large comparisons would need too much memory."""
 
     seed: int
     candidate: Candidate
@@ -317,11 +213,10 @@ class _Run:
     @classmethod
     def of(cls, row: CellRow) -> "_Run":
         """Take the columns from a row."""
-        is_measured = row.purpose == "final" and row.status == "success"
-        search = row.search if is_measured else None
-        candidate = Candidate(row.lr_factor, row.tried_weight_decay)
+        is_final = row.purpose == "final"
         error = row.error or ("failed" if row.status != "success" else None)
-        return cls(row.seed, candidate, row.purpose == "final", tuning_result(row), search, error)
+        candidate = Candidate(row.lr_factor, row.tried_weight_decay)
+        return cls(row.seed, candidate, is_final, tuning_result(row), row.search if is_final else None, error)
 
 
 class _Pair:
@@ -338,7 +233,7 @@ class _Pair:
         self._experiment, self._data, self._method, self._seeds = experiment, data, method, seeds
         self._defaults = tuned_settings(experiment, data, method, Candidate())
         self._runs: dict[str, _Run] = {}
-        self._ready: list[Cell | BlockedRun] | None = None
+        self._ready: list[Cell] | None = None
 
     def record(self, row: CellRow) -> bool:
         """Add a row, and return True if its cell is new."""
@@ -346,7 +241,7 @@ class _Pair:
         self._runs[row.cell], self._ready = _Run.of(row), None
         return is_new
 
-    def ready(self) -> list[Cell | BlockedRun]:
+    def ready(self) -> list[Cell]:
         """Return the next cells."""
         if self._ready is None:
             self._ready = self._next()
@@ -355,9 +250,15 @@ class _Pair:
     def left(self) -> int:
         """Return the number of remaining cells, without grid extensions."""
         ready = self.ready()
-        return len(ready) + (0 if not ready or isinstance(ready[0], BlockedRun) else self._later(ready[0]))
+        if not ready or ready[0].is_final:
+            return len(ready)
+        finals, grid = len(self._seeds), self._experiment.grid
+        if ready[0].candidate.weight_decay is not None:
+            return len(ready) + finals
+        decays = {decay for decay in grid.weight_decays if decay != self._defaults["weight_decay"]}
+        return len(ready) + len(decays) * grid.seeds + finals
 
-    def _next(self) -> list[Cell | BlockedRun]:
+    def _next(self) -> list[Cell]:
         """Compute the next cells.
 
         Once a final run is evaluated on test images, its hyperparameters are fixed for all seeds of the pair, even if
@@ -366,34 +267,25 @@ class _Pair:
         data, method = self._data, self._method
         measured = self._measured()
         if measured is not None:
-            remaining = (Cell(data, method, s, measured.candidate, True, measured.search) for s in self._seeds)
-            return [cell for cell in remaining if cell.name not in self._runs]
+            finals = (Cell(data, method, s, measured.candidate, True, measured.search) for s in self._seeds)
+            return self._missing(finals)
         results = self._results()
         choice = next_tuning_runs(self._experiment.grid, self._defaults["weight_decay"], results)
         if isinstance(choice, list):
-            trials = [
-                Cell(data, method, seed, candidate, False)
-                for candidate in choice
-                for seed in range(self._experiment.grid.seeds)
-            ]
-            return [cell for cell in trials if cell.name not in self._runs]
-        finals = [Cell(data, method, seed, choice.candidate or Candidate(), True) for seed in self._seeds]
-        missing = [cell for cell in finals if cell.name not in self._runs]
+            seeds = range(self._experiment.grid.seeds)
+            return self._missing([Cell(data, method, seed, candidate, False) for candidate in choice for seed in seeds])
+        selected = choice.candidate or Candidate()
+        missing = self._missing([Cell(data, method, seed, selected, True) for seed in self._seeds])
         if missing and choice.candidate is not None:
             rates = {c: scaled_settings(self._defaults, method, c) for c in choice.tried}
             search = choice.record(results, rates.__getitem__)
             return [replace(cell, search=search) for cell in missing]
         error = f"all {len(choice.tried)} tuning runs failed; first error: {self._first_error()}"
-        return [BlockedRun(cell, error) for cell in missing]
+        return [replace(cell, blocked_by=error) for cell in missing]
 
-    def _later(self, next_cell: Cell) -> int:
-        """Return the number of runs that are not ready yet."""
-        if next_cell.is_final:
-            return 0
-        finals, grid = len(self._seeds), self._experiment.grid
-        if next_cell.candidate.weight_decay is not None:
-            return finals
-        return finals + len({w for w in grid.weight_decays if w != self._defaults["weight_decay"]}) * grid.seeds
+    def _missing(self, cells: Iterable[Cell]) -> list[Cell]:
+        """Return the cells without a row."""
+        return [cell for cell in cells if cell.name not in self._runs]
 
     def _results(self) -> dict[Candidate, list[TuningResult]]:
         """Return the finished tuning runs."""
@@ -403,15 +295,14 @@ class _Pair:
         return results
 
     def _measured(self) -> _Run | None:
-        """Return the finished final run with the lowest seed, or None."""
+        """Return the successful final run with the lowest seed, or None."""
         finals = (run for run in self._runs.values() if run.is_final and run.error is None)
         return min(finals, key=lambda run: run.seed, default=None)
 
     def _trials(self) -> list[_Run]:
         """Return the tuning runs, sorted by cell name."""
-        trials = [name for name, run in self._runs.items() if not run.is_final]
-        runs = [self._runs[name] for name in sorted(trials)]
-        return [run for run in runs if run.seed < self._experiment.grid.seeds]
+        trials = (run for _, run in sorted(self._runs.items(), key=lambda item: item[0]) if not run.is_final)
+        return [run for run in trials if run.seed < self._experiment.grid.seeds]
 
     def _first_error(self) -> str:
         """Return the error of the first failed tuning run."""

@@ -12,10 +12,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from snella_app.backbones import create_backbone
 from snella_app.config import AUTO_METHOD, TrainConfig
@@ -28,11 +27,9 @@ from snella_app.records import CellRow
 from snella_app.runs import RunFolder
 from snella_app.runs.images import load_splits
 from snella_app.tasks import create_task
-from snella_app.text import seconds_text
 from snella_app.training.distributed import refuse_several_processes
 from snella_app.training.session import NonFiniteLossError, TrainingInterrupted
-from snella_lab.comparison import CellsFailedError
-from snella_lab.comparison.cells import BlockedRun, Cell, Part, Plan, units
+from snella_lab.comparison.cells import Cell, Plan, units
 from snella_lab.comparison.executors import Executor, Finished, InProcesses, InThisProcess, OnRay, import_ray
 from snella_lab.comparison.experiment import (
     FILE,
@@ -45,143 +42,21 @@ from snella_lab.comparison.experiment import (
     make_config,
 )
 from snella_lab.comparison.experiment_files import read_experiment
+from snella_lab.comparison.options import ExecutionConfig
+from snella_lab.comparison.progress import ComparisonProgress
 from snella_lab.comparison.report import print_paper_comparison, print_paper_orderings, write_markdown, write_page
 from snella_lab.comparison.run_cell import probe_images, record_crash
 from snella_lab.comparison.search import Candidate
 from snella_lab.comparison.slurm import write_slurm_scripts
-from snella_lab.comparison.statistics import Spread, average
+from snella_lab.comparison.statistics import Rows, Spread, average
 from snella_lab.comparison.store import LOCKS, cell_lock, collect, drop_failed, is_locked, read_part, read_row
-from snella_lab.comparison.summary import COSTS, cost_texts, print_summary, recommend, spread_text, summarize
+from snella_lab.comparison.summary import cost_texts, print_summary, recommend, spread_text, summarize
 
 
-class ComparisonProgress:
-    """Progress of a comparison: one line per run and, on a terminal, a progress bar.
+class CellsFailedError(RuntimeError):
+    """Error for failed runs, raised after the report is written."""
 
-    Args:
-        console: Output.
-        plan: Finished and remaining runs.
-        rows: Rows of finished runs, for the remaining time.
-    """
-
-    def __init__(self, console: Console, plan: Plan, rows: Iterable[CellRow]) -> None:
-        self._console, self._plan = console, plan
-        self._remaining = _RemainingTime(plan, rows)
-        self._is_waiting = False
-        self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console, transient=True
-        )
-        self._task = self._bar.add_task("", total=1)
-        self._running: dict[str, float] = {}
-
-    def __enter__(self) -> "ComparisonProgress":
-        left, done = self._plan.left, self._plan.done
-        if left:
-            already = f", {done:,} already done" if done else ""
-            print_line(self._console, f"{counted(left, 'run')} to train{already}")
-        if self._console.is_terminal:
-            self._bar.start()
-        self._refresh()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._console.is_terminal:
-            self._bar.stop()
-
-    def started(self, cell: Cell) -> None:
-        """Show that a run has started."""
-        self._is_waiting = False
-        self._running[cell.title] = time.monotonic()
-        self._refresh()
-
-    def ended(self, cell: Cell, row: CellRow, slots: int, is_own: bool = True) -> None:
-        """Print the result of a run, and the remaining time with `slots` parallel runs."""
-        self._running.pop(cell.title, None)
-        self._remaining.record(row)
-        left, done = self._plan.left, self._plan.done
-        number = f"[{done}/{done + left}]"
-        if row.status == "success":
-            scores = {"validation": row.score("val"), "test": row.score("test")}
-            result = ", ".join(f"{part} {score:.4f}" for part, score in scores.items() if score is not None)
-        else:
-            result = f"FAILED, {row.error}"
-        remaining = f"; about {seconds_text(self._remaining.seconds() / slots)} left" if left else ""
-        others = "" if is_own else " by another process"
-        origin = ", reused from the selected tuning run" if row.results and row.results.trained_as else ""
-        text = f"{number} {cell.title}: {result} ({seconds_text(row.total_time)}{others}{origin}){remaining}"
-        print_line(self._console, text)
-        self._refresh()
-
-    def claimed_elsewhere(self, cell: Cell) -> None:
-        """Remove a run that another process has claimed."""
-        self._running.pop(cell.title, None)
-        self._refresh()
-
-    def waiting(self, count: int) -> None:
-        """Print that all remaining runs are claimed by other processes."""
-        if not self._is_waiting:
-            print_line(self._console, f"waiting for {count} run{'s' if count != 1 else ''} in other processes")
-        self._is_waiting = True
-
-    def _refresh(self) -> None:
-        """Update the bar."""
-        left, done = self._plan.left, self._plan.done
-        self._bar.update(self._task, completed=done, total=done + left, description=" | ".join(self._running) or "runs")
-
-
-class _RemainingTime:
-    """Estimate of the time of all remaining runs, from the mean duration of the same pair, task, or of all runs.
-
-    Args:
-        plan: Finished and remaining runs.
-        rows: Rows of finished runs.
-    """
-
-    def __init__(self, plan: Plan, rows: Iterable[CellRow]) -> None:
-        self._plan = plan
-        self._methods: dict[str, list[str]] = {}
-        for task, method in plan.pairs():
-            self._methods.setdefault(task, []).append(method)
-        self._times: dict[tuple[str, ...], tuple[float, int]] = {}
-        self._known: dict[str, float] = {}
-        self._unknown: dict[str, int] = {}
-        self._known_s, self._unknown_runs = 0.0, 0
-        for row in rows:
-            self._add(row)
-        for task in self._methods:
-            self._estimate(task)
-
-    def record(self, row: CellRow) -> None:
-        """Add a finished run, which the plan has recorded."""
-        self._add(row)
-        self._estimate(row.task_name)
-
-    def seconds(self) -> float:
-        """Return the time of all remaining runs, one after the other."""
-        return self._known_s + self._unknown_runs * (self._mean() or 0.0)
-
-    def _add(self, row: CellRow) -> None:
-        """Add the duration of a run to its pair, its task and all runs."""
-        if row.status == "success":
-            for key in ((row.task_name, row.experiment_name), (row.task_name,), ()):
-                total, count = self._times.get(key, (0.0, 0))
-                self._times[key] = total + row.total_time, count + 1
-
-    def _mean(self, *key: str) -> float | None:
-        """Return the mean duration of a pair, a task or all runs; None without a run."""
-        total, count = self._times.get(key, (0.0, 0))
-        return total / count if count else None
-
-    def _estimate(self, task: str) -> None:
-        """Estimate the remaining time of a task again."""
-        of_task, known, unknown = self._mean(task), 0.0, 0
-        for method in self._methods.get(task, ()):
-            left = self._plan.left_of(task, method)
-            mean = self._mean(task, method) if (task, method) in self._times else of_task
-            known += left * (mean or 0.0)
-            unknown += left if mean is None else 0
-        self._known_s += known - self._known.get(task, 0.0)
-        self._unknown_runs += unknown - self._unknown.get(task, 0)
-        self._known[task], self._unknown[task] = known, unknown
+    exit_status = 1
 
 
 _POLL_S = 2.0
@@ -190,17 +65,7 @@ _POLL_S = 2.0
 def compare(
     experiment: Experiment | None,
     out: str | Path,
-    *,
-    workers: int = 1,
-    threads: int | None = None,
-    ray: bool = False,
-    gpus: float | None = None,
-    run_limit: float | None = None,
-    part: Part | None = None,
-    emit: Literal["slurm"] | None = None,
-    emit_to: str | Path | None = None,
-    retry_failed: bool = False,
-    draw_only: bool = False,
+    execution: ExecutionConfig | None = None,
     console: Console | None = None,
 ) -> Path:
     """Train every unfinished run of an experiment and compare the methods.
@@ -210,17 +75,8 @@ def compare(
     Args:
         experiment: The experiment; None resumes the one stored in `out`.
         out: Output folder; created if missing.
-        workers: Number of worker processes; 0 trains sequentially in this process and does not measure memory.
-        threads: Threads per worker; None divides the CPU cores evenly.
-        ray: Run on Ray instead of local processes.
-        gpus: GPUs per run on Ray, e.g. 0.25; None divides the GPUs of the cluster among the workers.
-        run_limit: Maximum minutes of one run, which then counts as failed; None for no limit. Requires `ray` or
-            worker processes.
-        part: Train one of several parts, e.g. `(0, 8)` for the first of eight, and write no report; see `units`.
-        emit: Train nothing; write job scripts for this scheduler, which train the unfinished runs.
-        emit_to: Folder of the scripts; `OUT/slurm` if None.
-        retry_failed: Train failed runs again.
-        draw_only: Only write the table and the report from existing rows.
+        execution: Which runs are trained, and where; one worker process by default. Without worker processes, memory is
+            not measured.
         console: Output; stdout if None.
 
     Returns:
@@ -230,62 +86,49 @@ def compare(
         FileExistsError: If `out` holds other files.
         FileNotFoundError: If `experiment` is None and `out` holds no comparison.
         ImportError: If `ray` is set and Ray is not installed.
-        ValueError: If settings contradict each other, the stored experiment or the data.
+        ValueError: If settings contradict the stored experiment or the data.
         CellsFailedError: If a final run failed, or a tuning run failed for another reason than a diverged loss. Raised
             after the report is written; not with `draw_only`.
         TrainingInterrupted: On Ctrl-C; finished runs stay stored.
     """
     refuse_several_processes("a comparison")
+    execution, root = execution or ExecutionConfig(), Path(out)
     console = console or make_console(survives_closed_output=True)
-    root = Path(out)
-    if workers < 0 or (threads is not None and threads < 1):
-        raise ValueError(f"workers must be at least 0 and threads at least 1, got {workers} and {threads}")
-    _check_options(workers, ray, gpus, run_limit, part, emit, draw_only)
-    if part is not None and (experiment is not None or retry_failed):
+    if execution.ray:
+        import_ray()
+    if execution.part is not None and (experiment is not None or execution.retry_failed):
         raise ValueError(
             f"part trains the experiment stored in out={str(out)!r}, and excludes an experiment and retry_failed; "
             "start the comparison with emit, then train its parts"
         )
     requested, experiment = experiment, _resolve_experiment(experiment, root)
-    if not draw_only and part is None:
-        check_parts(experiment, console, checks_device=emit is None)
-    limit_s = math.inf if run_limit is None else 60 * run_limit
+    part = execution.part_and_count
     if part is not None:
         rows = read_part(root, [(data, method) for data, method, _ in units(experiment)[part[0] :: part[1]]])
-        executor = _executor(root, experiment, workers, threads, ray, gpus, keep_checkpoints=True)
-        _train_all(root, Plan(experiment, rows, part), rows.values(), executor, console, limit_s)
+        _train_all(root, Plan(experiment, rows, part), rows.values(), execution, console)
         return root
+    if not execution.draw_only:
+        check_parts(experiment, console, checks_device=execution.emit is None)
     root.mkdir(parents=True, exist_ok=True)
     experiment = _store(root, experiment)
     if requested is not None:
         _note_what_else_is_trained(requested, experiment, console)
-    if retry_failed:
+    if execution.retry_failed:
         drop_failed(root)
     rows, notes = collect(root)
     for note in notes:
         print_line(console, f"note: {note}")
-    if emit is not None:
-        script = write_slurm_scripts(root, experiment, emit_to, workers, threads, run_limit)
+    if execution.emit is not None:
+        script = write_slurm_scripts(root, experiment, execution)
         left = Plan(experiment, rows).left
         print_line(console, f"{counted(left, 'run')} to train; submit with: bash {shlex.quote(str(script))}")
         return script
-    if not draw_only:
-        executor = _executor(root, experiment, workers, threads, ray, gpus)
-        _train_all(root, Plan(experiment, rows), rows.values(), executor, console, limit_s)
+    if not execution.draw_only:
+        _train_all(root, Plan(experiment, rows), rows.values(), execution, console)
         rows, _ = collect(root)
-    results = list(rows.values())
-    summary = summarize(experiment, results)
-    page = write_page(root, experiment, results, summary)
-    write_markdown(root, experiment, results, summary)
-    print_summary(console, summary)
-    print_paper_comparison(console, experiment, summary)
-    print_paper_orderings(console, experiment, results)
-    warning = get_protocol(experiment.settings.get("protocol", "standard")).warning
-    if warning:
-        print_line(console, f"official protocol: {warning}")
-    print_line(console, f"rows: {root / 'results.jsonl'}, report: {page}")
+    page = _write_reports(root, experiment, list(rows.values()), console)
     failed = [row for row in rows.values() if row.status == "failed" and not _has_diverged(row)]
-    if failed and not draw_only:
+    if failed and not execution.draw_only:
         first = min(failed, key=lambda row: (row.purpose != "final", row.cell))
         raise CellsFailedError(
             f"{len(failed)} of {counted(len(rows), 'run')} failed, e.g. {first.cell}: {first.error}; "
@@ -294,30 +137,19 @@ def compare(
     return page
 
 
-def _check_options(
-    workers: int,
-    ray: bool,
-    gpus: float | None,
-    run_limit: float | None,
-    part: Part | None,
-    emit: str | None,
-    draw_only: bool,
-) -> None:
-    """Reject options that contradict each other or are out of range."""
-    if ray:
-        import_ray()
-    if gpus is not None and (not ray or gpus < 0 or (gpus > 1 and gpus != int(gpus))):
-        raise ValueError(f"gpus must be 0 to 1 or an integer, and requires ray, got {gpus:g} and ray={ray}")
-    if run_limit is not None and (run_limit <= 0 or not (ray or workers)):
-        raise ValueError(
-            f"run_limit must be positive and requires ray or workers, got {run_limit:g} and workers={workers}"
-        )
-    if emit is not None and (emit != "slurm" or ray or draw_only or part is not None):
-        raise ValueError(f"emit must be slurm, and excludes ray, part and draw_only, got {emit!r}")
-    if part is not None and (draw_only or not 0 <= part[0] < part[1]):
-        raise ValueError(
-            f"part must be NUMBER/COUNT with NUMBER below COUNT, and excludes draw_only, got {part[0]}/{part[1]}"
-        )
+def _write_reports(root: Path, experiment: Experiment, rows: Rows, console: Console) -> Path:
+    """Write the HTML report and the Markdown tables, print the results, and return the path of the report."""
+    summary = summarize(experiment, rows)
+    page = write_page(root, experiment, rows, summary)
+    write_markdown(root, experiment, rows, summary)
+    print_summary(console, summary)
+    print_paper_comparison(console, experiment, summary)
+    print_paper_orderings(console, experiment, rows)
+    warning = get_protocol(experiment.settings.get("protocol", "standard")).warning
+    if warning:
+        print_line(console, f"official protocol: {warning}")
+    print_line(console, f"rows: {root / 'results.jsonl'}, report: {page}")
+    return page
 
 
 def _has_diverged(row: CellRow) -> bool:
@@ -467,7 +299,7 @@ def choose_method(config: TrainConfig, console: Console | None = None) -> TrainC
         for seed in range(experiment.seeds)
     ]
     print_line(console, f"selecting a method: {counted(len(cells), 'short run')} in {root}")
-    rows = [_trained_row(root, experiment, cell, console) for cell in cells]
+    rows = [_trained_row(root, experiment, cell) for cell in cells]
     means, costs = {}, {}
     for method in experiment.methods:
         method_rows = [row for row in rows if row.experiment_name == method.name]
@@ -478,7 +310,7 @@ def choose_method(config: TrainConfig, console: Console | None = None) -> TrainC
             continue
         means[method.name] = Spread(statistics.fmean(values), statistics.stdev(values), len(values))
         costs[method.name] = {column: average(method_rows, method.name, column) for column in _CHOICE_COSTS}
-        texts = cost_texts({**dict.fromkeys(COSTS), **costs[method.name]})
+        texts = cost_texts(costs[method.name])
         print_line(
             console,
             f"{method.name}: validation {experiment.measures[experiment.metric]} {spread_text(means[method.name])}%, "
@@ -516,11 +348,11 @@ def _choice_experiment(config: TrainConfig) -> Experiment:
     )
 
 
-def _trained_row(root: Path, experiment: Experiment, cell: Cell, console: Console) -> CellRow:
+def _trained_row(root: Path, experiment: Experiment, cell: Cell) -> CellRow:
     """Return the row of a cell; train the cell in a separate process if it has none."""
     if (row := read_row(cell.folder(root))) is not None:
         return row
-    executor = _executor(root, experiment, 1, None, False)
+    executor = _executor(root, experiment, ExecutionConfig())
     try:
         executor.start(cell)
         while not (ended := executor.wait(_POLL_S)):
@@ -538,36 +370,23 @@ def _trained_row(root: Path, experiment: Experiment, cell: Cell, console: Consol
     return row
 
 
-def _executor(
-    root: Path,
-    experiment: Experiment,
-    workers: int,
-    threads: int | None,
-    ray: bool,
-    gpus: float | None = None,
-    keep_checkpoints: bool = False,
-) -> Executor:
-    """Return the executor for these settings."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    each = threads or max(1, cores // max(workers, 1))
-    if ray:
-        return OnRay(root, experiment, workers if workers > 1 else None, threads or 1, gpus)
+def _executor(root: Path, experiment: Experiment, execution: ExecutionConfig) -> Executor:
+    """Return the executor; a part, which a scheduler may interrupt, saves a checkpoint after each epoch."""
+    workers, threads = execution.workers, execution.threads
+    if execution.ray:
+        return OnRay(root, experiment, workers if workers > 1 else None, threads or 1, execution.gpus)
     if workers == 0:
         return InThisProcess(root, experiment)
-    return InProcesses(root, experiment, workers, each, keep_checkpoints)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = threads or max(1, cores // workers)
+    return InProcesses(root, experiment, workers, threads, keep_checkpoints=execution.part is not None)
 
 
-def _train_all(
-    root: Path,
-    plan: Plan,
-    rows: Iterable[CellRow],
-    executor: Executor,
-    console: Console,
-    limit_s: float = math.inf,
-) -> None:
+def _train_all(root: Path, plan: Plan, rows: Iterable[CellRow], execution: ExecutionConfig, console: Console) -> None:
     """Start runs until all are finished by this or other processes."""
+    executor = _executor(root, plan.experiment, execution)
     running: dict[str, Cell] = {}
-    limit = _RunLimit(root, executor, limit_s)
+    limit = _RunLimit(root, executor, execution.limit_s)
     try:
         with ComparisonProgress(console, plan, rows) as progress, _interrupted_by_sigterm():
             while True:
@@ -588,14 +407,16 @@ def _train_all(
                         is_stopped = any(finished is item for item in overdue)
                         row = record_crash(root, plan.experiment, finished.cell, finished.error, is_stopped)
                     if row is None:
-                        progress.claimed_elsewhere(finished.cell)
+                        progress.removed(finished.cell)
                     else:
                         plan.record(row)
                         is_own = finished.outcome is None or finished.outcome.state == "trained"
                         progress.ended(finished.cell, row, max(1, executor.slots), is_own)
     except (KeyboardInterrupt, TrainingInterrupted):
+        command = f"snella compare --out {shlex.quote(str(root))}"
+        command += "" if execution.part is None else f" --part {execution.part}"
         raise TrainingInterrupted(
-            f"interrupted after {counted(plan.done, 'finished run')}; resume with: snella compare --out {root}"
+            f"interrupted after {counted(plan.done, 'finished run')}; resume with: {command}"
         ) from None
     finally:
         executor.close()
@@ -657,19 +478,17 @@ def _start(
     """
     claimed = recorded = 0
     slots = executor.slots
-    for item in plan.ready():
+    for cell in plan.ready():
         if len(running) >= slots:
             break
-        cell = item.cell if isinstance(item, BlockedRun) else item
         if cell.name in running:
             continue
-        row = read_row(cell.folder(root))
-        is_own = row is None and isinstance(item, BlockedRun)
-        if row is None and isinstance(item, BlockedRun):
-            row = record_crash(root, plan.experiment, cell, item.error)
+        row = found = read_row(cell.folder(root))
+        if found is None and cell.blocked_by is not None:
+            row = record_crash(root, plan.experiment, cell, cell.blocked_by)
         if row is not None:
             plan.record(row)
-            progress.ended(cell, row, slots, is_own)
+            progress.ended(cell, row, slots, is_own=found is None)
             recorded += 1
         elif is_locked(root / LOCKS, cell.name):
             claimed += 1

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from snella_app.training.session import TrainingInterrupted
-from snella_lab.comparison.cells import Cell, GitState, git_state, set_git_state
+from snella_lab.comparison.cells import Cell
 from snella_lab.comparison.experiment import Experiment
 from snella_lab.comparison.run_cell import Outcome, run_cell, set_threads
+from snella_lab.provenance import GitState, git_state, set_git_state
 
 _PRELOADED = ["snella_lab.comparison.run_cell"]
 

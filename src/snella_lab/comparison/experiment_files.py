@@ -18,6 +18,7 @@ from snella_lab.comparison.experiment import (
     method_entry,
     plain_entry,
 )
+from snella_lab.comparison.options import CompareOptions
 
 
 def bundled_experiments() -> dict[str, Path]:
@@ -102,11 +103,8 @@ def _find(name: str) -> Path:
 _NONE = "none"
 
 
-def experiment_from_args(args: Mapping[str, Any]) -> Experiment | None:
+def experiment_from_options(options: CompareOptions) -> Experiment | None:
     """Build the experiment of a command line: from a file, the output folder or options, with the given changes.
-
-    Args:
-        args: Fields of `CompareOptions`; None for omitted ones.
 
     Returns:
         The experiment, or None if only the output folder was given.
@@ -115,33 +113,19 @@ def experiment_from_args(args: Mapping[str, Any]) -> Experiment | None:
         FileNotFoundError: If the experiment does not exist.
         ValueError: If a setting is missing, unknown, out of range or not a number.
     """
-    changes = _changes(args)
-    if args["experiment"] is not None:
-        return read_experiment(args["experiment"], changes)
+    changes = _changes(options)
+    if options.experiment is not None:
+        return read_experiment(options.experiment, changes)
     if not changes:
         return None
-    stored = Path(args["out"]) / FILE
+    stored = Path(options.out) / FILE
     base = read_experiment(str(stored)).as_dict() if stored.is_file() else {}
     return Experiment.from_dict(merged(base, changes))
 
 
-def parse_part(text: str | None) -> tuple[int, int] | None:
-    """Parse `NUMBER/COUNT`, e.g. 0/8.
-
-    Raises:
-        ValueError: If the text is not two integers with a slash.
-    """
-    if text is None:
-        return None
-    words = text.split("/")
-    if len(words) != 2 or not all(word.isdecimal() for word in words):
-        raise ValueError(f"part must be NUMBER/COUNT, e.g. 0/8, got {text!r}")
-    return int(words[0]), int(words[1])
-
-
-def _changes(args: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert the given arguments to entries of an experiment file."""
-    given = {name: value for name, value in args.items() if value is not None}
+def _changes(options: CompareOptions) -> dict[str, Any]:
+    """Convert the given options to entries of an experiment file."""
+    given = {name: value for name, value in options.flat().items() if value is not None}
     changes: dict[str, Any] = {key: given[key] for key in ("backbone", "seeds", "reference") if key in given}
     changes.update({key: listed(given[key]) for key in ("methods", "data") if key in given})
     if "forgetting" in given:
@@ -150,7 +134,7 @@ def _changes(args: Mapping[str, Any]) -> dict[str, Any]:
         name: given[key] for key, name in (("tune_seeds", "seeds"), ("extensions", "max_extensions")) if key in given
     }
     grid.update({key: _numbers(key, given[key]) for key in ("lr_factors", "weight_decays") if key in given})
-    train = {**given["train"], **{key: given[key] for key in ("task", "monitor") if key in given}}
+    train: dict[str, Any] = {**options.train, **{key: given[key] for key in ("task", "monitor") if key in given}}
     return changes | ({"grid": grid} if grid else {}) | ({"train": train} if train else {})
 
 

@@ -23,7 +23,7 @@ from snella_app.report.style import (
     shortened,
     style_of,
 )
-from snella_lab.comparison.statistics import Rows, final_rows
+from snella_lab.comparison.statistics import Rows, complete_mean, final_rows
 from snella_lab.comparison.summary import Summary, part_text
 
 SHOWN_RANGE = 0.3
@@ -143,7 +143,7 @@ def _mean_curve(
     """Average the curves of several tasks at their common factors, given the rows by method and task."""
     curves = [dict(lr_curve(pairs.get((method, task), ()), method, task)) for task in tasks]
     common = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
-    return [(factor, _mean([curve[factor] for curve in curves])) for factor in common]
+    return [(factor, complete_mean([curve[factor] for curve in curves])) for factor in common]
 
 
 def lr_curve(rows: Rows, method: str, task: str) -> list[tuple[float, float | None]]:
@@ -154,7 +154,7 @@ def lr_curve(rows: Rows, method: str, task: str) -> list[tuple[float, float | No
         if is_match and row.purpose == "trial" and row.tried_weight_decay is None:
             accuracy = row.score("val")
             accuracies.setdefault(row.lr_factor, []).append(accuracy)
-    return [(factor, _mean(values)) for factor, values in sorted(accuracies.items())]
+    return [(factor, complete_mean(values)) for factor, values in sorted(accuracies.items())]
 
 
 def forest(summary: Summary, with_tasks: bool, width: int = 640) -> Figure | None:
@@ -221,18 +221,3 @@ def _short(value: float) -> str:
         if value >= size:
             return f"{value / size:.3g} {unit}"
     return f"{value:.3g}"
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    """Return the mean, or None if a value is missing."""
-    numbers = [value for value in values if value is not None]
-    return sum(numbers) / len(numbers) if len(numbers) == len(values) else None
-
-
-__all__ = [
-    "forest",
-    "learning_rate_curves",
-    "lr_curve",
-    "pareto",
-    "pareto_front",
-]

@@ -28,7 +28,6 @@ from snella_lab.comparison.summary import (
     difference_text,
     interval_text,
     outcome_text,
-    recommend,
     recommendation_text,
     significance_texts,
     spread_text,
@@ -303,10 +302,10 @@ def _title(experiment: Experiment) -> str:
 
 def _headline(summary: Summary) -> dict[str, Any] | None:
     """Return the recommended method and the best one; None without results."""
-    means = {m.name: value for m in summary.methods if (value := m.over_tasks[summary.column]) is not None}
+    means = summary.means
     if not means:
         return None
-    name = recommend(means, {m.name: m.costs for m in summary.methods}, summary.measure)[0]
+    name = summary.recommendation[0]
     best = max(means, key=lambda method: means[method].mean)
     return {
         "name": name,

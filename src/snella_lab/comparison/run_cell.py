@@ -40,9 +40,10 @@ from snella_app.training.linear_probe import head_inputs
 from snella_app.training.results import versions_of
 from snella_app.training.session import TrainingInterrupted
 from snella_app.training.train import train
-from snella_lab.comparison.cells import Cell, git_state, package_info, system_info, tuned_settings, tuning_result
+from snella_lab.comparison.cells import Cell, tuning_result
 from snella_lab.comparison.experiment import MEASURES, Experiment
 from snella_lab.comparison.store import LOCKS, append_row, cell_lock, read_row, remove_lock
+from snella_lab.provenance import git_state, package_info, system_info
 
 
 def count_changed_weights(run: Path) -> int | None:
@@ -163,7 +164,7 @@ def probe_images(data: str, images: int) -> tuple[list[ImageDataset], NDArray[np
 
 def row_header(cell: Cell, experiment: Experiment, created_at: str) -> dict[str, Any]:
     """Return the fields of a `CellRow` that are known before training."""
-    rates = tuned_settings(experiment, cell.data, cell.method, cell.candidate)
+    config = cell.config(experiment, cell.name)
     peft_type = find_method(cell.method.method).peft_type or parse_method(cell.method.method)[0].upper()
     packages = package_info()
     return {
@@ -180,9 +181,9 @@ def row_header(cell: Cell, experiment: Experiment, created_at: str) -> dict[str,
         "seed": cell.seed,
         "lr_factor": cell.candidate.lr_factor,
         "tried_weight_decay": cell.candidate.weight_decay,
-        **rates,
+        **{name: getattr(config.optim, name) for name in ("lr", "head_lr", "weight_decay")},
         "search": cell.search,
-        "train_config": cell.config(experiment, cell.name).stored(),
+        "train_config": config.stored(),
         **{f"{name}_version": packages[f"{name}-version"] for name in ("peft", "transformers", "torch", "snella")},
         "git_dirty": git_state()[1],
         "package_info": packages,
@@ -421,7 +422,9 @@ def _row(
             raise
         except Exception as error:
             traceback.print_exc(file=file)
-            return _failed(head, f"{type(error).__name__}: {_first_lines(error)}", time.monotonic() - start)
+            text = " ".join(str(error).split())  # the log has the full text
+            text = text if len(text) <= _ERROR_LENGTH else text[:_ERROR_LENGTH] + " …"
+            return _failed(head, f"{type(error).__name__}: {text}", time.monotonic() - start)
     earlier_s = (earlier_s or 0.0) if trial is None else trial.total_time
     total = round(time.monotonic() - start + earlier_s, 3)
     return CellRow(**head, status="success", total_time=total, results=results)
@@ -452,12 +455,6 @@ def _forgetting(root: Path, experiment: Experiment, cell: Cell, run: RunFolder) 
 def _failed(head: dict[str, Any], error: str, elapsed_s: float) -> CellRow:
     """Return the row of a failed run."""
     return CellRow(**head, status="failed", error=error, total_time=round(elapsed_s, 3))
-
-
-def _first_lines(error: Exception) -> str:
-    """Return an error message, truncated; the log has the full text."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= _ERROR_LENGTH else text[:_ERROR_LENGTH] + " …"
 
 
 def _now() -> str:

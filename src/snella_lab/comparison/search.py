@@ -12,6 +12,7 @@ from typing import Any
 
 from snella_app.records import SearchChoice, TriedCandidate
 from snella_lab.comparison.experiment import Grid
+from snella_lab.comparison.statistics import complete_mean
 
 
 @dataclass(frozen=True, order=True)
@@ -75,15 +76,13 @@ class Choice:
             runs = results.get(candidate, ())
             if not runs:
                 continue  # a single candidate needs no tuning run
-            accuracies = [r.accuracy for r in runs if r.accuracy is not None]
-            is_complete = len(accuracies) == len(runs)
             trials.append(
                 TriedCandidate(
                     lr_factor=candidate.lr_factor,
                     **tuned_settings(candidate),
-                    val_accuracy=sum(accuracies) / len(accuracies) if is_complete else None,
-                    val_loss=_mean([r.loss for r in runs]) if is_complete else None,
-                    failed=len(runs) - len(accuracies),
+                    val_accuracy=complete_mean([r.accuracy for r in runs]),
+                    val_loss=complete_mean([r.loss for r in runs]),
+                    failed=sum(r.accuracy is None for r in runs),
                 )
             )
         factor = None if self.candidate is None else self.candidate.lr_factor
@@ -177,9 +176,3 @@ def _continued(factors: Sequence[float]) -> float:
 def _rounded(value: float) -> float:
     """Round to two significant digits, so that a 1, 3, 10 grid keeps its pattern."""
     return float(f"{value:.2g}")
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    """Return the mean, or None if a value is missing."""
-    numbers = [value for value in values if value is not None]
-    return sum(numbers) / len(numbers) if len(numbers) == len(values) and numbers else None

@@ -7,6 +7,7 @@ from pathlib import Path
 from snella_app.files import write_text
 from snella_lab.comparison.cells import units
 from snella_lab.comparison.experiment import Experiment
+from snella_lab.comparison.options import ExecutionConfig
 
 MAX_PARTS = 1000
 """Maximum number of array indices; Slurm's default for MaxArraySize is 1001."""
@@ -43,14 +44,7 @@ sbatch "$@" --dependency="afterany:${{job%%;*}}" {report}
 """
 
 
-def write_slurm_scripts(
-    root: Path,
-    experiment: Experiment,
-    folder: str | Path | None,
-    workers: int,
-    threads: int | None,
-    run_limit: float | None,
-) -> Path:
+def write_slurm_scripts(root: Path, experiment: Experiment, execution: ExecutionConfig) -> Path:
     """Write `train.sh` (an array job), `report.sh` and `submit.sh`, and return the last one.
 
     An array index trains one of the `units` of the experiment, or several if there are more than `MAX_PARTS`.
@@ -58,21 +52,19 @@ def write_slurm_scripts(
     Args:
         root: Folder of the comparison, on a disk that all machines share.
         experiment: The experiment.
-        folder: Folder of the scripts; `ROOT/slurm` if None.
-        workers: Parallel runs of an array index.
-        threads: Threads per run; 1 if None.
-        run_limit: Maximum minutes of one run, or None.
+        execution: `workers`, `threads` (1 if None) and `run_limit` of an array index, and `emit_to`, the folder of the
+            scripts (`ROOT/slurm` if None).
     """
     root = root.resolve()
-    scripts = root / "slurm" if folder is None else Path(folder).resolve()
+    scripts = root / "slurm" if execution.emit_to is None else Path(execution.emit_to).resolve()
     if any(character in str(scripts) for character in '"\\\n'):
         raise ValueError(f"emit_to must be a path without quotation marks, backslashes and newlines, got {scripts}")
     (scripts / "logs").mkdir(parents=True, exist_ok=True)
     logs = str(scripts / "logs").replace("%", "%%")
     count = min(len(units(experiment)), MAX_PARTS)
-    threads = threads or 1
+    workers, threads = execution.workers, execution.threads or 1
     options = f" --workers {workers} --threads {threads}"
-    options += "" if run_limit is None else f" --run-limit {run_limit:g}"
+    options += "" if execution.run_limit is None else f" --run-limit {execution.run_limit:g}"
     values = {
         "name": "".join(c if c.isalnum() or c in "-_." else "-" for c in experiment.name),
         "count": count,

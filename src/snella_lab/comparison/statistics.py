@@ -173,6 +173,12 @@ def average(rows: Rows, method: str, column: str) -> float | None:
     return statistics.fmean(statistics.fmean(values) for values in tasks.values()) if tasks else None
 
 
+def complete_mean(values: Sequence[float | None]) -> float | None:
+    """Return the mean, or None if a value is missing."""
+    numbers = [value for value in values if value is not None]
+    return sum(numbers) / len(numbers) if len(numbers) == len(values) else None
+
+
 _EQUAL = 1e-12  # tolerance for rounding of sums
 
 

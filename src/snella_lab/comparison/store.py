@@ -278,11 +278,6 @@ def _parsed(text: str) -> dict[str, Any] | None:
     return value if has_all else None
 
 
-def _record(columns: dict[str, Any]) -> CellRow:
-    """Convert columns to a row."""
-    return record_from(CellRow, CellRow.decoded(columns))
-
-
 def _checked(columns: dict[str, Any] | None, pool: dict[str, Any]) -> tuple[CellRow | None, str | None]:
     """Return the row of parsed columns, or None and the error, phrased to follow a file name.
 
@@ -300,7 +295,7 @@ def _checked(columns: dict[str, Any] | None, pool: dict[str, Any]) -> tuple[Cell
     if not is_intact(columns):
         return None, f"was modified after it was written (the {SEAL} of {name!r} differs)"
     try:
-        return _shared(_record(columns), pool), None
+        return _shared(record_from(CellRow, CellRow.decoded(columns)), pool), None
     except ValueError as error:
         return None, f"is not a comparison row: {error}"
 

@@ -46,8 +46,6 @@ class MethodSummary:
             methods; None for the reference.
         to_reference_on: Paired difference on each task for the first metric, corrected over methods and tasks.
         costs: Means over tasks of the `COSTS` columns; None if not measured.
-        edges: Number of tasks whose selected learning rate lies on the edge of the grid.
-        failed: Number of failed runs.
     """
 
     name: str
@@ -57,8 +55,6 @@ class MethodSummary:
     to_reference: Mapping[str, Difference | None]
     to_reference_on: Mapping[str, Difference | None]
     costs: Mapping[str, float | None]
-    edges: int
-    failed: int
 
 
 @dataclass(frozen=True)
@@ -100,6 +96,16 @@ class Summary:
         """True if the mean over groups differs from the mean over tasks."""
         return 1 < len(self.groups) < len(self.tasks)
 
+    @property
+    def means(self) -> dict[str, Spread]:
+        """Mean of the main metric over tasks, by method with results."""
+        return {m.name: value for m in self.methods if (value := m.over_tasks[self.column]) is not None}
+
+    @property
+    def recommendation(self) -> tuple[str, str]:
+        """Recommended method, and the reason as a sentence; requires results."""
+        return recommend(self.means, {m.name: m.costs for m in self.methods}, self.measure)
+
 
 def summarize(experiment: Experiment, rows: Rows) -> Summary:
     """Compute the results of all methods.
@@ -117,10 +123,9 @@ def summarize(experiment: Experiment, rows: Rows) -> Summary:
     groups: dict[str, list[str]] = {}
     for entry in data:
         groups.setdefault(entry.group, []).append(entry.name)
-    failed = [row for row in rows if row.status == "failed"]
     reference = experiment.reference_name
     metrics = {f"test_{metric}": title for metric, title in experiment.measures.items()}
-    lines = [_line(name, finals, tasks, groups, reference, failed, list(metrics)) for name in names]
+    lines = [_line(name, finals, tasks, groups, reference, list(metrics)) for name in names]
     return Summary(
         _corrected(lines),
         tasks,
@@ -128,7 +133,7 @@ def summarize(experiment: Experiment, rows: Rows) -> Summary:
         reference,
         len(finals),
         len(names) * len(task_names) * experiment.seeds,
-        failed,
+        [row for row in rows if row.status == "failed"],
         metrics,
     )
 
@@ -136,38 +141,32 @@ def summarize(experiment: Experiment, rows: Rows) -> Summary:
 def _line(
     name: str,
     rows: Rows,
-    tasks: list[str],
-    groups: dict[str, list[str]],
+    tasks: Sequence[str],
+    groups: Mapping[str, Sequence[str]],
     reference: str,
-    failed: list[CellRow],
     metrics: Sequence[str],
 ) -> MethodSummary:
     """Compute the results of one method."""
-    is_reference = name == reference
-    by_task: dict[str, list[CellRow]] = {task: [] for task in tasks}
-    with_reference: dict[str, list[CellRow]] = {task: [] for task in tasks}
-    for row in rows:
-        if row.experiment_name == name:
-            by_task[row.task_name].append(row)
-        if row.experiment_name in (name, reference):
-            with_reference[row.task_name].append(row)
     method_rows = [row for row in rows if row.experiment_name == name]
-    both = [row for row in rows if row.experiment_name in (name, reference)]
-    on_edge = {row.task_name for row in method_rows if row.search and row.search.lr_on_edge}
+    both = [] if name == reference else [row for row in rows if row.experiment_name in (name, reference)]
+    by_task, both_by_task = _by_task(method_rows, tasks), _by_task(both, tasks)
     return MethodSummary(
         name,
         {metric: {task: spread(by_task[task], name, task, metric) for task in tasks} for metric in metrics},
         {metric: mean_over_tasks(method_rows, name, tasks, metric) for metric in metrics},
         {metric: mean_over_groups(method_rows, name, groups, metric) for metric in metrics},
-        {m: None if is_reference else difference(both, name, reference, tasks, m) for m in metrics},
-        {
-            task: None if is_reference else difference(with_reference[task], name, reference, [task], metrics[0])
-            for task in tasks
-        },
+        {metric: difference(both, name, reference, tasks, metric) for metric in metrics},
+        {task: difference(both_by_task[task], name, reference, [task], metrics[0]) for task in tasks},
         {column: average(method_rows, name, column) for column in COSTS},
-        len(on_edge),
-        sum(row.experiment_name == name for row in failed),
     )
+
+
+def _by_task(rows: Rows, tasks: Sequence[str]) -> dict[str, list[CellRow]]:
+    """Group rows by task."""
+    groups: dict[str, list[CellRow]] = {task: [] for task in tasks}
+    for row in rows:
+        groups[row.task_name].append(row)
+    return groups
 
 
 def _corrected(lines: Sequence[MethodSummary]) -> list[MethodSummary]:
@@ -225,7 +224,7 @@ def outcome_text(summary: Summary) -> str:
 
     Empty without results.
     """
-    means = {m.name: value for m in summary.methods if (value := m.over_tasks[summary.column]) is not None}
+    means = summary.means
     if not means:
         return ""
     best = max(means, key=lambda name: means[name].mean)
@@ -264,11 +263,10 @@ def recommendation_text(summary: Summary) -> str:
     The standard error is that of the best method's mean over seeds; memory within 5% counts as equal. Lists methods
     without results. Empty if no method has results.
     """
-    means = {m.name: value for m in summary.methods if (value := m.over_tasks[summary.column]) is not None}
-    if not means:
+    if not summary.means:
         return ""
-    text = recommend(means, {m.name: m.costs for m in summary.methods}, summary.measure)[1]
-    others = [m.name for m in summary.methods if m.name not in means]
+    text = summary.recommendation[1]
+    others = [m.name for m in summary.methods if m.name not in summary.means]
     return f"{text} No results yet: {', '.join(others)}." if others else text
 
 
@@ -290,7 +288,7 @@ def recommend(
         seeds = "a single seed has no standard error" if math.isnan(top.std) else f"{100 * error:.1f} points"
         return best, f"Recommended: {best}. No other method is within one standard error of its {measure} ({seeds})."
     chosen, reason = _cheapest(near, costs)
-    texts = cost_texts({**dict.fromkeys(COSTS), **costs[chosen]})
+    texts = cost_texts(costs[chosen])
     return chosen, (
         f"Recommended: {chosen}. {len(near)} methods are within one standard error ({100 * error:.1f} points) of the "
         f"best {measure}, {100 * top.mean:.1f}% for {best}; {reason} (memory {texts['memory']}, time {texts['time']})."
@@ -325,18 +323,19 @@ def part_text(value: Difference, tasks: int) -> str:
 
 
 def cost_texts(costs: Mapping[str, float | None]) -> dict[str, str]:
-    """Format costs."""
-    memory = costs["accelerator_memory_max"]
-    texts = {
-        "trainable": _text(costs["num_trainable_params"], lambda v: count_text(round(v))),
-        "changed": _text(costs["changed_weights"], lambda v: count_text(round(v))),
-        "file": _text(costs["file_size"], bytes_text),
-        "step": _text(costs["step_time"], lambda v: f"{1000 * v:.1f} ms"),
-        "time": _text(costs["train_time"], seconds_text),
-        "memory": bytes_text(memory) if memory else _text(costs["training_mib"], lambda v: bytes_text(v * 2**20)),
-        "forgetting": _text(costs["forgetting"], points_text),
+    """Format costs; missing ones become a dash."""
+    memory, mib = costs.get("accelerator_memory_max"), costs.get("training_mib")
+    if not memory:
+        memory = None if mib is None else mib * 2**20
+    return {
+        "trainable": _text(costs.get("num_trainable_params"), lambda v: count_text(round(v))),
+        "changed": _text(costs.get("changed_weights"), lambda v: count_text(round(v))),
+        "file": _text(costs.get("file_size"), bytes_text),
+        "step": _text(costs.get("step_time"), lambda v: f"{1000 * v:.1f} ms"),
+        "time": _text(costs.get("train_time"), seconds_text),
+        "memory": _text(memory, bytes_text),
+        "forgetting": _text(costs.get("forgetting"), points_text),
     }
-    return texts
 
 
 def caption(summary: Summary) -> str:

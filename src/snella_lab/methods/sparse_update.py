@@ -1,27 +1,98 @@
-"""`gps-k`, and sparse updates for GPS and SPT: int32 positions and values, without dense tensors."""
+"""`gps-k`, and sparse updates for GPS, SPT and fixed masks: int32 positions and values, without dense tensors."""
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from snella.fixed_support import fold_entries, layer_with_entries
-from snella.update import Conv2dOp, LayerOp, LinearOp
+from snella.backends.base import store_gradients, zero_gradients
+from snella.config import SnellaConfig
+from snella.initialization import init_factors
+from snella.update import Conv2dOp, Factors, LayerOp, LinearOp, UpdateSpec, without_view
 from snella_app.methods.method import Batches, Method, Options, check_by, number, one_of, whole_number
 from snella_app.methods.model_parts import is_inside, restoring
 from snella_app.methods.partial import train_head
 from snella_lab.methods.calibration import Loss, SelectionData, loss_of, selection_data, summed_gradients
 
 
-class SparseUpdate(nn.Module):
-    """`Linear` or `Conv2d` layer with individually trained weights.
+def layer_with_entries(
+    x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, indices: Tensor, op: LayerOp
+) -> Tensor:
+    """Apply a layer with `values` added to selected entries of its weight.
 
-    y = product(x, W) + bias,   W = W0, W[indices[k]] += values[k]
+        y = op(x, W) + bias,   W = weight, W[indices[k]] += values[k]
 
-    Autograd saves only the input and the values. The backward pass recomputes `W`, and its weight gradient covers only
-    the values. Optimizer state and checkpoint each contain `2·len(indices)` numbers instead of a masked matrix.
+    Saves the input, the frozen weight and the values for the backward pass, which recomputes `W`.
+
+    Args:
+        x: Input of the layer, in the compute dtype.
+        weight: `[m, …]`.
+        bias: `[m]` or `None`.
+        values: `[K]`, differentiable.
+        indices: Unique positions in the flattened weight, `[K]`, integer.
+        op: The layer's operation.
+    """
+    return _LayerWithEntries.apply(x, weight, bias, values, indices, op)
+
+
+def fold_entries(weight: Tensor, values: Tensor, indices: Tensor) -> Tensor:
+    """Return `weight` with `values` added at the flat positions `indices`; each sum is rounded once to its dtype."""
+    flat = weight.reshape(-1)
+    positions = indices.long()
+    sums = (flat[positions].to(values.dtype) + values).to(weight.dtype)
+    return flat.index_put((positions,), sums).view(weight.shape)
+
+
+class _LayerWithEntries(torch.autograd.Function):
+    """`op(x, fold_entries(weight, values, indices)) + bias`; saves only the frozen weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, indices: Tensor, op: LayerOp
+    ) -> Tensor:
+        ctx.op, ctx.x_shape, ctx.has_bias = op, x.shape, bias is not None
+        needs_x = ctx.needs_input_grad[1] or (ctx.needs_input_grad[3] and len(values))
+        ctx.save_for_backward(x if needs_x else None, weight, values, indices)
+        with torch.autocast(x.device.type, enabled=False):
+            effective = fold_entries(weight, values, indices).to(x.dtype)
+            return without_view(op(x, effective, bias))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
+        x, weight, values, indices = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, needs_values = ctx.needs_input_grad[:4]
+        op: LayerOp = ctx.op
+        grad_x = grad_weight = grad_bias = grad_values = None
+        with torch.autocast(grad_y.device.type, enabled=False):
+            if needs_x:
+                effective = fold_entries(weight, values, indices).to(grad_y.dtype)
+                grad_x = op.grad_input(grad_y, effective, ctx.x_shape)
+                del effective
+            if needs_bias and ctx.has_bias:
+                grad_bias = op.grad_bias(grad_y)
+            if x is not None:
+                # a full product: computing only the selected entries is slower except for very sparse supports
+                grad_weight = op.grad_weight(grad_y, x, weight.shape)
+            if needs_values:
+                grad_values = torch.zeros_like(values)
+                if grad_weight is not None:
+                    grad_values.copy_(grad_weight.reshape(-1)[indices.long()])
+        grad_weight = grad_weight.to(weight.dtype) if needs_weight and grad_weight is not None else None
+        return grad_x, grad_weight, grad_bias, grad_values, None, None
+
+
+class SparseLayer(nn.Module, ABC):
+    """`Linear` or `Conv2d` layer with an update of individual weights.
+
+    y = product(x, W) + bias,   W = W0, W[indices[k]] += entries()[k]
+
+    Autograd saves only the input and the entries. The backward pass recomputes `W`, and its weight gradient covers only
+    the entries.
 
     Args:
         base_layer: Frozen layer.
@@ -51,17 +122,19 @@ class SparseUpdate(nn.Module):
             )
         self.base_layer = base_layer
         self.register_buffer("indices", indices.to(weight.device, torch.int32))
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.values = nn.Parameter(torch.zeros(len(indices), dtype=dtype, device=weight.device))
+
+    @abstractmethod
+    def entries(self) -> Tensor:
+        """Return the differentiable values that are added to the weight at `indices`, at least float32."""
 
     def sparse_entries(self) -> tuple[Tensor, Tensor]:
         """Return int64 positions in the flattened weight and the trained values, for `snella export`."""
-        return self.indices.long(), self.values.detach().clone()
+        return self.indices.long(), self.entries().detach().clone()
 
     @property
     def weight(self) -> Tensor:
         """Effective weight `W`, differentiable, for models that read the weight directly."""
-        return fold_entries(self.base_layer.weight, self.values, self.indices)
+        return fold_entries(self.base_layer.weight, self.entries(), self.indices)
 
     @property
     def bias(self) -> Tensor | None:
@@ -97,7 +170,7 @@ class SparseUpdate(nn.Module):
         """Compute the layer's output with the trained entries added to its weight."""
         base, x = self.base_layer, self.prepare_input(x)
         bias = None if base.bias is None else base.bias.to(x.dtype)
-        return layer_with_entries(x, base.weight, bias, self.values, self.indices, self.product)
+        return layer_with_entries(x, base.weight, bias, self.entries(), self.indices, self.product)
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
@@ -108,6 +181,116 @@ class SparseUpdate(nn.Module):
     def extra_repr(self) -> str:
         """Return the number of trained entries."""
         return f"{len(self.indices)} of {self.base_layer.weight.numel()} weights"
+
+
+class SparseUpdate(SparseLayer):
+    """`SparseLayer` that trains its entries.
+
+    Optimizer state and checkpoint each contain `2·len(indices)` numbers instead of a masked matrix.
+    """
+
+    def __init__(self, base_layer: nn.Module, indices: Tensor) -> None:
+        super().__init__(base_layer, indices)
+        dtype = torch.promote_types(self.base_layer.weight.dtype, torch.float32)
+        self.values = nn.Parameter(torch.zeros(len(indices), dtype=dtype, device=self.indices.device))
+
+    def entries(self) -> Tensor:
+        """Return the trained values."""
+        return self.values
+
+
+class MaskedUpdate(SparseLayer):
+    """`SparseLayer` whose entries are those of SNELLA's merged matrix, `scaling · ΔW[indices]`.
+
+    Args:
+        base_layer: Frozen layer.
+        indices: Flattened positions in its weight, strictly ascending.
+        config: Kernel, rank, scaling and initial values.
+        row_counts: Rows of each matrix of the weight.
+        name: Name of the layer, for its rank.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, indices: Tensor, config: SnellaConfig, row_counts: tuple[int, ...], name: str
+    ) -> None:
+        super().__init__(base_layer, indices)
+        self.spec = UpdateSpec(config.make_kernel(), row_counts, scaling=config.scaling)
+        weight, matrices, r = self.base_layer.weight, len(row_counts), config.rank_of(name)
+        shapes: dict[str, tuple[int, ...]] = {"A": (matrices, weight[0].numel(), r), "B": (len(weight), r)}
+        for scalar in self.spec.kernel.scalars:
+            if scalar != "temperature" or config.learn_temperature:
+                shapes[scalar] = (matrices, config.num_pieces) if scalar == "piece_coeff" else (matrices,)
+        self.factors = nn.ParameterDict(
+            {key: nn.Parameter(torch.empty(shape, device=weight.device)) for key, shape in shapes.items()}
+        )
+        init_factors(self.current_factors(), self.spec.rows, config.num_pieces, is_larger=not config.init_weights)
+        if "piece_coeff" in shapes and not config.learn_piece_coeff:
+            self.factors["piece_coeff"].requires_grad_(False)
+
+    def current_factors(self) -> Factors:
+        """Return the factors and scalars."""
+        return Factors(**self.factors)
+
+    def entries(self) -> Tensor:
+        """Return `scaling · ΔW[indices]`."""
+        return merged_entries(self.spec, self.current_factors(), self.indices)
+
+
+def merged_entries(spec: UpdateSpec, factors: Factors, indices: Tensor) -> Tensor:
+    """Return the entries of `scaling·ΔW` at fixed positions, without saving a dense matrix for the backward pass.
+
+        values[k] = scaling · ΔW[i, j],   indices[k] = i·n + j
+
+    Args:
+        spec: Kernel, rows and scaling; mode and backend are ignored.
+        factors: Factors and scalars.
+        indices: Positions in the flattened `[m, n]`, ascending, on the factors' device.
+
+    Returns:
+        `[len(indices)]`, dtype of the merge, differentiable with respect to `factors`.
+    """
+    return _MergedEntries.apply(spec, indices, *factors)
+
+
+def _positions(spec: UpdateSpec, columns: int, indices: Tensor) -> list[tuple[slice, Tensor]]:
+    """Return the slice of `indices` in each matrix, and the positions within the matrix."""
+    starts = torch.tensor([rows.start * columns for rows in spec.rows] + [spec.num_rows * columns])
+    bounds: Sequence[int] = torch.searchsorted(indices, starts.to(indices)).tolist()
+    return [
+        (slice(start, stop), indices[start:stop].long() - int(offset))
+        for start, stop, offset in zip(bounds[:-1], bounds[1:], starts[:-1].tolist(), strict=True)
+    ]
+
+
+class _MergedEntries(torch.autograd.Function):
+    """`scaling·ΔW[indices]`; the backward pass uses the kernel's `vjp` and recomputes ΔW."""
+
+    @staticmethod
+    def forward(ctx: Any, spec: UpdateSpec, indices: Tensor, *tensors: Tensor | None) -> Tensor:
+        ctx.spec, factors = spec, Factors(*tensors)  # type: ignore[arg-type]
+        ctx.save_for_backward(indices, *tensors)
+        positions_by_matrix = _positions(spec, factors.A.shape[1], indices)
+        parts = [
+            spec.merge_matrix(matrix).flatten()[positions]
+            for matrix, (_, positions) in zip(spec.matrices(factors), positions_by_matrix, strict=True)
+        ]
+        return torch.cat(parts) * spec.scaling
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        indices, *tensors = ctx.saved_tensors
+        spec, factors = ctx.spec, Factors(*tensors)
+        grads = zero_gradients(factors)
+        matrices = zip(spec.matrices(factors), spec.rows, _positions(spec, factors.A.shape[1], indices), strict=True)
+        with torch.autocast(grad.device.type, enabled=False):
+            for group, (matrix, rows, (selected, positions)) in enumerate(matrices):
+                if not len(positions):
+                    continue
+                dense = torch.zeros(len(matrix.B), len(matrix.A), dtype=matrix.A.dtype, device=grad.device)
+                dense.view(-1)[positions] = (grad[selected] * spec.scaling).to(dense.dtype)
+                store_gradients(grads, group, rows, spec.kernel.vjp(*matrix, dense))
+        return None, None, *(g if need else None for g, need in zip(grads, ctx.needs_input_grad[2:], strict=True))
 
 
 class SparseEntries(nn.Module):
@@ -136,7 +319,7 @@ class SparseEntries(nn.Module):
 
 
 def can_be_sparse(module: nn.Module) -> TypeGuard[nn.Linear | nn.Conv2d]:
-    """Check that `SparseUpdate` can wrap a module: a `Linear` or `Conv2d` with the original forward pass."""
+    """Check that a `SparseLayer` can wrap a module: a `Linear` or `Conv2d` with the original forward pass."""
     return any(
         isinstance(module, kind) and all(getattr(type(module), f, None) is getattr(kind, f, None) for f in methods)
         for kind, methods in ((nn.Linear, ("forward",)), (nn.Conv2d, ("forward", "_conv_forward")))
@@ -144,9 +327,9 @@ def can_be_sparse(module: nn.Module) -> TypeGuard[nn.Linear | nn.Conv2d]:
 
 
 def merge_sparse(model: nn.Module) -> nn.Module:
-    """Merge every `SparseUpdate` and replace it by its base layer."""
+    """Merge every `SparseLayer` and replace it by its base layer."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, SparseUpdate):
+        if isinstance(module, SparseLayer):
             model.set_submodule(name, module.merged())
     return model
 

@@ -4,7 +4,7 @@ SPT is sensitivity-aware visual parameter-efficient fine-tuning, He et al., arXi
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from math import ceil, sqrt
@@ -12,23 +12,19 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from peft import PeftConfig
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.optim import AdamW, Optimizer
 
 from snella.config import SnellaConfig
-from snella.fixed_support import set_support
-from snella.layer import SnellaLayer
-from snella.optimizer import create_snella_optimizer
 from snella.targets import count_rows
 from snella.update import LinearOp
 from snella_app.methods.method import Batches, Method, Options, check_by, number, whole_number
 from snella_app.methods.model_parts import adaptable_layers, is_inside, restoring
 from snella_app.methods.partial import train_head
-from snella_app.methods.peft_methods import inject, merge_adapter, own_fields
 from snella_lab.methods.adapter import Adapter
 from snella_lab.methods.calibration import SelectionData, loss_of, rank_entries, selection_data, squared_gradients
-from snella_lab.methods.sparse_update import SparseEntries, SparseUpdate, can_be_sparse, merge_sparse
+from snella_lab.methods.sparse_update import MaskedUpdate, SparseEntries, SparseUpdate, can_be_sparse, merge_sparse
 
 _RULES = {
     "r": whole_number(),
@@ -450,23 +446,31 @@ code uses the nearest count.
 """
 
 
-_SELECTION_OPTIONS = ("budget", "calibration_batches")
-_COMPETITION_OPTIONS = {
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fixed_support", "target_sparsity"),
-    *("init_sparsity", "sparsify_mode", "update_dropout", "update_drop_path", "dropout_exclude", "zero_init_ema"),
-    *("allocation", "schedule", "importance", "realloc_every", "beta1", "beta2", "min_layer_share", "cache_delta"),
-    *("weight_gradient", "impl", "preset"),
-}
+_MASK_RULES = {"budget": number(1e-6), "calibration_batches": whole_number()}
+_FACTOR_OPTIONS = (
+    *("r", "rank_pattern", "kernel", "num_pieces", "softmax_dim", "center_softmax", "scaling", "init_weights"),
+    *("learn_piece_coeff", "learn_temperature"),
+)
+"""Fields of `SnellaConfig` that do not concern the competition."""
 
 
-def _mask_config(head: str, options: Options) -> PeftConfig:
-    """Build the configuration of SNELLA with a fixed support."""
-    kwargs = {name: value for name, value in options.items() if name not in _SELECTION_OPTIONS}
-    return SnellaConfig(modules_to_save=[head], fixed_support=True, **kwargs)
+def _mask_config(options: Options) -> SnellaConfig:
+    """Return the configuration of the factors."""
+    return SnellaConfig(**{name: options[name] for name in _FACTOR_OPTIONS if name in options})
+
+
+def _check_mask(options: Options) -> list[str]:
+    """Return the errors of the options."""
+    errors = check_by(_MASK_RULES)(options)
+    try:
+        _mask_config(options)
+    except (ValueError, TypeError) as error:
+        errors.append(str(error))
+    return errors
 
 
 def _build_mask(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
-    """Rank the weights of all matrices by sensitivity and set each layer's mask."""
+    """Rank the weights of all matrices by sensitivity and train the factors at the most sensitive ones."""
     data, layers = selection_data(batches), matrix_layers(model, head)
     budget = budget_of(options, model, head)
     weights = [f"{name}.weight" for name in layers]
@@ -477,31 +481,64 @@ def _build_mask(model: nn.Module, head: str, options: Options, batches: Batches 
         )
     sensitivities = squared_gradients(model, weights, data, loss_of(data), options.get("calibration_batches", 8))
     layer_indices, positions = rank_entries([sensitivities[name] for name in weights], budget)
-    wrapped = inject(model, _mask_config(head, {"target_modules": layers, **options}))
-    adapted = wrapped.get_base_model()
-    for k, name in enumerate(layers):
-        set_support(cast(SnellaLayer, adapted.get_submodule(name)), "default", positions[layer_indices == k])
-    return wrapped
+    selected = {name: positions[layer_indices == k].sort().values for k, name in enumerate(layers)}
+    return _apply_mask(model, head, options, selected)
+
+
+def _apply_mask(model: nn.Module, head: str, options: Options, selected: Mapping[str, Tensor]) -> nn.Module:
+    """Train the head and the factors of every layer."""
+    config = _mask_config(options)
+    train_head(model, head)
+    for name, indices in selected.items():
+        update = MaskedUpdate(model.get_submodule(name), indices, config, rows_of(model, name), name)
+        model.set_submodule(name, update)
+    return model
 
 
 def _restore_mask(model: nn.Module, head: str, options: Options, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Rebuild the structure; the mask is loaded later."""
-    return inject(model, _mask_config(head, {"target_modules": matrix_layers(model, head), **options}))
+    """Rebuild the structure from the stored positions."""
+    with restoring(model):
+        stored = {key.removesuffix(".indices"): value for key, value in tensors.items() if key.endswith(".indices")}
+        return _apply_mask(model, head, options, stored)
+
+
+def _mask_optimizer(
+    model: nn.Module,
+    optimizer_cls: Callable[..., Optimizer] = AdamW,
+    *,
+    lr: float,
+    scalar_lr: float = 1e-4,
+    head_lr: float | None = None,
+    weight_decay: float = 0.0,
+) -> Optimizer:
+    """Create an optimizer with the parameter groups of `create_snella_optimizer`."""
+    tensors = [item for m in model.modules() if isinstance(m, MaskedUpdate) for item in m.factors.items()]
+    factors = [tensor for name, tensor in tensors if name in ("A", "B")]
+    scalars = [tensor for name, tensor in tensors if name not in ("A", "B") and tensor.requires_grad]
+    in_updates = {id(tensor) for _, tensor in tensors}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in in_updates]
+    other_lr = lr if head_lr is None else head_lr
+    groups = [
+        {"params": factors, "lr": lr, "weight_decay": weight_decay},
+        {"params": scalars, "lr": scalar_lr, "weight_decay": 0.0},
+        {"params": [p for p in others if p.ndim > 1], "lr": other_lr, "weight_decay": weight_decay},
+        {"params": [p for p in others if p.ndim <= 1], "lr": other_lr, "weight_decay": 0.0},
+    ]
+    return optimizer_cls([group for group in groups if group["params"]])
 
 
 FIXED_MASK = Method(
     "SNELLA's merged matrix at the most sensitive weights, selected before training",
     "SNELLA, Shen et al., arXiv 2510.24037, Table XVII; the mask is SPT's, He et al., arXiv 2303.08566",
     _build_mask,
-    (*(name for name in own_fields(SnellaConfig) if name not in _COMPETITION_OPTIONS), *_SELECTION_OPTIONS),
+    (*_FACTOR_OPTIONS, *_MASK_RULES),
     suffix="r",
-    check=check_by({"budget": number(1e-6), "calibration_batches": whole_number()}),
-    config=_mask_config,
+    check=_check_mask,
     needs_batches=True,
     restore=_restore_mask,
-    merge=merge_adapter,
+    merge=merge_sparse,
     defaults={"lr": 1e-3, "scalar_lr": 1e-4, "head_lr": 1e-3, "weight_decay": 0.0, "r": 8},
-    optimizer=create_snella_optimizer,
+    optimizer=_mask_optimizer,
 )
 """Trains the factors and scalars of SNELLA and the head. The update is
 
@@ -510,5 +547,5 @@ FIXED_MASK = Method(
 over all adapted matrices, and 0 elsewhere. This is the "pre-defined" row of Table XVII, with the kernels
 `kernel=p_linear` and `mix_k` (default). The paper does not state the mask size; the default is SPT's budget, 0.4 on a
 ViT-B/16 and proportional on other models. `ΔW` and `S` are not zero at initialization (about 1/m with mix_k, m the
-output width). The mask is saved with the adapter, one bit per weight.
+output width). The positions of the mask are saved with the factors.
 """

@@ -1,7 +1,7 @@
 """Parts of the recipes' configurations."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from snella_app.config import BaseMethodConfig, BaseOptimConfig
 from snella_app.methods.defaults import RECIPE_METHOD
@@ -30,12 +30,10 @@ class RecipeOptimConfig(BaseOptimConfig):
         precision: fp32, or bf16 for autocast.
     """
 
+    minimums: ClassVar = {"batch_size": 1, "accumulation": 1}
+
     batch_size: int = 1
     accumulation: int = 4
     optimizer: Literal["auto", "adamw", "adamw8bit"] = "auto"
     gradient_checkpointing: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
-
-    def errors(self) -> list[str]:
-        """Check the ranges."""
-        return [*self.minimum_errors({"batch_size": 1, "accumulation": 1}), *super().errors()]

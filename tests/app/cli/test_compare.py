@@ -4,8 +4,8 @@ import pytest
 
 from snella_app.cli.main import main
 from snella_app.cli.parser import parse
-from snella_lab.commands import CompareOptions
-from snella_lab.comparison.experiment_files import experiment_from_args
+from snella_lab.comparison.experiment_files import experiment_from_options
+from snella_lab.comparison.options import CompareOptions
 from snella_lab.comparison.store import read_lines
 
 WORDS = [
@@ -17,7 +17,7 @@ WORDS = [
 
 
 def asked(*words):
-    return experiment_from_args(CompareOptions.from_flat(**parse(list(words))[2]).flat())
+    return experiment_from_options(CompareOptions.from_flat(**parse(list(words))[2]))
 
 
 def test_a_comparison_trains_and_resumes(tmp_path, capsys):

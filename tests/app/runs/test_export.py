@@ -14,8 +14,7 @@ import torch
 from PIL import Image
 
 from snella import load_sparse
-from snella.cache import unpack_positions
-from snella.compat.sparse_file import SparsePatch, _decode_gaps, encode_positions
+from snella.compat.sparse_file import SparsePatch, _decode_gaps, encode_positions, unpack_positions
 from snella_app.cli.commands import ExportName
 from snella_app.cli.main import main
 from snella_app.config import TrainConfig

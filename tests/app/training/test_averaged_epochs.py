@@ -52,15 +52,15 @@ def test_a_checkpoint_keeps_the_epochs_and_one_of_another_model_is_refused(tmp_p
 @pytest.fixture
 def ends_of(monkeypatch):
     """The trained weights after each epoch of the runs of a test."""
-    seen, measure = {}, SnellaTrainer._measure_epoch
+    seen, evaluate = {}, SnellaTrainer.evaluate
 
-    def noting(trainer):
-        row = measure(trainer)
+    def noting(trainer, *args, **kwargs):
+        row = evaluate(trainer, *args, **kwargs)
         named = trainer.trained_model.named_parameters()
         seen[round(trainer.state.epoch)] = {n: p.detach().clone() for n, p in named if p.requires_grad}
         return row
 
-    monkeypatch.setattr(SnellaTrainer, "_measure_epoch", noting)
+    monkeypatch.setattr(SnellaTrainer, "evaluate", noting)
     return seen
 
 

@@ -49,6 +49,16 @@ def test_a_new_run_starts_from_the_outputs_and_budgets_of_the_other(finished, fu
     assert parts.splits.notes == []
 
 
+def test_a_run_that_replaces_one_with_checkpoints_starts_from_the_other(further, console):
+    adapters = []
+    for overwrite in (False, True):
+        run = train(further(epochs=1, batch_size=8, overwrite=overwrite), console)
+        assert any(run.checkpoints.iterdir())
+        adapters.append(load_file(run.adapter / "adapter_model.safetensors"))
+    assert adapters[0].keys() == adapters[1].keys()
+    assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
+
+
 def test_it_has_the_settings_of_the_other_run_but_for_those_given(finished, further, console):
     run = train(further(epochs=2, batch_size=8, target_sparsity=0.8), console)
     assert run.status == "finished"

@@ -147,7 +147,7 @@ def test_without_a_terminal_a_line_comes_every_half_minute_unless_none_is_wanted
 )
 def test_what_takes_less_is_a_size_that_patches_tile(side, much, said):
     model = timm.create_model("test_vit", img_size=112, patch_size=14)
-    assert said in shorten_hint(RunComponents(None, model, TASK, {}, {"input_size": [3, side, side]}))(much)
+    assert said in shorten_hint(RunComponents(None, model, TASK, {}, {"input_size": [3, side, side]}), much)
 
 
 def test_what_will_not_fit_or_take_long_is_said_before_training(monkeypatch):

@@ -109,9 +109,17 @@ def test_as_many_epochs_as_fit(budget, epochs, said, settings, console, monkeypa
 
 
 @pytest.fixture
-def timed_by_pixels(monkeypatch):
-    """A step of training takes a second at 160 px and less with fewer pixels, one of evaluation nothing."""
-    timing = SimpleNamespace(sides=[], power=2)
+def clock(monkeypatch):
+    """Clock of the time budget, which stands still; tests change `now`."""
+    clock = SimpleNamespace(now=time.monotonic())
+    monkeypatch.setattr(sizing, "time", SimpleNamespace(monotonic=lambda: clock.now, perf_counter=time.perf_counter))
+    return clock
+
+
+@pytest.fixture
+def timed_by_pixels(monkeypatch, clock):
+    """A training step takes a second at 160 px and less with fewer pixels; an evaluation step takes no time."""
+    timing = SimpleNamespace(sides=[], power=2, measuring_s=0.0)
 
     def step_seconds(parts, optim, dataset, batch, step):
         side = parts.data_config["input_size"][-1]
@@ -119,6 +127,7 @@ def timed_by_pixels(monkeypatch):
         if step is not sizing._trial_step:
             return 0.0
         timing.sides.append(side)
+        clock.now += timing.measuring_s
         return (side / 160) ** timing.power
 
     monkeypatch.setattr(sizing, "_step_seconds", step_seconds)
@@ -180,11 +189,16 @@ def test_the_largest_size_is_taken_at_which_the_epochs_fit(
     assert timed_by_pixels.sides == tried
 
 
+def test_time_spent_measuring_is_not_left_for_epochs(settings, console, timed_by_pixels):
+    timed_by_pixels.measuring_s = 5.0
+    size, _ = chosen_size(settings, console, time_budget="70s")
+    # 0.9 · 70 − 15 = 48 s are left after three measurements: 4 epochs of 12 s; 144 px take 13 s
+    assert timed_by_pixels.sides == [48, 144, 160] and size == 128
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"img_size": 80}, ""),
-        ({"time_budget": None}, ""),
         ({"folds": 2, "fold": 1, "train_size": None}, "image size stays 160 px: all folds use the same size"),
         ({"method": "gps"}, "image size stays 160 px: gps selects parameters at this size"),
     ],
@@ -196,7 +210,7 @@ def test_a_size_that_is_given_or_must_be_the_same_stays(changes, said, settings,
 
 
 @pytest.fixture
-def head_by_pixels(monkeypatch):
+def head_by_pixels(monkeypatch, clock):
     """Evaluation steps take a second at 160 px and less with fewer pixels, training steps `factor` times as long."""
     timing = SimpleNamespace(factor=3.0)
 

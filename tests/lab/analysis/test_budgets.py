@@ -5,7 +5,7 @@ import pytest
 
 from snella_app.records import Allocation, AllocationStep, BackboneInfo, DataInfo, MatrixInfo, RunInfo, read, write
 from snella_app.report.allocation import linear_trend
-from snella_lab.analysis import allocation, evolution
+from snella_lab.analysis.budgets import allocation, evolution
 
 
 def write_run(folder, budgets, importance):

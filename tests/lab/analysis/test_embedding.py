@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from snella_lab.analysis import features, write_plots
-from snella_lab.analysis.pictures import PRETRAINED, cluster_nmi
+from snella_lab.analysis.pictures import PRETRAINED, cluster_nmi, features
+from snella_lab.analysis.plot import write_plots
 
 
 def test_nmi_is_one_if_clusters_equal_classes():

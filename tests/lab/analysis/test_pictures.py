@@ -6,8 +6,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from snella_app.runs import RunFolder
-from snella_lab.analysis import gradcam, images, samples
-from snella_lab.analysis.pictures import PRETRAINED, _class_balanced_indices, center_fraction, mean_dice
+from snella_lab.analysis.pictures import (
+    PRETRAINED,
+    _class_balanced_indices,
+    center_fraction,
+    gradcam,
+    images,
+    mean_dice,
+    samples,
+)
 
 
 def test_samples_cycle_through_the_classes():

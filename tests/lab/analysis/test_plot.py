@@ -8,8 +8,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from snella_app.report.style import INK, PANEL, darken, new_figure
-from snella_lab.analysis import KINDS, Plot, csv_text, plot_function, write_plots
-from snella_lab.analysis.plot import run_labels
+from snella_lab.analysis.plot import KINDS, Plot, csv_text, plot_function, run_labels, write_plots
 
 ROWS = [{"layer": "0", "value": 0.1 + 0.2}, {"layer": "1", "value": float("nan"), "note": "a,b"}]
 

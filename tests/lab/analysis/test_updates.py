@@ -14,12 +14,14 @@ from snella_app.report.inspect import read_adapter
 from snella_app.report.report import update_section
 from snella_app.report.updates import _downsample, deepest_query
 from snella_app.runs.model import load_run, make_backbone
-from snella_lab.analysis import overlap, read_updates, update
 from snella_lab.analysis.updates import (
     _Similarity,
     chance_frequencies,
     effective_rank,
+    overlap,
     rank_row,
+    read_updates,
+    update,
     update_frequencies,
 )
 

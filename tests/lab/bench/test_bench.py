@@ -16,19 +16,10 @@ from snella.layer import SnellaLayer
 from snella_app.cli.main import main
 from snella_app.training import memory
 from snella_app.training.memory import peak_rss_mib, record_forward
-from snella_lab.bench import (
-    BASELINES,
-    BenchConfig,
-    bench,
-    grid,
-    measure_competition,
-    measure_matrix,
-    measure_sampling,
-)
-from snella_lab.bench.baselines import RecomputedInputs, Workload
-from snella_lab.bench.bench import Runner, peak_of_child, quartiles, random_batch
+from snella_lab.bench.baselines import BASELINES, RecomputedInputs, Workload, random_batch
+from snella_lab.bench.bench import BenchConfig, Runner, bench, grid, peak_of_child, quartiles
 from snella_lab.bench.reference import op_error
-from snella_lab.bench.rows import append_rows, conditions, draw_figures, performance_section, read_rows, update_document
+from snella_lab.bench.rows import append_rows, conditions, draw_figures, read_rows
 
 SAVING = ["lora", "snella", "snella-keep-delta"]
 TINY = Workload("test_vit", r=4, sparsity=0.5)
@@ -90,8 +81,6 @@ def test_method_with_a_wrong_op_is_not_timed(monkeypatch, capsys):
     rows = bench(BenchConfig(["test_vit"], [2], ["lora", "snella"], r=[4], rounds=1), Console())
     assert [row["contender"] for row in rows] == ["lora"]
     assert re.search(r"skipped snella: \w+ \[\d+, \d+\] \w+ differs from the reference", capsys.readouterr().out)
-    with pytest.raises(RuntimeError, match=r"impl='numba' does not match the reference: \w+ \[\d+, \d+\] \w+ differs"):
-        measure_matrix(8, 8, impl="numba", rounds=1)
 
 
 def test_method_with_nonfinite_gradients_is_not_timed(monkeypatch, capsys):
@@ -173,13 +162,6 @@ def test_table_16_without_a_gpu_is_a_one_line_error(capsys):
     )
 
 
-def test_matrix_is_timed_against_its_product():
-    row = measure_matrix(96, 64, tokens=50, rounds=3)
-    assert row["shape"] == [96, 64]
-    assert row["effective_over_product"] > 0
-    assert 1 <= row["extra_over_matrix"] < 400
-
-
 def test_all_configuration_errors_are_reported_together():
     with pytest.raises(ValueError, match=r"batch must be at least 1, got 0; r must be at least 1, got 0") as caught:
         BenchConfig(["vit_bse"], [0], ["lorra"], [0], [1.0], ["fp8"], rounds=-1, figures="here")
@@ -248,19 +230,6 @@ def test_outputs_modified_in_place_are_saved():
     assert torch.equal(model[2].weight.grad, expected)
 
 
-def test_memory_table_lists_saved_tensors_by_backbone_size():
-    common = {"benchmark": "kept_bytes", "batch": 4, "r": 8, "sparsity": 0.7, "dtype": "float32", "device": "cpu, x"}
-    common |= {"commit": "a", "dirty": False, "date": "2026-11-26", "rounds": 2, "step_s": 1.0}
-    rows = [
-        {**common, "backbone": backbone, "contender": name, "weights": weights, "trainable": 2**18, "saved_mib": saved}
-        for backbone, weights, lora_mib, snella_mib in (("big", 40 * 2**20, 90, 60), ("small", 10 * 2**20, 50, 30))
-        for name, saved in (("lora", lora_mib), ("snella", snella_mib))
-    ]
-    section = performance_section(rows)
-    assert "| small, 10 M | 50 MiB | 30 MiB (0.60) |" in section
-    assert section.index("| small, 10 M") < section.index("| big, 42 M | 90 MiB | 60 MiB (0.67) |")
-
-
 def test_quartiles_of_a_single_value_equal_it():
     assert quartiles([2.0]) == (2.0, 2.0)
     assert quartiles([1.0, 2.0, 3.0, 4.0]) == (1.75, 3.25)
@@ -311,64 +280,3 @@ def test_command_line_accepts_comma_separated_lists(tmp_path, capsys):
 def test_workload_weights_are_deterministic():
     first, second = TINY.base(), replace(TINY, r=8).base()
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
-
-
-def test_notes_show_the_committed_rows(tmp_path):
-    root = Path(__file__).parents[3]
-    copy = tmp_path / "step-time.md"
-    copy.write_text((root / "docs" / "notes" / "step-time.md").read_text())
-    assert not update_document(copy, root / "benchmarks" / "results.jsonl"), "run: python benchmarks/readme.py"
-
-
-def test_document_without_markers_is_rejected(tmp_path):
-    (tmp_path / "page.md").write_text("nothing here")
-    append_rows(tmp_path / "rows.jsonl", [])
-    with pytest.raises(ValueError, match=r"page.md must contain the markers"):
-        update_document(tmp_path / "page.md", tmp_path / "rows.jsonl")
-
-
-def test_run_is_dropped_if_a_later_run_covers_its_methods():
-    shared = {"benchmark": "step_time", "backbone": "b", "batch": 1, "r": 8, "sparsity": 0.7, "dtype": "float32"}
-    shared |= {"device": "cpu", "commit": "c", "dirty": False, "date": "2026-01-01", "saved_mib": 1.0}
-    runs = [
-        (4, "lora", 1.0),
-        (4, "snella", 2.0),
-        (2, "lora", 1.5),
-        (2, "paper", 9.0),
-        (6, "lora", 1.2),
-        (6, "snella", 1.3),
-    ]
-    rows = [shared | {"rounds": n, "contender": name, "step_s": seconds} for n, name, seconds in runs]
-    text = performance_section(rows)
-    assert "median of 4" not in text and "median of 6" in text
-    assert "| paper | 9.00 s" in text, "a run with an additional method stays, with its reference"
-    assert "| lora | 1.50 s" in text
-
-
-def test_tables_show_device_and_settings(tmp_path):
-    config = BenchConfig(["test_vit"], [2], ["lora", "snella"], r=[4], rounds=1)
-    sampling = {"tokens": 10, "rounds": 1}
-    rows = [*bench(config, QUIET), measure_matrix(64, 48, tokens=10, rounds=1)]
-    rows += [measure_sampling(64, 48, density=density, **sampling) for density in (0.02, 0.5)]
-    text = performance_section(rows)
-    assert "**test_vit, batch 2, r 4, sparsity 0.7, float32** · cpu, 1 threads" in text
-    assert "| lora | " in text
-    assert "| 64×48 | " in text
-    assert f"| 64×48 | 10 | {rows[-2]['sampled_over_dense']:.2f} | {rows[-1]['sampled_over_dense']:.2f} |" in text
-    assert "density 2.0% | density 50.0%" in text
-
-
-def test_competition_is_timed_separately():
-    row = measure_competition("test_vit", batch=2, r=4, rounds=2)
-    assert row["step_s"] > row["importance_s"] > 0 and row["allocate_s"] > 0
-    assert row["merge_and_select_s"] > 0 and row["select_s"] == pytest.approx(
-        row["merge_and_select_s"] - row["merge_s"], abs=2e-5
-    )
-    text = performance_section([row])
-    assert "**Overhead of importance, selection and allocation** · cpu, 1 threads" in text
-    assert f"| test_vit, batch 2 | {row['step_s']:.2f} s | {row['importance_s']:.3f} s |" in text
-
-
-def test_sampling_without_entries_is_rejected():
-    with pytest.raises(RuntimeError, match=r"density must select at least one entry, got 0\.0"):
-        measure_sampling(8, 8, density=0.0)

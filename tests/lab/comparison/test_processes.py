@@ -14,8 +14,9 @@ import psutil
 import pytest
 from rich.console import Console
 
-from snella_lab.comparison import CellsFailedError, executors
-from snella_lab.comparison.compare import compare
+from snella_lab.comparison import executors
+from snella_lab.comparison.compare import CellsFailedError, compare
+from snella_lab.comparison.options import ExecutionConfig
 
 from .conftest import rows_of
 
@@ -86,7 +87,9 @@ def test_a_cell_whose_process_is_killed_is_recorded_and_the_others_go_on(tiny, t
 
     monkeypatch.setattr(executors.InProcesses, "start", start_and_kill)
     with pytest.raises(CellsFailedError, match="SIGKILL"):
-        compare(tiny(methods=["linear"]), tmp_path / "c", workers=1, threads=1, console=Console(file=io.StringIO()))
+        compare(
+            tiny(methods=["linear"]), tmp_path / "c", ExecutionConfig(workers=1, threads=1), Console(file=io.StringIO())
+        )
     rows = rows_of(tmp_path / "c")
     assert rows[killed[0]]["status"] == "failed"
     assert rows[killed[0]]["error"] == "the process was killed by SIGKILL; the machine may be out of memory"
@@ -96,7 +99,7 @@ def test_a_cell_whose_process_is_killed_is_recorded_and_the_others_go_on(tiny, t
 
 def test_two_workers_give_the_same_numbers_as_this_process(tiny, tmp_path):
     for name, workers in (("a", 0), ("b", 2)):
-        compare(tiny(), tmp_path / name, workers=workers, threads=1, console=Console(file=io.StringIO()))
+        compare(tiny(), tmp_path / name, ExecutionConfig(workers=workers, threads=1), Console(file=io.StringIO()))
     here, there = (rows_of(tmp_path / name) for name in ("a", "b"))
     assert set(here) == set(there) and len(here) == 6
     for cell, row in here.items():
@@ -106,9 +109,9 @@ def test_two_workers_give_the_same_numbers_as_this_process(tiny, tmp_path):
 
 
 def test_rows_name_the_code_that_was_loaded_and_not_what_the_checkout_has_become(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("snella_lab.comparison.cells._state", ("feed", False))
+    monkeypatch.setattr("snella_lab.provenance._state", ("feed", False))
     experiment = tiny(methods=["linear"], grid={"lr_factors": [1.0]})
-    compare(experiment, tmp_path / "c", workers=1, threads=1, console=Console(file=io.StringIO()))
+    compare(experiment, tmp_path / "c", ExecutionConfig(workers=1, threads=1), Console(file=io.StringIO()))
     (row,) = rows_of(tmp_path / "c").values()
     assert row["package_info"]["snella-commit-hash"] == "feed" and row["git_dirty"] is False
 
@@ -117,7 +120,12 @@ def test_ray_trains_the_cells_on_a_local_cluster_of_several_processes(tiny, tmp_
     ray = pytest.importorskip("ray")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     experiment, output = tiny(methods=["linear", "bias"], grid={"lr_factors": [1.0]}), io.StringIO()
-    compare(experiment, tmp_path / "c", workers=2, threads=1, ray=True, console=Console(file=output, width=200))
+    compare(
+        experiment,
+        tmp_path / "c",
+        ExecutionConfig(workers=2, threads=1, ray=True),
+        Console(file=output, width=200),
+    )
     assert not ray.is_initialized()
     rows = rows_of(tmp_path / "c")
     assert sorted(rows) == ["digits/bias/seed-0", "digits/linear/seed-0"]

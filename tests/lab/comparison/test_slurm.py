@@ -8,7 +8,7 @@ import pytest
 
 from snella_lab.comparison.cells import Plan, units
 from snella_lab.comparison.compare import compare
-from snella_lab.comparison.experiment_files import parse_part
+from snella_lab.comparison.options import ExecutionConfig
 from snella_lab.comparison.slurm import MAX_PARTS, write_slurm_scripts
 
 from .conftest import rows_of
@@ -54,7 +54,9 @@ def test_a_search_stays_in_one_part(tiny, make_row):
 
 def test_the_scripts_name_the_array_its_log_and_the_folder(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    submit = write_slurm_scripts(tmp_path / "my runs", tiny(seeds=2), None, 2, 3, 90.0)
+    submit = write_slurm_scripts(
+        tmp_path / "my runs", tiny(seeds=2), ExecutionConfig(workers=2, threads=3, run_limit=90.0)
+    )
     assert submit == tmp_path / "my runs" / "slurm" / "submit.sh"
     train = (submit.parent / "train.sh").read_text()
     assert "#SBATCH --array=0-1\n#SBATCH --cpus-per-task=6\n" in train
@@ -69,24 +71,25 @@ def test_the_scripts_name_the_array_its_log_and_the_folder(tiny, tmp_path, monke
 
 def test_large_comparisons_have_several_units_in_an_index(tiny, tmp_path):
     experiment = tiny(seeds=MAX_PARTS, grid={"lr_factors": [1.0]})
-    train = write_slurm_scripts(tmp_path, experiment, tmp_path / "jobs", 1, None, None).with_name("train.sh")
+    execution = ExecutionConfig(emit_to=str(tmp_path / "jobs"))
+    train = write_slurm_scripts(tmp_path, experiment, execution).with_name("train.sh")
     assert f"--array=0-{MAX_PARTS - 1}\n" in train.read_text() and f"/{MAX_PARTS}" in train.read_text()
 
 
 @pytest.mark.parametrize("text", ["", "1", "a/b", "1/2/3", "-1/2"])
 def test_a_part_is_two_integers(text):
     with pytest.raises(ValueError, match=f"part must be NUMBER/COUNT, e.g. 0/8, got '{text}'"):
-        parse_part(text)
+        ExecutionConfig(part=text)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"part": (2, 2)}, "part must be NUMBER/COUNT with NUMBER below COUNT, and excludes draw_only, got 2/2"),
-        ({"part": (0, 2), "draw_only": True}, "excludes draw_only, got 0/2"),
-        ({"part": (0, 2)}, "part trains the experiment stored in out=.*, and excludes an experiment and retry_failed"),
-        ({"emit": "pbs"}, "emit must be slurm, and excludes ray, part and draw_only, got 'pbs'"),
-        ({"emit": "slurm", "part": (0, 2)}, "emit must be slurm, and excludes ray, part and draw_only"),
+        ({"part": "2/2"}, "part must be NUMBER/COUNT with NUMBER below COUNT, and excludes draw_only, got 2/2"),
+        ({"part": "0/2", "draw_only": True}, "excludes draw_only, got 0/2"),
+        ({"part": "0/2"}, "part trains the experiment stored in out=.*, and excludes an experiment and retry_failed"),
+        ({"emit": "pbs"}, "emit must be one of slurm, got 'pbs'"),
+        ({"emit": "slurm", "part": "0/2"}, "emit must be slurm, and excludes ray, part and draw_only"),
         (
             {"run_limit": 5.0, "workers": 0},
             "run_limit must be positive and requires ray or workers, got 5 and workers=0",
@@ -96,7 +99,7 @@ def test_a_part_is_two_integers(text):
 )
 def test_options_that_contradict_each_other_are_rejected(options, message, tiny, tmp_path, console):
     with pytest.raises(ValueError, match=message):
-        compare(tiny(), tmp_path / "c", console=console, **options)
+        compare(tiny(), tmp_path / "c", ExecutionConfig(**options), console)
 
 
 @pytest.mark.slow
@@ -108,7 +111,7 @@ def test_the_printed_command_trains_every_cell_once_and_writes_the_report(tiny, 
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
     root = tmp_path / "c"
-    submit = compare(tiny(grid={"lr_factors": [1.0]}), root, workers=0, emit="slurm", console=console)
+    submit = compare(tiny(grid={"lr_factors": [1.0]}), root, ExecutionConfig(workers=0, emit="slurm"), console=console)
     printed = console.file.getvalue().splitlines()[-1]
     assert printed == f"2 runs to train; submit with: bash {submit}" and not (root / "results.jsonl").exists()
     for attempt in (1, 2):

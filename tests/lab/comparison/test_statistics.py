@@ -177,7 +177,7 @@ def test_the_summary_is_the_table(large):
     assert (summary.finals, summary.expected, len(summary.failed)) == (216, 216, 6)
     assert summary.has_groups and list(summary.groups) == ["natural", "specialised", "glyphs"]
     by_name = {line.name: line for line in summary.methods}
-    assert by_name["lora-8"].failed == 6 and by_name["lora-8"].to_reference["test_accuracy"] is None
+    assert by_name["lora-8"].to_reference["test_accuracy"] is None
     found = by_name["snella-8"].to_reference["test_accuracy"]
     assert (found.pairs, found.tasks, found.comparisons) == (18, 6, 11) and found.direction == 1
     assert by_name["full"].over_tasks["test_accuracy"].mean > by_name["linear"].over_tasks["test_accuracy"].mean

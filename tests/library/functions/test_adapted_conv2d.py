@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from snella.functional import effective_weight
+from snella.autograd import effective_weight
 from snella.update import Conv2dOp
 
 from .problems import DRAWS, Problem, assert_close_to_reference, make_problem, solve

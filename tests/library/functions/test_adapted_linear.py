@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from snella.functional import adapted_linear, effective_weight
+from snella.autograd import effective_weight
+from snella.functional import adapted_linear
 from snella.kernels import KERNELS, KernelScalars, MixK
 from snella.update import LinearOp
 

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from snella.autograd import effective_weight, sparsify_update
 from snella.backends.base import TorchBackend
-from snella.functional import compute_effective_weight, effective_weight, sparsify_update
+from snella.functional import compute_effective_weight
 from snella.kernels import KERNELS
 
 from .problems import assert_close_to_reference, draws, make_problem

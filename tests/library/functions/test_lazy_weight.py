@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from snella.backends import numba_problem
-from snella.fixed_support import layer_with_entries
 from snella.update import Conv2dOp, LazyWeight, LinearOp
 
 from .problems import Problem, computed_weight, layer_output, make_problem
@@ -149,30 +148,12 @@ def test_autocast_determines_dtype_of_product():
         assert apply(problem, Int8Weight(problem.tensors["weight"]).source, "eager").dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("fixed", [False, True], ids=["competition", "fixed-support"])
-def test_weight_change_between_passes_raises(fixed):
+def test_weight_change_between_passes_raises():
     problem = learning("x", "A")
     int8_weight = Int8Weight(problem.tensors["weight"])
-    if fixed:
-        values = torch.zeros(2, requires_grad=True)
-        y = layer_with_entries(problem.tensors["x"], int8_weight.source, None, values, torch.tensor([0, 5]), LinearOp())
-    else:
-        y = apply(problem, int8_weight.source, "eager")
+    y = apply(problem, int8_weight.source, "eager")
     int8_weight.codes.zero_()
     with pytest.raises(
         RuntimeError, match=r"weight \[32, 24\] .* versions were \[0, 0\], now \[1, 0\]; change them before"
     ):
         y.sum().backward()
-
-
-def test_selected_entries_are_added_to_lazy_weight_in_both_passes():
-    problem = learning("x")
-    x, int8_weight, indices = problem.tensors["x"], Int8Weight(problem.tensors["weight"]), torch.tensor([3, 40, 700])
-    values = torch.randn(3, requires_grad=True)
-    actual, expected = (
-        layer_with_entries(x, weight, None, values, indices, LinearOp())
-        for weight in (int8_weight.source, int8_weight.make())
-    )
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
-    grads = [torch.autograd.grad(y, (x, values), problem.grad_y) for y in (actual, expected)]
-    torch.testing.assert_close(grads[0], grads[1], rtol=0, atol=0)

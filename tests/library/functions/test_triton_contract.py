@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from snella.functional import effective_weight
+from snella.autograd import effective_weight
 from snella.update import Conv2dOp
 
 from .problems import assert_close_to_reference, computed_weight, solve

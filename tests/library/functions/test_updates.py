@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from snella.functional import adapted_layer, effective_weight, sparsify_update
+from snella.autograd import adapted_layer, effective_weight, sparsify_update
 from snella.kernels import KERNELS, KernelScalars, make_kernel
 from snella.sparsify import keep_threshold
 from snella.update import Factors, LinearOp, UpdateSpec

@@ -13,7 +13,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from snella import SnellaConfig
-from snella.fixed_support import set_support
 from snella.layer import SnellaLayer, log_backend
 from snella.matrices import adapted_matrices
 from snella.regularization import update_dropout
@@ -195,7 +194,7 @@ def test_convolution_gradients_equal_reference(cases):
             assert torch.allclose(actual.grad, expected.grad, rtol=1e-3, atol=1e-5), name
 
 
-@pytest.mark.parametrize("settings", [{}, {"fixed_support": True}, {"preset": "official"}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"preset": "official"}], ids=str)
 @pytest.mark.parametrize(
     ("layer", "shape"), [(nn.Linear(8, 8), (2, 3, 8)), (nn.Conv2d(8, 8, 1), (8, 4, 4))], ids=["linear", "unbatched"]
 )
@@ -203,8 +202,6 @@ def test_output_supports_in_place_operations(layer, shape, settings):
     x, gradients = torch.randn(shape), {}
     for inplace in (False, True):
         model = adapted(nn.Sequential(copy.deepcopy(layer), nn.ReLU(inplace=inplace)), **settings)
-        if "fixed_support" in settings:
-            set_support(first_layer(model), "default", torch.arange(0, 64, 2))
         torch.manual_seed(0)
         model(x).square().sum().backward()
         gradients[inplace] = [p.grad for p in model.parameters() if p.requires_grad]

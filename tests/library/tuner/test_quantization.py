@@ -16,7 +16,6 @@ from torch import nn
 from snella import SnellaConfig
 from snella.base_layer import product_dtype
 from snella.compat.quantization import Quantization, RequantizationLoss, measure_requantization
-from snella.fixed_support import set_support
 from snella.layer import SnellaLayer
 from snella.merge import effective_weight
 from snella.update import LazyWeight
@@ -197,18 +196,6 @@ def test_dequantized_weight_is_freed_between_passes(one_of_each, dropout, monkey
     )
     y.sum().backward()
     assert len(made) == 2, "dequantized again"
-
-
-def test_fixed_support_works_with_quantized_weight(one_of_each):
-    models = adapted(one_of_each, fixed_support=True)
-    for model in models:
-        set_support(adapted_layer_of(model), "default", torch.arange(0, M * N, 7))
-    torch.testing.assert_close(*(model(x) for model in models))
-    for model in models:
-        model.eval()
-        torch.testing.assert_close(*(model(x) for model in models))
-        model(x).sum().backward()
-    torch.testing.assert_close(*(adapted_layer_of(model).snella_A["default"].grad for model in models))
 
 
 # dynamo reads gradients of tensors between graphs

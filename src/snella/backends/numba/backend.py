@@ -11,7 +11,7 @@ from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -91,10 +91,10 @@ class NumbaBackend(Backend):
         delta: tuple[Tensor | None, ...] = (),
     ) -> Merged:
         threshold_values = [None] * len(budgets) if thresholds is None else thresholds.tolist()
-        is_new = not delta or thresholds is None
+        saved = delta[0] if delta and thresholds is not None else None
         size = len(budgets), 3, factors.A.shape[1]
-        columns = torch.empty(size, dtype=torch.float32) if is_new else delta[0]
-        stats = cast(Tensor, columns).numpy()
+        columns = torch.empty(size, dtype=torch.float32) if saved is None else saved
+        stats, is_new = columns.numpy(), saved is None
         packed = pack_factors(spec, factors) if any(budgets) else [None] * len(budgets)
         workspace: list[_Matrix | None] = []
         for inputs, budget, threshold, matrix_stats in zip(packed, budgets, threshold_values, stats, strict=True):
@@ -104,7 +104,7 @@ class NumbaBackend(Backend):
             computed = [np.float32(np.inf) if matrix is None else matrix.threshold for matrix in workspace]
             thresholds = torch.from_numpy(np.array(computed, np.float32))
         has_softmax = isinstance(spec.kernel, NormalizedRBF) and any(budgets)
-        return Merged(factors, budgets, thresholds, (), (cast(Tensor, columns),) if has_softmax else (), workspace)
+        return Merged(factors, budgets, thresholds, (), (columns,) if has_softmax else (), workspace)
 
     def add_update(self, spec: UpdateSpec, merged: Merged, base: Tensor, out: Tensor) -> None:  # noqa: D102
         is_supported = base.dtype in _SUPPORTED and out.dtype in _SUPPORTED
@@ -317,12 +317,12 @@ def select_threshold(value: np.ndarray, budget: int, bins: np.ndarray | None = N
     if bins is None:
         bins = np.empty((blocks, forward.HISTOGRAM_BINS), np.int32)
         _run(forward.count, blocks, value.shape, width, value, bins)
-    counts = bins.sum(0, dtype=np.int64)
-    cumulative = np.cumsum(counts[::-1])  # number of entries in each bin and all higher ones, from the top
-    position = int(np.searchsorted(cumulative, budget, side="right"))
+    counts = np.add.reduce(bins, 0, np.int64)
+    cumulative = counts[::-1].cumsum()  # number of entries in each bin and all higher ones, from the top
+    position = int(cumulative.searchsorted(budget, side="right"))
     bin_index = forward.HISTOGRAM_BINS - 1 - position
     above = int(cumulative[position]) - int(counts[bin_index])
-    ends = np.cumsum(bins[:, bin_index], dtype=np.int64)
+    ends = bins[:, bin_index].cumsum(dtype=np.int64)
     candidates = np.empty(int(ends[-1]), np.float32)
     offsets = ends - bins[:, bin_index]
     _run(forward.collect, blocks, value.shape, width, value, *forward.bin_bit_range(bin_index), offsets, candidates)

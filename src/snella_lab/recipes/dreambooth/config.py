@@ -8,17 +8,6 @@ from snella_app.config import BaseRunConfig, RunSettings
 from snella_app.runs.folder import RunFolderOf
 from snella_lab.recipes.config import RecipeMethodConfig, RecipeOptimConfig
 
-_NONNEGATIVE = ("prior_weight", "guidance")
-_MINIMUMS = {
-    "resolution": 8,
-    "steps": 1,
-    "class_images": 1,
-    "max_sequence_length": 1,
-    "save_every": 1,
-    "samples": 0,
-    "sample_steps": 1,
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class DreamBoothOptimConfig(RecipeOptimConfig):
@@ -62,6 +51,12 @@ class DreamBoothConfig(RunSettings):
         skip_corrupt: Skip corrupt images and report their number.
     """
 
+    minimums: ClassVar = {
+        "resolution": 8,
+        **dict.fromkeys(("steps", "class_images", "max_sequence_length", "save_every"), 1),
+        **{"samples": 0, "sample_steps": 1},
+    }
+    nonnegative: ClassVar = ("prior_weight", "guidance")
     needed: ClassVar[dict[str, str]] = {
         "data": "folder:photos/my-dog",
         "pipeline": "sd3-medium",
@@ -108,8 +103,12 @@ class DreamBoothConfig(RunSettings):
     def errors(self) -> list[str]:
         """Check all settings that need neither data nor model."""
         errors = [] if self.token.strip() else [f"token must be a word, got {self.token!r}"]
-        errors += [*self.minimum_errors(_MINIMUMS), *self.nonnegative_errors(_NONNEGATIVE), *self.method_errors()]
-        return [*self.missing_errors(is_started=self.run.resume), *errors]
+        return [
+            *self.missing_errors(is_started=self.run.resume),
+            *errors,
+            *super().errors(),
+            *self.method_errors(),
+        ]
 
     def named(self, class_name: str | None) -> "DreamBoothConfig":
         """Return a copy with class name and prompts.

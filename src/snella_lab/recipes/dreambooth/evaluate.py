@@ -14,14 +14,13 @@ from rich.console import Console
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, Dinov2Model
 
-from snella_app.backbones.create import cache_only_if_unreachable
 from snella_app.console import make_console
 from snella_app.data.images import read_image
 from snella_app.device import choose_device
 from snella_lab.recipes.dreambooth.config import DreamBoothFolder
 from snella_lab.recipes.dreambooth.data import PROMPT_FILE, PromptFile, fill, load_concept, read_prompt_file
 from snella_lab.recipes.dreambooth.generate import GeneratedImage, generate_images, load_generator, sampling_of
-from snella_lab.recipes.dreambooth.pipeline import suppress_progress_bars
+from snella_lab.recipes.run import load_pretrained
 
 _EPS = 1e-12
 
@@ -104,9 +103,9 @@ class ClipEmbedder:
 
     def __init__(self, name: str, device: torch.device) -> None:
         self.device = device
-        self.model = _load("clip", name, CLIPModel).to(device).eval()
-        self.processor = _load("clip", name, AutoImageProcessor)
-        self.tokenizer = _load("clip", name, AutoTokenizer)
+        self.model = load_pretrained(CLIPModel, name, "clip").to(device).eval()
+        self.processor = load_pretrained(AutoImageProcessor, name, "clip")
+        self.tokenizer = load_pretrained(AutoTokenizer, name, "clip")
 
     def images(self, images: Sequence[Image.Image]) -> Tensor:
         """Return the embeddings of images, `[n, d]`."""
@@ -147,8 +146,8 @@ class DinoEmbedder:
 
     def __init__(self, name: str, device: torch.device) -> None:
         self.device = device
-        self.model = _load("dino", name, Dinov2Model).to(device).eval()
-        self.processor = _load("dino", name, AutoImageProcessor)
+        self.model = load_pretrained(Dinov2Model, name, "dino").to(device).eval()
+        self.processor = load_pretrained(AutoImageProcessor, name, "dino")
 
     def images(self, images: Sequence[Image.Image]) -> Tensor:
         """Return the embeddings of images, `[n, d]`."""
@@ -164,29 +163,6 @@ class DinoEmbedder:
 def _in_batches(items: Sequence[Any], embed: Callable[[Sequence[Any]], Tensor]) -> Tensor:
     """Embed items in batches; the result is on the CPU."""
     return torch.cat([embed(items[k : k + _BATCH]).float().cpu() for k in range(0, len(items), _BATCH)])
-
-
-def _load(option: str, name: str, kind: Any) -> Any:
-    """Load a model or processor from a folder or the hub."""
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        try:
-            with suppress_progress_bars():
-                return kind.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise FileNotFoundError(
-                f"{option} must be a folder in transformers format, got '{folder}', which has no {kind.__name__}: "
-                f"{str(error).strip().splitlines()[0]}"
-            ) from error
-    with cache_only_if_unreachable() as reason, suppress_progress_bars():
-        try:
-            return kind.from_pretrained(name, local_files_only=bool(reason))
-        except (OSError, ValueError) as error:
-            raise ConnectionError(
-                f"{option} must be a local folder or a hub name, got {name!r}, which is "
-                + (f"not cached, and the hub is unreachable ({reason})" if reason else "not on the hub")
-                + "; pass a local folder in transformers format"
-            ) from error
 
 
 METRICS = ("concept_alignment", "text_alignment", "text_alignment_without_token", "vendi", "vendi_by_prompt")
@@ -211,21 +187,8 @@ def evaluate_generation(
 ) -> dict[str, Any]:
     """Generate missing images for the DreamBooth protocol and evaluate them.
 
-    Images are written to `evaluation/` and scores to `generation.json` in each run folder.
-
-    Args:
-        runs: Run folder, or a folder of runs.
-        clip: CLIP model: local folder in transformers format or hub name.
-        dino: DINOv2 model: local folder in transformers format or hub name.
-        prompts: Prompt file; `prompts_and_classes.txt` in the run's `dreambooth:` folder if None.
-        live: Use the prompts for live subjects; None selects them for cats and dogs.
-        pictures: Images per prompt, with seeds 0, 1, …
-        steps: Sampling steps; the run's `sample_steps` if None.
-        batch_size: Batch size.
-        pipeline: Path or hub name of the pipeline; the run's if None.
-        device: auto, or a torch device such as cpu, cuda:1 or mps.
-        overwrite: Replace images generated with other settings.
-        console: Output console for progress bars and notes; standard output if None.
+    Images are written to `evaluation/` and scores to `generation.json` in each run folder. The arguments are the
+    options of `snella evaluate-generation`, and a console for progress bars and notes.
 
     Returns:
         `{"runs": [metrics per run], "mean": {…}, "standard_error": {…}}`. The standard error is over subjects, None for

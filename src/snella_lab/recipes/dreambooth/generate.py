@@ -15,7 +15,6 @@ from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import S
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from snella_app.console import make_console
 from snella_app.data.images import IMAGE_SUFFIXES
@@ -27,6 +26,7 @@ from snella_app.runs.folder import adapter_digest
 from snella_lab.recipes.dreambooth.config import DreamBoothConfig, DreamBoothFolder
 from snella_lab.recipes.dreambooth.data import fill, read_prompt_file
 from snella_lab.recipes.dreambooth.pipeline import PromptEmbedding, check_resolution, embed_prompts, load_pipeline
+from snella_lab.recipes.run import progress_bar
 
 _TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
 
@@ -212,8 +212,7 @@ def generate_images(
                 path.unlink()
         write_json(folder / MANIFEST, content)
     missing = [image for image in images if not image.path.is_file()]
-    columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not (show_bar and console.is_terminal)) as bar:
+    with progress_bar(console, is_shown=show_bar) as bar:
         task = bar.add_task("generating", total=len(images), completed=len(images) - len(missing))
 
         def on_image(number: int, image: Image.Image) -> None:
@@ -330,19 +329,8 @@ def generate(
 ) -> list[GeneratedImage]:
     """Generate images with the pipeline and adapter of a run.
 
-    Args:
-        run: Run folder.
-        prompts: Prompts with the subject's token, e.g. `sks`.
-        out: Output folder for the images.
-        pictures: Images per prompt, with seeds `seed`, `seed + 1`, …
-        seed: First seed; an image depends only on its prompt and seed.
-        steps: Sampling steps; the run's `sample_steps` if None.
-        guidance: Guidance scale; the run's if None.
-        batch_size: Batch size.
-        pipeline: Path or hub name of the pipeline; the run's if None.
-        device: auto, or a torch device such as cpu, cuda:1 or mps.
-        overwrite: Replace other images in `out`.
-        console: Output console for the progress bar; standard output if None.
+    The arguments are the options of `snella generate`, with complete `prompts`, and a console for the progress bar. An
+    image depends only on its prompt and seed.
 
     Raises:
         ValueError: `prompts` is empty, or a number is out of range.

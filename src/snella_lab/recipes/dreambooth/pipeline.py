@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-import transformers
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
 from diffusers.training_utils import offload_models
 from huggingface_hub.errors import HfHubHTTPError
@@ -20,6 +18,7 @@ from torch import Tensor
 
 from snella_app.backbones.create import cache_only_if_unreachable
 from snella_app.text import near_siblings
+from snella_lab.recipes.run import suppress_progress_bars
 
 
 @dataclass(frozen=True)
@@ -147,21 +146,6 @@ def check_resolution(pipeline: StableDiffusion3Pipeline, resolution: int) -> Non
         )
 
 
-@contextmanager
-def suppress_progress_bars() -> Iterator[None]:
-    """Hide the progress bars of diffusers and transformers while models load."""
-    logs = (diffusers.utils.logging, transformers.utils.logging)
-    were_shown = [log.is_progress_bar_enabled() for log in logs]
-    for log in logs:
-        log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for log, was_shown in zip(logs, were_shown, strict=True):
-            if was_shown:
-                log.enable_progress_bar()
-
-
 _INDEX_FILE = "model_index.json"
 _OPTIONAL = ("text_encoder_3", "tokenizer_3", "image_encoder", "feature_extractor")
 _COMPONENTS = (
@@ -194,12 +178,12 @@ def load_pipeline(name: str, *, encoder_dtype: torch.dtype = torch.float32) -> S
     dtypes |= dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3"), encoder_dtype)
     if folder.is_dir():
         absent = dict.fromkeys(_check_folder(folder))
-        with suppress_progress_bars():
+        with suppress_progress_bars(diffusers):
             return StableDiffusion3Pipeline.from_pretrained(folder, dtype=dtypes, local_files_only=True, **absent)
     if name.count("/") != 1 or name.startswith((".", "~", "/")):
         suggestion = near_siblings(folder, folders_alone=True)
         raise FileNotFoundError(f"pipeline must be a folder or a hub name (owner/repo), got {name!r}{suggestion}")
-    with cache_only_if_unreachable() as reason, suppress_progress_bars():
+    with cache_only_if_unreachable() as reason, suppress_progress_bars(diffusers):
         try:
             return StableDiffusion3Pipeline.from_pretrained(name, dtype=dtypes, local_files_only=bool(reason))
         except (OSError, ValueError, HfHubHTTPError) as error:

@@ -15,25 +15,21 @@ from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import S
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from snella import BudgetAllocator
-from snella_app.config import command_line
 from snella_app.console import counted, make_console, print_line, print_rows
 from snella_app.device import choose_device
 from snella_app.methods import load_trained_into, save_trained
 from snella_app.methods.registry import adapt_headless
 from snella_app.records import BackboneInfo, DataInfo, FixedLoss, LossRow, RunInfo, read
 from snella_app.training.checkpoints import reading_checkpoint, remove_incomplete, reporting_write_errors, staged
-from snella_app.training.optimizer import build_low_bit_optimizer
 from snella_app.training.results import (
     describe_allocation,
     describe_generator,
     matrices_of,
     sparsity_summary,
     trainable_parameters,
-    versions_of,
 )
 from snella_app.training.sampler import EpochSampler, mix_seed
 from snella_app.training.session import (
@@ -55,6 +51,7 @@ from snella_lab.recipes.dreambooth.pipeline import (
     load_pipeline,
 )
 from snella_lab.recipes.dreambooth.report import write_generation_report
+from snella_lab.recipes.run import build_optimizer, describe_run, progress_bar
 
 _LOGIT_MEAN, _LOGIT_STD, _MODE_SCALE = 0.0, 1.0, 1.29
 
@@ -174,14 +171,7 @@ class DreamBoothTrainer:
         if config.optim.gradient_checkpointing:
             transformer: Any = getattr(model, "get_base_model", lambda: model)()
             transformer.enable_gradient_checkpointing()
-        self.optimizer, self.optimizer_name = build_low_bit_optimizer(
-            model,
-            config.optim.optimizer,
-            device,
-            lr=config.optim.lr or 0.0,
-            scalar_lr=config.optim.scalar_lr,
-            weight_decay=config.optim.weight_decay or 0.0,
-        )
+        self.optimizer, self.optimizer_name = build_optimizer(model, config.optim, device)
         self.step = 0
         self.history: list[dict[str, Any]] = []
         self.loss_before, self.loss_after = math.nan, math.nan
@@ -216,9 +206,7 @@ class DreamBoothTrainer:
         if self.allocator is not None:
             self.allocator.attach(optimizer)
         prepared.train()
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        is_shown = self.config.run.progress and console.is_terminal
-        with Progress(*columns, console=console, transient=True, disable=not is_shown) as bar:
+        with progress_bar(console, is_shown=self.config.run.progress) as bar:
             task = bar.add_task("training", total=self.config.steps, completed=self.step)
             while self.step < self.config.steps:
                 self._take_step(prepared, optimizer)
@@ -362,28 +350,20 @@ _PACKAGES = ("snella", "torch", "peft", "diffusers", "transformers", "accelerate
 
 def _describe_run(config: DreamBoothConfig, concept: Concept) -> RunInfo:
     """Build the record of a starting run."""
-    return RunInfo(
-        status="running",
-        task="generation",
-        method=config.method.name,
-        method_options=config.method.all_options(),
-        backbone=BackboneInfo(name=str(config.pipeline), img_size=config.resolution),
-        classes=[],
-        data=DataInfo(
-            spec=str(config.data),
-            subject=concept.name,
-            class_name=config.class_name,
-            seed=config.run.seed,
-            description=f"{counted(len(concept.paths), 'image')} of {concept.name}, prompt “{config.prompt}”",
-            sizes={"train": len(concept.paths)},
-            digest=concept.digest(),
-            folder=str(concept.paths[0].parent),
-            files=[path.name for path in concept.paths],
-            notes=list(concept.notes),
-        ),
-        versions=versions_of(_PACKAGES),
-        command=command_line(config, DreamBoothConfig.from_flat(data="-", pipeline="-", out="-"), "dreambooth"),
+    data = DataInfo(
+        spec=str(config.data),
+        subject=concept.name,
+        class_name=config.class_name,
+        seed=config.run.seed,
+        description=f"{counted(len(concept.paths), 'image')} of {concept.name}, prompt “{config.prompt}”",
+        sizes={"train": len(concept.paths)},
+        digest=concept.digest(),
+        folder=str(concept.paths[0].parent),
+        files=[path.name for path in concept.paths],
+        notes=list(concept.notes),
     )
+    backbone = BackboneInfo(name=str(config.pipeline), img_size=config.resolution)
+    return describe_run(config, "dreambooth", backbone, data, _PACKAGES)
 
 
 def _print_summary(console: Console, trainer: DreamBoothTrainer, concept: Concept) -> None:

@@ -8,13 +8,6 @@ from snella_app.config import BaseRunConfig, RunSettings
 from snella_app.runs.folder import RunFolderOf
 from snella_lab.recipes.config import RecipeMethodConfig, RecipeOptimConfig
 
-_MINIMUMS = {
-    "max_length": 2,
-    "epochs": 1,
-    "warmup_steps": 0,
-    "val_size": 0,
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageOptimConfig(RecipeOptimConfig):
@@ -44,6 +37,7 @@ class LanguageConfig(RunSettings):
         base: Dtype of the frozen weights: fp32, or bf16 for half the memory; bf16 rounds small updates away.
     """
 
+    minimums: ClassVar = {"max_length": 2, "epochs": 1, "warmup_steps": 0, "val_size": 0}
     needed: ClassVar[dict[str, str]] = {
         "data": "commonsense_170k.json",
         "model": "Llama-2-7b-hf",
@@ -76,7 +70,7 @@ class LanguageConfig(RunSettings):
 
     def errors(self) -> list[str]:
         """Check all settings that need neither data nor model."""
-        errors = [*self._template_errors(), *self.minimum_errors(_MINIMUMS), *self.method_errors()]
+        errors = [*self._template_errors(), *super().errors(), *self.method_errors()]
         return [*self.missing_errors(is_started=self.run.resume), *errors]
 
     def _template_errors(self) -> list[str]:

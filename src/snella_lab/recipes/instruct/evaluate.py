@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from snella_app.console import make_console
@@ -22,6 +21,7 @@ from snella_app.runs.folder import adapter_digest
 from snella_lab.recipes.instruct.config import RESULT_FILE, LanguageConfig, LanguageFolder
 from snella_lab.recipes.instruct.data import CHOICES, Instruction, Template, extract_answer, pad_left, read_benchmark
 from snella_lab.recipes.instruct.train import load_model, load_tokenizer
+from snella_lab.recipes.run import progress_bar
 
 
 def evaluate_language(
@@ -39,19 +39,8 @@ def evaluate_language(
 ) -> dict[str, Any]:
     """Evaluate a run on every task in a folder.
 
-    Each answer is appended to `RUN/answers/TASK.jsonl`. An interrupted call resumes after the last answer.
-
-    Args:
-        run: Run folder.
-        data: Folder with `TASK/test.json`.
-        beams: Beam search width; 1 is greedy decoding.
-        max_new_tokens: Maximum number of tokens per answer.
-        batch_size: Batch size.
-        limit: Maximum number of questions per task.
-        model: Path or hub name of the model; the run's if None.
-        device: auto, or a torch device such as cpu, cuda:1 or mps.
-        overwrite: Replace answers generated with other settings.
-        console: Output console for the progress bar; standard output if None.
+    Each answer is appended to `RUN/answers/TASK.jsonl`. An interrupted call resumes after the last answer. The
+    arguments are the options of `snella evaluate-language`, and a console for the progress bar.
 
     Returns:
         `{"tasks": {name: {"accuracy", "right", "questions", "unanswered"}}, "mean": …}`, also written to
@@ -81,8 +70,7 @@ def evaluate_language(
     answers_folder = folder.path / "answers"
     answers_folder.mkdir(exist_ok=True)
     total = sum(map(len, questions.values()))
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with progress_bar(console) as bar:
         progress = bar.add_task("answering", total=total, completed=sum(map(len, answers.values())))
         generator: _AnswerGenerator | None = None
         for task, entries in questions.items():

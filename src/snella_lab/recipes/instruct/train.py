@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -22,22 +20,18 @@ from transformers import (
 )
 
 from snella import BudgetAllocator, SnellaCallback
-from snella_app.backbones.create import cache_only_if_unreachable
-from snella_app.config import command_line
 from snella_app.console import counted, make_console, print_line, print_rows
 from snella_app.device import choose_device
 from snella_app.methods import save_trained
 from snella_app.methods.registry import adapt_headless
 from snella_app.records import BackboneInfo, DataInfo, LossRow, RunInfo, read, record_from
 from snella_app.training.checkpoints import reporting_write_errors
-from snella_app.training.optimizer import build_low_bit_optimizer
 from snella_app.training.results import (
     describe_allocation,
     describe_generator,
     matrices_of,
     sparsity_summary,
     trainable_parameters,
-    versions_of,
 )
 from snella_app.training.session import (
     InterruptCallback,
@@ -49,20 +43,17 @@ from snella_app.training.session import (
 from snella_app.training.trainer import CheckpointingTrainer, base_training_arguments
 from snella_lab.recipes.instruct.config import LanguageConfig, LanguageFolder
 from snella_lab.recipes.instruct.data import IGNORED, Template, encode, pad_right, read_instructions
+from snella_lab.recipes.run import build_optimizer, describe_run, load_pretrained, progress_bar
 
 
 def load_model(name: str, dtype: torch.dtype) -> nn.Module:
     """Load a model onto the CPU.
 
     Args:
-        name: Local folder in transformers format or hub name.
+        name: Local folder in transformers format or hub name; `load_pretrained` describes the errors.
         dtype: Dtype of the weights.
-
-    Raises:
-        FileNotFoundError: The folder does not contain a causal language model.
-        ConnectionError: `name` is not a local folder and cannot be loaded from the hub or its cache.
     """
-    model: nn.Module = _load(AutoModelForCausalLM, name, dtype=dtype)
+    model: nn.Module = load_pretrained(AutoModelForCausalLM, name, "model", dtype=dtype)
     return model
 
 
@@ -71,39 +62,10 @@ def load_tokenizer(name: str) -> Any:
 
     A tokenizer without a padding token uses its unknown token, or else its end token; padding is masked.
     """
-    tokenizer = _load(AutoTokenizer, name)
+    tokenizer = load_pretrained(AutoTokenizer, name, "model")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
-
-
-def _load(kind: Any, name: str, **options: Any) -> Any:
-    """Load a model or tokenizer without progress bars."""
-    log = transformers.utils.logging
-    was_shown = log.is_progress_bar_enabled()
-    log.disable_progress_bar()
-    try:
-        folder = Path(name).expanduser()
-        if folder.is_dir():
-            try:
-                return kind.from_pretrained(folder, local_files_only=True, **options)
-            except (OSError, ValueError) as error:
-                raise FileNotFoundError(
-                    f"model must be a folder with a causal language model and its tokenizer, got '{folder}': "
-                    f"{str(error).strip().splitlines()[0]}"
-                ) from error
-        with cache_only_if_unreachable() as reason:
-            try:
-                return kind.from_pretrained(name, local_files_only=bool(reason), **options)
-            except (OSError, ValueError) as error:
-                cause = f"it is not cached and the hub is unreachable ({reason})" if reason else str(error)
-                raise ConnectionError(
-                    f"model must be a local folder or a hub name, got {name!r}: {cause}; pass a local folder in "
-                    "transformers format"
-                ) from error
-    finally:
-        if was_shown:
-            log.enable_progress_bar()
 
 
 class LanguageTrainer(CheckpointingTrainer):
@@ -129,9 +91,7 @@ class LanguageProgress(TrainerCallback):
 
     def __init__(self, console: Console, allocation: SnellaCallback | None, show_bar: bool) -> None:
         self.console, self.allocation = console, allocation
-        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        hidden = not (show_bar and console.is_terminal)
-        self._bar = Progress(*columns, console=console, transient=True, disable=hidden)
+        self._bar = progress_bar(console, is_shown=show_bar)
         self._task: Any = None
 
     def on_train_begin(
@@ -260,7 +220,7 @@ def _fine_tune(config: LanguageConfig, run: LanguageFolder, console: Console) ->
         digest=digest,
         notes=notes,
     )
-    run.write(_run_info(config, data_info))
+    run.write(describe_run(config, "language", BackboneInfo(name=str(config.model)), data_info, _PACKAGES))
     matrices = matrices_of(model)
     adapted = f"; {len(matrices)} matrices, {sum(m.size for m in matrices):,} adapted weights" if matrices else ""
     per_step = config.optim.batch_size * config.optim.accumulation
@@ -273,11 +233,28 @@ def _fine_tune(config: LanguageConfig, run: LanguageFolder, console: Console) ->
     ]
     print_rows(console, rows)
     with record_status(run, "language"):
+        optimizer, optimizer_name = build_optimizer(model, config.optim, device)
+        allocation = SnellaCallback() if matrices else None
+        progress = LanguageProgress(console, allocation, config.run.progress)
         with InterruptCallback() as interrupt:
-            trainer, progress, optimizer = _fit(config, model, tokenizer, train, val, run, interrupt, console, device)
+            trainer = LanguageTrainer(
+                model,
+                run,
+                args=training_arguments(config, run.checkpoints),
+                data_collator=partial(pad_right, pad_id=tokenizer.pad_token_id),
+                train_dataset=train,
+                eval_dataset=val or None,
+                callbacks=[*([allocation] if allocation else []), interrupt, progress],
+                optimizers=(optimizer, None),
+            )
+            checkpoint = checkpoint_to_resume(run, console)
+            try:
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            finally:
+                progress.close()
         if trainer.state.global_step < trainer.state.max_steps:
             raise KeyboardInterrupt
-        _finish(trainer, progress, optimizer, model, run, console)
+        _finish(trainer, progress.allocator, optimizer_name, model, run, console)
     return run
 
 
@@ -305,49 +282,9 @@ def _encode_data(config: LanguageConfig, tokenizer: Any) -> tuple[list[_Item], l
     return train, [usable[index] for index in sorted(held_out)], notes
 
 
-def _fit(
-    config: LanguageConfig,
-    model: nn.Module,
-    tokenizer: Any,
-    train: list[_Item],
-    val: list[_Item],
-    run: LanguageFolder,
-    interrupt: InterruptCallback,
-    console: Console,
-    device: torch.device,
-) -> tuple[LanguageTrainer, LanguageProgress, str]:
-    """Train, resuming from the last checkpoint if one exists."""
-    checkpoint = checkpoint_to_resume(run, console)
-    optimizer, name = build_low_bit_optimizer(
-        model,
-        config.optim.optimizer,
-        device,
-        lr=config.optim.lr or 0.0,
-        scalar_lr=config.optim.scalar_lr,
-        weight_decay=config.optim.weight_decay or 0.0,
-    )
-    allocation = SnellaCallback() if matrices_of(model) else None
-    progress = LanguageProgress(console, allocation, config.run.progress)
-    trainer = LanguageTrainer(
-        model,
-        run,
-        args=training_arguments(config, run.checkpoints),
-        data_collator=partial(pad_right, pad_id=tokenizer.pad_token_id),
-        train_dataset=train,
-        eval_dataset=val or None,
-        callbacks=[*([allocation] if allocation else []), interrupt, progress],
-        optimizers=(optimizer, None),
-    )
-    try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    finally:
-        progress.close()
-    return trainer, progress, name
-
-
 def _finish(
     trainer: LanguageTrainer,
-    progress: LanguageProgress,
+    allocator: BudgetAllocator | None,
     optimizer: str,
     model: nn.Module,
     run: LanguageFolder,
@@ -357,8 +294,8 @@ def _finish(
     with reporting_write_errors(run.adapter):
         save_trained(model, run.adapter)
     matrices = matrices_of(model)
-    if progress.allocator is not None:
-        run.write(describe_allocation(model, progress.allocator))
+    if allocator is not None:
+        run.write(describe_allocation(model, allocator))
     history = [record_from(LossRow, row) for row in trainer.state.log_history if "loss" in row or "eval_loss" in row]
     elapsed_s = round(trainer.elapsed_s, 3)
     run.write(describe_generator(model, run.adapter, train_s=elapsed_s, optimizer=optimizer, loss_history=history))
@@ -366,18 +303,3 @@ def _finish(
     if matrices:
         print_line(console, f"the update {sparsity_summary(matrices)}")
     print_line(console, f"adapter {run.adapter}")
-
-
-def _run_info(config: LanguageConfig, data: DataInfo) -> RunInfo:
-    """Build the record of a starting run."""
-    return RunInfo(
-        status="running",
-        task="language",
-        method=config.method.name,
-        method_options=config.method.all_options(),
-        backbone=BackboneInfo(name=str(config.model)),
-        classes=[],
-        data=data,
-        versions=versions_of(_PACKAGES),
-        command=command_line(config, LanguageConfig.from_flat(data="-", model="-", out="-"), "language"),
-    )

@@ -20,7 +20,7 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from snella_lab.recipes.dreambooth.pipeline import suppress_progress_bars
+from snella_lab.recipes.run import suppress_progress_bars
 
 LETTERS = [*"abcdefghijklmnopqrstuvwxyz"]
 CLIP_TOKENS = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(f"{letter}</w>" for letter in LETTERS)]
@@ -82,7 +82,7 @@ def make_pipeline():
 @pytest.fixture(scope="session")
 def pipeline_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sd3")
-    with suppress_progress_bars():
+    with suppress_progress_bars(diffusers):
         make_pipeline().save_pretrained(folder)
     return folder
 
@@ -95,7 +95,7 @@ def clip_folder(tmp_path_factory):
     config = CLIPConfig(
         text_config=text_config().to_dict(), vision_config=dict(**vision, patch_size=8), projection_dim=16
     )
-    with suppress_progress_bars():
+    with suppress_progress_bars(diffusers):
         CLIPModel(config).save_pretrained(folder)
     clip_tokenizer().save_pretrained(folder)
     size = {"height": 16, "width": 16}
@@ -108,7 +108,7 @@ def dino_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dino")
     torch.manual_seed(2)
     sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8)
-    with suppress_progress_bars():
+    with suppress_progress_bars(diffusers):
         Dinov2Model(Dinov2Config(**sizes)).save_pretrained(folder)
     size = {"height": 16, "width": 16}
     BitImageProcessor(size={"shortest_edge": 16}, crop_size=size).save_pretrained(folder)

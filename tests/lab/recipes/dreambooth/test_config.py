@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from snella_app.cli.parser import parse
-from snella_lab.recipes.dreambooth import DreamBoothConfig
+from snella_lab.recipes.dreambooth.config import DreamBoothConfig
 
 
 def config(**changes):

@@ -11,9 +11,18 @@ from PIL import Image
 
 from snella_app.cli.main import main
 from snella_app.data.images import read_image
-from snella_lab.recipes.dreambooth import DreamBoothConfig, evaluate_generation, mean_cosine, personalize, vendi_score
-from snella_lab.recipes.dreambooth.evaluate import ClipEmbedder, DinoEmbedder, find_runs, score_images
+from snella_lab.recipes.dreambooth.config import DreamBoothConfig
+from snella_lab.recipes.dreambooth.evaluate import (
+    ClipEmbedder,
+    DinoEmbedder,
+    evaluate_generation,
+    find_runs,
+    mean_cosine,
+    score_images,
+    vendi_score,
+)
 from snella_lab.recipes.dreambooth.generate import GeneratedImage, generate, load_generator, select_prompts
+from snella_lab.recipes.dreambooth.train import personalize
 
 CPU = torch.device("cpu")
 PROMPTS = "subject_name,class\ntoy,toy\n\np = [\n'a {0} {1} at sea'\n'{0} {1}'\n]\nq = [\n'a {0} {1} in a hat'\n]\n"
@@ -157,7 +166,7 @@ def test_folder_without_the_expected_model_is_rejected(runs, clip_folder, dino_f
         DinoEmbedder(str(tmp_path), CPU)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
-        ConnectionError, match=r"clip must be .*, got 'nobody/clip', which is not cached, and the hub is unreachable"
+        ConnectionError, match=r"clip must be .*, got 'nobody/clip': it is not cached, and the hub is unreachable"
     ):
         ClipEmbedder("nobody/clip", CPU)
 

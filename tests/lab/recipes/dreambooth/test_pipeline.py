@@ -5,8 +5,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from snella_lab.recipes.dreambooth import load_pipeline
-from snella_lab.recipes.dreambooth.pipeline import check_resolution, encode_images
+from snella_lab.recipes.dreambooth.pipeline import check_resolution, encode_images, load_pipeline
 
 
 @pytest.fixture

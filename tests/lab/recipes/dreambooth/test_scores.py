@@ -3,8 +3,7 @@ import math
 import pytest
 import torch
 
-from snella_lab.recipes.dreambooth import mean_cosine, vendi_score
-from snella_lab.recipes.dreambooth.evaluate import paired_cosine
+from snella_lab.recipes.dreambooth.evaluate import mean_cosine, paired_cosine, vendi_score
 
 
 def test_identical_embeddings_count_as_one_image():

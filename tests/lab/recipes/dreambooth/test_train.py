@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from snella_app.cli.main import main
 from snella_app.methods import load_trained
 from snella_app.training.session import NonFiniteLossError, TrainingInterrupted
-from snella_lab.recipes.dreambooth import DreamBoothConfig, SamplingConfig, load_pipeline, personalize, sample_images
-from snella_lab.recipes.dreambooth.generate import generate
-from snella_lab.recipes.dreambooth.train import DreamBoothTrainer
+from snella_lab.recipes.dreambooth.config import DreamBoothConfig
+from snella_lab.recipes.dreambooth.generate import SamplingConfig, generate, sample_images
+from snella_lab.recipes.dreambooth.pipeline import load_pipeline
+from snella_lab.recipes.dreambooth.train import DreamBoothTrainer, personalize
 
 STEPS = 12
 TINY = {

@@ -3,8 +3,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
-from snella_lab.recipes.dreambooth import FlowMatching
 from snella_lab.recipes.dreambooth.pipeline import LatentImages, PromptEmbedding
+from snella_lab.recipes.dreambooth.train import FlowMatching
 
 PROMPT = PromptEmbedding(torch.ones(1, 3, 5), torch.ones(1, 4))
 

@@ -5,8 +5,16 @@ import torch
 import yaml
 from huggingface_hub import constants
 
-from snella_lab.recipes.instruct import CHOICES, LanguageConfig, extract_answer
-from snella_lab.recipes.instruct.data import Instruction, Template, encode, pad_left, pad_right
+from snella_lab.recipes.instruct.config import LanguageConfig
+from snella_lab.recipes.instruct.data import (
+    CHOICES,
+    Instruction,
+    Template,
+    encode,
+    extract_answer,
+    pad_left,
+    pad_right,
+)
 from snella_lab.recipes.instruct.evaluate import _row, _scores
 from snella_lab.recipes.instruct.train import load_model
 
@@ -116,11 +124,11 @@ def test_setting_errors_contain_the_values(changes, message):
 
 
 def test_missing_model_is_reported(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match=r"a folder with a causal language model .*, got '.*': "):
+    with pytest.raises(FileNotFoundError, match=r"model must be .*, got '.*', which has no AutoModelForCausalLM: "):
         load_model(str(tmp_path), torch.float32)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(
-        ConnectionError, match=r"model must be .*, got 'nobody/llama': it is not cached and the hub is unreachable"
+        ConnectionError, match=r"model must be .*, got 'nobody/llama': it is not cached, and the hub is unreachable"
     ):
         load_model("nobody/llama", torch.float32)
 

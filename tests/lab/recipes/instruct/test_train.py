@@ -16,8 +16,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from snella_app.cli.main import main
 from snella_app.methods import load_trained
 from snella_app.training.session import NonFiniteLossError, TrainingInterrupted
-from snella_lab.recipes.instruct import LanguageConfig, evaluate_language, fine_tune
-from snella_lab.recipes.instruct.train import LanguageTrainer, load_model, load_tokenizer
+from snella_lab.recipes.instruct.config import LanguageConfig
+from snella_lab.recipes.instruct.evaluate import evaluate_language
+from snella_lab.recipes.instruct.train import LanguageTrainer, fine_tune, load_model, load_tokenizer
 
 TINY = {
     "max_length": 64,

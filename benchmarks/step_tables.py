@@ -1,0 +1,170 @@
+"""Tables of step times, memory and single operations in `docs/notes/step-time.md`."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from snella_lab.bench.baselines import REFERENCE
+from snella_lab.bench.rows import grouped, is_step_time, read_rows, setting_key, sort_key
+
+_BEGIN, _END = "<!-- rows of benchmarks/results.jsonl begin -->", "<!-- rows end -->"
+
+
+def performance_section(rows: list[dict[str, Any]]) -> str:
+    """Format the latest row of each setting as Markdown: step times relative to LoRA, memory and single operations.
+
+    Rows of one setting with different `rounds` get separate tables, because ratios are comparable only within a run.
+    A later run replaces an earlier run of the same setting if it has all of its methods.
+    """
+    runs: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        if is_step_time(row):
+            run = tuple(row[name] for name in ("backbone", "batch", "r", "sparsity", "dtype", "device", "rounds"))
+            earlier = runs.pop(run, {})  # re-insert at the end: order by latest measurement
+            runs[run] = earlier | {row["contender"]: row}
+    order = list(runs)
+    groups = {
+        run: list(methods.values())
+        for k, (run, methods) in enumerate(runs.items())
+        if not any(later[:-1] == run[:-1] and methods.keys() <= runs[later].keys() for later in order[k + 1 :])
+    }
+    parts = [_step_table(key, group) for key, group in groups.items()]
+    parts += _memory_tables(rows)
+    matrices = {tuple(row["shape"]): row for row in rows if row["benchmark"] == "one_matrix"}
+    if matrices:
+        parts.append(_matrix_table(list(matrices.values())))
+    samplings = {
+        (*row["shape"], row["tokens"], row["density"]): row for row in rows if row["benchmark"] == "sampled_gradient"
+    }
+    if samplings:
+        parts.append(_sampling_table(list(samplings.values())))
+    competitions = {(row["backbone"], row["batch"]): row for row in rows if row["benchmark"] == "competition"}
+    if competitions:
+        parts.append(_competition_table(list(competitions.values())))
+    return "\n\n".join(parts)
+
+
+def update_document(path: str | Path, rows_file: str | Path) -> bool:
+    """Write the performance tables between the markers of a Markdown file.
+
+    Returns:
+        True if the file changed.
+
+    Raises:
+        ValueError: If the file has no markers.
+    """
+    return put_between(path, _BEGIN, _END, performance_section(read_rows(rows_file)))
+
+
+def put_between(path: str | Path, begin: str, end: str, section: str) -> bool:
+    """Replace the text between two markers of a Markdown file; see `update_document`."""
+    file = Path(path)
+    text = file.read_text(encoding="utf-8")
+    if begin not in text or end not in text:
+        raise ValueError(f"{file} must contain the markers {begin!r} and {end!r}; add both lines")
+    before, _, rest = text.partition(begin)
+    after = rest.partition(end)[2]
+    updated = f"{before}{begin}\n\n{section}\n\n{end}{after}"
+    if updated != text:
+        file.write_text(updated, encoding="utf-8")
+    return updated != text
+
+
+def _markdown(title: str, head: list[str], rows: list[list[str]]) -> str:
+    """Return a Markdown table with a title."""
+    lines = [" | ".join(cells) for cells in (head, *rows)]
+    return "\n".join([title, "", f"| {lines[0]} |", "|---" * len(head) + "|", *(f"| {line} |" for line in lines[1:])])
+
+
+def _step_table(key: tuple[Any, ...], rows: list[dict[str, Any]]) -> str:
+    """Return the step time table of one setting."""
+    backbone, batch, r, sparsity, dtype, device, rounds = key
+    memory = next((name for name in ("peak_gpu_mib", "peak_rss_mib") if any(name in row for row in rows)), None)
+    head = ["", "step", "vs. LoRA (quartiles)", "saved for backward"] + ([_MEMORY[memory]] if memory else [])
+    title = (
+        f"**{backbone}, batch {batch}, r {r}, sparsity {sparsity}, {dtype}** · {device} · commit {rows[0]['commit']}"
+        f"{' (modified)' if rows[0]['dirty'] else ''}, {rows[0]['date'][:10]}, median of {rounds}"
+    )
+    lines = []
+    for row in rows:
+        low, high = row.get(f"step_over_{REFERENCE}_quartiles", ("", ""))
+        cells = [row["contender"], f"{row['step_s']:.2f} s", f"{row.get(f'step_over_{REFERENCE}', '')} ({low}–{high})"]
+        cells += [f"{row['saved_mib']:,.0f} MiB"]
+        cells += [f"{row[memory]:,.0f} MiB" if memory in row else ""] if memory else []
+        lines.append(cells)
+    return _markdown(title, head, lines)
+
+
+def _memory_tables(rows: list[dict[str, Any]]) -> list[str]:
+    """Return tables of saved tensors by backbone size, one per setting with at least two backbones."""
+    latest = {setting_key(row)[:-1]: row for row in rows if row["benchmark"] == "kept_bytes"}
+    tables = []
+    for (batch, dtype, r, sparsity), part in grouped(list(latest.values()), "batch", "dtype", "r", "sparsity").items():
+        counted: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+        for row in part:  # counted from shapes, independent of the device
+            counted[row["backbone"]][row["contender"]] = row
+        counted = {name: methods for name, methods in counted.items() if {REFERENCE, "snella"} <= methods.keys()}
+        if len(counted) < 2:
+            continue
+        names = sorted({name for methods in counted.values() for name in methods} - {REFERENCE}, key=sort_key)
+        settings = f"batch {batch}, r {r}, sparsity {sparsity}, {dtype}"
+        title = f"**Saved for backward by model size, {settings}** (ratio to LoRA), counted from shapes"
+        lines = []
+        for backbone, methods in sorted(counted.items(), key=lambda item: item[1][REFERENCE]["weights"]):
+            saved = {name: row["saved_mib"] for name, row in methods.items()}
+            reference = saved[REFERENCE]
+            cells = [f"{backbone}, {methods[REFERENCE]['weights'] / 1e6:.0f} M", f"{reference:,.0f} MiB"]
+            cells += [
+                f"{saved[name]:,.0f} MiB ({saved[name] / reference:.2f})" if name in saved else "" for name in names
+            ]
+            lines.append(cells)
+        tables.append(_markdown(title, ["backbone", REFERENCE, *names], lines))
+    return tables
+
+
+_MEMORY = {"peak_gpu_mib": "peak memory", "peak_rss_mib": "peak RSS"}
+
+
+def _matrix_table(rows: list[dict[str, Any]]) -> str:
+    """Return the table of single-matrix measurements."""
+    source = f"{rows[0]['device']}, {rows[0]['date'][:10]}"
+    head = ["matrix", "seconds", "relative to the forward product", "tokens", "extra memory / matrix size"]
+    lines = []
+    for row in rows:
+        (m, n), ratio, extra = row["shape"], row["effective_over_product"], row["extra_over_matrix"]
+        lines.append([f"{m}×{n}", f"{row['effective_s']:.4f}", str(ratio), f"{row['tokens']:,}", str(extra)])
+    return _markdown(f"**Effective weight of one matrix: merge, exact selection, addition** · {source}", head, lines)
+
+
+def _sampling_table(rows: list[dict[str, Any]]) -> str:
+    """Return the table of sampled vs. dense weight gradients, one line per matrix and number of tokens."""
+    densities = sorted({row["density"] for row in rows})
+    source = f"{rows[0]['device']}, {rows[0]['date'][:10]}"
+    lines = []
+    by_shape: dict[tuple[int, int, int], dict[float, float]] = {}
+    for row in rows:
+        by_shape.setdefault((*row["shape"], row["tokens"]), {})[row["density"]] = row["sampled_over_dense"]
+    for (m, n, tokens), ratios in by_shape.items():
+        cells = [f"{ratios[density]:.2f}" if density in ratios else "" for density in densities]
+        lines.append([f"{m}×{n}", f"{tokens:,}", *cells])
+    title = f"**Sparse weight gradient (SDDMM): time relative to the dense product** · {source}"
+    return _markdown(title, ["matrix", "tokens", *(f"density {density:.1%}" for density in densities)], lines)
+
+
+def _competition_table(rows: list[dict[str, Any]]) -> str:
+    """Return the table of importance, selection and allocation time, one line per backbone and batch size."""
+    source = f"{rows[0]['device']}, {rows[0]['date'][:10]}, median of {rows[0]['rounds']}, {rows[0]['clock']}"
+    head = ["", "step", "importance", "selection", "fraction of the step", "allocation, once per epoch"]
+    lines = [
+        [
+            f"{row['backbone']}, batch {row['batch']}",
+            f"{row['step_s']:.2f} s",
+            *(f"{row[name]:.3f} s" for name in ("importance_s", "select_s")),
+            f"{row['competition_over_step']:.1%}",
+            f"{row['allocate_s']:.3f} s",
+        ]
+        for row in rows
+    ]
+    return _markdown(f"**Overhead of importance, selection and allocation** · {source}", head, lines)

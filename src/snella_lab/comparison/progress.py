@@ -1,0 +1,109 @@
+"""Progress of a comparison on the console."""
+
+import math
+import time
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from snella_app.console import counted, print_line
+from snella_app.records import CellRow
+from snella_app.text import seconds_text
+from snella_lab.comparison.cells import Cell, Plan
+
+
+class ComparisonProgress:
+    """Progress of a comparison: one line per run and, on a terminal, a progress bar.
+
+    Args:
+        console: Output.
+        plan: Finished and remaining runs.
+        rows: Rows of finished runs, for the remaining time.
+    """
+
+    def __init__(self, console: Console, plan: Plan, rows: Iterable[CellRow]) -> None:
+        self._console, self._plan = console, plan
+        self._is_waiting = False
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console, transient=True
+        )
+        self._task = self._bar.add_task("", total=1)
+        self._running: list[str] = []
+        self._durations: dict[tuple[str, ...], tuple[float, int]] = {}
+        self._estimated_at, self._estimate_s = -math.inf, 0.0
+        for row in rows:
+            self._add_duration(row)
+
+    def __enter__(self) -> "ComparisonProgress":
+        left, done = self._plan.left, self._plan.done
+        if left:
+            already = f", {done:,} already done" if done else ""
+            print_line(self._console, f"{counted(left, 'run')} to train{already}")
+        if self._console.is_terminal:
+            self._bar.start()
+        self._refresh()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._console.is_terminal:
+            self._bar.stop()
+
+    def started(self, cell: Cell) -> None:
+        """Show that a run has started."""
+        self._is_waiting = False
+        self._running.append(cell.title)
+        self._refresh()
+
+    def ended(self, cell: Cell, row: CellRow, slots: int, is_own: bool = True) -> None:
+        """Print the result of a run, and the remaining time with `slots` parallel runs."""
+        self._add_duration(row)
+        left, done = self._plan.left, self._plan.done
+        if row.status == "success":
+            scores = {"validation": row.score("val"), "test": row.score("test")}
+            result = ", ".join(f"{part} {score:.4f}" for part, score in scores.items() if score is not None)
+        else:
+            result = f"FAILED, {row.error}"
+        remaining = f"; about {seconds_text(self._remaining_s() / slots)} left" if left else ""
+        others = "" if is_own else " by another process"
+        origin = ", reused from the selected tuning run" if row.results and row.results.trained_as else ""
+        text = f"{cell.title}: {result} ({seconds_text(row.total_time)}{others}{origin}){remaining}"
+        print_line(self._console, f"[{done}/{done + left}] {text}")
+        self.removed(cell)
+
+    def removed(self, cell: Cell) -> None:
+        """Remove a run from the bar: it has ended, or another process has claimed it."""
+        if cell.title in self._running:
+            self._running.remove(cell.title)
+        self._refresh()
+
+    def waiting(self, count: int) -> None:
+        """Print that all remaining runs are claimed by other processes."""
+        if not self._is_waiting:
+            print_line(self._console, f"waiting for {counted(count, 'run')} in other processes")
+        self._is_waiting = True
+
+    def _refresh(self) -> None:
+        """Update the bar."""
+        left, done = self._plan.left, self._plan.done
+        self._bar.update(self._task, completed=done, total=done + left, description=" | ".join(self._running) or "runs")
+
+    def _add_duration(self, row: CellRow) -> None:
+        """Add the duration of a successful run to its pair of task and method, its task and all runs."""
+        if row.status == "success":
+            for key in ((row.task_name, row.experiment_name), (row.task_name,), ()):
+                total, count = self._durations.get(key, (0.0, 0))
+                self._durations[key] = total + row.total_time, count + 1
+
+    def _remaining_s(self) -> float:
+        """Estimate the time of all remaining runs from the mean duration of the same pair, task, or of all runs.
+
+        The estimate visits all pairs, so it is made at most once a second.
+        """
+        if time.monotonic() - self._estimated_at > 1:
+            self._estimated_at, self._estimate_s = time.monotonic(), 0.0
+            for task, method, left in self._plan.remaining():
+                keys = ((task, method), (task,), ())
+                total, count = next((self._durations[key] for key in keys if key in self._durations), (0.0, 1))
+                self._estimate_s += left * total / count
+        return self._estimate_s
