@@ -311,7 +311,7 @@ def datasheet_table() -> str:
         ]
         for gpu in GPUS.values()
     ]
-    head = ["GPU", "products, TFLOP/s", "float32, TFLOP/s", "memory, TB/s", "link, GB/s", "datasheet value of"]
+    head = ["GPU", "products, TFLOP/s", "float32, TFLOP/s", "memory, TB/s", "link, GB/s", "source"]
     return markdown_table(head, lines)
 
 

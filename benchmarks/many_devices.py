@@ -751,7 +751,7 @@ def table(rows: list[Result]) -> str:
         lines = _merge(lines, place)
     head = ["engine", "loop", "option", "same on all ranks", "loss, 2", "loss, 4", "saved", "2 → 4", "4 → 1"]
     texts = [f"| {' | '.join(line)} |" for line in ([*head, "bytes per step"], ["---"] * 10, *lines)]
-    return "\n".join([*texts, "", f"{failed} settings end with an error, which only the rows contain."])
+    return "\n".join([*texts, "", f"{failed} settings end with an error (see the rows)."])
 
 
 def _merge(lines: list[list[str]], place: int) -> list[list[str]]:

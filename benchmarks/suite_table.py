@@ -155,7 +155,7 @@ def update_twins(page: Path = TWINS_PAGE) -> bool:
         ValueError: If a row is damaged or the page has no markers.
     """
     claims = [ORDERING_HEADINGS, *(result.texts for result in paper_orderings(*read_suite(TWINS)))]
-    return put_between(page, TWINS_BEGIN, END, _markdown_table(list(map(list, claims))))
+    return put_between(page, TWINS_BEGIN, END, _markdown_table([list(texts[:3]) for texts in claims]))
 
 
 def _markdown_table(lines: list[list[str]]) -> str:
@@ -212,12 +212,8 @@ def decided_text(summary: Summary) -> str:
         if decided
         else f"No difference is decided; the smallest p is {p_text(min(d.adjusted_p for d in differences.values()))}."
     )
-    text = (
-        f"Intervals: Student's t, 95%, over {len(summary.tasks)} tasks (seeds averaged per task). p: t test with "
-        f"Holm's correction over {len(differences)} comparisons. above: number of tasks above {summary.reference}, "
-        f"with the p of the sign test. {outcome}"
-    )
-    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+    scope = f"Intervals are over {len(summary.tasks)} tasks; p is corrected over {len(differences)} comparisons."
+    return textwrap.fill(f"{scope} {outcome}", 120, break_long_words=False, break_on_hyphens=False)
 
 
 def _mean(method: MethodSummary) -> float:

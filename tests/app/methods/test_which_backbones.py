@@ -1,4 +1,4 @@
-"""The table "Which backbones" of docs/methods.md: supported pairs train, others are rejected."""
+"""The table "Supported backbones" of docs/methods.md: supported pairs train, others are rejected."""
 
 import re
 from pathlib import Path
@@ -27,15 +27,15 @@ SMALL = {"shira": "shira-2", "fourierft": "fourierft-20"}
 def documented_support():
     """Return `(method, backbone, is_supported)` from the table."""
     text = (Path(__file__).parents[3] / "docs" / "methods.md").read_text()
-    lines = [line for line in text.split("## Which backbones")[1].split("\n## ")[0].splitlines() if "| yes |" in line]
-    support = []
-    for line in lines:
+    section = text.split("## Supported backbones")[1].split("\n## ")[0]
+    pairs = []
+    for line in (line for line in section.splitlines() if "| yes |" in line):
         names, _, transformers, convolutional = (cell.strip() for cell in line.strip("|").split("|"))
         for name in re.findall(r"`([^`]+)`", names):
             for method in [m for m in method_names() if re.fullmatch(name.replace("*", ".+"), m)]:
-                support += [(method, backbone, transformers == "yes") for backbone in ("swin", "convnext")]
-                support.append((method, "resnet", convolutional == "yes"))
-    return support
+                pairs += [(method, backbone, transformers == "yes") for backbone in ("swin", "convnext")]
+                pairs.append((method, "resnet", convolutional == "yes"))
+    return pairs
 
 
 def make(backbone):

@@ -1,4 +1,4 @@
-"""The table "Which tasks" of docs/methods.md: supported pairs train, others are rejected."""
+"""The table "Supported tasks" of docs/methods.md: supported pairs train, others are rejected."""
 
 import re
 from pathlib import Path
@@ -23,7 +23,7 @@ def documented_support(column):
     """Return `(method, is_supported)` from the table."""
     text = (Path(__file__).parents[3] / "docs" / "methods.md").read_text()
     support = []
-    for line in text.split("## Which tasks")[1].split("\n## ")[0].splitlines():
+    for line in text.split("## Supported tasks")[1].split("\n## ")[0].splitlines():
         if "| yes |" in line:
             names, *cells = (cell.strip() for cell in line.strip("|").split("|"))
             for name in re.findall(r"`([^`]+)`", names):

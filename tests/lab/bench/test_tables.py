@@ -91,7 +91,7 @@ def test_comparisons_page_lists_the_decided_differences(suite):
     assert f"Over all datasets and comparisons the smallest p is {smallest:.2f}." in compare
     decided = [(leader, name) for leader, row in suite["without"].items() for name, d in row.items() if d.direction]
     assert decided == [("snella-matched-8", "bias"), ("snella-8", "bias")]
-    assert "only the leads of both SNELLA variants on BitFit are decided" in compare
+    assert "only the leads of both SNELLA variants over BitFit are decided" in compare
 
 
 def test_claims_match_the_suite_and_the_twins(suite):
@@ -102,7 +102,7 @@ def test_claims_match_the_suite_and_the_twins(suite):
     paper, snella = page("docs/paper.md"), suite["all"]["snella-8"]
     for name in ("lora-8", "ssf", "snell-8", "dora-8"):
         result = snella[name]
-        assert f"+{100 * result.mean:.1f} on" in paper and f"({_interval(result)})" in paper, name
+        assert f"+{100 * result.mean:.1f} over" in paper and f"({_interval(result)})" in paper, name
     results = {result.claim: result for result in paper_orderings(*read_suite(TWINS))}
     assert {result.verdict for result in results.values()} == {"not decided"}
     for claim in ("within-layers above klora-8", "snella-8 above within-layers"):
