@@ -18,6 +18,7 @@ from snella_app.runs.model import load_run
 from snella_app.training import sizing
 from snella_app.training.build import build, load
 from snella_app.training.memory import predict_step_memory
+from snella_app.training.plan import resolve
 from snella_app.training.results import size_step
 from snella_app.training.sizing import fit_batch_size, fit_epochs, fit_image_size
 from snella_app.training.train import train
@@ -203,10 +204,21 @@ def test_time_spent_measuring_is_not_left_for_epochs(settings, console, timed_by
         ({"method": "gps"}, "image size stays 160 px: gps selects parameters at this size"),
     ],
 )
-def test_a_size_that_is_given_or_must_be_the_same_stays(changes, said, settings, console, timed_by_pixels):
-    size, text = chosen_size(settings, console, **{"time_budget": "30s", **changes})
-    assert size == changes.get("img_size") and said in text and bool(said) == bool(text)
-    assert timed_by_pixels.sides == []
+def test_a_size_that_must_be_the_same_stays(changes, said, settings, console, timed_by_pixels):
+    size, text = chosen_size(settings, console, time_budget="30s", **changes)
+    assert size is None and said in text and timed_by_pixels.sides == []
+
+
+@pytest.mark.parametrize("changes", [{"img_size": 80}, {"time_budget": None}])
+def test_no_size_is_chosen_if_it_is_given_or_without_a_budget(changes, settings, console, monkeypatch):
+    monkeypatch.setattr("snella_app.training.plan.fit_image_size", lambda *_: pytest.fail("sizes were measured"))
+    monkeypatch.setattr("snella_app.training.plan.fit_epochs", lambda *_: 1)
+    values = {"img_size": None, "time_budget": "30s", "train_size": 16, "batch_size": 1, **changes}
+    config = settings(**values).resolved()
+    data = load(config.data, config.optim, config.run)
+    parts = build(config.model, config.method, data, choose_device(config.run.device))
+    plan, unchanged = resolve(config, data, parts, console)
+    assert plan.model.img_size == config.model.img_size and unchanged is parts
 
 
 @pytest.fixture
