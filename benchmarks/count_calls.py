@@ -38,7 +38,7 @@ PROJECT = str(Path(PACKAGE).parent)
 
 @dataclass
 class Calls:
-    """Python calls during one call.
+    """Python calls during one call of a function.
 
     Args:
         by_file: Number of Python calls by source file, without Numba kernels.
@@ -97,7 +97,7 @@ def functions_receiving(kind: type, function: Callable[[], object]) -> dict[str,
 
 
 class _FirstStepError(Exception):
-    """Stops a training run at its first step."""
+    """Error that stops a training run at its first step."""
 
 
 def functions_before_first_step(config: TrainConfig) -> dict[str, set[str]]:

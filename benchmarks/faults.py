@@ -893,7 +893,7 @@ def run_all(arguments: argparse.Namespace) -> int:
         sizes = {name: size if name in arguments.only else 0 for name, size in sizes.items()}
     for name in ("train", "evaluate", "predict", "merge", "inspect", "data", "compare", "export", "serve"):
         importlib.import_module(COMMANDS[name].library)
-    if arguments.quick:  # the report takes half of the time
+    if arguments.quick:  # the report takes half the time
         sys.modules["snella_app.training.finish"].__dict__["write_report"] = write_empty_report
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="snella-faults-") as folder:

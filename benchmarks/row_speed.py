@@ -7,8 +7,8 @@ from typing import Any
 
 from counted_step import CountedStep
 
-BACKBONE, CONTENDER, BATCHES = "vit_base_patch16_224", "snella", (4, 16)
-_SETTING = {"benchmark": "step_time", "backbone": BACKBONE, "contender": CONTENDER, "dtype": "float32", "r": 8}
+BACKBONE, METHOD, BATCHES = "vit_base_patch16_224", "snella", (4, 16)
+_SETTING = {"benchmark": "step_time", "backbone": BACKBONE, "contender": METHOD, "dtype": "float32", "r": 8}
 _SPARSITY = 0.7
 _LEAST_ROUNDS = 3
 
@@ -55,7 +55,7 @@ def row_speed(rows: list[dict[str, Any]], counted: CountedStep) -> RowSpeed:
     missing = [str(batch) for batch, row in by_batch.items() if row is None]
     if missing:
         raise ValueError(
-            f"results.jsonl must contain rows of {CONTENDER} on {BACKBONE} in float32 on a CPU, medians of at least "
+            f"results.jsonl must contain rows of {METHOD} on {BACKBONE} in float32 on a CPU, medians of at least "
             f"{_LEAST_ROUNDS} rounds, at batch {' and '.join(map(str, BATCHES))}, got none at {', '.join(missing)}; "
             "run: python benchmarks/step_time.py"
         )

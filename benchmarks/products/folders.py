@@ -69,7 +69,7 @@ class Folder:
         pypi: PyPI package.
         shares: Fractions of train, val and test.
         most: Maximum number of images per class.
-        is_checked: Remove near-duplicates from val and test; disabled for data whose images all look alike.
+        is_checked: Remove near-duplicates from val and test; disabled if all images of a dataset look alike.
     """
 
     read: Callable[[Path], list[Picture]]
@@ -123,19 +123,19 @@ def divide(pictures: list[Picture], folder: Folder) -> list[Picture]:
     chance = random.Random(_SEED)
     pictures = sorted(pictures, key=lambda picture: picture.name)
     chance.shuffle(pictures)
-    kept: list[Picture] = []
+    limited: list[Picture] = []
     seen: Counter[str] = Counter()
     for picture in pictures:
         seen[picture.label] += 1
         if seen[picture.label] <= folder.most:
-            kept.append(picture)
-    total = Counter(picture.label for picture in kept)
+            limited.append(picture)
+    total = Counter(picture.label for picture in limited)
     missing = {
         part: {label: share * total[label] for label in total}
         for part, share in zip(_PARTS, folder.shares, strict=True)
     }
     origins: dict[str, list[Picture]] = defaultdict(list)
-    for picture in kept:
+    for picture in limited:
         origins[picture.origin].append(picture)
     # large origins first, so that small ones balance the splits
     parts: dict[str, str] = {}
@@ -149,11 +149,11 @@ def divide(pictures: list[Picture], folder: Folder) -> list[Picture]:
         parts[origin] = max(_PARTS, key=lack)
         for label, number in labels.items():
             missing[parts[origin]][label] -= number
-    return [replace(picture, part=parts[picture.origin]) for picture in kept]
+    return [replace(picture, part=parts[picture.origin]) for picture in limited]
 
 
 def write(out: Path, pictures: list[Picture], is_checked: bool = True) -> dict[str, Counter[str]]:
-    """Write the images without near-duplicates of an earlier split, and count them by split and class."""
+    """Write the images except near-duplicates of an earlier split, and count them by split and class."""
     if out.exists():
         shutil.rmtree(out)
     before = np.zeros((0, 32 * 32 * 3), np.float32)

@@ -3,7 +3,7 @@
 python benchmarks/products/run.py --cache CACHE --folders-root ROOT --out rows.jsonl
     [--products snella fastai ...] [--folders clipart ...] [--minutes 1 3 10] [--seeds 0 1 2] [--pixels 70]
 
-Runs that have a row are skipped. The default is the development folders.
+Runs with an existing row are skipped. All development folders are used by default.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """AutoGluon's `MultiModalPredictor.fit(time_limit=…)` for images, with a preset and the shared weights.
 
-`medium_quality` and `best_quality` differ in the backbone; here all products use the same, so one preset is enough.
-timm's DINOv2 has a fixed size of 518 px: the same model is registered with the resolution of the job. AutoGluon needs
-an older timm, which its environment contains. It trains on train and selects and averages on val.
+`medium_quality` and `best_quality` differ only in the backbone. All products use the same backbone, so one preset is
+enough. timm's DINOv2 has a fixed size of 518 px, so the model is also registered at the job's resolution. AutoGluon
+needs an older timm, which its environment contains. It trains on train; it selects and averages checkpoints on val.
 """
 
 import json
@@ -25,7 +25,7 @@ _NAME = "local_backbone"
 
 
 def _register(job: common.Job) -> None:
-    """Make the backbone at the job's resolution known to timm."""
+    """Register the backbone at the job's resolution with timm."""
     sized = {"img_size": job.pixels} if job.weights == "dinov2s" else {}
 
     def create(pretrained: bool = False, **options: Any) -> nn.Module:
@@ -38,7 +38,7 @@ def _register(job: common.Job) -> None:
 
 
 def _checkpoint(job: common.Job, folder: Path) -> Path:
-    """Write the weights and their configuration in the form of AutoGluon's saved timm models."""
+    """Write the weights and their configuration in AutoGluon's format for timm models."""
     folder.mkdir()
     model = job.backbone(0)
     mean, std = job.statistics()

@@ -74,7 +74,9 @@ class Job:
         state = {name: value for name, value in state.items() if not name.startswith(("head.", "classifier."))}
         absent, unknown = model.load_state_dict(state, strict=False)
         if unknown or any(not name.startswith(("head.", "classifier.")) for name in absent):
-            raise ValueError(f"weights {self.weights}: absent {absent}, unknown {unknown}")
+            raise ValueError(
+                f"weights {self.weights} must match the model, got missing keys {absent} and unexpected keys {unknown}"
+            )
         return model
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -118,12 +120,12 @@ def outputs(
 
 
 def fitting_epochs(job: Job, epoch_s: float, before_s: float = 0.0, most: int = 100) -> int:
-    """Return the number of epochs that fit the remaining budget, at least 1."""
+    """Return the number of epochs that fit into the remaining budget, at least 1."""
     return int(min(max((job.left_s() - before_s) / epoch_s, 1), most))
 
 
 def seconds_per_batch(batches: Callable[[], Any], step: Callable[[Any], None], limit_s: float) -> float:
-    """Return the median seconds of loading a batch and running a step, over up to 5 steps after a first one."""
+    """Return the median seconds of loading a batch and running a step, over up to 5 steps after a warm-up step."""
     times: list[float] = []
     began = last = time.perf_counter()
     for number, batch in enumerate(batches()):

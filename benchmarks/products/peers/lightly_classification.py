@@ -1,6 +1,6 @@
 """lightly-train's `train_image_classification` with its defaults: random crops, flips, color jitter, AdamW 3e-4, bf16.
 
-Batches hold 16 images. The function has no time budget: two short runs before the clock starts measure the time of a
+The batch size is 16. The function has no time budget: two short runs before the clock starts measure the time of a
 step and of the setup. Validation runs once per epoch, as the documentation suggests; the best checkpoint is used.
 """
 
@@ -25,7 +25,7 @@ def fit(job: common.Job) -> common.Fitted:
     out = Path(place.name)
     weights = out / "backbone.pt"
     state = load_file(job.cache / f"{job.weights}.safetensors")
-    state["mask_token"] = torch.zeros(1, state["cls_token"].shape[-1])  # not in timm's form of the model
+    state["mask_token"] = torch.zeros(1, state["cls_token"].shape[-1])  # missing in timm's model
     torch.save(state, weights)
     mean, std = job.statistics()
     epoch = max(len(job.parts["train"]) // _BATCH, 1)
@@ -57,7 +57,7 @@ def fit(job: common.Job) -> common.Fitted:
 
     short_s, long_s = (train(steps, f"trial-{steps}", val_every=steps) for steps in (_SHORT, _LONG))
     step_s = max((long_s - short_s) / (_LONG - _SHORT), 1e-3)
-    setup_s = max(short_s - _SHORT * step_s, 0.0)  # contains one validation
+    setup_s = max(short_s - _SHORT * step_s, 0.0)  # includes one validation pass
     job.began = time.perf_counter()
     most = 100 * epoch
     steps = int(min(max((job.left_s() - setup_s) / (step_s + setup_s / 2 / epoch), 1), most))

@@ -51,7 +51,7 @@ def fit(job: common.Job) -> common.Fitted:
     trial.eval().requires_grad_(False)
     seen = DataLoader(common.Files(job.parts["val"], looking), batch_size)
     look_s = common.seconds_per_batch(lambda: seen, lambda batch: trial(batch[0]), limit_s)
-    trial = None  # frees its memory
+    trial = None  # free memory
     epochs = common.fitting_epochs(job, len(loader) * step_s + len(seen) * look_s)
 
     generator.manual_seed(job.seed)
@@ -61,7 +61,7 @@ def fit(job: common.Job) -> common.Fitted:
         optimizer, sched="cosine", num_epochs=epochs, warmup_epochs=min(1, epochs - 1), warmup_lr=1e-6, min_lr=0,
         step_on_epochs=False, updates_per_epoch=len(loader),
     )  # fmt: skip
-    best, kept, updates = -1.0, model.state_dict(), 0
+    best, best_state, updates = -1.0, model.state_dict(), 0
     for _ in range(epochs):
         model.train()
         for batch in loader:
@@ -70,8 +70,8 @@ def fit(job: common.Job) -> common.Fitted:
             updates += 1
         right = common.outputs(model, list(paths), looking).argmax(1) == torch.tensor(labels)
         if right.float().mean() > best:
-            best, kept = float(right.float().mean()), copy.deepcopy(model.state_dict())
-    model.load_state_dict(kept)
+            best, best_state = float(right.float().mean()), copy.deepcopy(model.state_dict())
+    model.load_state_dict(best_state)
 
     def predict(paths: list[Path]) -> np.ndarray:
         return common.outputs(model, paths, looking).softmax(1).numpy()

@@ -1,7 +1,7 @@
 """Hugging Face's `run_image_classification` with its defaults, using `Trainer`.
 
-RandomResizedCrop and flip, batch size 8, AdamW with learning rate 5e-5 and linear decay, and a linear head. Trains on
-train. The epoch time is estimated from five steps.
+RandomResizedCrop and flip, batch size 8, AdamW with learning rate 5e-5 and linear decay, and a linear head. It trains
+on train. The epoch time is estimated from five steps.
 """
 
 import copy
@@ -59,7 +59,7 @@ def fit(job: common.Job) -> common.Fitted:
     step_s = common.seconds_per_batch(
         lambda: DataLoader(images, 8, shuffle=True, collate_fn=collate), step, 0.06 * job.minutes * 60
     )
-    trial = optimizer = None  # frees their memory
+    trial = optimizer = None  # free memory
     epochs = common.fitting_epochs(job, step_s * -(-len(images) // 8))
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(

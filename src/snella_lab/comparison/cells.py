@@ -172,7 +172,7 @@ class Plan:
     def ready(self) -> Iterator[Cell]:
         """Yield unfinished cells without unfinished dependencies, in the order of the experiment.
 
-        Rows recorded during the iteration may make further cells ready, which the next call yields.
+        Rows recorded during the iteration may make further cells ready; the next call yields them.
         """
         for pair in list(self._open.values()):
             yield from list(pair.ready())
@@ -183,7 +183,7 @@ class Plan:
 
 
 def _planned(experiment: Experiment, part: Part | None) -> list[tuple[DataEntry, MethodEntry, tuple[int, ...]]]:
-    """Return the pairs of a part, each with all its seeds of final runs."""
+    """Return the pairs of a part, each with the seeds of its final runs."""
     if part is None:
         return [(data, method, tuple(range(experiment.seeds))) for data, method in _pairs(experiment)]
     number, count = part
@@ -212,7 +212,7 @@ class _Run:
 
     @classmethod
     def of(cls, row: CellRow) -> "_Run":
-        """Take the columns from a row."""
+        """Extract the columns from a row."""
         is_final = row.purpose == "final"
         error = row.error or ("failed" if row.status != "success" else None)
         candidate = Candidate(row.lr_factor, row.tried_weight_decay)

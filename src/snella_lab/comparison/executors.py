@@ -50,7 +50,7 @@ class Executor(Protocol):
         """Wait for a finished cell or the timeout, and return all finished cells."""
 
     def stop(self, cell: Cell) -> None:
-        """Stop a running cell, which then does not finish."""
+        """Stop a running cell; `wait` does not return it."""
 
     def close(self) -> None:
         """Stop running cells."""
@@ -207,7 +207,7 @@ class OnRay:
     """Execution on Ray, with one task and one worker process per cell.
 
     Connects to the cluster in `RAY_ADDRESS`, or starts a local one. All machines must see the comparison's folder
-    under the same path. A cell whose worker or machine is lost starts again, from its last checkpoint, at most
+    under the same path. A cell whose worker or machine is lost restarts from its last checkpoint, at most
     `MAX_RESTARTS` times.
 
     Args:
@@ -319,12 +319,12 @@ class OnRay:
 
 
 MAX_RESTARTS = 2
-"""Number of times that a cell starts again after its worker or machine was lost."""
+"""Maximum number of restarts of a cell whose worker or machine was lost."""
 _NODES_S = 2.0
 
 
 def _connect(ray: Any, cpus: int | None) -> None:
-    """Connect to the cluster in `RAY_ADDRESS`, or start a local one with that many CPUs."""
+    """Connect to the cluster in `RAY_ADDRESS`, or start a local one with `cpus` CPUs."""
     address = os.environ.get("RAY_ADDRESS")
     if address is None:
         ray.init(

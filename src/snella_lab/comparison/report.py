@@ -68,7 +68,7 @@ def paper_comparison(experiment: Experiment, summary: Summary) -> list[PaperComp
     """Pair every reported number of the experiment's methods with the measured result."""
     lines = {line.name: line for line in summary.methods}
     return [
-        PaperComparison(method, column, float(value), _own_result(column, lines[method], summary))
+        PaperComparison(method, column, float(value), _measured_result(column, lines[method], summary))
         for method, values in experiment.published.get("values", {}).items()
         if method in lines
         for column, value in values.items()
@@ -76,7 +76,7 @@ def paper_comparison(experiment: Experiment, summary: Summary) -> list[PaperComp
 
 
 def print_paper_comparison(console: Console, experiment: Experiment, summary: Summary) -> None:
-    """Print reported and measured numbers, if the experiment has reported ones."""
+    """Print reported and measured numbers if the experiment has reported numbers."""
     rows = paper_comparison(experiment, summary)
     if not rows:
         return
@@ -147,7 +147,7 @@ def _verdict(value: Difference | None) -> str:
 
 
 def print_paper_orderings(console: Console, experiment: Experiment, rows: Rows) -> None:
-    """Print the results for the paper's orderings, if the experiment has any."""
+    """Print the results for the paper's orderings if the experiment has any."""
     results = paper_orderings(experiment, rows)
     if not results:
         return
@@ -155,7 +155,7 @@ def print_paper_orderings(console: Console, experiment: Experiment, rows: Rows) 
     console.print(make_table(ORDERING_HEADINGS, (result.texts for result in results), title=title, left=3))
 
 
-def _own_result(column: str, line: MethodSummary, summary: Summary) -> float | None:
+def _measured_result(column: str, line: MethodSummary, summary: Summary) -> float | None:
     """Return the measured result of one column in percent."""
     spreads = line.per_task[_METRIC]
     if column == OVER_TASKS:

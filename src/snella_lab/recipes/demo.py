@@ -26,7 +26,7 @@ DEMO_SETTINGS: dict[str, Any] = {
 }
 """Shared settings: data, split, backbone and input size; the rest is the default recipe of `snella train`.
 
-Without test-time augmentation, because each view of 2,000 images takes half a minute on two cores."""
+Test-time augmentation is off, because each view of 2,000 images takes half a minute on two cores."""
 
 _UPPER_HALF: dict[str, Any] = {
     "epochs": 3,
