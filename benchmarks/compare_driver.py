@@ -3,9 +3,9 @@
     python benchmarks/compare_driver.py --out benchmarks/compare_driver.jsonl
 
 A simulated worker writes the row of its cell immediately. The driver plans, starts and records every cell, then writes
-the tables and the report. Each size runs in a separate process: ten methods, ten cells per method and task (five learning
-rates, two weight decays, three seeds), so 10,000 cells have 100 tasks. `resume` is a second call that trains no cell.
-Times are CPU time without the simulated workers. Memory is the growth of the peak after a warm-up of 100 cells.
+the tables and the report. Each size runs in a separate process with ten methods and ten cells per method and task (five
+learning rates, two weight decays, three seeds); 10,000 cells have 100 tasks. `resume` is a second call that trains no
+cell. Times are CPU time without the simulated workers. Memory is the growth of the peak after a warm-up of 100 cells.
 """
 
 import argparse

@@ -53,7 +53,7 @@ SHAPES: dict[str, Transformer] = {
     "llama": replace(MODELS["LLaMA-7B"], tokens=512, outputs=1000),
 }
 """Shapes of the models in the rows; Swin and ConvNeXt are not plain transformers."""
-_LEAST_ROUNDS = 2
+_MIN_ROUNDS = 2
 _TIME_GOAL, _BYTES_GOAL = 0.15, 0.03
 _MIB, _GIB = 2**20, 2**30
 
@@ -141,7 +141,7 @@ def timed_cases(folder: Path = FOLDER) -> list[Case]:
         return case.row["date"][:10], case.row["rounds"], case.row["date"]
 
     for row in (row for name in ROWS for row in read_rows(folder / name)):
-        is_timed = row["benchmark"] in ("step_time", "model_rows") and row["rounds"] >= _LEAST_ROUNDS
+        is_timed = row["benchmark"] in ("step_time", "model_rows") and row["rounds"] >= _MIN_ROUNDS
         case = read_case(row) if is_timed else None
         if case is not None:
             key = (case.machine, case.configuration, case.method)
@@ -345,7 +345,7 @@ def ratio_table() -> str:
     return markdown_table(head, lines)
 
 
-_MOST_TOKENS = 1_000_000
+_MAX_TOKENS = 1_000_000
 
 
 def tokens_until(model: Transformer, is_reached: Callable[[int], bool]) -> int | None:
@@ -355,7 +355,7 @@ def tokens_until(model: Transformer, is_reached: Callable[[int], bool]) -> int |
         model: Shape of the model.
         is_reached: Condition on the batch size; once true, it stays true.
     """
-    low, high = 0, _MOST_TOKENS // model.tokens
+    low, high = 0, _MAX_TOKENS // model.tokens
     if not is_reached(high):
         return None
     while high - low > 1:
@@ -534,7 +534,7 @@ def ratios_figure() -> Figure:
     """Draw the predicted step time of SNELLA relative to LoRA over the tokens of a step."""
     figure, axes = new_figure(*CURVE, "SNELLA relative to LoRA, predicted, not run")
     batches = [2**power for power in range(11)]
-    for place, (gpu, model) in enumerate(
+    for index, (gpu, model) in enumerate(
         [("h100", "ViT-B/16"), ("h100", "ViT-H/14"), ("rtx4090", "ViT-B/16"), ("rtx4090", "ViT-H/14")]
     ):
         ranges = [
@@ -543,15 +543,15 @@ def ratios_figure() -> Figure:
         ]
         tokens = [batch * MODELS[model].tokens for batch in batches]
         low, expected, high = zip(*ranges, strict=True)
-        if place == 0:
+        if index == 0:
             label = f"range of assumptions, {GPUS[gpu].name}, {model}"
-            axes.fill_between(tokens, low, high, color=COLORS[place], alpha=0.15, linewidth=0, label=label)
+            axes.fill_between(tokens, low, high, color=COLORS[index], alpha=0.15, linewidth=0, label=label)
         axes.plot(
             tokens,
             expected,
-            marker="os^Dv"[place],
+            marker="os^Dv"[index],
             markersize=4,
-            color=COLORS[place],
+            color=COLORS[index],
             label=f"{GPUS[gpu].name}, {model}",
         )
     axes.axhline(1, color=INK, linewidth=1, linestyle="--")

@@ -747,19 +747,19 @@ def table(rows: list[Result]) -> str:
                 failed += 1
                 continue
             lines.append(_line(name, loop, option, cells))
-    for place in range(3):
-        lines = _merge(lines, place)
+    for column in range(3):
+        lines = _merge(lines, column)
     head = ["engine", "loop", "option", "same on all ranks", "loss, 2", "loss, 4", "saved", "2 → 4", "4 → 1"]
     texts = [f"| {' | '.join(line)} |" for line in ([*head, "bytes per step"], ["---"] * 10, *lines)]
     return "\n".join([*texts, "", f"{failed} settings end with an error, which only the rows contain."])
 
 
-def _merge(lines: list[list[str]], place: int) -> list[list[str]]:
-    """Join lines that differ only in the cell at `place`."""
+def _merge(lines: list[list[str]], column: int) -> list[list[str]]:
+    """Join lines that differ only in the cell at `column`."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for line in lines:
-        groups.setdefault((*line[:place], *line[place + 1 :]), []).append(line[place])
-    return [[*rest[:place], ", ".join(names), *rest[place:]] for rest, names in groups.items()]
+        groups.setdefault((*line[:column], *line[column + 1 :]), []).append(line[column])
+    return [[*rest[:column], ", ".join(names), *rest[column:]] for rest, names in groups.items()]
 
 
 def _line(engine: str, loop: str, option: str, cells: dict[tuple[int, int | None], Result]) -> list[str]:

@@ -68,7 +68,7 @@ class Folder:
         debian: Debian packages.
         pypi: PyPI package.
         shares: Fractions of train, val and test.
-        most: Maximum number of images per class.
+        max_per_class: Maximum number of images per class.
         is_checked: Remove near-duplicates from val and test; disabled if all images of a dataset look alike.
     """
 
@@ -76,7 +76,7 @@ class Folder:
     debian: tuple[str, ...] = ()
     pypi: str = ""
     shares: tuple[float, float, float] = (0.6, 0.15, 0.25)
-    most: int = 250
+    max_per_class: int = 250
     is_checked: bool = True
 
 
@@ -120,14 +120,14 @@ def divide(pictures: list[Picture], folder: Folder) -> list[Picture]:
     """Assign images to splits: each origin goes to the split that lacks most of its classes."""
     if any(picture.part for picture in pictures):
         return pictures
-    chance = random.Random(_SEED)
+    rng = random.Random(_SEED)
     pictures = sorted(pictures, key=lambda picture: picture.name)
-    chance.shuffle(pictures)
+    rng.shuffle(pictures)
     limited: list[Picture] = []
     seen: Counter[str] = Counter()
     for picture in pictures:
         seen[picture.label] += 1
-        if seen[picture.label] <= folder.most:
+        if seen[picture.label] <= folder.max_per_class:
             limited.append(picture)
     total = Counter(picture.label for picture in limited)
     missing = {
@@ -142,11 +142,11 @@ def divide(pictures: list[Picture], folder: Folder) -> list[Picture]:
     for origin in sorted(origins, key=lambda origin: -len(origins[origin])):
         labels = Counter(picture.label for picture in origins[origin])
 
-        def lack(part: str, labels: Counter[str] = labels) -> float:
+        def deficit(part: str, labels: Counter[str] = labels) -> float:
             scale = folder.shares[_PARTS.index(part)]
             return sum(missing[part][label] / (scale * total[label]) * number for label, number in labels.items())
 
-        parts[origin] = max(_PARTS, key=lack)
+        parts[origin] = max(_PARTS, key=deficit)
         for label, number in labels.items():
             missing[parts[origin]][label] -= number
     return [replace(picture, part=parts[picture.origin]) for picture in limited]
@@ -430,24 +430,24 @@ def nebulae(packages: Path) -> list[Picture]:
 
 def _catalog(content: bytes) -> Iterator[tuple[str, int]]:
     """Parse names and types of objects from version 3.20 of the catalog, a serialized Qt stream."""
-    place = 0
+    offset = 0
 
     def numbers(layout: str) -> tuple[Any, ...]:
-        nonlocal place
-        values = struct.unpack_from(f">{layout}", content, place)
-        place += struct.calcsize(f">{layout}")
+        nonlocal offset
+        values = struct.unpack_from(f">{layout}", content, offset)
+        offset += struct.calcsize(f">{layout}")
         return values
 
     def text() -> str:
-        nonlocal place
+        nonlocal offset
         length = numbers("I")[0] % 0xFFFFFFFF
-        place += length
-        return content[place - length : place].decode("utf-16-be")
+        offset += length
+        return content[offset - length : offset].decode("utf-16-be")
 
     if (version := text()) != "3.20":
         raise ValueError(f"Stellarium's catalog must have version 3.20, got {version!r}")
     text()
-    while place < len(content):
+    while offset < len(content):
         numbers("i4d")
         (kind,) = numbers("I")
         text()
@@ -494,17 +494,17 @@ staypuft summersby tomsontalks tuffy vollkorn yanone-kaffeesatz
 
 FOLDERS = {
     "clipart": Folder(clipart, ("openclipart-png",)),
-    "emoji": Folder(emoji, ("fonts-noto-color-emoji", "unicode-data"), shares=(0.2, 0.05, 0.75), most=120),
-    "textures": Folder(textures, ("openarena-081-textures",), shares=(0.3, 0.1, 0.6), most=120),
+    "emoji": Folder(emoji, ("fonts-noto-color-emoji", "unicode-data"), shares=(0.2, 0.05, 0.75), max_per_class=120),
+    "textures": Folder(textures, ("openarena-081-textures",), shares=(0.3, 0.1, 0.6), max_per_class=120),
     "stamps": Folder(stamps, ("tuxpaint-stamps-default",)),
-    "cells": Folder(cells, most=2000, is_checked=False),
+    "cells": Folder(cells, max_per_class=2000, is_checked=False),
     "mri-regions": Folder(mri_regions, ("mricron-data",), is_checked=False),
     "scripts": Folder(scripts, ("fonts-noto-core", "fonts-noto-extra", "unicode-data"), is_checked=False),
     "units": Folder(units, ("wesnoth-1.18-data",)),
     "furniture": Folder(furniture, ("sweethome3d-furniture",)),
     "nebulae": Folder(nebulae, ("stellarium-data",), shares=(0.5, 0.15, 0.35)),
     "letters": Folder(letters, tuple(f"fonts-{name}" for name in _FONTS), is_checked=False),
-    "silhouettes": Folder(silhouettes, pypi="animal-shape-mnist==0.39", most=500),
+    "silhouettes": Folder(silhouettes, pypi="animal-shape-mnist==0.39", max_per_class=500),
 }
 
 if __name__ == "__main__":

@@ -65,8 +65,8 @@ def main() -> None:
         if (name, folder, minutes, args.pixels, seed, args.weights) in done:
             continue
         environment, script, variant = PRODUCTS[name]
-        with tempfile.TemporaryDirectory() as place:
-            row = Path(place) / "row.json"
+        with tempfile.TemporaryDirectory() as temporary:
+            row = Path(temporary) / "row.json"
             values = {
                 "--folder": args.folders_root / folder, "--minutes": minutes, "--pixels": args.pixels, "--seed": seed,
                 "--weights": args.weights, "--threads": args.threads, "--cache": args.cache / "weights",

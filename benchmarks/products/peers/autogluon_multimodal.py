@@ -58,8 +58,8 @@ def fit(job: common.Job) -> common.Fitted:
     """Train within the time limit."""
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning").setLevel(logging.ERROR)
-    place = tempfile.TemporaryDirectory(prefix="autogluon-")
-    out = Path(place.name)
+    temporary = tempfile.TemporaryDirectory(prefix="autogluon-")
+    out = Path(temporary.name)
     _register(job)
 
     def table(part: str) -> pd.DataFrame:
@@ -85,7 +85,7 @@ def fit(job: common.Job) -> common.Fitted:
     stored = sum(file.stat().st_size for file in (out / "run").rglob("*.ckpt"))
 
     def predict(paths: list[Path]) -> np.ndarray:
-        with place:  # deletes the run afterwards
+        with temporary:  # deletes the run afterwards
             answer = predictor.predict_proba(pd.DataFrame({"image": [str(path) for path in paths]}, dtype=object))
         return answer[job.classes].to_numpy()
 

@@ -119,9 +119,9 @@ def outputs(
         return torch.cat([model(images) for images, _ in loader])
 
 
-def fitting_epochs(job: Job, epoch_s: float, before_s: float = 0.0, most: int = 100) -> int:
+def fitting_epochs(job: Job, epoch_s: float, before_s: float = 0.0, max_epochs: int = 100) -> int:
     """Return the number of epochs that fit into the remaining budget, at least 1."""
-    return int(min(max((job.left_s() - before_s) / epoch_s, 1), most))
+    return int(min(max((job.left_s() - before_s) / epoch_s, 1), max_epochs))
 
 
 def seconds_per_batch(batches: Callable[[], Any], step: Callable[[Any], None], limit_s: float) -> float:

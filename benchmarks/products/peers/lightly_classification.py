@@ -21,8 +21,8 @@ _SHORT, _LONG = 2, 10  # steps of the two trial runs
 
 def fit(job: common.Job) -> common.Fitted:
     """Train for the number of steps that fits the budget, and load the best checkpoint."""
-    place = tempfile.TemporaryDirectory(prefix="lightly-")
-    out = Path(place.name)
+    temporary = tempfile.TemporaryDirectory(prefix="lightly-")
+    out = Path(temporary.name)
     weights = out / "backbone.pt"
     state = load_file(job.cache / f"{job.weights}.safetensors")
     state["mask_token"] = torch.zeros(1, state["cls_token"].shape[-1])  # missing in timm's model
@@ -59,14 +59,14 @@ def fit(job: common.Job) -> common.Fitted:
     step_s = max((long_s - short_s) / (_LONG - _SHORT), 1e-3)
     setup_s = max(short_s - _SHORT * step_s, 0.0)  # includes one validation pass
     job.began = time.perf_counter()
-    most = 100 * epoch
-    steps = int(min(max((job.left_s() - setup_s) / (step_s + setup_s / 2 / epoch), 1), most))
+    max_steps = 100 * epoch
+    steps = int(min(max((job.left_s() - setup_s) / (step_s + setup_s / 2 / epoch), 1), max_steps))
     train(steps, "run", val_every=min(epoch, steps))
     model = lightly_train.load_model(out / "run" / "exported_models" / "exported_best.pt")
 
     def predict(paths: list[Path]) -> np.ndarray:
         probabilities = np.zeros((len(paths), len(job.classes)))
-        with place:  # deletes the run afterwards
+        with temporary:  # deletes the run afterwards
             for row, path in enumerate(paths):
                 answer = model.predict(str(path), topk=len(job.classes))
                 probabilities[row, answer["labels"].cpu().numpy()] = answer["scores"].cpu().numpy()

@@ -32,7 +32,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass
 class BenchConfig:
-    """Settings of `snella bench`, which describes them; its comma-separated lists are lists here."""
+    """Settings of `snella bench`, described in its help; comma-separated options are lists."""
 
     backbones: list[str] = field(default_factory=lambda: ["vit_base_patch16_224"])
     batch: list[int] = field(default_factory=lambda: [4, 16])

@@ -12,8 +12,8 @@ from snella_lab.comparison.experiment import DataEntry, Experiment, MethodEntry,
 from snella_lab.comparison.search import Candidate, TuningResult, next_tuning_runs
 
 TEST_SEED = 0
-"""Seed of the test split in every cell. Run seeds only change the training and validation images, so that
-hyperparameters tuned with one seed have not seen the test images of another."""
+"""Seed of the test split in every cell. Run seeds change only the training and validation images, so that
+no seed is tuned on the test images of another."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class Cell:
     @property
     def name(self) -> str:
         """Path of the cell's folder below `cells/`; for a final run, independent of the selected hyperparameters."""
-        place = f"{folder_name(self.data.name)}/{folder_name(self.method.name)}"
+        prefix = f"{folder_name(self.data.name)}/{folder_name(self.method.name)}"
         if self.is_final:
-            return f"{place}/seed-{self.seed}"
-        return f"{place}/trials/{self.candidate.label}_seed-{self.seed}"
+            return f"{prefix}/seed-{self.seed}"
+        return f"{prefix}/trials/{self.candidate.label}_seed-{self.seed}"
 
     @property
     def title(self) -> str:

@@ -225,7 +225,7 @@ def _resolve_experiment(experiment: Experiment | None, root: Path) -> Experiment
     stored = read_experiment(str(root / FILE)) if (root / FILE).is_file() else None
     if stored is None:
         if experiment is None:
-            raise FileNotFoundError(f"out={root} holds no comparison to continue; give methods, data and a backbone")
+            raise FileNotFoundError(f"out={root} holds no comparison to resume; give methods, data and a backbone")
         if root.exists() and (not root.is_dir() or any(not p.name.startswith(".") for p in root.iterdir())):
             raise FileExistsError(f"out={root} holds files but no comparison; choose an empty or a new folder")
         return experiment

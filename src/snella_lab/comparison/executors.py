@@ -220,7 +220,7 @@ class OnRay:
 
     Raises:
         ImportError: If Ray is not installed.
-        ConnectionError: If no cluster answers at `RAY_ADDRESS`.
+        ConnectionError: If no cluster is reachable at `RAY_ADDRESS`.
         ValueError: If no machine of the cluster has enough CPUs and GPUs for a cell.
     """
 
@@ -336,8 +336,8 @@ def _connect(ray: Any, cpus: int | None) -> None:
     except (ConnectionError, RuntimeError, ValueError) as error:
         lines = str(error).strip().splitlines()
         raise ConnectionError(
-            f"no Ray cluster answers at RAY_ADDRESS={address} ({lines[0] if lines else type(error).__name__}); start "
-            "one with `ray start --head`, or unset RAY_ADDRESS to use this machine"
+            f"no Ray cluster is reachable at RAY_ADDRESS={address} ({lines[0] if lines else type(error).__name__}); "
+            "start one with `ray start --head`, or unset RAY_ADDRESS to use this machine"
         ) from None
 
 

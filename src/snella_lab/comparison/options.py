@@ -120,9 +120,10 @@ class CompareOptions(Config):
         settings: dict[str, Setting] = {}
         for name, setting in cls.settings().items():
             if name == "train":
-                known = TrainConfig.settings()
+                train_settings = TrainConfig.settings()
                 settings |= {
-                    name: replace(known[name], type=known[name].type | None, default=None) for name in cls.shared
+                    name: replace(train_settings[name], type=train_settings[name].type | None, default=None)
+                    for name in cls.shared
                 }
             else:
                 settings[name] = setting

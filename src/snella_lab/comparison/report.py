@@ -399,10 +399,10 @@ def _forest(summary: Summary, with_tasks: bool) -> Markup:
     """Plot the differences in two widths; CSS shows the one that fits the screen."""
     text = "Paired differences on each task." if with_tasks else "Mean paired differences from the reference."
     parts = []
-    for place, width in (("roomy", 640), ("narrow", _NARROW)):
-        svg = _svg(figures.forest(summary, with_tasks, width), f"forest-{place}-{with_tasks:d}", text)
+    for layout, width in (("roomy", 640), ("narrow", _NARROW)):
+        svg = _svg(figures.forest(summary, with_tasks, width), f"forest-{layout}-{with_tasks:d}", text)
         if svg:
-            parts.append(Markup('<div class="{}">{}</div>').format(place, svg))
+            parts.append(Markup('<div class="{}">{}</div>').format(layout, svg))
     return Markup("").join(parts)
 
 

@@ -210,7 +210,7 @@ def collect(root: Path) -> tuple[dict[str, CellRow], list[str]]:
 
 
 def _copies(cells: Path) -> Iterator[Path]:
-    """Yield the `cell.json` of all cells in alphabetical order, without descending into the run folders that have one."""
+    """Yield the `cell.json` of all cells in alphabetical order, without descending into their run folders."""
     for folder, folders, files in os.walk(cells):
         if CellRow.file in files:
             folders.clear()

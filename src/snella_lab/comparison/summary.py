@@ -307,14 +307,14 @@ def _cheapest(names: Sequence[str], costs: Mapping[str, Mapping[str, float | Non
         seconds = costs[name]["train_time"]
         return math.inf if seconds is None else seconds
 
-    least = min(map(memory, names))
-    small = [name for name in names if memory(name) <= 1.05 * least or math.isinf(least)]
+    min_memory = min(map(memory, names))
+    small = [name for name in names if memory(name) <= 1.05 * min_memory or math.isinf(min_memory)]
     chosen = min(small, key=time)
     if len(small) == 1:
         return chosen, f"{chosen} needs the least memory"
-    if math.isinf(least):
+    if math.isinf(min_memory):
         return chosen, f"memory was not measured, and {chosen} needs the least time"
-    return chosen, f"{chosen} needs the least memory (within 5%) and the least time"
+    return chosen, f"{chosen} needs the least memory (within 5%) and the min_memory time"
 
 
 def part_text(value: Difference, tasks: int) -> str:

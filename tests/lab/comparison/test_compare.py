@@ -377,7 +377,7 @@ def test_folder_with_other_files_is_rejected(tiny, tmp_path, console):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match=r"out=.* holds files but no comparison; choose an empty or a new folder"):
         compare(tiny(), tmp_path, ExecutionConfig(workers=0), console=console)
-    with pytest.raises(FileNotFoundError, match=r"out=.*/empty holds no comparison to continue"):
+    with pytest.raises(FileNotFoundError, match=r"out=.*/empty holds no comparison to resume"):
         compare(None, tmp_path / "empty", ExecutionConfig(workers=0), console=console)
 
 

@@ -280,7 +280,7 @@ def test_unreachable_ray_cluster_is_reported(tmp_path, monkeypatch):
 
     monkeypatch.setattr(ray, "init", fail)
     with pytest.raises(
-        ConnectionError, match=r"no Ray cluster answers at RAY_ADDRESS=127\.0\.0\.1:1 \(Could not connect"
+        ConnectionError, match=r"no Ray cluster is reachable at RAY_ADDRESS=127\.0\.0\.1:1 \(Could not connect"
     ):
         executors.OnRay(tmp_path, SimpleNamespace(settings={}), None, 1)
 

@@ -117,12 +117,12 @@ def test_best_value_of_each_column_is_marked(page):
 
 def test_markup_in_names_is_escaped(large, tmp_path):
     experiment, rows = large
-    evil = "<img src=x onerror=alert(1)>"
+    markup = "<img src=x onerror=alert(1)>"
     values = experiment.as_dict()
-    values["methods"][0]["name"] = values["data"][0]["name"] = evil
-    values["about"] = evil
+    values["methods"][0]["name"] = values["data"][0]["name"] = markup
+    values["about"] = markup
     values["methods"], values["data"] = values["methods"][:1], values["data"][:1]
-    names = {"linear": evil, "fashion": evil}
+    names = {"linear": markup, "fashion": markup}
     changed = [
         replace(
             row,

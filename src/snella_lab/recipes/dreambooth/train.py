@@ -466,7 +466,7 @@ def _check_images(run: DreamBoothFolder, concept: Concept) -> None:
     if stored.digest not in (None, concept.digest()):
         expected, actual = stored.sizes.get("train"), len(concept.paths)
         raise ValueError(
-            f"data must contain the {expected} images that {run.path} started with, got {actual} images in "
+            f"data must contain the {expected} images that {run.path} was started with, got {actual} images in "
             f"{concept.paths[0].parent} with different content; restore them, or start a new run"
         )
 
