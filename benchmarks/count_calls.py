@@ -1,7 +1,8 @@
 """Readability metrics: calls of a forward pass, functions of a training run, sizes of classes and packages.
 
-Counts the Python calls in one forward pass of an adapted `nn.Linear` (SNELLA and PEFT's LoRA), the functions called
-before the first step of a training run, the functions that receive its configuration, and the lines of each package.
+Counts the Python calls in one forward pass of an adapted `nn.Linear` (SNELLA and PEFT's LoRA) and the lines of each
+package. For a training run, counts the functions called before its first step and the functions that receive its
+configuration.
 
 python benchmarks/count_calls.py
 """

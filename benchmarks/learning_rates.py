@@ -6,7 +6,7 @@ Tasks, sizes and settings come from experiments/bundled-suite.yaml. The outputs 
 per task and stored in `--cache`. A run selects its epoch among the last 40% on its validation images, as `snella train`
 does. It is evaluated on up to `--val-size` images that the recipe uses for neither training nor validation. Only
 folders without unused images are evaluated on the test split. The entry `kept` of a row contains the results of the
-probe initialization, if any, and of the best and last epoch, for the weights (raw) and their average (ema). Each run
+probe initialization, if any, and of the best and last epoch, each for raw weights and their average (ema). Each run
 appends a JSON line to learning_rates.jsonl; finished runs are skipped.
 """
 

@@ -4,7 +4,7 @@ python benchmarks/model_rows.py                       every model and setting; a
 python benchmarks/model_rows.py vit_large --rounds 5  models by name prefix
 
 Autograd hooks count each saved storage once. Large models are built with their first blocks only. Because all blocks
-are identical, two depths give the exact bytes of the whole model; time ratios are those of the shorter model, whose
+are identical, two depths give the exact bytes of the whole model; time ratios refer to the shorter model, whose
 depth is recorded in the row. Steps of all methods are interleaved in one process.
 """
 

@@ -48,8 +48,8 @@ def row_speed(rows: list[dict[str, Any]], counted: CountedStep) -> RowSpeed:
         counted: One image of the rows' backbone.
 
     Raises:
-        ValueError: If a batch size has no such CPU row, the rows come from two machines, or times do not grow with the
-            batch size, or grow faster.
+        ValueError: If a batch size has no CPU row, the rows come from two machines, or times do not grow with the batch
+            size, or grow faster.
     """
     by_batch = {batch: _row(rows, batch) for batch in BATCHES}
     missing = [str(batch) for batch, row in by_batch.items() if row is None]

@@ -265,7 +265,7 @@ def measure(title: str, setting: Setting, rounds: int) -> list[dict[str, Any]]:
             row["loss_same_bits"] = torch.equal(grads["loss"], exact["loss"])
             row["gradients_same_bits"] = all(torch.equal(grads[key], exact[key]) for key in exact)
             row["gradient_error"] = float(f"{error_of(grads, exact):.3g}")
-        # tensors of the step other than the saved ones
+        # unsaved tensors of the step
         row["step_mib"] = round((peak_bytes(variant.loss_and_backward) - variant.kept_bytes()) / 2**20, 1)
         rows.append(row)
     del exact

@@ -154,7 +154,7 @@ def peak_mib(name: str, workload: Workload, batch: int) -> dict[str, float]:
     """Measure the peak memory of two training steps, in MiB.
 
     On a GPU, `peak_gpu_mib` is the allocator's peak. On the CPU, `peak_rss_mib` is the peak resident set size of a new
-    process, including libraries and thread pools, and `peak_step_mib` is its growth after building model and optimizer.
+    process, including libraries and thread pools. `peak_step_mib` is its growth after building model and optimizer.
     """
     if torch.device(workload.device).type == "cuda":
         torch.cuda.empty_cache()

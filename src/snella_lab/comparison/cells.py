@@ -82,7 +82,7 @@ def tuned_settings(
     """Return `lr`, `head_lr` and `weight_decay` of a candidate, based on the method's defaults.
 
     The factor scales the learning rate of the method's parameters. The head's learning rate is scaled only if the
-    method trains nothing but the head.
+    method trains only the head.
     """
     base = make_config(method, data, experiment.settings, backbone=experiment.backbone, out="-")
     lr, head_lr, decay = base.optim.lr or 0.0, base.optim.head_lr, base.optim.weight_decay or 0.0
@@ -91,7 +91,7 @@ def tuned_settings(
 
 
 def scaled_settings(defaults: Mapping[str, float], method: MethodEntry, candidate: Candidate) -> Mapping[str, float]:
-    """Return `lr`, `head_lr` and `weight_decay` of a candidate, given those of `Candidate()`; see `tuned_settings`."""
+    """Return `lr`, `head_lr` and `weight_decay` of a candidate, given the settings of `Candidate()`."""
     lr, head_lr, decay = (defaults[name] for name in ("lr", "head_lr", "weight_decay"))
     is_head_only = find_method(method.method).is_head_only
     return {
@@ -116,7 +116,7 @@ Part: TypeAlias = tuple[int, int]
 
 
 def units(experiment: Experiment) -> list[tuple[DataEntry, MethodEntry, tuple[int, ...]]]:
-    """Split an experiment into units that do not depend on each other: task, method and seeds of final runs.
+    """Split an experiment into independent units: task, method and seeds of final runs.
 
     With a search, a unit has all runs of a method on a task, because later runs depend on earlier ones. Without a
     search, every run is a unit.

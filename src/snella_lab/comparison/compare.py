@@ -266,7 +266,7 @@ def choose_method(config: TrainConfig, console: Console | None = None) -> TrainC
     """Replace method auto with the method that a small comparison on validation images recommends.
 
     The comparison trains linear, bias, lora-8 and snella-matched at their default learning rates with two seeds, for at
-    most 5 epochs on at most 400 training images, each run in a separate process. It never uses test images. Among the
+    most 5 epochs on at most 400 training images. Each run has a separate process. Test images are never used. Among the
     methods within one standard error of the best, the one with the least memory wins, then the fastest. The runs are
     stored in `OUT-choice`; an interrupted selection resumes there.
 

@@ -28,7 +28,7 @@ class Finished:
     Args:
         cell: The cell.
         outcome: Outcome of `run_cell`; None if the process crashed.
-        error: Reason of the crash, or an error outside training.
+        error: Reason for the crash, or an error outside training.
     """
 
     cell: Cell
@@ -90,7 +90,7 @@ class InProcesses:
     """Parallel execution with a new process for every cell, so that a crash affects only its cell.
 
     Processes fork from a server that has only imported the libraries. They start quickly, and their peak memory is
-    that of the cell.
+    the cell's.
 
     Args:
         root: Folder of the comparison.
@@ -150,7 +150,7 @@ class InProcesses:
         self._running.clear()
 
     def _end(self, connection: Connection) -> Finished:
-        """Return the outcome sent by a process, or the reason of its crash."""
+        """Return the outcome sent by a process, or the reason for its crash."""
         cell, process = self._running.pop(connection)
         try:
             outcome, error = connection.recv()
@@ -186,7 +186,7 @@ def _reported(connection: Connection) -> Iterator[Any]:
     try:
         yield connection.send
     except (KeyboardInterrupt, TrainingInterrupted, BrokenPipeError):
-        return  # the parent is gone or terminating
+        return  # the parent has exited or is terminating
     except Exception as error:
         with contextlib.suppress(BrokenPipeError):
             connection.send((None, f"{type(error).__name__}: {error}"))
@@ -236,7 +236,7 @@ class OnRay:
         self._gpus = _gpu_share(self._total("GPU"), slots, experiment) if gpus is None else gpus
         self._root = root.resolve()
         self._arguments = ray.put((self._root, experiment, threads, git_state(), Path.cwd()))
-        # max_calls=1: a new worker for each cell, so that its peak memory is that of the cell
+        # max_calls=1: a new worker for each cell, so that its peak memory is the cell's
         options: dict[str, Any] = {"num_cpus": threads, "num_gpus": self._gpus, "max_calls": 1, "max_retries": 0}
         self._task = ray.remote(**options)(_work_for_ray)
         self._running: dict[Any, Cell] = {}
@@ -284,7 +284,7 @@ class OnRay:
             self._ray.shutdown()
 
     def _end(self, reference: Any) -> Finished | None:
-        """Return the outcome of a worker or the reason of its crash; None if the cell starts again."""
+        """Return the outcome of a worker or the reason for its crash; None if the cell starts again."""
         cell = self._running.pop(reference)
         try:
             return Finished(cell, self._ray.get(reference))

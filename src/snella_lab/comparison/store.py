@@ -285,7 +285,7 @@ def _checked(columns: dict[str, Any] | None, pool: dict[str, Any]) -> tuple[Cell
 
     Args:
         columns: Parsed columns; None for text that is no row.
-        pool: Parts of earlier rows, shared by equal ones.
+        pool: Parts of earlier rows, shared by equal rows.
     """
     if columns is None:
         return None, "is not a comparison row"

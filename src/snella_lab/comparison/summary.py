@@ -260,7 +260,7 @@ def undecided_text(value: Difference) -> str:
 def recommendation_text(summary: Summary) -> str:
     """Recommend a method: within one standard error of the best metric, then least memory, then least time.
 
-    The standard error is that of the best method's mean over seeds; memory within 5% counts as equal. Lists methods
+    The standard error is over the seeds of the best method; memory within 5% counts as equal. Lists methods
     without results. Empty if no method has results.
     """
     if not summary.means:
@@ -314,7 +314,7 @@ def _cheapest(names: Sequence[str], costs: Mapping[str, Mapping[str, float | Non
         return chosen, f"{chosen} needs the least memory"
     if math.isinf(min_memory):
         return chosen, f"memory was not measured, and {chosen} needs the least time"
-    return chosen, f"{chosen} needs the least memory (within 5%) and the min_memory time"
+    return chosen, f"{chosen} needs the least memory (within 5%) and the least time"
 
 
 def part_text(value: Difference, tasks: int) -> str:

@@ -200,7 +200,7 @@ class SparseUpdate(SparseLayer):
 
 
 class MaskedUpdate(SparseLayer):
-    """`SparseLayer` whose entries are those of SNELLA's merged matrix, `scaling · ΔW[indices]`.
+    """`SparseLayer` with the entries of SNELLA's merged matrix, `scaling · ΔW[indices]`.
 
     Args:
         base_layer: Frozen layer.

@@ -42,9 +42,9 @@ DEMO_METHODS: dict[str, dict[str, Any]] = {
 }
 """Settings per method; docs/notes/default-settings.md explains the choice.
 
-The linear probe has no epochs: its heads are fitted to the features of the frozen backbone. LoRA and SNELLA adapt the
-last six of twelve blocks, which keeps the demo to a few minutes, and average their weights over about 30 steps, because
-single epochs are noisy."""
+The linear probe has no epochs: its heads are fitted to the features of the frozen backbone. LoRA and SNELLA adapt
+only the last six of twelve blocks, so that the demo takes a few minutes. They average their weights over about 30
+steps, because single epochs are noisy."""
 
 
 def run_demo(

@@ -134,7 +134,7 @@ class DreamBoothTrainer:
     """Training loop for one adapter.
 
     Images, noise and timesteps of a micro-batch depend only on the seed, the step and the micro-batch index, so a
-    resumed run samples the same ones. The subject's images are shuffled each epoch.
+    resumed run samples the same values. The subject's images are shuffled each epoch.
 
     Args:
         model: Adapted model from `adapt_headless`.
