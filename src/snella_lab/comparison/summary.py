@@ -230,8 +230,8 @@ def outcome_text(summary: Summary) -> str:
     best = max(means, key=lambda name: means[name].mean)
     where = f" in the mean over {counted(len(summary.tasks), 'task')}" if len(summary.tasks) > 1 else ""
     equal = [name for name, value in means.items() if math.isclose(value.mean, means[best].mean)]
-    have = f"{', '.join(equal)} {'has' if len(equal) == 1 else 'have'} the highest test {summary.measure}"
-    text = f"{have}, {100 * means[best].mean:.1f}%{where}"
+    leaders = f"{', '.join(equal)} {'has' if len(equal) == 1 else 'have'} the highest test {summary.measure}"
+    text = f"{leaders}, {100 * means[best].mean:.1f}%{where}"
     differences = {m.name: d for m in summary.methods if (d := m.to_reference[summary.column]) is not None}
     lead = differences.get(best)
     if lead is not None and lead.mean > 0 and len(equal) == 1:
