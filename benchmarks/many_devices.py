@@ -764,9 +764,9 @@ def _merge(lines: list[list[str]], column: int) -> list[list[str]]:
 
 def _line(engine: str, loop: str, option: str, cells: dict[tuple[int, int | None], Result]) -> list[str]:
     """Return the cells of one line of the table."""
-    done = [row for row in cells.values() if "error" not in row]
-    fresh = [row for row in done if row["resumed_from"] is None]
-    same = "yes" if all(row["same_on_all_ranks"] for row in done) else "**no**"
+    finished = [row for row in cells.values() if "error" not in row]
+    fresh = [row for row in finished if row["resumed_from"] is None]
+    same = "yes" if all(row["same_on_all_ranks"] for row in finished) else "**no**"
     files = sorted({row["processes_that_saved"] for row in fresh})
     number_of_bytes = sorted({max(row["allocator_bytes_per_step"], default=0) for row in fresh})
     entries = [_difference(cells.get(key)) for key in ((2, None), (4, None), (4, 2), (1, 4))]

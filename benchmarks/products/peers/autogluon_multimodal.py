@@ -86,8 +86,10 @@ def fit(job: common.Job) -> common.Fitted:
 
     def predict(paths: list[Path]) -> np.ndarray:
         with temporary:  # deletes the run afterwards
-            answer = predictor.predict_proba(pd.DataFrame({"image": [str(path) for path in paths]}, dtype=object))
-        return answer[job.classes].to_numpy()
+            probabilities = predictor.predict_proba(
+                pd.DataFrame({"image": [str(path) for path in paths]}, dtype=object)
+            )
+        return probabilities[job.classes].to_numpy()
 
     return common.Fitted(predict, stored, {})
 

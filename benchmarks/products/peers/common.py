@@ -44,7 +44,7 @@ class Job:
 
     Attributes:
         parts: Files and class indices of train, val and test.
-        began: Start of the clock.
+        start: Start of the clock.
     """
 
     folder: Path
@@ -56,11 +56,11 @@ class Job:
     variant: str
     classes: list[str] = field(default_factory=list)
     parts: dict[str, Pairs] = field(default_factory=dict)
-    began: float = field(default_factory=time.perf_counter)
+    start: float = field(default_factory=time.perf_counter)
 
     def left_s(self) -> float:
         """Return the remaining seconds of the budget, minus the margin."""
-        return self.minutes * 60 * (1 - MARGIN) - (time.perf_counter() - self.began)
+        return self.minutes * 60 * (1 - MARGIN) - (time.perf_counter() - self.start)
 
     def backbone(self, num_classes: int = 0, **options: Any) -> nn.Module:
         """Create the timm model with the bundled weights, at the job's resolution."""
@@ -127,13 +127,13 @@ def fitting_epochs(job: Job, epoch_s: float, before_s: float = 0.0, max_epochs: 
 def seconds_per_batch(batches: Callable[[], Any], step: Callable[[Any], None], limit_s: float) -> float:
     """Return the median seconds of loading a batch and running a step, over up to 5 steps after a warm-up step."""
     times: list[float] = []
-    began = last = time.perf_counter()
+    start = last = time.perf_counter()
     for number, batch in enumerate(batches()):
         step(batch)
         now = time.perf_counter()
         times.append(now - last)
         last = now
-        if number == 5 or now - began > limit_s:
+        if number == 5 or now - start > limit_s:
             break
     return float(np.median(times[1:] or times))
 
@@ -173,7 +173,7 @@ def main(product: str, fit: Callable[[Job], Fitted], packages: tuple[str, ...], 
     }
     job = Job(args.folder, args.minutes, args.pixels, args.seed, args.weights, args.cache, args.variant, classes, parts)
     fitted = fit(job)
-    seconds = time.perf_counter() - job.began
+    seconds = time.perf_counter() - job.start
     paths, labels = [path for path, _ in parts["test"]], np.array([label for _, label in parts["test"]])
     probabilities = fitted.predict(paths)
     args.out.parent.mkdir(parents=True, exist_ok=True)

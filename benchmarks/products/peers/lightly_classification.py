@@ -31,7 +31,7 @@ def fit(job: common.Job) -> common.Fitted:
     epoch = max(len(job.parts["train"]) // _BATCH, 1)
 
     def train(steps: int, name: str, val_every: int) -> float:
-        began = time.perf_counter()
+        start = time.perf_counter()
         lightly_train.train_image_classification(
             out=out / name,
             data={
@@ -53,12 +53,12 @@ def fit(job: common.Job) -> common.Fitted:
             },
             logger_args={"val_every_num_steps": val_every, "tensorboard": None},
         )
-        return time.perf_counter() - began
+        return time.perf_counter() - start
 
     short_s, long_s = (train(steps, f"trial-{steps}", val_every=steps) for steps in (_SHORT, _LONG))
     step_s = max((long_s - short_s) / (_LONG - _SHORT), 1e-3)
     setup_s = max(short_s - _SHORT * step_s, 0.0)  # includes one validation pass
-    job.began = time.perf_counter()
+    job.start = time.perf_counter()
     max_steps = 100 * epoch
     steps = int(min(max((job.left_s() - setup_s) / (step_s + setup_s / 2 / epoch), 1), max_steps))
     train(steps, "run", val_every=min(epoch, steps))
@@ -68,8 +68,8 @@ def fit(job: common.Job) -> common.Fitted:
         probabilities = np.zeros((len(paths), len(job.classes)))
         with temporary:  # deletes the run afterwards
             for row, path in enumerate(paths):
-                answer = model.predict(str(path), topk=len(job.classes))
-                probabilities[row, answer["labels"].cpu().numpy()] = answer["scores"].cpu().numpy()
+                prediction = model.predict(str(path), topk=len(job.classes))
+                probabilities[row, prediction["labels"].cpu().numpy()] = prediction["scores"].cpu().numpy()
         return probabilities
 
     return common.Fitted(predict, common.stored_size(model), {"steps": steps, "step_s": round(step_s, 3)})
