@@ -729,7 +729,7 @@ def summarize(key: Key, results: list[Result], by_key: dict[Key, list[Result]]) 
 
 
 def table(rows: list[Result]) -> str:
-    """Return the Markdown table and the number of settings that ended with an error.
+    """Return the Markdown table and the number of failed settings.
 
     Settings with equal results share a line.
     """
@@ -751,7 +751,7 @@ def table(rows: list[Result]) -> str:
         lines = _merge(lines, column)
     head = ["engine", "loop", "option", "same on all ranks", "loss, 2", "loss, 4", "saved", "2 → 4", "4 → 1"]
     texts = [f"| {' | '.join(line)} |" for line in ([*head, "bytes per step"], ["---"] * 10, *lines)]
-    return "\n".join([*texts, "", f"{failed} settings end with an error, which only the rows contain."])
+    return "\n".join([*texts, "", f"{failed} settings failed; the rows contain their errors."])
 
 
 def _merge(lines: list[list[str]], column: int) -> list[list[str]]:
