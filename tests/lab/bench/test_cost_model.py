@@ -132,7 +132,7 @@ def test_products_match_hand_counts():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_language_model_head_has_an_input_gradient_and_if_trained_a_weight_gradient(method):
+def test_language_model_head_has_an_input_gradient_even_if_frozen(method):
     tokens, width, vocabulary = 2 * 3, 4, 5
     language = replace(TINY, patch=0, image=0, is_gated=True)
     with_head, without = (count_step(replace(language, outputs=count), method, 3) for count in (vocabulary, 0))
