@@ -1,11 +1,11 @@
-"""Time and memory per cell of the driver of `snella compare`, with simulated trainings.
+"""Time and memory per cell of the driver of `snella compare`, with simulated training.
 
     python benchmarks/compare_driver.py --out benchmarks/compare_driver.jsonl
 
-A simulated worker writes the row of its cell at once. The driver plans, starts and records every cell, then writes the
-tables and the report. Each size runs in a separate process: ten methods, ten cells per method and task (five learning
-rates, two weight decays, three seeds), so 10,000 cells have 100 tasks. `resume` is a second call that trains nothing.
-Times are CPU time without the simulated workers. Memory is the growth of the peak after a warm-up of 100 cells.
+A simulated worker writes the row of its cell immediately. The driver plans, starts and records every cell, then writes
+the tables and the report. Each size runs in a separate process with ten methods and ten cells per method and task (five
+learning rates, two weight decays, three seeds); 10,000 cells have 100 tasks. `resume` is a second call that trains no
+cell. Times are CPU time without the simulated workers. Memory is the growth of the peak after a warm-up of 100 cells.
 """
 
 import argparse
@@ -58,7 +58,7 @@ class Instant:
         start = time.process_time()
         row = CellRow(**self._header(cell), status="success", total_time=12.5, results=_results(cell))
         _store(self._root, cell.folder(self._root), row)
-        sent = pickle.dumps(Finished(cell, Outcome("trained", row)))  # as from a worker: nothing is shared
+        sent = pickle.dumps(Finished(cell, Outcome("trained", row)))  # a copy, as from a worker
         self._ended.append(pickle.loads(sent))
         self.worker_s += time.process_time() - start
 
@@ -113,7 +113,7 @@ def _results(cell: Cell) -> CellResults:
 
 
 def _experiment(cells: int) -> Experiment:
-    """Return an experiment of that many cells."""
+    """Return an experiment with the given number of cells."""
     return Experiment.from_dict(
         {
             "methods": METHODS,
@@ -179,7 +179,7 @@ def measure(cells: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", help="file for the rows; without it, one size is printed")
+    parser.add_argument("--out", help="output file for the rows; if omitted, print one size")
     parser.add_argument("--cells", type=int, nargs="+", default=[1_000, 3_000, 10_000])
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -53,7 +53,7 @@ SHAPES: dict[str, Transformer] = {
     "llama": replace(MODELS["LLaMA-7B"], tokens=512, outputs=1000),
 }
 """Shapes of the models in the rows; Swin and ConvNeXt are not plain transformers."""
-_LEAST_ROUNDS = 2
+_MIN_ROUNDS = 2
 _TIME_GOAL, _BYTES_GOAL = 0.15, 0.03
 _MIB, _GIB = 2**20, 2**30
 
@@ -98,17 +98,17 @@ class Case:
 
 
 def read_case(row: dict[str, Any]) -> Case | None:
-    """Count the step of a row that the rates of a CPU describe: on a CPU, in float32, without autocast.
+    """Count the step of a CPU row in float32 without autocast.
 
     Returns:
-        None for other rows, and for those that `count_row` skips.
+        None for other rows and rows that `count_row` skips.
     """
     case = count_row(row)
     return case if case is not None and case.precision == "float32" else None
 
 
 def count_row(row: dict[str, Any]) -> Case | None:
-    """Count the step of a CPU's row, also under autocast.
+    """Count the step of a CPU row, with or without autocast.
 
     Returns:
         None for another device, model or method, and for activations in bfloat16 without autocast.
@@ -134,14 +134,14 @@ def count_row(row: dict[str, Any]) -> Case | None:
 
 
 def timed_cases(folder: Path = FOLDER) -> list[Case]:
-    """Return the newest timed row of every setting; on one day, the row with the most rounds."""
+    """Return the newest timed row of every setting; rows of one day are ranked by rounds."""
     newest: dict[tuple[Any, ...], Case] = {}
 
     def rank(case: Case) -> tuple[Any, ...]:
         return case.row["date"][:10], case.row["rounds"], case.row["date"]
 
     for row in (row for name in ROWS for row in read_rows(folder / name)):
-        is_timed = row["benchmark"] in ("step_time", "model_rows") and row["rounds"] >= _LEAST_ROUNDS
+        is_timed = row["benchmark"] in ("step_time", "model_rows") and row["rounds"] >= _MIN_ROUNDS
         case = read_case(row) if is_timed else None
         if case is not None:
             key = (case.machine, case.configuration, case.method)
@@ -190,7 +190,7 @@ def cases_of(machine: str, cases: list[Case]) -> list[Case]:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Prediction of a case by rates that were fitted without its configuration."""
+    """Prediction of a case with rates fitted without its configuration."""
 
     case: Case
     seconds: float
@@ -207,19 +207,23 @@ def leave_one_out(cases: list[Case]) -> list[HeldOut]:
     for machine, configuration in dict.fromkeys((case.machine, case.configuration) for case in cases):
         of_machine = cases_of(machine, cases)
         rates = fit_rates([case for case in of_machine if case.configuration != configuration])
-        own = [case for case in of_machine if case.configuration == configuration]
-        held_out += [HeldOut(case, rates.seconds(case.step)) for case in own]
+        excluded = [case for case in of_machine if case.configuration == configuration]
+        held_out += [HeldOut(case, rates.seconds(case.step)) for case in excluded]
     return held_out
 
 
 def ratio_errors(held_out: list[HeldOut]) -> list[float]:
     """Return the relative errors of predicted ratios to LoRA."""
-    references = {(one.case.machine, one.case.configuration): one for one in held_out if one.case.method == "lora"}
+    references = {
+        (prediction.case.machine, prediction.case.configuration): prediction
+        for prediction in held_out
+        if prediction.case.method == "lora"
+    }
     errors = []
-    for one in held_out:
-        reference = references.get((one.case.machine, one.case.configuration))
-        if reference is not None and reference is not one:
-            errors.append((1 + one.error) / (1 + reference.error) - 1)
+    for prediction in held_out:
+        reference = references.get((prediction.case.machine, prediction.case.configuration))
+        if reference is not None and reference is not prediction:
+            errors.append((1 + prediction.error) / (1 + reference.error) - 1)
     return errors
 
 
@@ -227,41 +231,44 @@ _ERROR_HEAD = ("rows", "median error", "largest", "within 15%", "ratio to LoRA, 
 
 
 def error_table(held_out: list[HeldOut]) -> str:
-    """Format held-out errors of step times, a line for each machine."""
+    """Format held-out errors of step times, one line per machine."""
     lines = []
-    for machine in dict.fromkeys(one.case.machine for one in held_out):
-        own = [one for one in held_out if one.case.machine == machine]
-        lines.append([machine_name(machine), *_error_cells(own), _percent(_median(ratio_errors(own)))])
+    for machine in dict.fromkeys(prediction.case.machine for prediction in held_out):
+        predictions = [prediction for prediction in held_out if prediction.case.machine == machine]
+        lines.append([machine_name(machine), *_error_cells(predictions), _percent(_median(ratio_errors(predictions)))])
     return markdown_table(["machine", *_ERROR_HEAD], lines)
 
 
 def _error_cells(held_out: list[HeldOut]) -> list[str]:
     """Format the number of rows, the median error, the largest error and the number of rows within the goal."""
-    worst = max(held_out, key=lambda one: abs(one.error))
-    within = sum(abs(one.error) <= _TIME_GOAL for one in held_out)
-    median = _percent(_median([one.error for one in held_out]))
+    worst = max(held_out, key=lambda prediction: abs(prediction.error))
+    within = sum(abs(prediction.error) <= _TIME_GOAL for prediction in held_out)
+    median = _percent(_median([prediction.error for prediction in held_out]))
     return [str(len(held_out)), median, f"{worst.error:+.0%} ({worst.case.method})", str(within)]
 
 
 def other_machines_table(cases: list[Case], folder: Path = FOLDER) -> str:
-    """Format errors on machines that no rate was fitted to."""
+    """Format errors on machines without fitted rates."""
     groups = (
         (f"another {machine_name(EPYC_2)}", "ViT-B/16", other_epyc_cases(cases, folder)),
         (machine_name(INTEL_1), "ViT-S/14 and ViT-B/16", intel_cases(cases, folder)),
     )
-    lines = [[name, models, *_error_cells(own), _percent(_median(ratio_errors(own)))] for name, models, own in groups]
+    lines = [
+        [name, models, *_error_cells(predictions), _percent(_median(ratio_errors(predictions)))]
+        for name, models, predictions in groups
+    ]
     return markdown_table(["machine", "models", *_ERROR_HEAD], lines)
 
 
 def other_epyc_cases(cases: list[Case], folder: Path = FOLDER) -> list[HeldOut]:
-    """Predict `sampled_gradients.jsonl`, from a second EPYC with the same device string, by rates of the first."""
+    """Predict `sampled_gradients.jsonl`, measured on another EPYC with the same device string."""
     rates = fit_rates(cases_of(EPYC_2, cases))
     others = [read_case(row) for row in read_rows(folder / "sampled_gradients.jsonl") if row["device"] == EPYC_2]
     return [HeldOut(case, rates.seconds(case.step)) for case in others if case is not None]
 
 
 def intel_cases(cases: list[Case], folder: Path = FOLDER) -> list[HeldOut]:
-    """Predict the rows of the Intel Xeon by rates of the EPYC with one thread."""
+    """Predict the rows of the Intel Xeon with the rates of the EPYC with one thread."""
     rates = fit_rates(cases_of(EPYC_1, cases))
     suite = _newest_row(folder / "model_rows.jsonl", "suite_step", INTEL_1)
     rows = [suite | {"contender": name, "step_s": suite[f"{name}_s"]} for name in ("lora", "snella")]
@@ -270,7 +277,7 @@ def intel_cases(cases: list[Case], folder: Path = FOLDER) -> list[HeldOut]:
 
 
 def _newest_row(path: Path, benchmark: str, device: str) -> dict[str, Any]:
-    """Return a benchmark's newest row on one device; of equal dates, the one appended last."""
+    """Return the newest row of a benchmark on one device; the last row wins ties."""
     rows = [row for row in read_rows(path) if (row["benchmark"], row["device"]) == (benchmark, device)]
     return sorted(rows, key=lambda row: row["date"])[-1]
 
@@ -338,17 +345,17 @@ def ratio_table() -> str:
     return markdown_table(head, lines)
 
 
-_MOST_TOKENS = 1_000_000
+_MAX_TOKENS = 1_000_000
 
 
 def tokens_until(model: Transformer, is_reached: Callable[[int], bool]) -> int | None:
-    """Return the tokens of the smallest batch that meets a condition and keeps it; None above a million tokens.
+    """Return the token count of the smallest batch that meets a condition; None above a million tokens.
 
     Args:
         model: Shape of the model.
         is_reached: Condition on the batch size; once true, it stays true.
     """
-    low, high = 0, _MOST_TOKENS // model.tokens
+    low, high = 0, _MAX_TOKENS // model.tokens
     if not is_reached(high):
         return None
     while high - low > 1:
@@ -358,7 +365,7 @@ def tokens_until(model: Transformer, is_reached: Callable[[int], bool]) -> int |
 
 
 def crossing_table(cases: list[Case]) -> str:
-    """Format tokens per step: where merging drops below 10%, and where SNELLA is as fast as LoRA."""
+    """Format the tokens per step at which merging drops below 10%, and at which SNELLA is as fast as LoRA."""
     epyc = fit_rates(cases_of(EPYC_2, cases))
     lines = [[f"{machine_name(EPYC_2)}, ViT-B/16, float32", *_crossings(epyc, "ViT-B/16", _count_on_cpu)]]
     lines += [
@@ -376,7 +383,7 @@ def _count_on_cpu(model: str, method: str, batch: int) -> StepCount:
 
 
 def _crossings(rates: Rates, model: str, count: Callable[[str, str, int], StepCount]) -> list[str]:
-    """Format the three numbers of tokens of one machine and model."""
+    """Format the three token counts of one machine and model."""
 
     def merges_little(batch: int) -> bool:
         step = count(model, "snella", batch)
@@ -390,7 +397,7 @@ def _crossings(rates: Rates, model: str, count: Callable[[str, str, int], StepCo
 
 
 def _tokens_text(tokens: int | None) -> str:
-    """Format a number of tokens with two digits."""
+    """Format a token count with two significant digits."""
     return "never" if tokens is None else f"{int(float(f'{tokens:.2g}')):,}"
 
 
@@ -409,10 +416,10 @@ def memory_table() -> str:
             return count_step(model, method, batch, precision="bfloat16", kernels=TRITON, **options)
 
         full = count_step(model, "full", batch, precision="autocast")
-        lora, kept, snella = (count(method) for method in ("lora", "snella-keep-inputs", "snella"))
+        lora, inputs_saved, snella = (count(method) for method in ("lora", "snella-keep-inputs", "snella"))
         int8, blocks = count("snella-compress"), count("snella", is_checkpointed=True)
-        peaks = [full.peak, full.sharded_peak(_DEVICES), lora.peak, kept.peak, snella.peak]
-        peaks += [step.sharded_peak(_DEVICES) for step in (kept, snella, int8, blocks)]
+        peaks = [full.peak, full.sharded_peak(_DEVICES), lora.peak, inputs_saved.peak, snella.peak]
+        peaks += [step.sharded_peak(_DEVICES) for step in (inputs_saved, snella, int8, blocks)]
         lines.append([name, *(_gib(value) for value in peaks)])
     head = ["GiB per device, predicted, not run", "full, DDP", "full, FSDP2", "LoRA, DDP", "SNELLA, DDP, inputs saved"]
     head += [
@@ -426,7 +433,7 @@ def memory_table() -> str:
 
 
 def communication_table() -> str:
-    """Format bytes sent by each device and step."""
+    """Format the bytes sent per device and step."""
     lines = []
     for name in _LARGE:
         model = MODELS[name]
@@ -488,21 +495,24 @@ def update_page(page: Path = PAGE, folder: Path = FOLDER) -> bool:
 
 
 def errors_figure(held_out: list[HeldOut]) -> Figure:
-    """Draw predicted over measured seconds of held-out rows, one line of points for each family of methods."""
+    """Draw predicted over measured seconds of held-out rows, one marker per method family."""
     figure, axes = new_figure(*CURVE, "Held-out steps on CPUs")
-    ends = [min(one.case.seconds for one in held_out) * 0.7, max(one.case.seconds for one in held_out) * 1.4]
+    ends = [
+        min(prediction.case.seconds for prediction in held_out) * 0.7,
+        max(prediction.case.seconds for prediction in held_out) * 1.4,
+    ]
     axes.fill_between(
         ends, [0.85 * x for x in ends], [1.15 * x for x in ends], color=COLORS[0], alpha=0.12, linewidth=0
     )
     axes.plot(ends, ends, color=INK, linewidth=1)
-    for place, family in enumerate(("lora", "dora", "full", "snella", "frozen")):
-        own = [one for one in held_out if METHODS[one.case.method].family == family]
+    for index, family in enumerate(("lora", "dora", "full", "snella", "frozen")):
+        predictions = [prediction for prediction in held_out if METHODS[prediction.case.method].family == family]
         axes.plot(
-            [one.case.seconds for one in own],
-            [one.seconds for one in own],
-            "os^Dv"[place],
+            [prediction.case.seconds for prediction in predictions],
+            [prediction.seconds for prediction in predictions],
+            "os^Dv"[index],
             markersize=5,
-            color=COLORS[place],
+            color=COLORS[index],
             alpha=0.8,
             label="snella and options" if family == "snella" else family,
         )
@@ -524,7 +534,7 @@ def ratios_figure() -> Figure:
     """Draw the predicted step time of SNELLA relative to LoRA over the tokens of a step."""
     figure, axes = new_figure(*CURVE, "SNELLA relative to LoRA, predicted, not run")
     batches = [2**power for power in range(11)]
-    for place, (gpu, model) in enumerate(
+    for index, (gpu, model) in enumerate(
         [("h100", "ViT-B/16"), ("h100", "ViT-H/14"), ("rtx4090", "ViT-B/16"), ("rtx4090", "ViT-H/14")]
     ):
         ranges = [
@@ -533,15 +543,15 @@ def ratios_figure() -> Figure:
         ]
         tokens = [batch * MODELS[model].tokens for batch in batches]
         low, expected, high = zip(*ranges, strict=True)
-        if place == 0:
+        if index == 0:
             label = f"range of assumptions, {GPUS[gpu].name}, {model}"
-            axes.fill_between(tokens, low, high, color=COLORS[place], alpha=0.15, linewidth=0, label=label)
+            axes.fill_between(tokens, low, high, color=COLORS[index], alpha=0.15, linewidth=0, label=label)
         axes.plot(
             tokens,
             expected,
-            marker="os^Dv"[place],
+            marker="os^Dv"[index],
             markersize=4,
-            color=COLORS[place],
+            color=COLORS[index],
             label=f"{GPUS[gpu].name}, {model}",
         )
     axes.axhline(1, color=INK, linewidth=1, linestyle="--")

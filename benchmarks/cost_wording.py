@@ -35,8 +35,8 @@ def markdown_table(head: list[str], lines: list[list[str]]) -> str:
 
 def time_text(total_s: float) -> str:
     """Format a duration with two digits and a suitable unit."""
-    for unit, size, most in _UNITS:
-        if total_s < most * size:
+    for unit, size, limit in _UNITS:
+        if total_s < limit * size:
             return f"{_two_digits(total_s / size)} {unit}"
     return f"{_two_digits(total_s / _YEAR_S)} years"
 

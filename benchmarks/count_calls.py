@@ -1,7 +1,8 @@
 """Readability metrics: calls of a forward pass, functions of a training run, sizes of classes and packages.
 
-Counts the Python calls in one forward pass of an adapted `nn.Linear` (SNELLA and PEFT's LoRA), the functions called
-before the first step of a training run, the functions that receive its configuration, and the lines of each package.
+Counts the Python calls in one forward pass of an adapted `nn.Linear` (SNELLA and PEFT's LoRA) and the lines of each
+package. For a training run, counts the functions called before its first step and the functions that receive its
+configuration.
 
 python benchmarks/count_calls.py
 """
@@ -38,7 +39,7 @@ PROJECT = str(Path(PACKAGE).parent)
 
 @dataclass
 class Calls:
-    """Python calls during one call.
+    """Python calls during one call of a function.
 
     Args:
         by_file: Number of Python calls by source file, without Numba kernels.
@@ -97,7 +98,7 @@ def functions_receiving(kind: type, function: Callable[[], object]) -> dict[str,
 
 
 class _FirstStepError(Exception):
-    """Stops a training run at its first step."""
+    """Error that stops a training run at its first step."""
 
 
 def functions_before_first_step(config: TrainConfig) -> dict[str, set[str]]:

@@ -6,13 +6,13 @@
 
 Readers:
 
-    folder      `load_data("folder:PATH")`: checks every image, then decodes at the resolution of training
+    folder      `load_data("folder:PATH")`: checks every image, then decodes at the training resolution
     hf          `load_data("hf:PATH")`: `datasets` lists the files; snella checks and decodes them
-    datasets    `load_dataset("imagefolder")`; its own decoding, no checks, training images as RGB
+    datasets    `load_dataset("imagefolder")`: decodes without checks; training images are converted to RGB
 
 The images below FOLDER are pooled by class, as stored (`png`) and enlarged to JPEGs of 1600 pixels (`jpeg`). Each
 measurement is a process that imports, loads, and reads two epochs with the training transform in the main process on
-two threads. `cold` starts with empty caches of `datasets`, and images outside of the page cache. `warm` is the next
+two threads. `cold` starts with empty caches of `datasets`, and without images in the page cache. `warm` is the next
 process. Readers are interleaved over the rounds.
 """
 
@@ -143,7 +143,7 @@ def drop_from_page_cache(files: Iterable[Path]) -> None:
 
 
 def run_measurement(reader: str, folder: Path, cache: Path) -> dict[str, Any]:
-    """Measure a reader in a new process with a cache folder of `datasets`."""
+    """Measure a reader in a new process with the given cache folder of `datasets`."""
     command = [sys.executable, __file__, "--measure", reader, str(folder)]
     environment = {**os.environ, "HF_HOME": str(cache), "OMP_NUM_THREADS": str(_THREADS), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -308,7 +308,7 @@ def describe_theirs(folder: Path, table: Path | None) -> str:
 
 
 def write_classes(folder: Path, *names: str, count: int = 1) -> None:
-    """Write small gray images below class folders."""
+    """Write small gray images in class folders."""
     for label, name in enumerate(names):
         (folder / name).mkdir(parents=True, exist_ok=True)
         for index in range(count):
@@ -316,7 +316,7 @@ def write_classes(folder: Path, *names: str, count: int = 1) -> None:
 
 
 def exif_rotation(folder: Path) -> None:
-    """A JPEG of 40×20 pixels to be rotated by 90 degrees."""
+    """A JPEG of 40×20 pixels with an EXIF rotation of 90 degrees."""
     write_classes(folder, "a", "b")
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -324,7 +324,7 @@ def exif_rotation(folder: Path) -> None:
 
 
 def sixteen_bits(folder: Path) -> None:
-    """A 16-bit PNG of half the white value."""
+    """A 16-bit PNG of half the maximum value."""
     write_classes(folder, "a", "b")
     Image.new("I;16", (20, 20), 32768).save(folder / "a" / "deep.png")
 
@@ -336,7 +336,7 @@ def transparency(folder: Path) -> None:
 
 
 def corrupt_files(folder: Path) -> None:
-    """A truncated JPEG, a text and an empty file behind image suffixes."""
+    """A truncated JPEG, a text file and an empty file with image suffixes."""
     write_classes(folder, "a", "b")
     Image.effect_noise((200, 200), 50).save(folder / "a" / "cut.jpg")
     content = (folder / "a" / "cut.jpg").read_bytes()
@@ -346,14 +346,14 @@ def corrupt_files(folder: Path) -> None:
 
 
 def eps_as_png(folder: Path) -> None:
-    """PostScript behind `.png`, which Pillow passes to Ghostscript unless formats are restricted."""
+    """PostScript with the suffix `.png`, which Pillow passes to Ghostscript unless formats are restricted."""
     write_classes(folder, "a", "b")
     Image.new("RGB", (20, 20)).save(folder / "a" / "script.eps")
     (folder / "a" / "script.eps").rename(folder / "a" / "script.png")
 
 
 def links(folder: Path) -> None:
-    """A linked image and a linked class folder."""
+    """Symbolic links to an image and a class folder."""
     outside = folder.parent / "outside-of-links"
     write_classes(outside, "c")
     write_classes(folder, "a", "b")
@@ -368,7 +368,7 @@ def named_splits(folder: Path) -> None:
 
 
 def split_words_in_names(folder: Path) -> None:
-    """Classes whose names contain the words of splits."""
+    """Classes whose names contain split names."""
     write_classes(folder, "bridge", "train-station", "test_tube")
 
 
@@ -379,7 +379,7 @@ def nested_folders(folder: Path) -> None:
 
 
 def unusual_names(folder: Path) -> None:
-    """An image without suffix, a hidden file of macOS, and a name with brackets."""
+    """An image without suffix, a hidden macOS file, and a name with brackets."""
     write_classes(folder, "a", "b")
     (folder / "a" / "0.png").rename(folder / "a" / "photo")
     (folder / "a" / "._1.png").write_bytes(b"hidden")
@@ -395,7 +395,7 @@ def path_outside(folder: Path) -> None:
 
 
 def groups_and_weights(folder: Path) -> None:
-    """A table with labels, groups and weights in the format of spreadsheets in Europe."""
+    """A table with labels, groups and weights in European spreadsheet format."""
     write_classes(folder, "a", "b")
     lines = ["path;label;patient;weight", "a/0.png;001;7;1", "b/0.png;002;NA;0.5"]
     (folder / "labels.csv").write_text("\n".join(lines))

@@ -524,9 +524,9 @@ class Harness:
         for _, draw, folder in self.trials("torchruns"):
             first = torchrun(folder / "run")
             time.sleep(draw.uniform(0.0, 3.0))
-            both = (first, torchrun(folder / "run"))
-            outputs = [process.communicate(timeout=LIMIT_S * 3)[0] for process in both]
-            statuses = [process.returncode for process in both]
+            processes = (first, torchrun(folder / "run"))
+            outputs = [process.communicate(timeout=LIMIT_S * 3)[0] for process in processes]
+            statuses = [process.returncode for process in processes]
             if 0 not in statuses:
                 self.count("torchruns", "not resumed", "two torchruns", "".join(outputs))
             elif outcome(folder / "run") != expected:
@@ -537,19 +537,19 @@ class Harness:
     def damaged_run(self) -> None:
         """Damage a finished run, then run every command on it."""
         expected = self.run_commands(self.finished)
-        if any(answer.startswith("status") for answer in expected.values()):
+        if any(output.startswith("status") for output in expected.values()):
             raise SystemExit(f"an undamaged run was rejected: {expected}")
         for _, draw, folder in self.trials("finished"):
             run = shutil.copytree(self.finished, folder / "run", symlinks=True)
             description = damage(draw, run, [path for path in files_of(run) if "checkpoints" not in path.parts])
-            for command, answer in self.run_commands(run).items():
-                if answer.startswith("traceback"):
-                    self.count("finished", "traceback", f"{description}: {command}", answer)
-                elif answer.startswith("status") or (command == "inspect" and "The adapter is missing" in answer):
+            for command, output in self.run_commands(run).items():
+                if output.startswith("traceback"):
+                    self.count("finished", "traceback", f"{description}: {command}", output)
+                elif output.startswith("status") or (command == "inspect" and "The adapter is missing" in output):
                     self.count("finished", "noticed")
                 else:
-                    same = answer == expected[command]
-                    self.count("finished", "harmless" if same else "other results", f"{description}: {command}", answer)
+                    same = output == expected[command]
+                    self.count("finished", "harmless" if same else "other results", f"{description}: {command}", output)
 
     def run_commands(self, run: Path) -> dict[str, str]:
         """Run all commands on a run; return their output or its digest, `status N: line`, or a traceback."""
@@ -893,7 +893,7 @@ def run_all(arguments: argparse.Namespace) -> int:
         sizes = {name: size if name in arguments.only else 0 for name, size in sizes.items()}
     for name in ("train", "evaluate", "predict", "merge", "inspect", "data", "compare", "export", "serve"):
         importlib.import_module(COMMANDS[name].library)
-    if arguments.quick:  # the report takes half of the time
+    if arguments.quick:  # the report takes half the time
         sys.modules["snella_app.training.finish"].__dict__["write_report"] = write_empty_report
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="snella-faults-") as folder:

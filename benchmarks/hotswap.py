@@ -5,7 +5,7 @@
 
 All methods switch between two tasks, interleaved in one process. Rows contain medians and minima of wall-clock and CPU
 time; CPU time is less sensitive to other load. Each method has a separate model, which is merged unless its name says
-"unmerged". Before timing, the outputs after a switch are compared with those of a model loaded for the other task.
+"unmerged". Before timing, the script compares the outputs after a switch with a model loaded for the other task.
 """
 
 import sys
@@ -141,7 +141,7 @@ def main() -> None:
             switch(TASKS[1])
             expected = PeftModel.from_pretrained(backbone(name), root / "snella" / TASKS[1]).eval().merge_and_unload()
             if not torch.equal(model(images), expected(images)):
-                raise SystemExit(f"the outputs of {method} differ from those of a model loaded for the task")
+                raise SystemExit(f"the outputs of {method} differ from a model loaded for the task")
     times: dict[str, list[tuple[float, float]]] = {method: [] for method in switches}
     for number in range(2 * rounds + 4):  # the first four compute thresholds and compile
         for method, (_, switch) in switches.items():

@@ -1,13 +1,13 @@
-"""Validation accuracy of methods at several learning rates, with only the last blocks adapted and the others cached.
+"""Validation accuracy of methods at several learning rates, with cached frozen blocks and adapted last blocks.
 
 python benchmarks/learning_rates.py --tasks mri-regions,stamps --methods lora-8,snella-8,snella-matched-8
 
 Tasks, sizes and settings come from experiments/bundled-suite.yaml. The outputs of the frozen blocks are computed once
-per task and stored in `--cache`. A run selects its epoch on its validation images, as `snella train` does, among the
-last 40%. It is evaluated on up to `--val-size` images that the recipe uses for neither training nor validation, never
-on the test split, except for folders without unused images. The entry `kept` of a row contains the results of the probe
-initialization, if any, and of the best and last epoch, for the weights (raw) and their average (ema). Each run appends
-a JSON line to learning_rates.jsonl; finished runs are skipped.
+per task and stored in `--cache`. A run selects its epoch among the last 40% on its validation images, as `snella train`
+does. It is evaluated on up to `--val-size` images that the recipe uses for neither training nor validation. Only
+folders without unused images are evaluated on the test split. The entry `kept` of a row contains the results of the
+probe initialization, if any, and of the best and last epoch, each for raw weights and their average (ema). Each run
+appends a JSON line to learning_rates.jsonl; finished runs are skipped.
 """
 
 import argparse
@@ -272,12 +272,12 @@ def features_of(config: TrainConfig, blocks: int, val_size: int, cache: Path) ->
     if path.exists():
         return Features(**torch.load(path))
     splits = load_splits(data, seed)
-    whole = load_splits(dataclasses.replace(data, train_size=None, val_size=None), seed)
-    if splits.val is None or whole.val is None:
+    all_splits = load_splits(dataclasses.replace(data, train_size=None, val_size=None), seed)
+    if splits.val is None or all_splits.val is None:
         raise ValueError(f"data must have validation images, got {data.spec!r} with protocol {data.protocol!r}")
     used = {*splits.train.names, *splits.val.names}
     parts = []
-    for part in (whole.val, whole.train):
+    for part in (all_splits.val, all_splits.train):
         unused = [position for position, name in enumerate(part.names) if name not in used]
         random.Random(0).shuffle(unused)
         parts.append(part.subset(unused[: max(val_size - sum(len(p) for p in parts), 0)]))

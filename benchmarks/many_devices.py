@@ -41,21 +41,21 @@ OPTIONS = ("plain", "accumulation", "checkpointing", "bf16", "compile")
 COUNTS = (2, 4)
 DEEPSPEED_OPTIONS = ("plain", "bf16")
 RESUMED_FROM = {4: 2, 1: 4}
-"""Number of processes that saved the checkpoint, by the number of processes that resume it."""
+"""Number of processes that saved the checkpoint, by number of processes that resume it."""
 STEPS, SAVED_AT, PER_EPOCH = 12, 6, 3
 BATCH, SIDE, CLASSES = 16, 16, 5
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
 LR = 1e-2
 ALONE = "one process"
 COMPILER = "aot_eager"
-"""Backend of torch.compile; the default one would compile C++ for minutes."""
+"""Backend of torch.compile; the default backend compiles C++ for minutes."""
 
 
 # model and data -------------------------------------------------------------------------------------------------------
 
 
 def make_model(has_allocator: bool = True) -> nn.Module:
-    """Return the adapted tiny ViT, the same in every process."""
+    """Return the adapted tiny ViT, identical in all processes."""
     from peft import get_peft_model
     from transformers import ViTConfig, ViTForImageClassification
 
@@ -111,7 +111,7 @@ class CommunicatedBytes(TorchDispatchMode):
         from torch.utils._pytree import tree_leaves
 
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # its collectives follow as operations of their own
+            return NotImplemented  # its collectives are dispatched separately
         output = func(*args, **(kwargs or {}))
         if func.namespace in ("c10d", "_c10d_functional") and "wait" not in func.__name__:
             sizes = [
@@ -123,7 +123,7 @@ class CommunicatedBytes(TorchDispatchMode):
 
 
 def count_bytes(allocator: Any) -> list[int]:
-    """Make an allocator append the bytes that it communicates in each step to the returned list."""
+    """Return a list to which the allocator appends the bytes it communicates in each step."""
     per_step: list[int] = []
     step = [0]
 
@@ -149,12 +149,12 @@ def count_bytes(allocator: Any) -> list[int]:
     return per_step
 
 
-# one training ---------------------------------------------------------------------------------------------------------
+# one run --------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Cell:
-    """One training: how it is launched, what it is parallelized with, and one option."""
+    """One training run: loop, parallelization engine and one option."""
 
     loop: str
     engine: str
@@ -162,7 +162,7 @@ class Cell:
     folder: Path
     has_allocator: bool = True
     first: int = 0
-    """Step to resume at."""
+    """Step to resume from."""
     losses: list[float] = field(default_factory=list)
     allocator_bytes: list[int] = field(default_factory=list)
     budgets: dict[str, int] = field(default_factory=dict)
@@ -173,13 +173,13 @@ class Cell:
         return 2 if self.option == "accumulation" else 1
 
     def checkpoint(self, count: int) -> Path:
-        """Return the folder of the checkpoint that `count` processes write."""
+        """Return the folder of the checkpoint written by `count` processes."""
         mode = "" if self.has_allocator else "-fixed"
         return self.folder / f"{self.loop}-{self.engine}-{self.option}{mode}-{count}".replace(" ", "-")
 
 
 def attach(cell: Cell, model: nn.Module, optimizer: Any) -> Any:
-    """Attach an allocator, and count its bytes."""
+    """Attach an allocator and count its communicated bytes."""
     from snella import BudgetAllocator
 
     if not cell.has_allocator:
@@ -204,7 +204,7 @@ def check_engine(cell: Cell, wrapped: nn.Module) -> None:
 
 
 def run_torchrun(cell: Cell) -> dict[str, Tensor]:
-    """Train in a plain loop; return the whole state at the end."""
+    """Train in a plain loop; return the full final state."""
     if cell.engine.startswith("ZeRO"):
         return _run_deepspeed(cell)
     model = make_model(cell.has_allocator)
@@ -240,7 +240,7 @@ def run_torchrun(cell: Cell) -> dict[str, Tensor]:
 
 
 def _wrap(cell: Cell, model: nn.Module) -> nn.Module:
-    """Parallelize a model."""
+    """Wrap a model with the engine."""
     from torch.distributed.fsdp import (
         FullyShardedDataParallel,
         MixedPrecision,
@@ -285,7 +285,7 @@ def _syncing(cell: Cell, model: nn.Module, is_last: bool) -> contextlib.Abstract
 
 
 def _save(cell: Cell, wrapped: nn.Module, model: nn.Module, optimizer: Any) -> None:
-    """Save the whole state in rank 0."""
+    """Save the full state on rank 0."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
     rank, count = rank_and_count()
@@ -301,7 +301,7 @@ def _save(cell: Cell, wrapped: nn.Module, model: nn.Module, optimizer: Any) -> N
 
 
 def _load(cell: Cell, wrapped: nn.Module, optimizer: Any) -> None:
-    """Load the state that another number of processes saved."""
+    """Load the state saved by a different number of processes."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
     _, count = rank_and_count()
@@ -360,7 +360,7 @@ def deepspeed_config(cell: Cell) -> dict[str, Any]:
 
 
 def deepspeed_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the whole state of a model that ZeRO shards."""
+    """Return the full state of a model sharded by ZeRO."""
     import deepspeed
 
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
@@ -368,7 +368,7 @@ def deepspeed_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def run_accelerate(cell: Cell) -> dict[str, Tensor]:
-    """Train in Accelerate's loop; return the whole state at the end."""
+    """Train in Accelerate's loop; return the full final state."""
     from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin
     from accelerate.state import AcceleratorState, GradientState
 
@@ -419,7 +419,7 @@ def run_accelerate(cell: Cell) -> dict[str, Tensor]:
         if step + 1 == SAVED_AT and not cell.first and count > 1:
             accelerator.save_state(str(cell.checkpoint(count)), safe_serialization=False)
             if accelerator.is_main_process:
-                # check_engine lets only DDP pass, whose state is whole in each process
+                # check_engine accepts only DDP, which holds the full state in each process
                 accelerator.unwrap_model(wrapped, keep_torch_compile=False).save_pretrained(cell.checkpoint(count))
     if allocator is not None:
         cell.budgets = allocator.budgets
@@ -429,7 +429,7 @@ def run_accelerate(cell: Cell) -> dict[str, Tensor]:
 
 
 def _whole(wrapped: nn.Module) -> dict[str, Tensor]:
-    """Return the whole state of a model that DDP or FSDP wraps."""
+    """Return the full state of a model wrapped by DDP or FSDP."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     wrapped = getattr(wrapped, "_orig_mod", wrapped)
@@ -439,7 +439,7 @@ def _whole(wrapped: nn.Module) -> dict[str, Tensor]:
 
 
 def run_trainer(cell: Cell) -> dict[str, Tensor]:
-    """Train with transformers' Trainer; return the whole state at the end."""
+    """Train with transformers' Trainer; return the full final state."""
     from accelerate.state import AcceleratorState, GradientState
     from torch.utils.data import StackDataset
     from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -504,7 +504,7 @@ def run_trainer(cell: Cell) -> dict[str, Tensor]:
         train_sampling_strategy="sequential",
         **settings,
     )
-    # an epoch of the data is PER_EPOCH steps, so that the callback's epochs are those of the other loops
+    # the data have PER_EPOCH steps per epoch, so that the callback's epochs match the other loops
     data = StackDataset(pixel_values=X[: PER_EPOCH * BATCH], labels=y[: PER_EPOCH * BATCH])
     trainer = SnellaTrainer(
         make_model(cell.has_allocator),
@@ -531,7 +531,7 @@ RUNNERS = {"torchrun": run_torchrun, "accelerate": run_accelerate, "Trainer": ru
 
 
 def digest(cell: Cell, state: dict[str, Tensor]) -> str:
-    """Return a hash of budgets and sparse updates, which depend on the thresholds, as this process sees them."""
+    """Return a hash of this process's budgets and sparse updates, which depend on the thresholds."""
     from snella.matrices import adapted_matrices
 
     plain = make_model(cell.has_allocator)
@@ -542,24 +542,24 @@ def digest(cell: Cell, state: dict[str, Tensor]) -> str:
         raise AssertionError(f"unknown names in the gathered state: {unknown[:3]}")
     plain.load_state_dict(cleaned, strict=False)
     matrices = adapted_matrices(plain)
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     for matrix in matrices:
         if cell.budgets:
             matrix.layer.set_budget("default", [cell.budgets[matrix.name]])
-        found.update(f"{matrix.name} {matrix.budget}".encode())
-        found.update(matrix.sparse_update().numpy().tobytes())  # Δ·(|Δ| - threshold)
-    return found.hexdigest()[:12]
+        hasher.update(f"{matrix.name} {matrix.budget}".encode())
+        hasher.update(matrix.sparse_update().numpy().tobytes())  # Δ·(|Δ| - threshold)
+    return hasher.hexdigest()[:12]
 
 
 def _plain_name(name: str) -> str:
-    """Return a parameter's name without the names of wrappers."""
+    """Return a parameter name without the prefixes of wrappers."""
     for part in ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module."):
         name = name.replace(part, "")
     return name.removeprefix("module.")
 
 
 def run_cell(cell: Cell) -> dict[str, Any]:
-    """Run a cell; return its result in this process."""
+    """Run a cell and return the result of this process."""
     import safetensors.torch
 
     written: list[str] = []
@@ -600,7 +600,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
 
 
 def cells(arguments: argparse.Namespace, count: int) -> Iterator[Cell]:
-    """Yield the cells of one launch, DeepSpeed's last because it patches torch."""
+    """Yield the cells of one launch; DeepSpeed comes last because it patches torch."""
     folder = Path(arguments.folder)
     if count == 1:
         for loop in arguments.loops:
@@ -622,7 +622,7 @@ def cells(arguments: argparse.Namespace, count: int) -> Iterator[Cell]:
 
 
 def work(arguments: argparse.Namespace) -> None:
-    """Run the cells of one launch, and write this process's results."""
+    """Run the cells of one launch and write the results of this process."""
     warnings.simplefilter("ignore")
     rank, count = rank_and_count()
     torch.set_num_threads(1)
@@ -639,7 +639,7 @@ def work(arguments: argparse.Namespace) -> None:
 
 
 def run(words: Sequence[str], log: Path, environment: dict[str, str], timeout: float) -> bool:
-    """Run a command with its output in a file; kill it with its children after `timeout` seconds."""
+    """Run a command and log its output to a file; kill it and its children after `timeout` seconds."""
     with log.open("w") as stream:
         process = subprocess.Popen(words, stdout=stream, stderr=stream, env=environment, start_new_session=True)
         try:
@@ -651,7 +651,7 @@ def run(words: Sequence[str], log: Path, environment: dict[str, str], timeout: f
 
 
 def launch(launcher: str, count: int, folder: Path, arguments: argparse.Namespace) -> list[Result]:
-    """Run a worker in `count` processes; return the results of all processes."""
+    """Run a worker in `count` processes and return all results."""
     loops = [loop for loop in arguments.loops if (loop == "accelerate") == (launcher == "accelerate")]
     worker = [__file__, "--worker", launcher, "--folder", str(folder), "--loops", *loops]
     worker += ["--engines", *arguments.engines, "--options", *arguments.options]
@@ -671,11 +671,11 @@ def launch(launcher: str, count: int, folder: Path, arguments: argparse.Namespac
 
 Result = dict[str, Any]
 Key = tuple[str, str, str, bool, int, bool]
-"""Loop, engine, option, whether there is an allocator, number of processes, whether the training is a resumed one."""
+"""Loop, engine, option, True with an allocator, number of processes, True for a resumed run."""
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> list[Result]:
-    """Run all launches; return one row per training."""
+    """Run all launches and return one row per run."""
     by_key: dict[Key, list[Result]] = {}
     for launcher in sorted({"accelerate" if loop == "accelerate" else "torchrun" for loop in arguments.loops}):
         for count in (*arguments.counts, 1):
@@ -688,7 +688,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[Result]:
 
 
 def summarize(key: Key, results: list[Result], by_key: dict[Key, list[Result]]) -> Result:
-    """Compare the processes of one training with each other and with one process."""
+    """Compare the processes of one run with each other and with a single process."""
     loop, engine, option, has_allocator, count, is_resumed = key
     row: Result = {
         "loop": loop,
@@ -729,7 +729,7 @@ def summarize(key: Key, results: list[Result], by_key: dict[Key, list[Result]]) 
 
 
 def table(rows: list[Result]) -> str:
-    """Return the markdown table, and the number of settings that end with an error.
+    """Return the Markdown table and the number of failed settings.
 
     Settings with equal results share a line.
     """
@@ -747,26 +747,26 @@ def table(rows: list[Result]) -> str:
                 failed += 1
                 continue
             lines.append(_line(name, loop, option, cells))
-    for place in range(3):
-        lines = _merge(lines, place)
+    for column in range(3):
+        lines = _merge(lines, column)
     head = ["engine", "loop", "option", "same on all ranks", "loss, 2", "loss, 4", "saved", "2 → 4", "4 → 1"]
     texts = [f"| {' | '.join(line)} |" for line in ([*head, "bytes per step"], ["---"] * 10, *lines)]
-    return "\n".join([*texts, "", f"{failed} settings end with an error (see the rows)."])
+    return "\n".join([*texts, "", f"{failed} settings failed; the rows contain their errors."])
 
 
-def _merge(lines: list[list[str]], place: int) -> list[list[str]]:
-    """Join lines that differ only in one cell."""
+def _merge(lines: list[list[str]], column: int) -> list[list[str]]:
+    """Join lines that differ only in the cell at `column`."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for line in lines:
-        groups.setdefault((*line[:place], *line[place + 1 :]), []).append(line[place])
-    return [[*rest[:place], ", ".join(names), *rest[place:]] for rest, names in groups.items()]
+        groups.setdefault((*line[:column], *line[column + 1 :]), []).append(line[column])
+    return [[*rest[:column], ", ".join(names), *rest[column:]] for rest, names in groups.items()]
 
 
 def _line(engine: str, loop: str, option: str, cells: dict[tuple[int, int | None], Result]) -> list[str]:
     """Return the cells of one line of the table."""
-    done = [row for row in cells.values() if "error" not in row]
-    fresh = [row for row in done if row["resumed_from"] is None]
-    same = "yes" if all(row["same_on_all_ranks"] for row in done) else "**no**"
+    finished = [row for row in cells.values() if "error" not in row]
+    fresh = [row for row in finished if row["resumed_from"] is None]
+    same = "yes" if all(row["same_on_all_ranks"] for row in finished) else "**no**"
     files = sorted({row["processes_that_saved"] for row in fresh})
     number_of_bytes = sorted({max(row["allocator_bytes_per_step"], default=0) for row in fresh})
     entries = [_difference(cells.get(key)) for key in ((2, None), (4, None), (4, 2), (1, 4))]
@@ -776,14 +776,14 @@ def _line(engine: str, loop: str, option: str, cells: dict[tuple[int, int | None
 
 
 def _difference(row: Result | None) -> str:
-    """Return the largest difference of the loss, or the error."""
+    """Return the largest difference in loss, or the error."""
     if row is None:
         return "–"
     return _short(row["error"]) if "error" in row else f"{row['largest_loss_difference']:.0e}"
 
 
 def _short(error: str) -> str:
-    """Return an error that fits into a table."""
+    """Shorten an error for the table."""
     text = re.sub(r"(/[\w.-]+){3,}/", "…/", error).replace("|", "/")
     return f"`{text if len(text) <= 130 else text[:129] + '…'}`"
 
@@ -803,7 +803,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--engines", nargs="+", default=ENGINES, choices=ENGINES)
     command.add_argument("--options", nargs="+", default=OPTIONS, choices=OPTIONS)
     command.add_argument("--counts", nargs="+", type=int, default=COUNTS)
-    command.add_argument("--timeout", type=float, default=900, help="seconds of one launch")
+    command.add_argument("--timeout", type=float, default=900, help="maximum seconds per launch")
     command.add_argument("--out", type=Path, default=ROWS)
     command.add_argument("--table", action="store_true", help="only write the table")
     command.add_argument("--worker", help=argparse.SUPPRESS)
@@ -812,7 +812,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    """Run the benchmark, or one of its processes."""
+    """Run the benchmark or one of its processes."""
     arguments = parser().parse_args()
     if arguments.worker:
         work(arguments)

@@ -4,8 +4,8 @@ python benchmarks/model_rows.py                       every model and setting; a
 python benchmarks/model_rows.py vit_large --rounds 5  models by name prefix
 
 Autograd hooks count each saved storage once. Large models are built with their first blocks only. Because all blocks
-are identical, two depths give the exact bytes of the whole model; time ratios are those of the shorter model, whose
-depth is in the row. Steps of all methods are interleaved in one process.
+are identical, two depths give the exact bytes of the whole model; time ratios refer to the shorter model, whose
+depth is recorded in the row. Steps of all methods are interleaved in one process.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Setting:
         autocast: Run steps under bfloat16 autocast.
         frozen: Dtype of the frozen weights.
         fused: Use fused attention in Swin (timm's `TIMM_FUSED_ATTN=2`).
-        options: More options of the model or its configuration.
+        options: Further options of the model or its configuration.
     """
 
     model: str
@@ -85,7 +85,7 @@ SETTINGS = [
     Setting("convnext_base", batch=4),
     Setting("llama", batch=1, tokens=512, depth=2, blocks=32),
 ]
-# options in addition to rank, modules and sparsity
+# options other than rank, modules and sparsity
 SNELLA = {
     "snella": {},
     "snella-bf16-gradient": {"weight_gradient": "bfloat16"},

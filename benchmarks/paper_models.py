@@ -50,7 +50,7 @@ def classifier(backbone: str, batch: int) -> CountedStep:
 
 @cache
 def sam(name: str, batch: int) -> CountedStep:
-    """Count SAM's image encoder and mask decoder at 1024×1024; each quarter of the blocks ends with a global one."""
+    """Count SAM's image encoder and mask decoder at 1024×1024; each quarter of the blocks ends with a global block."""
     sizes = _SAM[name]
     quarter = sizes["num_hidden_layers"] // 4
     vision = SamVisionConfig(

@@ -74,7 +74,7 @@ def build(method: str, name: str, size: int) -> nn.Module:
 def step_times(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, precision: str) -> tuple[float, float]:
     """Return the seconds of forward and backward in training mode, and of a forward pass in evaluation mode."""
     model.train()
-    begun = time.perf_counter()
+    training_start = time.perf_counter()
     with autocast(images.device, precision):
         logits = model(images)
     nn.functional.cross_entropy(logits.float(), labels).backward()
@@ -84,7 +84,7 @@ def step_times(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, pre
     start = time.perf_counter()
     with torch.no_grad(), autocast(images.device, precision):
         model(images)
-    return trained - begun, time.perf_counter() - start
+    return trained - training_start, time.perf_counter() - start
 
 
 if __name__ == "__main__":

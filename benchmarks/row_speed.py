@@ -7,10 +7,10 @@ from typing import Any
 
 from counted_step import CountedStep
 
-BACKBONE, CONTENDER, BATCHES = "vit_base_patch16_224", "snella", (4, 16)
-_SETTING = {"benchmark": "step_time", "backbone": BACKBONE, "contender": CONTENDER, "dtype": "float32", "r": 8}
+BACKBONE, METHOD, BATCHES = "vit_base_patch16_224", "snella", (4, 16)
+_SETTING = {"benchmark": "step_time", "backbone": BACKBONE, "contender": METHOD, "dtype": "float32", "r": 8}
 _SPARSITY = 0.7
-_LEAST_ROUNDS = 3
+_MIN_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,15 @@ def row_speed(rows: list[dict[str, Any]], counted: CountedStep) -> RowSpeed:
         counted: One image of the rows' backbone.
 
     Raises:
-        ValueError: If a batch size has no such CPU row, the rows come from two machines, or times do not grow with the
-            batch size, or grow faster.
+        ValueError: If a batch size has no CPU row, the rows come from two machines, or times do not grow with the batch
+            size, or grow faster.
     """
     by_batch = {batch: _row(rows, batch) for batch in BATCHES}
     missing = [str(batch) for batch, row in by_batch.items() if row is None]
     if missing:
         raise ValueError(
-            f"results.jsonl must contain rows of {CONTENDER} on {BACKBONE} in float32 on a CPU, medians of at least "
-            f"{_LEAST_ROUNDS} rounds, at batch {' and '.join(map(str, BATCHES))}, got none at {', '.join(missing)}; "
+            f"results.jsonl must contain rows of {METHOD} on {BACKBONE} in float32 on a CPU, medians of at least "
+            f"{_MIN_ROUNDS} rounds, at batch {' and '.join(map(str, BATCHES))}, got none at {', '.join(missing)}; "
             "run: python benchmarks/step_time.py"
         )
     small, large = (row for row in by_batch.values() if row is not None)
@@ -85,7 +85,7 @@ def _row(rows: list[dict[str, Any]], batch: int) -> dict[str, Any] | None:
         for row in rows
         if all(row.get(key) == value for key, value in setting.items())
         and row["device"].startswith("cpu")
-        and row["rounds"] >= _LEAST_ROUNDS
+        and row["rounds"] >= _MIN_ROUNDS
     ]
     return matching[-1] if matching else None
 

@@ -1,4 +1,4 @@
-"""SNELLA's recomputation of inputs against torch's selective activation checkpointing of the blocks.
+"""SNELLA's recomputation of inputs, compared with torch's selective activation checkpointing of the blocks.
 
 python benchmarks/selective_checkpointing.py              every model and the checks; appends to the .jsonl file
 python benchmarks/selective_checkpointing.py vit --rounds 9
@@ -103,8 +103,8 @@ def checkpoint_blocks(
 
     Args:
         model: The model.
-        contexts: Returns the contexts of a block's forward pass and of its recomputation.
-        saving: Returns the context in which a block's inputs are saved.
+        contexts: Function that returns the contexts of a block's forward pass and of its recomputation.
+        saving: Function that returns the context in which a block's inputs are saved.
     """
 
     def run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -122,14 +122,14 @@ def checkpoint_blocks(
 
 
 class _KeepRounded(TorchDispatchMode):
-    """Keeps the results of linear layers in int8."""
+    """Dispatch mode that stores the results of linear layers in int8."""
 
     def __init__(self, kept: list[Kept]) -> None:
         super().__init__()
         self.kept = kept
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call the function and keep its result."""
+        """Call the function and store its result."""
         output = func(*args, **(kwargs or {}))
         if func in LINEAR:
             y, *thresholds = output if isinstance(output, tuple) else (output,)
@@ -138,14 +138,14 @@ class _KeepRounded(TorchDispatchMode):
 
 
 class _ReturnRounded(TorchDispatchMode):
-    """Returns the kept results instead of computing them."""
+    """Dispatch mode that returns the stored results instead of computing them."""
 
     def __init__(self, kept: list[Kept]) -> None:
         super().__init__()
         self.kept = kept
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call the function or return its kept result."""
+        """Call the function or return its stored result."""
         if func not in LINEAR:
             return func(*args, **(kwargs or {}))
         encoded, thresholds = self.kept.pop(0)
@@ -153,13 +153,13 @@ class _ReturnRounded(TorchDispatchMode):
 
 
 def rounded_contexts() -> Contexts:
-    """Return contexts that keep the results of linear layers in int8."""
+    """Return contexts that store the results of linear layers in int8."""
     kept: list[Kept] = []
     return _KeepRounded(kept), _ReturnRounded(kept)
 
 
 def round_saved(note: Callable[[Any], None]) -> AbstractContextManager[None]:
-    """Return saved-tensor hooks that keep activations in int8 and call `note` with what they keep."""
+    """Return saved-tensor hooks that store activations in int8 and call `note` with each stored value."""
 
     def pack(tensor: Tensor) -> Tensor | Encoded:
         is_activation = tensor.is_floating_point() and tensor.requires_grad and not tensor.is_leaf
@@ -198,7 +198,7 @@ class Variant(MethodRunner):
         return contexts
 
     def kept_bytes(self) -> int:
-        """Return the bytes kept for the backward pass by hooks and contexts, each storage once, without the model's."""
+        """Return the bytes saved by hooks and contexts; count each storage once and exclude the model's."""
 
         def keep(tensor: Tensor) -> Tensor:
             self._note(tensor)
@@ -233,7 +233,7 @@ class Variant(MethodRunner):
 
 
 def kept_bytes(name: str, setting: Setting) -> int:
-    """Return the kept bytes of the whole model, extrapolated from two depths if its blocks are identical."""
+    """Return the saved bytes of the whole model, extrapolated from two depths if its blocks are identical."""
     if setting.blocks is None:
         depths = {key: value for key, value in (setting.options or {}).items() if key != "depths"}
         return Variant(name, replace(setting, options=depths)).kept_bytes()
@@ -265,7 +265,7 @@ def measure(title: str, setting: Setting, rounds: int) -> list[dict[str, Any]]:
             row["loss_same_bits"] = torch.equal(grads["loss"], exact["loss"])
             row["gradients_same_bits"] = all(torch.equal(grads[key], exact[key]) for key in exact)
             row["gradient_error"] = float(f"{error_of(grads, exact):.3g}")
-        # tensors of the step besides the kept ones
+        # unsaved tensors of the step
         row["step_mib"] = round((peak_bytes(variant.loss_and_backward) - variant.kept_bytes()) / 2**20, 1)
         rows.append(row)
     del exact
@@ -319,7 +319,7 @@ def _compiled_gradients(name: str) -> dict[str, Tensor]:
     elif name in POLICIES:
         checkpoint_blocks(variant.model, POLICIES[name])
     variant.model.compile(backend="aot_eager", fullgraph=True)
-    # the layer notes that it was applied, a side effect in a checkpointed part
+    # the layer records that it was applied, a side effect inside a checkpointed block
     with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True):
         return variant.gradients()
 
@@ -354,7 +354,7 @@ def _outcome(function: Callable[[], str]) -> str:
     """Return the result of the function, or the first sentence of its error."""
     try:
         return function()
-    except Exception as error:  # the outcome is the error
+    except Exception as error:  # the error is the outcome
         lines = [line for line in str(error).splitlines() if line.strip()]
         return f"{type(error).__name__}: {(lines or [''])[0].partition('. ')[0].strip()}"
 
@@ -366,7 +366,7 @@ def _difference(grads: dict[str, Tensor], exact: dict[str, Tensor]) -> str:
 
 
 def measure_frames(title: str, setting: Setting) -> dict[str, Any]:
-    """Return the cost of the checks whether the frame of a tracked block is running, in one step."""
+    """Measure the cost per step of checking if the frame of a tracked block is running."""
     variant, seconds = Variant("snella", setting), [0.0, 0.0]
     is_running = recompute._TrackingMode.is_running
 

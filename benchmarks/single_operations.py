@@ -44,7 +44,7 @@ def measure_sampling(
         A row with both times in seconds and their ratio.
 
     Raises:
-        RuntimeError: If the sampled entries differ from those of the dense product.
+        RuntimeError: If the sampled entries differ from the dense product.
     """
     factors, generator = _random_factors(m, n, r)
     spec, budget = UpdateSpec(make_kernel("mix_k"), (m,), backend="numba"), round(density * m * n)

@@ -22,7 +22,7 @@ Images = dict[str, dict[str, list[Callable[[], Image.Image]]]]
 
 _CLIPART = ("animals", "buildings", "food", "geography", "people", "recreation", "tools", "transportation")
 _TEXTURES = ("base_floor", "base_light", "base_wall", "clown", "gothic_block", "gothic_trim", "oquartz", "skies")
-# images per class in train, val and test; test takes the rest up to this number
+# images per class in train and val, and the maximum in test
 _SIZES = {"clipart": (30, 8, 75), "emoji": (26, 7, 60), "textures": (32, 8, 75)}
 
 

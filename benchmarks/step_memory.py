@@ -48,27 +48,27 @@ BATCH = 8
 FIELDS = ("weights", "trainable", "kept", "peak")
 
 
-def count(contender: str, backbone: str, batch: int, depth: int | None) -> dict[str, int]:
+def count(method: str, backbone: str, batch: int, depth: int | None) -> dict[str, int]:
     """Count weights, trainable parameters, saved bytes and peak bytes of one model."""
     workload = Workload(backbone)
     torch.manual_seed(0)
     options = {} if depth is None else {"depth": depth}
     model = timm.create_model(backbone, num_classes=NUM_CLASSES, **options)
     weights = sum(p.numel() for p in model.parameters())
-    model = BASELINES[contender](model, workload)
+    model = BASELINES[method](model, workload)
     images, _ = random_batch(workload, 1)
     memory = predict_step_memory(model, tuple(images.shape[1:]), batch)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {"weights": weights, "trainable": trainable, "kept": memory.kept, "peak": memory.total}
 
 
-def count_whole(contender: str, backbone: str, batch: int, depths: tuple[int, ...]) -> dict[str, int]:
+def count_whole(method: str, backbone: str, batch: int, depths: tuple[int, ...]) -> dict[str, int]:
     """Count the whole model, extrapolated from two depths if given."""
     if not depths:
-        return count(contender, backbone, batch, None)
+        return count(method, backbone, batch, None)
     with torch.device("meta"):
         blocks = len(timm.create_model(backbone).blocks)
-    small, large = (count(contender, backbone, batch, depth) for depth in depths)
+    small, large = (count(method, backbone, batch, depth) for depth in depths)
     steps = (blocks - depths[0]) / (depths[1] - depths[0])
     return {name: round(small[name] + steps * (large[name] - small[name])) for name in FIELDS}
 

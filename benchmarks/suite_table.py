@@ -88,8 +88,8 @@ def update_suite(page: Path = PAGE) -> bool:
 def accuracy_table(experiment: Experiment, rows: Rows) -> str:
     """Format accuracies by task and costs, without the columns of `overview`."""
     headings, *lines = table_cells(summarize(experiment, rows), METRIC, with_costs=True)
-    shown = [place for place, heading in enumerate(headings) if heading not in IN_OVERVIEW]
-    return _markdown_table([[line[place] for place in shown] for line in (headings, *lines)])
+    shown = [column for column, heading in enumerate(headings) if heading not in IN_OVERVIEW]
+    return _markdown_table([[line[column] for column in shown] for line in (headings, *lines)])
 
 
 def leads(rows: Rows, leader: str, names: list[str], tasks: list[str]) -> dict[str, Difference | None]:

@@ -4,8 +4,8 @@ python benchmarks/triton_resources.py                         all capabilities a
 python benchmarks/triton_resources.py --capabilities 90 --launch 8 64        appends rows for another launch
 python benchmarks/triton_resources.py --capabilities 90 --ranks 8 --check    only compiles
 
-Each kernel is compiled with the settings that select its branches, and as at a launch with pointers and sizes that are
-divisible by 16 (`aligned`); capability 9.0 also without. Resources come from Triton's copy of `cuobjdump`. Occupancy is
+Each kernel is compiled for each of its branches, with pointers and sizes divisible by 16 (`aligned`); for capability
+9.0, also without this alignment. Resources come from Triton's copy of `cuobjdump`. Occupancy is
 the fraction of a multiprocessor's warps that registers, shared memory and the program limit allow. The script also
 compiles for AMD's `gfx942`; those rows only report errors.
 """
@@ -154,7 +154,7 @@ def executed_instructions(instructions: list[tuple[int, str]], entries: int, pie
     """Count the instructions that a thread with `entries` entries executes.
 
     A backward branch ends a loop. The innermost loop with square roots iterates over the pieces, a loop with only
-    multiplications over a piece's width. The compiler may have unrolled a part: the loop then contains more than one
+    multiplications over a piece's width. If the compiler unrolled part of a loop, the loop contains more than one
     root or product per entry.
     """
 

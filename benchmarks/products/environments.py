@@ -11,12 +11,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 ENVIRONMENTS: dict[str, tuple[tuple[str, ...], ...]] = {
-    # without spacy, a dependency of fastai that images do not need
+    # without spacy, which fastai needs only for text
     "fastai": (
         ("--no-deps", "fastai==2.8.*", "fastdownload>=0.0.8,<2"),
         ("fastcore", "fastprogress", "fasttransform", "plum-dispatch<2.10", "cloudpickle"),
     ),
-    # lists what images need; with all dependencies (speech, text, object detection), pip takes more than ten minutes
+    # dependencies for images only; with speech, text and object detection, pip takes more than ten minutes
     "autogluon": (
         ("--no-deps", "autogluon.multimodal==1.6.*", "autogluon.core==1.6.*", "autogluon.features==1.6.*"),
         (
@@ -35,7 +35,7 @@ ENVIRONMENTS: dict[str, tuple[tuple[str, ...], ...]] = {
 """Arguments of consecutive `pip install` calls by environment."""
 
 NOT_INSTALLED = {"tabpfn": "downloads its weights from a hub; no package contains them"}
-"""Excluded tools and the reason."""
+"""Excluded tools with the reason."""
 
 _SHARED = ("torch", "torchvision")
 

@@ -49,7 +49,7 @@ _NEAR = 0.02  # root mean square difference of near-duplicates, at 32x32 pixels 
 
 
 @dataclass(frozen=True)
-class Picture:
+class Sample:
     """One image: function that creates it, class, and origin shared with related images."""
 
     name: str
@@ -68,15 +68,15 @@ class Folder:
         debian: Debian packages.
         pypi: PyPI package.
         shares: Fractions of train, val and test.
-        most: Maximum number of images per class.
-        is_checked: Remove near-duplicates from val and test; disabled for data whose images all look alike.
+        max_per_class: Maximum number of images per class.
+        is_checked: Remove near-duplicates from val and test; disabled if all images of a dataset look alike.
     """
 
-    read: Callable[[Path], list[Picture]]
+    read: Callable[[Path], list[Sample]]
     debian: tuple[str, ...] = ()
     pypi: str = ""
     shares: tuple[float, float, float] = (0.6, 0.15, 0.25)
-    most: int = 250
+    max_per_class: int = 250
     is_checked: bool = True
 
 
@@ -116,51 +116,51 @@ def fetch(packages: Path, folder: Folder) -> None:
         subprocess.run(command, check=True)
 
 
-def divide(pictures: list[Picture], folder: Folder) -> list[Picture]:
+def divide(samples: list[Sample], folder: Folder) -> list[Sample]:
     """Assign images to splits: each origin goes to the split that lacks most of its classes."""
-    if any(picture.part for picture in pictures):
-        return pictures
-    chance = random.Random(_SEED)
-    pictures = sorted(pictures, key=lambda picture: picture.name)
-    chance.shuffle(pictures)
-    kept: list[Picture] = []
+    if any(sample.part for sample in samples):
+        return samples
+    rng = random.Random(_SEED)
+    samples = sorted(samples, key=lambda sample: sample.name)
+    rng.shuffle(samples)
+    limited: list[Sample] = []
     seen: Counter[str] = Counter()
-    for picture in pictures:
-        seen[picture.label] += 1
-        if seen[picture.label] <= folder.most:
-            kept.append(picture)
-    total = Counter(picture.label for picture in kept)
+    for sample in samples:
+        seen[sample.label] += 1
+        if seen[sample.label] <= folder.max_per_class:
+            limited.append(sample)
+    total = Counter(sample.label for sample in limited)
     missing = {
         part: {label: share * total[label] for label in total}
         for part, share in zip(_PARTS, folder.shares, strict=True)
     }
-    origins: dict[str, list[Picture]] = defaultdict(list)
-    for picture in kept:
-        origins[picture.origin].append(picture)
+    origins: dict[str, list[Sample]] = defaultdict(list)
+    for sample in limited:
+        origins[sample.origin].append(sample)
     # large origins first, so that small ones balance the splits
     parts: dict[str, str] = {}
     for origin in sorted(origins, key=lambda origin: -len(origins[origin])):
-        labels = Counter(picture.label for picture in origins[origin])
+        labels = Counter(sample.label for sample in origins[origin])
 
-        def lack(part: str, labels: Counter[str] = labels) -> float:
+        def deficit(part: str, labels: Counter[str] = labels) -> float:
             scale = folder.shares[_PARTS.index(part)]
             return sum(missing[part][label] / (scale * total[label]) * number for label, number in labels.items())
 
-        parts[origin] = max(_PARTS, key=lack)
+        parts[origin] = max(_PARTS, key=deficit)
         for label, number in labels.items():
             missing[parts[origin]][label] -= number
-    return [replace(picture, part=parts[picture.origin]) for picture in kept]
+    return [replace(sample, part=parts[sample.origin]) for sample in limited]
 
 
-def write(out: Path, pictures: list[Picture], is_checked: bool = True) -> dict[str, Counter[str]]:
-    """Write the images without near-duplicates of an earlier split, and count them by split and class."""
+def write(out: Path, samples: list[Sample], is_checked: bool = True) -> dict[str, Counter[str]]:
+    """Write the images except near-duplicates of an earlier split, and count them by split and class."""
     if out.exists():
         shutil.rmtree(out)
     before = np.zeros((0, 32 * 32 * 3), np.float32)
     counts: dict[str, Counter[str]] = {}
     for part in _PARTS:
-        chosen = sorted((p for p in pictures if p.part == part), key=lambda p: (p.label, p.name))
-        images = [(picture, picture.make().convert("RGB")) for picture in chosen]
+        chosen = sorted((p for p in samples if p.part == part), key=lambda p: (p.label, p.name))
+        images = [(sample, sample.make().convert("RGB")) for sample in chosen]
         small = np.stack([np.asarray(image.resize((32, 32)), np.float32).ravel() / 255 for _, image in images])
         is_new = np.ones(len(images), bool)
         if is_checked and len(before):
@@ -168,12 +168,12 @@ def write(out: Path, pictures: list[Picture], is_checked: bool = True) -> dict[s
             is_new = square.min(1) > _NEAR**2 * small.shape[1]
         before = np.concatenate([before, small[is_new]])
         counts[part] = Counter()
-        for (picture, image), new in zip(images, is_new, strict=True):
+        for (sample, image), new in zip(images, is_new, strict=True):
             if new:
-                counts[part][picture.label] += 1
-                folder = out / part / picture.label
+                counts[part][sample.label] += 1
+                folder = out / part / sample.label
                 folder.mkdir(parents=True, exist_ok=True)
-                image.save(folder / f"{re.sub(r'[^a-z0-9]+', '-', picture.name.lower()).strip('-')}.png")
+                image.save(folder / f"{re.sub(r'[^a-z0-9]+', '-', sample.name.lower()).strip('-')}.png")
     return counts
 
 
@@ -210,12 +210,12 @@ def item(images: Dataset, number: int, side: int) -> Image.Image:
     return images[number][0].resize((side, side))
 
 
-def clipart(packages: Path) -> list[Picture]:
+def clipart(packages: Path) -> list[Sample]:
     """Return drawings by subject."""
     root = packages / "usr/share/openclipart/png"
     labels = ("animals", "buildings", "food", "geography", "people", "plants", "recreation", "tools", "transportation")
     return [
-        Picture(
+        Sample(
             f"{label}-{path.stem}",
             label,
             f"{label}/{path.parent.name}/{_stem(path.stem)}",
@@ -227,31 +227,31 @@ def clipart(packages: Path) -> list[Picture]:
     ]
 
 
-def emoji(packages: Path) -> list[Picture]:
+def emoji(packages: Path) -> list[Sample]:
     """Return emoji by Unicode group."""
     groups = emoji_pictures(packages / "usr/share")
-    return [Picture(code, label, code, makes[0]) for label, codes in groups.items() for code, makes in codes.items()]
+    return [Sample(code, label, code, makes[0]) for label, codes in groups.items() for code, makes in codes.items()]
 
 
-def textures(packages: Path) -> list[Picture]:
+def textures(packages: Path) -> list[Sample]:
     """Return quarters of game textures by set; quarters of one texture share an origin."""
     sets = texture_pictures(packages / "usr/share/games/openarena/baseoa/pak4-textures.pk3")
     return [
-        Picture(f"{name}-{number}", label, f"{label}/{_stem(name)}", make)
+        Sample(f"{name}-{number}", label, f"{label}/{_stem(name)}", make)
         for label, origins in sets.items()
         for name, makes in origins.items()
         for number, make in enumerate(makes)
     ]
 
 
-def stamps(packages: Path) -> list[Picture]:
+def stamps(packages: Path) -> list[Sample]:
     """Return photos and drawings of objects by category."""
     from snella_lab.bundled.data import load_stamps
 
     root = packages / "usr/share/tuxpaint/stamps"
     data = load_stamps(str(root))
     return [
-        Picture(
+        Sample(
             name,
             data.classes[label],
             str(Path(name).with_name(_stem(Path(name).stem))),
@@ -261,32 +261,32 @@ def stamps(packages: Path) -> list[Picture]:
     ]
 
 
-def cells(_: Path) -> list[Picture]:
+def cells(_: Path) -> list[Sample]:
     """Return intact and defective solar cells; 60 consecutive cells (about one module) share an origin."""
     from snella_lab.bundled.data import load_elpv
 
     data = load_elpv()
     images = data.train
     return [
-        Picture(name, data.classes[label], f"module-{number // 60}", partial(item, images, number, 150))
+        Sample(name, data.classes[label], f"module-{number // 60}", partial(item, images, number, 150))
         for number, (name, label) in enumerate(zip(images.names, images.labels, strict=True))
     ]
 
 
-def mri_regions(packages: Path) -> list[Picture]:
+def mri_regions(packages: Path) -> list[Sample]:
     """Return MRI patches by brain region, split into separate slabs."""
     from snella_lab.bundled.data import load_mri_regions
 
     data = load_mri_regions(str(packages / "usr/share/mricron/templates"))
-    pictures = []
+    samples = []
     for part in _PARTS:
         images = getattr(data, part)
         for number, (name, label) in enumerate(zip(images.names, images.labels, strict=True)):
-            pictures.append(Picture(name, data.classes[label], part, partial(item, images, number, 64), part))
-    return pictures
+            samples.append(Sample(name, data.classes[label], part, partial(item, images, number, 64), part))
+    return samples
 
 
-def scripts(packages: Path) -> list[Picture]:
+def scripts(packages: Path) -> list[Sample]:
     """Return letters by script in Noto fonts; the glyphs of one letter share an origin."""
     from fontTools.ttLib import TTFont
 
@@ -306,22 +306,22 @@ def scripts(packages: Path) -> list[Picture]:
                 "Ll",
             ):
                 letters[script_of[code]][code].append(font)
-    pictures = []
+    samples = []
     for script, codes in letters.items():
         chosen = sorted(codes)
         random.Random(script).shuffle(chosen)
         if len(chosen) >= _LETTERS:
             for code in chosen[:24]:
                 for number, font in enumerate(codes[code][:2]):
-                    pictures.append(
-                        Picture(
+                    samples.append(
+                        Sample(
                             f"{code:05x}-{number}",
                             script,
                             f"{chr(code).lower()}",
                             partial(glyph, chr(code), font),
                         )
                     )
-    return pictures
+    return samples
 
 
 def glyph(text: str, font: Path, side: int = 96) -> Image.Image:
@@ -338,7 +338,7 @@ def glyph(text: str, font: Path, side: int = 96) -> Image.Image:
     return square.convert("RGB")
 
 
-def letters(packages: Path) -> list[Picture]:
+def letters(packages: Path) -> list[Sample]:
     """Return capital letters in display and text fonts; the fonts of one package share an origin."""
     from fontTools.ttLib import TTFont, TTLibError
 
@@ -357,24 +357,24 @@ def letters(packages: Path) -> list[Picture]:
                     r"(?i)symbol|ding|dseg|italic|oblique|bold", font.stem
                 ):
                     fonts[folder.name].append(font)
-    pictures = []
+    samples = []
     for package, files in fonts.items():
         chosen = sorted(files)
         random.Random(package).shuffle(chosen)
         for font in chosen[:4]:
             for letter in alphabet:
-                pictures.append(Picture(f"{font.stem}-{letter}", letter, package, partial(glyph, letter, font)))
-    return pictures
+                samples.append(Sample(f"{font.stem}-{letter}", letter, package, partial(glyph, letter, font)))
+    return samples
 
 
-def units(packages: Path) -> list[Picture]:
+def units(packages: Path) -> list[Sample]:
     """Return game characters by faction; the frames of one character share an origin."""
     root = next((packages / "usr/share/games/wesnoth").glob("*/data/core/images/units"))
     people = """
     drakes dunefolk dwarves elves-wood goblins human-loyalists human-magi human-outlaws merfolk monsters nagas orcs
     saurians trolls undead undead-skeletal woses
     """.split()  # noqa: SIM905
-    pictures = []
+    samples = []
     for label in people:
         frames: dict[str, list[Path]] = defaultdict(list)
         for path in sorted((root / label).rglob("*.png")):
@@ -390,13 +390,13 @@ def units(packages: Path) -> list[Picture]:
             chosen = random.Random(figure).sample(files, min(len(files), 8))
             for path in chosen:
                 name = f"{figure}-{path.stem}"
-                pictures.append(Picture(name, label, f"{label}/{figure}", partial(drawing, path)))
-    return pictures
+                samples.append(Sample(name, label, f"{label}/{figure}", partial(drawing, path)))
+    return samples
 
 
-def furniture(packages: Path) -> list[Picture]:
+def furniture(packages: Path) -> list[Sample]:
     """Return rendered furniture and household objects by room or type."""
-    pictures = []
+    samples = []
     for archive in sorted((packages / "usr/share/sweethome3d/furniture").glob("*.sh3f")):
         with zipfile.ZipFile(archive) as files:
             lines = files.read("PluginFurnitureCatalog.properties").decode("latin-1").splitlines()
@@ -407,47 +407,47 @@ def furniture(packages: Path) -> list[Picture]:
                     continue
                 stem = Path(icon).stem
                 origin, make = f"{archive.stem}/{_stem(stem)}", partial(drawing, io.BytesIO(files.read(icon)))
-                pictures.append(Picture(f"{archive.stem}-{stem}", label.lower().replace(" ", "-"), origin, make))
-    return pictures
+                samples.append(Sample(f"{archive.stem}-{stem}", label.lower().replace(" ", "-"), origin, make))
+    return samples
 
 
 _KINDS = {0: "galaxy", 1: "galaxy", 3: "galaxy", 6: "open-cluster", 7: "globular-cluster", 11: "planetary-nebula",
           13: "nebula", 14: "nebula", 15: "nebula", 16: "nebula", 17: "nebula"}  # fmt: skip
 
 
-def nebulae(packages: Path) -> list[Picture]:
+def nebulae(packages: Path) -> list[Sample]:
     """Return photos of the sky by object type in Stellarium's catalog."""
     root = packages / "usr/share/stellarium/nebulae/default"
     kinds = {name: kind for name, kind in _catalog(gzip.decompress((root / "catalog.dat").read_bytes()))}
-    pictures = []
+    samples = []
     for path in sorted(root.glob("*.png")):
         match = re.match(r"(sh2-|[a-z]+)0*(\d+)", path.stem)
         kind = _KINDS.get(kinds.get(match[1] + match[2], -1)) if match else None
         if match and kind:
-            pictures.append(Picture(path.stem, kind, match[0], partial(photograph, path)))
-    return pictures
+            samples.append(Sample(path.stem, kind, match[0], partial(photograph, path)))
+    return samples
 
 
 def _catalog(content: bytes) -> Iterator[tuple[str, int]]:
     """Parse names and types of objects from version 3.20 of the catalog, a serialized Qt stream."""
-    place = 0
+    offset = 0
 
     def numbers(layout: str) -> tuple[Any, ...]:
-        nonlocal place
-        values = struct.unpack_from(f">{layout}", content, place)
-        place += struct.calcsize(f">{layout}")
+        nonlocal offset
+        values = struct.unpack_from(f">{layout}", content, offset)
+        offset += struct.calcsize(f">{layout}")
         return values
 
     def text() -> str:
-        nonlocal place
+        nonlocal offset
         length = numbers("I")[0] % 0xFFFFFFFF
-        place += length
-        return content[place - length : place].decode("utf-16-be")
+        offset += length
+        return content[offset - length : offset].decode("utf-16-be")
 
     if (version := text()) != "3.20":
         raise ValueError(f"Stellarium's catalog must have version 3.20, got {version!r}")
     text()
-    while place < len(content):
+    while offset < len(content):
         numbers("i4d")
         (kind,) = numbers("I")
         text()
@@ -466,13 +466,13 @@ def _catalog(content: bytes) -> Iterator[tuple[str, int]]:
 _ANIMALS = ("bear", "bird", "cat", "cow", "dog", "elephant", "giraffe", "horse", "sheep", "zebra")
 
 
-def silhouettes(packages: Path) -> list[Picture]:
+def silhouettes(packages: Path) -> list[Sample]:
     """Return animal outlines, 28x28 pixels, black and white."""
     folder = next((packages / "pypi").glob("animal-shape-mnist/animal_shape_mnist/data/Animal Shape"))
     images = _array(folder / "animal_data_version_3.gz", np.dtype("u1")).reshape(-1, 28, 28)
     labels = _array(folder / "animal_label_version_3.gz", np.dtype("<i8"))
     return [
-        Picture(f"{number:05}", _ANIMALS[label], str(number), partial(Image.fromarray, images[number]))
+        Sample(f"{number:05}", _ANIMALS[label], str(number), partial(Image.fromarray, images[number]))
         for number, label in enumerate(labels)
     ]
 
@@ -494,17 +494,17 @@ staypuft summersby tomsontalks tuffy vollkorn yanone-kaffeesatz
 
 FOLDERS = {
     "clipart": Folder(clipart, ("openclipart-png",)),
-    "emoji": Folder(emoji, ("fonts-noto-color-emoji", "unicode-data"), shares=(0.2, 0.05, 0.75), most=120),
-    "textures": Folder(textures, ("openarena-081-textures",), shares=(0.3, 0.1, 0.6), most=120),
+    "emoji": Folder(emoji, ("fonts-noto-color-emoji", "unicode-data"), shares=(0.2, 0.05, 0.75), max_per_class=120),
+    "textures": Folder(textures, ("openarena-081-textures",), shares=(0.3, 0.1, 0.6), max_per_class=120),
     "stamps": Folder(stamps, ("tuxpaint-stamps-default",)),
-    "cells": Folder(cells, most=2000, is_checked=False),
+    "cells": Folder(cells, max_per_class=2000, is_checked=False),
     "mri-regions": Folder(mri_regions, ("mricron-data",), is_checked=False),
     "scripts": Folder(scripts, ("fonts-noto-core", "fonts-noto-extra", "unicode-data"), is_checked=False),
     "units": Folder(units, ("wesnoth-1.18-data",)),
     "furniture": Folder(furniture, ("sweethome3d-furniture",)),
     "nebulae": Folder(nebulae, ("stellarium-data",), shares=(0.5, 0.15, 0.35)),
     "letters": Folder(letters, tuple(f"fonts-{name}" for name in _FONTS), is_checked=False),
-    "silhouettes": Folder(silhouettes, pypi="animal-shape-mnist==0.39", most=500),
+    "silhouettes": Folder(silhouettes, pypi="animal-shape-mnist==0.39", max_per_class=500),
 }
 
 if __name__ == "__main__":

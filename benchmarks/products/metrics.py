@@ -2,7 +2,7 @@
 
 import numpy as np
 
-LEAST = 1e-6  # probabilities are clipped to this in the logarithm
+MIN_PROBABILITY = 1e-6  # probabilities are clipped to this in the logarithm
 _BINS = 15
 
 
@@ -32,6 +32,6 @@ def score(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     return {
         "accuracy": float(is_correct.mean()),
         "balanced_accuracy": float(np.mean(recalls)),
-        "nll": float(-np.log(np.maximum(probabilities[np.arange(len(labels)), labels], LEAST)).mean()),
+        "nll": float(-np.log(np.maximum(probabilities[np.arange(len(labels)), labels], MIN_PROBABILITY)).mean()),
         "ece": float(sum(gaps) / len(labels)),
     }

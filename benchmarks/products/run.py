@@ -3,7 +3,7 @@
 python benchmarks/products/run.py --cache CACHE --folders-root ROOT --out rows.jsonl
     [--products snella fastai ...] [--folders clipart ...] [--minutes 1 3 10] [--seeds 0 1 2] [--pixels 70]
 
-Runs that have a row are skipped. The default is the development folders.
+Runs with an existing row are skipped. All development folders are used by default.
 """
 
 import argparse
@@ -65,8 +65,8 @@ def main() -> None:
         if (name, folder, minutes, args.pixels, seed, args.weights) in done:
             continue
         environment, script, variant = PRODUCTS[name]
-        with tempfile.TemporaryDirectory() as place:
-            row = Path(place) / "row.json"
+        with tempfile.TemporaryDirectory() as temporary:
+            row = Path(temporary) / "row.json"
             values = {
                 "--folder": args.folders_root / folder, "--minutes": minutes, "--pixels": args.pixels, "--seed": seed,
                 "--weights": args.weights, "--threads": args.threads, "--cache": args.cache / "weights",

@@ -1,8 +1,8 @@
 """AutoGluon's `MultiModalPredictor.fit(time_limit=…)` for images, with a preset and the shared weights.
 
-`medium_quality` and `best_quality` differ in the backbone; here all products use the same, so one preset is enough.
-timm's DINOv2 has a fixed size of 518 px: the same model is registered with the resolution of the job. AutoGluon needs
-an older timm, which its environment contains. It trains on train and selects and averages on val.
+`medium_quality` and `best_quality` differ only in the backbone. All products use the same backbone, so one preset is
+enough. timm's DINOv2 has a fixed size of 518 px, so the model is also registered at the job's resolution. AutoGluon
+needs an older timm, which its environment contains. It trains on train; it selects and averages checkpoints on val.
 """
 
 import json
@@ -25,7 +25,7 @@ _NAME = "local_backbone"
 
 
 def _register(job: common.Job) -> None:
-    """Make the backbone at the job's resolution known to timm."""
+    """Register the backbone at the job's resolution with timm."""
     sized = {"img_size": job.pixels} if job.weights == "dinov2s" else {}
 
     def create(pretrained: bool = False, **options: Any) -> nn.Module:
@@ -38,7 +38,7 @@ def _register(job: common.Job) -> None:
 
 
 def _checkpoint(job: common.Job, folder: Path) -> Path:
-    """Write the weights and their configuration in the form of AutoGluon's saved timm models."""
+    """Write the weights and their configuration in AutoGluon's format for timm models."""
     folder.mkdir()
     model = job.backbone(0)
     mean, std = job.statistics()
@@ -58,8 +58,8 @@ def fit(job: common.Job) -> common.Fitted:
     """Train within the time limit."""
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning").setLevel(logging.ERROR)
-    place = tempfile.TemporaryDirectory(prefix="autogluon-")
-    out = Path(place.name)
+    temporary = tempfile.TemporaryDirectory(prefix="autogluon-")
+    out = Path(temporary.name)
     _register(job)
 
     def table(part: str) -> pd.DataFrame:
@@ -85,9 +85,11 @@ def fit(job: common.Job) -> common.Fitted:
     stored = sum(file.stat().st_size for file in (out / "run").rglob("*.ckpt"))
 
     def predict(paths: list[Path]) -> np.ndarray:
-        with place:  # deletes the run afterwards
-            answer = predictor.predict_proba(pd.DataFrame({"image": [str(path) for path in paths]}, dtype=object))
-        return answer[job.classes].to_numpy()
+        with temporary:  # deletes the run afterwards
+            probabilities = predictor.predict_proba(
+                pd.DataFrame({"image": [str(path) for path in paths]}, dtype=object)
+            )
+        return probabilities[job.classes].to_numpy()
 
     return common.Fitted(predict, stored, {})
 

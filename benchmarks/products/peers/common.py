@@ -44,7 +44,7 @@ class Job:
 
     Attributes:
         parts: Files and class indices of train, val and test.
-        began: Start of the clock.
+        start: Start of the clock.
     """
 
     folder: Path
@@ -56,11 +56,11 @@ class Job:
     variant: str
     classes: list[str] = field(default_factory=list)
     parts: dict[str, Pairs] = field(default_factory=dict)
-    began: float = field(default_factory=time.perf_counter)
+    start: float = field(default_factory=time.perf_counter)
 
     def left_s(self) -> float:
         """Return the remaining seconds of the budget, minus the margin."""
-        return self.minutes * 60 * (1 - MARGIN) - (time.perf_counter() - self.began)
+        return self.minutes * 60 * (1 - MARGIN) - (time.perf_counter() - self.start)
 
     def backbone(self, num_classes: int = 0, **options: Any) -> nn.Module:
         """Create the timm model with the bundled weights, at the job's resolution."""
@@ -74,7 +74,9 @@ class Job:
         state = {name: value for name, value in state.items() if not name.startswith(("head.", "classifier."))}
         absent, unknown = model.load_state_dict(state, strict=False)
         if unknown or any(not name.startswith(("head.", "classifier.")) for name in absent):
-            raise ValueError(f"weights {self.weights}: absent {absent}, unknown {unknown}")
+            raise ValueError(
+                f"weights {self.weights} must match the model, got missing keys {absent} and unexpected keys {unknown}"
+            )
         return model
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -117,21 +119,21 @@ def outputs(
         return torch.cat([model(images) for images, _ in loader])
 
 
-def fitting_epochs(job: Job, epoch_s: float, before_s: float = 0.0, most: int = 100) -> int:
-    """Return the number of epochs that fit the remaining budget, at least 1."""
-    return int(min(max((job.left_s() - before_s) / epoch_s, 1), most))
+def fitting_epochs(job: Job, epoch_s: float, before_s: float = 0.0, max_epochs: int = 100) -> int:
+    """Return the number of epochs that fit into the remaining budget, at least 1."""
+    return int(min(max((job.left_s() - before_s) / epoch_s, 1), max_epochs))
 
 
 def seconds_per_batch(batches: Callable[[], Any], step: Callable[[Any], None], limit_s: float) -> float:
-    """Return the median seconds of loading a batch and running a step, over up to 5 steps after a first one."""
+    """Return the median seconds of loading a batch and running a step, over up to 5 steps after a warm-up step."""
     times: list[float] = []
-    began = last = time.perf_counter()
+    start = last = time.perf_counter()
     for number, batch in enumerate(batches()):
         step(batch)
         now = time.perf_counter()
         times.append(now - last)
         last = now
-        if number == 5 or now - began > limit_s:
+        if number == 5 or now - start > limit_s:
             break
     return float(np.median(times[1:] or times))
 
@@ -171,7 +173,7 @@ def main(product: str, fit: Callable[[Job], Fitted], packages: tuple[str, ...], 
     }
     job = Job(args.folder, args.minutes, args.pixels, args.seed, args.weights, args.cache, args.variant, classes, parts)
     fitted = fit(job)
-    seconds = time.perf_counter() - job.began
+    seconds = time.perf_counter() - job.start
     paths, labels = [path for path, _ in parts["test"]], np.array([label for _, label in parts["test"]])
     probabilities = fitted.predict(paths)
     args.out.parent.mkdir(parents=True, exist_ok=True)

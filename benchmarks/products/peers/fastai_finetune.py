@@ -56,16 +56,16 @@ def fit(job: common.Job) -> common.Fitted:
     def step(batch: tuple) -> None:
         loss(trial(batch[0]), batch[1]).backward()
 
-    def look(batch: tuple) -> None:
+    def evaluate(batch: tuple) -> None:
         trial(batch[0])
 
     limit_s = 0.06 * job.minutes * 60
     step_s = 1.05 * common.seconds_per_batch(lambda: data.train, step, limit_s)  # 5% for the optimizer
     trial.eval().requires_grad_(False)
-    look_s = common.seconds_per_batch(lambda: data.train, look, limit_s)
+    eval_s = common.seconds_per_batch(lambda: data.train, evaluate, limit_s)
     trial = None  # free memory
     train, val = len(job.parts["train"]) // batch_size, -(-len(job.parts["val"]) // batch_size)
-    epochs = common.fitting_epochs(job, train * step_s + val * look_s, before_s=(train + val) * look_s)
+    epochs = common.fitting_epochs(job, train * step_s + val * eval_s, before_s=(train + val) * eval_s)
     set_seed(job.seed)
     learner = Learner(
         data, model, loss_func=loss, metrics=accuracy, splitter=lambda m: [params(m[0]), params(m[1])], path=job.cache

@@ -29,7 +29,7 @@ def fit(job: common.Job) -> common.Fitted:
 
     pairs = job.parts["train"] + job.parts["val"]
     inputs, labels = features([path for path, _ in pairs]), np.array([label for _, label in pairs])
-    features_s = time.perf_counter() - job.began
+    features_s = time.perf_counter() - job.start
     if job.variant == "logistic":
         estimator = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500))
         choices = {"logisticregression__C": np.logspace(-4, 2, 7).tolist()}

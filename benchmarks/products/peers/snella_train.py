@@ -37,8 +37,8 @@ _OPTIONS: dict[str, list[str]] = {
 
 def fit(job: common.Job) -> common.Fitted:
     """Run the command and load the run for prediction."""
-    place = tempfile.TemporaryDirectory(prefix="snella-train-")
-    out = Path(place.name)
+    temporary = tempfile.TemporaryDirectory(prefix="snella-train-")
+    out = Path(temporary.name)
     words = ["train", "--data", f"folder:{job.folder}", "--backbone", _BACKBONES[job.weights]]
     words += ["--seed", str(job.seed), "--out", str(out), "--overwrite"]
     if job.variant != _OWN_SIZE:
@@ -52,7 +52,7 @@ def fit(job: common.Job) -> common.Fitted:
     config = yaml.safe_load((out / "config.yaml").read_text())
 
     def predict(paths: list[Path]) -> np.ndarray:
-        with place:  # deletes the run afterwards
+        with temporary:  # deletes the run afterwards
             rows = [dict(prediction.ranking) for prediction in model.predict(paths)]
         return np.array([[row[name] for name in job.classes] for row in rows])
 

@@ -23,14 +23,14 @@ def fit(job: common.Job) -> common.Fitted:
     """Train for the number of epochs that fits the budget, and select the best."""
     mean, std = job.statistics()
     size = (3, job.pixels, job.pixels)
-    learning = create_transform(
+    train_transform = create_transform(
         size, is_training=True, mean=mean, std=std, auto_augment="rand-m9-mstd0.5", re_prob=0.25, re_mode="pixel"
     )
-    looking = create_transform(size, mean=mean, std=std)
+    eval_transform = create_transform(size, mean=mean, std=std)
     batch_size = min(64, len(job.parts["train"]))
     generator = torch.Generator().manual_seed(job.seed)
     loader = DataLoader(
-        common.Files(job.parts["train"], learning), batch_size, shuffle=True, drop_last=True, generator=generator
+        common.Files(job.parts["train"], train_transform), batch_size, shuffle=True, drop_last=True, generator=generator
     )
     paths, labels = zip(*job.parts["val"], strict=True)
     model = job.backbone(len(job.classes), drop_path_rate=0.1)
@@ -39,7 +39,7 @@ def fit(job: common.Job) -> common.Fitted:
     def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
         return create_optimizer_v2(model, opt="adamw", lr=2e-4, weight_decay=0.05, layer_decay=0.75)
 
-    def learn(model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor]) -> None:
+    def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor]) -> None:
         optimizer.zero_grad()
         loss(model(batch[0]), batch[1]).backward()
         optimizer.step()
@@ -47,12 +47,12 @@ def fit(job: common.Job) -> common.Fitted:
     trial = copy.deepcopy(model).train()
     optimizer = optimizer_of(trial)
     limit_s = 0.06 * job.minutes * 60
-    step_s = common.seconds_per_batch(lambda: loader, lambda batch: learn(trial, optimizer, batch), limit_s)
+    step_s = common.seconds_per_batch(lambda: loader, lambda batch: train_step(trial, optimizer, batch), limit_s)
     trial.eval().requires_grad_(False)
-    seen = DataLoader(common.Files(job.parts["val"], looking), batch_size)
-    look_s = common.seconds_per_batch(lambda: seen, lambda batch: trial(batch[0]), limit_s)
-    trial = None  # frees its memory
-    epochs = common.fitting_epochs(job, len(loader) * step_s + len(seen) * look_s)
+    val_loader = DataLoader(common.Files(job.parts["val"], eval_transform), batch_size)
+    eval_s = common.seconds_per_batch(lambda: val_loader, lambda batch: trial(batch[0]), limit_s)
+    trial = None  # free memory
+    epochs = common.fitting_epochs(job, len(loader) * step_s + len(val_loader) * eval_s)
 
     generator.manual_seed(job.seed)
     torch.manual_seed(job.seed)
@@ -61,20 +61,20 @@ def fit(job: common.Job) -> common.Fitted:
         optimizer, sched="cosine", num_epochs=epochs, warmup_epochs=min(1, epochs - 1), warmup_lr=1e-6, min_lr=0,
         step_on_epochs=False, updates_per_epoch=len(loader),
     )  # fmt: skip
-    best, kept, updates = -1.0, model.state_dict(), 0
+    best, best_state, updates = -1.0, model.state_dict(), 0
     for _ in range(epochs):
         model.train()
         for batch in loader:
             schedule.step_update(updates)
-            learn(model, optimizer, batch)
+            train_step(model, optimizer, batch)
             updates += 1
-        right = common.outputs(model, list(paths), looking).argmax(1) == torch.tensor(labels)
-        if right.float().mean() > best:
-            best, kept = float(right.float().mean()), copy.deepcopy(model.state_dict())
-    model.load_state_dict(kept)
+        is_correct = common.outputs(model, list(paths), eval_transform).argmax(1) == torch.tensor(labels)
+        if is_correct.float().mean() > best:
+            best, best_state = float(is_correct.float().mean()), copy.deepcopy(model.state_dict())
+    model.load_state_dict(best_state)
 
     def predict(paths: list[Path]) -> np.ndarray:
-        return common.outputs(model, paths, looking).softmax(1).numpy()
+        return common.outputs(model, paths, eval_transform).softmax(1).numpy()
 
     details = {"epochs": epochs, "step_s": round(step_s, 3), "val_accuracy": best}
     return common.Fitted(predict, common.stored_size(model), details)

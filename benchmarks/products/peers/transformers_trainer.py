@@ -1,7 +1,7 @@
 """Hugging Face's `run_image_classification` with its defaults, using `Trainer`.
 
-RandomResizedCrop and flip, batch size 8, AdamW with learning rate 5e-5 and linear decay, and a linear head. Trains on
-train. The epoch time is estimated from five steps.
+RandomResizedCrop and flip, batch size 8, AdamW with learning rate 5e-5 and linear decay, and a linear head. It trains
+on train. The epoch time is estimated from five steps.
 """
 
 import copy
@@ -44,9 +44,9 @@ def fit(job: common.Job) -> common.Fitted:
     """Train for the number of epochs that fits the budget."""
     logging.set_verbosity_error()
     end = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(*job.statistics())]
-    learning = v2.Compose([v2.RandomResizedCrop(job.pixels), v2.RandomHorizontalFlip(), *end])
-    looking = v2.Compose([v2.Resize(job.pixels), v2.CenterCrop(job.pixels), *end])
-    images = common.Files(job.parts["train"], learning)
+    train_transform = v2.Compose([v2.RandomResizedCrop(job.pixels), v2.RandomHorizontalFlip(), *end])
+    eval_transform = v2.Compose([v2.Resize(job.pixels), v2.CenterCrop(job.pixels), *end])
+    images = common.Files(job.parts["train"], train_transform)
     model = Classifier(job.backbone(len(job.classes)))
     trial = copy.deepcopy(model).train()
     optimizer = torch.optim.AdamW(trial.parameters(), 5e-5)
@@ -59,7 +59,7 @@ def fit(job: common.Job) -> common.Fitted:
     step_s = common.seconds_per_batch(
         lambda: DataLoader(images, 8, shuffle=True, collate_fn=collate), step, 0.06 * job.minutes * 60
     )
-    trial = optimizer = None  # frees their memory
+    trial = optimizer = None  # free memory
     epochs = common.fitting_epochs(job, step_s * -(-len(images) // 8))
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
@@ -77,7 +77,7 @@ def fit(job: common.Job) -> common.Fitted:
         Trainer(model, arguments, data_collator=collate, train_dataset=images).train()
 
     def predict(paths: list[Path]) -> np.ndarray:
-        return common.outputs(model.model, paths, looking).softmax(1).numpy()
+        return common.outputs(model.model, paths, eval_transform).softmax(1).numpy()
 
     return common.Fitted(predict, common.stored_size(model), {"epochs": epochs, "step_s": round(step_s, 3)})
 

@@ -301,7 +301,7 @@ def _unit_scalars() -> KernelScalars:
 
 
 def definiteness(kernels: Sequence[str], points: int = 60, r: int = 8, seed: int = 0) -> list[Row]:
-    """Test numerically if kernels are positive semi-definite: eigenvalues of `K[i, j] = κ(x_i, x_j)` (eq. 16, A.4).
+    """Test positive semi-definiteness of kernels numerically: eigenvalues of `K[i, j] = κ(x_i, x_j)` (eq. 16, A.4).
 
     All coefficients are 1. Appendix A.4 claims that Mix-K is positive semi-definite in this case. The claim is wrong:
     a distance kernel has a zero diagonal, so the eigenvalues of `K` sum to 0, and one is negative unless all are 0.

@@ -32,7 +32,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass
 class BenchConfig:
-    """Settings of `snella bench`, which describes them; its comma-separated lists are lists here."""
+    """Settings of `snella bench`, described in its help; comma-separated options are lists."""
 
     backbones: list[str] = field(default_factory=lambda: ["vit_base_patch16_224"])
     batch: list[int] = field(default_factory=lambda: [4, 16])
@@ -154,7 +154,7 @@ def peak_mib(name: str, workload: Workload, batch: int) -> dict[str, float]:
     """Measure the peak memory of two training steps, in MiB.
 
     On a GPU, `peak_gpu_mib` is the allocator's peak. On the CPU, `peak_rss_mib` is the peak resident set size of a new
-    process, including libraries and thread pools, and `peak_step_mib` is its growth after building model and optimizer.
+    process, including libraries and thread pools. `peak_step_mib` is its growth after building model and optimizer.
     """
     if torch.device(workload.device).type == "cuda":
         torch.cuda.empty_cache()

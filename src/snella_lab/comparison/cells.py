@@ -12,8 +12,8 @@ from snella_lab.comparison.experiment import DataEntry, Experiment, MethodEntry,
 from snella_lab.comparison.search import Candidate, TuningResult, next_tuning_runs
 
 TEST_SEED = 0
-"""Seed of the test split in every cell. Run seeds only change the training and validation images, so that
-hyperparameters tuned with one seed have not seen the test images of another."""
+"""Seed of the test split in every cell. Run seeds change only the training and validation images, so that
+no seed is tuned on the test images of another."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class Cell:
     @property
     def name(self) -> str:
         """Path of the cell's folder below `cells/`; for a final run, independent of the selected hyperparameters."""
-        place = f"{folder_name(self.data.name)}/{folder_name(self.method.name)}"
+        prefix = f"{folder_name(self.data.name)}/{folder_name(self.method.name)}"
         if self.is_final:
-            return f"{place}/seed-{self.seed}"
-        return f"{place}/trials/{self.candidate.label}_seed-{self.seed}"
+            return f"{prefix}/seed-{self.seed}"
+        return f"{prefix}/trials/{self.candidate.label}_seed-{self.seed}"
 
     @property
     def title(self) -> str:
@@ -82,7 +82,7 @@ def tuned_settings(
     """Return `lr`, `head_lr` and `weight_decay` of a candidate, based on the method's defaults.
 
     The factor scales the learning rate of the method's parameters. The head's learning rate is scaled only if the
-    method trains nothing but the head.
+    method trains only the head.
     """
     base = make_config(method, data, experiment.settings, backbone=experiment.backbone, out="-")
     lr, head_lr, decay = base.optim.lr or 0.0, base.optim.head_lr, base.optim.weight_decay or 0.0
@@ -91,7 +91,7 @@ def tuned_settings(
 
 
 def scaled_settings(defaults: Mapping[str, float], method: MethodEntry, candidate: Candidate) -> Mapping[str, float]:
-    """Return `lr`, `head_lr` and `weight_decay` of a candidate, given those of `Candidate()`; see `tuned_settings`."""
+    """Return `lr`, `head_lr` and `weight_decay` of a candidate, given the settings of `Candidate()`."""
     lr, head_lr, decay = (defaults[name] for name in ("lr", "head_lr", "weight_decay"))
     is_head_only = find_method(method.method).is_head_only
     return {
@@ -116,7 +116,7 @@ Part: TypeAlias = tuple[int, int]
 
 
 def units(experiment: Experiment) -> list[tuple[DataEntry, MethodEntry, tuple[int, ...]]]:
-    """Split an experiment into units that do not depend on each other: task, method and seeds of final runs.
+    """Split an experiment into independent units: task, method and seeds of final runs.
 
     With a search, a unit has all runs of a method on a task, because later runs depend on earlier ones. Without a
     search, every run is a unit.
@@ -172,7 +172,7 @@ class Plan:
     def ready(self) -> Iterator[Cell]:
         """Yield unfinished cells without unfinished dependencies, in the order of the experiment.
 
-        Rows recorded during the iteration may make further cells ready, which the next call yields.
+        Rows recorded during the iteration may make further cells ready; the next call yields them.
         """
         for pair in list(self._open.values()):
             yield from list(pair.ready())
@@ -183,7 +183,7 @@ class Plan:
 
 
 def _planned(experiment: Experiment, part: Part | None) -> list[tuple[DataEntry, MethodEntry, tuple[int, ...]]]:
-    """Return the pairs of a part, each with all its seeds of final runs."""
+    """Return the pairs of a part, each with the seeds of its final runs."""
     if part is None:
         return [(data, method, tuple(range(experiment.seeds))) for data, method in _pairs(experiment)]
     number, count = part
@@ -212,7 +212,7 @@ class _Run:
 
     @classmethod
     def of(cls, row: CellRow) -> "_Run":
-        """Take the columns from a row."""
+        """Extract the columns from a row."""
         is_final = row.purpose == "final"
         error = row.error or ("failed" if row.status != "success" else None)
         candidate = Candidate(row.lr_factor, row.tried_weight_decay)

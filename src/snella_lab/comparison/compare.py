@@ -75,12 +75,12 @@ def compare(
     Args:
         experiment: The experiment; None resumes the one stored in `out`.
         out: Output folder; created if missing.
-        execution: Which runs are trained, and where; one worker process by default. Without worker processes, memory is
-            not measured.
+        execution: Selection and execution of the runs; one worker process by default. Memory is not measured without
+            worker processes.
         console: Output; stdout if None.
 
     Returns:
-        Path of the report; the folder with `part`, the script that submits the jobs with `emit`.
+        Path of the report; with `part`, the folder; with `emit`, the script that submits the jobs.
 
     Raises:
         FileExistsError: If `out` holds other files.
@@ -88,7 +88,7 @@ def compare(
         ImportError: If `ray` is set and Ray is not installed.
         ValueError: If settings contradict the stored experiment or the data.
         CellsFailedError: If a final run failed, or a tuning run failed for another reason than a diverged loss. Raised
-            after the report is written; not with `draw_only`.
+            after the report is written, except with `draw_only`.
         TrainingInterrupted: On Ctrl-C; finished runs stay stored.
     """
     refuse_several_processes("a comparison")
@@ -112,7 +112,7 @@ def compare(
     root.mkdir(parents=True, exist_ok=True)
     experiment = _store(root, experiment)
     if requested is not None:
-        _note_what_else_is_trained(requested, experiment, console)
+        _print_additional_entries(requested, experiment, console)
     if execution.retry_failed:
         drop_failed(root)
     rows, notes = collect(root)
@@ -163,7 +163,7 @@ def check_parts(experiment: Experiment, console: Console, checks_device: bool = 
     Args:
         experiment: The experiment.
         console: Output for descriptions of the data.
-        checks_device: If False, skip the device, which only the machines of a cluster have.
+        checks_device: Check that the device exists; False if only the machines of a cluster have it.
 
     Raises:
         ValueError: If data or backbone are missing or invalid; one message lists all errors.
@@ -225,7 +225,7 @@ def _resolve_experiment(experiment: Experiment | None, root: Path) -> Experiment
     stored = read_experiment(str(root / FILE)) if (root / FILE).is_file() else None
     if stored is None:
         if experiment is None:
-            raise FileNotFoundError(f"out={root} holds no comparison to continue; give methods, data and a backbone")
+            raise FileNotFoundError(f"out={root} holds no comparison to resume; give methods, data and a backbone")
         if root.exists() and (not root.is_dir() or any(not p.name.startswith(".") for p in root.iterdir())):
             raise FileExistsError(f"out={root} holds files but no comparison; choose an empty or a new folder")
         return experiment
@@ -244,7 +244,7 @@ def _store(root: Path, experiment: Experiment) -> Experiment:
                 return experiment
 
 
-def _note_what_else_is_trained(requested: Experiment, joined: Experiment, console: Console) -> None:
+def _print_additional_entries(requested: Experiment, joined: Experiment, console: Console) -> None:
     """Print methods, tasks and seeds that only the stored experiment has; they are trained too."""
     extra = []
     for kind in ("methods", "data"):
@@ -266,7 +266,7 @@ def choose_method(config: TrainConfig, console: Console | None = None) -> TrainC
     """Replace method auto with the method that a small comparison on validation images recommends.
 
     The comparison trains linear, bias, lora-8 and snella-matched at their default learning rates with two seeds, for at
-    most 5 epochs on at most 400 training images, each run in a separate process. It never uses test images. Among the
+    most 5 epochs on at most 400 training images. Each run has a separate process. Test images are never used. Among the
     methods within one standard error of the best, the one with the least memory wins, then the fastest. The runs are
     stored in `OUT-choice`; an interrupted selection resumes there.
 
@@ -349,7 +349,7 @@ def _choice_experiment(config: TrainConfig) -> Experiment:
 
 
 def _trained_row(root: Path, experiment: Experiment, cell: Cell) -> CellRow:
-    """Return the row of a cell; train the cell in a separate process if it has none."""
+    """Return the row of a cell; train a cell without a row in a separate process."""
     if (row := read_row(cell.folder(root))) is not None:
         return row
     executor = _executor(root, experiment, ExecutionConfig())
@@ -436,13 +436,13 @@ class _RunLimit:
         self._started: dict[str, float] = {}
 
     def stop_overdue(self, running: Iterable[Cell], ended: Iterable[Finished]) -> list[Finished]:
-        """Stop the runs above the limit that have not ended, and return them with an error."""
+        """Stop the unfinished runs above the limit and return them with an error."""
         if math.isinf(self._limit_s):
             return []
         overdue, now = [], time.monotonic()
         names = {finished.cell.name for finished in ended}
         for name in names:
-            self._started.pop(name, None)  # a later attempt has the full time
+            self._started.pop(name, None)  # a later attempt gets the full time
         for cell in running:
             if cell.name in names:
                 continue
@@ -483,12 +483,12 @@ def _start(
             break
         if cell.name in running:
             continue
-        row = found = read_row(cell.folder(root))
-        if found is None and cell.blocked_by is not None:
+        row = stored = read_row(cell.folder(root))
+        if stored is None and cell.blocked_by is not None:
             row = record_crash(root, plan.experiment, cell, cell.blocked_by)
         if row is not None:
             plan.record(row)
-            progress.ended(cell, row, slots, is_own=found is None)
+            progress.ended(cell, row, slots, is_own=stored is None)
             recorded += 1
         elif is_locked(root / LOCKS, cell.name):
             claimed += 1

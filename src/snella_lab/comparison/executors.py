@@ -28,7 +28,7 @@ class Finished:
     Args:
         cell: The cell.
         outcome: Outcome of `run_cell`; None if the process crashed.
-        error: Reason of the crash, or an error outside training.
+        error: Reason for the crash, or an error outside training.
     """
 
     cell: Cell
@@ -50,7 +50,7 @@ class Executor(Protocol):
         """Wait for a finished cell or the timeout, and return all finished cells."""
 
     def stop(self, cell: Cell) -> None:
-        """Stop a running cell, which then does not finish."""
+        """Stop a running cell; `wait` does not return it."""
 
     def close(self) -> None:
         """Stop running cells."""
@@ -90,7 +90,7 @@ class InProcesses:
     """Parallel execution with a new process for every cell, so that a crash affects only its cell.
 
     Processes fork from a server that has only imported the libraries. They start quickly, and their peak memory is
-    that of the cell.
+    the cell's.
 
     Args:
         root: Folder of the comparison.
@@ -150,7 +150,7 @@ class InProcesses:
         self._running.clear()
 
     def _end(self, connection: Connection) -> Finished:
-        """Return the outcome sent by a process, or the reason of its crash."""
+        """Return the outcome sent by a process, or the reason for its crash."""
         cell, process = self._running.pop(connection)
         try:
             outcome, error = connection.recv()
@@ -186,7 +186,7 @@ def _reported(connection: Connection) -> Iterator[Any]:
     try:
         yield connection.send
     except (KeyboardInterrupt, TrainingInterrupted, BrokenPipeError):
-        return  # the parent is gone or terminating
+        return  # the parent has exited or is terminating
     except Exception as error:
         with contextlib.suppress(BrokenPipeError):
             connection.send((None, f"{type(error).__name__}: {error}"))
@@ -207,7 +207,7 @@ class OnRay:
     """Execution on Ray, with one task and one worker process per cell.
 
     Connects to the cluster in `RAY_ADDRESS`, or starts a local one. All machines must see the comparison's folder
-    under the same path. A cell whose worker or machine is lost starts again, from its last checkpoint, at most
+    under the same path. A cell whose worker or machine is lost restarts from its last checkpoint, at most
     `MAX_RESTARTS` times.
 
     Args:
@@ -220,7 +220,7 @@ class OnRay:
 
     Raises:
         ImportError: If Ray is not installed.
-        ConnectionError: If no cluster answers at `RAY_ADDRESS`.
+        ConnectionError: If no cluster is reachable at `RAY_ADDRESS`.
         ValueError: If no machine of the cluster has enough CPUs and GPUs for a cell.
     """
 
@@ -236,7 +236,7 @@ class OnRay:
         self._gpus = _gpu_share(self._total("GPU"), slots, experiment) if gpus is None else gpus
         self._root = root.resolve()
         self._arguments = ray.put((self._root, experiment, threads, git_state(), Path.cwd()))
-        # max_calls=1: a new worker for each cell, so that its peak memory is that of the cell
+        # max_calls=1: a new worker for each cell, so that its peak memory is the cell's
         options: dict[str, Any] = {"num_cpus": threads, "num_gpus": self._gpus, "max_calls": 1, "max_retries": 0}
         self._task = ray.remote(**options)(_work_for_ray)
         self._running: dict[Any, Cell] = {}
@@ -284,7 +284,7 @@ class OnRay:
             self._ray.shutdown()
 
     def _end(self, reference: Any) -> Finished | None:
-        """Return the outcome of a worker or the reason of its crash; None if the cell starts again."""
+        """Return the outcome of a worker or the reason for its crash; None if the cell starts again."""
         cell = self._running.pop(reference)
         try:
             return Finished(cell, self._ray.get(reference))
@@ -319,12 +319,12 @@ class OnRay:
 
 
 MAX_RESTARTS = 2
-"""Number of times that a cell starts again after its worker or machine was lost."""
+"""Maximum number of restarts of a cell whose worker or machine was lost."""
 _NODES_S = 2.0
 
 
 def _connect(ray: Any, cpus: int | None) -> None:
-    """Connect to the cluster in `RAY_ADDRESS`, or start a local one with that many CPUs."""
+    """Connect to the cluster in `RAY_ADDRESS`, or start a local one with `cpus` CPUs."""
     address = os.environ.get("RAY_ADDRESS")
     if address is None:
         ray.init(
@@ -336,8 +336,8 @@ def _connect(ray: Any, cpus: int | None) -> None:
     except (ConnectionError, RuntimeError, ValueError) as error:
         lines = str(error).strip().splitlines()
         raise ConnectionError(
-            f"no Ray cluster answers at RAY_ADDRESS={address} ({lines[0] if lines else type(error).__name__}); start "
-            "one with `ray start --head`, or unset RAY_ADDRESS to use this machine"
+            f"no Ray cluster is reachable at RAY_ADDRESS={address} ({lines[0] if lines else type(error).__name__}); "
+            "start one with `ray start --head`, or unset RAY_ADDRESS to use this machine"
         ) from None
 
 

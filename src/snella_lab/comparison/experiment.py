@@ -406,13 +406,13 @@ class Experiment:
         """
         if self.forgetting is None:
             return replace(self, forgetting=stored.with_probes().forgetting).joined_with(stored.with_probes(), folder)
-        mine, theirs = self.as_dict(), stored.with_probes().as_dict()
-        changed = [key for key in mine if key not in _GROWING and mine[key] != theirs[key]]
+        new_values, stored_values = self.as_dict(), stored.with_probes().as_dict()
+        changed = [key for key in new_values if key not in _GROWING and new_values[key] != stored_values[key]]
         for kind in ("methods", "data"):
-            old = {entry["name"]: entry for entry in theirs[kind]}
-            changed += [f"{kind} {e['name']!r}" for e in mine[kind] if old.get(e["name"], e) != e]
+            old = {entry["name"]: entry for entry in stored_values[kind]}
+            changed += [f"{kind} {e['name']!r}" for e in new_values[kind] if old.get(e["name"], e) != e]
         if changed:
-            texts = [_difference(key, mine, theirs) for key in changed]
+            texts = [_difference(key, new_values, stored_values) for key in changed]
             raise ValueError(
                 f"{folder} holds a comparison with other settings: {'; '.join(texts)}; rows would not be comparable; "
                 "choose another folder, or keep the stored settings"
@@ -498,11 +498,11 @@ def _joined_reports(stored: Mapping[str, Any], new: Mapping[str, Any]) -> Mappin
     return {"source": new["source"], **{key: part for key, part in parts.items() if part}}
 
 
-def _difference(key: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+def _difference(key: str, new: Mapping[str, Any], stored: Mapping[str, Any]) -> str:
     """Describe a changed setting by its stored and its new value; for mappings, only entries that differ."""
     if key.partition(" ")[0] in ("methods", "data") and " " in key:
         return f"{key} has other settings"
-    if isinstance(mine[key], dict):
-        inner = [k for k in {**theirs[key], **mine[key]} if mine[key].get(k) != theirs[key].get(k)]
-        return ", ".join(f"{k} is {theirs[key].get(k)!r}, got {mine[key].get(k)!r}" for k in inner)
-    return f"{key} is {theirs[key]!r}, got {mine[key]!r}"
+    if isinstance(new[key], dict):
+        inner = [k for k in {**stored[key], **new[key]} if new[key].get(k) != stored[key].get(k)]
+        return ", ".join(f"{k} is {stored[key].get(k)!r}, got {new[key].get(k)!r}" for k in inner)
+    return f"{key} is {stored[key]!r}, got {new[key]!r}"

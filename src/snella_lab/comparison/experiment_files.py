@@ -91,12 +91,12 @@ def _find(name: str) -> Path:
     path = Path(name).expanduser()
     if path.is_file():
         return path
-    known = bundled_experiments()
-    if name in known:
-        return known[name]
-    hint = nearest(name, known, most=2, cutoff=0.4)
+    bundled = bundled_experiments()
+    if name in bundled:
+        return bundled[name]
+    hint = nearest(name, bundled, most=2, cutoff=0.4)
     raise FileNotFoundError(
-        f"experiment must be a YAML file or one of {', '.join(known) or 'none'}, got {name!r}{hint}"
+        f"experiment must be a YAML file or one of {', '.join(bundled) or 'none'}, got {name!r}{hint}"
     )
 
 

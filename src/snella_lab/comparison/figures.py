@@ -179,12 +179,12 @@ def forest(summary: Summary, with_tasks: bool, width: int = 640) -> Figure | Non
     figure, axes = new_figure(
         width, 110 + (19 if with_tasks else 26) * len(lines), f"Difference from {shortened(summary.reference, longest)}"
     )
-    for place, (_, value, is_whole) in enumerate(lines):
+    for position, (_, value, is_whole) in enumerate(lines):
         if value is None:
             continue
         color = (INK, ACCENT, WARM)[value.direction] if is_whole else MUTED
-        axes.plot([value.low, value.high], [place, place], color=color, linewidth=2.4 if is_whole else 1.2)
-        axes.plot(value.mean, place, color=color, marker="D" if is_whole else "o", markersize=7 if is_whole else 4)
+        axes.plot([value.low, value.high], [position, position], color=color, linewidth=2.4 if is_whole else 1.2)
+        axes.plot(value.mean, position, color=color, marker="D" if is_whole else "o", markersize=7 if is_whole else 4)
     axes.axvline(0, color=MUTED, linewidth=1.2)
     axes.set_ylim(len(lines) - 0.5, -0.5)
     axes.set_yticks(range(len(lines)), [shortened(name, longest) for name, *_ in lines])

@@ -9,7 +9,7 @@ from snella_app.config import Config, Setting, TrainConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ExecutionConfig(Config):
-    """Which runs of a comparison are trained, and where.
+    """Selection and execution of the runs of a comparison.
 
     Args:
         workers: Parallel runs, one process each; 0 runs everything in the current process.
@@ -47,7 +47,7 @@ class ExecutionConfig(Config):
         return math.inf if self.run_limit is None else 60 * self.run_limit
 
     def errors(self) -> list[str]:
-        """Check the ranges, and options that contradict each other."""
+        """Check ranges and conflicting options."""
         workers, threads, gpus, limit = self.workers, self.threads, self.gpus, self.run_limit
         errors = []
         if workers < 0 or (threads is not None and threads < 1):
@@ -88,7 +88,7 @@ class CompareOptions(Config):
         monitor: Validation metric for epoch selection, as for snella train. balanced_accuracy, and macro_f1 for
             multilabel, also become the comparison metric.
         train: Other settings of all runs by flat name, entries of `shared`.
-        execution: Which runs are trained, and where.
+        execution: Selection and execution of the runs.
     """
 
     shared: ClassVar[tuple[str, ...]] = (
@@ -120,9 +120,10 @@ class CompareOptions(Config):
         settings: dict[str, Setting] = {}
         for name, setting in cls.settings().items():
             if name == "train":
-                known = TrainConfig.settings()
+                train_settings = TrainConfig.settings()
                 settings |= {
-                    name: replace(known[name], type=known[name].type | None, default=None) for name in cls.shared
+                    name: replace(train_settings[name], type=train_settings[name].type | None, default=None)
+                    for name in cls.shared
                 }
             else:
                 settings[name] = setting

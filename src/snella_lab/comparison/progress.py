@@ -98,7 +98,7 @@ class ComparisonProgress:
     def _remaining_s(self) -> float:
         """Estimate the time of all remaining runs from the mean duration of the same pair, task, or of all runs.
 
-        The estimate visits all pairs, so it is made at most once a second.
+        The estimate visits all pairs, so it is updated at most once a second.
         """
         if time.monotonic() - self._estimated_at > 1:
             self._estimated_at, self._estimate_s = time.monotonic(), 0.0

@@ -68,7 +68,7 @@ def paper_comparison(experiment: Experiment, summary: Summary) -> list[PaperComp
     """Pair every reported number of the experiment's methods with the measured result."""
     lines = {line.name: line for line in summary.methods}
     return [
-        PaperComparison(method, column, float(value), _own_result(column, lines[method], summary))
+        PaperComparison(method, column, float(value), _measured_result(column, lines[method], summary))
         for method, values in experiment.published.get("values", {}).items()
         if method in lines
         for column, value in values.items()
@@ -76,12 +76,12 @@ def paper_comparison(experiment: Experiment, summary: Summary) -> list[PaperComp
 
 
 def print_paper_comparison(console: Console, experiment: Experiment, summary: Summary) -> None:
-    """Print reported and measured numbers, if the experiment has reported ones."""
+    """Print reported and measured numbers if the experiment has reported numbers."""
     rows = paper_comparison(experiment, summary)
     if not rows:
         return
     title = f"compared with the paper: {experiment.published.get('source', '')}"
-    headings = ("method", "", "paper", "ours", "difference")
+    headings = ("method", "", "paper", "measured", "difference")
     console.print(make_table(headings, (row.texts for row in rows), title=title, left=2))
 
 
@@ -147,7 +147,7 @@ def _verdict(value: Difference | None) -> str:
 
 
 def print_paper_orderings(console: Console, experiment: Experiment, rows: Rows) -> None:
-    """Print the results for the paper's orderings, if the experiment has any."""
+    """Print the results for the paper's orderings if the experiment has any."""
     results = paper_orderings(experiment, rows)
     if not results:
         return
@@ -155,7 +155,7 @@ def print_paper_orderings(console: Console, experiment: Experiment, rows: Rows) 
     console.print(make_table(ORDERING_HEADINGS, (result.texts for result in results), title=title, left=3))
 
 
-def _own_result(column: str, line: MethodSummary, summary: Summary) -> float | None:
+def _measured_result(column: str, line: MethodSummary, summary: Summary) -> float | None:
     """Return the measured result of one column in percent."""
     spreads = line.per_task[_METRIC]
     if column == OVER_TASKS:
@@ -234,7 +234,7 @@ def _provenance(experiment: Experiment, rows: Rows) -> str:
 
 FILE = "comparison.html"
 _NARROW = 310  # figure width in pixels on a phone
-MOST_TASK_FIGURES = 24
+MAX_TASK_FIGURES = 24
 """Maximum number of tasks with figures by task; the tables have all tasks."""
 _SELECTED_EPOCH = {
     "standard": "at the best epoch on validation",
@@ -266,7 +266,7 @@ def write_page(root: Path, experiment: Experiment, rows: Rows, summary: Summary 
         else [],
         "published": [row.texts for row in paper_comparison(experiment, summary)],
         "orderings": [result.texts for result in paper_orderings(experiment, rows)],
-        "kept": _SELECTED_EPOCH[experiment.settings.get("protocol", "standard")],
+        "evaluated_epoch": _SELECTED_EPOCH[experiment.settings.get("protocol", "standard")],
         "warning": get_protocol(experiment.settings.get("protocol", "standard")).warning,
         "costs": _costs(summary),
         "pareto": _pareto(summary),
@@ -276,18 +276,18 @@ def write_page(root: Path, experiment: Experiment, rows: Rows, summary: Summary 
         "recommendation": recommendation_text(summary),
         "headline": _headline(summary),
         "forest": _forest(summary, False),
-        "forests": _forest(summary, True) if 1 < len(summary.tasks) <= MOST_TASK_FIGURES else Markup(""),
-        "most_task_figures": MOST_TASK_FIGURES,
+        "forests": _forest(summary, True) if 1 < len(summary.tasks) <= MAX_TASK_FIGURES else Markup(""),
+        "max_task_figures": MAX_TASK_FIGURES,
         "shown_points": f"{100 * figures.SHOWN_RANGE:g}",
         "on_gpu": any(row.column("accelerator_memory_max") for row in rows),
         "tested": interval_text(summary),
         "level": percent_text(LEVEL, 0),
-        "most_p": decimal_text(1 - LEVEL, 2),
-        "least_units": MIN_UNITS,
+        "max_p": decimal_text(1 - LEVEL, 2),
+        "min_units": MIN_UNITS,
         "machines": _machines(rows),
         "tuned": "Learning rate and weight decay" if experiment.grid.weight_decays else "The learning rate",
         "trials": sum(row.purpose == "trial" for row in rows),
-        "hours": seconds_text(sum(row.total_time for row in rows) - _counted_twice(rows)),
+        "total_time": seconds_text(sum(row.total_time for row in rows) - _counted_twice(rows)),
         "settings": yaml.safe_dump(experiment.as_dict(), sort_keys=False, allow_unicode=True),
     }
     return write_template(root, "snella_lab.comparison", context, FILE)
@@ -399,10 +399,10 @@ def _forest(summary: Summary, with_tasks: bool) -> Markup:
     """Plot the differences in two widths; CSS shows the one that fits the screen."""
     text = "Paired differences on each task." if with_tasks else "Mean paired differences from the reference."
     parts = []
-    for place, width in (("roomy", 640), ("narrow", _NARROW)):
-        svg = _svg(figures.forest(summary, with_tasks, width), f"forest-{place}-{with_tasks:d}", text)
+    for layout, width in (("roomy", 640), ("narrow", _NARROW)):
+        svg = _svg(figures.forest(summary, with_tasks, width), f"forest-{layout}-{with_tasks:d}", text)
         if svg:
-            parts.append(Markup('<div class="{}">{}</div>').format(place, svg))
+            parts.append(Markup('<div class="{}">{}</div>').format(layout, svg))
     return Markup("").join(parts)
 
 
@@ -414,7 +414,7 @@ def _rates(summary: Summary, rows: Rows) -> list[Markup]:
     by_task: dict[str, list[CellRow]] = {}
     for row in rows:
         by_task.setdefault(row.task_name, []).append(row)
-    single = [(task, [task]) for task in tasks] if len(tasks) <= MOST_TASK_FIGURES else []
+    single = [(task, [task]) for task in tasks] if len(tasks) <= MAX_TASK_FIGURES else []
     for number, (title, task_group) in enumerate([*overall, *single]):
         task_rows = rows if len(task_group) > 1 else by_task.get(task_group[0], [])
         figure = figures.learning_rate_curves(summary, task_rows, task_group, shortened(title, 40))

@@ -277,8 +277,8 @@ def drop_adapters(root: Path, experiment: Experiment, cell: Cell) -> None:
         experiment: The experiment.
         cell: The cell that has just finished; selects the tuning runs of the same method and seed.
     """
-    place = replace(cell, is_final=False).folder(root).parent
-    rows = {path.parent: read_row(path.parent) for path in place.glob(f"*_seed-{cell.seed}/{CellRow.file}")}
+    folder = replace(cell, is_final=False).folder(root).parent
+    rows = {path.parent: read_row(path.parent) for path in folder.glob(f"*_seed-{cell.seed}/{CellRow.file}")}
     ranks = {folder: tuning_result(row).rank for folder, row in rows.items() if row is not None}
     is_reusable = not cell.is_final and cell.seed < experiment.seeds
     for folder, rank in ranks.items():

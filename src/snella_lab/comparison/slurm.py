@@ -50,7 +50,7 @@ def write_slurm_scripts(root: Path, experiment: Experiment, execution: Execution
     An array index trains one of the `units` of the experiment, or several if there are more than `MAX_PARTS`.
 
     Args:
-        root: Folder of the comparison, on a disk that all machines share.
+        root: Folder of the comparison, on a disk shared by all machines.
         experiment: The experiment.
         execution: `workers`, `threads` (1 if None) and `run_limit` of an array index, and `emit_to`, the folder of the
             scripts (`ROOT/slurm` if None).

@@ -156,8 +156,8 @@ def with_holm(differences: Mapping[Key, Difference | None]) -> dict[Key, Differe
     tested = {key: value for key, value in differences.items() if value is not None and not math.isnan(value.p)}
     adjusted: dict[Key, float] = {}
     highest = 0.0
-    for place, key in enumerate(sorted(tested, key=lambda key: tested[key].p)):
-        highest = max(highest, min(1.0, (len(tested) - place) * tested[key].p))
+    for index, key in enumerate(sorted(tested, key=lambda key: tested[key].p)):
+        highest = max(highest, min(1.0, (len(tested) - index) * tested[key].p))
         adjusted[key] = highest
     changed = {key: replace(value, adjusted_p=adjusted[key], comparisons=len(tested)) for key, value in tested.items()}
     return {key: changed.get(key, value) for key, value in differences.items()}

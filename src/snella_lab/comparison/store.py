@@ -136,7 +136,7 @@ def _open(path: Path) -> BinaryIO:
 def _read_lines(file: BinaryIO, path: Path, is_brief: bool = False) -> tuple[dict[str, _Line], list[str]]:
     """Read the last valid line of each cell, and notes about invalid lines.
 
-    Positions of lines are those in `file`, also if another process replaces `path` meanwhile.
+    Positions of lines refer to `file`, even if another process replaces `path` in the meantime.
 
     Args:
         file: The open results file.
@@ -210,7 +210,7 @@ def collect(root: Path) -> tuple[dict[str, CellRow], list[str]]:
 
 
 def _copies(cells: Path) -> Iterator[Path]:
-    """Yield the `cell.json` of all cells in alphabetical order, without searching the run folders that have one."""
+    """Yield the `cell.json` of all cells in alphabetical order, without descending into their run folders."""
     for folder, folders, files in os.walk(cells):
         if CellRow.file in files:
             folders.clear()
@@ -285,7 +285,7 @@ def _checked(columns: dict[str, Any] | None, pool: dict[str, Any]) -> tuple[Cell
 
     Args:
         columns: Parsed columns; None for text that is no row.
-        pool: Parts of earlier rows, shared by equal ones.
+        pool: Parts of earlier rows, shared by equal rows.
     """
     if columns is None:
         return None, "is not a comparison row"
@@ -306,7 +306,7 @@ _REPEATED_WORDS = ("task_name", "group", "experiment_name", "comparison", "metho
 
 
 def _shared(row: CellRow, pool: dict[str, Any]) -> CellRow:
-    """Replace the parts that repeat in other rows by those of the first row."""
+    """Replace parts that repeat in other rows with the objects of the first row."""
 
     def share(value: Any) -> Any:
         return value if value is None else pool.setdefault(repr(value), value)

@@ -230,8 +230,8 @@ def outcome_text(summary: Summary) -> str:
     best = max(means, key=lambda name: means[name].mean)
     where = f" in the mean over {counted(len(summary.tasks), 'task')}" if len(summary.tasks) > 1 else ""
     equal = [name for name, value in means.items() if math.isclose(value.mean, means[best].mean)]
-    have = f"{', '.join(equal)} {'has' if len(equal) == 1 else 'have'} the highest test {summary.measure}"
-    text = f"{have}, {100 * means[best].mean:.1f}%{where}"
+    leaders = f"{', '.join(equal)} {'has' if len(equal) == 1 else 'have'} the highest test {summary.measure}"
+    text = f"{leaders}, {100 * means[best].mean:.1f}%{where}"
     differences = {m.name: d for m in summary.methods if (d := m.to_reference[summary.column]) is not None}
     lead = differences.get(best)
     if lead is not None and lead.mean > 0 and len(equal) == 1:
@@ -260,7 +260,7 @@ def undecided_text(value: Difference) -> str:
 def recommendation_text(summary: Summary) -> str:
     """Recommend a method: within one standard error of the best metric, then least memory, then least time.
 
-    The standard error is that of the best method's mean over seeds; memory within 5% counts as equal. Lists methods
+    The standard error is over the seeds of the best method; memory within 5% counts as equal. Lists methods
     without results. Empty if no method has results.
     """
     if not summary.means:
@@ -307,12 +307,12 @@ def _cheapest(names: Sequence[str], costs: Mapping[str, Mapping[str, float | Non
         seconds = costs[name]["train_time"]
         return math.inf if seconds is None else seconds
 
-    least = min(map(memory, names))
-    small = [name for name in names if memory(name) <= 1.05 * least or math.isinf(least)]
+    min_memory = min(map(memory, names))
+    small = [name for name in names if memory(name) <= 1.05 * min_memory or math.isinf(min_memory)]
     chosen = min(small, key=time)
     if len(small) == 1:
         return chosen, f"{chosen} needs the least memory"
-    if math.isinf(least):
+    if math.isinf(min_memory):
         return chosen, f"memory was not measured, and {chosen} needs the least time"
     return chosen, f"{chosen} needs the least memory (within 5%) and the least time"
 

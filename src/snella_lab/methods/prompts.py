@@ -219,7 +219,7 @@ def summarize_block(module: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 
 def _build(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
-    """Attach queries to each block and replace the head by a `QueryHead`."""
+    """Attach queries to each block and replace the head with a `QueryHead`."""
     blocks = token_blocks("vqt", model, head)
     old_head = model.get_submodule(head)
     unsupported = [name for name, block in blocks if not _has_parts(block)]

@@ -200,7 +200,7 @@ class SparseUpdate(SparseLayer):
 
 
 class MaskedUpdate(SparseLayer):
-    """`SparseLayer` whose entries are those of SNELLA's merged matrix, `scaling · ΔW[indices]`.
+    """`SparseLayer` with the entries of SNELLA's merged matrix, `scaling · ΔW[indices]`.
 
     Args:
         base_layer: Frozen layer.
@@ -327,7 +327,7 @@ def can_be_sparse(module: nn.Module) -> TypeGuard[nn.Linear | nn.Conv2d]:
 
 
 def merge_sparse(model: nn.Module) -> nn.Module:
-    """Merge every `SparseLayer` and replace it by its base layer."""
+    """Merge every `SparseLayer` and replace it with its base layer."""
     for name, module in list(model.named_modules()):
         if isinstance(module, SparseLayer):
             model.set_submodule(name, module.merged())

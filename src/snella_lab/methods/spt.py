@@ -39,7 +39,7 @@ _FROZEN_PARTS = {"patch_embed", "patch_embedding", "patch_merging", "downsample"
 
 
 class StructuredModule(nn.Module, ABC):
-    """Module that replaces the sparse entries of a matrix with many sensitive weights.
+    """Module that replaces the sparse entries of a matrix if many of its weights are sensitive.
 
     A mergeable module has a method `delta` that returns its weight update, `[rows, columns]`.
 
@@ -441,8 +441,8 @@ untrained head. All weights of the adapted matrices, biases, norms and layer sca
 - The class token is always trained.
 
 Defaults are `r` 8, `alpha` 10, `beta` 5 and a `budget` of 0.4 on a ViT-B/16, scaled by the adapted weights on other
-models. If a module exceeds the remaining budget, single weights fill it, so the parameter count is exact; the authors'
-code uses the nearest count.
+models. If a module exceeds the remaining budget, single weights use up the rest, so the parameter count is exact. The
+authors' code uses the nearest count.
 """
 
 
@@ -451,7 +451,7 @@ _FACTOR_OPTIONS = (
     *("r", "rank_pattern", "kernel", "num_pieces", "softmax_dim", "center_softmax", "scaling", "init_weights"),
     *("learn_piece_coeff", "learn_temperature"),
 )
-"""Fields of `SnellaConfig` that do not concern the competition."""
+"""Fields of `SnellaConfig` that are unrelated to the competition."""
 
 
 def _mask_config(options: Options) -> SnellaConfig:
@@ -470,7 +470,7 @@ def _check_mask(options: Options) -> list[str]:
 
 
 def _build_mask(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
-    """Rank the weights of all matrices by sensitivity and train the factors at the most sensitive ones."""
+    """Rank the weights of all matrices by sensitivity and train the factors at the most sensitive weights."""
     data, layers = selection_data(batches), matrix_layers(model, head)
     budget = budget_of(options, model, head)
     weights = [f"{name}.weight" for name in layers]

@@ -26,7 +26,7 @@ DEMO_SETTINGS: dict[str, Any] = {
 }
 """Shared settings: data, split, backbone and input size; the rest is the default recipe of `snella train`.
 
-Without test-time augmentation, because each view of 2,000 images takes half a minute on two cores."""
+Test-time augmentation is off, because each view of 2,000 images takes half a minute on two cores."""
 
 _UPPER_HALF: dict[str, Any] = {
     "epochs": 3,
@@ -42,9 +42,9 @@ DEMO_METHODS: dict[str, dict[str, Any]] = {
 }
 """Settings per method; docs/notes/default-settings.md explains the choice.
 
-The linear probe has no epochs: its heads are fitted to the features of the frozen backbone. LoRA and SNELLA adapt the
-last six of twelve blocks, which keeps the demo to a few minutes, and average their weights over about 30 steps, because
-single epochs are noisy."""
+The linear probe has no epochs: its heads are fitted to the features of the frozen backbone. LoRA and SNELLA adapt
+only the last six of twelve blocks, so that the demo takes a few minutes. They average their weights over about 30
+steps, because single epochs are noisy."""
 
 
 def run_demo(

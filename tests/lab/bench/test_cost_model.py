@@ -1,4 +1,4 @@
-"""The cost model: counts of tiny cases by hand, committed rows, and the tables of docs/scale.md."""
+"""Cost model: counts of tiny cases by hand, committed rows, and the tables of docs/scale.md."""
 
 import json
 import math
@@ -56,7 +56,7 @@ def make_row(**fields):
     return row | {"date": "2026-01-01T00:00:00+00:00", "rounds": 5, "step_s": 2.0, "saved_mib": 800.0} | fields
 
 
-def test_the_layers_of_a_block_are_counted_by_hand():
+def test_layers_of_a_block_match_hand_counts():
     assert TINY.entries == 48 + 16 + 32 + 32
     assert replace(TINY, is_gated=True, kv_width=2).layers == [
         *((4, 4, 1), (2, 4, 1), (2, 4, 1), (4, 4, 1)),
@@ -64,19 +64,19 @@ def test_the_layers_of_a_block_are_counted_by_hand():
     ]
 
 
-def test_trainable_parameters_are_counted_by_hand():
+def test_trainable_parameters_match_hand_counts():
     head = (4 + 1) * 5
     assert count_trainable(TINY, "lora", 2) == head + 2 * (16 + 8 + 12 + 12)
     assert count_trainable(TINY, "dora", 2) == head + 2 * (16 + 8 + 12 + 12) + 12 + 4 + 8 + 4
-    # q, k and v have an A each, and every matrix has four scalars
+    # q, k and v each have an A, and every matrix has four scalars
     assert count_trainable(TINY, "snella", 2) == head + 2 * (12 + 3 * 4 + 8 + 12 + 12) + 4 * 6
     assert count_trainable(TINY, "frozen") == head + 4
-    for method, own in (("lora", head), ("snella", head), ("frozen", head + 4), ("full", TINY.weights)):
-        assert count_trainable(TINY, method) - count_adapters(TINY, method) == own
+    for method, expected in (("lora", head), ("snella", head), ("frozen", head + 4), ("full", TINY.weights)):
+        assert count_trainable(TINY, method) - count_adapters(TINY, method) == expected
 
 
 @pytest.mark.parametrize("name", ["vit_small_patch16_224", "vit_base_patch16_224", "vit_small_patch14_dinov2"])
-def test_a_model_has_the_weights_of_timm(name):
+def test_weight_counts_match_timm(name):
     shape = shape_of_backbone(name)
     assert shape is not None
     with torch.device("meta"):
@@ -84,7 +84,7 @@ def test_a_model_has_the_weights_of_timm(name):
     assert shape.weights == sum(p.numel() for p in model.parameters())
 
 
-def test_a_shape_is_read_from_a_plain_vit_only():
+def test_shape_is_read_only_from_plain_vits():
     assert shape_of_backbone("vit_base_patch16_224") == MODELS["ViT-B/16"]
     assert shape_of_backbone("vit_base_patch16_224", 112).tokens == 7 * 7 + 1
     assert shape_of_backbone("test_convnext") is None
@@ -92,7 +92,7 @@ def test_a_shape_is_read_from_a_plain_vit_only():
     assert shape_of_backbone("vit_giant_patch14_dinov2") is None
 
 
-def test_a_shape_is_read_without_allocating_weights(monkeypatch):
+def test_shape_is_read_without_allocating_weights(monkeypatch):
     built = []
 
     def create(*args, **kwargs):
@@ -105,7 +105,7 @@ def test_a_shape_is_read_without_allocating_weights(monkeypatch):
     assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"meta"}
 
 
-def test_a_shape_is_read_on_the_cpu_if_timm_reads_values_while_it_builds(monkeypatch):
+def test_shape_is_read_on_the_cpu_if_timm_reads_values_during_construction(monkeypatch):
     devices = []
 
     def create(*args, **kwargs):
@@ -118,7 +118,7 @@ def test_a_shape_is_read_on_the_cpu_if_timm_reads_values_while_it_builds(monkeyp
     assert devices == ["meta", "cpu"]
 
 
-def test_products_are_counted_by_hand():
+def test_products_match_hand_counts():
     tokens = 2 * 3  # three samples
     frozen = 4 * tokens * 128 + 14 * tokens * 2 * 4 + 2 * tokens * 4 * 3  # layers, attention, patch embedding
     step = count_step(TINY, "frozen", 3)
@@ -132,7 +132,7 @@ def test_products_are_counted_by_hand():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_head_of_a_language_model_has_an_input_gradient_and_a_weight_gradient_if_trained(method):
+def test_language_model_head_has_an_input_gradient_even_if_frozen(method):
     tokens, width, vocabulary = 2 * 3, 4, 5
     language = replace(TINY, patch=0, image=0, is_gated=True)
     with_head, without = (count_step(replace(language, outputs=count), method, 3) for count in (vocabulary, 0))
@@ -167,7 +167,7 @@ def test_merging_costs_operations_and_bytes_per_entry():
     assert count_step(TINY, "lora", 3).merge_vector == 0
 
 
-def test_saved_bytes_are_counted_by_hand():
+def test_saved_bytes_match_hand_counts():
     # per token: two inputs of norms, q, k, v, output of attention, input of the activation; 1 + 4 statistics
     base = 2 * 4 + 3 * 4 + 4 + 8 + 5
     ends, columns = 2 * 4, 3 * (3 * 4 + 4 + 4 + 8)
@@ -178,14 +178,14 @@ def test_saved_bytes_are_counted_by_hand():
     assert count_step(TINY, "lora", 3, r=2).kept == 4 * (6 * (base + 2 * 4 + 8 + 2 * 4 + ends - 4))
 
 
-def test_eight_bits_save_a_byte_and_a_sixteenth_per_number():
+def test_int8_saves_a_byte_and_a_sixteenth_per_value():
     one, two = (count_step(replace(TINY, depth=depth), "snella-compress", 8).kept for depth in (1, 2))
     # inputs of norms, q, k, v and the input of the activation; statistics and softmax columns stay in float32
     encoded, statistics, columns = 2 * 4 + 3 * 4 + 8, 1 + 4, 3 * (3 * 4 + 4 + 4 + 8)
     assert two - one == 16 * (encoded * 17 / 16 + 4 * statistics) + 4 * columns
 
 
-def test_a_sparse_weight_gradient_costs_less_on_a_cpu_only():
+def test_sparse_weight_gradient_costs_less_only_on_a_cpu():
     dense, sparse = (count_step(TINY, "snella", 3, sparsity=value).products for value in (0.7, 0.99))
     assert dense - sparse == pytest.approx(2 * 6 * 128 * (1 - SDDMM[0] - 0.01 * SDDMM[1]))
     gpu = [count_step(TINY, "snella", 3, sparsity=value, kernels=TRITON).products for value in (0.7, 0.99)]
@@ -217,12 +217,12 @@ def sddmm_errors(shape):
     return [(SDDMM[0] + SDDMM[1] * row["density"]) / row["sampled_over_dense"] - 1 for row in newest.values()]
 
 
-def test_the_sddmm_line_fits_the_newest_rows_of_a_3072_by_768_matrix():
+def test_sddmm_line_fits_the_newest_rows_of_a_3072_by_768_matrix():
     errors = sddmm_errors([3072, 768])
     assert len(errors) == 8 and round(max(map(abs, errors)), 2) == 0.09
 
 
-def test_the_sddmm_line_is_too_low_at_768_by_768():
+def test_sddmm_line_is_too_low_at_768_by_768():
     errors = sddmm_errors([768, 768])
     assert len(errors) == 8
     assert [round(value, 2) for value in (min(errors), statistics.median(errors), max(errors))] == [-0.37, -0.28, -0.19]
@@ -249,7 +249,7 @@ def test_range_contains_the_expected_value():
     assert gpu_rates("a100", is_float32=True).product == 0.5 * GPUS["a100"].vector
 
 
-def test_communication_and_shards_are_counted_by_hand():
+def test_communication_and_shards_match_hand_counts():
     step = count_step(TINY, "full", 3)
     assert step.communicated(4, "ddp") == 2 * 3 / 4 * 4 * TINY.weights
     assert step.communicated(4, "fsdp2") == 3 / 4 * (2 + 1) * 4 * TINY.weights
@@ -277,7 +277,7 @@ def test_adapters_stay_replicated_at_every_rank(method):
     assert large.sharded_peak(4) - small.sharded_peak(4) == 3 * 4 * added + saved[1] - saved[0]
 
 
-def test_a_step_is_full_if_it_trains_most_parameters_of_the_model():
+def test_step_is_full_if_it_trains_most_parameters():
     assert {name for name in METHODS if count_step(MODELS["ViT-B/16"], name, 1).is_full} == {"full", "full-recompute"}
     half = replace(count_step(TINY, "lora", 1), parameters=100, adapters=30, trainable=80)
     assert not half.is_full and replace(half, trainable=81).is_full
@@ -296,14 +296,14 @@ def test_bytes_of_committed_rows_are_within_three_percent():
         assert max(abs(predicted / recorded - 1) for predicted, recorded in pairs) < 0.03
 
 
-def test_rows_of_gpus_and_in_bfloat16_are_not_cases_of_a_cpu(tmp_path):
+def test_gpu_and_bfloat16_rows_are_not_cpu_cases(tmp_path):
     from cost_model import count_row, counted_cases, read_case, timed_cases
 
     autocast = [make_row(autocast=True, frozen=dtype) for dtype in ("float32", "bfloat16")]
     skipped = [make_row(device="NVIDIA H100 80GB HBM3"), make_row(dtype="bfloat16"), make_row(frozen="bfloat16")]
     assert read_case(make_row()).precision == "float32"
     assert not any(map(read_case, (*skipped, *autocast))) and not any(map(count_row, skipped))
-    # saved bytes do not depend on rates
+    # saved bytes are independent of the rates
     assert [count_row(row).precision for row in autocast] == ["autocast", "bfloat16"]
 
     lines = [json.dumps(row) + "\n" for row in (make_row(), *skipped, *autocast)]
@@ -320,21 +320,21 @@ def test_rows_are_selected_by_device_at_any_position(tmp_path):
     assert {case.machine for case in cases} == {"cpu, 1 threads, AMD EPYC", EPYC_2}
     assert [machine_name(name) for name in (EPYC_2, INTEL_1)] == ["AMD EPYC, 2 threads", "Intel Xeon, 1 thread"]
     intel, epyc = intel_cases(cases), other_epyc_cases(cases)
-    assert [one.case.machine for one in intel] == [INTEL_1] * 3
-    assert {one.case.machine for one in epyc} == {EPYC_2}
+    assert [prediction.case.machine for prediction in intel] == [INTEL_1] * 3
+    assert {prediction.case.machine for prediction in epyc} == {EPYC_2}
     # newer rows of other machines, first and last in the files
     later = {"date": "2099-01-01", "rounds": 5, "step_s": 99.0, "lora_s": 99.0, "snella_s": 99.0}
     for name in ("results.jsonl", "model_rows.jsonl", "sampled_gradients.jsonl"):
         lines = (FOLDER / name).read_text(encoding="utf-8").splitlines()
-        foreign = [
+        other_machines = [
             json.dumps(row | later | {"device": "cpu, 1 threads, AMD EPYC"})
             for row in map(json.loads, lines)
             if row["benchmark"] in ("suite_step", "competition") or name == "sampled_gradients.jsonl"
         ]
-        (tmp_path / name).write_text("\n".join([*foreign, *lines, *foreign]), encoding="utf-8")
+        (tmp_path / name).write_text("\n".join([*other_machines, *lines, *other_machines]), encoding="utf-8")
     assert intel_cases(cases, tmp_path) == intel and other_epyc_cases(cases, tmp_path) == epyc
-    in_other_order = [one.seconds for one in intel_cases(cases[::-1])]
-    assert in_other_order == pytest.approx([one.seconds for one in intel])
+    in_other_order = [prediction.seconds for prediction in intel_cases(cases[::-1])]
+    assert in_other_order == pytest.approx([prediction.seconds for prediction in intel])
 
 
 def test_held_out_configuration_is_excluded_from_its_fit():
@@ -342,13 +342,15 @@ def test_held_out_configuration_is_excluded_from_its_fit():
 
     cases = timed_cases()
     held_out = leave_one_out(cases)
-    assert len(held_out) == len(cases) and {one.case.method for one in held_out} <= set(METHODS)
-    one = held_out[0]
-    rest = [c for c in cases if c.machine == one.case.machine and c.configuration != one.case.configuration]
-    assert one.seconds == fit_rates(rest).seconds(one.case.step)
+    assert len(held_out) == len(cases) and {prediction.case.method for prediction in held_out} <= set(METHODS)
+    prediction = held_out[0]
+    rest = [
+        c for c in cases if c.machine == prediction.case.machine and c.configuration != prediction.case.configuration
+    ]
+    assert prediction.seconds == fit_rates(rest).seconds(prediction.case.step)
 
 
-def test_a_fit_recovers_the_rates_of_rows_that_follow_the_model():
+def test_fit_recovers_the_rates_of_rows_that_follow_the_model():
     from cost_model import fit_rates, timed_cases
 
     rates = Rates(product=1e11, half_product=2e11, vector=4e10, memory=1e10, call_s=1e-5)
@@ -375,7 +377,7 @@ def test_page_matches_the_committed_rows(tmp_path):
     assert len(" ".join(prose).split()) <= 900
 
 
-def test_the_figure_of_errors_shows_every_held_out_row():
+def test_error_figure_shows_every_held_out_row():
     from cost_model import errors_figure, leave_one_out, timed_cases
 
     held_out = leave_one_out(timed_cases())
@@ -387,17 +389,19 @@ def test_the_figure_of_errors_shows_every_held_out_row():
     low, high = diagonal.get_xdata()
     for line in families:
         points = list(zip(line.get_xdata(), line.get_ydata(), strict=True))
-        own = [one for one in held_out if METHODS[one.case.method].family == labels[line.get_label()]]
-        assert points == [(one.case.row["step_s"], one.seconds) for one in own] and points
+        predictions = [
+            prediction for prediction in held_out if METHODS[prediction.case.method].family == labels[line.get_label()]
+        ]
+        assert points == [(prediction.case.row["step_s"], prediction.seconds) for prediction in predictions] and points
         assert all(low <= value <= high for point in points for value in point)
 
 
-def test_the_figure_of_ratios_shows_the_predictions():
+def test_ratio_figure_shows_the_predictions():
     from cost_model import ratios_figure
 
     (axes,) = ratios_figure().axes
-    *lines, one = axes.lines
-    assert set(one.get_ydata()) == {1}
+    *lines, reference_line = axes.lines
+    assert set(reference_line.get_ydata()) == {1}
     shown = [("h100", "ViT-B/16"), ("h100", "ViT-H/14"), ("rtx4090", "ViT-B/16"), ("rtx4090", "ViT-H/14")]
     for line, (gpu, name) in zip(lines, shown, strict=True):
         assert line.get_label() == f"{GPUS[gpu].name}, {name}"

@@ -23,7 +23,7 @@ def counting(monkeypatch):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
-def test_an_adapted_linear_layer_takes_at_most_80_python_calls_in_10_files(counting):
+def test_adapted_linear_layer_takes_at_most_80_python_calls_in_10_files(counting):
     config = SnellaConfig(r=8, target_modules=["0"], target_sparsity=0.5, init_sparsity=0.5)
     layer, x = counting.adapted_linear_layer(config)
     calls = counting.count_calls(lambda: layer(x)).by_file

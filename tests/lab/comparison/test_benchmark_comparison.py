@@ -1,4 +1,4 @@
-"""Comparisons on a benchmark's layout: rates chosen on validation, final runs that learn from it, paper's numbers."""
+"""Comparisons on benchmark folders: protocols and the paper's numbers."""
 
 import json
 
@@ -19,7 +19,7 @@ def camelyon(tmp_path_factory):
 
 @pytest.fixture
 def rows(camelyon, tiny, tmp_path, console):
-    """Rows and page of a tiny comparison on the task, with some settings."""
+    """Return a function that runs a tiny comparison and returns its rows, its report and the console output."""
 
     def make(factors=(0.3, 1.0), **train):
         experiment = tiny(
@@ -40,14 +40,14 @@ def rows(camelyon, tiny, tmp_path, console):
     return make
 
 
-def of(rows, purpose):
+def with_purpose(rows, purpose):
     return [row for row in rows if row["purpose"] == purpose]
 
 
-def test_final_runs_learn_from_the_images_that_chose_the_rates(rows):
-    found, page, printed = rows(protocol="final")
-    assert not [row for row in found if row["status"] != "success"]
-    trials, finals = of(found, "trial"), of(found, "final")
+def test_final_runs_also_train_on_the_validation_images(rows):
+    results, page, printed = rows(protocol="final")
+    assert not [row for row in results if row["status"] != "success"]
+    trials, finals = with_purpose(results, "trial"), with_purpose(results, "final")
     assert (len(trials), len(finals)) == (4, 2)
     assert {(row["protocol"], row["sizes"]["train"], row["sizes"]["val"]) for row in trials} == {("standard", 12, 6)}
     assert {(row["protocol"], row["sizes"]["train"], row["sizes"]["val"]) for row in finals} == {("final", 18, 0)}
@@ -56,14 +56,14 @@ def test_final_runs_learn_from_the_images_that_chose_the_rates(rows):
     )
     assert {row["selected_on"] for row in finals} == {None} and {row["selected_on"] for row in trials} == {"val"}
     assert "at the last epoch, trained on training and validation images" in page
-    assert "beside the paper&#39;s" not in page and "Comparison with the paper" in page and "78.5" in page
+    assert "Comparison with the paper" in page and "78.5" in page
     assert "compared with the paper: Table XIII" in printed and "official protocol" not in printed
 
 
-def test_an_official_comparison_says_so_in_rows_page_and_console(rows):
-    found, page, printed = rows(factors=(1.0,), protocol="official", ema=0.999)
-    assert [row["purpose"] for row in found] == ["final", "final"], "nothing is left to choose on"
-    assert all(row["status"] == "success" for row in found)
-    assert {(row["protocol"], row["selected_on"], row["ema"]) for row in found} == {("official", "test", 0.999)}
+def test_rows_report_and_console_state_the_official_protocol(rows):
+    results, page, printed = rows(factors=(1.0,), protocol="official", ema=0.999)
+    assert [row["purpose"] for row in results] == ["final", "final"], "no images remain for tuning"
+    assert all(row["status"] == "success" for row in results)
+    assert {(row["protocol"], row["selected_on"], row["ema"]) for row in results} == {("official", "test", 0.999)}
     assert 'id="protocol">Official protocol: the epoch was selected on the test images' in page
     assert "official protocol: the epoch was selected on the test images" in printed

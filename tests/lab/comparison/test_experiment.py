@@ -1,23 +1,23 @@
-"""What an experiment says, what it refuses, and what may change in a folder that has rows."""
+"""Experiments: bundled files, settings, errors, and merging with a stored experiment."""
 
 import pytest
 
 from snella_lab.comparison.experiment import Experiment, data_entry, folder_name, make_config, method_entry
 from snella_lab.comparison.experiment_files import bundled_experiments, merged, read_experiment
 
-MINE = ("bundled-suite", "coffee", "learning-rates")
+BUNDLED = ("bundled-suite", "coffee", "learning-rates")
 
 
-def test_the_experiments_that_ship_say_what_they_are_and_what_they_cost():
-    assert set(MINE) <= set(bundled_experiments())
-    for name in MINE:
+def test_bundled_experiments_state_purpose_cost_and_expected_results():
+    assert set(BUNDLED) <= set(bundled_experiments())
+    for name in BUNDLED:
         experiment = read_experiment(name)
         assert experiment.name == name
         assert experiment.command.startswith(f"snella compare --experiment {name} --out ")
         assert min(len(experiment.about), len(experiment.cost), len(experiment.expected)) > 50
 
 
-def test_the_suite_has_the_methods_and_tasks_that_it_promises():
+def test_suite_has_the_documented_methods_and_tasks():
     suite = read_experiment("bundled-suite")
     methods = "linear bias ssf vpt-deep adapter-8 lora-8 dora-8 spt-lora gps snell-8 snella-8 snella-matched-8 full"
     assert {entry.name for entry in suite.methods} == set(methods.split())
@@ -25,7 +25,7 @@ def test_the_suite_has_the_methods_and_tasks_that_it_promises():
     assert suite.seeds == 3 and suite.reference_name == "lora-8"
 
 
-def test_an_experiment_survives_its_file(tiny, tmp_path):
+def test_experiment_round_trips_through_its_file(tiny, tmp_path):
     entry = {"name": "big", "method": "snella-4", "options": {"kernel": "rbf"}, "scaling": 3.0}
     task = {"name": "few", "data": "digits", "group": "glyphs", "train_size": 30}
     experiment = tiny(methods=["linear", entry], data=["digits", task], forgetting=["stamps"])
@@ -33,7 +33,7 @@ def test_an_experiment_survives_its_file(tiny, tmp_path):
     assert read_experiment(str(tmp_path / "experiment.yaml")) == experiment
 
 
-def test_entries_and_data_have_settings_of_their_own(tiny):
+def test_method_and_data_entries_override_shared_settings(tiny):
     experiment = tiny()
     method = method_entry({"method": "snella-4", "options": {"kernel": "rbf"}, "scaling": 3.0})
     data = data_entry({"data": "digits", "train_size": 30})
@@ -47,19 +47,19 @@ def test_entries_and_data_have_settings_of_their_own(tiny):
     assert (config.optim.epochs, config.data.test_size, config.method.r) == (1, 30, 4)
 
 
-def test_the_reference_is_the_first_lora_unless_it_is_named(tiny):
+def test_reference_defaults_to_the_first_lora(tiny):
     assert tiny(methods=["linear", "lora-2", "lora-4"]).reference_name == "lora-2"
     assert tiny(methods=["linear", "bias"]).reference_name == "linear"
     assert tiny(methods=["linear", "bias"], reference="bias").reference_name == "bias"
 
 
-def test_forgetting_is_never_probed_on_the_task_itself(tiny):
+def test_forgetting_is_never_measured_on_the_task_itself(tiny):
     experiment = tiny(data=["digits", "mnist5k", "elpv"])
     assert [experiment.probe_data(task) for task in experiment.data] == ["mnist5k", "digits", "digits"]
-    alone = tiny(data=["mnist5k"])
-    assert alone.probe_data(alone.data[0]) == "digits"
-    none = tiny(forgetting=[])
-    assert none.probe_data(none.data[0]) is None
+    single = tiny(data=["mnist5k"])
+    assert single.probe_data(single.data[0]) == "digits"
+    disabled = tiny(forgetting=[])
+    assert disabled.probe_data(disabled.data[0]) is None
 
 
 @pytest.mark.parametrize(
@@ -95,18 +95,18 @@ def test_forgetting_is_never_probed_on_the_task_itself(tiny):
         ({"backbone": ""}, "backbone is required, e.g. backbone: NAME"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_trained(changes, message, tiny):
+def test_invalid_settings_are_rejected(changes, message, tiny):
     with pytest.raises(ValueError, match=message):
         tiny(**changes)
 
 
-def test_several_mistakes_are_told_together(tiny):
+def test_several_errors_are_reported_together(tiny):
     with pytest.raises(ValueError, match=r"seeds must be .* got 0; .*got 'lorra-8'"):
         tiny(seeds=0, methods=["lorra-8"])
 
 
 @pytest.mark.parametrize("key", ["grid", "train"])
-def test_a_part_of_the_file_that_is_no_mapping_is_named(key):
+def test_section_that_is_not_a_mapping_is_rejected(key):
     with pytest.raises(ValueError, match=f"{key} must be a mapping, got 'x'"):
         Experiment.from_dict({"methods": "linear", "data": "digits", "backbone": "test_vit", key: "x"})
 
@@ -119,18 +119,18 @@ def test_a_part_of_the_file_that_is_no_mapping_is_named(key):
         ("seeds: 2\n", r"experiment .*e\.yaml: methods is required"),
     ],
 )
-def test_a_file_that_cannot_be_used_is_named(content, message, tmp_path):
+def test_invalid_file_is_rejected_with_its_name(content, message, tmp_path):
     (tmp_path / "e.yaml").write_text(content)
     with pytest.raises(ValueError, match=message):
         read_experiment(str(tmp_path / "e.yaml"))
 
 
-def test_an_unknown_experiment_is_told_the_nearest_name():
+def test_unknown_experiment_suggests_the_nearest_name():
     with pytest.raises(FileNotFoundError, match=r"one of .*got 'cofee'; nearest: coffee"):
         read_experiment("cofee")
 
 
-def test_changes_go_before_the_file_one_by_one():
+def test_changes_override_single_settings_of_the_file():
     assert merged({"reference": "a", "seeds": 3}, {"methods": ["b"]})["reference"] is None
     assert merged({"reference": "a", "seeds": 3}, {"methods": ["b", "a"]})["reference"] == "a"
     assert merged({"seeds": 3, "grid": {"a": 1, "b": 2}}, {"grid": {"b": 3}}) == {"seeds": 3, "grid": {"a": 1, "b": 3}}
@@ -138,17 +138,17 @@ def test_changes_go_before_the_file_one_by_one():
     assert experiment.seeds == 5 and experiment.settings["epochs"] == 2 and experiment.settings["img_size"] == 42
 
 
-def test_entries_that_are_asked_for_by_name_keep_what_the_file_says_of_them():
-    whole = read_experiment("bundled-suite")
-    part = read_experiment("bundled-suite", {"data": ["stamps", "mnist5k", "elpv"], "methods": ["lora-8", "vqt"]})
-    assert [entry.name for entry in part.data] == ["stamps", "mnist", "elpv"]
-    assert all(entry in whole.data for entry in part.data)
-    assert [entry.method for entry in part.methods] == ["lora-8", "vqt"] and part.reference == "lora-8"
+def test_entries_selected_by_name_keep_their_settings():
+    suite = read_experiment("bundled-suite")
+    selection = read_experiment("bundled-suite", {"data": ["stamps", "mnist5k", "elpv"], "methods": ["lora-8", "vqt"]})
+    assert [entry.name for entry in selection.data] == ["stamps", "mnist", "elpv"]
+    assert all(entry in suite.data for entry in selection.data)
+    assert [entry.method for entry in selection.methods] == ["lora-8", "vqt"] and selection.reference == "lora-8"
     official = read_experiment("table1-vtab-official", {"methods": ["snella-32"]})
     assert official.methods == read_experiment("table1-vtab-official").methods
 
 
-def test_data_added_later_does_not_change_what_forgetting_is_probed_on(tiny, tmp_path):
+def test_added_tasks_do_not_change_the_forgetting_data(tiny, tmp_path):
     stored = tiny(data=["mnist5k"]).with_probes()
     assert stored.forgetting == ("mnist5k", "digits")
     joined = tiny(data=["elpv"]).joined_with(stored, tmp_path)
@@ -158,27 +158,29 @@ def test_data_added_later_does_not_change_what_forgetting_is_probed_on(tiny, tmp
         tiny(data=["mnist5k"], forgetting=["elpv"]).joined_with(stored, tmp_path)
 
 
-def test_a_folder_takes_further_methods_tasks_and_seeds(tiny, tmp_path):
+def test_methods_tasks_and_seeds_can_be_added_to_a_folder(tiny, tmp_path):
     stored = tiny(methods=["linear", "bias"], seeds=2)
     joined = tiny(methods=["lora-2", "linear"], data=["digits", "mnist5k"]).joined_with(stored, tmp_path)
     assert [entry.name for entry in joined.methods] == ["linear", "bias", "lora-2"]
     assert [entry.name for entry in joined.data] == ["digits", "mnist5k"] and joined.seeds == 2
 
 
-def test_a_folder_keeps_the_papers_numbers_and_orderings_when_more_is_asked_for(tiny, tmp_path):
-    above = {"higher": "bias", "lower": "linear"}
-    stored = tiny(published={"source": "a", "values": {"bias": {"digits": 1.0}}, "orderings": [above]})
+def test_published_numbers_and_orderings_are_merged(tiny, tmp_path):
+    stored_claim = {"higher": "bias", "lower": "linear"}
+    stored = tiny(published={"source": "a", "values": {"bias": {"digits": 1.0}}, "orderings": [stored_claim]})
     assert tiny().joined_with(stored, tmp_path).published == stored.published
-    again = {"higher": "lora-2", "lower": "linear"}
-    more = tiny(published={"source": "a", "values": {"bias": {"digits": 2.0}}, "orderings": [above, again]})
-    assert more.joined_with(stored, tmp_path).published == {
+    added_claim = {"higher": "lora-2", "lower": "linear"}
+    extended = tiny(
+        published={"source": "a", "values": {"bias": {"digits": 2.0}}, "orderings": [stored_claim, added_claim]}
+    )
+    assert extended.joined_with(stored, tmp_path).published == {
         "source": "a",
         "values": {"bias": {"digits": 2.0}},
-        "orderings": [above, again],
+        "orderings": [stored_claim, added_claim],
     }
     assert stored.joined_with(tiny(), tmp_path).published == stored.published
-    other = tiny(published={"source": "b", "orderings": [again]})
-    assert other.joined_with(stored, tmp_path).published == other.published
+    other_source = tiny(published={"source": "b", "orderings": [added_claim]})
+    assert other_source.joined_with(stored, tmp_path).published == other_source.published
 
 
 @pytest.mark.parametrize(
@@ -190,7 +192,7 @@ def test_a_folder_keeps_the_papers_numbers_and_orderings_when_more_is_asked_for(
         ({"methods": [{"name": "linear", "method": "bias"}]}, "methods 'linear' has other settings"),
     ],
 )
-def test_a_folder_refuses_settings_that_its_rows_do_not_have(changes, message, tiny, tmp_path):
+def test_settings_that_differ_from_the_stored_rows_are_rejected(changes, message, tiny, tmp_path):
     with pytest.raises(ValueError, match=message):
         tiny(**changes).joined_with(tiny(), tmp_path)
 

@@ -1,4 +1,4 @@
-"""The table of a comparison as Markdown."""
+"""Markdown tables of a comparison."""
 
 from snella_lab.comparison.report import markdown_tables, write_markdown
 
@@ -7,11 +7,11 @@ def cells_of(line):
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_it_has_a_line_for_each_method_and_says_where_the_numbers_come_from(tiny, make_row):
+def test_table_has_a_line_per_method_and_its_provenance(tiny, make_row):
     command = "snella compare --experiment tiny --out runs/tiny"
     experiment = tiny(methods=["linear", "lora-2"], seeds=3, command=command)
-    found = {("linear", 0): 0.5, ("linear", 1): 0.7, ("lora-2", 0): 0.8, ("lora-2", 1): 0.9}
-    rows = [make_row(experiment, "digits", *key, test_accuracy=value) for key, value in found.items()]
+    accuracies = {("linear", 0): 0.5, ("linear", 1): 0.7, ("lora-2", 0): 0.8, ("lora-2", 1): 0.9}
+    rows = [make_row(experiment, "digits", *key, test_accuracy=value) for key, value in accuracies.items()]
     text = markdown_tables(experiment, [*rows, make_row(experiment, "digits", "linear", 0, purpose="trial")])
     table = [cells_of(line) for line in text.splitlines() if line.startswith("|")]
     assert table[0][:3] == ["method", "digits", "difference from lora-2"]
@@ -21,7 +21,7 @@ def test_it_has_a_line_for_each_method_and_says_where_the_numbers_come_from(tiny
     assert text.endswith(f"4 of 6 final runs. `{command}`, a processor, 2026-01-02.\n")
 
 
-def test_it_tells_what_failed_and_which_images_chose_the_epoch(tiny, make_row):
+def test_failed_runs_and_the_official_protocol_are_stated(tiny, make_row):
     experiment = tiny(train={"protocol": "official"}, grid={"lr_factors": [1.0]})
     rows = [make_row(experiment, "digits", "linear", 0)]
     rows += [make_row(experiment, "digits", "lora-2", 0, status="failed", error="ValueError: too warm")]
@@ -29,11 +29,11 @@ def test_it_tells_what_failed_and_which_images_chose_the_epoch(tiny, make_row):
     assert "Official protocol: " in text and "Failed: `digits/lora-2/seed-0`, ValueError: too warm" in text
 
 
-def test_it_says_where_nothing_is_finished(tiny, tmp_path):
+def test_table_without_final_runs_is_a_sentence(tiny, tmp_path):
     assert write_markdown(tmp_path, tiny(), []).read_text() == "No final run is finished yet.\n"
 
 
-def test_it_names_every_version_of_the_code(tiny, make_row):
+def test_all_commits_are_listed(tiny, make_row):
     experiment = tiny(seeds=2)
     info = {"torch-version": "2.13.0"}
     rows = [

@@ -1,4 +1,4 @@
-"""Comparisons of other targets than one class, and the choice of a method by a small one."""
+"""Multilabel and regression comparisons, and method selection by a small comparison."""
 
 import csv
 
@@ -21,7 +21,7 @@ from .conftest import rows_of
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    """Images whose brightness is a number, and whose bright colors are labels."""
+    """Write images labeled with their brightness and their bright color channels."""
     folder, random = tmp_path_factory.mktemp("table"), np.random.default_rng(0)
     with (folder / "t.csv").open("w", newline="") as file:
         writer = csv.writer(file)
@@ -40,7 +40,7 @@ def table(tmp_path_factory):
     ("task", "label", "metric", "title"),
     [("multilabel", "tags", "map", "mean average precision"), ("regression", "level", "r2", "R²")],
 )
-def test_methods_are_compared_by_what_measures_the_task(task, label, metric, title, table, tmp_path, console):
+def test_methods_are_compared_by_the_metric_of_the_task(task, label, metric, title, table, tmp_path, console):
     options = CompareOptions.from_flat(
         **{"out": str(tmp_path / "c"), "methods": "linear,lora-2", "data": f"csv:{table}", "backbone": "test_vit"},
         **{"seeds": 1, "lr_factors": "1", "weight_decays": "none", "forgetting": "none", "workers": 0, "task": task},
@@ -49,18 +49,18 @@ def test_methods_are_compared_by_what_measures_the_task(task, label, metric, tit
     page = compare(experiment_from_options(options), options.out, options.execution, console).read_text()
     rows = list(rows_of(tmp_path / "c").values())
     assert {row["metric"] for row in rows} == {metric} and [row["status"] for row in rows] == ["success"] * 2
-    tops = {row["experiment_name"]: row[f"test_{metric}"] for row in rows}
-    best = [name for name, top in tops.items() if top == max(tops.values())]
-    have = f"{', '.join(best)} {'has' if len(best) == 1 else 'have'}"
+    scores = {row["experiment_name"]: row[f"test_{metric}"] for row in rows}
+    best = [name for name, score in scores.items() if score == max(scores.values())]
+    leaders = f"{', '.join(best)} {'has' if len(best) == 1 else 'have'}"
     printed = console.file.getvalue()
-    assert f"{have} the highest test {title}, {100 * tops[best[0]]:.1f}%" in printed
+    assert f"{leaders} the highest test {title}, {100 * scores[best[0]]:.1f}%" in printed
     assert "Recommended: " in printed and f" {title}" in printed.partition("Recommended: ")[2].partition(chr(10))[0]
     assert f"<h2>{title[0].upper()}{title[1:]} on test</h2>" in page and "ccuracy on test" not in page
 
 
 @pytest.fixture
 def parts(tmp_path):
-    """A table of forty images with an eighth of them in one class, and a row whose file is missing."""
+    """Write a table of forty images, five of them in the smaller class, and a row with a missing file."""
     lines, random = ["photo,label"], np.random.default_rng(0)
     for index in range(40):
         pixels = random.integers(0, 256, (32, 32, 3), dtype=np.uint8)
@@ -70,7 +70,7 @@ def parts(tmp_path):
     return f"csv:{tmp_path / 'parts.csv'}"
 
 
-def test_what_is_known_of_the_data_is_said_before_the_first_run(parts, tmp_path, capsys, monkeypatch):
+def test_notes_about_the_data_are_printed_before_training(parts, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("snella_lab.comparison.compare._train_all", lambda *arguments: None)
     words = ["compare", "--methods", "linear", "--data", parts, "--backbone", "test_vit", "--pretrained", "false"]
     words += ["--img-size", "32", "--epochs", "1", "--device", "cpu", "--forgetting", "none"]
@@ -78,19 +78,19 @@ def test_what_is_known_of_the_data_is_said_before_the_first_run(parts, tmp_path,
     error = capsys.readouterr().err
     assert error.count("parts.csv") == 1 and "skip them with --skip-corrupt\n" in error
     assert main([*words, "--skip-corrupt", "--out", str(tmp_path / "c")]) == 0
-    said = capsys.readouterr().out
-    assert f"note: skipped 1 of 41 rows of {parts}, 1 no such file: missing.png (no such file)\n" in said
-    assert "note: classes are unbalanced: " in said
+    printed = capsys.readouterr().out
+    assert f"note: skipped 1 of 41 rows of {parts}, 1 no such file: missing.png (no such file)\n" in printed
+    assert "note: classes are unbalanced: " in printed
     assert (
         "note: methods are compared by accuracy; add --monitor balanced_accuracy to compare by balanced accuracy\n"
-        in said
+        in printed
     )
     assert main([*words, "--skip-corrupt", "--monitor", "balanced_accuracy", "--out", str(tmp_path / "b")]) == 0
-    said = capsys.readouterr().out
-    assert "classes are unbalanced" in said and "compared by accuracy" not in said
+    printed = capsys.readouterr().out
+    assert "classes are unbalanced" in printed and "compared by accuracy" not in printed
 
 
-def test_a_task_that_has_no_such_comparison_is_refused():
+def test_unsupported_task_is_rejected():
     values = {"methods": ["linear"], "data": ["digits"], "backbone": "test_vit"}
     with pytest.raises(ValueError, match=r"task must be one of classification, .* in a comparison, got 'segmentation'"):
         Experiment.from_dict({**values, "train": {"task": "segmentation"}})
@@ -104,7 +104,7 @@ def small_choice(monkeypatch):
     monkeypatch.setattr(module, "_executor", lambda root, experiment, *others: InThisProcess(root, experiment))
 
 
-def test_auto_takes_what_a_small_comparison_on_validation_recommends(
+def test_auto_selects_the_method_recommended_on_validation_images(
     small_choice, table, tmp_path, console, capsys, monkeypatch
 ):
     values = {
@@ -123,7 +123,7 @@ def test_auto_takes_what_a_small_comparison_on_validation_recommends(
     printed = console.file.getvalue()
     assert f"Recommended: {chosen.method.name}" in printed and f"{100 * max(means.values()):.1f}" in printed
     assert chosen.method.name in means and chosen.run.seed == 3 and chosen.optim.epochs == 2
-    monkeypatch.setattr("snella_lab.comparison.run_cell.train", None)  # the choice stands in its folder
+    monkeypatch.setattr("snella_lab.comparison.run_cell.train", None)  # the selection is stored in its folder
     words = [
         f"--{name.replace('_', '-')}={str(value).lower() if value is False else value}"
         for name, value in values.items()
@@ -134,7 +134,7 @@ def test_auto_takes_what_a_small_comparison_on_validation_recommends(
     assert "holds a finished run" in capsys.readouterr().err
 
 
-def test_what_belongs_to_one_method_or_would_see_test_images_is_refused_with_auto(tmp_path):
+def test_auto_rejects_folds_and_options_of_single_methods(tmp_path):
     values = {"data": "digits", "backbone": "test_vit", "out": str(tmp_path), "method": "auto"}
     with pytest.raises(ValueError, match=r"r 4 needs a named method, got method 'auto'; .*folds 3 needs"):
         TrainConfig.from_flat(**values, r=4, folds=3)

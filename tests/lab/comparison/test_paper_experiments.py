@@ -1,4 +1,4 @@
-"""The experiment files of the paper's tables: what they say is checked against the data they are about."""
+"""Experiment files of the paper's tables, compared with the benchmarks and the published numbers."""
 
 import io
 
@@ -30,7 +30,7 @@ PAPER = (
 )
 TWINS = tuple(f"twin-table{number}" for number in (7, 8, 9, 10, 11, 12, 15, 17, "18-fgvc"))
 PART = ("table11", "table12", "table15")
-"""Tables of a part of VTAB-1k alone."""
+"""Tables with a subset of VTAB-1k."""
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def experiments():
     return {name: read_experiment(name) for name in PAPER}
 
 
-def test_every_table_has_its_file_and_says_what_it_is(experiments):
+def test_every_table_has_a_file_with_purpose_cost_and_expected_results(experiments):
     files = {name for name, path in bundled_experiments().items() if path.parent.name == "paper"}
     assert files == set(PAPER)
     for name, experiment in experiments.items():
@@ -47,7 +47,7 @@ def test_every_table_has_its_file_and_says_what_it_is(experiments):
         assert experiment.settings["epochs"] == (2 if name == "table15" else 100)
 
 
-def test_every_ordering_is_of_two_methods_of_its_file(experiments):
+def test_orderings_refer_to_methods_of_their_file(experiments):
     twins = {name: read_experiment(name) for name in TWINS}
     assert {name for name, path in bundled_experiments().items() if path.parent.name == "twins"} == set(TWINS)
     for name, experiment in (experiments | twins).items():
@@ -58,7 +58,7 @@ def test_every_ordering_is_of_two_methods_of_its_file(experiments):
     assert [len(twin.methods) for twin in twins.values()] == [12, 12, 6, 12, 12, 8, 7, 4, 3]
 
 
-def test_the_papers_scaling_stands_beside_ours(experiments):
+def test_tables_include_methods_with_the_papers_scaling(experiments):
     for name in ("table1-vtab", "table1-fgvc", "table2-mae", "table3-swin", "table4-vit-h", "table17"):
         experiment = experiments[name]
         scaled = [method for method in experiment.methods if method.name.endswith("-scaling-1")]
@@ -66,11 +66,11 @@ def test_the_papers_scaling_stands_beside_ours(experiments):
             scaled and {method.settings["scaling"] for method in scaled} == {1.0} and "scaling 10" in experiment.about
         )
     for name in ("table10", "table11", "table12"):
-        ours = {method.name: method for method in experiments[name].methods}
-        scaled = {label: method for label, method in ours.items() if label.endswith("-scaling-1")}
-        assert len(ours) == 2 * len(scaled)
+        methods = {method.name: method for method in experiments[name].methods}
+        scaled = {label: method for label, method in methods.items() if label.endswith("-scaling-1")}
+        assert len(methods) == 2 * len(scaled)
         for label, method in scaled.items():
-            base = ours[label.removesuffix("-scaling-1")]
+            base = methods[label.removesuffix("-scaling-1")]
             assert method.settings == {**base.settings, "scaling": 1.0} and method.options == base.options
         claims = [claim for claim in experiments[name].published["orderings"] if "-scaling-1" in claim["higher"]]
         assert 2 * len(claims) == len(experiments[name].published["orderings"])
@@ -79,31 +79,31 @@ def test_the_papers_scaling_stands_beside_ours(experiments):
     assert adapter.options == {"activation": "relu"}
 
 
-def test_tasks_are_the_benchmarks_own_in_their_groups(experiments):
+def test_tasks_and_groups_match_the_benchmarks(experiments):
     vtab = [(task.name, f"vtab:data/vtab-1k/{task.name}", task.group) for task in VTAB_TASKS.values()]
     fgvc = [(name, f"fgvc:data/fgvc/{name}", "fgvc") for name in FGVC_DATASETS]
     for name, experiment in experiments.items():
         entries = [(entry.name, entry.data, entry.group) for entry in experiment.data]
-        whole = fgvc if "fgvc" in name or name == "table17" else vtab
-        assert set(entries) <= set(whole) and ("official" in name or name in PART or entries == whole)
+        benchmark = fgvc if "fgvc" in name or name == "table17" else vtab
+        assert set(entries) <= set(benchmark) and ("official" in name or name in PART or entries == benchmark)
 
 
-def test_the_papers_means_follow_from_its_values(experiments):
-    """Table XIII prints the mean of 19 tasks; the ablations' numbers are the mean of three group means."""
+def test_published_means_match_the_published_values(experiments):
+    """Table XIII reports the mean of 19 tasks; the ablations report the mean of three group means."""
     experiment = experiments["table1-vtab"]
     tasks = [entry.name for entry in experiment.data]
     assert len(experiment.published["values"]) == 20
     for values in experiment.published["values"].values():
         groups = []
         for group in ("natural", "specialised", "structured"):
-            own = [values[entry.name] for entry in experiment.data if entry.group == group]
-            groups.append(sum(own) / len(own))
+            group_values = [values[entry.name] for entry in experiment.data if entry.group == group]
+            groups.append(sum(group_values) / len(group_values))
             assert values[group] == pytest.approx(groups[-1], abs=0.006)
         assert values["mean over groups"] == pytest.approx(sum(groups) / 3, abs=0.006)
         assert values["mean over tasks"] == pytest.approx(sum(values[task] for task in tasks) / 19, abs=0.06)
 
 
-def test_rates_are_chosen_on_validation_and_the_final_run_learns_from_it_too(experiments):
+def test_final_runs_also_train_on_the_validation_images(experiments):
     experiment = experiments["table1-vtab"]
     trial, final = (
         Cell(experiment.data[0], experiment.methods[-1], 0, Candidate(), is_final).config(experiment, "-")
@@ -112,7 +112,7 @@ def test_rates_are_chosen_on_validation_and_the_final_run_learns_from_it_too(exp
     assert (trial.data.protocol, final.data.protocol) == ("standard", "final")
 
 
-def test_the_official_files_need_no_trial_and_set_each_task_by_itself(experiments):
+def test_official_files_need_no_tuning_and_have_settings_per_task(experiments):
     experiment = experiments["table1-vtab-official"]
     configs = {
         data.name: Cell(data, experiment.methods[0], 0, Candidate(), True).config(experiment, "-").flat()
@@ -136,7 +136,7 @@ def changed(experiment, **changes):
     return Experiment.from_dict({**experiment.as_dict(), **changes})
 
 
-def test_a_search_under_the_official_protocol_is_refused(experiments):
+def test_tuning_under_the_official_protocol_is_rejected(experiments):
     message = r"protocol official has no validation set for tuning; .* got \[0\.3, 1\.0\] and \[\]"
     with pytest.raises(ValueError, match=message):
         changed(experiments["table1-vtab-official"], grid={"lr_factors": [0.3, 1.0], "weight_decays": []})
@@ -157,7 +157,7 @@ def test_a_search_under_the_official_protocol_is_refused(experiments):
         ),
     ],
 )
-def test_published_numbers_of_another_form_are_refused(published, message, experiments):
+def test_invalid_published_numbers_are_rejected(published, message, experiments):
     with pytest.raises(ValueError, match=message):
         changed(experiments["table1-vtab"], published=published)
     assert reported_errors({}, [], []) == []
@@ -171,13 +171,13 @@ def row(method, task, accuracy, seed=0, step_time=None):
     )
 
 
-def test_our_numbers_stand_beside_the_papers(experiments):
+def test_published_and_measured_numbers_are_paired(experiments):
     values = {"lora-8": {"kitti": 78.5, "structured": 60.0, "mean over tasks": 72.3, "dmlab": 49.8}}
     experiment = changed(experiments["table1-vtab"], published={"source": "Table XIII", "values": values})
     rows = [row("lora-8", "kitti", 0.80), row("lora-8", "cifar", 0.60)]
     summary = summarize(experiment, rows)
-    found = paper_comparison(experiment, summary)
-    assert [(r.column, r.paper, r.ours and round(r.ours, 3)) for r in found] == [
+    pairs = paper_comparison(experiment, summary)
+    assert [(r.column, r.paper, r.ours and round(r.ours, 3)) for r in pairs] == [
         ("kitti", 78.5, 80.0),
         ("structured", 60.0, 80.0),
         ("mean over tasks", 72.3, 70.0),
@@ -189,7 +189,7 @@ def test_our_numbers_stand_beside_the_papers(experiments):
     assert PaperComparison("lora-8", "dmlab", 49.8, None).texts == ("lora-8", "dmlab", "49.8", "–", "–")
 
 
-def test_orderings_are_judged_by_corrected_tests_of_paired_differences(experiments):
+def test_orderings_are_decided_by_corrected_tests_of_paired_differences(experiments):
     claims = [
         {"higher": "cubic", "lower": "linear"},
         {"higher": "constant", "lower": "linear"},
@@ -204,18 +204,24 @@ def test_orderings_are_judged_by_corrected_tests_of_paired_differences(experimen
     tasks = [entry.name for entry in experiment.data]
     leads = {"linear": 0.0, "cubic": 0.02, "constant": -0.02, "quadratic": 0.0}
     rows = [
-        row(method, task, 0.5 + lead * (1 + place / 10) + seed / 100, seed, step_time=1 + lead)
+        row(method, task, 0.5 + lead * (1 + index / 10) + seed / 100, seed, step_time=1 + lead)
         for method, lead in leads.items()
-        for place, task in enumerate(tasks)
+        for index, task in enumerate(tasks)
         for seed in range(3)
     ]
-    found = paper_orderings(experiment, rows)
-    assert [result.verdict for result in found] == ["holds", "contradicted", "not decided", "not decided"]
-    assert found[0].difference.mean == pytest.approx(0.024) and found[0].difference.pairs == 15
-    assert found[0].difference.comparisons == 4
-    assert found[0].texts == ("cubic above linear", "holds", "+2.4 [+2.0, +2.8], 15 pairs", "< 0.001", "5 of 5 (0.062)")
-    assert found[3].claim == f"cubic above linear on {tasks[0]} in step time" and found[3].difference.units == 3
-    assert found[3].difference.mean == pytest.approx(0.02)
+    orderings = paper_orderings(experiment, rows)
+    assert [result.verdict for result in orderings] == ["holds", "contradicted", "not decided", "not decided"]
+    assert orderings[0].difference.mean == pytest.approx(0.024) and orderings[0].difference.pairs == 15
+    assert orderings[0].difference.comparisons == 4
+    assert orderings[0].texts == (
+        "cubic above linear",
+        "holds",
+        "+2.4 [+2.0, +2.8], 15 pairs",
+        "< 0.001",
+        "5 of 5 (0.062)",
+    )
+    assert orderings[3].claim == f"cubic above linear on {tasks[0]} in step time" and orderings[3].difference.units == 3
+    assert orderings[3].difference.mean == pytest.approx(0.02)
     assert [result.verdict for result in paper_orderings(experiment, [])] == ["not run"] * 4
     output = io.StringIO()
     print_paper_orderings(Console(file=output, width=120), experiment, rows)
@@ -244,8 +250,8 @@ QUICK = {"noah": {"supernet_epochs": 1, "population": 2, "generations": 1}}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", SMALL)
-def test_every_method_of_a_table_can_be_applied_to_backbones_of_its_kind(kind, experiments):
-    """On small models of the same architecture."""
+def test_every_method_of_a_table_can_be_applied_to_its_type_of_backbone(kind, experiments):
+    """Use small models of the same architecture."""
     architecture, options = SMALL[kind]
     entries = {
         entry.method: entry.options

@@ -1,4 +1,4 @@
-"""Several processes on one comparison: workers, two commands at once, a killed one, Ray."""
+"""Comparisons in several processes: workers, concurrent and killed commands, Ray."""
 
 import contextlib
 import io
@@ -26,7 +26,7 @@ COMPARE = [sys.executable, "-m", "snella_app.cli.main", "compare"]
 
 
 def words(root):
-    """A comparison of 8 cells as a user types it."""
+    """Return the command line of a comparison with 8 cells."""
     return [
         *(*COMPARE, "--out", str(root), "--methods", "linear,bias", "--data", "digits", "--backbone", "test_vit"),
         *("--pretrained", "false", "--img-size", "32", "--epochs", "1", "--batch-size", "20", "--train-size", "60"),
@@ -45,21 +45,21 @@ def lines_of(root):
 
 
 def trained(output):
-    """Cells that a command says it has trained itself."""
+    """Return the output lines of the cells that the command itself trained."""
     return [line for line in output.splitlines() if line.startswith("[") and "by another process" not in line]
 
 
-def test_two_commands_at_once_train_every_cell_once(tmp_path):
+def test_two_concurrent_commands_train_every_cell_once(tmp_path):
     root = tmp_path / "c"
-    both = [start(root), start(root)]
-    outputs = [process.communicate(timeout=600) for process in both]
-    assert [process.returncode for process in both] == [0, 0], outputs
+    processes = [start(root), start(root)]
+    outputs = [process.communicate(timeout=600) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
     assert sum(len(trained(out)) for out, _ in outputs) == 8
     assert sorted(lines_of(root)) == sorted(set(lines_of(root))) and len(lines_of(root)) == 8
     assert not list((root / "locks").glob("digits*"))
 
 
-def test_a_killed_command_is_gone_on_with(tmp_path):
+def test_killed_command_can_be_resumed(tmp_path):
     root = tmp_path / "c"
     process = start(root)
     while len(lines_of(root)) < 2:
@@ -70,13 +70,13 @@ def test_a_killed_command_is_gone_on_with(tmp_path):
     process.communicate()
     done = set(lines_of(root))
     assert 2 <= len(done) < 8
-    again = start(root)
-    out, err = again.communicate(timeout=600)
-    assert again.returncode == 0, err
+    resumed = start(root)
+    out, err = resumed.communicate(timeout=600)
+    assert resumed.returncode == 0, err
     assert len(trained(out)) == 8 - len(done) and len(lines_of(root)) == 8
 
 
-def test_a_cell_whose_process_is_killed_is_recorded_and_the_others_go_on(tiny, tmp_path, monkeypatch):
+def test_cell_with_a_killed_process_is_recorded_and_the_others_continue(tiny, tmp_path, monkeypatch):
     original, killed = executors.InProcesses.start, []
 
     def start_and_kill(self, cell):
@@ -97,18 +97,18 @@ def test_a_cell_whose_process_is_killed_is_recorded_and_the_others_go_on(tiny, t
     assert final["status"] == "success" and final["peak_rss_mib"] > final["training_mib"] > 1
 
 
-def test_two_workers_give_the_same_numbers_as_this_process(tiny, tmp_path):
+def test_two_workers_give_the_same_results_as_one_process(tiny, tmp_path):
     for name, workers in (("a", 0), ("b", 2)):
         compare(tiny(), tmp_path / name, ExecutionConfig(workers=workers, threads=1), Console(file=io.StringIO()))
-    here, there = (rows_of(tmp_path / name) for name in ("a", "b"))
-    assert set(here) == set(there) and len(here) == 6
-    for cell, row in here.items():
+    sequential, parallel = (rows_of(tmp_path / name) for name in ("a", "b"))
+    assert set(sequential) == set(parallel) and len(sequential) == 6
+    for cell, row in sequential.items():
         assert (row["val_loss"], row["test_loss"], row["train_loss"]) == tuple(
-            there[cell][key] for key in ("val_loss", "test_loss", "train_loss")
+            parallel[cell][key] for key in ("val_loss", "test_loss", "train_loss")
         )
 
 
-def test_rows_name_the_code_that_was_loaded_and_not_what_the_checkout_has_become(tiny, tmp_path, monkeypatch):
+def test_rows_record_the_commit_of_the_loaded_code(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("snella_lab.provenance._state", ("feed", False))
     experiment = tiny(methods=["linear"], grid={"lr_factors": [1.0]})
     compare(experiment, tmp_path / "c", ExecutionConfig(workers=1, threads=1), Console(file=io.StringIO()))
@@ -116,7 +116,7 @@ def test_rows_name_the_code_that_was_loaded_and_not_what_the_checkout_has_become
     assert row["package_info"]["snella-commit-hash"] == "feed" and row["git_dirty"] is False
 
 
-def test_ray_trains_the_cells_on_a_local_cluster_of_several_processes(tiny, tmp_path, monkeypatch):
+def test_ray_trains_cells_on_a_local_cluster(tiny, tmp_path, monkeypatch):
     ray = pytest.importorskip("ray")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     experiment, output = tiny(methods=["linear", "bias"], grid={"lr_factors": [1.0]}), io.StringIO()
@@ -136,23 +136,23 @@ def test_ray_trains_the_cells_on_a_local_cluster_of_several_processes(tiny, tmp_
 
 @pytest.fixture
 def cluster(monkeypatch):
-    """A Ray cluster with one CPU, to which machines can be added; `RAY_ADDRESS` names it."""
+    """Start a Ray cluster with one CPU at `RAY_ADDRESS`; tests can add machines."""
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
-    started = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    monkeypatch.setenv("RAY_ADDRESS", started.address)
+    ray_cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    monkeypatch.setenv("RAY_ADDRESS", ray_cluster.address)
     monkeypatch.setattr(executors, "_NODES_S", 0.0)
-    yield started
+    yield ray_cluster
     import ray
 
     ray.shutdown()
-    started.shutdown()
+    ray_cluster.shutdown()
 
 
 @contextlib.contextmanager
 def on_ray(monkeypatch, root, work, *, device="cpu", slots=None, gpus=None):
-    """An executor on Ray whose workers call a stub instead of training."""
+    """Yield a Ray executor whose workers call `work` instead of training."""
     monkeypatch.setattr(executors, "_work_for_ray", work)
     executor = executors.OnRay(root, SimpleNamespace(settings={"device": device}), slots, 1, gpus)
     try:
@@ -162,7 +162,7 @@ def on_ray(monkeypatch, root, work, *, device="cpu", slots=None, gpus=None):
 
 
 def finish(executor, count, limit_s=200):
-    """Wait for that many cells."""
+    """Wait for `count` finished cells or the time limit; return outcome and error by cell name."""
     ended, end = [], time.monotonic() + limit_s
     while len(ended) < count and time.monotonic() < end:
         ended += executor.wait(1.0)
@@ -173,7 +173,7 @@ def cells(*names):
     return [SimpleNamespace(name=name) for name in names]
 
 
-def test_ray_starts_a_cell_again_whose_worker_was_killed_and_gives_up_after_some_times(cluster, tmp_path, monkeypatch):
+def test_ray_restarts_cells_of_killed_workers_up_to_a_limit(cluster, tmp_path, monkeypatch):
     def work(arguments, cell):
         import os
         import signal
@@ -194,7 +194,7 @@ def test_ray_starts_a_cell_again_whose_worker_was_killed_and_gives_up_after_some
     assert outcome is None and error.endswith("(after 2 restarts)") and (tmp_path / "never").read_text() == "xxx"
 
 
-def test_ray_stops_a_cell_that_does_not_answer_and_the_others_go_on(cluster, tmp_path, monkeypatch):
+def test_ray_stops_a_hanging_cell_and_the_others_continue(cluster, tmp_path, monkeypatch):
     def work(arguments, cell):
         import time
 
@@ -214,7 +214,7 @@ def test_ray_stops_a_cell_that_does_not_answer_and_the_others_go_on(cluster, tmp
         assert finish(executor, 1) == {"other": ("trained", "")}
 
 
-def test_ray_uses_the_cluster_at_its_address_and_machines_that_join_late(cluster, tmp_path, monkeypatch):
+def test_ray_uses_an_existing_cluster_and_machines_added_later(cluster, tmp_path, monkeypatch):
     import ray
 
     def work(arguments, cell):
@@ -240,7 +240,7 @@ def test_ray_uses_the_cluster_at_its_address_and_machines_that_join_late(cluster
         while executor.slots != 1:
             time.sleep(0.2)
     assert not ray.is_initialized()
-    with on_ray(monkeypatch, tmp_path, work, slots=5) as executor:  # the cluster is still there
+    with on_ray(monkeypatch, tmp_path, work, slots=5) as executor:  # the cluster is still running
         assert executor.slots == 1
 
 
@@ -271,26 +271,26 @@ def test_ray_shares_a_gpu_among_cells(tmp_path, monkeypatch):
         ray.shutdown()
 
 
-def test_a_ray_cluster_that_does_not_answer_is_one_error(tmp_path, monkeypatch):
+def test_unreachable_ray_cluster_is_reported(tmp_path, monkeypatch):
     ray = pytest.importorskip("ray")
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
 
-    def refuse(**options):
+    def fail(**options):
         raise ConnectionError("Could not connect to the GCS.\nMore lines")
 
-    monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.setattr(ray, "init", fail)
     with pytest.raises(
-        ConnectionError, match=r"no Ray cluster answers at RAY_ADDRESS=127\.0\.0\.1:1 \(Could not connect"
+        ConnectionError, match=r"no Ray cluster is reachable at RAY_ADDRESS=127\.0\.0\.1:1 \(Could not connect"
     ):
         executors.OnRay(tmp_path, SimpleNamespace(settings={}), None, 1)
 
 
-def test_a_killed_driver_on_ray_goes_on_from_the_checkpoints_and_counts_every_cell_once(tmp_path, monkeypatch):
+def test_killed_ray_driver_resumes_from_checkpoints(tmp_path, monkeypatch):
     pytest.importorskip("ray")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     root = tmp_path / "c"
-    words_of_ray = [*words(root), "--ray", "--workers", "2", "--lr-factors", "1", "--epochs", "12", "--seeds", "1"]
-    process = subprocess.Popen(words_of_ray, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [*words(root), "--ray", "--workers", "2", "--lr-factors", "1", "--epochs", "12", "--seeds", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not list(root.glob("cells/*/*/*/checkpoints/checkpoint-*")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
@@ -299,8 +299,8 @@ def test_a_killed_driver_on_ray_goes_on_from_the_checkpoints_and_counts_every_ce
             child.kill()
     process.communicate()
     before = lines_of(root)
-    again = subprocess.run(words_of_ray, capture_output=True, text=True, timeout=800)
-    assert again.returncode == 0, again.stderr
+    resumed = subprocess.run(command, capture_output=True, text=True, timeout=800)
+    assert resumed.returncode == 0, resumed.stderr
     assert sorted(lines_of(root)) == ["digits/bias/seed-0", "digits/linear/seed-0"]
-    assert len(trained(again.stdout)) == 2 - len(before)
+    assert len(trained(resumed.stdout)) == 2 - len(before)
     assert any("resuming from" in log.read_text() for log in (root / "logs").glob("*.txt"))

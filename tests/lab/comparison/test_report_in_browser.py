@@ -1,4 +1,4 @@
-"""The page of a comparison in a real browser: whether people can read it, whatever is missing in it."""
+"""Layout of the report in a browser, for complete and partial results."""
 
 import pytest
 
@@ -6,18 +6,18 @@ from snella_lab.comparison.report import write_page
 from tests.browser import FAULTY_TEXTS, SMALLEST_TEXT
 
 
-@pytest.fixture(scope="module", params=["whole", "begun"])
+@pytest.fixture(scope="module", params=["complete", "partial"])
 def page(request, tmp_path_factory):
-    """All rows of twelve methods on six tasks, or a third of them, so that names and differences say what they miss."""
+    """Write the report of all rows, or of a subset with missing results."""
     experiment, rows = request.getfixturevalue("large_once")
-    if request.param == "begun":
-        known = {"fashion", "elpv"}
-        rows = [row for row in rows if row.task_name in known or row.experiment_name in ("lora-8", "linear")]
+    if request.param == "partial":
+        tasks = {"fashion", "elpv"}
+        rows = [row for row in rows if row.task_name in tasks or row.experiment_name in ("lora-8", "linear")]
     return write_page(tmp_path_factory.mktemp(request.param), experiment, rows)
 
 
 @pytest.mark.parametrize("width", [1200, 768, 400])
-def test_no_text_is_cut_or_covered_or_tiny_at_any_width(browser, page, width):
+def test_text_is_neither_clipped_nor_covered_nor_tiny(browser, page, width):
     browser.open(page, width)
     browser.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
     assert browser.evaluate("document.documentElement.scrollWidth") <= width
@@ -26,7 +26,7 @@ def test_no_text_is_cut_or_covered_or_tiny_at_any_width(browser, page, width):
 
 
 @pytest.mark.parametrize("width", [390, 768, 1280])
-def test_the_zero_line_is_on_the_screen_and_headings_keep_their_distance(browser, page, width):
+def test_zero_line_is_visible_and_headings_are_separated(browser, page, width):
     browser.open(page, width)
     zeros = browser.evaluate("""
         [...document.querySelectorAll('#differences svg.figure')].filter(svg => svg.checkVisibility()).map(svg => {
@@ -43,20 +43,20 @@ def test_the_zero_line_is_on_the_screen_and_headings_keep_their_distance(browser
 
 
 @pytest.mark.parametrize(("width", "is_shown"), [(390, True), (1280, False)])
-def test_a_narrow_screen_says_where_to_scroll(browser, table_page, width, is_shown):
+def test_narrow_screens_show_scroll_hints(browser, table_page, width, is_shown):
     browser.open(table_page[0], width)
     assert browser.evaluate("document.documentElement.scrollWidth") <= width
     shown = "[...document.querySelectorAll('.sideways')].filter(hint => hint.checkVisibility()).length > 0"
     assert browser.evaluate(shown) == is_shown
-    silent = """
+    without_hint = """
         [...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth)
           .filter(e => !e.nextElementSibling?.checkVisibility() || !e.nextElementSibling.matches('.sideways'))
           .map(e => e.getAttribute('aria-label'))"""
     browser.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
-    assert browser.evaluate(silent) == []
+    assert browser.evaluate(without_hint) == []
 
 
-def test_the_scores_are_on_a_narrow_screen_without_scrolling(browser, page, table_page):
+def test_scores_are_visible_on_narrow_screens_without_scrolling(browser, page, table_page):
     for path in (page, table_page[0]):
         browser.open(path, 390)
         cut = browser.evaluate("""
@@ -66,7 +66,7 @@ def test_the_scores_are_on_a_narrow_screen_without_scrolling(browser, page, tabl
         assert cut and max(cut) <= 0
 
 
-def test_the_name_of_a_table_is_broken_between_its_parts(browser, table_page):
+def test_long_task_names_wrap_between_their_parts(browser, table_page):
     browser.open(table_page[0], 390)
     lines = browser.evaluate("""
         (() => { const th = document.querySelector('#accuracy table.scores thead th:nth-child(2)'), lines = []
@@ -80,7 +80,7 @@ def test_the_name_of_a_table_is_broken_between_its_parts(browser, table_page):
     assert browser.evaluate(f"[{first}.textContent, getComputedStyle({first}).whiteSpace]") == ["method", "nowrap"]
 
 
-def test_it_asks_for_nothing_and_complains_of_nothing(browser, page):
+def test_report_makes_no_requests_and_logs_no_errors(browser, page):
     browser.open(page)
     assert browser.complaints() == []
     assert [url for url in browser.requested() if not url.startswith("data:")] == [page.resolve().as_uri()]

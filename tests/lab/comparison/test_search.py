@@ -1,4 +1,4 @@
-"""The search for rates: what it tries, where it grows, what it says about the edge."""
+"""Hyperparameter search: order of candidates, grid extensions and edges."""
 
 from dataclasses import asdict
 
@@ -12,13 +12,13 @@ from snella_lab.comparison.search import Candidate, Choice, TuningResult, next_t
 
 
 def run(grid, accuracy, decay=0.0):
-    """Search to the end; the choice, and every candidate in the order in which it was asked for."""
+    """Search to the end; return the choice and all candidates in search order."""
     results, order = {}, []
     for _ in range(20):
-        found = next_tuning_runs(grid, decay, results)
-        if isinstance(found, Choice):
-            return found, order
-        for candidate in found:
+        result = next_tuning_runs(grid, decay, results)
+        if isinstance(result, Choice):
+            return result, order
+        for candidate in result:
             order.append(candidate)
             value = accuracy(candidate)
             loss = None if value is None else 1 - value
@@ -27,35 +27,35 @@ def run(grid, accuracy, decay=0.0):
 
 
 def bump(best):
-    """Accuracy that is highest at a factor and falls to both sides."""
+    """Return an accuracy function with its maximum at the learning-rate factor `best`."""
     return lambda candidate: 1 / (1 + abs(candidate.lr_factor / best - 1) + abs(best / candidate.lr_factor - 1))
 
 
-def test_a_best_rate_inside_the_grid_ends_the_search():
+def test_best_learning_rate_inside_the_grid_ends_the_search():
     choice, order = run(Grid((0.1, 1, 10), ()), bump(1.0))
     assert choice.candidate == Candidate(1.0) and not choice.lr_on_edge
     assert order == [Candidate(0.1), Candidate(1.0), Candidate(10)] == list(choice.tried)
 
 
 @pytest.mark.parametrize(("best", "added"), [(30, [30.0, 100.0]), (0.01, [0.03, 0.01])])
-def test_the_grid_goes_on_as_it_is_while_the_best_lies_on_its_edge(best, added):
+def test_grid_keeps_its_pattern_while_the_best_value_lies_on_the_edge(best, added):
     choice, order = run(Grid((0.1, 0.3, 1, 3, 10), (), 2), bump(best))
     assert [c.lr_factor for c in order[5:]] == added
-    assert choice.lr_on_edge == (best == 0.01)  # not yet past it after two extensions
+    assert choice.lr_on_edge == (best == 0.01)  # still on the edge after two extensions
 
 
-def test_a_rate_that_diverges_bounds_the_grid():
+def test_diverging_learning_rate_ends_the_extension():
     choice, order = run(Grid((0.3, 1, 3), (), 3), lambda c: None if c.lr_factor > 3 else c.lr_factor / 10)
     assert choice.candidate == Candidate(3.0) and not choice.lr_on_edge
     assert [c.lr_factor for c in order] == [0.3, 1, 3, 10]
 
 
-def test_an_edge_that_may_not_grow_is_recorded():
+def test_best_value_on_a_fixed_edge_is_recorded():
     choice, _ = run(Grid((0.3, 1, 3), (), 0), lambda c: c.lr_factor)
     assert choice.candidate == Candidate(3.0) and choice.lr_on_edge
 
 
-def test_weight_decay_is_tried_at_the_best_rate_and_grows_upwards_only():
+def test_weight_decay_is_tuned_at_the_best_learning_rate_and_only_grows():
     def accuracy(c):
         return bump(1.0)(c) + (0.0 if c.weight_decay is None else 0.1 * min(c.weight_decay, 1.0))
 
@@ -66,17 +66,17 @@ def test_weight_decay_is_tried_at_the_best_rate_and_grows_upwards_only():
     assert choice.candidate == Candidate(1.0) and not choice.weight_decay_on_edge and len(order) == 4
 
 
-def test_the_methods_own_weight_decay_is_one_of_the_points():
+def test_default_weight_decay_is_part_of_the_grid():
     _, order = run(Grid((1, 3), (0.0, 0.1), 0), bump(1.0), decay=0.1)
     assert order[2:] == [Candidate(1.0, 0.0)]
 
 
-def test_equal_accuracies_are_told_apart_by_the_loss():
+def test_ties_in_accuracy_are_broken_by_the_loss():
     results = {Candidate(f): [TuningResult(0.5, loss)] for f, loss in ((0.3, 0.9), (1.0, 0.2), (3.0, 0.4))}
     assert next_tuning_runs(Grid((0.3, 1, 3), ()), 0.0, results).candidate == Candidate(1.0)
 
 
-def test_the_mean_over_seeds_decides_and_a_failed_seed_counts():
+def test_candidates_are_ranked_by_their_mean_over_seeds_including_failures():
     grid = Grid((0.3, 1, 3), (), 0, seeds=2)
     low, high, failed = TuningResult(0.5, 0.5), TuningResult(0.9, 0.1), TuningResult(None, None)
     results = {Candidate(0.3): [low, low], Candidate(1.0): [low, high], Candidate(3.0): [high, failed]}
@@ -84,30 +84,30 @@ def test_the_mean_over_seeds_decides_and_a_failed_seed_counts():
     assert next_tuning_runs(grid, 0.0, {**results, Candidate(1.0): [low]}) == [Candidate(1.0)]
 
 
-def test_without_a_single_success_there_is_no_choice():
+def test_choice_is_empty_if_all_tuning_runs_failed():
     choice, order = run(Grid((0.3, 1), (0.0, 0.1), 2), lambda c: None)
     assert choice.candidate is None and len(order) == 2
 
 
-def test_a_choice_tells_every_trial():
+def test_choice_records_every_tuning_run():
     grid = Grid((0.3, 1), (), 0)
     results = {Candidate(0.3): [TuningResult(0.5, 0.7)], Candidate(1.0): [TuningResult(None, None)]}
-    told = next_tuning_runs(grid, 0.0, results).record(
+    recorded = next_tuning_runs(grid, 0.0, results).record(
         results, lambda c: {"lr": c.lr_factor / 1000, "head_lr": 0.1, "weight_decay": 0.0}
     )
-    assert told.lr_factor == 0.3 and told.lr_on_edge
+    assert recorded.lr_factor == 0.3 and recorded.lr_on_edge
     shared = {"head_lr": 0.1, "weight_decay": 0.0}
-    assert [asdict(trial) for trial in told.trials] == [
+    assert [asdict(trial) for trial in recorded.trials] == [
         {"lr_factor": 0.3, "lr": 0.0003, **shared, "val_accuracy": 0.5, "val_loss": 0.7, "failed": 0},
         {"lr_factor": 1.0, "lr": 0.001, **shared, "val_accuracy": None, "val_loss": None, "failed": 1},
     ]
 
 
-def test_the_factor_goes_to_the_method_and_to_the_head_only_where_nothing_else_is_trained(tiny):
-    experiment = tiny(methods=["linear", "mlp-3", "lora-2", {"name": "own", "method": "lora-2", "lr": 0.5}])
+def test_factor_scales_the_head_only_if_nothing_else_is_trained(tiny):
+    experiment = tiny(methods=["linear", "mlp-3", "lora-2", {"name": "custom", "method": "lora-2", "lr": 0.5}])
     rates = {m.name: tuned_settings(experiment, experiment.data[0], m, Candidate(3.0, 0.2)) for m in experiment.methods}
     assert rates["linear"]["head_lr"] == 0.009 and rates["lora-2"] == {"lr": 3e-3, "head_lr": 1e-3, "weight_decay": 0.2}
-    assert rates["own"]["lr"] == 1.5
+    assert rates["custom"]["lr"] == 1.5
     assert (
         rates["mlp-3"]["head_lr"]
         > tuned_settings(experiment, experiment.data[0], experiment.methods[1], Candidate())["lr"]
@@ -115,7 +115,7 @@ def test_the_factor_goes_to_the_method_and_to_the_head_only_where_nothing_else_i
 
 
 @pytest.mark.parametrize("name", ["linear", "mlp-3"])
-def test_the_methods_that_count_as_heads_alone_are_that(name):
+def test_head_only_methods_train_only_the_head(name):
     import timm
 
     model = build_method(name, timm.create_model("test_vit", num_classes=3))
@@ -123,7 +123,7 @@ def test_the_methods_that_count_as_heads_alone_are_that(name):
     assert all(is_inside(n, "head") for n, p in model.named_parameters() if p.requires_grad)
 
 
-def test_all_seeds_of_a_task_share_its_test_images(tiny):
+def test_all_seeds_of_a_task_share_the_test_images(tiny):
     from snella_app.runs.images import load_splits
 
     experiment = tiny()
@@ -133,7 +133,7 @@ def test_all_seeds_of_a_task_share_its_test_images(tiny):
     assert not set(first.test.names) & {*second.train.names, *second.val.names}
 
 
-def test_rates_that_were_measured_on_test_stand_for_all_seeds(tiny, make_row):
+def test_evaluated_learning_rate_is_fixed_for_all_seeds(tiny, make_row):
     experiment = tiny(methods=["linear"], seeds=3)
     accuracies = {0.3: 0.7, 1.0: 0.9}
     rows = [
@@ -142,7 +142,7 @@ def test_rates_that_were_measured_on_test_stand_for_all_seeds(tiny, make_row):
     ]
     chosen = Plan(experiment, {row.cell: row for row in rows}).ready()
     assert {(cell.seed, cell.candidate.lr_factor) for cell in chosen} == {(0, 1.0), (1, 1.0), (2, 1.0)}
-    # the trial at 1.0 had failed when the first seed was measured, and was trained again since
+    # the first seed was evaluated before the failed tuning run at 1.0 was repeated
     rows.append(make_row(experiment, "digits", "linear", 0, factor=0.3))
     plan = Plan(experiment, {row.cell: row for row in rows})
     assert [(cell.seed, cell.candidate.lr_factor) for cell in plan.ready()] == [(1, 0.3), (2, 0.3)]
@@ -151,6 +151,6 @@ def test_rates_that_were_measured_on_test_stand_for_all_seeds(tiny, make_row):
     assert [cell.is_final for cell in without_trials.ready()] == [True, True]
 
 
-def test_a_grid_of_two_points_goes_on_by_its_ratio():
+def test_grid_of_two_points_grows_by_its_ratio():
     _, order = run(Grid((1, 4), (), 1), lambda c: c.lr_factor)
     assert [c.lr_factor for c in order] == [1, 4, 16]

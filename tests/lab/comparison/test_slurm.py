@@ -1,4 +1,4 @@
-"""Job scripts for Slurm, and the parts that their array indices train."""
+"""Slurm job scripts and the parts that their array indices train."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ from snella_lab.comparison.slurm import MAX_PARTS, write_slurm_scripts
 from .conftest import rows_of
 
 SBATCH = """#!/bin/bash
-# Runs a job at once: every index of an array, with the number of the job on standard output.
+# Runs all array indices of a job immediately and prints the job ID.
 echo "$@" >> "$CALLS"
 script="${!#}"
 last=$(sed -n 's/^#SBATCH --array=0-//p' "$script")
@@ -26,12 +26,12 @@ echo "7;cluster"
 
 
 def cells_of(plan):
-    """All cells that a plan without a search trains."""
+    """Return the names of all cells that a plan without a search trains."""
     return [cell.name for cell in plan.ready()]
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 7])
-def test_the_parts_of_a_comparison_without_a_search_are_its_cells_each_once(tiny, count):
+def test_parts_without_a_search_partition_the_cells(tiny, count):
     experiment = tiny(methods=["linear", "bias"], data=["digits", "mnist5k"], seeds=2, grid={"lr_factors": [1.0]})
     parts = [cells_of(Plan(experiment, {}, (number, count))) for number in range(count)]
     assert len(units(experiment)) == 8
@@ -39,7 +39,7 @@ def test_the_parts_of_a_comparison_without_a_search_are_its_cells_each_once(tiny
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-def test_a_search_stays_in_one_part(tiny, make_row):
+def test_search_stays_in_one_part(tiny, make_row):
     experiment = tiny(methods=["linear", "bias"], seeds=3)
     assert [(data.name, method.name, seeds) for data, method, seeds in units(experiment)] == [
         ("digits", "linear", (0, 1, 2)),
@@ -52,7 +52,7 @@ def test_a_search_stays_in_one_part(tiny, make_row):
     assert plan.left == 5 and plan.done == 0
 
 
-def test_the_scripts_name_the_array_its_log_and_the_folder(tiny, tmp_path, monkeypatch):
+def test_scripts_contain_array_log_and_folder(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     submit = write_slurm_scripts(
         tmp_path / "my runs", tiny(seeds=2), ExecutionConfig(workers=2, threads=3, run_limit=90.0)
@@ -69,7 +69,7 @@ def test_the_scripts_name_the_array_its_log_and_the_folder(tiny, tmp_path, monke
             subprocess.run(["shellcheck", script], check=True)
 
 
-def test_large_comparisons_have_several_units_in_an_index(tiny, tmp_path):
+def test_large_comparisons_have_several_units_per_index(tiny, tmp_path):
     experiment = tiny(seeds=MAX_PARTS, grid={"lr_factors": [1.0]})
     execution = ExecutionConfig(emit_to=str(tmp_path / "jobs"))
     train = write_slurm_scripts(tmp_path, experiment, execution).with_name("train.sh")
@@ -77,7 +77,7 @@ def test_large_comparisons_have_several_units_in_an_index(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "1", "a/b", "1/2/3", "-1/2"])
-def test_a_part_is_two_integers(text):
+def test_invalid_part_is_rejected(text):
     with pytest.raises(ValueError, match=f"part must be NUMBER/COUNT, e.g. 0/8, got '{text}'"):
         ExecutionConfig(part=text)
 
@@ -97,14 +97,14 @@ def test_a_part_is_two_integers(text):
         ({"gpus": 0.5}, "gpus must be 0 to 1 or an integer, and requires ray, got 0.5 and ray=False"),
     ],
 )
-def test_options_that_contradict_each_other_are_rejected(options, message, tiny, tmp_path, console):
+def test_conflicting_options_are_rejected(options, message, tiny, tmp_path, console):
     with pytest.raises(ValueError, match=message):
         compare(tiny(), tmp_path / "c", ExecutionConfig(**options), console)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_the_printed_command_trains_every_cell_once_and_writes_the_report(tiny, tmp_path, console, monkeypatch):
+def test_printed_command_trains_every_cell_once_and_writes_the_report(tiny, tmp_path, console, monkeypatch):
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "sbatch").write_text(SBATCH)
     (tmp_path / "bin" / "sbatch").chmod(0o755)

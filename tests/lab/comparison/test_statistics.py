@@ -1,4 +1,4 @@
-"""The numbers of the table, against numbers worked out by hand."""
+"""Statistics of a comparison match values computed by hand."""
 
 import math
 
@@ -56,14 +56,14 @@ def rows():
     ]
 
 
-def test_mean_and_deviation_are_those_of_the_seeds(rows):
-    found = spread(rows, "a", "t1", M)
-    assert (found.mean, found.std, found.count) == pytest.approx((0.6, math.sqrt(0.02), 2))
+def test_mean_and_deviation_are_over_seeds(rows):
+    result = spread(rows, "a", "t1", M)
+    assert (result.mean, result.std, result.count) == pytest.approx((0.6, math.sqrt(0.02), 2))
     assert spread(rows, "c", "t1", M) is None
     assert math.isnan(spread(rows[:1], "a", "t1", M).std)
 
 
-def test_the_mean_over_tasks_and_the_mean_over_groups_differ(rows):
+def test_mean_over_tasks_differs_from_mean_over_groups(rows):
     tasks = mean_over_tasks(rows, "a", ["t1", "t2", "t3"], M)
     groups = mean_over_groups(rows, "a", {"x": ["t1", "t2"], "y": ["t3"]}, M)
     assert tasks.mean == pytest.approx((0.6 + 0.9 + 0.3) / 3)
@@ -71,69 +71,69 @@ def test_the_mean_over_tasks_and_the_mean_over_groups_differ(rows):
     assert tasks.std == pytest.approx(math.sqrt(2) / 2 * (2.0 / 3 - 1.6 / 3))
 
 
-def test_a_mean_needs_every_task(rows):
+def test_mean_requires_every_task(rows):
     assert mean_over_tasks(rows[:4], "a", ["t1", "t2", "t3"], M) is None
     fewer = [row for row in rows if row.task_name != "t3" or row.seed == 0]
     assert mean_over_tasks(fewer, "a", ["t1", "t3"], M).count == 1
 
 
-def test_differences_are_taken_in_pairs(rows):
-    found = difference(rows, "b", "a", ["t1", "t2", "t3"], M)
-    assert (found.pairs, found.tasks) == (6, 3)
-    assert found.mean == pytest.approx((-0.05 - 0.1 - 0.05) / 3)
+def test_differences_are_paired_by_task_and_seed(rows):
+    result = difference(rows, "b", "a", ["t1", "t2", "t3"], M)
+    assert (result.pairs, result.tasks) == (6, 3)
+    assert result.mean == pytest.approx((-0.05 - 0.1 - 0.05) / 3)
     # t(0.975, 2) = 4.3027 standard errors of -0.05, -0.1, -0.05
-    assert (found.low, found.high) == pytest.approx((-0.13838, 0.00504), abs=1e-5)
+    assert (result.low, result.high) == pytest.approx((-0.13838, 0.00504), abs=1e-5)
     unpaired = [row for row in rows if (row.experiment_name, row.seed) != ("a", 0)]
     single = difference(unpaired, "b", "a", ["t1"], M)
     assert (single.mean, single.pairs) == (0.0, 1) and math.isnan(single.low) and difference_text(single, 1) == "0.0"
     assert difference(rows, "c", "a", ["t1"], M) is None
 
 
-def test_the_interval_of_one_task_is_students_over_its_seeds():
+def test_interval_of_a_single_task_is_over_seeds():
     values = [0.01, 0.02, 0.03, 0.04]
     rows = [row("b", "t", i, v) for i, v in enumerate(values)]
     rows += [row("a", "t", i, 0.0) for i in range(4)]
-    found = difference(rows, "b", "a", ["t"], M)
+    result = difference(rows, "b", "a", ["t"], M)
     half = 3.182446 * 0.0129099 / 2  # t(0.975, 3), deviation, root of the count
-    assert (found.low, found.high) == pytest.approx((0.025 - half, 0.025 + half), abs=1e-6)
-    assert found.p == pytest.approx(0.03047, abs=1e-5) and found.units == 4
+    assert (result.low, result.high) == pytest.approx((0.025 - half, 0.025 + half), abs=1e-6)
+    assert result.p == pytest.approx(0.03047, abs=1e-5) and result.units == 4
 
 
-def test_the_interval_over_tasks_takes_each_tasks_mean_over_seeds():
+def test_interval_over_tasks_uses_the_mean_over_seeds_of_each_task():
     pairs = [[-0.2, 0.0], [0.1, 0.1, 0.1], [0.12]]
-    found, means = difference_of(pairs), difference_of([[-0.1], [0.1], [0.12]])
-    assert (found.low, found.high, found.p) == (means.low, means.high, means.p)
-    assert (found.pairs, found.units) == (6, 3) and found.low < -0.1 and found.high > 0.12
+    result, means = difference_of(pairs), difference_of([[-0.1], [0.1], [0.12]])
+    assert (result.low, result.high, result.p) == (means.low, means.high, means.p)
+    assert (result.pairs, result.units) == (6, 3) and result.low < -0.1 and result.high > 0.12
 
 
-def test_equal_differences_have_an_interval_without_width():
+def test_equal_differences_have_an_interval_of_zero_width():
     with_effect, without = difference_of([[0.1] * 6]), difference_of([[0.0] * 6])
     assert (with_effect.low, with_effect.high, with_effect.p) == (with_effect.mean, with_effect.mean, 0.0)
     assert (without.low, without.high, without.p, without.sign_p) == (0.0, 0.0, 1.0, 1.0)
 
 
-def test_holms_correction_multiplies_by_the_comparisons_that_are_left():
+def test_holm_correction_matches_values_computed_by_hand():
     ps = {"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.6, "e": math.nan}
-    found = with_holm({key: Difference(0.1, 0.0, 0.2, 6, 6, p) for key, p in ps.items()} | {"f": None})
-    assert [found[key].adjusted_p for key in "abcd"] == pytest.approx([0.04, 0.09, 0.09, 0.6])
-    assert found["a"].comparisons == 4 and math.isnan(found["e"].adjusted_p) and found["f"] is None
-    assert list(found) == [*"abcdef"] and [found[key].direction for key in "abe"] == [1, 0, 0]
+    corrected = with_holm({key: Difference(0.1, 0.0, 0.2, 6, 6, p) for key, p in ps.items()} | {"f": None})
+    assert [corrected[key].adjusted_p for key in "abcd"] == pytest.approx([0.04, 0.09, 0.09, 0.6])
+    assert corrected["a"].comparisons == 4 and math.isnan(corrected["e"].adjusted_p) and corrected["f"] is None
+    assert list(corrected) == [*"abcdef"] and [corrected[key].direction for key in "abe"] == [1, 0, 0]
 
 
 @pytest.mark.parametrize(("units", "decided"), [(2, 0), (4, 0), (5, 1), (6, 1)])
-def test_nothing_is_decided_with_fewer_than_five_tasks_or_seeds(units, decided):
+def test_no_difference_is_decided_with_fewer_than_five_tasks_or_seeds(units, decided):
     values = [0.1 + 1e-4 * number for number in range(units)]
     for pairs in ([values], [[value] for value in values]):
-        found = with_holm({0: difference_of(pairs)})[0]
-        assert found.adjusted_p < 0.05 and found.direction == decided
-        mirrored = with_holm({0: difference_of([[-value for value in one] for one in pairs])})[0]
+        result = with_holm({0: difference_of(pairs)})[0]
+        assert result.adjusted_p < 0.05 and result.direction == decided
+        mirrored = with_holm({0: difference_of([[-value for value in unit] for unit in pairs])})[0]
         assert mirrored.direction == -decided
 
 
-def test_the_sign_test_counts_tasks_above_and_leaves_ties_out():
-    found = with_holm({0: difference_of([[v] for v in (0.1, 0.2, 0.1, 0.3, 0.2, 0.0)])})[0]
-    assert (found.above, found.below, found.sign_p) == (5, 0, pytest.approx(2 / 2**5))
-    assert significance_texts(found) == ("0.017", "5 of 6 (0.062)") and significance_texts(None) == ("–", "–")
+def test_sign_test_excludes_ties():
+    result = with_holm({0: difference_of([[v] for v in (0.1, 0.2, 0.1, 0.3, 0.2, 0.0)])})[0]
+    assert (result.above, result.below, result.sign_p) == (5, 0, pytest.approx(2 / 2**5))
+    assert significance_texts(result) == ("0.017", "5 of 6 (0.062)") and significance_texts(None) == ("–", "–")
     assert [p_text(value) for value in (1.0, 0.0996, 0.051, 0.0009, math.nan)] == [
         "1.00",
         "0.10",
@@ -144,52 +144,52 @@ def test_the_sign_test_counts_tasks_above_and_leaves_ties_out():
 
 
 @pytest.mark.parametrize("comparisons", [1, 12])
-def test_a_true_zero_is_called_clear_in_five_percent_of_simulated_comparisons(comparisons):
-    """A short form of benchmarks/interval_calibration.py."""
+def test_false_positive_rate_is_five_percent_in_simulations(comparisons):
+    """Run a short version of benchmarks/interval_calibration.py."""
     generator = np.random.default_rng(0)
-    wrong = 0
+    false_positives = 0
     for _ in range(SIMULATIONS):
         effects = generator.normal(0, 0.02, (comparisons, 6, 1))
         values = effects + generator.normal(0, 0.02, (comparisons, 6, 3))
-        found = with_holm({number: difference_of(pairs.tolist()) for number, pairs in enumerate(values)})
-        wrong += any(one.direction for one in found.values())
-    assert 0.04 <= wrong / SIMULATIONS <= 0.06
+        differences = with_holm({number: difference_of(pairs.tolist()) for number, pairs in enumerate(values)})
+        false_positives += any(result.direction for result in differences.values())
+    assert 0.04 <= false_positives / SIMULATIONS <= 0.06
 
 
-def test_a_mean_of_costs_counts_every_task_alike():
+def test_mean_cost_weights_tasks_equally():
     rows = [row("a", t, 0, step_time=c) for t, c in (("x", 1), ("x", 3), ("y", 10), ("y", None))]
     assert average(rows, "a", "step_time") == 6 and average(rows, "a", "train_time") is None
 
 
-def test_a_final_row_without_the_score_that_methods_are_compared_by_is_named():
+def test_final_row_without_the_metric_is_rejected():
     message = r"the row of 't/a/seed-0' must have test_map, got none; remove its line from results.jsonl and its folder"
     with pytest.raises(ValueError, match=message):
         spread([row("a", "t", 0, 0.5)], "a", "t", "test_map")
 
 
-def test_the_frontier_is_what_nothing_beats_in_both():
+def test_pareto_front_excludes_dominated_points():
     assert pareto_front([(3, 0.9), (1, 0.5), (2, 0.4), (2, 0.6), (4, 0.9)]) == [(1, 0.5), (2, 0.6), (3, 0.9)]
 
 
-def test_the_summary_is_the_table(large):
+def test_summary_contains_counts_groups_and_differences(large):
     experiment, rows = large
     summary = summarize(experiment, rows)
     assert (summary.finals, summary.expected, len(summary.failed)) == (216, 216, 6)
     assert summary.has_groups and list(summary.groups) == ["natural", "specialised", "glyphs"]
     by_name = {line.name: line for line in summary.methods}
     assert by_name["lora-8"].to_reference["test_accuracy"] is None
-    found = by_name["snella-8"].to_reference["test_accuracy"]
-    assert (found.pairs, found.tasks, found.comparisons) == (18, 6, 11) and found.direction == 1
+    lead = by_name["snella-8"].to_reference["test_accuracy"]
+    assert (lead.pairs, lead.tasks, lead.comparisons) == (18, 6, 11) and lead.direction == 1
     assert by_name["full"].over_tasks["test_accuracy"].mean > by_name["linear"].over_tasks["test_accuracy"].mean
 
 
-def test_rows_of_another_experiment_are_left_out(large, make_row):
+def test_rows_of_other_methods_are_ignored(large, make_row):
     experiment, rows = large
     smaller = Experiment.from_dict({**experiment.as_dict(), "methods": ["linear", "lora-8"]})
     assert summarize(smaller, rows).finals == 36
 
 
-def test_curves_hold_the_trials_at_the_methods_own_weight_decay(large, make_row):
+def test_curves_contain_tuning_runs_at_the_default_weight_decay(large, make_row):
     experiment, rows = large
     more = make_row(experiment, "elpv", "linear", 0, purpose="trial", factor=1.0, decay=0.1, val_accuracy=0.0)
     curve = lr_curve([*rows, more], "linear", "elpv")
@@ -197,7 +197,7 @@ def test_curves_hold_the_trials_at_the_methods_own_weight_decay(large, make_row)
     assert lr_curve(rows, "lora-8", "elpv")[-1] == (10.0, None)
 
 
-def test_pictures_show_every_method(large):
+def test_figures_show_every_method(large):
     experiment, rows = large
     summary = summarize(experiment, rows)
     names = [method.name for method in summary.methods]
@@ -206,11 +206,11 @@ def test_pictures_show_every_method(large):
         learning_rate_curves(summary, rows, summary.tasks, "mean"),
     ):
         assert [text.get_text() for text in figure.legends[0].get_texts()] == names
-    overall, each = forest(summary, False), forest(summary, True)
-    assert len(overall.axes[0].get_yticks()) == 11 and len(each.axes[0].get_yticks()) == 77
+    overall, by_task = forest(summary, False), forest(summary, True)
+    assert len(overall.axes[0].get_yticks()) == 11 and len(by_task.axes[0].get_yticks()) == 77
 
 
-def test_what_was_not_measured_is_not_drawn(large):
+def test_missing_measurements_are_not_drawn(large):
     experiment, rows = large
     summary = summarize(experiment, rows)
     assert pareto(summary, "accelerator_memory_max", "B", "memory", False) is None
@@ -218,7 +218,7 @@ def test_what_was_not_measured_is_not_drawn(large):
     assert forest(summarize(experiment, []), False) is None
 
 
-def test_numbers_read_as_people_write_them(large):
+def test_numbers_are_formatted_for_the_table(large):
     experiment, rows = large
     texts = cost_texts(summarize(experiment, rows).methods[0].costs)
     assert texts["trainable"] == "4,000" and texts["step"] == "40.0 ms" and texts["changed"] == "0"
@@ -227,7 +227,7 @@ def test_numbers_read_as_people_write_them(large):
     assert difference_text(None, 3) == spread_text(None) == "–"
 
 
-def test_the_filled_mark_is_the_rate_that_was_chosen_where_accuracies_are_equal(tiny, make_row):
+def test_filled_marker_is_the_selected_learning_rate_on_ties(tiny, make_row):
     experiment = tiny(methods=["linear"])
     trials = [make_row(experiment, "digits", "linear", 0, purpose="trial", factor=f) for f in (0.3, 1.0, 3.0)]
     final = make_row(experiment, "digits", "linear", 0, factor=1.0)

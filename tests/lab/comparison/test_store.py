@@ -1,4 +1,4 @@
-"""`results.jsonl`: cut off, doubled, lost, and mended; locks: one owner at a time, and a new one when it dies."""
+"""Rows in `results.jsonl` (truncated, duplicate, lost, restored), and locks of cells."""
 
 import json
 import multiprocessing
@@ -41,26 +41,26 @@ def root(tmp_path):
     return tmp_path
 
 
-def values(root):
-    return {name: found.seed for name, found in read_lines(root / "results.jsonl")[0].items()}
+def seeds(root):
+    return {name: stored.seed for name, stored in read_lines(root / "results.jsonl")[0].items()}
 
 
-def test_rows_are_lines(root):
+def test_each_row_is_a_line(root):
     lines = (root / "results.jsonl").read_text().splitlines()
     assert [json.loads(line)["seed"] for line in lines] == [0, 1, 2]
     assert collect(root)[1] == []
 
 
-def test_a_file_cut_off_in_mid_line_is_mended_from_the_cells_and_said(root):
+def test_truncated_line_is_restored_from_its_cell_with_a_note(root):
     path = root / "results.jsonl"
     path.write_bytes(path.read_bytes()[:-30])
     rows, notes = collect(root)
-    assert sorted(rows) == ["c0", "c1", "c2"] and values(root) == {"c0": 0, "c1": 1, "c2": 2}
+    assert sorted(rows) == ["c0", "c1", "c2"] and seeds(root) == {"c0": 0, "c1": 1, "c2": 2}
     assert "results.jsonl, line 3 is truncated" in notes[0] and "1 rows restored" in notes[1]
     assert collect(root)[1] == []
 
 
-def test_a_cut_line_whose_cell_is_gone_is_left_out_and_the_others_stay(root):
+def test_truncated_line_without_its_cell_is_dropped(root):
     path = root / "results.jsonl"
     path.write_bytes(path.read_bytes()[:-30])
     (root / "cells" / "c2" / "cell.json").unlink()
@@ -69,21 +69,21 @@ def test_a_cut_line_whose_cell_is_gone_is_left_out_and_the_others_stay(root):
     assert path.read_text().count("\n") == 2
 
 
-def test_a_row_after_a_cut_line_begins_a_line_of_its_own(root):
+def test_row_after_a_truncated_line_starts_a_new_line(root):
     path = root / "results.jsonl"
     path.write_bytes(path.read_bytes()[:-30])
     append_row(root, root / "cells" / "c3", row("c3", 3))
-    assert values(root) == {"c0": 0, "c1": 1, "c3": 3}
+    assert seeds(root) == {"c0": 0, "c1": 1, "c3": 3}
 
 
-def test_rows_without_their_folder_are_kept_and_folders_without_their_row_are_added(root):
+def test_rows_without_folders_are_kept_and_missing_rows_are_restored(root):
     (root / "cells" / "c0" / "cell.json").unlink()
     lines = (root / "results.jsonl").read_text().splitlines(keepends=True)
     (root / "results.jsonl").write_text("".join(lines[:2]))
-    assert sorted(collect(root)[0]) == ["c0", "c1", "c2"] and values(root) == {"c0": 0, "c1": 1, "c2": 2}
+    assert sorted(collect(root)[0]) == ["c0", "c1", "c2"] and seeds(root) == {"c0": 0, "c1": 1, "c2": 2}
 
 
-def test_a_row_that_is_there_twice_is_written_once(root):
+def test_duplicate_rows_are_removed(root):
     path = root / "results.jsonl"
     path.write_text(path.read_text() * 2)
     collect(root)
@@ -104,25 +104,25 @@ def test_file_replaced_while_waiting_for_the_lock_is_read_again(root, monkeypatc
 
     monkeypatch.setattr(store, "cell_lock", lock_after_another_process)
     collect(root)
-    assert values(root) == {"c0": 0, "c1": 1, "c2": 2, "late": 9}
+    assert seeds(root) == {"c0": 0, "c1": 1, "c2": 2, "late": 9}
     assert path.read_text().count("\n") == 4
 
 
-def test_lines_of_another_kind_are_named(root):
+def test_invalid_lines_are_noted(root):
     path = root / "results.jsonl"
     path.write_text('{"a": 1}\n[]\n' + path.read_text())
     notes = collect(root)[1]
     assert "line 1 is not a comparison row" in notes[0] and "line 2" in notes[1]
 
 
-def test_failed_cells_can_be_forgotten(root):
+def test_failed_rows_can_be_dropped(root):
     append_row(root, root / "cells" / "bad", row("bad", 9, "failed"))
     assert drop_failed(root) == ["bad"]
     assert sorted(collect(root)[0]) == ["c0", "c1", "c2"]
     assert drop_failed(root) == []
 
 
-def test_failed_cells_are_not_forgotten_while_another_process_writes_the_rows(root, monkeypatch):
+def test_failed_rows_are_not_dropped_while_another_process_writes(root, monkeypatch):
     append_row(root, root / "cells" / "bad", row("bad", 9, "failed"))
     before = (root / "results.jsonl").read_bytes()
     monkeypatch.setattr(store, "_WRITE_WAIT_S", 0.1)
@@ -135,12 +135,12 @@ def test_failed_cells_are_not_forgotten_while_another_process_writes_the_rows(ro
     assert drop_failed(root) == ["bad"]
 
 
-def test_a_folder_without_rows_is_empty(tmp_path):
+def test_folder_without_rows_is_empty(tmp_path):
     assert collect(tmp_path) == ({}, []) and not (tmp_path / "results.jsonl").exists()
 
 
 @pytest.mark.parametrize("name", ["../../victim", "/etc", "a/../../victim", "..", ".", "a//b", "", 3, None, ["a"]])
-def test_a_row_whose_cell_leads_elsewhere_is_no_row(root, name):
+def test_cell_name_outside_the_folder_is_rejected(root, name):
     victim = root.parent / "victim"
     victim.mkdir(exist_ok=True)
     (victim / "cell.json").write_text("mine")
@@ -154,21 +154,21 @@ def test_a_row_whose_cell_leads_elsewhere_is_no_row(root, name):
     assert sorted(collect(root)[0]) == ["c0", "c1", "c2"]
 
 
-def altered(path, old, new):
+def modify(path, old, new):
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new))
 
 
 @pytest.mark.parametrize("has_digest", [True, False], ids=["new", "without a digest"])
-def test_an_altered_cell_does_not_go_before_an_intact_line_and_is_restored(root, has_digest):
+def test_modified_cell_is_restored_from_its_valid_line(root, has_digest):
     cell = root / "cells" / "c1" / "cell.json"
     if not has_digest:
         for path in [*root.rglob("cell.json"), root / "results.jsonl"]:
             path.write_text(re.sub(r',\s*"sha256": "\w+"', "", path.read_text()))
-    altered(cell, '"seed": 1', '"seed": 7')
+    modify(cell, '"seed": 1', '"seed": 7')
     rows, notes = collect(root)
-    assert rows["c1"].seed == values(root)["c1"] == json.loads(cell.read_text())["seed"] == 1
+    assert rows["c1"].seed == seeds(root)["c1"] == json.loads(cell.read_text())["seed"] == 1
     reason = (
         "was modified after it was written (the sha256 of 'c1' differs)" if has_digest else "differs from results.jsonl"
     )
@@ -176,34 +176,34 @@ def test_an_altered_cell_does_not_go_before_an_intact_line_and_is_restored(root,
     assert collect(root)[1] == []
 
 
-def test_an_altered_line_is_restored_from_its_cell(root):
-    altered(root / "results.jsonl", '"seed": 1', '"seed": 7')
+def test_modified_line_is_restored_from_its_cell(root):
+    modify(root / "results.jsonl", '"seed": 1', '"seed": 7')
     rows, notes = collect(root)
-    assert rows["c1"].seed == values(root)["c1"] == 1
+    assert rows["c1"].seed == seeds(root)["c1"] == 1
     assert "line 2 was modified after it was written" in notes[0] and "1 rows restored" in notes[1]
 
 
-def test_a_row_that_is_altered_in_both_places_is_left_out(root):
-    altered(root / "results.jsonl", '"seed": 1', '"seed": 7')
-    altered(root / "cells" / "c1" / "cell.json", '"seed": 1', '"seed": 8')
+def test_row_modified_in_both_places_is_dropped(root):
+    modify(root / "results.jsonl", '"seed": 1', '"seed": 7')
+    modify(root / "cells" / "c1" / "cell.json", '"seed": 1', '"seed": 8')
     assert sorted(collect(root)[0]) == ["c0", "c2"] and read_row(root / "cells" / "c1") is None
 
 
-def test_a_row_in_another_cells_folder_is_left_out(root):
+def test_row_in_the_folder_of_another_cell_is_dropped(root):
     (root / "cells" / "c0").rename(root / "cells" / "other")
     (root / "results.jsonl").unlink()
     rows, notes = collect(root)
     assert sorted(rows) == ["c1", "c2"] and "other/cell.json holds the row of another cell, 'c0'" in notes[0]
 
 
-def test_the_digest_does_not_depend_on_what_json_makes_of_values(tmp_path):
+def test_digest_is_unchanged_by_a_json_round_trip(tmp_path):
     append_row(tmp_path, tmp_path / "cells" / "a", row("a", 0, sizes={10: 1, 9: 2}))
     assert read_row(tmp_path / "cells" / "a").results.sizes == {"10": 1, "9": 2} and collect(tmp_path)[1] == []
 
 
-def test_columns_that_this_version_does_not_know_stay_when_the_file_is_written_again(root):
+def test_unknown_columns_are_kept_when_the_file_is_rewritten(root):
     path = root / "results.jsonl"
-    lines = [{**json.loads(line), "of_another_version": [1, {"a": None}]} for line in path.read_text().splitlines()]
+    lines = [{**json.loads(line), "unknown_column": [1, {"a": None}]} for line in path.read_text().splitlines()]
     text = "".join(json.dumps(sealed(line)) + "\n" for line in lines)
     path.write_text(text + text[:40])
     for line in lines:
@@ -219,7 +219,7 @@ def test_columns_that_this_version_does_not_know_stay_when_the_file_is_written_a
         ('"kept_weights": null', '"kept_weights": "few"', "'results.kept_weights' must be an integer, got str 'few'"),
     ],
 )
-def test_a_line_of_another_schema_is_left_out_and_said(tmp_path, old, new, message):
+def test_line_with_another_schema_is_dropped_with_a_note(tmp_path, old, new, message):
     append_row(tmp_path, tmp_path / "cells" / "a", row("a", 0))
     line = (tmp_path / "results.jsonl").read_text()
     assert old in line
@@ -237,7 +237,7 @@ def hold(folder, ready):
 
 @pytest.fixture
 def owner(tmp_path):
-    """Another process that holds the lock."""
+    """Start a process that holds the lock."""
     ready = FORK.Queue()
     process = FORK.Process(target=hold, args=(tmp_path, ready))
     process.start()
@@ -248,7 +248,7 @@ def owner(tmp_path):
     process.join()
 
 
-def test_a_lock_that_another_process_holds_is_refused_and_a_killed_owner_is_followed(owner, tmp_path):
+def test_held_lock_can_be_acquired_only_after_its_owner_is_killed(owner, tmp_path):
     assert is_locked(tmp_path, "a/b")
     with cell_lock(tmp_path, "a/b") as is_acquired:
         assert not is_acquired
@@ -260,12 +260,12 @@ def test_a_lock_that_another_process_holds_is_refused_and_a_killed_owner_is_foll
     assert not is_locked(tmp_path, "a/b")
 
 
-def test_a_stopped_owner_is_alive(owner, tmp_path):
+def test_stopped_owner_keeps_its_lock(owner, tmp_path):
     os.kill(owner.pid, signal.SIGSTOP)
     assert is_locked(tmp_path, "a/b")
 
 
-def test_a_lock_is_free_again_after_an_error(tmp_path):
+def test_lock_is_released_after_an_error(tmp_path):
     with pytest.raises(KeyError), cell_lock(tmp_path, "x"):
         raise KeyError
     with cell_lock(tmp_path, "x") as is_acquired:
@@ -283,7 +283,7 @@ def contend(folder, names):
         remove_lock(folder / "locks", name) if (folder / f"{name}.done").exists() else None
 
 
-def test_of_many_contenders_one_does_each_cell(tmp_path):
+def test_concurrent_processes_run_each_cell_once(tmp_path):
     names = [f"cell-{i}" for i in range(25)]
     processes = [FORK.Process(target=contend, args=(tmp_path, names)) for _ in range(6)]
     for process in processes:
@@ -294,8 +294,8 @@ def test_of_many_contenders_one_does_each_cell(tmp_path):
     assert sorted((tmp_path / "log").read_text().split()) == sorted(names)
 
 
-def test_clocks_have_no_say(owner, tmp_path, monkeypatch):
-    """A clock that is set while an owner works gives its cell to nobody else."""
+def test_locks_ignore_the_clock(owner, tmp_path, monkeypatch):
+    """A clock change does not release a lock."""
     for step_s in (-86400, 86400):
         now = time.time() + step_s
         os.utime(tmp_path / "a!b.lock", (now, now))
@@ -310,17 +310,17 @@ def test_clocks_have_no_say(owner, tmp_path, monkeypatch):
 
 
 def test_children_of_a_killed_owner_do_not_hold_its_lock(tmp_path):
-    """As the loaders' processes of a run that the system killed for its memory."""
+    """Data loader workers can outlive a run that was killed for its memory."""
     ready = FORK.Queue()
 
-    def own():
+    def hold_with_child():
         with cell_lock(tmp_path, "x"):
             child = FORK.Process(target=time.sleep, args=(30,))
             child.start()
             ready.put(child.pid)
             time.sleep(60)
 
-    process = FORK.Process(target=own)
+    process = FORK.Process(target=hold_with_child)
     process.start()
     child = ready.get(timeout=30)
     os.kill(process.pid, signal.SIGKILL)
@@ -333,15 +333,15 @@ def test_children_of_a_killed_owner_do_not_hold_its_lock(tmp_path):
         os.kill(child, signal.SIGKILL)
 
 
-def test_looking_at_a_free_lock_takes_it_from_nobody(tmp_path):
+def test_checking_a_free_lock_does_not_block_others(tmp_path):
     (tmp_path / "x.lock").touch()
     stop = FORK.Event()
 
-    def look():
+    def check():
         while not stop.is_set():
             is_locked(tmp_path, "x")
 
-    process = FORK.Process(target=look)
+    process = FORK.Process(target=check)
     process.start()
     try:
         for _ in range(100):
@@ -352,6 +352,6 @@ def test_looking_at_a_free_lock_takes_it_from_nobody(tmp_path):
         process.join()
 
 
-def test_names_that_begin_alike_are_different_locks(tmp_path):
+def test_names_with_a_common_prefix_have_different_locks(tmp_path):
     with cell_lock(tmp_path, "x") as first, cell_lock(tmp_path, "x.1") as second:
         assert first and second

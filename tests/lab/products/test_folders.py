@@ -26,7 +26,7 @@ def _image(color):
 
 def test_each_origin_is_in_one_split_and_split_sizes_match(folders):
     images = [
-        folders.Picture(f"{label}-{number}", label, f"{label}-{number // 2}", partial(_image, "red"))
+        folders.Sample(f"{label}-{number}", label, f"{label}-{number // 2}", partial(_image, "red"))
         for label in ("a", "b")
         for number in range(80)
     ]
@@ -43,7 +43,7 @@ def test_each_origin_is_in_one_split_and_split_sizes_match(folders):
 def test_training_images_are_excluded_from_test(folders, tmp_path):
     colors = {"train": ("red", "green"), "val": ("blue",), "test": ("red", "white")}
     images = [
-        folders.Picture(f"{part}-{color}", "a", color, partial(_image, color), part)
+        folders.Sample(f"{part}-{color}", "a", color, partial(_image, color), part)
         for part, split_names in colors.items()
         for color in split_names
     ]

@@ -38,7 +38,7 @@ def test_scores_match_values_computed_by_hand():
 
 def test_confident_error_has_a_finite_likelihood():
     module = _module("metrics")
-    assert module.score(np.array([[1.0, 0.0]]), np.array([1]))["nll"] == pytest.approx(-np.log(module.LEAST))
+    assert module.score(np.array([[1.0, 0.0]]), np.array([1]))["nll"] == pytest.approx(-np.log(module.MIN_PROBABILITY))
 
 
 @pytest.mark.parametrize(

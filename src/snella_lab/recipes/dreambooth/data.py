@@ -82,7 +82,7 @@ def read_prompt_file(path: str | Path) -> PromptFile:
 
 
 def _numbered(template: str) -> str:
-    """Replace named placeholders by numbered ones."""
+    """Replace named placeholders with numbered ones."""
     for name, number in _PLACEHOLDER_NUMBERS.items():
         template = template.replace(name, number)
     return template

@@ -134,7 +134,7 @@ class DreamBoothTrainer:
     """Training loop for one adapter.
 
     Images, noise and timesteps of a micro-batch depend only on the seed, the step and the micro-batch index, so a
-    resumed run samples the same ones. The subject's images are shuffled each epoch.
+    resumed run samples the same values. The subject's images are shuffled each epoch.
 
     Args:
         model: Adapted model from `adapt_headless`.
@@ -466,7 +466,7 @@ def _check_images(run: DreamBoothFolder, concept: Concept) -> None:
     if stored.digest not in (None, concept.digest()):
         expected, actual = stored.sizes.get("train"), len(concept.paths)
         raise ValueError(
-            f"data must contain the {expected} images that {run.path} started with, got {actual} images in "
+            f"data must contain the {expected} images that {run.path} was started with, got {actual} images in "
             f"{concept.paths[0].parent} with different content; restore them, or start a new run"
         )
 

@@ -197,7 +197,7 @@ def _fine_tune(config: LanguageConfig, run: LanguageFolder, console: Console) ->
     digest = hashlib.sha256(data.read_bytes()).hexdigest()
     if is_resumed and read(RunInfo, run.path).data.digest != digest:
         raise ValueError(
-            f"data must be the file that {run.path} started with, got changed content in {data}; "
+            f"data must be the file that {run.path} was started with, got changed content in {data}; "
             "restore the file, or start a new run"
         )
     device = choose_device(config.run.device)

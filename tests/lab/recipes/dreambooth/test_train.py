@@ -55,7 +55,7 @@ def settings(subject, pipeline_folder, tmp_path):
 @pytest.fixture(scope="session")
 def finished_run(subject, pipeline_folder, tmp_path_factory):
     """Train one run through the command line."""
-    out = tmp_path_factory.mktemp("taught") / "run"
+    out = tmp_path_factory.mktemp("finished") / "run"
     values = {**TINY, "data": f"folder:{subject}", "pipeline": str(pipeline_folder), "out": str(out)}
     args = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     assert main(["dreambooth", *args]) == 0

@@ -216,7 +216,7 @@ def test_resumed_run_requires_the_original_data(settings, tmp_path, data):
     run = fine_tune(settings(data=str(copy), epochs=1))
     run.update("interrupted")
     copy.write_text(json.dumps(json.loads(copy.read_text())[:-1]))
-    with pytest.raises(ValueError, match=r"the file that .*run started with, got changed content in .*copy.json"):
+    with pytest.raises(ValueError, match=r"the file that .*run was started with, got changed content in .*copy.json"):
         fine_tune(LanguageConfig.from_flat(out=str(run.path), resume=True))
 
 
