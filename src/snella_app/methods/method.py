@@ -13,12 +13,12 @@ Rule = Callable[[Any], str | None]
 """Function that returns None for a valid value, otherwise the requirement."""
 
 
-def whole_number(least: int = 1) -> Rule:
-    """Require an `int` of at least `least`."""
+def integer(minimum: int = 1) -> Rule:
+    """Require an `int` of at least `minimum`."""
 
     def rule(value: Any) -> str | None:
-        is_valid = isinstance(value, int) and not isinstance(value, bool) and value >= least
-        return None if is_valid else f"an integer of at least {least}"
+        is_valid = isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+        return None if is_valid else f"an integer of at least {minimum}"
 
     return rule
 

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from snella_app.methods.method import Batches, Method, Options, check_by, number, unchanged, whole_number
+from snella_app.methods.method import Batches, Method, Options, check_by, integer, number, unchanged
 from snella_app.methods.model_parts import freeze_running_statistics, is_inside, require_blocks
 
 
@@ -121,7 +121,7 @@ MLP = Method(
     _build_mlp_head,
     ("layers", "dropout"),
     suffix="layers",
-    check=check_by({"layers": whole_number(), "dropout": number(0, 1)}),
+    check=check_by({"layers": integer(), "dropout": number(0, 1)}),
     unmerged_reason="replaces the head of the backbone with an MLP",
     defaults={"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-4},
     is_head_only=True,
@@ -151,7 +151,7 @@ PARTIAL = Method(
     _build_partial,
     ("blocks",),
     suffix="blocks",
-    check=check_by({"blocks": whole_number()}),
+    check=check_by({"blocks": integer()}),
     merge=unchanged,
     defaults={"lr": 1e-4, "head_lr": 1e-3, "weight_decay": 1e-2},
 )

@@ -100,13 +100,13 @@ def merge_adapter(model: Any) -> nn.Module:
     return merged
 
 
-def own_fields(config: type[PeftConfig]) -> tuple[str, ...]:
+def config_fields(config: type[PeftConfig]) -> tuple[str, ...]:
     """Return the fields that a configuration adds to `PeftConfig`, except `modules_to_save`, the head."""
     base = {f.name for f in dataclasses.fields(PeftConfig)} | {"modules_to_save"}
     return tuple(f.name for f in dataclasses.fields(config) if f.name not in base and f.init)
 
 
-_SNELL_OPTIONS = own_fields(SnellaConfig)
+_SNELL_OPTIONS = config_fields(SnellaConfig)
 _SPARSITY_OPTIONS = (
     *("target_sparsity", "init_sparsity", "sparsify_mode", "allocation", "schedule", "importance", "realloc_every"),
     *("beta1", "beta2", "min_layer_share", "zero_init_ema"),
@@ -384,7 +384,7 @@ def _from_peft(
             return kind(modules_to_save=[head], **{**fixed, **options})  # type: ignore[call-arg]
 
     source = f"{source}; PEFT's implementation"
-    return peft_method(summary, source, config, own_fields(kind), suffix=suffix, targets=targets, defaults=defaults)
+    return peft_method(summary, source, config, config_fields(kind), suffix=suffix, targets=targets, defaults=defaults)
 
 
 def layer_norms(model: nn.Module, head: str) -> str:

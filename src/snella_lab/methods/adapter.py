@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from snella_app.methods.method import Batches, Method, Options, check_by, number, one_of, whole_number
+from snella_app.methods.method import Batches, Method, Options, check_by, integer, number, one_of
 from snella_app.methods.model_parts import attach, attached, detach, is_inside, mlps, remove_hooks
 from snella_app.methods.partial import train_head
 
@@ -95,9 +95,7 @@ ADAPTER = Method(
     _build_adapter,
     ("r", "scale", "dropout", "activation"),
     suffix="r",
-    check=check_by(
-        {"r": whole_number(), "scale": number(), "dropout": number(0, 1), "activation": one_of(*ACTIVATIONS)}
-    ),
+    check=check_by({"r": integer(), "scale": number(), "dropout": number(0, 1), "activation": one_of(*ACTIVATIONS)}),
     unmerged_reason="adds a nonlinear bottleneck to each block",
     defaults={"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-4, "r": 8},
 )
@@ -159,11 +157,11 @@ MOSA = Method(
     suffix="r",
     check=check_by(
         {
-            "r": whole_number(),
-            "experts": whole_number(),
+            "r": integer(),
+            "experts": integer(),
             "scale": number(),
             "dropout": number(0, 1),
-            "mask_seed": whole_number(0),
+            "mask_seed": integer(0),
         }
     ),
     unmerged_reason="adds a nonlinear bottleneck to each block",

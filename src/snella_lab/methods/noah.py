@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from snella_app.methods.method import Batches, Method, Options, check_by, number, whole_number
+from snella_app.methods.method import Batches, Method, Options, check_by, integer, number
 from snella_app.methods.model_parts import attach, restoring, token_blocks, width_of_block
 from snella_app.methods.partial import train_head
 from snella_lab.methods.adapter import Adapter, apply_adapter
@@ -368,10 +368,10 @@ def _list_of_sizes(sizes: Any) -> str | None:
 
 _RULES = {
     "budget": number(1e-6),
-    "supernet_epochs": whole_number(),
+    "supernet_epochs": integer(),
     "supernet_lr": number(),
-    "population": whole_number(2),
-    "generations": whole_number(0),
+    "population": integer(2),
+    "generations": integer(0),
     "sizes": _list_of_sizes,
 }
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from snella_app.methods.method import Batches, Method, Options, check_by, number, whole_number
+from snella_app.methods.method import Batches, Method, Options, check_by, integer, number
 from snella_app.methods.model_parts import attach, token_blocks, width_of_block
 from snella_app.methods.partial import train_head
 
@@ -121,7 +121,7 @@ VPT_SHALLOW = Method(
     _shallow,
     ("prompts", "dropout"),
     suffix="prompts",
-    check=check_by({"prompts": whole_number(), "dropout": number(0, 1)}),
+    check=check_by({"prompts": integer(), "dropout": number(0, 1)}),
     unmerged_reason="adds prompt tokens, which are not weights of the backbone",
     defaults={"lr": 5e-3, "head_lr": 1e-3, "weight_decay": 1e-4},
 )
@@ -262,7 +262,7 @@ VQT = Method(
     _build,
     ("queries", "dropout", "normalize"),
     suffix="queries",
-    check=check_by({"queries": whole_number(), "dropout": number(0, 1)}),
+    check=check_by({"queries": integer(), "dropout": number(0, 1)}),
     unmerged_reason="adds query tokens and widens the head",
     unsharded_reason="routes gradients around the block outputs, whose hooks gather the sharded weights",
     defaults={"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-4},

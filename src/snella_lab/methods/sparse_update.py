@@ -13,7 +13,7 @@ from snella.backends.base import store_gradients, zero_gradients
 from snella.config import SnellaConfig
 from snella.initialization import init_factors
 from snella.update import Conv2dOp, Factors, LayerOp, LinearOp, UpdateSpec, without_view
-from snella_app.methods.method import Batches, Method, Options, check_by, number, one_of, whole_number
+from snella_app.methods.method import Batches, Method, Options, check_by, integer, number, one_of
 from snella_app.methods.model_parts import is_inside, restoring
 from snella_app.methods.partial import train_head
 from snella_lab.methods.calibration import Loss, SelectionData, loss_of, selection_data, summed_gradients
@@ -335,10 +335,10 @@ def merge_sparse(model: nn.Module) -> nn.Module:
 
 
 _RULES = {
-    "k": whole_number(),
+    "k": integer(),
     "selection_loss": one_of("contrastive", "task"),
     "temperature": number(0.001),
-    "calibration_batches": whole_number(),
+    "calibration_batches": integer(),
 }
 
 

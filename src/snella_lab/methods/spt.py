@@ -19,7 +19,7 @@ from torch.optim import AdamW, Optimizer
 from snella.config import SnellaConfig
 from snella.targets import count_rows
 from snella.update import LinearOp
-from snella_app.methods.method import Batches, Method, Options, check_by, number, whole_number
+from snella_app.methods.method import Batches, Method, Options, check_by, integer, number
 from snella_app.methods.model_parts import adaptable_layers, is_inside, restoring
 from snella_app.methods.partial import train_head
 from snella_lab.methods.adapter import Adapter
@@ -27,11 +27,11 @@ from snella_lab.methods.calibration import SelectionData, loss_of, rank_entries,
 from snella_lab.methods.sparse_update import MaskedUpdate, SparseEntries, SparseUpdate, can_be_sparse, merge_sparse
 
 _RULES = {
-    "r": whole_number(),
+    "r": integer(),
     "budget": number(1e-6),
     "alpha": number(1),
     "beta": number(1),
-    "calibration_batches": whole_number(),
+    "calibration_batches": integer(),
 }
 
 _VIT_B_WEIGHTS = 84_934_656
@@ -446,7 +446,7 @@ authors' code uses the nearest count.
 """
 
 
-_MASK_RULES = {"budget": number(1e-6), "calibration_batches": whole_number()}
+_MASK_RULES = {"budget": number(1e-6), "calibration_batches": integer()}
 _FACTOR_OPTIONS = (
     *("r", "rank_pattern", "kernel", "num_pieces", "softmax_dim", "center_softmax", "scaling", "init_weights"),
     *("learn_piece_coeff", "learn_temperature"),

@@ -1,10 +1,10 @@
 import pytest
 
-from snella_app.methods.method import check_by, number, one_of, whole_number
+from snella_app.methods.method import check_by, integer, number, one_of
 
 CHECK = check_by(
     {
-        "r": whole_number(),
+        "r": integer(),
         "rate": number(0, 1),
         "scale": number(),
         "kind": one_of("a", "b"),
