@@ -23,7 +23,7 @@ def splits_of(config):
 
 @pytest.fixture
 def mine(photos, tmp_path):
-    """Photographs that a test can change."""
+    """Copy of the photographs that a test can modify."""
     return shutil.copytree(photos, tmp_path / "mine")
 
 

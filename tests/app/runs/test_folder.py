@@ -208,7 +208,7 @@ def test_a_new_run_gets_a_new_id_and_a_resumed_one_keeps_it(tmp_path):
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL."""
+    """Simulated SIGKILL."""
 
 
 def test_a_kill_during_overwrite_leaves_a_resumable_or_rejected_folder(tmp_path, monkeypatch):
