@@ -434,7 +434,7 @@ def _weight_gradient(
         return 0.0, flop, (_FLOAT32 + 2 * _HALF) * read + written
     moved = activation * read * options.sample + written
     if options.sample < 1:
-        # norms of all tokens, then a copy of the drawn ones
+        # norms of all tokens, then a copy of the sampled ones
         moved += activation * read * (1 + 2 * options.sample)
     return flop, 0.0, moved
 
@@ -449,16 +449,16 @@ def _kept(
     block = _kept_by_block(model, options, tokens, r, precision)
     # the last normalization; the head casts its input under autocast, and SNELLA does not recompute the head's
     is_output_kept = precision != "autocast" and (options.family == "snella" or not options.recompute)
-    ends = tokens * d * (stream + activation * is_output_kept)
+    outside_blocks = tokens * d * (stream + activation * is_output_kept)
     if options.family == "full":
-        ends += tokens // model.tokens * model.image * _FLOAT32
+        outside_blocks += tokens // model.tokens * model.image * _FLOAT32
     if model.is_gated:
-        ends += 2 * _FLOAT32 * tokens * model.outputs  # logits and their logarithm
+        outside_blocks += 2 * _FLOAT32 * tokens * model.outputs  # logits and their logarithm
     if is_checkpointed:
-        return model.depth * tokens * d * stream + block + ends
+        return model.depth * tokens * d * stream + block + outside_blocks
     starts_frozen = options.family in ("lora", "dora") or options == METHODS["snella-keep-inputs"]
     first = tokens * d * stream if starts_frozen and not options.recompute else 0
-    return model.depth * block + ends - first
+    return model.depth * block + outside_blocks - first
 
 
 def _kept_by_block(model: Transformer, options: Method, tokens: int, r: int, precision: Precision) -> float:

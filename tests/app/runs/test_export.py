@@ -140,9 +140,9 @@ def test_onnx_stores_classes_and_preprocessing_and_supports_opset(finished, load
     onnx = pytest.importorskip("onnx")
     path = export(finished.path, "onnx", tmp_path / "m.onnx", opset=20).path
     model = onnx.load(path)
-    said = {entry.key: entry.value for entry in model.metadata_props}
-    assert json.loads(said["classes"]) == ["cats", "dogs", "owls"] and said["task"] == "classification"
-    assert json.loads(said["data_config"])["input_size"] == [3, 32, 32]
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    assert json.loads(metadata["classes"]) == ["cats", "dogs", "owls"] and metadata["task"] == "classification"
+    assert json.loads(metadata["data_config"])["input_size"] == [3, 32, 32]
     assert [entry.version for entry in model.opset_import if entry.domain == ""] == [20]
 
 

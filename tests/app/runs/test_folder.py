@@ -213,7 +213,7 @@ class Killed(BaseException):
 
 def test_a_kill_during_overwrite_leaves_a_resumable_or_rejected_folder(tmp_path, monkeypatch):
     """Kill before each rename and removal: the old run, a rejected folder with `run.json`, or a resumable run."""
-    wanted, said = config(tmp_path / "run", epochs=3).resolved(), []
+    new_config, outcomes = config(tmp_path / "run", epochs=3).resolved(), []
     for number in range(20):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         run = made(tmp_path / "run", "running")
@@ -235,15 +235,19 @@ def test_a_kill_during_overwrite_leaves_a_resumable_or_rejected_folder(tmp_path,
             patch.setattr(type(run.path), "unlink", counted(type(run.path).unlink))
             patch.setattr("shutil.rmtree", counted(shutil.rmtree))
             with contextlib.suppress(Killed):
-                run.create(wanted)
+                run.create(new_config)
         try:
-            said.append(run.resolve_settings(TrainConfig.from_flat(out=str(run.path), resume=True)).optim.epochs)
+            outcomes.append(run.resolve_settings(TrainConfig.from_flat(out=str(run.path), resume=True)).optim.epochs)
         except ValueError as error:
-            said.append(str(error).partition(": ")[2])
+            outcomes.append(str(error).partition(": ")[2])
         if next(changes) <= number:
             break
     refused = "the run was started with other settings; restore the file, or train again with `--overwrite`"
-    assert said[0] == 10 and set(said) == {10, refused, 3} and said == sorted(said, key=[10, refused, 3].index)
+    assert (
+        outcomes[0] == 10
+        and set(outcomes) == {10, refused, 3}
+        and outcomes == sorted(outcomes, key=[10, refused, 3].index)
+    )
 
 
 def test_checkpoints_without_the_record_of_their_run_are_not_removed(tmp_path):

@@ -79,7 +79,9 @@ def assert_same(run, whole):
             assert row["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-4)
         assert row["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-3)
     row, expected = adapter_of(run), adapter_of(whole)
-    assert row.keys() == expected.keys() and all(torch.allclose(row[name], expected[name], rtol=0, atol=2e-4) for name in row)
+    assert row.keys() == expected.keys() and all(
+        torch.allclose(row[name], expected[name], rtol=0, atol=2e-4) for name in row
+    )
 
 
 SHARDING = pytest.mark.parametrize("shard", [False, True], ids=["ddp", "sharded"])

@@ -88,7 +88,9 @@ def test_the_fit_matches_scikit_learn_on_standardized_features(classes):
     # scikit-learn fits one score for two classes, with half the penalty of two scores
     reference = LogisticRegression(C=0.01 if classes > 2 else 0.02, tol=1e-8, max_iter=5000).fit(scaled, doubled)
     probabilities = (torch.cat(views) @ weight.T + bias).softmax(1)
-    torch.testing.assert_close(probabilities.double(), torch.from_numpy(reference.predict_proba(scaled)), atol=2e-3, rtol=0)
+    torch.testing.assert_close(
+        probabilities.double(), torch.from_numpy(reference.predict_proba(scaled)), atol=2e-3, rtol=0
+    )
 
 
 def test_sample_weights_affect_the_fit():

@@ -143,7 +143,8 @@ def test_without_a_terminal_a_line_is_printed_every_half_minute_if_enabled():
 
 
 @pytest.mark.parametrize(
-    ("side", "factor", "expected"), [(518, 16, "--img-size 126 takes about 6% of that"), (98, 8, "--train-size or --epochs")]
+    ("side", "factor", "expected"),
+    [(518, 16, "--img-size 126 takes about 6% of that"), (98, 8, "--train-size or --epochs")],
 )
 def test_the_suggested_size_is_a_multiple_of_the_patch_size(side, factor, expected):
     model = timm.create_model("test_vit", img_size=112, patch_size=14)
@@ -173,10 +174,10 @@ def test_the_memory_warning_suggests_compression_for_snella(monkeypatch):
         {},
         {"input_size": [3, 32, 32]},
     )
-    for options, is_said in (({}, True), ({"compress_activations": True}, False)):
+    for options, is_suggested in (({}, True), ({"compress_activations": True}, False)):
         output = io.StringIO()
         log_summary(Console(file=output, width=300), config("snella", method_options=options), parts)
-        assert ("--method-options.compress_activations true, --grad-" in output.getvalue()) == is_said
+        assert ("--method-options.compress_activations true, --grad-" in output.getvalue()) == is_suggested
 
 
 RISEN = (

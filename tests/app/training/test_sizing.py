@@ -91,21 +91,21 @@ def test_a_run_with_the_chosen_settings_is_bit_identical(settings, console, monk
 
 
 @pytest.mark.parametrize(
-    ("budget", "epochs", "said"),
+    ("budget", "epochs", "message"),
     [
         ("60s", 7, "7 epochs in 60s: one epoch takes about"),  # 0.9 · 60 / (14 · 0.5 + 3 · 0.1) = 7.4
         ("4s", 1, "more than the remaining budget"),
         ("2h", 100, "100 is the maximum"),
     ],
 )
-def test_epochs_fill_the_time_budget(budget, epochs, said, settings, console, monkeypatch):
+def test_epochs_fill_the_time_budget(budget, epochs, message, settings, console, monkeypatch):
     config = settings(batch_size=1, accumulate=2, train_size=14, val_size=3, tta=1, time_budget=budget).resolved()
     parts = build_components(config)
     seconds = {sizing._trial_step: 0.5, sizing._trial_evaluation: 0.1, sizing._only_read: 0.0}
     monkeypatch.setattr(sizing, "_step_seconds", lambda parts, optim, dataset, batch, step: seconds[step])
     assert len(parts.splits.train) == 14 and len(parts.splits.val) == 3
     assert fit_epochs(parts, config, console) == epochs
-    assert said in console.file.getvalue()
+    assert message in console.file.getvalue()
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def chosen_size(settings, console, **changes):
 
 
 @pytest.mark.parametrize(
-    ("budget", "power", "size", "tried", "said"),
+    ("budget", "power", "size", "sides", "message"),
     [
         ("72s", 2, None, [48, 160], "measuring step times to fit 4 epochs into 72s"),  # 0.9 · 72 / (16 · 1) = 4.05
         (
@@ -172,16 +172,16 @@ def chosen_size(settings, console, **changes):
     ],
 )
 def test_the_largest_size_at_which_the_epochs_fit_is_selected(
-    budget, power, size, tried, said, settings, console, timed_by_pixels
+    budget, power, size, sides, message, settings, console, timed_by_pixels
 ):
     timed_by_pixels.power = power
     chosen, text = chosen_size(settings, console, time_budget=budget)
-    assert chosen == size and said in text.replace("\N{NO-BREAK SPACE}", " ")
-    assert timed_by_pixels.sides == tried
+    assert chosen == size and message in text.replace("\N{NO-BREAK SPACE}", " ")
+    assert timed_by_pixels.sides == sides
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"img_size": 80}, ""),
         ({"time_budget": None}, ""),
@@ -189,9 +189,9 @@ def test_the_largest_size_at_which_the_epochs_fit_is_selected(
         ({"method": "gps"}, "image size stays 160 px: gps selects parameters at this size"),
     ],
 )
-def test_an_explicit_or_required_size_is_unchanged(changes, said, settings, console, timed_by_pixels):
+def test_an_explicit_or_required_size_is_unchanged(changes, message, settings, console, timed_by_pixels):
     size, text = chosen_size(settings, console, **{"time_budget": "30s", **changes})
-    assert size == changes.get("img_size") and said in text and bool(said) == bool(text)
+    assert size == changes.get("img_size") and message in text and bool(message) == bool(text)
     assert timed_by_pixels.sides == []
 
 
@@ -214,7 +214,7 @@ _HEAD = {"final_head": "layers", "head_init": "probe", "tta": 1, "test_size": 4}
 
 
 @pytest.mark.parametrize(
-    ("budget", "factor", "size", "said"),
+    ("budget", "factor", "size", "message"),
     [
         # 16 training images, validation images three times (start, trained head, final head) and test images: 29 steps
         ("20s", 3, 112, "112 px: the final head fits into 20s; it takes about 14.2 s, at 160 px"),
@@ -225,11 +225,11 @@ _HEAD = {"final_head": "layers", "head_init": "probe", "tta": 1, "test_size": 4}
     ],
 )
 def test_the_final_head_replaces_epochs_below_half_its_size(
-    budget, factor, size, said, settings, console, head_by_pixels
+    budget, factor, size, message, settings, console, head_by_pixels
 ):
     head_by_pixels.factor = factor
     chosen, text = chosen_size(settings, console, time_budget=budget, **_HEAD)
-    assert chosen == size and said in text.replace("\N{NO-BREAK SPACE}", " ")
+    assert chosen == size and message in text.replace("\N{NO-BREAK SPACE}", " ")
 
 
 def test_a_linear_probe_uses_the_size_of_its_final_head(settings, console, head_by_pixels):

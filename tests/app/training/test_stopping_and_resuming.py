@@ -102,16 +102,16 @@ def kill(config, where, step, tmp_path):
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
-@pytest.mark.parametrize(("where", "step", "kept"), [("step", 6, "checkpoint-4"), ("save", 8, "checkpoint-4")])
-def test_a_killed_run_resumes_bit_for_bit(where, step, kept, settings, uninterrupted, tmp_path):
+@pytest.mark.parametrize(("where", "step", "checkpoint"), [("step", 6, "checkpoint-4"), ("save", 8, "checkpoint-4")])
+def test_a_killed_run_resumes_bit_for_bit(where, step, checkpoint, settings, uninterrupted, tmp_path):
     config = settings()
     kill(config, where, step, tmp_path)
     run = RunFolder(config.run.out)
     assert run.status == "running"
-    assert latest_checkpoint(run.checkpoints) == run.checkpoints / kept
+    assert latest_checkpoint(run.checkpoints) == run.checkpoints / checkpoint
     assert any(p.name.startswith(".staging") for p in run.checkpoints.iterdir()) == (where == "save")
     run, text = resumed(config)
-    assert f"resuming from {run.checkpoints / kept}" in text
+    assert f"resuming from {run.checkpoints / checkpoint}" in text
     assert same(outcome(run), uninterrupted)
     assert [p.name for p in run.checkpoints.iterdir()] == ["checkpoint-12"]
 
@@ -141,9 +141,7 @@ def test_a_run_killed_before_its_first_checkpoint_restarts(settings, uninterrupt
     ("step", "number"),
     [(1, signal.SIGINT), (6, signal.SIGINT), (8, signal.SIGINT), (6, signal.SIGTERM), (6, signal.SIGHUP)],
 )
-def test_an_interrupted_run_saves_and_resumes_bit_for_bit(
-    step, number, settings, console, uninterrupted, monkeypatch
-):
+def test_an_interrupted_run_saves_and_resumes_bit_for_bit(step, number, settings, console, uninterrupted, monkeypatch):
     config = settings()
     original = SnellaTrainer.training_step
 
@@ -264,9 +262,7 @@ def flipped(content):
     return content[:middle] + bytes([content[middle] ^ 8]) + content[middle + 1 :]
 
 
-def test_an_altered_checkpoint_is_reported_with_remedies(
-    settings, console, uninterrupted, monkeypatch
-):
+def test_an_altered_checkpoint_is_reported_with_remedies(settings, console, uninterrupted, monkeypatch):
     config = settings()
     with monkeypatch.context() as patch:
         patch.setattr("snella_app.training.train.finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -421,11 +417,11 @@ def test_a_full_disk_while_saving_the_best_adapter_keeps_the_old_one(settings, c
         ):
             train(config, console)
     run = RunFolder(config.run.out)
-    kept, epoch_1 = (
+    adapter, epoch_1 = (
         {name: value for name, value in load_file(folder / "adapter_model.safetensors").items() if ".head." not in name}
         for folder in (run.adapter, run.checkpoints / "checkpoint-4")  # its head has normalized inputs
     )
-    assert same(kept, epoch_1)
+    assert same(adapter, epoch_1)
     assert same(outcome(resumed(config)[0])[1:3], uninterrupted[1:3])
 
 

@@ -17,7 +17,7 @@ from snella_app.records import RunInfo, read
 from snella_app.runs import RunFolder, load_run
 from snella_app.runs.evaluate import evaluate, images_for_run
 from snella_app.runs.model import make_backbone
-from snella_app.training.finish import _only_answer
+from snella_app.training.finish import _only_class
 from snella_app.training.train import train
 from snella_app.training.trainer import SnellaTrainer
 
@@ -238,12 +238,12 @@ def test_a_best_epoch_before_the_target_budget_is_reported(best, says, settings,
     ("confusion", "only"), [([[0, 3], [0, 9]], "b"), ([[1, 2], [0, 9]], None), ([[0, 3], [0, 0]], None), (None, None)]
 )
 def test_a_single_predicted_class_is_detected(confusion, only):
-    assert _only_answer({"confusion": confusion}, ["a", "b"]) == only
+    assert _only_class({"confusion": confusion}, ["a", "b"]) == only
 
 
 def test_a_run_that_predicts_a_single_class_prints_a_note(settings, console, no_report, monkeypatch):
     monkeypatch.setattr(
-        "snella_app.training.finish._only_answer", lambda scores, classes: classes[len(scores["confusion"]) - 1]
+        "snella_app.training.finish._only_class", lambda scores, classes: classes[len(scores["confusion"]) - 1]
     )
     train(settings(method="linear", epochs=1), console)
     assert "note: every validation image is predicted as 'owls'; the model did not learn" in console.file.getvalue()
