@@ -142,7 +142,7 @@ def test_a_run_is_calibrated_on_its_validation_images_and_measured_on_test(finis
     assert 0.05 <= calibration.temperature <= 20
 
 
-def test_a_run_without_a_temperature_gets_the_one_that_training_fits(finished, tmp_path, capsys):
+def test_calibrating_a_run_reproduces_the_temperature_of_training(finished, tmp_path, capsys):
     run = RunFolder(shutil.copytree(finished.path, tmp_path / "run"))
     stored = read(RunInfo, run.path).calibration
     values = run.read_json("run.json")

@@ -209,5 +209,5 @@ def test_a_report_without_a_run_is_rejected(tmp_path):
         redraw_report(tmp_path)
 
 
-def test_the_same_images_pass(finished):
+def test_unchanged_images_are_accepted(finished):
     check_splits(finished.path, read(RunInfo, finished.path).data, splits_of(finished.read_config()))

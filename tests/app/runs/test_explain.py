@@ -12,7 +12,7 @@ from snella_app.runs.explain import explain, explain_validation, nearest_images
 pytest.importorskip("captum")
 
 
-def test_the_nearest_have_the_highest_cosine():
+def test_nearest_images_have_the_highest_cosine_similarity():
     features, others = np.array([[1.0, 0.0]]), np.array([[0.0, 3.0], [5.0, 0.0], [1.0, 1.0]])
     ((first, second),) = nearest_images(features, others, 2)
     assert first == (1, pytest.approx(1.0)) and second == (2, pytest.approx(0.5**0.5))
@@ -47,7 +47,7 @@ def test_heat_maps_need_no_training_images(finished, photos, tmp_path):
     assert explained.count == 1 and explained.notes[0].startswith("no nearest training images: the data of ")
 
 
-def test_the_report_shows_wrong_and_right_images_with_their_heat_maps(finished, tmp_path):
+def test_the_report_shows_wrong_and_correct_images_with_their_heat_maps(finished, tmp_path):
     run = shutil.copytree(finished.path, tmp_path / "run")
     page = explain_validation(run).read_text()
     maps = sorted((run / "heat_maps").glob("*.png"))

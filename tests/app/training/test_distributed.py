@@ -62,26 +62,25 @@ def adapter_of(run):
 
 
 @pytest.fixture(scope="module")
-def whole(photos, tiny_run, tmp_path_factory):
+def single_process_run(photos, tiny_run, tmp_path_factory):
     """Run trained in one process."""
     values = {**tiny_run, **SAME, "data": f"folder:{photos}"}
-    return train(TrainConfig.from_flat(**values, out=str(tmp_path_factory.mktemp("whole") / "run")))
+    return train(TrainConfig.from_flat(**values, out=str(tmp_path_factory.mktemp("single_process_run") / "run")))
 
 
-def assert_same(run, whole):
+def assert_same(run, single_process_run):
     """Check that budgets are equal and results equal up to rounding."""
     assert run.status == "finished"
     for row, expected in zip(
-        run.read_json("metrics.json")["history"], whole.read_json("metrics.json")["history"], strict=True
+        run.read_json("metrics.json")["history"], single_process_run.read_json("metrics.json")["history"], strict=True
     ):
         assert row["budget"] == expected["budget"] and row["lr"] == expected["lr"]
         if row["epoch"] > 0:
             assert row["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-4)
         assert row["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-3)
-    row, expected = adapter_of(run), adapter_of(whole)
-    assert row.keys() == expected.keys() and all(
-        torch.allclose(row[name], expected[name], rtol=0, atol=2e-4) for name in row
-    )
+    actual, reference = adapter_of(run), adapter_of(single_process_run)
+    assert actual.keys() == reference.keys()
+    assert all(torch.allclose(actual[name], reference[name], rtol=0, atol=2e-4) for name in actual)
 
 
 SHARDING = pytest.mark.parametrize("shard", [False, True], ids=["ddp", "sharded"])
@@ -89,7 +88,7 @@ SHARDING = pytest.mark.parametrize("shard", [False, True], ids=["ddp", "sharded"
 
 @pytest.mark.slow
 @SHARDING
-def test_an_interrupted_run_of_two_processes_resumes_in_one(shard, settings, whole, console, tmp_path):
+def test_an_interrupted_run_of_two_processes_resumes_in_one(shard, settings, single_process_run, console, tmp_path):
     config = settings(**SAME, shard=shard)
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(config.stored()))
     done = train_in_two(tmp_path, "--config", str(tmp_path / "settings.yaml"), "--progress", "false", interrupt_at=5)
@@ -101,11 +100,13 @@ def test_an_interrupted_run_of_two_processes_resumes_in_one(shard, settings, who
     assert done.stdout.count("backbone  test_vit") == 1
     assert done.stderr.count("interrupted; saved as") == 1
     run = train(TrainConfig.from_flat(out=config.run.out, resume=True), console)
-    assert_same(run, whole)
+    assert_same(run, single_process_run)
 
 
 @SHARDING
-def test_an_interrupted_run_of_one_process_resumes_in_two(shard, settings, whole, console, monkeypatch, tmp_path):
+def test_an_interrupted_run_of_one_process_resumes_in_two(
+    shard, settings, single_process_run, console, monkeypatch, tmp_path
+):
     config = settings(**SAME)
     with monkeypatch.context() as patch:
         original = SnellaTrainer.training_step
@@ -122,9 +123,12 @@ def test_an_interrupted_run_of_one_process_resumes_in_two(shard, settings, whole
     assert done.returncode == 0, done.stderr
     assert f"holds {0.5 if shard else 1.0} of the frozen weights" in done.stdout
     run = RunFolder(config.run.out)
-    assert_same(run, whole)
+    assert_same(run, single_process_run)
     assert run.report.is_file() and done.stdout.count("best epoch") == 1
-    assert run.read_json("metrics.json")["val"]["confusion"] == whole.read_json("metrics.json")["val"]["confusion"]
+    assert (
+        run.read_json("metrics.json")["val"]["confusion"]
+        == single_process_run.read_json("metrics.json")["val"]["confusion"]
+    )
 
 
 @pytest.mark.slow

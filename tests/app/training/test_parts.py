@@ -128,7 +128,7 @@ def test_the_remaining_time_is_printed_after_the_first_steps():
 
 def test_slow_steps_are_reported_after_the_second_with_a_remedy():
     factors = []
-    first, estimate = printed_by_steps([90.0, 60.0], 82, lambda much: factors.append(much) or "; less with X")
+    first, estimate = printed_by_steps([90.0, 60.0], 82, lambda factor: factors.append(factor) or "; less with X")
     assert first == "step 1/82  loss 0.5000"  # the first step compiles and is not representative
     assert estimate == "about 1 h 20 min remaining: 80 steps of 1 min 0 s; less with X" and factors == [16.0]
 

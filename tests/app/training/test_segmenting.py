@@ -56,8 +56,8 @@ def test_a_run_stores_dice_and_predicted_masks(run):
     for name in ("dice", "iou", "dice_pooled", "iou_pooled", "dice_gps_foreground_only", "iou_gps_foreground_only"):
         assert 0 <= metrics["test"][name] <= 1
     items = json.loads((run / "predictions.json").read_text())["items"]
-    kept = [item for item in items if item["mask"]]
-    assert len(kept) == min(12, len(items)) and all((run / item["mask"]).is_file() for item in kept)
+    with_mask = [item for item in items if item["mask"]]
+    assert len(with_mask) == min(12, len(items)) and all((run / item["mask"]).is_file() for item in with_mask)
 
 
 def test_stored_masks_reproduce_their_dice(run, folder):
@@ -113,8 +113,8 @@ def test_predictions_are_masks_at_image_size_and_overlays(run, folder, tmp_path,
     image = read_image(folder / "images" / "000.png")
     with torch.no_grad():
         scores = loaded.model(loaded.transform(image)[None])
-    wanted = torch.nn.functional.interpolate(scores, (32, 40), mode="bilinear", align_corners=False).argmax(1)[0]
-    assert np.array_equal(np.asarray(mask), wanted.numpy())
+    expected = torch.nn.functional.interpolate(scores, (32, 40), mode="bilinear", align_corners=False).argmax(1)[0]
+    assert np.array_equal(np.asarray(mask), expected.numpy())
     command("predict", run, folder / "images" / "000.png", "--out", out, status=2)
     assert "is not empty; choose another folder" in capsys.readouterr().err
     command("predict", run, folder / "images" / "000.png")

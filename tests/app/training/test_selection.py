@@ -39,7 +39,7 @@ def test_every_pass_has_all_training_images_with_a_new_order_and_augmentation(pa
     assert [len(batch) for batch in first] == [8] * 3 + [len(parts[0]) - 24] * (len(parts[0]) > 24)
     images = [torch.cat(batches)[:, [0, 2]] for batches in (first, second)]
     assert not torch.equal(*images)
-    assert torch.equal(*(one[one[:, 0].argsort(stable=True)][:, 0] for one in images))
+    assert torch.equal(*(rows[rows[:, 0].argsort(stable=True)][:, 0] for rows in images))
     assert not torch.isin(torch.cat(first)[:, 1], torch.cat(second)[:, 1]).any()
 
 

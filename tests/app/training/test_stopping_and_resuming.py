@@ -65,15 +65,15 @@ def outcome(run):
     )
 
 
-def same(one, two):
+def is_bit_identical(first, second):
     """Return whether two values are bit-identical."""
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, two)
-    if isinstance(one, dict):
-        return one.keys() == two.keys() and all(same(one[key], two[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(two) and all(map(same, one, two))
-    return one == two
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(is_bit_identical(first[key], second[key]) for key in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(is_bit_identical, first, second))
+    return first == second
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_a_killed_run_resumes_bit_for_bit(where, step, checkpoint, settings, uni
     assert any(p.name.startswith(".staging") for p in run.checkpoints.iterdir()) == (where == "save")
     run, text = resumed(config)
     assert f"resuming from {run.checkpoints / checkpoint}" in text
-    assert same(outcome(run), uninterrupted)
+    assert is_bit_identical(outcome(run), uninterrupted)
     assert [p.name for p in run.checkpoints.iterdir()] == ["checkpoint-12"]
 
 
@@ -122,9 +122,9 @@ def test_estimated_gradients_resume_bit_for_bit(settings, tmp_path):
     whole, config = settings(**sampling, out=str(tmp_path / "whole")), settings(**sampling)
     expected = outcome(train(whole, Console(file=io.StringIO())))
     kill(config, "step", 6, tmp_path)
-    assert same(outcome(resumed(config)[0]), expected)
+    assert is_bit_identical(outcome(resumed(config)[0]), expected)
     exact = settings(img_size=64, method_options={}, out=str(tmp_path / "exact"))
-    assert not same(outcome(train(exact, Console(file=io.StringIO())))[0], expected[0])
+    assert not is_bit_identical(outcome(train(exact, Console(file=io.StringIO())))[0], expected[0])
 
 
 def test_a_run_killed_before_its_first_checkpoint_restarts(settings, uninterrupted):
@@ -134,7 +134,7 @@ def test_a_run_killed_before_its_first_checkpoint_restarts(settings, uninterrupt
     backbone = BackboneInfo(name=config.model.backbone)
     data = DataInfo(spec=config.data.spec, digest=splits_digest(load_splits(config.data, config.run.seed)))
     run.write(RunInfo(status="running", method=config.method.name, backbone=backbone, classes=[], data=data))
-    assert same(outcome(resumed(config)[0]), uninterrupted)
+    assert is_bit_identical(outcome(resumed(config)[0]), uninterrupted)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_an_interrupted_run_saves_and_resumes_bit_for_bit(step, number, settings
     assert signal.getsignal(number) == handler
     assert RunFolder(config.run.out).status == "interrupted"
     run, _ = resumed(config)
-    assert same(outcome(run), uninterrupted)
+    assert is_bit_identical(outcome(run), uninterrupted)
 
 
 def test_ctrl_c_is_acknowledged_immediately(capfd):
@@ -208,7 +208,7 @@ def test_a_run_killed_at_its_end_has_a_finished_report_and_is_completed_by_resum
     for name in (".report.html.x1y2", ".metrics.json.tmp"):
         (run.path / name).write_text("half")
     run, _ = resumed(config)
-    assert same(outcome(run), uninterrupted)
+    assert is_bit_identical(outcome(run), uninterrupted)
     assert "snella" in (run.adapter / "README.md").read_text()
     assert not list(run.path.glob(".*"))
     run.check_files()
@@ -239,7 +239,7 @@ def test_a_second_ctrl_c_stops_immediately_and_keeps_the_last_checkpoint(setting
         patch.setattr(SnellaTrainer, "training_step", press_twice)
         with pytest.raises(TrainingInterrupted, match=r"saved as .*checkpoint-4;"):
             train(config, console)
-    assert same(outcome(resumed(config)[0]), uninterrupted)
+    assert is_bit_identical(outcome(resumed(config)[0]), uninterrupted)
 
 
 def test_a_run_killed_during_the_final_evaluation_resumes_to_the_same_result(
@@ -250,7 +250,7 @@ def test_a_run_killed_during_the_final_evaluation_resumes_to_the_same_result(
         patch.setattr("snella_app.training.train.finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(TrainingInterrupted, match="checkpoint-12"):
             train(config, console)
-    assert same(outcome(resumed(config)[0]), uninterrupted)
+    assert is_bit_identical(outcome(resumed(config)[0]), uninterrupted)
 
 
 FILES = ("adapter_model.safetensors", "adapter_config.json", "optimizer.pt", "scheduler.pt", "trainer_state.json")
@@ -286,7 +286,7 @@ def test_an_altered_checkpoint_is_reported_with_remedies(settings, console, unin
     assert checkpoint_to_resume(RunFolder(config.run.out), Console(file=note, width=400)) == older
     assert "note: skipped" in note.getvalue() and "optimizer.pt was modified" in note.getvalue()
     shutil.rmtree(older)
-    assert same(outcome(resumed(config)[0]), uninterrupted)
+    assert is_bit_identical(outcome(resumed(config)[0]), uninterrupted)
 
 
 def test_the_best_adapter_of_another_run_is_rejected(settings, console, uninterrupted, finished, monkeypatch):
@@ -314,7 +314,7 @@ def test_the_best_adapter_of_another_run_is_rejected(settings, console, uninterr
         run.check_adapter()
     shutil.rmtree(run.adapter)
     own.rename(run.adapter)
-    assert same(outcome(resumed(config)[0]), uninterrupted)
+    assert is_bit_identical(outcome(resumed(config)[0]), uninterrupted)
 
 
 @pytest.mark.parametrize("method", ["lora-2", "linear", "full", "snella-matched-2"])
@@ -337,13 +337,13 @@ def test_other_methods_resume_bit_for_bit(method, settings, console, monkeypatch
     for folder in ("adapter", "checkpoints/checkpoint-8"):
         files = [sorted((r.path / folder).glob("*.safetensors")) for r in (run, whole)]
         assert [file.name for file in files[0]] == [file.name for file in files[1]]
-        assert all(same(load_file(one), load_file(two)) for one, two in zip(*files, strict=True))
+        assert all(is_bit_identical(load_file(one), load_file(two)) for one, two in zip(*files, strict=True))
     assert run.read_json("metrics.json")["history"] == whole.read_json("metrics.json")["history"]
 
 
 def test_these_runs_use_dropout(settings, console, tmp_path, uninterrupted):
     plain = train(settings(method_options={"update_dropout": 0.0, "update_drop_path": 0.0}), console)
-    assert not same(outcome(plain)[1], uninterrupted[1])
+    assert not is_bit_identical(outcome(plain)[1], uninterrupted[1])
 
 
 def test_a_full_disk_while_saving_keeps_the_old_checkpoint_and_resumes(settings, console, uninterrupted, monkeypatch):
@@ -365,7 +365,7 @@ def test_a_full_disk_while_saving_keeps_the_old_checkpoint_and_resumes(settings,
     run = RunFolder(config.run.out)
     assert run.status == "failed" and "the disk is full" in run.read_json("run.json")["error"]
     assert [p.name for p in run.checkpoints.iterdir()] == ["checkpoint-4"]
-    assert same(outcome(resumed(config)[0]), uninterrupted)
+    assert is_bit_identical(outcome(resumed(config)[0]), uninterrupted)
 
 
 def test_a_file_size_limit_while_saving_keeps_the_old_checkpoint_and_resumes(
@@ -388,7 +388,7 @@ def test_a_file_size_limit_while_saving_keeps_the_old_checkpoint_and_resumes(
         patch.setattr(SnellaTrainer, "_save_optimizer_and_scheduler", limited)
         with pytest.raises(CheckpointError, match=r"could not write .*checkpoint-8: .*checkpoint-4, is intact"):
             train(config, console)
-    assert same(outcome(resumed(config)[0]), uninterrupted)
+    assert is_bit_identical(outcome(resumed(config)[0]), uninterrupted)
 
 
 def test_a_full_disk_while_saving_the_best_adapter_keeps_the_old_one(settings, console, uninterrupted, monkeypatch):
@@ -421,8 +421,8 @@ def test_a_full_disk_while_saving_the_best_adapter_keeps_the_old_one(settings, c
         {name: value for name, value in load_file(folder / "adapter_model.safetensors").items() if ".head." not in name}
         for folder in (run.adapter, run.checkpoints / "checkpoint-4")  # its head has normalized inputs
     )
-    assert same(adapter, epoch_1)
-    assert same(outcome(resumed(config)[0])[1:3], uninterrupted[1:3])
+    assert is_bit_identical(adapter, epoch_1)
+    assert is_bit_identical(outcome(resumed(config)[0])[1:3], uninterrupted[1:3])
 
 
 def test_a_nan_loss_stops_the_run_and_names_the_step(settings, console, monkeypatch):
