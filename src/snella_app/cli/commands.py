@@ -78,9 +78,9 @@ def evaluate(
 
     if calibrate:
         given = {"data": data, "columns": columns, "out": out, "split": None if split == "auto" else split}
-        wrong = [f"{name} {value}" for name, value in given.items() if value is not None]
-        if wrong:
-            raise ValueError(f"calibrate uses the run's validation images, got {', '.join(wrong)}; leave it out")
+        conflicts = [f"{name} {value}" for name, value in given.items() if value is not None]
+        if conflicts:
+            raise ValueError(f"calibrate uses the run's validation images, got {', '.join(conflicts)}; leave it out")
         calibration = calibrate_run(run, batch_size=batch_size, device=device)
         console = make_console()
         print_line(console, f"stored temperature {calibration.temperature:.4g}; predict divides logits by it")
@@ -302,10 +302,10 @@ def explain(
     console = make_console()
     if not images:
         given = {"out": out, "of": of, "columns": columns}
-        wrong = [f"{name} {value}" for name, value in given.items() if value is not None]
-        if wrong:
+        options = [f"{name} {value}" for name, value in given.items() if value is not None]
+        if options:
             raise ValueError(
-                f"images must be given with {', '.join(wrong)}; without images, snella explain uses validation images"
+                f"images must be given with {', '.join(options)}; without images, snella explain uses validation images"
             )
         report = explain_validation(run, by=by, batch_size=batch_size, device=device)
         print_line(console, f"report: {report}")
@@ -532,7 +532,7 @@ def data(
     spec = full_spec(data) if is_user_path else data
     warnings: list[str] = []
     if split_spec(spec)[1] is not None or spec in data_names() or path.is_file():
-        errors, warnings = _check_own_data(spec, columns, task, skip_corrupt, channels, white, sheet)
+        errors, warnings = _check_dataset(spec, columns, task, skip_corrupt, channels, white, sheet)
     else:
         given: dict[str, Any] = {"columns": columns, "task": None if task == "classification" else task}
         given |= {
@@ -541,23 +541,23 @@ def data(
             "channels": None if channels == 3 else channels,
             "white": white,
         }
-        wrong = [f"--{name} {value}" for name, value in given.items() if value is not None]
-        if wrong:
-            raise ValueError(f"{', '.join(wrong)} cannot be used with a benchmark, got {data!r}; leave it out")
+        conflicts = [f"--{name} {value}" for name, value in given.items() if value is not None]
+        if conflicts:
+            raise ValueError(f"{', '.join(conflicts)} cannot be used with a benchmark, got {data!r}; leave it out")
         checks = check_benchmarks(data, decode=decode)
         for check in checks:
             make_console().print(_benchmark_table(check))
         errors = [error for check in checks for error in check.errors]
     if errors:
-        also = f"; and {counted(len(warnings), 'warning')}, above" if warnings else ""
-        raise ValueError(f"{counted(len(errors), 'error')} in '{data}': {'; '.join(errors)}{also}")
+        warnings_text = f"; and {counted(len(warnings), 'warning')}, above" if warnings else ""
+        raise ValueError(f"{counted(len(errors), 'error')} in '{data}': {'; '.join(errors)}{warnings_text}")
     if warnings:
         print_line(make_console(), f"usable, with {counted(len(warnings), 'warning')} (see above)")
     else:
         print_line(make_console(), "complete, no errors found")
 
 
-def _check_own_data(
+def _check_dataset(
     spec: str,
     columns: str | None,
     task: str,
@@ -566,7 +566,7 @@ def _check_own_data(
     white: int | None,
     sheet: str | None,
 ) -> tuple[list[str], list[str]]:
-    """Print a summary of a dataset, write its contact sheet, and return errors and warnings."""
+    """Print a summary of a dataset, write the contact sheet if requested, and return errors and warnings."""
     from snella_app.console import make_console, make_table, print_line, print_rows
     from snella_app.data.check import check_data, contact_sheet
     from snella_app.data.datasets import show_reading
@@ -595,9 +595,9 @@ def _check_own_data(
         rows.insert(0, ("numbers", f"{name} from {low:g} to {high:g}, median {median:g}"))
     if check.sizes is not None:
         names = ("smallest", "median", "largest")
-        shown = ", ".join(f"{name} {w}×{h}" for name, (w, h) in zip(names, check.sizes, strict=True))
+        sizes_text = ", ".join(f"{name} {w}×{h}" for name, (w, h) in zip(names, check.sizes, strict=True))
         kinds = ", ".join(f"{kind} ({count:,})" for kind, count in check.kinds.items())
-        rows = [("sizes", f"{shown} px"), ("formats", kinds), *rows]
+        rows = [("sizes", f"{sizes_text} px"), ("formats", kinds), *rows]
     if rows:
         print_rows(console, rows)
     if sheet is not None:
@@ -632,8 +632,12 @@ def _benchmark_table(check: "BenchmarkCheck") -> "Table":
         table.add_column(name, justify="left" if name in ("dataset", "") else "right")
     for dataset in check.found:
         sizes = [f"{len(dataset.parts[name]):,}" if name in dataset.parts else "–" for name in parts]
-        wrong = len(dataset.errors) + len(dataset.deviations)
-        state = counted(wrong, "error") if wrong else "good" + "".join(f"; note: {note}" for note in dataset.notes)
+        num_errors = len(dataset.errors) + len(dataset.deviations)
+        state = (
+            counted(num_errors, "error")
+            if num_errors
+            else "good" + "".join(f"; note: {note}" for note in dataset.notes)
+        )
         table.add_row(dataset.name, *sizes, str(len(dataset.classes)), state)
     for name in check.missing:
         table.add_row(name, *("–" for _ in parts), "–", "missing")

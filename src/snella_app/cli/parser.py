@@ -243,11 +243,11 @@ class _Parser(ArgumentParser):
 def _command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
     """Build the parser of one command."""
     options = options_of(function)
-    needed = [f"{o.name.upper()} ..." if o.is_list else o.name.upper() for o in options if o.is_positional]
-    needed = [f"[{word}]" if o.default is not MISSING else word for o, word in zip(options, needed, strict=False)]
-    needed += [f"{o.typed} {o.choices}" for o in options if not o.is_positional and o.default is MISSING]
+    required = [f"{o.name.upper()} ..." if o.is_list else o.name.upper() for o in options if o.is_positional]
+    required = [f"[{word}]" if o.default is not MISSING else word for o, word in zip(options, required, strict=False)]
+    required += [f"{o.typed} {o.choices}" for o in options if not o.is_positional and o.default is MISSING]
     parser = _Parser(
-        usage=" ".join(["snella", name, *needed, "[options]"]),
+        usage=" ".join(["snella", name, *required, "[options]"]),
         description=inspect.cleandoc(function.__doc__ or "").partition("\nArgs:")[0].rstrip(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         print_config="--print-config",
@@ -289,8 +289,8 @@ def _add(group: Any, option: Option, method_default: str) -> None:
         kind, nargs = (str, "+" if is_needed else "*") if option.is_list else (option.type, None if is_needed else "?")
         group.add_argument(option.name, type=kind, nargs=nargs, metavar=option.choices, help=text)
         return
-    needed: dict[str, Any] = {"required": True} if option.default is MISSING else {"default": option.default}
-    group.add_argument(option.typed, type=option.type, metavar=option.choices, help=text, **needed)
+    requirement: dict[str, Any] = {"required": True} if option.default is MISSING else {"default": option.default}
+    group.add_argument(option.typed, type=option.type, metavar=option.choices, help=text, **requirement)
 
 
 def _rewrite_error(message: str, command: str, options: Sequence[Option], words: Sequence[str]) -> str:
@@ -339,10 +339,10 @@ def _check_options(command: str, options: Sequence[Option], words: Sequence[str]
     for word in words:
         option = re.split(r"[.=]", word)[0]
         if word.startswith("--") and word != "--" and option not in known:
-            same = ours(option[2:], names)
-            if same is not None:
-                verb = "give" if names[same].is_positional else "use"
-                hint = f"{verb} {names[same].typed}"
+            setting = ours(option[2:], names)
+            if setting is not None:
+                verb = "give" if names[setting].is_positional else "use"
+                hint = f"{verb} {names[setting].typed}"
                 raise UsageError(f"snella {command} has no option {option}; {hint}; see snella {command} --help")
             near = difflib.get_close_matches(option[2:], [name[2:] for name in known], n=2, cutoff=0.5)
             hint = f"; nearest: {', '.join(_dashed(name) for name in near)}" if near else ""
@@ -429,9 +429,9 @@ def _read_config(path: str, known: Sequence[str]) -> dict[str, Any]:
         raise UsageError(f"--config {path} {text}") from None
     unknown = []
     for key in (str(key) for key in content if key not in known):
-        same = ours(key, known)
+        setting = ours(key, known)
         near = nearest(key.replace("-", "_"), known, most=2, cutoff=0.5, form=" (nearest: {})")
-        unknown.append(f"{key!r} (use {same})" if same else f"{key!r}{near}")
+        unknown.append(f"{key!r} (use {setting})" if setting else f"{key!r}{near}")
     if unknown:
         raise UsageError(f"--config {path} has unknown settings: {', '.join(unknown)}")
     return content

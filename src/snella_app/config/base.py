@@ -47,7 +47,7 @@ class Config:
 
     Attributes:
         flat_names: Flat names of fields that differ from the name of the field.
-        order: Flat names in the order of help and files; the others follow.
+        order: Flat names that come first in help and files, in this order.
         minimums: Smallest value by field.
         nonnegative: Fields that are finite and at least 0.
         fractions: Fields in [0, 1).
@@ -87,8 +87,8 @@ class Config:
         known = list(cls.settings())
         unknown = [name for name in settings if name not in known]
         if unknown:
-            named = ", ".join(f"{name!r}{_other_name(name, known)}" for name in unknown)
-            raise TypeError(f"{cls.__name__} has no setting {named}; see help({cls.__name__})")
+            listed = ", ".join(f"{name!r}{_other_name(name, known)}" for name in unknown)
+            raise TypeError(f"{cls.__name__} has no setting {listed}; see help({cls.__name__})")
         config, errors = cls._collect(settings)
         _raise(errors)
         return config
@@ -159,17 +159,17 @@ def _raise(errors: list[str]) -> None:
 @cache
 def _settings(kind: type[Config]) -> dict[str, Setting]:
     """Return the settings of a class and of its parts."""
-    found: dict[str, Setting] = {}
+    settings: dict[str, Setting] = {}
     parts, hints = _parts(kind), get_type_hints(kind)  # type: ignore[arg-type]
     for f in dataclasses.fields(kind):
         if f.name in parts:
             inner = parts[f.name].settings().values()
-            found |= {setting.name: dataclasses.replace(setting, path=(f.name, *setting.path)) for setting in inner}
+            settings |= {setting.name: dataclasses.replace(setting, path=(f.name, *setting.path)) for setting in inner}
         else:
             name = kind.flat_names.get(f.name, f.name)
             default = f.default if f.default_factory is MISSING else f.default_factory()
-            found[name] = Setting(name, (f.name,), hints[f.name], default, kind)
-    return {name: found[name] for name in (*kind.order, *found)}
+            settings[name] = Setting(name, (f.name,), hints[f.name], default, kind)
+    return {name: settings[name] for name in (*kind.order, *settings)}
 
 
 @cache

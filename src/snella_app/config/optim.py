@@ -169,8 +169,8 @@ class OptimConfig(BaseOptimConfig):
                 errors.append(str(error))
         averages = {name: value for name in ("ema", "swa", "soup") if (value := getattr(self, name)) is not None}
         if len(averages) > 1:
-            both = " and ".join(f"{name} {value:g}" for name, value in averages.items())
-            errors.append(f"ema, swa and soup exclude each other, got {both}; leave one out")
+            given = " and ".join(f"{name} {value:g}" for name, value in averages.items())
+            errors.append(f"ema, swa and soup exclude each other, got {given}; leave one out")
         return errors
 
 

@@ -41,11 +41,11 @@ class RunSettings(Config):
 
     def differences(self, other: "RunSettings") -> list[str]:
         """Describe each non-default setting that differs from `other`."""
-        theirs = other.flat()
+        other_values = other.flat()
         return [
-            f"{name} is {theirs[name]!r} there and {value!r} here"
+            f"{name} is {other_values[name]!r} there and {value!r} here"
             for name, value in self.flat().items()
-            if name not in SESSION_FIELDS and value != self.settings()[name].default and value != theirs[name]
+            if name not in SESSION_FIELDS and value != self.settings()[name].default and value != other_values[name]
         ]
 
     def resolved(self) -> Self:
@@ -54,11 +54,11 @@ class RunSettings(Config):
 
         method = find_method(self.method.name)
         rank = parse_method(self.method.name)[1] if method.suffix == "r" else None
-        given = self.flat()
+        current = self.flat()
         values = {
             name: value
             for name, value in (method.defaults_of(self.purpose) or {}).items()
-            if given[name] is None and name not in self.method.options
+            if current[name] is None and name not in self.method.options
         }
         if rank is not None:
             values["r"] = rank
@@ -72,12 +72,12 @@ class RunSettings(Config):
         Args:
             is_started: True if a stored run supplies all but `out`.
         """
-        needed = {**({} if is_started else self.needed), "out": self.out_example}
-        given = self.flat()
-        missing = [name for name in needed if given[name] in (None, "")]
+        examples_by_name = {**({} if is_started else self.needed), "out": self.out_example}
+        values = self.flat()
+        missing = [name for name in examples_by_name if values[name] in (None, "")]
         if not missing:
             return []
-        examples = " ".join(f"{name}={needed[name]!r}" for name in missing)
+        examples = " ".join(f"{name}={examples_by_name[name]!r}" for name in missing)
         return [f"missing required settings: {', '.join(missing)}, e.g. {examples}"]
 
     def method_errors(self) -> list[str]:

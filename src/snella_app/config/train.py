@@ -136,8 +136,8 @@ class TrainConfig(RunSettings):
             for setting in task_class(other).settings:
                 tasks_by_setting.setdefault(setting, []).append(other)
         errors = [
-            f"{setting} applies to task {' or '.join(others)}, got {values[setting]!r} with task {name!r}"
-            for setting, others in tasks_by_setting.items()
+            f"{setting} applies to task {' or '.join(tasks)}, got {values[setting]!r} with task {name!r}"
+            for setting, tasks in tasks_by_setting.items()
             if setting not in task.settings and values[setting] != self.settings()[setting].default
         ]
         is_known_loss = any(optim.loss in task_class(other).losses for other in task_names())

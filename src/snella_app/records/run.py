@@ -149,7 +149,7 @@ class Calibration:
 
     @property
     def verdict(self) -> str:
-        """Effect of the temperature as a sentence, on the test images if present."""
+        """One-sentence effect of the temperature, on the test images if present."""
         if not self.reliability:
             return ""
         last = self.reliability[-1]
@@ -270,7 +270,7 @@ class AveragedEpochs:
 
     @property
     def text(self) -> str:
-        """Averaged epochs, human-readable."""
+        """Human-readable list of the averaged epochs."""
         names = ", ".join(map(str, self.epochs))
         return f"the average of epochs {names}" if len(self.epochs) > 1 else f"only epoch {names}"
 
@@ -350,7 +350,7 @@ class Metrics(Record):
 
     @property
     def selection(self) -> str:
-        """Split used for epoch selection, human-readable."""
+        """Human-readable name of the split used for epoch selection."""
         return "test" if self.selected_on == "test" else "validation"
 
     @classmethod

@@ -182,14 +182,14 @@ def _training_note(
     count = resaved = 0
     example = ""
     for part in parts:
-        equal: dict[int, str] = {}
+        exact: dict[int, str] = {}
         near: dict[int, str] = {}
         for train in trained:
-            equal |= {position: train.names[other] for position, other in find_equal_images(train, part).items()}
+            exact |= {position: train.names[other] for position, other in find_equal_images(train, part).items()}
             near |= {position: train.names[other] for position, other in find_near_copies(train, part).items()}
-        both = {**near, **equal}
-        count, resaved = count + len(both), resaved + len(both) - len(equal)
-        example = example or next((f"{part.names[p]!r} is {name!r}" for p, name in sorted(both.items())), "")
+        duplicates = {**near, **exact}
+        count, resaved = count + len(duplicates), resaved + len(duplicates) - len(exact)
+        example = example or next((f"{part.names[p]!r} is {name!r}" for p, name in sorted(duplicates.items())), "")
     if not count:
         return None
     kind = f" ({resaved} of them re-encoded or resized)" if resaved else ""

@@ -107,7 +107,9 @@ def explain(
             on_features=rows.append if needs_features else None,
         )
     )
-    near = _neighbors(model, rows, neighbors, notes) if needs_features and rows else [[] for _ in predictions]
+    neighbors_by_image = (
+        _neighbors(model, rows, neighbors, notes) if needs_features and rows else [[] for _ in predictions]
+    )
     with made_folder(folder):
         entries = []
         for start in range(0, len(predictions), batch_size):
@@ -127,7 +129,7 @@ def explain(
                         "target": f"for {target}" if by == "gradcam" else "of attention, independent of the class",
                         "image": _shown(heat[0]),
                         "heat": _shown(heat[1]),
-                        "near": near[number],
+                        "near": neighbors_by_image[number],
                     }
                 )
         write_text(folder / "index.html", _page(model, entries, of, by))

@@ -194,9 +194,12 @@ def _output_notes(loaded: LoadedRun, chosen: ExportFormat, options: ExportOption
     temperature = info.temperature if "logits" in chosen.options else info.trained_head_temperature
     averages_flips = loaded.info.tta == 2
     if "logits" in chosen.options and not options.logits:
-        divided = "" if temperature == 1.0 else f", from logits divided by the temperature {temperature:g}"
+        temperature_text = "" if temperature == 1.0 else f", from logits divided by the temperature {temperature:g}"
         views = ["outputs are averaged over an image and its flip, as in predict"] if averages_flips else []
-        return [f"outputs are the {loaded.task.final_name} of predict{divided}; use --logits for logits", *views]
+        return [
+            f"outputs are the {loaded.task.final_name} of predict{temperature_text}; use --logits for logits",
+            *views,
+        ]
     views = prediction_notes(loaded.info)
     if temperature == 1.0:
         return views
@@ -241,9 +244,9 @@ def _remove(path: Path) -> None:
 def _reject_other_files(folder: Path, written: Path) -> None:
     """Reject a folder with files that an export did not write."""
     names = {file.name for file in written.iterdir()}
-    others = sorted(file.name for file in folder.iterdir() if file.name not in names)
-    if others:
-        raise FileExistsError(f"out={folder} is a folder with other files, e.g. {others[0]!r}; choose a new folder")
+    unexpected = sorted(file.name for file in folder.iterdir() if file.name not in names)
+    if unexpected:
+        raise FileExistsError(f"out={folder} is a folder with other files, e.g. {unexpected[0]!r}; choose a new folder")
 
 
 # verification -------------------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ _DIGESTED = ("config.yaml", "metrics.json", "allocation.json", "predictions.json
 _DIGESTED_FOLDERS = ("adapter", "selection")
 CARD = "README.md"
 """Model card of the adapter. It has no digest, since users edit it."""
-_NEW_RUN_HINT = "; once the run is finished, train further with other settings by snella train --init-from {} --out NEW"
+_NEW_RUN_HINT = "; to train a finished run further with other settings, use snella train --init-from {} --out NEW"
 _INHERITED = (
     *("task", "backbone", "weights", "pretrained", "channels", "method", "r", "scaling"),
     *("columns", "white", "skip_corrupt", "class_order", "protocol", "seed", "test_seed", "folds", "fold"),
@@ -313,8 +313,8 @@ class RunFolderOf(Generic[S]):
                     "it with that version, or start over with --overwrite"
                 )
             return self._resumed(config)
-        given = config.flat()
-        can_start = all(given[name] for name in config.needed)
+        requested = config.flat()
+        can_start = all(requested[name] for name in config.needed)
         if config.run.resume and not can_start and (self.path / "config.yaml").is_file():
             return self._restart_settings(config)
         if config.run.resume and not can_start:
@@ -408,17 +408,17 @@ class RunFolderOf(Generic[S]):
 
     def _resumed(self, config: S) -> S:
         """Return the stored settings, if `config` does not contradict them; `data` may name a new location."""
-        stored, given = self.read_config(), config.flat()
+        stored, requested = self.read_config(), config.flat()
         run = self.read_json("run.json") if self.status is not None else {}
-        if given.get("data") and run.get("data", {}).get("digest"):
-            stored = stored.replace(data=given["data"])
+        if requested.get("data") and run.get("data", {}).get("digest"):
+            stored = stored.replace(data=requested["data"])
         differences = config.differences(stored)
         if differences:
             raise ValueError(
                 f"resume continues {self.path} with its stored settings, but {'; '.join(differences)}; leave them out"
-                + (_NEW_RUN_HINT.format(self.path) if "init_from" in given else "")
+                + (_NEW_RUN_HINT.format(self.path) if "init_from" in requested else "")
             )
-        return stored.replace(**{name: given[name] for name in SESSION_FIELDS if name in given})
+        return stored.replace(**{name: requested[name] for name in SESSION_FIELDS if name in requested})
 
     def _holds_unexpected_files(self) -> bool:
         """Return whether the folder contains anything other than runs and the files of an unfinished run."""

@@ -211,7 +211,7 @@ def _paths_in_table(table: Path, columns: str | None, run_columns: str | None) -
 
 
 def _existing(paths: Iterable[Path]) -> list[Path]:
-    """Return the paths; all of them must exist."""
+    """Return the paths; raise an error for the first missing file."""
     existing = []
     for path in paths:
         if not path.exists():
@@ -221,16 +221,16 @@ def _existing(paths: Iterable[Path]) -> list[Path]:
 
 
 def _require_all(paths: Iterable[Path]) -> list[Path]:
-    """Return the paths of a table or list; all of them must exist."""
+    """Return the paths of a table or list; raise one error for all missing files."""
     all_paths = list(paths)
     missing = [path for path in all_paths if not path.exists()]
     if not missing:
         return all_paths
-    few = f"no image {missing[0]}{near_name(missing[0])}"
-    many = f"{len(missing):,} of {len(all_paths):,} images are missing: {listed([str(path) for path in missing])}"
+    single = f"no image {missing[0]}{near_name(missing[0])}"
+    summary = f"{len(missing):,} of {len(all_paths):,} images are missing: {listed([str(path) for path in missing])}"
     raise FileNotFoundError(
-        f"{few if len(missing) == 1 else many}; fix the list, or skip missing and corrupt images with --skip-corrupt "
-        "(skip_corrupt=True)"
+        f"{single if len(missing) == 1 else summary}; fix the list, or skip missing and corrupt images with "
+        "--skip-corrupt (skip_corrupt=True)"
     )
 
 
@@ -238,18 +238,18 @@ def _from_array(image: np.ndarray | Tensor, name: str, channels: int) -> Any:
     """Convert a channels-last array or a channels-first tensor to an image."""
     shape = list(image.shape)
     if isinstance(image, Tensor):
-        moved = image.detach().cpu()
-        moved = moved.float() if moved.is_floating_point() else moved
-        values = (moved.movedim(0, -1) if moved.ndim == 3 else moved).numpy()
+        tensor = image.detach().cpu()
+        tensor = tensor.float() if tensor.is_floating_point() else tensor
+        values = (tensor.movedim(0, -1) if tensor.ndim == 3 else tensor).numpy()
     else:
         values = image
     allowed = _PIL_CHANNELS if channels in _PIL_CHANNELS else (channels,)
-    given = values.shape[2] if values.ndim == 3 else 1
-    if values.ndim not in (2, 3) or given not in allowed or 0 in values.shape:
-        words = f"{', '.join(map(str, allowed[:-1]))} or {allowed[-1]}" if len(allowed) > 1 else str(channels)
+    num_channels = values.shape[2] if values.ndim == 3 else 1
+    if values.ndim not in (2, 3) or num_channels not in allowed or 0 in values.shape:
+        counts = f"{', '.join(map(str, allowed[:-1]))} or {allowed[-1]}" if len(allowed) > 1 else str(channels)
         raise ValueError(
-            f"an image must have the shape [height, width] or [height, width, {words}] as an array, [height, width] "
-            f"or [{words}, height, width] as a tensor, got {shape} as {name}"
+            f"an image must have the shape [height, width] or [height, width, {counts}] as an array, [height, width] "
+            f"or [{counts}, height, width] as a tensor, got {shape} as {name}"
         )
     if values.dtype.kind == "f":
         low, high = float(values.min()), float(values.max())
@@ -264,5 +264,5 @@ def _from_array(image: np.ndarray | Tensor, name: str, channels: int) -> Any:
         array = values if values.dtype == np.uint8 else values.astype(np.float32)
         return tv_tensors.Image(torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, -1, 0))))
     pixels = values if values.dtype == np.uint8 else (values * 255).round().astype(np.uint8)
-    pixels = pixels[..., 0] if pixels.ndim == 3 and given == 1 else pixels
+    pixels = pixels[..., 0] if pixels.ndim == 3 and num_channels == 1 else pixels
     return to_channels(Image.fromarray(np.ascontiguousarray(pixels)), Reading(channels))

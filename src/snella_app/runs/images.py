@@ -19,11 +19,11 @@ PARTS = ("train", "val", "test")
 def splits_digest(splits: DataSplits) -> str:
     """Return the SHA-256 of classes, names and labels of all splits, in order; independent of the folder's path."""
     parts = {"train": splits.train, "val": splits.val, "test": splits.test}
-    named = {key: None if part is None else [part.names, part.labels] for key, part in parts.items()}
-    known = {key: part.annotations.plain() for key, part in parts.items() if part is not None}
-    if any(known.values()):
-        return hashlib.sha256(json.dumps([splits.classes, named, known]).encode()).hexdigest()
-    return hashlib.sha256(json.dumps([splits.classes, named]).encode()).hexdigest()
+    names_and_labels = {key: None if part is None else [part.names, part.labels] for key, part in parts.items()}
+    annotations = {key: part.annotations.plain() for key, part in parts.items() if part is not None}
+    if any(annotations.values()):
+        return hashlib.sha256(json.dumps([splits.classes, names_and_labels, annotations]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([splits.classes, names_and_labels]).encode()).hexdigest()
 
 
 def contents_of(splits: DataSplits, names: Collection[str] = PARTS) -> dict[str, str]:

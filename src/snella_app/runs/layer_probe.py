@@ -104,8 +104,8 @@ class LayerProbe(nn.Module):
         """Write the probe to a file."""
         has_tokens = getattr(self.get_base_model(), "num_prefix_tokens", 0) > 0
         metadata = {"layers": json.dumps(self.layers), "has_tokens": json.dumps(has_tokens)}
-        both = (self.linear.weight, self.linear.bias)
-        tensors = {n: t.detach().float().cpu().contiguous() for n, t in zip(_TENSORS, both, strict=True)}
+        parameters = (self.linear.weight, self.linear.bias)
+        tensors = {n: t.detach().float().cpu().contiguous() for n, t in zip(_TENSORS, parameters, strict=True)}
         write_bytes(path, tensors_bytes(tensors, metadata))
 
 

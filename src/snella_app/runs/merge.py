@@ -104,9 +104,13 @@ def _check_out(path: Path, typed: str, *, overwrite: bool) -> None:
             f"use {str(path.with_suffix(_SUFFIX))!r} or {str(path.with_suffix(''))!r}"
         )
     if path.is_dir() and path.suffix != _SUFFIX:
-        others = sorted(child.name for child in path.iterdir() if child.name not in (_CONFIG, _WEIGHTS, LAYER_PROBE))
-        if others:
-            raise FileExistsError(f"out={path} is a folder with other files, e.g. {others[0]!r}; choose a new folder")
+        unexpected = sorted(
+            child.name for child in path.iterdir() if child.name not in (_CONFIG, _WEIGHTS, LAYER_PROBE)
+        )
+        if unexpected:
+            raise FileExistsError(
+                f"out={path} is a folder with other files, e.g. {unexpected[0]!r}; choose a new folder"
+            )
         if next(path.iterdir(), None) is None:
             return
     if path.exists() and not overwrite:

@@ -155,7 +155,7 @@ class Predictor:
         """Yield predictions one by one, which keeps only the masks of one batch in memory.
 
         Args:
-            images: Single images, as returned by `snella_app.runs.image_inputs.separate`.
+            images: Single images, as returned by `snella_app.runs.image_inputs.split_inputs`.
             tta: As for `predict`.
             unsure: As for `predict`.
             skip_corrupt: As for `predict`.

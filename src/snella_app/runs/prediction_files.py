@@ -99,15 +99,15 @@ def predict_to_files(
         predictions: Iterable[Any] = _watched(predicted, files, folders, out if is_appended else None)
     else:
         predictions = track_progress(predicted(files), "predicting", len(files), None if out is None else errors)
-    shown = _record_paths(predictions, names)
+    recorded = _record_paths(predictions, names)
     with _until_interrupted() if watch else contextlib.nullcontext():
         if out is None:
-            for prediction in shown:
+            for prediction in recorded:
                 print_line(console, f"{prediction.path}: {task.prediction_text(prediction, top_k)}")
         elif is_appended:
-            _append_rows(shown, Path(out), task, top_k, console)
+            _append_rows(recorded, Path(out), task, top_k, console)
         else:
-            task.write_predictions(shown, out, top_k, overwrite=overwrite)
+            task.write_predictions(recorded, out, top_k, overwrite=overwrite)
     if out is not None:
         print_line(console, f"{counted(len(names), 'image')}: {out}")
     if features is not None:
@@ -203,10 +203,10 @@ def _record_paths(predictions: Iterable[Any], names: list[Path]) -> Iterator[Any
 
 def _watched(predicted: Any, files: Sequence[Path], folders: Sequence[Path], out: str | None) -> Iterator[Any]:
     """Yield predictions of files, then of new images in folders; never ends."""
-    known = [] if out is None or not Path(out).is_file() else _images_in_rows(Path(out))
-    done = {path.resolve() for path in known}
+    listed_images = [] if out is None or not Path(out).is_file() else _images_in_rows(Path(out))
+    done = {path.resolve() for path in listed_images}
     yield from predicted([path for path in files if path.resolve() not in done])
-    for new in new_files(folders, known):
+    for new in new_files(folders, listed_images):
         if new:
             yield from predicted(new)
 

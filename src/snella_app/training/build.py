@@ -36,7 +36,7 @@ from snella_app.training.sampler import EpochSampler
 FOLDER = "selection"
 """Subfolder of a run for the selected parameters and their initial values."""
 _READ_MARGIN = 4
-"""Minimum shorter side when reading an image, in input sizes; a crop of 1/16 of its area then needs no upsampling."""
+"""Minimum shorter side of images when read, in input sizes; crops of at least 1/16 of the area need no upsampling."""
 
 
 @dataclass(frozen=True)
@@ -113,12 +113,12 @@ def selection_data(
         order.set_epoch(epoch)
         return batches(images, order)
 
-    def say(text: str) -> None:
+    def log(text: str) -> None:
         if console is not None:
             print_line(console, text)
 
     validation = None if val is None else partial(batches, val, None)
-    return SelectionData(train_pass, validation, task.loss, say, task.has_one_class)
+    return SelectionData(train_pass, validation, task.loss, log, task.has_one_class)
 
 
 def store_selection(run: Path, method: str, model: nn.Module) -> None:
@@ -262,7 +262,7 @@ def build(
     else:
         batches = None
         if find_method(method.name).needs_batches:
-            train, val = _images_to_choose_from(method.name, data, splits, data_config)
+            train, val = _selection_images(method.name, data, splits, data_config)
             batches = selection_data(train, val, data, console)
             backbone.to(device)
         adapted = build_method(method.name, backbone, head=task.head, batches=batches, **method.all_options())
@@ -311,13 +311,13 @@ def load_start(parts: RunComponents, spec: str, run: RunFolder) -> None:
         )
 
 
-def _images_to_choose_from(
+def _selection_images(
     method: str, data: LoadedData, splits: DataSplits, data_config: dict[str, Any]
 ) -> tuple[ImageDataset, ImageDataset | None]:
     """Return training and validation images for a method that selects its trained parameters.
 
-    A protocol that trains on the validation images leaves none to compare candidates. Training and validation images
-    then come from the standard protocol. Test images are never used.
+    If the protocol trains on the validation images, the split of the standard protocol is used instead. Test images
+    are never used.
     """
     if splits.val is not None or not find_method(method).needs_validation:
         return splits.train, splits.val

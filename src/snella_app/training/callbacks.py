@@ -33,19 +33,19 @@ if TYPE_CHECKING:
 
 _FILE, _ENDS_FILE = "ema.safetensors", "epoch_ends.safetensors"
 _ESTIMATE_STEPS, _ESTIMATE_S = 4, 20.0
-"""The remaining time is estimated after this many steps, or after this many seconds and two steps; the first step
+"""The remaining time is estimated after this many steps, or after two steps and this many seconds, since the first step
 compiles."""
 _LONG_S = 300.0
 """Remaining time above which the display suggests how to shorten the run."""
 _LINE_S = 30.0
 """Seconds between progress lines without a terminal."""
-_KEPT_STEPS = 20
+_TIMED_STEPS = 20
 _TRACKED_STEPS = 10
 """Steps between logged values."""
-_RISEN = 1.5
+_RISING_RATIO = 1.5
 """Ratio to the first epoch's loss above which a rising loss is reported."""
-_FEW_STEPS = 20
-"""Steps without a report of a rising loss: after a linear probe, the loss rises when the backbone starts to change."""
+_RISING_AFTER_STEPS = 20
+"""Initial steps without this report: after a linear probe, the loss rises when the backbone starts to change."""
 
 
 class WeightAverage(TrainerCallback):
@@ -93,7 +93,7 @@ class WeightAverage(TrainerCallback):
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Use the averages in the model inside the context."""
-        with _swapped_in(self._parameters, self._averages):
+        with _replaced_parameters(self._parameters, self._averages):
             yield
 
     def save(self, checkpoint: Path) -> None:
@@ -157,7 +157,7 @@ class EpochEnds:
         average = get_swa_multi_avg_fn()
         for number, epoch in enumerate(others, 1):
             average(list(means.values()), [self._values[epoch][name] for name in means], number)
-        with _swapped_in(self._parameters, means):
+        with _replaced_parameters(self._parameters, means):
             yield
 
     def save(self, checkpoint: Path) -> None:
@@ -185,7 +185,7 @@ class EpochEnds:
 
 
 @contextmanager
-def _swapped_in(parameters: Mapping[str, nn.Parameter], values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+def _replaced_parameters(parameters: Mapping[str, nn.Parameter], values: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """Replace parameter values inside the context and restore them on exit."""
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     _copy(parameters, values)
@@ -383,7 +383,7 @@ class ProgressDisplay(TrainerCallback):
         self._bar: Progress | None = None
         self._task: Any = None
         self._best = (float("-inf"), float("-inf"))
-        self._step_ends: deque[float] = deque(maxlen=_KEPT_STEPS)
+        self._step_ends: deque[float] = deque(maxlen=_TIMED_STEPS)
         self._last_line = 0.0
         self._has_estimated = False
         self._losses: list[float] = []
@@ -396,7 +396,7 @@ class ProgressDisplay(TrainerCallback):
         past = [row for row in state.log_history if "budget" in row]
         self._best = max((self._score(row) for row in past), default=self._best)
         self._last_line = self.clock()
-        self._step_ends = deque([self._last_line], _KEPT_STEPS)
+        self._step_ends = deque([self._last_line], _TIMED_STEPS)
         if self.show_bar and state.is_world_process_zero:
             columns = (
                 TextColumn("{task.description}"),
@@ -437,8 +437,8 @@ class ProgressDisplay(TrainerCallback):
         if not self._has_estimated and (steps >= _ESTIMATE_STEPS or is_long):
             self._has_estimated = True
             if left_s >= 60:
-                much = left_s / _LONG_S
-                hint = self.shorten(much) if self.shorten is not None and much > 1 else ""
+                factor = left_s / _LONG_S
+                hint = self.shorten(factor) if self.shorten is not None and factor > 1 else ""
                 steps_left = state.max_steps - state.global_step
                 print_line(
                     self.console,
@@ -447,10 +447,10 @@ class ProgressDisplay(TrainerCallback):
                 self._last_line = now
         if self.show_lines and now - self._last_line >= _LINE_S:
             self._last_line = now
-            left = f"  about {seconds_text(left_s)} remaining" if steps > 1 else ""
+            remaining = f"  about {seconds_text(left_s)} remaining" if steps > 1 else ""
             print_line(
                 self.console,
-                f"step {state.global_step}/{state.max_steps}  loss {self.last_loss():.4f}{self._pace()}{left}",
+                f"step {state.global_step}/{state.max_steps}  loss {self.last_loss():.4f}{self._pace()}{remaining}",
             )
 
     def on_evaluate(
@@ -473,7 +473,7 @@ class ProgressDisplay(TrainerCallback):
         if is_start:
             return
         self._losses.append(metrics["train_loss"])
-        if state.global_step >= _FEW_STEPS and not (shown and is_best):
+        if state.global_step >= _RISING_AFTER_STEPS and not (shown and is_best):
             self._report_rising_loss()
 
     def _score(self, row: Mapping[str, Any]) -> tuple[float, float]:
@@ -483,7 +483,7 @@ class ProgressDisplay(TrainerCallback):
     def _report_rising_loss(self) -> None:
         """Warn once if the loss is well above the first epoch's."""
         first, last = self._losses[0], self._losses[-1]
-        if last > _RISEN * first and not self._has_reported:
+        if last > _RISING_RATIO * first and not self._has_reported:
             self._has_reported = True
             print_line(
                 self.console,

@@ -326,7 +326,7 @@ def count_step(
         merge_moved=merged * (kernels.merged_bytes + kernels.weight_accesses * weight),
         merge_calls=model.depth * kernels.calls * len(model.layers) if is_merged else 0,
         merge_serial=kernels.serial * rows,
-        kept=_kept(model, options, tokens, r, precision, is_checkpointed),
+        kept=_saved_bytes(model, options, tokens, r, precision, is_checkpointed),
         parameters=model.weights,
         adapters=adapters,
         trainable=trainable,
@@ -434,34 +434,34 @@ def _weight_gradient(
         return 0.0, flop, (_FLOAT32 + 2 * _HALF) * read + written
     moved = activation * read * options.sample + written
     if options.sample < 1:
-        # norms of all tokens, then a copy of the drawn ones
+        # norms of all tokens, then a copy of the sampled ones
         moved += activation * read * (1 + 2 * options.sample)
     return flop, 0.0, moved
 
 
-def _kept(
+def _saved_bytes(
     model: Transformer, options: Method, tokens: int, r: int, precision: Precision, is_checkpointed: bool
 ) -> float:
-    """Count the bytes saved for the backward pass; see `_kept_by_block`."""
+    """Count the bytes saved for the backward pass; see `_saved_by_block`."""
     d = model.width
     activation, _ = _sizes(precision)
     stream = _HALF if precision == "bfloat16" else _FLOAT32
-    block = _kept_by_block(model, options, tokens, r, precision)
+    block = _saved_by_block(model, options, tokens, r, precision)
     # the last normalization; the head casts its input under autocast, and SNELLA does not recompute the head's
-    is_output_kept = precision != "autocast" and (options.family == "snella" or not options.recompute)
-    ends = tokens * d * (stream + activation * is_output_kept)
+    is_output_saved = precision != "autocast" and (options.family == "snella" or not options.recompute)
+    outside_blocks = tokens * d * (stream + activation * is_output_saved)
     if options.family == "full":
-        ends += tokens // model.tokens * model.image * _FLOAT32
+        outside_blocks += tokens // model.tokens * model.image * _FLOAT32
     if model.is_gated:
-        ends += 2 * _FLOAT32 * tokens * model.outputs  # logits and their logarithm
+        outside_blocks += 2 * _FLOAT32 * tokens * model.outputs  # logits and their logarithm
     if is_checkpointed:
-        return model.depth * tokens * d * stream + block + ends
+        return model.depth * tokens * d * stream + block + outside_blocks
     starts_frozen = options.family in ("lora", "dora") or options == METHODS["snella-keep-inputs"]
     first = tokens * d * stream if starts_frozen and not options.recompute else 0
-    return model.depth * block + ends - first
+    return model.depth * block + outside_blocks - first
 
 
-def _kept_by_block(model: Transformer, options: Method, tokens: int, r: int, precision: Precision) -> float:
+def _saved_by_block(model: Transformer, options: Method, tokens: int, r: int, precision: Precision) -> float:
     """Count the bytes that one block saves.
 
     Without recomputation: inputs and outputs of two normalizations, q, k, v, the output and the logarithms of

@@ -193,8 +193,10 @@ def _joined(first: MeasuredFeatures, second: MeasuredFeatures) -> MeasuredFeatur
     """Concatenate two splits; missing sample weights become 1."""
     weights = None
     if first.weights is not None or second.weights is not None:
-        given = [part.weights if part.weights is not None else torch.ones(len(part.labels)) for part in (first, second)]
-        weights = torch.cat(given)
+        sample_weights = [
+            part.weights if part.weights is not None else torch.ones(len(part.labels)) for part in (first, second)
+        ]
+        weights = torch.cat(sample_weights)
     views = [torch.cat(pair) for pair in zip(first.views, second.views, strict=True)]
     return MeasuredFeatures(views, torch.cat([first.labels, second.labels]), weights)
 

@@ -76,20 +76,22 @@ def finish(session: Session, trainer: SnellaTrainer) -> None:
     """Evaluate the saved model, write results and report, and print a summary."""
     train_s, run, parts = trainer.elapsed_s, session.run, session.parts
     measured = _measure(session, trainer)
-    name, shown = ("val", parts.splits.val) if parts.splits.val is not None else ("test", parts.splits.test)
-    if shown is not None and len(shown) > _MOST_PREDICTIONS:
-        shown = None
+    name, reported_images = ("val", parts.splits.val) if parts.splits.val is not None else ("test", parts.splits.test)
+    if reported_images is not None and len(reported_images) > _MOST_PREDICTIONS:
+        reported_images = None
     if not is_main():
-        if shown is not None and is_sharded(parts.model):
+        if reported_images is not None and is_sharded(parts.model):
             # the main process predicts examples and needs the weight shards of this process
             with tempfile.TemporaryDirectory() as folder:
                 sample_outputs = parts.task.sample_outputs(measured.outputs[name][0])
-                parts.task.save_examples(parts.model, shown, sample_outputs, Path(folder))
+                parts.task.save_examples(parts.model, reported_images, sample_outputs, Path(folder))
         return
     scores = _write_task_state(session, measured.outputs)
     if trainer.allocator is not None:
         run.write(describe_allocation(parts.model, trainer.allocator))
-    report_images = None if shown is None else _write_predictions(session, name, shown, measured.outputs[name])
+    report_images = (
+        None if reported_images is None else _write_predictions(session, name, reported_images, measured.outputs[name])
+    )
     run.write(
         dataclasses.replace(
             _metrics(session, trainer),
@@ -144,13 +146,13 @@ def _write_task_state(session: Session, outputs: dict[str, Outputs]) -> dict[str
     return scores
 
 
-def _write_predictions(session: Session, name: str, shown: ImageDataset, outputs: Outputs) -> Any:
+def _write_predictions(session: Session, name: str, images: ImageDataset, outputs: Outputs) -> Any:
     """Write the predictions of a split and the examples for the report; return the source of the report's images."""
     run, parts = session.run, session.parts
     sample_outputs = parts.task.sample_outputs(outputs[0])
-    parts.task.save_examples(parts.model, shown, sample_outputs, run.path)
-    run.write(parts.task.predictions(shown, sample_outputs, name, run.path))
-    return parts.task.report_images(shown, run.path)
+    parts.task.save_examples(parts.model, images, sample_outputs, run.path)
+    run.write(parts.task.predictions(images, sample_outputs, name, run.path))
+    return parts.task.report_images(images, run.path)
 
 
 def _metrics(session: Session, trainer: SnellaTrainer) -> Metrics:
@@ -226,11 +228,11 @@ def _print_results(
     if trainer.protocol.warning:
         print_line(console, f"{trainer.protocol.name} protocol: {trainer.protocol.warning}")
     measured_part = scores["val"] or scores["test"] or {}
-    if parts.task.has_one_class and (only := _only_answer(measured_part, parts.splits.classes)):
+    if parts.task.has_one_class and (only_class := _only_class(measured_part, parts.splits.classes)):
         print_line(
             console,
-            f"note: every {'test' if scores['val'] is None else 'validation'} image is predicted as {only!r}; the "
-            "model did not learn to distinguish the classes; try a larger --img-size, more --epochs or --sampler "
+            f"note: every {'test' if scores['val'] is None else 'validation'} image is predicted as {only_class!r}; "
+            "the model did not learn to distinguish the classes; try a larger --img-size, more --epochs or --sampler "
             "weighted",
         )
     matrices = matrices_of(parts.model)
@@ -256,7 +258,7 @@ def _untrained_text(head: FinalHead | None) -> str:
     return f"not trained (0 epochs); the {head.name if head is not None and head.is_saved else 'linear probe'} is saved"
 
 
-def _only_answer(scores: dict[str, Any], classes: Sequence[str]) -> str | None:
+def _only_class(scores: dict[str, Any], classes: Sequence[str]) -> str | None:
     """Return the only predicted class; None if several classes are predicted or the images have only one class."""
     confusion = np.asarray(scores.get("confusion") or [[]])
     predicted = np.flatnonzero(confusion.sum(0))
@@ -279,7 +281,7 @@ def _final_text(
     test: dict[str, Any] | None,
     saved: str | None,
 ) -> str:
-    """Format the results of the saved model and the selection criterion; `saved` describes a model of no epoch."""
+    """Format the results of the saved model and the selection criterion; `saved` describes a model without an epoch."""
     if val is not None:
         selected = f"best epoch {best}" if best > 0 else "no epoch is better than the initial model, which is saved"
         return f"{saved or selected}: {task.final_text(val, test)}"

@@ -101,14 +101,14 @@ def _prepared(config: TrainConfig, folder: RunFolder) -> TrainConfig:
     """Write the settings of a new cross-validation, or return the stored settings of a resumed one."""
     stored = read_if_present(FoldResults, folder.path)
     if stored is not None and config.run.resume:
-        known = folder.read_config()
-        differences = config.differences(known)
+        stored_config = folder.read_config()
+        differences = config.differences(stored_config)
         if differences:
             raise ValueError(
                 f"resume continues {folder.path} with its stored settings, but {'; '.join(differences)}; leave them out"
             )
         session = {"workers": config.data.workers, "progress": config.run.progress}
-        return known.replace(out=str(folder.path), **session)
+        return stored_config.replace(out=str(folder.path), **session)
     if folder.status is not None:
         raise FileExistsError(f"out={folder.path} contains a run of one split; choose another folder for folds")
     if stored is not None and not config.run.overwrite:

@@ -160,10 +160,10 @@ def choose_head_start(parts: RunComponents, optim: OptimConfig, protocol: str) -
 
 
 def can_skip_training(optim: OptimConfig, protocol: str) -> bool:
-    """Return whether a run may have no epochs: its head starts as a linear probe and is evaluated on validation images.
+    """Return whether `epochs` may be 0: the head starts from a linear probe and is evaluated on validation images.
 
     Args:
-        optim: Settings with the start of the head chosen.
+        optim: Settings with `head_init` resolved.
         protocol: `DataConfig.protocol`.
     """
     return optim.head_init == "probe" and get_protocol(protocol).selected_on == "val"
@@ -210,17 +210,17 @@ def _reads_features(parts: RunComponents, layers: Sequence[int]) -> bool:
     timm's `forward_intermediates` may not support methods that add tokens or change the whole forward pass.
     """
     channels, height, width = parts.data_config["input_size"]
-    model, seen = parts.model, []
+    model, inputs_of_head = parts.model, []
     image = torch.rand(1, channels, height, width, generator=torch.Generator().manual_seed(0))
     image = image.to(next(model.parameters()).device)
     was_training = model.training
     model.eval()
     _, head = base_and_head(model)
-    handle = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].flatten(1)))
+    handle = head.register_forward_pre_hook(lambda module, inputs: inputs_of_head.append(inputs[0].flatten(1)))
     try:
         model(image)
-        final = layer_features(model, image, layers)[:, : seen[0].shape[1]]
-        return bool(torch.allclose(seen[0], final, atol=1e-4, rtol=1e-4))
+        final = layer_features(model, image, layers)[:, : inputs_of_head[0].shape[1]]
+        return bool(torch.allclose(inputs_of_head[0], final, atol=1e-4, rtol=1e-4))
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError, AssertionError):
         return False
     finally:

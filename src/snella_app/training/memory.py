@@ -86,15 +86,15 @@ def record_forward(model: nn.Module, images: Tensor) -> ForwardRecord:
     record = ForwardRecord()
     model_storages = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
     # a weak reference keeps the storage's identity reserved after its data is freed, so no other storage reuses it
-    noted: dict[int, StorageWeakRef] = {}
-    seen: Counter[str] = Counter()
+    storages: dict[int, StorageWeakRef] = {}
+    call_counts: Counter[str] = Counter()
     recomputed = 0  # bytes saved inside finished checkpointed parts, minus the bytes of their inputs
 
     def compute_now(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         nonlocal recomputed
         for tensor in _tensors(args):
             storage = StorageWeakRef(tensor.untyped_storage())
-            recomputed -= 0 if storage.cdata in noted else tensor.untyped_storage().nbytes()
+            recomputed -= 0 if storage.cdata in storages else tensor.untyped_storage().nbytes()
         before = record.kept
         output = function(*args)
         recomputed += record.kept - before
@@ -104,8 +104,8 @@ def record_forward(model: nn.Module, images: Tensor) -> ForwardRecord:
         parts = [tensor._indices(), tensor._values()] if tensor.layout == torch.sparse_coo else [tensor]
         for storage in (part.untyped_storage() for part in parts):
             reference = StorageWeakRef(storage)
-            if storage.data_ptr() not in model_storages and reference.cdata not in noted:
-                noted[reference.cdata] = reference
+            if storage.data_ptr() not in model_storages and reference.cdata not in storages:
+                storages[reference.cdata] = reference
                 record.kept += storage.nbytes()
                 record.keeps_images |= storage.data_ptr() == images.untyped_storage().data_ptr()
 
@@ -114,21 +114,21 @@ def record_forward(model: nn.Module, images: Tensor) -> ForwardRecord:
 
     def note(name: str, _: nn.Module, inputs: Any, output: Any) -> None:
         passed = {t.data_ptr(): t.numel() * t.element_size() for t in (*_tensors(inputs), *_tensors(output))}
-        record.calls[name, seen[name]] = ModuleCall(record.kept - recomputed, sum(passed.values()))
-        seen[name] += 1
+        record.calls[name, call_counts[name]] = ModuleCall(record.kept - recomputed, sum(passed.values()))
+        call_counts[name] += 1
 
     def note_attention(inputs: tuple[Tensor, ...], output: Tensor) -> None:
         # decoding recreates the inputs and the output in the backward pass, in addition to the gradients
         passed = 2 * _bytes([*inputs, output])
-        record.calls[ATTENTION, seen[ATTENTION]] = ModuleCall(record.kept - recomputed, passed)
-        seen[ATTENTION] += 1
+        record.calls[ATTENTION, call_counts[ATTENTION]] = ModuleCall(record.kept - recomputed, passed)
+        call_counts[ATTENTION] += 1
 
     handles = [module.register_forward_hook(partial(note, name)) for name, module in working_modules(model).items()]
     checkpoint = torch.utils.checkpoint.checkpoint
     try:
         torch.utils.checkpoint.checkpoint = compute_now
-        watched = _WatchedAttention(note_attention)
-        with restored_state(model, images), torch.autograd.graph.saved_tensors_hooks(pack, unpack), watched:
+        attention_recorder = _AttentionRecorder(note_attention)
+        with restored_state(model, images), torch.autograd.graph.saved_tensors_hooks(pack, unpack), attention_recorder:
             model.train()
             model(images)
     finally:
@@ -139,7 +139,7 @@ def record_forward(model: nn.Module, images: Tensor) -> ForwardRecord:
     return record
 
 
-class _WatchedAttention(TorchFunctionMode):
+class _AttentionRecorder(TorchFunctionMode):
     """Calls `note` for attention that runs outside the model's graph and is recomputed in the backward pass."""
 
     def __init__(self, note: Callable[[tuple[Tensor, ...], Tensor], None]) -> None:
@@ -268,23 +268,25 @@ def predict_step_memory(
         gradients += _trained_bytes(modules[call[0]]) if is_first else 0
         gradients_from[call] = gradients
     gradients = _trained_bytes(model)
-    kept = _on_line(few.kept, more.kept, batch_size)
+    kept = _extrapolate(few.kept, more.kept, batch_size)
     # AdamW needs a denominator for all parameters on a GPU, else two tensors of the largest parameter
     largest = max((_bytes([p]) for p in model.parameters() if p.requires_grad), default=0)
     step_temporary = gradients if device_type == "cuda" else 2 * largest
     temporary, peak = step_temporary, max(kept, gradients + step_temporary)
     for call in few.calls.keys() & more.calls.keys():
         first, second = few.calls[call], more.calls[call]
-        size = _on_line(first.passed, second.passed, batch_size) + _matrix_temporary(modules.get(call[0]), device_type)
+        size = _extrapolate(first.passed, second.passed, batch_size) + _matrix_temporary(
+            modules.get(call[0]), device_type
+        )
         temporary = max(temporary, size)
-        peak = max(peak, _on_line(first.kept, second.kept, batch_size) + gradients_from[call] + size)
+        peak = max(peak, _extrapolate(first.kept, second.kept, batch_size) + gradients_from[call] + size)
     if not few.keeps_images:
         peak += batch_size * math.prod(image_shape) * first_parameter.element_size()
     weights = _bytes([*model.parameters(), *model.buffers()])
     return StepMemory(weights, gradients, 2 * gradients, kept, temporary, weights + 2 * gradients + peak)
 
 
-def _on_line(few: int, more: int, batch_size: int) -> int:
+def _extrapolate(few: int, more: int, batch_size: int) -> int:
     """Extrapolate linearly from the two passes to `batch_size`."""
     per_image = max(more - few, 0) // (_MORE - _FEW)
     return max(few - _FEW * per_image, 0) + batch_size * per_image

@@ -88,7 +88,7 @@ def build_optimizer(
 
     Args:
         model: Model from `build_method`.
-        lr: Learning rate of what the method adds or changes.
+        lr: Learning rate of the method's parameters.
         head_lr: Learning rate of the head; `lr` if None.
         weight_decay: Weight decay of matrices.
         scalar_lr: Learning rate of the scalar kernel parameters; the method's default if None.

@@ -148,7 +148,7 @@ def log_summary(console: Console, plan: TrainConfig, parts: RunComponents) -> No
     channels, height, width = parts.data_config["input_size"]
     trained, matrices = trainable_parameters(model), matrices_of(model)
     frozen, adapted = sum(p.numel() for p in model.parameters()) - trained, sum(m.size for m in matrices)
-    of_matrices = f"; {len(matrices)} matrices, {adapted:,} adapted weights" if matrices else ""
+    matrices_text = f"; {len(matrices)} matrices, {adapted:,} adapted weights" if matrices else ""
     classes = ", ".join(splits.classes[:6]) + (", …" if len(splits.classes) > 6 else "")
     batch = optim.effective_batch_size
     steps = counted(optim.steps_per_epoch(len(splits.train)), "step")
@@ -169,7 +169,7 @@ def log_summary(console: Console, plan: TrainConfig, parts: RunComponents) -> No
         *(("note", note) for note in splits.notes),
         *_protocol_rows(plan.data.protocol, optim),
         ("backbone", f"{plan.model.backbone}, {frozen or trained:,} weights, images of {height}×{width} px"),
-        ("method", f"{plan.method.name}, {trained:,} trainable parameters{of_matrices}"),
+        ("method", f"{plan.method.name}, {trained:,} trainable parameters{matrices_text}"),
         _start_row(plan.model.init_from, optim.head_init),
         *([("budget", _budget_text(_adapter_config(model), adapted))] if matrices else []),
         ("training", f"{counted(optim.epochs, 'epoch')} of {steps}, {images} each, on {device}{precision}{processes}"),
@@ -243,12 +243,12 @@ def _cost_warnings(plan: TrainConfig, parts: RunComponents, memory: float, free:
     is_on_cpu = next(parts.model.parameters()).device.type == "cpu"
     if plan.model.img_size is None and side >= 1.5 * _USUAL_SIZE and is_on_cpu:
         patch = size_step(parts.model)
-        usual = _USUAL_SIZE // patch * patch
+        usual_side = _USUAL_SIZE // patch * patch
         rows.append(
             (
                 "warning",
-                f"the model's default of {side}×{side} px takes about {(side / usual) ** 2:.0f} times as long on a CPU "
-                f"as {usual}×{usual} px; pass --img-size {usual} to reduce it",
+                f"the model's default of {side}×{side} px takes about {(side / usual_side) ** 2:.0f} times as long on "
+                f"a CPU as {usual_side}×{usual_side} px; pass --img-size {usual_side} to reduce it",
             )
         )
     return rows

@@ -428,13 +428,13 @@ class SnellaTrainer(CheckpointingTrainer):
             Izmailov et al., Averaging Weights Leads to Wider Optima (arXiv 1803.05407); Wortsman et al., Model Soups
             (arXiv 2203.05482).
         """
-        ends = self.epoch_ends
-        if ends is None or not ends.epochs:
+        candidates = self.epoch_ends
+        if candidates is None or not candidates.epochs:
             return None
         rows = {row["epoch"]: self.selection_score(row) for row in self.history}
-        chosen = ends.epochs
+        chosen = candidates.epochs
         if self.optim_config.soup is not None:
-            best_first = sorted(ends.epochs, key=lambda epoch: (rows[epoch], epoch), reverse=True)
+            best_first = sorted(candidates.epochs, key=lambda epoch: (rows[epoch], epoch), reverse=True)
             chosen = best_first[:1]
             score, _ = self._score_of_mean(chosen)
             for epoch in best_first[1:]:
@@ -445,10 +445,10 @@ class SnellaTrainer(CheckpointingTrainer):
         score, scores = self._score_of_mean(chosen)
         is_saved = score >= max(rows.values())
         if is_saved:
-            with ends.mean_applied(chosen):
+            with candidates.mean_applied(chosen):
                 self._save_adapter()
         kind: Literal["swa", "soup"] = "swa" if self.optim_config.soup is None else "soup"
-        return AveragedEpochs(kind, chosen, ends.epochs, is_saved, scores)
+        return AveragedEpochs(kind, chosen, candidates.epochs, is_saved, scores)
 
     def _score_of_mean(self, epochs: Sequence[int]) -> tuple[tuple[float, float], dict[str, float]]:
         """Return the selection score (constant without a selection split) and metrics of the mean over epochs."""
@@ -498,8 +498,8 @@ class SnellaTrainer(CheckpointingTrainer):
         weights = inputs.get("weights")
         loss = self.task.loss(logits, inputs["labels"], weights)
         if "share" in inputs:
-            share, others = inputs["share"], None if weights is None else weights.roll(1, 0)
-            loss = share * loss + (1 - share) * self.task.loss(logits, inputs["other_labels"], others)
+            share, other_weights = inputs["share"], None if weights is None else weights.roll(1, 0)
+            loss = share * loss + (1 - share) * self.task.loss(logits, inputs["other_labels"], other_weights)
         penalty = None if (method := method_of(self.trained_model)) is None else method.penalty
         if penalty is not None and model.training:
             loss = loss + penalty(self.trained_model)

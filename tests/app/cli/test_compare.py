@@ -16,7 +16,7 @@ WORDS = [
 ]
 
 
-def asked(*words):
+def parse_experiment(*words):
     return experiment_from_options(CompareOptions.from_flat(**parse(list(words))[2]))
 
 
@@ -30,7 +30,7 @@ def test_a_comparison_trains_and_resumes(tmp_path, capsys):
 
 
 def test_flags_become_an_experiment():
-    experiment = asked(
+    experiment = parse_experiment(
         *("compare", "--out", "x", "--methods", "lora-8, snella-8", "--data", "elpv,digits", "--backbone", "test_vit"),
         *("--lr-factors", "0.3,1", "--weight-decays", "none", "--tune-seeds", "2", "--epochs", "4"),
         *("--forgetting", "none", "--workers", "3"),
@@ -42,7 +42,7 @@ def test_flags_become_an_experiment():
 
 def test_options_override_the_file():
     words = ("compare", "--out", "x", "--experiment", "coffee", "--seeds", "4", "--epochs", "2", "--methods", "linear")
-    experiment = asked(*words)
+    experiment = parse_experiment(*words)
     assert experiment.seeds == 4 and experiment.settings["epochs"] == 2 and experiment.settings["img_size"] == 42
     assert [entry.name for entry in experiment.methods] == ["linear"] and experiment.reference_name == "linear"
 
@@ -71,7 +71,7 @@ def test_the_status_says_that_runs_failed(tmp_path, capsys, monkeypatch):
 
 
 def test_a_folder_resumes_its_experiment(tmp_path):
-    assert asked("compare", "--out", str(tmp_path)) is None
+    assert parse_experiment("compare", "--out", str(tmp_path)) is None
 
 
 @pytest.mark.parametrize(

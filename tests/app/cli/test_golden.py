@@ -127,14 +127,14 @@ def compare_or_update(name, text):
 
 
 @pytest.mark.parametrize("name", [None, *COMMANDS])
-def test_the_help_is_as_it_was_reviewed(name, capsys, monkeypatch):
+def test_help_matches_the_golden_files(name, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit):
         main(["--help"] if name is None else [name, "--help"])
     compare_or_update(f"help-{name or 'snella'}.txt", capsys.readouterr().out)
 
 
-def test_every_error_is_as_it_was_reviewed(capsys, monkeypatch, tmp_path):
+def test_errors_match_the_golden_files(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     (tmp_path / "near.yaml").write_text("epochs: 3\n")

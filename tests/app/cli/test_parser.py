@@ -199,7 +199,7 @@ def test_help_imports_no_heavy_library():
     assert "LATE []" in done.stdout
 
 
-def test_help_is_a_command_too(capsys):
+def test_help_is_also_a_command(capsys):
     for words, same in ((["help", "train"], ["train", "--help"]), (["help"], ["--help"])):
         texts = []
         for line in (words, same):

@@ -37,7 +37,7 @@ def test_help_version_and_typos_import_no_heavy_library(words, printed, status):
     assert names == [] and printed in text and code == status
 
 
-def test_the_package_is_a_program_too():
+def test_the_package_is_also_a_program():
     done = subprocess.run([sys.executable, "-m", "snella", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"snella {version('snella')}\n"
 
@@ -51,6 +51,6 @@ def test_predicting_imports_neither_matplotlib_nor_scikit_learn():
     "imports",
     ["import snella, peft", "import peft, snella", "import snella.config", "import snella; snella.SnellaConfig"],
 )
-def test_peft_knows_the_tuner_in_any_import_order(imports):
+def test_peft_has_the_tuner_in_any_import_order(imports):
     code = f"{imports}; from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as known; status = int('SNELLA' in known)"
     assert loaded_by(code)[2] == 1

@@ -50,15 +50,15 @@ def test_perfect_predictions_keep_a_finite_confidence():
 def test_calibration_lowers_the_error_on_every_split():
     logits, labels = sampled(3.0, images=4000)
     measured = {"val": (logits[:2000].softmax(1), labels[:2000]), "test": (logits[2000:].softmax(1), labels[2000:])}
-    found = calibrate(measured)
-    assert [r.split for r in found.reliability] == ["val", "test"]
-    for reliability in found.reliability:
+    calibration = calibrate(measured)
+    assert [r.split for r in calibration.reliability] == ["val", "test"]
+    for reliability in calibration.reliability:
         assert reliability.ece < 0.05 < 0.2 < reliability.ece_before
         assert reliability.loss < reliability.loss_before
         assert sum(b.count for b in reliability.bins) == sum(b.count for b in reliability.bins_before) == 2000
     assert (
-        found.coverage < 1
-        and 1 - found.accuracy <= (1 - float((logits[:2000].argmax(1) == labels[:2000]).double().mean())) / 2
+        calibration.coverage < 1
+        and 1 - calibration.accuracy <= (1 - float((logits[:2000].argmax(1) == labels[:2000]).double().mean())) / 2
     )
     assert calibrate({"test": measured["test"]}) is None
 
@@ -71,21 +71,21 @@ def test_the_calibration_error_is_the_mean_distance_weighted_by_images():
 @pytest.mark.parametrize(("images", "bins"), [(5, 1), (48, 4), (100, 8), (1000, 15)])
 def test_bins_have_equal_sizes_and_few_images_have_few_bins(images, bins):
     confidence = torch.linspace(0.99, 0.3, images)
-    found = reliability_bins(confidence, confidence > 0.6)
-    counts = [b.count for b in found]
-    assert len(found) == bins and sum(counts) == images and max(counts) - min(counts) <= 1
-    assert [b.confidence for b in found] == sorted(b.confidence for b in found)
-    assert sum(b.accuracy * b.count for b in found) == pytest.approx(int((confidence > 0.6).sum()), abs=1e-2)
+    result = reliability_bins(confidence, confidence > 0.6)
+    counts = [b.count for b in result]
+    assert len(result) == bins and sum(counts) == images and max(counts) - min(counts) <= 1
+    assert [b.confidence for b in result] == sorted(b.confidence for b in result)
+    assert sum(b.accuracy * b.count for b in result) == pytest.approx(int((confidence > 0.6).sum()), abs=1e-2)
 
 
 def test_images_of_equal_probability_share_a_bin():
     confidence = torch.cat([torch.full((30,), 1.0), torch.linspace(0.5, 0.9, 12)])
     right = torch.arange(42) % 2 == 0
-    found = reliability_bins(confidence, right)
-    assert found[-1] == ReliabilityBin(1.0, 0.5, 30) and sum(b.count for b in found) == 42
-    assert min(b.count for b in found) >= 12
+    bins = reliability_bins(confidence, right)
+    assert bins[-1] == ReliabilityBin(1.0, 0.5, 30) and sum(b.count for b in bins) == 42
+    assert min(b.count for b in bins) >= 12
     shuffled = torch.randperm(42, generator=torch.Generator().manual_seed(0))
-    assert reliability_bins(confidence[shuffled], right[shuffled]) == found
+    assert reliability_bins(confidence[shuffled], right[shuffled]) == bins
 
 
 @pytest.mark.parametrize(
@@ -113,9 +113,9 @@ def test_a_temperature_that_worsens_the_test_split_is_reported():
     labels = torch.tensor([0, 1] * 40)
     wrong = labels.clone()
     wrong[:12] = 1 - wrong[:12]
-    found = calibrate({"val": (confident, wrong), "test": (confident, labels)})
-    assert found.temperature > 1 and not found.reliability[1].is_better
-    assert found.verdict.startswith(
+    calibration = calibrate({"val": (confident, wrong), "test": (confident, labels)})
+    assert calibration.temperature > 1 and not calibration.reliability[1].is_better
+    assert calibration.verdict.startswith(
         "The temperature did not help on the 80 test images: expected calibration error 1.8% without it, "
     )
     good = calibrate({"val": (confident, wrong), "test": (confident, wrong)})
@@ -142,7 +142,7 @@ def test_a_run_is_calibrated_on_its_validation_images_and_measured_on_test(finis
     assert 0.05 <= calibration.temperature <= 20
 
 
-def test_a_run_without_a_temperature_gets_the_one_that_training_fits(finished, tmp_path, capsys):
+def test_calibrating_a_run_reproduces_the_temperature_of_training(finished, tmp_path, capsys):
     run = RunFolder(shutil.copytree(finished.path, tmp_path / "run"))
     stored = read(RunInfo, run.path).calibration
     values = run.read_json("run.json")

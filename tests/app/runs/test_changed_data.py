@@ -22,9 +22,9 @@ def splits_of(config):
 
 
 @pytest.fixture
-def mine(photos, tmp_path):
-    """Photographs that a test can change."""
-    return shutil.copytree(photos, tmp_path / "mine")
+def my_photos(photos, tmp_path):
+    """Copy of the photographs that a test can modify."""
+    return shutil.copytree(photos, tmp_path / "my_photos")
 
 
 @pytest.fixture
@@ -43,9 +43,9 @@ def run_of(finished, tmp_path):
 
 
 @pytest.fixture
-def interrupted(settings, mine, console, monkeypatch, no_report):
-    """Settings of a run on `mine`, interrupted after one epoch."""
-    config = settings(data=f"folder:{mine}", epochs=2)
+def interrupted(settings, my_photos, console, monkeypatch, no_report):
+    """Settings of a run on `my_photos`, interrupted after one epoch."""
+    config = settings(data=f"folder:{my_photos}", epochs=2)
     training_step = SnellaTrainer.training_step
 
     def stop(self, *args, **kwargs):
@@ -68,24 +68,24 @@ def test_run_json_stores_images_and_folder(finished, photos):
 @pytest.mark.parametrize(
     ("change", "now"), [("added", "train 3"), ("removed", "train 2"), ("renamed", "the same numb")]
 )
-def test_evaluating_on_changed_images_is_rejected_with_both_sizes(change, now, run_of, mine):
-    run = run_of(mine)
-    first = mine / "cats" / "000.png"
+def test_evaluating_on_changed_images_is_rejected_with_both_sizes(change, now, run_of, my_photos):
+    run = run_of(my_photos)
+    first = my_photos / "cats" / "000.png"
     if change == "added":
         for number in range(8):
-            shutil.copy(first, mine / "cats" / f"new{number}.png")
+            shutil.copy(first, my_photos / "cats" / f"new{number}.png")
     elif change == "removed":
         for number in range(8):
-            (mine / "cats" / f"{number:03}.png").unlink()
+            (my_photos / "cats" / f"{number:03}.png").unlink()
     else:
-        first.rename(mine / "cats" / "zzz.png")
+        first.rename(my_photos / "cats" / "zzz.png")
     sizes = ", ".join(f"{k} {v}" for k, v in run.read_json("run.json")["data"]["sizes"].items())
     with pytest.raises(
         ValueError,
         match=rf"images of .*copy, {sizes}, got {now}.*evaluate on other images with --data",
     ):
         evaluate(run.path)
-    assert evaluate(run.path, f"folder:{mine}")["split"] == "all"
+    assert evaluate(run.path, f"folder:{my_photos}")["split"] == "all"
 
 
 def replace_pixels(path):
@@ -93,27 +93,27 @@ def replace_pixels(path):
     Image.eval(Image.open(path), lambda value: 255 - value).save(path)
 
 
-def test_a_replaced_image_is_detected_in_the_evaluated_split(run_of, mine):
-    run = run_of(mine)
+def test_a_replaced_image_is_detected_in_the_evaluated_split(run_of, my_photos):
+    run = run_of(my_photos)
     splits = splits_of(run.read_config())
     before = evaluate(run.path)
     assert before["notes"] == []
     replace_pixels(splits.test.source.paths[splits.test.rows[0]])
     with pytest.raises(
-        ValueError, match=r"with the same names but other contents in folder:.*mine \(test\): .*or train a new run"
+        ValueError, match=r"with the same names but other contents in folder:.*my_photos \(test\): .*or train a new run"
     ):
         evaluate(run.path)
-    with pytest.raises(ValueError, match=r"other contents in folder:.*mine \(test\)"):
+    with pytest.raises(ValueError, match=r"other contents in folder:.*my_photos \(test\)"):
         evaluate(run.path, split="all")
     assert evaluate(run.path, split="val")["split"] == "val"
-    other = evaluate(run.path, f"folder:{mine}")
+    other = evaluate(run.path, f"folder:{my_photos}")
     assert other["split"] == "all"
     note = "the files have the names of the run's images, but other contents in test: evaluated as other data"
     assert note in other["notes"]
 
 
-def test_unchecked_images_are_noted(run_of, mine):
-    run = run_of(mine)
+def test_unchecked_images_are_noted(run_of, my_photos):
+    run = run_of(my_photos)
     before = evaluate(run.path)
     data = run.read_json("run.json")["data"]
     contents = {name: digest for name, digest in data["contents"].items() if name != "test"}
@@ -130,19 +130,20 @@ def test_unused_test_images_are_not_read(settings, console, no_report):
     assert list(run.read_json("run.json")["data"]["contents"]) == ["train", "val"]
 
 
-def test_resuming_on_replaced_images_is_rejected(interrupted, mine):
+def test_resuming_on_replaced_images_is_rejected(interrupted, my_photos):
     train_images = splits_of(interrupted).train
     replace_pixels(train_images.source.paths[train_images.rows[0]])
-    with pytest.raises(ValueError, match=r"other contents in folder:.*mine \(train\): images were replaced"):
+    with pytest.raises(ValueError, match=r"other contents in folder:.*my_photos \(train\): images were replaced"):
         train(TrainConfig.from_flat(out=interrupted.run.out, resume=True), Console(file=io.StringIO()))
 
 
-def test_moved_images_are_recognized(run_of, mine, finished, tmp_path):
-    run = run_of(mine)
-    moved = mine.rename(tmp_path / "moved")
+def test_moved_images_are_recognized(run_of, my_photos, finished, tmp_path):
+    run = run_of(my_photos)
+    moved = my_photos.rename(tmp_path / "moved")
     with pytest.raises(
         FileNotFoundError,
-        match=r"data of .*copy must exist at folder:.*mine; no such folder; pass its new location with --data folder",
+        match=r"data of .*copy must exist at folder:.*my_photos; no such folder; "
+        r"pass its new location with --data folder",
     ):
         evaluate(run.path)
     result = evaluate(run.path, f"folder:{moved}")
@@ -162,17 +163,17 @@ def test_a_relative_folder_is_found_from_another_directory(photos, tmp_path, mon
         find_data(tmp_path, "folder:all", str(tmp_path / "gone"))
 
 
-def test_resuming_on_changed_images_is_rejected_and_changes_nothing(interrupted, mine):
+def test_resuming_on_changed_images_is_rejected_and_changes_nothing(interrupted, my_photos):
     run = RunFolder(interrupted.run.out)
     before = (run.path / "run.json").read_bytes()
-    (mine / "cats" / "000.png").rename(mine / "cats" / "zzz.png")
-    with pytest.raises(ValueError, match=r"got the same number of other files in folder:.*mine"):
+    (my_photos / "cats" / "000.png").rename(my_photos / "cats" / "zzz.png")
+    with pytest.raises(ValueError, match=r"got the same number of other files in folder:.*my_photos"):
         train(TrainConfig.from_flat(out=interrupted.run.out, resume=True), Console(file=io.StringIO()))
     assert (run.path / "run.json").read_bytes() == before
 
 
-def test_resuming_accepts_moved_images(interrupted, mine, tmp_path):
-    moved = mine.rename(tmp_path / "moved")
+def test_resuming_accepts_moved_images(interrupted, my_photos, tmp_path):
+    moved = my_photos.rename(tmp_path / "moved")
     with pytest.raises(FileNotFoundError, match="pass its new location with --data folder:NEW"):
         train(TrainConfig.from_flat(out=interrupted.run.out, resume=True), Console(file=io.StringIO()))
     config = TrainConfig.from_flat(out=interrupted.run.out, resume=True, data=f"folder:{moved}")
@@ -190,14 +191,14 @@ def test_resuming_a_run_without_data_digest_on_other_data_is_rejected(interrupte
 
 
 @pytest.mark.parametrize("change", ["removed", "renamed"])
-def test_a_report_without_images_has_a_note(change, run_of, mine, console):
-    run = run_of(mine)
+def test_a_report_without_images_has_a_note(change, run_of, my_photos, console):
+    run = run_of(my_photos)
     redraw_report(run.path, console)
     assert "<img" in run.report.read_text() and not console.file.getvalue()
     if change == "removed":
-        shutil.rmtree(mine)
+        shutil.rmtree(my_photos)
     else:
-        (mine / "cats" / "000.png").rename(mine / "cats" / "zzz.png")
+        (my_photos / "cats" / "000.png").rename(my_photos / "cats" / "zzz.png")
     assert redraw_report(run.path, console) == run.report
     assert "<img" not in run.report.read_text()
     assert "note: the report has no images: " in console.file.getvalue()
@@ -208,5 +209,5 @@ def test_a_report_without_a_run_is_rejected(tmp_path):
         redraw_report(tmp_path)
 
 
-def test_the_same_images_pass(finished):
+def test_unchanged_images_are_accepted(finished):
     check_splits(finished.path, read(RunInfo, finished.path).data, splits_of(finished.read_config()))

@@ -186,7 +186,7 @@ def test_paths_and_numpy_numbers_become_plain_values():
     assert [type(value) for value in (config.run.out, config.optim.epochs, config.optim.lr)] == [str, int, float]
 
 
-def test_settings_of_other_tools_suggest_ours():
+def test_setting_names_of_other_tools_suggest_ours():
     with pytest.raises(TypeError) as caught:
         TrainConfig.from_flat(**PLACES, model="x", learning_rate=1e-3, epoks=3)
     assert str(caught.value) == (

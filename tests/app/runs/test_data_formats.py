@@ -153,8 +153,8 @@ def test_images_of_other_channels_are_trained_on_and_merged(channels, fast, cons
     loaded = load_run(run.path)
     inputs = loaded.transform(read_image(image, loaded.reading))[None]
     with torch.inference_mode():
-        logits, own = model(inputs)[0], loaded.model(inputs)[0]
-    assert torch.allclose(logits, own, atol=1e-5) and prediction.label == loaded.classes[int(logits.argmax())]
+        logits, expected = model(inputs)[0], loaded.model(inputs)[0]
+    assert torch.allclose(logits, expected, atol=1e-5) and prediction.label == loaded.classes[int(logits.argmax())]
 
 
 def test_channels_that_do_not_fit_are_rejected(fast, console, photos):

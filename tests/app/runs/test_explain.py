@@ -12,7 +12,7 @@ from snella_app.runs.explain import explain, explain_validation, nearest_images
 pytest.importorskip("captum")
 
 
-def test_the_nearest_have_the_highest_cosine():
+def test_nearest_images_have_the_highest_cosine_similarity():
     features, others = np.array([[1.0, 0.0]]), np.array([[0.0, 3.0], [5.0, 0.0], [1.0, 1.0]])
     ((first, second),) = nearest_images(features, others, 2)
     assert first == (1, pytest.approx(1.0)) and second == (2, pytest.approx(0.5**0.5))
@@ -20,11 +20,11 @@ def test_the_nearest_have_the_highest_cosine():
 
 def test_images_get_heat_maps_and_their_nearest_training_images(finished, photos, tmp_path):
     chosen = sorted((photos / "cats").iterdir())[:3]
-    found = explain(finished.path, chosen, tmp_path / "out", neighbors=2)
+    explained = explain(finished.path, chosen, tmp_path / "out", neighbors=2)
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert files == ["0001-000.png", "0002-001.png", "0003-002.png", "index.html"] and found.count == 3
-    page = found.page.read_text()
-    assert page.count("<section>") == 3 and not found.notes
+    assert files == ["0001-000.png", "0002-001.png", "0003-002.png", "index.html"] and explained.count == 3
+    page = explained.page.read_text()
+    assert page.count("<section>") == 3 and not explained.notes
     cosines = [float(c) for c in re.findall(r"cosine (-?[\d.]+)", page)]
     assert len(cosines) == 6 and all(a >= b for a, b in zip(cosines[::2], cosines[1::2], strict=True))
     assert max(cosines) == 1.0  # some are training images
@@ -43,11 +43,11 @@ def test_heat_maps_need_no_training_images(finished, photos, tmp_path):
 
     folder = RunFolder(run)
     folder.update("finished", files={}, data=folder.read_json("run.json")["data"] | {"folder": None})
-    found = explain(run, [photos / "cats" / "000.png"], tmp_path / "out")
-    assert found.count == 1 and found.notes[0].startswith("no nearest training images: the data of ")
+    explained = explain(run, [photos / "cats" / "000.png"], tmp_path / "out")
+    assert explained.count == 1 and explained.notes[0].startswith("no nearest training images: the data of ")
 
 
-def test_the_report_shows_wrong_and_right_images_with_their_heat_maps(finished, tmp_path):
+def test_the_report_shows_wrong_and_correct_images_with_their_heat_maps(finished, tmp_path):
     run = shutil.copytree(finished.path, tmp_path / "run")
     page = explain_validation(run).read_text()
     maps = sorted((run / "heat_maps").glob("*.png"))
@@ -59,8 +59,8 @@ def test_the_report_shows_wrong_and_right_images_with_their_heat_maps(finished, 
 
 def test_rollout_is_selectable_and_labeled(finished, photos, tmp_path):
     image = photos / "cats" / "000.png"
-    found = explain(finished.path, [image], tmp_path / "out", by="rollout", neighbors=0)
-    page = found.page.read_text()
+    explained = explain(finished.path, [image], tmp_path / "out", by="rollout", neighbors=0)
+    page = explained.page.read_text()
     assert (
         "independent of the class" in page
         and "of attention, independent of the class" in page
@@ -81,8 +81,8 @@ def test_rollout_is_selectable_and_labeled(finished, photos, tmp_path):
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
 @pytest.mark.parametrize(("width", "in_a_row"), [(390, 2), (1280, 5)])
 def test_an_image_is_next_to_its_heat_map(width, in_a_row, finished, photos, tmp_path, browser):
-    found = explain(finished.path, [photos / "cats" / "000.png"], tmp_path / "out")
-    browser.open(found.page, width=width)
+    explained = explain(finished.path, [photos / "cats" / "000.png"], tmp_path / "out")
+    browser.open(explained.page, width=width)
     tops = browser.evaluate("[...document.querySelectorAll('figure')].map(f => f.getBoundingClientRect().top)")
     assert len(tops) == 5 and tops.count(tops[0]) == in_a_row
     assert browser.evaluate("document.documentElement.scrollWidth") <= width

@@ -88,7 +88,7 @@ def test_a_graph_gives_the_run_s_probabilities_for_any_batch_size(name, finished
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.load.*:DeprecationWarning")
 @pytest.mark.parametrize("name", ["onnx", "torchscript"])
-def test_a_graph_gives_the_model_s_own_outputs_with_logits(name, finished, images, expected, tmp_path):
+def test_a_graph_exported_with_logits_gives_the_model_s_raw_outputs(name, finished, images, expected, tmp_path):
     done = export(finished.path, name, tmp_path / "model", logits=True)
     assert (reader(name, done.path)(images) - expected).abs().max() <= OUTPUT_BOUND * expected.abs().max()
     assert done.notes[1].startswith("outputs are logits without temperature: softmax(outputs / ")
@@ -140,9 +140,9 @@ def test_onnx_stores_classes_and_preprocessing_and_supports_opset(finished, load
     onnx = pytest.importorskip("onnx")
     path = export(finished.path, "onnx", tmp_path / "m.onnx", opset=20).path
     model = onnx.load(path)
-    said = {entry.key: entry.value for entry in model.metadata_props}
-    assert json.loads(said["classes"]) == ["cats", "dogs", "owls"] and said["task"] == "classification"
-    assert json.loads(said["data_config"])["input_size"] == [3, 32, 32]
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    assert json.loads(metadata["classes"]) == ["cats", "dogs", "owls"] and metadata["task"] == "classification"
+    assert json.loads(metadata["data_config"])["input_size"] == [3, 32, 32]
     assert [entry.version for entry in model.opset_import if entry.domain == ""] == [20]
 
 
@@ -178,7 +178,7 @@ def test_sparse_files_restore_fine_tuned_and_original_weights_bit_for_bit(finish
     assert json.loads(patch.metadata["classes"]) == ["cats", "dogs", "owls"]
 
 
-def test_the_values_are_the_adapters_update(finished, loaded, tmp_path):
+def test_sparse_values_equal_the_adapter_s_update(finished, loaded, tmp_path):
     patch = SparsePatch.read(export(finished.path, "sparse", tmp_path / "m").path)
     layer = loaded.model.base_model.model.blocks[0].attn.qkv
     update = layer.get_delta_weight("default").flatten()
@@ -229,7 +229,7 @@ def test_positions_use_the_smallest_encoding(density, kind):
     assert encoded.numel() * encoded.element_size() <= min(4 * len(indices), -(-size // 8))
 
 
-def test_gaps_of_every_length_are_coded():
+def test_gaps_of_every_length_are_encoded():
     indices = torch.tensor([0, 1, 129, 130 + 2**7, 2**14 + 500, 2**21 + 2**15, 2**28 + 2**22, 2**31 - 2])
     name, encoded = encode_positions(indices, 2**31)
     assert name == "gaps" and len(encoded) == 1 + 1 + 1 + 2 + 3 + 4 + 5 + 5
@@ -346,5 +346,5 @@ def test_the_command_prints_the_loading_code(finished, tmp_path, capsys):
     assert "--opset 18 is an option of format onnx, not of timm; leave it out" in capsys.readouterr().err
 
 
-def test_the_command_line_knows_every_format():
+def test_the_command_line_lists_every_format():
     assert get_args(ExportName) == tuple(FORMATS)

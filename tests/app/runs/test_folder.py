@@ -18,7 +18,7 @@ def config(path, **changes):
     return TrainConfig.from_flat(**{"data": "digits", "backbone": "test_vit", "out": str(path), **changes})
 
 
-def made(path, status):
+def create_run(path, status):
     run = RunFolder(path)
     run.create(config(path).resolved())
     run.update(status)
@@ -26,22 +26,22 @@ def made(path, status):
 
 
 def test_a_finished_run_is_not_overwritten_by_default(tmp_path):
-    run = made(tmp_path / "run", "finished")
+    run = create_run(tmp_path / "run", "finished")
     with pytest.raises(
         FileExistsError, match=r"out=.*run holds a finished run; choose another folder, or start over with --overwrite"
     ):
         run.resolve_settings(config(run.path))
 
 
-def test_an_unfinished_run_can_be_continued_or_started_over(tmp_path):
-    run = made(tmp_path / "run", "interrupted")
+def test_an_unfinished_run_can_be_resumed_or_restarted(tmp_path):
+    run = create_run(tmp_path / "run", "interrupted")
     with pytest.raises(FileExistsError, match=r"an unfinished run \(interrupted\); resume it with --resume"):
         run.resolve_settings(config(run.path))
     assert run.resolve_settings(config(run.path, overwrite=True)).run.overwrite
 
 
 def test_a_kill_while_the_adapter_is_written_leaves_it_without_digests(tmp_path):
-    run = made(tmp_path / "run", "running")
+    run = create_run(tmp_path / "run", "running")
     run.adapter.mkdir()
     weights = run.adapter / "adapter_model.safetensors"
     with run.writing_adapter():
@@ -84,14 +84,14 @@ def test_settings_of_one_call_are_not_stored(tmp_path):
 
 
 def test_an_invalid_status_is_reported_as_damage(tmp_path):
-    run = made(tmp_path / "run", "running")
+    run = create_run(tmp_path / "run", "running")
     (run.path / "run.json").write_text("{}")
     with pytest.raises(ValueError, match=r"run.json is damaged: it contains no status; copy the file again, or train"):
         run.resolve_settings(config(run.path))
 
 
 def test_a_running_status_may_be_a_killed_run(tmp_path):
-    run = made(tmp_path / "run", "running")
+    run = create_run(tmp_path / "run", "running")
     with pytest.raises(FileExistsError, match=r"an unfinished run \(running or killed\); resume it with --resume"):
         run.resolve_settings(config(run.path))
 
@@ -114,7 +114,7 @@ def test_a_folder_with_other_files_is_rejected(tmp_path):
 
 
 def test_overwrite_removes_only_the_run(tmp_path):
-    run = made(tmp_path / "run", "finished")
+    run = create_run(tmp_path / "run", "finished")
     (run.path / "notes.txt").write_text("mine")
     (run.adapter).mkdir()
     (run.adapter / "old.safetensors").write_text("x")
@@ -128,13 +128,13 @@ def test_a_folder_without_a_run_is_rejected(tmp_path):
         RunFolder(tmp_path).read_json("run.json")
     with pytest.raises(FileNotFoundError, match=r"config.yaml: this is not a run folder"):
         RunFolder(tmp_path).read_config()
-    run = made(tmp_path / "run", "running")
+    run = create_run(tmp_path / "run", "running")
     with pytest.raises(FileNotFoundError, match=r"metrics.json: not written yet"):
         run.read_json("metrics.json")
 
 
 def test_damaged_files_are_reported(tmp_path):
-    run = made(tmp_path / "run", "running")
+    run = create_run(tmp_path / "run", "running")
     (run.path / "metrics.json").write_text("{")
     with pytest.raises(ValueError, match=r"metrics.json is damaged"):
         run.read_json("metrics.json")
@@ -155,7 +155,7 @@ def test_damaged_files_are_reported(tmp_path):
     ("old", "new"), [("label_smoothing: 0.0", "label_smoothing: 0.3"), ("epochs: 10", "epochs: 0")]
 )
 def test_edited_settings_of_an_unfinished_run_are_rejected(tmp_path, old, new):
-    run = made(tmp_path / "run", "running")
+    run = create_run(tmp_path / "run", "running")
     text = (run.path / "config.yaml").read_text()
     (run.path / "config.yaml").write_text(text.replace("workers: 0", "workers: 2"))
     assert run.read_config().data.workers == 2  # does not affect training
@@ -185,7 +185,7 @@ def test_errors_of_a_settings_file_use_field_names(tmp_path):
 
 
 def test_an_unfinished_run_of_an_early_version_is_rejected_and_a_finished_one_is_read(tmp_path):
-    run = made(tmp_path / "run", "running")
+    run = create_run(tmp_path / "run", "running")
     early = {"format": 1, "status": "running"}
     (run.path / "run.json").write_text(json.dumps(sealed(early)))
     with pytest.raises(
@@ -197,7 +197,7 @@ def test_an_unfinished_run_of_an_early_version_is_rejected_and_a_finished_one_is
 
 
 def test_a_new_run_gets_a_new_id_and_a_resumed_one_keeps_it(tmp_path):
-    run = made(tmp_path / "run", "running")
+    run = create_run(tmp_path / "run", "running")
     first = run.id
     run.update("interrupted")
     run.prepare(run.read_config(), is_resumed=True)
@@ -208,22 +208,22 @@ def test_a_new_run_gets_a_new_id_and_a_resumed_one_keeps_it(tmp_path):
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL."""
+    """Simulated SIGKILL."""
 
 
 def test_a_kill_during_overwrite_leaves_a_resumable_or_rejected_folder(tmp_path, monkeypatch):
     """Kill before each rename and removal: the old run, a rejected folder with `run.json`, or a resumable run."""
-    wanted, said = config(tmp_path / "run", epochs=3).resolved(), []
+    new_config, outcomes = config(tmp_path / "run", epochs=3).resolved(), []
     for number in range(20):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
-        run = made(tmp_path / "run", "running")
+        run = create_run(tmp_path / "run", "running")
         (run.checkpoints / "checkpoint-4").mkdir()
         run.adapter.mkdir()
         (run.path / "metrics.json").write_text("{}")
         with monkeypatch.context() as patch:
             changes = count(0)
 
-            def counted(original, changes=changes, number=number):
+            def killing(original, changes=changes, number=number):
                 def change(*args, **kwargs):
                     if next(changes) == number:
                         raise Killed
@@ -231,23 +231,27 @@ def test_a_kill_during_overwrite_leaves_a_resumable_or_rejected_folder(tmp_path,
 
                 return change
 
-            patch.setattr(type(run.path), "replace", counted(type(run.path).replace))
-            patch.setattr(type(run.path), "unlink", counted(type(run.path).unlink))
-            patch.setattr("shutil.rmtree", counted(shutil.rmtree))
+            patch.setattr(type(run.path), "replace", killing(type(run.path).replace))
+            patch.setattr(type(run.path), "unlink", killing(type(run.path).unlink))
+            patch.setattr("shutil.rmtree", killing(shutil.rmtree))
             with contextlib.suppress(Killed):
-                run.create(wanted)
+                run.create(new_config)
         try:
-            said.append(run.resolve_settings(TrainConfig.from_flat(out=str(run.path), resume=True)).optim.epochs)
+            outcomes.append(run.resolve_settings(TrainConfig.from_flat(out=str(run.path), resume=True)).optim.epochs)
         except ValueError as error:
-            said.append(str(error).partition(": ")[2])
+            outcomes.append(str(error).partition(": ")[2])
         if next(changes) <= number:
             break
     refused = "the run was started with other settings; restore the file, or train again with `--overwrite`"
-    assert said[0] == 10 and set(said) == {10, refused, 3} and said == sorted(said, key=[10, refused, 3].index)
+    assert (
+        outcomes[0] == 10
+        and set(outcomes) == {10, refused, 3}
+        and outcomes == sorted(outcomes, key=[10, refused, 3].index)
+    )
 
 
 def test_checkpoints_without_the_record_of_their_run_are_not_removed(tmp_path):
-    run = made(tmp_path / "run", "running")
+    run = create_run(tmp_path / "run", "running")
     (run.checkpoints / "checkpoint-4").mkdir()
     (run.path / "run.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"run holds checkpoints but no run.json; restore that file"):
@@ -296,7 +300,7 @@ def test_edited_settings_of_a_cross_validation_are_rejected(tmp_path):
 
 
 def test_a_symlink_at_the_lock_is_rejected(tmp_path):
-    run = made(tmp_path / "run", "running")
+    run = create_run(tmp_path / "run", "running")
     (tmp_path / "mine.txt").write_text("mine")
     run.lock.symlink_to(tmp_path / "mine.txt")
     with pytest.raises(OSError, match=r"run/\.lock must be a file, got a symbolic link; remove it"), lock_run(run):
@@ -312,7 +316,7 @@ def test_a_symlink_at_a_temporary_file_is_not_followed(tmp_path):
 
 
 def test_an_error_is_stored_and_cleared_on_resume(tmp_path):
-    run = made(tmp_path / "run", "running")
+    run = create_run(tmp_path / "run", "running")
     run.update("failed", error="boom")
     assert run.read_json("run.json")["error"] == "boom"
     run.update("running")

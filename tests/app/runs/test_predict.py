@@ -227,16 +227,16 @@ def test_paths_come_from_standard_input_tables_and_patterns(photos, tmp_path, mo
 
 
 def test_new_files_are_yielded_once_when_complete(tmp_path, photos):
-    looks = new_files([tmp_path], [], poll_s=0.0)
-    assert next(looks) == []
+    polls = new_files([tmp_path], [], poll_s=0.0)
+    assert next(polls) == []
     whole = (photos / "cats" / "000.png").read_bytes()
     (tmp_path / "a.png").write_bytes(whole[:100])
-    assert next(looks) == []
+    assert next(polls) == []
     (tmp_path / "a.png").write_bytes(whole)
-    assert next(looks) == []
-    assert next(looks) == [tmp_path / "a.png"]
+    assert next(polls) == []
+    assert next(polls) == [tmp_path / "a.png"]
     (tmp_path / "b.txt").write_text("no image")
-    assert next(looks) == [] and next(looks) == []
+    assert next(polls) == [] and next(polls) == []
 
 
 def test_watching_appends_rows_and_is_resumed(finished, photos, tmp_path, monkeypatch, capsys):
@@ -244,8 +244,8 @@ def test_watching_appends_rows_and_is_resumed(finished, photos, tmp_path, monkey
     inbox.mkdir()
     shutil.copy(photos / "cats" / "000.png", inbox / "a.png")
 
-    def looks(names):
-        def look(folders, known, poll_s=0.5):
+    def arrivals(names):
+        def new_files(folders, known, poll_s=0.5):
             for name in names:
                 if name.endswith(".png"):
                     shutil.copy(photos / "dogs" / "001.png", inbox / name)
@@ -254,9 +254,9 @@ def test_watching_appends_rows_and_is_resumed(finished, photos, tmp_path, monkey
                 yield [inbox / name]
             raise KeyboardInterrupt
 
-        return look
+        return new_files
 
-    monkeypatch.setattr("snella_app.runs.prediction_files.new_files", looks(["a.png", "broken.jpg", "b.png"]))
+    monkeypatch.setattr("snella_app.runs.prediction_files.new_files", arrivals(["a.png", "broken.jpg", "b.png"]))
     predict_to_files(str(finished.path), [str(inbox)], out=str(out), watch=True, top_k=1)
     captured = capsys.readouterr()
     assert [row.split(",")[0] for row in out.read_text().splitlines()] == [
@@ -265,12 +265,12 @@ def test_watching_appends_rows_and_is_resumed(finished, photos, tmp_path, monkey
     ]
     assert captured.out.endswith(f"2 images: {out}\n")
     assert captured.err == f"skipped '{inbox / 'broken.jpg'}' (unknown image format)\n"
-    monkeypatch.setattr("snella_app.runs.prediction_files.new_files", looks(["c.png"]))
+    monkeypatch.setattr("snella_app.runs.prediction_files.new_files", arrivals(["c.png"]))
     predict_to_files(str(finished.path), [str(inbox)], out=str(out), watch=True, top_k=1)
     assert len(out.read_text().splitlines()) == 4
     with pytest.raises(ValueError, match=r"out must have the columns .*label_2.*, got image,label,probability in"):
         predict_to_files(str(finished.path), [str(inbox)], out=str(out), watch=True, top_k=2)
-    monkeypatch.setattr("snella_app.runs.prediction_files.new_files", looks(["d.png"]))
+    monkeypatch.setattr("snella_app.runs.prediction_files.new_files", arrivals(["d.png"]))
     lines = tmp_path / "rows.jsonl"
     predict_to_files(str(finished.path), [str(inbox)], out=str(lines), watch=True)
     assert [json.loads(line)["image"] for line in lines.read_text().splitlines()] == [str(inbox / "d.png")]
@@ -283,7 +283,7 @@ def test_watching_appends_rows_and_is_resumed(finished, photos, tmp_path, monkey
 
 
 @pytest.fixture
-def gappy(photos, tmp_path):
+def table_with_gaps(photos, tmp_path):
     """Table of ten images; eight are missing and one is empty."""
     (tmp_path / "empty.png").write_bytes(b"")
     whole = photos / "cats" / "000.png"
@@ -293,11 +293,11 @@ def gappy(photos, tmp_path):
     return table
 
 
-def test_missing_images_of_a_table_are_counted_with_a_remedy(model, gappy):
+def test_missing_images_of_a_table_are_counted_with_a_remedy(model, table_with_gaps):
     with pytest.raises(FileNotFoundError, match=r"8 of 10 images are missing: .*gone-0\.png, .* and 3 more; fix .*"):
-        model.predict(gappy)
-    assert len(model.predict(gappy, skip_corrupt=True)) == 1
-    assert len(predict(model.loaded, [gappy], skip_corrupt=True)) == 1
+        model.predict(table_with_gaps)
+    assert len(model.predict(table_with_gaps, skip_corrupt=True)) == 1
+    assert len(predict(model.loaded, [table_with_gaps], skip_corrupt=True)) == 1
 
 
 def test_images_of_a_table_keep_their_names(finished, photos, tmp_path, monkeypatch):
@@ -311,8 +311,8 @@ def test_images_of_a_table_keep_their_names(finished, photos, tmp_path, monkeypa
         assert [str(one.path) for one in predict(finished.path, [table])] == [expected]
 
 
-def test_the_first_of_many_skipped_images_are_listed(finished, gappy, tmp_path, capsys):
-    predict_to_files(str(finished.path), [str(gappy)], out=str(tmp_path / "out.csv"), skip_corrupt=True)
+def test_the_first_of_many_skipped_images_are_listed(finished, table_with_gaps, tmp_path, capsys):
+    predict_to_files(str(finished.path), [str(table_with_gaps)], out=str(tmp_path / "out.csv"), skip_corrupt=True)
     said = capsys.readouterr().err
     assert said.startswith("skipped 9 images: ") and said.endswith("gone-3.png' (no such file) and 4 more\n")
     assert "empty.png' (the file is empty)" in said and "Errno" not in said

@@ -75,7 +75,7 @@ TASKS = {"multilabel": "colors", "ordinal": "count", "regression": "light+mean"}
 
 
 @pytest.mark.parametrize(("task", "label"), TASKS.items())
-def test_evaluating_repeats_the_run_s_own_results(make_run, task, label):
+def test_evaluation_reproduces_the_run_s_results(make_run, task, label):
     run = make_run(task, label)
     test, result = run.read_json("metrics.json")["test"], evaluate(run.path)
     assert result["images"] == 8
@@ -84,7 +84,7 @@ def test_evaluating_repeats_the_run_s_own_results(make_run, task, label):
 
 
 @pytest.mark.parametrize(("task", "label"), TASKS.items())
-def test_a_merged_model_and_its_comment_give_what_predict_gives(make_run, table, task, label, tmp_path):
+def test_a_merged_model_with_its_decoding_comment_matches_predict(make_run, table, task, label, tmp_path):
     run = make_run(task, label)
     path = table.parent / "03.png"
     prediction = predict(run.path, [path])[0]
@@ -203,7 +203,7 @@ def balanced_settings(photos, out, **changes):
     return TrainConfig.from_flat(**{**TINY, **values})
 
 
-def test_a_balanced_run_resumes_to_the_same_bits(make_photos, tmp_path, monkeypatch):
+def test_a_balanced_run_resumes_bit_for_bit(make_photos, tmp_path, monkeypatch):
     photos = make_photos(tmp_path / "few", {"cats": 20, "dogs": 10})
     whole = train(balanced_settings(photos, tmp_path / "whole"), QUIET, draw_report=False)
     stopped = InterruptCallback.on_step_end
@@ -232,7 +232,7 @@ def test_the_epoch_is_selected_by_the_monitored_metric(make_photos, tmp_path):
     assert run.read_config().optim.class_weights == "balanced"
 
 
-def test_a_file_of_class_weights_becomes_part_of_the_settings(make_photos, tmp_path):
+def test_a_class_weights_file_is_stored_in_the_settings(make_photos, tmp_path):
     photos = make_photos(tmp_path / "few", {"cats": 10, "dogs": 10})
     weights = tmp_path / "weights.json"
     weights.write_text(json.dumps({"cats": 1, "dogs": 3}))
@@ -255,7 +255,7 @@ def test_the_weighted_order_depends_on_seed_and_epoch_and_balances_classes():
     assert abs(np.mean(np.asarray(drawn) >= 90) - 0.5) < 4 * 0.5 / np.sqrt(len(drawn))
 
 
-def test_sample_weights_of_a_table_reach_the_loss(table, tmp_path):
+def test_sample_weights_of_a_table_are_used_in_the_loss(table, tmp_path):
     settings = {**TINY, "epochs": 1, "augment": "none", "task": "regression", "data": f"csv:{table}"}
     settings |= {"head_init": "random", "lr": 0.0, "head_lr": 0.0}
     losses = {}

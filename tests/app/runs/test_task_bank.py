@@ -68,7 +68,7 @@ def test_the_least_recently_used_task_is_evicted(folders, images):
     assert bank.cached_tasks == ["animals", "again"] and bank.merges == 3
 
 
-def test_memory_of_an_evicted_task_is_used_again(folders, images):
+def test_memory_of_an_evicted_task_is_reused(folders, images):
     bank = TaskBank(folders, memory_mib=one_set(folders) * 1.1, device="cpu")
     bank(images[:1], ["animals"])
     addresses = {t.data_ptr() for t in bank._cached["animals"].values()}

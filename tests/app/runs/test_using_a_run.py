@@ -26,7 +26,7 @@ from snella_app.tasks.predictions import LabelSetPrediction, NumberPrediction, w
 from snella_app.training.train import train
 
 
-def test_evaluating_repeats_the_test_result(finished):
+def test_evaluation_reproduces_the_test_result(finished):
     result = evaluate(finished.path)
     test = finished.read_json("metrics.json")["test"]
     assert (result["split"], result["images"]) == ("test", sum(map(sum, test["confusion"])))

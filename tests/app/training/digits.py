@@ -1,10 +1,10 @@
-"""A small training on the digits."""
+"""Short training run on digits."""
 
 from snella_app.config import TrainConfig
 
 
 def config(out, **options):
-    """Settings of one epoch on 60 images with a random backbone."""
+    """Return the configuration of one epoch on 60 images with a random backbone."""
     settings = {
         "data": "digits",
         "backbone": "test_vit",

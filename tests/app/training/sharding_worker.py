@@ -1,4 +1,4 @@
-"""One process of models that two share out: prints how they compare with whole ones. Started by `test_sharding`."""
+"""One of two processes that train sharded models and print the differences from unsharded ones; see `test_sharding`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ QUICK: dict[str, dict[str, Any]] = {"noah": {"supernet_epochs": 1}}
 
 
 def batches() -> Iterator[tuple[Tensor, Tensor]]:
-    """Two batches for methods that look at some."""
+    """Two batches for methods with parameter selection."""
     return iter([(IMAGES, LABELS), (IMAGES.flip(0), LABELS.flip(0))])
 
 
@@ -35,7 +35,7 @@ def make(method: str, seed: int = 0) -> nn.Module:
 
 
 def train(model: nn.Module, parts: list[slice]) -> Tensor:
-    """Two steps, each on the mean gradient of these parts of the images, and the outputs afterwards."""
+    """Take two steps, each on the mean gradient over `parts` of the images, and return the outputs."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     model.train()
     for step in range(2):
@@ -51,10 +51,10 @@ def train(model: nn.Module, parts: list[slice]) -> Tensor:
 
 
 def compare(method: str, rank: int) -> dict[str, Any]:
-    """Train a whole model on both halves of the images, and a shared one on this process's half."""
+    """Train an unsharded model on both halves of the images and a sharded model on the half of this process."""
     halves = [slice(0, 2), slice(2, 4)]
     sharded = make(method)
-    if rank == 1:  # the main process's values count
+    if rank == 1:  # the main process's values are broadcast
         with torch.no_grad():
             for parameter in sharded.parameters():
                 if parameter.requires_grad:
@@ -70,19 +70,19 @@ def compare(method: str, rank: int) -> dict[str, Any]:
     }
 
 
-def main(rank: int, meeting_point: str, *methods: str) -> None:
+def main(rank: int, rendezvous: str, *methods: str) -> None:
     torch.set_num_threads(1)
     os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank)}
-    dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     results: dict[str, Any] = {}
     for method in methods:
         try:
             results[method] = compare(method, rank)
-        except RuntimeError as error:  # in both processes alike
+        except RuntimeError as error:  # raised in both processes
             results[method] = {"raised": str(error)}
     print(json.dumps(results), flush=True)
     dist.barrier()
-    os._exit(0)  # two ranks that take gloo's threads down at once wait for each other now and then
+    os._exit(0)  # gloo's threads can deadlock if two ranks shut down at once
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from .components import build_components
 pytestmark = pytest.mark.usefixtures("no_report")
 
 
-def test_the_mean_over_epochs_is_in_the_model_inside_and_its_own_values_to_the_bit_afterwards():
+def test_the_mean_is_applied_inside_the_context_and_restored_bit_for_bit():
     layer = nn.Linear(3, 2)
     layer.bias.requires_grad_(False)
     ends, values = EpochEnds(layer, 2), {}
@@ -35,7 +35,7 @@ def test_the_mean_over_epochs_is_in_the_model_inside_and_its_own_values_to_the_b
     assert torch.equal(layer.weight, values[3])
 
 
-def test_a_checkpoint_keeps_the_epochs_and_one_of_another_model_is_refused(tmp_path):
+def test_a_checkpoint_restores_the_epochs_and_another_model_s_is_rejected(tmp_path):
     layer = nn.Linear(3, 2)
     ends = EpochEnds(layer, 3)
     ends.add(4)
@@ -51,20 +51,20 @@ def test_a_checkpoint_keeps_the_epochs_and_one_of_another_model_is_refused(tmp_p
 
 @pytest.fixture
 def ends_of(monkeypatch):
-    """The trained weights after each epoch of the runs of a test."""
-    seen, evaluate = {}, SnellaTrainer.evaluate
+    """Trained weights after each epoch of a run."""
+    weights_by_epoch, evaluate = {}, SnellaTrainer.evaluate
 
-    def noting(trainer, *args, **kwargs):
+    def recording_evaluate(trainer, *args, **kwargs):
         row = evaluate(trainer, *args, **kwargs)
         named = trainer.trained_model.named_parameters()
-        seen[round(trainer.state.epoch)] = {n: p.detach().clone() for n, p in named if p.requires_grad}
+        weights_by_epoch[round(trainer.state.epoch)] = {n: p.detach().clone() for n, p in named if p.requires_grad}
         return row
 
-    monkeypatch.setattr(SnellaTrainer, "evaluate", noting)
-    return seen
+    monkeypatch.setattr(SnellaTrainer, "evaluate", recording_evaluate)
+    return weights_by_epoch
 
 
-def test_swa_saves_the_mean_of_the_last_epochs_with_the_sparsity_asked_for(settings, console, ends_of):
+def test_swa_saves_the_mean_of_the_last_epochs_at_the_target_sparsity(settings, console, ends_of):
     config = settings(epochs=4, swa=3, protocol="final", target_sparsity=0.9, head_norm="none")
     run = train(config, console)
     averaged = read(Metrics, run.path).averaged
@@ -82,7 +82,7 @@ def test_swa_saves_the_mean_of_the_last_epochs_with_the_sparsity_asked_for(setti
     assert _saved_epoch(read(Metrics, run.path)) == (*("averaged epochs", "2, 3, 4", "(SWA over epochs 2 to 4 of 4)"),)
 
 
-def test_a_greedy_soup_is_the_best_that_taking_in_one_epoch_after_the_other_finds(settings, console, ends_of):
+def test_a_soup_adds_epochs_greedily_by_validation_score(settings, console, ends_of):
     config = settings(epochs=4, soup=4, method="lora-2", head_init="random", tta=1)
     run = train(config, console)
     metrics = read(Metrics, run.path)
@@ -110,7 +110,7 @@ def test_a_greedy_soup_is_the_best_that_taking_in_one_epoch_after_the_other_find
     assert metrics.averaged.scores["val_loss"] == pytest.approx(metrics.val.loss, rel=1e-5)
 
 
-def test_an_average_that_is_worse_on_validation_than_the_best_epoch_is_not_saved(settings, console, monkeypatch):
+def test_an_average_worse_than_the_best_epoch_is_not_saved(settings, console, monkeypatch):
     monkeypatch.setattr(SnellaTrainer, "_score_of_mean", lambda trainer, epochs: ((-1.0, -9.0), {"val_loss": 9.0}))
     run = train(settings(epochs=2, swa=2, method="lora-2"), console)
     metrics = read(Metrics, run.path)
@@ -119,13 +119,13 @@ def test_an_average_that_is_worse_on_validation_than_the_best_epoch_is_not_saved
     assert metrics.val.loss == pytest.approx(metrics.history[metrics.best_epoch].val_loss, rel=1e-4)
 
 
-def test_an_average_of_heads_with_normalized_inputs_is_saved_as_it_was_measured(settings, console):
+def test_an_average_with_normalized_head_inputs_keeps_its_scores_when_saved(settings, console):
     metrics = read(Metrics, train(settings(epochs=4, swa=3, head_norm="running"), console).path)
     measured = metrics.averaged.scores if metrics.averaged.is_saved else vars(metrics.history[metrics.best_epoch])
     assert metrics.val.loss == pytest.approx(measured["val_loss"], rel=1e-4)
 
 
-def test_a_resumed_run_averages_to_the_same_bits(settings, console, monkeypatch, tmp_path):
+def test_a_resumed_run_saves_a_bit_identical_average(settings, console, monkeypatch, tmp_path):
     whole = train(settings(epochs=3, swa=3, protocol="final", out=str(tmp_path / "whole")), console)
     calls, step = itertools.count(1), SnellaTrainer.training_step
 
@@ -140,11 +140,11 @@ def test_a_resumed_run_averages_to_the_same_bits(settings, console, monkeypatch,
         with pytest.raises(TrainingInterrupted):
             train(config, console)
     resumed = train(config.replace(resume=True), console)
-    one, other = (load_file(run.adapter / "adapter_model.safetensors") for run in (whole, resumed))
-    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    expected, actual = (load_file(run.adapter / "adapter_model.safetensors") for run in (whole, resumed))
+    assert expected.keys() == actual.keys() and all(torch.equal(expected[name], actual[name]) for name in expected)
 
 
-def test_averages_that_exclude_each_other_or_need_measured_epochs_are_refused(settings):
+def test_conflicting_averages_are_rejected(settings):
     with pytest.raises(ValueError, match=r"ema, swa and soup exclude each other, got ema 0\.9 and swa 3; leave one"):
         settings(ema=0.9, swa=3)
     with pytest.raises(ValueError, match=r"soup needs validation images.* got 3 with protocol 'final': .*use --swa 3"):

@@ -19,10 +19,10 @@ from snella_app.training.checkpoints import (
 
 @pytest.fixture
 def run(tmp_path):
-    made = RunFolder(tmp_path / "run")
-    made.checkpoints.mkdir(parents=True)
-    made.update("running")
-    return made
+    folder = RunFolder(tmp_path / "run")
+    folder.checkpoints.mkdir(parents=True)
+    folder.update("running")
+    return folder
 
 
 def checkpoint(run, name):
@@ -31,7 +31,7 @@ def checkpoint(run, name):
     return run.checkpoints / name
 
 
-def test_the_latest_checkpoint_is_the_one_of_the_highest_step(run):
+def test_the_latest_checkpoint_has_the_highest_step(run):
     assert latest_checkpoint(run.path / "missing") is None
     for step in (5, 20, 100):
         checkpoint(run, f"checkpoint-{step}")
@@ -39,27 +39,27 @@ def test_the_latest_checkpoint_is_the_one_of_the_highest_step(run):
     assert latest_checkpoint(run.checkpoints) == run.checkpoints / "checkpoint-100"
 
 
-def test_a_checkpoint_of_another_run_is_refused_or_passed_over(run, tmp_path):
+def test_a_checkpoint_of_another_run_is_rejected_or_skipped(run, tmp_path):
     other = RunFolder(tmp_path / "other")
     other.checkpoints.mkdir(parents=True)
     other.update("running")
     foreign = checkpoint(other, "checkpoint-9").rename(run.checkpoints / "checkpoint-9")
-    refused = rf"checkpoint-9: it belongs to another run \({other.id}; this run is {run.id}\); start over"
-    with pytest.raises(CheckpointError, match=refused):
+    message = rf"checkpoint-9: it belongs to another run \({other.id}; this run is {run.id}\); start over"
+    with pytest.raises(CheckpointError, match=message):
         intact_checkpoint(run)
-    own = checkpoint(run, "checkpoint-4")
-    found, damages = intact_checkpoint(run)
-    assert found == own and [damage.partition(":")[0] for damage in damages] == [str(foreign)]
+    expected = checkpoint(run, "checkpoint-4")
+    latest, damages = intact_checkpoint(run)
+    assert latest == expected and [damage.partition(":")[0] for damage in damages] == [str(foreign)]
 
 
-def test_a_checkpoint_without_the_id_of_its_run_is_refused(run):
+def test_a_checkpoint_without_a_run_id_is_rejected(run):
     path = checkpoint(run, "checkpoint-1")
     manifest = json.loads((path / "manifest.json").read_text())
     (path / "manifest.json").write_text(json.dumps(sealed({"files": manifest["files"]})))
     assert find_damage(path, run.id) == f"it belongs to another run (None; this run is {run.id})"
 
 
-def test_a_file_that_the_manifest_does_not_list_is_refused_before_it_is_loaded(run, tmp_path):
+def test_an_unlisted_file_is_rejected_before_loading(run, tmp_path):
     path = checkpoint(run, "checkpoint-1")
     (path / ".DS_Store").write_text("of the file manager")
     assert find_damage(path, run.id) == ""
@@ -81,7 +81,7 @@ def test_incomplete_and_old_checkpoints_are_ignored_and_removed(run):
     assert remove_incomplete(run.path / "missing") == 0
 
 
-def test_a_checkpoint_appears_only_when_it_is_complete(run):
+def test_a_checkpoint_is_published_atomically(run):
     with staged(run, "checkpoint-1") as staging:
         (staging / "checkpoint-1" / "weights").write_text("x")
         assert latest_checkpoint(run.checkpoints) is None
@@ -102,7 +102,7 @@ def test_a_failed_write_keeps_the_previous_checkpoint(run):
     assert [p.name for p in run.checkpoints.iterdir()] == ["checkpoint-1"]
 
 
-def test_without_an_earlier_checkpoint_the_message_says_so(run, tmp_path):
+def test_the_error_states_that_no_earlier_checkpoint_exists(run, tmp_path):
     with pytest.raises(CheckpointError, match="no earlier one exists"), staged(run, "checkpoint-2"):
         raise RuntimeError("PytorchStreamWriter failed writing file data/0")
     with (
@@ -121,10 +121,10 @@ def test_other_errors_pass_through(run, tmp_path):
     assert not list(run.checkpoints.iterdir())
 
 
-def test_torch_s_words_for_a_full_disk_are_put_plainly_and_an_empty_folder_is_no_earlier_adapter(run, tmp_path):
+def test_torch_disk_full_errors_are_translated_and_an_empty_folder_is_no_earlier_adapter(run, tmp_path):
     (tmp_path / "adapter").mkdir()
-    plain = r"adapter: the disk is full or the file size limit is reached \(\d+ MiB free\); no earlier one exists"
-    with pytest.raises(CheckpointError, match=plain), reporting_write_errors(tmp_path / "adapter"):
+    message = r"adapter: the disk is full or the file size limit is reached \(\d+ MiB free\); no earlier one exists"
+    with pytest.raises(CheckpointError, match=message), reporting_write_errors(tmp_path / "adapter"):
         raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 704 vs 598")
     (tmp_path / "adapter" / "adapter_model.safetensors").touch()
     with (

@@ -1,4 +1,4 @@
-"""Training in several processes, as `torchrun` starts them: the same adapter, one writer, resumed by another number."""
+"""Distributed training with `torchrun`: equal adapters, a single writer, resuming with another number of processes."""
 
 import os
 import signal
@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.usefixtures("no_report"),
     pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed"),
 ]
-SAME = {"epochs": 2, "batch_size": 9, "method_options": {}}  # of 28 images the last batch has 1, for two processes
+SAME = {"epochs": 2, "batch_size": 9, "method_options": {}}  # 28 images: the last batch has one image for two processes
 PROGRAM = """
 import os, signal, sys
 import yaml
@@ -47,7 +47,7 @@ sys.exit(main(["train", *sys.argv[2:]]))
 
 
 def train_in_two(tmp_path, *words, interrupt_at=-1):
-    """Train in two processes, of which the second is interrupted before a step."""
+    """Train in two processes; interrupt the second before a step."""
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
@@ -62,32 +62,33 @@ def adapter_of(run):
 
 
 @pytest.fixture(scope="module")
-def whole(photos, tiny_run, tmp_path_factory):
-    """The run of one process."""
+def single_process_run(photos, tiny_run, tmp_path_factory):
+    """Run trained in one process."""
     values = {**tiny_run, **SAME, "data": f"folder:{photos}"}
-    return train(TrainConfig.from_flat(**values, out=str(tmp_path_factory.mktemp("whole") / "run")))
+    return train(TrainConfig.from_flat(**values, out=str(tmp_path_factory.mktemp("single_process_run") / "run")))
 
 
-def assert_same(run, whole):
-    """The same budgets, and results to rounding."""
+def assert_same(run, single_process_run):
+    """Check that budgets are equal and results equal up to rounding."""
     assert run.status == "finished"
-    for one, two in zip(
-        run.read_json("metrics.json")["history"], whole.read_json("metrics.json")["history"], strict=True
+    for row, expected in zip(
+        run.read_json("metrics.json")["history"], single_process_run.read_json("metrics.json")["history"], strict=True
     ):
-        assert one["budget"] == two["budget"] and one["lr"] == two["lr"]
-        if one["epoch"] > 0:
-            assert one["train_loss"] == pytest.approx(two["train_loss"], rel=1e-4)
-        assert one["val_loss"] == pytest.approx(two["val_loss"], rel=1e-3)
-    one, two = adapter_of(run), adapter_of(whole)
-    assert one.keys() == two.keys() and all(torch.allclose(one[name], two[name], rtol=0, atol=2e-4) for name in one)
+        assert row["budget"] == expected["budget"] and row["lr"] == expected["lr"]
+        if row["epoch"] > 0:
+            assert row["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-4)
+        assert row["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-3)
+    actual, reference = adapter_of(run), adapter_of(single_process_run)
+    assert actual.keys() == reference.keys()
+    assert all(torch.allclose(actual[name], reference[name], rtol=0, atol=2e-4) for name in actual)
 
 
-WAYS = pytest.mark.parametrize("shard", [False, True], ids=["ddp", "sharded"])
+SHARDING = pytest.mark.parametrize("shard", [False, True], ids=["ddp", "sharded"])
 
 
 @pytest.mark.slow
-@WAYS
-def test_two_processes_are_interrupted_together_and_one_goes_on(shard, settings, whole, console, tmp_path):
+@SHARDING
+def test_an_interrupted_run_of_two_processes_resumes_in_one(shard, settings, single_process_run, console, tmp_path):
     config = settings(**SAME, shard=shard)
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(config.stored()))
     done = train_in_two(tmp_path, "--config", str(tmp_path / "settings.yaml"), "--progress", "false", interrupt_at=5)
@@ -99,11 +100,13 @@ def test_two_processes_are_interrupted_together_and_one_goes_on(shard, settings,
     assert done.stdout.count("backbone  test_vit") == 1
     assert done.stderr.count("interrupted; saved as") == 1
     run = train(TrainConfig.from_flat(out=config.run.out, resume=True), console)
-    assert_same(run, whole)
+    assert_same(run, single_process_run)
 
 
-@WAYS
-def test_two_processes_go_on_with_a_run_of_one(shard, settings, whole, console, monkeypatch, tmp_path):
+@SHARDING
+def test_an_interrupted_run_of_one_process_resumes_in_two(
+    shard, settings, single_process_run, console, monkeypatch, tmp_path
+):
     config = settings(**SAME)
     with monkeypatch.context() as patch:
         original = SnellaTrainer.training_step
@@ -120,25 +123,28 @@ def test_two_processes_go_on_with_a_run_of_one(shard, settings, whole, console, 
     assert done.returncode == 0, done.stderr
     assert f"holds {0.5 if shard else 1.0} of the frozen weights" in done.stdout
     run = RunFolder(config.run.out)
-    assert_same(run, whole)
+    assert_same(run, single_process_run)
     assert run.report.is_file() and done.stdout.count("best epoch") == 1
-    assert run.read_json("metrics.json")["val"]["confusion"] == whole.read_json("metrics.json")["val"]["confusion"]
+    assert (
+        run.read_json("metrics.json")["val"]["confusion"]
+        == single_process_run.read_json("metrics.json")["val"]["confusion"]
+    )
 
 
 @pytest.mark.slow
-def test_processes_that_share_the_weights_predict_masks_together(settings, tmp_path):
+def test_processes_with_sharded_weights_predict_masks(settings, tmp_path):
     data = f"masks:{write_pairs(tmp_path / 'discs', 24)}"
     config = settings(data=data, task="segmentation", method_options={}, epochs=1, shard=True)
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(config.stored()))
     done = train_in_two(tmp_path, "--config", str(tmp_path / "settings.yaml"), "--progress", "false")
     assert done.returncode == 0, done.stderr
     run = RunFolder(config.run.out)
-    kept = [item["mask"] for item in run.read_json("predictions.json")["items"] if item["mask"]]
-    assert run.status == "finished" and kept and all((run.path / mask).is_file() for mask in kept)
+    masks = [item["mask"] for item in run.read_json("predictions.json")["items"] if item["mask"]]
+    assert run.status == "finished" and masks and all((run.path / mask).is_file() for mask in masks)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
-def test_parts_of_a_batch_together_are_the_batch(count):
+def test_parts_of_a_batch_cover_it_exactly(count):
     sampler = EpochSampler(23, seed=0)
     parts = [ShardedBatches(sampler, 7, rank, count) for rank in range(count)]
     indices = list(sampler)
@@ -150,13 +156,13 @@ def test_parts_of_a_batch_together_are_the_batch(count):
     assert len(parts[0]) == 4
 
 
-def test_fewer_images_than_processes_are_refused(settings, console, monkeypatch):
+def test_a_batch_smaller_than_the_number_of_processes_is_rejected(settings, console, monkeypatch):
     monkeypatch.setattr("snella_app.training.build.process_count", lambda: 4)
     with pytest.raises(ValueError, match=r"batch_size must be at least the number of processes, 4, .* got 2"):
         train(settings(batch_size=2), console)
 
 
-def test_what_would_shard_the_model_is_refused_in_a_line_that_names_what_works(monkeypatch):
+def test_accelerate_modes_that_shard_the_model_are_rejected_with_alternatives(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(NotImplementedError, match=r"uses DDP .*, got FSDP \(ACCELERATE_USE_FSDP=true\); .*torchrun"):
         join_processes("cpu")
@@ -164,7 +170,7 @@ def test_what_would_shard_the_model_is_refused_in_a_line_that_names_what_works(m
     join_processes("cpu")
 
 
-def test_one_device_for_several_processes_is_refused(monkeypatch):
+def test_a_single_device_for_several_processes_is_rejected(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"device must be auto, cpu or cuda for 2 processes, got 'cuda:1'"):
         join_processes("cuda:1")

@@ -22,14 +22,14 @@ def layer():
 
 
 def step(model):
-    """Change every trainable value, as an optimizer would."""
+    """Change every trainable parameter, as an optimizer step does."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter))
 
 
-def test_the_average_is_the_formula_with_its_warm_up(layer):
+def test_the_average_matches_the_formula_during_and_after_warmup(layer):
     average, expected = WeightAverage(layer, 0.5), layer.weight.detach().clone()
     for t in range(1, 15):
         step(layer)
@@ -41,7 +41,7 @@ def test_the_average_is_the_formula_with_its_warm_up(layer):
         torch.testing.assert_close(layer.weight.detach(), expected)
 
 
-def test_inside_the_model_has_the_averages_and_afterwards_its_values_to_the_bit(layer):
+def test_averages_are_applied_inside_the_context_and_values_restored_bit_for_bit(layer):
     average = WeightAverage(layer, 0.9)
     step(layer)
     average.update()
@@ -52,26 +52,26 @@ def test_inside_the_model_has_the_averages_and_afterwards_its_values_to_the_bit(
     assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
 
 
-def test_a_checkpoint_gives_the_same_bits_and_the_same_next_step(layer, tmp_path):
-    one = WeightAverage(layer, 0.9)
+def test_a_loaded_average_continues_bit_for_bit(layer, tmp_path):
+    saved = WeightAverage(layer, 0.9)
     for _ in range(3):
         step(layer)
-        one.update()
-    one.save(tmp_path)
-    other = WeightAverage(layer, 0.9)
-    other.load(tmp_path)
+        saved.update()
+    saved.save(tmp_path)
+    loaded = WeightAverage(layer, 0.9)
+    loaded.load(tmp_path)
     step(layer)
-    for average in (one, other):
+    for average in (saved, loaded):
         average.update()
-    assert other.steps == 4
+    assert loaded.steps == 4
     values = []
-    for average in (one, other):
+    for average in (saved, loaded):
         with average.applied():
             values.append(layer.weight.detach().clone())
     assert torch.equal(*values)
 
 
-def test_a_checkpoint_without_averages_or_of_another_model_is_refused(layer, tmp_path):
+def test_a_checkpoint_without_averages_or_of_another_model_is_rejected(layer, tmp_path):
     average = WeightAverage(layer, 0.9)
     with pytest.raises(CheckpointError, match=r"damaged: .*ema\.safetensors is missing; start over with --overwrite"):
         average.load(tmp_path)
@@ -80,15 +80,15 @@ def test_a_checkpoint_without_averages_or_of_another_model_is_refused(layer, tmp
         average.load(tmp_path)
 
 
-def test_every_step_of_the_trainer_is_taken_in(layer, tmp_path):
+def test_the_average_is_updated_at_every_trainer_step(layer, tmp_path):
     average = WeightAverage(layer, 0.9)
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     average.on_step_end(arguments, TrainerState(), TrainerControl())
     assert average.steps == 1
 
 
-def test_a_model_with_averaged_factors_keeps_exactly_its_budgets():
-    """The update is built anew from averaged factors; an average of merged matrices would be dense."""
+def test_averaged_factors_match_the_budgets_exactly():
+    """The update is recomputed from averaged factors; an average of merged matrices would be dense."""
     torch.manual_seed(0)
     backbone = timm.create_model("test_vit", num_classes=3, img_size=32)
     model = build_method("snella-2", backbone, target_sparsity=0.9, init_weights=False)

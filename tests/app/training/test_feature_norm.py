@@ -1,4 +1,4 @@
-"""Normalized inputs of a head that is saved as a plain linear layer."""
+"""Feature normalization of a head that is saved as a plain linear layer."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def head_and_features(seed=0):
     return nn.Linear(3, 4), features
 
 
-def test_normalizing_does_not_change_the_outputs_and_gives_the_head_standardized_inputs():
+def test_normalization_standardizes_the_head_s_inputs_without_changing_outputs():
     head, features = head_and_features()
     expected = head(features)
     seen = []
@@ -28,7 +28,7 @@ def test_normalizing_does_not_change_the_outputs_and_gives_the_head_standardized
     norm.remove()
 
 
-def test_the_folded_weights_give_the_same_outputs_without_normalizing_and_are_put_back():
+def test_folded_weights_give_the_same_outputs_and_are_restored():
     head, features = head_and_features()
     norm = FeatureNorm(head, features)
     head.train()
@@ -42,7 +42,7 @@ def test_the_folded_weights_give_the_same_outputs_without_normalizing_and_are_pu
     assert torch.equal(head.weight, weight)
 
 
-def test_statistics_follow_the_training_images_by_a_tenth_a_step_however_they_are_batched():
+def test_running_statistics_have_momentum_0_1_for_any_batching():
     means = []
     for sizes in ([50], [20, 30]):
         head, features = head_and_features()
@@ -57,7 +57,7 @@ def test_statistics_follow_the_training_images_by_a_tenth_a_step_however_they_ar
     torch.testing.assert_close(means[0], means[1])
 
 
-def test_evaluation_leaves_the_statistics_alone():
+def test_evaluation_does_not_change_the_statistics():
     head, features = head_and_features()
     norm = FeatureNorm(head, features)
     before = norm.mean.clone()
@@ -71,16 +71,16 @@ def test_evaluation_leaves_the_statistics_alone():
     torch.testing.assert_close(norm.mean, before)
 
 
-def test_statistics_travel_with_a_checkpoint(tmp_path):
+def test_checkpoints_store_the_statistics(tmp_path):
     head, features = head_and_features()
     norm = FeatureNorm(head, features)
     norm.save(tmp_path)
-    other = FeatureNorm(nn.Linear(3, 4), features * 7)
-    other.load(tmp_path)
-    assert torch.equal(other.mean, norm.mean)
-    assert torch.equal(other.var, norm.var)
+    loaded = FeatureNorm(nn.Linear(3, 4), features * 7)
+    loaded.load(tmp_path)
+    assert torch.equal(loaded.mean, norm.mean)
+    assert torch.equal(loaded.var, norm.var)
     with pytest.raises(CheckpointError, match=r"'mean' of shape \[2\], got \[3\]"):
         FeatureNorm(nn.Linear(2, 4), torch.zeros(3, 2)).load(tmp_path)
     (tmp_path / "feature_norm.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"feature_norm\.safetensors is missing"):
-        other.load(tmp_path)
+        loaded.load(tmp_path)

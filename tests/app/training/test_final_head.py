@@ -46,7 +46,7 @@ def finished(tmp_path_factory):
         ("resnet18", [1, 2, 3, 4]),
     ],
 )
-def test_the_last_layers_are_read_evenly_spaced(name, layers):
+def test_probed_layers_are_evenly_spaced_and_end_with_the_last(name, layers):
     model = timm.create_model(name, num_classes=3).eval()
     assert probed_layers(model) == layers
     images = torch.randn(2, 3, *model.pretrained_cfg["input_size"][1:])
@@ -59,11 +59,11 @@ def test_the_last_layers_are_read_evenly_spaced(name, layers):
     assert features.shape == (2, own.shape[1] + sum(per_layer) + tokens)
 
 
-def test_a_model_without_intermediate_features_has_no_layers():
+def test_a_model_without_intermediate_features_has_no_probed_layers():
     assert probed_layers(torch.nn.Linear(2, 2)) == []
 
 
-def test_the_adapted_layers_are_read():
+def test_features_come_from_the_adapted_layers():
     torch.manual_seed(0)
     model = build_method("lora-2", timm.create_model("test_vit", num_classes=3), head="head").eval()
     images = torch.randn(2, 3, 160, 160)
@@ -76,7 +76,7 @@ def test_the_adapted_layers_are_read():
 
 
 @pytest.mark.parametrize("classes", [2, 4])
-def test_the_fit_is_scikit_learns_on_standardized_features(classes):
+def test_the_fit_matches_scikit_learn_on_standardized_features(classes):
     random = np.random.default_rng(0)
     labels = random.integers(0, classes, 90)
     features = random.standard_normal((90, 7)) * np.arange(1, 8) + labels[:, None] * np.arange(7)
@@ -85,13 +85,15 @@ def test_the_fit_is_scikit_learns_on_standardized_features(classes):
     weight, bias = fit_linear(create_task("classification", list("abcd")[:classes]), measured, classes)
     doubled = np.concatenate([labels[:45], labels[:45]])
     scaled = (features - features.mean(0)) / features.std(0)
-    # two classes: one score for the difference, whose penalty is half of that of two
+    # scikit-learn fits one score for two classes, with half the penalty of two scores
     reference = LogisticRegression(C=0.01 if classes > 2 else 0.02, tol=1e-8, max_iter=5000).fit(scaled, doubled)
-    found = (torch.cat(views) @ weight.T + bias).softmax(1)
-    torch.testing.assert_close(found.double(), torch.from_numpy(reference.predict_proba(scaled)), atol=2e-3, rtol=0)
+    probabilities = (torch.cat(views) @ weight.T + bias).softmax(1)
+    torch.testing.assert_close(
+        probabilities.double(), torch.from_numpy(reference.predict_proba(scaled)), atol=2e-3, rtol=0
+    )
 
 
-def test_sample_weights_count():
+def test_sample_weights_affect_the_fit():
     views = [torch.tensor([[0.0], [1.0], [0.0], [1.0]])]
     labels, weights = torch.tensor([0, 1, 1, 0]), torch.tensor([9.0, 9.0, 1.0, 1.0])
     task = create_task("classification", ["a", "b"])
@@ -101,7 +103,7 @@ def test_sample_weights_count():
     assert weight[1, 0] < weight[0, 0]
 
 
-def test_a_run_ends_with_it(finished):
+def test_a_run_fits_and_saves_the_final_head(finished):
     run, log = finished
     metrics = run.read_json("metrics.json")
     head = metrics["final_head"]
@@ -116,7 +118,7 @@ def test_a_run_ends_with_it(finished):
 
 
 @pytest.mark.parametrize("options", [{}, {"augment": "flip"}, {"augment": "none", "head_norm": "none"}])
-def test_it_is_fitted_to_the_features_of_the_trained_model(options, tmp_path, monkeypatch):
+def test_the_final_head_is_fitted_to_features_of_the_trained_model(options, tmp_path, monkeypatch):
     seen = []
     original = final_head.measure_features
 
@@ -132,7 +134,7 @@ def test_it_is_fitted_to_the_features_of_the_trained_model(options, tmp_path, mo
         torch.testing.assert_close(features, after)
 
 
-def test_predictions_and_measurements_use_it(finished):
+def test_predictions_and_evaluation_use_the_final_head(finished):
     run, _ = finished
     loaded = load_run(run)
     assert loaded.network is loaded.probe
@@ -151,7 +153,7 @@ def test_predictions_and_measurements_use_it(finished):
     assert dict(prediction.ranking)["3"] == pytest.approx(float(logits.softmax(1)[0, 3]), abs=1e-5)
 
 
-def test_features_stay_the_models_own(finished):
+def test_predicted_features_are_the_model_s_pooled_features(finished):
     run, _ = finished
     predictor = load(run.path)
     assert predictor.features([Image.new("RGB", (40, 40))]).shape == (
@@ -160,14 +162,14 @@ def test_features_stay_the_models_own(finished):
     )
 
 
-def test_a_temperature_is_not_fitted_to_images_that_the_head_knows(finished):
+def test_the_temperature_is_not_refitted_to_images_the_head_was_fitted_to(finished):
     run, _ = finished
     assert run.read_json("run.json")["calibration"]["temperature"] > 0
     with pytest.raises(ValueError, match="has a final head that was fitted to the validation images"):
         calibrate_run(run.path)
 
 
-def test_task_banks_and_graphs_use_it(finished, tmp_path):
+def test_task_banks_and_exported_graphs_use_the_final_head(finished, tmp_path):
     run, _ = finished
     loaded = load_run(run)
     images = torch.randn(3, 3, 32, 32)
@@ -190,7 +192,7 @@ def test_a_merged_model_has_the_trained_head(finished, tmp_path):
         torch.testing.assert_close(model(images), load_run(run).model(images), atol=1e-5, rtol=1e-5)
 
 
-def test_the_lines_for_a_merged_model_give_the_final_heads_outputs(finished, tmp_path):
+def test_the_snippet_for_a_merged_model_gives_the_final_head_s_outputs(finished, tmp_path):
     run, _ = finished
     names = {}
     exec(loading_snippet(merge(run.path, tmp_path / "merged")), names)
@@ -200,7 +202,7 @@ def test_the_lines_for_a_merged_model_give_the_final_heads_outputs(finished, tmp
         torch.testing.assert_close(names["logits_of"](images), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_merged_model_without_tokens_has_such_lines_too(tmp_path):
+def test_the_snippet_supports_merged_models_without_tokens(tmp_path):
     options = {"backbone": "test_convnext", "method": "full", "r": None, "img_size": 64}
     run = train(config(tmp_path / "run", **options), QUIET)
     names = {}
@@ -211,7 +213,7 @@ def test_a_merged_model_without_tokens_has_such_lines_too(tmp_path):
         torch.testing.assert_close(names["logits_of"](images), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_damaged_file_is_one_error(finished, tmp_path):
+def test_a_damaged_file_is_a_one_line_error(finished, tmp_path):
     run, _ = finished
     (run.path / "adapter" / LAYER_PROBE).rename(tmp_path / "kept")
     try:
@@ -229,14 +231,14 @@ def test_a_damaged_file_is_one_error(finished, tmp_path):
         {"final_head": "trained"},
     ],
 )
-def test_the_trained_head_stays(options, tmp_path):
+def test_settings_can_keep_the_trained_head(options, tmp_path):
     run = train(config(tmp_path, **options), QUIET)
     assert "final_head" not in run.read_json("metrics.json")
     assert load_run(run).probe is None
 
 
 @pytest.mark.parametrize("method", ["vpt-deep-2", "ssf", "adapter-2"])
-def test_features_are_those_that_the_head_gets_for_methods_with_modules_of_their_own(method, tmp_path):
+def test_features_equal_the_head_s_inputs_for_methods_with_extra_modules(method, tmp_path):
     settings = config(tmp_path, method=method, r=None).resolved()
     parts = build_components(settings)
     assert choose_final_head(parts, "auto", "standard") == "layers"
@@ -246,7 +248,7 @@ def test_features_are_those_that_the_head_gets_for_methods_with_modules_of_their
         torch.testing.assert_close(base_and_head(model)[1](own), model(images), atol=1e-4, rtol=1e-4)
 
 
-def test_what_cannot_be_had_is_refused(tmp_path):
+def test_unsupported_final_heads_are_rejected(tmp_path):
     settings = config(tmp_path, final_head="layers", method="vpt-deep-2", r=None).resolved()
     parts = build_components(settings)
     parts.model.forward_intermediates = None
@@ -254,7 +256,7 @@ def test_what_cannot_be_had_is_refused(tmp_path):
         choose_final_head(parts, "layers", "standard")
 
 
-def test_without_validation_images_it_is_fitted_to_all(tmp_path):
+def test_without_validation_images_the_head_is_fitted_to_all_images(tmp_path):
     run = train(config(tmp_path, protocol="final", val_size=None), QUIET)
     head = run.read_json("metrics.json")["final_head"]
     assert head["is_saved"]
@@ -262,7 +264,7 @@ def test_without_validation_images_it_is_fitted_to_all(tmp_path):
     assert load_run(run).probe is not None
 
 
-def test_a_linear_probe_has_it_too_and_trains_no_epochs(tmp_path, console):
+def test_a_linear_probe_with_a_final_head_trains_no_epochs(tmp_path, console):
     run = train(config(tmp_path, method="linear", r=None), console)
     assert load_run(run).probe is not None
     assert run.read_config().optim.epochs == 0 and [
@@ -272,13 +274,13 @@ def test_a_linear_probe_has_it_too_and_trains_no_epochs(tmp_path, console):
 
 
 @pytest.mark.parametrize("options", [{"final_head": "trained"}, {"head_init": "random"}, {"protocol": "final"}])
-def test_a_linear_probe_without_it_trains_its_epochs(options, tmp_path):
+def test_a_linear_probe_without_a_final_head_trains_all_epochs(options, tmp_path):
     settings = config(tmp_path, method="linear", r=None, **{"val_size": None} | options)
     assert train(settings, QUIET).read_config().optim.epochs == settings.optim.epochs > 0
 
 
 @pytest.mark.parametrize("task", ["regression", "multilabel", "ordinal"])
-def test_other_tasks_with_a_linear_head(task, tmp_path):
+def test_other_tasks_support_a_final_head(task, tmp_path):
     rows = ["image,label"]
     for index in range(40):
         level = index % 4
@@ -301,7 +303,7 @@ def test_other_tasks_with_a_linear_head(task, tmp_path):
     assert evaluate(run.path, split="test")["loss"] == pytest.approx(metrics["test"]["loss"], rel=1e-3)
 
 
-def test_a_head_that_is_clearly_worse_is_not_saved(tmp_path, monkeypatch):
+def test_a_clearly_worse_final_head_is_not_saved(tmp_path, monkeypatch):
     monkeypatch.setattr(
         final_head,
         "fit_linear",
@@ -315,7 +317,7 @@ def test_a_head_that_is_clearly_worse_is_not_saved(tmp_path, monkeypatch):
     assert load_run(run).probe is None
 
 
-def test_a_few_images_more_are_not_clear():
+def test_a_difference_of_a_few_images_is_not_clear():
     task = create_task("classification", ["a", "b"])
     labels = np.zeros(20, dtype=int)
 
@@ -329,7 +331,7 @@ def test_a_few_images_more_are_not_clear():
     assert not is_clearly_worse(task, outputs(0), outputs(6))
 
 
-def test_without_epochs_the_start_is_saved(tmp_path, monkeypatch):
+def test_without_epochs_the_initial_model_is_saved(tmp_path, monkeypatch):
     passes = []
     plain = final_head.layer_features
     monkeypatch.setattr(final_head, "layer_features", lambda *args: passes.append(len(args[1])) or plain(*args))
@@ -339,17 +341,17 @@ def test_without_epochs_the_start_is_saved(tmp_path, monkeypatch):
     assert metrics["final_head"]["is_saved"]
     assert evaluate(run.path, split="test")["loss"] == pytest.approx(metrics["test"]["loss"], rel=1e-4)
     views = load_run(run).info.tta
-    # the features of the training images are known from the start
+    # the training features were computed before training
     assert sum(passes) == (views - 1) * 60 + views * (20 + 20)
 
 
 @pytest.mark.parametrize("options", [{"head_init": "random"}, {"protocol": "final", "val_size": None}])
-def test_no_epochs_without_a_measured_probe_are_refused(options, tmp_path):
+def test_zero_epochs_without_an_evaluated_probe_are_rejected(options, tmp_path):
     with pytest.raises(ValueError, match="epochs must be at least 1, got 0"):
         train(config(tmp_path, epochs=0, **options), QUIET)
 
 
-def test_the_file_has_the_same_bytes_each_time(finished, tmp_path):
+def test_the_saved_file_is_deterministic(finished, tmp_path):
     run, _ = finished
     probe, written = load_run(run).probe, set()
     for _ in range(12):  # safetensors orders metadata at random

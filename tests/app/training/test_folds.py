@@ -18,11 +18,11 @@ from snella_app.training.folds import train_folds
 
 @pytest.fixture
 def fast(settings, no_report):
-    """Make the configuration of three folds of one epoch."""
+    """Return the configuration of three folds with one epoch each."""
     return lambda **changes: settings(**{"method": "linear", "epochs": 1, "folds": 3, **changes})
 
 
-def test_every_image_is_held_out_once_and_classes_are_even(photos):
+def test_every_image_is_held_out_once_with_stratified_classes(photos):
     held_out = []
     for fold in (1, 2, 3, 4):
         data = load_data(f"folder:{photos}", folds=4, fold=fold, seed=2)
@@ -38,7 +38,7 @@ def test_every_image_is_held_out_once_and_classes_are_even(photos):
         load_data(f"folder:{photos}", folds=20, fold=1)
 
 
-def test_groups_are_held_out_whole(photos, tmp_path):
+def test_groups_are_never_split_across_folds(photos, tmp_path):
     rows = [(str(p), p.parent.name, f"g{int(p.stem) // 4}-{p.parent.name}") for p in photos.rglob("*.png")]
     with (tmp_path / "x.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("path", "label", "group"), *sorted(rows)])
@@ -48,14 +48,14 @@ def test_groups_are_held_out_whole(photos, tmp_path):
         load_data(f"csv:{tmp_path}/x.csv", folds=13, fold=1)
 
 
-def test_of_data_with_a_test_part_folds_are_validation_parts(make_photos, tmp_path):
+def test_folds_are_validation_splits_for_data_with_a_test_split(make_photos, tmp_path):
     make_photos(tmp_path / "x/train", {"a": 9, "b": 9})
     make_photos(tmp_path / "x/test", {"a": 3, "b": 3}, contrast=40)
     data = load_data(f"folder:{tmp_path}/x", folds=3, fold=2)
     assert [len(part) for part in (data.train, data.val, data.test)] == [12, 6, 6] and data.fold_part == "val"
 
 
-def test_the_table_has_each_fold_and_its_mean(fast, console, tmp_path):
+def test_the_table_lists_each_fold_and_the_mean(fast, console, tmp_path):
     results = train_folds(fast(), console)
     root = tmp_path / "run"
     assert results == read(FoldResults, root) and results.held_out == "test"
@@ -69,14 +69,14 @@ def test_the_table_has_each_fold_and_its_mean(fast, console, tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
-def test_a_telephone_shows_the_mean_without_scrolling(fast, console, tmp_path, browser):
+def test_a_phone_shows_the_mean_without_scrolling(fast, console, tmp_path, browser):
     train_folds(fast(), console)
     browser.open(tmp_path / "run" / "folds.html", width=390)
     right = browser.evaluate("document.querySelector('tbody tr:last-child td').getBoundingClientRect().right")
     assert right < 390 and browser.evaluate("document.documentElement.scrollWidth") <= 390
 
 
-def test_an_interrupted_cross_validation_is_continued(fast, console, tmp_path, monkeypatch):
+def test_an_interrupted_cross_validation_is_resumed(fast, console, tmp_path, monkeypatch):
     from snella_app.training import folds
 
     def stop_at_two(config, *rest, **options):
@@ -104,7 +104,7 @@ def test_an_interrupted_cross_validation_is_continued(fast, console, tmp_path, m
     assert main(["train", "--out", str(root), "--resume"]) == 0
 
 
-def test_the_mean_of_all_models_predicts(fast, console, photos, tmp_path):
+def test_predictions_average_all_models(fast, console, photos, tmp_path):
     train_folds(fast(), console)
     image = photos / "cats/000.png"
     single = [predict(tmp_path / f"run/fold-{k}", [image])[0] for k in (1, 2, 3)]
@@ -127,6 +127,6 @@ def test_the_mean_of_all_models_predicts(fast, console, photos, tmp_path):
         ({"protocol": "final"}, "protocol must be standard with folds, got 'final'"),
     ],
 )
-def test_folds_that_do_not_fit_are_refused(changes, message, fast):
+def test_invalid_folds_are_rejected(changes, message, fast):
     with pytest.raises(ValueError, match=message):
         fast(**changes)

@@ -1,4 +1,4 @@
-"""A head that starts as the linear probe."""
+"""Head initialization from a linear probe."""
 
 import io
 import re
@@ -31,23 +31,23 @@ def logits_of(parts):
 
 
 @pytest.mark.parametrize("options", [{}, {"method": "lora-2", "r": None}, {"method": "linear", "r": None}])
-def test_the_head_fits_the_training_images_before_the_first_step(options, tmp_path):
+def test_the_probe_fits_the_training_images_before_the_first_step(options, tmp_path):
     settings = config(tmp_path, **options).resolved()
     parts = build_components(settings)
     random_start, labels = logits_of(parts)
     start_head_from_probe(parts, settings.optim)
-    found, _ = logits_of(parts)
+    logits, _ = logits_of(parts)
     assert (random_start.argmax(1) == labels).float().mean() < 0.4
-    assert (found.argmax(1) == labels).float().mean() > 0.7
+    assert (logits.argmax(1) == labels).float().mean() > 0.7
 
 
-def test_a_run_starts_there(tmp_path):
+def test_a_run_starts_from_the_probe(tmp_path):
     cold = train(config(tmp_path / "cold", head_init="random"), QUIET).read_json("metrics.json")
     warm = train(config(tmp_path / "warm"), QUIET).read_json("metrics.json")
     assert warm["history"][1]["train_loss"] < cold["history"][0]["train_loss"] - 0.5
 
 
-def test_the_start_is_measured_as_epoch_0(tmp_path):
+def test_the_initial_model_is_evaluated_as_epoch_0(tmp_path):
     console = Console(file=io.StringIO(), width=200)
     metrics = train(config(tmp_path), console).read_json("metrics.json")
     assert [row["epoch"] for row in metrics["history"]] == [0, 1]
@@ -65,7 +65,7 @@ def test_a_random_head_or_a_protocol_without_validation_has_no_epoch_0(settings,
     assert metrics["history"][0]["epoch"] == 1
 
 
-def test_a_start_that_no_epoch_beats_is_saved(tmp_path):
+def test_the_initial_model_is_saved_if_no_epoch_is_better(tmp_path):
     console = Console(file=io.StringIO(), width=200)
     run = train(config(tmp_path, lr=0.0, head_lr=3.0, epochs=2), console)
     metrics = run.read_json("metrics.json")
@@ -84,7 +84,7 @@ def test_a_run_without_epochs_names_the_saved_head(final_head, head, tmp_path):
 
 
 @pytest.mark.parametrize("classes", [2, 5])
-def test_the_probe_is_scikit_learns_on_scaled_features(classes):
+def test_the_probe_matches_scikit_learn_on_scaled_features(classes):
     rng = np.random.default_rng(0)
     labels = rng.integers(0, classes, 80)
     features = rng.standard_normal((80, 6)) * 3 + labels[:, None] * np.arange(6)
@@ -111,7 +111,7 @@ def test_the_probe_is_scikit_learns_on_scaled_features(classes):
         ({"method": "mlp-3", "r": None, "head_init": "probe"}, "probe"),
     ],
 )
-def test_auto_is_the_probe_where_there_are_few_steps_and_a_linear_head(options, expected, tmp_path):
+def test_auto_selects_the_probe_for_a_linear_head(options, expected, tmp_path):
     settings = config(tmp_path, **{"head_init": "auto"} | options).resolved()
     parts = build_components(settings)
     assert choose_head_start(parts, settings.optim, settings.data.protocol).head_init == expected
@@ -121,14 +121,14 @@ def test_auto_is_the_probe_where_there_are_few_steps_and_a_linear_head(options, 
     ("settings", "expected"),
     [({}, "probe"), ({"method": "mlp-3", "r": None}, "random"), ({"protocol": "official", "val_size": None}, "random")],
 )
-def test_auto_is_a_probe_for_linear_heads_except_with_the_authors_protocol(settings, expected, tmp_path):
+def test_auto_selects_the_probe_except_with_the_official_protocol(settings, expected, tmp_path):
     settings = config(tmp_path, head_init="auto", **settings).resolved()
     parts = build_components(settings)
     assert choose_head_start(parts, settings.optim, settings.data.protocol).head_init == expected
 
 
 class MirrorSensitive(torch.nn.Module):
-    """Features of the mean brightness of the left and the right half."""
+    """Model whose features are the mean brightness of the left and the right half."""
 
     head_hidden_size = num_features = 2
 
@@ -148,7 +148,7 @@ class MirrorSensitive(torch.nn.Module):
 
 @pytest.fixture
 def halves(tmp_path):
-    """Images whose brighter half (`side`) or brightness as a whole (`level`) is their class."""
+    """Images whose class is the brighter half (`side`) or the overall brightness (`level`)."""
     rng = np.random.default_rng(0)
     for kind in ("side", "level"):
         for number in range(40):
@@ -164,7 +164,7 @@ def halves(tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "expected", "tta"), [("side", "crop-no-flip", 1), ("level", "crop", 2)])
-def test_auto_leaves_flips_out_if_they_change_the_classes(kind, expected, tta, halves, monkeypatch):
+def test_auto_omits_flips_that_change_the_classes(kind, expected, tta, halves, monkeypatch):
     settings = config(
         halves / "run", data=f"folder:{halves / kind}", method="linear", r=None, head_init="auto", augment="auto",
         train_size=None, val_size=None, test_size=None, batch_size=None,
@@ -187,26 +187,26 @@ def test_auto_leaves_flips_out_if_they_change_the_classes(kind, expected, tta, h
         ({"augment": "auto", "protocol": "official", "val_size": None}, "flip", 1),
     ],
 )
-def test_a_run_averages_flips_where_it_trains_on_them(settings, augment, tta, tmp_path):
+def test_a_run_averages_flips_if_it_trains_on_them(settings, augment, tta, tmp_path):
     chosen = config(tmp_path, **{"head_init": "random", "augment": "auto"} | settings).resolved()
     parts = build_components(chosen)
     chosen = choose_augmentation(parts, chosen.data, chosen.optim)
     assert (chosen.augment, chosen.tta) == (augment, tta)
 
 
-def test_a_run_says_and_stores_what_auto_stands_for(tmp_path):
+def test_a_run_prints_and_stores_the_resolved_auto_settings(tmp_path):
     text = io.StringIO()
     run = train(config(tmp_path / "run", head_init="auto"), Console(file=text, width=100))
     assert "initialized from a linear probe" in text.getvalue()
     assert run.read_config().optim.head_init == "probe"
 
 
-def test_a_model_without_a_linear_head_is_refused(tmp_path):
+def test_a_model_without_a_linear_head_is_rejected(tmp_path):
     settings = config(tmp_path, method="mlp-3", r=None).resolved()
     with pytest.raises(ValueError, match="head_init='probe' needs a timm classifier with a linear head on its pooled"):
         start_head_from_probe(build_components(settings), settings.optim)
 
 
-def test_an_unknown_start_is_named_with_the_choices(tmp_path):
+def test_an_unknown_head_init_is_rejected_with_the_choices(tmp_path):
     with pytest.raises(ValueError, match="head_init must be one of auto, random, probe, got 'zero'"):
         config(tmp_path, head_init="zero")

@@ -1,4 +1,4 @@
-"""A new run that starts from what another one has trained."""
+"""Runs that start from the trained weights of another run."""
 
 import shutil
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("no_report")
 
 @pytest.fixture
 def further(finished, tmp_path):
-    """Make the configuration of a run that starts from the finished one."""
+    """Return a function that creates the configuration of a run that starts from the finished one."""
 
     def make(**changes):
         values = {"init_from": str(finished.path), "out": str(tmp_path / "new"), "device": "cpu", "progress": False}
@@ -30,7 +30,7 @@ def further(finished, tmp_path):
     return make
 
 
-def test_a_new_run_starts_from_the_outputs_and_budgets_of_the_other(finished, further, console):
+def test_a_new_run_starts_with_the_outputs_and_budgets_of_the_initial_run(finished, further, console):
     config = finished.start_settings(further(batch_size=8)).resolved()
     parts = build_components(config)
     images = torch.stack([parts.splits.val[k][0] for k in range(4)])
@@ -38,18 +38,18 @@ def test_a_new_run_starts_from_the_outputs_and_budgets_of_the_other(finished, fu
         fresh = parts.model.eval()(images)
     load_start(parts, config.data.spec, finished)
     BudgetAllocator(parts.model, total_epochs=2, steps_per_epoch=2)
-    other = load_run(finished)
+    initial = load_run(finished)
     with torch.no_grad():
-        expected = other.model(images)
+        expected = initial.model(images)
         assert torch.equal(parts.model.eval()(images), expected)
     assert not torch.allclose(fresh, expected)
-    budgets = [matrix.budget for matrix in matrices_of(other.model)]
+    budgets = [matrix.budget for matrix in matrices_of(initial.model)]
     assert [matrix.budget for matrix in matrices_of(parts.model)] == budgets
-    assert len({budget / matrix.size for budget, matrix in zip(budgets, matrices_of(other.model), strict=True)}) > 1
+    assert len({budget / matrix.size for budget, matrix in zip(budgets, matrices_of(initial.model), strict=True)}) > 1
     assert parts.splits.notes == []
 
 
-def test_a_run_that_replaces_one_with_checkpoints_starts_from_the_other(further, console):
+def test_overwriting_a_run_with_checkpoints_starts_from_the_initial_run(further, console):
     adapters = []
     for overwrite in (False, True):
         run = train(further(epochs=1, batch_size=8, overwrite=overwrite), console)
@@ -59,7 +59,7 @@ def test_a_run_that_replaces_one_with_checkpoints_starts_from_the_other(further,
     assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
 
 
-def test_it_has_the_settings_of_the_other_run_but_for_those_given(finished, further, console):
+def test_unset_settings_are_inherited_from_the_initial_run(finished, further, console):
     run = train(further(epochs=2, batch_size=8, target_sparsity=0.8), console)
     assert run.status == "finished"
     mine, theirs = run.read_config(), finished.read_config()
@@ -73,7 +73,7 @@ def test_it_has_the_settings_of_the_other_run_but_for_those_given(finished, furt
     assert f"trained weights of {finished.path}, including the head" in console.file.getvalue()
 
 
-def test_it_resumes_without_the_other_run(finished, further, tmp_path, console, monkeypatch):
+def test_a_new_run_resumes_without_the_initial_run(finished, further, tmp_path, console, monkeypatch):
     copied = tmp_path / "other"
     shutil.copytree(finished.path, copied)
     config = further(init_from=str(copied), epochs=2, batch_size=8)
@@ -87,7 +87,7 @@ def test_it_resumes_without_the_other_run(finished, further, tmp_path, console, 
     assert resumed.read_json("metrics.json")["history"] == whole.read_json("metrics.json")["history"]
 
 
-def test_a_choice_of_weights_is_taken_over(settings, further, tmp_path, console):
+def test_the_selection_of_weights_is_inherited(settings, further, tmp_path, console):
     first = train(settings(method="gps", epochs=1, out=str(tmp_path / "gps")), console)
     run = train(further(init_from=str(first.path), epochs=1, batch_size=8), console)
     theirs, mine = (load_file(folder.path / "selection" / "trainable.safetensors") for folder in (first, run))
@@ -96,7 +96,7 @@ def test_a_choice_of_weights_is_taken_over(settings, further, tmp_path, console)
     assert all(torch.equal(theirs[name], mine[name]) for name in chosen)
 
 
-def test_what_contradicts_the_other_run_is_refused(finished, further, make_photos, tmp_path):
+def test_settings_that_contradict_the_initial_run_are_rejected(finished, further, make_photos, tmp_path):
     with pytest.raises(ValueError, match="method is 'snella-2' there and 'lora-2' here; leave them out"):
         train(further(method="lora-2"))
     with pytest.raises(ValueError, match=r"init_from must be the folder of a finished run, .*none, which has no run"):
@@ -112,7 +112,7 @@ def test_what_contradicts_the_other_run_is_refused(finished, further, make_photo
         further(folds=3)
 
 
-def test_other_images_are_noted(finished, further, make_photos, tmp_path):
+def test_other_images_add_a_note(finished, further, make_photos, tmp_path):
     others = make_photos(tmp_path / "others", {"cats": 12, "dogs": 12, "owls": 12})
     config = finished.start_settings(further(data=f"folder:{others}")).resolved()
     parts = build_components(config)

@@ -1,4 +1,4 @@
-"""A linear probe trains on features that are computed once, and gives what it would give without."""
+"""Linear probes on cached features give the same results as on images."""
 
 import time
 
@@ -25,28 +25,28 @@ def config(**options):
     ("method", "augment", "can"),
     [("linear", "none", True), ("linear", "flip", False), ("lora-2", "none", False), ("snella-2", "none", False)],
 )
-def test_features_are_computed_once_only_where_they_cannot_change(method, augment, can):
+def test_features_are_cached_only_if_they_are_constant(method, augment, can):
     model = build_method(method, timm.create_model("test_vit", num_classes=3))
     assert can_cache_features(config(method=method, augment=augment).data, model) is can
 
 
-def test_a_head_with_dropout_before_it_sees_the_images_every_time():
+def test_features_are_not_cached_with_dropout_before_the_head():
     model = build_method("linear", timm.create_model("test_vit", num_classes=3, drop_rate=0.5))
     assert not can_cache_features(config(method="linear", augment="none").data, model)
 
 
-def test_the_probe_gives_what_it_gives_on_the_images_themselves(settings, tmp_path, monkeypatch, no_report):
+def test_cached_features_give_the_same_result_as_images(settings, tmp_path, monkeypatch, no_report):
     once = train(settings(out=str(tmp_path / "once"), **LINEAR))
     monkeypatch.setattr(running_module, "can_cache_features", lambda *_: False)
     every_time = train(settings(out=str(tmp_path / "every_time"), **LINEAR))
-    mine, theirs = once.read_json("metrics.json"), every_time.read_json("metrics.json")
-    assert mine["test"]["confusion"] == theirs["test"]["confusion"]
-    assert mine["trainable_parameters"] == theirs["trainable_parameters"]
-    for row, other in zip(mine["history"], theirs["history"], strict=True):
+    cached, expected = once.read_json("metrics.json"), every_time.read_json("metrics.json")
+    assert cached["test"]["confusion"] == expected["test"]["confusion"]
+    assert cached["trainable_parameters"] == expected["trainable_parameters"]
+    for row, other in zip(cached["history"], expected["history"], strict=True):
         assert row["val_loss"] == pytest.approx(other["val_loss"], rel=1e-5)
 
 
-def test_the_backbone_runs_once_for_every_image(settings, monkeypatch, no_report):
+def test_the_backbone_runs_once_per_image(settings, monkeypatch, no_report):
     seen = []
     plain = VisionTransformer.forward_features
     monkeypatch.setattr(
@@ -54,11 +54,11 @@ def test_the_backbone_runs_once_for_every_image(settings, monkeypatch, no_report
     )
     run = train(settings(**LINEAR))
     sizes = run.read_json("run.json")["data"]["sizes"]
-    # two small forward passes are for the estimate of memory
+    # two small forward passes estimate the memory
     assert sum(seen) == sizes["train"] + sizes["val"] + sizes["test"] + 2 + 3
 
 
-def test_the_time_of_a_probe_counts_its_features(settings, monkeypatch, no_report):
+def test_the_training_time_includes_feature_extraction(settings, monkeypatch, no_report):
     monkeypatch.setattr(running_module, "cache_features", lambda *args: time.sleep(1.5) or cache_features(*args))
     assert train(settings(**LINEAR)).read_json("metrics.json")["train_s"] > 1.5
 
@@ -77,6 +77,6 @@ def test_an_interrupted_probe_resumes_to_the_same_result(settings, tmp_path, mon
     with pytest.raises(TrainingInterrupted):
         train(config)
     monkeypatch.setattr(SnellaTrainer, "evaluate", evaluate)
-    found = train(TrainConfig.from_flat(out=config.run.out, resume=True, progress=False)).read_json("metrics.json")
-    assert found["test"] == expected["test"]
-    assert found["history"] == expected["history"]
+    resumed = train(TrainConfig.from_flat(out=config.run.out, resume=True, progress=False)).read_json("metrics.json")
+    assert resumed["test"] == expected["test"]
+    assert resumed["history"] == expected["history"]

@@ -18,28 +18,28 @@ def no_bitsandbytes(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
 
 
-def test_adamw_takes_over_with_a_reason_where_the_8_bit_one_is_missing(no_bitsandbytes):
-    optimizer, told = build("auto")
+def test_auto_falls_back_to_adamw_with_a_reason(no_bitsandbytes):
+    optimizer, name = build("auto")
     assert type(optimizer) is torch.optim.AdamW
-    assert told.startswith("AdamW, because 8-bit AdamW does not run on cpu (ModuleNotFoundError: ")
+    assert name.startswith("AdamW, because 8-bit AdamW does not run on cpu (ModuleNotFoundError: ")
     assert [group["lr"] for group in optimizer.param_groups] == [0.5]
     assert build("adamw")[1] == "AdamW"
 
 
-def test_insisting_on_8_bit_says_what_to_install(no_bitsandbytes):
+def test_adamw8bit_without_bitsandbytes_is_an_error_with_the_package(no_bitsandbytes):
     with pytest.raises(
         ImportError, match=r"optimizer=adamw8bit needs bitsandbytes to run on cpu, but Module.*; pip ins"
     ):
         build("adamw8bit")
 
 
-def test_an_8_bit_optimizer_whose_step_does_nothing_is_not_used(monkeypatch):
-    class Idle(torch.optim.SGD):
+def test_an_8_bit_optimizer_whose_step_has_no_effect_is_not_used(monkeypatch):
+    class NoOpOptimizer(torch.optim.SGD):
         def step(self, closure=None):
             return None
 
     package = type(sys)("bitsandbytes")
     package.optim = type(sys)("optim")
-    package.optim.AdamW8bit = Idle
+    package.optim.AdamW8bit = NoOpOptimizer
     monkeypatch.setitem(sys.modules, "bitsandbytes", package)
     assert "RuntimeError: its step leaves parameters unchanged" in build("auto")[1]

@@ -1,4 +1,4 @@
-"""The cheapest two settings of `benchmarks/many_devices.py`."""
+"""The two cheapest settings of `benchmarks/many_devices.py`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def rows(tmp_path_factory):
 
 @needs_processes
 @pytest.mark.parametrize("engine", ENGINES)
-def test_two_processes_train_as_one_and_save(rows, engine):
+def test_two_processes_match_one_and_save_adapters(rows, engine):
     row = rows[engine]
     assert "error" not in row, row
     assert row["same_on_all_ranks"]
@@ -38,10 +38,10 @@ def test_two_processes_train_as_one_and_save(rows, engine):
 
 @needs_processes
 @pytest.mark.parametrize("engine", ENGINES)
-def test_the_allocator_never_communicates_more_than_one_number_per_matrix_in_a_step(rows, engine):
+def test_the_allocator_communicates_at_most_one_number_per_matrix_and_step(rows, engine):
     row = rows[engine]
     per_step = row["allocator_bytes_per_step"]
-    expected = [0, 0, 8 * row["matrices"]] * 4  # every third step allocates
+    expected = [0, 0, 8 * row["matrices"]] * 4  # every third step reallocates
     if engine == "FSDP2":
-        expected[0] = row["matrices"]  # the search for missing gradients, one byte per matrix
+        expected[0] = row["matrices"]  # the check for missing gradients, one byte per matrix
     assert per_step == expected

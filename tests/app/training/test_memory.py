@@ -1,4 +1,4 @@
-"""Memory of a training step: predicted from small forward passes, compared with what is really kept and allocated."""
+"""Memory of a training step: predictions from small forward passes, compared with saved and allocated memory."""
 
 import json
 
@@ -13,7 +13,7 @@ from snella_app.methods import build_method
 from snella_app.training.memory import predict_step_memory, record_forward, working_modules
 from snella_app.training.optimizer import checkpoint_gradients
 
-# a few steps without an allocator are no training
+# these steps need no allocator
 pytestmark = pytest.mark.filterwarnings("ignore:.* no budget allocator is attached:UserWarning")
 METHODS = ["snella-4", "lora-4", "full"]
 COMPRESSED = ("snella-4", {"compress_activations": True})
@@ -27,7 +27,7 @@ def make(method, name="test_vit", dtype=torch.float32, **options):
 
 
 def step_on(model, images):
-    """A function that takes a step; the optimizer has its state already."""
+    """Return a function that takes one step; the optimizer state is already allocated."""
     model.train()
     optimizer, labels = create_snella_optimizer(model, lr=1e-4), torch.zeros(len(images), dtype=torch.long)
 
@@ -40,21 +40,21 @@ def step_on(model, images):
     return step
 
 
-def highest_of(work, folder):
-    """The most bytes that are there at one time while `work` is done, over what was there before."""
+def peak_bytes(work, folder):
+    """Return the peak of the bytes that `work` allocates, above those allocated before."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         work()
     profile.export_chrome_trace(str(folder / "trace.json"))
     events = json.loads((folder / "trace.json").read_text())["traceEvents"]
     changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
-    height = highest = 0
+    allocated = peak = 0
     for _, change in changes:
-        height += change
-        highest = max(highest, height)
-    return highest
+        allocated += change
+        peak = max(peak, allocated)
+    return peak
 
 
-def held_bytes(model):
+def stored_bytes(model):
     return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
 
 
@@ -62,13 +62,13 @@ def trained_bytes(model):
     return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
 
-def test_saved_bytes_are_those_that_autograd_keeps():
+def test_recorded_bytes_equal_autograd_s_saved_tensors():
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
-    # the input, the first layer's output after the activation; weights are not counted
+    # the input and the output of the activation; weights are not counted
     assert record_forward(model, torch.zeros(5, 8)).kept == 4 * (5 * 8 + 5 * 16)
 
 
-def test_measuring_memory_changes_nothing():
+def test_prediction_restores_the_model_and_random_state():
     model = timm.create_model("test_resnet", num_classes=3)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     torch.manual_seed(5)
@@ -80,7 +80,7 @@ def test_measuring_memory_changes_nothing():
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_a_pass_that_fails_leaves_the_model_as_it_was():
+def test_a_failed_pass_restores_the_model():
     model = timm.create_model("test_vit", num_classes=3).eval()
     with pytest.raises(RuntimeError, match="to have 3 channels, but got 2 channels"):
         record_forward(model, torch.zeros(2, 2, 160, 160))
@@ -89,18 +89,18 @@ def test_a_pass_that_fails_leaves_the_model_as_it_was():
 
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
 @pytest.mark.parametrize(("method", "options"), [*((method, {}) for method in METHODS), COMPRESSED])
-def test_what_another_batch_keeps_is_predicted_to_the_byte(method, options, name):
+def test_saved_bytes_are_extrapolated_to_another_batch_size(method, options, name):
     model = make(method, name, **options)
     memory = predict_step_memory(model, (3, SIDE, SIDE), 11)
     measured = record_forward(model, torch.randn(11, 3, SIDE, SIDE)).kept
     assert memory.kept == pytest.approx(measured, rel=0.001)
-    assert memory.weights == held_bytes(model)
+    assert memory.weights == stored_bytes(model)
     assert memory.gradients == trained_bytes(model) and memory.optimizer_state == 2 * trained_bytes(model)
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_snella_keeps_no_more_than_lora(name, dtype):
+def test_snella_saves_no_more_than_lora(name, dtype):
     snella, lora = (
         predict_step_memory(make(method, name, dtype), (3, SIDE, SIDE), 16) for method in ("snella-4", "lora-4")
     )
@@ -110,67 +110,67 @@ def test_snella_keeps_no_more_than_lora(name, dtype):
 @pytest.mark.parametrize(
     ("method", "options"), [*((method, {}) for method in METHODS), ("snella-4", {"impl": "eager"}), COMPRESSED]
 )
-def test_the_peak_is_what_the_allocator_reports(method, options, tmp_path):
+def test_the_predicted_peak_matches_the_cpu_profiler(method, options, tmp_path):
     model, images = make(method, **options), torch.randn(12, 3, SIDE, SIDE)
     memory = predict_step_memory(model, (3, SIDE, SIDE), 12)
-    highest = highest_of(step_on(model, images), tmp_path)
-    before = held_bytes(model) + 2 * trained_bytes(model) + images.nbytes
-    assert highest > memory.kept / 2
-    assert memory.total == pytest.approx(before + highest, rel=0.1)
+    peak = peak_bytes(step_on(model, images), tmp_path)
+    before = stored_bytes(model) + 2 * trained_bytes(model) + images.nbytes
+    assert peak > memory.kept / 2
+    assert memory.total == pytest.approx(before + peak, rel=0.1)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_peak_with_activation_checkpointing_is_what_the_allocator_reports(method, tmp_path):
+def test_the_predicted_peak_with_checkpointing_matches_the_cpu_profiler(method, tmp_path):
     options = {"num_classes": 3, "img_size": SIDE, "depth": 8}
     models = [build_method(method, timm.create_model("test_vit", **options)) for _ in range(2)]
     checkpoint_gradients(models[1])
     images = torch.randn(12, 3, SIDE, SIDE)
-    plain, less = (predict_step_memory(model, (3, SIDE, SIDE), 12) for model in models)
-    highest = highest_of(step_on(models[1], images), tmp_path)
-    before = held_bytes(models[1]) + 2 * trained_bytes(models[1]) + images.nbytes
-    assert less.total == pytest.approx(before + highest, rel=0.1)
-    assert less.kept < plain.kept / 2 and less.total < plain.total
+    plain, checkpointed = (predict_step_memory(model, (3, SIDE, SIDE), 12) for model in models)
+    peak = peak_bytes(step_on(models[1], images), tmp_path)
+    before = stored_bytes(models[1]) + 2 * trained_bytes(models[1]) + images.nbytes
+    assert checkpointed.total == pytest.approx(before + peak, rel=0.1)
+    assert checkpointed.kept < plain.kept / 2 and checkpointed.total < plain.total
     assert models[1].training and torch.utils.checkpoint.checkpoint.__module__ == "torch.utils.checkpoint"
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_predicting_takes_less_memory_than_a_step_of_a_single_image(method, tmp_path):
+def test_prediction_needs_less_memory_than_a_step_of_batch_size_1(method, tmp_path):
     torch.manual_seed(0)
     model = build_method(method, timm.create_model("test_vit", num_classes=3, img_size=128, depth=24))
-    predicted = highest_of(lambda: predict_step_memory(model, (3, 128, 128), 1), tmp_path)
-    trained = highest_of(step_on(model, torch.randn(1, 3, 128, 128)), tmp_path)
+    predicted = peak_bytes(lambda: predict_step_memory(model, (3, 128, 128), 1), tmp_path)
+    trained = peak_bytes(step_on(model, torch.randn(1, 3, 128, 128)), tmp_path)
     assert predicted < 0.6 * trained
 
 
-def test_a_model_that_asks_for_gradients_in_its_forward_pass_cannot_be_recorded():
-    class Asking(nn.Linear):
+def test_a_backward_pass_inside_the_forward_pass_is_rejected():
+    class NestedBackward(nn.Linear):
         def forward(self, x):
             return torch.autograd.grad(super().forward(x).square().sum(), self.weight)[0]
 
     with pytest.raises(RuntimeError, match="record_forward does not support a backward pass, got one"):
-        record_forward(Asking(4, 3), torch.zeros(2, 4))
+        record_forward(NestedBackward(4, 3), torch.zeros(2, 4))
 
 
-def test_an_adapted_layer_is_one_part_and_its_base_layer_none_of_its_own():
+def test_an_adapted_layer_counts_as_one_module():
     model = make("lora-4")
     names = list(working_modules(model))
     assert "base_model.model.blocks.0.attn.qkv" in names and not any("lora_A" in name for name in names)
     assert len(names) == len(set(names)) and "base_model.model.blocks.1.mlp.fc2" in names
 
 
-def test_on_a_gpu_adamw_needs_a_denominator_for_all_parameters_at_once():
+def test_adamw_on_a_gpu_allocates_denominators_of_all_parameters():
     model = make("full")
     cpu, gpu = (predict_step_memory(model, (3, SIDE, SIDE), 1, device_type=kind) for kind in ("cpu", "cuda"))
     assert gpu.temporary == trained_bytes(model) > cpu.temporary
-    assert gpu.total == held_bytes(model) + 4 * trained_bytes(model)
+    assert gpu.total == stored_bytes(model) + 4 * trained_bytes(model)
 
 
 @pytest.mark.parametrize(
     ("impl", "device_type", "matrices"),
-    # ΔW and effective weight; each tile's partial gradients of A and B; what plain torch operations hold
+    # ΔW and effective weight; partial gradients of A and B per tile; temporaries of plain torch operations
     [("numba", "cpu", 2), ("numba", "cuda", 2 + 4 / 32 + 4 / 64), ("eager", "cpu", 16), ("eager", "cuda", 16)],
 )
-def test_an_adapted_layer_makes_matrices_as_its_implementation_does(impl, device_type, matrices):
+def test_temporary_matrices_follow_the_implementation(impl, device_type, matrices):
     config = SnellaConfig(r=4, target_modules=["1"], impl=impl)
     model = get_peft_model(nn.Sequential(nn.Flatten(), nn.Linear(256, 128)), config)
     temporary = predict_step_memory(model, (1, 16, 16), 10, device_type=device_type).temporary
@@ -181,7 +181,7 @@ def test_an_adapted_layer_makes_matrices_as_its_implementation_does(impl, device
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", ["snella-8", "lora-8", "full"])
-def test_the_peak_is_what_the_gpu_allocator_reports(method, dtype):
+def test_the_predicted_peak_matches_the_gpu_allocator(method, dtype):
     torch.cuda.empty_cache()
     others, batch = torch.cuda.memory_allocated(), 32
     model = timm.create_model("vit_base_patch16_224", num_classes=100).to("cuda", dtype)

@@ -1,4 +1,4 @@
-"""The memory of three methods side by side, without a run."""
+"""Memory predictions for three methods, without a run."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from snella_app.training.memory import predict_for_methods
 
 
-def test_three_methods_are_predicted_for_the_size_that_was_asked_for():
+def test_three_methods_are_predicted_at_the_requested_size():
     rows = list(predict_for_methods("test_vit", 4, img_size=32, r=2))
     assert [method for method, _, _ in rows] == ["snella-2", "lora-2", "full"]
     assert {shape for _, shape, _ in rows} == {(3, 32, 32)}
@@ -15,22 +15,22 @@ def test_three_methods_are_predicted_for_the_size_that_was_asked_for():
     assert full.total > max(snella.total, lora.total)
 
 
-def test_half_precision_halves_weights_and_what_snella_keeps():
+def test_half_precision_halves_weights_and_saved_activations():
     (_, _, whole), *_ = predict_for_methods("test_vit", 8, img_size=32)
     (_, shape, half), *_ = predict_for_methods("test_vit", 8, img_size=32, dtype="bf16")
-    # the numbers of each column of an update stay in float32; beside so few tokens they are a sixteenth
+    # column statistics of an update stay in float32; with this few tokens they are a sixteenth of the total
     assert half.kept == pytest.approx(whole.kept / 2, rel=0.08) and shape == (3, 32, 32)
     assert whole.weights / 2 < half.weights < whole.weights  # the factors stay in float32
 
 
-def test_random_numbers_of_the_caller_do_not_matter():
+def test_predictions_are_independent_of_the_caller_s_random_state():
     torch.manual_seed(1)
     first = [memory for _, _, memory in predict_for_methods("test_convnext", 3)]
     torch.manual_seed(2)
     assert first == [memory for _, _, memory in predict_for_methods("test_convnext", 3)]
 
 
-def test_all_numbers_are_checked_before_a_model_is_built():
+def test_arguments_are_checked_before_a_model_is_built():
     message = r"batch must be at least 1, got 0; img_size must be at least 1, got -3; r must be at least 1, got 0; "
     with pytest.raises(ValueError, match=message + r"dtype must be one of fp32, bf16, got 'fp16'"):
         predict_for_methods("no such model", 0, img_size=-3, r=0, dtype="fp16")

@@ -34,7 +34,7 @@ def vit(method):
     return build_method(method, timm.create_model("test_vit", num_classes=3, img_size=32))
 
 
-def test_the_order_depends_on_seed_and_epoch_alone():
+def test_the_order_depends_only_on_seed_and_epoch():
     sampler = EpochSampler(50, seed=3)
     first = list(sampler)
     torch.manual_seed(99)
@@ -45,12 +45,12 @@ def test_the_order_depends_on_seed_and_epoch_alone():
     assert list(sampler) == first
 
 
-def test_mixed_seeds_differ_for_different_numbers_and_for_their_order():
+def test_mixed_seeds_depend_on_all_numbers_and_their_order():
     seeds = {mix_seed(a, b) for a in range(40) for b in range(40)}
     assert len(seeds) == 1600 and all(0 <= seed < 2**63 for seed in seeds)
 
 
-def test_factors_scalars_and_head_have_rates_of_their_own():
+def test_factors_scalars_and_head_have_separate_learning_rates():
     optimizer = build_optimizer(vit("snella-2"), lr=1e-2, scalar_lr=1e-5, head_lr=1e-1, weight_decay=0.5)
     assert {g["name"]: (g["lr"], g["weight_decay"]) for g in optimizer.param_groups} == {
         "factors": (1e-2, 0.5), "scalars": (1e-5, 0.0), "head": (1e-1, 0.5), "head_no_decay": (1e-1, 0.0),
@@ -58,7 +58,7 @@ def test_factors_scalars_and_head_have_rates_of_their_own():
 
 
 @pytest.mark.parametrize(("method", "rates"), [("lora-2", {1e-2, 1e-1}), ("linear", {1e-1}), ("full", {1e-2, 1e-1})])
-def test_the_head_of_other_methods_has_its_rate_and_vectors_no_decay(method, rates):
+def test_heads_of_other_methods_have_their_learning_rate_and_vectors_no_decay(method, rates):
     model = vit(method)
     optimizer = build_optimizer(model, lr=1e-2, head_lr=1e-1, weight_decay=0.5)
     assert {group["lr"] for group in optimizer.param_groups} == rates
@@ -69,13 +69,13 @@ def test_the_head_of_other_methods_has_its_rate_and_vectors_no_decay(method, rat
     assert {id(p) for g in optimizer.param_groups if g["lr"] == 1e-1 for p in g["params"]} == head
 
 
-def test_a_model_with_nothing_to_train_is_refused():
+def test_a_model_without_trainable_parameters_is_rejected():
     model = vit("linear").requires_grad_(False)
     with pytest.raises(ValueError, match="method 'linear' has no trainable parameters in VisionTransformer"):
         build_optimizer(model, lr=1e-2)
 
 
-def test_the_bar_appears_on_a_terminal_and_goes_away():
+def test_the_bar_is_shown_on_a_terminal_and_removed():
     output = io.StringIO()
     display = ProgressDisplay(Console(file=output, force_terminal=True, width=100), TASK, PROTOCOLS["standard"])
     display.last_loss = lambda: 0.125
@@ -91,7 +91,7 @@ def test_the_bar_appears_on_a_terminal_and_goes_away():
     assert display._bar is None
 
 
-def test_without_a_terminal_there_are_lines_only_and_the_best_one_is_marked():
+def test_without_a_terminal_lines_replace_the_bar_and_mark_the_best_epoch():
     output = io.StringIO()
     display = ProgressDisplay(Console(file=output, width=200), TASK, PROTOCOLS["standard"])
     past = {"val_accuracy": 0.5, "val_loss": 0.9, "budget": None}
@@ -107,7 +107,7 @@ def test_without_a_terminal_there_are_lines_only_and_the_best_one_is_marked():
 
 
 def printed_by_steps(seconds, max_steps=100, shorten=None, **options):
-    """What is printed on no terminal by steps that take so many seconds each."""
+    """Return the output without a terminal for steps of the given durations in seconds."""
     output, now = io.StringIO(), [0.0]
     console = Console(file=output, width=200)
     display = ProgressDisplay(console, TASK, PROTOCOLS["standard"], shorten=shorten, clock=lambda: now[0], **options)
@@ -121,19 +121,19 @@ def printed_by_steps(seconds, max_steps=100, shorten=None, **options):
     return output.getvalue().replace("\N{NO-BREAK SPACE}", " ").splitlines()
 
 
-def test_the_time_that_is_left_is_told_after_the_first_steps_which_compile():
+def test_the_remaining_time_is_printed_after_the_first_steps():
     assert printed_by_steps([9.0, 1.0, 1.0, 1.0, 1.0]) == ["about 1 min 36 s remaining: 96 steps of 1.0 s"]
     assert printed_by_steps([9.0, 0.1, 0.1, 0.1]) == []
 
 
-def test_steps_that_take_long_are_told_after_the_second_with_what_takes_less():
+def test_slow_steps_are_reported_after_the_second_with_a_remedy():
     factors = []
-    first, estimate = printed_by_steps([90.0, 60.0], 82, lambda much: factors.append(much) or "; less with X")
-    assert first == "step 1/82  loss 0.5000"  # which compiles, and says little of the others
+    first, estimate = printed_by_steps([90.0, 60.0], 82, lambda factor: factors.append(factor) or "; less with X")
+    assert first == "step 1/82  loss 0.5000"  # the first step compiles and is not representative
     assert estimate == "about 1 h 20 min remaining: 80 steps of 1 min 0 s; less with X" and factors == [16.0]
 
 
-def test_without_a_terminal_a_line_comes_every_half_minute_unless_none_is_wanted():
+def test_without_a_terminal_a_line_is_printed_every_half_minute_if_enabled():
     lines = printed_by_steps([10.0] * 9)
     assert lines[1:] == [
         "step 5/100  loss 0.5000  about 15 min 50 s remaining",
@@ -143,14 +143,15 @@ def test_without_a_terminal_a_line_comes_every_half_minute_unless_none_is_wanted
 
 
 @pytest.mark.parametrize(
-    ("side", "much", "said"), [(518, 16, "--img-size 126 takes about 6% of that"), (98, 8, "--train-size or --epochs")]
+    ("side", "factor", "expected"),
+    [(518, 16, "--img-size 126 takes about 6% of that"), (98, 8, "--train-size or --epochs")],
 )
-def test_what_takes_less_is_a_size_that_patches_tile(side, much, said):
+def test_the_suggested_size_is_a_multiple_of_the_patch_size(side, factor, expected):
     model = timm.create_model("test_vit", img_size=112, patch_size=14)
-    assert said in shorten_hint(RunComponents(None, model, TASK, {}, {"input_size": [3, side, side]}), much)
+    assert expected in shorten_hint(RunComponents(None, model, TASK, {}, {"input_size": [3, side, side]}), factor)
 
 
-def test_what_will_not_fit_or_take_long_is_said_before_training(monkeypatch):
+def test_memory_and_time_warnings_are_printed_before_training(monkeypatch):
     monkeypatch.setattr("snella_app.training.results.free_memory", lambda device: 2**20)
     model = build_method("linear", timm.create_model("test_vit", num_classes=10, img_size=448))
     parts = RunComponents(
@@ -164,7 +165,7 @@ def test_what_will_not_fit_or_take_long_is_said_before_training(monkeypatch):
     assert "the model's default of 448×448 px takes about 4 times as long on a CPU as 224×224 px" in text
 
 
-def test_snella_can_also_keep_less(monkeypatch):
+def test_the_memory_warning_suggests_compression_for_snella(monkeypatch):
     monkeypatch.setattr("snella_app.training.results.free_memory", lambda device: 2**20)
     parts = RunComponents(
         load_data("digits"),
@@ -173,10 +174,10 @@ def test_snella_can_also_keep_less(monkeypatch):
         {},
         {"input_size": [3, 32, 32]},
     )
-    for options, is_said in (({}, True), ({"compress_activations": True}, False)):
+    for options, is_suggested in (({}, True), ({"compress_activations": True}, False)):
         output = io.StringIO()
         log_summary(Console(file=output, width=300), config("snella", method_options=options), parts)
-        assert ("--method-options.compress_activations true, --grad-" in output.getvalue()) == is_said
+        assert ("--method-options.compress_activations true, --grad-" in output.getvalue()) == is_suggested
 
 
 RISEN = (
@@ -190,11 +191,11 @@ RISEN = (
     [
         ("standard", 20, (0.5, 0.6, 0.3, 0.2), [RISEN]),
         ("final", 20, (0.5, 0.6, 0.7, 0.8), [RISEN]),
-        ("standard", 20, (0.5, 0.6, 0.7, 0.8), []),  # of mixed images, say
-        ("standard", 4, (0.5, 0.6, 0.3, 0.2), []),  # a linear probe that four steps have disturbed
+        ("standard", 20, (0.5, 0.6, 0.7, 0.8), []),  # e.g. with mixup
+        ("standard", 4, (0.5, 0.6, 0.3, 0.2), []),  # a linear probe, disturbed by the first steps
     ],
 )
-def test_a_loss_that_rises_is_told_once_where_it_harms_and_steps_were_many(protocol, steps, accuracies, expected):
+def test_a_harmful_loss_increase_is_reported_once(protocol, steps, accuracies, expected):
     output = io.StringIO()
     display = ProgressDisplay(Console(file=output, width=200), TASK, PROTOCOLS[protocol])
     state = TrainerState(max_steps=4 * steps, num_train_epochs=4)
@@ -206,33 +207,33 @@ def test_a_loss_that_rises_is_told_once_where_it_harms_and_steps_were_many(proto
     assert [line for line in output.getvalue().splitlines() if "risen" in line] == expected
 
 
-def test_free_memory_is_positive_and_no_more_than_the_machine_has():
+def test_free_memory_is_positive_and_at_most_the_total():
     assert 0 < free_memory(torch.device("cpu")) <= psutil.virtual_memory().total
 
 
-def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+def test_a_missing_gpu_is_rejected(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="device must be available, got 'cuda'"):
         choose_device("cuda")
     assert choose_device("auto").type == "cpu" == choose_device("cpu").type
 
 
-def test_the_input_size_follows_the_settings_and_the_rest_the_model():
+def test_img_size_overrides_only_the_input_size():
     model = timm.create_model("test_vit", num_classes=3, img_size=32)
-    changed, own = resolve_data_config(model, 32), resolve_data_config(model, None)
-    assert changed["input_size"] == [3, 32, 32] and own["input_size"] == [3, 160, 160]
+    changed, default = resolve_data_config(model, 32), resolve_data_config(model, None)
+    assert changed["input_size"] == [3, 32, 32] and default["input_size"] == [3, 160, 160]
     assert {k: v for k, v in changed.items() if k != "input_size"} == {
-        k: v for k, v in own.items() if k != "input_size"
+        k: v for k, v in default.items() if k != "input_size"
     }
 
 
-def test_of_equally_accurate_epochs_the_one_with_the_lower_loss_is_best_and_then_the_later():
+def test_ties_in_accuracy_go_to_the_lower_loss_then_the_later_epoch():
     rows = [(0.5, 0.1), (0.75, 0.9), (0.75, 0.8), (0.75, 0.8), (0.75, 0.85)]
     history = [{"epoch": n + 1, "val_accuracy": a, "val_loss": loss} for n, (a, loss) in enumerate(rows)]
     assert [best_epoch(history[:count], TASK.selection_score) for count in (5, 3, 1)] == [4, 3, 1]
 
 
-def test_unknown_public_names_are_refused():
+def test_unknown_public_names_are_rejected():
     import snella_app.runs
 
     with pytest.raises(AttributeError, match=r"module 'snella_app\.runs' has no attribute 'tarin'"):

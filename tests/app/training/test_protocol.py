@@ -1,4 +1,4 @@
-"""Runs under each protocol on tiny data in the benchmarks' layouts, as a user types them."""
+"""Runs under each protocol on tiny data in the layouts of the benchmarks, started from the command line."""
 
 import io
 import os
@@ -43,7 +43,7 @@ def words(camelyon):
 
 @pytest.fixture(scope="module")
 def runs(words, tmp_path_factory):
-    """One finished run a protocol."""
+    """One finished run per protocol."""
     root = tmp_path_factory.mktemp("protocols")
     for name in PROTOCOLS:
         assert main([*words, "--protocol", name, "--out", str(root / name)]) == 0
@@ -54,12 +54,12 @@ def keys(run):
     return {key for row in run.read_json("metrics.json")["history"] for key in row}
 
 
-def test_the_names_are_the_same_everywhere():
+def test_protocol_names_are_consistent():
     choices = TrainConfig.settings()["protocol"].type
     assert list(PROTOCOLS) == list(Protocol.__args__) == list(choices.__args__)
 
 
-def test_with_a_schedule_that_ends_early_the_kept_epoch_has_the_sparsity_that_was_asked_for(words, tmp_path):
+def test_with_an_early_schedule_end_the_best_epoch_has_the_target_sparsity(words, tmp_path):
     assert main([*words, "--method-options.schedule_end", "0.5", "--epochs", "4", "--out", str(tmp_path / "run")]) == 0
     metrics = RunFolder(tmp_path / "run").read_json("metrics.json")
     assert [row.get("is_denser", False) for row in metrics["history"]] == [True, True, False, False, False]
@@ -69,7 +69,7 @@ def test_with_a_schedule_that_ends_early_the_kept_epoch_has_the_sparsity_that_wa
     assert sum(m.budget for m in matrices) == sum(m.size for m in matrices) - round(0.8 * sum(m.size for m in matrices))
 
 
-def test_an_epoch_denser_than_asked_ranks_below_every_other():
+def test_an_epoch_above_the_target_budget_scores_lowest():
     def task_score(row):
         return row["val_accuracy"], -row["val_loss"]
 
@@ -80,7 +80,7 @@ def test_an_epoch_denser_than_asked_ranks_below_every_other():
     )
 
 
-def test_an_unknown_protocol_is_refused():
+def test_an_unknown_protocol_is_rejected():
     message = "protocol must be one of standard, final, official, got 'offical'"
     with pytest.raises(ValueError, match=message):
         get_protocol("offical")
@@ -88,7 +88,7 @@ def test_an_unknown_protocol_is_refused():
         TrainConfig.from_flat(data="digits", backbone="test_vit", out="-", protocol="offical")
 
 
-def test_the_standard_protocol_chooses_on_validation(runs):
+def test_the_standard_protocol_selects_on_validation(runs):
     metrics = runs["standard"].read_json("metrics.json")
     assert (metrics["protocol"], metrics["selected_on"], metrics["best_metric"]) == ("standard", "val", "val_accuracy")
     assert "val_accuracy" in keys(runs["standard"]) and not any(
@@ -97,7 +97,7 @@ def test_the_standard_protocol_chooses_on_validation(runs):
     assert runs["standard"].read_json("run.json")["data"]["sizes"] == {"train": 12, "val": 4, "test": 8}
 
 
-def test_the_final_run_has_no_validation_and_keeps_the_last_epoch(runs):
+def test_the_final_protocol_saves_the_last_epoch_without_validation(runs):
     run = runs["final"]
     metrics, info = run.read_json("metrics.json"), run.read_json("run.json")
     assert info["data"]["sizes"] == {"train": 16, "val": 0, "test": 8} and info["protocol"] == "final"
@@ -108,18 +108,18 @@ def test_the_final_run_has_no_validation_and_keeps_the_last_epoch(runs):
     assert sum(matrix["nonzeros"] for matrix in allocation["matrices"]) == allocation["target_budget"]
 
 
-def test_the_kept_adapter_of_a_final_run_is_that_of_the_last_step(runs):
+def test_the_final_protocol_saves_the_adapter_of_the_last_step(runs):
     run = runs["final"]
     last = next(run.checkpoints.iterdir())
-    kept, state = (load_file(folder / "adapter_model.safetensors") for folder in (run.adapter, last))
+    saved, state = (load_file(folder / "adapter_model.safetensors") for folder in (run.adapter, last))
     assert last.name == "checkpoint-12" and all(
-        torch.equal(kept[name], state[name])
+        torch.equal(saved[name], state[name])
         for name in state
-        if ".head." not in name  # whose inputs are normalized
+        if ".head." not in name  # its inputs are normalized
     )
 
 
-def test_the_official_protocol_chooses_on_the_test_images_and_says_so_everywhere(runs):
+def test_the_official_protocol_selects_on_test_images_and_reports_it(runs):
     run = runs["official"]
     metrics = run.read_json("metrics.json")
     assert (metrics["protocol"], metrics["selected_on"], metrics["best_metric"]) == (
@@ -144,7 +144,7 @@ def test_only_the_official_report_warns(runs):
         assert "optimistic" not in runs[name].report.read_text()
 
 
-def test_the_official_protocol_takes_imagenets_mean_and_whole_images(runs):
+def test_the_official_protocol_uses_imagenet_mean_and_uncropped_images(runs):
     configs = {name: run.read_json("run.json")["data_config"] for name, run in runs.items()}
     assert configs["official"]["mean"] == [0.485, 0.456, 0.406] and configs["official"]["std"] == [0.229, 0.224, 0.225]
     assert configs["standard"]["mean"] == configs["final"]["mean"] == [0.5, 0.5, 0.5]
@@ -153,15 +153,15 @@ def test_the_official_protocol_takes_imagenets_mean_and_whole_images(runs):
     assert (other["crop_mode"], other["crop_pct"], other["interpolation"]) == ("center", 0.875, "bilinear")
 
 
-def test_the_official_protocol_measures_every_tenth_epoch_and_the_last_ten():
+def test_the_official_protocol_evaluates_every_tenth_epoch_and_the_last_ten():
     measured = [epoch for epoch in range(1, 101) if PROTOCOLS["official"].is_measured(epoch, 100)]
     assert measured == [1, 11, 21, 31, 41, 51, 61, 71, 81, *range(91, 101)]
     assert all(PROTOCOLS["standard"].is_measured(epoch, 100) for epoch in (1, 2, 100))
     assert not any(PROTOCOLS["final"].is_measured(epoch, 100) for epoch in (1, 100))
 
 
-def test_an_epoch_that_was_not_measured_is_not_kept(camelyon, tmp_path, no_report):
-    """Epochs 2 and 3 of 13 are not measured; the best is among the others."""
+def test_an_epoch_without_evaluation_is_not_selected(camelyon, tmp_path, no_report):
+    """Epochs 2 and 3 of 13 are not evaluated; the best epoch is one of the others."""
     config = TrainConfig.from_flat(
         data=f"vtab:{camelyon}", strict_sizes=False, backbone="test_vit", pretrained=False, img_size=32,
         method="linear", epochs=13, batch_size=16, augment="none", device="cpu", progress=False, protocol="official",
@@ -173,7 +173,7 @@ def test_an_epoch_that_was_not_measured_is_not_kept(camelyon, tmp_path, no_repor
     assert run.read_json("metrics.json")["best_epoch"] not in (2, 3)
 
 
-def test_the_console_says_what_chose_the_epoch(words, tmp_path, capsys, no_report):
+def test_the_console_names_the_selection_criterion(words, tmp_path, capsys, no_report):
     shown = {}
     for name in ("final", "official"):
         short = [*words, "--epochs", "1", "--method", "linear", "--target-sparsity", "null", "--protocol", name]
@@ -188,7 +188,7 @@ def test_the_console_says_what_chose_the_epoch(words, tmp_path, capsys, no_repor
     )
 
 
-def test_a_run_is_evaluated_on_its_own_test_images_whatever_its_protocol(runs):
+def test_evaluation_uses_the_run_s_test_images_under_every_protocol(runs):
     for run in runs.values():
         result = evaluate(run.path, device="cpu")
         assert result["split"] == "test" and result["accuracy"] == run.read_json("metrics.json")["test"]["accuracy"]
@@ -201,14 +201,14 @@ def test_the_official_protocol_needs_test_images():
         load_data("digits", test_fraction=0, protocol="official")
 
 
-def test_without_any_held_out_images_a_final_run_is_trained_all_the_same(photos, tmp_path, settings):
+def test_the_final_protocol_needs_no_held_out_images(photos, tmp_path, settings):
     run = train(settings(protocol="final", test_fraction=0.0, method="linear", epochs=1), Console(file=io.StringIO()))
     metrics = run.read_json("metrics.json")
     assert metrics["val"] is metrics["test"] is None and run.read_json("run.json")["data"]["sizes"]["train"] == 48
     assert not (run.path / "predictions.json").exists() and run.report.is_file()
 
 
-def test_fgvc_trains_by_the_same_command(tmp_path, no_report):
+def test_fgvc_uses_the_same_command(tmp_path, no_report):
     folder = write_fgvc(tmp_path / "fgvc" / "cub", "images", [3, 17], {"train": 8, "val": 4, "test": 4}, side=32)
     words = [
         "train", "--data", f"fgvc:{folder}", "--strict-sizes", "false", "--backbone", "test_vit",
@@ -224,13 +224,13 @@ def test_fgvc_trains_by_the_same_command(tmp_path, no_report):
 
 
 @pytest.mark.parametrize("ema", [0.0, 1.0, -1.0])
-def test_a_decay_out_of_range_is_refused(ema):
+def test_a_decay_out_of_range_is_rejected(ema):
     with pytest.raises(ValueError, match=rf"ema must be in \(0, 1\), got {ema}; leave it out to disable it"):
         TrainConfig.from_flat(data="digits", backbone="test_vit", out="-", ema=ema)
 
 
-def test_what_an_averaged_run_keeps_is_the_average_with_exactly_its_budgets(settings, no_report):
-    """Measured and kept is the average; the adapter reloads to it, as sparse as its budgets say."""
+def test_a_run_with_ema_saves_the_average_with_exact_budgets(settings, no_report):
+    """The average is evaluated and saved; the reloaded adapter has exactly the sparsity of its budgets."""
     short = {"protocol": "final", "epochs": 2, "head_norm": "none"}
     plain = train(settings(**short, out=settings().run.out + "-plain"), Console(file=io.StringIO()))
     run = train(settings(**short, ema=0.9), Console(file=io.StringIO()))
@@ -254,7 +254,7 @@ def test_what_an_averaged_run_keeps_is_the_average_with_exactly_its_budgets(sett
     assert run.read_json("metrics.json")["ema"] == 0.9
 
 
-def test_an_averaged_run_resumes_to_the_same_bits(settings, console, no_report, monkeypatch):
+def test_a_run_with_ema_resumes_bit_for_bit(settings, console, no_report, monkeypatch):
     step, short = 6, {"ema": 0.9, "epochs": 2}
     whole = train(settings(**short, out=settings().run.out + "-whole"), console)
     config, original = settings(**short), SnellaTrainer.training_step

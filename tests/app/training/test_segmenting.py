@@ -47,7 +47,7 @@ def run(folder, tmp_path_factory):
     return out
 
 
-def test_a_run_holds_dice_and_predicted_masks(run):
+def test_a_run_stores_dice_and_predicted_masks(run):
     info, metrics = (json.loads((run / name).read_text()) for name in ("run.json", "metrics.json"))
     assert info["task"] == "segmentation" and info["classes"] == ["background", "class 1", "class 2"]
     assert metrics["best_metric"] == "val_dice"
@@ -56,11 +56,11 @@ def test_a_run_holds_dice_and_predicted_masks(run):
     for name in ("dice", "iou", "dice_pooled", "iou_pooled", "dice_gps_foreground_only", "iou_gps_foreground_only"):
         assert 0 <= metrics["test"][name] <= 1
     items = json.loads((run / "predictions.json").read_text())["items"]
-    kept = [item for item in items if item["mask"]]
-    assert len(kept) == min(12, len(items)) and all((run / item["mask"]).is_file() for item in kept)
+    with_mask = [item for item in items if item["mask"]]
+    assert len(with_mask) == min(12, len(items)) and all((run / item["mask"]).is_file() for item in with_mask)
 
 
-def test_the_kept_masks_give_the_dice_that_is_noted_with_them(run, folder):
+def test_stored_masks_reproduce_their_dice(run, folder):
     from snella_app.tasks.segmentation import image_scores, pixel_counts
 
     item = next(i for i in json.loads((run / "predictions.json").read_text())["items"] if i["dice"] is not None)
@@ -69,7 +69,7 @@ def test_the_kept_masks_give_the_dice_that_is_noted_with_them(run, folder):
     assert predicted.shape == (32, 32)
     both = (torch.as_tensor(np.array(values)).long()[None] for values in (predicted, truth))
     dice, _ = image_scores(pixel_counts(*both, 3).numpy())
-    assert item["dice"] == pytest.approx(np.nanmean(dice), abs=0.05)  # torchvision's nearest pixel may be the next one
+    assert item["dice"] == pytest.approx(np.nanmean(dice), abs=0.05)  # torchvision may round to the neighboring pixel
 
 
 def test_the_report_shows_curves_classes_and_overlays(run):
@@ -80,14 +80,14 @@ def test_the_report_shows_curves_classes_and_overlays(run):
     assert "Confusion matrix" not in page
 
 
-def test_training_again_draws_the_report_the_same(run, capsys):
+def test_the_report_is_deterministic(run, capsys):
     before = (run / "report.html").read_text().count(_PANELS)
     command("inspect", run, "--report")
     assert "Dice" in capsys.readouterr().out
     assert (run / "report.html").read_text().count(_PANELS) == before > 0
 
 
-def test_evaluating_gives_the_test_results_again(run, capsys, tmp_path):
+def test_evaluation_reproduces_the_test_results(run, capsys, tmp_path):
     command("evaluate", run, "--out", tmp_path / "result.json")
     result, metrics = json.loads((tmp_path / "result.json").read_text()), json.loads((run / "metrics.json").read_text())
     assert result["dice"] == pytest.approx(metrics["test"]["dice"])
@@ -95,7 +95,7 @@ def test_evaluating_gives_the_test_results_again(run, capsys, tmp_path):
     assert "GPS's variant, without false positives" in capsys.readouterr().out
 
 
-def test_other_data_is_measured_in_full_and_other_kinds_are_refused(run, tmp_path, capsys):
+def test_other_data_is_evaluated_in_full_and_data_without_masks_is_rejected(run, tmp_path, capsys):
     write_pairs(tmp_path / "more", 5, classes=3)
     command("evaluate", run, "--data", f"masks:{tmp_path / 'more'}")
     assert "(all), 5 images" in capsys.readouterr().out
@@ -103,7 +103,7 @@ def test_other_data_is_measured_in_full_and_other_kinds_are_refused(run, tmp_pat
     assert "data must be images with masks for task segmentation" in capsys.readouterr().err
 
 
-def test_predicting_writes_masks_of_the_images_size_and_overlays(run, folder, tmp_path, capsys):
+def test_predictions_are_masks_at_image_size_and_overlays(run, folder, tmp_path, capsys):
     out = tmp_path / "predicted"
     command("predict", run, folder / "images" / "000.png", folder / "images" / "001.png", "--out", out)
     assert "2 images" in capsys.readouterr().out
@@ -113,15 +113,15 @@ def test_predicting_writes_masks_of_the_images_size_and_overlays(run, folder, tm
     image = read_image(folder / "images" / "000.png")
     with torch.no_grad():
         scores = loaded.model(loaded.transform(image)[None])
-    wanted = torch.nn.functional.interpolate(scores, (32, 40), mode="bilinear", align_corners=False).argmax(1)[0]
-    assert np.array_equal(np.asarray(mask), wanted.numpy())
+    expected = torch.nn.functional.interpolate(scores, (32, 40), mode="bilinear", align_corners=False).argmax(1)[0]
+    assert np.array_equal(np.asarray(mask), expected.numpy())
     command("predict", run, folder / "images" / "000.png", "--out", out, status=2)
     assert "is not empty; choose another folder" in capsys.readouterr().err
     command("predict", run, folder / "images" / "000.png")
     assert "%" in capsys.readouterr().out
 
 
-def test_predicting_refuses_what_it_cannot_write(run, folder, tmp_path, capsys):
+def test_unsupported_prediction_outputs_are_rejected(run, folder, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     image = folder / "images" / "000.png"
     command("predict", run, image, "--out", tmp_path / "file", status=2)
@@ -133,7 +133,7 @@ def test_predicting_refuses_what_it_cannot_write(run, folder, tmp_path, capsys):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.load.*:DeprecationWarning")
-def test_exported_graphs_give_the_run_s_outputs_and_the_rest_is_refused(run, tmp_path):
+def test_exported_graphs_match_the_run_and_other_formats_are_rejected(run, tmp_path):
     loaded, images = load_run(run, "cpu"), torch.rand(2, 3, 32, 32)
     with torch.no_grad():
         expected = loaded.task.final_outputs(loaded.model(images), loaded.info.temperature)
@@ -148,7 +148,7 @@ def test_exported_graphs_give_the_run_s_outputs_and_the_rest_is_refused(run, tmp
             export(run, name, tmp_path / name)
 
 
-def test_a_sparse_file_gives_the_fine_tuned_weights(run, tmp_path):
+def test_a_sparse_file_restores_the_fine_tuned_weights(run, tmp_path):
     loaded, images = load_run(run, "cpu"), torch.rand(2, 3, 32, 32)
     model = make_backbone(loaded.info.backbone, loaded.task.name).eval()
     load_sparse(model, export(run, "sparse", tmp_path / "sparse.safetensors").path)
@@ -156,7 +156,7 @@ def test_a_sparse_file_gives_the_fine_tuned_weights(run, tmp_path):
         assert torch.equal(model(images), loaded.model.merge_and_unload()(images))
 
 
-def test_merging_gives_encoder_and_decoder_with_the_same_outputs(run, tmp_path, capsys):
+def test_merged_encoder_and_decoder_give_the_same_outputs(run, tmp_path, capsys):
     path = tmp_path / "merged.safetensors"
     command("merge", run, "--out", path)
     out = capsys.readouterr().out
@@ -168,7 +168,7 @@ def test_merging_gives_encoder_and_decoder_with_the_same_outputs(run, tmp_path, 
         assert torch.equal(load_merged(path)(images), load_run(run, "cpu").model(images))
 
 
-def test_a_file_of_another_origin_is_not_loaded_as_merged(tmp_path):
+def test_a_file_not_written_by_merge_is_rejected(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
@@ -176,7 +176,7 @@ def test_a_file_of_another_origin_is_not_loaded_as_merged(tmp_path):
         load_merged(tmp_path / "x.safetensors")
 
 
-def test_tasks_and_data_that_do_not_belong_together_are_refused(folder, tmp_path, capsys):
+def test_mismatched_task_and_data_are_rejected(folder, tmp_path, capsys):
     command("train", *TINY, "--data", f"masks:{folder}", "--out", tmp_path / "a", status=2)
     assert "add --task segmentation" in capsys.readouterr().err
     command("train", *TINY, "--task", "segmentation", "--data", "digits", "--out", tmp_path / "b", status=2)
@@ -192,7 +192,7 @@ def test_the_decoder_learns(folder, tmp_path):
     assert history[-1]["train_loss"] < 0.8 * history[0]["train_loss"]
 
 
-def test_sam_learns_polyps_as_the_paper_does(tmp_path, capsys):
+def test_sam_learns_polyps_with_the_paper_s_settings(tmp_path, capsys):
     torch.manual_seed(0)
     SamModel(tiny_config()).save_pretrained(tmp_path / "sam")
     write_pairs(tmp_path / "Kvasir-SEG", 10, ending=".jpg")
@@ -206,14 +206,16 @@ def test_sam_learns_polyps_as_the_paper_does(tmp_path, capsys):
     assert history[-1]["lr"] == pytest.approx(1e-7, rel=1e-3)
     matrices = json.loads((out / "allocation.json").read_text())["matrices"]
     shares = [matrix["budget"] / matrix["size"] for matrix in matrices]
-    assert len(matrices) == 18 and max(shares) - min(shares) > 0.2  # by importance: shares by size would be equal
+    assert (
+        len(matrices) == 18 and max(shares) - min(shares) > 0.2
+    )  # allocation by importance; by size, shares would be equal
     assert json.loads((out / "run.json").read_text())["data_config"]["mean"] == pytest.approx([0.485, 0.456, 0.406])
     capsys.readouterr()
     command("predict", out, tmp_path / "Kvasir-SEG" / "images", "--out", tmp_path / "masks")
     assert len(list((tmp_path / "masks").glob("*.png"))) == 10
 
 
-def test_the_experiment_of_table_v_is_what_the_paper_describes():
+def test_the_experiment_of_table_v_matches_the_paper():
     path = Path(__file__).parents[3] / "experiments" / "polyp" / "table5.yaml"
     _, _, settings = parse(["train", "--config", str(path), "--out", "runs/polyp"])
     config = TrainConfig.from_flat(**settings).resolved()
@@ -223,7 +225,7 @@ def test_the_experiment_of_table_v_is_what_the_paper_describes():
     assert TrainConfig.from_flat(**settings).resolved().method.all_options() == {"r": 8}
 
 
-def test_merging_a_sam_and_training_on_all_images_work(tmp_path):
+def test_sam_merges_and_trains_on_all_images(tmp_path):
     torch.manual_seed(0)
     SamModel(tiny_config()).save_pretrained(tmp_path / "sam")
     config = TrainConfig.from_flat(

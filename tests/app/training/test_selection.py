@@ -1,4 +1,4 @@
-"""Runs of methods that choose from data what is trained."""
+"""Runs of methods that select trainable parameters from data."""
 
 import pytest
 import timm
@@ -21,7 +21,7 @@ OPTIONS = {"noah": {"sizes": [1], "supernet_epochs": 1, "population": 2, "genera
 
 @pytest.fixture
 def parts(settings):
-    """The images of a tiny run with their tensors' first pixel for transform, and its settings."""
+    """Images of a tiny run, transformed to their first pixel and a random number, and its settings."""
     config = settings(method="gps")
     splits = load_data(str(config.data.spec), seed=0)
     mark = lambda image: torch.tensor([float(sum(image.getpixel((0, 0)))), float(torch.rand(()))])  # noqa: E731
@@ -34,23 +34,23 @@ def passes(data, which, count=2):
     return [[torch.cat([i, labels[:, None]], 1) for i, labels in which(data)] for _ in range(count)]
 
 
-def test_every_pass_has_all_training_images_in_an_order_and_an_augmentation_of_its_own(parts):
+def test_every_pass_has_all_training_images_with_a_new_order_and_augmentation(parts):
     first, second = passes(selection_data(*parts), lambda data: data())
     assert [len(batch) for batch in first] == [8] * 3 + [len(parts[0]) - 24] * (len(parts[0]) > 24)
     images = [torch.cat(batches)[:, [0, 2]] for batches in (first, second)]
     assert not torch.equal(*images)
-    assert torch.equal(*(one[one[:, 0].argsort(stable=True)][:, 0] for one in images))
+    assert torch.equal(*(rows[rows[:, 0].argsort(stable=True)][:, 0] for rows in images))
     assert not torch.isin(torch.cat(first)[:, 1], torch.cat(second)[:, 1]).any()
 
 
-def test_the_same_seed_gives_the_same_batches_and_draws_nothing_of_torchs_own(parts):
+def test_batches_depend_only_on_the_seed_and_leave_torch_s_generator_unchanged(parts):
     state = torch.random.get_rng_state()
-    one, other = (passes(selection_data(*parts), lambda data: data()) for _ in range(2))
-    assert all(torch.equal(a, b) for x, y in zip(one, other, strict=True) for a, b in zip(x, y, strict=True))
+    first, second = (passes(selection_data(*parts), lambda data: data()) for _ in range(2))
+    assert all(torch.equal(a, b) for x, y in zip(first, second, strict=True) for a, b in zip(x, y, strict=True))
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_validation_images_come_in_their_order_and_the_runs_own_images_stay_in_their_epoch(parts):
+def test_validation_images_keep_their_order_and_the_run_s_images_their_epoch(parts):
     data = selection_data(*parts)
     seen = torch.cat([labels for _, labels in data.validation()])
     assert seen.tolist() == parts[1].labels
@@ -62,7 +62,7 @@ def test_validation_images_come_in_their_order_and_the_runs_own_images_stay_in_t
 @pytest.mark.parametrize(
     "method", ["gps", pytest.param("spt-adapter-2", marks=pytest.mark.slow), "fixed-mask-2", "noah"]
 )
-def test_a_run_trains_and_its_adapter_is_used_without_the_data(method, settings, console, no_report, tmp_path):
+def test_a_trained_adapter_is_used_without_the_data(method, settings, console, no_report, tmp_path):
     run = train(settings(method=method, method_options=OPTIONS.get(method, {}), epochs=1), console)
     assert has_selection(run.path)
     assert ("noah: generation 0" in console.file.getvalue()) == (method == "noah")
@@ -76,7 +76,7 @@ def test_a_run_trains_and_its_adapter_is_used_without_the_data(method, settings,
         assert "blocks.0.attn.qkv.weight" in merged
 
 
-def test_noah_searches_on_images_apart_though_the_run_learns_from_them_too(settings, console, no_report, monkeypatch):
+def test_noah_searches_on_separate_images_that_the_run_also_trains_on(settings, console, no_report, monkeypatch):
     seen = {}
 
     def watched(train, val, *others):
@@ -93,7 +93,7 @@ def test_noah_searches_on_images_apart_though_the_run_learns_from_them_too(setti
     assert run.read_json("run.json")["data"]["sizes"]["train"] == len(seen["train"] | seen["val"])
 
 
-def test_a_resumed_run_does_not_choose_again_and_ends_in_the_same_bits(settings, console, no_report, monkeypatch):
+def test_a_resumed_run_reuses_the_selection_and_ends_bit_identical(settings, console, no_report, monkeypatch):
     chosen = {"method": "spt-lora-2", "method_options": {"budget": 0.003, "alpha": 40}, "epochs": 2}
     whole = train(settings(**chosen, out=settings().run.out + "-whole"), console)
     config, evaluate = settings(**chosen), SnellaTrainer.evaluate
@@ -115,7 +115,7 @@ def test_a_resumed_run_does_not_choose_again_and_ends_in_the_same_bits(settings,
     assert not looked
 
 
-def test_methods_that_choose_nothing_keep_no_choice(tmp_path):
+def test_methods_without_selection_store_none(tmp_path):
     model = build_method("bias", timm.create_model("test_vit", num_classes=3, img_size=32))
     store_selection(tmp_path, "bias", model)
     assert not (tmp_path / FOLDER).exists()

@@ -1,4 +1,4 @@
-"""One process a run: the lock that the kernel frees."""
+"""Locks of run folders, released by the kernel."""
 
 import io
 import json
@@ -26,8 +26,8 @@ from snella_app.runs.folder import RunFolder
 from snella_app.training.session import lock_run
 with lock_run(RunFolder(sys.argv[1])):
     if os.fork() == 0:
-        print("held", flush=True)  # only now has the child closed its copy of the lock
-        time.sleep(60)  # as a loader's worker that outlives its parent
+        print("held", flush=True)  # the child has closed its copy of the lock
+        time.sleep(60)  # like a data loader worker that outlives its parent
         os._exit(0)
     time.sleep(60)
 """
@@ -35,7 +35,7 @@ with lock_run(RunFolder(sys.argv[1])):
 
 @pytest.fixture
 def held(tmp_path):
-    """A run's folder, and the process that owns it."""
+    """Run folder and the process that holds its lock."""
     folder = tmp_path / "run"
     process = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True)
     try:
@@ -48,7 +48,7 @@ def held(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["resume", "overwrite"])
-def test_a_run_that_a_living_process_writes_is_refused_with_its_number(how, held):
+def test_a_locked_run_is_rejected_with_the_process_id(how, held):
     folder, process = held
     run = RunFolder(folder)
     run.update("running")
@@ -59,7 +59,7 @@ def test_a_run_that_a_living_process_writes_is_refused_with_its_number(how, held
     assert (folder / "run.json").read_bytes() == before
 
 
-def test_a_killed_process_owns_nothing_even_if_its_children_live_on(held):
+def test_a_killed_process_releases_the_lock_despite_living_children(held):
     folder, process = held
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -68,7 +68,7 @@ def test_a_killed_process_owns_nothing_even_if_its_children_live_on(held):
     assert not folder.exists() or not list(folder.iterdir())
 
 
-def test_a_killed_run_is_told_from_a_living_one(held, monkeypatch):
+def test_a_killed_run_is_distinguished_from_a_running_one(held, monkeypatch):
     folder, process = held
     run = RunFolder(folder)
     assert not run.has_stopped  # no run yet
@@ -83,7 +83,7 @@ def test_a_killed_run_is_told_from_a_living_one(held, monkeypatch):
     assert not run.has_stopped
 
 
-def test_inspect_says_that_a_run_was_killed_and_its_page_stops_waiting(tmp_path, capsys):
+def test_inspect_reports_a_killed_run_and_its_report_stops_refreshing(tmp_path, capsys):
     out = str(tmp_path / "run")
     words = ["--data", "digits", "--backbone", "test_vit", "--pretrained", "false", "--img-size", "32", "--epochs", "1"]
     words += ["--method", "linear", "--train-size", "20", "--val-size", "10", "--test-size", "10", "--out", out]
@@ -95,7 +95,7 @@ def test_inspect_says_that_a_run_was_killed_and_its_page_stops_waiting(tmp_path,
     assert ">stopped<" in RunFolder(out).report.read_text()
 
 
-def test_nothing_is_left_of_a_folder_that_no_run_came_into(tmp_path):
+def test_an_unused_folder_is_removed(tmp_path):
     with pytest.raises(FileNotFoundError, match="no folder"), lock_run(RunFolder(tmp_path / "a" / "run")):
         raise FileNotFoundError("no folder")
     assert not list(tmp_path.iterdir())
@@ -104,7 +104,7 @@ def test_nothing_is_left_of_a_folder_that_no_run_came_into(tmp_path):
     assert [p.name for p in (tmp_path / "a" / "run").iterdir()] == ["run.json"]
 
 
-def test_a_lock_excludes_the_same_process_too(tmp_path):
+def test_a_lock_also_excludes_the_same_process(tmp_path):
     with (
         lock_run(RunFolder(tmp_path)),
         pytest.raises(RunInUseError, match=f"process {os.getpid()}"),
@@ -115,7 +115,7 @@ def test_a_lock_excludes_the_same_process_too(tmp_path):
         pass
 
 
-def test_a_folder_s_name_that_is_no_text_is_refused_before_anything_is_trained(tmp_path):
+def test_a_folder_name_outside_utf8_is_rejected_before_training(tmp_path):
     config = TrainConfig.from_flat(data="digits", backbone="test_vit", out=f"{tmp_path}/caf\udce9")
     with pytest.raises(ValueError, match=r"out must be a name in UTF-8 without control characters, got '.*/caf.udce9'"):
         train(config)
@@ -124,7 +124,7 @@ def test_a_folder_s_name_that_is_no_text_is_refused_before_anything_is_trained(t
 
 @contextmanager
 def no_permission_to_write(folder):
-    """Root may write anywhere, and becomes somebody else inside."""
+    """Remove write permissions inside the context; root switches to another user, since it may write anywhere."""
     modes = {path: path.stat().st_mode for path in [folder, *folder.rglob("*")]}
     for path in modes:
         path.chmod(0o555 if path.is_dir() else 0o444)
@@ -142,14 +142,14 @@ def no_permission_to_write(folder):
 
 @pytest.fixture
 def public():
-    """A folder that others may enter, which pytest's own is not."""
+    """Folder that other users can access, unlike pytest's temporary folders."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         yield Path(folder)
 
 
 @pytest.mark.parametrize("status", ["finished", "interrupted"])
-def test_resuming_where_nothing_can_be_written_says_that_a_finished_run_is_finished(status, finished, public):
+def test_resuming_a_finished_run_on_a_read_only_disk_reports_it_as_finished(status, finished, public):
     run = RunFolder(shutil.copytree(finished.path, public / "run"))
     run.update(status)
     output = io.StringIO()
@@ -165,7 +165,7 @@ def test_resuming_where_nothing_can_be_written_says_that_a_finished_run_is_finis
 
 @pytest.fixture
 def read_only(public):
-    """A file system that nobody can write on, as a function of what it is to hold."""
+    """Return a function that copies a folder to a read-only file system."""
     places = []
 
     def mount(source):
@@ -184,7 +184,7 @@ def read_only(public):
         subprocess.run(["umount", str(place)], check=True)
 
 
-def test_a_run_on_a_read_only_file_system_is_read_by_every_command(finished, photos, read_only, tmp_path):
+def test_every_command_reads_a_run_on_a_read_only_file_system(finished, photos, read_only, tmp_path):
     run, image = read_only(finished.path), str(next(Path(photos).rglob("*.png")))
     with pytest.raises(OSError, match="Read-only file system"):
         (run / "x").touch()
@@ -205,7 +205,7 @@ def test_a_run_on_a_read_only_file_system_is_read_by_every_command(finished, pho
 
 
 @pytest.mark.parametrize("name", ["metrics.json", "predictions.json"])
-def test_resuming_a_finished_run_that_lacks_results_names_them(name, finished, tmp_path):
+def test_resuming_a_finished_run_names_its_missing_results(name, finished, tmp_path):
     run = RunFolder(shutil.copytree(finished.path, tmp_path / "run"))
     (run.path / name).unlink()
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""`--batch-size auto` and `--time-budget`: what is chosen, why, and that nothing else changes."""
+"""`--batch-size auto` and `--time-budget`: choices, their reasons, and unchanged results otherwise."""
 
 import dataclasses
 import re
@@ -35,7 +35,7 @@ def many(make_photos, tmp_path):
 
 
 @pytest.mark.parametrize("share", [2.0, 0.99, 0.3])
-def test_the_largest_batch_is_taken_whose_predicted_memory_fits(share, many, settings, console, monkeypatch):
+def test_auto_selects_the_largest_batch_size_that_fits_into_memory(share, many, settings, console, monkeypatch):
     config = settings(data=many, batch_size="auto").resolved()
     parts = build_components(config)
     assert len(parts.splits.train) // 10 >= 16
@@ -48,7 +48,7 @@ def test_the_largest_batch_is_taken_whose_predicted_memory_fits(share, many, set
     assert f"batch size {chosen}: a step takes about" in console.file.getvalue()
 
 
-def test_a_step_that_runs_out_of_memory_halves_the_batch(many, settings, console, monkeypatch):
+def test_an_out_of_memory_step_halves_the_batch_size(many, settings, console, monkeypatch):
     config = settings(data=many, batch_size="auto").resolved()
     parts = build_components(config)
     tried = []
@@ -65,7 +65,7 @@ def test_a_step_that_runs_out_of_memory_halves_the_batch(many, settings, console
         fit_batch_size(parts, config.optim, console)
 
 
-def test_a_trial_step_leaves_no_trace(settings):
+def test_a_trial_step_restores_the_model(settings):
     config = settings(method="full", method_options={}).resolved()
     parts = build_components(config)
     before = {name: tensor.clone() for name, tensor in parts.model.state_dict().items()}
@@ -77,7 +77,7 @@ def test_a_trial_step_leaves_no_trace(settings):
     assert all(parameter.grad is None for parameter in parts.model.parameters())
 
 
-def test_the_run_is_that_of_the_numbers_that_were_chosen(settings, console, monkeypatch, tmp_path):
+def test_a_run_with_the_chosen_settings_is_bit_identical(settings, console, monkeypatch, tmp_path):
     monkeypatch.setattr(sizing, "_MOST_EPOCHS", 2)
     config = settings(epochs=9, batch_size="auto", time_budget="60s", train_size=20)
     run = train(config, console)
@@ -92,21 +92,21 @@ def test_the_run_is_that_of_the_numbers_that_were_chosen(settings, console, monk
 
 
 @pytest.mark.parametrize(
-    ("budget", "epochs", "said"),
+    ("budget", "epochs", "message"),
     [
         ("60s", 7, "7 epochs in 60s: one epoch takes about"),  # 0.9 · 60 / (14 · 0.5 + 3 · 0.1) = 7.4
         ("4s", 1, "more than the remaining budget"),
         ("2h", 100, "100 is the maximum"),
     ],
 )
-def test_as_many_epochs_as_fit(budget, epochs, said, settings, console, monkeypatch):
+def test_epochs_fill_the_time_budget(budget, epochs, message, settings, console, monkeypatch):
     config = settings(batch_size=1, accumulate=2, train_size=14, val_size=3, tta=1, time_budget=budget).resolved()
     parts = build_components(config)
     seconds = {sizing._trial_step: 0.5, sizing._trial_evaluation: 0.1, sizing._only_read: 0.0}
     monkeypatch.setattr(sizing, "_step_seconds", lambda parts, optim, dataset, batch, step: seconds[step])
     assert len(parts.splits.train) == 14 and len(parts.splits.val) == 3
     assert fit_epochs(parts, config, console) == epochs
-    assert said in console.file.getvalue()
+    assert message in console.file.getvalue()
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def timed_by_pixels(monkeypatch, clock):
-    """A training step takes a second at 160 px and less with fewer pixels; an evaluation step takes no time."""
+    """Training steps take one second at 160 px and less with fewer pixels; evaluation steps take no time."""
     timing = SimpleNamespace(sides=[], power=2, measuring_s=0.0)
 
     def step_seconds(parts, optim, dataset, batch, step):
@@ -136,7 +136,7 @@ def timed_by_pixels(monkeypatch, clock):
 
 
 def chosen_size(settings, console, **changes):
-    """What is chosen for 16 training images, one a step, and what is said of it."""
+    """Return the size chosen for 16 training images at batch size 1, and the output."""
     values = {"img_size": None, "batch_size": 1, "train_size": 16, "val_size": 3, "epochs": 4, **changes}
     config = settings(**values).resolved()
     data, device = load(config.data, config.optim, config.run), choose_device(config.run.device)
@@ -148,7 +148,7 @@ def chosen_size(settings, console, **changes):
 
 
 @pytest.mark.parametrize(
-    ("budget", "power", "size", "tried", "said"),
+    ("budget", "power", "size", "sides", "message"),
     [
         ("72s", 2, None, [48, 160], "measuring step times to fit 4 epochs into 72s"),  # 0.9 · 72 / (16 · 1) = 4.05
         (
@@ -181,13 +181,13 @@ def chosen_size(settings, console, **changes):
         ),
     ],
 )
-def test_the_largest_size_is_taken_at_which_the_epochs_fit(
-    budget, power, size, tried, said, settings, console, timed_by_pixels
+def test_the_largest_size_at_which_the_epochs_fit_is_selected(
+    budget, power, size, sides, message, settings, console, timed_by_pixels
 ):
     timed_by_pixels.power = power
     chosen, text = chosen_size(settings, console, time_budget=budget)
-    assert chosen == size and said in text.replace("\N{NO-BREAK SPACE}", " ")
-    assert timed_by_pixels.sides == tried
+    assert chosen == size and message in text.replace("\N{NO-BREAK SPACE}", " ")
+    assert timed_by_pixels.sides == sides
 
 
 def test_time_spent_measuring_is_not_left_for_epochs(settings, console, timed_by_pixels):
@@ -198,15 +198,15 @@ def test_time_spent_measuring_is_not_left_for_epochs(settings, console, timed_by
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"folds": 2, "fold": 1, "train_size": None}, "image size stays 160 px: all folds use the same size"),
         ({"method": "gps"}, "image size stays 160 px: gps selects parameters at this size"),
     ],
 )
-def test_a_size_that_must_be_the_same_stays(changes, said, settings, console, timed_by_pixels):
+def test_a_required_size_is_unchanged(changes, message, settings, console, timed_by_pixels):
     size, text = chosen_size(settings, console, time_budget="30s", **changes)
-    assert size is None and said in text and timed_by_pixels.sides == []
+    assert size is None and message in text and timed_by_pixels.sides == []
 
 
 @pytest.mark.parametrize("changes", [{"img_size": 80}, {"time_budget": None}])
@@ -223,7 +223,7 @@ def test_no_size_is_chosen_if_it_is_given_or_without_a_budget(changes, settings,
 
 @pytest.fixture
 def head_by_pixels(monkeypatch, clock):
-    """Evaluation steps take a second at 160 px and less with fewer pixels, training steps `factor` times as long."""
+    """Evaluation steps take one second at 160 px and less with fewer pixels, training steps `factor` times as long."""
     timing = SimpleNamespace(factor=3.0)
 
     def step_seconds(parts, optim, dataset, batch, step):
@@ -240,7 +240,7 @@ _HEAD = {"final_head": "layers", "head_init": "probe", "tta": 1, "test_size": 4}
 
 
 @pytest.mark.parametrize(
-    ("budget", "factor", "size", "said"),
+    ("budget", "factor", "size", "message"),
     [
         # 16 training images, validation images three times (start, trained head, final head) and test images: 29 steps
         ("20s", 3, 112, "112 px: the final head fits into 20s; it takes about 14.2 s, at 160 px"),
@@ -250,15 +250,15 @@ _HEAD = {"final_head": "layers", "head_init": "probe", "tta": 1, "test_size": 4}
         ("1s", 3, 48, "48 px: the final head exceeds 1s even at the smallest size; it takes about 2.6 s"),
     ],
 )
-def test_the_final_head_comes_before_epochs_at_less_than_half_its_size(
-    budget, factor, size, said, settings, console, head_by_pixels
+def test_the_final_head_replaces_epochs_below_half_its_size(
+    budget, factor, size, message, settings, console, head_by_pixels
 ):
     head_by_pixels.factor = factor
     chosen, text = chosen_size(settings, console, time_budget=budget, **_HEAD)
-    assert chosen == size and said in text.replace("\N{NO-BREAK SPACE}", " ")
+    assert chosen == size and message in text.replace("\N{NO-BREAK SPACE}", " ")
 
 
-def test_a_linear_probe_has_the_size_of_its_final_head(settings, console, head_by_pixels):
+def test_a_linear_probe_uses_the_size_of_its_final_head(settings, console, head_by_pixels):
     assert chosen_size(settings, console, time_budget="70s", method="linear", **_HEAD)[0] is None
     assert chosen_size(settings, console, time_budget="20s", method="linear", **_HEAD)[0] == 112
 
@@ -277,14 +277,14 @@ def test_without_epochs_the_final_evaluation_fits(settings, console, head_by_pix
         (20, "40s", {"method": "linear"}, None),  # no epochs
     ],
 )
-def test_a_head_before_epochs_uses_no_size_above_that_of_the_images(
+def test_the_size_without_epochs_is_at_most_that_of_the_images(
     side, budget, changes, size, settings, console, head_by_pixels, monkeypatch
 ):
     monkeypatch.setattr(sizing, "_SMALL_SIDE", side)
     assert chosen_size(settings, console, time_budget=budget, **_HEAD, **changes)[0] == size
 
 
-def test_a_backbone_that_cannot_be_built_for_another_size_keeps_its_own(settings, console, timed_by_pixels):
+def test_a_backbone_with_a_fixed_size_keeps_it(settings, console, timed_by_pixels):
     config = settings(img_size=None, time_budget="1s", batch_size=1, train_size=16).resolved()
     parts = build_components(config)
 
@@ -295,7 +295,7 @@ def test_a_backbone_that_cannot_be_built_for_another_size_keeps_its_own(settings
     assert "image size stays 160 px: test_vit does not support 48 px (no 48)" in console.file.getvalue()
 
 
-def test_the_chosen_size_is_that_of_the_run(settings, console, monkeypatch, timed_by_pixels):
+def test_the_run_uses_the_chosen_size(settings, console, monkeypatch, timed_by_pixels):
     monkeypatch.setattr(sizing, "_MOST_EPOCHS", 1)
     config = settings(img_size=None, epochs=4, time_budget="3s", batch_size=1, train_size=16, method="linear")
     run = train(config, console)
@@ -312,22 +312,22 @@ def test_the_chosen_size_is_that_of_the_run(settings, console, monkeypatch, time
 @pytest.mark.parametrize(
     ("name", "step"), [("test_vit", 16), ("test_resnet", 32), ("swin_tiny_patch4_window7_224", 32), (None, 32)]
 )
-def test_sizes_are_multiples_of_what_a_model_reduces_images_by(name, step):
+def test_sizes_are_multiples_of_the_model_s_stride(name, step):
     assert size_step(torch.nn.Linear(2, 2) if name is None else timm.create_model(name)) == step
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("30m", 1800), ("1h30m", 5400), ("90s", 90), ("0.5h", 1800)])
-def test_a_time_is_read(text, seconds):
+def test_durations_are_parsed(text, seconds):
     assert budget_seconds(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["30", "m", "", "0s", "30 minutes"])
-def test_another_time_is_refused_with_examples(text, settings):
+def test_invalid_durations_are_rejected_with_examples(text, settings):
     with pytest.raises(ValueError, match=f"time_budget must be a time such as 30m, 1h30m or 90s, got {text!r}"):
         settings(time_budget=text)
 
 
-def test_a_comparison_has_one_batch_size():
+def test_a_comparison_needs_a_fixed_batch_size():
     from snella_lab.comparison.experiment import Experiment
 
     with pytest.raises(ValueError, match="batch_size must be the same number for all runs of a comparison, got 'auto'"):
@@ -336,7 +336,7 @@ def test_a_comparison_has_one_batch_size():
         )
 
 
-def test_the_command_line_takes_a_number_or_auto(capsys):
+def test_the_command_line_accepts_a_number_or_auto(capsys):
     from snella_app.cli.main import main
     from snella_app.cli.parser import parse
 
@@ -347,7 +347,7 @@ def test_the_command_line_takes_a_number_or_auto(capsys):
 
 
 class _ReadSlowlyOnce(torch.utils.data.Dataset):
-    """Items that take 30 ms when they are read for the first time."""
+    """Items whose first read takes 30 ms."""
 
     def __init__(self):
         self.known = set()
@@ -362,7 +362,7 @@ class _ReadSlowlyOnce(torch.utils.data.Dataset):
         return torch.zeros(1), 0
 
 
-def test_the_first_read_of_images_is_timed_apart_from_evaluation(settings):
+def test_the_first_read_of_images_is_timed_separately(settings):
     config = settings(batch_size=2, time_budget="1h").resolved()
     parts = build_components(config)
     images = _ReadSlowlyOnce()
@@ -370,7 +370,7 @@ def test_the_first_read_of_images_is_timed_apart_from_evaluation(settings):
     assert sizing._step_seconds(parts, config.optim, images, 2, sizing._only_read) < 0.03
 
 
-def test_the_final_head_is_part_of_the_budget(settings, console, monkeypatch):
+def test_the_time_budget_includes_the_final_head(settings, console, monkeypatch):
     config = settings(batch_size=1, train_size=14, val_size=3, time_budget="60s", final_head="trained").resolved()
     parts = build_components(config)
     monkeypatch.setattr(sizing, "_step_seconds", lambda *args: 0.1)
@@ -380,7 +380,7 @@ def test_the_final_head_is_part_of_the_budget(settings, console, monkeypatch):
     assert with_head.final_s >= without.final_s + 14 * 0.1
 
 
-def test_two_steps_that_compile_are_left_out_of_the_time_of_a_step(settings):
+def test_compiling_steps_are_excluded_from_the_step_time(settings):
     config = settings(time_budget="1s").resolved()
     parts = build_components(config)
     pauses = iter([0.2, 0.2])

@@ -1,4 +1,4 @@
-"""Runs that are cut short, by signals, full disks and numbers that are none, and what is left of them."""
+"""Runs stopped by signals, full disks and NaN values: saved state and resuming."""
 
 import errno
 import importlib
@@ -53,7 +53,7 @@ train(TrainConfig.from_flat(**yaml.safe_load(open(path))))
 
 
 def outcome(run):
-    """All that a run ends with, times and paths apart."""
+    """Return the results of a run, without times and paths."""
     metrics = run.read_json("metrics.json")
     state = latest_checkpoint(run.checkpoints)
     return (
@@ -65,20 +65,20 @@ def outcome(run):
     )
 
 
-def same(one, two):
-    """Whether two values are equal to the last bit."""
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, two)
-    if isinstance(one, dict):
-        return one.keys() == two.keys() and all(same(one[key], two[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(two) and all(map(same, one, two))
-    return one == two
+def is_bit_identical(first, second):
+    """Return whether two values are bit-identical."""
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(is_bit_identical(first[key], second[key]) for key in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(is_bit_identical, first, second))
+    return first == second
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(photos, tiny_run, tmp_path_factory):
-    """What the run of `settings()` ends with when nothing happens."""
+    """Results of the run of `settings()` without interruption."""
     values = {"data": f"folder:{photos}", "out": str(tmp_path_factory.mktemp("uninterrupted") / "run")}
     config = TrainConfig.from_flat(**tiny_run, **values)
     run = train(config, Console(file=io.StringIO()))
@@ -86,7 +86,7 @@ def uninterrupted(photos, tiny_run, tmp_path_factory):
 
 
 def resumed(config):
-    """Continue a run with nothing but its folder."""
+    """Resume a run, given only its folder."""
     output = io.StringIO()
     run = train(TrainConfig.from_flat(out=config.run.out, resume=True), Console(file=output, width=200))
     return run, output.getvalue()
@@ -102,48 +102,46 @@ def kill(config, where, step, tmp_path):
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
-@pytest.mark.parametrize(("where", "step", "kept"), [("step", 6, "checkpoint-4"), ("save", 8, "checkpoint-4")])
-def test_a_killed_run_resumes_to_the_same_bits(where, step, kept, settings, uninterrupted, tmp_path):
+@pytest.mark.parametrize(("where", "step", "checkpoint"), [("step", 6, "checkpoint-4"), ("save", 8, "checkpoint-4")])
+def test_a_killed_run_resumes_bit_for_bit(where, step, checkpoint, settings, uninterrupted, tmp_path):
     config = settings()
     kill(config, where, step, tmp_path)
     run = RunFolder(config.run.out)
     assert run.status == "running"
-    assert latest_checkpoint(run.checkpoints) == run.checkpoints / kept
+    assert latest_checkpoint(run.checkpoints) == run.checkpoints / checkpoint
     assert any(p.name.startswith(".staging") for p in run.checkpoints.iterdir()) == (where == "save")
     run, text = resumed(config)
-    assert f"resuming from {run.checkpoints / kept}" in text
-    assert same(outcome(run), uninterrupted)
+    assert f"resuming from {run.checkpoints / checkpoint}" in text
+    assert is_bit_identical(outcome(run), uninterrupted)
     assert [p.name for p in run.checkpoints.iterdir()] == ["checkpoint-12"]
 
 
-def test_estimated_gradients_resume_to_the_same_bits(settings, tmp_path):
+def test_estimated_gradients_resume_bit_for_bit(settings, tmp_path):
     options = {"weight_gradient": "sample:1/2", "compress_activations": True}
     sampling = {"img_size": 64, "method_options": options}
     whole, config = settings(**sampling, out=str(tmp_path / "whole")), settings(**sampling)
     expected = outcome(train(whole, Console(file=io.StringIO())))
     kill(config, "step", 6, tmp_path)
-    assert same(outcome(resumed(config)[0]), expected)
+    assert is_bit_identical(outcome(resumed(config)[0]), expected)
     exact = settings(img_size=64, method_options={}, out=str(tmp_path / "exact"))
-    assert not same(outcome(train(exact, Console(file=io.StringIO())))[0], expected[0])
+    assert not is_bit_identical(outcome(train(exact, Console(file=io.StringIO())))[0], expected[0])
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_again(settings, uninterrupted):
+def test_a_run_killed_before_its_first_checkpoint_restarts(settings, uninterrupted):
     config = settings()
     run = RunFolder(config.run.out)
     run.create(run.resolve_settings(config))
     backbone = BackboneInfo(name=config.model.backbone)
     data = DataInfo(spec=config.data.spec, digest=splits_digest(load_splits(config.data, config.run.seed)))
     run.write(RunInfo(status="running", method=config.method.name, backbone=backbone, classes=[], data=data))
-    assert same(outcome(resumed(config)[0]), uninterrupted)
+    assert is_bit_identical(outcome(resumed(config)[0]), uninterrupted)
 
 
 @pytest.mark.parametrize(
     ("step", "number"),
     [(1, signal.SIGINT), (6, signal.SIGINT), (8, signal.SIGINT), (6, signal.SIGTERM), (6, signal.SIGHUP)],
 )
-def test_an_interrupted_run_saves_and_resumes_to_the_same_bits(
-    step, number, settings, console, uninterrupted, monkeypatch
-):
+def test_an_interrupted_run_saves_and_resumes_bit_for_bit(step, number, settings, console, uninterrupted, monkeypatch):
     config = settings()
     original = SnellaTrainer.training_step
 
@@ -153,7 +151,7 @@ def test_an_interrupted_run_saves_and_resumes_to_the_same_bits(
             os.kill(os.getpid(), number)
         return loss
 
-    if signal.getsignal(number) == signal.SIG_IGN:  # as under nohup, which is another test's
+    if signal.getsignal(number) == signal.SIG_IGN:  # as under nohup, tested separately
         signal.signal(number, signal.SIG_DFL)
     handler = signal.getsignal(number)
     with monkeypatch.context() as patch:
@@ -166,17 +164,17 @@ def test_an_interrupted_run_saves_and_resumes_to_the_same_bits(
     assert signal.getsignal(number) == handler
     assert RunFolder(config.run.out).status == "interrupted"
     run, _ = resumed(config)
-    assert same(outcome(run), uninterrupted)
+    assert is_bit_identical(outcome(run), uninterrupted)
 
 
-def test_ctrl_c_is_answered_at_once(capfd):
+def test_ctrl_c_is_acknowledged_immediately(capfd):
     with InterruptCallback() as interrupt:
         os.kill(os.getpid(), signal.SIGINT)
         assert interrupt.is_requested
         assert "finishing this step and saving" in capfd.readouterr().err
 
 
-def test_a_closed_terminal_is_no_request_under_nohup():
+def test_sighup_is_ignored_under_nohup():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with InterruptCallback() as interrupt:
@@ -187,20 +185,20 @@ def test_a_closed_terminal_is_no_request_under_nohup():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_run_killed_before_its_report_gets_it_by_resuming(finished, tmp_path):
+def test_resuming_writes_a_missing_report(finished, tmp_path):
     run = RunFolder(shutil.copytree(finished.path, tmp_path / "run"))
     run.report.unlink()
     resumed(TrainConfig.from_flat(out=str(run.path), resume=True))
     assert "<html" in run.report.read_text()
 
 
-def test_a_run_killed_at_its_end_has_a_page_that_says_finished_and_resuming_completes_it(
+def test_a_run_killed_at_its_end_has_a_finished_report_and_is_completed_by_resuming(
     settings, console, uninterrupted, monkeypatch
 ):
     config = settings()
     with monkeypatch.context() as patch:
         patch.setattr("snella_app.training.finish.write_report", write_report)
-        patch.setattr(RunFolder, "finish", lambda self: (_ for _ in ()).throw(SystemExit))  # as a kill would
+        patch.setattr(RunFolder, "finish", lambda self: (_ for _ in ()).throw(SystemExit))  # like a kill
         with pytest.raises(SystemExit):
             train(config, console, draw_report=True)
     run = RunFolder(config.run.out)
@@ -210,7 +208,7 @@ def test_a_run_killed_at_its_end_has_a_page_that_says_finished_and_resuming_comp
     for name in (".report.html.x1y2", ".metrics.json.tmp"):
         (run.path / name).write_text("half")
     run, _ = resumed(config)
-    assert same(outcome(run), uninterrupted)
+    assert is_bit_identical(outcome(run), uninterrupted)
     assert "snella" in (run.adapter / "README.md").read_text()
     assert not list(run.path.glob(".*"))
     run.check_files()
@@ -218,7 +216,7 @@ def test_a_run_killed_at_its_end_has_a_page_that_says_finished_and_resuming_comp
     run.check_files()
 
 
-def test_resuming_a_finished_run_removes_what_a_kill_left(finished, tmp_path):
+def test_resuming_a_finished_run_removes_leftovers_of_a_kill(finished, tmp_path):
     run = RunFolder(shutil.copytree(finished.path, tmp_path / "run"))
     (run.path / ".report.html.x1y2").write_text("half")
     (run.path / ".mine").write_text("kept")
@@ -226,7 +224,7 @@ def test_resuming_a_finished_run_removes_what_a_kill_left(finished, tmp_path):
     assert [path.name for path in run.path.glob(".*")] == [".mine"]
 
 
-def test_a_second_ctrl_c_stops_at_once_and_keeps_the_last_checkpoint(settings, console, uninterrupted, monkeypatch):
+def test_a_second_ctrl_c_stops_immediately_and_keeps_the_last_checkpoint(settings, console, uninterrupted, monkeypatch):
     config = settings()
     original = SnellaTrainer.training_step
 
@@ -241,10 +239,10 @@ def test_a_second_ctrl_c_stops_at_once_and_keeps_the_last_checkpoint(settings, c
         patch.setattr(SnellaTrainer, "training_step", press_twice)
         with pytest.raises(TrainingInterrupted, match=r"saved as .*checkpoint-4;"):
             train(config, console)
-    assert same(outcome(resumed(config)[0]), uninterrupted)
+    assert is_bit_identical(outcome(resumed(config)[0]), uninterrupted)
 
 
-def test_a_run_killed_while_the_test_is_measured_resumes_to_the_same_result(
+def test_a_run_killed_during_the_final_evaluation_resumes_to_the_same_result(
     settings, console, uninterrupted, monkeypatch
 ):
     config = settings()
@@ -252,21 +250,19 @@ def test_a_run_killed_while_the_test_is_measured_resumes_to_the_same_result(
         patch.setattr("snella_app.training.train.finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(TrainingInterrupted, match="checkpoint-12"):
             train(config, console)
-    assert same(outcome(resumed(config)[0]), uninterrupted)
+    assert is_bit_identical(outcome(resumed(config)[0]), uninterrupted)
 
 
 FILES = ("adapter_model.safetensors", "adapter_config.json", "optimizer.pt", "scheduler.pt", "trainer_state.json")
 
 
 def flipped(content):
-    """The bytes with one bit in the middle turned."""
+    """Flip one bit in the middle of the bytes."""
     middle = len(content) // 2
     return content[:middle] + bytes([content[middle] ^ 8]) + content[middle + 1 :]
 
 
-def test_a_checkpoint_that_is_not_as_it_was_written_is_named_with_the_ways_out(
-    settings, console, uninterrupted, monkeypatch
-):
+def test_an_altered_checkpoint_is_reported_with_remedies(settings, console, uninterrupted, monkeypatch):
     config = settings()
     with monkeypatch.context() as patch:
         patch.setattr("snella_app.training.train.finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -290,10 +286,10 @@ def test_a_checkpoint_that_is_not_as_it_was_written_is_named_with_the_ways_out(
     assert checkpoint_to_resume(RunFolder(config.run.out), Console(file=note, width=400)) == older
     assert "note: skipped" in note.getvalue() and "optimizer.pt was modified" in note.getvalue()
     shutil.rmtree(older)
-    assert same(outcome(resumed(config)[0]), uninterrupted)
+    assert is_bit_identical(outcome(resumed(config)[0]), uninterrupted)
 
 
-def test_the_best_adapter_of_another_run_is_refused(settings, console, uninterrupted, finished, monkeypatch):
+def test_the_best_adapter_of_another_run_is_rejected(settings, console, uninterrupted, finished, monkeypatch):
     config = settings()
     run = RunFolder(config.run.out)
     original = SnellaTrainer.training_step
@@ -318,11 +314,11 @@ def test_the_best_adapter_of_another_run_is_refused(settings, console, uninterru
         run.check_adapter()
     shutil.rmtree(run.adapter)
     own.rename(run.adapter)
-    assert same(outcome(resumed(config)[0]), uninterrupted)
+    assert is_bit_identical(outcome(resumed(config)[0]), uninterrupted)
 
 
 @pytest.mark.parametrize("method", ["lora-2", "linear", "full", "snella-matched-2"])
-def test_other_methods_resume_to_the_same_bits_too(method, settings, console, monkeypatch, tmp_path):
+def test_other_methods_resume_bit_for_bit(method, settings, console, monkeypatch, tmp_path):
     options = {"lora_dropout": 0.3} if method == "lora-2" else {}
     config = settings(method=method, method_options=options, epochs=2)
     whole = train(settings(method=method, method_options=options, epochs=2, out=str(tmp_path / "whole")), console)
@@ -341,16 +337,16 @@ def test_other_methods_resume_to_the_same_bits_too(method, settings, console, mo
     for folder in ("adapter", "checkpoints/checkpoint-8"):
         files = [sorted((r.path / folder).glob("*.safetensors")) for r in (run, whole)]
         assert [file.name for file in files[0]] == [file.name for file in files[1]]
-        assert all(same(load_file(one), load_file(two)) for one, two in zip(*files, strict=True))
+        assert all(is_bit_identical(load_file(one), load_file(two)) for one, two in zip(*files, strict=True))
     assert run.read_json("metrics.json")["history"] == whole.read_json("metrics.json")["history"]
 
 
-def test_dropout_is_active_in_these_runs(settings, console, tmp_path, uninterrupted):
+def test_these_runs_use_dropout(settings, console, tmp_path, uninterrupted):
     plain = train(settings(method_options={"update_dropout": 0.0, "update_drop_path": 0.0}), console)
-    assert not same(outcome(plain)[1], uninterrupted[1])
+    assert not is_bit_identical(outcome(plain)[1], uninterrupted[1])
 
 
-def test_a_full_disk_while_saving_leaves_the_old_checkpoint_and_resumes(settings, console, uninterrupted, monkeypatch):
+def test_a_full_disk_while_saving_keeps_the_old_checkpoint_and_resumes(settings, console, uninterrupted, monkeypatch):
     config = settings()
     original = SnellaTrainer._save_rng_state
 
@@ -369,13 +365,13 @@ def test_a_full_disk_while_saving_leaves_the_old_checkpoint_and_resumes(settings
     run = RunFolder(config.run.out)
     assert run.status == "failed" and "the disk is full" in run.read_json("run.json")["error"]
     assert [p.name for p in run.checkpoints.iterdir()] == ["checkpoint-4"]
-    assert same(outcome(resumed(config)[0]), uninterrupted)
+    assert is_bit_identical(outcome(resumed(config)[0]), uninterrupted)
 
 
-def test_a_real_write_limit_while_saving_leaves_the_old_checkpoint_and_resumes(
+def test_a_file_size_limit_while_saving_keeps_the_old_checkpoint_and_resumes(
     settings, console, uninterrupted, monkeypatch
 ):
-    """The kernel itself refuses the bytes, so that torch's writer fails in its own way."""
+    """The kernel rejects the write, so torch's writer raises its own error."""
     config = settings()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     original = SnellaTrainer._save_optimizer_and_scheduler
@@ -392,10 +388,10 @@ def test_a_real_write_limit_while_saving_leaves_the_old_checkpoint_and_resumes(
         patch.setattr(SnellaTrainer, "_save_optimizer_and_scheduler", limited)
         with pytest.raises(CheckpointError, match=r"could not write .*checkpoint-8: .*checkpoint-4, is intact"):
             train(config, console)
-    assert same(outcome(resumed(config)[0]), uninterrupted)
+    assert is_bit_identical(outcome(resumed(config)[0]), uninterrupted)
 
 
-def test_a_full_disk_while_keeping_the_best_adapter_leaves_the_old_one(settings, console, uninterrupted, monkeypatch):
+def test_a_full_disk_while_saving_the_best_adapter_keeps_the_old_one(settings, console, uninterrupted, monkeypatch):
     config = settings()
     original = SnellaTrainer._selection_scores
     better = iter([0.1, 0.2, 0.3, 0.4])  # epoch 0 is the first
@@ -421,15 +417,15 @@ def test_a_full_disk_while_keeping_the_best_adapter_leaves_the_old_one(settings,
         ):
             train(config, console)
     run = RunFolder(config.run.out)
-    kept, epoch_1 = (
+    adapter, epoch_1 = (
         {name: value for name, value in load_file(folder / "adapter_model.safetensors").items() if ".head." not in name}
-        for folder in (run.adapter, run.checkpoints / "checkpoint-4")  # whose head has normalized inputs
+        for folder in (run.adapter, run.checkpoints / "checkpoint-4")  # its head has normalized inputs
     )
-    assert same(kept, epoch_1)
-    assert same(outcome(resumed(config)[0])[1:3], uninterrupted[1:3])
+    assert is_bit_identical(adapter, epoch_1)
+    assert is_bit_identical(outcome(resumed(config)[0])[1:3], uninterrupted[1:3])
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_says_where(settings, console, monkeypatch):
+def test_a_nan_loss_stops_the_run_and_names_the_step(settings, console, monkeypatch):
     config = settings()
     original = SnellaTrainer.compute_loss
 
@@ -450,14 +446,14 @@ def test_a_loss_that_is_no_number_stops_the_run_and_says_where(settings, console
         assert all(t.isfinite().all() for t in load_file(run.path / folder / "adapter_model.safetensors").values())
 
 
-def test_rates_that_are_far_too_high_end_in_that_error(settings, console):
+def test_far_too_high_learning_rates_raise_this_error(settings, console):
     with pytest.raises(
         NonFiniteLossError, match=r"became (nan|inf) in epoch 1, step \d of 12; no adapter was saved in"
     ):
         train(settings(method="full", lr=1e30, head_lr=1e30, warmup_ratio=0.0), console)
 
 
-def test_a_gradient_that_is_no_number_does_not_reach_the_weights(settings, console, monkeypatch):
+def test_a_nan_gradient_does_not_reach_the_weights(settings, console, monkeypatch):
     original = SnellaTrainer.training_step
 
     def broken(self, model, *args, **kwargs):
@@ -471,7 +467,7 @@ def test_a_gradient_that_is_no_number_does_not_reach_the_weights(settings, conso
         train(settings(max_grad_norm=0.0), console)
 
 
-def test_a_validation_loss_that_is_no_number_is_not_saved(settings, console, monkeypatch):
+def test_an_epoch_with_a_nan_validation_loss_is_not_saved(settings, console, monkeypatch):
     original, epochs = ClassificationTask.metrics, iter([0, 1, 2])
 
     def broken(self, logits, labels):
@@ -484,7 +480,7 @@ def test_a_validation_loss_that_is_no_number_is_not_saved(settings, console, mon
     assert [p.name for p in RunFolder(settings().run.out).checkpoints.iterdir()] == ["checkpoint-4"]
 
 
-def test_an_image_that_vanished_is_one_line_with_workers_too(settings, console, photos, monkeypatch, tmp_path):
+def test_a_missing_image_is_a_one_line_error_also_with_workers(settings, console, photos, monkeypatch, tmp_path):
     mine = shutil.copytree(photos, tmp_path / "mine")
     config = settings(data=f"folder:{mine}", workers=1)
     with monkeypatch.context() as patch:

@@ -17,7 +17,7 @@ from snella_app.records import RunInfo, read
 from snella_app.runs import RunFolder, load_run
 from snella_app.runs.evaluate import evaluate, images_for_run
 from snella_app.runs.model import make_backbone
-from snella_app.training.finish import _only_answer
+from snella_app.training.finish import _only_class
 from snella_app.training.train import train
 from snella_app.training.trainer import SnellaTrainer
 
@@ -26,10 +26,10 @@ from .components import build_components
 training = sys.modules["snella_app.training.finish"]
 
 
-def test_a_finished_run_holds_every_file_of_the_contract(finished):
+def test_a_finished_run_has_all_documented_files(finished):
     names = {p.relative_to(finished.path).as_posix() for p in finished.path.rglob("*") if p.is_file()}
-    wanted = {"config.yaml", "run.json", "metrics.json", "allocation.json", "predictions.json", "report.html"}
-    assert wanted | {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"} <= names
+    expected = {"config.yaml", "run.json", "metrics.json", "allocation.json", "predictions.json", "report.html"}
+    assert expected | {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"} <= names
     assert not [n for n in names if ".tmp" in n or ".staging" in n]
     assert [p.name for p in finished.checkpoints.iterdir()] == ["checkpoint-12"]
 
@@ -45,14 +45,14 @@ def test_run_json_describes_the_run(finished):
     assert run["command"].startswith("snella train --data folder:") and "--method snella-2" in run["command"]
 
 
-def test_config_yaml_is_resolved_and_gives_the_same_configuration(finished):
+def test_config_yaml_is_resolved_and_reproduces_the_configuration(finished):
     values = yaml.safe_load((finished.path / "config.yaml").read_text())
     assert values["r"] == 2 and values["lr"] is not None and values["scalar_lr"] is not None
     assert finished.read_config().stored() == values
     assert not {"overwrite", "resume", "progress"} & set(values)
 
 
-def test_the_history_has_a_row_an_epoch_and_the_budget_falls_to_its_target(finished):
+def test_the_history_has_one_row_per_epoch_and_the_budget_reaches_its_target(finished):
     metrics, allocation = finished.read_json("metrics.json"), finished.read_json("allocation.json")
     assert [row["epoch"] for row in metrics["history"]] == [0, 1, 2, 3]
     assert set(metrics["history"][1]) == {
@@ -66,7 +66,7 @@ def test_the_history_has_a_row_an_epoch_and_the_budget_falls_to_its_target(finis
     )
 
 
-def test_the_best_epoch_is_the_most_accurate_and_of_equals_that_with_the_lower_loss(finished):
+def test_the_best_epoch_has_the_highest_accuracy_then_the_lowest_loss(finished):
     metrics = finished.read_json("metrics.json")
     ranks = [(row["val_accuracy"], -row["val_loss"]) for row in metrics["history"]]
     assert metrics["best_epoch"] == ranks.index(max(ranks))
@@ -74,14 +74,14 @@ def test_the_best_epoch_is_the_most_accurate_and_of_equals_that_with_the_lower_l
     assert metrics["val"]["loss"] == pytest.approx(metrics["history"][metrics["best_epoch"]]["val_loss"], abs=1e-5)
 
 
-def test_the_adapter_has_a_card_with_base_model_classes_and_preparation(finished):
+def test_the_adapter_card_has_base_model_classes_and_preprocessing(finished):
     card = (finished.adapter / "README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "peft"
     for words in ("`test_vit`, fine-tuned", '["cats", "dogs", "owls"]', r"input\_size: 3, 32, 32", "`snella-2`"):
         assert words in card, words
 
 
-def test_the_saved_adapter_keeps_exactly_its_budget_in_every_matrix(finished):
+def test_every_matrix_of_the_saved_adapter_matches_its_budget(finished):
     allocation = finished.read_json("allocation.json")
     matrices = adapted_matrices(load_run(finished.path).model)
     assert [m.nonzeros() for m in matrices] == [m.budget for m in matrices]
@@ -92,7 +92,7 @@ def test_the_saved_adapter_keeps_exactly_its_budget_in_every_matrix(finished):
     assert sum(m.budget for m in matrices) == at_best
 
 
-def test_predictions_cover_the_validation_images_and_agree_with_the_metrics(finished):
+def test_predictions_cover_the_validation_images_and_match_the_metrics(finished):
     predictions, metrics = finished.read_json("predictions.json"), finished.read_json("metrics.json")
     assert predictions["split"] == "val"
     assert len(predictions["items"]) == sum(map(sum, metrics["val"]["confusion"]))
@@ -110,7 +110,7 @@ def test_metrics_count_parameters_and_bytes(finished):
     assert metrics["train_s"] > 0 and metrics["peak_rss_mib"] > 50
 
 
-def test_a_few_lines_say_before_training_what_will_happen(finished):
+def test_a_summary_is_printed_before_training(finished):
     before = finished.printed.split("epoch   1/3")[0]
     allocation = finished.read_json("allocation.json")
     description = finished.read_json("run.json")["data"]["description"]
@@ -135,7 +135,7 @@ def test_training_learns(settings, console, no_report):
     assert history[-1]["train_loss"] < 0.8 * history[1]["train_loss"]
 
 
-def test_the_test_images_are_measured_once_with_the_best_adapter(settings, console, no_report, monkeypatch):
+def test_the_test_images_are_evaluated_once_with_the_best_adapter(settings, console, no_report, monkeypatch):
     from snella_app.training.trainer import SnellaTrainer
 
     seen = []
@@ -156,7 +156,7 @@ def test_the_test_images_are_measured_once_with_the_best_adapter(settings, conso
             assert torch.equal(parameter, seen[-1][1][name])
 
 
-def test_the_same_settings_give_the_same_bits_and_another_seed_others(settings, console, no_report, tmp_path):
+def test_runs_are_bit_identical_for_equal_settings_and_differ_by_seed(settings, console, no_report, tmp_path):
     one = train(settings(epochs=1), console)
     two = train(settings(epochs=1, out=str(tmp_path / "two")), console)
     three = train(settings(epochs=1, out=str(tmp_path / "three"), seed=1), console)
@@ -198,7 +198,7 @@ def test_precision_follows_the_hardware(has_products, settings, console, no_repo
     assert set(seen) == {has_products}
 
 
-def test_fewer_images_than_a_batch_is_said_with_both_numbers(settings, console):
+def test_a_batch_size_above_the_number_of_images_is_rejected_with_both_numbers(settings, console):
     with pytest.raises(
         ValueError, match=r"batch_size must be at most the number of training images, \d\d in folder:.*, got 100"
     ):
@@ -206,7 +206,7 @@ def test_fewer_images_than_a_batch_is_said_with_both_numbers(settings, console):
     assert not RunFolder(settings().run.out).path.exists()
 
 
-def test_a_batch_size_that_nobody_gave_shrinks_to_the_training_images(settings, console, no_report):
+def test_the_default_batch_size_is_reduced_to_the_training_images(settings, console, no_report):
     run = train(settings(batch_size=None, epochs=1, train_size=9), console)
     assert run.read_config().optim.batch_size == 9
     text = console.file.getvalue()
@@ -215,7 +215,7 @@ def test_a_batch_size_that_nobody_gave_shrinks_to_the_training_images(settings, 
 
 
 @pytest.mark.parametrize(("best", "says"), [(1, True), (3, False)])
-def test_a_best_epoch_before_the_target_is_said_to_be_one(best, says, settings, console, no_report, monkeypatch):
+def test_a_best_epoch_before_the_target_budget_is_reported(best, says, settings, console, no_report, monkeypatch):
     from snella_app.training.trainer import SnellaTrainer
 
     selection_scores = SnellaTrainer._selection_scores
@@ -237,19 +237,19 @@ def test_a_best_epoch_before_the_target_is_said_to_be_one(best, says, settings, 
 @pytest.mark.parametrize(
     ("confusion", "only"), [([[0, 3], [0, 9]], "b"), ([[1, 2], [0, 9]], None), ([[0, 3], [0, 0]], None), (None, None)]
 )
-def test_one_answer_to_everything_is_noticed(confusion, only):
-    assert _only_answer({"confusion": confusion}, ["a", "b"]) == only
+def test_a_single_predicted_class_is_detected(confusion, only):
+    assert _only_class({"confusion": confusion}, ["a", "b"]) == only
 
 
-def test_a_run_that_gives_one_answer_says_so(settings, console, no_report, monkeypatch):
+def test_a_run_that_predicts_a_single_class_prints_a_note(settings, console, no_report, monkeypatch):
     monkeypatch.setattr(
-        "snella_app.training.finish._only_answer", lambda scores, classes: classes[len(scores["confusion"]) - 1]
+        "snella_app.training.finish._only_class", lambda scores, classes: classes[len(scores["confusion"]) - 1]
     )
     train(settings(method="linear", epochs=1), console)
     assert "note: every validation image is predicted as 'owls'; the model did not learn" in console.file.getvalue()
 
 
-def test_large_images_are_read_at_the_same_resolution_in_training_evaluation_and_prediction(
+def test_large_images_are_read_at_one_resolution_in_training_evaluation_and_prediction(
     settings, console, no_report, tmp_path
 ):
     rng = np.random.default_rng(0)
@@ -269,7 +269,7 @@ def test_large_images_are_read_at_the_same_resolution_in_training_evaluation_and
     assert trained.image(0).size == measured.image(0).size == (225, 150)  # by 4: at least 4 times 32 pixels
 
 
-def test_a_failure_is_noted_in_run_json(settings, console, monkeypatch):
+def test_run_json_records_a_failure(settings, console, monkeypatch):
     from snella_app.training.trainer import SnellaTrainer
 
     def fail(self, dataset):
@@ -282,7 +282,7 @@ def test_a_failure_is_noted_in_run_json(settings, console, monkeypatch):
     assert (run["status"], run["error"]) == ("failed", "the sensor melted")
 
 
-def test_the_page_of_a_run_that_goes_on_refreshes_itself_and_changes_nothing(settings, finished, monkeypatch):
+def test_the_live_report_refreshes_without_affecting_the_run(settings, finished, monkeypatch):
     pages, write_report = [], training.write_report
 
     def record(run, images=None, **so_far):

@@ -1,4 +1,4 @@
-"""Options of training beyond epochs and rates: early stopping, accumulation, augmentation, mixing, trackers."""
+"""Training options: early stopping, accumulation, augmentation, MixUp and CutMix, trackers."""
 
 import math
 import os
@@ -44,7 +44,7 @@ def is_close(one, two, tolerance):
 # early stopping
 
 
-def test_training_stops_after_epochs_without_a_better_one(settings, console):
+def test_early_stopping_ends_training_without_improvement(settings, console):
     values = {**STILL, "method": "lora-2", "epochs": 9, "early_stopping": 2}
     values.pop("scalar_lr")
     run = train(settings(**values), console)
@@ -53,24 +53,24 @@ def test_training_stops_after_epochs_without_a_better_one(settings, console):
     assert "stopping  after 2 epochs without improvement" in text and "stopped after epoch 2 of 9" in text
 
 
-def test_with_budgets_training_does_not_stop_before_the_target_sparsity(settings, console):
+def test_early_stopping_waits_for_the_target_sparsity(settings, console):
     run = train(settings(**STILL, epochs=5, early_stopping=1), console)
     rows, allocation = history_of(run), run.read_json("allocation.json")
-    assert [row["epoch"] for row in rows] == [0, 1, 2, 3, 4, 5]  # the target is there from epoch 4 = ceil(0.7 · 5) on
+    assert [row["epoch"] for row in rows] == [0, 1, 2, 3, 4, 5]  # the target is reached in epoch 4 = ceil(0.7 · 5)
     assert [row["budget"] <= allocation["target_budget"] for row in rows] == [False, False, False, False, True, True]
     assert sum(matrix["budget"] for matrix in allocation["matrices"]) == allocation["target_budget"]
     assert "from epoch 4, when the budget reaches its target (schedule_end 0.7)" in console.file.getvalue()
     assert run.read_config().method.options == {"schedule_end": 0.7}
 
 
-def test_a_preset_keeps_its_schedule_and_the_log_says_that_nothing_stops(settings, console):
+def test_a_preset_keeps_its_schedule_and_the_log_notes_that_early_stopping_has_no_effect(settings, console):
     options = {"method_options": {"preset": "paper"}}
     run = train(settings(**{**STILL, **options}, epochs=3, early_stopping=1), console)
     assert len(history_of(run)) == 4 and run.read_config().method.options == {"preset": "paper"}
     assert "early stopping has no effect: the budget reaches its target at the last step" in console.file.getvalue()
 
 
-def test_a_run_that_was_killed_after_it_had_stopped_is_not_trained_further(settings, console, monkeypatch):
+def test_a_run_killed_after_early_stopping_is_not_trained_further(settings, console, monkeypatch):
     values = {**STILL, "method": "linear", "epochs": 9, "early_stopping": 1, "augment": "none"}
     values.pop("scalar_lr")
     config = settings(**values)
@@ -85,7 +85,7 @@ def test_a_run_that_was_killed_after_it_had_stopped_is_not_trained_further(setti
     assert run.status == "finished" and [row["epoch"] for row in history_of(run)] == [0, 1]
 
 
-def test_stopping_early_needs_something_to_measure(settings):
+def test_early_stopping_needs_validation_images(settings):
     with pytest.raises(ValueError, match="early_stopping needs validation images, got 3 with protocol"):
         settings(early_stopping=3, protocol="final")
 
@@ -94,10 +94,10 @@ def test_stopping_early_needs_something_to_measure(settings):
 
 
 @pytest.mark.parametrize("method", ["snella-2", "lora-2"])
-def test_accumulated_batches_are_one_large_batch(method, settings, console, tmp_path):
+def test_accumulated_batches_equal_one_large_batch(method, settings, console, tmp_path):
     same = {"method": method, "method_options": {}, "epochs": 2}
     whole = train(settings(**same, batch_size=10, out=str(tmp_path / "whole")), console)
-    parts = train(settings(**same, batch_size=5, accumulate=2), console)  # 28 images: the last step has 5 and 3 of them
+    parts = train(settings(**same, batch_size=5, accumulate=2), console)  # 28 images: the last step has 5 + 3
     for one, two in zip(history_of(whole)[1:], history_of(parts)[1:], strict=True):
         assert one["budget"] == two["budget"] and math.isclose(one["train_loss"], two["train_loss"], rel_tol=1e-4)
         assert one["lr"] == two["lr"]
@@ -105,14 +105,14 @@ def test_accumulated_batches_are_one_large_batch(method, settings, console, tmp_
     assert "2 epochs of 3 steps, 2 × 5 images each" in console.file.getvalue()
 
 
-def test_recomputed_activations_give_the_same_adapter(settings, console, tmp_path):
+def test_gradient_checkpointing_gives_the_same_adapter(settings, console, tmp_path):
     values = {"epochs": 1, "drop_path": 0.3}
     plain = train(settings(**values, out=str(tmp_path / "plain")), console)
     recomputed = train(settings(**values, grad_checkpointing=True), console)
     assert is_close(adapter_of(plain), adapter_of(recomputed), 1e-6)
 
 
-def test_recomputing_keeps_less():
+def test_gradient_checkpointing_saves_memory():
     from snella_app.training.memory import record_forward
 
     images = torch.randn(4, 3, 160, 160)
@@ -128,7 +128,7 @@ def test_recomputing_keeps_less():
 
 
 @pytest.mark.parametrize("method", ["full", "lora-2", "snella-2"])
-def test_rates_decay_from_the_head_to_the_stem(method, settings):
+def test_learning_rates_decay_from_head_to_stem(method, settings):
     options = {} if method != "snella-2" else {"method_options": {}}
     config = settings(method=method, lr=1.0, head_lr=1.0, layer_decay=0.5, **options).resolved()
     model = build_method(method, timm.create_model("test_vit", num_classes=3, img_size=32))
@@ -139,7 +139,7 @@ def test_rates_decay_from_the_head_to_the_stem(method, settings):
     assert len(named) == sum(p.requires_grad for p in model.parameters())
     for name, rate in named.items():
         if name.endswith(("snella_alpha", "snella_beta")) or "piece_coeff" in name or rate < 1e-3:
-            continue  # the kernels' scalars have a rate of their own
+            continue  # scalar kernel parameters have a separate learning rate
         if ".blocks." in f".{name}":
             block = int(name.split("blocks.")[1].split(".")[0])
             assert rate == 0.5 ** (count - block), name
@@ -148,7 +148,7 @@ def test_rates_decay_from_the_head_to_the_stem(method, settings):
     assert len({rate for rate in named.values()}) > count
 
 
-def test_every_backbone_gets_its_drop_path_whatever_the_method(settings):
+def test_drop_path_applies_to_every_backbone_and_method(settings):
     parts = build_components(settings(method="lora-2", drop_path=0.4).resolved())
     rates = [m.drop_prob for m in parts.model.modules() if isinstance(m, DropPath)]
     blocks = len(rates) // 2
@@ -160,7 +160,7 @@ def test_every_backbone_gets_its_drop_path_whatever_the_method(settings):
 # augmentation and mixing
 
 
-def test_mixing_weighs_the_losses_of_both_labels(settings, console, monkeypatch):
+def test_the_mixed_loss_weights_both_labels(settings, console, monkeypatch):
     seen = []
     original = SnellaTrainer._mix
 
@@ -185,7 +185,7 @@ def test_mixing_weighs_the_losses_of_both_labels(settings, console, monkeypatch)
     assert kinds == {"mixup", "cutmix"}
 
 
-def test_the_loss_of_a_mixed_batch_is_that_of_soft_labels(settings, console):
+def test_the_mixed_loss_equals_the_soft_label_loss(settings, console):
     config = settings(method="linear", method_options={}, mixup=1.0).resolved()
     parts = build_components(config)
     run = RunFolder(config.run.out)
@@ -208,7 +208,7 @@ def test_the_loss_of_a_mixed_batch_is_that_of_soft_labels(settings, console):
         ({"augment": "randaugment"}, "3augment for images with masks, got 'randaugment'"),
     ],
 )
-def test_what_masks_cannot_follow_is_refused(changes, message, settings):
+def test_settings_without_mask_support_are_rejected(changes, message, settings):
     with pytest.raises(ValueError, match=message):
         settings(task="segmentation", **changes)
 
@@ -225,18 +225,18 @@ def test_what_masks_cannot_follow_is_refused(changes, message, settings):
         ({"track": "tensorbord"}, "track must be among azure_ml, .*wandb.*, got tensorbord"),
     ],
 )
-def test_values_out_of_range_are_named(changes, message, settings):
+def test_values_out_of_range_are_rejected(changes, message, settings):
     with pytest.raises(ValueError, match=message):
         settings(**changes)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_half_precision_needs_a_gpu(settings, console):
+def test_fp16_needs_a_gpu(settings, console):
     with pytest.raises(ValueError, match="precision must be fp32 or bf16 on device 'cpu', got 'fp16'"):
         train(settings(precision="fp16"), console)
 
 
-# all of it, interrupted
+# all options, interrupted
 
 EVERYTHING = {
     **{"accumulate": 2, "batch_size": 4, "epochs": 2, "grad_checkpointing": True, "layer_decay": 0.8, "drop_path": 0.2},
@@ -244,7 +244,7 @@ EVERYTHING = {
 }
 
 
-def test_a_run_with_all_of_it_resumes_to_the_same_bits(settings, console, monkeypatch, tmp_path):
+def test_a_run_with_all_options_resumes_bit_for_bit(settings, console, monkeypatch, tmp_path):
     whole = train(settings(**EVERYTHING, out=str(tmp_path / "whole")), console)
     config = settings(**EVERYTHING)
     with monkeypatch.context() as patch:
@@ -267,7 +267,7 @@ def test_a_run_with_all_of_it_resumes_to_the_same_bits(settings, console, monkey
 # trackers
 
 
-def test_tensorboard_shows_losses_budgets_and_every_matrix(settings, console):
+def test_tensorboard_gets_losses_budgets_and_all_matrices(settings, console):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -286,7 +286,7 @@ def test_tensorboard_shows_losses_budgets_and_every_matrix(settings, console):
     assert "TENSORBOARD_LOGGING_DIR" not in os.environ
 
 
-def test_what_a_tracker_refuses_is_one_line_and_its_variables_are_as_before(settings, tmp_path):
+def test_a_tracker_error_is_one_line_and_environment_variables_are_restored(settings, tmp_path):
     class RefusedError(Exception):
         __module__ = "mlflow.exceptions"
 
@@ -304,7 +304,7 @@ def test_what_a_tracker_refuses_is_one_line_and_its_variables_are_as_before(sett
         raise RefusedError
 
 
-def test_a_tracker_without_its_package_is_named_before_anything_is_loaded(settings, console, monkeypatch):
+def test_a_missing_tracker_package_is_reported_before_loading(settings, console, monkeypatch):
     def missing():
         raise RuntimeError("WandbCallback requires wandb to be installed. Run `pip install wandb`.")
 
