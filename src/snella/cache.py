@@ -212,8 +212,8 @@ class EffectiveWeight(Tensor):
         Args:
             base: The base weight.
             compute: Returns the weight with its updates.
-            multiply: Computes `F.linear` of an input, the weight and a bias without saving the weight for the backward
-                pass; returns `None` if `compute` does not save it either.
+            multiply: Computes `F.linear` of an input, the weight and a bias, without saving the weight for the backward
+                pass. Returns `None` if `compute` does not save it either.
         """
         weight = base.detach().as_subclass(EffectiveWeight)
         weight._base_weight, weight._compute, weight._multiply, weight._effective = base, compute, multiply, None

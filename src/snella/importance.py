@@ -268,10 +268,10 @@ class ImportanceTracker:
     def state_dict(self) -> dict[str, Any]:
         """Return the state as a dict of tensors and plain values; with sharded factors, call it in every process."""
         if self._ranges:
-            return {"averages": self._gathered(self._averages), "uncertainties": self._gathered(self._uncertainties)}
+            return {"averages": self._gather(self._averages), "uncertainties": self._gather(self._uncertainties)}
         return {"averages": dict(self._averages), "uncertainties": dict(self._uncertainties)}
 
-    def _gathered(self, averages: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _gather(self, averages: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Gather the averages' entries from all processes."""
         sizes = [self._ranges[key].shape.numel() for key in averages]
         full = torch.zeros(sum(sizes), device=next(iter(averages.values())).device)
@@ -361,7 +361,7 @@ class _Shard(NamedTuple):
 
 def _local_shard(factor: Tensor, start: int) -> _Shard:
     """Return the local entries of a factor; `start` is the first entry of FSDP1's flat shard."""
-    world = torch.distributed.get_world_size()
+    world_size = torch.distributed.get_world_size()
     value, gradient = factor.detach(), factor.grad
     if not isinstance(value, DTensor):
         return _Shard(value.reshape(-1), None if gradient is None else gradient.reshape(-1), start, _copies(factor))
@@ -371,11 +371,11 @@ def _local_shard(factor: Tensor, start: int) -> _Shard:
     if type(placement) is not Shard or placement.dim != 0:  # e.g. with tensor parallelism
         full_gradient = gradient.full_tensor() if isinstance(gradient, DTensor) else None
         full = value.full_tensor().reshape(-1)
-        return _Shard(full, None if full_gradient is None else full_gradient.reshape(-1), 0, world)
+        return _Shard(full, None if full_gradient is None else full_gradient.reshape(-1), 0, world_size)
     count = mesh.size(sharded[0])
     first_row = min(mesh.get_local_rank(sharded[0]) * -(-rows // count), rows)
     local = gradient.to_local().reshape(-1) if isinstance(gradient, DTensor) else None
-    return _Shard(value.to_local().reshape(-1), local, first_row * value.shape[1:].numel(), world // count)
+    return _Shard(value.to_local().reshape(-1), local, first_row * value.shape[1:].numel(), world_size // count)
 
 
 def _copies(factor: Tensor) -> int:
@@ -390,15 +390,15 @@ def _find_shard_starts(flat_shards: Sequence[Tensor], full_sizes: Sequence[int])
         NotImplementedError: If the shards of all processes do not form exactly one tensor, as with `HYBRID_SHARD`.
     """
     distributed = torch.distributed
-    world = distributed.get_world_size()
-    sizes = torch.zeros(world, len(flat_shards), dtype=torch.long, device=flat_shards[0].device)
+    world_size = distributed.get_world_size()
+    sizes = torch.zeros(world_size, len(flat_shards), dtype=torch.long, device=flat_shards[0].device)
     sizes[distributed.get_rank()] = torch.tensor([shard.numel() for shard in flat_shards])
     stacked = _all_reduce(sizes, distributed.ReduceOp.SUM).cpu()
     if stacked.sum(0).tolist() != list(full_sizes):
         raise NotImplementedError(
-            f"BudgetAllocator requires one copy of the {sum(full_sizes)} factor entries over all {world} processes, "
-            f"got {int(stacked.sum())} entries; use FSDP1's sharding_strategy FULL_SHARD or SHARD_GRAD_OP, FSDP2 or "
-            "DDP"
+            f"BudgetAllocator requires one copy of the {sum(full_sizes)} factor entries over all {world_size} "
+            f"processes, got {int(stacked.sum())} entries; use FSDP1's sharding_strategy FULL_SHARD or SHARD_GRAD_OP, "
+            "FSDP2 or DDP"
         )
     return stacked[: distributed.get_rank()].sum(0).tolist()
 

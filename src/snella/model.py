@@ -87,13 +87,13 @@ class SnellaModel(BaseTuner):
         for expression in (peft_config.target_modules, peft_config.exclude_modules):
             if isinstance(expression, str) and expression.lower() != "all-linear":
                 check_expression(expression, names)
-        targets = self._chosen_targets(peft_config.target_modules, model)
-        targets = self._with_output_projections(
+        targets = self._resolve_targets(peft_config.target_modules, model)
+        targets = self._add_output_projections(
             targets if isinstance(targets, str) else set(targets), peft_config, model
         )
         peft_config.target_modules = targets
         # raise only if no name matches; PEFT handles excluded names
-        if not _matching(targets, model):
+        if not _matching_names(targets, model):
             raise ValueError(unmatched_message(targets, model))
         self._reject_shared_weights(peft_config, model)
         self._check_ranks(peft_config, model)
@@ -102,14 +102,14 @@ class SnellaModel(BaseTuner):
             model, peft_config.wanted_tokens(), is_required=peft_config.requires_tokens
         )
 
-    def _chosen_targets(self, targets: set[str] | list[str] | str | None, model: nn.Module) -> set[str] | str:
+    def _resolve_targets(self, targets: set[str] | list[str] | str | None, model: nn.Module) -> set[str] | str:
         """Resolve `None` and `"all-linear"`, and warn if they exclude most of the weights."""
         is_default = targets is None
         if targets is None:
             targets = default_targets(model)
             if isinstance(targets, str) and targets != "all-linear":
                 # a set of names, which `layers_to_transform` can filter
-                return _matching(targets, model)
+                return _matching_names(targets, model)
         if not isinstance(targets, str):
             return set(targets)
         if targets.lower() != "all-linear":
@@ -160,7 +160,7 @@ class SnellaModel(BaseTuner):
         targets = getattr(peft_config, "target_modules", None)
         if isinstance(targets, str) and targets.lower() != "all-linear":
             check_expression(targets, [name for name, _ in model.named_modules()])
-            peft_config.target_modules = _matching(targets, model)  # type: ignore[attr-defined]
+            peft_config.target_modules = _matching_names(targets, model)  # type: ignore[attr-defined]
         try:
             super()._check_tied_modules(model, peft_config)
         finally:
@@ -182,7 +182,7 @@ class SnellaModel(BaseTuner):
             "SNELLA adapts no embedding; train it with modules_to_save or trainable_token_indices"
         )
 
-    def _with_output_projections(
+    def _add_output_projections(
         self, targets: set[str] | str, peft_config: SnellaConfig, model: nn.Module
     ) -> set[str] | str:
         """Add the output projections of all targeted torch attentions."""
@@ -196,7 +196,7 @@ class SnellaModel(BaseTuner):
         if not outputs:
             return targets
         if isinstance(targets, str):
-            targets = _matching(targets, model)
+            targets = _matching_names(targets, model)
         return targets | outputs
 
     def _reject_shared_weights(self, peft_config: SnellaConfig, model: nn.Module) -> None:
@@ -395,7 +395,7 @@ class SnellaModel(BaseTuner):
             self._adapt_output(peft_config, adapter_name, parent, current_key)
             return
         if is_adaptable(target):
-            wrapper = self._wrapped(target, target_name, parent)
+            wrapper = self._wrap_attention(target, target_name, parent)
             for name in input_projections(wrapper.base_layer):
                 self._adapt_projection(peft_config, adapter_name, wrapper, name, current_key)
             return
@@ -428,12 +428,12 @@ class SnellaModel(BaseTuner):
         if not is_adaptable(attention):
             choose_layer_class(attention, name)
         outer = self.model.get_submodule(name.rpartition(".")[0])
-        wrapper = self._wrapped(attention, name.rpartition(".")[2], outer)
+        wrapper = self._wrap_attention(attention, name.rpartition(".")[2], outer)
         # an already adapted output projection has two names here; use the adapter's
         if wrapper.find_projection("out_proj") is None or isinstance(parent, AdaptedAttention):
             self._adapt_projection(peft_config, adapter_name, wrapper, "out_proj", name)
 
-    def _wrapped(self, attention: nn.Module, attention_name: str, parent: nn.Module) -> AdaptedAttention:
+    def _wrap_attention(self, attention: nn.Module, attention_name: str, parent: nn.Module) -> AdaptedAttention:
         """Return the wrapper of a torch attention; create and insert it if necessary."""
         if isinstance(attention, AdaptedAttention):
             return attention
@@ -570,14 +570,14 @@ class SnellaModel(BaseTuner):
                 f"the adapter does not fit {type(model).__name__}: {listed(errors, 3, '; ')}; "
                 "load it into the architecture it was trained on"
             )
-        broken = [
+        nonfinite = [
             f"{key} ({bad} of {remapped[key].numel()})"
             for key in expected
             if (bad := int(remapped[key].numel() - torch.isfinite(remapped[key]).sum()))
         ]
-        if broken:
+        if nonfinite:
             raise ValueError(
-                f"the adapter contains non-finite values: {listed(broken, 3)}; its training "
+                f"the adapter contains non-finite values: {listed(nonfinite, 3)}; its training "
                 "diverged or its file is corrupt; load an earlier checkpoint"
             )
         return remapped
@@ -667,7 +667,7 @@ def _attention_biases(model: nn.Module) -> list[str]:
     return list(biases)
 
 
-def _matching(targets: set[str] | str, model: nn.Module) -> set[str]:
+def _matching_names(targets: set[str] | str, model: nn.Module) -> set[str]:
     """Return the names of the modules that match the targets."""
     return {name for name, _ in model.named_modules() if _matches(targets, name)}
 

@@ -587,7 +587,7 @@ def test_zero_grad_hooks_are_chained(count):
     assert len(calls) == count
 
 
-def test_overflow_inside_a_closure_is_not_a_skipped_step(mlp):
+def test_overflow_inside_closure_is_not_a_skipped_step(mlp):
     model = mlp.adapted()
     optimizer = torch.optim.LBFGS([p for p in model.parameters() if p.requires_grad], max_iter=3)
     allocator = make_allocator(model).attach(optimizer)

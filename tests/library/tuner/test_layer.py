@@ -254,7 +254,7 @@ def test_merging_two_adapters_together_equals_merging_in_sequence(kind):
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
 
 
-def test_merge_with_a_string_raises(mlp):
+def test_merging_a_string_raises(mlp):
     with pytest.raises(TypeError, match="list of strings, got 'default'"):
         mlp.adapted().merge_adapter("default")
 
