@@ -5,7 +5,7 @@ Importing the package registers the method with PEFT:
     model = get_peft_model(model, SnellaConfig(r=8, target_modules="all-linear", modules_to_save=["head"]))
     BudgetAllocator(model, total_epochs=10, steps_per_epoch=len(loader)).attach(optimizer)
 
-`snella.train` runs the same training as `snella train`. `snella.load` returns a predictor. Both require the
+`snella.train` runs the same training as `snella train`. `snella.load` returns a predictor. Both require the optional
 application, `pip install 'snella[app]'`:
 
     run = snella.train(data="photos", backbone="vit_base_patch16_224.augreg_in21k", out="runs/photos")
@@ -48,7 +48,7 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    """Import `SnellaCallback` and the names of the application on first access, because both need optional packages."""
+    """Import `SnellaCallback` and the application's names lazily, because they require optional packages."""
     if name == "SnellaCallback":
         return importlib.import_module("snella.callback").SnellaCallback
     if name not in _APPLICATION_NAMES:

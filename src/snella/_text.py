@@ -1,4 +1,4 @@
-"""Formatting of lists of names and suggestions in error messages."""
+"""Name lists and suggestions for error messages."""
 
 import difflib
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ def listed(items: Iterable[str], limit: int = 5, separator: str = ", ") -> str:
     return separator.join(names[:limit]) + (f" and {num_omitted} more" if num_omitted > 0 else "")
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return a hint with the closest known name, e.g. "did you mean 'r'?", or an empty string if none is close."""
-    matches = difflib.get_close_matches(name, list(known), n=1)
+def did_you_mean(name: str, candidates: Iterable[str]) -> str:
+    """Return a hint with the closest candidate, e.g. "did you mean 'r'?", or an empty string if none is close."""
+    matches = difflib.get_close_matches(name, list(candidates), n=1)
     return f"did you mean {matches[0]!r}?" if matches else ""

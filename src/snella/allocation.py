@@ -108,7 +108,7 @@ def _fill_in_proportion(scores: list[Fraction], capacities: list[int], budget: i
 
 
 def _round_to_sum(shares: list[Fraction], capacities: list[int], budget: int, scores: list[Fraction]) -> list[int]:
-    """Round down and add the missing entries by largest remainder; ties go by importance, then by size."""
+    """Round down and add the missing entries by largest remainder; ties are broken by importance, then by size."""
     counts = [int(share) for share in shares]
     missing = budget - sum(counts)
     # the position of a matrix must not break ties, or the result would depend on the order of the layers;

@@ -21,7 +21,7 @@ from snella.optimizer import MATCHER_ATTRIBUTE
 
 _STATE_KEY = "snella_allocator"  # in the first parameter group of an optimizer's state
 _FORMAT = 2
-_HISTORY_INTERVALS = 100  # intervals of the training with one history entry each
+_HISTORY_INTERVALS = 100  # training intervals with one history entry each
 _GRADIENT_CHECK_STEPS = 5  # a zero-initialized head or drop-path can suppress the first gradients
 
 __all__ = ["BudgetAllocator", "allocate"]
@@ -34,7 +34,7 @@ class BudgetAllocator:
     global budget follows the schedule and is reallocated. After the last epoch, or after the fraction `schedule_end`
     of the training, it is exactly `b_T = (1 − target_sparsity)·(all adapted weights)`.
 
-    In most training loops one call suffices:
+    In most training loops, one call of `attach` suffices:
 
         allocator = BudgetAllocator(model, total_epochs=10, steps_per_epoch=len(loader))
         allocator.attach(optimizer)
@@ -54,10 +54,10 @@ class BudgetAllocator:
     Attributes:
         history: One entry per allocation: `step`, `t` and `total` (the schedule's time), `budget`, and `budgets` and
             `importance` per matrix. The first entry is the initial allocation. With frequent allocations, only the
-            last entry of each epoch and of each hundredth of the training remains, to limit the size of checkpoints.
+            last entry of each epoch and of each hundredth of training remains, to limit the size of checkpoints.
 
     Raises:
-        ValueError: If the model has no such adapter, or a number of epochs or steps is below 1.
+        ValueError: If the model does not have this adapter, or a number of epochs or steps is below 1.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class BudgetAllocator:
         self._has_checked_optimizer = False
         self._has_updated_importance = self._has_stepped = False  # in this step, and since the last zero_grad
         self._is_stepping = False
-        self._num_gradient_checks = 0  # number of steps checked for missing gradients
+        self._num_gradient_checks = 0  # steps checked for missing gradients
         self._without_gradient = {matrix.name for matrix in self.matrices}
         self.has_exact_steps = False  # True if a trainer provides the number of steps
         self._handles: list[torch.utils.hooks.RemovableHandle | _ZeroGradHook] = []
@@ -153,7 +153,7 @@ class BudgetAllocator:
 
         The importance is updated before the optimizer changes the parameters (after, with `preset="official"`). In
         `optimizer.step(closure)` it is updated after the closure's first call. The budget changes after the step. A
-        step that a gradient scaler skips counts when `optimizer.zero_grad()` clears its overflowed gradients.
+        step skipped by a gradient scaler counts when `optimizer.zero_grad()` clears the overflowed gradients.
         `attach` works before and after `optimizer.load_state_dict`.
 
         Args:
@@ -213,7 +213,7 @@ class BudgetAllocator:
         self.config.watch.is_attached = False
 
     def update_and_allocate(self, step: int) -> None:
-        """Update the importance, and reallocate the budget if due. For loops without `attach`.
+        """Update the importance, and reallocate the budget if due, in loops without `attach`.
 
         Call it once per optimizer step, between `loss.backward()` and `optimizer.step()` (after `optimizer.step()` with
         `preset="official"`), before clearing the gradients.
@@ -228,7 +228,7 @@ class BudgetAllocator:
     def advance_to(self, step: int) -> None:
         """Count skipped steps up to `step`, so that the budget reaches its target.
 
-        For loops that skip steps and clear gradients without `optimizer.zero_grad()`. `SnellaCallback` calls this.
+        Use it in loops that skip steps and clear gradients without `optimizer.zero_grad()`. `SnellaCallback` calls it.
         """
         while self.step < step:
             self._finish_step(self.step + 1)
@@ -296,7 +296,7 @@ class BudgetAllocator:
         self._num_gradient_checks += 1
         # `SnellaModel` reports unused layers
         excluded = {m.name for m in self.matrices if not m.layer.is_applied}
-        if self._num_gradient_checks == 1:  # later, a matrix may have lost its budget for lack of a gradient
+        if self._num_gradient_checks == 1:  # later, a missing gradient may be the cause of a zero budget
             excluded |= set(self.frozen)
         self._without_gradient -= self.importance.with_gradient() | excluded
         if self._num_gradient_checks == min(_GRADIENT_CHECK_STEPS, self.total_steps) and self._without_gradient:
@@ -325,7 +325,7 @@ class BudgetAllocator:
         # allocate by size before the first step, and always with "uniform"
         is_by_size = self.config.allocation == "uniform" or step == 0
         shares = [matrix.budget for matrix in self.matrices]
-        if step > 0 or sum(shares) != budget:  # an adapter that already has this budget keeps its shares
+        if step > 0 or sum(shares) != budget:  # an adapter that already has this budget keeps its allocation
             shares = allocate(
                 [float(cap) for cap in caps] if is_by_size else scores, caps, budget, self.config.min_layer_share
             )
@@ -364,7 +364,7 @@ class BudgetAllocator:
     def state_dict(self) -> dict[str, Any]:
         """Return the state as a dict of tensors and plain values.
 
-        If FSDP shards the factors, call it, and `optimizer.state_dict()`, in every process.
+        If FSDP shards the factors, call this method and `optimizer.state_dict()` in every process.
         """
         return {
             "format": _FORMAT,
@@ -411,7 +411,7 @@ class BudgetAllocator:
 
 
 class _ZeroGradHook:
-    """Hook that runs before `optimizer.zero_grad()`, for which torch has no API."""
+    """Hook that runs before `optimizer.zero_grad()`; torch has no API for it."""
 
     def __init__(self, optimizer: Optimizer, callback: Callable[[Optimizer], None]) -> None:
         self.optimizer, self.callback, self.zero_grad = optimizer, callback, optimizer.zero_grad

@@ -34,7 +34,7 @@ class RecomputeCache:
 
     @property
     def is_empty(self) -> bool:
-        """True if the cache is empty."""
+        """True if the cache stores no results."""
         return self._entry is None
 
     def stash(self, effective: Tensor, merged: list[Merged], weight: Tensor | None) -> None:
@@ -53,7 +53,7 @@ class RecomputeCache:
     def take(
         self, weight: Tensor | None, dtype: torch.dtype, num_updates: int
     ) -> tuple[Tensor | None, list[Merged] | None]:
-        """Return the effective weight and the merged matrices and clear the cache; `None` if `weight` has changed."""
+        """Return the cached effective weight and merged matrices, and clear the cache; `None` if `weight` changed."""
         entry, self._entry = self._entry, None
         if entry is None:
             return None, None
@@ -448,7 +448,7 @@ def effective_weight(weight: Tensor | None, updates: Sequence[Update], shape: to
 def add_by_autograd(
     weight: Tensor | None, updates: Sequence[Update], shape: torch.Size | None = None
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Return `effective_weight` and the thresholds of each update."""
+    """Return the result of `effective_weight` and the thresholds of each update."""
     total, all_thresholds = weight, []
     for update in updates:
         matrices, thresholds = sparsify_update(update)
@@ -471,7 +471,7 @@ def _reference_layer(
     op: LayerOp,
     weight_shape: torch.Size,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """`adapted_layer` by autograd, which saves the effective weight and every intermediate of the merge."""
+    """Compute `adapted_layer` with autograd, which saves the effective weight and every intermediate of the merge."""
     base = weight.materialize_wide() if isinstance(weight, LazyWeight) else weight
     with torch.autocast(x.device.type, enabled=False):
         effective, thresholds = add_by_autograd(base, updates, weight_shape)

@@ -42,10 +42,10 @@ def product_dtype(layer: SnellaLayer, x: Tensor) -> torch.dtype:
 def check_weight(layer: SnellaLayer, weight: Tensor | LazyWeight) -> None:
     """Reject a base weight to which no update can be added."""
     if isinstance(weight, Tensor) and (weight.dtype.itemsize == 1 or weight.is_meta):
-        raise unusable_weight(layer, weight.dtype)
+        raise unusable_weight_error(layer, weight.dtype)
 
 
-def unusable_weight(layer: SnellaLayer, dtype: torch.dtype) -> NotImplementedError:
+def unusable_weight_error(layer: SnellaLayer, dtype: torch.dtype) -> NotImplementedError:
     """Return the error for a missing or 8-bit base weight."""
     if dtype.itemsize == 1:
         return NotImplementedError(

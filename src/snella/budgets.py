@@ -1,7 +1,7 @@
 """Budgets of a layer's adapters: buffers that are saved with the adapter and survive model averaging.
 
-Model averaging may average buffers (`AveragedModel(use_buffers=True)`, timm's `ModelEmaV2`). An averaged budget does
-not match its seal, and the layer then restores the budgets that were last set.
+Model averaging may also average buffers (`AveragedModel(use_buffers=True)`, timm's `ModelEmaV2`). An averaged budget
+does not match its seal, a hash of the budget, and the layer then restores the most recently set budgets.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from snella.cache import seal_of
+from snella.cache import compute_seal
 
 if TYPE_CHECKING:
     from snella.layer import SnellaLayer
@@ -22,9 +22,9 @@ def read_budgets(layer: SnellaLayer, adapter_name: str) -> tuple[int, ...]:
     """Return the budgets in the buffer; replace averaged ones with the live budgets first."""
     buffer, seals = layer.snella_budget[adapter_name], layer.snella_seal[adapter_name]
     budgets, stored_seals = torch.stack((buffer, seals.to(buffer.device))).tolist()  # one transfer
-    is_sealed = stored_seals == [seal_of(budget) for budget in budgets]
+    is_sealed = stored_seals == [compute_seal(budget) for budget in budgets]
     if is_sealed and not layer._cache.is_written_without_seal(adapter_name, buffer, seals):
-        layer._cache.note_seal(adapter_name, buffer, seals)
+        layer._cache.record_seal(adapter_name, buffer, seals)
         return tuple(budgets)
     live = layer._live_budgets[adapter_name]
     buffer.copy_(torch.tensor(live, dtype=buffer.dtype))
@@ -46,14 +46,14 @@ def seal_budgets(layer: SnellaLayer, adapter_name: str, budgets: tuple[int, ...]
         return
     budgets = tuple(buffer.tolist()) if budgets is None else budgets
     layer._live_budgets[adapter_name] = budgets
-    seals = torch.tensor([seal_of(budget) for budget in budgets], dtype=buffer.dtype, device=buffer.device)
+    seals = torch.tensor([compute_seal(budget) for budget in budgets], dtype=buffer.dtype, device=buffer.device)
     layer.snella_seal[adapter_name] = seals
-    layer._cache.note_seal(adapter_name, buffer, seals)
-    layer._cache.note_budgets(adapter_name, buffer, budgets)
+    layer._cache.record_seal(adapter_name, buffer, seals)
+    layer._cache.record_budgets(adapter_name, buffer, budgets)
 
 
 def seal_all_budgets(layer: SnellaLayer, *_: Any) -> None:
-    """`load_state_dict` hook: seal the loaded budgets."""
+    """Seal the loaded budgets; a `load_state_dict` hook."""
     for name in layer.snella_budget:
         seal_budgets(layer, name)
 
@@ -67,7 +67,7 @@ def restore_budgets(layer: SnellaLayer, *_: Any) -> None:
 
 @contextmanager
 def buffers_off_meta(layer: SnellaLayer) -> Iterator[None]:
-    """Keep budgets and seals in place if a move, e.g. by accelerate, sends them to the meta device."""
+    """Keep budgets and seals on their device if a move, e.g. by accelerate, targets the meta device."""
     buffers = (layer.snella_budget, layer.snella_seal)
     before = [(values, name, values[name]) for values in buffers for name in values]
     yield

@@ -46,7 +46,7 @@ def _count_step(optimizer: Optimizer, *_: Any) -> None:
 def compute_fingerprint(tensors: Sequence[Tensor | None]) -> tuple[tuple[int, int, int], ...] | None:
     """Return the identities, addresses and versions of tensors, which change with every recorded write.
 
-    Returns `None` for tensors without change tracking: those created in inference mode or on the meta device.
+    Returns `None` for tensors created in inference mode or on the meta device, which do not track changes.
     """
     entries = []
     for tensor in tensors:
@@ -63,8 +63,8 @@ class AdapterState:
     """State shared by the calls of a layer while one adapter's factors and budgets do not change.
 
     Args:
-        key: Fingerprint of the factors and all other inputs; `None` without sharing.
-        factors: Reference to the factors, because Python reuses the ids of freed objects.
+        key: Fingerprint of the factors and all other inputs; `None` if the state is not shared.
+        factors: Reference that keeps the factors alive, because Python reuses the ids of freed objects.
         thresholds: `[G]`, or `None` before the first call.
         recompute: Cache of a recomputed forward pass, for the backward pass.
     """
@@ -99,7 +99,7 @@ class LayerCache:
     def check_written(self, names: Sequence[str], factors: Sequence[Tensor]) -> None:
         """Invalidate entries if factors changed without a version change, e.g. through `.data`.
 
-        Copies and compares the values of `factors`, which are small compared to the weight. This synchronizes with
+        Copies and compares the values of `factors`, which are small compared to the weight, and synchronizes with
         their device.
         """
         if any(factor.is_meta or (factor.is_cuda and torch.cuda.is_current_stream_capturing()) for factor in factors):
@@ -130,15 +130,15 @@ class LayerCache:
         if entry is not None and entry[0] is budget and entry[1:3] == (budget.data_ptr(), budget._version):
             return entry[3]
         integers = read(name)
-        self.note_budgets(name, budget, integers)
+        self.record_budgets(name, budget, integers)
         return integers
 
-    def note_budgets(self, name: str, budget: Tensor, integers: tuple[int, ...]) -> None:
+    def record_budgets(self, name: str, budget: Tensor, integers: tuple[int, ...]) -> None:
         """Cache the integers that a buffer contains."""
         if not (budget.is_inference() or budget.is_meta):
             self._budgets[name] = (budget, budget.data_ptr(), budget._version, integers)
 
-    def note_seal(self, name: str, budget: Tensor, seal: Tensor) -> None:
+    def record_seal(self, name: str, budget: Tensor, seal: Tensor) -> None:
         """Record the versions of a budget buffer and its matching seal."""
         if budget.is_inference() or seal.is_inference():
             self._sealed.pop(name, None)
@@ -178,7 +178,7 @@ class LiveBudgets(dict[str, tuple[int, ...]]):
         return self
 
 
-def seal_of(budget: int) -> int:
+def compute_seal(budget: int) -> int:
     """Return a hash of a budget that averaging does not preserve, to detect averaged budgets."""
     return (budget + 1) * 0x9E3779B1 % 0x7FFFFFFF
 
@@ -212,8 +212,8 @@ class EffectiveWeight(Tensor):
         Args:
             base: The base weight.
             compute: Returns the weight with its updates.
-            multiply: Computes `F.linear` of an input, the weight and a bias without saving the weight for the backward
-                pass; returns `None` if `compute` does not save it either.
+            multiply: Computes `F.linear` of an input, the weight and a bias, without saving the weight for the backward
+                pass. Returns `None` if `compute` does not save it either.
         """
         weight = base.detach().as_subclass(EffectiveWeight)
         weight._base_weight, weight._compute, weight._multiply, weight._effective = base, compute, multiply, None
@@ -256,7 +256,7 @@ def _multiply(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
 
 def _unwrap(arguments: Any, attribute: str | None = None) -> Any:
-    """Replace every effective weight in the arguments by its value, or by one of its attributes."""
+    """Replace every effective weight in the arguments with its value, or with one of its attributes."""
     if attribute is not None:
         return tree_map_only(EffectiveWeight, lambda weight: getattr(weight, attribute), arguments)
     return tree_map_only(EffectiveWeight, EffectiveWeight.value, arguments)

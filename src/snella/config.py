@@ -26,7 +26,7 @@ from snella.watch import TrainingWatch
 
 
 class PeftTypeName(str):
-    """PEFT type of the method: a string with the interface of a member of PEFT's enum, which lacks it."""
+    """String with the interface of a `PeftType` member; PEFT's enum has no SNELLA member."""
 
     @property
     def value(self) -> str:
@@ -34,7 +34,7 @@ class PeftTypeName(str):
         return str.__str__(self)
 
     def __str__(self) -> str:
-        """Format like a member of PEFT's enum; `get_model_status` splits at the dot."""
+        """Format as `PeftType.NAME`, because `get_model_status` splits the name at the dot."""
         return f"PeftType.{self.value}"
 
 
@@ -42,7 +42,7 @@ PEFT_TYPE = PeftTypeName("SNELLA")
 _CARD_HEADING = "## How to load this adapter"
 _CARD_TEXT = f"""{_CARD_HEADING}
 
-This is a SNELLA adapter. Import `snella` first, which registers the method with PEFT; otherwise loading fails with
+This is a SNELLA adapter. Import `snella` first to register the method with PEFT; otherwise loading fails with
 `KeyError: 'SNELLA'`.
 
 ```python
@@ -67,13 +67,13 @@ _COUNTERPARTS = {
     **dict.fromkeys(("alpha", "lora_alpha"), "the update is multiplied by scaling, without division by r"),
     **dict.fromkeys(("dropout", "lora_dropout"), "dropout on the update's input is update_dropout"),
     "sparsity": "the final fraction of zeros is target_sparsity",
-    **dict.fromkeys(("tinit", "tfinal", "total_step"), "the length of the schedule is an argument of BudgetAllocator"),
+    **dict.fromkeys(("tinit", "tfinal", "total_step"), "BudgetAllocator sets the length of the schedule"),
     "deltaT": "the allocation interval is realloc_every",
     "alpha_pattern": "the update is multiplied by scaling, the same for all layers",
     "use_rslora": "the update is multiplied by scaling, without division by r",
     "lora_bias": "bias='snella_only' trains the biases of the adapted layers",
     "init_lora_weights": "the field is init_weights",
-    "fan_in_fan_out": "transposed weights (transformers' Conv1D) are recognized without it",
+    "fan_in_fan_out": "transposed weights (transformers' Conv1D) are detected automatically",
     "target_parameters": "SNELLA adapts weights of linear layers and convolutions, not bare parameters; for experts "
     "stored as one parameter, use LoraConfig(target_parameters=…) or train them in full with parameters_to_save",
     "use_dora": "SNELLA has no separate magnitude; use LoraConfig(use_dora=True)",
@@ -83,7 +83,7 @@ _COUNTERPARTS = {
 _NAME_PATTERN = re.compile(r"[\w.\-]+")
 _NO_UPDATE = "0.9 keeps a tenth of the update; to train nothing, remove the adapter (snella train --method linear)"
 
-# a preset's values for fields left at None
+# values of each preset for fields left at None
 _PAPER: dict[str, Any] = {
     "sparsify_mode": "soft",
     "learn_piece_coeff": True,
@@ -105,7 +105,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "learn_temperature": True,
         "update_dropout": 0.1,
         "update_drop_path": 0.1,
-        # the attention's output projection under its names in common libraries
+        # names of attention's output projection in common libraries
         "dropout_exclude": ["proj", "out_proj", "o_proj", "to_out.0", "attn.c_proj", "attention.output.dense"],
         "parameters_to_save": ["cls_token"],
         "zero_init_ema": True,
@@ -127,39 +127,40 @@ class SnellaConfig(PeftConfig):
         target_sparsity: Fraction of zeros in the update at the end of training, in `[0, 1)`.
         init_sparsity: Fraction of zeros in the update at the start of training, at most `target_sparsity`.
         target_modules: Modules to adapt: a list of names or suffixes, a regular expression, or `"all-linear"` (every
-            linear layer except the head, patch embedding and patch merging). `None` chooses by model: the attention
-            projections of Stable Diffusion 3, the image encoder of SAM, otherwise `"all-linear"`. If the head has the
-            only linear layers (e.g. in a ResNet), `None` chooses every ungrouped convolution except the first one (the
-            stem) and those named `downsample`.
+            linear layer except the head, patch embedding and patch merging). `None` depends on the model: the attention
+            projections of Stable Diffusion 3, the image encoder of SAM, otherwise `"all-linear"`. If only the head has
+            linear layers (e.g. in a ResNet), `None` selects the ungrouped convolutions, except the stem (the first one)
+            and those named `downsample`.
         exclude_modules: Modules to exclude: a list of names or suffixes, or a regular expression.
         layers_to_transform: Block indices to adapt; requires `target_modules` as a list.
-        layers_pattern: Name of the list of blocks, if it is not the first numbered one.
+        layers_pattern: Name of the list of blocks, e.g. `layers`; defaults to the first numbered list in a module name.
         qkv_groups: Number of matrices in fused query-key-value layers; each matrix competes separately. `"auto"`
-            recognizes the names that timm and transformers use. An integer splits those layers into that many equal
-            matrices (1 disables splitting). A mapping from suffixes to an integer or a list of row counts sets it per
-            layer.
+            recognizes the names that timm and transformers use. An integer splits these layers into that many equal
+            matrices (1 disables splitting). A mapping from suffixes to an integer or a list of row counts sets the
+            split per layer.
         rank_pattern: Ranks per layer, by module name or suffix, e.g. `{"attn.qkv": 16, "fc1": 4}`. The longest
             matching key wins; all other layers use `r`.
         modules_to_save: Modules to train in full and save with the adapter, such as the classifier head.
         trainable_token_indices: Rows of the input embedding to train, or a mapping from embedding names to rows, as in
             `LoraConfig`.
-        ensure_weight_tying: Keep the output embedding tied to an input embedding that `modules_to_save` or
-            `trainable_token_indices` train.
+        ensure_weight_tying: Keep the output embedding tied to the input embedding if `modules_to_save` or
+            `trainable_token_indices` trains the input embedding.
         bias: Biases to train and save: `"none"`, `"all"`, or `"snella_only"` (biases of adapted layers).
         parameters_to_save: Parameters outside modules to train in full and save, such as `cls_token`, by name or
             suffix.
-        scaling: Factor on the update.
-        update_dropout: Dropout probability on the input of the update. The layer then needs two products instead of
-            one.
-        update_drop_path: Probability that a sample skips the update. The layer then needs two products instead of one.
+        scaling: Scaling factor of the update.
+        update_dropout: Dropout probability on the input of the update. Above 0, the layer computes two matrix products
+            instead of one.
+        update_drop_path: Probability that a sample skips the update. Above 0, the layer computes two matrix products
+            instead of one.
         dropout_exclude: Suffixes of modules without `update_dropout`.
-        preset: Default values of the fields left at `None`: `"paper"`; `"official"`, the behavior of the authors'
-            released code; or `"matched"`, the paper's update with steps that depend less on the learning rate
+        preset: Defaults for fields left at `None`: `"paper"`; `"official"`, the behavior of the authors' released code;
+            or `"matched"`, the paper's update with steps that depend less on the learning rate
             (`match_update=True, schedule_end=0.7`).
         sparsify_mode: `"soft"` (eq. 13), `"official"`, or `"none"`. With `"none"` the update is the merged matrix
             (kernelized LoRA); requires `target_sparsity=0`.
         learn_piece_coeff: If True, learn the coefficients `α_p`.
-        learn_temperature: If True, learn a temperature of the softmax.
+        learn_temperature: If True, learn the softmax temperature.
         zero_init_ema: If True, start the moving averages of the importance at zero and update them after the
             optimizer step, as in the authors' code. Otherwise they start at the first value and are updated before the
             step.
@@ -167,36 +168,36 @@ class SnellaConfig(PeftConfig):
         schedule: Budget schedule: `cubic`, `quadratic`, `linear` or `constant`.
         match_update: If True, `create_snella_optimizer` scales the factors' steps so that each changes the update in
             proportion to its base weight (see `StepMatcher`). Requires the kernel `mix_k` or `p_linear`.
-        schedule_end: Fraction of the training after which the budget reaches its target, in `(0, 1]`. The paper uses 1.
+        schedule_end: Fraction of training after which the budget reaches its target, in `(0, 1]`. The paper uses 1.
             Below 1, the remaining steps train at the target sparsity.
-        importance: Importance metric: `sensitivity` (eq. 11); `magnitude` of the factors; `delta_magnitude` of the
-            update per entry (the paper's W-Magnitude; stores two numbers per adapted weight); or
-            `delta_mean_magnitude`, the mean magnitude of the update (one number per matrix).
+        importance: Importance metric: `sensitivity` (eq. 11), `magnitude` (of the factors), `delta_magnitude` (of each
+            entry of the update, the paper's W-Magnitude) or `delta_mean_magnitude` (mean over the update). The last two
+            store two numbers per adapted weight and one number per matrix.
         realloc_every: `"epoch"`, or the number of optimizer steps between allocations.
         beta1: Decay of the moving average of the importance.
         beta2: Decay of the moving average of the importance's uncertainty.
         min_layer_share: Minimum budget of each matrix, as a fraction of its uniform share. The paper uses 0.
         softmax_dim: 0 normalizes each column of the merged matrix over its outputs, 1 each row over its inputs.
         center_softmax: Subtract the softmax's mean. Not in the paper.
-        cache_delta: Save the merged matrix (with numba the effective weight) for the backward pass instead of
+        cache_delta: Save the merged matrix (the effective weight with numba) for the backward pass instead of
             rebuilding it. In evaluation, also cache the effective weight of layers with a quantized base weight.
         recompute_inputs: Recompute an adapted layer's input in the backward pass instead of saving it. Applies to
             outputs of normalizations and activations, whose input autograd saves anyway, and to tensors derived from
-            them in known blocks (windows, gates, modulations). The recomputed values are bit-identical. Writes through
-            `.data` into these outputs are not detected and give wrong gradients; set `False` for such code.
+            them in supported blocks (windows, gates, modulations). The recomputed values are bit-identical. Writes to
+            these outputs through `.data` are not detected and give wrong gradients; set `False` if your code does this.
         compress_activations: Store the inputs of normalizations and activations in int8 (see
             `snella.memory.compression.encode`), and queries, keys and values in int8 instead of attention's saved
             tensors. The backward passes of these operations and of the layers that follow use the stored values.
             Outputs stay exact; gradients are computed at the rounded activations.
-        weight_gradient: Inputs of the updates' gradients in linear layers: `"exact"`; `"bfloat16"`, tokens rounded to
-            bfloat16, which is faster on processors with bfloat16 instructions; or `"sample:P"`, an unbiased estimate
+        weight_gradient: Computation of the updates' gradients in linear layers: `"exact"`; `"bfloat16"`, from tokens
+            rounded to bfloat16 (faster on processors with bfloat16 instructions); or `"sample:P"`, an unbiased estimate
             from a fraction `P` of the tokens, e.g. `"sample:1/2"` (see `snella.memory.sampling.sample_tokens`). Outputs
             and all other gradients stay exact. Convolutions, `impl="reference"` and weights that a model reads for
-            anything but `F.linear` always use exact gradients.
+            operations other than `F.linear` always use exact gradients.
         impl: Implementation of the adapted layer: `"auto"`, `"triton"` (Triton kernels on a CUDA device), `"numba"`
             (Numba kernels on the CPU), `"eager"` or `"reference"`; see `snella.functional.adapted_linear`.
-        init_weights: `True` draws small factors: the update of a ViT-B-sized weight starts near 5e-6, and narrow layers
-            start smaller than in the paper (`SnellaLayer.largest_start`). `False` draws larger ones, for tests.
+        init_weights: `True` draws small factors: the update of a ViT-B-sized weight starts near 5e-6. Narrow layers
+            start smaller than in the paper (see `SnellaLayer.largest_start`). `False` draws larger factors, for tests.
         unused_modules: Read-only; set by `save_pretrained`. Adapted modules that no forward pass used and that are
             therefore untrained. Merging the loaded adapter warns about them.
 
@@ -227,7 +228,7 @@ class SnellaConfig(PeftConfig):
     parameters_to_save: list[str] | None = field(
         default=None, metadata={"help": "parameters outside modules, trained in full"}
     )
-    scaling: float = field(default=1.0, metadata={"help": "factor on the update"})
+    scaling: float = field(default=1.0, metadata={"help": "scaling factor of the update"})
     update_dropout: float | None = field(default=None, metadata={"help": "dropout on the update's input"})
     update_drop_path: float | None = field(default=None, metadata={"help": "probability of skipping the update"})
     dropout_exclude: list[str] | None = field(default=None, metadata={"help": "modules without update_dropout"})
@@ -262,7 +263,7 @@ class SnellaConfig(PeftConfig):
         for name in [name for name in settings if name not in names]:
             suggestion = did_you_mean(name, names)
             hint = _COUNTERPARTS.get(name) or suggestion or "see help(SnellaConfig)"
-            # Python's wording: PEFT matches on it to detect fields of a newer version
+            # PEFT matches Python's wording to detect fields of a newer version
             errors.append(f"{cls.__name__} got an unexpected keyword argument {name!r}; {hint}")
         if errors:
             raise TypeError("; ".join(errors))
@@ -270,7 +271,7 @@ class SnellaConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # PEFT's enum has no such member, see snella.compat.registration
+        # PEFT's enum has no SNELLA member, see snella.compat.registration
         self.peft_type = PEFT_TYPE
         self.watch = TrainingWatch()
         # check types first, because the later checks compare, hash and compile the values
@@ -330,7 +331,7 @@ class SnellaConfig(PeftConfig):
             kwargs: Download arguments, as in `PeftConfig.from_pretrained`.
 
         Raises:
-            ValueError: If the ranks differ from those of the saved tensors. Raised before any allocation.
+            ValueError: If the ranks do not match the saved tensors. Raised before any allocation.
         """
         config: SnellaConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         path = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
@@ -344,7 +345,7 @@ class SnellaConfig(PeftConfig):
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
-        """Drop `fixed_support`, a field of earlier adapter files, which is always False in a supported adapter."""
+        """Drop `fixed_support`, a field of earlier adapter files; only False is supported."""
         if kwargs.pop("fixed_support", False):
             raise ValueError(
                 "fixed_support=True is not supported, got an adapter with a predefined mask; train it again with the "
@@ -353,7 +354,7 @@ class SnellaConfig(PeftConfig):
         return kwargs
 
     def check_ranks(self, path: Path) -> None:
-        """Check the ranks against the factors in a file. Reads only the file's header.
+        """Check the ranks against the factors in a file, reading only its header.
 
         Args:
             path: A safetensors file.
@@ -374,7 +375,7 @@ class SnellaConfig(PeftConfig):
 
     def _apply_preset(self) -> None:
         """Fill the fields left at `None`."""
-        # a model may lack the parameters of a preset, but not those that the user names
+        # the model may lack parameters that a preset names, but not parameters that the user names
         self.requires_tokens = self.parameters_to_save is not None
         for name, value in _PRESETS[self.preset].items() if self.preset in list(_PRESETS) else ():
             if getattr(self, name) is None:

@@ -57,7 +57,7 @@ def write_effective_weight(weight: Tensor, update: Update, out: Tensor, cache: M
         update: The update.
         out: Output, with the shape and dtype of `weight`, in different memory. If both tensors are contiguous and the
             thresholds are known, the call allocates no further tensor of this size.
-        cache: Cache that the first call with this update fills; later calls are faster.
+        cache: Cache that the first call with this update fills and later calls read.
     """
     cache = MergeCache(update.thresholds) if cache is None else cache
     is_direct = weight.is_contiguous() and out.is_contiguous() and update.spec.backend != "reference"
@@ -113,7 +113,7 @@ def adapted_linear(
         num_pieces: `P`.
         softmax_dim: 0 or 1.
         center_softmax: If True, subtract the softmax's mean.
-        scaling: Factor on `S`.
+        scaling: Scaling factor of `S`.
         mode: `"soft"` (eq. 13), `"official"`, or `"none"` with a full budget (`S = ΔW`).
         impl: `"eager"` (torch operations; a hand-written backward pass rebuilds the update), `"numba"` (Numba kernels
             on the CPU), `"triton"` (Triton kernels on a CUDA device), `"auto"` (see `choose_backend`) or `"reference"`

@@ -24,7 +24,7 @@ class NewHeads:
         self._recorders: dict[str, tuple[nn.Module, _CallRecorder, torch.utils.hooks.RemovableHandle]] = {}
 
     def find(self, model: nn.Module) -> None:
-        """Find frozen, newly initialized head layers, and start to record their calls."""
+        """Find frozen, newly initialized head layers, and start recording their calls."""
         for name, layer in _head_layers(model).items():
             if not any(p.requires_grad for p in layer.parameters()) and is_newly_initialized(layer.weight, layer.bias):
                 recorder = _CallRecorder()
@@ -74,9 +74,14 @@ def _head_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
 def is_newly_initialized(weight: Tensor, bias: Tensor | None) -> bool:
     """Return whether a layer's values look newly initialized.
 
-    Three patterns count as new: all zeros; weight and bias from torch's default `U(-1/√n, 1/√n)`, with values at the
-    bound; or a zero bias and a weight with independent entries, according to their mean, the row norms and the angles
-    between rows. A trained layer has neither a zero bias nor this bound, and rows of class embeddings are dependent.
+    Three patterns count as new:
+
+    - All values are zero.
+    - Weight and bias follow torch's default `U(-1/√n, 1/√n)`, with values at the bound.
+    - The bias is zero, and the entries of the weight are independent, according to their mean, the row norms and the
+      angles between rows.
+
+    A trained layer has neither a zero bias nor this bound, and rows of class embeddings are correlated.
 
     Args:
         weight: `[m, …]`.

@@ -17,12 +17,12 @@ UPDATE_METRICS = ("delta_magnitude", "delta_mean_magnitude")
 
 
 class _EntryRange(NamedTuple):
-    """Range of the entries of a matrix's factor in this process.
+    """Range of a factor's entries in this process.
 
     Args:
         start: First entry in the flattened factor.
-        shape: Shape of the whole factor.
-        copies: Number of processes with the same range.
+        shape: Shape of the full factor.
+        copies: Number of processes that hold the same range.
     """
 
     start: int
@@ -93,7 +93,7 @@ class ImportanceTracker:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether each process has the averages of its own entries only, so that `scores` sums over all processes."""
+        """True if each process holds only the averages of its local entries; `scores` then sums over all processes."""
         return bool(self._ranges)
 
     @torch.no_grad()
@@ -120,12 +120,12 @@ class ImportanceTracker:
                 any(bool(gradient.any()) for gradient in _gradients_in(observations, matrix))
                 for matrix in self.matrices
             ]
-            local = torch.tensor(flags, dtype=torch.uint8, device=_factors_of(self.matrices[0])[0].device)
-            present = _over_processes(local, torch.distributed.ReduceOp.MAX).tolist()
+            local = torch.tensor(flags, dtype=torch.uint8, device=_factor_parameters(self.matrices[0])[0].device)
+            present = _all_reduce(local, torch.distributed.ReduceOp.MAX).tolist()
             return {matrix.name for matrix, flag in zip(self.matrices, present, strict=True) if flag}
         names = set()
         for matrix in self.matrices:
-            grad_A, grad_B = (factor.grad for factor in _factors_of(matrix))
+            grad_A, grad_B = (factor.grad for factor in _factor_parameters(matrix))
             if (
                 grad_A is not None
                 and grad_B is not None
@@ -147,7 +147,7 @@ class ImportanceTracker:
         return _stack_on_one_device(scores).tolist() if scores else []
 
     def _sum_over_ranks(self) -> list[float]:
-        """Return `p` of every matrix from one sum of a number per matrix over all processes."""
+        """Return `p` of every matrix, summed over all processes in one reduction."""
         scores = []
         for matrix in self.matrices:
             parts = []
@@ -155,11 +155,11 @@ class ImportanceTracker:
                 entries, product = self._ranges[key], self._averages[key] * self._uncertainties[key]
                 parts.append(product.sum(dtype=torch.float64) / (entries.shape.numel() * entries.copies))
             scores.append(torch.stack(parts).sum())
-        return _over_processes(_stack_on_one_device(scores), torch.distributed.ReduceOp.SUM).tolist()
+        return _all_reduce(_stack_on_one_device(scores), torch.distributed.ReduceOp.SUM).tolist()
 
     def _has_sharded_factors(self) -> bool:
         """Return whether FSDP shards a factor of any matrix."""
-        return any(is_sharded(factor) for matrix in self.matrices for factor in _factors_of(matrix))
+        return any(is_sharded(factor) for matrix in self.matrices for factor in _factor_parameters(matrix))
 
     def _observe_factors(self) -> dict[str, _Observation]:
         """Return the factors and their gradients, keyed by `"NAME/A"` and `"NAME/B"`."""
@@ -167,7 +167,7 @@ class ImportanceTracker:
             return self._observe_shards(with_gradient=self.metric != "magnitude")
         observations = {}
         for matrix in self.matrices:
-            factors, (grad_A, grad_B) = matrix.factors, (factor.grad for factor in _factors_of(matrix))
+            factors, (grad_A, grad_B) = matrix.factors, (factor.grad for factor in _factor_parameters(matrix))
             if self.metric == "magnitude":
                 parts: tuple[Tensor | None, ...] = (None, None)
             elif grad_A is None or grad_B is None:
@@ -179,20 +179,22 @@ class ImportanceTracker:
         return observations
 
     def _observe_shards(self, *, with_gradient: bool) -> dict[str, _Observation]:
-        """Return the entries of the factors in this process and their gradients, by matrix name and letter."""
-        factors = {id(factor): factor for matrix in self.matrices for factor in _factors_of(matrix)}
+        """Return the local entries of the factors and their gradients, keyed by `"NAME/A"` and `"NAME/B"`."""
+        factors = {id(factor): factor for matrix in self.matrices for factor in _factor_parameters(matrix)}
         flat_shards = [key for key, factor in factors.items() if is_sharded(factor) and not isinstance(factor, DTensor)]
         if flat_shards and not self._flat_shard_starts:
-            sizes = _sizes_of(self.matrices)
+            sizes = _factor_sizes(self.matrices)
             self._flat_shard_starts = _find_shard_starts(
                 [factors[key] for key in flat_shards], [sizes[key] for key in flat_shards]
             )
         starts = dict(zip(flat_shards, self._flat_shard_starts, strict=True))
-        shards = {key: _shard_of(factor, starts.get(key, 0)) for key, factor in factors.items()}
+        shards = {key: _local_shard(factor, starts.get(key, 0)) for key, factor in factors.items()}
         return {
             f"{matrix.name}/{letter}": shards[id(factor)].part(begin, shape, with_gradient=with_gradient)
             for matrix in self.matrices
-            for letter, factor, begin, shape in zip("AB", _factors_of(matrix), *_layout_of(matrix), strict=True)
+            for letter, factor, begin, shape in zip(
+                "AB", _factor_parameters(matrix), *_factor_layout(matrix), strict=True
+            )
         }
 
     def _observe_updates(self) -> dict[str, _Observation]:
@@ -225,11 +227,11 @@ class ImportanceTracker:
             for key, observation in values.items():
                 value = observation.value
                 zeros = torch.zeros(value.numel(), dtype=torch.float32, device=device)
-                average = self._own_part(key, self._averages.get(key), value)
+                average = self._local_part(key, self._averages.get(key), value)
                 # NaN marks an average that starts at its first value
                 initial = zeros if self.zero_init_ema else torch.full_like(zeros, torch.nan)
                 averages.append(initial if average is None else average.to(device).reshape(-1))
-                uncertainty = self._own_part(key, self._uncertainties.get(key), value)
+                uncertainty = self._local_part(key, self._uncertainties.get(key), value)
                 uncertainties.append(zeros if uncertainty is None else uncertainty.to(device).reshape(-1))
             shapes = [observation.value.shape for observation in values.values()]
             flat = self._flat[device] = _FlatAverages(list(values), torch.cat(averages), torch.cat(uncertainties))
@@ -238,8 +240,8 @@ class ImportanceTracker:
             flat.first_view = self._averages[flat.keys[0]]
         return flat
 
-    def _own_part(self, key: str, average: Tensor | None, value: Tensor) -> Tensor | None:
-        """Return this process's entries of an average; `load_state_dict` restores averages unsharded."""
+    def _local_part(self, key: str, average: Tensor | None, value: Tensor) -> Tensor | None:
+        """Return the local entries of an average; `load_state_dict` restores averages unsharded."""
         if average is None or average.numel() == value.numel():
             return average
         start = self._ranges[key].start
@@ -266,18 +268,18 @@ class ImportanceTracker:
     def state_dict(self) -> dict[str, Any]:
         """Return the state as a dict of tensors and plain values; with sharded factors, call it in every process."""
         if self._ranges:
-            return {"averages": self._gathered(self._averages), "uncertainties": self._gathered(self._uncertainties)}
+            return {"averages": self._gather(self._averages), "uncertainties": self._gather(self._uncertainties)}
         return {"averages": dict(self._averages), "uncertainties": dict(self._uncertainties)}
 
-    def _gathered(self, averages: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return averages with the entries of all processes."""
+    def _gather(self, averages: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Gather the averages' entries from all processes."""
         sizes = [self._ranges[key].shape.numel() for key in averages]
-        whole = torch.zeros(sum(sizes), device=next(iter(averages.values())).device)
-        for (key, average), part in zip(averages.items(), whole.split(sizes), strict=True):
+        full = torch.zeros(sum(sizes), device=next(iter(averages.values())).device)
+        for (key, average), part in zip(averages.items(), full.split(sizes), strict=True):
             start = self._ranges[key].start
             part[start : start + average.numel()] = average.reshape(-1)
-        whole = _over_processes(whole, torch.distributed.ReduceOp.MAX)  # no average is negative
-        return {key: part.view(self._ranges[key].shape) for key, part in zip(averages, whole.split(sizes), strict=True)}
+        full = _all_reduce(full, torch.distributed.ReduceOp.MAX)  # no average is negative
+        return {key: part.view(self._ranges[key].shape) for key, part in zip(averages, full.split(sizes), strict=True)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the averages.
@@ -296,14 +298,14 @@ class ImportanceTracker:
         self._ranges = {}
         self._averages, self._uncertainties = (
             {
-                key: value.clone().to(_factors_of(matrices_by_name[key.rpartition("/")[0]])[0].device)
+                key: value.clone().to(_factor_parameters(matrices_by_name[key.rpartition("/")[0]])[0].device)
                 for key, value in part.items()
             }
             for part in (state["averages"], state["uncertainties"])
         )
 
 
-def _factors_of(matrix: AdaptedMatrix) -> tuple[Tensor, Tensor]:
+def _factor_parameters(matrix: AdaptedMatrix) -> tuple[Tensor, Tensor]:
     """Return the parameters that contain both factors of a matrix."""
     return matrix.layer.snella_A[matrix.adapter_name], matrix.layer.snella_B[matrix.adapter_name]
 
@@ -313,8 +315,8 @@ def is_sharded(factor: Tensor) -> bool:
     return isinstance(factor, DTensor) or factor.dim() == 1
 
 
-def _layout_of(matrix: AdaptedMatrix) -> tuple[tuple[int, int], tuple[torch.Size, torch.Size]]:
-    """Return the first entry of `A` and `B` of a matrix in its layer's flattened factors, and their shapes."""
+def _factor_layout(matrix: AdaptedMatrix) -> tuple[tuple[int, int], tuple[torch.Size, torch.Size]]:
+    """Return the start of a matrix's `A` and `B` in the layer's flattened factors, and their shapes."""
     layer = matrix.layer
     rank = layer.snella_config[matrix.adapter_name].rank_of(layer.module_name)
     rows, columns = matrix.shape
@@ -322,11 +324,11 @@ def _layout_of(matrix: AdaptedMatrix) -> tuple[tuple[int, int], tuple[torch.Size
     return (matrix.group * columns * rank, before * rank), (torch.Size((columns, rank)), torch.Size((rows, rank)))
 
 
-def _sizes_of(matrices: Sequence[AdaptedMatrix]) -> dict[int, int]:
-    """Return the number of entries of each layer's whole factors by their id."""
+def _factor_sizes(matrices: Sequence[AdaptedMatrix]) -> dict[int, int]:
+    """Return the number of entries of each layer's full factors, by id."""
     sizes: dict[int, int] = {}
     for matrix in matrices:
-        for factor, shape in zip(_factors_of(matrix), _layout_of(matrix)[1], strict=True):
+        for factor, shape in zip(_factor_parameters(matrix), _factor_layout(matrix)[1], strict=True):
             sizes[id(factor)] = sizes.get(id(factor), 0) + shape.numel()
     return sizes
 
@@ -338,7 +340,7 @@ def _gradients_in(observations: Mapping[str, _Observation], matrix: AdaptedMatri
 
 
 class _Shard(NamedTuple):
-    """Entries of a layer's factor in this process, flattened."""
+    """Local entries of a layer's factor, flattened."""
 
     value: Tensor
     gradient: Tensor | None
@@ -346,7 +348,7 @@ class _Shard(NamedTuple):
     copies: int
 
     def part(self, begin: int, shape: torch.Size, *, with_gradient: bool) -> _Observation:
-        """Return the entries of the factor of one matrix, which begins at entry `begin`."""
+        """Return the local entries of one matrix's factor, which starts at entry `begin`."""
         low = min(max(begin, self.start), begin + shape.numel())
         high = max(low, min(begin + shape.numel(), self.start + self.value.numel()))
         inside = slice(low - self.start, high - self.start) if high > low else slice(0)
@@ -357,56 +359,56 @@ class _Shard(NamedTuple):
         return _Observation(value, gradient, _EntryRange(low - begin, shape, self.copies))
 
 
-def _shard_of(factor: Tensor, start: int) -> _Shard:
-    """Return the entries of a factor in this process; `start` is the first one of FSDP1's flat shard."""
-    world = torch.distributed.get_world_size()
+def _local_shard(factor: Tensor, start: int) -> _Shard:
+    """Return the local entries of a factor; `start` is the first entry of FSDP1's flat shard."""
+    world_size = torch.distributed.get_world_size()
     value, gradient = factor.detach(), factor.grad
     if not isinstance(value, DTensor):
         return _Shard(value.reshape(-1), None if gradient is None else gradient.reshape(-1), start, _copies(factor))
     mesh, rows = value.device_mesh, value.shape[0]
     sharded = [dim for dim, placement in enumerate(value.placements) if not placement.is_replicate()]
     placement = value.placements[sharded[0]] if len(sharded) == 1 else None
-    if type(placement) is not Shard or placement.dim != 0:  # for example with tensor parallelism
+    if type(placement) is not Shard or placement.dim != 0:  # e.g. with tensor parallelism
         full_gradient = gradient.full_tensor() if isinstance(gradient, DTensor) else None
-        whole = value.full_tensor().reshape(-1)
-        return _Shard(whole, None if full_gradient is None else full_gradient.reshape(-1), 0, world)
+        full = value.full_tensor().reshape(-1)
+        return _Shard(full, None if full_gradient is None else full_gradient.reshape(-1), 0, world_size)
     count = mesh.size(sharded[0])
     first_row = min(mesh.get_local_rank(sharded[0]) * -(-rows // count), rows)
     local = gradient.to_local().reshape(-1) if isinstance(gradient, DTensor) else None
-    return _Shard(value.to_local().reshape(-1), local, first_row * value.shape[1:].numel(), world // count)
+    return _Shard(value.to_local().reshape(-1), local, first_row * value.shape[1:].numel(), world_size // count)
 
 
 def _copies(factor: Tensor) -> int:
-    """Return the number of processes with these entries of a factor that is no `DTensor`."""
+    """Return the number of processes that hold the same entries of a factor that is not a `DTensor`."""
     return 1 if is_sharded(factor) else torch.distributed.get_world_size()
 
 
 def _find_shard_starts(flat_shards: Sequence[Tensor], full_sizes: Sequence[int]) -> list[int]:
-    """Return the index of the first entry of each flat shard of this process; FSDP1 splits factors in rank order.
+    """Return the start of each local flat shard in its factor; FSDP1 splits factors in rank order.
 
     Raises:
         NotImplementedError: If the shards of all processes do not form exactly one tensor, as with `HYBRID_SHARD`.
     """
     distributed = torch.distributed
-    world = distributed.get_world_size()
-    sizes = torch.zeros(world, len(flat_shards), dtype=torch.long, device=flat_shards[0].device)
+    world_size = distributed.get_world_size()
+    sizes = torch.zeros(world_size, len(flat_shards), dtype=torch.long, device=flat_shards[0].device)
     sizes[distributed.get_rank()] = torch.tensor([shard.numel() for shard in flat_shards])
-    stacked = _over_processes(sizes, distributed.ReduceOp.SUM).cpu()
+    stacked = _all_reduce(sizes, distributed.ReduceOp.SUM).cpu()
     if stacked.sum(0).tolist() != list(full_sizes):
         raise NotImplementedError(
-            f"BudgetAllocator requires one copy of the {sum(full_sizes)} factor entries over all {world} processes, "
-            f"got {int(stacked.sum())} entries; use FSDP1's sharding_strategy FULL_SHARD or SHARD_GRAD_OP, FSDP2 or "
-            "DDP"
+            f"BudgetAllocator requires one copy of the {sum(full_sizes)} factor entries over all {world_size} "
+            f"processes, got {int(stacked.sum())} entries; use FSDP1's sharding_strategy FULL_SHARD or SHARD_GRAD_OP, "
+            "FSDP2 or DDP"
         )
     return stacked[: distributed.get_rank()].sum(0).tolist()
 
 
 def _stack_on_one_device(scores: Sequence[Tensor]) -> Tensor:
-    """Stack scalars, possibly of several devices, on the device of the first, so that one transfer reads them all."""
+    """Stack scalars on the device of the first one, so that one transfer reads them all."""
     return torch.stack([score.to(scores[0].device) for score in scores])
 
 
-def _over_processes(values: Tensor, operation: Any) -> Tensor:
+def _all_reduce(values: Tensor, operation: Any) -> Tensor:
     """Reduce a tensor over all processes, on the GPU with NCCL."""
     device = values.device
     if torch.distributed.get_backend() == "nccl":

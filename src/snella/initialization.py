@@ -1,4 +1,4 @@
-"""Initialization of an adapter: random factors with an update that is small relative to the weight."""
+"""Initialization of an adapter: random factors whose update is small relative to the weight."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from snella.update import Factors
 
 _INITIAL_SCALARS = {"alpha": 1.0, "beta": 0.0, "temperature": 1.0}
 _INITIAL_PIECE_COEFF = 0.1
-_SAMPLE_SIZE = 64  # rows or columns that estimate the size of the initial update
+_SAMPLE_SIZE = 64  # rows or columns used to estimate the size of the initial update
 _MIN_SHRINK = 0.1  # minimum scale of the factors, so that updates of near-zero weights can grow
 
 

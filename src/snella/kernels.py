@@ -105,8 +105,8 @@ class Kernel:
 
     Args:
         num_pieces: `P`, number of pieces per factor row; must divide `r`.
-        softmax_dim: Axis of the softmax in `normalized_rbf` and `mix_k`: 0 normalizes each column over its `m` outputs
-            (eq. 6 as the text describes it), 1 each row over its `n` inputs.
+        softmax_dim: Axis of the softmax in `normalized_rbf` and `mix_k`. 0 normalizes each column over its `m` outputs,
+            as in the text of eq. 6; 1 normalizes each row over its `n` inputs.
         center_softmax: Subtract the softmax's mean, so that it sums to zero over `softmax_dim`. Not in the paper.
     """
 

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from snella.autograd import adapted_layer
 from snella.backends import choose_backend
 from snella.backends.base import MergeCache
-from snella.base_layer import check_weight, input_of_op, orient, product_dtype, unusable_weight
+from snella.base_layer import check_weight, input_of_op, orient, product_dtype, unusable_weight_error
 from snella.budgets import buffers_off_meta, read_budgets, restore_budgets, seal_all_budgets, seal_budgets
 from snella.cache import AdapterState, EffectiveWeight, LayerCache, LiveBudgets
 from snella.compat.compile import forward_in_graph, weight_in_graph
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 class UpdatePlan(NamedTuple):
-    """Updates of one use of a layer: a pass in training, evaluation or a compiled graph, a merge, or a read.
+    """Updates for one use of a layer: a forward pass, a merge, or a read of the weight.
 
     Args:
         names: Adapters whose updates are folded into the weight.
@@ -53,7 +53,7 @@ class UpdatePlan(NamedTuple):
     branches: list[str]
     cache_delta: bool
 
-    def keep(self, thresholds: Iterable[Tensor]) -> None:
+    def cache_thresholds(self, thresholds: Iterable[Tensor]) -> None:
         """Cache the thresholds of each update."""
         for state, update_thresholds in zip(self.states, thresholds, strict=True):
             state.thresholds = update_thresholds
@@ -67,8 +67,8 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
     Base weight and updates are folded into one op. In training, an update with dropout on its input or drop-path on its
     output is a separate branch. A weight `[m, …]` consists of `G` stacked matrices (3 in a fused qkv layer). Every
     adapter has `snella_A` `[G, n, r]`, `snella_B` `[m, r]`, the kernel's scalars `[G]` or `[G, P]`, and `snella_budget`
-    `[G]`, which is saved with the adapter so that a reloaded adapter keeps exactly the same weights. `snella.budgets`
-    protects the budgets from model averaging.
+    `[G]`. The budgets are saved with the adapter, so that a reloaded adapter has exactly the same weights.
+    `snella.budgets` protects them from model averaging.
     """
 
     adapter_layer_names = tuple(f"snella_{name}" for name in Factors._fields)
@@ -120,7 +120,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         self.register_load_state_dict_post_hook(seal_all_budgets)
         self._unmerged_weight: Tensor | None = None
         self._unmerged_quantized: tuple[LazyWeight, Any] | None = None
-        self._around_base = hook_dicts(base_layer) if isinstance(base_layer, nn.Module) else ()
+        self._base_hook_dicts = hook_dicts(base_layer) if isinstance(base_layer, nn.Module) else ()
         self.quantization = find_quantization(base_layer, module_name)
         shape = self._weight().shape
         self.out_features, self.in_features = shape[0], shape[1:].numel()
@@ -138,7 +138,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         if not names:
             return _forward_base(self, x, *args, **kwargs)
         if torch._C._is_tracing() or torch._C._are_functorch_transforms_active():
-            refuse_tracing(self.module_name)
+            reject_tracing(self.module_name)
         base = self._modules.get("base_layer")
         # `has_hooks` inlined to save a call per forward pass
         if base is not None and (
@@ -161,7 +161,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
             return weight
         if torch.compiler.is_compiling():
             return orient(base, weight_in_graph(self, names))
-        refuse_tracing(self.module_name)
+        reject_tracing(self.module_name)
         is_linear = weight.ndim == 2 and not isinstance(base, Conv1D)
         multiply = (lambda x, bias: _multiply_read(self, x, bias)) if is_linear else None
         return EffectiveWeight.of(weight, lambda: orient(base, _read(self, names)), multiply)
@@ -171,8 +171,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
 
         Args:
             names: The adapters.
-            with_branches: True in a forward pass, where regularized updates are branches in training. Otherwise all
-                updates are folded.
+            with_branches: If True, regularized updates are branches in training. If False, all updates are folded.
             in_graph: True in a compiled graph, which caches nothing and reads the budgets from their buffers.
 
         Raises:
@@ -188,8 +187,8 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
                 branches.append(name)
                 continue
             folded.append(name)
-            factors = factors_of(self, name)
-            spec = spec_of(self, name, factors.A)
+            factors = get_factors(self, name)
+            spec = get_spec(self, name, factors.A)
             cache_delta = cache_delta or config.cache_delta
             if in_graph:
                 updates.append(Update(spec, factors, ()))
@@ -205,7 +204,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         return UpdatePlan(folded, updates, states, branches, cache_delta)
 
     def _names_in_use(self) -> list[str]:
-        """Return the active adapters, or none if disabled or merged. A disabled merged layer is unmerged first."""
+        """Return the active adapters, or none if disabled or merged. Unmerge a disabled layer first."""
         if self._disable_adapters or self.merged_adapters:  # PEFT's properties would cost six calls
             if self._disable_adapters and self.merged_adapters:
                 self.unmerge()
@@ -222,7 +221,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
 
     def _weight(self) -> Tensor | LazyWeight:
         """Return the base weight `[m, …]` for the op: a view, or a `LazyWeight` if it is quantized."""
-        base = base_of(self)
+        base = get_base(self)
         if self.quantization is not None:
             return self.quantization.source(base)
         weight: Tensor = base.weight
@@ -269,9 +268,9 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         unmerge_updates(self)
 
     def refresh(self, adapter_name: str, cache: MergeCache | None = None) -> None:
-        """Apply values that were written into an adapter in place, even if it is merged.
+        """Apply in-place changes to an adapter's values, even if it is merged.
 
-        A merged weight is rewritten from the copy that `merge` kept. Rounding errors do not accumulate, and the weight
+        Rewrites a merged weight from the copy that `merge` stored. Rounding errors do not accumulate, and the weight
         stays the same tensor, which compiled graphs require.
 
         Args:
@@ -366,8 +365,8 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
 
     def matrix_rows(self, adapter_name: str) -> list[slice]:
         """Return the weight's row slice of each matrix."""
-        ends = accumulate(self.row_counts[adapter_name], initial=0)
-        return [slice(start, stop) for start, stop in pairwise(ends)]
+        bounds = accumulate(self.row_counts[adapter_name], initial=0)
+        return [slice(start, stop) for start, stop in pairwise(bounds)]
 
     def get_update(self, adapter_name: str) -> Update:
         """Return one adapter's update."""
@@ -375,7 +374,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
 
     def backend_name(self, adapter_name: str) -> str:
         """Return the backend of this adapter's update: `"eager"`, `"reference"`, `"numba"` or `"triton"`."""
-        return spec_of(self, adapter_name, self.snella_A[adapter_name]).backend
+        return get_spec(self, adapter_name, self.snella_A[adapter_name]).backend
 
     def weight_name(self, name: str) -> str:
         """Return the adapted parameter's name in the model without adapters, given this layer's name."""
@@ -454,7 +453,7 @@ class Linear(SnellaLayer):
 class Conv2d(SnellaLayer):
     """Adapted 2D convolution; its weight `[m, c/groups, kh, kw]` is viewed as `[m, c/groups·kh·kw]`."""
 
-    # convolutions mostly have rectified inputs, whose mean accumulates over the update's mostly positive entries
+    # most convolutions have rectified inputs, whose mean accumulates over the update's mostly positive entries
     largest_start = 0.002
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -464,7 +463,7 @@ class Conv2d(SnellaLayer):
 
     @property
     def pads_input(self) -> bool:
-        """True if the convolution pads with anything but zeros, which its op does not support."""
+        """True if the convolution's padding mode is not `zeros`, the only mode that its op supports."""
         return cast(nn.Conv2d, self.get_base_layer()).padding_mode != "zeros"
 
     def _op(self) -> Conv2dOp:
@@ -485,12 +484,12 @@ def _forward_updated(layer: SnellaLayer, x: Tensor, weight: Tensor | LazyWeight,
     dtype = x.dtype
     op_dtype = weight.dtype if isinstance(weight, Tensor) else product_dtype(layer, x)
     if isinstance(weight, Tensor) and (op_dtype.itemsize == 1 or (weight.is_meta and not x.is_meta)):
-        raise unusable_weight(layer, op_dtype)
+        raise unusable_weight_error(layer, op_dtype)
     if dtype != op_dtype or layer.pads_input:
         x = input_of_op(layer, x, op_dtype)
-    bias = base_of(layer).bias
+    bias = get_base(layer).bias
     if layer.training or layer._needs_gradients(names):
-        y = _apply_learning(layer, x, weight, bias, names)
+        y = _apply_differentiable(layer, x, weight, bias, names)
     else:
         y = _apply_cached(layer, x, weight, bias, names)
     return y if torch.is_autocast_enabled(x.device.type) else y.to(dtype)
@@ -514,7 +513,7 @@ def _forward_in_hooks(
     y: Tensor = call_inside_hooks(base, forward, x, *args, **kwargs)
     weight: Any = base.weight
     if weight is not used[0] or [weight.dtype, weight.device] != used[1:]:
-        layer.clear_cache()  # an offloaded base weight must not leave its effective weight behind
+        layer.clear_cache()  # do not keep the effective weight of an offloaded base weight
     return y
 
 
@@ -535,8 +534,8 @@ def _apply_cached(
 ) -> Tensor:
     """Apply the layer op with the effective weight, which is cached in evaluation unless the base is quantized.
 
-    With a quantized base, memory is scarce: the effective weight is recomputed in each pass and released, or cached
-    with `cache_delta`.
+    To save memory, the effective weight of a quantized base is recomputed in each pass and released, unless
+    `cache_delta` is set.
     """
     is_autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if is_autocast else x.dtype
@@ -549,7 +548,7 @@ def _apply_cached(
     return adapted_layer(x, effective, bias, [], layer._op())[0]
 
 
-def _apply_learning(
+def _apply_differentiable(
     layer: SnellaLayer, x: Tensor, weight: Tensor | LazyWeight, bias: Tensor | None, names: list[str]
 ) -> Tensor:
     """Apply base layer and updates in one differentiable op; regularized updates are branches in training."""
@@ -584,7 +583,7 @@ def _apply_plan(
         cache_delta=plan.cache_delta,
         recompute=plan.states[0].recompute if plan.states else None,
     )
-    plan.keep(thresholds)
+    plan.cache_thresholds(thresholds)
     return y
 
 
@@ -601,7 +600,7 @@ def _multiply_read(layer: SnellaLayer, x: Tensor, bias: Tensor | None) -> Tensor
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         return None  # torch raises its own error
     layer.is_applied = True
-    return _apply_learning(layer, x, weight, bias, names)
+    return _apply_differentiable(layer, x, weight, bias, names)
 
 
 def _read(layer: SnellaLayer, names: list[str]) -> Tensor:
@@ -622,13 +621,13 @@ def _read(layer: SnellaLayer, names: list[str]) -> Tensor:
 # tensors and specs of an adapter -----------------------------------------------------------------------------------
 
 
-def base_of(layer: SnellaLayer) -> Any:
+def get_base(layer: SnellaLayer) -> Any:
     """Return `layer.get_base_layer()` with fewer calls."""
     base = layer._modules.get("base_layer")
     return layer.get_base_layer() if base is None or "base_layer" in base._modules else base
 
 
-def factors_of(layer: SnellaLayer, adapter_name: str) -> Factors:
+def get_factors(layer: SnellaLayer, adapter_name: str) -> Factors:
     """Return the factors and scalars of one adapter."""
     tensors: list[Any] = []
     for name in layer.adapter_layer_names:
@@ -646,11 +645,11 @@ def adapter_tensors(layer: SnellaLayer, names: list[str]) -> list[Tensor]:
 
 
 def check_written(layer: SnellaLayer, names: list[str]) -> None:
-    """Invalidate the caches of evaluation if factors were written without a version change."""
-    layer._cache.check_written(names, [f for name in names for f in factors_of(layer, name) if f is not None])
+    """Invalidate the evaluation caches if factors were written without a version change."""
+    layer._cache.check_written(names, [f for name in names for f in get_factors(layer, name) if f is not None])
 
 
-def spec_of(layer: SnellaLayer, adapter_name: str, A: Tensor) -> UpdateSpec:
+def get_spec(layer: SnellaLayer, adapter_name: str, A: Tensor) -> UpdateSpec:
     """Return an adapter's update spec; created at injection and recreated for another device or dtype."""
     entry = layer._specs.get(adapter_name)
     if entry is None or entry[1] != A.device or entry[2] != A.dtype:
@@ -671,19 +670,19 @@ def update_specs(layer: SnellaLayer) -> None:
     """Update the specs after a change of scaling, device or dtype."""
     for name, A in layer.snella_A.items():
         if not A.is_meta:
-            spec_of(layer, name, A)
+            get_spec(layer, name, A)
 
 
 def describe_backend(layer: SnellaLayer, adapter_name: str) -> str:
     """Describe the backend of an adapter's update and the reason for its choice."""
     A = layer.snella_A[adapter_name]
-    spec = spec_of(layer, adapter_name, A)
+    spec = get_spec(layer, adapter_name, A)
     return f"{spec.backend!r} ({choose_backend(layer.snella_config[adapter_name].impl, spec, A)[1]})"
 
 
 def _init_parameters(layer: SnellaLayer, adapter_name: str) -> None:
     """Initialize an adapter; `largest_start` bounds its initial update."""
-    factors, rows = factors_of(layer, adapter_name), layer.matrix_rows(adapter_name)
+    factors, rows = get_factors(layer, adapter_name), layer.matrix_rows(adapter_name)
     config = layer.snella_config[adapter_name]
     if factors.A.is_meta:
         return
@@ -705,7 +704,7 @@ def drop_adapter(layer: SnellaLayer, adapter_name: str) -> None:
     layer.clear_cache()
 
 
-def refuse_tracing(module_name: str) -> None:
+def reject_tracing(module_name: str) -> None:
     """Reject `torch.jit.trace` and `torch.func`, which do not support the update's custom autograd function.
 
     Raises:

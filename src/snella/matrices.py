@@ -1,4 +1,4 @@
-"""The adapted matrices of a model, used by the allocator and the reports."""
+"""Adapted matrices of a model, used by the allocator and the reports."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def _number_blocks(model: nn.Module, adapted_layers: Iterable[str]) -> dict[str,
 
 
 def _mask_indices(name: str) -> str:
-    """Replace the block indices in a name by `#`."""
+    """Replace the block indices in a name with `#`."""
     numbered = ((part, _NUMBERED.fullmatch(part)) for part in name.split("."))
     return ".".join(f"{match[1] or ''}#" if match else part for part, match in numbered)
 

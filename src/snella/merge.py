@@ -1,4 +1,4 @@
-"""Effective weights of a layer: merging into the base weight, undoing it, and writing quantized weights."""
+"""Effective weights of a layer: merging, unmerging, and writing quantized weights."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def effective_weight(
     """
     plan = layer._plan_updates(adapter_names)
     total, thresholds = compute_effective_weight(weight, plan.updates, layer._weight().shape, dtype)
-    plan.keep(thresholds)
+    plan.cache_thresholds(thresholds)
     return total
 
 
@@ -46,13 +46,13 @@ def sparse_updates(layer: SnellaLayer, adapter_name: str) -> list[Tensor]:
     (update,) = plan.updates
     update = update._replace(spec=replace(update.spec, scaling=1.0))
     total, thresholds = compute_effective_weight(None, [update], shape)
-    plan.keep(thresholds)
+    plan.cache_thresholds(thresholds)
     return [total[rows] for rows in update.spec.rows]
 
 
 @torch.no_grad()
 def merge_updates(layer: SnellaLayer, names: list[str], *, is_safe: bool) -> None:
-    """Add the updates of these adapters to the base weight, and keep what `unmerge_updates` needs.
+    """Add the updates of these adapters to the base weight, and store the state for `unmerge_updates`.
 
     The sum starts from the original weight: merging adapters one by one would round at each step.
 

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from snella._text import listed
 from snella.budgets import buffers_off_meta
 from snella.cache import check_after_step
-from snella.compat.attention import AdaptedAttention, Projection, input_projections, is_adaptable, keep_off_fast_path
+from snella.compat.attention import AdaptedAttention, Projection, disable_fast_path, input_projections, is_adaptable
 from snella.compat.hooks import onloaded
 from snella.compat.quantization import one_warning
 from snella.compat.tokens import TokenAdapter, attach_tokens, find_tokens, token_adapters
@@ -43,13 +43,13 @@ from snella.targets import (
     matches_expression,
     matrix_shape,
     plain_convolution_names,
-    refuse_quantized_projection,
+    reject_quantized_projection,
     unmatched_message,
 )
 
 logger = logging.getLogger(__name__)
 
-_LEAST_LIMIT = 1 << 24  # number of factor entries that is always allowed: 64 MiB
+_MIN_ENTRY_LIMIT = 1 << 24  # factor entries that are always allowed: 64 MiB in float32
 
 
 class SnellaModel(BaseTuner):
@@ -66,8 +66,8 @@ class SnellaModel(BaseTuner):
     Raises:
         ValueError: If no module matches `target_modules`, or if `qkv_groups` does not fit a fused layer.
         TypeError: If a targeted module is neither linear nor a 2D convolution.
-        NotImplementedError: If a targeted module has an unsupported quantized weight or a custom `forward`, already has
-            an adapter of another method, or is the output projection of an attention that is the whole model.
+        NotImplementedError: If a targeted module has an unsupported quantized weight, a custom `forward`, an adapter of
+            another method or a shared weight, or is the output projection of a root-level attention.
         RuntimeError: If a targeted bitsandbytes module is not quantized yet.
     """
 
@@ -76,40 +76,40 @@ class SnellaModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
-        """Keep the targets as they are; `_prepare_model` resolves them for the model."""
+        """Return the config unchanged; `_prepare_model` resolves the targets."""
         return peft_config
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
-        """Resolve the targets and validate them before the model changes."""
+        """Resolve and validate the targets before changing the model."""
         if not isinstance(peft_config, SnellaConfig):
             raise TypeError(f"config must be a SnellaConfig, got {type(peft_config).__name__}")
         names = [name for name, _ in model.named_modules()]
         for expression in (peft_config.target_modules, peft_config.exclude_modules):
             if isinstance(expression, str) and expression.lower() != "all-linear":
                 check_expression(expression, names)
-        targets = self._chosen_targets(peft_config.target_modules, model)
-        targets = self._with_output_projections(
+        targets = self._resolve_targets(peft_config.target_modules, model)
+        targets = self._add_output_projections(
             targets if isinstance(targets, str) else set(targets), peft_config, model
         )
         peft_config.target_modules = targets
-        # only unmatched names are an error here; PEFT handles excluded ones
-        if not _matching(targets, model):
+        # raise only if no name matches; PEFT handles excluded names
+        if not _matching_names(targets, model):
             raise ValueError(unmatched_message(targets, model))
-        self._refuse_shared_weights(peft_config, model)
+        self._reject_shared_weights(peft_config, model)
         self._check_ranks(peft_config, model)
         _check_token_rows(peft_config, model)
         peft_config.parameters_to_save = find_tokens(
             model, peft_config.wanted_tokens(), is_required=peft_config.requires_tokens
         )
 
-    def _chosen_targets(self, targets: set[str] | list[str] | str | None, model: nn.Module) -> set[str] | str:
+    def _resolve_targets(self, targets: set[str] | list[str] | str | None, model: nn.Module) -> set[str] | str:
         """Resolve `None` and `"all-linear"`, and warn if they exclude most of the weights."""
         is_default = targets is None
         if targets is None:
             targets = default_targets(model)
             if isinstance(targets, str) and targets != "all-linear":
-                # names, so that `layers_to_transform` can select among them
-                return _matching(targets, model)
+                # a set of names, which `layers_to_transform` can filter
+                return _matching_names(targets, model)
         if not isinstance(targets, str):
             return set(targets)
         if targets.lower() != "all-linear":
@@ -127,7 +127,7 @@ class SnellaModel(BaseTuner):
         return set(names)
 
     def _check_ranks(self, peft_config: SnellaConfig, model: nn.Module) -> None:
-        """Reject ranks of layers that are not adapted, and factors far larger than the weights, before allocation."""
+        """Reject unmatched `rank_pattern` keys, and factors far larger than the weights, before allocation."""
         names, weights, factors = [], 0, 0
         for name, module in model.named_modules():
             base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
@@ -148,7 +148,7 @@ class SnellaModel(BaseTuner):
         unused = [key for key in peft_config.rank_pattern if not any(n == key or n.endswith(f".{key}") for n in names)]
         if unused:
             raise ValueError(f"rank_pattern={unused} matches no adapted module; adapted modules are e.g. {names[:4]}")
-        if factors > max(_LEAST_LIMIT, 4 * weights):
+        if factors > max(_MIN_ENTRY_LIMIT, 4 * weights):
             ranks = max([peft_config.r, *peft_config.rank_pattern.values()])
             raise ValueError(
                 f"r={ranks} creates {factors:,} factor entries for {weights:,} adapted weights; "
@@ -160,7 +160,7 @@ class SnellaModel(BaseTuner):
         targets = getattr(peft_config, "target_modules", None)
         if isinstance(targets, str) and targets.lower() != "all-linear":
             check_expression(targets, [name for name, _ in model.named_modules()])
-            peft_config.target_modules = _matching(targets, model)  # type: ignore[attr-defined]
+            peft_config.target_modules = _matching_names(targets, model)  # type: ignore[attr-defined]
         try:
             super()._check_tied_modules(model, peft_config)
         finally:
@@ -182,7 +182,7 @@ class SnellaModel(BaseTuner):
             "SNELLA adapts no embedding; train it with modules_to_save or trainable_token_indices"
         )
 
-    def _with_output_projections(
+    def _add_output_projections(
         self, targets: set[str] | str, peft_config: SnellaConfig, model: nn.Module
     ) -> set[str] | str:
         """Add the output projections of all targeted torch attentions."""
@@ -196,11 +196,11 @@ class SnellaModel(BaseTuner):
         if not outputs:
             return targets
         if isinstance(targets, str):
-            targets = _matching(targets, model)
+            targets = _matching_names(targets, model)
         return targets | outputs
 
-    def _refuse_shared_weights(self, peft_config: SnellaConfig, model: nn.Module) -> None:
-        """Reject targets whose weight several modules share, or that have several names."""
+    def _reject_shared_weights(self, peft_config: SnellaConfig, model: nn.Module) -> None:
+        """Reject targets that share their weight with another module or have several names."""
         users: dict[int, list[tuple[str, nn.Module]]] = {}
         for name, module in model.named_modules(remove_duplicate=False):
             base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
@@ -219,7 +219,7 @@ class SnellaModel(BaseTuner):
             if targeted and (is_alias or len(targeted) > 1):
                 raise NotImplementedError(
                     f"target_modules matches {targeted[0]!r}, whose weight {[name for name, _ in sharing]} share; "
-                    "an update of one changes or misses the others; exclude them, or give each a separate weight"
+                    "an update of one module would change or miss the others; exclude them, or give each its own weight"
                 )
 
     @staticmethod
@@ -242,12 +242,12 @@ class SnellaModel(BaseTuner):
         return match
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter to the model. On an error, the model stays unchanged."""
+        """Add an adapter to the model. If this fails, the model remains unchanged."""
         children = [(module, dict(module._modules)) for module in model.modules()]
         flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             with warnings.catch_warnings():
-                # PEFT searches the targets, which do not list the projections of an attention
+                # PEFT compares the keys with the targets, which do not list an attention's projections
                 warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
@@ -260,7 +260,7 @@ class SnellaModel(BaseTuner):
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
             raise
-        keep_off_fast_path(model)
+        disable_fast_path(model)
         config = cast(SnellaConfig, self.peft_config[adapter_name])
         if config.recompute_inputs:
             layers = [module for module in model.modules() if isinstance(module, SnellaLayer)]
@@ -271,7 +271,7 @@ class SnellaModel(BaseTuner):
         if layer is not None and not layer.snella_A[adapter_name].is_meta:
             logger.info("adapter %r: impl=%r is %s", adapter_name, config.impl, describe_backend(layer, adapter_name))
         is_on_cpu = layer is not None and layer.snella_A[adapter_name].device.type == "cpu"
-        if config.weight_gradient == "bfloat16" and is_on_cpu and not _multiplies_bfloat16():
+        if config.weight_gradient == "bfloat16" and is_on_cpu and not _has_bfloat16_instructions():
             warnings.warn(
                 "this processor has no bfloat16 instructions, so weight_gradient='bfloat16' slows training down; "
                 "use 'exact'",
@@ -279,7 +279,7 @@ class SnellaModel(BaseTuner):
             )
         if not config.inference_mode:
             self._watch_training(adapter_name)
-            config.watch.note_statistics(model)
+            config.watch.record_statistics(model)
         attach_tokens(
             model,
             config.parameters_to_save or [],
@@ -289,7 +289,7 @@ class SnellaModel(BaseTuner):
         )
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Set the active adapters. Raises before any change if they cannot be active together."""
+        """Set the active adapters. If they cannot be active together, raise an error before any change."""
         tokens = token_adapters(self.model)
         for token in tokens:
             token.check_active(adapter_name)
@@ -313,7 +313,7 @@ class SnellaModel(BaseTuner):
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Add the updates to the base weights, with one warning for all requantization errors."""
-        self._tell_of_unapplied(*args[:1], **kwargs)
+        self._warn_about_unused_merges(*args[:1], **kwargs)
         with one_warning():
             super().merge_adapter(*args, **kwargs)
 
@@ -321,7 +321,7 @@ class SnellaModel(BaseTuner):
         """Restore parameters and remove marks after PEFT has merged and replaced all layers."""
         tokens = token_adapters(self.model)
         if kwargs.get("merge", not args or args[0]):
-            self._tell_of_unapplied(**kwargs)
+            self._warn_about_unused_merges(**kwargs)
         with one_warning():
             model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)  # type: ignore[assignment]
         for token in tokens:
@@ -350,7 +350,7 @@ class SnellaModel(BaseTuner):
                 return False
             steps += 1
             if steps == 1:
-                _warn_of_unapplied(layers)
+                _warn_about_unused(layers)
                 heads.find(model)
             elif steps == 2:
                 config.watch.on_frozen_heads(heads.frozen_and_used())
@@ -358,8 +358,8 @@ class SnellaModel(BaseTuner):
 
         check_after_step(check)
 
-    def _tell_of_unapplied(self, adapter_names: list[str] | None = None, **_: Any) -> None:
-        """Warn about layers whose updates were never used but are merged, if other updates were used.
+    def _warn_about_unused_merges(self, adapter_names: list[str] | None = None, **_: Any) -> None:
+        """Warn if a merge includes updates that the model has never used, while it has used others.
 
         If the model has not run since the adapters were loaded, use the saved `unused_modules`.
         """
@@ -367,8 +367,10 @@ class SnellaModel(BaseTuner):
         layers = _adapted_layers(self.model, names)
         unapplied, when = [layer.module_name for layer in layers if not layer.is_applied], "so far"
         if len(unapplied) == len(layers):
-            noted = {n for name in names for n in getattr(self.peft_config.get(name), "unused_modules", None) or ()}
-            unapplied, when = [name for name in unapplied if name in noted], "in training"
+            saved_unused = {
+                n for name in names for n in getattr(self.peft_config.get(name), "unused_modules", None) or ()
+            }
+            unapplied, when = [name for name in unapplied if name in saved_unused], "in training"
         if 0 < len(unapplied) < len(layers):
             warnings.warn(
                 f"merging changes {len(unapplied)} of {len(layers)} modules whose updates the model has not used "
@@ -388,12 +390,12 @@ class SnellaModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         if isinstance(parent, AdaptedAttention) and target_name != "out_proj":
-            return  # the attention, or a projection that targeting the attention already covers
+            return  # the wrapped attention, or a projection that is adapted with the attention
         if isinstance(parent, (nn.MultiheadAttention, AdaptedAttention)) and target_name == "out_proj":
             self._adapt_output(peft_config, adapter_name, parent, current_key)
             return
         if is_adaptable(target):
-            wrapper = self._wrapped(target, target_name, parent)
+            wrapper = self._wrap_attention(target, target_name, parent)
             for name in input_projections(wrapper.base_layer):
                 self._adapt_projection(peft_config, adapter_name, wrapper, name, current_key)
             return
@@ -426,12 +428,12 @@ class SnellaModel(BaseTuner):
         if not is_adaptable(attention):
             choose_layer_class(attention, name)
         outer = self.model.get_submodule(name.rpartition(".")[0])
-        wrapper = self._wrapped(attention, name.rpartition(".")[2], outer)
+        wrapper = self._wrap_attention(attention, name.rpartition(".")[2], outer)
         # an already adapted output projection has two names here; use the adapter's
         if wrapper.find_projection("out_proj") is None or isinstance(parent, AdaptedAttention):
             self._adapt_projection(peft_config, adapter_name, wrapper, "out_proj", name)
 
-    def _wrapped(self, attention: nn.Module, attention_name: str, parent: nn.Module) -> AdaptedAttention:
+    def _wrap_attention(self, attention: nn.Module, attention_name: str, parent: nn.Module) -> AdaptedAttention:
         """Return the wrapper of a torch attention; create and insert it if necessary."""
         if isinstance(attention, AdaptedAttention):
             return attention
@@ -445,7 +447,7 @@ class SnellaModel(BaseTuner):
         """Add an adapter to one projection of a wrapped attention."""
         full_name = f"{attention_name}.{name}"
         base = wrapper.base_layer.get_parameter("out_proj.weight" if name == "out_proj" else f"{name}_weight")
-        refuse_quantized_projection(base, full_name)
+        reject_quantized_projection(base, full_name)
         rows = count_rows(full_name, base.shape[0], base.shape[1], wrapper, peft_config.qkv_groups)
         is_new = wrapper.adapt(name, adapter_name, peft_config, rows, full_name)
         if is_new and adapter_name not in self.active_adapters:
@@ -499,8 +501,8 @@ class SnellaModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """Select the entries as PEFT does, and run the checks of `TrainingWatch.on_saving`.
 
-        PEFT looks for the names of modules. FSDP1 and torch's checkpoint wrapper add a module to these names, but not
-        to the names in `state_dict`.
+        PEFT looks up entries by module name. FSDP1 and torch's checkpoint wrapper insert a module into these names, but
+        not into the keys of `state_dict`.
 
         Raises:
             ValueError: If `state_dict` has entries, but no factor of the adapter. An empty `state_dict` is allowed,
@@ -527,7 +529,7 @@ class SnellaModel(BaseTuner):
         return selected
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
-        """Mark as PEFT does, plus the biases of adapted attentions, whose names PEFT does not recognize."""
+        """Mark as PEFT does, and also mark the biases of adapted attentions, whose names PEFT does not recognize."""
         super()._mark_only_adapters_as_trainable(model)
         if any(getattr(self.peft_config[name], "bias", "none") != "none" for name in self.active_adapters):
             for name in _attention_biases(model):
@@ -537,7 +539,7 @@ class SnellaModel(BaseTuner):
     def _get_learnable_bias_state_dict(
         cls, model: nn.Module, state_dict: dict[str, Tensor], config: PeftConfig
     ) -> dict[str, Tensor]:
-        """Select the biases as PEFT does, plus the biases of adapted attentions."""
+        """Select biases as PEFT does, and add the biases of adapted attentions."""
         biases: dict[str, Tensor] = super()._get_learnable_bias_state_dict(model, state_dict, config)
         if getattr(config, "bias", "none") != "none":
             biases |= {name: state_dict[name] for name in _attention_biases(model) if name in state_dict}
@@ -568,14 +570,14 @@ class SnellaModel(BaseTuner):
                 f"the adapter does not fit {type(model).__name__}: {listed(errors, 3, '; ')}; "
                 "load it into the architecture it was trained on"
             )
-        broken = [
+        nonfinite = [
             f"{key} ({bad} of {remapped[key].numel()})"
             for key in expected
             if (bad := int(remapped[key].numel() - torch.isfinite(remapped[key]).sum()))
         ]
-        if broken:
+        if nonfinite:
             raise ValueError(
-                f"the adapter contains non-finite values: {listed(broken, 3)}; its training "
+                f"the adapter contains non-finite values: {listed(nonfinite, 3)}; its training "
                 "diverged or its file is corrupt; load an earlier checkpoint"
             )
         return remapped
@@ -583,7 +585,7 @@ class SnellaModel(BaseTuner):
 
 @dataclass(eq=False)
 class _Compression:
-    """Predicate: whether all active adapters of a model set `compress_activations`.
+    """Predicate that is true if all active adapters of a model set `compress_activations`.
 
     Args:
         layers: The adapted layers of the model.
@@ -623,7 +625,7 @@ def _budget_and_target(layers: list[SnellaLayer], adapter_name: str) -> tuple[in
     return budget, budget if is_constant else size - round(config.target_sparsity * size)
 
 
-def _warn_of_unapplied(layers: list[SnellaLayer]) -> None:
+def _warn_about_unused(layers: list[SnellaLayer]) -> None:
     """Warn about layers that the model did not use before the first optimizer step."""
     if unapplied := [layer.module_name for layer in layers if not layer.is_applied]:
         warnings.warn(
@@ -649,8 +651,8 @@ def _check_token_rows(peft_config: SnellaConfig, model: nn.Module) -> None:
         if not isinstance(module, nn.Embedding):
             continue
         count = module.num_embeddings
-        if wrong := [row for row in rows if not 0 <= row < count]:
-            raise ValueError(f"trainable_token_indices must be in [0, {count - 1}] for {name!r}, got {wrong[0]}")
+        if out_of_range := [row for row in rows if not 0 <= row < count]:
+            raise ValueError(f"trainable_token_indices must be in [0, {count - 1}] for {name!r}, got {out_of_range[0]}")
 
 
 def _attention_biases(model: nn.Module) -> list[str]:
@@ -665,7 +667,7 @@ def _attention_biases(model: nn.Module) -> list[str]:
     return list(biases)
 
 
-def _matching(targets: set[str] | str, model: nn.Module) -> set[str]:
+def _matching_names(targets: set[str] | str, model: nn.Module) -> set[str]:
     """Return the names of the modules that match the targets."""
     return {name for name, _ in model.named_modules() if _matches(targets, name)}
 
@@ -677,8 +679,8 @@ def _matches(targets: set[str] | str, name: str) -> bool:
     return name in targets or any(name.endswith(f".{target}") for target in targets)
 
 
-def _multiplies_bfloat16() -> bool:
-    """Return whether the processor has bfloat16 instructions, rather than a software emulation."""
+def _has_bfloat16_instructions() -> bool:
+    """Return whether the processor has bfloat16 instructions instead of a software emulation."""
     if platform.machine() in ("x86_64", "AMD64"):
         return torch.cpu._is_avx512_bf16_supported()
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -50,8 +50,8 @@ def create_snella_optimizer(
         weight_decay: Weight decay of the factors.
         head_weight_decay: Weight decay of the other weights; defaults to `weight_decay`. Biases, norms and tokens have
             no weight decay.
-        match_update: If True, scale each step of the factors so that it changes the update by about `lr` times the
-            size of the adapted weights (see `StepMatcher`). Defaults to the adapter's config.
+        match_update: If True, each step of the factors changes the update by about `lr` times the size of the adapted
+            weights (see `StepMatcher`). Defaults to the adapter's config.
         optimizer_kwargs: Further arguments of `optimizer_cls`.
 
     Returns:
@@ -124,7 +124,7 @@ def _trained_adapters(model: nn.Module) -> list[tuple[SnellaLayer, str]]:
 class StepMatcher:
     """Scaling of optimizer steps, so that each step changes an update in proportion to its base weight.
 
-    `S` is quadratic in `ΔW`. Under Adam the update grows with the square of learning rate times steps, at a pace that
+    `S` is quadratic in `ΔW`. Under Adam, the update grows with the square of learning rate times steps. Its growth
     depends on `scaling`, the matrix's shape and the size of its weights. With
 
         τ = lr·rms(W0)/|scaling|               the target change of S per step
@@ -132,7 +132,7 @@ class StepMatcher:
         δ = 2τ / (κ + √(κ² + 4τ))              solves κ·δ + δ² = τ: the linear and the quadratic term
         step ← step · δ / (lr·rms(α_p)·√r)     an Adam step of lr in every entry changes ΔW by about lr·rms(α_p)·√r
 
-    one step changes `scaling·S` by about `lr·rms(W0)` in every layer, for every backbone and scaling, throughout the
+    one step changes `scaling·S` by about `lr·rms(W0)` in every layer, for every backbone and scaling, throughout
     training. The model, the update and saved files do not change. `mean|S|` is measured every `interval` steps; the
     learning rate is read at each step.
 
@@ -167,7 +167,7 @@ class StepMatcher:
         self.scales: dict[tuple[str, str], list[float]] = {}
 
     def attach(self, optimizer: Optimizer) -> Self:
-        """Scale the steps of an optimizer. Its state dict then includes the matcher's, for bit-exact resumption."""
+        """Scale the steps of an optimizer and include the matcher in its state dict, for bit-exact resumption."""
         setattr(optimizer, MATCHER_ATTRIBUTE, self)
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
@@ -197,9 +197,9 @@ class StepMatcher:
             self._slopes = [self._measure_slopes(layer, name) for layer, name in self._adapters]
         self.step += 1
         # read at each step, because accelerate's `prepare` replaces the groups
-        rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+        lr_by_parameter = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
         for (layer, name), weight_rms, slopes in zip(self._adapters, self._weight_rms, self._slopes, strict=True):
-            lr = rates.get(id(layer.snella_A[name]), 0.0)
+            lr = lr_by_parameter.get(id(layer.snella_A[name]), 0.0)
             self.scales[layer.module_name, name] = self._step_scales(layer, name, lr, weight_rms, slopes)
         self._previous_factors = [
             (layer.snella_A[name].detach().clone(), layer.snella_B[name].detach().clone())

@@ -14,7 +14,7 @@ KEEP_ALL = -1.0
 
 
 def sparsify(delta: Tensor, threshold: Tensor, mode: SparsifyMode = "soft") -> Tensor:
-    """Zero the entries of `delta` up to `threshold` in magnitude and weight the others by magnitude.
+    """Zero the entries of `delta` with magnitude up to `threshold`, and weight the others by magnitude.
 
         soft:      S[i, j] = delta[i, j] · max(|delta[i, j]| − threshold, 0)                      (eq. 13)
         official:  S[i, j] = delta[i, j] · |delta[i, j]|·1[|delta[i, j]| > threshold]             (the authors' code)
@@ -59,11 +59,11 @@ def keep_threshold(delta: Tensor, budget: int) -> Tensor:
 
         t = the (budget + 1)-th largest |delta|,   t = 0 when budget = delta.numel()
 
-    Eq. 13 of the paper uses the `budget`-th largest magnitude, which keeps one entry fewer than its text
-    states. The selection is exact at every size (`torch.quantile` fails above 2²⁴ entries) and does not synchronize
+    Eq. 13 of the paper uses the `budget`-th largest magnitude, which keeps one entry fewer than its text states. The
+    selection is exact at every size (`torch.quantile` fails above 2²⁴ entries) and does not synchronize
     with the device.
 
-    All entries that tie with `t` become zero, so fewer than `budget` entries remain if `t` occurs more than once among
+    All entries that tie with `t` become zero. Fewer than `budget` entries remain if `t` occurs more than once among
     the largest `budget + 1`. No entry remains if the largest magnitude ties with `t`, e.g. in a constant matrix. Ties
     occur if `delta` has few distinct values, e.g. in half precision, or with repeated rows or columns.
 
@@ -113,7 +113,7 @@ def quantile_threshold(delta: Tensor, sparsity: float) -> Tensor:
 
 
 def _smallest(magnitudes: Tensor, ranks: list[int]) -> list[Tensor]:
-    """Return the `rank`-th smallest entry, counted from 0, for each of `ranks`; exact, without a full sort.
+    """Return the `rank`-th smallest entry, counted from 0, for each rank in `ranks`, without a full sort.
 
     Reorders `magnitudes` in place.
     """

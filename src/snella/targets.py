@@ -116,7 +116,7 @@ def describe_coverage(model: nn.Module, names: Iterable[str]) -> str | None:
             num_adapted += sum(weight.numel() for weight in module.parameters() if weight.ndim > 1)
         elif not isinstance(module, nn.Embedding):
             for key, weight in module.named_parameters(recurse=False):
-                # tokens and position embeddings have a leading 1
+                # tokens and position embeddings have a leading axis of size 1
                 if weight.ndim > 1 and weight.shape[0] > 1:
                     excluded[f"{name}.{key}"] = (type(module).__name__, weight)
     num_excluded = sum(weight.numel() for _, weight in excluded.values())
@@ -128,7 +128,7 @@ def describe_coverage(model: nn.Module, names: Iterable[str]) -> str | None:
     examples = ", ".join(f"{name!r} {shape} of {owner}" for name, owner, shape in list(example_by_class.values())[:3])
     return (
         f"the default target_modules adapt {num_adapted / (num_adapted + num_excluded):.0%} of the weights of "
-        f"{type(model).__name__}, not counting embeddings and head; {len(excluded)} others stay frozen, e.g. "
+        f"{type(model).__name__}, not counting embeddings and head; {len(excluded)} other weights remain frozen, e.g. "
         f"{examples}; add convolutions to target_modules, and train bare parameters such as experts and routers in "
         "full with parameters_to_save"
     )
@@ -193,7 +193,7 @@ def block_number(name: str, layers_pattern: list[str] | str | None) -> int | Non
 
     Args:
         name: Full name of the module.
-        layers_pattern: Names of the lists of blocks; defaults to the part before the first number.
+        layers_pattern: Names of the lists of blocks; defaults to the name part before the first index.
     """
     patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern or [r"[^.]+"]
     for pattern in patterns:
@@ -320,7 +320,7 @@ def matrix_shape(base: nn.Module) -> tuple[int, int]:
     return weight.shape[0], weight.shape[1:].numel()
 
 
-def refuse_quantized_projection(weight: Tensor, name: str) -> None:
+def reject_quantized_projection(weight: Tensor, name: str) -> None:
     """Raise `NotImplementedError` if a projection of a torch attention has a quantized weight."""
     if type(weight).__module__.startswith(("bitsandbytes.", "torchao.")) or not weight.is_floating_point():
         raise NotImplementedError(

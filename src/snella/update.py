@@ -58,7 +58,7 @@ class UpdateSpec:
         kernel: Kernel function, with its pieces and softmax settings.
         row_counts: Rows of each matrix, `G` integers that sum to `m`.
         mode: Sparsification mode of `ΔW`.
-        scaling: Factor on `S`.
+        scaling: Scaling factor of `S`.
         backend: One of `BACKENDS`; `snella.backends.choose_backend` selects one.
 
     Raises:
@@ -185,7 +185,7 @@ class LinearOp:
     """`y = x Wᵀ + bias` for `x` `[…, n]` and `W` `[m, n]`.
 
     Args:
-        token_share: Fraction of the tokens that estimate the gradient of an update, see `sample_tokens`; 1 uses all
+        token_share: Fraction of the tokens used to estimate the gradient of an update, see `sample_tokens`; 1 uses all
             tokens. All other gradients are exact.
         is_rounded: If True, compute the gradient of an update in bfloat16.
     """
@@ -298,7 +298,7 @@ class WeightOp:
         return grad_y.new_zeros(len(grad_y))
 
     def to_ints(self, weight_shape: torch.Size) -> list[int]:  # noqa: D102
-        raise NotImplementedError("the op of a compiled graph must be LinearOp() of the identity, got WeightOp()")
+        raise NotImplementedError("a compiled graph must use LinearOp() with the identity as input, got WeightOp()")
 
 
 def layer_op_from_ints(ints: Sequence[int]) -> LayerOp:

@@ -77,7 +77,7 @@ class TrainingWatch:
             stacklevel=2,
         )
 
-    def note_statistics(self, model: nn.Module) -> None:
+    def record_statistics(self, model: nn.Module) -> None:
         """Record the batch counters of all batch normalizations."""
         self._batch_counts = _tracked_batches(model)
 

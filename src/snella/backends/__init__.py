@@ -27,7 +27,7 @@ def resolve_implementation(impl: str) -> str:
 
 @lru_cache(maxsize=1)
 def numba_problem() -> str | None:
-    """Return why Numba kernels are unavailable on this machine, or `None`."""
+    """Return the reason why Numba kernels are unavailable on this machine, or `None`."""
     if importlib.util.find_spec("numba") is None:
         return "numba is not installed; install it with: pip install 'snella[fast]'"
     try:
@@ -39,7 +39,7 @@ def numba_problem() -> str | None:
 
 @lru_cache(maxsize=1)
 def triton_problem() -> str | None:
-    """Return why Triton kernels are unavailable on this machine, or `None`."""
+    """Return the reason why Triton kernels are unavailable on this machine, or `None`."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; it comes with torch for CUDA, or with: pip install triton"
     try:
@@ -73,9 +73,10 @@ def requires_check(A: Tensor) -> bool:
 def choose_backend(impl: str, spec: UpdateSpec, A: Tensor) -> tuple[str, str]:
     """Return the backend for updates with this spec, and the reason for the choice.
 
-    `"auto"` is `"triton"` for factors on a CUDA device and `"numba"` for factors elsewhere, if they are installed
-    and support the update (a piecewise kernel, no float64 factors), otherwise `"eager"`. The choice depends only on
-    the machine, the kernel, and the factors' device and dtype, so a layer's results are reproducible.
+    `"auto"` selects `"triton"` for factors on a CUDA device and `"numba"` for factors elsewhere. If this backend is not
+    installed or does not support the update (only piecewise kernels, no float64 factors), `"auto"` selects `"eager"`.
+    The choice depends only on the machine, the kernel, and the factors' device and dtype, so a layer's results are
+    reproducible.
 
     Args:
         impl: One of `Implementation`.

@@ -57,7 +57,7 @@ class MergeCache:
 
 
 class Backend(ABC):
-    """Merge, addition and gradients of an update; all backends equal `TorchBackend` up to rounding."""
+    """Merge, addition and gradients of an update; all backends agree with `TorchBackend` up to rounding."""
 
     name: str
 
@@ -66,7 +66,7 @@ class Backend(ABC):
 
     @abstractmethod
     def unsupported_reason(self, spec: UpdateSpec, A: Tensor) -> str | None:
-        """Return why the backend does not support updates with this spec and factors like `A`, or `None`."""
+        """Return the reason why updates with this spec and factors like `A` are not supported, or `None`."""
 
     @abstractmethod
     def merge(
@@ -116,7 +116,7 @@ class Backend(ABC):
     ) -> Gradients:
         """Return the gradients of factors and scalars, given `grad_weight` = ∂L/∂W `[m, n]`.
 
-        With `base` and `out`, the same pass also performs `add_update`, if the backend has `fused_add_in_backward`.
+        With `base` and `out`, a backend with `fused_add_in_backward` also performs `add_update` in the same pass.
         """
 
     def grad_weight(self, spec: UpdateSpec, merged: Merged, grad_y: Tensor, x: Tensor, product: Product) -> Tensor:

@@ -1,1 +1,1 @@
-"""Compatibility with other parts of PyTorch and PEFT: attention, quantization, hooks, compilation and files."""
+"""Compatibility with other features of PyTorch and PEFT: attention, quantization, hooks, compilation and files."""

@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from snella.compat.hooks import call_inside_hooks, has_hooks, hook_dicts, is_hooked_in_graph, onloaded
 from snella.config import SnellaConfig
-from snella.layer import SnellaLayer, refuse_tracing
+from snella.layer import SnellaLayer, reject_tracing
 from snella.update import LayerOp
 
 _INPUTS = ("in_proj",)
@@ -28,9 +28,9 @@ class AdaptedAttention(nn.Module):
     matrices (or `q_proj`, `k_proj` and `v_proj` if keys or values have another width), and `out_proj`. With gradients,
     the wrapper applies the projections separately, with `attend` in between, and saves no merged weight. Without
     gradients, it calls the attention's `forward` with the effective weights, including its fast path; outputs are
-    bit-identical to those of the merged model.
+    bit-identical to the merged model's.
 
-    Other attributes (`num_heads`, `batch_first`, …) are those of the attention. `in_proj_weight` includes the updates,
+    Other attributes (`num_heads`, `batch_first`, …) come from the attention. `in_proj_weight` includes the updates,
     for models that read it.
 
     Args:
@@ -40,7 +40,7 @@ class AdaptedAttention(nn.Module):
     def __init__(self, base_layer: nn.MultiheadAttention) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self._around_base = hook_dicts(base_layer)
+        self._base_hook_dicts = hook_dicts(base_layer)
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the wrapped attention; weights of adapted projections include the updates."""
@@ -102,11 +102,11 @@ class AdaptedAttention(nn.Module):
         updated = [projection for projection in self.projections() if projection.is_updated()]
         if updated and torch.compiler.is_compiling():
             # a graph cannot detect an outdated effective weight
-            if is_hooked_in_graph(self.base_layer, self._around_base):
+            if is_hooked_in_graph(self.base_layer, self._base_hook_dicts):
                 return self._attend_outside_graphs(query, key, value, **mask_options, **weight_options)
             return self._attend(query, key, value, **mask_options, **weight_options)
         if updated:
-            refuse_tracing(updated[0].module_name)
+            reject_tracing(updated[0].module_name)
         if any(projection.needs_separate_op() for projection in updated):
             return self._attend_inside_hooks(query, key, value, **mask_options, **weight_options)
         if not updated:
@@ -269,7 +269,7 @@ class Projection(SnellaLayer):
 
 
 def input_projections(attention: nn.MultiheadAttention) -> tuple[str, ...]:
-    """Return the names of the query, key and value projections: a fused one, or three."""
+    """Return the names of the query, key and value projections: one fused projection, or three."""
     return _INPUTS if attention._qkv_same_embed_dim else _SEPARATE_INPUTS
 
 
@@ -301,7 +301,7 @@ def find_wrapped_attention(model: nn.Module, key: str) -> tuple[str, str] | None
     return None
 
 
-def keep_off_fast_path(model: nn.Module) -> None:
+def disable_fast_path(model: nn.Module) -> None:
     """Disable the fast path of torch's encoder layers that have an adapted part.
 
     In evaluation, `nn.TransformerEncoderLayer` passes the weights of all its parts to one fused function, which ignores

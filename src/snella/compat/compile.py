@@ -1,4 +1,4 @@
-"""The adapted layer within a graph of `torch.compile`, and its custom operator, forward and backward.
+"""Adapted layer in a graph of `torch.compile`, with custom operators for its forward and backward pass.
 
 A graph cannot detect changes between calls, so nothing is cached. The first update is folded into the base weight; the
 others are added to the output. The operator calls the functions of `autograd` with the backend of the update's spec;
@@ -30,10 +30,12 @@ def forward_in_graph(layer: SnellaLayer, x: Tensor, *args: Any, **kwargs: Any) -
         y: Tensor = layer.base_layer(x, *args, **kwargs)
         return y
     base = layer._modules.get("base_layer")
-    is_opaque = layer.quantization is not None or (base is not None and is_hooked_in_graph(base, layer._around_base))
+    is_opaque = layer.quantization is not None or (
+        base is not None and is_hooked_in_graph(base, layer._base_hook_dicts)
+    )
     if is_opaque:
         return _forward_outside_graphs(layer, x, *args, **kwargs)
-    _note_applied(layer)
+    _set_applied(layer)
     weight, bias, dtype, op = cast(Tensor, layer._weight()), layer.bias, x.dtype, layer._op()
     is_autocast = torch.is_autocast_enabled(x.device.type)
     x = input_of_op(layer, x, weight.dtype)
@@ -57,7 +59,7 @@ def forward_in_graph(layer: SnellaLayer, x: Tensor, *args: Any, **kwargs: Any) -
 
 def weight_in_graph(layer: SnellaLayer, names: list[str]) -> Tensor:
     """Return `W0 + Σ scaling·S`, `[m, …]`, as a product with the identity, which the compiler removes if unused."""
-    _note_applied(layer)
+    _set_applied(layer)
     weight, op = cast(Tensor, layer._weight()), LinearOp()
     matrix = weight.reshape(weight.shape[0], -1)
     plan = layer._plan_updates(names, in_graph=True)
@@ -87,8 +89,8 @@ def _apply(
     return adapted_layer_in_graph(x, weight, bias, update.spec, update.factors, budgets, op, shape)
 
 
-def _note_applied(layer: SnellaLayer) -> None:
-    """Set `is_applied`, except in an exported program, which lacks the attribute."""
+def _set_applied(layer: SnellaLayer) -> None:
+    """Set `is_applied`, except in an exported program, which does not have the attribute."""
     if not torch.compiler.is_exporting():
         layer.is_applied = True
 

@@ -25,7 +25,7 @@ def hook_dicts(module: nn.Module) -> tuple[dict[int, Any], ...]:
 
 
 def is_hooked_in_graph(module: nn.Module, dicts: tuple[dict[int, Any], ...]) -> bool:
-    """`has_hooks` for `torch.compile`; `dicts` are the module's `hook_dicts`, stored outside the module.
+    """Return `has_hooks` for `torch.compile`; `dicts` are the module's `hook_dicts`, stored outside the module.
 
     `torch.compile` reuses a compiled layer for another one unless a guard differs, and it does not guard a module's
     hooks (`torch._dynamo.config.skip_nnmodule_hook_guards`). It does guard `dicts`.
@@ -35,7 +35,7 @@ def is_hooked_in_graph(module: nn.Module, dicts: tuple[dict[int, Any], ...]) -> 
 
 
 def call_inside_hooks(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call a module with `forward` instead of the method of its class; all hooks run.
+    """Call a module with `forward` in place of its class's method, and run all of its hooks.
 
     Raises:
         NotImplementedError: If the module's `forward` was replaced by anything other than the hooks of torch,
@@ -71,13 +71,13 @@ def _innermost_forward(module: nn.Module) -> tuple[Any, str]:
 
 @contextmanager
 def onloaded(layer: nn.Module, *, with_base: bool) -> Iterator[None]:
-    """Temporarily load the tensors of a layer's children that accelerate offloads.
+    """Temporarily load tensors of a layer's children that accelerate has offloaded.
 
     Unlike PEFT's `onload_layer`, this does not copy the base layer's tensors.
 
     Args:
         layer: The layer.
-        with_base: If True, load the base layer too. Not needed for a call of the base layer, which loads it.
+        with_base: If True, also load the base layer. Not needed inside a call of the base layer, which loads it.
     """
     parts: list[Any] = [part for name, part in layer._modules.items() if with_base or name != "base_layer"]
     parts = [part for part in parts if "_hf_hook" in part.__dict__]

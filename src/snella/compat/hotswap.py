@@ -1,4 +1,4 @@
-"""Replacement of an adapter in a running model, including compiled models."""
+"""Hot swapping of adapters in running models, including compiled models."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class AdapterValues:
 def hotswap(
     model: nn.Module, adapter: str | Path | Mapping[str, Tensor] | AdapterValues, adapter_name: str = "default"
 ) -> AdapterValues:
-    """Replace the values of an adapter in a running model by another adapter for the same pre-trained weights.
+    """Replace an adapter's values in a running model with another adapter for the same pre-trained weights.
 
         model.merge_adapter()                     # serve at the speed of the plain model
         compiled = torch.compile(model)
@@ -89,7 +89,7 @@ def hotswap(
     Writes all values in place, including heads in `modules_to_save`, tokens and budgets. No tensor is added or
     replaced, so memory does not grow and compiled models do not recompile. For a merged adapter, the swap recomputes
     each weight from its pre-trained values, and `unmerge_adapter` still restores them bit for bit. Outputs are
-    bit-identical to those of a model loaded with the new adapter. No forward pass may run during the swap.
+    bit-identical to the outputs of a model loaded with the new adapter. No forward pass may run during the swap.
 
     Args:
         model: A model with a SNELLA adapter, merged or not, compiled or not, or any model that contains one.
@@ -101,8 +101,8 @@ def hotswap(
 
     Raises:
         FileNotFoundError: If the folder contains no adapter.
-        ValueError: If the model has no such adapter, the architecture, rank, kernel or head differs, or values are not
-            finite. The model then remains unchanged.
+        ValueError: If the model does not have this adapter, the architecture, rank, kernel or head differs, or values
+            are not finite. The model then remains unchanged.
     """
     if isinstance(adapter, (str, Path)):
         adapter = AdapterValues.read(adapter)

@@ -35,7 +35,7 @@ class Quantization(ABC):
 
     @abstractmethod
     def write(self, base: nn.Module, weight: Tensor) -> None:
-        """Quantize `weight` `[m, n]` with the current settings, and store it in `base`."""
+        """Quantize `weight` `[m, n]` with the current settings and store it in `base`."""
 
     @abstractmethod
     def snapshot(self, base: nn.Module) -> Any:
@@ -55,7 +55,7 @@ class Quantization(ABC):
 
 
 def find_quantization(base: Any, name: str) -> Quantization | None:
-    """Return the quantization of a layer's weight, or `None`. Imports bitsandbytes and torchao only if the layer does.
+    """Return the quantization of a layer's weight, or `None`. Import bitsandbytes and torchao only if the layer does.
 
     Args:
         base: A base layer.
@@ -204,7 +204,7 @@ class _LayerStub:
 
 
 def _state(base: Any) -> Any:
-    """Return the quantization state of a `Linear4bit`; with FSDP, the layer has it instead of the weight."""
+    """Return the quantization state of a `Linear4bit`; with FSDP, the layer stores it instead of the weight."""
     state = getattr(base.weight, "quant_state", None)
     return base.quant_state if state is None else state
 
@@ -219,7 +219,7 @@ def _unquantized_error(base: nn.Module, name: str) -> RuntimeError:
 
 
 def torchao_unsupported_reason(weight: Any) -> str | None:
-    """Return why a weight of this type is not supported, or `None`."""
+    """Return the reason why this type of weight is not supported, or `None`."""
     if type(weight).__name__ not in ("Int8Tensor", "IntxUnpackedToInt8Tensor"):
         return "requantization is not supported; use IntxWeightOnlyConfig, which supports integers of any width"
     for attribute in ("act_quant_kwargs", "activation_quantization", "act_pre_scale"):

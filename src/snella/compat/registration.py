@@ -1,10 +1,10 @@
 """Registration of the method with PEFT; the only module that modifies PEFT.
 
 PEFT's `register_peft_method` rejects names outside its enum. The mapping tables therefore get the string `"SNELLA"` as
-a key. A test detects when PEFT adds an enum member of this name.
+a key. A test fails once PEFT adds an enum member of this name.
 
-`register` also wraps two functions of PEFT that have no extension point. Both behave as before for all other
-parameters.
+`register` also wraps two functions of PEFT that have no extension point. Their behavior for all other parameters does
+not change.
 
 - `_peft_key_to_original_key` maps a parameter to its original name, for `get_base_model_state_dict` and its
   counterpart. The wrapper supports attentions with several adapted projections.
@@ -47,7 +47,7 @@ def register() -> None:
 
 
 def _with_attentions(original_key: Any) -> Any:
-    """Wrap PEFT's mapping of a key to its original name to support adapted attentions."""
+    """Wrap PEFT's mapping from keys to original names to support adapted attentions."""
 
     @functools.wraps(original_key)
     def with_attentions(model: Any, peft_key: str) -> str:

@@ -50,7 +50,7 @@ class SparsePatch:
         replaced: New values of fully replaced parameters and buffers, by name, e.g. of a head.
         shapes: Shape of each parameter in `entries`.
         digests: SHA-256 prefix of the original value of each parameter in `entries`.
-        metadata: Further metadata of the file.
+        metadata: Additional metadata of the file.
     """
 
     entries: dict[str, Entries]
@@ -215,7 +215,7 @@ def load_sparse(model: nn.Module, file: str | Path, *, check_base: bool = True) 
     Args:
         model: Backbone of the run, with its pre-trained weights and a head with the same number of classes.
         file: Path of the file.
-        check_base: If True, compare the digests of the model's weights with those of the update's base weights.
+        check_base: If True, check that the digests of the model's weights equal the digests in the file.
 
     Returns:
         The patch, with `remove` and `apply`.

@@ -182,8 +182,12 @@ def find_tokens(model: nn.Module, names: Iterable[str], *, is_required: bool) ->
         matches = [name for name in parameter_names if name == suffix or name.endswith(f".{suffix}")]
         if is_required and not matches:
             last_names = {name.rpartition(".")[2]: name for name in parameter_names}
-            near = get_close_matches(suffix.rpartition(".")[2], last_names, 2)
-            hint = f"; did you mean {', '.join(repr(last_names[name]) for name in near)}?" if near else ""
+            close_matches = get_close_matches(suffix.rpartition(".")[2], last_names, 2)
+            hint = (
+                f"; did you mean {', '.join(repr(last_names[name]) for name in close_matches)}?"
+                if close_matches
+                else ""
+            )
             raise ValueError(f"parameters_to_save={suffix!r} matches no parameter of {type(model).__name__}{hint}")
         full_names.extend(name for name in matches if name not in full_names)
     return full_names

@@ -24,7 +24,7 @@ ORIGIN_ATTRIBUTE = "_snella_origin"
 
 
 class Origin(ABC):
-    """Recipe to recompute a tensor from saved tensors.
+    """Recipe for recomputing a tensor from saved tensors.
 
     Args:
         device_type: Device type of the tensor.
@@ -60,7 +60,7 @@ class Origin(ABC):
         """Return the recomputed tensor without gradient; all users share one result.
 
         Args:
-            saved: Saved tensors.
+            saved: Tensors from the forward pass, as in `Mark.saved`.
 
         Raises:
             RuntimeError: If a module has changed since the forward pass.
@@ -249,15 +249,15 @@ def _no_mark() -> None:
 
 
 def _versions(x: Tensor, saved: tuple[Tensor, ...]) -> tuple[int, ...]:
-    """Return the tensors' version counters and the first one's address; writes through `x.data` go unnoticed."""
+    """Return the tensors' version counters and the first one's address; writes through `x.data` are not detected."""
     return (x.data_ptr(), x._version, *[tensor._version for tensor in saved])
 
 
 def origin_of(x: Tensor) -> tuple[tuple[Tensor, ...], Origin | None]:
-    """Return the tensors to save instead of a marked tensor, and its origin; `()` and `None` for other tensors.
+    """Return the tensors to save instead of a marked tensor, and its origin; `()` and `None` for unmarked tensors.
 
-    Views of a marked tensor, and marked tensors after an in-place write, count as other tensors. So do outputs of a
-    module after FSDP frees its parameters, because the backward pass cannot recompute them.
+    Views of a marked tensor, and marked tensors after an in-place write, count as unmarked. So do outputs of a module
+    after FSDP frees its parameters, because the backward pass cannot recompute them.
     """
     mark = Mark.on(x) if torch.is_grad_enabled() else None
     return ((), None) if mark is None or not mark.origin.is_current() else (mark.detached(), mark.origin)

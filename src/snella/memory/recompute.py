@@ -1,11 +1,12 @@
 """Recomputation of layer inputs that are outputs of normalizations and activations.
 
-Forward hooks on known modules mark their outputs with their origin. An adapted layer then saves the module's input
-instead of the layer's input. In known blocks, a function mode tracks the operations between module and layer: moved
-entries (windows of an image), products (gated activations) and sums with a small tensor (modulations).
+Forward hooks on supported modules mark their outputs with their origin. An adapted layer then saves the module's input
+instead of the layer's input. In supported blocks, a function mode tracks the operations between module and layer. It
+supports views and permutations (image windows), products (gated activations) and sums with a small tensor
+(modulations).
 
-With compression, both backward passes use the module's input in int8, and queries, keys and values in int8 replace
-attention's saved tensors. Outputs remain exact; gradients are computed at rounded inputs.
+With compression, the backward passes of module and layer use the module's input in int8. Attention saves only its
+queries, keys and values, in int8. Outputs remain exact; gradients are computed at rounded inputs.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def can_recompute(module: nn.Module) -> bool:
 
 
 def can_track(module: nn.Module, *, compress: bool = False) -> bool:
-    """Return whether the forward pass of a module is tracked. Matches known classes for which tracking saves memory.
+    """Return whether to track the forward pass of a module. Matches known classes for which tracking saves memory.
 
     Supports blocks of Swin and SAM's encoder, gated MLPs, and diffusers' transformer blocks, modulations and
     activations; with `compress`, also attention modules of timm and transformers.
@@ -97,10 +98,10 @@ def can_track(module: nn.Module, *, compress: bool = False) -> bool:
 
 
 def mark_outputs(model: nn.Module, *, compress: Callable[[], bool] | None = None) -> int:
-    """Install hooks that mark the outputs of all known normalizations and activations; return their number.
+    """Install hooks that mark the outputs of all supported normalizations and activations; return their number.
 
-    A mark costs one tensor attribute. Tracking costs one Python call per torch function in known blocks. Existing hooks
-    are replaced.
+    Replaces existing hooks. A mark costs one tensor attribute. Tracking costs one Python call per torch function in
+    supported blocks.
 
     Args:
         model: The model.
@@ -138,7 +139,7 @@ def unmark_outputs(model: nn.Module) -> None:
 # module hooks
 
 
-def _is_marked(module: nn.Module) -> bool:
+def _is_reproducible(module: nn.Module) -> bool:
     """Return whether a module's forward pass is reproducible: no other hooks, no updates of running statistics."""
     pre_hooks = list(module._forward_pre_hooks.values())
     is_plain = (
@@ -148,10 +149,10 @@ def _is_marked(module: nn.Module) -> bool:
         and not torch_module._global_forward_pre_hooks
         and "forward" not in module.__dict__
     )
-    is_running_statistics = isinstance(module, nn.modules.batchnorm._BatchNorm) and (
+    updates_statistics = isinstance(module, nn.modules.batchnorm._BatchNorm) and (
         module.training or module.running_mean is None
     )
-    return is_plain and not is_running_statistics
+    return is_plain and not updates_statistics
 
 
 def _is_recorded() -> bool:
@@ -177,7 +178,7 @@ class _DetachInput(_Compressing):
         if not _is_recorded() or len(args) != 1 or type(args[0]) is not Tensor or not self.is_enabled():
             return None
         z = args[0]
-        if not (z.requires_grad and z.is_floating_point() and not z.is_inference() and _is_marked(module)):
+        if not (z.requires_grad and z.is_floating_point() and not z.is_inference() and _is_reproducible(module)):
             return None
         if hasattr(type(z.grad_fn), "_saved_result"):
             return None  # the preceding operation saves it anyway, e.g. ReLU
@@ -199,7 +200,7 @@ def _mark_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tenso
     if source is not None:
         return save_rounded([source], output, run, module, by_row=type(module).__name__.endswith(_ROW_NORMS))
     z = args[0]
-    if not _is_marked(module) or type(z) is not Tensor or not output.requires_grad:
+    if not _is_reproducible(module) or type(z) is not Tensor or not output.requires_grad:
         return None
     if z.is_inference() or z.untyped_storage()._cdata == output.untyped_storage()._cdata:
         return None
@@ -211,7 +212,7 @@ def _mark_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tenso
 
 
 class _TrackingMode(TorchFunctionMode):
-    """Function mode that marks the results of known functions on marked tensors.
+    """Function mode that marks the results of supported functions on marked tensors.
 
     Args:
         module: The block in which the mode is active.
@@ -234,7 +235,7 @@ class _TrackingMode(TorchFunctionMode):
         return func(*args, **kwargs) if output is None else output
 
     def is_running(self) -> bool:
-        """Return whether the block is running; after `KeyboardInterrupt`, its forward hook does not run."""
+        """Return whether the block is still running; `KeyboardInterrupt` skips the hook that ends tracking."""
         try:
             self._caller.clear()  # raises an error for a running frame
         except RuntimeError:
@@ -277,7 +278,7 @@ def _activate(
 def _attend(
     function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], compress: bool
 ) -> Tensor | None:
-    """Return the output of attention that saves q, k, v in int8, or `None` if its backward pass needs more."""
+    """Return the output of attention that saves q, k, v in int8, or `None` for unsupported arguments."""
     if not compress or len(args) < 3 or not _c_autograd._saved_tensors_hooks_is_enabled():
         return None
     query, key, value, *rest = args

@@ -41,14 +41,14 @@ def parse_weight_gradient(weight_gradient: str) -> tuple[float, bool]:
 
 
 def sample_tokens(grad_y: Tensor, x: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """Sample tokens such that the product of the results is an unbiased estimate of `grad_yᵀ x`.
+    """Sample tokens so that the product of the results is an unbiased estimate of `grad_yᵀ x`.
 
         E[Ĝ] = G = Σ_t g_t x_tᵀ,   Ĝ = Σ_{t drawn} g_t x_tᵀ / π_t,   π_t = min(1, c·‖g_t‖·‖x_t‖),   Σ_t π_t = k
 
     Token `t` is drawn with probability `π_t`. The sample size is `k = share·T`, at least `MIN_TOKENS`. For
-    independent draws, this `π` minimizes `E‖Ĝ − G‖² = Σ_t (1/π_t − 1) ‖g_t‖² ‖x_t‖²` at its sum. Systematic sampling
-    (one random offset shifts `k` equally spaced points over the cumulative sum of `π`) draws exactly `k` tokens. No
-    shape depends on values, so sampling does not synchronize with a GPU.
+    independent draws, this `π` minimizes `E‖Ĝ − G‖² = Σ_t (1/π_t − 1) ‖g_t‖² ‖x_t‖²` for the given `k`. Systematic
+    sampling (one random offset shifts `k` equally spaced points over the cumulative sum of `π`) draws exactly `k`
+    tokens. No shape depends on values, so sampling does not synchronize with a GPU.
 
     Args:
         grad_y: `g`, the gradient of the layer's output, `[T, m]`.
@@ -72,10 +72,10 @@ def sample_tokens(grad_y: Tensor, x: Tensor, share: float) -> tuple[Tensor, Tens
         uncertain = torch.where(is_certain, 0, norms)
         probs = torch.where(is_certain, 1, norms * ((k - is_certain.sum()) / uncertain.sum()))
     # recompute the probabilities from the rounded cumulative sum, which determines the draws
-    ends = probs.cumsum(0)
-    ends = ends * (k / ends[-1])
-    probs = torch.diff(ends, prepend=ends.new_zeros(1))
+    cumulative = probs.cumsum(0)
+    cumulative = cumulative * (k / cumulative[-1])
+    probs = torch.diff(cumulative, prepend=cumulative.new_zeros(1))
     points = torch.arange(k, device=x.device) + torch.rand(1, device=x.device)
-    indices = torch.searchsorted(ends, points, right=True).clamp(max=tokens - 1)
+    indices = torch.searchsorted(cumulative, points, right=True).clamp(max=tokens - 1)
     # divide in float32: 1/π can overflow float16 even if the quotient does not
     return (grad_y[indices] / probs[indices, None]).to(grad_y.dtype), x[indices]

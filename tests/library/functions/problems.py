@@ -106,7 +106,7 @@ def make_problem(
     mode: str = "soft",
     **kernel_options: object,
 ) -> Problem:
-    """Create a linear layer with one update; `budget` defaults to 40% of the entries, in mode `none` to all."""
+    """Create a linear layer with one update; `budget` defaults to 40% of the entries, or all in mode `none`."""
     generator = torch.Generator().manual_seed(seed)
     base_dtype = base_dtype or dtype
 
@@ -234,7 +234,7 @@ def assert_close_to_reference(
     """Assert that an implementation's errors are at most twice those of the reference, plus one rounding.
 
     Compares output and gradients of all implementations with the reference in float64. If the check fails, the errors
-    of the reference may be small by chance; it is then repeated with `simulated_errors`, if they are larger.
+    of the reference may be small by chance; the check then repeats with `simulated_errors` if they are larger.
 
     Args:
         problems: Problems that differ only in their random numbers.

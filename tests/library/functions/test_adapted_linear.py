@@ -86,11 +86,11 @@ def test_eager_is_close_to_reference_for_every_batch_shape(batch, dtypes):
 def test_tolerance_rejects_gradient_error_of_200_roundings(name, monkeypatch):
     original = MixK.vjp
 
-    def off(*args):
+    def inaccurate_vjp(*args):
         actual = original(*args)
         return actual._replace(**{name: getattr(actual, name) * (1 + 100 * torch.finfo(torch.float32).eps)})
 
-    monkeypatch.setattr(MixK, "vjp", off)
+    monkeypatch.setattr(MixK, "vjp", inaccurate_vjp)
     with pytest.raises(AssertionError, match=rf"\[\('eager, rebuilt', '{name}', "):
         assert_close_to_reference(draws(rows=(9, 7, 5), n=11, budgets=(0, 30, 55)), impls=["eager"])
 
@@ -191,7 +191,7 @@ def test_update_without_base_weight_is_close_to_reference(dtypes):
 
 
 @pytest.mark.parametrize("impl", ["reference", "eager"])
-def test_update_without_base_weight_is_the_difference_to_the_base_layer(impl):
+def test_update_without_base_weight_is_the_difference_from_the_base_layer(impl):
     problem = make_problem(dtype=torch.float64)
     tensors = problem.tensors
     base = F.linear(tensors["x"], tensors["weight"], tensors["bias"])

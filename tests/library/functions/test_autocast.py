@@ -48,7 +48,7 @@ def test_backward_inside_autocast_equals_backward_outside(kernel, cache_delta):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_merge_and_selection_inside_autocast_equal_those_outside(kernel):
+def test_autocast_does_not_change_merge_and_selection(kernel):
     problem = make_problem(kernel, m=32, n=24, r=8)
     weight = problem.tensors["weight"]
 

@@ -56,7 +56,7 @@ def learning(*names: str, **options: object) -> Problem:
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("num_updates", [0, 1, 2])
-def test_output_and_gradients_equal_those_of_dense_weight(impl, num_updates):
+def test_output_and_gradients_equal_dense_weight(impl, num_updates):
     names = ["x", "bias", *(["A", "B", "piece_coeff", "alpha", "beta"] if num_updates else [])]
     problem = learning(*names, rows=(20, 12), budgets=(100, 60))
     int8_weight = Int8Weight(problem.tensors["weight"])
@@ -133,7 +133,7 @@ def test_sum_is_not_rounded_to_dtype_of_dequantized_weight(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_effective_weight_equals_that_of_forward_pass(impl, dtype):
+def test_effective_weight_equals_weight_of_forward_pass(impl, dtype):
     problem = learning()
     problem.tensors["x"] = torch.eye(N, dtype=dtype)
     int8_weight, update = Int8Weight(problem.tensors["weight"].bfloat16()), problem.update(problem.tensors)

@@ -77,11 +77,11 @@ def test_layer_used_twice_in_one_checkpoint_has_correct_gradients():
     run, cache, leaves = learning("eager")
     x = torch.randn(6, 8, requires_grad=True)
 
-    def twice(x):
+    def call_twice(x):
         return run(torch.tanh(run(x)[:, :8]))
 
-    plain = torch.autograd.grad(twice(x).square().sum(), [x, *leaves])
-    checkpoint(twice, x, use_reentrant=False).square().sum().backward()
+    plain = torch.autograd.grad(call_twice(x).square().sum(), [x, *leaves])
+    checkpoint(call_twice, x, use_reentrant=False).square().sum().backward()
     assert all(torch.equal(tensor.grad, grad) for tensor, grad in zip([x, *leaves], plain, strict=True))
     run(x)
     assert cache.is_empty

@@ -121,7 +121,7 @@ def test_updates_of_different_backends_are_added():
 
 
 @needs_triton
-def test_saved_delta_gives_the_gradients_of_recomputed_delta():
+def test_saved_and_recomputed_delta_give_equal_gradients():
     update, backend = update_of(rows=(3, 4, 5), n=6, budgets=(4, 0, 9)), get_backend("triton")
     merged = backend.merge(*update)
     grad = torch.ones(12, 6, device=DEVICE)

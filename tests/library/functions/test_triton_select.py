@@ -32,7 +32,7 @@ def merged(magnitudes, budgets, mode="soft"):
 
 
 def spread(size, seed=0):
-    """Return magnitudes over twenty orders, with repetitions and zeros."""
+    """Return magnitudes that span twenty decades, with repetitions and zeros."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(size, generator=generator) * 10.0 ** torch.randint(-10, 10, (size,), generator=generator)
     values[:: size // 7] = values[1]
@@ -92,6 +92,6 @@ def test_known_thresholds_are_reused():
 
     problem = triton_problem(rows=(5, 4), n=6, budgets=(7, 9))
     update = problem.update(problem.tensors)
-    known = TritonBackend().merge(*update).thresholds
-    repeated = TritonBackend().merge(*update._replace(thresholds=known)).thresholds
-    assert torch.equal(repeated, known)
+    thresholds = TritonBackend().merge(*update).thresholds
+    repeated = TritonBackend().merge(*update._replace(thresholds=thresholds)).thresholds
+    assert torch.equal(repeated, thresholds)

@@ -1,4 +1,4 @@
-"""The first-use check of the Triton kernels."""
+"""First-use check of the Triton kernels."""
 
 import json
 

@@ -68,7 +68,7 @@ def test_matrix_without_budget_has_zero_gradients_and_update(impl):
 
 
 @IMPL
-def test_each_matrix_has_its_own_budget(impl):
+def test_each_matrix_has_a_separate_budget(impl):
     problem = make_problem(rows=ROWS, n=6, budgets=BUDGETS)
     update = problem.update(problem.tensors)
     assert [int(sparse.count_nonzero()) for sparse in sparsify_update(update)[0]] == list(BUDGETS)

@@ -304,7 +304,7 @@ _BY_NAME = {case.name: case for case in CASES}
 
 @pytest.fixture(params=CASES, ids=lambda case: case.name)
 def case(request: pytest.FixtureRequest) -> Case:
-    """Each model."""
+    """Every model."""
     return request.param
 
 

@@ -129,7 +129,7 @@ def run(kind: str, impl: str, rank: int, importance: str = "sensitivity") -> dic
 
 
 def resume(kind: str, rank: int) -> list[dict[str, Any]]:
-    """Return the results of an uninterrupted training and of one that loads its state after six steps."""
+    """Return the results of an uninterrupted run, and of a run that loads its state after six steps."""
     options = StateDictOptions(full_state_dict=True)
     model, optimizer, allocator, _ = prepare(kind, "eager")
     train(model, optimizer, rank, end=6)

@@ -68,7 +68,7 @@ def strip_wrapper(name: str) -> str:
 
 
 def compare(kind: str, units: str, compress: bool) -> float:
-    """Return the largest difference to the unsharded gradients, relative to the tensor's largest gradient."""
+    """Return the largest difference from the unsharded gradients, relative to the tensor's largest gradient."""
     expected = gradients(make(compress))
     actual = gradients(wrap(kind, make(compress), UNITS[units]))
     if actual.keys() != expected.keys():

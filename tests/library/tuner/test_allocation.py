@@ -95,7 +95,7 @@ def test_rounding_uses_largest_remainder():
     assert allocate([4.0, 3.0, 2.0], [100, 100, 100], 10) == [5, 3, 2]
 
 
-def test_ties_go_by_importance_then_by_size():
+def test_ties_are_broken_by_importance_then_by_size():
     assert allocate([1.0, 1.0], [5, 9], 3) == [1, 2]
     assert allocate([3.0, 1.0], [9, 9], 2) == [2, 0]
 

@@ -297,7 +297,7 @@ def _without_dropout(model):
             module.p = 0.0
 
 
-def test_state_dict_round_trip(mlp):
+def test_state_dict_restores_budgets_importance_and_history(mlp):
     model = mlp.adapted()
     optimizer = make_optimizer(model)
     allocator = make_allocator(model).attach(optimizer)
@@ -587,7 +587,7 @@ def test_zero_grad_hooks_are_chained(count):
     assert len(calls) == count
 
 
-def test_overflow_inside_a_closure_is_not_a_skipped_step(mlp):
+def test_overflow_inside_closure_is_not_a_skipped_step(mlp):
     model = mlp.adapted()
     optimizer = torch.optim.LBFGS([p for p in model.parameters() if p.requires_grad], max_iter=3)
     allocator = make_allocator(model).attach(optimizer)
@@ -687,7 +687,7 @@ def test_late_gradients_and_frozen_matrices_do_not_warn(mlp):
 # SNELL --------------------------------------------------------------------------------------------------------------
 
 
-def test_snell_configuration(vit):
+def test_snell_configuration_reaches_its_target(vit):
     model = vit.adapted(kernel="p_linear", allocation="uniform", target_sparsity=0.9)
     optimizer = make_optimizer(model)
     allocator = make_allocator(model, total_epochs=1, steps_per_epoch=2).attach(optimizer)
@@ -699,7 +699,7 @@ def test_snell_configuration(vit):
 @pytest.mark.parametrize(
     ("every", "end", "reached_at"), [("epoch", 0.5, 6), ("epoch", 0.6, 9), (2, 0.5, 6), (4, 0.3, 4), ("epoch", 1.0, 12)]
 )
-def test_target_is_reached_at_schedule_end_and_kept(mlp, every, end, reached_at):
+def test_budget_reaches_target_at_schedule_end_and_stays(mlp, every, end, reached_at):
     model = mlp.adapted(schedule_end=end, realloc_every=every)
     optimizer = make_optimizer(model)
     allocator = BudgetAllocator(model, total_epochs=4, steps_per_epoch=3).attach(optimizer)

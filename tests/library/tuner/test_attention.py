@@ -144,7 +144,7 @@ def test_all_attention_options_use_the_update(options, call, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("batch_first", [True, False])
-def test_different_query_key_and_value_tensors(batch_first, mode):
+def test_query_key_and_value_can_differ(batch_first, mode):
     base = make(batch_first=batch_first)
     model = adapt(copy.deepcopy(base))
     query, key, value = inputs(4, 6, 6, batch_first=batch_first)
@@ -166,7 +166,7 @@ def test_other_key_and_value_widths_have_separate_projections(bias, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_unbatched_input(mode):
+def test_unbatched_input_is_supported(mode):
     base = make(batch_first=True)
     model = adapt(copy.deepcopy(base))
     x, padding = inputs(5)[0][0], PADDING[0]
@@ -269,11 +269,11 @@ def test_merged_matrix_is_not_saved_for_backward():
     }
     saved = []
 
-    def keep(tensor):
+    def record(tensor):
         saved.append(tensor)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         model(inputs(5)[0], need_weights=False)
     merged = [t for t in saved if t.shape in {(3 * WIDTH, WIDTH), (WIDTH, 3 * WIDTH)} and t.data_ptr() not in frozen]
     assert saved and not merged
@@ -293,7 +293,7 @@ def test_compiled_attention_equals_eager(training):
         assert torch.allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-# which projections --------------------------------------------------------------------------------------------------
+# projections --------------------------------------------------------------------------------------------------------
 
 
 def test_attention_name_selects_all_projections():
@@ -307,7 +307,7 @@ def test_attention_name_selects_all_projections():
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("target", ["attn.out_proj", "out_proj"])
-def test_only_output_projection(target, mode):
+def test_output_projection_can_be_the_only_target(target, mode):
     base = make(batch_first=True)
     model = adapt(copy.deepcopy(base), targets=[target])
     assert names(model) == ["attn.out_proj"]

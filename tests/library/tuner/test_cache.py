@@ -438,13 +438,13 @@ def test_read_weight_is_cached_in_evaluation(merges):
 def test_linear_with_read_weight_saves_the_same_tensors_as_a_call():
     called, reading, x = pair()
 
-    def kept(model):
+    def saved_shapes(model):
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.shape) or t, lambda t: t):
             model(x)
         return sizes
 
-    assert kept(reading) == kept(called)
+    assert saved_shapes(reading) == saved_shapes(called)
     for actual, expected in zip(gradients(reading, x), gradients(called, x), strict=True):
         assert torch.equal(actual, expected)
 

@@ -102,7 +102,7 @@ def test_kernels_without_pieces_accept_any_rank():
     assert SnellaConfig(r=7, kernel="rbf").r == 7
 
 
-def test_paper_preset():
+def test_paper_preset_is_the_default():
     config = SnellaConfig()
     assert (config.sparsify_mode, config.learn_piece_coeff, config.learn_temperature) == ("soft", True, False)
     assert (config.update_dropout, config.update_drop_path, config.zero_init_ema) == (0.0, 0.0, False)
@@ -111,7 +111,7 @@ def test_paper_preset():
     assert config.parameters_to_save == []
 
 
-def test_official_preset():
+def test_official_preset_sets_the_values_of_the_authors_code():
     config = SnellaConfig(preset="official")
     assert (config.sparsify_mode, config.learn_piece_coeff, config.learn_temperature) == ("official", False, True)
     assert (config.update_dropout, config.update_drop_path, config.zero_init_ema) == (0.1, 0.1, True)
@@ -130,7 +130,7 @@ def test_preset_values_are_not_shared_between_configs():
     assert "changed" not in SnellaConfig(preset="official").dropout_exclude
 
 
-def test_save_load_round_trip(tmp_path):
+def test_saved_config_is_loaded_unchanged(tmp_path):
     config = SnellaConfig(
         r=4,
         kernel="p_linear",
@@ -198,7 +198,7 @@ def test_type_errors_are_reported_together():
         ("dropout", "update_dropout"),
         ("lora_dropout", "update_dropout"),
         ("sparsity", "the final fraction of zeros is target_sparsity"),
-        ("tfinal", "the length of the schedule is an argument of BudgetAllocator"),
+        ("tfinal", "BudgetAllocator sets the length of the schedule"),
         ("deltaT", "realloc_every"),
         (
             "target_parameters",

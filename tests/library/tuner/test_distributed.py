@@ -74,7 +74,7 @@ def test_optimizer_groups_do_not_depend_on_sharding(runs, case):
 
 
 @pytest.mark.parametrize("case", RESUMED)
-def test_training_resumed_from_a_full_state_equals_an_uninterrupted_one(runs, case):
+def test_training_resumed_from_a_full_state_equals_uninterrupted_training(runs, case):
     for run in runs:
         assert isinstance(run[case], list), run[case]
         uninterrupted, resumed = run[case]
@@ -131,7 +131,7 @@ def test_replaced_optimizer_parameters_raise_at_first_step():
         optimizer.step()
 
 
-def test_a_checkpoint_of_torch_distributed_restores_the_allocator():
+def test_torch_distributed_checkpoint_restores_the_allocator():
     def prepare():
         torch.manual_seed(0)
         model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), SnellaConfig(r=2, target_modules=["0"]))

@@ -254,7 +254,7 @@ def test_merging_two_adapters_together_equals_merging_in_sequence(kind):
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
 
 
-def test_merge_with_a_string_raises(mlp):
+def test_merging_a_string_raises(mlp):
     with pytest.raises(TypeError, match="list of strings, got 'default'"):
         mlp.adapted().merge_adapter("default")
 
@@ -428,7 +428,7 @@ def test_update_dropout_applies_only_to_the_update_in_training():
     assert torch.equal(layer.eval()(x), layer(x))
 
 
-def test_dropout_exclude(vit):
+def test_dropout_exclude_disables_update_dropout(vit):
     model = vit.adapted(preset="official")
     with_dropout = {layer.module_name.rpartition(".")[2]: update_dropout(layer, "default") for layer in layers(model)}
     assert with_dropout == {"qkv": 0.1, "proj": 0.0, "fc1": 0.1, "fc2": 0.1}

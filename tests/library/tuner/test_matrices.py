@@ -9,7 +9,7 @@ from torch import nn
 from snella.matrices import adapted_matrices
 
 
-def test_names_kinds_and_depths(vit):
+def test_matrices_have_names_kinds_and_shapes(vit):
     matrices = adapted_matrices(vit.adapted())[:6]
     assert [m.name for m in matrices] == [
         "blocks.0.attn.qkv.q",

@@ -51,7 +51,7 @@ def test_head_lr_without_trainable_head_warns(vit):
         make_groups(vit.adapted(), head_lr=0.5)
 
 
-def test_defaults_are_those_of_the_factors(vit):
+def test_head_defaults_to_the_settings_of_the_factors(vit):
     groups = make_groups(vit.adapted(modules_to_save=["head"]), lr=0.2, weight_decay=0.1)
     assert (groups["head"]["lr"], groups["head"]["weight_decay"]) == (0.2, 0.1)
     assert groups["scalars"]["lr"] == 1e-4

@@ -55,12 +55,12 @@ def adapted(module, trained=False, **settings):
 
 def step(model, x):
     """Return the gradients of one step by name, and the bytes of all saved storages except parameters."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    model_storages = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     saved = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in model_storages:
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
@@ -367,13 +367,13 @@ def test_small_rows_keep_accurate_gradients(norm, width):
 
 
 def test_activations_that_save_their_output_are_not_compressed():
-    def kept(compress):
+    def run_step(compress):
         torch.manual_seed(0)
         base = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1))
         settings = dict(target_modules=["0", "3"], init_weights=False, compress_activations=compress)
         return step(get_peft_model(base, SnellaConfig(r=2, **settings)).eval(), torch.randn(2, 3, 9, 9))
 
-    (exact, plain), (same, compressed) = kept(False), kept(True)
+    (exact, plain), (same, compressed) = run_step(False), run_step(True)
     assert compressed <= plain
     assert_same_bits(exact, same)
 
@@ -437,7 +437,7 @@ class _Logits(nn.Module):
         return self.model(input_ids=tokens, use_cache=False).logits
 
 
-def test_compression_under_autocast():
+def test_compression_under_autocast_has_close_gradients():
     def train(**settings):
         model = adapted(nn.GELU(), **settings)
         with torch.autocast("cpu", torch.bfloat16):
@@ -499,7 +499,7 @@ def test_copies_compress_and_unloaded_models_do_not():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in plain.modules())
 
 
-def test_any_adapter_enables_compression():
+def test_compression_requires_all_active_adapters():
     torch.manual_seed(0)
     base = nn.Sequential(
         nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, 7)
@@ -518,8 +518,8 @@ def test_any_adapter_enables_compression():
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
 @pytest.mark.parametrize("add", ["get_peft_model", "inject_adapter_in_model"])
 @pytest.mark.parametrize("first", [False, True])
-def test_only_active_adapters_enable_compression(first, add):
-    """Compression applies if an active adapter enables it."""
+def test_inactive_adapters_do_not_affect_compression(first, add):
+    """Activations are compressed only if all active adapters set `compress_activations`."""
 
     def config(compress):
         targets = ["0", "2"] if compress is first else ["0"]
@@ -547,7 +547,7 @@ def test_only_active_adapters_enable_compression(first, add):
         saved[str(names)] = step(model, x)[1]
     compressed, plain = (saved["default"], saved["other"]) if first else (saved["other"], saved["default"])
     assert compressed < plain
-    # compression of one adapter does not affect the other
+    # one active adapter without compression disables compression
     assert saved["['default', 'other']"] >= plain
 
 

@@ -38,7 +38,7 @@ def assert_same(patch: SparsePatch, expected: SparsePatch) -> None:
     assert patch.metadata == expected.metadata
 
 
-def test_file_round_trip(tmp_path):
+def test_file_round_trip_preserves_the_patch(tmp_path):
     sizes = {name: rows * columns for name, (rows, columns) in SHAPES.items()}
     positions = {name: torch.tensor(list(where), dtype=torch.long) for name, where in POSITIONS.items()}
     encodings = {name: encode_positions(where, sizes[name])[0] for name, where in positions.items()}

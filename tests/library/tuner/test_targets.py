@@ -71,7 +71,7 @@ def test_all_linear_without_linear_layers_raises(cases):
         get_peft_model(nn.Sequential(nn.Conv2d(1, 1, 1)), SnellaConfig())
 
 
-def test_exclude_modules(vit):
+def test_exclude_modules_matches_suffixes_and_expressions(vit):
     modules = adapted_modules(vit.base(), target_modules="all-linear", exclude_modules=["mlp.fc1", "qkv"])
     assert {module.rpartition(".")[2] for module in modules} == {"proj", "fc2"}
     modules = adapted_modules(vit.base(), target_modules="all-linear", exclude_modules=r"blocks\.[0-4]\..*")
@@ -112,7 +112,7 @@ def test_layers_pattern_selects_the_inner_index(cases):
         ("blocks.3", None, None),
     ],
 )
-def test_block_number(name, pattern, number):
+def test_block_number_is_the_index_after_the_pattern(name, pattern, number):
     assert block_number(name, pattern) == number
 
 

@@ -363,14 +363,14 @@ def _blocks(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _run(function: Callable[..., None], count: int, shape: tuple[int, ...], *arguments: Any) -> None:
-    """Call `function(first, last, …)` over the range `count`, distributed over threads."""
+    """Call `function(first, last, …)` on parts of the range `count`, distributed over threads."""
     threads = min(torch.get_num_threads(), count) if shape[0] * shape[1] >= _MIN_ENTRIES_FOR_THREADS else 1
     if threads < 2:
         function(0, count, *arguments)
         return
     num_tasks = min(count, _TASKS_PER_THREAD * threads)
     bounds = [count * k // num_tasks for k in range(num_tasks + 1)]
-    parallel_for([partial(function, *ends, *arguments) for ends in pairwise(bounds)], threads)
+    parallel_for([partial(function, first, last, *arguments) for first, last in pairwise(bounds)], threads)
 
 
 def parallel_for(tasks: Sequence[Callable[[], None]], threads: int) -> None:

@@ -1,8 +1,8 @@
 """Numba kernels of the backward pass, from ∂L/∂W to the factors and scalars; shape letters as in `forward`.
 
-Numba inlines functions with reassociated sums. It could otherwise compile a function twice with different sum orders,
-standalone and inside its caller, and a process that loads the caller from the disk cache could get the other order. A
-resumed run would then differ in the last bits.
+Numba inlines functions with reassociated sums. Otherwise, it could compile a function twice with different sum orders:
+standalone and inside its caller. A process that loads the caller from the disk cache could then get the other order,
+and a resumed run would differ in the last bits.
 """
 
 # ruff: noqa: D103
@@ -30,7 +30,7 @@ from snella.backends.numba.forward import (
 )
 
 ROWS = 4  # rows of the merged matrix per gradient accumulation
-# workspace lines of the default kernel: 8 of A, 8 of its gradient, 8 of coefficients (two per row), and
+# workspace lines of the default kernel: 8 of A, 8 of its gradient, 8 of coefficients (two per row), then these
 SCALE, MEAN, BY_DISTANCE, LINES = 24, 25, 26, 28
 
 
@@ -76,20 +76,20 @@ def merge_block_and_gradient(
         if has_softmax:
             for j in range(w):
                 column = np.uintp(start + j)
-                one = exponential(value[i, j] * inv_temperature - columns[0, column])
-                exps[i, j] = one
-                value[i, j] = linear * value[i, j] + columns[1, column] * one + beta
+                exp = exponential(value[i, j] * inv_temperature - columns[0, column])
+                exps[i, j] = exp
+                value[i, j] = linear * value[i, j] + columns[1, column] * exp + beta
         if writes_result:
             prefetch_row(base, i, start, w)
             prefetch_row(result, i, start, w)
             add_row(base, value, i, i, start, w, threshold, scaling, mode, result)
         for j in range(w):
             magnitude = abs(value[i, j])
-            one = (
+            grad_entry = (
                 grad[i, np.uintp(start + j)] * scaling * (slope * magnitude - offset) if magnitude > threshold else ZERO
             )
-            value[i, j] = one
-            total[j] += one
+            value[i, j] = grad_entry
+            total[j] += grad_entry
         if has_softmax:
             for j in range(w):
                 mean[j] += value[i, j] * exps[i, j]
@@ -218,7 +218,7 @@ def rows_grad_p2_r8(i, num_rows, w, lines, B, coeff, linear, value, exps, grad_B
 
 @njit(**FASTMATH_REASSOC, inline="always")
 def block_grad_p2_r8(w, lines, tile, scale, mean, B, coeff, linear, value, exps, grad_A_acc, grad_B, sums, chunk):
-    # gradients of a block's factors and coefficients, in steps of ROWS rows; remaining rows are processed one by one
+    # gradients of a block's factors and coefficients, ROWS rows at a time; the remaining rows follow one by one
     m = B.shape[0]
     for j in range(w):
         lines[SCALE, j], lines[MEAN, j] = scale[j], mean[j]

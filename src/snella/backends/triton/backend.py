@@ -32,7 +32,7 @@ _REGISTERS = {
     "merge": (80, 128),
     "factor_gradients": (128, 128),
 }
-"""Registers per thread up to rank 8 and above: limits without spills, see the README of this package."""
+"""Register limits per thread, for ranks up to 8 and above, chosen to avoid spills; see this package's README."""
 
 _MAX_ENTRIES = 1 << 30  # positions within a matrix are int32
 _MIN_CAPABILITY = (7, 0)
@@ -41,10 +41,10 @@ _MIN_CAPABILITY = (7, 0)
 def launch_options(kernel: str, rank: int = 1, aligned: bool = True) -> dict[str, Any]:
     """Return warps per program and registers per thread of a kernel."""
     options: dict[str, Any] = {"num_warps": _WARPS.get(kernel, 8), "enable_fp_fusion": False}
-    if kernel in _REGISTERS and torch.version.hip is None:  # AMD's compiler has no such limit
+    if kernel in _REGISTERS and torch.version.hip is None:  # AMD's compiler does not support this limit
         options["maxnreg"] = _REGISTERS[kernel][rank > 8]
         if kernel == "factor_gradients" and not aligned:
-            options["maxnreg"] = 168  # columns are not loaded in groups of four, so a thread holds more rows
+            options["maxnreg"] = 168  # unaligned columns are not loaded in groups of four, so a thread holds more rows
     return options
 
 

@@ -41,7 +41,7 @@ def exp_nonpositive(x):
 
 @triton.jit
 def clamp(position, count):
-    """Replace positions outside the matrix by its last row or column.
+    """Replace positions outside the matrix with its last row or column.
 
     Loads of factors then need no mask, which would occupy one predicate register per row and column of a thread.
     """
@@ -64,7 +64,7 @@ def distance(first, second, i, j, piece, width, R):
 def piecewise(first, second, coeff, i, j, width, P: tl.constexpr, R):
     """Compute `κ[i, j] = Σ_p coeff[p]·d_p[i, j]` of rows and columns inside the matrix, see `clamp`.
 
-    The loop over the pieces is not unrolled, so that the factors of one piece occupy registers at a time.
+    The loop over the pieces is not unrolled, so that only the factors of one piece occupy registers at a time.
     """
     value = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
     for p in range(P):

@@ -27,9 +27,9 @@ _results: dict[str, str | None] = {}
 
 
 def failed_check(spec: UpdateSpec, A: Tensor) -> str | None:
-    """Return why the Triton kernels fail the check on the device of `A`, or `None` if they pass.
+    """Return the reason why the Triton kernels fail the check on the device of `A`, or `None` if they pass.
 
-    Merges one matrix of 64×96 with the update's kernel, rank and sparsifier, and compares the effective weight, the
+    Merges one matrix of 64×96 with the update's kernel, rank and sparsifier. Compares the effective weight, the
     threshold and every gradient with torch operations in float64. The result is cached in memory and in
     `kernel_checks.json` in the cache folder (`$SNELLA_CACHE`, `$XDG_CACHE_HOME/snella` or `~/.cache/snella`), by
     device, driver, versions and the kernels' source.
@@ -69,7 +69,7 @@ def _compare(spec: UpdateSpec, A: Tensor) -> str | None:
     for index, (name, actual, expected) in enumerate(zip(_NAMES, *results, strict=True)):
         if actual is None or expected is None:
             continue
-        # gradients of the kernel's scalars are sums with cancellation: use the largest of them as the scale of all
+        # gradients of the kernel's scalars are sums with cancellation: use the largest as the scale of all
         scale = max(scalars) if index >= 4 else expected.abs().max().item()
         error = (actual.double() - expected).abs().max().item()
         if not error <= (TOLERANCE + torch.finfo(actual.dtype).eps) * (scale + 1e-3):

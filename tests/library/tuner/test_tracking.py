@@ -481,7 +481,7 @@ def test_part_of_tracked_block_can_be_checkpointed(compress):
 
 @pytest.mark.parametrize("settings", [{}, {"compress_activations": True}], ids=["exact", "int8"])
 @pytest.mark.parametrize("part", ["attn", "ff", "ff_context"])
-def test_tracked_block_inside_checkpointed_part_of_another_block(part, settings):
+def test_tracked_block_can_be_inside_checkpointed_part_of_another_block(part, settings):
     def train(is_checkpointed):
         model, x = adapted("sd3", **settings)
         for block in model.model.base_model.model.transformer_blocks if is_checkpointed else ():
@@ -571,12 +571,12 @@ def test_unloaded_model_has_no_tracking():
 
 
 def test_autocast_does_not_save_recomputed_inputs():
-    def kept(**settings):
+    def saved_bytes(**settings):
         model, x = adapted("vit", **settings)
         with torch.autocast("cpu", torch.bfloat16):
             return step(model, x)[1]
 
     # three of four bfloat16 inputs per block are recomputed; attention saves the fourth
     wide, blocks, images, tokens = 64, 2, 8, 17
-    saved = kept(recompute_inputs=False) - kept()
+    saved = saved_bytes(recompute_inputs=False) - saved_bytes()
     assert saved >= 2 * (wide + wide + 4 * wide) * blocks * images * tokens
