@@ -25,6 +25,7 @@ from snella_lab.recipes.instruct.config import LanguageConfig
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- cost estimated by benchmarks/readme.py begins -->", "<!-- cost ends -->"
 _MARK = "Estimated by benchmarks/readme.py:"
+_LINK = "[Estimates](benchmarks.md#cost) for SNELLA-8 in float32 on {device}."
 _BACKBONES = {
     "table1-vtab": ("ViT-B/16", "vit_base_patch16_224"),
     "table2-mae": ("ViT-B/16", "vit_base_patch16_224"),
@@ -68,7 +69,7 @@ def estimate(rows: list[dict[str, Any]]) -> Costs:
     pages, experiments = {}, {}
     for page, estimator in estimators.items():
         table, experiment_texts = estimator(speed)
-        pages[f"{page}.md"] = f"{table}\n\n{notes}"
+        pages[f"{page}.md"] = f"{table}\n\n{notes if page == 'benchmarks' else _LINK.format(device=speed.device)}"
         for path, text in experiment_texts.items():
             experiments[path] = f"{_MARK} {METHOD} in float32 on {speed.device} takes {text}; see docs/{page}.md."
     return Costs(pages, experiments)

@@ -1,7 +1,7 @@
 """Minimal DreamBooth: fine-tune a Stable Diffusion 3 transformer on one photograph with diffusers.
 
-The example replaces the real transformer by a small random one, the VAE latents by pixels and the prompt embeddings by
-random numbers. `snella dreambooth` trains a real pipeline.
+A small random transformer, pixels and random numbers replace the real transformer, VAE latents and prompt embeddings.
+`snella dreambooth` trains a real pipeline.
 """
 
 from pathlib import Path
@@ -33,33 +33,33 @@ torch.manual_seed(1)
 prompt = {"encoder_hidden_states": torch.randn(1, 8, 32), "pooled_projections": torch.randn(1, 32)}
 
 
-def loss_of(transformer: torch.nn.Module, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """Rectified-flow loss: the transformer predicts the velocity from image to noise at sigma, `[n, 1, 1, 1]`."""
+def flow_loss(transformer: torch.nn.Module, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """Compute the rectified-flow loss: error of the predicted velocity from image to noise at sigma, `[n, 1, 1, 1]`."""
     noisy = (1 - sigma) * latents + sigma * noise
-    texts = {name: value.expand(len(noise), *value.shape[1:]) for name, value in prompt.items()}
-    velocity = transformer(hidden_states=noisy, timestep=1000 * sigma.flatten(), **texts).sample
+    embeddings = {name: value.expand(len(noise), *value.shape[1:]) for name, value in prompt.items()}
+    velocity = transformer(hidden_states=noisy, timestep=1000 * sigma.flatten(), **embeddings).sample
     return F.mse_loss(velocity, noise - latents)
 
 
-# the default target_modules are the attention projections; the output layer is random here, so it is trained in full
+# the default target_modules are the attention projections; the randomly initialized output layer is trained in full
 model = get_peft_model(make_transformer(), SnellaConfig(r=8, target_sparsity=0.8, modules_to_save=["proj_out"]))
 optimizer = create_snella_optimizer(model, lr=1e-2)
 allocator = BudgetAllocator(model, total_epochs=6, steps_per_epoch=STEPS // 6).attach(optimizer)
 
-fixed = torch.randn(8, 3, 32, 32), torch.linspace(0.1, 0.9, 8).reshape(8, 1, 1, 1)
+eval_inputs = torch.randn(8, 3, 32, 32), torch.linspace(0.1, 0.9, 8).reshape(8, 1, 1, 1)
 with torch.no_grad():
-    print(f"loss before: {loss_of(model, *fixed).item():.3f}")
+    print(f"loss before: {flow_loss(model, *eval_inputs).item():.3f}")
 for _ in range(STEPS):
-    loss_of(model, torch.randn(4, 3, 32, 32), torch.rand(4, 1, 1, 1)).backward()
+    flow_loss(model, torch.randn(4, 3, 32, 32), torch.rand(4, 1, 1, 1)).backward()
     optimizer.step()
     optimizer.zero_grad()
 with torch.no_grad():
-    trained_loss = loss_of(model, *fixed).item()
+    trained_loss = flow_loss(model, *eval_inputs).item()
 print(f"loss after {STEPS} steps: {trained_loss:.3f}, {sum(allocator.budgets.values()):,} weights changed")
 
 model.save_pretrained(OUT / "adapter")
 # with a real pipeline: PeftModel.from_pretrained(pipeline.transformer, …)
 loaded = PeftModel.from_pretrained(make_transformer(), OUT / "adapter")
 with torch.no_grad():
-    loaded_loss = loss_of(loaded, *fixed).item()
+    loaded_loss = flow_loss(loaded, *eval_inputs).item()
 print(f"loss of the loaded adapter: {loaded_loss:.3f}")

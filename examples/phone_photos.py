@@ -1,7 +1,7 @@
 """Phone photos in folders: rotated JPEGs, HEIC, AVIF and WebP, one corrupt file and one duplicate.
 
 The photos are crops of scikit-learn's two sample images, enlarged to 12 megapixels and saved in phone formats.
-`--quick` uses a tiny random model and few, small images, for tests.
+`--quick` uses a tiny random model and few small images.
 """
 
 import random
@@ -29,36 +29,36 @@ def snella(line: str) -> None:
         raise SystemExit(1)
 
 
-def save_like_a_phone(picture: Image.Image, place: Path, number: int) -> None:
-    """Save an image as JPEG, rotated JPEG with an EXIF orientation, HEIC or AVIF, or downsized WebP, by number."""
-    kind = number % 4
-    if kind == 1:
+def save_like_a_phone(image: Image.Image, folder: Path, number: int) -> None:
+    """Save an image as JPEG, JPEG with EXIF rotation, HEIC, AVIF or downsized WebP, depending on its number."""
+    variant = number % 4
+    if variant == 1:
         exif = Image.Exif()
         exif[0x0112] = 6  # orientation: viewers rotate the image by 90 degrees
-        picture.transpose(Image.Transpose.ROTATE_90).save(place / f"IMG_{number:04}.JPG", quality=90, exif=exif)
+        image.transpose(Image.Transpose.ROTATE_90).save(folder / f"IMG_{number:04}.JPG", quality=90, exif=exif)
     elif number == 2 and has_heic():
         import pillow_heif
 
-        pillow_heif.from_pillow(picture).save(place / f"IMG_{number:04}.HEIC")
+        pillow_heif.from_pillow(image).save(folder / f"IMG_{number:04}.HEIC")
     elif number == 6 and features.check("avif"):
-        picture.save(place / f"IMG_{number:04}.avif", speed=10)
-    elif kind == 3:
-        picture.thumbnail((1600, 1600))
-        picture.save(place / f"IMG-{number:04}-WA.webp")
+        image.save(folder / f"IMG_{number:04}.avif", speed=10)
+    elif variant == 3:
+        image.thumbnail((1600, 1600))
+        image.save(folder / f"IMG-{number:04}-WA.webp")
     else:
-        picture.save(place / f"IMG_{number:04}.JPG", quality=90)
+        image.save(folder / f"IMG_{number:04}.JPG", quality=90)
 
 
 photos = OUT / "photos"
-choose = random.Random(0)
-pictures = [Image.fromarray(pixels) for pixels in load_sample_images().images]
-for name, whole in zip(("temple", "flower"), pictures, strict=True):
+rng = random.Random(0)
+sources = [Image.fromarray(pixels) for pixels in load_sample_images().images]
+for name, source in zip(("temple", "flower"), sources, strict=True):
     (photos / name).mkdir(parents=True, exist_ok=True)
     for number in range(COUNT):
-        side = choose.randrange(60, 90) if QUICK else choose.randrange(140, 240)
-        left, top = choose.randrange(whole.width - side), choose.randrange(whole.height - side)
-        part = whole.crop((left, top, left + side, top + side))
-        save_like_a_phone(part if QUICK else part.resize((3464, 3464)), photos / name, number)
+        side = rng.randrange(60, 90) if QUICK else rng.randrange(140, 240)
+        left, top = rng.randrange(source.width - side), rng.randrange(source.height - side)
+        crop = source.crop((left, top, left + side, top + side))
+        save_like_a_phone(crop if QUICK else crop.resize((3464, 3464)), photos / name, number)
 (photos / "flower" / "IMG_9998.JPG").write_bytes((photos / "flower" / "IMG_0000.JPG").read_bytes()[:1500])
 (photos / "temple" / "copy of IMG_0000.JPG").write_bytes((photos / "temple" / "IMG_0000.JPG").read_bytes())
 (photos / "temple" / ".DS_Store").write_bytes(b"\0")
@@ -72,5 +72,5 @@ snella(
 inbox = [str(photos / "temple" / "IMG_0001.JPG"), str(next((photos / "flower").glob("*2.*")))]
 snella(f"predict {run} {shlex.join(inbox)} --unsure auto")
 model = load(run)
-answers = [prediction.label for prediction in model.predict(inbox)]
-print("\nin Python:", ", ".join(answers))
+labels = [prediction.label for prediction in model.predict(inbox)]
+print("\nin Python:", ", ".join(labels))

@@ -1,7 +1,6 @@
 """A CSV of 10,000 image paths with 1% corrupt files and a class ratio of 100:1.
 
-The images are small crops of scikit-learn's two sample images. Columns and corrupt files are synthetic. `--quick` uses
-600 rows and a tiny random model, for tests.
+The images are small crops of scikit-learn's two sample images. `--quick` uses 600 rows and a tiny random model.
 """
 
 import csv
@@ -28,7 +27,7 @@ def snella(line: str, status: int = 0) -> None:
         raise SystemExit(1)
 
 
-choose = random.Random(0)
+rng = random.Random(0)
 temple, flower = (Image.fromarray(pixels) for pixels in load_sample_images().images)
 (OUT / "images").mkdir(parents=True, exist_ok=True)
 with (OUT / "parts.csv").open("w", newline="", encoding="utf-8") as file:
@@ -36,18 +35,18 @@ with (OUT / "parts.csv").open("w", newline="", encoding="utf-8") as file:
     table.writerow(["File Name", "verdict", "camera_id", "shift"])
     for number in range(ROWS):
         is_rare = number % 100 == 50
-        whole = temple if is_rare else flower
-        left, top = choose.randrange(whole.width - SIDE), choose.randrange(whole.height - SIDE)
+        source = temple if is_rare else flower
+        left, top = rng.randrange(source.width - SIDE), rng.randrange(source.height - SIDE)
         name = f"images/{number:05}.jpg"
-        whole.crop((left, top, left + SIDE, top + SIDE)).save(OUT / name, quality=85)
+        source.crop((left, top, left + SIDE, top + SIDE)).save(OUT / name, quality=85)
         if number % 100 == 7:
-            broken = [b"", (OUT / name).read_bytes()[:200], None][number // 100 % 3]
-            (OUT / name).unlink() if broken is None else (OUT / name).write_bytes(broken)
+            corrupt = [b"", (OUT / name).read_bytes()[:200], None][number // 100 % 3]
+            (OUT / name).unlink() if corrupt is None else (OUT / name).write_bytes(corrupt)
         table.writerow([name, "scratch" if is_rare else "good", f"camera {number % 12}", "early"])
 
 data = f"csv:{OUT}/parts.csv"
 columns = '--columns "path=File Name,label=verdict,group=none"'
-snella(f"data check {data} {columns}", status=2)  # fails, lists the corrupt rows and suggests --skip-corrupt
+snella(f"data check {data} {columns}", status=2)  # lists corrupt rows and suggests --skip-corrupt
 snella(f"data check {data} {columns} --skip-corrupt")
 run = OUT / "run"
 snella(
@@ -55,7 +54,9 @@ snella(
     f"--class-weights balanced --monitor balanced_accuracy --epochs 3 --out {run} --overwrite"
 )
 snella(f"evaluate {run}")
-snella(f'predict {run} {OUT}/parts.csv --columns "path=File Name" --skip-corrupt --out {OUT}/answers.csv --overwrite')
-with (OUT / "answers.csv").open(newline="", encoding="utf-8") as file:
-    answers = list(csv.DictReader(file))
-print(f"\n{len(answers):,} rows predicted")
+snella(
+    f'predict {run} {OUT}/parts.csv --columns "path=File Name" --skip-corrupt --out {OUT}/predictions.csv --overwrite'
+)
+with (OUT / "predictions.csv").open(newline="", encoding="utf-8") as file:
+    predictions = list(csv.DictReader(file))
+print(f"\n{len(predictions):,} rows predicted")

@@ -14,11 +14,11 @@ OUT = Path("runs/examples/trainer")
 digits = load_digits()
 pixels = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1  # [n, 1, 8, 8]
 dataset = [{"pixel_values": image, "labels": int(label)} for image, label in zip(pixels, digits.target, strict=True)]
-train_part, test_part = Subset(dataset, range(1000)), Subset(dataset, range(1000, 1797))
+train_set, test_set = Subset(dataset, range(1000)), Subset(dataset, range(1000, 1797))
 
 
 def make_trainer() -> Trainer:
-    """Create a Trainer for an adapted small random ViT, in place of `ViTForImageClassification.from_pretrained(…)`."""
+    """Create a Trainer for an adapted small random ViT; use `from_pretrained` in practice."""
     set_seed(0)
     config = ViTConfig(
         image_size=8, patch_size=2, num_channels=1, num_labels=10, initializer_range=0.1,
@@ -32,18 +32,18 @@ def make_trainer() -> Trainer:
             str(OUT), num_train_epochs=4, per_device_train_batch_size=50, save_strategy="epoch",
             logging_strategy="epoch", report_to="none", disable_tqdm=True, dataloader_pin_memory=False, use_cpu=True,
         ),
-        train_dataset=train_part,
+        train_dataset=train_set,
         compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(1) == p.label_ids).mean())},
         callbacks=[SnellaCallback()],  # attaches the BudgetAllocator to the optimizer
         optimizers=(create_snella_optimizer(model, lr=2e-2, head_lr=5e-3), None),
     )  # fmt: skip
 
 
-whole = make_trainer()
-whole.train()
-print(f"test accuracy: {whole.evaluate(test_part)['eval_accuracy']:.1%}")
+uninterrupted = make_trainer()
+uninterrupted.train()
+print(f"test accuracy: {uninterrupted.evaluate(test_set)['eval_accuracy']:.1%}")
 
-# in practice, a new process resumes here after an interruption in the third epoch
+# as a new process would after an interruption in the third epoch
 resumed = make_trainer()
 resumed.train(resume_from_checkpoint=str(OUT / "checkpoint-40"))  # two epochs of 20 steps
-print(f"test accuracy, resumed after two epochs: {resumed.evaluate(test_part)['eval_accuracy']:.1%}")
+print(f"test accuracy, resumed after two epochs: {resumed.evaluate(test_set)['eval_accuracy']:.1%}")

@@ -45,7 +45,7 @@ def test_resumed_trainer_matches_an_uninterrupted_one(run_example):
     uninterrupted, resumed = percentages(printed)[-2:]
     assert uninterrupted > 50
     assert resumed == pytest.approx(uninterrupted, abs=1.0)
-    first, second = (names[name].callback_handler for name in ("whole", "resumed"))
+    first, second = (names[name].callback_handler for name in ("uninterrupted", "resumed"))
     budgets = [
         callback.allocator.budgets
         for handler in (first, second)
@@ -53,7 +53,7 @@ def test_resumed_trainer_matches_an_uninterrupted_one(run_example):
         if isinstance(callback, names["SnellaCallback"])
     ]
     assert budgets[0] == budgets[1]
-    assert names["resumed"].state.global_step == names["whole"].state.global_step == 80
+    assert names["resumed"].state.global_step == names["uninterrupted"].state.global_step == 80
 
 
 @pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
@@ -85,7 +85,7 @@ def test_phone_photos_in_all_formats_are_read(run_example, quick):
         assert turned.getexif()[0x0112] == 6
     assert "skipped 1 unusable image (--skip-corrupt): flower/IMG_9998.JPG" in printed
     assert "copy of IMG_0000.JPG" in printed  # in another split, or twice in one
-    assert len(names["answers"]) == 2 and set(names["answers"]) <= {"temple", "flower"}
+    assert len(names["labels"]) == 2 and set(names["labels"]) <= {"temple", "flower"}
     assert Path("runs/examples/phone_photos/photos.png").is_file()
 
 
@@ -93,13 +93,13 @@ def test_table_with_broken_rows_and_rare_classes_is_trained_and_predicted(run_ex
     names, printed = run_example("table_of_paths.py")
     assert "skipped 6 unusable images (--skip-corrupt): images/00007.jpg" in printed
     assert "352 training images of 'good', 4 of 'scratch'" in " ".join(printed.split())
-    assert len(names["answers"]) == 600 - 6 and "594 rows predicted" in printed
+    assert len(names["predictions"]) == 600 - 6 and "594 rows predicted" in printed
 
 
 def test_multilabel_hub_dataset_needs_no_conversion(run_example, quick):
     names, printed = run_example("multilabel_hub_data.py")
     assert "complete, no errors found" in printed and "test mAP" in printed
-    assert names["model"].classes == names["NAMES"] and set(names["said"].labels) <= set(names["NAMES"])
+    assert names["model"].classes == names["NAMES"] and set(names["prediction"].labels) <= set(names["NAMES"])
 
 
 @pytest.mark.slow

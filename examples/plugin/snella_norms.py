@@ -1,4 +1,4 @@
-"""Plugin with a method, a data format and a command for snella; install with `pip install ./examples/plugin`.
+"""Plugin with a method, a data format and a command. Install with `pip install ./examples/plugin`.
 
 snella train --method norms --data npz:small.npz --backbone NAME --out runs/small
 snella classes npz:small.npz
@@ -10,7 +10,7 @@ from snella_app.cli.command import command
 
 
 def build_norms(model, head, options, batches):
-    """Make normalization layers and the head trainable; all other parameters stay frozen."""
+    """Train only normalization layers and the head."""
     from torch import nn
 
     from snella_app.methods.model_parts import is_inside
@@ -22,7 +22,7 @@ def build_norms(model, head, options, batches):
 
 
 def __getattr__(name):
-    """Build `NORMS` on first use, so that the command's help does not import torch."""
+    """Build `NORMS` lazily, so that `--help` does not import torch."""
     if name != "NORMS":
         raise AttributeError(name)
     from snella_app.methods.method import Method, unchanged
