@@ -119,7 +119,7 @@ def adapter_step(allocation: Allocation, metrics: Metrics | None) -> AllocationS
     if best is None or best.budget is None:
         return allocation.history[-1]
     matching = [entry for entry in allocation.history if entry.budget == best.budget]
-    share = best.epoch / max(rows)
+    share = best.epoch / max(1, *rows)  # only epoch 0 before the end of the first epoch
     reached = [entry for entry in matching if entry.step <= share * allocation.history[-1].step]
     return (reached or matching or allocation.history)[-1]
 

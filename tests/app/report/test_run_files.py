@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -181,6 +182,14 @@ def test_a_constant_total_keeps_the_allocation_of_the_epoch(run):
         row["budget"] = 1000
     run.write("metrics.json", metrics)
     assert adapter_step(read(Allocation, run.folder), read(Metrics, run.folder)).t == 4
+
+
+def test_allocation_before_the_end_of_the_first_epoch(run):
+    run.finished(best=4)
+    metrics = read(Metrics, run.folder)
+    start = dataclasses.replace(metrics.history[0], epoch=0)
+    metrics = dataclasses.replace(metrics, best_epoch=0, history=[start])
+    assert adapter_step(read(Allocation, run.folder), metrics) is not None
 
 
 def test_the_allocation_defaults_to_the_last_one(run):
