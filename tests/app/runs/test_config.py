@@ -56,7 +56,7 @@ def test_all_errors_are_reported_together():
         ({"method": "lora-8", "r": 4}, "sets r to 8, but got r=4"),
         ({"method_options": {"kernal": "rbf"}}, r"no option 'kernal' \(nearest: kernel"),
         ({"device": "gpu"}, "device must be auto or a torch device .*, got 'gpu'; did you mean cuda"),
-        ({"precision": "fp8"}, "precision must be one of fp32, bf16, fp16, got 'fp8'"),
+        ({"precision": "fp8"}, "precision must be one of auto, fp32, bf16, fp16, got 'fp8'"),
         ({"precision": "bfloat16"}, "got 'bfloat16'; did you mean bf16"),
         ({"task": "multi-label"}, "got 'multi-label'; did you mean multilabel"),
         ({"method": "lora8"}, "got 'lora8'; did you mean 'lora-8'"),
