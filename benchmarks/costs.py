@@ -130,7 +130,7 @@ def _vtab(speed: RowSpeed) -> tuple[str, dict[str, str]]:
         lines.append([f"`{name}`", label, time_text(run), time, flop_text(counted), memory_text(counted)])
         experiments[f"paper/{name}.yaml"] = _experiment_text(name, time, counted)
     head = ["experiment", "backbone", "one final run, one dataset", "SNELLA-8, all runs"]
-    return markdown_table([*head, "FLOP per image", f"memory, batch {_BATCH}"], lines), experiments
+    return markdown_table([*head, "FLOP per image", f"memory, batch size {_BATCH}"], lines), experiments
 
 
 def _fgvc(speed: RowSpeed) -> tuple[str, dict[str, str]]:
@@ -145,7 +145,7 @@ def _fgvc(speed: RowSpeed) -> tuple[str, dict[str, str]]:
         lines.append([f"one final run on `{name}`", time_text(run)])
     times = {name: _method_time(speed, counted, name) for name in names}
     lines += [[f"SNELLA-8, all runs of `{name}`", time] for name, time in times.items()]
-    lines.append([f"memory at batch {_BATCH}", memory_text(counted)])
+    lines.append([f"memory at batch size {_BATCH}", memory_text(counted)])
     experiments = {f"paper/{name}.yaml": _experiment_text(name, time, counted) for name, time in times.items()}
     return markdown_table([f"ViT-B/16, {flop_text(counted)} per image", ""], lines), experiments
 
@@ -159,7 +159,7 @@ def _polyps(speed: RowSpeed) -> tuple[str, dict[str, str]]:
         lines.append([name, time_text(seconds(speed, counted, work)), flop_text(counted), memory_text(counted)])
     first = lines[0]
     experiment = {"polyp/table5.yaml": f"{first[1]}, and {first[3]} of memory"}
-    return markdown_table(["1024×1024", "run of Table V", "FLOP per image", "memory, batch 1"], lines), experiment
+    return markdown_table(["1024×1024", "run of Table V", "FLOP per image", "memory, batch size 1"], lines), experiment
 
 
 def _dreambooth(speed: RowSpeed) -> tuple[str, dict[str, str]]:
@@ -190,7 +190,7 @@ def _language(speed: RowSpeed) -> tuple[str, dict[str, str]]:
     time = time_text(seconds(speed, counted, work, is_checkpointed=True))
     lines = [
         [f"{config.epochs} epochs of {_INSTRUCTIONS:,} examples", time],
-        [f"memory at batch {config.optim.batch_size}", memory_text(counted)],
+        [f"memory at batch size {config.optim.batch_size}", memory_text(counted)],
     ]
     head = [f"LLaMA-2-7B, {config.max_length} tokens, {flop_text(counted)} per example", ""]
     return markdown_table(head, lines), {"language/table18.yaml": f"{time}, and {memory_text(counted)} of memory"}
@@ -207,5 +207,5 @@ def _method_time(speed: RowSpeed, counted: CountedStep, name: str) -> str:
 
 def _experiment_text(name: str, time: str, counted: CountedStep) -> str:
     """Return the text for an experiment file."""
-    official = " (rank 32 more)" if name.endswith("-official") else ""
-    return f"{time}{official}, and {memory_text(counted)} of memory at batch {counted.batch}"
+    official = " (longer at rank 32)" if name.endswith("-official") else ""
+    return f"{time}{official}, and {memory_text(counted)} of memory at batch size {counted.batch}"
