@@ -20,9 +20,10 @@ def notes_text(speed: RowSpeed, is_gpu_measured: bool) -> str:
     rate = f"{float(f'{1e-9 / speed.step.per_flop_s:.2g}'):,.0f} GFLOP/s"
     gpu = "" if is_gpu_measured else " No GPU measurements are available."
     text = (
-        f"Estimates for SNELLA-8 in float32 on {speed.device}: seconds = training batches × adapted weights × {per_weight_ns} + "
-        f"FLOP ÷ {rate}, fitted to the measurements of `{BACKBONE}` at batch sizes {small} and {large} in "
-        f"`benchmarks/results.jsonl`. FLOP and memory are counted from shapes and exclude data loading and libraries.{gpu}"
+        f"Estimates for SNELLA-8 in float32 on {speed.device}: seconds = training batches × adapted weights × "
+        f"{per_weight_ns} + FLOP ÷ {rate}, fitted to the measurements of `{BACKBONE}` at batch sizes {small} and {large} "
+        "in `benchmarks/results.jsonl`. FLOP and memory are counted from shapes and exclude data loading and "
+        f"libraries.{gpu}"
     )
     return textwrap.fill(text, _WIDTH, break_long_words=False, break_on_hyphens=False)
 
