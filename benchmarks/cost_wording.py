@@ -21,8 +21,8 @@ def notes_text(speed: RowSpeed, is_gpu_measured: bool) -> str:
     gpu = "" if is_gpu_measured else " No GPU measurements are available."
     text = (
         f"Estimates for SNELLA-8 in float32 on {speed.device}: seconds = training batches × adapted weights × "
-        f"{per_weight_ns} + FLOP ÷ {rate}, fitted to the measurements of `{BACKBONE}` at batch sizes {small} and {large} "
-        "in `benchmarks/results.jsonl`. FLOP and memory are counted from shapes and exclude data loading and "
+        f"{per_weight_ns} + FLOP ÷ {rate}, fitted to the measurements of `{BACKBONE}` at batch sizes {small} and "
+        f"{large} in `benchmarks/results.jsonl`. FLOP and memory are counted from shapes and exclude data loading and "
         f"libraries.{gpu}"
     )
     return textwrap.fill(text, _WIDTH, break_long_words=False, break_on_hyphens=False)
