@@ -1,10 +1,10 @@
-"""Fit the cost model to committed rows, test it on held-out rows, and predict steps on GPUs.
+"""Fit the cost model to committed measurements, test it on held-out measurements, and predict steps on GPUs.
 
 python benchmarks/cost_model.py        rewrites the tables and figures of docs/scale.md; runs no training step
 
 `snella_app.training.cost_model` counts the work of a step and `snella_app.training.machines` turns it into seconds.
-Each CPU's rates minimize the squared relative error of its rows in float32. A row is held out together with all rows of
-its configuration: model, batch size, rank and sparsity.
+The rates of each CPU minimize the squared relative error of its float32 measurements. A measurement is held out together
+with all measurements of its configuration: model, batch size, rank and sparsity.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ SHAPES: dict[str, Transformer] = {
     "vit_small_patch14_dinov2": Transformer(384, 12, 10, 6, 1536, 588, 3 * 42**2, has_layer_scale=True),
     "llama": replace(MODELS["LLaMA-7B"], tokens=512, outputs=1000),
 }
-"""Shapes of the models in the rows; Swin and ConvNeXt are not plain transformers."""
+"""Shapes of the measured models; Swin and ConvNeXt are not plain transformers."""
 _MIN_ROUNDS = 2
 _TIME_GOAL, _BYTES_GOAL = 0.15, 0.03
 _MIB, _GIB = 2**20, 2**30
@@ -202,7 +202,7 @@ class HeldOut:
 
 
 def leave_one_out(cases: list[Case]) -> list[HeldOut]:
-    """Predict each configuration from the others of the same machine."""
+    """Predict each configuration with rates fitted to the other configurations on the same machine."""
     held_out = []
     for machine, configuration in dict.fromkeys((case.machine, case.configuration) for case in cases):
         of_machine = cases_of(machine, cases)
@@ -227,7 +227,7 @@ def ratio_errors(held_out: list[HeldOut]) -> list[float]:
     return errors
 
 
-_ERROR_HEAD = ("rows", "median error", "largest", "within 15%", "ratio to LoRA, median")
+_ERROR_HEAD = ("measurements", "median error", "largest error", "within 15%", "median error of the ratio to LoRA")
 
 
 def error_table(held_out: list[HeldOut]) -> str:
@@ -240,7 +240,7 @@ def error_table(held_out: list[HeldOut]) -> str:
 
 
 def _error_cells(held_out: list[HeldOut]) -> list[str]:
-    """Format the number of rows, the median error, the largest error and the number of rows within the goal."""
+    """Format the number of measurements, the median and largest error, and the number of measurements within the goal."""
     worst = max(held_out, key=lambda prediction: abs(prediction.error))
     within = sum(abs(prediction.error) <= _TIME_GOAL for prediction in held_out)
     median = _percent(_median([prediction.error for prediction in held_out]))
@@ -248,7 +248,7 @@ def _error_cells(held_out: list[HeldOut]) -> list[str]:
 
 
 def other_machines_table(cases: list[Case], folder: Path = FOLDER) -> str:
-    """Format errors on machines without fitted rates."""
+    """Format the errors on machines whose rates were not fitted."""
     groups = (
         (f"another {machine_name(EPYC_2)}", "ViT-B/16", other_epyc_cases(cases, folder)),
         (machine_name(INTEL_1), "ViT-S/14 and ViT-B/16", intel_cases(cases, folder)),
@@ -268,7 +268,7 @@ def other_epyc_cases(cases: list[Case], folder: Path = FOLDER) -> list[HeldOut]:
 
 
 def intel_cases(cases: list[Case], folder: Path = FOLDER) -> list[HeldOut]:
-    """Predict the rows of the Intel Xeon with the rates of the EPYC with one thread."""
+    """Predict the measurements on the Intel Xeon with the single-thread rates of the EPYC."""
     rates = fit_rates(cases_of(EPYC_1, cases))
     suite = _newest_row(folder / "model_rows.jsonl", "suite_step", INTEL_1)
     rows = [suite | {"contender": name, "step_s": suite[f"{name}_s"]} for name in ("lora", "snella")]
@@ -289,7 +289,14 @@ def rates_table(cases: list[Case]) -> str:
         rates = fit_rates(cases_of(machine, cases))
         giga = [f"{value / 1e9:.3g}" for value in (rates.product, rates.half_product, rates.vector, rates.memory)]
         lines.append([machine_name(machine), *giga, f"{rates.call_s * 1e6:.0f}"])
-    head = ["machine", "float32 products, GFLOP/s", "bfloat16", "vector operations, G/s", "memory, GB/s", "call, µs"]
+    head = [
+        "machine",
+        "float32 products, GFLOP/s",
+        "bfloat16 products, GFLOP/s",
+        "vector operations, G/s",
+        "memory, GB/s",
+        "call, µs",
+    ]
     return markdown_table(head, lines)
 
 
@@ -302,7 +309,7 @@ def bytes_table(folder: Path = FOLDER) -> str:
         within = sum(abs(error) <= _BYTES_GOAL for error in errors)
         median = f"{_median(errors):.1%}"
         lines.append([name, str(len(errors)), median, f"{worst:+.1%}", str(within)])
-    return markdown_table(["bytes", "settings", "median error", "largest", "within 3%"], lines)
+    return markdown_table(["bytes", "configurations", "median error", "largest error", "within 3%"], lines)
 
 
 def datasheet_table() -> str:
@@ -318,7 +325,7 @@ def datasheet_table() -> str:
         ]
         for gpu in GPUS.values()
     ]
-    head = ["GPU", "products, TFLOP/s", "float32, TFLOP/s", "memory, TB/s", "link, GB/s", "source"]
+    head = ["GPU", "matrix products, TFLOP/s", "float32, TFLOP/s", "memory, TB/s", "link, GB/s", "source"]
     return markdown_table(head, lines)
 
 
@@ -341,7 +348,7 @@ def ratio_table() -> str:
                 low, expected, high = ratio_range(name, count_on_gpu(model, "snella", batch), reference)
                 cells.append(f"{expected:.2f} ({low:.2f}–{high:.2f})")
         lines.append([gpu.name, *cells])
-    head = ["predicted, not run", *(f"{model}, batch {batch}" for model in _GPU_MODELS for batch in (16, 128))]
+    head = ["predicted, not measured", *(f"{model}, batch {batch}" for model in _GPU_MODELS for batch in (16, 128))]
     return markdown_table(head, lines)
 
 
@@ -365,7 +372,7 @@ def tokens_until(model: Transformer, is_reached: Callable[[int], bool]) -> int |
 
 
 def crossing_table(cases: list[Case]) -> str:
-    """Format the tokens per step at which merging drops below 10%, and at which SNELLA is as fast as LoRA."""
+    """Format the tokens per step from which the merge takes less than 10% and SNELLA is as fast as LoRA."""
     epyc = fit_rates(cases_of(EPYC_2, cases))
     lines = [[f"{machine_name(EPYC_2)}, ViT-B/16, float32", *_crossings(epyc, "ViT-B/16", _count_on_cpu)]]
     lines += [
@@ -373,8 +380,8 @@ def crossing_table(cases: list[Case]) -> str:
         for name, gpu in GPUS.items()
         for model in ("ViT-B/16", "ViT-H/14")
     ]
-    head = ["predicted, not run", "merging below 10% of the step", "exact SNELLA as fast as LoRA"]
-    return markdown_table([*head, '`"sample:1/4"` as fast as LoRA'], lines)
+    head = ["predicted, not measured", "merge takes less than 10% of the step", "exact SNELLA is as fast as LoRA"]
+    return markdown_table([*head, 'SNELLA with `"sample:1/4"` is as fast as LoRA'], lines)
 
 
 def _count_on_cpu(model: str, method: str, batch: int) -> StepCount:
@@ -421,13 +428,19 @@ def memory_table() -> str:
         peaks = [full.peak, full.sharded_peak(_DEVICES), lora.peak, inputs_saved.peak, snella.peak]
         peaks += [step.sharded_peak(_DEVICES) for step in (inputs_saved, snella, int8, blocks)]
         lines.append([name, *(_gib(value) for value in peaks)])
-    head = ["GiB per device, predicted, not run", "full, DDP", "full, FSDP2", "LoRA, DDP", "SNELLA, DDP, inputs saved"]
+    head = [
+        "GiB per device, predicted, not measured",
+        "full, DDP",
+        "full, FSDP2",
+        "LoRA, DDP",
+        "SNELLA, DDP, inputs saved",
+    ]
     head += [
         "SNELLA, DDP",
         "SNELLA, FSDP2, inputs saved",
         "SNELLA, FSDP2",
-        "eight bits",
-        "checkpointed blocks",
+        "SNELLA, FSDP2, 8-bit activations",
+        "SNELLA, FSDP2, checkpointed blocks",
     ]
     return markdown_table(head, lines)
 
@@ -442,7 +455,13 @@ def communication_table() -> str:
         cells = [_gib(step.communicated(_DEVICES, "ddp")) for step in steps]
         cells += [_gib(step.communicated(_DEVICES, "fsdp2")) for step in (steps[0], steps[2])]
         lines.append([name, *cells])
-    head = ["GiB sent per device and step, predicted, not run", "full, DDP", "LoRA, DDP", "SNELLA, DDP", "full, FSDP2"]
+    head = [
+        "GiB sent per device and step, predicted, not measured",
+        "full, DDP",
+        "LoRA, DDP",
+        "SNELLA, DDP",
+        "full, FSDP2",
+    ]
     return markdown_table([*head, "SNELLA, FSDP2"], lines)
 
 
@@ -495,7 +514,7 @@ def update_page(page: Path = PAGE, folder: Path = FOLDER) -> bool:
 
 
 def errors_figure(held_out: list[HeldOut]) -> Figure:
-    """Draw predicted over measured seconds of held-out rows, one marker per method family."""
+    """Plot predicted against measured seconds of held-out measurements, one marker per method family."""
     figure, axes = new_figure(*CURVE, "Held-out steps on CPUs")
     ends = [
         min(prediction.case.seconds for prediction in held_out) * 0.7,
@@ -531,8 +550,8 @@ def errors_figure(held_out: list[HeldOut]) -> Figure:
 
 
 def ratios_figure() -> Figure:
-    """Draw the predicted step time of SNELLA relative to LoRA over the tokens of a step."""
-    figure, axes = new_figure(*CURVE, "SNELLA relative to LoRA, predicted, not run")
+    """Plot the predicted step time of SNELLA relative to LoRA against the tokens per step."""
+    figure, axes = new_figure(*CURVE, "SNELLA relative to LoRA, predicted, not measured")
     batches = [2**power for power in range(11)]
     for index, (gpu, model) in enumerate(
         [("h100", "ViT-B/16"), ("h100", "ViT-H/14"), ("rtx4090", "ViT-B/16"), ("rtx4090", "ViT-H/14")]
