@@ -3,8 +3,8 @@
 python benchmarks/cost_model.py        rewrites the tables and figures of docs/scale.md; runs no training step
 
 `snella_app.training.cost_model` counts the work of a step and `snella_app.training.machines` turns it into seconds.
-The rates of each CPU minimize the squared relative error of its float32 measurements. A measurement is held out together
-with all measurements of its configuration: model, batch size, rank and sparsity.
+The rates of each CPU minimize the squared relative error of its float32 measurements. A measurement is held out
+together with all measurements of its configuration: model, batch size, rank and sparsity.
 """
 
 from __future__ import annotations
@@ -240,7 +240,7 @@ def error_table(held_out: list[HeldOut]) -> str:
 
 
 def _error_cells(held_out: list[HeldOut]) -> list[str]:
-    """Format the number of measurements, the median and largest error, and the number of measurements within the goal."""
+    """Format the number of measurements, median error, largest error and number of measurements within the goal."""
     worst = max(held_out, key=lambda prediction: abs(prediction.error))
     within = sum(abs(prediction.error) <= _TIME_GOAL for prediction in held_out)
     median = _percent(_median([prediction.error for prediction in held_out]))
