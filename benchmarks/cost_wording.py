@@ -20,10 +20,10 @@ def notes_text(speed: RowSpeed, is_gpu_measured: bool) -> str:
     rate = f"{float(f'{1e-9 / speed.step.per_flop_s:.2g}'):,.0f} GFLOP/s"
     gpu = "" if is_gpu_measured else " No GPU measurements are available."
     text = (
-        f"Estimates for SNELLA-8 in float32 on {speed.device}: seconds = training batches × adapted weights × "
-        f"{per_weight_ns} + FLOP ÷ {rate}, fitted to the measurements of `{BACKBONE}` at batch sizes {small} and "
-        f"{large} in `benchmarks/results.jsonl`. FLOP and memory are counted from shapes and exclude data loading and "
-        f"libraries.{gpu}"
+        f"The times are estimates for SNELLA-8 in float32 on {speed.device}: seconds = training batches × adapted "
+        f"weights × {per_weight_ns} + FLOP ÷ {rate}, fitted to the measurements of `{BACKBONE}` at batch sizes {small} "
+        f"and {large} in `benchmarks/results.jsonl`. FLOP and memory are counted from shapes and exclude data loading "
+        f"and libraries.{gpu}"
     )
     return textwrap.fill(text, _WIDTH, break_long_words=False, break_on_hyphens=False)
 

@@ -25,7 +25,7 @@ from snella_lab.recipes.instruct.config import LanguageConfig
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- cost estimated by benchmarks/readme.py begins -->", "<!-- cost ends -->"
 _MARK = "Estimated by benchmarks/readme.py:"
-_LINK = "[Estimates](benchmarks.md#cost) for SNELLA-8 in float32 on {device}."
+_LINK = "These are [estimates](benchmarks.md#cost) for SNELLA-8 in float32 on {device}."
 _BACKBONES = {
     "table1-vtab": ("ViT-B/16", "vit_base_patch16_224"),
     "table2-mae": ("ViT-B/16", "vit_base_patch16_224"),
