@@ -109,7 +109,7 @@ def _fetch(folder: Path) -> Path:
 
 def known_table() -> str:
     """Format `KNOWN` as Markdown."""
-    lines = ["| test | rows | why |", "|---|---|---|"]
+    lines = ["| test | test cases | reason |", "|---|---|---|"]
     for test, (reason, rows) in KNOWN.items():
         row_text = f"all {len(rows)}" if rows == _EVERY else ", ".join(rows)
         lines.append(f"| `{test}` | {row_text} | {reason} |")
