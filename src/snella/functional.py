@@ -30,8 +30,8 @@ def compute_effective_weight(
         weight: `[m, …]`, or `None` for the sum of the updates.
         updates: Updates of this weight.
         weight_shape: Shape of the result.
-        dtype: Dtype of the result if `weight` is a `LazyWeight`: the op's dtype, or float32 for full precision. The
-            result otherwise has the dtype of `weight`.
+        dtype: Dtype of the result if `weight` is a `LazyWeight`: the op's dtype, or float32 for full precision.
+            Otherwise, the result has the dtype of `weight`.
 
     Returns:
         The weight, and the thresholds `[G]` of each update.
@@ -57,7 +57,7 @@ def write_effective_weight(weight: Tensor, update: Update, out: Tensor, cache: M
         update: The update.
         out: Output, with the shape and dtype of `weight`, in different memory. If both tensors are contiguous and the
             thresholds are known, the call allocates no further tensor of this size.
-        cache: Cache that the first call with this update fills and later calls read.
+        cache: Cache; the first call with this update fills it, and later calls read it.
     """
     cache = MergeCache(update.thresholds) if cache is None else cache
     is_direct = weight.is_contiguous() and out.is_contiguous() and update.spec.backend != "reference"
@@ -104,7 +104,7 @@ def adapted_linear(
         A: Input-side factor, `[n, r]`.
         B: Output-side factor, `[m, r]`.
         budget: Maximum number of nonzero entries of `S`, in `[0, m·n]`.
-        kernel: Name of the kernel function. See `merge_factors` for this and for the scalars, `num_pieces`,
+        kernel: Name of the kernel function; see `merge_factors`, which also documents the scalars, `num_pieces`,
             `softmax_dim` and `center_softmax`.
         piece_coeff: `[P]`.
         alpha: 0-dim.
@@ -124,7 +124,7 @@ def adapted_linear(
         `[…, m]`.
 
     Raises:
-        ValueError: If shapes, budget, kernel or scalars do not match.
+        ValueError: If the shapes do not match, or the budget, the kernel or a scalar is invalid.
     """
     scalars = [value if value is None else value[None] for value in (piece_coeff, alpha, beta, temperature)]
     factors, budgets = Factors(A[None], B, *scalars), (budget,)

@@ -1,4 +1,4 @@
-"""Backends of an update, and their selection."""
+"""Backends that compute updates, and their selection."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def triton_problem() -> str | None:
 
 @cache
 def get_backend(name: str) -> Backend:
-    """Return the backend with this name; `reference` has none, because autograd differentiates it."""
+    """Return the backend with this name; names other than `numba` and `triton` select the torch backend."""
     if name == "numba":
         from snella.backends.numba.backend import NumbaBackend
 
@@ -66,7 +66,7 @@ def get_backend(name: str) -> Backend:
 
 
 def requires_check(A: Tensor) -> bool:
-    """Return whether Triton kernels for these factors require the first-use check, i.e. on a GPU."""
+    """Return whether the Triton kernels must pass the first-use check for these factors; True on a GPU."""
     return A.device.type == "cuda"
 
 
@@ -74,9 +74,9 @@ def choose_backend(impl: str, spec: UpdateSpec, A: Tensor) -> tuple[str, str]:
     """Return the backend for updates with this spec, and the reason for the choice.
 
     `"auto"` selects `"triton"` for factors on a CUDA device and `"numba"` for factors elsewhere. If this backend is not
-    installed or does not support the update (only piecewise kernels, no float64 factors), `"auto"` selects `"eager"`.
-    The choice depends only on the machine, the kernel, and the factors' device and dtype, so a layer's results are
-    reproducible.
+    installed or does not support the update, `"auto"` selects `"eager"`. Both backends support the piecewise kernels
+    and reject float64 factors. The choice depends only on the machine, the kernel, and the factors' device and dtype,
+    so a layer's results are reproducible.
 
     Args:
         impl: One of `Implementation`.

@@ -44,7 +44,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     T = argmin_T mean_i( -Σ_c q[i, c] log softmax(logits / T)[i, c] ),  q = (1 - ε) onehot + ε / classes
 
     with `ε = 1 / (images + 2)`. As in Platt scaling, the smoothing prevents infinite confidence if all predictions are
-    correct. The loss is convex in `1 / T`, so that the minimum is unique.
+    correct. The loss is convex in `1 / T`, so the minimum is unique.
 
     Args:
         logits: `[images, classes]`, floating point; log probabilities work too.
@@ -90,9 +90,11 @@ def reliability_bins(confidence: Tensor, is_right: Tensor) -> list[ReliabilityBi
     order = confidence.argsort(stable=True)
     ranked, right = confidence[order].double(), is_right[order].double()
     count = max(1, min(MAX_BINS, len(ranked) // _PER_BIN))
-    places = torch.tensor([round(number * len(ranked) / count) for number in range(1, count)], dtype=torch.long)
+    quantile_indices = torch.tensor(
+        [round(number * len(ranked) / count) for number in range(1, count)], dtype=torch.long
+    )
     bounds = [0]
-    for edge in torch.searchsorted(ranked, ranked[places]).tolist():  # first image with equal confidence
+    for edge in torch.searchsorted(ranked, ranked[quantile_indices]).tolist():  # first image with equal confidence
         if edge - bounds[-1] >= _PER_BIN:
             bounds.append(edge)
     bounds.append(len(ranked))  # edges only move down, so the last bin is large enough too
@@ -116,11 +118,11 @@ def unsure_threshold(confidence: Tensor, is_right: Tensor) -> tuple[float | None
     order = confidence.argsort(descending=True, stable=True)
     sorted_confidence, wrong = confidence[order], (~is_right[order]).double()
     error_rates = wrong.cumsum(0) / torch.arange(1, len(wrong) + 1)
-    ends = torch.cat([sorted_confidence[1:] < sorted_confidence[:-1], torch.ones(1, dtype=torch.bool)])
-    good = ((error_rates <= error_rates[-1] / 2) & ends).nonzero()  # `ends` keeps ties together
-    if error_rates[-1] == 0 or not len(good):
+    is_tie_end = torch.cat([sorted_confidence[1:] < sorted_confidence[:-1], torch.ones(1, dtype=torch.bool)])
+    candidates = ((error_rates <= error_rates[-1] / 2) & is_tie_end).nonzero()  # `is_tie_end` keeps ties together
+    if error_rates[-1] == 0 or not len(candidates):
         return None, 1.0, float(1 - error_rates[-1])
-    last = int(good[-1])
+    last = int(candidates[-1])
     threshold = float(np.floor(float(sorted_confidence[last]) * 1e6) / 1e6)
     return threshold, (last + 1) / len(wrong), float(1 - error_rates[last])
 

@@ -48,14 +48,14 @@ def redraw_report(run: str | Path, console: Console | None = None) -> Path:
 
     Raises:
         FileNotFoundError: If `run` is not a run folder.
-        ValueError: If the run has another kind of task, such as a personalized generator.
+        ValueError: If the run has an unsupported task, such as a personalized generator.
     """
     folder = RunFolder(run)
     info = read(RunInfo, folder.path)
     task = get_task(info)
     try:
-        shown = _shown_images(folder, info.data)
-        images: ImageSource | None = None if shown is None else task.report_images(shown, folder.path)
+        dataset = _shown_images(folder, info.data)
+        images: ImageSource | None = None if dataset is None else task.report_images(dataset, folder.path)
     except (OSError, ValueError, ImportError) as error:
         print_line(console or make_console(), f"note: the report has no images: {error}")
         images = None
@@ -107,8 +107,8 @@ def evaluate(
 
     Args:
         run: Run folder.
-        data: Data to evaluate on instead of the run's data, as for training, or a dataset object. The run must have
-            been trained on all of its classes.
+        data: Data to evaluate on instead of the run's data: a specification as for training, or a dataset object.
+            The run must have been trained on all of its classes.
         split: Split to evaluate. `auto` selects the test split of the run (validation if it has none), or all images of
             other data.
         batch_size: Batch size.
@@ -118,7 +118,7 @@ def evaluate(
         console: Console for progress bars; no progress if None.
 
     Returns:
-        `data`, `split`, `images` (their number), `notes`, `classes`, `loss`, and the metrics of the task, e.g.
+        `data`, `split`, `images` (number of images), `notes`, `classes`, `loss`, and the metrics of the task, e.g.
         `accuracy`, `balanced_accuracy`, `macro_f1` and `confusion` for classification.
 
     Raises:
@@ -147,7 +147,7 @@ def evaluate(
 def _training_note(
     loaded: LoadedRun, run_splits: DataSplits | None, parts: Sequence[ImageDataset], split: Split
 ) -> str | None:
-    """Report the number of evaluated images that are training images, by their pixels; None for zero.
+    """Return a note on evaluated images whose pixels match training images; None if there are none.
 
     Args:
         loaded: The run.
@@ -175,7 +175,7 @@ def _training_note(
                 "the run was trained on them"
             )
     trained = [run_splits.train]
-    if isinstance(loaded.model, Ensemble):  # each image was trained on by all folds but one
+    if isinstance(loaded.model, Ensemble):  # all folds but one train on each image
         trained += [part for name, part in run_splits.parts.items() if name in ("val", run_splits.fold_part)]
     elif loaded.probe is not None and run_splits.val is not None:
         trained.append(run_splits.val)
@@ -203,7 +203,7 @@ def _training_note(
 def calibrate_run(run: str | Path, *, batch_size: int = 32, device: str = "auto") -> Calibration:
     """Refit the temperature of a finished classifier on its validation images, store it, and rewrite the report.
 
-    Calibration is also measured on the test images, if there are any.
+    Calibration is also measured on the test images, if the run has any.
 
     Args:
         run: Folder of the run; its images must still exist.
@@ -292,7 +292,7 @@ def images_for_run(
 
 
 def _spec(loaded: LoadedRun, data: Any) -> str:
-    """Return the specification of the evaluated data."""
+    """Return the specification of the data to evaluate on."""
     return loaded.info.data.spec if data is None else data if isinstance(data, str) else "python:data"
 
 
@@ -376,7 +376,7 @@ def _class_indices(names: list[str], loaded: LoadedRun) -> list[int]:
 def _run_model(
     loaded: LoadedRun, items: _Relabeled, batch_size: int, console: Console | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Run the model on all items; returns reduced outputs and labels on the CPU."""
+    """Run the model on all items, and return the reduced outputs and the labels on the CPU."""
     reduced: list[Tensor] = []
     labels: list[Tensor] = []
     with torch.inference_mode():
@@ -384,6 +384,6 @@ def _run_model(
         for batch in track_progress(batches, "evaluating", len(batches), console):
             images = batch["images"].to(loaded.device)
             outputs = loaded.task.outputs(loaded.network, images, loaded.info.tta).cpu()
-            for whole, part in zip((reduced, labels), loaded.task.reduce(outputs, batch["labels"]), strict=True):
-                whole.append(part)
+            for collected, part in zip((reduced, labels), loaded.task.reduce(outputs, batch["labels"]), strict=True):
+                collected.append(part)
     return torch.cat(reduced), torch.cat(labels)

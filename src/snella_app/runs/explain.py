@@ -28,12 +28,13 @@ from snella_app.text import percent_text
 __all__ = ["HEAT_MAPS", "Explained", "HeatMap", "explain", "explain_validation", "nearest_images"]
 
 HeatMap = Literal["gradcam", "rollout"]
-"""Heat map method: gradient times activation for a class, or attention rollout of a ViT, independent of the class."""
+"""Heat map method: gradient times activation for a class, or attention rollout of a ViT, which is independent of
+the class."""
 HEAT_MAPS = "heat_maps"
-"""Folder in a run with the heat maps of its report, `INDEX.png`."""
-_SHOWN = 12
+"""Subfolder of a run for the heat maps of its report, one `INDEX.png` per image."""
+_NUM_EXAMPLES = 12
 _MAX_CANDIDATES = 2_000
-_LONGEST = 320
+_MAX_SIDE = 320
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def explain(
     Raises:
         FileExistsError: If the folder is not empty.
         FileNotFoundError: If the run or an image does not exist; suggests similar names.
-        ValueError: If the run has another task, or has no class `of`, or an image cannot be read.
+        ValueError: If the run is not a classification run, has no class `of`, or an image cannot be read.
         ImportError: If Captum is not installed.
     """
     folder = Path(out)
@@ -127,8 +128,8 @@ def explain(
                         "file": name,
                         "text": ", ".join(f"{c} {percent_text(p)}" for c, p in prediction.ranking[:3]),
                         "target": f"for {target}" if by == "gradcam" else "of attention, independent of the class",
-                        "image": _shown(heat[0]),
-                        "heat": _shown(heat[1]),
+                        "image": _image_fields(heat[0]),
+                        "heat": _image_fields(heat[1]),
                         "near": neighbors_by_image[number],
                     }
                 )
@@ -150,7 +151,7 @@ def explain_validation(run: str | Path, *, by: HeatMap = "gradcam", batch_size: 
 
     Raises:
         FileNotFoundError: If `run` is not a run folder, or its images no longer exist.
-        ValueError: If the run has another task, or its images have changed.
+        ValueError: If the run is not a classification run, or its images have changed.
         ImportError: If Captum is not installed.
     """
     _check_map(by)
@@ -158,7 +159,7 @@ def explain_validation(run: str | Path, *, by: HeatMap = "gradcam", batch_size: 
     _check_task(model)
     predictions = read(Predictions, run)
     split = parts_of(_load_run_splits(model))[predictions.split]
-    wrong, right = choose_examples(predictions.items, _SHOWN)
+    wrong, right = choose_examples(predictions.items, _NUM_EXAMPLES)
     items = [*wrong, *right]
     folder = Path(run) / HEAT_MAPS
     folder.mkdir(exist_ok=True)
@@ -169,7 +170,7 @@ def explain_validation(run: str | Path, *, by: HeatMap = "gradcam", batch_size: 
         images = [split.image(item.index) for item in part]
         classes = [model.classes[item.predicted] for item in part]
         for item, (_, heat) in zip(part, _overlays(model, images, classes, by), strict=True):
-            heat.thumbnail((_LONGEST, _LONGEST))
+            heat.thumbnail((_MAX_SIDE, _MAX_SIDE))
             write_bytes(folder / f"{item.index}.png", _png(heat, by))
     return redraw_report(run)
 
@@ -189,7 +190,7 @@ def nearest_images(features: np.ndarray, others: np.ndarray, count: int) -> list
     unit, unit_others = (rows / norm for rows, norm in zip((features, others), norms, strict=True))
     cosines = unit @ unit_others.T
     order = np.argsort(-cosines, axis=1, kind="stable")[:, :count]
-    return [[(int(place), float(cosines[row, place])) for place in places] for row, places in enumerate(order)]
+    return [[(int(column), float(cosines[row, column])) for column in nearest] for row, nearest in enumerate(order)]
 
 
 def _check_map(by: str) -> None:
@@ -217,31 +218,31 @@ def _load_run_splits(model: Predictor) -> Any:
 def _neighbors(
     model: Predictor, rows: Sequence[np.ndarray], count: int, notes: list[str]
 ) -> list[list[dict[str, Any]]]:
-    """Return the nearest training images for the page; adds a note and returns none if they cannot be read."""
+    """Return the nearest training images; if they cannot be read, add a note and return empty lists."""
     try:
         train: ImageDataset = _load_run_splits(model).train
         step = max(1, -(-len(train) // _MAX_CANDIDATES))
-        places = list(range(0, len(train), step))
+        candidates = list(range(0, len(train), step))
         size = model.batch_size
-        chunks = [places[start : start + size] for start in range(0, len(places), size)]
-        others = np.concatenate([model.features([train.image(place) for place in chunk]) for chunk in chunks])
+        chunks = [candidates[start : start + size] for start in range(0, len(candidates), size)]
+        others = np.concatenate([model.features([train.image(index) for index in chunk]) for chunk in chunks])
     except (OSError, ValueError) as error:
         notes.append(f"no nearest training images: {error}")
         return [[] for _ in rows]
     if step > 1:
-        notes.append(f"neighbors are from {len(places):,} evenly spaced training images of {len(train):,}")
+        notes.append(f"neighbors are from {len(candidates):,} evenly spaced training images of {len(train):,}")
     neighbors = nearest_images(np.stack(rows), others, count)
     return [
         [
             {
-                **_shown(train.image(places[place])),
-                "label": model.classes[train.labels[places[place]]],
-                "name": train.names[places[place]],
+                **_image_fields(train.image(candidates[index])),
+                "label": model.classes[train.labels[candidates[index]]],
+                "name": train.names[candidates[index]],
                 "cosine": f"{cosine:.2f}",
             }
-            for place, cosine in near
+            for index, cosine in neighbors_of_image
         ]
-        for near in neighbors
+        for neighbors_of_image in neighbors
     ]
 
 
@@ -256,9 +257,9 @@ def _overlays(
     return [(picture, overlay_heat(picture, heat_map)) for picture, heat_map in zip(pictures, heat, strict=True)]
 
 
-def _shown(image: Image.Image) -> dict[str, Any]:
+def _image_fields(image: Image.Image) -> dict[str, Any]:
     """Return an image as a data URI with its size."""
-    uri, width, height = picture_uri(image, _LONGEST)
+    uri, width, height = picture_uri(image, _MAX_SIDE)
     return {"uri": uri, "width": width, "height": height}
 
 

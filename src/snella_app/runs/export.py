@@ -32,7 +32,7 @@ from snella_app.runs.merge import merged_model, prediction_notes, run_metadata, 
 from snella_app.runs.model import Ensemble, LoadedRun, load_run, make_backbone
 
 OUTPUT_BOUND = 1e-4
-"""Maximum error of exported outputs relative to the largest output; allows for float32 rounding."""
+"""Maximum error of exported outputs relative to the largest output; allows for rounding in float32."""
 _NUM_IMAGES = 8
 _DEFAULT_RANK = 32
 _TWO_GIB = 2**31
@@ -117,7 +117,7 @@ def export(
     """Export the best model of a run to another format.
 
     ONNX, TorchScript and `torch.export` files return the outputs of `predict`: class probabilities with the temperature
-    of the run, or numbers in their original units.
+    of the run, or regression values in their original units.
 
     The export is atomic: it is written to a temporary path and renamed after verification. For ONNX, TorchScript and
     `torch.export`, outputs on real images must be within `OUTPUT_BOUND` of torch's outputs with the same classes, for
@@ -143,34 +143,34 @@ def export(
         ValueError: If the format is unknown, an option does not apply to it, it does not support the task or method, or
             outputs differ.
     """
-    chosen = _find(format)
+    export_format = _find(format)
     options = ExportOptions(opset, rank, values, images, logits)
-    _check_options(format, chosen, options)
-    path = Path(f"{str(run).rstrip('/')}{chosen.suffix}") if out is None else Path(out)
+    _check_options(format, export_format, options)
+    path = Path(f"{str(run).rstrip('/')}{export_format.suffix}") if out is None else Path(out)
     if path.exists() and not overwrite:
         raise FileExistsError(
             f"out={path} exists; choose another name, or replace it with --overwrite (overwrite=True)"
         )
-    if path.exists() and path.is_dir() != chosen.is_folder:
+    if path.exists() and path.is_dir() != export_format.is_folder:
         raise FileExistsError(
             f"out={path} is a {'folder' if path.is_dir() else 'file'}, which {format} cannot replace; choose another "
             "name"
         )
-    for package, extra in chosen.packages:
+    for package, extra in export_format.packages:
         _require(package, format, extra)
     loaded = load_run(run, device="cpu")
     if isinstance(loaded.model, Ensemble):
         raise ValueError(f"run={run} is a cross-validation with several models; export one, e.g. {loaded.folder.path}")
-    if chosen.tasks is not None and loaded.task.name not in chosen.tasks:
+    if export_format.tasks is not None and loaded.task.name not in export_format.tasks:
         supported = ", ".join(name for name, entry in FORMATS.items() if entry.tasks is None)
         raise ValueError(f"format={format} does not support the task {loaded.task.name}; use one of {supported}")
-    if "images" in chosen.options and not images:
+    if "images" in export_format.options and not images:
         options = dataclasses.replace(options, run_images=_run_images(loaded))
     temporary = path.with_name(f".{path.name}.tmp")
     with made_folder(path.parent), naming_file(path):
         try:
             _remove(temporary)
-            notes = chosen.write(loaded, temporary, options) + _output_notes(loaded, chosen, options)
+            notes = export_format.write(loaded, temporary, options) + _output_notes(loaded, export_format, options)
             if path.is_dir():
                 _reject_other_files(path, temporary)
                 _remove(path)
@@ -179,7 +179,7 @@ def export(
             temporary.replace(path)
         finally:
             _remove(temporary)
-    snippet = chosen.snippet
+    snippet = export_format.snippet
     text = (
         snippet.format(path=str(path), backbone=loaded.info.backbone.name)
         if isinstance(snippet, str)
@@ -188,12 +188,12 @@ def export(
     return Exported(path, notes, text)
 
 
-def _output_notes(loaded: LoadedRun, chosen: ExportFormat, options: ExportOptions) -> list[str]:
+def _output_notes(loaded: LoadedRun, export_format: ExportFormat, options: ExportOptions) -> list[str]:
     """Describe the outputs, temperature and test-time augmentation."""
     info = loaded.info
-    temperature = info.temperature if "logits" in chosen.options else info.trained_head_temperature
+    temperature = info.temperature if "logits" in export_format.options else info.trained_head_temperature
     averages_flips = loaded.info.tta == 2
-    if "logits" in chosen.options and not options.logits:
+    if "logits" in export_format.options and not options.logits:
         temperature_text = "" if temperature == 1.0 else f", from logits divided by the temperature {temperature:g}"
         views = ["outputs are averaged over an image and its flip, as in predict"] if averages_flips else []
         return [
@@ -205,7 +205,7 @@ def _output_notes(loaded: LoadedRun, chosen: ExportFormat, options: ExportOption
         return views
     text = "outputs are logits without temperature: softmax(outputs / {:g}) gives the probabilities of {}"
     note = text.format(temperature, "predict --tta 1" if averages_flips else "predict")
-    return [f"{note}; the temperature is {chosen.temperature}", *views]
+    return [f"{note}; the temperature is {export_format.temperature}", *views]
 
 
 def _find(name: str) -> ExportFormat:
@@ -215,10 +215,10 @@ def _find(name: str) -> ExportFormat:
     return FORMATS[name]
 
 
-def _check_options(name: str, chosen: ExportFormat, options: ExportOptions) -> None:
+def _check_options(name: str, export_format: ExportFormat, options: ExportOptions) -> None:
     """Reject options of other formats and out-of-range numbers."""
     for option, value in vars(options).items():
-        if value not in (None, (), False) and value != [] and option not in chosen.options:
+        if value not in (None, (), False) and value != [] and option not in export_format.options:
             owners = ", ".join(other for other, entry in FORMATS.items() if option in entry.options)
             raise ValueError(f"{option}={value} is an option of format {owners}, not of {name}; leave it out")
     if options.rank is not None and options.rank < 1:
@@ -253,7 +253,7 @@ def _reject_other_files(folder: Path, written: Path) -> None:
 
 
 class _Final(nn.Module):
-    """Model with the outputs of `predict`."""
+    """Model that returns the outputs of `predict`."""
 
     def __init__(self, model: nn.Module, loaded: LoadedRun) -> None:
         super().__init__()
@@ -261,7 +261,7 @@ class _Final(nn.Module):
         self.tta = loaded.info.tta
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return probabilities, or numbers in their original units."""
+        """Return probabilities, or regression values in their original units."""
         return self.task.final_outputs(self.task.outputs(self.model, images, self.tta), self.temperature)
 
 
@@ -274,7 +274,7 @@ def _graph_model(loaded: LoadedRun, options: ExportOptions) -> tuple[nn.Module, 
 
 
 def _sample_images(loaded: LoadedRun, options: ExportOptions) -> Tensor:
-    """Load real images as a batch `[n, C, H, W]`: the given ones, or images of the run."""
+    """Load real images as a batch `[n, C, H, W]`: the given images, or images of the run."""
     if options.run_images is None:
         return torch.stack([loaded.transform(read_image(Path(image), loaded.reading)) for image in options.images])
     (part,) = read_at_side([options.run_images.with_transform(loaded.transform)], loaded.reading.side)
@@ -391,8 +391,8 @@ def _write_torchscript(loaded: LoadedRun, path: Path, options: ExportOptions) ->
     with _quiet(), torch.no_grad():
         traced = torch.jit.trace(model, example)
         torch.jit.save(traced, str(path), _extra_files=run_metadata(loaded, merged))
-        loaded_again = torch.jit.load(str(path))
-        return [f"TorchScript's {_compare(images, model, loaded_again, 'TorchScript')}"]
+        reloaded = torch.jit.load(str(path))
+        return [f"TorchScript's {_compare(images, model, reloaded, 'TorchScript')}"]
 
 
 def _write_torch_export(loaded: LoadedRun, path: Path, options: ExportOptions) -> list[str]:
@@ -487,13 +487,13 @@ def _write_lora(loaded: LoadedRun, path: Path, options: ExportOptions) -> list[s
     config.save_pretrained(str(path))
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path / "adapter_model.safetensors")
     write_text(path / "README.md", model_card(loaded.folder.path, _USE_LORA, name=_name(loaded), library="peft"))
-    fitted = PeftModel.from_pretrained(make_backbone(loaded.info.backbone, loaded.task.name), str(path)).eval()
+    lora_model = PeftModel.from_pretrained(make_backbone(loaded.info.backbone, loaded.task.name), str(path)).eval()
     lost = total = 0.0
-    for name, layer in _tuner_layers(fitted).items():
+    for name, layer in _tuner_layers(lora_model).items():
         lost += float((layer.get_delta_weight("default") - deltas[name]).double().square().sum())
         total += float(deltas[name].double().square().sum())
     with torch.inference_mode():
-        got = fitted(images)
+        got = lora_model(images)
     agreement = float((got.argmax(1) == expected.argmax(1)).double().mean())
     error = float((got - expected).abs().max() / expected.abs().max())
     return [
@@ -647,7 +647,7 @@ def _example_image(options: ExportOptions) -> str | None:
 def _preparation(loaded: LoadedRun) -> list[str] | None:
     """Return Python code that preprocesses an 8-bit or 16-bit image like `predict`, with NumPy and Pillow.
 
-    None unless the images are grayscale or RGB and `white` is not set.
+    The result is None unless the images are grayscale or RGB and `white` is not set.
     """
     config = loaded.info.data_config
     channels, size = int(config["input_size"][0]), int(config["input_size"][-1])

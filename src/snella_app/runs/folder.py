@@ -22,7 +22,7 @@ from snella_app.records import FORMAT, Allocation, FoldResults, Record, RunInfo,
 
 
 def adapter_digest(folder: Path) -> str:
-    """Return the first 16 hex digits of the SHA-256 of an adapter's weights, which tie results to these weights.
+    """Return the first 16 hex digits of the SHA-256 of an adapter's weights, to match results with weights.
 
     Args:
         folder: `RUN/adapter`.
@@ -64,7 +64,7 @@ _CHANGEABLE = (*SESSION_FIELDS, *UNSTORED_FIELDS, "data")
 
 
 def settings_digest(values: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of the settings in `config.yaml`, without those that may change when a run is resumed.
+    """Return the SHA-256 of the settings in `config.yaml`, without settings that may change when a run is resumed.
 
     Args:
         values: Content of the file.
@@ -177,7 +177,7 @@ class RunFolderOf(Generic[S]):
         self._update_digest(record.file)
 
     def update(self, status: Status, error: str | None = None, **values: Any) -> None:
-        """Update entries of `run.json`, leaving the others unchanged."""
+        """Update entries of `run.json`, and leave the others unchanged."""
         has_record = (self.path / "run.json").is_file()
         run = self.read_json("run.json") if has_record else {"format": FORMAT, **self._binding()}
         run.update(values, status=status)
@@ -214,7 +214,7 @@ class RunFolderOf(Generic[S]):
         return dict(run.get("files") or {})
 
     def check_files(self) -> None:
-        """Compare files with their digests in `run.json`; an unfinished run has only those of its adapter.
+        """Compare files with their digests in `run.json`; an unfinished run has only digests of its adapter.
 
         Raises:
             ValueError: If files were altered; lists all of them.
@@ -256,10 +256,10 @@ class RunFolderOf(Generic[S]):
         path = self.path / "config.yaml"
         if not path.is_file():
             raise FileNotFoundError(f"no file {path}: this is not a run folder")
-        known = self._stored_digest()
+        stored_digest = self._stored_digest()
         try:
             stored = self._stored_settings()
-            if known is None or settings_digest(stored) == known:
+            if stored_digest is None or settings_digest(stored) == stored_digest:
                 values = {name: value for name, value in stored.items() if name not in UNSTORED_FIELDS}
                 return self.settings_type.from_flat(**values)
         except (TypeError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
@@ -298,7 +298,7 @@ class RunFolderOf(Generic[S]):
             config: Requested settings; `resume` and `overwrite` determine what happens to an existing run.
 
         Returns:
-            Resolved settings; the stored ones for a resumed run.
+            Resolved settings; the stored settings for a resumed run.
 
         Raises:
             FileExistsError: If the folder has a run and neither `resume` nor `overwrite` is set, or has other files.
@@ -312,7 +312,7 @@ class RunFolderOf(Generic[S]):
                     f"{self.path} was started by an early version of snella, whose checkpoints have no run id; finish "
                     "it with that version, or start over with --overwrite"
                 )
-            return self._resumed(config)
+            return self._resumed_settings(config)
         requested = config.flat()
         can_start = all(requested[name] for name in config.needed)
         if config.run.resume and not can_start and (self.path / "config.yaml").is_file():
@@ -380,7 +380,7 @@ class RunFolderOf(Generic[S]):
             raise FileNotFoundError(
                 f"{self.path} holds checkpoints but no run.json; restore that file, or start over with --overwrite"
             )
-        return self._resumed(config)
+        return self._resumed_settings(config)
 
     def _binding(self) -> dict[str, str | None]:
         """Return the run id (a new one if there is no run) and the settings digest."""
@@ -406,8 +406,8 @@ class RunFolderOf(Generic[S]):
             for path in self.path.glob(f".{name}.*"):
                 path.unlink(missing_ok=True)
 
-    def _resumed(self, config: S) -> S:
-        """Return the stored settings, if `config` does not contradict them; `data` may name a new location."""
+    def _resumed_settings(self, config: S) -> S:
+        """Return the stored settings; reject other values in `config`, except for a new location of `data`."""
         stored, requested = self.read_config(), config.flat()
         run = self.read_json("run.json") if self.status is not None else {}
         if requested.get("data") and run.get("data", {}).get("digest"):
@@ -462,12 +462,12 @@ class RunFolder(RunFolderOf[TrainConfig]):
             state = "which has no run" if self.status is None else f"which is {status_text(self.status)}"
             raise ValueError(f"init_from must be the folder of a finished run, got {self.path}, {state}")
         self.check_adapter()
-        stored, given = self.read_config().flat(), config.flat()
+        stored, requested = self.read_config().flat(), config.flat()
         settings = TrainConfig.settings()
         different = [
-            f"{name} is {stored[name]!r} there and {given[name]!r} here"
+            f"{name} is {stored[name]!r} there and {requested[name]!r} here"
             for name in _INHERITED
-            if given[name] != settings[name].default and given[name] != stored[name]
+            if requested[name] != settings[name].default and requested[name] != stored[name]
         ]
         if different:
             raise ValueError(
@@ -475,10 +475,10 @@ class RunFolder(RunFolderOf[TrainConfig]):
             )
         values = {name: stored[name] for name in _INHERITED}
         for name in ("data", "train_size", "img_size", "target_sparsity"):
-            values[name] = stored[name] if given[name] is None else given[name]
-        options = {**stored["method_options"], **given["method_options"]}
+            values[name] = stored[name] if requested[name] is None else requested[name]
+        options = {**stored["method_options"], **requested["method_options"]}
         allocation = read_if_present(Allocation, self.path)
-        if allocation is not None and "init_sparsity" not in given["method_options"]:
+        if allocation is not None and "init_sparsity" not in requested["method_options"]:
             budget = sum(matrix.budget for matrix in allocation.matrices)
             if budget < allocation.total_weights:
                 sparsity = 1 - budget / allocation.total_weights

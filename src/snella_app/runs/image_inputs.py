@@ -20,7 +20,7 @@ from snella_app.data.images import DECODING_ERRORS, IMAGE_SUFFIXES, RGB, Reading
 from snella_app.data.table import TABLE_SUFFIXES, Columns, table_paths
 from snella_app.text import listed
 
-__all__ = ["ImageInput", "expand", "near_name", "new_files", "read_input", "split_inputs"]
+__all__ = ["ImageInput", "expand", "missing_path_hint", "new_files", "read_input", "split_inputs"]
 
 ImageInput = str | Path | bytes | Image.Image | np.ndarray | Tensor
 """One image: a file, its bytes, a PIL image, an array `[height, width]` or `[height, width, 1, 3 or 4]`, or a tensor
@@ -146,12 +146,12 @@ def read_input(image: Any, name: str, reading: Reading = RGB) -> Any:
             raise ValueError(f"{name!r} is not a readable image: {error or type(error).__name__}") from error
     if isinstance(image, np.ndarray | Tensor):
         return _from_array(image, name, reading.channels)
-    pictures = "PIL images, " if reading.channels in _PIL_CHANNELS else ""
-    raise TypeError(f"images must be files, {pictures}arrays or tensors, got {type(image).__name__} as {name}")
+    pil_text = "PIL images, " if reading.channels in _PIL_CHANNELS else ""
+    raise TypeError(f"images must be files, {pil_text}arrays or tensors, got {type(image).__name__} as {name}")
 
 
 def new_files(folders: Sequence[Path], known: Iterable[Path], poll_s: float = _POLL_S) -> Iterator[list[Path]]:
-    """Watch folders for new images; never ends.
+    """Watch folders for new images indefinitely.
 
     Folders are polled, which also works on network drives. A file is complete once its size and modification time are
     unchanged between two polls.
@@ -162,7 +162,7 @@ def new_files(folders: Sequence[Path], known: Iterable[Path], poll_s: float = _P
         poll_s: Seconds between polls.
 
     Yields:
-        New images in the order of their names, possibly none.
+        New images in name order; an empty list if there are none.
     """
     seen = {path.resolve() for path in known}
     states: dict[Path, tuple[int, int]] = {}
@@ -172,7 +172,7 @@ def new_files(folders: Sequence[Path], known: Iterable[Path], poll_s: float = _P
         for path in (path for folder in folders for path in _images_in(folder) if path.resolve() not in seen):
             try:
                 state = path.stat()
-            except OSError:  # deleted in the meantime
+            except OSError:  # the file was deleted
                 continue
             states[path] = (state.st_size, state.st_mtime_ns)
             if previous.get(path) == states[path] and state.st_size:
@@ -182,14 +182,14 @@ def new_files(folders: Sequence[Path], known: Iterable[Path], poll_s: float = _P
         time.sleep(poll_s)
 
 
-def near_name(missing: Path) -> str:
-    """Return a likely reason for a missing file: a pattern without a match, a missing folder, a mistyped name."""
+def missing_path_hint(missing: Path) -> str:
+    """Return a hint for a missing path: a pattern without a match, a missing folder, or a similar name."""
     if any(char in missing.name for char in _PATTERN):
         return f"; no file in {missing.parent} matches the pattern; fix it, or give the folder"
     if not missing.parent.is_dir():
         return f"; there is no folder {missing.parent}"
-    near = difflib.get_close_matches(missing.name, sorted(child.name for child in missing.parent.iterdir()), n=1)
-    return f"; nearest: {near[0]!r}" if near else f"; {missing.parent} has no similar name"
+    similar = difflib.get_close_matches(missing.name, sorted(child.name for child in missing.parent.iterdir()), n=1)
+    return f"; nearest: {similar[0]!r}" if similar else f"; {missing.parent} has no similar name"
 
 
 def _images_in(folder: Path) -> list[Path]:
@@ -198,7 +198,7 @@ def _images_in(folder: Path) -> list[Path]:
 
 
 def _paths_in_table(table: Path, columns: str | None, run_columns: str | None) -> list[Path]:
-    """Return the images in a table, by the given column, a usual name, or the column of the run."""
+    """Return the images in a table from the given column, a column with a usual name, or the run's column."""
     if columns is not None:
         return table_paths(table, Columns.parse(columns))
     try:
@@ -215,7 +215,7 @@ def _existing(paths: Iterable[Path]) -> list[Path]:
     existing = []
     for path in paths:
         if not path.exists():
-            raise FileNotFoundError(f"no image {path}{near_name(path)}")
+            raise FileNotFoundError(f"no image {path}{missing_path_hint(path)}")
         existing.append(path)
     return existing
 
@@ -226,10 +226,10 @@ def _require_all(paths: Iterable[Path]) -> list[Path]:
     missing = [path for path in all_paths if not path.exists()]
     if not missing:
         return all_paths
-    single = f"no image {missing[0]}{near_name(missing[0])}"
+    first_missing = f"no image {missing[0]}{missing_path_hint(missing[0])}"
     summary = f"{len(missing):,} of {len(all_paths):,} images are missing: {listed([str(path) for path in missing])}"
     raise FileNotFoundError(
-        f"{single if len(missing) == 1 else summary}; fix the list, or skip missing and corrupt images with "
+        f"{first_missing if len(missing) == 1 else summary}; fix the list, or skip missing and corrupt images with "
         "--skip-corrupt (skip_corrupt=True)"
     )
 

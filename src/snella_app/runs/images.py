@@ -75,10 +75,10 @@ def check_splits(run: Path, data: DataInfo, splits: DataSplits, names: Collectio
         ValueError: If the images differ; the message has both sizes and a remedy.
     """
     if not is_same_split(data, splits):
-        then, now = _counts(data.sizes), _counts(split_sizes(splits))
-        files = "the same number of other files" if then == now else now
+        stored_sizes, current_sizes = _counts(data.sizes), _counts(split_sizes(splits))
+        files = "the same number of other files" if stored_sizes == current_sizes else current_sizes
         raise ValueError(
-            f"data must contain the images of {run}, {then}, got {files} in {data.spec}: "
+            f"data must contain the images of {run}, {stored_sizes}, got {files} in {data.spec}: "
             "files were added, removed or renamed, and a new split would evaluate on training images; restore "
             "the files, evaluate on other images with --data, or train a new run"
         )
@@ -124,11 +124,11 @@ def _counts(sizes: Mapping[str, int]) -> str:
 
 
 def load_splits(config: DataConfig, seed: int, data: Any = None) -> DataSplits:
-    """Load the splits of a configuration; deterministic as long as the files are unchanged.
+    """Load the splits of a configuration; deterministic if the files are unchanged.
 
     Args:
         config: Images, labels and splits.
-        seed: Seed of the run, which draws the splits.
+        seed: Seed of the run, which determines the splits.
         data: Dataset object to load instead of `config.spec`.
     """
     task = task_class(config.task)

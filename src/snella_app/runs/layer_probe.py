@@ -22,7 +22,7 @@ _TENSORS = ("weight", "intercept")
 def probed_layers(model: nn.Module) -> list[int]:
     """Select up to four layers of timm's `feature_info` for a probe, ending with the last one.
 
-    They are spaced by a sixth of all layers: 6, 8, 10 and 12 of 12 blocks, or the last four of at most eight stages.
+    The spacing is a sixth of all layers: blocks 6, 8, 10 and 12 of 12, or the last four of at most eight stages.
 
     Args:
         model: Model from `build_method` or `load_trained`.
@@ -96,7 +96,7 @@ class LayerProbe(nn.Module):
         return base_model(self.model)
 
     def on(self, model: nn.Module) -> "LayerProbe":
-        """Return the same probe on another model, such as the merged one."""
+        """Return the same probe on another model, such as the merged model."""
         linear = self.linear
         return LayerProbe(model, self.layers, linear.weight.detach(), linear.bias.detach()).to(linear.weight.device)
 

@@ -30,11 +30,11 @@ def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> Path:
 
     If `out` is a folder, it gets timm's format: `timm.create_model("local-dir:OUT", pretrained=True)` loads the model,
     `create_transform(**resolve_model_data_config(model))` preprocesses images as in training, and
-    `model.pretrained_cfg["label_names"]` has the classes. This supports all tasks except segmentation. Thresholds, and
-    mean and standard deviation of a regression, are not part of the weights; the last comment of `loading_snippet`
-    explains the outputs.
+    `model.pretrained_cfg["label_names"]` has the classes. This supports all tasks except segmentation. The weights
+    do not include thresholds or the mean and standard deviation of regression targets; the last comment of
+    `loading_snippet` explains the outputs.
 
-    If `out` is a `.safetensors` file, it contains the state dict. Its metadata contain the architecture, class names
+    If `out` is a `.safetensors` file, it contains the state dict. Its metadata contains the architecture, class names
     and data configuration; `loading_snippet` returns Python code that uses them. For segmentation, the names are those
     of `snella_app.backbones.create_segmenter`: `encoder.…` (names of the backbone, without a head) and `decoder.…`;
     `load_merged` loads the model.
@@ -52,7 +52,7 @@ def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> Path:
 
     Raises:
         FileExistsError: If the file exists, or the folder is not empty.
-        ValueError: If the file has another suffix, or `out` is a folder for a segmentation.
+        ValueError: If `out` has an unsupported suffix, or is a folder and the task is segmentation.
     """
     path = Path(out)
     _check_out(path, str(out), overwrite=overwrite)
@@ -97,7 +97,7 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _check_out(path: Path, typed: str, *, overwrite: bool) -> None:
-    """Reject other suffixes, and existing files that must not be replaced."""
+    """Reject unsupported suffixes, and existing files that must not be replaced."""
     if not path.is_dir() and path.suffix.lower() in _OTHER_SUFFIXES:
         raise ValueError(
             f"out must end with {_SUFFIX}, or be a folder for a model in timm's format, got {typed!r}; "
@@ -201,8 +201,8 @@ def loading_snippet(path: str | Path) -> str:
     size = json.loads(metadata["img_size"])
     arguments = f"{metadata['architecture']!r}, num_classes={metadata['num_classes']}"
     arguments += "" if size is None else f", img_size={size}"
-    more = json.loads(metadata["model_args"])
-    arguments += "".join(f", {name}={value!r}" for name, value in more.items())
+    model_args = json.loads(metadata["model_args"])
+    arguments += "".join(f", {name}={value!r}" for name, value in model_args.items())
     use = metadata[_USE]
     libraries = "json, timm, torch" if "torch." in use else "json, timm"
     return (
@@ -228,7 +228,7 @@ def _write_final_head(loaded: LoadedRun, path: Path) -> None:
 
 
 def _use_lines(path: Path, use: str) -> str:
-    """Return the comment that explains the outputs, after code for the final head if there is one."""
+    """Return the comment that explains the outputs, after code for the final head if the model has one."""
     head = _final_head_file(path)
     return f"{layer_probe_snippet(head)}\n{use.replace('model(', 'logits_of(')}" if head.is_file() else use
 

@@ -78,8 +78,8 @@ def load_run(run: str | Path | RunFolder, device: str = "auto") -> LoadedRun:
 
     Raises:
         FileNotFoundError: If `run` is not a run folder, has no finished epoch, or its adapter is missing.
-        ValueError: If `run.json` is damaged, or the run has another kind of task, such as a personalized generator.
-        AdapterFileError: If the adapter is damaged or does not fit the model; names the tensor.
+        ValueError: If `run.json` is damaged, or the run has an unsupported task, such as a personalized generator.
+        AdapterFileError: If the adapter is damaged or does not fit the model; the message names the tensor.
     """
     folder = run if isinstance(run, RunFolder) else RunFolder(run)
     results = read_if_present(FoldResults, folder.path)
@@ -208,7 +208,7 @@ def _load_ensemble(folder: RunFolder, results: FoldResults, device: str) -> Load
     first = loaded[0]
     task = first.task.for_ensemble([fold.task for fold in loaded])
     model = Ensemble(loaded, task).eval()
-    info = dataclasses.replace(first.info, calibration=None, tta=1)  # applied by each model
+    info = dataclasses.replace(first.info, calibration=None, tta=1)  # each model applies its own
     return LoadedRun(first.folder, model, first.transform, first.classes, task, info)
 
 
@@ -219,7 +219,8 @@ def get_task(info: RunInfo) -> Task:
         info: Record of the run.
 
     Raises:
-        ValueError: If the run has another kind of task, such as a personalized generator; names its commands.
+        ValueError: If the run has an unsupported task, such as a personalized generator; the message names the
+            commands of the task.
     """
     return create_task(get_task_name(info), info.classes, **(info.task_state or {}))
 

@@ -19,7 +19,7 @@ from snella_app.methods import spec_of
 from snella_app.methods.model_parts import base_model
 from snella_app.records import FoldResults, RunInfo, read, read_if_present
 from snella_app.runs.folder import RunFolder
-from snella_app.runs.image_inputs import ImageInput, near_name, read_input, split_inputs
+from snella_app.runs.image_inputs import ImageInput, missing_path_hint, read_input, split_inputs
 from snella_app.runs.model import Ensemble, LoadedRun, get_task_name, load_run
 from snella_app.tasks import Task, task_class
 from snella_app.tasks.predictions import Prediction
@@ -28,7 +28,7 @@ __all__ = ["MAX_VIEWS", "Predictor", "check_order", "columns_of", "load", "predi
 
 _RUN_FILE = "run.json"
 _THREADS = 4  # decoding and resizing release the interpreter lock
-_ENLARGED = 8 / 7  # scale of the image before corner crops: 256 to 224 pixels
+_CROP_ENLARGEMENT = 8 / 7  # upscaling before corner crops, e.g. from 224 to 256 pixels
 _CORNERS = ((0, 0), (1, 1), (0, 1), (1, 0))
 MAX_VIEWS = 2 * (1 + len(_CORNERS))
 """Maximum number of test-time augmentation views: the image and four corner crops, and their flips."""
@@ -87,7 +87,7 @@ class Predictor:
     def predict(
         self, images: Any, *, tta: int | None = None, unsure: Unsure = None, skip_corrupt: bool = False
     ) -> Any | list[Any]:
-        """Predict one image or several.
+        """Run prediction on one or more images.
 
         Args:
             images: A file, a PIL image, an array or a tensor (see `snella_app.runs.image_inputs`); or several: a
@@ -105,9 +105,9 @@ class Predictor:
             ValueError: If an image cannot be read, or a setting does not apply to the task.
             TypeError: If an input is not an image.
         """
-        single, is_single = split_inputs(images, run_columns=self._columns, keep_missing=skip_corrupt)
-        each = self.each(single, tta=tta, unsure=unsure, skip_corrupt=skip_corrupt and not is_single)
-        predictions = list(each)
+        inputs, is_single = split_inputs(images, run_columns=self._columns, keep_missing=skip_corrupt)
+        skip_corrupt = skip_corrupt and not is_single
+        predictions = list(self.each(inputs, tta=tta, unsure=unsure, skip_corrupt=skip_corrupt))
         return predictions[0] if is_single else predictions
 
     def features(self, images: Any) -> np.ndarray:
@@ -122,20 +122,20 @@ class Predictor:
         Raises:
             ValueError: If the model has no head that takes one vector per image.
         """
-        single, is_single = split_inputs(images, run_columns=self._columns)
+        inputs, is_single = split_inputs(images, run_columns=self._columns)
         rows: list[np.ndarray] = []
-        for _ in self.each(single, on_features=rows.append):
+        for _ in self.each(inputs, on_features=rows.append):
             pass
         return rows[0] if is_single else np.stack(rows)
 
     def prepare(self, images: Sequence[ImageInput]) -> Tensor:
         """Preprocess images into a batch `[images, channels, height, width]`."""
         named = [(image, str(_name(index, image))) for index, image in enumerate(images)]
-        read = [read_input(image, name, self.loaded.reading) for image, name in named]
-        return torch.stack([self.loaded.transform(image) for image in read])
+        decoded = [read_input(image, name, self.loaded.reading) for image, name in named]
+        return torch.stack([self.loaded.transform(image) for image in decoded])
 
     def picture(self, prepared: Tensor) -> Image.Image:
-        """Convert a preprocessed image back to RGB; other than 1, 3 or 4 channels become their mean in grayscale."""
+        """Convert a preprocessed image back to RGB; for 2 or more than 4 channels, use their mean in grayscale."""
         config = self.loaded.info.data_config
         mean, std = (torch.tensor(config[name])[:, None, None] for name in ("mean", "std"))
         pixels = (prepared.cpu() * std + mean).clamp(0, 1)
@@ -152,7 +152,7 @@ class Predictor:
         on_skipped: Callable[[Path, str], None] = lambda path, reason: None,
         on_features: Callable[[np.ndarray], None] | None = None,
     ) -> Iterator[Any]:
-        """Yield predictions one by one, which keeps only the masks of one batch in memory.
+        """Yield predictions one by one, with the masks of only one batch in memory.
 
         Args:
             images: Single images, as returned by `snella_app.runs.image_inputs.split_inputs`.
@@ -173,7 +173,7 @@ class Predictor:
 
     @property
     def _columns(self) -> str | None:
-        """Columns of the table that the run was trained on."""
+        """Columns of the run's table."""
         return columns_of(self.loaded.folder.path)
 
     def check_settings(self, tta: int | None, unsure: Unsure) -> float | None:
@@ -246,7 +246,7 @@ class Predictor:
         return averaged, head_inputs[0].flatten(1)[:, : _feature_width(self.loaded)].float().cpu().numpy()
 
     def _view_outputs(self, images: Tensor, view: int) -> Tensor:
-        """Return the outputs for one view of a batch; flips maps back."""
+        """Return the outputs for one view of a batch; undo the flip of segmentation outputs."""
         outputs = self.loaded.network(_view(images, view))
         if outputs.ndim == 4 and view > 1:
             raise ValueError(f"tta must be 1 or 2 (with flip) for masks, got {view + 1}")
@@ -263,12 +263,12 @@ def load(run: str | Path | RunFolder, device: str = "auto", *, batch_size: int =
 
     Raises:
         FileNotFoundError: If `run` is not a run folder (suggests similar names), or has no finished epoch.
-        ValueError: If a file of the run is damaged, or the run has another kind of task, such as a personalized
+        ValueError: If a file of the run is damaged, or the run has an unsupported task, such as a personalized
             generator.
     """
     folder = run.path if isinstance(run, RunFolder) else Path(run)
     if not folder.is_dir() and not folder.is_file():
-        raise FileNotFoundError(f"no run {folder}{near_name(folder)}")
+        raise FileNotFoundError(f"no run {folder}{missing_path_hint(folder)}")
     return Predictor(load_run(folder, device), batch_size=batch_size)
 
 
@@ -296,7 +296,7 @@ def predict(
     unsure: Unsure = None,
     columns: str | None = None,
 ) -> list[Any]:
-    """Predict images with the best model of a run; use `load` to predict more than once.
+    """Run prediction on images with the best model of a run; use `load` to predict more than once.
 
     Args:
         run: Folder of the run, or a loaded run.
@@ -328,7 +328,7 @@ def predict_each(
     columns: str | None = None,
     **options: Any,
 ) -> Iterator[Any]:
-    """Yield predictions of `predict` one by one; `options` are those of `Predictor.each`.
+    """Yield predictions of `predict` one by one; `options` are arguments of `Predictor.each`.
 
     Paths are checked before the model is loaded.
     """
@@ -337,24 +337,24 @@ def predict_each(
     if not isinstance(run, LoadedRun):
         check_order(Path(run), images)
     folder = run.folder.path if isinstance(run, LoadedRun) else run
-    single, _ = split_inputs(images, columns, columns_of(folder), keep_missing=options.get("skip_corrupt", False))
+    inputs, _ = split_inputs(images, columns, columns_of(folder), keep_missing=options.get("skip_corrupt", False))
     loaded = run if isinstance(run, LoadedRun) else load_run(run, device)
-    yield from Predictor(loaded, batch_size=batch_size).each(single, **options)
+    yield from Predictor(loaded, batch_size=batch_size).each(inputs, **options)
 
 
 def check_order(run: Path, images: Any) -> None:
-    """Reject arguments with images before the run."""
+    """Reject arguments in which images precede the run."""
     if run.is_file():
         raise ValueError(f"run must be the folder of a run, got the file {str(run)!r}; pass the run before the images")
-    words = [Path(image) for image in images if isinstance(image, str | Path)] if isinstance(images, list) else []
-    swapped = [image for image in words if (image / _RUN_FILE).is_file()]
+    paths = [Path(image) for image in images if isinstance(image, str | Path)] if isinstance(images, list) else []
+    swapped = [image for image in paths if (image / _RUN_FILE).is_file()]
     if swapped and not (run / _RUN_FILE).is_file():
         raise ValueError(
             f"run must be the folder of a run, got {str(run)!r}; {str(swapped[0])!r} is a run, pass it "
             "before the images"
         )
     if not run.is_dir():
-        raise FileNotFoundError(f"no run {run}{near_name(run)}")
+        raise FileNotFoundError(f"no run {run}{missing_path_hint(run)}")
 
 
 def _name(index: int, image: ImageInput) -> Path:
@@ -387,7 +387,7 @@ def _view(images: Tensor, view: int) -> Tensor:
     crop, is_flipped = divmod(view, 2)
     if crop:
         height, width = images.shape[-2:]
-        size = (round(height * _ENLARGED), round(width * _ENLARGED))
+        size = (round(height * _CROP_ENLARGEMENT), round(width * _CROP_ENLARGEMENT))
         enlarged = F.interpolate(images, size, mode="bicubic", align_corners=False)
         bottom, right = _CORNERS[crop - 1]
         top, left = bottom * (size[0] - height), right * (size[1] - width)

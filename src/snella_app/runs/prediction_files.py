@@ -45,9 +45,9 @@ def predict_to_files(
     skip_corrupt: bool = False,
     device: str = "auto",
 ) -> None:
-    """Predict images and print or write the results; arguments are those of `snella predict`.
+    """Run prediction on images, and print or write the results; the arguments are those of `snella predict`.
 
-    With `watch`, images that cannot be read are always skipped, and images listed in `out` are not predicted again.
+    With `watch`, images that cannot be read are always skipped, and images listed in `out` are not processed again.
 
     Raises:
         FileExistsError: If an output exists.
@@ -84,7 +84,7 @@ def predict_to_files(
         if watch:  # watching never reaches the summary at the end
             print_line(errors, f"skipped {skipped[-1]}")
 
-    def predicted(paths: Sequence[Path]) -> Iterator[Any]:
+    def predict_paths(paths: Sequence[Path]) -> Iterator[Any]:
         return model.each(
             paths,
             tta=tta,
@@ -96,9 +96,9 @@ def predict_to_files(
 
     names: list[Path] = []
     if watch:
-        predictions: Iterable[Any] = _watched(predicted, files, folders, out if is_appended else None)
+        predictions: Iterable[Any] = _watch_predictions(predict_paths, files, folders, out if is_appended else None)
     else:
-        predictions = track_progress(predicted(files), "predicting", len(files), None if out is None else errors)
+        predictions = track_progress(predict_paths(files), "predicting", len(files), None if out is None else errors)
     recorded = _record_paths(predictions, names)
     with _until_interrupted() if watch else contextlib.nullcontext():
         if out is None:
@@ -124,9 +124,9 @@ def predict_to_files(
 
 def expand_for(run: str | Path, images: Any, columns: str | None, keep_missing: bool = False) -> list[Path]:
     """Expand `images` into files with `snella_app.runs.image_inputs.expand`, after checking the run."""
-    words = [images] if isinstance(images, str | Path) else list(images)
-    check_order(Path(run), words)
-    return expand(words, columns, columns_of(run), keep_missing=keep_missing)
+    paths = [images] if isinstance(images, str | Path) else list(images)
+    check_order(Path(run), paths)
+    return expand(paths, columns, columns_of(run), keep_missing=keep_missing)
 
 
 def write_features(
@@ -201,19 +201,21 @@ def _record_paths(predictions: Iterable[Any], names: list[Path]) -> Iterator[Any
         yield prediction
 
 
-def _watched(predicted: Any, files: Sequence[Path], folders: Sequence[Path], out: str | None) -> Iterator[Any]:
-    """Yield predictions of files, then of new images in folders; never ends."""
+def _watch_predictions(
+    predict_paths: Any, files: Sequence[Path], folders: Sequence[Path], out: str | None
+) -> Iterator[Any]:
+    """Yield predictions of files, then of new images in folders, indefinitely."""
     listed_images = [] if out is None or not Path(out).is_file() else _images_in_rows(Path(out))
     done = {path.resolve() for path in listed_images}
-    yield from predicted([path for path in files if path.resolve() not in done])
+    yield from predict_paths([path for path in files if path.resolve() not in done])
     for new in new_files(folders, listed_images):
         if new:
-            yield from predicted(new)
+            yield from predict_paths(new)
 
 
 @contextlib.contextmanager
 def _until_interrupted() -> Iterator[None]:
-    """Run the block until Ctrl-C or, in the main thread, SIGTERM, then continue after it."""
+    """Run the block until Ctrl-C or, in the main thread, SIGTERM; then continue after the block."""
     is_main = threading.current_thread() is threading.main_thread()
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler) if is_main else None
     try:
@@ -243,14 +245,14 @@ def _append_rows(predictions: Iterable[Any], out: Path, task: type[Task], top_k:
     with tempfile.TemporaryDirectory() as folder:
         for prediction in predictions:
             part = task.write_predictions([prediction], Path(folder) / f"row{out.suffix}", top_k, overwrite=True)
-            head, row = part.read_bytes().split(b"\n", 1) if is_csv else (b"", part.read_bytes())
+            header, row = part.read_bytes().split(b"\n", 1) if is_csv else (b"", part.read_bytes())
             with naming_file(out), out.open("ab+") as file:
                 file.seek(0)
-                first = file.readline().rstrip(b"\n") if is_csv else head
-                if first not in (b"", head):
+                first = file.readline().rstrip(b"\n") if is_csv else header
+                if first not in (b"", header):
                     raise ValueError(
-                        f"out must have the columns {head.decode()}, got {first.decode(errors='replace')} in {out}; "
+                        f"out must have the columns {header.decode()}, got {first.decode(errors='replace')} in {out}; "
                         "choose another file"
                     )
-                file.write(row if first or not is_csv else head + b"\n" + row)
+                file.write(row if first or not is_csv else header + b"\n" + row)
             print_line(console, f"{prediction.path}: {task.prediction_text(prediction, top_k)}")

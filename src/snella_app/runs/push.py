@@ -20,24 +20,24 @@ _WEIGHTS = "model.safetensors"
 
 @dataclass(frozen=True)
 class Pushed:
-    """Result of `push`: URL on the hub, or the written folder and the error if the hub could not be reached."""
+    """Result of `push`: URL on the Hugging Face Hub, or the written folder and the error if the Hub is unreachable."""
 
     place: str
     reason: str | None = None
 
 
 def write_hub_folder(run: str | Path, folder: str | Path, name: str, *, adapter: bool = False) -> Path:
-    """Write the folder of a hub repository: weights and model card (`README.md`).
+    """Write the folder of a Hugging Face Hub repository: weights and model card (`README.md`).
 
     Args:
         run: Run folder.
         folder: New or empty folder.
-        name: Repository name on the hub, for the loading code.
+        name: Repository name on the Hub, for the loading code.
         adapter: Write the PEFT adapter instead of the merged model, which timm loads.
 
     Raises:
         FileExistsError: If the folder is not empty.
-        ValueError: If the run is damaged or has another kind of task.
+        ValueError: If the run is damaged or has an unsupported task.
     """
     path = Path(folder)
     if path.exists() and (not path.is_dir() or next(path.iterdir(), None) is not None):
@@ -76,23 +76,25 @@ def push(
     private: bool = False,
     overwrite: bool = False,
 ) -> Pushed:
-    """Push the model of a run to the hub; with `to_folder`, or if the hub cannot be reached, write its folder.
+    """Push the model of a run to the Hugging Face Hub.
+
+    With `to_folder`, or if the Hub cannot be reached, write the folder of the repository instead.
 
     Args:
         run: Run folder.
-        name: Repository name on the hub, `user/model`.
+        name: Repository name on the Hub, `user/model`.
         to_folder: Write this new folder, without any network access.
         adapter: Push the PEFT adapter instead of the merged model.
         private: Create a private repository.
         overwrite: Add a commit to an existing repository; earlier files stay in its history.
 
     Returns:
-        URL on the hub, or the folder and the error if the hub could not be reached.
+        URL on the Hub, or the folder and the error if the Hub could not be reached.
 
     Raises:
         FileExistsError: If the repository exists and `overwrite` is not set, or the folder is not empty.
         PermissionError: If you are not logged in, or lack write permission.
-        ValueError: If `name` is not a valid repository name, or the run is damaged or has another kind of task.
+        ValueError: If `name` is not a valid repository name, or the run is damaged or has an unsupported task.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
@@ -102,7 +104,7 @@ def push(
         validate_repo_id(name)
     except HFValidationError as error:
         raise ValueError(
-            f"name must be a repository name on the hub such as user/photos, got {name!r}: {error}"
+            f"name must be a repository name on the Hugging Face Hub such as user/photos, got {name!r}: {error}"
         ) from None
     if to_folder is not None:
         return Pushed(str(write_hub_folder(run, to_folder, name, adapter=adapter)))
@@ -113,14 +115,14 @@ def push(
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="Model and card")
     except LocalTokenNotFoundError as error:
         shutil.rmtree(folder)
-        raise PermissionError(f"name={name} needs a login to the hub; run `hf auth login`") from error
+        raise PermissionError(f"name={name} needs a login to the Hugging Face Hub; run `hf auth login`") from error
     except HfHubHTTPError as error:
         shutil.rmtree(folder)
         status = None if error.response is None else error.response.status_code
         if status == 409:
             raise FileExistsError(
-                f"name={name} already exists on the hub; choose another name, or add a commit with --overwrite "
-                "(overwrite=True)"
+                f"name={name} already exists on the Hugging Face Hub; choose another name, or add a commit with "
+                "--overwrite (overwrite=True)"
             ) from error
         if status in (401, 403):
             raise PermissionError(f"no write permission for name={name}; run `hf auth login`") from error

@@ -73,14 +73,14 @@ class ServerLimits:
 
 
 class _PixelBudget:
-    """Budget for the pixels in memory, over all requests."""
+    """Budget for the pixels in memory, shared by all requests."""
 
     def __init__(self, limit: float) -> None:
         self._limit, self._used, self._lock = limit, 0.0, threading.Lock()
 
     @contextmanager
     def holding(self, pixels: float) -> Iterator[bool]:
-        """Reserve pixels until the end of the block; yields True if they fit."""
+        """Reserve pixels until the end of the block; yield True if they fit in the budget."""
         with self._lock:
             fits = self._used + pixels <= self._limit
             self._used += pixels if fits else 0.0
@@ -111,7 +111,7 @@ def create_app(
     - 411: a POST request has no Content-Length header.
     - 413: a limit of the request is exceeded.
     - 422: no file could be predicted, or the form has no `files`.
-    - 503: the limit of all requests is exceeded.
+    - 503: the limit for all requests is exceeded.
 
     Args:
         model: Model from `snella.load`.
@@ -175,9 +175,9 @@ def create_app(
 
     @app.exception_handler(RequestValidationError)
     async def explain_form(request: Request, error: RequestValidationError) -> Any:
-        given = ", ".join(map(repr, error.body)) if isinstance(error.body, Mapping) and error.body else "no field"
+        fields = ", ".join(map(repr, error.body)) if isinstance(error.body, Mapping) and error.body else "no field"
         return JSONResponse(
-            {"error": f"images must be files of the form's field 'files', got {given}; {_curl(request)}"}, 422
+            {"error": f"images must be files of the form's field 'files', got {fields}; {_curl(request)}"}, 422
         )
 
     @app.exception_handler(HTTPException)
@@ -197,7 +197,7 @@ def create_app(
 
     @app.post("/predict")
     def predict(files: list[UploadFile]) -> Any:
-        """Predict images, each a file in the form field `files`."""
+        """Run prediction on images, each a file in the form field `files`."""
         if len(files) > limits.files:
             return JSONResponse({"error": f"a request must have at most {limits.files} files, got {len(files)}"}, 413)
         answers: list[dict[str, Any]] = [{"name": file.filename or f"[{i}]"} for i, file in enumerate(files)]
@@ -218,8 +218,8 @@ def create_app(
                 return JSONResponse({"error": busy}, 503, {"Retry-After": "1"})
             images = [files[index].file.read() for index in usable]
             failed: dict[Path, str] = {}
-            each = model.each(images, tta=tta, unsure=unsure, skip_corrupt=True, on_skipped=failed.__setitem__)
-            for prediction in each:
+            predictions = model.each(images, tta=tta, unsure=unsure, skip_corrupt=True, on_skipped=failed.__setitem__)
+            for prediction in predictions:
                 answers[usable[_index(prediction.path)]].update(_answer(model, prediction))
         for path, reason in failed.items():
             answers[usable[_index(path)]]["error"] = f"not a readable image: {reason}"
@@ -293,10 +293,10 @@ def _listener(host: str, port: int) -> Iterator[socket.socket]:
         OSError: If the address is in use, not on this machine, or not permitted; names a remedy.
     """
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, socket_type, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (socket.gaierror, UnicodeError) as error:
         raise OSError(f"host must be an address of this machine, got {host!r}; use 127.0.0.1 or 0.0.0.0") from error
-    with socket.socket(family, kind, protocol) as listener:
+    with socket.socket(family, socket_type, protocol) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(address)

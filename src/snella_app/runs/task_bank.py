@@ -46,15 +46,15 @@ class _Task:
 
 
 class TaskBank:
-    """Serve many SNELLA runs on one shared backbone.
+    """Bank of SNELLA runs that share one backbone.
 
         bank = TaskBank({"cells": "runs/cells", "stamps": "runs/stamps"}, memory_mib=512)
         outputs = bank(images, ["cells", "stamps", "cells"])
 
     The bank stores the backbone once, the factors and head of each task (a few MiB), and the effective weights
-    `W0 + scaling·S` of the most recently used tasks, up to `memory_mib`. A cached task needs no merge. Another task
-    needs one merge, into the memory of the least recently used task. Images of a batch are grouped by task. The outputs
-    of each group are bit-identical to those of the loaded run for the same group.
+    `W0 + scaling·S` of the most recently used tasks, up to `memory_mib`. A cached task needs no merge. Any other task
+    needs one merge, which reuses the memory of the least recently used task. Images of a batch are grouped by task.
+    The outputs of each group are bit-identical to those of the loaded run for the same group.
 
     Args:
         runs: Folders of finished runs, by task name.
@@ -174,7 +174,7 @@ class TaskBank:
             self._cached.pop(name, None)
 
     def __call__(self, images: Tensor | Sequence[Tensor], tasks: Sequence[str]) -> list[Tensor]:
-        """Compute outputs of images of different tasks.
+        """Compute the outputs of images from different tasks.
 
         Args:
             images: `[n, C, H, W]`, or `n` images, each preprocessed by the transform of its task.
@@ -188,14 +188,14 @@ class TaskBank:
         """
         groups = self._groups(tasks, len(images))
         outputs: list[Tensor | None] = [None] * len(images)
-        for name, places in groups:
-            batch = torch.stack([images[place] for place in places])
-            for place, output in zip(places, self._run(name, batch), strict=True):
-                outputs[place] = output
+        for name, indices in groups:
+            batch = torch.stack([images[index] for index in indices])
+            for index, output in zip(indices, self._run(name, batch), strict=True):
+                outputs[index] = output
         return [output for output in outputs if output is not None]
 
     def predict(self, images: Sequence[str | Path], tasks: Sequence[str], *, batch_size: int = 32) -> list[Any]:
-        """Predict image files of different tasks.
+        """Run prediction on image files of different tasks.
 
         Args:
             images: Image files.
@@ -203,7 +203,7 @@ class TaskBank:
             batch_size: Batch size.
 
         Returns:
-            Predictions as from `snella_app.runs.predict.predict` with the run of each task, in input order.
+            Predictions as returned by `snella_app.runs.predict.predict` with the run of each task, in input order.
 
         Raises:
             ValueError: As for `__call__`, or if an image cannot be read.
@@ -211,26 +211,26 @@ class TaskBank:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         predictions: dict[int, Any] = {}
-        for name, places in self._groups(tasks, len(images)):
+        for name, indices in self._groups(tasks, len(images)):
             loaded = self._tasks[name].loaded
-            for start in range(0, len(places), batch_size):
-                part = places[start : start + batch_size]
-                paths = [Path(images[place]) for place in part]
+            for start in range(0, len(indices), batch_size):
+                part = indices[start : start + batch_size]
+                paths = [Path(images[index]) for index in part]
                 read = [read_image(path, loaded.reading) for path in paths]
                 batch = torch.stack([loaded.transform(image) for image in read])
                 outputs = loaded.task.outputs(partial(self._run, name), batch, loaded.info.tta)
                 outputs = outputs / loaded.info.temperature
                 batch_predictions = loaded.task.image_predictions(paths, read, outputs)
                 predictions.update(zip(part, batch_predictions, strict=True))
-        return [predictions[place] for place in range(len(images))]
+        return [predictions[index] for index in range(len(images))]
 
     def _groups(self, tasks: Sequence[str], count: int) -> list[tuple[str, list[int]]]:
         """Group image indices by task; cached tasks come first, which avoids merging a task twice."""
         if len(tasks) != count:
             raise ValueError(f"tasks must have one name per image, got {len(tasks)} names for {count} images")
         groups: dict[str, list[int]] = {}
-        for place, name in enumerate(tasks):
-            groups.setdefault(name, []).append(place)
+        for index, name in enumerate(tasks):
+            groups.setdefault(name, []).append(index)
         for name in groups:
             self._find(name)
         return sorted(groups.items(), key=lambda group: group[0] not in self._cached)
@@ -254,7 +254,7 @@ class TaskBank:
 
     @torch.no_grad()
     def _effective_weights(self, name: str) -> dict[str, Tensor]:
-        """Return the effective weights of a task; merges them if they are not cached."""
+        """Return the effective weights of a task; merge them if they are not cached."""
         if name in self._cached:
             self._cached.move_to_end(name)
             return self._cached[name]

@@ -1,4 +1,4 @@
-"""Components of a training: `load` loads data and task, `build` creates the model."""
+"""Components of a training run: `load` loads data and task, `build` creates the model."""
 
 import dataclasses
 import time
@@ -253,7 +253,7 @@ def build(
     data_config = get_protocol(config.protocol).data_config(
         resolve_data_config(backbone, model.img_size), is_resized_whole=data.splits.is_resized_whole
     )
-    pretrained_config = getattr(backbone, "pretrained_cfg", None) or {}  # of timm models
+    pretrained_config = getattr(backbone, "pretrained_cfg", None) or {}  # only timm models have one
     info = dataclasses.replace(info, architecture=pretrained_config.get("architecture") or None)
     splits = _transformed(data, data_config)
     torch.manual_seed(seed)

@@ -105,7 +105,7 @@ class WeightAverage(TrainerCallback):
         """Load the averages from a checkpoint.
 
         Raises:
-            CheckpointError: The checkpoint has no averages, or averages of other parameters.
+            CheckpointError: If the checkpoint has no averages, or has averages of other parameters.
         """
         path = existing_file(checkpoint, _FILE)
         with safe_open(path, "pt") as file:
@@ -169,7 +169,7 @@ class EpochEnds:
         """Load the values from a checkpoint.
 
         Raises:
-            CheckpointError: The checkpoint has no values, or values of other parameters.
+            CheckpointError: If the checkpoint has no values, or has values of other parameters.
         """
         path = existing_file(checkpoint, _ENDS_FILE)
         self._values = {}
@@ -302,10 +302,10 @@ class TrackingCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Log the loss and the throughput."""
-        step, then = self._sent_at
+        last_step, last_time = self._sent_at
         if state.global_step % _TRACKED_STEPS == 0:
             now = time.perf_counter()
-            pace = self.step_images * (state.global_step - step) / max(now - then, 1e-9)
+            pace = self.step_images * (state.global_step - last_step) / max(now - last_time, 1e-9)
             self._send({"loss": self.trainer.last_loss, "images_per_s": pace})
             self._sent_at = (state.global_step, now)
 
@@ -354,8 +354,8 @@ class ProgressDisplay(TrainerCallback):
         protocol: Protocol that selects the best epoch.
         total_weights: Number of adapted weights, for the relative budget; None without budgets.
         allocation: Callback that owns the allocator; None without budgets.
-        show_bar: Show the bar or its replacement lines.
-        shorten: Function from the slowdown factor to a hint on shortening the run; None for no hint.
+        show_bar: If True, show the bar or the lines that replace it.
+        shorten: Function that returns a hint on shortening the run for a slowdown factor; None for no hint.
         clock: Function that returns the time in seconds.
         step_images: Images per step, for the throughput; None to hide it.
     """

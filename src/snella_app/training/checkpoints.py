@@ -27,7 +27,7 @@ def existing_file(checkpoint: Path, name: str) -> Path:
     """Return the path of a checkpoint's file.
 
     Raises:
-        CheckpointError: The file is missing.
+        CheckpointError: If the file is missing.
     """
     path = checkpoint / name
     if not path.is_file():
@@ -63,7 +63,7 @@ def intact_checkpoint(run: RunFolderOf[Any]) -> tuple[Path | None, list[str]]:
         The checkpoint, None if the run has no checkpoints, and the damage of checkpoints with higher steps.
 
     Raises:
-        CheckpointError: All checkpoints are damaged; the message names a file and the remedies.
+        CheckpointError: If all checkpoints are damaged; the message names a file and the remedies.
     """
     damages: list[str] = []
     run_id = run.id
@@ -105,8 +105,8 @@ def find_damage(checkpoint: Path, run_id: str | None) -> str:
     altered = [name for name, digest in files.items() if sha256_of(checkpoint / name) != digest]
     if altered:
         return f"{', '.join(altered)} was modified or truncated after it was written"
-    foreign = [name for name in _files_of(checkpoint) if name not in (*files, MANIFEST)]
-    return f"{', '.join(foreign)} is not listed in {MANIFEST}; remove it" if foreign else ""
+    unlisted = [name for name in _files_of(checkpoint) if name not in (*files, MANIFEST)]
+    return f"{', '.join(unlisted)} is not listed in {MANIFEST}; remove it" if unlisted else ""
 
 
 def _files_of(checkpoint: Path) -> list[str]:
@@ -143,7 +143,7 @@ def reading_checkpoint(checkpoint: Path) -> Iterator[None]:
     """Convert errors inside the context to `CheckpointError`.
 
     Raises:
-        CheckpointError: The files are not a valid checkpoint, e.g. a pickle with arbitrary code.
+        CheckpointError: If the files are not a valid checkpoint, e.g. a pickle with arbitrary code.
     """
     try:
         yield
@@ -169,7 +169,7 @@ def staged(run: RunFolderOf[Any], name: str) -> Iterator[Path]:
         The staging folder; only its subfolder `name` is published.
 
     Raises:
-        CheckpointError: Writing failed, e.g. because the disk is full. Existing checkpoints are unchanged.
+        CheckpointError: If writing fails, e.g. because the disk is full. Existing checkpoints are unchanged.
     """
     folder = run.checkpoints
     staging = folder / f".staging-{name}"
@@ -215,11 +215,13 @@ def _reason(error: BaseException, target: Path) -> str:
     free_space = ""
     with contextlib.suppress(OSError):
         free_space = f" ({shutil.disk_usage(target.parent).free / 2**20:.0f} MiB free)"
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     # torch's zip writer reports no errno
-    torn = not isinstance(error, OSError) and ("PytorchStreamWriter" in str(error) or "inline_container" in str(error))
-    cause = "the disk is full" if full or "No space left" in str(error) else str(error)
-    cause = "the disk is full or the file size limit is reached" if torn else cause
+    is_writer_error = not isinstance(error, OSError) and (
+        "PytorchStreamWriter" in str(error) or "inline_container" in str(error)
+    )
+    cause = "the disk is full" if is_full or "No space left" in str(error) else str(error)
+    cause = "the disk is full or the file size limit is reached" if is_writer_error else cause
     if _NAME.fullmatch(target.name):
         previous = latest_checkpoint(target.parent)
     else:

@@ -34,8 +34,8 @@ class Transformer:
         image: Values of one input image; 0 for a language model.
         outputs: Classes or vocabulary.
         kv_width: Outputs of the key and value layers; `d` if None. Used with `is_gated`.
-        is_gated: LLaMA's blocks: separate q, k, v, a gated MLP, no biases.
-        has_layer_scale: Both branches of a block end with a trained scale.
+        is_gated: True for LLaMA's blocks: separate q, k, v, a gated MLP, no biases.
+        has_layer_scale: True if both branches of a block end with a trained scale.
     """
 
     width: int
@@ -103,7 +103,7 @@ class Method:
     Args:
         family: Method without options.
         recompute: Recompute layer inputs in the backward pass.
-        compress: Save activations in eight bits.
+        compress: Save 8-bit activations.
         sample: Fraction of the tokens that enter the weight gradient.
         half_gradient: Compute the weight gradient in bfloat16.
     """
@@ -143,7 +143,7 @@ class Kernels:
         merged_bytes: Bytes moved per entry for `ΔW` in float32 and the gradient.
         weight_accesses: Accesses of `W0` and `W` per entry, in the dtype of the weights.
         calls: Calls or launches per layer in both passes.
-        dense: The weight gradient is dense at every sparsity.
+        dense: True if the weight gradient is dense at every sparsity.
         serial: Instructions of one warp per row of the softmax in both passes. Too few programs run to fill the
             device, so they add up.
     """
@@ -167,8 +167,8 @@ partial sums of `3r/8` bytes at rank 8. One program per 16 columns computes soft
 SDDMM = (0.54, 2.6)
 """Time of a sparse weight gradient (SDDMM) relative to the dense product: constant, and slope over the density.
 
-The line is fitted to the newest committed rows of a 3072×768 matrix, at densities from 1 to 10%. Its error there is at
-most 9%. At 768×768 it is 19 to 37% too low, with a median of 28%.
+The line is fitted to the newest committed measurements of a 3072×768 matrix, at densities from 1 to 10%. Its error
+there is at most 9%. At 768×768 it is 19 to 37% too low, with a median of 28%.
 """
 
 
@@ -219,7 +219,7 @@ class StepCount:
 
     @property
     def is_full(self) -> bool:
-        """More than half of the parameters without adapters are trained."""
+        """True if more than half of the parameters without adapters are trained."""
         return _is_full(self.trainable - self.adapters, self.parameters)
 
     @property
@@ -296,9 +296,9 @@ def count_step(
         r: Rank.
         sparsity: Fraction of the adapted weights that SNELLA leaves unchanged.
         precision: Dtypes of activations and frozen weights.
-        kernels: Backend that merges.
-        is_checkpointed: Blocks save only their inputs and repeat the forward pass of the frozen model. Repeated
-            merging and repeated adapter products are not counted.
+        kernels: Backend that merges the factors.
+        is_checkpointed: If True, blocks save only their inputs and repeat the forward pass of the frozen model.
+            Repeated merging and repeated adapter products are not counted.
     """
     options = METHODS[method]
     tokens, activation, weight = model.tokens * batch, *_sizes(precision)
@@ -374,12 +374,12 @@ def _frozen_block(model: Transformer, tokens: int, activation: int, weight: int,
     # output and input gradient; attention has two products forward and five backward
     products = 2 * 2 * tokens * model.entries + 14 * tokens * model.tokens * d
     vector = tokens * (60 * h + 40 * scores)
-    numbers = 16 * d + 6 * d  # normalizations, residuals
-    numbers += (13 if model.is_gated else 5) * h  # activation, gate
-    numbers += 18 * d  # attention and the split of qkv
-    numbers += 10 * d if model.has_layer_scale else 0
-    numbers += 2 * sum(m + n for m, n, _ in model.layers)
-    moved = activation * tokens * numbers + 2 * weight * model.entries
+    accesses = 16 * d + 6 * d  # normalizations, residuals
+    accesses += (13 if model.is_gated else 5) * h  # activation, gate
+    accesses += 18 * d  # attention and the split of qkv
+    accesses += 10 * d if model.has_layer_scale else 0
+    accesses += 2 * sum(m + n for m, n, _ in model.layers)
+    moved = activation * tokens * accesses + 2 * weight * model.entries
     if precision == "autocast":
         moved += 2 * (_FLOAT32 + _HALF) * model.entries
     return _Cost(products, vector, moved, 22 + 4 * (precision != "float32"))
@@ -466,7 +466,7 @@ def _saved_by_block(model: Transformer, options: Method, tokens: int, r: int, pr
 
     Without recomputation: inputs and outputs of two normalizations, q, k, v, the output and the logarithms of
     attention, input and output of the activation (and the gate). Recomputation drops the outputs of normalizations and
-    activation. Eight bits also drop the output of attention.
+    activation. 8-bit activations also drop the output of attention.
     """
     d, h, kv = model.width, model.hidden, model.kv_width or model.width
     activation, _ = _sizes(precision)

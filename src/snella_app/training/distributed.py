@@ -35,7 +35,7 @@ def refuse_several_processes(what: str) -> None:
         what: The operation, for the message, e.g. "a comparison".
 
     Raises:
-        NotImplementedError: The world size is larger than 1.
+        NotImplementedError: If the world size is larger than 1.
     """
     if process_count() > 1:
         raise NotImplementedError(
@@ -60,8 +60,8 @@ def join_processes(device: str) -> None:
         device: auto, cpu or cuda; each process uses the GPU of its local rank.
 
     Raises:
-        NotImplementedError: Accelerate is configured to shard the model.
-        ValueError: `device` names a single device for several processes.
+        NotImplementedError: If Accelerate is configured to shard the model.
+        ValueError: If `device` names a single device for several processes.
     """
     for variable, name in _OTHER_WAYS.items():
         if os.environ.get(variable, "false").lower() in ("1", "true", "yes"):
@@ -116,8 +116,8 @@ def from_main(make: Callable[[], _T]) -> _T:
     """Run `make` in the main process and broadcast its result.
 
     Raises:
-        Exception: `make` failed; raised in the main process.
-        SystemExit: `make` failed; raised silently in all other processes.
+        Exception: If `make` fails; raised only in the main process.
+        SystemExit: If `make` fails; raised silently in all other processes.
     """
     if process_count() == 1:
         return make()
@@ -141,7 +141,7 @@ def only_main(context: contextlib.AbstractContextManager[Any]) -> Iterator[None]
     """Enter a context only in the main process; errors end all other processes silently.
 
     Raises:
-        SystemExit: In other processes, instead of an interruption or an error with an `exit_status`.
+        SystemExit: If a process other than the main one is interrupted, or fails with an `exit_status`.
     """
     if is_main():
         with context:

@@ -91,7 +91,7 @@ class FeatureNorm(TrainerCallback):
         """Load the statistics from a checkpoint.
 
         Raises:
-            CheckpointError: The checkpoint has no statistics, or statistics of another width.
+            CheckpointError: If the checkpoint has no statistics, or has statistics of another width.
         """
         path = existing_file(checkpoint, _FILE)
         stored = load_file(path, str(self.mean.device))

@@ -100,7 +100,7 @@ def _targets(task: Task, images: ImageDataset) -> dict[str, Tensor]:
 def fit_layers(parts: RunComponents, train: ImageDataset, views: int, load: Load) -> LayerFit:
     """Fit a linear head to features of several layers of the trained model.
 
-    A first fit to the training images predicts the validation images. The final fit uses both.
+    A first fit to the training images predicts the validation images. The final fit uses both splits.
 
     Args:
         parts: Data and model; `start_layers` optionally contains the features of `train`.
@@ -115,7 +115,7 @@ def fit_layers(parts: RunComponents, train: ImageDataset, views: int, load: Load
     layers, val_outputs = probed_layers(parts.model), None
     if val is not None:
         val_outputs = _outputs(parts.task, val, weight, bias)
-        weight, bias = fit_linear(parts.task, _joined(measured, val), outputs)
+        weight, bias = fit_linear(parts.task, _concatenate(measured, val), outputs)
     return LayerFit(LayerProbe(parts.model, layers, weight, bias).to(weight.device), val_outputs)
 
 
@@ -126,7 +126,7 @@ def measure_layers(parts: RunComponents, probe: LayerProbe, images: Any, views: 
 
 
 def is_clearly_worse(task: Task, val: tuple[Any, Any], trained: tuple[Any, Any]) -> bool:
-    """Return whether the outputs `val` are worse than the trained head's on the same validation images.
+    """Return whether the outputs `val` are clearly worse than the trained head's on the same validation images.
 
     Single-label classification uses McNemar's test (`is_clearly_more`); other tasks compare the monitored metric.
     """
@@ -189,7 +189,7 @@ def _outputs(task: Task, measured: MeasuredFeatures, weight: Tensor, bias: Tenso
     return reduced.cpu().numpy(), labels.cpu().numpy()
 
 
-def _joined(first: MeasuredFeatures, second: MeasuredFeatures) -> MeasuredFeatures:
+def _concatenate(first: MeasuredFeatures, second: MeasuredFeatures) -> MeasuredFeatures:
     """Concatenate two splits; missing sample weights become 1."""
     weights = None
     if first.weights is not None or second.weights is not None:

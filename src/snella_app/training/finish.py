@@ -42,8 +42,8 @@ from snella_app.training.sharding import is_sharded
 from snella_app.training.trainer import SnellaTrainer
 
 _ADAPTER_USE = """This folder contains an adapter in PEFT format. Run `import snella` before loading it with PEFT; the
-package registers the adapter's keys. With the run folder, `snella predict RUN IMAGES` predicts images, and `snella
-merge RUN --out MODEL` merges the adapter into a plain model.
+package registers the adapter's keys. With the run folder, `snella predict RUN IMAGES` runs prediction on images, and
+`snella merge RUN --out MODEL` merges the adapter into a plain model.
 """
 _MOST_PREDICTIONS = 5_000  # predictions of a large test split take hundreds of megabytes
 Outputs = tuple[np.ndarray, np.ndarray]
@@ -103,7 +103,7 @@ def finish(session: Session, trainer: SnellaTrainer) -> None:
         )
     )
     write_text(run.adapter / CARD, model_card(run.path, _ADAPTER_USE, library="peft"))
-    # before the status: a run killed in between is resumed, evaluated again and completed
+    # precedes the status, so a run killed in between is resumed, evaluated again and completed
     report = write_report(run.path, report_images, state="finished") if session.draw_report else None
     run.finish()
     _print_results(session, trainer, measured, scores)
@@ -177,7 +177,7 @@ def _metrics(session: Session, trainer: SnellaTrainer) -> Metrics:
 def _fit_final_head(
     session: Session, trainer: SnellaTrainer, outputs: dict[str, Outputs]
 ) -> tuple[LayerFit | None, FinalHead | None]:
-    """Fit a linear head on several layers if requested, and save it unless it is clearly worse on validation.
+    """Fit a linear head on several layers if requested, and save it unless it is clearly worse on the validation set.
 
     Args:
         session: Training session; the head is saved in the adapter folder.
@@ -250,7 +250,7 @@ def _final_head_text(head: FinalHead) -> str:
         return f"{head.name} is the final head, fitted to the training images"
     if not head.is_saved:
         return f"{head.name} is clearly worse: {head.comparison}, which is kept"
-    return f"{head.name} is the final head: {head.comparison}; refitted to training and validation images"
+    return f"{head.name} is the final head: {head.comparison}; refitted on training and validation images"
 
 
 def _untrained_text(head: FinalHead | None) -> str:
@@ -270,7 +270,8 @@ def _averaged_text(averaged: AveragedEpochs, best: int) -> str:
     candidates = f"of epochs {averaged.offered[0]} to {averaged.offered[-1]}"
     if averaged.is_saved:
         return f"{averaged.kind} {candidates}: {averaged.text} is saved"
-    return f"{averaged.kind} {candidates}: {averaged.text} is worse on validation than epoch {best}, which is saved"
+    worse = f"is worse on the validation set than epoch {best}, which is saved"
+    return f"{averaged.kind} {candidates}: {averaged.text} {worse}"
 
 
 def _final_text(

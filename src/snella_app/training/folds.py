@@ -44,13 +44,13 @@ def train_folds(config: TrainConfig, console: Console | None = None, **options: 
         The content of `OUT/folds.json`; `folds.md` and `folds.html` present it as tables.
 
     Raises:
-        FileExistsError: The folder contains a cross-validation or a run, and neither `resume` nor `overwrite` is set.
-        FileNotFoundError: `resume` is set, but the folder has no cross-validation and no data or backbone is given.
-        ValueError: `train` rejects the settings, or a resumed cross-validation has other settings.
+        FileExistsError: If the folder contains a cross-validation or run, and neither `resume` nor `overwrite` is set.
+        FileNotFoundError: If `resume` is set, but the folder has no cross-validation and no data or backbone is given.
+        ValueError: If `train` rejects the settings, or a resumed cross-validation has other settings.
     """
     console = console or make_console(survives_closed_output=True)
     folder = RunFolder(str(config.run.out))
-    config = _prepared(config, folder)
+    config = _prepare_config(config, folder)
     count = int(config.data.folds or 0)
     results = FoldResults(count)
     for fold in range(1, count + 1):
@@ -97,7 +97,7 @@ def summary_of(results: FoldResults, *, test: bool = False) -> dict[str, tuple[f
     return summary
 
 
-def _prepared(config: TrainConfig, folder: RunFolder) -> TrainConfig:
+def _prepare_config(config: TrainConfig, folder: RunFolder) -> TrainConfig:
     """Write the settings of a new cross-validation, or return the stored settings of a resumed one."""
     stored = read_if_present(FoldResults, folder.path)
     if stored is not None and config.run.resume:

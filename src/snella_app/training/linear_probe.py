@@ -64,7 +64,7 @@ def plain_images(images: ImageDataset | FeatureDataset) -> ImageDataset:
 
 
 def can_cache_features(data: DataConfig, model: nn.Module) -> bool:
-    """Return whether the head's inputs are constant: a linear probe of a timm model without augmentation."""
+    """Return whether the head's inputs are constant, as in a linear probe of a timm model without augmentation."""
     method = method_of(model)
     return (
         method is not None
@@ -138,7 +138,7 @@ def head_inputs(model: nn.Module, parts: Sequence[ImageDataset], batch_size: int
 _MOST_PROBE_IMAGES = 5_000
 """Maximum number of training images for a probe; more images hardly change the fit."""
 _MOST_FLIPPED = 500
-"""Maximum number of training images in the test of flips."""
+"""Maximum number of training images for the flip test."""
 _FOLDS = 4
 _CLEAR = 2.0
 """Minimum difference in standard errors that counts as clear."""
@@ -229,7 +229,7 @@ def _reads_features(parts: RunComponents, layers: Sequence[int]) -> bool:
 
 
 def normalize_features(parts: RunComponents, optim: OptimConfig) -> FeatureNorm:
-    """Normalize the inputs of the head from now on.
+    """Enable the normalization of the head's inputs.
 
     Raises:
         ValueError: If the model has no linear head on pooled features.
@@ -283,7 +283,7 @@ def _can_probe(parts: RunComponents) -> bool:
 
 
 def _flips_change_classes(parts: RunComponents, optim: OptimConfig) -> bool:
-    """Return whether a cross-validated probe is clearly worse if fitted to flips and averaged over flips."""
+    """Return whether a cross-validated probe is clearly worse with flips, for fitting and for prediction."""
     if not parts.task.has_one_class or not _can_probe(parts):
         return False
     rows = probe_rows(parts)
@@ -294,13 +294,13 @@ def _flips_change_classes(parts: RunComponents, optim: OptimConfig) -> bool:
     outputs = parts.task.count_outputs(parts.splits.classes)
     only_without = only_with = 0
     for held_out in np.array_split(np.arange(len(labels)), _FOLDS):
-        fitted = np.setdiff1d(np.arange(len(labels)), held_out)
-        if len(set(labels[fitted].tolist())) < 2:
+        train_rows = np.setdiff1d(np.arange(len(labels)), held_out)
+        if len(set(labels[train_rows].tolist())) < 2:
             continue
         is_correct = []
         for views in ([plain], [plain, flipped]):
-            targets = np.tile(labels[fitted], len(views))
-            fit = parts.task.fit_linear(np.concatenate([view[fitted] for view in views]), targets, outputs, None)
+            targets = np.tile(labels[train_rows], len(views))
+            fit = parts.task.fit_linear(np.concatenate([view[train_rows] for view in views]), targets, outputs, None)
             logits = [torch.from_numpy(view[held_out]) @ fit[0].T + fit[1] for view in views]
             predicted = parts.task.sample_outputs(parts.task.average_outputs(logits)).argmax(-1)
             is_correct.append(predicted.numpy() == labels[held_out])

@@ -36,7 +36,7 @@ class Rates:
         memory: Bytes per second.
         call_s: Seconds per call or launch.
         issue: Instructions per second of one warp.
-        overlaps: Calls run in parallel with the device.
+        overlaps: True if calls run in parallel with the device.
     """
 
     product: float
@@ -118,7 +118,7 @@ def gpu_rates(
         vector: Index into `EFFICIENCIES["vector"]`.
         memory: Index into `EFFICIENCIES["memory"]`.
         launch: Index into `LAUNCHES`.
-        is_float32: Products run in float32 without tensor cores.
+        is_float32: True if products run in float32 without tensor cores.
     """
     peak = GPUS[gpu]
     products = (peak.vector if is_float32 else peak.product) * EFFICIENCIES["product"][product]

@@ -48,7 +48,7 @@ class ForwardRecord:
 
     Args:
         kept: Bytes saved by autograd, without parameters and buffers.
-        keeps_images: The saved tensors include the input images, as a trained first layer needs.
+        keeps_images: True if the saved tensors include the input images, which a trained first layer needs.
         calls: Calls of the modules in `working_modules`, and of attention with encoded inputs, in execution order.
     """
 
@@ -140,7 +140,7 @@ def record_forward(model: nn.Module, images: Tensor) -> ForwardRecord:
 
 
 class _AttentionRecorder(TorchFunctionMode):
-    """Calls `note` for attention that runs outside the model's graph and is recomputed in the backward pass."""
+    """Mode that reports attention outside the model's graph, which the backward pass recomputes, to `note`."""
 
     def __init__(self, note: Callable[[tuple[Tensor, ...], Tensor], None]) -> None:
         super().__init__()
@@ -241,7 +241,7 @@ def predict_step_memory(
 
         at module i of the backward pass:  kept_until(i) + gradients(i, i+1, …) + temporary(i)
         at the optimizer step:             gradients + temporary(AdamW)
-        total = weights + optimizer_state + images + max of these
+        total = weights + optimizer_state + images + maximum of these
 
     `kept_until` and the activation part of `temporary` are linear in the batch size; forward passes with 2 and 3 images
     determine the line at the memory cost of passes without gradients. The prediction excludes libraries, allocator
@@ -357,7 +357,7 @@ def predict_for_methods(
         device_type: Device type of the training.
 
     Raises:
-        ValueError: A number is below 1, or `dtype` or the backbone is unknown. Everything except the backbone is
+        ValueError: If a number is below 1, or `dtype` or the backbone is unknown. Everything except the backbone is
             checked before a model is built.
     """
     errors = [

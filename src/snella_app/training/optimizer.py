@@ -37,24 +37,24 @@ def build_low_bit_optimizer(
         The optimizer and its name with the reason for a fallback.
 
     Raises:
-        ImportError: `wanted` is `adamw8bit` and bitsandbytes is missing or does not run on the device.
+        ImportError: If `wanted` is `adamw8bit` and bitsandbytes is missing or does not run on the device.
     """
-    kind, name = _choose(wanted, device)
+    optimizer_cls, name = _choose_adamw(wanted, device)
     if any(isinstance(module, SnellaLayer) for module in model.modules()):
         scalars: dict[str, Any] = {} if scalar_lr is None else {"scalar_lr": scalar_lr}
-        return create_snella_optimizer(model, kind, lr=lr, weight_decay=weight_decay, **scalars), name
+        return create_snella_optimizer(model, optimizer_cls, lr=lr, weight_decay=weight_decay, **scalars), name
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return kind(trained, lr=lr, weight_decay=weight_decay), name  # type: ignore[call-arg]
+    return optimizer_cls(trained, lr=lr, weight_decay=weight_decay), name  # type: ignore[call-arg]
 
 
-def _choose(wanted: str, device: torch.device) -> tuple[type[Optimizer], str]:
+def _choose_adamw(wanted: str, device: torch.device) -> tuple[type[Optimizer], str]:
     """Return the optimizer class for `auto`, `adamw` or `adamw8bit`, and its human-readable name."""
     if wanted == "adamw":
         return AdamW, "AdamW"
     try:
-        kind: type[Optimizer] = importlib.import_module(_PACKAGE).optim.AdamW8bit
-        _try_out(kind, device)
-        return kind, "8-bit AdamW of bitsandbytes"
+        optimizer_cls: type[Optimizer] = importlib.import_module(_PACKAGE).optim.AdamW8bit
+        _check_step(optimizer_cls, device)
+        return optimizer_cls, "8-bit AdamW of bitsandbytes"
     except Exception as error:
         # bitsandbytes can be missing, outdated or without a kernel for this device, with various exception types
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -66,11 +66,11 @@ def _choose(wanted: str, device: torch.device) -> tuple[type[Optimizer], str]:
         return AdamW, f"AdamW, because 8-bit AdamW does not run on {device} ({reason})"
 
 
-def _try_out(kind: type[Optimizer], device: torch.device) -> None:
+def _check_step(optimizer_cls: type[Optimizer], device: torch.device) -> None:
     """Run one step on a parameter that is large enough for 8-bit state."""
     parameter = nn.Parameter(torch.zeros(64, 128, device=device))
     parameter.grad = torch.ones_like(parameter)
-    kind([parameter], lr=1.0).step()  # type: ignore[call-arg]
+    optimizer_cls([parameter], lr=1.0).step()  # type: ignore[call-arg]
     if not bool((parameter != 0).all()):
         raise RuntimeError("its step leaves parameters unchanged")
 
@@ -95,7 +95,7 @@ def build_optimizer(
         layer_decay: Factor of the learning rate per layer below the head; None for equal rates.
 
     Raises:
-        ValueError: No parameter is trainable, or `layer_decay` is set for a model without timm's layer numbers.
+        ValueError: If no parameter is trainable, or `layer_decay` is set for a model without timm's layer numbers.
     """
     head_lr = lr if head_lr is None else head_lr
     scalars = {} if scalar_lr is None else {"scalar_lr": scalar_lr}
@@ -160,16 +160,16 @@ def set_drop_path(model: nn.Module, head: str, rate: float) -> None:
         rate: Drop probability of a residual branch per image, in [0, 1).
 
     Raises:
-        ValueError: The backbone's blocks do not support drop path.
+        ValueError: If the backbone's blocks do not support drop path.
     """
     blocks = find_blocks(model, head)
-    places = 0
+    num_replaced = 0
     for number, (_, block) in enumerate(blocks):
         for name in ("drop_path", "drop_path1", "drop_path2"):
             if isinstance(getattr(block, name, None), nn.Identity | DropPath):
                 setattr(block, name, DropPath(rate * number / max(len(blocks) - 1, 1)))
-                places += 1
-    if not places:
+                num_replaced += 1
+    if not num_replaced:
         raise ValueError(
             f"drop_path needs a backbone with droppable residual branches, got {type(model).__name__}; leave it out"
         )
@@ -182,7 +182,7 @@ def checkpoint_gradients(model: nn.Module) -> None:
         model: Model from `build_method`, changed in place.
 
     Raises:
-        ValueError: The backbone does not support gradient checkpointing.
+        ValueError: If the backbone does not support gradient checkpointing.
     """
     base = base_model(model)
     for part in (base, getattr(base, "encoder", None)):

@@ -62,7 +62,7 @@ def resolve(
 def _at_fitting_size(
     config: TrainConfig, data: LoadedData, parts: RunComponents, console: Console
 ) -> tuple[RunComponents, TrainConfig]:
-    """Return data and model at the largest image size that fits into the time budget, and settings with this size."""
+    """Return data and model at the largest image size that fits in the time budget, and settings with this size."""
 
     def at_size(size: int) -> RunComponents:
         model = dataclasses.replace(config.model, img_size=size)

@@ -33,7 +33,7 @@ _USUAL_SIZE, MIN_SIZE = 224, 48
 
 
 def describe_run(plan: TrainConfig, parts: RunComponents, names: Collection[str] = PARTS) -> RunInfo:
-    """Build the record of a starting run.
+    """Build the record of a new run.
 
     Args:
         plan: Settings without automatic fields.

@@ -28,20 +28,20 @@ from snella_app.training.distributed import any_of_all, process_count, refuse_se
 
 
 class TrainingInterrupted(Exception):
-    """Training was stopped by the user after a checkpoint was saved."""
+    """Raised when the user stops training, after a checkpoint is saved."""
 
     exit_status = 130
 
 
 class NonFiniteLossError(Exception):
-    """The loss or the gradient became infinite or NaN."""
+    """Raised when the loss or the gradient becomes infinite or NaN."""
 
     exit_status = 2
 
 
 @dataclass
 class Session:
-    """Training session.
+    """State of a training session.
 
     Attributes:
         plan: Settings without automatic fields.
@@ -89,7 +89,7 @@ class InterruptCallback(TrainerCallback):
         self._previous.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        """Set the flag on the first signal, raise on the second."""
+        """Set the flag on the first signal; raise an interrupt on the second."""
         if self.is_requested:
             if process_count() > 1:
                 return  # torchrun forwards a signal that each process has already received
@@ -108,7 +108,7 @@ class InterruptCallback(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Skip evaluation and saving of an unfinished epoch, which is already saved."""
+        """Skip the evaluation and the checkpoint of an unfinished epoch, which is already saved."""
         if not _is_epoch_end(state):
             control.should_log = control.should_evaluate = control.should_save = False
 
@@ -130,7 +130,7 @@ _HELD: set[int] = set()
 
 
 class RunInUseError(OSError):
-    """Another process is writing to the run folder."""
+    """Raised when another process is writing to the run folder."""
 
 
 @contextmanager
@@ -145,9 +145,9 @@ def lock_run(run: RunFolderOf[Any], *, is_shared: bool = False) -> Iterator[None
         is_shared: Allow distributed training, where only the main process locks.
 
     Raises:
-        RunInUseError: A running process holds the lock; the message has its process id.
-        ValueError: The folder's name is not valid UTF-8 or has control characters.
-        NotImplementedError: The world size is larger than 1 without `is_shared`.
+        RunInUseError: If a running process holds the lock; the message has its process id.
+        ValueError: If the folder's name is not valid UTF-8 or has control characters.
+        NotImplementedError: If the world size is larger than 1 without `is_shared`.
     """
     if not is_shared:
         refuse_several_processes("training")
@@ -218,14 +218,14 @@ os.register_at_fork(after_in_child=_close_inherited)
 
 
 def checkpoint_to_resume(run: RunFolderOf[Any], console: Console) -> Path | None:
-    """Return the latest intact checkpoint, None if there is none. Removes incomplete and obsolete checkpoints.
+    """Remove incomplete and obsolete checkpoints, and return the latest intact one; None if there is none.
 
     Args:
         run: Run folder.
         console: Output console for the chosen checkpoint and the damage of later ones.
 
     Raises:
-        CheckpointError: All checkpoints are damaged; the message names a file and the remedies.
+        CheckpointError: If all checkpoints are damaged; the message names a file and the remedies.
     """
     checkpoint, damages = intact_checkpoint(run)
     for damage in damages:
@@ -245,7 +245,7 @@ def record_status(run: RunFolderOf[Any], command: str) -> Iterator[None]:
         command: Command that resumes the run, e.g. `train`.
 
     Raises:
-        TrainingInterrupted: The context was interrupted; the message has the checkpoint and the command to resume.
+        TrainingInterrupted: If the context is interrupted; the message has the checkpoint and the command to resume.
     """
     try:
         yield

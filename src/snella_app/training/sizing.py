@@ -44,7 +44,7 @@ _MOST_EPOCHS = 100
 _MEASURED_SHARE = 0.02
 """Fraction of the time budget for timing, which is exceeded only for the minimum number of steps."""
 _SIZE_RATIO = 1.15
-"""The size search ends if the smallest too large size is at most this factor above the largest that fits."""
+"""The size search ends when the smallest size that does not fit is at most this factor above the largest that does."""
 _SMALL_SIDE, _MEASURED_SIDES = 112, 16
 """Image size that is tried for images of any size, and the number of images whose size is read."""
 _SIZE_ERRORS = (ValueError, TypeError, RuntimeError, AssertionError, IndexError)
@@ -52,7 +52,7 @@ _SIZE_ERRORS = (ValueError, TypeError, RuntimeError, AssertionError, IndexError)
 
 
 def fit_batch_size(parts: RunComponents, optim: OptimConfig, console: Console) -> int | Literal["auto"] | None:
-    """Return the batch size, with `batch_size="auto"` resolved to the largest batch size that fits into memory.
+    """Return the batch size, with `batch_size="auto"` resolved to the largest batch size that fits in memory.
 
     Candidates are powers of two up to 256 with at least 10 steps per epoch. The largest candidate with a predicted
     memory of at most 0.8 of the free memory is tested with a trial step, and halved while the step runs out of memory.
@@ -69,17 +69,17 @@ def fit_batch_size(parts: RunComponents, optim: OptimConfig, console: Console) -
     free = free_memory(device)
     largest = max(1, min(_LARGEST_BATCH, len(parts.splits.train) // _FEWEST_STEPS // process_count()))
     batch = 1 << largest.bit_length() - 1
-    while batch > 1 and _predicted(parts, optim.precision, batch) > _MEMORY_SHARE * free:
+    while batch > 1 and _predicted_memory(parts, optim.precision, batch) > _MEMORY_SHARE * free:
         batch //= 2
     while batch > 1 and _runs_out_of_memory(partial(_trial_step, parts, optim.precision, _first_images(parts, batch))):
         batch //= 2
-    memory = _predicted(parts, optim.precision, batch) / 2**20
-    whole = batch * process_count()
+    memory = _predicted_memory(parts, optim.precision, batch) / 2**20
+    total_batch = batch * process_count()
     print_line(
         console,
-        f"batch size {whole}: a step takes about {memory:,.0f} of {free / 2**20:,.0f} MiB free",
+        f"batch size {total_batch}: a step takes about {memory:,.0f} of {free / 2**20:,.0f} MiB free",
     )
-    return whole
+    return total_batch
 
 
 def fit_image_size(
@@ -89,20 +89,21 @@ def fit_image_size(
     console: Console,
     begun: float | None = None,
 ) -> int | None:
-    """Choose the largest image size at which the run fits into `time_budget`.
+    """Choose the largest image size at which the run fits in `time_budget`.
 
-    The run is `epochs` epochs and the final evaluation. If it may have no epochs and fits a final head on several
-    layers, this head alone comes first: it must fit, and the epochs only count if they fit at half of its size or more.
-    A head on more pixels is better than a few epochs at much fewer. To leave time for epochs, the size of the head is
-    at most the median shorter side of the images, or 112 pixels; a method that trains no epochs uses all sizes.
+    A run consists of `epochs` epochs and the final evaluation. Another rule applies to runs that may train 0 epochs and
+    fit a final head on several layers. Let S be the largest size at which the final head alone fits. The result is the
+    largest size of at least S/2 at which the epochs also fit, or S if there is none. A head on more pixels is better
+    than a few epochs at much fewer. To leave time for epochs, S is limited to the median shorter side of the images or
+    112 pixels, whichever is larger. The limit does not apply to methods that train no epochs.
 
     Candidates are multiples of the model's patch size or reduction, from 48 pixels to the backbone's default. The
-    search stops within 15% of the largest that fits; if none fits, the result is the smallest. Models that do not
-    support other sizes keep their default.
+    search stops within 15% of the largest size that fits; if no size fits, the result is the smallest. Models that
+    do not support other sizes keep their default.
 
     Args:
         parts: Data and model at the backbone's default size.
-        config: Settings with `time_budget`, without `img_size`, with the start of the head and the final head chosen.
+        config: Settings with `time_budget`, without `img_size`, with `head_init` and `final_head` resolved.
         at_size: Function that builds data and model for another image size.
         console: Output console for the choice.
         begun: Time on the `time.monotonic()` clock at which loading of data and model started; now if None.
@@ -136,40 +137,40 @@ def fit_image_size(
         return _measure_times(parts if size == default else at_size(size), config, with_training=False).final_s
 
     try:
-        found = None
+        search = None
         has_head = can_skip_training(optim, config.data.protocol) and optim.final_head == "layers"
         trains = optim.epochs and not (has_head and find_method(config.method.name).is_head_only)
         if has_head or not trains:
-            most = max(_SMALL_SIDE, _median_side(parts.splits.train)) if trains else default
-            head_sizes = [size for size in sizes if size - step < most] or sizes[:1]
-            found, work, unit = _largest_size(head_sizes, head_seconds, left_s), "the final head", "it"
-            sizes = [size for size in sizes if 2 * size >= found.size]
-        if found is None or (trains and found.fits):
+            largest_side = max(_SMALL_SIDE, _median_side(parts.splits.train)) if trains else default
+            head_sizes = [size for size in sizes if size - step < largest_side] or sizes[:1]
+            search, work, unit = _largest_size(head_sizes, head_seconds, left_s), "the final head", "it"
+            sizes = [size for size in sizes if 2 * size >= search.size]
+        if search is None or (trains and search.fits):
             trained = _largest_size(sizes, epoch_seconds, left_per_epoch_s)
-            if found is None or trained.fits:
-                found, work, unit = trained, epochs, "one epoch"
+            if search is None or trained.fits:
+                search, work, unit = trained, epochs, "one epoch"
     except _SizeError as error:
         print_line(console, f"image size stays {default} px: {config.model.backbone} does not support {error}")
         return None
-    if found.size == default:
+    if search.size == default:
         return None
-    seconds = found.seconds
+    seconds = search.seconds
     default_s = seconds.get(default, seconds[max(seconds)] * (default / max(seconds)) ** 2)
     is_one = unit == "it" or optim.epochs == 1
     fit = f"{'fits' if is_one else 'fit'} into {budget}"
-    if not found.fits:
+    if not search.fits:
         fit = f"{'exceeds' if is_one else 'exceed'} {budget} even at the smallest size"
     print_line(
         console,
-        f"image size {found.size} px: {work} {fit}; {unit} takes about {seconds_text(seconds[found.size])}, at "
+        f"image size {search.size} px: {work} {fit}; {unit} takes about {seconds_text(seconds[search.size])}, at "
         f"{default} px, the backbone's default size, about {seconds_text(default_s)}"
         f"{'' if default in seconds else ' (estimated from the number of pixels)'}; use --img-size to set the size",
     )
-    return found.size
+    return search.size
 
 
 class _SizeError(Exception):
-    """A model does not support an image size."""
+    """Raised when a model does not support an image size."""
 
 
 @dataclass
@@ -184,10 +185,10 @@ class _LargestSize:
 def _largest_size(
     sizes: Sequence[int], seconds_at: Callable[[int], float], allowed_s: Callable[[], float]
 ) -> _LargestSize:
-    """Search the largest size whose time is at most the allowed one, to within 15%.
+    """Find the largest size whose time is within the allowed time, to within 15%.
 
-    The search starts at the smallest size, since a step at the largest may exceed the budget. Each next size is the
-    largest that fits if time is proportional to the number of pixels.
+    The search starts at the smallest size, since a step at the largest may exceed the budget. The next size is the
+    largest that would fit if time were proportional to the number of pixels.
 
     Args:
         sizes: Candidates in ascending order.
@@ -240,7 +241,7 @@ def _reason_to_keep_size(config: TrainConfig) -> str | None:
 
 
 def fit_epochs(parts: RunComponents, config: TrainConfig, console: Console, begun: float | None = None) -> int:
-    """Return the number of epochs that fits into `time_budget`, at most 100, from a few timed steps.
+    """Return the number of epochs that fit in `time_budget`, at most 100, from a few timed steps.
 
     The minimum is 1 epoch, or 0 for a probe-initialized head that is evaluated on validation images.
 
@@ -268,7 +269,7 @@ def fit_epochs(parts: RunComponents, config: TrainConfig, console: Console, begu
 
 
 def _left_seconds(budget: str, begun: float) -> float:
-    """Return the part of a time budget that is left for steps and evaluation."""
+    """Return the seconds of a time budget that remain for steps and evaluation."""
     return _TIME_SHARE * budget_seconds(budget) - (time.monotonic() - begun)
 
 
@@ -306,16 +307,16 @@ def _measure_times(parts: RunComponents, config: TrainConfig, with_training: boo
     epoch_s = steps * train_s + selection_s
     final_s = sum(batches_of(part) * first_read_s + seconds_of(part) for part in measured)
     if can_skip_training(optim, data.protocol):
-        final_s += selection_s  # the start
+        final_s += selection_s  # evaluation of the initial model
     if optim.final_head == "layers":
         rows = len(probe_rows(parts))
-        fitted = -(-rows // optim.effective_batch_size) * evaluation_s
-        fitted += 0.0 if parts.splits.val is None else seconds_of(parts.splits.val)
-        final_s += fitted + layer_fit_seconds(parts, views * rows)
+        feature_s = -(-rows // optim.effective_batch_size) * evaluation_s
+        feature_s += 0.0 if parts.splits.val is None else seconds_of(parts.splits.val)
+        final_s += feature_s + layer_fit_seconds(parts, views * rows)
     return _Times(epoch_s, final_s)
 
 
-def _predicted(parts: RunComponents, precision: str, batch: int) -> int:
+def _predicted_memory(parts: RunComponents, precision: str, batch: int) -> int:
     """Predict the peak memory of one step, in bytes."""
     channels, height, width = parts.data_config["input_size"]
     with autocast(next(parts.model.parameters()).device, precision):

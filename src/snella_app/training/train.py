@@ -85,7 +85,7 @@ def train(
         RunInUseError: If another process is writing to the folder.
         FileNotFoundError: If the data of a resumed run or the adapter of a finished run is missing.
         ValueError: If settings contradict each other or the data, or the images of a resumed run have changed.
-        TrainingInterrupted: On Ctrl-C, after saving a checkpoint.
+        TrainingInterrupted: If training is interrupted with Ctrl-C; a checkpoint is saved first.
         NonFiniteLossError: If the loss or gradient is infinite or NaN; the last checkpoint remains valid.
         CheckpointError: If the disk is full (the last checkpoint remains valid), or the checkpoint of a resumed run is
             damaged.
@@ -131,7 +131,7 @@ def _show_finished(run: RunFolder, console: Console, draw_report: bool) -> None:
 
 
 def _load(config: TrainConfig, run: RunFolder, stored: DataInfo | None, console: Console, source: Any) -> LoadedData:
-    """Load images and task; a resumed run, with the data record `stored`, finds moved images."""
+    """Load images and task; for a resumed run, locate moved images with its data record `stored`."""
     if config.run.trackers:
         _check_trackers(config.run.trackers)
     device = choose_device(config.run.device)
@@ -168,7 +168,7 @@ def _resolve(
     data: LoadedData,
     parts: RunComponents,
 ) -> tuple[TrainConfig, RunComponents]:
-    """Decide the automatic settings of a new run; a resumed run reuses its stored settings."""
+    """Resolve the automatic settings of a new run; a resumed run reuses its stored settings."""
     config = replace(config, data=data.config)
     has_checkpoint = stored is not None and latest_checkpoint(run.checkpoints) is not None
     if stored is None:
@@ -270,7 +270,7 @@ def _check_trackers(trackers: Sequence[str]) -> None:
 
 @contextmanager
 def _tracking(trackers: Sequence[str], run: RunFolder) -> Iterator[None]:
-    """Redirect trackers to the run folder and silence them; environment variables set by the user take precedence.
+    """Redirect trackers to the run folder and suppress their output; the user's environment variables take precedence.
 
     Raises:
         ValueError: If a tracker raises an error.

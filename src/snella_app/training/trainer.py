@@ -57,7 +57,7 @@ _PROGRESS_FILE = "progress.json"
 
 
 class _StalledError(Exception):
-    """The resumed run has already stopped early."""
+    """Raised when the resumed run has already stopped early."""
 
 
 class _StartCallback(TrainerCallback):
@@ -65,7 +65,7 @@ class _StartCallback(TrainerCallback):
 
     Args:
         trainer: The trainer; an earlier callback must attach its allocator.
-        is_measured: Evaluate the model before the first step as epoch 0, which may be the best epoch.
+        is_measured: If True, evaluate the model before the first step as epoch 0, which may be the best epoch.
     """
 
     def __init__(self, trainer: SnellaTrainer, is_measured: bool) -> None:
@@ -118,7 +118,7 @@ class CheckpointingTrainer(Trainer):
         """Run the forward and backward pass of one batch.
 
         Raises:
-            NonFiniteLossError: The loss is not finite; the step is discarded.
+            NonFiniteLossError: If the loss is not finite; the step is discarded.
         """
         loss = super().training_step(model, inputs, num_items_in_batch)
         value = mean_of_all(loss.item())
@@ -258,11 +258,11 @@ class SnellaTrainer(CheckpointingTrainer):
     - Random numbers (dropout, drop path) depend only on `(seed, step)` and the data order only on `(seed, epoch)`, so a
       resumed run repeats them.
     - The adapter of the best epoch (see `Task.selection_score`) is saved immediately.
-    - Checkpoints include the weight average and the weights of epochs to average.
+    - Checkpoints include the weight average and the stored weights of the last epochs.
 
     Args:
         parts: Model from `build_method`, task, training images, and images for epoch selection under the protocol of
-            `data`; without them, the last epoch is kept.
+            `data`; without them, the last epoch is saved.
         data: Protocol, sampler, MixUp, CutMix and views per prediction.
         optim: Resolved settings.
         args: From `training_arguments`.
@@ -272,7 +272,7 @@ class SnellaTrainer(CheckpointingTrainer):
         start: Start of this session on the `time.monotonic()` clock; now if None.
         feature_norm: Normalization of the head's inputs, folded into the saved head; None to disable.
         is_initialized: True if the trained weights start from another run, whose result may be the best epoch.
-        scaling: Factor on the update, for the error of a non-finite loss.
+        scaling: Scaling of the update, for the message about a non-finite loss.
     """
 
     def __init__(
@@ -383,7 +383,7 @@ class SnellaTrainer(CheckpointingTrainer):
         With weight averaging, the average is evaluated and saved.
 
         Raises:
-            NonFiniteLossError: The loss is not finite; nothing is saved.
+            NonFiniteLossError: If the loss is not finite; nothing is saved.
         """
         allocator = self.allocator
         with nullcontext() if self.average is None else self.average.applied():
@@ -422,7 +422,7 @@ class SnellaTrainer(CheckpointingTrainer):
             The averaged epochs and a flag for saving; None if the settings disable averaging.
 
         Raises:
-            NonFiniteLossError: The loss of an average is not finite.
+            NonFiniteLossError: If the loss of an average is not finite.
 
         Sources:
             Izmailov et al., Averaging Weights Leads to Wider Optima (arXiv 1803.05407); Wortsman et al., Model Soups
@@ -511,7 +511,7 @@ class SnellaTrainer(CheckpointingTrainer):
         """Run the forward and backward pass of one batch with random numbers seeded by the step.
 
         Raises:
-            NonFiniteLossError: The loss is not finite.
+            NonFiniteLossError: If the loss is not finite.
         """
         micro_step = [self._micro_step] if self._micro_step else []  # same first seed without accumulation
         torch.manual_seed(mix_seed(self.args.seed, 1, self.state.global_step, self.args.process_index, *micro_step))
@@ -619,13 +619,13 @@ class SnellaTrainer(CheckpointingTrainer):
         saved = f"the state after epoch {done} and the best adapter are kept" if done else "no adapter was saved"
         rates = {name: getattr(self.optim_config, name) for name in ("lr", "scalar_lr", "head_lr")}
         options = {**rates, "scaling": self._scaling}
-        shown = ", ".join(
+        option_text = ", ".join(
             f"--{name.replace('_', '-')} (now {rate:g})" for name, rate in options.items() if rate is not None
         )
         return NonFiniteLossError(
             f"{what} became {value} in epoch {epoch}, step {step} of {self.state.max_steps}; "
             f"{saved} in {self.run_folder.path}; "
-            f"start a new run with a lower {shown} or a larger --warmup-ratio"
+            f"start a new run with a lower {option_text} or a larger --warmup-ratio"
         )
 
 

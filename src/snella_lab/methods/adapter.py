@@ -65,10 +65,10 @@ def add_adapters(method: str, model: nn.Module, head: str, make: Callable[[int, 
         method: Method name for the error message.
         model: Frozen model; changed in place.
         head: Name of the head, which becomes trainable.
-        make: `(width, index) -> nn.Module`.
+        make: Function `(width, index) -> nn.Module` that creates the adapter of a block.
 
     Raises:
-        ValueError: No block has an MLP.
+        ValueError: If no block has an MLP.
     """
     mlp_layers = list(mlps(model, head))
     if not mlp_layers:
@@ -130,7 +130,7 @@ class SparseAdapters(Adapter):
         self.register_buffer("expert_index", expert_index.to(torch.uint8), persistent=False)
 
     def bottleneck(self, h: Tensor) -> Tensor:
-        """Compute the output of a random expert in training, of the merged adapter in evaluation."""
+        """Compute the output of a random expert (training) or of the merged adapter (evaluation)."""
         if not self.training:
             return super().bottleneck(h)
         active = int(torch.randint(self.experts, ()))
@@ -206,7 +206,7 @@ def apply_scale_shift(module: nn.Module, inputs: tuple[Any, ...], output: Tensor
 
 
 def warn_about_unused(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-    """Forward hook of the model: warn once about layers whose `ssf` is never called."""
+    """Forward hook of the model: warn once about layers whose `ssf` is not called."""
     if module.training and not getattr(module, "ssf_was_checked", False):
         module.ssf_was_checked = True  # type: ignore[assignment]
         unused = [name for name, _, ssf in attached(module, "ssf", ScaleShift) if not ssf.was_used]
@@ -257,15 +257,15 @@ def _build_ssf(model: nn.Module, head: str, options: Options, batches: Batches |
 
 @torch.no_grad()
 def _merge_ssf(model: nn.Module) -> nn.Module:
-    """Fold γ and β into each layer: W <- γ W, b <- γ b + β."""
+    """Merge γ and β into each layer: W <- γ W, b <- γ b + β."""
     layers = list(attached(model, "ssf", ScaleShift))
     without_bias = [
         name for name, module, _ in layers if getattr(module, "weight", None) is None or module.bias is None
     ]
     if without_bias:
-        shown = repr(without_bias[0]) + (f" and {len(without_bias) - 1} more layers" if without_bias[1:] else "")
+        layer_text = repr(without_bias[0]) + (f" and {len(without_bias) - 1} more layers" if without_bias[1:] else "")
         raise ValueError(
-            f"method 'ssf' cannot be merged into {type(model).__name__}: no bias for the shift in {shown}; "
+            f"method 'ssf' cannot be merged into {type(model).__name__}: no bias for the shift in {layer_text}; "
             "keep the adapter separate and load it with load_trained"
         )
     for _, module, ssf in layers:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from snella_app.methods.method import Batches, SelectionData
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
-"""`(model, images, labels) -> 0-dim loss`."""
+"""Loss function, `(model, images, labels) -> 0-dim loss`."""
 
 
 def squared_gradients(
@@ -35,7 +35,7 @@ def squared_gradients(
         float32 tensors with the parameters' shapes and devices.
 
     Raises:
-        ValueError: `batches` is empty, a loss is not finite, or a name is not a parameter.
+        ValueError: If `batches` is empty, a loss is not finite, or a name is not a parameter.
     """
     return _accumulate(model, names, batches, loss, limit, lambda total, grad: total.addcmul_(grad, grad))
 
@@ -61,7 +61,7 @@ def rank_entries(values: Sequence[Tensor], count: int) -> tuple[Tensor, Tensor]:
         Tensor indices and flattened positions, `[count]` int64 each, on the CPU.
 
     Raises:
-        ValueError: `count` is negative or exceeds the total number of entries.
+        ValueError: If `count` is negative or exceeds the total number of entries.
     """
     total = sum(tensor.numel() for tensor in values)
     if not 0 <= count <= total:
@@ -166,7 +166,7 @@ def selection_data(batches: Batches | None) -> SelectionData:
     """Convert the `batches` argument of a method's `build` to `SelectionData`.
 
     Raises:
-        TypeError: `batches` is not callable.
+        TypeError: If `batches` is not callable.
     """
     if isinstance(batches, SelectionData):
         return batches

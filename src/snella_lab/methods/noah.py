@@ -146,7 +146,7 @@ def search_subnet(
             breed(cross, population // 2)
         breed(partial(space.sample, rng), population - (len(scores) - before))
         if len(scores) == before:
-            report(f"noah: no candidates with at most {space.budget:,} parameters left")
+            report(f"noah: no candidates left with at most {space.budget:,} parameters")
             break
         best = max(scores, key=rank)
         report(
@@ -218,7 +218,7 @@ def train_supernet(
         Random number generator for the search, seeded from torch.
 
     Raises:
-        ValueError: `data` is empty, or a loss is not finite.
+        ValueError: If `data` is empty, or a loss is not finite.
     """
     rng = Random(int(torch.randint(2**31, ())))
     device = next(supernet.parameters()).device
@@ -248,10 +248,10 @@ def train_supernet(
 def accuracy_of(supernet: nn.Module, subnet: Subnet, data: SelectionData) -> tuple[float, float]:
     """Compute the validation accuracy of a subnet and, as a tie-breaker, its negative loss.
 
-    For multilabel, ordinal and regression tasks, the accuracy is 0 and only the loss is used.
+    For multi-label, ordinal and regression tasks, the accuracy is 0 and only the loss is used.
 
     Raises:
-        ValueError: `data` has no validation images.
+        ValueError: If `data` has no validation images.
     """
     activate(supernet, subnet)
     supernet.eval()
@@ -275,7 +275,7 @@ def qkv_layers(model: nn.Module, head: str) -> list[tuple[str, nn.Module, nn.Lin
     """Return the blocks of a plain ViT with their fused qkv layers, as `(name, block, qkv)`.
 
     Raises:
-        ValueError: The model is not a plain ViT, or a block has no linear `attn.qkv`.
+        ValueError: If the model is not a plain ViT, or a block has no linear `attn.qkv`.
     """
     layers = []
     for name, block in token_blocks("noah", model, head):
@@ -309,7 +309,7 @@ def space_of(model: nn.Module, head: str, options: Options) -> SubnetSpace:
 
 
 def _build(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
-    """Train a supernet on a copy of the model, search it and apply the best subnet."""
+    """Train a supernet on a copy of the model, search its subnets and apply the best one."""
     data, space = selection_data(batches), space_of(model, head, options)
     if data.validation is None:
         raise ValueError(
@@ -351,7 +351,7 @@ def _apply(model: nn.Module, head: str, subnet: Subnet) -> nn.Module:
 
 
 def _restore(model: nn.Module, head: str, options: Options, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Rebuild the structure with sizes from the shapes of the stored tensors."""
+    """Rebuild the structure; the shapes of the stored tensors determine the sizes."""
     with restoring(model):
         names = [name for name, _, _ in qkv_layers(model, head)]
         parts = ("prompts.tokens", "attn.qkv.low_rank.A", "mlp.adapter.down.weight")
@@ -393,7 +393,7 @@ NOAH = Method(
    subnet: a module type fills the first quarter, half, three quarters or all of the blocks, with a random size from
    `sizes` in each. Smaller sizes share the first rows of larger ones.
 2. Evolutionary search ranks subnets of at most `budget` million parameters by the supernet's validation accuracy.
-3. The best subnet is initialized again and trained like any method; the supernet is discarded.
+3. The best subnet is reinitialized and trained like any other method; the supernet is discarded.
 
 Defaults are the paper's sizes (5, 10, 50, 100) and its budget of 0.64 on a ViT-B/16. On other models the budget is
 proportional to the adapted weights and at least the smallest subnet. The default search effort is smaller than the

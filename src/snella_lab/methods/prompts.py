@@ -187,7 +187,7 @@ class QueryHead(nn.Linear):
 
     def __init__(self, features: int, classes: int, sources: list[Queries], *, normalize: bool = False) -> None:
         super().__init__(features + sum(source.tokens.numel() for source in sources), classes)
-        # a plain list does not register the modules, so the queries are saved only under their blocks' names
+        # a plain list does not register the modules, so the queries are saved only under the names of their blocks
         self.sources = sources
         self.normalize = normalize
 
@@ -222,7 +222,7 @@ def _build(model: nn.Module, head: str, options: Options, batches: Batches | Non
     """Attach queries to each block and replace the head with a `QueryHead`."""
     blocks = token_blocks("vqt", model, head)
     old_head = model.get_submodule(head)
-    unsupported = [name for name, block in blocks if not _has_parts(block)]
+    unsupported = [name for name, block in blocks if not _is_pre_norm_block(block)]
     if unsupported or not isinstance(old_head, nn.Linear):
         reason = f"unsupported block {unsupported[0]!r}" if unsupported else f"its head is a {type(old_head).__name__}"
         raise ValueError(
@@ -244,8 +244,8 @@ def _build(model: nn.Module, head: str, options: Options, batches: Batches | Non
     return model
 
 
-def _has_parts(block: Any) -> bool:
-    """Check for the pre-norm block of timm's ViT, which `Queries.summarize` reimplements."""
+def _is_pre_norm_block(block: Any) -> bool:
+    """Return whether a block is the pre-norm block of timm's ViT, which `Queries.summarize` reimplements."""
     attn = block.attn
     return (
         all(hasattr(block, name) for name in ("norm1", "ls1", "norm2", "ls2", "mlp"))

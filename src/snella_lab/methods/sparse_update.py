@@ -99,8 +99,8 @@ class SparseLayer(nn.Module, ABC):
         indices: Flattened positions in its weight, strictly ascending.
 
     Raises:
-        TypeError: The layer has another class or overrides the forward pass.
-        ValueError: Positions are out of range, repeated or unsorted.
+        TypeError: If the layer is not a `Linear` or `Conv2d`, or overrides the forward pass.
+        ValueError: If positions are out of range, repeated or unsorted.
     """
 
     saved_buffers: tuple[str, ...] = ("indices",)
@@ -381,7 +381,7 @@ def supervised_contrastive(features: Tensor, labels: Tensor, temperature: float 
 
     loss = mean_i( -1/|P(i)| Σ_{p in P(i)} log( exp(z_i·z_p/τ) / Σ_{a≠i} exp(z_i·z_a/τ) ) ),   z = features/‖features‖
 
-    `P(i)` are the other features with the class of `i`. The mean skips features with an empty `P(i)`.
+    `P(i)` contains the other features with the same class as `i`. The mean skips features with an empty `P(i)`.
 
     Args:
         features: `[n, width]`.
@@ -403,7 +403,7 @@ def supervised_contrastive(features: Tensor, labels: Tensor, temperature: float 
 
 
 def contrastive_loss(head: str, temperature: float = 0.07) -> Loss:
-    """Return `supervised_contrastive` on the head's inputs over each image and its mirror image; rejects masks."""
+    """Return the supervised contrastive loss of the head's inputs for images and their mirror images; rejects masks."""
 
     def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         if labels.ndim != 1:
@@ -423,7 +423,7 @@ def contrastive_loss(head: str, temperature: float = 0.07) -> Loss:
 
 
 def _selection_loss(data: SelectionData, head: str, options: Options) -> Loss:
-    """Return the selection loss; the default is contrastive for single-label images and the task loss for masks."""
+    """Return the selection loss; the default is contrastive for one class label per image, else the task's loss."""
     name, task = options.get("selection_loss"), loss_of(data)
     contrastive = contrastive_loss(head, options.get("temperature", 0.07))
 
@@ -477,16 +477,17 @@ GPS = Method(
     restore=_restore,
     merge=merge_sparse,
 )
-"""GPS trains the `k` inputs with the largest gradient of every neuron (a row of a `Linear` or `Conv2d` weight),
+"""GPS trains the bias and the `k` inputs with the largest gradient of every neuron. A neuron is a row of a `Linear` or
+`Conv2d` weight. The mask of the trained inputs is
 
-    M[i, j] = 1 if |Σ_batches ∂loss/∂W[i, j]| is among the k largest of row i,
+    M[i, j] = 1 if |Σ_batches ∂loss/∂W[i, j]| is among the k largest of row i.
 
-its bias, layer scales and the head. Norms, tokens and position embeddings stay frozen. With `k = 1`, a ViT-B/16 has
-83,712 trained weights and as many biases.
+GPS also trains layer scales and the head. Norms, tokens and position embeddings stay frozen. With `k = 1`, a ViT-B/16
+has 83,712 trained weights and as many biases.
 
 The gradient is computed before training with `selection_loss`. `contrastive` is the paper's loss and the default for
-single-label images; it compares the head's inputs within a batch, so the random head has no influence. `task`, the
-default for masks, is the training loss and includes the head. The two views per image are the image and its mirror
-image; the paper uses two augmented views. `calibration_batches` limits the number of batches; the default is one
-epoch.
+single-label classification; it compares the head's inputs within a batch, so the random head has no influence. `task`,
+the default for segmentation, is the training loss and includes the head. The two views per image are the image and its
+mirror image; the paper uses two augmented views. `calibration_batches` limits the number of batches; the default is
+one epoch.
 """

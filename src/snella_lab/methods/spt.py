@@ -144,11 +144,11 @@ def spend_budget(
         budget: Number of parameters to spend.
 
     Returns:
-        A flag per group for its module, and the ascending positions of the selected weights per group (empty for
-        structured groups). The total cost is exactly `budget`.
+        A flag per group, True if the group uses its module, and the ascending positions of the selected weights per
+        group (empty for structured groups). The total cost is exactly `budget`.
 
     Raises:
-        ValueError: The budget exceeds the cost of all groups.
+        ValueError: If the budget exceeds the cost of all groups.
     """
     total = sum(tensor.numel() for tensor in values)
     is_structured = [False] * len(values)
@@ -200,7 +200,7 @@ def rows_of(model: nn.Module, name: str) -> tuple[int, ...]:
 
 
 def vectors(model: nn.Module, head: str) -> list[str]:
-    """Return the names of biases, norms and layer scales outside head, patch embedding and stem."""
+    """Return the names of biases, norms and layer scales outside the head, the patch embedding and the stem."""
     return [
         name
         for name, parameter in model.named_parameters()
@@ -221,12 +221,12 @@ def select(
         structure: Class of structured modules.
 
     Raises:
-        ValueError: The budget exceeds the model's maximum or does not cover the class token.
+        ValueError: If the budget exceeds the model's maximum or does not cover the class token.
     """
     layers = matrix_layers(model, head)
-    whole = [name for name, _ in model.named_parameters() if name == "cls_token"]
+    whole_names = [name for name, _ in model.named_parameters() if name == "cls_token"]
     budget = budget_of(options, model, head)
-    fixed = sum(model.get_parameter(name).numel() for name in whole)
+    fixed = sum(model.get_parameter(name).numel() for name in whole_names)
     if budget <= fixed:
         raise ValueError(
             f"budget must exceed {fixed / 1e6:g} million parameters, the size of the class token, got {budget / 1e6:g}"
@@ -255,7 +255,7 @@ def select(
     structured: dict[str, list[int]] = {}
     for (name, group, offset), gets_module, positions in zip(groups, is_structured, selected, strict=True):
         if gets_module and group < 0:
-            whole.append(name)
+            whole_names.append(name)
         elif gets_module:
             structured.setdefault(name, []).append(group)
         elif len(positions):
@@ -263,14 +263,14 @@ def select(
     return SptSelection(
         {name: torch.cat(parts) for name, parts in entries.items()},
         {name: tuple(numbers) for name, numbers in structured.items()},
-        tuple(whole),
+        tuple(whole_names),
     )
 
 
 def apply_selection(
     model: nn.Module, head: str, selection: SptSelection, r: int, structure: type[StructuredModule]
 ) -> nn.Module:
-    """Make the selected weights, vectors and modules and the head trainable.
+    """Make the head and the selected weights, vectors and modules trainable.
 
     Args:
         model: Frozen model; changed in place.
@@ -451,7 +451,7 @@ _FACTOR_OPTIONS = (
     *("r", "rank_pattern", "kernel", "num_pieces", "softmax_dim", "center_softmax", "scaling", "init_weights"),
     *("learn_piece_coeff", "learn_temperature"),
 )
-"""Fields of `SnellaConfig` that are unrelated to the competition."""
+"""Fields of `SnellaConfig` that do not control the budget allocation."""
 
 
 def _mask_config(options: Options) -> SnellaConfig:
@@ -460,7 +460,7 @@ def _mask_config(options: Options) -> SnellaConfig:
 
 
 def _check_mask(options: Options) -> list[str]:
-    """Return the errors of the options."""
+    """Return the errors in the options."""
     errors = check_by(_MASK_RULES)(options)
     try:
         _mask_config(options)
@@ -540,9 +540,9 @@ FIXED_MASK = Method(
     defaults={"lr": 1e-3, "scalar_lr": 1e-4, "head_lr": 1e-3, "weight_decay": 0.0, "r": 8},
     optimizer=_mask_optimizer,
 )
-"""Trains the factors and scalars of SNELLA and the head. The update is
+"""This method trains the head and the factors and scalars of SNELLA. The update is
 
-    S[i, j] = scaling · ΔW[i, j]   if (i, j) is among the `budget` million weights of largest Σ_batches (∂loss/∂w)²
+    S[i, j] = scaling · ΔW[i, j]   if (i, j) is among the `budget` million weights with largest Σ_batches (∂loss/∂w)²
 
 over all adapted matrices, and 0 elsewhere. This is the "pre-defined" row of Table XVII, with the kernels
 `kernel=p_linear` and `mix_k` (default). The paper does not state the mask size; the default is SPT's budget, 0.4 on a

@@ -80,7 +80,7 @@ def test_the_search_ends_when_no_candidate_fits_the_budget():
     messages = []
     space = dataclasses.replace(SPACE, budget=SPACE.count(SPACE.smallest()))
     assert search(lambda subnet: (0.0, 0.0), space, report=messages.append) == SPACE.smallest()
-    assert messages[-1] == "noah: no candidates with at most 65 parameters left"
+    assert messages[-1] == "noah: no candidates left with at most 65 parameters"
 
 
 def test_a_supernet_matches_the_subnet_of_its_first_parts(make_model, images):

@@ -13,7 +13,7 @@ from snella_app.runs.push import Pushed, push, write_hub_folder
 
 
 class Hub:
-    """Record requests to the hub; `status` is its error status."""
+    """Record requests to the Hugging Face Hub; `status` is its error status."""
 
     calls: list = []
     status = None
@@ -74,7 +74,11 @@ def test_the_hub_gets_a_new_model_and_its_files(finished, hub):
 @pytest.mark.parametrize(
     ("status", "error", "message"),
     [
-        (409, FileExistsError, "name=user/photos already exists on the hub; choose another name, or add a commit with"),
+        (
+            409,
+            FileExistsError,
+            "name=user/photos already exists on the Hugging Face Hub; choose another name, or add a commit with",
+        ),
         (401, PermissionError, "no write permission for name=user/photos; run `hf auth login`"),
     ],
 )
@@ -96,5 +100,5 @@ def test_an_unreachable_hub_leaves_the_folder_with_the_reason(finished, monkeypa
 
 
 def test_an_invalid_repository_name_is_rejected(finished, tmp_path):
-    with pytest.raises(ValueError, match="on the hub such as user/photos, got 'my photos!'"):
+    with pytest.raises(ValueError, match="on the Hugging Face Hub such as user/photos, got 'my photos!'"):
         push(finished.path, "my photos!", to_folder=tmp_path / "hub")

@@ -115,7 +115,7 @@ def test_an_average_worse_than_the_best_epoch_is_not_saved(settings, console, mo
     run = train(settings(epochs=2, swa=2, method="lora-2"), console)
     metrics = read(Metrics, run.path)
     assert not metrics.averaged.is_saved and metrics.adapter_epoch == metrics.best_epoch
-    assert f"is worse on validation than epoch {metrics.best_epoch}, which is saved" in console.file.getvalue()
+    assert f"is worse on the validation set than epoch {metrics.best_epoch}, which is saved" in console.file.getvalue()
     assert metrics.val.loss == pytest.approx(metrics.history[metrics.best_epoch].val_loss, rel=1e-4)
 
 
