@@ -68,7 +68,7 @@ def test_resuming_uses_the_stored_settings(tmp_path):
     assert [values[name] for name in ("epochs", "method", "data", "resume")] == [7, "lora-4", "digits", True]
     with pytest.raises(
         ValueError,
-        match=r"epochs is 7 there and 3 here; leave them out; once the run is finished, .* snella train --init-from ",
+        match=r"epochs is 7 there and 3 here; leave them out; to train a finished run .* snella train --init-from ",
     ):
         run.resolve_settings(config(run.path, epochs=3, resume=True))
 
