@@ -271,7 +271,7 @@ class SnellaModel(BaseTuner):
         if layer is not None and not layer.snella_A[adapter_name].is_meta:
             logger.info("adapter %r: impl=%r is %s", adapter_name, config.impl, describe_backend(layer, adapter_name))
         is_on_cpu = layer is not None and layer.snella_A[adapter_name].device.type == "cpu"
-        if config.weight_gradient == "bfloat16" and is_on_cpu and not _has_bfloat16_instructions():
+        if config.weight_gradient == "bfloat16" and is_on_cpu and not has_bfloat16_instructions():
             warnings.warn(
                 "this processor has no bfloat16 instructions, so weight_gradient='bfloat16' slows training down; "
                 "use 'exact'",
@@ -679,7 +679,7 @@ def _matches(targets: set[str] | str, name: str) -> bool:
     return name in targets or any(name.endswith(f".{target}") for target in targets)
 
 
-def _has_bfloat16_instructions() -> bool:
+def has_bfloat16_instructions() -> bool:
     """Return whether the processor has bfloat16 instructions instead of a software emulation."""
     if platform.machine() in ("x86_64", "AMD64"):
         return torch.cpu._is_avx512_bf16_supported()

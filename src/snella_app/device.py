@@ -46,7 +46,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """Resolve `auto` to bf16 on devices with bfloat16 matrix hardware, else to fp32.
+    """Resolve `auto` to bf16 on devices with bfloat16 instructions, otherwise to fp32.
 
     Args:
         name: `OptimConfig.precision`; values other than `auto` are returned unchanged.
@@ -54,16 +54,15 @@ def choose_precision(name: str, device: torch.device) -> str:
     """
     if name != "auto":
         return name
-    return "bf16" if _has_bfloat16_products(device) else "fp32"
+    if device.type == "cuda":
+        is_supported = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        from snella.model import has_bfloat16_instructions
+
+        is_supported = device.type == "cpu" and has_bfloat16_instructions()
+    return "bf16" if is_supported else "fp32"
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast | nullcontext[None]:
     """Return the autocast context for training; a no-op context for fp32."""
     return torch.autocast(device.type, _HALF[precision]) if precision in _HALF else nullcontext()
-
-
-def _has_bfloat16_products(device: torch.device) -> bool:
-    """Return whether the device multiplies bfloat16 matrices in hardware: GPU tensor cores, AVX512-BF16 or AMX."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -80,8 +80,8 @@ class OptimConfig(BaseOptimConfig):
         soup: Greedy soup over the last N epochs: average the weights of the best epoch with those of each further epoch
             that does not lower the validation result. Off if not given.
         precision: Precision of the training steps: fp32, or autocast with bf16 or (GPU only) fp16. auto selects bf16 on
-            GPUs and CPUs that multiply bfloat16 matrices in hardware, fp32 otherwise. Evaluation and prediction use
-            fp32.
+            GPUs and CPUs with bfloat16 instructions, otherwise fp32. Evaluation and prediction use fp32; only the
+            evaluation within an fp16 run uses fp16.
     """
 
     minimums: ClassVar = {"epochs": 0, "swa": 2, "soup": 2, "early_stopping": 1, "batch_size": 1, "accumulate": 1}

@@ -181,9 +181,9 @@ def test_bf16_training_is_evaluated_in_float32(final_head, settings, console, no
     assert again["loss"] == pytest.approx(metrics["test"]["loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("has_products", [True, False])
-def test_precision_follows_the_hardware(has_products, settings, console, no_report, monkeypatch):
-    monkeypatch.setattr("snella_app.device._has_bfloat16_products", lambda device: has_products)
+@pytest.mark.parametrize("is_supported", [True, False])
+def test_precision_follows_the_hardware(is_supported, settings, console, no_report, monkeypatch):
+    monkeypatch.setattr("snella.model.has_bfloat16_instructions", lambda: is_supported)
     seen = []
     method = SnellaTrainer.compute_loss
 
@@ -193,9 +193,9 @@ def test_precision_follows_the_hardware(has_products, settings, console, no_repo
 
     monkeypatch.setattr(SnellaTrainer, "compute_loss", compute_loss)
     run = train(settings(epochs=1, precision="auto"), console)
-    assert run.read_config().optim.precision == ("bf16" if has_products else "fp32")
-    assert ("on cpu in bf16" in console.file.getvalue()) is has_products
-    assert set(seen) == {has_products}
+    assert run.read_config().optim.precision == ("bf16" if is_supported else "fp32")
+    assert ("on cpu in bf16" in console.file.getvalue()) is is_supported
+    assert set(seen) == {is_supported}
 
 
 def test_a_batch_size_above_the_number_of_images_is_rejected_with_both_numbers(settings, console):

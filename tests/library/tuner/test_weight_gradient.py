@@ -76,7 +76,7 @@ def test_several_adapters_use_the_largest_sample():
 @pytest.mark.filterwarnings("default:this processor has no bfloat16 instructions")
 @pytest.mark.parametrize("is_supported", [True, False])
 def test_missing_bfloat16_support_warns(is_supported, monkeypatch, recwarn):
-    monkeypatch.setattr("snella.model._has_bfloat16_instructions", lambda: is_supported)
+    monkeypatch.setattr("snella.model.has_bfloat16_instructions", lambda: is_supported)
     gradients("bfloat16")
     actual = [str(single.message) for single in recwarn if "has no bfloat16 instructions" in str(single.message)]
     assert len(actual) == (0 if is_supported else 1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from rich.console import Console
 
 from snella_app.console import make_console
 from snella_app.data.images import IMAGE_SUFFIXES
-from snella_app.device import choose_device
+from snella_app.device import autocast, choose_device
 from snella_app.files import write_bytes, write_json
 from snella_app.methods import load_trained
 from snella_app.records import RunInfo, read
@@ -141,11 +140,6 @@ def _generate_batch(
             guidance_scale=sampling.guidance,
             generator=[torch.Generator().manual_seed(seed) for _, seed in jobs],
         ).images
-
-
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """Return an autocast context for bf16, a null context for fp32."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 MANIFEST = "images.json"
