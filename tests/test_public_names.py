@@ -54,5 +54,5 @@ def test_dataset_object_is_cross_validated(tiny_run, tmp_path, no_report):
 
 
 def test_a_config_and_settings_exclude_each_other():
-    with pytest.raises(TypeError, match="train takes a config or settings, got both: config and epochs"):
+    with pytest.raises(TypeError, match="train takes either config or settings, got both: config and epochs"):
         snella.train(TrainConfig.from_flat(data="digits", backbone="test_vit", out="x"), epochs=3)

@@ -21,7 +21,7 @@ def train(config: TrainConfig | None = None, *, console: Console | None = None, 
     Args:
         config: Configuration of the run.
         console: Console for progress and results; standard output if None.
-        **settings: Fields of the parts of `TrainConfig` by name, e.g. `lr` or `data`, instead of `config`. `data` may
+        **settings: Settings of `TrainConfig` by flat name, e.g. `lr` or `data`, instead of `config`. `data` may
             also be a torch or Hugging Face dataset, or a mapping from split names (train, val, test) to datasets.
 
     Returns:
@@ -32,7 +32,7 @@ def train(config: TrainConfig | None = None, *, console: Console | None = None, 
         ValueError: If settings are invalid; one message lists all errors.
     """
     if config is not None and settings:
-        raise TypeError(f"train takes a config or settings, got both: config and {', '.join(settings)}")
+        raise TypeError(f"train takes either config or settings, got both: config and {', '.join(settings)}")
     is_object = not isinstance(settings.get("data"), str | os.PathLike | None)
     options = {"data": settings.pop("data")} if is_object else {}
     if is_object:

@@ -7,7 +7,7 @@ import torch
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def device_named(name: str) -> torch.device:
+def parse_device(name: str) -> torch.device:
     """Parse a torch device name without checking availability.
 
     Raises:
@@ -33,7 +33,7 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = device_named(name)
+    device = parse_device(name)
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, ImportError) as error:

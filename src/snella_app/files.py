@@ -19,11 +19,11 @@ import psutil
 
 
 @contextmanager
-def naming_file(path: Path) -> Iterator[None]:
-    """Add the file name to write errors, e.g. when the disk is full.
+def add_file_to_errors(path: Path) -> Iterator[None]:
+    """Add the file name to errors while writing, e.g. if the disk is full.
 
     Args:
-        path: File written in the context.
+        path: File to write in the context.
 
     Raises:
         OSError: If writing fails.
@@ -52,8 +52,8 @@ WRITE_FAILURES = {
 
 
 @contextmanager
-def made_folder(folder: Path) -> Iterator[None]:
-    """Create a folder and its parents; on failure, remove the created folders that are empty.
+def create_folder(folder: Path) -> Iterator[None]:
+    """Create a folder and its parents; remove the new folders on failure if they are empty.
 
     Args:
         folder: Folder to create; may exist.
@@ -64,7 +64,7 @@ def made_folder(folder: Path) -> Iterator[None]:
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with naming_file(folder):
+        with add_file_to_errors(folder):
             yield
     except BaseException:
         for path in created:
@@ -74,20 +74,20 @@ def made_folder(folder: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write text atomically; surrogate escapes, e.g. of non-UTF-8 file names, become the original bytes."""
+    """Write text atomically; surrogate escapes (from non-UTF-8 file names) become the original bytes."""
     write_bytes(path, text.encode(errors="surrogateescape"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file atomically: sync a temporary file in the same folder, then rename it.
 
-    Several processes may write the same file. Temporary files left by killed processes are removed.
+    Several processes may write the same file. Leftover temporary files of killed processes are removed.
 
     Raises:
         OSError: If the disk is full or not writable; the old file is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{_machine()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    with naming_file(path):
+    with add_file_to_errors(path):
         _remove_leftovers(path)
         try:
             with open(temporary, "xb") as file:
@@ -101,7 +101,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 @cache
 def _machine() -> str:
-    """Return a short machine ID, since process IDs are unique only within a machine."""
+    """Return a short machine ID; process IDs are unique only within a machine."""
     return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
 
 
@@ -152,21 +152,21 @@ def sha256_of(path: Path) -> str:
 
 
 def check_files(folder: Path, digests: Mapping[str, str]) -> None:
-    """Verify the SHA-256 digests of files; missing files are ignored.
+    """Verify the SHA-256 digests of files; ignore missing files.
 
     Args:
         folder: Folder of the files.
         digests: SHA-256 by file name relative to `folder`.
 
     Raises:
-        ValueError: If digests differ; lists all altered files.
+        ValueError: If digests differ; lists all changed files.
     """
     present = ((name, digest) for name, digest in digests.items() if (folder / name).is_file())
-    altered = [name for name, digest in present if sha256_of(folder / name) != digest]
-    if altered:
+    changed = [name for name, digest in present if sha256_of(folder / name) != digest]
+    if changed:
         raise ValueError(
-            f"{folder}: {', '.join(altered)}: damaged: altered after it was written (SHA-256 differs from "
-            "run.json); copy it again, or train again with `--overwrite`"
+            f"{folder}: {', '.join(changed)} changed after the run wrote it (SHA-256 differs from run.json); copy it "
+            "again, or train again with `--overwrite`"
         )
 
 

@@ -1,4 +1,4 @@
-"""Type checks of settings, and suggestions for names and values used by other tools."""
+"""Type checks of settings, and suggestions for names and values from other tools."""
 
 from __future__ import annotations
 
@@ -102,28 +102,28 @@ _OTHER_VALUES = {
 }
 
 
-class KindError(TypeError):
+class TypeMismatchError(TypeError):
     """Error for a value that does not match its type annotation."""
 
 
-def described(kind: Any) -> str:
+def describe_type(kind: Any) -> str:
     """Describe a type annotation for error messages: `an integer or auto`."""
     if get_origin(kind) in (Union, UnionType):
-        first, *others = (described(part) for part in get_args(kind) if part is not NoneType)
+        first, *others = (describe_type(part) for part in get_args(kind) if part is not NoneType)
         return " or ".join(text.removeprefix("one of ") for text in (first, *others)) if others else first
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, get_args(kind)))}"
     if get_origin(kind) is list:
         return "a list such as [a, b]"
-    words = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
-    return words.get(kind, "settings such as {kernel: rbf}")
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+    return names.get(kind, "settings such as {kernel: rbf}")
 
 
-def fitted(kind: Any, value: Any) -> Any:
+def coerce(kind: Any, value: Any) -> Any:
     """Convert a value to its annotated type: paths to strings, NumPy numbers to Python numbers.
 
     Raises:
-        KindError: If the value does not match the annotation.
+        TypeMismatchError: If the value does not match the annotation.
     """
     origin, inner = get_origin(kind), get_args(kind)
     if kind is Any or (kind is NoneType and value is None):
@@ -131,20 +131,20 @@ def fitted(kind: Any, value: Any) -> Any:
     if origin in (Union, UnionType):
         for part in inner:
             try:
-                return fitted(part, value)
-            except KindError:
+                return coerce(part, value)
+            except TypeMismatchError:
                 continue
-        raise KindError
+        raise TypeMismatchError
     if origin is Literal:
         is_valid = isinstance(value, str) and value in inner
     elif origin is dict:
         if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-            raise KindError
-        return {key: fitted(inner[1], item) for key, item in value.items()}
+            raise TypeMismatchError
+        return {key: coerce(inner[1], item) for key, item in value.items()}
     elif origin is list:
         if not isinstance(value, list | tuple):
-            raise KindError
-        return [fitted(inner[0], item) for item in value]
+            raise TypeMismatchError
+        return [coerce(inner[0], item) for item in value]
     elif kind is bool:
         is_valid = isinstance(value, bool)
     elif kind is int:
@@ -157,11 +157,11 @@ def fitted(kind: Any, value: Any) -> Any:
         value = os.fspath(value) if kind is str and isinstance(value, os.PathLike) else value
         is_valid = isinstance(value, kind)
     if not is_valid:
-        raise KindError
+        raise TypeMismatchError
     return value
 
 
-def hint_at_choice(kind: Any, value: Any) -> str:
+def suggest_choice(kind: Any, value: Any) -> str:
     """Suggest the choice closest to an invalid value: `; did you mean bf16?`; empty if none is similar."""
     parts = [kind, *get_args(kind)]
     choices = [str(choice) for part in parts if get_origin(part) is Literal for choice in get_args(part)]
@@ -173,13 +173,13 @@ def hint_at_choice(kind: Any, value: Any) -> str:
     return f"; did you mean {suggestion}?" if suggestion else nearest(text, choices, form="; did you mean {}?")
 
 
-def ours(name: str, known: Iterable[str]) -> str | None:
-    """Return the setting that corresponds to another tool's `name`; None if there is none."""
+def equivalent_setting(name: str, known: Iterable[str]) -> str | None:
+    """Return the setting equivalent to another tool's `name`; None if there is none."""
     known_names = set(known)
     return next((setting for setting in OTHER_NAMES.get(name.replace("-", "_"), ()) if setting in known_names), None)
 
 
-def short(value: Any, most: int = 60) -> str:
+def short_repr(value: Any, most: int = 60) -> str:
     """Return the `repr` of a value, truncated to `most` characters."""
     text = " ".join(repr(value).split())
     return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -99,16 +99,16 @@ def listed(items: Iterable[str], most: int = 5, separator: str = ", ") -> str:
 
 
 def nearest(name: str, known: Iterable[str], *, most: int = 1, cutoff: float = 0.6, form: str = "; nearest: {}") -> str:
-    """Suggest known names similar to `name`, e.g. "; nearest: a, b"; empty if none is similar."""
+    """Suggest known names similar to `name`: "; nearest: a, b"; empty if none is similar."""
     near = difflib.get_close_matches(name, list(known), n=most, cutoff=cutoff)
     return form.format(", ".join(near)) if near else ""
 
 
-def near_siblings(path: Path, *, most: int = 3, cutoff: float = 0.5, folders_alone: bool = False) -> str:
-    """Suggest files and folders named like a missing path: "; nearest: 'a', 'b'"; empty if none is similar."""
+def similar_paths(path: Path, *, most: int = 3, cutoff: float = 0.5, folders_only: bool = False) -> str:
+    """Suggest files and folders with a name similar to a missing path: "; nearest: 'a', 'b'"; empty if none."""
     if not path.parent.is_dir():
         return f"; there is no folder '{path.parent}'"
-    names = sorted(child.name for child in path.parent.iterdir() if child.is_dir() or not folders_alone)
+    names = sorted(child.name for child in path.parent.iterdir() if child.is_dir() or not folders_only)
     near = difflib.get_close_matches(path.name, names, n=most, cutoff=cutoff)
     return f"; nearest: {', '.join(map(repr, near))}" if near else ""
 
@@ -125,10 +125,10 @@ __all__ = [
     "listed",
     "margin_text",
     "measure_text",
-    "near_siblings",
     "nearest",
     "percent_text",
     "plain_text",
     "points_text",
     "seconds_text",
+    "similar_paths",
 ]

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from snella_app.cli.command import Device, command, listed
+from snella_app.cli.command import Device, command, parse_list
 from snella_lab.comparison.options import CompareOptions
 from snella_lab.recipes.dreambooth.config import DreamBoothConfig
 from snella_lab.recipes.instruct.config import LanguageConfig
@@ -146,8 +146,8 @@ def fit_matrix(
     from snella_lab.analysis.plot import write_plots
 
     values: dict[str, Any] = dict(size=size, matrices=matrices, r=r, steps=steps, lr=lr, seed=seed)
-    values["ranks"] = None if ranks is None else tuple(listed("ranks", ranks, int))
-    values["kernels"] = None if kernels is None else tuple(listed("kernels", kernels, str))
+    values["ranks"] = None if ranks is None else tuple(parse_list("ranks", ranks, int))
+    values["kernels"] = None if kernels is None else tuple(parse_list("kernels", kernels, str))
     config = replace(PRESETS[preset], **{name: value for name, value in values.items() if value is not None})
     console = make_console()
     with console.status("") as status:
@@ -394,12 +394,12 @@ def bench(
         return
     run_bench(
         BenchConfig(
-            backbones=listed("backbones", backbones, str),
-            batch=listed("batch", batch, int),
-            methods=listed("methods", methods, str),
-            r=listed("r", r, int),
-            sparsity=listed("sparsity", sparsity, float),
-            dtype=listed("dtype", dtype, str),
+            backbones=parse_list("backbones", backbones, str),
+            batch=parse_list("batch", batch, int),
+            methods=parse_list("methods", methods, str),
+            r=parse_list("r", r, int),
+            sparsity=parse_list("sparsity", sparsity, float),
+            dtype=parse_list("dtype", dtype, str),
             device=device,
             rounds=rounds,
             memory=memory,

@@ -1,4 +1,4 @@
-"""Backbones: timm names, local weight files and folders, and registered backbones of packages."""
+"""Backbones: timm models, local weight files and folders, and backbones registered by packages."""
 
 from snella_app.backbones.create import NamedBackbone, create_backbone, packaged_names
 from snella_app.backbones.segmenter import DECODER, create_segmenter

@@ -13,7 +13,7 @@ from snella_app.backbones.checkpoint import Checkpoint
 
 @dataclass(frozen=True)
 class InferredArchitecture:
-    """timm architecture name, input size of the weights, and further arguments of `timm.create_model`.
+    """timm architecture name, input size of the weights, and other arguments of `timm.create_model`.
 
     `img_size` is None for networks without a fixed input size.
     """
@@ -159,7 +159,7 @@ def infer_vit(state: dict[str, Tensor], *, source: str, num_heads: int | None = 
         seen = ", ".join(f"{key} {list(value.shape)}" for key, value in list(state.items())[:4])
         raise ValueError(
             f"cannot infer the architecture of '{source}' from its shapes: {_PATCH} or pos_embed is missing, "
-            f"it holds {seen}, …; pass its timm name as the backbone and weights={source!r}"
+            f"it contains {seen}, …; pass its timm name as the backbone and weights={source!r}"
         )
     if "norm_pre.weight" in state:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Local weight files: reading into a flat state dict and strict loading into a model."""
+"""Local weight files: reading and strict loading."""
 
 import argparse
 import logging
@@ -175,7 +175,7 @@ _CONVNEXT = Origin("Facebook's ConvNeXt")
 
 
 def identify_origin(state: dict[str, Tensor]) -> Origin | None:
-    """Identify the publisher of a state dict; None if unknown, which keeps timm's normalization.
+    """Identify the publisher of a state dict; None if unknown.
 
     MAE and MoCo v3 use fixed sinusoidal position embeddings of the patch's column and row, zero for the class token.
     MAE stores the column first, MoCo v3 the row.
@@ -204,7 +204,7 @@ def identify_origin(state: dict[str, Tensor]) -> Origin | None:
 def extract_encoder(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], str | None]:
     """Extract the encoder from a pre-training checkpoint.
 
-    MAE checkpoints also hold a decoder; MoCo v3 checkpoints hold two encoders, projection heads and a predictor.
+    MAE checkpoints also contain a decoder; MoCo v3 checkpoints contain two encoders, projection heads and a predictor.
 
     Args:
         state: State dict without wrapper prefixes.
@@ -235,7 +235,7 @@ def _sines(grid: int, width: int) -> tuple[Tensor, Tensor]:
     return encoded.repeat_interleave(grid, 0), encoded.repeat(grid, 1)
 
 
-def errors(
+def state_dict_errors(
     state: Mapping[str, Tensor],
     reference: Mapping[str, Tensor],
     *,
@@ -261,10 +261,10 @@ def errors(
         for key, value in state.items()
         if key in reference and value.shape != reference[key].shape
     ]
-    return mismatches(missing, unexpected, reshaped)
+    return format_mismatches(missing, unexpected, reshaped)
 
 
-def mismatches(missing: list[str], unexpected: list[str], reshaped: list[str]) -> list[str]:
+def format_mismatches(missing: list[str], unexpected: list[str], reshaped: list[str]) -> list[str]:
     """Return one message per type of mismatch, with its tensors."""
     kinds = (("missing", missing), ("unexpected", unexpected), ("with a different shape", reshaped))
     return [f"{len(names)} {kind} ({listed(names)})" for kind, names in kinds if names]
@@ -359,7 +359,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, *, name: str) -> None
     names = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
     heads = (names,) if isinstance(names, str) else tuple(names)
     state = _without_other_head(state, reference, heads, checkpoint.source)
-    mismatches = errors(
+    mismatches = state_dict_errors(
         state,
         reference,
         optional_prefixes=tuple(f"{head}." for head in heads),
@@ -378,7 +378,7 @@ def _set_normalization(model: nn.Module, checkpoint: Checkpoint) -> None:
         return
     if (tuple(cfg["mean"]), tuple(cfg["std"])) != (origin.mean, origin.std):
         _logger.info(
-            "'%s' holds %s weights: normalizing images with mean %s and std %s",
+            "'%s' contains %s weights: normalizing images with mean %s and std %s",
             *(checkpoint.source, origin.label, origin.mean, origin.std),
         )
     update_config(model, mean=origin.mean, std=origin.std)
@@ -407,7 +407,7 @@ def _open_nested(content: Any, path: Path) -> dict[str, Tensor]:
     tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)} if is_named else {}
     if not tensors:
         seen = f"a dictionary with {listed(map(str, content))}" if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"weights '{path}' must hold a dictionary of tensors, got {seen}")
+        raise ValueError(f"weights '{path}' must contain a dictionary of tensors, got {seen}")
     return tensors
 
 
@@ -449,7 +449,7 @@ def _check_position_tables(checkpoint: Checkpoint, name: str, reference: dict[st
         {key: value[:1] for key, value in part.items() if key.endswith(_TABLE)}
         for part in (checkpoint.state, reference)
     )
-    mismatches = errors(file, expected, optional_prefixes=tuple(expected)) if expected else []
+    mismatches = state_dict_errors(file, expected, optional_prefixes=tuple(expected)) if expected else []
     if mismatches:
         raise ValueError(f"weights '{checkpoint.source}' do not fit backbone {name!r}: {'; '.join(mismatches)}")
 
@@ -467,7 +467,7 @@ def _filtered(model: nn.Module, checkpoint: Checkpoint, name: str) -> dict[str, 
     except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError) as error:
         raise ValueError(
             f"weights '{checkpoint.source}' do not fit backbone {name!r}: timm cannot convert them ({error}); "
-            f"the file holds {listed(f'{k} {list(v.shape)}' for k, v in checkpoint.state.items())}"
+            f"the file contains {listed(f'{k} {list(v.shape)}' for k, v in checkpoint.state.items())}"
         ) from error
 
 

@@ -88,7 +88,7 @@ _NETWORK_MODULES = ("httpx", "httpx2", "httpcore", "requests", "urllib3")
 
 
 def _local_alternatives() -> str:
-    """Format the hint about alternatives to the Hub."""
+    """Return a hint about alternatives to the Hub."""
     names = packaged_names()
     shipped = (
         f" a backbone from an installed package ({', '.join(names)}; on the command line: --backbone {names[0]}),"
@@ -96,8 +96,8 @@ def _local_alternatives() -> str:
         else ""
     )
     return (
-        "Without the hub, use weights=PATH with a file (.pth, .safetensors, Google's .npz), a local folder in the "
-        f"hub's format as the backbone,{shipped} or pretrained=False for random weights"
+        "Without the Hub, use weights=PATH with a file (.pth, .safetensors, Google's .npz), a local folder in the "
+        f"Hub's format as the backbone,{shipped} or pretrained=False for random weights"
     )
 
 
@@ -122,12 +122,12 @@ def create_from_hub(name: str, *, pretrained: bool, **options: Any) -> nn.Module
         except Exception as error:
             if _is_network_error(error):
                 raise ConnectionError(
-                    f"the hub ({constants.ENDPOINT}) could not be reached ({reason or _first_line(error)}) "
-                    f"and backbone {name!r} is not in its cache. {_local_alternatives()}"
+                    f"the Hub ({constants.ENDPOINT}) could not be reached ({reason or _first_line(error)}) "
+                    f"and backbone {name!r} is not cached. {_local_alternatives()}"
                 ) from error
             if isinstance(error, (HfHubHTTPError, HTTPError)):
                 raise ValueError(
-                    f"the hub ({constants.ENDPOINT}) does not provide backbone {name!r}: "
+                    f"the Hub ({constants.ENDPOINT}) does not provide backbone {name!r}: "
                     f"{_first_line(error)}. {_local_alternatives()}"
                 ) from error
             raise
@@ -139,7 +139,7 @@ def cache_only_if_unreachable() -> Iterator[str | None]:
     was_offline = constants.HF_HUB_OFFLINE
     reason = "HF_HUB_OFFLINE is set" if was_offline else _connection_failure()
     if reason is not None and not was_offline:
-        _logger.info("hub unreachable (%s); using its cache", reason)
+        _logger.info("Hub unreachable (%s); using its cache", reason)
     constants.HF_HUB_OFFLINE = reason is not None
     try:
         yield reason
@@ -354,7 +354,7 @@ def _as_path(name: str) -> Path | None:
         near = _similar_backbones(name)
         hint = f"; similar backbones: {', '.join(map(repr, near))}" if near else ""
         raise FileNotFoundError(
-            f"backbone {name!r}: no such file or folder; write a hub repository as 'hf-hub:owner/name'{hint}"
+            f"backbone {name!r}: no such file or folder; write a Hub repository as 'hf-hub:owner/name'{hint}"
         )
     return path
 
@@ -419,7 +419,7 @@ def _check_has_weights(name: str) -> None:
 
 
 def _reject_second_weights(name: str, weights: str | None, reason: str) -> None:
-    """Reject `weights` for a name that includes weights."""
+    """Reject `weights` for a backbone that includes weights."""
     if weights is not None:
         raise ValueError(
             f"weights must be omitted because backbone {name!r} {reason}, got {weights!r}; "

@@ -1,4 +1,4 @@
-"""SAM from the authors' checkpoint (`sam_vit_b_01ec64.pth`) or a transformers folder."""
+"""Segmentation models from SAM, loaded from the authors' checkpoint or a transformers folder."""
 
 import json
 import logging
@@ -13,7 +13,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from transformers import SamConfig, SamMaskDecoderConfig, SamModel, SamPromptEncoderConfig, SamVisionConfig
 
-from snella_app.backbones.checkpoint import errors, mismatches, read_checkpoint
+from snella_app.backbones.checkpoint import format_mismatches, read_checkpoint, state_dict_errors
 from snella_app.backbones.create import SAM_PREFIX
 from snella_app.text import listed
 
@@ -158,7 +158,7 @@ def load_sam(path: str | Path, *, image_size: int | None = None) -> SamModel:
     if image_size is not None:
         config, state = _resized(config, state, image_size)
     model = SamModel(config)
-    if problems := errors(state, model.state_dict()):
+    if problems := state_dict_errors(state, model.state_dict()):
         raise ValueError(f"weights '{location}' do not fit SAM: {'; '.join(problems)}")
     model.load_state_dict(state)
     return model.eval()
@@ -219,7 +219,9 @@ def _read_folder(folder: Path) -> tuple[SamConfig, dict[str, Tensor]]:
         folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
     )
     model, info = cast(SamModel, loaded[0]), loaded[1]
-    problems = mismatches(*(sorted(map(str, info[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")))
+    problems = format_mismatches(
+        *(sorted(map(str, info[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched"))
+    )
     if problems:
         raise ValueError(f"weights in '{folder}' do not fit its config.json: {'; '.join(problems)}")
     return model.config, model.state_dict()

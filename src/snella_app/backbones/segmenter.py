@@ -20,7 +20,7 @@ class LightDecoder(nn.Module):
 
     Each map is normalized (GroupNorm with one group) and projected to 128 channels by a 1×1 convolution. The sum
     passes twice through 2× upsampling, 3×3 convolution, GroupNorm and GELU, then through a 1×1 convolution to the
-    classes. The decoder is independent of batch size and image size.
+    classes. The decoder supports any batch size and image size.
 
     Args:
         channels: Number of channels of each map.
@@ -95,7 +95,7 @@ def create_segmenter(
     pretrained: bool = True,
     img_size: int | None = None,
 ) -> nn.Module:
-    """Build a backbone with a decoder; errors are those of `create_backbone` and `create_sam_segmenter`.
+    """Build a backbone with a decoder; raises like `create_backbone` and `create_sam_segmenter`.
 
     Args:
         name: Name as for `create_backbone`, combined with a `LightDecoder`; or `sam:PATH`, a pre-trained SAM with

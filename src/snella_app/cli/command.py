@@ -13,14 +13,14 @@ _Function = TypeVar("_Function", bound=Callable[..., None])
 
 @dataclass(frozen=True)
 class Command:
-    """A command of the command line.
+    """Command of the `snella` program.
 
     Attributes:
-        function: Function to call. Positional-only parameters become positional arguments, the others options. If the
+        function: Function to call. Positional-only parameters become positional arguments, others become options. If the
             only parameter is a `Config`, its settings become the options. The docstring is the help.
-        library: Module to import before the call; during the import, Ctrl-C exits immediately.
-        is_recorded: True to store the settings in the run folder as `commands/NAME.yaml`.
-        is_research: True to list the command under research commands.
+        library: Module to import before the call, while Ctrl-C exits immediately.
+        is_recorded: If True, store the settings in the run folder as `commands/NAME.yaml`.
+        is_research: If True, list the command under research commands.
     """
 
     function: Callable[..., None]
@@ -60,8 +60,8 @@ def record(name: str, settings: dict[str, Any]) -> None:
         write_text(folder / f"{name}.yaml", yaml.safe_dump(settings, sort_keys=False))
 
 
-def listed(name: str, value: str, kind: Callable[[str], Any]) -> list[Any]:
-    """Parse a comma-separated list; raises ValueError if an item is not a number."""
+def parse_list(name: str, value: str, kind: Callable[[str], Any]) -> list[Any]:
+    """Parse a comma-separated list; raise ValueError for an invalid item."""
     try:
         return [kind(part.strip()) for part in str(value).split(",") if part.strip()]
     except ValueError:

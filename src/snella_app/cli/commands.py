@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from snella_app.data.check import BenchmarkCheck
 
 ExportName = Literal["sparse", "onnx", "torchscript", "torch-export", "lora", "timm", "hf"]
-"""Keys of `snella_app.runs.export.FORMATS`, repeated here to keep the import of the command line fast."""
+"""Keys of `snella_app.runs.export.FORMATS`, repeated here to keep the CLI import fast."""
 
 
 @command("snella_app.api")
@@ -59,15 +59,15 @@ def evaluate(
 
     Args:
         run: Run folder.
-        data: Evaluate on this data instead of the run's, e.g. more-photos. The run must have been trained on all of its
+        data: Data to evaluate on instead of the run's, e.g. more-photos. The run must have been trained on all its
             classes.
-        split: Split to evaluate: train, val, test or all. auto selects the test split of the run, or all images of
-            other data.
+        split: Split to evaluate: train, val, test or all. auto selects the run's test split, or all images of other
+            data.
         batch_size: Batch size.
         columns: Columns of a table, e.g. path=file,label=species; defaults to the run's columns.
-        skip_corrupt: Skip images that cannot be read.
+        skip_corrupt: Skip unreadable images.
         out: Also write the results to this JSON file.
-        calibrate: Refit the temperature of a classifier on the validation images, and store it.
+        calibrate: Refit a classifier's temperature on the validation images and store it.
         device: auto, or a torch device such as cpu, cuda:1 or mps.
     """
     from snella_app.console import counted, make_console, make_table, print_line
@@ -141,21 +141,21 @@ def predict(
         run: Run folder.
         images: Image files, folders, quoted glob patterns, or tables (CSV, Parquet) with a column of paths; - reads
             paths from standard input, one per line.
-        out: Write label and probability of each image to this .csv, .json, .jsonl or .parquet file instead of printing;
-            a folder of masks for segmentation.
+        out: Write the label and probability of each image to this .csv, .json, .jsonl or .parquet file instead of
+            printing them. For segmentation, a folder for the masks.
         overwrite: Replace existing files.
         top_k: Number of classes per image, most likely first, or all; defaults to one in files and three on the
             terminal.
-        unsure: Mark predictions with a lower probability as unsure. auto uses the threshold that halves the error rate
-            on validation.
+        unsure: Mark predictions below this probability as unsure. auto uses the threshold that halves the error rate on
+            validation.
         tta: Test-time augmentation: number of views whose probabilities are averaged. 2 uses the image and its flip;
             larger values, up to 10, add corner crops of the enlarged image. Defaults to the run's setting.
         features: Also write the features of each image, the input of the classifier head, to this .npz, .npy or
             .parquet file.
-        watch: Keep predicting new images in the folders until Ctrl-C; rows are appended to --out.
+        watch: Watch the folders and predict new images until Ctrl-C; rows are appended to --out.
         batch_size: Batch size.
-        columns: Path column of a table, e.g. path=file; detected by name if not given.
-        skip_corrupt: Skip images that cannot be read.
+        columns: Path column of a table, e.g. path=file; detected by name by default.
+        skip_corrupt: Skip unreadable images.
         device: auto, or a torch device such as cpu, cuda:1 or mps.
     """
     from snella_app.runs.prediction_files import predict_to_files
@@ -230,20 +230,20 @@ def export(
       snella export runs/photos --format sparse --values bf16
       snella export runs/photos --format lora --rank 32
 
-    onnx, torchscript, torch-export: merged model with the probabilities of predict, for any batch size. The export
-    fails if its outputs differ from those of torch.
-    timm, hf: folder for timm, or for transformers and the hub. lora: closest LoRA of a given rank, with its error.
+    onnx, torchscript, torch-export: merged model that outputs the probabilities of predict, for any batch size. The
+    export fails if its outputs differ from torch's.
+    timm, hf: folder for timm, or for transformers and the Hub. lora: closest LoRA of a given rank, with its error.
     sparse: positions and values of the changed weights.
 
     Args:
         run: Run folder.
         format: Export format.
-        out: Output file or folder; defaults to the name of the run, next to the run.
+        out: Output file or folder; defaults to the run's name, next to the run.
         overwrite: Replace the output of an earlier export.
         opset: ONNX opset version (onnx); defaults to the exporter's.
-        rank: Rank of the LoRA (lora; default 32).
+        rank: LoRA rank (lora; default 32).
         values: Data type of the values (sparse; default fp32); bf16 rounds them.
-        images: Image files to compare outputs on, [a.jpg,b.jpg]; defaults to test or validation images of the run.
+        images: Images for comparing outputs, [a.jpg,b.jpg]; defaults to test or validation images of the run.
         logits: Omit softmax (or sigmoid) and temperature (onnx, torchscript, torch-export).
     """
     from snella_app.console import make_console, print_line
@@ -279,7 +279,7 @@ def explain(
       snella explain runs/photos
 
     With images, writes a heat map per image and index.html to --out. Without images, explains correct and wrong
-    predictions on validation images, and adds them to the report of the run. Needs captum: pip install
+    predictions on validation images and adds them to the run's report. Requires captum: pip install
     'snella[explain]'.
 
     Args:
@@ -290,10 +290,10 @@ def explain(
             all layers, independent of the class).
         of: Class to explain; defaults to the predicted class.
         neighbors: Number of nearest training images to show, by feature similarity; 0 for none.
-        overwrite: Write into a folder that is not empty.
+        overwrite: Write to a non-empty folder.
         batch_size: Batch size.
-        columns: Path column of a table, e.g. path=file; detected by name if not given.
-        skip_corrupt: Skip images that cannot be read.
+        columns: Path column of a table, e.g. path=file; detected by name by default.
+        skip_corrupt: Skip unreadable images.
         device: auto, or a torch device such as cpu, cuda:1 or mps.
     """
     from snella_app.console import counted, make_console, print_line
@@ -346,25 +346,25 @@ def serve(
     batch_size: int = 32,
     device: Device = "auto",
 ) -> None:
-    """Serve predictions over HTTP, with a web page for trying the model.
+    """Serve predictions over HTTP, with a web page to try the model.
 
       snella serve runs/photos
       curl -F files=@new.jpg http://127.0.0.1:8000/predict
 
     GET / returns the web page, GET /health the model and its limits, GET /docs the API documentation. POST /predict
-    takes images as form files. The server has no authentication and no encryption: use a reverse proxy for both. Needs
-    pip install 'snella[serve]'.
+    accepts images as form files. The server has no authentication and no encryption: use a reverse proxy for both.
+    Requires pip install 'snella[serve]'.
 
     Args:
         run: Run folder.
-        host: Address to listen on; 0.0.0.0 for all addresses of this machine.
+        host: Address to listen on; 0.0.0.0 for all interfaces.
         port: Port; 0 selects a free one.
-        unsure: Mark predictions with a lower probability as unsure; auto uses the threshold of the run.
+        unsure: Mark predictions below this probability as unsure; auto uses the run's threshold.
         tta: Test-time augmentation, as for snella predict.
         max_files: Maximum number of images per request.
         max_mib: Maximum size of a file, in MiB.
         max_megapixels: Maximum number of pixels per image, in millions; larger images are not decoded.
-        max_total_megapixels: Maximum number of pixels of all images in progress, in millions; further requests get
+        max_total_megapixels: Maximum number of pixels of all images in progress, in millions; further requests receive
             status 503 and can be retried.
         hosts: Additional host names of the server, separated by commas, e.g. photos.example.org behind a reverse proxy.
             localhost, the name of this machine and IP addresses are always accepted.
@@ -390,17 +390,17 @@ def push(
     private: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Push the model of a run and its model card to the Hugging Face Hub, or write the folder for it.
+    """Push the model of a run and its model card to the Hugging Face Hub, or write them to a folder.
 
       snella push runs/photos user/photos
       snella push runs/photos user/photos --to-folder photos-hub
 
-    If the hub cannot be reached, the folder is written next to the run. The model card lists results, data, classes and
+    If the Hub cannot be reached, the folder is written next to the run. The model card lists results, data, classes and
     usage; fill in the license yourself.
 
     Args:
         run: Run folder.
-        name: Repository name on the hub, user/model.
+        name: Repository name on the Hub, user/model.
         to_folder: Write the repository to this new folder instead, without network access.
         adapter: Push the PEFT adapter instead of the merged model.
         private: Create a private repository.
@@ -412,7 +412,7 @@ def push(
     pushed = push(run, name, to_folder=to_folder, adapter=adapter, private=private, overwrite=overwrite)
     console = make_console()
     if pushed.reason is not None:
-        print_line(console, f"note: cannot reach the hub ({pushed.reason}); later: hf upload {name} {pushed.place}")
+        print_line(console, f"note: cannot reach the Hub ({pushed.reason}); later: hf upload {name} {pushed.place}")
     print_line(console, pushed.place)
 
 
@@ -428,28 +428,28 @@ def inspect(
     dtype: Literal["fp32", "bf16"] | None = None,
     device: Literal["cpu", "cuda", "h100", "a100", "rtx4090", "l4", "t4", "mi300x"] | None = None,
 ) -> None:
-    """Show budgets, sparsity and sizes of a run, or estimate the training memory of a backbone.
+    """Show a run's budgets, sparsity and sizes, or estimate the training memory of a backbone.
 
       snella inspect runs/photos
       snella inspect runs/photos --report
       snella inspect --backbone vit_base_patch16_224 --batch 16
       snella inspect --backbone vit_large_patch16_224 --batch 64 --dtype bf16 --device h100
 
-    --backbone needs no run: it prints the peak memory of a training step with SNELLA, LoRA and full fine-tuning. The
-    name of a GPU adds the predicted time of a step for plain ViTs.
+    --backbone prints the peak memory of a training step with SNELLA, LoRA and full fine-tuning, without a run. A GPU
+    name in --device adds the predicted step time for plain ViTs.
 
     Args:
         run: Run folder.
         report: Also rewrite the HTML report.
-        backbone: Estimate the training memory of this backbone instead of showing a run; a name as for snella train.
+        backbone: Estimate the training memory of this backbone instead of showing a run; name as for snella train.
         batch: With --backbone, batch size (default 32).
         img_size: With --backbone, input resolution in pixels; defaults to the model's.
         r: With --backbone, rank of SNELLA and LoRA (default 8).
         dtype: With --backbone, data type of weights and activations (default fp32).
-        device: With --backbone, device or GPU for training; not required on this machine.
+        device: With --backbone, device or GPU for training; it need not be in this machine.
 
     Raises:
-        ValueError: If neither or both of `run` and `backbone` are given, or an option does not apply.
+        ValueError: If both or neither of `run` and `backbone` are given, or an option does not apply.
     """
     from snella_app.console import make_console, print_line
     from snella_app.plugins import plugin
@@ -463,7 +463,7 @@ def inspect(
     errors = []
     if (run is None) == (backbone is None):
         got = "neither" if run is None else f"RUN {run} and --backbone {backbone}"
-        errors.append(f"inspect takes either RUN, the folder of a run, or --backbone NAME, got {got}")
+        errors.append(f"inspect takes either RUN, a run folder, or --backbone NAME, got {got}")
     if backbone is not None and report:
         errors.append("--report needs a run; leave it out with --backbone")
     if backbone is None and given:
@@ -512,12 +512,11 @@ def data(
 
     Args:
         action: The only action is check.
-        data: Data as for snella train --data; the folder of VTAB-1k, of FGVC or of one of their datasets; or a folder
-            with the subfolders vtab-1k and fgvc.
+        data: Data as for snella train --data; the folder of VTAB-1k, FGVC or one of their datasets; or a folder with
+            the subfolders vtab-1k and fgvc.
         columns: Columns of a table, as for snella train.
         task: Task as for snella train, e.g. multilabel for lists of labels, regression for numbers.
-        skip_corrupt: Report images that cannot be read as a note instead of an error, as for training with
-            --skip-corrupt.
+        skip_corrupt: Report unreadable images as a note instead of an error, as in training with --skip-corrupt.
         channels: Image channels, as for snella train.
         white: Value of 16-bit images that maps to white, as for snella train.
         sheet: Write a contact sheet with the first images of each class to this PNG file.
@@ -525,10 +524,10 @@ def data(
     """
     from snella_app.console import counted, make_console, print_line
     from snella_app.data import data_names, full_spec, split_spec
-    from snella_app.data.check import check_benchmarks, holds_benchmark
+    from snella_app.data.check import check_benchmarks, contains_benchmark
 
     path = Path(data).expanduser()
-    is_user_path = path.is_file() or (path.is_dir() and any(path.iterdir()) and not holds_benchmark(data))
+    is_user_path = path.is_file() or (path.is_dir() and any(path.iterdir()) and not contains_benchmark(data))
     spec = full_spec(data) if is_user_path else data
     warnings: list[str] = []
     if split_spec(spec)[1] is not None or spec in data_names() or path.is_file():
@@ -610,13 +609,13 @@ def _write_sheet(image: Any, sheet: str) -> None:
     """Write an image as PNG, atomically."""
     import io
 
-    from snella_app.files import made_folder, write_bytes
+    from snella_app.files import create_folder, write_bytes
 
     path, content = Path(sheet), io.BytesIO()
     if path.suffix.lower() != ".png":
         raise ValueError(f"sheet must be a PNG file, got {sheet!r}; write {str(path.with_suffix('.png'))!r}")
     image.save(content, "PNG")
-    with made_folder(path.parent):
+    with create_folder(path.parent):
         write_bytes(path, content.getvalue())
 
 
@@ -626,11 +625,11 @@ def _benchmark_table(check: "BenchmarkCheck") -> "Table":
 
     from snella_app.console import counted
 
-    parts = list(dict.fromkeys(name for dataset in check.found for name in dataset.parts))
+    parts = list(dict.fromkeys(name for dataset in check.inspections for name in dataset.parts))
     table = Table(title=f"{check.title} in {check.folder}", title_justify="left")
     for name in ("dataset", *parts, "classes", ""):
         table.add_column(name, justify="left" if name in ("dataset", "") else "right")
-    for dataset in check.found:
+    for dataset in check.inspections:
         sizes = [f"{len(dataset.parts[name]):,}" if name in dataset.parts else "–" for name in parts]
         num_errors = len(dataset.errors) + len(dataset.deviations)
         state = (

@@ -26,10 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0, 1 for a comparison with failed runs, 2 for an error, 130 after Ctrl-C.
     """
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    args = list(sys.argv[1:] if arguments is None else arguments)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # hides DDP notes; read when torch is imported
     try:
-        return _run(words)
+        return _run(args)
     except KeyboardInterrupt:
         print(f"{_PROGRAM}: interrupted", file=sys.stderr)
         return _INTERRUPTED
@@ -37,21 +37,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - closed with the process
         return 1
     except (ValueError, OSError, ImportError, NotImplementedError) as error:
-        return _report(error, words)
+        return _report(error, args)
     except Exception as error:
         status = getattr(error, "exit_status", None)  # set by outcomes such as interrupted training
         if status is None:
             raise
-        return _report(error, [word for word in words if word != "--debug"], status)
+        return _report(error, [arg for arg in args if arg != "--debug"], status)
 
 
-def _run(words: list[str]) -> int:
+def _run(args: list[str]) -> int:
     """Parse, import and run a command; late imports let Ctrl-C exit at any time."""
     exit_on_interrupt()
     try:
         from snella_app.cli.parser import call, parse
 
-        name, _, settings = parse(words)
+        name, _, settings = parse(args)
         from snella_app.cli.command import COMMANDS, record
 
         command = call(name, settings)
@@ -70,17 +70,18 @@ def _run(words: list[str]) -> int:
     return 0
 
 
-def _report(error: Exception, words: Sequence[str], status: int = _USER_ERROR) -> int:
+def _report(error: Exception, args: Sequence[str], status: int = _USER_ERROR) -> int:
     """Print an error in one line, or its traceback with `--debug`."""
-    if "--debug" in words:
+    if "--debug" in args:
         traceback.print_exception(error)
         return status
     from snella_app.cli.parser import UsageError, as_flags
     from snella_app.console import printable
 
     line = printable(" ".join(str(error).split()))
-    command = next((word for word in words if not word.startswith("-")), None)
-    print(f"{_PROGRAM}: " + (line if isinstance(error, UsageError) else as_flags(line, command)), file=sys.stderr)
+    command = next((arg for arg in args if not arg.startswith("-")), None)
+    line = line if isinstance(error, UsageError) else as_flags(line, command)
+    print(line if line.startswith(f"{_PROGRAM} ") else f"{_PROGRAM}: {line}", file=sys.stderr)
     return status
 
 

@@ -1,4 +1,4 @@
-"""Command line parser, built from the commands' signatures and docstrings."""
+"""Command-line parser, built from the commands' signatures and docstrings."""
 
 import argparse
 import difflib
@@ -25,7 +25,7 @@ from snella_app.cli.command import COMMANDS, Command
 from snella_app.config import Config, Setting
 from snella_app.methods.defaults import TRAIN_PRESETS, shown_defaults
 from snella_app.plugins import plugins
-from snella_app.settings import described, hint_at_choice, ours
+from snella_app.settings import describe_type, equivalent_setting, suggest_choice
 from snella_app.text import nearest
 
 plugins("commands")  # registers the commands of other packages
@@ -39,7 +39,7 @@ class UsageError(ValueError):
 
 @dataclass(frozen=True)
 class Option:
-    """Argument of a command, as declared by its function or dataclass.
+    """Argument of a command, declared by its function or configuration.
 
     Attributes:
         name: Python name, with underscores.
@@ -62,7 +62,7 @@ class Option:
 
     @property
     def values(self) -> list[str]:
-        """Fixed choices as typed; empty if any value is allowed."""
+        """Fixed choices, as typed; empty if there are none."""
         kind = _without_none(self.type)
         values = get_args(kind) if get_origin(kind) is Literal else ("true", "false") if kind is bool else ()
         return [str(value) for value in values]
@@ -116,26 +116,26 @@ def parse(arguments: Sequence[str]) -> tuple[str, bool, dict[str, Any]]:
         UsageError: If a command or option is unknown, or a value is missing or malformed.
     """
     is_debugging = "--debug" in arguments
-    words = [_with_dashes(word) for word in arguments if word != "--debug"]
-    if words[:1] == ["help"]:
-        words = [*words[1:2], "--help"]
-    is_completion = any(word.partition("=")[0] == "--completion" for word in words[:1])
-    name = None if is_completion else next((word for word in words if not word.startswith("-")), None)
-    if name is None and not is_completion and not set(words) & {"-h", "--help", "--version"}:
+    args = [_with_dashes(arg) for arg in arguments if arg != "--debug"]
+    if args[:1] == ["help"]:
+        args = [*args[1:2], "--help"]
+    is_completion = any(arg.partition("=")[0] == "--completion" for arg in args[:1])
+    name = None if is_completion else next((arg for arg in args if not arg.startswith("-")), None)
+    if name is None and not is_completion and not set(args) & {"-h", "--help", "--version"}:
         raise UsageError(f"missing command; choose one of {', '.join(COMMANDS)}; see snella --help")
     if name is not None and name not in COMMANDS:
         hint = nearest(name, COMMANDS, most=2, form="nearest: {}") or f"commands: {', '.join(COMMANDS)}"
         raise UsageError(f"snella has no command {name!r}; {hint}; see snella --help")
     options = [] if name is None else options_of(COMMANDS[name].function)
     if name is not None:
-        _check_options(name, options, words)
-        preset = _find_preset(options, words)
-        words = _with_preset(name, words, preset) if name == "train" else words
-        words = _expand_flags(options, words)
+        _check_options(name, options, args)
+        preset = _find_preset(options, args)
+        args = _with_preset(name, args, preset) if name == "train" else args
+        args = _expand_flags(options, args)
     try:
-        values = build_parser([] if name is None else [name]).parse_args(words)
+        values = build_parser([] if name is None else [name]).parse_args(args)
     except UsageError as error:
-        raise UsageError(_rewrite_error(str(error), str(name), options, words)) from None
+        raise UsageError(_rewrite_error(str(error), str(name), options, args)) from None
     settings = values[values.command].as_dict()
     return values.command, is_debugging, {key: value for key, value in settings.items() if key != "config"}
 
@@ -164,7 +164,7 @@ def call(name: str, settings: Mapping[str, Any]) -> Callable[[], None]:
 
 
 def build_parser(names: Iterable[str]) -> ArgumentParser:
-    """Build the parser of the program with the options of some commands.
+    """Build the parser of `snella` with the options of some commands.
 
     Args:
         names: Keys of `COMMANDS`.
@@ -175,18 +175,18 @@ def build_parser(names: Iterable[str]) -> ArgumentParser:
         description="Fine-tune pre-trained vision models with sparse, high-rank updates.\n\n"
         "  snella train --data photos --backbone vit_base_patch16_224.augreg_in21k --out runs/photos\n"
         "  snella predict runs/photos new.jpg\n\n"
-        "Help on one command: snella train --help",
+        "Help for a command: snella train --help",
         epilog=f"research commands:\n{_command_list(is_research=True)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--debug", action="store_true", help="Show the traceback of errors.")
+    parser.add_argument("--debug", action="store_true", help="Show tracebacks of errors.")
     parser.add_argument("--version", action="version", version=f"snella {version('snella')}", help="Show the version.")
     parser.add_argument(
         "--completion",
         action=_PrintCompletion,
         nargs="?",
         metavar="SHELL",
-        help="Print the completion script of bash, zsh or fish: snella --completion bash > ~/.snella.bash",
+        help="Print the completion script for bash, zsh or fish: snella --completion bash > ~/.snella.bash",
     )
     subcommands = parser.add_subcommands(
         dest="command",
@@ -219,7 +219,7 @@ def _command_list(is_research: bool) -> str:
 
 
 class _PrintCompletion(argparse.Action):
-    """Print the completion script of a shell and exit."""
+    """Print the completion script for a shell and exit."""
 
     def __call__(self, parser: argparse.ArgumentParser, *arguments: Any) -> NoReturn:
         """Print the script and exit; imports the generator on first use."""
@@ -244,7 +244,7 @@ def _command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
     """Build the parser of one command."""
     options = options_of(function)
     required = [f"{o.name.upper()} ..." if o.is_list else o.name.upper() for o in options if o.is_positional]
-    required = [f"[{word}]" if o.default is not MISSING else word for o, word in zip(options, required, strict=False)]
+    required = [f"[{arg}]" if o.default is not MISSING else arg for o, arg in zip(options, required, strict=False)]
     required += [f"{o.typed} {o.choices}" for o in options if not o.is_positional and o.default is MISSING]
     parser = _Parser(
         usage=" ".join(["snella", name, *required, "[options]"]),
@@ -255,6 +255,9 @@ def _command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
     parser.add_argument(
         "--config", action="config", help="YAML file with any of the options below; the command line takes precedence."
     )
+    for action in parser._actions:
+        if "--print-config" in action.option_strings:
+            action.help = "Print the configuration as YAML and exit. =skip_default omits default values."
     owner = settings_class(function)
     basic: tuple[str, ...] = getattr(owner, "basic", ())
     purpose = getattr(owner, "purpose", None)
@@ -275,7 +278,7 @@ def _add(group: Any, option: Option, method_default: str) -> None:
     Args:
         group: Parser or argument group.
         option: The argument.
-        method_default: Description of the method's default; empty if the method sets none.
+        method_default: Text about the default that the method sets; empty if it sets none.
     """
     text = option.help.replace("%", "%%")
     if option.default is MISSING:
@@ -293,8 +296,8 @@ def _add(group: Any, option: Option, method_default: str) -> None:
     group.add_argument(option.typed, type=option.type, metavar=option.choices, help=text, **requirement)
 
 
-def _rewrite_error(message: str, command: str, options: Sequence[Option], words: Sequence[str]) -> str:
-    """Rewrite a jsonargparse error as "argument must be X, got Y", with arguments as typed.
+def _rewrite_error(message: str, command: str, options: Sequence[Option], args: Sequence[str]) -> str:
+    """Rewrite a jsonargparse error as "--option must be X, got Y".
 
     Handles `Parser key "top_k": ... value: many`, `required: predict.run, predict.out`, `unrecognized arguments: x` and
     `expected one argument`. Other messages pass unchanged.
@@ -303,14 +306,14 @@ def _rewrite_error(message: str, command: str, options: Sequence[Option], words:
     wrong = re.match(r'Parser key "(?:[\w-]+\.)?(\w+)".*value: ([^\n]*)', message, re.DOTALL)
     if wrong and wrong[1] in known:
         option = known[wrong[1]]
-        got, hint = wrong[2] or "nothing", hint_at_choice(option.type, wrong[2])
-        return f"{option.typed} must be {described(option.type)}, got {got}{hint}"
+        got, hint = wrong[2] or "nothing", suggest_choice(option.type, wrong[2])
+        return f"{option.typed} must be {describe_type(option.type)}, got {got}{hint}"
     _, is_missing, names = message.partition("are required: ")
     missing = [name.removeprefix(f"{command}.") for name in names.split(", ")]
     if is_missing and missing == ["images"]:
-        given = next(iter(_arguments(words)[1:]), "")
+        given = next(iter(_positional_args(args)[1:]), "")
         if Path(given).is_file() or (Path(given).suffix and not Path(given).is_dir()):
-            return f"snella {command} needs RUN, the folder of a run, before the images: snella {command} RUN {given}"
+            return f"snella {command} needs RUN, a run folder, before the images: snella {command} RUN {given}"
     if is_missing and set(missing) <= set(known):
         return f"snella {command} needs {', '.join(known[n].typed for n in missing)}; see snella {command} --help"
     _, is_unknown, unknown = message.partition("unrecognized arguments: ")
@@ -322,24 +325,24 @@ def _rewrite_error(message: str, command: str, options: Sequence[Option], words:
     return message
 
 
-def _arguments(words: Sequence[str]) -> list[str]:
-    """Return the command and its positional arguments, without options and their values."""
-    previous = ["", *words[:-1]]
+def _positional_args(args: Sequence[str]) -> list[str]:
+    """Return the command and its positional arguments."""
+    previous = ["", *args[:-1]]
     return [
-        word
-        for before, word in zip(previous, words, strict=True)
-        if not word.startswith("-") and not (before.startswith("--") and "=" not in before)
+        arg
+        for before, arg in zip(previous, args, strict=True)
+        if not arg.startswith("-") and not (before.startswith("--") and "=" not in before)
     ]
 
 
-def _check_options(command: str, options: Sequence[Option], words: Sequence[str]) -> None:
+def _check_options(command: str, options: Sequence[Option], args: Sequence[str]) -> None:
     """Reject unknown options and suggest the closest ones."""
     known = [*(option.typed for option in options if not option.is_positional), *_GLOBAL_OPTIONS]
     names = {option.name: option for option in options}
-    for word in words:
-        option = re.split(r"[.=]", word)[0]
-        if word.startswith("--") and word != "--" and option not in known:
-            setting = ours(option[2:], names)
+    for arg in args:
+        option = re.split(r"[.=]", arg)[0]
+        if arg.startswith("--") and arg != "--" and option not in known:
+            setting = equivalent_setting(option[2:], names)
             if setting is not None:
                 verb = "give" if names[setting].is_positional else "use"
                 hint = f"{verb} {names[setting].typed}"
@@ -349,39 +352,39 @@ def _check_options(command: str, options: Sequence[Option], words: Sequence[str]
             raise UsageError(f"snella {command} has no option {option}{hint}; see snella {command} --help")
 
 
-def _expand_flags(options: Sequence[Option], words: Sequence[str]) -> list[str]:
-    """Expand a boolean flag such as `--resume` without a value to `--resume=true`.
+def _expand_flags(options: Sequence[Option], args: Sequence[str]) -> list[str]:
+    """Expand a boolean flag without a value, e.g. `--resume` to `--resume=true`.
 
-    Optional booleans (`bool | None`) consume the next word, so that an invalid value is an error.
+    Optional booleans (`bool | None`) consume the next argument, so that an invalid value is an error.
     """
     always = {option.typed for option in options if option.type is bool}
     at_end = {option.typed for option in options if _without_none(option.type) is bool} - always
-    followers = [*words[1:], ""]
+    followers = [*args[1:], ""]
     return [
-        f"{word}=true"
-        if (word in always and follower.lower() not in _BOOLEANS)
-        or (word in at_end and (not follower or follower.startswith("-")))
-        else word
-        for word, follower in zip(words, followers, strict=True)
+        f"{arg}=true"
+        if (arg in always and follower.lower() not in _BOOLEANS)
+        or (arg in at_end and (not follower or follower.startswith("-")))
+        else arg
+        for arg, follower in zip(args, followers, strict=True)
     ]
 
 
-def _find_preset(options: Sequence[Option], words: Sequence[str]) -> Any:
-    """Return the last preset named by the options or their configuration files, if any.
+def _find_preset(options: Sequence[Option], args: Sequence[str]) -> Any:
+    """Return the last preset set by the options or configuration files, if any.
 
     Raises:
         UsageError: If a configuration file is invalid.
     """
     preset = None
     known = [option.name for option in options]
-    for word, follower in zip(words, [*words[1:], ""], strict=True):
-        option, sign, value = word.partition("=")
+    for arg, follower in zip(args, [*args[1:], ""], strict=True):
+        option, sign, value = arg.partition("=")
         value = value if sign else follower
         if option == "--config" and value:
             content = _read_config(value, known)
             for entry in options:
                 if get_origin(_without_none(entry.type)) is list and not isinstance(content.get(entry.name, []), list):
-                    kind = described(_without_none(entry.type))
+                    kind = describe_type(_without_none(entry.type))
                     raise UsageError(f"{entry.typed} must be {kind}, got {content[entry.name]!r}")
             preset = content.get("preset", preset)
         elif option == "--preset":
@@ -389,11 +392,11 @@ def _find_preset(options: Sequence[Option], words: Sequence[str]) -> Any:
     return preset
 
 
-def _with_preset(command: str, words: Sequence[str], preset: Any) -> list[str]:
-    """Insert the values of a preset as the first configuration file."""
+def _with_preset(command: str, args: Sequence[str], preset: Any) -> list[str]:
+    """Insert a preset as the first configuration file."""
     values = TRAIN_PRESETS.get(str(preset))
-    after = words.index(command) + 1
-    return [*words[:after], *([] if values is None else [f"--config={yaml.safe_dump(values)}"]), *words[after:]]
+    after = args.index(command) + 1
+    return [*args[:after], *([] if values is None else [f"--config={yaml.safe_dump(values)}"]), *args[after:]]
 
 
 def _read_config(path: str, known: Sequence[str]) -> dict[str, Any]:
@@ -429,7 +432,7 @@ def _read_config(path: str, known: Sequence[str]) -> dict[str, Any]:
         raise UsageError(f"--config {path} {text}") from None
     unknown = []
     for key in (str(key) for key in content if key not in known):
-        setting = ours(key, known)
+        setting = equivalent_setting(key, known)
         near = nearest(key.replace("-", "_"), known, most=2, cutoff=0.5, form=" (nearest: {})")
         unknown.append(f"{key!r} (use {setting})" if setting else f"{key!r}{near}")
     if unknown:
@@ -447,11 +450,11 @@ def _near_file(file: Path) -> str:
 
 
 def as_flags(message: str, command: str | None = None) -> str:
-    """Replace Python names of settings in an error message by command line options.
+    """Replace Python names of settings in an error message with command-line options.
 
     Args:
-        message: One line that names settings as `name=value` or begins with `name must be ...`.
-        command: Command that raised the error; its positional arguments keep their names. None allows any command.
+        message: One line with settings such as `name=value` or `name must be ...`.
+        command: Command that raised the error; its positional arguments are unchanged. None for any command.
     """
     options = [option for command in COMMANDS.values() for option in options_of(command.function)]
     command_options = options if command not in COMMANDS else options_of(COMMANDS[str(command)].function)
@@ -478,11 +481,11 @@ def _missing_options(match: re.Match[str]) -> str:
     return f"missing required options: {options}, e.g. " + re.sub(r"(\w+)='([^']*)'", r"--\1 \2", examples)
 
 
-def _with_dashes(word: str) -> str:
+def _with_dashes(arg: str) -> str:
     """Replace underscores with dashes in an option's name, but not in its value and dotted suffix."""
-    end = re.search(r"[.=]|$", word)
-    size = end.start() if end and word.startswith("--") else 0
-    return word[:size].replace("_", "-") + word[size:]
+    end = re.search(r"[.=]|$", arg)
+    size = end.start() if end and arg.startswith("--") else 0
+    return arg[:size].replace("_", "-") + arg[size:]
 
 
 def _dashed(name: str) -> str:
@@ -507,7 +510,7 @@ def _hints(owner: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _text_of(setting: Setting) -> str:
-    """Return the help text of a setting, from the docstring of its class or of a base class."""
+    """Return the help text of a setting from the docstring of its class or a base class."""
     return next(text for kind in setting.owner.__mro__ if (text := _texts(kind).get(setting.path[-1])))
 
 

@@ -1,4 +1,4 @@
-"""Configurations: five parts of a training run, their flat names, and base classes for the recipes."""
+"""Configurations: `TrainConfig` and its sections, and base classes for the recipes."""
 
 from snella_app.config.base import Config, Setting
 from snella_app.config.data import DataConfig

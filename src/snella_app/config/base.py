@@ -1,4 +1,4 @@
-"""`Config`: configurations made of parts, with flat names for users."""
+"""`Config`: nested configurations with flat names for users."""
 
 import copy
 import dataclasses
@@ -7,20 +7,20 @@ from dataclasses import MISSING, dataclass
 from functools import cache, reduce
 from typing import Any, ClassVar, Self, get_type_hints
 
-from snella_app.settings import KindError, described, fitted, hint_at_choice, ours, short
+from snella_app.settings import TypeMismatchError, coerce, describe_type, equivalent_setting, short_repr, suggest_choice
 from snella_app.text import nearest
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One value of a configuration.
+    """Leaf field of a configuration.
 
     Attributes:
         name: Flat name, unique in the configuration, e.g. `lr` or `method`.
-        path: Attributes that lead to the value, e.g. `("optim", "lr")` or `("method", "name")`.
+        path: Attribute path to the value, e.g. `("optim", "lr")` or `("method", "name")`.
         type: Type annotation.
         default: Default value; `MISSING` if required.
-        owner: Class with the field; its docstring, or that of a base class, describes the setting.
+        owner: Class that declares the field; its docstring, or that of a base class, describes the setting.
     """
 
     name: str
@@ -30,25 +30,25 @@ class Setting:
     owner: type
 
     def fresh_default(self) -> Any:
-        """Return the default value; a copy of a dictionary."""
+        """Return the default value; dictionaries are copied."""
         return copy.deepcopy(self.default) if isinstance(self.default, dict) else self.default
 
-    def of(self, config: "Config") -> Any:
-        """Return the value in a configuration."""
+    def value_in(self, config: "Config") -> Any:
+        """Return the value of the setting in a configuration."""
         return reduce(getattr, self.path, config)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Base class of configurations: frozen dataclasses that check their own fields.
+    """Base class of frozen, self-validating configurations.
 
-    A field is a value or a part, another `Config`. Users write flat names: options, keys of YAML files and keyword
-    arguments of `from_flat` do not name the part. The flat name of a field is its name, except for `flat_names`.
+    A field is a value or a section: a nested `Config`. Users write flat names: options, YAML keys and keyword arguments
+    of `from_flat` omit the section. The flat name of a field is its name unless `flat_names` overrides it.
 
     Attributes:
-        flat_names: Flat names of fields that differ from the name of the field.
+        flat_names: Flat names that differ from the field name, by field.
         order: Flat names that come first in help and files, in this order.
-        minimums: Smallest value by field.
+        minimums: Minimum value by field.
         nonnegative: Fields that are finite and at least 0.
         fractions: Fields in [0, 1).
     """
@@ -60,17 +60,17 @@ class Config:
     fractions: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
-        """Check the fields, and report all errors together."""
-        _raise([*self.fit(), *self.errors()])
+        """Validate the fields and report all errors together."""
+        _raise([*self.coerce_fields(), *self.errors()])
 
     @classmethod
     def settings(cls) -> dict[str, Setting]:
-        """Return the values of all parts by flat name."""
+        """Return the settings of all sections by flat name."""
         return _settings(cls)  # type: ignore[arg-type]
 
     @classmethod
     def command_options(cls) -> dict[str, Setting]:
-        """Return the options of a command with this configuration."""
+        """Return the command-line options for this configuration."""
         return cls.settings()
 
     @classmethod
@@ -78,55 +78,55 @@ class Config:
         """Create a configuration from flat names.
 
         Args:
-            **settings: Values by flat name; missing ones get their default.
+            **settings: Values by flat name; omitted settings get their defaults.
 
         Raises:
             TypeError: If a name is unknown; suggests the closest one.
-            ValueError: If values are invalid; reports the errors of all parts together.
+            ValueError: If values are invalid; one message lists all errors.
         """
         known = list(cls.settings())
         unknown = [name for name in settings if name not in known]
         if unknown:
-            listed = ", ".join(f"{name!r}{_other_name(name, known)}" for name in unknown)
+            listed = ", ".join(f"{name!r}{_suggest_setting(name, known)}" for name in unknown)
             raise TypeError(f"{cls.__name__} has no setting {listed}; see help({cls.__name__})")
         config, errors = cls._collect(settings)
         _raise(errors)
         return config
 
     def flat(self) -> dict[str, Any]:
-        """Return the values of all parts by flat name, as plain values for YAML and JSON."""
-        return {name: copy.deepcopy(setting.of(self)) for name, setting in self.settings().items()}
+        """Return all values by flat name, as plain values for YAML and JSON."""
+        return {name: copy.deepcopy(setting.value_in(self)) for name, setting in self.settings().items()}
 
     def replace(self, **settings: Any) -> Self:
-        """Return a copy with other values, given by flat name."""
+        """Return a copy with some settings changed, by flat name."""
         return self.from_flat(**{**self.flat(), **settings})
 
-    def fit(self) -> list[str]:
-        """Check each value against its type annotation.
+    def coerce_fields(self) -> list[str]:
+        """Convert each value to its annotated type, and return the errors.
 
-        Invalid values are reset to their default, so that later checks can run and all errors are reported together.
+        Invalid values are reset to their defaults, so that later checks can run and all errors are reported together.
         Paths are converted to strings and NumPy numbers to Python numbers.
         """
         errors = []
         for setting in type(self).settings().values():
             if len(setting.path) > 1:
-                continue  # checked by its part
-            value = setting.of(self)
+                continue  # checked by its section
+            value = setting.value_in(self)
             try:
-                value = fitted(setting.type, value)
-            except KindError:
-                hint = hint_at_choice(setting.type, value)
-                errors.append(f"{setting.name} must be {described(setting.type)}, got {short(value)}{hint}")
+                value = coerce(setting.type, value)
+            except TypeMismatchError:
+                hint = suggest_choice(setting.type, value)
+                errors.append(f"{setting.name} must be {describe_type(setting.type)}, got {short_repr(value)}{hint}")
                 value = setting.fresh_default()
             object.__setattr__(self, setting.path[0], value)  # only during construction
         return errors
 
     def errors(self) -> list[str]:
-        """Check the declared ranges; subclasses also check combinations. Parts have checked their own fields."""
+        """Check the declared ranges; subclasses also check combinations. Sections check themselves."""
         errors = []
-        for name, least in self.minimums.items():
-            if isinstance(value := getattr(self, name), int) and value < least:
-                errors.append(f"{name} must be at least {least}, got {value}")
+        for name, minimum in self.minimums.items():
+            if isinstance(value := getattr(self, name), int) and value < minimum:
+                errors.append(f"{name} must be at least {minimum}, got {value}")
         for name in self.fractions:
             if not 0.0 <= (value := getattr(self, name)) < 1.0:
                 errors.append(f"{name} must be in [0, 1), got {value}")
@@ -139,31 +139,31 @@ class Config:
     def _collect(cls, settings: Mapping[str, Any]) -> tuple[Self, list[str]]:
         """Create a configuration without raising, and return its errors."""
         config, errors = object.__new__(cls), []
-        for name, part in _parts(cls).items():  # type: ignore[arg-type]
-            value, part_errors = part._collect(settings)
+        for name, section in _sections(cls).items():  # type: ignore[arg-type]
+            value, section_errors = section._collect(settings)
             object.__setattr__(config, name, value)
-            errors += part_errors
+            errors += section_errors
         for setting in cls.settings().values():
             if len(setting.path) == 1:
                 value = settings[setting.name] if setting.name in settings else setting.fresh_default()
                 object.__setattr__(config, setting.path[0], value)
-        return config, [*config.fit(), *config.errors(), *errors]
+        return config, [*config.coerce_fields(), *config.errors(), *errors]
 
 
 def _raise(errors: list[str]) -> None:
-    """Raise all errors as one."""
+    """Raise all errors in one message."""
     if errors:
         raise ValueError("; ".join(errors))
 
 
 @cache
 def _settings(kind: type[Config]) -> dict[str, Setting]:
-    """Return the settings of a class and of its parts."""
+    """Return the settings of a class, including its sections."""
     settings: dict[str, Setting] = {}
-    parts, hints = _parts(kind), get_type_hints(kind)  # type: ignore[arg-type]
+    sections, hints = _sections(kind), get_type_hints(kind)  # type: ignore[arg-type]
     for f in dataclasses.fields(kind):
-        if f.name in parts:
-            inner = parts[f.name].settings().values()
+        if f.name in sections:
+            inner = sections[f.name].settings().values()
             settings |= {setting.name: dataclasses.replace(setting, path=(f.name, *setting.path)) for setting in inner}
         else:
             name = kind.flat_names.get(f.name, f.name)
@@ -173,14 +173,14 @@ def _settings(kind: type[Config]) -> dict[str, Setting]:
 
 
 @cache
-def _parts(kind: type[Config]) -> dict[str, type[Config]]:
-    """Return the classes of the fields that are parts."""
+def _sections(kind: type[Config]) -> dict[str, type[Config]]:
+    """Return the classes of the sections by field name."""
     hints = get_type_hints(kind)
-    kinds = {f.name: hints[f.name] for f in dataclasses.fields(kind)}
-    return {name: hint for name, hint in kinds.items() if isinstance(hint, type) and issubclass(hint, Config)}
+    types = {f.name: hints[f.name] for f in dataclasses.fields(kind)}
+    return {name: hint for name, hint in types.items() if isinstance(hint, type) and issubclass(hint, Config)}
 
 
-def _other_name(name: str, known: Iterable[str]) -> str:
-    """Suggest the setting that an unknown name refers to, in parentheses; empty if none is similar."""
-    setting = ours(name, known)
-    return f" (it is called {setting})" if setting else nearest(name, known, most=2, form=" (nearest: {})")
+def _suggest_setting(name: str, known: Iterable[str]) -> str:
+    """Suggest a setting for an unknown name, in parentheses; empty if none is similar."""
+    setting = equivalent_setting(name, known)
+    return f" (use {setting})" if setting else nearest(name, known, most=2, form=" (nearest: {})")

@@ -18,42 +18,41 @@ class DataConfig(Config):
             (images/ and masks/), kvasir:PATH, mri or mri-lobes.
         task: classification (one class per image), multilabel (any number of labels), ordinal (ordered classes),
             regression (numbers) or segmentation (one class per pixel; needs data with masks).
-        columns: Columns of a table, e.g. path=file,label=species,split=part,weight=w,group=patient; the others are
-            found by their usual names. Images of one group stay together when snella splits the data.
+        columns: Columns of a table, e.g. path=file,label=species,split=part,weight=w,group=patient; others are
+            detected by name. Images of a group stay in the same split.
         class_order: Class names from lowest to highest, e.g. small,medium,large (ordinal); not needed if the names
             begin with numbers.
-        train_size: Number of training images, stratified by class; all if not given.
-        val_size: Number of validation images; all if not given.
-        test_size: Number of test images; all if not given.
+        train_size: Number of training images, stratified by class; all by default.
+        val_size: Number of validation images; all by default.
+        test_size: Number of test images; all by default.
         val_fraction: Fraction of the images held out for validation if the data has no validation split.
         test_fraction: Fraction of the images held out for testing if the data has no test split; 0 for none.
-        test_seed: Seed of the test split, so that runs with different seeds can share it; the value of seed if not
-            given.
+        test_seed: Seed of the test split, so that runs with different seeds can share it; defaults to seed.
         folds: Number of cross-validation folds. Trains one run per fold in OUT/fold-1 and so on, and summarizes them in
             a table. Folds are stratified by class and keep groups together.
-        fold: Train only this fold, counted from 1, as a single run.
+        fold: Train only this fold (from 1) as a single run.
         protocol: Selection of the best epoch: standard (on validation), final (none; also trains on the validation
             images and saves the last epoch) or official (on the test images, as in the authors' scripts; results are
-            optimistic and marked).
+            optimistic and flagged).
         channels: Image channels: 1 for grayscale, 3 for RGB, 4 for RGBA, or the number of channels of TIFF or .npy
             files. The backbone's first convolution is adapted.
-        white: Value of 16-bit images that maps to white, e.g. 4095 for 12-bit cameras; 65535 if not given.
-        skip_corrupt: Skip images that cannot be read, and report their number.
+        white: Value of 16-bit images that maps to white, e.g. 4095 for 12-bit cameras; defaults to 65535.
+        skip_corrupt: Skip unreadable images and report their number.
         strict_sizes: Reject benchmark data (vtab, fgvc) with a wrong number of images or classes; false only prints a
             note.
         sampler: Order of the training images: shuffle, or weighted, which draws with replacement so that all classes
             are equally frequent.
         augment: Data augmentation: none, flip, crop (random resized crop and flip), crop-no-flip, or imagenet (smaller
             crops, flip and color jitter). randaugment and trivialaugment add random color and geometric changes to
-            crop; 3augment adds one of grayscale, solarization and blur. auto selects flip for numbers and masks, crop
-            otherwise, and crop-no-flip if a linear probe recognizes clearly fewer flipped training images.
+            crop; 3augment adds one of grayscale, solarization and blur. auto selects flip for regression and
+            segmentation, crop otherwise, and crop-no-flip if a linear probe is clearly worse on flipped training images.
         tta: Test-time augmentation: 2 averages the probabilities of an image and its flip, 1 uses only the image. auto
             selects 2 if training flips images and each image has one class.
         random_erasing: Probability of erasing a random rectangle of an image.
         mixup: Mixup: mixes pairs of images and labels with weights from Beta(mixup, mixup), e.g. 0.8; 0 disables it.
         cutmix: CutMix: pastes a rectangle of one image into another, with areas from Beta(cutmix, cutmix), e.g. 1; 0
             disables it. With mixup, each batch uses one of the two.
-        workers: Number of data loading processes; 0 loads images in the training process.
+        workers: Number of data-loading processes; 0 loads images in the training process.
     """
 
     flat_names: ClassVar = {"spec": "data"}
@@ -96,11 +95,11 @@ class DataConfig(Config):
         """Number of views averaged per prediction: `tta`, or 1 if it is auto."""
         return self.tta if isinstance(self.tta, int) else 1
 
-    def fit(self) -> list[str]:
-        """Check the types, and add the prefix of a bare folder or file to `spec`."""
+    def coerce_fields(self) -> list[str]:
+        """Convert the fields, and add the prefix to a bare path in `spec`."""
         from snella_app.data import full_spec
 
-        errors = super().fit()
+        errors = super().coerce_fields()
         object.__setattr__(self, "spec", self.spec and full_spec(self.spec))
         return errors
 
@@ -118,13 +117,13 @@ class DataConfig(Config):
         if self.channels not in (1, 3) and self.augment == "imagenet":
             errors.append(f"augment must be none, flip or crop for {self.channels} channels, got 'imagenet'")
         if self.fold is not None and (self.folds is None or self.fold > self.folds):
-            errors.append(f"fold must be at most folds, got {self.fold} of {self.folds}")
+            errors.append(f"fold must be at most folds, got {self.fold} of {self.folds or 'no folds'}")
         if self.folds is not None and self.protocol != "standard":
             errors.append(f"protocol must be standard with folds, got {self.protocol!r}")
         return errors + ([] if self.columns is None else _columns_errors(self.columns))
 
     def _mask_errors(self) -> list[str]:
-        """Check for settings that do not support masks."""
+        """Reject settings that do not support masks."""
         errors = [] if self.channels == 3 else [f"channels must be 3 with task 'segmentation', got {self.channels}"]
         given = {name: getattr(self, name) for name in ("mixup", "cutmix", "random_erasing")}
         errors += [f"{name} does not support masks, got {value}" for name, value in given.items() if value]

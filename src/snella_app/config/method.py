@@ -8,16 +8,16 @@ from snella_app.config.base import Config
 from snella_app.methods.defaults import DEFAULT_METHOD, PRESET_METHODS
 
 AUTO_METHOD = "auto"
-"""Value of `method` that selects a method by a small comparison."""
+"""Value of `method` that selects a method by a short comparison."""
 OPTION_SETTINGS = ("r", "target_sparsity", "scaling")
 """Method options that are also settings."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaseMethodConfig(Config):
-    """Method and its options; also the base class of the recipes' methods. None selects the method's default.
+    """Method and its options; also the base class of the recipes' `method` sections.
 
-    The flat name of `name` is `method`, that of `options` `method_options`.
+    None selects the method's default. The flat names of `name` and `options` are `method` and `method_options`.
 
     Args:
         r: Rank of the factors (lora, dora, snella, snell). A higher rank is more expressive and needs more memory and
@@ -48,9 +48,9 @@ class BaseMethodConfig(Config):
         from snella_app.methods import check_method
 
         errors = []
-        twice = [name for name in OPTION_SETTINGS if getattr(self, name) is not None and name in self.options]
-        if twice:
-            errors.append(f"{', '.join(twice)} given both by name and in method_options; give only one")
+        duplicates = [name for name in OPTION_SETTINGS if getattr(self, name) is not None and name in self.options]
+        if duplicates:
+            errors.append(f"{', '.join(duplicates)} set both directly and in method_options; set only one")
         try:
             check_method(self.name, self.all_options())
         except (ValueError, TypeError) as error:

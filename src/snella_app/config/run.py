@@ -8,14 +8,14 @@ from snella_app.config.base import Config
 
 @dataclass(frozen=True, kw_only=True)
 class BaseRunConfig(Config):
-    """Folder, seed and device of a run; also the base class of the recipes' runs.
+    """Folder, seed and device of a run; also the base class of the recipes' `run` sections.
 
     Args:
         out: Output folder of the run; created if missing.
         seed: Seed of splits, initialization, data order, augmentation and dropout.
         device: auto (a GPU if available), or a torch device such as cpu, cuda, cuda:1 or mps.
-        resume: Continue the run in `out` from its last checkpoint, with its stored settings.
-        overwrite: Replace the run in the output folder.
+        resume: Resume the run in `out` from its last checkpoint, with its stored settings.
+        overwrite: Replace an existing run in the output folder.
         progress: Show a progress bar on a terminal.
     """
 
@@ -29,15 +29,15 @@ class BaseRunConfig(Config):
     progress: bool = True
 
     def errors(self) -> list[str]:
-        """Check that `resume` and `overwrite` are not both set, and that torch knows the device."""
+        """Check that `resume` and `overwrite` are not both set, and that the device name is valid."""
         errors = super().errors()
         if self.resume and self.overwrite:
-            errors.append("resume and overwrite exclude each other, got both; leave one out")
+            errors.append("resume and overwrite are mutually exclusive, got both; leave one out")
         if self.device not in ("auto", "cpu", "cuda"):  # avoids importing torch
-            from snella_app.device import device_named
+            from snella_app.device import parse_device
 
             try:
-                device_named(self.device)
+                parse_device(self.device)
             except ValueError as error:
                 errors.append(str(error))
         return errors
@@ -48,8 +48,8 @@ class RunConfig(BaseRunConfig):
     """Folder, seed, devices and trackers of a run.
 
     Args:
-        shard: Shard the frozen weights over the torchrun processes (FSDP2). Each process gathers the weights of a block
-            when it needs them: less memory per device, more communication. Trained weights are not sharded.
+        shard: Shard the frozen weights across the torchrun processes (FSDP2). Each process gathers the weights of a
+            block on demand: less memory per device, more communication. Trained weights are not sharded.
         track: Experiment trackers for losses, metrics and budgets, e.g. tensorboard or wandb,mlflow. TensorBoard files
             go to `tracking` in the run folder.
     """

@@ -16,17 +16,17 @@ UNSTORED_FIELDS = ("resume", "overwrite", "progress")
 
 
 class RunSettings(Config):
-    """Base class of run configurations. Subclasses have the parts `method`, `optim` and `run`, and the setting `data`.
+    """Base class of run configurations; subclasses add the setting `data`.
 
     Attributes:
-        needed: Required settings of a new run, each with an example.
+        required: Required settings of a new run, with example values.
         out_example: Example value of `out`, which is always required.
         basic: Settings that most runs set; help lists them first.
-        purpose: Key into `Method.recipes`, which supplies the defaults of settings that are None. A method without this
-            recipe is an error. Empty for `snella train`, which uses `Method.defaults`.
+        purpose: Key into `Method.recipes`, the defaults of settings that are None; methods without this recipe are
+            rejected. Empty for `snella train`, which uses `Method.defaults`.
     """
 
-    needed: ClassVar[dict[str, str]] = {}
+    required: ClassVar[dict[str, str]] = {}
     out_example: ClassVar[str] = ""
     basic: ClassVar[tuple[str, ...]] = ()
     purpose: ClassVar[str] = ""
@@ -36,7 +36,7 @@ class RunSettings(Config):
     run: BaseRunConfig
 
     def stored(self) -> dict[str, Any]:
-        """Return the content of `config.yaml`: `flat` without settings such as `overwrite` that apply to one call."""
+        """Return the content of `config.yaml`: all settings except `UNSTORED_FIELDS`."""
         return {name: value for name, value in self.flat().items() if name not in UNSTORED_FIELDS}
 
     def differences(self, other: "RunSettings") -> list[str]:
@@ -72,7 +72,7 @@ class RunSettings(Config):
         Args:
             is_started: True if a stored run supplies all but `out`.
         """
-        examples_by_name = {**({} if is_started else self.needed), "out": self.out_example}
+        examples_by_name = {**({} if is_started else self.required), "out": self.out_example}
         values = self.flat()
         missing = [name for name in examples_by_name if values[name] in (None, "")]
         if not missing:
@@ -87,7 +87,7 @@ class RunSettings(Config):
         try:
             family, _ = parse_method(self.method.name)
         except ValueError:
-            return []  # reported by the part
+            return []  # reported by the section
         defaults = {name: values for name, m in METHODS.items() if (values := m.defaults_of(self.purpose))}
         if family not in defaults:
             return [f"method must be one of {', '.join(defaults)} for {self.purpose}, got {self.method.name!r}"]
@@ -108,15 +108,15 @@ def command_line(settings: RunSettings, default: RunSettings, command: str) -> s
         default: Settings with the default values.
         command: Name of the command, e.g. `train`.
     """
-    words, defaults = ["snella", command], default.flat()
+    args, defaults = ["snella", command], default.flat()
     for name, value in settings.flat().items():
         if name in UNSTORED_FIELDS or value is None or value == defaults[name]:
             continue
         option = "--" + name.replace("_", "-")
         if name == "class_weights" and isinstance(value, dict):
-            words += [option, json.dumps(value, ensure_ascii=False)]  # class names may contain any character
+            args += [option, json.dumps(value, ensure_ascii=False)]  # class names may contain any character
         elif isinstance(value, dict):
-            words += [word for key, inner in value.items() for word in (f"{option}.{key}", str(inner))]
+            args += [arg for key, inner in value.items() for arg in (f"{option}.{key}", str(inner))]
         else:
-            words += [option, str(value).lower() if isinstance(value, bool) else str(value)]
-    return shlex.join(words)
+            args += [option, str(value).lower() if isinstance(value, bool) else str(value)]
+    return shlex.join(args)

@@ -16,9 +16,9 @@ from snella_app.methods.defaults import TRAIN_PRESETS
 
 
 def with_preset(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Fill in the settings of a `preset`; explicit settings win, and method options are merged.
+    """Fill in the settings of a `preset`; explicit settings take precedence, and method options are merged.
 
-    Values of a wrong type pass unchanged; `Config.fit` reports them.
+    Values of a wrong type pass unchanged; `Config.coerce_fields` reports them.
     """
     name, given = settings.get("preset"), settings.get("method_options")
     preset = TRAIN_PRESETS.get(name, {}) if isinstance(name, str) else {}
@@ -35,8 +35,8 @@ class TrainConfig(RunSettings):
         TrainConfig(data=DataConfig(spec="photos"), model=ModelConfig(backbone="test_vit"), run=RunConfig(out="run"))
         TrainConfig.from_flat(data="photos", backbone="test_vit", out="run")
 
-    Options, configuration files and `snella.train` use flat names, which `from_flat`, `flat` and `replace` map to the
-    parts. A `preset` fills in settings of several parts in `from_flat`.
+    Options, configuration files and `snella.train` use flat names, which `from_flat`, `flat` and `replace` map to
+    sections. In `from_flat`, a `preset` fills in settings of several sections.
 
     Args:
         data: Images, labels, splits and augmentation.
@@ -46,7 +46,7 @@ class TrainConfig(RunSettings):
         run: Folder, seed, devices and trackers.
     """
 
-    needed: ClassVar[dict[str, str]] = {
+    required: ClassVar[dict[str, str]] = {
         "data": "photos",
         "backbone": "vit_base_patch16_224.augreg_in21k",
     }
@@ -88,7 +88,7 @@ class TrainConfig(RunSettings):
 
         if self.method.name == AUTO_METHOD:
             raise ValueError(
-                "method must name a method, got 'auto'; use train(method='auto') or the command line to select one"
+                "method must be a specific method, got 'auto'; use train(method='auto') or the command line to select one"
             )
         result = super().resolved()
         method, optim = result.method, result.optim
@@ -99,7 +99,7 @@ class TrainConfig(RunSettings):
         return replace(result, method=method, optim=optim)
 
     def errors(self) -> list[str]:
-        """Check the settings that concern several parts, and need neither data nor model."""
+        """Check settings across sections, without data and model."""
         init_from = self.model.init_from
         is_started = self.run.resume or init_from is not None
         errors = [*self.missing_errors(is_started=is_started), *self.method_errors(), *self._task_errors()]
@@ -116,13 +116,13 @@ class TrainConfig(RunSettings):
         if self.method.name != AUTO_METHOD:
             return super().method_errors()
         if self.method.preset is not None:
-            return []  # reported by the part
+            return []  # reported by the section
         names = (*OPTION_SETTINGS, "lr", "scalar_lr", "head_lr", "weight_decay", "method_options", "folds", "fold")
         values = self.flat()
         given = [f"{name} {value}" for name in names if (value := values[name]) not in (None, {})]
-        errors = [f"{text} needs a named method, got method 'auto'; name one or leave it out" for text in given]
+        errors = [f"{text} needs a specific method, got method 'auto'; set a method or leave it out" for text in given]
         if self.data.task == "segmentation":
-            errors.append("method must be named for task 'segmentation', got 'auto'")
+            errors.append("method must be a specific method for task 'segmentation', got 'auto'")
         return errors
 
     def _task_errors(self) -> list[str]:
@@ -147,7 +147,7 @@ class TrainConfig(RunSettings):
         return errors if error is None else [*errors, error]
 
     def _validation_errors(self) -> list[str]:
-        """Check for settings that need validation images, with protocol `final`."""
+        """Reject settings that need validation images, which protocol `final` lacks."""
         from snella_app.data.protocol import get_protocol
 
         errors, optim, summary = [], self.optim, get_protocol("final").summary
@@ -175,7 +175,7 @@ class TrainConfig(RunSettings):
         return errors
 
     def _shard_errors(self) -> list[str]:
-        """Check for settings that sharding does not support."""
+        """Reject settings that sharding does not support."""
         from snella_app.methods import METHODS, parse_method
 
         errors = []
@@ -184,7 +184,7 @@ class TrainConfig(RunSettings):
                 f"time_budget must not be combined with shard, got {self.optim.time_budget}; it measures a training "
                 "step in one process, so set epochs instead"
             )
-        with contextlib.suppress(ValueError):  # the part reports unknown names
+        with contextlib.suppress(ValueError):  # the section reports unknown names
             reason = METHODS[parse_method(self.method.name)[0]].unsharded_reason
             if reason:
                 errors.append(f"shard needs another method, got {self.method.name!r}, which {reason}; leave shard out")

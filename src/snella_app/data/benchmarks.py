@@ -1,4 +1,4 @@
-"""VTAB-1k and FGVC: datasets, folder layouts, list files and validation."""
+"""VTAB-1k and FGVC: folder layouts, loading and validation."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ _MAX_COPIES = 0.05
 
 @dataclass(frozen=True)
 class ListedPart:
-    """Benchmark split: image files relative to a folder, with class indices.
+    """Benchmark split defined by a list file.
 
     Attributes:
         name: Name of the list file without suffix, e.g. `train800`.
@@ -46,7 +46,7 @@ class Inspection:
         parts: Readable lists by name.
         classes: Class names by index.
         errors: Problems that make the data unusable.
-        deviations: Numbers of images or classes that differ from the benchmark: usable but not comparable.
+        deviations: Deviations from the benchmark's numbers of images or classes; usable but not comparable.
         notes: Notes for the user.
     """
 
@@ -71,17 +71,17 @@ class Inspection:
         problems = [*self.errors, *(self.deviations if strict_sizes else [])]
         if problems:
             remedy = "; to use it anyway, pass strict_sizes=False" if strict_sizes and not self.errors else ""
-            raise ValueError(f"{spec} does not match {self.name} of the benchmark: {'; '.join(problems)}{remedy}")
+            raise ValueError(f"{spec} does not match the benchmark's {self.name}: {'; '.join(problems)}{remedy}")
         self.notes += [f"differs from the benchmark: {deviation}" for deviation in self.deviations]
 
-    def compare(self, first: str, second: str) -> None:
-        """Record the `overlap_errors` of two splits, if both exist."""
+    def check_overlap(self, first: str, second: str) -> None:
+        """Record the `overlap_errors` of two splits if both exist."""
         if first in self.parts and second in self.parts:
             errors, notes = overlap_errors(self.parts[first], self.parts[second])
             self.errors += errors
             self.notes += notes
 
-    def count(self, sizes: Mapping[str, int]) -> None:
+    def check_sizes(self, sizes: Mapping[str, int]) -> None:
         """Record splits whose number of images differs from the benchmark."""
         self.deviations += [
             f"{name} must have {size:,} images, got {len(self.parts[name]):,}"
@@ -97,7 +97,7 @@ def dataset_of(part: ListedPart) -> ImageDataset:
 
 
 def file_errors(part: ListedPart) -> list[str]:
-    """Return at most one error each for duplicate and for missing files."""
+    """Return one error for duplicate files and one for missing files, if any."""
     errors = []
     duplicates = [file for file, count in Counter(part.files).items() if count > 1]
     if duplicates:
@@ -113,7 +113,7 @@ def file_errors(part: ListedPart) -> list[str]:
 
 
 def overlap_errors(first: ListedPart, second: ListedPart) -> tuple[list[str], list[str]]:
-    """Find images shared by two splits: the same file, or files with equal bytes.
+    """Find images shared by two splits: the same file or identical files.
 
     Only files whose size occurs in both splits are read. Some benchmarks contain a few copies under other names (e.g.
     symmetric rendered shapes), so copies of up to 5% of the evaluation split are notes instead of errors.
@@ -163,7 +163,7 @@ def class_errors(parts: Sequence[ListedPart], classes: int) -> tuple[list[str], 
 
 
 def _copies(first: ListedPart, second: ListedPart) -> list[str]:
-    """Return `SECOND = FIRST` for every pair of files with equal bytes."""
+    """Return `SECOND = FIRST` for each pair of identical files."""
 
     def digest(file: Path) -> bytes:
         return hashlib.blake2b(file.read_bytes(), digest_size=16).digest()
@@ -378,11 +378,11 @@ def inspect_vtab(folder: Path, task: VtabTask) -> Inspection:
     errors, deviations = class_errors(list(parts.values()), task.classes)
     inspection.errors += errors
     inspection.deviations += deviations
-    inspection.count({**_VTAB_SIZES, "test": task.test_size})
+    inspection.check_sizes({**_VTAB_SIZES, "test": task.test_size})
     for first, second in (("train800", "val200"), (_JOINED, "test"), ("train800", "test"), ("val200", "test")):
         is_covered = first != _JOINED and second == "test" and _JOINED in parts and not inspection.errors
         if not is_covered:
-            inspection.compare(first, second)
+            inspection.check_overlap(first, second)
     return inspection
 
 
@@ -444,7 +444,7 @@ class FgvcDataset:
         name: Folder name used by the authors' scripts.
         classes: Number of classes.
         sizes: Numbers of train, val and test images.
-        images: Subfolder that image paths are relative to; empty for the dataset folder.
+        images: Subfolder of the image paths; empty for the dataset folder.
         aliases: Alternative folder names.
     """
 
@@ -495,7 +495,7 @@ def load_fgvc(path: str, *, strict_sizes: bool = True) -> Collection:
 def inspect_fgvc(folder: Path, dataset: FgvcDataset) -> Inspection:
     """Read and check the lists of one dataset.
 
-    Class indices are assigned over the ids of all lists, because a list that lacks a class would shift later indices.
+    Class indices follow from the IDs of all lists, because a list without a class would shift later indices.
     Without `train.json`, `trainval.json` is used and a validation split is created from it.
 
     Args:
@@ -519,7 +519,7 @@ def inspect_fgvc(folder: Path, dataset: FgvcDataset) -> Inspection:
         inspection.errors += file_errors(part)
     _check_fgvc_numbers(inspection, dataset)
     for first, second in (("train", "val"), ("train", "test"), ("val", "test")):
-        inspection.compare(first, second)
+        inspection.check_overlap(first, second)
     return inspection
 
 
@@ -569,7 +569,7 @@ def _is_class_id(label: Any) -> bool:
 
 
 def _folder_names(ids: list[int], parts: list[ListedPart]) -> list[str]:
-    """Return the image folder names if each class has a separate folder, else the ids."""
+    """Return the image folder names if each class has a separate folder, else the IDs."""
     folders: list[set[str]] = [set() for _ in ids]
     for part in parts:
         for file, label in zip(part.files, part.labels, strict=True):
@@ -589,7 +589,7 @@ def _check_fgvc_numbers(inspection: Inspection, dataset: FgvcDataset) -> None:
     sizes = dict(zip(_FGVC_PARTS, dataset.sizes, strict=True))
     if "val" not in inspection.parts and inspection.notes:
         sizes["train"] += sizes["val"]
-    inspection.count(sizes)
+    inspection.check_sizes(sizes)
 
 
 FGVC = BenchmarkFamily("fgvc", "FGVC", "dataset", FGVC_DATASETS, _FGVC_LAYOUT, inspect_fgvc)

@@ -1,4 +1,4 @@
-"""Data validation before training: counts, sizes, broken files, duplicates, VTAB-1k and FGVC folders."""
+"""Data validation before training, and validation of VTAB-1k and FGVC folders."""
 
 import difflib
 import re
@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from snella_app.console import counted
 from snella_app.data.benchmarks import FGVC, FGVC_DATASETS, VTAB, VTAB_TASKS, BenchmarkFamily, Inspection
-from snella_app.data.datasets import MaskDataset, broken_images, known_facts
+from snella_app.data.datasets import MaskDataset, broken_images, known_metadata
 from snella_app.data.load import DataSplits, find_duplicates, load_data
 from snella_app.data.table import TargetKind
 from snella_app.text import listed
@@ -28,15 +28,15 @@ class BenchmarkCheck:
     Attributes:
         title: Name of the benchmark.
         folder: Folder of the datasets.
-        found: Inspections of the existing datasets.
+        inspections: Results for the existing datasets.
         missing: Names of missing datasets.
         layout: Expected folder layout.
-        unexpected: Unknown folders, each with the nearest dataset name.
+        unexpected: Unknown folders with the nearest dataset name.
     """
 
     title: str
     folder: Path
-    found: list[Inspection]
+    inspections: list[Inspection]
     missing: list[str] = field(default_factory=list)
     layout: str = ""
     unexpected: list[str] = field(default_factory=list)
@@ -46,11 +46,11 @@ class BenchmarkCheck:
         """All error messages."""
         messages = [
             f"{inspection.name}: {error}"
-            for inspection in self.found
+            for inspection in self.inspections
             for error in (*inspection.errors, *inspection.deviations)
         ]
         if self.missing:
-            total = len(self.missing) + len(self.found)
+            total = len(self.missing) + len(self.inspections)
             hint = f" (unknown folders: {', '.join(self.unexpected)})" if self.unexpected else ""
             messages.append(
                 f"{len(self.missing)} of {total} datasets of {self.title} are missing: {', '.join(self.missing)}; "
@@ -89,13 +89,13 @@ def check_benchmarks(folder: str | Path, *, decode: bool = False) -> list[Benchm
             f"For other images use class folders, {root}/CLASS/image.jpg, or a table"
         )
     if decode:
-        for inspection in (inspection for check in checks for inspection in check.found):
+        for inspection in (inspection for check in checks for inspection in check.inspections):
             _decode(inspection)
     return checks
 
 
-def holds_benchmark(folder: str | Path) -> bool:
-    """Return whether a folder is a benchmark, one of its datasets, or directly contains benchmarks."""
+def contains_benchmark(folder: str | Path) -> bool:
+    """Return whether a folder is a benchmark or one of its datasets, or directly contains benchmarks."""
     root = Path(folder).expanduser()
     if not root.is_dir():
         return False
@@ -105,7 +105,7 @@ def holds_benchmark(folder: str | Path) -> bool:
 
 
 def _check_single(root: Path) -> list[BenchmarkCheck]:
-    """Check a folder that is one dataset of a benchmark."""
+    """Check the folder of a single benchmark dataset."""
     for family in _FAMILIES:
         member = family.find(root.resolve().name)
         if member is not None and not any(other.has_datasets(root) for other in _FAMILIES):
@@ -132,7 +132,7 @@ def _check_benchmark(family: BenchmarkFamily[Any], root: Path) -> BenchmarkCheck
 
 
 def _unexpected_folders(root: Path, missing: list[str]) -> list[str]:
-    """Describe unknown folders whose names resemble a missing dataset."""
+    """Describe unknown folders whose names resemble those of missing datasets."""
     descriptions = []
     for child in sorted(child for child in root.iterdir() if child.is_dir()):
         near = difflib.get_close_matches(child.name.lower(), missing, n=1, cutoff=0.6)
@@ -155,7 +155,6 @@ _GENERIC = (
     *("thumbs", "thumbnails", "images", "photos", "pictures", "__macosx", "train", "val", "test", "validation"),
 )
 _COPY = re.compile(r"(\bcopy\b|\(\d+\)$|- kopie$)", re.IGNORECASE)
-_NAMED = 5
 _TILE, _GAP, _HEADING = 96, 4, 20
 _BACKGROUND, _INK = (255, 255, 255), (30, 30, 30)
 
@@ -169,7 +168,7 @@ class DataCheck:
     """Validation result of a dataset.
 
     Attributes:
-        splits: Training splits; unsplit if splitting fails.
+        splits: Data as split for training; unsplit if splitting fails.
         counts: Number of images by class (or label) and split; empty for regression and segmentation.
         ranges: Minimum, median and maximum of each regression target; empty for other tasks.
         sizes: Width and height of the smallest, median and largest image; None if images were not inspected.
@@ -199,7 +198,7 @@ def check_data(
     skip_corrupt: bool = False,
     seed: int = 0,
 ) -> DataCheck:
-    """Load data as in training, skip broken images, and report contents and problems.
+    """Load data as in training, skipping broken images, and report its contents and problems.
 
     Args:
         spec: As for `load_data`.
@@ -244,11 +243,11 @@ def check_data(
     elif target == "numbers":
         check.ranges = _ranges(splits)
     check.warnings += _duplicate_warnings(splits)
-    facts = [fact for images in splits.parts.values() for fact in known_facts(images).values()]
-    if facts:
-        by_area = sorted((fact.size for fact in facts), key=lambda size: size[0] * size[1])
+    metadata = [entry for images in splits.parts.values() for entry in known_metadata(images).values()]
+    if metadata:
+        by_area = sorted((entry.size for entry in metadata), key=lambda size: size[0] * size[1])
         check.sizes = (by_area[0], by_area[len(by_area) // 2], by_area[-1])
-        check.kinds = dict(Counter(f"{fact.format} {fact.mode}".strip() for fact in facts).most_common())
+        check.kinds = dict(Counter(f"{entry.format} {entry.mode}".strip() for entry in metadata).most_common())
     return check
 
 
@@ -303,16 +302,16 @@ def _suspicious_names(classes: Sequence[str]) -> list[str]:
     return notes
 
 
-def contact_sheet(splits: DataSplits, *, per_class: int = 10, most_classes: int = 20) -> Image.Image:
+def contact_sheet(splits: DataSplits, *, per_class: int = 10, max_classes: int = 20) -> Image.Image:
     """Draw the first training images of each class, one row per class.
 
     Args:
         splits: Data.
         per_class: Number of images per row.
-        most_classes: Maximum number of rows.
+        max_classes: Maximum number of rows.
     """
     images = splits.train
-    labels = sorted(set(images.labels))[:most_classes]
+    labels = sorted(set(images.labels))[:max_classes]
     names = splits.classes if not isinstance(images, MaskDataset) else ["images"]
     rows = [(label, [p for p, other in enumerate(images.labels) if other == label]) for label in labels]
     width = per_class * (_TILE + _GAP) + _GAP

@@ -23,11 +23,11 @@ from torchvision.transforms.functional import to_pil_image
 from snella_app.console import track_progress
 from snella_app.data.images import (
     RGB,
-    ImageFacts,
+    ImageMetadata,
     Reading,
-    facts_of,
     first_channels,
     inspect_image,
+    metadata_of,
     read_image,
     read_label_map,
     to_rgb,
@@ -47,7 +47,7 @@ class ImageSource(Protocol):
     """Picklable source of images by row."""
 
     def load(self, row: int) -> Image.Image:
-        """Return the image as RGB; it may be shared and must not be modified."""
+        """Return the image as RGB; callers must not modify it, since it may be shared."""
 
     def content(self, row: int) -> bytes:
         """Return the raw content of the image: file bytes or pixels."""
@@ -83,13 +83,13 @@ class CachedImages:
         reading: As for `read_image`.
 
     Attributes:
-        facts: Facts about inspected images by row.
+        metadata: Metadata of the inspected images by row.
     """
 
     def __init__(self, *, budget_bytes: int = _BUDGET_BYTES, reading: Reading = RGB) -> None:
         self.budget_bytes = budget_bytes
         self.reading = reading
-        self.facts: dict[int, ImageFacts] = {}
+        self.metadata: dict[int, ImageMetadata] = {}
         self.cached_bytes = 0
         self._cached: dict[int, Any] = {}
 
@@ -111,12 +111,12 @@ class CachedImages:
         return image
 
     def read(self, row: int) -> Any:
-        """Decode one image; raise a ValueError if it is broken."""
+        """Decode one image; raise ValueError if it is broken."""
         raise NotImplementedError
 
-    def inspect(self, row: int) -> ImageFacts:
-        """Decode one image and return its facts; raise a ValueError if it is broken."""
-        return facts_of(self.read(row))
+    def inspect(self, row: int) -> ImageMetadata:
+        """Decode one image and return its metadata; raise ValueError if it is broken."""
+        return metadata_of(self.read(row))
 
     def content(self, row: int) -> bytes:
         """Return the raw content of one image."""
@@ -130,7 +130,7 @@ class CachedImages:
 
     def __getstate__(self) -> dict[str, Any]:
         """Exclude cached images from pickling."""
-        return {**self.__dict__, "_cached": {}, "cached_bytes": 0, "facts": {}}
+        return {**self.__dict__, "_cached": {}, "cached_bytes": 0, "metadata": {}}
 
 
 class FileImages(CachedImages):
@@ -144,8 +144,8 @@ class FileImages(CachedImages):
         """Decode one file."""
         return read_image(self.paths[row], self.reading)
 
-    def inspect(self, row: int) -> ImageFacts:
-        """Decode one file and return its facts."""
+    def inspect(self, row: int) -> ImageMetadata:
+        """Decode one file and return its metadata."""
         path = self.paths[row]
         return inspect_image(path, str(path), self.reading)
 
@@ -167,7 +167,7 @@ def broken_images(paths: Sequence[Path]) -> dict[int, str]:
 
 
 def broken_rows(source: "CachedImages", rows: Sequence[int]) -> dict[int, str]:
-    """Decode rows of a source once, store their `facts`, and return the broken rows.
+    """Decode rows of a source once, store their `metadata`, and return the broken rows.
 
     Args:
         source: Images.
@@ -179,7 +179,7 @@ def broken_rows(source: "CachedImages", rows: Sequence[int]) -> dict[int, str]:
 
     def reason(row: int) -> str | None:
         try:
-            source.facts[row] = source.inspect(row)
+            source.metadata[row] = source.inspect(row)
         except ValueError as error:
             return str(error).partition("image: ")[2] or str(error)
         return None
@@ -188,18 +188,18 @@ def broken_rows(source: "CachedImages", rows: Sequence[int]) -> dict[int, str]:
 
 
 def decode_all(decode: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
-    """Apply a decoding function to all items in threads; `show_reading` displays the progress."""
+    """Apply a decoding function to all items in threads; `show_reading` shows the progress."""
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as threads:
         return list(track_progress(threads.map(decode, items), "reading images", len(items), _CONSOLE.get()))
 
 
 @contextmanager
 def show_reading(console: "Console | None", is_enabled: bool = True) -> Iterator[None]:
-    """Display a progress bar while `decode_all` runs, if the console is a terminal.
+    """Show a progress bar while `decode_all` runs, if the console is a terminal.
 
     Args:
         console: Console for the transient bar; None disables it.
-        is_enabled: If False, the bar is disabled.
+        is_enabled: If False, show no bar.
     """
     token = _CONSOLE.set(console if is_enabled else None)
     try:
@@ -214,7 +214,7 @@ Target = str | float | tuple[str, ...] | tuple[float, ...]
 
 @dataclass(frozen=True)
 class Annotations:
-    """Table columns besides the class, one entry per image; None for absent columns.
+    """Table columns other than the class, one entry per image; None for absent columns.
 
     Attributes:
         targets: Values of the label column: class name (`str`), number, label names (tuple of `str`), or numbers of
@@ -233,14 +233,14 @@ class Annotations:
         return Annotations(*(None if c is None else [c[p] for p in positions] for c in columns))  # type: ignore[arg-type]
 
     def joined(self, other: "Annotations") -> "Annotations":
-        """Concatenate with other annotations; drop columns missing from either."""
+        """Concatenate two annotations; drop columns missing from either."""
         pairs = zip(
             (self.targets, self.weights, self.groups), (other.targets, other.weights, other.groups), strict=True
         )
         return Annotations(*(None if a is None or b is None else [*a, *b] for a, b in pairs))
 
     def plain(self) -> dict[str, Any]:
-        """Return the present columns by name, for a digest."""
+        """Return the present columns by name, for hashing."""
         columns = {"targets": self.targets, "weights": self.weights, "groups": self.groups}
         return {name: column for name, column in columns.items() if column is not None}
 
@@ -248,8 +248,8 @@ class Annotations:
 class ImageDataset(Dataset[tuple[Any, ...]]):
     """Dataset of selected images with labels, names and a transform.
 
-    The transform of item `i` runs with torch's generator seeded by (seed, epoch, i); the generator is restored
-    afterwards. Augmentation is therefore independent of workers and order.
+    The transform of item `i` runs with torch's generator seeded by (seed, epoch, i), so augmentation is independent of
+    workers and order. The generator is restored afterwards.
 
     Args:
         source: Source of the images.
@@ -284,7 +284,7 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
         self.annotations = annotations or Annotations()
         self._encode: Callable[[Target], Any] | None = None
         self._is_weighted = False
-        # shared memory lets copies in persistent workers see new epochs
+        # in shared memory, so that persistent workers read new epochs
         self._epoch = _shared_zero()
 
     def __len__(self) -> int:
@@ -373,7 +373,7 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
         selected.names = [self.names[position] for position in positions]
         selected.annotations = self.annotations.subset(positions)
         selected.transform = transform
-        selected._epoch = _shared_zero()  # later epochs of the copies are independent
+        selected._epoch = _shared_zero()  # epochs of the copies are independent
         selected.set_epoch(self.epoch)
         return selected
 
@@ -411,10 +411,10 @@ def _item_seed(seed: int, epoch: int, index: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def known_facts(images: ImageDataset) -> dict[int, ImageFacts]:
-    """Return the facts about inspected images of a dataset by position."""
-    facts = images.source.facts if isinstance(images.source, CachedImages) else {}
-    return {position: facts[row] for position, row in enumerate(images.rows) if row in facts}
+def known_metadata(images: ImageDataset) -> dict[int, ImageMetadata]:
+    """Return the metadata of a dataset's inspected images by position."""
+    metadata = images.source.metadata if isinstance(images.source, CachedImages) else {}
+    return {position: metadata[row] for position, row in enumerate(images.rows) if row in metadata}
 
 
 class FileMasks(FileImages):
@@ -488,7 +488,7 @@ class MaskDataset(ImageDataset):
 
 
 def read_at_side(parts: Sequence[ImageDataset], side: int | None) -> list[ImageDataset]:
-    """Return the splits with images read at a reduced resolution; images with masks are unchanged.
+    """Return splits that read images at a reduced resolution; splits with masks are unchanged.
 
     Args:
         parts: Splits; sources shared between splits stay shared.
@@ -506,7 +506,7 @@ def read_at_side(parts: Sequence[ImageDataset], side: int | None) -> list[ImageD
 
 
 def _at_side(source: ImageSource, side: int | None) -> ImageSource:
-    """Return a file source with another `Reading.side`; other sources are unchanged."""
+    """Return a file source with another `Reading.side`; return other sources unchanged."""
     return source.at_side(side) if isinstance(source, CachedImages | _JoinedSource) else source
 
 
@@ -533,8 +533,8 @@ def joined(first: ImageDataset, second: ImageDataset) -> ImageDataset:
     """Concatenate two datasets; the result has no transform and the seed of the first.
 
     Args:
-        first: Dataset of images, or of images with masks.
-        second: Dataset of the same kind.
+        first: Dataset of images, with or without masks.
+        second: Dataset of the same type.
     """
     boundary = 1 + max(first.rows, default=-1)
     rows = [*first.rows, *(boundary + row for row in second.rows)]
@@ -554,13 +554,13 @@ class Collection:
     Attributes:
         name: Short name of the data.
         classes: Class names by index.
-        train: Training split, or all images without splits.
+        train: Training split, or all images if there are no splits.
         val: Validation split, if the data has one.
         test: Test split, if the data has one.
-        has_parts: True if the data defines splits; no test split is then created.
+        has_parts: True if the data defines splits, so that no test split is created.
         notes: Notes for the user: skipped files, choices, licenses.
-        strata: Names of image labels if they differ from the classes; images with masks have one class per pixel.
-        is_resized_whole: If True, images are resized without center crop.
+        strata: Names of image labels if they differ from the classes, e.g. for images with masks.
+        is_resized_whole: If True, images are resized without a center crop.
         official_joins_val: True if the authors' scripts also train on the validation split.
         broken: Reason by name of each skipped image.
     """

@@ -35,8 +35,8 @@ def load_folder(path: str, *, skip_corrupt: bool = False, reading: Reading = RGB
 
     Raises:
         FileNotFoundError: If the folder does not exist; the message suggests similar names.
-        ValueError: If class folders are missing or empty, there are fewer than two classes, a split has classes unknown
-            to training, or images are broken.
+        ValueError: If class folders are missing or empty, there are fewer than two classes, a split has classes without
+            training images, or images are broken.
     """
     root = existing_folder(path)
     folders, has_parts = _part_folders(root)
@@ -48,7 +48,7 @@ def load_folder(path: str, *, skip_corrupt: bool = False, reading: Reading = RGB
     broken = {source.paths[row]: reason for row, reason in broken_rows(source, range(len(source.paths))).items()}
     if broken:
         named = {file.relative_to(root).as_posix(): reason for file, reason in broken.items()}
-        notes.append(note_broken(named, len(source.paths), path, skip_corrupt))
+        notes.append(broken_note(named, len(source.paths), path, skip_corrupt))
         files = {
             part: {name: [file for file in paths if file not in broken] for name, paths in classes.items()}
             for part, classes in files.items()
@@ -62,13 +62,13 @@ def load_folder(path: str, *, skip_corrupt: bool = False, reading: Reading = RGB
     return collection
 
 
-def note_broken(broken: Mapping[str, str], count: int, folder: str | Path, skip_corrupt: bool) -> str:
-    """Return the note about the skipped images of a folder.
+def broken_note(broken: Mapping[str, str], count: int, folder: str | Path, skip_corrupt: bool) -> str:
+    """Return the note about skipped images.
 
     Args:
         broken: Reasons by image name.
         count: Number of images in the folder.
-        folder: Folder for the message.
+        folder: Folder, for the message.
         skip_corrupt: If False, raise an error.
 
     Raises:
@@ -84,14 +84,14 @@ def note_broken(broken: Mapping[str, str], count: int, folder: str | Path, skip_
 
 
 def existing_folder(
-    path: str, family: str = "folder", needed: str = "with one folder per class, PATH/class/image.jpg"
+    path: str, family: str = "folder", content: str = "with one folder per class, PATH/class/image.jpg"
 ) -> Path:
     """Resolve the folder in a specification like `folder:PATH`.
 
     Args:
         path: Path as typed.
         family: Prefix before the colon.
-        needed: Required content of the folder, for messages.
+        content: Required content of the folder, for messages.
 
     Raises:
         FileNotFoundError: If the folder does not exist; the message suggests similar names.
@@ -105,7 +105,7 @@ def existing_folder(
     if root.is_dir():
         return root.resolve()
     if root.exists():
-        raise ValueError(f"{family}:{path} must be a folder {needed}, got a file")
+        raise ValueError(f"{family}:{path} must be a folder {content}, got a file")
     parent = next(folder for folder in root.absolute().parents if folder.is_dir())
     missing = root.absolute().relative_to(parent).parts[0]
     siblings = sorted(child.name for child in parent.iterdir() if child.is_dir() and not child.name.startswith("."))
@@ -181,10 +181,10 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _check_classes(files: dict[str, _Files], folders: dict[str, Path], root: Path) -> None:
-    """Check that folders define a classification problem; report all errors in one message."""
+    """Check that the folders define a classification problem; report all errors in one message."""
     errors = []
     if not files["train"]:
-        errors.append(_no_classes_error(folders["train"]))
+        errors.append(_no_classes_error(folders["train"], root))
     elif len(files["train"]) == 1:
         only = next(iter(files["train"]))
         inside = [child.name for child in _subfolders(folders["train"] / only)]
@@ -212,14 +212,15 @@ def _check_classes(files: dict[str, _Files], folders: dict[str, Path], root: Pat
         raise ValueError(f"folder '{root}' cannot be used: {'; '.join(errors)}")
 
 
-def _no_classes_error(folder: Path) -> str:
+def _no_classes_error(folder: Path, root: Path) -> str:
     """Return the error for a folder without class folders."""
     visible = [child for child in folder.iterdir() if not child.name.startswith(".")]
+    subject = "it" if folder == root else repr(folder.name)
     if not visible:
-        return f"'{folder}' is empty; {_LAYOUT}"
+        return f"{subject} is empty; {_LAYOUT}"
     unassigned = sum(child.is_file() and is_image(child) for child in visible)
     images = counted(unassigned, "image")
-    return f"no class folders in '{folder}' ({images} without a class); {_LAYOUT}{_table_hint(folder)}"
+    return f"{subject} has no class folders ({images} without a class); {_LAYOUT}{_table_hint(folder)}"
 
 
 def _table_hint(*folders: Path) -> str:

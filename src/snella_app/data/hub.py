@@ -17,7 +17,7 @@ from snella_app.data.datasets import CachedImages, Collection
 from snella_app.data.folder import PARTS
 from snella_app.data.images import Reading, check_regular, decode_image, to_channels
 from snella_app.data.table import Columns, RowOptions, Samples, build_collection, outside_reason
-from snella_app.text import listed, near_siblings
+from snella_app.text import listed, similar_paths
 
 PYTHON_PREFIX = "python:"
 _IMAGE = "<image>"
@@ -227,7 +227,7 @@ def _from_hf(data: Any, where: str, name: str, options: RowOptions, roots: Seque
     columns = Columns({"path": images[0], **options.columns.names}) if images else options.columns
     roles = columns.resolve(table, ("path", "label"), where)
     if roles["path"] not in images:
-        raise ValueError(f"{where}: column {roles['path']!r} must hold images, got {table[roles['path']][:1]}")
+        raise ValueError(f"{where}: column {roles['path']!r} must contain images, got {table[roles['path']][:1]}")
     if len(parts) > 1:
         table["split"] = [part for part, rows in parts.items() for _ in range(len(rows))]
         roles["split"] = "split"
@@ -253,7 +253,7 @@ def _values(rows: Any, images: Sequence[str]) -> dict[str, list[Any]]:
     for column, values in columns.items():
         names = _class_names(rows.features[column])
         if names:
-            values = [_named(value, names, column, row) for row, value in enumerate(values, 1)]
+            values = [_index_to_name(value, names, column, row) for row, value in enumerate(values, 1)]
         if values and isinstance(values[0], dict):
             for key in values[0]:
                 table[f"{column}.{key}"] = [None if value is None else value.get(key) for value in values]
@@ -269,7 +269,7 @@ def _class_names(kind: Any) -> list[str] | None:
     return None if names is None else [str(name) for name in names]
 
 
-def _named(value: Any, names: Sequence[str], column: str, row: int) -> Any:
+def _index_to_name(value: Any, names: Sequence[str], column: str, row: int) -> Any:
     """Convert class indices to names; -1 (unlabeled) becomes None or is dropped from lists."""
     numbers = value if isinstance(value, list) else [value]
     invalid = [number for number in numbers if number is not None and number >= len(names)]
@@ -295,7 +295,7 @@ def _shards(path: str) -> list[Path]:
             shards = [Path(name) for name in sorted(glob.glob(str(folder)))]
     missing = [str(shard) for shard in shards if not shard.is_file()]
     if missing or not shards:
-        hint = near_siblings(folder) or "; write wds:FOLDER or wds:train-{000..009}.tar"
+        hint = similar_paths(folder) or "; write wds:FOLDER or wds:train-{000..009}.tar"
         raise FileNotFoundError(
             f"data must name existing tar files, got wds:{path}, missing: {listed(missing) or 'all'}{hint}"
         )
@@ -303,7 +303,7 @@ def _shards(path: str) -> list[Path]:
 
 
 def _library(where: str) -> Any:
-    """Import the package `datasets` without progress bars and warnings."""
+    """Import the package `datasets`, and disable its progress bars and warnings."""
     try:
         import datasets
     except ImportError as error:
@@ -319,7 +319,7 @@ def _reading_error(where: str, place: Path, error: Exception) -> Exception:
     while cause.__cause__ is not None:
         cause = cause.__cause__
     text = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-    nearest = near_siblings(place) if place.parent.is_dir() and not place.exists() else ""
+    nearest = similar_paths(place) if place.parent.is_dir() and not place.exists() else ""
     if isinstance(error, ConnectionError):
         return ConnectionError(
             f"data {where} is neither a folder nor in the cache, and the Hub could not be reached ({text}); pass a "

@@ -1,4 +1,4 @@
-"""Image files: detection, decoding and inspection; masks as label maps."""
+"""Detection, decoding and inspection of image files; reading of masks as label maps."""
 
 import importlib.util
 import math
@@ -21,17 +21,17 @@ from torchvision.transforms.functional import to_pil_image
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".jfif", ".avif")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF")
-"""Formats that Pillow may decode, regardless of the file name; pillow-heif adds HEIF. EPS is excluded: it starts
-Ghostscript."""
+"""Formats that Pillow may decode, regardless of the file name; pillow-heif adds HEIF. EPS is excluded because it
+starts Ghostscript."""
 _MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 2**27)
 """Limit for TIFF and array files; Pillow has its own limit for other formats."""
 _STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8")
-"""Magic bytes of formats that Pillow reads; those of TIFF and BMP are ambiguous."""
+"""Magic bytes of common formats; those of TIFF and BMP are ambiguous."""
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 HEIC_HINT = "HEIC images need pillow-heif: pip install 'snella[heic]', or save them as JPEG"
 _NUMPY_START = b"\x93NUMPY"
 _REDUCIBLE = ("L", "RGB", "CMYK", "YCbCr")
-"""Modes whose values can be averaged."""
+"""Pillow modes whose values can be averaged."""
 _PILLOW_CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
 _THUMBNAIL_SIDE = 16
 _DRAFT = (256, 256)
@@ -46,15 +46,15 @@ DECODING_ERRORS = (
     MemoryError,
     Image.DecompressionBombError,
 )
-"""Errors of Pillow for invalid, truncated or damaged files."""
+"""Errors that Pillow raises for invalid, truncated or damaged files."""
 File = str | Path | BinaryIO
 FULL_WHITE = 65535
 """Largest 16-bit value."""
 
 
 @dataclass(frozen=True)
-class ImageFacts:
-    """Facts about a decoded image.
+class ImageMetadata:
+    """Metadata of a decoded image.
 
     Attributes:
         size: Stored width and height.
@@ -112,7 +112,7 @@ def read_image(path: str | Path, reading: Reading = RGB) -> Any:
 
 def decode_image(file: File, name: str, reading: Reading = RGB) -> Any:
     """Decode a file or byte stream like `read_image`; `name` identifies it in messages."""
-    with _naming_errors(name, file):
+    with _image_errors(name, file):
         check_regular(file)
         if reading.channels not in _PILLOW_CHANNELS:
             return tv_tensors.Image(_read_array(file, reading))
@@ -131,42 +131,42 @@ def _reduction(image: Image.Image, reading: Reading) -> int:
     return 1 if reading.side is None else max(1, min(image.size) // reading.side)
 
 
-def inspect_image(file: File, name: str, reading: Reading = RGB) -> ImageFacts:
-    """Decode an image once, large JPEGs at a lower resolution, and return its facts; raises like `read_image`."""
-    with _naming_errors(name, file):
+def inspect_image(file: File, name: str, reading: Reading = RGB) -> ImageMetadata:
+    """Decode an image, large JPEGs at a lower resolution, and return its metadata; raises like `read_image`."""
+    with _image_errors(name, file):
         check_regular(file)
         if reading.channels not in _PILLOW_CHANNELS:
             array = _read_array(file, reading)
             kind = f"{reading.channels} channels of {'8' if array.dtype == torch.uint8 else '16 or more'} bits"
-            facts = facts_of(to_pil_image(first_channels(array)), kind, "array")
-            return replace(facts, brightest=None if array.dtype == torch.uint8 else float(array.max()))
+            metadata = metadata_of(to_pil_image(first_channels(array)), kind, "array")
+            return replace(metadata, brightest=None if array.dtype == torch.uint8 else float(array.max()))
         with open_image(file) as image:
             size, mode, kind = image.size, image.mode, image.format or ""
             has_pages = kind != "MPO" and bool(getattr(image, "is_animated", False))
             image.draft(None, _DRAFT)
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
-            facts = facts_of(to_channels(image, reading), mode, kind)
+            metadata = metadata_of(to_channels(image, reading), mode, kind)
             is_deep = mode.startswith("I;16")
             brightest = min(float(np.asarray(image).max(initial=0)) / reading.white, 1.0) if is_deep else None
-            return replace(facts, size=size, has_pages=has_pages, brightest=brightest)
+            return replace(metadata, size=size, has_pages=has_pages, brightest=brightest)
 
 
-def facts_of(image: Image.Image, mode: str = "", kind: str = "") -> ImageFacts:
-    """Return the facts about a decoded image."""
+def metadata_of(image: Image.Image, mode: str = "", kind: str = "") -> ImageMetadata:
+    """Return the metadata of a decoded image."""
     thumbnail = image.convert("L").resize((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE), Image.Resampling.BOX)
-    return ImageFacts(image.size, mode or image.mode, kind, False, np.asarray(thumbnail))
+    return ImageMetadata(image.size, mode or image.mode, kind, False, np.asarray(thumbnail))
 
 
 def check_regular(file: File) -> None:
-    """Raise a ValueError for pipes, sockets and devices."""
+    """Raise ValueError for pipes, sockets and devices."""
     if isinstance(file, str | Path) and not stat.S_ISREG(os.stat(file).st_mode):
         raise ValueError("not a regular file (a pipe, socket or device)")
 
 
 @contextmanager
-def _naming_errors(name: str, file: File) -> Iterator[None]:
-    """Convert decoder errors to a ValueError that names the image."""
+def _image_errors(name: str, file: File) -> Iterator[None]:
+    """Convert decoder errors to a ValueError with the image name."""
     try:
         yield
     except DECODING_ERRORS as error:
@@ -315,7 +315,7 @@ def to_channels(image: Image.Image, reading: Reading) -> Image.Image:
 def is_image(path: Path) -> bool:
     """Return whether a file is an image, by suffix or content.
 
-    Hidden files are excluded, e.g. `._photo.jpg`, which macOS creates next to `photo.jpg`.
+    Hidden files are excluded, e.g. the `._photo.jpg` that macOS creates next to `photo.jpg`.
 
     Args:
         path: Existing file.

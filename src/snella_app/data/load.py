@@ -1,4 +1,4 @@
-"""Loading of data specifications into training, validation and test splits."""
+"""Loading of data into training, validation and test splits."""
 
 import difflib
 import functools
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from snella_app.console import counted
 from snella_app.data.benchmarks import FGVC, VTAB, load_fgvc, load_vtab
-from snella_app.data.datasets import Collection, FileImages, ImageDataset, Target, joined, known_facts
+from snella_app.data.datasets import Collection, FileImages, ImageDataset, Target, joined, known_metadata
 from snella_app.data.folder import load_folder
 from snella_app.data.hub import PYTHON_PREFIX, from_python, load_hf, load_wds
 from snella_app.data.images import FULL_WHITE, RGB, Reading
@@ -26,7 +26,7 @@ from snella_app.data.splits import fold_split, grouped_split, stratified_sample,
 from snella_app.data.table import Columns, RowOptions, TargetKind, load_table
 from snella_app.files import sha256_of
 from snella_app.plugins import plugins
-from snella_app.text import listed, near_siblings
+from snella_app.text import listed, similar_paths
 
 _FOLDER = "folder:"
 _MIN_CORRELATION, _MAX_DISTANCE = 0.995, 3.0
@@ -71,9 +71,9 @@ class DataSplits:
         description: One-line summary, human-readable.
         notes: Notes for the user (skipped files, choices, licenses), including `warnings`.
         warnings: Problems that may invalidate results, e.g. test images in the training split, with remedies.
-        is_resized_whole: If True, images are resized without center crop.
+        is_resized_whole: If True, images are resized without a center crop.
         broken: Reason by name of each skipped image.
-        fold_part: Split that holds the cross-validation fold.
+        fold_part: Split that is the cross-validation fold.
     """
 
     train: ImageDataset
@@ -190,9 +190,9 @@ def load_data(
 ) -> DataSplits:
     """Load data and create stratified, seeded splits. Images of a group stay in one split.
 
-    Existing splits are kept. A test split is created only for data without splits, a validation split if it is
-    missing. Fractions refer to all images to be split. Sizes subsample the splits afterwards, so the test images are
-    independent of the number of training images.
+    Existing splits are preserved. A test split is created only for data without splits, a validation split if it is
+    missing. Fractions refer to all images to be split. Splits are then subsampled to their sizes, so the test images
+    are independent of the number of training images.
 
     Args:
         spec: Folder or table (see `full_spec`); one of `data_names()`, e.g. `folder:PATH` (`class/image` or
@@ -213,12 +213,12 @@ def load_data(
         columns: Column roles of a table, e.g. `path=file,label=species,group=patient`; other roles are detected by
             column name.
         target: Content of the label column: one class (`class`), any number of labels (`labels`) or numbers
-            (`numbers`, with column names as `classes`). `ImageDataset.labels` holds classes, or strata for the
-            other two; `ImageDataset.annotations` holds raw values, weights and groups.
+            (`numbers`, with column names as `classes`). `ImageDataset.labels` contains classes, or strata for the other
+            two; `ImageDataset.annotations` contains raw values, weights and groups.
         channels: Number of image channels: 3 for RGB, 1 for gray, 4 for RGBA, others for multispectral files; see
             `read_image`.
         white: Value of 16-bit images mapped to white, e.g. 4095 for 12-bit cameras; None means 65535.
-        divide: If False, only existing splits are used.
+        divide: If False, use only existing splits.
         folds: Number of cross-validation folds.
         fold: Held-out fold, counted from 1: the test split, or the validation split if the data has a test split.
             Training and validation images of the data are pooled before splitting.
@@ -338,7 +338,7 @@ def _data_hint(spec: str) -> str:
     near = difflib.get_close_matches(spec, _registered(), n=2, cutoff=0.4)
     if near:
         return f"; nearest: {', '.join(map(repr, near))}"
-    return near_siblings(path) or "; no such folder"
+    return f", which does not exist{similar_paths(path)}"
 
 
 def _as_target(collection: Collection, target: TargetKind, spec: str) -> Collection:
@@ -423,7 +423,7 @@ def _split_off(
 
 
 def _subsample(part: str, images: ImageDataset, size: int | None, seed: int, classes: list[str]) -> ImageDataset:
-    """Subsample a split to `size` images; None keeps all."""
+    """Subsample a split to `size` images; None selects all."""
     if size is None:
         return images
     return images.subset(stratified_sample(images.labels, size, seed=seed, classes=classes, argument=f"{part}_size"))
@@ -492,8 +492,8 @@ def _page_notes(parts: dict[str, ImageDataset]) -> list[str]:
     names = [
         images.names[position]
         for images in parts.values()
-        for position, facts in known_facts(images).items()
-        if facts.has_pages
+        for position, metadata in known_metadata(images).items()
+        if metadata.has_pages
     ]
     if not names:
         return []
@@ -501,9 +501,9 @@ def _page_notes(parts: dict[str, ImageDataset]) -> list[str]:
 
 
 def _dark_image_notes(parts: dict[str, ImageDataset]) -> list[str]:
-    """Return a note about 16-bit images that use a small part of the range, e.g. from 12-bit cameras."""
-    facts = [fact for images in parts.values() for fact in known_facts(images).values()]
-    shares = [fact.brightest for fact in facts if fact.brightest is not None]
+    """Return a note about 16-bit images that use a small fraction of the range, e.g. from 12-bit cameras."""
+    metadata = [entry for images in parts.values() for entry in known_metadata(images).values()]
+    shares = [entry.brightest for entry in metadata if entry.brightest is not None]
     if not shares or max(shares) > _DARK or max(shares) == 0:
         return []
     return [
@@ -554,12 +554,12 @@ def find_duplicates(images: ImageDataset) -> list[list[int]]:
     """Return groups of positions with identical images, compared by size and 16×16 gray thumbnail.
 
     Args:
-        images: Dataset; images that are flat or not inspected are ignored.
+        images: Dataset; flat images and images that were not inspected are ignored.
     """
     groups: dict[Any, list[int]] = {}
-    for position, facts in known_facts(images).items():
-        if facts.thumbnail.std() > _FLAT:
-            groups.setdefault((facts.size, facts.thumbnail.tobytes()), []).append(position)
+    for position, metadata in known_metadata(images).items():
+        if metadata.thumbnail.std() > _FLAT:
+            groups.setdefault((metadata.size, metadata.thumbnail.tobytes()), []).append(position)
     return [group for group in groups.values() if len(group) > 1]
 
 
@@ -568,12 +568,12 @@ def find_equal_images(train: ImageDataset, others: ImageDataset) -> dict[int, in
 
     Args:
         train: Training images.
-        others: Other images, read the same way.
+        others: Other images, read with the same options.
 
     Returns:
         Position of the training image by position in `others`.
     """
-    are_known = all(len(known_facts(images)) == len(images) for images in (train, others))
+    are_known = all(len(known_metadata(images)) == len(images) for images in (train, others))
     by_key = [_group_by_thumbnail(images, are_known) for images in (train, others)]
     shared = set(by_key[0]) & set(by_key[1])
     positions = [[p for key in shared for p in groups[key]] for groups in by_key]
@@ -584,10 +584,10 @@ def find_equal_images(train: ImageDataset, others: ImageDataset) -> dict[int, in
 
 def _group_by_thumbnail(images: ImageDataset, are_known: bool) -> dict[Any, list[int]]:
     """Group positions by size and thumbnail; use the single key None if images were not inspected."""
-    facts = known_facts(images)
+    metadata = known_metadata(images)
     groups: dict[Any, list[int]] = {}
     for position in range(len(images)):
-        key = (facts[position].size, facts[position].thumbnail.tobytes()) if are_known else None
+        key = (metadata[position].size, metadata[position].thumbnail.tobytes()) if are_known else None
         groups.setdefault(key, []).append(position)
     return groups
 
@@ -613,7 +613,7 @@ def find_near_copies(train: ImageDataset, others: ImageDataset) -> dict[int, int
         Position of the most similar training image by position in `others`.
     """
     known = [
-        {p: facts.thumbnail for p, facts in known_facts(images).items() if facts.thumbnail.std() > _FLAT}
+        {p: metadata.thumbnail for p, metadata in known_metadata(images).items() if metadata.thumbnail.std() > _FLAT}
         for images in (train, others)
     ]
     if not all(known) or len(known[0]) * len(known[1]) > _MAX_PAIRS:

@@ -11,7 +11,7 @@ import numpy as np
 from snella_app.console import counted
 from snella_app.data.datasets import Collection, FileImages, FileMasks, MaskDataset, decode_all
 from snella_app.data.folder import existing_folder
-from snella_app.data.images import IMAGE_SUFFIXES, THRESHOLD, ImageFacts, facts_of, read_image, read_label_map
+from snella_app.data.images import IMAGE_SUFFIXES, THRESHOLD, ImageMetadata, metadata_of, read_image, read_label_map
 from snella_app.text import listed
 
 BINARY_CLASSES = ["background", "foreground"]
@@ -33,9 +33,9 @@ class MaskPair:
 
 @dataclass(frozen=True)
 class _PairCheck:
-    """Facts of a decoded pair: upright image, mask size and labels present."""
+    """Metadata of a decoded pair: upright image, mask size and labels present."""
 
-    facts: ImageFacts
+    metadata: ImageMetadata
     mask_size: tuple[int, int]
     labels: tuple[int, ...]
     is_thresholded: bool
@@ -89,7 +89,7 @@ def collect_masks(
         spec: Specification as the user typed it, for messages.
         root: Base folder of names.
         pairs: Pairs by split.
-        errors: Errors found so far.
+        errors: Errors so far.
         class_names: Class names by label; None infers them from the labels.
         has_parts: True if the data has splits.
         skip_corrupt: Skip unreadable pairs with a note.
@@ -111,9 +111,9 @@ def collect_masks(
         else:
             errors.append(f"{text} (skip them with --skip-corrupt (skip_corrupt=True))")
     mismatched = [
-        f"{masks[pair]} is {_size(check.mask_size)}, its image {_size(check.facts.size)}"
+        f"{masks[pair]} is {_size(check.mask_size)}, its image {_size(check.metadata.size)}"
         for pair, check in good.items()
-        if check.facts.size != check.mask_size
+        if check.metadata.size != check.mask_size
     ]
     if mismatched:
         errors.append(f"{counted(len(mismatched), 'mask')} with a different size than the image: {listed(mismatched)}")
@@ -191,12 +191,12 @@ def _files(folder: Path, root: Path, errors: list[str]) -> dict[str, Path]:
 def _check_pair(pair: MaskPair) -> _PairCheck | str:
     """Decode one image and its mask; return the error if a file is unreadable."""
     try:
-        facts = facts_of(read_image(pair.image))
+        metadata = metadata_of(read_image(pair.image))
         values, is_thresholded = read_label_map(pair.mask)
     except ValueError as error:
         return str(error)
     labels = tuple(np.flatnonzero(np.bincount(values.reshape(-1))).tolist())
-    return _PairCheck(facts, (values.shape[1], values.shape[0]), labels, is_thresholded)
+    return _PairCheck(metadata, (values.shape[1], values.shape[0]), labels, is_thresholded)
 
 
 def _class_names(root: Path) -> list[str] | None:
@@ -246,7 +246,7 @@ def _out_of_range(
 def _dataset_errors(
     labels: Mapping[int, int], pairs: Mapping[str, Sequence[MaskPair]], broken: Mapping[MaskPair, str]
 ) -> list[str]:
-    """Return errors of the whole dataset: empty splits or a single label."""
+    """Return errors of the dataset: empty splits or a single label."""
     errors = [
         f"no readable pair of image and mask in the split '{part}'"
         for part, split_pairs in pairs.items()
@@ -260,7 +260,7 @@ def _dataset_errors(
 def _dataset(pairs: Mapping[MaskPair, _PairCheck], names: Mapping[MaskPair, str], is_white: bool) -> MaskDataset:
     """Build the dataset of one split."""
     images = FileImages([pair.image for pair in pairs])
-    images.facts = {row: check.facts for row, check in enumerate(pairs.values())}
+    images.metadata = {row: check.metadata for row, check in enumerate(pairs.values())}
     masks = FileMasks([pair.mask for pair in pairs], is_white_foreground=is_white)
     return MaskDataset(images, masks, range(len(pairs)), [names[pair] for pair in pairs])
 

@@ -1,4 +1,4 @@
-"""Run protocols: the split for epoch selection, and image preprocessing."""
+"""Run protocols: epoch selection and image preprocessing."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -21,7 +21,7 @@ class RunProtocol:
     Attributes:
         name: Value of `--protocol`.
         selected_on: Split for epoch selection; None selects the last epoch.
-        summary: One line, human-readable.
+        summary: Human-readable, one line.
         warning: Caveat about the results; empty for none.
     """
 
@@ -49,7 +49,7 @@ class RunProtocol:
         """Return the selection score of an epoch; negative infinity if it was not evaluated.
 
         Args:
-            row: Row of the history. Rows with `is_denser` exceed the target budget and count as not evaluated.
+            row: Row of the history. Rows with `is_denser` exceed the target budget and are treated as not evaluated.
             task_score: `Task.selection_score`.
         """
         if self.selected_on is None:
@@ -59,11 +59,11 @@ class RunProtocol:
         return task_score(self.with_val_prefix(row))
 
     def best_metric(self, task_score: str) -> str:
-        """Return the history entry for epoch selection; `last_epoch` without selection."""
+        """Return the name of the history entry for epoch selection; `last_epoch` without selection."""
         return "last_epoch" if self.selected_on is None else _renamed(task_score, "val_", f"{self.selected_on}_")
 
     def with_split_prefix(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Rename `val_…` in a row of the history to the evaluated split."""
+        """Rename `val_…` in a row of the history after the evaluated split."""
         return {_renamed(key, "val_", f"{self.selected_on}_"): value for key, value in row.items()}
 
     def with_val_prefix(self, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class RunProtocol:
 
         Args:
             config: Data config of the model: `mean`, `std`, `crop_pct`, `crop_mode`, `interpolation` and others.
-            is_resized_whole: If True, images are resized without center crop.
+            is_resized_whole: If True, images are resized without a center crop.
         """
         adjusted = dict(config)
         if is_resized_whole:

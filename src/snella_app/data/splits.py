@@ -1,4 +1,4 @@
-"""Stratified, seeded splits with every class in every split."""
+"""Stratified, seeded splits."""
 
 import warnings
 from collections.abc import Sequence
@@ -43,10 +43,10 @@ def stratified_split(
 def grouped_split(
     labels: Sequence[int], groups: Sequence[str], fraction: float, *, seed: int, part: str = "val"
 ) -> tuple[list[int], list[int]]:
-    """Split off whole groups with approximately the given fraction of images, stratified by class.
+    """Split off groups with approximately a fraction of the images, stratified by class.
 
-    scikit-learn's `StratifiedGroupKFold` creates folds; the number of selected folds approximates the fraction. The
-    only group of a class is never split off, so every class has training images.
+    scikit-learn's `StratifiedGroupKFold` creates folds; the number of selected folds approximates the fraction. A
+    class's only group is never split off, so that every class has training images.
 
     Args:
         labels: Class indices.
@@ -102,7 +102,7 @@ def fold_split(
         Remaining positions and positions of the fold, both ascending.
 
     Raises:
-        ValueError: If there are more folds than groups, or than images of a class.
+        ValueError: If a class has fewer images than folds, or there are fewer groups than folds.
     """
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold  # lazy: slow import
 
@@ -124,7 +124,7 @@ def fold_split(
 def stratified_sample(
     labels: Sequence[int], size: int, *, seed: int, classes: Sequence[str], argument: str
 ) -> list[int]:
-    """Sample `size` positions, proportional to class sizes with at least one per present class.
+    """Sample `size` positions in proportion to class sizes, at least one per present class.
 
     Args:
         labels: Class indices.

@@ -1,4 +1,4 @@
-"""Image tables in CSV and Parquet: column roles, and conversion of rows to a `Collection`."""
+"""CSV and Parquet tables of images: column roles, and conversion of rows to a `Collection`."""
 
 import csv
 import difflib
@@ -246,7 +246,7 @@ def build_collection(samples: Samples, options: RowOptions) -> Collection:
     """Convert rows to images with labels, weights and groups in their splits.
 
     Labels become class indices (`class`) or strata for splitting: the rarest label of an image (`labels`), or one of
-    up to ten ranges of the first number (`numbers`). `ImageDataset.annotations` holds the values of the label column.
+    up to ten ranges of the first number (`numbers`). `ImageDataset.annotations` contains the values of the label column.
 
     Args:
         samples: Raw rows.
@@ -441,7 +441,7 @@ def _paths(table: Mapping[str, Sequence[Any]], column: str) -> list[str]:
 
 
 def _text(value: Any) -> str:
-    """Convert a value to a string: integral floats without decimal point, missing values as an empty string."""
+    """Convert a value to a string: integral floats without decimal point, missing values to an empty string."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
@@ -493,7 +493,7 @@ def _parts(samples: Samples) -> list[str]:
     texts = [_text(value) for value in samples.splits]
     unknown = Counter(text for text in texts if text.lower() not in PARTS)
     if unknown:
-        named = listed([f"{text!r} ({count} rows)" for text, count in unknown.most_common()])
+        named = listed([f"{text!r} ({counted(count, 'row')})" for text, count in unknown.most_common()])
         raise ValueError(
             f"{samples.where}: values of the split column must be {', '.join(sorted(PARTS))}, got {named}; "
             "--columns split=none creates new splits"
@@ -515,7 +515,7 @@ def _targets(samples: Samples, target: TargetKind) -> tuple[list[Target], dict[i
     row = next((row for row, value in enumerate(samples.labels) if isinstance(value, list | tuple)), None)
     if row is not None:
         raise ValueError(
-            f"{samples.where}: column {samples.label_columns[0]!r} must hold one class per image, got the list "
+            f"{samples.where}: column {samples.label_columns[0]!r} must contain one class per image, got the list "
             f"{_format_value(samples.labels[row])!r} in row {row + 1}; use --task multilabel for several labels per "
             "image"
         )
@@ -536,7 +536,7 @@ def _numbers(samples: Samples) -> tuple[list[Target], dict[int, str]]:
     if broken and len(broken) == len(values):
         names = " and ".join(map(repr, samples.label_columns))
         raise ValueError(
-            f"{samples.where}: column {names} must hold numbers for task regression, got "
+            f"{samples.where}: column {names} must contain numbers for task regression, got "
             f"{_format_value(samples.labels[0])!r} in row 1 and no number in "
             f"{len(values)} rows; select another column with --columns label=NAME, or remove --task regression"
         )
@@ -613,7 +613,7 @@ def _sort_names(names: Iterable[str]) -> list[str]:
 def _check_classes(
     classes: Sequence[str], indices: Mapping[int, int], rows: Sequence[int], parts: Sequence[str], samples: Samples
 ) -> None:
-    """Reject fewer than two classes, too many classes for the rows, and classes without training images."""
+    """Reject fewer than two classes, too many classes, and classes without training images."""
     if len(classes) < 2:
         raise ValueError(
             f"{samples.where}: at least two classes are required, column {samples.label_columns[0]!r} has one: "
@@ -621,7 +621,7 @@ def _check_classes(
         )
     if len(classes) > max(len(rows) / 2, _FEW_CLASSES):
         raise ValueError(
-            f"{samples.where}: column {samples.label_columns[0]!r} must hold classes, got {len(classes)} different "
+            f"{samples.where}: column {samples.label_columns[0]!r} must contain classes, got {len(classes)} different "
             f"values in {len(rows)} rows, e.g. {', '.join(map(repr, classes[:_EXAMPLES]))}; select another column with "
             "--columns label=NAME"
         )

@@ -1,4 +1,4 @@
-"""`Method`: an entry of the method registry, and `MethodSpec`: the method applied to a model."""
+"""`Method`, an entry of the method registry, and `MethodSpec`, the method applied to a model."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 Rule = Callable[[Any], str | None]
-"""Function that returns None for a valid value, otherwise the requirement."""
+"""Function that returns None for a valid value, else the requirement."""
 
 
 def integer(minimum: int = 1) -> Rule:
@@ -57,7 +57,7 @@ def check_by(rules: Mapping[str, Rule]) -> Callable[[Mapping[str, Any]], list[st
 
 
 Options = dict[str, Any]
-"""Options of a method by name, including the number in the method's name."""
+"""Options of a method by name, including the one set by the number in its name."""
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 """Function that returns a new iterator over training batches: images `[n, C, H, W]` and labels `[n]`."""
@@ -107,8 +107,8 @@ class Method:
             head, checked options, and training batches if `needs_batches` (None otherwise). Returns the model to train:
             the same model, changed in place, or a `PeftModel` around it.
         options: Names of the options.
-        suffix: Option set by a number at the end of the name: with `"r"`, `adapter-8` means `r=8`. None accepts no
-            number.
+        suffix: Option set by a number at the end of the name: with `"r"`, `adapter-8` means `r=8`. None if the name takes
+            no number.
         check: `options -> error messages`; checks option values without a model.
         config: `(head, options) -> PeftConfig`, for PEFT adapters. Exceptions are reported as option errors. `options`
             include `target_modules`.
@@ -167,12 +167,12 @@ class Method:
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """Record of the method applied to a model, sufficient to apply it again.
+    """Method applied to a model, sufficient to apply it again.
 
     Args:
         name: Name passed to `build_method`, e.g. `snella-8`.
         options: Options passed to `Method.build`.
-        head: Module name of the classifier head.
+        head: Name of the head module.
         family: Key in `METHODS`, e.g. `snella` for `snella-8`. Empty for adapters of other methods.
     """
 

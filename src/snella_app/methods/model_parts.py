@@ -1,4 +1,4 @@
-"""Access to the head, blocks, MLPs and layers of a model, and attachment of modules."""
+"""Functions that find the head, blocks, MLPs and layers of a model, and attach modules."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -208,10 +208,10 @@ def find_blocks(model: nn.Module, head: str) -> list[tuple[str, nn.Module]]:
 
 
 def require_blocks(method: str, model: nn.Module, head: str) -> list[tuple[str, nn.Module]]:
-    """Return the result of `find_blocks`; at least one block is required.
+    """Return the blocks as `find_blocks` does, or raise an error if there are none.
 
     Raises:
-        ValueError: If the model has no blocks. The message names the method and the model.
+        ValueError: If the model has no blocks.
     """
     blocks = find_blocks(model, head)
     if not blocks:
@@ -227,7 +227,7 @@ def token_blocks(method: str, model: nn.Module, head: str) -> list[tuple[str, nn
 
     Raises:
         ValueError: If the blocks do not share one token sequence (windows, convolutions), or attention uses token
-            positions, which added tokens lack. The message names the method and the model.
+            positions, which added tokens lack.
     """
     blocks = require_blocks(method, model, head)
     reason = ""

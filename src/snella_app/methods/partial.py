@@ -1,4 +1,4 @@
-"""Methods that train weights of the model directly: `linear`, `bias`, `full`, `mlp-k` and `partial-k`."""
+"""Methods that train weights of the model directly: `linear`, `bias`, `full`, `mlp` and `partial`."""
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -8,7 +8,7 @@ from snella_app.methods.model_parts import freeze_running_statistics, is_inside,
 
 
 def train_head(model: nn.Module, head: str) -> None:
-    """Make the head trainable and freeze the running statistics; first step of every method.
+    """Make the head trainable and freeze the running statistics.
 
     Args:
         model: Model with frozen parameters; changed in place.

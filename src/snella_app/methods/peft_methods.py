@@ -148,7 +148,7 @@ SNELLA_MATCHED = peft_method(
 )
 """SNELLA with `preset="matched"` of `SnellaConfig`.
 
-A step of the factors changes `scaling·S` by about the learning rate times the magnitude of `W0`. The budget reaches its
+An optimizer step changes `scaling·S` by about the learning rate times the magnitude of `W0`. The budget reaches its
 target after 70% of training. See docs/method.md.
 """
 
@@ -245,7 +245,7 @@ class RankSchedule:
 
     Args:
         model: Model with an AdaLoRA adapter.
-        total_steps: Optimizer steps of the whole run.
+        total_steps: Total number of optimizer steps.
 
     Attributes:
         step: Number of completed steps.
@@ -272,7 +272,7 @@ class RankSchedule:
             )
 
     def attach(self, optimizer: Optimizer) -> Self:
-        """Register optimizer hooks that step the schedule and save its state; Accelerate wrappers are removed."""
+        """Register hooks on the optimizer, unwrapped from Accelerate, that step the schedule and save its state."""
         while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
             optimizer = inner
         optimizer.register_step_post_hook(self._after_step)

@@ -73,7 +73,7 @@ def parse_method(name: str) -> tuple[str, int | None]:
         return family, None
     suffix = METHODS[family].suffix
     if suffix is None:
-        raise ValueError(f"method {family!r} accepts no number, got {name!r}; use {family!r}")
+        raise ValueError(f"method {family!r} takes no number, got {name!r}; use {family!r}")
     if int(digits) < 1:
         raise ValueError(f"the number in a method's name, {suffix}, must be at least 1, got {name!r}")
     return family, int(digits)
@@ -97,8 +97,8 @@ def build_method(
     Args:
         name: One of `method_names()`, optionally with a number: `lora-8` sets the rank, `vpt-deep-50` the prompts per
             block.
-        model: Fresh classifier without adapters; changed in place.
-        head: Module name of its head; not needed for timm models.
+        model: Classifier without adapters; changed in place.
+        head: Name of its head module; not needed for timm models.
         batches: Callable that returns a new iterator over pairs of images and labels, for methods that select
             parameters from training data. Other methods ignore it.
         **options: Options listed by `method_options(name)`: fields of SnellaConfig for `snella`, some fields of
@@ -130,9 +130,9 @@ def build_method(
 def restore_method(
     name: str, model: nn.Module, tensors: Mapping[str, Tensor], *, head: str | None = None, **options: Any
 ) -> nn.Module:
-    """Rebuild the structure created by `build_method` without training data or values.
+    """Rebuild the model structure of `build_method` without training data; values are not loaded.
 
-    Arguments and errors are as for `build_method`; `tensors` are the saved tensors by name.
+    Arguments and errors are those of `build_method`; `tensors` are the saved tensors by name.
     """
     options, method = check_method(name, options), find_method(name)
     head_name = _freeze(model, head)
@@ -215,13 +215,13 @@ def merge_trained(model: nn.Module) -> nn.Module:
 
 
 def _with_spec(model: nn.Module, name: str, options: Options, head: str) -> nn.Module:
-    """Store the applied method in a model, and return it."""
+    """Store the applied method in a model and return the model."""
     model.snella_method = MethodSpec(name, options, head, parse_method(name)[0])  # type: ignore[assignment]
     return model
 
 
 def _freeze(model: nn.Module, head: str | None) -> str:
-    """Freeze all parameters, and return the name of the head."""
+    """Freeze all parameters and return the name of the head."""
     head_name = find_head(model, head)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -231,7 +231,7 @@ def _freeze(model: nn.Module, head: str | None) -> str:
 def _unknown_options(name: str, unknown: list[str], known: tuple[str, ...]) -> str:
     """Format the error message for unknown options."""
     parts = [f"{key!r}{nearest(key, known, most=2, cutoff=0.5, form=' (nearest: {})')}" for key in unknown]
-    has = f"it has {', '.join(known)}" if known else "it has none"
+    has = f"it has {', '.join(known)}" if known else "it has no options"
     return f"method {name!r} has no option {', '.join(parts)}; {has}"
 
 

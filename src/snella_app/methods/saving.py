@@ -40,7 +40,7 @@ def save_trained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     PEFT models are saved as a PEFT adapter (`adapter_config.json`, `adapter_model.safetensors`), others as
     `trainable.safetensors` and `method.json`. Each file is written atomically, the tensors last. The tensor file's
-    metadata contains SHA-256 digests of the tensors and of the settings file.
+    metadata contains SHA-256 digests of the tensors and the settings file.
 
     Args:
         model: Model from `build_method` or `load_trained`.
@@ -161,7 +161,7 @@ def _trained_tensors(model: nn.Module) -> tuple[dict[str, Tensor], str]:
 
 
 def _check_finite(path: Path, tensors: dict[str, Tensor], targets: dict[str, Tensor]) -> None:
-    """Reject infinite values and NaN, except where the model's values are not finite either (`-inf` masks)."""
+    """Reject infinities and NaN, except where the model's values are not finite either (`-inf` masks)."""
     for name, value in tensors.items():
         invalid = ~torch.isfinite(value)
         if invalid.any() and (invalid & torch.isfinite(targets[name].detach().cpu())).any():
@@ -172,7 +172,7 @@ def _check_finite(path: Path, tensors: dict[str, Tensor], targets: dict[str, Ten
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a file whose header is valid, and verify the digests in its metadata."""
+    """Read the tensors of a file with a valid header, and verify the digests in its metadata."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -207,7 +207,7 @@ def _settings_digest(folder: Path) -> str:
 
 
 def _as_safetensors(tensors: dict[str, Tensor], settings_digest: str) -> bytes:
-    """Serialize tensors to bytes; `save_file` would drop the errno of a full disk."""
+    """Serialize tensors to bytes; `save_file` would lose the errno of a full disk."""
     seen: set[int] = set()
     values = {}
     for name, tensor in tensors.items():

@@ -1,6 +1,6 @@
-"""`Record`, with `write` and `read`.
+"""`Record`: dataclasses stored as JSON files.
 
-A field is a key of the file. Fields with a default may be missing or null; unknown keys are ignored.
+Fields are keys of the file. Fields with a default may be missing or null; unknown keys are ignored.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from snella_app.files import is_intact, sealed, write_json
 from snella_app.text import nearest
 
 FORMAT = 1
-"""The run-folder format that this version of snella writes and reads."""
+"""Run folder format that this version of snella writes and reads."""
 
 T = TypeVar("T")
 R = TypeVar("R", bound="Record")
@@ -45,7 +45,7 @@ class Record:
         return values
 
     def check_folder(self, folder: Path) -> None:
-        """Raise a ValueError if other files in the folder contradict this record."""
+        """Raise ValueError if other files in the folder contradict this record."""
 
 
 OPTIONAL = {"is_optional": True}
@@ -217,7 +217,7 @@ def _check_type(kind: type, value: Any, file: Path | None, where: str) -> Any:
 
 
 def _best_match(options: list[Any], value: Any) -> Any:
-    """Return the first type with the most required fields present in the value."""
+    """Return the first type with the most required fields in the value."""
 
     def count(option: Any) -> int:
         if not is_dataclass(option) or not isinstance(value, Mapping):

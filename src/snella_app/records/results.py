@@ -1,4 +1,4 @@
-"""Result records: scores by task, rows of comparisons, and evaluations of generators."""
+"""Result records: scores by task, rows of comparisons, and evaluations of image and text generators."""
 
 from __future__ import annotations
 
@@ -465,7 +465,7 @@ class MethodResults(Record):
 
 @dataclass(frozen=True)
 class SubjectFidelity(Record):
-    """Evaluation of a personalized generator: `generation.json`."""
+    """Evaluation of a DreamBooth run: `generation.json`."""
 
     file: ClassVar[str] = "generation.json"
 
@@ -478,7 +478,7 @@ class SubjectFidelity(Record):
 
 @dataclass(frozen=True)
 class TaskAccuracy:
-    """Fraction of one task's questions answered correctly."""
+    """Fraction of a task's questions answered correctly."""
 
     accuracy: float
 

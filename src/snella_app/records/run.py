@@ -67,7 +67,7 @@ class DataInfo:
         white: Value of 16-bit images mapped to white, if given.
         read_side: Minimum shorter side when images are decoded at a reduced resolution; None for images with masks,
             which are decoded at full resolution.
-        subject: Subject of a personalization.
+        subject: Subject of a DreamBooth run.
         class_name: Class of the subject.
         files: Images of the subject in `folder`.
     """
@@ -167,8 +167,8 @@ class Calibration:
 class RunInfo(Record):
     """Record of a run: `run.json`.
 
-    `files` holds the digests of a finished run's other files, or of an unfinished run's adapter. `calibration` is set
-    for classifiers with validation images. `id` is a random id from the start of the run, also stored in its
+    `files` contains the digests of a finished run's other files, or of an unfinished run's adapter. `calibration` is
+    set for classifiers with validation images. `id` is a random ID from the start of the run, also stored in its
     checkpoints. `settings` is the digest of the settings in `config.yaml`. `final_head` is `layers` if predictions come
     from a linear head on several layers, fitted after training.
     """
@@ -214,7 +214,7 @@ class RunInfo(Record):
         return self.status == "finished"
 
     def check_folder(self, folder: Path) -> None:
-        """Compare the files of a run with their digests."""
+        """Verify the digests of the run's files."""
         check_files(folder, self.files or {})
 
 
@@ -258,7 +258,7 @@ class AveragedEpochs:
         kind: `swa` averages all candidate epochs; `soup` averages those that improve the score.
         epochs: Averaged epochs.
         offered: Candidate epochs.
-        is_saved: True if the average is the run's adapter; False if the best epoch scored higher.
+        is_saved: True if the average is the run's adapter, False if the best epoch scored higher.
         scores: Scores of the average on the images used for epoch selection, by name in the history.
     """
 
@@ -436,7 +436,7 @@ class GeneratorMetrics(Record):
 
 @dataclass(frozen=True)
 class MatrixInfo:
-    """One adapted matrix, with `budget` and `nonzeros` of the saved adapter."""
+    """Adapted matrix, with the `budget` and `nonzeros` of the saved adapter."""
 
     name: str
     kind: str
@@ -449,7 +449,7 @@ class MatrixInfo:
 
 @dataclass(frozen=True)
 class AllocationStep:
-    """One allocation: total budget `b_t` at time `t` of `total`, and the budgets of the matrices."""
+    """Allocation at time `t` of `total`: total `budget`, and budgets of the matrices."""
 
     step: int
     t: int

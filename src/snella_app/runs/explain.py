@@ -16,7 +16,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from snella_app.data import ImageDataset
-from snella_app.files import made_folder, write_bytes, write_text
+from snella_app.files import create_folder, write_bytes, write_text
 from snella_app.records import Predictions, read
 from snella_app.report.examples import attention_rollout, choose_examples, heat_maps, overlay_heat, picture_uri
 from snella_app.runs.evaluate import redraw_report
@@ -111,7 +111,7 @@ def explain(
     neighbors_by_image = (
         _neighbors(model, rows, neighbors, notes) if needs_features and rows else [[] for _ in predictions]
     )
-    with made_folder(folder):
+    with create_folder(folder):
         entries = []
         for start in range(0, len(predictions), batch_size):
             part = predictions[start : start + batch_size]

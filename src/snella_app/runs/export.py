@@ -25,7 +25,7 @@ from snella.layer import SnellaLayer
 from snella_app.console import counted
 from snella_app.data import ImageDataset, read_image
 from snella_app.data.datasets import FileImages, read_at_side
-from snella_app.files import made_folder, naming_file, sync_tree, write_text
+from snella_app.files import add_file_to_errors, create_folder, sync_tree, write_text
 from snella_app.report.card import model_card
 from snella_app.runs.images import find_data, load_splits, parts_of
 from snella_app.runs.merge import merged_model, prediction_notes, run_metadata, write_timm_folder
@@ -167,7 +167,7 @@ def export(
     if "images" in export_format.options and not images:
         options = dataclasses.replace(options, run_images=_run_images(loaded))
     temporary = path.with_name(f".{path.name}.tmp")
-    with made_folder(path.parent), naming_file(path):
+    with create_folder(path.parent), add_file_to_errors(path):
         try:
             _remove(temporary)
             notes = export_format.write(loaded, temporary, options) + _output_notes(loaded, export_format, options)

@@ -314,13 +314,13 @@ class RunFolderOf(Generic[S]):
                 )
             return self._resumed_settings(config)
         requested = config.flat()
-        can_start = all(requested[name] for name in config.needed)
+        can_start = all(requested[name] for name in config.required)
         if config.run.resume and not can_start and (self.path / "config.yaml").is_file():
             return self._restart_settings(config)
         if config.run.resume and not can_start:
             raise FileNotFoundError(
                 f"out must be the folder of a run to resume, got {self.path}, which has no run; "
-                f"give {' and '.join(config.needed)} to start one"
+                f"give {' and '.join(config.required)} to start one"
             )
         if status is not None and not config.run.overwrite:
             state, hint = (

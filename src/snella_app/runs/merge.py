@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from snella.compat.sparse_file import tensors_bytes
-from snella_app.files import made_folder, write_bytes, write_json
+from snella_app.files import create_folder, write_bytes, write_json
 from snella_app.methods import merge_trained
 from snella_app.records import BackboneInfo, RunInfo, plain, record_from
 from snella_app.runs.layer_probe import LAYER_PROBE, layer_probe_snippet
@@ -59,7 +59,7 @@ def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> Path:
     loaded = load_run(run, device="cpu")
     if path.suffix == _SUFFIX:
         model = merged_model(loaded.model)
-        with made_folder(path.parent):
+        with create_folder(path.parent):
             write_bytes(path, tensors_bytes(_weights(model), run_metadata(loaded, model)))
             _write_final_head(loaded, _final_head_file(path))
     else:
@@ -83,7 +83,7 @@ def write_timm_folder(loaded: LoadedRun, path: Path, **entries: Any) -> nn.Modul
     """
     model = merged_model(loaded.model)
     config = {**_timm_config(loaded, model, str(path)), **entries}
-    with made_folder(path):
+    with create_folder(path):
         (path / _CONFIG).unlink(missing_ok=True)  # written last, since timm loads no folder without it
         _write_final_head(loaded, _final_head_file(path))
         write_bytes(path / _WEIGHTS, tensors_bytes(_weights(model), {"format": "pt"}))

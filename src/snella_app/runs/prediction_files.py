@@ -16,7 +16,7 @@ import numpy as np
 from rich.console import Console
 
 from snella_app.console import counted, make_console, print_line, track_progress
-from snella_app.files import made_folder, naming_file, write_bytes
+from snella_app.files import add_file_to_errors, create_folder, write_bytes
 from snella_app.runs.image_inputs import expand, new_files
 from snella_app.runs.model import unfinished_note
 from snella_app.runs.predict import check_order, columns_of, load, task_of_run
@@ -159,7 +159,7 @@ def write_features(
 
         named = {"images": [utf8_text(text) for text in image_names], "features": list(table)}
         parquet.write_table(pyarrow.table(named), content)
-    with made_folder(path.parent):
+    with create_folder(path.parent):
         write_bytes(path, content.getvalue())
     return path
 
@@ -246,7 +246,7 @@ def _append_rows(predictions: Iterable[Any], out: Path, task: type[Task], top_k:
         for prediction in predictions:
             part = task.write_predictions([prediction], Path(folder) / f"row{out.suffix}", top_k, overwrite=True)
             header, row = part.read_bytes().split(b"\n", 1) if is_csv else (b"", part.read_bytes())
-            with naming_file(out), out.open("ab+") as file:
+            with add_file_to_errors(out), out.open("ab+") as file:
                 file.seek(0)
                 first = file.readline().rstrip(b"\n") if is_csv else header
                 if first not in (b"", header):

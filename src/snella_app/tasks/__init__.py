@@ -1,4 +1,4 @@
-"""Tasks by value of `--task`: batches, models, losses, metrics and results."""
+"""Tasks, the values of `--task`: models, losses, metrics and predictions."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -31,7 +31,7 @@ from snella_app.tasks.task import (
 )
 
 INVERSE_PENALTY = 0.1
-"""scikit-learn's `C` of the linear probe, for features of mean variance 1."""
+"""scikit-learn's `C` of the linear probe, for features with mean variance 1."""
 _MAX_ITERATIONS = 200
 
 
@@ -136,7 +136,7 @@ class ClassificationTask(Task):
         """Check the fields and report all errors in one message."""
         errors = []
         if len(self.classes) < 2:
-            errors.append(f"classes must be at least 2, got {list(self.classes)}")
+            errors.append(f"classes must have at least 2 entries, got {list(self.classes)}")
         if not 0.0 <= self.label_smoothing < 1.0:
             errors.append(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
         if errors:
@@ -344,7 +344,7 @@ class OrdinalTask(ClassificationTask):
         """Check the number of classes."""
         if len(self.classes) < 3:
             raise ValueError(
-                f"classes must be at least 3 for task ordinal, got {len(self.classes)}; use --task classification"
+                f"task ordinal needs at least 3 classes, got {len(self.classes)}; use --task classification"
             )
 
     @staticmethod

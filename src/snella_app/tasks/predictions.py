@@ -1,4 +1,4 @@
-"""Predictions for images outside a dataset, as text, tables or masks."""
+"""Predictions for images outside a dataset, and their output as text, tables or masks."""
 
 import csv
 import io
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from snella_app.data import read_image
-from snella_app.files import made_folder, write_bytes, write_json, write_text
+from snella_app.files import create_folder, write_bytes, write_json, write_text
 from snella_app.report.examples import overlay, write_mask
 from snella_app.text import utf8_text
 
@@ -53,7 +53,7 @@ def write_mask_predictions(
     Args:
         predictions: Predictions, consumed lazily.
         out: Output folder; created if missing.
-        top_k: Must be None; supported for classification only.
+        top_k: Must be None; only classification supports it.
         overwrite: Write to a non-empty folder.
 
     Raises:
@@ -136,7 +136,7 @@ class Prediction:
         return self.unsure_below is not None and self.probability < self.unsure_below
 
     def text(self, top_k: int | None = None) -> str:
-        """Format the most likely classes as one line, prefixed with "unsure" if applicable."""
+        """Format the most likely classes as one line, prefixed with "unsure" if the prediction is."""
         ranking = ", ".join(f"{name} {p:.3f}" for name, p in self.ranking[: top_k or _SHOWN_CLASSES])
         return f"unsure: {ranking}" if self.is_unsure else ranking
 
@@ -191,7 +191,7 @@ def write_predictions(
     rows = [{"image": str(prediction.path), **prediction.row(top_k)} for prediction in predictions]
     path = Path(out)
     suffix = path.suffix.lower()
-    with made_folder(path.parent):
+    with create_folder(path.parent):
         if suffix == ".parquet":
             write_bytes(path, _parquet(rows))
         elif suffix == ".json":

@@ -20,15 +20,15 @@ from snella_app.tasks.losses import NUMBER_LOSSES, full_precision, weighted_mean
 from snella_app.tasks.task import ResultTable, Task, paired
 
 _RIDGE_PENALTY = 5.0
-"""Weight of `‖w‖²` relative to the summed squared errors, for features of mean variance 1."""
+"""Weight of `‖w‖²` relative to the summed squared errors, for features with mean variance 1."""
 
 
 @dataclass(frozen=True)
 class RegressionTask(Task):
     """Loss and metrics for one or several regression targets per image.
 
-    The model predicts `(y - mean) / std` with mean and standard deviation of the training images. Predictions, metrics
-    and files use `y`.
+    The model predicts `(y - mean) / std`, with the mean and standard deviation of the training targets. Predictions,
+    metrics and files use `y`.
 
     Args:
         names: Target names.
@@ -60,7 +60,7 @@ class RegressionTask(Task):
     result_format: ClassVar[str] = "MAE {mae:.4g}, RMSE {rmse:.4g}, R² {r2:.4f}, loss {loss:.4f}"
 
     def __post_init__(self) -> None:
-        """Check the statistics, or set defaults."""
+        """Check the statistics and set missing ones to their defaults."""
         count = len(self.names)
         if not count:
             raise ValueError("names must have at least one entry, got none")
@@ -76,7 +76,7 @@ class RegressionTask(Task):
         return torch.tensor(target if isinstance(target, tuple | list) else [target], dtype=torch.float64)
 
     def fitted(self, train: ImageDataset) -> Self:
-        """Return the task with mean, standard deviation and median of the training images."""
+        """Return the task with mean, standard deviation and median of the training targets."""
         values = self._values(train)
         std = values.std(0)
         return dataclasses.replace(

@@ -259,7 +259,7 @@ class SegmentationTask(Task):
         """Check the fields and report all errors in one message."""
         errors = []
         if len(self.classes) < 2:
-            errors.append(f"classes must be at least 2 including background, got {list(self.classes)}")
+            errors.append(f"classes must have at least 2 entries including background, got {list(self.classes)}")
         if not 0.0 <= self.label_smoothing < 1.0:
             errors.append(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
         if self.mask_loss not in get_args(MaskLoss):
@@ -330,7 +330,7 @@ class SegmentationTask(Task):
         """
         rows = np.asarray(reduced)
         if len(rows) == 0:
-            raise ValueError("number of images must be at least 1, got 0")
+            raise ValueError("there must be at least one image, got 0")
         return {**pooled_scores(self._counts(rows), list(self.classes)), "loss": float(rows[:, -1].mean())}
 
     def sample_outputs(self, reduced: ArrayLike) -> Tensor:

@@ -1,4 +1,4 @@
-"""Task interface for training, evaluation and reports."""
+"""`Task`: the interface of tasks for training, evaluation and reports."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -32,10 +32,10 @@ class ResultTable:
 
 
 class Task(ABC):
-    """Base class of tasks: batches, model, loss, metrics and presentation of results.
+    """Base class of tasks.
 
     `reduce` converts the outputs of a batch to two small tensors. `metrics` and `sample_outputs` are computed from
-    their concatenation over a dataset. `state` holds statistics of the training images (`fitted`) and validation images
+    their concatenation over a dataset. `state` contains statistics of the training images (`fitted`) and validation images
     (`calibrated`) that prediction needs; `run.json` stores it.
 
     Attributes:
@@ -59,7 +59,7 @@ class Task(ABC):
     has_one_class: ClassVar[bool] = False
     """True if the outputs are softmax logits of one class per image, which temperature scaling can calibrate."""
     augment: ClassVar[str] = "crop"
-    """Augmentation for `--augment auto`. Regression and segmentation use flips because crops change their targets."""
+    """Augmentation for `--augment auto`: flip for regression and segmentation, since crops change their targets."""
     has_linear_fit: ClassVar[bool] = False
     """True if `fit_linear` is supported."""
     epoch_format: ClassVar[str]
@@ -77,7 +77,7 @@ class Task(ABC):
 
     @classmethod
     def create(cls, classes: Sequence[str], **settings: Any) -> Self:
-        """Create the task for the given classes; settings of other tasks are ignored, None selects the default."""
+        """Create the task; settings of other tasks are ignored, None selects the default."""
         settings["loss_name"] = settings.pop("loss", None) if cls.losses else None
         known = {f.name for f in fields(cls)} & {name for name, value in settings.items() if value is not None}  # type: ignore[arg-type]
         arguments = {name: tuple(value) if isinstance(value := settings[name], list) else value for name in known}
@@ -104,10 +104,10 @@ class Task(ABC):
         return f"val_{self.monitor}"
 
     def check_data(self, dataset: ImageDataset, spec: str) -> None:
-        """Check that the data suits the task; the base class rejects images with masks.
+        """Check that the data fits the task; the base class rejects images with masks.
 
         Raises:
-            ValueError: If the data does not suit the task.
+            ValueError: If the data does not fit the task.
         """
         if isinstance(dataset, MaskDataset):
             raise ValueError(
@@ -128,7 +128,7 @@ class Task(ABC):
         return self
 
     def state(self) -> dict[str, Any]:
-        """Return the plain values that `create` needs for prediction, in addition to the classes."""
+        """Return the plain values that `create` needs for prediction besides the classes."""
         return {}
 
     def for_ensemble(self, tasks: Sequence[Any]) -> Self:
@@ -212,7 +212,7 @@ class Task(ABC):
         return None
 
     def save_examples(self, model: nn.Module, dataset: ImageDataset, sample_outputs: Tensor, folder: Path) -> None:
-        """Save files for the report's images in the run folder; no-op by default."""
+        """Write files for the report's images to the run folder; no-op by default."""
         return
 
     def report_images(self, dataset: ImageDataset, folder: Path) -> ImageSource:
@@ -221,7 +221,7 @@ class Task(ABC):
 
     @abstractmethod
     def remap_labels(self, label: Any, numbers: Sequence[int]) -> Any:
-        """Map class indices in an item's label with `numbers[old]`."""
+        """Map class indices in an item's label: `numbers[old]` is the new index."""
 
     def epoch_row(self, scores: Mapping[str, Any]) -> dict[str, float]:
         """Return the validation entries of an epoch's row, except the loss."""
@@ -251,7 +251,7 @@ class Task(ABC):
         """Return scores by class or target as a table."""
 
     final_name: ClassVar[str] = "probabilities"
-    """Name of the values of `final_outputs`."""
+    """Name of the `final_outputs`."""
 
     @abstractmethod
     def final_outputs(self, outputs: Tensor, temperature: float = 1.0) -> Tensor:

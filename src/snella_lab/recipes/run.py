@@ -34,7 +34,7 @@ def describe_run(
         data: The training data.
         packages: Packages whose versions are recorded.
     """
-    default = type(config).from_flat(**dict.fromkeys((*config.needed, "out"), "-"))
+    default = type(config).from_flat(**dict.fromkeys((*config.required, "out"), "-"))
     return RunInfo(
         status="running",
         task=config.purpose,

@@ -72,5 +72,5 @@ def test_a_size_without_timm_name_error_has_the_inferred_sizes():
 
 
 def test_another_network_error_lists_its_tensors():
-    with pytest.raises(ValueError, match=re.escape("it holds conv1.0.weight [")):
+    with pytest.raises(ValueError, match=re.escape("it contains conv1.0.weight [")):
         infer_vit(shapes_of("test_resnet"), source="w.pth")

@@ -160,7 +160,7 @@ def test_a_damaged_file_is_reported(suffix, n_bytes, tiny_vit, write_npz, tmp_pa
 )
 def test_a_file_without_tensors_error_lists_its_content(content, description, tmp_path):
     torch.save(content, tmp_path / "w.pth")
-    with pytest.raises(ValueError, match=f"must hold a dictionary of tensors, .*{description}"):
+    with pytest.raises(ValueError, match=f"must contain a dictionary of tensors, .*{description}"):
         read_checkpoint(tmp_path / "w.pth")
 
 

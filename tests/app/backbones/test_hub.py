@@ -99,7 +99,7 @@ def test_an_unreachable_hub_error_has_alternatives(name, closed_port, monkeypatc
 
 def test_offline_mode_is_reported_as_the_reason(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ConnectionError, match=r"HF_HUB_OFFLINE is set.*backbone 'test_vit' is not in its cache"):
+    with pytest.raises(ConnectionError, match=r"HF_HUB_OFFLINE is set.*backbone 'test_vit' is not cached"):
         create_backbone("test_vit", num_classes=2)
     assert constants.HF_HUB_OFFLINE is True
 

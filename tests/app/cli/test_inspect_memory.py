@@ -28,7 +28,7 @@ def test_a_gpu_adds_predicted_steps_for_plain_vits(capsys):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ([], "inspect takes either RUN, the folder of a run, or --backbone NAME, got neither"),
+        ([], "inspect takes either RUN, a run folder, or --backbone NAME, got neither"),
         (["r", "--backbone", "test_vit"], "or --backbone NAME, got RUN r and --backbone test_vit"),
         (["r", "--batch", "4", "--img-size", "32"], "--backbone NAME must be given with --batch 4, --img-size 32"),
         (["--backbone", "test_vit", "--report"], "--report needs a run; leave it out with --backbone"),

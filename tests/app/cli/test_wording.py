@@ -7,11 +7,14 @@ from snella_app.cli.parser import as_flags
     ("message", "typed"),
     [
         ("skip them with --skip-corrupt (skip_corrupt=True)", "skip them with --skip-corrupt"),
-        ("Without the hub, use weights=PATH with a file", "Without the hub, use --weights PATH with a file"),
+        ("Without the Hub, use weights=PATH with a file", "Without the Hub, use --weights PATH with a file"),
         ("or pretrained=False for random weights", "or --pretrained false for random weights"),
         ("set skip_corrupt=True", "set --skip-corrupt"),
         ("x is damaged; train again with overwrite", "x is damaged; train again with --overwrite"),
-        ("resume and overwrite exclude each other, got both", "--resume and --overwrite exclude each other, got both"),
+        (
+            "resume and overwrite are mutually exclusive, got both",
+            "--resume and --overwrite are mutually exclusive, got both",
+        ),
         ("seed must be 1; val_size must be 2", "--seed must be 1; --val-size must be 2"),
         ("set with val_fraction and test_fraction", "set with --val-fraction and --test-fraction"),
         ("out=a.csv exists", "--out a.csv exists"),

@@ -17,7 +17,7 @@ def data(tmp_path):
 
 def test_both_benchmarks_in_a_folder_are_checked(data):
     vtab, fgvc = check_benchmarks(data)
-    assert (vtab.title, vtab.folder.name, [inspection.name for inspection in vtab.found]) == (
+    assert (vtab.title, vtab.folder.name, [inspection.name for inspection in vtab.inspections]) == (
         "VTAB-1k",
         "vtab-1k",
         ["patch_camelyon", "kitti"],

@@ -89,7 +89,7 @@ def test_trainval_is_split_without_train(cub):
 
 def test_other_sizes_and_classes_are_rejected_and_listed(cub):
     message = (
-        r"fgvc:.*cub does not match cub of the benchmark: 200 classes must have images, got 3; missing: 3, 4.*more; "
+        r"fgvc:.*cub does not match the benchmark's cub: 200 classes must have images, got 3; missing: 3, 4.*more; "
         r"train must have 5,394 images, got 9; val must have 600 images, got 3; test must have 5,794 images, got 6"
     )
     with pytest.raises(ValueError, match=message):

@@ -131,8 +131,11 @@ def test_a_class_of_only_broken_images_is_rejected(write_images):
     [
         ({"a": 5, "b": 0, "c": 5}, r"without readable images: 'b'; remove them or add images \(\.png, \.jpg"),
         ({"a": 5}, "at least two classes are required, got one: 'a'; .* PATH/class/image.jpg, one folder per class"),
-        ({".": 3}, r"no class folders in '.*photos' \(3 images without a class\); .* PATH/class/image\.jpg"),
-        ({".": 0}, r"'.*photos' is empty; the expected layout is PATH/class/image\.jpg"),
+        (
+            {".": 3},
+            r"folder '.*photos' cannot be used: it has no class folders \(3 images without a class\); .* PATH/class/image\.jpg",
+        ),
+        ({".": 0}, r"folder '.*photos' cannot be used: it is empty; the expected layout is PATH/class/image\.jpg"),
         ({"train/a": 2, "train/b": 2, "val/c": 1}, "classes of 'val' unknown to training: 'c'; training has 'a', 'b'"),
         (
             {"train/a": 2, "train/b": 2, "test/B": 1},

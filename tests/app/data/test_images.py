@@ -302,7 +302,7 @@ def test_facts_about_files_are_stored(tmp_path):
     Image.fromarray(pixels).convert("CMYK").save(tmp_path / "y.jpg")
     source = FileImages([tmp_path / "x.tif", tmp_path / "y.jpg"])
     assert broken_rows(source, [0, 1]) == {}
-    first, second = source.facts[0], source.facts[1]
+    first, second = source.metadata[0], source.metadata[1]
     assert (first.size, first.mode, first.format, first.has_pages) == ((40, 30), "L", "TIFF", True)
     assert (second.size, second.mode, second.format, second.has_pages) == ((800, 1200), "CMYK", "JPEG", False)
 

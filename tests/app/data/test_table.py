@@ -171,7 +171,7 @@ def test_repeated_rows_are_skipped_and_contradictions_noted(write_table):
         (lambda i: "cat", "at least two classes are required, column 'species' has one: 'cat'"),
         (
             lambda i: str(i),
-            "column 'species' must hold classes, got 50 different values in 50 rows, e.g. '0', '1'",
+            "column 'species' must contain classes, got 50 different values in 50 rows, e.g. '0', '1'",
         ),
     ],
 )
@@ -244,7 +244,7 @@ def test_parquet_holds_lists_and_numbers(write_table, tmp_path):
     assert load_data(f"parquet:{tmp_path}/x.parquet").classes == ["3", "7"]
     data = load_data(f"parquet:{tmp_path}/x.parquet", columns="label=tags", target="labels")
     assert set(data.train.annotations.targets) == {("a",), ("a", "b")}
-    with pytest.raises(ValueError, match="column 'tags' must hold one class per image, got the list 'a' in row 1"):
+    with pytest.raises(ValueError, match="column 'tags' must contain one class per image, got the list 'a' in row 1"):
         load_data(f"parquet:{tmp_path}/x.parquet", columns="label=tags")
     with pytest.raises(ValueError, match=r"10 of 20 rows .*images/01.png \(weight None is not in \[0, 1e\+09\]\)"):
         load_data(f"parquet:{tmp_path}/x.parquet", columns="weight=w")
@@ -333,7 +333,7 @@ def test_text_instead_of_numbers_is_reported_even_with_skip_corrupt(write_table)
     file = write_table(rows_of(12))
     for skip_corrupt in (False, True):
         with pytest.raises(
-            ValueError, match=r"'species' must hold numbers for task regression, got 'cat' in row 1 and"
+            ValueError, match=r"'species' must contain numbers for task regression, got 'cat' in row 1 and"
         ):
             load_data(f"csv:{file}", columns="label=species", target="numbers", skip_corrupt=skip_corrupt)
 

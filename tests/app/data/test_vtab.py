@@ -74,7 +74,7 @@ def test_missing_lists_are_derived_from_the_joint_list(complete, tmp_path):
 
 def test_other_sizes_are_rejected_and_listed(kitti):
     message = (
-        r"vtab:.*kitti does not match kitti of the benchmark: train800 must have 800 images, got 12; val200 must have "
+        r"vtab:.*kitti does not match the benchmark's kitti: train800 must have 800 images, got 12; val200 must have "
         r"200 images, got 4; train800val200 must have 1,000 images, got 16; test must have 711 images, got 8; "
         r"to use it anyway, pass strict_sizes=False"
     )

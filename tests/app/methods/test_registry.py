@@ -95,7 +95,7 @@ def test_a_typo_error_suggests_the_nearest_names():
 
 
 def test_an_unsupported_rank_is_rejected():
-    with pytest.raises(ValueError, match="method 'linear' accepts no number, got 'linear-8'; use 'linear'"):
+    with pytest.raises(ValueError, match="method 'linear' takes no number, got 'linear-8'; use 'linear'"):
         build_method("linear-8", vit())
     with pytest.raises(ValueError, match="name, r, must be at least 1, got 'lora-0'"):
         parse_method("lora-0")
@@ -110,7 +110,7 @@ def test_conflicting_ranks_are_rejected():
 def test_an_unknown_option_error_suggests_the_nearest():
     with pytest.raises(ValueError, match=r"has no option 'target_sparcity' \(nearest: target_sparsity"):
         build_method("snella", vit(), target_sparcity=0.5)
-    with pytest.raises(ValueError, match="method 'linear' has no option 'r'; it has none"):
+    with pytest.raises(ValueError, match="method 'linear' has no option 'r'; it has no options"):
         build_method("linear", vit(), r=4)
     with pytest.raises(ValueError, match="method 'snell' has no option 'kernel'"):
         check_method("snell", {"kernel": "rbf"})

@@ -46,11 +46,11 @@ def test_all_errors_are_reported_together():
     ("changes", "message"),
     [
         ({"out": None}, "missing required settings: out, e.g. out='runs/photos'"),
-        ({"resume": True, "overwrite": True}, "resume and overwrite exclude each other"),
+        ({"resume": True, "overwrite": True}, "resume and overwrite are mutually exclusive"),
         ({"weights": "missing.pth"}, "weights must be an existing file, got 'missing.pth'"),
         ({"r": 3}, "r.*3"),
         ({"target_sparsity": 1.0}, r"target_sparsity must be in \[0, 1\), got 1\.0"),
-        ({"r": 4, "method_options": {"r": 2}}, "r given both by name and in method_options"),
+        ({"r": 4, "method_options": {"r": 2}}, "r set both directly and in method_options"),
         ({"method": "linear", "r": 4}, "method 'linear' has no option 'r'"),
         ({"method": "lora", "scalar_lr": 1e-4}, "snell, klora and fixed-mask.*, got 0.0001 with method 'lora'"),
         ({"method": "lora-8", "r": 4}, "sets r to 8, but got r=4"),
@@ -190,7 +190,7 @@ def test_setting_names_of_other_tools_suggest_ours():
     with pytest.raises(TypeError) as caught:
         TrainConfig.from_flat(**PLACES, model="x", learning_rate=1e-3, epoks=3)
     assert str(caught.value) == (
-        "TrainConfig has no setting 'model' (it is called backbone), 'learning_rate' (it is called lr), 'epoks' "
+        "TrainConfig has no setting 'model' (use backbone), 'learning_rate' (use lr), 'epoks' "
         "(nearest: epochs); see help(TrainConfig)"
     )
 
@@ -265,7 +265,7 @@ def test_parts_and_flat_names_give_the_same_configuration():
         ),
         (lambda: ModelConfig(img_size=4), "img_size must be at least 8, got 4"),
         (lambda: MethodConfig(name="lora", options={"q": 1}), "method 'lora' has no option 'q'"),
-        (lambda: OptimConfig(swa=3, soup=3), "ema, swa and soup exclude each other, got swa 3 and soup 3"),
+        (lambda: OptimConfig(swa=3, soup=3), "ema, swa and soup are mutually exclusive, got swa 3 and soup 3"),
         (lambda: RunConfig(seed=-1, track="tensorbord"), "seed must be at least 0, got -1; track must be among"),
     ],
 )

@@ -71,7 +71,8 @@ def test_metrics_do_not_depend_on_label_smoothing():
 
 def test_invalid_settings_are_reported_together():
     with pytest.raises(
-        ValueError, match=r"classes must be at least 2, got \['a'\]; label_smoothing must be in \[0, 1\), got 1\.0"
+        ValueError,
+        match=r"classes must have at least 2 entries, got \['a'\]; label_smoothing must be in \[0, 1\), got 1\.0",
     ):
         ClassificationTask(("a",), 1.0)
 

@@ -145,7 +145,9 @@ def test_a_resumed_run_saves_a_bit_identical_average(settings, console, monkeypa
 
 
 def test_conflicting_averages_are_rejected(settings):
-    with pytest.raises(ValueError, match=r"ema, swa and soup exclude each other, got ema 0\.9 and swa 3; leave one"):
+    with pytest.raises(
+        ValueError, match=r"ema, swa and soup are mutually exclusive, got ema 0\.9 and swa 3; leave one"
+    ):
         settings(ema=0.9, swa=3)
     with pytest.raises(ValueError, match=r"soup needs validation images.* got 3 with protocol 'final': .*use --swa 3"):
         settings(soup=3, protocol="final")

@@ -218,7 +218,7 @@ def test_a_damaged_file_is_a_one_line_error(finished, tmp_path):
     (run.path / "adapter" / LAYER_PROBE).rename(tmp_path / "kept")
     try:
         (run.path / "adapter" / LAYER_PROBE).write_bytes(b"no tensors")
-        with pytest.raises(ValueError, match="altered after it was written"):
+        with pytest.raises(ValueError, match="changed after the run wrote it"):
             load_run(run)
     finally:
         (tmp_path / "kept").replace(run.path / "adapter" / LAYER_PROBE)

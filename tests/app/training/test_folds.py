@@ -123,7 +123,7 @@ def test_predictions_average_all_models(fast, console, photos, tmp_path):
     [
         ({"folds": 1}, "folds must be at least 2, got 1"),
         ({"fold": 4}, "fold must be at most folds, got 4 of 3"),
-        ({"folds": None, "fold": 1}, "fold must be at most folds, got 1 of None"),
+        ({"folds": None, "fold": 1}, "fold must be at most folds, got 1 of no folds"),
         ({"protocol": "final"}, "protocol must be standard with folds, got 'final'"),
     ],
 )

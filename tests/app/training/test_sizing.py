@@ -323,7 +323,7 @@ def test_durations_are_parsed(text, seconds):
 
 @pytest.mark.parametrize("text", ["30", "m", "", "0s", "30 minutes"])
 def test_invalid_durations_are_rejected_with_examples(text, settings):
-    with pytest.raises(ValueError, match=f"time_budget must be a time such as 30m, 1h30m or 90s, got {text!r}"):
+    with pytest.raises(ValueError, match=f"time_budget must be a duration such as 30m, 1h30m or 90s, got {text!r}"):
         settings(time_budget=text)
 
 

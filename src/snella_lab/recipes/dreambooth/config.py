@@ -57,7 +57,7 @@ class DreamBoothConfig(RunSettings):
         **{"samples": 0, "sample_steps": 1},
     }
     nonnegative: ClassVar = ("prior_weight", "guidance")
-    needed: ClassVar[dict[str, str]] = {
+    required: ClassVar[dict[str, str]] = {
         "data": "folder:photos/my-dog",
         "pipeline": "sd3-medium",
     }

@@ -10,7 +10,7 @@ from PIL import Image
 
 from snella_app.console import counted
 from snella_app.data.datasets import broken_images
-from snella_app.data.folder import existing_folder, note_broken
+from snella_app.data.folder import broken_note, existing_folder
 from snella_app.data.images import IMAGE_SUFFIXES, read_image
 from snella_app.text import listed, nearest
 
@@ -217,7 +217,7 @@ def _concept(folder: Path, class_name: str | None, skip_corrupt: bool) -> Concep
     notes = [f"skipped {counted(len(files) - len(paths), 'non-image file')}"] if len(files) > len(paths) else []
     if broken:
         reasons_by_name = {paths[index].name: reason for index, reason in broken.items()}
-        notes.append(note_broken(reasons_by_name, len(paths), folder, skip_corrupt))
+        notes.append(broken_note(reasons_by_name, len(paths), folder, skip_corrupt))
         if len(broken) == len(paths):
             reasons = listed(f"{name} ({reason})" for name, reason in reasons_by_name.items())
             raise ValueError(f"all {len(paths)} images in '{folder}' are corrupt: {reasons}")

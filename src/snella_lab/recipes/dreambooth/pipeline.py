@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from snella_app.backbones.create import cache_only_if_unreachable
-from snella_app.text import near_siblings
+from snella_app.text import similar_paths
 from snella_lab.recipes.run import suppress_progress_bars
 
 
@@ -181,7 +181,7 @@ def load_pipeline(name: str, *, encoder_dtype: torch.dtype = torch.float32) -> S
         with suppress_progress_bars(diffusers):
             return StableDiffusion3Pipeline.from_pretrained(folder, dtype=dtypes, local_files_only=True, **absent)
     if name.count("/") != 1 or name.startswith((".", "~", "/")):
-        suggestion = near_siblings(folder, folders_alone=True)
+        suggestion = similar_paths(folder, folders_only=True)
         raise FileNotFoundError(f"pipeline must be a folder or a hub name (owner/repo), got {name!r}{suggestion}")
     with cache_only_if_unreachable() as reason, suppress_progress_bars(diffusers):
         try:

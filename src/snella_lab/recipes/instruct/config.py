@@ -38,7 +38,7 @@ class LanguageConfig(RunSettings):
     """
 
     minimums: ClassVar = {"max_length": 2, "epochs": 1, "warmup_steps": 0, "val_size": 0}
-    needed: ClassVar[dict[str, str]] = {
+    required: ClassVar[dict[str, str]] = {
         "data": "commonsense_170k.json",
         "model": "Llama-2-7b-hf",
     }

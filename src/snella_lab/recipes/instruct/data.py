@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snella_app.text import listed, near_siblings
+from snella_app.text import listed, similar_paths
 
 _NUMBERED = tuple(f"answer{number}" for number in range(1, 6))
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -71,7 +71,7 @@ def read_instructions(path: str | Path, choices: tuple[str, ...] | None = None) 
     """
     file = Path(path).expanduser()
     if not file.is_file():
-        raise FileNotFoundError(f"data must be a JSON file of instructions, got '{path}'{near_siblings(file)}")
+        raise FileNotFoundError(f"data must be a JSON file of instructions, got '{path}'{similar_paths(file)}")
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -102,7 +102,7 @@ def read_benchmark(folder: str | Path, choices: dict[str, tuple[str, ...]]) -> d
     """
     root = Path(folder).expanduser()
     if not root.is_dir():
-        raise FileNotFoundError(f"data must be a folder with TASK/{_TEST_FILE}, got '{folder}'{near_siblings(root)}")
+        raise FileNotFoundError(f"data must be a folder with TASK/{_TEST_FILE}, got '{folder}'{similar_paths(root)}")
     files = {name: root / name / _TEST_FILE for name in choices if (root / name / _TEST_FILE).is_file()}
     if not files:
         folders = sorted(child.name for child in root.iterdir() if child.is_dir())

@@ -25,9 +25,9 @@ def config(**changes):
             {"method": "lora", "scalar_lr": 0.1},
             "scalar_lr applies to methods with scalar kernel parameters .*, got 0.1 with method 'lora'",
         ),
-        ({"r": 8, "method_options": {"r": 4}}, "r given both by name and in method_options"),
+        ({"r": 8, "method_options": {"r": 4}}, "r set both directly and in method_options"),
         ({"r": 7}, "r must be divisible by num_pieces=2, got r=7"),
-        ({"resume": True, "overwrite": True}, "resume and overwrite exclude each other, got both"),
+        ({"resume": True, "overwrite": True}, "resume and overwrite are mutually exclusive, got both"),
         (
             {"data": None, "pipeline": None, "out": None},
             "missing required settings: data, pipeline, out, e.g. data='.*' pipeline='.*' out='.*'$",

@@ -105,13 +105,13 @@ def test_template_ignores_braces_in_instruction_and_input(tmp_path):
         ({"method": "linear"}, "method must be one of full, lora, dora, snella, snell for language, got 'linear'"),
         ({"method": "lorra"}, "got 'lorra'; nearest: lora"),
         ({"r": 3}, "r must be divisible by num_pieces=2, got r=3"),
-        ({"resume": True, "overwrite": True}, "resume and overwrite exclude each other, got both"),
+        ({"resume": True, "overwrite": True}, "resume and overwrite are mutually exclusive, got both"),
         (
             {"data": None, "model": None, "out": None},
             "missing required settings: data, model, out, e.g. data='.*' model='.*' out='.*'$",
         ),
         ({"template": "gone.txt"}, "template must be an existing text file, got 'gone.txt'"),
-        ({"r": 8, "method_options": {"r": 4}}, "r given both by name and in method_options; give only one"),
+        ({"r": 8, "method_options": {"r": 4}}, "r set both directly and in method_options; set only one"),
         (
             {"method": "lora", "scalar_lr": 1e-4},
             "scalar_lr applies to methods with scalar kernel parameters .*snella and snell.*, got 0.0001",
