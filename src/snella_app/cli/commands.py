@@ -154,7 +154,7 @@ def predict(
             .parquet file.
         watch: Watch the folders and predict new images until Ctrl-C; rows are appended to --out.
         batch_size: Batch size.
-        columns: Path column of a table, e.g. path=file; detected by name by default.
+        columns: Path column of a table, e.g. path=file; detected by default.
         skip_corrupt: Skip unreadable images.
         device: auto, or a torch device such as cpu, cuda:1 or mps.
     """
@@ -292,7 +292,7 @@ def explain(
         neighbors: Number of nearest training images to show, by feature similarity; 0 for none.
         overwrite: Write to a non-empty folder.
         batch_size: Batch size.
-        columns: Path column of a table, e.g. path=file; detected by name by default.
+        columns: Path column of a table, e.g. path=file; detected by default.
         skip_corrupt: Skip unreadable images.
         device: auto, or a torch device such as cpu, cuda:1 or mps.
     """

@@ -88,7 +88,7 @@ class TrainConfig(RunSettings):
 
         if self.method.name == AUTO_METHOD:
             raise ValueError(
-                "method must be a specific method, got 'auto'; use train(method='auto') or the command line to select one"
+                "method must be a specific method, got 'auto'; train(method='auto') and the command line select one"
             )
         result = super().resolved()
         method, optim = result.method, result.optim

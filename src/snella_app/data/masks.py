@@ -160,9 +160,9 @@ def find_pairs(folder: Path, root: Path, errors: list[str]) -> list[MaskPair]:
     where = "" if folder == root else f" in {folder.relative_to(root)}"
     by_kind = {kind: _files(folder / kind, root, errors) for kind in ("images", "masks")}
     images, masks = by_kind["images"], by_kind["masks"]
-    for kind, files in by_kind.items():
-        if not files:
-            errors.append(f"no image files in {(folder / kind).relative_to(root)}/; {_LAYOUT}")
+    empty = [f"{(folder / kind).relative_to(root)}/" for kind, files in by_kind.items() if not files]
+    if empty:
+        errors.append(f"no image files in {' and '.join(empty)}; {_LAYOUT}")
     if not images or not masks:
         return []
     without_mask = [images[stem].name for stem in images if stem not in masks]

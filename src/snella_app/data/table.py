@@ -246,7 +246,7 @@ def build_collection(samples: Samples, options: RowOptions) -> Collection:
     """Convert rows to images with labels, weights and groups in their splits.
 
     Labels become class indices (`class`) or strata for splitting: the rarest label of an image (`labels`), or one of
-    up to ten ranges of the first number (`numbers`). `ImageDataset.annotations` contains the values of the label column.
+    up to ten ranges of the first number (`numbers`). `ImageDataset.annotations` contains the raw labels.
 
     Args:
         samples: Raw rows.

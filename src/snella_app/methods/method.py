@@ -107,8 +107,8 @@ class Method:
             head, checked options, and training batches if `needs_batches` (None otherwise). Returns the model to train:
             the same model, changed in place, or a `PeftModel` around it.
         options: Names of the options.
-        suffix: Option set by a number at the end of the name: with `"r"`, `adapter-8` means `r=8`. None if the name takes
-            no number.
+        suffix: Option set by a number at the end of the name: with `"r"`, `adapter-8` means `r=8`. None if names
+            take no number.
         check: `options -> error messages`; checks option values without a model.
         config: `(head, options) -> PeftConfig`, for PEFT adapters. Exceptions are reported as option errors. `options`
             include `target_modules`.

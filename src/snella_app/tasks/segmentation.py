@@ -280,7 +280,7 @@ class SegmentationTask(Task):
         """
         if not isinstance(dataset, MaskDataset):
             raise ValueError(
-                f"data must be images with masks for task segmentation, e.g. masks:DIR, got {spec!r}; "
+                f"data must be images with masks for task segmentation, e.g. masks:PATH, got {spec!r}; "
                 "omit --task for labeled images"
             )
 

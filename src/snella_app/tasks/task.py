@@ -35,8 +35,8 @@ class Task(ABC):
     """Base class of tasks.
 
     `reduce` converts the outputs of a batch to two small tensors. `metrics` and `sample_outputs` are computed from
-    their concatenation over a dataset. `state` contains statistics of the training images (`fitted`) and validation images
-    (`calibrated`) that prediction needs; `run.json` stores it.
+    their concatenation over a dataset. `state` contains the statistics that prediction needs, from the training images
+    (`fitted`) and the validation images (`calibrated`); `run.json` stores it.
 
     Attributes:
         monitor: Metric for epoch selection, one of `monitors`.
