@@ -112,7 +112,8 @@ def describe_type(kind: Any) -> str:
         first, *others = (describe_type(part) for part in get_args(kind) if part is not NoneType)
         return " or ".join(text.removeprefix("one of ") for text in (first, *others)) if others else first
     if get_origin(kind) is Literal:
-        return f"one of {', '.join(map(str, get_args(kind)))}"
+        choices = ", ".join(map(str, get_args(kind)))
+        return f"one of {choices}" if len(get_args(kind)) > 1 else choices
     if get_origin(kind) is list:
         return "a list such as [a, b]"
     names = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}

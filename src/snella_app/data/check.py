@@ -16,7 +16,7 @@ from snella_app.data.benchmarks import FGVC, FGVC_DATASETS, VTAB, VTAB_TASKS, Be
 from snella_app.data.datasets import MaskDataset, broken_images, known_metadata
 from snella_app.data.load import DataSplits, find_duplicates, load_data
 from snella_app.data.table import TargetKind
-from snella_app.text import listed
+from snella_app.text import listed, similar_paths
 
 _FAMILIES: tuple[BenchmarkFamily[Any], ...] = (VTAB, FGVC)
 
@@ -77,16 +77,16 @@ def check_benchmarks(folder: str | Path, *, decode: bool = False) -> list[Benchm
     layouts = "; ".join(f"{family.title} as {family.layout}" for family in _FAMILIES)
     if not root.is_dir():
         raise FileNotFoundError(
-            f"folder must be a benchmark folder, got {str(folder)!r}, which does not exist; expected layout: {layouts}"
+            f"data must be an existing dataset or benchmark folder, got {str(folder)!r}, which does not exist"
+            f"{similar_paths(root)}; benchmark layouts: {layouts}"
         )
     checks = _check_single(root) or _check_all(root)
     if not checks:
         children = sorted(child.name for child in root.iterdir())
         contents = f"it contains {listed(children)}" if children else "it is empty"
         raise ValueError(
-            f"folder must contain a benchmark, got '{root}' ({contents}); expected layout: {layouts}. "
-            f"VTAB-1k tasks: {', '.join(VTAB_TASKS)}; FGVC datasets: {', '.join(FGVC_DATASETS)}. "
-            f"For other images use class folders, {root}/CLASS/image.jpg, or a table"
+            f"'{root}' contains no dataset ({contents}); use class folders, {root}/CLASS/image.jpg, a table, or a "
+            f"benchmark: {layouts}. VTAB-1k tasks: {', '.join(VTAB_TASKS)}; FGVC datasets: {', '.join(FGVC_DATASETS)}"
         )
     if decode:
         for inspection in (inspection for check in checks for inspection in check.inspections):

@@ -323,7 +323,7 @@ def _reading_error(where: str, place: Path, error: Exception) -> Exception:
     if isinstance(error, ConnectionError):
         return ConnectionError(
             f"data {where} is neither a folder nor in the cache, and the Hub could not be reached ({text}); pass a "
-            f"local copy, hf:FOLDER{nearest}"
+            f"local copy as hf:FOLDER{nearest}"
         )
     if isinstance(error, FileNotFoundError):
         return FileNotFoundError(f"data {where} cannot be read: {text}{nearest}")

@@ -38,7 +38,7 @@ def test_all_problems_are_one_error(data, capsys):
 
 
 def test_invalid_arguments_are_reported(data, failing, tmp_path):
-    assert "(it is empty); expected layout: VTAB-1k" in failing("data", "check", str(tmp_path))
+    assert "(it is empty); use class folders" in failing("data", "check", str(tmp_path))
     assert "--folder" not in failing("data", "check", str(tmp_path / "nowhere"))
     assert "nowhere', which does not exist" in failing("data", "check", str(tmp_path / "nowhere"))
     assert "check" in failing("data", "chek", str(data))

@@ -87,7 +87,7 @@ def test_the_command_prints_results_writes_a_sheet_and_fails_on_errors(photos, c
     assert main(["data", "check", str(tmp_path / "empty"), "--columns", "label=x"]) == 2
     assert "--columns label=x cannot be used with a benchmark" in capsys.readouterr().err
     assert main(["data", "check", str(tmp_path / "empty")]) == 2
-    assert "For other images use class folders" in capsys.readouterr().err
+    assert "contains no dataset" in capsys.readouterr().err
 
 
 def test_data_without_files_is_described(capsys):

@@ -60,7 +60,7 @@ def test_decode_finds_broken_images(data):
 
 
 def test_a_folder_without_benchmark_error_has_the_layout(tmp_path):
-    with pytest.raises(ValueError, match=r"\(it is empty\); expected layout: VTAB-1k as TASK/\{train800"):
+    with pytest.raises(ValueError, match=r"\(it is empty\); use class folders, .*: VTAB-1k as TASK/\{train800"):
         check_benchmarks(tmp_path)
     (tmp_path / "photos").mkdir()
     with pytest.raises(ValueError, match=r"\(it contains photos\).*VTAB-1k tasks: cifar, .*; FGVC datasets: cub, "):
@@ -70,6 +70,6 @@ def test_a_folder_without_benchmark_error_has_the_layout(tmp_path):
 def test_a_missing_folder_is_reported(tmp_path):
     with pytest.raises(
         FileNotFoundError,
-        match=r"folder must be a benchmark folder, got '.*nowhere', which does not exist; expected layout: VTAB",
+        match=r"data must be an existing dataset or benchmark folder, got '.*nowhere', which does not exist; benchmark",
     ):
         check_benchmarks(tmp_path / "nowhere")
