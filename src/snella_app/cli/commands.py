@@ -78,9 +78,9 @@ def evaluate(
 
     if calibrate:
         given = {"data": data, "columns": columns, "out": out, "split": None if split == "auto" else split}
-        conflicts = [f"{name} {value}" for name, value in given.items() if value is not None]
+        conflicts = [f"--{name} {value}" for name, value in given.items() if value is not None]
         if conflicts:
-            raise ValueError(f"calibrate uses the run's validation images, got {', '.join(conflicts)}; leave it out")
+            raise ValueError(f"--calibrate uses the run's validation images, got {', '.join(conflicts)}; leave it out")
         calibration = calibrate_run(run, batch_size=batch_size, device=device)
         console = make_console()
         print_line(console, f"stored temperature {calibration.temperature:.4g}; predict divides logits by it")
@@ -302,11 +302,9 @@ def explain(
     console = make_console()
     if not images:
         given = {"out": out, "of": of, "columns": columns}
-        options = [f"{name} {value}" for name, value in given.items() if value is not None]
+        options = [f"--{name} {value}" for name, value in given.items() if value is not None]
         if options:
-            raise ValueError(
-                f"images must be given with {', '.join(options)}; without images, snella explain uses validation images"
-            )
+            raise ValueError(f"{', '.join(options)} requires IMAGES; without them, explain uses validation images")
         report = explain_validation(run, by=by, batch_size=batch_size, device=device)
         print_line(console, f"report: {report}")
         return
@@ -548,10 +546,10 @@ def data(
             make_console().print(_benchmark_table(check))
         errors = [error for check in checks for error in check.errors]
     if errors:
-        warnings_text = f"; and {counted(len(warnings), 'warning')}, above" if warnings else ""
+        warnings_text = f"; {counted(len(warnings), 'warning')} above" if warnings else ""
         raise ValueError(f"{counted(len(errors), 'error')} in '{data}': {'; '.join(errors)}{warnings_text}")
     if warnings:
-        print_line(make_console(), f"usable, with {counted(len(warnings), 'warning')} (see above)")
+        print_line(make_console(), f"usable, with {counted(len(warnings), 'warning')} above")
     else:
         print_line(make_console(), "complete, no errors found")
 
@@ -633,9 +631,7 @@ def _benchmark_table(check: "BenchmarkCheck") -> "Table":
         sizes = [f"{len(dataset.parts[name]):,}" if name in dataset.parts else "–" for name in parts]
         num_errors = len(dataset.errors) + len(dataset.deviations)
         state = (
-            counted(num_errors, "error")
-            if num_errors
-            else "good" + "".join(f"; note: {note}" for note in dataset.notes)
+            counted(num_errors, "error") if num_errors else "OK" + "".join(f"; note: {note}" for note in dataset.notes)
         )
         table.add_row(dataset.name, *sizes, str(len(dataset.classes)), state)
     for name in check.missing:

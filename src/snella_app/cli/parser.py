@@ -31,6 +31,11 @@ from snella_app.text import nearest
 plugins("commands")  # registers the commands of other packages
 _BOOLEANS = ("true", "false", "yes", "no")
 _GLOBAL_OPTIONS = ("--config", "--print-config", "--help", "--version")
+_LIBRARY_HELP = {
+    "--help": "Show this help and exit.",
+    "--print-config": "Print the configuration as YAML and exit; =skip_default omits default values.",
+}
+"""Help texts of the options that the libraries add."""
 
 
 class UsageError(ValueError):
@@ -188,6 +193,7 @@ def build_parser(names: Iterable[str]) -> ArgumentParser:
         metavar="SHELL",
         help="Print the completion script for bash, zsh or fish: snella --completion bash > ~/.snella.bash",
     )
+    _set_help(parser)
     subcommands = parser.add_subcommands(
         dest="command",
         required=True,
@@ -255,9 +261,7 @@ def _command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
     parser.add_argument(
         "--config", action="config", help="YAML file with any of the options below; the command line takes precedence."
     )
-    for action in parser._actions:
-        if "--print-config" in action.option_strings:
-            action.help = "Print the configuration as YAML and exit. =skip_default omits default values."
+    _set_help(parser)
     owner = settings_class(function)
     basic: tuple[str, ...] = getattr(owner, "basic", ())
     purpose = getattr(owner, "purpose", None)
@@ -270,6 +274,13 @@ def _command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
         method_default = f"default with {method}: {method_defaults[option.name]}" if from_method else ""
         _add(first if option.name in basic else rest, option, method_default)
     return parser
+
+
+def _set_help(parser: ArgumentParser) -> None:
+    """Replace the help texts of argparse and jsonargparse."""
+    for action in parser._actions:
+        for option in action.option_strings:
+            action.help = _LIBRARY_HELP.get(option, action.help)
 
 
 def _add(group: Any, option: Option, method_default: str) -> None:

@@ -232,7 +232,7 @@ class Task(ABC):
         return self.monitors[self.monitor] * row[f"val_{self.monitor}"], -row["val_loss"]
 
     def epoch_text(self, row: Mapping[str, Any]) -> str:
-        """Format an epoch's row."""
+        """Format the validation scores of an epoch."""
         return self.epoch_format.format_map(row)
 
     def final_text(self, val: Mapping[str, Any], test: Mapping[str, Any] | None) -> str:

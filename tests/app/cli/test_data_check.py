@@ -19,7 +19,7 @@ def test_a_dataset_without_errors_is_reported_as_complete(data, capsys):
     shown = capsys.readouterr()
     assert "complete, no errors found" in shown.out and shown.err == ""
     row = next(line for line in shown.out.splitlines() if "kitti " in line)
-    assert all(word in row for word in ("800", "200", "1,000", "711", "4", "good"))
+    assert all(word in row for word in ("800", "200", "1,000", "711", "4", "OK"))
 
 
 def test_all_problems_are_one_error(data, capsys):

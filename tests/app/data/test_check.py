@@ -71,13 +71,13 @@ def test_the_command_prints_results_writes_a_sheet_and_fails_on_errors(photos, c
     assert main(["data", "check", f"folder:{photos}", "--sheet", str(tmp_path / "new/sheet.png")]) == 0
     shown = capsys.readouterr().out
     assert "photos: 24 images in 3 classes" in shown
-    assert shown.splitlines()[-1] == "usable, with 2 warnings (see above)"
+    assert shown.splitlines()[-1] == "usable, with 2 warnings above"
     assert "smallest 40×30, median 44×30, largest 51×30 px" in shown
     with Image.open(tmp_path / "new/sheet.png") as sheet:
         assert sheet.width == 1004
     (photos / "dog/00.png").write_text("no image")
     assert main(["data", "check", f"folder:{photos}"]) == 2
-    assert "1 error in 'folder:" in (error := capsys.readouterr().err) and "; and 2 warnings, above" in error
+    assert "1 error in 'folder:" in (error := capsys.readouterr().err) and "; 2 warnings above" in error
     assert main(["data", "check", f"folder:{photos}", "--sheet", "x.jpg"]) == 2
     assert "sheet must be a PNG file, got 'x.jpg'; write 'x.png'" in capsys.readouterr().err
     (photos / "dog/00.png").unlink()
