@@ -165,7 +165,7 @@ def check_files(folder: Path, digests: Mapping[str, str]) -> None:
     changed = [name for name, digest in present if sha256_of(folder / name) != digest]
     if changed:
         raise ValueError(
-            f"{folder}: {', '.join(changed)} changed after the run wrote it (SHA-256 differs from run.json); copy it "
+            f"{folder} is damaged: {', '.join(changed)} changed after the run wrote it (SHA-256 differs from run.json); copy it "
             "again, or train again with `--overwrite`"
         )
 

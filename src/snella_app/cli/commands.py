@@ -466,7 +466,7 @@ def inspect(
         errors.append("--report needs a run; leave it out with --backbone")
     if backbone is None and given:
         typed = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items())
-        errors.append(f"--backbone NAME must be given with {typed}")
+        errors.append(f"{typed} can only be used with --backbone NAME")
     if errors:
         raise ValueError("; ".join(errors))
     console = make_console()

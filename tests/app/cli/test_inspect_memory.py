@@ -30,7 +30,7 @@ def test_a_gpu_adds_predicted_steps_for_plain_vits(capsys):
     [
         ([], "inspect takes either RUN, a run folder, or --backbone NAME, got neither"),
         (["r", "--backbone", "test_vit"], "or --backbone NAME, got RUN r and --backbone test_vit"),
-        (["r", "--batch", "4", "--img-size", "32"], "--backbone NAME must be given with --batch 4, --img-size 32"),
+        (["r", "--batch", "4", "--img-size", "32"], "--batch 4, --img-size 32 can only be used with --backbone NAME"),
         (["--backbone", "test_vit", "--report"], "--report needs a run; leave it out with --backbone"),
         (["--backbone", "test_vit", "--batch", "0", "--r", "-1"], "--batch must be at least 1, got 0; --r must be at"),
         (["--backbone", "test_vat"], "unknown backbone 'test_vat'; nearest: 'test_vit'"),

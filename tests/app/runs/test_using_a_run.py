@@ -319,7 +319,9 @@ def test_a_damaged_adapter_is_reported_with_its_tensor(finished, tmp_path):
     shutil.copytree(finished.path, tmp_path / "run")
     path = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"run: adapter/adapter_model.safetensors changed after the run wrote it"):
+    with pytest.raises(
+        ValueError, match=r"run is damaged: adapter/adapter_model.safetensors changed after the run wrote it"
+    ):
         load_run(tmp_path / "run")
     run = RunFolder(tmp_path / "run")
     run.update("finished", files={})
@@ -382,7 +384,9 @@ def test_a_flipped_bit_in_a_finished_run_is_detected(name, finished, tmp_path):
         "resume": lambda: train(TrainConfig.from_flat(out=str(folder), resume=True)),
     }
     for command in commands.values():
-        with pytest.raises(ValueError, match=rf"{name}.*(altered after it was written|damaged|must be|missing)"):
+        with pytest.raises(
+            ValueError, match=rf"{name}.*(altered after it was written|changed after|damaged|must be|missing)"
+        ):
             command()
 
 

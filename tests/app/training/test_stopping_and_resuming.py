@@ -307,7 +307,7 @@ def test_the_best_adapter_of_another_run_is_rejected(settings, console, uninterr
             assert "adapter/adapter_model.safetensors" in run.read_json("run.json")["files"]
     own = run.adapter.rename(run.path / ".own")
     shutil.copytree(finished.adapter, run.adapter)
-    refused = r"run: adapter/.*adapter_model\.safetensors.* changed after the run wrote it"
+    refused = r"run is damaged: adapter/.*adapter_model\.safetensors.* changed after the run wrote it"
     with pytest.raises(ValueError, match=refused):
         resumed(config)
     with pytest.raises(ValueError, match=refused):
