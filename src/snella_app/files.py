@@ -165,8 +165,8 @@ def check_files(folder: Path, digests: Mapping[str, str]) -> None:
     changed = [name for name, digest in present if sha256_of(folder / name) != digest]
     if changed:
         raise ValueError(
-            f"{folder} is damaged: {', '.join(changed)} changed after the run wrote it (SHA-256 differs from run.json); copy it "
-            "again, or train again with `--overwrite`"
+            f"{folder} is damaged: {', '.join(changed)} changed after the run wrote it (SHA-256 differs from "
+            "run.json); copy it again, or train again with `--overwrite`"
         )
 
 
