@@ -81,7 +81,7 @@ def _report(error: Exception, args: Sequence[str], status: int = _USER_ERROR) ->
     line = printable(" ".join(str(error).split()))
     command = next((arg for arg in args if not arg.startswith("-")), None)
     line = line if isinstance(error, UsageError) else as_flags(line, command)
-    print(line if line.startswith(f"{_PROGRAM} ") else f"{_PROGRAM}: {line}", file=sys.stderr)
+    print(f"{_PROGRAM}: {line.removeprefix(f'{_PROGRAM} ')}", file=sys.stderr)
     return status
 
 

@@ -130,7 +130,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, bool, dict[str, Any]]:
         raise UsageError(f"missing command; choose one of {', '.join(COMMANDS)}; see snella --help")
     if name is not None and name not in COMMANDS:
         hint = nearest(name, COMMANDS, most=2, form="nearest: {}") or f"commands: {', '.join(COMMANDS)}"
-        raise UsageError(f"snella has no command {name!r}; {hint}; see snella --help")
+        raise UsageError(f"no command {name!r}; {hint}; see snella --help")
     options = [] if name is None else options_of(COMMANDS[name].function)
     if name is not None:
         _check_options(name, options, args)
@@ -326,7 +326,7 @@ def _rewrite_error(message: str, command: str, options: Sequence[Option], args: 
         if Path(given).is_file() or (Path(given).suffix and not Path(given).is_dir()):
             return f"snella {command} needs RUN, a run folder, before the images: snella {command} RUN {given}"
     if is_missing and set(missing) <= set(known):
-        return f"snella {command} needs {', '.join(known[n].typed for n in missing)}; see snella {command} --help"
+        return f"snella {command} needs {' and '.join(known[n].typed for n in missing)}; see snella {command} --help"
     _, is_unknown, unknown = message.partition("unrecognized arguments: ")
     if is_unknown:
         return f"snella {command} takes no argument {unknown!r}; see snella {command} --help"
