@@ -84,7 +84,7 @@ def test_a_folder_resumes_its_experiment(tmp_path):
         (["--experiment", "cofee"], "--experiment must be a YAML file or one of"),
         (["--seeds", "0"], "--seeds must be an integer of at least 1, got 0"),
         (["--workers", "-1"], "--workers must be at least 0"),
-        (["--method", "linear"], "snella compare has no option --method; nearest: --methods"),
+        (["--method", "linear"], "compare has no option --method; nearest: --methods"),
     ],
 )
 def test_user_errors_are_one_line_and_create_no_folder(words, message, tmp_path, failing):

@@ -43,7 +43,7 @@ def test_invalid_arguments_are_reported(data, failing, tmp_path):
     assert "nowhere', which does not exist" in failing("data", "check", str(tmp_path / "nowhere"))
     assert "check" in failing("data", "chek", str(data))
     assert "needs DATA" in failing("data", "check")
-    assert "snella data has no option --decod; nearest: --decode" in failing("data", "check", str(data), "--decod")
+    assert "data has no option --decod; nearest: --decode" in failing("data", "check", str(data), "--decod")
 
 
 def test_decode_checks_all_images(data, failing, tmp_path):
