@@ -105,7 +105,7 @@ def test_a_bare_path_is_resolved_by_its_content(tmp_path, monkeypatch):
     ]
     with pytest.raises(ValueError, match=r"got 'x\.jpg', which is not a table \(CSV, TSV, Parquet or tar\)"):
         load_data("x.jpg")
-    with pytest.raises(ValueError, match="got 'photo'; nearest: 'photos'"):
+    with pytest.raises(ValueError, match="got 'photo', which does not exist; nearest: 'photos'"):
         load_data("photo")
 
 
