@@ -1,6 +1,6 @@
 """Fit the cost model to committed measurements, test it on held-out measurements, and predict steps on GPUs.
 
-python benchmarks/cost_model.py        rewrites the tables and figures of docs/scale.md; runs no training step
+python benchmarks/cost_model.py        rewrites the tables and figures of docs/speed.md; runs no training step
 
 `snella_app.training.cost_model` counts the work of a step and `snella_app.training.machines` turns it into seconds.
 The rates of each CPU minimize the squared relative error of its float32 measurements. A measurement is held out
@@ -38,7 +38,7 @@ from snella_app.training.machines import GPUS, Rates, gpu_rates, ratio_range
 from snella_lab.bench.rows import read_rows
 
 FOLDER = Path(__file__).parent
-PAGE = FOLDER.parent / "docs" / "scale.md"
+PAGE = FOLDER.parent / "docs" / "speed.md"
 FIGURES = FOLDER.parent / "docs" / "images" / "scale"
 ROWS = ("results.jsonl", "model_rows.jsonl")
 EPYC_1, EPYC_2 = "cpu, 1 threads, AMD EPYC", "cpu, 2 threads, AMD EPYC"

@@ -65,7 +65,7 @@ def estimate(rows: list[dict[str, Any]]) -> Costs:
     """
     speed = row_speed(rows, classifier(BACKBONE, 1))
     notes = notes_text(speed, has_gpu_rows(rows))
-    estimators = {"benchmarks": _benchmarks, "segmentation": _polyps, "generation": _dreambooth, "language": _language}
+    estimators = {"benchmarks": _benchmarks, "tasks": _polyps, "generation": _dreambooth, "language": _language}
     pages, experiments = {}, {}
     for page, estimator in estimators.items():
         table, experiment_texts = estimator(speed)

@@ -11,8 +11,8 @@ from snella_lab.comparison.experiment_files import bundled_experiments
 
 ROOT = Path(__file__).parents[1]
 PLACEHOLDER = re.compile(r"…|\b(RUN|NAME|IMAGES|FOLDER|DIR|FILE)\b")
-PAGES = ("benchmarks", "segmentation", "generation", "language")
-GUIDES = ("targets", "data", "training", "using-a-run", "compare")
+PAGES = ("benchmarks", "tasks", "generation", "language")
+GUIDES = ("index", "data", "training", "using-a-run", "compare")
 
 
 def commands(text):

@@ -660,7 +660,7 @@ def _memory_table(backbone: str, device: str | None = None, **given: Any) -> "Gr
         columns += ["step, ms"]
         note += (
             "\nstep is predicted from datasheet values, not measured; the range spans assumed efficiencies, see "
-            "docs/scale.md"
+            "docs/speed.md"
         )
     elif device in GPUS:
         note += f"\nstep times are predicted for plain ViTs only, got {backbone}"

@@ -40,7 +40,7 @@ DEMO_METHODS: dict[str, dict[str, Any]] = {
     "lora-8": _UPPER_HALF,
     "snella-8": {**_UPPER_HALF, "lr": 2e-3},
 }
-"""Settings per method; docs/notes/default-settings.md explains the choice.
+"""Settings per method; docs/notes/comparisons.md explains the choice.
 
 The linear probe has no epochs: its heads are fitted to the features of the frozen backbone. LoRA and SNELLA adapt
 only the last six of twelve blocks, so that the demo takes a few minutes. They average their weights over about 30

@@ -1,4 +1,4 @@
-"""Cost model: counts of tiny cases by hand, committed rows, and the tables of docs/scale.md."""
+"""Cost model: counts of tiny cases by hand, committed rows, and the tables of docs/speed.md."""
 
 import json
 import math
@@ -374,7 +374,7 @@ def test_page_matches_the_committed_rows(tmp_path):
     shutil.copy(PAGE, copy)
     assert not update_page(copy), "run: python benchmarks/cost_model.py"
     prose = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if not line.startswith(("|", "<!--"))]
-    assert len(" ".join(prose).split()) <= 900
+    assert len(" ".join(prose).split()) <= 1100
 
 
 def test_error_figure_shows_every_held_out_row():

@@ -73,16 +73,16 @@ def test_memory_page_states_the_outcome_of_its_rows():
     assert f"takes {min(slower):.0f} to {max(slower):.0f}% longer" in page("src/snella/memory/README.md")
 
 
-def test_readme_matches_the_suite(suite):
-    readme = page("README.md")
+def test_compare_page_matches_the_suite(suite):
+    text = page("docs/compare.md")
     matched, without = suite["all"]["snella-matched-8"], suite["without"]["snella-matched-8"]
     lead, fewer, default = matched["lora-8"], without["lora-8"], suite["defaults"]["snella-8"]
-    assert f"by {100 * lead.mean:.1f} points (95% interval {100 * lead.low:.1f} to +{100 * lead.high:.1f})" in readme
+    assert f"by {100 * lead.mean:.1f} points (95% interval {100 * lead.low:.1f} to +{100 * lead.high:.1f})" in text
     assert lead.above == 6 and lead.mean > 2 * fewer.mean * 5 / 6
-    assert f"by {100 * fewer.mean:.1f} ({100 * fewer.low:.1f} to {100 * fewer.high:.1f})" in readme
+    assert f"by {100 * fewer.mean:.1f} ({100 * fewer.low:.1f} to {100 * fewer.high:.1f})" in text
     assert not any(result.direction for leader in suite["all"].values() for result in leader.values())
     points = f"{100 * default.mean:.1f} points more ({100 * default.low:.1f} to +{100 * default.high:.1f}, not decided)"
-    assert points in readme and default.direction == 0
+    assert points in text and default.direction == 0
 
 
 def test_comparisons_page_lists_the_decided_differences(suite):
