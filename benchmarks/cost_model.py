@@ -113,7 +113,7 @@ def count_row(row: dict[str, Any]) -> Case | None:
     Returns:
         None for another device, model or method, and for activations in bfloat16 without autocast.
     """
-    model, method = row.get("backbone", row.get("model")), row.get("contender")
+    model, method = row.get("backbone", row.get("model")), row.get("method")
     if model not in SHAPES or method not in METHODS or not row["device"].startswith("cpu"):
         return None
     if row.get("dtype", "float32") != "float32":
@@ -271,8 +271,8 @@ def intel_cases(cases: list[Case], folder: Path = FOLDER) -> list[HeldOut]:
     """Predict the measurements on the Intel Xeon with the single-thread rates of the EPYC."""
     rates = fit_rates(cases_of(EPYC_1, cases))
     suite = _newest_row(folder / "model_rows.jsonl", "suite_step", INTEL_1)
-    rows = [suite | {"contender": name, "step_s": suite[f"{name}_s"]} for name in ("lora", "snella")]
-    rows.append(_newest_row(folder / "results.jsonl", "competition", INTEL_1) | {"contender": "snella"})
+    rows = [suite | {"method": name, "step_s": suite[f"{name}_s"]} for name in ("lora", "snella")]
+    rows.append(_newest_row(folder / "results.jsonl", "competition", INTEL_1) | {"method": "snella"})
     return [HeldOut(case, rates.seconds(case.step)) for case in map(read_case, rows) if case is not None]
 
 

@@ -153,7 +153,7 @@ def main() -> None:
     rows = []
     for method, durations in times.items():
         row: dict[str, Any] = {"benchmark": "hotswap", "backbone": name, "adapted_weights": adapted, "r": R}
-        row |= {"sparsity": SPARSITY, "contender": method, "switches": len(durations)}
+        row |= {"sparsity": SPARSITY, "method": method, "switches": len(durations)}
         for k, kind in enumerate(("wall", "cpu")):
             times_s, reference = [pair[k] for pair in durations], [pair[k] for pair in times[REFERENCE]]
             row[f"{kind}_median_ms"], row[f"{kind}_min_ms"] = (

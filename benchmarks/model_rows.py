@@ -203,7 +203,7 @@ def measure(setting: Setting, rounds: int) -> list[dict[str, Any]]:
     common = {"benchmark": "model_rows", **described, "sparsity": 0.7, "rounds": rounds, "clock": "process time"}
     rows = []
     for name in names:
-        row = {**common, **conditions("cpu"), "contender": name, "kept_mib": round(saved[name] / 2**20, 1)}
+        row = {**common, **conditions("cpu"), "method": name, "kept_mib": round(saved[name] / 2**20, 1)}
         row["kept_over_lora"] = round(saved[name] / saved["lora"], 4)
         if rounds:
             ratios = [step_s / lora_s for step_s, lora_s in zip(times[name], times["lora"], strict=True)]
@@ -229,7 +229,7 @@ def main() -> None:
         rows = measure(setting, args.rounds)
         append_rows(args.out, rows)
         for row in rows:
-            shown = ("contender", "kept_mib", "kept_over_lora", "step_s", "step_over_lora")
+            shown = ("method", "kept_mib", "kept_over_lora", "step_s", "step_over_lora")
             print(setting, {key: row.get(key) for key in shown}, flush=True)
         gc.collect()
 

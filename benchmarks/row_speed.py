@@ -8,7 +8,7 @@ from typing import Any
 from counted_step import CountedStep
 
 BACKBONE, METHOD, BATCHES = "vit_base_patch16_224", "snella", (4, 16)
-_SETTING = {"benchmark": "step_time", "backbone": BACKBONE, "contender": METHOD, "dtype": "float32", "r": 8}
+_SETTING = {"benchmark": "step_time", "backbone": BACKBONE, "method": METHOD, "dtype": "float32", "r": 8}
 _SPARSITY = 0.7
 _MIN_ROUNDS = 3
 

@@ -62,7 +62,7 @@ def count(method: str, backbone: str, batch: int, depth: int | None) -> dict[str
     return {"weights": weights, "trainable": trainable, "kept": memory.kept, "peak": memory.total}
 
 
-def count_whole(method: str, backbone: str, batch: int, depths: tuple[int, ...]) -> dict[str, int]:
+def count_full(method: str, backbone: str, batch: int, depths: tuple[int, ...]) -> dict[str, int]:
     """Count the whole model, extrapolated from two depths if given."""
     if not depths:
         return count(method, backbone, batch, None)
@@ -78,16 +78,16 @@ def rows_of(backbone: str, batch: int, depths: tuple[int, ...]) -> list[dict[str
     common = {"benchmark": "step_memory", "backbone": backbone, "batch": batch, "r": 8, "sparsity": 0.7}
     common |= {"dtype": "float32", "depths": list(depths), **conditions("cpu")}
     rows = []
-    for method, contenders in METHODS.items():
-        if depths and method in NOT_BY_DEPTH:
+    for family, methods in METHODS.items():
+        if depths and family in NOT_BY_DEPTH:
             continue
-        for recomputes, contender in zip((False, True), contenders, strict=True):
-            counts = count_whole(contender, backbone, batch, depths)
+        for recomputes, method in zip((False, True), methods, strict=True):
+            counts = count_full(method, backbone, batch, depths)
             gc.collect()
             mib = {f"{name}_mib": round(counts[name] / 2**20, 1) for name in ("kept", "peak")}
             parameters = {name: counts[name] for name in ("weights", "trainable")}
-            row = {**common, "method": method, "contender": contender, "recomputes": recomputes, **parameters, **mib}
-            print({name: row[name] for name in ("backbone", "contender", "kept_mib", "peak_mib")}, flush=True)
+            row = {**common, "family": family, "method": method, "recomputes": recomputes, **parameters, **mib}
+            print({name: row[name] for name in ("backbone", "method", "kept_mib", "peak_mib")}, flush=True)
             rows.append(row)
     return rows
 
@@ -95,7 +95,7 @@ def rows_of(backbone: str, batch: int, depths: tuple[int, ...]) -> list[dict[str
 def memory_tables(rows: list[dict[str, Any]]) -> str:
     """Format peak and saved memory of each method as Markdown, two columns per backbone."""
     backbones = list(dict.fromkeys(row["backbone"] for row in rows))
-    by_key = {(row["backbone"], row["method"], row["recomputes"]): row for row in rows}
+    by_key = {(row["backbone"], row["family"], row["recomputes"]): row for row in rows}
     titles = {"peak_mib": "Peak memory of a training step", "kept_mib": "Saved for backward"}
     tables = []
     for field, title in titles.items():
@@ -103,10 +103,10 @@ def memory_tables(rows: list[dict[str, Any]]) -> str:
         heads = [f"{name} ({size}) | with recomputation" for name, size in zip(backbones, sizes, strict=True)]
         lines = [f"**{title}, batch {rows[0]['batch']}, float32**, MiB, counted from shapes", ""]
         lines += [f"| | {' | '.join(heads)} |", "|---" * (1 + 2 * len(backbones)) + "|"]
-        for method in METHODS:
-            pairs = [by_key.get((name, method, flag)) for name in backbones for flag in (False, True)]
+        for family in METHODS:
+            pairs = [by_key.get((name, family, flag)) for name in backbones for flag in (False, True)]
             cells = ["" if row is None else f"{row[field]:,.0f}" for row in pairs]
-            lines.append(f"| {method} | {' | '.join(cells)} |")
+            lines.append(f"| {family} | {' | '.join(cells)} |")
         tables.append("\n".join(lines))
     return "\n\n".join(tables)
 

@@ -23,7 +23,7 @@ def performance_section(rows: list[dict[str, Any]]) -> str:
         if is_step_time(row):
             run = tuple(row[name] for name in ("backbone", "batch", "r", "sparsity", "dtype", "device", "rounds"))
             earlier = runs.pop(run, {})  # re-insert at the end: order by latest measurement
-            runs[run] = earlier | {row["contender"]: row}
+            runs[run] = earlier | {row["method"]: row}
     order = list(runs)
     groups = {
         run: list(methods.values())
@@ -90,7 +90,7 @@ def _step_table(key: tuple[Any, ...], rows: list[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
         low, high = row.get(f"step_over_{REFERENCE}_quartiles", ("", ""))
-        cells = [row["contender"], f"{row['step_s']:.2f} s", f"{row.get(f'step_over_{REFERENCE}', '')} ({low}–{high})"]
+        cells = [row["method"], f"{row['step_s']:.2f} s", f"{row.get(f'step_over_{REFERENCE}', '')} ({low}–{high})"]
         cells += [f"{row['saved_mib']:,.0f} MiB"]
         cells += [f"{row[memory]:,.0f} MiB" if memory in row else ""] if memory else []
         lines.append(cells)
@@ -104,7 +104,7 @@ def _memory_tables(rows: list[dict[str, Any]]) -> list[str]:
     for (batch, dtype, r, sparsity), part in grouped(list(latest.values()), "batch", "dtype", "r", "sparsity").items():
         counted: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
         for row in part:  # counted from shapes, independent of the device
-            counted[row["backbone"]][row["contender"]] = row
+            counted[row["backbone"]][row["method"]] = row
         counted = {name: methods for name, methods in counted.items() if {REFERENCE, "snella"} <= methods.keys()}
         if len(counted) < 2:
             continue

@@ -218,7 +218,7 @@ _IMPLEMENTATIONS = {
     "snella-eager": "eager",
     "snella-triton": "triton",
 }
-_TABLE_COLUMNS = ("contender", "forward_s", "backward_s", "step_s", f"step_over_{REFERENCE}", "saved_mib", "trainable")
+_TABLE_COLUMNS = ("method", "forward_s", "backward_s", "step_s", f"step_over_{REFERENCE}", "saved_mib", "trainable")
 
 
 def bench(config: BenchConfig, console: Console | None = None) -> list[dict[str, Any]]:
@@ -292,11 +292,11 @@ def _measure(config: BenchConfig, workload: Workload, batch: int, console: Conso
     rows = []
     for name, runner in runners.items():
         summary = _summary(times[name], times.get(REFERENCE))
-        rows.append({**common, "contender": name, **summary, **_tensor_counts(runner.model, images)})
+        rows.append({**common, "method": name, **summary, **_tensor_counts(runner.model, images)})
     del runners
     if config.memory:
         for row in rows:
-            row.update(peak_mib(str(row["contender"]), workload, batch))
+            row.update(peak_mib(str(row["method"]), workload, batch))
     return rows
 
 
@@ -306,7 +306,7 @@ def _count(config: BenchConfig, workload: Workload, batch: int) -> list[dict[str
     common = {"benchmark": "kept_bytes", **setting_fields(workload, batch), **conditions(workload.device)}
     rows = []
     for name in config.methods:
-        rows.append({**common, "contender": name, **_tensor_counts(BASELINES[name](workload.base(), workload), images)})
+        rows.append({**common, "method": name, **_tensor_counts(BASELINES[name](workload.base(), workload), images)})
         gc.collect()
     return rows
 

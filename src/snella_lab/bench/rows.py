@@ -78,7 +78,7 @@ _ORDER = (
 
 def is_step_time(row: dict[str, Any]) -> bool:
     """Return True for a step time row, except `snella-keep-delta` on CPU, which repeats `snella`."""
-    is_repeated = row.get("contender") == "snella-keep-delta" and row["device"].startswith("cpu")
+    is_repeated = row.get("method") == "snella-keep-delta" and row["device"].startswith("cpu")
     return row.get("benchmark") == "step_time" and not is_repeated
 
 
@@ -118,13 +118,13 @@ def _counted_mib(row: dict[str, Any]) -> float:
     SNELLA's importance adds two float32 averages for each trainable parameter.
     """
     bytes_each = 2 if row["dtype"] in ("bfloat16", "float16") else 4
-    importance = 2 * 4 * row["trainable"] if row["contender"].startswith("snella") else 0
+    importance = 2 * 4 * row["trainable"] if row["method"].startswith("snella") else 0
     return float(row["saved_mib"] + ((row["weights"] + 3 * row["trainable"]) * bytes_each + importance) / 2**20)
 
 
 def setting_key(row: dict[str, Any]) -> tuple[Any, ...]:
     """Return the setting that a row measures."""
-    return tuple(row.get(name) for name in ("contender", "backbone", "r", "sparsity", "dtype", "batch", "device"))
+    return tuple(row.get(name) for name in ("method", "backbone", "r", "sparsity", "dtype", "batch", "device"))
 
 
 def grouped(rows: list[dict[str, Any]], *names: str) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
@@ -138,9 +138,9 @@ def grouped(rows: list[dict[str, Any]], *names: str) -> dict[tuple[Any, ...], li
 def _draw_lines(path: Path, rows: list[dict[str, Any]], x: str, y: str, title: str, x_label: str, y_label: str) -> Path:
     """Draw one line per method."""
     figure, axes = new_figure(*CURVE, title)
-    names = sorted({row["contender"] for row in rows}, key=sort_key)
+    names = sorted({row["method"] for row in rows}, key=sort_key)
     for name in names:
-        points = sorted((row[x], row[y]) for row in rows if row["contender"] == name and y in row)
+        points = sorted((row[x], row[y]) for row in rows if row["method"] == name and y in row)
         color = COLORS[sort_key(name)[0] % len(COLORS)]
         # dashed and on top, so that an identical line below stays visible
         style: dict[str, Any] = {"linestyle": "--", "zorder": 3} if name == REFERENCE else {}

@@ -27,7 +27,7 @@ def _scripts(monkeypatch):
 
 
 def make_row(batch, step_s, forward_s, **changes):
-    row = {"benchmark": "step_time", "backbone": "vit_base_patch16_224", "contender": "snella", "dtype": "float32"}
+    row = {"benchmark": "step_time", "backbone": "vit_base_patch16_224", "method": "snella", "dtype": "float32"}
     row |= {"r": 8, "sparsity": 0.7, "rounds": 3, "device": "cpu, 2 threads", "batch": batch, "commit": "abc1234"}
     return row | {"step_s": step_s, "forward_s": forward_s, "dirty": False, "date": "2026-01-02T03:04:05"} | changes
 
@@ -58,10 +58,10 @@ def test_speed_page_matches_the_committed_memory_rows(tmp_path):
 
 
 def test_extrapolation_from_two_depths_equals_the_whole_model():
-    from step_memory import count, count_whole
+    from step_memory import count, count_full
 
     complete = count("gps", "vit_tiny_patch16_224", 2, None)
-    extrapolated = count_whole("gps", "vit_tiny_patch16_224", 2, (1, 2))
+    extrapolated = count_full("gps", "vit_tiny_patch16_224", 2, (1, 2))
     assert extrapolated == complete
 
 
@@ -147,7 +147,7 @@ def test_newest_row_with_enough_rounds_is_used():
     rows += [
         make_row(4, 8.0, 2.0, sparsity=0.99),
         make_row(4, 0.1, 0.1, device="NVIDIA"),
-        make_row(4, 7.0, 2.0, contender="lora"),
+        make_row(4, 7.0, 2.0, method="lora"),
     ]
     assert row_speed(rows, make_counted_step()).step.per_flop_s == pytest.approx((9.0 - 3.0) / 12 / 30)
 
