@@ -141,7 +141,11 @@ def _compare(root: Path, cells: int) -> dict[str, float]:
         original(*arguments, **options)
         phases["train_s"] = time.process_time() - start - executors[-1].worker_s
 
-    driver._executor, driver._train_all, driver.check_parts = executor, train_all, lambda *arguments, **options: None
+    driver._executor, driver._train_all, driver.validate_inputs = (
+        executor,
+        train_all,
+        lambda *arguments, **options: None,
+    )
     start = time.process_time()
     try:
         driver.compare(experiment, root, console=Console(file=io.StringIO(), width=200))

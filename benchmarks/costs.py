@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cost_wording import flop_text, markdown_table, memory_text, notes_text, time_text
+from cost_text import flop_text, markdown_table, memory_text, notes_text, time_text
 from counted_step import CountedStep
 from paper_models import METHOD, SAM_NAMES, classifier, llama_7b, sam, sd3_medium
 from row_speed import BACKBONE, RowSpeed, has_gpu_rows, row_speed

@@ -165,7 +165,7 @@ def measure(reader: str, folder: str) -> dict[str, Any]:
 
     imported = time.perf_counter()
     transform = build_transform(CONFIG, train=True, augment="crop")
-    dataset = create_theirs(folder, transform) if reader == "datasets" else create_ours(f"{reader}:{folder}", transform)
+    dataset = hf_dataset(folder, transform) if reader == "datasets" else snella_dataset(f"{reader}:{folder}", transform)
     loaded = time.perf_counter()
     epochs = []
     for _ in range(2):
@@ -189,7 +189,7 @@ def measure(reader: str, folder: str) -> dict[str, Any]:
     return {name: round(value, 2) for name, value in measured.items()}
 
 
-def create_ours(spec: str, transform: Callable[[Any], Any]) -> Any:
+def snella_dataset(spec: str, transform: Callable[[Any], Any]) -> Any:
     """Return all images as training reads them."""
     from snella_app.data import load_data
     from snella_app.data.datasets import read_at_side
@@ -198,7 +198,7 @@ def create_ours(spec: str, transform: Callable[[Any], Any]) -> Any:
     return read_at_side([images.with_transform(transform)], _READ_SIDE)[0]
 
 
-def create_theirs(folder: str, transform: Callable[[Any], Any]) -> Any:
+def hf_dataset(folder: str, transform: Callable[[Any], Any]) -> Any:
     """Return all images as `datasets` reads them."""
     import datasets
 
@@ -240,9 +240,9 @@ def behaviors() -> Iterator[dict[str, Any]]:
             folder = Path(temporary, name.replace(" ", "-"))
             write(folder)
             table = next(folder.glob("labels.*"), None)
-            outcomes = {"folder": lambda f=folder, t=table: describe_ours(f"csv:{t}" if t else f"folder:{f}", f)}
-            outcomes["hf"] = lambda f=folder: describe_ours(f"hf:{f}", f)
-            outcomes["datasets"] = lambda f=folder, t=table: describe_theirs(f, t)
+            outcomes = {"folder": lambda f=folder, t=table: describe_snella(f"csv:{t}" if t else f"folder:{f}", f)}
+            outcomes["hf"] = lambda f=folder: describe_snella(f"hf:{f}", f)
+            outcomes["datasets"] = lambda f=folder, t=table: describe_datasets(f, t)
             yield {"case": name, **{reader: outcome(run) for reader, run in outcomes.items()}}
 
 
@@ -255,7 +255,7 @@ def outcome(run: Callable[[], str]) -> str:
     return re.sub(rf"{re.escape(tempfile.gettempdir())}/tmp[^/ ]*/", "", text)
 
 
-def describe_ours(spec: str, folder: Path) -> str:
+def describe_snella(spec: str, folder: Path) -> str:
     """Describe the images, classes and notes of `load_data`; on errors, repeat it with `skip_corrupt`."""
     from snella_app.data import load_data
 
@@ -284,7 +284,7 @@ def _describe_image(name: str, image: Any) -> str:
     return f"{name} {image.width}x{image.height} {color}"
 
 
-def describe_theirs(folder: Path, table: Path | None) -> str:
+def describe_datasets(folder: Path, table: Path | None) -> str:
     """Describe the rows of `load_dataset`."""
     import datasets
 

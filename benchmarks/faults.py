@@ -615,7 +615,7 @@ class Harness:
     def fuzzed(self) -> None:
         """Run random command lines and configuration files."""
         for _, draw, folder in self.trials("fuzzed"):
-            argv = fuzzed_words(draw, folder, self.finished, self.images)
+            argv = fuzzed_command(draw, folder, self.finished, self.images)
             result = fork(functools.partial(run_fuzzed, argv, folder), limit_s=60)
             if result.has_traceback:
                 self.count("fuzzed", "traceback", " ".join(map(repr, argv)), result.text)
@@ -765,7 +765,7 @@ EXPENSIVE = (
 )
 
 
-def fuzzed_words(draw: random.Random, folder: Path, run: Path, images: Path) -> list[str]:
+def fuzzed_command(draw: random.Random, folder: Path, run: Path, images: Path) -> list[str]:
     """Mutate a valid command line."""
     name = draw.choice(list(COMMANDS)) if draw.random() < 0.6 else "train"
     argv = {

@@ -51,7 +51,7 @@ def is_decided(values: Pairs) -> bool:
     return any(value is not None and value.direction != 0 for value in differences.values())
 
 
-def bootstrap_is_clear(values: Pairs, generator: np.random.Generator, resamples: int = 1000) -> bool:
+def bootstrap_is_decided(values: Pairs, generator: np.random.Generator, resamples: int = 1000) -> bool:
     """Return True if the interval of a percentile bootstrap (over tasks, then seeds) excludes zero."""
     _, tasks, seeds = values.shape
     task_indices = generator.integers(0, tasks, (resamples, tasks, 1))
@@ -82,7 +82,7 @@ def measure(count: int) -> list[dict[str, Any]]:
         for _ in range(count):
             values = samplers[name](generator, comparisons, tasks, seeds)
             decided += is_decided(values)
-            bootstrapped += comparisons == 1 and bootstrap_is_clear(values, generator)
+            bootstrapped += comparisons == 1 and bootstrap_is_decided(values, generator)
         row: dict[str, Any] = {"differences": name, "comparisons": comparisons, "tasks": tasks, "seeds": seeds}
         row |= {"count": count, "called_clear": decided / count}
         rows.append(row | ({"bootstrap_called_clear": bootstrapped / count} if comparisons == 1 else {}))

@@ -46,7 +46,7 @@ STEPS, SAVED_AT, PER_EPOCH = 12, 6, 3
 BATCH, SIDE, CLASSES = 16, 16, 5
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
 LR = 1e-2
-ALONE = "one process"
+SINGLE = "one process"
 COMPILER = "aot_eager"
 """Backend of torch.compile; the default backend compiles C++ for minutes."""
 
@@ -79,7 +79,7 @@ def images() -> tuple[Tensor, Tensor]:
     return noise + torch.linspace(-1, 1, CLASSES)[labels][:, None, None, None], labels
 
 
-def parts_of(step: int, accumulated: int) -> list[tuple[Tensor, Tensor]]:
+def local_batches(step: int, accumulated: int) -> list[tuple[Tensor, Tensor]]:
     """Return this process's share of each micro-batch of a step."""
     X, y = images()
     rank, count = rank_and_count()
@@ -219,10 +219,10 @@ def run_torchrun(cell: Cell) -> dict[str, Tensor]:
         _load(cell, wrapped, optimizer)
     if cell.option == "compile":
         wrapped.compile(backend=COMPILER)
-    is_autocast = cell.option == "bf16" and cell.engine in (ALONE, "DDP")
+    is_autocast = cell.option == "bf16" and cell.engine in (SINGLE, "DDP")
     wrapped.train()
     for step in range(cell.first, STEPS):
-        parts, losses = parts_of(step, cell.accumulated), []
+        parts, losses = local_batches(step, cell.accumulated), []
         for number, (x, y) in enumerate(parts):
             is_last = number == len(parts) - 1
             with _syncing(cell, wrapped, is_last), torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
@@ -236,7 +236,7 @@ def run_torchrun(cell: Cell) -> dict[str, Tensor]:
             _save(cell, wrapped, model, optimizer)
     if allocator is not None:
         cell.budgets = allocator.budgets
-    return model.state_dict() if cell.engine == ALONE else _whole(wrapped)
+    return model.state_dict() if cell.engine == SINGLE else _full_state(wrapped)
 
 
 def _wrap(cell: Cell, model: nn.Module) -> nn.Module:
@@ -332,7 +332,7 @@ def _run_deepspeed(cell: Cell) -> dict[str, Tensor]:
     engine.train()
     for step in range(cell.first, STEPS):
         losses = []
-        for x, y in parts_of(step, cell.accumulated):
+        for x, y in local_batches(step, cell.accumulated):
             if cell.option == "bf16":
                 x = x.bfloat16()
             loss = engine(pixel_values=x, labels=y).loss
@@ -408,7 +408,7 @@ def run_accelerate(cell: Cell) -> dict[str, Tensor]:
     wrapped.train()
     for step in range(cell.first, STEPS):
         losses = []
-        for x, y in parts_of(step, cell.accumulated):
+        for x, y in local_batches(step, cell.accumulated):
             with accelerator.accumulate(wrapped):
                 loss = wrapped(pixel_values=x, labels=y).loss
                 accelerator.backward(loss)
@@ -425,10 +425,10 @@ def run_accelerate(cell: Cell) -> dict[str, Tensor]:
         cell.budgets = allocator.budgets
     if cell.engine.startswith("ZeRO"):
         return deepspeed_state(model)
-    return _whole(wrapped)
+    return _full_state(wrapped)
 
 
-def _whole(wrapped: nn.Module) -> dict[str, Tensor]:
+def _full_state(wrapped: nn.Module) -> dict[str, Tensor]:
     """Return the full state of a model wrapped by DDP or FSDP."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
@@ -521,7 +521,7 @@ def run_trainer(cell: Cell) -> dict[str, Tensor]:
         cell.budgets = callback.allocator.budgets
     if cell.engine.startswith("ZeRO"):
         return deepspeed_state(trainer.model)
-    return _whole(trainer.model_wrapped)
+    return _full_state(trainer.model_wrapped)
 
 
 RUNNERS = {"torchrun": run_torchrun, "accelerate": run_accelerate, "Trainer": run_trainer}
@@ -605,9 +605,9 @@ def cells(arguments: argparse.Namespace, count: int) -> Iterator[Cell]:
     if count == 1:
         for loop in arguments.loops:
             for option in arguments.options:
-                yield Cell(loop, ALONE, option, folder)
+                yield Cell(loop, SINGLE, option, folder)
                 if any(engine.startswith("ZeRO") for engine in arguments.engines) and option in DEEPSPEED_OPTIONS:
-                    yield Cell(loop, ALONE, option, folder, has_allocator=False)
+                    yield Cell(loop, SINGLE, option, folder, has_allocator=False)
     for loop, engine in sorted(itertools.product(arguments.loops, arguments.engines), key=lambda pair: "Z" in pair[1]):
         is_deepspeed = engine.startswith("ZeRO")
         for option in arguments.options:
@@ -684,7 +684,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[Result]:
                 is_resumed = result["resumed_from"] is not None
                 key = (result["loop"], result["engine"], result["option"], result["has_allocator"], count, is_resumed)
                 by_key.setdefault(key, []).append(result)
-    return [summarize(key, results, by_key) for key, results in by_key.items() if key[1] != ALONE]
+    return [summarize(key, results, by_key) for key, results in by_key.items() if key[1] != SINGLE]
 
 
 def summarize(key: Key, results: list[Result], by_key: dict[Key, list[Result]]) -> Result:
@@ -703,7 +703,7 @@ def summarize(key: Key, results: list[Result], by_key: dict[Key, list[Result]]) 
         return {**row, "error": f"{count - len(results)} of {count} processes ended without a result"}
     if errors:
         return {**row, "error": errors[0]["error"], "raised_in": errors[0].get("raised_in")}
-    (reference,) = by_key[loop, ALONE, option, has_allocator, 1, False]
+    (reference,) = by_key[loop, SINGLE, option, has_allocator, 1, False]
     if "error" in reference:
         return {**row, "error": f"one process: {reference['error']}"}
     losses = torch.tensor([result["losses"] for result in results], dtype=torch.float64).mean(0)

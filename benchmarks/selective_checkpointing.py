@@ -86,7 +86,7 @@ VARIANTS = {
     "selective-compress": "snella",
 }
 Encoded = tuple[Tensor, Layout]
-Kept = tuple[Encoded, tuple[Tensor, ...]]
+Stored = tuple[Encoded, tuple[Tensor, ...]]
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 POLICIES: dict[str, Callable[[], Contexts]] = {
     "selective": partial(create_selective_checkpoint_contexts, PRODUCTS),
@@ -121,10 +121,10 @@ def checkpoint_blocks(
             block.forward = partial(run, block.forward)
 
 
-class _KeepRounded(TorchDispatchMode):
+class _StoreInt8(TorchDispatchMode):
     """Dispatch mode that stores the results of linear layers in int8."""
 
-    def __init__(self, kept: list[Kept]) -> None:
+    def __init__(self, kept: list[Stored]) -> None:
         super().__init__()
         self.kept = kept
 
@@ -137,10 +137,10 @@ class _KeepRounded(TorchDispatchMode):
         return output
 
 
-class _ReturnRounded(TorchDispatchMode):
+class _LoadInt8(TorchDispatchMode):
     """Dispatch mode that returns the stored results instead of computing them."""
 
-    def __init__(self, kept: list[Kept]) -> None:
+    def __init__(self, kept: list[Stored]) -> None:
         super().__init__()
         self.kept = kept
 
@@ -152,13 +152,13 @@ class _ReturnRounded(TorchDispatchMode):
         return (decode(*encoded), *thresholds) if thresholds else decode(*encoded)
 
 
-def rounded_contexts() -> Contexts:
+def int8_contexts() -> Contexts:
     """Return contexts that store the results of linear layers in int8."""
-    kept: list[Kept] = []
-    return _KeepRounded(kept), _ReturnRounded(kept)
+    kept: list[Stored] = []
+    return _StoreInt8(kept), _LoadInt8(kept)
 
 
-def round_saved(note: Callable[[Any], None]) -> AbstractContextManager[None]:
+def int8_hooks(note: Callable[[Any], None]) -> AbstractContextManager[None]:
     """Return saved-tensor hooks that store activations in int8 and call `note` with each stored value."""
 
     def pack(tensor: Tensor) -> Tensor | Encoded:
@@ -178,42 +178,42 @@ class Variant(MethodRunner):
 
     def __init__(self, name: str, setting: Setting) -> None:
         super().__init__(setting, VARIANTS[name])
-        self._kept: list[Any] | None = None
+        self._saved: list[Any] | None = None
         if name == "snella-modules":
             with patch("snella.memory.recompute.can_track", lambda module, compress: False):
                 mark_outputs(self.model)
         elif name == "selective-compress":
-            checkpoint_blocks(self.model, partial(self._noting, rounded_contexts), partial(round_saved, self._note))
+            checkpoint_blocks(self.model, partial(self._recording, int8_contexts), partial(int8_hooks, self._record))
         elif name in POLICIES:
-            checkpoint_blocks(self.model, partial(self._noting, POLICIES[name]))
+            checkpoint_blocks(self.model, partial(self._recording, POLICIES[name]))
 
-    def _note(self, packed: Any) -> None:
-        if self._kept is not None:
-            self._kept.append(packed)
+    def _record(self, packed: Any) -> None:
+        if self._saved is not None:
+            self._saved.append(packed)
 
-    def _noting(self, make: Callable[[], Contexts]) -> Contexts:
+    def _recording(self, make: Callable[[], Contexts]) -> Contexts:
         """Create the contexts, and record the results that the forward context saves."""
         contexts: Any = make()
-        self._note(contexts[0].kept if isinstance(contexts[0], _KeepRounded) else contexts[0].storage)
+        self._record(contexts[0].kept if isinstance(contexts[0], _StoreInt8) else contexts[0].storage)
         return contexts
 
-    def kept_bytes(self) -> int:
+    def saved_bytes(self) -> int:
         """Return the bytes saved by hooks and contexts; count each storage once and exclude the model's."""
 
         def keep(tensor: Tensor) -> Tensor:
-            self._note(tensor)
+            self._record(tensor)
             return tensor
 
-        self._kept = []
+        self._saved = []
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss = self.forward(self.batch)
-        leaves = pytree.tree_leaves([dict(kept) if isinstance(kept, dict) else kept for kept in self._kept])
+        leaves = pytree.tree_leaves([dict(kept) if isinstance(kept, dict) else kept for kept in self._saved])
         tensors = [getattr(leaf, "val", leaf) for leaf in leaves]  # selective checkpointing wraps tensors
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors if isinstance(t, Tensor)}
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             storages.pop(tensor.untyped_storage().data_ptr(), None)
         del loss
-        self._kept = None
+        self._saved = None
         return sum(storage.nbytes() for storage in storages.values())
 
     def loss_and_backward(self) -> Tensor:
@@ -232,12 +232,12 @@ class Variant(MethodRunner):
         return {"loss": loss.detach(), **grads}
 
 
-def kept_bytes(name: str, setting: Setting) -> int:
+def saved_bytes(name: str, setting: Setting) -> int:
     """Return the saved bytes of the whole model, extrapolated from two depths if its blocks are identical."""
     if setting.blocks is None:
         depths = {key: value for key, value in (setting.options or {}).items() if key != "depths"}
-        return Variant(name, replace(setting, options=depths)).kept_bytes()
-    one, two = (Variant(name, replace(setting, depth=depth)).kept_bytes() for depth in (1, 2))
+        return Variant(name, replace(setting, options=depths)).saved_bytes()
+    one, two = (Variant(name, replace(setting, depth=depth)).saved_bytes() for depth in (1, 2))
     return one + (setting.blocks - 1) * (two - one)
 
 
@@ -250,7 +250,7 @@ def error_of(grads: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
 
 def measure(title: str, setting: Setting, rounds: int) -> list[dict[str, Any]]:
     """Return a row for each variant."""
-    kept = {name: kept_bytes(name, setting) for name in VARIANTS}
+    kept = {name: saved_bytes(name, setting) for name in VARIANTS}
     variants = {name: Variant(name, setting) for name in VARIANTS}
     exact = variants["snella"].gradients()
     common = {"benchmark": "selective_checkpointing", "title": title, "model": setting.model, "batch": setting.batch}
@@ -266,7 +266,7 @@ def measure(title: str, setting: Setting, rounds: int) -> list[dict[str, Any]]:
             row["gradients_same_bits"] = all(torch.equal(grads[key], exact[key]) for key in exact)
             row["gradient_error"] = float(f"{error_of(grads, exact):.3g}")
         # unsaved tensors of the step
-        row["step_mib"] = round((peak_bytes(variant.loss_and_backward) - variant.kept_bytes()) / 2**20, 1)
+        row["step_mib"] = round((peak_bytes(variant.loss_and_backward) - variant.saved_bytes()) / 2**20, 1)
         rows.append(row)
     del exact
     times: dict[str, list[float]] = {name: [] for name in variants}
@@ -315,7 +315,7 @@ def _compiled_gradients(name: str) -> dict[str, Tensor]:
     torch._dynamo.reset()
     variant = Variant(name if name.startswith("snella") else "snella", TINY)
     if name == "selective-compress":
-        checkpoint_blocks(variant.model, rounded_contexts, partial(round_saved, lambda packed: None))
+        checkpoint_blocks(variant.model, int8_contexts, partial(int8_hooks, lambda packed: None))
     elif name in POLICIES:
         checkpoint_blocks(variant.model, POLICIES[name])
     variant.model.compile(backend="aot_eager", fullgraph=True)

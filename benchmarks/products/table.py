@@ -1,6 +1,6 @@
 """Table and figure of the rows: mean rank and mean difference from `snella train` over folders.
 
-python benchmarks/products/table.py rows.jsonl [--products snella fastai ...] [--minutes 1 3 ...] [--picture FILE]
+python benchmarks/products/table.py rows.jsonl [--products snella fastai ...] [--minutes 1 3 ...] [--figure FILE]
 """
 
 import argparse
@@ -25,15 +25,15 @@ def main() -> None:
     parser.add_argument("rows", type=Path)
     parser.add_argument("--products", nargs="+", help="default: all")
     parser.add_argument("--minutes", nargs="+", type=float, help="default: all")
-    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--figure", type=Path)
     args = parser.parse_args()
     rows = [json.loads(line) for line in args.rows.read_text().splitlines() if line.strip()]
     rows = [row for row in rows if args.products is None or row["product"] in args.products]
     rows = [row for row in rows if args.minutes is None or row["minutes"] in args.minutes]
     for minutes in sorted({row["minutes"] for row in rows}):
         print(f"\n{minutes:g} minutes\n\n{markdown([row for row in rows if row['minutes'] == minutes])}")
-    if args.picture:
-        draw(rows, args.picture)
+    if args.figure:
+        draw(rows, args.figure)
 
 
 def means(rows: list[dict], score: str = "accuracy") -> Means:

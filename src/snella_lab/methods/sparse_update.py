@@ -142,7 +142,7 @@ class SparseLayer(nn.Module, ABC):
         return self.base_layer.bias
 
     @property
-    def product(self) -> LayerOp:
+    def layer_op(self) -> LayerOp:
         """Layer op of the base layer."""
         base = self.base_layer
         if isinstance(base, nn.Conv2d):
@@ -170,7 +170,7 @@ class SparseLayer(nn.Module, ABC):
         """Compute the layer's output with the trained entries added to its weight."""
         base, x = self.base_layer, self.prepare_input(x)
         bias = None if base.bias is None else base.bias.to(x.dtype)
-        return layer_with_entries(x, base.weight, bias, self.entries(), self.indices, self.product)
+        return layer_with_entries(x, base.weight, bias, self.entries(), self.indices, self.layer_op)
 
     @torch.no_grad()
     def merged(self) -> nn.Module:

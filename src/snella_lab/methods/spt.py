@@ -120,12 +120,12 @@ class SptSelection:
     Args:
         entries: Ascending positions of sparse entries by parameter name.
         structured: Indices of matrices with a structured module by layer name.
-        whole: Names of parameters that are trained in full.
+        dense: Names of parameters that are trained in full.
     """
 
     entries: dict[str, Tensor] = field(default_factory=dict)
     structured: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    whole: tuple[str, ...] = ()
+    dense: tuple[str, ...] = ()
 
 
 def spend_budget(
@@ -280,7 +280,7 @@ def apply_selection(
         structure: Class of structured modules.
     """
     train_head(model, head)
-    for name in selection.whole:
+    for name in selection.dense:
         model.get_parameter(name).requires_grad_(True)
     layers = {name: None for name in selection.structured}
     for name, indices in selection.entries.items():
@@ -399,10 +399,10 @@ class LowRank(StructuredModule):
 
     def forward(self, layer: SptLayer, x: Tensor, h: Tensor) -> Tensor:
         """Add the low-rank update to `h`."""
-        if isinstance(layer.product, LinearOp):
+        if isinstance(layer.layer_op, LinearOp):
             return h + self.update(x)
         A = self.A.to(x.dtype).view(len(self.A), *layer.base_layer.weight.shape[1:])
-        return h + F.conv2d(layer.product(x, A, None), self.B.to(x.dtype)[:, :, None, None])
+        return h + F.conv2d(layer.layer_op(x, A, None), self.B.to(x.dtype)[:, :, None, None])
 
     def update(self, x: Tensor) -> Tensor:
         """Compute B A x for `x` `[..., columns]`."""

@@ -218,7 +218,7 @@ def test_only_the_cost_of_an_experiment_is_replaced(before, indent, after):
 
 
 def test_numbers_have_two_digits_and_readable_units():
-    from cost_wording import flop_text, memory_text, time_text
+    from cost_text import flop_text, memory_text, time_text
 
     texts = [time_text(s) for s in (8.04, 660, 3600 * 22.2, 86400 * 2.84, 86400 * 93.4, 86400 * 289, 86400 * 840)]
     assert texts == ["8.0 s", "11 min", "22 hours", "2.8 days", "93 days", "290 days", "2.3 years"]
@@ -227,7 +227,7 @@ def test_numbers_have_two_digits_and_readable_units():
 
 
 def test_notes_mention_missing_gpu_rows_only_if_missing():
-    from cost_wording import notes_text
+    from cost_text import notes_text
     from row_speed import has_gpu_rows, row_speed
 
     rows = read_rows(ROWS)

@@ -110,7 +110,7 @@ class DreamBoothConfig(RunSettings):
             *self.method_errors(),
         ]
 
-    def named(self, class_name: str | None) -> "DreamBoothConfig":
+    def with_class_name(self, class_name: str | None) -> "DreamBoothConfig":
         """Return a copy with class name and prompts.
 
         Args:

@@ -424,7 +424,7 @@ def _personalize(config: DreamBoothConfig, run: DreamBoothFolder, console: Conso
     concept = load_concept(str(config.data), config.subject, skip_corrupt=config.skip_corrupt)
     if is_resumed:
         _check_images(run, concept)
-    config = config.named(concept.class_name)
+    config = config.with_class_name(concept.class_name)
     encoder_dtype = torch.bfloat16 if config.optim.precision == "bf16" else torch.float32
     pipeline = load_pipeline(str(config.pipeline), encoder_dtype=encoder_dtype)
     check_resolution(pipeline, config.resolution)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from snella import BudgetAllocator, SnellaConfig, create_snella_optimizer
 from snella_app.backbones import create_backbone
 
-OUT = Path("runs/examples/own_loop")
+OUT = Path("runs/examples/pytorch_loop")
 EPOCHS, BATCH = 4, 20
 
 torch.manual_seed(0)
