@@ -286,8 +286,8 @@ def evaluate_generation(
       snella evaluate-generation runs/dog6 --clip clip-vit-base-patch32 --dino dinov2-base
       snella evaluate-generation runs/table6 --clip clip-vit-base-patch32 --dino dinov2-base --out table6.json
 
-    By default, four images are generated for each of 25 prompts. The second command evaluates every run in a folder. Run
-    the same command again to resume an interrupted evaluation.
+    By default, four images are generated for each of 25 prompts. The second command evaluates every run in a folder.
+    Run the same command again to resume an interrupted evaluation.
 
     Args:
         run: Run folder, or a folder of runs.

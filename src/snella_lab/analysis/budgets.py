@@ -142,7 +142,7 @@ def evolution(runs: Sequence[str | Path], *, by: Layers = "block") -> list[Plot]
         by: Layer granularity.
 
     Returns:
-        Two plots. `evolution` has a row for each layer and recorded allocation; its figure shows some of the allocations.
+        Two plots. `evolution` has a row for each layer and recorded allocation; its figure shows some of them.
         `budget` has a row for each allocation, with the scheduled budget.
 
     Raises:

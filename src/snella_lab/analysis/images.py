@@ -225,8 +225,9 @@ def images(folders: Sequence[str | Path], *, limit: int = 6) -> list[Plot]:
     """Plot generated images of several runs, matched by file name (Figures 9 and 14).
 
     Args:
-        folders: Image folders, e.g. from `snella generate`, which names files by prompt and seed. The plot shows the file
-            names that most folders share. A folder without them, e.g. the subject's photos, shows its first images.
+        folders: Image folders, e.g. from `snella generate`, which names files by prompt and seed. The plot shows the
+            file names that most folders share. A folder without them, e.g. of the subject's photos, shows its first
+            images.
         limit: Images per folder.
 
     Returns:

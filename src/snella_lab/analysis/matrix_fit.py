@@ -272,8 +272,8 @@ def fit_matrices(
 def kernel_curves(kernels: Sequence[str], points: int = 161) -> list[Row]:
     """Compute κ(1, x) and its derivative for x in [−4, 4], where x is the first coordinate of each piece.
 
-    All scalars are 1, except β = 0. Normalized kernels apply their softmax over the points of the curve; each derivative
-    is with respect to the point itself.
+    All scalars are 1, except β = 0. Normalized kernels apply their softmax over the points of the curve; each
+    derivative is with respect to the point itself.
     """
     xs = torch.linspace(-_X_MAX, _X_MAX, points, dtype=torch.float64)
     rows: list[Row] = []

@@ -98,7 +98,7 @@ def memory(runs: Sequence[str | Path], *, steps: int = 2, batch_size: int | None
         batch_size: Batch size; None uses the first run's.
 
     Returns:
-        One plot with a row for each recorded operation. `memory-peaks` contains the peak of each phase of the last step.
+        One plot with a row for each recorded operation. `memory-peaks` contains the peak of each phase, last step.
 
     Raises:
         FileNotFoundError: If a folder contains no run with an adapter.
@@ -178,8 +178,8 @@ def record_memory(model: nn.Module, images: Tensor, steps: int) -> list[dict[str
         steps: Number of training steps.
 
     Returns:
-        Points with `step`, `phase`, `position` (each phase has length 1) and `mib`. The first point is the memory before
-        training.
+        Points with `step`, `phase`, `position` (each phase has length 1) and `mib`. The first point is the memory
+        before training.
     """
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

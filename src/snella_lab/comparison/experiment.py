@@ -416,7 +416,7 @@ class Experiment:
         if changed:
             texts = [_difference(key, new_values, stored_values) for key in changed]
             raise ValueError(
-                f"{folder} contains a comparison with other settings: {'; '.join(texts)}; their rows are not comparable; "
+                f"{folder} contains a comparison with other settings: {'; '.join(texts)}; rows are not comparable; "
                 "choose another folder, or use the stored settings"
             )
         return replace(

@@ -6,7 +6,7 @@ from matplotlib.colors import to_rgb
 from torch import nn
 
 from snella_app.report.style import _DARK, PANEL
-from snella_lab.analysis.profiles import LiveTensors, _draw_radar, record_memory, memory, radar, scaled_radius
+from snella_lab.analysis.profiles import LiveTensors, _draw_radar, memory, radar, record_memory, scaled_radius
 
 
 def test_live_tensors_are_counted_until_they_are_freed():
