@@ -1,12 +1,12 @@
 """Saved tensors and peak memory of a training step by model size, counted from shapes.
 
-python benchmarks/step_memory.py                     three ViTs at batch 8; replaces step_memory.jsonl
+python benchmarks/step_memory.py                     three ViTs at batch size 8; replaces step_memory.jsonl
 python benchmarks/step_memory.py --backbones vit_base_patch16_224 --depths 4 8 --out other.jsonl
 
 Each method is counted with and without SNELLA's recomputation of inputs. Autograd hooks count each saved storage once.
 The peak comes from `snella_app.training.memory.predict_step_memory`: weights, gradients, AdamW's moments, saved tensors
-and temporaries. ViT blocks are identical, so large models are extrapolated linearly from two depths. SPT-Adapter is
-counted on whole models only, because its memory depends on the selected matrices.
+and temporaries. As ViT blocks are identical, large models are extrapolated linearly from two depths. SPT-Adapter is
+only counted on full models, because its memory depends on the selected matrices.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ ROWS = Path(__file__).parent / "step_memory.jsonl"
 PAGE = Path(__file__).parents[1] / "docs" / "speed.md"
 _BEGIN, _END = "<!-- rows of benchmarks/step_memory.jsonl begin -->", "<!-- rows of step_memory end -->"
 
-# () counts the whole model
+# () counts the full model
 DEPTHS: dict[str, tuple[int, ...]] = {
     "vit_base_patch16_224": (),
     "vit_large_patch16_224": (4, 8),
     "vit_huge_patch14_224": (2, 4),
 }
-# without and with recomputation of inputs
+# methods by family, without and with recomputation of inputs
 METHODS = {
     "snella": ("snella-keep-inputs", "snella"),
     "lora": ("lora", "lora-recompute"),
@@ -63,7 +63,7 @@ def count(method: str, backbone: str, batch: int, depth: int | None) -> dict[str
 
 
 def count_full(method: str, backbone: str, batch: int, depths: tuple[int, ...]) -> dict[str, int]:
-    """Count the whole model, extrapolated from two depths if given."""
+    """Count the full model, extrapolated from two depths if `depths` is set."""
     if not depths:
         return count(method, backbone, batch, None)
     with torch.device("meta"):
@@ -93,7 +93,7 @@ def rows_of(backbone: str, batch: int, depths: tuple[int, ...]) -> list[dict[str
 
 
 def memory_tables(rows: list[dict[str, Any]]) -> str:
-    """Format peak and saved memory of each method as Markdown, two columns per backbone."""
+    """Format peak and saved memory by method as Markdown, with two columns per backbone."""
     backbones = list(dict.fromkeys(row["backbone"] for row in rows))
     by_key = {(row["backbone"], row["family"], row["recomputes"]): row for row in rows}
     titles = {"peak_mib": "Peak memory of a training step", "kept_mib": "Saved for backward"}
@@ -120,7 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbones", nargs="+", default=list(DEPTHS), help="timm names of ViTs")
     parser.add_argument("--batch", type=int, default=BATCH)
-    parser.add_argument("--depths", type=int, nargs=2, help="two depths to extrapolate from")
+    parser.add_argument("--depths", type=int, nargs=2, help="two numbers of blocks to extrapolate from")
     parser.add_argument("--out", type=Path, help="output file, replaced; default step_memory.jsonl")
     args = parser.parse_args()
     if args.out is None and (args.backbones, args.batch, args.depths) != (list(DEPTHS), BATCH, None):

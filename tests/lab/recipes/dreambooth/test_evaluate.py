@@ -122,7 +122,7 @@ def test_prompts_come_from_the_option_or_a_file(runs, tmp_path):
     assert select_prompts(runs / "toy", None, file) == ["sks toy on a tray"]
     assert select_prompts(runs / "toy", "as typed", None) == ["as typed"]
     for prompt, prompt_file, shown in ((None, None, "neither"), ("a", file, "both")):
-        with pytest.raises(ValueError, match=f"must be given, got {shown}; pass e.g. --prompt"):
+        with pytest.raises(ValueError, match=f"must be set, got {shown}; pass e.g. --prompt"):
             select_prompts(runs / "toy", prompt, prompt_file)
 
 
