@@ -3,8 +3,8 @@
     make faults                                            all groups; appends a row to benchmarks/faults.jsonl
     python benchmarks/faults.py --quick --out row.jsonl    a few trials per group, without HTML reports
 
-    killed      send SIGKILL at random times or before random file operations, sometimes twice; resumed runs must match an
-                uninterrupted run bit for bit
+    killed      send SIGKILL at random times or before random file operations, sometimes twice; a resumed run must
+                match an uninterrupted run bit for bit
     disk full   fail all writes after a random one, or limit the file size; then resume with free space
     small disk  train on a small file system; then resume with free space
     finished    flip a bit in, truncate, zero, empty or remove a file of a finished run; then predict, evaluate, merge,
