@@ -174,7 +174,7 @@ def _print_plots(console: "Console", paths: Iterable[Path]) -> None:
 
 @command("snella_lab.comparison.compare")
 def compare(options: CompareOptions) -> None:
-    r"""Compare methods that are tuned on the validation set and evaluated once on the test set.
+    r"""Compare methods tuned on the validation set and evaluated once on the test set.
 
       snella compare --methods linear,lora-8,snella-8 --data elpv,digits --backbone NAME --img-size 56 \
           --out runs/compare
