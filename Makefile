@@ -110,7 +110,7 @@ products: install ## other tools beside snella train, two folders, one minute ea
 	$(BIN)/python benchmarks/products/run.py --cache runs/products/cache --folders-root runs/products/folders \
 	  --out runs/products/rows.jsonl --folders emoji stamps --minutes 1 \
 	  --products snella snella-lora-8 fastai fastai-bn transformers timm sklearn sklearn-knn
-	$(BIN)/python benchmarks/products/table.py runs/products/rows.jsonl --picture runs/products/accuracy.png
+	$(BIN)/python benchmarks/products/table.py runs/products/rows.jsonl --figure runs/products/accuracy.png
 
 lint: install ## style and formatting
 	$(BIN)/ruff check .

@@ -1,11 +1,12 @@
-"""Time and memory per cell of the driver of `snella compare`, with simulated training.
+"""Time and memory per cell of the `snella compare` driver, with simulated training.
 
     python benchmarks/compare_driver.py --out benchmarks/compare_driver.jsonl
 
-A simulated worker writes the row of its cell immediately. The driver plans, starts and records every cell, then writes
-the tables and the report. Each size runs in a separate process with ten methods and ten cells per method and task (five
-learning rates, two weight decays, three seeds); 10,000 cells have 100 tasks. `resume` is a second call that trains no
-cell. Times are CPU time without the simulated workers. Memory is the growth of the peak after a warm-up of 100 cells.
+A simulated worker immediately writes the row of its cell. The driver plans, starts and records every cell, then writes
+the tables and the report. Each size runs in a separate process, with ten methods and ten cells per method and task
+(five learning rates, two weight decays, three seeds); 10,000 cells are 100 tasks. `resume` is a second call that trains
+nothing. Times are CPU times without the simulated workers. Memory is the growth of the peak after a warm-up of 100
+cells.
 """
 
 import argparse
@@ -38,11 +39,11 @@ CELLS_PER_TASK = 10 * len(METHODS)
 SLOTS = 16
 
 
-class Instant:
+class SimulatedExecutor:
     """Executor that writes rows instead of training.
 
     Attributes:
-        worker_s: Time of the simulated workers.
+        worker_s: CPU time of the simulated workers.
     """
 
     slots = SLOTS
@@ -63,7 +64,7 @@ class Instant:
         self.worker_s += time.process_time() - start
 
     def _header(self, cell: Cell) -> dict[str, Any]:
-        """Return the columns known before training, computed once per method and task."""
+        """Return the columns that are known before training, computed once per method and task."""
         pair = cell.data.name, cell.method.name
         if pair not in self._headers:
             self._headers[pair] = row_header(cell, self._experiment, "2026-01-02T03:04:05+00:00")
@@ -77,7 +78,7 @@ class Instant:
         """No-op."""
 
     def wait(self, timeout_s: float) -> list[Finished]:
-        """Return the ended cells."""
+        """Return the finished cells."""
         ended, self._ended = self._ended, []
         return ended
 
@@ -86,7 +87,7 @@ class Instant:
 
 
 def _store(root: Path, folder: Path, row: CellRow) -> None:
-    """Write a row as `append_row` does, without syncing the disk."""
+    """Write a row like `append_row`, without fsync."""
     columns = sealed(plain(row))
     folder.mkdir(parents=True)
     (folder / CellRow.file).write_text(json.dumps(columns, indent=1) + "\n")
@@ -128,12 +129,12 @@ def _experiment(cells: int) -> Experiment:
 
 
 def _compare(root: Path, cells: int) -> dict[str, float]:
-    """Run a comparison; return seconds by phase without the simulated workers."""
+    """Run a comparison and return its seconds by phase, without the simulated workers."""
     experiment, executors, phases = _experiment(cells), [], {}
     original = driver._train_all
 
-    def executor(root: Path, experiment: Experiment, *options: Any, **settings: Any) -> Instant:
-        executors.append(Instant(root, experiment))
+    def executor(root: Path, experiment: Experiment, *options: Any, **settings: Any) -> SimulatedExecutor:
+        executors.append(SimulatedExecutor(root, experiment))
         return executors[-1]
 
     def train_all(*arguments: Any, **options: Any) -> None:
@@ -141,7 +142,11 @@ def _compare(root: Path, cells: int) -> dict[str, float]:
         original(*arguments, **options)
         phases["train_s"] = time.process_time() - start - executors[-1].worker_s
 
-    driver._executor, driver._train_all, driver.check_parts = executor, train_all, lambda *arguments, **options: None
+    driver._executor, driver._train_all, driver.validate_inputs = (
+        executor,
+        train_all,
+        lambda *arguments, **options: None,
+    )
     start = time.process_time()
     try:
         driver.compare(experiment, root, console=Console(file=io.StringIO(), width=200))
@@ -152,7 +157,7 @@ def _compare(root: Path, cells: int) -> dict[str, float]:
 
 
 def measure(cells: int) -> dict[str, Any]:
-    """Measure one size in this process."""
+    """Measure one size."""
     with tempfile.TemporaryDirectory() as folder:
         _compare(Path(folder) / "warm-up", CELLS_PER_TASK)
         before = psutil.Process().memory_info().rss
@@ -179,7 +184,7 @@ def measure(cells: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", help="output file for the rows; if omitted, print one size")
+    parser.add_argument("--out", help="output file for rows; if omitted, only the first size is measured and printed")
     parser.add_argument("--cells", type=int, nargs="+", default=[1_000, 3_000, 10_000])
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -187,8 +192,8 @@ def main() -> None:
         print(json.dumps(measure(options.cells[0])))
         return
     for cells in options.cells:
-        words = [sys.executable, __file__, "--cells", str(cells)]
-        done = subprocess.run(words, check=True, capture_output=True, text=True)
+        command = [sys.executable, __file__, "--cells", str(cells)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
         row = {
             "benchmark": "compare_driver",
             "command": f"python benchmarks/compare_driver.py --cells {cells}",

@@ -1,10 +1,10 @@
-"""Fit the cost model to committed measurements, test it on held-out measurements, and predict steps on GPUs.
+"""Fit the cost model to committed measurements, test it on held-out ones, and predict steps on GPUs.
 
 python benchmarks/cost_model.py        rewrites the tables and figures of docs/speed.md; runs no training step
 
-`snella_app.training.cost_model` counts the work of a step and `snella_app.training.machines` turns it into seconds.
-The rates of each CPU minimize the squared relative error of its float32 measurements. A measurement is held out
-together with all measurements of its configuration: model, batch size, rank and sparsity.
+`snella_app.training.cost_model` counts the operations of a step, and `snella_app.training.machines` converts them to
+seconds. The rates of each CPU minimize the squared relative errors of its float32 measurements. A measurement is held
+out together with all measurements of its configuration: model, batch size, rank and sparsity.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cost_wording import markdown_table
+from cost_text import markdown_table
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from scipy.optimize import nnls
@@ -60,7 +60,7 @@ _MIB, _GIB = 2**20, 2**30
 
 @dataclass(frozen=True)
 class Case:
-    """One row and its count.
+    """A row and its counts.
 
     Args:
         machine: Device of the row.
@@ -70,8 +70,8 @@ class Case:
         r: Rank.
         sparsity: Fraction of unchanged weights.
         precision: Dtypes of activations and frozen weights.
-        step: Count of the measured step, which may run only the first blocks of the model.
-        whole: Count of the whole model.
+        step: Count of the measured step, which may use only the first blocks of the model.
+        full: Count for the full model.
         row: The row.
     """
 
@@ -83,17 +83,17 @@ class Case:
     sparsity: float
     precision: Precision
     step: StepCount
-    whole: StepCount
+    full: StepCount
     row: dict[str, Any]
 
     @property
     def configuration(self) -> tuple[Any, ...]:
-        """Return the settings that all methods of one comparison share."""
+        """Settings that all methods of a comparison share."""
         return self.model, self.batch, self.r, self.sparsity, self.precision
 
     @property
     def seconds(self) -> float:
-        """Return the measured seconds."""
+        """Measured seconds."""
         return float(self.row["step_s"])
 
 
@@ -101,7 +101,7 @@ def read_case(row: dict[str, Any]) -> Case | None:
     """Count the step of a CPU row in float32 without autocast.
 
     Returns:
-        None for other rows and rows that `count_row` skips.
+        The case; None for other rows.
     """
     case = count_row(row)
     return case if case is not None and case.precision == "float32" else None
@@ -111,9 +111,9 @@ def count_row(row: dict[str, Any]) -> Case | None:
     """Count the step of a CPU row, with or without autocast.
 
     Returns:
-        None for another device, model or method, and for activations in bfloat16 without autocast.
+        The case; None for other devices, models or methods, and for bfloat16 activations without autocast.
     """
-    model, method = row.get("backbone", row.get("model")), row.get("contender")
+    model, method = row.get("backbone", row.get("model")), row.get("method")
     if model not in SHAPES or method not in METHODS or not row["device"].startswith("cpu"):
         return None
     if row.get("dtype", "float32") != "float32":
@@ -134,7 +134,7 @@ def count_row(row: dict[str, Any]) -> Case | None:
 
 
 def timed_cases(folder: Path = FOLDER) -> list[Case]:
-    """Return the newest timed row of every setting; rows of one day are ranked by rounds."""
+    """Return the newest timed row of each setting; rows of the same day are ranked by rounds."""
     newest: dict[tuple[Any, ...], Case] = {}
 
     def rank(case: Case) -> tuple[Any, ...]:
@@ -150,24 +150,24 @@ def timed_cases(folder: Path = FOLDER) -> list[Case]:
 
 
 def counted_cases(folder: Path = FOLDER) -> list[tuple[float, float]]:
-    """Return predicted and recorded MiB saved for the backward pass, one pair for each distinct setting."""
+    """Return predicted and recorded MiB saved for the backward pass, one pair per setting."""
     newest: dict[tuple[Any, ...], tuple[float, float]] = {}
     for row in (row for name in ROWS for row in read_rows(folder / name)):
         case = count_row(row) if row["benchmark"] in ("step_time", "kept_bytes", "model_rows") else None
         if case is not None:
             recorded = float(row["saved_mib"] if "saved_mib" in row else row["kept_mib"])
-            newest[case.configuration, case.method] = case.whole.kept / _MIB, recorded
+            newest[case.configuration, case.method] = case.full.kept / _MIB, recorded
     return list(newest.values())
 
 
 def peak_cases(folder: Path = FOLDER) -> list[tuple[float, float]]:
     """Return predicted and recorded peak MiB of `step_memory.jsonl`."""
     cases = [count_row(row) for row in read_rows(folder / "step_memory.jsonl")]
-    return [(case.whole.peak / _MIB, case.row["peak_mib"]) for case in cases if case is not None]
+    return [(case.full.peak / _MIB, case.row["peak_mib"]) for case in cases if case is not None]
 
 
 def fit_rates(cases: list[Case]) -> Rates:
-    """Fit the rates of one machine by nonnegative least squares on relative errors."""
+    """Fit the rates of a machine by nonnegative least squares on relative errors."""
     features = np.array([_features(case.step) for case in cases])
     scale = features.max(axis=0)
     scale[scale == 0] = 1
@@ -184,20 +184,20 @@ def _features(step: StepCount) -> list[float]:
 
 
 def cases_of(machine: str, cases: list[Case]) -> list[Case]:
-    """Return the cases of one machine by its device string."""
+    """Return the cases of a machine, given by its device string."""
     return [case for case in cases if case.machine == machine]
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Prediction of a case with rates fitted without its configuration."""
+    """Prediction for a case, with rates fitted without its configuration."""
 
     case: Case
     seconds: float
 
     @property
     def error(self) -> float:
-        """Return the relative error."""
+        """Relative error."""
         return self.seconds / self.case.seconds - 1
 
 
@@ -248,7 +248,7 @@ def _error_cells(held_out: list[HeldOut]) -> list[str]:
 
 
 def other_machines_table(cases: list[Case], folder: Path = FOLDER) -> str:
-    """Format the errors on machines whose rates were not fitted."""
+    """Format the errors on machines without fitted rates."""
     groups = (
         (f"another {machine_name(EPYC_2)}", "ViT-B/16", other_epyc_cases(cases, folder)),
         (machine_name(INTEL_1), "ViT-S/14 and ViT-B/16", intel_cases(cases, folder)),
@@ -271,8 +271,8 @@ def intel_cases(cases: list[Case], folder: Path = FOLDER) -> list[HeldOut]:
     """Predict the measurements on the Intel Xeon with the single-thread rates of the EPYC."""
     rates = fit_rates(cases_of(EPYC_1, cases))
     suite = _newest_row(folder / "model_rows.jsonl", "suite_step", INTEL_1)
-    rows = [suite | {"contender": name, "step_s": suite[f"{name}_s"]} for name in ("lora", "snella")]
-    rows.append(_newest_row(folder / "results.jsonl", "competition", INTEL_1) | {"contender": "snella"})
+    rows = [suite | {"method": name, "step_s": suite[f"{name}_s"]} for name in ("lora", "snella")]
+    rows.append(_newest_row(folder / "results.jsonl", "competition", INTEL_1) | {"method": "snella"})
     return [HeldOut(case, rates.seconds(case.step)) for case in map(read_case, rows) if case is not None]
 
 
@@ -301,7 +301,7 @@ def rates_table(cases: list[Case]) -> str:
 
 
 def bytes_table(folder: Path = FOLDER) -> str:
-    """Format errors of saved and peak bytes."""
+    """Format the errors of saved and peak bytes."""
     lines = []
     for name, pairs in (("saved for backward", counted_cases(folder)), ("peak of a step", peak_cases(folder))):
         errors = [predicted / recorded - 1 for predicted, recorded in pairs]
@@ -338,7 +338,7 @@ def count_on_gpu(model: str, method: str, batch: int) -> StepCount:
 
 
 def ratio_table() -> str:
-    """Format predicted ratios to LoRA with their ranges, at two batch sizes."""
+    """Format predicted ratios to LoRA, with ranges, at two batch sizes."""
     lines = []
     for name, gpu in GPUS.items():
         cells = []
@@ -360,7 +360,7 @@ def tokens_until(model: Transformer, is_reached: Callable[[int], bool]) -> int |
 
     Args:
         model: Shape of the model.
-        is_reached: Condition on the batch size; once true, it stays true.
+        is_reached: Condition on the batch size; monotonic.
     """
     low, high = 0, _MAX_TOKENS // model.tokens
     if not is_reached(high):
@@ -372,7 +372,7 @@ def tokens_until(model: Transformer, is_reached: Callable[[int], bool]) -> int |
 
 
 def crossing_table(cases: list[Case]) -> str:
-    """Format the tokens per step from which the merge takes less than 10% and SNELLA is as fast as LoRA."""
+    """Format the tokens per step at which the merge takes less than 10%, and SNELLA is as fast as LoRA."""
     epyc = fit_rates(cases_of(EPYC_2, cases))
     lines = [[f"{machine_name(EPYC_2)}, ViT-B/16, float32", *_crossings(epyc, "ViT-B/16", _count_on_cpu)]]
     lines += [
@@ -390,16 +390,16 @@ def _count_on_cpu(model: str, method: str, batch: int) -> StepCount:
 
 
 def _crossings(rates: Rates, model: str, count: Callable[[str, str, int], StepCount]) -> list[str]:
-    """Format the three token counts of one machine and model."""
+    """Format the three token counts for a machine and a model."""
 
-    def merges_little(batch: int) -> bool:
+    def is_merge_small(batch: int) -> bool:
         step = count(model, "snella", batch)
         return rates.merge_seconds(step) < 0.1 * rates.seconds(step)
 
     def is_fast(method: str) -> Callable[[int], bool]:
         return lambda batch: rates.seconds(count(model, method, batch)) < rates.seconds(count(model, "lora", batch))
 
-    conditions = (merges_little, is_fast("snella"), is_fast("snella-sample-quarter"))
+    conditions = (is_merge_small, is_fast("snella"), is_fast("snella-sample-quarter"))
     return [_tokens_text(tokens_until(MODELS[model], condition)) for condition in conditions]
 
 
@@ -446,7 +446,7 @@ def memory_table() -> str:
 
 
 def communication_table() -> str:
-    """Format the bytes sent per device and step."""
+    """Format the GiB sent per device and step."""
     lines = []
     for name in _LARGE:
         model = MODELS[name]
@@ -514,16 +514,16 @@ def update_page(page: Path = PAGE, folder: Path = FOLDER) -> bool:
 
 
 def errors_figure(held_out: list[HeldOut]) -> Figure:
-    """Plot predicted against measured seconds of held-out measurements, one marker per method family."""
+    """Plot predicted versus measured seconds of held-out measurements, one marker per method family."""
     figure, axes = new_figure(*CURVE, "Held-out steps on CPUs")
-    ends = [
+    limits = [
         min(prediction.case.seconds for prediction in held_out) * 0.7,
         max(prediction.case.seconds for prediction in held_out) * 1.4,
     ]
     axes.fill_between(
-        ends, [0.85 * x for x in ends], [1.15 * x for x in ends], color=COLORS[0], alpha=0.12, linewidth=0
+        limits, [0.85 * x for x in limits], [1.15 * x for x in limits], color=COLORS[0], alpha=0.12, linewidth=0
     )
-    axes.plot(ends, ends, color=INK, linewidth=1)
+    axes.plot(limits, limits, color=INK, linewidth=1)
     for index, family in enumerate(("lora", "dora", "full", "snella", "frozen")):
         predictions = [prediction for prediction in held_out if METHODS[prediction.case.method].family == family]
         axes.plot(
@@ -535,14 +535,14 @@ def errors_figure(held_out: list[HeldOut]) -> Figure:
             alpha=0.8,
             label="snella and options" if family == "snella" else family,
         )
-    for scale, axis, limit in (
+    for set_scale, axis, set_limits in (
         (axes.set_xscale, axes.xaxis, axes.set_xlim),
         (axes.set_yscale, axes.yaxis, axes.set_ylim),
     ):
-        scale("log")
+        set_scale("log")
         axis.set_ticks([0.2, 0.5, 1, 2, 5, 10, 20], ["0.2", "0.5", "1", "2", "5", "10", "20"])
         axis.set_minor_locator(NullLocator())
-        limit(*ends)
+        set_limits(*limits)
     axes.set_xlabel("measured seconds per step")
     axes.set_ylabel("predicted seconds per step")
     add_legend(figure, *axes.get_legend_handles_labels(), columns=3)
@@ -550,7 +550,7 @@ def errors_figure(held_out: list[HeldOut]) -> Figure:
 
 
 def ratios_figure() -> Figure:
-    """Plot the predicted step time of SNELLA relative to LoRA against the tokens per step."""
+    """Plot the predicted step time of SNELLA relative to LoRA versus the tokens per step."""
     figure, axes = new_figure(*CURVE, "SNELLA relative to LoRA, predicted, not measured")
     batches = [2**power for power in range(11)]
     for index, (gpu, model) in enumerate(

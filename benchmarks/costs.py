@@ -1,4 +1,4 @@
-"""Cost estimates for the paper's tables from the rows of results.jsonl, as text for docs/ and experiments/."""
+"""Cost estimates for the paper's tables from results.jsonl, as text for docs/ and experiments/."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cost_wording import flop_text, markdown_table, memory_text, notes_text, time_text
+from cost_text import flop_text, markdown_table, memory_text, notes_text, time_text
 from counted_step import CountedStep
 from paper_models import METHOD, SAM_NAMES, classifier, llama_7b, sam, sd3_medium
 from row_speed import BACKBONE, RowSpeed, has_gpu_rows, row_speed
@@ -40,17 +40,17 @@ _BACKBONES = {
 }
 _BATCH = 32  # as in the experiment files
 _POLYP_TRAIN, _POLYP_VAL, _POLYP_TEST, _POLYP_EPOCHS = 704, 176, 120, 20
-_SUBJECTS, _IMAGES = 30, 3000  # 25 prompts, four times each
+_SUBJECTS, _IMAGES = 30, 3000  # 30 subjects, 25 prompts, four images per prompt
 _INSTRUCTIONS = 170_000
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Cost texts for pages and experiment files.
+    """Cost text for pages and experiment files.
 
     Args:
         pages: Text by page name.
-        experiments: Text by path in `experiments/`.
+        experiments: Text by path below `experiments/`.
     """
 
     pages: dict[str, str]
@@ -82,7 +82,7 @@ def update_costs(rows_file: Path, root: Path = ROOT) -> list[Path]:
         The changed files.
 
     Raises:
-        ValueError: If a file has no marker, or see `estimate`.
+        ValueError: If a file has no marker, or rows are missing or inconsistent.
     """
     costs = estimate(read_rows(rows_file))
     pages = {root / "docs" / name: text for name, text in costs.pages.items()}
@@ -98,7 +98,7 @@ def update_costs(rows_file: Path, root: Path = ROOT) -> list[Path]:
 
 
 def with_cost(content: str, text: str, path: Path) -> str:
-    """Replace the estimate in an experiment file, from its marker up to the next field.
+    """Replace the estimate in an experiment file, from its marker to the next field.
 
     Raises:
         ValueError: If the file has no marker.
@@ -197,7 +197,7 @@ def _language(speed: RowSpeed) -> tuple[str, dict[str, str]]:
 
 
 def _method_time(speed: RowSpeed, counted: CountedStep, name: str) -> str:
-    """Format the time range of one method in an experiment, from the fewest to the most tuning runs."""
+    """Format one method's time range in an experiment, from the fewest to the most tuning runs."""
     fewest, most = (time_text(seconds(speed, counted, work)) for work in one_method(read_experiment(name)))
     if fewest == most:
         return fewest

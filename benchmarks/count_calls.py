@@ -1,8 +1,7 @@
-"""Readability metrics: calls of a forward pass, functions of a training run, sizes of classes and packages.
+"""Readability metrics: calls in a forward pass, functions of a training run, sizes of classes and packages.
 
-Counts the Python calls in one forward pass of an adapted `nn.Linear` (SNELLA and PEFT's LoRA) and the lines of each
-package. For a training run, counts the functions called before its first step and the functions that receive its
-configuration.
+Counts the Python calls in a forward pass of an adapted `nn.Linear` (SNELLA and PEFT's LoRA), the functions of a
+training run that are called before its first step or receive its configuration, and the lines of each package.
 
 python benchmarks/count_calls.py
 """
@@ -39,10 +38,10 @@ PROJECT = str(Path(PACKAGE).parent)
 
 @dataclass
 class Calls:
-    """Python calls during one call of a function.
+    """Python calls during a call of a function.
 
     Args:
-        by_file: Number of Python calls by source file, without Numba kernels.
+        by_file: Number of calls by source file, without Numba kernels.
         switches: Number of file changes between consecutive calls.
     """
 
@@ -50,12 +49,12 @@ class Calls:
     switches: int = 0
 
     def within(self, folder: str) -> Counter[str]:
-        """Return the calls in files of one folder."""
+        """Return the calls in files of a folder."""
         return Counter({file: count for file, count in self.by_file.items() if file.startswith(folder)})
 
 
 def count_calls(function: Callable[[], object]) -> Calls:
-    """Call `function` and count its Python calls with `sys.setprofile`, without the call of `function`."""
+    """Call `function` and count the Python calls that it makes, with `sys.setprofile`."""
     calls, last, skipped = Calls(), "", getattr(function, "__code__", None)
 
     def profile(frame: FrameType, event: str, argument: object) -> None:
@@ -102,9 +101,9 @@ class _FirstStepError(Exception):
 
 
 def functions_before_first_step(config: TrainConfig) -> dict[str, set[str]]:
-    """Start a training run and return the project code called before its first step, by source file.
+    """Start a training run and return the project's functions called before its first step, by source file.
 
-    Names such as `train.<locals>.<listcomp>` are comprehensions, generator expressions, lambdas and modules.
+    Names such as `train.<locals>.<listcomp>` denote comprehensions, generator expressions, lambdas and modules.
     """
     entered: dict[str, set[str]] = {}
 
@@ -114,7 +113,7 @@ def functions_before_first_step(config: TrainConfig) -> dict[str, set[str]]:
             entered.setdefault(code.co_filename, set()).add(code.co_qualname)
 
     def stop(*_: object) -> None:
-        sys.setprofile(None)  # not the error handling after the step
+        sys.setprofile(None)  # excludes the error handling
         raise _FirstStepError
 
     console = make_console(file=io.StringIO())
@@ -129,14 +128,14 @@ def functions_before_first_step(config: TrainConfig) -> dict[str, set[str]]:
 
 @dataclass
 class Size:
-    """Size of one root package.
+    """Size of a root package.
 
     Args:
         modules: Number of files.
         lines: Number of lines.
-        code: Number of lines without blank lines, comments and docstrings.
+        code: Number of lines, excluding blank lines, comments and docstrings.
         largest_class: Name and number of methods.
-        longest_signature: Name and number of parameters, without `self` and `cls`.
+        longest_signature: Name and number of parameters, excluding `self` and `cls`.
     """
 
     modules: int = 0
@@ -177,7 +176,7 @@ def size_of(root: Path) -> Size:
 
 
 def small_training(out: str) -> TrainConfig:
-    """Return the configuration of two steps on digits with a small model."""
+    """Return the configuration of a two-step run on digits with a small model."""
     sizes = {"train_size": 40, "val_size": 20, "test_size": 20}
     return TrainConfig.from_flat(
         data="digits", backbone="test_vit", pretrained=False, img_size=32, epochs=1, out=out, **sizes

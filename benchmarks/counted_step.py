@@ -26,7 +26,7 @@ class CountedStep:
 
     Args:
         batch: Batch size.
-        adapted: Number of weights in the adapted matrices, which are merged in every pass.
+        adapted: Number of weights in the adapted matrices, which every pass merges.
         forward_flop: FLOP of the forward pass; a multiply-add counts as two.
         training_flop: FLOP of forward and backward pass. Each adapted layer needs three products: output, input
             gradient and weight gradient. A frozen layer needs two, or one if no earlier layer is trained.
@@ -44,15 +44,15 @@ class CountedStep:
 def count_step(build: Callable[[], nn.Module], inputs: Mapping[str, Any], checkpointed: str = "") -> CountedStep:
     """Count a step on torch's meta device.
 
-    An adapted layer runs as a layer with a trainable dense weight: both compute the same three products and save the
-    input, unless the input is recomputed.
+    An adapted layer is replaced with a layer with a trainable dense weight; both compute the same three products, and
+    save the input unless it is recomputed.
 
     Args:
         build: Function that creates the model with SNELLA adapters; called on the meta device, in float32.
         inputs: Arguments of the model on the meta device, the first one a batch; a single positional tensor has the
             name `""`.
-        checkpointed: Name of the module list whose blocks use activation checkpointing, e.g. `"layers"`. The FLOP
-            exclude the recomputation.
+        checkpointed: Name of the module list whose blocks use activation checkpointing, e.g. `"layers"`. FLOP exclude
+            the recomputation.
     """
     with torch.device("meta"):
         model = build().train()
@@ -88,10 +88,10 @@ def count_step(build: Callable[[], nn.Module], inputs: Mapping[str, Any], checkp
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Mode that replaces attention with the CPU's fused kernel, because the meta device builds the attention matrix."""
+    """Function mode that runs attention as the CPU's fused kernel; the meta device would build the attention matrix."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Replace the general operation with the fused one."""
+        """Replace attention with the fused operation."""
         if func is nn.functional.scaled_dot_product_attention:
             return _attention(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
@@ -101,7 +101,7 @@ def _attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Compute fused attention, or the general operation for a mask with a gradient (SAM's relative positions)."""
+    """Compute fused attention, or regular attention for a mask with a gradient (SAM's relative positions)."""
     if enable_gqa or dropout_p or (attn_mask is not None and attn_mask.requires_grad):
         return nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -131,8 +131,8 @@ _ATTENTION_FLOP = {
 class _SavedTensors:
     """Bytes saved by a forward pass, counted by storage.
 
-    `peak` is the maximum over modules of the saved bytes up to the module plus its temporary tensors. Checkpointed
-    blocks count with their inputs, and with the saved tensors of one block at a time.
+    `peak` is the maximum over modules of the bytes saved up to the module plus its temporary tensors. Checkpointed
+    blocks count their inputs, and the saved tensors of one block at a time.
     """
 
     excluded: set[int]

@@ -1,10 +1,10 @@
-"""Throughput of snella's data loading and torchvision's ImageFolder with the same transform, interleaved.
+"""Throughput of snella's data loading and torchvision's ImageFolder, interleaved, with the same transform.
 
     python benchmarks/data_loading.py --out benchmarks/data_loading.jsonl
 
-The images are Tux Paint's stamps (Debian's tuxpaint-stamps-default), as PNG (median 155×195) and enlarged to JPEGs of
-1600 pixels ("photographs"). Each round reads one epoch with each loader in the main process. Times are CPU
-seconds. `first epoch` decodes all images; `later epochs` read decoded images from a cache of up to 512 MiB.
+The images are Tux Paint's stamps (Debian's tuxpaint-stamps-default), as PNGs (median 155×195) and enlarged to JPEGs of
+1600 pixels ("photographs"). Each round reads one epoch with each loader in the main process. Times are CPU seconds.
+`first epoch` decodes all images; `later epochs` reads decoded images from a cache of up to 512 MiB.
 """
 
 import argparse
@@ -33,7 +33,7 @@ BATCH = 32
 
 
 def write_images(folder: Path, kind: str, count: int) -> None:
-    """Write the stamps as class folders."""
+    """Write the stamps to class folders."""
     stamps = load_data("stamps").train
     for index in range(count):
         class_folder = folder / stamps.names[index].partition("/")[0]
@@ -48,7 +48,7 @@ def write_images(folder: Path, kind: str, count: int) -> None:
 
 
 def read_all(dataset) -> tuple[float, float]:
-    """Read one epoch; return CPU and wall-clock seconds."""
+    """Read one epoch and return CPU and wall-clock seconds."""
     wall, cpu = time.perf_counter(), time.process_time()
     for images, _ in DataLoader(dataset, BATCH):
         if images.shape[1:] != (3, 224, 224):

@@ -1,4 +1,4 @@
-"""Class folders read by snella and by Hugging Face `datasets`: speed, memory, cache and behavior.
+"""Speed, memory, cache and behavior of snella and Hugging Face `datasets` on class folders.
 
     python benchmarks/data_reading.py FOLDER --out benchmarks/data_reading.jsonl
     python benchmarks/data_reading.py --behavior --out benchmarks/data_reading.jsonl
@@ -6,14 +6,14 @@
 
 Readers:
 
-    folder      `load_data("folder:PATH")`: checks every image, then decodes at the training resolution
+    folder      `load_data("folder:PATH")`: checks each image, then decodes at the training resolution
     hf          `load_data("hf:PATH")`: `datasets` lists the files; snella checks and decodes them
-    datasets    `load_dataset("imagefolder")`: decodes without checks; training images are converted to RGB
+    datasets    `load_dataset("imagefolder")`: decodes without checks; images are converted to RGB
 
-The images below FOLDER are pooled by class, as stored (`png`) and enlarged to JPEGs of 1600 pixels (`jpeg`). Each
-measurement is a process that imports, loads, and reads two epochs with the training transform in the main process on
-two threads. `cold` starts with empty caches of `datasets`, and without images in the page cache. `warm` is the next
-process. Readers are interleaved over the rounds.
+The images below FOLDER are pooled by class, either unchanged (`png`) or enlarged to JPEGs of 1600 pixels (`jpeg`). Each
+measurement is a process that imports, loads, and reads two epochs with the training transform on two threads, without
+workers. `cold` starts with an empty `datasets` cache and no images in the page cache; `warm` is the next process.
+Readers are interleaved over the rounds.
 """
 
 import argparse
@@ -44,7 +44,7 @@ _BATCH = 32
 _THREADS = 2
 _SIDE = 1600
 _READ_SIDE = 896
-"""Minimum shorter side at which training decodes images for an input of 224 pixels."""
+"""Minimum shorter side of images decoded for training at 224 pixels."""
 
 
 def main() -> None:
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def speeds(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yield a row for each reader, state of the caches and round."""
+    """Yield a row for each round, reader and cache state."""
     with tempfile.TemporaryDirectory() as temporary:
         photos = Path(temporary, "photos")
         files = write_images(options.folder, photos, options.kind, options.images)
@@ -93,7 +93,7 @@ def speeds(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def speed_table(rows: list[dict[str, Any]]) -> str:
-    """Return a table with the medians over the rounds."""
+    """Format the medians over rounds as a table."""
     columns = {
         "load_s": "load, s",
         "load_and_first_epoch_s": "load and first epoch, s",
@@ -114,7 +114,7 @@ def speed_table(rows: list[dict[str, Any]]) -> str:
 
 
 def write_images(source: Path, folder: Path, kind: str, count: int) -> list[Path]:
-    """Write up to `count` images below a folder as `class/image`, an equal share of each class; return the files."""
+    """Write up to `count` images as `class/image`, an equal share of each class, and return the files."""
     by_class: dict[str, list[Path]] = {}
     for file in sorted(source.rglob("*.png")):
         by_class.setdefault(file.parent.name, []).append(file)
@@ -143,7 +143,7 @@ def drop_from_page_cache(files: Iterable[Path]) -> None:
 
 
 def run_measurement(reader: str, folder: Path, cache: Path) -> dict[str, Any]:
-    """Measure a reader in a new process with the given cache folder of `datasets`."""
+    """Measure a reader in a new process with its own `datasets` cache folder."""
     command = [sys.executable, __file__, "--measure", reader, str(folder)]
     environment = {**os.environ, "HF_HOME": str(cache), "OMP_NUM_THREADS": str(_THREADS), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -154,7 +154,7 @@ def run_measurement(reader: str, folder: Path, cache: Path) -> dict[str, Any]:
 
 
 def measure(reader: str, folder: str) -> dict[str, Any]:
-    """Import, load and read two epochs; return times, images per second and peak memory."""
+    """Import, load and read two epochs, and return times, images per second and peak memory."""
     start = time.perf_counter()
     from torch.utils.data import DataLoader
 
@@ -165,7 +165,7 @@ def measure(reader: str, folder: str) -> dict[str, Any]:
 
     imported = time.perf_counter()
     transform = build_transform(CONFIG, train=True, augment="crop")
-    dataset = create_theirs(folder, transform) if reader == "datasets" else create_ours(f"{reader}:{folder}", transform)
+    dataset = hf_dataset(folder, transform) if reader == "datasets" else snella_dataset(f"{reader}:{folder}", transform)
     loaded = time.perf_counter()
     epochs = []
     for _ in range(2):
@@ -189,8 +189,8 @@ def measure(reader: str, folder: str) -> dict[str, Any]:
     return {name: round(value, 2) for name, value in measured.items()}
 
 
-def create_ours(spec: str, transform: Callable[[Any], Any]) -> Any:
-    """Return all images as training reads them."""
+def snella_dataset(spec: str, transform: Callable[[Any], Any]) -> Any:
+    """Return all images as snella reads them for training."""
     from snella_app.data import load_data
     from snella_app.data.datasets import read_at_side
 
@@ -198,7 +198,7 @@ def create_ours(spec: str, transform: Callable[[Any], Any]) -> Any:
     return read_at_side([images.with_transform(transform)], _READ_SIDE)[0]
 
 
-def create_theirs(folder: str, transform: Callable[[Any], Any]) -> Any:
+def hf_dataset(folder: str, transform: Callable[[Any], Any]) -> Any:
     """Return all images as `datasets` reads them."""
     import datasets
 
@@ -240,14 +240,14 @@ def behaviors() -> Iterator[dict[str, Any]]:
             folder = Path(temporary, name.replace(" ", "-"))
             write(folder)
             table = next(folder.glob("labels.*"), None)
-            outcomes = {"folder": lambda f=folder, t=table: describe_ours(f"csv:{t}" if t else f"folder:{f}", f)}
-            outcomes["hf"] = lambda f=folder: describe_ours(f"hf:{f}", f)
-            outcomes["datasets"] = lambda f=folder, t=table: describe_theirs(f, t)
+            outcomes = {"folder": lambda f=folder, t=table: describe_snella(f"csv:{t}" if t else f"folder:{f}", f)}
+            outcomes["hf"] = lambda f=folder: describe_snella(f"hf:{f}", f)
+            outcomes["datasets"] = lambda f=folder, t=table: describe_datasets(f, t)
             yield {"case": name, **{reader: outcome(run) for reader, run in outcomes.items()}}
 
 
 def outcome(run: Callable[[], str]) -> str:
-    """Return the outcome of a case, or the error."""
+    """Return the outcome of a case or its error."""
     try:
         text = run()
     except Exception as error:
@@ -255,8 +255,8 @@ def outcome(run: Callable[[], str]) -> str:
     return re.sub(rf"{re.escape(tempfile.gettempdir())}/tmp[^/ ]*/", "", text)
 
 
-def describe_ours(spec: str, folder: Path) -> str:
-    """Describe the images, classes and notes of `load_data`; on errors, repeat it with `skip_corrupt`."""
+def describe_snella(spec: str, folder: Path) -> str:
+    """Describe the result of `load_data`; after an error, repeat it with `skip_corrupt`."""
     from snella_app.data import load_data
 
     try:
@@ -269,7 +269,7 @@ def describe_ours(spec: str, folder: Path) -> str:
 
 
 def _describe_splits(splits: Any) -> str:
-    """Describe the splits of `load_data`: class, name, size and mean color of each image."""
+    """Describe each image in the splits of `load_data`: split, name, class, size and center color."""
     texts = []
     for part, images in splits.parts.items():
         for index, name in enumerate(images.names):
@@ -279,13 +279,13 @@ def _describe_splits(splits: Any) -> str:
 
 
 def _describe_image(name: str, image: Any) -> str:
-    """Describe an image by name, size and color of its center."""
+    """Describe an image by name, size and center color."""
     color = image.convert("RGB").getpixel((image.width // 2, image.height // 2))
     return f"{name} {image.width}x{image.height} {color}"
 
 
-def describe_theirs(folder: Path, table: Path | None) -> str:
-    """Describe the rows of `load_dataset`."""
+def describe_datasets(folder: Path, table: Path | None) -> str:
+    """Describe the result of `load_dataset`."""
     import datasets
 
     if table is not None:
@@ -316,7 +316,7 @@ def write_classes(folder: Path, *names: str, count: int = 1) -> None:
 
 
 def exif_rotation(folder: Path) -> None:
-    """A JPEG of 40×20 pixels with an EXIF rotation of 90 degrees."""
+    """A 40×20 JPEG with an EXIF rotation of 90 degrees."""
     write_classes(folder, "a", "b")
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -324,7 +324,7 @@ def exif_rotation(folder: Path) -> None:
 
 
 def sixteen_bits(folder: Path) -> None:
-    """A 16-bit PNG of half the maximum value."""
+    """A 16-bit PNG at half the maximum value."""
     write_classes(folder, "a", "b")
     Image.new("I;16", (20, 20), 32768).save(folder / "a" / "deep.png")
 
@@ -336,7 +336,7 @@ def transparency(folder: Path) -> None:
 
 
 def corrupt_files(folder: Path) -> None:
-    """A truncated JPEG, a text file and an empty file with image suffixes."""
+    """A truncated JPEG, and a text file and an empty file with image suffixes."""
     write_classes(folder, "a", "b")
     Image.effect_noise((200, 200), 50).save(folder / "a" / "cut.jpg")
     content = (folder / "a" / "cut.jpg").read_bytes()
@@ -346,7 +346,7 @@ def corrupt_files(folder: Path) -> None:
 
 
 def eps_as_png(folder: Path) -> None:
-    """PostScript with the suffix `.png`, which Pillow passes to Ghostscript unless formats are restricted."""
+    """PostScript with the suffix `.png`, which Pillow runs in Ghostscript unless formats are restricted."""
     write_classes(folder, "a", "b")
     Image.new("RGB", (20, 20)).save(folder / "a" / "script.eps")
     (folder / "a" / "script.eps").rename(folder / "a" / "script.png")
@@ -362,7 +362,7 @@ def links(folder: Path) -> None:
 
 
 def named_splits(folder: Path) -> None:
-    """Splits `train` and `val`; the second lacks a class."""
+    """Splits `train` and `val`, of which `val` lacks a class."""
     write_classes(folder / "train", "a", "b")
     write_classes(folder / "val", "a")
 
@@ -379,7 +379,7 @@ def nested_folders(folder: Path) -> None:
 
 
 def unusual_names(folder: Path) -> None:
-    """An image without suffix, a hidden macOS file, and a name with brackets."""
+    """An image without a suffix, a hidden macOS file, and a name with brackets."""
     write_classes(folder, "a", "b")
     (folder / "a" / "0.png").rename(folder / "a" / "photo")
     (folder / "a" / "._1.png").write_bytes(b"hidden")
@@ -387,7 +387,7 @@ def unusual_names(folder: Path) -> None:
 
 
 def path_outside(folder: Path) -> None:
-    """A table that references an image outside of its folder."""
+    """A table that references an image outside its folder."""
     write_classes(folder, "a", "b")
     write_classes(folder.parent / "private", "c")
     lines = ["file_name,label", "a/0.png,a", "b/0.png,b", "../private/c/0.png,b"]
@@ -395,7 +395,7 @@ def path_outside(folder: Path) -> None:
 
 
 def groups_and_weights(folder: Path) -> None:
-    """A table with labels, groups and weights in European spreadsheet format."""
+    """A semicolon-separated table with labels, groups and weights, as European spreadsheets write it."""
     write_classes(folder, "a", "b")
     lines = ["path;label;patient;weight", "a/0.png;001;7;1", "b/0.png;002;NA;0.5"]
     (folder / "labels.csv").write_text("\n".join(lines))
@@ -408,7 +408,7 @@ CASES: dict[str, Callable[[Path], None]] = {
         *(split_words_in_names, nested_folders, unusual_names, path_outside, groups_and_weights),
     )
 }
-"""Cases by name; each function writes a folder of images."""
+"""Functions that write a folder of images, by case."""
 
 
 if __name__ == "__main__":

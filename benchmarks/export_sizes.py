@@ -1,9 +1,9 @@
-"""Size of sparse files by sparsity, compared with factors, LoRA of the same rank, and merged weights.
+"""Size of sparse files by sparsity, compared with factors, LoRA of the same rank and merged weights.
 
     python benchmarks/export_sizes.py runs/photos      # a SNELLA run; prints a table for docs/notes/checks.md
 
-The budgets of the run's matrices are scaled proportionally to each sparsity. The files come from
-`snella_app.runs.export`.
+The budgets of the run's matrices are scaled in proportion to reach each sparsity. `snella_app.runs.export` writes the
+files.
 """
 
 import sys
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def index_encodings(content: bytes) -> str:
-    """Return the index encodings with their number of matrices."""
+    """Return the index encodings and the number of matrices that use them."""
     import json
 
     stream = BytesIO(content)

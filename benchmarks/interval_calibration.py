@@ -1,6 +1,6 @@
-"""False positive rate of Student's t over tasks with Holm's correction, compared with a percentile bootstrap.
+"""False-positive rate of Student's t over tasks with Holm's correction, compared with a percentile bootstrap.
 
-python benchmarks/interval_calibration.py              replaces interval_calibration.jsonl: eight minutes on one core
+python benchmarks/interval_calibration.py              eight minutes on one core; replaces interval_calibration.jsonl
 python benchmarks/interval_calibration.py --count 500  fewer simulations; writes nothing
 """
 
@@ -19,7 +19,7 @@ from snella_lab.comparison.statistics import LEVEL, difference_of, with_holm
 ROWS = Path(__file__).with_suffix(".jsonl")
 COUNT = 10_000
 TASK, SEED = 0.02, 0.02
-"""Standard deviations of a difference between tasks and between seeds, similar to the bundled suite."""
+"""Standard deviations of differences between tasks and between seeds, similar to the bundled suite."""
 HEAVY = 3
 """Degrees of freedom of the heavy-tailed task effects."""
 
@@ -28,13 +28,13 @@ Pairs = np.ndarray
 
 
 def independent(generator: np.random.Generator, comparisons: int, tasks: int, seeds: int) -> Pairs:
-    """Sample independent comparisons with mean zero; a single task has no task effect."""
+    """Sample independent comparisons with mean zero, without a task effect for a single task."""
     effects = generator.normal(0, TASK if tasks > 1 else 0, (comparisons, tasks, 1))
     return effects + generator.normal(0, SEED, (comparisons, tasks, seeds))
 
 
 def shared_reference(generator: np.random.Generator, comparisons: int, tasks: int, seeds: int) -> Pairs:
-    """Sample comparisons with one shared reference method, as in a table."""
+    """Sample comparisons with a shared reference method, as in a table."""
     methods = independent(generator, comparisons + 1, tasks, seeds) / np.sqrt(2)
     return methods[1:] - methods[:1]
 
@@ -51,8 +51,8 @@ def is_decided(values: Pairs) -> bool:
     return any(value is not None and value.direction != 0 for value in differences.values())
 
 
-def bootstrap_is_clear(values: Pairs, generator: np.random.Generator, resamples: int = 1000) -> bool:
-    """Return True if the interval of a percentile bootstrap (over tasks, then seeds) excludes zero."""
+def bootstrap_is_decided(values: Pairs, generator: np.random.Generator, resamples: int = 1000) -> bool:
+    """Return True if a percentile bootstrap interval (over tasks, then seeds) excludes zero for any comparison."""
     _, tasks, seeds = values.shape
     task_indices = generator.integers(0, tasks, (resamples, tasks, 1))
     seed_indices = generator.integers(0, seeds, (resamples, tasks, seeds))
@@ -64,7 +64,7 @@ def bootstrap_is_clear(values: Pairs, generator: np.random.Generator, resamples:
 
 
 def measure(count: int) -> list[dict[str, Any]]:
-    """Return the fraction of simulations that decide at least one true zero, by setting."""
+    """Return, for each setting, the fraction of simulations that decide at least one true zero."""
     samplers: dict[str, Callable[..., Pairs]] = {
         "independent": independent,
         "shared reference": shared_reference,
@@ -82,7 +82,7 @@ def measure(count: int) -> list[dict[str, Any]]:
         for _ in range(count):
             values = samplers[name](generator, comparisons, tasks, seeds)
             decided += is_decided(values)
-            bootstrapped += comparisons == 1 and bootstrap_is_clear(values, generator)
+            bootstrapped += comparisons == 1 and bootstrap_is_decided(values, generator)
         row: dict[str, Any] = {"differences": name, "comparisons": comparisons, "tasks": tasks, "seeds": seeds}
         row |= {"count": count, "called_clear": decided / count}
         rows.append(row | ({"bootstrap_called_clear": bootstrapped / count} if comparisons == 1 else {}))

@@ -1,13 +1,13 @@
-"""Validation accuracy of methods at several learning rates, with cached frozen blocks and adapted last blocks.
+"""Validation accuracy of methods at several learning rates, with the last blocks adapted and the others cached.
 
 python benchmarks/learning_rates.py --tasks mri-regions,stamps --methods lora-8,snella-8,snella-matched-8
 
 Tasks, sizes and settings come from experiments/bundled-suite.yaml. The outputs of the frozen blocks are computed once
-per task and stored in `--cache`. A run selects its epoch among the last 40% on its validation images, as `snella train`
-does. It is evaluated on up to `--val-size` images that the recipe uses for neither training nor validation. Only
-folders without unused images are evaluated on the test split. The entry `kept` of a row contains the results of the
-probe initialization, if any, and of the best and last epoch, each for raw weights and their average (ema). Each run
-appends a JSON line to learning_rates.jsonl; finished runs are skipped.
+per task and stored in `--cache`. Like `snella train`, a run selects its epoch on validation images, among the last 40%.
+It is evaluated on up to `--val-size` images that are used for neither training nor validation; folders without such
+images are evaluated on the test split. A row's `kept` contains the results of the probe initialization, if any, and of
+the best and last epoch, for raw weights and their average (ema). Each run appends a JSON line to learning_rates.jsonl;
+finished runs are skipped.
 """
 
 import argparse
@@ -47,19 +47,19 @@ from snella_lab.provenance import git_state, system_info
 HERE = Path(__file__).parent
 SUITE = HERE.parent / "experiments" / "bundled-suite.yaml"
 _DECAY = 0.97  # default EMA decay
-_FIRST_MEASURED = 0.6  # fraction of the epochs before the first evaluation
+_FIRST_EVALUATED = 0.6  # fraction of the epochs before the first evaluation
 
 
 @dataclasses.dataclass
 class Features:
-    """Outputs `[images, tokens, width]` of the frozen blocks, and labels `[images]`.
+    """Outputs of the frozen blocks, `[images, tokens, width]`, and labels, `[images]`.
 
     Attributes:
-        train: Training images, `[sides, images, tokens, width]`; also mirrored if the recipe flips images.
+        train: Training images, `[sides, images, tokens, width]`; includes mirror images if the recipe flips.
         train_labels: Labels of `train`.
         val: Validation images, for selecting the epoch.
         val_labels: Labels of `val`.
-        rest: Unused images, for the evaluation; not from the test split.
+        rest: Evaluation images.
         rest_labels: Labels of `rest`.
         classes: Number of classes.
     """
@@ -75,14 +75,14 @@ class Features:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", default="mri-regions,stamps", help="the suite's tasks, or folder:PATH")
+    parser.add_argument("--tasks", default="mri-regions,stamps", help="tasks of the suite, or folder:PATH")
     parser.add_argument("--methods", default="lora-8,snella-8,snella-matched-8")
     parser.add_argument("--factors", default="0.3,1,3,10", help="factors on the method's default learning rate")
     parser.add_argument("--seeds", default="0")
     parser.add_argument(
         "--recipe", choices=("suite", "train"), default="suite", help="recipe of the suite or of snella train"
     )
-    parser.add_argument("--blocks", type=int, default=2, help="number of adapted last blocks")
+    parser.add_argument("--blocks", type=int, default=2, help="number of last blocks to adapt")
     parser.add_argument("--val-size", type=int, default=600)
     parser.add_argument("--set", action="append", default=[], help="TrainConfig setting, e.g. epochs=20; YAML")
     parser.add_argument("--options", default="{}", help="method options, JSON")
@@ -105,7 +105,7 @@ def main() -> None:
 
 
 def is_done(out: Path, setting: dict[str, Any]) -> bool:
-    """Return True if `out` contains a row of this run."""
+    """Return True if `out` contains the run's row."""
     rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     return any(all(row.get(key) == value for key, value in setting.items()) for row in rows)
 
@@ -120,7 +120,7 @@ def append(out: Path, row: dict[str, Any]) -> None:
 
 
 def config_of(setting: dict[str, Any]) -> TrainConfig:
-    """Return the recipe's settings for a task, with the method's learning rate scaled by the factor."""
+    """Return the recipe's settings for a task, with the learning rate scaled by the factor."""
     suite = yaml.safe_load(SUITE.read_text())
     named = {entry.get("name", entry["data"]): entry for entry in suite["data"]}
     entry = named.get(setting["task"], {"data": setting["task"]})
@@ -142,7 +142,7 @@ def config_of(setting: dict[str, Any]) -> TrainConfig:
 
 
 def run(setting: dict[str, Any], cache: Path) -> dict[str, Any]:
-    """Train once; select states on the validation images and evaluate them on unused images."""
+    """Train once, select states on validation images, and evaluate them on unused images."""
     start = time.process_time()
     config = config_of(setting)
     features = features_of(config, setting["blocks"], setting["val_size"], cache)
@@ -191,7 +191,7 @@ def run(setting: dict[str, Any], cache: Path) -> dict[str, Any]:
             row["sparsity"] = round(1 - sum(allocator.budgets.values()) / allocator.total_weights, 4)
         is_denser = allocator is not None and (allocator.config.schedule_end or 1.0) < 1
         is_denser = is_denser and allocator is not None and not allocator.has_reached_target
-        for name in ("raw", "ema") if epoch + 1 > _FIRST_MEASURED * optim.epochs else ():
+        for name in ("raw", "ema") if epoch + 1 > _FIRST_EVALUATED * optim.epochs else ():
             with average.applied() if name == "ema" else nullcontext():
                 row[name] = measure(model, forward, features.val, features.val_labels)
                 score = (not is_denser, row[name]["val_accuracy"], -row[name]["val_loss"])
@@ -228,7 +228,7 @@ def trained_values(model: nn.Module) -> dict[str, Tensor]:
 def reevaluate(
     model: nn.Module, forward: nn.Module, features: Features, values: dict[str, Tensor], row: dict[str, Any]
 ) -> dict[str, Any]:
-    """Evaluate a stored state on unused images; its validation results must match the stored ones."""
+    """Evaluate a stored state on unused images, and check that it reproduces its validation results."""
     model.load_state_dict(values, strict=False)
     scores = evaluate_both(model, forward, features)
     if abs(scores["val_accuracy"] - row["val_accuracy"]) > 1e-6:
@@ -244,7 +244,7 @@ def evaluate_both(model: nn.Module, forward: nn.Module, features: Features) -> d
 
 
 class Head(nn.Module):
-    """Pooling and classifier of a timm transformer; looks up the classifier on every call."""
+    """Pooling and classifier of a timm transformer; the classifier is looked up on every call."""
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -343,7 +343,7 @@ def measure(model: nn.Module, forward: nn.Module, images: Tensor, labels: Tensor
 
 @torch.no_grad()
 def update_rms(model: nn.Module) -> float | None:
-    """Return the median over matrices of rms(scaling·S)/rms(W0); None for methods without sparse updates."""
+    """Return the median of rms(scaling·S)/rms(W0) over matrices; None for methods without sparse updates."""
     ratios = []
     for matrix in matrices_of(model):
         layer, name = matrix.layer, matrix.adapter_name

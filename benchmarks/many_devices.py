@@ -1,8 +1,8 @@
-"""Training with 2 and 4 processes, compared with one process: engines × launchers × options, on a tiny model with gloo.
+"""Training with 2 and 4 processes, compared with one process: engines × loops × options, on a tiny model with gloo.
 
-python benchmarks/many_devices.py                          replaces many_devices.jsonl and the table of the note
+python benchmarks/many_devices.py                          replaces many_devices.jsonl and the table in docs/notes
 python benchmarks/many_devices.py --loops torchrun --engines DDP --options plain --counts 2 --out rows.jsonl
-python benchmarks/many_devices.py --table                  writes the table from many_devices.jsonl
+python benchmarks/many_devices.py --table                  rewrites the table from many_devices.jsonl
 
 DeepSpeed is used if it can be imported, e.g. from a folder in PYTHONPATH.
 """
@@ -46,7 +46,7 @@ STEPS, SAVED_AT, PER_EPOCH = 12, 6, 3
 BATCH, SIDE, CLASSES = 16, 16, 5
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
 LR = 1e-2
-ALONE = "one process"
+SINGLE = "one process"
 COMPILER = "aot_eager"
 """Backend of torch.compile; the default backend compiles C++ for minutes."""
 
@@ -55,7 +55,7 @@ COMPILER = "aot_eager"
 
 
 def make_model(has_allocator: bool = True) -> nn.Module:
-    """Return the adapted tiny ViT, identical in all processes."""
+    """Build the adapted tiny ViT, identical in all processes."""
     from peft import get_peft_model
     from transformers import ViTConfig, ViTForImageClassification
 
@@ -67,8 +67,8 @@ def make_model(has_allocator: bool = True) -> nn.Module:
         ViTConfig(**sizes, image_size=SIDE, patch_size=8, num_channels=1, num_labels=CLASSES)
     )
     settings: dict[str, Any] = {"impl": "eager", "modules_to_save": ["classifier"]}
-    fixed = {} if has_allocator else {"init_sparsity": 0.7, "target_sparsity": 0.7}
-    return get_peft_model(base, SnellaConfig(r=4, target_modules=TARGETS, **settings, **fixed))
+    sparsity = {} if has_allocator else {"init_sparsity": 0.7, "target_sparsity": 0.7}
+    return get_peft_model(base, SnellaConfig(r=4, target_modules=TARGETS, **settings, **sparsity))
 
 
 def images() -> tuple[Tensor, Tensor]:
@@ -79,8 +79,8 @@ def images() -> tuple[Tensor, Tensor]:
     return noise + torch.linspace(-1, 1, CLASSES)[labels][:, None, None, None], labels
 
 
-def parts_of(step: int, accumulated: int) -> list[tuple[Tensor, Tensor]]:
-    """Return this process's share of each micro-batch of a step."""
+def local_batches(step: int, accumulated: int) -> list[tuple[Tensor, Tensor]]:
+    """Return this process's share of each micro-batch in a step."""
     X, y = images()
     rank, count = rank_and_count()
     parts = []
@@ -100,7 +100,7 @@ def rank_and_count() -> tuple[int, int]:
 
 
 class CommunicatedBytes(TorchDispatchMode):
-    """Sum of the bytes of all collectives: the larger of a collective's input and output, per process."""
+    """Dispatch mode that sums the bytes of collectives per process: the larger of input and output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class CommunicatedBytes(TorchDispatchMode):
 
 
 def count_bytes(allocator: Any) -> list[int]:
-    """Return a list to which the allocator appends the bytes it communicates in each step."""
+    """Return a list that receives the bytes that the allocator communicates in each step."""
     per_step: list[int] = []
     step = [0]
 
@@ -154,7 +154,7 @@ def count_bytes(allocator: Any) -> list[int]:
 
 @dataclass
 class Cell:
-    """One training run: loop, parallelization engine and one option."""
+    """A training run: loop, parallelization engine and option."""
 
     loop: str
     engine: str
@@ -190,7 +190,7 @@ def attach(cell: Cell, model: nn.Module, optimizer: Any) -> Any:
 
 
 def check_engine(cell: Cell, wrapped: nn.Module) -> None:
-    """Raise an error if a launcher replaced the engine, as Accelerate does on a CPU."""
+    """Raise an error if the loop replaced the engine, as Accelerate does on a CPU."""
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
     wrapped = getattr(wrapped, "_orig_mod", wrapped)
@@ -204,7 +204,7 @@ def check_engine(cell: Cell, wrapped: nn.Module) -> None:
 
 
 def run_torchrun(cell: Cell) -> dict[str, Tensor]:
-    """Train in a plain loop; return the full final state."""
+    """Train in a plain loop and return the full final state."""
     if cell.engine.startswith("ZeRO"):
         return _run_deepspeed(cell)
     model = make_model(cell.has_allocator)
@@ -219,10 +219,10 @@ def run_torchrun(cell: Cell) -> dict[str, Tensor]:
         _load(cell, wrapped, optimizer)
     if cell.option == "compile":
         wrapped.compile(backend=COMPILER)
-    is_autocast = cell.option == "bf16" and cell.engine in (ALONE, "DDP")
+    is_autocast = cell.option == "bf16" and cell.engine in (SINGLE, "DDP")
     wrapped.train()
     for step in range(cell.first, STEPS):
-        parts, losses = parts_of(step, cell.accumulated), []
+        parts, losses = local_batches(step, cell.accumulated), []
         for number, (x, y) in enumerate(parts):
             is_last = number == len(parts) - 1
             with _syncing(cell, wrapped, is_last), torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
@@ -236,7 +236,7 @@ def run_torchrun(cell: Cell) -> dict[str, Tensor]:
             _save(cell, wrapped, model, optimizer)
     if allocator is not None:
         cell.budgets = allocator.budgets
-    return model.state_dict() if cell.engine == ALONE else _whole(wrapped)
+    return model.state_dict() if cell.engine == SINGLE else _full_state(wrapped)
 
 
 def _wrap(cell: Cell, model: nn.Module) -> nn.Module:
@@ -291,7 +291,7 @@ def _save(cell: Cell, wrapped: nn.Module, model: nn.Module, optimizer: Any) -> N
     rank, count = rank_and_count()
     if count == 1:
         return
-    # on a CPU, FSDP1 frees or overwrites state that it "offloads to the CPU"
+    # without CPU offload, because FSDP1 on a CPU frees or overwrites state that it offloads
     weights, state = get_state_dict(wrapped, optimizer, options=StateDictOptions(full_state_dict=True))
     if rank == 0:
         folder = cell.checkpoint(count)
@@ -332,7 +332,7 @@ def _run_deepspeed(cell: Cell) -> dict[str, Tensor]:
     engine.train()
     for step in range(cell.first, STEPS):
         losses = []
-        for x, y in parts_of(step, cell.accumulated):
+        for x, y in local_batches(step, cell.accumulated):
             if cell.option == "bf16":
                 x = x.bfloat16()
             loss = engine(pixel_values=x, labels=y).loss
@@ -368,7 +368,7 @@ def deepspeed_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def run_accelerate(cell: Cell) -> dict[str, Tensor]:
-    """Train in Accelerate's loop; return the full final state."""
+    """Train with Accelerate and return the full final state."""
     from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin
     from accelerate.state import AcceleratorState, GradientState
 
@@ -408,7 +408,7 @@ def run_accelerate(cell: Cell) -> dict[str, Tensor]:
     wrapped.train()
     for step in range(cell.first, STEPS):
         losses = []
-        for x, y in parts_of(step, cell.accumulated):
+        for x, y in local_batches(step, cell.accumulated):
             with accelerator.accumulate(wrapped):
                 loss = wrapped(pixel_values=x, labels=y).loss
                 accelerator.backward(loss)
@@ -419,16 +419,16 @@ def run_accelerate(cell: Cell) -> dict[str, Tensor]:
         if step + 1 == SAVED_AT and not cell.first and count > 1:
             accelerator.save_state(str(cell.checkpoint(count)), safe_serialization=False)
             if accelerator.is_main_process:
-                # check_engine accepts only DDP, which holds the full state in each process
+                # check_engine accepts only DDP, whose processes all have the full state
                 accelerator.unwrap_model(wrapped, keep_torch_compile=False).save_pretrained(cell.checkpoint(count))
     if allocator is not None:
         cell.budgets = allocator.budgets
     if cell.engine.startswith("ZeRO"):
         return deepspeed_state(model)
-    return _whole(wrapped)
+    return _full_state(wrapped)
 
 
-def _whole(wrapped: nn.Module) -> dict[str, Tensor]:
+def _full_state(wrapped: nn.Module) -> dict[str, Tensor]:
     """Return the full state of a model wrapped by DDP or FSDP."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
@@ -439,7 +439,7 @@ def _whole(wrapped: nn.Module) -> dict[str, Tensor]:
 
 
 def run_trainer(cell: Cell) -> dict[str, Tensor]:
-    """Train with transformers' Trainer; return the full final state."""
+    """Train with transformers' Trainer and return the full final state."""
     from accelerate.state import AcceleratorState, GradientState
     from torch.utils.data import StackDataset
     from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -504,7 +504,7 @@ def run_trainer(cell: Cell) -> dict[str, Tensor]:
         train_sampling_strategy="sequential",
         **settings,
     )
-    # the data have PER_EPOCH steps per epoch, so that the callback's epochs match the other loops
+    # PER_EPOCH steps per epoch, so that the callback's epochs match the other loops
     data = StackDataset(pixel_values=X[: PER_EPOCH * BATCH], labels=y[: PER_EPOCH * BATCH])
     trainer = SnellaTrainer(
         make_model(cell.has_allocator),
@@ -521,7 +521,7 @@ def run_trainer(cell: Cell) -> dict[str, Tensor]:
         cell.budgets = callback.allocator.budgets
     if cell.engine.startswith("ZeRO"):
         return deepspeed_state(trainer.model)
-    return _whole(trainer.model_wrapped)
+    return _full_state(trainer.model_wrapped)
 
 
 RUNNERS = {"torchrun": run_torchrun, "accelerate": run_accelerate, "Trainer": run_trainer}
@@ -605,9 +605,9 @@ def cells(arguments: argparse.Namespace, count: int) -> Iterator[Cell]:
     if count == 1:
         for loop in arguments.loops:
             for option in arguments.options:
-                yield Cell(loop, ALONE, option, folder)
+                yield Cell(loop, SINGLE, option, folder)
                 if any(engine.startswith("ZeRO") for engine in arguments.engines) and option in DEEPSPEED_OPTIONS:
-                    yield Cell(loop, ALONE, option, folder, has_allocator=False)
+                    yield Cell(loop, SINGLE, option, folder, has_allocator=False)
     for loop, engine in sorted(itertools.product(arguments.loops, arguments.engines), key=lambda pair: "Z" in pair[1]):
         is_deepspeed = engine.startswith("ZeRO")
         for option in arguments.options:
@@ -638,10 +638,10 @@ def work(arguments: argparse.Namespace) -> None:
 # driver ---------------------------------------------------------------------------------------------------------------
 
 
-def run(words: Sequence[str], log: Path, environment: dict[str, str], timeout: float) -> bool:
-    """Run a command and log its output to a file; kill it and its children after `timeout` seconds."""
+def run(command: Sequence[str], log: Path, environment: dict[str, str], timeout: float) -> bool:
+    """Run a command with output to a file; kill it and its children after `timeout` seconds."""
     with log.open("w") as stream:
-        process = subprocess.Popen(words, stdout=stream, stderr=stream, env=environment, start_new_session=True)
+        process = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment, start_new_session=True)
         try:
             return process.wait(timeout) == 0
         except subprocess.TimeoutExpired:
@@ -651,7 +651,7 @@ def run(words: Sequence[str], log: Path, environment: dict[str, str], timeout: f
 
 
 def launch(launcher: str, count: int, folder: Path, arguments: argparse.Namespace) -> list[Result]:
-    """Run a worker in `count` processes and return all results."""
+    """Run a worker in `count` processes and return the results of all processes."""
     loops = [loop for loop in arguments.loops if (loop == "accelerate") == (launcher == "accelerate")]
     worker = [__file__, "--worker", launcher, "--folder", str(folder), "--loops", *loops]
     worker += ["--engines", *arguments.engines, "--options", *arguments.options]
@@ -671,7 +671,7 @@ def launch(launcher: str, count: int, folder: Path, arguments: argparse.Namespac
 
 Result = dict[str, Any]
 Key = tuple[str, str, str, bool, int, bool]
-"""Loop, engine, option, True with an allocator, number of processes, True for a resumed run."""
+"""Loop, engine, option, has an allocator, number of processes, is resumed."""
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> list[Result]:
@@ -684,7 +684,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[Result]:
                 is_resumed = result["resumed_from"] is not None
                 key = (result["loop"], result["engine"], result["option"], result["has_allocator"], count, is_resumed)
                 by_key.setdefault(key, []).append(result)
-    return [summarize(key, results, by_key) for key, results in by_key.items() if key[1] != ALONE]
+    return [summarize(key, results, by_key) for key, results in by_key.items() if key[1] != SINGLE]
 
 
 def summarize(key: Key, results: list[Result], by_key: dict[Key, list[Result]]) -> Result:
@@ -700,10 +700,10 @@ def summarize(key: Key, results: list[Result], by_key: dict[Key, list[Result]]) 
     }
     errors = [result for result in results if "error" in result]
     if len(results) < count and not errors:
-        return {**row, "error": f"{count - len(results)} of {count} processes ended without a result"}
+        return {**row, "error": f"{count - len(results)} of {count} processes exited without a result"}
     if errors:
         return {**row, "error": errors[0]["error"], "raised_in": errors[0].get("raised_in")}
-    (reference,) = by_key[loop, ALONE, option, has_allocator, 1, False]
+    (reference,) = by_key[loop, SINGLE, option, has_allocator, 1, False]
     if "error" in reference:
         return {**row, "error": f"one process: {reference['error']}"}
     losses = torch.tensor([result["losses"] for result in results], dtype=torch.float64).mean(0)
@@ -729,7 +729,7 @@ def summarize(key: Key, results: list[Result], by_key: dict[Key, list[Result]]) 
 
 
 def table(rows: list[Result]) -> str:
-    """Return the Markdown table and the number of failed settings.
+    """Format the Markdown table and the number of failed settings.
 
     Settings with equal results share a line.
     """
@@ -755,7 +755,7 @@ def table(rows: list[Result]) -> str:
 
 
 def _merge(lines: list[list[str]], column: int) -> list[list[str]]:
-    """Join lines that differ only in the cell at `column`."""
+    """Merge lines that differ only at `column`."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for line in lines:
         groups.setdefault((*line[:column], *line[column + 1 :]), []).append(line[column])
@@ -763,20 +763,20 @@ def _merge(lines: list[list[str]], column: int) -> list[list[str]]:
 
 
 def _line(engine: str, loop: str, option: str, cells: dict[tuple[int, int | None], Result]) -> list[str]:
-    """Return the cells of one line of the table."""
+    """Return the cells of a line."""
     finished = [row for row in cells.values() if "error" not in row]
     fresh = [row for row in finished if row["resumed_from"] is None]
     same = "yes" if all(row["same_on_all_ranks"] for row in finished) else "**no**"
     files = sorted({row["processes_that_saved"] for row in fresh})
-    number_of_bytes = sorted({max(row["allocator_bytes_per_step"], default=0) for row in fresh})
+    byte_counts = sorted({max(row["allocator_bytes_per_step"], default=0) for row in fresh})
     entries = [_difference(cells.get(key)) for key in ((2, None), (4, None), (4, 2), (1, 4))]
     saved = "once" if files == [1] else "–" if files == [0] else ", ".join(map(str, files))
-    bytes_text = ", ".join(map(str, number_of_bytes)) if fresh and fresh[0]["matrices"] else "–"
+    bytes_text = ", ".join(map(str, byte_counts)) if fresh and fresh[0]["matrices"] else "–"
     return [engine, loop, option, same, *entries[:2], saved, *entries[2:], bytes_text]
 
 
 def _difference(row: Result | None) -> str:
-    """Return the largest difference in loss, or the error."""
+    """Format the largest loss difference, or the error."""
     if row is None:
         return "–"
     return _short(row["error"]) if "error" in row else f"{row['largest_loss_difference']:.0e}"
@@ -789,7 +789,7 @@ def _short(error: str) -> str:
 
 
 def write_table(rows: list[Result]) -> None:
-    """Replace the table of the note."""
+    """Replace the table in the note."""
     begin, end = "<!-- many devices begin -->", "<!-- many devices end -->"
     text = NOTE.read_text(encoding="utf-8")
     before, rest = text.split(begin)
@@ -797,7 +797,7 @@ def write_table(rows: list[Result]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
+    """Return the argument parser."""
     command = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     command.add_argument("--loops", nargs="+", default=LOOPS, choices=LOOPS)
     command.add_argument("--engines", nargs="+", default=ENGINES, choices=ENGINES)
@@ -812,7 +812,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    """Run the benchmark or one of its processes."""
+    """Run the benchmark, or one of its worker processes."""
     arguments = parser().parse_args()
     if arguments.worker:
         work(arguments)

@@ -1,4 +1,4 @@
-"""Draw docs/images/method.svg: merge, competition within a matrix, and budget competition across layers.
+"""Draw docs/images/method.svg: merge, competition within a matrix, competition across layers.
 
 python benchmarks/method_diagram.py
 
@@ -66,7 +66,7 @@ def draw_method() -> Figure:
 
 
 def _matrix(axes: Axes, values: Tensor, name: str, note: str, above: bool = False) -> None:
-    """Draw entries as squares: blue negative, orange positive, white zero."""
+    """Draw a matrix as colored squares: purple negative, white zero, orange positive."""
     bound = float(values.abs().max())
     axes.imshow(values, cmap="PuOr_r", vmin=-bound, vmax=bound, aspect="auto", interpolation="nearest")
     axes.set_xticks([])
@@ -80,14 +80,14 @@ def _matrix(axes: Axes, values: Tensor, name: str, note: str, above: bool = Fals
 
 
 def _arrow(figure: Figure, left: float, right: float) -> None:
-    """Draw an arrow between two panels."""
+    """Draw an arrow between panels."""
     axes = figure.add_axes((left, 0.48, right - left, 0.08))
     axes.annotate("", (1, 0.5), (0, 0.5), arrowprops={"arrowstyle": "-|>", "color": ACCENT, "lw": 2})
     axes.axis("off")
 
 
 def _budgets(axes: Axes, generator: torch.Generator) -> None:
-    """Draw the budgets of eight matrices at four times of a training run, by Algorithm 1."""
+    """Draw the budgets of eight matrices at four steps of a training run (Algorithm 1)."""
     size, count, steps = ROWS * COLUMNS, 8, 4
     importance = torch.rand(count, generator=generator).add(0.15).pow(2).tolist()
     width = 0.8 / steps

@@ -1,11 +1,11 @@
-"""Saved tensors and step time of SNELLA and PEFT's LoRA on more models, in CPU time of one thread.
+"""Saved tensors and single-thread CPU step time of SNELLA and PEFT's LoRA on more models.
 
-python benchmarks/model_rows.py                       every model and setting; appends to model_rows.jsonl
+python benchmarks/model_rows.py                       all models and settings; appends to model_rows.jsonl
 python benchmarks/model_rows.py vit_large --rounds 5  models by name prefix
 
-Autograd hooks count each saved storage once. Large models are built with their first blocks only. Because all blocks
-are identical, two depths give the exact bytes of the whole model; time ratios refer to the shorter model, whose
-depth is recorded in the row. Steps of all methods are interleaved in one process.
+Autograd hooks count each saved storage once. Large models are built with their first blocks only. As all blocks are
+identical, two depths determine the exact bytes of the full model; time ratios refer to the shorter model, whose depth
+is recorded in the row. Steps of all methods are interleaved in one process.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _CLASSES, _VOCABULARY = 100, 1000
 
 @dataclass(frozen=True)
 class Setting:
-    """One model and its training settings.
+    """A model and its training settings.
 
     Args:
         model: A timm model name, or `llama`.
@@ -45,12 +45,12 @@ class Setting:
         tokens: Sequence length.
         side: Image size; None uses the model's default.
         depth: Number of blocks to build; None builds all.
-        blocks: Number of blocks in the whole model.
+        blocks: Number of blocks in the full model.
         r: Rank.
         autocast: Run steps under bfloat16 autocast.
         frozen: Dtype of the frozen weights.
         fused: Use fused attention in Swin (timm's `TIMM_FUSED_ATTN=2`).
-        options: Further options of the model or its configuration.
+        options: Other options of the model or its configuration.
     """
 
     model: str
@@ -85,7 +85,7 @@ SETTINGS = [
     Setting("convnext_base", batch=4),
     Setting("llama", batch=1, tokens=512, depth=2, blocks=32),
 ]
-# options other than rank, modules and sparsity
+# options except rank, modules and sparsity
 SNELLA = {
     "snella": {},
     "snella-bf16-gradient": {"weight_gradient": "bfloat16"},
@@ -112,7 +112,7 @@ def build(setting: Setting) -> nn.Module:
 
 
 def adapted(setting: Setting, method: str) -> nn.Module:
-    """Build the model with one method's adapters."""
+    """Build the model, adapted with one method."""
     model = build(setting)
     if method == "full":
         return model
@@ -180,7 +180,7 @@ class _Loss(nn.Module):
 
 
 def saved_bytes(setting: Setting, name: str) -> int:
-    """Return the saved bytes of the whole model, extrapolated from two depths if only some blocks are built."""
+    """Return the saved bytes of the full model, extrapolated from two depths if only some blocks are built."""
     if setting.depth is None or setting.blocks is None:
         return MethodRunner(setting, name).saved_bytes()
     one_block, two_blocks = (MethodRunner(replace(setting, depth=depth), name).saved_bytes() for depth in (1, 2))
@@ -203,7 +203,7 @@ def measure(setting: Setting, rounds: int) -> list[dict[str, Any]]:
     common = {"benchmark": "model_rows", **described, "sparsity": 0.7, "rounds": rounds, "clock": "process time"}
     rows = []
     for name in names:
-        row = {**common, **conditions("cpu"), "contender": name, "kept_mib": round(saved[name] / 2**20, 1)}
+        row = {**common, **conditions("cpu"), "method": name, "kept_mib": round(saved[name] / 2**20, 1)}
         row["kept_over_lora"] = round(saved[name] / saved["lora"], 4)
         if rounds:
             ratios = [step_s / lora_s for step_s, lora_s in zip(times[name], times["lora"], strict=True)]
@@ -216,7 +216,7 @@ def measure(setting: Setting, rounds: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", help="name prefixes; default all")
+    parser.add_argument("models", nargs="*", help="name prefixes; default: all")
     parser.add_argument("--rounds", type=int, default=4, help="timed steps per method; 0 only counts bytes")
     parser.add_argument("--autocast", action="store_true", help="only the settings with autocast")
     parser.add_argument("--out", default=str(Path(__file__).parent / "model_rows.jsonl"))
@@ -229,7 +229,7 @@ def main() -> None:
         rows = measure(setting, args.rounds)
         append_rows(args.out, rows)
         for row in rows:
-            shown = ("contender", "kept_mib", "kept_over_lora", "step_s", "step_over_lora")
+            shown = ("method", "kept_mib", "kept_over_lora", "step_s", "step_over_lora")
             print(setting, {key: row.get(key) for key in shown}, flush=True)
         gc.collect()
 

@@ -1,4 +1,4 @@
-"""Models of the paper's tables with SNELLA-8 on the meta device, counted on a training batch."""
+"""Models in the paper's tables with SNELLA-8, counted for a training batch on the meta device."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ _SD3 = {
     "caption_projection_dim": 1536,
     "pos_embed_max_size": 192,
 }
-_LATENT_SIDE = 8  # image pixels per latent pixel and side
-_CLIP_TOKENS = 77  # in addition to the tokens of the third text encoder
+_LATENT_SIDE = 8  # image pixels per latent pixel along each side
+_CLIP_TOKENS = 77  # besides the tokens of the third text encoder
 
 
 @cache
@@ -89,7 +89,7 @@ def llama_7b(tokens: int, batch: int) -> CountedStep:
         "labels": numbers,
         "attention_mask": _empty(
             batch, 1, tokens, tokens
-        ),  # full mask, because transformers inspects the values of a token mask
+        ),  # a full mask, because transformers reads the values of a token mask
         "use_cache": False,
     }
     return count_step(lambda: adapt_headless(METHOD, LlamaForCausalLM(LlamaConfig()), {}), inputs, "layers")

@@ -1,8 +1,8 @@
-"""Time of a training step and of a forward pass in float32 and bfloat16 autocast: SNELLA, LoRA, full fine-tuning.
+"""Step and forward times of SNELLA, LoRA and full fine-tuning in float32 and under bfloat16 autocast.
 
 python benchmarks/precision.py                 three minutes on two cores; appends to precision.jsonl
 
-Methods and precisions are interleaved; rows hold medians over `--rounds`.
+Methods and precisions are interleaved; rows contain medians over `--rounds`.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from torch import nn
 
 from snella import SnellaConfig
 from snella_app.device import autocast
-from snella_lab.comparison.cells import git_state, system_info
+from snella_lab.provenance import git_state, system_info
 
 HERE = Path(__file__).parent
 MODELS = (("vit_small_patch14_dinov2", 70, 32), ("vit_base_patch16_224", 224, 16))
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def measure(name: str, size: int, batch: int, rounds: int) -> list[dict[str, Any]]:
-    """Time all methods in both precisions; the first two rounds compile and are discarded."""
+    """Time all methods in both precisions; the first two rounds are warm-up."""
     models = {method: build(method, name, size) for method in METHODS}
     images, labels = torch.randn(batch, 3, size, size), torch.randint(CLASSES, (batch,))
     times: dict[tuple[str, str], list[tuple[float, float]]] = {}
@@ -54,15 +54,15 @@ def measure(name: str, size: int, batch: int, rounds: int) -> list[dict[str, Any
         for method, precision in itertools.product(METHODS, PRECISIONS):
             times.setdefault((method, precision), []).append(step_times(models[method], images, labels, precision))
     rows = []
-    for (method, precision), spans in times.items():
-        step_s, forward_s = (statistics.median(part) for part in zip(*spans[2:], strict=True))
+    for (method, precision), pairs in times.items():
+        step_s, forward_s = (statistics.median(values) for values in zip(*pairs[2:], strict=True))
         row = {"backbone": name, "img_size": size, "batch_size": batch, "method": method, "precision": precision}
         rows.append({**row, "step_s": round(step_s, 4), "forward_s": round(forward_s, 4)})
     return rows
 
 
 def build(method: str, name: str, size: int) -> nn.Module:
-    """Build a model with random weights and adapt it."""
+    """Build an adapted model with random weights."""
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=CLASSES, img_size=size)
     if method == "full":
@@ -72,19 +72,19 @@ def build(method: str, name: str, size: int) -> nn.Module:
 
 
 def step_times(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, precision: str) -> tuple[float, float]:
-    """Return the seconds of forward and backward in training mode, and of a forward pass in evaluation mode."""
+    """Return the seconds of a forward and backward pass in training mode, and of a forward pass in evaluation mode."""
     model.train()
-    training_start = time.perf_counter()
+    start = time.perf_counter()
     with autocast(images.device, precision):
         logits = model(images)
     nn.functional.cross_entropy(logits.float(), labels).backward()
-    trained = time.perf_counter()
+    step_s = time.perf_counter() - start
     model.zero_grad(set_to_none=True)
     model.eval()
     start = time.perf_counter()
     with torch.no_grad(), autocast(images.device, precision):
         model(images)
-    return trained - training_start, time.perf_counter() - start
+    return step_s, time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Step time model fitted to the rows of results.jsonl."""
+"""Step-time model fitted to results.jsonl."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 from counted_step import CountedStep
 
 BACKBONE, METHOD, BATCHES = "vit_base_patch16_224", "snella", (4, 16)
-_SETTING = {"benchmark": "step_time", "backbone": BACKBONE, "contender": METHOD, "dtype": "float32", "r": 8}
+_SETTING = {"benchmark": "step_time", "backbone": BACKBONE, "method": METHOD, "dtype": "float32", "r": 8}
 _SPARSITY = 0.7
 _MIN_ROUNDS = 3
 
 
 @dataclass(frozen=True)
 class Line:
-    """Linear model of one pass in seconds: `per_weight_s · adapted weights + per_flop_s · FLOP`."""
+    """Linear model of the seconds of a pass: `per_weight_s · adapted weights + per_flop_s · FLOP`."""
 
     per_weight_s: float
     per_flop_s: float
@@ -27,7 +27,7 @@ class Line:
 
 @dataclass(frozen=True)
 class RowSpeed:
-    """Linear models fitted to two batch sizes: the merge has a constant cost, the rest grows with the batch size.
+    """Linear models fitted to two batch sizes: a constant cost of the merge, and a cost per image.
 
     Args:
         step: Forward pass, backward pass and optimizer.
@@ -45,11 +45,11 @@ def row_speed(rows: list[dict[str, Any]], counted: CountedStep) -> RowSpeed:
 
     Args:
         rows: Rows of results.jsonl.
-        counted: One image of the rows' backbone.
+        counted: Step of the rows' backbone on one image.
 
     Raises:
-        ValueError: If a batch size has no CPU row, the rows come from two machines, or times do not grow with the batch
-            size, or grow faster.
+        ValueError: If a batch size has no CPU row, the rows come from two machines, or times grow faster than the batch
+            size or not at all.
     """
     by_batch = {batch: _row(rows, batch) for batch in BATCHES}
     missing = [str(batch) for batch, row in by_batch.items() if row is None]
@@ -97,6 +97,6 @@ def _line(small: dict[str, Any], large: dict[str, Any], name: str, adapted: int,
     if per_image <= 0 or shared < 0:
         raise ValueError(
             f"{name} of rows at batch {small['batch']} and {large['batch']} must grow with the batch size, and not "
-            f"faster than it, got {small[name]} and {large[name]} s; run again: python benchmarks/step_time.py"
+            f"faster, got {small[name]} and {large[name]} s; run again: python benchmarks/step_time.py"
         )
     return Line(shared / adapted, per_image / flop)

@@ -1,15 +1,15 @@
-"""SNELLA's recomputation of inputs, compared with torch's selective activation checkpointing of the blocks.
+"""SNELLA's recomputation of inputs, compared with torch's selective activation checkpointing of blocks.
 
-python benchmarks/selective_checkpointing.py              every model and the checks; appends to the .jsonl file
+python benchmarks/selective_checkpointing.py              all models and checks; appends to the .jsonl file
 python benchmarks/selective_checkpointing.py vit --rounds 9
 python benchmarks/selective_checkpointing.py --table      writes the tables of src/snella/memory/README.md
 
-The selective variants run SNELLA without recomputation of inputs, and each block under `torch.utils.checkpoint` with
+The selective variants disable SNELLA's recomputation of inputs and run each block under `torch.utils.checkpoint` with
 `create_selective_checkpoint_contexts`. `selective` saves the results of all matrix products, convolutions and
-attention. `selective-linear` saves only the results of linear layers. Both recompute the rest of the block. The layer
+attention; `selective-linear` saves only the results of linear layers. Both recompute the rest of the block. The layer
 is one operator, as under `torch.compile`, so the recomputation neither multiplies nor merges. `selective-compress`
-saves the results of linear layers in int8, and saved-tensor hooks save the blocks' inputs in int8. `snella-modules`
-recomputes inputs without tracking operations inside blocks.
+saves the results of linear layers and the inputs of blocks in int8. `snella-modules` recomputes inputs without
+tracking operations inside blocks.
 
 Bytes are measured on whole models with random weights. Step times are measured on models with fewer blocks, with the
 steps of all variants interleaved in one process.
@@ -55,7 +55,7 @@ _BEGIN, _END = "<!-- rows of benchmarks/selective_checkpointing.jsonl begin -->"
 SETTINGS = {
     "ViT-B/16, batch 4": Setting("vit_base_patch16_224", batch=4, depth=2, blocks=12),
     "ViT-B/16, batch 16": Setting("vit_base_patch16_224", batch=16, depth=2, blocks=12),
-    # no drop path: its random numbers differ between variants
+    # no drop path, because its random numbers differ between variants
     "Swin-B, batch 2": Setting(
         "swin_base_patch4_window7_224", batch=2, options={"depths": (1, 1, 3, 1), "drop_path_rate": 0.0}
     ),
@@ -75,7 +75,7 @@ PRODUCTS = [
     _aten.convolution.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
 ]
-# methods of `model_rows`
+# variant: method in `model_rows`
 VARIANTS = {
     "lora": "lora",
     "snella": "snella",
@@ -86,7 +86,7 @@ VARIANTS = {
     "selective-compress": "snella",
 }
 Encoded = tuple[Tensor, Layout]
-Kept = tuple[Encoded, tuple[Tensor, ...]]
+Stored = tuple[Encoded, tuple[Tensor, ...]]
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 POLICIES: dict[str, Callable[[], Contexts]] = {
     "selective": partial(create_selective_checkpoint_contexts, PRODUCTS),
@@ -104,7 +104,7 @@ def checkpoint_blocks(
     Args:
         model: The model.
         contexts: Function that returns the contexts of a block's forward pass and of its recomputation.
-        saving: Function that returns the context in which a block's inputs are saved.
+        saving: Function that returns the context that saves a block's inputs.
     """
 
     def run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -121,50 +121,50 @@ def checkpoint_blocks(
             block.forward = partial(run, block.forward)
 
 
-class _KeepRounded(TorchDispatchMode):
+class _StoreInt8(TorchDispatchMode):
     """Dispatch mode that stores the results of linear layers in int8."""
 
-    def __init__(self, kept: list[Kept]) -> None:
+    def __init__(self, stored: list[Stored]) -> None:
         super().__init__()
-        self.kept = kept
+        self.stored = stored
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the function and store its result."""
         output = func(*args, **(kwargs or {}))
         if func in LINEAR:
             y, *thresholds = output if isinstance(output, tuple) else (output,)
-            self.kept.append((encode(y), tuple(thresholds)))
+            self.stored.append((encode(y), tuple(thresholds)))
         return output
 
 
-class _ReturnRounded(TorchDispatchMode):
-    """Dispatch mode that returns the stored results instead of computing them."""
+class _LoadInt8(TorchDispatchMode):
+    """Dispatch mode that returns the stored results of linear layers instead of computing them."""
 
-    def __init__(self, kept: list[Kept]) -> None:
+    def __init__(self, stored: list[Stored]) -> None:
         super().__init__()
-        self.kept = kept
+        self.stored = stored
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the function or return its stored result."""
         if func not in LINEAR:
             return func(*args, **(kwargs or {}))
-        encoded, thresholds = self.kept.pop(0)
+        encoded, thresholds = self.stored.pop(0)
         return (decode(*encoded), *thresholds) if thresholds else decode(*encoded)
 
 
-def rounded_contexts() -> Contexts:
-    """Return contexts that store the results of linear layers in int8."""
-    kept: list[Kept] = []
-    return _KeepRounded(kept), _ReturnRounded(kept)
+def int8_contexts() -> Contexts:
+    """Return contexts that store the results of linear layers in int8 and return them in the recomputation."""
+    stored: list[Stored] = []
+    return _StoreInt8(stored), _LoadInt8(stored)
 
 
-def round_saved(note: Callable[[Any], None]) -> AbstractContextManager[None]:
-    """Return saved-tensor hooks that store activations in int8 and call `note` with each stored value."""
+def int8_hooks(record: Callable[[Any], None]) -> AbstractContextManager[None]:
+    """Return saved-tensor hooks that store activations in int8 and call `record` with each stored value."""
 
     def pack(tensor: Tensor) -> Tensor | Encoded:
         is_activation = tensor.is_floating_point() and tensor.requires_grad and not tensor.is_leaf
         packed = encode(tensor) if is_activation else tensor
-        note(packed)
+        record(packed)
         return packed
 
     def unpack(packed: Tensor | Encoded) -> Tensor:
@@ -178,46 +178,46 @@ class Variant(MethodRunner):
 
     def __init__(self, name: str, setting: Setting) -> None:
         super().__init__(setting, VARIANTS[name])
-        self._kept: list[Any] | None = None
+        self._saved: list[Any] | None = None
         if name == "snella-modules":
             with patch("snella.memory.recompute.can_track", lambda module, compress: False):
                 mark_outputs(self.model)
         elif name == "selective-compress":
-            checkpoint_blocks(self.model, partial(self._noting, rounded_contexts), partial(round_saved, self._note))
+            checkpoint_blocks(self.model, partial(self._recording, int8_contexts), partial(int8_hooks, self._record))
         elif name in POLICIES:
-            checkpoint_blocks(self.model, partial(self._noting, POLICIES[name]))
+            checkpoint_blocks(self.model, partial(self._recording, POLICIES[name]))
 
-    def _note(self, packed: Any) -> None:
-        if self._kept is not None:
-            self._kept.append(packed)
+    def _record(self, packed: Any) -> None:
+        if self._saved is not None:
+            self._saved.append(packed)
 
-    def _noting(self, make: Callable[[], Contexts]) -> Contexts:
-        """Create the contexts, and record the results that the forward context saves."""
+    def _recording(self, make: Callable[[], Contexts]) -> Contexts:
+        """Create the contexts and record the results that the forward context saves."""
         contexts: Any = make()
-        self._note(contexts[0].kept if isinstance(contexts[0], _KeepRounded) else contexts[0].storage)
+        self._record(contexts[0].stored if isinstance(contexts[0], _StoreInt8) else contexts[0].storage)
         return contexts
 
-    def kept_bytes(self) -> int:
-        """Return the bytes saved by hooks and contexts; count each storage once and exclude the model's."""
+    def saved_bytes(self) -> int:
+        """Return the bytes saved by hooks and contexts, counting each storage once and excluding the model's."""
 
         def keep(tensor: Tensor) -> Tensor:
-            self._note(tensor)
+            self._record(tensor)
             return tensor
 
-        self._kept = []
+        self._saved = []
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss = self.forward(self.batch)
-        leaves = pytree.tree_leaves([dict(kept) if isinstance(kept, dict) else kept for kept in self._kept])
+        leaves = pytree.tree_leaves([dict(item) if isinstance(item, dict) else item for item in self._saved])
         tensors = [getattr(leaf, "val", leaf) for leaf in leaves]  # selective checkpointing wraps tensors
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors if isinstance(t, Tensor)}
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             storages.pop(tensor.untyped_storage().data_ptr(), None)
         del loss
-        self._kept = None
+        self._saved = None
         return sum(storage.nbytes() for storage in storages.values())
 
     def loss_and_backward(self) -> Tensor:
-        """Run a forward and a backward pass; gradients are dropped."""
+        """Run a forward and backward pass, and discard the gradients."""
         loss = self.forward(self.batch)
         loss.backward()
         self.optimizer.zero_grad()
@@ -232,12 +232,12 @@ class Variant(MethodRunner):
         return {"loss": loss.detach(), **grads}
 
 
-def kept_bytes(name: str, setting: Setting) -> int:
-    """Return the saved bytes of the whole model, extrapolated from two depths if its blocks are identical."""
+def saved_bytes(name: str, setting: Setting) -> int:
+    """Return the saved bytes of the full model, extrapolated from two depths if its blocks are identical."""
     if setting.blocks is None:
         depths = {key: value for key, value in (setting.options or {}).items() if key != "depths"}
-        return Variant(name, replace(setting, options=depths)).kept_bytes()
-    one, two = (Variant(name, replace(setting, depth=depth)).kept_bytes() for depth in (1, 2))
+        return Variant(name, replace(setting, options=depths)).saved_bytes()
+    one, two = (Variant(name, replace(setting, depth=depth)).saved_bytes() for depth in (1, 2))
     return one + (setting.blocks - 1) * (two - one)
 
 
@@ -250,7 +250,7 @@ def error_of(grads: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
 
 def measure(title: str, setting: Setting, rounds: int) -> list[dict[str, Any]]:
     """Return a row for each variant."""
-    kept = {name: kept_bytes(name, setting) for name in VARIANTS}
+    saved = {name: saved_bytes(name, setting) for name in VARIANTS}
     variants = {name: Variant(name, setting) for name in VARIANTS}
     exact = variants["snella"].gradients()
     common = {"benchmark": "selective_checkpointing", "title": title, "model": setting.model, "batch": setting.batch}
@@ -258,15 +258,15 @@ def measure(title: str, setting: Setting, rounds: int) -> list[dict[str, Any]]:
     common |= {"rounds": rounds}
     rows = []
     for name, variant in variants.items():
-        row = {**common, "variant": name, "kept_mib": round(kept[name] / 2**20, 2)}
-        row["kept_over_lora"] = round(kept[name] / kept["lora"], 4)
+        row = {**common, "variant": name, "kept_mib": round(saved[name] / 2**20, 2)}
+        row["kept_over_lora"] = round(saved[name] / saved["lora"], 4)
         if name != "lora":
             grads = variant.gradients()
             row["loss_same_bits"] = torch.equal(grads["loss"], exact["loss"])
             row["gradients_same_bits"] = all(torch.equal(grads[key], exact[key]) for key in exact)
             row["gradient_error"] = float(f"{error_of(grads, exact):.3g}")
-        # unsaved tensors of the step
-        row["step_mib"] = round((peak_bytes(variant.loss_and_backward) - variant.kept_bytes()) / 2**20, 1)
+        # tensors of the step that are not saved for backward
+        row["step_mib"] = round((peak_bytes(variant.loss_and_backward) - variant.saved_bytes()) / 2**20, 1)
         rows.append(row)
     del exact
     times: dict[str, list[float]] = {name: [] for name in variants}
@@ -292,7 +292,7 @@ CHECKED = ("snella", "selective-linear", "snella-compress", "selective-compress"
 
 
 def check() -> list[dict[str, Any]]:
-    """Return a row for each variant: a compiled step, a repeated backward pass, and DDP with two processes."""
+    """Return a row for each variant: compiled step, repeated backward pass, and DDP with two processes."""
     exact = {name: Variant(name, TINY).gradients() for name in CHECKED}
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_distributed_steps, (folder,), nprocs=2)
@@ -315,11 +315,11 @@ def _compiled_gradients(name: str) -> dict[str, Tensor]:
     torch._dynamo.reset()
     variant = Variant(name if name.startswith("snella") else "snella", TINY)
     if name == "selective-compress":
-        checkpoint_blocks(variant.model, rounded_contexts, partial(round_saved, lambda packed: None))
+        checkpoint_blocks(variant.model, int8_contexts, partial(int8_hooks, lambda packed: None))
     elif name in POLICIES:
         checkpoint_blocks(variant.model, POLICIES[name])
     variant.model.compile(backend="aot_eager", fullgraph=True)
-    # the layer records that it was applied, a side effect inside a checkpointed block
+    # the layer records its use, a side effect inside a checkpointed block
     with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True):
         return variant.gradients()
 
@@ -334,7 +334,7 @@ def _repeat(name: str) -> str:
 
 
 def _distributed_steps(rank: int, folder: str) -> None:
-    """Run a step of each variant on half of the batch with DDP and write the averaged gradients."""
+    """Run a DDP step of each variant on half of the batch, and write the averaged gradients."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     results: dict[str, Any] = {}
@@ -366,7 +366,7 @@ def _difference(grads: dict[str, Tensor], exact: dict[str, Tensor]) -> str:
 
 
 def measure_frames(title: str, setting: Setting) -> dict[str, Any]:
-    """Measure the cost per step of checking if the frame of a tracked block is running."""
+    """Measure the cost per step of checking whether a tracked block's frame is running."""
     variant, seconds = Variant("snella", setting), [0.0, 0.0]
     is_running = recompute._TrackingMode.is_running
 
@@ -389,7 +389,7 @@ def measure_frames(title: str, setting: Setting) -> dict[str, Any]:
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
-    """Format the latest rows as Markdown tables."""
+    """Format the latest rows as Markdown."""
     latest = {(row["title"], row["variant"]): row for row in rows if row["benchmark"] == "selective_checkpointing"}
     names = list(VARIANTS)[1:]
     lines = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
@@ -419,7 +419,7 @@ def update_page(page: Path = PAGE, rows_file: Path = ROWS) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", help="prefixes of `model:batch`, `checks` or `frames`; default all")
+    parser.add_argument("models", nargs="*", help="prefixes of `model:batch`, or `checks` or `frames`; default: all")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps per variant")
     parser.add_argument("--table", action="store_true", help="only write the tables from the rows")
     parser.add_argument("--out", default=str(ROWS))

@@ -1,4 +1,4 @@
-"""Benchmarks of single operations on the CPU: sparse weight gradient, effective weight, importance and allocation."""
+"""CPU benchmarks of single operations: sparse weight gradient, effective weight, importance and allocation."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from snella_lab.bench.rows import conditions
 def measure_sampling(
     m: int, n: int, *, tokens: int = 3152, density: float = 0.01, r: int = 8, rounds: int = 5
 ) -> dict[str, Any]:
-    """Time `∂L/∂W = grad_yᵀ x` at the nonzero entries of `S` against the dense product.
+    """Time `∂L/∂W = grad_yᵀ x` at the nonzero entries of `S`, compared with the dense product.
 
     Args:
         m: Output features.
@@ -38,7 +38,7 @@ def measure_sampling(
         tokens: Rows of `x` and `grad_y`.
         density: Fraction of nonzero entries in `S`.
         r: Rank.
-        rounds: Number of rounds, reported as medians.
+        rounds: Number of rounds; medians are reported.
 
     Returns:
         A row with both times in seconds and their ratio.
@@ -85,7 +85,7 @@ def measure_sampling(
 def measure_matrix(
     m: int, n: int, *, tokens: int = 1576, r: int = 8, sparsity: float = 0.7, rounds: int = 9, impl: str = "auto"
 ) -> dict[str, Any]:
-    """Time the effective weight of one matrix (merge, exact selection, addition) against its forward product.
+    """Time the effective weight of a matrix (merge, exact selection, addition), compared with its forward product.
 
     Args:
         m: Output features.
@@ -93,12 +93,12 @@ def measure_matrix(
         tokens: Rows of the input.
         r: Rank.
         sparsity: Sparsity of the update.
-        rounds: Number of rounds, reported as medians.
+        rounds: Number of rounds; medians are reported.
         impl: Implementation, as in `adapted_linear`.
 
     Returns:
-        A row with both times in seconds, their ratio and `extra_over_matrix`: the peak memory on top of weight and
-        factors, in multiples of the matrix size, including 1 for the effective weight itself.
+        A row with both times in seconds, their ratio, and `extra_over_matrix`: peak memory beyond weight and factors,
+        in multiples of the matrix size, including 1 for the effective weight.
 
     Raises:
         RuntimeError: If the op differs from the reference.
@@ -140,16 +140,16 @@ def measure_competition(
 ) -> dict[str, Any]:
     """Measure the CPU time of layer-level and weight-level competition in a SNELLA training step.
 
-    Layer level: importance, once per step, and budget allocation, once per epoch. Weight level: selection, computed as
-    the time of all effective weights minus the time without selection. A step selects once; the backward pass reuses
-    the thresholds.
+    Layer level: importance, once per step, and budget allocation, once per epoch. Weight level: selection, measured as
+    the time of all effective weights minus the time without selection. A step selects once, because the backward pass
+    reuses the thresholds.
 
     Args:
         backbone: A timm model name.
         batch: Batch size.
         r: Rank.
         sparsity: Sparsity of the update.
-        rounds: Number of rounds, reported as medians.
+        rounds: Number of rounds; medians are reported.
 
     Returns:
         A row with the seconds of a step and of each part, and `competition_over_step`.
@@ -206,14 +206,14 @@ def measure_competition(
 
 
 def _random_factors(m: int, n: int, r: int) -> tuple[Factors, torch.Generator]:
-    """Return the factors of one matrix from a fixed seed, and the generator."""
+    """Return random factors of a matrix, and the generator."""
     generator = torch.Generator().manual_seed(0)
     A, B = torch.randn(1, n, r, generator=generator) * n**-0.5, torch.randn(m, r, generator=generator) * m**-0.5
     return Factors(A, B, torch.tensor([[0.1, -0.1]]), torch.ones(1), torch.zeros(1)), generator
 
 
 def _interleaved(first: Callable[[], object], second: Callable[[], object], rounds: int) -> tuple[float, float, float]:
-    """Return the median seconds of two functions called alternately, and the median of their ratios."""
+    """Call two functions alternately, and return their median seconds and their median ratio."""
     times: list[tuple[float, float]] = []
     for _ in range(rounds):
         start = time.perf_counter()
@@ -227,7 +227,7 @@ def _interleaved(first: Callable[[], object], second: Callable[[], object], roun
 
 
 def peak_bytes(function: Callable[[], Tensor]) -> int:
-    """Return the peak bytes of a call: NumPy arrays from tracemalloc plus torch tensors from the profiler."""
+    """Return the peak bytes of a call: NumPy arrays (tracemalloc) plus torch tensors (profiler)."""
     tracemalloc.start()
     try:
         with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:

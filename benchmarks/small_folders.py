@@ -1,10 +1,10 @@
-"""Three small image folders from Debian packages: clip art, emoji and game textures.
+"""Create three small image folders from Debian packages: clip art, emoji and game textures.
 
 apt-get download openclipart-png fonts-noto-color-emoji unicode-data openarena-081-textures
 for package in *.deb; do dpkg -x $package packages; done
 python benchmarks/small_folders.py packages folders
 
-Each folder has train/, val/ and test/ with one folder per class. Crops of one texture stay in one split.
+Each folder contains train/, val/ and test/ with a folder per class. Crops of a texture stay in the same split.
 """
 
 import argparse
@@ -17,12 +17,12 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-# lazily created images by class and origin
+# functions that create the images, by class and origin
 Images = dict[str, dict[str, list[Callable[[], Image.Image]]]]
 
 _CLIPART = ("animals", "buildings", "food", "geography", "people", "recreation", "tools", "transportation")
 _TEXTURES = ("base_floor", "base_light", "base_wall", "clown", "gothic_block", "gothic_trim", "oquartz", "skies")
-# images per class in train and val, and the maximum in test
+# images per class in train and val, and the maximum number in test
 _SIZES = {"clipart": (30, 8, 75), "emoji": (26, 7, 60), "textures": (32, 8, 75)}
 
 
@@ -50,14 +50,14 @@ def write(out: Path, images: Images, train: int, val: int, test: int) -> None:
             selected, remaining = remaining[:size], remaining[size:]
             for name, number, make in selected:
                 make().save(folder / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}_{number}.png")
-            if selected:  # drop the rest of the last origin
+            if selected:  # drop the other images of the last origin
                 remaining = [item for item in remaining if item[0] != selected[-1][0]]
             counts[part] = counts.get(part, 0) + len(selected)
     print(out, len(images), "classes", counts)
 
 
 def on_white(image: Image.Image, side: int = 128) -> Image.Image:
-    """Return the image on a white square of at most `side` pixels."""
+    """Paste an image on a white square of at most `side` pixels."""
     image = image.convert("RGBA")
     image.thumbnail((side, side))
     square = Image.new("RGBA", (max(image.size),) * 2, "white")
@@ -75,7 +75,7 @@ def clipart(folder: Path) -> Images:
 
 
 def emoji(share: Path) -> Images:
-    """Return emoji of one code point by group, without skin tones."""
+    """Return emoji with a single code point by group, without skin tones."""
     font = ImageFont.truetype(str(next(share.glob("fonts/**/NotoColorEmoji.ttf"))), 109)
 
     def draw(text: str) -> Image.Image:
@@ -114,8 +114,8 @@ def _quarters(content: bytes) -> Iterator[Callable[[], Image.Image]]:
         def crop(corner: int = corner) -> Image.Image:
             image = Image.open(io.BytesIO(content)).convert("RGB")
             width, height = image.width // 2, image.height // 2
-            remaining, top = corner % 2 * width, corner // 2 * height
-            return image.crop((remaining, top, remaining + width, top + height)).resize((128, 128))
+            left, top = corner % 2 * width, corner // 2 * height
+            return image.crop((left, top, left + width, top + height)).resize((128, 128))
 
         yield crop
 

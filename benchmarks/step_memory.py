@@ -1,12 +1,12 @@
 """Saved tensors and peak memory of a training step by model size, counted from shapes.
 
-python benchmarks/step_memory.py                     three ViTs at batch 8; replaces step_memory.jsonl
+python benchmarks/step_memory.py                     three ViTs at batch size 8; replaces step_memory.jsonl
 python benchmarks/step_memory.py --backbones vit_base_patch16_224 --depths 4 8 --out other.jsonl
 
 Each method is counted with and without SNELLA's recomputation of inputs. Autograd hooks count each saved storage once.
 The peak comes from `snella_app.training.memory.predict_step_memory`: weights, gradients, AdamW's moments, saved tensors
-and temporaries. ViT blocks are identical, so large models are extrapolated linearly from two depths. SPT-Adapter is
-counted on whole models only, because its memory depends on the selected matrices.
+and temporaries. As ViT blocks are identical, large models are extrapolated linearly from two depths. SPT-Adapter is
+only counted on full models, because its memory depends on the selected matrices.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ ROWS = Path(__file__).parent / "step_memory.jsonl"
 PAGE = Path(__file__).parents[1] / "docs" / "speed.md"
 _BEGIN, _END = "<!-- rows of benchmarks/step_memory.jsonl begin -->", "<!-- rows of step_memory end -->"
 
-# () counts the whole model
+# () counts the full model
 DEPTHS: dict[str, tuple[int, ...]] = {
     "vit_base_patch16_224": (),
     "vit_large_patch16_224": (4, 8),
     "vit_huge_patch14_224": (2, 4),
 }
-# without and with recomputation of inputs
+# methods by family, without and with recomputation of inputs
 METHODS = {
     "snella": ("snella-keep-inputs", "snella"),
     "lora": ("lora", "lora-recompute"),
@@ -62,8 +62,8 @@ def count(method: str, backbone: str, batch: int, depth: int | None) -> dict[str
     return {"weights": weights, "trainable": trainable, "kept": memory.kept, "peak": memory.total}
 
 
-def count_whole(method: str, backbone: str, batch: int, depths: tuple[int, ...]) -> dict[str, int]:
-    """Count the whole model, extrapolated from two depths if given."""
+def count_full(method: str, backbone: str, batch: int, depths: tuple[int, ...]) -> dict[str, int]:
+    """Count the full model, extrapolated from two depths if `depths` is set."""
     if not depths:
         return count(method, backbone, batch, None)
     with torch.device("meta"):
@@ -78,24 +78,24 @@ def rows_of(backbone: str, batch: int, depths: tuple[int, ...]) -> list[dict[str
     common = {"benchmark": "step_memory", "backbone": backbone, "batch": batch, "r": 8, "sparsity": 0.7}
     common |= {"dtype": "float32", "depths": list(depths), **conditions("cpu")}
     rows = []
-    for method, contenders in METHODS.items():
-        if depths and method in NOT_BY_DEPTH:
+    for family, methods in METHODS.items():
+        if depths and family in NOT_BY_DEPTH:
             continue
-        for recomputes, contender in zip((False, True), contenders, strict=True):
-            counts = count_whole(contender, backbone, batch, depths)
+        for recomputes, method in zip((False, True), methods, strict=True):
+            counts = count_full(method, backbone, batch, depths)
             gc.collect()
             mib = {f"{name}_mib": round(counts[name] / 2**20, 1) for name in ("kept", "peak")}
             parameters = {name: counts[name] for name in ("weights", "trainable")}
-            row = {**common, "method": method, "contender": contender, "recomputes": recomputes, **parameters, **mib}
-            print({name: row[name] for name in ("backbone", "contender", "kept_mib", "peak_mib")}, flush=True)
+            row = {**common, "family": family, "method": method, "recomputes": recomputes, **parameters, **mib}
+            print({name: row[name] for name in ("backbone", "method", "kept_mib", "peak_mib")}, flush=True)
             rows.append(row)
     return rows
 
 
 def memory_tables(rows: list[dict[str, Any]]) -> str:
-    """Format peak and saved memory of each method as Markdown, two columns per backbone."""
+    """Format peak and saved memory by method as Markdown, with two columns per backbone."""
     backbones = list(dict.fromkeys(row["backbone"] for row in rows))
-    by_key = {(row["backbone"], row["method"], row["recomputes"]): row for row in rows}
+    by_key = {(row["backbone"], row["family"], row["recomputes"]): row for row in rows}
     titles = {"peak_mib": "Peak memory of a training step", "kept_mib": "Saved for backward"}
     tables = []
     for field, title in titles.items():
@@ -103,10 +103,10 @@ def memory_tables(rows: list[dict[str, Any]]) -> str:
         heads = [f"{name} ({size}) | with recomputation" for name, size in zip(backbones, sizes, strict=True)]
         lines = [f"**{title}, batch {rows[0]['batch']}, float32**, MiB, counted from shapes", ""]
         lines += [f"| | {' | '.join(heads)} |", "|---" * (1 + 2 * len(backbones)) + "|"]
-        for method in METHODS:
-            pairs = [by_key.get((name, method, flag)) for name in backbones for flag in (False, True)]
+        for family in METHODS:
+            pairs = [by_key.get((name, family, flag)) for name in backbones for flag in (False, True)]
             cells = ["" if row is None else f"{row[field]:,.0f}" for row in pairs]
-            lines.append(f"| {method} | {' | '.join(cells)} |")
+            lines.append(f"| {family} | {' | '.join(cells)} |")
         tables.append("\n".join(lines))
     return "\n\n".join(tables)
 
@@ -120,7 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbones", nargs="+", default=list(DEPTHS), help="timm names of ViTs")
     parser.add_argument("--batch", type=int, default=BATCH)
-    parser.add_argument("--depths", type=int, nargs=2, help="two depths to extrapolate from")
+    parser.add_argument("--depths", type=int, nargs=2, help="two numbers of blocks to extrapolate from")
     parser.add_argument("--out", type=Path, help="output file, replaced; default step_memory.jsonl")
     args = parser.parse_args()
     if args.out is None and (args.backbones, args.batch, args.depths) != (list(DEPTHS), BATCH, None):

@@ -1,4 +1,4 @@
-"""Tables of step times, memory and single operations in `docs/notes/step-time.md`."""
+"""Tables of step times, memory and single operations for `docs/notes/step-time.md`."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _BEGIN, _END = "<!-- rows of benchmarks/results.jsonl begin -->", "<!-- rows end
 def performance_section(rows: list[dict[str, Any]]) -> str:
     """Format the latest row of each setting as Markdown: step times relative to LoRA, memory and single operations.
 
-    Rows of one setting with different `rounds` get separate tables, because ratios are comparable only within a run.
-    A later run replaces an earlier run of the same setting if it has all of its methods.
+    Rows of a setting with different `rounds` go to separate tables, because ratios are comparable only within a run. A
+    later run replaces an earlier one of the same setting if it contains all of its methods.
     """
     runs: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for row in rows:
         if is_step_time(row):
             run = tuple(row[name] for name in ("backbone", "batch", "r", "sparsity", "dtype", "device", "rounds"))
-            earlier = runs.pop(run, {})  # re-insert at the end: order by latest measurement
-            runs[run] = earlier | {row["contender"]: row}
+            earlier = runs.pop(run, {})  # reinserted last, to order runs by their latest measurement
+            runs[run] = earlier | {row["method"]: row}
     order = list(runs)
     groups = {
         run: list(methods.values())
@@ -90,7 +90,7 @@ def _step_table(key: tuple[Any, ...], rows: list[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
         low, high = row.get(f"step_over_{REFERENCE}_quartiles", ("", ""))
-        cells = [row["contender"], f"{row['step_s']:.2f} s", f"{row.get(f'step_over_{REFERENCE}', '')} ({low}–{high})"]
+        cells = [row["method"], f"{row['step_s']:.2f} s", f"{row.get(f'step_over_{REFERENCE}', '')} ({low}–{high})"]
         cells += [f"{row['saved_mib']:,.0f} MiB"]
         cells += [f"{row[memory]:,.0f} MiB" if memory in row else ""] if memory else []
         lines.append(cells)
@@ -98,13 +98,13 @@ def _step_table(key: tuple[Any, ...], rows: list[dict[str, Any]]) -> str:
 
 
 def _memory_tables(rows: list[dict[str, Any]]) -> list[str]:
-    """Return tables of saved tensors by backbone size, one per setting with at least two backbones."""
+    """Return tables of saved tensors by model size, one per setting with at least two backbones."""
     latest = {setting_key(row)[:-1]: row for row in rows if row["benchmark"] == "kept_bytes"}
     tables = []
     for (batch, dtype, r, sparsity), part in grouped(list(latest.values()), "batch", "dtype", "r", "sparsity").items():
         counted: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
-        for row in part:  # counted from shapes, independent of the device
-            counted[row["backbone"]][row["contender"]] = row
+        for row in part:  # counted from shapes, so independent of the device
+            counted[row["backbone"]][row["method"]] = row
         counted = {name: methods for name, methods in counted.items() if {REFERENCE, "snella"} <= methods.keys()}
         if len(counted) < 2:
             continue
@@ -139,7 +139,7 @@ def _matrix_table(rows: list[dict[str, Any]]) -> str:
 
 
 def _sampling_table(rows: list[dict[str, Any]]) -> str:
-    """Return the table of sampled vs. dense weight gradients, one line per matrix and number of tokens."""
+    """Return the table of sparse and dense weight gradients, one line per matrix and token count."""
     densities = sorted({row["density"] for row in rows})
     source = f"{rows[0]['device']}, {rows[0]['date'][:10]}"
     lines = []
@@ -154,7 +154,7 @@ def _sampling_table(rows: list[dict[str, Any]]) -> str:
 
 
 def _competition_table(rows: list[dict[str, Any]]) -> str:
-    """Return the table of importance, selection and allocation time, one line per backbone and batch size."""
+    """Return the table of importance, selection and allocation times, one line per backbone and batch size."""
     source = f"{rows[0]['device']}, {rows[0]['date'][:10]}, median of {rows[0]['rounds']}, {rows[0]['clock']}"
     head = ["", "step", "importance", "selection", "fraction of the step", "allocation, once per epoch"]
     lines = [

@@ -1,9 +1,9 @@
-"""Step time and memory of SNELLA and its baselines; `snella bench` offers all options.
+"""Step time and memory of SNELLA and baselines; `snella bench` has all options.
 
 python benchmarks/step_time.py                     16 minutes on two cores; appends to results.jsonl
 python benchmarks/step_time.py --matrices          only single matrices on the CPU: 15 seconds
 python benchmarks/step_time.py --competition       only importance, selection and allocation: one minute
-python benchmarks/step_time.py --grid              every backbone, batch, rank, sparsity and dtype: hours
+python benchmarks/step_time.py --grid              all backbones, batch sizes, ranks, sparsities and dtypes: hours
 """
 
 import argparse

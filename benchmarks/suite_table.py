@@ -1,4 +1,4 @@
-"""Results of the bundled suite and the twins: tables in docs/, and figures.
+"""Tables and figures of the bundled suite and the twins, for docs/.
 
 `snella compare --out` on a copy of either folder resumes from its rows.
 """
@@ -62,7 +62,7 @@ def read_suite(folder: Path = RESULTS) -> tuple[Experiment, list[CellRow]]:
 
 
 def _rows(file: Path) -> list[CellRow]:
-    """Read the rows of a file; raise a ValueError for a damaged line."""
+    """Read the rows of a file; raise a ValueError for damaged lines."""
     rows, notes = read_lines(file)
     if notes:
         raise ValueError("; ".join(notes))
@@ -86,20 +86,20 @@ def update_suite(page: Path = PAGE) -> bool:
 
 
 def accuracy_table(experiment: Experiment, rows: Rows) -> str:
-    """Format accuracies by task and costs, without the columns of `overview`."""
+    """Format accuracies by task and costs, except for the columns of `overview`."""
     headings, *lines = table_cells(summarize(experiment, rows), METRIC, with_costs=True)
     shown = [column for column, heading in enumerate(headings) if heading not in IN_OVERVIEW]
     return _markdown_table([[line[column] for column in shown] for line in (headings, *lines)])
 
 
 def leads(rows: Rows, leader: str, names: list[str], tasks: list[str]) -> dict[str, Difference | None]:
-    """Return the differences between a method and all others, with Holm's correction."""
+    """Return the differences between the leader and all other methods, with Holm's correction."""
     finals = final_rows(rows)
     return with_holm({n: difference(finals, leader, n, tasks, METRIC) for n in names if n != leader})
 
 
 def leads_table(experiment: Experiment, rows: Rows) -> str:
-    """Format the differences between both SNELLA variants and all other methods, with and without `HELD_OUT`."""
+    """Format the differences between each leader and all other methods, with and without `HELD_OUT`."""
     names, tasks = [entry.name for entry in experiment.methods], [entry.name for entry in experiment.data]
     fewer = [task for task in tasks if task != HELD_OUT]
     chosen = [(leader, part) for leader in LEADERS for part in (tasks, fewer)]
@@ -121,12 +121,12 @@ def _lead_texts(lead: Difference | None, tasks: int) -> tuple[str, str, str]:
 
 
 def untuned_rows() -> list[CellRow]:
-    """Read `benchmarks/untuned/suite.jsonl`: runs at default learning rates, where tuning selected other values."""
+    """Read the runs at default learning rates in cases where tuning selected other values."""
     return _rows(UNTUNED)
 
 
 def defaults_rows(rows: Rows, untuned: Rows) -> list[CellRow]:
-    """Return final rows at default learning rates: the untuned row if it exists, else the suite's row."""
+    """Return the final rows at default learning rates: the untuned row if there is one, else the suite's."""
     by_cell = {row.cell: row for row in final_rows(untuned)}
     names = {row.experiment_name for row in by_cell.values()}
     chosen = [row for row in final_rows(rows) if row.experiment_name in names]
@@ -159,13 +159,13 @@ def update_twins(page: Path = TWINS_PAGE) -> bool:
 
 
 def _markdown_table(lines: list[list[str]]) -> str:
-    """Format cells as a table, all columns but the first right-aligned."""
+    """Format cells as a table with all columns but the first right-aligned."""
     rule = ["---", *["---:"] * (len(lines[0]) - 1)]
     return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
 
 
 def draw_twins(folder: Path = TWINS_FIGURES) -> list[Path]:
-    """Draw the twins' differences from SNELLA, light and dark; return the paths."""
+    """Draw the twins' differences from SNELLA, light and dark, and return the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     figure = forest(summarize(*read_suite(TWINS)), False)
     if figure is None:
@@ -188,7 +188,7 @@ def update_overview(page: Path) -> bool:
 
 
 def overview(experiment: Experiment, rows: Rows) -> str:
-    """Format the means of all methods that are finished on every task and seed."""
+    """Format the means of methods that are finished on every task and seed."""
     finished = _finished(experiment, rows)
     if finished is None:
         return "No method is finished on every task and seed."
@@ -223,7 +223,7 @@ def _mean(method: MethodSummary) -> float:
 
 
 def draw_suite(folder: Path = FIGURES) -> list[Path]:
-    """Draw differences, accuracy over memory and accuracy over learning rate; return the paths."""
+    """Draw differences, accuracy versus memory and accuracy versus learning rate, and return the paths."""
     experiment, rows = read_suite()
     finished = _finished(experiment, rows)
     if finished is None:

@@ -1,13 +1,13 @@
-"""Registers, spills, shared memory, occupancy and instructions of the compiled Triton kernels; requires no GPU.
+"""Registers, spills, shared memory, occupancy and instructions of compiled Triton kernels; no GPU required.
 
 python benchmarks/triton_resources.py                         all capabilities and ranks; writes triton_resources.jsonl
 python benchmarks/triton_resources.py --capabilities 90 --launch 8 64        appends rows for another launch
 python benchmarks/triton_resources.py --capabilities 90 --ranks 8 --check    only compiles
 
-Each kernel is compiled for each of its branches, with pointers and sizes divisible by 16 (`aligned`); for capability
-9.0, also without this alignment. Resources come from Triton's copy of `cuobjdump`. Occupancy is
-the fraction of a multiprocessor's warps that registers, shared memory and the program limit allow. The script also
-compiles for AMD's `gfx942`; those rows only report errors.
+Each branch of each kernel is compiled with pointers and sizes divisible by 16 (`aligned`); for capability 9.0, also
+without this alignment. Resources come from Triton's copy of `cuobjdump`. Occupancy is the fraction of a
+multiprocessor's warps that registers, shared memory and the program limit allow. The script also compiles for
+AMD's `gfx942`; these rows only report errors.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TABLES = dict.fromkeys(("layout", "counts", "high", "middle", "low", "state"), "
 TILE, STATISTICS = backend.TILE, backend.STATISTICS
 _WARP = 32
 _REGISTERS, _REGISTER_UNIT = 65_536, 256
-"""Registers per multiprocessor, and the allocation unit per warp."""
+"""Registers per multiprocessor, and allocation unit per warp."""
 _LIMITS = {
     80: (64, 32, 164),
     86: (48, 16, 100),
@@ -61,8 +61,8 @@ class Resources:
         spilled_bytes: Local memory per thread.
         shared_bytes: Shared memory per program.
         instructions: Number of machine instructions.
-        executed: Instructions that a thread executes per entry of its tile. The loops over pieces and their widths
-            count once per iteration, the loop over tiles counts once.
+        executed: Instructions that a thread executes per entry of its tile. Loops over pieces and their widths count
+            once per iteration; the loop over tiles counts once.
         occupancy: Active warps over the multiprocessor's warps.
     """
 
@@ -75,7 +75,7 @@ class Resources:
 
 
 def variants(rank: int = 8) -> Iterator[tuple[str, Any, dict[str, Any]]]:
-    """Yield the name, the kernel and the settings of each branch."""
+    """Yield name, kernel and settings of each branch."""
     plain = {"P": 2, "R": rank, "HAS_TEMPERATURE": False, "temperature": None, "AXIS": 0}
     warm = {"P": 4 if rank > 8 else 3, "R": rank if rank > 8 else 6, "HAS_TEMPERATURE": True, "AXIS": 1}
     no_softmax = {"max_logit": None, "inverse_sum": None, "SOFTMAX": False, "LINEAR_TERM": True}
@@ -138,7 +138,7 @@ def resources_of(compiled: Any, capability: int, settings: dict[str, Any], warps
         code = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
     text = usage.stdout + usage.stderr
     numbers = {name: int(number) for name, number in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
-    # dynamic shared memory is requested at launch and not part of the machine code
+    # dynamic shared memory is requested at launch, not in the machine code
     shared = max(numbers["SHARED"], int(compiled.metadata.shared))
     lines = re.findall(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(.*?);", code, re.MULTILINE)
     instructions = [(int(address, 16), text) for address, text in lines]
@@ -153,9 +153,9 @@ def resources_of(compiled: Any, capability: int, settings: dict[str, Any], warps
 def executed_instructions(instructions: list[tuple[int, str]], entries: int, pieces: int, rank: int) -> float:
     """Count the instructions that a thread with `entries` entries executes.
 
-    A backward branch ends a loop. The innermost loop with square roots iterates over the pieces, a loop with only
-    multiplications over a piece's width. If the compiler unrolled part of a loop, the loop contains more than one
-    root or product per entry.
+    A backward branch ends a loop. The innermost loop with square roots iterates over the pieces, and a loop with only
+    multiplications over the width of a piece. A partially unrolled loop contains more than one root or product per
+    entry.
     """
 
     def count(first: int, last: int, operation: str) -> int:
@@ -176,15 +176,15 @@ def executed_instructions(instructions: list[tuple[int, str]], entries: int, pie
             iterations[first, last] = max(1, rank // pieces // max(1, round(products / entries)))
     executed = 0
     for address, text in instructions:
-        repeated = 0 if text.startswith("NOP") else 1
+        repeats = 0 if text.startswith("NOP") else 1
         for (first, last), number in iterations.items():
-            repeated *= number if first <= address <= last else 1
-        executed += repeated
+            repeats *= number if first <= address <= last else 1
+        executed += repeats
     return executed
 
 
 def occupancy(registers: int, shared_bytes: int, warps: int, capability: int) -> float:
-    """Compute the occupancy: active warps over the multiprocessor's warps, for programs with `warps` warps."""
+    """Compute the occupancy, active warps over the multiprocessor's warps, for programs with `warps` warps."""
     max_warps, max_programs, shared_kib = _LIMITS[capability]
     warp_registers = -(-registers * _WARP // _REGISTER_UNIT) * _REGISTER_UNIT
     by_registers = _REGISTERS // warp_registers // warps if warp_registers else max_programs
@@ -202,7 +202,7 @@ def main() -> None:
         nargs=2,
         type=int,
         metavar=("WARPS", "REGISTERS"),
-        help="another launch; appends its rows to the file",
+        help="compile for another launch and append its rows",
     )
     parser.add_argument("--check", action="store_true", help="only compile")
     parser.add_argument("--out", type=Path, default=ROWS)
@@ -231,8 +231,8 @@ def main() -> None:
         try:
             compile_for(GPUTarget("hip", "gfx942", 64), kernel, settings, launch_of(kernel, settings))
             error = ""
-        except Exception as problem:  # the row records any error of Triton's AMD backend
-            error = f"{type(problem).__name__}: {str(problem).splitlines()[0][:200] if str(problem) else ''}"
+        except Exception as exception:  # the row records any error of Triton's AMD backend
+            error = f"{type(exception).__name__}: {str(exception).splitlines()[0][:200] if str(exception) else ''}"
         rows.append({"kernel": name, "rank": args.ranks[0], "capability": "gfx942", "error": error})
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True, cwd=ROWS.parent

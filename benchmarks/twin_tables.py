@@ -1,4 +1,4 @@
-"""Results for the paper's orderings from the twins of its Tables VII to XII, in Markdown.
+"""Markdown tables of the paper's orderings, tested on the twins of its Tables VII to XII.
 
 make twins                                   train the twins: 13 to 16 hours on two cores (estimated)
 python benchmarks/twin_tables.py runs/twins  print the tables from the existing rows
@@ -19,10 +19,10 @@ TABLES = {"VII": 7, "VIII": 8, "IX": 9, "X": 10, "XI": 11, "XII": 12}
 
 
 def twin_tables(rows: Rows) -> str:
-    """Format a table of claims for each of the paper's tables; Holm's correction is per table.
+    """Format one table of claims per table of the paper; Holm's correction is per table.
 
     Args:
-        rows: Rows of the twins' experiments.
+        rows: Rows of the twin experiments.
     """
     parts = []
     for name, number in TABLES.items():

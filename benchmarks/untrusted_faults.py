@@ -1,6 +1,6 @@
-"""Groups of `faults.py` with untrusted input: exchanged, forged or oversized files, code and markup.
+"""Fault-injection groups with untrusted input: exchanged, forged or oversized files, code and markup.
 
-Each function takes the harness and counts one result per trial; `faults.py` lists the groups.
+Each function takes the harness and counts one result per trial; `faults.py` describes the groups.
 """
 
 import functools
@@ -33,18 +33,18 @@ from snella_app.training.checkpoints import latest_checkpoint
 MAX_BYTES = 8 * 2**30
 START_S = 60
 _LINK_TARGET = "mine"
-"""Name and content of a file outside the run, which no command may modify."""
+"""Name and content of a file outside the run that no command may modify."""
 MARKUP = (
     "<img src=x onerror=window.hit=1>",
     "<b onmouseover=window.hit=1>b",
     "'\"><svg onload=window.hit=1>",
     "& &lt;",
 )
-"""Class and file names; pages must escape all of them."""
+"""Class and file names that pages must escape."""
 
 
 def exchanged(harness: Any) -> None:
-    """Copy parts of another unfinished run, edit settings or add unlisted files; then resume."""
+    """Copy files from another unfinished run, edit settings or add unlisted files; then resume."""
     for number, draw, folder in harness.trials("exchanged"):
         run = shutil.copytree(harness.unfinished, folder / "run", symlinks=True)
         description = _MODIFICATIONS[number % len(_MODIFICATIONS)](draw, run, harness.unfinished_other)
@@ -91,7 +91,7 @@ def _link_lock(draw: random.Random, run: Path, other: Path) -> str:
     (run.parent / _LINK_TARGET).write_text(_LINK_TARGET)
     (run / ".lock").unlink(missing_ok=True)
     (run / ".lock").symlink_to(run.parent / _LINK_TARGET)
-    return ".lock is a link"
+    return ".lock is a symbolic link"
 
 
 _MODIFICATIONS = (_replace_checkpoints, _replace_files, _edit_settings, _add_unlisted_file, _link_lock)
@@ -121,13 +121,13 @@ def forged(harness: Any) -> None:
 
 
 def _run_with_memory_limit(argv: list[str]) -> int:
-    """Run a command with limited memory."""
+    """Run a command with a memory limit."""
     resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
     return main(argv)
 
 
 def objects(harness: Any) -> None:
-    """Read YAML that constructs Python objects, wherever YAML is read."""
+    """Pass YAML that constructs Python objects to every command that reads YAML."""
     for number, _, folder in harness.trials("objects"):
         marker = folder / "executed"
         text = f"!!python/object/apply:os.system ['touch {marker}']"
@@ -150,7 +150,7 @@ def objects(harness: Any) -> None:
 
 
 def make_png(width: int, height: int, content: bytes | None = None) -> bytes:
-    """Return a PNG with the given size in its header; pixels are black by default."""
+    """Return a PNG with this size in its header; pixels are black by default."""
     if content is None:
         packer = zlib.compressobj(9)
         content = b"".join(packer.compress(bytes(3 * width + 1)) for _ in range(height)) + packer.flush()
@@ -161,7 +161,7 @@ def make_png(width: int, height: int, content: bytes | None = None) -> bytes:
 
 
 def _npy_header(shape: tuple[int, ...]) -> bytes:
-    """Return a NumPy file with the given shape in the header and no data."""
+    """Return a NumPy file with this shape in its header and no data."""
     out = io.BytesIO()
     np.lib.format.write_array_header_1_0(out, {"shape": shape, "fortran_order": False, "descr": "|u1"})
     return out.getvalue()
@@ -199,11 +199,11 @@ def bombs(harness: Any) -> None:
         if number // len(contents) % 3 == 2:
             argv = ["predict", str(harness.finished), str(data / "a"), "--out", str(folder / "p.csv")]
 
-        def ask(argv: list[str] = argv, program: Path = program) -> int:
+        def run(argv: list[str] = argv, program: Path = program) -> int:
             os.environ["PATH"] = f"{program.parent}:{os.environ['PATH']}"
             return _run_with_memory_limit(argv)
 
-        result = harness.fork(ask)
+        result = harness.fork(run)
         if marker.exists():
             harness.count("bombs", "executed", f"{description}: {argv}", result.text)
         else:
@@ -221,7 +221,7 @@ def _text_bomb() -> bytes:
 
 
 def requests(harness: Any) -> None:
-    """Send parallel requests with large images; expect status 200, 413, 422 or 503, and bounded memory."""
+    """Send parallel requests with large images; expect status 200, 413, 422 or 503 and bounded memory."""
     max_mib = 1_500
     for _, _, folder in harness.trials("requests"):
         port_file = folder / "port"
@@ -250,7 +250,7 @@ def requests(harness: Any) -> None:
 
 
 def _wait_for_port(port_file: Path) -> int | None:
-    """Wait for a server to start and return its port; None on timeout."""
+    """Wait for the server to start and return its port; None after a timeout."""
     deadline = time.monotonic() + START_S
     while not port_file.exists():
         if time.monotonic() > deadline:
@@ -358,7 +358,7 @@ def _browser(program: str, profile: Path) -> Iterator[Any]:
 
 
 def _count_page(harness: Any, name: str, browser: Any) -> None:
-    """Count a page as executed if names created elements or ran scripts."""
+    """Count a page as executed if markup created elements or ran scripts."""
     state = browser.evaluate(
         "[window.hit, document.querySelectorAll('[onerror],[onload],[onmouseover]').length, "
         "document.body.textContent.includes('onerror')]"

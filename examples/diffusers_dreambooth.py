@@ -1,6 +1,6 @@
 """Minimal DreamBooth: fine-tune a Stable Diffusion 3 transformer on one photograph with diffusers.
 
-A small random transformer, pixels and random numbers replace the real transformer, VAE latents and prompt embeddings.
+A small random transformer, pixels and random tensors replace the real transformer, VAE latents and prompt embeddings.
 `snella dreambooth` trains a real pipeline.
 """
 
@@ -34,14 +34,14 @@ prompt = {"encoder_hidden_states": torch.randn(1, 8, 32), "pooled_projections": 
 
 
 def flow_loss(transformer: torch.nn.Module, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """Compute the rectified-flow loss: error of the predicted velocity from image to noise at sigma, `[n, 1, 1, 1]`."""
+    """Compute the rectified-flow loss of the predicted velocity at `sigma`, `[n, 1, 1, 1]`."""
     noisy = (1 - sigma) * latents + sigma * noise
     embeddings = {name: value.expand(len(noise), *value.shape[1:]) for name, value in prompt.items()}
     velocity = transformer(hidden_states=noisy, timestep=1000 * sigma.flatten(), **embeddings).sample
     return F.mse_loss(velocity, noise - latents)
 
 
-# the default target_modules are the attention projections; the randomly initialized output layer is trained in full
+# target_modules default to the attention projections; the randomly initialized output layer is trained in full
 model = get_peft_model(make_transformer(), SnellaConfig(r=8, target_sparsity=0.8, modules_to_save=["proj_out"]))
 optimizer = create_snella_optimizer(model, lr=1e-2)
 allocator = BudgetAllocator(model, total_epochs=6, steps_per_epoch=STEPS // 6).attach(optimizer)

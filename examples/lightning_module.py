@@ -1,6 +1,6 @@
 """Fine-tuning with Lightning's Trainer, weight averaging and checkpoints.
 
-Needs `pip install lightning`.
+Requires `pip install lightning`.
 """
 
 from pathlib import Path
@@ -46,7 +46,7 @@ class Classifier(L.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optimizer = create_snella_optimizer(self.model, lr=2e-2, head_lr=5e-3)
-        epochs, steps = self.trainer.max_epochs, self.trainer.estimated_stepping_batches  # total over all epochs
+        epochs, steps = self.trainer.max_epochs, self.trainer.estimated_stepping_batches  # total number of steps
         BudgetAllocator(self.model, total_epochs=epochs, steps_per_epoch=-(-steps // epochs), total_steps=steps).attach(
             optimizer
         )  # runs in optimizer.step() and is saved with the optimizer
@@ -66,7 +66,7 @@ class ManualClassifier(Classifier):
 
 
 def make_loaders() -> tuple[DataLoader, DataLoader]:
-    """Split scikit-learn's digits into 1,000 for training and 797 for validation."""
+    """Split scikit-learn's digits into 1,000 training and 797 validation images."""
     digits = load_digits()
     pixels = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1  # [n, 1, 8, 8]
     data, generator = TensorDataset(pixels, torch.tensor(digits.target)), torch.Generator().manual_seed(0)
@@ -86,7 +86,7 @@ if __name__ == "__main__":
     (scores,) = trainer.validate(module, validation, verbose=False)
     print(f"accuracy of the averaged weights: {scores['accuracy']:.1%}")
 
-    module.model.save_pretrained(OUT / "adapter")  # the averaged factors, the budgets and the head
+    module.model.save_pretrained(OUT / "adapter")  # averaged factors, budgets and head
     loaded = PeftModel.from_pretrained(make_backbone(), OUT / "adapter")
     loaded.eval().requires_grad_(False)
     pixels, labels = next(iter(validation))

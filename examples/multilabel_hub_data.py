@@ -1,7 +1,7 @@
 """Multi-label classification on a Hugging Face dataset.
 
-Each image shows two of scikit-learn's handwritten digits; its labels are the digits. `--quick` uses few images and a
-tiny random model.
+Each image shows two of scikit-learn's handwritten digits, which are its labels. `--quick` uses few images and a tiny
+random model.
 """
 
 import shlex

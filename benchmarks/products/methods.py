@@ -1,10 +1,10 @@
-"""Methods in the recipe of `snella train`: test accuracy with equal numbers of epochs, and a table of the rows.
+"""Test accuracy of methods in the recipe of `snella train`, with equal numbers of epochs.
 
 python benchmarks/products/methods.py --folders-root ROOT --epochs 8 [--methods snella lora-8 ...] [--folders ...]
     [--seeds 0 1]                                  appends to methods.jsonl
 python benchmarks/products/methods.py --table      prints the table
 
-`folders.py` writes ROOT. `linear` fits the final head to the frozen backbone. Runs with an existing row are skipped.
+`folders.py` writes ROOT. `linear` fits the final head on the frozen backbone. Runs with an existing row are skipped.
 """
 
 import argparse
@@ -56,31 +56,31 @@ def main() -> None:
                 values = (method, folder, args.epochs, args.pixels, seed)
                 run = dict(zip(_KEYS, values, strict=True))
                 if not any(all(row[key] == run[key] for key in _KEYS) for row in read_rows(args.out)):
-                    append_rows(args.out, [{**run, **trained(args.folders_root / folder, run), **conditions("cpu")}])
+                    append_rows(args.out, [{**run, **measure(args.folders_root / folder, run), **conditions("cpu")}])
 
 
-def trained(folder: Path, run: dict) -> dict:
-    """Train with the recipe and return the test scores and seconds."""
+def measure(folder: Path, run: dict) -> dict:
+    """Train with the recipe; return test scores and seconds."""
     images = {"train": f"folder:{folder}", "test": folder / "test"}
     classes = sorted(path.name for path in images["test"].iterdir())
     pairs = [(file, label) for label, name in enumerate(classes) for file in sorted((images["test"] / name).iterdir())]
     with tempfile.TemporaryDirectory(prefix="snella-methods-") as out:
-        words = ["train", "--data", images["train"], "--backbone", BACKBONE, "--out", out, "--overwrite"]
-        words += ["--method", run["method"], "--epochs", str(run["epochs"]), "--img-size", str(run["pixels"])]
-        words += ["--seed", str(run["seed"]), *OPTIONS.get(run["method"], [])]
-        begun = time.perf_counter()
-        if status := snella(words):
-            raise SystemExit(f"snella {' '.join(words)} exited with status {status}")
-        seconds = time.perf_counter() - begun
+        argv = ["train", "--data", images["train"], "--backbone", BACKBONE, "--out", out, "--overwrite"]
+        argv += ["--method", run["method"], "--epochs", str(run["epochs"]), "--img-size", str(run["pixels"])]
+        argv += ["--seed", str(run["seed"]), *OPTIONS.get(run["method"], [])]
+        start = time.perf_counter()
+        if status := snella(argv):
+            raise SystemExit(f"snella {' '.join(argv)} exited with status {status}")
+        seconds = time.perf_counter() - start
         rankings = [dict(prediction.ranking) for prediction in load(Path(out)).predict([file for file, _ in pairs])]
     probabilities = np.array([[ranking[name] for name in classes] for ranking in rankings])
     return {**score(probabilities, np.array([label for _, label in pairs])), "seconds": round(seconds, 1)}
 
 
 def table(rows: list[dict], reference: str = "snella") -> str:
-    """Return accuracies by folder and differences from the reference, with Student's t intervals over folders.
+    """Format accuracies by folder, and differences from the reference with Student's t intervals over folders.
 
-    Folders are averaged over the seeds that all methods have in common.
+    Accuracies are averaged over the seeds that all methods share.
     """
     methods = [method for method in METHODS if any(row["method"] == method for row in rows)]
     values: dict[tuple[str, int], dict[str, float]] = defaultdict(dict)
@@ -89,7 +89,10 @@ def table(rows: list[dict], reference: str = "snella") -> str:
     complete = {run: scores for run, scores in values.items() if all(method in scores for method in methods)}
     folders = sorted({folder for folder, _ in complete})
     seeds = {folder: [scores for (name, _), scores in complete.items() if name == folder] for folder in folders}
-    lines = ["| method | " + " | ".join(folders) + " | mean | difference | p, Holm |", "|---" * (len(folders) + 4) + "|"]
+    lines = [
+        "| method | " + " | ".join(folders) + " | mean | difference | p, Holm |",
+        "|---" * (len(folders) + 4) + "|",
+    ]
     differences = with_holm(
         {
             method: difference_of([[run[method] - run[reference] for run in runs] for runs in seeds.values()])
@@ -100,10 +103,10 @@ def table(rows: list[dict], reference: str = "snella") -> str:
     for method in methods:
         means = [fmean(run[method] for run in runs) for runs in seeds.values()]
         cells = [decimal_text(100 * value, 1) for value in [*means, fmean(means)]]
-        found = differences.get(method)
+        difference = differences.get(method)
         texts = ["–", "–"]
-        if found is not None and not math.isnan(found.low):
-            texts = [difference_text(found, found.tasks), significance_texts(found)[0]]
+        if difference is not None and not math.isnan(difference.low):
+            texts = [difference_text(difference, difference.tasks), significance_texts(difference)[0]]
         lines.append("| " + " | ".join([method, *cells, *texts]) + " |")
     return "\n".join(lines)
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-MIN_PROBABILITY = 1e-6  # probabilities are clipped to this in the logarithm
+MIN_PROBABILITY = 1e-6  # probabilities are clipped to this before the logarithm
 _BINS = 15
 
 

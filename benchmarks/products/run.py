@@ -1,9 +1,9 @@
-"""Run products on folders with time budgets and seeds, sequentially, and append a JSON line per run.
+"""Run products on folders sequentially, with time budgets and seeds, and append a JSON line per run.
 
 python benchmarks/products/run.py --cache CACHE --folders-root ROOT --out rows.jsonl
     [--products snella fastai ...] [--folders clipart ...] [--minutes 1 3 10] [--seeds 0 1 2] [--pixels 70]
 
-Runs with an existing row are skipped. All development folders are used by default.
+Runs with an existing row are skipped. The default is all development folders.
 """
 
 import argparse
@@ -37,7 +37,7 @@ PRODUCTS: dict[str, tuple[str, str, str]] = {
     "sklearn": ("main", "frozen_features.py", "logistic"),
     "sklearn-knn": ("main", "frozen_features.py", "knn"),
 }
-"""Environment, script and variant of each product."""
+"""Environment, script and variant, by product."""
 
 _HERE = Path(__file__).resolve().parent
 _KEYS = ("product", "folder", "minutes", "pixels", "seed", "weights")
@@ -72,9 +72,9 @@ def main() -> None:
                 "--weights": args.weights, "--threads": args.threads, "--cache": args.cache / "weights",
                 "--variant": variant, "--out": row,
             }  # fmt: skip
-            words = [str(word) for pair in values.items() for word in pair]
+            arguments = [str(item) for pair in values.items() for item in pair]
             python = interpreter(args.cache / "environments", environment)
-            status = subprocess.run([python, _HERE / "peers" / script, *words]).returncode
+            status = subprocess.run([python, _HERE / "peers" / script, *arguments]).returncode
             if status or not row.exists():
                 failed.append(f"{name} on {folder}, {minutes:g} min, seed {seed}: status {status}")
                 print("failed:", failed[-1], flush=True)

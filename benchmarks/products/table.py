@@ -1,6 +1,6 @@
-"""Table and figure of the rows: mean rank and mean difference from `snella train` over folders.
+"""Table and figure of product rows: mean rank and mean difference from `snella train` over folders.
 
-python benchmarks/products/table.py rows.jsonl [--products snella fastai ...] [--minutes 1 3 ...] [--picture FILE]
+python benchmarks/products/table.py rows.jsonl [--products snella fastai ...] [--minutes 1 3 ...] [--figure FILE]
 """
 
 import argparse
@@ -25,19 +25,19 @@ def main() -> None:
     parser.add_argument("rows", type=Path)
     parser.add_argument("--products", nargs="+", help="default: all")
     parser.add_argument("--minutes", nargs="+", type=float, help="default: all")
-    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--figure", type=Path)
     args = parser.parse_args()
     rows = [json.loads(line) for line in args.rows.read_text().splitlines() if line.strip()]
     rows = [row for row in rows if args.products is None or row["product"] in args.products]
     rows = [row for row in rows if args.minutes is None or row["minutes"] in args.minutes]
     for minutes in sorted({row["minutes"] for row in rows}):
         print(f"\n{minutes:g} minutes\n\n{markdown([row for row in rows if row['minutes'] == minutes])}")
-    if args.picture:
-        draw(rows, args.picture)
+    if args.figure:
+        draw(rows, args.figure)
 
 
 def means(rows: list[dict], score: str = "accuracy") -> Means:
-    """Average a score over seeds by product and folder, on the folders common to all products."""
+    """Average a score over seeds by product and folder, for the folders that all products share."""
     values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         values[row["product"]][row["folder"]].append(row[score])
@@ -46,7 +46,7 @@ def means(rows: list[dict], score: str = "accuracy") -> Means:
 
 
 def mean_ranks(accuracies: Means) -> dict[str, float]:
-    """Return the mean rank of each product over folders; 1 is the highest accuracy, ties share their mean rank."""
+    """Return each product's mean rank over folders; rank 1 is the highest accuracy, ties share their mean rank."""
     names = list(accuracies)
     table = np.array([list(accuracies[name].values()) for name in names])  # [products, folders]
     ranks = np.stack([rankdata(-column) for column in table.T], axis=1)
@@ -54,7 +54,7 @@ def mean_ranks(accuracies: Means) -> dict[str, float]:
 
 
 def differences(accuracies: Means, reference: str = REFERENCE) -> dict[str, Difference | None]:
-    """Return differences from the reference over folders, with Holm's correction; empty without the reference."""
+    """Return differences from the reference over folders, with Holm's correction; empty without a reference."""
     if reference not in accuracies:
         return {}
     base = accuracies[reference]
@@ -63,7 +63,7 @@ def differences(accuracies: Means, reference: str = REFERENCE) -> dict[str, Diff
 
 
 def markdown(rows: list[dict]) -> str:
-    """Format the table of one time budget, sorted by mean rank."""
+    """Format the table of a time budget, sorted by mean rank."""
     rows = [{"peak_mib": math.nan} | row for row in rows]
     accuracies = means(rows)
     ranks = mean_ranks(accuracies)
@@ -95,9 +95,9 @@ def markdown(rows: list[dict]) -> str:
 
 
 def curves(rows: list[dict]) -> tuple[dict[str, list[tuple[float, float]]], list[str]]:
-    """Return the points of each product, mean minutes used and mean accuracy in percent, and the folders averaged.
+    """Return each product's points, mean minutes used and mean accuracy in percent, and the folders averaged.
 
-    All points average the same folders: those with rows for every product and every budget the product has.
+    All points average the same folders, those with rows for every budget of every product.
     """
     folders: dict[tuple[str, float], set[str]] = defaultdict(set)
     for row in rows:
@@ -114,7 +114,7 @@ def curves(rows: list[dict]) -> tuple[dict[str, list[tuple[float, float]]], list
 
 
 def draw(rows: list[dict], file: Path) -> None:
-    """Plot mean accuracy over run time in minutes, one line per product, on a logarithmic axis."""
+    """Plot mean accuracy versus minutes used, on a logarithmic axis, one line per product."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 

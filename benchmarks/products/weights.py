@@ -1,4 +1,4 @@
-"""Write the bundled backbone weights as safetensors files with timm names, for environments without `snella`.
+"""Write the bundled weights as safetensors files with timm names, for environments without `snella`.
 
 python benchmarks/products/weights.py --cache CACHE
 """

@@ -1,4 +1,4 @@
-"""Plugin with a method, a data format and a command. Install with `pip install ./examples/plugin`.
+"""Plugin with a method, a data format and a command; install with `pip install ./examples/plugin`.
 
 snella train --method norms --data npz:small.npz --backbone NAME --out runs/small
 snella classes npz:small.npz
@@ -22,7 +22,7 @@ def build_norms(model, head, options, batches):
 
 
 def __getattr__(name):
-    """Build `NORMS` lazily, so that `--help` does not import torch."""
+    """Create `NORMS` lazily, so that `--help` does not import torch."""
     if name != "NORMS":
         raise AttributeError(name)
     from snella_app.methods.method import Method, unchanged
@@ -57,7 +57,7 @@ def classes(data: str, /) -> None:
       snella classes npz:small.npz
 
     Args:
-        data: As for snella train --data.
+        data: Dataset, as for snella train --data.
     """
     from snella_app.data import load_data
 

@@ -1,4 +1,4 @@
-"""Laboratory commands. Signatures and docstrings define the command line."""
+"""Laboratory commands, whose signatures and docstrings define the command line."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -45,7 +45,7 @@ def plot(
     device: Device | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Plot results of runs as SVG and PNG, with the data as CSV.
+    """Plot results of runs as SVG and PNG, with data as CSV.
 
       snella plot allocation runs/photos runs/cells --out plots
       snella plot evolution runs/photos --out plots
@@ -60,20 +60,19 @@ def plot(
       snella plot images photos/my-dog images --out plots
 
     allocation plots the sparsity of each layer; evolution plots sparsity, importance and total budget during training.
-    update plots the update of one matrix and its singular values; overlap compares the updates of several tasks.
-    features plots a t-SNE of the features of several models; radar plots the accuracy of methods by task group.
-    memory plots memory use during training steps. samples, masks and images show data, predicted segmentations and
-    generated images. gradcam shows class activation maps of the true class.
+    update plots one matrix of the update and its singular values; overlap compares the updates of several tasks.
+    features plots a t-SNE of each model's features; radar plots the accuracy of methods by task group. memory plots
+    memory use during training steps. samples, masks and images show data, predicted segmentation masks and generated
+    images. gradcam shows class activation maps of the true class.
 
     Args:
-        kind: allocation, evolution, update, overlap, features, radar, memory, samples, masks, gradcam or
-            images.
+        kind: allocation, evolution, update, overlap, features, radar, memory, samples, masks, gradcam or images.
         runs: Run folders; comparison folders (radar), image folders (images), or datasets or experiments (samples).
         out: Output folder; created.
         by: Layer granularity (allocation, evolution): block or matrix; default block.
         matrix: Matrix to plot (update, overlap), e.g. blocks.11.attn.qkv.q; defaults to the deepest query projection.
-        data: Images (features, gradcam), as for snella train; defaults to the first run's data.
-        split: Split of the data (features, masks, gradcam); defaults to the test images.
+        data: Dataset (features, gradcam), as for snella train; defaults to the first run's data.
+        split: Data split (features, masks, gradcam); defaults to the test images.
         limit: Maximum number of images in total (features; default 500) or per row (samples, masks, gradcam, images;
             default 6).
         seed: Seed for image selection and embedding (features, samples, gradcam; default 0).
@@ -98,7 +97,7 @@ def plot(
     console = make_console()
     plots = function(runs, **set_options)
     paths = write_plots(plots, out, overwrite=overwrite)
-    for note in (note for drawn in plots for note in drawn.notes):
+    for note in (note for plot in plots for note in plot.notes):
         print_line(console, note)
     _print_plots(console, paths)
 
@@ -118,25 +117,25 @@ def fit_matrix(
     seed: int | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Fit random matrices with each kernel to compare expressiveness and gradients.
+    """Fit random matrices with each kernel to compare expressivity and gradients.
 
       snella fit-matrix --out runs/kernels
       snella fit-matrix --out runs/kernels-paper --preset paper
       snella fit-matrix --out runs/mine --kernels linear,mix_k,mymodule:my_kernel
 
-    Writes kernel curves, error by matrix rank and gradient by step as SVG, PNG and CSV. Run the same command again to
-    resume an interrupted fit.
+    Writes kernel curves, error versus matrix rank and gradient norm versus step as SVG, PNG and CSV. Run the same
+    command again to resume an interrupted fit.
 
     Args:
         out: Output folder; created.
-        preset: quick takes minutes; paper uses Adam at 1e-4 for 100,000 steps and takes half an hour.
-        kernels: Comma-separated kernels: built-in names, or module:name of a Kernel subclass or a function of A and
-            B. Defaults to all built-in kernels.
+        preset: quick takes minutes; paper trains 100,000 steps with Adam at 1e-4 and takes half an hour.
+        kernels: Comma-separated kernels: built-in names, or module:name of a Kernel subclass or a function of A and B;
+            defaults to all built-in kernels.
         size: Rows and columns of the matrices; default 48.
         ranks: Ranks of the matrices; default 4,8,16,32,48.
-        matrices: Random matrices per rank; default 10.
+        matrices: Number of random matrices per rank; default 10.
         r: Rank of the learnable factors; default 8.
-        steps: Adam steps; defaults to the preset's value.
+        steps: Number of Adam steps; defaults to the preset's value.
         lr: Learning rate; defaults to the preset's value.
         seed: Seed for the matrices and initial factors; default 0.
         overwrite: Overwrite existing figures and tables.
@@ -165,7 +164,7 @@ def fit_matrix(
 
 
 def _print_plots(console: "Console", paths: Iterable[Path]) -> None:
-    """Print the paths of the CSV tables and of the light-mode SVG figures."""
+    """Print the paths of the CSV tables and the light-mode SVG figures."""
     from snella_app.console import print_line
 
     for path in paths:
@@ -175,7 +174,7 @@ def _print_plots(console: "Console", paths: Iterable[Path]) -> None:
 
 @command("snella_lab.comparison.compare")
 def compare(options: CompareOptions) -> None:
-    r"""Compare methods, tuned on the validation set and evaluated once on the test set.
+    r"""Compare methods tuned on the validation set and evaluated once on the test set.
 
       snella compare --methods linear,lora-8,snella-8 --data elpv,digits --backbone NAME --img-size 56 \
           --out runs/compare
@@ -184,8 +183,8 @@ def compare(options: CompareOptions) -> None:
       snella compare --out runs/compare --draw-only
       snella compare --experiment bundled-suite --out runs/suite --emit slurm
 
-    The third command resumes the first; several processes may run it at once. The folder receives comparison.html and
-    results.jsonl, with one row per run.
+    The third command resumes the first; several processes can run it at the same time. The folder receives
+    comparison.html and results.jsonl, which has one row per run.
     """
     from snella_lab.comparison.compare import compare
     from snella_lab.comparison.experiment_files import experiment_from_options
@@ -195,7 +194,7 @@ def compare(options: CompareOptions) -> None:
 
 @command("snella_lab.recipes.dreambooth.train", is_research=True)
 def dreambooth(config: DreamBoothConfig) -> None:
-    """Fine-tune Stable Diffusion 3 on a few images of one subject (DreamBooth).
+    """Fine-tune Stable Diffusion 3 on a few images of a subject (DreamBooth).
 
       snella dreambooth --data folder:photos/my-dog --class-name dog --pipeline sd3-medium --out runs/my-dog
       snella dreambooth --data dreambooth:dreambooth/dataset --subject dog6 --pipeline sd3-medium --out runs/dog6
@@ -234,17 +233,17 @@ def generate(
     Args:
         run: Run folder.
         out: Output folder for the images.
-        prompt: Prompt that contains the run's subject token, e.g. sks.
-        prompts: Prompt file, one prompt per line, with {0} for the token and {1} for the class; or DreamBooth's
+        prompt: Prompt with the run's subject token, e.g. sks.
+        prompts: Prompt file with one prompt per line, {0} for the token and {1} for the class; or DreamBooth's
             prompts_and_classes.txt.
-        live: Use the file's prompts for live subjects; the default for cats and dogs.
-        pictures: Images per prompt.
-        seed: Seed of the first image of each prompt; later images use the following seeds.
+        live: Use the file's prompts for live subjects; default for cats and dogs.
+        pictures: Number of images per prompt.
+        seed: Seed of each prompt's first image; it increases by 1 for each further image.
         steps: Sampling steps; defaults to the run's.
         guidance: Guidance scale; defaults to the run's.
         batch_size: Batch size.
         pipeline: Path or hub name of the pipeline; defaults to the run's.
-        overwrite: Replace other images in the folder.
+        overwrite: Replace existing images in the folder.
         device: auto, or a torch device such as cpu, cuda:1 or mps.
     """
     from snella_app.console import counted, make_console, print_line
@@ -287,16 +286,16 @@ def evaluate_generation(
       snella evaluate-generation runs/dog6 --clip clip-vit-base-patch32 --dino dinov2-base
       snella evaluate-generation runs/table6 --clip clip-vit-base-patch32 --dino dinov2-base --out table6.json
 
-    The default is 25 prompts with four images each. The second command evaluates every run in a folder. Run the same
-    command again to resume an interrupted evaluation.
+    By default, four images are generated for each of 25 prompts. The second command evaluates every run in a folder.
+    Run the same command again to resume an interrupted evaluation.
 
     Args:
         run: Run folder, or a folder of runs.
         clip: CLIP model: a local folder in transformers format or a hub name.
         dino: DINOv2 model: a local folder in transformers format or a hub name.
         prompts: Prompt file; defaults to prompts_and_classes.txt in the run's dreambooth: folder.
-        live: Use the file's prompts for live subjects; the default for cats and dogs.
-        pictures: Images per prompt.
+        live: Use the file's prompts for live subjects; default for cats and dogs.
+        pictures: Number of images per prompt.
         steps: Sampling steps; defaults to the run's.
         batch_size: Batch size.
         pipeline: Path or hub name of the pipeline; defaults to the run's.
@@ -328,16 +327,16 @@ def evaluate_generation(
 
 @command("snella_lab.bench.doctor")
 def doctor(*, steps: bool = True, out: str | None = None) -> None:
-    """Check numerical correctness and speed on this machine.
+    """Check the numerical correctness and speed of this machine's backends.
 
       snella doctor
       snella doctor --out doctor.json
 
-    Prints the devices and versions, compares each backend on each device with a float64 reference, and times a training
-    step of a ViT-B with LoRA, full fine-tuning and SNELLA.
+    Prints devices and versions, compares each backend on each device with a float64 reference, and times a ViT-B
+    training step with LoRA, full fine-tuning and SNELLA.
 
     Args:
-        steps: Time training steps; --steps false only checks the results.
+        steps: Time training steps; --steps false only checks correctness.
         out: JSON file for the results, to attach to a bug report.
     """
     from snella_lab.bench.doctor import diagnose
@@ -368,20 +367,20 @@ def bench(
       snella bench --backbones vit_small_patch16_224,vit_base_patch16_224 --memory --out rows.jsonl --figures .
       snella bench --device cuda --dtype bf16 --batch 64 --methods lora,full,snella,paper
 
-    Lists are comma-separated; every combination is measured.
+    Lists are comma-separated; all combinations are measured.
 
     Args:
         backbones: timm model names; weights are random.
         batch: Batch sizes.
-        methods: frozen, lora, dora, shira, full, klora, spt-lora, spt-adapter, snell, snella, paper and variants of
+        methods: frozen, lora, dora, shira, full, klora, spt-lora, spt-adapter, snell, snella, paper or a variant of
             snella; ratios are relative to lora.
         r: Ranks.
         sparsity: Target sparsities.
-        dtype: Dtypes of weights and activations: fp32, bf16.
-        device: cpu, cuda or cuda:1.
-        rounds: Timed steps per method; medians are reported. 0 measures only saved activations and parameter counts.
+        dtype: Dtypes of weights and activations: fp32 or bf16.
+        device: A torch device: cpu, cuda or cuda:1.
+        rounds: Timed steps per method, reported as medians; 0 only counts saved activations and parameters.
         memory: Also measure peak memory.
-        grid: Measure every backbone, batch size, rank, sparsity and dtype instead; takes hours.
+        grid: Measure a grid of backbones, batch sizes, ranks, sparsities and dtypes instead; takes hours.
         out: JSON Lines file to append to.
         figures: Folder for figures of all rows in --out.
     """
@@ -416,7 +415,7 @@ def language(config: LanguageConfig) -> None:
       snella language --data commonsense_170k.json --model Llama-2-7b-hf --out runs/llama
       snella language --out runs/llama --resume
 
-    commonsense_170k.json is a list of objects with the fields instruction, input, output and answer.
+    commonsense_170k.json contains a list of objects with the fields instruction, input, output and answer.
     """
     from snella_lab.recipes.instruct.train import fine_tune
 
@@ -487,7 +486,7 @@ def demo(
     seed: int = 0,
     device: Device = "auto",
 ) -> None:
-    """Compare a linear probe, LoRA and SNELLA on photographs of solar cells.
+    """Compare a linear probe, LoRA and SNELLA on images of solar cells.
 
       snella demo
       snella demo --out runs/demo
@@ -495,8 +494,8 @@ def demo(
     Args:
         out: Run folder of SNELLA; the other methods use subfolders.
         overwrite: Replace earlier runs.
-        epochs: Epochs of each method; defaults to the demo's settings.
-        seed: Seed for the split, initialization and data order.
+        epochs: Training epochs per method; defaults to the demo's settings.
+        seed: Seed for data split, initialization and data order.
         device: auto, or a torch device such as cpu, cuda:1 or mps.
     """
     from snella_lab.recipes.demo import run_demo
@@ -506,7 +505,7 @@ def demo(
 
 
 def _generation_table(result: dict[str, Any]) -> "Table":
-    """Return a table with one row per subject, then mean and standard error over subjects."""
+    """Return a table with a row per subject, then the mean and standard error over subjects."""
     from snella_app.console import make_table
 
     names = list(result["mean"])

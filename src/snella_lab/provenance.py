@@ -18,14 +18,14 @@ _PACKAGES = ("snella", "peft", "transformers", "accelerate", "torch", "timm", "n
 
 
 def package_info() -> dict[str, str | None]:
-    """Return versions, keyed as in PEFT's method comparison (`torch-version`), and the commit of snella's checkout."""
+    """Return package versions and snella's commit, with the keys of PEFT's method comparison (`torch-version`)."""
     versions: dict[str, str | None] = {f"{name}-version": _version(name) for name in _PACKAGES}
     commit, is_dirty = git_state()
     return {**versions, "snella-commit-hash": commit, "snella-is-dirty": None if is_dirty is None else str(is_dirty)}
 
 
 def system_info() -> dict[str, Any]:
-    """Describe the machine, keyed as in PEFT's method comparison, with CPU cores and torch threads."""
+    """Return the machine, CPU cores and torch threads, with the keys of PEFT's method comparison."""
     return {
         "system": platform.system(),
         "release": platform.release(),
@@ -39,7 +39,7 @@ def system_info() -> dict[str, Any]:
 
 @functools.cache
 def processor_name() -> str:
-    """Return the CPU model name, or the architecture if the system does not report one."""
+    """Return the CPU model name, or the architecture if the name is unavailable."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text(encoding="utf-8").splitlines():
@@ -49,9 +49,9 @@ def processor_name() -> str:
 
 
 def git_state() -> GitState:
-    """Return the commit of snella's checkout and True if tracked files are modified; None outside a checkout.
+    """Return the commit of snella's checkout, and True if tracked files are modified; both None outside a checkout.
 
-    Cached per process; workers get the state from their parent.
+    The state is cached per process; workers receive it from their parent.
     """
     global _state
     if _state is None:
@@ -64,18 +64,18 @@ def git_state() -> GitState:
 
 
 def set_git_state(state: GitState) -> None:
-    """Set the git state determined by the parent process, which matches the loaded code."""
+    """Set the git state reported by the parent process."""
     global _state
     _state = state
 
 
-def _git(root: Path, *words: str) -> str | None:
+def _git(root: Path, *args: str) -> str | None:
     """Return the output of a git command; None if it fails."""
     try:
-        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=20, check=True)
+        result = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
+    return result.stdout.strip()
 
 
 def _version(package: str) -> str | None:

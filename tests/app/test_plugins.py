@@ -56,7 +56,7 @@ def test_a_method_and_a_data_format_of_another_package_are_trained(example):
 
 def test_a_command_of_another_package_is_listed_and_called(example):
     assert "classes" in snella(example, "--help").stdout
-    assert "As for snella train --data" in " ".join(snella(example, "classes", "--help").stdout.split())
+    assert "Dataset, as for snella train --data" in " ".join(snella(example, "classes", "--help").stdout.split())
     assert snella(example, "classes", "npz:small.npz").stdout == "0, 1\n"
 
 

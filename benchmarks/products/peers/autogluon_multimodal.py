@@ -1,8 +1,8 @@
 """AutoGluon's `MultiModalPredictor.fit(time_limit=…)` for images, with a preset and the shared weights.
 
-`medium_quality` and `best_quality` differ only in the backbone. All products use the same backbone, so one preset is
-enough. timm's DINOv2 has a fixed size of 518 px, so the model is also registered at the job's resolution. AutoGluon
-needs an older timm, which its environment contains. It trains on train; it selects and averages checkpoints on val.
+`medium_quality` and `best_quality` differ only in the backbone, which all products share, so one preset is enough.
+timm's DINOv2 has a fixed size of 518 px, so the model is also registered at the job's resolution. AutoGluon requires an
+older timm, which its environment contains. It trains on train, and selects and averages checkpoints on val.
 """
 
 import json

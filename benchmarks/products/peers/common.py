@@ -1,7 +1,7 @@
 """Shared code of the product scripts: command line, folder, backbone, clock and row.
 
 A product is a function from a `Job` to a `Fitted`. The clock starts after the imports and stops when the function
-returns; test predictions are not timed. This module does not import `snella`, which some environments lack.
+returns; test predictions are not timed. This module does not import `snella`, because some environments lack it.
 """
 
 import argparse
@@ -40,7 +40,7 @@ Pairs = list[tuple[Path, int]]
 
 @dataclass
 class Job:
-    """One run of a product.
+    """A run of a product.
 
     Attributes:
         parts: Files and class indices of train, val and test.
@@ -59,7 +59,7 @@ class Job:
     start: float = field(default_factory=time.perf_counter)
 
     def left_s(self) -> float:
-        """Return the remaining seconds of the budget, minus the margin."""
+        """Return the remaining seconds of the budget, minus a margin."""
         return self.minutes * 60 * (1 - MARGIN) - (time.perf_counter() - self.start)
 
     def backbone(self, num_classes: int = 0, **options: Any) -> nn.Module:
@@ -80,14 +80,14 @@ class Job:
         return model
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Return mean and standard deviation for normalizing images."""
+        """Return the mean and standard deviation for normalizing images."""
         config = timm.get_pretrained_cfg(ARCHITECTURES[self.weights])
         return config.mean, config.std
 
 
 @dataclass
 class Fitted:
-    """Result of a product: a function from files to probabilities `[images, classes]`, and the stored size."""
+    """Result of a product: a function from files to probabilities, `[images, classes]`, and the stored size."""
 
     predict: Callable[[list[Path]], np.ndarray]
     stored_bytes: int
@@ -112,7 +112,7 @@ class Files(Dataset[tuple[Tensor, int]]):
 def outputs(
     model: nn.Module, paths: list[Path], transform: Callable[[Image.Image], Tensor], batch_size: int = 64
 ) -> Tensor:
-    """Return the model outputs for files, in eval mode."""
+    """Return the model's outputs for files, in evaluation mode."""
     model.eval()
     loader = DataLoader(Files([(path, 0) for path in paths], transform), batch_size)
     with torch.inference_mode():
@@ -120,12 +120,12 @@ def outputs(
 
 
 def fitting_epochs(job: Job, epoch_s: float, before_s: float = 0.0, max_epochs: int = 100) -> int:
-    """Return the number of epochs that fit into the remaining budget, at least 1."""
+    """Return the number of epochs that fit the remaining budget, at least 1."""
     return int(min(max((job.left_s() - before_s) / epoch_s, 1), max_epochs))
 
 
 def seconds_per_batch(batches: Callable[[], Any], step: Callable[[Any], None], limit_s: float) -> float:
-    """Return the median seconds of loading a batch and running a step, over up to 5 steps after a warm-up step."""
+    """Return the median seconds of a step including data loading, over up to 5 steps after a warm-up step."""
     times: list[float] = []
     start = last = time.perf_counter()
     for number, batch in enumerate(batches()):
@@ -145,7 +145,7 @@ def stored_size(model: nn.Module) -> int:
 
 def main(product: str, fit: Callable[[Job], Fitted], packages: tuple[str, ...], variants: tuple[str, ...]) -> None:
     """Parse the command line, run the product, and write its row and probabilities."""
-    parser = argparse.ArgumentParser(description=f"One run of {product}.")
+    parser = argparse.ArgumentParser(description=f"Run {product} once.")
     parser.add_argument("--folder", type=Path, required=True, help="folder with train/, val/ and test/")
     parser.add_argument("--minutes", type=float, required=True)
     parser.add_argument("--pixels", type=int, default=70)
@@ -184,7 +184,7 @@ def main(product: str, fit: Callable[[Job], Fitted], packages: tuple[str, ...], 
         "weights": args.weights, "threads": args.threads, **score(probabilities.astype(np.float64), labels),
         "seconds": round(seconds, 2), "peak_mib": peak_mib(), "stored_bytes": fitted.stored_bytes,
         "classes": len(classes), "images": {part: len(parts[part]) for part in PARTS}, "details": fitted.details,
-        "command": " ".join(word.rpartition("/")[2] for word in sys.argv), "machine": machine(), "commit": commit(),
+        "command": " ".join(arg.rpartition("/")[2] for arg in sys.argv), "machine": machine(), "commit": commit(),
         "versions": {name: installed(name) for name in ("torch", "timm", *packages)},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
@@ -206,7 +206,7 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """Return the commit of the working tree, with `+` if modified."""
+    """Return the commit of the working tree, followed by `+` if modified."""
     where = Path(__file__).parent
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=where, capture_output=True, text=True).stdout
     changed = subprocess.run(["git", "status", "--short", "-uno"], cwd=where, capture_output=True, text=True).stdout

@@ -1,8 +1,8 @@
-"""fastai's `fine_tune` as documented: Resize, `aug_transforms`, one epoch of the head, then one-cycle for all layers.
+"""fastai's `fine_tune` as documented: `Resize`, `aug_transforms`, one epoch of the head, then one-cycle for all layers.
 
-The head is fastai's default, or batch norm and one linear layer with `--variant bn`. It trains on train and monitors
-val. Images are resized to twice the resolution before `aug_transforms`, similar to 460 and 224 in the fastai book. The
-epoch time is estimated from 5 steps.
+The head is fastai's default, or batch norm and a linear layer with `--variant bn`. It trains on train and monitors val.
+Images are resized to twice the resolution before `aug_transforms`, similar to 460 and 224 in the fastai book. The epoch
+time is estimated from five steps.
 """
 
 import copy

@@ -1,6 +1,6 @@
 """scikit-learn on frozen features: logistic regression or nearest neighbors, tuned by 5-fold cross-validation.
 
-Both train on train and val, because cross-validation replaces the validation set. The time budget is ignored.
+Both train on train and val, because cross-validation replaces the validation split. The time budget is ignored.
 """
 
 import time

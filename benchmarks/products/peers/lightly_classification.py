@@ -1,6 +1,6 @@
 """lightly-train's `train_image_classification` with its defaults: random crops, flips, color jitter, AdamW 3e-4, bf16.
 
-The batch size is 16. The function has no time budget: two short runs before the clock starts measure the time of a
+The batch size is 16. The function has no time budget, so two short runs before the clock starts measure the time of a
 step and of the setup. Validation runs once per epoch, as the documentation suggests; the best checkpoint is used.
 """
 

@@ -1,4 +1,4 @@
-"""`snella train --time-budget` with defaults; variants train another method or disable a part of the recipe.
+"""`snella train --time-budget` with defaults; variants train another method or disable components of the recipe.
 
 The command trains on train and selects on val. It runs in this process, after the imports.
 """
@@ -39,15 +39,15 @@ def fit(job: common.Job) -> common.Fitted:
     """Run the command and load the run for prediction."""
     temporary = tempfile.TemporaryDirectory(prefix="snella-train-")
     out = Path(temporary.name)
-    words = ["train", "--data", f"folder:{job.folder}", "--backbone", _BACKBONES[job.weights]]
-    words += ["--seed", str(job.seed), "--out", str(out), "--overwrite"]
+    argv = ["train", "--data", f"folder:{job.folder}", "--backbone", _BACKBONES[job.weights]]
+    argv += ["--seed", str(job.seed), "--out", str(out), "--overwrite"]
     if job.variant != _OWN_SIZE:
-        words += ["--img-size", str(job.pixels)]
+        argv += ["--img-size", str(job.pixels)]
     if job.variant != _FIXED:
-        words += ["--time-budget", f"{max(round(job.minutes * 60), 1)}s"]
-    words += _OPTIONS[job.variant]
-    if status := snella(words):
-        raise SystemExit(f"snella {' '.join(words)} exited with status {status}")
+        argv += ["--time-budget", f"{max(round(job.minutes * 60), 1)}s"]
+    argv += _OPTIONS[job.variant]
+    if status := snella(argv):
+        raise SystemExit(f"snella {' '.join(argv)} exited with status {status}")
     model = load(out)
     config = yaml.safe_load((out / "config.yaml").read_text())
 

@@ -1,7 +1,7 @@
 """Hugging Face's `run_image_classification` with its defaults, using `Trainer`.
 
-RandomResizedCrop and flip, batch size 8, AdamW with learning rate 5e-5 and linear decay, and a linear head. It trains
-on train. The epoch time is estimated from five steps.
+RandomResizedCrop and flips, batch size 8, AdamW with learning rate 5e-5 and linear decay, and a linear head. It trains
+on train; val is unused. The epoch time is estimated from five steps.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""The paper's analyses of your runs, as figures and tables.
+"""The paper's analyses of trained runs, as figures and tables.
 
-Every plot function in `plot.KINDS` takes run folders and returns `Plot`s for `plot.write_plots`.
+The plot functions in `plot.KINDS` take folders and return `Plot`s, which `plot.write_plots` writes.
 """

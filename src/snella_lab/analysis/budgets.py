@@ -1,4 +1,4 @@
-"""Budget plots: sparsity and importance by layer, during training and in the final adapter."""
+"""Budget plots: sparsity and importance by layer, in the final adapter and during training."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from snella_app.report.style import (
 from snella_lab.analysis.plot import Plot, Row, grouped, in_order_of_depth, run_labels
 
 Layers = Literal["block", "matrix"]
-"""Layer granularity: all matrices of a backbone block, or single matrices."""
+"""Layer granularity: backbone blocks or single matrices."""
 _METRIC_NAMES = {
     "sensitivity": "Sensitivity",
     "magnitude": "Magnitude",
@@ -67,7 +67,7 @@ class BudgetedRun:
         return _METRIC_NAMES.get(name, name)
 
     def layers(self, by: Layers) -> dict[str, list[MatrixInfo]]:
-        """Group matrices by layer, in model order; matrices outside blocks form the layer `–`."""
+        """Group the matrices by layer, in model order; matrices outside blocks form the layer `–`."""
         layers: dict[str, list[MatrixInfo]] = {}
         for matrix in self.allocation.matrices:
             block = "–" if matrix.depth is None else str(matrix.depth)
@@ -87,7 +87,7 @@ def read_budgeted_run(run: str | Path, label: str) -> BudgetedRun:
     if allocation is None or not allocation.matrices:
         raise ValueError(
             f"run must have weight budgets (methods snella and snell), got {run} with method {info.method!r} and no "
-            "allocation.json; the file is written at the end of training"
+            "allocation.json, which is written at the end of training"
         )
     adapter = read_adapter(run)
     budgets = current_budgets(adapter, allocation)
@@ -104,7 +104,7 @@ def allocation(runs: Sequence[str | Path], *, by: Layers = "block") -> list[Plot
         by: Layer granularity.
 
     Returns:
-        One plot with a table row for each layer and run; `allocation-trend` contains slope and intercept.
+        One plot with a row for each layer and run; `allocation-trend` contains slope and intercept.
 
     Raises:
         FileNotFoundError: If a folder contains no run.
@@ -123,7 +123,7 @@ def allocation(runs: Sequence[str | Path], *, by: Layers = "block") -> list[Plot
 
 
 def layer_sparsities(run: BudgetedRun, budgets: Mapping[str, int], by: Layers) -> list[dict[str, Any]]:
-    """Return weights, budget and sparsity of each layer for the given budgets."""
+    """Return weights, budget and sparsity of each layer, given the budget of each matrix."""
     rows = []
     for position, (layer, matrices) in enumerate(run.layers(by).items()):
         weights, budget = sum(m.size for m in matrices), sum(budgets[m.name] for m in matrices)
@@ -135,25 +135,25 @@ def layer_sparsities(run: BudgetedRun, budgets: Mapping[str, int], by: Layers) -
 def evolution(runs: Sequence[str | Path], *, by: Layers = "block") -> list[Plot]:
     """Plot the importance and sparsity of each layer (Figure 16) and the total budget (Figure 6) during training.
 
-    The importance of a layer is the mean importance of its matrices. Each run has a separate column of panels.
+    The importance of a layer is the mean importance of its matrices. Each run has its own column of panels.
 
     Args:
         runs: Folders of runs with budgets.
         by: Layer granularity.
 
     Returns:
-        Two plots. `evolution` has a table row for each layer and recorded allocation; the figure shows a subset.
+        Two plots. `evolution` has a row for each layer and recorded allocation; its figure shows some of them.
         `budget` has a row for each allocation, with the scheduled budget.
 
     Raises:
         FileNotFoundError: If a folder contains no run.
-        ValueError: If a run has no budgets or no recorded allocation.
+        ValueError: If a run has no budgets or no recorded allocations.
     """
     budgeted_runs = [read_budgeted_run(run, label) for run, label in zip(runs, run_labels(runs), strict=True)]
     for run in budgeted_runs:
         if not run.allocation.history:
-            raise ValueError(f"run must have recorded allocations, got {run.label} with none in allocation.json")
-    rows = [row for run in budgeted_runs for step in run.allocation.history for row in _layers_after(run, step, by)]
+            raise ValueError(f"run must have recorded allocations, got none in allocation.json of {run.label}")
+    rows = [row for run in budgeted_runs for step in run.allocation.history for row in _layer_rows(run, step, by)]
     totals = [row for run in budgeted_runs for row in budget_rows(run)]
     return [
         Plot("evolution", rows, partial(_draw_evolution, rows, {run.label: run.metric for run in budgeted_runs}, by)),
@@ -161,8 +161,8 @@ def evolution(runs: Sequence[str | Path], *, by: Layers = "block") -> list[Plot]
     ]
 
 
-def _layers_after(run: BudgetedRun, step: AllocationStep, by: Layers) -> list[Row]:
-    """Return sparsity and importance of each layer after an allocation."""
+def _layer_rows(run: BudgetedRun, step: AllocationStep, by: Layers) -> list[Row]:
+    """Return the sparsity and importance of each layer after an allocation."""
     layers = run.layers(by)
     return [
         {
@@ -195,7 +195,7 @@ def budget_rows(run: BudgetedRun) -> list[Row]:
 
 
 def _draw_allocation(rows: Sequence[Row], by: Layers) -> Figure:
-    """Draw one panel per run with a bar for the sparsity of each layer, and the linear trend."""
+    """Draw one panel per run: a bar for the sparsity of each layer, and the linear trend."""
     runs = grouped(rows, "run")
     columns = min(len(runs), 3)
     max_layers = max(map(len, runs.values()))
@@ -219,7 +219,7 @@ def _draw_allocation(rows: Sequence[Row], by: Layers) -> Figure:
 
 
 def _draw_evolution(rows: Sequence[Row], metrics: Mapping[str, str], by: Layers) -> Figure:
-    """Draw one column per run, importance over sparsity, with one line per step from light to dark."""
+    """Draw one column per run, importance above sparsity, with one line per step from light to dark."""
     labels = list(metrics)
     titles = [f"{shortened(label, 20)}: {metrics[label]}" for label in labels]
     figure, panels = new_panels(
@@ -286,7 +286,7 @@ def time_color(number: int, count: int) -> str:
 
 
 def _evenly_spaced(values: Sequence[int]) -> list[int]:
-    """Select evenly spaced values, including the first and the last."""
+    """Select at most `_MAX_STEPS` evenly spaced values, including the first and the last."""
     if len(values) <= _MAX_STEPS:
         return list(values)
     indices = np.linspace(0, len(values) - 1, _MAX_STEPS).round().astype(int)
@@ -294,7 +294,7 @@ def _evenly_spaced(values: Sequence[int]) -> list[int]:
 
 
 def _layer_axis(axes: Axes, rows: Sequence[Row], by: Layers) -> None:
-    """Place ticks at layers and label them with block numbers."""
+    """Set the ticks and label of the layer axis."""
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
     if by == "block":
         names = {row["position"]: row["layer"] for row in rows}

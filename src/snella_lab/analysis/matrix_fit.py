@@ -1,4 +1,4 @@
-"""Kernel expressivity: curves, fits of random matrices, gradients, definiteness (appendices A.2 to A.4)."""
+"""Kernel expressivity: curves, fits of random matrices, gradients and definiteness (appendices A.2 to A.4)."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class FitConfig:
     Args:
         kernels: Kernel names, or import paths `module:name` of a `Kernel` subclass or a function of `A` `[n, r]` and
             `B` `[m, r]`.
-        size: Rows and columns of the matrices; not given in the paper.
+        size: Rows and columns of the matrices; not stated in the paper.
         ranks: Ranks of the matrices, at most `size`.
-        density: Fraction of nonzero entries in the sparse factors of the random matrices.
+        density: Fraction of nonzero entries in the factors of the random matrices.
         matrices: Number of random matrices per rank.
         r: Rank of the two learnable factors, a multiple of 2.
         steps: Number of Adam steps.
@@ -66,7 +66,7 @@ class FitConfig:
             if getattr(self, name) < 1
         ]
         if self.r < 2 or self.r % 2:
-            errors.append(f"r must be a multiple of 2 (a factor row has two pieces), got {self.r}")
+            errors.append(f"r must be a multiple of 2, the number of pieces of a factor row, got {self.r}")
         if not self.ranks or not all(1 <= rank <= self.size for rank in self.ranks):
             errors.append(f"ranks must be in [1, size={self.size}], got {list(self.ranks)}")
         if not 0 < self.density <= 1:
@@ -87,10 +87,10 @@ PRESETS: dict[str, FitConfig] = {
 
 
 def find_kernel(name: str) -> Merge:
-    """Return the merge function of a kernel given by name or import path.
+    """Return the merge function of a kernel, by name or import path.
 
     Raises:
-        ValueError: If the kernel is unknown, or the path is not a kernel or function.
+        ValueError: If the kernel is unknown, or the import path is neither a kernel nor a function.
     """
     if name in KERNELS:
         return make_kernel(name).merge
@@ -111,11 +111,11 @@ def find_kernel(name: str) -> Merge:
 
 
 def random_matrices(size: int, rank: int, count: int, density: float, generator: torch.Generator) -> Tensor:
-    """Sample random matrices of exact rank as products of two sparse Gaussian factors, with root mean square 1.
+    """Sample random matrices with exact rank and root mean square 1, as products of two sparse Gaussian factors.
 
         W = U V,   U `[size, rank]`, V `[rank, size]`, each with a fraction `density` of nonzero entries
 
-    Samples with a lower rank are rejected. With `density=1` the factors are dense.
+    Samples of lower rank are rejected. The factors are dense for `density=1`.
 
     Returns:
         `[count, size, size]`, float32.
@@ -153,11 +153,11 @@ class Fit:
 
 
 def fit_kernel(kernel: str, config: FitConfig, on_step: Callable[[int], None] = lambda step: None) -> Fit:
-    """Fit all matrices of all ranks with one kernel and separate factors (eq. 15).
+    """Fit each matrix of each rank with its own factors and one kernel (eq. 15).
 
         min over A, B, scalars of 1/(mn) Σ_ij (W[i, j] − κ(A[j], B[i]))²,   by Adam
 
-    Factors are initialized from a Gaussian such that inner products have variance 1, scalars to α = 1, β = 0 and
+    Factors are initialized from a Gaussian such that inner products have variance 1; scalars start at α = 1, β = 0 and
     α_p = ±0.1. All kernels share the matrices and the initial factors.
 
     Args:
@@ -167,7 +167,7 @@ def fit_kernel(kernel: str, config: FitConfig, on_step: Callable[[int], None] = 
 
     Raises:
         ValueError: If the kernel is unknown or returns the wrong shape.
-        FloatingPointError: If the error is not finite.
+        FloatingPointError: If the error becomes infinite or NaN.
     """
     merge = find_kernel(kernel)
     generator = torch.Generator().manual_seed(config.seed)
@@ -202,7 +202,7 @@ def fit_kernel(kernel: str, config: FitConfig, on_step: Callable[[int], None] = 
             gradients.append(float(grads.norm(dim=1).mean()) if grads.numel() else 0.0)
             errors.append(float(losses.detach().mean()))
             if not math.isfinite(errors[-1]):
-                raise FloatingPointError(f"kernel {kernel!r}: the error is {errors[-1]} at step {step}; lower lr")
+                raise FloatingPointError(f"kernel {kernel!r}: the error is {errors[-1]} at step {step}; reduce lr")
         optimizer.step()
         on_step(step + 1)
     with torch.no_grad():
@@ -217,13 +217,13 @@ def fit_matrices(
 
     Args:
         config: Settings.
-        out: Folder for finished kernels (`fits.json`), from which an interrupted call resumes; None disables it.
-        on_step: Callback that receives kernel and step number.
+        out: Folder for finished fits (`fits.json`), from which an interrupted call resumes; None disables resuming.
+        on_step: Callback that receives the kernel and the step number.
 
     Returns:
         Three plots: `kernel-curves` (4a) with table `kernel-curves-definiteness`, see `definiteness`; `fit-error` (4b),
-        mean squared error by rank, with table `fit-error-matrices` by matrix; `fit-gradient` (4c), gradient norm by
-        step.
+        mean squared error versus rank, with table `fit-error-matrices` by matrix; `fit-gradient` (4c), gradient norm
+        versus step.
 
     Raises:
         ValueError: If a kernel is unknown, or the folder contains fits with other settings.
@@ -272,8 +272,8 @@ def fit_matrices(
 def kernel_curves(kernels: Sequence[str], points: int = 161) -> list[Row]:
     """Compute κ(1, x) and its derivative for x in [−4, 4], where x is the first coordinate of each piece.
 
-    All scalars are 1 and β is 0. Normalized kernels apply their softmax over the points of the curve; each derivative
-    is with respect to the point itself.
+    All scalars are 1, except β = 0. Normalized kernels apply their softmax over the points of the curve; each
+    derivative is with respect to the point itself.
     """
     xs = torch.linspace(-_X_MAX, _X_MAX, points, dtype=torch.float64)
     rows: list[Row] = []
@@ -295,13 +295,13 @@ def _kernel_values(merge: Merge, A: Tensor, B: Tensor) -> Tensor:
 
 
 def _unit_scalars() -> KernelScalars:
-    """Return scalars with all coefficients 1 and shift 0."""
+    """Return scalars with all coefficients 1 and β = 0."""
     alpha = torch.ones((), dtype=torch.float64)
     return KernelScalars(torch.ones(2, dtype=torch.float64), alpha, torch.zeros((), dtype=torch.float64))
 
 
 def definiteness(kernels: Sequence[str], points: int = 60, r: int = 8, seed: int = 0) -> list[Row]:
-    """Test positive semi-definiteness of kernels numerically: eigenvalues of `K[i, j] = κ(x_i, x_j)` (eq. 16, A.4).
+    """Test kernels for positive semi-definiteness: eigenvalues of `K[i, j] = κ(x_i, x_j)` (eq. 16, A.4).
 
     All coefficients are 1. Appendix A.4 claims that Mix-K is positive semi-definite in this case. The claim is wrong:
     a distance kernel has a zero diagonal, so the eigenvalues of `K` sum to 0, and one is negative unless all are 0.
@@ -315,8 +315,8 @@ def definiteness(kernels: Sequence[str], points: int = 60, r: int = 8, seed: int
 
     Returns:
         One row per kernel: `trace`; `asymmetry`, the largest difference between K and its transpose; `smallest` and
-        `largest` eigenvalue of the symmetric part; `is_positive_semi_definite`, up to rounding; `conditional`, the
-        smallest eigenvalue of −K on vectors that sum to 0.
+        `largest`, the extreme eigenvalues of the symmetric part; `is_positive_semi_definite`, up to rounding;
+        `conditional`, the smallest eigenvalue of −K on vectors that sum to 0.
     """
     x = torch.randn(points, r, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     centering = torch.eye(points, dtype=torch.float64) - 1 / points
@@ -341,7 +341,7 @@ def definiteness(kernels: Sequence[str], points: int = 60, r: int = 8, seed: int
 
 
 def _read_fits(folder: Path, config: FitConfig) -> dict[str, Fit]:
-    """Read the fits of a previous call with the same settings."""
+    """Read the fits of an earlier call with the same settings."""
     path = folder / _STATE_FILE
     if not path.is_file():
         return {}
@@ -363,7 +363,7 @@ def _write_fits(folder: Path, config: FitConfig, fits: Mapping[str, Fit]) -> Non
 
 
 def _settings(config: FitConfig) -> dict[str, Any]:
-    """Return the settings of a fit as JSON values."""
+    """Return the settings that all kernels share, as JSON values."""
     values = dataclasses.asdict(config)
     values.pop("kernels")
     return {**values, "ranks": list(config.ranks)}

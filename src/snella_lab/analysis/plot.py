@@ -1,4 +1,4 @@
-"""Plots: a figure with its data, file output, and the registry of plot kinds."""
+"""Plots, their output files, and the registry of plot kinds."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ KINDS = {
     "evolution": "budgets",
     "update": "updates",
     "overlap": "updates",
-    "features": "pictures",
+    "features": "images",
     "radar": "profiles",
     "memory": "profiles",
-    "samples": "pictures",
-    "masks": "pictures",
-    "gradcam": "pictures",
-    "images": "pictures",
+    "samples": "images",
+    "masks": "images",
+    "gradcam": "images",
+    "images": "images",
 }
-"""Module in `snella_lab.analysis` of each plot function."""
+"""Module of each plot function in `snella_lab.analysis`."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Plot:
 
     Attributes:
         name: Stem of the file names.
-        rows: Data, one mapping from column to value per CSV row.
+        rows: CSV rows, each a mapping from column to value.
         draw: Function that creates the figure.
-        notes: Notes for the reader, one per line.
+        notes: Notes for the reader, one line each.
         tables: Additional tables by file name suffix.
     """
 
@@ -55,7 +55,7 @@ class Plot:
 
 
 def write_plots(plots: Sequence[Plot], out: str | Path, *, overwrite: bool = False) -> list[Path]:
-    """Write each plot as SVG and PNG, light and dark, and its data as CSV.
+    """Write each plot as light and dark SVG and PNG, and its data as CSV.
 
     Args:
         plots: Plots from a function in `KINDS`.
@@ -63,19 +63,19 @@ def write_plots(plots: Sequence[Plot], out: str | Path, *, overwrite: bool = Fal
         overwrite: Replace existing files.
 
     Returns:
-        Paths of `NAME.svg`, `NAME.png`, `NAME-dark.svg`, `NAME-dark.png` and `NAME.csv` of each plot, and
-        `NAME-TABLE.csv` of its additional tables.
+        Paths of `NAME.svg`, `NAME.png`, `NAME-dark.svg`, `NAME-dark.png` and `NAME.csv` for each plot, and of
+        `NAME-TABLE.csv` for its additional tables.
 
     Raises:
-        FileExistsError: If a file exists; nothing is written.
+        FileExistsError: If a file exists and `overwrite` is not set; nothing is written.
     """
     from snella_app.report.style import write_figure
 
     folder = Path(out)
     tables = {
-        folder / f"{plot.name}{ending}.csv": rows
+        folder / f"{plot.name}{suffix}.csv": rows
         for plot in plots
-        for ending, rows in {"": plot.rows, **{f"-{name}": rows for name, rows in plot.tables.items()}}.items()
+        for suffix, rows in {"": plot.rows, **{f"-{name}": rows for name, rows in plot.tables.items()}}.items()
     }
     figures = (
         folder / f"{plot.name}{dark}.{kind}" for plot in plots for dark in ("", "-dark") for kind in ("svg", "png")
@@ -94,7 +94,7 @@ def write_plots(plots: Sequence[Plot], out: str | Path, *, overwrite: bool = Fal
 
 
 def csv_text(rows: Sequence[Row]) -> str:
-    """Format a table as CSV with the union of all columns; NaN and None become empty cells."""
+    """Format rows as CSV with the union of their columns; NaN and None become empty cells."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -104,7 +104,7 @@ def csv_text(rows: Sequence[Row]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Convert a cell to CSV; floats keep full precision."""
+    """Convert a CSV cell; floats keep full precision."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     return repr(value) if isinstance(value, float) else value
@@ -124,7 +124,7 @@ def plot_function(kind: str) -> Callable[..., list[Plot]]:
 
 
 def grouped(rows: Sequence[Row], column: str) -> dict[str, list[Row]]:
-    """Group rows by a column, in order of first appearance."""
+    """Group the rows by a column, in order of first appearance."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row[column], []).append(row)
@@ -132,12 +132,12 @@ def grouped(rows: Sequence[Row], column: str) -> dict[str, list[Row]]:
 
 
 def in_order_of_depth(layers: Mapping[str, list[T]]) -> dict[str, list[T]]:
-    """Sort layers by block number; matrices outside blocks (`–`) come last."""
+    """Sort the layers by block number; matrices outside blocks (`–`) come last."""
     return dict(sorted(layers.items(), key=lambda item: math.inf if item[0] == "–" else int(item[0])))
 
 
 def run_labels(runs: Sequence[str | Path]) -> list[str]:
-    """Return the shortest unique path suffix of each folder."""
+    """Return the shortest path suffixes that distinguish the folders."""
     parts = [Path(run).resolve().parts for run in runs]
     for length in range(1, max(map(len, parts), default=1) + 1):
         labels = ["/".join(part[-length:]) for part in parts]

@@ -32,19 +32,19 @@ _PHASES = ("forward", "backward", "optimizer")
 
 
 def radar(folders: Sequence[str | Path]) -> list[Plot]:
-    """Plot the accuracy of methods by task group as a radar, one axis per group and comparison (Figure 2).
+    """Plot the accuracy of methods by task group in a radar chart, one axis per group and comparison (Figure 2).
 
-    Each axis has a separate scale with the highest mean at the rim. The table contains the unscaled accuracies.
+    Each axis has its own scale, with the highest mean at the rim. The table contains the unscaled accuracies.
 
     Args:
-        folders: Comparison folders written by `snella compare`; only methods in all of them are drawn.
+        folders: Folders written by `snella compare`; only methods in all of them are drawn.
 
     Returns:
-        One plot with a table row for each method and axis.
+        One plot with a row for each method and axis.
 
     Raises:
         FileNotFoundError: If a folder contains no comparison.
-        ValueError: If the comparisons have no method in common, or the radar has fewer than three axes.
+        ValueError: If the comparisons share no finished method, or the radar has fewer than three axes.
     """
     labels = run_labels(folders)
     results: dict[str, dict[str, tuple[float, float, int]]] = {}
@@ -66,7 +66,7 @@ def radar(folders: Sequence[str | Path]) -> list[Plot]:
                     results.setdefault(axis, {})[method.name] = (mean, deviation, len(tasks))
     methods = [name for name in next(iter(results.values()), {}) if all(name in values for values in results.values())]
     if not methods:
-        raise ValueError(f"folders must have a finished method in common, got none in {', '.join(labels)}")
+        raise ValueError(f"folders must share a method that is finished on all tasks, got none in {', '.join(labels)}")
     if len(results) < 3:
         raise ValueError(f"a radar must have at least 3 axes, got {', '.join(results)}; add comparisons or groups")
     table = []
@@ -81,7 +81,7 @@ def radar(folders: Sequence[str | Path]) -> list[Plot]:
 
 
 def scaled_radius(value: float, low: float, high: float) -> float:
-    """Scale a value to a radius: 1 at `high`, and 0.3 at `low` unless the range is below the minimum span."""
+    """Scale a value to a radius: 1 at `high`; 0.3 at `low`, unless the range is below the minimum span."""
     span = max(high - low, _MIN_SPAN)
     return 1 - 0.7 * (high - value) / span
 
@@ -89,21 +89,20 @@ def scaled_radius(value: float, low: float, high: float) -> float:
 def memory(runs: Sequence[str | Path], *, steps: int = 2, batch_size: int | None = None) -> list[Plot]:
     """Plot the memory of live tensors during training steps of each run (Figure 7b).
 
-    Each model takes `steps` training steps on random images with AdamW. After every torch operation, the plot records
-    the bytes of all live tensors, including weights. The memory reserved by an allocator is larger.
+    Each model takes `steps` training steps with AdamW on random images. After every torch operation, the bytes of all
+    live tensors are recorded, including weights. The memory that an allocator reserves is larger.
 
     Args:
         runs: Run folders; results are comparable for the same backbone and batch size.
         steps: Number of training steps.
-        batch_size: Batch size; None uses the batch size of the first run.
+        batch_size: Batch size; None uses the first run's.
 
     Returns:
-        One plot with a table row for each point in time. `memory-peaks` contains the peaks of the phases of the last
-        step.
+        One plot with a row for each recorded operation. `memory-peaks` contains the peak of each phase, last step.
 
     Raises:
         FileNotFoundError: If a folder contains no run with an adapter.
-        ValueError: If `steps` or `batch_size` is smaller than 1.
+        ValueError: If `steps` or `batch_size` is less than 1.
     """
     for name, value in (("steps", steps), ("batch_size", batch_size)):
         if value is not None and value < 1:
@@ -116,7 +115,7 @@ def memory(runs: Sequence[str | Path], *, steps: int = 2, batch_size: int | None
         size = size or loaded.folder.read_config().optim.effective_batch_size
         channels, height, width = loaded.info.data_config["input_size"]
         images = torch.randn(size, channels, height, width, generator=torch.Generator().manual_seed(0))
-        points = follow_memory(loaded.model, images, steps)
+        points = record_memory(loaded.model, images, steps)
         rows += [{"run": label, "batch_size": size, **point} for point in _downsample(points)]
         last = [point for point in points if point["step"] == steps]
         for phase in _PHASES:
@@ -129,7 +128,7 @@ class LiveTensors(TorchDispatchMode):
     """Dispatch mode that counts the bytes of live storages created by torch operations.
 
     Args:
-        existing: Tensors to include from the start, such as a model's weights.
+        existing: Tensors to count from the start, such as a model's weights.
 
     Attributes:
         live: Current number of bytes.
@@ -170,7 +169,7 @@ class LiveTensors(TorchDispatchMode):
         self.live -= size
 
 
-def follow_memory(model: nn.Module, images: Tensor, steps: int) -> list[dict[str, Any]]:
+def record_memory(model: nn.Module, images: Tensor, steps: int) -> list[dict[str, Any]]:
     """Record the memory after each operation of several training steps, in MiB.
 
     Args:
@@ -200,7 +199,7 @@ def follow_memory(model: nn.Module, images: Tensor, steps: int) -> list[dict[str
             optimizer.step()
             optimizer.zero_grad()
             del loss
-            torch.zeros(())  # records a point after the gradients are freed
+            torch.zeros(())  # records a point after gradients are freed
     points = [{"step": 0, "phase": "start", "position": 0.0, "mib": start / 2**20}]
     for step in range(1, steps + 1):
         for number, phase in enumerate(_PHASES):
@@ -214,7 +213,7 @@ def follow_memory(model: nn.Module, images: Tensor, steps: int) -> list[dict[str
 
 
 def _downsample(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Reduce each phase to at most `_MAX_POINTS` points by taking local maxima."""
+    """Reduce each phase to the maxima of at most `_MAX_POINTS` intervals."""
     maxima: list[dict[str, Any]] = []
     for step_phase in dict.fromkeys((point["step"], point["phase"]) for point in points):
         group = [point for point in points if (point["step"], point["phase"]) == step_phase]
@@ -224,7 +223,7 @@ def _downsample(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _draw_radar(rows: Sequence[Row]) -> Figure:
-    """Draw one polygon per method and label each axis with the highest accuracy."""
+    """Draw one polygon per method; label each axis with its highest accuracy."""
     axes_names = list(dict.fromkeys(row["axis"] for row in rows))
     methods = grouped(rows, "method")
     figure, axes = new_figure(560, 410 + 20 * -(-len(methods) // 4))

@@ -1,4 +1,4 @@
-"""Plots of weight updates: images, singular values, and overlap between tasks."""
+"""Update plots: images, singular values and overlap between tasks."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class RunUpdates:
         label: Short name of the run.
         shapes: `[out, in]` of each matrix by name.
         infos: Entries of `allocation.json` by matrix name; empty without the file.
-        make: Function from matrix name to scaled update `[out, in]`, float32.
+        make: Function from matrix name to the scaled update, `[out, in]`, float32.
     """
 
     label: str
@@ -58,8 +58,8 @@ class RunUpdates:
 def read_updates(run: str | Path, label: str) -> RunUpdates:
     """Read the weight updates of a run.
 
-    SNELLA and LoRA updates are computed from the adapter file, for any task. For other methods, updates are the
-    differences between merged model and backbone.
+    Updates of SNELLA and LoRA are computed from the adapter file, for any task. Updates of other methods are the
+    differences between the merged model and the backbone.
 
     Raises:
         FileNotFoundError: If the run has no adapter or the folder contains no run.
@@ -75,7 +75,7 @@ def read_updates(run: str | Path, label: str) -> RunUpdates:
 
 
 def _merge_differences(run: str | Path) -> UpdateSource:
-    """Compute the differences between the matrices of merged model and backbone, without the head."""
+    """Compute the differences between the matrices of the merged model and the backbone, excluding the head."""
     loaded = load_run(run, device="cpu")
     head = spec_of(loaded.model).head
     merged = merge_trained(loaded.model).state_dict()
@@ -94,19 +94,17 @@ def _merge_differences(run: str | Path) -> UpdateSource:
 
 
 def choose_matrix(run_updates: Sequence[RunUpdates], name: str | None) -> str:
-    """Return the named matrix, or the deepest query projection (else the deepest matrix) that all runs change.
+    """Return `name`, or else the deepest query projection (or deepest matrix) that all runs change.
 
     Raises:
-        ValueError: If no matrix, or not the named one, is changed by all runs.
+        ValueError: If the runs share no matrix, or some run does not change `name`.
     """
     common = [name for name in run_updates[0].shapes if all(name in run.shapes for run in run_updates)]
     if not common:
-        raise ValueError(
-            f"runs must have a matrix in common, got none in {', '.join(run.label for run in run_updates)}"
-        )
+        raise ValueError(f"runs must change a common matrix, got none in {', '.join(run.label for run in run_updates)}")
     if name is not None:
         if name not in common:
-            raise ValueError(f"matrix must be changed by all runs, e.g. {common[0]!r}, got {name!r}")
+            raise ValueError(f"matrix must be one that all runs change, e.g. {common[0]!r}, got {name!r}")
         return name
     return deepest_query(common)
 
@@ -129,7 +127,7 @@ def effective_rank(values: Tensor) -> float:
 
 
 def rank_row(update: Tensor) -> dict[str, Any]:
-    """Return size, density and ranks of one update; `rank` counts singular values above float32 precision."""
+    """Return size, density, norms and ranks of an update; `rank` counts singular values above float32 precision."""
     values = singular_values(update)
     largest = float(values[0])
     tolerance = largest * max(update.shape) * torch.finfo(torch.float32).eps
@@ -147,19 +145,19 @@ def rank_row(update: Tensor) -> dict[str, Any]:
 
 
 def update(runs: Sequence[str | Path], *, matrix: str | None = None) -> list[Plot]:
-    """Plot the update of one matrix for each run (Figure 12a), with singular values and effective ranks.
+    """Plot each run's update of one matrix (Figure 12a), with singular values and effective ranks.
 
     Args:
         runs: Run folders: SNELLA and LoRA on any task, other weight-changing methods on image tasks.
-        matrix: Name of the matrix; None selects the deepest query projection.
+        matrix: Matrix name; None selects the deepest query projection.
 
     Returns:
-        Two plots. `update` has a table row for each run with size, density and ranks of the matrix. `update-spectrum`
-        has a row for each singular value; `update-spectrum-ranks` contains the ranks of all matrices of the same type.
+        Two plots. `update` has a row for each run, with size, density and ranks. `update-spectrum` has a row for each
+        singular value; `update-spectrum-ranks` contains the ranks of all matrices of the same type.
 
     Raises:
         FileNotFoundError: If a run has no adapter.
-        ValueError: If the runs have no matrix in common, or a method changes no weights.
+        ValueError: If the runs share no matrix, or a method changes no weights.
     """
     run_updates = [read_updates(run, label) for run, label in zip(runs, run_labels(runs), strict=True)]
     name = choose_matrix(run_updates, matrix)
@@ -186,7 +184,7 @@ def update(runs: Sequence[str | Path], *, matrix: str | None = None) -> list[Plo
 def overlap(runs: Sequence[str | Path], *, matrix: str | None = None) -> list[Plot]:
     """Plot the overlap between the updates of several tasks, by layer and by weight (Figures 12b, 12c, section 4.5).
 
-    Each value has a chance level, computed for the same updates with randomly permuted entries.
+    Chance levels are computed for the same updates with randomly permuted entries.
 
     Args:
         runs: At least two run folders with the same backbone.
@@ -195,11 +193,11 @@ def overlap(runs: Sequence[str | Path], *, matrix: str | None = None) -> list[Pl
     Returns:
         Three plots. `overlap`: mean cosine similarity over all pairs of tasks, one row per layer. `overlap-frequency`:
         number of weights changed by 0, 1, … tasks, in the matrix and in all matrices. `overlap-map`: number of tasks
-        that change each weight of the matrix; its table lists rows and columns, most frequent first.
+        that change each weight of the matrix; its table lists rows and columns, most frequently changed first.
 
     Raises:
         FileNotFoundError: If a run has no adapter.
-        ValueError: If fewer than two runs are given, the runs have no matrix in common, or a method changes no weights.
+        ValueError: If there are fewer than two runs, the runs share no matrix, or a method changes no weights.
     """
     if len(runs) < 2:
         raise ValueError(f"overlap requires at least 2 runs, got {len(runs)}")
@@ -256,7 +254,7 @@ class _Similarity:
         self._intersections += support @ support.T
 
     def row(self) -> dict[str, Any]:
-        """Return mean, minimum and maximum similarity of all pairs, the chance level, and the support overlap."""
+        """Return mean, minimum and maximum similarity over all pairs, the chance level, and the overlap of supports."""
         norms = self._products.diagonal().sqrt()
         pairs = [(i, j) for i, j in combinations(range(len(norms)), 2) if norms[i] and norms[j]]
         if not pairs:
@@ -278,31 +276,29 @@ class _Similarity:
 
 
 def update_frequencies(stacked: Tensor) -> np.ndarray:
-    """Count the weights changed by 0, 1, …, all tasks, `[tasks + 1]`, given updates `[tasks, weights]`."""
+    """Count the weights changed by 0, 1, … tasks, `[tasks + 1]`, from updates `[tasks, weights]`."""
     return torch.bincount((stacked != 0).sum(0), minlength=len(stacked) + 1).double().numpy()
 
 
-def chance_frequencies(shares: Iterable[float]) -> np.ndarray:
-    """Compute the probabilities that 0, 1, … independent tasks change a weight.
-
-        The distribution of a sum of independent Bernoulli variables (Poisson binomial).
+def chance_frequencies(fractions: Iterable[float]) -> np.ndarray:
+    """Compute the probabilities that 0, 1, … independent tasks change a weight (Poisson binomial distribution).
 
     Args:
-        shares: Fraction of changed weights of each task.
+        fractions: Fraction of weights that each task changes.
     """
     distribution = np.ones(1)
-    for share in shares:
-        distribution = np.convolve(distribution, [1 - share, share])
+    for fraction in fractions:
+        distribution = np.convolve(distribution, [1 - fraction, fraction])
     return distribution
 
 
 def _expected_frequencies(stacked: Tensor) -> np.ndarray:
-    """Return the expected `update_frequencies` of independent tasks."""
+    """Return the expected `update_frequencies` for independent tasks."""
     return chance_frequencies((stacked != 0).double().mean(1).tolist()) * stacked.shape[1]
 
 
 def _axis_means(changed: Tensor) -> list[Row]:
-    """Sort the rows (outputs) and columns (inputs) by the mean number of tasks that change their weights."""
+    """Sort rows (outputs) and columns (inputs) by the mean number of tasks that change their weights."""
     entries = [
         {"axis": axis, "index": index, "mean_tasks": float(value)}
         for axis, means in (("row", changed.double().mean(1)), ("column", changed.double().mean(0)))
@@ -326,7 +322,7 @@ def _layers(names: Sequence[str], run_updates: Sequence[RunUpdates]) -> dict[str
 
 
 def _without_numbers(name: str) -> str:
-    """Replace the block and stage numbers in a matrix name."""
+    """Mask the block and stage numbers in a matrix name."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "#", name)
 
 
@@ -379,8 +375,8 @@ def _draw_similarity(rows: Sequence[Row]) -> Figure:
 
 
 def _draw_frequencies(rows: Sequence[Row], name: str) -> Figure:
-    """Draw a histogram of the number of tasks that change a weight, and the expectation for independent tasks."""
-    figure, axes = new_figure(560, 340, f"Number of tasks that change a weight of {shortened(name, 20)}")
+    """Draw a histogram of the number of tasks that change a weight, and its expectation for independent tasks."""
+    figure, axes = new_figure(560, 340, f"Tasks that change a weight of {shortened(name, 20)}")
     positions = [row["tasks"] for row in rows]
     bars = axes.bar(positions, [row["weights"] for row in rows], width=0.75, color=ACCENT)
     chance = [row["expected_by_chance"] for row in rows]
@@ -398,7 +394,7 @@ def _draw_map(changed: Tensor, name: str, tasks: int) -> Figure:
     """Draw the number of tasks that change each weight as a heat map."""
     rows, columns = changed.shape
     figure, axes = new_figure(
-        420, min(max(330 * rows / columns, 150), 560) + 130, f"Tasks changing {shortened(name, 26)}"
+        420, min(max(330 * rows / columns, 150), 560) + 130, f"Tasks that change {shortened(name, 26)}"
     )
     axes.grid(False)
     cells = (min(rows, MOST_CELLS), min(columns, MOST_CELLS))

@@ -1,1 +1,1 @@
-"""Step time and memory benchmarks against baselines, written as JSON lines."""
+"""Benchmarks of step time and memory against baselines, written as JSON lines."""

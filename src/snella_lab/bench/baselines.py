@@ -1,4 +1,4 @@
-"""Benchmark baselines: functions that make a timm model trainable with one method."""
+"""Benchmark baselines: functions that adapt a timm model with one method."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from snella.sparsify import quantile_threshold, sparsify
 from snella_app.methods.registry import build_method
 
 REFERENCE = "lora"
-"""Baseline for ratios."""
+"""Method that ratios are relative to."""
 
 _QUANTILE_LIMIT = 2**24  # maximum number of entries in torch.quantile
 
 
 class UnfusedLayer(nn.Module):
-    """Unfused reference: base layer and update as separate products, with activation checkpointing of the merge.
+    """Unfused reference: separate products for base layer and update, with activation checkpointing of the merge.
 
         y = x W0ᵀ + bias + scaling·x Sᵀ,   S = sparsify(ΔW, quantile(|ΔW|, sparsity))
 
@@ -39,7 +39,7 @@ class UnfusedLayer(nn.Module):
     of all magnitudes.
 
     Args:
-        layer: An adapted linear layer, whose parameters are shared.
+        layer: An adapted linear layer; its parameters are shared.
     """
 
     def __init__(self, layer: SnellaLayer) -> None:
@@ -48,7 +48,7 @@ class UnfusedLayer(nn.Module):
         layer.is_applied = True  # the layer is never called directly
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Apply both branches, `x` `[…, n]`."""
+        """Add the outputs of both branches for `x` `[…, n]`."""
         return self.layer.base_layer(x, *args, **kwargs) + checkpoint(self._branch, x, use_reentrant=False)
 
     def _branch(self, x: Tensor) -> Tensor:
@@ -59,14 +59,14 @@ class UnfusedLayer(nn.Module):
             delta = spec.merge_matrix(matrix)
             sparsity, magnitudes = 1 - budget / delta.numel(), delta.detach().abs().flatten()
             is_small = delta.numel() <= _QUANTILE_LIMIT
-            # torch.quantile, as in the authors' code; quantile_threshold is faster
+            # torch.quantile as in the authors' code; quantile_threshold is faster
             threshold = torch.quantile(magnitudes, sparsity) if is_small else quantile_threshold(delta, sparsity)
             groups.append(sparsify(delta, threshold, spec.mode))
         return spec.scaling * F.linear(x, torch.cat(groups).to(x.dtype))
 
 
 def _use_unfused_reference(model: nn.Module) -> nn.Module:
-    """Replace every adapted linear layer of `model` with `UnfusedLayer`, in place.
+    """Replace every adapted linear layer of `model` with an `UnfusedLayer`, in place.
 
     Raises:
         TypeError: If an adapted layer is not linear.
@@ -85,7 +85,7 @@ def _use_unfused_reference(model: nn.Module) -> nn.Module:
 class _Recomputable:
     """A module output that can be recomputed: storage, mark and strides."""
 
-    storage: StorageWeakRef  # prevents reuse of the address
+    storage: StorageWeakRef  # keeps the address from being reused
     output: weakref.ref[Tensor]
     stride: tuple[int, ...]
 
@@ -100,10 +100,11 @@ class _Recomputed:
 
 
 class RecomputedInputs:
-    """SNELLA's recomputation of inputs for models of any method.
+    """SNELLA's recomputation of inputs, for models adapted with any method.
 
     Autograd saves the output of a normalization or activation as the input of the next trained layer. This class saves
-    only the input of that module, which is saved anyway, and recomputes the output. Gradients are bit-identical.
+    only the input of that normalization or activation, which autograd saves anyway, and recomputes the output.
+    Gradients are bit-identical.
 
     Args:
         model: Modified in place; its `forward` runs under saved-tensor hooks.
@@ -114,7 +115,7 @@ class RecomputedInputs:
         self._forward = model.forward
         mark_outputs(model)
         for module in model.modules():
-            if is_parametrized(module) and isinstance(module, nn.LayerNorm):  # SPT; mark_outputs does not support it
+            if is_parametrized(module) and isinstance(module, nn.LayerNorm):  # SPT; unsupported by mark_outputs
                 module.register_forward_hook(_mark_parametrized)
             if can_recompute(module) or is_parametrized(module):
                 module.register_forward_hook(self._record_output)
@@ -152,7 +153,7 @@ class RecomputedInputs:
             self._outputs[storage.cdata] = _Recomputable(storage, weakref.ref(output), output.stride())
 
     def _placeholder(self, tensor: Tensor) -> _Recomputed | None:
-        """Return the placeholder for a marked output or a view of one, else None."""
+        """Return a placeholder for a marked output or a view of one, else None."""
         if tensor.layout != torch.strided:
             return None
         marked = self._outputs.get(tensor.untyped_storage()._cdata)
@@ -181,12 +182,12 @@ _TARGETS = r".*\.(attn\.(qkv|proj)|mlp\.(fc1|fc2))"
 
 @dataclass(frozen=True)
 class Workload:
-    """Settings of a measurement.
+    """Model and settings of a measurement.
 
     Args:
         backbone: A timm model name.
         r: Rank.
-        sparsity: Fraction of the adapted weights that SNELLA leaves unchanged.
+        sparsity: Fraction of adapted weights that SNELLA leaves unchanged.
         dtype: Dtype of weights and activations.
         device: A torch device.
     """
@@ -205,10 +206,10 @@ class Workload:
 
 
 def random_batch(workload: Workload, batch: int) -> tuple[Tensor, Tensor]:
-    """Return random images in the backbone's input size, and labels."""
+    """Return random images at the backbone's input size, and labels."""
     configuration = timm.get_pretrained_cfg(workload.backbone)
-    side = configuration.input_size[-1] if configuration is not None else 224
-    images = torch.randn(batch, 3, side, side, device=workload.device, dtype=workload.dtype)
+    size = configuration.input_size[-1] if configuration is not None else 224
+    images = torch.randn(batch, 3, size, size, device=workload.device, dtype=workload.dtype)
     return images, torch.randint(0, NUM_CLASSES, (batch,), device=workload.device)
 
 
@@ -216,7 +217,7 @@ Builder = Callable[[nn.Module, Workload], nn.Module]
 
 
 def _frozen(model: nn.Module, workload: Workload) -> nn.Module:
-    """Train only head and class token: forward and backward pass without adapter overhead."""
+    """Train only head and class token, for the cost of both passes without adapters."""
     model.requires_grad_(False)
     token = [model.cls_token] if isinstance(getattr(model, "cls_token", None), nn.Parameter) else []
     for parameter in (*token, *model.get_submodule("head").parameters()):
@@ -238,15 +239,15 @@ def _lora(model: nn.Module, workload: Workload, **options: Any) -> nn.Module:
 
 
 def _shira(model: nn.Module, workload: Workload) -> nn.Module:
-    """Add PEFT's SHiRA, with `r (m + n)` weights per matrix."""
+    """Add PEFT's SHiRA to the same layers, with `r (m + n)` weights per matrix."""
     return get_peft_model(model, ShiraConfig(r=workload.r, target_modules=_TARGETS, modules_to_save=["head"]))
 
 
 def _method(name: str, *sparse: str, has_rank: bool = True) -> Builder:
     """Return a builder for a method of `snella train` with default options.
 
-    The rank comes from the workload, and the options in `sparse` are set to its sparsity. Methods that inspect data
-    before training receive one batch of two random images.
+    The rank and the options in `sparse` are set from the workload. Methods that need data before training receive one
+    batch of two random images.
     """
 
     def build(model: nn.Module, workload: Workload) -> nn.Module:
@@ -276,7 +277,7 @@ def _paper(model: nn.Module, workload: Workload) -> nn.Module:
 
 
 def _compiled(build: Builder) -> Builder:
-    """Wrap a builder with `torch.compile`."""
+    """Return a builder that also applies `torch.compile`."""
 
     def build_compiled(model: nn.Module, workload: Workload) -> nn.Module:
         model = build(model, workload)
@@ -287,7 +288,7 @@ def _compiled(build: Builder) -> Builder:
 
 
 def _recomputing(build: Builder) -> Builder:
-    """Wrap a builder with `RecomputedInputs`."""
+    """Return a builder that also applies `RecomputedInputs`."""
 
     def build_recomputing(model: nn.Module, workload: Workload) -> nn.Module:
         model = build(model, workload)
@@ -328,5 +329,5 @@ BASELINES: dict[str, Builder] = {
     "snella-reference-compiled": _compiled(_snella(impl="reference")),
     "paper": _paper,
 }
-"""Builders by name. `snella` has the default settings; names with this prefix are variants. `-recompute` adds SNELLA's
-recomputation of inputs to a method; `snella-keep-inputs` disables it."""
+"""Builders by method name. `snella` uses the default settings; names with this prefix are variants. `-recompute` adds
+SNELLA's recomputation of inputs to a method; `snella-keep-inputs` disables it."""

@@ -1,4 +1,4 @@
-"""Benchmarks of step time and memory: medians of interleaved runs."""
+"""Benchmarks of step time and memory: medians over interleaved steps."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass
 class BenchConfig:
-    """Settings of `snella bench`, described in its help; comma-separated options are lists."""
+    """Settings of `snella bench`, as described in its help."""
 
     backbones: list[str] = field(default_factory=lambda: ["vit_base_patch16_224"])
     batch: list[int] = field(default_factory=lambda: [4, 16])
@@ -70,7 +70,7 @@ class BenchConfig:
             raise ValueError("; ".join(errors))
 
     def settings(self) -> list[tuple[Workload, int]]:
-        """Return every combination of settings with its batch size."""
+        """Return every workload with its batch size."""
         axes = (self.backbones, self.r, self.sparsity, self.dtype, self.batch)
         return [
             (Workload(backbone, r, sparsity, _DTYPES[dtype], self.device), batch)
@@ -79,7 +79,7 @@ class BenchConfig:
 
 
 def grid(device: str = "cpu", out: str | None = None) -> BenchConfig:
-    """Return the full grid, which takes hours: four ViTs, four batch sizes, two ranks, four sparsities, two dtypes."""
+    """Return the full grid: four ViTs, four batch sizes, two ranks, four sparsities and two dtypes; takes hours."""
     return BenchConfig(
         backbones=["vit_small_patch16_224", "vit_base_patch16_224", "vit_large_patch16_224", "vit_huge_patch14_224"],
         batch=[1, 4, 16, 64],
@@ -122,7 +122,7 @@ class Runner:
             BudgetAllocator(self.model, total_epochs=100, steps_per_epoch=100).attach(self.optimizer)
 
     def step(self, images: Tensor, labels: Tensor) -> StepTime:
-        """Run and time forward, backward and optimizer."""
+        """Run and time forward pass, backward pass and optimizer."""
         start = self._now()
         loss = nn.functional.cross_entropy(self.model(images), labels)
         forward = self._now()
@@ -133,7 +133,7 @@ class Runner:
         return StepTime(forward - start, backward - forward, self._now() - start)
 
     def has_finite_gradients(self, images: Tensor, labels: Tensor) -> bool:
-        """Return True if gradients exist and are finite; also serves as a warm-up."""
+        """Return True if gradients exist and are finite; also warms up."""
         nn.functional.cross_entropy(self.model(images), labels).backward()
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         is_finite = bool(gradients) and all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
@@ -153,8 +153,8 @@ _STEPS = 2
 def peak_mib(name: str, workload: Workload, batch: int) -> dict[str, float]:
     """Measure the peak memory of two training steps, in MiB.
 
-    On a GPU, `peak_gpu_mib` is the allocator's peak. On the CPU, `peak_rss_mib` is the peak resident set size of a new
-    process, including libraries and thread pools. `peak_step_mib` is its growth after building model and optimizer.
+    On a GPU, `peak_gpu_mib` is the peak of the allocator. On a CPU, `peak_rss_mib` is the peak resident set size of a
+    new process, including libraries and thread pools; `peak_step_mib` is its growth after model and optimizer exist.
     """
     if torch.device(workload.device).type == "cuda":
         torch.cuda.empty_cache()
@@ -168,12 +168,12 @@ def peak_of_child(function: Callable[..., float], name: str, *args: Any) -> dict
     """Measure the peak resident set size of a new process that calls `function(name, *args)`.
 
     Args:
-        function: Importable function that returns the peak before the measured part.
-        name: First argument, used in the error message.
+        function: Importable function that returns the peak before the measurement.
+        name: First argument, which identifies the measurement in errors.
         args: Additional arguments.
 
     Returns:
-        `peak_rss_mib`, the total peak, and `peak_step_mib`, the peak minus the returned value.
+        `peak_rss_mib`, the total peak, and `peak_step_mib`, the total peak minus the returned one.
 
     Raises:
         RuntimeError: If the process exits without a result.
@@ -193,7 +193,7 @@ def peak_of_child(function: Callable[..., float], name: str, *args: Any) -> dict
 
 
 def _send_peak(sender: Any, threads: int, function: Callable[..., float], *args: Any) -> None:
-    """Call the function in this process and send the peak memory."""
+    """Call the function and send the peak memory of this process."""
     torch.set_num_threads(threads)
     before = function(*args)
     peak = peak_rss_mib()
@@ -201,7 +201,7 @@ def _send_peak(sender: Any, threads: int, function: Callable[..., float], *args:
 
 
 def _run(name: str, workload: Workload, batch: int) -> float:
-    """Run the steps and return the peak memory before the first one."""
+    """Run the steps, and return the peak memory before the first one."""
     runner, (images, labels) = Runner(name, workload), random_batch(workload, batch)
     before = peak_rss_mib()
     for _ in range(_STEPS):
@@ -218,18 +218,18 @@ _IMPLEMENTATIONS = {
     "snella-eager": "eager",
     "snella-triton": "triton",
 }
-_TABLE_COLUMNS = ("contender", "forward_s", "backward_s", "step_s", f"step_over_{REFERENCE}", "saved_mib", "trainable")
+_TABLE_COLUMNS = ("method", "forward_s", "backward_s", "step_s", f"step_over_{REFERENCE}", "saved_mib", "trainable")
 
 
 def bench(config: BenchConfig, console: Console | None = None) -> list[dict[str, Any]]:
     """Time training steps of all methods on the same images.
 
-    After two warm-up steps, every method takes one step in each round, in random order. A method gets no row if its op
+    After two warm-up steps, every round takes one step of each method, in random order. A method is skipped if its op
     differs from the reference or its gradients are not finite.
 
     Args:
         config: Settings.
-        console: Output; stdout if None.
+        console: Output console; stdout if None.
 
     Returns:
         The rows, also appended to `config.out`.
@@ -242,7 +242,7 @@ def bench(config: BenchConfig, console: Console | None = None) -> list[dict[str,
     rows = []
     for workload, batch in config.settings():
         new_rows = _measure(config, workload, batch, console)
-        gc.collect()  # frees reference cycles of models and optimizers before the next setting
+        gc.collect()  # frees models and optimizers in reference cycles
         console.print(_table(new_rows, workload, batch))
         if config.out is not None:
             append_rows(config.out, new_rows)
@@ -292,33 +292,33 @@ def _measure(config: BenchConfig, workload: Workload, batch: int, console: Conso
     rows = []
     for name, runner in runners.items():
         summary = _summary(times[name], times.get(REFERENCE))
-        rows.append({**common, "contender": name, **summary, **_tensor_counts(runner.model, images)})
+        rows.append({**common, "method": name, **summary, **_tensor_counts(runner.model, images)})
     del runners
     if config.memory:
         for row in rows:
-            row.update(peak_mib(str(row["contender"]), workload, batch))
+            row.update(peak_mib(str(row["method"]), workload, batch))
     return rows
 
 
 def _count(config: BenchConfig, workload: Workload, batch: int) -> list[dict[str, Any]]:
-    """Count saved tensors and parameters of one setting from one forward pass of each model."""
+    """Count saved tensors and parameters of one setting, from one forward pass of each method."""
     images, _ = random_batch(workload, batch)
     common = {"benchmark": "kept_bytes", **setting_fields(workload, batch), **conditions(workload.device)}
     rows = []
     for name in config.methods:
-        rows.append({**common, "contender": name, **_tensor_counts(BASELINES[name](workload.base(), workload), images)})
+        rows.append({**common, "method": name, **_tensor_counts(BASELINES[name](workload.base(), workload), images)})
         gc.collect()
     return rows
 
 
 def setting_fields(workload: Workload, batch: int) -> dict[str, Any]:
-    """Return the setting as row fields."""
+    """Convert a setting to row fields."""
     fields = {key: value for key, value in asdict(workload).items() if key not in ("dtype", "device")}
     return {**fields, "dtype": str(workload.dtype).removeprefix("torch."), "batch": batch}
 
 
 def _tensor_counts(model: nn.Module, images: Tensor) -> dict[str, Any]:
-    """Count the tensors that autograd saves in a forward pass, and the parameters."""
+    """Measure the tensors that autograd saves in a forward pass, and count the parameters."""
     return {
         "saved_mib": round(record_forward(model.train(), images).kept / 2**20, 1),
         "weights": sum(p.numel() for p in model.parameters()),
@@ -327,7 +327,7 @@ def _tensor_counts(model: nn.Module, images: Tensor) -> dict[str, Any]:
 
 
 def _summary(steps: list[StepTime], reference_steps: list[StepTime] | None) -> dict[str, Any]:
-    """Return median times and the median ratio to the reference, paired by round."""
+    """Return median times, and the median ratio to the reference over rounds."""
     summary: dict[str, Any] = {
         key: round(statistics.median(getattr(step, key) for step in steps), 4)
         for key in ("forward_s", "backward_s", "step_s")

@@ -1,4 +1,4 @@
-"""Machine diagnosis: hardware, versions, backend correctness and step time."""
+"""Diagnosis of a machine: hardware, versions, backend correctness and step time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Diagnosis:
 
     Attributes:
         machine: Operating system, CPU, threads, memory, versions and torch devices.
-        checks: One entry for each device, backend and dtype.
+        checks: One check per device, backend and dtype.
         steps: Rows of `snella bench` for LoRA, full fine-tuning and SNELLA.
     """
 
@@ -37,22 +37,22 @@ class Diagnosis:
 
     @property
     def wrong(self) -> list[BackendCheck]:
-        """Backends with wrong results."""
+        """Checks with wrong results."""
         return [check for check in self.checks if check.verdict == "wrong"]
 
 
 def diagnose(
     *, time_steps: bool = True, out: str | Path | None = None, console: Console | None = None, rounds: int = 3
 ) -> Diagnosis:
-    """Describe the machine, check each backend against the reference, and time a training step of a ViT-B.
+    """Describe the machine, check each backend against the reference, and time training steps of a ViT-B.
 
-    Steps are timed on the fastest device: batch size 4 in float32 on a CPU, 64 in float32 and bfloat16 on a GPU.
+    Steps are timed on the fastest device: batch size 4 in float32 on a CPU; 64 in float32 and bfloat16 on a GPU.
 
     Args:
         time_steps: Time training steps, which takes about 30 seconds on two CPU cores.
         out: JSON file for the results.
-        console: Output; stdout if None.
-        rounds: Timed steps of each method.
+        console: Output console; stdout if None.
+        rounds: Timed steps per method.
     """
     console = console or make_console()
     provenance = conditions(usable_devices()[-1], _PACKAGES)
@@ -91,19 +91,19 @@ def diagnose(
         remedy = (
             "" if any(check.impl == "eager" for check in diagnosis.wrong) else "set --method-options.impl eager, and "
         )
-        print_line(console, f"wrong: {names}; {remedy}attach the file of --out to a bug report")
+        print_line(console, f"wrong: {names}; {remedy}attach the --out file to a bug report")
     else:
         print_line(console, "all available backends are correct")
     return diagnosis
 
 
 def usable_devices() -> list[str]:
-    """Return the available device types, the fastest last."""
+    """Return the available device types, fastest last."""
     return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 def describe_machine(versions: dict[str, str]) -> dict[str, Any]:
-    """Return operating system, CPU, memory, devices and the given package versions."""
+    """Return operating system, CPU, memory and GPUs, with the given package versions."""
     import psutil
 
     machine: dict[str, Any] = {

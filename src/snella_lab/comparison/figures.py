@@ -1,4 +1,4 @@
-"""Comparison figures: accuracy over cost, accuracy over learning rate, and paired differences."""
+"""Comparison figures: accuracy versus cost, accuracy versus learning rate, and paired differences."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -27,17 +27,17 @@ from snella_lab.comparison.statistics import Rows, complete_mean, final_rows
 from snella_lab.comparison.summary import Summary, part_text
 
 SHOWN_RANGE = 0.3
-"""Plotted accuracy range below the best value."""
+"""Plotted accuracy range, down from the best value."""
 
 
 def pareto(summary: Summary, cost: str, label: str, title: str, is_log: bool) -> Figure | None:
-    """Plot mean accuracy over a cost, with the Pareto front.
+    """Plot mean accuracy versus a cost, with the Pareto front.
 
     Args:
         summary: Results of the comparison.
         cost: A column of `MethodSummary.costs`.
         label: Name and unit of the cost axis.
-        title: Title of the figure.
+        title: Figure title.
         is_log: True for a logarithmic cost axis.
 
     Returns:
@@ -57,8 +57,8 @@ def pareto(summary: Summary, cost: str, label: str, title: str, is_log: bool) ->
         if not math.isnan(std):
             axes.errorbar(value, mean, std, color=color, linewidth=1.2, capsize=0, alpha=0.6)
         handles += axes.plot(value, mean, marker=marker, color=color, markersize=8, linestyle="none")
-    frontier = pareto_front([(value, mean) for value, mean, *_ in points])
-    axes.plot(*zip(*frontier, strict=True), color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
+    front = pareto_front([(value, mean) for value, mean, *_ in points])
+    axes.plot(*zip(*front, strict=True), color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
     if is_log:
         axes.set_xscale("log")
         axes.xaxis.set_minor_formatter(NullFormatter())
@@ -83,16 +83,16 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
 
 
 def learning_rate_curves(summary: Summary, rows: Rows, tasks: Sequence[str], title: str) -> Figure | None:
-    """Plot validation accuracy over the learning rate, one line per method, with a filled marker at the selected one.
+    """Plot validation accuracy versus learning rate, one line per method, with a filled marker at the selected one.
 
-    Learning rates are factors on each method's default, so that all methods share an axis. A failed run is marked at
-    the bottom of the figure.
+    Learning rates are relative to each method's default, so that all methods share an axis. Crosses at the bottom mark
+    failed runs.
 
     Args:
         summary: Results of the comparison, for the order of methods.
         rows: All rows.
-        tasks: Tasks to average over, at factors tried on all of them; a mean marks its best learning rate.
-        title: Title of the figure.
+        tasks: Tasks to average over, at factors tried on all of them; the marker of a mean is its best learning rate.
+        title: Figure title.
     """
     pairs: dict[tuple[str, str], list[CellRow]] = {}
     for row in rows:
@@ -102,7 +102,9 @@ def learning_rate_curves(summary: Summary, rows: Rows, tasks: Sequence[str], tit
     if not curves:
         return None
     figure, axes = new_figure(CURVE[0], CURVE[1] + 40 + 17 * math.ceil(len(curves) / 3), title)
-    handles = [_draw_curve(axes, number, points, _chosen(rows, name, tasks)) for number, name, points in curves]
+    handles = [
+        _draw_curve(axes, number, points, _selected_factor(rows, name, tasks)) for number, name, points in curves
+    ]
     _factor_axis(axes, sorted({factor for *_, points in curves for factor, _ in points}))
     accuracies = [accuracy for *_, points in curves for _, accuracy in points if accuracy is not None]
     if accuracies:
@@ -113,16 +115,18 @@ def learning_rate_curves(summary: Summary, rows: Rows, tasks: Sequence[str], tit
     return figure
 
 
-def _chosen(rows: Rows, method: str, tasks: Sequence[str]) -> float | None:
-    """Return the factor of a method's final runs on one task; None for several tasks or without final runs."""
+def _selected_factor(rows: Rows, method: str, tasks: Sequence[str]) -> float | None:
+    """Return the learning-rate factor of a method's final runs; None without final runs or for several tasks."""
     if len(tasks) != 1:
         return None
     finals = [row for row in final_rows(rows) if row.experiment_name == method and row.task_name == tasks[0]]
     return finals[0].lr_factor if finals else None
 
 
-def _draw_curve(axes: Axes, number: int, points: Sequence[tuple[float, float | None]], chosen: float | None) -> Line2D:
-    """Draw one method's line with a filled marker at the selected, else the best factor; return its legend handle."""
+def _draw_curve(
+    axes: Axes, number: int, points: Sequence[tuple[float, float | None]], selected: float | None
+) -> Line2D:
+    """Draw one method's line, with a filled marker at the selected or else the best factor; return the line."""
     color, marker = style_of(number)
     dashes: Any = "-" if number < len(COLORS) else (0, (5, 2))
     finished = [(factor, accuracy) for factor, accuracy in points if accuracy is not None]
@@ -130,7 +134,7 @@ def _draw_curve(axes: Axes, number: int, points: Sequence[tuple[float, float | N
     style: dict[str, Any] = {"color": color, "marker": marker}
     line = axes.plot(x, y, **style, markersize=5, linewidth=1.6, linestyle=dashes, markerfacecolor="none")[0]
     if finished:
-        axes.plot(*max(finished, key=lambda point: (point[0] == chosen, point[1])), **style, markersize=8)
+        axes.plot(*max(finished, key=lambda point: (point[0] == selected, point[1])), **style, markersize=8)
     for factor, accuracy in points:
         if accuracy is None:
             axes.plot(factor, 0.02, color=color, marker="x", transform=axes.get_xaxis_transform(), clip_on=False)
@@ -140,7 +144,7 @@ def _draw_curve(axes: Axes, number: int, points: Sequence[tuple[float, float | N
 def _mean_curve(
     pairs: Mapping[tuple[str, str], Rows], method: str, tasks: Sequence[str]
 ) -> list[tuple[float, float | None]]:
-    """Average the curves of several tasks at their common factors, given the rows by method and task."""
+    """Average the curves of several tasks at their common factors; `pairs` maps method and task to rows."""
     curves = [dict(lr_curve(pairs.get((method, task), ()), method, task)) for task in tasks]
     common = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
     return [(factor, complete_mean([curve[factor] for curve in curves])) for factor in common]
@@ -158,11 +162,11 @@ def lr_curve(rows: Rows, method: str, task: str) -> list[tuple[float, float | No
 
 
 def forest(summary: Summary, with_tasks: bool, width: int = 640) -> Figure | None:
-    """Plot the paired differences from the reference with their intervals, over all tasks and on each task.
+    """Plot paired differences from the reference with intervals, over all tasks and by task.
 
     Args:
         summary: Results of the comparison.
-        with_tasks: Also draw single tasks below each method.
+        with_tasks: Also plot single tasks below each method.
         width: Width in pixels; narrow figures truncate names earlier.
     """
     longest = 30 if width >= 600 else 16
@@ -179,17 +183,19 @@ def forest(summary: Summary, with_tasks: bool, width: int = 640) -> Figure | Non
     figure, axes = new_figure(
         width, 110 + (19 if with_tasks else 26) * len(lines), f"Difference from {shortened(summary.reference, longest)}"
     )
-    for position, (_, value, is_whole) in enumerate(lines):
+    for position, (_, value, is_overall) in enumerate(lines):
         if value is None:
             continue
-        color = (INK, ACCENT, WARM)[value.direction] if is_whole else MUTED
-        axes.plot([value.low, value.high], [position, position], color=color, linewidth=2.4 if is_whole else 1.2)
-        axes.plot(value.mean, position, color=color, marker="D" if is_whole else "o", markersize=7 if is_whole else 4)
+        color = (INK, ACCENT, WARM)[value.direction] if is_overall else MUTED
+        axes.plot([value.low, value.high], [position, position], color=color, linewidth=2.4 if is_overall else 1.2)
+        axes.plot(
+            value.mean, position, color=color, marker="D" if is_overall else "o", markersize=7 if is_overall else 4
+        )
     axes.axvline(0, color=MUTED, linewidth=1.2)
     axes.set_ylim(len(lines) - 0.5, -0.5)
     axes.set_yticks(range(len(lines)), [shortened(name, longest) for name, *_ in lines])
-    for text, (_, _, is_whole) in zip(axes.get_yticklabels(), lines, strict=True):
-        text.set(fontweight="bold" if is_whole else "normal", color=INK if is_whole else MUTED)
+    for text, (_, _, is_overall) in zip(axes.get_yticklabels(), lines, strict=True):
+        text.set(fontweight="bold" if is_overall else "normal", color=INK if is_overall else MUTED)
     axes.grid(False, axis="y")
     axes.tick_params(axis="y", length=0)
     if width < 600:
@@ -200,7 +206,7 @@ def forest(summary: Summary, with_tasks: bool, width: int = 640) -> Figure | Non
 
 
 def _factor_axis(axes: Axes, factors: Sequence[float]) -> None:
-    """Set a logarithmic x axis with the tried factors as ticks."""
+    """Set up a logarithmic x axis with ticks at the tried factors."""
     axes.set_xscale("log")
     shown = factors if len(factors) <= 8 else factors[:: math.ceil(len(factors) / 8)]
     axes.xaxis.set_major_locator(FixedLocator(list(shown)))
@@ -209,14 +215,14 @@ def _factor_axis(axes: Axes, factors: Sequence[float]) -> None:
     axes.set_xlabel("learning rate relative to the method's default")
 
 
-def _points(share: float) -> str:
+def _points(fraction: float) -> str:
     """Format a difference of fractions in points: 0, +2."""
-    points = round(100 * share, 3)
+    points = round(100 * fraction, 3)
     return "0" if points == 0 else f"{points:+g}".replace("-", "\N{MINUS SIGN}")
 
 
 def _short(value: float) -> str:
-    """Format a number with three digits: 768, 1.33 M."""
+    """Format a number with three significant digits: 768, 1.33 M."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= size:
             return f"{value / size:.3g} {unit}"

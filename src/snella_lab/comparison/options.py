@@ -9,19 +9,19 @@ from snella_app.config import Config, Setting, TrainConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ExecutionConfig(Config):
-    """Selection and execution of the runs of a comparison.
+    """Which runs of a comparison to train, and how.
 
     Args:
-        workers: Parallel runs, one process each; 0 runs everything in the current process.
+        workers: Number of parallel runs, one process each; 0 runs everything in the current process.
         threads: Threads per worker; defaults to an equal share of the CPUs.
-        ray: Run on Ray: the cluster at RAY_ADDRESS, or this machine.
+        ray: Run on Ray, on the cluster at RAY_ADDRESS or on this machine.
         gpus: GPUs per run on Ray, e.g. 0.25; defaults to an equal share of the cluster's GPUs.
-        run_limit: Maximum minutes per run; a run that takes longer is stopped and counts as failed.
-        emit: Write job scripts for a scheduler instead of training: slurm.
+        run_limit: Maximum minutes per run; a longer run is stopped and counts as failed.
+        emit: Write job scripts for a scheduler (slurm) instead of training.
         emit_to: Folder of the job scripts; default OUT/slurm.
-        part: Train one part and write no report, e.g. 0/8 for the first of eight parts; used by the job scripts.
+        part: Train one part without a report, e.g. 0/8 for the first of eight parts; used by the job scripts.
         retry_failed: Train failed runs again.
-        draw_only: Skip training; redraw the table and the HTML report from existing results.
+        draw_only: Only rewrite the tables and the HTML report from existing results.
     """
 
     workers: int = 1
@@ -37,38 +37,38 @@ class ExecutionConfig(Config):
 
     @property
     def part_and_count(self) -> tuple[int, int] | None:
-        """Number of the part, from 0, and number of parts; None for all runs."""
-        words = (self.part or "").split("/")
-        return (int(words[0]), int(words[1])) if len(words) == 2 and all(map(str.isdecimal, words)) else None
+        """Index of the part, from 0, and number of parts; None for all runs."""
+        numbers = (self.part or "").split("/")
+        return (int(numbers[0]), int(numbers[1])) if len(numbers) == 2 and all(map(str.isdecimal, numbers)) else None
 
     @property
     def limit_s(self) -> float:
-        """Maximum seconds of a run."""
+        """Maximum seconds per run."""
         return math.inf if self.run_limit is None else 60 * self.run_limit
 
     def errors(self) -> list[str]:
-        """Check ranges and conflicting options."""
+        """Check ranges and conflicts."""
         workers, threads, gpus, limit = self.workers, self.threads, self.gpus, self.run_limit
         errors = []
         if workers < 0 or (threads is not None and threads < 1):
             errors.append(f"workers must be at least 0 and threads at least 1, got {workers} and {threads}")
         if gpus is not None and (not self.ray or gpus < 0 or (gpus > 1 and gpus != int(gpus))):
-            errors.append(f"gpus must be 0 to 1 or an integer, and requires ray, got {gpus:g} and ray={self.ray}")
+            errors.append(f"gpus must be in [0, 1] or an integer, and requires ray, got {gpus:g} and ray={self.ray}")
         if limit is not None and (not limit > 0 or not (self.ray or workers)):
             errors.append(f"run_limit must be positive and requires ray or workers, got {limit:g} and {workers=}")
         if self.emit is not None and (self.ray or self.draw_only or self.part is not None):
-            errors.append(f"emit must be slurm, and excludes ray, part and draw_only, got {self.emit!r}")
+            errors.append(f"emit={self.emit!r} cannot be combined with ray, part or draw_only")
         part = self.part_and_count
         if self.part is not None and part is None:
-            errors.append(f"part must be NUMBER/COUNT, e.g. 0/8, got {self.part!r}")
+            errors.append(f"part must be INDEX/COUNT, e.g. 0/8, got {self.part!r}")
         elif part is not None and (self.draw_only or part[0] >= part[1]):
-            errors.append(f"part must be NUMBER/COUNT with NUMBER below COUNT, and excludes draw_only, got {self.part}")
+            errors.append(f"part must be INDEX/COUNT with INDEX < COUNT, and not with draw_only, got {self.part}")
         return errors
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareOptions(Config):
-    """Settings of `snella compare`; None keeps the experiment's value.
+    """Settings of `snella compare`; None uses the experiment's value.
 
     Args:
         out: Comparison folder; an existing comparison is resumed.
@@ -80,22 +80,22 @@ class CompareOptions(Config):
         tune_seeds: Seeds per tuning run; default 1.
         lr_factors: Learning rate grid, as multiples of each method's default, e.g. 0.1,0.3,1,3,10.
         weight_decays: Weight decay grid, tuned at the best learning rate, e.g. 0,0.1; none keeps the defaults.
-        extensions: Maximum number of grid extensions while the best value lies on the edge of the grid; default 2.
+        extensions: Maximum number of grid extensions while the best value is on the edge of the grid; default 2.
         reference: Reference method for pairwise comparisons; defaults to the first LoRA.
         forgetting: Datasets whose linear-probe accuracy measures forgetting, e.g. stamps,digits; none disables it.
         task: classification, multilabel (compared by mean average precision), ordinal (by quadratic weighted kappa) or
             regression (by R²).
         monitor: Validation metric for epoch selection, as for snella train. balanced_accuracy, and macro_f1 for
             multilabel, also become the comparison metric.
-        train: Other settings of all runs by flat name, entries of `shared`.
-        execution: Selection and execution of the runs.
+        train: Values of the `shared` settings by flat name.
+        execution: Which runs to train, and how.
     """
 
     shared: ClassVar[tuple[str, ...]] = (
         *("epochs", "batch_size", "img_size", "train_size", "val_size", "test_size", "augment", "head_init", "ema"),
         *("columns", "channels", "skip_corrupt", "weights", "pretrained", "device", "precision"),
     )
-    """Settings of `TrainConfig` that are options; `workers` counts processes, not data loader workers."""
+    """Settings of `TrainConfig` that are also options of compare; `workers` is taken by the worker processes."""
 
     out: str
     experiment: str | None = None
@@ -116,7 +116,7 @@ class CompareOptions(Config):
 
     @classmethod
     def command_options(cls) -> dict[str, Setting]:
-        """Return the options: the fields, with the shared settings of `TrainConfig` in place of `train`."""
+        """Return the options: the fields, with the `shared` settings of `TrainConfig` instead of `train`."""
         settings: dict[str, Setting] = {}
         for name, setting in cls.settings().items():
             if name == "train":
@@ -131,6 +131,6 @@ class CompareOptions(Config):
 
     @classmethod
     def from_flat(cls, **settings: Any) -> Self:
-        """Create the settings from options; None leaves a shared setting out."""
+        """Create the settings from options; omit shared settings that are None."""
         train = {name: value for name in cls.shared if (value := settings.pop(name, None)) is not None}
         return super().from_flat(**settings, train=train)

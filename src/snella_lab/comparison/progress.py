@@ -1,4 +1,4 @@
-"""Progress of a comparison on the console."""
+"""Console progress of a comparison."""
 
 import math
 import time
@@ -14,12 +14,12 @@ from snella_lab.comparison.cells import Cell, Plan
 
 
 class ComparisonProgress:
-    """Progress of a comparison: one line per run and, on a terminal, a progress bar.
+    """Console progress of a comparison: one line per run and, on a terminal, a progress bar.
 
     Args:
-        console: Output.
+        console: Output console.
         plan: Finished and remaining runs.
-        rows: Rows of finished runs, for the remaining time.
+        rows: Rows of finished runs, for estimating the remaining time.
     """
 
     def __init__(self, console: Console, plan: Plan, rows: Iterable[CellRow]) -> None:
@@ -50,13 +50,13 @@ class ComparisonProgress:
             self._bar.stop()
 
     def started(self, cell: Cell) -> None:
-        """Show that a run has started."""
+        """Add a run to the bar."""
         self._is_waiting = False
         self._running.append(cell.title)
         self._refresh()
 
-    def ended(self, cell: Cell, row: CellRow, slots: int, is_own: bool = True) -> None:
-        """Print the result of a run, and the remaining time with `slots` parallel runs."""
+    def ended(self, cell: Cell, row: CellRow, slots: int, is_local: bool = True) -> None:
+        """Print the result of a run and the remaining time, given `slots` parallel runs."""
         self._add_duration(row)
         left, done = self._plan.left, self._plan.done
         if row.status == "success":
@@ -65,20 +65,20 @@ class ComparisonProgress:
         else:
             result = f"FAILED, {row.error}"
         remaining = f"; about {seconds_text(self._remaining_s() / slots)} left" if left else ""
-        others = "" if is_own else " by another process"
+        others = "" if is_local else " by another process"
         origin = ", reused from the selected tuning run" if row.results and row.results.trained_as else ""
         text = f"{cell.title}: {result} ({seconds_text(row.total_time)}{others}{origin}){remaining}"
         print_line(self._console, f"[{done}/{done + left}] {text}")
         self.removed(cell)
 
     def removed(self, cell: Cell) -> None:
-        """Remove a run from the bar: it has ended, or another process has claimed it."""
+        """Remove a run from the bar, because it has ended or another process has claimed it."""
         if cell.title in self._running:
             self._running.remove(cell.title)
         self._refresh()
 
     def waiting(self, count: int) -> None:
-        """Print that all remaining runs are claimed by other processes."""
+        """Print once that other processes have claimed all remaining runs."""
         if not self._is_waiting:
             print_line(self._console, f"waiting for {counted(count, 'run')} in other processes")
         self._is_waiting = True
@@ -89,16 +89,17 @@ class ComparisonProgress:
         self._bar.update(self._task, completed=done, total=done + left, description=" | ".join(self._running) or "runs")
 
     def _add_duration(self, row: CellRow) -> None:
-        """Add the duration of a successful run to its pair of task and method, its task and all runs."""
+        """Add the duration of a successful run to the totals of its task and method, its task, and all runs."""
         if row.status == "success":
             for key in ((row.task_name, row.experiment_name), (row.task_name,), ()):
                 total, count = self._durations.get(key, (0.0, 0))
                 self._durations[key] = total + row.total_time, count + 1
 
     def _remaining_s(self) -> float:
-        """Estimate the time of all remaining runs from the mean duration of the same pair, task, or of all runs.
+        """Estimate the total time of the remaining runs from mean durations.
 
-        The estimate visits all pairs, so it is updated at most once a second.
+        Uses the mean of the same task and method, else of the same task, else of all runs. The estimate visits all
+        pairs, so it is updated at most once per second.
         """
         if time.monotonic() - self._estimated_at > 1:
             self._estimated_at, self._estimate_s = time.monotonic(), 0.0

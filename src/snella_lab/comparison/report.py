@@ -1,4 +1,4 @@
-"""Comparison reports: self-contained HTML, Markdown tables, and reported vs. measured numbers."""
+"""Comparison reports: a self-contained HTML page, Markdown tables, and comparisons with the paper."""
 
 import math
 from dataclasses import dataclass
@@ -36,36 +36,36 @@ from snella_lab.comparison.summary import (
 )
 
 _METRIC = "test_accuracy"  # the metric in papers
-_SHARES = {f"test_{metric}" for measures in MEASURES.values() for metric in measures}
+_FRACTIONS = {f"test_{metric}" for measures in MEASURES.values() for metric in measures}
 
 
 @dataclass(frozen=True)
 class PaperComparison:
-    """A number reported by a paper and the measured result.
+    """A number reported in a paper and the measured result.
 
     Args:
         method: Method label.
         column: A task, a group, or one of the two means.
-        paper: Reported result in percent.
-        ours: Measured result in percent; None if a run is missing.
+        reported: Reported result in percent.
+        measured: Measured result in percent; None if a run is missing.
     """
 
     method: str
     column: str
-    paper: float
-    ours: float | None
+    reported: float
+    measured: float | None
 
     @property
     def texts(self) -> tuple[str, str, str, str, str]:
         """Method, column, reported result, measured result and difference in points as strings."""
-        if self.ours is None:
-            return self.method, self.column, f"{self.paper:.1f}", "–", "–"
-        difference = points_text((self.ours - self.paper) / 100)
-        return self.method, self.column, f"{self.paper:.1f}", f"{self.ours:.1f}", difference
+        if self.measured is None:
+            return self.method, self.column, f"{self.reported:.1f}", "–", "–"
+        difference = points_text((self.measured - self.reported) / 100)
+        return self.method, self.column, f"{self.reported:.1f}", f"{self.measured:.1f}", difference
 
 
 def paper_comparison(experiment: Experiment, summary: Summary) -> list[PaperComparison]:
-    """Pair every reported number of the experiment's methods with the measured result."""
+    """Pair the reported numbers of the experiment's methods with the measured results."""
     lines = {line.name: line for line in summary.methods}
     return [
         PaperComparison(method, column, float(value), _measured_result(column, lines[method], summary))
@@ -76,7 +76,7 @@ def paper_comparison(experiment: Experiment, summary: Summary) -> list[PaperComp
 
 
 def print_paper_comparison(console: Console, experiment: Experiment, summary: Summary) -> None:
-    """Print reported and measured numbers if the experiment has reported numbers."""
+    """Print reported and measured numbers, if the experiment has reported ones."""
     rows = paper_comparison(experiment, summary)
     if not rows:
         return
@@ -87,28 +87,28 @@ def print_paper_comparison(console: Console, experiment: Experiment, summary: Su
 
 @dataclass(frozen=True)
 class OrderingResult:
-    """An ordering claimed by a paper, tested on the measured runs.
+    """An ordering of methods claimed in a paper, tested on the measured runs.
 
     Attributes:
         claim: Human-readable claim, e.g. `cubic above linear`.
         verdict: `holds` or `contradicted` for a decided difference, else `not decided` or `not run`.
-        difference: Paired difference between the claimed higher and lower method, by task and seed, with Holm's
-            correction over the claims; None without runs.
-        is_share: True for fractions such as accuracy.
+        difference: Difference between the higher and the lower method of the claim, paired by task and seed, with
+            Holm's correction over the claims; None without runs.
+        is_fraction: True for fractions such as accuracy.
     """
 
     claim: str
     verdict: str
     difference: Difference | None
-    is_share: bool
+    is_fraction: bool
 
     @property
     def texts(self) -> tuple[str, str, str, str, str]:
-        """Claim, verdict, difference with interval, and test results as strings."""
+        """Claim, verdict, difference with interval, and test statistics as strings."""
         diff = self.difference
         if diff is None:
             return self.claim, self.verdict, "–", "–", "–"
-        if self.is_share:
+        if self.is_fraction:
             text = difference_text(diff, diff.tasks)
         else:
             mean, *ends = (measure_text(value, signed=True) for value in (diff.mean, diff.low, diff.high))
@@ -120,7 +120,7 @@ ORDERING_HEADINGS = ("claim in the paper", "result", f"difference, {percent_text
 
 
 def paper_orderings(experiment: Experiment, rows: Rows) -> list[OrderingResult]:
-    """Test the paper's orderings of the experiment's methods."""
+    """Test the paper's orderings of methods in the experiment."""
     names = [method.name for method in experiment.methods]
     finals = final_rows(rows)
     claims: list[tuple[str, Difference | None, bool]] = []
@@ -133,21 +133,21 @@ def paper_orderings(experiment: Experiment, rows: Rows) -> list[OrderingResult]:
         value = difference(measured, higher, lower, tasks, metric)
         text = f"{higher} above {lower}" + (f" on {claim['task']}" if claim.get("task") else "")
         text += "" if metric == _METRIC else f" in {metric.replace('_', ' ')}"
-        claims.append((text, value, metric in _SHARES))
+        claims.append((text, value, metric in _FRACTIONS))
     corrected = with_holm(dict(enumerate(value for _, value, _ in claims)))
     return [
-        OrderingResult(text, _verdict(corrected[number]), corrected[number], is_share)
-        for number, (text, _, is_share) in enumerate(claims)
+        OrderingResult(text, _verdict(corrected[number]), corrected[number], is_fraction)
+        for number, (text, _, is_fraction) in enumerate(claims)
     ]
 
 
 def _verdict(value: Difference | None) -> str:
-    """Return the verdict on the claim that a difference is positive."""
+    """Return the verdict on a claim of a positive difference."""
     return "not run" if value is None else ("not decided", "holds", "contradicted")[value.direction]
 
 
 def print_paper_orderings(console: Console, experiment: Experiment, rows: Rows) -> None:
-    """Print the results for the paper's orderings if the experiment has any."""
+    """Print the test results of the paper's orderings, if the experiment has any."""
     results = paper_orderings(experiment, rows)
     if not results:
         return
@@ -156,7 +156,7 @@ def print_paper_orderings(console: Console, experiment: Experiment, rows: Rows) 
 
 
 def _measured_result(column: str, line: MethodSummary, summary: Summary) -> float | None:
-    """Return the measured result of one column in percent."""
+    """Return a method's measured result in one column, in percent."""
     spreads = line.per_task[_METRIC]
     if column == OVER_TASKS:
         value = line.over_tasks[_METRIC]
@@ -175,12 +175,12 @@ MARKDOWN_FILE = "comparison.md"
 
 
 def markdown_tables(experiment: Experiment, rows: Rows, summary: Summary | None = None) -> str:
-    """Format the result tables as Markdown, with caption, command, machine and dates.
+    """Format the result tables as Markdown, with caption, command, machines and dates.
 
     Args:
         experiment: The experiment, for order, groups and reference.
         rows: All rows.
-        summary: Results of the rows; computed if None.
+        summary: Results of the rows; None computes them.
 
     Returns:
         Markdown text; a single sentence if no final run is finished.
@@ -221,7 +221,7 @@ def _markdown_line(cells: list[str]) -> str:
 
 
 def _provenance(experiment: Experiment, rows: Rows) -> str:
-    """Return command, machines, dates and commits as a sentence."""
+    """Format command, machines, dates and commits as a sentence."""
     finals = final_rows(rows)
     dates = sorted({row.created_at[:10] for row in finals})
     machines = sorted({str(row.system_info.get("processor") or row.system_info.get("machine")) for row in finals})
@@ -235,13 +235,13 @@ def _provenance(experiment: Experiment, rows: Rows) -> str:
 FILE = "comparison.html"
 _NARROW = 310  # figure width in pixels on a phone
 MAX_TASK_FIGURES = 24
-"""Maximum number of tasks with figures by task; the tables have all tasks."""
+"""Maximum number of tasks with per-task figures; tables always contain all tasks."""
 _SELECTED_EPOCH = {
     "standard": "at the best epoch on validation",
     "final": "at the last epoch, trained on training and validation images",
     "official": "at the best epoch on the same test images",
 }
-"""Evaluated epoch of a final run, by protocol."""
+"""Evaluated epoch of final runs by protocol."""
 
 
 def write_page(root: Path, experiment: Experiment, rows: Rows, summary: Summary | None = None) -> Path:
@@ -251,7 +251,7 @@ def write_page(root: Path, experiment: Experiment, rows: Rows, summary: Summary 
         root: Folder of the comparison.
         experiment: The experiment.
         rows: All rows.
-        summary: Results of the rows; computed if None.
+        summary: Results of the rows; None computes them.
 
     Returns:
         Path of the report.
@@ -270,8 +270,8 @@ def write_page(root: Path, experiment: Experiment, rows: Rows, summary: Summary 
         "warning": get_protocol(experiment.settings.get("protocol", "standard")).warning,
         "costs": _costs(summary),
         "pareto": _pareto(summary),
-        "rates": _rates(summary, rows),
-        "choices": _choices(summary, rows),
+        "rates": _learning_rate_figures(summary, rows),
+        "choices": _selected_hyperparameters(summary, rows),
         "outcome": outcome_text(summary),
         "recommendation": recommendation_text(summary),
         "headline": _headline(summary),
@@ -287,21 +287,21 @@ def write_page(root: Path, experiment: Experiment, rows: Rows, summary: Summary 
         "machines": _machines(rows),
         "tuned": "Learning rate and weight decay" if experiment.grid.weight_decays else "The learning rate",
         "trials": sum(row.purpose == "trial" for row in rows),
-        "total_time": seconds_text(sum(row.total_time for row in rows) - _counted_twice(rows)),
+        "total_time": seconds_text(sum(row.total_time for row in rows) - _reused_s(rows)),
         "settings": yaml.safe_dump(experiment.as_dict(), sort_keys=False, allow_unicode=True),
     }
     return write_template(root, "snella_lab.comparison", context, FILE)
 
 
 def _title(experiment: Experiment) -> str:
-    """Return the experiment's name; add the tasks to the default name."""
+    """Return the experiment's name; append the tasks to the default name."""
     if experiment.name != Experiment.name:
         return experiment.name
     return f"{experiment.name} on {', '.join(entry.name for entry in experiment.data)}"
 
 
 def _headline(summary: Summary) -> dict[str, Any] | None:
-    """Return the recommended method and the best one; None without results."""
+    """Return the recommended and the best method with their scores; None without results."""
     means = summary.means
     if not means:
         return None
@@ -317,18 +317,18 @@ def _headline(summary: Summary) -> dict[str, Any] | None:
 
 
 def _score_text(mean: float, summary: Summary) -> str:
-    """Format a mean, fractions in percent."""
-    return percent_text(mean) if summary.column in _SHARES else decimal_text(mean, 3)
+    """Format a mean; fractions in percent."""
+    return percent_text(mean) if summary.column in _FRACTIONS else decimal_text(mean, 3)
 
 
-def _counted_twice(rows: Rows) -> float:
-    """Return the seconds of tuning runs that are counted again in the final runs derived from them."""
+def _reused_s(rows: Rows) -> float:
+    """Return the seconds of reused tuning runs, which the final runs' times include."""
     times = {row.cell: row.total_time for row in rows}
     return sum(times.get(row.results.trained_as or "", 0.0) for row in rows if row.results is not None)
 
 
 def _table(summary: Summary, metric: str, title: str) -> dict[str, Any]:
-    """Return headings and lines of one metric; mark the best value of each column."""
+    """Return headings and lines of one metric, with the best value of each column marked."""
     columns, headings, lines = [], [], []
     if len(summary.tasks) > 1:
         columns.append([m.over_tasks[metric] for m in summary.methods])
@@ -336,7 +336,7 @@ def _table(summary: Summary, metric: str, title: str) -> dict[str, Any]:
     if summary.has_groups:
         columns.append([m.over_groups[metric] for m in summary.methods])
         headings.append("mean over groups")
-    means = max(len(headings), 1)  # columns before the difference; with a single task, its score
+    means = max(len(headings), 1)  # columns before the difference; for a single task, its score
     for task in summary.tasks:
         columns.append([m.per_task[metric][task] for m in summary.methods])
         headings.append(task)
@@ -355,7 +355,7 @@ def _table(summary: Summary, metric: str, title: str) -> dict[str, Any]:
 
 
 def _costs(summary: Summary) -> dict[str, Any]:
-    """Return headings and lines of the costs without empty columns."""
+    """Return headings and lines of the cost table, without empty columns."""
     titles = {
         "trainable": "trainable",
         "changed": "changed weights",
@@ -377,26 +377,26 @@ def _costs(summary: Summary) -> dict[str, Any]:
 
 
 def _pareto(summary: Summary) -> list[Markup]:
-    """Plot the metric over each measured cost."""
+    """Plot the metric versus each measured cost."""
     has_gpu = any(method.costs["accelerator_memory_max"] for method in summary.methods)
     axes = [
-        ("accelerator_memory_max", "peak memory on the GPU, bytes", "Memory", False)
+        ("accelerator_memory_max", "peak GPU memory, bytes", "Memory", False)
         if has_gpu
-        else ("training_mib", "peak memory without libraries, MiB", "Memory", False),
+        else ("training_mib", "peak memory minus libraries, MiB", "Memory", False),
         ("num_trainable_params", "trainable parameters", "Trainable parameters", True),
-        ("step_time", "median seconds of a step", "Step time", False),
+        ("step_time", "median step time, seconds", "Step time", False),
     ]
     plots = []
     for name, label, title, is_log in axes:
         figure = figures.pareto(summary, name, label, title, is_log)
         if figure is not None:
-            text = f"Test {summary.measure} over {title.lower()}, one point per method."
+            text = f"Test {summary.measure} versus {title.lower()}, one point per method."
             plots.append(_svg(figure, f"pareto-{name}", text))
     return plots
 
 
 def _forest(summary: Summary, with_tasks: bool) -> Markup:
-    """Plot the differences in two widths; CSS shows the one that fits the screen."""
+    """Plot the differences at two widths; CSS shows the one that fits the screen."""
     text = "Paired differences on each task." if with_tasks else "Mean paired differences from the reference."
     parts = []
     for layout, width in (("roomy", 640), ("narrow", _NARROW)):
@@ -406,8 +406,8 @@ def _forest(summary: Summary, with_tasks: bool) -> Markup:
     return Markup("").join(parts)
 
 
-def _rates(summary: Summary, rows: Rows) -> list[Markup]:
-    """Plot the metric over the learning rate: the mean over tasks, then each task."""
+def _learning_rate_figures(summary: Summary, rows: Rows) -> list[Markup]:
+    """Plot the metric versus learning rate: the mean over tasks, then each task."""
     tasks = summary.tasks or sorted({row.task_name for row in rows})
     overall = [("Mean over tasks", tasks)] if len(tasks) > 1 else []
     plots = []
@@ -419,13 +419,13 @@ def _rates(summary: Summary, rows: Rows) -> list[Markup]:
         task_rows = rows if len(task_group) > 1 else by_task.get(task_group[0], [])
         figure = figures.learning_rate_curves(summary, task_rows, task_group, shortened(title, 40))
         if figure is not None:
-            text = f"{title}: validation {summary.measure} over the learning rate, one line per method."
+            text = f"{title}: validation {summary.measure} versus learning rate, one line per method."
             plots.append(_svg(figure, f"rates-{number}", text))
     return plots
 
 
-def _choices(summary: Summary, rows: Rows) -> list[dict[str, Any]]:
-    """Return the selected hyperparameters of every pair of task and method."""
+def _selected_hyperparameters(summary: Summary, rows: Rows) -> list[dict[str, Any]]:
+    """Return the selected hyperparameters of each task and method."""
     finals: dict[tuple[str, str], CellRow] = {}
     for final in final_rows(rows):
         finals.setdefault((final.task_name, final.experiment_name), final)
@@ -453,7 +453,7 @@ def _choices(summary: Summary, rows: Rows) -> list[dict[str, Any]]:
 
 
 def _machines(rows: Rows) -> list[dict[str, Any]]:
-    """Return the distinct machines and package versions with their number of rows."""
+    """Group the rows by machine and package versions; return their number and dates."""
     machines: dict[str, dict[str, Any]] = {}
     for row in rows:
         packages = {key.removesuffix("-version"): value for key, value in row.package_info.items() if value}
@@ -468,5 +468,5 @@ def _machines(rows: Rows) -> list[dict[str, Any]]:
 
 
 def _svg(figure: Figure | None, name: str, description: str) -> Markup:
-    """Return a figure as markup, empty for None; `inline_svg` escapes text from the rows."""
+    """Return a figure as markup (empty for None); `inline_svg` escapes text from the rows."""
     return Markup("" if figure is None else inline_svg(figure, name, description))

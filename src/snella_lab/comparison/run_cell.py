@@ -47,13 +47,13 @@ from snella_lab.provenance import git_state, package_info, system_info
 
 
 def count_changed_weights(run: Path) -> int | None:
-    """Merge a run's update into its backbone and count the changed weights, excluding the head.
+    """Merge a run's update into its backbone and count the changed weights outside the head.
 
     Args:
         run: Folder of a finished run.
 
     Returns:
-        Number of changed weights; None for a method that cannot be merged, because it adds modules.
+        Number of changed weights; None for a method that cannot be merged.
     """
     loaded = load_run(run, device="cpu")
     head = spec_of(loaded.model).head
@@ -65,12 +65,12 @@ def count_changed_weights(run: Path) -> int | None:
 
 
 def count_differences(model: nn.Module, other: nn.Module, head: str) -> int:
-    """Count the differing weights of two models with the same architecture.
+    """Count the weights that differ between two models of the same architecture.
 
     Args:
         model: First model.
         other: Second model.
-        head: Name of the module to skip.
+        head: Name of the module to exclude.
     """
     values = dict(other.named_parameters())
     return sum(
@@ -84,17 +84,17 @@ _FOLDS = 5
 
 
 def measure_forgetting(run: Path, data: str, images: int, cache: Path, batch_size: int = 32) -> dict[str, Any]:
-    """Compare the linear probe accuracy of adapted and frozen features on other data.
+    """Compare the linear-probe accuracy of adapted and frozen features on other data.
 
     Args:
         run: Folder of a finished run.
-        data: Probe data, different from the run's.
+        data: Probe data, other than the run's.
         images: Maximum number of probe images.
-        cache: Folder that caches the accuracy of frozen features for all runs of a backbone.
+        cache: Folder for the cached accuracy of frozen features, shared by all runs of a backbone.
         batch_size: Batch size.
 
     Returns:
-        Fields of `CellResults`: `forgetting` (a fraction; negative if the adapted features are better),
+        The `CellResults` fields `forgetting` (a fraction, negative if the adapted features are better),
         `forgetting_data`, `probe_accuracy_frozen` and `probe_accuracy_adapted`.
     """
     loaded = load_run(run)
@@ -122,7 +122,7 @@ def measure_forgetting(run: Path, data: str, images: int, cache: Path, batch_siz
 
 
 def probe_accuracy(features: NDArray[np.float32], labels: NDArray[np.int64]) -> float:
-    """Return the accuracy of a logistic regression in stratified cross-validation.
+    """Return the stratified cross-validation accuracy of a logistic regression.
 
     Args:
         features: Features, `[images, width]`.
@@ -131,14 +131,14 @@ def probe_accuracy(features: NDArray[np.float32], labels: NDArray[np.int64]) -> 
     folds = min(_FOLDS, int(np.bincount(labels)[np.unique(labels)].min()))
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # full convergence is not needed to compare accuracies
+        warnings.simplefilter("ignore", ConvergenceWarning)  # comparing accuracies does not need full convergence
         split = StratifiedKFold(folds, shuffle=True, random_state=0)
         predicted = cross_val_predict(probe, features, labels, cv=split)
     return float((predicted == labels).mean())
 
 
 def probe_images(data: str, images: int) -> tuple[list[ImageDataset], NDArray[np.int64]]:
-    """Return a stratified sample of at most `images` training and validation images, and their labels.
+    """Return a stratified sample of at most `images` training and validation images, with labels.
 
     Raises:
         ValueError: If a class has only one image, so that cross-validation is impossible.
@@ -156,7 +156,7 @@ def probe_images(data: str, images: int) -> tuple[list[ImageDataset], NDArray[np
     few = [name for name, count in zip(splits.classes, counts, strict=True) if count == 1]
     if few:
         raise ValueError(
-            f"forgetting on {data!r} requires two images of every class, got one of {', '.join(few)}; "
+            f"forgetting on {data!r} requires two images per class, got one of {', '.join(few)}; "
             f"increase forgetting_images ({images}) or choose other data"
         )
     return parts, targets
@@ -193,7 +193,7 @@ def row_header(cell: Cell, experiment: Experiment, created_at: str) -> dict[str,
 
 
 def read_results(run: RunFolder) -> CellResults:
-    """Read the results of a finished run from its files."""
+    """Read the results of a finished run."""
     metrics, data = read(Metrics, run.path), read(RunInfo, run.path).data
     best = next(row for row in metrics.history if row.epoch == metrics.adapter_epoch)
     epochs = sum(row.epoch > 0 for row in metrics.history)
@@ -223,7 +223,7 @@ def read_results(run: RunFolder) -> CellResults:
 
 
 def _scores(scores: SplitScores | None) -> dict[str, float | None]:
-    """Return the scores of one split by name; None for metrics that its task does not have."""
+    """Return the scores of one split by name; None for metrics of other tasks."""
     task_metrics = [name for measures in MEASURES.values() for name in measures if hasattr(scores, name)]
     names = dict.fromkeys(("accuracy", "balanced_accuracy", "loss", *task_metrics))
     return {name: getattr(scores, name, None) for name in names}
@@ -236,7 +236,7 @@ def _adapter_config(adapter: Path) -> dict[str, Any] | None:
 
 
 def finish_tuning_run(root: Path, experiment: Experiment, cell: Cell, folder: Path) -> CellRow | None:
-    """Reuse a tuning run that has the final run's settings, and evaluate it on the test images.
+    """Copy a tuning run with the final run's settings, and evaluate it on the test images.
 
     Args:
         root: Folder of the comparison.
@@ -245,12 +245,12 @@ def finish_tuning_run(root: Path, experiment: Experiment, cell: Cell, folder: Pa
         folder: Folder of the final run; must not exist.
 
     Returns:
-        Row of the tuning run; None if the run or its adapter is missing, or if it was trained with other settings,
-        package versions or on another machine.
+        Row of the tuning run; None if the run or its adapter is missing, or if it was trained with other settings or
+        package versions, or on another machine.
     """
     trial = replace(cell, is_final=False, search=None)
     if not cell.is_final or cell.config(experiment, "-") != trial.config(experiment, "-"):
-        return None  # under protocol final, the final run also trains on the validation images
+        return None  # protocol final also trains on the validation images
     run = RunFolder(trial.folder(root))
     row = read_row(run.path)
     if row is None or row.status != "success" or not run.adapter.is_dir():
@@ -268,14 +268,14 @@ def finish_tuning_run(root: Path, experiment: Experiment, cell: Cell, folder: Pa
 
 
 def drop_adapters(root: Path, experiment: Experiment, cell: Cell) -> None:
-    """Remove adapters of tuning runs that no final run can reuse.
+    """Delete adapters of tuning runs that no final run can reuse.
 
-    Keeps the adapters of the best tuning run, including ties, until the final run is done.
+    The adapters of the best tuning runs are kept until the final run is finished.
 
     Args:
         root: Folder of the comparison.
         experiment: The experiment.
-        cell: The cell that has just finished; selects the tuning runs of the same method and seed.
+        cell: The cell that just finished; tuning runs of the same method, task and seed are affected.
     """
     folder = replace(cell, is_final=False).folder(root).parent
     rows = {path.parent: read_row(path.parent) for path in folder.glob(f"*_seed-{cell.seed}/{CellRow.file}")}
@@ -292,30 +292,30 @@ _ERROR_LENGTH = 400
 
 @dataclass(frozen=True)
 class Outcome:
-    """Outcome of `run_cell`.
+    """Result of `run_cell`.
 
     Args:
-        state: trained (by this call), found (the row already existed) or claimed (by another process).
+        state: trained (by this call), finished (before this call) or claimed (by another process).
         row: Row of the cell; None if claimed.
     """
 
-    state: Literal["trained", "found", "claimed"]
+    state: Literal["trained", "finished", "claimed"]
     row: CellRow | None = None
 
 
 def run_cell(
-    root: Path, experiment: Experiment, cell: Cell, is_own_process: bool = False, keep_checkpoints: bool = False
+    root: Path, experiment: Experiment, cell: Cell, is_dedicated: bool = False, keep_checkpoints: bool = False
 ) -> Outcome:
     """Train a cell and store its row, unless it is finished or claimed by another process.
 
-    An interrupted attempt continues from its checkpoint; without one, its files are removed first. A failed run is
+    An interrupted attempt resumes from its checkpoint; without one, its files are deleted first. A failed run is
     stored as a row with its error.
 
     Args:
         root: Folder of the comparison.
         experiment: The experiment.
         cell: The cell.
-        is_own_process: True in a process dedicated to this cell, so that its peak memory is the cell's.
+        is_dedicated: True if the process runs only this cell, so that its peak memory is that of the cell.
         keep_checkpoints: Save a checkpoint after each epoch, for preemptible machines. SIGTERM and Ctrl-C always
             save one.
 
@@ -326,14 +326,14 @@ def run_cell(
     folder = cell.folder(root)
     row = read_row(folder)
     if row is not None:
-        return Outcome("found", row)
+        return Outcome("finished", row)
     with cell_lock(root / LOCKS, cell.name) as is_acquired:
         row = read_row(folder)
         if row is not None:
-            return Outcome("found", row)
+            return Outcome("finished", row)
         if not is_acquired:
             return Outcome("claimed")
-        row = _row(root, experiment, cell, folder, is_own_process, keep_checkpoints)
+        row = _row(root, experiment, cell, folder, is_dedicated, keep_checkpoints)
         append_row(root, folder, row)
         drop_adapters(root, experiment, cell)
     remove_lock(root / LOCKS, cell.name)
@@ -343,14 +343,14 @@ def run_cell(
 def record_crash(
     root: Path, experiment: Experiment, cell: Cell, error: str, ignores_lock: bool = False
 ) -> CellRow | None:
-    """Store the row of a cell whose process crashed; None if another process has claimed it.
+    """Store and return the row of a cell whose process crashed; None if another process has claimed it.
 
     Args:
         root: Folder of the comparison.
         experiment: The experiment.
         cell: The cell.
         error: Reason for the crash.
-        ignores_lock: Store the row even if an unresponsive process holds the cell's lock.
+        ignores_lock: Store the row even if an unresponsive process holds the lock of the cell.
     """
     folder = cell.folder(root)
     with cell_lock(root / LOCKS, cell.name) as is_acquired:
@@ -364,11 +364,11 @@ def record_crash(
     return row
 
 
-def _earlier_s(folder: Path, config: TrainConfig) -> float | None:
-    """Return the training time up to the checkpoint of an interrupted attempt.
+def _checkpoint_s(folder: Path, config: TrainConfig) -> float | None:
+    """Return the training time before the checkpoint of an interrupted attempt.
 
     Returns:
-        Seconds; None if there is no intact checkpoint with the same settings and package versions.
+        Seconds; None without an intact checkpoint from the same settings and package versions.
     """
     run = RunFolder(folder)
     checkpoint = latest_checkpoint(run.checkpoints)
@@ -383,15 +383,15 @@ def _earlier_s(folder: Path, config: TrainConfig) -> float | None:
 
 
 def _row(
-    root: Path, experiment: Experiment, cell: Cell, folder: Path, is_own_process: bool, keep_checkpoints: bool
+    root: Path, experiment: Experiment, cell: Cell, folder: Path, is_dedicated: bool, keep_checkpoints: bool
 ) -> CellRow:
-    """Train and evaluate a cell, and return a row with its results or its error."""
+    """Train and evaluate a cell, and return a row with its results or error."""
     start, before_mib = time.monotonic(), psutil.Process().memory_info().rss / 2**20
     created_at = _now()
     log = root / LOGS / (cell.name.replace("/", "!") + ".txt")
     log.parent.mkdir(parents=True, exist_ok=True)
     config = cell.config(experiment, folder)
-    earlier_s = _earlier_s(folder, config)
+    earlier_s = _checkpoint_s(folder, config)
     if earlier_s is None and folder.exists():
         shutil.rmtree(folder)
     head = row_header(cell, experiment, created_at)
@@ -409,12 +409,12 @@ def _row(
             run = RunFolder(folder)
             results = read_results(run)
             if cell.is_final and results.test[experiment.metric] is None:
-                raise ValueError(f"data {cell.data.data!r} must have a test part, got none")
+                raise ValueError(f"data {cell.data.data!r} must have a test split, got none")
             results = replace(
                 results,
                 trained_as=None if trial is None else trial.cell,
                 changed_weights=count_changed_weights(run.path) if cell.is_final else None,
-                **_memory(run, trial, before_mib if is_own_process else None),
+                **_memory(run, trial, before_mib if is_dedicated else None),
                 **_forgetting(root, experiment, cell, run),
             )
             shutil.rmtree(run.checkpoints, ignore_errors=True)
@@ -422,7 +422,7 @@ def _row(
             raise
         except Exception as error:
             traceback.print_exc(file=file)
-            text = " ".join(str(error).split())  # the log has the full text
+            text = " ".join(str(error).split())  # the log contains the full text
             text = text if len(text) <= _ERROR_LENGTH else text[:_ERROR_LENGTH] + " …"
             return _failed(head, f"{type(error).__name__}: {text}", time.monotonic() - start)
     earlier_s = (earlier_s or 0.0) if trial is None else trial.total_time
@@ -431,12 +431,12 @@ def _row(
 
 
 def _memory(run: RunFolder, trial: CellRow | None, before_mib: float | None) -> dict[str, Any]:
-    """Return the peak resident memory of the training process, with and without the loaded libraries.
+    """Return the peak resident memory of the training process, with and without libraries.
 
     Args:
         run: The run.
         trial: Row of the reused tuning run, if any.
-        before_mib: Resident memory before the run; None if the process is not dedicated to it.
+        before_mib: Resident memory before the run; None if the process also runs other cells.
     """
     if trial is not None and trial.results is not None:
         return {"peak_rss_mib": trial.results.peak_rss_mib, "training_mib": trial.results.training_mib}
@@ -447,7 +447,7 @@ def _memory(run: RunFolder, trial: CellRow | None, before_mib: float | None) -> 
 
 
 def _forgetting(root: Path, experiment: Experiment, cell: Cell, run: RunFolder) -> dict[str, Any]:
-    """Return the forgetting fields of a final run."""
+    """Return the forgetting fields of a final run; empty if forgetting is not measured."""
     data = experiment.probe_data(cell.data) if cell.is_final else None
     return {} if data is None else measure_forgetting(run.path, data, experiment.forgetting_images, root / "frozen")
 

@@ -1,7 +1,7 @@
 """Hyperparameter search: learning rate and weight decay, tuned on the validation set.
 
 The search tunes the learning rate at the method's default weight decay, then the weight decay at the best learning
-rate. The grid grows while the best value lies on its edge. The search depends only on the results so far, so it can
+rate. The grid grows while the best value is on its edge. The search depends only on the results so far, so it can
 resume after any interruption, on any machine.
 """
 
@@ -17,11 +17,11 @@ from snella_lab.comparison.statistics import complete_mean
 
 @dataclass(frozen=True, order=True)
 class Candidate:
-    """One point of the grid.
+    """A point of the grid.
 
     Args:
         lr_factor: Factor on the method's default learning rate.
-        weight_decay: None for the method's default.
+        weight_decay: Weight decay; None for the method's default.
     """
 
     lr_factor: float = 1.0
@@ -36,21 +36,21 @@ class Candidate:
 
 @dataclass(frozen=True)
 class TuningResult:
-    """Validation results of one tuning run; None for a failed one."""
+    """Validation results of a tuning run; None if it failed."""
 
     accuracy: float | None
     loss: float | None
 
     @property
     def rank(self) -> tuple[float, float]:
-        """Sort key: accuracy, then loss; failed runs come last."""
+        """Sort key: accuracy, then negative loss; failed runs rank lowest."""
         if self.accuracy is None or self.loss is None:
             return -math.inf, -math.inf
         return self.accuracy, -self.loss
 
 
 Results = Mapping[Candidate, Sequence[TuningResult]]
-"""Finished tuning runs by candidate; a candidate is complete with one result per seed."""
+"""Results of tuning runs by candidate; a complete candidate has one result per seed."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,10 @@ class Choice:
     """Result of the search.
 
     Args:
-        candidate: The best point; None if all tuning runs failed.
-        tried: All points in the order of the axes.
+        candidate: The best candidate; None if all tuning runs failed.
+        tried: All candidates, by axis.
         lr_on_edge: True if the best learning rate is the smallest or largest one tried.
-        weight_decay_on_edge: True if the best weight decay is the largest of several; 0 is not an edge.
+        weight_decay_on_edge: True if the best weight decay is the largest one tried; 0 is not an edge.
     """
 
     candidate: Candidate | None
@@ -70,7 +70,7 @@ class Choice:
     weight_decay_on_edge: bool
 
     def record(self, results: Results, tuned_settings: Callable[[Candidate], Mapping[str, Any]]) -> SearchChoice:
-        """Convert the choice and all results to the form stored in a row."""
+        """Convert the choice and all results to a row entry."""
         trials = []
         for candidate in self.tried:
             runs = results.get(candidate, ())
@@ -98,9 +98,9 @@ def next_tuning_runs(grid: Grid, default_weight_decay: float, results: Results) 
     """Return the candidates to train next, or the final choice.
 
     Args:
-        grid: The axes.
-        default_weight_decay: The method's default; a grid with only this point needs no tuning run.
-        results: Finished tuning runs.
+        grid: The grid; a single candidate needs no tuning run.
+        default_weight_decay: The method's default weight decay.
+        results: Results of tuning runs.
     """
     factors = sorted(set(grid.lr_factors))
     if len(factors) == 1 and not {w for w in grid.weight_decays if w != default_weight_decay}:
@@ -112,7 +112,7 @@ def next_tuning_runs(grid: Grid, default_weight_decay: float, results: Results) 
         if missing:
             return missing
         best = _best(candidates, results)
-        extension = None if best is None else _beyond(factors, best.lr_factor)
+        extension = None if best is None else _extension(factors, best.lr_factor)
         if extension is None or extensions == grid.max_extensions:
             break
         factors = sorted([*factors, extension])
@@ -138,12 +138,12 @@ def next_tuning_runs(grid: Grid, default_weight_decay: float, results: Results) 
 
 
 def _missing(candidates: Sequence[Candidate], grid: Grid, results: Results) -> list[Candidate]:
-    """Return candidates with unfinished seeds."""
+    """Return the candidates with unfinished seeds."""
     return [c for c in candidates if len(results.get(c, ())) < grid.seeds]
 
 
 def _best(candidates: Sequence[Candidate], results: Results) -> Candidate | None:
-    """Return the candidate with the highest mean over seeds; the first one on ties, None if all failed."""
+    """Return the candidate with the highest mean rank over seeds; the first one on ties, None if all failed."""
     ranks = [(_mean_rank(results[c]), c) for c in candidates]
     rank, best = max(ranks, key=lambda item: item[0])
     return best if math.isfinite(rank[0]) else None
@@ -155,24 +155,24 @@ def _mean_rank(results: Sequence[TuningResult]) -> tuple[float, float]:
     return sum(accuracies) / len(results), sum(losses) / len(results)
 
 
-def _beyond(factors: Sequence[float], best: float) -> float | None:
-    """Return the next factor beyond the grid if the best lies on its edge, else None.
+def _extension(factors: Sequence[float], best: float) -> float | None:
+    """Return the next factor beyond the edge of the grid if the best one is on it, else None.
 
-    The extension repeats the ratio over two steps: 1, 3, 10 continues with 30.
+    The extension repeats the ratio over two steps: 1, 3, 10 is followed by 30.
     """
     if len(factors) < 2:
         return None
     if best == factors[-1]:
-        return _rounded(_continued(factors[::-1]))
-    return _rounded(_continued(factors)) if best == factors[0] else None
+        return _rounded(_extrapolated(factors[::-1]))
+    return _rounded(_extrapolated(factors)) if best == factors[0] else None
 
 
-def _continued(factors: Sequence[float]) -> float:
-    """Return the extension before the first factor."""
+def _extrapolated(factors: Sequence[float]) -> float:
+    """Extrapolate the sequence to the factor before the first."""
     first, second, *more = factors
     return first * second / more[0] if more else first * first / second
 
 
 def _rounded(value: float) -> float:
-    """Round to two significant digits, so that a 1, 3, 10 grid keeps its pattern."""
+    """Round to two significant digits, which preserves the pattern of a 1, 3, 10 grid."""
     return float(f"{value:.2g}")

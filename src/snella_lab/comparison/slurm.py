@@ -1,4 +1,4 @@
-"""Job scripts that train a comparison with Slurm."""
+"""Slurm job scripts that train a comparison."""
 
 import shlex
 import sys
@@ -20,7 +20,7 @@ _TRAIN = """#!/bin/bash
 #SBATCH --open-mode=append
 #SBATCH --requeue
 #SBATCH --signal=B:TERM@120
-# Trains one part of {out}. Finished runs are skipped; an interrupted run continues from its checkpoint.
+# Trains one part of {out}. Skips finished runs and resumes interrupted ones from their checkpoints.
 set -euo pipefail
 cd {folder}
 exec {command} --part "$SLURM_ARRAY_TASK_ID/{count}"{options}
@@ -36,8 +36,8 @@ exec {command} --draw-only
 """
 
 _SUBMIT = """#!/bin/bash
-# Submits the array job, then the job that writes the report. Arguments go to sbatch, e.g. --partition=gpu
-# --gres=gpu:1 --time=04:00:00. Run this script again to train the remaining runs.
+# Submits the array job, then the report job. Arguments are passed to sbatch, e.g. --partition=gpu --gres=gpu:1
+# --time=04:00:00. Run this script again to train the remaining runs.
 set -euo pipefail
 job=$(sbatch --parsable "$@" {train})
 sbatch "$@" --dependency="afterany:${{job%%;*}}" {report}
@@ -45,20 +45,20 @@ sbatch "$@" --dependency="afterany:${{job%%;*}}" {report}
 
 
 def write_slurm_scripts(root: Path, experiment: Experiment, execution: ExecutionConfig) -> Path:
-    """Write `train.sh` (an array job), `report.sh` and `submit.sh`, and return the last one.
+    """Write `train.sh` (an array job), `report.sh` and `submit.sh`, and return the path of `submit.sh`.
 
-    An array index trains one of the `units` of the experiment, or several if there are more than `MAX_PARTS`.
+    Each array index trains one of the experiment's `units`, or several if there are more than `MAX_PARTS`.
 
     Args:
-        root: Folder of the comparison, on a disk shared by all machines.
+        root: Folder of the comparison, on a file system shared by all machines.
         experiment: The experiment.
-        execution: `workers`, `threads` (1 if None) and `run_limit` of an array index, and `emit_to`, the folder of the
-            scripts (`ROOT/slurm` if None).
+        execution: `workers`, `threads` (1 if None) and `run_limit` per array index, and `emit_to`, the script folder
+            (`ROOT/slurm` if None).
     """
     root = root.resolve()
     scripts = root / "slurm" if execution.emit_to is None else Path(execution.emit_to).resolve()
     if any(character in str(scripts) for character in '"\\\n'):
-        raise ValueError(f"emit_to must be a path without quotation marks, backslashes and newlines, got {scripts}")
+        raise ValueError(f"emit_to must not contain quotation marks, backslashes or newlines, got {scripts}")
     (scripts / "logs").mkdir(parents=True, exist_ok=True)
     logs = str(scripts / "logs").replace("%", "%%")
     count = min(len(units(experiment)), MAX_PARTS)

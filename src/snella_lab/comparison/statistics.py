@@ -1,4 +1,4 @@
-"""Statistics of a comparison: means, standard deviations and paired differences with Student's t intervals."""
+"""Statistics of a comparison: means, standard deviations, and paired differences with Student's t intervals."""
 
 import math
 import statistics
@@ -10,7 +10,7 @@ from snella_app.records import CellRow
 
 LEVEL = 0.95
 MIN_UNITS = 5
-"""Minimum number of tasks (or seeds of a single task) to decide a difference."""
+"""Minimum number of tasks (or seeds of a single task) for deciding a difference."""
 
 Rows = Sequence[CellRow]
 Key = TypeVar("Key", bound=Hashable)
@@ -29,19 +29,19 @@ class Spread:
 class Difference:
     """Mean paired difference between two methods, with the interval and p-value of Student's t test.
 
-    The units of the test are tasks, each averaged over seeds. With a single task, the units are its seeds.
+    The units of the test are tasks, each averaged over seeds; for a single task, the units are its seeds.
 
     Args:
         mean: Mean over units.
-        low: Lower end of the 95% interval, without correction for multiple comparisons; NaN for a single unit.
+        low: Lower end of the 95% interval, not corrected for multiple comparisons; NaN for a single unit.
         high: Upper end of the interval.
-        pairs: Number of pairs of the same task and seed.
+        pairs: Number of pairs with the same task and seed.
         tasks: Number of tasks.
         p: Two-sided p-value of the t test; NaN for a single unit.
         above: Number of units above zero.
         below: Number of units below zero.
         adjusted_p: `p` after Holm's correction; NaN before `with_holm`.
-        comparisons: Number of comparisons in the correction.
+        comparisons: Number of comparisons that the correction covers.
     """
 
     mean: float
@@ -72,7 +72,7 @@ class Difference:
     def direction(self) -> int:
         """Sign of a decided difference, else 0.
 
-        A difference is decided with at least `MIN_UNITS` units and an adjusted p-value of at most 1 - `LEVEL`.
+        A difference is decided if it has at least `MIN_UNITS` units and an adjusted p-value of at most 1 - `LEVEL`.
         """
         if self.units < MIN_UNITS or not self.adjusted_p <= 1 - LEVEL:
             return 0
@@ -85,13 +85,13 @@ def final_rows(rows: Rows) -> list[CellRow]:
 
 
 def spread(rows: Rows, method: str, task: str, metric: str) -> Spread | None:
-    """Return mean and deviation of a method on one task over seeds; None without a row."""
+    """Return mean and standard deviation of a method on one task over seeds; None without rows."""
     values = [_value(row, metric) for row in rows if row.experiment_name == method and row.task_name == task]
     return _spread(values) if values else None
 
 
 def mean_over_tasks(rows: Rows, method: str, tasks: Sequence[str], metric: str) -> Spread | None:
-    """Return the mean over tasks and its deviation over seeds; None if a task has no row."""
+    """Return the mean over tasks and its standard deviation over seeds; None if a task has no row."""
     return _mean_of_groups(rows, method, [[task] for task in tasks], metric)
 
 
@@ -101,7 +101,7 @@ def mean_over_groups(rows: Rows, method: str, groups: Mapping[str, Sequence[str]
 
 
 def difference(rows: Rows, method: str, reference: str, tasks: Sequence[str], metric: str) -> Difference | None:
-    """Compute the difference from the reference, paired by task and seed, with Student's t interval.
+    """Compute the difference from the reference, paired by task and seed, with its Student's t interval.
 
     Args:
         rows: Final rows.
@@ -111,30 +111,30 @@ def difference(rows: Rows, method: str, reference: str, tasks: Sequence[str], me
         metric: Row column.
 
     Returns:
-        The difference without correction (see `with_holm`), or None without pairs.
+        The uncorrected difference (see `with_holm`); None without pairs.
     """
     pairs = [values for values in _paired(rows, method, reference, tasks, metric) if values]
     return difference_of(pairs) if pairs else None
 
 
 def difference_of(pairs: Sequence[Sequence[float]]) -> Difference:
-    """Compute Student's t interval and test of paired differences.
+    """Compute Student's t interval and test for paired differences.
 
     mean ± t(0.975, n - 1) · s / sqrt(n)
 
     over the means of n tasks, or over the n differences of a single task.
 
     Args:
-        pairs: Differences of each task, one per seed; at least one task and one seed.
+        pairs: Differences by task, one per seed; at least one task with one seed.
     """
     values = [statistics.fmean(seeds) for seeds in pairs] if len(pairs) > 1 else list(pairs[0])
     count, tasks = sum(map(len, pairs)), len(pairs)
     mean = statistics.fmean(values)
-    above, below = sum(value > _EQUAL for value in values), sum(value < -_EQUAL for value in values)
+    above, below = sum(value > _TOLERANCE for value in values), sum(value < -_TOLERANCE for value in values)
     if len(values) == 1:
         return Difference(mean, math.nan, math.nan, count, tasks, math.nan, above, below)
-    if statistics.stdev(values) / math.sqrt(len(values)) <= _EQUAL:  # equal differences
-        return Difference(mean, mean, mean, count, tasks, 1.0 if abs(mean) <= _EQUAL else 0.0, above, below)
+    if statistics.stdev(values) / math.sqrt(len(values)) <= _TOLERANCE:  # equal differences
+        return Difference(mean, mean, mean, count, tasks, 1.0 if abs(mean) <= _TOLERANCE else 0.0, above, below)
     from scipy.stats import ttest_1samp  # slow import
 
     test = ttest_1samp(values, 0)
@@ -143,12 +143,12 @@ def difference_of(pairs: Sequence[Sequence[float]]) -> Difference:
 
 
 def with_holm(differences: Mapping[Key, Difference | None]) -> dict[Key, Difference | None]:
-    """Set `adjusted_p` of a family of comparisons by Holm's correction.
+    """Set `adjusted_p` for a family of comparisons by Holm's correction.
 
-    The k-th of m p-values in ascending order becomes max over i <= k of (m - i + 1) · p_i, at most 1.
+    The k-th smallest of m p-values becomes max over i <= k of (m - i + 1) · p_i, at most 1.
 
     Args:
-        differences: Differences by any key; None and single units, which have no p-value, are unchanged.
+        differences: Differences by any key. None and single units, which have no p-value, remain unchanged.
 
     Returns:
         The same keys in the same order.
@@ -164,7 +164,7 @@ def with_holm(differences: Mapping[Key, Difference | None]) -> dict[Key, Differe
 
 
 def average(rows: Rows, method: str, column: str) -> float | None:
-    """Average a column over a method's rows, first over seeds, then over tasks; ignore missing values."""
+    """Average a column over a method's seeds, then over tasks; ignore missing values."""
     tasks: dict[str, list[float]] = {}
     for row in rows:
         value = row.column(column)
@@ -174,16 +174,16 @@ def average(rows: Rows, method: str, column: str) -> float | None:
 
 
 def complete_mean(values: Sequence[float | None]) -> float | None:
-    """Return the mean, or None if a value is missing."""
+    """Return the mean; None if a value is missing."""
     numbers = [value for value in values if value is not None]
     return sum(numbers) / len(numbers) if len(numbers) == len(values) else None
 
 
-_EQUAL = 1e-12  # tolerance for rounding of sums
+_TOLERANCE = 1e-12  # for rounding errors in sums
 
 
 def _value(row: CellRow, metric: str) -> float:
-    """Return a metric, which every final run must have."""
+    """Return a metric of a final run."""
     value = row.column(metric)
     if value is None:
         raise ValueError(
@@ -199,7 +199,7 @@ def _spread(values: Sequence[float]) -> Spread:
 
 
 def _mean_of_groups(rows: Rows, method: str, groups: Sequence[Sequence[str]], metric: str) -> Spread | None:
-    """Average over the tasks of each group, then over groups, then over seeds."""
+    """Average over the tasks of each group, then over groups, then over seeds with all tasks."""
     table: dict[int, dict[str, float]] = {}
     for row in rows:
         if row.experiment_name == method:
@@ -214,7 +214,7 @@ def _mean_of_groups(rows: Rows, method: str, groups: Sequence[Sequence[str]], me
 
 
 def _paired(rows: Rows, method: str, reference: str, tasks: Sequence[str], metric: str) -> list[list[float]]:
-    """Return the differences on each task for every seed that both methods have."""
+    """Return the differences by task, for the seeds that both methods share."""
     values: dict[tuple[str, str], dict[int, float]] = {
         (task, name): {} for task in tasks for name in (method, reference)
     }

@@ -1,12 +1,12 @@
 """Storage of a comparison's rows, and locks that assign each cell to one process.
 
-`results.jsonl` holds one line per cell, appended by any number of processes. Each cell's folder holds a copy of the
-row in `cell.json`, written atomically. Each row carries the SHA-256 of its other columns; rows without a hash are not
-checked. A valid line takes precedence over the copy, and a damaged or missing row is restored from the other place
-with all its columns.
+`results.jsonl` contains one line per cell, appended by any number of processes. Each cell's folder contains a copy of
+the row in `cell.json`, written atomically. Each row contains the SHA-256 of its other columns; rows without a hash are
+not checked. A valid line takes precedence over the copy. A damaged or missing row is restored from the other file with
+all its columns.
 
-Locks are operating system locks (`filelock`) on files below `locks/`. They are released when the process exits, for
-any reason, and have no timeout. They work on one machine; on a cluster, Ray's driver or Slurm's parts assign the cells.
+Locks are operating-system locks (`filelock`) on files below `locks/`. They have no timeout and are released whenever
+the process exits. They work on a single machine; on a cluster, Ray's driver or Slurm's parts assign the cells.
 """
 
 import io
@@ -28,14 +28,14 @@ from snella_lab.comparison.experiment import DataEntry, MethodEntry, folder_name
 FILE = "results.jsonl"
 LOCKS = "locks"
 _WAIT_S = 0.5
-"""Timeout for acquiring a lock; longer than `is_locked` holds it."""
+"""Timeout for acquiring a lock, longer than `is_locked` holds one."""
 _WRITE_WAIT_S = 10.0
 _CELL_NAME = re.compile(r"(?!\.\.?(/|$))[A-Za-z0-9._+-]+(/(?!\.\.?(/|$))[A-Za-z0-9._+-]+)*")
 
 
 @contextmanager
 def cell_lock(folder: Path, name: str, timeout_s: float = _WAIT_S) -> Iterator[bool]:
-    """Try to acquire the lock of a cell.
+    """Try to acquire the lock of a cell, and release it at the end.
 
     Args:
         folder: Folder of all locks; created if missing.
@@ -69,7 +69,7 @@ def is_locked(folder: Path, name: str) -> bool:
 def remove_lock(folder: Path, name: str) -> None:
     """Remove the lock file of a finished cell.
 
-    Safe once the row is stored, because every process reads the row after acquiring the lock.
+    This is safe once the row is stored, because every process reads the row after acquiring the lock.
     """
     _lock_file(folder, name).unlink(missing_ok=True)
 
@@ -107,7 +107,7 @@ def read_row(folder: Path) -> CellRow | None:
 
 
 def read_lines(path: Path) -> tuple[dict[str, CellRow], list[str]]:
-    """Read the last row of each cell from a results file, and notes about invalid lines."""
+    """Read the last row of each cell from a results file; also return notes about invalid lines."""
     with _open(path) as file:
         lines, notes = _read_lines(file, path)
     return {name: line.row for name, line in lines.items()}, notes
@@ -134,14 +134,14 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _read_lines(file: BinaryIO, path: Path, is_brief: bool = False) -> tuple[dict[str, _Line], list[str]]:
-    """Read the last valid line of each cell, and notes about invalid lines.
+    """Read the last valid line of each cell; also return notes about invalid lines.
 
-    Positions of lines refer to `file`, even if another process replaces `path` in the meantime.
+    Offsets refer to `file`, even if another process replaces `path` in the meantime.
 
     Args:
-        file: The open results file.
-        path: Its path, for notes.
-        is_brief: Leave out `train_config`, most of a row's memory.
+        file: Open results file.
+        path: Path of the file, for notes.
+        is_brief: Omit `train_config`, which takes most of a row's memory.
     """
     lines: dict[str, _Line] = {}
     notes: list[str] = []
@@ -163,10 +163,10 @@ def _read_lines(file: BinaryIO, path: Path, is_brief: bool = False) -> tuple[dic
 
 
 def collect(root: Path) -> tuple[dict[str, CellRow], list[str]]:
-    """Read and repair all rows.
+    """Read all rows and repair damaged files.
 
     A valid line takes precedence over the `cell.json` of its cell. The results file is rewritten if rows are missing,
-    duplicate or damaged; a `cell.json` that differs from its line is rewritten.
+    duplicated or damaged; a `cell.json` that differs from its line is rewritten.
 
     Args:
         root: Folder of the comparison.
@@ -189,7 +189,7 @@ def collect(root: Path) -> tuple[dict[str, CellRow], list[str]]:
                     continue
             row, error = _checked(columns, pool)
             if row is not None and row.cell != name:
-                error = f"holds the row of another cell, {row.cell!r}"
+                error = f"contains the row of another cell, {row.cell!r}"
             if name in lines:
                 notes.append(f"{copy} {error or f'differs from {FILE}'}; restored from {FILE}")
                 write_json(copy, stored)
@@ -201,8 +201,8 @@ def collect(root: Path) -> tuple[dict[str, CellRow], list[str]]:
             notes.append(f"{len(restored)} rows restored from cell folders")
         if rows and (notes or restored or _line_count(path) != len(rows)):
             with cell_lock(root / LOCKS, FILE) as is_acquired:
-                if is_acquired:  # else another process is writing it
-                    with _open(path) as current:  # includes concurrent additions by other processes
+                if is_acquired:  # otherwise another process is writing it
+                    with _open(path) as current:  # includes rows added by other processes
                         latest, _ = _read_lines(current, path, is_brief=True)
                         remaining = [_columns_of(current, line) for line in latest.values()]
                     _write(path, [*remaining, *(restored[name] for name in restored if name not in latest)])
@@ -210,7 +210,7 @@ def collect(root: Path) -> tuple[dict[str, CellRow], list[str]]:
 
 
 def _copies(cells: Path) -> Iterator[Path]:
-    """Yield the `cell.json` of all cells in alphabetical order, without descending into their run folders."""
+    """Yield the `cell.json` of each cell in alphabetical order, without descending into run folders."""
     for folder, folders, files in os.walk(cells):
         if CellRow.file in files:
             folders.clear()
@@ -219,21 +219,21 @@ def _copies(cells: Path) -> Iterator[Path]:
 
 
 def _columns_of(file: Any, line: _Line) -> dict[str, Any]:
-    """Read the columns of a valid line again."""
+    """Read the columns of a valid line from the file."""
     file.seek(line.start)
     columns: dict[str, Any] = json.loads(file.read(line.size))
     return columns
 
 
 def read_part(root: Path, pairs: Iterable[tuple[DataEntry, MethodEntry]]) -> dict[str, CellRow]:
-    """Read the rows of pairs of task and method from their folders, without repairs."""
+    """Read the rows of task-method pairs from their folders, without repairs."""
     folders = {root / "cells" / folder_name(data.name) / folder_name(method.name) for data, method in pairs}
     rows = (read_row(copy.parent) for folder in sorted(folders) for copy in _copies(folder))
     return {row.cell: row for row in rows if row is not None}
 
 
 def drop_failed(root: Path) -> list[str]:
-    """Remove the rows of failed cells, so that they are trained again.
+    """Remove the rows of failed cells, so that the cells are trained again.
 
     Args:
         root: Folder of the comparison.
@@ -250,20 +250,19 @@ def drop_failed(root: Path) -> list[str]:
         with cell_lock(root / LOCKS, FILE, timeout_s=_WRITE_WAIT_S) as is_acquired:
             if not is_acquired:
                 raise TimeoutError(
-                    f"{root / FILE} has been locked by another process for more than {_WRITE_WAIT_S:g} s; stop that "
-                    "process, then start again"
+                    f"another process has locked {root / FILE} for more than {_WRITE_WAIT_S:g} s; stop it and try again"
                 )
             for name in failed:
                 (root / "cells" / name / CellRow.file).unlink(missing_ok=True)
             with _open(root / FILE) as file:
-                lines, _ = _read_lines(file, root / FILE)  # includes concurrent additions by other processes
+                lines, _ = _read_lines(file, root / FILE)  # includes rows added by other processes
                 remaining = [_columns_of(file, line) for name, line in lines.items() if name not in failed]
             _write(root / FILE, remaining)
     return sorted(failed)
 
 
 def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write all rows atomically."""
+    """Write all rows atomically, sorted by date and cell."""
     ordered = sorted(rows, key=lambda row: (row["created_at"], row["cell"]))
     write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in ordered))
 
@@ -274,18 +273,18 @@ def _parsed(text: str) -> dict[str, Any] | None:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    has_all = isinstance(value, dict) and all(key in value for key in ("cell", "status", "purpose", "created_at"))
-    return value if has_all else None
+    is_row = isinstance(value, dict) and all(key in value for key in ("cell", "status", "purpose", "created_at"))
+    return value if is_row else None
 
 
 def _checked(columns: dict[str, Any] | None, pool: dict[str, Any]) -> tuple[CellRow | None, str | None]:
-    """Return the row of parsed columns, or None and the error, phrased to follow a file name.
+    """Convert parsed columns to a row; otherwise return None and an error message that follows a file name.
 
     The cell name becomes a path below the comparison's folder and must not escape it.
 
     Args:
-        columns: Parsed columns; None for text that is no row.
-        pool: Parts of earlier rows, shared by equal rows.
+        columns: Parsed columns; None for text that is not a row.
+        pool: Values of earlier rows, shared by rows with equal values.
     """
     if columns is None:
         return None, "is not a comparison row"
@@ -302,11 +301,11 @@ def _checked(columns: dict[str, Any] | None, pool: dict[str, Any]) -> tuple[Cell
 
 _REPEATED = ("package_info", "system_info", "search")
 _REPEATED_RESULTS = ("peft_config", "sizes", "split")
-_REPEATED_WORDS = ("task_name", "group", "experiment_name", "comparison", "method", "model_id", "created_at")
+_REPEATED_STRINGS = ("task_name", "group", "experiment_name", "comparison", "method", "model_id", "created_at")
 
 
 def _shared(row: CellRow, pool: dict[str, Any]) -> CellRow:
-    """Replace parts that repeat in other rows with the objects of the first row."""
+    """Replace values that repeat in other rows with shared objects."""
 
     def share(value: Any) -> Any:
         return value if value is None else pool.setdefault(repr(value), value)
@@ -314,11 +313,13 @@ def _shared(row: CellRow, pool: dict[str, Any]) -> CellRow:
     results = row.results
     if results is not None:
         results = replace(results, **{name: share(getattr(results, name)) for name in _REPEATED_RESULTS})
-    return replace(row, results=results, **{name: share(getattr(row, name)) for name in (*_REPEATED, *_REPEATED_WORDS)})
+    return replace(
+        row, results=results, **{name: share(getattr(row, name)) for name in (*_REPEATED, *_REPEATED_STRINGS)}
+    )
 
 
 def _text(path: Path) -> str:
-    """Return the text of a file, empty if missing."""
+    """Return the text of a file; empty if missing."""
     return path.read_bytes().decode("utf-8", "replace") if path.is_file() else ""
 
 
@@ -328,7 +329,7 @@ def _line_count(path: Path) -> int:
 
 
 def _ends_with_newline(path: Path) -> bool:
-    """Return True if the last line is complete."""
+    """Return True if a nonempty file ends with a newline."""
     with path.open("rb") as file:
         file.seek(-1, os.SEEK_END)
         return file.read(1) == b"\n"

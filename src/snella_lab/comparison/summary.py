@@ -1,4 +1,4 @@
-"""Result tables of a comparison, for the report and the terminal."""
+"""Result tables of a comparison for the report and the terminal."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -35,17 +35,17 @@ COSTS = (
 
 @dataclass(frozen=True)
 class MethodSummary:
-    """Results of one method, one line of the table.
+    """Results of one method: one line of the table.
 
     Args:
         name: Method label.
-        per_task: Mean and standard deviation on every task, by metric; None for a missing cell.
+        per_task: Mean and standard deviation by metric and task; None without finished runs.
         over_tasks: Mean over tasks, by metric.
         over_groups: Mean over groups, by metric.
         to_reference: Paired difference from the reference over all tasks, by metric, with Holm's correction over the
             methods; None for the reference.
-        to_reference_on: Paired difference on each task for the first metric, corrected over methods and tasks.
-        costs: Means over tasks of the `COSTS` columns; None if not measured.
+        to_reference_on: Paired difference by task for the main metric, corrected over methods and tasks.
+        costs: Mean over tasks of each column in `COSTS`; None if not measured.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Summary:
 
     Args:
         methods: Results of each method, in the order of the experiment.
-        tasks: Tasks that have a row, in the order of the experiment.
+        tasks: Tasks with finished final runs, in the order of the experiment.
         groups: Tasks by group.
         reference: Reference method.
         finals: Number of finished final runs.
@@ -83,7 +83,7 @@ class Summary:
 
     @property
     def column(self) -> str:
-        """Column of the main metric, e.g. `test_accuracy`."""
+        """Row column of the main metric, e.g. `test_accuracy`."""
         return next(iter(self.metrics))
 
     @property
@@ -98,12 +98,12 @@ class Summary:
 
     @property
     def means(self) -> dict[str, Spread]:
-        """Mean of the main metric over tasks, by method with results."""
+        """Mean of the main metric over tasks, by method; methods without results are omitted."""
         return {m.name: value for m in self.methods if (value := m.over_tasks[self.column]) is not None}
 
     @property
     def recommendation(self) -> tuple[str, str]:
-        """Recommended method, and the reason as a sentence; requires results."""
+        """Recommended method and the reason as a sentence; requires results."""
         return recommend(self.means, {m.name: m.costs for m in self.methods}, self.measure)
 
 
@@ -112,7 +112,7 @@ def summarize(experiment: Experiment, rows: Rows) -> Summary:
 
     Args:
         experiment: The experiment, for order, groups and reference.
-        rows: All rows; other methods and tasks are ignored.
+        rows: All rows; methods and tasks outside the experiment are ignored.
     """
     names, task_names = [m.name for m in experiment.methods], {d.name for d in experiment.data}
     rows = [row for row in rows if row.experiment_name in names and row.task_name in task_names]
@@ -162,7 +162,7 @@ def _line(
 
 
 def _by_task(rows: Rows, tasks: Sequence[str]) -> dict[str, list[CellRow]]:
-    """Group rows by task."""
+    """Group the rows by task."""
     groups: dict[str, list[CellRow]] = {task: [] for task in tasks}
     for row in rows:
         groups[row.task_name].append(row)
@@ -170,7 +170,7 @@ def _by_task(rows: Rows, tasks: Sequence[str]) -> dict[str, list[CellRow]]:
 
 
 def _corrected(lines: Sequence[MethodSummary]) -> list[MethodSummary]:
-    """Apply Holm's correction: over methods for each metric, over methods and tasks for single tasks."""
+    """Apply Holm's correction: over methods for each metric; over methods and tasks for single tasks."""
     metrics = lines[0].to_reference if lines else {}
     overall = {metric: with_holm({line.name: line.to_reference[metric] for line in lines}) for metric in metrics}
     single = with_holm({(line.name, task): d for line in lines for task, d in line.to_reference_on.items()})
@@ -185,7 +185,7 @@ def _corrected(lines: Sequence[MethodSummary]) -> list[MethodSummary]:
 
 
 def spread_text(value: Spread | None) -> str:
-    """Format a fraction with its standard deviation in percent: 85.2 ± 0.4."""
+    """Format a fraction and its standard deviation in percent: 85.2 ± 0.4."""
     if value is None:
         return "–"
     deviation = "" if math.isnan(value.std) else f" ± {100 * value.std:.1f}"
@@ -193,9 +193,9 @@ def spread_text(value: Spread | None) -> str:
 
 
 def difference_text(value: Difference | None, tasks: int) -> str:
-    """Format a difference in points with its interval: -0.8 [-1.9, +0.2].
+    """Format a difference and its interval in points: -0.8 [-1.9, +0.2].
 
-    Adds the number of tasks if it differs from `tasks`.
+    Append the number of tasks if it differs from `tasks`.
     """
     if value is None:
         return "–"
@@ -213,7 +213,7 @@ def p_text(value: float) -> str:
 
 
 def significance_texts(value: Difference | None) -> tuple[str, str]:
-    """Format the adjusted p-value, and the number of units above zero with the sign test's p-value."""
+    """Format the adjusted p-value, and the number of units above zero with the p-value of the sign test."""
     if value is None:
         return "–", "–"
     return p_text(value.adjusted_p), f"{value.above} of {value.units} ({p_text(value.sign_p)})"
@@ -222,7 +222,7 @@ def significance_texts(value: Difference | None) -> tuple[str, str]:
 def outcome_text(summary: Summary) -> str:
     """Summarize the outcome: the best mean, its lead over the reference, and other decided differences.
 
-    Empty without results.
+    The text is empty without results.
     """
     means = summary.means
     if not means:
@@ -237,8 +237,10 @@ def outcome_text(summary: Summary) -> str:
     if lead is not None and lead.mean > 0 and len(equal) == 1:
         text += f": {100 * lead.mean:.1f} points above {summary.reference}"
         if not math.isnan(lead.low):
-            doubt = "" if lead.direction else f"; {undecided_text(lead)}"
-            text += f" ({percent_text(LEVEL, 0)} interval {points_text(lead.low)} to {points_text(lead.high)}{doubt})"
+            undecided = "" if lead.direction else f"; {undecided_text(lead)}"
+            text += (
+                f" ({percent_text(LEVEL, 0)} interval {points_text(lead.low)} to {points_text(lead.high)}{undecided})"
+            )
     above = [name for name, d in differences.items() if d.direction > 0 and name != best]
     below = [name for name, d in differences.items() if d.direction < 0]
     parts = [
@@ -250,7 +252,7 @@ def outcome_text(summary: Summary) -> str:
 
 
 def undecided_text(value: Difference) -> str:
-    """Return the reason for an undecided difference: too few tasks or seeds, or the adjusted p-value."""
+    """Return why a difference is undecided: too few tasks or seeds, or its adjusted p-value."""
     if value.units < MIN_UNITS:
         unit = counted(value.units, "task" if value.tasks > 1 else "seed")
         return f"not decided, {unit}, at least {MIN_UNITS} required"
@@ -260,8 +262,8 @@ def undecided_text(value: Difference) -> str:
 def recommendation_text(summary: Summary) -> str:
     """Recommend a method: within one standard error of the best metric, then least memory, then least time.
 
-    The standard error is over the seeds of the best method; memory within 5% counts as equal. Lists methods
-    without results. Empty if no method has results.
+    The standard error is over the seeds of the best method. Memory values within 5% are ties. The text lists methods
+    without results, and is empty if no method has results.
     """
     if not summary.means:
         return ""
@@ -277,7 +279,7 @@ def recommend(
 
     Args:
         means: Mean of the metric over seeds, by method.
-        costs: `accelerator_memory_max`, `training_mib` and `train_time`, by method.
+        costs: `accelerator_memory_max`, `training_mib` and `train_time` by method.
         measure: Title of the metric.
     """
     best = max(means, key=lambda name: means[name].mean)
@@ -285,8 +287,8 @@ def recommend(
     error = 0.0 if math.isnan(top.std) else top.std / math.sqrt(top.count)
     near = [name for name, value in means.items() if value.mean >= top.mean - error]
     if len(near) == 1:
-        seeds = "a single seed has no standard error" if math.isnan(top.std) else f"{100 * error:.1f} points"
-        return best, f"Recommended: {best}. No other method is within one standard error of its {measure} ({seeds})."
+        reason = "a single seed has no standard error" if math.isnan(top.std) else f"{100 * error:.1f} points"
+        return best, f"Recommended: {best}. No other method is within one standard error of its {measure} ({reason})."
     chosen, reason = _cheapest(near, costs)
     texts = cost_texts(costs[chosen])
     return chosen, (
@@ -296,7 +298,7 @@ def recommend(
 
 
 def _cheapest(names: Sequence[str], costs: Mapping[str, Mapping[str, float | None]]) -> tuple[str, str]:
-    """Return the method with the least memory, ties broken by time, and the reason."""
+    """Return the method with the least memory (ties go to the fastest), and the reason."""
 
     def memory(name: str) -> float:
         peak = costs[name]["accelerator_memory_max"]
@@ -318,12 +320,12 @@ def _cheapest(names: Sequence[str], costs: Mapping[str, Mapping[str, float | Non
 
 
 def part_text(value: Difference, tasks: int) -> str:
-    """Format the number of tasks of a difference; empty if it covers all `tasks`."""
+    """Format the number of tasks that a difference covers; empty for all `tasks`."""
     return "" if value.tasks == tasks else f" ({value.tasks} of {counted(tasks, 'task')})"
 
 
 def cost_texts(costs: Mapping[str, float | None]) -> dict[str, str]:
-    """Format costs; missing ones become a dash."""
+    """Format costs; a missing one becomes a dash."""
     memory, mib = costs.get("accelerator_memory_max"), costs.get("training_mib")
     if not memory:
         memory = None if mib is None else mib * 2**20
@@ -347,14 +349,14 @@ def caption(summary: Summary) -> str:
 
 
 def interval_text(summary: Summary) -> str:
-    """Describe the tests of differences from the reference."""
+    """Describe how differences from the reference are tested."""
     differences = [d for m in summary.methods if (d := m.to_reference[summary.column]) is not None]
     has_tasks = any(d.tasks > 1 for d in differences)
     units, averaging = ("tasks", " (seeds averaged per task)") if has_tasks else ("seeds", "")
     text = (
-        f"differences from {summary.reference} in points with Student's t {percent_text(LEVEL, 0)} interval over "
-        f"{units}{averaging}; p with Holm's correction over {counted(len(differences), 'comparison')}; above: number "
-        f"of {units} above {summary.reference}, with the sign test's p"
+        f"differences from {summary.reference} in points, with {percent_text(LEVEL, 0)} Student's t intervals over "
+        f"{units}{averaging}; p after Holm's correction over {counted(len(differences), 'comparison')}; above: number "
+        f"of {units} above {summary.reference}, with p of the sign test"
     )
     few = bool(differences) and all(d.units < MIN_UNITS for d in differences)
     return f"{text}; no difference is decided with fewer than {MIN_UNITS} tasks or seeds" if few else text
@@ -377,7 +379,7 @@ def print_summary(console: Console, summary: Summary) -> None:
 
 
 def table_cells(summary: Summary, metric: str, *, with_costs: bool) -> list[list[str]]:
-    """Return the table as text, headings first: tasks, means, difference from the reference, tests, costs."""
+    """Return the table as strings, headings first: tasks, means, difference from the reference, tests, costs."""
     texts = [cost_texts(method.costs) for method in summary.methods]
     names = ("trainable", "changed", "file", "step", "memory", "forgetting") if with_costs else ()
     costs = [name for name in names if any(line[name] != "–" for line in texts)]
@@ -401,6 +403,6 @@ def _table(summary: Summary, metric: str, title: str) -> Table:
     return make_table(headings, lines, title=f"test {title}")
 
 
-def _text(value: float | None, write: Any) -> str:
-    """Format a number, or return a dash for None."""
-    return "–" if value is None else str(write(value))
+def _text(value: float | None, format_number: Any) -> str:
+    """Format a number; None becomes a dash."""
+    return "–" if value is None else str(format_number(value))

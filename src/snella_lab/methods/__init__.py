@@ -1,1 +1,1 @@
-"""Baseline methods that PEFT does not provide."""
+"""Baseline methods that are missing in PEFT."""

@@ -1,4 +1,4 @@
-"""`adapter-r`, `mosa-r` and `ssf`: small trainable modules after frozen layers."""
+"""Methods `adapter-r`, `mosa-r` and `ssf`: small trainable modules after frozen layers."""
 
 import warnings
 from collections.abc import Callable
@@ -17,14 +17,14 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
 
 
 class Adapter(nn.Module):
-    """Residual bottleneck adapter, initialized to the identity.
+    """Residual bottleneck adapter that starts as the identity.
 
     y = h + scale · (U · dropout(act(D h + d)) + u),   act = gelu, or relu as in A.1 of arXiv 2510.24037
 
-    `D` `[r, width]` is Glorot-uniform; `U` `[width, r]` and both biases are zero.
+    `D` `[r, width]` has a Glorot-uniform initialization; `U` `[width, r]` and both biases start at zero.
 
     Args:
-        width: Last dimension of the input.
+        width: Size of the input's last dimension.
         r: Bottleneck width.
         scale: Scale of the bottleneck output.
         dropout: Dropout rate inside the bottleneck.
@@ -65,7 +65,7 @@ def add_adapters(method: str, model: nn.Module, head: str, make: Callable[[int, 
         method: Method name for the error message.
         model: Frozen model; changed in place.
         head: Name of the head, which becomes trainable.
-        make: Function `(width, index) -> nn.Module` that creates the adapter of a block.
+        make: Function `(width, index) -> nn.Module` that creates a block's adapter.
 
     Raises:
         ValueError: If no block has an MLP.
@@ -74,7 +74,7 @@ def add_adapters(method: str, model: nn.Module, head: str, make: Callable[[int, 
     if not mlp_layers:
         raise ValueError(
             f"method {method!r} cannot be applied to {type(model).__name__}: it adapts the MLP of each block, "
-            "and this model has no module named mlp that ends with a linear layer"
+            "but this model has no module named mlp that ends with a linear layer"
         )
     train_head(model, head)
     for index, (_, module, width) in enumerate(mlp_layers):
@@ -83,7 +83,7 @@ def add_adapters(method: str, model: nn.Module, head: str, make: Callable[[int, 
 
 
 def _build_adapter(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
-    """Attach an `Adapter` after each MLP, inside the residual branch."""
+    """Attach an `Adapter` to each MLP, inside the residual branch."""
     kwargs = {name: options[name] for name in ("scale", "dropout", "activation") if name in options}
     return add_adapters("adapter", model, head, lambda width, index: Adapter(width, options.get("r", 8), **kwargs))
 
@@ -104,18 +104,18 @@ ADAPTER = Method(
 class SparseAdapters(Adapter):
     """Mixture of sparse adapters (MoSA): each training step uses a random sparse subset of one bottleneck.
 
-    training:    y = h + scale · (n · (U ⊙ M_i) dropout(gelu(D h + d)) + u),  i uniform in 1 … n for each forward pass
+    training:    y = h + scale · (n · (U ⊙ M_i) dropout(gelu(D h + d)) + u),  i uniform in 1 … n per forward pass
     evaluation:  y = h + scale · (U gelu(D h + d) + u)
 
     The masks M_1 … M_n are a random, even partition of the entries of `U` `[width, r]`. All experts share the down
-    projection and the biases (the paper's hierarchical split). `n (U ⊙ M_i)` has the mean `U` over i, so the merged
-    adapter is `U`, and only one adapter is stored.
+    projection and the biases (the paper's hierarchical split). The mean of `n (U ⊙ M_i)` over i is `U`, so the experts
+    merge to `U`, and only one adapter is stored.
 
     Args:
-        width: Last dimension of the input.
+        width: Size of the input's last dimension.
         r: Bottleneck width.
         experts: Number of experts n.
-        seed: Seed for the masks, which are not saved but sampled again on loading.
+        seed: Seed of the masks, which are resampled on loading instead of saved.
         scale: Scale of the bottleneck output.
         dropout: Dropout rate inside the bottleneck.
     """
@@ -130,7 +130,7 @@ class SparseAdapters(Adapter):
         self.register_buffer("expert_index", expert_index.to(torch.uint8), persistent=False)
 
     def bottleneck(self, h: Tensor) -> Tensor:
-        """Compute the output of a random expert (training) or of the merged adapter (evaluation)."""
+        """Compute the output of a random expert in training, or of the merged adapter in evaluation."""
         if not self.training:
             return super().bottleneck(h)
         active = int(torch.randint(self.experts, ()))
@@ -139,7 +139,7 @@ class SparseAdapters(Adapter):
 
 
 def _build_mosa(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
-    """Attach `SparseAdapters` after each MLP, with different masks per block."""
+    """Attach `SparseAdapters` to each MLP, with different masks for each block."""
     kwargs = {name: options[name] for name in ("experts", "scale", "dropout") if name in options}
     seed = options.get("mask_seed", 0)
 
@@ -150,7 +150,7 @@ def _build_mosa(model: nn.Module, head: str, options: Options, batches: Batches 
 
 
 MOSA = Method(
-    "a bottleneck after the MLP of each block, trained as a mixture of random sparse parts",
+    "a bottleneck after the MLP of each block, trained as a mixture of random sparse experts",
     "MoSA, Zhang et al., arXiv 2312.02923",
     _build_mosa,
     ("r", "experts", "scale", "dropout", "mask_seed"),
@@ -206,7 +206,7 @@ def apply_scale_shift(module: nn.Module, inputs: tuple[Any, ...], output: Tensor
 
 
 def warn_about_unused(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-    """Forward hook of the model: warn once about layers whose `ssf` is not called."""
+    """Forward hook of the model: warn once about layers whose `ssf` is never called."""
     if module.training and not getattr(module, "ssf_was_checked", False):
         module.ssf_was_checked = True  # type: ignore[assignment]
         unused = [name for name, _, ssf in attached(module, "ssf", ScaleShift) if not ssf.was_used]
@@ -229,7 +229,7 @@ def _channels(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, nn.GroupNorm):
         return module.num_channels, 1
     if isinstance(module, nn.LayerNorm):
-        # timm's LayerNorm2d and transformers' channels-first norms are LayerNorms that take feature maps
+        # timm's LayerNorm2d and transformers' channels-first norms take feature maps
         takes_maps = type(module).__name__.endswith("2d") or getattr(module, "data_format", None) == "channels_first"
         return module.normalized_shape[-1], 1 if takes_maps else -1
     return None
@@ -244,7 +244,7 @@ def _build_ssf(model: nn.Module, head: str, options: Options, batches: Batches |
     ]
     if not layers:
         raise ValueError(
-            f"method 'ssf' cannot be applied to {type(model).__name__}: it needs linear layers, convolutions or "
+            f"method 'ssf' cannot be applied to {type(model).__name__}: it requires linear layers, convolutions or "
             f"normalizations, got none outside the head {head!r}"
         )
     train_head(model, head)
@@ -265,7 +265,8 @@ def _merge_ssf(model: nn.Module) -> nn.Module:
     if without_bias:
         layer_text = repr(without_bias[0]) + (f" and {len(without_bias) - 1} more layers" if without_bias[1:] else "")
         raise ValueError(
-            f"method 'ssf' cannot be merged into {type(model).__name__}: no bias for the shift in {layer_text}; "
+            f"method 'ssf' cannot be merged into {type(model).__name__}: the shift requires a bias, got none in "
+            f"{layer_text}; "
             "keep the adapter separate and load it with load_trained"
         )
     for _, module, ssf in layers:
@@ -279,7 +280,7 @@ def _merge_ssf(model: nn.Module) -> nn.Module:
 
 
 SSF = Method(
-    "a scale and a shift per channel after each layer",
+    "a per-channel scale and shift after each layer",
     "SSF, Lian et al., arXiv 2210.08823",
     _build_ssf,
     ("init_std",),

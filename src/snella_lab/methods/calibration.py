@@ -1,4 +1,4 @@
-"""Weight sensitivity from gradients on a few batches before training."""
+"""Weight sensitivities from gradients on a few batches before training."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -21,18 +21,18 @@ def squared_gradients(
 
     s[w] = Σ_batches g[w]²,   g = ∂loss/∂w
 
-    Up to a constant factor this is the first-order decrease of the loss, -g·Δw = ε g², after a gradient step Δw = -ε g
+    Up to a constant factor, this is the first-order decrease -g·Δw = ε g² of the loss after a gradient step Δw = -ε g
     on that weight.
 
     Args:
-        model: Model, run in evaluation mode and restored afterwards.
+        model: Model; runs in evaluation mode and is restored afterwards.
         names: Names of the parameters.
-        batches: Callable that returns a fresh pass over the training data.
+        batches: Callable that returns a new iterable over the training batches.
         loss: Loss of a batch.
-        limit: Maximum number of batches; all if None.
+        limit: Maximum number of batches; None uses all.
 
     Returns:
-        float32 tensors with the parameters' shapes and devices.
+        float32 tensors on the parameters' devices, with their shapes.
 
     Raises:
         ValueError: If `batches` is empty, a loss is not finite, or a name is not a parameter.
@@ -43,7 +43,7 @@ def squared_gradients(
 def summed_gradients(
     model: nn.Module, names: Sequence[str], batches: Batches, loss: Loss, limit: int | None = None
 ) -> dict[str, Tensor]:
-    """Sum the gradient of the loss over all batches, Σ_batches ∂loss/∂w; see `squared_gradients` for the arguments."""
+    """Sum the gradient over batches, Σ_batches ∂loss/∂w; see `squared_gradients` for the arguments."""
     return _accumulate(model, names, batches, loss, limit, lambda total, grad: total.add_(grad))
 
 
@@ -51,14 +51,14 @@ def rank_entries(values: Sequence[Tensor], count: int) -> tuple[Tensor, Tensor]:
     """Find the `count` largest entries of several tensors, in descending order.
 
     The result is exact and deterministic; ties are ordered by tensor, then by position. Peak memory is the result plus
-    one boolean mask per tensor, without a sorted copy.
+    one boolean mask per tensor; no copy of the entries is sorted.
 
     Args:
-        values: Nonnegative float32 tensors of any shapes.
+        values: Nonnegative float32 tensors of any shape.
         count: Number of entries.
 
     Returns:
-        Tensor indices and flattened positions, `[count]` int64 each, on the CPU.
+        Tensor indices and flat positions, `[count]` int64 each, on the CPU.
 
     Raises:
         ValueError: If `count` is negative or exceeds the total number of entries.
@@ -66,7 +66,7 @@ def rank_entries(values: Sequence[Tensor], count: int) -> tuple[Tensor, Tensor]:
     total = sum(tensor.numel() for tensor in values)
     if not 0 <= count <= total:
         raise ValueError(f"count must be in [0, {total}] (total number of entries), got {count}")
-    # nonnegative floats sort like their bit patterns, so bisection over integers finds the exact threshold
+    # nonnegative floats sort like their bit patterns, so integer bisection finds the exact threshold
     bits = [tensor.reshape(-1).view(torch.int32) for tensor in values]
     threshold = _kth_largest(bits, count)
     indices_above = [torch.nonzero(tensor > threshold).flatten() for tensor in bits]
@@ -86,7 +86,7 @@ def rank_entries(values: Sequence[Tensor], count: int) -> tuple[Tensor, Tensor]:
 
 
 def _kth_largest(bits: Sequence[Tensor], count: int) -> int:
-    """Return the `count`-th largest of nonnegative integers, or the maximum int32 if `count` is 0."""
+    """Return the `count`-th largest nonnegative integer, or the maximum int32 if `count` is 0."""
     low, high = 0, torch.iinfo(torch.int32).max
     if count == 0:
         return high
@@ -107,7 +107,7 @@ def _accumulate(
     limit: int | None,
     add: Callable[[Tensor, Tensor], object],
 ) -> dict[str, Tensor]:
-    """Accumulate a function of each gradient in hooks and free the gradient immediately."""
+    """Accumulate a function of each gradient in hooks that free the gradient immediately."""
     parameters = dict(model.named_parameters())
     unknown = [name for name in names if name not in parameters]
     if unknown:
@@ -146,7 +146,7 @@ def _accumulate(
 
 @contextmanager
 def _calibration_mode(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Switch to evaluation mode with gradients for these parameters only; restore the state on exit."""
+    """Enter evaluation mode with gradients for `parameters` only; restore the state on exit."""
     modes = {module: module.training for module in model.modules()}
     requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
     selected = set(parameters)
@@ -158,8 +158,8 @@ def _calibration_mode(model: nn.Module, parameters: Sequence[nn.Parameter]) -> I
     finally:
         for module, training in modes.items():
             module.training = training
-        for parameter, needs_grad in requires_grad.items():
-            parameter.requires_grad_(needs_grad)
+        for parameter, is_trainable in requires_grad.items():
+            parameter.requires_grad_(is_trainable)
 
 
 def selection_data(batches: Batches | None) -> SelectionData:
@@ -172,7 +172,7 @@ def selection_data(batches: Batches | None) -> SelectionData:
         return batches
     if not callable(batches):
         raise TypeError(
-            f"batches must be a callable that returns a fresh iterable of (images, labels), got {batches!r:.80}; "
+            f"batches must be a callable that returns a new iterable of (images, labels), got {batches!r:.80}; "
             "pass batches=lambda: loader"
         )
     return SelectionData(batches)

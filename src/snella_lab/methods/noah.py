@@ -1,4 +1,4 @@
-"""`noah`: searched combination of prompts, low-rank updates and adapters, with sizes per block."""
+"""Method `noah`: searched combination of prompts, low-rank updates and adapters, with per-block sizes."""
 
 import copy
 import math
@@ -28,7 +28,7 @@ _MAX_TRIES = 200
 
 
 class Subnet(NamedTuple):
-    """Sizes per block, 0 for none: number of prompts, rank of the low-rank update, width of the adapter."""
+    """Per-block sizes, 0 for none: number of prompts, rank of the low-rank update, width of the adapter."""
 
     prompts: tuple[int, ...]
     ranks: tuple[int, ...]
@@ -41,7 +41,7 @@ class SubnetSpace:
 
     Args:
         block_widths: Token width of each block.
-        qkv_sizes: Inputs plus outputs of each block's qkv layer.
+        qkv_sizes: Number of inputs plus outputs of each block's qkv layer.
         sizes: Candidate sizes, ascending.
         budget: Maximum number of parameters of a subnet.
     """
@@ -53,17 +53,17 @@ class SubnetSpace:
 
     @property
     def depths(self) -> list[int]:
-        """Allowed depths of a module type: the first quarter, half, three quarters or all of the blocks."""
+        """Allowed depths of a module type: the first quarter, half, three quarters or all blocks."""
         blocks = len(self.block_widths)
         return sorted({ceil(blocks * quarters / 4) for quarters in (1, 2, 3, 4)})
 
     def count(self, subnet: Subnet) -> int:
-        """Count parameters: Σ_blocks p·d + r·(in + out) + (2·d·a + a + d if a > 0)."""
+        """Count the parameters: Σ_blocks p·d + r·(in + out) + (2·d·a + a + d if a > 0)."""
         rows = zip(self.block_widths, self.qkv_sizes, *subnet, strict=True)
         return sum(p * d + r * qkv_size + (2 * d * a + a + d if a else 0) for d, qkv_size, p, r, a in rows)
 
     def smallest(self) -> Subnet:
-        """Return the smallest subnet: the smallest size of each module type in the first quarter of the blocks."""
+        """Return the smallest subnet: each module type with the smallest size in the first quarter of the blocks."""
         return Subnet(*[self._padded([self.sizes[0]] * self.depths[0])] * 3)
 
     def sample(self, rng: Random) -> Subnet:
@@ -82,12 +82,12 @@ class SubnetSpace:
             mutated.append(self._padded(resampled))
         return Subnet(*mutated)
 
-    def cross(self, mother: Subnet, father: Subnet, rng: Random) -> Subnet:
+    def cross(self, first: Subnet, second: Subnet, rng: Random) -> Subnet:
         """Take each module type from a random parent."""
-        return Subnet(*(rng.choice(pair) for pair in zip(mother, father, strict=True)))
+        return Subnet(*(rng.choice(pair) for pair in zip(first, second, strict=True)))
 
     def _padded(self, sizes: list[int]) -> tuple[int, ...]:
-        """Pad sizes with 0 for the remaining blocks."""
+        """Pad the sizes with 0 for the remaining blocks."""
         return (*sizes, *[0] * (len(self.block_widths) - len(sizes)))
 
 
@@ -103,18 +103,18 @@ def search_subnet(
     """Find the subnet with the highest score by evolutionary search.
 
     Each generation adds `population` new candidates within the budget: up to half are mutations of the best ten, up to
-    half are crossovers of them, and the rest are random. No candidate is evaluated twice.
+    half are crossovers, and the rest are random. No candidate is evaluated twice.
 
     Args:
         space: Search space.
-        score: Score of a subnet; higher is better.
+        score: Function that scores a subnet; higher is better.
         rng: Random number generator.
         population: Candidates per generation.
-        generations: Generations after the initial random one.
-        report: Callback for one progress line per generation.
+        generations: Number of generations after the initial random one.
+        report: Callback for a progress line per generation.
 
     Returns:
-        The best subnet; ties go to the one with the fewest parameters.
+        The best subnet; ties go to the smallest one.
     """
     scores: dict[Subnet, tuple[float, float]] = {}
 
@@ -130,7 +130,7 @@ def search_subnet(
                 scores[subnet] = score(subnet)
                 count -= 1
 
-    def mutant() -> Subnet:
+    def mutate() -> Subnet:
         return space.mutate(rng.choice(parents), rng)
 
     def cross() -> Subnet:
@@ -142,7 +142,7 @@ def search_subnet(
             scores[space.smallest()] = score(space.smallest())
         else:
             parents = sorted(scores, key=rank, reverse=True)[:_NUM_PARENTS]
-            breed(mutant, population // 2)
+            breed(mutate, population // 2)
             breed(cross, population // 2)
         breed(partial(space.sample, rng), population - (len(scores) - before))
         if len(scores) == before:
@@ -162,7 +162,7 @@ class SuperLowRank(LowRank):
     active = 0
 
     def update(self, x: Tensor) -> Tensor:
-        """Compute the update of the active ranks."""
+        """Compute the update with the active ranks."""
         return F.linear(F.linear(x, self.A[: self.active]), self.B[:, : self.active])
 
 
@@ -172,7 +172,7 @@ class SuperAdapter(Adapter):
     active = 0
 
     def forward(self, h: Tensor) -> Tensor:
-        """Add the output of the active channels to `h`; return `h` if there are none."""
+        """Add the output of the active channels to `h`."""
         if not self.active:
             return h
         inner = F.linear(h, self.down.weight[: self.active], self.down.bias[: self.active])
@@ -180,7 +180,7 @@ class SuperAdapter(Adapter):
 
 
 def build_supernet(model: nn.Module, head: str, size: int) -> nn.Module:
-    """Copy a frozen model and attach modules of the largest size to every block; the head is trainable."""
+    """Copy a frozen model, attach modules of the largest size to every block, and make the head trainable."""
     supernet = copy.deepcopy(model)
     train_head(supernet, head)
     for _, block in token_blocks("noah", supernet, head):
@@ -193,7 +193,7 @@ def build_supernet(model: nn.Module, head: str, size: int) -> nn.Module:
 
 
 def activate(supernet: nn.Module, subnet: Subnet) -> None:
-    """Configure the supernet to compute one subnet."""
+    """Configure the supernet to compute a subnet."""
     module_types: tuple[type[Prompts | SuperLowRank | SuperAdapter], ...] = (Prompts, SuperLowRank, SuperAdapter)
     for module_type, sizes in zip(module_types, subnet, strict=True):
         modules = [module for module in supernet.modules() if isinstance(module, module_type)]
@@ -204,11 +204,11 @@ def activate(supernet: nn.Module, subnet: Subnet) -> None:
 def train_supernet(
     supernet: nn.Module, space: SubnetSpace, data: SelectionData, *, epochs: int, lr: float, weight_decay: float
 ) -> Random:
-    """Train the supernet with a random subnet per batch and a per-epoch cosine learning rate schedule.
+    """Train the supernet with a random subnet per batch and a per-epoch cosine learning-rate schedule.
 
     Args:
         supernet: Model from `build_supernet`.
-        space: Search space; its budget is ignored here.
+        space: Search space; its budget is ignored.
         data: Training batches and loss.
         epochs: Training epochs.
         lr: Initial learning rate of AdamW.
@@ -232,7 +232,7 @@ def train_supernet(
             loss = data.loss(supernet(images.to(device)), labels.to(device))
             if not math.isfinite(loss.item()):
                 raise ValueError(
-                    f"the loss of NOAH's supernet is {loss.item()} in epoch {epoch + 1}; lower supernet_lr={lr:g}"
+                    f"the loss of NOAH's supernet is {loss.item()} in epoch {epoch + 1}; reduce supernet_lr, now {lr:g}"
                 )
             optimizer.zero_grad()
             loss.backward()
@@ -248,7 +248,7 @@ def train_supernet(
 def accuracy_of(supernet: nn.Module, subnet: Subnet, data: SelectionData) -> tuple[float, float]:
     """Compute the validation accuracy of a subnet and, as a tie-breaker, its negative loss.
 
-    For multi-label, ordinal and regression tasks, the accuracy is 0 and only the loss is used.
+    For multi-label, ordinal and regression tasks, the accuracy is 0, so that only the loss matters.
 
     Raises:
         ValueError: If `data` has no validation images.
@@ -272,7 +272,7 @@ _SIZES = (5, 10, 50, 100)
 
 
 def qkv_layers(model: nn.Module, head: str) -> list[tuple[str, nn.Module, nn.Linear]]:
-    """Return the blocks of a plain ViT with their fused qkv layers, as `(name, block, qkv)`.
+    """Return the blocks of a plain ViT and their fused qkv layers as `(name, block, qkv)`.
 
     Raises:
         ValueError: If the model is not a plain ViT, or a block has no linear `attn.qkv`.
@@ -290,7 +290,7 @@ def qkv_layers(model: nn.Module, head: str) -> list[tuple[str, nn.Module, nn.Lin
 
 
 def space_of(model: nn.Module, head: str, options: Options) -> SubnetSpace:
-    """Build the search space for a model."""
+    """Build the search space of a model."""
     layers = qkv_layers(model, head)
     space = SubnetSpace(
         tuple(width_of_block(block) or 0 for _, block, _ in layers),
@@ -302,18 +302,18 @@ def space_of(model: nn.Module, head: str, options: Options) -> SubnetSpace:
     budget = budget_of(options, model, head, vit_b_budget=0.64)
     if "budget" in options and budget < min_budget:
         raise ValueError(
-            f"budget must be at least {min_budget / 1e6:g} million parameters, the size of the smallest subnet of "
+            f"budget must be at least {min_budget / 1e6:g} million parameters, the size of the smallest subnet with "
             f"sizes={list(space.sizes)}, got {options['budget']}"
         )
     return replace(space, budget=max(budget, min_budget))
 
 
 def _build(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
-    """Train a supernet on a copy of the model, search its subnets and apply the best one."""
+    """Train a supernet on a copy of the model, search its subnets, and apply the best one."""
     data, space = selection_data(batches), space_of(model, head, options)
     if data.validation is None:
         raise ValueError(
-            "method 'noah' needs validation images for its search, got none; "
+            "method 'noah' requires validation images for its search, got none; "
             "pass batches=SelectionData(train=..., validation=...)"
         )
     supernet = build_supernet(model, head, space.sizes[-1])
@@ -337,7 +337,7 @@ def _build(model: nn.Module, head: str, options: Options, batches: Batches | Non
 
 
 def _apply(model: nn.Module, head: str, subnet: Subnet) -> nn.Module:
-    """Attach new modules of the subnet's sizes; size 0 attaches none."""
+    """Attach new modules with the subnet's sizes."""
     train_head(model, head)
     for (_, block, qkv), prompts, rank, width in zip(qkv_layers(model, head), *subnet, strict=True):
         if prompts:
@@ -351,7 +351,7 @@ def _apply(model: nn.Module, head: str, subnet: Subnet) -> nn.Module:
 
 
 def _restore(model: nn.Module, head: str, options: Options, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Rebuild the structure; the shapes of the stored tensors determine the sizes."""
+    """Rebuild the subnet; the shapes of the stored tensors determine its sizes."""
     with restoring(model):
         names = [name for name, _, _ in qkv_layers(model, head)]
         parts = ("prompts.tokens", "attn.qkv.low_rank.A", "mlp.adapter.down.weight")
@@ -360,7 +360,7 @@ def _restore(model: nn.Module, head: str, options: Options, tensors: Mapping[str
 
 
 def _list_of_sizes(sizes: Any) -> str | None:
-    """Validate `sizes`; return the requirement if it is violated."""
+    """Return the requirement for `sizes` if it is violated, else None."""
     is_list = isinstance(sizes, list | tuple) and len(sizes) > 0
     is_valid = is_list and all(isinstance(size, int) and size >= 1 for size in sizes)
     return None if is_valid else "a list of integers of at least 1"
@@ -390,14 +390,14 @@ NOAH = Method(
 """NOAH has three steps:
 
 1. A supernet with the largest size of each module type in every block is trained with AdamW. Each batch trains a random
-   subnet: a module type fills the first quarter, half, three quarters or all of the blocks, with a random size from
-   `sizes` in each. Smaller sizes share the first rows of larger ones.
+   subnet: each module type fills the first quarter, half, three quarters or all blocks, with a random size from `sizes`
+   in each block. Smaller sizes share the first rows of larger ones.
 2. Evolutionary search ranks subnets of at most `budget` million parameters by the supernet's validation accuracy.
 3. The best subnet is reinitialized and trained like any other method; the supernet is discarded.
 
-Defaults are the paper's sizes (5, 10, 50, 100) and its budget of 0.64 on a ViT-B/16. On other models the budget is
-proportional to the adapted weights and at least the smallest subnet. The default search effort is smaller than the
-paper's, which is `supernet_epochs=500, population=50, generations=20`. The paper initializes adapters randomly; this
-implementation starts them at the identity. Parameters per block of width d: p·d for prompts, 4·d·r for the low-rank
+Defaults are the paper's sizes (5, 10, 50, 100) and its budget of 0.64 on a ViT-B/16. On other models, the budget is
+proportional to the adapted weights, but at least the smallest subnet. The default search effort is smaller than the
+paper's `supernet_epochs=500, population=50, generations=20`. The paper initializes adapters randomly; here they start
+as the identity. Parameters per block of width d: p·d for prompts, 4·d·r for the low-rank
 update of a fused qkv, 2·d·a + a + d for the adapter.
 """

@@ -1,4 +1,4 @@
-"""`vpt-shallow`, `vpt-deep` and `vqt`: learned prompt and query tokens."""
+"""Methods `vpt-shallow`, `vpt-deep` and `vqt`: learned prompt and query tokens."""
 
 import dataclasses
 import math
@@ -18,14 +18,14 @@ class Prompts(nn.Module):
 
     [cls, x] -> [cls, p_1 ... p_n, x]
 
-    The initialization is uniform in ±sqrt(6 / (3 · patch_area + width)), the Glorot range of the patch embedding.
+    Prompts are initialized uniformly in ±sqrt(6 / (3 · patch_area + width)), the Glorot range of the patch embedding.
 
     Args:
         prompts: Number of prompts n.
         width: Token width.
         prefix: Number of prefix tokens (class token, registers).
         patch_area: Pixels per patch.
-        dropout: Dropout rate on the prompts.
+        dropout: Dropout rate of the prompts.
 
     Attributes:
         active: Number of leading prompts in use; None for all.
@@ -53,7 +53,7 @@ class Prompts(nn.Module):
 
 
 def _without_tokens(x: Tensor, start: int, count: int) -> Tensor:
-    """Remove `count` tokens of `x` `[batch, tokens, width]` starting at `start`."""
+    """Remove `count` tokens from `x` `[batch, tokens, width]`, starting at `start`."""
     return torch.cat([x[:, :start], x[:, start + count :]], dim=1)
 
 
@@ -63,12 +63,12 @@ def insert_prompts(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...
 
 
 def remove_prompts(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-    """Forward hook: remove the block's prompts from its output."""
+    """Forward hook: remove the tokens of the block's child `prompts` from its output."""
     return module.prompts.remove(output)  # type: ignore[operator,union-attr]
 
 
 class PromptEnd(nn.Module):
-    """Marker for removing the first block's prompts after a later block.
+    """Marker of the block after which the first block's prompts are removed.
 
     Args:
         prompts: Number of prompts.
@@ -95,7 +95,7 @@ def make_prompts(model: nn.Module, block: nn.Module, prompts: int, dropout: floa
 
 
 def _deep(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
-    """Attach new prompts to each block and remove them after it."""
+    """Attach prompts to each block; they are removed after the block."""
     blocks = token_blocks("vpt-deep", model, head)
     train_head(model, head)
     for _, block in blocks:
@@ -105,7 +105,7 @@ def _deep(model: nn.Module, head: str, options: Options, batches: Batches | None
 
 
 def _shallow(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
-    """Attach prompts to the first block and remove them after the last block."""
+    """Attach prompts to the first block; they are removed after the last block."""
     blocks = token_blocks("vpt-shallow", model, head)
     train_head(model, head)
     first, last = blocks[0][1], blocks[-1][1]
@@ -129,16 +129,15 @@ VPT_DEEP = dataclasses.replace(VPT_SHALLOW, summary="prompt tokens before each b
 
 
 class Queries(nn.Module):
-    """Query tokens of one block and their summary of the current forward pass.
+    """Query tokens of a block, and their summary of the current forward pass.
 
     z = p + ls1(proj(softmax(q(p) K(x)ᵀ / √d) V(x)));   summary = z + ls2(mlp(norm2(z)))
 
-    The formula uses the block's frozen weights. `K` and `V` come from the image tokens, which do not attend to the
-    queries.
+    All weights are the block's frozen ones. `K` and `V` come from the image tokens, which do not attend to the queries.
 
     Args:
         tokens: Initial queries p, `[queries, width]`.
-        dropout: Dropout rate on the queries.
+        dropout: Dropout rate of the queries.
 
     Attributes:
         summary: Output of the queries, `[batch, queries, width]`; None before a forward pass.
@@ -151,7 +150,7 @@ class Queries(nn.Module):
         self.summary: Tensor | None = None
 
     def summarize(self, block: Any, qkv: Tensor) -> Tensor:
-        """Attend from the queries to the image tokens of a block.
+        """Summarize a block by attention from the queries to its image tokens.
 
         Args:
             block: Block of a timm ViT.
@@ -174,30 +173,30 @@ class Queries(nn.Module):
 
 
 class QueryHead(nn.Linear):
-    """Linear head on the backbone's features and the summaries of all blocks.
+    """Linear head for the backbone's features and the summaries of all blocks.
 
     y = W [x, s_1, …, s_L] + b
 
     Args:
-        features: Width of x.
+        features: Number of backbone features.
         classes: Number of outputs.
-        sources: `Queries` of all blocks; they remain children of their blocks.
-        normalize: Scale x and each summary to unit length.
+        sources: `Queries` of all blocks; they remain children of the blocks.
+        normalize: Normalize x and each summary to unit length.
     """
 
     def __init__(self, features: int, classes: int, sources: list[Queries], *, normalize: bool = False) -> None:
         super().__init__(features + sum(source.tokens.numel() for source in sources), classes)
-        # a plain list does not register the modules, so the queries are saved only under the names of their blocks
+        # a plain list does not register the queries, so they are saved only as children of their blocks
         self.sources = sources
         self.normalize = normalize
 
     def forward(self, input: Tensor) -> Tensor:
-        """Compute logits `[batch, classes]` from features `[batch, features]`; clears the summaries."""
+        """Compute logits `[batch, classes]` from features `[batch, features]`, and clear the summaries."""
         parts = [input]
         for source in self.sources:
             if source.summary is None:
                 raise RuntimeError(
-                    "the head of method 'vqt' needs the summaries of a forward pass, got only features; "
+                    "the head of method 'vqt' requires the summaries of a forward pass, got only features; "
                     "call the model on images"
                 )
             parts.append(source.summary.flatten(1).to(input.dtype))
@@ -213,7 +212,7 @@ def store_output(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> 
 
 
 def summarize_block(module: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Forward hook of a block: compute the summary of its child `queries`; the output is unchanged."""
+    """Forward hook of a block: compute the summary of its child `queries`, without changing the output."""
     module.queries.summary = module.queries.summarize(module, module.attn.qkv.stored_output)
     del module.attn.qkv.stored_output
 
@@ -224,9 +223,11 @@ def _build(model: nn.Module, head: str, options: Options, batches: Batches | Non
     old_head = model.get_submodule(head)
     unsupported = [name for name, block in blocks if not _is_pre_norm_block(block)]
     if unsupported or not isinstance(old_head, nn.Linear):
-        reason = f"unsupported block {unsupported[0]!r}" if unsupported else f"its head is a {type(old_head).__name__}"
+        reason = (
+            f"block {unsupported[0]!r} is unsupported" if unsupported else f"its head is a {type(old_head).__name__}"
+        )
         raise ValueError(
-            f"method 'vqt' cannot be applied to {type(model).__name__}: {reason}; it needs a linear head and blocks "
+            f"method 'vqt' cannot be applied to {type(model).__name__}: {reason}; it requires a linear head and blocks "
             "with a fused attn.qkv, as in timm's VisionTransformer"
         )
     train_head(model, head)
@@ -245,7 +246,7 @@ def _build(model: nn.Module, head: str, options: Options, batches: Batches | Non
 
 
 def _is_pre_norm_block(block: Any) -> bool:
-    """Return whether a block is the pre-norm block of timm's ViT, which `Queries.summarize` reimplements."""
+    """Return True for the pre-norm block of timm's ViT, which `Queries.summarize` reimplements."""
     attn = block.attn
     return (
         all(hasattr(block, name) for name in ("norm1", "ls1", "norm2", "ls2", "mlp"))

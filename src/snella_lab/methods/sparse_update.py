@@ -1,4 +1,4 @@
-"""`gps-k`, and sparse updates for GPS, SPT and fixed masks: int32 positions and values, without dense tensors."""
+"""Method `gps-k`, and sparse updates for GPS, SPT and fixed masks, stored as int32 positions and values."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -26,21 +26,21 @@ def layer_with_entries(
 
         y = op(x, W) + bias,   W = weight, W[indices[k]] += values[k]
 
-    Saves the input, the frozen weight and the values for the backward pass, which recomputes `W`.
+    The backward pass recomputes `W` from the frozen weight and the values.
 
     Args:
         x: Input of the layer, in the compute dtype.
         weight: `[m, …]`.
-        bias: `[m]` or `None`.
+        bias: `[m]` or None.
         values: `[K]`, differentiable.
         indices: Unique positions in the flattened weight, `[K]`, integer.
-        op: The layer's operation.
+        op: Layer op.
     """
     return _LayerWithEntries.apply(x, weight, bias, values, indices, op)
 
 
 def fold_entries(weight: Tensor, values: Tensor, indices: Tensor) -> Tensor:
-    """Return `weight` with `values` added at the flat positions `indices`; each sum is rounded once to its dtype."""
+    """Return `weight` with `values` added at the flat positions `indices`; each sum is rounded once."""
     flat = weight.reshape(-1)
     positions = indices.long()
     sums = (flat[positions].to(values.dtype) + values).to(weight.dtype)
@@ -48,7 +48,7 @@ def fold_entries(weight: Tensor, values: Tensor, indices: Tensor) -> Tensor:
 
 
 class _LayerWithEntries(torch.autograd.Function):
-    """`op(x, fold_entries(weight, values, indices)) + bias`; saves only the frozen weight."""
+    """`op(x, fold_entries(weight, values, indices)) + bias`, without saving the effective weight."""
 
     @staticmethod
     def forward(
@@ -76,7 +76,7 @@ class _LayerWithEntries(torch.autograd.Function):
             if needs_bias and ctx.has_bias:
                 grad_bias = op.grad_bias(grad_y)
             if x is not None:
-                # a full product: computing only the selected entries is slower except for very sparse supports
+                # a dense product; computing only the selected entries is slower unless there are very few
                 grad_weight = op.grad_weight(grad_y, x, weight.shape)
             if needs_values:
                 grad_values = torch.zeros_like(values)
@@ -89,14 +89,13 @@ class _LayerWithEntries(torch.autograd.Function):
 class SparseLayer(nn.Module, ABC):
     """`Linear` or `Conv2d` layer with an update of individual weights.
 
-    y = product(x, W) + bias,   W = W0, W[indices[k]] += entries()[k]
+    y = op(x, W) + bias,   W = W0, W[indices[k]] += entries()[k]
 
-    Autograd saves only the input and the entries. The backward pass recomputes `W`, and its weight gradient covers only
-    the entries.
+    Autograd saves only the input and the entries; the backward pass recomputes `W`. Only the entries receive gradients.
 
     Args:
         base_layer: Frozen layer.
-        indices: Flattened positions in its weight, strictly ascending.
+        indices: Positions in the flattened weight, strictly ascending.
 
     Raises:
         TypeError: If the layer is not a `Linear` or `Conv2d`, or overrides the forward pass.
@@ -115,8 +114,8 @@ class SparseLayer(nn.Module, ABC):
             )
         weight = base_layer.weight
         size = weight.numel()
-        in_order = indices.ndim == 1 and bool((indices[1:] > indices[:-1]).all())
-        if not in_order or (len(indices) and not 0 <= int(indices[0]) <= int(indices[-1]) < size):
+        is_ascending = indices.ndim == 1 and bool((indices[1:] > indices[:-1]).all())
+        if not is_ascending or (len(indices) and not 0 <= int(indices[0]) <= int(indices[-1]) < size):
             raise ValueError(
                 f"indices must be one-dimensional, strictly ascending positions in [0, {size}), got {indices}"
             )
@@ -125,15 +124,15 @@ class SparseLayer(nn.Module, ABC):
 
     @abstractmethod
     def entries(self) -> Tensor:
-        """Return the differentiable values that are added to the weight at `indices`, at least float32."""
+        """Return the differentiable values to add to the weight at `indices`, at least float32."""
 
     def sparse_entries(self) -> tuple[Tensor, Tensor]:
-        """Return int64 positions in the flattened weight and the trained values, for `snella export`."""
+        """Return the int64 positions in the flattened weight and the values, for `snella export`."""
         return self.indices.long(), self.entries().detach().clone()
 
     @property
     def weight(self) -> Tensor:
-        """Effective weight `W`, differentiable, for models that read the weight directly."""
+        """Effective weight `W`, differentiable; for models that read the weight directly."""
         return fold_entries(self.base_layer.weight, self.entries(), self.indices)
 
     @property
@@ -142,7 +141,7 @@ class SparseLayer(nn.Module, ABC):
         return self.base_layer.bias
 
     @property
-    def product(self) -> LayerOp:
+    def layer_op(self) -> LayerOp:
         """Layer op of the base layer."""
         base = self.base_layer
         if isinstance(base, nn.Conv2d):
@@ -155,26 +154,26 @@ class SparseLayer(nn.Module, ABC):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_layer" or name.startswith("__"):  # copy looks up __deepcopy__ before base_layer exists
+            if name == "base_layer" or name.startswith("__"):  # copying looks up __deepcopy__ before base_layer exists
                 raise
             return getattr(super().__getattr__("base_layer"), name)
 
     def prepare_input(self, x: Tensor) -> Tensor:
-        """Apply non-zero padding modes and cast to the autocast dtype."""
+        """Apply padding modes other than zeros, and cast to the autocast dtype."""
         base = self.base_layer
         if isinstance(base, nn.Conv2d) and base.padding_mode != "zeros":
             x = F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode)
         return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute the layer's output with the trained entries added to its weight."""
+        """Apply the layer with the trained entries added to its weight."""
         base, x = self.base_layer, self.prepare_input(x)
         bias = None if base.bias is None else base.bias.to(x.dtype)
-        return layer_with_entries(x, base.weight, bias, self.entries(), self.indices, self.product)
+        return layer_with_entries(x, base.weight, bias, self.entries(), self.indices, self.layer_op)
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
-        """Merge the trained entries into the base layer and return it; outputs are bit-identical."""
+        """Merge the entries into the base layer and return it; outputs are bit-identical."""
         self.base_layer.weight.copy_(self.weight)
         return self.base_layer
 
@@ -184,7 +183,7 @@ class SparseLayer(nn.Module, ABC):
 
 
 class SparseUpdate(SparseLayer):
-    """`SparseLayer` that trains its entries.
+    """`SparseLayer` that trains its entries directly.
 
     Optimizer state and checkpoint each contain `2·len(indices)` numbers instead of a masked matrix.
     """
@@ -200,14 +199,14 @@ class SparseUpdate(SparseLayer):
 
 
 class MaskedUpdate(SparseLayer):
-    """`SparseLayer` with the entries of SNELLA's merged matrix, `scaling · ΔW[indices]`.
+    """`SparseLayer` whose entries come from SNELLA's merged matrix, `scaling · ΔW[indices]`.
 
     Args:
         base_layer: Frozen layer.
-        indices: Flattened positions in its weight, strictly ascending.
-        config: Kernel, rank, scaling and initial values.
-        row_counts: Rows of each matrix of the weight.
-        name: Name of the layer, for its rank.
+        indices: Positions in the flattened weight, strictly ascending.
+        config: Kernel, rank, scaling and initialization.
+        row_counts: Rows of each matrix in the weight.
+        name: Layer name, which determines the rank.
     """
 
     def __init__(
@@ -237,23 +236,23 @@ class MaskedUpdate(SparseLayer):
 
 
 def merged_entries(spec: UpdateSpec, factors: Factors, indices: Tensor) -> Tensor:
-    """Return the entries of `scaling·ΔW` at fixed positions, without saving a dense matrix for the backward pass.
+    """Return entries of `scaling·ΔW` without saving a dense matrix for the backward pass.
 
         values[k] = scaling · ΔW[i, j],   indices[k] = i·n + j
 
     Args:
         spec: Kernel, rows and scaling; mode and backend are ignored.
         factors: Factors and scalars.
-        indices: Positions in the flattened `[m, n]`, ascending, on the factors' device.
+        indices: Positions in the flattened `[m, n]` matrix, ascending, on the factors' device.
 
     Returns:
-        `[len(indices)]`, dtype of the merge, differentiable with respect to `factors`.
+        `[len(indices)]` in the dtype of the merge, differentiable with respect to `factors`.
     """
     return _MergedEntries.apply(spec, indices, *factors)
 
 
 def _positions(spec: UpdateSpec, columns: int, indices: Tensor) -> list[tuple[slice, Tensor]]:
-    """Return the slice of `indices` in each matrix, and the positions within the matrix."""
+    """Return, for each matrix, its slice of `indices` and the positions within the matrix."""
     starts = torch.tensor([rows.start * columns for rows in spec.rows] + [spec.num_rows * columns])
     bounds: Sequence[int] = torch.searchsorted(indices, starts.to(indices)).tolist()
     return [
@@ -294,7 +293,7 @@ class _MergedEntries(torch.autograd.Function):
 
 
 class SparseEntries(nn.Module):
-    """Parametrization (`torch.nn.utils.parametrize`) that trains selected entries of a frozen vector.
+    """Parametrization (`torch.nn.utils.parametrize`) with trainable entries of a frozen vector.
 
     v = v0, v[indices[k]] += values[k]
 
@@ -319,10 +318,10 @@ class SparseEntries(nn.Module):
 
 
 def can_be_sparse(module: nn.Module) -> TypeGuard[nn.Linear | nn.Conv2d]:
-    """Check that a `SparseLayer` can wrap a module: a `Linear` or `Conv2d` with the original forward pass."""
+    """Return True for a `Linear` or `Conv2d` with the original forward pass, which a `SparseLayer` can wrap."""
     return any(
-        isinstance(module, kind) and all(getattr(type(module), f, None) is getattr(kind, f, None) for f in methods)
-        for kind, methods in ((nn.Linear, ("forward",)), (nn.Conv2d, ("forward", "_conv_forward")))
+        isinstance(module, layer) and all(getattr(type(module), f, None) is getattr(layer, f, None) for f in methods)
+        for layer, methods in ((nn.Linear, ("forward",)), (nn.Conv2d, ("forward", "_conv_forward")))
     )
 
 
@@ -345,8 +344,8 @@ _RULES = {
 def neuron_layers(model: nn.Module, head: str) -> list[str]:
     """Return the layers that GPS adapts: every `Linear` and `Conv2d` except the head, including the patch embedding.
 
-    Layers with a custom forward pass stay frozen, and so does the output projection of `nn.MultiheadAttention`, which
-    reads its weight directly.
+    Layers with a custom forward pass remain frozen, as does the output projection of `nn.MultiheadAttention`, whose
+    weight is read directly.
     """
     attention_names = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
     return [
@@ -359,16 +358,16 @@ def neuron_layers(model: nn.Module, head: str) -> list[str]:
 
 
 def strongest_inputs(gradient: Tensor, k: int) -> Tensor:
-    """Return the positions of the `k` largest gradient magnitudes of each neuron.
+    """Return the positions of each neuron's `k` largest gradient magnitudes.
 
     A neuron is a row of the weight reshaped to `[m, n]`. Ties go to the first inputs.
 
     Args:
         gradient: Gradient of the weight, `[m, ...]`.
-        k: Inputs per neuron; at most n are used.
+        k: Inputs per neuron; clipped to n.
 
     Returns:
-        Flattened positions, ascending, `[m · min(k, n)]` int64.
+        Positions in the flattened weight, ascending, `[m · min(k, n)]` int64.
     """
     magnitude = gradient.reshape(len(gradient), -1).abs()
     columns = magnitude.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
@@ -403,7 +402,7 @@ def supervised_contrastive(features: Tensor, labels: Tensor, temperature: float 
 
 
 def contrastive_loss(head: str, temperature: float = 0.07) -> Loss:
-    """Return the supervised contrastive loss of the head's inputs for images and their mirror images; rejects masks."""
+    """Return the supervised contrastive loss of head inputs, for images and their mirror images."""
 
     def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         if labels.ndim != 1:
@@ -423,7 +422,7 @@ def contrastive_loss(head: str, temperature: float = 0.07) -> Loss:
 
 
 def _selection_loss(data: SelectionData, head: str, options: Options) -> Loss:
-    """Return the selection loss; the default is contrastive for one class label per image, else the task's loss."""
+    """Return the selection loss; by default, contrastive for one class label per image, else the task's loss."""
     name, task = options.get("selection_loss"), loss_of(data)
     contrastive = contrastive_loss(head, options.get("temperature", 0.07))
 
@@ -435,7 +434,7 @@ def _selection_loss(data: SelectionData, head: str, options: Options) -> Loss:
 
 
 def _build(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
-    """Compute gradients, select each neuron's inputs and wrap the layers."""
+    """Compute gradients, select each neuron's inputs, and wrap the layers."""
     data, names = selection_data(batches), neuron_layers(model, head)
     loss = _selection_loss(data, head, options)
     weights = [f"{name}.weight" for name in names]
@@ -460,14 +459,14 @@ def _apply(model: nn.Module, head: str, selected: Mapping[str, Tensor]) -> nn.Mo
 
 
 def _restore(model: nn.Module, head: str, options: Options, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Rebuild the structure from the stored positions."""
+    """Rebuild the modules from the stored positions."""
     with restoring(model):
         stored = {key.removesuffix(".indices"): value for key, value in tensors.items() if key.endswith(".indices")}
         return _apply(model, head, stored)
 
 
 GPS = Method(
-    "the k weights of each neuron with the largest gradient, and all biases except in norms",
+    "the k weights of each neuron with the largest gradients, and all biases except in norms",
     "gradient-based parameter selection, Zhang et al., arXiv 2312.10136",
     _build,
     tuple(_RULES),
@@ -485,9 +484,9 @@ GPS = Method(
 GPS also trains layer scales and the head. Norms, tokens and position embeddings stay frozen. With `k = 1`, a ViT-B/16
 has 83,712 trained weights and as many biases.
 
-The gradient is computed before training with `selection_loss`. `contrastive` is the paper's loss and the default for
-single-label classification; it compares the head's inputs within a batch, so the random head has no influence. `task`,
-the default for segmentation, is the training loss and includes the head. The two views per image are the image and its
-mirror image; the paper uses two augmented views. `calibration_batches` limits the number of batches; the default is
-one epoch.
+The gradient of `selection_loss` is computed before training. `contrastive`, the default for single-label
+classification, is the paper's loss; it compares the head's inputs within a batch, so the random head has no influence.
+`task`, the default for segmentation, is the training loss, which includes the head. The two views of an image are the
+image and its mirror image; the paper uses two augmented views. `calibration_batches` limits the number of batches; the
+default is one epoch.
 """

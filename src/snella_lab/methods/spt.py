@@ -1,4 +1,4 @@
-"""`spt-lora`, `spt-adapter` and `fixed-mask`: weight selection by sensitivity before training.
+"""Methods `spt-lora`, `spt-adapter` and `fixed-mask`: weight selection by sensitivity before training.
 
 SPT is sensitivity-aware visual parameter-efficient fine-tuning, He et al., arXiv 2303.08566.
 """
@@ -39,7 +39,7 @@ _FROZEN_PARTS = {"patch_embed", "patch_embedding", "patch_merging", "downsample"
 
 
 class StructuredModule(nn.Module, ABC):
-    """Module that replaces the sparse entries of a matrix if many of its weights are sensitive.
+    """Module that replaces the sparse entries of a matrix with many sensitive weights.
 
     A mergeable module has a method `delta` that returns its weight update, `[rows, columns]`.
 
@@ -59,17 +59,17 @@ class StructuredModule(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, layer: "SptLayer", x: Tensor, h: Tensor) -> Tensor:
-        """Return the adapted output, given the layer's prepared input `x` and current output `h`."""
+        """Return the adapted output from the layer's prepared input `x` and output `h`."""
 
 
 class SptLayer(SparseUpdate):
-    """Layer with trained sparse entries and structured modules on some of its matrices.
+    """Layer with trainable sparse entries, and structured modules for some of its matrices.
 
     Args:
         base_layer: Frozen layer.
-        indices: Positions of the sparse entries in the matrices without a module, ascending.
-        row_counts: Rows of each matrix in the weight (three matrices in a fused qkv layer).
-        structured: Module by matrix index.
+        indices: Positions of the sparse entries, ascending; all in matrices without a module.
+        row_counts: Rows of each matrix in the weight; a fused qkv layer has three.
+        structured: Modules by matrix index.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class SptLayer(SparseUpdate):
         self.structured.to(self.base_layer.weight.device)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute the layer's output with sparse entries and structured modules."""
+        """Apply the layer with its sparse entries and structured modules."""
         y = super().forward(x)
         if not self.structured:
             return y
@@ -118,14 +118,14 @@ class SptSelection:
     """Backbone parameters that SPT trains.
 
     Args:
-        entries: Ascending positions of sparse entries by parameter name.
-        structured: Indices of matrices with a structured module by layer name.
-        whole: Names of parameters that are trained in full.
+        entries: Ascending positions of sparse entries, by parameter name.
+        structured: Indices of matrices with a structured module, by layer name.
+        dense: Names of fully trained parameters.
     """
 
     entries: dict[str, Tensor] = field(default_factory=dict)
     structured: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    whole: tuple[str, ...] = ()
+    dense: tuple[str, ...] = ()
 
 
 def spend_budget(
@@ -133,19 +133,19 @@ def spend_budget(
 ) -> tuple[list[bool], list[Tensor]]:
     """Select the most sensitive weights in descending order until the budget is spent exactly.
 
-    A single weight costs 1. Once `thresholds[g]` weights of group `g` are selected, the group switches to a structured
-    module at a cost of `costs[g]` if the remaining budget allows. The module replaces the group's selected weights, and
-    its remaining weights are skipped at no cost.
+    A weight costs 1. Once `thresholds[g]` weights of group `g` are selected, the group switches to its structured
+    module at a cost of `costs[g]`, if the remaining budget allows it. The module replaces the group's selected weights;
+    its other weights are skipped at no cost.
 
     Args:
-        values: Nonnegative sensitivities of each group, any shapes.
-        costs: Parameters of each group's module.
-        thresholds: Number of selected weights that triggers the module, at least 1 and at most the cost.
+        values: Nonnegative sensitivities of each group, of any shape.
+        costs: Parameter count of each group's module.
+        thresholds: Number of selected weights that triggers each module, at least 1 and at most its cost.
         budget: Number of parameters to spend.
 
     Returns:
-        A flag per group, True if the group uses its module, and the ascending positions of the selected weights per
-        group (empty for structured groups). The total cost is exactly `budget`.
+        A flag per group, True if it uses its module, and the ascending positions of its selected weights (empty with a
+        module). The total cost is exactly `budget`.
 
     Raises:
         ValueError: If the budget exceeds the cost of all groups.
@@ -180,7 +180,7 @@ def spend_budget(
 
 
 def budget_of(options: Options, model: nn.Module, head: str, vit_b_budget: float = 0.4) -> int:
-    """Return the budget in parameters: `budget` million, else `vit_b_budget` million scaled from ViT-B/16 by size."""
+    """Return the parameter budget: `budget` million, else `vit_b_budget` million scaled from ViT-B/16 by size."""
     if "budget" in options:
         return round(options["budget"] * 1e6)
     weights = sum(model.get_parameter(f"{name}.weight").numel() for name in matrix_layers(model, head))
@@ -188,12 +188,12 @@ def budget_of(options: Options, model: nn.Module, head: str, vit_b_budget: float
 
 
 def matrix_layers(model: nn.Module, head: str) -> list[str]:
-    """Return the layers that LoRA and SNELLA adapt and `SparseUpdate` supports."""
+    """Return the names of layers that LoRA and SNELLA adapt and `SparseUpdate` supports."""
     return [name for name in adaptable_layers(model, head) if can_be_sparse(model.get_submodule(name))]
 
 
 def rows_of(model: nn.Module, name: str) -> tuple[int, ...]:
-    """Return the rows of each matrix in a layer's weight: three counts for a fused qkv layer."""
+    """Return the number of rows of each matrix in a layer's weight; a fused qkv layer has three."""
     weight = model.get_parameter(f"{name}.weight")
     parent = model.get_submodule(name.rpartition(".")[0])
     return count_rows(name, len(weight), weight[0].numel(), parent, "auto")
@@ -270,17 +270,17 @@ def select(
 def apply_selection(
     model: nn.Module, head: str, selection: SptSelection, r: int, structure: type[StructuredModule]
 ) -> nn.Module:
-    """Make the head and the selected weights, vectors and modules trainable.
+    """Make the head, the selected weights and vectors, and the modules trainable.
 
     Args:
         model: Frozen model; changed in place.
         head: Name of the head.
         selection: Result of `select`.
         r: Rank or bottleneck width of the modules.
-        structure: Class of structured modules.
+        structure: Class of the structured modules.
     """
     train_head(model, head)
-    for name in selection.whole:
+    for name in selection.dense:
         model.get_parameter(name).requires_grad_(True)
     layers = {name: None for name in selection.structured}
     for name, indices in selection.entries.items():
@@ -302,10 +302,10 @@ def apply_selection(
 def restore_selection(
     model: nn.Module, head: str, options: Options, tensors: Mapping[str, Tensor], structure: type[StructuredModule]
 ) -> nn.Module:
-    """Rebuild the structure of a saved adapter from the names and shapes of its tensors."""
+    """Rebuild the modules of a saved adapter from its tensors."""
     entries: dict[str, Tensor] = {}
     structured: dict[str, set[int]] = {}
-    whole: list[str] = []
+    dense: list[str] = []
     for name, tensor in tensors.items():
         base_name = name.replace(".base_layer.", ".")
         if ".structured." in base_name:
@@ -315,10 +315,10 @@ def restore_selection(
             module, _, vector = base_name.removesuffix(".indices").partition(".parametrizations.")
             entries[f"{module}.{vector.partition('.')[0] or 'weight'}"] = tensor
         elif not base_name.endswith(".values") and not is_inside(base_name, head):
-            whole.append(base_name)
+            dense.append(base_name)
     groups = {name: tuple(sorted(numbers)) for name, numbers in structured.items()}
     with restoring(model):
-        selection = SptSelection(entries, groups, tuple(whole))
+        selection = SptSelection(entries, groups, tuple(dense))
         return apply_selection(model, head, selection, options.get("r", 8), structure)
 
 
@@ -333,7 +333,7 @@ def merge_selection(model: nn.Module) -> nn.Module:
 
 
 def spt_method(summary: str, source: str, structure: type[StructuredModule], **fields: Any) -> Method:
-    """Define an SPT method for a class of structured modules; `fields` are other fields of `Method`."""
+    """Create an SPT method for a class of structured modules; `fields` are other fields of `Method`."""
 
     def build(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
         selection = select(model, head, options, selection_data(batches), structure)
@@ -366,8 +366,8 @@ class OutputAdapter(StructuredModule):
     def forward(self, layer: SptLayer, x: Tensor, h: Tensor) -> Tensor:
         """Apply the adapter along the channel dimension of `h`."""
         dim = layer.channel_dim
-        changed: Tensor = self.adapter(h.movedim(dim, -1)).movedim(-1, dim)
-        return changed
+        adapted: Tensor = self.adapter(h.movedim(dim, -1)).movedim(-1, dim)
+        return adapted
 
     @staticmethod
     def count(rows: int, columns: int, r: int) -> int:
@@ -388,7 +388,7 @@ output, h + U gelu(D h + d) + u."""
 class LowRank(StructuredModule):
     """Low-rank update of one matrix: h + B A x.
 
-    `A` `[r, columns]` is uniform in ±1/sqrt(columns), as in LoRA; `B` `[rows, r]` is zero.
+    `A` `[r, columns]` is initialized uniformly in ±1/sqrt(columns), as in LoRA; `B` `[rows, r]` starts at zero.
     """
 
     def __init__(self, rows: int, columns: int, r: int) -> None:
@@ -399,10 +399,10 @@ class LowRank(StructuredModule):
 
     def forward(self, layer: SptLayer, x: Tensor, h: Tensor) -> Tensor:
         """Add the low-rank update to `h`."""
-        if isinstance(layer.product, LinearOp):
+        if isinstance(layer.layer_op, LinearOp):
             return h + self.update(x)
         A = self.A.to(x.dtype).view(len(self.A), *layer.base_layer.weight.shape[1:])
-        return h + F.conv2d(layer.product(x, A, None), self.B.to(x.dtype)[:, :, None, None])
+        return h + F.conv2d(layer.layer_op(x, A, None), self.B.to(x.dtype)[:, :, None, None])
 
     def update(self, x: Tensor) -> Tensor:
         """Compute B A x for `x` `[..., columns]`."""
@@ -429,10 +429,10 @@ SPT_LORA = spt_method(
     LowRank,
     merge=merge_selection,
 )
-"""SPT trains the head and the `budget` million backbone parameters with the highest sensitivity.
+"""SPT trains the head and the `budget` million backbone parameters with the highest sensitivities.
 
-The sensitivity of a weight is Σ_batches (∂loss/∂w)² over `calibration_batches` batches (8) with the task's loss and the
-untrained head. All weights of the adapted matrices, biases, norms and layer scales are ranked together:
+The sensitivity of a weight is Σ_batches (∂loss/∂w)² over `calibration_batches` (8) batches, with the task's loss and
+an untrained head. All weights of the adapted matrices, biases, norms and layer scales are ranked together:
 
 - A matrix with at least `r·(rows + columns) / alpha` selected weights gets a low-rank update h + B A x instead of
   sparse entries.
@@ -442,7 +442,7 @@ untrained head. All weights of the adapted matrices, biases, norms and layer sca
 
 Defaults are `r` 8, `alpha` 10, `beta` 5 and a `budget` of 0.4 on a ViT-B/16, scaled by the adapted weights on other
 models. If a module exceeds the remaining budget, single weights use up the rest, so the parameter count is exact. The
-authors' code uses the nearest count.
+authors' code uses the closest possible count.
 """
 
 
@@ -451,11 +451,11 @@ _FACTOR_OPTIONS = (
     *("r", "rank_pattern", "kernel", "num_pieces", "softmax_dim", "center_softmax", "scaling", "init_weights"),
     *("learn_piece_coeff", "learn_temperature"),
 )
-"""Fields of `SnellaConfig` that do not control the budget allocation."""
+"""Fields of `SnellaConfig` that do not concern budget allocation."""
 
 
 def _mask_config(options: Options) -> SnellaConfig:
-    """Return the configuration of the factors."""
+    """Return the factors' configuration."""
     return SnellaConfig(**{name: options[name] for name in _FACTOR_OPTIONS if name in options})
 
 
@@ -470,7 +470,7 @@ def _check_mask(options: Options) -> list[str]:
 
 
 def _build_mask(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
-    """Rank the weights of all matrices by sensitivity and train the factors at the most sensitive weights."""
+    """Rank the weights of all matrices by sensitivity, and apply the factors at the most sensitive ones."""
     data, layers = selection_data(batches), matrix_layers(model, head)
     budget = budget_of(options, model, head)
     weights = [f"{name}.weight" for name in layers]
@@ -486,7 +486,7 @@ def _build_mask(model: nn.Module, head: str, options: Options, batches: Batches 
 
 
 def _apply_mask(model: nn.Module, head: str, options: Options, selected: Mapping[str, Tensor]) -> nn.Module:
-    """Train the head and the factors of every layer."""
+    """Make the head and the factors of every layer trainable."""
     config = _mask_config(options)
     train_head(model, head)
     for name, indices in selected.items():
@@ -515,8 +515,8 @@ def _mask_optimizer(
     tensors = [item for m in model.modules() if isinstance(m, MaskedUpdate) for item in m.factors.items()]
     factors = [tensor for name, tensor in tensors if name in ("A", "B")]
     scalars = [tensor for name, tensor in tensors if name not in ("A", "B") and tensor.requires_grad]
-    in_updates = {id(tensor) for _, tensor in tensors}
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in in_updates]
+    update_ids = {id(tensor) for _, tensor in tensors}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in update_ids]
     other_lr = lr if head_lr is None else head_lr
     groups = [
         {"params": factors, "lr": lr, "weight_decay": weight_decay},
@@ -540,12 +540,12 @@ FIXED_MASK = Method(
     defaults={"lr": 1e-3, "scalar_lr": 1e-4, "head_lr": 1e-3, "weight_decay": 0.0, "r": 8},
     optimizer=_mask_optimizer,
 )
-"""This method trains the head and the factors and scalars of SNELLA. The update is
+"""The fixed mask trains the head and SNELLA's factors and scalars. The update is
 
     S[i, j] = scaling · ΔW[i, j]   if (i, j) is among the `budget` million weights with largest Σ_batches (∂loss/∂w)²
 
 over all adapted matrices, and 0 elsewhere. This is the "pre-defined" row of Table XVII, with the kernels
 `kernel=p_linear` and `mix_k` (default). The paper does not state the mask size; the default is SPT's budget, 0.4 on a
-ViT-B/16 and proportional on other models. `ΔW` and `S` are not zero at initialization (about 1/m with mix_k, m the
-output width). The positions of the mask are saved with the factors.
+ViT-B/16 and proportional on other models. `ΔW` and `S` are nonzero at initialization (about 1/m with mix_k, m the
+output width). The mask's positions are saved with the factors.
 """

@@ -1,1 +1,1 @@
-"""Recipes: DreamBooth, instruction fine-tuning and the demo."""
+"""Training recipes: DreamBooth, instruction fine-tuning and the demo."""

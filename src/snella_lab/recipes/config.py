@@ -1,4 +1,4 @@
-"""Parts of the recipes' configurations."""
+"""Shared configuration of the recipes."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -26,7 +26,7 @@ class RecipeOptimConfig(BaseOptimConfig):
         batch_size: Samples per forward pass (micro-batch size).
         accumulation: Gradient accumulation steps.
         optimizer: adamw, adamw8bit (requires bitsandbytes), or auto for 8-bit AdamW if bitsandbytes works, else AdamW.
-        gradient_checkpointing: Recompute each block's activations instead of storing them.
+        gradient_checkpointing: Recompute the activations of each block instead of storing them.
         precision: fp32, or bf16 for autocast.
     """
 

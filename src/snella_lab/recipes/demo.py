@@ -1,4 +1,4 @@
-"""Demo: linear probe, LoRA and SNELLA on photographs of solar cells."""
+"""Demo: linear probe, LoRA and SNELLA on images of solar cells."""
 
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,9 @@ DEMO_SETTINGS: dict[str, Any] = {
     "tta": 1,
     "seed": 0,
 }
-"""Shared settings: data, split, backbone and input size; the rest is the default recipe of `snella train`.
+"""Shared settings: data, split, backbone and input size; the rest are defaults of `snella train`.
 
-Test-time augmentation is off, because each view of 2,000 images takes half a minute on two cores."""
+Test-time augmentation is disabled, because each view of 2,000 images takes half a minute on two cores."""
 
 _UPPER_HALF: dict[str, Any] = {
     "epochs": 3,
@@ -55,7 +55,7 @@ def run_demo(
     Args:
         out: Run folder of SNELLA, which also contains `comparison.json`; the other methods use subfolders.
         overwrite: Replace earlier runs.
-        console: Output console; standard output if None.
+        console: Output console; stdout if None.
         **settings: Overrides of `DEMO_SETTINGS`, or `epochs`.
 
     Returns:
@@ -83,7 +83,7 @@ def run_demo(
 
 
 def _row(run: RunFolder, method: str) -> MethodResult:
-    """Return the test results of a run, or its validation results without test images."""
+    """Return the test results of a run, or its validation results if it has no test images."""
     metrics = read(Metrics, run.path)
     scores: Any = metrics.test or metrics.val
     return MethodResult(

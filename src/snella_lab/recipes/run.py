@@ -1,4 +1,4 @@
-"""Shared parts of recipe runs: record, optimizer, pre-trained models and progress bar."""
+"""Shared functions of recipe runs: run record, optimizer, pre-trained models and progress bar."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from snella_lab.recipes.config import RecipeOptimConfig
 def describe_run(
     config: RunSettings, command: str, backbone: BackboneInfo, data: DataInfo, packages: Iterable[str]
 ) -> RunInfo:
-    """Build the record of a starting run.
+    """Build the record of a new run.
 
     Args:
         config: Resolved settings.
-        command: Name of the command.
+        command: Command name.
         backbone: The pre-trained model.
         data: The training data.
         packages: Packages whose versions are recorded.
@@ -49,7 +49,7 @@ def describe_run(
 
 
 def build_optimizer(model: nn.Module, optim: RecipeOptimConfig, device: torch.device) -> tuple[Optimizer, str]:
-    """Build the optimizer, and return it with its name; see `build_low_bit_optimizer`."""
+    """Build the optimizer and return it with its name; see `build_low_bit_optimizer`."""
     lr, decay = optim.lr or 0.0, optim.weight_decay or 0.0
     return build_low_bit_optimizer(model, optim.optimizer, device, lr=lr, scalar_lr=optim.scalar_lr, weight_decay=decay)
 
@@ -58,14 +58,14 @@ def load_pretrained(kind: Any, name: str, option: str, **options: Any) -> Any:
     """Load a model, tokenizer or processor from a folder or the hub.
 
     Args:
-        kind: Class with a method `from_pretrained`.
-        name: Local folder in transformers format or hub name.
-        option: Option that sets the name, for error messages.
-        **options: Further arguments of `from_pretrained`.
+        kind: Class with a `from_pretrained` method.
+        name: Local folder in transformers format, or hub name.
+        option: Name of the option, for error messages.
+        **options: Other arguments of `from_pretrained`.
 
     Raises:
-        FileNotFoundError: The folder does not contain an object of this kind.
-        ConnectionError: `name` is not a local folder and cannot be loaded from the hub or its cache.
+        FileNotFoundError: If the folder does not contain an object of this class.
+        ConnectionError: If `name` is not a local folder and cannot be loaded from the hub or its cache.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -90,19 +90,19 @@ def load_pretrained(kind: Any, name: str, option: str, **options: Any) -> Any:
 
 @contextmanager
 def suppress_progress_bars(*libraries: Any) -> Iterator[None]:
-    """Hide the progress bars of transformers, and of libraries with the same logging, such as diffusers."""
-    logs = [library.utils.logging for library in (transformers, *libraries)]
-    shown = [log for log in logs if log.is_progress_bar_enabled()]
-    for log in shown:
-        log.disable_progress_bar()
+    """Hide the progress bars of transformers and of libraries with the same logging module, such as diffusers."""
+    modules = [library.utils.logging for library in (transformers, *libraries)]
+    enabled = [module for module in modules if module.is_progress_bar_enabled()]
+    for module in enabled:
+        module.disable_progress_bar()
     try:
         yield
     finally:
-        for log in shown:
-            log.enable_progress_bar()
+        for module in enabled:
+            module.enable_progress_bar()
 
 
 def progress_bar(console: Console, *, is_shown: bool = True) -> Progress:
-    """Return a progress bar with counts and remaining time; it appears only on a terminal, if `is_shown`."""
+    """Return a progress bar with counts and remaining time, shown only on a terminal and if `is_shown`."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, transient=True, disable=not (is_shown and console.is_terminal))

@@ -99,6 +99,6 @@ def test_experiments_of_other_commands_are_not_listed(tmp_path, failing):
 
 
 def test_a_missing_comparison_is_reported(tmp_path, failing):
-    assert "holds no comparison to resume; give methods, data and a backbone" in failing(
+    assert "contains no comparison to resume; set methods, data and backbone" in failing(
         "compare", "--out", str(tmp_path / "c")
     )

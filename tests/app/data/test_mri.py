@@ -66,7 +66,7 @@ def test_mismatched_volumes_are_rejected(templates):
     from snella_lab.bundled.data import _volume
 
     _volume.cache_clear()
-    with pytest.raises(ValueError, match=r"must be aligned and have at least 155 slices, got .*\[60, 70, 150\]"):
+    with pytest.raises(ValueError, match=r"must have equal shapes with at least 155 slices, got .*\[60, 70, 150\]"):
         load_mri()
 
 
@@ -79,7 +79,7 @@ def test_damaged_volumes_are_reported(tmp_path):
     with pytest.raises(ValueError, match="must be a NIfTI-1 file"):
         read_nifti(path)
     write_nifti(path, np.zeros((2, 3, 4), np.uint8), kind=16)
-    with pytest.raises(ValueError, match=r"must contain a volume of bytes, got shape \[2, 3, 4\] and data type 16"):
+    with pytest.raises(ValueError, match=r"must contain a 3D volume of bytes, got shape \[2, 3, 4\] and data type 16"):
         read_nifti(path)
     write_nifti(path, np.zeros((2, 3, 4), np.uint8))
     content = gzip.decompress(path.read_bytes())

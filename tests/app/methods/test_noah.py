@@ -172,7 +172,7 @@ def test_options_out_of_range_are_rejected(options, message, make_model, batches
 
 
 def test_noah_requires_validation_images(make_model, batches):
-    with pytest.raises(ValueError, match="method 'noah' needs validation images for its search, got none"):
+    with pytest.raises(ValueError, match="method 'noah' requires validation images for its search, got none"):
         build_method("noah", make_model(), batches=batches.train)
     with pytest.raises(ValueError, match=r"validation must yield at least one batch .* got none"):
         build_method("noah", make_model(), batches=SelectionData(batches.train, lambda: iter([])), **QUICK)
@@ -182,7 +182,7 @@ def test_noah_requires_training_images_and_a_finite_loss(make_model, batches):
     with pytest.raises(ValueError, match=r"batches\(\) must yield at least one batch .* got none"):
         build_method("noah", make_model(), batches=SelectionData(lambda: iter([]), batches.validation), **QUICK)
     broken = SelectionData(batches.train, batches.validation, loss=lambda outputs, labels: outputs.sum() * torch.nan)
-    with pytest.raises(ValueError, match=r"supernet is nan in epoch 1; lower supernet_lr=0.0005"):
+    with pytest.raises(ValueError, match=r"supernet is nan in epoch 1; reduce supernet_lr, now 0.0005"):
         build_method("noah", make_model(), batches=broken, **QUICK)
 
 

@@ -65,7 +65,8 @@ def test_folded_weights_give_the_same_outputs(name, make_model):
     images = torch.randn(2, 3, size, size)
     if name == "test_resnet":
         with pytest.raises(
-            ValueError, match=r"'ssf' cannot be merged into ResNet: no bias for the shift in 'conv1.0' and"
+            ValueError,
+            match=r"'ssf' cannot be merged into ResNet: the shift requires a bias, got none in 'conv1.0' and",
         ):
             merge_trained(model)
         return

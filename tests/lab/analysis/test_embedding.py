@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from snella_lab.analysis.pictures import PRETRAINED, cluster_nmi, features
+from snella_lab.analysis.images import PRETRAINED, cluster_nmi, features
 from snella_lab.analysis.plot import write_plots
 
 

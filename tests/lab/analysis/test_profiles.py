@@ -6,7 +6,7 @@ from matplotlib.colors import to_rgb
 from torch import nn
 
 from snella_app.report.style import _DARK, PANEL
-from snella_lab.analysis.profiles import LiveTensors, _draw_radar, follow_memory, memory, radar, scaled_radius
+from snella_lab.analysis.profiles import LiveTensors, _draw_radar, memory, radar, record_memory, scaled_radius
 
 
 def test_live_tensors_are_counted_until_they_are_freed():
@@ -25,7 +25,7 @@ def test_live_tensors_are_counted_until_they_are_freed():
 
 def test_step_memory_is_weights_activations_gradients_and_moments():
     model = nn.Linear(256, 256, bias=False)
-    points = follow_memory(model, torch.randn(2, 256), steps=2)
+    points = record_memory(model, torch.randn(2, 256), steps=2)
     weight, batch = 256 * 256 * 4 / 2**20, 2 * 256 * 4 / 2**20
     assert points[0]["mib"] == pytest.approx(weight + batch)
     peaks = {

@@ -149,5 +149,7 @@ def test_overlap_requires_two_runs(save_run):
     run = save_run("a")
     with pytest.raises(ValueError, match="overlap requires at least 2 runs, got 1"):
         overlap([run])
-    with pytest.raises(ValueError, match=r"matrix must be changed by all runs, e\.g\. 'blocks.0.*got 'blocks.9.q'"):
+    with pytest.raises(
+        ValueError, match=r"matrix must be one that all runs change, e\.g\. 'blocks.0.*got 'blocks.9.q'"
+    ):
         update([run], matrix="blocks.9.q")

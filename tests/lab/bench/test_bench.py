@@ -59,7 +59,7 @@ def test_rows_contain_medians_ratios_and_provenance(tmp_path):
     )  # fmt: skip
     rows = bench(config, QUIET)
     assert read_rows(config.out) == json.loads(json.dumps(rows))
-    assert [(row["contender"], row["batch"]) for row in rows] == [
+    assert [(row["method"], row["batch"]) for row in rows] == [
         ("lora", 2), ("snella", 2), ("lora", 3), ("snella", 3)
     ]  # fmt: skip
     lora, snella, *_ = rows
@@ -79,7 +79,7 @@ def test_method_with_a_wrong_op_is_not_timed(monkeypatch, capsys):
         r"\w+ \[\d+, \d+\] \w+ differs from the reference by \S+ times the tolerance", op_error("numba")
     )
     rows = bench(BenchConfig(["test_vit"], [2], ["lora", "snella"], r=[4], rounds=1), Console())
-    assert [row["contender"] for row in rows] == ["lora"]
+    assert [row["method"] for row in rows] == ["lora"]
     assert re.search(r"skipped snella: \w+ \[\d+, \d+\] \w+ differs from the reference", capsys.readouterr().out)
 
 
@@ -181,7 +181,7 @@ def test_grid_contains_all_settings_and_methods():
 
 
 def test_only_keep_delta_saves_the_effective_weight():
-    rows = {row["contender"]: row for row in bench(BenchConfig(["test_vit"], [2], SAVING, r=[4], rounds=0), QUIET)}
+    rows = {row["method"]: row for row in bench(BenchConfig(["test_vit"], [2], SAVING, r=[4], rounds=0), QUIET)}
     adapted = sum(
         module.get_base_layer().weight.numel()
         for name, module in Runner("snella", TINY).model.named_modules()
@@ -247,7 +247,7 @@ def test_truncated_last_line_is_skipped_and_a_damaged_line_raises(tmp_path):
 
 def test_memory_is_drawn_versus_model_size(tmp_path):
     rows = [
-        {"benchmark": "step_time", "contender": name, "backbone": backbone, "r": 8, "sparsity": 0.7, "dtype": "float32",
+        {"benchmark": "step_time", "method": name, "backbone": backbone, "r": 8, "sparsity": 0.7, "dtype": "float32",
          "batch": 4, "device": "cpu, 2 threads", "weights": weights, "step_s": 1.0, "saved_mib": weights / 1e5,
          "trainable": 1000}
         for name in ("lora", "snella") for backbone, weights in (("small", 22e6), ("base", 86e6))

@@ -51,7 +51,7 @@ def rows_of(name):
 
 def make_row(**fields):
     """Return a row of `step_time` on the EPYC with two threads."""
-    row = {"backbone": "vit_base_patch16_224", "contender": "lora", "batch": 4, "r": 8, "sparsity": 0.7}
+    row = {"backbone": "vit_base_patch16_224", "method": "lora", "batch": 4, "r": 8, "sparsity": 0.7}
     row |= {"benchmark": "step_time", "device": "cpu, 2 threads, AMD EPYC", "dtype": "float32"}
     return row | {"date": "2026-01-01T00:00:00+00:00", "rounds": 5, "step_s": 2.0, "saved_mib": 800.0} | fields
 

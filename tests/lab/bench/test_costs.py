@@ -27,7 +27,7 @@ def _scripts(monkeypatch):
 
 
 def make_row(batch, step_s, forward_s, **changes):
-    row = {"benchmark": "step_time", "backbone": "vit_base_patch16_224", "contender": "snella", "dtype": "float32"}
+    row = {"benchmark": "step_time", "backbone": "vit_base_patch16_224", "method": "snella", "dtype": "float32"}
     row |= {"r": 8, "sparsity": 0.7, "rounds": 3, "device": "cpu, 2 threads", "batch": batch, "commit": "abc1234"}
     return row | {"step_s": step_s, "forward_s": forward_s, "dirty": False, "date": "2026-01-02T03:04:05"} | changes
 
@@ -58,10 +58,10 @@ def test_speed_page_matches_the_committed_memory_rows(tmp_path):
 
 
 def test_extrapolation_from_two_depths_equals_the_whole_model():
-    from step_memory import count, count_whole
+    from step_memory import count, count_full
 
     complete = count("gps", "vit_tiny_patch16_224", 2, None)
-    extrapolated = count_whole("gps", "vit_tiny_patch16_224", 2, (1, 2))
+    extrapolated = count_full("gps", "vit_tiny_patch16_224", 2, (1, 2))
     assert extrapolated == complete
 
 
@@ -147,7 +147,7 @@ def test_newest_row_with_enough_rounds_is_used():
     rows += [
         make_row(4, 8.0, 2.0, sparsity=0.99),
         make_row(4, 0.1, 0.1, device="NVIDIA"),
-        make_row(4, 7.0, 2.0, contender="lora"),
+        make_row(4, 7.0, 2.0, method="lora"),
     ]
     assert row_speed(rows, make_counted_step()).step.per_flop_s == pytest.approx((9.0 - 3.0) / 12 / 30)
 
@@ -161,7 +161,7 @@ def test_missing_or_inconsistent_rows_are_rejected():
         row_speed([make_row(4, 3.0, 1.0), make_row(16, 9.0, 3.0, device="cpu, 8 threads")], make_counted_step())
     with pytest.raises(ValueError, match=r"step_s of rows at batch 4 and 16 must grow .* got 3.0 and 2.0 s"):
         row_speed([make_row(4, 3.0, 1.0), make_row(16, 2.0, 3.0)], make_counted_step())
-    with pytest.raises(ValueError, match=r"forward_s of rows .* not faster than it, got 1.0 and 5.0 s"):
+    with pytest.raises(ValueError, match=r"forward_s of rows .* not faster, got 1.0 and 5.0 s"):
         row_speed([make_row(4, 3.0, 1.0), make_row(16, 9.0, 5.0)], make_counted_step())
 
 
@@ -218,7 +218,7 @@ def test_only_the_cost_of_an_experiment_is_replaced(before, indent, after):
 
 
 def test_numbers_have_two_digits_and_readable_units():
-    from cost_wording import flop_text, memory_text, time_text
+    from cost_text import flop_text, memory_text, time_text
 
     texts = [time_text(s) for s in (8.04, 660, 3600 * 22.2, 86400 * 2.84, 86400 * 93.4, 86400 * 289, 86400 * 840)]
     assert texts == ["8.0 s", "11 min", "22 hours", "2.8 days", "93 days", "290 days", "2.3 years"]
@@ -227,7 +227,7 @@ def test_numbers_have_two_digits_and_readable_units():
 
 
 def test_notes_mention_missing_gpu_rows_only_if_missing():
-    from cost_wording import notes_text
+    from cost_text import notes_text
     from row_speed import has_gpu_rows, row_speed
 
     rows = read_rows(ROWS)

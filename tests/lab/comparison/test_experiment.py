@@ -73,7 +73,7 @@ def test_forgetting_is_never_measured_on_the_task_itself(tiny):
             {"methods": [{"method": "linear", "scalling": 3}]},
             r"'linear' has unknown settings: 'scalling' \(nearest",
         ),
-        ({"methods": [3]}, "methods must hold names or mappings with 'method', got 3"),
+        ({"methods": [3]}, "methods must contain names or mappings with 'method', got 3"),
         ({"data": [{"data": "digits", "size": 3}]}, r"data entry 'digits' has unknown settings: 'size' \(nearest"),
         ({"data": ["a/b", "a_b"]}, "data must have distinct names, got 'a/b' and 'a_b'"),
         (
@@ -115,7 +115,7 @@ def test_section_that_is_not_a_mapping_is_rejected(key):
     ("content", "message"),
     [
         ("methods: [\n", r"experiment .*e\.yaml must be a YAML text file: "),
-        ("- 1\n", r"experiment .*e\.yaml must hold settings such as 'seeds: 3', got list"),
+        ("- 1\n", r"experiment .*e\.yaml must contain settings such as 'seeds: 3', got list"),
         ("seeds: 2\n", r"experiment .*e\.yaml: methods is required"),
     ],
 )
@@ -151,16 +151,16 @@ def test_entries_selected_by_name_keep_their_settings():
 def test_added_tasks_do_not_change_the_forgetting_data(tiny, tmp_path):
     stored = tiny(data=["mnist5k"]).with_probes()
     assert stored.forgetting == ("mnist5k", "digits")
-    joined = tiny(data=["elpv"]).joined_with(stored, tmp_path)
+    joined = tiny(data=["elpv"]).merged_with(stored, tmp_path)
     assert joined.forgetting == stored.forgetting and joined.probe_data(joined.data[0]) == "digits"
-    assert tiny(data=["mnist5k"], forgetting=[]).joined_with(tiny(forgetting=[]), tmp_path).forgetting == ()
+    assert tiny(data=["mnist5k"], forgetting=[]).merged_with(tiny(forgetting=[]), tmp_path).forgetting == ()
     with pytest.raises(ValueError, match="forgetting is"):
-        tiny(data=["mnist5k"], forgetting=["elpv"]).joined_with(stored, tmp_path)
+        tiny(data=["mnist5k"], forgetting=["elpv"]).merged_with(stored, tmp_path)
 
 
 def test_methods_tasks_and_seeds_can_be_added_to_a_folder(tiny, tmp_path):
     stored = tiny(methods=["linear", "bias"], seeds=2)
-    joined = tiny(methods=["lora-2", "linear"], data=["digits", "mnist5k"]).joined_with(stored, tmp_path)
+    joined = tiny(methods=["lora-2", "linear"], data=["digits", "mnist5k"]).merged_with(stored, tmp_path)
     assert [entry.name for entry in joined.methods] == ["linear", "bias", "lora-2"]
     assert [entry.name for entry in joined.data] == ["digits", "mnist5k"] and joined.seeds == 2
 
@@ -168,19 +168,19 @@ def test_methods_tasks_and_seeds_can_be_added_to_a_folder(tiny, tmp_path):
 def test_published_numbers_and_orderings_are_merged(tiny, tmp_path):
     stored_claim = {"higher": "bias", "lower": "linear"}
     stored = tiny(published={"source": "a", "values": {"bias": {"digits": 1.0}}, "orderings": [stored_claim]})
-    assert tiny().joined_with(stored, tmp_path).published == stored.published
+    assert tiny().merged_with(stored, tmp_path).published == stored.published
     added_claim = {"higher": "lora-2", "lower": "linear"}
     extended = tiny(
         published={"source": "a", "values": {"bias": {"digits": 2.0}}, "orderings": [stored_claim, added_claim]}
     )
-    assert extended.joined_with(stored, tmp_path).published == {
+    assert extended.merged_with(stored, tmp_path).published == {
         "source": "a",
         "values": {"bias": {"digits": 2.0}},
         "orderings": [stored_claim, added_claim],
     }
-    assert stored.joined_with(tiny(), tmp_path).published == stored.published
+    assert stored.merged_with(tiny(), tmp_path).published == stored.published
     other_source = tiny(published={"source": "b", "orderings": [added_claim]})
-    assert other_source.joined_with(stored, tmp_path).published == other_source.published
+    assert other_source.merged_with(stored, tmp_path).published == other_source.published
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_published_numbers_and_orderings_are_merged(tiny, tmp_path):
 )
 def test_settings_that_differ_from_the_stored_rows_are_rejected(changes, message, tiny, tmp_path):
     with pytest.raises(ValueError, match=message):
-        tiny(**changes).joined_with(tiny(), tmp_path)
+        tiny(**changes).merged_with(tiny(), tmp_path)
 
 
 def test_labels_become_folder_names():

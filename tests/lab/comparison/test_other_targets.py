@@ -82,7 +82,7 @@ def test_notes_about_the_data_are_printed_before_training(parts, tmp_path, capsy
     assert f"note: skipped 1 of 41 rows of {parts}, 1 no such file: missing.png (no such file)\n" in printed
     assert "note: classes are unbalanced: " in printed
     assert (
-        "note: methods are compared by accuracy; add --monitor balanced_accuracy to compare by balanced accuracy\n"
+        "note: classes are unbalanced, and methods are compared by accuracy; consider --monitor balanced_accuracy\n"
         in printed
     )
     assert main([*words, "--skip-corrupt", "--monitor", "balanced_accuracy", "--out", str(tmp_path / "b")]) == 0

@@ -145,12 +145,15 @@ def test_tuning_under_the_official_protocol_is_rejected(experiments):
 @pytest.mark.parametrize(
     ("published", "message"),
     [
-        ({"values": {}}, "published must hold 'source' and 'values' or 'orderings', got values"),
-        ({"source": "T", "value": {}}, "published must hold 'source' and 'values' or 'orderings', got source, value"),
-        ({"source": "T", "values": {"lora-8": 3}}, "published.values 'lora-8' must hold numbers by task, got 3"),
+        ({"values": {}}, "published must contain 'source' and 'values' or 'orderings', got values"),
+        (
+            {"source": "T", "value": {}},
+            "published must contain 'source' and 'values' or 'orderings', got source, value",
+        ),
+        ({"source": "T", "values": {"lora-8": 3}}, "published.values 'lora-8' must map tasks to numbers, got 3"),
         ({"source": "T", "values": {"lora-8": {"cifr": 3}}}, "by task, group or mean, got cifr: 3"),
         ({"source": "T", "values": {"lora-8": {"cifar": "x"}}}, "must be numbers in percent .* got cifar: 'x'"),
-        ({"source": "T", "orderings": [{"higher": "a"}]}, r"must hold 'higher' and 'lower'.* got \{'higher': 'a'\}"),
+        ({"source": "T", "orderings": [{"higher": "a"}]}, r"must contain 'higher' and 'lower'.* got \{'higher': 'a'\}"),
         (
             {"source": "T", "orderings": [{"higher": "a", "lower": "b", "task": "cifr"}]},
             "'task' in published.orderings must be one of cifar, .* got 'cifr'",
@@ -177,7 +180,7 @@ def test_published_and_measured_numbers_are_paired(experiments):
     rows = [row("lora-8", "kitti", 0.80), row("lora-8", "cifar", 0.60)]
     summary = summarize(experiment, rows)
     pairs = paper_comparison(experiment, summary)
-    assert [(r.column, r.paper, r.ours and round(r.ours, 3)) for r in pairs] == [
+    assert [(r.column, r.reported, r.measured and round(r.measured, 3)) for r in pairs] == [
         ("kitti", 78.5, 80.0),
         ("structured", 60.0, 80.0),
         ("mean over tasks", 72.3, 70.0),

@@ -26,12 +26,12 @@ def test_report_has_all_sections_and_figures_and_no_external_links(page):
 
 def test_report_describes_the_statistics(page):
     tested = (
-        "the highest mean of each column is bold. Column “minus lora-8”: differences from lora-8 in points with "
-        "Student&#39;s t 95% interval over tasks (seeds averaged per task); p with Holm&#39;s "
-        "correction over 11 comparisons; above: number of tasks above lora-8, with the sign test&#39;s p. A "
-        "difference is decided if p is at most 0.05 with at least 5 tasks (for a single task, seeds)."
+        "the highest mean of each column is bold. Column “minus lora-8”: differences from lora-8 in points, with "
+        "95% Student&#39;s t intervals over tasks (seeds averaged per task); p after Holm&#39;s "
+        "correction over 11 comparisons; above: number of tasks above lora-8, with p of the sign test. A "
+        "difference is decided if p is at most 0.05 with at least 5 tasks (or seeds of a single task)."
     )
-    for text in (tested, "360 tuning runs that never saw test images", "minus lora-8"):
+    for text in (tested, "360 tuning runs without test images", "minus lora-8"):
         assert text in page, text
     assert "natural (fashion, stamps)" in page and "snella compare --experiment large" in page
 
@@ -147,7 +147,7 @@ def test_reused_tuning_run_counts_once_in_the_total_time(tiny, make_row, tmp_pat
     trial = make_row(experiment, "digits", "linear", 0, purpose="trial", total_time=100.0)
     final = make_row(experiment, "digits", "linear", 0, total_time=130.0, trained_as=trial.cell)
     text = write_page(tmp_path, experiment, [trial, final]).read_text()
-    assert "Total time of all runs: 2 min 10 s." in text.replace("\N{NO-BREAK SPACE}", " ").replace(
+    assert "Total run time: 2 min 10 s." in text.replace("\N{NO-BREAK SPACE}", " ").replace(
         "\N{NARROW NO-BREAK SPACE}", " "
     )
 
@@ -160,7 +160,7 @@ def test_fixed_learning_rate_is_not_described_as_tuned(tiny, make_row, tmp_path)
 
 def test_report_states_how_memory_was_measured(tiny, make_row, tmp_path):
     experiment = tiny()
-    for memory, words in ((None, "minus the libraries loaded before training"), (2**30, "peak GPU memory of each run")):
+    for memory, words in ((None, "minus the libraries loaded before training"), (2**30, "Memory is peak GPU memory.")):
         row = make_row(experiment, "digits", "linear", 0, accelerator_memory_max=memory)
         assert words in write_page(tmp_path, experiment, [row]).read_text()
 

@@ -78,23 +78,23 @@ def test_large_comparisons_have_several_units_per_index(tiny, tmp_path):
 
 @pytest.mark.parametrize("text", ["", "1", "a/b", "1/2/3", "-1/2"])
 def test_invalid_part_is_rejected(text):
-    with pytest.raises(ValueError, match=f"part must be NUMBER/COUNT, e.g. 0/8, got '{text}'"):
+    with pytest.raises(ValueError, match=f"part must be INDEX/COUNT, e.g. 0/8, got '{text}'"):
         ExecutionConfig(part=text)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"part": "2/2"}, "part must be NUMBER/COUNT with NUMBER below COUNT, and excludes draw_only, got 2/2"),
-        ({"part": "0/2", "draw_only": True}, "excludes draw_only, got 0/2"),
-        ({"part": "0/2"}, "part trains the experiment stored in out=.*, and excludes an experiment and retry_failed"),
+        ({"part": "2/2"}, "part must be INDEX/COUNT with INDEX < COUNT, and not with draw_only, got 2/2"),
+        ({"part": "0/2", "draw_only": True}, "not with draw_only, got 0/2"),
+        ({"part": "0/2"}, "part trains the experiment stored in out=.* and cannot be combined with an experiment"),
         ({"emit": "pbs"}, "emit must be one of slurm, got 'pbs'"),
-        ({"emit": "slurm", "part": "0/2"}, "emit must be slurm, and excludes ray, part and draw_only"),
+        ({"emit": "slurm", "part": "0/2"}, "emit='slurm' cannot be combined with ray, part or draw_only"),
         (
             {"run_limit": 5.0, "workers": 0},
             "run_limit must be positive and requires ray or workers, got 5 and workers=0",
         ),
-        ({"gpus": 0.5}, "gpus must be 0 to 1 or an integer, and requires ray, got 0.5 and ray=False"),
+        ({"gpus": 0.5}, r"gpus must be in \[0, 1\] or an integer, and requires ray, got 0.5 and ray=False"),
     ],
 )
 def test_conflicting_options_are_rejected(options, message, tiny, tmp_path, console):

@@ -1,1 +1,1 @@
-"""DreamBooth: fine-tuning Stable Diffusion 3 on one subject, image generation and evaluation."""
+"""DreamBooth: fine-tuning Stable Diffusion 3 on a subject, image generation and evaluation."""

@@ -29,26 +29,26 @@ class DreamBoothConfig(RunSettings):
         method: Fine-tuning method and its options.
         optim: Batches, optimizer and precision.
         run: Folder, seed and device.
-        data: Images of the subject: folder:PATH for PATH/*.jpg, or dreambooth:PATH for PATH/SUBJECT/*.jpg.
+        data: Subject images: folder:PATH for PATH/*.jpg, or dreambooth:PATH for PATH/SUBJECT/*.jpg.
         subject: Subject folder in dreambooth:PATH.
-        pipeline: Stable Diffusion 3: a local folder in diffusers format or a hub name.
-        token: Rare token for the subject in prompts.
-        class_name: Class of the subject, e.g. dog; dreambooth:PATH may define it.
+        pipeline: Stable Diffusion 3: a local folder in diffusers format, or a hub name.
+        token: Rare token that denotes the subject in prompts.
+        class_name: Class of the subject, e.g. dog; dreambooth:PATH can define it.
         prompt: Training prompt; defaults to "a photo of TOKEN CLASS".
         resolution: Image resolution in pixels; images are resized and center-cropped.
-        steps: Optimizer steps, at a constant learning rate.
-        weighting: Sampling and weighting of the timesteps: logit_normal, mode, uniform, sigma_sqrt or cosmap.
+        steps: Number of optimizer steps, at a constant learning rate.
+        weighting: Timestep sampling and weighting: logit_normal, mode, uniform, sigma_sqrt or cosmap.
         precondition: Compute the loss on predicted images instead of velocities.
         flip: Also train on mirrored images.
         prior_weight: Weight of the prior-preservation loss on class images; 0 disables it.
-        class_images: Number of class images that the pipeline generates.
+        class_images: Number of class images to generate.
         class_prompt: Prompt of the class images; defaults to "a photo of CLASS".
         max_sequence_length: Maximum prompt length of the third text encoder, in tokens.
-        save_every: Steps between checkpoints.
-        samples: Images to generate at the end, with the training prompt.
-        sample_steps: Sampling steps.
+        save_every: Number of steps between checkpoints.
+        samples: Number of images to generate after training, with the training prompt.
+        sample_steps: Number of sampling steps.
         guidance: Guidance scale.
-        skip_corrupt: Skip corrupt images and report their number.
+        skip_corrupt: Skip and count corrupt images.
     """
 
     minimums: ClassVar = {
@@ -101,7 +101,7 @@ class DreamBoothConfig(RunSettings):
     skip_corrupt: bool = False
 
     def errors(self) -> list[str]:
-        """Check all settings that need neither data nor model."""
+        """Validate all settings that need neither data nor model."""
         errors = [] if self.token.strip() else [f"token must be a word, got {self.token!r}"]
         return [
             *self.missing_errors(is_started=self.run.resume),
@@ -110,14 +110,14 @@ class DreamBoothConfig(RunSettings):
             *self.method_errors(),
         ]
 
-    def named(self, class_name: str | None) -> "DreamBoothConfig":
-        """Return a copy with class name and prompts.
+    def with_class_name(self, class_name: str | None) -> "DreamBoothConfig":
+        """Return a copy with class name and prompts set.
 
         Args:
-            class_name: Class from the data, used if the settings define none.
+            class_name: Class name from the data; the settings take precedence.
 
         Raises:
-            ValueError: A prompt needs a class name and neither the settings nor the data define one.
+            ValueError: If a prompt needs a class name, and neither the settings nor the data define one.
         """
         resolved_class = self.class_name or class_name
         missing = [] if self.prompt else ["prompt"]
@@ -136,7 +136,7 @@ class DreamBoothConfig(RunSettings):
 
 
 class DreamBoothFolder(RunFolderOf[DreamBoothConfig]):
-    """Paths and small files of a DreamBooth run."""
+    """Run folder of DreamBooth."""
 
     settings_type = DreamBoothConfig
     files = (*RunFolderOf.files, "images.json", "generation.json")

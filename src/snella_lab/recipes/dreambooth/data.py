@@ -15,7 +15,7 @@ from snella_app.data.images import IMAGE_SUFFIXES, read_image
 from snella_app.text import listed, nearest
 
 LIVE_CLASSES = ("cat", "dog")
-"""Classes of DreamBooth's live subjects, which use a separate prompt list."""
+"""Classes of DreamBooth's live subjects, which have a separate prompt list."""
 
 _LIST_PATTERN = re.compile(r"=\s*\[(.*?)^\s*\]", re.DOTALL | re.MULTILINE)
 _STRING_PATTERN = re.compile(r"^\s*(?:'([^'\n]*)'|\"([^\"\n]*)\")", re.MULTILINE)
@@ -25,12 +25,12 @@ _PLACEHOLDER_NUMBERS = {"{token}": "{0}", "{class}": "{1}"}
 
 @dataclass(frozen=True)
 class PromptFile:
-    """Prompt templates with the placeholders `{0}` for the token and `{1}` for the class.
+    """Prompt templates with placeholders, `{0}` for the token and `{1}` for the class.
 
     Attributes:
         objects: Templates for objects.
         live: Templates for live subjects; equal to `objects` for a plain text file.
-        classes: Classes by subject, if the file lists them.
+        classes: Class by subject, if the file lists them.
     """
 
     objects: list[str]
@@ -43,24 +43,24 @@ class PromptFile:
 
 
 def fill(template: str, token: str, class_name: str) -> str:
-    """Substitute token and class in a template; whitespace collapses to single spaces."""
+    """Fill in token and class; runs of whitespace become single spaces."""
     return " ".join(template.replace("{0}", token).replace("{1}", class_name).split())
 
 
 def read_prompt_file(path: str | Path) -> PromptFile:
     """Read a prompt file.
 
-    Two layouts are supported. DreamBooth's `prompts_and_classes.txt` has lines `subject,class` under the heading
-    `subject_name,class`, then two Python lists of quoted templates, the first for objects, the second for live
-    subjects. Any other text file has one template per line; blank lines and lines that start with `#` are ignored.
-    A template contains `{0}` or `{token}` for the subject's token and may contain `{1}` or `{class}` for its class.
+    DreamBooth's `prompts_and_classes.txt` has lines `subject,class` below the heading `subject_name,class`, then two
+    Python lists of quoted templates, for objects and for live subjects. Any other text file has one template per line;
+    blank lines and lines that start with `#` are ignored. A template contains `{0}` or `{token}` for the subject's
+    token, and may contain `{1}` or `{class}` for its class.
 
     Args:
-        path: Text file, UTF-8.
+        path: UTF-8 text file.
 
     Raises:
-        FileNotFoundError: The file does not exist.
-        ValueError: The file has no templates, or templates without the token placeholder or with unknown
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file has no templates, or templates without the token placeholder or with unknown
             placeholders; the message lists them.
     """
     file = Path(path).expanduser()
@@ -107,7 +107,7 @@ def _check(file: Path, lists: list[list[str]]) -> None:
     templates = list(dict.fromkeys(template for prompts in lists for template in prompts))
     without_token = [repr(template) for template in templates if "{0}" not in template]
     if without_token:
-        errors.append(f"{len(without_token)} of {len(templates)} prompts have no {{0}}: {listed(without_token)}")
+        errors.append(f"{len(without_token)} of {len(templates)} prompts lack {{0}}: {listed(without_token)}")
     unknown = [
         f"{{{placeholder}}} in {template!r}"
         for template in templates
@@ -118,25 +118,25 @@ def _check(file: Path, lists: list[list[str]]) -> None:
         errors.append(f"placeholders other than {{0}} and {{1}}: {listed(unknown)}")
     if errors:
         raise ValueError(
-            f"prompts '{file}': {'; '.join(errors)}; write the subject's token as {{0}} (or {{token}}) and "
-            "its class as {1} (or {class}), one prompt per line"
+            f"prompts '{file}': {'; '.join(errors)}; write one prompt per line, with {{0}} (or {{token}}) for the "
+            "subject's token and {1} (or {class}) for its class"
         )
 
 
 PROMPT_FILE = "prompts_and_classes.txt"
-"""File with classes and prompts in the DreamBooth dataset."""
+"""The DreamBooth dataset's file with classes and prompts."""
 _FOLDER_CONTENT = "with the images of one subject"
 _DATASET_CONTENT = "with one folder of images per subject, as in the DreamBooth dataset"
 
 
 @dataclass(frozen=True)
 class Concept:
-    """The images of one subject.
+    """The images of a subject.
 
     Attributes:
         name: Name of the subject's folder.
         paths: Image files, sorted by name.
-        class_name: Class from the data, e.g. `dog` for `dog6`; None if unknown.
+        class_name: Class in the data, e.g. `dog` for `dog6`; None if unknown.
         notes: Notes for the user.
     """
 
@@ -158,28 +158,28 @@ class Concept:
 
 
 def load_concept(spec: str, subject: str | None = None, *, skip_corrupt: bool = False) -> Concept:
-    """Find the images of a subject and verify that each can be decoded.
+    """Find the images of a subject, and verify that they can be decoded.
 
     Args:
         spec: `folder:PATH` for a folder of images, or `dreambooth:PATH` for one folder per subject
             (`PATH/dog6/00.jpg`) and an optional `prompts_and_classes.txt` with the classes.
-        subject: Name of the subject's folder, for `dreambooth:`.
-        skip_corrupt: Skip corrupt images and add a note instead of raising an error.
+        subject: Name of the subject's folder in `dreambooth:PATH`.
+        skip_corrupt: Skip corrupt images with a note instead of raising an error.
 
     Raises:
-        FileNotFoundError: The folder or subject does not exist; the message suggests similar names.
-        ValueError: The folder has no images or corrupt ones (the message lists them), or `spec` is invalid.
+        FileNotFoundError: If the folder or subject does not exist; the message suggests similar names.
+        ValueError: If `spec` is invalid, or the folder has no images or corrupt ones; the message lists them.
     """
     family, colon, path = spec.partition(":")
     if not colon or family not in ("folder", "dreambooth"):
         raise ValueError(
-            f"data must be folder:PATH with the images of one subject, or dreambooth:PATH with folders of subjects, "
+            f"data must be folder:PATH with the images of one subject, or dreambooth:PATH with a folder per subject, "
             f"got {spec!r}"
         )
     if family == "folder":
         if subject is not None:
             raise ValueError(
-                f"subject selects a folder in dreambooth:PATH, got {subject!r} with {spec!r}; omit it, "
+                f"subject is only valid with dreambooth:PATH, got {subject!r} with {spec!r}; omit it, "
                 f"or use dreambooth:{path}"
             )
         folder = existing_folder(path, "folder", _FOLDER_CONTENT)
@@ -192,7 +192,7 @@ def load_concept(spec: str, subject: str | None = None, *, skip_corrupt: bool = 
 
 
 def _subject_folder(root: Path, subject: str | None) -> Path:
-    """Return the folder of a subject; the error lists the available ones."""
+    """Return the folder of a subject; errors list the available ones."""
     names = sorted(child.name for child in root.iterdir() if child.is_dir() and not child.name.startswith("."))
     if not names:
         raise ValueError(f"dreambooth:{root} has no subject folders; put images at PATH/subject/image.jpg")
@@ -205,13 +205,13 @@ def _subject_folder(root: Path, subject: str | None) -> Path:
 
 
 def _concept(folder: Path, class_name: str | None, skip_corrupt: bool) -> Concept:
-    """Load one folder; report all corrupt images together."""
+    """Load a subject's folder; report all corrupt images together."""
     files = sorted(child for child in folder.iterdir() if child.is_file() and not child.name.startswith("."))
     paths = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
     if not paths:
-        state = counted(len(files), "non-image file") if files else "an empty folder"
+        content = counted(len(files), "non-image file") if files else "an empty folder"
         raise ValueError(
-            f"folder '{folder}' must contain images ({', '.join(IMAGE_SUFFIXES)}) of one subject, got {state}"
+            f"folder '{folder}' must contain images ({', '.join(IMAGE_SUFFIXES)}) of one subject, got {content}"
         )
     broken = broken_images(paths)
     notes = [f"skipped {counted(len(files) - len(paths), 'non-image file')}"] if len(files) > len(paths) else []

@@ -1,4 +1,4 @@
-"""Evaluation of generated images: subject fidelity, text alignment and diversity, as in Table VI of the paper."""
+"""Evaluation of generated images: subject fidelity, text alignment and diversity (Table VI of the paper)."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def vendi_score(embeddings: Tensor) -> float:
     The score is 1 for parallel embeddings and n for orthogonal ones.
 
     Args:
-        embeddings: `[n, d]`, nonzero rows.
+        embeddings: `[n, d]` with nonzero rows.
 
     Raises:
-        ValueError: `embeddings` is empty, or a row is zero or not finite.
+        ValueError: If `embeddings` is empty, or a row is zero or not finite.
 
     Source: Friedman and Dieng, arXiv 2210.02410.
     """
@@ -47,14 +47,14 @@ def vendi_score(embeddings: Tensor) -> float:
 
 
 def mean_cosine(first: Tensor, second: Tensor) -> float:
-    """Compute the mean cosine similarity over all pairs of rows from `first` and `second`.
+    """Compute the mean cosine similarity between all rows of `first` and all rows of `second`.
 
     Args:
         first: `[n, d]`.
         second: `[m, d]`.
 
     Raises:
-        ValueError: An argument is empty, or a row is zero or not finite.
+        ValueError: If an argument is empty, or a row is zero or not finite.
     """
     return float((_normalized(first) @ _normalized(second).T).mean())
 
@@ -67,7 +67,7 @@ def paired_cosine(first: Tensor, second: Tensor) -> float:
         second: `[n, d]`.
 
     Raises:
-        ValueError: The shapes differ, the arguments are empty, or a row is zero or not finite.
+        ValueError: If the shapes differ, the arguments are empty, or a row is zero or not finite.
     """
     if first.shape != second.shape:
         raise ValueError(f"embeddings must have the same shape, got {list(first.shape)} and {list(second.shape)}")
@@ -90,15 +90,15 @@ _BATCH = 16
 
 
 class ClipEmbedder:
-    """CLIP image and text embeddings in the joint space.
+    """CLIP embeddings of images and texts in their joint space.
 
     Args:
-        name: Local folder in transformers format or hub name.
+        name: Local folder in transformers format, or hub name.
         device: Device of the model.
 
     Raises:
-        FileNotFoundError: The folder lacks a model, image processor or tokenizer.
-        ConnectionError: `name` is not a local folder and cannot be loaded from the hub or its cache.
+        FileNotFoundError: If the folder has no model, image processor or tokenizer.
+        ConnectionError: If `name` is not a local folder and cannot be loaded from the hub or its cache.
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
@@ -108,7 +108,7 @@ class ClipEmbedder:
         self.tokenizer = load_pretrained(AutoTokenizer, name, "clip")
 
     def images(self, images: Sequence[Image.Image]) -> Tensor:
-        """Return the embeddings of images, `[n, d]`."""
+        """Embed images, `[n, d]`."""
 
         def embed(batch: Sequence[Image.Image]) -> Tensor:
             pixels = self.processor(images=list(batch), return_tensors="pt")
@@ -117,7 +117,7 @@ class ClipEmbedder:
         return _in_batches(images, embed)
 
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """Return the embeddings of texts, `[n, d]`; texts are truncated to CLIP's context length."""
+        """Embed texts, truncated to CLIP's context length, `[n, d]`."""
         length = self.model.config.text_config.max_position_embeddings
         options = {"padding": True, "truncation": True, "max_length": length, "return_tensors": "pt"}
 
@@ -127,21 +127,21 @@ class ClipEmbedder:
         return _in_batches(texts, embed)
 
     def _features(self, function: Callable[..., Any], inputs: dict[str, Tensor]) -> Tensor:
-        """Return the projected features of one tower."""
+        """Return the projected features from one of CLIP's encoders."""
         output = function(**{name: value.to(self.device) for name, value in inputs.items()})
         return output if isinstance(output, Tensor) else output.pooler_output
 
 
 class DinoEmbedder:
-    """DINOv2 image embeddings: the class token after the last norm.
+    """DINOv2 embeddings of images: the class token after the last norm.
 
     Args:
-        name: Local folder in transformers format or hub name.
+        name: Local folder in transformers format, or hub name.
         device: Device of the model.
 
     Raises:
-        FileNotFoundError: The folder lacks a model or image processor.
-        ConnectionError: `name` is not a local folder and cannot be loaded from the hub or its cache.
+        FileNotFoundError: If the folder has no model or image processor.
+        ConnectionError: If `name` is not a local folder and cannot be loaded from the hub or its cache.
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
@@ -150,7 +150,7 @@ class DinoEmbedder:
         self.processor = load_pretrained(AutoImageProcessor, name, "dino")
 
     def images(self, images: Sequence[Image.Image]) -> Tensor:
-        """Return the embeddings of images, `[n, d]`."""
+        """Embed images, `[n, d]`."""
 
         def embed(batch: Sequence[Image.Image]) -> Tensor:
             pixels = self.processor(images=list(batch), return_tensors="pt")["pixel_values"]
@@ -161,12 +161,12 @@ class DinoEmbedder:
 
 @torch.no_grad()
 def _in_batches(items: Sequence[Any], embed: Callable[[Sequence[Any]], Tensor]) -> Tensor:
-    """Embed items in batches; the result is on the CPU."""
+    """Embed items in batches and return the result on the CPU."""
     return torch.cat([embed(items[k : k + _BATCH]).float().cpu() for k in range(0, len(items), _BATCH)])
 
 
 METRICS = ("concept_alignment", "text_alignment", "text_alignment_without_token", "vendi", "vendi_by_prompt")
-"""Metrics of one subject; see `score_images`."""
+"""Metrics of a subject; see `score_images`."""
 RESULT_FILE = "generation.json"
 
 
@@ -185,18 +185,18 @@ def evaluate_generation(
     overwrite: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Generate missing images for the DreamBooth protocol and evaluate them.
+    """Generate missing images for the DreamBooth protocol, and evaluate them.
 
     Images are written to `evaluation/` and scores to `generation.json` in each run folder. The arguments are the
     options of `snella evaluate-generation`, and a console for progress bars and notes.
 
     Returns:
-        `{"runs": [metrics per run], "mean": {…}, "standard_error": {…}}`. The standard error is over subjects, None for
+        `{"runs": [metrics per run], "mean": {…}, "standard_error": {…}}`. The standard error is over subjects; None for
         a single subject.
 
     Raises:
-        FileNotFoundError: A run, prompt file or model does not exist.
-        ValueError: The prompts lack the token placeholder, or a number is out of range.
+        FileNotFoundError: If a run, prompt file or model does not exist.
+        ValueError: If prompts lack the token placeholder, or a number is out of range.
     """
     if pictures < 1:
         raise ValueError(f"pictures must be at least 1, got {pictures}")
@@ -248,21 +248,21 @@ def score_images(
     clip: ClipEmbedder,
     dino: DinoEmbedder,
 ) -> dict[str, float]:
-    """Compute the metrics of one subject.
+    """Compute the metrics of a subject.
 
     Args:
         pictures: Generated images.
         concept: Real images of the subject, RGB.
-        plain_prompts: Prompt of each image without the subject's token, which CLIP does not know.
+        plain_prompts: Prompt of each image without the subject's token, which is meaningless to CLIP.
         clip: CLIP embedder.
         dino: DINOv2 embedder.
 
     Returns:
-        `concept_alignment`: mean cosine similarity of CLIP embeddings over all pairs of a generated and a real image.
-        `text_alignment`: mean cosine similarity of the CLIP embeddings of each image and its prompt.
-        `text_alignment_without_token`: mean cosine similarity with the prompts in `plain_prompts`.
-        `vendi`: Vendi score of the DINOv2 embeddings of all images.
-        `vendi_by_prompt`: mean over prompts of the Vendi score of each prompt's images.
+        `concept_alignment`: mean cosine similarity between CLIP embeddings of all generated and all real images.
+        `text_alignment`: mean cosine similarity between CLIP embeddings of each image and its prompt.
+        `text_alignment_without_token`: the same for the prompts in `plain_prompts`.
+        `vendi`: Vendi score of all images, from DINOv2 embeddings.
+        `vendi_by_prompt`: mean Vendi score of each prompt's images.
     """
     loaded = [read_image(image.path) for image in pictures]
     clip_embeddings = clip.images(loaded)
@@ -282,10 +282,10 @@ def score_images(
 
 
 def find_runs(folder: str | Path) -> list[Path]:
-    """Return the folder if it is a run, else the runs in it, sorted by name.
+    """Return the folder if it is a run folder, else the run folders in it, sorted by name.
 
     Raises:
-        FileNotFoundError: The folder is not a run and contains none.
+        FileNotFoundError: If there is no run folder.
     """
     root = Path(folder)
     if (root / "run.json").is_file():
@@ -297,7 +297,7 @@ def find_runs(folder: str | Path) -> list[Path]:
 
 
 def _prompt_file(run: Path, prompts: str | Path | None) -> PromptFile:
-    """Read the given prompt file, or the one in the run's data folder."""
+    """Read the prompt file, by default from the run's data folder."""
     if prompts is not None:
         return read_prompt_file(prompts)
     config = DreamBoothFolder(run).read_config()
@@ -306,6 +306,6 @@ def _prompt_file(run: Path, prompts: str | Path | None) -> PromptFile:
     if family != "dreambooth" or not file.is_file():
         raise FileNotFoundError(
             f"prompts must be a prompt file, got none, and {config.data} has no {PROMPT_FILE}; write one prompt per "
-            "line with {0} for the subject's token and {1} for its class"
+            "line, with {0} for the subject's token and {1} for its class"
         )
     return read_prompt_file(file)

@@ -1,4 +1,4 @@
-"""Image generation with a finished DreamBooth run."""
+"""Image generation with a DreamBooth run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from snella_lab.recipes.dreambooth.data import fill, read_prompt_file
 from snella_lab.recipes.dreambooth.pipeline import PromptEmbedding, check_resolution, embed_prompts, load_pipeline
 from snella_lab.recipes.run import progress_bar
 
-_TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
+_TEXT_COMPONENTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class SamplingConfig:
 
     Args:
         resolution: Image resolution in pixels.
-        steps: Sampling steps.
+        steps: Number of sampling steps.
         guidance: Guidance scale; values up to 1 disable guidance.
-        max_sequence_length: Maximum prompt length of the third text encoder in tokens; use the training value.
+        max_sequence_length: Maximum prompt length of the third text encoder, in tokens; use the training value.
         precision: fp32, or bf16 for autocast.
         batch_size: Batch size.
     """
@@ -54,7 +54,7 @@ class SamplingConfig:
 def sampling_of(
     config: DreamBoothConfig, steps: int | None = None, guidance: float | None = None, batch_size: int = 1
 ) -> SamplingConfig:
-    """Return the run's sampling settings with the given overrides."""
+    """Return the run's sampling settings, with overrides."""
     return SamplingConfig(
         config.resolution,
         config.sample_steps if steps is None else steps,
@@ -74,18 +74,18 @@ def sample_images(
 ) -> None:
     """Generate one image per job.
 
-    Each distinct prompt is embedded once before sampling. Afterwards, only the transformer and the autoencoder are on
-    the device.
+    Each distinct prompt is embedded once, before sampling. During sampling, only transformer and autoencoder are on the
+    device.
 
     Args:
         pipeline: Pipeline with the adapter in its transformer.
         jobs: Prompt and seed of each image.
         sampling: Sampling settings.
-        device: Device.
-        on_image: Callback for each image, called with job index and image after each batch.
+        device: Torch device.
+        on_image: Callback that receives job index and image, called after each batch.
 
     Raises:
-        ValueError: The pipeline does not support this resolution.
+        ValueError: If the pipeline does not support this resolution.
     """
     check_resolution(pipeline, sampling.resolution)
     prompts = list(dict.fromkeys(prompt for prompt, _ in jobs))
@@ -100,13 +100,13 @@ def sample_images(
 
 
 def _without_text_encoders(pipeline: StableDiffusion3Pipeline, device: torch.device) -> StableDiffusion3Pipeline:
-    """Build a pipeline without text encoders on the device; diffusers infers the device from all components."""
-    text_parts: dict[str, Any] = dict.fromkeys(_TEXT_PARTS)
+    """Build a pipeline on the device without text encoders; diffusers infers the device from all components."""
+    no_text: dict[str, Any] = dict.fromkeys(_TEXT_COMPONENTS)
     image_pipeline = StableDiffusion3Pipeline(
         transformer=pipeline.transformer.to(device).eval(),
         scheduler=type(pipeline.scheduler).from_config(pipeline.scheduler.config),
         vae=pipeline.vae.to(device),
-        **text_parts,
+        **no_text,
     )
     image_pipeline.set_progress_bar_config(disable=True)
     return image_pipeline
@@ -147,7 +147,7 @@ MANIFEST = "images.json"
 
 @dataclass(frozen=True)
 class GeneratedImage:
-    """One generated image."""
+    """A generated image."""
 
     path: Path
     prompt: str
@@ -167,24 +167,23 @@ def generate_images(
     overwrite: bool = False,
     show_bar: bool = True,
 ) -> list[GeneratedImage]:
-    """Generate every prompt with every seed, skipping images from an interrupted call.
+    """Generate an image for each prompt and seed, skipping those from an interrupted call.
 
     Args:
-        folder: Output folder for `PROMPT-SEED.png` and `images.json`; created.
+        folder: Output folder for `PROMPT-SEED.png` and `images.json`; created if missing.
         pipeline: Pipeline with the adapter in its transformer.
         prompts: Prompts.
-        seeds: Seeds; one image per prompt and seed.
+        seeds: Seeds.
         sampling: Sampling settings.
-        device: Device.
+        device: Torch device.
         console: Output console; the progress bar appears only on a terminal.
-        source: Pipeline and digest of the adapter. Raises an error for images from another source unless
-            `overwrite` is set.
+        source: Pipeline and digest of the adapter; images from another source are an error unless `overwrite` is set.
         overwrite: Replace other generated images in the folder.
         show_bar: Show a progress bar.
 
     Raises:
-        FileExistsError: The folder contains images of other prompts, seeds, settings or another adapter.
-        ValueError: The pipeline does not support this resolution.
+        FileExistsError: If the folder contains images from other prompts, seeds or settings, or another adapter.
+        ValueError: If the pipeline does not support this resolution.
     """
     width = max(2, len(str(len(prompts) - 1)))
     images = [
@@ -219,30 +218,30 @@ def generate_images(
 
 
 def check_image_folder(folder: Path, content: dict[str, Any], *, overwrite: bool) -> None:
-    """Check that images may be written to a folder.
+    """Check that generated images can be written to a folder.
 
     Args:
-        folder: Output folder; may not exist yet.
+        folder: Output folder; need not exist.
         content: Expected content of `images.json`.
-        overwrite: Allow the removal of other generated images.
+        overwrite: Allow replacing other generated images.
 
     Raises:
-        FileExistsError: The folder contains other files, or other images without `overwrite`.
+        FileExistsError: If the folder contains other files, or other images and `overwrite` is not set.
     """
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise FileExistsError(f"out={folder} must be a folder, got a file; choose another name")
+        raise FileExistsError(f"out must be a folder, got the file {folder}; choose another name")
     manifest = _read_manifest(folder)
     if manifest == content:
         return
     if manifest is None and any(folder.iterdir()):
-        raise FileExistsError(f"out={folder} contains other files; choose an empty or a new folder")
+        raise FileExistsError(f"out={folder} contains other files; choose an empty or new folder")
     if manifest is not None and not overwrite:
         changed = [name for name in ("source", "drawing", "images") if manifest.get(name) != content[name]]
         reasons = {"source": "another adapter", "drawing": "other settings", "images": "other prompts or seeds"}
         raise FileExistsError(
-            f"out={folder} contains images of {' and '.join(reasons[name] for name in changed)}; choose another "
+            f"out={folder} contains images from {' and '.join(reasons[name] for name in changed)}; choose another "
             "folder, or pass --overwrite"
         )
 
@@ -257,7 +256,7 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def _write(target: GeneratedImage, image: Image.Image) -> None:
-    """Write a PNG file atomically with prompt and seed in its metadata."""
+    """Write a PNG file atomically, with prompt and seed as metadata."""
     info = PngInfo()
     info.add_itxt("prompt", target.prompt)
     info.add_itxt("seed", str(target.seed))
@@ -268,7 +267,7 @@ def _write(target: GeneratedImage, image: Image.Image) -> None:
 
 @dataclass(frozen=True)
 class LoadedGenerator:
-    """Pipeline of a run with its adapter."""
+    """A run's pipeline with its adapter."""
 
     run: DreamBoothFolder
     config: DreamBoothConfig
@@ -278,17 +277,17 @@ class LoadedGenerator:
 
 
 def load_generator(run: str | Path, *, pipeline: str | None = None, device: str = "auto") -> LoadedGenerator:
-    """Load the pipeline of a run with its adapter.
+    """Load a run's pipeline with its adapter.
 
     Args:
         run: Run folder.
-        pipeline: Path or hub name of the pipeline; the run's if None.
+        pipeline: Path or hub name of the pipeline; None uses the run's.
         device: auto, or a torch device such as cpu, cuda:1 or mps.
 
     Raises:
-        FileNotFoundError: The folder is not a run, or the run has no adapter yet.
-        ValueError: The run has another task.
-        AdapterFileError: The adapter is damaged or does not fit the pipeline.
+        FileNotFoundError: If the folder is not a run, or the run has no adapter yet.
+        ValueError: If the run belongs to another command.
+        AdapterFileError: If the adapter is damaged or does not fit the pipeline.
     """
     folder = DreamBoothFolder(run)
     if read(RunInfo, folder.path).task != "generation":
@@ -302,7 +301,7 @@ def load_generator(run: str | Path, *, pipeline: str | None = None, device: str 
 
 
 def adapter_source(run: DreamBoothFolder, config: DreamBoothConfig) -> str:
-    """Return the pipeline's name and a digest of the adapter's weights."""
+    """Return the pipeline's name and the digest of the adapter's weights."""
     return f"{config.pipeline} with adapter {adapter_digest(run.adapter)}"
 
 
@@ -323,13 +322,13 @@ def generate(
 ) -> list[GeneratedImage]:
     """Generate images with the pipeline and adapter of a run.
 
-    The arguments are the options of `snella generate`, with complete `prompts`, and a console for the progress bar. An
+    The arguments are the options of `snella generate`, with filled-in `prompts`, and a console for the progress bar. An
     image depends only on its prompt and seed.
 
     Raises:
-        ValueError: `prompts` is empty, or a number is out of range.
-        FileNotFoundError: See `load_generator`.
-        FileExistsError: `out` contains other images.
+        ValueError: If `prompts` is empty, or a number is out of range.
+        FileNotFoundError: If the folder is not a run, or the run has no adapter yet.
+        FileExistsError: If `out` contains other images.
     """
     minimums = {"pictures": (pictures, 1), "seed": (seed, 0), "batch_size": (batch_size, 1), "steps": (steps, 1)}
     errors = [
@@ -337,7 +336,7 @@ def generate(
         for name, (value, minimum) in minimums.items()
         if value is not None and value < minimum
     ]
-    errors += [] if prompts else ["prompt must be given, e.g. 'a photo of sks dog on the beach', got none"]
+    errors += [] if prompts else ["prompt is required, e.g. 'a photo of sks dog on the beach', got none"]
     if errors:
         raise ValueError("; ".join(errors))
     loaded = load_generator(run, pipeline=pipeline, device=device)
@@ -355,21 +354,21 @@ def generate(
 
 
 def select_prompts(run: str | Path, prompt: str | None, file: str | Path | None, live: bool | None = None) -> list[str]:
-    """Return the given prompt, or the prompts of a file filled with the run's token and class.
+    """Return the prompt, or a file's prompts with the run's token and class filled in.
 
     Args:
         run: Run folder.
-        prompt: Complete prompt; mutually exclusive with `file`.
+        prompt: Filled-in prompt; mutually exclusive with `file`.
         file: Prompt file; mutually exclusive with `prompt`.
         live: Use the file's prompts for live subjects; None uses them for cats and dogs.
 
     Raises:
-        ValueError: Neither or both of `prompt` and `file` are given, or the file has no usable prompts.
-        FileNotFoundError: The file or run does not exist.
+        ValueError: If neither or both of `prompt` and `file` are set, or the file has no valid prompts.
+        FileNotFoundError: If the file or run does not exist.
     """
     if (prompt is None) == (file is None):
         raise ValueError(
-            f"exactly one of prompt and prompts must be given, got {'neither' if prompt is None else 'both'}; "
+            f"exactly one of prompt and prompts must be set, got {'neither' if prompt is None else 'both'}; "
             "pass e.g. --prompt 'a photo of sks dog on the beach'"
         )
     if prompt is not None:

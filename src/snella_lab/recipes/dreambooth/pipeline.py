@@ -23,7 +23,7 @@ from snella_lab.recipes.run import suppress_progress_bars
 
 @dataclass(frozen=True)
 class PromptEmbedding:
-    """Prompt embedding.
+    """Embedding of a prompt.
 
     Attributes:
         tokens: `[1, L, D]`, float32.
@@ -34,13 +34,13 @@ class PromptEmbedding:
     pooled: Tensor
 
     def repeated(self, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Repeat token and pooled embeddings for `count` images."""
+        """Repeat both embeddings for `count` images."""
         return self.tokens.to(device).repeat(count, 1, 1), self.pooled.to(device).repeat(count, 1)
 
 
 @dataclass(frozen=True)
 class LatentImages:
-    """Latent distributions of images, sampled on each use.
+    """Latent distributions of images.
 
     z = (mean + std · noise − shift) · scale
 
@@ -70,11 +70,11 @@ class LatentImages:
 def embed_prompts(
     pipeline: StableDiffusion3Pipeline, prompts: Iterable[str], device: torch.device, max_sequence_length: int
 ) -> list[PromptEmbedding]:
-    """Embed prompts with the pipeline's three text encoders, moved to the device temporarily.
+    """Embed prompts with the pipeline's three text encoders, which are temporarily moved to the device.
 
     Args:
         pipeline: Pipeline with text encoders and tokenizers.
-        prompts: Prompts; diffusers truncates long ones and logs a warning.
+        prompts: Prompts; diffusers truncates long ones with a warning.
         device: Device of the text encoders.
         max_sequence_length: Maximum prompt length of the third text encoder, in tokens.
     """
@@ -103,17 +103,17 @@ def encode_images(
     *,
     flip: bool = False,
 ) -> LatentImages:
-    """Encode images with the pipeline's autoencoder, moved to the device temporarily.
+    """Encode images with the pipeline's autoencoder, which is temporarily moved to the device.
 
     Args:
         pipeline: Pipeline with the autoencoder.
-        images: RGB images of any size; resized to the resolution on the shorter side and center-cropped to a square.
+        images: RGB images of any size; resized by the shorter side and center-cropped to a square.
         device: Device of the autoencoder.
         resolution: Side of the square in pixels.
         flip: Append a mirrored copy of every image.
 
     Raises:
-        ValueError: The pipeline does not support this resolution; the message suggests one.
+        ValueError: If the pipeline does not support this resolution; the message suggests one.
     """
     check_resolution(pipeline, resolution)
     all_images = list(images)
@@ -133,7 +133,7 @@ def check_resolution(pipeline: StableDiffusion3Pipeline, resolution: int) -> Non
     """Check that the pipeline supports a resolution.
 
     Raises:
-        ValueError: The resolution is not a multiple of the latent patch size, or exceeds the position embeddings.
+        ValueError: If the resolution is not a multiple of the latent patch size, or exceeds the position embeddings.
     """
     multiple = pipeline.vae_scale_factor * pipeline.patch_size
     max_resolution = multiple * getattr(pipeline.transformer.config, "pos_embed_max_size", 0)
@@ -165,13 +165,13 @@ def load_pipeline(name: str, *, encoder_dtype: torch.dtype = torch.float32) -> S
     """Load a pipeline onto the CPU, with transformer and autoencoder in float32.
 
     Args:
-        name: Local folder in diffusers format or hub name `owner/repo`.
-        encoder_dtype: Dtype of the frozen text encoders. The third text encoder is optional.
+        name: Local folder in diffusers format, or hub name `owner/repo`.
+        encoder_dtype: Dtype of the frozen text encoders, of which the third is optional.
 
     Raises:
-        FileNotFoundError: The folder does not exist or lacks components; the message lists them.
-        ValueError: The folder contains another pipeline, or the hub denies the download.
-        ConnectionError: The pipeline is neither local nor cached, and the hub is unreachable.
+        FileNotFoundError: If the folder does not exist or lacks components; the message lists them.
+        ValueError: If the folder contains another pipeline, or the hub denies access.
+        ConnectionError: If the pipeline is neither local nor cached, and the hub is unreachable.
     """
     folder = Path(name).expanduser()
     dtypes: dict[str, Any] = {"default": torch.float32}
@@ -202,7 +202,7 @@ def _check_folder(folder: Path) -> list[str]:
     """Validate a pipeline folder and report all errors together.
 
     Returns:
-        Missing optional components, which diffusers needs as explicit None arguments.
+        Missing optional components, which diffusers requires as explicit None arguments.
     """
     index = folder / _INDEX_FILE
     if not index.is_file():
@@ -233,7 +233,7 @@ def _check_folder(folder: Path) -> list[str]:
 
 
 def _component_errors(folder: Path) -> list[str]:
-    """List the missing files of a component's folder."""
+    """Return errors for missing files in a component's folder."""
     if not folder.is_dir() or not any(folder.iterdir()):
         return [f"{folder.name}/ is missing"]
     if folder.name.startswith("tokenizer") or folder.name == "scheduler":

@@ -25,7 +25,7 @@ _WINDOW = 20
 
 
 def write_generation_report(run: str | Path) -> Path:
-    """Write `RUN/report.html` atomically from the files of the run.
+    """Write `RUN/report.html` atomically from the run's files.
 
     Args:
         run: Folder of a `snella dreambooth` run.
@@ -34,8 +34,8 @@ def write_generation_report(run: str | Path) -> Path:
         Path of the report.
 
     Raises:
-        FileNotFoundError: The folder does not contain a finished run.
-        ValueError: A file of the run is damaged.
+        FileNotFoundError: If the folder does not contain a finished run.
+        ValueError: If a file of the run is damaged.
     """
     folder = Path(run)
     info, metrics = read(RunInfo, folder), read(Metrics, folder)
@@ -47,7 +47,7 @@ def write_generation_report(run: str | Path) -> Path:
     numbers = [
         ("loss on fixed noise", after, f"{before} before training"),
         ("trainable parameters", count_text(metrics.trainable_parameters), ""),
-        ("adapter file", bytes_text(metrics.adapter_bytes), "loaded on top of the pipeline"),
+        ("adapter file", bytes_text(metrics.adapter_bytes), "loaded into the pipeline"),
         ("training time", seconds_text(metrics.train_s), trained.optimizer),
     ]
     if allocation is not None and budgets:
@@ -74,7 +74,7 @@ def write_generation_report(run: str | Path) -> Path:
 
 
 def loss_curve(history: Sequence[LossRow]) -> Figure:
-    """Plot the loss of each step and its moving average over 20 steps."""
+    """Plot the loss of each step and the moving average over 20 steps."""
     figure, axes = new_figure(2 * CURVE[0], CURVE[1], "Loss")
     steps = [row.step for row in history]
     losses = np.array([np.nan if row.loss is None else row.loss for row in history], dtype=float)

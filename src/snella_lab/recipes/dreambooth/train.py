@@ -61,11 +61,11 @@ class FlowMatching:
 
     z_σ = (1 − σ) z + σ ε,      loss = w(σ) · mean |v(z_σ, σ) − (ε − z)|²
 
-    `v` is the transformer. With `precondition` the loss compares images, z and z_σ − σ v, which weights the same error
-    by σ².
+    `v` is the transformer. With `precondition`, the loss compares the images z and z_σ − σ v, which weights the same
+    error by σ².
 
     Args:
-        scheduler: Scheduler of the pipeline. It is copied from its configuration, because sampling modifies it.
+        scheduler: The pipeline's scheduler. It is recreated from its configuration, because sampling modifies it.
         weighting: Timestep sampling and loss weighting. `logit_normal` and `mode` sample timesteps non-uniformly.
             `sigma_sqrt` and `cosmap` sample uniformly and weight the loss. `uniform` does neither.
         precondition: Compute the loss on images instead of velocities.
@@ -80,7 +80,7 @@ class FlowMatching:
         self.precondition = precondition
 
     def sample_times(self, count: int, generator: torch.Generator) -> Tensor:
-        """Sample `count` relative positions in [0, 1) in the timestep list."""
+        """Sample `count` relative positions, in [0, 1), in the list of timesteps."""
         return compute_density_for_timestep_sampling(
             self.weighting, count, _LOGIT_MEAN, _LOGIT_STD, _MODE_SCALE, generator=generator
         )
@@ -94,7 +94,7 @@ class FlowMatching:
             transformer: Velocity model.
             images: Latents, `[n, c, h, w]`.
             noise: Noise, `[n, c, h, w]`.
-            times: Relative positions in the timestep list, `[n]`, in [0, 1).
+            times: Relative positions in the list of timesteps, `[n]`, in [0, 1).
             prompt: Prompt shared by all images.
 
         Returns:
@@ -131,10 +131,10 @@ class TrainingSet:
 
 
 class DreamBoothTrainer:
-    """Training loop for one adapter.
+    """DreamBooth training loop.
 
     Images, noise and timesteps of a micro-batch depend only on the seed, the step and the micro-batch index, so a
-    resumed run samples the same values. The subject's images are shuffled each epoch.
+    resumed run samples the same values. Images are reshuffled each epoch.
 
     Args:
         model: Adapted model from `adapt_headless`.
@@ -146,7 +146,7 @@ class DreamBoothTrainer:
         device: Training device.
 
     Attributes:
-        history: One row per step: `step`, `loss`, `grad_norm`, `budget`.
+        history: `step`, `loss`, `grad_norm` and `budget` of each step.
         loss_before: Loss on fixed noise and timesteps before the first step.
         loss_after: Loss on fixed noise and timesteps after the last step.
         allocator: Budget allocator; None for methods without budgets.
@@ -162,7 +162,7 @@ class DreamBoothTrainer:
         run: DreamBoothFolder,
         device: torch.device,
     ) -> None:
-        # accelerate would reuse the settings of the first Accelerator in the process; transformers also resets it
+        # otherwise accelerate reuses the settings of the first Accelerator in the process
         AcceleratorState._reset_state(reset_partial_state=True)
         precision = "bf16" if config.optim.precision == "bf16" else "no"
         self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
@@ -190,15 +190,15 @@ class DreamBoothTrainer:
 
     @property
     def elapsed_s(self) -> float:
-        """Training time in seconds, including time before an interruption."""
+        """Training time in seconds, including the time before interruptions."""
         return self._earlier_s + time.monotonic() - self._start
 
     def run(self, console: Console, interrupt: InterruptCallback) -> None:
         """Train up to the last step.
 
         Raises:
-            KeyboardInterrupt: Training was interrupted; a checkpoint is saved.
-            NonFiniteLossError: The loss or gradient is not finite; the step is discarded.
+            KeyboardInterrupt: If training was interrupted; a checkpoint is saved.
+            NonFiniteLossError: If the loss or gradient is not finite; the step is discarded.
         """
         if math.isnan(self.loss_before):
             self.loss_before = self.fixed_loss()
@@ -225,10 +225,10 @@ class DreamBoothTrainer:
         self.loss_after = self.fixed_loss()
 
     def save(self) -> None:
-        """Write a checkpoint atomically, then remove older ones.
+        """Write a checkpoint atomically, then delete older ones.
 
         Raises:
-            CheckpointError: Writing failed, e.g. because the disk is full; the last checkpoint is kept.
+            CheckpointError: If writing failed, e.g. because the disk is full; the last checkpoint is kept.
         """
         folder, name = self.run_folder.checkpoints, f"checkpoint-{self.step}"
         if (folder / name).is_dir():
@@ -249,7 +249,7 @@ class DreamBoothTrainer:
         """Load a checkpoint.
 
         Raises:
-            CheckpointError: The checkpoint was written with another optimizer or is not a trainer state.
+            CheckpointError: If the checkpoint contains another optimizer's state or no trainer state.
         """
         with reading_checkpoint(checkpoint):
             load_trained_into(self.model, checkpoint)
@@ -260,7 +260,7 @@ class DreamBoothTrainer:
 
     @torch.no_grad()
     def fixed_loss(self) -> float:
-        """Compute the mean loss over the subject's images at evenly spaced timesteps with fixed noise."""
+        """Compute the mean loss over the subject's images at evenly spaced timesteps, with fixed noise."""
         was_training = self.model.training
         self.model.eval()
         generator = torch.Generator().manual_seed(mix_seed(self.config.run.seed, _FIXED))
@@ -316,7 +316,7 @@ class DreamBoothTrainer:
         return None if self.allocator is None else sum(self.allocator.budgets.values())
 
     def _check_finite(self, name: str, value: float) -> None:
-        """Raise an error for a value that is not finite."""
+        """Raise an error for a non-finite value."""
         if math.isfinite(value):
             return
         optim, scaling = self.config.optim, self.config.method.scaling
@@ -349,7 +349,7 @@ _PACKAGES = ("snella", "torch", "peft", "diffusers", "transformers", "accelerate
 
 
 def _describe_run(config: DreamBoothConfig, concept: Concept) -> RunInfo:
-    """Build the record of a starting run."""
+    """Build the record of a new run."""
     data = DataInfo(
         spec=str(config.data),
         subject=concept.name,
@@ -367,7 +367,7 @@ def _describe_run(config: DreamBoothConfig, concept: Concept) -> RunInfo:
 
 
 def _print_summary(console: Console, trainer: DreamBoothTrainer, concept: Concept) -> None:
-    """Print subject, prompts, model, method and steps."""
+    """Print the data, model and settings of a run."""
     config, matrices = trainer.config, matrices_of(trainer.model)
     adapted = f"; {len(matrices)} matrices, {sum(m.size for m in matrices):,} adapted weights" if matrices else ""
     training = (
@@ -387,23 +387,23 @@ def _print_summary(console: Console, trainer: DreamBoothTrainer, concept: Concep
 
 
 def personalize(config: DreamBoothConfig, console: Console | None = None) -> DreamBoothFolder:
-    """Fine-tune a Stable Diffusion 3 pipeline on one subject and write a complete run folder.
+    """Fine-tune a Stable Diffusion 3 pipeline on a subject and write the run folder.
 
     Args:
-        config: Settings. With `resume`, the stored run and its settings are resumed from the last checkpoint.
-        console: Output console; standard output if None.
+        config: Settings. `resume` continues the stored run, with its settings, from the last checkpoint.
+        console: Output console; stdout if None.
 
     Returns:
         The folder of the finished run.
 
     Raises:
-        FileExistsError: The folder contains a run, and neither `resume` nor `overwrite` is set.
-        RunInUseError: Another process is writing to the folder.
-        FileNotFoundError: Images, subject or pipeline do not exist.
-        ValueError: Settings conflict, images are corrupt, or the images of a resumed run have changed.
-        TrainingInterrupted: Training was interrupted; a checkpoint is saved.
-        NonFiniteLossError: The loss or gradient became infinite or NaN; the last checkpoint is kept.
-        CheckpointError: The disk is full (the last checkpoint is kept), or the resumed checkpoint is damaged.
+        FileExistsError: If the folder contains a run, and neither `resume` nor `overwrite` is set.
+        RunInUseError: If another process is writing to the folder.
+        FileNotFoundError: If images, subject or pipeline do not exist.
+        ValueError: If settings conflict, images are corrupt, or a resumed run's images have changed.
+        TrainingInterrupted: If training was interrupted; a checkpoint is saved.
+        NonFiniteLossError: If the loss or gradient became infinite or NaN; the last checkpoint is kept.
+        CheckpointError: If the disk is full (the last checkpoint is kept), or the resumed checkpoint is damaged.
     """
     console = console or make_console(survives_closed_output=True)
     run = DreamBoothFolder(str(config.run.out))
@@ -424,7 +424,7 @@ def _personalize(config: DreamBoothConfig, run: DreamBoothFolder, console: Conso
     concept = load_concept(str(config.data), config.subject, skip_corrupt=config.skip_corrupt)
     if is_resumed:
         _check_images(run, concept)
-    config = config.named(concept.class_name)
+    config = config.with_class_name(concept.class_name)
     encoder_dtype = torch.bfloat16 if config.optim.precision == "bf16" else torch.float32
     pipeline = load_pipeline(str(config.pipeline), encoder_dtype=encoder_dtype)
     check_resolution(pipeline, config.resolution)
@@ -461,7 +461,7 @@ def _personalize(config: DreamBoothConfig, run: DreamBoothFolder, console: Conso
 
 
 def _check_images(run: DreamBoothFolder, concept: Concept) -> None:
-    """Check that the images of a resumed run have not changed."""
+    """Check that a resumed run's images have not changed."""
     stored = read(RunInfo, run.path).data
     if stored.digest not in (None, concept.digest()):
         expected, actual = stored.sizes.get("train"), len(concept.paths)
@@ -474,7 +474,7 @@ def _check_images(run: DreamBoothFolder, concept: Concept) -> None:
 def _training_set(
     pipeline: StableDiffusion3Pipeline, config: DreamBoothConfig, device: torch.device, prompt: str, concept: Concept
 ) -> TrainingSet:
-    """Encode images and prompt."""
+    """Encode the images and the prompt."""
     embedded = embed_prompts(pipeline, [prompt], device, config.max_sequence_length)[0]
     images = encode_images(pipeline, concept.images(), device, config.resolution, flip=config.flip)
     return TrainingSet(images, embedded)
@@ -487,7 +487,7 @@ def _finish(
     run: DreamBoothFolder,
     console: Console,
 ) -> None:
-    """Save the adapter, generate sample images, and write results and report."""
+    """Save the adapter, generate sample images, and write the results and the report."""
     config = trainer.config
     with reporting_write_errors(run.adapter):
         save_trained(trainer.model, run.adapter)

@@ -27,13 +27,13 @@ class LanguageConfig(RunSettings):
         optim: Batches, optimizer and precision.
         run: Folder, seed and device.
         data: JSON file with a list of objects with instruction, input, output and answer, e.g. commonsense_170k.json.
-        model: Causal language model: a local folder in transformers format or a hub name.
-        template: Prompt template file with {instruction} and {input}; defaults to a plain built-in template.
-        max_length: Maximum length of prompt and response in tokens; longer sequences are truncated.
+        model: Causal language model: a local folder in transformers format, or a hub name.
+        template: Prompt template file with {instruction} and {input}; defaults to a built-in template.
+        max_length: Maximum number of tokens in prompt and response; longer sequences are truncated.
         learn_prompt: Also compute the loss on prompt tokens, as the benchmark's script does.
         epochs: Training epochs.
-        warmup_steps: Learning rate warmup steps, before linear decay to 0.
-        val_size: Number of held-out entries; their loss is evaluated each epoch.
+        warmup_steps: Number of learning rate warmup steps, before linear decay to 0.
+        val_size: Number of held-out entries, whose loss is evaluated each epoch.
         base: Dtype of the frozen weights: fp32, or bf16 for half the memory; bf16 rounds small updates away.
     """
 
@@ -69,7 +69,7 @@ class LanguageConfig(RunSettings):
     base: Literal["fp32", "bf16"] = "fp32"
 
     def errors(self) -> list[str]:
-        """Check all settings that need neither data nor model."""
+        """Validate all settings that need neither data nor model."""
         errors = [*self._template_errors(), *super().errors(), *self.method_errors()]
         return [*self.missing_errors(is_started=self.run.resume), *errors]
 
@@ -84,7 +84,7 @@ RESULT_FILE = "language.json"
 
 
 class LanguageFolder(RunFolderOf[LanguageConfig]):
-    """Paths and small files of an instruction fine-tuning run."""
+    """Run folder of instruction fine-tuning."""
 
     settings_type = LanguageConfig
     files = (*RunFolderOf.files, RESULT_FILE)

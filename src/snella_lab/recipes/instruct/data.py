@@ -1,4 +1,4 @@
-"""Instruction data in the JSON format of the commonsense benchmark."""
+"""Instruction data in the commonsense benchmark's JSON format."""
 
 import json
 import re
@@ -23,11 +23,11 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "ARC-Challenge": _NUMBERED,
     "openbookqa": _NUMBERED,
 }
-"""Answer choices by task; tasks are named like the benchmark's folders."""
+"""Answer choices by task, named like the benchmark's folder."""
 
 
 def extract_answer(task: str, text: str) -> str:
-    """Return the first answer choice in a text, or an empty string if there is none.
+    """Return the first answer choice in a text, or an empty string.
 
     Args:
         task: Key of `CHOICES`.
@@ -42,10 +42,10 @@ _TEST_FILE = "test.json"
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction entry.
+    """An entry of an instruction file.
 
     Attributes:
-        instruction: Question with its answer choices.
+        instruction: Question with answer choices.
         input: Optional context; usually empty.
         output: Target response, e.g. "the correct answer is true".
         answer: Correct choice, e.g. "true".
@@ -62,11 +62,11 @@ def read_instructions(path: str | Path, choices: tuple[str, ...] | None = None) 
 
     Args:
         path: JSON file with a list of objects with `instruction`, `output`, `answer` and optionally `input`.
-        choices: Allowed values of `answer`; any if None.
+        choices: Allowed values of `answer`; None allows any.
 
     Raises:
-        FileNotFoundError: The file does not exist; the message suggests similar names.
-        ValueError: The file is not a list of entries, is empty, or has invalid entries; the message counts them and
+        FileNotFoundError: If the file does not exist; the message suggests similar names.
+        ValueError: If the file is not a nonempty list of entries, or has invalid entries; the message counts them and
             lists the first ones.
     """
     file = Path(path).expanduser()
@@ -77,8 +77,8 @@ def read_instructions(path: str | Path, choices: tuple[str, ...] | None = None) 
     except ValueError as error:
         raise ValueError(f"'{file}' is not readable JSON: {error}") from None
     if not isinstance(entries, list) or not entries:
-        kind = "an empty list" if entries == [] else type(entries).__name__
-        raise ValueError(f"'{file}' must contain a list of objects with instruction, output and answer, got {kind}")
+        content = "an empty list" if entries == [] else type(entries).__name__
+        raise ValueError(f"'{file}' must contain a list of objects with instruction, output and answer, got {content}")
     messages = (_error(entry, choices) for entry in entries)
     errors = [f"entry {number}: {message}" for number, message in enumerate(messages) if message]
     if errors:
@@ -90,15 +90,15 @@ def read_instructions(path: str | Path, choices: tuple[str, ...] | None = None) 
 
 
 def read_benchmark(folder: str | Path, choices: dict[str, tuple[str, ...]]) -> dict[str, list[Instruction]]:
-    """Read the test files of all known tasks in a folder, `FOLDER/TASK/test.json`.
+    """Read `FOLDER/TASK/test.json` of all tasks in a folder.
 
     Args:
         folder: Benchmark folder.
         choices: Answer choices by task name.
 
     Raises:
-        FileNotFoundError: The folder does not exist or contains none of the tasks; the message lists its subfolders.
-        ValueError: A test file is invalid.
+        FileNotFoundError: If the folder does not exist or contains no known task; the message lists its subfolders.
+        ValueError: If a test file is invalid.
     """
     root = Path(folder).expanduser()
     if not root.is_dir():
@@ -107,14 +107,14 @@ def read_benchmark(folder: str | Path, choices: dict[str, tuple[str, ...]]) -> d
     if not files:
         folders = sorted(child.name for child in root.iterdir() if child.is_dir())
         raise FileNotFoundError(
-            f"'{root}' must contain at least one of {', '.join(f'{name}/{_TEST_FILE}' for name in choices)}, got the "
+            f"'{root}' must contain at least one of {', '.join(f'{name}/{_TEST_FILE}' for name in choices)}, got "
             f"folders: {listed(folders) if folders else 'none'}"
         )
     return {name: read_instructions(file, choices[name]) for name, file in files.items()}
 
 
 def _error(entry: Any, choices: tuple[str, ...] | None) -> str:
-    """Return the error of an entry, or an empty string for a valid one."""
+    """Return an entry's error, or an empty string if it is valid."""
     if not isinstance(entry, dict):
         return f"must be an object, got {type(entry).__name__}"
     for name in ("instruction", "output"):
@@ -138,12 +138,11 @@ class Template:
     """Prompt template with `{instruction}` and an optional `{input}`.
 
     Args:
-        path: Template file. Without `{input}`, the input follows the instruction. None selects a plain built-in
-            template.
+        path: Template file; without `{input}`, the input follows the instruction. None selects a built-in template.
 
     Raises:
-        FileNotFoundError: The file does not exist.
-        ValueError: The template has no `{instruction}`.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the template has no `{instruction}`.
     """
 
     def __init__(self, path: str | Path | None = None) -> None:
@@ -163,18 +162,18 @@ class Template:
         """Return the prompt of an entry."""
         text = self.with_input if entry.input else self.plain
         before, _, after = text.partition("{instruction}")
-        # substitute separately, because braces inside an instruction are literal
+        # substitute one at a time, because braces in an instruction are literal
         return before.replace("{input}", entry.input) + entry.instruction + after.replace("{input}", entry.input)
 
 
 def encode(tokenizer: Any, prompt: str, response: str, max_length: int, *, learn_prompt: bool) -> dict[str, list[int]]:
-    """Tokenize prompt, response and end token, and build the labels.
+    """Tokenize prompt, response and end token, and create the labels.
 
     Args:
         tokenizer: Tokenizer of the model.
         prompt: Filled template.
         response: Target response.
-        max_length: Maximum length in tokens; longer sequences are truncated at the end.
+        max_length: Maximum number of tokens; longer sequences are truncated at the end.
         learn_prompt: Also use the prompt tokens as labels.
 
     Returns:
@@ -190,7 +189,7 @@ def encode(tokenizer: Any, prompt: str, response: str, max_length: int, *, learn
 
 
 def pad_right(items: Sequence[dict[str, list[int]]], pad_id: int) -> dict[str, Tensor]:
-    """Collate a training batch with padding on the right."""
+    """Collate a training batch, padded on the right."""
     length = max(len(item["input_ids"]) for item in items)
     rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
     for item in items:
@@ -202,7 +201,7 @@ def pad_right(items: Sequence[dict[str, list[int]]], pad_id: int) -> dict[str, T
 
 
 def pad_left(prompts: Sequence[list[int]], pad_id: int) -> dict[str, Tensor]:
-    """Collate prompts for generation with padding on the left."""
+    """Collate prompts for generation, padded on the left."""
     length = max(map(len, prompts))
     ids = [[*[pad_id] * (length - len(prompt)), *prompt] for prompt in prompts]
     mask = [[*[0] * (length - len(prompt)), *[1] * len(prompt)] for prompt in prompts]

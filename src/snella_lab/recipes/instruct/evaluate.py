@@ -37,19 +37,19 @@ def evaluate_language(
     overwrite: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a run on every task in a folder.
+    """Evaluate a run on all tasks in a folder.
 
-    Each answer is appended to `RUN/answers/TASK.jsonl`. An interrupted call resumes after the last answer. The
-    arguments are the options of `snella evaluate-language`, and a console for the progress bar.
+    Answers are appended to `RUN/answers/TASK.jsonl`; an interrupted call resumes after the last one. The arguments are
+    the options of `snella evaluate-language`, and a console for the progress bar.
 
     Returns:
         `{"tasks": {name: {"accuracy", "right", "questions", "unanswered"}}, "mean": …}`, also written to
         `RUN/language.json`.
 
     Raises:
-        FileNotFoundError: The run, adapter, data or model does not exist.
-        FileExistsError: The run has answers generated with other settings.
-        ValueError: The data are invalid, the run has another task, or a number is out of range.
+        FileNotFoundError: If the run, adapter, data or model does not exist.
+        FileExistsError: If the run has answers generated with other settings.
+        ValueError: If the data are invalid, the run belongs to another command, or a number is out of range.
     """
     numbers = {"beams": beams, "max_new_tokens": max_new_tokens, "batch_size": batch_size, "limit": limit}
     errors = [
@@ -93,7 +93,7 @@ def evaluate_language(
 
 
 class _AnswerGenerator:
-    """Fine-tuned model with tokenizer, template and decoding settings."""
+    """Fine-tuned model, tokenizer, template and decoding settings."""
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class _AnswerGenerator:
 
     @torch.no_grad()
     def __call__(self, entries: Sequence[Instruction]) -> list[str]:
-        """Generate the answers to a batch of entries."""
+        """Generate answers to a batch of entries."""
         prompts = [list(self.tokenizer(self.template.fill(entry)).input_ids) for entry in entries]
         prompts = [ids[:-1] if ids[-1] == self.tokenizer.eos_token_id else ids for ids in prompts]
         batch = {name: value.to(self.device) for name, value in pad_left(prompts, self.tokenizer.pad_token_id).items()}
@@ -133,20 +133,20 @@ class _AnswerGenerator:
 
 
 def _row(task: str, entry: Instruction, text: str) -> dict[str, Any]:
-    """Build the record of one answer."""
+    """Build the record of an answer."""
     predicted = extract_answer(task, text)
     return {"text": text, "predicted": predicted, "answer": entry.answer, "right": predicted == entry.answer}
 
 
 def _scores(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Compute the accuracy of a task; an answer without a choice counts as wrong."""
+    """Compute the accuracy on a task; an answer without a choice counts as wrong."""
     correct = sum(row["right"] for row in rows)
     unanswered = sum(not row["predicted"] for row in rows)
     return {"accuracy": correct / len(rows), "right": correct, "questions": len(rows), "unanswered": unanswered}
 
 
 def _read_answers(run: LanguageFolder, task: str, settings: dict[str, Any], overwrite: bool) -> list[dict[str, Any]]:
-    """Read existing answers and drop a truncated last line; the first line of the file contains the settings."""
+    """Read existing answers, without a truncated last line; the first line contains the settings."""
     path = run.path / "answers" / f"{task}.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
     rows = []

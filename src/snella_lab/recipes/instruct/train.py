@@ -50,7 +50,7 @@ def load_model(name: str, dtype: torch.dtype) -> nn.Module:
     """Load a model onto the CPU.
 
     Args:
-        name: Local folder in transformers format or hub name; `load_pretrained` describes the errors.
+        name: Local folder in transformers format, or hub name; see `load_pretrained` for errors.
         dtype: Dtype of the weights.
     """
     model: nn.Module = load_pretrained(AutoModelForCausalLM, name, "model", dtype=dtype)
@@ -58,9 +58,9 @@ def load_model(name: str, dtype: torch.dtype) -> nn.Module:
 
 
 def load_tokenizer(name: str) -> Any:
-    """Load the tokenizer of a model; raises the errors of `load_model`.
+    """Load the tokenizer of a model; see `load_pretrained` for errors.
 
-    A tokenizer without a padding token uses its unknown token, or else its end token; padding is masked.
+    A tokenizer without a padding token pads with its unknown token, else with its end token; padding is masked.
     """
     tokenizer = load_pretrained(AutoTokenizer, name, "model")
     if tokenizer.pad_token_id is None:
@@ -72,7 +72,7 @@ class LanguageTrainer(CheckpointingTrainer):
     """Trainer for instruction fine-tuning."""
 
     def _not_finite(self, what: str, value: float) -> NonFiniteLossError:
-        """Build the error for a non-finite loss or gradient."""
+        """Return the error for a non-finite loss or gradient."""
         return NonFiniteLossError(
             f"{what} became {value} in step {self.state.global_step + 1} of {self.state.max_steps}; the "
             f"last checkpoint in {self.run_folder.checkpoints} is kept; start a new run with a lower --lr (now "
@@ -85,7 +85,7 @@ class LanguageProgress(TrainerCallback):
 
     Args:
         console: Output console; the progress bar appears only on a terminal.
-        allocation: Callback that owns the allocator; None without budgets.
+        allocation: Callback with the allocator; None without budgets.
         show_bar: Show a progress bar.
     """
 
@@ -113,7 +113,7 @@ class LanguageProgress(TrainerCallback):
             f"{name} {logs[key]:.4f}" for key, name in (("loss", "loss"), ("eval_loss", "held-out loss")) if key in logs
         ]
         if shown:
-            budget = "" if self.budget() is None or "loss" not in logs else f"  {self.budget():,} weights kept"
+            budget = "" if self.budget() is None or "loss" not in logs else f"  budget {self.budget():,}"
             epoch = f"epoch {state.epoch:>5.2f}/{state.num_train_epochs}"
             print_line(self.console, f"{epoch}  {'  '.join(shown)}{budget}")
 
@@ -158,25 +158,25 @@ _Item = dict[str, list[int]]
 
 
 def fine_tune(config: LanguageConfig, console: Console | None = None) -> LanguageFolder:
-    """Fine-tune a causal language model on instructions and write a complete run folder.
+    """Fine-tune a causal language model on instructions and write the run folder.
 
-    The run saves the adapter of the last epoch.
+    The adapter of the last epoch is saved.
 
     Args:
-        config: Settings. With `resume`, the stored run and its settings are resumed from the last checkpoint.
-        console: Output console; standard output if None.
+        config: Settings. `resume` continues the stored run, with its settings, from the last checkpoint.
+        console: Output console; stdout if None.
 
     Returns:
         The folder of the finished run.
 
     Raises:
-        FileExistsError: The folder contains a run, and neither `resume` nor `overwrite` is set.
-        RunInUseError: Another process is writing to the folder.
-        FileNotFoundError: Data or model do not exist.
-        ValueError: The data are invalid, settings conflict, or the data of a resumed run have changed.
-        TrainingInterrupted: Training was interrupted; a checkpoint is saved.
-        NonFiniteLossError: The loss became infinite or NaN; the last checkpoint is kept.
-        CheckpointError: The disk is full (the last checkpoint is kept), or the resumed checkpoint is damaged.
+        FileExistsError: If the folder contains a run, and neither `resume` nor `overwrite` is set.
+        RunInUseError: If another process is writing to the folder.
+        FileNotFoundError: If data or model do not exist.
+        ValueError: If the data are invalid, settings conflict, or a resumed run's data have changed.
+        TrainingInterrupted: If training was interrupted; a checkpoint is saved.
+        NonFiniteLossError: If the loss became infinite or NaN; the last checkpoint is kept.
+        CheckpointError: If the disk is full (the last checkpoint is kept), or the resumed checkpoint is damaged.
     """
     console = console or make_console(survives_closed_output=True)
     run = LanguageFolder(str(config.run.out))
@@ -259,7 +259,7 @@ def _fine_tune(config: LanguageConfig, run: LanguageFolder, console: Console) ->
 
 
 def _encode_data(config: LanguageConfig, tokenizer: Any) -> tuple[list[_Item], list[_Item], list[str]]:
-    """Return encoded training entries, held-out entries and notes for the user."""
+    """Return the encoded training entries, held-out entries, and notes for the user."""
     entries = read_instructions(str(config.data))
     template = Template(config.template)
     items = [

@@ -56,16 +56,16 @@ def test_defaults_are_the_settings_of_the_paper():
 
 
 def test_prompts_contain_token_and_class():
-    settings = config(prior_weight=1.0).named("dog")
+    settings = config(prior_weight=1.0).with_class_name("dog")
     assert (settings.prompt, settings.class_prompt) == ("a photo of sks dog", "a photo of dog")
-    assert config(class_name="puppy", token="xyz").named("dog").prompt == "a photo of xyz puppy"
-    assert config(prompt="my sks").named(None).prompt == "my sks"
+    assert config(class_name="puppy", token="xyz").with_class_name("dog").prompt == "a photo of xyz puppy"
+    assert config(prompt="my sks").with_class_name(None).prompt == "my sks"
     with pytest.raises(
         ValueError, match=r"class_name must be .*, got none, and folder:dog does not define it; set it, or set pro"
     ):
-        config().named(None)
+        config().with_class_name(None)
     with pytest.raises(ValueError, match="set it, or set class_prompt"):
-        config(prompt="my sks", prior_weight=1.0).named(None)
+        config(prompt="my sks", prior_weight=1.0).with_class_name(None)
 
 
 def test_command_line_parses_the_settings():

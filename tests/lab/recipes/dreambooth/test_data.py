@@ -83,7 +83,7 @@ def test_folder_without_valid_images_is_rejected(dataset, tmp_path):
 def test_invalid_specification_is_rejected(dataset):
     with pytest.raises(ValueError, match=r"folder:PATH .* or dreambooth:PATH .*, got 'digits'"):
         load_concept("digits")
-    with pytest.raises(ValueError, match=r"subject selects a folder in dreambooth:PATH, got 'dog6' with 'folder:"):
+    with pytest.raises(ValueError, match=r"subject is only valid with dreambooth:PATH, got 'dog6' with 'folder:"):
         load_concept(f"folder:{dataset}", "dog6")
     with pytest.raises(FileNotFoundError, match=r"folder:.*vas: no folder 'vas' in .*; nearest: 'vase'"):
         load_concept(f"folder:{dataset / 'vas'}")

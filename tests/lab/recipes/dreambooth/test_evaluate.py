@@ -122,7 +122,7 @@ def test_prompts_come_from_the_option_or_a_file(runs, tmp_path):
     assert select_prompts(runs / "toy", None, file) == ["sks toy on a tray"]
     assert select_prompts(runs / "toy", "as typed", None) == ["as typed"]
     for prompt, prompt_file, shown in ((None, None, "neither"), ("a", file, "both")):
-        with pytest.raises(ValueError, match=f"must be given, got {shown}; pass e.g. --prompt"):
+        with pytest.raises(ValueError, match=f"must be set, got {shown}; pass e.g. --prompt"):
             select_prompts(runs / "toy", prompt, prompt_file)
 
 
@@ -130,24 +130,24 @@ def test_other_images_are_not_overwritten(runs, tmp_path):
     out = tmp_path / "out"
     generate(runs / "toy", ["sks"], out, pictures=1, device="cpu")
     with pytest.raises(
-        FileExistsError, match=r"out=.*out contains images of other settings and other prompts or seeds; ch"
+        FileExistsError, match=r"out=.*out contains images from other settings and other prompts or seeds; ch"
     ):
         generate(runs / "toy", ["sks sks"], out, pictures=1, steps=2, device="cpu")
-    with pytest.raises(FileExistsError, match="contains images of another adapter; choose another folder"):
+    with pytest.raises(FileExistsError, match="contains images from another adapter; choose another folder"):
         generate(runs / "toy2", ["sks"], out, pictures=1, device="cpu")
     generate(runs / "toy", ["sks"], out, pictures=1, seed=7, device="cpu", overwrite=True)
     assert sorted(path.name for path in out.iterdir()) == ["00-7.png", "images.json"]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="mine contains other files; choose an empty or a new folder"):
+    with pytest.raises(FileExistsError, match="mine contains other files; choose an empty or new folder"):
         generate(runs / "toy", ["sks"], tmp_path / "mine", device="cpu", overwrite=True)
-    with pytest.raises(FileExistsError, match=r"letter.txt must be a folder, got a file"):
+    with pytest.raises(FileExistsError, match=r"out must be a folder, got the file .*letter.txt"):
         generate(runs / "toy", ["sks"], tmp_path / "mine" / "letter.txt", device="cpu")
 
 
 def test_invalid_numbers_and_folders_are_rejected(runs, tmp_path, clip_folder, dino_folder):
     with pytest.raises(
-        ValueError, match=r"pictures must be at least 1, got 0; steps must .* got 0; prompt must be given"
+        ValueError, match=r"pictures must be at least 1, got 0; steps must .* got 0; prompt is required"
     ):
         generate(runs / "toy", [], tmp_path / "out", pictures=0, steps=0)
     with pytest.raises(ValueError, match="pictures must be at least 1, got -1"):

@@ -61,7 +61,7 @@ def test_empty_token_leaves_a_single_space():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a dog\na {0} {1}\n", r"1 of 2 prompts have no \{0\}: 'a dog'; write the subject's token as \{0\}"),
+        ("a dog\na {0} {1}\n", r"1 of 2 prompts lack \{0\}: 'a dog'; write one prompt per line"),
         ("a {0} {2}\n{} and {0}", r"placeholders other than \{0\} and \{1\}: \{2\} in 'a \{0\} \{2\}', \{\} in"),
         ("# nothing\n", "no prompts"),
         ("prompt_list = [\n]\n", "no prompts"),

@@ -62,5 +62,5 @@ def test_missing_path_suggests_existing_ones(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"must be a folder with TASK/test.json, got '.*nowhere'"):
         read_benchmark(tmp_path / "nowhere", CHOICES)
     write(tmp_path / "BoolQ" / "test.json", [ENTRY])
-    with pytest.raises(FileNotFoundError, match=r"one of boolq/test.json, piqa/test.json, got the folders: BoolQ"):
+    with pytest.raises(FileNotFoundError, match=r"one of boolq/test.json, piqa/test.json, got folders: BoolQ"):
         read_benchmark(tmp_path, CHOICES)

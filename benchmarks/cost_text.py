@@ -1,4 +1,4 @@
-"""Format cost estimates: units, two significant digits, and notes on the method."""
+"""Text of cost estimates: times, FLOP, memory and a note on the method."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _WIDTH = 120
 
 
 def notes_text(speed: RowSpeed, is_gpu_measured: bool) -> str:
-    """Describe the method of the cost estimates."""
+    """Describe how costs are estimated."""
     small, large = BATCHES
     per_weight_ns = f"{1e9 * speed.step.per_weight_s:.2g} ns"
     rate = f"{float(f'{1e-9 / speed.step.per_flop_s:.2g}'):,.0f} GFLOP/s"
@@ -35,7 +35,7 @@ def markdown_table(head: list[str], lines: list[list[str]]) -> str:
 
 
 def time_text(total_s: float) -> str:
-    """Format a duration with two digits and a suitable unit."""
+    """Format a duration with two significant digits in a suitable unit."""
     for unit, size, limit in _UNITS:
         if total_s < limit * size:
             return f"{_two_digits(total_s / size)} {unit}"

