@@ -455,7 +455,7 @@ def inspect(
     from snella_app.plugins import plugin
     from snella_app.records import RunInfo, read
     from snella_app.report.inspect import inspect_run
-    from snella_app.runs.evaluate import redraw_report
+    from snella_app.runs.evaluate import rewrite_report
     from snella_app.runs.folder import RunFolder
 
     backbone_options: dict[str, Any] = {"batch": batch, "img_size": img_size, "r": r, "dtype": dtype, "device": device}
@@ -483,7 +483,7 @@ def inspect(
                 f"snella train --out {folder.path} --resume",
             )
     if run is not None and report:
-        draw = plugin("reports", read(RunInfo, run).task) or redraw_report
+        draw = plugin("reports", read(RunInfo, run).task) or rewrite_report
         print_line(console, f"report: {draw(run)}")
 
 
@@ -610,13 +610,13 @@ def _write_sheet(image: Any, sheet: str) -> None:
     """Write an image as PNG, atomically."""
     import io
 
-    from snella_app.files import made_folder, write_bytes
+    from snella_app.files import ensure_folder, write_bytes
 
     path, content = Path(sheet), io.BytesIO()
     if path.suffix.lower() != ".png":
         raise ValueError(f"sheet must be a PNG file, got {sheet!r}; write {str(path.with_suffix('.png'))!r}")
     image.save(content, "PNG")
-    with made_folder(path.parent):
+    with ensure_folder(path.parent):
         write_bytes(path, content.getvalue())
 
 

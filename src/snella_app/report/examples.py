@@ -95,7 +95,7 @@ ImageSource = Mapping[int, Image.Image | None] | Callable[[int], Image.Image | N
 
 
 @dataclass(frozen=True)
-class Picture:
+class EmbeddedImage:
     """Image embedded in a page as a data URI; `problem` explains a missing image."""
 
     uri: str | None = None
@@ -116,16 +116,16 @@ def choose_examples(items: Sequence[Prediction], limit: int = 24) -> tuple[list[
     return wrong[:n_wrong], [right[i * len(right) // n_right] for i in range(n_right)]
 
 
-def load_picture(index: int, images: ImageSource | None, longest: int = 176) -> Picture:
+def embed_image(index: int, images: ImageSource | None, longest: int = 176) -> EmbeddedImage:
     """Load an image by its index; a read error is stored in `problem` instead of raised."""
     try:
         image = images(index) if callable(images) else (images or {}).get(index)
-        return Picture(problem="image unavailable") if image is None else Picture(*picture_uri(image, longest))
+        return EmbeddedImage(problem="image unavailable") if image is None else EmbeddedImage(*image_data_uri(image, longest))
     except OSError as error:
-        return Picture(problem=f"cannot be read: {error}")
+        return EmbeddedImage(problem=f"cannot be read: {error}")
 
 
-def picture_uri(image: Image.Image, longest: int = 176) -> tuple[str, int, int]:
+def image_data_uri(image: Image.Image, longest: int = 176) -> tuple[str, int, int]:
     """Return a base64 PNG of at most `longest` pixels per side, with its width and height.
 
     Smaller images keep their size; the page enlarges them without smoothing.

@@ -49,7 +49,7 @@ from snella_app.report.allocation import (
     importance_curves,
     sparsity_map,
 )
-from snella_app.report.examples import ImageSource, Picture, choose_examples, load_picture, picture_uri
+from snella_app.report.examples import ImageSource, EmbeddedImage, choose_examples, embed_image, image_data_uri
 from snella_app.report.inspect import AdapterFile, current_budgets, read_adapter
 from snella_app.report.style import inline_svg
 from snella_app.report.updates import adapter_updates, deepest_query, draw_updates
@@ -308,7 +308,7 @@ def examples_section(
     def example(item: Prediction) -> dict[str, Any]:
         return {
             "name": item.name,
-            "picture": load_picture(item.index, images),
+            "picture": embed_image(item.index, images),
             "is_right": item.is_right,
             "predicted": info.classes[item.predicted],
             "probability": item.probability,
@@ -336,7 +336,7 @@ def heat_maps_section(folder: Path, info: RunInfo, predictions: Predictions | No
         if item is not None:
             with open_image(path) as image:
                 by = image.info["by"]
-                picture = Picture(*picture_uri(image, _LONGEST))
+                picture = EmbeddedImage(*image_data_uri(image, _LONGEST))
             names = {"predicted": info.classes[item.predicted], "label": info.classes[item.label]}
             entries.append({"item": item, "picture": picture, "by": by, **names})
     return sorted(entries, key=lambda entry: (entry["item"].is_right, -entry["item"].probability))

@@ -25,7 +25,7 @@ from snella_app.text import percent_text
 _PREFIX = "base_model.model."
 _QUERY = re.compile(r"(^|[._])(to_)?(q|query|q_proj)$")
 _LORA_ALPHA = 8  # PEFT's default
-MOST_CELLS = 128
+MAX_CELLS = 128
 """Maximum cells along the longer side of a drawn matrix."""
 
 UpdateSource = tuple[dict[str, tuple[int, int]], Callable[[str], Tensor]]
@@ -143,7 +143,7 @@ def part_names(module: str, groups: int, infos: Mapping[str, MatrixInfo]) -> lis
     return [f"{module}.{part}" for part in ("qkv" if groups == 3 else map(str, range(groups)))]
 
 
-def _downsample(values: Tensor, side: int = MOST_CELLS) -> np.ndarray:
+def _downsample(values: Tensor, side: int = MAX_CELLS) -> np.ndarray:
     """Downsample a matrix to at most `side` cells per side; each cell holds its entry of largest magnitude."""
     rows, columns = (max(1, -(-size // side)) for size in values.shape)
     padded = torch.nn.functional.pad(values, (0, -values.shape[1] % columns, 0, -values.shape[0] % rows))

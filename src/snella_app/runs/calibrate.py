@@ -76,19 +76,19 @@ def expected_calibration_error(bins: list[ReliabilityBin]) -> float:
     return sum(b.count * abs(b.accuracy - b.confidence) for b in bins) / total
 
 
-def reliability_bins(confidence: Tensor, is_right: Tensor) -> list[ReliabilityBin]:
+def reliability_bins(confidence: Tensor, is_correct: Tensor) -> list[ReliabilityBin]:
     """Group images by confidence into up to 15 bins of equal size, with at least 12 images each.
 
     Images with equal confidence share a bin.
 
     Args:
         confidence: Highest probability of each image, `[images]`, in [0, 1].
-        is_right: True for correct predictions, `[images]`, boolean.
+        is_correct: True for correct predictions, `[images]`, boolean.
     """
     if not len(confidence):
         return []
     order = confidence.argsort(stable=True)
-    ranked, right = confidence[order].double(), is_right[order].double()
+    ranked, right = confidence[order].double(), is_correct[order].double()
     count = max(1, min(MAX_BINS, len(ranked) // _PER_BIN))
     quantile_indices = torch.tensor(
         [round(number * len(ranked) / count) for number in range(1, count)], dtype=torch.long
@@ -104,19 +104,19 @@ def reliability_bins(confidence: Tensor, is_right: Tensor) -> list[ReliabilityBi
     ]
 
 
-def unsure_threshold(confidence: Tensor, is_right: Tensor) -> tuple[float | None, float, float]:
+def unsure_threshold(confidence: Tensor, is_correct: Tensor) -> tuple[float | None, float, float]:
     """Find the lowest confidence threshold that halves the error rate.
 
     Args:
         confidence: Highest probability of each image, `[images]`, in [0, 1].
-        is_right: True for correct predictions, `[images]`, boolean.
+        is_correct: True for correct predictions, `[images]`, boolean.
 
     Returns:
         Threshold, fraction of images at or above it, and their accuracy. If no threshold halves the error rate, or
         there are no errors: None, 1, and the accuracy of all images.
     """
     order = confidence.argsort(descending=True, stable=True)
-    sorted_confidence, wrong = confidence[order], (~is_right[order]).double()
+    sorted_confidence, wrong = confidence[order], (~is_correct[order]).double()
     error_rates = wrong.cumsum(0) / torch.arange(1, len(wrong) + 1)
     is_tie_end = torch.cat([sorted_confidence[1:] < sorted_confidence[:-1], torch.ones(1, dtype=torch.bool)])
     candidates = ((error_rates <= error_rates[-1] / 2) & is_tie_end).nonzero()  # `is_tie_end` keeps ties together

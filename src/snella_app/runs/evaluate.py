@@ -21,20 +21,20 @@ from snella_app.report.report import write_report
 from snella_app.runs.calibrate import calibrate
 from snella_app.runs.folder import RunFolder
 from snella_app.runs.images import (
-    PARTS,
-    changed_parts,
+    SPLITS,
+    changed_splits,
     check_splits,
-    encoded,
+    encode_targets,
     find_data,
     is_same_split,
     load_splits,
-    parts_of,
+    existing_splits,
 )
 from snella_app.runs.model import Ensemble, LoadedRun, get_task, load_run, unfinished_note
 from snella_app.tasks import Task, create_task
 
 
-def redraw_report(run: str | Path, console: Console | None = None) -> Path:
+def rewrite_report(run: str | Path, console: Console | None = None) -> Path:
     """Rewrite the report of a run from its files and validation images.
 
     If the images are missing or changed, the report has no images, and a note gives the reason.
@@ -69,7 +69,7 @@ def _shown_images(folder: RunFolder, stored: DataInfo) -> ImageDataset | None:
     splits = load_splits(dataclasses.replace(config.data, spec=spec), config.run.seed)
     name = "test" if splits.val is None else "val"
     check_splits(folder.path, stored, splits, (name,))
-    return parts_of(splits).get(name)
+    return existing_splits(splits).get(name)
 
 
 Split = Literal["auto", "train", "val", "test", "all"]
@@ -248,7 +248,7 @@ def calibrate_run(run: str | Path, *, batch_size: int = 32, device: str = "auto"
     if calibration is None:
         raise RuntimeError(f"run={folder.path} has {len(measured['val'][1])} validation images, too few to calibrate")
     folder.update("finished", calibration=plain(calibration))
-    redraw_report(folder.path)
+    rewrite_report(folder.path)
     return calibration
 
 
@@ -280,7 +280,7 @@ def images_for_run(
     chosen = _resolve_split(split, splits) if is_run_data else "all" if split == "auto" else split
     loaded.task.check_data(splits.train, _spec(loaded, data))
     if loaded.task.target != "class":
-        splits = encoded(splits, create_task(loaded.task.name, splits.classes))
+        splits = encode_targets(splits, create_task(loaded.task.name, splits.classes))
     return (
         splits,
         chosen,
@@ -312,7 +312,7 @@ def _load_splits(
         splits = load_splits(dataclasses.replace(images, spec=spec), seed)
         measured = _split_names(_resolve_split(split, splits))
         check_splits(loaded.folder.path, stored, splits, measured)
-        unknown = [name for name in parts_of(splits) if name in measured and name not in stored.contents]
+        unknown = [name for name in existing_splits(splits) if name in measured and name not in stored.contents]
         if unknown:
             splits.notes.append(
                 f"cannot check {', '.join(unknown)} for replaced images: the run did not read this split, so run.json "
@@ -324,7 +324,7 @@ def _load_splits(
         is_spec = isinstance(data, str)
         images = dataclasses.replace(images, spec=data if is_spec else images.spec)
         splits = load_splits(images, seed, None if is_spec else data)
-        changed = changed_parts(stored, splits, _split_names(_resolve_split(split, splits)))
+        changed = changed_splits(stored, splits, _split_names(_resolve_split(split, splits)))
         if is_same_split(stored, splits) and not changed:
             return splits, True
         if is_same_split(stored, splits):
@@ -350,12 +350,12 @@ def _resolve_split(split: Split, splits: DataSplits) -> Split:
 
 def _split_names(split: Split) -> Collection[str]:
     """Return the names of the evaluated splits."""
-    return PARTS if split == "all" else (split,)
+    return SPLITS if split == "all" else (split,)
 
 
 def _split_parts(splits: DataSplits, split: Split) -> list[ImageDataset]:
     """Return the datasets of a split."""
-    present = parts_of(splits)
+    present = existing_splits(splits)
     if split == "all":
         return list(present.values())
     if split not in present:

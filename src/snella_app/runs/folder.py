@@ -447,7 +447,7 @@ class RunFolder(RunFolderOf[TrainConfig]):
 
     settings_type = TrainConfig
 
-    def start_settings(self, config: TrainConfig) -> TrainConfig:
+    def init_from_settings(self, config: TrainConfig) -> TrainConfig:
         """Return the settings of a new run that starts from the trained weights of this one.
 
         Args:

@@ -95,7 +95,7 @@ class LayerProbe(nn.Module):
         """Return the backbone with its adapters."""
         return base_model(self.model)
 
-    def on(self, model: nn.Module) -> "LayerProbe":
+    def with_model(self, model: nn.Module) -> "LayerProbe":
         """Return the same probe on another model, such as the merged model."""
         linear = self.linear
         return LayerProbe(model, self.layers, linear.weight.detach(), linear.bias.detach()).to(linear.weight.device)

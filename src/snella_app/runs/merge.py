@@ -9,11 +9,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from snella.compat.sparse_file import tensors_bytes
-from snella_app.files import made_folder, write_bytes, write_json
+from snella_app.files import ensure_folder, write_bytes, write_json
 from snella_app.methods import merge_trained
 from snella_app.records import BackboneInfo, RunInfo, plain, record_from
 from snella_app.runs.layer_probe import LAYER_PROBE, layer_probe_snippet
-from snella_app.runs.model import LoadedRun, built_in_size, load_run, make_backbone
+from snella_app.runs.model import LoadedRun, fixed_image_size, load_run, make_backbone
 from snella_app.tasks import task_class
 
 _SUFFIX = ".safetensors"
@@ -59,7 +59,7 @@ def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> Path:
     loaded = load_run(run, device="cpu")
     if path.suffix == _SUFFIX:
         model = merged_model(loaded.model)
-        with made_folder(path.parent):
+        with ensure_folder(path.parent):
             write_bytes(path, tensors_bytes(_weights(model), run_metadata(loaded, model)))
             _write_final_head(loaded, _final_head_file(path))
     else:
@@ -83,7 +83,7 @@ def write_timm_folder(loaded: LoadedRun, path: Path, **entries: Any) -> nn.Modul
     """
     model = merged_model(loaded.model)
     config = {**_timm_config(loaded, model, str(path)), **entries}
-    with made_folder(path):
+    with ensure_folder(path):
         (path / _CONFIG).unlink(missing_ok=True)  # written last, since timm loads no folder without it
         _write_final_head(loaded, _final_head_file(path))
         write_bytes(path / _WEIGHTS, tensors_bytes(_weights(model), {"format": "pt"}))
@@ -127,7 +127,7 @@ def run_metadata(loaded: LoadedRun, model: nn.Module) -> dict[str, str]:
         "architecture": str(backbone.architecture),
         "backbone": str(backbone.name),
         "num_classes": str(backbone.num_classes),
-        "img_size": json.dumps(built_in_size(model)),
+        "img_size": json.dumps(fixed_image_size(model)),
         "model_args": json.dumps(_model_args(model)),
         "task": loaded.task.name,
         "task_state": json.dumps(loaded.task.state()),
@@ -152,7 +152,7 @@ def _timm_config(loaded: LoadedRun, model: nn.Module, out: str) -> dict[str, Any
             f"out must end with {_SUFFIX} for {noun}, which timm cannot build, got {out!r}; "
             f"use {out.rstrip('/') + _SUFFIX!r}"
         )
-    size = built_in_size(model)
+    size = fixed_image_size(model)
     arguments = _model_args(model) | ({} if size is None else {"img_size": size})
     timm_model: Any = model
     inherited = {name: value for name, value in dict(timm_model.pretrained_cfg).items() if name in _INHERITED_ENTRIES}

@@ -24,7 +24,7 @@ from snella_app.runs.model import Ensemble, LoadedRun, get_task_name, load_run
 from snella_app.tasks import Task, task_class
 from snella_app.tasks.predictions import Prediction
 
-__all__ = ["MAX_VIEWS", "Predictor", "check_order", "columns_of", "load", "predict", "predict_each", "task_of_run"]
+__all__ = ["MAX_VIEWS", "Predictor", "check_order", "table_columns", "load", "predict", "iter_predictions", "run_task_class"]
 
 _RUN_FILE = "run.json"
 _THREADS = 4  # decoding and resizing release the interpreter lock
@@ -107,7 +107,7 @@ class Predictor:
         """
         inputs, is_single = split_inputs(images, run_columns=self._columns, keep_missing=skip_corrupt)
         skip_corrupt = skip_corrupt and not is_single
-        predictions = list(self.each(inputs, tta=tta, unsure=unsure, skip_corrupt=skip_corrupt))
+        predictions = list(self.iter_predictions(inputs, tta=tta, unsure=unsure, skip_corrupt=skip_corrupt))
         return predictions[0] if is_single else predictions
 
     def features(self, images: Any) -> np.ndarray:
@@ -124,25 +124,25 @@ class Predictor:
         """
         inputs, is_single = split_inputs(images, run_columns=self._columns)
         rows: list[np.ndarray] = []
-        for _ in self.each(inputs, on_features=rows.append):
+        for _ in self.iter_predictions(inputs, on_features=rows.append):
             pass
         return rows[0] if is_single else np.stack(rows)
 
-    def prepare(self, images: Sequence[ImageInput]) -> Tensor:
+    def preprocess(self, images: Sequence[ImageInput]) -> Tensor:
         """Preprocess images into a batch `[images, channels, height, width]`."""
         named = [(image, str(_name(index, image))) for index, image in enumerate(images)]
         decoded = [read_input(image, name, self.loaded.reading) for image, name in named]
         return torch.stack([self.loaded.transform(image) for image in decoded])
 
-    def picture(self, prepared: Tensor) -> Image.Image:
+    def to_pil_image(self, preprocessed: Tensor) -> Image.Image:
         """Convert a preprocessed image back to RGB; for 2 or more than 4 channels, use their mean in grayscale."""
         config = self.loaded.info.data_config
         mean, std = (torch.tensor(config[name])[:, None, None] for name in ("mean", "std"))
-        pixels = (prepared.cpu() * std + mean).clamp(0, 1)
+        pixels = (preprocessed.cpu() * std + mean).clamp(0, 1)
         pixels = pixels[:3] if len(pixels) in (3, 4) else pixels.mean(0, keepdim=True).expand(3, -1, -1)
         return Image.fromarray((pixels * 255).round().to(torch.uint8).movedim(0, -1).numpy())
 
-    def each(
+    def iter_predictions(
         self,
         images: Sequence[ImageInput],
         *,
@@ -162,7 +162,7 @@ class Predictor:
             on_skipped: Called with each skipped image and the reason.
             on_features: Called with the features of each image, before its prediction is yielded.
         """
-        threshold = self.check_settings(tta, unsure)
+        threshold = self.resolve_threshold(tta, unsure)
         for paths, pictures, tensors in self._batches(images, skip_corrupt, on_skipped):
             outputs, features = self._outputs(tensors, tta, on_features is not None)
             predictions = self.loaded.task.image_predictions(paths, pictures, outputs)
@@ -174,9 +174,9 @@ class Predictor:
     @property
     def _columns(self) -> str | None:
         """Columns of the run's table."""
-        return columns_of(self.loaded.folder.path)
+        return table_columns(self.loaded.folder.path)
 
-    def check_settings(self, tta: int | None, unsure: Unsure) -> float | None:
+    def resolve_threshold(self, tta: int | None, unsure: Unsure) -> float | None:
         """Check settings of `each`, and return the probability for `unsure`."""
         if tta is not None and not 1 <= tta <= MAX_VIEWS:
             raise ValueError(f"tta must be between 1 and {MAX_VIEWS} views, got {tta}")
@@ -272,12 +272,12 @@ def load(run: str | Path | RunFolder, device: str = "auto", *, batch_size: int =
     return Predictor(load_run(folder, device), batch_size=batch_size)
 
 
-def columns_of(run: str | Path) -> str | None:
+def table_columns(run: str | Path) -> str | None:
     """Return the columns of a run's table; None for other data, or if the run does not exist (reported later)."""
     return RunFolder(run).read_config().data.columns if (Path(run) / "config.yaml").is_file() else None
 
 
-def task_of_run(run: str | Path) -> type[Task]:
+def run_task_class(run: str | Path) -> type[Task]:
     """Return the task class of a run; classification if the run does not exist (reported later)."""
     results = read_if_present(FoldResults, run)
     run = run if results is None or not results.rows else Path(run) / results.rows[0].folder
@@ -316,10 +316,10 @@ def predict(
         ValueError: If an image cannot be read, or `run` is an image.
     """
     options = {"skip_corrupt": skip_corrupt, "tta": tta, "unsure": unsure}
-    return list(predict_each(run, images, batch_size=batch_size, device=device, columns=columns, **options))
+    return list(iter_predictions(run, images, batch_size=batch_size, device=device, columns=columns, **options))
 
 
-def predict_each(
+def iter_predictions(
     run: str | Path | LoadedRun,
     images: Any,
     *,
@@ -328,7 +328,7 @@ def predict_each(
     columns: str | None = None,
     **options: Any,
 ) -> Iterator[Any]:
-    """Yield predictions of `predict` one by one; `options` are arguments of `Predictor.each`.
+    """Yield predictions of `predict` one by one; `options` are arguments of `Predictor.iter_predictions`.
 
     Paths are checked before the model is loaded.
     """
@@ -337,9 +337,9 @@ def predict_each(
     if not isinstance(run, LoadedRun):
         check_order(Path(run), images)
     folder = run.folder.path if isinstance(run, LoadedRun) else run
-    inputs, _ = split_inputs(images, columns, columns_of(folder), keep_missing=options.get("skip_corrupt", False))
+    inputs, _ = split_inputs(images, columns, table_columns(folder), keep_missing=options.get("skip_corrupt", False))
     loaded = run if isinstance(run, LoadedRun) else load_run(run, device)
-    yield from Predictor(loaded, batch_size=batch_size).each(inputs, **options)
+    yield from Predictor(loaded, batch_size=batch_size).iter_predictions(inputs, **options)
 
 
 def check_order(run: Path, images: Any) -> None:

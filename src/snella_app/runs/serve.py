@@ -79,7 +79,7 @@ class _PixelBudget:
         self._limit, self._used, self._lock = limit, 0.0, threading.Lock()
 
     @contextmanager
-    def holding(self, pixels: float) -> Iterator[bool]:
+    def reserve(self, pixels: float) -> Iterator[bool]:
         """Reserve pixels until the end of the block; yield True if they fit in the budget."""
         with self._lock:
             fits = self._used + pixels <= self._limit
@@ -137,7 +137,7 @@ def create_app(
     except ImportError as error:
         raise ImportError(_EXTRA) from error
     limits = limits or ServerLimits()
-    model.check_settings(tta, unsure)
+    model.resolve_threshold(tta, unsure)
     info = model.loaded.info
     about = {"task": info.task, "method": info.method, "backbone": info.backbone.name, "classes": model.classes}
     names = {"localhost", socket.gethostname().lower(), *(name.lower() for name in hosts)}
@@ -212,19 +212,19 @@ def create_app(
         if weight > limits.total_megapixels * 1e6:
             most = f"a request must have at most {limits.total_megapixels:g} million pixels"
             return JSONResponse({"error": f"{most}, got {weight / 1e6:.1f}; send fewer images per request"}, 413)
-        with budget.holding(weight) as fits:
+        with budget.reserve(weight) as fits:
             if not fits:
                 busy = "the server is busy with other requests; retry in a second"
                 return JSONResponse({"error": busy}, 503, {"Retry-After": "1"})
             images = [files[index].file.read() for index in usable]
             failed: dict[Path, str] = {}
-            predictions = model.each(images, tta=tta, unsure=unsure, skip_corrupt=True, on_skipped=failed.__setitem__)
+            predictions = model.iter_predictions(images, tta=tta, unsure=unsure, skip_corrupt=True, on_skipped=failed.__setitem__)
             for prediction in predictions:
                 answers[usable[_index(prediction.path)]].update(_answer(model, prediction))
         for path, reason in failed.items():
             answers[usable[_index(path)]]["error"] = f"not a readable image: {reason}"
-        is_any = any("error" not in answer for answer in answers)
-        return JSONResponse({"predictions": answers}, 200 if is_any else 422)
+        any_predicted = any("error" not in answer for answer in answers)
+        return JSONResponse({"predictions": answers}, 200 if any_predicted else 422)
 
     return app
 

@@ -159,7 +159,7 @@ class TaskBank:
         with self._lock:
             self._model, self._key = base, backbone_key
             self._cached.pop(name, None)
-            probe = None if loaded.probe is None else loaded.probe.on(base).to(self._device).eval()
+            probe = None if loaded.probe is None else loaded.probe.with_model(base).to(self._device).eval()
             self._tasks[name] = _Task(replace(loaded, model=base, probe=probe), updates, replaced)
 
     def remove(self, name: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from snella_app.data import read_image
-from snella_app.files import made_folder, write_bytes, write_json, write_text
+from snella_app.files import ensure_folder, write_bytes, write_json, write_text
 from snella_app.report.examples import overlay, write_mask
 from snella_app.text import utf8_text
 
@@ -191,7 +191,7 @@ def write_predictions(
     rows = [{"image": str(prediction.path), **prediction.row(top_k)} for prediction in predictions]
     path = Path(out)
     suffix = path.suffix.lower()
-    with made_folder(path.parent):
+    with ensure_folder(path.parent):
         if suffix == ".parquet":
             write_bytes(path, _parquet(rows))
         elif suffix == ".json":

@@ -26,7 +26,7 @@ from snella_app.console import print_line
 from snella_app.data.protocol import RunProtocol
 from snella_app.tasks import Task
 from snella_app.text import seconds_text
-from snella_app.training.checkpoints import CheckpointError, existing_file
+from snella_app.training.checkpoints import CheckpointError, require_file
 
 if TYPE_CHECKING:
     from snella_app.training.trainer import SnellaTrainer
@@ -107,7 +107,7 @@ class WeightAverage(TrainerCallback):
         Raises:
             CheckpointError: If the checkpoint has no averages, or has averages of other parameters.
         """
-        path = existing_file(checkpoint, _FILE)
+        path = require_file(checkpoint, _FILE)
         with safe_open(path, "pt") as file:
             names = set(file.keys())
             if names != set(self._averages):
@@ -171,7 +171,7 @@ class EpochEnds:
         Raises:
             CheckpointError: If the checkpoint has no values, or has values of other parameters.
         """
-        path = existing_file(checkpoint, _ENDS_FILE)
+        path = require_file(checkpoint, _ENDS_FILE)
         self._values = {}
         for key, value in load_file(path).items():
             number, name = key.split("/", 1)

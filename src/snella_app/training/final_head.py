@@ -103,13 +103,13 @@ def fit_layers(parts: RunComponents, train: ImageDataset, views: int, load: Load
     A first fit to the training images predicts the validation images. The final fit uses both splits.
 
     Args:
-        parts: Data and model; `start_layers` optionally contains the features of `train`.
+        parts: Data and model; `initial_layer_features` optionally contains the features of `train`.
         train: Training images.
         views: See `measure_features`.
         load: Function that returns batches.
     """
     outputs = parts.task.count_outputs(parts.splits.classes)
-    measured = measure_features(parts, train, views, load, parts.start_layers)
+    measured = measure_features(parts, train, views, load, parts.initial_layer_features)
     val = None if parts.splits.val is None else measure_features(parts, parts.splits.val, views, load)
     weight, bias = fit_linear(parts.task, measured, outputs)
     layers, val_outputs = probed_layers(parts.model), None

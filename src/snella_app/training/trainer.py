@@ -38,14 +38,14 @@ from snella_app.records import AveragedEpochs
 from snella_app.runs.folder import RunFolder, RunFolderOf
 from snella_app.training.build import RunComponents, epoch_sampler
 from snella_app.training.callbacks import EpochEnds, WeightAverage
-from snella_app.training.checkpoints import reading_checkpoint, remove_incomplete, reporting_write_errors, staged
+from snella_app.training.checkpoints import convert_read_errors, remove_incomplete, convert_write_errors, staged
 from snella_app.training.distributed import (
     ShardedBatches,
     is_main,
-    mean_of_all,
+    mean_across_processes,
     process_count,
-    process_number,
-    wait_for_others,
+    process_index,
+    wait_for_everyone,
 )
 from snella_app.training.feature_norm import FeatureNorm
 from snella_app.training.optimizer import build_optimizer
@@ -56,7 +56,7 @@ from snella_app.training.sharding import average_gradients, is_sharded
 _PROGRESS_FILE = "progress.json"
 
 
-class _StalledError(Exception):
+class _StoppedEarlyError(Exception):
     """Raised when the resumed run has already stopped early."""
 
 
@@ -77,8 +77,8 @@ class _StartCallback(TrainerCallback):
         if self.is_measured and state.global_step == 0 and not self.trainer.history:
             state.epoch = 0
             self.trainer.evaluate()
-        if self.trainer.has_stalled:
-            raise _StalledError
+        if self.trainer.has_stopped_early:
+            raise _StoppedEarlyError
 
 
 class CheckpointingTrainer(Trainer):
@@ -121,7 +121,7 @@ class CheckpointingTrainer(Trainer):
             NonFiniteLossError: If the loss is not finite; the step is discarded.
         """
         loss = super().training_step(model, inputs, num_items_in_batch)
-        value = mean_of_all(loss.item())
+        value = mean_across_processes(loss.item())
         if not math.isfinite(value):
             raise self._not_finite("the loss", value)
         self.last_loss = value
@@ -146,7 +146,7 @@ class CheckpointingTrainer(Trainer):
         """Write a checkpoint atomically in the main process, then remove older ones."""
         if is_main():
             self._write_checkpoint(model, trial)
-        wait_for_others()
+        wait_for_everyone()
 
     def store_flos(self) -> None:
         """No-op; FLOPs are not tracked, and the base class would gather them from all processes."""
@@ -171,18 +171,18 @@ class CheckpointingTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the trained weights and the trainer state."""
         checkpoint = Path(resume_from_checkpoint)
-        with reading_checkpoint(checkpoint):
+        with convert_read_errors(checkpoint):
             load_trained_into(self.trained_model, checkpoint)
             self._read_state(checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load the optimizer and scheduler states."""
-        with nullcontext() if checkpoint is None else reading_checkpoint(Path(checkpoint)):
+        with nullcontext() if checkpoint is None else convert_read_errors(Path(checkpoint)):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Load the random number generator states."""
-        with nullcontext() if checkpoint is None else reading_checkpoint(Path(checkpoint)):
+        with nullcontext() if checkpoint is None else convert_read_errors(Path(checkpoint)):
             super()._load_rng_state(checkpoint)
 
     def _write_state(self, checkpoint: Path, **values: Any) -> None:
@@ -304,7 +304,7 @@ class SnellaTrainer(CheckpointingTrainer):
         self._micro_step, self._step_loss = 0, 0.0
         self._sampler = epoch_sampler(train, self.task, data.sampler, parts.seed)
         self._is_sharded = is_sharded(model) and trained_part is None
-        self._shards = ShardedBatches(self._sampler, optim.effective_batch_size, process_number(), process_count())
+        self._shards = ShardedBatches(self._sampler, optim.effective_batch_size, process_index(), process_count())
         self._is_weighted = optim.accumulate > 1 or self._shards.count > 1
         super().__init__(
             model,
@@ -325,7 +325,7 @@ class SnellaTrainer(CheckpointingTrainer):
         """Train; a resumed run that has already stopped early is unchanged."""
         try:
             return super().train(*args, **kwargs)
-        except _StalledError:
+        except _StoppedEarlyError:
             self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
             return None
 
@@ -339,7 +339,7 @@ class SnellaTrainer(CheckpointingTrainer):
         ]
 
     @property
-    def has_stalled(self) -> bool:
+    def has_stopped_early(self) -> bool:
         """True after `early_stopping` epochs without improvement.
 
         Only evaluated epochs within the target budget count, so a run does not stop before it reaches the target
@@ -405,7 +405,7 @@ class SnellaTrainer(CheckpointingTrainer):
             self.log(row)
             if self.epoch_ends is not None and self.state.global_step > 0:
                 self.epoch_ends.add(round(self.state.epoch or 0))
-            if self.has_stalled:
+            if self.has_stopped_early:
                 self.control.should_training_stop = True
             if is_best:
                 self._save_adapter()
@@ -462,7 +462,7 @@ class SnellaTrainer(CheckpointingTrainer):
         """Write the run's adapter in the main process."""
         if self.args.should_save:
             folded = nullcontext() if self.feature_norm is None else self.feature_norm.folded()
-            with reporting_write_errors(self.run_folder.adapter), folded, self.run_folder.writing_adapter():
+            with convert_write_errors(self.run_folder.adapter), folded, self.run_folder.writing_adapter():
                 save_trained(self.trained_model, self.run_folder.adapter)
 
     def _selection_scores(self) -> dict[str, float]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from snella_app.files import made_folder, write_text
+from snella_app.files import ensure_folder, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -86,7 +86,7 @@ def write_plots(plots: Sequence[Plot], out: str | Path, *, overwrite: bool = Fal
             f"out={folder} already contains {existing[0].name!r}; choose another folder, or pass --overwrite "
             "(overwrite=True)"
         )
-    with made_folder(folder):
+    with ensure_folder(folder):
         paths = [path for plot in plots for path in write_figure(plot.draw(), folder, plot.name)]
         for path, rows in tables.items():
             write_text(path, csv_text(rows))

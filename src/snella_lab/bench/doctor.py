@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from snella_app.console import make_console, make_table, print_line
-from snella_app.files import made_folder, write_json
+from snella_app.files import ensure_folder, write_json
 from snella_app.text import bytes_text
 from snella_lab.bench.bench import BenchConfig, bench
 from snella_lab.bench.reference import DTYPES, BackendCheck, check_backend
@@ -83,7 +83,7 @@ def diagnose(
         checks = [{**asdict(check), "verdict": check.verdict} for check in diagnosis.checks]
         machine = {name: value for name, value in diagnosis.machine.items() if name != "versions"}
         results = {"machine": machine, "checks": checks, "steps": diagnosis.steps}
-        with made_folder(Path(out).parent):
+        with ensure_folder(Path(out).parent):
             write_json(Path(out), results | provenance)
         print_line(console, f"results: {out}")
     if diagnosis.wrong:

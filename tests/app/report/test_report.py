@@ -10,7 +10,7 @@ from PIL import Image
 
 from snella_app.cli.parser import parse
 from snella_app.records import Metrics, Prediction, Predictions, RunInfo, read, write
-from snella_app.report.examples import choose_examples, load_picture, picture_uri
+from snella_app.report.examples import choose_examples, embed_image, image_data_uri
 from snella_app.report.report import _count_fact, groups_section, uses, write_report
 from snella_app.tasks import predictions as predictions_of_images
 from snella_app.text import (
@@ -365,15 +365,15 @@ def test_a_missing_image_is_reported_in_place(run):
 
 def test_images_come_from_a_mapping_or_a_function_or_are_missing():
     picture = Image.new("L", (400, 200))
-    assert load_picture(0, {0: picture}).width == 176
-    assert load_picture(0, lambda index: picture).height == 88
-    assert load_picture(0, {}).problem == "image unavailable"
-    assert load_picture(0, None).uri is None
+    assert embed_image(0, {0: picture}).width == 176
+    assert embed_image(0, lambda index: picture).height == 88
+    assert embed_image(0, {}).problem == "image unavailable"
+    assert embed_image(0, None).uri is None
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK", "I;16", "F"])
 def test_images_of_any_mode_are_encoded_as_png(mode):
-    uri, width, height = picture_uri(Image.new(mode, (28, 20)))
+    uri, width, height = image_data_uri(Image.new(mode, (28, 20)))
     assert (width, height) == (28, 20)
     assert uri.startswith("data:image/png;base64,iVBOR")
 

@@ -7,7 +7,7 @@ import pytest
 
 from snella_app.cli.parser import as_flags
 from snella_app.config import TrainConfig
-from snella_app.files import made_folder, sealed, write_bytes, write_json
+from snella_app.files import ensure_folder, sealed, write_bytes, write_json
 from snella_app.records import FoldResults
 from snella_app.runs import RunFolder
 from snella_app.training.session import lock_run
@@ -267,15 +267,15 @@ def test_a_full_disk_is_reported_with_the_file(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")])
 def test_a_failed_write_leaves_no_empty_folder(error, tmp_path):
-    with pytest.raises(OSError, match=r"No space left on device: '.*/new/inner'"), made_folder(tmp_path / "new/inner"):
+    with pytest.raises(OSError, match=r"No space left on device: '.*/new/inner'"), ensure_folder(tmp_path / "new/inner"):
         raise error
     assert not list(tmp_path.iterdir())
-    with pytest.raises(OSError, match=r"No space left on device"), made_folder(tmp_path / "new/inner"):
+    with pytest.raises(OSError, match=r"No space left on device"), ensure_folder(tmp_path / "new/inner"):
         (tmp_path / "new/inner").rmdir()
         raise error
     assert not list(tmp_path.iterdir())
     (tmp_path / "there").mkdir()
-    with pytest.raises(KeyError, match="bug"), made_folder(tmp_path / "there"):
+    with pytest.raises(KeyError, match="bug"), ensure_folder(tmp_path / "there"):
         raise KeyError("bug")
     assert [path.name for path in tmp_path.iterdir()] == ["there"]  # existed before
 

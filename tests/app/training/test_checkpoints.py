@@ -12,7 +12,7 @@ from snella_app.training.checkpoints import (
     is_write_failure,
     latest_checkpoint,
     remove_incomplete,
-    reporting_write_errors,
+    convert_write_errors,
     staged,
 )
 
@@ -107,7 +107,7 @@ def test_the_error_states_that_no_earlier_checkpoint_exists(run, tmp_path):
         raise RuntimeError("PytorchStreamWriter failed writing file data/0")
     with (
         pytest.raises(CheckpointError, match=r"adapter: .*; no earlier one exists"),
-        reporting_write_errors(tmp_path / "adapter"),
+        convert_write_errors(tmp_path / "adapter"),
     ):
         raise OSError(errno.EDQUOT, "Quota exceeded")
 
@@ -115,7 +115,7 @@ def test_the_error_states_that_no_earlier_checkpoint_exists(run, tmp_path):
 def test_other_errors_pass_through(run, tmp_path):
     with pytest.raises(KeyError, match="bug"), staged(run, "checkpoint-2"):
         raise KeyError("bug")
-    with pytest.raises(KeyError, match="bug"), reporting_write_errors(tmp_path):
+    with pytest.raises(KeyError, match="bug"), convert_write_errors(tmp_path):
         raise KeyError("bug")
     assert not is_write_failure(ValueError("shapes differ")) and not is_write_failure(FileNotFoundError("x"))
     assert not list(run.checkpoints.iterdir())
@@ -124,11 +124,11 @@ def test_other_errors_pass_through(run, tmp_path):
 def test_torch_disk_full_errors_are_translated_and_an_empty_folder_is_no_earlier_adapter(run, tmp_path):
     (tmp_path / "adapter").mkdir()
     message = r"adapter: the disk is full or the file size limit is reached \(\d+ MiB free\); no earlier one exists"
-    with pytest.raises(CheckpointError, match=message), reporting_write_errors(tmp_path / "adapter"):
+    with pytest.raises(CheckpointError, match=message), convert_write_errors(tmp_path / "adapter"):
         raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 704 vs 598")
     (tmp_path / "adapter" / "adapter_model.safetensors").touch()
     with (
         pytest.raises(CheckpointError, match=r"the previous one, .*adapter, is intact"),
-        reporting_write_errors(tmp_path / "adapter"),
+        convert_write_errors(tmp_path / "adapter"),
     ):
         raise OSError(errno.ENOSPC, "No space left on device")

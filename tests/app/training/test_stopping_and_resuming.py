@@ -200,7 +200,7 @@ def test_a_run_killed_at_its_end_has_a_finished_report_and_is_completed_by_resum
         patch.setattr("snella_app.training.finish.write_report", write_report)
         patch.setattr(RunFolder, "finish", lambda self: (_ for _ in ()).throw(SystemExit))  # like a kill
         with pytest.raises(SystemExit):
-            train(config, console, draw_report=True)
+            train(config, console, render_report=True)
     run = RunFolder(config.run.out)
     assert run.status == "running"
     assert '<span class="badge finished">' in run.report.read_text()

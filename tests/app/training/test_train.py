@@ -264,7 +264,7 @@ def test_large_images_are_read_at_one_resolution_in_training_evaluation_and_pred
     trained = build_components(config.resolved()).splits.val
     measured = images_for_run(model.loaded, split="val")[2][0]
     for index, name in enumerate(trained.names):
-        prepared = model.prepare([tmp_path / "large" / name])[0]
+        prepared = model.preprocess([tmp_path / "large" / name])[0]
         assert torch.equal(trained[index][0], prepared) and torch.equal(measured[index][0], prepared)
     assert trained.image(0).size == measured.image(0).size == (225, 150)  # by 4: at least 4 times 32 pixels
 

@@ -23,7 +23,7 @@ from snella_app.device import choose_device
 from snella_app.methods import load_trained_into, save_trained
 from snella_app.methods.registry import adapt_headless
 from snella_app.records import BackboneInfo, DataInfo, FixedLoss, LossRow, RunInfo, read
-from snella_app.training.checkpoints import reading_checkpoint, remove_incomplete, reporting_write_errors, staged
+from snella_app.training.checkpoints import convert_read_errors, remove_incomplete, convert_write_errors, staged
 from snella_app.training.results import (
     describe_allocation,
     describe_generator,
@@ -251,7 +251,7 @@ class DreamBoothTrainer:
         Raises:
             CheckpointError: The checkpoint was written with another optimizer or is not a trainer state.
         """
-        with reading_checkpoint(checkpoint):
+        with convert_read_errors(checkpoint):
             load_trained_into(self.model, checkpoint)
             state = torch.load(checkpoint / _STATE, map_location=self.device, weights_only=True)
             self.step, self.history, self.loss_before = state["step"], state["history"], state["loss_before"]
@@ -489,7 +489,7 @@ def _finish(
 ) -> None:
     """Save the adapter, generate sample images, and write results and report."""
     config = trainer.config
-    with reporting_write_errors(run.adapter):
+    with convert_write_errors(run.adapter):
         save_trained(trainer.model, run.adapter)
     if trainer.allocator is not None:
         run.write(describe_allocation(trainer.model, trainer.allocator))
