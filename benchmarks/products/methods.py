@@ -89,7 +89,10 @@ def table(rows: list[dict], reference: str = "snella") -> str:
     complete = {run: scores for run, scores in values.items() if all(method in scores for method in methods)}
     folders = sorted({folder for folder, _ in complete})
     seeds = {folder: [scores for (name, _), scores in complete.items() if name == folder] for folder in folders}
-    lines = ["| method | " + " | ".join(folders) + " | mean | difference | p, Holm |", "|---" * (len(folders) + 4) + "|"]
+    lines = [
+        "| method | " + " | ".join(folders) + " | mean | difference | p, Holm |",
+        "|---" * (len(folders) + 4) + "|",
+    ]
     differences = with_holm(
         {
             method: difference_of([[run[method] - run[reference] for run in runs] for runs in seeds.values()])

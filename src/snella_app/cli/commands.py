@@ -358,7 +358,7 @@ def serve(
     Args:
         run: Run folder.
         host: Address to listen on; 0.0.0.0 for all addresses of this machine.
-        port: Port; 0 selects a free one.
+        port: Port; 0 selects a free port.
         unsure: Mark predictions with a lower probability as unsure; auto uses the threshold of the run.
         tta: Test-time augmentation, as for snella predict.
         max_files: Maximum number of images per request.
@@ -411,9 +411,9 @@ def push(
 
     pushed = push(run, name, to_folder=to_folder, adapter=adapter, private=private, overwrite=overwrite)
     console = make_console()
-    if pushed.reason is not None:
-        print_line(console, f"note: cannot reach the hub ({pushed.reason}); later: hf upload {name} {pushed.place}")
-    print_line(console, pushed.place)
+    if pushed.error is not None:
+        print_line(console, f"note: cannot reach the hub ({pushed.error}); later: hf upload {name} {pushed.location}")
+    print_line(console, pushed.location)
 
 
 @command("snella_app.report.inspect")
@@ -476,7 +476,7 @@ def inspect(
         console.print(_memory_table(backbone, **given))
     if run is not None:
         console.print(inspect_run(run))
-        if (folder := RunFolder(run)).has_stopped:
+        if (folder := RunFolder(run)).was_killed:
             print_line(
                 console,
                 f"the run stopped unexpectedly: no process is training it; resume it with "
@@ -653,7 +653,7 @@ def _memory_table(backbone: str, device: str | None = None, **given: Any) -> "Gr
     from snella_app.console import counted, make_console, make_table
     from snella_app.device import choose_device
     from snella_app.training.machines import GPUS, predict_on_gpu, shape_of_backbone
-    from snella_app.training.memory import methods_compared, predict_for_methods
+    from snella_app.training.memory import compared_methods, predict_for_methods
 
     chosen: dict[str, Any] = {"batch": 32, "img_size": None, "r": 8, "dtype": "fp32"} | given
     device = device or choose_device("auto").type
@@ -670,7 +670,7 @@ def _memory_table(backbone: str, device: str | None = None, **given: Any) -> "Gr
     elif device in GPUS:
         note += f"\nstep times are predicted for plain ViTs only, got {backbone}"
     table = make_table(("MiB", *columns), ())
-    count = len(methods_compared(chosen["r"]))
+    count = len(compared_methods(chosen["r"]))
     for method, size, memory in track(predictions, "predicting", total=count, console=make_console(), transient=True):
         images = f"{counted(chosen['batch'], 'image')} of {size[1]}×{size[2]} px"
         name = GPUS[device].name if device in GPUS else device

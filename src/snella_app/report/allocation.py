@@ -18,8 +18,8 @@ from snella_app.records import Allocation, AllocationStep, MatrixInfo, Metrics
 from snella_app.report.style import (
     ACCENT,
     COLORS,
-    FIGURE_SIZE,
     DASHED,
+    FIGURE_SIZE,
     PANEL,
     WARM,
     accent_map,
@@ -45,7 +45,7 @@ class Cell:
 
     @property
     def density(self) -> float:
-        """Fraction of weights kept."""
+        """Fraction of update entries that can be nonzero."""
         return self.budget / self.size if self.size else 0.0
 
     @property
@@ -142,10 +142,10 @@ def sparsity_map(matrices: Sequence[MatrixInfo], budgets: Mapping[str, int]) -> 
     width = max(60 + 7.5 * max(map(len, names), default=1) + side * columns, 360)
     figure, axes = new_figure(width, 130 + 34 * rows)
     axes.grid(False)
-    kept = np.full((rows, columns), np.nan)
+    densities = np.full((rows, columns), np.nan)
     for (kind, depth), cell in grid.cells.items():
         i, j = grid.kinds.index(kind), grid.depths.index(depth)
-        kept[i, j] = cell.density
+        densities[i, j] = cell.density
         if cell.is_frozen:
             axes.add_patch(
                 Rectangle((j - 0.44, i - 0.42), 0.88, 0.84, fill=False, edgecolor=WARM, linewidth=1.6, zorder=3)
@@ -156,7 +156,7 @@ def sparsity_map(matrices: Sequence[MatrixInfo], budgets: Mapping[str, int]) -> 
     axes.pcolormesh(
         np.arange(columns + 1) - 0.5,
         np.arange(rows + 1) - 0.5,
-        np.ma.masked_invalid(kept),
+        np.ma.masked_invalid(densities),
         cmap=accent_map(),
         vmin=0,
         vmax=1,
@@ -223,7 +223,7 @@ def budget_curve(allocation: Allocation, epochs: int | None) -> Figure:
     )
     axes.set_ylim(0, 1.05)
     percent_axis(axes)
-    axes.set_ylabel("adapted weights kept")
+    axes.set_ylabel("share of adapted weights")
     _time_axis(axes, times, epochs)
     add_legend(figure, handles, ["budget", "target"])
     return figure
@@ -245,7 +245,9 @@ def budget_shares(allocation: Allocation, epochs: int | None, *, by_block: bool 
         for name, budget in entry.budgets.items():
             totals[place[name], column] += budget
     shares = totals / np.maximum(totals.sum(axis=0), 1)
-    figure, axes = new_figure(FIGURE_SIZE[0], FIGURE_SIZE[1] + 25, f"Budget share by {'block' if by_block else 'matrix type'}")
+    figure, axes = new_figure(
+        FIGURE_SIZE[0], FIGURE_SIZE[1] + 25, f"Budget share by {'block' if by_block else 'matrix type'}"
+    )
     times = _times(allocation, epochs)
     colors = [COLORS[i % len(COLORS)] for i in range(len(groups))]
     if by_block:
@@ -266,11 +268,13 @@ def budget_shares(allocation: Allocation, epochs: int | None, *, by_block: bool 
 
 
 def frozen_curve(allocation: Allocation, epochs: int | None) -> Figure:
-    """Draw the numbers of frozen (budget 0) and full (all weights kept) matrices.
+    """Draw the numbers of frozen (budget 0) and full (budget of all weights) matrices.
 
     Arguments are those of `budget_curve`.
     """
-    figure, axes = new_figure(FIGURE_SIZE[0], FIGURE_SIZE[1] + 25, f"Frozen and full among {len(allocation.matrices)} matrices")
+    figure, axes = new_figure(
+        FIGURE_SIZE[0], FIGURE_SIZE[1] + 25, f"Frozen and full among {len(allocation.matrices)} matrices"
+    )
     times = _times(allocation, epochs)
     sizes = {matrix.name: matrix.size for matrix in allocation.matrices}
     budgets = [entry.budgets.items() for entry in allocation.history]
@@ -285,7 +289,7 @@ def frozen_curve(allocation: Allocation, epochs: int | None) -> Figure:
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     axes.set_ylabel("matrices")
     _time_axis(axes, times, epochs)
-    add_legend(figure, handles, ["frozen: budget 0", "full: all weights kept"])
+    add_legend(figure, handles, ["frozen: budget 0", "full: budget of all weights"])
     return figure
 
 

@@ -27,8 +27,8 @@ from snella_app.records import (
 from snella_app.report.style import (
     ACCENT,
     COLORS,
-    FIGURE_SIZE,
     DASHED,
+    FIGURE_SIZE,
     GRID,
     INK,
     MUTED,

@@ -24,12 +24,12 @@ from snella_app.records import (
     RunInfo,
     read_if_present,
 )
-from snella_app.report.examples import ImageSource, EmbeddedImage, embed_image, mask_colors
+from snella_app.report.examples import EmbeddedImage, ImageSource, embed_image, mask_colors
 from snella_app.report.style import (
     ACCENT,
     COLORS,
-    FIGURE_SIZE,
     DASHED,
+    FIGURE_SIZE,
     GRID,
     INK,
     MUTED,
@@ -43,7 +43,7 @@ from snella_app.text import measure_text, percent_text
 
 _SHOWN = 12
 """Cards per group."""
-_LONGEST = 800
+_MAX_SIDE = 800
 _MAX_POINTS = 2_000
 _MAX_RANGES = 5
 _MIN_IN_RANGE = 5
@@ -166,7 +166,7 @@ def regression_verdict(scores: RegressionScores, split: str) -> str:
         compared = f"{percent_text(better)} lower than" if better > 0 else "no lower than"
         sentences.append(
             f"the mean absolute error of {row.name} is {measure_text(row.mae)}, {compared} "
-            f"always predicting the training images' median ({measure_text(row.baseline_mae)})"
+            f"always predicting the median of the training targets ({measure_text(row.baseline_mae)})"
         )
     return f"On {scores.images:,} {split} images, {'; '.join(sentences)}." if sentences else ""
 
@@ -315,7 +315,7 @@ def masks_section(folder: Path, info: RunInfo, images: ImageSource | None) -> di
         return None
     shown.sort(key=lambda item: (math.isnan(item.dice), item.dice))
     items = [
-        {"name": i.name, "dice": i.dice, "iou": i.iou, "picture": embed_image(i.index, images, _LONGEST)}
+        {"name": i.name, "dice": i.dice, "iou": i.iou, "picture": embed_image(i.index, images, _MAX_SIDE)}
         for i in shown
     ]
     colors = mask_colors(len(info.classes)) / 255

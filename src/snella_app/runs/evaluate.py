@@ -25,10 +25,10 @@ from snella_app.runs.images import (
     changed_splits,
     check_splits,
     encode_targets,
+    existing_splits,
     find_data,
     is_same_split,
     load_splits,
-    existing_splits,
 )
 from snella_app.runs.model import Ensemble, LoadedRun, get_task, load_run, unfinished_note
 from snella_app.tasks import Task, create_task
@@ -41,7 +41,7 @@ def rewrite_report(run: str | Path, console: Console | None = None) -> Path:
 
     Args:
         run: Run folder.
-        console: Console for the note; standard output if None.
+        console: Output console; standard output if None.
 
     Returns:
         Path of the report.
@@ -54,15 +54,15 @@ def rewrite_report(run: str | Path, console: Console | None = None) -> Path:
     info = read(RunInfo, folder.path)
     task = get_task(info)
     try:
-        dataset = _shown_images(folder, info.data)
+        dataset = _report_images(folder, info.data)
         images: ImageSource | None = None if dataset is None else task.report_images(dataset, folder.path)
     except (OSError, ValueError, ImportError) as error:
         print_line(console or make_console(), f"note: the report has no images: {error}")
         images = None
-    return write_report(folder.path, images, state="stopped" if folder.has_stopped else None)
+    return write_report(folder.path, images, state="stopped" if folder.was_killed else None)
 
 
-def _shown_images(folder: RunFolder, stored: DataInfo) -> ImageDataset | None:
+def _report_images(folder: RunFolder, stored: DataInfo) -> ImageDataset | None:
     """Return the images listed in `predictions.json`."""
     config = folder.read_config()
     spec = find_data(folder.path, str(config.data.spec), stored.folder)
@@ -179,7 +179,7 @@ def _training_note(
         trained += [part for name, part in run_splits.parts.items() if name in ("val", run_splits.fold_part)]
     elif loaded.probe is not None and run_splits.val is not None:
         trained.append(run_splits.val)
-    count = resaved = 0
+    count = reencoded = 0
     example = ""
     for part in parts:
         exact: dict[int, str] = {}
@@ -188,11 +188,11 @@ def _training_note(
             exact |= {position: train.names[other] for position, other in find_equal_images(train, part).items()}
             near |= {position: train.names[other] for position, other in find_near_copies(train, part).items()}
         duplicates = {**near, **exact}
-        count, resaved = count + len(duplicates), resaved + len(duplicates) - len(exact)
+        count, reencoded = count + len(duplicates), reencoded + len(duplicates) - len(exact)
         example = example or next((f"{part.names[p]!r} is {name!r}" for p, name in sorted(duplicates.items())), "")
     if not count:
         return None
-    kind = f" ({resaved} of them re-encoded or resized)" if resaved else ""
+    kind = f" ({reencoded} of them re-encoded or resized)" if reencoded else ""
     duplicate = "is a training image" if count == 1 else "are training images"
     return (
         f"{count} of {sum(map(len, parts))} images {duplicate} of the run{kind}, e.g. {example}; results are "
@@ -328,7 +328,7 @@ def _load_splits(
         if is_same_split(stored, splits) and not changed:
             return splits, True
         if is_same_split(stored, splits):
-            note = f"the files have the names of the run's images, but other contents in {', '.join(changed)}"
+            note = f"the files have the same names as the run's images but other contents in {', '.join(changed)}"
     splits = load_data(
         data,
         seed=seed,

@@ -18,9 +18,9 @@ from PIL.PngImagePlugin import PngInfo
 from snella_app.data import ImageDataset
 from snella_app.files import ensure_folder, write_bytes, write_text
 from snella_app.records import Predictions, read
-from snella_app.report.examples import attention_rollout, choose_examples, heat_maps, overlay_heat, image_data_uri
+from snella_app.report.examples import attention_rollout, choose_examples, heat_maps, image_data_uri, overlay_heat
 from snella_app.runs.evaluate import rewrite_report
-from snella_app.runs.images import check_splits, find_data, load_splits, existing_splits
+from snella_app.runs.images import check_splits, existing_splits, find_data, load_splits
 from snella_app.runs.predict import Predictor, load
 from snella_app.runs.prediction_files import expand_for
 from snella_app.text import percent_text
@@ -60,7 +60,7 @@ def explain(
     skip_corrupt: bool = False,
     device: str = "auto",
 ) -> ExplainResult:
-    """Write a heat map of each image, `OUT/0001-NAME.png`, and a page with all of them, `OUT/index.html`.
+    """Write a heat map of each image, `OUT/0001-NAME.png`, and an HTML page of all heat maps, `OUT/index.html`.
 
     Args:
         run: Folder of a classification run.
@@ -130,7 +130,7 @@ def explain(
                         "target": f"for {target}" if by == "gradcam" else "of attention, independent of the class",
                         "image": _image_fields(heat[0]),
                         "heat": _image_fields(heat[1]),
-                        "near": neighbors_by_image[number],
+                        "neighbors": neighbors_by_image[number],
                     }
                 )
         write_text(folder / "index.html", _page(model, entries, of, by))
@@ -230,7 +230,7 @@ def _neighbors(
         notes.append(f"no nearest training images: {error}")
         return [[] for _ in rows]
     if step > 1:
-        notes.append(f"neighbors are from {len(candidates):,} evenly spaced training images of {len(train):,}")
+        notes.append(f"neighbors are among {len(candidates):,} of {len(train):,} training images, evenly spaced")
     neighbors = nearest_images(np.stack(rows), others, count)
     return [
         [
@@ -253,8 +253,8 @@ def _overlays(
     tensors, targets = model.preprocess(images), torch.tensor([model.classes.index(name) for name in classes])
     network, tensors = model.loaded.network, tensors.to(model.device)
     heat = heat_maps(network, tensors, targets) if by == "gradcam" else attention_rollout(network, tensors)
-    pictures = [model.to_pil_image(tensor) for tensor in tensors]
-    return [(picture, overlay_heat(picture, heat_map)) for picture, heat_map in zip(pictures, heat, strict=True)]
+    inputs = [model.to_pil_image(tensor) for tensor in tensors]
+    return [(image, overlay_heat(image, heat_map)) for image, heat_map in zip(inputs, heat, strict=True)]
 
 
 def _image_fields(image: Image.Image) -> dict[str, Any]:

@@ -25,9 +25,9 @@ from snella.layer import SnellaLayer
 from snella_app.console import counted
 from snella_app.data import ImageDataset, read_image
 from snella_app.data.datasets import FileImages, read_at_side
-from snella_app.files import ensure_folder, annotate_write_errors, sync_tree, write_text
+from snella_app.files import annotate_write_errors, ensure_folder, sync_tree, write_text
 from snella_app.report.card import model_card
-from snella_app.runs.images import find_data, load_splits, existing_splits
+from snella_app.runs.images import existing_splits, find_data, load_splits
 from snella_app.runs.merge import merged_model, prediction_notes, run_metadata, write_timm_folder
 from snella_app.runs.model import Ensemble, LoadedRun, load_run, make_backbone
 
@@ -219,8 +219,8 @@ def _check_options(name: str, export_format: ExportFormat, options: ExportOption
     """Reject options of other formats and out-of-range numbers."""
     for option, value in vars(options).items():
         if value not in (None, (), False) and value != [] and option not in export_format.options:
-            owners = ", ".join(other for other, entry in FORMATS.items() if option in entry.options)
-            raise ValueError(f"{option}={value} is an option of format {owners}, not of {name}; leave it out")
+            supporting = ", ".join(other for other, entry in FORMATS.items() if option in entry.options)
+            raise ValueError(f"{option}={value} is an option of format {supporting}, not of {name}; leave it out")
     if options.rank is not None and options.rank < 1:
         raise ValueError(f"rank must be at least 1, got {options.rank}")
 
@@ -563,7 +563,7 @@ def sparse_patch(model: nn.Module, base: nn.Module) -> SparsePatch:
         base: Backbone before training.
 
     Returns:
-        Patch without tensors that are replaced as a whole.
+        Patch without replaced tensors.
     """
     entries_by_name: dict[str, Entries] = {}
     for name, layer in _tuner_layers(model).items():

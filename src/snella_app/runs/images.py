@@ -1,4 +1,4 @@
-"""Images of a run: loading, locating and comparing them with the stored digests."""
+"""Images of a run: loading, locating, and comparison with stored digests."""
 
 import dataclasses
 import hashlib
@@ -59,7 +59,9 @@ def is_same_split(data: DataInfo, splits: DataSplits) -> bool:
 def changed_splits(data: DataInfo, splits: DataSplits, names: Collection[str] = SPLITS) -> list[str]:
     """Return the splits whose image contents differ from the digests stored by a run."""
     stored = data.contents
-    return [name for name, digest in content_digests(splits, set(names) & set(stored)).items() if digest != stored[name]]
+    return [
+        name for name, digest in content_digests(splits, set(names) & set(stored)).items() if digest != stored[name]
+    ]
 
 
 def check_splits(run: Path, data: DataInfo, splits: DataSplits, names: Collection[str] = SPLITS) -> None:

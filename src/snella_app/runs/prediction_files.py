@@ -16,10 +16,10 @@ import numpy as np
 from rich.console import Console
 
 from snella_app.console import counted, make_console, print_line, track_progress
-from snella_app.files import ensure_folder, annotate_write_errors, write_bytes
+from snella_app.files import annotate_write_errors, ensure_folder, write_bytes
 from snella_app.runs.image_inputs import expand, new_files
 from snella_app.runs.model import unfinished_note
-from snella_app.runs.predict import check_order, table_columns, load, run_task_class
+from snella_app.runs.predict import check_order, load, run_task_class, table_columns
 from snella_app.tasks import Task
 from snella_app.tasks.predictions import TABLE_SUFFIXES
 from snella_app.text import listed, utf8_text

@@ -22,8 +22,8 @@ _WEIGHTS = "model.safetensors"
 class PushResult:
     """Result of `push`: URL on the Hugging Face Hub, or the written folder and the error if the Hub is unreachable."""
 
-    place: str
-    reason: str | None = None
+    location: str
+    error: str | None = None
 
 
 def write_hub_folder(run: str | Path, folder: str | Path, name: str, *, adapter: bool = False) -> Path:

@@ -177,22 +177,22 @@ def create_app(
     async def explain_form(request: Request, error: RequestValidationError) -> Any:
         fields = ", ".join(map(repr, error.body)) if isinstance(error.body, Mapping) and error.body else "no field"
         return JSONResponse(
-            {"error": f"images must be files of the form's field 'files', got {fields}; {_curl(request)}"}, 422
+            {"error": f"images must be files in the form field 'files', got {fields}; {_curl(request)}"}, 422
         )
 
     @app.exception_handler(HTTPException)
     async def explain_status(request: Request, error: HTTPException) -> Any:
-        hint = "; this server has /, /health, /docs and POST /predict" if error.status_code in (404, 405) else ""
+        hint = "; available: /, /health, /docs and POST /predict" if error.status_code in (404, 405) else ""
         return JSONResponse({"error": f"{error.detail}{hint}"}, error.status_code, error.headers)
 
     @app.get("/", response_class=HTMLResponse)
     def page() -> str:
-        """Web page for trying the model."""
+        """Return the web page."""
         return page_text
 
     @app.get("/health")
     def health() -> dict[str, Any]:
-        """Model and limits of the server."""
+        """Return the model and the request limits."""
         return {"status": "ok", **about, "limits": vars(limits)}
 
     @app.post("/predict")
@@ -218,7 +218,9 @@ def create_app(
                 return JSONResponse({"error": busy}, 503, {"Retry-After": "1"})
             images = [files[index].file.read() for index in usable]
             failed: dict[Path, str] = {}
-            predictions = model.iter_predictions(images, tta=tta, unsure=unsure, skip_corrupt=True, on_skipped=failed.__setitem__)
+            predictions = model.iter_predictions(
+                images, tta=tta, unsure=unsure, skip_corrupt=True, on_skipped=failed.__setitem__
+            )
             for prediction in predictions:
                 answers[usable[_index(prediction.path)]].update(_answer(model, prediction))
         for path, reason in failed.items():
@@ -247,7 +249,7 @@ def serve(
     Args:
         run: Run folder.
         host: Address to listen on; 0.0.0.0 for all addresses of this machine.
-        port: Port; 0 selects a free one.
+        port: Port; 0 selects a free port.
         limits: Limits of requests; default limits if None.
         tta: As for `Predictor.predict`.
         unsure: As for `Predictor.predict`.
@@ -266,7 +268,7 @@ def serve(
     except ImportError as error:
         raise ImportError(_EXTRA) from error
     if not 0 <= port <= 65535:
-        raise ValueError(f"port must be from 0 (a free one) to 65535, got {port}")
+        raise ValueError(f"port must be from 0 (any free port) to 65535, got {port}")
     console = console or make_console(survives_closed_output=True)
     with _listener(host, port) as listener:
         app = create_app(
@@ -280,7 +282,7 @@ def serve(
         listener.listen()  # before the address is printed, so that clients can connect
         shown = f"[{host}]" if ":" in host else host
         name = f"http://{shown}:{listener.getsockname()[1]}"
-        print_line(console, f"serving {run} at {name}, {name}/predict, documented at {name}/docs; stop with Ctrl-C")
+        print_line(console, f"serving {run} at {name}, API {name}/predict, docs {name}/docs; press Ctrl-C to stop")
         config = uvicorn.Config(app, log_level="warning", limit_concurrency=_CONNECTIONS, server_header=False)
         uvicorn.Server(config).run(sockets=[listener])
 

@@ -23,7 +23,7 @@ from snella_app.runs.merge import merged_model
 from snella_app.runs.model import Ensemble, LoadedRun, load_run, make_backbone
 
 _MIB = 2**20
-_LARGEST_PART = 0.25  # maximum fraction of a backbone that a task may replace: heads, tokens, norms
+_MAX_REPLACED = 0.25  # maximum fraction of a backbone that a task may replace: heads, tokens, norms
 
 
 @dataclass
@@ -144,7 +144,7 @@ class TaskBank:
             for key, tensor in plain.items()
             if key not in updates and not (key in tensors and torch.equal(tensor, tensors[key]))
         }
-        is_small = _bytes(replaced.values()) <= _LARGEST_PART * _bytes(tensors.values())
+        is_small = _bytes(replaced.values()) <= _MAX_REPLACED * _bytes(tensors.values())
         if plain.keys() != tensors.keys() or not is_small:
             raise NotImplementedError(
                 f"run={run} was trained with {loaded.info.method}, which stores whole weights, but a bank needs "

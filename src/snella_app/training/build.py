@@ -26,7 +26,7 @@ from snella_app.methods.model_parts import find_head
 from snella_app.methods.saving import METHOD_FILE
 from snella_app.records import BackboneInfo, RunInfo, read
 from snella_app.runs.folder import RunFolder
-from snella_app.runs.images import encode_targets, is_same_split, load_splits, existing_splits
+from snella_app.runs.images import encode_targets, existing_splits, is_same_split, load_splits
 from snella_app.runs.model import make_backbone
 from snella_app.tasks import Task, create_task
 from snella_app.training.distributed import process_count
@@ -44,11 +44,11 @@ class LoadedData:
     """Images and task of a run.
 
     Attributes:
-        config: Part of the configuration that describes the data.
+        config: Data configuration.
         seed: Seed of the run.
         splits: Images with targets encoded for the task, without transforms.
         task: Task fitted to the training images.
-        started_at: Time on the `time.monotonic()` clock at which loading started.
+        started_at: `time.monotonic()` at the start of loading.
         source: Dataset object named by `config.spec`, if any.
         batch_size: Batch size of passes over the images before training.
         shows_progress: True to show progress bars on a terminal.
@@ -159,8 +159,8 @@ class RunComponents:
         data_config: Preprocessing in timm's format.
         seed: Seed of the run.
         workers: Number of data loading processes.
-        probe_features: Features of training images before training; set by `snella_app.training.linear_probe`.
-        initial_layer_features: Features of several layers for the same images; None if the run trains the model.
+        probe_features: Pooled features of the probe images before training; set by `snella_app.training.linear_probe`.
+        initial_layer_features: Features of several layers for the same images; None once the run trains the model.
     """
 
     splits: DataSplits

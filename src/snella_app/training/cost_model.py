@@ -1,6 +1,6 @@
 """Cost model of a training step: FLOP, bytes moved, bytes saved and communication of plain transformers.
 
-The counts are closed formulas of shapes; `machines` turns them into seconds.
+Counts are closed-form functions of shapes; `machines` converts them to seconds.
 
 Shape letters: `T` tokens of the batch, `d` width, `h` hidden width of the MLP, `r` rank, `n` inputs and `m` outputs
 of a layer.
@@ -27,11 +27,11 @@ class Transformer:
     Args:
         width: `d`.
         depth: Number of blocks.
-        tokens: Tokens of one sample, including the class token.
+        tokens: Tokens per sample, including the class token.
         heads: Attention heads.
         hidden: `h`.
-        patch: Values of one patch, the inputs of the patch embedding; 0 for a language model.
-        image: Values of one input image; 0 for a language model.
+        patch: Values per patch, the inputs of the patch embedding; 0 for a language model.
+        image: Values per input image; 0 for a language model.
         outputs: Classes or vocabulary.
         kv_width: Outputs of the key and value layers; `d` if None. Used with `is_gated`.
         is_gated: True for LLaMA's blocks: separate q, k, v, a gated MLP, no biases.

@@ -28,23 +28,23 @@ def is_main() -> bool:
     return process_index() == 0
 
 
-def require_single_process(what: str) -> None:
+def require_single_process(operation: str) -> None:
     """Raise an error in distributed launches.
 
     Args:
-        what: The operation, for the message, e.g. "a comparison".
+        operation: Name of the operation for the message, such as "a comparison".
 
     Raises:
         NotImplementedError: If the world size is larger than 1.
     """
     if process_count() > 1:
         raise NotImplementedError(
-            f"{what} runs in one process, got WORLD_SIZE={process_count()} from torchrun or accelerate; start it with "
-            "`snella` or `python`, or unset WORLD_SIZE"
+            f"{operation} runs in one process, got WORLD_SIZE={process_count()} from torchrun or accelerate; "
+            "start it with `snella` or `python`, or unset WORLD_SIZE"
         )
 
 
-_OTHER_WAYS = {
+_UNSUPPORTED_MODES = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
@@ -63,7 +63,7 @@ def init_process_group(device: str) -> None:
         NotImplementedError: If Accelerate is configured to shard the model.
         ValueError: If `device` names a single device for several processes.
     """
-    for variable, name in _OTHER_WAYS.items():
+    for variable, name in _UNSUPPORTED_MODES.items():
         if os.environ.get(variable, "false").lower() in ("1", "true", "yes"):
             raise NotImplementedError(
                 f"distributed training uses DDP with the whole model per process, got {name} ({variable}="

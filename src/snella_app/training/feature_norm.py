@@ -59,7 +59,9 @@ class FeatureNorm(TrainerCallback):
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Update the statistics with the images of the step from all batches and processes."""
-        count, sums, squares = sum_across_processes(torch.stack(self._sums).sum(0)).split([1, len(self.mean), len(self.mean)])
+        count, sums, squares = sum_across_processes(torch.stack(self._sums).sum(0)).split(
+            [1, len(self.mean), len(self.mean)]
+        )
         self._sums = []
         mean = sums / count
         self.mean = torch.lerp(self.mean, mean, _MOMENTUM)

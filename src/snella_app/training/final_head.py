@@ -14,7 +14,7 @@ from snella_app.runs.layer_probe import LayerProbe, layer_features, probed_layer
 from snella_app.tasks import Task
 from snella_app.tasks.linear_fit import fit_head
 from snella_app.training.build import RunComponents
-from snella_app.training.linear_probe import is_clearly_more, plain_images
+from snella_app.training.linear_probe import is_clearly_better, plain_images
 
 INVERSE_PENALTY = 0.01
 """Weight C of the summed loss relative to `‖W‖²/2`, for standardized features."""
@@ -128,14 +128,14 @@ def measure_layers(parts: RunComponents, probe: LayerProbe, images: Any, views: 
 def is_clearly_worse(task: Task, val: tuple[Any, Any], trained: tuple[Any, Any]) -> bool:
     """Return whether the outputs `val` are clearly worse than the trained head's on the same validation images.
 
-    Single-label classification uses McNemar's test (`is_clearly_more`); other tasks compare the monitored metric.
+    Single-label classification uses McNemar's test (`is_clearly_better`); other tasks compare the monitored metric.
     """
     if task.has_one_class:
         labels = torch.as_tensor(np.asarray(trained[1]))
         right, right_trained = (
             task.sample_outputs(reduced).argmax(-1).cpu() == labels for reduced, _ in (val, trained)
         )
-        return is_clearly_more(int((right_trained & ~right).sum()), int((right & ~right_trained).sum()))
+        return is_clearly_better(int((right_trained & ~right).sum()), int((right & ~right_trained).sum()))
     score, score_trained = (task.metrics(*outputs) for outputs in (val, trained))
     sign = task.monitors[task.monitor]
     return sign * score_trained[task.monitor] > sign * score[task.monitor]

@@ -169,7 +169,7 @@ def _metrics(session: Session, trainer: SnellaTrainer) -> Metrics:
         adapted_weights=sum(m.size for m in matrices) if matrices else None,
         adapter_bytes=folder_bytes(session.run.adapter),
         peak_rss_mib=peak_rss_mib(),
-        **session.costs.summary(),
+        **session.step_timer.summary(),
         history=[EpochRow(**protocol.with_val_prefix(row)) for row in trainer.history],
     )
 
@@ -249,7 +249,7 @@ def _final_head_text(head: FinalHead) -> str:
     if head.metric is None:
         return f"{head.name} is the final head, fitted to the training images"
     if not head.is_saved:
-        return f"{head.name} is clearly worse: {head.comparison}, which is kept"
+        return f"{head.name} is clearly worse: {head.comparison}, which is the final head"
     return f"{head.name} is the final head: {head.comparison}; refitted on training and validation images"
 
 

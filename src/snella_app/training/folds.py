@@ -110,7 +110,7 @@ def _prepare_config(config: TrainConfig, folder: RunFolder) -> TrainConfig:
         session = {"workers": config.data.workers, "progress": config.run.progress}
         return stored_config.replace(out=str(folder.path), **session)
     if folder.status is not None:
-        raise FileExistsError(f"out={folder.path} contains a run of one split; choose another folder for folds")
+        raise FileExistsError(f"out={folder.path} contains a single run; choose another folder for folds")
     if stored is not None and not config.run.overwrite:
         raise FileExistsError(
             f"out={folder.path} contains a cross-validation of {stored.folds} folds; continue it with --resume, choose "

@@ -306,10 +306,10 @@ def _flips_change_classes(parts: RunComponents, optim: OptimConfig) -> bool:
             is_correct.append(predicted.numpy() == labels[held_out])
         only_without += int((is_correct[0] & ~is_correct[1]).sum())
         only_with += int((is_correct[1] & ~is_correct[0]).sum())
-    return is_clearly_more(only_without, only_with)
+    return is_clearly_better(only_without, only_with)
 
 
-def is_clearly_more(only_first: int, only_second: int) -> bool:
+def is_clearly_better(only_first: int, only_second: int) -> bool:
     """Return whether the first of two classifiers is clearly better (McNemar's test, two standard errors).
 
     Args:

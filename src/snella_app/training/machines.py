@@ -1,4 +1,4 @@
-"""Rates of machines, and seconds of a training step from the counts of `cost_model`.
+"""Hardware rates, and step time predicted from the counts of `cost_model`.
 
 On a CPU, calls run one after another:
 
@@ -30,8 +30,8 @@ class Rates:
     """Achieved rates of a machine.
 
     Args:
-        product: FLOP/s of products in the dtype of the activations.
-        half_product: FLOP/s of products in bfloat16.
+        product: FLOP/s of matrix products in the dtype of the activations.
+        half_product: FLOP/s of matrix products in bfloat16.
         vector: Elementwise operations per second.
         memory: Bytes per second.
         call_s: Seconds per call or launch.
@@ -118,7 +118,7 @@ def gpu_rates(
         vector: Index into `EFFICIENCIES["vector"]`.
         memory: Index into `EFFICIENCIES["memory"]`.
         launch: Index into `LAUNCHES`.
-        is_float32: True if products run in float32 without tensor cores.
+        is_float32: True if matrix products run in float32 without tensor cores.
     """
     peak = GPUS[gpu]
     products = (peak.vector if is_float32 else peak.product) * EFFICIENCIES["product"][product]

@@ -76,8 +76,8 @@ def record_forward(model: nn.Module, images: Tensor) -> ForwardRecord:
     """Run one forward pass in training mode and record the memory that autograd saves.
 
     The function records sizes and releases the tensors, so it needs only the memory of a forward pass without
-    gradients. Under activation checkpointing, a part's saved tensors exist only during its backward pass; before
-    and after it, only the part's inputs are saved.
+    gradients. Under activation checkpointing, a segment's saved tensors exist only during its backward pass; before
+    and after it, only the segment's inputs are saved.
 
     Args:
         model: Model; mode, buffers and random state are restored.
@@ -88,7 +88,7 @@ def record_forward(model: nn.Module, images: Tensor) -> ForwardRecord:
     # a weak reference keeps the storage's identity reserved after its data is freed, so no other storage reuses it
     storages: dict[int, StorageWeakRef] = {}
     call_counts: Counter[str] = Counter()
-    recomputed = 0  # bytes saved inside finished checkpointed parts, minus the bytes of their inputs
+    recomputed = 0  # bytes saved inside finished checkpointed segments, minus the bytes of their inputs
 
     def compute_now(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         nonlocal recomputed
@@ -330,7 +330,7 @@ _CLASSES = 100
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def methods_compared(r: int) -> list[str]:
+def compared_methods(r: int) -> list[str]:
     """Return the methods of `predict_for_methods` with rank `r`."""
     return [name.format(r=r) for name in MEMORY_METHODS]
 
@@ -376,7 +376,7 @@ def _predict_each(
     backbone: str, batch: int, img_size: int | None, r: int, dtype: torch.dtype, device_type: str
 ) -> Iterator[tuple[str, tuple[int, int, int], StepMemory]]:
     """Yield the predictions of `predict_for_methods`."""
-    for method in methods_compared(r):
+    for method in compared_methods(r):
         model = create_backbone(backbone, num_classes=_CLASSES, pretrained=False, img_size=img_size).to(dtype)
         channels, height, width = resolve_model_data_config(model)["input_size"]
         model = build_method(method, model)

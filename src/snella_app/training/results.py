@@ -293,4 +293,4 @@ def _budget_text(settings: SnellaConfig, total: int) -> str:
     """Format the initial and target budget, b_0 and b_T, of `total` adapted weights."""
     start, end = (total - round(sparsity * total) for sparsity in (settings.init_sparsity, settings.target_sparsity))
     sparsity = f"{settings.target_sparsity:.0%} sparse at the end"
-    return f"b_0 {start:,} → b_T {end:,} weights kept ({sparsity}), {settings.schedule}"
+    return f"b_0 {start:,} → b_T {end:,} weights ({sparsity}), {settings.schedule}"

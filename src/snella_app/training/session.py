@@ -48,7 +48,7 @@ class Session:
         run: Run folder.
         parts: Data and model.
         console: Output console for progress and results.
-        costs: Callback that measures step time and memory.
+        step_timer: Callback that measures step time and memory.
         keep_checkpoints: If True, save a checkpoint after each epoch.
         render_report: If True, write the HTML report.
     """
@@ -57,7 +57,7 @@ class Session:
     run: RunFolder
     parts: RunComponents
     console: Console
-    costs: StepTimeCallback
+    step_timer: StepTimeCallback
     keep_checkpoints: bool = True
     render_report: bool = True
 

@@ -93,9 +93,9 @@ def fit_image_size(
 
     A run consists of `epochs` epochs and the final evaluation. Another rule applies to runs that may train 0 epochs and
     fit a final head on several layers. Let S be the largest size at which the final head alone fits. The result is the
-    largest size of at least S/2 at which the epochs also fit, or S if there is none. A head on more pixels is better
-    than a few epochs at much fewer. To leave time for epochs, S is limited to the median shorter side of the images or
-    112 pixels, whichever is larger. The limit does not apply to methods that train no epochs.
+    largest size of at least S/2 at which the epochs also fit, or S if there is none. A head at high resolution is
+    better than a few epochs at a much lower one. To leave time for epochs, S is limited to the median shorter side of
+    the images or 112 pixels, whichever is larger. The limit does not apply to methods that train no epochs.
 
     Candidates are multiples of the model's patch size or reduction, from 48 pixels to the backbone's default. The
     search stops within 15% of the largest size that fits; if no size fits, the result is the smallest. Models that
@@ -106,7 +106,7 @@ def fit_image_size(
         config: Settings with `time_budget`, without `img_size`, with `head_init` and `final_head` resolved.
         at_size: Function that builds data and model for another image size.
         console: Output console for the choice.
-        begun: Time on the `time.monotonic()` clock at which loading of data and model started; now if None.
+        begun: `time.monotonic()` at the start of loading data and model; now if None.
 
     Returns:
         Image size; None for the backbone's default.
@@ -249,7 +249,7 @@ def fit_epochs(parts: RunComponents, config: TrainConfig, console: Console, begu
         parts: Data and model.
         config: Resolved settings with `time_budget` and a batch size.
         console: Output console for the choice.
-        begun: Time on the `time.monotonic()` clock at which loading of data and model started; now if None.
+        begun: `time.monotonic()` at the start of loading data and model; now if None.
     """
     time_budget = str(config.optim.time_budget)
     begun = time.monotonic() if begun is None else begun

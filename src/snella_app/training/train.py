@@ -31,18 +31,18 @@ from snella_app.training.callbacks import ProgressDisplay, ScheduleCallback, Ste
 from snella_app.training.checkpoints import latest_checkpoint
 from snella_app.training.distributed import (
     broadcast_from_main,
-    is_main,
     init_process_group,
+    is_main,
     main_process_only,
     process_count,
     wait_for_everyone,
 )
-from snella_app.training.finish import write_live_report, finish
+from snella_app.training.finish import finish, write_live_report
 from snella_app.training.linear_probe import (
     cache_features,
     can_cache_features,
-    normalize_features,
     init_head_from_probe,
+    normalize_features,
 )
 from snella_app.training.plan import choose_heads, resolve
 from snella_app.training.results import describe_run, log_summary, matrices_of, shorten_hint
@@ -71,7 +71,7 @@ def train(
         config: Configuration. With `resume`, the stored run continues from its last checkpoint with its stored
             settings.
         console: Output console; standard output if None.
-        data: Dataset of torch or Hugging Face, or a mapping from train, val and test to datasets. `config.data.spec`
+        data: A torch or Hugging Face dataset, or a mapping from train, val and test to datasets. `config.data.spec`
             names it, for example `python:flowers`. Resuming the run requires the same object.
         evaluate_test: If False, skip the test images, for example in tuning runs.
         keep_checkpoints: If False, do not save a checkpoint after each epoch; for short runs.
@@ -114,8 +114,8 @@ def train(
             log_summary(console, plan, parts)
         if not evaluate_test:
             parts.splits.test = None
-        costs = StepTimeCallback(next(parts.model.parameters()).device)
-        session = Session(plan, run, parts, console, costs, keep_checkpoints, render_report)
+        step_timer = StepTimeCallback(next(parts.model.parameters()).device)
+        session = Session(plan, run, parts, console, step_timer, keep_checkpoints, render_report)
         with main_process_only(record_status(run, "train")):
             finish(session, _fit(session))
     return run
@@ -125,7 +125,7 @@ def _show_finished(run: RunFolder, console: Console, render_report: bool) -> Non
     """Report that the run is already finished, and write its HTML report if it is missing."""
     print_line(console, f"{run.path} is already finished; report {run.report}")
     if is_main():
-        run.remove_temporaries()
+        run.remove_temporary_files()
         if render_report and not run.report.is_file():
             rewrite_report(run.path, console)
 
@@ -252,7 +252,7 @@ def _callbacks(session: Session, interrupt: InterruptCallback) -> tuple[list[Tra
         step_images=plan.optim.effective_batch_size * plan.optim.accumulate,
     )
     schedules = [] if method is None or method.schedule is None else [ScheduleCallback(method.schedule)]
-    return [*([allocation] if allocation else []), *schedules, interrupt, display, session.costs], display
+    return [*([allocation] if allocation else []), *schedules, interrupt, display, session.step_timer], display
 
 
 def _check_trackers(trackers: Sequence[str]) -> None:
@@ -301,23 +301,23 @@ def _tracking(trackers: Sequence[str], run: RunFolder) -> Iterator[None]:
 
 
 class _LiveReport(TrainerCallback):
-    """Callback that updates the report during training, after an epoch and at most once every `_REPORT_INTERVAL_S` seconds.
+    """Callback that updates the report after an epoch, at most once every `_REPORT_INTERVAL_S` seconds.
 
     The pause after an update is at least 20 times its duration, so updates take at most 5% of the time.
 
     Args:
-        draw: Function that writes the report.
+        write: Function that writes the report.
     """
 
-    def __init__(self, draw: Callable[[], object]) -> None:
-        self._draw = draw
-        self._drawn_at, self._pause = time.monotonic(), _REPORT_INTERVAL_S
+    def __init__(self, write: Callable[[], object]) -> None:
+        self._write = write
+        self._written_at, self._pause = time.monotonic(), _REPORT_INTERVAL_S
 
     def on_save(self, *args: Any, **kwargs: Any) -> None:
         start = time.monotonic()
-        if start - self._drawn_at < self._pause:
+        if start - self._written_at < self._pause:
             return
         with contextlib.suppress(OSError, ValueError):  # e.g. a full disk, which saving the checkpoint reports
-            self._draw()
-        self._drawn_at = time.monotonic()
-        self._pause = max(_REPORT_INTERVAL_S, 20 * (self._drawn_at - start))
+            self._write()
+        self._written_at = time.monotonic()
+        self._pause = max(_REPORT_INTERVAL_S, 20 * (self._written_at - start))

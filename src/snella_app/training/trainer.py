@@ -38,7 +38,7 @@ from snella_app.records import AveragedEpochs
 from snella_app.runs.folder import RunFolder, RunFolderOf
 from snella_app.training.build import RunComponents, epoch_sampler
 from snella_app.training.callbacks import EpochEnds, WeightAverage
-from snella_app.training.checkpoints import convert_read_errors, remove_incomplete, convert_write_errors, staged
+from snella_app.training.checkpoints import convert_read_errors, convert_write_errors, remove_incomplete, staged
 from snella_app.training.distributed import (
     ShardedBatches,
     is_main,
@@ -65,16 +65,16 @@ class _StartCallback(TrainerCallback):
 
     Args:
         trainer: The trainer; an earlier callback must attach its allocator.
-        is_measured: If True, evaluate the model before the first step as epoch 0, which may be the best epoch.
+        evaluate_initial: If True, evaluate the model before the first step as epoch 0, which may be the best epoch.
     """
 
-    def __init__(self, trainer: SnellaTrainer, is_measured: bool) -> None:
-        self.trainer, self.is_measured = trainer, is_measured
+    def __init__(self, trainer: SnellaTrainer, evaluate_initial: bool) -> None:
+        self.trainer, self.evaluate_initial = trainer, evaluate_initial
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.is_measured and state.global_step == 0 and not self.trainer.history:
+        if self.evaluate_initial and state.global_step == 0 and not self.trainer.history:
             state.epoch = 0
             self.trainer.evaluate()
         if self.trainer.has_stopped_early:
@@ -92,7 +92,7 @@ class CheckpointingTrainer(Trainer):
     Args:
         trained: Model with the trained weights, from `build_method` or `adapt_headless`.
         run: Run folder for checkpoints.
-        start: Start of this session on the `time.monotonic()` clock; now if None.
+        start: `time.monotonic()` at the start of this session; now if None.
         **options: Options of transformers' Trainer; `model` defaults to `trained`.
 
     Attributes:
@@ -269,7 +269,7 @@ class SnellaTrainer(CheckpointingTrainer):
         run: Run folder for checkpoints and the best adapter.
         callbacks: Additional callbacks.
         trained_part: Submodule that receives the datasets' items; the whole model if None.
-        start: Start of this session on the `time.monotonic()` clock; now if None.
+        start: `time.monotonic()` at the start of this session; now if None.
         feature_norm: Normalization of the head's inputs, folded into the saved head; None to disable.
         is_initialized: True if the trained weights start from another run, whose result may be the best epoch.
         scaling: Scaling of the update, for the message about a non-finite loss.
@@ -318,8 +318,8 @@ class SnellaTrainer(CheckpointingTrainer):
             callbacks=[EpochCallback(train, self._sampler), *averaging, *callbacks],
         )
         self.model_accepts_loss_kwargs = False
-        is_measured = self.protocol.selected_on == "val" and (optim.head_init == "probe" or is_initialized)
-        self.add_callback(_StartCallback(self, is_measured))
+        evaluate_initial = self.protocol.selected_on == "val" and (optim.head_init == "probe" or is_initialized)
+        self.add_callback(_StartCallback(self, evaluate_initial))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; a resumed run that has already stopped early is unchanged."""
@@ -616,7 +616,7 @@ class SnellaTrainer(CheckpointingTrainer):
         per_epoch = max(1, self.state.max_steps // max(1, int(self.state.num_train_epochs)))
         epoch = (step - 1) // per_epoch + 1
         done = sum(row["epoch"] > 0 for row in self.history)
-        saved = f"the state after epoch {done} and the best adapter are kept" if done else "no adapter was saved"
+        saved = f"the state after epoch {done} and the best adapter are saved" if done else "no adapter was saved"
         rates = {name: getattr(self.optim_config, name) for name in ("lr", "scalar_lr", "head_lr")}
         options = {**rates, "scaling": self._scaling}
         option_text = ", ".join(

@@ -108,7 +108,7 @@ def test_a_replaced_image_is_detected_in_the_evaluated_split(run_of, my_photos):
     assert evaluate(run.path, split="val")["split"] == "val"
     other = evaluate(run.path, f"folder:{my_photos}")
     assert other["split"] == "all"
-    note = "the files have the names of the run's images, but other contents in test: evaluated as other data"
+    note = "the files have the same names as the run's images but other contents in test: evaluated as other data"
     assert note in other["notes"]
 
 

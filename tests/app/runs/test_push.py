@@ -95,7 +95,7 @@ def test_an_unreachable_hub_leaves_the_folder_with_the_reason(finished, monkeypa
     run = shutil.copytree(finished.path, tmp_path / "run")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     done = push(run, "user/photos")
-    assert done.place == str(tmp_path / "run-hub") and "offline" in done.reason.lower()
+    assert done.location == str(tmp_path / "run-hub") and "offline" in done.error.lower()
     assert (tmp_path / "run-hub" / "README.md").is_file()
 
 

@@ -7,12 +7,12 @@ from snella_app.files import sealed
 from snella_app.runs import RunFolder
 from snella_app.training.checkpoints import (
     CheckpointError,
+    convert_write_errors,
     find_damage,
     intact_checkpoint,
     is_write_failure,
     latest_checkpoint,
     remove_incomplete,
-    convert_write_errors,
     staged,
 )
 

@@ -435,7 +435,7 @@ def test_a_nan_loss_stops_the_run_and_names_the_step(settings, console, monkeypa
 
     monkeypatch.setattr(SnellaTrainer, "compute_loss", broken)
     message = (
-        r"the loss became nan in epoch 2, step 6 of 12; the state after epoch 1 and the best adapter are kept in "
+        r"the loss became nan in epoch 2, step 6 of 12; the state after epoch 1 and the best adapter are saved in "
         r".*lower --lr \(now 0\.005\)"
     )
     with pytest.raises(NonFiniteLossError, match=message):

@@ -23,7 +23,7 @@ from snella_app.device import choose_device
 from snella_app.methods import load_trained_into, save_trained
 from snella_app.methods.registry import adapt_headless
 from snella_app.records import BackboneInfo, DataInfo, FixedLoss, LossRow, RunInfo, read
-from snella_app.training.checkpoints import convert_read_errors, remove_incomplete, convert_write_errors, staged
+from snella_app.training.checkpoints import convert_read_errors, convert_write_errors, remove_incomplete, staged
 from snella_app.training.results import (
     describe_allocation,
     describe_generator,

@@ -10,7 +10,7 @@ from PIL import Image
 from rich.console import Console
 
 from snella_app.tasks.classification import fit_probe
-from snella_app.training.linear_probe import choose_augmentation, resolve_head_init, init_head_from_probe
+from snella_app.training.linear_probe import choose_augmentation, init_head_from_probe, resolve_head_init
 from snella_app.training.train import train
 
 from . import digits
