@@ -79,13 +79,13 @@ def arrange(matrices: Sequence[MatrixInfo], budgets: Mapping[str, int]) -> Matri
     for matrix in matrices:
         groups.setdefault((matrix.kind, matrix.depth), []).append(matrix)
     cells = {
-        place: Cell(
+        key: Cell(
             size=sum(matrix.size for matrix in group),
             budget=sum(budgets[matrix.name] for matrix in group),
             frozen=sum(budgets[matrix.name] == 0 for matrix in group),
             count=len(group),
         )
-        for place, group in groups.items()
+        for key, group in groups.items()
     }
     depths = {depth for _, depth in groups}
     numbered: list[int | None] = list(sorted(depth for depth in depths if depth is not None))
@@ -195,7 +195,7 @@ def block_trend(matrices: Sequence[MatrixInfo], budgets: Mapping[str, int]) -> F
     slope, intercept = linear_trend(shares)
     figure, axes = new_figure(*FIGURE_SIZE, "Sparsity by block")
     bars = axes.bar(range(len(depths)), shares, width=0.8, color=ACCENT)
-    (line,) = axes.plot([intercept + slope * place for place in range(len(depths))], color=WARM, linewidth=2.2)
+    (line,) = axes.plot([intercept + slope * i for i in range(len(depths))], color=WARM, linewidth=2.2)
     axes.grid(False, axis="x")
     axes.set_ylim(0, 1.02)
     epoch_axis(axes, "block")
@@ -239,11 +239,11 @@ def budget_shares(allocation: Allocation, epochs: int | None, *, by_block: bool 
     """
     grid = arrange(allocation.matrices, {matrix.name: matrix.size for matrix in allocation.matrices})
     groups: list[str | int | None] = list(grid.depths if by_block else grid.kinds)
-    place = {m.name: groups.index(m.depth if by_block else m.kind) for m in allocation.matrices}
+    group_indices = {m.name: groups.index(m.depth if by_block else m.kind) for m in allocation.matrices}
     totals = np.zeros((len(groups), len(allocation.history)))
     for column, entry in enumerate(allocation.history):
         for name, budget in entry.budgets.items():
-            totals[place[name], column] += budget
+            totals[group_indices[name], column] += budget
     shares = totals / np.maximum(totals.sum(axis=0), 1)
     figure, axes = new_figure(
         FIGURE_SIZE[0], FIGURE_SIZE[1] + 25, f"Budget share by {'block' if by_block else 'matrix type'}"

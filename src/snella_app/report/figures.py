@@ -166,11 +166,11 @@ def comparison_bars(rows: Sequence[MethodResult]) -> Figure:
         (-0.2, ACCENT, [row.accuracy for row in rows]),
         (0.2, COLORS[2], [row.balanced_accuracy for row in rows]),
     ):
-        places = np.arange(len(rows)) + offset
-        axes.barh(places, np.nan_to_num(value), height=0.36, color=color)
-        for place, number in zip(places, value, strict=True):
+        positions = np.arange(len(rows)) + offset
+        axes.barh(positions, np.nan_to_num(value), height=0.36, color=color)
+        for position, number in zip(positions, value, strict=True):
             text = "not measured" if math.isnan(number) else percent_text(number)
-            axes.text(np.nan_to_num(number) + 0.01, place, text, va="center", color=INK, fontsize=11)
+            axes.text(np.nan_to_num(number) + 0.01, position, text, va="center", color=INK, fontsize=11)
     axes.set_xlim(0, 1.19)
     axes.set_xticks(np.linspace(0, 1, 5), [f"{p}%" for p in (0, 25, 50, 75, 100)])
     add_legend(figure, axes.containers, ["accuracy", "balanced accuracy"])  # type: ignore[arg-type]
@@ -183,10 +183,10 @@ def cost_bars(rows: Sequence[MethodResult]) -> Figure:
     seconds = np.nan_to_num([row.train_s for row in rows])
     longest = float(seconds.max(initial=0.0)) or 1.0
     axes.barh(np.arange(len(rows)), seconds, height=0.5, color=ACCENT)
-    for place, row in enumerate(rows):
+    for position, row in enumerate(rows):
         time = "not measured" if math.isnan(row.train_s) else f"{row.train_s:,.0f} s"
         count = "" if row.trainable_parameters is None else f" · {count_text(row.trainable_parameters)}"
-        axes.text(seconds[place] + longest / 60, place, time + count, va="center", color=INK, fontsize=11)
+        axes.text(seconds[position] + longest / 60, position, time + count, va="center", color=INK, fontsize=11)
     axes.set_xlim(0, 1.75 * longest)
     axes.set_xlabel("seconds · trainable parameters")
     return figure
@@ -200,8 +200,9 @@ def _curves(metrics: Metrics, title: str, lines: Sequence[tuple[str, str, str]])
     for _, field, color in lines:
         points = [(row.epoch, value) for row in metrics.history if not math.isnan(value := getattr(row, field))]
         marker = "o" if len(points) <= 30 else ""
-        places, numbers = zip(*points, strict=True) if points else ((), ())  # some protocols do not measure every score
-        handles += axes.plot(places, numbers, color=color, linewidth=2, marker=marker, markersize=4)
+        # some protocols do not measure every score
+        epoch_numbers, values = zip(*points, strict=True) if points else ((), ())
+        handles += axes.plot(epoch_numbers, values, color=color, linewidth=2, marker=marker, markersize=4)
     if metrics.best_epoch is not None:
         handles.append(axes.axvline(metrics.best_epoch, color=MUTED, linewidth=1.2, linestyle=DASHED, zorder=1))
         labels.append("best epoch")

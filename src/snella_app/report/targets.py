@@ -74,10 +74,10 @@ def precision_recall_curves(predictions: LabelSetPredictions, classes: Sequence[
     support = truth.sum(0)
     present = [int(c) for c in np.argsort(-support, kind="stable") if support[c]]
     handles, labels = [], []
-    for place, c in reversed(list(enumerate(present))):
+    for rank, c in reversed(list(enumerate(present))):
         precision, recall, _ = precision_recall_curve(truth[:, c], probabilities[:, c])
-        is_colored = place < len(COLORS)
-        color, width = (COLORS[place], 1.8) if is_colored else (GRID, 1.0)
+        is_colored = rank < len(COLORS)
+        color, width = (COLORS[rank], 1.8) if is_colored else (GRID, 1.0)
         line = axes.step(recall, precision, where="post", color=color, linewidth=width, zorder=3 if is_colored else 1)
         if is_colored:
             row = scores.per_class[c]

@@ -54,7 +54,7 @@ def _snella_updates(adapter: AdapterFile, infos: Mapping[str, MatrixInfo]) -> Up
     """Return updates computed by the reference implementation from factors, scalars and budgets."""
     config = SnellaConfig.from_pretrained(str(adapter.path.parent))
     modules = _modules(adapter, ".snella_A")
-    places: dict[str, tuple[str, int]] = {}
+    locations: dict[str, tuple[str, int]] = {}
     rows: dict[str, tuple[int, ...]] = {}
     shapes: dict[str, tuple[int, int]] = {}
     for module in modules:
@@ -62,13 +62,13 @@ def _snella_updates(adapter: AdapterFile, infos: Mapping[str, MatrixInfo]) -> Up
         m = adapter.shapes[f"{_PREFIX}{module}.snella_B"][0]
         names = part_names(module, groups, infos)
         rows[module] = tuple(infos[name].shape[0] if name in infos else m // groups for name in names)
-        places |= {name: (module, group) for group, name in enumerate(names)}
+        locations |= {name: (module, group) for group, name in enumerate(names)}
         shapes |= {name: (count, n) for name, count in zip(names, rows[module], strict=True)}
     kernel = config.make_kernel()
     merged: dict[str, list[Tensor]] = {}
 
     def compute(name: str) -> Tensor:
-        module, group = places[name]
+        module, group = locations[name]
         if module not in merged:
             merged.clear()  # cache one fused layer: its matrices are merged together and requested in sequence
             spec = UpdateSpec(kernel, rows[module], config.sparsify_mode, config.scaling)  # type: ignore[arg-type]
@@ -114,18 +114,18 @@ def _lora_updates(adapter: AdapterFile) -> UpdateSource:
     """Return updates `scaling · B A`, with fused layers split into the same matrices as in SNELLA."""
     rank = adapter.config["r"]
     scaling = adapter.config.get("lora_alpha", _LORA_ALPHA) / (rank**0.5 if adapter.config.get("use_rslora") else rank)
-    places: dict[str, tuple[str, int, int]] = {}
+    locations: dict[str, tuple[str, int, int]] = {}
     shapes: dict[str, tuple[int, int]] = {}
     for module in _modules(adapter, ".lora_A.weight"):
         m, n = (
             adapter.shapes[f"{_PREFIX}{module}.lora_{letter}.weight"][axis] for letter, axis in (("B", 0), ("A", 1))
         )
         names = part_names(module, 3 if module.endswith("qkv") and m % 3 == 0 else 1, {})
-        places |= {name: (module, group, m // len(names)) for group, name in enumerate(names)}
+        locations |= {name: (module, group, m // len(names)) for group, name in enumerate(names)}
         shapes |= {name: (m // len(names), n) for name in names}
 
     def compute(name: str) -> Tensor:
-        module, group, rows = places[name]
+        module, group, rows = locations[name]
         with safe_open(adapter.path, "pt") as file:
             A, B = (file.get_tensor(f"{_PREFIX}{module}.lora_{letter}.weight").float() for letter in "AB")
         return scaling * (B[group * rows : (group + 1) * rows] @ A)
@@ -148,8 +148,8 @@ def _downsample(values: Tensor, side: int = MAX_CELLS) -> np.ndarray:
     rows, columns = (max(1, -(-size // side)) for size in values.shape)
     padded = torch.nn.functional.pad(values, (0, -values.shape[1] % columns, 0, -values.shape[0] % rows))
     blocks = padded.unfold(0, rows, rows).unfold(1, columns, columns).flatten(2)
-    places = blocks.abs().argmax(-1, keepdim=True)
-    return blocks.gather(-1, places)[..., 0].numpy()
+    indices = blocks.abs().argmax(-1, keepdim=True)
+    return blocks.gather(-1, indices)[..., 0].numpy()
 
 
 def draw_updates(updates: Mapping[str, Tensor], name: str) -> Figure:

@@ -114,9 +114,9 @@ def find_data(run: Path, spec: str, absolute: str | None) -> str:
     if absolute and Path(absolute).exists():
         return f"{prefix}{absolute}"
     kind = "file" if folder.suffix in TABLE_SUFFIXES else "folder"
-    places = spec if absolute in (None, path) else f"{spec} (then {absolute})"
+    locations = spec if absolute in (None, path) else f"{spec} (then {absolute})"
     raise FileNotFoundError(
-        f"the data of {run} must exist at {places}; no such {kind}; pass its new location with --data {prefix}NEW"
+        f"the data of {run} must exist at {locations}; no such {kind}; pass its new location with --data {prefix}NEW"
     )
 
 

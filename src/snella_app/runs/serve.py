@@ -165,13 +165,13 @@ def create_app(
     @app.middleware("http")
     async def guard(request: Request, call_next: Callable[[Request], Awaitable[Any]]) -> Any:
         start = time.monotonic()
-        answer = check_headers(request) or await call_next(request)
-        answer.headers.update(_NOSNIFF)
-        answer.headers["Content-Security-Policy"] = _DOCS_POLICY if request.url.path in _DOCS else policy
+        response = check_headers(request) or await call_next(request)
+        response.headers.update(_NOSNIFF)
+        response.headers["Content-Security-Policy"] = _DOCS_POLICY if request.url.path in _DOCS else policy
         client = request.client.host if request.client else "-"
-        duration = f"{1000 * (time.monotonic() - start):.0f} ms"
-        log(f"{time.strftime('%H:%M:%S')} {client} {request.method} {request.url.path} {answer.status_code} {duration}")
-        return answer
+        route, duration_ms = f"{request.method} {request.url.path}", 1000 * (time.monotonic() - start)
+        log(f"{time.strftime('%H:%M:%S')} {client} {route} {response.status_code} {duration_ms:.0f} ms")
+        return response
 
     @app.exception_handler(RequestValidationError)
     async def explain_form(request: Request, error: RequestValidationError) -> Any:
@@ -200,19 +200,19 @@ def create_app(
         """Run prediction on images, each a file in the form field `files`."""
         if len(files) > limits.files:
             return JSONResponse({"error": f"a request must have at most {limits.files} files, got {len(files)}"}, 413)
-        answers: list[dict[str, Any]] = [{"name": file.filename or f"[{i}]"} for i, file in enumerate(files)]
+        entries: list[dict[str, Any]] = [{"name": file.filename or f"[{i}]"} for i, file in enumerate(files)]
         usable: list[int] = []
-        weight = 0.0
+        pixels = 0.0
         for index, file in enumerate(files):
             try:
-                weight += _checked_pixels(file.file, limits, model.loaded.reading)
+                pixels += _checked_pixels(file.file, limits, model.loaded.reading)
                 usable.append(index)
             except ValueError as error:
-                answers[index]["error"] = str(error)
-        if weight > limits.total_megapixels * 1e6:
+                entries[index]["error"] = str(error)
+        if pixels > limits.total_megapixels * 1e6:
             most = f"a request must have at most {limits.total_megapixels:g} million pixels"
-            return JSONResponse({"error": f"{most}, got {weight / 1e6:.1f}; send fewer images per request"}, 413)
-        with budget.reserve(weight) as fits:
+            return JSONResponse({"error": f"{most}, got {pixels / 1e6:.1f}; send fewer images per request"}, 413)
+        with budget.reserve(pixels) as fits:
             if not fits:
                 busy = "the server is busy with other requests; retry in a second"
                 return JSONResponse({"error": busy}, 503, {"Retry-After": "1"})
@@ -222,11 +222,11 @@ def create_app(
                 images, tta=tta, unsure=unsure, skip_corrupt=True, on_skipped=failed.__setitem__
             )
             for prediction in predictions:
-                answers[usable[_index(prediction.path)]].update(_answer(model, prediction))
+                entries[usable[_index(prediction.path)]].update(_prediction_json(model, prediction))
         for path, reason in failed.items():
-            answers[usable[_index(path)]]["error"] = f"not a readable image: {reason}"
-        any_predicted = any("error" not in answer for answer in answers)
-        return JSONResponse({"predictions": answers}, 200 if any_predicted else 422)
+            entries[usable[_index(path)]]["error"] = f"not a readable image: {reason}"
+        any_predicted = any("error" not in entry for entry in entries)
+        return JSONResponse({"predictions": entries}, 200 if any_predicted else 422)
 
     return app
 
@@ -383,7 +383,7 @@ def _index(path: Path) -> int:
     return int(str(path)[1:-1])
 
 
-def _answer(model: Predictor, prediction: Any) -> dict[str, Any]:
+def _prediction_json(model: Predictor, prediction: Any) -> dict[str, Any]:
     """Convert a prediction to JSON."""
     text = model.loaded.task.prediction_text(prediction, None)
     if not isinstance(prediction, Prediction):

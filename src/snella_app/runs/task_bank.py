@@ -138,14 +138,14 @@ class TaskBank:
                     "the same pre-trained weights"
                 )
             update.base = tensors[key].detach()
-        plain = merged_model(loaded.model).state_dict()
+        merged = merged_model(loaded.model).state_dict()
         replaced = {
             key: tensor.detach()
-            for key, tensor in plain.items()
+            for key, tensor in merged.items()
             if key not in updates and not (key in tensors and torch.equal(tensor, tensors[key]))
         }
         is_small = _bytes(replaced.values()) <= _MAX_REPLACED * _bytes(tensors.values())
-        if plain.keys() != tensors.keys() or not is_small:
+        if merged.keys() != tensors.keys() or not is_small:
             raise NotImplementedError(
                 f"run={run} was trained with {loaded.info.method}, which stores whole weights, but a bank needs "
                 "SNELLA factors; load this run separately"

@@ -31,7 +31,7 @@ from snella_app.training.checkpoints import CheckpointError, require_file
 if TYPE_CHECKING:
     from snella_app.training.trainer import SnellaTrainer
 
-_FILE, _ENDS_FILE = "ema.safetensors", "epoch_ends.safetensors"
+_FILE, _SNAPSHOTS_FILE = "ema.safetensors", "epoch_ends.safetensors"
 _ESTIMATE_STEPS, _ESTIMATE_S = 4, 20.0
 """The remaining time is estimated after this many steps, or after two steps and this many seconds, since the first step
 compiles."""
@@ -91,9 +91,9 @@ class WeightAverage(TrainerCallback):
         self.update()
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Use the averages in the model inside the context."""
-        with _replaced_parameters(self._parameters, self._averages):
+    def average_parameters(self) -> Iterator[None]:
+        """Use the averaged parameters in the model inside the context."""
+        with _swapped_parameters(self._parameters, self._averages):
             yield
 
     def save(self, checkpoint: Path) -> None:
@@ -121,7 +121,7 @@ class WeightAverage(TrainerCallback):
             self.steps = int(file.metadata()["steps"])
 
 
-class EpochEnds:
+class EpochSnapshots:
     """Trained parameters of the last epochs, for averaging after training.
 
     Only parameters are averaged, as in `WeightAverage`. The averaged update uses the budgets of the last step and
@@ -150,20 +150,20 @@ class EpochEnds:
             del self._values[old]
 
     @contextmanager
-    def mean_applied(self, epochs: Sequence[int]) -> Iterator[None]:
-        """Use the mean over the given epochs in the model inside the context."""
+    def average_parameters(self, epochs: Sequence[int]) -> Iterator[None]:
+        """Use the mean parameters of the given epochs in the model inside the context."""
         first, *others = epochs
         means = {name: value.clone() for name, value in self._values[first].items()}
         average = get_swa_multi_avg_fn()
         for number, epoch in enumerate(others, 1):
             average(list(means.values()), [self._values[epoch][name] for name in means], number)
-        with _replaced_parameters(self._parameters, means):
+        with _swapped_parameters(self._parameters, means):
             yield
 
     def save(self, checkpoint: Path) -> None:
         """Write the values to a checkpoint folder."""
         tensors = {f"{epoch}/{name}": value for epoch in self.epochs for name, value in self._values[epoch].items()}
-        save_file(tensors, checkpoint / _ENDS_FILE)
+        save_file(tensors, checkpoint / _SNAPSHOTS_FILE)
 
     def load(self, checkpoint: Path) -> None:
         """Load the values from a checkpoint.
@@ -171,7 +171,7 @@ class EpochEnds:
         Raises:
             CheckpointError: If the checkpoint has no values, or has values of other parameters.
         """
-        path = require_file(checkpoint, _ENDS_FILE)
+        path = require_file(checkpoint, _SNAPSHOTS_FILE)
         self._values = {}
         for key, value in load_file(path).items():
             number, name = key.split("/", 1)
@@ -185,7 +185,7 @@ class EpochEnds:
 
 
 @contextmanager
-def _replaced_parameters(parameters: Mapping[str, nn.Parameter], values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+def _swapped_parameters(parameters: Mapping[str, nn.Parameter], values: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """Replace parameter values inside the context and restore them on exit."""
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     _copy(parameters, values)
@@ -519,4 +519,4 @@ class ProgressDisplay(TrainerCallback):
         return f"  budget {sum(allocator.budgets.values()) / self.total_weights:.1%}"
 
 
-__all__ = ["EpochEnds", "WeightAverage"]
+__all__ = ["EpochSnapshots", "WeightAverage"]

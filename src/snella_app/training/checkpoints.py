@@ -158,7 +158,7 @@ def convert_read_errors(checkpoint: Path) -> Iterator[None]:
 
 
 @contextmanager
-def staged(run: RunFolderOf[Any], name: str) -> Iterator[Path]:
+def stage_checkpoint(run: RunFolderOf[Any], name: str) -> Iterator[Path]:
     """Write a checkpoint to a staging folder, add digests and publish it with a single rename.
 
     Args:

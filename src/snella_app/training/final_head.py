@@ -14,7 +14,7 @@ from snella_app.runs.layer_probe import LayerProbe, layer_features, probed_layer
 from snella_app.tasks import Task
 from snella_app.tasks.linear_fit import fit_head
 from snella_app.training.build import RunComponents
-from snella_app.training.linear_probe import is_clearly_better, plain_images
+from snella_app.training.linear_probe import is_clearly_better, original_images
 
 INVERSE_PENALTY = 0.01
 """Weight C of the summed loss relative to `‖W‖²/2`, for standardized features."""
@@ -70,7 +70,7 @@ def measure_features(
         load: Function that returns batches.
         first_view: Precomputed features of the unflipped images, if available.
     """
-    plain = plain_images(images).with_transform(build_transform(parts.data_config, train=False, augment="none"))
+    plain = original_images(images).with_transform(build_transform(parts.data_config, train=False, augment="none"))
     model, layers = parts.model, probed_layers(parts.model)
     device = next(model.parameters()).device
     model.eval()

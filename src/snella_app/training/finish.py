@@ -27,7 +27,7 @@ from snella_app.runs.layer_probe import LAYER_PROBE
 from snella_app.tasks import Task
 from snella_app.training.distributed import is_main, process_count, wait_for_everyone
 from snella_app.training.final_head import LayerFit, fit_layers, is_clearly_worse, measure_layers
-from snella_app.training.linear_probe import plain_images, probe_rows
+from snella_app.training.linear_probe import original_images, probe_rows
 from snella_app.training.memory import peak_rss_mib
 from snella_app.training.results import (
     best_epoch,
@@ -194,7 +194,7 @@ def _fit_final_head(
         run.update("running", final_head="trained")
     if session.plan.optim.final_head != "layers" or process_count() > 1:  # a run resumed in several processes
         return None, None
-    train = plain_images(parts.splits.train).subset(probe_rows(parts).tolist())
+    train = original_images(parts.splits.train).subset(probe_rows(parts).tolist())
     fit = fit_layers(parts, train, views, trainer.get_eval_dataloader)
     if fit.val is None:
         record = FinalHead(fit.probe.layers, True)

@@ -58,7 +58,7 @@ class FeatureDataset(Dataset[tuple[Any, ...]]):
         return self.images.image(index)
 
 
-def plain_images(images: ImageDataset | FeatureDataset) -> ImageDataset:
+def original_images(images: ImageDataset | FeatureDataset) -> ImageDataset:
     """Return the original images of a `FeatureDataset`; image datasets are unchanged."""
     return images.images if isinstance(images, FeatureDataset) else images
 
@@ -74,7 +74,7 @@ def can_cache_features(data: DataConfig, model: nn.Module) -> bool:
         and not (data.mixup or data.cutmix or data.random_erasing)
         and has_timm_features(model)
         and isinstance(model.get_submodule(spec_of(model).head), nn.Linear)
-        and not _draws_random_numbers(model)
+        and not _has_active_dropout(model)
     )
 
 
@@ -83,7 +83,7 @@ def has_timm_features(model: nn.Module) -> bool:
     return all(callable(getattr(model, name, None)) for name in ("forward_features", "forward_head"))
 
 
-def _draws_random_numbers(model: nn.Module) -> bool:
+def _has_active_dropout(model: nn.Module) -> bool:
     """Return whether dropout or drop path is active, as a module or as timm's functional `drop_rate`."""
     rates = ((module, name) for module in model.modules() for name in ("p", "drop_prob", "drop_rate"))
     return any(isinstance(rate := getattr(module, name, None), float) and rate > 0 for module, name in rates)

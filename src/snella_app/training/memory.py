@@ -128,7 +128,7 @@ def record_forward(model: nn.Module, images: Tensor) -> ForwardRecord:
     try:
         torch.utils.checkpoint.checkpoint = compute_now
         attention_recorder = _AttentionRecorder(note_attention)
-        with restored_state(model, images), torch.autograd.graph.saved_tensors_hooks(pack, unpack), attention_recorder:
+        with preserve_state(model, images), torch.autograd.graph.saved_tensors_hooks(pack, unpack), attention_recorder:
             model.train()
             model(images)
     finally:
@@ -155,7 +155,7 @@ class _AttentionRecorder(TorchFunctionMode):
 
 
 @contextmanager
-def restored_state(model: nn.Module, images: Tensor) -> Iterator[None]:
+def preserve_state(model: nn.Module, images: Tensor) -> Iterator[None]:
     """Restore mode, buffers and random state of a model on exit.
 
     Args:

@@ -31,7 +31,7 @@ from snella_app.training.build import RunComponents
 from snella_app.training.distributed import process_count
 from snella_app.training.final_head import layer_fit_seconds
 from snella_app.training.linear_probe import can_skip_training, probe_rows
-from snella_app.training.memory import predict_step_memory, restored_state
+from snella_app.training.memory import predict_step_memory, preserve_state
 from snella_app.training.results import MIN_SIZE, free_memory, size_step
 
 _LARGEST_BATCH, _FEWEST_STEPS = 256, 10
@@ -336,7 +336,7 @@ def _trial_step(parts: RunComponents, precision: str, batch: dict[str, Tensor]) 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     moments = [torch.zeros_like(parameter) for parameter in trained for _ in range(2)]
     try:
-        with restored_state(model, images):
+        with preserve_state(model, images):
             model.train()
             with autocast(device, precision):
                 loss = parts.task.loss(model(images), labels)
@@ -351,7 +351,7 @@ def _trial_evaluation(parts: RunComponents, precision: str, batch: dict[str, Ten
     """Run a forward pass in evaluation mode in float32, and restore the model's state."""
     model, device = parts.model, next(parts.model.parameters()).device
     images = batch["images"].to(device)
-    with restored_state(model, images):
+    with preserve_state(model, images):
         model.eval()
         model(images)
 

@@ -37,8 +37,13 @@ from snella_app.methods import load_trained_into, method_of, save_trained
 from snella_app.records import AveragedEpochs
 from snella_app.runs.folder import RunFolder, RunFolderOf
 from snella_app.training.build import RunComponents, epoch_sampler
-from snella_app.training.callbacks import EpochEnds, WeightAverage
-from snella_app.training.checkpoints import convert_read_errors, convert_write_errors, remove_incomplete, staged
+from snella_app.training.callbacks import EpochSnapshots, WeightAverage
+from snella_app.training.checkpoints import (
+    convert_read_errors,
+    convert_write_errors,
+    remove_incomplete,
+    stage_checkpoint,
+)
 from snella_app.training.distributed import (
     ShardedBatches,
     is_main,
@@ -156,7 +161,7 @@ class CheckpointingTrainer(Trainer):
         folder, name = self.run_folder.checkpoints, f"checkpoint-{self.state.global_step}"
         if (folder / name).is_dir():
             return
-        with staged(self.run_folder, name) as self._staging:
+        with stage_checkpoint(self.run_folder, name) as self._staging:
             try:
                 super()._save_checkpoint(model, trial)
                 self._write_state(self._staging / name)
@@ -298,7 +303,7 @@ class SnellaTrainer(CheckpointingTrainer):
         self.average = None if optim.ema is None else WeightAverage(model, optim.ema)
         averaging: list[TrainerCallback] = [] if self.average is None else [self.average]
         averaging += [] if feature_norm is None else [feature_norm]
-        self.epoch_ends = EpochEnds(model, count) if (count := optim.swa or optim.soup) else None
+        self.snapshots = EpochSnapshots(model, count) if (count := optim.swa or optim.soup) else None
         self.progress = _Progress()
         self._weights: list[float] = []
         self._micro_step, self._step_loss = 0, 0.0
@@ -386,7 +391,7 @@ class SnellaTrainer(CheckpointingTrainer):
             NonFiniteLossError: If the loss is not finite; nothing is saved.
         """
         allocator = self.allocator
-        with nullcontext() if self.average is None else self.average.applied():
+        with nullcontext() if self.average is None else self.average.average_parameters():
             row: dict[str, Any] = {
                 "train_loss": self.progress.loss_sum / self.progress.steps if self.progress.steps else math.nan,
                 **self._selection_scores(),
@@ -403,8 +408,8 @@ class SnellaTrainer(CheckpointingTrainer):
             score = self.selection_score(row)
             is_best = all(self.selection_score(past) <= score for past in self.history)
             self.log(row)
-            if self.epoch_ends is not None and self.state.global_step > 0:
-                self.epoch_ends.add(round(self.state.epoch or 0))
+            if self.snapshots is not None and self.state.global_step > 0:
+                self.snapshots.add(round(self.state.epoch or 0))
             if self.has_stopped_early:
                 self.control.should_training_stop = True
             if is_best:
@@ -428,7 +433,7 @@ class SnellaTrainer(CheckpointingTrainer):
             Izmailov et al., Averaging Weights Leads to Wider Optima (arXiv 1803.05407); Wortsman et al., Model Soups
             (arXiv 2203.05482).
         """
-        candidates = self.epoch_ends
+        candidates = self.snapshots
         if candidates is None or not candidates.epochs:
             return None
         rows = {row["epoch"]: self.selection_score(row) for row in self.history}
@@ -436,26 +441,26 @@ class SnellaTrainer(CheckpointingTrainer):
         if self.optim_config.soup is not None:
             best_first = sorted(candidates.epochs, key=lambda epoch: (rows[epoch], epoch), reverse=True)
             chosen = best_first[:1]
-            score, _ = self._score_of_mean(chosen)
+            score, _ = self._evaluate_mean(chosen)
             for epoch in best_first[1:]:
-                other, _ = self._score_of_mean([*chosen, epoch])
+                other, _ = self._evaluate_mean([*chosen, epoch])
                 if other >= score:
                     chosen, score = [*chosen, epoch], other
         chosen = sorted(chosen)
-        score, scores = self._score_of_mean(chosen)
+        score, scores = self._evaluate_mean(chosen)
         is_saved = score >= max(rows.values())
         if is_saved:
-            with candidates.mean_applied(chosen):
+            with candidates.average_parameters(chosen):
                 self._save_adapter()
         kind: Literal["swa", "soup"] = "swa" if self.optim_config.soup is None else "soup"
         return AveragedEpochs(kind, chosen, candidates.epochs, is_saved, scores)
 
-    def _score_of_mean(self, epochs: Sequence[int]) -> tuple[tuple[float, float], dict[str, float]]:
+    def _evaluate_mean(self, epochs: Sequence[int]) -> tuple[tuple[float, float], dict[str, float]]:
         """Return the selection score (constant without a selection split) and metrics of the mean over epochs."""
-        if self.epoch_ends is None or self.validation_set is None:
+        if self.snapshots is None or self.validation_set is None:
             return self.selection_score({}), {}
-        with self.epoch_ends.mean_applied(epochs):
-            scores = self._measured(self.validation_set)
+        with self.snapshots.average_parameters(epochs):
+            scores = self._evaluate_split(self.validation_set)
         return self.selection_score(scores), scores
 
     def _save_adapter(self) -> None:
@@ -470,9 +475,9 @@ class SnellaTrainer(CheckpointingTrainer):
         epoch = round(self.state.epoch or 0)
         if self.validation_set is None or not self.protocol.is_measured(epoch, self.optim_config.epochs):
             return {}
-        return self._measured(self.validation_set)
+        return self._evaluate_split(self.validation_set)
 
-    def _measured(self, images: ImageDataset) -> dict[str, float]:
+    def _evaluate_split(self, images: ImageDataset) -> dict[str, float]:
         """Evaluate images of the selection split."""
         scores = self.task.metrics(*self.outputs(images))
         if not math.isfinite(scores["loss"]):
@@ -597,7 +602,7 @@ class SnellaTrainer(CheckpointingTrainer):
     def _write_state(self, checkpoint: Path, **values: Any) -> None:
         """Also write the current epoch's loss, the weight averages and the feature statistics."""
         super()._write_state(checkpoint, **asdict(self.progress), **values)
-        for part in (self.average, self.epoch_ends, self.feature_norm):
+        for part in (self.average, self.snapshots, self.feature_norm):
             if part is not None:
                 part.save(checkpoint)
 
@@ -605,7 +610,7 @@ class SnellaTrainer(CheckpointingTrainer):
         """Load the state written by `_write_state`."""
         values = super()._read_state(checkpoint)
         self.progress = _Progress(values["loss_sum"], values["steps"])
-        for part in (self.average, self.epoch_ends, self.feature_norm):
+        for part in (self.average, self.snapshots, self.feature_norm):
             if part is not None:
                 part.load(checkpoint)
         return values

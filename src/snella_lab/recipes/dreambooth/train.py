@@ -23,7 +23,12 @@ from snella_app.device import choose_device
 from snella_app.methods import load_trained_into, save_trained
 from snella_app.methods.registry import adapt_headless
 from snella_app.records import BackboneInfo, DataInfo, FixedLoss, LossRow, RunInfo, read
-from snella_app.training.checkpoints import convert_read_errors, convert_write_errors, remove_incomplete, staged
+from snella_app.training.checkpoints import (
+    convert_read_errors,
+    convert_write_errors,
+    remove_incomplete,
+    stage_checkpoint,
+)
 from snella_app.training.results import (
     describe_allocation,
     describe_generator,
@@ -240,7 +245,7 @@ class DreamBoothTrainer:
             "elapsed_s": self.elapsed_s,
             "optimizer": self.optimizer.state_dict(),
         }
-        with staged(self.run_folder, name) as staging:
+        with stage_checkpoint(self.run_folder, name) as staging:
             save_trained(self.model, staging / name)
             torch.save(state, staging / name / _STATE)
         remove_incomplete(folder)
