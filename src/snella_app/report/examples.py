@@ -71,7 +71,7 @@ def overlay(image: Image.Image, labels: np.ndarray) -> Image.Image:
 
 
 def overlay_panels(image: Image.Image, masks: Sequence[np.ndarray]) -> Image.Image:
-    """Return the image followed by one overlay per mask, side by side, resized to a common longest side."""
+    """Return the image and one overlay per mask, side by side."""
     scale = _MAX_SIDE / max(image.size)
     size = (max(1, round(scale * image.width)), max(1, round(scale * image.height)))
     shown = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)

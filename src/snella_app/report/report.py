@@ -167,7 +167,7 @@ def groups_section(info: RunInfo, predictions: Predictions | None) -> dict[str, 
 
 
 def baselines(info: RunInfo, metrics: Metrics | None, comparison: list[MethodResult] | None) -> list[tuple[str, float]]:
-    """Return accuracy baselines by name: the most frequent class, and a linear probe if one was compared."""
+    """Return accuracy baselines by name: the most frequent class, and the linear probe if compared."""
     scores = None if metrics is None else metrics.measured[1]
     if not isinstance(scores, Scores) or not scores.images:
         return []

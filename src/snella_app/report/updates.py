@@ -134,7 +134,7 @@ def _lora_updates(adapter: AdapterFile) -> UpdateSource:
 
 
 def part_names(module: str, groups: int, infos: Mapping[str, MatrixInfo]) -> list[str]:
-    """Return the names of the matrices in one weight, from `allocation.json` or else q, k and v."""
+    """Return the names of the matrices in a fused weight, from `allocation.json` or else q, k and v."""
     if groups == 1:
         return [module]
     known = [name for name in infos if name.rpartition(".")[0] == module]

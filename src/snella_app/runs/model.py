@@ -147,7 +147,7 @@ def configured_image_size(model: nn.Module, *, is_strict: bool = False) -> int |
     """Return the image size that a model is configured for; None if it accepts any size.
 
     Args:
-        model: Backbone, or segmenter around one.
+        model: Backbone or segmenter.
         is_strict: Also return None for models that accept other sizes.
     """
     patches: Any = getattr(getattr(model, "encoder", model), "patch_embed", None)

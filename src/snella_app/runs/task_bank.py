@@ -276,7 +276,7 @@ class TaskBank:
 
 
 def _backbone_key(backbone: BackboneInfo, task: str) -> tuple[Any, ...]:
-    """Return the settings that runs of one backbone have in common, with the seed of random weights."""
+    """Return the backbone settings that all runs of a bank share, with the seed of random weights."""
     seed = None if backbone.pretrained is not False else backbone.seed
     return (backbone.name, backbone.weights, backbone.img_size, task, seed)
 

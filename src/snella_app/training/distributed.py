@@ -66,7 +66,7 @@ def init_process_group(device: str) -> None:
     for variable, name in _UNSUPPORTED_MODES.items():
         if os.environ.get(variable, "false").lower() in ("1", "true", "yes"):
             raise NotImplementedError(
-                f"distributed training uses DDP with the whole model per process, got {name} ({variable}="
+                f"distributed training uses DDP with a full model per process, got {name} ({variable}="
                 f"{os.environ[variable]}); use torchrun, or accelerate launch without {name}; --shard shards the "
                 "frozen weights with FSDP2"
             )

@@ -103,7 +103,7 @@ def finish(session: Session, trainer: SnellaTrainer) -> None:
         )
     )
     write_text(run.adapter / CARD, model_card(run.path, _ADAPTER_USE, library="peft"))
-    # precedes the status, so a run killed in between is resumed, evaluated again and completed
+    # written before the status, so that resuming a run killed here completes it
     report = write_report(run.path, report_images, state="finished") if session.render_report else None
     run.finish()
     _print_results(session, trainer, measured, scores)

@@ -239,13 +239,13 @@ def predict_step_memory(
 ) -> StepMemory:
     """Predict the peak memory of one training step: forward, backward and AdamW.
 
-        at module i of the backward pass:  kept_until(i) + gradients(i, i+1, …) + temporary(i)
+        at module i of the backward pass:  saved_until(i) + gradients(i, i+1, …) + temporary(i)
         at the optimizer step:             gradients + temporary(AdamW)
         total = weights + optimizer_state + images + maximum of these
 
-    `kept_until` and the activation part of `temporary` are linear in the batch size; forward passes with 2 and 3 images
-    determine the line at the memory cost of passes without gradients. The prediction excludes libraries, allocator
-    rounding and workspaces; workspaces are significant for fully trained convolutions on the CPU.
+    `saved_until` and the activation part of `temporary` are linear in the batch size. The line is fitted to forward
+    passes with 2 and 3 images, which need no more memory than passes without gradients. The prediction excludes
+    libraries, allocator rounding and workspaces; workspaces are significant for fully trained convolutions on the CPU.
 
     Args:
         model: Model from `build_method`, on any device.

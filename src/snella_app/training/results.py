@@ -209,7 +209,7 @@ def shorten_hint(parts: RunComponents, factor: float) -> str:
 
     Args:
         parts: Data and model.
-        factor: Expected duration of the run as a multiple of the desired one.
+        factor: Ratio of the expected to the desired duration.
     """
     side, patch = int(parts.data_config["input_size"][-1]), size_step(parts.model)
     shorter = int(side / math.sqrt(factor)) // patch * patch

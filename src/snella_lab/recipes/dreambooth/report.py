@@ -53,8 +53,8 @@ def write_generation_report(run: str | Path) -> Path:
     if allocation is not None and budgets:
         changed, total = sum(budgets.values()), max(allocation.total_weights, 1)
         frozen = sum(budget == 0 for budget in budgets.values())
-        note = f"of {count_text(total)} ({percent_text(changed / total)}), {frozen} matrices frozen"
-        numbers.insert(2, ("adapted weights kept", count_text(changed), note))
+        note = f"of {count_text(total)} adapted weights ({percent_text(changed / total)}), {frozen} matrices frozen"
+        numbers.insert(2, ("budget", count_text(changed), note))
     data = info.data
     subject = [Path(data.folder or "") / name for name in data.files or []]
     context = {
