@@ -24,7 +24,7 @@ from matplotlib.ticker import NullLocator
 from scipy.optimize import nnls
 from step_tables import put_between
 
-from snella_app.report.style import COLORS, CURVE, INK, add_legend, new_figure, save_figure
+from snella_app.report.style import COLORS, FIGURE_SIZE, INK, add_legend, new_figure, save_figure
 from snella_app.training.cost_model import (
     METHODS,
     MODELS,
@@ -156,7 +156,7 @@ def counted_cases(folder: Path = FOLDER) -> list[tuple[float, float]]:
         case = count_row(row) if row["benchmark"] in ("step_time", "kept_bytes", "model_rows") else None
         if case is not None:
             recorded = float(row["saved_mib"] if "saved_mib" in row else row["kept_mib"])
-            newest[case.configuration, case.method] = case.full.kept / _MIB, recorded
+            newest[case.configuration, case.method] = case.full.saved / _MIB, recorded
     return list(newest.values())
 
 
@@ -515,7 +515,7 @@ def update_page(page: Path = PAGE, folder: Path = FOLDER) -> bool:
 
 def errors_figure(held_out: list[HeldOut]) -> Figure:
     """Plot predicted versus measured seconds of held-out measurements, one marker per method family."""
-    figure, axes = new_figure(*CURVE, "Held-out steps on CPUs")
+    figure, axes = new_figure(*FIGURE_SIZE, "Held-out steps on CPUs")
     limits = [
         min(prediction.case.seconds for prediction in held_out) * 0.7,
         max(prediction.case.seconds for prediction in held_out) * 1.4,
@@ -551,7 +551,7 @@ def errors_figure(held_out: list[HeldOut]) -> Figure:
 
 def ratios_figure() -> Figure:
     """Plot the predicted step time of SNELLA relative to LoRA versus the tokens per step."""
-    figure, axes = new_figure(*CURVE, "SNELLA relative to LoRA, predicted, not measured")
+    figure, axes = new_figure(*FIGURE_SIZE, "SNELLA relative to LoRA, predicted, not measured")
     batches = [2**power for power in range(11)]
     for index, (gpu, model) in enumerate(
         [("h100", "ViT-B/16"), ("h100", "ViT-H/14"), ("rtx4090", "ViT-B/16"), ("rtx4090", "ViT-H/14")]

@@ -164,7 +164,7 @@ class MethodRunner:
 
     def saved_bytes(self) -> int:
         """Return the bytes saved by autograd."""
-        return record_forward(_Loss(self.model, self.forward), self.batch).kept
+        return record_forward(_Loss(self.model, self.forward), self.batch).saved_bytes
 
 
 class _Loss(nn.Module):

@@ -59,7 +59,7 @@ def count(method: str, backbone: str, batch: int, depth: int | None) -> dict[str
     images, _ = random_batch(workload, 1)
     memory = predict_step_memory(model, tuple(images.shape[1:]), batch)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return {"weights": weights, "trainable": trainable, "kept": memory.kept, "peak": memory.total}
+    return {"weights": weights, "trainable": trainable, "kept": memory.saved_bytes, "peak": memory.total}
 
 
 def count_full(method: str, backbone: str, batch: int, depths: tuple[int, ...]) -> dict[str, int]:

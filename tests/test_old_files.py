@@ -12,7 +12,7 @@ from snella_app.files import sealed
 from snella_app.records import Allocation, CellRow, Metrics, Predictions, RunInfo, plain, read, record_from
 from snella_app.report.inspect import inspect_run, inspect_summary
 from snella_app.runs import RunFolder
-from snella_app.runs.evaluate import evaluate, redraw_report
+from snella_app.runs.evaluate import evaluate, rewrite_report
 from snella_app.runs.predict import predict
 from snella_lab.comparison.compare import compare
 from snella_lab.comparison.options import ExecutionConfig
@@ -56,7 +56,7 @@ def test_old_run_reproduces_the_inspection(run, expected):
 
 
 def test_report_of_an_old_run_is_written(run):
-    page = redraw_report(run, Console(quiet=True)).read_text()
+    page = rewrite_report(run, Console(quiet=True)).read_text()
     assert "snella-2 on digits" in page and "sparsity-map" in page and "<img" in page
 
 

@@ -19,7 +19,7 @@ import psutil
 
 
 @contextmanager
-def add_file_to_errors(path: Path) -> Iterator[None]:
+def annotate_write_errors(path: Path) -> Iterator[None]:
     """Add the file name to errors while writing, e.g. if the disk is full.
 
     Args:
@@ -64,7 +64,7 @@ def create_folder(folder: Path) -> Iterator[None]:
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with add_file_to_errors(folder):
+        with annotate_write_errors(folder):
             yield
     except BaseException:
         for path in created:
@@ -87,7 +87,7 @@ def write_bytes(path: Path, content: bytes) -> None:
         OSError: If the disk is full or not writable; the old file is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{_machine()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    with add_file_to_errors(path):
+    with annotate_write_errors(path):
         _remove_leftovers(path)
         try:
             with open(temporary, "xb") as file:

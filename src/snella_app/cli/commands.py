@@ -409,9 +409,9 @@ def push(
 
     pushed = push(run, name, to_folder=to_folder, adapter=adapter, private=private, overwrite=overwrite)
     console = make_console()
-    if pushed.reason is not None:
-        print_line(console, f"note: cannot reach the Hub ({pushed.reason}); later: hf upload {name} {pushed.place}")
-    print_line(console, pushed.place)
+    if pushed.error is not None:
+        print_line(console, f"note: cannot reach the hub ({pushed.error}); later: hf upload {name} {pushed.location}")
+    print_line(console, pushed.location)
 
 
 @command("snella_app.report.inspect")
@@ -453,7 +453,7 @@ def inspect(
     from snella_app.plugins import plugin
     from snella_app.records import RunInfo, read
     from snella_app.report.inspect import inspect_run
-    from snella_app.runs.evaluate import redraw_report
+    from snella_app.runs.evaluate import rewrite_report
     from snella_app.runs.folder import RunFolder
 
     backbone_options: dict[str, Any] = {"batch": batch, "img_size": img_size, "r": r, "dtype": dtype, "device": device}
@@ -474,14 +474,14 @@ def inspect(
         console.print(_memory_table(backbone, **given))
     if run is not None:
         console.print(inspect_run(run))
-        if (folder := RunFolder(run)).has_stopped:
+        if (folder := RunFolder(run)).was_killed:
             print_line(
                 console,
                 f"the run stopped unexpectedly: no process is training it; resume it with "
                 f"snella train --out {folder.path} --resume",
             )
     if run is not None and report:
-        draw = plugin("reports", read(RunInfo, run).task) or redraw_report
+        draw = plugin("reports", read(RunInfo, run).task) or rewrite_report
         print_line(console, f"report: {draw(run)}")
 
 
@@ -648,7 +648,7 @@ def _memory_table(backbone: str, device: str | None = None, **given: Any) -> "Gr
     from snella_app.console import counted, make_console, make_table
     from snella_app.device import choose_device
     from snella_app.training.machines import GPUS, predict_on_gpu, shape_of_backbone
-    from snella_app.training.memory import methods_compared, predict_for_methods
+    from snella_app.training.memory import compared_methods, predict_for_methods
 
     chosen: dict[str, Any] = {"batch": 32, "img_size": None, "r": 8, "dtype": "fp32"} | given
     device = device or choose_device("auto").type
@@ -665,7 +665,7 @@ def _memory_table(backbone: str, device: str | None = None, **given: Any) -> "Gr
     elif device in GPUS:
         note += f"\nstep times are predicted for plain ViTs only, got {backbone}"
     table = make_table(("MiB", *columns), ())
-    count = len(methods_compared(chosen["r"]))
+    count = len(compared_methods(chosen["r"]))
     for method, size, memory in track(predictions, "predicting", total=count, console=make_console(), transient=True):
         images = f"{counted(chosen['batch'], 'image')} of {size[1]}×{size[2]} px"
         name = GPUS[device].name if device in GPUS else device

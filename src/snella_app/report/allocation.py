@@ -18,8 +18,8 @@ from snella_app.records import Allocation, AllocationStep, MatrixInfo, Metrics
 from snella_app.report.style import (
     ACCENT,
     COLORS,
-    CURVE,
     DASHED,
+    FIGURE_SIZE,
     PANEL,
     WARM,
     accent_map,
@@ -44,14 +44,14 @@ class Cell:
     count: int
 
     @property
-    def kept(self) -> float:
-        """Fraction of weights kept."""
+    def density(self) -> float:
+        """Fraction of update entries that can be nonzero."""
         return self.budget / self.size if self.size else 0.0
 
     @property
     def sparsity(self) -> float:
         """Fraction of update entries that are zero."""
-        return 1.0 - self.kept
+        return 1.0 - self.density
 
     @property
     def is_frozen(self) -> bool:
@@ -79,13 +79,13 @@ def arrange(matrices: Sequence[MatrixInfo], budgets: Mapping[str, int]) -> Matri
     for matrix in matrices:
         groups.setdefault((matrix.kind, matrix.depth), []).append(matrix)
     cells = {
-        place: Cell(
+        key: Cell(
             size=sum(matrix.size for matrix in group),
             budget=sum(budgets[matrix.name] for matrix in group),
             frozen=sum(budgets[matrix.name] == 0 for matrix in group),
             count=len(group),
         )
-        for place, group in groups.items()
+        for key, group in groups.items()
     }
     depths = {depth for _, depth in groups}
     numbered: list[int | None] = list(sorted(depth for depth in depths if depth is not None))
@@ -124,7 +124,7 @@ def adapter_step(allocation: Allocation, metrics: Metrics | None) -> AllocationS
     return (reached or matching or allocation.history)[-1]
 
 
-NUMBERED_DEPTHS = 48
+MAX_NUMBERED_BLOCKS = 48
 """Maximum number of blocks for which a map shows numbers."""
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -136,27 +136,27 @@ def sparsity_map(matrices: Sequence[MatrixInfo], budgets: Mapping[str, int]) -> 
     """
     grid = arrange(matrices, budgets)
     columns, rows = len(grid.depths), len(grid.kinds)
-    numbered = columns <= NUMBERED_DEPTHS
+    numbered = columns <= MAX_NUMBERED_BLOCKS
     side = 42 if numbered else 14
     names = [shortened(kind, 24) for kind in grid.kinds]
     width = max(60 + 7.5 * max(map(len, names), default=1) + side * columns, 360)
     figure, axes = new_figure(width, 130 + 34 * rows)
     axes.grid(False)
-    kept = np.full((rows, columns), np.nan)
+    densities = np.full((rows, columns), np.nan)
     for (kind, depth), cell in grid.cells.items():
         i, j = grid.kinds.index(kind), grid.depths.index(depth)
-        kept[i, j] = cell.kept
+        densities[i, j] = cell.density
         if cell.is_frozen:
             axes.add_patch(
                 Rectangle((j - 0.44, i - 0.42), 0.88, 0.84, fill=False, edgecolor=WARM, linewidth=1.6, zorder=3)
             )
             axes.text(j, i, "×", ha="center", va="center", color=WARM, fontsize=15, fontweight="bold")
         elif numbered:
-            axes.text(j, i, _percent(cell.sparsity), ha="center", va="center", color=text_on(cell.kept), fontsize=12)
+            axes.text(j, i, _percent(cell.sparsity), ha="center", va="center", color=text_on(cell.density), fontsize=12)
     axes.pcolormesh(
         np.arange(columns + 1) - 0.5,
         np.arange(rows + 1) - 0.5,
-        np.ma.masked_invalid(kept),
+        np.ma.masked_invalid(densities),
         cmap=accent_map(),
         vmin=0,
         vmax=1,
@@ -193,9 +193,9 @@ def block_trend(matrices: Sequence[MatrixInfo], budgets: Mapping[str, int]) -> F
     depths = sorted(blocks)
     shares = [1 - sum(budgets[m.name] for m in blocks[d]) / sum(m.size for m in blocks[d]) for d in depths]
     slope, intercept = linear_trend(shares)
-    figure, axes = new_figure(*CURVE, "Sparsity by block")
+    figure, axes = new_figure(*FIGURE_SIZE, "Sparsity by block")
     bars = axes.bar(range(len(depths)), shares, width=0.8, color=ACCENT)
-    (line,) = axes.plot([intercept + slope * place for place in range(len(depths))], color=WARM, linewidth=2.2)
+    (line,) = axes.plot([intercept + slope * i for i in range(len(depths))], color=WARM, linewidth=2.2)
     axes.grid(False, axis="x")
     axes.set_ylim(0, 1.02)
     epoch_axis(axes, "block")
@@ -213,7 +213,7 @@ def budget_curve(allocation: Allocation, epochs: int | None) -> Figure:
         allocation: The run's allocation.
         epochs: Epochs spanned by the schedule; None uses allocations as the time unit.
     """
-    figure, axes = new_figure(*CURVE, "Total budget")
+    figure, axes = new_figure(*FIGURE_SIZE, "Total budget")
     times = _times(allocation, epochs)
     share = [entry.budget / allocation.total_weights for entry in allocation.history]
     marker = "o" if len(times) <= 30 else ""
@@ -223,7 +223,7 @@ def budget_curve(allocation: Allocation, epochs: int | None) -> Figure:
     )
     axes.set_ylim(0, 1.05)
     percent_axis(axes)
-    axes.set_ylabel("adapted weights kept")
+    axes.set_ylabel("share of adapted weights")
     _time_axis(axes, times, epochs)
     add_legend(figure, handles, ["budget", "target"])
     return figure
@@ -239,13 +239,15 @@ def budget_shares(allocation: Allocation, epochs: int | None, *, by_block: bool 
     """
     grid = arrange(allocation.matrices, {matrix.name: matrix.size for matrix in allocation.matrices})
     groups: list[str | int | None] = list(grid.depths if by_block else grid.kinds)
-    place = {m.name: groups.index(m.depth if by_block else m.kind) for m in allocation.matrices}
+    group_indices = {m.name: groups.index(m.depth if by_block else m.kind) for m in allocation.matrices}
     totals = np.zeros((len(groups), len(allocation.history)))
     for column, entry in enumerate(allocation.history):
         for name, budget in entry.budgets.items():
-            totals[place[name], column] += budget
+            totals[group_indices[name], column] += budget
     shares = totals / np.maximum(totals.sum(axis=0), 1)
-    figure, axes = new_figure(CURVE[0], CURVE[1] + 25, f"Budget share by {'block' if by_block else 'matrix type'}")
+    figure, axes = new_figure(
+        FIGURE_SIZE[0], FIGURE_SIZE[1] + 25, f"Budget share by {'block' if by_block else 'matrix type'}"
+    )
     times = _times(allocation, epochs)
     colors = [COLORS[i % len(COLORS)] for i in range(len(groups))]
     if by_block:
@@ -266,11 +268,13 @@ def budget_shares(allocation: Allocation, epochs: int | None, *, by_block: bool 
 
 
 def frozen_curve(allocation: Allocation, epochs: int | None) -> Figure:
-    """Draw the numbers of frozen (budget 0) and full (all weights kept) matrices.
+    """Draw the numbers of frozen (budget 0) and full (budget of all weights) matrices.
 
     Arguments are those of `budget_curve`.
     """
-    figure, axes = new_figure(CURVE[0], CURVE[1] + 25, f"Frozen and full among {len(allocation.matrices)} matrices")
+    figure, axes = new_figure(
+        FIGURE_SIZE[0], FIGURE_SIZE[1] + 25, f"Frozen and full among {len(allocation.matrices)} matrices"
+    )
     times = _times(allocation, epochs)
     sizes = {matrix.name: matrix.size for matrix in allocation.matrices}
     budgets = [entry.budgets.items() for entry in allocation.history]
@@ -285,7 +289,7 @@ def frozen_curve(allocation: Allocation, epochs: int | None) -> Figure:
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     axes.set_ylabel("matrices")
     _time_axis(axes, times, epochs)
-    add_legend(figure, handles, ["frozen: budget 0", "full: all weights kept"])
+    add_legend(figure, handles, ["frozen: budget 0", "full: budget of all weights"])
     return figure
 
 

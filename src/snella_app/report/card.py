@@ -14,7 +14,7 @@ from snella_app.records import MaskScores, Metrics, RunInfo, read, read_if_prese
 from snella_app.text import count_text, plain_text, seconds_text
 
 _MAX_CLASSES = 60
-_PREPARED = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+_PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 _TAGS = {"classification": "image-classification", "segmentation": "image-segmentation"}
 """Hub pipeline tags by task."""
 _SPLITS = {"train": "training", "val": "validation"}
@@ -31,7 +31,7 @@ def model_card(
 ) -> str:
     """Return the model card of a run.
 
-    The metadata block holds library, base model, task, tags and results. The license is unknown: a comment in the
+    The metadata block contains library, base model, task, tags and results. The license is unknown: a comment in the
     metadata and a section of the text ask the user to fill it in.
 
     Args:
@@ -70,7 +70,7 @@ def model_card(
         _fact_list("Data", _data(info)),
         _fact_list("Training", _training(info, metrics)),
         "## Limitations\n\nThe results hold for images similar to the training images; evaluate the model before using "
-        "it on other images. The model knows only the classes above and assigns one of them to any image.",
+        "it on other images. The model can predict only the classes above and assigns one of them to any image.",
         "## License\n\nFill in here and as `license:` in the metadata.",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -132,13 +132,13 @@ def _results_table(metrics: Metrics | None) -> str:
 
 
 def _data(info: RunInfo) -> list[tuple[str, str]]:
-    """Return data description, image counts, preparation and notes."""
+    """Return data description, image counts, preprocessing and notes."""
     sizes = ", ".join(f"{_SPLITS.get(part, part)} {count_text(size)}" for part, size in info.data.sizes.items())
-    prepared = {name: info.data_config[name] for name in _PREPARED if name in info.data_config}
+    preprocessing = {name: info.data_config[name] for name in _PREPROCESSING if name in info.data_config}
     return [
         ("Data", _escape(info.data.description or info.data.spec)),
         ("Images", sizes),
-        ("Preparation", _escape(plain_text(prepared))),
+        ("Preprocessing", _escape(plain_text(preprocessing))),
         *(("Note", _escape(note)) for note in info.data.notes),
     ]
 

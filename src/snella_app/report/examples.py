@@ -24,7 +24,7 @@ _OPACITY = 0.45
 _HEAT_OPACITY = (0.15, 0.65)
 _TINTS = (0.0, 0.5, 0.75)
 _GAP = 4
-_LONGEST = 260
+_MAX_SIDE = 260
 
 
 def mask_colors(count: int) -> np.ndarray:
@@ -71,8 +71,8 @@ def overlay(image: Image.Image, labels: np.ndarray) -> Image.Image:
 
 
 def overlay_panels(image: Image.Image, masks: Sequence[np.ndarray]) -> Image.Image:
-    """Return the image followed by one overlay per mask, side by side, resized to a common longest side."""
-    scale = _LONGEST / max(image.size)
+    """Return the image and one overlay per mask, side by side."""
+    scale = _MAX_SIDE / max(image.size)
     size = (max(1, round(scale * image.width)), max(1, round(scale * image.height)))
     shown = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
     panels = [shown, *(overlay(shown, mask) for mask in masks)]
@@ -95,7 +95,7 @@ ImageSource = Mapping[int, Image.Image | None] | Callable[[int], Image.Image | N
 
 
 @dataclass(frozen=True)
-class Picture:
+class EmbeddedImage:
     """Image embedded in a page as a data URI; `problem` explains a missing image."""
 
     uri: str | None = None
@@ -116,22 +116,26 @@ def choose_examples(items: Sequence[Prediction], limit: int = 24) -> tuple[list[
     return wrong[:n_wrong], [right[i * len(right) // n_right] for i in range(n_right)]
 
 
-def load_picture(index: int, images: ImageSource | None, longest: int = 176) -> Picture:
-    """Load an image by its index; a read error is stored in `problem` instead of raised."""
+def embed_image(index: int, images: ImageSource | None, max_side: int = 176) -> EmbeddedImage:
+    """Load an image by its index and encode it; read errors are stored in `problem`."""
     try:
         image = images(index) if callable(images) else (images or {}).get(index)
-        return Picture(problem="image unavailable") if image is None else Picture(*picture_uri(image, longest))
+        return (
+            EmbeddedImage(problem="image unavailable")
+            if image is None
+            else EmbeddedImage(*image_data_uri(image, max_side))
+        )
     except OSError as error:
-        return Picture(problem=f"cannot be read: {error}")
+        return EmbeddedImage(problem=f"cannot be read: {error}")
 
 
-def picture_uri(image: Image.Image, longest: int = 176) -> tuple[str, int, int]:
-    """Return a base64 PNG of at most `longest` pixels per side, with its width and height.
+def image_data_uri(image: Image.Image, max_side: int = 176) -> tuple[str, int, int]:
+    """Return a base64 PNG of at most `max_side` pixels per side, with its width and height.
 
     Smaller images keep their size; the page enlarges them without smoothing.
     """
     image = image.convert("RGBA" if "A" in image.getbands() or "transparency" in image.info else "RGB")
-    image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+    image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     out = io.BytesIO()
     image.save(out, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode("ascii"), image.width, image.height

@@ -27,8 +27,8 @@ from snella_app.records import (
 from snella_app.report.style import (
     ACCENT,
     COLORS,
-    CURVE,
     DASHED,
+    FIGURE_SIZE,
     GRID,
     INK,
     MUTED,
@@ -46,7 +46,7 @@ from snella_app.report.style import (
 )
 from snella_app.text import count_text, measure_text, percent_text
 
-NUMBERED_CLASSES = 50
+MAX_NUMBERED_CLASSES = 50
 """Maximum number of classes for which a confusion matrix shows counts."""
 
 
@@ -58,7 +58,7 @@ def loss_curves(metrics: Metrics) -> Figure:
     return _curves(metrics, "Loss", lines)
 
 
-_QUALITIES: dict[str, tuple[str, str, tuple[tuple[str, str, str], ...]]] = {
+_SCORE_CURVES: dict[str, tuple[str, str, tuple[tuple[str, str, str], ...]]] = {
     "dice": (
         "Overlap on {}, mean over images",
         "Dice",
@@ -94,12 +94,12 @@ _QUALITIES: dict[str, tuple[str, str, tuple[tuple[str, str, str], ...]]] = {
         (("accuracy", "val_accuracy", ACCENT), ("balanced accuracy", "val_balanced_accuracy", COLORS[2])),
     ),
 }
-"""Title, description and lines `(label, field of EpochRow, color)` of `quality_curves`, in order of preference."""
+"""Title, description and lines `(label, field of EpochRow, color)` of `score_curves`, in order of preference."""
 _SHARES = ("accuracy", "dice", "map")
-"""Curves of `quality_curves` with values in [0, 1]."""
+"""Curves of `score_curves` with values in [0, 1]."""
 
 
-def quality_curves(metrics: Metrics, name: str) -> Figure:
+def score_curves(metrics: Metrics, name: str) -> Figure:
     """Draw the task's validation scores by epoch.
 
     Args:
@@ -107,7 +107,7 @@ def quality_curves(metrics: Metrics, name: str) -> Figure:
         name: One of accuracy (with balanced accuracy), dice (with IoU), map (with F1), kappa (with accuracy and rank
             error), error (MAE and RMSE of one target), r2 (several targets).
     """
-    title, _, lines = _QUALITIES[name]
+    title, _, lines = _SCORE_CURVES[name]
     figure = _curves(metrics, title.format(metrics.selection), lines)
     if name in _SHARES:
         percent_axis(figure.axes[0])
@@ -134,12 +134,12 @@ def confusion_matrix(confusion: Sequence[Sequence[int]], classes: Sequence[str])
     share = counts / np.maximum(rows, 1)
     names = [shortened(name) for name in classes]
     label = 7.5 * max(map(len, names), default=0)
-    side = max(14 + 8 * len(str(counts.max(initial=0))), 28 if n > 12 else 44) if n <= NUMBERED_CLASSES else 560 / n
+    side = max(14 + 8 * len(str(counts.max(initial=0))), 28 if n > 12 else 44) if n <= MAX_NUMBERED_CLASSES else 560 / n
     if n <= 3:  # horizontal tick labels
         side = max(side, label + 12, 200 / max(n, 1))
     figure, axes = new_figure(110 + side * n + label, 130 + side * n + (label if n > 3 else 20))
     axes.grid(False)
-    if n <= NUMBERED_CLASSES:
+    if n <= MAX_NUMBERED_CLASSES:
         edges = np.arange(n + 1) - 0.5
         axes.pcolormesh(edges, edges, share, cmap=accent_map(), vmin=0, vmax=1, edgecolors=PANEL, linewidth=1.5)
         for i, j in zip(*np.nonzero(counts), strict=True):
@@ -154,7 +154,7 @@ def confusion_matrix(confusion: Sequence[Sequence[int]], classes: Sequence[str])
     axes.set_xticks(ticks, [names[i] for i in ticks], rotation=90 if n > 3 else 0)
     axes.set_yticks(ticks, [names[i] for i in ticks])
     axes.tick_params(length=0)
-    axes.spines[:].set_visible(n > NUMBERED_CLASSES)
+    axes.spines[:].set_visible(n > MAX_NUMBERED_CLASSES)
     scale_bar(figure, axes, "fraction of the true class", {0.0: "0%", 0.5: "50%", 1.0: "100%"})
     return figure
 
@@ -166,11 +166,11 @@ def comparison_bars(rows: Sequence[MethodResult]) -> Figure:
         (-0.2, ACCENT, [row.accuracy for row in rows]),
         (0.2, COLORS[2], [row.balanced_accuracy for row in rows]),
     ):
-        places = np.arange(len(rows)) + offset
-        axes.barh(places, np.nan_to_num(value), height=0.36, color=color)
-        for place, number in zip(places, value, strict=True):
+        positions = np.arange(len(rows)) + offset
+        axes.barh(positions, np.nan_to_num(value), height=0.36, color=color)
+        for position, number in zip(positions, value, strict=True):
             text = "not measured" if math.isnan(number) else percent_text(number)
-            axes.text(np.nan_to_num(number) + 0.01, place, text, va="center", color=INK, fontsize=11)
+            axes.text(np.nan_to_num(number) + 0.01, position, text, va="center", color=INK, fontsize=11)
     axes.set_xlim(0, 1.19)
     axes.set_xticks(np.linspace(0, 1, 5), [f"{p}%" for p in (0, 25, 50, 75, 100)])
     add_legend(figure, axes.containers, ["accuracy", "balanced accuracy"])  # type: ignore[arg-type]
@@ -183,10 +183,10 @@ def cost_bars(rows: Sequence[MethodResult]) -> Figure:
     seconds = np.nan_to_num([row.train_s for row in rows])
     longest = float(seconds.max(initial=0.0)) or 1.0
     axes.barh(np.arange(len(rows)), seconds, height=0.5, color=ACCENT)
-    for place, row in enumerate(rows):
+    for position, row in enumerate(rows):
         time = "not measured" if math.isnan(row.train_s) else f"{row.train_s:,.0f} s"
         count = "" if row.trainable_parameters is None else f" · {count_text(row.trainable_parameters)}"
-        axes.text(seconds[place] + longest / 60, place, time + count, va="center", color=INK, fontsize=11)
+        axes.text(seconds[position] + longest / 60, position, time + count, va="center", color=INK, fontsize=11)
     axes.set_xlim(0, 1.75 * longest)
     axes.set_xlabel("seconds · trainable parameters")
     return figure
@@ -194,14 +194,15 @@ def cost_bars(rows: Sequence[MethodResult]) -> Figure:
 
 def _curves(metrics: Metrics, title: str, lines: Sequence[tuple[str, str, str]]) -> Figure:
     """Draw lines `(label, field of EpochRow, color)` over the epochs and mark the best epoch."""
-    figure, axes = new_figure(*CURVE, title)
+    figure, axes = new_figure(*FIGURE_SIZE, title)
     epochs = [row.epoch for row in metrics.history]
     handles, labels = [], [label for label, _, _ in lines]
     for _, field, color in lines:
         points = [(row.epoch, value) for row in metrics.history if not math.isnan(value := getattr(row, field))]
         marker = "o" if len(points) <= 30 else ""
-        places, numbers = zip(*points, strict=True) if points else ((), ())  # some protocols do not measure every score
-        handles += axes.plot(places, numbers, color=color, linewidth=2, marker=marker, markersize=4)
+        # some protocols do not measure every score
+        epoch_numbers, values = zip(*points, strict=True) if points else ((), ())
+        handles += axes.plot(epoch_numbers, values, color=color, linewidth=2, marker=marker, markersize=4)
     if metrics.best_epoch is not None:
         handles.append(axes.axvline(metrics.best_epoch, color=MUTED, linewidth=1.2, linestyle=DASHED, zorder=1))
         labels.append("best epoch")
@@ -214,7 +215,7 @@ def _curves(metrics: Metrics, title: str, lines: Sequence[tuple[str, str, str]])
 
 def _bar_axes(rows: Sequence[MethodResult], title: str) -> tuple[Figure, Axes]:
     """Return axes for horizontal bars with the first row on top."""
-    figure, axes = new_figure(CURVE[0], 120 + 46 * len(rows), title)
+    figure, axes = new_figure(FIGURE_SIZE[0], 120 + 46 * len(rows), title)
     axes.set_yticks(range(len(rows)), [shortened(row.method) for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.grid(False, axis="y")
@@ -225,7 +226,7 @@ def _bar_axes(rows: Sequence[MethodResult], title: str) -> tuple[Figure, Axes]:
 
 _MAX_CURVES, _MAX_CONFUSED = 6, 5
 _SPLITS = {"val": "validation"}
-_SQUARE = (CURVE[1], CURVE[1])
+_SQUARE = (FIGURE_SIZE[1], FIGURE_SIZE[1])
 
 
 def curves_section(metrics: Metrics | None) -> list[Markup]:
@@ -240,26 +241,26 @@ def curves_section(metrics: Metrics | None) -> list[Markup]:
             f"Loss by epoch; last epoch {last.epoch}: training {measure_text(last.train_loss)}, "
             f"{metrics.selection} {measure_text(last.val_loss)}.",
         ),
-        *([] if metrics.selected_on is None else [_quality_curves(metrics)]),
+        *([] if metrics.selected_on is None else [_score_curves(metrics)]),
     ]
 
 
-def _quality_curves(metrics: Metrics) -> Markup:
+def _score_curves(metrics: Metrics) -> Markup:
     """Return curves of the first quality metric with values in the history."""
     last = metrics.history[-1]
     measured = (
         n
-        for n, (_, _, lines) in _QUALITIES.items()
+        for n, (_, _, lines) in _SCORE_CURVES.items()
         if any(not math.isnan(getattr(r, lines[0][1])) for r in metrics.history)
     )
     name = next(measured, "accuracy")
     if name == "error" and isinstance(metrics.val, RegressionScores) and len(metrics.val.per_target) > 1:
         name = "r2"  # targets have different units
-    _, label, lines = _QUALITIES[name]
+    _, label, lines = _SCORE_CURVES[name]
     value = getattr(last, lines[0][1])
     text = percent_text(value) if name in _SHARES else measure_text(value)
     return inline_svg(
-        quality_curves(metrics, name),
+        score_curves(metrics, name),
         f"curve-{name}",
         f"{metrics.selection.capitalize()} {label} by epoch; last epoch {last.epoch}: {text}.",
     )
@@ -284,7 +285,7 @@ def confusion_section(info: RunInfo, metrics: Metrics | None) -> dict[str, Any] 
     return {
         "split": split,
         "count": scores.images,
-        "numbered": len(info.classes) <= NUMBERED_CLASSES,
+        "numbered": len(info.classes) <= MAX_NUMBERED_CLASSES,
         "figure": inline_svg(
             confusion_matrix(scores.confusion, info.classes),
             "confusion-matrix",
@@ -466,7 +467,7 @@ def precision_recall_curves(
     precisions = {c: float(metrics.average_precision_score(labels == c, scores[:, c])) for c in present}
     drawn = sorted(sorted(present, key=precisions.__getitem__)[:_MAX_CURVES])
     columns = 2 if max(len(shortened(classes[c])) for c in drawn) < 12 else 1
-    height = CURVE[1] + 18 * max(0, -(-len(drawn) // columns) - 1)
+    height = FIGURE_SIZE[1] + 18 * max(0, -(-len(drawn) // columns) - 1)
     figure, axes = new_figure(_SQUARE[0], height, "Precision and recall")
     handles = []
     for color, c in zip(COLORS, drawn, strict=False):

@@ -45,8 +45,8 @@ _PART = re.compile(r"\.(?P<part>(?:snella|lora)_(?!embedding)\w+?)(?:\.weight|\.
 class AdapterFile:
     """Header of an adapter file: tensor shapes and dtypes by name, without values.
 
-    `parts` counts values by part: `snella_A`, `snella_B`, the scalars, `positions` (indices of individually trained
-    entries) and `other` (the head).
+    `parts` counts values by tensor type: `snella_A`, `snella_B`, the scalars, `positions` (indices of individually
+    trained entries) and `other` (the head).
     """
 
     path: Path
@@ -255,7 +255,7 @@ def _budgets(allocation: Allocation, budgets: dict[str, int], from_adapter: bool
     return {
         "total_weights": allocation.total_weights,
         "target": allocation.target_budget,
-        "kept": sum(budgets.values()),
+        "budget": sum(budgets.values()),
         "from_adapter": from_adapter,
         "allocations": len(allocation.history),
         "frozen": [m.name for m in allocation.matrices if budgets[m.name] == 0],
@@ -304,9 +304,9 @@ def _overview(summary: dict[str, Any]) -> Table:
         rows.append(("adapter", f"{bytes_text(sizes['adapter_bytes'])}: {contents}"))
     budgets = summary["budgets"]
     if budgets is not None:
-        share = percent_text(budgets["kept"] / max(budgets["total_weights"], 1))
+        share = percent_text(budgets["budget"] / max(budgets["total_weights"], 1))
         rows += [
-            ("budget", f"{budgets['kept']:,} of {budgets['total_weights']:,} adapted weights kept ({share})"),
+            ("budget", f"{budgets['budget']:,} of {budgets['total_weights']:,} adapted weights ({share})"),
             ("target", f"{budgets['target']:,} after the last allocation, {budgets['allocations']} allocations so far"),
             (
                 "as a sparse file",

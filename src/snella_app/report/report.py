@@ -49,7 +49,7 @@ from snella_app.report.allocation import (
     importance_curves,
     sparsity_map,
 )
-from snella_app.report.examples import ImageSource, Picture, choose_examples, load_picture, picture_uri
+from snella_app.report.examples import EmbeddedImage, ImageSource, choose_examples, embed_image, image_data_uri
 from snella_app.report.inspect import AdapterFile, current_budgets, read_adapter
 from snella_app.report.style import inline_svg
 from snella_app.report.updates import adapter_updates, deepest_query, draw_updates
@@ -64,7 +64,7 @@ from snella_app.text import (
     seconds_text,
 )
 
-_LONGEST = 800
+_MAX_SIDE = 800
 Fact = tuple[str, str, str]
 """Label, value and note of a number in the report."""
 
@@ -105,8 +105,8 @@ def method_facts(metrics: Metrics | None, allocation: Allocation | None, budgets
         total_budget, total = sum(budgets.values()), allocation.total_weights
         frozen = sum(budget == 0 for budget in budgets.values())
         share = percent_text(total_budget / max(total, 1))
-        note = f"of {count_text(total)} ({share}), {len(budgets)} matrices, {frozen} frozen"
-        facts.append(("adapted weights kept", count_text(total_budget), note))
+        note = f"of {count_text(total)} adapted weights ({share}), {len(budgets)} matrices, {frozen} frozen"
+        facts.append(("budget", count_text(total_budget), note))
     elif metrics.adapted_weights:
         facts.append(_count_fact("adapted weights", metrics.adapted_weights))
     if (head := metrics.final_head) is not None:
@@ -167,7 +167,7 @@ def groups_section(info: RunInfo, predictions: Predictions | None) -> dict[str, 
 
 
 def baselines(info: RunInfo, metrics: Metrics | None, comparison: list[MethodResult] | None) -> list[tuple[str, float]]:
-    """Return accuracy baselines by name: the most frequent class, and a linear probe if one was compared."""
+    """Return accuracy baselines by name: the most frequent class, and the linear probe if compared."""
     scores = None if metrics is None else metrics.measured[1]
     if not isinstance(scores, Scores) or not scores.images:
         return []
@@ -308,7 +308,7 @@ def examples_section(
     def example(item: Prediction) -> dict[str, Any]:
         return {
             "name": item.name,
-            "picture": load_picture(item.index, images),
+            "picture": embed_image(item.index, images),
             "is_right": item.is_right,
             "predicted": info.classes[item.predicted],
             "probability": item.probability,
@@ -336,7 +336,7 @@ def heat_maps_section(folder: Path, info: RunInfo, predictions: Predictions | No
         if item is not None:
             with open_image(path) as image:
                 by = image.info["by"]
-                picture = Picture(*picture_uri(image, _LONGEST))
+                picture = EmbeddedImage(*image_data_uri(image, _MAX_SIDE))
             names = {"predicted": info.classes[item.predicted], "label": info.classes[item.label]}
             entries.append({"item": item, "picture": picture, "by": by, **names})
     return sorted(entries, key=lambda entry: (entry["item"].is_right, -entry["item"].probability))
@@ -411,7 +411,7 @@ def write_report(
             set's `image`.
         metrics: Current metrics of an unfinished run, which has no `metrics.json` yet.
         allocation: Current allocation of an unfinished run, which has no `allocation.json` yet.
-        state: Overrides the recorded status `running`: `stopped` if the process has died, `finished` once the final
+        state: Overrides the recorded status `running`: `stopped` if the process was killed, `finished` once the final
             results are written. None uses the recorded status.
 
     Returns:
@@ -507,5 +507,5 @@ def _warning(metrics: Metrics | None) -> str:
         return ""
     return (
         f"Protocol {metrics.protocol}: the best epoch was selected on the test images. The test results are "
-        "optimistic and not comparable with runs that selected on validation."
+        "optimistic and not comparable with runs that select on the validation images."
     )

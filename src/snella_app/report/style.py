@@ -40,7 +40,7 @@ _DARK = {INK: "#e6eaf0", MUTED: "#a2adbb", GRID: "#333d4b", PANEL: "#1a2029"}
 """Dark-mode values of the variables in `report.css`."""
 _MARKERS = "osD^vPX*<>hp"
 _FONT = 12.0
-CURVE = (430.0, 310.0)
+FIGURE_SIZE = (430.0, 310.0)
 """Width and height of figures placed side by side; readable on a phone."""
 DASHED = (0, (4, 3))
 """Line style of reference lines and limits."""

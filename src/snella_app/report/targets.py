@@ -24,12 +24,12 @@ from snella_app.records import (
     RunInfo,
     read_if_present,
 )
-from snella_app.report.examples import ImageSource, Picture, load_picture, mask_colors
+from snella_app.report.examples import EmbeddedImage, ImageSource, embed_image, mask_colors
 from snella_app.report.style import (
     ACCENT,
     COLORS,
-    CURVE,
     DASHED,
+    FIGURE_SIZE,
     GRID,
     INK,
     MUTED,
@@ -43,7 +43,7 @@ from snella_app.text import measure_text, percent_text
 
 _SHOWN = 12
 """Cards per group."""
-_LONGEST = 800
+_MAX_SIDE = 800
 _MAX_POINTS = 2_000
 _MAX_RANGES = 5
 _MIN_IN_RANGE = 5
@@ -58,7 +58,7 @@ class Card:
     is_right: bool | None
     predicted: str
     truth: str
-    picture: Picture
+    picture: EmbeddedImage
 
 
 def precision_recall_curves(predictions: LabelSetPredictions, classes: Sequence[str], scores: LabelSetScores) -> Figure:
@@ -69,15 +69,15 @@ def precision_recall_curves(predictions: LabelSetPredictions, classes: Sequence[
         classes: Label names.
         scores: Scores on the same split.
     """
-    figure, axes = new_figure(CURVE[0], CURVE[1] + 80, "Precision and recall")
+    figure, axes = new_figure(FIGURE_SIZE[0], FIGURE_SIZE[1] + 80, "Precision and recall")
     probabilities, truth = _label_arrays(predictions, len(classes))
     support = truth.sum(0)
     present = [int(c) for c in np.argsort(-support, kind="stable") if support[c]]
     handles, labels = [], []
-    for place, c in reversed(list(enumerate(present))):
+    for rank, c in reversed(list(enumerate(present))):
         precision, recall, _ = precision_recall_curve(truth[:, c], probabilities[:, c])
-        is_colored = place < len(COLORS)
-        color, width = (COLORS[place], 1.8) if is_colored else (GRID, 1.0)
+        is_colored = rank < len(COLORS)
+        color, width = (COLORS[rank], 1.8) if is_colored else (GRID, 1.0)
         line = axes.step(recall, precision, where="post", color=color, linewidth=width, zorder=3 if is_colored else 1)
         if is_colored:
             row = scores.per_class[c]
@@ -101,7 +101,7 @@ def true_and_predicted(predictions: NumberPredictions, target: int, name: str) -
     truth, predicted = _number_arrays(predictions)
     chosen = np.unique(np.linspace(0, len(truth) - 1, min(len(truth), _MAX_POINTS)).round().astype(int))
     x, y = truth[chosen, target], predicted[chosen, target]
-    figure, axes = new_figure(*CURVE, f"{shortened(name, 30)}: predicted and true")
+    figure, axes = new_figure(*FIGURE_SIZE, f"{shortened(name, 30)}: predicted and true")
     low, high = float(min(x.min(), y.min())), float(max(x.max(), y.max()))
     margin = 0.04 * (high - low) or 1.0
     ends = (low - margin, high + margin)
@@ -127,7 +127,7 @@ def residual_ranges(predictions: NumberPredictions, target: int, name: str) -> F
     bins = np.clip(np.digitize(truth, edges[1:-1]), 0, max(len(edges) - 2, 0))
     present = sorted(set(bins.tolist()))
     groups = [errors[bins == b] for b in present]
-    figure, axes = new_figure(*CURVE, f"{shortened(name, 30)}: error by true value")
+    figure, axes = new_figure(*FIGURE_SIZE, f"{shortened(name, 30)}: error by true value")
     axes.axhline(0, color=MUTED, linewidth=1.2, linestyle=DASHED, zorder=1)
     drawn = axes.boxplot(groups, whis=(5, 95), showfliers=False, widths=0.55, patch_artist=True)
     for box in drawn["boxes"]:
@@ -166,7 +166,7 @@ def regression_verdict(scores: RegressionScores, split: str) -> str:
         compared = f"{percent_text(better)} lower than" if better > 0 else "no lower than"
         sentences.append(
             f"the mean absolute error of {row.name} is {measure_text(row.mae)}, {compared} "
-            f"always predicting the training images' median ({measure_text(row.baseline_mae)})"
+            f"always predicting the median of the training targets ({measure_text(row.baseline_mae)})"
         )
     return f"On {scores.images:,} {split} images, {'; '.join(sentences)}." if sentences else ""
 
@@ -194,7 +194,7 @@ def label_cards(
             bool((predicted[row] == truth[row].astype(bool)).all()),
             ", ".join(marked) or "no label",
             ", ".join(true) or "no label",
-            load_picture(item.index, images),
+            embed_image(item.index, images),
         )
 
     wrong = int((predicted != truth.astype(bool)).any(1).sum())
@@ -220,7 +220,7 @@ def number_cards(
 
     def card(row: int) -> Card:
         item = predictions.items[row]
-        return Card(item.name, None, text(item.predicted), text(item.values), load_picture(item.index, images))
+        return Card(item.name, None, text(item.predicted), text(item.values), embed_image(item.index, images))
 
     return _groups(errors, card, f"of {len(errors)} images, largest errors first")
 
@@ -315,7 +315,7 @@ def masks_section(folder: Path, info: RunInfo, images: ImageSource | None) -> di
         return None
     shown.sort(key=lambda item: (math.isnan(item.dice), item.dice))
     items = [
-        {"name": i.name, "dice": i.dice, "iou": i.iou, "picture": load_picture(i.index, images, _LONGEST)}
+        {"name": i.name, "dice": i.dice, "iou": i.iou, "picture": embed_image(i.index, images, _MAX_SIDE)}
         for i in shown
     ]
     colors = mask_colors(len(info.classes)) / 255

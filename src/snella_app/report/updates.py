@@ -25,7 +25,7 @@ from snella_app.text import percent_text
 _PREFIX = "base_model.model."
 _QUERY = re.compile(r"(^|[._])(to_)?(q|query|q_proj)$")
 _LORA_ALPHA = 8  # PEFT's default
-MOST_CELLS = 128
+MAX_CELLS = 128
 """Maximum cells along the longer side of a drawn matrix."""
 
 UpdateSource = tuple[dict[str, tuple[int, int]], Callable[[str], Tensor]]
@@ -54,7 +54,7 @@ def _snella_updates(adapter: AdapterFile, infos: Mapping[str, MatrixInfo]) -> Up
     """Return updates computed by the reference implementation from factors, scalars and budgets."""
     config = SnellaConfig.from_pretrained(str(adapter.path.parent))
     modules = _modules(adapter, ".snella_A")
-    places: dict[str, tuple[str, int]] = {}
+    locations: dict[str, tuple[str, int]] = {}
     rows: dict[str, tuple[int, ...]] = {}
     shapes: dict[str, tuple[int, int]] = {}
     for module in modules:
@@ -62,13 +62,13 @@ def _snella_updates(adapter: AdapterFile, infos: Mapping[str, MatrixInfo]) -> Up
         m = adapter.shapes[f"{_PREFIX}{module}.snella_B"][0]
         names = part_names(module, groups, infos)
         rows[module] = tuple(infos[name].shape[0] if name in infos else m // groups for name in names)
-        places |= {name: (module, group) for group, name in enumerate(names)}
+        locations |= {name: (module, group) for group, name in enumerate(names)}
         shapes |= {name: (count, n) for name, count in zip(names, rows[module], strict=True)}
     kernel = config.make_kernel()
     merged: dict[str, list[Tensor]] = {}
 
     def compute(name: str) -> Tensor:
-        module, group = places[name]
+        module, group = locations[name]
         if module not in merged:
             merged.clear()  # cache one fused layer: its matrices are merged together and requested in sequence
             spec = UpdateSpec(kernel, rows[module], config.sparsify_mode, config.scaling)  # type: ignore[arg-type]
@@ -114,18 +114,18 @@ def _lora_updates(adapter: AdapterFile) -> UpdateSource:
     """Return updates `scaling · B A`, with fused layers split into the same matrices as in SNELLA."""
     rank = adapter.config["r"]
     scaling = adapter.config.get("lora_alpha", _LORA_ALPHA) / (rank**0.5 if adapter.config.get("use_rslora") else rank)
-    places: dict[str, tuple[str, int, int]] = {}
+    locations: dict[str, tuple[str, int, int]] = {}
     shapes: dict[str, tuple[int, int]] = {}
     for module in _modules(adapter, ".lora_A.weight"):
         m, n = (
             adapter.shapes[f"{_PREFIX}{module}.lora_{letter}.weight"][axis] for letter, axis in (("B", 0), ("A", 1))
         )
         names = part_names(module, 3 if module.endswith("qkv") and m % 3 == 0 else 1, {})
-        places |= {name: (module, group, m // len(names)) for group, name in enumerate(names)}
+        locations |= {name: (module, group, m // len(names)) for group, name in enumerate(names)}
         shapes |= {name: (m // len(names), n) for name in names}
 
     def compute(name: str) -> Tensor:
-        module, group, rows = places[name]
+        module, group, rows = locations[name]
         with safe_open(adapter.path, "pt") as file:
             A, B = (file.get_tensor(f"{_PREFIX}{module}.lora_{letter}.weight").float() for letter in "AB")
         return scaling * (B[group * rows : (group + 1) * rows] @ A)
@@ -134,7 +134,7 @@ def _lora_updates(adapter: AdapterFile) -> UpdateSource:
 
 
 def part_names(module: str, groups: int, infos: Mapping[str, MatrixInfo]) -> list[str]:
-    """Return the names of the matrices in one weight, from `allocation.json` or else q, k and v."""
+    """Return the names of the matrices in a fused weight, from `allocation.json` or else q, k and v."""
     if groups == 1:
         return [module]
     known = [name for name in infos if name.rpartition(".")[0] == module]
@@ -143,13 +143,13 @@ def part_names(module: str, groups: int, infos: Mapping[str, MatrixInfo]) -> lis
     return [f"{module}.{part}" for part in ("qkv" if groups == 3 else map(str, range(groups)))]
 
 
-def _downsample(values: Tensor, side: int = MOST_CELLS) -> np.ndarray:
+def _downsample(values: Tensor, side: int = MAX_CELLS) -> np.ndarray:
     """Downsample a matrix to at most `side` cells per side; each cell holds its entry of largest magnitude."""
     rows, columns = (max(1, -(-size // side)) for size in values.shape)
     padded = torch.nn.functional.pad(values, (0, -values.shape[1] % columns, 0, -values.shape[0] % rows))
     blocks = padded.unfold(0, rows, rows).unfold(1, columns, columns).flatten(2)
-    places = blocks.abs().argmax(-1, keepdim=True)
-    return blocks.gather(-1, places)[..., 0].numpy()
+    indices = blocks.abs().argmax(-1, keepdim=True)
+    return blocks.gather(-1, indices)[..., 0].numpy()
 
 
 def draw_updates(updates: Mapping[str, Tensor], name: str) -> Figure:

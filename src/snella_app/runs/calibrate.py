@@ -13,7 +13,7 @@ from snella_app.records import Calibration, Reliability, ReliabilityBin
 __all__ = ["calibrate", "expected_calibration_error", "fit_temperature", "reliability_bins", "unsure_threshold"]
 
 MAX_BINS = 15
-_PER_BIN = 12  # minimum images per bin; keeps the standard error of its accuracy below 15 points
+_MIN_BIN_SIZE = 12  # minimum images per bin; keeps the standard error of its accuracy below 15 points
 _MIN_TEMPERATURE, _MAX_TEMPERATURE = 0.05, 20.0
 _TINY = 1e-38  # probabilities are float32
 
@@ -76,26 +76,26 @@ def expected_calibration_error(bins: list[ReliabilityBin]) -> float:
     return sum(b.count * abs(b.accuracy - b.confidence) for b in bins) / total
 
 
-def reliability_bins(confidence: Tensor, is_right: Tensor) -> list[ReliabilityBin]:
+def reliability_bins(confidence: Tensor, is_correct: Tensor) -> list[ReliabilityBin]:
     """Group images by confidence into up to 15 bins of equal size, with at least 12 images each.
 
     Images with equal confidence share a bin.
 
     Args:
         confidence: Highest probability of each image, `[images]`, in [0, 1].
-        is_right: True for correct predictions, `[images]`, boolean.
+        is_correct: True for correct predictions, `[images]`, boolean.
     """
     if not len(confidence):
         return []
     order = confidence.argsort(stable=True)
-    ranked, right = confidence[order].double(), is_right[order].double()
-    count = max(1, min(MAX_BINS, len(ranked) // _PER_BIN))
+    ranked, right = confidence[order].double(), is_correct[order].double()
+    count = max(1, min(MAX_BINS, len(ranked) // _MIN_BIN_SIZE))
     quantile_indices = torch.tensor(
         [round(number * len(ranked) / count) for number in range(1, count)], dtype=torch.long
     )
     bounds = [0]
     for edge in torch.searchsorted(ranked, ranked[quantile_indices]).tolist():  # first image with equal confidence
-        if edge - bounds[-1] >= _PER_BIN:
+        if edge - bounds[-1] >= _MIN_BIN_SIZE:
             bounds.append(edge)
     bounds.append(len(ranked))  # edges only move down, so the last bin is large enough too
     return [
@@ -104,19 +104,19 @@ def reliability_bins(confidence: Tensor, is_right: Tensor) -> list[ReliabilityBi
     ]
 
 
-def unsure_threshold(confidence: Tensor, is_right: Tensor) -> tuple[float | None, float, float]:
+def unsure_threshold(confidence: Tensor, is_correct: Tensor) -> tuple[float | None, float, float]:
     """Find the lowest confidence threshold that halves the error rate.
 
     Args:
         confidence: Highest probability of each image, `[images]`, in [0, 1].
-        is_right: True for correct predictions, `[images]`, boolean.
+        is_correct: True for correct predictions, `[images]`, boolean.
 
     Returns:
         Threshold, fraction of images at or above it, and their accuracy. If no threshold halves the error rate, or
         there are no errors: None, 1, and the accuracy of all images.
     """
     order = confidence.argsort(descending=True, stable=True)
-    sorted_confidence, wrong = confidence[order], (~is_right[order]).double()
+    sorted_confidence, wrong = confidence[order], (~is_correct[order]).double()
     error_rates = wrong.cumsum(0) / torch.arange(1, len(wrong) + 1)
     is_tie_end = torch.cat([sorted_confidence[1:] < sorted_confidence[:-1], torch.ones(1, dtype=torch.bool)])
     candidates = ((error_rates <= error_rates[-1] / 2) & is_tie_end).nonzero()  # `is_tie_end` keeps ties together
@@ -129,10 +129,10 @@ def unsure_threshold(confidence: Tensor, is_right: Tensor) -> tuple[float | None
 
 def _reliability(split: str, logits: Tensor, labels: Tensor, temperature: float) -> Reliability:
     """Measure calibration on one split with and without the temperature."""
-    sides = []
+    results = []
     for scores in (logits / temperature, logits):
         confidence, predicted = scores.softmax(1).max(1)
         bins = reliability_bins(confidence, predicted == labels)
-        sides.append((bins, expected_calibration_error(bins), float(F.cross_entropy(scores, labels))))
-    (bins, ece, loss), (bins_before, ece_before, loss_before) = sides
+        results.append((bins, expected_calibration_error(bins), float(F.cross_entropy(scores, labels))))
+    (bins, ece, loss), (bins_before, ece_before, loss_before) = results
     return Reliability(split, len(labels), ece, ece_before, loss, loss_before, bins, bins_before)

@@ -21,27 +21,27 @@ from snella_app.report.report import write_report
 from snella_app.runs.calibrate import calibrate
 from snella_app.runs.folder import RunFolder
 from snella_app.runs.images import (
-    PARTS,
-    changed_parts,
+    SPLITS,
+    changed_splits,
     check_splits,
-    encoded,
+    encode_targets,
+    existing_splits,
     find_data,
     is_same_split,
     load_splits,
-    parts_of,
 )
 from snella_app.runs.model import Ensemble, LoadedRun, get_task, load_run, unfinished_note
 from snella_app.tasks import Task, create_task
 
 
-def redraw_report(run: str | Path, console: Console | None = None) -> Path:
+def rewrite_report(run: str | Path, console: Console | None = None) -> Path:
     """Rewrite the report of a run from its files and validation images.
 
     If the images are missing or changed, the report has no images, and a note gives the reason.
 
     Args:
         run: Run folder.
-        console: Console for the note; standard output if None.
+        console: Output console; standard output if None.
 
     Returns:
         Path of the report.
@@ -54,22 +54,22 @@ def redraw_report(run: str | Path, console: Console | None = None) -> Path:
     info = read(RunInfo, folder.path)
     task = get_task(info)
     try:
-        dataset = _shown_images(folder, info.data)
+        dataset = _report_images(folder, info.data)
         images: ImageSource | None = None if dataset is None else task.report_images(dataset, folder.path)
     except (OSError, ValueError, ImportError) as error:
         print_line(console or make_console(), f"note: the report has no images: {error}")
         images = None
-    return write_report(folder.path, images, state="stopped" if folder.has_stopped else None)
+    return write_report(folder.path, images, state="stopped" if folder.was_killed else None)
 
 
-def _shown_images(folder: RunFolder, stored: DataInfo) -> ImageDataset | None:
+def _report_images(folder: RunFolder, stored: DataInfo) -> ImageDataset | None:
     """Return the images listed in `predictions.json`."""
     config = folder.read_config()
     spec = find_data(folder.path, str(config.data.spec), stored.folder)
     splits = load_splits(dataclasses.replace(config.data, spec=spec), config.run.seed)
     name = "test" if splits.val is None else "val"
     check_splits(folder.path, stored, splits, (name,))
-    return parts_of(splits).get(name)
+    return existing_splits(splits).get(name)
 
 
 Split = Literal["auto", "train", "val", "test", "all"]
@@ -179,7 +179,7 @@ def _training_note(
         trained += [part for name, part in run_splits.parts.items() if name in ("val", run_splits.fold_part)]
     elif loaded.probe is not None and run_splits.val is not None:
         trained.append(run_splits.val)
-    count = resaved = 0
+    count = reencoded = 0
     example = ""
     for part in parts:
         exact: dict[int, str] = {}
@@ -188,11 +188,11 @@ def _training_note(
             exact |= {position: train.names[other] for position, other in find_equal_images(train, part).items()}
             near |= {position: train.names[other] for position, other in find_near_copies(train, part).items()}
         duplicates = {**near, **exact}
-        count, resaved = count + len(duplicates), resaved + len(duplicates) - len(exact)
+        count, reencoded = count + len(duplicates), reencoded + len(duplicates) - len(exact)
         example = example or next((f"{part.names[p]!r} is {name!r}" for p, name in sorted(duplicates.items())), "")
     if not count:
         return None
-    kind = f" ({resaved} of them re-encoded or resized)" if resaved else ""
+    kind = f" ({reencoded} of them re-encoded or resized)" if reencoded else ""
     duplicate = "is a training image" if count == 1 else "are training images"
     return (
         f"{count} of {sum(map(len, parts))} images {duplicate} of the run{kind}, e.g. {example}; results are "
@@ -248,7 +248,7 @@ def calibrate_run(run: str | Path, *, batch_size: int = 32, device: str = "auto"
     if calibration is None:
         raise RuntimeError(f"run={folder.path} has {len(measured['val'][1])} validation images, too few to calibrate")
     folder.update("finished", calibration=plain(calibration))
-    redraw_report(folder.path)
+    rewrite_report(folder.path)
     return calibration
 
 
@@ -280,7 +280,7 @@ def images_for_run(
     chosen = _resolve_split(split, splits) if is_run_data else "all" if split == "auto" else split
     loaded.task.check_data(splits.train, _spec(loaded, data))
     if loaded.task.target != "class":
-        splits = encoded(splits, create_task(loaded.task.name, splits.classes))
+        splits = encode_targets(splits, create_task(loaded.task.name, splits.classes))
     return (
         splits,
         chosen,
@@ -312,7 +312,7 @@ def _load_splits(
         splits = load_splits(dataclasses.replace(images, spec=spec), seed)
         measured = _split_names(_resolve_split(split, splits))
         check_splits(loaded.folder.path, stored, splits, measured)
-        unknown = [name for name in parts_of(splits) if name in measured and name not in stored.contents]
+        unknown = [name for name in existing_splits(splits) if name in measured and name not in stored.contents]
         if unknown:
             splits.notes.append(
                 f"cannot check {', '.join(unknown)} for replaced images: the run did not read this split, so run.json "
@@ -324,11 +324,11 @@ def _load_splits(
         is_spec = isinstance(data, str)
         images = dataclasses.replace(images, spec=data if is_spec else images.spec)
         splits = load_splits(images, seed, None if is_spec else data)
-        changed = changed_parts(stored, splits, _split_names(_resolve_split(split, splits)))
+        changed = changed_splits(stored, splits, _split_names(_resolve_split(split, splits)))
         if is_same_split(stored, splits) and not changed:
             return splits, True
         if is_same_split(stored, splits):
-            note = f"the files have the names of the run's images, but other contents in {', '.join(changed)}"
+            note = f"the files have the same names as the run's images but other contents in {', '.join(changed)}"
     splits = load_data(
         data,
         seed=seed,
@@ -350,12 +350,12 @@ def _resolve_split(split: Split, splits: DataSplits) -> Split:
 
 def _split_names(split: Split) -> Collection[str]:
     """Return the names of the evaluated splits."""
-    return PARTS if split == "all" else (split,)
+    return SPLITS if split == "all" else (split,)
 
 
 def _split_parts(splits: DataSplits, split: Split) -> list[ImageDataset]:
     """Return the datasets of a split."""
-    present = parts_of(splits)
+    present = existing_splits(splits)
     if split == "all":
         return list(present.values())
     if split not in present:

@@ -18,14 +18,14 @@ from PIL.PngImagePlugin import PngInfo
 from snella_app.data import ImageDataset
 from snella_app.files import create_folder, write_bytes, write_text
 from snella_app.records import Predictions, read
-from snella_app.report.examples import attention_rollout, choose_examples, heat_maps, overlay_heat, picture_uri
-from snella_app.runs.evaluate import redraw_report
-from snella_app.runs.images import check_splits, find_data, load_splits, parts_of
+from snella_app.report.examples import attention_rollout, choose_examples, heat_maps, image_data_uri, overlay_heat
+from snella_app.runs.evaluate import rewrite_report
+from snella_app.runs.images import check_splits, existing_splits, find_data, load_splits
 from snella_app.runs.predict import Predictor, load
 from snella_app.runs.prediction_files import expand_for
 from snella_app.text import percent_text
 
-__all__ = ["HEAT_MAPS", "Explained", "HeatMap", "explain", "explain_validation", "nearest_images"]
+__all__ = ["HEAT_MAPS", "ExplainResult", "HeatMap", "explain", "explain_validation", "nearest_images"]
 
 HeatMap = Literal["gradcam", "rollout"]
 """Heat map method: gradient times activation for a class, or attention rollout of a ViT, which is independent of
@@ -38,7 +38,7 @@ _MAX_SIDE = 320
 
 
 @dataclass(frozen=True)
-class Explained:
+class ExplainResult:
     """Result of `explain`: path of the HTML page, number of images and notes for the user."""
 
     page: Path
@@ -59,8 +59,8 @@ def explain(
     columns: str | None = None,
     skip_corrupt: bool = False,
     device: str = "auto",
-) -> Explained:
-    """Write a heat map of each image, `OUT/0001-NAME.png`, and a page with all of them, `OUT/index.html`.
+) -> ExplainResult:
+    """Write a heat map of each image, `OUT/0001-NAME.png`, and an HTML page of all heat maps, `OUT/index.html`.
 
     Args:
         run: Folder of a classification run.
@@ -101,7 +101,7 @@ def explain(
     rows: list[np.ndarray] = []
     needs_features = neighbors > 0
     predictions = list(
-        model.each(
+        model.iter_predictions(
             files,
             skip_corrupt=skip_corrupt,
             on_skipped=lambda path, reason: notes.append(f"skipped {str(path)!r} ({reason})"),
@@ -130,11 +130,11 @@ def explain(
                         "target": f"for {target}" if by == "gradcam" else "of attention, independent of the class",
                         "image": _image_fields(heat[0]),
                         "heat": _image_fields(heat[1]),
-                        "near": neighbors_by_image[number],
+                        "neighbors": neighbors_by_image[number],
                     }
                 )
         write_text(folder / "index.html", _page(model, entries, of, by))
-    return Explained(folder / "index.html", len(entries), notes)
+    return ExplainResult(folder / "index.html", len(entries), notes)
 
 
 def explain_validation(run: str | Path, *, by: HeatMap = "gradcam", batch_size: int = 16, device: str = "auto") -> Path:
@@ -158,7 +158,7 @@ def explain_validation(run: str | Path, *, by: HeatMap = "gradcam", batch_size: 
     model = load(run, device, batch_size=batch_size)
     _check_task(model)
     predictions = read(Predictions, run)
-    split = parts_of(_load_run_splits(model))[predictions.split]
+    split = existing_splits(_load_run_splits(model))[predictions.split]
     wrong, right = choose_examples(predictions.items, _NUM_EXAMPLES)
     items = [*wrong, *right]
     folder = Path(run) / HEAT_MAPS
@@ -172,7 +172,7 @@ def explain_validation(run: str | Path, *, by: HeatMap = "gradcam", batch_size: 
         for item, (_, heat) in zip(part, _overlays(model, images, classes, by), strict=True):
             heat.thumbnail((_MAX_SIDE, _MAX_SIDE))
             write_bytes(folder / f"{item.index}.png", _png(heat, by))
-    return redraw_report(run)
+    return rewrite_report(run)
 
 
 def nearest_images(features: np.ndarray, others: np.ndarray, count: int) -> list[list[tuple[int, float]]]:
@@ -230,7 +230,7 @@ def _neighbors(
         notes.append(f"no nearest training images: {error}")
         return [[] for _ in rows]
     if step > 1:
-        notes.append(f"neighbors are from {len(candidates):,} evenly spaced training images of {len(train):,}")
+        notes.append(f"neighbors are among {len(candidates):,} of {len(train):,} training images, evenly spaced")
     neighbors = nearest_images(np.stack(rows), others, count)
     return [
         [
@@ -250,16 +250,16 @@ def _overlays(
     model: Predictor, images: Sequence[Path | Image.Image], classes: Sequence[str], by: HeatMap
 ) -> list[tuple[Image.Image, Image.Image]]:
     """Return each preprocessed image, without and with its heat map."""
-    tensors, targets = model.prepare(images), torch.tensor([model.classes.index(name) for name in classes])
+    tensors, targets = model.preprocess(images), torch.tensor([model.classes.index(name) for name in classes])
     network, tensors = model.loaded.network, tensors.to(model.device)
     heat = heat_maps(network, tensors, targets) if by == "gradcam" else attention_rollout(network, tensors)
-    pictures = [model.picture(tensor) for tensor in tensors]
-    return [(picture, overlay_heat(picture, heat_map)) for picture, heat_map in zip(pictures, heat, strict=True)]
+    inputs = [model.to_pil_image(tensor) for tensor in tensors]
+    return [(image, overlay_heat(image, heat_map)) for image, heat_map in zip(inputs, heat, strict=True)]
 
 
 def _image_fields(image: Image.Image) -> dict[str, Any]:
     """Return an image as a data URI with its size."""
-    uri, width, height = picture_uri(image, _MAX_SIDE)
+    uri, width, height = image_data_uri(image, _MAX_SIDE)
     return {"uri": uri, "width": width, "height": height}
 
 

@@ -25,9 +25,9 @@ from snella.layer import SnellaLayer
 from snella_app.console import counted
 from snella_app.data import ImageDataset, read_image
 from snella_app.data.datasets import FileImages, read_at_side
-from snella_app.files import add_file_to_errors, create_folder, sync_tree, write_text
+from snella_app.files import annotate_write_errors, create_folder, sync_tree, write_text
 from snella_app.report.card import model_card
-from snella_app.runs.images import find_data, load_splits, parts_of
+from snella_app.runs.images import existing_splits, find_data, load_splits
 from snella_app.runs.merge import merged_model, prediction_notes, run_metadata, write_timm_folder
 from snella_app.runs.model import Ensemble, LoadedRun, load_run, make_backbone
 
@@ -61,7 +61,7 @@ class ExportOptions:
 
 
 @dataclass
-class Exported:
+class ExportResult:
     """Result of an export.
 
     Args:
@@ -113,7 +113,7 @@ def export(
     values: ValueDtype | None = None,
     images: Sequence[str | Path] = (),
     logits: bool = False,
-) -> Exported:
+) -> ExportResult:
     """Export the best model of a run to another format.
 
     ONNX, TorchScript and `torch.export` files return the outputs of `predict`: class probabilities with the temperature
@@ -167,7 +167,7 @@ def export(
     if "images" in export_format.options and not images:
         options = dataclasses.replace(options, run_images=_run_images(loaded))
     temporary = path.with_name(f".{path.name}.tmp")
-    with create_folder(path.parent), add_file_to_errors(path):
+    with create_folder(path.parent), annotate_write_errors(path):
         try:
             _remove(temporary)
             notes = export_format.write(loaded, temporary, options) + _output_notes(loaded, export_format, options)
@@ -185,7 +185,7 @@ def export(
         if isinstance(snippet, str)
         else snippet(loaded, path, options)
     )
-    return Exported(path, notes, text)
+    return ExportResult(path, notes, text)
 
 
 def _output_notes(loaded: LoadedRun, export_format: ExportFormat, options: ExportOptions) -> list[str]:
@@ -219,8 +219,8 @@ def _check_options(name: str, export_format: ExportFormat, options: ExportOption
     """Reject options of other formats and out-of-range numbers."""
     for option, value in vars(options).items():
         if value not in (None, (), False) and value != [] and option not in export_format.options:
-            owners = ", ".join(other for other, entry in FORMATS.items() if option in entry.options)
-            raise ValueError(f"{option}={value} is an option of format {owners}, not of {name}; leave it out")
+            supporting = ", ".join(other for other, entry in FORMATS.items() if option in entry.options)
+            raise ValueError(f"{option}={value} is an option of format {supporting}, not of {name}; leave it out")
     if options.rank is not None and options.rank < 1:
         raise ValueError(f"rank must be at least 1, got {options.rank}")
 
@@ -252,7 +252,7 @@ def _reject_other_files(folder: Path, written: Path) -> None:
 # verification -------------------------------------------------------------------------------------------------------
 
 
-class _Final(nn.Module):
+class _FinalOutputs(nn.Module):
     """Model that returns the outputs of `predict`."""
 
     def __init__(self, model: nn.Module, loaded: LoadedRun) -> None:
@@ -269,8 +269,8 @@ def _graph_model(loaded: LoadedRun, options: ExportOptions) -> tuple[nn.Module, 
     """Return the merged model and the module to export."""
     probe = loaded.probe
     merged = merged_model(loaded.model)
-    merged = (merged if probe is None else probe.on(merged)).eval()
-    return merged, merged if options.logits else _Final(merged, loaded).eval()
+    merged = (merged if probe is None else probe.with_model(merged)).eval()
+    return merged, merged if options.logits else _FinalOutputs(merged, loaded).eval()
 
 
 def _sample_images(loaded: LoadedRun, options: ExportOptions) -> Tensor:
@@ -286,7 +286,7 @@ def _run_images(loaded: LoadedRun) -> ImageDataset:
     config = loaded.folder.read_config()
     try:
         spec = find_data(loaded.folder.path, str(config.data.spec), loaded.info.data.folder)
-        parts = parts_of(load_splits(dataclasses.replace(config.data, spec=spec), config.run.seed))
+        parts = existing_splits(load_splits(dataclasses.replace(config.data, spec=spec), config.run.seed))
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(
             f"images must be given to compare outputs, since the run's images cannot be read: {error}"
@@ -563,7 +563,7 @@ def sparse_patch(model: nn.Module, base: nn.Module) -> SparsePatch:
         base: Backbone before training.
 
     Returns:
-        Patch without tensors that are replaced as a whole.
+        Patch without replaced tensors.
     """
     entries_by_name: dict[str, Entries] = {}
     for name, layer in _tuner_layers(model).items():

@@ -119,7 +119,7 @@ class RunFolderOf(Generic[S]):
             return None
         run = self.read_json("run.json")
         if run.get("status") not in get_args(Status):
-            raise ValueError(f"{self.path / 'run.json'} is damaged: it contains no status; {_REMEDY}")
+            raise ValueError(f"{self.path / 'run.json'} is damaged: it has no valid status; {_REMEDY}")
         status: Status = run["status"]
         return status
 
@@ -130,7 +130,7 @@ class RunFolderOf(Generic[S]):
         return None if run_id is None else str(run_id)
 
     @property
-    def has_stopped(self) -> bool:
+    def was_killed(self) -> bool:
         """True if the run was killed: its status is `running`, but no process holds its lock.
 
         False if the lock cannot be checked, e.g. in another user's folder.
@@ -167,8 +167,8 @@ class RunFolderOf(Generic[S]):
 
     def write(self, record: Record) -> None:
         """Write a record's file atomically; add the run id and the digests to records that have these fields."""
-        is_early = (self.path / "run.json").is_file() and self.id is None  # runs written by early versions get no id
-        if isinstance(record, RunInfo) and not is_early:
+        is_legacy = (self.path / "run.json").is_file() and self.id is None  # early versions wrote no id
+        if isinstance(record, RunInfo) and not is_legacy:
             binding: Any = self._binding()
             record = dataclasses.replace(record, **binding, files=self._stored_digests() or None)
         elif isinstance(record, FoldResults):
@@ -192,9 +192,9 @@ class RunFolderOf(Generic[S]):
 
     @contextmanager
     def writing_adapter(self) -> Iterator[None]:
-        """Store the digests of the adapter that the context writes for an unfinished run.
+        """Record the digests of an unfinished run's adapter, which is written inside the context.
 
-        A process killed in the context leaves the run without digests; resuming writes the adapter again.
+        A process killed inside the context leaves the run without digests; resuming writes the adapter again.
         """
         self.update("running", files={})
         yield
@@ -289,7 +289,7 @@ class RunFolderOf(Generic[S]):
                 "restore the folder from a copy, or train again with `--overwrite`"
             )
         state = status_text(self.status) if self.status else "not started"
-        raise FileNotFoundError(f"{self.path} holds no adapter yet (status {state}); finish the run with --resume")
+        raise FileNotFoundError(f"{self.path} has no adapter yet (status {state}); finish the run with --resume")
 
     def resolve_settings(self, config: S) -> S:
         """Resolve the settings of a new or resumed run, without writing anything.
@@ -329,9 +329,9 @@ class RunFolderOf(Generic[S]):
                 else (f"an unfinished run ({status_text(status)})", "resume it with --resume, ")
             )
             raise FileExistsError(
-                f"out={self.path} holds {state}; {hint}choose another folder, or start over with --overwrite"
+                f"out={self.path} contains {state}; {hint}choose another folder, or start over with --overwrite"
             )
-        if status is None and self._holds_unexpected_files():
+        if status is None and self._has_unexpected_files():
             raise FileExistsError(f"out={self.path} contains files but no run; choose a new or empty folder")
         return config.resolved()
 
@@ -356,7 +356,7 @@ class RunFolderOf(Generic[S]):
 
     def prepare(self, config: S, *, is_resumed: bool) -> None:
         """Create the folder of a new run, or prepare a folder for resuming."""
-        self.remove_temporaries()
+        self.remove_temporary_files()
         if is_resumed:
             self.write_config(config)
             self.checkpoints.mkdir(exist_ok=True)
@@ -378,12 +378,12 @@ class RunFolderOf(Generic[S]):
         """Return the settings of a run that was killed before it wrote `run.json`."""
         if any(self.checkpoints.glob("checkpoint-*")):
             raise FileNotFoundError(
-                f"{self.path} holds checkpoints but no run.json; restore that file, or start over with --overwrite"
+                f"{self.path} has checkpoints but no run.json; restore that file, or start over with --overwrite"
             )
         return self._resumed_settings(config)
 
     def _binding(self) -> dict[str, str | None]:
-        """Return the run id (a new one if there is no run) and the settings digest."""
+        """Return the run id, newly generated if there is no run, and the settings digest."""
         has_config = (self.path / "config.yaml").is_file()
         settings = settings_digest(self._stored_settings()) if has_config else None
         return {"id": self.id or secrets.token_hex(16), "settings": settings}
@@ -396,11 +396,11 @@ class RunFolderOf(Generic[S]):
         """Return the stored settings digest; None for runs written by early versions."""
         for name in ("run.json", FoldResults.file):
             if (self.path / name).is_file():
-                known: str | None = self.read_json(name).get("settings")
-                return known
+                digest: str | None = self.read_json(name).get("settings")
+                return digest
         return None
 
-    def remove_temporaries(self) -> None:
+    def remove_temporary_files(self) -> None:
         """Remove temporary files left by a killed process; the caller must hold the lock."""
         for name in self.files:
             for path in self.path.glob(f".{name}.*"):
@@ -420,7 +420,7 @@ class RunFolderOf(Generic[S]):
             )
         return stored.replace(**{name: requested[name] for name in SESSION_FIELDS if name in requested})
 
-    def _holds_unexpected_files(self) -> bool:
+    def _has_unexpected_files(self) -> bool:
         """Return whether the folder contains anything other than runs and the files of an unfinished run."""
         if not self.path.exists():
             return False
@@ -447,8 +447,8 @@ class RunFolder(RunFolderOf[TrainConfig]):
 
     settings_type = TrainConfig
 
-    def start_settings(self, config: TrainConfig) -> TrainConfig:
-        """Return the settings of a new run that starts from the trained weights of this one.
+    def init_from_settings(self, config: TrainConfig) -> TrainConfig:
+        """Return the settings of a new run that is initialized with the trained weights of this one.
 
         Args:
             config: Requested settings. Inherited settings left at their defaults are replaced by those of this run.
@@ -482,6 +482,5 @@ class RunFolder(RunFolderOf[TrainConfig]):
             budget = sum(matrix.budget for matrix in allocation.matrices)
             if budget < allocation.total_weights:
                 sparsity = 1 - budget / allocation.total_weights
-
                 options["init_sparsity"] = min(sparsity, values["target_sparsity"])
         return config.replace(**values, method_options=options)

@@ -97,11 +97,11 @@ def expand(
     """
     paths: list[Path] = []
     check_listed = list if keep_missing else _require_all
-    for word in images:
-        prefix, rest = split_spec(str(word))
+    for entry in images:
+        prefix, rest = split_spec(str(entry))
         is_table = prefix in ("csv:", "parquet:") and bool(rest)
-        image = Path(rest if is_table and rest else word)
-        if str(word) == _STANDARD_INPUT:
+        image = Path(rest if is_table and rest else entry)
+        if str(entry) == _STANDARD_INPUT:
             paths += check_listed(Path(line) for line in sys.stdin.read().splitlines() if line.strip())
         elif is_table or (image.suffix.lower() in TABLE_SUFFIXES and image.is_file()):
             paths += check_listed(_paths_in_table(image, columns, run_columns))
@@ -112,8 +112,8 @@ def expand(
                     f"the folder {image} has no images; supported suffixes are {', '.join(sorted(IMAGE_SUFFIXES))}"
                 )
             paths += inside
-        elif not image.exists() and any(char in str(word) for char in _PATTERN):
-            matches = sorted(Path(match) for match in glob.glob(str(Path(word).expanduser()), recursive=True))
+        elif not image.exists() and any(char in str(entry) for char in _PATTERN):
+            matches = sorted(Path(match) for match in glob.glob(str(Path(entry).expanduser()), recursive=True))
             paths += _existing(match for match in matches if match.is_file() and is_image(match)) or _existing([image])
         else:
             paths += _existing([image])
@@ -185,7 +185,7 @@ def new_files(folders: Sequence[Path], known: Iterable[Path], poll_s: float = _P
 def missing_path_hint(missing: Path) -> str:
     """Return a hint for a missing path: a pattern without a match, a missing folder, or a similar name."""
     if any(char in missing.name for char in _PATTERN):
-        return f"; no file in {missing.parent} matches the pattern; fix it, or give the folder"
+        return f"; no file in {missing.parent} matches the pattern; fix it, or pass the folder"
     if not missing.parent.is_dir():
         return f"; there is no folder {missing.parent}"
     similar = difflib.get_close_matches(missing.name, sorted(child.name for child in missing.parent.iterdir()), n=1)

@@ -1,4 +1,4 @@
-"""Images of a run: loading, locating and comparing them with the stored digests."""
+"""Images of a run: loading, locating, and comparison with stored digests."""
 
 import dataclasses
 import hashlib
@@ -13,7 +13,7 @@ from snella_app.data.table import TABLE_SUFFIXES
 from snella_app.records import DataInfo
 from snella_app.tasks import Task, task_class
 
-PARTS = ("train", "val", "test")
+SPLITS = ("train", "val", "test")
 
 
 def splits_digest(splits: DataSplits) -> str:
@@ -26,14 +26,14 @@ def splits_digest(splits: DataSplits) -> str:
     return hashlib.sha256(json.dumps([splits.classes, names_and_labels]).encode()).hexdigest()
 
 
-def contents_of(splits: DataSplits, names: Collection[str] = PARTS) -> dict[str, str]:
+def content_digests(splits: DataSplits, names: Collection[str] = SPLITS) -> dict[str, str]:
     """Return the SHA-256 of the images of each existing split."""
-    return {name: part.content_digest() for name, part in parts_of(splits).items() if name in names}
+    return {name: part.content_digest() for name, part in existing_splits(splits).items() if name in names}
 
 
-def parts_of(splits: DataSplits) -> dict[str, ImageDataset]:
+def existing_splits(splits: DataSplits) -> dict[str, ImageDataset]:
     """Return the existing splits by name."""
-    return {name: part for name in PARTS if (part := getattr(splits, name)) is not None}
+    return {name: part for name in SPLITS if (part := getattr(splits, name)) is not None}
 
 
 def split_sizes(splits: DataSplits) -> dict[str, int]:
@@ -56,13 +56,15 @@ def is_same_split(data: DataInfo, splits: DataSplits) -> bool:
     return data.digest == splits_digest(splits)
 
 
-def changed_parts(data: DataInfo, splits: DataSplits, names: Collection[str] = PARTS) -> list[str]:
+def changed_splits(data: DataInfo, splits: DataSplits, names: Collection[str] = SPLITS) -> list[str]:
     """Return the splits whose image contents differ from the digests stored by a run."""
     stored = data.contents
-    return [name for name, digest in contents_of(splits, set(names) & set(stored)).items() if digest != stored[name]]
+    return [
+        name for name, digest in content_digests(splits, set(names) & set(stored)).items() if digest != stored[name]
+    ]
 
 
-def check_splits(run: Path, data: DataInfo, splits: DataSplits, names: Collection[str] = PARTS) -> None:
+def check_splits(run: Path, data: DataInfo, splits: DataSplits, names: Collection[str] = SPLITS) -> None:
     """Check that the images of a run have not changed since training.
 
     Args:
@@ -82,7 +84,7 @@ def check_splits(run: Path, data: DataInfo, splits: DataSplits, names: Collectio
             "files were added, removed or renamed, and a new split would evaluate on training images; restore "
             "the files, evaluate on other images with --data, or train a new run"
         )
-    changed = changed_parts(data, splits, names)
+    changed = changed_splits(data, splits, names)
     if changed:
         raise ValueError(
             f"data must contain the images of {run}, got files with the same names but other contents in {data.spec} "
@@ -112,9 +114,9 @@ def find_data(run: Path, spec: str, absolute: str | None) -> str:
     if absolute and Path(absolute).exists():
         return f"{prefix}{absolute}"
     kind = "file" if folder.suffix in TABLE_SUFFIXES else "folder"
-    places = spec if absolute in (None, path) else f"{spec} (then {absolute})"
+    locations = spec if absolute in (None, path) else f"{spec} (then {absolute})"
     raise FileNotFoundError(
-        f"the data of {run} must exist at {places}; no such {kind}; pass its new location with --data {prefix}NEW"
+        f"the data of {run} must exist at {locations}; no such {kind}; pass its new location with --data {prefix}NEW"
     )
 
 
@@ -154,10 +156,10 @@ def load_splits(config: DataConfig, seed: int, data: Any = None) -> DataSplits:
     return with_class_order(splits, task.order_classes(splits.classes, config.class_order))
 
 
-def encoded(splits: DataSplits, task: Task) -> DataSplits:
+def encode_targets(splits: DataSplits, task: Task) -> DataSplits:
     """Return the splits with targets encoded for the task's loss, and sample weights for training images."""
     encode = None if task.target == "class" else task.encode
     parts: dict[str, Any] = {
-        name: part.with_targets(encode, is_weighted=name == "train") for name, part in parts_of(splits).items()
+        name: part.with_targets(encode, is_weighted=name == "train") for name, part in existing_splits(splits).items()
     }
     return dataclasses.replace(splits, **parts)

@@ -57,10 +57,10 @@ def layer_features(model: nn.Module, images: Tensor, layers: Sequence[int]) -> T
     options = {"return_prefix_tokens": True} if has_tokens else {}
     final, maps = base.forward_intermediates(images, indices=list(layers), norm=True, output_fmt="NCHW", **options)
     pooled = [base.forward_head(final, pre_logits=True).flatten(1)]
-    for place, entry in enumerate(maps):
+    for index, entry in enumerate(maps):
         positions, tokens = entry if has_tokens else (entry, None)
         pooled.append(positions.mean((2, 3)))
-        if tokens is not None and place < len(maps) - 1:
+        if tokens is not None and index < len(maps) - 1:
             pooled.append(tokens[:, 0])
     return torch.cat(pooled, dim=1)
 
@@ -95,7 +95,7 @@ class LayerProbe(nn.Module):
         """Return the backbone with its adapters."""
         return base_model(self.model)
 
-    def on(self, model: nn.Module) -> "LayerProbe":
+    def with_model(self, model: nn.Module) -> "LayerProbe":
         """Return the same probe on another model, such as the merged model."""
         linear = self.linear
         return LayerProbe(model, self.layers, linear.weight.detach(), linear.bias.detach()).to(linear.weight.device)

@@ -13,7 +13,7 @@ from snella_app.files import create_folder, write_bytes, write_json
 from snella_app.methods import merge_trained
 from snella_app.records import BackboneInfo, RunInfo, plain, record_from
 from snella_app.runs.layer_probe import LAYER_PROBE, layer_probe_snippet
-from snella_app.runs.model import LoadedRun, built_in_size, load_run, make_backbone
+from snella_app.runs.model import LoadedRun, configured_image_size, load_run, make_backbone
 from snella_app.tasks import task_class
 
 _SUFFIX = ".safetensors"
@@ -127,7 +127,7 @@ def run_metadata(loaded: LoadedRun, model: nn.Module) -> dict[str, str]:
         "architecture": str(backbone.architecture),
         "backbone": str(backbone.name),
         "num_classes": str(backbone.num_classes),
-        "img_size": json.dumps(built_in_size(model)),
+        "img_size": json.dumps(configured_image_size(model)),
         "model_args": json.dumps(_model_args(model)),
         "task": loaded.task.name,
         "task_state": json.dumps(loaded.task.state()),
@@ -152,7 +152,7 @@ def _timm_config(loaded: LoadedRun, model: nn.Module, out: str) -> dict[str, Any
             f"out must end with {_SUFFIX} for {noun}, which timm cannot build, got {out!r}; "
             f"use {out.rstrip('/') + _SUFFIX!r}"
         )
-    size = built_in_size(model)
+    size = configured_image_size(model)
     arguments = _model_args(model) | ({} if size is None else {"img_size": size})
     timm_model: Any = model
     inherited = {name: value for name, value in dict(timm_model.pretrained_cfg).items() if name in _INHERITED_ENTRIES}

@@ -91,7 +91,7 @@ def load_run(run: str | Path | RunFolder, device: str = "auto") -> LoadedRun:
         _check_outputs(info, task)
         folder.check_adapter()
         backbone = make_backbone(info.backbone, task.name)
-        size = built_in_size(backbone, is_strict=True)
+        size = configured_image_size(backbone, is_strict=True)
         model = load_trained(folder.adapter, backbone).to(choose_device(device))
         probe = read_layer_probe(folder.adapter, model)
         if probe is not None:
@@ -143,11 +143,11 @@ def _check_head(probe: LayerProbe, info: RunInfo) -> None:
         raise ValueError(f"the final head must have {expected} outputs, got {num_outputs}; copy the run again")
 
 
-def built_in_size(model: nn.Module, *, is_strict: bool = False) -> int | None:
-    """Return the image size that a model is built for; None if it accepts any size.
+def configured_image_size(model: nn.Module, *, is_strict: bool = False) -> int | None:
+    """Return the image size that a model is configured for; None if it accepts any size.
 
     Args:
-        model: Backbone, or segmenter around one.
+        model: Backbone or segmenter.
         is_strict: Also return None for models that accept other sizes.
     """
     patches: Any = getattr(getattr(model, "encoder", model), "patch_embed", None)

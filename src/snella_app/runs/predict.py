@@ -24,14 +24,23 @@ from snella_app.runs.model import Ensemble, LoadedRun, get_task_name, load_run
 from snella_app.tasks import Task, task_class
 from snella_app.tasks.predictions import Prediction
 
-__all__ = ["MAX_VIEWS", "Predictor", "check_order", "columns_of", "load", "predict", "predict_each", "task_of_run"]
+__all__ = [
+    "MAX_VIEWS",
+    "Predictor",
+    "check_order",
+    "iter_predictions",
+    "load",
+    "predict",
+    "run_task_class",
+    "table_columns",
+]
 
 _RUN_FILE = "run.json"
-_THREADS = 4  # decoding and resizing release the interpreter lock
+_THREADS = 4  # decoding and resizing release the GIL
 _CROP_ENLARGEMENT = 8 / 7  # upscaling before corner crops, e.g. from 224 to 256 pixels
 _CORNERS = ((0, 0), (1, 1), (0, 1), (1, 0))
 MAX_VIEWS = 2 * (1 + len(_CORNERS))
-"""Maximum number of test-time augmentation views: the image and four corner crops, and their flips."""
+"""Maximum number of test-time augmentation views: the image, four corner crops, and their flips."""
 
 Unsure = float | Literal["auto"] | None
 """Probability below which a prediction is unsure; `auto` uses the threshold of the run's calibration."""
@@ -44,7 +53,7 @@ class Predictor:
         model.predict("new.jpg").label
         [(p.path, p.label, p.probability) for p in model.predict(["a.jpg", "folder", "more/*.png"])]
 
-    Thread-safe: threads read and preprocess images in parallel, and run the model one at a time.
+    Thread-safe: threads read and preprocess images in parallel and take turns running the model.
 
     Args:
         loaded: Run from `load_run`.
@@ -62,7 +71,7 @@ class Predictor:
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
-        """Return the run, its task, method, number of classes and device."""
+        """Describe the run, task, method, classes and device."""
         info = self.loaded.info
         return (
             f"Predictor({str(self.loaded.folder.path)!r}: {info.task} by {info.method}, {len(self.classes)} classes, "
@@ -81,7 +90,7 @@ class Predictor:
 
     @property
     def temperature(self) -> float:
-        """Temperature that logits are divided by; 1 for a run without calibration."""
+        """Calibration temperature, which divides the logits; 1 for an uncalibrated run."""
         return self.loaded.info.temperature
 
     def predict(
@@ -90,15 +99,15 @@ class Predictor:
         """Run prediction on one or more images.
 
         Args:
-            images: A file, a PIL image, an array or a tensor (see `snella_app.runs.image_inputs`); or several: a
-                folder, a pattern, a table, a batch, or a list of these.
+            images: One image: a file, PIL image, array or tensor (see `snella_app.runs.image_inputs`). Or several: a
+                folder, glob pattern, table, batch, or list of these.
             tta: Test-time augmentation: number of views whose probabilities are averaged (the image, its flip, corner
-                crops of the enlarged image and their flips); None uses the setting of the run.
-            unsure: Probability below which predictions are marked as unsure; `auto` uses the threshold of the run.
+                crops of the enlarged image and their flips); None uses the run's setting.
+            unsure: Probability below which predictions are marked as unsure; `auto` uses the run's threshold.
             skip_corrupt: Skip images that cannot be read. A single image that cannot be read is always an error.
 
         Returns:
-            For one image, an object of `snella_app.tasks.predictions`; for several, a list of them in input order.
+            One object of `snella_app.tasks.predictions`; for several images, a list in input order.
 
         Raises:
             FileNotFoundError: If a path does not exist (suggests similar names), or a folder has no images.
@@ -107,7 +116,7 @@ class Predictor:
         """
         inputs, is_single = split_inputs(images, run_columns=self._columns, keep_missing=skip_corrupt)
         skip_corrupt = skip_corrupt and not is_single
-        predictions = list(self.each(inputs, tta=tta, unsure=unsure, skip_corrupt=skip_corrupt))
+        predictions = list(self.iter_predictions(inputs, tta=tta, unsure=unsure, skip_corrupt=skip_corrupt))
         return predictions[0] if is_single else predictions
 
     def features(self, images: Any) -> np.ndarray:
@@ -124,25 +133,24 @@ class Predictor:
         """
         inputs, is_single = split_inputs(images, run_columns=self._columns)
         rows: list[np.ndarray] = []
-        for _ in self.each(inputs, on_features=rows.append):
+        for _ in self.iter_predictions(inputs, on_features=rows.append):
             pass
         return rows[0] if is_single else np.stack(rows)
 
-    def prepare(self, images: Sequence[ImageInput]) -> Tensor:
+    def preprocess(self, images: Sequence[ImageInput]) -> Tensor:
         """Preprocess images into a batch `[images, channels, height, width]`."""
-        named = [(image, str(_name(index, image))) for index, image in enumerate(images)]
-        decoded = [read_input(image, name, self.loaded.reading) for image, name in named]
+        decoded = [read_input(image, str(_name(i, image)), self.loaded.reading) for i, image in enumerate(images)]
         return torch.stack([self.loaded.transform(image) for image in decoded])
 
-    def picture(self, prepared: Tensor) -> Image.Image:
-        """Convert a preprocessed image back to RGB; for 2 or more than 4 channels, use their mean in grayscale."""
+    def to_pil_image(self, preprocessed: Tensor) -> Image.Image:
+        """Undo the normalization of an image and return it in RGB; gray unless it has 3 or 4 channels."""
         config = self.loaded.info.data_config
         mean, std = (torch.tensor(config[name])[:, None, None] for name in ("mean", "std"))
-        pixels = (prepared.cpu() * std + mean).clamp(0, 1)
+        pixels = (preprocessed.cpu() * std + mean).clamp(0, 1)
         pixels = pixels[:3] if len(pixels) in (3, 4) else pixels.mean(0, keepdim=True).expand(3, -1, -1)
         return Image.fromarray((pixels * 255).round().to(torch.uint8).movedim(0, -1).numpy())
 
-    def each(
+    def iter_predictions(
         self,
         images: Sequence[ImageInput],
         *,
@@ -152,7 +160,7 @@ class Predictor:
         on_skipped: Callable[[Path, str], None] = lambda path, reason: None,
         on_features: Callable[[np.ndarray], None] | None = None,
     ) -> Iterator[Any]:
-        """Yield predictions one by one, with the masks of only one batch in memory.
+        """Yield predictions one by one; stores the masks of only one batch.
 
         Args:
             images: Single images, as returned by `snella_app.runs.image_inputs.split_inputs`.
@@ -162,10 +170,10 @@ class Predictor:
             on_skipped: Called with each skipped image and the reason.
             on_features: Called with the features of each image, before its prediction is yielded.
         """
-        threshold = self.check_settings(tta, unsure)
-        for paths, pictures, tensors in self._batches(images, skip_corrupt, on_skipped):
+        threshold = self.resolve_threshold(tta, unsure)
+        for paths, originals, tensors in self._batches(images, skip_corrupt, on_skipped):
             outputs, features = self._outputs(tensors, tta, on_features is not None)
-            predictions = self.loaded.task.image_predictions(paths, pictures, outputs)
+            predictions = self.loaded.task.image_predictions(paths, originals, outputs)
             for index, prediction in enumerate(predictions):
                 if on_features is not None and features is not None:
                     on_features(features[index])
@@ -174,10 +182,10 @@ class Predictor:
     @property
     def _columns(self) -> str | None:
         """Columns of the run's table."""
-        return columns_of(self.loaded.folder.path)
+        return table_columns(self.loaded.folder.path)
 
-    def check_settings(self, tta: int | None, unsure: Unsure) -> float | None:
-        """Check settings of `each`, and return the probability for `unsure`."""
+    def resolve_threshold(self, tta: int | None, unsure: Unsure) -> float | None:
+        """Validate `tta` and `unsure`, and return the threshold for unsure predictions, if any."""
         if tta is not None and not 1 <= tta <= MAX_VIEWS:
             raise ValueError(f"tta must be between 1 and {MAX_VIEWS} views, got {tta}")
         if tta is not None and isinstance(self.loaded.model, Ensemble):
@@ -218,8 +226,8 @@ class Predictor:
                     else:
                         readable.append(prepared)
                 if readable:
-                    paths, pictures, tensors = zip(*readable, strict=True)
-                    yield list(paths), list(pictures), torch.stack(tensors)
+                    paths, originals, tensors = zip(*readable, strict=True)
+                    yield list(paths), list(originals), torch.stack(tensors)
 
     def _outputs(self, images: Tensor, tta: int | None, wants_features: bool) -> tuple[Tensor, np.ndarray | None]:
         """Return calibrated outputs of a batch, averaged over views, and features of the first view."""
@@ -272,13 +280,13 @@ def load(run: str | Path | RunFolder, device: str = "auto", *, batch_size: int =
     return Predictor(load_run(folder, device), batch_size=batch_size)
 
 
-def columns_of(run: str | Path) -> str | None:
-    """Return the columns of a run's table; None for other data, or if the run does not exist (reported later)."""
+def table_columns(run: str | Path) -> str | None:
+    """Return the table columns of a run; None for other data, and for a missing run, which is reported later."""
     return RunFolder(run).read_config().data.columns if (Path(run) / "config.yaml").is_file() else None
 
 
-def task_of_run(run: str | Path) -> type[Task]:
-    """Return the task class of a run; classification if the run does not exist (reported later)."""
+def run_task_class(run: str | Path) -> type[Task]:
+    """Return the task class of a run; classification for a missing run, which is reported later."""
     results = read_if_present(FoldResults, run)
     run = run if results is None or not results.rows else Path(run) / results.rows[0].folder
     has_run = (Path(run) / _RUN_FILE).is_file()
@@ -306,7 +314,7 @@ def predict(
         device: auto, or a torch device such as cpu, cuda:1 or mps.
         tta: As for `Predictor.predict`.
         unsure: As for `Predictor.predict`.
-        columns: Path column of a table, `path=file`; if None, its usual names or the column of the run.
+        columns: Path column of a table, such as `path=file`; if None, the usual names or the run's column.
 
     Returns:
         One object of `snella_app.tasks.predictions` per image, in input order; see `Task.image_predictions`.
@@ -316,10 +324,10 @@ def predict(
         ValueError: If an image cannot be read, or `run` is an image.
     """
     options = {"skip_corrupt": skip_corrupt, "tta": tta, "unsure": unsure}
-    return list(predict_each(run, images, batch_size=batch_size, device=device, columns=columns, **options))
+    return list(iter_predictions(run, images, batch_size=batch_size, device=device, columns=columns, **options))
 
 
-def predict_each(
+def iter_predictions(
     run: str | Path | LoadedRun,
     images: Any,
     *,
@@ -328,7 +336,7 @@ def predict_each(
     columns: str | None = None,
     **options: Any,
 ) -> Iterator[Any]:
-    """Yield predictions of `predict` one by one; `options` are arguments of `Predictor.each`.
+    """Yield predictions of `predict` one by one; `options` are arguments of `Predictor.iter_predictions`.
 
     Paths are checked before the model is loaded.
     """
@@ -337,9 +345,9 @@ def predict_each(
     if not isinstance(run, LoadedRun):
         check_order(Path(run), images)
     folder = run.folder.path if isinstance(run, LoadedRun) else run
-    inputs, _ = split_inputs(images, columns, columns_of(folder), keep_missing=options.get("skip_corrupt", False))
+    inputs, _ = split_inputs(images, columns, table_columns(folder), keep_missing=options.get("skip_corrupt", False))
     loaded = run if isinstance(run, LoadedRun) else load_run(run, device)
-    yield from Predictor(loaded, batch_size=batch_size).each(inputs, **options)
+    yield from Predictor(loaded, batch_size=batch_size).iter_predictions(inputs, **options)
 
 
 def check_order(run: Path, images: Any) -> None:

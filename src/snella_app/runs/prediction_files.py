@@ -16,10 +16,10 @@ import numpy as np
 from rich.console import Console
 
 from snella_app.console import counted, make_console, print_line, track_progress
-from snella_app.files import add_file_to_errors, create_folder, write_bytes
+from snella_app.files import annotate_write_errors, create_folder, write_bytes
 from snella_app.runs.image_inputs import expand, new_files
 from snella_app.runs.model import unfinished_note
-from snella_app.runs.predict import check_order, columns_of, load, task_of_run
+from snella_app.runs.predict import check_order, load, run_task_class, table_columns
 from snella_app.tasks import Task
 from snella_app.tasks.predictions import TABLE_SUFFIXES
 from snella_app.text import listed, utf8_text
@@ -55,7 +55,7 @@ def predict_to_files(
         ValueError: If settings are invalid, an image cannot be read, or an image is passed before the run.
         ImportError: If features are written as Parquet without pyarrow.
     """
-    console, task = make_console(), task_of_run(run)
+    console, task = make_console(), run_task_class(run)
     threshold = parse_unsure(unsure)
     _check_features(features, watch, overwrite=overwrite)
     folders = [Path(image) for image in images if Path(image).is_dir()]
@@ -85,7 +85,7 @@ def predict_to_files(
             print_line(errors, f"skipped {skipped[-1]}")
 
     def predict_paths(paths: Sequence[Path]) -> Iterator[Any]:
-        return model.each(
+        return model.iter_predictions(
             paths,
             tta=tta,
             unsure=threshold,
@@ -113,7 +113,7 @@ def predict_to_files(
     if features is not None:
         write_features(features, names, rows, overwrite=overwrite)
         print_line(console, f"features of {counted(len(names), 'image')}: {features}")
-    if threshold == "auto" and model.check_settings(tta, threshold) is None:
+    if threshold == "auto" and model.resolve_threshold(tta, threshold) is None:
         print_line(
             console,
             "no prediction is marked as unsure: no threshold halves the validation errors, or there are no errors",
@@ -126,7 +126,7 @@ def expand_for(run: str | Path, images: Any, columns: str | None, keep_missing: 
     """Expand `images` into files with `snella_app.runs.image_inputs.expand`, after checking the run."""
     paths = [images] if isinstance(images, str | Path) else list(images)
     check_order(Path(run), paths)
-    return expand(paths, columns, columns_of(run), keep_missing=keep_missing)
+    return expand(paths, columns, table_columns(run), keep_missing=keep_missing)
 
 
 def write_features(
@@ -246,7 +246,7 @@ def _append_rows(predictions: Iterable[Any], out: Path, task: type[Task], top_k:
         for prediction in predictions:
             part = task.write_predictions([prediction], Path(folder) / f"row{out.suffix}", top_k, overwrite=True)
             header, row = part.read_bytes().split(b"\n", 1) if is_csv else (b"", part.read_bytes())
-            with add_file_to_errors(out), out.open("ab+") as file:
+            with annotate_write_errors(out), out.open("ab+") as file:
                 file.seek(0)
                 first = file.readline().rstrip(b"\n") if is_csv else header
                 if first not in (b"", header):

@@ -13,17 +13,17 @@ from snella_app.runs.layer_probe import LAYER_PROBE
 from snella_app.runs.merge import describe_file, loading_snippet, merge, prediction_notes
 from snella_app.runs.model import get_task
 
-__all__ = ["Pushed", "push", "write_hub_folder"]
+__all__ = ["PushResult", "push", "write_hub_folder"]
 
 _WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)
-class Pushed:
+class PushResult:
     """Result of `push`: URL on the Hugging Face Hub, or the written folder and the error if the Hub is unreachable."""
 
-    place: str
-    reason: str | None = None
+    location: str
+    error: str | None = None
 
 
 def write_hub_folder(run: str | Path, folder: str | Path, name: str, *, adapter: bool = False) -> Path:
@@ -75,7 +75,7 @@ def push(
     adapter: bool = False,
     private: bool = False,
     overwrite: bool = False,
-) -> Pushed:
+) -> PushResult:
     """Push the model of a run to the Hugging Face Hub.
 
     With `to_folder`, or if the Hub cannot be reached, write the folder of the repository instead.
@@ -107,7 +107,7 @@ def push(
             f"name must be a repository name on the Hugging Face Hub such as user/photos, got {name!r}: {error}"
         ) from None
     if to_folder is not None:
-        return Pushed(str(write_hub_folder(run, to_folder, name, adapter=adapter)))
+        return PushResult(str(write_hub_folder(run, to_folder, name, adapter=adapter)))
     folder = write_hub_folder(run, Path(f"{Path(run)}-hub"), name, adapter=adapter)
     api: Any = HfApi()
     try:
@@ -129,6 +129,6 @@ def push(
         raise
     except (OfflineModeIsEnabled, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return Pushed(str(folder), reason)
+        return PushResult(str(folder), reason)
     shutil.rmtree(folder)
-    return Pushed(str(url))
+    return PushResult(str(url))

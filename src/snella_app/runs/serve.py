@@ -79,7 +79,7 @@ class _PixelBudget:
         self._limit, self._used, self._lock = limit, 0.0, threading.Lock()
 
     @contextmanager
-    def holding(self, pixels: float) -> Iterator[bool]:
+    def reserve(self, pixels: float) -> Iterator[bool]:
         """Reserve pixels until the end of the block; yield True if they fit in the budget."""
         with self._lock:
             fits = self._used + pixels <= self._limit
@@ -137,7 +137,7 @@ def create_app(
     except ImportError as error:
         raise ImportError(_EXTRA) from error
     limits = limits or ServerLimits()
-    model.check_settings(tta, unsure)
+    model.resolve_threshold(tta, unsure)
     info = model.loaded.info
     about = {"task": info.task, "method": info.method, "backbone": info.backbone.name, "classes": model.classes}
     names = {"localhost", socket.gethostname().lower(), *(name.lower() for name in hosts)}
@@ -165,34 +165,34 @@ def create_app(
     @app.middleware("http")
     async def guard(request: Request, call_next: Callable[[Request], Awaitable[Any]]) -> Any:
         start = time.monotonic()
-        answer = check_headers(request) or await call_next(request)
-        answer.headers.update(_NOSNIFF)
-        answer.headers["Content-Security-Policy"] = _DOCS_POLICY if request.url.path in _DOCS else policy
+        response = check_headers(request) or await call_next(request)
+        response.headers.update(_NOSNIFF)
+        response.headers["Content-Security-Policy"] = _DOCS_POLICY if request.url.path in _DOCS else policy
         client = request.client.host if request.client else "-"
-        duration = f"{1000 * (time.monotonic() - start):.0f} ms"
-        log(f"{time.strftime('%H:%M:%S')} {client} {request.method} {request.url.path} {answer.status_code} {duration}")
-        return answer
+        route, duration_ms = f"{request.method} {request.url.path}", 1000 * (time.monotonic() - start)
+        log(f"{time.strftime('%H:%M:%S')} {client} {route} {response.status_code} {duration_ms:.0f} ms")
+        return response
 
     @app.exception_handler(RequestValidationError)
     async def explain_form(request: Request, error: RequestValidationError) -> Any:
         fields = ", ".join(map(repr, error.body)) if isinstance(error.body, Mapping) and error.body else "no field"
         return JSONResponse(
-            {"error": f"images must be files of the form's field 'files', got {fields}; {_curl(request)}"}, 422
+            {"error": f"images must be files in the form field 'files', got {fields}; {_curl(request)}"}, 422
         )
 
     @app.exception_handler(HTTPException)
     async def explain_status(request: Request, error: HTTPException) -> Any:
-        hint = "; this server has /, /health, /docs and POST /predict" if error.status_code in (404, 405) else ""
+        hint = "; available: /, /health, /docs and POST /predict" if error.status_code in (404, 405) else ""
         return JSONResponse({"error": f"{error.detail}{hint}"}, error.status_code, error.headers)
 
     @app.get("/", response_class=HTMLResponse)
     def page() -> str:
-        """Web page for trying the model."""
+        """Return the web page."""
         return page_text
 
     @app.get("/health")
     def health() -> dict[str, Any]:
-        """Model and limits of the server."""
+        """Return the model and the request limits."""
         return {"status": "ok", **about, "limits": vars(limits)}
 
     @app.post("/predict")
@@ -200,31 +200,33 @@ def create_app(
         """Run prediction on images, each a file in the form field `files`."""
         if len(files) > limits.files:
             return JSONResponse({"error": f"a request must have at most {limits.files} files, got {len(files)}"}, 413)
-        answers: list[dict[str, Any]] = [{"name": file.filename or f"[{i}]"} for i, file in enumerate(files)]
+        entries: list[dict[str, Any]] = [{"name": file.filename or f"[{i}]"} for i, file in enumerate(files)]
         usable: list[int] = []
-        weight = 0.0
+        pixels = 0.0
         for index, file in enumerate(files):
             try:
-                weight += _checked_pixels(file.file, limits, model.loaded.reading)
+                pixels += _checked_pixels(file.file, limits, model.loaded.reading)
                 usable.append(index)
             except ValueError as error:
-                answers[index]["error"] = str(error)
-        if weight > limits.total_megapixels * 1e6:
+                entries[index]["error"] = str(error)
+        if pixels > limits.total_megapixels * 1e6:
             most = f"a request must have at most {limits.total_megapixels:g} million pixels"
-            return JSONResponse({"error": f"{most}, got {weight / 1e6:.1f}; send fewer images per request"}, 413)
-        with budget.holding(weight) as fits:
+            return JSONResponse({"error": f"{most}, got {pixels / 1e6:.1f}; send fewer images per request"}, 413)
+        with budget.reserve(pixels) as fits:
             if not fits:
                 busy = "the server is busy with other requests; retry in a second"
                 return JSONResponse({"error": busy}, 503, {"Retry-After": "1"})
             images = [files[index].file.read() for index in usable]
             failed: dict[Path, str] = {}
-            predictions = model.each(images, tta=tta, unsure=unsure, skip_corrupt=True, on_skipped=failed.__setitem__)
+            predictions = model.iter_predictions(
+                images, tta=tta, unsure=unsure, skip_corrupt=True, on_skipped=failed.__setitem__
+            )
             for prediction in predictions:
-                answers[usable[_index(prediction.path)]].update(_answer(model, prediction))
+                entries[usable[_index(prediction.path)]].update(_prediction_json(model, prediction))
         for path, reason in failed.items():
-            answers[usable[_index(path)]]["error"] = f"not a readable image: {reason}"
-        is_any = any("error" not in answer for answer in answers)
-        return JSONResponse({"predictions": answers}, 200 if is_any else 422)
+            entries[usable[_index(path)]]["error"] = f"not a readable image: {reason}"
+        any_predicted = any("error" not in entry for entry in entries)
+        return JSONResponse({"predictions": entries}, 200 if any_predicted else 422)
 
     return app
 
@@ -247,7 +249,7 @@ def serve(
     Args:
         run: Run folder.
         host: Address to listen on; 0.0.0.0 for all addresses of this machine.
-        port: Port; 0 selects a free one.
+        port: Port; 0 selects a free port.
         limits: Limits of requests; default limits if None.
         tta: As for `Predictor.predict`.
         unsure: As for `Predictor.predict`.
@@ -266,7 +268,7 @@ def serve(
     except ImportError as error:
         raise ImportError(_EXTRA) from error
     if not 0 <= port <= 65535:
-        raise ValueError(f"port must be from 0 (a free one) to 65535, got {port}")
+        raise ValueError(f"port must be from 0 (any free port) to 65535, got {port}")
     console = console or make_console(survives_closed_output=True)
     with _listener(host, port) as listener:
         app = create_app(
@@ -280,7 +282,7 @@ def serve(
         listener.listen()  # before the address is printed, so that clients can connect
         shown = f"[{host}]" if ":" in host else host
         name = f"http://{shown}:{listener.getsockname()[1]}"
-        print_line(console, f"serving {run} at {name}, {name}/predict, documented at {name}/docs; stop with Ctrl-C")
+        print_line(console, f"serving {run} at {name}, API {name}/predict, docs {name}/docs; press Ctrl-C to stop")
         config = uvicorn.Config(app, log_level="warning", limit_concurrency=_CONNECTIONS, server_header=False)
         uvicorn.Server(config).run(sockets=[listener])
 
@@ -381,7 +383,7 @@ def _index(path: Path) -> int:
     return int(str(path)[1:-1])
 
 
-def _answer(model: Predictor, prediction: Any) -> dict[str, Any]:
+def _prediction_json(model: Predictor, prediction: Any) -> dict[str, Any]:
     """Convert a prediction to JSON."""
     text = model.loaded.task.prediction_text(prediction, None)
     if not isinstance(prediction, Prediction):

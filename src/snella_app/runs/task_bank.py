@@ -23,7 +23,7 @@ from snella_app.runs.merge import merged_model
 from snella_app.runs.model import Ensemble, LoadedRun, load_run, make_backbone
 
 _MIB = 2**20
-_LARGEST_PART = 0.25  # maximum fraction of a backbone that a task may replace: heads, tokens, norms
+_MAX_REPLACED = 0.25  # maximum fraction of a backbone that a task may replace: heads, tokens, norms
 
 
 @dataclass
@@ -138,14 +138,14 @@ class TaskBank:
                     "the same pre-trained weights"
                 )
             update.base = tensors[key].detach()
-        plain = merged_model(loaded.model).state_dict()
+        merged = merged_model(loaded.model).state_dict()
         replaced = {
             key: tensor.detach()
-            for key, tensor in plain.items()
+            for key, tensor in merged.items()
             if key not in updates and not (key in tensors and torch.equal(tensor, tensors[key]))
         }
-        is_small = _bytes(replaced.values()) <= _LARGEST_PART * _bytes(tensors.values())
-        if plain.keys() != tensors.keys() or not is_small:
+        is_small = _bytes(replaced.values()) <= _MAX_REPLACED * _bytes(tensors.values())
+        if merged.keys() != tensors.keys() or not is_small:
             raise NotImplementedError(
                 f"run={run} was trained with {loaded.info.method}, which stores whole weights, but a bank needs "
                 "SNELLA factors; load this run separately"
@@ -159,7 +159,7 @@ class TaskBank:
         with self._lock:
             self._model, self._key = base, backbone_key
             self._cached.pop(name, None)
-            probe = None if loaded.probe is None else loaded.probe.on(base).to(self._device).eval()
+            probe = None if loaded.probe is None else loaded.probe.with_model(base).to(self._device).eval()
             self._tasks[name] = _Task(replace(loaded, model=base, probe=probe), updates, replaced)
 
     def remove(self, name: str) -> None:
@@ -276,7 +276,7 @@ class TaskBank:
 
 
 def _backbone_key(backbone: BackboneInfo, task: str) -> tuple[Any, ...]:
-    """Return the settings that runs of one backbone have in common, with the seed of random weights."""
+    """Return the backbone settings that all runs of a bank share, with the seed of random weights."""
     seed = None if backbone.pretrained is not False else backbone.seed
     return (backbone.name, backbone.weights, backbone.img_size, task, seed)
 

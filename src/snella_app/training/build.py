@@ -26,7 +26,7 @@ from snella_app.methods.model_parts import find_head
 from snella_app.methods.saving import METHOD_FILE
 from snella_app.records import BackboneInfo, RunInfo, read
 from snella_app.runs.folder import RunFolder
-from snella_app.runs.images import encoded, is_same_split, load_splits, parts_of
+from snella_app.runs.images import encode_targets, existing_splits, is_same_split, load_splits
 from snella_app.runs.model import make_backbone
 from snella_app.tasks import Task, create_task
 from snella_app.training.distributed import process_count
@@ -36,7 +36,7 @@ from snella_app.training.sampler import EpochSampler
 FOLDER = "selection"
 """Subfolder of a run for the selected parameters and their initial values."""
 _READ_MARGIN = 4
-"""Minimum shorter side of images when read, in input sizes; crops of at least 1/16 of the area need no upsampling."""
+"""Minimum shorter side when reading images, relative to the input size; crops of 1/16 area need no upsampling."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class LoadedData:
     """Images and task of a run.
 
     Attributes:
-        config: Part of the configuration that describes the data.
+        config: Data configuration.
         seed: Seed of the run.
         splits: Images with targets encoded for the task, without transforms.
         task: Task fitted to the training images.
-        started_at: Time on the `time.monotonic()` clock at which loading started.
+        started_at: `time.monotonic()` at the start of loading.
         source: Dataset object named by `config.spec`, if any.
         batch_size: Batch size of passes over the images before training.
         shows_progress: True to show progress bars on a terminal.
@@ -159,8 +159,8 @@ class RunComponents:
         data_config: Preprocessing in timm's format.
         seed: Seed of the run.
         workers: Number of data loading processes.
-        probe_features: Features of training images before training; set by `snella_app.training.linear_probe`.
-        start_layers: Features of several layers for the same images; None if the run trains the model.
+        probe_features: Pooled features of the probe images before training; set by `snella_app.training.linear_probe`.
+        initial_layer_features: Features of several layers for the same images; None once the run trains the model.
     """
 
     splits: DataSplits
@@ -171,7 +171,7 @@ class RunComponents:
     seed: int = 0
     workers: int = 0
     probe_features: Tensor | None = None
-    start_layers: Tensor | None = None
+    initial_layer_features: Tensor | None = None
 
 
 def load(
@@ -200,7 +200,7 @@ def load(
             f"got {optim.effective_batch_size}"
         )
     task = task.fitted(splits.train)
-    splits = encoded(splits, task)
+    splits = encode_targets(splits, task)
     if optim.batch_size is None and len(splits.train) < DEFAULT_BATCH_SIZE:
         splits.notes.append(
             f"batch size reduced from {DEFAULT_BATCH_SIZE} to {len(splits.train)}, the number of training images"
@@ -278,7 +278,7 @@ def _transformed(data: LoadedData, data_config: dict[str, Any]) -> DataSplits:
     augment: Any = task.augment if config.augment == "auto" else config.augment
     train_transform = build_transform(data_config, train=True, augment=augment, random_erasing=config.random_erasing)
     transform = build_transform(data_config, train=False, augment="none")
-    by_name = parts_of(data.splits)
+    by_name = existing_splits(data.splits)
     side = read_side(data_config, data.splits.train)
     read = dict(zip(by_name, read_at_side(list(by_name.values()), side), strict=True))
     transforms = {"train": train_transform, "val": transform, "test": transform}
@@ -286,7 +286,7 @@ def _transformed(data: LoadedData, data_config: dict[str, Any]) -> DataSplits:
     return dataclasses.replace(data.splits, **transformed)
 
 
-def load_start(parts: RunComponents, spec: str, run: RunFolder) -> None:
+def load_initial_weights(parts: RunComponents, spec: str, run: RunFolder) -> None:
     """Load the trained weights of another run into the model of a new run.
 
     Args:
@@ -323,7 +323,7 @@ def _selection_images(
         return splits.train, splits.val
     config = dataclasses.replace(data.config, protocol="standard")
     standard = load_splits(config, data.seed, data.source)
-    standard = encoded(standard, create_task(config.task, standard.classes))
+    standard = encode_targets(standard, create_task(config.task, standard.classes))
     transform = build_transform(data_config, train=False, augment="none")
     val = None if standard.val is None else standard.val.with_transform(transform)
     return standard.train.with_transform(splits.train.transform), val

@@ -26,12 +26,12 @@ from snella_app.console import print_line
 from snella_app.data.protocol import RunProtocol
 from snella_app.tasks import Task
 from snella_app.text import seconds_text
-from snella_app.training.checkpoints import CheckpointError, existing_file
+from snella_app.training.checkpoints import CheckpointError, require_file
 
 if TYPE_CHECKING:
     from snella_app.training.trainer import SnellaTrainer
 
-_FILE, _ENDS_FILE = "ema.safetensors", "epoch_ends.safetensors"
+_FILE, _SNAPSHOTS_FILE = "ema.safetensors", "epoch_ends.safetensors"
 _ESTIMATE_STEPS, _ESTIMATE_S = 4, 20.0
 """The remaining time is estimated after this many steps, or after two steps and this many seconds, since the first step
 compiles."""
@@ -40,12 +40,12 @@ _LONG_S = 300.0
 _LINE_S = 30.0
 """Seconds between progress lines without a terminal."""
 _TIMED_STEPS = 20
-_TRACKED_STEPS = 10
+_LOGGED_STEPS = 10
 """Steps between logged values."""
 _RISING_RATIO = 1.5
-"""Ratio to the first epoch's loss above which a rising loss is reported."""
+"""Ratio to the first epoch's loss above which a rising loss triggers a warning."""
 _RISING_AFTER_STEPS = 20
-"""Initial steps without this report: after a linear probe, the loss rises when the backbone starts to change."""
+"""Initial steps without this warning: after linear-probe initialization, the loss rises as the backbone changes."""
 
 
 class WeightAverage(TrainerCallback):
@@ -57,7 +57,7 @@ class WeightAverage(TrainerCallback):
     During warmup the average spans about the last ninth of the steps.
 
     Only parameters are averaged: factors, scalars and head. Budgets are buffers and keep their current values. The
-    threshold is recomputed from the averaged factors, so the update keeps exactly as many entries as its budget.
+    threshold is recomputed from the averaged factors, so the number of nonzero entries still equals the budget.
     Averaging merged matrices or restoring old budgets would lose the sparsity.
 
     Args:
@@ -91,9 +91,9 @@ class WeightAverage(TrainerCallback):
         self.update()
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Use the averages in the model inside the context."""
-        with _replaced_parameters(self._parameters, self._averages):
+    def average_parameters(self) -> Iterator[None]:
+        """Use the averaged parameters in the model inside the context."""
+        with _swapped_parameters(self._parameters, self._averages):
             yield
 
     def save(self, checkpoint: Path) -> None:
@@ -107,7 +107,7 @@ class WeightAverage(TrainerCallback):
         Raises:
             CheckpointError: If the checkpoint has no averages, or has averages of other parameters.
         """
-        path = existing_file(checkpoint, _FILE)
+        path = require_file(checkpoint, _FILE)
         with safe_open(path, "pt") as file:
             names = set(file.keys())
             if names != set(self._averages):
@@ -121,7 +121,7 @@ class WeightAverage(TrainerCallback):
             self.steps = int(file.metadata()["steps"])
 
 
-class EpochEnds:
+class EpochSnapshots:
     """Trained parameters of the last epochs, for averaging after training.
 
     Only parameters are averaged, as in `WeightAverage`. The averaged update uses the budgets of the last step and
@@ -150,20 +150,20 @@ class EpochEnds:
             del self._values[old]
 
     @contextmanager
-    def mean_applied(self, epochs: Sequence[int]) -> Iterator[None]:
-        """Use the mean over the given epochs in the model inside the context."""
+    def average_parameters(self, epochs: Sequence[int]) -> Iterator[None]:
+        """Use the mean parameters of the given epochs in the model inside the context."""
         first, *others = epochs
         means = {name: value.clone() for name, value in self._values[first].items()}
         average = get_swa_multi_avg_fn()
         for number, epoch in enumerate(others, 1):
             average(list(means.values()), [self._values[epoch][name] for name in means], number)
-        with _replaced_parameters(self._parameters, means):
+        with _swapped_parameters(self._parameters, means):
             yield
 
     def save(self, checkpoint: Path) -> None:
         """Write the values to a checkpoint folder."""
         tensors = {f"{epoch}/{name}": value for epoch in self.epochs for name, value in self._values[epoch].items()}
-        save_file(tensors, checkpoint / _ENDS_FILE)
+        save_file(tensors, checkpoint / _SNAPSHOTS_FILE)
 
     def load(self, checkpoint: Path) -> None:
         """Load the values from a checkpoint.
@@ -171,7 +171,7 @@ class EpochEnds:
         Raises:
             CheckpointError: If the checkpoint has no values, or has values of other parameters.
         """
-        path = existing_file(checkpoint, _ENDS_FILE)
+        path = require_file(checkpoint, _SNAPSHOTS_FILE)
         self._values = {}
         for key, value in load_file(path).items():
             number, name = key.split("/", 1)
@@ -185,7 +185,7 @@ class EpochEnds:
 
 
 @contextmanager
-def _replaced_parameters(parameters: Mapping[str, nn.Parameter], values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+def _swapped_parameters(parameters: Mapping[str, nn.Parameter], values: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """Replace parameter values inside the context and restore them on exit."""
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     _copy(parameters, values)
@@ -292,30 +292,30 @@ class TrackingCallback(TrainerCallback):
 
     def __init__(self, trainer: "SnellaTrainer", matrices: Sequence[AdaptedMatrix], step_images: int) -> None:
         self.trainer, self.matrices, self.step_images = trainer, matrices, step_images
-        self._sent_at = (0, time.perf_counter())
+        self._logged_at = (0, time.perf_counter())
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start the timer."""
-        self._sent_at = (state.global_step, time.perf_counter())
+        self._logged_at = (state.global_step, time.perf_counter())
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Log the loss and the throughput."""
-        last_step, last_time = self._sent_at
-        if state.global_step % _TRACKED_STEPS == 0:
+        last_step, last_time = self._logged_at
+        if state.global_step % _LOGGED_STEPS == 0:
             now = time.perf_counter()
-            pace = self.step_images * (state.global_step - last_step) / max(now - last_time, 1e-9)
-            self._send({"loss": self.trainer.last_loss, "images_per_s": pace})
-            self._sent_at = (state.global_step, now)
+            throughput = self.step_images * (state.global_step - last_step) / max(now - last_time, 1e-9)
+            self._log({"loss": self.trainer.last_loss, "images_per_s": throughput})
+            self._logged_at = (state.global_step, now)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Log the values of all matrices."""
         allocator = self.trainer.allocator
         if self.matrices and allocator is not None:
-            self._send(self._measure(allocator.history[-1]["importance"]))
+            self._log(self._measure(allocator.history[-1]["importance"]))
 
-    def _send(self, values: dict[str, float]) -> None:
+    def _log(self, values: dict[str, float]) -> None:
         """Log values to all trackers."""
         self.trainer.callback_handler.on_log(self.trainer.args, self.trainer.state, self.trainer.control, values)
 
@@ -387,7 +387,7 @@ class ProgressDisplay(TrainerCallback):
         self._last_line = 0.0
         self._has_estimated = False
         self._losses: list[float] = []
-        self._has_reported = False
+        self._has_warned = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -418,7 +418,7 @@ class ProgressDisplay(TrainerCallback):
             self._write_lines(state)
         if self._bar is not None:
             epoch = f"epoch {int(min(state.epoch, state.num_train_epochs - 1e-6)) + 1}/{state.num_train_epochs}"
-            shown = f"loss {self.last_loss():.3f}{self._budget()}{self._pace()}"
+            shown = f"loss {self.last_loss():.3f}{self._budget()}{self._throughput()}"
             self._bar.update(self._task, completed=state.global_step, description=epoch, shown=shown)
 
     def on_epoch_end(
@@ -448,10 +448,8 @@ class ProgressDisplay(TrainerCallback):
         if self.show_lines and now - self._last_line >= _LINE_S:
             self._last_line = now
             remaining = f"  about {seconds_text(left_s)} remaining" if steps > 1 else ""
-            print_line(
-                self.console,
-                f"step {state.global_step}/{state.max_steps}  loss {self.last_loss():.4f}{self._pace()}{remaining}",
-            )
+            step = f"step {state.global_step}/{state.max_steps}"
+            print_line(self.console, f"{step}  loss {self.last_loss():.4f}{self._throughput()}{remaining}")
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
@@ -474,17 +472,17 @@ class ProgressDisplay(TrainerCallback):
             return
         self._losses.append(metrics["train_loss"])
         if state.global_step >= _RISING_AFTER_STEPS and not (shown and is_best):
-            self._report_rising_loss()
+            self._warn_about_rising_loss()
 
     def _score(self, row: Mapping[str, Any]) -> tuple[float, float]:
         """Return the selection score of an epoch."""
         return self.protocol.selection_score(row, self.task.selection_score)
 
-    def _report_rising_loss(self) -> None:
+    def _warn_about_rising_loss(self) -> None:
         """Warn once if the loss is well above the first epoch's."""
         first, last = self._losses[0], self._losses[-1]
-        if last > _RISING_RATIO * first and not self._has_reported:
-            self._has_reported = True
+        if last > _RISING_RATIO * first and not self._has_warned:
+            self._has_warned = True
             print_line(
                 self.console,
                 f"the training loss has risen from {first:.4f} to {last:.4f}: the learning rate is too high; "
@@ -508,7 +506,7 @@ class ProgressDisplay(TrainerCallback):
         spans = [after - before for before, after in pairwise(self._step_ends)]
         return statistics.median(spans[1:] or spans)
 
-    def _pace(self) -> str:
+    def _throughput(self) -> str:
         """Format the throughput; empty for the first step, which compiles."""
         step_s = self._step_s() if self.step_images is not None and len(self._step_ends) > 2 else 0.0
         return f"  {(self.step_images or 0) / step_s:,.0f} images/s" if step_s > 0 else ""
@@ -521,4 +519,4 @@ class ProgressDisplay(TrainerCallback):
         return f"  budget {sum(allocator.budgets.values()) / self.total_weights:.1%}"
 
 
-__all__ = ["EpochEnds", "WeightAverage"]
+__all__ = ["EpochSnapshots", "WeightAverage"]

@@ -23,7 +23,7 @@ class CheckpointError(OSError):
     """Error for a failed write of a checkpoint or adapter (the previous one is intact), or a damaged checkpoint."""
 
 
-def existing_file(checkpoint: Path, name: str) -> Path:
+def require_file(checkpoint: Path, name: str) -> Path:
     """Return the path of a checkpoint's file.
 
     Raises:
@@ -139,7 +139,7 @@ def remove_incomplete(folder: Path, keep: Path | None = None) -> int:
 
 
 @contextmanager
-def reading_checkpoint(checkpoint: Path) -> Iterator[None]:
+def convert_read_errors(checkpoint: Path) -> Iterator[None]:
     """Convert errors inside the context to `CheckpointError`.
 
     Raises:
@@ -158,7 +158,7 @@ def reading_checkpoint(checkpoint: Path) -> Iterator[None]:
 
 
 @contextmanager
-def staged(run: RunFolderOf[Any], name: str) -> Iterator[Path]:
+def stage_checkpoint(run: RunFolderOf[Any], name: str) -> Iterator[Path]:
     """Write a checkpoint to a staging folder, add digests and publish it with a single rename.
 
     Args:
@@ -190,7 +190,7 @@ def staged(run: RunFolderOf[Any], name: str) -> Iterator[Path]:
 
 
 @contextmanager
-def reporting_write_errors(path: Path) -> Iterator[None]:
+def convert_write_errors(path: Path) -> Iterator[None]:
     """Convert a failed write of the best adapter to `CheckpointError`; each file is replaced atomically."""
     try:
         yield

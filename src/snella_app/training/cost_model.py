@@ -1,6 +1,6 @@
 """Cost model of a training step: FLOP, bytes moved, bytes saved and communication of plain transformers.
 
-The counts are closed formulas of shapes; `machines` turns them into seconds.
+Counts are closed-form functions of shapes; `machines` converts them to seconds.
 
 Shape letters: `T` tokens of the batch, `d` width, `h` hidden width of the MLP, `r` rank, `n` inputs and `m` outputs
 of a layer.
@@ -27,11 +27,11 @@ class Transformer:
     Args:
         width: `d`.
         depth: Number of blocks.
-        tokens: Tokens of one sample, including the class token.
+        tokens: Tokens per sample, including the class token.
         heads: Attention heads.
         hidden: `h`.
-        patch: Values of one patch, the inputs of the patch embedding; 0 for a language model.
-        image: Values of one input image; 0 for a language model.
+        patch: Values per patch, the inputs of the patch embedding; 0 for a language model.
+        image: Values per input image; 0 for a language model.
         outputs: Classes or vocabulary.
         kv_width: Outputs of the key and value layers; `d` if None. Used with `is_gated`.
         is_gated: True for LLaMA's blocks: separate q, k, v, a gated MLP, no biases.
@@ -186,7 +186,7 @@ class StepCount:
         merge_moved: Bytes of merging.
         merge_calls: Calls of merging.
         merge_serial: Instructions of one warp that merging waits for.
-        kept: Bytes saved for the backward pass.
+        saved: Bytes saved for the backward pass.
         parameters: Number of parameters without adapters.
         adapters: Number of adapter parameters.
         trainable: Number of trainable parameters: adapters, and trained parameters of the model itself.
@@ -204,7 +204,7 @@ class StepCount:
     merge_moved: float
     merge_calls: float
     merge_serial: float
-    kept: float
+    saved: float
     parameters: int
     adapters: int
     trainable: int
@@ -226,7 +226,7 @@ class StepCount:
     def peak(self) -> float:
         """Peak bytes on one device: weights, AdamW's moments, and the larger of backward pass and optimizer."""
         trained = _FLOAT32 * self.trainable
-        return self.weights + 2 * trained + max(self.kept + self.temporary, trained)
+        return self.weights + 2 * trained + max(self.saved + self.temporary, trained)
 
     def sharded_peak(self, devices: int) -> float:
         """Peak bytes on one of `devices` under FSDP2: a share of the base weights, and two gathered blocks.
@@ -235,7 +235,7 @@ class StepCount:
         """
         trained = _FLOAT32 * self.trainable / (devices if self.is_full else 1)
         state = self.base_weights / devices + _FLOAT32 * self.adapters + 2 * self.block_weights + 2 * trained
-        return state + max(self.kept + self.temporary, trained)
+        return state + max(self.saved + self.temporary, trained)
 
     def communicated(self, devices: int, strategy: Literal["ddp", "fsdp2"]) -> float:
         """Bytes that one device sends in a step: ring all-reduce, all-gather and reduce-scatter.
@@ -326,7 +326,7 @@ def count_step(
         merge_moved=merged * (kernels.merged_bytes + kernels.weight_accesses * weight),
         merge_calls=model.depth * kernels.calls * len(model.layers) if is_merged else 0,
         merge_serial=kernels.serial * rows,
-        kept=_saved_bytes(model, options, tokens, r, precision, is_checkpointed),
+        saved=_saved_bytes(model, options, tokens, r, precision, is_checkpointed),
         parameters=model.weights,
         adapters=adapters,
         trainable=trainable,

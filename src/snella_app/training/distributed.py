@@ -18,33 +18,33 @@ def process_count() -> int:
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
-def process_number() -> int:
+def process_index() -> int:
     """Return the rank of this process."""
     return int(os.environ.get("RANK") or 0) if process_count() > 1 else 0
 
 
 def is_main() -> bool:
     """Return whether this is the main process, which writes files and prints."""
-    return process_number() == 0
+    return process_index() == 0
 
 
-def refuse_several_processes(what: str) -> None:
+def require_single_process(operation: str) -> None:
     """Raise an error in distributed launches.
 
     Args:
-        what: The operation, for the message, e.g. "a comparison".
+        operation: Name of the operation for the message, such as "a comparison".
 
     Raises:
         NotImplementedError: If the world size is larger than 1.
     """
     if process_count() > 1:
         raise NotImplementedError(
-            f"{what} runs in one process, got WORLD_SIZE={process_count()} from torchrun or accelerate; start it with "
-            "`snella` or `python`, or unset WORLD_SIZE"
+            f"{operation} runs in one process, got WORLD_SIZE={process_count()} from torchrun or accelerate; "
+            "start it with `snella` or `python`, or unset WORLD_SIZE"
         )
 
 
-_OTHER_WAYS = {
+_UNSUPPORTED_MODES = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
@@ -53,7 +53,7 @@ _OTHER_WAYS = {
 """Unsupported Accelerate modes by environment variable."""
 
 
-def join_processes(device: str) -> None:
+def init_process_group(device: str) -> None:
     """Initialize the process group; no-op in a single process.
 
     Args:
@@ -63,10 +63,10 @@ def join_processes(device: str) -> None:
         NotImplementedError: If Accelerate is configured to shard the model.
         ValueError: If `device` names a single device for several processes.
     """
-    for variable, name in _OTHER_WAYS.items():
+    for variable, name in _UNSUPPORTED_MODES.items():
         if os.environ.get(variable, "false").lower() in ("1", "true", "yes"):
             raise NotImplementedError(
-                f"distributed training uses DDP with the whole model per process, got {name} ({variable}="
+                f"distributed training uses DDP with a full model per process, got {name} ({variable}="
                 f"{os.environ[variable]}); use torchrun, or accelerate launch without {name}; --shard shards the "
                 "frozen weights with FSDP2"
             )
@@ -81,13 +81,13 @@ def join_processes(device: str) -> None:
         PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
 
 
-def wait_for_others() -> None:
+def wait_for_everyone() -> None:
     """Wait until all processes reach this point."""
     if process_count() > 1:
         dist.barrier()
 
 
-def any_of_all(flag: bool) -> bool:
+def any_across_processes(flag: bool) -> bool:
     """Return True if the flag is set in any process."""
     if process_count() == 1:
         return flag
@@ -96,7 +96,7 @@ def any_of_all(flag: bool) -> bool:
     return bool(value)
 
 
-def mean_of_all(value: float) -> float:
+def mean_across_processes(value: float) -> float:
     """Return the mean of a number over all processes; NaN if any value is NaN."""
     if process_count() == 1:
         return value
@@ -105,14 +105,14 @@ def mean_of_all(value: float) -> float:
     return float(total) / process_count()
 
 
-def sum_of_all(values: torch.Tensor) -> torch.Tensor:
+def sum_across_processes(values: torch.Tensor) -> torch.Tensor:
     """Sum a tensor over all processes, in place."""
     if process_count() > 1:
         dist.all_reduce(values)
     return values
 
 
-def from_main(make: Callable[[], _T]) -> _T:
+def broadcast_from_main(make: Callable[[], _T]) -> _T:
     """Run `make` in the main process and broadcast its result.
 
     Raises:
@@ -137,7 +137,7 @@ def from_main(make: Callable[[], _T]) -> _T:
 
 
 @contextmanager
-def only_main(context: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
+def main_process_only(context: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
     """Enter a context only in the main process; errors end all other processes silently.
 
     Raises:

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from snella_app.training.checkpoints import CheckpointError, existing_file
-from snella_app.training.distributed import sum_of_all
+from snella_app.training.checkpoints import CheckpointError, require_file
+from snella_app.training.distributed import sum_across_processes
 
 _FILE = "feature_norm.safetensors"
 _MOMENTUM = 0.1
@@ -59,7 +59,9 @@ class FeatureNorm(TrainerCallback):
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Update the statistics with the images of the step from all batches and processes."""
-        count, sums, squares = sum_of_all(torch.stack(self._sums).sum(0)).split([1, len(self.mean), len(self.mean)])
+        count, sums, squares = sum_across_processes(torch.stack(self._sums).sum(0)).split(
+            [1, len(self.mean), len(self.mean)]
+        )
         self._sums = []
         mean = sums / count
         self.mean = torch.lerp(self.mean, mean, _MOMENTUM)
@@ -93,7 +95,7 @@ class FeatureNorm(TrainerCallback):
         Raises:
             CheckpointError: If the checkpoint has no statistics, or has statistics of another width.
         """
-        path = existing_file(checkpoint, _FILE)
+        path = require_file(checkpoint, _FILE)
         stored = load_file(path, str(self.mean.device))
         for name in ("mean", "var"):
             shape = list(stored[name].shape) if name in stored else None

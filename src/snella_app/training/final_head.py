@@ -14,7 +14,7 @@ from snella_app.runs.layer_probe import LayerProbe, layer_features, probed_layer
 from snella_app.tasks import Task
 from snella_app.tasks.linear_fit import fit_head
 from snella_app.training.build import RunComponents
-from snella_app.training.linear_probe import is_clearly_more, plain_images
+from snella_app.training.linear_probe import is_clearly_better, original_images
 
 INVERSE_PENALTY = 0.01
 """Weight C of the summed loss relative to `‖W‖²/2`, for standardized features."""
@@ -70,7 +70,7 @@ def measure_features(
         load: Function that returns batches.
         first_view: Precomputed features of the unflipped images, if available.
     """
-    plain = plain_images(images).with_transform(build_transform(parts.data_config, train=False, augment="none"))
+    plain = original_images(images).with_transform(build_transform(parts.data_config, train=False, augment="none"))
     model, layers = parts.model, probed_layers(parts.model)
     device = next(model.parameters()).device
     model.eval()
@@ -103,13 +103,13 @@ def fit_layers(parts: RunComponents, train: ImageDataset, views: int, load: Load
     A first fit to the training images predicts the validation images. The final fit uses both splits.
 
     Args:
-        parts: Data and model; `start_layers` optionally contains the features of `train`.
+        parts: Data and model; `initial_layer_features` optionally contains the features of `train`.
         train: Training images.
         views: See `measure_features`.
         load: Function that returns batches.
     """
     outputs = parts.task.count_outputs(parts.splits.classes)
-    measured = measure_features(parts, train, views, load, parts.start_layers)
+    measured = measure_features(parts, train, views, load, parts.initial_layer_features)
     val = None if parts.splits.val is None else measure_features(parts, parts.splits.val, views, load)
     weight, bias = fit_linear(parts.task, measured, outputs)
     layers, val_outputs = probed_layers(parts.model), None
@@ -128,14 +128,14 @@ def measure_layers(parts: RunComponents, probe: LayerProbe, images: Any, views: 
 def is_clearly_worse(task: Task, val: tuple[Any, Any], trained: tuple[Any, Any]) -> bool:
     """Return whether the outputs `val` are clearly worse than the trained head's on the same validation images.
 
-    Single-label classification uses McNemar's test (`is_clearly_more`); other tasks compare the monitored metric.
+    Single-label classification uses McNemar's test (`is_clearly_better`); other tasks compare the monitored metric.
     """
     if task.has_one_class:
         labels = torch.as_tensor(np.asarray(trained[1]))
         right, right_trained = (
             task.sample_outputs(reduced).argmax(-1).cpu() == labels for reduced, _ in (val, trained)
         )
-        return is_clearly_more(int((right_trained & ~right).sum()), int((right & ~right_trained).sum()))
+        return is_clearly_better(int((right_trained & ~right).sum()), int((right & ~right_trained).sum()))
     score, score_trained = (task.metrics(*outputs) for outputs in (val, trained))
     sign = task.monitors[task.monitor]
     return sign * score_trained[task.monitor] > sign * score[task.monitor]

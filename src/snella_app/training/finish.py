@@ -25,9 +25,9 @@ from snella_app.runs.calibrate import calibrate
 from snella_app.runs.folder import CARD
 from snella_app.runs.layer_probe import LAYER_PROBE
 from snella_app.tasks import Task
-from snella_app.training.distributed import is_main, process_count, wait_for_others
+from snella_app.training.distributed import is_main, process_count, wait_for_everyone
 from snella_app.training.final_head import LayerFit, fit_layers, is_clearly_worse, measure_layers
-from snella_app.training.linear_probe import plain_images, probe_rows
+from snella_app.training.linear_probe import original_images, probe_rows
 from snella_app.training.memory import peak_rss_mib
 from snella_app.training.results import (
     best_epoch,
@@ -45,7 +45,7 @@ _ADAPTER_USE = """This folder contains an adapter in PEFT format. Run `import sn
 package registers the adapter's keys. With the run folder, `snella predict RUN IMAGES` runs prediction on images, and
 `snella merge RUN --out MODEL` merges the adapter into a plain model.
 """
-_MOST_PREDICTIONS = 5_000  # predictions of a large test split take hundreds of megabytes
+_MAX_PREDICTIONS = 5_000  # predictions of a large test split take hundreds of megabytes
 Outputs = tuple[np.ndarray, np.ndarray]
 """Reduced outputs and targets of all images in a split."""
 
@@ -65,7 +65,7 @@ class _Measured:
     final_head: FinalHead | None
 
 
-def draw_page(session: Session, trainer: SnellaTrainer) -> None:
+def write_live_report(session: Session, trainer: SnellaTrainer) -> None:
     """Write the report of the completed epochs."""
     parts = session.parts
     allocation = None if trainer.allocator is None else describe_allocation(parts.model, trainer.allocator)
@@ -77,7 +77,7 @@ def finish(session: Session, trainer: SnellaTrainer) -> None:
     train_s, run, parts = trainer.elapsed_s, session.run, session.parts
     measured = _measure(session, trainer)
     name, reported_images = ("val", parts.splits.val) if parts.splits.val is not None else ("test", parts.splits.test)
-    if reported_images is not None and len(reported_images) > _MOST_PREDICTIONS:
+    if reported_images is not None and len(reported_images) > _MAX_PREDICTIONS:
         reported_images = None
     if not is_main():
         if reported_images is not None and is_sharded(parts.model):
@@ -103,8 +103,8 @@ def finish(session: Session, trainer: SnellaTrainer) -> None:
         )
     )
     write_text(run.adapter / CARD, model_card(run.path, _ADAPTER_USE, library="peft"))
-    # precedes the status, so a run killed in between is resumed, evaluated again and completed
-    report = write_report(run.path, report_images, state="finished") if session.draw_report else None
+    # written before the status, so that resuming a run killed here completes it
+    report = write_report(run.path, report_images, state="finished") if session.render_report else None
     run.finish()
     _print_results(session, trainer, measured, scores)
     print_line(session.console, f"adapter {run.adapter}" + (f", report {report}" if report else ""))
@@ -114,7 +114,7 @@ def _measure(session: Session, trainer: SnellaTrainer) -> _Measured:
     """Load the saved adapter and compute the outputs of the final head on validation and test images."""
     parts, console = session.parts, session.console
     averaged = trainer.average_epochs()
-    wait_for_others()  # until the main process has written the best adapter
+    wait_for_everyone()  # until the main process has written the best adapter
     if trainer.feature_norm is not None:
         trainer.feature_norm.remove()
     load_trained_into(parts.model, session.run.adapter)
@@ -169,7 +169,7 @@ def _metrics(session: Session, trainer: SnellaTrainer) -> Metrics:
         adapted_weights=sum(m.size for m in matrices) if matrices else None,
         adapter_bytes=folder_bytes(session.run.adapter),
         peak_rss_mib=peak_rss_mib(),
-        **session.costs.summary(),
+        **session.step_timer.summary(),
         history=[EpochRow(**protocol.with_val_prefix(row)) for row in trainer.history],
     )
 
@@ -194,7 +194,7 @@ def _fit_final_head(
         run.update("running", final_head="trained")
     if session.plan.optim.final_head != "layers" or process_count() > 1:  # a run resumed in several processes
         return None, None
-    train = plain_images(parts.splits.train).subset(probe_rows(parts).tolist())
+    train = original_images(parts.splits.train).subset(probe_rows(parts).tolist())
     fit = fit_layers(parts, train, views, trainer.get_eval_dataloader)
     if fit.val is None:
         record = FinalHead(fit.probe.layers, True)
@@ -216,7 +216,7 @@ def _print_results(
     """Print the selected epoch, its results and the sparsity of the adapter."""
     console, parts, averaged = session.console, session.parts, measured.averaged
     best, epochs = best_epoch(trainer.history, trainer.selection_score), session.plan.optim.epochs
-    if trainer.has_stalled and (last := trainer.history[-1]["epoch"]) < epochs:
+    if trainer.has_stopped_early and (last := trainer.history[-1]["epoch"]) < epochs:
         print_line(console, f"stopped after epoch {last} of {epochs}")
     if averaged is not None:
         print_line(console, _averaged_text(averaged, best))
@@ -249,7 +249,7 @@ def _final_head_text(head: FinalHead) -> str:
     if head.metric is None:
         return f"{head.name} is the final head, fitted to the training images"
     if not head.is_saved:
-        return f"{head.name} is clearly worse: {head.comparison}, which is kept"
+        return f"{head.name} is clearly worse: {head.comparison}, which is the final head"
     return f"{head.name} is the final head: {head.comparison}; refitted on training and validation images"
 
 

@@ -63,8 +63,8 @@ def train_folds(config: TrainConfig, console: Console | None = None, **options: 
         metrics = read(Metrics, run.path)
         held_out = read(RunInfo, run.path).data.fold_part or "test"
         chosen = metrics.test if held_out == "test" else metrics.val
-        test = numbers_of(metrics.test) if held_out == "val" else {}
-        row = FoldRow(fold, run.path.name, metrics.best_epoch, numbers_of(chosen), test)
+        test = scalar_metrics(metrics.test) if held_out == "val" else {}
+        row = FoldRow(fold, run.path.name, metrics.best_epoch, scalar_metrics(chosen), test)
         folder.write(FoldResults(count, held_out, [*results.rows, row]))
         results = read(FoldResults, folder.path)
     write_text(folder.path / "folds.md", _markdown(results))
@@ -74,7 +74,7 @@ def train_folds(config: TrainConfig, console: Console | None = None, **options: 
     return results
 
 
-def numbers_of(scores: Any) -> dict[str, float]:
+def scalar_metrics(scores: Any) -> dict[str, float]:
     """Return the scalar metrics of a split; empty if it was not evaluated."""
     if scores is None:
         return {}
@@ -86,7 +86,7 @@ def numbers_of(scores: Any) -> dict[str, float]:
     }
 
 
-def summary_of(results: FoldResults, *, test: bool = False) -> dict[str, tuple[float, float]]:
+def summarize_folds(results: FoldResults, *, test: bool = False) -> dict[str, tuple[float, float]]:
     """Compute the mean and sample standard deviation (n - 1) of each metric over the folds."""
     rows = [row.test if test else row.scores for row in results.rows]
     names = [name for name in (rows[0] if rows else {}) if all(name in row for row in rows)]
@@ -110,7 +110,7 @@ def _prepare_config(config: TrainConfig, folder: RunFolder) -> TrainConfig:
         session = {"workers": config.data.workers, "progress": config.run.progress}
         return stored_config.replace(out=str(folder.path), **session)
     if folder.status is not None:
-        raise FileExistsError(f"out={folder.path} contains a run of one split; choose another folder for folds")
+        raise FileExistsError(f"out={folder.path} contains a single run; choose another folder for folds")
     if stored is not None and not config.run.overwrite:
         raise FileExistsError(
             f"out={folder.path} contains a cross-validation of {stored.folds} folds; continue it with --resume, choose "
@@ -141,7 +141,7 @@ def _cells(results: FoldResults) -> tuple[list[str], list[list[str]]]:
     columns, rows = ["fold"], [[str(row.fold)] for row in results.rows]
     last = ["mean ± standard deviation"]
     for part, is_test in parts:
-        for name, (mean, deviation) in summary_of(results, test=is_test).items():
+        for name, (mean, deviation) in summarize_folds(results, test=is_test).items():
             columns.append(f"{part} {name.replace('_', ' ')}")
             for cells, row in zip(rows, results.rows, strict=True):
                 cells.append(f"{(row.test if is_test else row.scores)[name]:.4f}")

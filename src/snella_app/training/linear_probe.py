@@ -20,7 +20,7 @@ from snella_app.data import ImageDataset, build_transform, has_flips
 from snella_app.data.protocol import get_protocol
 from snella_app.methods import method_of, spec_of
 from snella_app.methods.model_parts import base_model
-from snella_app.runs.images import parts_of
+from snella_app.runs.images import existing_splits
 from snella_app.runs.layer_probe import layer_features, probed_layers
 from snella_app.training.build import RunComponents
 from snella_app.training.distributed import process_count
@@ -58,7 +58,7 @@ class FeatureDataset(Dataset[tuple[Any, ...]]):
         return self.images.image(index)
 
 
-def plain_images(images: ImageDataset | FeatureDataset) -> ImageDataset:
+def original_images(images: ImageDataset | FeatureDataset) -> ImageDataset:
     """Return the original images of a `FeatureDataset`; image datasets are unchanged."""
     return images.images if isinstance(images, FeatureDataset) else images
 
@@ -74,7 +74,7 @@ def can_cache_features(data: DataConfig, model: nn.Module) -> bool:
         and not (data.mixup or data.cutmix or data.random_erasing)
         and has_timm_features(model)
         and isinstance(model.get_submodule(spec_of(model).head), nn.Linear)
-        and not _draws_random_numbers(model)
+        and not _has_active_dropout(model)
     )
 
 
@@ -83,7 +83,7 @@ def has_timm_features(model: nn.Module) -> bool:
     return all(callable(getattr(model, name, None)) for name in ("forward_features", "forward_head"))
 
 
-def _draws_random_numbers(model: nn.Module) -> bool:
+def _has_active_dropout(model: nn.Module) -> bool:
     """Return whether dropout or drop path is active, as a module or as timm's functional `drop_rate`."""
     rates = ((module, name) for module in model.modules() for name in ("p", "drop_prob", "drop_rate"))
     return any(isinstance(rate := getattr(module, name, None), float) and rate > 0 for module, name in rates)
@@ -96,7 +96,7 @@ def cache_features(parts: RunComponents, batch_size: int) -> nn.Module:
         parts: Data and model; the datasets are replaced.
         batch_size: Batch size.
     """
-    for name, images in parts_of(parts.splits).items():
+    for name, images in existing_splits(parts.splits).items():
         features = torch.cat(list(pooled_features(parts.model, images, batch_size, parts.workers)))
         setattr(parts.splits, name, FeatureDataset(images, features))
     return parts.model.get_submodule(spec_of(parts.model).head)
@@ -135,16 +135,16 @@ def head_inputs(model: nn.Module, parts: Sequence[ImageDataset], batch_size: int
     return torch.cat(seen).numpy()
 
 
-_MOST_PROBE_IMAGES = 5_000
+_MAX_PROBE_IMAGES = 5_000
 """Maximum number of training images for a probe; more images hardly change the fit."""
-_MOST_FLIPPED = 500
+_MAX_FLIPPED = 500
 """Maximum number of training images for the flip test."""
 _FOLDS = 4
 _CLEAR = 2.0
 """Minimum difference in standard errors that counts as clear."""
 
 
-def choose_head_start(parts: RunComponents, optim: OptimConfig, protocol: str) -> OptimConfig:
+def resolve_head_init(parts: RunComponents, optim: OptimConfig, protocol: str) -> OptimConfig:
     """Resolve `head_init="auto"` and `head_norm="auto"`.
 
     `head_init` is `probe` for a linear head of a timm classifier with at least two classes, else `random`. The
@@ -287,7 +287,7 @@ def _flips_change_classes(parts: RunComponents, optim: OptimConfig) -> bool:
     if not parts.task.has_one_class or not _can_probe(parts):
         return False
     rows = probe_rows(parts)
-    order = np.random.default_rng(parts.seed).permutation(len(rows))[:_MOST_FLIPPED]
+    order = np.random.default_rng(parts.seed).permutation(len(rows))[:_MAX_FLIPPED]
     plain = probe_features(parts, optim)[torch.from_numpy(order)].double().numpy()
     flipped = _features_before_training(parts, optim, rows[order], flip=True).double().numpy()
     labels = np.asarray(parts.splits.train.labels)[rows[order]]
@@ -306,10 +306,10 @@ def _flips_change_classes(parts: RunComponents, optim: OptimConfig) -> bool:
             is_correct.append(predicted.numpy() == labels[held_out])
         only_without += int((is_correct[0] & ~is_correct[1]).sum())
         only_with += int((is_correct[1] & ~is_correct[0]).sum())
-    return is_clearly_more(only_without, only_with)
+    return is_clearly_better(only_without, only_with)
 
 
-def is_clearly_more(only_first: int, only_second: int) -> bool:
+def is_clearly_better(only_first: int, only_second: int) -> bool:
     """Return whether the first of two classifiers is clearly better (McNemar's test, two standard errors).
 
     Args:
@@ -320,11 +320,11 @@ def is_clearly_more(only_first: int, only_second: int) -> bool:
 
 
 def probe_rows(parts: RunComponents) -> NDArray[np.int64]:
-    """Return the indices of the training images for a probe: all, or a random sample of `_MOST_PROBE_IMAGES`."""
+    """Return the indices of the training images for a probe: all, or a random sample of `_MAX_PROBE_IMAGES`."""
     count = len(parts.splits.train)
-    if count <= _MOST_PROBE_IMAGES:
+    if count <= _MAX_PROBE_IMAGES:
         return np.arange(count)
-    return np.sort(np.random.default_rng(parts.seed).choice(count, _MOST_PROBE_IMAGES, replace=False))
+    return np.sort(np.random.default_rng(parts.seed).choice(count, _MAX_PROBE_IMAGES, replace=False))
 
 
 def probe_features(parts: RunComponents, optim: OptimConfig) -> Tensor:
@@ -357,8 +357,8 @@ def _features_before_training(
     batch_size, workers = optim.effective_batch_size, parts.workers
     if optim.final_head == "layers" and not flip:
         parts.model.eval()
-        parts.start_layers = torch.cat(list(batches_of_features(parts.model, images, batch_size, workers)))
-        features = parts.start_layers[:, : head.in_features].cpu()
+        parts.initial_layer_features = torch.cat(list(batches_of_features(parts.model, images, batch_size, workers)))
+        features = parts.initial_layer_features[:, : head.in_features].cpu()
     else:
         features = torch.cat(list(pooled_features(base, images, batch_size, workers)))
     parts.model.train(was_training)
@@ -389,7 +389,7 @@ def _is_probe(base: nn.Module, head: nn.Module) -> bool:
     return isinstance(head, nn.Linear) and has_timm_features(base) and width in (None, head.in_features)
 
 
-def start_head_from_probe(parts: RunComponents, optim: OptimConfig) -> None:
+def init_head_from_probe(parts: RunComponents, optim: OptimConfig) -> None:
     """Initialize the head with a linear probe on the features before training.
 
     The probe is a logistic regression for single-label classification, one logistic regression per label (`multilabel`)

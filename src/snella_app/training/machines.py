@@ -1,4 +1,4 @@
-"""Rates of machines, and seconds of a training step from the counts of `cost_model`.
+"""Hardware rates, and step time predicted from the counts of `cost_model`.
 
 On a CPU, calls run one after another:
 
@@ -30,8 +30,8 @@ class Rates:
     """Achieved rates of a machine.
 
     Args:
-        product: FLOP/s of products in the dtype of the activations.
-        half_product: FLOP/s of products in bfloat16.
+        product: FLOP/s of matrix products in the dtype of the activations.
+        half_product: FLOP/s of matrix products in bfloat16.
         vector: Elementwise operations per second.
         memory: Bytes per second.
         call_s: Seconds per call or launch.
@@ -48,7 +48,7 @@ class Rates:
     overlaps: bool = False
 
     def seconds(self, step: StepCount) -> float:
-        """Return the seconds of a step on one device."""
+        """Return the time of a step on one device, in seconds."""
         device = step.products / self.product + step.half_products / self.half_product
         device += (step.vector + step.merge_vector) / self.vector + (step.moved + step.merge_moved) / self.memory
         device += step.merge_serial / self.issue
@@ -56,7 +56,7 @@ class Rates:
         return max(device, host) if self.overlaps else device + host
 
     def merge_seconds(self, step: StepCount) -> float:
-        """Return the seconds of merging, without the weight gradient."""
+        """Return the time of merging without the weight gradient, in seconds."""
         device = step.merge_vector / self.vector + step.merge_moved / self.memory + step.merge_serial / self.issue
         return device if self.overlaps else device + step.merge_calls * self.call_s
 
@@ -118,7 +118,7 @@ def gpu_rates(
         vector: Index into `EFFICIENCIES["vector"]`.
         memory: Index into `EFFICIENCIES["memory"]`.
         launch: Index into `LAUNCHES`.
-        is_float32: True if products run in float32 without tensor cores.
+        is_float32: True if matrix products run in float32 without tensor cores.
     """
     peak = GPUS[gpu]
     products = (peak.vector if is_float32 else peak.product) * EFFICIENCIES["product"][product]
@@ -136,7 +136,7 @@ def rates_range(gpu: str, *, is_float32: bool = False) -> list[Rates]:
 
 
 def ratio_range(gpu: str, step: StepCount, reference: StepCount) -> tuple[float, float, float]:
-    """Return the lowest, the expected and the highest ratio of two steps over all assumptions."""
+    """Return the lowest, expected and highest ratio of two step times over all assumptions."""
     ratios = [rates.seconds(step) / rates.seconds(reference) for rates in rates_range(gpu)]
     expected = gpu_rates(gpu)
     return min(ratios), expected.seconds(step) / expected.seconds(reference), max(ratios)
@@ -145,7 +145,7 @@ def ratio_range(gpu: str, step: StepCount, reference: StepCount) -> tuple[float,
 def predict_on_gpu(
     gpu: str, shape: Transformer, method: str, batch: int, *, r: int = 8, dtype: str = "fp32"
 ) -> tuple[float, float, float]:
-    """Predict the lowest, the expected and the highest seconds of a step with Triton kernels.
+    """Predict the lowest, expected and highest step time with Triton kernels, in seconds.
 
     Args:
         gpu: Key of `GPUS`.

@@ -34,11 +34,11 @@ class ModuleCall:
     """Memory after the call of one module.
 
     Args:
-        kept: Bytes saved by autograd so far.
+        saved_bytes: Bytes saved by autograd so far.
         passed: Bytes of the module's inputs and outputs; their gradients need the same amount in the backward pass.
     """
 
-    kept: int
+    saved_bytes: int
     passed: int
 
 
@@ -47,13 +47,13 @@ class ForwardRecord:
     """Record of one forward pass in training mode.
 
     Args:
-        kept: Bytes saved by autograd, without parameters and buffers.
-        keeps_images: True if the saved tensors include the input images, which a trained first layer needs.
+        saved_bytes: Bytes saved by autograd, without parameters and buffers.
+        saves_images: True if the saved tensors include the input images, which a trained first layer needs.
         calls: Calls of the modules in `working_modules`, and of attention with encoded inputs, in execution order.
     """
 
-    kept: int = 0
-    keeps_images: bool = False
+    saved_bytes: int = 0
+    saves_images: bool = False
     calls: dict[Call, ModuleCall] = field(default_factory=dict)
 
 
@@ -76,8 +76,8 @@ def record_forward(model: nn.Module, images: Tensor) -> ForwardRecord:
     """Run one forward pass in training mode and record the memory that autograd saves.
 
     The function records sizes and releases the tensors, so it needs only the memory of a forward pass without
-    gradients. Under activation checkpointing, a part's saved tensors exist only during its backward pass; before
-    and after it, only the part's inputs are saved.
+    gradients. Under activation checkpointing, a segment's saved tensors exist only during its backward pass; before
+    and after it, only the segment's inputs are saved.
 
     Args:
         model: Model; mode, buffers and random state are restored.
@@ -88,16 +88,16 @@ def record_forward(model: nn.Module, images: Tensor) -> ForwardRecord:
     # a weak reference keeps the storage's identity reserved after its data is freed, so no other storage reuses it
     storages: dict[int, StorageWeakRef] = {}
     call_counts: Counter[str] = Counter()
-    recomputed = 0  # bytes saved inside finished checkpointed parts, minus the bytes of their inputs
+    recomputed = 0  # bytes saved inside finished checkpointed segments, minus the bytes of their inputs
 
     def compute_now(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         nonlocal recomputed
         for tensor in _tensors(args):
             storage = StorageWeakRef(tensor.untyped_storage())
             recomputed -= 0 if storage.cdata in storages else tensor.untyped_storage().nbytes()
-        before = record.kept
+        before = record.saved_bytes
         output = function(*args)
-        recomputed += record.kept - before
+        recomputed += record.saved_bytes - before
         return output
 
     def pack(tensor: Tensor) -> None:
@@ -106,21 +106,21 @@ def record_forward(model: nn.Module, images: Tensor) -> ForwardRecord:
             reference = StorageWeakRef(storage)
             if storage.data_ptr() not in model_storages and reference.cdata not in storages:
                 storages[reference.cdata] = reference
-                record.kept += storage.nbytes()
-                record.keeps_images |= storage.data_ptr() == images.untyped_storage().data_ptr()
+                record.saved_bytes += storage.nbytes()
+                record.saves_images |= storage.data_ptr() == images.untyped_storage().data_ptr()
 
     def unpack(_: None) -> Tensor:
         raise RuntimeError("record_forward does not support a backward pass, got one; run only the forward pass")
 
     def note(name: str, _: nn.Module, inputs: Any, output: Any) -> None:
         passed = {t.data_ptr(): t.numel() * t.element_size() for t in (*_tensors(inputs), *_tensors(output))}
-        record.calls[name, call_counts[name]] = ModuleCall(record.kept - recomputed, sum(passed.values()))
+        record.calls[name, call_counts[name]] = ModuleCall(record.saved_bytes - recomputed, sum(passed.values()))
         call_counts[name] += 1
 
     def note_attention(inputs: tuple[Tensor, ...], output: Tensor) -> None:
         # decoding recreates the inputs and the output in the backward pass, in addition to the gradients
         passed = 2 * _bytes([*inputs, output])
-        record.calls[ATTENTION, call_counts[ATTENTION]] = ModuleCall(record.kept - recomputed, passed)
+        record.calls[ATTENTION, call_counts[ATTENTION]] = ModuleCall(record.saved_bytes - recomputed, passed)
         call_counts[ATTENTION] += 1
 
     handles = [module.register_forward_hook(partial(note, name)) for name, module in working_modules(model).items()]
@@ -128,14 +128,14 @@ def record_forward(model: nn.Module, images: Tensor) -> ForwardRecord:
     try:
         torch.utils.checkpoint.checkpoint = compute_now
         attention_recorder = _AttentionRecorder(note_attention)
-        with restored_state(model, images), torch.autograd.graph.saved_tensors_hooks(pack, unpack), attention_recorder:
+        with preserve_state(model, images), torch.autograd.graph.saved_tensors_hooks(pack, unpack), attention_recorder:
             model.train()
             model(images)
     finally:
         torch.utils.checkpoint.checkpoint = checkpoint
         for handle in handles:
             handle.remove()
-    record.kept -= recomputed
+    record.saved_bytes -= recomputed
     return record
 
 
@@ -155,7 +155,7 @@ class _AttentionRecorder(TorchFunctionMode):
 
 
 @contextmanager
-def restored_state(model: nn.Module, images: Tensor) -> Iterator[None]:
+def preserve_state(model: nn.Module, images: Tensor) -> Iterator[None]:
     """Restore mode, buffers and random state of a model on exit.
 
     Args:
@@ -220,7 +220,7 @@ class StepMemory:
         weights: Parameters and buffers.
         gradients: Gradients of the trainable parameters.
         optimizer_state: AdamW's two moments.
-        kept: Tensors saved for the backward pass.
+        saved_bytes: Tensors saved for the backward pass.
         temporary: Largest set of temporary tensors of one module or the optimizer: activation gradients, effective
             weight, `ΔW`, and gradients of effective weights.
         total: Peak memory.
@@ -229,7 +229,7 @@ class StepMemory:
     weights: int
     gradients: int
     optimizer_state: int
-    kept: int
+    saved_bytes: int
     temporary: int
     total: int
 
@@ -239,13 +239,13 @@ def predict_step_memory(
 ) -> StepMemory:
     """Predict the peak memory of one training step: forward, backward and AdamW.
 
-        at module i of the backward pass:  kept_until(i) + gradients(i, i+1, …) + temporary(i)
+        at module i of the backward pass:  saved_until(i) + gradients(i, i+1, …) + temporary(i)
         at the optimizer step:             gradients + temporary(AdamW)
         total = weights + optimizer_state + images + maximum of these
 
-    `kept_until` and the activation part of `temporary` are linear in the batch size; forward passes with 2 and 3 images
-    determine the line at the memory cost of passes without gradients. The prediction excludes libraries, allocator
-    rounding and workspaces; workspaces are significant for fully trained convolutions on the CPU.
+    `saved_until` and the activation part of `temporary` are linear in the batch size. The line is fitted to forward
+    passes with 2 and 3 images, which need no more memory than passes without gradients. The prediction excludes
+    libraries, allocator rounding and workspaces; workspaces are significant for fully trained convolutions on the CPU.
 
     Args:
         model: Model from `build_method`, on any device.
@@ -268,22 +268,22 @@ def predict_step_memory(
         gradients += _trained_bytes(modules[call[0]]) if is_first else 0
         gradients_from[call] = gradients
     gradients = _trained_bytes(model)
-    kept = _extrapolate(few.kept, more.kept, batch_size)
+    saved_bytes = _extrapolate(few.saved_bytes, more.saved_bytes, batch_size)
     # AdamW needs a denominator for all parameters on a GPU, else two tensors of the largest parameter
     largest = max((_bytes([p]) for p in model.parameters() if p.requires_grad), default=0)
     step_temporary = gradients if device_type == "cuda" else 2 * largest
-    temporary, peak = step_temporary, max(kept, gradients + step_temporary)
+    temporary, peak = step_temporary, max(saved_bytes, gradients + step_temporary)
     for call in few.calls.keys() & more.calls.keys():
         first, second = few.calls[call], more.calls[call]
         size = _extrapolate(first.passed, second.passed, batch_size) + _matrix_temporary(
             modules.get(call[0]), device_type
         )
         temporary = max(temporary, size)
-        peak = max(peak, _extrapolate(first.kept, second.kept, batch_size) + gradients_from[call] + size)
-    if not few.keeps_images:
+        peak = max(peak, _extrapolate(first.saved_bytes, second.saved_bytes, batch_size) + gradients_from[call] + size)
+    if not few.saves_images:
         peak += batch_size * math.prod(image_shape) * first_parameter.element_size()
     weights = _bytes([*model.parameters(), *model.buffers()])
-    return StepMemory(weights, gradients, 2 * gradients, kept, temporary, weights + 2 * gradients + peak)
+    return StepMemory(weights, gradients, 2 * gradients, saved_bytes, temporary, weights + 2 * gradients + peak)
 
 
 def _extrapolate(few: int, more: int, batch_size: int) -> int:
@@ -330,7 +330,7 @@ _CLASSES = 100
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def methods_compared(r: int) -> list[str]:
+def compared_methods(r: int) -> list[str]:
     """Return the methods of `predict_for_methods` with rank `r`."""
     return [name.format(r=r) for name in MEMORY_METHODS]
 
@@ -376,7 +376,7 @@ def _predict_each(
     backbone: str, batch: int, img_size: int | None, r: int, dtype: torch.dtype, device_type: str
 ) -> Iterator[tuple[str, tuple[int, int, int], StepMemory]]:
     """Yield the predictions of `predict_for_methods`."""
-    for method in methods_compared(r):
+    for method in compared_methods(r):
         model = create_backbone(backbone, num_classes=_CLASSES, pretrained=False, img_size=img_size).to(dtype)
         channels, height, width = resolve_model_data_config(model)["input_size"]
         model = build_method(method, model)

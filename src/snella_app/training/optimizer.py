@@ -21,13 +21,13 @@ _PACKAGE = "bitsandbytes"
 
 
 def build_low_bit_optimizer(
-    model: nn.Module, wanted: str, device: torch.device, *, lr: float, scalar_lr: float | None, weight_decay: float
+    model: nn.Module, requested: str, device: torch.device, *, lr: float, scalar_lr: float | None, weight_decay: float
 ) -> tuple[Optimizer, str]:
     """Build AdamW or 8-bit AdamW for all trainable parameters.
 
     Args:
         model: Model from `adapt_headless`, on its device.
-        wanted: `auto`, `adamw` or `adamw8bit`.
+        requested: `auto`, `adamw` or `adamw8bit`.
         device: Training device.
         lr: Learning rate of the factors, or of all trainable parameters.
         scalar_lr: Learning rate of the scalar kernel parameters (SNELLA, SNELL); the optimizer's default if None.
@@ -37,9 +37,9 @@ def build_low_bit_optimizer(
         The optimizer and its name with the reason for a fallback.
 
     Raises:
-        ImportError: If `wanted` is `adamw8bit` and bitsandbytes is missing or does not run on the device.
+        ImportError: If `requested` is `adamw8bit` and bitsandbytes is missing or does not run on the device.
     """
-    optimizer_cls, name = _choose_adamw(wanted, device)
+    optimizer_cls, name = _choose_adamw(requested, device)
     if any(isinstance(module, SnellaLayer) for module in model.modules()):
         scalars: dict[str, Any] = {} if scalar_lr is None else {"scalar_lr": scalar_lr}
         return create_snella_optimizer(model, optimizer_cls, lr=lr, weight_decay=weight_decay, **scalars), name
@@ -47,9 +47,9 @@ def build_low_bit_optimizer(
     return optimizer_cls(trained, lr=lr, weight_decay=weight_decay), name  # type: ignore[call-arg]
 
 
-def _choose_adamw(wanted: str, device: torch.device) -> tuple[type[Optimizer], str]:
+def _choose_adamw(requested: str, device: torch.device) -> tuple[type[Optimizer], str]:
     """Return the optimizer class for `auto`, `adamw` or `adamw8bit`, and its human-readable name."""
-    if wanted == "adamw":
+    if requested == "adamw":
         return AdamW, "AdamW"
     try:
         optimizer_cls: type[Optimizer] = importlib.import_module(_PACKAGE).optim.AdamW8bit
@@ -58,7 +58,7 @@ def _choose_adamw(wanted: str, device: torch.device) -> tuple[type[Optimizer], s
     except Exception as error:
         # bitsandbytes can be missing, outdated or without a kernel for this device, with various exception types
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        if wanted == "adamw8bit":
+        if requested == "adamw8bit":
             raise ImportError(
                 f"optimizer=adamw8bit needs bitsandbytes to run on {device}, but {reason}; "
                 "pip install bitsandbytes, or leave it at auto"
@@ -92,7 +92,7 @@ def build_optimizer(
         head_lr: Learning rate of the head; `lr` if None.
         weight_decay: Weight decay of matrices.
         scalar_lr: Learning rate of the scalar kernel parameters; the method's default if None.
-        layer_decay: Factor of the learning rate per layer below the head; None for equal rates.
+        layer_decay: Factor of the learning rate per layer below the head; None for equal learning rates.
 
     Raises:
         ValueError: If no parameter is trainable, or `layer_decay` is set for a model without timm's layer numbers.

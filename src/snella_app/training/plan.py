@@ -11,12 +11,12 @@ from snella_app.console import print_line
 from snella_app.device import choose_device, choose_precision
 from snella_app.methods import find_method
 from snella_app.training.build import LoadedData, RunComponents, build
-from snella_app.training.distributed import from_main
+from snella_app.training.distributed import broadcast_from_main
 from snella_app.training.linear_probe import (
     can_skip_training,
     choose_augmentation,
     choose_final_head,
-    choose_head_start,
+    resolve_head_init,
 )
 from snella_app.training.sizing import fit_batch_size, fit_epochs, fit_image_size
 
@@ -39,11 +39,11 @@ def resolve(
         ValueError: If `epochs` is 0 without a probe-initialized head or without selection on validation images.
     """
     device = choose_device(config.run.device)
-    config = config.replace(precision=from_main(lambda: choose_precision(config.optim.precision, device)))
+    config = config.replace(precision=broadcast_from_main(lambda: choose_precision(config.optim.precision, device)))
     if config.optim.time_budget is not None and config.model.img_size is None:
         parts, config = _at_fitting_size(config, data, parts, console)
     if config.optim.batch_size == "auto":
-        config = config.replace(batch_size=from_main(lambda: fit_batch_size(parts, config.optim, console)))
+        config = config.replace(batch_size=broadcast_from_main(lambda: fit_batch_size(parts, config.optim, console)))
     plan = choose_heads(parts, config)
     has_final_head = plan.optim.final_head == "layers" and can_skip_training(plan.optim, plan.data.protocol)
     if has_final_head and find_method(plan.method.name).is_head_only:
@@ -55,7 +55,7 @@ def resolve(
             )
         plan = plan.replace(epochs=0)
     elif plan.optim.time_budget is not None:
-        plan = plan.replace(epochs=from_main(lambda: fit_epochs(parts, plan, console, data.started_at)))
+        plan = plan.replace(epochs=broadcast_from_main(lambda: fit_epochs(parts, plan, console, data.started_at)))
     return plan, parts
 
 
@@ -69,7 +69,7 @@ def _at_fitting_size(
         return build(model, config.method, data, choose_device(config.run.device))
 
     with_heads = _with_heads(parts, config)
-    size = from_main(lambda: fit_image_size(parts, with_heads, at_size, console, data.started_at))
+    size = broadcast_from_main(lambda: fit_image_size(parts, with_heads, at_size, console, data.started_at))
     return (parts, config) if size is None else (at_size(size), config.replace(img_size=size))
 
 
@@ -100,5 +100,5 @@ def _with_heads(parts: RunComponents, config: TrainConfig) -> TrainConfig:
     final_head = choose_final_head(parts, optim.final_head, protocol, is_sharded=config.run.shard)
     optim = dataclasses.replace(optim, final_head=final_head)
     if config.model.init_from is None:
-        optim = choose_head_start(parts, optim, protocol)
+        optim = resolve_head_init(parts, optim, protocol)
     return dataclasses.replace(config, optim=optim)

@@ -22,17 +22,17 @@ from snella_app.data.protocol import get_protocol
 from snella_app.device import autocast
 from snella_app.methods import method_of, method_options
 from snella_app.records import Allocation, AllocationStep, DataInfo, GeneratorMetrics, MatrixInfo, RunInfo
-from snella_app.runs.images import PARTS, absolute_folder, contents_of, split_sizes, splits_digest
+from snella_app.runs.images import SPLITS, absolute_folder, content_digests, split_sizes, splits_digest
 from snella_app.training.build import RunComponents, read_side
 from snella_app.training.distributed import process_count
 from snella_app.training.memory import peak_rss_mib, predict_step_memory
-from snella_app.training.sharding import saved_bytes
+from snella_app.training.sharding import sharding_savings
 
 _PACKAGES = ("snella", "torch", "peft", "timm", "transformers")
 _USUAL_SIZE, MIN_SIZE = 224, 48
 
 
-def describe_run(plan: TrainConfig, parts: RunComponents, names: Collection[str] = PARTS) -> RunInfo:
+def describe_run(plan: TrainConfig, parts: RunComponents, names: Collection[str] = SPLITS) -> RunInfo:
     """Build the record of a new run.
 
     Args:
@@ -58,7 +58,7 @@ def describe_run(plan: TrainConfig, parts: RunComponents, names: Collection[str]
             description=splits.description,
             sizes=split_sizes(splits),
             digest=splits_digest(splits),
-            contents=contents_of(splits, names),
+            contents=content_digests(splits, names),
             folder=absolute_folder(str(plan.data.spec)),
             notes=list(splits.notes),
             fold_part=splits.fold_part,
@@ -161,7 +161,7 @@ def log_summary(console: Console, plan: TrainConfig, parts: RunComponents) -> No
     batch = -(-batch // count)
     with autocast(device, optim.precision):
         memory = predict_step_memory(model, (channels, height, width), batch).total / 2**20
-    memory -= saved_bytes(model, count) / 2**20 if plan.run.shard else 0
+    memory -= sharding_savings(model, count) / 2**20 if plan.run.shard else 0
     free = free_memory(device) / 2**20
     rows = [
         ("data", splits.description),
@@ -209,7 +209,7 @@ def shorten_hint(parts: RunComponents, factor: float) -> str:
 
     Args:
         parts: Data and model.
-        factor: Expected duration of the run as a multiple of the desired one.
+        factor: Ratio of the expected to the desired duration.
     """
     side, patch = int(parts.data_config["input_size"][-1]), size_step(parts.model)
     shorter = int(side / math.sqrt(factor)) // patch * patch
@@ -293,4 +293,4 @@ def _budget_text(settings: SnellaConfig, total: int) -> str:
     """Format the initial and target budget, b_0 and b_T, of `total` adapted weights."""
     start, end = (total - round(sparsity * total) for sparsity in (settings.init_sparsity, settings.target_sparsity))
     sparsity = f"{settings.target_sparsity:.0%} sparse at the end"
-    return f"b_0 {start:,} → b_T {end:,} weights kept ({sparsity}), {settings.schedule}"
+    return f"b_0 {start:,} → b_T {end:,} weights ({sparsity}), {settings.schedule}"

@@ -24,7 +24,7 @@ from snella_app.runs.folder import RunFolder, RunFolderOf
 from snella_app.training.build import RunComponents
 from snella_app.training.callbacks import StepTimeCallback
 from snella_app.training.checkpoints import intact_checkpoint, latest_checkpoint, remove_incomplete
-from snella_app.training.distributed import any_of_all, process_count, refuse_several_processes
+from snella_app.training.distributed import any_across_processes, process_count, require_single_process
 
 
 class TrainingInterrupted(Exception):
@@ -48,18 +48,18 @@ class Session:
         run: Run folder.
         parts: Data and model.
         console: Output console for progress and results.
-        costs: Callback that measures step time and memory.
+        step_timer: Callback that measures step time and memory.
         keep_checkpoints: If True, save a checkpoint after each epoch.
-        draw_report: If True, write the HTML report.
+        render_report: If True, write the HTML report.
     """
 
     plan: TrainConfig
     run: RunFolder
     parts: RunComponents
     console: Console
-    costs: StepTimeCallback
+    step_timer: StepTimeCallback
     keep_checkpoints: bool = True
-    draw_report: bool = True
+    render_report: bool = True
 
 
 class InterruptCallback(TrainerCallback):
@@ -100,7 +100,7 @@ class InterruptCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save and stop midway through an epoch; the end of an epoch saves anyway."""
-        self.is_requested = any_of_all(self.is_requested)
+        self.is_requested = any_across_processes(self.is_requested)
         if self.is_requested and not _is_epoch_end(state):
             control.should_save = True
             control.should_training_stop = True
@@ -150,7 +150,7 @@ def lock_run(run: RunFolderOf[Any], *, is_shared: bool = False) -> Iterator[None
         NotImplementedError: If the world size is larger than 1 without `is_shared`.
     """
     if not is_shared:
-        refuse_several_processes("training")
+        require_single_process("training")
     if not str(run.path).isprintable():
         raise ValueError(f"out must be a name in UTF-8 without control characters, got {str(run.path)!r}")
     if run.path.exists() and not run.path.is_dir():

@@ -63,7 +63,7 @@ def average_gradients(model: nn.Module) -> None:
     _broadcast([buffer for layer in layers for buffer in layer.buffers()])
 
 
-def saved_bytes(model: nn.Module, count: int) -> int:
+def sharding_savings(model: nn.Module, count: int) -> int:
     """Predict the bytes that each of `count` processes saves by sharding the frozen weights of an unsharded model."""
     if count == 1:
         return 0

@@ -25,13 +25,13 @@ from snella_app.data import ImageDataset
 from snella_app.data.protocol import get_protocol
 from snella_app.device import autocast
 from snella_app.methods import find_method
-from snella_app.runs.images import parts_of
+from snella_app.runs.images import existing_splits
 from snella_app.text import seconds_text
 from snella_app.training.build import RunComponents
 from snella_app.training.distributed import process_count
 from snella_app.training.final_head import layer_fit_seconds
 from snella_app.training.linear_probe import can_skip_training, probe_rows
-from snella_app.training.memory import predict_step_memory, restored_state
+from snella_app.training.memory import predict_step_memory, preserve_state
 from snella_app.training.results import MIN_SIZE, free_memory, size_step
 
 _LARGEST_BATCH, _FEWEST_STEPS = 256, 10
@@ -93,9 +93,9 @@ def fit_image_size(
 
     A run consists of `epochs` epochs and the final evaluation. Another rule applies to runs that may train 0 epochs and
     fit a final head on several layers. Let S be the largest size at which the final head alone fits. The result is the
-    largest size of at least S/2 at which the epochs also fit, or S if there is none. A head on more pixels is better
-    than a few epochs at much fewer. To leave time for epochs, S is limited to the median shorter side of the images or
-    112 pixels, whichever is larger. The limit does not apply to methods that train no epochs.
+    largest size of at least S/2 at which the epochs also fit, or S if there is none. A head at high resolution is
+    better than a few epochs at a much lower one. To leave time for epochs, S is limited to the median shorter side of
+    the images or 112 pixels, whichever is larger. The limit does not apply to methods that train no epochs.
 
     Candidates are multiples of the model's patch size or reduction, from 48 pixels to the backbone's default. The
     search stops within 15% of the largest size that fits; if no size fits, the result is the smallest. Models that
@@ -106,7 +106,7 @@ def fit_image_size(
         config: Settings with `time_budget`, without `img_size`, with `head_init` and `final_head` resolved.
         at_size: Function that builds data and model for another image size.
         console: Output console for the choice.
-        begun: Time on the `time.monotonic()` clock at which loading of data and model started; now if None.
+        begun: `time.monotonic()` at the start of loading data and model; now if None.
 
     Returns:
         Image size; None for the backbone's default.
@@ -249,7 +249,7 @@ def fit_epochs(parts: RunComponents, config: TrainConfig, console: Console, begu
         parts: Data and model.
         config: Resolved settings with `time_budget` and a batch size.
         console: Output console for the choice.
-        begun: Time on the `time.monotonic()` clock at which loading of data and model started; now if None.
+        begun: `time.monotonic()` at the start of loading data and model; now if None.
     """
     time_budget = str(config.optim.time_budget)
     begun = time.monotonic() if begun is None else begun
@@ -289,7 +289,7 @@ def _measure_times(parts: RunComponents, config: TrainConfig, with_training: boo
     train_s = _step_seconds(parts, optim, parts.splits.train, per_batch, _trial_step) if with_training else 0.0
     steps = optim.steps_per_epoch(len(parts.splits.train)) * optim.accumulate
     selection = get_protocol(data.protocol).selection_part(parts.splits)
-    measured = [part for name, part in parts_of(parts.splits).items() if name != "train"]
+    measured = [part for name, part in existing_splits(parts.splits).items() if name != "train"]
     if not measured:
         return _Times(steps * train_s, 0.0)
     # the first pass reads from disk; later passes may read from memory
@@ -336,7 +336,7 @@ def _trial_step(parts: RunComponents, precision: str, batch: dict[str, Tensor]) 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     moments = [torch.zeros_like(parameter) for parameter in trained for _ in range(2)]
     try:
-        with restored_state(model, images):
+        with preserve_state(model, images):
             model.train()
             with autocast(device, precision):
                 loss = parts.task.loss(model(images), labels)
@@ -351,7 +351,7 @@ def _trial_evaluation(parts: RunComponents, precision: str, batch: dict[str, Ten
     """Run a forward pass in evaluation mode in float32, and restore the model's state."""
     model, device = parts.model, next(parts.model.parameters()).device
     images = batch["images"].to(device)
-    with restored_state(model, images):
+    with preserve_state(model, images):
         model.eval()
         model(images)
 

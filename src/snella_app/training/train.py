@@ -23,26 +23,26 @@ from snella_app.data.protocol import get_protocol
 from snella_app.device import choose_device
 from snella_app.methods import method_of
 from snella_app.records import DataInfo, RunInfo, read
-from snella_app.runs.evaluate import redraw_report
+from snella_app.runs.evaluate import rewrite_report
 from snella_app.runs.folder import RunFolder
-from snella_app.runs.images import PARTS, check_splits, find_data
-from snella_app.training.build import LoadedData, RunComponents, build, load, load_start, store_selection
+from snella_app.runs.images import SPLITS, check_splits, find_data
+from snella_app.training.build import LoadedData, RunComponents, build, load, load_initial_weights, store_selection
 from snella_app.training.callbacks import ProgressDisplay, ScheduleCallback, StepTimeCallback, TrackingCallback
 from snella_app.training.checkpoints import latest_checkpoint
 from snella_app.training.distributed import (
-    from_main,
+    broadcast_from_main,
+    init_process_group,
     is_main,
-    join_processes,
-    only_main,
+    main_process_only,
     process_count,
-    wait_for_others,
+    wait_for_everyone,
 )
-from snella_app.training.finish import draw_page, finish
+from snella_app.training.finish import finish, write_live_report
 from snella_app.training.linear_probe import (
     cache_features,
     can_cache_features,
+    init_head_from_probe,
     normalize_features,
-    start_head_from_probe,
 )
 from snella_app.training.plan import choose_heads, resolve
 from snella_app.training.results import describe_run, log_summary, matrices_of, shorten_hint
@@ -50,7 +50,7 @@ from snella_app.training.session import InterruptCallback, Session, checkpoint_t
 from snella_app.training.sharding import shard_frozen
 from snella_app.training.trainer import SnellaTrainer, training_arguments
 
-_PAGE_S = 30.0
+_REPORT_INTERVAL_S = 30.0
 
 
 def train(
@@ -58,9 +58,9 @@ def train(
     console: Console | None = None,
     *,
     data: Any = None,
-    measure_test: bool = True,
+    evaluate_test: bool = True,
     keep_checkpoints: bool = True,
-    draw_report: bool = True,
+    render_report: bool = True,
 ) -> RunFolder:
     """Fine-tune a backbone and write a complete run folder.
 
@@ -71,11 +71,11 @@ def train(
         config: Configuration. With `resume`, the stored run continues from its last checkpoint with its stored
             settings.
         console: Output console; standard output if None.
-        data: Dataset of torch or Hugging Face, or a mapping from train, val and test to datasets. `config.data.spec`
+        data: A torch or Hugging Face dataset, or a mapping from train, val and test to datasets. `config.data.spec`
             names it, for example `python:flowers`. Resuming the run requires the same object.
-        measure_test: If False, skip the test images, for example in tuning runs.
+        evaluate_test: If False, skip the test images, for example in tuning runs.
         keep_checkpoints: If False, do not save a checkpoint after each epoch; for short runs.
-        draw_report: If False, skip the HTML report; `snella inspect --report` writes it later.
+        render_report: If False, skip the HTML report; `snella inspect --report` writes it later.
 
     Returns:
         Folder of the finished run.
@@ -91,43 +91,43 @@ def train(
             damaged.
     """
     run = RunFolder(str(config.run.out))
-    join_processes(config.run.device)
+    init_process_group(config.run.device)
     if not is_main():
         console = Console(file=io.StringIO())
     console = console or make_console(survives_closed_output=True)
-    with only_main(lock_run(run, is_shared=True)):
+    with main_process_only(lock_run(run, is_shared=True)):
         if config.model.init_from is not None and not config.run.resume:
-            config = RunFolder(config.model.init_from).start_settings(config)
-        config, status = from_main(partial(run.resolve_resume, config))
+            config = RunFolder(config.model.init_from).init_from_settings(config)
+        config, status = broadcast_from_main(partial(run.resolve_resume, config))
         if status == "finished":
-            _show_finished(run, console, draw_report)
+            _show_finished(run, console, render_report)
             return run
         stored = None if status is None else read(RunInfo, run.path).data
         images = _load(config, run, stored, console, data)
         parts = _build(config, run, stored, console, images)
         plan, parts = _resolve(config, run, stored, console, images, parts)
-        wait_for_others()  # all processes must read the stored files before the main process replaces them
+        wait_for_everyone()  # all processes must read the stored files before the main process replaces them
         if is_main():
             run.prepare(plan, is_resumed=stored is not None)
             store_selection(run.path, plan.method.name, parts.model)
-            run.write(describe_run(plan, parts, PARTS if measure_test else ("train", "val")))
+            run.write(describe_run(plan, parts, SPLITS if evaluate_test else ("train", "val")))
             log_summary(console, plan, parts)
-        if not measure_test:
+        if not evaluate_test:
             parts.splits.test = None
-        costs = StepTimeCallback(next(parts.model.parameters()).device)
-        session = Session(plan, run, parts, console, costs, keep_checkpoints, draw_report)
-        with only_main(record_status(run, "train")):
+        step_timer = StepTimeCallback(next(parts.model.parameters()).device)
+        session = Session(plan, run, parts, console, step_timer, keep_checkpoints, render_report)
+        with main_process_only(record_status(run, "train")):
             finish(session, _fit(session))
     return run
 
 
-def _show_finished(run: RunFolder, console: Console, draw_report: bool) -> None:
+def _show_finished(run: RunFolder, console: Console, render_report: bool) -> None:
     """Report that the run is already finished, and write its HTML report if it is missing."""
     print_line(console, f"{run.path} is already finished; report {run.report}")
     if is_main():
-        run.remove_temporaries()
-        if draw_report and not run.report.is_file():
-            redraw_report(run.path, console)
+        run.remove_temporary_files()
+        if render_report and not run.report.is_file():
+            rewrite_report(run.path, console)
 
 
 def _load(config: TrainConfig, run: RunFolder, stored: DataInfo | None, console: Console, source: Any) -> LoadedData:
@@ -178,7 +178,7 @@ def _resolve(
     else:
         plan = choose_heads(parts, config)
     if plan.model.init_from is not None and not has_checkpoint:
-        load_start(parts, str(plan.data.spec), RunFolder(plan.model.init_from))
+        load_initial_weights(parts, str(plan.data.spec), RunFolder(plan.model.init_from))
     return plan, parts
 
 
@@ -190,7 +190,7 @@ def _fit(session: Session) -> SnellaTrainer:
     """
     with InterruptCallback() as interrupt:
         trainer = _run_trainer(session, interrupt)
-    if trainer.state.global_step < trainer.state.max_steps and not trainer.has_stalled:
+    if trainer.state.global_step < trainer.state.max_steps and not trainer.has_stopped_early:
         raise KeyboardInterrupt
     return trainer
 
@@ -199,15 +199,15 @@ def _run_trainer(session: Session, interrupt: InterruptCallback) -> SnellaTraine
     """Initialize the head, build the trainer and run it."""
     plan, run, parts = session.plan, session.run, session.parts
     data, optim = plan.data, plan.optim
-    checkpoint = from_main(lambda: checkpoint_to_resume(run, session.console)) if plan.run.resume else None
+    checkpoint = broadcast_from_main(lambda: checkpoint_to_resume(run, session.console)) if plan.run.resume else None
     start = time.monotonic()
     can_cache = can_cache_features(data, parts.model)
     trained_part = cache_features(parts, optim.effective_batch_size) if can_cache else None
     if optim.head_init == "probe" and checkpoint is None:
-        start_head_from_probe(parts, optim)
+        init_head_from_probe(parts, optim)
     norm = normalize_features(parts, optim) if optim.head_norm == "running" else None
     if optim.epochs:
-        parts.start_layers = None  # training changes the features
+        parts.initial_layer_features = None  # training changes the features
     if plan.run.shard and process_count() > 1:
         shard_frozen(parts.model)
     callbacks, display = _callbacks(session, interrupt)
@@ -229,8 +229,8 @@ def _run_trainer(session: Session, interrupt: InterruptCallback) -> SnellaTraine
         if plan.run.trackers:
             step_images = optim.effective_batch_size * optim.accumulate
             trainer.add_callback(TrackingCallback(trainer, matrices_of(parts.model), step_images))
-        if session.draw_report and is_main():
-            trainer.add_callback(_LivePage(lambda: draw_page(session, trainer)))
+        if session.render_report and is_main():
+            trainer.add_callback(_LiveReport(lambda: write_live_report(session, trainer)))
         display.last_loss = lambda: trainer.last_loss
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     return trainer
@@ -252,7 +252,7 @@ def _callbacks(session: Session, interrupt: InterruptCallback) -> tuple[list[Tra
         step_images=plan.optim.effective_batch_size * plan.optim.accumulate,
     )
     schedules = [] if method is None or method.schedule is None else [ScheduleCallback(method.schedule)]
-    return [*([allocation] if allocation else []), *schedules, interrupt, display, session.costs], display
+    return [*([allocation] if allocation else []), *schedules, interrupt, display, session.step_timer], display
 
 
 def _check_trackers(trackers: Sequence[str]) -> None:
@@ -300,24 +300,24 @@ def _tracking(trackers: Sequence[str], run: RunFolder) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-class _LivePage(TrainerCallback):
-    """Callback that updates the report during training, after an epoch and at most once every `_PAGE_S` seconds.
+class _LiveReport(TrainerCallback):
+    """Callback that updates the report after an epoch, at most once every `_REPORT_INTERVAL_S` seconds.
 
     The pause after an update is at least 20 times its duration, so updates take at most 5% of the time.
 
     Args:
-        draw: Function that writes the report.
+        write: Function that writes the report.
     """
 
-    def __init__(self, draw: Callable[[], object]) -> None:
-        self._draw = draw
-        self._drawn_at, self._pause = time.monotonic(), _PAGE_S
+    def __init__(self, write: Callable[[], object]) -> None:
+        self._write = write
+        self._written_at, self._pause = time.monotonic(), _REPORT_INTERVAL_S
 
     def on_save(self, *args: Any, **kwargs: Any) -> None:
         start = time.monotonic()
-        if start - self._drawn_at < self._pause:
+        if start - self._written_at < self._pause:
             return
         with contextlib.suppress(OSError, ValueError):  # e.g. a full disk, which saving the checkpoint reports
-            self._draw()
-        self._drawn_at = time.monotonic()
-        self._pause = max(_PAGE_S, 20 * (self._drawn_at - start))
+            self._write()
+        self._written_at = time.monotonic()
+        self._pause = max(_REPORT_INTERVAL_S, 20 * (self._written_at - start))

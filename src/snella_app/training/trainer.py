@@ -37,15 +37,20 @@ from snella_app.methods import load_trained_into, method_of, save_trained
 from snella_app.records import AveragedEpochs
 from snella_app.runs.folder import RunFolder, RunFolderOf
 from snella_app.training.build import RunComponents, epoch_sampler
-from snella_app.training.callbacks import EpochEnds, WeightAverage
-from snella_app.training.checkpoints import reading_checkpoint, remove_incomplete, reporting_write_errors, staged
+from snella_app.training.callbacks import EpochSnapshots, WeightAverage
+from snella_app.training.checkpoints import (
+    convert_read_errors,
+    convert_write_errors,
+    remove_incomplete,
+    stage_checkpoint,
+)
 from snella_app.training.distributed import (
     ShardedBatches,
     is_main,
-    mean_of_all,
+    mean_across_processes,
     process_count,
-    process_number,
-    wait_for_others,
+    process_index,
+    wait_for_everyone,
 )
 from snella_app.training.feature_norm import FeatureNorm
 from snella_app.training.optimizer import build_optimizer
@@ -56,7 +61,7 @@ from snella_app.training.sharding import average_gradients, is_sharded
 _PROGRESS_FILE = "progress.json"
 
 
-class _StalledError(Exception):
+class _StoppedEarlyError(Exception):
     """Raised when the resumed run has already stopped early."""
 
 
@@ -65,20 +70,20 @@ class _StartCallback(TrainerCallback):
 
     Args:
         trainer: The trainer; an earlier callback must attach its allocator.
-        is_measured: If True, evaluate the model before the first step as epoch 0, which may be the best epoch.
+        evaluate_initial: If True, evaluate the model before the first step as epoch 0, which may be the best epoch.
     """
 
-    def __init__(self, trainer: SnellaTrainer, is_measured: bool) -> None:
-        self.trainer, self.is_measured = trainer, is_measured
+    def __init__(self, trainer: SnellaTrainer, evaluate_initial: bool) -> None:
+        self.trainer, self.evaluate_initial = trainer, evaluate_initial
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.is_measured and state.global_step == 0 and not self.trainer.history:
+        if self.evaluate_initial and state.global_step == 0 and not self.trainer.history:
             state.epoch = 0
             self.trainer.evaluate()
-        if self.trainer.has_stalled:
-            raise _StalledError
+        if self.trainer.has_stopped_early:
+            raise _StoppedEarlyError
 
 
 class CheckpointingTrainer(Trainer):
@@ -92,7 +97,7 @@ class CheckpointingTrainer(Trainer):
     Args:
         trained: Model with the trained weights, from `build_method` or `adapt_headless`.
         run: Run folder for checkpoints.
-        start: Start of this session on the `time.monotonic()` clock; now if None.
+        start: `time.monotonic()` at the start of this session; now if None.
         **options: Options of transformers' Trainer; `model` defaults to `trained`.
 
     Attributes:
@@ -121,7 +126,7 @@ class CheckpointingTrainer(Trainer):
             NonFiniteLossError: If the loss is not finite; the step is discarded.
         """
         loss = super().training_step(model, inputs, num_items_in_batch)
-        value = mean_of_all(loss.item())
+        value = mean_across_processes(loss.item())
         if not math.isfinite(value):
             raise self._not_finite("the loss", value)
         self.last_loss = value
@@ -146,7 +151,7 @@ class CheckpointingTrainer(Trainer):
         """Write a checkpoint atomically in the main process, then remove older ones."""
         if is_main():
             self._write_checkpoint(model, trial)
-        wait_for_others()
+        wait_for_everyone()
 
     def store_flos(self) -> None:
         """No-op; FLOPs are not tracked, and the base class would gather them from all processes."""
@@ -156,7 +161,7 @@ class CheckpointingTrainer(Trainer):
         folder, name = self.run_folder.checkpoints, f"checkpoint-{self.state.global_step}"
         if (folder / name).is_dir():
             return
-        with staged(self.run_folder, name) as self._staging:
+        with stage_checkpoint(self.run_folder, name) as self._staging:
             try:
                 super()._save_checkpoint(model, trial)
                 self._write_state(self._staging / name)
@@ -171,18 +176,18 @@ class CheckpointingTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the trained weights and the trainer state."""
         checkpoint = Path(resume_from_checkpoint)
-        with reading_checkpoint(checkpoint):
+        with convert_read_errors(checkpoint):
             load_trained_into(self.trained_model, checkpoint)
             self._read_state(checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load the optimizer and scheduler states."""
-        with nullcontext() if checkpoint is None else reading_checkpoint(Path(checkpoint)):
+        with nullcontext() if checkpoint is None else convert_read_errors(Path(checkpoint)):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Load the random number generator states."""
-        with nullcontext() if checkpoint is None else reading_checkpoint(Path(checkpoint)):
+        with nullcontext() if checkpoint is None else convert_read_errors(Path(checkpoint)):
             super()._load_rng_state(checkpoint)
 
     def _write_state(self, checkpoint: Path, **values: Any) -> None:
@@ -269,7 +274,7 @@ class SnellaTrainer(CheckpointingTrainer):
         run: Run folder for checkpoints and the best adapter.
         callbacks: Additional callbacks.
         trained_part: Submodule that receives the datasets' items; the whole model if None.
-        start: Start of this session on the `time.monotonic()` clock; now if None.
+        start: `time.monotonic()` at the start of this session; now if None.
         feature_norm: Normalization of the head's inputs, folded into the saved head; None to disable.
         is_initialized: True if the trained weights start from another run, whose result may be the best epoch.
         scaling: Scaling of the update, for the message about a non-finite loss.
@@ -298,13 +303,13 @@ class SnellaTrainer(CheckpointingTrainer):
         self.average = None if optim.ema is None else WeightAverage(model, optim.ema)
         averaging: list[TrainerCallback] = [] if self.average is None else [self.average]
         averaging += [] if feature_norm is None else [feature_norm]
-        self.epoch_ends = EpochEnds(model, count) if (count := optim.swa or optim.soup) else None
+        self.snapshots = EpochSnapshots(model, count) if (count := optim.swa or optim.soup) else None
         self.progress = _Progress()
         self._weights: list[float] = []
         self._micro_step, self._step_loss = 0, 0.0
         self._sampler = epoch_sampler(train, self.task, data.sampler, parts.seed)
         self._is_sharded = is_sharded(model) and trained_part is None
-        self._shards = ShardedBatches(self._sampler, optim.effective_batch_size, process_number(), process_count())
+        self._shards = ShardedBatches(self._sampler, optim.effective_batch_size, process_index(), process_count())
         self._is_weighted = optim.accumulate > 1 or self._shards.count > 1
         super().__init__(
             model,
@@ -318,14 +323,14 @@ class SnellaTrainer(CheckpointingTrainer):
             callbacks=[EpochCallback(train, self._sampler), *averaging, *callbacks],
         )
         self.model_accepts_loss_kwargs = False
-        is_measured = self.protocol.selected_on == "val" and (optim.head_init == "probe" or is_initialized)
-        self.add_callback(_StartCallback(self, is_measured))
+        evaluate_initial = self.protocol.selected_on == "val" and (optim.head_init == "probe" or is_initialized)
+        self.add_callback(_StartCallback(self, evaluate_initial))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; a resumed run that has already stopped early is unchanged."""
         try:
             return super().train(*args, **kwargs)
-        except _StalledError:
+        except _StoppedEarlyError:
             self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
             return None
 
@@ -339,7 +344,7 @@ class SnellaTrainer(CheckpointingTrainer):
         ]
 
     @property
-    def has_stalled(self) -> bool:
+    def has_stopped_early(self) -> bool:
         """True after `early_stopping` epochs without improvement.
 
         Only evaluated epochs within the target budget count, so a run does not stop before it reaches the target
@@ -386,7 +391,7 @@ class SnellaTrainer(CheckpointingTrainer):
             NonFiniteLossError: If the loss is not finite; nothing is saved.
         """
         allocator = self.allocator
-        with nullcontext() if self.average is None else self.average.applied():
+        with nullcontext() if self.average is None else self.average.average_parameters():
             row: dict[str, Any] = {
                 "train_loss": self.progress.loss_sum / self.progress.steps if self.progress.steps else math.nan,
                 **self._selection_scores(),
@@ -403,9 +408,9 @@ class SnellaTrainer(CheckpointingTrainer):
             score = self.selection_score(row)
             is_best = all(self.selection_score(past) <= score for past in self.history)
             self.log(row)
-            if self.epoch_ends is not None and self.state.global_step > 0:
-                self.epoch_ends.add(round(self.state.epoch or 0))
-            if self.has_stalled:
+            if self.snapshots is not None and self.state.global_step > 0:
+                self.snapshots.add(round(self.state.epoch or 0))
+            if self.has_stopped_early:
                 self.control.should_training_stop = True
             if is_best:
                 self._save_adapter()
@@ -428,7 +433,7 @@ class SnellaTrainer(CheckpointingTrainer):
             Izmailov et al., Averaging Weights Leads to Wider Optima (arXiv 1803.05407); Wortsman et al., Model Soups
             (arXiv 2203.05482).
         """
-        candidates = self.epoch_ends
+        candidates = self.snapshots
         if candidates is None or not candidates.epochs:
             return None
         rows = {row["epoch"]: self.selection_score(row) for row in self.history}
@@ -436,33 +441,33 @@ class SnellaTrainer(CheckpointingTrainer):
         if self.optim_config.soup is not None:
             best_first = sorted(candidates.epochs, key=lambda epoch: (rows[epoch], epoch), reverse=True)
             chosen = best_first[:1]
-            score, _ = self._score_of_mean(chosen)
+            score, _ = self._evaluate_mean(chosen)
             for epoch in best_first[1:]:
-                other, _ = self._score_of_mean([*chosen, epoch])
+                other, _ = self._evaluate_mean([*chosen, epoch])
                 if other >= score:
                     chosen, score = [*chosen, epoch], other
         chosen = sorted(chosen)
-        score, scores = self._score_of_mean(chosen)
+        score, scores = self._evaluate_mean(chosen)
         is_saved = score >= max(rows.values())
         if is_saved:
-            with candidates.mean_applied(chosen):
+            with candidates.average_parameters(chosen):
                 self._save_adapter()
         kind: Literal["swa", "soup"] = "swa" if self.optim_config.soup is None else "soup"
         return AveragedEpochs(kind, chosen, candidates.epochs, is_saved, scores)
 
-    def _score_of_mean(self, epochs: Sequence[int]) -> tuple[tuple[float, float], dict[str, float]]:
+    def _evaluate_mean(self, epochs: Sequence[int]) -> tuple[tuple[float, float], dict[str, float]]:
         """Return the selection score (constant without a selection split) and metrics of the mean over epochs."""
-        if self.epoch_ends is None or self.validation_set is None:
+        if self.snapshots is None or self.validation_set is None:
             return self.selection_score({}), {}
-        with self.epoch_ends.mean_applied(epochs):
-            scores = self._measured(self.validation_set)
+        with self.snapshots.average_parameters(epochs):
+            scores = self._evaluate_split(self.validation_set)
         return self.selection_score(scores), scores
 
     def _save_adapter(self) -> None:
         """Write the run's adapter in the main process."""
         if self.args.should_save:
             folded = nullcontext() if self.feature_norm is None else self.feature_norm.folded()
-            with reporting_write_errors(self.run_folder.adapter), folded, self.run_folder.writing_adapter():
+            with convert_write_errors(self.run_folder.adapter), folded, self.run_folder.writing_adapter():
                 save_trained(self.trained_model, self.run_folder.adapter)
 
     def _selection_scores(self) -> dict[str, float]:
@@ -470,9 +475,9 @@ class SnellaTrainer(CheckpointingTrainer):
         epoch = round(self.state.epoch or 0)
         if self.validation_set is None or not self.protocol.is_measured(epoch, self.optim_config.epochs):
             return {}
-        return self._measured(self.validation_set)
+        return self._evaluate_split(self.validation_set)
 
-    def _measured(self, images: ImageDataset) -> dict[str, float]:
+    def _evaluate_split(self, images: ImageDataset) -> dict[str, float]:
         """Evaluate images of the selection split."""
         scores = self.task.metrics(*self.outputs(images))
         if not math.isfinite(scores["loss"]):
@@ -597,7 +602,7 @@ class SnellaTrainer(CheckpointingTrainer):
     def _write_state(self, checkpoint: Path, **values: Any) -> None:
         """Also write the current epoch's loss, the weight averages and the feature statistics."""
         super()._write_state(checkpoint, **asdict(self.progress), **values)
-        for part in (self.average, self.epoch_ends, self.feature_norm):
+        for part in (self.average, self.snapshots, self.feature_norm):
             if part is not None:
                 part.save(checkpoint)
 
@@ -605,7 +610,7 @@ class SnellaTrainer(CheckpointingTrainer):
         """Load the state written by `_write_state`."""
         values = super()._read_state(checkpoint)
         self.progress = _Progress(values["loss_sum"], values["steps"])
-        for part in (self.average, self.epoch_ends, self.feature_norm):
+        for part in (self.average, self.snapshots, self.feature_norm):
             if part is not None:
                 part.load(checkpoint)
         return values
@@ -616,7 +621,7 @@ class SnellaTrainer(CheckpointingTrainer):
         per_epoch = max(1, self.state.max_steps // max(1, int(self.state.num_train_epochs)))
         epoch = (step - 1) // per_epoch + 1
         done = sum(row["epoch"] > 0 for row in self.history)
-        saved = f"the state after epoch {done} and the best adapter are kept" if done else "no adapter was saved"
+        saved = f"the state after epoch {done} and the best adapter are saved" if done else "no adapter was saved"
         rates = {name: getattr(self.optim_config, name) for name in ("lr", "scalar_lr", "head_lr")}
         options = {**rates, "scaling": self._scaling}
         option_text = ", ".join(

@@ -33,7 +33,7 @@ from snella_app.report.style import (
     shortened,
     style_of,
 )
-from snella_app.report.updates import MOST_CELLS, UpdateSource, adapter_updates, deepest_query, draw_updates, part_names
+from snella_app.report.updates import MAX_CELLS, UpdateSource, adapter_updates, deepest_query, draw_updates, part_names
 from snella_app.runs.model import load_run, make_backbone
 from snella_lab.analysis.plot import Plot, Row, in_order_of_depth, run_labels
 
@@ -397,7 +397,7 @@ def _draw_map(changed: Tensor, name: str, tasks: int) -> Figure:
         420, min(max(330 * rows / columns, 150), 560) + 130, f"Tasks that change {shortened(name, 26)}"
     )
     axes.grid(False)
-    cells = (min(rows, MOST_CELLS), min(columns, MOST_CELLS))
+    cells = (min(rows, MAX_CELLS), min(columns, MAX_CELLS))
     means = torch.nn.functional.adaptive_avg_pool2d(changed.double()[None], cells)[0]
     axes.imshow(
         means.numpy() / tasks, cmap=accent_map(), vmin=0, vmax=1, extent=(0, columns, rows, 0), interpolation="none"

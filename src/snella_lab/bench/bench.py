@@ -320,7 +320,7 @@ def setting_fields(workload: Workload, batch: int) -> dict[str, Any]:
 def _tensor_counts(model: nn.Module, images: Tensor) -> dict[str, Any]:
     """Measure the tensors that autograd saves in a forward pass, and count the parameters."""
     return {
-        "saved_mib": round(record_forward(model.train(), images).kept / 2**20, 1),
+        "saved_mib": round(record_forward(model.train(), images).saved_bytes / 2**20, 1),
         "weights": sum(p.numel() for p in model.parameters()),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from snella_app.report.style import COLORS, CURVE, add_legend, new_figure, save_figure
+from snella_app.report.style import COLORS, FIGURE_SIZE, add_legend, new_figure, save_figure
 from snella_lab.bench.baselines import REFERENCE
 from snella_lab.provenance import git_state, processor_name
 
@@ -137,7 +137,7 @@ def grouped(rows: list[dict[str, Any]], *names: str) -> dict[tuple[Any, ...], li
 
 def _draw_lines(path: Path, rows: list[dict[str, Any]], x: str, y: str, title: str, x_label: str, y_label: str) -> Path:
     """Draw one line per method."""
-    figure, axes = new_figure(*CURVE, title)
+    figure, axes = new_figure(*FIGURE_SIZE, title)
     names = sorted({row["method"] for row in rows}, key=sort_key)
     for name in names:
         points = sorted((row[x], row[y]) for row in rows if row["method"] == name and y in row)

@@ -27,7 +27,7 @@ from snella_app.records import CellRow
 from snella_app.runs import RunFolder
 from snella_app.runs.images import load_splits
 from snella_app.tasks import create_task
-from snella_app.training.distributed import refuse_several_processes
+from snella_app.training.distributed import require_single_process
 from snella_app.training.session import NonFiniteLossError, TrainingInterrupted
 from snella_lab.comparison.cells import Cell, Plan, units
 from snella_lab.comparison.executors import Executor, Finished, InProcesses, InThisProcess, OnRay, import_ray
@@ -91,7 +91,7 @@ def compare(
             after the report is written, except with `draw_only`.
         TrainingInterrupted: On Ctrl-C; finished runs remain stored.
     """
-    refuse_several_processes("a comparison")
+    require_single_process("a comparison")
     execution, root = execution or ExecutionConfig(), Path(out)
     console = console or make_console(survives_closed_output=True)
     if execution.ray:
@@ -280,7 +280,7 @@ def choose_method(config: TrainConfig, console: Console | None = None) -> TrainC
         CellsFailedError: If every method failed.
         TrainingInterrupted: On Ctrl-C; finished runs remain stored.
     """
-    refuse_several_processes("choosing a method")
+    require_single_process("choosing a method")
     console = console or make_console(survives_closed_output=True)
     run = RunFolder(str(config.run.out))
     stored = run.resolve_settings(config.replace(method=CHOICE_METHODS[0])).method.name

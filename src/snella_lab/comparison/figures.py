@@ -13,7 +13,7 @@ from snella_app.records import CellRow
 from snella_app.report.style import (
     ACCENT,
     COLORS,
-    CURVE,
+    FIGURE_SIZE,
     INK,
     MUTED,
     WARM,
@@ -50,7 +50,7 @@ def pareto(summary: Summary, cost: str, label: str, title: str, is_log: bool) ->
             points.append((value, accuracy.mean, accuracy.std, number, method.name))
     if len(points) < 2:
         return None
-    figure, axes = new_figure(CURVE[0], CURVE[1] + 70 + 17 * math.ceil(len(points) / 3), title)
+    figure, axes = new_figure(FIGURE_SIZE[0], FIGURE_SIZE[1] + 70 + 17 * math.ceil(len(points) / 3), title)
     handles = []
     for value, mean, std, number, _ in points:
         color, marker = style_of(number)
@@ -101,7 +101,7 @@ def learning_rate_curves(summary: Summary, rows: Rows, tasks: Sequence[str], tit
     curves = [curve for curve in curves if len(curve[2]) > 1]
     if not curves:
         return None
-    figure, axes = new_figure(CURVE[0], CURVE[1] + 40 + 17 * math.ceil(len(curves) / 3), title)
+    figure, axes = new_figure(FIGURE_SIZE[0], FIGURE_SIZE[1] + 40 + 17 * math.ceil(len(curves) / 3), title)
     handles = [
         _draw_curve(axes, number, points, _selected_factor(rows, name, tasks)) for number, name, points in curves
     ]

@@ -402,9 +402,9 @@ def _row(
                 train(
                     config.replace(resume=earlier_s is not None),
                     Console(file=file, width=200),
-                    measure_test=cell.is_final,
+                    evaluate_test=cell.is_final,
                     keep_checkpoints=keep_checkpoints,
-                    draw_report=False,
+                    render_report=False,
                 )
             run = RunFolder(folder)
             results = read_results(run)

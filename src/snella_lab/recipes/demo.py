@@ -9,7 +9,7 @@ from rich.table import Table
 from snella_app.config import TrainConfig
 from snella_app.console import make_console, make_table, print_heading, print_line
 from snella_app.records import MethodResult, MethodResults, Metrics, read
-from snella_app.runs.evaluate import redraw_report
+from snella_app.runs.evaluate import rewrite_report
 from snella_app.runs.folder import RunFolder
 from snella_app.training.train import train
 
@@ -74,7 +74,7 @@ def run_demo(
         rows.append(_row(run, method))
     run = RunFolder(folder)
     run.write(MethodResults(rows=rows))
-    report = redraw_report(folder, console)
+    report = rewrite_report(folder, console)
     print_heading(console, "comparison")
     print_line(console, f"{folder}: {DEMO_SETTINGS['train_size']} training images, same test images for all methods")
     console.print(_table(rows))

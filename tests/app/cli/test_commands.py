@@ -146,7 +146,7 @@ def test_the_command_line_takes_precedence_over_a_configuration_file(train_words
 
 
 def test_a_finished_run_is_protected_and_reported_as_finished(run, train_words, failing, capsys):
-    assert "holds a finished run" in failing(*train_words, "--out", str(run))
+    assert "contains a finished run" in failing(*train_words, "--out", str(run))
     assert main(["train", "--out", str(run), "--resume"]) == 0
     assert "is already finished" in capsys.readouterr().out
 

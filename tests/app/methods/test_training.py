@@ -30,7 +30,7 @@ def run(tmp_path):
             "method_options": QUICK.get(method, {}),
             "out": str(tmp_path / method),
         }
-        return train(TrainConfig.from_flat(**{**settings, "method": method, **changes}), draw_report=False)
+        return train(TrainConfig.from_flat(**{**settings, "method": method, **changes}), render_report=False)
 
     return start
 

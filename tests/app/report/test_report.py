@@ -10,7 +10,7 @@ from PIL import Image
 
 from snella_app.cli.parser import parse
 from snella_app.records import Metrics, Prediction, Predictions, RunInfo, read, write
-from snella_app.report.examples import choose_examples, load_picture, picture_uri
+from snella_app.report.examples import choose_examples, embed_image, image_data_uri
 from snella_app.report.report import _count_fact, groups_section, uses, write_report
 from snella_app.tasks import predictions as predictions_of_images
 from snella_app.text import (
@@ -241,8 +241,8 @@ def test_classes_are_sorted_by_recall_and_confusions_are_reported(run):
     run.change("metrics.json", test=test)
     text = page(run).text
     assert text.index("dog 10 50") < text.index("cat 10 90") < text.index("owl 10 100")
-    assert "dog confused with cat: 4 of 10" in text
-    assert text.index("dog confused with cat") < text.index("cat confused with dog")
+    assert "dog predicted as cat: 4 of 10" in text
+    assert text.index("dog predicted as cat") < text.index("cat predicted as dog")
 
 
 def test_a_method_without_budgets_has_no_budget_sections(run):
@@ -256,9 +256,9 @@ def test_a_comparison_is_shown_if_present(run):
     assert "comparison" not in page(run).ids
     report = page(run.comparison())
     assert "comparison" in report.ids
-    assert "All methods are measured on the same test images" in report.text
+    assert "All methods are evaluated on the same test images" in report.text
     run.change("metrics.json", test=None)
-    assert "All methods are measured on the same validation images" in page(run).text
+    assert "All methods are evaluated on the same validation images" in page(run).text
 
 
 @pytest.mark.parametrize("status", ["running", "interrupted", "failed"])
@@ -274,7 +274,7 @@ def test_the_report_of_an_unfinished_run_has_a_notice(run, status):
 def test_the_page_of_a_killed_run_does_not_reload(run, status, state):
     run.run_json(status=status)
     text = write_report(run.folder).read_text()
-    assert ('http-equiv="refresh"' in text) == ("This page was written at 20" in text) == (status == "running")
+    assert ('http-equiv="refresh"' in text) == ("This report was written at 20" in text) == (status == "running")
     text = write_report(run.folder, state="stopped").read_text()
     assert f'<span class="badge {state}">{state}</span>' in text and 'http-equiv="refresh"' not in text
     assert "Resume it with" in text and ("stopped without an error message" in text) == (state == "stopped")
@@ -365,15 +365,15 @@ def test_a_missing_image_is_reported_in_place(run):
 
 def test_images_come_from_a_mapping_or_a_function_or_are_missing():
     picture = Image.new("L", (400, 200))
-    assert load_picture(0, {0: picture}).width == 176
-    assert load_picture(0, lambda index: picture).height == 88
-    assert load_picture(0, {}).problem == "image unavailable"
-    assert load_picture(0, None).uri is None
+    assert embed_image(0, {0: picture}).width == 176
+    assert embed_image(0, lambda index: picture).height == 88
+    assert embed_image(0, {}).problem == "image unavailable"
+    assert embed_image(0, None).uri is None
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK", "I;16", "F"])
 def test_images_of_any_mode_are_encoded_as_png(mode):
-    uri, width, height = picture_uri(Image.new(mode, (28, 20)))
+    uri, width, height = image_data_uri(Image.new(mode, (28, 20)))
     assert (width, height) == (28, 20)
     assert uri.startswith("data:image/png;base64,iVBOR")
 

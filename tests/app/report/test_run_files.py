@@ -228,7 +228,7 @@ def test_matrices_of_the_same_kind_and_depth_share_a_cell(run):
     same = [type(m)(m.name, "attn.q", 0, m.shape, m.size, m.budget, m.nonzeros) for m in matrices]
     grid = arrange(same, {same[0].name: same[0].size, same[1].name: 0})
     cell = grid.cells["attn.q", 0]
-    assert (cell.count, cell.kept, cell.frozen, cell.is_frozen) == (2, 0.5, 1, False)
+    assert (cell.count, cell.density, cell.frozen, cell.is_frozen) == (2, 0.5, 1, False)
 
 
 def test_matrices_outside_the_blocks_come_last(run):

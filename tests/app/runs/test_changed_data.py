@@ -10,7 +10,7 @@ from rich.console import Console
 from snella_app.config import TrainConfig
 from snella_app.records import RunInfo, read
 from snella_app.runs import RunFolder
-from snella_app.runs.evaluate import evaluate, redraw_report
+from snella_app.runs.evaluate import evaluate, rewrite_report
 from snella_app.runs.images import absolute_folder, check_splits, find_data, load_splits
 from snella_app.training.session import TrainingInterrupted
 from snella_app.training.train import train
@@ -108,7 +108,7 @@ def test_a_replaced_image_is_detected_in_the_evaluated_split(run_of, my_photos):
     assert evaluate(run.path, split="val")["split"] == "val"
     other = evaluate(run.path, f"folder:{my_photos}")
     assert other["split"] == "all"
-    note = "the files have the names of the run's images, but other contents in test: evaluated as other data"
+    note = "the files have the same names as the run's images but other contents in test: evaluated as other data"
     assert note in other["notes"]
 
 
@@ -126,7 +126,7 @@ def test_unchecked_images_are_noted(run_of, my_photos):
 
 
 def test_unused_test_images_are_not_read(settings, console, no_report):
-    run = train(settings(epochs=1), console, measure_test=False)
+    run = train(settings(epochs=1), console, evaluate_test=False)
     assert list(run.read_json("run.json")["data"]["contents"]) == ["train", "val"]
 
 
@@ -193,20 +193,20 @@ def test_resuming_a_run_without_data_digest_on_other_data_is_rejected(interrupte
 @pytest.mark.parametrize("change", ["removed", "renamed"])
 def test_a_report_without_images_has_a_note(change, run_of, my_photos, console):
     run = run_of(my_photos)
-    redraw_report(run.path, console)
+    rewrite_report(run.path, console)
     assert "<img" in run.report.read_text() and not console.file.getvalue()
     if change == "removed":
         shutil.rmtree(my_photos)
     else:
         (my_photos / "cats" / "000.png").rename(my_photos / "cats" / "zzz.png")
-    assert redraw_report(run.path, console) == run.report
+    assert rewrite_report(run.path, console) == run.report
     assert "<img" not in run.report.read_text()
     assert "note: the report has no images: " in console.file.getvalue()
 
 
 def test_a_report_without_a_run_is_rejected(tmp_path):
     with pytest.raises(FileNotFoundError, match="this is not a run folder"):
-        redraw_report(tmp_path)
+        rewrite_report(tmp_path)
 
 
 def test_unchanged_images_are_accepted(finished):

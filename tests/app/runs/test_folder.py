@@ -28,7 +28,8 @@ def create_run(path, status):
 def test_a_finished_run_is_not_overwritten_by_default(tmp_path):
     run = create_run(tmp_path / "run", "finished")
     with pytest.raises(
-        FileExistsError, match=r"out=.*run holds a finished run; choose another folder, or start over with --overwrite"
+        FileExistsError,
+        match=r"out=.*run contains a finished run; choose another folder, or start over with --overwrite",
     ):
         run.resolve_settings(config(run.path))
 
@@ -86,7 +87,7 @@ def test_settings_of_one_call_are_not_stored(tmp_path):
 def test_an_invalid_status_is_reported_as_damage(tmp_path):
     run = create_run(tmp_path / "run", "running")
     (run.path / "run.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"run.json is damaged: it contains no status; copy the file again, or train"):
+    with pytest.raises(ValueError, match=r"run.json is damaged: it has no valid status; copy the file again, or train"):
         run.resolve_settings(config(run.path))
 
 
@@ -254,7 +255,7 @@ def test_checkpoints_without_the_record_of_their_run_are_not_removed(tmp_path):
     run = create_run(tmp_path / "run", "running")
     (run.checkpoints / "checkpoint-4").mkdir()
     (run.path / "run.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"run holds checkpoints but no run.json; restore that file"):
+    with pytest.raises(FileNotFoundError, match=r"run has checkpoints but no run.json; restore that file"):
         run.resolve_settings(TrainConfig.from_flat(out=str(run.path), resume=True))
 
 

@@ -205,14 +205,12 @@ def test_responses_have_security_headers(address):
 
 def test_a_form_without_files_names_the_field(address, photos):
     small = ("a.png", (photos / "cats" / "003.png").read_bytes())
-    expected = (
-        f"images must be files of the form's field 'files', got 'file'; curl -F files=@photo.jpg {address}/predict"
-    )
+    expected = f"images must be files in the form field 'files', got 'file'; curl -F files=@photo.jpg {address}/predict"
     assert post(address, [small], field="file") == (422, {"error": expected})
     assert "got no field; curl" in post(address, [])[1]["error"]
     with pytest.raises(urllib.error.HTTPError) as error:
         urllib.request.urlopen(f"{address}/nowhere")
-    assert json.load(error.value) == {"error": "Not Found; this server has /, /health, /docs and POST /predict"}
+    assert json.load(error.value) == {"error": "Not Found; available: /, /health, /docs and POST /predict"}
 
 
 def test_each_response_is_logged(address, photos):
@@ -230,8 +228,8 @@ def test_postscript_starts_no_program(address):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"port": 80000}, ValueError, r"port must be from 0 \(a free one\) to 65535, got 80000"),
-        ({"port": -1}, ValueError, r"port must be from 0 \(a free one\) to 65535, got -1"),
+        ({"port": 80000}, ValueError, r"port must be from 0 \(any free port\) to 65535, got 80000"),
+        ({"port": -1}, ValueError, r"port must be from 0 \(any free port\) to 65535, got -1"),
         ({"host": "no such host"}, OSError, "host must be an address of this machine, got 'no such host'; use 127"),
         (
             {"host": "192.0.2.1"},
@@ -304,6 +302,6 @@ def test_the_page_shows_predictions_of_dropped_files(address, browser, photos, w
     assert not browser.complaints()  # of the content policy
     # numeric names, which JavaScript reorders
     answer = '{name: "x", probabilities: {"7": .6, "0": .1, "1": .3}}'
-    bars = f"[...shown(new Blob(), {answer}).querySelectorAll('.bar span')].map(name => name.textContent)"
+    bars = f"[...renderPrediction(new Blob(), {answer}).querySelectorAll('.bar span')].map(name => name.textContent)"
     assert browser.evaluate(bars) == ["7", "1", "0"]
     browser.screenshot(tmp_path.parent / f"serve-{width}.png")

@@ -191,7 +191,7 @@ def test_a_linear_head_is_trained_on_cached_features(table, tmp_path):
         config = TrainConfig.from_flat(
             **settings, task=task, data=f"csv:{table}", columns=f"label={label}", out=str(tmp_path / task)
         )
-        row = train(config, QUIET, draw_report=False).read_json("metrics.json")["history"][0]
+        row = train(config, QUIET, render_report=False).read_json("metrics.json")["history"][0]
         assert np.isfinite(row["val_loss"])
 
 
@@ -205,7 +205,7 @@ def balanced_settings(photos, out, **changes):
 
 def test_a_balanced_run_resumes_bit_for_bit(make_photos, tmp_path, monkeypatch):
     photos = make_photos(tmp_path / "few", {"cats": 20, "dogs": 10})
-    whole = train(balanced_settings(photos, tmp_path / "whole"), QUIET, draw_report=False)
+    whole = train(balanced_settings(photos, tmp_path / "whole"), QUIET, render_report=False)
     stopped = InterruptCallback.on_step_end
 
     def stop(self, args, state, control, **kwargs):
@@ -215,16 +215,16 @@ def test_a_balanced_run_resumes_bit_for_bit(make_photos, tmp_path, monkeypatch):
 
     monkeypatch.setattr(InterruptCallback, "on_step_end", stop)
     with pytest.raises((KeyboardInterrupt, TrainingInterrupted)):
-        train(balanced_settings(photos, tmp_path / "cut"), QUIET, draw_report=False)
+        train(balanced_settings(photos, tmp_path / "cut"), QUIET, render_report=False)
     monkeypatch.undo()
-    again = train(TrainConfig.from_flat(out=str(tmp_path / "cut"), resume=True), QUIET, draw_report=False)
+    again = train(TrainConfig.from_flat(out=str(tmp_path / "cut"), resume=True), QUIET, render_report=False)
     for name in ("history", "val", "test", "best_epoch"):
         assert again.read_json("metrics.json")[name] == whole.read_json("metrics.json")[name]
 
 
 def test_the_epoch_is_selected_by_the_monitored_metric(make_photos, tmp_path):
     photos = make_photos(tmp_path / "few", {"cats": 20, "dogs": 10})
-    run = train(balanced_settings(photos, tmp_path / "run", lr=0.01, sampler="shuffle"), QUIET, draw_report=False)
+    run = train(balanced_settings(photos, tmp_path / "run", lr=0.01, sampler="shuffle"), QUIET, render_report=False)
     metrics = run.read_json("metrics.json")
     assert metrics["best_metric"] == "val_macro_f1"
     best = max(metrics["history"], key=lambda row: (row["val_macro_f1"], -row["val_loss"], row["epoch"]))
@@ -237,7 +237,7 @@ def test_a_class_weights_file_is_stored_in_the_settings(make_photos, tmp_path):
     weights = tmp_path / "weights.json"
     weights.write_text(json.dumps({"cats": 1, "dogs": 3}))
     settings = {"sampler": "shuffle", "epochs": 1, "class_weights": str(weights)}
-    run = train(balanced_settings(photos, tmp_path / "run", **settings), QUIET, draw_report=False)
+    run = train(balanced_settings(photos, tmp_path / "run", **settings), QUIET, render_report=False)
     assert run.read_config().optim.class_weights == {"cats": 1.0, "dogs": 3.0}
     with pytest.raises(ValueError, match=r"no class 'mice'; no weight for 'dogs'"):
         train(balanced_settings(photos, tmp_path / "other", class_weights={"cats": 1, "mice": 3}), QUIET)
@@ -262,17 +262,17 @@ def test_sample_weights_of_a_table_are_used_in_the_loss(table, tmp_path):
     for weight in ("weight", "none"):
         out = str(tmp_path / weight)
         config = TrainConfig.from_flat(**settings, columns=f"label=light,weight={weight}", out=out)
-        losses[weight] = train(config, QUIET, draw_report=False).read_json("metrics.json")["history"][0]["train_loss"]
+        losses[weight] = train(config, QUIET, render_report=False).read_json("metrics.json")["history"][0]["train_loss"]
     assert losses["weight"] > 1.2 * losses["none"]  # weights of 1 and 2, half of each
 
 
 def test_folders_support_labels_and_numeric_classes(make_photos, tmp_path):
     folder = make_photos(tmp_path / "ages", {"1": 6, "2": 6, "10": 6})
     base = {**TINY, "epochs": 1, "data": f"folder:{folder}"}
-    run = train(TrainConfig.from_flat(**base, task="regression", out=str(tmp_path / "n")), QUIET, draw_report=False)
+    run = train(TrainConfig.from_flat(**base, task="regression", out=str(tmp_path / "n")), QUIET, render_report=False)
     assert run.read_json("run.json")["classes"] == ["value"]
     assert sorted({item["values"][0] for item in run.read_json("predictions.json")["items"]}) == [1.0, 2.0, 10.0]
-    run = train(TrainConfig.from_flat(**base, task="ordinal", out=str(tmp_path / "o")), QUIET, draw_report=False)
+    run = train(TrainConfig.from_flat(**base, task="ordinal", out=str(tmp_path / "o")), QUIET, render_report=False)
     assert run.read_json("run.json")["classes"] == ["1", "2", "10"]
     names = make_photos(tmp_path / "names", {"cats": 6, "dogs": 6})
     with pytest.raises(ValueError, match=r"column of numbers for task regression.* with classes 'cats', 'dogs'"):

@@ -9,7 +9,7 @@ from snella.matrices import adapted_matrices
 from snella_app.records import Metrics, read
 from snella_app.report.report import _saved_epoch
 from snella_app.runs import load_run
-from snella_app.training.callbacks import EpochEnds
+from snella_app.training.callbacks import EpochSnapshots
 from snella_app.training.checkpoints import CheckpointError
 from snella_app.training.session import TrainingInterrupted
 from snella_app.training.train import train
@@ -23,28 +23,28 @@ pytestmark = pytest.mark.usefixtures("no_report")
 def test_the_mean_is_applied_inside_the_context_and_restored_bit_for_bit():
     layer = nn.Linear(3, 2)
     layer.bias.requires_grad_(False)
-    ends, values = EpochEnds(layer, 2), {}
+    ends, values = EpochSnapshots(layer, 2), {}
     for epoch in (1, 2, 3):
         with torch.no_grad():
             layer.weight.normal_()
         values[epoch] = layer.weight.detach().clone()
         ends.add(epoch)
     assert ends.epochs == [2, 3]
-    with ends.mean_applied([2, 3]):
+    with ends.average_parameters([2, 3]):
         torch.testing.assert_close(layer.weight.detach(), (values[2] + values[3]) / 2)
     assert torch.equal(layer.weight, values[3])
 
 
 def test_a_checkpoint_restores_the_epochs_and_another_model_s_is_rejected(tmp_path):
     layer = nn.Linear(3, 2)
-    ends = EpochEnds(layer, 3)
+    ends = EpochSnapshots(layer, 3)
     ends.add(4)
     ends.save(tmp_path)
-    other = EpochEnds(nn.Linear(3, 2), 3)
+    other = EpochSnapshots(nn.Linear(3, 2), 3)
     other.load(tmp_path)
     assert other.epochs == [4] and torch.equal(other._values[4]["bias"], layer.bias)
     with pytest.raises(CheckpointError, match=r"got a difference in epoch 4 in bias; start over"):
-        EpochEnds(nn.Linear(3, 2, bias=False), 3).load(tmp_path)
+        EpochSnapshots(nn.Linear(3, 2, bias=False), 3).load(tmp_path)
     with pytest.raises(CheckpointError, match=r"epoch_ends\.safetensors is missing"):
         other.load(tmp_path / "checkpoints")
 

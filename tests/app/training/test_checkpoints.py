@@ -7,13 +7,13 @@ from snella_app.files import sealed
 from snella_app.runs import RunFolder
 from snella_app.training.checkpoints import (
     CheckpointError,
+    convert_write_errors,
     find_damage,
     intact_checkpoint,
     is_write_failure,
     latest_checkpoint,
     remove_incomplete,
-    reporting_write_errors,
-    staged,
+    stage_checkpoint,
 )
 
 
@@ -26,7 +26,7 @@ def run(tmp_path):
 
 
 def checkpoint(run, name):
-    with staged(run, name) as staging:
+    with stage_checkpoint(run, name) as staging:
         (staging / name / "weights").write_text(name)
     return run.checkpoints / name
 
@@ -82,7 +82,7 @@ def test_incomplete_and_old_checkpoints_are_ignored_and_removed(run):
 
 
 def test_a_checkpoint_is_published_atomically(run):
-    with staged(run, "checkpoint-1") as staging:
+    with stage_checkpoint(run, "checkpoint-1") as staging:
         (staging / "checkpoint-1" / "weights").write_text("x")
         assert latest_checkpoint(run.checkpoints) is None
     assert (run.checkpoints / "checkpoint-1" / "weights").read_text() == "x"
@@ -96,26 +96,26 @@ def test_a_failed_write_keeps_the_previous_checkpoint(run):
             CheckpointError,
             match=r"checkpoint-2: the disk is full \(\d+ MiB free\); the previous one, .*checkpoint-1, is intact",
         ),
-        staged(run, "checkpoint-2"),
+        stage_checkpoint(run, "checkpoint-2"),
     ):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert [p.name for p in run.checkpoints.iterdir()] == ["checkpoint-1"]
 
 
 def test_the_error_states_that_no_earlier_checkpoint_exists(run, tmp_path):
-    with pytest.raises(CheckpointError, match="no earlier one exists"), staged(run, "checkpoint-2"):
+    with pytest.raises(CheckpointError, match="no earlier one exists"), stage_checkpoint(run, "checkpoint-2"):
         raise RuntimeError("PytorchStreamWriter failed writing file data/0")
     with (
         pytest.raises(CheckpointError, match=r"adapter: .*; no earlier one exists"),
-        reporting_write_errors(tmp_path / "adapter"),
+        convert_write_errors(tmp_path / "adapter"),
     ):
         raise OSError(errno.EDQUOT, "Quota exceeded")
 
 
 def test_other_errors_pass_through(run, tmp_path):
-    with pytest.raises(KeyError, match="bug"), staged(run, "checkpoint-2"):
+    with pytest.raises(KeyError, match="bug"), stage_checkpoint(run, "checkpoint-2"):
         raise KeyError("bug")
-    with pytest.raises(KeyError, match="bug"), reporting_write_errors(tmp_path):
+    with pytest.raises(KeyError, match="bug"), convert_write_errors(tmp_path):
         raise KeyError("bug")
     assert not is_write_failure(ValueError("shapes differ")) and not is_write_failure(FileNotFoundError("x"))
     assert not list(run.checkpoints.iterdir())
@@ -124,11 +124,11 @@ def test_other_errors_pass_through(run, tmp_path):
 def test_torch_disk_full_errors_are_translated_and_an_empty_folder_is_no_earlier_adapter(run, tmp_path):
     (tmp_path / "adapter").mkdir()
     message = r"adapter: the disk is full or the file size limit is reached \(\d+ MiB free\); no earlier one exists"
-    with pytest.raises(CheckpointError, match=message), reporting_write_errors(tmp_path / "adapter"):
+    with pytest.raises(CheckpointError, match=message), convert_write_errors(tmp_path / "adapter"):
         raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 704 vs 598")
     (tmp_path / "adapter" / "adapter_model.safetensors").touch()
     with (
         pytest.raises(CheckpointError, match=r"the previous one, .*adapter, is intact"),
-        reporting_write_errors(tmp_path / "adapter"),
+        convert_write_errors(tmp_path / "adapter"),
     ):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from snella_app.config import TrainConfig
 from snella_app.runs import RunFolder
 from snella_app.training.checkpoints import latest_checkpoint
-from snella_app.training.distributed import ShardedBatches, join_processes
+from snella_app.training.distributed import ShardedBatches, init_process_group
 from snella_app.training.sampler import EpochSampler
 from snella_app.training.session import TrainingInterrupted
 from snella_app.training.train import train
@@ -165,12 +165,12 @@ def test_a_batch_smaller_than_the_number_of_processes_is_rejected(settings, cons
 def test_accelerate_modes_that_shard_the_model_are_rejected_with_alternatives(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(NotImplementedError, match=r"uses DDP .*, got FSDP \(ACCELERATE_USE_FSDP=true\); .*torchrun"):
-        join_processes("cpu")
+        init_process_group("cpu")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
-    join_processes("cpu")
+    init_process_group("cpu")
 
 
 def test_a_single_device_for_several_processes_is_rejected(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"device must be auto, cpu or cuda for 2 processes, got 'cuda:1'"):
-        join_processes("cuda:1")
+        init_process_group("cuda:1")

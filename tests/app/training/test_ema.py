@@ -37,7 +37,7 @@ def test_the_average_matches_the_formula_during_and_after_warmup(layer):
         average.update()
         assert average.decay_now == decay
         expected = decay * expected + (1 - decay) * layer.weight.detach()
-    with average.applied():
+    with average.average_parameters():
         torch.testing.assert_close(layer.weight.detach(), expected)
 
 
@@ -46,7 +46,7 @@ def test_averages_are_applied_inside_the_context_and_values_restored_bit_for_bit
     step(layer)
     average.update()
     before = copy.deepcopy(layer.state_dict())
-    with pytest.raises(KeyError), average.applied():
+    with pytest.raises(KeyError), average.average_parameters():
         assert not torch.equal(layer.weight, before["weight"]) and torch.equal(layer.bias, before["bias"])
         raise KeyError
     assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
@@ -66,7 +66,7 @@ def test_a_loaded_average_continues_bit_for_bit(layer, tmp_path):
     assert loaded.steps == 4
     values = []
     for average in (saved, loaded):
-        with average.applied():
+        with average.average_parameters():
             values.append(layer.weight.detach().clone())
     assert torch.equal(*values)
 
@@ -103,7 +103,7 @@ def test_averaged_factors_match_the_budgets_exactly():
         deltas = [matrix.layer.get_delta_weight("default").detach() for matrix in adapted_matrices(model)]
         merged = deltas if merged is None else [0.5 * old + 0.5 * new for old, new in zip(merged, deltas, strict=True)]
     matrices = adapted_matrices(model)
-    with average.applied():
+    with average.average_parameters():
         assert [matrix.nonzeros() for matrix in matrices] == [matrix.budget for matrix in matrices]
     assert sum(matrix.budget for matrix in matrices) == allocator.target_budget
     dense = sum(int(delta.count_nonzero()) for delta in merged)

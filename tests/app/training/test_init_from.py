@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from snella import BudgetAllocator
 from snella_app.config import TrainConfig
 from snella_app.runs.model import load_run
-from snella_app.training.build import load_start
+from snella_app.training.build import load_initial_weights
 from snella_app.training.results import matrices_of
 from snella_app.training.session import TrainingInterrupted
 from snella_app.training.train import train
@@ -31,12 +31,12 @@ def further(finished, tmp_path):
 
 
 def test_a_new_run_starts_with_the_outputs_and_budgets_of_the_initial_run(finished, further, console):
-    config = finished.start_settings(further(batch_size=8)).resolved()
+    config = finished.init_from_settings(further(batch_size=8)).resolved()
     parts = build_components(config)
     images = torch.stack([parts.splits.val[k][0] for k in range(4)])
     with torch.no_grad():
         fresh = parts.model.eval()(images)
-    load_start(parts, config.data.spec, finished)
+    load_initial_weights(parts, config.data.spec, finished)
     BudgetAllocator(parts.model, total_epochs=2, steps_per_epoch=2)
     initial = load_run(finished)
     with torch.no_grad():
@@ -114,7 +114,7 @@ def test_settings_that_contradict_the_initial_run_are_rejected(finished, further
 
 def test_other_images_add_a_note(finished, further, make_photos, tmp_path):
     others = make_photos(tmp_path / "others", {"cats": 12, "dogs": 12, "owls": 12})
-    config = finished.start_settings(further(data=f"folder:{others}")).resolved()
+    config = finished.init_from_settings(further(data=f"folder:{others}")).resolved()
     parts = build_components(config)
-    load_start(parts, config.data.spec, finished)
+    load_initial_weights(parts, config.data.spec, finished)
     assert parts.splits.notes[-1].startswith(f"{finished.path} has different splits; its training images")

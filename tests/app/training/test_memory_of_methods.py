@@ -11,7 +11,7 @@ def test_three_methods_are_predicted_at_the_requested_size():
     assert [method for method, _, _ in rows] == ["snella-2", "lora-2", "full"]
     assert {shape for _, shape, _ in rows} == {(3, 32, 32)}
     snella, lora, full = (memory for _, _, memory in rows)
-    assert snella.gradients < full.gradients / 4 and snella.kept <= lora.kept <= full.kept
+    assert snella.gradients < full.gradients / 4 and snella.saved_bytes <= lora.saved_bytes <= full.saved_bytes
     assert full.total > max(snella.total, lora.total)
 
 
@@ -19,7 +19,7 @@ def test_half_precision_halves_weights_and_saved_activations():
     (_, _, whole), *_ = predict_for_methods("test_vit", 8, img_size=32)
     (_, shape, half), *_ = predict_for_methods("test_vit", 8, img_size=32, dtype="bf16")
     # column statistics of an update stay in float32; with this few tokens they are a sixteenth of the total
-    assert half.kept == pytest.approx(whole.kept / 2, rel=0.08) and shape == (3, 32, 32)
+    assert half.saved_bytes == pytest.approx(whole.saved_bytes / 2, rel=0.08) and shape == (3, 32, 32)
     assert whole.weights / 2 < half.weights < whole.weights  # the factors stay in float32
 
 

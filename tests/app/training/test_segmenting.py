@@ -188,7 +188,7 @@ def test_the_decoder_learns(folder, tmp_path):
         task="segmentation", data=f"masks:{folder}", backbone="test_vit", pretrained=False, img_size=32, method="full",
         epochs=5, batch_size=4, lr=1e-3, head_lr=3e-3, device="cpu", progress=False, out=str(tmp_path / "run"),
     )  # fmt: skip
-    history = train(config, Console(quiet=True), draw_report=False).read_json("metrics.json")["history"]
+    history = train(config, Console(quiet=True), render_report=False).read_json("metrics.json")["history"]
     assert history[-1]["train_loss"] < 0.8 * history[0]["train_loss"]
 
 
@@ -232,7 +232,7 @@ def test_sam_merges_and_trains_on_all_images(tmp_path):
         task="segmentation", data=f"masks:{write_pairs(tmp_path / 'm', 8)}", backbone=f"sam:{tmp_path / 'sam'}",
         protocol="final", method="lora-2", epochs=1, batch_size=2, img_size=32, device="cpu", out=str(tmp_path / "run"),
     )  # fmt: skip
-    run = train(config, Console(quiet=True), draw_report=False)
+    run = train(config, Console(quiet=True), render_report=False)
     assert run.read_json("run.json")["data"]["sizes"] == {"train": 6, "val": 0, "test": 2}
     command("merge", run.path, "--out", tmp_path / "m.safetensors")
     images = torch.randn(1, 3, 32, 32)

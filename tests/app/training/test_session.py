@@ -71,16 +71,16 @@ def test_a_killed_process_releases_the_lock_despite_living_children(held):
 def test_a_killed_run_is_distinguished_from_a_running_one(held, monkeypatch):
     folder, process = held
     run = RunFolder(folder)
-    assert not run.has_stopped  # no run yet
+    assert not run.was_killed  # no run yet
     run.update("running")
-    assert not run.has_stopped
+    assert not run.was_killed
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert run.has_stopped
+    assert run.was_killed
     (folder / ".lock").unlink()
-    assert run.has_stopped
+    assert run.was_killed
     run.update("interrupted")
-    assert not run.has_stopped
+    assert not run.was_killed
 
 
 def test_inspect_reports_a_killed_run_and_its_report_stops_refreshing(tmp_path, capsys):

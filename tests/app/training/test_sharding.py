@@ -10,7 +10,7 @@ import torch
 
 from snella_app.config import TrainConfig
 from snella_app.methods import METHODS, build_method
-from snella_app.training.sharding import saved_bytes
+from snella_app.training.sharding import sharding_savings
 from tests.processes import in_two_processes
 
 PLACES = {"data": "digits", "backbone": "test_vit", "out": "runs/x"}
@@ -71,7 +71,7 @@ def test_saved_bytes_exclude_gathered_blocks_and_weights_outside_blocks():
     blocks = [4 * sum(p.numel() for p in block.parameters()) for block in backbone.blocks]
     frozen = 4 * sum(p.numel() for name, p in backbone.named_parameters() if not name.startswith("head"))
     model = build_method("linear", backbone)
-    assert saved_bytes(model, 1) == 0
+    assert sharding_savings(model, 1) == 0
     outside = frozen - sum(blocks)
-    assert saved_bytes(model, 4) == frozen - frozen // 4 - outside - 2 * max(blocks)
-    assert 0 < saved_bytes(model, 2) < saved_bytes(model, 4) < frozen
+    assert sharding_savings(model, 4) == frozen - frozen // 4 - outside - 2 * max(blocks)
+    assert 0 < sharding_savings(model, 2) < sharding_savings(model, 4) < frozen

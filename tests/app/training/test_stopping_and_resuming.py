@@ -200,7 +200,7 @@ def test_a_run_killed_at_its_end_has_a_finished_report_and_is_completed_by_resum
         patch.setattr("snella_app.training.finish.write_report", write_report)
         patch.setattr(RunFolder, "finish", lambda self: (_ for _ in ()).throw(SystemExit))  # like a kill
         with pytest.raises(SystemExit):
-            train(config, console, draw_report=True)
+            train(config, console, render_report=True)
     run = RunFolder(config.run.out)
     assert run.status == "running"
     assert '<span class="badge finished">' in run.report.read_text()
@@ -435,7 +435,7 @@ def test_a_nan_loss_stops_the_run_and_names_the_step(settings, console, monkeypa
 
     monkeypatch.setattr(SnellaTrainer, "compute_loss", broken)
     message = (
-        r"the loss became nan in epoch 2, step 6 of 12; the state after epoch 1 and the best adapter are kept in "
+        r"the loss became nan in epoch 2, step 6 of 12; the state after epoch 1 and the best adapter are saved in "
         r".*lower --lr \(now 0\.005\)"
     )
     with pytest.raises(NonFiniteLossError, match=message):

@@ -264,7 +264,7 @@ def test_large_images_are_read_at_one_resolution_in_training_evaluation_and_pred
     trained = build_components(config.resolved()).splits.val
     measured = images_for_run(model.loaded, split="val")[2][0]
     for index, name in enumerate(trained.names):
-        prepared = model.prepare([tmp_path / "large" / name])[0]
+        prepared = model.preprocess([tmp_path / "large" / name])[0]
         assert torch.equal(trained[index][0], prepared) and torch.equal(measured[index][0], prepared)
     assert trained.image(0).size == measured.image(0).size == (225, 150)  # by 4: at least 4 times 32 pixels
 
@@ -292,7 +292,7 @@ def test_the_live_report_refreshes_without_affecting_the_run(settings, finished,
         return path
 
     monkeypatch.setattr(training, "write_report", record)
-    monkeypatch.setattr(sys.modules["snella_app.training.train"], "_PAGE_S", 0.0)
+    monkeypatch.setattr(sys.modules["snella_app.training.train"], "_REPORT_INTERVAL_S", 0.0)
     run = train(settings(method_options={}), Console(file=io.StringIO()))
 
     *live, last = pages

@@ -202,7 +202,7 @@ def test_recomputed_inputs_are_bit_identical_and_save_memory(method):
         model = Runner(name, TINY).model
         torch.manual_seed(1)
         images, _ = random_batch(TINY, 3)
-        saved_bytes = record_forward(model, images).kept
+        saved_bytes = record_forward(model, images).saved_bytes
         y = model(images)
         y.square().sum().backward()
         results.append((saved_bytes, [y.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]))
@@ -214,7 +214,9 @@ def test_recomputed_inputs_are_bit_identical_and_save_memory(method):
 
 def test_lora_with_recomputed_inputs_saves_as_much_as_snella():
     images, _ = random_batch(TINY, 3)
-    saved_bytes = {name: record_forward(Runner(name, TINY).model, images).kept for name in ("lora-recompute", "snella")}
+    saved_bytes = {
+        name: record_forward(Runner(name, TINY).model, images).saved_bytes for name in ("lora-recompute", "snella")
+    }
     assert saved_bytes["lora-recompute"] == pytest.approx(saved_bytes["snella"], rel=0.01)
 
 

@@ -149,11 +149,11 @@ def test_checkpointed_blocks_repeat_the_forward_pass_and_save_their_inputs(metho
     thirds = {"vector": frozen.vector, "moved": frozen.moved - 28 * frozen.trainable, "calls": frozen.calls - 20}
     for name, both_passes in thirds.items():
         assert twice[name] - once[name] == pytest.approx(both_passes / 3)
-    changed = {"products", "kept", *thirds}
+    changed = {"products", "saved", *thirds}
     assert {name: once[name] for name in once if name not in changed} == {
         name: twice[name] for name in twice if name not in changed
     }
-    deep = [count_step(replace(TINY, depth=depth), method, 3, is_checkpointed=True).kept for depth in (1, 2)]
+    deep = [count_step(replace(TINY, depth=depth), method, 3, is_checkpointed=True).saved for depth in (1, 2)]
     assert deep[1] - deep[0] == 4 * 6 * 4
 
 
@@ -171,15 +171,15 @@ def test_saved_bytes_match_hand_counts():
     # per token: two inputs of norms, q, k, v, output of attention, input of the activation; 1 + 4 statistics
     base = 2 * 4 + 3 * 4 + 4 + 8 + 5
     ends, columns = 2 * 4, 3 * (3 * 4 + 4 + 4 + 8)
-    assert count_step(TINY, "snella", 3).kept == 4 * (6 * (base + ends) + columns)
+    assert count_step(TINY, "snella", 3).saved == 4 * (6 * (base + ends) + columns)
     # outputs of norms and activation, the images
-    assert count_step(TINY, "full", 3).kept == 4 * (6 * (base + 2 * 4 + 8 + ends) + 3 * 6)
+    assert count_step(TINY, "full", 3).saved == 4 * (6 * (base + 2 * 4 + 8 + ends) + 3 * 6)
     # the first block's input needs no gradient
-    assert count_step(TINY, "lora", 3, r=2).kept == 4 * (6 * (base + 2 * 4 + 8 + 2 * 4 + ends - 4))
+    assert count_step(TINY, "lora", 3, r=2).saved == 4 * (6 * (base + 2 * 4 + 8 + 2 * 4 + ends - 4))
 
 
 def test_int8_saves_a_byte_and_a_sixteenth_per_value():
-    one, two = (count_step(replace(TINY, depth=depth), "snella-compress", 8).kept for depth in (1, 2))
+    one, two = (count_step(replace(TINY, depth=depth), "snella-compress", 8).saved for depth in (1, 2))
     # inputs of norms, q, k, v and the input of the activation; statistics and softmax columns stay in float32
     encoded, statistics, columns = 2 * 4 + 3 * 4 + 8, 1 + 4, 3 * (3 * 4 + 4 + 4 + 8)
     assert two - one == 16 * (encoded * 17 / 16 + 4 * statistics) + 4 * columns
@@ -254,7 +254,7 @@ def test_communication_and_shards_match_hand_counts():
     assert step.communicated(4, "ddp") == 2 * 3 / 4 * 4 * TINY.weights
     assert step.communicated(4, "fsdp2") == 3 / 4 * (2 + 1) * 4 * TINY.weights
     # weights, gradients and moments are sharded; two blocks are gathered
-    assert step.sharded_peak(4) == 3 / 4 * 4 * TINY.weights + 2 * 4 * 128 + step.kept + step.temporary
+    assert step.sharded_peak(4) == 3 / 4 * 4 * TINY.weights + 2 * 4 * 128 + step.saved + step.temporary
     wide = MODELS["ViT-B/16"]
     lora = count_step(wide, "lora", 3, precision="bfloat16")
     adapters = 4 * count_adapters(wide, "lora")
@@ -273,7 +273,7 @@ def test_adapters_stay_replicated_at_every_rank(method):
     added = large.adapters - small.adapters
     assert large.communicated(4, "fsdp2") - small.communicated(4, "fsdp2") == 3 / 4 * 2 * 4 * added
     # adapters, two moments, and gradients; saved tensors are freed before the optimizer needs the gradients
-    saved = [max(step.kept + step.temporary, 4 * step.trainable) for step in (small, large)]
+    saved = [max(step.saved + step.temporary, 4 * step.trainable) for step in (small, large)]
     assert large.sharded_peak(4) - small.sharded_peak(4) == 3 * 4 * added + saved[1] - saved[0]
 
 

@@ -34,7 +34,7 @@ def test_adapted_linear_layer_takes_at_most_80_python_calls_in_10_files(counting
 def test_training_configuration_is_passed_to_at_most_10_files(counting, tmp_path):
     config = counting.small_training(str(tmp_path / "run"))
     console = make_console(file=io.StringIO())
-    receivers = counting.functions_receiving(TrainConfig, lambda: train(config, console, draw_report=False))
+    receivers = counting.functions_receiving(TrainConfig, lambda: train(config, console, render_report=False))
     assert len(receivers) <= 10, sorted(receivers)
     assert "train" in {name for names in receivers.values() for name in names}
 

@@ -131,7 +131,7 @@ def test_auto_selects_the_method_recommended_on_validation_images(
     assert main(["train", *words, "--method", "auto"]) == 0
     assert read(RunInfo, tmp_path / "run").method == chosen.method.name
     assert main(["train", *words, "--method", "auto"]) == 2
-    assert "holds a finished run" in capsys.readouterr().err
+    assert "contains a finished run" in capsys.readouterr().err
 
 
 def test_auto_rejects_folds_and_options_of_single_methods(tmp_path):

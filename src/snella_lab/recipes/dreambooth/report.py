@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 
 from snella_app.data.images import open_image
 from snella_app.records import Allocation, GeneratorMetrics, LossRow, Metrics, RunInfo, read, read_if_present
-from snella_app.report.examples import picture_uri
+from snella_app.report.examples import image_data_uri
 from snella_app.report.inspect import current_budgets, read_adapter
 from snella_app.report.report import allocation_section, write_page
-from snella_app.report.style import ACCENT, CURVE, MUTED, add_legend, inline_svg, new_figure
+from snella_app.report.style import ACCENT, FIGURE_SIZE, MUTED, add_legend, inline_svg, new_figure
 from snella_app.text import bytes_text, count_text, percent_text, plain_text, seconds_text
 from snella_lab.recipes.dreambooth.generate import MANIFEST
 
@@ -53,8 +53,8 @@ def write_generation_report(run: str | Path) -> Path:
     if allocation is not None and budgets:
         changed, total = sum(budgets.values()), max(allocation.total_weights, 1)
         frozen = sum(budget == 0 for budget in budgets.values())
-        note = f"of {count_text(total)} ({percent_text(changed / total)}), {frozen} matrices frozen"
-        numbers.insert(2, ("adapted weights kept", count_text(changed), note))
+        note = f"of {count_text(total)} adapted weights ({percent_text(changed / total)}), {frozen} matrices frozen"
+        numbers.insert(2, ("budget", count_text(changed), note))
     data = info.data
     subject = [Path(data.folder or "") / name for name in data.files or []]
     context = {
@@ -75,7 +75,7 @@ def write_generation_report(run: str | Path) -> Path:
 
 def loss_curve(history: Sequence[LossRow]) -> Figure:
     """Plot the loss of each step and the moving average over 20 steps."""
-    figure, axes = new_figure(2 * CURVE[0], CURVE[1], "Loss")
+    figure, axes = new_figure(2 * FIGURE_SIZE[0], FIGURE_SIZE[1], "Loss")
     steps = [row.step for row in history]
     losses = np.array([np.nan if row.loss is None else row.loss for row in history], dtype=float)
     mean = [float(np.mean(losses[max(0, k + 1 - _WINDOW) : k + 1])) for k in range(len(losses))]
@@ -106,7 +106,7 @@ def _image_entries(paths: Iterable[Path]) -> list[dict[str, Any]]:
         item: dict[str, Any] = {"text": path.name, "uri": None, "problem": ""}
         try:
             with open_image(path) as image:
-                item["uri"], item["width"], item["height"] = picture_uri(image, _MAX_SIDE)
+                item["uri"], item["width"], item["height"] = image_data_uri(image, _MAX_SIDE)
         except OSError as error:
             item["problem"] = f"cannot be read: {error}"
         items.append(item)

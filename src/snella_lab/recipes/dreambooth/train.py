@@ -23,7 +23,12 @@ from snella_app.device import choose_device
 from snella_app.methods import load_trained_into, save_trained
 from snella_app.methods.registry import adapt_headless
 from snella_app.records import BackboneInfo, DataInfo, FixedLoss, LossRow, RunInfo, read
-from snella_app.training.checkpoints import reading_checkpoint, remove_incomplete, reporting_write_errors, staged
+from snella_app.training.checkpoints import (
+    convert_read_errors,
+    convert_write_errors,
+    remove_incomplete,
+    stage_checkpoint,
+)
 from snella_app.training.results import (
     describe_allocation,
     describe_generator,
@@ -240,7 +245,7 @@ class DreamBoothTrainer:
             "elapsed_s": self.elapsed_s,
             "optimizer": self.optimizer.state_dict(),
         }
-        with staged(self.run_folder, name) as staging:
+        with stage_checkpoint(self.run_folder, name) as staging:
             save_trained(self.model, staging / name)
             torch.save(state, staging / name / _STATE)
         remove_incomplete(folder)
@@ -251,7 +256,7 @@ class DreamBoothTrainer:
         Raises:
             CheckpointError: If the checkpoint contains another optimizer's state or no trainer state.
         """
-        with reading_checkpoint(checkpoint):
+        with convert_read_errors(checkpoint):
             load_trained_into(self.model, checkpoint)
             state = torch.load(checkpoint / _STATE, map_location=self.device, weights_only=True)
             self.step, self.history, self.loss_before = state["step"], state["history"], state["loss_before"]
@@ -489,7 +494,7 @@ def _finish(
 ) -> None:
     """Save the adapter, generate sample images, and write the results and the report."""
     config = trainer.config
-    with reporting_write_errors(run.adapter):
+    with convert_write_errors(run.adapter):
         save_trained(trainer.model, run.adapter)
     if trainer.allocator is not None:
         run.write(describe_allocation(trainer.model, trainer.allocator))

@@ -25,7 +25,7 @@ from snella_app.device import choose_device
 from snella_app.methods import save_trained
 from snella_app.methods.registry import adapt_headless
 from snella_app.records import BackboneInfo, DataInfo, LossRow, RunInfo, read, record_from
-from snella_app.training.checkpoints import reporting_write_errors
+from snella_app.training.checkpoints import convert_write_errors
 from snella_app.training.results import (
     describe_allocation,
     describe_generator,
@@ -291,7 +291,7 @@ def _finish(
     console: Console,
 ) -> None:
     """Save the adapter and write the results."""
-    with reporting_write_errors(run.adapter):
+    with convert_write_errors(run.adapter):
         save_trained(model, run.adapter)
     matrices = matrices_of(model)
     if allocator is not None:

@@ -234,7 +234,7 @@ def test_inspect_shows_the_language_results(finished_run, tmp_path, capsys):
         "steps 18 (6 epochs) in",
         f"{losses[-1]['eval_loss']:.4f} on held-out entries",
         "accuracy 75.0%, the mean of boolq 50.0%, piqa 100.0%",
-        "adapted weights kept (30",
+        "adapted weights (30",
     ):
         assert expected in text, expected
     assert "classes" not in text

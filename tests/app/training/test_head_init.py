@@ -10,7 +10,7 @@ from PIL import Image
 from rich.console import Console
 
 from snella_app.tasks.classification import fit_probe
-from snella_app.training.linear_probe import choose_augmentation, choose_head_start, start_head_from_probe
+from snella_app.training.linear_probe import choose_augmentation, init_head_from_probe, resolve_head_init
 from snella_app.training.train import train
 
 from . import digits
@@ -35,7 +35,7 @@ def test_the_probe_fits_the_training_images_before_the_first_step(options, tmp_p
     settings = config(tmp_path, **options).resolved()
     parts = build_components(settings)
     random_start, labels = logits_of(parts)
-    start_head_from_probe(parts, settings.optim)
+    init_head_from_probe(parts, settings.optim)
     logits, _ = logits_of(parts)
     assert (random_start.argmax(1) == labels).float().mean() < 0.4
     assert (logits.argmax(1) == labels).float().mean() > 0.7
@@ -114,7 +114,7 @@ def test_the_probe_matches_scikit_learn_on_scaled_features(classes):
 def test_auto_selects_the_probe_for_a_linear_head(options, expected, tmp_path):
     settings = config(tmp_path, **{"head_init": "auto"} | options).resolved()
     parts = build_components(settings)
-    assert choose_head_start(parts, settings.optim, settings.data.protocol).head_init == expected
+    assert resolve_head_init(parts, settings.optim, settings.data.protocol).head_init == expected
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_auto_selects_the_probe_for_a_linear_head(options, expected, tmp_path):
 def test_auto_selects_the_probe_except_with_the_official_protocol(settings, expected, tmp_path):
     settings = config(tmp_path, head_init="auto", **settings).resolved()
     parts = build_components(settings)
-    assert choose_head_start(parts, settings.optim, settings.data.protocol).head_init == expected
+    assert resolve_head_init(parts, settings.optim, settings.data.protocol).head_init == expected
 
 
 class MirrorSensitive(torch.nn.Module):
@@ -204,7 +204,7 @@ def test_a_run_prints_and_stores_the_resolved_auto_settings(tmp_path):
 def test_a_model_without_a_linear_head_is_rejected(tmp_path):
     settings = config(tmp_path, method="mlp-3", r=None).resolved()
     with pytest.raises(ValueError, match="head_init='probe' needs a timm classifier with a linear head on its pooled"):
-        start_head_from_probe(build_components(settings), settings.optim)
+        init_head_from_probe(build_components(settings), settings.optim)
 
 
 def test_an_unknown_head_init_is_rejected_with_the_choices(tmp_path):
