@@ -8,7 +8,7 @@ import subprocess
 import time
 
 # texts that are cut off or overlap in a figure (rotated texts by their bounding box)
-FAULTY_TEXTS = """
+CLIPPED_OR_OVERLAPPING_TEXT = """
 [...document.querySelectorAll('svg.figure')].flatMap(svg => {
   const frame = svg.getBoundingClientRect(), errors = []
   const texts = [...svg.querySelectorAll('text')].map(t => [t.textContent, t.getBoundingClientRect()])
@@ -23,7 +23,7 @@ FAULTY_TEXTS = """
   })
   return errors
 })"""
-SMALLEST_TEXT = """
+MIN_FONT_SIZE = """
 Math.min(...[...document.querySelectorAll('svg.figure')].filter(svg => svg.checkVisibility()).flatMap(svg => {
   const scale = svg.getBoundingClientRect().width / svg.viewBox.baseVal.width
   return [...svg.querySelectorAll('text')].map(t => parseFloat(getComputedStyle(t).fontSize) * scale)
@@ -118,13 +118,13 @@ class Browser:
             raise RuntimeError(answer["exceptionDetails"]["exception"]["description"])
         return answer["result"].get("value")
 
-    def requested(self):
+    def requested_urls(self):
         """Return the URLs of all requests of the page."""
         return [
             event["params"]["request"]["url"] for event in self.events if event["method"] == "Network.requestWillBeSent"
         ]
 
-    def complaints(self):
+    def issues(self):
         """Return console and log messages: errors, warnings, content policy violations and exceptions."""
         kinds = ("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown")
         return [event["params"] for event in self.events if event["method"] in kinds]

@@ -30,7 +30,7 @@ def percentages(text):
     return [float(word.rstrip("%,")) for word in text.split() if word.rstrip(",").endswith("%")]
 
 
-def test_own_loop_trains_and_merges_without_losing_accuracy(run_example, tmp_path):
+def test_custom_loop_trains_and_merges_without_losing_accuracy(run_example, tmp_path):
     names, printed = run_example("own_loop.py")
     trained, merged = percentages(printed)[-2:]
     assert trained > 50  # of ten classes
@@ -152,7 +152,7 @@ def test_notebook_is_stored_without_outputs(path):
     assert not [cell for cell in cells if cell.get("outputs") or cell.get("execution_count")]
 
 
-def test_table_of_examples_names_every_file():
+def test_examples_table_lists_every_file():
     listed = (EXAMPLES / "README.md").read_text()
     files = [path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".ipynb")]
     assert len(files) >= 4

@@ -53,6 +53,6 @@ def test_dataset_object_is_cross_validated(tiny_run, tmp_path, no_report):
         assert info["classes"] == ["dark", "bright"] and info["data"]["spec"] == "python:data"
 
 
-def test_a_config_and_settings_exclude_each_other():
+def test_config_and_settings_are_mutually_exclusive():
     with pytest.raises(TypeError, match="train takes a config or settings, got both: config and epochs"):
         snella.train(TrainConfig.from_flat(data="digits", backbone="test_vit", out="x"), epochs=3)

@@ -33,21 +33,21 @@ def example(tmp_path):
     return tmp_path
 
 
-def snella(folder, *words):
+def snella(folder, *args):
     """Run the command line with the packages in a folder."""
     path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
     code = "import sys; from snella_app.cli.main import main; sys.exit(main())"
     environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "100"}
     return subprocess.run(
-        [sys.executable, "-c", code, *words], cwd=folder, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", code, *args], cwd=folder, env=environment, capture_output=True, text=True
     )
 
 
 def test_a_method_and_a_data_format_of_another_package_are_trained(example):
-    words = (
+    args = (
         "--backbone test_vit --pretrained false --img-size 32 --epochs 1 --batch-size 8 --final-head trained --out run"
     )
-    done = snella(example, "train", "--method", "norms", "--data", "npz:small.npz", *words.split())
+    done = snella(example, "train", "--method", "norms", "--data", "npz:small.npz", *args.split())
     assert done.returncode == 0, done.stderr
     assert "24 images in 2 classes" in done.stdout and "method    norms" in done.stdout
     predicted = snella(example, "evaluate", "run")

@@ -118,7 +118,7 @@ def original(sam: SamModel, tmp_path: Path) -> Path:
     return path
 
 
-def test_the_test_layout_covers_every_tensor_of_the_model(sam):
+def test_the_original_names_cover_every_tensor_of_the_model(sam):
     covered = set(original_names(3).values()) | {"prompt_encoder.shared_embedding.positional_embedding"}
     assert covered == set(sam.state_dict())
 
@@ -145,7 +145,7 @@ def test_wrapped_copies_of_the_checkpoint_are_recognized(wrap, sam, tmp_path):
     assert same_outputs(load_sam(tmp_path / "sam.pth"), sam)
 
 
-def test_a_folder_of_transformers_and_its_single_file_are_recognized(sam, tmp_path):
+def test_a_transformers_folder_and_its_weight_file_are_recognized(sam, tmp_path):
     sam.save_pretrained(tmp_path / "sam")
     assert same_outputs(load_sam(str(tmp_path / "sam")), sam)
     assert same_outputs(load_sam(tmp_path / "sam" / "model.safetensors"), sam)
@@ -233,7 +233,7 @@ def test_inconsistent_sizes_are_rejected(sam):
         infer_sam_config(state | window, source="sam.pth")
 
 
-def test_another_network_error_lists_its_tensors(tmp_path):
+def test_an_unknown_network_error_lists_its_tensors(tmp_path):
     torch.save({"blocks.0.weight": torch.zeros(2)}, tmp_path / "vit.pth")
     with pytest.raises(ValueError, match=r"not a SAM: image_encoder\.patch_embed .* got blocks\.0\.weight"):
         load_sam(tmp_path / "vit.pth")
@@ -255,7 +255,7 @@ def test_a_folder_of_another_model_is_rejected(tmp_path):
         load_sam(tmp_path)
 
 
-def test_a_folder_whose_weights_do_not_fit_is_rejected(sam, tmp_path):
+def test_a_folder_with_mismatched_weights_is_rejected(sam, tmp_path):
     sam.config.save_pretrained(tmp_path)
     state = {name: tensor.clone() for name, tensor in sam.state_dict().items()}
     del state["mask_decoder.iou_token.weight"]

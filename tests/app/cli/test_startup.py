@@ -22,7 +22,7 @@ def loaded_by(code, heavy=HEAVY):
 
 
 @pytest.mark.parametrize(
-    ("words", "printed", "status"),
+    ("args", "printed", "status"),
     [
         (["--help"], "Fine-tune pre-trained vision models", 0),
         (["--version"], f"snella {version('snella')}", 0),
@@ -32,8 +32,8 @@ def loaded_by(code, heavy=HEAVY):
         (["train", "--epohcs", "3"], "nearest: --epochs", 2),
     ],
 )
-def test_help_version_and_typos_import_no_heavy_library(words, printed, status):
-    names, text, code = loaded_by(f"from snella_app.cli.main import main; status = main({words!r})")
+def test_help_version_and_typos_import_no_heavy_library(args, printed, status):
+    names, text, code = loaded_by(f"from snella_app.cli.main import main; status = main({args!r})")
     assert names == [] and printed in text and code == status
 
 

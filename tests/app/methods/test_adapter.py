@@ -31,7 +31,7 @@ def test_the_activation_is_configurable(make_model, images):
         build_method("adapter-2", make_model(), activation="tanh")
 
 
-def test_the_adapter_is_in_the_residual_branch_after_the_mlp(make_model, images):
+def test_the_adapter_is_applied_in_the_residual_branch_after_the_mlp(make_model, images):
     model = build_method("adapter-2", make_model()).eval()
     block = model.blocks[0]
     filled(block.mlp.adapter)
@@ -82,8 +82,8 @@ def test_training_uses_one_sparse_adapter_and_evaluation_their_mean():
     each = [h + hidden @ (2 * sparse.up.weight * (sparse.expert_index == i)).T + sparse.up.bias for i in range(2)]
     sparse.train()
     seen = [sparse(h) for _ in range(20)]
-    which = [next(i for i in range(2) if torch.allclose(y, each[i], atol=1e-5)) for y in seen]
-    assert set(which) == {0, 1}
+    selected = [next(i for i in range(2) if torch.allclose(y, each[i], atol=1e-5)) for y in seen]
+    assert set(selected) == {0, 1}
     torch.testing.assert_close(sparse.eval()(h), (each[0] + each[1]) / 2)
 
 

@@ -34,13 +34,13 @@ def test_all_values_of_a_finished_run_are_read(run):
 
 
 @pytest.mark.parametrize(
-    ("correct", "count", "ends"),
+    ("correct", "count", "interval"),
     [(27, 52, (0.387, 0.649)), (52, 52, (0.931, 1.0)), (0, 10, (0.0, 0.278)), (394, 400, (0.968, 0.993))],
 )
-def test_the_accuracy_margin_covers_the_farther_end_of_wilsons_interval(correct, count, ends):
+def test_the_accuracy_margin_covers_the_farther_end_of_the_wilson_interval(correct, count, interval):
     scores = Scores(correct / count, confusion=[[correct, count - correct], [0, 0]])
     assert scores.images == count
-    assert scores.margin == pytest.approx(max(abs(end - scores.accuracy) for end in ends), abs=6e-4)
+    assert scores.margin == pytest.approx(max(abs(end - scores.accuracy) for end in interval), abs=6e-4)
 
 
 def test_both_accuracies_have_95_percent_margins_unless_there_are_no_images():

@@ -104,7 +104,7 @@ def test_bins_of_any_ties_hold_at_least_twelve_images():
         assert min(counts) >= 12 and sum(counts) == images and len(counts) <= 15
 
 
-def test_no_images_have_no_bins():
+def test_zero_images_have_zero_bins():
     assert reliability_bins(torch.zeros(0), torch.zeros(0, dtype=torch.bool)) == []
 
 
@@ -122,7 +122,7 @@ def test_a_temperature_that_worsens_the_test_split_is_reported():
     assert good.verdict.startswith("The temperature helped on the 80 test images: expected calibration error 13.2%")
 
 
-def test_the_threshold_is_the_lowest_that_halves_the_errors():
+def test_the_threshold_is_the_lowest_threshold_that_halves_the_errors():
     confidence = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2])
     right = torch.tensor([True, True, True, False, True, False, False, False])
     threshold, coverage, accuracy = unsure_threshold(confidence, right)
@@ -176,7 +176,7 @@ def test_unsupported_runs_are_rejected(changes, message, finished, tmp_path):
         calibrate_run(run.path)
 
 
-def test_stored_probabilities_take_a_temperature():
+def test_temperature_can_be_applied_to_stored_probabilities():
     items = [Prediction(0, "a", 0, [0.9, 0.1])]
     (changed,) = Predictions(items=items).with_temperature(2.0).items
     assert changed.probabilities == pytest.approx([0.75, 0.25])

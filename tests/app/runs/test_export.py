@@ -71,7 +71,7 @@ def reader(name, path):
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.load.*:DeprecationWarning")
 @pytest.mark.parametrize("name", CHECKED)
-def test_a_graph_gives_the_run_s_probabilities_for_any_batch_size(name, finished, images, probabilities, tmp_path):
+def test_a_graph_gives_the_probabilities_of_the_run_for_any_batch_size(name, finished, images, probabilities, tmp_path):
     done = export(finished.path, name, tmp_path / "model")
     run = reader(name, done.path)
     for count in (1, 3, len(images)):
@@ -88,7 +88,7 @@ def test_a_graph_gives_the_run_s_probabilities_for_any_batch_size(name, finished
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.load.*:DeprecationWarning")
 @pytest.mark.parametrize("name", ["onnx", "torchscript"])
-def test_a_graph_exported_with_logits_gives_the_model_s_raw_outputs(name, finished, images, expected, tmp_path):
+def test_a_graph_exported_with_logits_gives_the_raw_outputs_of_the_model(name, finished, images, expected, tmp_path):
     done = export(finished.path, name, tmp_path / "model", logits=True)
     assert (reader(name, done.path)(images) - expected).abs().max() <= OUTPUT_BOUND * expected.abs().max()
     assert done.notes[1].startswith("outputs are logits without temperature: softmax(outputs / ")
@@ -128,7 +128,7 @@ def test_a_run_with_a_white_value_has_no_preprocessing_snippet(loaded):
     assert exporting._preparation(other) is None
 
 
-def test_the_run_s_images_are_loaded_once(finished, tmp_path, monkeypatch):
+def test_the_images_of_the_run_are_loaded_once(finished, tmp_path, monkeypatch):
     loadings = []
     load = exporting.load_splits
     monkeypatch.setattr(exporting, "load_splits", lambda *args: loadings.append(args) or load(*args))
@@ -178,7 +178,7 @@ def test_sparse_files_restore_fine_tuned_and_original_weights_bit_for_bit(finish
     assert json.loads(patch.metadata["classes"]) == ["cats", "dogs", "owls"]
 
 
-def test_sparse_values_equal_the_adapter_s_update(finished, loaded, tmp_path):
+def test_sparse_values_equal_the_update_of_the_adapter(finished, loaded, tmp_path):
     patch = SparsePatch.read(export(finished.path, "sparse", tmp_path / "m").path)
     layer = loaded.model.base_model.model.blocks[0].attn.qkv
     update = layer.get_delta_weight("default").flatten()
@@ -188,10 +188,10 @@ def test_sparse_values_equal_the_adapter_s_update(finished, loaded, tmp_path):
 
 
 def test_half_precision_values_are_smaller_and_nearly_the_same(finished, loaded, tmp_path):
-    whole = export(finished.path, "sparse", tmp_path / "fp32")
+    full = export(finished.path, "sparse", tmp_path / "fp32")
     half = export(finished.path, "sparse", tmp_path / "bf16", values="bf16")
-    assert half.path.stat().st_size < 0.75 * whole.path.stat().st_size and "to within" in half.notes[0]
-    patches = [SparsePatch.read(one.path) for one in (whole, half)]
+    assert half.path.stat().st_size < 0.75 * full.path.stat().st_size and "to within" in half.notes[0]
+    patches = [SparsePatch.read(one.path) for one in (full, half)]
     for name, entries in patches[0].entries.items():
         torch.testing.assert_close(patches[1].entries[name].values.float(), entries.values, rtol=2**-8, atol=0)
 
@@ -322,7 +322,7 @@ def test_a_missing_package_is_reported_with_its_extra(finished, tmp_path, monkey
         export(finished.path, "onnx", tmp_path / "m")
 
 
-def test_comparison_images_can_be_given(make_photos, tiny_run, tmp_path, no_report):
+def test_comparison_images_can_be_passed(make_photos, tiny_run, tmp_path, no_report):
     folder = make_photos(tmp_path / "photos", {"cats": 16, "dogs": 16})
     config = TrainConfig.from_flat(**{**tiny_run, "epochs": 1}, data=f"folder:{folder}", out=str(tmp_path / "run"))
     run = train(config)

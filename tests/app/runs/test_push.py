@@ -53,7 +53,7 @@ def test_a_folder_has_the_model_that_timm_loads_and_its_card(finished, tmp_path)
         write_hub_folder(finished.path, tmp_path / "hub", "user/photos")
 
 
-def test_an_adapter_is_pushed_in_pefts_layout(finished, tmp_path):
+def test_an_adapter_is_pushed_in_peft_layout(finished, tmp_path):
     done = push(finished.path, "user/photos", to_folder=tmp_path / "hub", adapter=True)
     names = {path.name for path in (tmp_path / "hub").iterdir()}
     assert done == Pushed(str(tmp_path / "hub"))

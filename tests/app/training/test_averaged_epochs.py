@@ -23,23 +23,23 @@ pytestmark = pytest.mark.usefixtures("no_report")
 def test_the_mean_is_applied_inside_the_context_and_restored_bit_for_bit():
     layer = nn.Linear(3, 2)
     layer.bias.requires_grad_(False)
-    ends, values = EpochEnds(layer, 2), {}
+    epoch_ends, values = EpochEnds(layer, 2), {}
     for epoch in (1, 2, 3):
         with torch.no_grad():
             layer.weight.normal_()
         values[epoch] = layer.weight.detach().clone()
-        ends.add(epoch)
-    assert ends.epochs == [2, 3]
-    with ends.mean_applied([2, 3]):
+        epoch_ends.add(epoch)
+    assert epoch_ends.epochs == [2, 3]
+    with epoch_ends.mean_applied([2, 3]):
         torch.testing.assert_close(layer.weight.detach(), (values[2] + values[3]) / 2)
     assert torch.equal(layer.weight, values[3])
 
 
-def test_a_checkpoint_restores_the_epochs_and_another_model_s_is_rejected(tmp_path):
+def test_a_checkpoint_restores_the_epochs_and_rejects_another_model(tmp_path):
     layer = nn.Linear(3, 2)
-    ends = EpochEnds(layer, 3)
-    ends.add(4)
-    ends.save(tmp_path)
+    epoch_ends = EpochEnds(layer, 3)
+    epoch_ends.add(4)
+    epoch_ends.save(tmp_path)
     other = EpochEnds(nn.Linear(3, 2), 3)
     other.load(tmp_path)
     assert other.epochs == [4] and torch.equal(other._values[4]["bias"], layer.bias)
@@ -126,7 +126,7 @@ def test_an_average_with_normalized_head_inputs_keeps_its_scores_when_saved(sett
 
 
 def test_a_resumed_run_saves_a_bit_identical_average(settings, console, monkeypatch, tmp_path):
-    whole = train(settings(epochs=3, swa=3, protocol="final", out=str(tmp_path / "whole")), console)
+    uninterrupted = train(settings(epochs=3, swa=3, protocol="final", out=str(tmp_path / "uninterrupted")), console)
     calls, step = itertools.count(1), SnellaTrainer.training_step
 
     def interrupted(trainer, *args):
@@ -140,7 +140,7 @@ def test_a_resumed_run_saves_a_bit_identical_average(settings, console, monkeypa
         with pytest.raises(TrainingInterrupted):
             train(config, console)
     resumed = train(config.replace(resume=True), console)
-    expected, actual = (load_file(run.adapter / "adapter_model.safetensors") for run in (whole, resumed))
+    expected, actual = (load_file(run.adapter / "adapter_model.safetensors") for run in (uninterrupted, resumed))
     assert expected.keys() == actual.keys() and all(torch.equal(expected[name], actual[name]) for name in expected)
 
 

@@ -46,14 +46,14 @@ sys.exit(main(["train", *sys.argv[2:]]))
 """
 
 
-def train_in_two(tmp_path, *words, interrupt_at=-1):
+def train_in_two(tmp_path, *args, interrupt_at=-1):
     """Train in two processes; interrupt the second before a step."""
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*command, str(interrupt_at), *words], capture_output=True, text=True, timeout=300, env=environment
+        [*command, str(interrupt_at), *args], capture_output=True, text=True, timeout=300, env=environment
     )
 
 

@@ -62,10 +62,10 @@ def test_overwriting_a_run_with_checkpoints_starts_from_the_initial_run(further,
 def test_unset_settings_are_inherited_from_the_initial_run(finished, further, console):
     run = train(further(epochs=2, batch_size=8, target_sparsity=0.8), console)
     assert run.status == "finished"
-    mine, theirs = run.read_config(), finished.read_config()
+    actual, expected = run.read_config(), finished.read_config()
     inherited = ("method", "r", "backbone", "data")
-    assert all(mine.flat()[name] == theirs.flat()[name] for name in inherited)
-    assert (mine.optim.epochs, mine.method.target_sparsity) == (2, 0.8)
+    assert all(actual.flat()[name] == expected.flat()[name] for name in inherited)
+    assert (actual.optim.epochs, actual.method.target_sparsity) == (2, 0.8)
     before, after = (folder.read_json("allocation.json") for folder in (finished, run))
     budgets = [entry["budget"] for entry in after["history"]]
     assert budgets[0] == sum(matrix["budget"] for matrix in before["matrices"])
@@ -77,23 +77,23 @@ def test_a_new_run_resumes_without_the_initial_run(finished, further, tmp_path, 
     copied = tmp_path / "other"
     shutil.copytree(finished.path, copied)
     config = further(init_from=str(copied), epochs=2, batch_size=8)
-    whole = train(config, console)
+    uninterrupted = train(config, console)
     with monkeypatch.context() as patch:
         patch.setattr("snella_app.training.train.finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(TrainingInterrupted, match="--resume"):
             train(further(init_from=str(copied), epochs=2, batch_size=8, out=str(tmp_path / "cut")), console)
     shutil.rmtree(copied)
     resumed = train(TrainConfig.from_flat(out=str(tmp_path / "cut"), resume=True, progress=False), console)
-    assert resumed.read_json("metrics.json")["history"] == whole.read_json("metrics.json")["history"]
+    assert resumed.read_json("metrics.json")["history"] == uninterrupted.read_json("metrics.json")["history"]
 
 
 def test_the_selection_of_weights_is_inherited(settings, further, tmp_path, console):
     first = train(settings(method="gps", epochs=1, out=str(tmp_path / "gps")), console)
     run = train(further(init_from=str(first.path), epochs=1, batch_size=8), console)
-    theirs, mine = (load_file(folder.path / "selection" / "trainable.safetensors") for folder in (first, run))
-    chosen = {name for name, tensor in theirs.items() if not tensor.is_floating_point()}
-    assert chosen and theirs.keys() == mine.keys()
-    assert all(torch.equal(theirs[name], mine[name]) for name in chosen)
+    expected, actual = (load_file(folder.path / "selection" / "trainable.safetensors") for folder in (first, run))
+    chosen = {name for name, tensor in expected.items() if not tensor.is_floating_point()}
+    assert chosen and expected.keys() == actual.keys()
+    assert all(torch.equal(expected[name], actual[name]) for name in chosen)
 
 
 def test_settings_that_contradict_the_initial_run_are_rejected(finished, further, make_photos, tmp_path):

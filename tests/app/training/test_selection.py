@@ -30,8 +30,8 @@ def parts(settings):
     return splits.train.with_transform(mark), splits.val.with_transform(mark), data
 
 
-def passes(data, which, count=2):
-    return [[torch.cat([i, labels[:, None]], 1) for i, labels in which(data)] for _ in range(count)]
+def passes(data, split_of, count=2):
+    return [[torch.cat([i, labels[:, None]], 1) for i, labels in split_of(data)] for _ in range(count)]
 
 
 def test_every_pass_has_all_training_images_with_a_new_order_and_augmentation(parts):
@@ -43,14 +43,14 @@ def test_every_pass_has_all_training_images_with_a_new_order_and_augmentation(pa
     assert not torch.isin(torch.cat(first)[:, 1], torch.cat(second)[:, 1]).any()
 
 
-def test_batches_depend_only_on_the_seed_and_leave_torch_s_generator_unchanged(parts):
+def test_batches_depend_only_on_the_seed_and_do_not_change_the_torch_generator(parts):
     state = torch.random.get_rng_state()
     first, second = (passes(selection_data(*parts), lambda data: data()) for _ in range(2))
     assert all(torch.equal(a, b) for x, y in zip(first, second, strict=True) for a, b in zip(x, y, strict=True))
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_validation_images_keep_their_order_and_the_run_s_images_their_epoch(parts):
+def test_selection_keeps_the_order_of_validation_images_and_the_epoch_of_training_images(parts):
     data = selection_data(*parts)
     seen = torch.cat([labels for _, labels in data.validation()])
     assert seen.tolist() == parts[1].labels
@@ -95,7 +95,7 @@ def test_noah_searches_on_separate_images_that_the_run_also_trains_on(settings, 
 
 def test_a_resumed_run_reuses_the_selection_and_ends_bit_identical(settings, console, no_report, monkeypatch):
     chosen = {"method": "spt-lora-2", "method_options": {"budget": 0.003, "alpha": 40}, "epochs": 2}
-    whole = train(settings(**chosen, out=settings().run.out + "-whole"), console)
+    uninterrupted = train(settings(**chosen, out=settings().run.out + "-uninterrupted"), console)
     config, evaluate = settings(**chosen), SnellaTrainer.evaluate
 
     def interrupt_in_the_second_epoch(self, *args, **kwargs):
@@ -110,7 +110,7 @@ def test_a_resumed_run_reuses_the_selection_and_ends_bit_identical(settings, con
     looked = []
     monkeypatch.setattr("snella_lab.methods.spt.squared_gradients", lambda *args: looked.append(args))
     run = train(TrainConfig.from_flat(out=config.run.out, resume=True, progress=False), console)
-    one, two = (load_file(r.path / "adapter" / "trainable.safetensors") for r in (run, whole))
+    one, two = (load_file(r.path / "adapter" / "trainable.safetensors") for r in (run, uninterrupted))
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
     assert not looked
 

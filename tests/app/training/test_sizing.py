@@ -77,7 +77,7 @@ def test_a_trial_step_restores_the_model(settings):
     assert all(parameter.grad is None for parameter in parts.model.parameters())
 
 
-def test_a_run_with_the_chosen_settings_is_bit_identical(settings, console, monkeypatch, tmp_path):
+def test_a_run_with_the_selected_settings_is_bit_identical(settings, console, monkeypatch, tmp_path):
     monkeypatch.setattr(sizing, "_MOST_EPOCHS", 2)
     config = settings(epochs=9, batch_size="auto", time_budget="60s", train_size=20)
     run = train(config, console)
@@ -210,7 +210,7 @@ def test_a_required_size_is_unchanged(changes, message, settings, console, timed
 
 
 @pytest.mark.parametrize("changes", [{"img_size": 80}, {"time_budget": None}])
-def test_no_size_is_chosen_if_it_is_given_or_without_a_budget(changes, settings, console, monkeypatch):
+def test_an_explicit_size_or_a_missing_budget_disables_size_selection(changes, settings, console, monkeypatch):
     monkeypatch.setattr("snella_app.training.plan.fit_image_size", lambda *_: pytest.fail("sizes were measured"))
     monkeypatch.setattr("snella_app.training.plan.fit_epochs", lambda *_: 1)
     values = {"img_size": None, "time_budget": "30s", "train_size": 16, "batch_size": 1, **changes}
@@ -295,7 +295,7 @@ def test_a_backbone_with_a_fixed_size_keeps_it(settings, console, timed_by_pixel
     assert "image size stays 160 px: test_vit does not support 48 px (no 48)" in console.file.getvalue()
 
 
-def test_the_run_uses_the_chosen_size(settings, console, monkeypatch, timed_by_pixels):
+def test_the_run_uses_the_selected_size(settings, console, monkeypatch, timed_by_pixels):
     monkeypatch.setattr(sizing, "_MOST_EPOCHS", 1)
     config = settings(img_size=None, epochs=4, time_budget="3s", batch_size=1, train_size=16, method="linear")
     run = train(config, console)
@@ -312,7 +312,7 @@ def test_the_run_uses_the_chosen_size(settings, console, monkeypatch, timed_by_p
 @pytest.mark.parametrize(
     ("name", "step"), [("test_vit", 16), ("test_resnet", 32), ("swin_tiny_patch4_window7_224", 32), (None, 32)]
 )
-def test_sizes_are_multiples_of_the_model_s_stride(name, step):
+def test_sizes_are_multiples_of_the_model_stride(name, step):
     assert size_step(torch.nn.Linear(2, 2) if name is None else timm.create_model(name)) == step
 
 
@@ -340,9 +340,9 @@ def test_the_command_line_accepts_a_number_or_auto(capsys):
     from snella_app.cli.main import main
     from snella_app.cli.parser import parse
 
-    words = ["train", "--data", "digits", "--backbone", "test_vit", "--out", "x", "--batch-size"]
-    assert parse([*words, "auto"])[2]["batch_size"] == "auto" and parse([*words, "8"])[2]["batch_size"] == 8
-    assert main([*words, "many"]) == 2
+    args = ["train", "--data", "digits", "--backbone", "test_vit", "--out", "x", "--batch-size"]
+    assert parse([*args, "auto"])[2]["batch_size"] == "auto" and parse([*args, "8"])[2]["batch_size"] == 8
+    assert main([*args, "many"]) == 2
     assert "--batch-size must be an integer or auto, got many" in capsys.readouterr().err
 
 

@@ -119,8 +119,8 @@ def test_a_killed_run_resumes_bit_for_bit(where, step, checkpoint, settings, uni
 def test_estimated_gradients_resume_bit_for_bit(settings, tmp_path):
     options = {"weight_gradient": "sample:1/2", "compress_activations": True}
     sampling = {"img_size": 64, "method_options": options}
-    whole, config = settings(**sampling, out=str(tmp_path / "whole")), settings(**sampling)
-    expected = outcome(train(whole, Console(file=io.StringIO())))
+    uninterrupted, config = settings(**sampling, out=str(tmp_path / "uninterrupted")), settings(**sampling)
+    expected = outcome(train(uninterrupted, Console(file=io.StringIO())))
     kill(config, "step", 6, tmp_path)
     assert is_bit_identical(outcome(resumed(config)[0]), expected)
     exact = settings(img_size=64, method_options={}, out=str(tmp_path / "exact"))
@@ -271,15 +271,15 @@ def test_an_altered_checkpoint_is_reported_with_remedies(settings, console, unin
     checkpoint = RunFolder(config.run.out).checkpoints / "checkpoint-12"
     refused = r"checkpoint is damaged: .*-12: {}.*; start over with --overwrite, or remove .*checkpoints and --resume"
     for name in (*FILES, "rng_state.pth", "progress.json", "manifest.json"):
-        whole = (checkpoint / name).read_bytes()
-        for content in (whole[: len(whole) // 2], flipped(whole)):
-            (checkpoint / name).write_bytes(content)
+        content = (checkpoint / name).read_bytes()
+        for damaged in (content[: len(content) // 2], flipped(content)):
+            (checkpoint / name).write_bytes(damaged)
             with pytest.raises(CheckpointError, match=refused.format(name)):
                 resumed(config)
         (checkpoint / name).unlink()
         with pytest.raises(CheckpointError, match=refused.format(rf"{name} is missing")):
             resumed(config)
-        (checkpoint / name).write_bytes(whole)
+        (checkpoint / name).write_bytes(content)
     older = shutil.copytree(checkpoint, checkpoint.with_name("checkpoint-4"))
     (checkpoint / "optimizer.pt").write_bytes(flipped((checkpoint / "optimizer.pt").read_bytes()))
     note = io.StringIO()
@@ -305,7 +305,7 @@ def test_the_best_adapter_of_another_run_is_rejected(settings, console, uninterr
             with pytest.raises(TrainingInterrupted, match="checkpoint-4"):
                 start()
             assert "adapter/adapter_model.safetensors" in run.read_json("run.json")["files"]
-    own = run.adapter.rename(run.path / ".own")
+    original = run.adapter.rename(run.path / ".own")
     shutil.copytree(finished.adapter, run.adapter)
     refused = r"run: adapter/.*adapter_model\.safetensors.*: damaged: altered after it was written"
     with pytest.raises(ValueError, match=refused):
@@ -313,7 +313,7 @@ def test_the_best_adapter_of_another_run_is_rejected(settings, console, uninterr
     with pytest.raises(ValueError, match=refused):
         run.check_adapter()
     shutil.rmtree(run.adapter)
-    own.rename(run.adapter)
+    original.rename(run.adapter)
     assert is_bit_identical(outcome(resumed(config)[0]), uninterrupted)
 
 
@@ -321,7 +321,7 @@ def test_the_best_adapter_of_another_run_is_rejected(settings, console, uninterr
 def test_other_methods_resume_bit_for_bit(method, settings, console, monkeypatch, tmp_path):
     options = {"lora_dropout": 0.3} if method == "lora-2" else {}
     config = settings(method=method, method_options=options, epochs=2)
-    whole = train(settings(method=method, method_options=options, epochs=2, out=str(tmp_path / "whole")), console)
+    expected = train(settings(method=method, method_options=options, epochs=2, out=str(tmp_path / "expected")), console)
     with monkeypatch.context() as patch:
         original = SnellaTrainer.training_step
 
@@ -335,13 +335,13 @@ def test_other_methods_resume_bit_for_bit(method, settings, console, monkeypatch
             train(config, console)
     run, _ = resumed(config)
     for folder in ("adapter", "checkpoints/checkpoint-8"):
-        files = [sorted((r.path / folder).glob("*.safetensors")) for r in (run, whole)]
+        files = [sorted((r.path / folder).glob("*.safetensors")) for r in (run, expected)]
         assert [file.name for file in files[0]] == [file.name for file in files[1]]
         assert all(is_bit_identical(load_file(one), load_file(two)) for one, two in zip(*files, strict=True))
-    assert run.read_json("metrics.json")["history"] == whole.read_json("metrics.json")["history"]
+    assert run.read_json("metrics.json")["history"] == expected.read_json("metrics.json")["history"]
 
 
-def test_these_runs_use_dropout(settings, console, tmp_path, uninterrupted):
+def test_dropout_affects_the_runs_of_this_file(settings, console, tmp_path, uninterrupted):
     plain = train(settings(method_options={"update_dropout": 0.0, "update_drop_path": 0.0}), console)
     assert not is_bit_identical(outcome(plain)[1], uninterrupted[1])
 
@@ -446,7 +446,7 @@ def test_a_nan_loss_stops_the_run_and_names_the_step(settings, console, monkeypa
         assert all(t.isfinite().all() for t in load_file(run.path / folder / "adapter_model.safetensors").values())
 
 
-def test_far_too_high_learning_rates_raise_this_error(settings, console):
+def test_a_diverging_learning_rate_raises_a_non_finite_loss_error(settings, console):
     with pytest.raises(
         NonFiniteLossError, match=r"became (nan|inf) in epoch 1, step \d of 12; no adapter was saved in"
     ):
@@ -480,7 +480,7 @@ def test_an_epoch_with_a_nan_validation_loss_is_not_saved(settings, console, mon
     assert [p.name for p in RunFolder(settings().run.out).checkpoints.iterdir()] == ["checkpoint-4"]
 
 
-def test_a_missing_image_is_a_one_line_error_also_with_workers(settings, console, photos, monkeypatch, tmp_path):
+def test_a_missing_image_is_a_one_line_error_with_and_without_workers(settings, console, photos, monkeypatch, tmp_path):
     mine = shutil.copytree(photos, tmp_path / "mine")
     config = settings(data=f"folder:{mine}", workers=1)
     with monkeypatch.context() as patch:

@@ -77,8 +77,8 @@ def test_the_best_epoch_has_the_highest_accuracy_then_the_lowest_loss(finished):
 def test_the_adapter_card_has_base_model_classes_and_preprocessing(finished):
     card = (finished.adapter / "README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "peft"
-    for words in ("`test_vit`, fine-tuned", '["cats", "dogs", "owls"]', r"input\_size: 3, 32, 32", "`snella-2`"):
-        assert words in card, words
+    for phrase in ("`test_vit`, fine-tuned", '["cats", "dogs", "owls"]', r"input\_size: 3, 32, 32", "`snella-2`"):
+        assert phrase in card, phrase
 
 
 def test_every_matrix_of_the_saved_adapter_matches_its_budget(finished):
@@ -214,24 +214,24 @@ def test_the_default_batch_size_is_reduced_to_the_training_images(settings, cons
     assert "1 epoch of 1 step, 9 images each" in text
 
 
-@pytest.mark.parametrize(("best", "says"), [(1, True), (3, False)])
-def test_a_best_epoch_before_the_target_budget_is_reported(best, says, settings, console, no_report, monkeypatch):
+@pytest.mark.parametrize(("best", "is_reported"), [(1, True), (3, False)])
+def test_a_best_epoch_before_the_target_budget_is_noted(best, is_reported, settings, console, no_report, monkeypatch):
     from snella_app.training.trainer import SnellaTrainer
 
     selection_scores = SnellaTrainer._selection_scores
 
-    def chosen(self):
+    def scores(self):
         epoch = round(self.state.epoch)
         return {**selection_scores(self), "val_accuracy": 0.5, "val_loss": abs(epoch - best) + 1.0}
 
-    monkeypatch.setattr(SnellaTrainer, "_selection_scores", chosen)
+    monkeypatch.setattr(SnellaTrainer, "_selection_scores", scores)
     run = train(settings(), console)
     target = run.read_json("allocation.json")["target_budget"]
     sentence = f"epoch {best} was selected before the budget reached its target, {target:,} weights"
     assert run.read_json("metrics.json")["best_epoch"] == best
-    assert (sentence in console.file.getvalue()) == says
-    kept = sum(matrix["budget"] for matrix in run.read_json("allocation.json")["matrices"])
-    assert (kept > target) == says
+    assert (sentence in console.file.getvalue()) == is_reported
+    budget = sum(matrix["budget"] for matrix in run.read_json("allocation.json")["matrices"])
+    assert (budget > target) == is_reported
 
 
 @pytest.mark.parametrize(

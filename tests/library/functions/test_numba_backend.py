@@ -221,8 +221,8 @@ def test_concurrent_calls_are_independent():
     expected = [solve(problem, "numba") for problem in problems]
     with ThreadPoolExecutor(4) as pool:
         actual = list(pool.map(lambda problem: solve(problem, "numba"), problems))
-    for ours, reference in zip(actual, expected, strict=True):
-        assert all(torch.equal(ours[name], reference[name]) for name in reference)
+    for result, reference in zip(actual, expected, strict=True):
+        assert all(torch.equal(result[name], reference[name]) for name in reference)
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e3])

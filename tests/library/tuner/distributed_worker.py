@@ -144,9 +144,9 @@ def resume(kind: str, rank: int) -> list[dict[str, Any]]:
     ]
 
 
-def main(rank: int, meeting_point: str, *cases: str) -> None:
+def main(rank: int, rendezvous: str, *cases: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     results: dict[str, Any] = {}
     for case in cases:
         try:

@@ -198,8 +198,8 @@ def test_layerwise_casting_is_supported(when, dtype):
     layer = model.base_model.model[0]
     with torch.no_grad():
         # equal random values, rounded to the base weight's dtype only for 16-bit weights
-        for own, drawn in zip(reference.parameters(), model.parameters(), strict=True):
-            own.copy_(drawn.float())
+        for parameter, value in zip(reference.parameters(), model.parameters(), strict=True):
+            parameter.copy_(value.float())
         assert torch.equal(model(x), reference.eval()(x))
     assert layer.base_layer.weight.dtype == torch.float8_e4m3fn
     assert layer._cache._effective is None
