@@ -7,7 +7,7 @@ import select
 import subprocess
 import time
 
-# texts that are cut off or overlap in a figure (rotated texts by their bounding box)
+# figure text that is clipped or overlaps, by bounding box
 CLIPPED_OR_OVERLAPPING_TEXT = """
 [...document.querySelectorAll('svg.figure')].flatMap(svg => {
   const frame = svg.getBoundingClientRect(), errors = []
@@ -69,7 +69,7 @@ class Browser:
             self.call(f"{domain}.enable")
 
     def call(self, method, **params):
-        """Send a command and return its result; events received in between are stored."""
+        """Send a command and return its result; store events received in the meantime."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": params}
         if self._session:
@@ -83,7 +83,7 @@ class Browser:
                 return answer["result"]
 
     def _next(self, seconds=30.0):
-        """Return the next message; events are also added to `events`."""
+        """Return the next message and add events to `events`."""
         end = time.monotonic() + seconds
         while b"\0" not in self._buffer:
             ready, _, _ = select.select([self._from_read], [], [], max(end - time.monotonic(), 0))
@@ -130,7 +130,7 @@ class Browser:
         return [event["params"] for event in self.events if event["method"] in kinds]
 
     def screenshot(self, path, height=None):
-        """Save a screenshot of the whole page as PNG."""
+        """Save a full-page screenshot as PNG."""
         answer = self.call("Page.captureScreenshot", captureBeyondViewport=True)
         path.write_bytes(base64.b64decode(answer["data"]))
 

@@ -1,4 +1,4 @@
-"""Plugins of other packages: `examples/plugin` and broken packages."""
+"""Plugins from other packages: `examples/plugin` and broken packages."""
 
 import os
 import subprocess

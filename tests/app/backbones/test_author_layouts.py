@@ -19,7 +19,7 @@ SIZE = 64
 
 
 def build(name: str, **options) -> nn.Module:
-    """Return a tiny model whose parameters all differ from initialization."""
+    """Return a tiny model whose parameters all differ from their initial values."""
     torch.manual_seed(0)
     model = timm.create_model(name, **options).eval()
     with torch.no_grad():
@@ -218,7 +218,7 @@ def test_microsoft_swin_gives_the_same_features_and_size_from_its_file_alone(tmp
     assert same_features(other, model)
 
 
-# raised by this test's call
+# raised by `resize_rel_pos_bias_table`
 @pytest.mark.filterwarnings("ignore:torch.searchsorted", "ignore:Using a non-tuple sequence")
 def test_swin_position_tables_are_resampled_as_in_timm(tmp_path):
     model = tiny_swin()
@@ -290,7 +290,7 @@ def facebook_convnext(model: nn.Module) -> dict[str, Tensor]:
         key = re.sub(r"^stages\.(\d)\.blocks\.", r"stages.\1.", key)
         if ".mlp.grn." in key:
             value = value.reshape(1, 1, 1, -1)
-        for ours, theirs in (
+        for timm_name, original_name in (
             ("conv_dw", "dwconv"),
             ("mlp.fc", "pwconv"),
             ("mlp.grn.weight", "grn.gamma"),
@@ -298,7 +298,7 @@ def facebook_convnext(model: nn.Module) -> dict[str, Tensor]:
             ("head.norm", "norm"),
             ("head.fc", "head"),
         ):
-            key = key.replace(ours, theirs)
+            key = key.replace(timm_name, original_name)
         state[key] = value
     return state
 
@@ -351,7 +351,7 @@ def test_missing_and_extra_convnext_tensors_are_reported(tmp_path):
     assert "1 unexpected (norm2.weight [3])" in str(caught.value)
 
 
-# names and others ---------------------------------------------------------------------------------------------------
+# model names and other layouts --------------------------------------------------------------------------------------
 
 
 def test_arguments_beyond_the_name_are_stored_with_the_model(tmp_path):
@@ -382,8 +382,8 @@ def openai_clip(model: nn.Module) -> dict[str, Tensor]:
         "visual.conv1.weight": values["patch_embed.proj.weight"],
         "visual.proj": values["head.weight"].T,
     }
-    for ours, theirs in (("norm_pre", "ln_pre"), ("norm", "ln_post")):
-        state |= {f"visual.{theirs}.{leaf}": values[f"{ours}.{leaf}"] for leaf in ("weight", "bias")}
+    for timm_name, original_name in (("norm_pre", "ln_pre"), ("norm", "ln_post")):
+        state |= {f"visual.{original_name}.{leaf}": values[f"{timm_name}.{leaf}"] for leaf in ("weight", "bias")}
     layers = {
         "norm1": "ln_1",
         "norm2": "ln_2",
@@ -393,8 +393,11 @@ def openai_clip(model: nn.Module) -> dict[str, Tensor]:
     }
     for k in range(len(model.blocks)):
         block = f"visual.transformer.resblocks.{k}"
-        for ours, theirs in layers.items():
-            state |= {f"{block}.{theirs}.{leaf}": values[f"blocks.{k}.{ours}.{leaf}"] for leaf in ("weight", "bias")}
+        for timm_name, original_name in layers.items():
+            state |= {
+                f"{block}.{original_name}.{leaf}": values[f"blocks.{k}.{timm_name}.{leaf}"]
+                for leaf in ("weight", "bias")
+            }
         state |= {f"{block}.attn.in_proj_{leaf}": values[f"blocks.{k}.attn.qkv.{leaf}"] for leaf in ("weight", "bias")}
     return state
 

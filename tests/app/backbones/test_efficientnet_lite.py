@@ -9,7 +9,7 @@ from snella_lab.bundled.weights import convert_efficientnet_lite
 
 @pytest.fixture(scope="module")
 def renamed() -> dict[str, torch.Tensor]:
-    """Random model in the names of EfficientNet-PyTorch, with `_` before every part."""
+    """Random model with EfficientNet-PyTorch's tensor names, which start with `_`."""
     torch.manual_seed(0)
     return {f"_{key}": value for key, value in timm.create_model("tf_efficientnet_lite0").state_dict().items()}
 

@@ -13,7 +13,7 @@ COLUMNS = ("file", "species", "patient")
 
 @pytest.fixture
 def write_table(tmp_path):
-    """Function that writes a table and its images, and returns the path of the table."""
+    """Return a function that writes a table and its images, and returns the path of the table."""
     (tmp_path / "images").mkdir()
 
     def write(rows, columns=COLUMNS, name="photos.csv", delimiter=","):

@@ -22,7 +22,7 @@ SHAPES = {
 
 
 class RunBuilder:
-    """Writes a realistic run folder; `change` edits one of its files afterwards."""
+    """Writer of a realistic run folder; `change` edits a written file."""
 
     def __init__(self, folder):
         self.folder = folder

@@ -1,4 +1,4 @@
-"""Temperature, reliability and the threshold of unsure predictions."""
+"""Temperature, reliability and the threshold for unsure predictions."""
 
 import shutil
 
@@ -21,7 +21,7 @@ from snella_app.runs.folder import RunFolder
 
 
 def sampled(temperature, images=20_000, classes=4):
-    """Logits, and labels drawn from their softmax with a temperature."""
+    """Return logits, and labels drawn from their softmax with a temperature."""
     random = np.random.default_rng(0)
     logits = torch.from_numpy(random.normal(0, 3, (images, classes)))
     gumbel = torch.from_numpy(random.gumbel(size=(images, classes)))

@@ -1,4 +1,4 @@
-"""Runs whose images were moved, changed or removed after training."""
+"""Runs whose images were moved, changed or deleted after training."""
 
 import io
 import shutil

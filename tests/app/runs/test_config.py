@@ -154,7 +154,7 @@ def _plain(value):
 
 
 WRONG = {str: 3, bool: "no", int: "x", float: "x"}
-"""A value of another kind, by the kind of the field."""
+"""Value of a wrong type by field type."""
 
 
 @pytest.mark.parametrize("field", TrainConfig.settings())

@@ -1,4 +1,4 @@
-"""Runs on tables, Python objects and other channel counts: training, evaluation, prediction, resuming, merging."""
+"""Runs on tables, Python objects and other channel counts: training, evaluation, prediction, resuming and merging."""
 
 import csv
 

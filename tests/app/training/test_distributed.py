@@ -69,7 +69,7 @@ def single_process_run(photos, tiny_run, tmp_path_factory):
 
 
 def assert_same(run, single_process_run):
-    """Check that budgets are equal and results equal up to rounding."""
+    """Assert equal budgets, and equal results up to rounding."""
     assert run.status == "finished"
     for row, expected in zip(
         run.read_json("metrics.json")["history"], single_process_run.read_json("metrics.json")["history"], strict=True

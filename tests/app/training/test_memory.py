@@ -41,7 +41,7 @@ def step_on(model, images):
 
 
 def peak_bytes(function, folder):
-    """Return the peak of the bytes that `function` allocates, above those allocated before."""
+    """Return the peak number of bytes that `function` allocates, excluding earlier allocations."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         function()
     profile.export_chrome_trace(str(folder / "trace.json"))

@@ -21,7 +21,7 @@ OPTIONS = {"noah": {"sizes": [1], "supernet_epochs": 1, "population": 2, "genera
 
 @pytest.fixture
 def parts(settings):
-    """Images of a tiny run, transformed to their first pixel and a random number, and its settings."""
+    """Return splits and data of a tiny run; each image becomes its first pixel and a random number."""
     config = settings(method="gps")
     splits = load_data(str(config.data.spec), seed=0)
     mark = lambda image: torch.tensor([float(sum(image.getpixel((0, 0)))), float(torch.rand(()))])  # noqa: E731

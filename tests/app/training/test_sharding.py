@@ -1,4 +1,4 @@
-"""Sharded frozen weights give the same training for every method without a stated reason."""
+"""Sharding of frozen weights does not change training, for every method that supports it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`--batch-size auto` and `--time-budget`: choices, their reasons, and unchanged results otherwise."""
+"""`--batch-size auto` and `--time-budget`: selected values, printed reasons and unchanged results."""
 
 import dataclasses
 import re
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("no_report")
 
 @pytest.fixture
 def many(make_photos, tmp_path):
-    """Enough images for batches of 16."""
+    """Data specification of enough images for batches of 16."""
     return f"folder:{make_photos(tmp_path / 'many', {'cats': 200, 'dogs': 100}, side=8)}"
 
 
@@ -111,7 +111,7 @@ def test_epochs_fill_the_time_budget(budget, epochs, message, settings, console,
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Clock of the time budget, which stands still; tests change `now`."""
+    """Frozen clock of the time budget; tests change `now`."""
     clock = SimpleNamespace(now=time.monotonic())
     monkeypatch.setattr(sizing, "time", SimpleNamespace(monotonic=lambda: clock.now, perf_counter=time.perf_counter))
     return clock

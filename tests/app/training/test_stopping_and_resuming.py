@@ -78,7 +78,7 @@ def is_bit_identical(first, second):
 
 @pytest.fixture(scope="module")
 def uninterrupted(photos, tiny_run, tmp_path_factory):
-    """Results of the run of `settings()` without interruption."""
+    """Results of an uninterrupted run with `settings()`."""
     values = {"data": f"folder:{photos}", "out": str(tmp_path_factory.mktemp("uninterrupted") / "run")}
     config = TrainConfig.from_flat(**tiny_run, **values)
     run = train(config, Console(file=io.StringIO()))

@@ -52,7 +52,7 @@ def wrap(kind: str, model: nn.Module, units: tuple[type[nn.Module], ...]) -> nn.
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Return the gradients of two batches; gather sharded ones."""
+    """Return the gradients of two batches, gathered if sharded."""
     for x in torch.linspace(-1, 1, 60).view(2, 5, 6):
         model(x).square().sum().backward()
     if isinstance(model, FullyShardedDataParallel):
@@ -63,7 +63,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def strip_wrapper(name: str) -> str:
-    """Remove the wrapper's parts from a parameter name."""
+    """Remove wrapper prefixes from a parameter name."""
     return name.replace("_fsdp_wrapped_module.", "")
 
 

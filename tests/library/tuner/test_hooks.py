@@ -27,7 +27,7 @@ def conv() -> nn.Sequential:
 
 
 class Attention(nn.Module):
-    """Model that calls an attention."""
+    """Model that calls an attention module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,10 +136,10 @@ def test_adapter_of_offloaded_model_trains():
         assert torch.equal(getattr(model.base_model.model[0], name)["default"].grad, expected)
 
 
-@pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter:UserWarning")  # warning of PEFT
+@pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter:UserWarning")  # PEFT's warning
 @pytest.mark.parametrize("method", ["snella", "lora"])
 def test_adapter_loads_into_partially_disk_offloaded_model(method, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # PEFT writes its copy of the files below the working directory
+    monkeypatch.chdir(tmp_path)  # PEFT copies the files into the working directory
 
     def build():
         torch.manual_seed(0)

@@ -243,7 +243,7 @@ def test_quantized_language_model_trains_under_checkpointing(package, tmp_path):
 
 
 class Int8Quantization(Quantization):
-    """Int8 weight with one scale, without any package."""
+    """Int8 weight with one scale; requires no package."""
 
     name = "bytes"
 
@@ -426,7 +426,7 @@ def test_second_adapter_is_merged_into_original_weight(representative_kind):
     with warnings.catch_warnings():
         warnings.simplefilter(
             "ignore"
-        )  # one warning of PEFT about the second merge, one about the requantization error
+        )  # PEFT warns about the second merge; SNELLA warns about the requantization error
         layer.merge(adapter_names=["default"])
         layer.merge(adapter_names=["other"])
     both = layer._weight().materialize()
