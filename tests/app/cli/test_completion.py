@@ -34,9 +34,9 @@ def complete(shell, script, *args, cwd):
         line = " ".join(("snella", *args))
         command = [program, "--no-config", "-c", f"source {file}; complete -C '{line}'"]
     environment = {**os.environ, "HOME": str(cwd)}
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=True, timeout=30)
-    assert not done.stderr
-    return [line.split("\t")[0].strip() for line in done.stdout.splitlines() if line.strip()]
+    process = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=True, timeout=30)
+    assert not process.stderr
+    return [line.split("\t")[0].strip() for line in process.stdout.splitlines() if line.strip()]
 
 
 @pytest.mark.parametrize("shell", ["bash", "fish"])

@@ -195,8 +195,8 @@ def test_help_imports_no_heavy_library():
         "late = {name.split('.')[0] for name in set(sys.modules) - early}\n"
         "print('LATE', sorted(late & {'timm', 'torchvision', 'matplotlib', 'sklearn', 'accelerate'}))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "LATE []" in done.stdout
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "LATE []" in process.stdout
 
 
 def test_help_is_also_a_command(capsys):
@@ -243,6 +243,6 @@ print(snella.SnellaConfig(r=2).r)
 
 
 def test_the_command_line_names_a_missing_extra():
-    done = subprocess.run([sys.executable, "-c", HIDDEN], capture_output=True, text=True, check=True)
-    assert done.stderr == "snella: the command line needs docstring_parser: pip install 'snella[app]'\n"
-    assert done.stdout == "snella.load needs timm: pip install 'snella[app]'\n2\n"
+    process = subprocess.run([sys.executable, "-c", HIDDEN], capture_output=True, text=True, check=True)
+    assert process.stderr == "snella: the command line needs docstring_parser: pip install 'snella[app]'\n"
+    assert process.stdout == "snella.load needs timm: pip install 'snella[app]'\n2\n"

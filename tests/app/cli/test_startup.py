@@ -15,10 +15,10 @@ def loaded_by(code, heavy=HEAVY):
         f"import sys\ntry:\n    {code}\nexcept SystemExit as end:\n    status = end.code or 0\n"
         f"print('\\n#', status, *[name for name in {heavy!r} if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    printed, _, last = done.stdout.rpartition("\n# ")
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    printed, _, last = process.stdout.rpartition("\n# ")
     status, *names = last.split()
-    return names, printed + done.stderr, int(status)
+    return names, printed + process.stderr, int(status)
 
 
 @pytest.mark.parametrize(
@@ -38,8 +38,8 @@ def test_help_version_and_typos_import_no_heavy_library(args, printed, status):
 
 
 def test_the_package_is_also_a_program():
-    done = subprocess.run([sys.executable, "-m", "snella", "--version"], capture_output=True, text=True, check=True)
-    assert done.stdout == f"snella {version('snella')}\n"
+    process = subprocess.run([sys.executable, "-m", "snella", "--version"], capture_output=True, text=True, check=True)
+    assert process.stdout == f"snella {version('snella')}\n"
 
 
 def test_predicting_imports_neither_matplotlib_nor_scikit_learn():

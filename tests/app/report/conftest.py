@@ -96,10 +96,10 @@ class RunBuilder:
             chances[(i + 1) % n] += 0.05
             rows.append(self.random.multinomial(max(images // n, 3), chances / chances.sum()).tolist())
         counts = np.array(rows)
-        hits = counts.diagonal()
+        correct = counts.diagonal()
         return {
-            "accuracy": float(hits.sum() / counts.sum()),
-            "balanced_accuracy": float((hits / counts.sum(1)).mean()),
+            "accuracy": float(correct.sum() / counts.sum()),
+            "balanced_accuracy": float((correct / counts.sum(1)).mean()),
             "loss": 0.43,
             "confusion": rows,
         }

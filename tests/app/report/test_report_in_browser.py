@@ -25,9 +25,9 @@ def test_the_page_loads_no_external_resources(browser, compared_report):
 
 def test_external_requests_are_detected(browser, compared_report, tmp_path):
     text = compared_report.read_text(encoding="utf-8")
-    asking = tmp_path / "asking.html"
-    asking.write_text(text.replace("</main>", '<img src="missing.png" alt=""></main>'), encoding="utf-8")
-    assert any("Content Security Policy" in str(entry) for entry in browser.open(asking).issues())
+    requesting = tmp_path / "requesting.html"
+    requesting.write_text(text.replace("</main>", '<img src="missing.png" alt=""></main>'), encoding="utf-8")
+    assert any("Content Security Policy" in str(entry) for entry in browser.open(requesting).issues())
 
 
 @pytest.mark.parametrize("width", [1200, 768, 400])
@@ -52,8 +52,8 @@ def test_a_narrow_screen_shows_scroll_hints(browser, compared_report, width, is_
 @pytest.mark.parametrize("dark", [False, True])
 def test_text_has_enough_contrast_in_both_modes(browser, compared_report, dark):
     browser.open(compared_report, dark=dark)
-    ground = browser.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert (ground == "rgb(17, 21, 27)") == dark
+    background = browser.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (background == "rgb(17, 21, 27)") == dark
     assert browser.evaluate(CONTRAST) >= 4.5
     ink = browser.evaluate("getComputedStyle(document.querySelector('#curves svg text')).fill")
     assert ink == ("rgb(230, 234, 240)" if dark else "rgb(28, 37, 49)")

@@ -61,8 +61,8 @@ def test_errors_of_targets_with_different_units_are_not_averaged():
         ("test MAE of weight", "900"),
     ]
     assert "452" not in scores.text() and "502" not in scores.text() and "age 4, weight 900" in scores.text()
-    one = RegressionScores(mae=4.0, rmse=5.0, r2=0.5, images=60, per_target=several[:1])
-    assert [(label, value) for label, value, _ in one.rows("test")] == [
+    scores = RegressionScores(mae=4.0, rmse=5.0, r2=0.5, images=60, per_target=several[:1])
+    assert [(label, value) for label, value, _ in scores.rows("test")] == [
         ("test MAE", "4"),
         ("test RMSE", "5"),
         ("test R²", "0.500"),

@@ -119,8 +119,8 @@ def test_the_regression_page_compares_with_the_baseline(runs):
         for key in ("mae", "rmse", "baseline_mae", "baseline_rmse"):
             assert f">{row[key]:.4g}<" in page
     assert page.count("<svg") == 6  # two curves, and a scatter plot and box plot per target
-    hero = page.partition('<div class="hero">')[2].partition("</div>")[0]
-    assert "test R²" in hero and f">{scores['r2']:.3f}<" in hero  # errors in years and centimeters have no mean
+    headline = page.partition('<div class="hero">')[2].partition("</div>")[0]
+    assert "test R²" in headline and f">{scores['r2']:.3f}<" in headline  # errors in years and centimeters have no mean
     assert f"{scores['mae']:.4g}" not in page and f"{scores['rmse']:.4g}" not in page
     assert "R², mean over targets, by epoch" in page and "MAE by epoch" not in page
     better = 1 - scores["per_target"][0]["mae"] / scores["per_target"][0]["baseline_mae"]

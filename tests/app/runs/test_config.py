@@ -108,7 +108,7 @@ def test_a_preset_sets_missing_settings_and_is_stored():
     config = TrainConfig.from_flat(**REQUIRED_SETTINGS, preset="paper", epochs=10, method_options={"kernel": "rbf"})
     assert (config.method.scaling, config.optim.lr, config.optim.scalar_lr) == (1.0, 1e-3, 1e-3)
     assert config.data.augment == "none"
-    assert config.optim.epochs == 10, "given, though it is the default"
+    assert config.optim.epochs == 10, "an explicit value wins, even if it is the default"
     assert config.method.options == {"preset": "paper", "kernel": "rbf"}
     assert config.resolved().method.scaling == 1.0 and config.resolved().method.target_sparsity == 0.7
     assert config.replace(scaling=2.0).method.scaling == 2.0

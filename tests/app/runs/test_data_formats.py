@@ -53,10 +53,10 @@ def test_a_run_on_a_table_trains_evaluates_and_predicts(fast, table, console, tm
         f"{table.parent}/cats/000.png",
         f"{table.parent}/owls/001.png",
     ]
-    for one in direct:
-        other = next(p for p in named if p.path == one.path)
-        assert [name for name, _ in one.ranking] == [name for name, _ in other.ranking]
-        assert other.probabilities == pytest.approx(one.probabilities, abs=1e-6)  # of another batch size
+    for prediction in direct:
+        other = next(p for p in named if p.path == prediction.path)
+        assert [name for name, _ in prediction.ranking] == [name for name, _ in other.ranking]
+        assert other.probabilities == pytest.approx(prediction.probabilities, abs=1e-6)  # of another batch size
     small.unlink()
 
 

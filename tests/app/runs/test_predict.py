@@ -38,7 +38,7 @@ def calibrated(finished, tmp_path):
     return run.path
 
 
-def same(a, b):
+def assert_same(a, b):
     assert list(a.probabilities) == list(b.probabilities)
     assert list(a.probabilities.values()) == pytest.approx(list(b.probabilities.values()), abs=1e-6)
 
@@ -46,7 +46,7 @@ def same(a, b):
 def test_three_lines_predict(finished, photos):
     model = snella.load(finished.path)
     prediction = model.predict(photos / "dogs" / "003.png")
-    same(prediction, predict(finished.path, [photos / "dogs" / "003.png"])[0])
+    assert_same(prediction, predict(finished.path, [photos / "dogs" / "003.png"])[0])
     assert model.classes == ["cats", "dogs", "owls"] and prediction.path == photos / "dogs" / "003.png"
     assert "snella-2, 3 classes, on cpu" in repr(model)
 
@@ -57,24 +57,24 @@ def test_all_input_types_give_the_same_prediction(model, photos):
     tensor = torch.from_numpy(array.copy()).movedim(-1, 0)
     kinds = [str(path), image, path.read_bytes(), array, array / 255.0, tensor, tensor / 255, tensor.bfloat16() / 255]
     for kind in kinds[:-1]:
-        same(model.predict(kind), model.predict(path))
+        assert_same(model.predict(kind), model.predict(path))
     assert model.predict(kinds[-1]).probability == pytest.approx(model.predict(path).probability, abs=0.05)
     assert [p.path.name for p in model.predict([path, image, array])] == ["004.png", "004.png", "[2]"]
 
 
 def test_gray_and_transparent_arrays_are_converted_like_files(model):
     gray = np.arange(64, dtype=np.uint8).reshape(8, 8)
-    same(model.predict(gray), model.predict(np.stack([gray] * 3, axis=2)))
-    same(model.predict(gray[..., None]), model.predict(torch.from_numpy(gray)[None]))
+    assert_same(model.predict(gray), model.predict(np.stack([gray] * 3, axis=2)))
+    assert_same(model.predict(gray[..., None]), model.predict(torch.from_numpy(gray)[None]))
     clear = np.zeros((8, 8, 4), np.uint8)
-    same(model.predict(clear), model.predict(np.full((8, 8, 3), 255, np.uint8)))
+    assert_same(model.predict(clear), model.predict(np.full((8, 8, 3), 255, np.uint8)))
 
 
 def test_one_image_gives_one_prediction_and_several_a_list(model, photos):
     batch = torch.rand(3, 3, 32, 32)
     together = model.predict(batch)
-    for one, prediction in zip(batch, together, strict=True):
-        same(model.predict(one), prediction)
+    for image, prediction in zip(batch, together, strict=True):
+        assert_same(model.predict(image), prediction)
     assert len(model.predict(batch[:1])) == 1
     assert len(model.predict(photos / "cats")) == 16 and len(model.predict(str(photos / "**" / "00?.png"))) == 30
 
@@ -117,7 +117,7 @@ def test_threads_share_a_model(model):
     for thread in threads:
         thread.join()
     for index, prediction in enumerate(expected):
-        same(actual[index], prediction)
+        assert_same(actual[index], prediction)
 
 
 def test_logits_are_divided_by_the_temperature_of_the_run(uncalibrated, calibrated, photos):
@@ -132,7 +132,7 @@ def test_views_are_averaged_as_probabilities(model, photos):
     image = Image.open(photos / "cats" / "002.png")
     view, both = model.loaded.transform(image), model.predict(image)
     assert model.loaded.info.tta == 2 and model.temperature != 1
-    same(both, model.predict(image, tta=2))
+    assert_same(both, model.predict(image, tta=2))
     one_view = dataclasses.replace(model.loaded, info=dataclasses.replace(model.loaded.info, tta=1))
     each = Predictor(one_view).predict(image, tta=2)
     with torch.inference_mode():
@@ -150,7 +150,7 @@ def test_views_are_averaged_as_probabilities(model, photos):
     assert sum(many.probabilities.values()) == pytest.approx(1, abs=1e-5)
     assert many.probabilities != both.probabilities
     uniform = model.predict(np.full((32, 32, 3), 77, np.uint8))
-    same(uniform, model.predict(np.full((32, 32, 3), 77, np.uint8), tta=MAX_VIEWS))
+    assert_same(uniform, model.predict(np.full((32, 32, 3), 77, np.uint8), tta=MAX_VIEWS))
     with pytest.raises(ValueError, match="tta must be between 1 and 10 views, got 11"):
         model.predict(image, tta=11)
 
@@ -308,7 +308,7 @@ def test_images_of_a_table_keep_their_names(finished, photos, tmp_path, monkeypa
         (".", "mine/table.csv", "mine/cats/000.png"),
     ):
         monkeypatch.chdir(tmp_path / folder)
-        assert [str(one.path) for one in predict(finished.path, [table])] == [expected]
+        assert [str(prediction.path) for prediction in predict(finished.path, [table])] == [expected]
 
 
 def test_the_first_of_many_skipped_images_are_listed(finished, table_with_gaps, tmp_path, capsys):

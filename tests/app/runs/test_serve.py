@@ -147,11 +147,11 @@ def test_requests_over_the_limits_are_rejected(address, photos):
 
 def test_pixels_of_all_requests_are_limited(model, photos, monkeypatch):
     """One request waits in the model; a second one exceeds the budget and gets 503, later 200."""
-    inside, go_on, original = threading.Event(), threading.Event(), type(model).each
+    inside, resume, original = threading.Event(), threading.Event(), type(model).each
 
     def slow(self, *args, **kwargs):
         inside.set()
-        assert go_on.wait(60)
+        assert resume.wait(60)
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(type(model), "each", slow)
@@ -166,7 +166,7 @@ def test_pixels_of_all_requests_are_limited(model, photos, monkeypatch):
             503,
             {"error": "the server is busy with other requests; retry in a second"},
         )
-        go_on.set()
+        resume.set()
         first.join()
         assert answers[0][0] == 200 and post(address, small)[0] == 200
         status, answer = post(address, small * 2)

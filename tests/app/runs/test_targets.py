@@ -37,14 +37,24 @@ def table(tmp_path_factory):
     rng = np.random.default_rng(0)
     rows = []
     for index in range(40):
-        has = rng.random(3) < (0.6, 0.5, 0.3)
+        is_bright = rng.random(3) < (0.6, 0.5, 0.3)
         light = rng.uniform(60, 200)
-        pixels = rng.integers(0, 40, (32, 32, 3)) + (has * light)[None, None]
+        pixels = rng.integers(0, 40, (32, 32, 3)) + (is_bright * light)[None, None]
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{index:02}.png")
-        names = "|".join(name for name, there in zip(("red", "green", "blue"), has, strict=True) if there)
+        names = "|".join(
+            name for name, is_present in zip(("red", "green", "blue"), is_bright, strict=True) if is_present
+        )
         part = "train" if index < 24 else "val" if index < 32 else "test"
         rows.append(
-            [f"{index:02}.png", names, int(has.sum()), f"{light:.2f}", f"{pixels.mean():.2f}", part, 1 + index % 2]
+            [
+                f"{index:02}.png",
+                names,
+                int(is_bright.sum()),
+                f"{light:.2f}",
+                f"{pixels.mean():.2f}",
+                part,
+                1 + index % 2,
+            ]
         )
     with (folder / "images.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["path", "colors", "count", "light", "mean", "split", "weight"], *rows])
@@ -245,13 +255,13 @@ def test_a_class_weights_file_is_stored_in_the_settings(make_photos, tmp_path):
 
 def test_the_weighted_order_depends_on_seed_and_epoch_and_balances_classes():
     weights = [1 / 90] * 90 + [1 / 10] * 10
-    one, two = EpochSampler(100, 3, weights), EpochSampler(100, 3, weights)
-    two.set_epoch(1)
-    assert list(one) == list(one) != list(two)
+    first, second = EpochSampler(100, 3, weights), EpochSampler(100, 3, weights)
+    second.set_epoch(1)
+    assert list(first) == list(first) != list(second)
     drawn = []
     for epoch in range(40):
-        one.set_epoch(epoch)
-        drawn += list(one)
+        first.set_epoch(epoch)
+        drawn += list(first)
     assert abs(np.mean(np.asarray(drawn) >= 90) - 0.5) < 4 * 0.5 / np.sqrt(len(drawn))
 
 

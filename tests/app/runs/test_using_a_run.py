@@ -65,16 +65,16 @@ def test_unusable_evaluation_settings_are_reported(finished):
 
 def test_predictions_match_the_model(finished, photos):
     paths = [photos / "dogs" / "003.png", photos / "cats" / "001.png"]
-    one, two = predict(finished.path, paths, batch_size=1), predict(finished.path, [str(p) for p in paths])
-    assert [p.path for p in one] == paths
-    for a, b in zip(one, two, strict=True):
+    first, second = predict(finished.path, paths, batch_size=1), predict(finished.path, [str(p) for p in paths])
+    assert [p.path for p in first] == paths
+    for a, b in zip(first, second, strict=True):
         assert a.label == b.label and a.probability == pytest.approx(b.probability, abs=1e-6)
         assert sum(p for _, p in a.ranking) == pytest.approx(1.0, abs=1e-5)
         assert [p for _, p in a.ranking] == sorted((p for _, p in a.ranking), reverse=True)
     loaded = load_run(finished.path)
     with torch.inference_mode():
         logits = loaded.model(loaded.transform(Image.open(paths[0]).convert("RGB"))[None])
-    assert one[0].label == loaded.classes[int(logits.argmax())]
+    assert first[0].label == loaded.classes[int(logits.argmax())]
 
 
 def test_a_folder_is_expanded_to_its_images(finished, photos):

@@ -52,7 +52,7 @@ def test_the_initial_model_is_evaluated_as_epoch_0(tmp_path):
     metrics = train(config(tmp_path), console).read_json("metrics.json")
     assert [row["epoch"] for row in metrics["history"]] == [0, 1]
     assert metrics["history"][0]["val_accuracy"] > 0.25
-    assert metrics["history"][0]["train_loss"] is None, "there were no steps"
+    assert metrics["history"][0]["train_loss"] is None, "no steps were taken"
     assert "epoch   0/1  before training  val loss" in console.file.getvalue()
 
 

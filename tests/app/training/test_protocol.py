@@ -271,6 +271,6 @@ def test_a_run_with_ema_resumes_bit_for_bit(settings, console, no_report, monkey
             train(config, console)
     run = train(TrainConfig.from_flat(out=config.run.out, resume=True), console)
     for name in ("adapter/adapter_model", "checkpoints/checkpoint-8/ema", "checkpoints/checkpoint-8/adapter_model"):
-        one, two = (load_file(r.path / f"{name}.safetensors") for r in (run, uninterrupted))
-        assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+        first, second = (load_file(r.path / f"{name}.safetensors") for r in (run, uninterrupted))
+        assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
     assert run.read_json("metrics.json")["history"] == uninterrupted.read_json("metrics.json")["history"]

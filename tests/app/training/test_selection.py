@@ -110,8 +110,8 @@ def test_a_resumed_run_reuses_the_selection_and_ends_bit_identical(settings, con
     looked = []
     monkeypatch.setattr("snella_lab.methods.spt.squared_gradients", lambda *args: looked.append(args))
     run = train(TrainConfig.from_flat(out=config.run.out, resume=True, progress=False), console)
-    one, two = (load_file(r.path / "adapter" / "trainable.safetensors") for r in (run, uninterrupted))
-    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    first, second = (load_file(r.path / "adapter" / "trainable.safetensors") for r in (run, uninterrupted))
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
     assert not looked
 
 

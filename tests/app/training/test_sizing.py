@@ -87,8 +87,8 @@ def test_a_run_with_the_selected_settings_is_bit_identical(settings, console, mo
     assert "batch size 2: a step takes about" in text and re.search(r"\d+ epochs? in 60s: one epoch takes about", text)
     values = {**stored.stored(), "time_budget": None, "out": str(tmp_path / "again")}
     again = train(TrainConfig.from_flat(**values, progress=False), console)
-    one, two = (load_file(folder.adapter / "adapter_model.safetensors") for folder in (run, again))
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    first, second = (load_file(folder.adapter / "adapter_model.safetensors") for folder in (run, again))
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize(

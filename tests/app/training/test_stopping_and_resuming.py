@@ -98,8 +98,8 @@ def kill(config, where, step, tmp_path):
 
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(config.flat()))
     command = [sys.executable, "-c", KILLED, where, str(step), str(tmp_path / "settings.yaml")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    process = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert process.returncode == -signal.SIGKILL, process.stderr
 
 
 @pytest.mark.parametrize(("where", "step", "checkpoint"), [("step", 6, "checkpoint-4"), ("save", 8, "checkpoint-4")])
@@ -337,7 +337,9 @@ def test_other_methods_resume_bit_for_bit(method, settings, console, monkeypatch
     for folder in ("adapter", "checkpoints/checkpoint-8"):
         files = [sorted((r.path / folder).glob("*.safetensors")) for r in (run, expected)]
         assert [file.name for file in files[0]] == [file.name for file in files[1]]
-        assert all(is_bit_identical(load_file(one), load_file(two)) for one, two in zip(*files, strict=True))
+        assert all(
+            is_bit_identical(load_file(actual), load_file(reference)) for actual, reference in zip(*files, strict=True)
+        )
     assert run.read_json("metrics.json")["history"] == expected.read_json("metrics.json")["history"]
 
 
@@ -481,10 +483,10 @@ def test_an_epoch_with_a_nan_validation_loss_is_not_saved(settings, console, mon
 
 
 def test_a_missing_image_is_a_one_line_error_with_and_without_workers(settings, console, photos, monkeypatch, tmp_path):
-    mine = shutil.copytree(photos, tmp_path / "mine")
-    config = settings(data=f"folder:{mine}", workers=1)
+    copy = shutil.copytree(photos, tmp_path / "mine")
+    config = settings(data=f"folder:{copy}", workers=1)
     with monkeypatch.context() as patch:
-        patch.setattr("snella_app.training.train._fit", lambda *args: shutil.rmtree(mine / "cats") or fit(*args))
+        patch.setattr("snella_app.training.train._fit", lambda *args: shutil.rmtree(copy / "cats") or fit(*args))
         with pytest.raises(ValueError, match=r"^'.*cats/\d+.png' is not a readable image: no such file[^\n]*$"):
             train(config, console)
     error = RunFolder(config.run.out).read_json("run.json")["error"]

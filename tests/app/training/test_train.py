@@ -88,8 +88,8 @@ def test_every_matrix_of_the_saved_adapter_matches_its_budget(finished):
     assert [m["budget"] for m in allocation["matrices"]] == [m.budget for m in matrices]
     assert [m["nonzeros"] for m in allocation["matrices"]] == [m.budget for m in matrices]
     best = finished.read_json("metrics.json")["best_epoch"]
-    at_best = finished.read_json("metrics.json")["history"][best]["budget"]
-    assert sum(m.budget for m in matrices) == at_best
+    best_budget = finished.read_json("metrics.json")["history"][best]["budget"]
+    assert sum(m.budget for m in matrices) == best_budget
 
 
 def test_predictions_cover_the_validation_images_and_match_the_metrics(finished):
@@ -157,18 +157,18 @@ def test_the_test_images_are_evaluated_once_with_the_best_adapter(settings, cons
 
 
 def test_runs_are_bit_identical_for_equal_settings_and_differ_by_seed(settings, console, no_report, tmp_path):
-    one = train(settings(epochs=1), console)
-    two = train(settings(epochs=1, out=str(tmp_path / "two")), console)
-    three = train(settings(epochs=1, out=str(tmp_path / "three"), seed=1), console)
-    a, b, c = (load_file(run.adapter / "adapter_model.safetensors") for run in (one, two, three))
+    first = train(settings(epochs=1), console)
+    second = train(settings(epochs=1, out=str(tmp_path / "two")), console)
+    third = train(settings(epochs=1, out=str(tmp_path / "three"), seed=1), console)
+    a, b, c = (load_file(run.adapter / "adapter_model.safetensors") for run in (first, second, third))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert any(not torch.equal(a[name], c[name]) for name in a)
 
 
 def test_workers_do_not_change_the_result(settings, console, no_report, tmp_path):
-    one = train(settings(epochs=1), console)
-    two = train(settings(epochs=1, out=str(tmp_path / "two"), workers=1), console)
-    a, b = (load_file(run.adapter / "adapter_model.safetensors") for run in (one, two))
+    first = train(settings(epochs=1), console)
+    second = train(settings(epochs=1, out=str(tmp_path / "two"), workers=1), console)
+    a, b = (load_file(run.adapter / "adapter_model.safetensors") for run in (first, second))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -264,8 +264,8 @@ def test_large_images_are_read_at_one_resolution_in_training_evaluation_and_pred
     trained = build_components(config.resolved()).splits.val
     measured = images_for_run(model.loaded, split="val")[2][0]
     for index, name in enumerate(trained.names):
-        prepared = model.prepare([tmp_path / "large" / name])[0]
-        assert torch.equal(trained[index][0], prepared) and torch.equal(measured[index][0], prepared)
+        prepared_image = model.prepare([tmp_path / "large" / name])[0]
+        assert torch.equal(trained[index][0], prepared_image) and torch.equal(measured[index][0], prepared_image)
     assert trained.image(0).size == measured.image(0).size == (225, 150)  # by 4: at least 4 times 32 pixels
 
 
@@ -298,5 +298,5 @@ def test_the_live_report_refreshes_without_affecting_the_run(settings, finished,
     *live, last = pages
     assert live and all('http-equiv="refresh"' in page and 'id="curves"' in page for page in live)
     assert 'http-equiv="refresh"' not in last and ">finished<" in last
-    adapters = [load_file(one.adapter / "adapter_model.safetensors") for one in (run, finished)]
+    adapters = [load_file(r.adapter / "adapter_model.safetensors") for r in (run, finished)]
     assert all(torch.equal(value, adapters[1][name]) for name, value in adapters[0].items())

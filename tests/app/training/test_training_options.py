@@ -100,9 +100,11 @@ def test_accumulated_batches_equal_one_large_batch(method, settings, console, tm
     same = {"method": method, "method_options": {}, "epochs": 2}
     large = train(settings(**same, batch_size=10, out=str(tmp_path / "large")), console)
     accumulated = train(settings(**same, batch_size=5, accumulate=2), console)  # 28 images: the last step has 5 + 3
-    for one, two in zip(history_of(large)[1:], history_of(accumulated)[1:], strict=True):
-        assert one["budget"] == two["budget"] and math.isclose(one["train_loss"], two["train_loss"], rel_tol=1e-4)
-        assert one["lr"] == two["lr"]
+    for first, second in zip(history_of(large)[1:], history_of(accumulated)[1:], strict=True):
+        assert first["budget"] == second["budget"] and math.isclose(
+            first["train_loss"], second["train_loss"], rel_tol=1e-4
+        )
+        assert first["lr"] == second["lr"]
     assert is_close(adapter_of(large), adapter_of(accumulated), 2e-4)
     assert "2 epochs of 3 steps, 2 × 5 images each" in console.file.getvalue()
 
@@ -262,8 +264,8 @@ def test_a_run_with_all_options_resumes_bit_for_bit(settings, console, monkeypat
             train(config, console)
     run = train(TrainConfig.from_flat(out=config.run.out, resume=True), console)
     assert history_of(run) == history_of(uninterrupted)
-    one, two = adapter_of(run), adapter_of(uninterrupted)
-    assert all(torch.equal(one[name], two[name]) for name in two)
+    first, second = adapter_of(run), adapter_of(uninterrupted)
+    assert all(torch.equal(first[name], second[name]) for name in second)
 
 
 # trackers

@@ -68,12 +68,12 @@ def test_killed_command_can_be_resumed(tmp_path):
     for child in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
         child.kill()
     process.communicate()
-    done = set(lines_of(root))
-    assert 2 <= len(done) < 8
+    finished_cells = set(lines_of(root))
+    assert 2 <= len(finished_cells) < 8
     resumed = start(root)
     out, err = resumed.communicate(timeout=600)
     assert resumed.returncode == 0, err
-    assert len(trained(out)) == 8 - len(done) and len(lines_of(root)) == 8
+    assert len(trained(out)) == 8 - len(finished_cells) and len(lines_of(root)) == 8
 
 
 def test_cell_with_a_killed_process_is_recorded_and_the_others_continue(tiny, tmp_path, monkeypatch):

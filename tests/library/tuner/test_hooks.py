@@ -122,7 +122,7 @@ def test_offloaded_model_runs_and_merges(kind, when):
             assert torch.equal(model(x), expected)
             assert base.base_layer.weight.is_meta
             assert base.snella_A["default"].is_meta == (when == "after")
-            assert base._cache._effective is None, "the effective weight stays where the base weight must not"
+            assert base._cache._effective is None, "the effective weight of an offloaded layer must not be cached"
         assert torch.equal(model.merge_and_unload()(x), expected)
 
 

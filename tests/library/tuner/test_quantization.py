@@ -149,9 +149,9 @@ def test_outputs_and_gradients_equal_dequantized_layer(kind):
     for output in outputs:
         output.square().sum().backward()
     torch.testing.assert_close(actual.grad, expected.grad, **tolerance)
-    learned = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    assert len(learned) >= 5, "factors and scalars"
-    for name, parameter in learned:
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    assert len(trained) >= 5, "factors and scalars"
+    for name, parameter in trained:
         target = by_hand.get_parameter(name).grad
         scale = target.abs().max().item()
         torch.testing.assert_close(
@@ -165,7 +165,7 @@ def test_small_update_is_not_rounded_away():
     layer = adapted_layer_of(model)
     weight, delta = layer._weight().materialize(), layer.get_delta_weight("default")
     is_rounded_away = (weight.float() + delta).bfloat16() == weight
-    assert is_rounded_away[delta != 0].float().mean() > 0.9, "a sum in bfloat16 would lose it"
+    assert is_rounded_away[delta != 0].float().mean() > 0.9, "a bfloat16 sum would round it away"
     torch.testing.assert_close(layer(x), x @ (weight.float() + delta).T + layer.bias)
 
 

@@ -345,8 +345,8 @@ def test_product_gradients_equal_autograd(shape):
     z, second = torch.randn(2, 8, WIDTH, requires_grad=True), torch.randn(shape, requires_grad=True)
     block = Block(lambda x: second * x)
     grads = []
-    for follow in (mark_outputs, unmark_outputs):
-        follow(block)
+    for set_tracking in (mark_outputs, unmark_outputs):
+        set_tracking(block)
         grads.append(torch.autograd.grad(block(z).sin().sum(), (z, second)))
     for actual, reference in zip(*grads, strict=True):
         assert torch.equal(actual, reference)
