@@ -111,18 +111,8 @@ def test_the_probe_matches_scikit_learn_on_scaled_features(classes):
         ({"method": "mlp-3", "r": None, "head_init": "probe"}, "probe"),
     ],
 )
-def test_auto_selects_the_probe_for_a_linear_head(options, expected, tmp_path):
+def test_auto_selects_the_probe_for_a_linear_head_except_with_the_official_protocol(options, expected, tmp_path):
     settings = config(tmp_path, **{"head_init": "auto"} | options).resolved()
-    parts = build_components(settings)
-    assert choose_head_start(parts, settings.optim, settings.data.protocol).head_init == expected
-
-
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [({}, "probe"), ({"method": "mlp-3", "r": None}, "random"), ({"protocol": "official", "val_size": None}, "random")],
-)
-def test_auto_selects_the_probe_except_with_the_official_protocol(settings, expected, tmp_path):
-    settings = config(tmp_path, head_init="auto", **settings).resolved()
     parts = build_components(settings)
     assert choose_head_start(parts, settings.optim, settings.data.protocol).head_init == expected
 

@@ -241,7 +241,7 @@ def test_unknown_public_names_are_rejected():
     assert all(getattr(snella_app.runs, name) is not None for name in snella_app.runs.__all__)
 
 
-def test_writers_of_other_libraries_are_recognized():
+def test_write_errors_of_other_libraries_are_recognized():
     from safetensors import SafetensorError
 
     assert is_write_failure(

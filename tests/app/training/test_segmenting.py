@@ -206,9 +206,8 @@ def test_sam_learns_polyps_with_the_settings_of_the_paper(tmp_path, capsys):
     assert history[-1]["lr"] == pytest.approx(1e-7, rel=1e-3)
     matrices = json.loads((out / "allocation.json").read_text())["matrices"]
     shares = [matrix["budget"] / matrix["size"] for matrix in matrices]
-    assert (
-        len(matrices) == 18 and max(shares) - min(shares) > 0.2
-    )  # allocation by importance; by size, shares would be equal
+    # allocation by importance; by size, shares would be equal
+    assert len(matrices) == 18 and max(shares) - min(shares) > 0.2
     assert json.loads((out / "run.json").read_text())["data_config"]["mean"] == pytest.approx([0.485, 0.456, 0.406])
     capsys.readouterr()
     run_command("predict", out, tmp_path / "Kvasir-SEG" / "images", "--out", tmp_path / "masks")

@@ -79,12 +79,12 @@ def test_a_trained_adapter_is_used_without_the_data(method, settings, console, n
 def test_noah_searches_on_separate_images_that_the_run_also_trains_on(settings, console, no_report, monkeypatch):
     seen = {}
 
-    def watched(train, val, *others):
+    def record(train, val, *others):
         seen["train"], seen["val"] = (set(part.names) for part in (train, val))
         seen["transforms"] = train.transform is not None and val.transform is not None
         return selection_data(train, val, *others)
 
-    monkeypatch.setattr("snella_app.training.build.selection_data", watched)
+    monkeypatch.setattr("snella_app.training.build.selection_data", record)
     config = settings(method="noah", method_options=OPTIONS["noah"], epochs=1, protocol="final")
     run = train(config, console)
     parts = load_data(str(config.data.spec), seed=config.run.seed, protocol="standard")
@@ -107,12 +107,12 @@ def test_a_resumed_run_reuses_the_selection_and_ends_bit_identical(settings, con
         patch.setattr(SnellaTrainer, "evaluate", interrupt_in_the_second_epoch)
         with pytest.raises(TrainingInterrupted, match="checkpoint"):
             train(config, console)
-    looked = []
-    monkeypatch.setattr("snella_lab.methods.spt.squared_gradients", lambda *args: looked.append(args))
+    calls = []
+    monkeypatch.setattr("snella_lab.methods.spt.squared_gradients", lambda *args: calls.append(args))
     run = train(TrainConfig.from_flat(out=config.run.out, resume=True, progress=False), console)
     first, second = (load_file(r.path / "adapter" / "trainable.safetensors") for r in (run, uninterrupted))
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
-    assert not looked
+    assert not calls
 
 
 def test_methods_without_selection_store_none(tmp_path):

@@ -59,7 +59,7 @@ def test_a_locked_run_is_rejected_with_the_process_id(mode, locked):
     assert (folder / "run.json").read_bytes() == before
 
 
-def test_a_killed_process_releases_the_lock_despite_living_children(locked):
+def test_a_killed_process_releases_the_lock_despite_surviving_children(locked):
     folder, process = locked
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -123,7 +123,7 @@ def test_a_folder_name_outside_utf8_is_rejected_before_training(tmp_path):
 
 
 @contextmanager
-def no_permission_to_write(folder):
+def without_write_permission(folder):
     """Remove write permissions inside the context; root switches to another user, since it may write anywhere."""
     modes = {path: path.stat().st_mode for path in [folder, *folder.rglob("*")]}
     for path in modes:
@@ -153,7 +153,7 @@ def test_resuming_a_finished_run_on_a_read_only_disk_reports_it_as_finished(stat
     run = RunFolder(shutil.copytree(finished.path, public / "run"))
     run.update(status)
     output = io.StringIO()
-    with no_permission_to_write(run.path):
+    with without_write_permission(run.path):
         if status == "finished":
             train(TrainConfig.from_flat(out=str(run.path), resume=True), Console(file=output, width=200))
             assert "run is already finished; report" in output.getvalue()
