@@ -343,7 +343,7 @@ def test_the_command_line_accepts_a_number_or_auto(capsys):
     args = ["train", "--data", "digits", "--backbone", "test_vit", "--out", "x", "--batch-size"]
     assert parse([*args, "auto"])[2]["batch_size"] == "auto" and parse([*args, "8"])[2]["batch_size"] == 8
     assert main([*args, "many"]) == 2
-    assert "--batch-size must be an integer or auto, got many_images" in capsys.readouterr().err
+    assert "--batch-size must be an integer or auto, got many" in capsys.readouterr().err
 
 
 class _ReadSlowlyOnce(torch.utils.data.Dataset):
