@@ -20,7 +20,7 @@ from snella_app.runs.evaluate import calibrate_run
 from snella_app.runs.folder import RunFolder
 
 
-def sampled(temperature, images=20_000, classes=4):
+def sample(temperature, images=20_000, classes=4):
     """Return logits, and labels drawn from their softmax with a temperature."""
     random = np.random.default_rng(0)
     logits = torch.from_numpy(random.normal(0, 3, (images, classes)))
@@ -30,11 +30,11 @@ def sampled(temperature, images=20_000, classes=4):
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 def test_the_true_temperature_is_recovered(temperature):
-    assert fit_temperature(*sampled(temperature)) == pytest.approx(temperature, rel=0.03)
+    assert fit_temperature(*sample(temperature)) == pytest.approx(temperature, rel=0.03)
 
 
 def test_no_other_temperature_has_a_lower_loss():
-    logits, labels = sampled(2.0, images=200)
+    logits, labels = sample(2.0, images=200)
     best = fit_temperature(logits, labels)
     loss = lambda t: float(torch.nn.functional.cross_entropy(logits / t, labels, label_smoothing=1 / 202))  # noqa: E731
     assert all(loss(best) <= loss(best * factor) for factor in (0.5, 0.95, 1.05, 2.0))
@@ -48,7 +48,7 @@ def test_perfect_predictions_keep_a_finite_confidence():
 
 
 def test_calibration_lowers_the_error_on_every_split():
-    logits, labels = sampled(3.0, images=4000)
+    logits, labels = sample(3.0, images=4000)
     measured = {"val": (logits[:2000].softmax(1), labels[:2000]), "test": (logits[2000:].softmax(1), labels[2000:])}
     calibration = calibrate(measured)
     assert [r.split for r in calibration.reliability] == ["val", "test"]

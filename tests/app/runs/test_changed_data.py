@@ -29,7 +29,7 @@ def my_photos(photos, tmp_path):
 
 @pytest.fixture
 def run_of(finished, tmp_path):
-    """Copy of the finished run with a folder of the same photographs as its data."""
+    """Return a function that copies the finished run and sets its data to a folder of the same photographs."""
 
     def make(folder):
         run = RunFolder(shutil.copytree(finished.path, tmp_path / "copy"))

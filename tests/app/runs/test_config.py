@@ -71,7 +71,7 @@ def test_a_value_out_of_range_is_reported(changes, message):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_resolving_adds_method_defaults_to_given_settings(method):
+def test_resolving_adds_method_defaults_to_explicit_settings(method):
     config = TrainConfig.from_flat(**REQUIRED_SETTINGS, method=method, lr=0.5).resolved()
     assert config.optim.lr == 0.5
     for name, value in METHODS[method].defaults.items():
@@ -92,7 +92,7 @@ def test_the_rank_in_the_name_wins_over_the_default_and_options_over_both():
     assert config.method.all_options() == {"r": 8, "target_sparsity": 0.7, "scaling": 2.0, "kernel": "rbf"}
 
 
-def test_differences_compare_only_given_settings():
+def test_differences_compare_only_explicit_settings():
     stored = TrainConfig.from_flat(**REQUIRED_SETTINGS, method="lora", epochs=7).resolved()
     assert TrainConfig.from_flat(out="elsewhere", resume=True).differences(stored) == []
     assert TrainConfig.from_flat(out="x", resume=True, epochs=9).differences(stored) == ["epochs is 7 there and 9 here"]
@@ -153,14 +153,14 @@ def _plain(value):
     return format(Decimal(str(value)).normalize(), "f")
 
 
-WRONG = {str: 3, bool: "no", int: "x", float: "x"}
+WRONG_VALUES = {str: 3, bool: "no", int: "x", float: "x"}
 """Value of a wrong type by field type."""
 
 
 @pytest.mark.parametrize("field", TrainConfig.settings())
 def test_a_value_of_the_wrong_type_is_reported_with_its_field(field):
     kind = TrainConfig.settings()[field].type
-    for wrong in (object(), [object()], {3: 4}, b"x", *(value for part, value in WRONG.items() if kind == part)):
+    for wrong in (object(), [object()], {3: 4}, b"x", *(value for part, value in WRONG_VALUES.items() if kind == part)):
         with pytest.raises(ValueError, match=rf"(^|; ){field} must be "):
             TrainConfig.from_flat(**{**REQUIRED_SETTINGS, field: wrong})
 
