@@ -7,8 +7,8 @@ import select
 import subprocess
 import time
 
-# texts that are cut off or overlap in a figure (rotated texts by their bounding box)
-FAULTY_TEXTS = """
+# figure text that is clipped or overlaps, by bounding box
+CLIPPED_OR_OVERLAPPING_TEXT = """
 [...document.querySelectorAll('svg.figure')].flatMap(svg => {
   const frame = svg.getBoundingClientRect(), errors = []
   const texts = [...svg.querySelectorAll('text')].map(t => [t.textContent, t.getBoundingClientRect()])
@@ -23,7 +23,7 @@ FAULTY_TEXTS = """
   })
   return errors
 })"""
-SMALLEST_TEXT = """
+MIN_FONT_SIZE = """
 Math.min(...[...document.querySelectorAll('svg.figure')].filter(svg => svg.checkVisibility()).flatMap(svg => {
   const scale = svg.getBoundingClientRect().width / svg.viewBox.baseVal.width
   return [...svg.querySelectorAll('text')].map(t => parseFloat(getComputedStyle(t).fontSize) * scale)
@@ -69,7 +69,7 @@ class Browser:
             self.call(f"{domain}.enable")
 
     def call(self, method, **params):
-        """Send a command and return its result; events received in between are stored."""
+        """Send a command and return its result; store events received in the meantime."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": params}
         if self._session:
@@ -83,7 +83,7 @@ class Browser:
                 return answer["result"]
 
     def _next(self, seconds=30.0):
-        """Return the next message; events are also added to `events`."""
+        """Return the next message and add events to `events`."""
         end = time.monotonic() + seconds
         while b"\0" not in self._buffer:
             ready, _, _ = select.select([self._from_read], [], [], max(end - time.monotonic(), 0))
@@ -118,19 +118,19 @@ class Browser:
             raise RuntimeError(answer["exceptionDetails"]["exception"]["description"])
         return answer["result"].get("value")
 
-    def requested(self):
+    def requested_urls(self):
         """Return the URLs of all requests of the page."""
         return [
             event["params"]["request"]["url"] for event in self.events if event["method"] == "Network.requestWillBeSent"
         ]
 
-    def complaints(self):
+    def issues(self):
         """Return console and log messages: errors, warnings, content policy violations and exceptions."""
         kinds = ("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown")
         return [event["params"] for event in self.events if event["method"] in kinds]
 
     def screenshot(self, path, height=None):
-        """Save a screenshot of the whole page as PNG."""
+        """Save a full-page screenshot as PNG."""
         answer = self.call("Page.captureScreenshot", captureBeyondViewport=True)
         path.write_bytes(base64.b64decode(answer["data"]))
 

@@ -42,7 +42,7 @@ def browser(tmp_path_factory):
 
 
 def write_photos(root, counts, side=32, contrast=22):
-    """Write noise images with one slightly brighter channel per class, which takes a few steps to learn."""
+    """Write noise images with one slightly brighter channel per class, learnable in a few steps."""
     rng = np.random.default_rng(0)
     for channel, (name, count) in enumerate(counts.items()):
         (root / name).mkdir(parents=True)
@@ -83,7 +83,7 @@ def tiny_run():
 
 @pytest.fixture
 def settings(photos, tiny_run, tmp_path):
-    """Return a function that creates the configuration of a tiny run with changes."""
+    """Return a function that creates the configuration of a tiny run with changed settings."""
     base = {**tiny_run, "data": f"folder:{photos}", "out": str(tmp_path / "run")}
 
     def make(**changes):

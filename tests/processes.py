@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 
-def in_two_processes(worker: Path, folder: Path, *arguments: str, timeout: float) -> list[Any]:
+def run_in_two_processes(worker: Path, folder: Path, *arguments: str, timeout: float) -> list[Any]:
     """Run a worker script in two processes and return the JSON in the last line of each output.
 
     Args:

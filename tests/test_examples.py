@@ -30,7 +30,7 @@ def percentages(text):
     return [float(word.rstrip("%,")) for word in text.split() if word.rstrip(",").endswith("%")]
 
 
-def test_pytorch_loop_trains_and_merges_without_losing_accuracy(run_example, tmp_path):
+def test_custom_loop_trains_and_merges_without_losing_accuracy(run_example, tmp_path):
     names, printed = run_example("pytorch_loop.py")
     trained, merged = percentages(printed)[-2:]
     assert trained > 50  # of ten classes
@@ -106,10 +106,10 @@ def test_multilabel_hub_dataset_needs_no_conversion(run_example, quick):
 def test_many_tasks_predicts_a_mixed_batch_and_switches_a_compiled_model(run_example, monkeypatch):
     monkeypatch.setattr("sys.argv", ["many_tasks.py"])
     names, printed = run_example("many_tasks.py")
-    answered, memory, switched = printed.splitlines()[-3:]
-    assert percentages(answered)[0] > 70 and answered.endswith("2 merges")
+    predicted, memory, swapped = printed.splitlines()[-3:]
+    assert percentages(predicted)[0] > 70 and predicted.endswith("2 merges")
     assert names["bank"].cached_bytes <= 100 * 2**20 and names["bank"].cached_tasks == ["loop"] and "81 MiB" in memory
-    assert switched.endswith("outputs equal True, graphs compiled again 0")
+    assert swapped.endswith("outputs equal True, graphs compiled again 0")
 
 
 def test_notebook_trains_shows_figures_predicts_and_merges(tmp_path):
@@ -152,7 +152,7 @@ def test_notebook_is_stored_without_outputs(path):
     assert not [cell for cell in cells if cell.get("outputs") or cell.get("execution_count")]
 
 
-def test_table_of_examples_names_every_file():
+def test_examples_table_lists_every_file():
     listed = (EXAMPLES / "README.md").read_text()
     files = [path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".ipynb")]
     assert len(files) >= 4

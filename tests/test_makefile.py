@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is no
 
 @pytest.fixture
 def make_test(tmp_path):
-    """Return a function that runs `make test` with stub programs, which log their calls and fail on a given word."""
+    """Return a function that runs `make test` with stub programs that log their calls and fail on a given argument."""
     calls = tmp_path / "calls"
 
     def run(failing):

@@ -1,4 +1,4 @@
-"""Counting of `make peft-contract`; the run itself takes ten minutes."""
+"""Result counting of `make peft-contract`; the run itself takes ten minutes."""
 
 from pathlib import Path
 from xml.sax.saxutils import quoteattr

@@ -1,7 +1,6 @@
 """Public names of the package `snella`."""
 
 import io
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -17,10 +16,6 @@ def test_public_names_are_listed_and_exist():
     assert set(snella.__all__) <= set(dir(snella)) and {"train", "load"} <= set(dir(snella))
     assert all(getattr(snella, name) is not None for name in snella.__all__)
     assert not [name for name in dir(snella) if name.startswith("_")]
-
-
-def test_package_is_marked_as_typed():
-    assert (Path(snella.__file__).parent / "py.typed").is_file()
 
 
 def test_train_and_load_take_two_lines(photos, tiny_run, tmp_path, no_report):
@@ -53,6 +48,6 @@ def test_dataset_object_is_cross_validated(tiny_run, tmp_path, no_report):
         assert info["classes"] == ["dark", "bright"] and info["data"]["spec"] == "python:data"
 
 
-def test_a_config_and_settings_exclude_each_other():
+def test_config_and_settings_are_mutually_exclusive():
     with pytest.raises(TypeError, match="train takes either config or settings, got both: config and epochs"):
         snella.train(TrainConfig.from_flat(data="digits", backbone="test_vit", out="x"), epochs=3)

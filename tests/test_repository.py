@@ -93,8 +93,8 @@ def test_hooks_run_the_tools_of_the_makefile():
     for repo in load_yaml(".pre-commit-config.yaml")["repos"]:
         assert repo["repo"] == "local"
         for hook in repo["hooks"]:
-            tool, *words = hook["entry"].split()
-            called = [Path(tool).name, *(word for word in words if not word.startswith("-"))]
+            tool, *args = hook["entry"].split()
+            called = [Path(tool).name, *(arg for arg in args if not arg.startswith("-"))]
             assert hook["language"] == "system" and tool.startswith(".venv/bin/")
             assert f"$(BIN)/{' '.join(called)}" in MAKEFILE
 

@@ -52,5 +52,5 @@ def test_sources_and_documents_avoid_listed_words(word):
     assert not matches, f"use {WORDS[word]!r} instead:\n" + "\n".join(matches)
 
 
-def test_files_exist():
+def test_checked_files_include_sources_and_readme():
     assert len(FILES) > 100 and any(path.name == "README.md" for path in FILES)

@@ -32,11 +32,15 @@ def test_concurrent_writers_of_one_file_do_not_disturb_each_other(tmp_path):
 
 def test_temporary_files_of_killed_processes_are_removed(tmp_path):
     path = tmp_path / "model.safetensors"
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
+    ended_process = subprocess.Popen([sys.executable, "-c", ""])
+    ended_process.wait()
     killed, running, remote = (
         tmp_path / f".{path.name}.{machine}-{process}-0123abcd.tmp"
-        for machine, process in ((_machine(), ended.pid), (_machine(), os.getpid()), ("other1", ended.pid))
+        for machine, process in (
+            (_machine(), ended_process.pid),
+            (_machine(), os.getpid()),
+            ("other1", ended_process.pid),
+        )
     )
     for file in (killed, running, remote):
         file.touch()

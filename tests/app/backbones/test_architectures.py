@@ -50,7 +50,7 @@ def test_a_weight_file_is_a_valid_backbone(tmp_path):
     assert not torch.equal(random.pos_embed, model.pos_embed)
 
 
-def test_dinov2s_own_file_with_mask_token_is_recognized(tmp_path):
+def test_an_original_dinov2_file_with_a_mask_token_is_recognized(tmp_path):
     torch.manual_seed(0)
     model = timm.create_model("vit_small_patch14_dinov2", num_classes=0, img_size=28, depth=12).eval()
     torch.save({**model.state_dict(), "mask_token": torch.zeros(1, 384)}, tmp_path / "dinov2_vits14.pth")
@@ -59,18 +59,18 @@ def test_dinov2s_own_file_with_mask_token_is_recognized(tmp_path):
     assert torch.equal(loaded.forward_features(images), model.forward_features(images))
 
 
-def test_unknown_vit_size_error_has_the_inferred_sizes():
+def test_an_unknown_vit_size_error_contains_the_inferred_sizes():
     with pytest.raises(
         ValueError, match=r"width 64, depth \d+, patch size 16, 101 positions, 0 register .*weights='w.pth'"
     ):
         infer_vit(shapes_of("test_vit"), source="w.pth")
 
 
-def test_a_size_without_timm_name_error_has_the_inferred_sizes():
+def test_a_size_without_a_timm_name_error_contains_the_inferred_sizes():
     with pytest.raises(ValueError, match="width 768, depth 12, patch size 12"):
         infer_vit(shapes_of("vit_base_patch16_224", patch_size=12, img_size=120), source="w.pth")
 
 
-def test_another_network_error_lists_its_tensors():
+def test_an_unknown_network_error_lists_its_tensors():
     with pytest.raises(ValueError, match=re.escape("it contains conv1.0.weight [")):
         infer_vit(shapes_of("test_resnet"), source="w.pth")

@@ -19,7 +19,7 @@ SIZE = 64
 
 
 def build(name: str, **options) -> nn.Module:
-    """Return a tiny model whose parameters all differ from initialization."""
+    """Return a tiny model whose parameters all differ from their initial values."""
     torch.manual_seed(0)
     model = timm.create_model(name, **options).eval()
     with torch.no_grad():
@@ -80,7 +80,7 @@ def mae_encoder(model: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["encoder", "with-decoder"])
-def test_maes_checkpoint_gives_the_same_features_and_imagenets_normalization(full, tmp_path):
+def test_an_mae_checkpoint_gives_the_same_features_and_imagenet_normalization(full, tmp_path):
     model = with_positions("column", num_classes=0)
     state = mae_encoder(model)
     if full:
@@ -95,7 +95,7 @@ def test_maes_checkpoint_gives_the_same_features_and_imagenets_normalization(ful
     assert read_checkpoint(tmp_path / "mae_pretrain_vit_tiny.pth").origin.label == "MAE"
 
 
-def test_maes_fine_tuned_checkpoint_uses_average_pooling(tmp_path):
+def test_a_fine_tuned_mae_checkpoint_uses_average_pooling(tmp_path):
     model = with_positions("column", num_classes=5, global_pool="avg")
     content = {"model": model.state_dict(), "optimizer": {"state": {}}, "epoch": 99, "scaler": {"scale": 2.0}}
     torch.save(content | {"args": argparse.Namespace(lr=0.1)}, tmp_path / "mae_finetuned_vit.pth")
@@ -103,7 +103,7 @@ def test_maes_fine_tuned_checkpoint_uses_average_pooling(tmp_path):
     assert torch.equal(loaded.eval()(images()), model(images()))
 
 
-def test_a_tensor_that_maes_file_lacks_is_reported(tmp_path):
+def test_a_tensor_missing_from_an_mae_file_is_reported(tmp_path):
     state = mae_encoder(with_positions("column", num_classes=0))
     del state["norm.bias"]
     torch.save({"model": state | {"blocks.9.norm1.weight": torch.zeros(64)}}, tmp_path / "mae.pth")
@@ -113,7 +113,7 @@ def test_a_tensor_that_maes_file_lacks_is_reported(tmp_path):
         create_backbone("test_vit", num_classes=3, weights=str(tmp_path / "mae.pth"), img_size=SIZE)
 
 
-def test_maes_positions_are_resampled_for_another_image_size(tmp_path):
+def test_mae_positions_are_resampled_for_another_image_size(tmp_path):
     torch.save({"model": mae_encoder(with_positions("column", num_classes=0))}, tmp_path / "mae.pth")
     loaded = create_backbone("test_vit", num_classes=3, weights=str(tmp_path / "mae.pth"), img_size=96)
     expected = timm.layers.resample_abs_pos_embed(sine_positions(4, 64, "column"), [6, 6])
@@ -124,7 +124,7 @@ def test_maes_positions_are_resampled_for_another_image_size(tmp_path):
 # MoCo v3 ------------------------------------------------------------------------------------------------------------
 
 
-def test_moco_v3s_linear_checkpoint_gives_the_same_outputs_and_imagenets_normalization(tmp_path):
+def test_a_linear_moco_v3_checkpoint_gives_the_same_outputs_and_imagenet_normalization(tmp_path):
     model = with_positions("row", num_classes=7)
     content = {
         "epoch": 90,
@@ -151,7 +151,7 @@ def test_a_head_for_other_classes_is_dropped_with_a_note(tmp_path, caplog):
     assert "holds MoCo v3 weights: normalizing images with mean (0.485, 0.456, 0.406)" in caplog.text
 
 
-def test_moco_v3s_pretraining_checkpoint_gives_its_base_encoder(tmp_path, caplog):
+def test_a_moco_v3_pretraining_checkpoint_gives_its_base_encoder(tmp_path, caplog):
     caplog.set_level("INFO", logger="snella_app.backbones")
     model = with_positions("row", num_classes=0)
     state = {f"module.base_encoder.{key}": value for key, value in model.state_dict().items()}
@@ -163,7 +163,7 @@ def test_moco_v3s_pretraining_checkpoint_gives_its_base_encoder(tmp_path, caplog
     assert f"momentum encoder, projection head and predictor ({len(model.state_dict()) + 2} tensors)" in caplog.text
 
 
-def test_moco_v3s_small_vit_has_twelve_heads(tmp_path):
+def test_a_small_moco_v3_vit_has_twelve_heads(tmp_path):
     for first, heads in (("row", 12), ("column", None)):
         state = {"pos_embed": sine_positions(2, 384, first), "patch_embed.proj.weight": torch.zeros(384, 3, 16, 16)}
         torch.save(state | {f"blocks.{k}.norm1.bias": torch.zeros(384) for k in range(12)}, tmp_path / f"{first}.pth")
@@ -175,7 +175,7 @@ def test_moco_v3s_small_vit_has_twelve_heads(tmp_path):
         create_backbone("vit_small_patch16_224", num_classes=0, weights=str(tmp_path / "row.pth"), img_size=32)
 
 
-def test_trained_positions_have_no_known_publisher(tmp_path):
+def test_the_publisher_of_trained_positions_is_unknown(tmp_path):
     for change in (torch.full((1, 1, 64), 0.1), torch.zeros(1, 17, 64) + 0.01):
         torch.save({"pos_embed": sine_positions(4, 64, "row") + change}, tmp_path / "w.pth")
         assert read_checkpoint(tmp_path / "w.pth").origin is None
@@ -190,7 +190,7 @@ def tiny_swin(**options) -> nn.Module:
     return build("swin_tiny_patch4_window7_224", **{"img_size": SIZE, "num_classes": 6} | SWIN | options)
 
 
-def microsofts_swin(model: nn.Module) -> dict[str, Tensor]:
+def microsoft_swin(model: nn.Module) -> dict[str, Tensor]:
     """Microsoft's layout: merging at the end of a stage, a plain head, and saved buffers."""
     state = {}
     for key, value in model.state_dict().items():
@@ -205,9 +205,9 @@ def microsofts_swin(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def test_microsofts_swin_gives_the_same_features_and_size_from_the_file_only(tmp_path):
+def test_microsoft_swin_gives_the_same_features_and_size_from_its_file_alone(tmp_path):
     model = tiny_swin()
-    state = microsofts_swin(model)
+    state = microsoft_swin(model)
     assert {"layers.0.downsample.reduction.weight", "head.weight", "layers.0.blocks.1.attn_mask"} < set(state)
     torch.save({"model": state}, tmp_path / "swin_tiny_22k.pth")
     loaded = create_backbone(str(tmp_path / "swin_tiny_22k.pth"), num_classes=6)
@@ -218,11 +218,11 @@ def test_microsofts_swin_gives_the_same_features_and_size_from_the_file_only(tmp
     assert same_features(other, model)
 
 
-# raised by this test's call
+# raised by `resize_rel_pos_bias_table`
 @pytest.mark.filterwarnings("ignore:torch.searchsorted", "ignore:Using a non-tuple sequence")
-def test_swins_position_tables_are_resampled_as_timm_does(tmp_path):
+def test_swin_position_tables_are_resampled_as_in_timm(tmp_path):
     model = tiny_swin()
-    torch.save({"model": microsofts_swin(model)}, tmp_path / "swin.pth")
+    torch.save({"model": microsoft_swin(model)}, tmp_path / "swin.pth")
     # at 32 pixels the last stage has 2x2 patches, fewer than a window
     smaller = create_backbone(str(tmp_path / "swin.pth"), num_classes=6, img_size=32)
     tables = [m.layers[2].blocks[0].attn.relative_position_bias_table for m in (model, smaller)]
@@ -255,8 +255,8 @@ def test_the_published_swins_are_inferred_from_their_shapes(name, img_size):
     assert other.img_size == 4
 
 
-def test_swins_missing_and_extra_tensors_are_reported(tmp_path):
-    state = microsofts_swin(tiny_swin())
+def test_missing_and_extra_swin_tensors_are_reported(tmp_path):
+    state = microsoft_swin(tiny_swin())
     del state["layers.1.downsample.norm.weight"]
     torch.save({"model": state | {"absolute_pos_embed": torch.zeros(1, 256, 16)}}, tmp_path / "swin.pth")
     with pytest.raises(ValueError) as caught:
@@ -267,7 +267,7 @@ def test_swins_missing_and_extra_tensors_are_reported(tmp_path):
 
 def test_swin_tables_for_other_heads_or_blocks_are_rejected_before_timm_resizes_them(tmp_path):
     model = tiny_swin()
-    state = microsofts_swin(model)
+    state = microsoft_swin(model)
     state["layers.1.blocks.0.attn.relative_position_bias_table"] = torch.zeros(49, 2)
     state["layers.2.blocks.2.attn.relative_position_bias_table"] = torch.zeros(49, 8)
     with pytest.raises(
@@ -281,7 +281,7 @@ def test_swin_tables_for_other_heads_or_blocks_are_rejected_before_timm_resizes_
 CONVNEXT = {"depths": (1, 2, 1, 1), "dims": (8, 16, 24, 32)}
 
 
-def facebooks_convnext(model: nn.Module) -> dict[str, Tensor]:
+def facebook_convnext(model: nn.Module) -> dict[str, Tensor]:
     """Facebook's layout: stem and downsampling in one list, no separate block list, pointwise layers as `pwconv`."""
     state = {}
     for key, value in model.state_dict().items():
@@ -290,7 +290,7 @@ def facebooks_convnext(model: nn.Module) -> dict[str, Tensor]:
         key = re.sub(r"^stages\.(\d)\.blocks\.", r"stages.\1.", key)
         if ".mlp.grn." in key:
             value = value.reshape(1, 1, 1, -1)
-        for ours, theirs in (
+        for timm_name, original_name in (
             ("conv_dw", "dwconv"),
             ("mlp.fc", "pwconv"),
             ("mlp.grn.weight", "grn.gamma"),
@@ -298,15 +298,15 @@ def facebooks_convnext(model: nn.Module) -> dict[str, Tensor]:
             ("head.norm", "norm"),
             ("head.fc", "head"),
         ):
-            key = key.replace(ours, theirs)
+            key = key.replace(timm_name, original_name)
         state[key] = value
     return state
 
 
 @pytest.mark.parametrize("name", ["convnext_tiny", "convnextv2_tiny"])
-def test_facebooks_convnext_gives_the_same_features_from_the_file_only(name, tmp_path):
+def test_facebook_convnext_gives_the_same_features_from_its_file_alone(name, tmp_path):
     model = build(name, num_classes=6, **CONVNEXT)
-    state = facebooks_convnext(model)
+    state = facebook_convnext(model)
     assert {
         "downsample_layers.0.0.weight",
         "downsample_layers.3.1.bias",
@@ -323,7 +323,7 @@ def test_facebooks_convnext_gives_the_same_features_from_the_file_only(name, tmp
 
 
 @pytest.mark.parametrize("conv_mlp", [False, True])
-def test_a_convnext_file_of_timm_needs_no_name(conv_mlp, tmp_path):
+def test_a_timm_convnext_file_needs_no_name(conv_mlp, tmp_path):
     model = build("convnext_tiny", num_classes=6, conv_mlp=conv_mlp, **CONVNEXT)
     torch.save(model.state_dict(), tmp_path / "convnext.pth")
     loaded = create_backbone(str(tmp_path / "convnext.pth"), num_classes=6)
@@ -336,13 +336,13 @@ def test_a_convnext_file_of_timm_needs_no_name(conv_mlp, tmp_path):
 def test_the_published_convnexts_are_inferred_from_their_shapes(name):
     with torch.device("meta"):
         state = timm.create_model(name).state_dict()
-        for layout in (state, facebooks_convnext(timm.create_model(name))):
+        for layout in (state, facebook_convnext(timm.create_model(name))):
             architecture = inferred(layout)
             assert (architecture.name, architecture.img_size, architecture.options) == (name, None, {})
 
 
-def test_convnexts_missing_and_extra_tensors_are_reported(tmp_path):
-    state = facebooks_convnext(build("convnext_tiny", num_classes=6, **CONVNEXT))
+def test_missing_and_extra_convnext_tensors_are_reported(tmp_path):
+    state = facebook_convnext(build("convnext_tiny", num_classes=6, **CONVNEXT))
     del state["stages.1.1.gamma"]
     torch.save({"model": state | {"norm2.weight": torch.zeros(3)}}, tmp_path / "convnext.pth")
     with pytest.raises(ValueError) as caught:
@@ -351,7 +351,7 @@ def test_convnexts_missing_and_extra_tensors_are_reported(tmp_path):
     assert "1 unexpected (norm2.weight [3])" in str(caught.value)
 
 
-# names and others ---------------------------------------------------------------------------------------------------
+# model names and other layouts --------------------------------------------------------------------------------------
 
 
 def test_arguments_beyond_the_name_are_stored_with_the_model(tmp_path):
@@ -372,7 +372,7 @@ def test_a_clip_tower_error_suggests_names():
         inferred(state)
 
 
-def openais_clip(model: nn.Module) -> dict[str, Tensor]:
+def openai_clip(model: nn.Module) -> dict[str, Tensor]:
     """CLIP's layout: image tower and text tower, torch's attention, projection as head."""
     values = model.state_dict()
     state = {"positional_embedding": torch.zeros(7, 8), "logit_scale": torch.tensor(1.0)}
@@ -382,8 +382,8 @@ def openais_clip(model: nn.Module) -> dict[str, Tensor]:
         "visual.conv1.weight": values["patch_embed.proj.weight"],
         "visual.proj": values["head.weight"].T,
     }
-    for ours, theirs in (("norm_pre", "ln_pre"), ("norm", "ln_post")):
-        state |= {f"visual.{theirs}.{leaf}": values[f"{ours}.{leaf}"] for leaf in ("weight", "bias")}
+    for timm_name, original_name in (("norm_pre", "ln_pre"), ("norm", "ln_post")):
+        state |= {f"visual.{original_name}.{leaf}": values[f"{timm_name}.{leaf}"] for leaf in ("weight", "bias")}
     layers = {
         "norm1": "ln_1",
         "norm2": "ln_2",
@@ -393,22 +393,25 @@ def openais_clip(model: nn.Module) -> dict[str, Tensor]:
     }
     for k in range(len(model.blocks)):
         block = f"visual.transformer.resblocks.{k}"
-        for ours, theirs in layers.items():
-            state |= {f"{block}.{theirs}.{leaf}": values[f"blocks.{k}.{ours}.{leaf}"] for leaf in ("weight", "bias")}
+        for timm_name, original_name in layers.items():
+            state |= {
+                f"{block}.{original_name}.{leaf}": values[f"blocks.{k}.{timm_name}.{leaf}"]
+                for leaf in ("weight", "bias")
+            }
         state |= {f"{block}.attn.in_proj_{leaf}": values[f"blocks.{k}.attn.qkv.{leaf}"] for leaf in ("weight", "bias")}
     return state
 
 
-def test_openais_clip_layout_gives_the_same_features(tmp_path):
+def test_the_openai_clip_layout_gives_the_same_features(tmp_path):
     sizes = {"num_classes": 6, "img_size": SIZE, "embed_dim": 32, "depth": 2, "num_heads": 2}
     model = build("vit_base_patch16_clip_224", **sizes)
-    torch.save(openais_clip(model), tmp_path / "clip.pt")
+    torch.save(openai_clip(model), tmp_path / "clip.pt")
     fresh = timm.create_model("vit_base_patch16_clip_224", **sizes)
     load_weights(fresh, read_checkpoint(tmp_path / "clip.pt"), name="vit_base_patch16_clip_224")
     assert same_features(fresh, model)
     assert normalization(fresh)[0] == OPENAI_CLIP_MEAN
 
 
-def test_googles_file_keeps_its_normalization_under_another_name(tiny_vit, write_npz, tmp_path):
+def test_a_google_file_keeps_its_normalization_under_another_name(tiny_vit, write_npz, tmp_path):
     write_npz(tiny_vit(), tmp_path / "vit.npz")
     assert normalization(create_backbone("test_vit", num_classes=4, weights=str(tmp_path / "vit.npz")))[0] == (0.5,) * 3

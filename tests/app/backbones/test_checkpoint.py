@@ -114,7 +114,7 @@ def test_errors_show_the_number_of_mismatches_and_the_first_names(tiny_vit, tmp_
         create_backbone("test_vit", num_classes=4, weights=file)
 
 
-def test_another_patch_size_is_rejected_rather_than_resampled(tiny_vit, tmp_path):
+def test_a_different_patch_size_is_rejected_rather_than_resampled(tiny_vit, tmp_path):
     state = tiny_vit().state_dict()
     state["patch_embed.proj.weight"] = torch.zeros(64, 3, 8, 8)
     file = save(state, tmp_path / "w.pth")

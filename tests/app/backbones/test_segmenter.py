@@ -69,14 +69,14 @@ def test_a_model_without_feature_maps_is_rejected():
         SegmentationModel(nn.Linear(2, 2), 2)
 
 
-def test_the_decoder_learns_on_a_frozen_backbone_whose_maps_are_channels_last():
+def test_the_decoder_learns_from_channels_last_maps_of_a_frozen_backbone():
     model = make("test_convnext", img_size=None)
     model.encoder.requires_grad_(False)
     model(torch.randn(2, 3, 64, 64)).square().mean().backward()
     assert all(p.grad is not None and p.grad.any() for p in model.decoder.norms.parameters())
 
 
-def test_the_segmenter_reproduces_sams_logits_without_prompts(sam_folder):
+def test_the_segmenter_reproduces_sam_logits_without_prompts(sam_folder):
     sam = SamModel.from_pretrained(sam_folder).eval()
     model = make(f"sam:{sam_folder}", 2, img_size=None).eval()
     images = torch.randn(2, 3, 64, 64)

@@ -27,8 +27,8 @@ def photos(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def train_words(photos):
-    """The command line of a tiny run, without `--out`."""
+def train_args(photos):
+    """Arguments of a tiny run, without `--out`."""
     return [
         "train", "--data", f"folder:{photos}", "--backbone", "test_vit", "--pretrained", "false", "--img-size", "32",
         "--epochs", "2", "--batch-size", "8", "--r", "2", "--device", "cpu",
@@ -36,11 +36,11 @@ def train_words(photos):
 
 
 @pytest.fixture(scope="session")
-def run(train_words, tmp_path_factory):
-    """The folder of a run trained by the command line."""
+def run(train_args, tmp_path_factory):
+    """Folder of a run trained from the command line."""
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("cli") / "run"
-    assert main([*train_words, "--out", str(out), "--target-sparsity", "0.8", "--method-options.kernel", "mix_k"]) == 0
+    assert main([*train_args, "--out", str(out), "--target-sparsity", "0.8", "--method-options.kernel", "mix_k"]) == 0
     return out
 
 
@@ -48,8 +48,8 @@ def run(train_words, tmp_path_factory):
 def failing(capsys):
     """Run a failing command and return its line on standard error."""
 
-    def call(*words, status=2):
-        assert main(list(words)) == status
+    def call(*args, status=2):
+        assert main(list(args)) == status
         captured = capsys.readouterr()
         assert captured.err.count("\n") == 1 and captured.err.startswith("snella: ") and "Traceback" not in captured.err
         return captured.err

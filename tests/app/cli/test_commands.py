@@ -31,9 +31,9 @@ def test_the_command_in_run_json_can_be_parsed(run):
     from snella_app.cli.parser import parse
     from snella_app.config import TrainConfig
 
-    words = shlex.split(RunFolder(run).read_json("run.json")["command"])
-    assert words[0] == "snella"
-    name, _, settings = parse(words[1:])
+    args = shlex.split(RunFolder(run).read_json("run.json")["command"])
+    assert args[0] == "snella"
+    name, _, settings = parse(args[1:])
     assert name == "train" and TrainConfig.from_flat(**settings) == RunFolder(run).read_config()
 
 
@@ -65,12 +65,12 @@ def test_predict_writes_csv(run, photos, tmp_path, capsys):
 
 def test_predict_rejects_an_output_before_loading(run, photos, tmp_path, failing):
     (tmp_path / "p.csv").write_text("mine")
-    words = ["predict", str(run), str(photos / "cats")]
-    line = failing(*words, "--out", str(tmp_path / "p.csv"))
+    args = ["predict", str(run), str(photos / "cats")]
+    line = failing(*args, "--out", str(tmp_path / "p.csv"))
     assert line == f"snella: --out {tmp_path / 'p.csv'} exists; choose another name, or replace it with --overwrite\n"
-    assert "--out must be a file, got the folder" in failing(*words, "--out", str(tmp_path))
-    assert "--top-k must be at least 1, got 0" in failing(*words, "--top-k", "0")
-    assert main([*words, "--out", str(tmp_path / "p.csv"), "--overwrite"]) == 0
+    assert "--out must be a file, got the folder" in failing(*args, "--out", str(tmp_path))
+    assert "--top-k must be at least 1, got 0" in failing(*args, "--top-k", "0")
+    assert main([*args, "--out", str(tmp_path / "p.csv"), "--overwrite"]) == 0
     assert (tmp_path / "p.csv").read_text().startswith("image,label,probability")
 
 
@@ -108,8 +108,8 @@ def test_merge_writes_a_folder_of_timm(run, tmp_path, capsys):
 
 def test_skipped_images_are_listed(run, photos, tmp_path, capsys):
     (tmp_path / "cut.png").write_bytes((photos / "cats" / "00.png").read_bytes()[:99])
-    words = ["predict", str(run), str(photos / "cats" / "00.png"), str(tmp_path / "cut.png"), "--skip-corrupt"]
-    assert main([*words, "--out", str(tmp_path / "p.csv")]) == 0
+    args = ["predict", str(run), str(photos / "cats" / "00.png"), str(tmp_path / "cut.png"), "--skip-corrupt"]
+    assert main([*args, "--out", str(tmp_path / "p.csv")]) == 0
     captured = capsys.readouterr()
     assert "1 image: " in captured.out and "skipped 1 image: '" in captured.err and "cut.png' (" in captured.err
 
@@ -131,27 +131,23 @@ def test_inspect_shows_the_budgets(run, capsys):
     assert (run / "report.html").exists()
 
 
-def test_the_command_line_takes_precedence_over_a_configuration_file(train_words, tmp_path, capsys):
+def test_the_command_line_takes_precedence_over_a_configuration_file(train_args, tmp_path, capsys):
     settings = {"epochs": 7, "method": "bias", "seed": 3}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings))
-    words = [word for word in train_words if word not in ("--r",)]
-    words.remove("2")  # keeps epochs, removes the rank
-    words = [w for w in words if w != "--epochs"]
-    if "2" in words:
-        words.remove("2")
+    args = [arg for arg in train_args if arg not in ("--epochs", "--r", "2")]
     out = str(tmp_path / "run")
-    assert main([words[0], "--config", str(tmp_path / "c.yaml"), *words[1:], "--epochs", "1", "--out", out]) == 0
+    assert main([args[0], "--config", str(tmp_path / "c.yaml"), *args[1:], "--epochs", "1", "--out", out]) == 0
     values = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert (values["epochs"], values["method"], values["seed"]) == (1, "bias", 3)
 
 
-def test_a_finished_run_is_protected_and_reported_as_finished(run, train_words, failing, capsys):
-    assert "contains a finished run" in failing(*train_words, "--out", str(run))
+def test_a_finished_run_is_protected_and_reported_as_finished(run, train_args, failing, capsys):
+    assert "contains a finished run" in failing(*train_args, "--out", str(run))
     assert main(["train", "--out", str(run), "--resume"]) == 0
     assert "is already finished" in capsys.readouterr().out
 
 
-def test_ctrl_c_exits_with_130_and_the_resume_command(train_words, tmp_path, failing, monkeypatch):
+def test_ctrl_c_exits_with_130_and_the_resume_command(train_args, tmp_path, failing, monkeypatch):
     original = SnellaTrainer.training_step
 
     def press_ctrl_c(self, *args, **kwargs):
@@ -162,18 +158,18 @@ def test_ctrl_c_exits_with_130_and_the_resume_command(train_words, tmp_path, fai
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(SnellaTrainer, "training_step", press_ctrl_c)
-        line = failing(*train_words, "--out", str(out), status=130)
+        line = failing(*train_args, "--out", str(out), status=130)
     command = line.strip().partition("resume with: snella ")[2].split()
     assert command == ["train", "--out", str(out), "--resume"]
     assert main(command) == 0 and RunFolder(out).status == "finished"
 
 
-def test_ctrl_c_before_training_exits_with_130(train_words, tmp_path, failing, monkeypatch):
+def test_ctrl_c_before_training_exits_with_130(train_args, tmp_path, failing, monkeypatch):
     def press_ctrl_c(*args, **kwargs):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("snella_app.training.train.load", press_ctrl_c)
-    assert failing(*train_words, "--out", str(tmp_path / "run"), status=130) == "snella: interrupted\n"
+    assert failing(*train_args, "--out", str(tmp_path / "run"), status=130) == "snella: interrupted\n"
 
 
 def test_ctrl_c_while_parsing_exits_with_130(failing, monkeypatch):
@@ -184,9 +180,9 @@ def test_ctrl_c_while_parsing_exits_with_130(failing, monkeypatch):
     assert failing("train", status=130) == "snella: interrupted\n"
 
 
-def test_a_nan_loss_is_a_one_line_error(train_words, tmp_path, failing):
+def test_a_nan_loss_is_a_one_line_error(train_args, tmp_path, failing):
     line = failing(
-        *train_words,
+        *train_args,
         "--out",
         str(tmp_path / "run"),
         "--lr",
@@ -202,7 +198,7 @@ def test_a_nan_loss_is_a_one_line_error(train_words, tmp_path, failing):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("args", "message"),
     [
         (["--data", "folder:nowhere"], "nowhere"),
         (["--backbone", "tset_vit"], "test_vit"),
@@ -218,21 +214,21 @@ def test_a_nan_loss_is_a_one_line_error(train_words, tmp_path, failing):
         (["--method", "lorra"], "nearest: lora"),
     ],
 )
-def test_user_errors_are_one_line_and_create_no_folder(words, message, train_words, tmp_path, failing):
+def test_user_errors_are_one_line_and_create_no_folder(args, message, train_args, tmp_path, failing):
     out = tmp_path / "run"
-    assert message in failing(*train_words, *words, "--out", str(out))
+    assert message in failing(*train_args, *args, "--out", str(out))
     assert not out.exists()
 
 
-def test_a_truncated_image_is_reported_and_can_be_skipped(train_words, photos, tmp_path, failing, capsys):
+def test_a_truncated_image_is_reported_and_can_be_skipped(train_args, photos, tmp_path, failing, capsys):
     import shutil
 
     shutil.copytree(photos, tmp_path / "photos")
     broken = tmp_path / "photos" / "cats" / "07.png"
     broken.write_bytes(broken.read_bytes()[:200])
-    words = [f"folder:{tmp_path / 'photos'}" if word.startswith("folder:") else word for word in train_words]
-    assert "07.png" in failing(*words, "--out", str(tmp_path / "run"))
-    assert main([*words, "--out", str(tmp_path / "run"), "--skip-corrupt", "--epochs", "1"]) == 0
+    args = [f"folder:{tmp_path / 'photos'}" if arg.startswith("folder:") else arg for arg in train_args]
+    assert "07.png" in failing(*args, "--out", str(tmp_path / "run"))
+    assert main([*args, "--out", str(tmp_path / "run"), "--skip-corrupt", "--epochs", "1"]) == 0
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert any("07.png" in note for note in run["data"]["notes"])
     assert sum(run["data"]["sizes"].values()) == 29

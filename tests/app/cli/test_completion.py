@@ -21,27 +21,27 @@ printf '%s\\n' "${COMPREPLY[@]}"
 """
 
 
-def complete(shell, script, *words, where):
+def complete(shell, script, *args, cwd):
     """Completions of the last word in a real shell."""
     program = shutil.which(shell)
     if program is None:
         pytest.skip(f"{shell} is not installed")
-    file = where / f"snella.{shell}"
+    file = cwd / f"snella.{shell}"
     file.write_text(script)
     if shell == "bash":
-        command = [program, "--norc", "-c", BASH, "bash", str(file), "snella", *words]
+        command = [program, "--norc", "-c", BASH, "bash", str(file), "snella", *args]
     else:
-        line = " ".join(("snella", *words))
+        line = " ".join(("snella", *args))
         command = [program, "--no-config", "-c", f"source {file}; complete -C '{line}'"]
-    environment = {**os.environ, "HOME": str(where)}
-    done = subprocess.run(command, cwd=where, env=environment, capture_output=True, text=True, check=True, timeout=30)
-    assert not done.stderr
-    return [line.split("\t")[0].strip() for line in done.stdout.splitlines() if line.strip()]
+    environment = {**os.environ, "HOME": str(cwd)}
+    process = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=True, timeout=30)
+    assert not process.stderr
+    return [line.split("\t")[0].strip() for line in process.stdout.splitlines() if line.strip()]
 
 
 @pytest.mark.parametrize("shell", ["bash", "fish"])
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("args", "expected"),
     [
         (["tr"], {"train"}),
         (["evaluate-"], {"evaluate-generation", "evaluate-language"}),
@@ -56,9 +56,9 @@ def complete(shell, script, *words, where):
         (["evaluate", "--data", "se"], {"settings.yaml"}),
     ],
 )
-def test_a_shell_completes_commands_options_values_and_files(shell, words, expected, tmp_path):
+def test_a_shell_completes_commands_options_values_and_files(shell, args, expected, tmp_path):
     (tmp_path / "settings.yaml").touch()
-    assert set(complete(shell, completion_script(shell), *words, where=tmp_path)) == expected
+    assert set(complete(shell, completion_script(shell), *args, cwd=tmp_path)) == expected
 
 
 @pytest.mark.parametrize("shell", SHELLS)
@@ -78,11 +78,11 @@ def test_a_script_is_valid_and_lists_every_command_and_option(shell, tmp_path, c
         subprocess.run([program, "-n", str(file)], check=True, timeout=30)
 
 
-@pytest.mark.parametrize(("words", "got"), [(["nu"], "nu"), ([], "nothing")])
-def test_an_unknown_shell_is_an_error(words, got, capsys):
-    assert main(["--completion", *words]) == 2
-    assert capsys.readouterr().err == f"snella: --completion must be one of bash, zsh, fish, got {got}\n"
+@pytest.mark.parametrize(("args", "shown"), [(["nu"], "nu"), ([], "nothing")])
+def test_an_unknown_shell_is_an_error(args, shown, capsys):
+    assert main(["--completion", *args]) == 2
+    assert capsys.readouterr().err == f"snella: --completion must be one of bash, zsh, fish, got {shown}\n"
 
 
-def test_every_path_completion_is_an_option_of_a_command():
+def test_every_completed_path_option_belongs_to_a_command():
     assert {option.name for command in COMMANDS.values() for option in options_of(command.function)} >= _PATHS

@@ -22,7 +22,7 @@ def test_a_dataset_without_errors_is_reported_as_complete(data, capsys):
     assert all(word in row for word in ("800", "200", "1,000", "711", "4", "OK"))
 
 
-def test_all_problems_are_one_error(data, capsys):
+def test_all_problems_are_reported_in_one_error(data, capsys):
     assert main(["data", "check", str(data)]) == 2
     shown = capsys.readouterr()
     assert shown.err.count("\n") == 1 and shown.err.startswith("snella: ")

@@ -7,8 +7,8 @@ from snella_app.cli.main import main
 
 def test_a_backbone_prints_one_row_per_method_without_writing_files(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = ["inspect", "--backbone", "test_vit", "--batch", "4", "--img-size", "32", "--r", "2", "--device", "cuda"]
-    assert main(words) == 0
+    args = ["inspect", "--backbone", "test_vit", "--batch", "4", "--img-size", "32", "--r", "2", "--device", "cuda"]
+    assert main(args) == 0
     text = capsys.readouterr().out
     assert "Training step of test_vit: 4 images of 32×32 px, fp32, AdamW, on cuda" in text
     assert all(word in text for word in ("snella-2", "lora-2", "full", "saved for backward", "largest temporary"))
@@ -26,7 +26,7 @@ def test_a_gpu_adds_predicted_steps_for_plain_vits(capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "line"),
+    ("args", "line"),
     [
         ([], "inspect takes either RUN, a run folder, or --backbone NAME, got neither"),
         (["r", "--backbone", "test_vit"], "or --backbone NAME, got RUN r and --backbone test_vit"),
@@ -37,5 +37,5 @@ def test_a_gpu_adds_predicted_steps_for_plain_vits(capsys):
         (["--backbone", "test_vit", "--dtype", "fp16"], "--dtype must be one of fp32, bf16, got fp16"),
     ],
 )
-def test_conflicting_arguments_are_one_error(words, line, failing):
-    assert line in failing("inspect", *words)
+def test_conflicting_arguments_are_one_error(args, line, failing):
+    assert line in failing("inspect", *args)

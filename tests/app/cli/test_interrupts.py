@@ -20,10 +20,10 @@ def interrupt(program, then=""):
 
 @pytest.mark.parametrize("program", ["/usr/bin/snella", "snella.exe"])
 def test_ctrl_c_during_imports_prints_one_line_and_exits_with_130(program):
-    done = interrupt(program)
-    assert (done.returncode, done.stderr) == (130, "snella: interrupted\n")
+    process = interrupt(program)
+    assert (process.returncode, process.stderr) == (130, "snella: interrupted\n")
 
 
 def test_other_programs_and_running_commands_receive_the_exception():
-    for done in (interrupt("train.py"), interrupt("snella", "raise_on_interrupt()")):
-        assert "KeyboardInterrupt" in done.stderr and "interrupted" not in done.stderr
+    for process in (interrupt("train.py"), interrupt("snella", "raise_on_interrupt()")):
+        assert "KeyboardInterrupt" in process.stderr and "interrupted" not in process.stderr

@@ -42,7 +42,7 @@ def test_flags_accept_an_optional_value():
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("args", "expected"),
     [
         ("--preset paper", {"epochs": 100, "scaling": 1.0, "method_options": {"preset": "paper"}}),
         ("--epochs 10 --preset=paper", {"epochs": 10, "scaling": 1.0}),
@@ -53,18 +53,18 @@ def test_flags_accept_an_optional_value():
         ("--config=file.yaml --epochs 9", {"epochs": 9, "method_options": {"preset": "paper"}}),
     ],
 )
-def test_explicit_options_override_a_preset(words, expected, tmp_path, monkeypatch):
+def test_explicit_options_override_a_preset(args, expected, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("file.yaml").write_text("preset: paper\nepochs: 7\n")
-    _, _, settings = parse(["train", "--out", "x", *words.split()])
+    _, _, settings = parse(["train", "--out", "x", *args.split()])
     assert {name: settings[name] for name in expected} == expected
 
 
 def test_method_options_are_set_individually():
-    words = ["train", "--method-options.kernel", "rbf", "--method-options.min_layer_share", "0.1"]
-    assert parse(words)[2]["method_options"] == {"kernel": "rbf", "min_layer_share": 0.1}
-    words = ["train", "--method_options.kernel", "p_linear", "--method_options.min_layer_share=0.1"]
-    assert parse(words)[2]["method_options"] == {"kernel": "p_linear", "min_layer_share": 0.1}
+    args = ["train", "--method-options.kernel", "rbf", "--method-options.min_layer_share", "0.1"]
+    assert parse(args)[2]["method_options"] == {"kernel": "rbf", "min_layer_share": 0.1}
+    args = ["train", "--method_options.kernel", "p_linear", "--method_options.min_layer_share=0.1"]
+    assert parse(args)[2]["method_options"] == {"kernel": "p_linear", "min_layer_share": 0.1}
 
 
 @pytest.mark.parametrize("option", ["--print-config", "--print_config", "--print-config=skip_default"])
@@ -74,7 +74,7 @@ def test_the_configuration_is_printed_as_help_shows_it(option, capsys):
     assert caught.value.code == 0 and "epochs: 7" in capsys.readouterr().out
 
 
-def test_help_of_train_shows_basic_options_first_and_the_method_s_defaults(capsys):
+def test_help_of_train_shows_basic_options_first_and_method_defaults(capsys):
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     text = " ".join(capsys.readouterr().out.split())
@@ -89,7 +89,7 @@ def test_help_of_train_shows_basic_options_first_and_the_method_s_defaults(capsy
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("args", "message"),
     [
         (
             ["train", "--target-sparsty", "0.5"],
@@ -127,9 +127,9 @@ def test_help_of_train_shows_basic_options_first_and_the_method_s_defaults(capsy
         (["export", "run", "--format", "onxx"], "got onxx; did you mean onnx"),
     ],
 )
-def test_parser_errors_use_the_typed_names(words, message):
+def test_parser_errors_use_the_typed_names(args, message):
     with pytest.raises(UsageError, match=message):
-        parse(words)
+        parse(args)
 
 
 def test_unknown_keys_in_a_configuration_file_are_rejected(tmp_path):
@@ -188,21 +188,21 @@ def test_a_missing_configuration_file_error_suggests_similar_names(tmp_path):
 
 def test_help_imports_no_heavy_library():
     code = (
-        "import sys, snella; own = set(sys.modules)\n"
+        "import sys, snella; early = set(sys.modules)\n"
         "from snella_app.cli.main import main\n"
         "try: main(['train', '--help'])\n"
         "except SystemExit: pass\n"
-        "late = {name.split('.')[0] for name in set(sys.modules) - own}\n"
+        "late = {name.split('.')[0] for name in set(sys.modules) - early}\n"
         "print('LATE', sorted(late & {'timm', 'torchvision', 'matplotlib', 'sklearn', 'accelerate'}))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "LATE []" in done.stdout
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "LATE []" in process.stdout
 
 
 def test_help_is_also_a_command(capsys):
-    for words, same in ((["help", "train"], ["train", "--help"]), (["help"], ["--help"])):
+    for args, equivalent in ((["help", "train"], ["train", "--help"]), (["help"], ["--help"])):
         texts = []
-        for line in (words, same):
+        for line in (args, equivalent):
             with pytest.raises(SystemExit):
                 main(line)
             texts.append(capsys.readouterr().out)
@@ -243,6 +243,6 @@ print(snella.SnellaConfig(r=2).r)
 
 
 def test_the_command_line_names_a_missing_extra():
-    done = subprocess.run([sys.executable, "-c", HIDDEN], capture_output=True, text=True, check=True)
-    assert done.stderr == "snella: the command line needs docstring_parser: pip install 'snella[app]'\n"
-    assert done.stdout == "snella.load needs timm: pip install 'snella[app]'\n2\n"
+    process = subprocess.run([sys.executable, "-c", HIDDEN], capture_output=True, text=True, check=True)
+    assert process.stderr == "snella: the command line needs docstring_parser: pip install 'snella[app]'\n"
+    assert process.stdout == "snella.load needs timm: pip install 'snella[app]'\n2\n"

@@ -15,14 +15,14 @@ def loaded_by(code, heavy=HEAVY):
         f"import sys\ntry:\n    {code}\nexcept SystemExit as end:\n    status = end.code or 0\n"
         f"print('\\n#', status, *[name for name in {heavy!r} if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    printed, _, last = done.stdout.rpartition("\n# ")
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    printed, _, last = process.stdout.rpartition("\n# ")
     status, *names = last.split()
-    return names, printed + done.stderr, int(status)
+    return names, printed + process.stderr, int(status)
 
 
 @pytest.mark.parametrize(
-    ("words", "printed", "status"),
+    ("args", "printed", "status"),
     [
         (["--help"], "Fine-tune pre-trained vision models", 0),
         (["--version"], f"snella {version('snella')}", 0),
@@ -32,14 +32,14 @@ def loaded_by(code, heavy=HEAVY):
         (["train", "--epohcs", "3"], "nearest: --epochs", 2),
     ],
 )
-def test_help_version_and_typos_import_no_heavy_library(words, printed, status):
-    names, text, code = loaded_by(f"from snella_app.cli.main import main; status = main({words!r})")
+def test_help_version_and_typos_import_no_heavy_library(args, printed, status):
+    names, text, code = loaded_by(f"from snella_app.cli.main import main; status = main({args!r})")
     assert names == [] and printed in text and code == status
 
 
 def test_the_package_is_also_a_program():
-    done = subprocess.run([sys.executable, "-m", "snella", "--version"], capture_output=True, text=True, check=True)
-    assert done.stdout == f"snella {version('snella')}\n"
+    process = subprocess.run([sys.executable, "-m", "snella", "--version"], capture_output=True, text=True, check=True)
+    assert process.stdout == f"snella {version('snella')}\n"
 
 
 def test_predicting_imports_neither_matplotlib_nor_scikit_learn():

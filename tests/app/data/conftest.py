@@ -8,7 +8,7 @@ from PIL import Image
 
 @pytest.fixture
 def write_images(tmp_path: Path) -> Callable[..., Path]:
-    """Function that writes noise images, e.g. `{"train/cat": 5}`, to a folder `photos` and returns the folder."""
+    """Return a function that writes noise images, e.g. `{"train/cat": 5}`, and returns their folder `photos`."""
 
     def write(counts: dict[str, int], suffix: str = ".png", size: int = 12) -> Path:
         root = tmp_path / "photos"

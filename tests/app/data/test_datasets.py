@@ -60,7 +60,7 @@ def test_two_items_are_augmented_differently():
     assert not torch.equal(data[0][0], data[1][0])
 
 
-def test_torchs_generator_is_unchanged():
+def test_the_torch_generator_is_unchanged():
     data = noise(transform=CROP)
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -78,7 +78,7 @@ def test_workers_return_the_same_items_as_the_main_process(context):
     assert torch.equal(epoch_of(data, num_workers=2, multiprocessing_context=context), expected)
 
 
-def test_persistent_workers_see_a_new_epoch():
+def test_persistent_workers_use_the_new_epoch():
     data = noise(transform=CROP)
     loader = DataLoader(data, batch_size=4, num_workers=1, persistent_workers=True)
     for epoch in (0, 1):
@@ -124,7 +124,7 @@ def test_rows_labels_and_names_must_have_equal_lengths():
         ImageDataset(ArrayImages(np.zeros((2, 4, 4), np.uint8)), [0, 1], [0], ["a", "b", "c"])
 
 
-def test_a_dataset_survives_pickling():
+def test_a_pickled_dataset_has_the_same_items():
     data = noise(transform=CROP, seed=2)
     data.set_epoch(5)
     restored = pickle.loads(pickle.dumps(data))

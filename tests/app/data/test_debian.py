@@ -44,7 +44,7 @@ def test_the_environment_variable_sets_the_folder(fashion, monkeypatch):
     assert (len(data.train), len(data.val), len(data.test)) == (30, 10, 10)
 
 
-def test_missing_fashion_mnist_error_has_the_install_command(tmp_path):
+def test_missing_fashion_mnist_error_contains_the_install_command(tmp_path):
     command = "run `apt install dataset-fashion-mnist`, or set SNELLA_FASHION_MNIST"
     with pytest.raises(FileNotFoundError, match=rf"train-images-idx3-ubyte\.gz' does not exist; {command}"):
         load_fashion_mnist(str(tmp_path))
@@ -114,7 +114,7 @@ def test_too_few_categories_are_rejected(tmp_path):
         load_stamps(str(stamps(tmp_path, {"a": 12, "b": 2})))
 
 
-def test_missing_stamps_error_has_the_install_command(tmp_path, monkeypatch):
+def test_missing_stamps_error_contains_the_install_command(tmp_path, monkeypatch):
     monkeypatch.setenv("SNELLA_STAMPS", str(tmp_path / "none"))
     with pytest.raises(
         FileNotFoundError,

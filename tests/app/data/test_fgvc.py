@@ -102,7 +102,7 @@ def test_more_classes_than_in_the_benchmark_are_always_rejected(tmp_path):
         load(folder)
 
 
-def test_missing_files_and_malformed_lists_are_one_message(cub):
+def test_missing_files_and_malformed_lists_are_reported_in_one_message(cub):
     shutil.rmtree(cub / "images" / "017.Bird_17")
     (cub / "val.json").write_text('{"a.jpg": 1,')
     with pytest.raises(ValueError) as caught:

@@ -253,7 +253,7 @@ def test_an_empty_path_is_rejected():
         load("")
 
 
-def test_a_file_is_not_a_folder(tmp_path):
+def test_a_file_is_rejected_as_a_folder(tmp_path):
     (tmp_path / "x.png").write_bytes(b"")
     with pytest.raises(
         ValueError, match=re.escape(f"folder:{tmp_path}/x.png must be a folder with one folder per class")

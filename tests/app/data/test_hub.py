@@ -139,7 +139,7 @@ def test_lists_of_class_indices_become_lists_of_names(tmp_path):
 
 @pytest.fixture
 def shards(tmp_path):
-    """Function that writes shards of ten samples with `json` or `cls` labels."""
+    """Return a function that writes shards of ten samples with `json` or `cls` labels."""
 
     def write(names, label=lambda i: ("json", json.dumps({"species": "ab"[i % 2], "site": f"s{i // 2}"}))):
         for number, name in enumerate(names):

@@ -91,10 +91,10 @@ def test_an_animation_is_read_as_its_first_frame(tmp_path):
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".bmp", ".tif", ".gif", ".ppm"])
 def test_a_truncated_file_of_any_format_is_detected(suffix, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    whole, cut = tmp_path / f"whole{suffix}", tmp_path / f"cut{suffix}"
-    Image.fromarray(pixels).save(whole)
-    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size * 2 // 3])
-    assert list(broken_images([whole, cut, whole])) == [1]
+    complete, cut = tmp_path / f"complete{suffix}", tmp_path / f"cut{suffix}"
+    Image.fromarray(pixels).save(complete)
+    cut.write_bytes(complete.read_bytes()[: complete.stat().st_size * 2 // 3])
+    assert list(broken_images([complete, cut, complete])) == [1]
     with pytest.raises(ValueError, match=rf"cut\{suffix}' is not a readable image"):
         read_image(cut)
 
@@ -295,7 +295,7 @@ def _raise_unknown_format(file, formats):
     raise OSError("cannot identify image file")
 
 
-def test_facts_about_files_are_stored(tmp_path):
+def test_size_mode_format_and_pages_of_files_are_stored(tmp_path):
     frames = [Image.new("L", (40, 30), value) for value in (0, 255)]
     frames[0].save(tmp_path / "x.tif", save_all=True, append_images=frames[1:])
     pixels = np.random.default_rng(0).integers(0, 256, (30, 20, 3), dtype=np.uint8).repeat(40, 0).repeat(40, 1)

@@ -139,7 +139,7 @@ def test_masks_with_a_single_label_are_rejected(tmp_path):
         load_data(f"masks:{root}")
 
 
-def test_a_wrong_layout_error_has_the_expected_layout(tmp_path):
+def test_a_wrong_layout_error_contains_the_expected_layout(tmp_path):
     (tmp_path / "photos").mkdir()
     with pytest.raises(ValueError, match=r"in images/ and masks/; the expected layout is images/NAME.jpg and masks/"):
         load_data(f"masks:{tmp_path / 'photos'}")
@@ -151,7 +151,7 @@ def test_a_wrong_layout_error_has_the_expected_layout(tmp_path):
         load_data(f"masks:{root}")
 
 
-def test_a_float_mask_has_no_labels(tmp_path):
+def test_a_float_mask_is_rejected(tmp_path):
     Image.fromarray(np.zeros((3, 3), np.float32)).save(tmp_path / "m.tiff")
     with pytest.raises(ValueError, match=re.escape("mode F has no labels")):
         read_label_map(tmp_path / "m.tiff")

@@ -56,7 +56,7 @@ def test_patches_are_labeled_by_the_region_at_their_center(templates):
     assert any("regions" in note for note in data.notes)
 
 
-def test_missing_volumes_error_has_the_install_command(tmp_path):
+def test_missing_volumes_error_contains_the_install_command(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"ch2.nii.gz' does not exist; run `apt install mricron-data`"):
         load_mri(str(tmp_path))
 

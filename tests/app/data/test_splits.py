@@ -52,7 +52,7 @@ def test_samples_depend_on_the_seed():
     assert splits[0] == splits[1] != splits[2]
 
 
-def test_sampling_uses_numpys_legacy_generator():
+def test_sampling_uses_the_legacy_numpy_generator():
     _, selected = stratified_split(labels_of([6, 6]), 0.34, seed=0, classes=["a", "b"])
     stream = np.random.RandomState(0)
     assert selected == sorted([*stream.permutation(6)[:2], *(6 + stream.permutation(6)[:2])])

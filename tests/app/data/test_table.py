@@ -13,7 +13,7 @@ COLUMNS = ("file", "species", "patient")
 
 @pytest.fixture
 def write_table(tmp_path):
-    """Function that writes a table and its images, and returns the path of the table."""
+    """Return a function that writes a table and its images, and returns the path of the table."""
     (tmp_path / "images").mkdir()
 
     def write(rows, columns=COLUMNS, name="photos.csv", delimiter=","):
@@ -233,7 +233,7 @@ def test_numbers_are_split_by_ranges(write_table):
         load_data(f"csv:{write_table(rows, ('file', 'age', 'depth'))}", columns="label=age", target="numbers")
 
 
-def test_parquet_holds_lists_and_numbers(write_table, tmp_path):
+def test_parquet_supports_lists_and_numbers(write_table, tmp_path):
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -338,7 +338,7 @@ def test_text_instead_of_numbers_is_reported_even_with_skip_corrupt(write_table)
             load_data(f"csv:{file}", columns="label=species", target="numbers", skip_corrupt=skip_corrupt)
 
 
-def test_the_reasons_of_unusable_rows_are_reported(write_table):
+def test_the_reasons_for_unusable_rows_are_reported(write_table):
     file = write_table([(f"images/gone{i}.png", "ab"[i % 2], "p") for i in range(4)])
     with pytest.raises(ValueError, match=r"no images to train on, all are unusable: 4 of 4 rows of .*, 4 no such file"):
         load_data(f"csv:{file}", columns="label=species,group=none", skip_corrupt=True)

@@ -43,7 +43,7 @@ def test_small_and_narrow_images_are_resized_to_the_input_size(size):
     assert transform(Image.new("RGB", size)).shape == (3, 32, 32)
 
 
-def test_the_models_data_config_is_used(image):
+def test_the_data_config_of_the_model_is_used(image):
     config = timm.data.resolve_model_data_config(timm.create_model("test_vit"))
     assert build_transform(config, train=True, augment="crop")(image).shape == (3, 160, 160)
 
@@ -55,7 +55,7 @@ def test_values_are_scaled_and_normalized():
 
 
 @pytest.mark.parametrize("augment", ["randaugment", "trivialaugment", "3augment"])
-def test_stronger_augmentation_extends_crop_and_uses_torchs_generator(augment, image):
+def test_stronger_augmentation_extends_crop_and_uses_the_torch_generator(augment, image):
     crop, strong = (build_transform(CONFIG, train=True, augment=name) for name in ("crop", augment))
     results = []
     for transform in (strong, strong, crop):
@@ -102,7 +102,7 @@ def test_evaluation_is_never_augmented(augment, image):
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_a_transform_survives_pickling(image):
+def test_a_pickled_transform_gives_the_same_result(image):
     transform = build_transform(CONFIG, train=True, augment="crop")
     torch.manual_seed(1)
     expected = transform(image)
@@ -131,7 +131,7 @@ def test_missing_configuration_entries_are_reported():
         build_transform({"input_size": (3, 8, 8)}, train=True, augment="none")
 
 
-def test_imagenets_augmentation_changes_colors_too():
+def test_imagenet_augmentation_also_changes_colors():
     image = Image.new("RGB", (64, 64), (90, 120, 200))
     torch.manual_seed(0)
     plain, augmented = (build_transform(CONFIG, train=True, augment=name)(image) for name in ("crop", "imagenet"))

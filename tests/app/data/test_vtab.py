@@ -92,7 +92,7 @@ def edit_list(folder, name, change):
     file.write_text(change(file.read_text()))
 
 
-def test_all_errors_are_one_message(kitti):
+def test_all_errors_are_reported_in_one_message(kitti):
     (kitti / "images/test/000003.jpg").unlink()
     (kitti / "images/test/000004.jpg").unlink()
     edit_list(kitti, "train800", lambda text: text.replace("000001.jpg 1", "000001.jpg 7"))
@@ -167,7 +167,7 @@ def test_an_unknown_task_error_suggests_similar_names(tmp_path):
         load_data(f"vtab:{tmp_path}/xyz")
 
 
-def test_a_missing_folder_error_has_the_layout(tmp_path):
+def test_a_missing_folder_error_contains_the_layout(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no folder '.*/dtd'; see the expected layout with `snella data check"):
         load_data(f"vtab:{tmp_path}/dtd")
 

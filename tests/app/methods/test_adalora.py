@@ -56,13 +56,13 @@ def test_the_shortest_runs_support_a_schedule(steps, make_model, images):
 
 
 def test_a_resumed_run_matches_an_uninterrupted_run_bit_for_bit(make_model, images, tmp_path):
-    whole = build_method("adalora-2", make_model()).train()
-    optimizer = optimizer_of(whole)
-    RankSchedule(whole, 10).attach(optimizer)
+    uninterrupted = build_method("adalora-2", make_model()).train()
+    optimizer = optimizer_of(uninterrupted)
+    RankSchedule(uninterrupted, 10).attach(optimizer)
     for first in (0, 6):
-        train(whole, images, optimizer, 6 if first == 0 else 4, first)
+        train(uninterrupted, images, optimizer, 6 if first == 0 else 4, first)
         if first == 0:
-            save_trained(whole, tmp_path)
+            save_trained(uninterrupted, tmp_path)
             torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
     resumed = load_trained(tmp_path, make_model()).train()
     optimizer = optimizer_of(resumed)
@@ -70,7 +70,7 @@ def test_a_resumed_run_matches_an_uninterrupted_run_bit_for_bit(make_model, imag
     optimizer.load_state_dict(torch.load(tmp_path / "optimizer.pt"))
     assert schedule.step == 6
     train(resumed, images, optimizer, 4, first=6)
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(uninterrupted.parameters(), resumed.parameters(), strict=True))
     assert sum(ranks(resumed)) == 48
 
 

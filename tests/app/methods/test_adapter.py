@@ -7,7 +7,7 @@ from snella_app.methods import build_method
 from snella_lab.methods.adapter import Adapter, SparseAdapters
 
 
-def filled(adapter):
+def fill(adapter):
     torch.manual_seed(2)
     for parameter in adapter.parameters():
         nn.init.normal_(parameter)
@@ -15,7 +15,7 @@ def filled(adapter):
 
 
 def test_the_forward_pass_matches_the_formula():
-    adapter = filled(Adapter(6, 2, scale=0.3)).eval()
+    adapter = fill(Adapter(6, 2, scale=0.3)).eval()
     h = torch.randn(2, 4, 6)
     down = gelu(h @ adapter.down.weight.T + adapter.down.bias)
     torch.testing.assert_close(adapter(h), h + 0.3 * (down @ adapter.up.weight.T + adapter.up.bias))
@@ -23,7 +23,7 @@ def test_the_forward_pass_matches_the_formula():
 
 def test_the_activation_is_configurable(make_model, images):
     model = build_method("adapter-2", make_model(), activation="relu")
-    adapter = filled(model.blocks[0].mlp.adapter).eval()
+    adapter = fill(model.blocks[0].mlp.adapter).eval()
     h = torch.randn(2, 4, 64)
     down = (h @ adapter.down.weight.T + adapter.down.bias).clamp_min(0)
     torch.testing.assert_close(adapter(h), h + down @ adapter.up.weight.T + adapter.up.bias)
@@ -31,10 +31,10 @@ def test_the_activation_is_configurable(make_model, images):
         build_method("adapter-2", make_model(), activation="tanh")
 
 
-def test_the_adapter_is_in_the_residual_branch_after_the_mlp(make_model, images):
+def test_the_adapter_is_applied_in_the_residual_branch_after_the_mlp(make_model, images):
     model = build_method("adapter-2", make_model()).eval()
     block = model.blocks[0]
-    filled(block.mlp.adapter)
+    fill(block.mlp.adapter)
     x = torch.randn(2, 5, 64)
     with torch.no_grad():
         y = x + block.attn(block.norm1(x))
@@ -76,19 +76,19 @@ def test_sparse_adapters_partition_all_weights_evenly():
 
 
 def test_training_uses_one_sparse_adapter_and_evaluation_their_mean():
-    sparse = filled(SparseAdapters(8, 4, experts=2))
+    sparse = fill(SparseAdapters(8, 4, experts=2))
     h = torch.randn(5, 8)
     hidden = gelu(h @ sparse.down.weight.T + sparse.down.bias)
     each = [h + hidden @ (2 * sparse.up.weight * (sparse.expert_index == i)).T + sparse.up.bias for i in range(2)]
     sparse.train()
     seen = [sparse(h) for _ in range(20)]
-    which = [next(i for i in range(2) if torch.allclose(y, each[i], atol=1e-5)) for y in seen]
-    assert set(which) == {0, 1}
+    selected = [next(i for i in range(2) if torch.allclose(y, each[i], atol=1e-5)) for y in seen]
+    assert set(selected) == {0, 1}
     torch.testing.assert_close(sparse.eval()(h), (each[0] + each[1]) / 2)
 
 
 def test_only_the_weights_of_the_active_sparse_adapter_get_a_gradient():
-    sparse = filled(SparseAdapters(8, 4, experts=4)).train()
+    sparse = fill(SparseAdapters(8, 4, experts=4)).train()
     sparse(torch.randn(5, 8)).sum().backward()
     assert len(sparse.expert_index[sparse.up.weight.grad != 0].unique()) == 1
     assert sparse.down.weight.grad.count_nonzero() == 32

@@ -23,7 +23,7 @@ def layer():
 
 
 def total(model, images, labels):
-    """A loss whose gradient to the weight is the image."""
+    """Return a loss whose gradient with respect to the weight is the image."""
     return model(images).sum()
 
 
@@ -31,13 +31,13 @@ def batches():
     return iter([(x, torch.zeros(1)) for x in X])
 
 
-def test_sensitivity_is_the_sum_of_the_batches_squared_gradients():
+def test_sensitivity_is_the_sum_of_squared_batch_gradients():
     sensitivity = squared_gradients(layer(), ["weight", "bias"], batches, total)
     assert sensitivity["weight"].tolist() == [[1.0 + 9.0, 4.0 + 1.0]]
     assert sensitivity["bias"].tolist() == [2.0]
 
 
-def test_gradients_are_summed_with_their_signs():
+def test_summed_gradients_keep_their_signs():
     assert summed_gradients(layer(), ["weight"], batches, total)["weight"].tolist() == [[-2.0, 3.0]]
 
 

@@ -24,7 +24,7 @@ OTHER_MEANINGS = {
     "bias": "a parameter",
     "adapter": "the folder of an adapter",
 }
-"""Method names that are also other terms, with the other meaning."""
+"""Method names with another meaning in the code, and that meaning."""
 ALLOWED = {
     "snella_app/methods/": "registry",
     "snella_lab/methods/": "registry of snella_lab",
@@ -32,15 +32,15 @@ ALLOWED = {
     "snella_app/training/cost_model.py": "it has formulas of individual methods",
     "snella_lab/recipes/demo.py": "it demonstrates three methods",
 }
-ALLOWED_WORDS = {
+ALLOWED_NAMES = {
     "snella_app/runs/export.py": "lora",
     "snella_app/cli/commands.py": "lora",
     "snella_app/settings.py": "full",
 }
-"""Files that use one method name as an export format or as the name of 32-bit precision."""
+"""Files that use a method name for an export format or for 32-bit precision."""
 
 
-def texts_of(path):
+def strings_of(path):
     """Return the strings of a file with line numbers, without docstrings."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
@@ -49,23 +49,23 @@ def texts_of(path):
             yield node.lineno, node.value
 
 
-def names_in(path, words):
+def lines_with(path, names):
     """Return the lines of a file with a method name in a string, with or without a number."""
-    pattern = re.compile(rf"({'|'.join(map(re.escape, words))})(-\d*)?")
-    return [f"{path}:{line}: {text!r}" for line, text in texts_of(path) if pattern.fullmatch(text)]
+    pattern = re.compile(rf"({'|'.join(map(re.escape, names))})(-\d*)?")
+    return [f"{path}:{line}: {text!r}" for line, text in strings_of(path) if pattern.fullmatch(text)]
 
 
 def test_method_names_occur_only_in_the_methods_packages():
-    words = [name for name in METHODS if name not in OTHER_MEANINGS]
-    places = {path: path.relative_to(SOURCES).as_posix() for path in sorted(SOURCES.rglob("*.py"))}
-    searched = [path for path, place in places.items() if not place.startswith(tuple(ALLOWED))]
-    of_file = {path: [word for word in words if word != ALLOWED_WORDS.get(places[path])] for path in searched}
-    lines = [line for path in searched for line in names_in(path, of_file[path])]
+    names = [name for name in METHODS if name not in OTHER_MEANINGS]
+    relative_paths = {path: path.relative_to(SOURCES).as_posix() for path in sorted(SOURCES.rglob("*.py"))}
+    searched = [path for path, relative in relative_paths.items() if not relative.startswith(tuple(ALLOWED))]
+    of_file = {path: [name for name in names if name != ALLOWED_NAMES.get(relative_paths[path])] for path in searched}
+    lines = [line for path in searched for line in lines_with(path, of_file[path])]
     assert len(searched) > 80 and not lines, "a method's needs are fields of `Method`:\n" + "\n".join(lines)
 
 
 @pytest.mark.parametrize(
-    "place",
+    "folder",
     [
         "snella_app/runs",
         "snella_app/tasks",
@@ -76,16 +76,16 @@ def test_method_names_occur_only_in_the_methods_packages():
         "snella_lab/recipes/instruct",
     ],
 )
-def test_other_words_are_not_mistaken_for_methods(place):
-    words = [word for word in OTHER_MEANINGS if word not in ("adapter", "snella")]
-    lines = [line for path in sorted((SOURCES / place).rglob("*.py")) for line in names_in(path, words)]
+def test_other_meanings_are_not_mistaken_for_methods(folder):
+    names = [name for name in OTHER_MEANINGS if name not in ("adapter", "snella")]
+    lines = [line for path in sorted((SOURCES / folder).rglob("*.py")) for line in lines_with(path, names)]
     is_schedule = [line for line in lines if "recipes/instruct/train.py" in line and "'linear'" in line]
     assert len(lines) == len(is_schedule) <= 1, "\n".join(lines)
 
 
 def test_method_names_are_detected(tmp_path):
     (tmp_path / "a.py").write_text('"""lora"""\nx = "lora-8"\nname = f"snell-{x}"\ny = "a lora"\n')
-    assert names_in(tmp_path / "a.py", ["lora", "snell"]) == [
+    assert lines_with(tmp_path / "a.py", ["lora", "snell"]) == [
         f"{tmp_path / 'a.py'}:2: 'lora-8'",
         f"{tmp_path / 'a.py'}:3: 'snell-'",
     ]
@@ -93,7 +93,7 @@ def test_method_names_are_detected(tmp_path):
 
 @pytest.mark.parametrize(("method", "purpose"), [(DEFAULT_METHOD, ""), (RECIPE_METHOD, "generation"),
                                                  (RECIPE_METHOD, "language")])  # fmt: skip
-def test_help_shows_the_default_methods_defaults(method, purpose):
+def test_help_shows_the_defaults_of_the_default_method(method, purpose):
     assert shown_defaults(purpose) == find_method(method).defaults_of(purpose)
 
 

@@ -29,7 +29,7 @@ def test_each_row_gets_its_k_largest_inputs_with_ties_by_position():
     assert strongest_inputs(gradient.view(3, 1, 3, 1), 1).tolist() == [1, 3, 8]
 
 
-def test_vit_b_16_has_the_papers_number_of_neurons():
+def test_vit_b_16_has_the_number_of_neurons_in_the_paper():
     with torch.device("meta"):
         model = timm.create_model("vit_base_patch16_224", num_classes=100)
     neurons = sum(len(model.get_parameter(f"{name}.weight")) for name in neuron_layers(model, "head"))

@@ -61,7 +61,7 @@ def test_blocks_are_found_in_forward_order(name, first, last, count):
     assert len(names) == count
 
 
-def test_the_width_of_an_mlp_is_its_last_layers_width():
+def test_the_width_of_an_mlp_is_that_of_its_last_layer():
     with torch.device("meta"):
         model = timm.create_model("test_vit")
     assert [(n, width) for n, _, width in mlps(model, "head")] == [(f"blocks.{i}.mlp", 64) for i in range(6)]

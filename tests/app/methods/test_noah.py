@@ -37,11 +37,11 @@ def test_the_parameters_of_a_combination_are_counted_by_the_formula():
 
 
 @pytest.mark.parametrize(("blocks", "depths"), [(12, [3, 6, 9, 12]), (5, [2, 3, 4, 5]), (2, [1, 2]), (1, [1])])
-def test_each_module_type_is_in_a_quarter_to_all_of_the_blocks(blocks, depths):
+def test_depths_are_quarters_of_the_number_of_blocks(blocks, depths):
     assert SubnetSpace((8,) * blocks, (32,) * blocks, (1,), 0).depths == depths
 
 
-def test_candidates_mutants_and_crossovers_fill_the_first_blocks_with_the_given_sizes():
+def test_candidates_mutants_and_crossovers_fill_the_first_blocks_with_allowed_sizes():
     draw = Random(1)
     parents = [SPACE.sample(draw) for _ in range(20)]
     children = [SPACE.mutate(p, draw) for p in parents] + [SPACE.cross(*parents[:2], draw) for _ in range(5)]
@@ -83,7 +83,7 @@ def test_the_search_ends_when_no_candidate_fits_the_budget():
     assert messages[-1] == "noah: no candidates left with at most 65 parameters"
 
 
-def test_a_supernet_matches_the_subnet_of_its_first_parts(make_model, images):
+def test_a_supernet_matches_the_subnet_of_its_leading_slices(make_model, images):
     model = make_model().requires_grad_(False)
     supernet = build_supernet(model, "head", 4).eval()
     torch.manual_seed(1)
@@ -112,7 +112,7 @@ def test_a_supernet_matches_the_subnet_of_its_first_parts(make_model, images):
         assert adapter(x) is x
 
 
-def test_the_built_model_matches_the_supernet_with_that_combination(make_model, images):
+def test_a_built_model_matches_the_supernet_with_the_same_combination(make_model, images):
     torch.manual_seed(1)
     supernet = build_supernet(make_model().requires_grad_(False), "head", 4).eval()
     for parameter in supernet.parameters():
@@ -150,7 +150,7 @@ def test_the_model_gets_fresh_modules_within_the_budget(make_model, batches):
     assert spec_of(built).family == "noah"
 
 
-def test_the_papers_budget_is_scaled_to_the_backbone_and_never_below_the_smallest_combination(make_model):
+def test_the_default_budget_is_scaled_to_the_backbone_and_never_below_the_smallest_combination(make_model):
     space = space_of(make_model(), "head", {})
     assert space.sizes == (5, 10, 50, 100)
     assert space.budget == space.count(space.smallest())

@@ -1,4 +1,4 @@
-"""Trainable parameters of ViT-B/16 without the head's 76,900, compared with the papers."""
+"""Trainable parameters of ViT-B/16, excluding the head's 76,900, compared with the papers."""
 
 import pytest
 import timm
@@ -17,8 +17,8 @@ SNELLA_8 = LORA_8 + 8 * 12 * 2 * 768 + 72 * 4  # q, k and v have separate factor
         ("linear", 0),
         ("bias", 102_912),  # 0.10 M in VPT and NOAH
         ("full", 85_798_656),  # 85.8 M
-        ("partial-1", 7_087_872 + 1_536),  # one block and the norm; VPT: 24 tasks make the model 3.00 times as large
-        ("mlp-3", 2 * (768 * 768 + 768) + 2 * 1_536),  # VPT: 24 tasks make it 1.35 times as large
+        ("partial-1", 7_087_872 + 1_536),  # one block and the norm; VPT: 3.00 times the model size for 24 tasks
+        ("mlp-3", 2 * (768 * 768 + 768) + 2 * 1_536),  # VPT: 1.35 times the model size for 24 tasks
         ("vpt-shallow-50", 50 * 768),
         ("vpt-deep-50", 12 * 50 * 768),
         ("vqt-1", 12 * 768 + 12 * 768 * 100),  # queries, and the wider head
@@ -33,7 +33,7 @@ SNELLA_8 = LORA_8 + 8 * 12 * 2 * 768 + 72 * 4  # q, k and v have separate factor
         ("supertuning", 12 * (17_694 + 5_898 + 23_592 + 23_592)),  # 1% of each matrix
         ("vera-256", 12 * (4 * 256 + 2304 + 768 + 3072 + 768)),
         ("loha-8", 2 * LORA_8),
-        ("lokr-8", 80_640),  # number in the docs: factor sizes nearest to the square roots
+        ("lokr-8", 80_640),  # documented number: factor sizes nearest to the square roots
         ("randlora-32", 12 * 4 * 24 * (32 + 768)),  # 768 / 32 bases, scales of their rows and columns
         ("hra-8", 8 * 12 * (768 + 768 + 768 + 3072)),
         ("delora-8", LORA_8 + 48),

@@ -5,7 +5,7 @@ from torch import nn
 from snella_app.methods import build_method, load_trained, method_options, save_trained
 
 
-def test_options_are_the_fields_of_pefts_configuration(make_model):
+def test_options_are_the_fields_of_the_peft_configuration(make_model):
     assert {"r", "sparsity", "select_top"} <= set(method_options("supertuning"))
     model = build_method("supertuning", make_model(), sparsity=0.9)
     config = model.peft_config["default"]

@@ -79,12 +79,12 @@ def test_a_model_with_nothing_to_adapt_is_rejected():
 
 
 def test_running_statistics_are_frozen_except_in_full_fine_tuning():
-    for method, moves in (("linear", False), ("lora-2", False), ("full", True)):
+    for method, updates_statistics in (("linear", False), ("lora-2", False), ("full", True)):
         torch.manual_seed(0)
         model = build_method(method, timm.create_model("test_resnet", num_classes=3)).train()
         before = {n: b.clone() for n, b in model.named_buffers() if n.endswith("running_mean")}
         model(torch.randn(4, 3, 64, 64))
-        assert any(not torch.equal(before[n], b) for n, b in model.named_buffers() if n in before) == moves
+        assert any(not torch.equal(before[n], b) for n, b in model.named_buffers() if n in before) == updates_statistics
 
 
 def test_a_typo_error_suggests_the_nearest_names():

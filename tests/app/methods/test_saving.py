@@ -53,11 +53,11 @@ def test_every_flipped_bit_of_the_values_is_detected(method, tmp_path):
     model = trained(method)
     save_trained(model, tmp_path)
     (path,) = tmp_path.glob("*.safetensors")
-    whole = path.read_bytes()
-    start = 8 + int.from_bytes(whole[:8], "little")
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
     before = {name: p.clone() for name, p in model.named_parameters()}
-    for position in range(start, len(whole), (len(whole) - start) // 7):
-        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+    for position in range(start, len(content), (len(content) - start) // 7):
+        path.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
         with pytest.raises(AdapterFileError, match=rf"{path.name} is damaged: its values were altered .*; copy the ad"):
             load_trained_into(model, tmp_path)
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())

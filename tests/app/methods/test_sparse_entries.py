@@ -69,9 +69,9 @@ def test_merged_entries_and_gradients_equal_those_of_dense_merge(kernel):
     tensors = tuple(t for t in factors if t is not None)
     positions = [k for k, t in enumerate(factors) if t is not None]
 
-    def entries(*given):
+    def entries(*leaves):
         dense_grad = list(factors)
-        for position, tensor in zip(positions, given, strict=True):
+        for position, tensor in zip(positions, leaves, strict=True):
             dense_grad[position] = tensor
         return merged_entries(update, Factors(*dense_grad), indices)
 

@@ -1,4 +1,4 @@
-"""Layers with individually trained weights."""
+"""Layers with individually trained weight entries."""
 
 import pytest
 import torch

@@ -56,7 +56,7 @@ def test_pooling_over_patches_excludes_prompts(method, options, make_model, imag
     assert model.blocks[0].prompts.prefix == prefix
 
 
-def test_initial_values_follow_glorots_range():
+def test_initial_values_are_in_the_glorot_range():
     torch.manual_seed(0)
     tokens = Prompts(50, 64, patch_area=256).tokens
     bound = math.sqrt(6 / (3 * 256 + 64))

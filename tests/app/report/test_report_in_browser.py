@@ -3,7 +3,7 @@
 import pytest
 
 from snella_app.report.report import write_report
-from tests.browser import CONTRAST, FAULTY_TEXTS, SMALLEST_TEXT
+from tests.browser import CLIPPED_OR_OVERLAPPING_TEXT, CONTRAST, MIN_FONT_SIZE
 
 SECTIONS = ["results", "comparison", "confusion", "examples", "use", "curves", "ranking", "method", "configuration"]
 OPEN_ALL = "document.querySelectorAll('details').forEach(details => details.open = true)"
@@ -17,16 +17,17 @@ def test_the_page_loads_no_external_resources(browser, compared_report):
     assert len(widths) == 24
     assert min(widths) > 0
     assert browser.evaluate("[...document.querySelectorAll('svg')].every(s => s.getBoundingClientRect().width > 200)")
-    assert browser.complaints() == []
-    assert [url for url in browser.requested() if not url.startswith("data:")] == [compared_report.resolve().as_uri()]
+    assert browser.issues() == []
+    urls = [url for url in browser.requested_urls() if not url.startswith("data:")]
+    assert urls == [compared_report.resolve().as_uri()]
     assert browser.evaluate("performance.getEntriesByType('resource').filter(e => !e.name.startsWith('data:'))") == []
 
 
 def test_external_requests_are_detected(browser, compared_report, tmp_path):
     text = compared_report.read_text(encoding="utf-8")
-    asking = tmp_path / "asking.html"
-    asking.write_text(text.replace("</main>", '<img src="missing.png" alt=""></main>'), encoding="utf-8")
-    assert any("Content Security Policy" in str(entry) for entry in browser.open(asking).complaints())
+    requesting = tmp_path / "requesting.html"
+    requesting.write_text(text.replace("</main>", '<img src="missing.png" alt=""></main>'), encoding="utf-8")
+    assert any("Content Security Policy" in str(entry) for entry in browser.open(requesting).issues())
 
 
 @pytest.mark.parametrize("width", [1200, 768, 400])
@@ -34,8 +35,8 @@ def test_text_is_readable_at_any_width(browser, compared_report, width):
     browser.open(compared_report, width)
     browser.evaluate(OPEN_ALL)
     assert browser.evaluate("document.documentElement.scrollWidth") <= width
-    assert browser.evaluate(FAULTY_TEXTS) == []
-    assert browser.evaluate(SMALLEST_TEXT) >= 8.5
+    assert browser.evaluate(CLIPPED_OR_OVERLAPPING_TEXT) == []
+    assert browser.evaluate(MIN_FONT_SIZE) >= 8.5
 
 
 @pytest.mark.parametrize(("width", "is_shown"), [(390, True), (1280, False)])
@@ -51,8 +52,8 @@ def test_a_narrow_screen_shows_scroll_hints(browser, compared_report, width, is_
 @pytest.mark.parametrize("dark", [False, True])
 def test_text_has_enough_contrast_in_both_modes(browser, compared_report, dark):
     browser.open(compared_report, dark=dark)
-    ground = browser.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert (ground == "rgb(17, 21, 27)") == dark
+    background = browser.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (background == "rgb(17, 21, 27)") == dark
     assert browser.evaluate(CONTRAST) >= 4.5
     ink = browser.evaluate("getComputedStyle(document.querySelector('#curves svg text')).fill")
     assert ink == ("rgb(230, 234, 240)" if dark else "rgb(28, 37, 49)")
@@ -65,8 +66,8 @@ def test_confusion_matrices_are_readable_for_few_and_for_many_classes(browser, r
     for width in (1200, 400):
         browser.open(report, width)
         assert browser.evaluate("document.documentElement.scrollWidth") <= width
-        assert browser.evaluate(FAULTY_TEXTS) == []
-        assert browser.evaluate(SMALLEST_TEXT) >= 8.5
+        assert browser.evaluate(CLIPPED_OR_OVERLAPPING_TEXT) == []
+        assert browser.evaluate(MIN_FONT_SIZE) >= 8.5
 
 
 def test_names_are_escaped(browser, run):
@@ -77,7 +78,7 @@ def test_names_are_escaped(browser, run):
     assert browser.evaluate("document.title") == "lora on elpv · snella report"
     assert browser.evaluate("[document.scripts.length, document.images.length]") == [1, 0]  # copy buttons
     assert browser.evaluate("document.querySelector('#confusion tbody th').textContent") == evil
-    assert browser.complaints() == []
+    assert browser.issues() == []
 
 
 def test_method_details_are_collapsed_until_their_link_is_followed(browser, compared_report):
@@ -103,7 +104,7 @@ def test_every_code_block_has_a_copy_button(browser, compared_report):
           await new Promise(done => setTimeout(done, 50))
           return [texts, [...document.querySelectorAll('#use button')].map(button => button.textContent)] })()""")
     assert copied == [codes, ["Copied"] * 7]
-    assert browser.complaints() == []
+    assert browser.issues() == []
 
 
 def test_other_scripts_are_blocked(browser, compared_report, tmp_path):
@@ -112,7 +113,7 @@ def test_other_scripts_are_blocked(browser, compared_report, tmp_path):
     changed.write_text(text.replace("</main>", "</main><script>document.title = 'ran'</script>"), encoding="utf-8")
     browser.open(changed)
     assert browser.evaluate("document.title") == "snella on elpv · snella report"
-    assert any("Content Security Policy" in str(entry) for entry in browser.complaints())
+    assert any("Content Security Policy" in str(entry) for entry in browser.issues())
 
 
 @pytest.mark.parametrize("width", [390, 1280])

@@ -34,13 +34,13 @@ def test_all_values_of_a_finished_run_are_read(run):
 
 
 @pytest.mark.parametrize(
-    ("correct", "count", "ends"),
+    ("correct", "count", "interval"),
     [(27, 52, (0.387, 0.649)), (52, 52, (0.931, 1.0)), (0, 10, (0.0, 0.278)), (394, 400, (0.968, 0.993))],
 )
-def test_the_accuracy_margin_covers_the_farther_end_of_wilsons_interval(correct, count, ends):
+def test_the_accuracy_margin_covers_the_farther_end_of_the_wilson_interval(correct, count, interval):
     scores = Scores(correct / count, confusion=[[correct, count - correct], [0, 0]])
     assert scores.images == count
-    assert scores.margin == pytest.approx(max(abs(end - scores.accuracy) for end in ends), abs=6e-4)
+    assert scores.margin == pytest.approx(max(abs(end - scores.accuracy) for end in interval), abs=6e-4)
 
 
 def test_both_accuracies_have_95_percent_margins_unless_there_are_no_images():
@@ -61,8 +61,8 @@ def test_errors_of_targets_with_different_units_are_not_averaged():
         ("test MAE of weight", "900"),
     ]
     assert "452" not in scores.text() and "502" not in scores.text() and "age 4, weight 900" in scores.text()
-    one = RegressionScores(mae=4.0, rmse=5.0, r2=0.5, images=60, per_target=several[:1])
-    assert [(label, value) for label, value, _ in one.rows("test")] == [
+    scores = RegressionScores(mae=4.0, rmse=5.0, r2=0.5, images=60, per_target=several[:1])
+    assert [(label, value) for label, value, _ in scores.rows("test")] == [
         ("test MAE", "4"),
         ("test RMSE", "5"),
         ("test R²", "0.500"),

@@ -9,7 +9,7 @@ from snella_app.report.report import write_report
 from snella_app.report.targets import label_cards, number_cards
 from snella_app.tasks import create_task
 from snella_app.text import percent_text
-from tests.browser import FAULTY_TEXTS, SMALLEST_TEXT
+from tests.browser import CLIPPED_OR_OVERLAPPING_TEXT, MIN_FONT_SIZE
 
 NAMES = {
     "multilabel": ["sand", "sea and a rather long name of a label", "person"],
@@ -85,14 +85,14 @@ def write_run(folder, name):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("pages")
-    made = {name: write_run(root / name, name) for name in NAMES}
-    for folder, _ in made.values():
+    runs_by_name = {name: write_run(root / name, name) for name in NAMES}
+    for folder, _ in runs_by_name.values():
         write_report(folder)
-    return made
+    return runs_by_name
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_results_survive_a_round_trip(runs, name):
+def test_results_round_trip_through_files(runs, name):
     folder, scores = runs[name]
     stored = read(Metrics, folder).test
     assert stored == scores_from(scores)
@@ -119,8 +119,8 @@ def test_the_regression_page_compares_with_the_baseline(runs):
         for key in ("mae", "rmse", "baseline_mae", "baseline_rmse"):
             assert f">{row[key]:.4g}<" in page
     assert page.count("<svg") == 6  # two curves, and a scatter plot and box plot per target
-    hero = page.partition('<div class="hero">')[2].partition("</div>")[0]
-    assert "test R²" in hero and f">{scores['r2']:.3f}<" in hero  # errors in years and centimeters have no mean
+    headline = page.partition('<div class="hero">')[2].partition("</div>")[0]
+    assert "test R²" in headline and f">{scores['r2']:.3f}<" in headline  # errors in years and centimeters have no mean
     assert f"{scores['mae']:.4g}" not in page and f"{scores['rmse']:.4g}" not in page
     assert "R², mean over targets, by epoch" in page and "MAE by epoch" not in page
     better = 1 - scores["per_target"][0]["mae"] / scores["per_target"][0]["baseline_mae"]
@@ -146,6 +146,6 @@ def test_the_worst_images_come_first(runs):
 def test_text_of_these_pages_is_readable(browser, runs, name, width):
     browser.open(runs[name][0] / "report.html", width)
     assert browser.evaluate("document.documentElement.scrollWidth") <= width
-    assert browser.evaluate(FAULTY_TEXTS) == []
-    assert browser.evaluate(SMALLEST_TEXT) >= 8.5
-    assert browser.complaints() == []
+    assert browser.evaluate(CLIPPED_OR_OVERLAPPING_TEXT) == []
+    assert browser.evaluate(MIN_FONT_SIZE) >= 8.5
+    assert browser.issues() == []

@@ -1,4 +1,4 @@
-"""Temperature, reliability and the threshold of unsure predictions."""
+"""Temperature, reliability and the threshold for unsure predictions."""
 
 import shutil
 
@@ -20,8 +20,8 @@ from snella_app.runs.evaluate import calibrate_run
 from snella_app.runs.folder import RunFolder
 
 
-def sampled(temperature, images=20_000, classes=4):
-    """Logits, and labels drawn from their softmax with a temperature."""
+def sample(temperature, images=20_000, classes=4):
+    """Return logits, and labels drawn from their softmax with a temperature."""
     random = np.random.default_rng(0)
     logits = torch.from_numpy(random.normal(0, 3, (images, classes)))
     gumbel = torch.from_numpy(random.gumbel(size=(images, classes)))
@@ -30,11 +30,11 @@ def sampled(temperature, images=20_000, classes=4):
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 def test_the_true_temperature_is_recovered(temperature):
-    assert fit_temperature(*sampled(temperature)) == pytest.approx(temperature, rel=0.03)
+    assert fit_temperature(*sample(temperature)) == pytest.approx(temperature, rel=0.03)
 
 
 def test_no_other_temperature_has_a_lower_loss():
-    logits, labels = sampled(2.0, images=200)
+    logits, labels = sample(2.0, images=200)
     best = fit_temperature(logits, labels)
     loss = lambda t: float(torch.nn.functional.cross_entropy(logits / t, labels, label_smoothing=1 / 202))  # noqa: E731
     assert all(loss(best) <= loss(best * factor) for factor in (0.5, 0.95, 1.05, 2.0))
@@ -48,7 +48,7 @@ def test_perfect_predictions_keep_a_finite_confidence():
 
 
 def test_calibration_lowers_the_error_on_every_split():
-    logits, labels = sampled(3.0, images=4000)
+    logits, labels = sample(3.0, images=4000)
     measured = {"val": (logits[:2000].softmax(1), labels[:2000]), "test": (logits[2000:].softmax(1), labels[2000:])}
     calibration = calibrate(measured)
     assert [r.split for r in calibration.reliability] == ["val", "test"]
@@ -104,7 +104,7 @@ def test_bins_of_any_ties_hold_at_least_twelve_images():
         assert min(counts) >= 12 and sum(counts) == images and len(counts) <= 15
 
 
-def test_no_images_have_no_bins():
+def test_zero_images_have_zero_bins():
     assert reliability_bins(torch.zeros(0), torch.zeros(0, dtype=torch.bool)) == []
 
 
@@ -122,7 +122,7 @@ def test_a_temperature_that_worsens_the_test_split_is_reported():
     assert good.verdict.startswith("The temperature helped on the 80 test images: expected calibration error 13.2%")
 
 
-def test_the_threshold_is_the_lowest_that_halves_the_errors():
+def test_the_threshold_is_the_lowest_threshold_that_halves_the_errors():
     confidence = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2])
     right = torch.tensor([True, True, True, False, True, False, False, False])
     threshold, coverage, accuracy = unsure_threshold(confidence, right)
@@ -176,7 +176,7 @@ def test_unsupported_runs_are_rejected(changes, message, finished, tmp_path):
         calibrate_run(run.path)
 
 
-def test_stored_probabilities_take_a_temperature():
+def test_temperature_can_be_applied_to_stored_probabilities():
     items = [Prediction(0, "a", 0, [0.9, 0.1])]
     (changed,) = Predictions(items=items).with_temperature(2.0).items
     assert changed.probabilities == pytest.approx([0.75, 0.25])

@@ -1,4 +1,4 @@
-"""Runs whose images were moved, changed or removed after training."""
+"""Runs whose images were moved, changed or deleted after training."""
 
 import io
 import shutil
@@ -29,7 +29,7 @@ def my_photos(photos, tmp_path):
 
 @pytest.fixture
 def run_of(finished, tmp_path):
-    """Copy of the finished run with a folder of the same photographs as its data."""
+    """Return a function that copies the finished run and sets its data to a folder of the same photographs."""
 
     def make(folder):
         run = RunFolder(shutil.copytree(finished.path, tmp_path / "copy"))
@@ -66,9 +66,9 @@ def test_run_json_stores_images_and_folder(finished, photos):
 
 
 @pytest.mark.parametrize(
-    ("change", "now"), [("added", "train 3"), ("removed", "train 2"), ("renamed", "the same numb")]
+    ("change", "current"), [("added", "train 3"), ("removed", "train 2"), ("renamed", "the same numb")]
 )
-def test_evaluating_on_changed_images_is_rejected_with_both_sizes(change, now, run_of, my_photos):
+def test_evaluating_on_changed_images_is_rejected_with_both_sizes(change, current, run_of, my_photos):
     run = run_of(my_photos)
     first = my_photos / "cats" / "000.png"
     if change == "added":
@@ -82,7 +82,7 @@ def test_evaluating_on_changed_images_is_rejected_with_both_sizes(change, now, r
     sizes = ", ".join(f"{k} {v}" for k, v in run.read_json("run.json")["data"]["sizes"].items())
     with pytest.raises(
         ValueError,
-        match=rf"images of .*copy, {sizes}, got {now}.*evaluate on other images with --data",
+        match=rf"images of .*copy, {sizes}, got {current}.*evaluate on other images with --data",
     ):
         evaluate(run.path)
     assert evaluate(run.path, f"folder:{my_photos}")["split"] == "all"

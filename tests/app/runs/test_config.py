@@ -12,7 +12,7 @@ from snella_app.device import choose_device
 from snella_app.methods import METHODS
 from snella_app.methods.defaults import TRAIN_PRESETS
 
-PLACES = {"data": "digits", "backbone": "test_vit", "out": "runs/x"}
+REQUIRED_SETTINGS = {"data": "digits", "backbone": "test_vit", "out": "runs/x"}
 
 
 def test_all_errors_are_reported_together():
@@ -67,12 +67,12 @@ def test_all_errors_are_reported_together():
 )  # fmt: skip
 def test_a_value_out_of_range_is_reported(changes, message):
     with pytest.raises(ValueError, match=message):
-        TrainConfig.from_flat(**{**PLACES, **changes})
+        TrainConfig.from_flat(**{**REQUIRED_SETTINGS, **changes})
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_resolving_adds_method_defaults_to_given_settings(method):
-    config = TrainConfig.from_flat(**PLACES, method=method, lr=0.5).resolved()
+def test_resolving_adds_method_defaults_to_explicit_settings(method):
+    config = TrainConfig.from_flat(**REQUIRED_SETTINGS, method=method, lr=0.5).resolved()
     assert config.optim.lr == 0.5
     for name, value in METHODS[method].defaults.items():
         assert config.flat()[name] == (0.5 if name == "lr" else value)
@@ -86,14 +86,14 @@ def test_every_default_of_a_method_is_a_setting():
 
 
 def test_the_rank_in_the_name_wins_over_the_default_and_options_over_both():
-    assert TrainConfig.from_flat(**PLACES, method="snella-16").resolved().method.all_options()["r"] == 16
-    config = TrainConfig.from_flat(**PLACES, method_options={"scaling": 2.0, "kernel": "rbf"}).resolved()
+    assert TrainConfig.from_flat(**REQUIRED_SETTINGS, method="snella-16").resolved().method.all_options()["r"] == 16
+    config = TrainConfig.from_flat(**REQUIRED_SETTINGS, method_options={"scaling": 2.0, "kernel": "rbf"}).resolved()
     assert config.method.scaling is None
     assert config.method.all_options() == {"r": 8, "target_sparsity": 0.7, "scaling": 2.0, "kernel": "rbf"}
 
 
-def test_differences_compare_only_given_settings():
-    stored = TrainConfig.from_flat(**PLACES, method="lora", epochs=7).resolved()
+def test_differences_compare_only_explicit_settings():
+    stored = TrainConfig.from_flat(**REQUIRED_SETTINGS, method="lora", epochs=7).resolved()
     assert TrainConfig.from_flat(out="elsewhere", resume=True).differences(stored) == []
     assert TrainConfig.from_flat(out="x", resume=True, epochs=9).differences(stored) == ["epochs is 7 there and 9 here"]
 
@@ -105,18 +105,18 @@ def test_every_setting_is_documented():
 
 
 def test_a_preset_sets_missing_settings_and_is_stored():
-    config = TrainConfig.from_flat(**PLACES, preset="paper", epochs=10, method_options={"kernel": "rbf"})
+    config = TrainConfig.from_flat(**REQUIRED_SETTINGS, preset="paper", epochs=10, method_options={"kernel": "rbf"})
     assert (config.method.scaling, config.optim.lr, config.optim.scalar_lr) == (1.0, 1e-3, 1e-3)
     assert config.data.augment == "none"
-    assert config.optim.epochs == 10, "given, though it is the default"
+    assert config.optim.epochs == 10, "an explicit value wins, even if it is the default"
     assert config.method.options == {"preset": "paper", "kernel": "rbf"}
     assert config.resolved().method.scaling == 1.0 and config.resolved().method.target_sparsity == 0.7
     assert config.replace(scaling=2.0).method.scaling == 2.0
     assert TrainConfig.from_flat(**config.stored()).stored() == config.stored()
 
 
-def test_the_official_preset_only_adds_the_authors_code_differences():
-    paper, official = (TrainConfig.from_flat(**PLACES, preset=name).flat() for name in ("paper", "official"))
+def test_the_official_preset_adds_only_the_differences_of_the_authors_code():
+    paper, official = (TrainConfig.from_flat(**REQUIRED_SETTINGS, preset=name).flat() for name in ("paper", "official"))
     assert {name for name in paper if paper[name] != official[name]} == {"preset", "method_options"}
     assert official["method_options"] == {"preset": "official"}
 
@@ -132,13 +132,13 @@ def test_the_official_preset_only_adds_the_authors_code_differences():
 )  # fmt: skip
 def test_an_unknown_preset_or_method_is_rejected(changes, message):
     with pytest.raises(ValueError, match=message):
-        TrainConfig.from_flat(**PLACES, **changes)
+        TrainConfig.from_flat(**REQUIRED_SETTINGS, **changes)
 
 
 def test_the_documents_show_what_the_presets_change():
     page = (Path(__file__).parents[3] / "docs" / "training.md").read_text(encoding="utf-8")
     paper, official = TRAIN_PRESETS["paper"], TRAIN_PRESETS["official"]
-    default = TrainConfig.from_flat(**PLACES).resolved().flat()
+    default = TrainConfig.from_flat(**REQUIRED_SETTINGS).resolved().flat()
     lines = ["| option | default | paper | official |", "|---|---|---|---|"]
     for name in (name for name in paper if name != "method_options"):
         cells = [default[name], paper[name], official[name]]
@@ -153,21 +153,21 @@ def _plain(value):
     return format(Decimal(str(value)).normalize(), "f")
 
 
-WRONG = {str: 3, bool: "no", int: "x", float: "x"}
-"""A value of another kind, by the kind of the field."""
+WRONG_VALUES = {str: 3, bool: "no", int: "x", float: "x"}
+"""Value of a wrong type by field type."""
 
 
 @pytest.mark.parametrize("field", TrainConfig.settings())
 def test_a_value_of_the_wrong_type_is_reported_with_its_field(field):
     kind = TrainConfig.settings()[field].type
-    for wrong in (object(), [object()], {3: 4}, b"x", *(value for part, value in WRONG.items() if kind == part)):
+    for wrong in (object(), [object()], {3: 4}, b"x", *(value for part, value in WRONG_VALUES.items() if kind == part)):
         with pytest.raises(ValueError, match=rf"(^|; ){field} must be "):
-            TrainConfig.from_flat(**{**PLACES, field: wrong})
+            TrainConfig.from_flat(**{**REQUIRED_SETTINGS, field: wrong})
 
 
 def test_types_and_ranges_are_reported_together():
     with pytest.raises(ValueError) as caught:
-        TrainConfig.from_flat(**PLACES, epochs=True, pretrained="no", lr=-1.0, seed=1.5, method_options=[1])
+        TrainConfig.from_flat(**REQUIRED_SETTINGS, epochs=True, pretrained="no", lr=-1.0, seed=1.5, method_options=[1])
     for part in (
         "epochs must be an integer, got True",
         "pretrained must be true or false, got 'no'",
@@ -180,15 +180,15 @@ def test_types_and_ranges_are_reported_together():
 
 def test_paths_and_numpy_numbers_become_plain_values():
     config = TrainConfig.from_flat(
-        **{**PLACES, "out": Path("runs/x")}, epochs=np.int64(3), lr=np.float32(0.5), drop_path=0
+        **{**REQUIRED_SETTINGS, "out": Path("runs/x")}, epochs=np.int64(3), lr=np.float32(0.5), drop_path=0
     )
     assert (config.run.out, config.optim.epochs, config.optim.lr) == ("runs/x", 3, 0.5)
     assert [type(value) for value in (config.run.out, config.optim.epochs, config.optim.lr)] == [str, int, float]
 
 
-def test_setting_names_of_other_tools_suggest_ours():
+def test_setting_names_of_other_tools_suggest_snella_names():
     with pytest.raises(TypeError) as caught:
-        TrainConfig.from_flat(**PLACES, model="x", learning_rate=1e-3, epoks=3)
+        TrainConfig.from_flat(**REQUIRED_SETTINGS, model="x", learning_rate=1e-3, epoks=3)
     assert str(caught.value) == (
         "TrainConfig has no setting 'model' (use backbone), 'learning_rate' (use lr), 'epoks' "
         "(nearest: epochs); see help(TrainConfig)"
@@ -198,7 +198,7 @@ def test_setting_names_of_other_tools_suggest_ours():
 def test_a_bare_folder_is_stored_with_its_prefix(tmp_path):
     (tmp_path / "photos" / "cat").mkdir(parents=True)
     assert (
-        TrainConfig.from_flat(**{**PLACES, "data": str(tmp_path / "photos")}).data.spec
+        TrainConfig.from_flat(**{**REQUIRED_SETTINGS, "data": str(tmp_path / "photos")}).data.spec
         == f"folder:{tmp_path / 'photos'}"
     )
 
@@ -218,7 +218,7 @@ def test_an_unavailable_device_is_rejected(name, message):
 
 
 def test_a_device_may_have_an_index():
-    assert TrainConfig.from_flat(**PLACES, device="cuda:1").run.device == "cuda:1"
+    assert TrainConfig.from_flat(**REQUIRED_SETTINGS, device="cuda:1").run.device == "cuda:1"
     assert choose_device("cpu:0") == torch.device("cpu", 0)
 
 
@@ -241,7 +241,7 @@ def test_flat_names_are_unique_and_listed_in_order():
     assert list(TrainConfig.settings()) == list(TrainConfig.order) and set(names) == set(TrainConfig.order)
 
 
-def test_parts_and_flat_names_give_the_same_configuration():
+def test_sections_and_flat_names_give_the_same_configuration():
     config = TrainConfig(
         data=DataConfig(spec="digits", train_size=60),
         model=ModelConfig(backbone="test_vit"),
@@ -249,7 +249,7 @@ def test_parts_and_flat_names_give_the_same_configuration():
         optim=OptimConfig(lr=0.1),
         run=RunConfig(out="runs/x"),
     )
-    flat = {**PLACES, "train_size": 60, "method": "lora-4", "lr": 0.1}
+    flat = {**REQUIRED_SETTINGS, "train_size": 60, "method": "lora-4", "lr": 0.1}
     assert config == TrainConfig.from_flat(**flat) == TrainConfig.from_flat(**config.flat())
     assert {name: config.flat()[name] for name in flat} == flat
     changed = config.replace(lr=0.2, data="mnist5k")
@@ -269,6 +269,6 @@ def test_parts_and_flat_names_give_the_same_configuration():
         (lambda: RunConfig(seed=-1, track="tensorbord"), "seed must be at least 0, got -1; track must be among"),
     ],
 )
-def test_a_part_checks_its_own_settings(make, message):
+def test_each_section_checks_its_settings(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -1,4 +1,4 @@
-"""Runs on tables, Python objects and other channel counts: training, evaluation, prediction, resuming, merging."""
+"""Runs on tables, Python objects and other channel counts: training, evaluation, prediction, resuming and merging."""
 
 import csv
 
@@ -38,7 +38,7 @@ def fast(settings, no_report):
     return lambda **changes: settings(**{"method": "linear", "epochs": 1, **changes})
 
 
-def test_a_table_can_be_trained_on_evaluated_and_predicted(fast, table, console, tmp_path):
+def test_a_run_on_a_table_trains_evaluates_and_predicts(fast, table, console, tmp_path):
     run = train(fast(data=f"csv:{table}", columns="path=where"), console)
     assert "columns: path 'where', label 'species', group 'patient'" in console.file.getvalue()
     metrics = run.read_json("metrics.json")
@@ -53,10 +53,10 @@ def test_a_table_can_be_trained_on_evaluated_and_predicted(fast, table, console,
         f"{table.parent}/cats/000.png",
         f"{table.parent}/owls/001.png",
     ]
-    for one in direct:
-        other = next(p for p in named if p.path == one.path)
-        assert [name for name, _ in one.ranking] == [name for name, _ in other.ranking]
-        assert other.probabilities == pytest.approx(one.probabilities, abs=1e-6)  # of another batch size
+    for prediction in direct:
+        other = next(p for p in named if p.path == prediction.path)
+        assert [name for name, _ in prediction.ranking] == [name for name, _ in other.ranking]
+        assert other.probabilities == pytest.approx(prediction.probabilities, abs=1e-6)  # of another batch size
     small.unlink()
 
 
@@ -96,7 +96,7 @@ class Noise(torch.utils.data.Dataset):
         return Image.fromarray(pixels.astype(np.uint8)), row % 2
 
 
-def test_an_object_is_trained_on_and_resumed(fast, console):
+def test_a_run_on_a_python_object_trains_and_resumes(fast, console):
     config = fast(data="python:noise", epochs=2, head_init="random")
     run = train(config, console, data=Noise())
     info = run.read_json("run.json")
@@ -115,7 +115,7 @@ def test_an_object_is_trained_on_and_resumed(fast, console):
 
 
 @pytest.mark.parametrize("channels", [1, 4, 6])
-def test_the_first_convolution_is_adapted_as_timm_does(channels):
+def test_the_first_convolution_is_converted_as_in_timm(channels):
     torch.manual_seed(0)
     plain = create_backbone("test_vit", num_classes=2, pretrained=False)
     torch.manual_seed(0)
@@ -131,7 +131,7 @@ def test_the_first_convolution_is_adapted_as_timm_does(channels):
 
 
 @pytest.mark.parametrize("channels", [1, 4, 6])
-def test_images_of_other_channels_are_trained_on_and_merged(channels, fast, console, tmp_path):
+def test_a_run_on_images_with_other_channel_counts_trains_and_merges(channels, fast, console, tmp_path):
     for label in range(2):
         (tmp_path / "x" / "ab"[label]).mkdir(parents=True)
         for index in range(8):
@@ -157,7 +157,7 @@ def test_images_of_other_channels_are_trained_on_and_merged(channels, fast, cons
     assert torch.allclose(logits, expected, atol=1e-5) and prediction.label == loaded.classes[int(logits.argmax())]
 
 
-def test_channels_that_do_not_fit_are_rejected(fast, console, photos):
+def test_mismatched_channel_counts_are_rejected(fast, console, photos):
     with pytest.raises(ValueError, match="augment must be none, flip or crop for 4 channels, got 'imagenet'"):
         fast(channels=4, augment="imagenet")
     with pytest.raises(ValueError, match="channels must be 3 with task 'segmentation', got 1"):

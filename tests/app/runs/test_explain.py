@@ -80,7 +80,7 @@ def test_rollout_is_selectable_and_labeled(finished, photos, tmp_path):
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
 @pytest.mark.parametrize(("width", "in_a_row"), [(390, 2), (1280, 5)])
-def test_an_image_is_next_to_its_heat_map(width, in_a_row, finished, photos, tmp_path, browser):
+def test_an_image_is_shown_next_to_its_heat_map(width, in_a_row, finished, photos, tmp_path, browser):
     explained = explain(finished.path, [photos / "cats" / "000.png"], tmp_path / "out")
     browser.open(explained.page, width=width)
     tops = browser.evaluate("[...document.querySelectorAll('figure')].map(f => f.getBoundingClientRect().top)")

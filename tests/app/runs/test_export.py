@@ -71,29 +71,29 @@ def reader(name, path):
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.load.*:DeprecationWarning")
 @pytest.mark.parametrize("name", CHECKED)
-def test_a_graph_gives_the_run_s_probabilities_for_any_batch_size(name, finished, images, probabilities, tmp_path):
-    done = export(finished.path, name, tmp_path / "model")
-    run = reader(name, done.path)
+def test_a_graph_gives_the_probabilities_of_the_run_for_any_batch_size(name, finished, images, probabilities, tmp_path):
+    result = export(finished.path, name, tmp_path / "model")
+    run = reader(name, result.path)
     for count in (1, 3, len(images)):
         got = run(images[:count])
         assert (got - probabilities[:count]).abs().max() <= OUTPUT_BOUND
-    assert "differ by " in done.notes[0] and list(tmp_path.iterdir()) == [done.path]
+    assert "differ by " in result.notes[0] and list(tmp_path.iterdir()) == [result.path]
     temperature = finished.read_json("run.json")["calibration"]["temperature"]
-    assert done.notes[1].startswith(
+    assert result.notes[1].startswith(
         f"outputs are the probabilities of predict, from logits divided by the temperature {temperature:g}; "
         "use --logits"
     )
-    assert done.notes[2] == "outputs are averaged over an image and its flip, as in predict"
+    assert result.notes[2] == "outputs are averaged over an image and its flip, as in predict"
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.load.*:DeprecationWarning")
 @pytest.mark.parametrize("name", ["onnx", "torchscript"])
-def test_a_graph_exported_with_logits_gives_the_model_s_raw_outputs(name, finished, images, expected, tmp_path):
-    done = export(finished.path, name, tmp_path / "model", logits=True)
-    assert (reader(name, done.path)(images) - expected).abs().max() <= OUTPUT_BOUND * expected.abs().max()
-    assert done.notes[1].startswith("outputs are logits without temperature: softmax(outputs / ")
-    assert " gives the probabilities of predict --tta 1; the temperature is " in done.notes[1]
-    assert done.notes[2].startswith("predict averages an image and its flip, unless --tta 1 is set; this model ")
+def test_a_graph_exported_with_logits_gives_the_raw_outputs_of_the_model(name, finished, images, expected, tmp_path):
+    result = export(finished.path, name, tmp_path / "model", logits=True)
+    assert (reader(name, result.path)(images) - expected).abs().max() <= OUTPUT_BOUND * expected.abs().max()
+    assert result.notes[1].startswith("outputs are logits without temperature: softmax(outputs / ")
+    assert " gives the probabilities of predict --tta 1; the temperature is " in result.notes[1]
+    assert result.notes[2].startswith("predict averages an image and its flip, unless --tta 1 is set; this model ")
     with pytest.raises(ValueError, match="logits=True is an option of format onnx, torchscript, torch-export, not of"):
         export(finished.path, "timm", tmp_path / "x", logits=True)
 
@@ -116,9 +116,9 @@ def test_the_printed_snippet_runs_and_matches_predict(name, mode, finished, phot
     end = next(number for number, line in enumerate(lines) if line.startswith("print("))
     code = "\n".join(lines[lines.index("import json") : end + 1])
     program = [sys.executable, "-W", "ignore", "-c", code]
-    done = subprocess.run(program, capture_output=True, text=True, check=True, cwd=tmp_path)
+    process = subprocess.run(program, capture_output=True, text=True, check=True, cwd=tmp_path)
     (prediction,) = predict(finished.path, [image])
-    assert ast.literal_eval(done.stdout) == pytest.approx(prediction.probabilities, abs=1e-4)
+    assert ast.literal_eval(process.stdout) == pytest.approx(prediction.probabilities, abs=1e-4)
 
 
 def test_a_run_with_a_white_value_has_no_preprocessing_snippet(loaded):
@@ -128,12 +128,12 @@ def test_a_run_with_a_white_value_has_no_preprocessing_snippet(loaded):
     assert exporting._preparation(other) is None
 
 
-def test_the_run_s_images_are_loaded_once(finished, tmp_path, monkeypatch):
+def test_the_images_of_the_run_are_loaded_once(finished, tmp_path, monkeypatch):
     loadings = []
     load = exporting.load_splits
     monkeypatch.setattr(exporting, "load_splits", lambda *args: loadings.append(args) or load(*args))
-    done = export(finished.path, "torchscript", tmp_path / "m")
-    assert "transform(Image.open(" in done.snippet and len(loadings) == 1
+    result = export(finished.path, "torchscript", tmp_path / "m")
+    assert "transform(Image.open(" in result.snippet and len(loadings) == 1
 
 
 def test_onnx_stores_classes_and_preprocessing_and_supports_opset(finished, loaded, tmp_path):
@@ -160,10 +160,10 @@ def test_different_outputs_are_rejected_without_a_file(name, finished, tmp_path,
 
 
 def test_sparse_files_restore_fine_tuned_and_original_weights_bit_for_bit(finished, loaded, images, tmp_path):
-    done = export(finished.path, "sparse", tmp_path / "m.safetensors")
+    result = export(finished.path, "sparse", tmp_path / "m.safetensors")
     model = backbone_of(loaded)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    patch = load_sparse(model, done.path)
+    patch = load_sparse(model, result.path)
     merged = load_run(finished.path, "cpu").model.merge_and_unload()
     assert all(torch.equal(tensor, merged.state_dict()[name]) for name, tensor in model.state_dict().items())
     with torch.no_grad():
@@ -174,11 +174,11 @@ def test_sparse_files_restore_fine_tuned_and_original_weights_bit_for_bit(finish
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     with pytest.raises(RuntimeError, match="not applied"):
         patch.remove()
-    assert "bit for bit" in done.notes[0] and set(patch.replaced) == {"head.weight", "head.bias"}
+    assert "bit for bit" in result.notes[0] and set(patch.replaced) == {"head.weight", "head.bias"}
     assert json.loads(patch.metadata["classes"]) == ["cats", "dogs", "owls"]
 
 
-def test_sparse_values_equal_the_adapter_s_update(finished, loaded, tmp_path):
+def test_sparse_values_equal_the_update_of_the_adapter(finished, loaded, tmp_path):
     patch = SparsePatch.read(export(finished.path, "sparse", tmp_path / "m").path)
     layer = loaded.model.base_model.model.blocks[0].attn.qkv
     update = layer.get_delta_weight("default").flatten()
@@ -188,10 +188,10 @@ def test_sparse_values_equal_the_adapter_s_update(finished, loaded, tmp_path):
 
 
 def test_half_precision_values_are_smaller_and_nearly_the_same(finished, loaded, tmp_path):
-    whole = export(finished.path, "sparse", tmp_path / "fp32")
+    full = export(finished.path, "sparse", tmp_path / "fp32")
     half = export(finished.path, "sparse", tmp_path / "bf16", values="bf16")
-    assert half.path.stat().st_size < 0.75 * whole.path.stat().st_size and "to within" in half.notes[0]
-    patches = [SparsePatch.read(one.path) for one in (whole, half)]
+    assert half.path.stat().st_size < 0.75 * full.path.stat().st_size and "to within" in half.notes[0]
+    patches = [SparsePatch.read(result.path) for result in (full, half)]
     for name, entries in patches[0].entries.items():
         torch.testing.assert_close(patches[1].entries[name].values.float(), entries.values, rtol=2**-8, atol=0)
 
@@ -261,11 +261,11 @@ def test_lora_error_decreases_with_its_rank(finished, loaded, images, expected, 
 
     notes, errors = [], []
     for rank in (4, 64):
-        done = export(finished.path, "lora", tmp_path / f"r{rank}", rank=rank)
-        model = PeftModel.from_pretrained(backbone_of(loaded), done.path).eval()
+        result = export(finished.path, "lora", tmp_path / f"r{rank}", rank=rank)
+        model = PeftModel.from_pretrained(backbone_of(loaded), result.path).eval()
         with torch.no_grad():
             errors.append(float((model(images) - expected).abs().max() / expected.abs().max()))
-        notes.append(float(done.notes[0].split("= ")[1].split(" ")[0]))
+        notes.append(float(result.notes[0].split("= ")[1].split(" ")[0]))
     assert 0.05 < notes[0] < 1 and notes[1] < 1e-3  # 64 is the rank of every matrix of this model
     assert errors[1] < 1e-4
     with pytest.raises(ValueError, match="rank must be at most 64, the smallest matrix dimension, got 65"):
@@ -298,9 +298,10 @@ def test_transformers_loads_the_hf_folder_with_labels_and_preprocessing(finished
 def test_the_timm_folder_equals_merge(finished, images, expected, tmp_path):
     from snella_app.runs.merge import merge
 
-    one, two = export(finished.path, "timm", tmp_path / "one").path, merge(finished.path, tmp_path / "two")
-    assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
-    assert all((one / p.name).read_bytes() == p.read_bytes() for p in two.iterdir())
+    exported = export(finished.path, "timm", tmp_path / "exported").path
+    merged = merge(finished.path, tmp_path / "merged")
+    assert sorted(p.name for p in exported.iterdir()) == sorted(p.name for p in merged.iterdir())
+    assert all((exported / p.name).read_bytes() == p.read_bytes() for p in merged.iterdir())
 
 
 def test_nothing_is_overwritten_silently(finished, tmp_path):
@@ -322,7 +323,7 @@ def test_a_missing_package_is_reported_with_its_extra(finished, tmp_path, monkey
         export(finished.path, "onnx", tmp_path / "m")
 
 
-def test_comparison_images_can_be_given(make_photos, tiny_run, tmp_path, no_report):
+def test_comparison_images_can_be_passed(make_photos, tiny_run, tmp_path, no_report):
     folder = make_photos(tmp_path / "photos", {"cats": 16, "dogs": 16})
     config = TrainConfig.from_flat(**{**tiny_run, "epochs": 1}, data=f"folder:{folder}", out=str(tmp_path / "run"))
     run = train(config)

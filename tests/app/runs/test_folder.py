@@ -74,7 +74,7 @@ def test_resuming_uses_the_stored_settings(tmp_path):
         run.resolve_settings(config(run.path, epochs=3, resume=True))
 
 
-def test_settings_of_one_call_are_not_stored(tmp_path):
+def test_per_call_settings_are_not_stored(tmp_path):
     run = RunFolder(tmp_path / "run")
     run.create(config(run.path, overwrite=True, progress=False).resolved())
     text = (run.path / "config.yaml").read_text()
@@ -251,7 +251,7 @@ def test_a_kill_during_overwrite_leaves_a_resumable_or_rejected_folder(tmp_path,
     )
 
 
-def test_checkpoints_without_the_record_of_their_run_are_not_removed(tmp_path):
+def test_checkpoints_without_run_json_are_not_removed(tmp_path):
     run = create_run(tmp_path / "run", "running")
     (run.checkpoints / "checkpoint-4").mkdir()
     (run.path / "run.json").unlink()

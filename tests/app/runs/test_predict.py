@@ -38,7 +38,7 @@ def calibrated(finished, tmp_path):
     return run.path
 
 
-def same(a, b):
+def assert_same(a, b):
     assert list(a.probabilities) == list(b.probabilities)
     assert list(a.probabilities.values()) == pytest.approx(list(b.probabilities.values()), abs=1e-6)
 
@@ -46,7 +46,7 @@ def same(a, b):
 def test_three_lines_predict(finished, photos):
     model = snella.load(finished.path)
     prediction = model.predict(photos / "dogs" / "003.png")
-    same(prediction, predict(finished.path, [photos / "dogs" / "003.png"])[0])
+    assert_same(prediction, predict(finished.path, [photos / "dogs" / "003.png"])[0])
     assert model.classes == ["cats", "dogs", "owls"] and prediction.path == photos / "dogs" / "003.png"
     assert "snella-2, 3 classes, on cpu" in repr(model)
 
@@ -57,24 +57,24 @@ def test_all_input_types_give_the_same_prediction(model, photos):
     tensor = torch.from_numpy(array.copy()).movedim(-1, 0)
     kinds = [str(path), image, path.read_bytes(), array, array / 255.0, tensor, tensor / 255, tensor.bfloat16() / 255]
     for kind in kinds[:-1]:
-        same(model.predict(kind), model.predict(path))
+        assert_same(model.predict(kind), model.predict(path))
     assert model.predict(kinds[-1]).probability == pytest.approx(model.predict(path).probability, abs=0.05)
     assert [p.path.name for p in model.predict([path, image, array])] == ["004.png", "004.png", "[2]"]
 
 
-def test_gray_and_transparent_arrays_are_converted_as_files_are(model):
+def test_gray_and_transparent_arrays_are_converted_like_files(model):
     gray = np.arange(64, dtype=np.uint8).reshape(8, 8)
-    same(model.predict(gray), model.predict(np.stack([gray] * 3, axis=2)))
-    same(model.predict(gray[..., None]), model.predict(torch.from_numpy(gray)[None]))
+    assert_same(model.predict(gray), model.predict(np.stack([gray] * 3, axis=2)))
+    assert_same(model.predict(gray[..., None]), model.predict(torch.from_numpy(gray)[None]))
     clear = np.zeros((8, 8, 4), np.uint8)
-    same(model.predict(clear), model.predict(np.full((8, 8, 3), 255, np.uint8)))
+    assert_same(model.predict(clear), model.predict(np.full((8, 8, 3), 255, np.uint8)))
 
 
 def test_one_image_gives_one_prediction_and_several_a_list(model, photos):
     batch = torch.rand(3, 3, 32, 32)
     together = model.predict(batch)
-    for one, prediction in zip(batch, together, strict=True):
-        same(model.predict(one), prediction)
+    for image, prediction in zip(batch, together, strict=True):
+        assert_same(model.predict(image), prediction)
     assert len(model.predict(batch[:1])) == 1
     assert len(model.predict(photos / "cats")) == 16 and len(model.predict(str(photos / "**" / "00?.png"))) == 30
 
@@ -106,10 +106,10 @@ def test_load_reports_a_missing_run(finished):
 
 def test_threads_share_a_model(model):
     images = torch.rand(8, 3, 32, 32)
-    expected, found = model.predict(images), {}
+    expected, actual = model.predict(images), {}
 
     def work(index):
-        found[index] = model.predict(images[index])
+        actual[index] = model.predict(images[index])
 
     threads = [threading.Thread(target=work, args=[i]) for i in range(8)]
     for thread in threads:
@@ -117,10 +117,10 @@ def test_threads_share_a_model(model):
     for thread in threads:
         thread.join()
     for index, prediction in enumerate(expected):
-        same(found[index], prediction)
+        assert_same(actual[index], prediction)
 
 
-def test_logits_are_divided_by_the_run_s_temperature(uncalibrated, calibrated, photos):
+def test_logits_are_divided_by_the_temperature_of_the_run(uncalibrated, calibrated, photos):
     for before, after in zip(uncalibrated.predict([photos]), predict(calibrated, [photos]), strict=True):
         roots = {name: math.sqrt(p) for name, p in before.ranking}
         for name, p in after.ranking:
@@ -132,7 +132,7 @@ def test_views_are_averaged_as_probabilities(model, photos):
     image = Image.open(photos / "cats" / "002.png")
     view, both = model.loaded.transform(image), model.predict(image)
     assert model.loaded.info.tta == 2 and model.temperature != 1
-    same(both, model.predict(image, tta=2))
+    assert_same(both, model.predict(image, tta=2))
     one_view = dataclasses.replace(model.loaded, info=dataclasses.replace(model.loaded.info, tta=1))
     each = Predictor(one_view).predict(image, tta=2)
     with torch.inference_mode():
@@ -140,22 +140,22 @@ def test_views_are_averaged_as_probabilities(model, photos):
     of_average = (logits.softmax(1).mean(0).log() / model.temperature).softmax(0)
     average_of_each = (logits / model.temperature).softmax(1).mean(0)
     assert (of_average - average_of_each).abs().max() > 1e-4
-    for found, expected in ((both, of_average), (each, average_of_each)):
+    for actual, expected in ((both, of_average), (each, average_of_each)):
         for name, p in zip(model.classes, expected.tolist(), strict=True):
-            assert found.probabilities[name] == pytest.approx(p, abs=1e-5)
+            assert actual.probabilities[name] == pytest.approx(p, abs=1e-5)
     alone = dict(zip(model.classes, (logits[0] / model.temperature).softmax(0).tolist(), strict=True))
-    for found in (model.predict(image, tta=1), Predictor(one_view).predict(image)):
-        assert found.probabilities == pytest.approx(alone, abs=1e-5)
+    for actual in (model.predict(image, tta=1), Predictor(one_view).predict(image)):
+        assert actual.probabilities == pytest.approx(alone, abs=1e-5)
     many = model.predict(image, tta=MAX_VIEWS)
     assert sum(many.probabilities.values()) == pytest.approx(1, abs=1e-5)
     assert many.probabilities != both.probabilities
     uniform = model.predict(np.full((32, 32, 3), 77, np.uint8))
-    same(uniform, model.predict(np.full((32, 32, 3), 77, np.uint8), tta=MAX_VIEWS))
+    assert_same(uniform, model.predict(np.full((32, 32, 3), 77, np.uint8), tta=MAX_VIEWS))
     with pytest.raises(ValueError, match="tta must be between 1 and 10 views, got 11"):
         model.predict(image, tta=11)
 
 
-def test_features_are_the_head_s_inputs(model, photos):
+def test_features_are_the_inputs_of_the_head(model, photos):
     features = model.features([photos / "cats"])
     head = model.loaded.model.get_base_model().get_classifier()
     with torch.no_grad():
@@ -229,10 +229,10 @@ def test_paths_come_from_standard_input_tables_and_patterns(photos, tmp_path, mo
 def test_new_files_are_yielded_once_when_complete(tmp_path, photos):
     polls = new_files([tmp_path], [], poll_s=0.0)
     assert next(polls) == []
-    whole = (photos / "cats" / "000.png").read_bytes()
-    (tmp_path / "a.png").write_bytes(whole[:100])
+    content = (photos / "cats" / "000.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(content[:100])
     assert next(polls) == []
-    (tmp_path / "a.png").write_bytes(whole)
+    (tmp_path / "a.png").write_bytes(content)
     assert next(polls) == []
     assert next(polls) == [tmp_path / "a.png"]
     (tmp_path / "b.txt").write_text("no image")
@@ -286,8 +286,8 @@ def test_watching_appends_rows_and_is_resumed(finished, photos, tmp_path, monkey
 def table_with_gaps(photos, tmp_path):
     """Table of ten images; eight are missing and one is empty."""
     (tmp_path / "empty.png").write_bytes(b"")
-    whole = photos / "cats" / "000.png"
-    names = [str(whole), "empty.png", *(f"gone-{number}.png" for number in range(8))]
+    image = photos / "cats" / "000.png"
+    names = [str(image), "empty.png", *(f"gone-{number}.png" for number in range(8))]
     table = tmp_path / "table.csv"
     table.write_text("\n".join(["path", *names]), encoding="utf-8")
     return table
@@ -308,22 +308,22 @@ def test_images_of_a_table_keep_their_names(finished, photos, tmp_path, monkeypa
         (".", "mine/table.csv", "mine/cats/000.png"),
     ):
         monkeypatch.chdir(tmp_path / folder)
-        assert [str(one.path) for one in predict(finished.path, [table])] == [expected]
+        assert [str(prediction.path) for prediction in predict(finished.path, [table])] == [expected]
 
 
 def test_the_first_of_many_skipped_images_are_listed(finished, table_with_gaps, tmp_path, capsys):
     predict_to_files(str(finished.path), [str(table_with_gaps)], out=str(tmp_path / "out.csv"), skip_corrupt=True)
-    said = capsys.readouterr().err
-    assert said.startswith("skipped 9 images: ") and said.endswith("gone-3.png' (no such file) and 4 more\n")
-    assert "empty.png' (the file is empty)" in said and "Errno" not in said
+    text = capsys.readouterr().err
+    assert text.startswith("skipped 9 images: ") and text.endswith("gone-3.png' (no such file) and 4 more\n")
+    assert "empty.png' (the file is empty)" in text and "Errno" not in text
 
 
 def test_a_terminal_shows_progress(finished, photos, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich treats it as a terminal
     predict_to_files(str(finished.path), [str(photos)], out=str(tmp_path / "out.csv"))
     evaluate(finished.path, console=make_console(sys.stderr))
-    said = capsys.readouterr().err
-    assert "predicting" in said and "reading images" in said and "evaluating" in said
+    text = capsys.readouterr().err
+    assert "predicting" in text and "reading images" in text and "evaluating" in text
     monkeypatch.delenv("FORCE_COLOR")
     predict_to_files(str(finished.path), [str(photos)], out=str(tmp_path / "out.csv"), overwrite=True)
     assert capsys.readouterr().err == ""
@@ -334,8 +334,8 @@ def test_watch_predicts_new_files_and_stops_cleanly(stop, finished, photos, tmp_
     inbox, out, errors = tmp_path / "inbox", tmp_path / "rows.csv", tmp_path / "errors.txt"
     inbox.mkdir()
     shutil.copy(photos / "cats" / "000.png", inbox / "a.png")
-    words = ["predict", str(finished.path), str(inbox), "--watch", "--out", str(out), "--top-k", "1"]
-    with errors.open("w") as file, command(words, stderr=file) as process:
+    args = ["predict", str(finished.path), str(inbox), "--watch", "--out", str(out), "--top-k", "1"]
+    with errors.open("w") as file, command(args, stderr=file) as process:
         assert process.stdout.readline().startswith(f"{inbox / 'a.png'}: ")
         (inbox / "b.png").write_bytes(b"no image")
         shutil.copy(photos / "owls" / "000.png", inbox / "c.png")

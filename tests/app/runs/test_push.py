@@ -53,17 +53,17 @@ def test_a_folder_has_the_model_that_timm_loads_and_its_card(finished, tmp_path)
         write_hub_folder(finished.path, tmp_path / "hub", "user/photos")
 
 
-def test_an_adapter_is_pushed_in_pefts_layout(finished, tmp_path):
-    done = push(finished.path, "user/photos", to_folder=tmp_path / "hub", adapter=True)
+def test_an_adapter_is_pushed_in_peft_layout(finished, tmp_path):
+    pushed = push(finished.path, "user/photos", to_folder=tmp_path / "hub", adapter=True)
     names = {path.name for path in (tmp_path / "hub").iterdir()}
-    assert done == PushResult(str(tmp_path / "hub"))
+    assert pushed == PushResult(str(tmp_path / "hub"))
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= names
     assert yaml.safe_load((tmp_path / "hub" / "README.md").read_text().split("---")[1])["library_name"] == "peft"
 
 
 def test_the_hub_gets_a_new_model_and_its_files(finished, hub):
-    done = push(finished.path, "user/photos", private=True)
-    assert done == PushResult("https://huggingface.co/user/photos")
+    pushed = push(finished.path, "user/photos", private=True)
+    assert pushed == PushResult("https://huggingface.co/user/photos")
     assert hub.calls == [
         ("create", "user/photos", True, False),
         ("upload", "user/photos", ["README.md", "config.json", "model.safetensors"]),
@@ -94,8 +94,8 @@ def test_an_unreachable_hub_leaves_the_folder_with_the_reason(finished, monkeypa
 
     run = shutil.copytree(finished.path, tmp_path / "run")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    done = push(run, "user/photos")
-    assert done.location == str(tmp_path / "run-hub") and "offline" in done.error.lower()
+    pushed = push(run, "user/photos")
+    assert pushed.location == str(tmp_path / "run-hub") and "offline" in pushed.error.lower()
     assert (tmp_path / "run-hub" / "README.md").is_file()
 
 

@@ -34,8 +34,8 @@ def address(model):
     """Address of a server with small limits."""
     limits = ServerLimits(files=3, mib=0.1, megapixels=0.01, total_megapixels=0.04)
     app = create_app(model, limits, unsure=0.999, hosts=["photos.example.org"], log=LOG.append)
-    with served(app) as found:
-        yield found
+    with served(app) as address:
+        yield address
 
 
 @contextlib.contextmanager
@@ -106,8 +106,8 @@ def test_health_returns_model_and_limits(address):
 
 
 def test_a_broken_file_does_not_affect_others(address, photos):
-    whole = (photos / "cats" / "003.png").read_bytes()
-    status, answer = post(address, [("a.txt", b"no image"), ("b.png", whole), ("c.png", whole[:200])])
+    content = (photos / "cats" / "003.png").read_bytes()
+    status, answer = post(address, [("a.txt", b"no image"), ("b.png", content), ("c.png", content[:200])])
     first, second, third = answer["predictions"]
     assert status == 200 and "not a readable image" in first["error"] and "not a readable image" in third["error"]
     assert "error" not in second and second["label"] in ("cats", "dogs", "owls")
@@ -147,11 +147,11 @@ def test_requests_over_the_limits_are_rejected(address, photos):
 
 def test_pixels_of_all_requests_are_limited(model, photos, monkeypatch):
     """One request waits in the model; a second one exceeds the budget and gets 503, later 200."""
-    inside, go_on, original = threading.Event(), threading.Event(), type(model).each
+    inside, resume, original = threading.Event(), threading.Event(), type(model).each
 
     def slow(self, *args, **kwargs):
         inside.set()
-        assert go_on.wait(60)
+        assert resume.wait(60)
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(type(model), "each", slow)
@@ -166,7 +166,7 @@ def test_pixels_of_all_requests_are_limited(model, photos, monkeypatch):
             503,
             {"error": "the server is busy with other requests; retry in a second"},
         )
-        go_on.set()
+        resume.set()
         first.join()
         assert answers[0][0] == 200 and post(address, small)[0] == 200
         status, answer = post(address, small * 2)
@@ -254,8 +254,8 @@ def test_invalid_settings_are_rejected(finished, model):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        used = rf"127\.0\.0\.1:{port} is in use; choose another --port, or 0 for a free one"
-        with pytest.raises(OSError, match=used):
+        message = rf"127\.0\.0\.1:{port} is in use; choose another --port, or 0 for a free one"
+        with pytest.raises(OSError, match=message):
             serve(str(finished.path), port=port)
 
 
@@ -263,12 +263,12 @@ def test_invalid_settings_are_rejected(finished, model):
 def test_a_process_serves_until_it_is_stopped(stop, status, finished, model, photos):
     path = photos / "cats" / "003.png"
     with command(["serve", str(finished.path), "--port", "0"], stderr=subprocess.PIPE) as process:
-        own = process.stdout.readline().partition(" at ")[2].partition(",")[0]
-        _, answer = post(own, [(path.name, path.read_bytes())])
+        address = process.stdout.readline().partition(" at ")[2].partition(",")[0]
+        _, answer = post(address, [(path.name, path.read_bytes())])
         assert answer["predictions"][0]["label"] == model.predict(path).label
         process.send_signal(stop)
-        said = process.communicate(timeout=120)[1]
-    assert process.returncode == status and "Traceback" not in said
+        stderr = process.communicate(timeout=120)[1]
+    assert process.returncode == status and "Traceback" not in stderr
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
@@ -299,7 +299,7 @@ def test_the_page_shows_predictions_of_dropped_files(address, browser, photos, w
         const item = document.querySelector('li'), text = item.innerText
         text.includes('example.png') ? done(text) : setTimeout(look, 50) }; look() })""")
     assert "%" in shown
-    assert not browser.complaints()  # of the content policy
+    assert not browser.issues()  # of the content policy
     # numeric names, which JavaScript reorders
     answer = '{name: "x", probabilities: {"7": .6, "0": .1, "1": .3}}'
     bars = f"[...renderPrediction(new Blob(), {answer}).querySelectorAll('.bar span')].map(name => name.textContent)"

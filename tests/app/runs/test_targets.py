@@ -37,14 +37,24 @@ def table(tmp_path_factory):
     rng = np.random.default_rng(0)
     rows = []
     for index in range(40):
-        has = rng.random(3) < (0.6, 0.5, 0.3)
+        is_bright = rng.random(3) < (0.6, 0.5, 0.3)
         light = rng.uniform(60, 200)
-        pixels = rng.integers(0, 40, (32, 32, 3)) + (has * light)[None, None]
+        pixels = rng.integers(0, 40, (32, 32, 3)) + (is_bright * light)[None, None]
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{index:02}.png")
-        names = "|".join(name for name, there in zip(("red", "green", "blue"), has, strict=True) if there)
+        names = "|".join(
+            name for name, is_present in zip(("red", "green", "blue"), is_bright, strict=True) if is_present
+        )
         part = "train" if index < 24 else "val" if index < 32 else "test"
         rows.append(
-            [f"{index:02}.png", names, int(has.sum()), f"{light:.2f}", f"{pixels.mean():.2f}", part, 1 + index % 2]
+            [
+                f"{index:02}.png",
+                names,
+                int(is_bright.sum()),
+                f"{light:.2f}",
+                f"{pixels.mean():.2f}",
+                part,
+                1 + index % 2,
+            ]
         )
     with (folder / "images.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["path", "colors", "count", "light", "mean", "split", "weight"], *rows])
@@ -75,7 +85,7 @@ TASKS = {"multilabel": "colors", "ordinal": "count", "regression": "light+mean"}
 
 
 @pytest.mark.parametrize(("task", "label"), TASKS.items())
-def test_evaluation_reproduces_the_run_s_results(make_run, task, label):
+def test_evaluation_reproduces_the_results_of_the_run(make_run, task, label):
     run = make_run(task, label)
     test, result = run.read_json("metrics.json")["test"], evaluate(run.path)
     assert result["images"] == 8
@@ -106,7 +116,7 @@ def test_a_merged_model_with_its_decoding_comment_matches_predict(make_run, tabl
 
 @pytest.mark.parametrize(("task", "label"), TASKS.items())
 @pytest.mark.filterwarnings("ignore:.*torch.jit.load.*:DeprecationWarning")
-def test_an_exported_graph_gives_the_run_s_outputs(make_run, table, task, label, tmp_path):
+def test_an_exported_graph_gives_the_outputs_of_the_run(make_run, table, task, label, tmp_path):
     run, path = make_run(task, label), table.parent / "03.png"
     loaded = load_run(run.path, "cpu")
     image = loaded.transform(Image.open(path))[None]
@@ -119,8 +129,8 @@ def test_an_exported_graph_gives_the_run_s_outputs(make_run, table, task, label,
     session = onnxruntime.InferenceSession(str(export(run.path, "onnx", tmp_path / "model.onnx").path))
     assert np.abs(session.run(None, {"images": image.numpy()})[0] - expected.numpy()).max() <= 1e-4
     (prediction,) = predict(run.path, [path])
-    said = prediction.values if task == "regression" else dict(prediction.ranking)
-    assert dict(zip(loaded.classes, expected[0].tolist(), strict=True)) == pytest.approx(said, rel=1e-4, abs=1e-5)
+    actual = prediction.values if task == "regression" else dict(prediction.ranking)
+    assert dict(zip(loaded.classes, expected[0].tolist(), strict=True)) == pytest.approx(actual, rel=1e-4, abs=1e-5)
     for name in ("timm", "hf"):
         with pytest.raises(ValueError, match=rf"format={name} does not support the task {task}; use one of sparse, "):
             export(run.path, name, tmp_path / name)
@@ -175,8 +185,8 @@ def test_ordered_classes_are_numbered_by_rank(make_run, table):
 def test_the_report_has_the_sections_of_its_task(make_run, task, label):
     page = make_run(task, label).report.read_text()
     sections = set(re.findall(r'<section id="([a-z]+)">', page))
-    own = {"multilabel": "labels", "ordinal": "confusion", "regression": "numbers"}
-    assert own[task] in sections and not (set(own.values()) - {own[task]}) & sections
+    specific = {"multilabel": "labels", "ordinal": "confusion", "regression": "numbers"}
+    assert specific[task] in sections and not (set(specific.values()) - {specific[task]}) & sections
     assert "examples" in sections and page.count("data:image/png") >= 8
     assert {
         "multilabel": "a random ranking gets",
@@ -205,7 +215,7 @@ def balanced_settings(photos, out, **changes):
 
 def test_a_balanced_run_resumes_bit_for_bit(make_photos, tmp_path, monkeypatch):
     photos = make_photos(tmp_path / "few", {"cats": 20, "dogs": 10})
-    whole = train(balanced_settings(photos, tmp_path / "whole"), QUIET, render_report=False)
+    uninterrupted = train(balanced_settings(photos, tmp_path / "uninterrupted"), QUIET, render_report=False)
     stopped = InterruptCallback.on_step_end
 
     def stop(self, args, state, control, **kwargs):
@@ -219,7 +229,7 @@ def test_a_balanced_run_resumes_bit_for_bit(make_photos, tmp_path, monkeypatch):
     monkeypatch.undo()
     again = train(TrainConfig.from_flat(out=str(tmp_path / "cut"), resume=True), QUIET, render_report=False)
     for name in ("history", "val", "test", "best_epoch"):
-        assert again.read_json("metrics.json")[name] == whole.read_json("metrics.json")[name]
+        assert again.read_json("metrics.json")[name] == uninterrupted.read_json("metrics.json")[name]
 
 
 def test_the_epoch_is_selected_by_the_monitored_metric(make_photos, tmp_path):
@@ -245,13 +255,13 @@ def test_a_class_weights_file_is_stored_in_the_settings(make_photos, tmp_path):
 
 def test_the_weighted_order_depends_on_seed_and_epoch_and_balances_classes():
     weights = [1 / 90] * 90 + [1 / 10] * 10
-    one, two = EpochSampler(100, 3, weights), EpochSampler(100, 3, weights)
-    two.set_epoch(1)
-    assert list(one) == list(one) != list(two)
+    first, second = EpochSampler(100, 3, weights), EpochSampler(100, 3, weights)
+    second.set_epoch(1)
+    assert list(first) == list(first) != list(second)
     drawn = []
     for epoch in range(40):
-        one.set_epoch(epoch)
-        drawn += list(one)
+        first.set_epoch(epoch)
+        drawn += list(first)
     assert abs(np.mean(np.asarray(drawn) >= 90) - 0.5) < 4 * 0.5 / np.sqrt(len(drawn))
 
 

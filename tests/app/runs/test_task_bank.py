@@ -40,36 +40,36 @@ def images():
 MIXED = ["plants", "animals", "plants", "again", "animals", "animals", "plants"]
 
 
-def one_set(folders):
+def mib_per_task(folders):
     bank = TaskBank({"animals": folders["animals"]}, device="cpu")
     bank(torch.zeros(1, 3, 32, 32), ["animals"])
     return bank.cached_bytes / 2**20
 
 
-@pytest.mark.parametrize("sets", [1, 2, 3])
-def test_a_mixed_batch_is_bit_identical_to_each_run(folders, images, sets):
-    size = one_set(folders)
-    bank = TaskBank(folders, memory_mib=size * (sets + 0.1), device="cpu")
+@pytest.mark.parametrize("capacity", [1, 2, 3])
+def test_a_mixed_batch_is_bit_identical_to_each_run(folders, images, capacity):
+    task_mib = mib_per_task(folders)
+    bank = TaskBank(folders, memory_mib=task_mib * (capacity + 0.1), device="cpu")
     for _ in range(3):
         outputs = bank(images, MIXED)
         for name, run in folders.items():
-            places = [place for place, task in enumerate(MIXED) if task == name]
+            rows = [row for row, task in enumerate(MIXED) if task == name]
             with torch.inference_mode():
-                expected = load_run(run, "cpu").network(images[places])
-            assert torch.equal(torch.stack([outputs[place] for place in places]), expected)
-        assert bank.cached_bytes <= sets * size * 2**20 and len(bank.cached_tasks) == sets
-    assert bank.merges == {1: 3 + 2 + 2, 2: 3 + 1 + 1, 3: 3}[sets]
+                expected = load_run(run, "cpu").network(images[rows])
+            assert torch.equal(torch.stack([outputs[row] for row in rows]), expected)
+        assert bank.cached_bytes <= capacity * task_mib * 2**20 and len(bank.cached_tasks) == capacity
+    assert bank.merges == {1: 3 + 2 + 2, 2: 3 + 1 + 1, 3: 3}[capacity]
 
 
 def test_the_least_recently_used_task_is_evicted(folders, images):
-    bank = TaskBank(folders, memory_mib=one_set(folders) * 2.1, device="cpu")
+    bank = TaskBank(folders, memory_mib=mib_per_task(folders) * 2.1, device="cpu")
     for name in ("animals", "plants", "animals", "again"):
         bank(images[:1], [name])
     assert bank.cached_tasks == ["animals", "again"] and bank.merges == 3
 
 
 def test_memory_of_an_evicted_task_is_reused(folders, images):
-    bank = TaskBank(folders, memory_mib=one_set(folders) * 1.1, device="cpu")
+    bank = TaskBank(folders, memory_mib=mib_per_task(folders) * 1.1, device="cpu")
     bank(images[:1], ["animals"])
     addresses = {t.data_ptr() for t in bank._cached["animals"].values()}
     bank(images[:1], ["plants"])
@@ -80,8 +80,8 @@ def test_files_are_predicted_as_by_each_run(folders, make_photos, tmp_path):
     make_photos(tmp_path / "new", {"a": 3, "b": 2})
     paths = sorted((tmp_path / "new").rglob("*.png"))
     tasks = ["plants", "animals", "plants", "plants", "animals"]
-    found = TaskBank(folders, device="cpu").predict(paths, tasks, batch_size=2)
-    for path, task, prediction in zip(paths, tasks, found, strict=True):
+    actual = TaskBank(folders, device="cpu").predict(paths, tasks, batch_size=2)
+    for path, task, prediction in zip(paths, tasks, actual, strict=True):
         (expected,) = predict(load_run(folders[task], "cpu"), [path])
         assert prediction.path == path and prediction.label == expected.label
         assert prediction.probability == pytest.approx(expected.probability, abs=1e-6)

@@ -40,7 +40,7 @@ def test_other_splits_can_be_evaluated(finished):
     assert evaluate(finished.path, split="all")["images"] == 48
 
 
-def test_other_data_is_evaluated_with_the_runs_class_indices(finished, make_photos, tmp_path):
+def test_other_data_is_evaluated_with_the_class_indices_of_the_run(finished, make_photos, tmp_path):
     folder = make_photos(tmp_path / "new", {"owls": 5, "dogs": 5}, contrast=0)
     result = evaluate(finished.path, f"folder:{folder}")
     assert (result["split"], result["images"], result["classes"]) == ("all", 10, ["cats", "dogs", "owls"])
@@ -65,16 +65,16 @@ def test_unusable_evaluation_settings_are_reported(finished):
 
 def test_predictions_match_the_model(finished, photos):
     paths = [photos / "dogs" / "003.png", photos / "cats" / "001.png"]
-    one, two = predict(finished.path, paths, batch_size=1), predict(finished.path, [str(p) for p in paths])
-    assert [p.path for p in one] == paths
-    for a, b in zip(one, two, strict=True):
+    first, second = predict(finished.path, paths, batch_size=1), predict(finished.path, [str(p) for p in paths])
+    assert [p.path for p in first] == paths
+    for a, b in zip(first, second, strict=True):
         assert a.label == b.label and a.probability == pytest.approx(b.probability, abs=1e-6)
         assert sum(p for _, p in a.ranking) == pytest.approx(1.0, abs=1e-5)
         assert [p for _, p in a.ranking] == sorted((p for _, p in a.ranking), reverse=True)
     loaded = load_run(finished.path)
     with torch.inference_mode():
         logits = loaded.model(loaded.transform(Image.open(paths[0]).convert("RGB"))[None])
-    assert one[0].label == loaded.classes[int(logits.argmax())]
+    assert first[0].label == loaded.classes[int(logits.argmax())]
 
 
 def test_a_folder_is_expanded_to_its_images(finished, photos):
@@ -90,8 +90,8 @@ def test_predictions_are_written_as_csv(finished, photos, tmp_path):
     assert len(rows) == 16 and list(rows[0]) == ["image", "label", "probability", "label_2", "probability_2"]
     assert rows[3]["label"] == predictions[3].label
     assert float(rows[3]["probability"]) == pytest.approx(predictions[3].probability, abs=1e-6)
-    whole = write_predictions(predictions, path, overwrite=True)
-    assert whole.read_text().splitlines()[0] == "image,label,probability"
+    written = write_predictions(predictions, path, overwrite=True)
+    assert written.read_text().splitlines()[0] == "image,label,probability"
 
 
 def test_an_invalid_output_is_rejected(tmp_path):
@@ -116,8 +116,8 @@ def test_swapped_arguments_are_reported(finished, photos):
 
 
 def test_images_that_cannot_be_read_are_reported_or_skipped(finished, photos, tmp_path):
-    whole = (photos / "cats" / "000.png").read_bytes()
-    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    content = (photos / "cats" / "000.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])
     images = [photos / "cats" / "000.png", tmp_path / "cut.png"]
     with pytest.raises(ValueError, match=r"cut\.png' is not a readable image.*; remove it, or pass --skip-corrupt"):
         predict(finished.path, images)
@@ -278,9 +278,9 @@ def test_timm_predicts_with_a_merged_model_like_the_run(
     run.update("finished", calibration=None)  # the temperature is not part of the weights
     assert load_run(run.path).info.tta == 2
     for views, expected in ((1, predict(run.path, paths, tta=1)), (2, predict(run.path, paths))):
-        found = timm_predictions(model, transform, classes, paths, views)
-        for mine, theirs in zip(found, expected, strict=True):
-            assert mine == (theirs.label, pytest.approx(theirs.probability, abs=1e-5))
+        actual = timm_predictions(model, transform, classes, paths, views)
+        for (label, probability), prediction in zip(actual, expected, strict=True):
+            assert label == prediction.label and probability == pytest.approx(prediction.probability, abs=1e-5)
 
 
 def test_a_merged_folder_is_a_backbone_for_another_run(finished, settings, console, no_report, tmp_path):
@@ -428,7 +428,7 @@ def test_a_missing_training_check_is_noted(make_photos, tiny_run, tmp_path, no_r
 def test_an_unfinished_run_is_noted(finished, photos, tmp_path, capsys):
     run = RunFolder(shutil.copytree(finished.path, tmp_path / "run"))
     write_json(run.path / "run.json", sealed({**run.read_json("run.json"), "status": "interrupted"}))
-    words = "the run is not finished (interrupted): this is its best epoch so far; finish it with snella train --out "
-    assert any(note.startswith(words) for note in evaluate(run.path)["notes"])
+    message = "the run is not finished (interrupted): this is its best epoch so far; finish it with snella train --out "
+    assert any(note.startswith(message) for note in evaluate(run.path)["notes"])
     predict_to_files(str(run.path), [str(photos / "cats" / "000.png")])
-    assert capsys.readouterr().err.startswith(f"note: {words}{run.path} --resume")
+    assert capsys.readouterr().err.startswith(f"note: {message}{run.path} --resume")

@@ -5,7 +5,7 @@ from sklearn.metrics import balanced_accuracy_score
 from snella_app.tasks import ClassificationTask
 
 
-def test_the_loss_matches_cross_entropy_by_hand():
+def test_the_loss_matches_hand_computed_cross_entropy():
     logits, labels = torch.tensor([[2.0, 0.0, -1.0], [0.0, 1.0, 0.0]], dtype=torch.float64), torch.tensor([0, 2])
     log_p = logits - logits.exp().sum(1, keepdim=True).log()
     assert torch.allclose(ClassificationTask(("a", "b", "c")).loss(logits, labels), -(log_p[0, 0] + log_p[1, 2]) / 2)
@@ -47,7 +47,7 @@ def test_metrics_match_scikit_learn():
         ("macro_f1", "validation 0.9000 (macro F1 0.4500), test 0.8000 (balanced 0.4000)"),
     ],
 )
-def test_the_last_line_has_the_monitored_metric(monitor, text):
+def test_the_last_line_shows_the_monitored_metric(monitor, text):
     val = {"accuracy": 0.9, "balanced_accuracy": 0.5, "macro_f1": 0.45}
     assert (
         ClassificationTask(("a", "b"), monitor=monitor).final_text(val, {"accuracy": 0.8, "balanced_accuracy": 0.4})

@@ -16,7 +16,7 @@ def test_pixels_are_counted_by_true_and_predicted_class():
     assert counts.tolist() == [[[1, 1, 0], [0, 2, 0], [0, 0, 0]], [[2, 0, 0], [0, 0, 1], [0, 0, 1]]]
 
 
-def test_dice_and_iou_match_values_by_hand():
+def test_dice_and_iou_match_hand_computed_values():
     # image 1: TP 1, FP 1, FN 1; image 2: TP 4, FP 0, FN 0
     predicted = [[[1, 1], [0, 0]], [[1, 1], [1, 1]]]
     labels = [[[1, 0], [1, 0]], [[1, 1], [1, 1]]]

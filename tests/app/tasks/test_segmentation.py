@@ -11,7 +11,7 @@ LABELS = torch.tensor([[[0, 1], [1, 1]]])
 SCORES = torch.tensor([[[[2.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [3.0, 1.0]]]])
 
 
-def test_overlap_losses_match_values_by_hand():
+def test_overlap_losses_match_hand_computed_values():
     p = SCORES.softmax(1)[0, 1]
     t = LABELS[0].float()
     intersection, sums = (p * t).sum(), p.sum() + t.sum()
@@ -87,7 +87,7 @@ def test_examples_are_the_worst_and_evenly_spaced_images():
     assert sorted(choose_indices(dice, 20)) == list(range(8))
 
 
-def test_masks_are_remapped_to_the_runs_classes():
+def test_masks_are_remapped_to_the_classes_of_the_run():
     assert SegmentationTask(("a", "b", "c")).remap_labels(torch.tensor([[0, 1]]), [0, 2]).tolist() == [[0, 2]]
 
 

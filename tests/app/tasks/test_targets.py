@@ -105,7 +105,7 @@ def test_positive_weights_are_the_ratio_of_images_without_and_with_the_label():
     assert task.remap_labels(torch.tensor([1.0]), [1]).tolist() == [0.0, 1.0]
 
 
-def test_the_multilabel_state_is_the_thresholds():
+def test_the_state_of_a_multilabel_task_is_its_thresholds():
     logits, labels = torch.tensor([[0.0, 2.0], [-1.0, 1.0], [-2.0, 0.5]]), np.array([[1, 1], [1, 0], [0, 0]])
     task = MultiLabelTask(("a", "b")).calibrated(logits, labels)
     restored = create_task("multilabel", ["a", "b"], **task.state())
@@ -199,7 +199,7 @@ def test_a_regression_rejects_missing_targets():
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
-def test_a_fitted_linear_head_has_a_lower_loss_than_a_constant_one(task, labels):
+def test_a_fitted_linear_head_has_a_lower_loss_than_a_constant_head(task, labels):
     rng = np.random.default_rng(0)
     signal = labels.reshape(len(labels), -1).astype(float)
     features = np.concatenate([signal + 0.1 * rng.normal(size=signal.shape), rng.normal(size=(len(labels), 3))], 1)

@@ -24,7 +24,7 @@ QUICK: dict[str, dict[str, Any]] = {"noah": {"supernet_epochs": 1}}
 
 
 def batches() -> Iterator[tuple[Tensor, Tensor]]:
-    """Two batches for methods with parameter selection."""
+    """Return two batches for methods with parameter selection."""
     return iter([(IMAGES, LABELS), (IMAGES.flip(0), LABELS.flip(0))])
 
 
@@ -82,7 +82,7 @@ def main(rank: int, rendezvous: str, *methods: str) -> None:
             results[method] = {"raised": str(error)}
     print(json.dumps(results), flush=True)
     dist.barrier()
-    os._exit(0)  # gloo's threads can deadlock if two ranks shut down at once
+    os._exit(0)  # gloo can deadlock if both ranks shut down concurrently
 
 
 if __name__ == "__main__":

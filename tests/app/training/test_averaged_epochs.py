@@ -23,23 +23,23 @@ pytestmark = pytest.mark.usefixtures("no_report")
 def test_the_mean_is_applied_inside_the_context_and_restored_bit_for_bit():
     layer = nn.Linear(3, 2)
     layer.bias.requires_grad_(False)
-    ends, values = EpochSnapshots(layer, 2), {}
+    epoch_ends, values = EpochSnapshots(layer, 2), {}
     for epoch in (1, 2, 3):
         with torch.no_grad():
             layer.weight.normal_()
         values[epoch] = layer.weight.detach().clone()
-        ends.add(epoch)
-    assert ends.epochs == [2, 3]
-    with ends.average_parameters([2, 3]):
+        epoch_ends.add(epoch)
+    assert epoch_ends.epochs == [2, 3]
+    with epoch_ends.average_parameters([2, 3]):
         torch.testing.assert_close(layer.weight.detach(), (values[2] + values[3]) / 2)
     assert torch.equal(layer.weight, values[3])
 
 
-def test_a_checkpoint_restores_the_epochs_and_another_model_s_is_rejected(tmp_path):
+def test_a_checkpoint_restores_the_epochs_and_rejects_another_model(tmp_path):
     layer = nn.Linear(3, 2)
-    ends = EpochSnapshots(layer, 3)
-    ends.add(4)
-    ends.save(tmp_path)
+    epoch_ends = EpochSnapshots(layer, 3)
+    epoch_ends.add(4)
+    epoch_ends.save(tmp_path)
     other = EpochSnapshots(nn.Linear(3, 2), 3)
     other.load(tmp_path)
     assert other.epochs == [4] and torch.equal(other._values[4]["bias"], layer.bias)
@@ -50,8 +50,8 @@ def test_a_checkpoint_restores_the_epochs_and_another_model_s_is_rejected(tmp_pa
 
 
 @pytest.fixture
-def ends_of(monkeypatch):
-    """Trained weights after each epoch of a run."""
+def epoch_weights(monkeypatch):
+    """Record the trained weights after each epoch of a run."""
     weights_by_epoch, evaluate = {}, SnellaTrainer.evaluate
 
     def recording_evaluate(trainer, *args, **kwargs):
@@ -64,15 +64,15 @@ def ends_of(monkeypatch):
     return weights_by_epoch
 
 
-def test_swa_saves_the_mean_of_the_last_epochs_at_the_target_sparsity(settings, console, ends_of):
+def test_swa_saves_the_mean_of_the_last_epochs_at_the_target_sparsity(settings, console, epoch_weights):
     config = settings(epochs=4, swa=3, protocol="final", target_sparsity=0.9, head_norm="none")
     run = train(config, console)
     averaged = read(Metrics, run.path).averaged
     assert (averaged.kind, averaged.epochs, averaged.offered, averaged.is_saved) == ("swa", [2, 3, 4], [2, 3, 4], True)
     model = load_run(run).model
     for name, parameter in model.named_parameters():
-        if name in ends_of[4]:
-            expected = (ends_of[2][name] + ends_of[3][name] + ends_of[4][name]) / 3
+        if name in epoch_weights[4]:
+            expected = (epoch_weights[2][name] + epoch_weights[3][name] + epoch_weights[4][name]) / 3
             torch.testing.assert_close(parameter.detach(), expected)
     matrices = adapted_matrices(model)
     total = sum(matrix.size for matrix in matrices)
@@ -82,7 +82,7 @@ def test_swa_saves_the_mean_of_the_last_epochs_at_the_target_sparsity(settings, 
     assert _saved_epoch(read(Metrics, run.path)) == (*("averaged epochs", "2, 3, 4", "(SWA over epochs 2 to 4 of 4)"),)
 
 
-def test_a_soup_adds_epochs_greedily_by_validation_score(settings, console, ends_of):
+def test_a_soup_adds_epochs_greedily_by_validation_score(settings, console, epoch_weights):
     config = settings(epochs=4, soup=4, method="lora-2", head_init="random", tta=1)
     run = train(config, console)
     metrics = read(Metrics, run.path)
@@ -93,18 +93,18 @@ def test_a_soup_adds_epochs_greedily_by_validation_score(settings, console, ends
 
     def score(epochs):
         for name, parameter in model.named_parameters():
-            if name in ends_of[4]:
-                parameter.data.copy_(sum(ends_of[epoch][name] for epoch in epochs) / len(epochs))
+            if name in epoch_weights[4]:
+                parameter.data.copy_(sum(epoch_weights[epoch][name] for epoch in epochs) / len(epochs))
         with torch.no_grad():
             scores = task.metrics(model(batch["images"]), batch["labels"])
         return scores["accuracy"], -scores["loss"]
 
-    best_first = sorted(ends_of, key=lambda epoch: score([epoch]), reverse=True)
+    best_first = sorted(epoch_weights, key=lambda epoch: score([epoch]), reverse=True)
     soup = best_first[:1]
     for epoch in best_first[1:]:
         soup = [*soup, epoch] if score([*soup, epoch]) >= score(soup) else soup
     assert metrics.averaged.epochs == sorted(soup) and metrics.averaged.is_saved
-    assert score(soup) >= max(score([epoch]) for epoch in ends_of)
+    assert score(soup) >= max(score([epoch]) for epoch in epoch_weights)
     assert metrics.val.accuracy == pytest.approx(score(soup)[0])
     assert metrics.val.loss == pytest.approx(-score(soup)[1], rel=1e-5)
     assert metrics.averaged.scores["val_loss"] == pytest.approx(metrics.val.loss, rel=1e-5)
@@ -126,7 +126,7 @@ def test_an_average_with_normalized_head_inputs_keeps_its_scores_when_saved(sett
 
 
 def test_a_resumed_run_saves_a_bit_identical_average(settings, console, monkeypatch, tmp_path):
-    whole = train(settings(epochs=3, swa=3, protocol="final", out=str(tmp_path / "whole")), console)
+    uninterrupted = train(settings(epochs=3, swa=3, protocol="final", out=str(tmp_path / "uninterrupted")), console)
     calls, step = itertools.count(1), SnellaTrainer.training_step
 
     def interrupted(trainer, *args):
@@ -140,7 +140,7 @@ def test_a_resumed_run_saves_a_bit_identical_average(settings, console, monkeypa
         with pytest.raises(TrainingInterrupted):
             train(config, console)
     resumed = train(config.replace(resume=True), console)
-    expected, actual = (load_file(run.adapter / "adapter_model.safetensors") for run in (whole, resumed))
+    expected, actual = (load_file(run.adapter / "adapter_model.safetensors") for run in (uninterrupted, resumed))
     assert expected.keys() == actual.keys() and all(torch.equal(expected[name], actual[name]) for name in expected)
 
 

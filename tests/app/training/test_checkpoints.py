@@ -61,7 +61,7 @@ def test_a_checkpoint_without_a_run_id_is_rejected(run):
 
 def test_an_unlisted_file_is_rejected_before_loading(run, tmp_path):
     path = checkpoint(run, "checkpoint-1")
-    (path / ".DS_Store").write_text("of the file manager")
+    (path / ".DS_Store").write_text("written by the file manager")
     assert find_damage(path, run.id) == ""
     (path / "scaler.pt").write_text("x")
     assert find_damage(path, run.id) == "scaler.pt is not listed in manifest.json; remove it"

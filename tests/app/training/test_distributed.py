@@ -46,14 +46,14 @@ sys.exit(main(["train", *sys.argv[2:]]))
 """
 
 
-def train_in_two(tmp_path, *words, interrupt_at=-1):
+def train_in_two(tmp_path, *args, interrupt_at=-1):
     """Train in two processes; interrupt the second before a step."""
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*command, str(interrupt_at), *words], capture_output=True, text=True, timeout=300, env=environment
+        [*command, str(interrupt_at), *args], capture_output=True, text=True, timeout=300, env=environment
     )
 
 
@@ -69,7 +69,7 @@ def single_process_run(photos, tiny_run, tmp_path_factory):
 
 
 def assert_same(run, single_process_run):
-    """Check that budgets are equal and results equal up to rounding."""
+    """Assert equal budgets, and equal results up to rounding."""
     assert run.status == "finished"
     for row, expected in zip(
         run.read_json("metrics.json")["history"], single_process_run.read_json("metrics.json")["history"], strict=True
@@ -91,14 +91,14 @@ SHARDING = pytest.mark.parametrize("shard", [False, True], ids=["ddp", "sharded"
 def test_an_interrupted_run_of_two_processes_resumes_in_one(shard, settings, single_process_run, console, tmp_path):
     config = settings(**SAME, shard=shard)
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(config.stored()))
-    done = train_in_two(tmp_path, "--config", str(tmp_path / "settings.yaml"), "--progress", "false", interrupt_at=5)
+    process = train_in_two(tmp_path, "--config", str(tmp_path / "settings.yaml"), "--progress", "false", interrupt_at=5)
     run = RunFolder(config.run.out)
-    assert run.status == "interrupted", done.stderr
+    assert run.status == "interrupted", process.stderr
     assert latest_checkpoint(run.checkpoints).name == "checkpoint-6"
-    assert ("by 2 processes with sharded frozen weights" if shard else "by 2 processes\n") in done.stdout
-    assert f"holds {0.5 if shard else 1.0} of the frozen weights" in done.stdout
-    assert done.stdout.count("backbone  test_vit") == 1
-    assert done.stderr.count("interrupted; saved as") == 1
+    assert ("by 2 processes with sharded frozen weights" if shard else "by 2 processes\n") in process.stdout
+    assert f"holds {0.5 if shard else 1.0} of the frozen weights" in process.stdout
+    assert process.stdout.count("backbone  test_vit") == 1
+    assert process.stderr.count("interrupted; saved as") == 1
     run = train(TrainConfig.from_flat(out=config.run.out, resume=True), console)
     assert_same(run, single_process_run)
 
@@ -119,12 +119,12 @@ def test_an_interrupted_run_of_one_process_resumes_in_two(
         patch.setattr(SnellaTrainer, "training_step", press_ctrl_c)
         with pytest.raises(TrainingInterrupted, match="checkpoint-2"):
             train(config, console)
-    done = train_in_two(tmp_path, "--out", config.run.out, "--resume", *(["--shard"] if shard else []))
-    assert done.returncode == 0, done.stderr
-    assert f"holds {0.5 if shard else 1.0} of the frozen weights" in done.stdout
+    process = train_in_two(tmp_path, "--out", config.run.out, "--resume", *(["--shard"] if shard else []))
+    assert process.returncode == 0, process.stderr
+    assert f"holds {0.5 if shard else 1.0} of the frozen weights" in process.stdout
     run = RunFolder(config.run.out)
     assert_same(run, single_process_run)
-    assert run.report.is_file() and done.stdout.count("best epoch") == 1
+    assert run.report.is_file() and process.stdout.count("best epoch") == 1
     assert (
         run.read_json("metrics.json")["val"]["confusion"]
         == single_process_run.read_json("metrics.json")["val"]["confusion"]
@@ -136,8 +136,8 @@ def test_processes_with_sharded_weights_predict_masks(settings, tmp_path):
     data = f"masks:{write_pairs(tmp_path / 'discs', 24)}"
     config = settings(data=data, task="segmentation", method_options={}, epochs=1, shard=True)
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(config.stored()))
-    done = train_in_two(tmp_path, "--config", str(tmp_path / "settings.yaml"), "--progress", "false")
-    assert done.returncode == 0, done.stderr
+    process = train_in_two(tmp_path, "--config", str(tmp_path / "settings.yaml"), "--progress", "false")
+    assert process.returncode == 0, process.stderr
     run = RunFolder(config.run.out)
     masks = [item["mask"] for item in run.read_json("predictions.json")["items"] if item["mask"]]
     assert run.status == "finished" and masks and all((run.path / mask).is_file() for mask in masks)

@@ -16,7 +16,7 @@ def head_and_features(seed=0):
     return nn.Linear(3, 4), features
 
 
-def test_normalization_standardizes_the_head_s_inputs_without_changing_outputs():
+def test_normalization_standardizes_head_inputs_without_changing_outputs():
     head, features = head_and_features()
     expected = head(features)
     seen = []

@@ -52,11 +52,11 @@ def test_probed_layers_are_evenly_spaced_and_end_with_the_last(name, layers):
     images = torch.randn(2, 3, *model.pretrained_cfg["input_size"][1:])
     with torch.no_grad():
         features = layer_features(model, images, layers)
-        own = model.forward_head(model.forward_features(images), pre_logits=True)
-    torch.testing.assert_close(features[:, : own.shape[1]], own)
+        head_inputs = model.forward_head(model.forward_features(images), pre_logits=True)
+    torch.testing.assert_close(features[:, : head_inputs.shape[1]], head_inputs)
     per_layer = [model.feature_info[layer]["num_chs"] for layer in layers]
     tokens = sum(per_layer[:-1]) if getattr(model, "num_prefix_tokens", 0) else 0
-    assert features.shape == (2, own.shape[1] + sum(per_layer) + tokens)
+    assert features.shape == (2, head_inputs.shape[1] + sum(per_layer) + tokens)
 
 
 def test_a_model_without_intermediate_features_has_no_probed_layers():
@@ -153,7 +153,7 @@ def test_predictions_and_evaluation_use_the_final_head(finished):
     assert dict(prediction.ranking)["3"] == pytest.approx(float(logits.softmax(1)[0, 3]), abs=1e-5)
 
 
-def test_predicted_features_are_the_model_s_pooled_features(finished):
+def test_predicted_features_are_the_pooled_features_of_the_model(finished):
     run, _ = finished
     predictor = load(run.path)
     assert predictor.features([Image.new("RGB", (40, 40))]).shape == (
@@ -162,7 +162,7 @@ def test_predicted_features_are_the_model_s_pooled_features(finished):
     )
 
 
-def test_the_temperature_is_not_refitted_to_images_the_head_was_fitted_to(finished):
+def test_the_temperature_is_not_refitted_to_the_images_of_the_head_fit(finished):
     run, _ = finished
     assert run.read_json("run.json")["calibration"]["temperature"] > 0
     with pytest.raises(ValueError, match="has a final head that was fitted to the validation images"):
@@ -192,7 +192,7 @@ def test_a_merged_model_has_the_trained_head(finished, tmp_path):
         torch.testing.assert_close(model(images), load_run(run).model(images), atol=1e-5, rtol=1e-5)
 
 
-def test_the_snippet_for_a_merged_model_gives_the_final_head_s_outputs(finished, tmp_path):
+def test_the_snippet_for_a_merged_model_gives_the_outputs_of_the_final_head(finished, tmp_path):
     run, _ = finished
     names = {}
     exec(loading_snippet(merge(run.path, tmp_path / "merged")), names)
@@ -238,14 +238,14 @@ def test_settings_can_keep_the_trained_head(options, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["vpt-deep-2", "ssf", "adapter-2"])
-def test_features_equal_the_head_s_inputs_for_methods_with_extra_modules(method, tmp_path):
+def test_features_equal_head_inputs_for_methods_with_extra_modules(method, tmp_path):
     settings = config(tmp_path, method=method, r=None).resolved()
     parts = build_components(settings)
     assert choose_final_head(parts, "auto", "standard") == "layers"
     images, model = torch.randn(2, 3, 32, 32), parts.model.eval()
     with torch.no_grad():
-        own = layer_features(model, images, probed_layers(model))[:, :64]
-        torch.testing.assert_close(base_and_head(model)[1](own), model(images), atol=1e-4, rtol=1e-4)
+        head_inputs = layer_features(model, images, probed_layers(model))[:, :64]
+        torch.testing.assert_close(base_and_head(model)[1](head_inputs), model(images), atol=1e-4, rtol=1e-4)
 
 
 def test_unsupported_final_heads_are_rejected(tmp_path):

@@ -110,7 +110,9 @@ def test_predictions_average_all_models(fast, console, photos, tmp_path):
     single = [predict(tmp_path / f"run/fold-{k}", [image])[0] for k in (1, 2, 3)]
     (together,) = predict(tmp_path / "run", [image])
     for name, probability in together.ranking:
-        assert probability == pytest.approx(statistics.mean(dict(one.ranking)[name] for one in single), abs=1e-6)
+        assert probability == pytest.approx(
+            statistics.mean(dict(prediction.ranking)[name] for prediction in single), abs=1e-6
+        )
     assert isinstance(load_run(tmp_path / "run").model(torch.zeros(1, 3, 32, 32)), torch.Tensor)
     message = "tta must be left out for a cross-validation, whose models use the tta of their runs, got "
     for tta in (1, 2):

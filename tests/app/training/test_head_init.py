@@ -52,7 +52,7 @@ def test_the_initial_model_is_evaluated_as_epoch_0(tmp_path):
     metrics = train(config(tmp_path), console).read_json("metrics.json")
     assert [row["epoch"] for row in metrics["history"]] == [0, 1]
     assert metrics["history"][0]["val_accuracy"] > 0.25
-    assert metrics["history"][0]["train_loss"] is None, "there were no steps"
+    assert metrics["history"][0]["train_loss"] is None, "no steps were taken"
     assert "epoch   0/1  before training  val loss" in console.file.getvalue()
 
 
@@ -111,18 +111,8 @@ def test_the_probe_matches_scikit_learn_on_scaled_features(classes):
         ({"method": "mlp-3", "r": None, "head_init": "probe"}, "probe"),
     ],
 )
-def test_auto_selects_the_probe_for_a_linear_head(options, expected, tmp_path):
+def test_auto_selects_the_probe_for_a_linear_head_except_with_the_official_protocol(options, expected, tmp_path):
     settings = config(tmp_path, **{"head_init": "auto"} | options).resolved()
-    parts = build_components(settings)
-    assert resolve_head_init(parts, settings.optim, settings.data.protocol).head_init == expected
-
-
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [({}, "probe"), ({"method": "mlp-3", "r": None}, "random"), ({"protocol": "official", "val_size": None}, "random")],
-)
-def test_auto_selects_the_probe_except_with_the_official_protocol(settings, expected, tmp_path):
-    settings = config(tmp_path, head_init="auto", **settings).resolved()
     parts = build_components(settings)
     assert resolve_head_init(parts, settings.optim, settings.data.protocol).head_init == expected
 

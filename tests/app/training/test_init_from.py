@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("no_report")
 
 
 @pytest.fixture
-def further(finished, tmp_path):
+def new_config(finished, tmp_path):
     """Return a function that creates the configuration of a run that starts from the finished one."""
 
     def make(**changes):
@@ -30,8 +30,8 @@ def further(finished, tmp_path):
     return make
 
 
-def test_a_new_run_starts_with_the_outputs_and_budgets_of_the_initial_run(finished, further, console):
-    config = finished.init_from_settings(further(batch_size=8)).resolved()
+def test_a_new_run_starts_with_the_outputs_and_budgets_of_the_initial_run(finished, new_config, console):
+    config = finished.init_from_settings(new_config(batch_size=8)).resolved()
     parts = build_components(config)
     images = torch.stack([parts.splits.val[k][0] for k in range(4)])
     with torch.no_grad():
@@ -49,23 +49,23 @@ def test_a_new_run_starts_with_the_outputs_and_budgets_of_the_initial_run(finish
     assert parts.splits.notes == []
 
 
-def test_overwriting_a_run_with_checkpoints_starts_from_the_initial_run(further, console):
+def test_overwriting_a_run_with_checkpoints_starts_from_the_initial_run(new_config, console):
     adapters = []
     for overwrite in (False, True):
-        run = train(further(epochs=1, batch_size=8, overwrite=overwrite), console)
+        run = train(new_config(epochs=1, batch_size=8, overwrite=overwrite), console)
         assert any(run.checkpoints.iterdir())
         adapters.append(load_file(run.adapter / "adapter_model.safetensors"))
     assert adapters[0].keys() == adapters[1].keys()
     assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
 
 
-def test_unset_settings_are_inherited_from_the_initial_run(finished, further, console):
-    run = train(further(epochs=2, batch_size=8, target_sparsity=0.8), console)
+def test_unset_settings_are_inherited_from_the_initial_run(finished, new_config, console):
+    run = train(new_config(epochs=2, batch_size=8, target_sparsity=0.8), console)
     assert run.status == "finished"
-    mine, theirs = run.read_config(), finished.read_config()
+    actual, expected = run.read_config(), finished.read_config()
     inherited = ("method", "r", "backbone", "data")
-    assert all(mine.flat()[name] == theirs.flat()[name] for name in inherited)
-    assert (mine.optim.epochs, mine.method.target_sparsity) == (2, 0.8)
+    assert all(actual.flat()[name] == expected.flat()[name] for name in inherited)
+    assert (actual.optim.epochs, actual.method.target_sparsity) == (2, 0.8)
     before, after = (folder.read_json("allocation.json") for folder in (finished, run))
     budgets = [entry["budget"] for entry in after["history"]]
     assert budgets[0] == sum(matrix["budget"] for matrix in before["matrices"])
@@ -73,48 +73,48 @@ def test_unset_settings_are_inherited_from_the_initial_run(finished, further, co
     assert f"trained weights of {finished.path}, including the head" in console.file.getvalue()
 
 
-def test_a_new_run_resumes_without_the_initial_run(finished, further, tmp_path, console, monkeypatch):
+def test_a_new_run_resumes_without_the_initial_run(finished, new_config, tmp_path, console, monkeypatch):
     copied = tmp_path / "other"
     shutil.copytree(finished.path, copied)
-    config = further(init_from=str(copied), epochs=2, batch_size=8)
-    whole = train(config, console)
+    config = new_config(init_from=str(copied), epochs=2, batch_size=8)
+    uninterrupted = train(config, console)
     with monkeypatch.context() as patch:
         patch.setattr("snella_app.training.train.finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(TrainingInterrupted, match="--resume"):
-            train(further(init_from=str(copied), epochs=2, batch_size=8, out=str(tmp_path / "cut")), console)
+            train(new_config(init_from=str(copied), epochs=2, batch_size=8, out=str(tmp_path / "cut")), console)
     shutil.rmtree(copied)
     resumed = train(TrainConfig.from_flat(out=str(tmp_path / "cut"), resume=True, progress=False), console)
-    assert resumed.read_json("metrics.json")["history"] == whole.read_json("metrics.json")["history"]
+    assert resumed.read_json("metrics.json")["history"] == uninterrupted.read_json("metrics.json")["history"]
 
 
-def test_the_selection_of_weights_is_inherited(settings, further, tmp_path, console):
+def test_the_selection_of_weights_is_inherited(settings, new_config, tmp_path, console):
     first = train(settings(method="gps", epochs=1, out=str(tmp_path / "gps")), console)
-    run = train(further(init_from=str(first.path), epochs=1, batch_size=8), console)
-    theirs, mine = (load_file(folder.path / "selection" / "trainable.safetensors") for folder in (first, run))
-    chosen = {name for name, tensor in theirs.items() if not tensor.is_floating_point()}
-    assert chosen and theirs.keys() == mine.keys()
-    assert all(torch.equal(theirs[name], mine[name]) for name in chosen)
+    run = train(new_config(init_from=str(first.path), epochs=1, batch_size=8), console)
+    expected, actual = (load_file(folder.path / "selection" / "trainable.safetensors") for folder in (first, run))
+    chosen = {name for name, tensor in expected.items() if not tensor.is_floating_point()}
+    assert chosen and expected.keys() == actual.keys()
+    assert all(torch.equal(expected[name], actual[name]) for name in chosen)
 
 
-def test_settings_that_contradict_the_initial_run_are_rejected(finished, further, make_photos, tmp_path):
+def test_settings_that_contradict_the_initial_run_are_rejected(finished, new_config, make_photos, tmp_path):
     with pytest.raises(ValueError, match="method is 'snella-2' there and 'lora-2' here; leave them out"):
-        train(further(method="lora-2"))
+        train(new_config(method="lora-2"))
     with pytest.raises(ValueError, match=r"init_from must be the folder of a finished run, .*none, which has no run"):
-        train(further(init_from=str(tmp_path / "none")))
+        train(new_config(init_from=str(tmp_path / "none")))
     others = make_photos(tmp_path / "others", {"cats": 16, "dogs": 16})
     with pytest.raises(ValueError, match=r"the classes of init_from=.*, \['cats', 'dogs', 'owls'\], got \['cats', 'do"):
-        train(further(data=f"folder:{others}"))
+        train(new_config(data=f"folder:{others}"))
     with pytest.raises(ValueError, match="out must differ from init_from"):
-        further(out=str(finished.path))
+        new_config(out=str(finished.path))
     with pytest.raises(ValueError, match="head_init must not be probe with init_from"):
-        further(head_init="probe")
+        new_config(head_init="probe")
     with pytest.raises(ValueError, match="init_from does not support folds"):
-        further(folds=3)
+        new_config(folds=3)
 
 
-def test_other_images_add_a_note(finished, further, make_photos, tmp_path):
+def test_other_images_add_a_note(finished, new_config, make_photos, tmp_path):
     others = make_photos(tmp_path / "others", {"cats": 12, "dogs": 12, "owls": 12})
-    config = finished.init_from_settings(further(data=f"folder:{others}")).resolved()
+    config = finished.init_from_settings(new_config(data=f"folder:{others}")).resolved()
     parts = build_components(config)
     load_initial_weights(parts, config.data.spec, finished)
     assert parts.splits.notes[-1].startswith(f"{finished.path} has different splits; its training images")

@@ -22,12 +22,12 @@ def config(**options):
 
 
 @pytest.mark.parametrize(
-    ("method", "augment", "can"),
+    ("method", "augment", "is_cached"),
     [("linear", "none", True), ("linear", "flip", False), ("lora-2", "none", False), ("snella-2", "none", False)],
 )
-def test_features_are_cached_only_if_they_are_constant(method, augment, can):
+def test_features_are_cached_only_if_they_are_constant(method, augment, is_cached):
     model = build_method(method, timm.create_model("test_vit", num_classes=3))
-    assert can_cache_features(config(method=method, augment=augment).data, model) is can
+    assert can_cache_features(config(method=method, augment=augment).data, model) is is_cached
 
 
 def test_features_are_not_cached_with_dropout_before_the_head():
@@ -64,7 +64,7 @@ def test_the_training_time_includes_feature_extraction(settings, monkeypatch, no
 
 
 def test_an_interrupted_probe_resumes_to_the_same_result(settings, tmp_path, monkeypatch, no_report):
-    expected = train(settings(out=str(tmp_path / "whole"), **LINEAR)).read_json("metrics.json")
+    expected = train(settings(out=str(tmp_path / "uninterrupted"), **LINEAR)).read_json("metrics.json")
     evaluate = SnellaTrainer.evaluate
 
     def interrupt_in_the_second_epoch(self, *args, **kwargs):

@@ -9,8 +9,8 @@ from snella_app.training.optimizer import build_low_bit_optimizer
 CPU = torch.device("cpu")
 
 
-def build(wanted):
-    return build_low_bit_optimizer(nn.Linear(4, 4), wanted, CPU, lr=0.5, scalar_lr=None, weight_decay=0.1)
+def build(name):
+    return build_low_bit_optimizer(nn.Linear(4, 4), name, CPU, lr=0.5, scalar_lr=None, weight_decay=0.1)
 
 
 @pytest.fixture
@@ -26,14 +26,14 @@ def test_auto_falls_back_to_adamw_with_a_reason(no_bitsandbytes):
     assert build("adamw")[1] == "AdamW"
 
 
-def test_adamw8bit_without_bitsandbytes_is_an_error_with_the_package(no_bitsandbytes):
+def test_adamw8bit_without_bitsandbytes_raises_with_the_package_name(no_bitsandbytes):
     with pytest.raises(
         ImportError, match=r"optimizer=adamw8bit needs bitsandbytes to run on cpu, but Module.*; pip ins"
     ):
         build("adamw8bit")
 
 
-def test_an_8_bit_optimizer_whose_step_has_no_effect_is_not_used(monkeypatch):
+def test_auto_rejects_an_8_bit_optimizer_whose_step_has_no_effect(monkeypatch):
     class NoOpOptimizer(torch.optim.SGD):
         def step(self, closure=None):
             return None

@@ -19,8 +19,8 @@ needs_processes = pytest.mark.skipif(not torch.distributed.is_available(), reaso
 def rows(tmp_path_factory):
     """Rows of two processes in a plain loop, by engine."""
     out = tmp_path_factory.mktemp("many") / "rows.jsonl"
-    words = ["--loops", "torchrun", "--engines", *ENGINES, "--options", "plain", "--counts", "2", "--out", str(out)]
-    process = subprocess.run([sys.executable, str(SCRIPT), *words], capture_output=True, text=True, timeout=280)
+    args = ["--loops", "torchrun", "--engines", *ENGINES, "--options", "plain", "--counts", "2", "--out", str(out)]
+    process = subprocess.run([sys.executable, str(SCRIPT), *args], capture_output=True, text=True, timeout=280)
     assert process.returncode == 0, process.stderr
     return {row["engine"]: row for row in map(json.loads, out.read_text().splitlines())}
 

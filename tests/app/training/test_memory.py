@@ -40,10 +40,10 @@ def step_on(model, images):
     return step
 
 
-def peak_bytes(work, folder):
-    """Return the peak of the bytes that `work` allocates, above those allocated before."""
+def peak_bytes(function, folder):
+    """Return the peak number of bytes that `function` allocates, excluding earlier allocations."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        work()
+        function()
     profile.export_chrome_trace(str(folder / "trace.json"))
     events = json.loads((folder / "trace.json").read_text())["traceEvents"]
     changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
@@ -62,7 +62,7 @@ def trained_bytes(model):
     return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
 
-def test_recorded_bytes_equal_autograd_s_saved_tensors():
+def test_recorded_bytes_equal_the_tensors_saved_by_autograd():
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
     # the input and the output of the activation; weights are not counted
     assert record_forward(model, torch.zeros(5, 8)).saved_bytes == 4 * (5 * 8 + 5 * 16)

@@ -16,14 +16,14 @@ def test_three_methods_are_predicted_at_the_requested_size():
 
 
 def test_half_precision_halves_weights_and_saved_activations():
-    (_, _, whole), *_ = predict_for_methods("test_vit", 8, img_size=32)
+    (_, _, full), *_ = predict_for_methods("test_vit", 8, img_size=32)
     (_, shape, half), *_ = predict_for_methods("test_vit", 8, img_size=32, dtype="bf16")
     # column statistics of an update stay in float32; with this few tokens they are a sixteenth of the total
-    assert half.saved_bytes == pytest.approx(whole.saved_bytes / 2, rel=0.08) and shape == (3, 32, 32)
-    assert whole.weights / 2 < half.weights < whole.weights  # the factors stay in float32
+    assert half.saved_bytes == pytest.approx(full.saved_bytes / 2, rel=0.08) and shape == (3, 32, 32)
+    assert full.weights / 2 < half.weights < full.weights  # the factors stay in float32
 
 
-def test_predictions_are_independent_of_the_caller_s_random_state():
+def test_predictions_do_not_depend_on_the_random_state():
     torch.manual_seed(1)
     first = [memory for _, _, memory in predict_for_methods("test_convnext", 3)]
     torch.manual_seed(2)

@@ -107,7 +107,7 @@ def test_without_a_terminal_lines_replace_the_bar_and_mark_the_best_epoch():
 
 
 def printed_by_steps(seconds, max_steps=100, shorten=None, **options):
-    """Return the output without a terminal for steps of the given durations in seconds."""
+    """Return the non-terminal output for steps of the given durations in seconds."""
     output, now = io.StringIO(), [0.0]
     console = Console(file=output, width=200)
     display = ProgressDisplay(console, TASK, PROTOCOLS["standard"], shorten=shorten, clock=lambda: now[0], **options)
@@ -191,7 +191,7 @@ RISEN = (
     [
         ("standard", 20, (0.5, 0.6, 0.3, 0.2), [RISEN]),
         ("final", 20, (0.5, 0.6, 0.7, 0.8), [RISEN]),
-        ("standard", 20, (0.5, 0.6, 0.7, 0.8), []),  # e.g. with mixup
+        ("standard", 20, (0.5, 0.6, 0.7, 0.8), []),  # as with mixup
         ("standard", 4, (0.5, 0.6, 0.3, 0.2), []),  # a linear probe, disturbed by the first steps
     ],
 )
@@ -241,7 +241,7 @@ def test_unknown_public_names_are_rejected():
     assert all(getattr(snella_app.runs, name) is not None for name in snella_app.runs.__all__)
 
 
-def test_writers_of_other_libraries_are_recognized():
+def test_write_errors_of_other_libraries_are_recognized():
     from safetensors import SafetensorError
 
     assert is_write_failure(

@@ -31,8 +31,8 @@ def camelyon(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def words(camelyon):
-    """The command line of a tiny run on VTAB-1k, without `--out`."""
+def args(camelyon):
+    """Arguments of a tiny run on VTAB-1k, without `--out`."""
     return [
         "train", "--data", f"vtab:{camelyon}", "--strict-sizes", "false", "--backbone", "test_vit",
         "--pretrained", "false",
@@ -42,11 +42,11 @@ def words(camelyon):
 
 
 @pytest.fixture(scope="module")
-def runs(words, tmp_path_factory):
-    """One finished run per protocol."""
+def runs(args, tmp_path_factory):
+    """Finished run of each protocol."""
     root = tmp_path_factory.mktemp("protocols")
     for name in PROTOCOLS:
-        assert main([*words, "--protocol", name, "--out", str(root / name)]) == 0
+        assert main([*args, "--protocol", name, "--out", str(root / name)]) == 0
     return {name: RunFolder(root / name) for name in PROTOCOLS}
 
 
@@ -59,8 +59,8 @@ def test_protocol_names_are_consistent():
     assert list(PROTOCOLS) == list(Protocol.__args__) == list(choices.__args__)
 
 
-def test_with_an_early_schedule_end_the_best_epoch_has_the_target_sparsity(words, tmp_path):
-    assert main([*words, "--method-options.schedule_end", "0.5", "--epochs", "4", "--out", str(tmp_path / "run")]) == 0
+def test_the_best_epoch_has_the_target_sparsity_if_the_schedule_ends_early(args, tmp_path):
+    assert main([*args, "--method-options.schedule_end", "0.5", "--epochs", "4", "--out", str(tmp_path / "run")]) == 0
     metrics = RunFolder(tmp_path / "run").read_json("metrics.json")
     assert [row.get("is_denser", False) for row in metrics["history"]] == [True, True, False, False, False]
     assert metrics["best_epoch"] >= 2
@@ -173,10 +173,10 @@ def test_an_epoch_without_evaluation_is_not_selected(camelyon, tmp_path, no_repo
     assert run.read_json("metrics.json")["best_epoch"] not in (2, 3)
 
 
-def test_the_console_names_the_selection_criterion(words, tmp_path, capsys, no_report):
+def test_the_console_names_the_selection_criterion(args, tmp_path, capsys, no_report):
     shown = {}
     for name in ("final", "official"):
-        short = [*words, "--epochs", "1", "--method", "linear", "--target-sparsity", "null", "--protocol", name]
+        short = [*args, "--epochs", "1", "--method", "linear", "--target-sparsity", "null", "--protocol", name]
         assert main([*short, "--out", str(tmp_path / name)]) == 0
         shown[name] = capsys.readouterr().out
     assert "final: training on training and validation images; the last epoch is saved" in shown["final"]
@@ -188,7 +188,7 @@ def test_the_console_names_the_selection_criterion(words, tmp_path, capsys, no_r
     )
 
 
-def test_evaluation_uses_the_run_s_test_images_under_every_protocol(runs):
+def test_evaluation_uses_the_test_images_of_the_run_under_every_protocol(runs):
     for run in runs.values():
         result = evaluate(run.path, device="cpu")
         assert result["split"] == "test" and result["accuracy"] == run.read_json("metrics.json")["test"]["accuracy"]
@@ -210,13 +210,13 @@ def test_the_final_protocol_needs_no_held_out_images(photos, tmp_path, settings)
 
 def test_fgvc_uses_the_same_command(tmp_path, no_report):
     folder = write_fgvc(tmp_path / "fgvc" / "cub", "images", [3, 17], {"train": 8, "val": 4, "test": 4}, side=32)
-    words = [
+    args = [
         "train", "--data", f"fgvc:{folder}", "--strict-sizes", "false", "--backbone", "test_vit",
         "--pretrained", "false",
         "--img-size", "32", "--method", "snella-2", "--epochs", "1", "--batch-size", "4", "--device", "cpu",
         "--protocol", "official", "--ema", "0.9999", "--out", str(tmp_path / "run"),
     ]  # fmt: skip
-    assert main(words) == 0
+    assert main(args) == 0
     run = RunFolder(tmp_path / "run")
     info = run.read_json("run.json")
     assert info["data"]["sizes"] == {"train": 8, "val": 0, "test": 4} and info["ema"] == 0.9999
@@ -256,7 +256,7 @@ def test_a_run_with_ema_saves_the_average_with_exact_budgets(settings, no_report
 
 def test_a_run_with_ema_resumes_bit_for_bit(settings, console, no_report, monkeypatch):
     step, short = 6, {"ema": 0.9, "epochs": 2}
-    whole = train(settings(**short, out=settings().run.out + "-whole"), console)
+    uninterrupted = train(settings(**short, out=settings().run.out + "-uninterrupted"), console)
     config, original = settings(**short), SnellaTrainer.training_step
 
     def press_ctrl_c(self, *args, **kwargs):
@@ -271,6 +271,6 @@ def test_a_run_with_ema_resumes_bit_for_bit(settings, console, no_report, monkey
             train(config, console)
     run = train(TrainConfig.from_flat(out=config.run.out, resume=True), console)
     for name in ("adapter/adapter_model", "checkpoints/checkpoint-8/ema", "checkpoints/checkpoint-8/adapter_model"):
-        one, two = (load_file(r.path / f"{name}.safetensors") for r in (run, whole))
-        assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
-    assert run.read_json("metrics.json")["history"] == whole.read_json("metrics.json")["history"]
+        first, second = (load_file(r.path / f"{name}.safetensors") for r in (run, uninterrupted))
+        assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    assert run.read_json("metrics.json")["history"] == uninterrupted.read_json("metrics.json")["history"]

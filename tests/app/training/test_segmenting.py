@@ -30,8 +30,8 @@ TINY = ["--backbone", "test_vit", "--pretrained", "false", "--img-size", "32", "
 _PANELS = 'true mask and predicted mask">'
 
 
-def command(*words, status=0):
-    assert main([str(word) for word in words]) == status
+def run_command(*args, status=0):
+    assert main([str(arg) for arg in args]) == status
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +42,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "discs"
-    words = ["--data", f"masks:{folder}", "--method", "snella-2", "--epochs", 2, "--batch-size", 4]
-    command("train", "--task", "segmentation", *TINY, *words, "--out", out)
+    args = ["--data", f"masks:{folder}", "--method", "snella-2", "--epochs", 2, "--batch-size", 4]
+    run_command("train", "--task", "segmentation", *TINY, *args, "--out", out)
     return out
 
 
@@ -82,13 +82,13 @@ def test_the_report_shows_curves_classes_and_overlays(run):
 
 def test_the_report_is_deterministic(run, capsys):
     before = (run / "report.html").read_text().count(_PANELS)
-    command("inspect", run, "--report")
+    run_command("inspect", run, "--report")
     assert "Dice" in capsys.readouterr().out
     assert (run / "report.html").read_text().count(_PANELS) == before > 0
 
 
 def test_evaluation_reproduces_the_test_results(run, capsys, tmp_path):
-    command("evaluate", run, "--out", tmp_path / "result.json")
+    run_command("evaluate", run, "--out", tmp_path / "result.json")
     result, metrics = json.loads((tmp_path / "result.json").read_text()), json.loads((run / "metrics.json").read_text())
     assert result["dice"] == pytest.approx(metrics["test"]["dice"])
     assert result["confusion"] == metrics["test"]["confusion"]
@@ -97,15 +97,15 @@ def test_evaluation_reproduces_the_test_results(run, capsys, tmp_path):
 
 def test_other_data_is_evaluated_in_full_and_data_without_masks_is_rejected(run, tmp_path, capsys):
     write_pairs(tmp_path / "more", 5, classes=3)
-    command("evaluate", run, "--data", f"masks:{tmp_path / 'more'}")
+    run_command("evaluate", run, "--data", f"masks:{tmp_path / 'more'}")
     assert "(all), 5 images" in capsys.readouterr().out
-    command("evaluate", run, "--data", "digits", status=2)
+    run_command("evaluate", run, "--data", "digits", status=2)
     assert "data must be images with masks for task segmentation" in capsys.readouterr().err
 
 
 def test_predictions_are_masks_at_image_size_and_overlays(run, folder, tmp_path, capsys):
     out = tmp_path / "predicted"
-    command("predict", run, folder / "images" / "000.png", folder / "images" / "001.png", "--out", out)
+    run_command("predict", run, folder / "images" / "000.png", folder / "images" / "001.png", "--out", out)
     assert "2 images" in capsys.readouterr().out
     mask = read_mask(out / "000.png")
     assert mask.size == read_mask(out / "overlays" / "000.png").size == (40, 32) and mask.mode == "P"
@@ -115,20 +115,20 @@ def test_predictions_are_masks_at_image_size_and_overlays(run, folder, tmp_path,
         scores = loaded.model(loaded.transform(image)[None])
     expected = torch.nn.functional.interpolate(scores, (32, 40), mode="bilinear", align_corners=False).argmax(1)[0]
     assert np.array_equal(np.asarray(mask), expected.numpy())
-    command("predict", run, folder / "images" / "000.png", "--out", out, status=2)
+    run_command("predict", run, folder / "images" / "000.png", "--out", out, status=2)
     assert "is not empty; choose another folder" in capsys.readouterr().err
-    command("predict", run, folder / "images" / "000.png")
+    run_command("predict", run, folder / "images" / "000.png")
     assert "%" in capsys.readouterr().out
 
 
 def test_unsupported_prediction_outputs_are_rejected(run, folder, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     image = folder / "images" / "000.png"
-    command("predict", run, image, "--out", tmp_path / "file", status=2)
+    run_command("predict", run, image, "--out", tmp_path / "file", status=2)
     assert "must be a folder for the masks, got the file" in capsys.readouterr().err
-    command("predict", run, image, "--top-k", "2", status=2)
+    run_command("predict", run, image, "--top-k", "2", status=2)
     assert "must be omitted for segmentation, got 2" in capsys.readouterr().err
-    command("predict", run, image, image, "--out", tmp_path / "out", status=2)
+    run_command("predict", run, image, image, "--out", tmp_path / "out", status=2)
     assert "image names must be unique" in capsys.readouterr().err
 
 
@@ -158,7 +158,7 @@ def test_a_sparse_file_restores_the_fine_tuned_weights(run, tmp_path):
 
 def test_merged_encoder_and_decoder_give_the_same_outputs(run, tmp_path, capsys):
     path = tmp_path / "merged.safetensors"
-    command("merge", run, "--out", path)
+    run_command("merge", run, "--out", path)
     out = capsys.readouterr().out
     assert "plain weights of the backbone (encoder.…) and the decoder (decoder.…)" in out and "load_merged" in out
     with safe_open(path, "pt") as file:
@@ -177,9 +177,9 @@ def test_a_file_not_written_by_merge_is_rejected(tmp_path):
 
 
 def test_mismatched_task_and_data_are_rejected(folder, tmp_path, capsys):
-    command("train", *TINY, "--data", f"masks:{folder}", "--out", tmp_path / "a", status=2)
+    run_command("train", *TINY, "--data", f"masks:{folder}", "--out", tmp_path / "a", status=2)
     assert "add --task segmentation" in capsys.readouterr().err
-    command("train", *TINY, "--task", "segmentation", "--data", "digits", "--out", tmp_path / "b", status=2)
+    run_command("train", *TINY, "--task", "segmentation", "--data", "digits", "--out", tmp_path / "b", status=2)
     assert "data must be images with masks" in capsys.readouterr().err
 
 
@@ -192,26 +192,25 @@ def test_the_decoder_learns(folder, tmp_path):
     assert history[-1]["train_loss"] < 0.8 * history[0]["train_loss"]
 
 
-def test_sam_learns_polyps_with_the_paper_s_settings(tmp_path, capsys):
+def test_sam_learns_polyps_with_the_settings_of_the_paper(tmp_path, capsys):
     torch.manual_seed(0)
     SamModel(tiny_config()).save_pretrained(tmp_path / "sam")
     write_pairs(tmp_path / "Kvasir-SEG", 10, ending=".jpg")
-    words = ["--data", f"kvasir:{tmp_path / 'Kvasir-SEG'}", "--backbone", f"sam:{tmp_path / 'sam'}", "--epochs", 2]
-    words += ["--batch-size", 1, "--lr", "1e-3", "--min-lr", "1e-7", "--warmup-ratio", 0, "--mask-loss", "iou"]
+    args = ["--data", f"kvasir:{tmp_path / 'Kvasir-SEG'}", "--backbone", f"sam:{tmp_path / 'sam'}", "--epochs", 2]
+    args += ["--batch-size", 1, "--lr", "1e-3", "--min-lr", "1e-7", "--warmup-ratio", 0, "--mask-loss", "iou"]
     out = tmp_path / "run"
-    command("train", "--task", "segmentation", *words, "--method", "snella-2", "--device", "cpu", "--out", out)
+    run_command("train", "--task", "segmentation", *args, "--method", "snella-2", "--device", "cpu", "--out", out)
     metrics = json.loads((out / "metrics.json").read_text())
     history = metrics["history"]
     assert history[1]["train_loss"] < history[0]["train_loss"]
     assert history[-1]["lr"] == pytest.approx(1e-7, rel=1e-3)
     matrices = json.loads((out / "allocation.json").read_text())["matrices"]
     shares = [matrix["budget"] / matrix["size"] for matrix in matrices]
-    assert (
-        len(matrices) == 18 and max(shares) - min(shares) > 0.2
-    )  # allocation by importance; by size, shares would be equal
+    # allocation by importance; by size, shares would be equal
+    assert len(matrices) == 18 and max(shares) - min(shares) > 0.2
     assert json.loads((out / "run.json").read_text())["data_config"]["mean"] == pytest.approx([0.485, 0.456, 0.406])
     capsys.readouterr()
-    command("predict", out, tmp_path / "Kvasir-SEG" / "images", "--out", tmp_path / "masks")
+    run_command("predict", out, tmp_path / "Kvasir-SEG" / "images", "--out", tmp_path / "masks")
     assert len(list((tmp_path / "masks").glob("*.png"))) == 10
 
 
@@ -234,7 +233,7 @@ def test_sam_merges_and_trains_on_all_images(tmp_path):
     )  # fmt: skip
     run = train(config, Console(quiet=True), render_report=False)
     assert run.read_json("run.json")["data"]["sizes"] == {"train": 6, "val": 0, "test": 2}
-    command("merge", run.path, "--out", tmp_path / "m.safetensors")
+    run_command("merge", run.path, "--out", tmp_path / "m.safetensors")
     images = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
         merged, adapted = load_merged(tmp_path / "m.safetensors")(images), load_run(run.path, "cpu").model(images)

@@ -21,7 +21,7 @@ OPTIONS = {"noah": {"sizes": [1], "supernet_epochs": 1, "population": 2, "genera
 
 @pytest.fixture
 def parts(settings):
-    """Images of a tiny run, transformed to their first pixel and a random number, and its settings."""
+    """Return splits and data of a tiny run; each image becomes its first pixel and a random number."""
     config = settings(method="gps")
     splits = load_data(str(config.data.spec), seed=0)
     mark = lambda image: torch.tensor([float(sum(image.getpixel((0, 0)))), float(torch.rand(()))])  # noqa: E731
@@ -30,8 +30,8 @@ def parts(settings):
     return splits.train.with_transform(mark), splits.val.with_transform(mark), data
 
 
-def passes(data, which, count=2):
-    return [[torch.cat([i, labels[:, None]], 1) for i, labels in which(data)] for _ in range(count)]
+def passes(data, split_of, count=2):
+    return [[torch.cat([i, labels[:, None]], 1) for i, labels in split_of(data)] for _ in range(count)]
 
 
 def test_every_pass_has_all_training_images_with_a_new_order_and_augmentation(parts):
@@ -43,14 +43,14 @@ def test_every_pass_has_all_training_images_with_a_new_order_and_augmentation(pa
     assert not torch.isin(torch.cat(first)[:, 1], torch.cat(second)[:, 1]).any()
 
 
-def test_batches_depend_only_on_the_seed_and_leave_torch_s_generator_unchanged(parts):
+def test_batches_depend_only_on_the_seed_and_do_not_change_the_torch_generator(parts):
     state = torch.random.get_rng_state()
     first, second = (passes(selection_data(*parts), lambda data: data()) for _ in range(2))
     assert all(torch.equal(a, b) for x, y in zip(first, second, strict=True) for a, b in zip(x, y, strict=True))
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_validation_images_keep_their_order_and_the_run_s_images_their_epoch(parts):
+def test_selection_keeps_the_order_of_validation_images_and_the_epoch_of_training_images(parts):
     data = selection_data(*parts)
     seen = torch.cat([labels for _, labels in data.validation()])
     assert seen.tolist() == parts[1].labels
@@ -79,12 +79,12 @@ def test_a_trained_adapter_is_used_without_the_data(method, settings, console, n
 def test_noah_searches_on_separate_images_that_the_run_also_trains_on(settings, console, no_report, monkeypatch):
     seen = {}
 
-    def watched(train, val, *others):
+    def record(train, val, *others):
         seen["train"], seen["val"] = (set(part.names) for part in (train, val))
         seen["transforms"] = train.transform is not None and val.transform is not None
         return selection_data(train, val, *others)
 
-    monkeypatch.setattr("snella_app.training.build.selection_data", watched)
+    monkeypatch.setattr("snella_app.training.build.selection_data", record)
     config = settings(method="noah", method_options=OPTIONS["noah"], epochs=1, protocol="final")
     run = train(config, console)
     parts = load_data(str(config.data.spec), seed=config.run.seed, protocol="standard")
@@ -95,7 +95,7 @@ def test_noah_searches_on_separate_images_that_the_run_also_trains_on(settings, 
 
 def test_a_resumed_run_reuses_the_selection_and_ends_bit_identical(settings, console, no_report, monkeypatch):
     chosen = {"method": "spt-lora-2", "method_options": {"budget": 0.003, "alpha": 40}, "epochs": 2}
-    whole = train(settings(**chosen, out=settings().run.out + "-whole"), console)
+    uninterrupted = train(settings(**chosen, out=settings().run.out + "-uninterrupted"), console)
     config, evaluate = settings(**chosen), SnellaTrainer.evaluate
 
     def interrupt_in_the_second_epoch(self, *args, **kwargs):
@@ -107,12 +107,12 @@ def test_a_resumed_run_reuses_the_selection_and_ends_bit_identical(settings, con
         patch.setattr(SnellaTrainer, "evaluate", interrupt_in_the_second_epoch)
         with pytest.raises(TrainingInterrupted, match="checkpoint"):
             train(config, console)
-    looked = []
-    monkeypatch.setattr("snella_lab.methods.spt.squared_gradients", lambda *args: looked.append(args))
+    calls = []
+    monkeypatch.setattr("snella_lab.methods.spt.squared_gradients", lambda *args: calls.append(args))
     run = train(TrainConfig.from_flat(out=config.run.out, resume=True, progress=False), console)
-    one, two = (load_file(r.path / "adapter" / "trainable.safetensors") for r in (run, whole))
-    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
-    assert not looked
+    first, second = (load_file(r.path / "adapter" / "trainable.safetensors") for r in (run, uninterrupted))
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    assert not calls
 
 
 def test_methods_without_selection_store_none(tmp_path):

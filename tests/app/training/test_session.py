@@ -34,7 +34,7 @@ with lock_run(RunFolder(sys.argv[1])):
 
 
 @pytest.fixture
-def held(tmp_path):
+def locked(tmp_path):
     """Run folder and the process that holds its lock."""
     folder = tmp_path / "run"
     process = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True)
@@ -47,20 +47,20 @@ def held(tmp_path):
         process.stdout.close()
 
 
-@pytest.mark.parametrize("how", ["resume", "overwrite"])
-def test_a_locked_run_is_rejected_with_the_process_id(how, held):
-    folder, process = held
+@pytest.mark.parametrize("mode", ["resume", "overwrite"])
+def test_a_locked_run_is_rejected_with_the_process_id(mode, locked):
+    folder, process = locked
     run = RunFolder(folder)
     run.update("running")
     before = (folder / "run.json").read_bytes()
-    config = TrainConfig.from_flat(data="digits", backbone="test_vit", out=str(folder), **{how: True})
+    config = TrainConfig.from_flat(data="digits", backbone="test_vit", out=str(folder), **{mode: True})
     with pytest.raises(RunInUseError, match=rf"out=.*run is locked by running process {process.pid}; wait"):
         train(config)
     assert (folder / "run.json").read_bytes() == before
 
 
-def test_a_killed_process_releases_the_lock_despite_living_children(held):
-    folder, process = held
+def test_a_killed_process_releases_the_lock_despite_surviving_children(locked):
+    folder, process = locked
     process.send_signal(signal.SIGKILL)
     process.wait()
     with lock_run(RunFolder(folder)):
@@ -68,8 +68,8 @@ def test_a_killed_process_releases_the_lock_despite_living_children(held):
     assert not folder.exists() or not list(folder.iterdir())
 
 
-def test_a_killed_run_is_distinguished_from_a_running_one(held, monkeypatch):
-    folder, process = held
+def test_a_killed_run_is_distinguished_from_a_running_one(locked, monkeypatch):
+    folder, process = locked
     run = RunFolder(folder)
     assert not run.was_killed  # no run yet
     run.update("running")
@@ -85,9 +85,9 @@ def test_a_killed_run_is_distinguished_from_a_running_one(held, monkeypatch):
 
 def test_inspect_reports_a_killed_run_and_its_report_stops_refreshing(tmp_path, capsys):
     out = str(tmp_path / "run")
-    words = ["--data", "digits", "--backbone", "test_vit", "--pretrained", "false", "--img-size", "32", "--epochs", "1"]
-    words += ["--method", "linear", "--train-size", "20", "--val-size", "10", "--test-size", "10", "--out", out]
-    assert main(["train", *words]) == 0 and main(["inspect", out]) == 0
+    args = ["--data", "digits", "--backbone", "test_vit", "--pretrained", "false", "--img-size", "32", "--epochs", "1"]
+    args += ["--method", "linear", "--train-size", "20", "--val-size", "10", "--test-size", "10", "--out", out]
+    assert main(["train", *args]) == 0 and main(["inspect", out]) == 0
     assert "no process is training it" not in capsys.readouterr().out
     RunFolder(out).update("running")
     assert main(["inspect", out, "--report"]) == 0
@@ -123,7 +123,7 @@ def test_a_folder_name_outside_utf8_is_rejected_before_training(tmp_path):
 
 
 @contextmanager
-def no_permission_to_write(folder):
+def without_write_permission(folder):
     """Remove write permissions inside the context; root switches to another user, since it may write anywhere."""
     modes = {path: path.stat().st_mode for path in [folder, *folder.rglob("*")]}
     for path in modes:
@@ -153,7 +153,7 @@ def test_resuming_a_finished_run_on_a_read_only_disk_reports_it_as_finished(stat
     run = RunFolder(shutil.copytree(finished.path, public / "run"))
     run.update(status)
     output = io.StringIO()
-    with no_permission_to_write(run.path):
+    with without_write_permission(run.path):
         if status == "finished":
             train(TrainConfig.from_flat(out=str(run.path), resume=True), Console(file=output, width=200))
             assert "run is already finished; report" in output.getvalue()
@@ -166,22 +166,22 @@ def test_resuming_a_finished_run_on_a_read_only_disk_reports_it_as_finished(stat
 @pytest.fixture
 def read_only(public):
     """Return a function that copies a folder to a read-only file system."""
-    places = []
+    mount_points = []
 
     def mount(source):
-        place = public / "disk"
-        place.mkdir()
-        made = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(place)], capture_output=True, text=True)
-        if made.returncode:
-            pytest.skip(f"no file system can be mounted here: {made.stderr.strip()}")
-        places.append(place)
-        copy = Path(shutil.copytree(source, place / "run"))
-        subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
+        mount_point = public / "disk"
+        mount_point.mkdir()
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(mount_point)], capture_output=True, text=True)
+        if mounted.returncode:
+            pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+        mount_points.append(mount_point)
+        copy = Path(shutil.copytree(source, mount_point / "run"))
+        subprocess.run(["mount", "-o", "remount,ro", str(mount_point)], check=True)
         return copy
 
     yield mount
-    for place in places:
-        subprocess.run(["umount", str(place)], check=True)
+    for mount_point in mount_points:
+        subprocess.run(["umount", str(mount_point)], check=True)
 
 
 def test_every_command_reads_a_run_on_a_read_only_file_system(finished, photos, read_only, tmp_path):
@@ -195,8 +195,8 @@ def test_every_command_reads_a_run_on_a_read_only_file_system(finished, photos, 
         "inspect": [str(run)],
         "train": ["--out", str(run), "--resume"],
     }
-    for name, words in commands.items():
-        assert main([name, *words]) == 0, name
+    for name, args in commands.items():
+        assert main([name, *args]) == 0, name
     expected = finished.read_json("metrics.json")["test"]
     measured = json.loads((tmp_path / "e.json").read_text())
     assert {name: measured[name] for name in expected} == expected

@@ -1,4 +1,4 @@
-"""Sharded frozen weights give the same training for every method without a stated reason."""
+"""Sharding of frozen weights does not change training, for every method that supports it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import torch
 from snella_app.config import TrainConfig
 from snella_app.methods import METHODS, build_method
 from snella_app.training.sharding import sharding_savings
-from tests.processes import in_two_processes
+from tests.processes import run_in_two_processes
 
-PLACES = {"data": "digits", "backbone": "test_vit", "out": "runs/x"}
+REQUIRED_SETTINGS = {"data": "digits", "backbone": "test_vit", "out": "runs/x"}
 QUICK = ["snella-2", "lora-2", "partial-1", "vpt-deep", "mlp"]
 needs_processes = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 
 
 def run_both(folder, methods):
     """Return the printed results of both processes for every method."""
-    return in_two_processes(Path(__file__).with_name("sharding_worker.py"), folder, *methods, timeout=280)
+    return run_in_two_processes(Path(__file__).with_name("sharding_worker.py"), folder, *methods, timeout=280)
 
 
 def assert_matches_unsharded(first, second):
@@ -58,12 +58,12 @@ def test_every_method_is_sharded_or_gives_a_reason(tmp_path):
 
 def test_unsupported_sharding_is_rejected_before_loading():
     with pytest.raises(ValueError, match="shard needs another method, got 'full', which leaves no weight frozen"):
-        TrainConfig.from_flat(**PLACES, method="full", shard=True)
+        TrainConfig.from_flat(**REQUIRED_SETTINGS, method="full", shard=True)
     with pytest.raises(ValueError, match=r"shard needs another method, got 'vqt-2', which routes gradients around"):
-        TrainConfig.from_flat(**PLACES, method="vqt-2", shard=True)
+        TrainConfig.from_flat(**REQUIRED_SETTINGS, method="vqt-2", shard=True)
     with pytest.raises(ValueError, match=r"time_budget must not be combined with shard, got 30m"):
-        TrainConfig.from_flat(**PLACES, time_budget="30m", shard=True)
-    assert TrainConfig.from_flat(**PLACES, method="lora-2", shard=True).run.shard
+        TrainConfig.from_flat(**REQUIRED_SETTINGS, time_budget="30m", shard=True)
+    assert TrainConfig.from_flat(**REQUIRED_SETTINGS, method="lora-2", shard=True).run.shard
 
 
 def test_saved_bytes_exclude_gathered_blocks_and_weights_outside_blocks():

@@ -1,4 +1,4 @@
-"""`--batch-size auto` and `--time-budget`: choices, their reasons, and unchanged results otherwise."""
+"""`--batch-size auto` and `--time-budget`: selected values, printed reasons and unchanged results."""
 
 import dataclasses
 import re
@@ -29,14 +29,14 @@ pytestmark = pytest.mark.usefixtures("no_report")
 
 
 @pytest.fixture
-def many(make_photos, tmp_path):
-    """Enough images for batches of 16."""
-    return f"folder:{make_photos(tmp_path / 'many', {'cats': 200, 'dogs': 100}, side=8)}"
+def many_images(make_photos, tmp_path):
+    """Data specification of enough images for batches of 16."""
+    return f"folder:{make_photos(tmp_path / 'many_images', {'cats': 200, 'dogs': 100}, side=8)}"
 
 
 @pytest.mark.parametrize("share", [2.0, 0.99, 0.3])
-def test_auto_selects_the_largest_batch_size_that_fits_into_memory(share, many, settings, console, monkeypatch):
-    config = settings(data=many, batch_size="auto").resolved()
+def test_auto_selects_the_largest_batch_size_that_fits_into_memory(share, many_images, settings, console, monkeypatch):
+    config = settings(data=many_images, batch_size="auto").resolved()
     parts = build_components(config)
     assert len(parts.splits.train) // 10 >= 16
     sizes = {batch: predict_step_memory(parts.model, (3, 32, 32), batch).total for batch in (1, 2, 4, 8, 16)}
@@ -48,8 +48,8 @@ def test_auto_selects_the_largest_batch_size_that_fits_into_memory(share, many, 
     assert f"batch size {chosen}: a step takes about" in console.file.getvalue()
 
 
-def test_an_out_of_memory_step_halves_the_batch_size(many, settings, console, monkeypatch):
-    config = settings(data=many, batch_size="auto").resolved()
+def test_an_out_of_memory_step_halves_the_batch_size(many_images, settings, console, monkeypatch):
+    config = settings(data=many_images, batch_size="auto").resolved()
     parts = build_components(config)
     tried = []
 
@@ -77,7 +77,7 @@ def test_a_trial_step_restores_the_model(settings):
     assert all(parameter.grad is None for parameter in parts.model.parameters())
 
 
-def test_a_run_with_the_chosen_settings_is_bit_identical(settings, console, monkeypatch, tmp_path):
+def test_a_run_with_the_selected_settings_is_bit_identical(settings, console, monkeypatch, tmp_path):
     monkeypatch.setattr(sizing, "_MOST_EPOCHS", 2)
     config = settings(epochs=9, batch_size="auto", time_budget="60s", train_size=20)
     run = train(config, console)
@@ -87,8 +87,8 @@ def test_a_run_with_the_chosen_settings_is_bit_identical(settings, console, monk
     assert "batch size 2: a step takes about" in text and re.search(r"\d+ epochs? in 60s: one epoch takes about", text)
     values = {**stored.stored(), "time_budget": None, "out": str(tmp_path / "again")}
     again = train(TrainConfig.from_flat(**values, progress=False), console)
-    one, two = (load_file(folder.adapter / "adapter_model.safetensors") for folder in (run, again))
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    first, second = (load_file(folder.adapter / "adapter_model.safetensors") for folder in (run, again))
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_epochs_fill_the_time_budget(budget, epochs, message, settings, console,
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Clock of the time budget, which stands still; tests change `now`."""
+    """Frozen clock of the time budget; tests change `now`."""
     clock = SimpleNamespace(now=time.monotonic())
     monkeypatch.setattr(sizing, "time", SimpleNamespace(monotonic=lambda: clock.now, perf_counter=time.perf_counter))
     return clock
@@ -135,8 +135,8 @@ def timed_by_pixels(monkeypatch, clock):
     return timing
 
 
-def chosen_size(settings, console, **changes):
-    """Return the size chosen for 16 training images at batch size 1, and the output."""
+def select_size(settings, console, **changes):
+    """Return the size selected for 16 training images at batch size 1, and the output."""
     values = {"img_size": None, "batch_size": 1, "train_size": 16, "val_size": 3, "epochs": 4, **changes}
     config = settings(**values).resolved()
     data, device = load(config.data, config.optim, config.run), choose_device(config.run.device)
@@ -185,14 +185,14 @@ def test_the_largest_size_at_which_the_epochs_fit_is_selected(
     budget, power, size, sides, message, settings, console, timed_by_pixels
 ):
     timed_by_pixels.power = power
-    chosen, text = chosen_size(settings, console, time_budget=budget)
+    chosen, text = select_size(settings, console, time_budget=budget)
     assert chosen == size and message in text.replace("\N{NO-BREAK SPACE}", " ")
     assert timed_by_pixels.sides == sides
 
 
 def test_time_spent_measuring_is_not_left_for_epochs(settings, console, timed_by_pixels):
     timed_by_pixels.measuring_s = 5.0
-    size, _ = chosen_size(settings, console, time_budget="70s")
+    size, _ = select_size(settings, console, time_budget="70s")
     # 0.9 · 70 − 15 = 48 s are left after three measurements: 4 epochs of 12 s; 144 px take 13 s
     assert timed_by_pixels.sides == [48, 144, 160] and size == 128
 
@@ -205,12 +205,12 @@ def test_time_spent_measuring_is_not_left_for_epochs(settings, console, timed_by
     ],
 )
 def test_a_required_size_is_unchanged(changes, message, settings, console, timed_by_pixels):
-    size, text = chosen_size(settings, console, time_budget="30s", **changes)
+    size, text = select_size(settings, console, time_budget="30s", **changes)
     assert size is None and message in text and timed_by_pixels.sides == []
 
 
 @pytest.mark.parametrize("changes", [{"img_size": 80}, {"time_budget": None}])
-def test_no_size_is_chosen_if_it_is_given_or_without_a_budget(changes, settings, console, monkeypatch):
+def test_an_explicit_size_or_a_missing_budget_disables_size_selection(changes, settings, console, monkeypatch):
     monkeypatch.setattr("snella_app.training.plan.fit_image_size", lambda *_: pytest.fail("sizes were measured"))
     monkeypatch.setattr("snella_app.training.plan.fit_epochs", lambda *_: 1)
     values = {"img_size": None, "time_budget": "30s", "train_size": 16, "batch_size": 1, **changes}
@@ -254,18 +254,18 @@ def test_the_final_head_replaces_epochs_below_half_its_size(
     budget, factor, size, message, settings, console, head_by_pixels
 ):
     head_by_pixels.factor = factor
-    chosen, text = chosen_size(settings, console, time_budget=budget, **_HEAD)
+    chosen, text = select_size(settings, console, time_budget=budget, **_HEAD)
     assert chosen == size and message in text.replace("\N{NO-BREAK SPACE}", " ")
 
 
 def test_a_linear_probe_uses_the_size_of_its_final_head(settings, console, head_by_pixels):
-    assert chosen_size(settings, console, time_budget="70s", method="linear", **_HEAD)[0] is None
-    assert chosen_size(settings, console, time_budget="20s", method="linear", **_HEAD)[0] == 112
+    assert select_size(settings, console, time_budget="70s", method="linear", **_HEAD)[0] is None
+    assert select_size(settings, console, time_budget="20s", method="linear", **_HEAD)[0] == 112
 
 
 def test_without_epochs_the_final_evaluation_fits(settings, console, head_by_pixels):
     options = {**_HEAD, "final_head": "trained", "epochs": 0, "time_budget": "7s"}
-    assert chosen_size(settings, console, **options)[0] == 112  # ten steps of 0.49 s
+    assert select_size(settings, console, **options)[0] == 112  # ten steps of 0.49 s
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ def test_the_size_without_epochs_is_at_most_that_of_the_images(
     side, budget, changes, size, settings, console, head_by_pixels, monkeypatch
 ):
     monkeypatch.setattr(sizing, "_SMALL_SIDE", side)
-    assert chosen_size(settings, console, time_budget=budget, **_HEAD, **changes)[0] == size
+    assert select_size(settings, console, time_budget=budget, **_HEAD, **changes)[0] == size
 
 
 def test_a_backbone_with_a_fixed_size_keeps_it(settings, console, timed_by_pixels):
@@ -295,7 +295,7 @@ def test_a_backbone_with_a_fixed_size_keeps_it(settings, console, timed_by_pixel
     assert "image size stays 160 px: test_vit does not support 48 px (no 48)" in console.file.getvalue()
 
 
-def test_the_run_uses_the_chosen_size(settings, console, monkeypatch, timed_by_pixels):
+def test_the_run_uses_the_selected_size(settings, console, monkeypatch, timed_by_pixels):
     monkeypatch.setattr(sizing, "_MOST_EPOCHS", 1)
     config = settings(img_size=None, epochs=4, time_budget="3s", batch_size=1, train_size=16, method="linear")
     run = train(config, console)
@@ -312,7 +312,7 @@ def test_the_run_uses_the_chosen_size(settings, console, monkeypatch, timed_by_p
 @pytest.mark.parametrize(
     ("name", "step"), [("test_vit", 16), ("test_resnet", 32), ("swin_tiny_patch4_window7_224", 32), (None, 32)]
 )
-def test_sizes_are_multiples_of_the_model_s_stride(name, step):
+def test_sizes_are_multiples_of_the_model_stride(name, step):
     assert size_step(torch.nn.Linear(2, 2) if name is None else timm.create_model(name)) == step
 
 
@@ -340,9 +340,9 @@ def test_the_command_line_accepts_a_number_or_auto(capsys):
     from snella_app.cli.main import main
     from snella_app.cli.parser import parse
 
-    words = ["train", "--data", "digits", "--backbone", "test_vit", "--out", "x", "--batch-size"]
-    assert parse([*words, "auto"])[2]["batch_size"] == "auto" and parse([*words, "8"])[2]["batch_size"] == 8
-    assert main([*words, "many"]) == 2
+    args = ["train", "--data", "digits", "--backbone", "test_vit", "--out", "x", "--batch-size"]
+    assert parse([*args, "auto"])[2]["batch_size"] == "auto" and parse([*args, "8"])[2]["batch_size"] == 8
+    assert main([*args, "many"]) == 2
     assert "--batch-size must be an integer or auto, got many" in capsys.readouterr().err
 
 

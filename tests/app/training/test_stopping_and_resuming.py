@@ -30,7 +30,7 @@ fit = importlib.import_module("snella_app.training.train")._fit
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
-KILLED = """
+KILL_PROGRAM = """
 import os, signal, sys
 import yaml, torch
 torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
@@ -78,14 +78,14 @@ def is_bit_identical(first, second):
 
 @pytest.fixture(scope="module")
 def uninterrupted(photos, tiny_run, tmp_path_factory):
-    """Results of the run of `settings()` without interruption."""
+    """Results of an uninterrupted run with `settings()`."""
     values = {"data": f"folder:{photos}", "out": str(tmp_path_factory.mktemp("uninterrupted") / "run")}
     config = TrainConfig.from_flat(**tiny_run, **values)
     run = train(config, Console(file=io.StringIO()))
     return outcome(run)
 
 
-def resumed(config):
+def resume(config):
     """Resume a run, given only its folder."""
     output = io.StringIO()
     run = train(TrainConfig.from_flat(out=config.run.out, resume=True), Console(file=output, width=200))
@@ -97,9 +97,9 @@ def kill(config, where, step, tmp_path):
     import yaml
 
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(config.flat()))
-    command = [sys.executable, "-c", KILLED, where, str(step), str(tmp_path / "settings.yaml")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    command = [sys.executable, "-c", KILL_PROGRAM, where, str(step), str(tmp_path / "settings.yaml")]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert process.returncode == -signal.SIGKILL, process.stderr
 
 
 @pytest.mark.parametrize(("where", "step", "checkpoint"), [("step", 6, "checkpoint-4"), ("save", 8, "checkpoint-4")])
@@ -110,7 +110,7 @@ def test_a_killed_run_resumes_bit_for_bit(where, step, checkpoint, settings, uni
     assert run.status == "running"
     assert latest_checkpoint(run.checkpoints) == run.checkpoints / checkpoint
     assert any(p.name.startswith(".staging") for p in run.checkpoints.iterdir()) == (where == "save")
-    run, text = resumed(config)
+    run, text = resume(config)
     assert f"resuming from {run.checkpoints / checkpoint}" in text
     assert is_bit_identical(outcome(run), uninterrupted)
     assert [p.name for p in run.checkpoints.iterdir()] == ["checkpoint-12"]
@@ -119,10 +119,10 @@ def test_a_killed_run_resumes_bit_for_bit(where, step, checkpoint, settings, uni
 def test_estimated_gradients_resume_bit_for_bit(settings, tmp_path):
     options = {"weight_gradient": "sample:1/2", "compress_activations": True}
     sampling = {"img_size": 64, "method_options": options}
-    whole, config = settings(**sampling, out=str(tmp_path / "whole")), settings(**sampling)
-    expected = outcome(train(whole, Console(file=io.StringIO())))
+    uninterrupted, config = settings(**sampling, out=str(tmp_path / "uninterrupted")), settings(**sampling)
+    expected = outcome(train(uninterrupted, Console(file=io.StringIO())))
     kill(config, "step", 6, tmp_path)
-    assert is_bit_identical(outcome(resumed(config)[0]), expected)
+    assert is_bit_identical(outcome(resume(config)[0]), expected)
     exact = settings(img_size=64, method_options={}, out=str(tmp_path / "exact"))
     assert not is_bit_identical(outcome(train(exact, Console(file=io.StringIO())))[0], expected[0])
 
@@ -134,7 +134,7 @@ def test_a_run_killed_before_its_first_checkpoint_restarts(settings, uninterrupt
     backbone = BackboneInfo(name=config.model.backbone)
     data = DataInfo(spec=config.data.spec, digest=splits_digest(load_splits(config.data, config.run.seed)))
     run.write(RunInfo(status="running", method=config.method.name, backbone=backbone, classes=[], data=data))
-    assert is_bit_identical(outcome(resumed(config)[0]), uninterrupted)
+    assert is_bit_identical(outcome(resume(config)[0]), uninterrupted)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_an_interrupted_run_saves_and_resumes_bit_for_bit(step, number, settings
             train(config, console)
     assert signal.getsignal(number) == handler
     assert RunFolder(config.run.out).status == "interrupted"
-    run, _ = resumed(config)
+    run, _ = resume(config)
     assert is_bit_identical(outcome(run), uninterrupted)
 
 
@@ -188,7 +188,7 @@ def test_sighup_is_ignored_under_nohup():
 def test_resuming_writes_a_missing_report(finished, tmp_path):
     run = RunFolder(shutil.copytree(finished.path, tmp_path / "run"))
     run.report.unlink()
-    resumed(TrainConfig.from_flat(out=str(run.path), resume=True))
+    resume(TrainConfig.from_flat(out=str(run.path), resume=True))
     assert "<html" in run.report.read_text()
 
 
@@ -207,7 +207,7 @@ def test_a_run_killed_at_its_end_has_a_finished_report_and_is_completed_by_resum
     (run.adapter / "README.md").unlink()
     for name in (".report.html.x1y2", ".metrics.json.tmp"):
         (run.path / name).write_text("half")
-    run, _ = resumed(config)
+    run, _ = resume(config)
     assert is_bit_identical(outcome(run), uninterrupted)
     assert "snella" in (run.adapter / "README.md").read_text()
     assert not list(run.path.glob(".*"))
@@ -220,7 +220,7 @@ def test_resuming_a_finished_run_removes_leftovers_of_a_kill(finished, tmp_path)
     run = RunFolder(shutil.copytree(finished.path, tmp_path / "run"))
     (run.path / ".report.html.x1y2").write_text("half")
     (run.path / ".mine").write_text("kept")
-    resumed(TrainConfig.from_flat(out=str(run.path), resume=True))
+    resume(TrainConfig.from_flat(out=str(run.path), resume=True))
     assert [path.name for path in run.path.glob(".*")] == [".mine"]
 
 
@@ -239,7 +239,7 @@ def test_a_second_ctrl_c_stops_immediately_and_keeps_the_last_checkpoint(setting
         patch.setattr(SnellaTrainer, "training_step", press_twice)
         with pytest.raises(TrainingInterrupted, match=r"saved as .*checkpoint-4;"):
             train(config, console)
-    assert is_bit_identical(outcome(resumed(config)[0]), uninterrupted)
+    assert is_bit_identical(outcome(resume(config)[0]), uninterrupted)
 
 
 def test_a_run_killed_during_the_final_evaluation_resumes_to_the_same_result(
@@ -250,7 +250,7 @@ def test_a_run_killed_during_the_final_evaluation_resumes_to_the_same_result(
         patch.setattr("snella_app.training.train.finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(TrainingInterrupted, match="checkpoint-12"):
             train(config, console)
-    assert is_bit_identical(outcome(resumed(config)[0]), uninterrupted)
+    assert is_bit_identical(outcome(resume(config)[0]), uninterrupted)
 
 
 FILES = ("adapter_model.safetensors", "adapter_config.json", "optimizer.pt", "scheduler.pt", "trainer_state.json")
@@ -269,24 +269,24 @@ def test_an_altered_checkpoint_is_reported_with_remedies(settings, console, unin
         with pytest.raises(TrainingInterrupted, match="checkpoint-12"):
             train(config, console)
     checkpoint = RunFolder(config.run.out).checkpoints / "checkpoint-12"
-    refused = r"checkpoint is damaged: .*-12: {}.*; start over with --overwrite, or remove .*checkpoints and --resume"
+    message = r"checkpoint is damaged: .*-12: {}.*; start over with --overwrite, or remove .*checkpoints and --resume"
     for name in (*FILES, "rng_state.pth", "progress.json", "manifest.json"):
-        whole = (checkpoint / name).read_bytes()
-        for content in (whole[: len(whole) // 2], flipped(whole)):
-            (checkpoint / name).write_bytes(content)
-            with pytest.raises(CheckpointError, match=refused.format(name)):
-                resumed(config)
+        content = (checkpoint / name).read_bytes()
+        for damaged in (content[: len(content) // 2], flipped(content)):
+            (checkpoint / name).write_bytes(damaged)
+            with pytest.raises(CheckpointError, match=message.format(name)):
+                resume(config)
         (checkpoint / name).unlink()
-        with pytest.raises(CheckpointError, match=refused.format(rf"{name} is missing")):
-            resumed(config)
-        (checkpoint / name).write_bytes(whole)
+        with pytest.raises(CheckpointError, match=message.format(rf"{name} is missing")):
+            resume(config)
+        (checkpoint / name).write_bytes(content)
     older = shutil.copytree(checkpoint, checkpoint.with_name("checkpoint-4"))
     (checkpoint / "optimizer.pt").write_bytes(flipped((checkpoint / "optimizer.pt").read_bytes()))
     note = io.StringIO()
     assert checkpoint_to_resume(RunFolder(config.run.out), Console(file=note, width=400)) == older
     assert "note: skipped" in note.getvalue() and "optimizer.pt was modified" in note.getvalue()
     shutil.rmtree(older)
-    assert is_bit_identical(outcome(resumed(config)[0]), uninterrupted)
+    assert is_bit_identical(outcome(resume(config)[0]), uninterrupted)
 
 
 def test_the_best_adapter_of_another_run_is_rejected(settings, console, uninterrupted, finished, monkeypatch):
@@ -301,27 +301,27 @@ def test_the_best_adapter_of_another_run_is_rejected(settings, console, uninterr
 
     with monkeypatch.context() as patch:
         patch.setattr(SnellaTrainer, "training_step", interrupt)
-        for start in (lambda: train(config, console), lambda: resumed(config)):
+        for start in (lambda: train(config, console), lambda: resume(config)):
             with pytest.raises(TrainingInterrupted, match="checkpoint-4"):
                 start()
             assert "adapter/adapter_model.safetensors" in run.read_json("run.json")["files"]
-    own = run.adapter.rename(run.path / ".own")
+    original = run.adapter.rename(run.path / ".own")
     shutil.copytree(finished.adapter, run.adapter)
-    refused = r"run is damaged: adapter/.*adapter_model\.safetensors.* changed after the run wrote it"
-    with pytest.raises(ValueError, match=refused):
-        resumed(config)
-    with pytest.raises(ValueError, match=refused):
+    message = r"run is damaged: adapter/.*adapter_model\.safetensors.* changed after the run wrote it"
+    with pytest.raises(ValueError, match=message):
+        resume(config)
+    with pytest.raises(ValueError, match=message):
         run.check_adapter()
     shutil.rmtree(run.adapter)
-    own.rename(run.adapter)
-    assert is_bit_identical(outcome(resumed(config)[0]), uninterrupted)
+    original.rename(run.adapter)
+    assert is_bit_identical(outcome(resume(config)[0]), uninterrupted)
 
 
 @pytest.mark.parametrize("method", ["lora-2", "linear", "full", "snella-matched-2"])
 def test_other_methods_resume_bit_for_bit(method, settings, console, monkeypatch, tmp_path):
     options = {"lora_dropout": 0.3} if method == "lora-2" else {}
     config = settings(method=method, method_options=options, epochs=2)
-    whole = train(settings(method=method, method_options=options, epochs=2, out=str(tmp_path / "whole")), console)
+    expected = train(settings(method=method, method_options=options, epochs=2, out=str(tmp_path / "expected")), console)
     with monkeypatch.context() as patch:
         original = SnellaTrainer.training_step
 
@@ -333,15 +333,17 @@ def test_other_methods_resume_bit_for_bit(method, settings, console, monkeypatch
         patch.setattr(SnellaTrainer, "training_step", press_ctrl_c)
         with pytest.raises(TrainingInterrupted, match="checkpoint-6"):
             train(config, console)
-    run, _ = resumed(config)
+    run, _ = resume(config)
     for folder in ("adapter", "checkpoints/checkpoint-8"):
-        files = [sorted((r.path / folder).glob("*.safetensors")) for r in (run, whole)]
+        files = [sorted((r.path / folder).glob("*.safetensors")) for r in (run, expected)]
         assert [file.name for file in files[0]] == [file.name for file in files[1]]
-        assert all(is_bit_identical(load_file(one), load_file(two)) for one, two in zip(*files, strict=True))
-    assert run.read_json("metrics.json")["history"] == whole.read_json("metrics.json")["history"]
+        assert all(
+            is_bit_identical(load_file(actual), load_file(reference)) for actual, reference in zip(*files, strict=True)
+        )
+    assert run.read_json("metrics.json")["history"] == expected.read_json("metrics.json")["history"]
 
 
-def test_these_runs_use_dropout(settings, console, tmp_path, uninterrupted):
+def test_dropout_affects_the_runs_of_this_file(settings, console, tmp_path, uninterrupted):
     plain = train(settings(method_options={"update_dropout": 0.0, "update_drop_path": 0.0}), console)
     assert not is_bit_identical(outcome(plain)[1], uninterrupted[1])
 
@@ -365,7 +367,7 @@ def test_a_full_disk_while_saving_keeps_the_old_checkpoint_and_resumes(settings,
     run = RunFolder(config.run.out)
     assert run.status == "failed" and "the disk is full" in run.read_json("run.json")["error"]
     assert [p.name for p in run.checkpoints.iterdir()] == ["checkpoint-4"]
-    assert is_bit_identical(outcome(resumed(config)[0]), uninterrupted)
+    assert is_bit_identical(outcome(resume(config)[0]), uninterrupted)
 
 
 def test_a_file_size_limit_while_saving_keeps_the_old_checkpoint_and_resumes(
@@ -388,7 +390,7 @@ def test_a_file_size_limit_while_saving_keeps_the_old_checkpoint_and_resumes(
         patch.setattr(SnellaTrainer, "_save_optimizer_and_scheduler", limited)
         with pytest.raises(CheckpointError, match=r"could not write .*checkpoint-8: .*checkpoint-4, is intact"):
             train(config, console)
-    assert is_bit_identical(outcome(resumed(config)[0]), uninterrupted)
+    assert is_bit_identical(outcome(resume(config)[0]), uninterrupted)
 
 
 def test_a_full_disk_while_saving_the_best_adapter_keeps_the_old_one(settings, console, uninterrupted, monkeypatch):
@@ -422,7 +424,7 @@ def test_a_full_disk_while_saving_the_best_adapter_keeps_the_old_one(settings, c
         for folder in (run.adapter, run.checkpoints / "checkpoint-4")  # its head has normalized inputs
     )
     assert is_bit_identical(adapter, epoch_1)
-    assert is_bit_identical(outcome(resumed(config)[0])[1:3], uninterrupted[1:3])
+    assert is_bit_identical(outcome(resume(config)[0])[1:3], uninterrupted[1:3])
 
 
 def test_a_nan_loss_stops_the_run_and_names_the_step(settings, console, monkeypatch):
@@ -446,7 +448,7 @@ def test_a_nan_loss_stops_the_run_and_names_the_step(settings, console, monkeypa
         assert all(t.isfinite().all() for t in load_file(run.path / folder / "adapter_model.safetensors").values())
 
 
-def test_far_too_high_learning_rates_raise_this_error(settings, console):
+def test_a_diverging_learning_rate_raises_a_non_finite_loss_error(settings, console):
     with pytest.raises(
         NonFiniteLossError, match=r"became (nan|inf) in epoch 1, step \d of 12; no adapter was saved in"
     ):
@@ -480,11 +482,11 @@ def test_an_epoch_with_a_nan_validation_loss_is_not_saved(settings, console, mon
     assert [p.name for p in RunFolder(settings().run.out).checkpoints.iterdir()] == ["checkpoint-4"]
 
 
-def test_a_missing_image_is_a_one_line_error_also_with_workers(settings, console, photos, monkeypatch, tmp_path):
-    mine = shutil.copytree(photos, tmp_path / "mine")
-    config = settings(data=f"folder:{mine}", workers=1)
+def test_a_missing_image_is_a_one_line_error_with_workers(settings, console, photos, monkeypatch, tmp_path):
+    copy = shutil.copytree(photos, tmp_path / "mine")
+    config = settings(data=f"folder:{copy}", workers=1)
     with monkeypatch.context() as patch:
-        patch.setattr("snella_app.training.train._fit", lambda *args: shutil.rmtree(mine / "cats") or fit(*args))
+        patch.setattr("snella_app.training.train._fit", lambda *args: shutil.rmtree(copy / "cats") or fit(*args))
         with pytest.raises(ValueError, match=r"^'.*cats/\d+.png' is not a readable image: no such file[^\n]*$"):
             train(config, console)
     error = RunFolder(config.run.out).read_json("run.json")["error"]

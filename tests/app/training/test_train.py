@@ -77,8 +77,8 @@ def test_the_best_epoch_has_the_highest_accuracy_then_the_lowest_loss(finished):
 def test_the_adapter_card_has_base_model_classes_and_preprocessing(finished):
     card = (finished.adapter / "README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "peft"
-    for words in ("`test_vit`, fine-tuned", '["cats", "dogs", "owls"]', r"input\_size: 3, 32, 32", "`snella-2`"):
-        assert words in card, words
+    for phrase in ("`test_vit`, fine-tuned", '["cats", "dogs", "owls"]', r"input\_size: 3, 32, 32", "`snella-2`"):
+        assert phrase in card, phrase
 
 
 def test_every_matrix_of_the_saved_adapter_matches_its_budget(finished):
@@ -88,8 +88,8 @@ def test_every_matrix_of_the_saved_adapter_matches_its_budget(finished):
     assert [m["budget"] for m in allocation["matrices"]] == [m.budget for m in matrices]
     assert [m["nonzeros"] for m in allocation["matrices"]] == [m.budget for m in matrices]
     best = finished.read_json("metrics.json")["best_epoch"]
-    at_best = finished.read_json("metrics.json")["history"][best]["budget"]
-    assert sum(m.budget for m in matrices) == at_best
+    best_budget = finished.read_json("metrics.json")["history"][best]["budget"]
+    assert sum(m.budget for m in matrices) == best_budget
 
 
 def test_predictions_cover_the_validation_images_and_match_the_metrics(finished):
@@ -157,18 +157,18 @@ def test_the_test_images_are_evaluated_once_with_the_best_adapter(settings, cons
 
 
 def test_runs_are_bit_identical_for_equal_settings_and_differ_by_seed(settings, console, no_report, tmp_path):
-    one = train(settings(epochs=1), console)
-    two = train(settings(epochs=1, out=str(tmp_path / "two")), console)
-    three = train(settings(epochs=1, out=str(tmp_path / "three"), seed=1), console)
-    a, b, c = (load_file(run.adapter / "adapter_model.safetensors") for run in (one, two, three))
+    first = train(settings(epochs=1), console)
+    second = train(settings(epochs=1, out=str(tmp_path / "two")), console)
+    third = train(settings(epochs=1, out=str(tmp_path / "three"), seed=1), console)
+    a, b, c = (load_file(run.adapter / "adapter_model.safetensors") for run in (first, second, third))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert any(not torch.equal(a[name], c[name]) for name in a)
 
 
 def test_workers_do_not_change_the_result(settings, console, no_report, tmp_path):
-    one = train(settings(epochs=1), console)
-    two = train(settings(epochs=1, out=str(tmp_path / "two"), workers=1), console)
-    a, b = (load_file(run.adapter / "adapter_model.safetensors") for run in (one, two))
+    first = train(settings(epochs=1), console)
+    second = train(settings(epochs=1, out=str(tmp_path / "two"), workers=1), console)
+    a, b = (load_file(run.adapter / "adapter_model.safetensors") for run in (first, second))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -214,24 +214,24 @@ def test_the_default_batch_size_is_reduced_to_the_training_images(settings, cons
     assert "1 epoch of 1 step, 9 images each" in text
 
 
-@pytest.mark.parametrize(("best", "says"), [(1, True), (3, False)])
-def test_a_best_epoch_before_the_target_budget_is_reported(best, says, settings, console, no_report, monkeypatch):
+@pytest.mark.parametrize(("best", "is_reported"), [(1, True), (3, False)])
+def test_a_best_epoch_before_the_target_budget_is_noted(best, is_reported, settings, console, no_report, monkeypatch):
     from snella_app.training.trainer import SnellaTrainer
 
     selection_scores = SnellaTrainer._selection_scores
 
-    def chosen(self):
+    def scores(self):
         epoch = round(self.state.epoch)
         return {**selection_scores(self), "val_accuracy": 0.5, "val_loss": abs(epoch - best) + 1.0}
 
-    monkeypatch.setattr(SnellaTrainer, "_selection_scores", chosen)
+    monkeypatch.setattr(SnellaTrainer, "_selection_scores", scores)
     run = train(settings(), console)
     target = run.read_json("allocation.json")["target_budget"]
     sentence = f"epoch {best} was selected before the budget reached its target, {target:,} weights"
     assert run.read_json("metrics.json")["best_epoch"] == best
-    assert (sentence in console.file.getvalue()) == says
-    kept = sum(matrix["budget"] for matrix in run.read_json("allocation.json")["matrices"])
-    assert (kept > target) == says
+    assert (sentence in console.file.getvalue()) == is_reported
+    budget = sum(matrix["budget"] for matrix in run.read_json("allocation.json")["matrices"])
+    assert (budget > target) == is_reported
 
 
 @pytest.mark.parametrize(
@@ -264,8 +264,8 @@ def test_large_images_are_read_at_one_resolution_in_training_evaluation_and_pred
     trained = build_components(config.resolved()).splits.val
     measured = images_for_run(model.loaded, split="val")[2][0]
     for index, name in enumerate(trained.names):
-        prepared = model.preprocess([tmp_path / "large" / name])[0]
-        assert torch.equal(trained[index][0], prepared) and torch.equal(measured[index][0], prepared)
+        prepared_image = model.preprocess([tmp_path / "large" / name])[0]
+        assert torch.equal(trained[index][0], prepared_image) and torch.equal(measured[index][0], prepared_image)
     assert trained.image(0).size == measured.image(0).size == (225, 150)  # by 4: at least 4 times 32 pixels
 
 
@@ -298,5 +298,5 @@ def test_the_live_report_refreshes_without_affecting_the_run(settings, finished,
     *live, last = pages
     assert live and all('http-equiv="refresh"' in page and 'id="curves"' in page for page in live)
     assert 'http-equiv="refresh"' not in last and ">finished<" in last
-    adapters = [load_file(one.adapter / "adapter_model.safetensors") for one in (run, finished)]
+    adapters = [load_file(r.adapter / "adapter_model.safetensors") for r in (run, finished)]
     assert all(torch.equal(value, adapters[1][name]) for name, value in adapters[0].items())

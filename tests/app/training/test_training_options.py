@@ -24,8 +24,8 @@ from .components import build_components
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
-STILL = {"lr": 0.0, "scalar_lr": 0.0, "head_lr": 0.0, "head_norm": "none", "method_options": {}}
-"""Nothing changes, so that no epoch is better than the first."""
+NO_UPDATES = {"lr": 0.0, "scalar_lr": 0.0, "head_lr": 0.0, "head_norm": "none", "method_options": {}}
+"""Zero learning rates, so that no epoch is better than the first."""
 
 
 def adapter_of(run):
@@ -37,15 +37,17 @@ def history_of(run):
     return run.read_json("metrics.json")["history"]
 
 
-def is_close(one, two, tolerance):
-    return one.keys() == two.keys() and all(torch.allclose(one[k], two[k], rtol=0, atol=tolerance) for k in one)
+def is_close(first, second, tolerance):
+    return first.keys() == second.keys() and all(
+        torch.allclose(first[k], second[k], rtol=0, atol=tolerance) for k in first
+    )
 
 
 # early stopping
 
 
 def test_early_stopping_ends_training_without_improvement(settings, console):
-    values = {**STILL, "method": "lora-2", "epochs": 9, "early_stopping": 2}
+    values = {**NO_UPDATES, "method": "lora-2", "epochs": 9, "early_stopping": 2}
     values.pop("scalar_lr")
     run = train(settings(**values), console)
     assert [row["epoch"] for row in history_of(run)] == [0, 1, 2] and run.status == "finished"
@@ -54,7 +56,7 @@ def test_early_stopping_ends_training_without_improvement(settings, console):
 
 
 def test_early_stopping_waits_for_the_target_sparsity(settings, console):
-    run = train(settings(**STILL, epochs=5, early_stopping=1), console)
+    run = train(settings(**NO_UPDATES, epochs=5, early_stopping=1), console)
     rows, allocation = history_of(run), run.read_json("allocation.json")
     assert [row["epoch"] for row in rows] == [0, 1, 2, 3, 4, 5]  # the target is reached in epoch 4 = ceil(0.7 · 5)
     assert [row["budget"] <= allocation["target_budget"] for row in rows] == [False, False, False, False, True, True]
@@ -65,13 +67,13 @@ def test_early_stopping_waits_for_the_target_sparsity(settings, console):
 
 def test_a_preset_keeps_its_schedule_and_the_log_notes_that_early_stopping_has_no_effect(settings, console):
     options = {"method_options": {"preset": "paper"}}
-    run = train(settings(**{**STILL, **options}, epochs=3, early_stopping=1), console)
+    run = train(settings(**{**NO_UPDATES, **options}, epochs=3, early_stopping=1), console)
     assert len(history_of(run)) == 4 and run.read_config().method.options == {"preset": "paper"}
     assert "early stopping has no effect: the budget reaches its target at the last step" in console.file.getvalue()
 
 
 def test_a_run_killed_after_early_stopping_is_not_trained_further(settings, console, monkeypatch):
-    values = {**STILL, "method": "linear", "epochs": 9, "early_stopping": 1, "augment": "none"}
+    values = {**NO_UPDATES, "method": "linear", "epochs": 9, "early_stopping": 1, "augment": "none"}
     values.pop("scalar_lr")
     config = settings(**values)
     finish = sys.modules["snella_app.training.train"].finish
@@ -96,12 +98,14 @@ def test_early_stopping_needs_validation_images(settings):
 @pytest.mark.parametrize("method", ["snella-2", "lora-2"])
 def test_accumulated_batches_equal_one_large_batch(method, settings, console, tmp_path):
     same = {"method": method, "method_options": {}, "epochs": 2}
-    whole = train(settings(**same, batch_size=10, out=str(tmp_path / "whole")), console)
-    parts = train(settings(**same, batch_size=5, accumulate=2), console)  # 28 images: the last step has 5 + 3
-    for one, two in zip(history_of(whole)[1:], history_of(parts)[1:], strict=True):
-        assert one["budget"] == two["budget"] and math.isclose(one["train_loss"], two["train_loss"], rel_tol=1e-4)
-        assert one["lr"] == two["lr"]
-    assert is_close(adapter_of(whole), adapter_of(parts), 2e-4)
+    large = train(settings(**same, batch_size=10, out=str(tmp_path / "large")), console)
+    accumulated = train(settings(**same, batch_size=5, accumulate=2), console)  # 28 images: the last step has 5 + 3
+    for first, second in zip(history_of(large)[1:], history_of(accumulated)[1:], strict=True):
+        assert first["budget"] == second["budget"] and math.isclose(
+            first["train_loss"], second["train_loss"], rel_tol=1e-4
+        )
+        assert first["lr"] == second["lr"]
+    assert is_close(adapter_of(large), adapter_of(accumulated), 2e-4)
     assert "2 epochs of 3 steps, 2 × 5 images each" in console.file.getvalue()
 
 
@@ -238,15 +242,15 @@ def test_fp16_needs_a_gpu(settings, console):
 
 # all options, interrupted
 
-EVERYTHING = {
+ALL_OPTIONS = {
     **{"accumulate": 2, "batch_size": 4, "epochs": 2, "grad_checkpointing": True, "layer_decay": 0.8, "drop_path": 0.2},
     **{"augment": "randaugment", "random_erasing": 0.5, "mixup": 0.8, "cutmix": 1.0, "early_stopping": 5},
 }
 
 
 def test_a_run_with_all_options_resumes_bit_for_bit(settings, console, monkeypatch, tmp_path):
-    whole = train(settings(**EVERYTHING, out=str(tmp_path / "whole")), console)
-    config = settings(**EVERYTHING)
+    uninterrupted = train(settings(**ALL_OPTIONS, out=str(tmp_path / "uninterrupted")), console)
+    config = settings(**ALL_OPTIONS)
     with monkeypatch.context() as patch:
         original = SnellaTrainer.training_step
 
@@ -259,9 +263,9 @@ def test_a_run_with_all_options_resumes_bit_for_bit(settings, console, monkeypat
         with pytest.raises(TrainingInterrupted, match="checkpoint-6"):
             train(config, console)
     run = train(TrainConfig.from_flat(out=config.run.out, resume=True), console)
-    assert history_of(run) == history_of(whole)
-    one, two = adapter_of(run), adapter_of(whole)
-    assert all(torch.equal(one[name], two[name]) for name in two)
+    assert history_of(run) == history_of(uninterrupted)
+    first, second = adapter_of(run), adapter_of(uninterrupted)
+    assert all(torch.equal(first[name], second[name]) for name in second)
 
 
 # trackers

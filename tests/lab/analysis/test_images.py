@@ -21,13 +21,8 @@ def test_samples_cycle_through_the_classes():
     (plot,) = samples(["digits"], limit=4)
     assert [row["class"] for row in plot.rows] == ["0", "1", "2", "3"] and len({r["image"] for r in plot.rows}) == 4
     plot.draw().draw_without_rendering()
-    assert [
-        sorted(_class_balanced_indices([0, 0, 1], 3, seed=1)[:1])[0] in (0, 1),
-        len(_class_balanced_indices([0, 0, 1], 5, 0)),
-    ] == [
-        True,
-        3,
-    ]
+    assert _class_balanced_indices([0, 0, 1], 3, seed=1)[0] in (0, 1)
+    assert len(_class_balanced_indices([0, 0, 1], 5, seed=0)) == 3
     with pytest.raises(ValueError, match="limit must be at least 1, got 0"):
         samples(["digits"], limit=0)
 

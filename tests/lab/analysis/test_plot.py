@@ -33,7 +33,7 @@ def test_plot_is_written_as_four_images_and_csv_tables(tmp_path):
     assert light.min() < 60 and dark.max() > 200  # line color of each mode
 
 
-def test_existing_files_are_only_replaced_with_overwrite(tmp_path):
+def test_existing_files_are_replaced_only_with_overwrite(tmp_path):
     (tmp_path / "one.csv").write_text("mine")
     with pytest.raises(FileExistsError, match=r"already contains 'one\.csv'"):
         write_plots([Plot("one", ROWS, draw)], tmp_path)

@@ -179,10 +179,10 @@ def test_saved_bytes_match_hand_counts():
 
 
 def test_int8_saves_a_byte_and_a_sixteenth_per_value():
-    one, two = (count_step(replace(TINY, depth=depth), "snella-compress", 8).saved for depth in (1, 2))
+    one_block, two_blocks = (count_step(replace(TINY, depth=depth), "snella-compress", 8).saved for depth in (1, 2))
     # inputs of norms, q, k, v and the input of the activation; statistics and softmax columns stay in float32
     encoded, statistics, columns = 2 * 4 + 3 * 4 + 8, 1 + 4, 3 * (3 * 4 + 4 + 4 + 8)
-    assert two - one == 16 * (encoded * 17 / 16 + 4 * statistics) + 4 * columns
+    assert two_blocks - one_block == 16 * (encoded * 17 / 16 + 4 * statistics) + 4 * columns
 
 
 def test_sparse_weight_gradient_costs_less_only_on_a_cpu():

@@ -57,7 +57,7 @@ def test_speed_page_matches_the_committed_memory_rows(tmp_path):
     assert not update_page(copy, ROWS), "run: python benchmarks/readme.py"
 
 
-def test_extrapolation_from_two_depths_equals_the_whole_model():
+def test_extrapolation_from_two_depths_equals_the_full_model():
     from step_memory import count, count_full
 
     complete = count("gps", "vit_tiny_patch16_224", 2, None)

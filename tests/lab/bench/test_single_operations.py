@@ -23,7 +23,7 @@ def test_matrix_is_timed_against_its_product():
     assert 1 <= row["extra_over_matrix"] < 400
 
 
-def test_competition_is_timed_separately():
+def test_importance_selection_and_allocation_are_timed_separately():
     from single_operations import measure_competition
     from step_tables import performance_section
 

@@ -56,7 +56,7 @@ def test_run_is_dropped_if_a_later_run_covers_its_methods():
     rows = [shared | {"rounds": n, "method": name, "step_s": seconds} for n, name, seconds in runs]
     text = performance_section(rows)
     assert "median of 4" not in text and "median of 6" in text
-    assert "| paper | 9.00 s" in text, "a run with an additional method stays, with its reference"
+    assert "| paper | 9.00 s" in text, "a run with an additional method and its reference remains"
     assert "| lora | 1.50 s" in text
 
 

@@ -401,7 +401,7 @@ def test_folder_stores_the_experiment(finished, experiment):
 def test_interrupted_run_resumes_bit_identically(tiny, tmp_path, monkeypatch):
     experiment = tiny(methods=["lora-2"], grid={"lr_factors": [1.0]}, train={"epochs": 3}, forgetting=[])
     cell = Cell(experiment.data[0], experiment.methods[0], 0, Candidate(), True)
-    expected = run_cell(tmp_path / "whole", experiment, cell).row
+    expected = run_cell(tmp_path / "uninterrupted", experiment, cell).row
 
     def press_ctrl_c(folder):
         raise KeyboardInterrupt
@@ -468,7 +468,7 @@ class HangingExecutor:
     ("gpus", "slots", "expected"),
     [(1, None, 1.0), (1, 3, 0.3333), (2, 3, 0.5), (4, 2, 1.0), (8, 20, 0.3333), (0, 3, 0.0)],
 )
-def test_gpu_share_fits_a_whole_number_of_cells_per_gpu(gpus, slots, expected):
+def test_gpu_share_fits_an_integer_number_of_cells_per_gpu(gpus, slots, expected):
     share = _gpu_share(gpus, slots, SimpleNamespace(settings={}))
     assert share == expected
     assert not share or slots is None or int(1 / share) * gpus >= slots

@@ -72,12 +72,12 @@ def parts(tmp_path):
 
 def test_notes_about_the_data_are_printed_before_training(parts, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("snella_lab.comparison.compare._train_all", lambda *arguments: None)
-    words = ["compare", "--methods", "linear", "--data", parts, "--backbone", "test_vit", "--pretrained", "false"]
-    words += ["--img-size", "32", "--epochs", "1", "--device", "cpu", "--forgetting", "none"]
-    assert main([*words, "--out", str(tmp_path / "refused")]) == 2
+    args = ["compare", "--methods", "linear", "--data", parts, "--backbone", "test_vit", "--pretrained", "false"]
+    args += ["--img-size", "32", "--epochs", "1", "--device", "cpu", "--forgetting", "none"]
+    assert main([*args, "--out", str(tmp_path / "refused")]) == 2
     error = capsys.readouterr().err
     assert error.count("parts.csv") == 1 and "skip them with --skip-corrupt\n" in error
-    assert main([*words, "--skip-corrupt", "--out", str(tmp_path / "c")]) == 0
+    assert main([*args, "--skip-corrupt", "--out", str(tmp_path / "c")]) == 0
     printed = capsys.readouterr().out
     assert f"note: skipped 1 of 41 rows of {parts}, 1 no such file: missing.png (no such file)\n" in printed
     assert "note: classes are unbalanced: " in printed
@@ -85,7 +85,7 @@ def test_notes_about_the_data_are_printed_before_training(parts, tmp_path, capsy
         "note: classes are unbalanced, and methods are compared by accuracy; consider --monitor balanced_accuracy\n"
         in printed
     )
-    assert main([*words, "--skip-corrupt", "--monitor", "balanced_accuracy", "--out", str(tmp_path / "b")]) == 0
+    assert main([*args, "--skip-corrupt", "--monitor", "balanced_accuracy", "--out", str(tmp_path / "b")]) == 0
     printed = capsys.readouterr().out
     assert "classes are unbalanced" in printed and "compared by accuracy" not in printed
 
@@ -124,13 +124,13 @@ def test_auto_selects_the_method_recommended_on_validation_images(
     assert f"Recommended: {chosen.method.name}" in printed and f"{100 * max(means.values()):.1f}" in printed
     assert chosen.method.name in means and chosen.run.seed == 3 and chosen.optim.epochs == 2
     monkeypatch.setattr("snella_lab.comparison.run_cell.train", None)  # the selection is stored in its folder
-    words = [
+    args = [
         f"--{name.replace('_', '-')}={str(value).lower() if value is False else value}"
         for name, value in values.items()
     ]
-    assert main(["train", *words, "--method", "auto"]) == 0
+    assert main(["train", *args, "--method", "auto"]) == 0
     assert read(RunInfo, tmp_path / "run").method == chosen.method.name
-    assert main(["train", *words, "--method", "auto"]) == 2
+    assert main(["train", *args, "--method", "auto"]) == 2
     assert "contains a finished run" in capsys.readouterr().err
 
 

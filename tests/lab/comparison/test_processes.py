@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 COMPARE = [sys.executable, "-m", "snella_app.cli.main", "compare"]
 
 
-def words(root):
+def compare_command(root):
     """Return the command line of a comparison with 8 cells."""
     return [
         *(*COMPARE, "--out", str(root), "--methods", "linear,bias", "--data", "digits", "--backbone", "test_vit"),
@@ -36,7 +36,7 @@ def words(root):
 
 
 def start(root):
-    return subprocess.Popen(words(root), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(compare_command(root), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def lines_of(root):
@@ -68,12 +68,12 @@ def test_killed_command_can_be_resumed(tmp_path):
     for child in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
         child.kill()
     process.communicate()
-    done = set(lines_of(root))
-    assert 2 <= len(done) < 8
+    finished_cells = set(lines_of(root))
+    assert 2 <= len(finished_cells) < 8
     resumed = start(root)
     out, err = resumed.communicate(timeout=600)
     assert resumed.returncode == 0, err
-    assert len(trained(out)) == 8 - len(done) and len(lines_of(root)) == 8
+    assert len(trained(out)) == 8 - len(finished_cells) and len(lines_of(root)) == 8
 
 
 def test_cell_with_a_killed_process_is_recorded_and_the_others_continue(tiny, tmp_path, monkeypatch):
@@ -289,7 +289,7 @@ def test_killed_ray_driver_resumes_from_checkpoints(tmp_path, monkeypatch):
     pytest.importorskip("ray")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     root = tmp_path / "c"
-    command = [*words(root), "--ray", "--workers", "2", "--lr-factors", "1", "--epochs", "12", "--seeds", "1"]
+    command = [*compare_command(root), "--ray", "--workers", "2", "--lr-factors", "1", "--epochs", "12", "--seeds", "1"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not list(root.glob("cells/*/*/*/checkpoints/checkpoint-*")):
         assert process.poll() is None, process.communicate()

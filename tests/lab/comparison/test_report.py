@@ -160,9 +160,9 @@ def test_fixed_learning_rate_is_not_described_as_tuned(tiny, make_row, tmp_path)
 
 def test_report_states_how_memory_was_measured(tiny, make_row, tmp_path):
     experiment = tiny()
-    for memory, words in ((None, "minus the libraries loaded before training"), (2**30, "Memory is peak GPU memory.")):
+    for memory, phrase in ((None, "minus the libraries loaded before training"), (2**30, "Memory is peak GPU memory.")):
         row = make_row(experiment, "digits", "linear", 0, accelerator_memory_max=memory)
-        assert words in write_page(tmp_path, experiment, [row]).read_text()
+        assert phrase in write_page(tmp_path, experiment, [row]).read_text()
 
 
 def test_difference_on_a_subset_of_tasks_states_their_number(large, tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 
 from snella_lab.comparison.report import write_page
-from tests.browser import FAULTY_TEXTS, SMALLEST_TEXT
+from tests.browser import CLIPPED_OR_OVERLAPPING_TEXT, MIN_FONT_SIZE
 
 
 @pytest.fixture(scope="module", params=["complete", "partial"])
@@ -21,8 +21,8 @@ def test_text_is_neither_clipped_nor_covered_nor_tiny(browser, page, width):
     browser.open(page, width)
     browser.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
     assert browser.evaluate("document.documentElement.scrollWidth") <= width
-    assert browser.evaluate(FAULTY_TEXTS) == []
-    assert browser.evaluate(SMALLEST_TEXT) >= 8.5
+    assert browser.evaluate(CLIPPED_OR_OVERLAPPING_TEXT) == []
+    assert browser.evaluate(MIN_FONT_SIZE) >= 8.5
 
 
 @pytest.mark.parametrize("width", [390, 768, 1280])
@@ -82,5 +82,5 @@ def test_long_task_names_wrap_between_their_parts(browser, table_page):
 
 def test_report_makes_no_requests_and_logs_no_errors(browser, page):
     browser.open(page)
-    assert browser.complaints() == []
-    assert [url for url in browser.requested() if not url.startswith("data:")] == [page.resolve().as_uri()]
+    assert browser.issues() == []
+    assert [url for url in browser.requested_urls() if not url.startswith("data:")] == [page.resolve().as_uri()]

@@ -42,7 +42,7 @@ def test_directly_trained_weights_are_counted(backbone):
     assert num_changed(perturbed("full", backbone), backbone) == size_of(backbone, "")
 
 
-def test_low_rank_update_changes_whole_matrices(backbone):
+def test_low_rank_update_changes_entire_matrices(backbone):
     matrices = size_of(backbone, "qkv.weight", "attn.proj.weight", "fc1.weight", "fc2.weight")
     assert num_changed(perturbed("lora-2", backbone), backbone) == matrices
 

@@ -36,7 +36,7 @@ def test_scores_match_values_computed_by_hand():
     assert scores["ece"] == pytest.approx((0.1 + 0.8 + 0.3) / 3)  # one image per bin
 
 
-def test_confident_error_has_a_finite_likelihood():
+def test_confident_error_contains_a_finite_likelihood():
     module = _module("metrics")
     assert module.score(np.array([[1.0, 0.0]]), np.array([1]))["nll"] == pytest.approx(-np.log(module.MIN_PROBABILITY))
 

@@ -26,11 +26,11 @@ class Int8Weight:
         self.scale = weight.abs().max() / 127
         self.codes = (weight / self.scale).round().to(torch.int8)
         self.dtype = weight.dtype
-        self.made: list[weakref.ref[Tensor]] = []
+        self.dequantized: list[weakref.ref[Tensor]] = []
 
     def make(self) -> Tensor:
         weight = self.codes.to(self.dtype) * self.scale
-        self.made.append(weakref.ref(weight))
+        self.dequantized.append(weakref.ref(weight))
         return weight
 
     @property
@@ -38,7 +38,7 @@ class Int8Weight:
         return LazyWeight(self.codes.shape, (self.codes, self.scale), self.make)
 
     def alive(self) -> int:
-        return sum(ref() is not None for ref in self.made)
+        return sum(ref() is not None for ref in self.dequantized)
 
 
 def apply(problem: Problem, weight: Tensor | LazyWeight, impl: str, num_updates: int = 1) -> Tensor:
@@ -47,7 +47,7 @@ def apply(problem: Problem, weight: Tensor | LazyWeight, impl: str, num_updates:
     return layer_output(tensors["x"], weight, tensors["bias"], updates, problem.product, impl=impl)
 
 
-def learning(*names: str, **options: object) -> Problem:
+def trainable_layer(*names: str, **options: object) -> Problem:
     problem = make_problem(**{"m": M, "n": N, "batch": (BATCH,), **options})
     for name in names:
         problem.tensors[name].requires_grad_()
@@ -58,7 +58,7 @@ def learning(*names: str, **options: object) -> Problem:
 @pytest.mark.parametrize("num_updates", [0, 1, 2])
 def test_output_and_gradients_equal_dense_weight(impl, num_updates):
     names = ["x", "bias", *(["A", "B", "piece_coeff", "alpha", "beta"] if num_updates else [])]
-    problem = learning(*names, rows=(20, 12), budgets=(100, 60))
+    problem = trainable_layer(*names, rows=(20, 12), budgets=(100, 60))
     int8_weight = Int8Weight(problem.tensors["weight"])
     leaves = [problem.tensors[name] for name in names]
     actual = apply(problem, int8_weight.source, impl, num_updates)
@@ -66,12 +66,12 @@ def test_output_and_gradients_equal_dense_weight(impl, num_updates):
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
     actual_outputs = torch.autograd.grad(actual, leaves, problem.grad_y)
     expected_outputs = torch.autograd.grad(expected, leaves, problem.grad_y)
-    for ours, exact_value in zip(actual_outputs, expected_outputs, strict=True):
-        torch.testing.assert_close(ours, exact_value, rtol=0, atol=0)
+    for actual, expected in zip(actual_outputs, expected_outputs, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 def test_convolution_supports_lazy_weight():
-    problem = learning("x", "A", "B", m=8, n=3 * 9)
+    problem = trainable_layer("x", "A", "B", m=8, n=3 * 9)
     x, kernel = torch.randn(2, 3, 6, 6, requires_grad=True), problem.tensors["weight"].view(8, 3, 3, 3)
     int8_weight, product, update = Int8Weight(kernel), Conv2dOp(padding=(1, 1)), problem.update(problem.tensors)
     actual, expected = (
@@ -85,16 +85,16 @@ def test_convolution_supports_lazy_weight():
 @pytest.mark.parametrize("impl", ["eager", *IMPLS[2:]])
 @pytest.mark.parametrize("num_updates", [0, 1])
 def test_dense_weight_is_freed_between_passes(impl, num_updates):
-    problem = learning("x", "A", "B")
+    problem = trainable_layer("x", "A", "B")
     int8_weight = Int8Weight(problem.tensors["weight"])
     y = apply(problem, int8_weight.source, impl, num_updates)
-    assert (len(int8_weight.made), int8_weight.alive()) == (1, 0)
+    assert (len(int8_weight.dequantized), int8_weight.alive()) == (1, 0)
     y.backward(problem.grad_y)
-    assert (len(int8_weight.made), int8_weight.alive()) == (2, 0)
+    assert (len(int8_weight.dequantized), int8_weight.alive()) == (2, 0)
 
 
 def test_dense_input_weight_is_saved():
-    problem = learning("x", "A", "B")
+    problem = trainable_layer("x", "A", "B")
     int8_weight = Int8Weight(problem.tensors["weight"])
     y = apply(problem, int8_weight.make(), "eager")
     assert int8_weight.alive() == 1, "a saved dense weight is still alive"
@@ -103,7 +103,7 @@ def test_dense_input_weight_is_saved():
 
 
 def test_no_tensor_of_weight_size_is_saved():
-    problem = learning("x", "A", "B")
+    problem = trainable_layer("x", "A", "B")
     int8_weight, saved = Int8Weight(problem.tensors["weight"]), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         apply(problem, int8_weight.source, "eager")
@@ -112,15 +112,15 @@ def test_no_tensor_of_weight_size_is_saved():
 
 
 def test_weight_is_not_materialized_without_input_gradient():
-    problem = learning("A", "B")
+    problem = trainable_layer("A", "B")
     int8_weight = Int8Weight(problem.tensors["weight"])
     apply(problem, int8_weight.source, "eager").backward(problem.grad_y)
-    assert len(int8_weight.made) == 1
+    assert len(int8_weight.dequantized) == 1
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_sum_is_not_rounded_to_dtype_of_dequantized_weight(impl):
-    problem = learning()
+    problem = trainable_layer()
     int8_weight = Int8Weight(problem.tensors["weight"].bfloat16())
     weight, update = int8_weight.make(), problem.update(problem.tensors)
     delta = computed_weight(None, [update], weight.shape, impl)
@@ -134,7 +134,7 @@ def test_sum_is_not_rounded_to_dtype_of_dequantized_weight(impl):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_effective_weight_equals_weight_of_forward_pass(impl, dtype):
-    problem = learning()
+    problem = trainable_layer()
     problem.tensors["x"] = torch.eye(N, dtype=dtype)
     int8_weight, update = Int8Weight(problem.tensors["weight"].bfloat16()), problem.update(problem.tensors)
     y = layer_output(problem.tensors["x"], int8_weight.source, None, [update], LinearOp(), impl=impl)
@@ -143,13 +143,13 @@ def test_effective_weight_equals_weight_of_forward_pass(impl, dtype):
 
 
 def test_autocast_determines_dtype_of_product():
-    problem = learning()
+    problem = trainable_layer()
     with torch.autocast("cpu", torch.bfloat16):
         assert apply(problem, Int8Weight(problem.tensors["weight"]).source, "eager").dtype == torch.bfloat16
 
 
 def test_weight_change_between_passes_raises():
-    problem = learning("x", "A")
+    problem = trainable_layer("x", "A")
     int8_weight = Int8Weight(problem.tensors["weight"])
     y = apply(problem, int8_weight.source, "eager")
     int8_weight.codes.zero_()

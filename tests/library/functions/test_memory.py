@@ -22,12 +22,12 @@ def saved_by(problem: Problem, impl: str = "eager", cache_delta: bool = False) -
     """Return the saved tensors of one forward pass that are not parameters; assert that parameters are not copied."""
     saved: list[Tensor] = []
 
-    def note(tensor: Tensor) -> Tensor:
+    def record(tensor: Tensor) -> Tensor:
         saved.append(tensor)
         return tensor
 
     parameter_ptrs = {storage(t) for name, t in problem.tensors.items() if t is not None and name != "x"}
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         y = problem.forward(problem.tensors, impl, cache_delta)
     assert y.requires_grad or not saved
     unique = {(storage(t), t.dtype, t.shape): t for t in saved if storage(t) not in parameter_ptrs}

@@ -221,8 +221,8 @@ def test_concurrent_calls_are_independent():
     expected = [solve(problem, "numba") for problem in problems]
     with ThreadPoolExecutor(4) as pool:
         actual = list(pool.map(lambda problem: solve(problem, "numba"), problems))
-    for ours, reference in zip(actual, expected, strict=True):
-        assert all(torch.equal(ours[name], reference[name]) for name in reference)
+    for result, reference in zip(actual, expected, strict=True):
+        assert all(torch.equal(result[name], reference[name]) for name in reference)
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e3])
@@ -262,10 +262,10 @@ def test_compiled_and_disk_cached_kernels_give_equal_bits(tmp_path):
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     actual = []
     for _ in range(2):
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment, timeout=280
         )
-        assert done.returncode == 0, done.stderr
-        actual.append(done.stdout)
+        assert process.returncode == 0, process.stderr
+        actual.append(process.stdout)
     assert list(tmp_path.rglob("*.nbc"))
     assert len(actual[0].splitlines()) == 3 and actual[0] == actual[1]

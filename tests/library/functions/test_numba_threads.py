@@ -18,9 +18,9 @@ def runtime(request, monkeypatch):
 
 
 def test_every_task_runs_once(runtime):
-    done = []
-    threads.parallel_for([lambda k=k: done.append(k) for k in range(50)], 3)
-    assert sorted(done) == list(range(50))
+    completed = []
+    threads.parallel_for([lambda k=k: completed.append(k) for k in range(50)], 3)
+    assert sorted(completed) == list(range(50))
 
 
 def test_two_tasks_run_concurrently(runtime):
@@ -29,24 +29,24 @@ def test_two_tasks_run_concurrently(runtime):
 
 
 def test_one_thread_runs_tasks_in_order(runtime):
-    done = []
-    threads.parallel_for([lambda k=k: done.append((k, threading.get_ident())) for k in range(4)], 1)
-    assert done == [(k, threading.get_ident()) for k in range(4)]
+    completed = []
+    threads.parallel_for([lambda k=k: completed.append((k, threading.get_ident())) for k in range(4)], 1)
+    assert completed == [(k, threading.get_ident()) for k in range(4)]
 
 
 def test_error_is_raised_after_all_tasks_end(runtime):
-    done = []
+    completed = []
 
     def fail():
         raise ValueError("row 3 is broken")
 
     def slow():
         time.sleep(0.05)
-        done.append(1)
+        completed.append(1)
 
     with pytest.raises(ValueError, match="row 3 is broken"):
         threads.parallel_for([fail, slow, slow], 2)
-    assert done == [1, 1]
+    assert completed == [1, 1]
 
 
 def test_torch_products_work_afterwards(runtime):

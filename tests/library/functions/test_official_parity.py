@@ -18,7 +18,7 @@ FOLDER = Path(__file__).parent / "official_parity"
 TENSORS = load_file(FOLDER / "official.safetensors")
 CASES = {name: case for name, case in json.loads((FOLDER / "official.json").read_text()).items() if name != "allocator"}
 KERNEL = {"klora": "p_linear", "snell": "p_linear", "mixk": "mix_k", "snella": "mix_k"}
-CLOSE = {"rtol": 1e-9, "atol": 1e-12}
+TOLERANCE = {"rtol": 1e-9, "atol": 1e-12}
 SPARSE = [name for name, case in CASES.items() if case["quantile"] is not None]
 DENSE = [name for name in CASES if name not in SPARSE]
 
@@ -34,13 +34,13 @@ def join(pieces: Tensor) -> Tensor:
 
 def leaves_of(official: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the authors' input, factors and learnable scalars under SNELLA's names."""
-    our_names = {"x": official["x"], "A": join(official["In_Qs"]), "B": join(official["Out_Qs"])}
-    our_names |= {
-        our_name: official[their_name].reshape(())
-        for our_name, their_name in (("alpha", "alpha"), ("beta", "beta"), ("temperature", "gamma"))
-        if their_name in official
+    tensors = {"x": official["x"], "A": join(official["In_Qs"]), "B": join(official["Out_Qs"])}
+    tensors |= {
+        name: official[official_name].reshape(())
+        for name, official_name in (("alpha", "alpha"), ("beta", "beta"), ("temperature", "gamma"))
+        if official_name in official
     }
-    return {name: value.clone().requires_grad_() for name, value in our_names.items()}
+    return {name: value.clone().requires_grad_() for name, value in tensors.items()}
 
 
 def expected_gradients(official: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -49,9 +49,9 @@ def expected_gradients(official: dict[str, Tensor]) -> dict[str, Tensor]:
         "A": join(official["grad_In_Qs"]),
         "B": join(official["grad_Out_Qs"]),
     }
-    for our_name, their_name in (("alpha", "grad_alpha"), ("beta", "grad_beta"), ("temperature", "grad_gamma")):
-        if their_name in official:
-            actual[our_name] = official[their_name].reshape(())
+    for name, official_name in (("alpha", "grad_alpha"), ("beta", "grad_beta"), ("temperature", "grad_gamma")):
+        if official_name in official:
+            actual[name] = official[official_name].reshape(())
     return actual
 
 
@@ -62,13 +62,13 @@ def merge(official: dict[str, Tensor], leaves: dict[str, Tensor], kernel: str) -
 
 
 def compare(y: Tensor, leaves: dict[str, Tensor], official: dict[str, Tensor]) -> None:
-    torch.testing.assert_close(y.detach(), official["y"], **CLOSE)
+    torch.testing.assert_close(y.detach(), official["y"], **TOLERANCE)
     expected = expected_gradients(official)
     assert set(expected) == set(leaves)
     actual = torch.autograd.grad(y, list(leaves.values()), official["grad_y"])
     for name, value in zip(leaves, actual, strict=True):
         assert expected[name].any(), f"{name}: nothing to compare"
-        torch.testing.assert_close(value, expected[name], **CLOSE)
+        torch.testing.assert_close(value, expected[name], **TOLERANCE)
 
 
 def test_all_eight_cases_exist():
@@ -80,7 +80,7 @@ def test_all_eight_cases_exist():
 def test_merged_matrices_equal_authors(name):
     official = load_tensors(name)
     delta = merge(official, leaves_of(official), KERNEL[CASES[name]["kind"]])
-    torch.testing.assert_close(delta.detach(), official["delta_dense"], **CLOSE)
+    torch.testing.assert_close(delta.detach(), official["delta_dense"], **TOLERANCE)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -90,7 +90,7 @@ def test_outputs_and_gradients_equal_authors(name):
     sparse = merge(official, leaves, KERNEL[case["kind"]])
     if case["quantile"] is not None:
         sparse = sparsify(sparse, quantile_threshold(sparse, case["quantile"]), "official")
-        torch.testing.assert_close(sparse.detach(), official["delta_sparse"], **CLOSE)
+        torch.testing.assert_close(sparse.detach(), official["delta_sparse"], **TOLERANCE)
         assert torch.equal(sparse != 0, official["delta_sparse"] != 0)
     compare(leaves["x"] @ sparse.T, leaves, official)
 

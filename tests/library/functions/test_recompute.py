@@ -49,7 +49,7 @@ def layer(problem, impl):
     return run, cache
 
 
-def learning(impl):
+def trainable_layer(impl):
     problem = make_problem("mix_k", m=9, n=8)
     for name in ("A", "B", "piece_coeff", "alpha", "beta"):
         problem.tensors[name].requires_grad_()
@@ -61,7 +61,7 @@ def learning(impl):
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("impl", ["eager", "numba"])
 def test_checkpointing_computes_weight_once_per_pass(impl, use_reentrant, computed_weights):
-    run, cache, leaves = learning(impl)
+    run, cache, leaves = trainable_layer(impl)
     x = torch.randn(6, 8, requires_grad=True)
     plain = torch.autograd.grad(run(x).square().sum(), [x, *leaves])
     assert len(computed_weights) == 2
@@ -74,7 +74,7 @@ def test_checkpointing_computes_weight_once_per_pass(impl, use_reentrant, comput
 
 
 def test_layer_used_twice_in_one_checkpoint_has_correct_gradients():
-    run, cache, leaves = learning("eager")
+    run, cache, leaves = trainable_layer("eager")
     x = torch.randn(6, 8, requires_grad=True)
 
     def call_twice(x):
@@ -106,6 +106,6 @@ def test_cache_is_invalid_after_weight_change(monkeypatch):
 
 
 def test_cache_is_empty_outside_backward():
-    run, cache, _ = learning("eager")
+    run, cache, _ = trainable_layer("eager")
     run(torch.randn(6, 8))
     assert cache.is_empty

@@ -14,51 +14,51 @@ SPARSE = {"m": 41, "n": 37, "r": 8, "batch": (3, 100), "budget": 20}
 
 
 @pytest.fixture
-def products(monkeypatch):
+def sddmm_shapes(monkeypatch):
     """Return a list of the shapes of all SDDMM inputs."""
     shapes = []
     original = numba_backward.sddmm_accumulate
 
-    def recorded(first, last, grad_y, x, *rest):
+    def record(first, last, grad_y, x, *rest):
         shapes.append((grad_y.shape, x.shape))
         return original(first, last, grad_y, x, *rest)
 
-    monkeypatch.setattr(numba_backward, "sddmm_accumulate", recorded)
+    monkeypatch.setattr(numba_backward, "sddmm_accumulate", record)
     return shapes
 
 
 @pytest.mark.parametrize("kernel", ["p_linear", "normalized_rbf", "mix_k"])
-def test_sddmm_gradient_is_close_to_reference(kernel, products):
+def test_sddmm_gradient_is_close_to_reference(kernel, sddmm_shapes):
     problems = draws(kernel, **SPARSE)
-    learning = [name for name, tensor in problems[0].tensors.items() if tensor is not None and name != "weight"]
-    assert_close_to_reference(problems, impls=["numba"], needed=learning)
-    assert products
+    trainable = [name for name, tensor in problems[0].tensors.items() if tensor is not None and name != "weight"]
+    assert_close_to_reference(problems, impls=["numba"], needed=trainable)
+    assert sddmm_shapes
 
 
-def test_sddmm_processes_all_tokens_in_chunks(products):
+def test_sddmm_processes_all_tokens_in_chunks(sddmm_shapes):
     solve(make_problem("mix_k", **SPARSE), "numba", needed=("A", "B"))
-    assert products == [((41, 256), (37, 256)), ((41, 44), (37, 44))]
+    assert sddmm_shapes == [((41, 256), (37, 256)), ((41, 44), (37, 44))]
 
 
-def test_dense_matrix_does_not_use_sddmm(products):
+def test_dense_matrix_does_not_use_sddmm(sddmm_shapes):
     limit = numba_backend._SDDMM_DENSITY * 41 * 37
     solve(make_problem("mix_k", **SPARSE | {"budget": int(limit) + 1}), "numba", needed=("A", "B"))
-    assert not products
+    assert not sddmm_shapes
     solve(make_problem("mix_k", **SPARSE | {"budget": int(limit)}), "numba", needed=("A", "B"))
-    assert products
+    assert sddmm_shapes
 
 
-def test_trainable_weight_does_not_use_sddmm(products):
+def test_trainable_weight_does_not_use_sddmm(sddmm_shapes):
     actual = solve(make_problem("mix_k", **SPARSE), "numba")
-    assert not products
+    assert not sddmm_shapes
     assert actual["weight"].count_nonzero() == 41 * 37
 
 
-def test_only_sparse_matrices_use_sddmm_and_frozen_ones_cost_nothing(products):
+def test_only_sparse_matrices_use_sddmm_and_frozen_matrices_cost_nothing(sddmm_shapes):
     problem = make_problem("mix_k", n=37, r=8, rows=(41, 40, 39), budgets=(20, 1000, 0), batch=(64,))
     needed = ("x", "A", "B", "piece_coeff", "alpha", "beta")
     actual, expected = solve(problem, "numba", needed=needed), solve(problem, "eager", needed=needed)
-    assert [shape for shape, _ in products] == [(41, 64)]
+    assert [shape for shape, _ in sddmm_shapes] == [(41, 64)]
     for name in expected:
         torch.testing.assert_close(actual[name], expected[name], rtol=1e-4, atol=1e-5)
     assert not actual["A"][2].any()

@@ -40,7 +40,7 @@ def test_slope_equals_autograd(mode, threshold):
     assert torch.equal(sparsify_slope(DELTA, limit, mode), grad)
 
 
-def test_slopes_equal_published_ones_and_are_zero_at_threshold():
+def test_slopes_equal_published_slopes_and_are_zero_at_threshold():
     soft = torch.tensor([[0.0, 3.0, 0.0], [0.0, 0.0, 5.0]], dtype=torch.float64)
     official = torch.tensor([[0.0, 2.0, 0.0], [0.0, 0.0, 3.0]], dtype=torch.float64)
     assert torch.equal(sparsify_slope(DELTA, THRESHOLD), soft)

@@ -47,7 +47,7 @@ def test_threshold_equals_keep_threshold(budget):
         assert threshold.item() == keep_threshold(delta, saved).item()
 
 
-def test_helper_creates_the_given_magnitudes():
+def test_merged_matrix_has_the_requested_magnitudes():
     deltas, _ = merged([spread(300), spread(300, 1)], (5, 5))
     torch.testing.assert_close(deltas[0][:, 0].cpu(), spread(300).abs(), rtol=1e-6, atol=0)
     torch.testing.assert_close(deltas[1][:, 0].cpu(), -spread(300, 1).abs(), rtol=1e-6, atol=0)

@@ -128,8 +128,8 @@ def test_thresholds_are_returned_and_reused():
     y, (thresholds,) = adapted_layer(*arguments, [update], LinearOp())
     first = update.spec.merge_matrix(next(update.spec.matrices(update.factors)))
     assert thresholds[0] == keep_threshold(first, BUDGETS[0])
-    repeated, (known,) = adapted_layer(*arguments, [update._replace(thresholds=thresholds)], LinearOp())
-    assert torch.equal(repeated, y) and known is thresholds
+    repeated, (reused,) = adapted_layer(*arguments, [update._replace(thresholds=thresholds)], LinearOp())
+    assert torch.equal(repeated, y) and reused is thresholds
     no_thresholds = update._replace(thresholds=torch.full((3,), torch.inf))
     assert torch.equal(
         adapted_layer(*arguments, [no_thresholds], LinearOp())[0], torch.nn.functional.linear(*arguments)

@@ -50,7 +50,7 @@ def wrap(kind: str, model: nn.Module) -> nn.Module:
 
 
 def full_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Return the full trained parameters of a wrapped model."""
+    """Return the unsharded trained parameters of a wrapped model."""
     if isinstance(model, FullyShardedDataParallel):
         with FullyShardedDataParallel.summon_full_params(model, writeback=False):
             return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -62,7 +62,7 @@ def full_parameters(model: nn.Module) -> dict[str, Tensor]:
 
 
 def strip_wrappers(name: str) -> str:
-    """Remove the wrappers' parts from a parameter name."""
+    """Remove wrapper prefixes from a parameter name."""
     return name.replace("_fsdp_wrapped_module.", "").removeprefix("module.")
 
 
@@ -144,9 +144,9 @@ def resume(kind: str, rank: int) -> list[dict[str, Any]]:
     ]
 
 
-def main(rank: int, meeting_point: str, *cases: str) -> None:
+def main(rank: int, rendezvous: str, *cases: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     results: dict[str, Any] = {}
     for case in cases:
         try:

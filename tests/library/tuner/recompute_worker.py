@@ -23,7 +23,7 @@ class Block(nn.Sequential):
 
 
 # modules that FSDP wraps as separate units, gathered and freed independently
-UNITS = {"whole": (), "norms": (nn.LayerNorm,), "layers": (SnellaLayer,), "blocks": (Block,)}
+UNITS = {"root": (), "norms": (nn.LayerNorm,), "layers": (SnellaLayer,), "blocks": (Block,)}
 
 
 def make(compress: bool) -> nn.Module:
@@ -52,7 +52,7 @@ def wrap(kind: str, model: nn.Module, units: tuple[type[nn.Module], ...]) -> nn.
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Return the gradients of two batches; gather sharded ones."""
+    """Return the gradients of two batches, gathered if sharded."""
     for x in torch.linspace(-1, 1, 60).view(2, 5, 6):
         model(x).square().sum().backward()
     if isinstance(model, FullyShardedDataParallel):
@@ -63,7 +63,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def strip_wrapper(name: str) -> str:
-    """Remove the wrapper's parts from a parameter name."""
+    """Remove wrapper prefixes from a parameter name."""
     return name.replace("_fsdp_wrapped_module.", "")
 
 
@@ -76,9 +76,9 @@ def compare(kind: str, units: str, compress: bool) -> float:
     return max(float((actual[name] - grad).abs().max() / grad.abs().max()) for name, grad in expected.items())
 
 
-def main(rank: int, meeting_point: str, *cases: str) -> None:
+def main(rank: int, rendezvous: str, *cases: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     results: dict[str, float | str] = {}
     for case in cases:
         kind, units, variant = case.split("-")

@@ -25,7 +25,7 @@ def make_optimizer(model, cls=torch.optim.AdamW, **settings):
 
 
 def step(case, model, optimizer, number):
-    """Run one training step with data that depend only on its index."""
+    """Run one training step on data that depends only on the step number."""
     optimizer.zero_grad()
     case.run(model, case.inputs(number)).square().sum().backward()
     optimizer.step()

@@ -247,18 +247,18 @@ def test_training_reduces_a_loss_of_the_attention():
         make(batch_first=True), init_weights=True, scaling=10.0, init_sparsity=0.0, target_sparsity=0.0
     ).train()
     (x,) = inputs(6)
-    goal = torch.randn(3, 6, WIDTH)
+    target = torch.randn(3, 6, WIDTH)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
     losses = []
     for _ in range(40):
         optimizer.zero_grad()
-        loss = (model(x, need_weights=False)[0] - goal).square().mean()
+        loss = (model(x, need_weights=False)[0] - target).square().mean()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
     with torch.no_grad():
-        evaluated = (model.eval()(x, need_weights=False)[0] - goal).square().mean()
+        evaluated = (model.eval()(x, need_weights=False)[0] - target).square().mean()
     assert evaluated.item() == pytest.approx(losses[-1], rel=0.1)
 
 

@@ -90,7 +90,7 @@ def test_training_that_stops_within_an_epoch_reaches_target_budget(vit, tmp_path
 @pytest.mark.parametrize("stop", [3, 5])
 def test_resumed_training_equals_uninterrupted_training_bit_for_bit(vit, tmp_path, stop):
     uninterrupted = SnellaCallback()
-    reference = trainer(vit, tmp_path / "whole", uninterrupted)
+    reference = trainer(vit, tmp_path / "uninterrupted", uninterrupted)
     reference.train()
     first = trainer(vit, tmp_path / "parts", SnellaCallback(), StopAfter(stop), save_strategy="steps", save_steps=1000)
     first.train()

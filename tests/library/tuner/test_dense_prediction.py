@@ -14,7 +14,7 @@ from snella import BudgetAllocator, SnellaConfig, create_snella_optimizer
 
 DECODER = dict(d_model=16, decoder_layers=2, decoder_ffn_dim=16, decoder_attention_heads=2, num_queries=5)
 FIRST_ATTENTION = {f"decoder.layers.0.self_attn.{kind}_proj" for kind in "qkvo"}
-"""The first layer of a DETR decoder attends over queries that are zero."""
+"""Self-attention of the first DETR decoder layer, whose queries are zero."""
 
 
 def detr_config(**sizes) -> transformers.DetrConfig:

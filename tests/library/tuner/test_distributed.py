@@ -12,21 +12,21 @@ from peft import get_peft_model
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from snella import BudgetAllocator, SnellaConfig, create_snella_optimizer
-from tests.processes import in_two_processes
+from tests.processes import run_in_two_processes
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 SIZES = {"0": 120, "2.attn.in_proj.q": 144, "2.attn.in_proj.k": 144, "2.attn.in_proj.v": 144}
 SIZES |= {"2.attn.out_proj": 144, "2.fc": 144}
 IMPLS = ["eager", *(["numba"] if importlib.util.find_spec("numba") else [])]
 CASES = [f"{kind}-{impl}" for kind in ("ddp", "fsdp1", "fsdp2") for impl in IMPLS]
-REFUSED = {
+REJECTED = {
     "fsdp1-eager-delta_magnitude": "NotImplementedError: importance='delta_magnitude'",
     "fsdp2-eager-delta_magnitude": "NotImplementedError: importance='delta_magnitude'",
     "pieces": "NotImplementedError: BudgetAllocator requires one copy of the 3 factor entries over all 2 processes, "
     "got 6",
 }
-UNITS = ("whole", "norms", "layers", "blocks")
-EQUALLY_ROUNDED = {"FULL_SHARD-layers", "SHARD_GRAD_OP-norms", "SHARD_GRAD_OP-layers", "NO_SHARD-layers", "FSDP2-whole"}
+UNITS = ("root", "norms", "layers", "blocks")
+EQUALLY_ROUNDED = {"FULL_SHARD-layers", "SHARD_GRAD_OP-norms", "SHARD_GRAD_OP-layers", "NO_SHARD-layers", "FSDP2-root"}
 """Cases whose sharded model compresses the same normalizations as the unsharded model."""
 RESUMED = [f"{kind}-resume" for kind in ("ddp", "fsdp1", "fsdp2")]
 RECOMPUTED = [f"{kind}-{units}" for kind in ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "FSDP2") for units in UNITS]
@@ -36,7 +36,7 @@ RECOMPUTED = [f"{kind}-{units}" for kind in ("FULL_SHARD", "SHARD_GRAD_OP", "NO_
 def runs(tmp_path_factory):
     """Return the output of both processes for every case."""
     worker = Path(__file__).with_name("distributed_worker.py")
-    return in_two_processes(worker, tmp_path_factory.mktemp("ranks"), *CASES, *REFUSED, *RESUMED, timeout=200)
+    return run_in_two_processes(worker, tmp_path_factory.mktemp("ranks"), *CASES, *REJECTED, *RESUMED, timeout=200)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -82,9 +82,9 @@ def test_training_resumed_from_a_full_state_equals_uninterrupted_training(runs, 
         assert resumed == uninterrupted
 
 
-@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("case", REJECTED)
 def test_unsupported_sharding_raises_with_alternatives(runs, case):
-    assert runs[0][case]["error"].startswith(REFUSED[case])
+    assert runs[0][case]["error"].startswith(REJECTED[case])
     assert "DDP" in runs[0][case]["error"]
 
 
@@ -93,7 +93,7 @@ def gradient_errors(tmp_path_factory):
     """Return the largest gradient error of both processes by case."""
     worker, folder = Path(__file__).with_name("recompute_worker.py"), tmp_path_factory.mktemp("recompute")
     cases = [f"{case}-{variant}" for case in RECOMPUTED for variant in ("exact", "compressed")]
-    return in_two_processes(worker, folder, *cases, timeout=200)
+    return run_in_two_processes(worker, folder, *cases, timeout=200)
 
 
 @pytest.mark.parametrize("case", RECOMPUTED)

@@ -27,7 +27,7 @@ def conv() -> nn.Sequential:
 
 
 class Attention(nn.Module):
-    """Model that calls an attention."""
+    """Model that calls an attention module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ def test_offloaded_model_runs_and_merges(kind, when):
             assert torch.equal(model(x), expected)
             assert base.base_layer.weight.is_meta
             assert base.snella_A["default"].is_meta == (when == "after")
-            assert base._cache._effective is None, "the effective weight stays where the base weight must not"
+            assert base._cache._effective is None, "the effective weight of an offloaded layer must not be cached"
         assert torch.equal(model.merge_and_unload()(x), expected)
 
 
@@ -136,10 +136,10 @@ def test_adapter_of_offloaded_model_trains():
         assert torch.equal(getattr(model.base_model.model[0], name)["default"].grad, expected)
 
 
-@pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter:UserWarning")  # warning of PEFT
+@pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter:UserWarning")  # PEFT's warning
 @pytest.mark.parametrize("method", ["snella", "lora"])
 def test_adapter_loads_into_partially_disk_offloaded_model(method, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # PEFT writes its copy of the files below the working directory
+    monkeypatch.chdir(tmp_path)  # PEFT copies the files into the working directory
 
     def build():
         torch.manual_seed(0)
@@ -198,8 +198,8 @@ def test_layerwise_casting_is_supported(when, dtype):
     layer = model.base_model.model[0]
     with torch.no_grad():
         # equal random values, rounded to the base weight's dtype only for 16-bit weights
-        for own, drawn in zip(reference.parameters(), model.parameters(), strict=True):
-            own.copy_(drawn.float())
+        for parameter, value in zip(reference.parameters(), model.parameters(), strict=True):
+            parameter.copy_(value.float())
         assert torch.equal(model(x), reference.eval()(x))
     assert layer.base_layer.weight.dtype == torch.float8_e4m3fn
     assert layer._cache._effective is None

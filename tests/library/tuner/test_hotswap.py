@@ -1,4 +1,4 @@
-"""Replacement of an adapter in a running model."""
+"""Hot-swapping of adapters in a running model."""
 
 import gc
 import sys

@@ -22,7 +22,7 @@ PARITY = Path(__file__).parents[1] / "functions" / "official_parity"
 
 def matrices(shapes, **settings):
     """Return the adapted matrices of linear layers with shapes `(in, out)`."""
-    model = nn.ModuleList([nn.Linear(inn, out) for inn, out in shapes])
+    model = nn.ModuleList([nn.Linear(inputs, outputs) for inputs, outputs in shapes])
     settings = {"r": 4, "init_weights": False} | settings
     model = get_peft_model(model, SnellaConfig(target_modules=[str(k) for k in range(len(shapes))], **settings))
     return adapted_matrices(model)
@@ -99,16 +99,16 @@ def test_magnitude_needs_no_gradient_and_sensitivity_is_0_without_one():
 
 
 def test_with_gradient_requires_both_gradients_and_a_nonzero_one():
-    with_one, without = matrices([(2, 3), (3, 2)])
-    tracker = ImportanceTracker([with_one, without])
+    with_gradient, without = matrices([(2, 3), (3, 2)])
+    tracker = ImportanceTracker([with_gradient, without])
     assert tracker.with_gradient() == set()
-    for layer in (with_one.layer, without.layer):
+    for layer in (with_gradient.layer, without.layer):
         for factor in (layer.snella_A["default"], layer.snella_B["default"]):
             factor.grad = torch.zeros_like(factor)
     assert tracker.with_gradient() == set()
-    with_one.layer.snella_B["default"].grad.view(-1)[0] = 1e-6
-    assert tracker.with_gradient() == {with_one.name} == {"0"}
-    with_one.layer.snella_A["default"].grad = None
+    with_gradient.layer.snella_B["default"].grad.view(-1)[0] = 1e-6
+    assert tracker.with_gradient() == {with_gradient.name} == {"0"}
+    with_gradient.layer.snella_A["default"].grad = None
     assert tracker.with_gradient() == set()
 
 
@@ -181,19 +181,17 @@ def test_authors_allocator_is_reproduced():
         if entry["score"] is not None:
             scores = tracker.scores()
             shares = [score / sum(scores) for score in scores]
-            their_budgets = [entry["score"][f"l.{k}"] for k in range(len(caps))]
-            assert shares == pytest.approx(their_budgets, rel=1e-5, abs=1e-9)
+            expected_shares = [entry["score"][f"l.{k}"] for k in range(len(caps))]
+            assert shares == pytest.approx(expected_shares, rel=1e-5, abs=1e-9)
             # the authors' code computes in float32 and truncates fractions
             counts = allocate(scores, caps, int(entry["budget"]))
             saved = [(1 - entry["sparsity"][f"l.{k}"]) * cap for k, cap in enumerate(caps)]
-            assert all(
-                abs(our_name - their_budgets) <= 3 for our_name, their_budgets in zip(counts, saved, strict=True)
-            ), (counts, saved)
+            assert all(abs(count - budget) <= 3 for count, budget in zip(counts, saved, strict=True)), (counts, saved)
             num_compared += 1
         for step in range(record["steps_per_epoch"]):
             for k, matrix in enumerate(matrices_by_name):
-                at = f"alloc.e{epoch}.s{step}.l{k}."
+                prefix = f"alloc.e{epoch}.s{step}.l{k}."
                 names = ("In_Qs", "Out_Qs", "grad_In_Qs", "grad_Out_Qs")
-                set_factors(matrix, *(joined(tensors[at + name]) for name in names))
+                set_factors(matrix, *(joined(tensors[prefix + name]) for name in names))
             tracker.update()
     assert num_compared == record["epochs"] - 1

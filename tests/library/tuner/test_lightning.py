@@ -128,10 +128,10 @@ def test_module_without_allocator_warns(example):
 def test_processes_have_equal_budgets_and_weights(tmp_path):
     worker = Path(__file__).with_name("lightning_worker.py")
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, str(worker), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=250
     )
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first == second
     assert [entry["step"] for entry in first["history"]] == [0, 4, 8]

@@ -395,7 +395,7 @@ def test_state_dict_without_factors_is_rejected(mlp, tmp_path):
     with pytest.raises(ValueError, match=r"must contain the factors of adapter 'default', got \d+ entries without any"):
         model.save_pretrained(tmp_path / "flat", state_dict=flat)
     assert not (tmp_path / "flat" / "adapter_model.safetensors").exists()
-    model.save_pretrained(tmp_path / "whole", state_dict=model.state_dict())
+    model.save_pretrained(tmp_path / "full", state_dict=model.state_dict())
     model.save_pretrained(tmp_path / "rank_1", state_dict={}, is_main_process=False)
 
 

@@ -15,7 +15,7 @@ FOLDER = Path(__file__).with_name("adapters_of_99db782")
 
 @pytest.mark.parametrize("impl", ["eager", "reference", "auto"])
 @pytest.mark.parametrize("name", ["default", "official", "snell"])
-def test_outputs_and_gradients_equal_recorded_ones(name, impl):
+def test_outputs_and_gradients_equal_recorded_values(name, impl):
     expected = load_file(FOLDER / name / "expected.safetensors")
     base = nn.Sequential(nn.Linear(12, 10), nn.GELU(), nn.Linear(10, 6))
     base.load_state_dict({key: expected.pop(key) for key in base.state_dict()})

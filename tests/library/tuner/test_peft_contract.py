@@ -66,11 +66,11 @@ def test_auto_classes_load_adapter_folder(saved):
 
 
 REQUIRED = transformers.integrations.peft.MIN_PEFT_VERSION
-IS_REFUSED = Version(importlib.metadata.version("peft")) < Version(REQUIRED)
+IS_REJECTED = Version(importlib.metadata.version("peft")) < Version(REQUIRED)
 """transformers 5.24 rejects PEFT 0.21 for every method."""
 
 
-@pytest.mark.skipif(not IS_REFUSED, reason="transformers accepts this PEFT")
+@pytest.mark.skipif(not IS_REJECTED, reason="transformers accepts this PEFT")
 def test_transformers_rejects_older_peft_but_loads_adapters(saved):
     base, adapter, expected = saved
     model = transformers.AutoModelForCausalLM.from_pretrained(base).eval()
@@ -82,7 +82,7 @@ def test_transformers_rejects_older_peft_but_loads_adapters(saved):
 
 
 def test_transformers_loads_switches_and_deletes_adapters(saved, monkeypatch):
-    if IS_REFUSED:
+    if IS_REJECTED:
         monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.21.0")
     base, adapter, expected = saved
     model = transformers.AutoModelForCausalLM.from_pretrained(base).eval()

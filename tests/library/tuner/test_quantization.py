@@ -123,12 +123,12 @@ def kind_or_bytes(request):
 
 
 @pytest.fixture(params=["nf4 double", "int8", "torchao int4"])
-def one_of_each(request):
+def representative_kind(request):
     return request.param
 
 
 @pytest.fixture(params=["bytes", "nf4 double", "int8", "torchao int4"])
-def one_of_each_or_bytes(request):
+def representative_kind_or_bytes(request):
     return request.param
 
 
@@ -149,9 +149,9 @@ def test_outputs_and_gradients_equal_dequantized_layer(kind):
     for output in outputs:
         output.square().sum().backward()
     torch.testing.assert_close(actual.grad, expected.grad, **tolerance)
-    learned = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    assert len(learned) >= 5, "factors and scalars"
-    for name, parameter in learned:
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    assert len(trained) >= 5, "factors and scalars"
+    for name, parameter in trained:
         target = by_hand.get_parameter(name).grad
         scale = target.abs().max().item()
         torch.testing.assert_close(
@@ -165,14 +165,14 @@ def test_small_update_is_not_rounded_away():
     layer = adapted_layer_of(model)
     weight, delta = layer._weight().materialize(), layer.get_delta_weight("default")
     is_rounded_away = (weight.float() + delta).bfloat16() == weight
-    assert is_rounded_away[delta != 0].float().mean() > 0.9, "a sum in bfloat16 would lose it"
+    assert is_rounded_away[delta != 0].float().mean() > 0.9, "a bfloat16 sum would round it away"
     torch.testing.assert_close(layer(x), x @ (weight.float() + delta).T + layer.bias)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["folded", "separate-branch"])
-def test_dequantized_weight_is_freed_between_passes(one_of_each, dropout, monkeypatch):
-    model, _ = adapted(one_of_each, update_dropout=dropout)
-    layer, made = adapted_layer_of(model), []
+def test_dequantized_weight_is_freed_between_passes(representative_kind, dropout, monkeypatch):
+    model, _ = adapted(representative_kind, update_dropout=dropout)
+    layer, dequantized = adapted_layer_of(model), []
     plain = layer.quantization.source
 
     def record_source(base):
@@ -180,7 +180,7 @@ def test_dequantized_weight_is_freed_between_passes(one_of_each, dropout, monkey
 
         def make():
             weight = source.materialize()
-            made.append(weakref.ref(weight))
+            dequantized.append(weakref.ref(weight))
             return weight
 
         return type(source)(source.shape, source.tensors, make)
@@ -189,13 +189,13 @@ def test_dequantized_weight_is_freed_between_passes(one_of_each, dropout, monkey
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         y = layer(x.clone().requires_grad_())
-    assert len(made) == 1 and made[0]() is None
+    assert len(dequantized) == 1 and dequantized[0]() is None
     parameter_ptrs = {p.data_ptr() for p in model.parameters()}
     assert max(t.numel() for t in saved if t.data_ptr() not in parameter_ptrs) < M * N / 2, (
         "no saved tensor has the size of the weight"
     )
     y.sum().backward()
-    assert len(made) == 2, "dequantized again"
+    assert len(dequantized) == 2, "dequantized again"
 
 
 # dynamo reads gradients of tensors between graphs
@@ -243,7 +243,7 @@ def test_quantized_language_model_trains_under_checkpointing(package, tmp_path):
 
 
 class Int8Quantization(Quantization):
-    """Int8 weight with one scale, without any package."""
+    """Int8 weight with one scale; requires no package."""
 
     name = "bytes"
 
@@ -292,11 +292,11 @@ def test_evaluation_equals_training_and_caches_no_dequantized_weight(kind_or_byt
         with torch.set_grad_enabled(is_enabled):
             torch.testing.assert_close(layer(x), trained.detach(), rtol=0, atol=0)
     assert layer._cache._effective is None
-    assert saved and all(made() is None for made in saved)
+    assert saved and all(ref() is None for ref in saved)
 
 
-def test_frozen_adapter_propagates_gradients_without_caching_weight(one_of_each_or_bytes):
-    model = adapted_on(one_of_each_or_bytes)
+def test_frozen_adapter_propagates_gradients_without_caching_weight(representative_kind_or_bytes):
+    model = adapted_on(representative_kind_or_bytes)
     layer, actual, expected = adapted_layer_of(model), *(x.clone().requires_grad_() for _ in range(2))
     layer(expected).square().sum().backward()
     model.requires_grad_(False).eval()
@@ -334,8 +334,8 @@ def test_cache_delta_caches_weight_in_evaluation(kind_or_bytes, monkeypatch):
     assert layer._cache._effective is None
 
 
-def test_cached_weight_depends_on_dtype(one_of_each):
-    model, by_hand = adapted(one_of_each)
+def test_cached_weight_depends_on_dtype(representative_kind):
+    model, by_hand = adapted(representative_kind)
     model.eval(), by_hand.eval()
     with torch.no_grad():
         torch.testing.assert_close(model(x), by_hand(x))
@@ -418,15 +418,15 @@ def test_unmerge_is_bit_exact(kind):
     torch.testing.assert_close(model(x), output, rtol=0, atol=0)
 
 
-def test_second_adapter_is_merged_into_original_weight(one_of_each):
-    model, _ = adapted(one_of_each)
+def test_second_adapter_is_merged_into_original_weight(representative_kind):
+    model, _ = adapted(representative_kind)
     model.add_adapter("other", SnellaConfig(**CONFIG))
     layer, before = adapted_layer_of(model), bits(model)
     target = layer._weight().materialize().float() + sum(layer.get_delta_weight(name) for name in ("default", "other"))
     with warnings.catch_warnings():
         warnings.simplefilter(
             "ignore"
-        )  # one warning of PEFT about the second merge, one about the requantization error
+        )  # PEFT warns about the second merge; SNELLA warns about the requantization error
         layer.merge(adapter_names=["default"])
         layer.merge(adapter_names=["other"])
     both = layer._weight().materialize()
@@ -436,8 +436,8 @@ def test_second_adapter_is_merged_into_original_weight(one_of_each):
     assert all(torch.equal(actual, expected) for actual, expected in zip(bits(model), before, strict=True))
 
 
-def test_nonfinite_safe_merge_raises_without_changes(one_of_each):
-    model, _ = adapted(one_of_each)
+def test_nonfinite_safe_merge_raises_without_changes(representative_kind):
+    model, _ = adapted(representative_kind)
     before = bits(model)
     adapted_layer_of(model).snella_A["default"].data[0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"NaNs detected in the merged weights\. The adapter default"):
@@ -445,9 +445,9 @@ def test_nonfinite_safe_merge_raises_without_changes(one_of_each):
     assert all(torch.equal(actual, expected) for actual, expected in zip(bits(model), before, strict=True))
 
 
-def test_merging_many_layers_warns_once_and_unloads_quantized_layers(one_of_each):
+def test_merging_many_layers_warns_once_and_unloads_quantized_layers(representative_kind):
     torch.manual_seed(0)
-    model = nn.Sequential(*(linear(one_of_each, N, N)[0] for _ in range(3)))
+    model = nn.Sequential(*(linear(representative_kind, N, N)[0] for _ in range(3)))
     names = [type(layer) for layer in model]
     model = get_peft_model(model, SnellaConfig(**CONFIG | {"target_modules": ["0", "1", "2"]}))
     with pytest.warns(UserWarning, match=r"merged into 3 quantized weights .* in '[012]'\)") as records:
@@ -468,8 +468,8 @@ def test_requantization_error_is_relative_to_update():
 # saving, copying ----------------------------------------------------------------------------------------------------
 
 
-def test_adapter_saves_and_loads_on_quantized_base(one_of_each, tmp_path):
-    model, _ = adapted(one_of_each)
+def test_adapter_saves_and_loads_on_quantized_base(representative_kind, tmp_path):
+    model, _ = adapted(representative_kind)
     base = Net(copy.deepcopy(adapted_layer_of(model).get_base_layer()))
     base.head.load_state_dict(model.base_model.model.head.state_dict())
     with torch.no_grad():
@@ -479,15 +479,15 @@ def test_adapter_saves_and_loads_on_quantized_base(one_of_each, tmp_path):
         torch.testing.assert_close(loaded.eval()(x), expected, rtol=0, atol=0)
 
 
-def test_copies_are_equal(one_of_each):
-    model, _ = adapted(one_of_each)
+def test_copies_are_equal(representative_kind):
+    model, _ = adapted(representative_kind)
     expected = model(x)
     torch.testing.assert_close(copy.deepcopy(model)(x), expected)
 
 
 @pytest.mark.filterwarnings("ignore:.* no budget allocator is attached:UserWarning")
-def test_training_changes_only_the_adapter(one_of_each):
-    model, _ = adapted(one_of_each)
+def test_training_changes_only_the_adapter(representative_kind):
+    model, _ = adapted(representative_kind)
     before = bits(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []

@@ -257,7 +257,7 @@ def test_in_place_write_to_input_raises_torch_error():
 def test_only_unmodified_outputs_of_supported_modules_are_recomputed():
     norm, z = nn.LayerNorm(WIDTH), torch.randn(5, WIDTH, requires_grad=True)
     assert mark_outputs(norm) == 1
-    assert mark_outputs(norm) == 1  # without a second mark
+    assert mark_outputs(norm) == 1  # adds no second mark
     marked = norm(z)
     assert origin_of(marked)[0][0].data_ptr() == z.data_ptr()
     for other in (marked.view(5, WIDTH), marked[:3], marked + 0, marked.detach(), z, F.layer_norm(z, (WIDTH,))):
@@ -475,7 +475,7 @@ def test_other_hooks_see_original_inputs():
         adapted_model.base_model.model[1].register_forward_hook(lambda module, args, output: output * 2)
     assert torch.equal(model(x), exact(x))
     assert 0 < relative_error(step(model, x)[0], step(exact, x)[0]) < 0.03
-    for adapted_model in (model, exact):  # the hook changes the module's input, which therefore cannot be compressed
+    for adapted_model in (model, exact):  # the hook changes the module's input, so it cannot be compressed
         adapted_model.base_model.model[1].register_forward_pre_hook(lambda module, args: (args[0] * 3,))
     assert_same_bits(step(exact, x)[0], step(model, x)[0])
 

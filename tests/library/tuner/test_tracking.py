@@ -253,9 +253,9 @@ def make_heads(requires_grad=(True, True, True)):
 
 
 @pytest.mark.parametrize("name", ATTENTION)
-@pytest.mark.parametrize("learning", [(True, True, True), (True, False, False)], ids=["self", "cross"])
-def test_attention_saves_inputs_in_int8(name, learning):
-    attention, inputs = Attention(**ATTENTION[name]), make_heads(learning)
+@pytest.mark.parametrize("requires_grad", [(True, True, True), (True, False, False)], ids=["self", "cross"])
+def test_attention_saves_inputs_in_int8(name, requires_grad):
+    attention, inputs = Attention(**ATTENTION[name]), make_heads(requires_grad)
     exact = attention(*inputs)
     mark_outputs(attention, compress=lambda: True)
     y = attention(*inputs)
@@ -268,7 +268,7 @@ def test_attention_saves_inputs_in_int8(name, learning):
         assert (actual.grad is None) == (not actual.requires_grad)
         assert actual.grad is None or torch.equal(actual.grad, reference.grad)
     saved, origin = origin_of(y)
-    assert [tensor.dtype == torch.uint8 for tensor in saved] == [*learning, *([False] * (len(saved) - 3))]
+    assert [tensor.dtype == torch.uint8 for tensor in saved] == [*requires_grad, *([False] * (len(saved) - 3))]
     origin.add_user()
     assert torch.equal(origin.compute(saved), repeated)
 
@@ -345,8 +345,8 @@ def test_product_gradients_equal_autograd(shape):
     z, second = torch.randn(2, 8, WIDTH, requires_grad=True), torch.randn(shape, requires_grad=True)
     block = Block(lambda x: second * x)
     grads = []
-    for follow in (mark_outputs, unmark_outputs):
-        follow(block)
+    for set_tracking in (mark_outputs, unmark_outputs):
+        set_tracking(block)
         grads.append(torch.autograd.grad(block(z).sin().sum(), (z, second)))
     for actual, reference in zip(*grads, strict=True):
         assert torch.equal(actual, reference)

@@ -235,7 +235,7 @@ def test_frozen_adapters_and_evaluation_do_not_warn(mlp):
 
 
 class PartlyUsed(nn.Module):
-    """Model that calls one layer, reads the weight of one, and does not use two."""
+    """Model that calls one layer, reads the weight of another, and leaves two unused."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -329,7 +329,7 @@ def test_merging_reports_unused_layers(tmp_path):
 
 
 class Normalized(nn.Module):
-    """Model with a batch normalization with and one without running statistics."""
+    """Model with two batch normalizations, only one of which has running statistics."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -16,7 +16,7 @@ def test_orthogonal_embeddings_count_separately(count):
 
 
 @pytest.mark.parametrize("degrees", [10.0, 60.0, 90.0])
-def test_two_embeddings_match_the_formula_by_hand(degrees):
+def test_vendi_score_of_two_embeddings_matches_the_formula(degrees):
     cosine = math.cos(math.radians(degrees))
     # K / 2 has the eigenvalues (1 ± cos) / 2
     probs = [(1 + cosine) / 2, (1 - cosine) / 2]

@@ -27,8 +27,8 @@ def documented_support(column):
         if "| yes |" in line:
             names, *cells = (cell.strip() for cell in line.strip("|").split("|"))
             for name in re.findall(r"`([^`]+)`", names):
-                known = [m for m in method_names() if re.fullmatch(name.replace("*", ".+"), m)]
-                support += [(method, cells[COLUMNS.index(column)] == "yes") for method in known]
+                matching = [m for m in method_names() if re.fullmatch(name.replace("*", ".+"), m)]
+                support += [(method, cells[COLUMNS.index(column)] == "yes") for method in matching]
     return support
 
 
@@ -72,12 +72,12 @@ TARGETS = {
     "ordinal": (2, lambda draw: torch.randint(0, 3, (4,), generator=draw)),
     "regression": (3, lambda draw: torch.randn(4, 3, generator=draw).double()),
 }
-LOOK_AT_LABELS = ("gps", "spt-lora-2", "spt-adapter-2", "fixed-mask-2", "noah")
+LABEL_DEPENDENT = ("gps", "spt-lora-2", "spt-adapter-2", "fixed-mask-2", "noah")
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("method", ["linear", "mlp", "vqt", "snella-2", *LOOK_AT_LABELS])
-def test_a_method_trains_on_other_targets(method, target):
+@pytest.mark.parametrize("method", ["linear", "mlp", "vqt", "snella-2", *LABEL_DEPENDENT])
+def test_a_method_trains_on_non_class_targets(method, target):
     outputs, make_labels = TARGETS[target]
     task, draw = create_task(target, ["0", "1", "2"]), torch.Generator().manual_seed(0)
     batches = [(torch.randn(4, 3, 32, 32, generator=draw), make_labels(draw)) for _ in range(2)]

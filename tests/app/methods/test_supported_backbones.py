@@ -21,7 +21,7 @@ BACKBONES = {
 }
 
 SMALL = {"shira": "shira-2", "fourierft": "fourierft-20"}
-"""Methods whose default number exceeds the size of these backbones' matrices."""
+"""Methods whose default number exceeds the matrix size of these backbones."""
 
 
 def documented_support():
