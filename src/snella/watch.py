@@ -32,7 +32,7 @@ class TrainingWatch:
         self._has_warned_about_read = False
 
     def on_step(self, budget: int, target_budget: int, target_sparsity: float) -> bool:
-        """Record an optimizer step of an adapter with `budget` entries; return whether no more checks are needed."""
+        """Record an optimizer step of an adapter with `budget` entries; return True if later steps need no check."""
         if self.is_attached:
             self._steps_without_allocator = 0
             return False
