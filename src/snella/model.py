@@ -344,11 +344,11 @@ class SnellaModel(BaseTuner):
             layers = _adapted_layers(model, [adapter_name])
             if not layers:
                 return True
+            factors = (layer.snella_A[adapter_name] for layer in layers)
+            trained = {id(factor) for factor in factors if factor.requires_grad}
+            groups = [group for group in optimizer.param_groups if any(id(p) in trained for p in group["params"])]
             # torch.distributed.checkpoint creates an optimizer's state with a step at learning rate 0
-            groups = [group for group in optimizer.param_groups if group.get("lr") != 0]
-            optimized = {id(parameter) for group in groups for parameter in group["params"]}
-            factors = [layer.snella_A[adapter_name] for layer in layers]
-            if not any(factor.requires_grad and id(factor) in optimized for factor in factors):
+            if all(group.get("lr") == 0 for group in groups):
                 return False
             steps += 1
             if steps == 1:
@@ -658,7 +658,7 @@ def _check_token_rows(peft_config: SnellaConfig, model: nn.Module) -> None:
 
 
 def _attention_biases(model: nn.Module) -> list[str]:
-    """Return the names of the biases, owned by attentions, of adapted attention projections."""
+    """Return the names of the biases of adapted attention projections; the attentions own these biases."""
     biases: dict[str, None] = {}
     for name, module in model.named_modules():
         for projection in module.projections() if isinstance(module, AdaptedAttention) else ():

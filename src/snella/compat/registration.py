@@ -5,8 +5,8 @@ tables as a key. A test fails once PEFT adds an enum member of this name.
 
 `register` also wraps two functions of PEFT that have no extension point. They treat all other parameters as before.
 
-- `_peft_key_to_original_key` maps a parameter to its original name, for `get_base_model_state_dict` and its
-  counterpart. The wrapper supports attentions with several adapted projections.
+- `_peft_key_to_original_key` maps a parameter to its original name, for `get_base_model_state_dict` and
+  `set_base_model_state_dict`. The wrapper supports attentions with several adapted projections.
 - `PeftModel._update_offload` builds accelerate's offload index. The wrapper supports parameter names that end in the
   adapter's name.
 """
