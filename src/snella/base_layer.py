@@ -49,9 +49,8 @@ def unusable_weight_error(layer: SnellaLayer, dtype: torch.dtype) -> NotImplemen
     """Return the error for a missing or 8-bit base weight."""
     if dtype.itemsize == 1:
         return NotImplementedError(
-            f"the weight of {layer.module_name!r} must not be {dtype}, to which no update can be added; merge "
-            "before enable_layerwise_casting, which upcasts weights only in forward passes, or load the model in "
-            "bfloat16"
+            f"the weight of {layer.module_name!r} must have at least 16 bits per entry, got {dtype}; merge before "
+            "enable_layerwise_casting, which upcasts weights only in forward passes, or load the model in bfloat16"
         )
     return NotImplementedError(
         f"the weight of {layer.module_name!r} is on the meta device; load it, or offload it with "

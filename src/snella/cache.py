@@ -234,7 +234,7 @@ class EffectiveWeight(Tensor):
 
 
 def _multiply(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    """Return `F.linear` for an effective weight that is not computed yet, otherwise `None`."""
+    """Return `F.linear` with an effective weight that has not been computed yet, otherwise `None`."""
     if not isinstance(weight, EffectiveWeight) or weight._multiply is None or weight._effective is not None:
         return None
     if isinstance(input, EffectiveWeight) or isinstance(bias, EffectiveWeight):

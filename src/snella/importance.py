@@ -316,7 +316,7 @@ def is_sharded(factor: Tensor) -> bool:
 
 
 def _factor_layout(matrix: AdaptedMatrix) -> tuple[tuple[int, int], tuple[torch.Size, torch.Size]]:
-    """Return the start of a matrix's `A` and `B` in the layer's flattened factors, and their shapes."""
+    """Return the positions of a matrix's `A` and `B` in the layer's flattened factors, and their shapes."""
     layer = matrix.layer
     rank = layer.snella_config[matrix.adapter_name].rank_of(layer.module_name)
     rows, columns = matrix.shape
@@ -379,7 +379,7 @@ def _local_shard(factor: Tensor, start: int) -> _Shard:
 
 
 def _copies(factor: Tensor) -> int:
-    """Return the number of processes that hold the same entries of a factor that is not a `DTensor`."""
+    """Return the number of processes that hold the same entries of a factor, which must not be a `DTensor`."""
     return 1 if is_sharded(factor) else torch.distributed.get_world_size()
 
 
@@ -404,12 +404,12 @@ def _find_shard_starts(flat_shards: Sequence[Tensor], full_sizes: Sequence[int])
 
 
 def _stack_on_one_device(scores: Sequence[Tensor]) -> Tensor:
-    """Stack scalars on the device of the first one, so that one transfer reads them all."""
+    """Stack scalars on the first scalar's device, so that one transfer reads them all."""
     return torch.stack([score.to(scores[0].device) for score in scores])
 
 
 def _all_reduce(values: Tensor, operation: Any) -> Tensor:
-    """Reduce a tensor over all processes, on the GPU with NCCL."""
+    """Reduce a tensor over all processes; NCCL requires a tensor on the GPU."""
     device = values.device
     if torch.distributed.get_backend() == "nccl":
         values = values.cuda()

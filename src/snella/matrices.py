@@ -17,13 +17,13 @@ _NUMBERED = re.compile(r"(.*(?:layer|block)_)?\d+")  # "3", or torchvision's "en
 
 @dataclass(frozen=True)
 class AdaptedMatrix:
-    """View of one adapted matrix of a layer, with its factors and budget.
+    """View of an adapted matrix of a layer, with its factors and budget.
 
     Args:
         name: Module name, plus the name of the part in fused layers, e.g. `"blocks.0.attn.qkv.q"`.
         module_name: Module name.
         kind: Matrix type, `name` without the block prefix, e.g. `"attn.q"` or `"mlp.fc1"`.
-        depth: Block index, counted through the whole model, or `None` outside blocks.
+        depth: Block index in the entire model, or `None` outside blocks.
         layer: The layer.
         adapter_name: The adapter.
         group: Index of the matrix in its layer.

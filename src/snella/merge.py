@@ -107,7 +107,7 @@ def refresh_merged(layer: SnellaLayer, adapter_name: str, cache: MergeCache | No
 
 
 def _original_weight(layer: SnellaLayer) -> Tensor | LazyWeight:
-    """Return the base weight before any merge, as a copy unless it is quantized: a merge replaces quantized weights."""
+    """Return the unmerged base weight, as a copy unless it is quantized, because merging replaces quantized weights."""
     if layer._unmerged_quantized is not None:
         return layer._unmerged_quantized[0]
     if layer._unmerged_weight is not None:

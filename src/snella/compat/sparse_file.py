@@ -139,7 +139,7 @@ class SparsePatch:
 
     @torch.no_grad()
     def apply(self, model: nn.Module, *, check_base: bool = True) -> None:
-        """Apply the patch in place. Tensors keep their identity, so compiled models do not recompile.
+        """Apply the patch in place, so that compiled models do not recompile.
 
         Args:
             model: Plain model with the pre-trained weights that the patch was created for.

@@ -91,7 +91,7 @@ class TokenAdapter(nn.Module, BaseTunerLayer):
         self._owner[0].__dict__[self.parameter_name] = value
 
     def remove(self) -> None:
-        """Move the parameter back into its owner, and remove this module."""
+        """Move the parameter back into its owner and remove this module."""
         owner = self._owner[0]
         owner.__dict__.pop(self.parameter_name, None)
         owner._parameters[self.parameter_name] = self.base_layer.weight

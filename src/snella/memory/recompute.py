@@ -227,7 +227,7 @@ class _TrackingMode(TorchFunctionMode):
         self._caller, self._hooks = caller, _saved_tensors_hooks()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call a function, and mark its output if possible."""
+        """Call a function and mark its output if possible."""
         kwargs, output = kwargs or {}, None
         handler = None if torch.compiler.is_compiling() else _HANDLERS.get(func)
         if handler is not None and args and torch.is_grad_enabled() and self is _active_mode():
