@@ -323,7 +323,7 @@ def add_updates(
     if weight is None:
         total = torch.zeros(shape, dtype=wide_dtype, device=updates[0].factors.A.device)
     else:
-        # contiguous for the matrix view: the weight may be transposed or channels-last
+        # the matrix view needs contiguous memory; the weight may be transposed or channels-last
         total = weight.detach().to(wide_dtype).contiguous()
         if not owns_buffer and total.data_ptr() == weight.data_ptr():
             total = total.clone()

@@ -105,7 +105,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "learn_temperature": True,
         "update_dropout": 0.1,
         "update_drop_path": 0.1,
-        # names of attention's output projection in common libraries
+        # names of attention output projections in common libraries
         "dropout_exclude": ["proj", "out_proj", "o_proj", "to_out.0", "attn.c_proj", "attention.output.dense"],
         "parameters_to_save": ["cls_token"],
         "zero_init_ema": True,

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from snella.matrices import AdaptedMatrix
 
-UPDATE_METRICS = ("delta_magnitude", "delta_mean_magnitude")
+_UPDATE_METRICS = ("delta_magnitude", "delta_mean_magnitude")
 """Metrics computed from the merged updates instead of the factors."""
 
 
@@ -103,7 +103,7 @@ class ImportanceTracker:
         Args:
             gradient_scale: Scale of the gradients, from a gradient scaler.
         """
-        observations = self._observe_updates() if self.metric in UPDATE_METRICS else self._observe_factors()
+        observations = self._observe_updates() if self.metric in _UPDATE_METRICS else self._observe_factors()
         self._ranges = {key: item.entries for key, item in observations.items() if item.entries is not None}
         by_device: dict[torch.device, dict[str, _Observation]] = {}
         for key, observation in observations.items():

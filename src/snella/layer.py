@@ -640,7 +640,7 @@ def get_factors(layer: SnellaLayer, adapter_name: str) -> Factors:
     for name in layer.adapter_layer_names:
         values: Any = layer._modules[name]
         tensor = values._parameters.get(adapter_name)
-        # FSDP1 replaces the parameters by plain attributes during a pass
+        # FSDP1 replaces the parameters with plain attributes during a pass
         tensors.append(values.__dict__.get(adapter_name) if tensor is None else tensor)
     return Factors(*tensors)
 

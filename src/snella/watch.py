@@ -98,7 +98,7 @@ class TrainingWatch:
         if self.steps is None or self._has_warned_about_budget or budget <= target_budget:
             return
         step, total, steps_per_epoch = self.steps
-        # the best adapter can be saved at any time, the last one in the last epoch
+        # the best adapter may be saved at any time, the last adapter in the last epoch
         if step < total and (budget > 1.1 * target_budget or step > total - steps_per_epoch):
             self._has_warned_about_budget = True
             warnings.warn(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any, cast
 
@@ -309,13 +308,9 @@ def disable_fast_path(model: nn.Module) -> None:
     """
     for layer in model.modules():
         if isinstance(layer, nn.TransformerEncoderLayer):
-            for part in _adapted_parts(layer):
-                if not part._forward_pre_hooks:
+            for part in layer.modules():
+                if isinstance(part, SnellaLayer) and not part._forward_pre_hooks:
                     part.register_forward_pre_hook(_no_op_hook)
-
-
-def _adapted_parts(layer: nn.Module) -> Iterator[nn.Module]:
-    return (part for part in layer.modules() if isinstance(part, SnellaLayer))
 
 
 def _no_op_hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:

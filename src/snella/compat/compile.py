@@ -42,7 +42,6 @@ def forward_in_graph(layer: SnellaLayer, x: Tensor, *args: Any, **kwargs: Any) -
     x = x.to(torch.get_autocast_dtype(x.device.type) if is_autocast else weight.dtype)
     bias = bias if bias is None else bias.to(x.dtype)
     plan = layer._plan_updates(names, with_branches=True, in_graph=True)
-    # the first update is folded into the base weight; the others are added to the output
     first, others = plan.updates[:1], plan.updates[1:]
     y = _apply(layer, x, plan.names[0], first[0], op, weight, bias) if first else op(x, weight.to(x.dtype), bias)
     for name, update in zip(plan.names[1:], others, strict=True):

@@ -154,7 +154,7 @@ class TokenAdapter(nn.Module, BaseTunerLayer):
         return self
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # also cast: a float32 token in a half-precision model would promote all later activations
+        # also cast, because a float32 token in a half-precision model would promote all later activations
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         self._link()
 
