@@ -166,8 +166,8 @@ class SnellaConfig(PeftConfig):
             step.
         allocation: `"competition"` allocates the budget by importance, `"uniform"` by size (SNELL).
         schedule: Budget schedule: `cubic`, `quadratic`, `linear` or `constant`.
-        match_update: If True, `create_snella_optimizer` scales the factors' steps so that each changes the update in
-            proportion to its base weight (see `StepMatcher`). Requires the kernel `mix_k` or `p_linear`.
+        match_update: If True, `create_snella_optimizer` scales the factors' steps so that each step changes the update
+            in proportion to its base weight (see `StepMatcher`). Requires the kernel `mix_k` or `p_linear`.
         schedule_end: Fraction of training after which the budget reaches its target, in `(0, 1]`. The paper uses 1.
             Below 1, the remaining steps train at the target sparsity.
         importance: Importance metric: `sensitivity` (eq. 11), `magnitude` (of the factors), `delta_magnitude` (of each

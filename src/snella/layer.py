@@ -19,14 +19,7 @@ from snella.autograd import adapted_layer
 from snella.backends import choose_backend
 from snella.backends.base import MergeCache
 from snella.base_layer import check_weight, orient, prepare_input, product_dtype, unusable_weight_error
-from snella.budgets import (
-    LiveBudgets,
-    buffers_off_meta,
-    read_budgets,
-    restore_budgets,
-    seal_all_budgets,
-    seal_budgets,
-)
+from snella.budgets import LiveBudgets, buffers_off_meta, read_budgets, restore_budgets, seal_all_budgets, seal_budgets
 from snella.cache import AdapterState, EffectiveWeight, LayerCache
 from snella.compat.compile import forward_in_graph, weight_in_graph
 from snella.compat.hooks import call_inside_hooks, hook_dicts, onloaded
