@@ -359,7 +359,7 @@ def _grad_weight(
     call: LayerCall,
     needs: RequiredGrads,
 ) -> Tensor:
-    """Return ∂L/∂W `[m, …]`; for a frozen linear weight, an estimate or only the entries where `S` is nonzero."""
+    """Return ∂L/∂W `[m, …]`; for a frozen linear weight, perhaps an estimate or only entries where `S` is nonzero."""
     if needs.weight or not isinstance(call.op, LinearOp):
         return call.op.grad_weight(grad_y, x, call.weight_shape)
     flat_y, flat_x = call.op.gradient_tokens(grad_y, x)
