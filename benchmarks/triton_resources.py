@@ -32,8 +32,8 @@ from snella.backends.triton import backend, backward, forward
 ROWS = Path(__file__).with_suffix(".jsonl")
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
 RANKS = (8, 16, 32)
-INTEGERS = {"n": "i32", "m": "i32", "R": "i32", "num_kept": "i32", "num_tiles": "i32", "scaling": "fp32"}
-_ALIGNED_SIZES = {"n", "num_kept"}
+INTEGERS = {"n": "i32", "m": "i32", "R": "i32", "num_sums": "i32", "num_tiles": "i32", "scaling": "fp32"}
+_ALIGNED_SIZES = {"n", "num_sums"}
 TABLES = dict.fromkeys(("layout", "counts", "high", "middle", "low", "state"), "*i32")
 TILE, STATISTICS = backend.TILE, backend.STATISTICS
 _WARP = 32

@@ -1,4 +1,4 @@
-"""Entry point of `python -m snella`: runs the command line of `snella_app` and requires `snella[app]`."""
+"""Entry point of `python -m snella`, the command line of `snella_app`; requires `snella[app]`."""
 
 import importlib
 import sys

@@ -1,4 +1,4 @@
-"""Name lists and suggestions for error messages."""
+"""Lists of names and suggestions for error messages."""
 
 import difflib
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Layer-level competition: allocation of the budget among matrices by importance (Algorithm 1)."""
+"""Layer-level competition: budget allocation among matrices by importance (Algorithm 1)."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def budget_at(t: int, total: int, b0: int, bT: int, schedule: str = "cubic") -> 
 
         b_t = b_T + (1 − t/T)^k (b_0 − b_T),   k = 3, 2, 1 for cubic, quadratic, linear; constant: b_T at every t
 
-    Integer arithmetic, rounded down, so that `b_0` and `b_T` are exact.
+    Uses integer arithmetic and rounds down, so `b_0` and `b_T` are exact.
 
     Args:
         t: Epoch or step, in the unit of `total`. After `total` the budget stays at `bT`.
-        total: `T`, number of epochs or steps of the training.
+        total: `T`, total number of epochs or steps.
         b0: Budget at `t = 0`.
         bT: Budget at `t = T`.
         schedule: One of `Schedule`.
@@ -44,18 +44,17 @@ def budget_at(t: int, total: int, b0: int, bT: int, schedule: str = "cubic") -> 
 def allocate(importance: Sequence[float], caps: Sequence[int], budget: int, min_layer_share: float = 0.0) -> list[int]:
     """Allocate `budget` entries among matrices in proportion to their importance, capped at their size.
 
-    Each matrix gets its proportional share, capped at its size. The excess of saturated matrices goes to the others in
-    the same way, until no entry remains. Shares are computed in exact rational arithmetic and rounded by largest
-    remainder. The sum is therefore exact, and the result depends neither on the order of the matrices nor on the
-    machine.
+    Each matrix gets its proportional share, capped at its size. The excess of saturated matrices is redistributed in
+    the same way until all entries are allocated. Shares are computed in exact rational arithmetic and rounded by the
+    largest-remainder method, so the sum is exact and the result does not depend on matrix order or machine.
 
     Args:
         importance: Importance of each matrix. Negative values count as 0. If a value is not finite, or no value is
             positive, shares are proportional to size.
         caps: Size of each matrix.
         budget: Number of entries to allocate, in `[0, sum(caps)]`.
-        min_layer_share: Minimum budget of each matrix, as a fraction of its uniform share `budget · cap / Σ caps`; a
-            nonzero budget keeps the gradient. The paper uses 0.
+        min_layer_share: Minimum budget of each matrix, as a fraction of its uniform share `budget · cap / Σ caps`.
+            Without a budget, a matrix has no gradient. The paper uses 0.
 
     Returns:
         One integer per matrix, `0 ≤ b[l] ≤ caps[l]`, `Σ b == budget`.
@@ -108,11 +107,11 @@ def _fill_in_proportion(scores: list[Fraction], capacities: list[int], budget: i
 
 
 def _round_to_sum(shares: list[Fraction], capacities: list[int], budget: int, scores: list[Fraction]) -> list[int]:
-    """Round down and add the missing entries by largest remainder; ties are broken by importance, then by size."""
+    """Round shares down, then assign the rest by largest remainder; break ties by importance, then by size."""
     counts = [int(share) for share in shares]
     missing = budget - sum(counts)
-    # the position of a matrix must not break ties, or the result would depend on the order of the layers;
-    # matrices with equal remainder, importance and size are interchangeable
+    # matrices with equal remainder, importance and size are interchangeable; other ties must not be broken by
+    # position, or the result would depend on the order of the layers
     order = sorted(range(len(shares)), key=lambda k: (shares[k] - counts[k], scores[k], capacities[k]), reverse=True)
     for k in (k for k in order if counts[k] < capacities[k]):
         if missing == 0:

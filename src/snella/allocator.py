@@ -21,7 +21,7 @@ from snella.optimizer import MATCHER_ATTRIBUTE
 
 _STATE_KEY = "snella_allocator"  # in the first parameter group of an optimizer's state
 _FORMAT = 2
-_HISTORY_INTERVALS = 100  # training intervals with one history entry each
+_HISTORY_INTERVALS = 100  # number of training intervals; the history has one entry per interval
 _GRADIENT_CHECK_STEPS = 5  # a zero-initialized head or drop-path can suppress the first gradients
 
 __all__ = ["BudgetAllocator", "allocate"]
@@ -32,9 +32,9 @@ class BudgetAllocator:
 
     Every optimizer step updates the importance of every matrix. Every epoch, or every N steps (`realloc_every`), the
     global budget follows the schedule and is reallocated. After the last epoch, or after the fraction `schedule_end`
-    of the training, it is exactly `b_T = (1 − target_sparsity)·(all adapted weights)`.
+    of training, it is exactly `b_T = (1 − target_sparsity)·total_weights`.
 
-    In most training loops, one call of `attach` suffices:
+    Most training loops need only one call to `attach`:
 
         allocator = BudgetAllocator(model, total_epochs=10, steps_per_epoch=len(loader))
         allocator.attach(optimizer)
@@ -54,10 +54,10 @@ class BudgetAllocator:
     Attributes:
         history: One entry per allocation: `step`, `t` and `total` (the schedule's time), `budget`, and `budgets` and
             `importance` per matrix. The first entry is the initial allocation. With frequent allocations, only the
-            last entry of each epoch and of each hundredth of training remains, to limit the size of checkpoints.
+            last entry of each epoch and of each hundredth of training is kept, to limit checkpoint size.
 
     Raises:
-        ValueError: If the model does not have this adapter, or a number of epochs or steps is below 1.
+        ValueError: If the model does not have this adapter, or an epoch or step count is below 1.
     """
 
     def __init__(
@@ -92,11 +92,11 @@ class BudgetAllocator:
         self.step = 0
         self.history: list[dict[str, Any]] = []
         self._has_checked_optimizer = False
-        self._has_updated_importance = self._has_stepped = False  # in this step, and since the last zero_grad
+        self._has_updated_importance = self._has_stepped = False  # in this step; since the last zero_grad
         self._is_stepping = False
         self._num_gradient_checks = 0  # steps checked for missing gradients
         self._without_gradient = {matrix.name for matrix in self.matrices}
-        self.has_exact_steps = False  # True if a trainer provides the number of steps
+        self.has_exact_steps = False  # True if a trainer provides the exact step count
         self._handles: list[torch.utils.hooks.RemovableHandle | _ZeroGradHook] = []
         self._allocate(0)
 
@@ -109,12 +109,12 @@ class BudgetAllocator:
 
     @property
     def start_budget(self) -> int:
-        """`b_0 = (1 − init_sparsity)·(all adapted weights)`."""
+        """`b_0 = (1 − init_sparsity)·total_weights`."""
         return self.total_weights - round(self.config.init_sparsity * self.total_weights)
 
     @property
     def target_budget(self) -> int:
-        """`b_T = (1 − target_sparsity)·(all adapted weights)`."""
+        """`b_T = (1 − target_sparsity)·total_weights`."""
         return self.total_weights - round(self.config.target_sparsity * self.total_weights)
 
     @property
@@ -139,7 +139,7 @@ class BudgetAllocator:
         return step <= self.total_steps and (step % interval == 0 or step == self.total_steps)
 
     def _time(self, step: int) -> tuple[int, int]:
-        """Return the schedule's `(t, T)` after `step` steps, in epochs or steps according to `realloc_every`."""
+        """Return the schedule's `(t, T)` after `step` steps, in epochs or steps depending on `realloc_every`."""
         is_over = step >= self.total_steps
         if self.config.realloc_every == "epoch":
             total = math.ceil((self.config.schedule_end or 1.0) * self.total_epochs)
@@ -164,7 +164,7 @@ class BudgetAllocator:
 
         Raises:
             RuntimeError: If the allocator is already attached.
-            ValueError: If the optimizer has none of the adapter's factors.
+            ValueError: If the optimizer contains none of the adapter's factors.
             NotImplementedError: If the optimizer is DeepSpeed's, which hides the gradients.
         """
         if self._handles:
@@ -197,12 +197,12 @@ class BudgetAllocator:
         return self
 
     def _is_optimized_by(self, optimizer: Optimizer) -> bool:
-        """Return whether an optimizer has factors of the adapter."""
+        """Return whether an optimizer updates any of the adapter's factors."""
         optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         return any(id(factor) in optimized for factor in self._factors())
 
     def _factors(self) -> list[torch.Tensor]:
-        """Return the parameter that contains the factor `A` of each matrix."""
+        """Return the parameter with factor `A` of each matrix."""
         return [matrix.layer.snella_A[self.adapter_name] for matrix in self.matrices]
 
     def detach(self) -> None:
@@ -219,7 +219,7 @@ class BudgetAllocator:
         `preset="official"`), before clearing the gradients.
 
         Args:
-            step: Index of this optimizer step, counted from 1.
+            step: 1-based index of this optimizer step.
         """
         self.config.watch.is_attached = True
         self._update_importance()
@@ -276,7 +276,7 @@ class BudgetAllocator:
         self._finish_step(self.step + 1)
 
     def _before_zero_grad(self, optimizer: Optimizer) -> None:
-        """Count a skipped step: gradients overflowed, and no step ran since the last call."""
+        """Count a skipped step if gradients overflowed and no step has run since the last call."""
         if self._is_stepping:  # called by the closure
             return
         has_stepped, self._has_stepped = self._has_stepped, False
@@ -296,9 +296,9 @@ class BudgetAllocator:
         self._num_gradient_checks += 1
         # `SnellaModel` reports unused layers
         excluded = {m.name for m in self.matrices if not m.layer.is_applied}
-        if self._num_gradient_checks == 1:  # later, a missing gradient may be the cause of a zero budget
+        if self._num_gradient_checks == 1:  # later, a zero budget may result from a missing gradient
             excluded |= set(self.frozen)
-        self._without_gradient -= self.importance.with_gradient() | excluded
+        self._without_gradient -= self.importance.names_with_gradient() | excluded
         if self._num_gradient_checks == min(_GRADIENT_CHECK_STEPS, self.total_steps) and self._without_gradient:
             names = [matrix.name for matrix in self.matrices if matrix.name in self._without_gradient]
             warnings.warn(
@@ -378,7 +378,7 @@ class BudgetAllocator:
         """Restore budgets, averages and history from a `state_dict`.
 
         Raises:
-            ValueError: If the state has another format or other matrices.
+            ValueError: If the format or matrices of the state do not match.
         """
         if state.get("format") != _FORMAT:
             raise ValueError(f"the allocator's state must have format {_FORMAT}, got {state.get('format')!r}")
@@ -449,7 +449,7 @@ def _gradient_scale(optimizer: Optimizer) -> float:
 
 
 def _broadcast_scores(scores: list[float]) -> list[float]:
-    """Broadcast the scores of rank 0. Gradients are already averaged, so ranks differ only by rounding."""
+    """Broadcast the scores of rank 0; gradients are already averaged, so ranks differ only by rounding."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
         return scores

@@ -1,7 +1,7 @@
 """The adapted layer as an autograd function; its backward pass rebuilds the update instead of saving it.
 
-The backward pass needs the input, the factors and scalars (parameters of the model) and one threshold per matrix. Both
-passes materialize a `LazyWeight`. The package's README derives the gradients.
+The backward pass needs the input, the factors and scalars (model parameters) and one threshold per matrix. Both passes
+materialize a `LazyWeight`. `DERIVATION.md` derives the gradients.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ class RecomputeCache:
     """Results of a recomputed forward pass, reused by the following backward pass.
 
     Activation checkpointing reruns a layer's forward pass immediately before the layer's backward pass. The cache
-    avoids a second computation of the same matrices. One cache serves all calls of a layer while its parameters do not
-    change.
+    avoids computing the same matrices twice. All calls of a layer share one cache while its parameters do not change.
     """
 
     def __init__(self) -> None:
@@ -43,7 +42,7 @@ class RecomputeCache:
         Args:
             effective: `W0 + Σ scaling·S`, in the dtype of the layer op.
             merged: The updates' merged matrices.
-            weight: A tensor that changes whenever `W0` changes.
+            weight: Tensor that changes whenever `W0` changes.
         """
         self._entry = None
         is_within_backward = torch._C._current_graph_task_id() != -1
@@ -89,7 +88,7 @@ class LayerCall:
 
 @dataclass(frozen=True)
 class RequiredGrads:
-    """Required gradients: input, weight, bias, and the six tensors of each update."""
+    """Flags of the required gradients: input, weight, bias, and the six tensors of each update."""
 
     x: bool
     weight: bool
@@ -159,7 +158,7 @@ def adapted_layer(
 
 
 class _AdaptedLayer(torch.autograd.Function):
-    """`adapted_layer` with gradients of input, weight, bias and the updates' factors.
+    """Autograd function of `adapted_layer`; differentiates input, weight, bias and the updates' factors.
 
     With `call.origin`, `input_sources` is saved instead of `x`, and the backward pass recomputes `x` from it.
     """
@@ -324,7 +323,7 @@ def add_updates(
     if weight is None:
         total = torch.zeros(shape, dtype=wide_dtype, device=updates[0].factors.A.device)
     else:
-        # contiguous for the matrix view: the weight may be transposed or channels-last
+        # the matrix view needs contiguous memory; the weight may be transposed or channels-last
         total = weight.detach().to(wide_dtype).contiguous()
         if not owns_buffer and total.data_ptr() == weight.data_ptr():
             total = total.clone()
@@ -360,7 +359,7 @@ def _grad_weight(
     call: LayerCall,
     needs: RequiredGrads,
 ) -> Tensor:
-    """Return ∂L/∂W `[m, …]`; for a frozen linear layer possibly an estimate, or only the entries of its update."""
+    """Return ∂L/∂W `[m, …]`; for a frozen linear weight, perhaps an estimate or only entries where `S` is nonzero."""
     if needs.weight or not isinstance(call.op, LinearOp):
         return call.op.grad_weight(grad_y, x, call.weight_shape)
     flat_y, flat_x = call.op.gradient_tokens(grad_y, x)

@@ -1,4 +1,4 @@
-"""Access to the weight of a base layer."""
+"""Base-layer helpers: weight layout, compute dtype, input casts and weight checks."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 
 def orient(base: Any, weight: Tensor) -> Tensor:
-    """Convert a weight between the layout of the base layer and `[m, …]`, outputs first.
+    """Convert a weight between the base layer's layout and `[m, …]`, outputs first.
 
     The two layouts differ only for transformers' `Conv1D`, which stores `[in, out]`.
     """
     return weight.T if isinstance(base, Conv1D) else weight
 
 
-def input_of_op(layer: SnellaLayer, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast and pad the input. Under autocast the op casts it, because a cast here would hide its origin."""
+def prepare_input(layer: SnellaLayer, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast and pad the input. Under autocast the op casts it, because a cast here would drop its `Mark`."""
     if not torch.is_autocast_enabled(x.device.type):
         x = layer._cast_input_dtype(x, dtype)
     if not layer.pads_input:
@@ -40,7 +40,7 @@ def product_dtype(layer: SnellaLayer, x: Tensor) -> torch.dtype:
 
 
 def check_weight(layer: SnellaLayer, weight: Tensor | LazyWeight) -> None:
-    """Reject a base weight to which no update can be added."""
+    """Reject a missing or 8-bit base weight, to which no update can be added."""
     if isinstance(weight, Tensor) and (weight.dtype.itemsize == 1 or weight.is_meta):
         raise unusable_weight_error(layer, weight.dtype)
 
@@ -49,9 +49,8 @@ def unusable_weight_error(layer: SnellaLayer, dtype: torch.dtype) -> NotImplemen
     """Return the error for a missing or 8-bit base weight."""
     if dtype.itemsize == 1:
         return NotImplementedError(
-            f"the weight of {layer.module_name!r} must not be {dtype}, to which no update can be added; merge "
-            "before enable_layerwise_casting, which upcasts weights only in forward passes, or load the model in "
-            "bfloat16"
+            f"the weight of {layer.module_name!r} must have at least 16 bits per entry, got {dtype}; merge before "
+            "enable_layerwise_casting, which upcasts weights only in forward passes, or load the model in bfloat16"
         )
     return NotImplementedError(
         f"the weight of {layer.module_name!r} is on the meta device; load it, or offload it with "

@@ -1,7 +1,7 @@
-"""Budgets of a layer's adapters: buffers that are saved with the adapter and survive model averaging.
+"""Budgets of a layer's adapters, in buffers that are saved with the adapter and survive model averaging.
 
 Model averaging may also average buffers (`AveragedModel(use_buffers=True)`, timm's `ModelEmaV2`). An averaged budget
-does not match its seal, a hash of the budget, and the layer then restores the most recently set budgets.
+no longer matches its seal, a hash of the budget, so the layer restores the most recently set budgets.
 """
 
 from __future__ import annotations
@@ -12,14 +12,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from snella.cache import compute_seal
-
 if TYPE_CHECKING:
     from snella.layer import SnellaLayer
 
 
+class LiveBudgets(dict[str, tuple[int, ...]]):
+    """Most recently set budgets of a layer's adapters, shared by all copies of the layer."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LiveBudgets:
+        return self
+
+
+def compute_seal(budget: int) -> int:
+    """Return a hash of a budget that averaging does not preserve, to detect averaged budgets."""
+    return (budget + 1) * 0x9E3779B1 % 0x7FFFFFFF
+
+
 def read_budgets(layer: SnellaLayer, adapter_name: str) -> tuple[int, ...]:
-    """Return the budgets in the buffer; replace averaged ones with the live budgets first."""
+    """Return the budgets in the buffer, after replacing averaged budgets with the live ones."""
     buffer, seals = layer.snella_budget[adapter_name], layer.snella_seal[adapter_name]
     budgets, stored_seals = torch.stack((buffer, seals.to(buffer.device))).tolist()  # one transfer
     is_sealed = stored_seals == [compute_seal(budget) for budget in budgets]
@@ -38,7 +48,7 @@ def seal_budgets(layer: SnellaLayer, adapter_name: str, budgets: tuple[int, ...]
     Args:
         layer: The layer.
         adapter_name: The adapter.
-        budgets: The values; read from the device by default.
+        budgets: The buffer's values; read from the device by default.
     """
     buffer = layer.snella_budget[adapter_name]
     if buffer.is_meta:
@@ -59,7 +69,7 @@ def seal_all_budgets(layer: SnellaLayer, *_: Any) -> None:
 
 
 def restore_budgets(layer: SnellaLayer, *_: Any) -> None:
-    """Replace averaged budgets in the buffers, for code that reads the buffers directly; a `state_dict` hook."""
+    """Replace averaged budgets, for code that reads the buffers directly; a `state_dict` hook."""
     for name, buffer in layer.snella_budget.items():
         if not buffer.is_meta and not layer.snella_seal[name].is_meta:
             read_budgets(layer, name)
@@ -67,7 +77,7 @@ def restore_budgets(layer: SnellaLayer, *_: Any) -> None:
 
 @contextmanager
 def buffers_off_meta(layer: SnellaLayer) -> Iterator[None]:
-    """Keep budgets and seals on their device if a move, e.g. by accelerate, targets the meta device."""
+    """Keep budgets and seals on their device when the layer moves to the meta device, e.g. in accelerate."""
     buffers = (layer.snella_budget, layer.snella_seal)
     before = [(values, name, values[name]) for values in buffers for name in values]
     yield

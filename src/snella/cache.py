@@ -22,8 +22,7 @@ _step_checks: list[Callable[[Optimizer], bool]] = []
 def optimizer_steps() -> int:
     """Return the number of optimizer steps in this process since the first call of this function.
 
-    Some optimizers change parameters without a version change, e.g. 8-bit optimizers, which write through raw pointers.
-    A tensor's version therefore does not detect all changes.
+    Tensor versions do not reveal all changes: 8-bit optimizers, for example, write through raw pointers.
     """
     if not _optimizer_steps:
         _optimizer_steps.append(0)
@@ -44,7 +43,7 @@ def _count_step(optimizer: Optimizer, *_: Any) -> None:
 
 
 def compute_fingerprint(tensors: Sequence[Tensor | None]) -> tuple[tuple[int, int, int], ...] | None:
-    """Return the identities, addresses and versions of tensors, which change with every recorded write.
+    """Return the ids, addresses and versions of tensors, at least one of which changes with every recorded write.
 
     Returns `None` for tensors created in inference mode or on the meta device, which do not track changes.
     """
@@ -64,7 +63,7 @@ class AdapterState:
 
     Args:
         key: Fingerprint of the factors and all other inputs; `None` if the state is not shared.
-        factors: Reference that keeps the factors alive, because Python reuses the ids of freed objects.
+        factors: The factors, kept alive because Python reuses the ids of freed objects.
         thresholds: `[G]`, or `None` before the first call.
         recompute: Cache of a recomputed forward pass, for the backward pass.
     """
@@ -76,7 +75,7 @@ class AdapterState:
 
 
 class LayerCache:
-    """Cache of thresholds (a few bytes, in training and evaluation) and the effective weight (only in evaluation).
+    """Cache of thresholds (a few bytes) and, in evaluation only, of the effective weight.
 
     Entries are valid for one state of their inputs. Copies and pickles start empty.
     """
@@ -93,7 +92,7 @@ class LayerCache:
         self.release_effective_weight()
 
     def release_effective_weight(self) -> None:
-        """Free the effective weight, so that training holds no second copy of the model."""
+        """Free the effective weight, so that training does not hold a second copy of the model."""
         self._effective: tuple[tuple[Any, ...], Sequence[Tensor], Tensor] | None = None
 
     def check_written(self, names: Sequence[str], factors: Sequence[Tensor]) -> None:
@@ -125,7 +124,7 @@ class LayerCache:
         return state
 
     def budgets(self, name: str, budget: Tensor, read: Callable[[str], tuple[int, ...]]) -> tuple[int, ...]:
-        """Return the budgets as Python integers; calls `read`, which synchronizes, only after a change."""
+        """Return the budgets as Python integers; call `read`, which synchronizes, only after a change."""
         entry = self._budgets.get(name)
         if entry is not None and entry[0] is budget and entry[1:3] == (budget.data_ptr(), budget._version):
             return entry[3]
@@ -134,7 +133,7 @@ class LayerCache:
         return integers
 
     def record_budgets(self, name: str, budget: Tensor, integers: tuple[int, ...]) -> None:
-        """Cache the integers that a buffer contains."""
+        """Cache a buffer's budgets as integers."""
         if not (budget.is_inference() or budget.is_meta):
             self._budgets[name] = (budget, budget.data_ptr(), budget._version, integers)
 
@@ -146,7 +145,7 @@ class LayerCache:
             self._sealed[name] = (budget, budget._version, seal, seal._version)
 
     def is_written_without_seal(self, name: str, budget: Tensor, seal: Tensor) -> bool:
-        """Return whether a write changed the buffer but not its seal, e.g. averaging of a `state_dict`."""
+        """Return whether a write, e.g. of an averaged `state_dict`, changed the buffer but not its seal."""
         entry = self._sealed.get(name)
         is_known = entry is not None and entry[0] is budget and entry[2] is seal
         return is_known and budget._version != entry[1] and seal._version == entry[3]  # type: ignore[index]
@@ -154,7 +153,7 @@ class LayerCache:
     def effective_weight(
         self, tensors: Sequence[Tensor], settings: tuple[Any, ...], compute: Callable[[], Tensor]
     ) -> Tensor:
-        """Return the effective weight for this state of `tensors` and `settings`, computed at most once."""
+        """Return the effective weight, computed at most once per state of `tensors` and `settings`."""
         fingerprint = compute_fingerprint(tensors)
         if fingerprint is None:
             return compute()
@@ -169,18 +168,6 @@ class LayerCache:
 
     def __reduce__(self) -> tuple[type[LayerCache], tuple[()]]:
         return (LayerCache, ())
-
-
-class LiveBudgets(dict[str, tuple[int, ...]]):
-    """Most recent budgets of a layer's adapters, shared by all copies of the layer."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> LiveBudgets:
-        return self
-
-
-def compute_seal(budget: int) -> int:
-    """Return a hash of a budget that averaging does not preserve, to detect averaged budgets."""
-    return (budget + 1) * 0x9E3779B1 % 0x7FFFFFFF
 
 
 _METADATA_METHODS = {
@@ -212,8 +199,8 @@ class EffectiveWeight(Tensor):
         Args:
             base: The base weight.
             compute: Returns the weight with its updates.
-            multiply: Computes `F.linear` of an input, the weight and a bias, without saving the weight for the backward
-                pass. Returns `None` if `compute` does not save it either.
+            multiply: Computes `F.linear` of an input, the weight and a bias without saving the weight for the backward
+                pass, or returns `None` if `compute` does not save it either.
         """
         weight = base.detach().as_subclass(EffectiveWeight)
         weight._base_weight, weight._compute, weight._multiply, weight._effective = base, compute, multiply, None
@@ -247,7 +234,7 @@ class EffectiveWeight(Tensor):
 
 
 def _multiply(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    """Return `F.linear` for an effective weight that is not computed yet, otherwise `None`."""
+    """Return `F.linear` with an effective weight that has not been computed yet, otherwise `None`."""
     if not isinstance(weight, EffectiveWeight) or weight._multiply is None or weight._effective is not None:
         return None
     if isinstance(input, EffectiveWeight) or isinstance(bias, EffectiveWeight):
@@ -256,7 +243,7 @@ def _multiply(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
 
 def _unwrap(arguments: Any, attribute: str | None = None) -> Any:
-    """Replace every effective weight in the arguments with its value, or with one of its attributes."""
+    """Replace every effective weight in the arguments with its value or the named attribute."""
     if attribute is not None:
         return tree_map_only(EffectiveWeight, lambda weight: getattr(weight, attribute), arguments)
     return tree_map_only(EffectiveWeight, EffectiveWeight.value, arguments)

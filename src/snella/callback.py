@@ -1,4 +1,4 @@
-"""Budget allocator callback for transformers' `Trainer`."""
+"""Callback of transformers' `Trainer` that drives the budget allocator."""
 
 from __future__ import annotations
 

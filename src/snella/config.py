@@ -105,7 +105,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "learn_temperature": True,
         "update_dropout": 0.1,
         "update_drop_path": 0.1,
-        # names of attention's output projection in common libraries
+        # names of attention output projections in common libraries
         "dropout_exclude": ["proj", "out_proj", "o_proj", "to_out.0", "attn.c_proj", "attention.output.dense"],
         "parameters_to_save": ["cls_token"],
         "zero_init_ema": True,
@@ -129,8 +129,8 @@ class SnellaConfig(PeftConfig):
         target_modules: Modules to adapt: a list of names or suffixes, a regular expression, or `"all-linear"` (every
             linear layer except the head, patch embedding and patch merging). `None` depends on the model: the attention
             projections of Stable Diffusion 3, the image encoder of SAM, otherwise `"all-linear"`. If only the head has
-            linear layers (e.g. in a ResNet), `None` selects the ungrouped convolutions, except the stem (the first one)
-            and those named `downsample`.
+            linear layers (e.g. in a ResNet), `None` selects the ungrouped convolutions, except the stem (the first
+            convolution) and those named `downsample`.
         exclude_modules: Modules to exclude: a list of names or suffixes, or a regular expression.
         layers_to_transform: Block indices to adapt; requires `target_modules` as a list.
         layers_pattern: Name of the list of blocks, e.g. `layers`; defaults to the first numbered list in a module name.
@@ -155,7 +155,7 @@ class SnellaConfig(PeftConfig):
             instead of one.
         dropout_exclude: Suffixes of modules without `update_dropout`.
         preset: Defaults for fields left at `None`: `"paper"`; `"official"`, the behavior of the authors' released code;
-            or `"matched"`, the paper's update with steps that depend less on the learning rate
+            or `"matched"`, the paper's update with optimizer steps that are less sensitive to the learning rate
             (`match_update=True, schedule_end=0.7`).
         sparsify_mode: `"soft"` (eq. 13), `"official"`, or `"none"`. With `"none"` the update is the merged matrix
             (kernelized LoRA); requires `target_sparsity=0`.
@@ -166,13 +166,13 @@ class SnellaConfig(PeftConfig):
             step.
         allocation: `"competition"` allocates the budget by importance, `"uniform"` by size (SNELL).
         schedule: Budget schedule: `cubic`, `quadratic`, `linear` or `constant`.
-        match_update: If True, `create_snella_optimizer` scales the factors' steps so that each changes the update in
-            proportion to its base weight (see `StepMatcher`). Requires the kernel `mix_k` or `p_linear`.
+        match_update: If True, `create_snella_optimizer` scales the factors' steps so that each step changes the update
+            in proportion to its base weight (see `StepMatcher`). Requires the kernel `mix_k` or `p_linear`.
         schedule_end: Fraction of training after which the budget reaches its target, in `(0, 1]`. The paper uses 1.
             Below 1, the remaining steps train at the target sparsity.
         importance: Importance metric: `sensitivity` (eq. 11), `magnitude` (of the factors), `delta_magnitude` (of each
-            entry of the update, the paper's W-Magnitude) or `delta_mean_magnitude` (mean over the update). The last two
-            store two numbers per adapted weight and one number per matrix.
+            entry of the update, the paper's W-Magnitude; stores two numbers per adapted weight) or
+            `delta_mean_magnitude` (mean over the update).
         realloc_every: `"epoch"`, or the number of optimizer steps between allocations.
         beta1: Decay of the moving average of the importance.
         beta2: Decay of the moving average of the importance's uncertainty.
@@ -197,7 +197,8 @@ class SnellaConfig(PeftConfig):
         impl: Implementation of the adapted layer: `"auto"`, `"triton"` (Triton kernels on a CUDA device), `"numba"`
             (Numba kernels on the CPU), `"eager"` or `"reference"`; see `snella.functional.adapted_linear`.
         init_weights: `True` draws small factors: the update of a ViT-B-sized weight starts near 5e-6. Narrow layers
-            start smaller than in the paper (see `SnellaLayer.largest_start`). `False` draws larger factors, for tests.
+            start smaller than in the paper (see `SnellaLayer.max_initial_ratio`). `False` draws larger factors, for
+            tests.
         unused_modules: Read-only; set by `save_pretrained`. Adapted modules that no forward pass used and that are
             therefore untrained. Merging the loaded adapter warns about them.
 
@@ -257,7 +258,7 @@ class SnellaConfig(PeftConfig):
     unused_modules: list[str] | None = field(default=None, metadata={"help": "read-only: adapted but unused modules"})
 
     def __new__(cls, *args: Any, **settings: Any) -> Self:
-        """Reject unknown fields and suggest the closest one."""
+        """Reject unknown fields and suggest the closest field."""
         names = {f.name for f in fields(cls)}
         errors = []
         for name in [name for name in settings if name not in names]:
@@ -286,7 +287,7 @@ class SnellaConfig(PeftConfig):
             setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)
 
     def rank_of(self, module_name: str) -> int:
-        """Return the rank of a layer: the value of the longest matching key in `rank_pattern`, else `r`."""
+        """Return a layer's rank: the value of the longest matching key in `rank_pattern`, else `r`."""
         keys = [key for key in self.rank_pattern if module_name == key or module_name.endswith(f".{key}")]
         return self.rank_pattern[max(keys, key=len)] if keys else self.r
 
@@ -299,8 +300,8 @@ class SnellaConfig(PeftConfig):
             center_softmax=self.center_softmax,
         )
 
-    def wanted_tokens(self) -> list[str]:
-        """Return the unresolved `parameters_to_save`: the user's names, or the preset's defaults."""
+    def requested_tokens(self) -> list[str]:
+        """Return the unresolved `parameters_to_save`: the user's names or the preset's defaults."""
         return list(
             (self.parameters_to_save if self.requires_tokens else _PRESETS[self.preset]["parameters_to_save"]) or []
         )
@@ -375,7 +376,7 @@ class SnellaConfig(PeftConfig):
 
     def _apply_preset(self) -> None:
         """Fill the fields left at `None`."""
-        # the model may lack parameters that a preset names, but not parameters that the user names
+        # a model may lack the parameters of a preset, but not parameters that the user names
         self.requires_tokens = self.parameters_to_save is not None
         for name, value in _PRESETS[self.preset].items() if self.preset in list(_PRESETS) else ():
             if getattr(self, name) is None:
@@ -486,7 +487,7 @@ class SnellaConfig(PeftConfig):
                     regex.compile(value)
                 except regex.error as error:
                     errors.append(f"{name} must be a regular expression or a list of names, got {value!r}: {error}")
-        # PEFT and snella insert these names into regular expressions
+        # PEFT and snella build regular expressions from these names
         for name in ("modules_to_save", "rank_pattern", "layers_pattern"):
             names = getattr(self, name) or []
             for key in [names] if isinstance(names, str) else names:

@@ -24,7 +24,7 @@ def compute_effective_weight(
     weight_shape: torch.Size,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Compute `W0 + Σ scaling·S` without gradients, bit-identical to `adapted_layer`.
+    """Compute a detached `W0 + Σ scaling·S`, bit-identical to `adapted_layer`.
 
     Args:
         weight: `[m, …]`, or `None` for the sum of the updates.
@@ -55,9 +55,9 @@ def write_effective_weight(weight: Tensor, update: Update, out: Tensor, cache: M
     Args:
         weight: `W0`, `[m, …]`.
         update: The update.
-        out: Output, with the shape and dtype of `weight`, in different memory. If both tensors are contiguous and the
-            thresholds are known, the call allocates no further tensor of this size.
-        cache: Cache; the first call with this update fills it, and later calls read it.
+        out: Output with the shape and dtype of `weight`, in different memory. If both tensors are contiguous and the
+            thresholds are known, the call allocates no other tensor of this size.
+        cache: Cache that the first call with this update fills and later calls read.
     """
     cache = MergeCache(update.thresholds) if cache is None else cache
     is_direct = weight.is_contiguous() and out.is_contiguous() and update.spec.backend != "reference"
@@ -112,7 +112,7 @@ def adapted_linear(
         temperature: 0-dim or `None`.
         num_pieces: `P`.
         softmax_dim: 0 or 1.
-        center_softmax: If True, subtract the softmax's mean.
+        center_softmax: If True, subtract the mean of the softmax.
         scaling: Scaling factor of `S`.
         mode: `"soft"` (eq. 13), `"official"`, or `"none"` with a full budget (`S = ΔW`).
         impl: `"eager"` (torch operations; a hand-written backward pass rebuilds the update), `"numba"` (Numba kernels

@@ -18,20 +18,20 @@ _SIGMAS = 5.0  # tolerance in standard deviations; a new head fails a test with 
 
 
 class NewHeads:
-    """Tracker of frozen, newly initialized head layers and their calls."""
+    """Record of frozen, newly initialized head layers and their calls."""
 
     def __init__(self) -> None:
         self._recorders: dict[str, tuple[nn.Module, _CallRecorder, torch.utils.hooks.RemovableHandle]] = {}
 
     def find(self, model: nn.Module) -> None:
-        """Find frozen, newly initialized head layers, and start recording their calls."""
+        """Find frozen, newly initialized head layers and start recording their calls."""
         for name, layer in _head_layers(model).items():
             if not any(p.requires_grad for p in layer.parameters()) and is_newly_initialized(layer.weight, layer.bias):
                 recorder = _CallRecorder()
                 self._recorders[name] = layer, recorder, layer.register_forward_hook(recorder)
 
     def frozen_and_used(self) -> list[str]:
-        """Return the names of called layers that are still frozen, and stop recording."""
+        """Stop recording and return the names of the called layers that are still frozen."""
         recorders, self._recorders = self._recorders, {}
         for _, _, handle in recorders.values():
             handle.remove()
@@ -72,7 +72,7 @@ def _head_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
 
 @torch.no_grad()
 def is_newly_initialized(weight: Tensor, bias: Tensor | None) -> bool:
-    """Return whether a layer's values look newly initialized.
+    """Return whether a layer looks newly initialized.
 
     Three patterns count as new:
 
@@ -81,7 +81,7 @@ def is_newly_initialized(weight: Tensor, bias: Tensor | None) -> bool:
     - The bias is zero, and the entries of the weight are independent, according to their mean, the row norms and the
       angles between rows.
 
-    A trained layer has neither a zero bias nor this bound, and rows of class embeddings are correlated.
+    A trained layer has a nonzero bias and exceeds the bound; rows of class embeddings are correlated.
 
     Args:
         weight: `[m, …]`.
@@ -118,9 +118,8 @@ def _is_noise(rows: Tensor) -> bool:
     square = rows.square().mean()
     if float(rows.mean().abs()) > _SIGMAS * float((square / rows.numel()).sqrt()):
         return False
-    variance = float(
-        (rows.square() / square).var(correction=0)
-    )  # variance of the squares: 2 for normal, 0.8 for uniform entries
+    # variance of the squares: 2 for normal, 0.8 for uniform entries
+    variance = float((rows.square() / square).var(correction=0))
     norms = rows.square().mean(1) / square  # [m]
     if variance > 4 or float((norms - 1).abs().max()) > _SIGMAS * math.sqrt(variance / n) + 1e-3:
         return False

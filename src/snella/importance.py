@@ -1,4 +1,4 @@
-"""Importance of each adapted matrix, smoothed over steps (eqs. 7–11)."""
+"""Importance of each adapted matrix, smoothed over optimizer steps (eqs. 7–11)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch.distributed.tensor import DTensor, Shard
 
 from snella.matrices import AdaptedMatrix
 
-UPDATE_METRICS = ("delta_magnitude", "delta_mean_magnitude")
+_UPDATE_METRICS = ("delta_magnitude", "delta_mean_magnitude")
 """Metrics computed from the merged updates instead of the factors."""
 
 
 class _EntryRange(NamedTuple):
-    """Range of a factor's entries in this process.
+    """Range of a factor's entries that this process holds.
 
     Args:
         start: First entry in the flattened factor.
@@ -41,7 +41,7 @@ class _Observation(NamedTuple):
 
 @dataclass
 class _FlatAverages:
-    """Moving averages of all entries on one device, concatenated to reduce the number of operations per step."""
+    """Moving averages of all entries on a device, concatenated to save operations per step."""
 
     keys: list[str]
     averages: Tensor
@@ -93,7 +93,7 @@ class ImportanceTracker:
 
     @property
     def is_sharded(self) -> bool:
-        """True if each process holds only the averages of its local entries; `scores` then sums over all processes."""
+        """True if a process holds only the averages of its local entries; `scores` then sums over all processes."""
         return bool(self._ranges)
 
     @torch.no_grad()
@@ -103,7 +103,7 @@ class ImportanceTracker:
         Args:
             gradient_scale: Scale of the gradients, from a gradient scaler.
         """
-        observations = self._observe_updates() if self.metric in UPDATE_METRICS else self._observe_factors()
+        observations = self._observe_updates() if self.metric in _UPDATE_METRICS else self._observe_factors()
         self._ranges = {key: item.entries for key, item in observations.items() if item.entries is not None}
         by_device: dict[torch.device, dict[str, _Observation]] = {}
         for key, observation in observations.items():
@@ -112,8 +112,8 @@ class ImportanceTracker:
             self._smooth(self._flat_averages_on(device, values), list(values.values()), 1 / gradient_scale)
 
     @torch.no_grad()
-    def with_gradient(self) -> set[str]:
-        """Return the names of matrices whose factors have a nonzero gradient."""
+    def names_with_gradient(self) -> set[str]:
+        """Return the names of the matrices whose factors both have gradients, at least one of them nonzero."""
         if self._has_sharded_factors():
             observations = self._observe_shards(with_gradient=True)
             flags = [
@@ -198,7 +198,7 @@ class ImportanceTracker:
         }
 
     def _observe_updates(self) -> dict[str, _Observation]:
-        """Return every sparse update, or its mean magnitude; merge fused layers once.
+        """Return every sparse update or its mean magnitude; merge each fused layer once.
 
         Raises:
             NotImplementedError: If the factors are sharded, because merging requires complete factors.
@@ -220,7 +220,7 @@ class ImportanceTracker:
         return observations
 
     def _flat_averages_on(self, device: torch.device, values: Mapping[str, _Observation]) -> _FlatAverages:
-        """Return the flat averages of these entries; initialize missing ones."""
+        """Return the flat averages of these entries; initialize missing averages."""
         flat = self._flat.get(device)
         if flat is None or flat.keys != list(values) or self._averages.get(flat.keys[0]) is not flat.first_view:
             averages, uncertainties = [], []
@@ -241,7 +241,7 @@ class ImportanceTracker:
         return flat
 
     def _local_part(self, key: str, average: Tensor | None, value: Tensor) -> Tensor | None:
-        """Return the local entries of an average; `load_state_dict` restores averages unsharded."""
+        """Return the local entries of an average, which `load_state_dict` restores unsharded."""
         if average is None or average.numel() == value.numel():
             return average
         start = self._ranges[key].start
@@ -250,7 +250,7 @@ class ImportanceTracker:
     def _smooth(self, flat: _FlatAverages, observations: Sequence[_Observation], scale: float) -> None:
         """Update both moving averages; skip entries with non-finite values.
 
-        A moving average never recovers from an infinity, and half-precision gradients overflow occasionally.
+        Half-precision gradients occasionally overflow, and a moving average never recovers from an infinite value.
         """
         value = torch.cat([observation.value.reshape(-1) for observation in observations]).float()
         gradients = [
@@ -266,7 +266,7 @@ class ImportanceTracker:
         flat.uncertainties.lerp_(value.sub_(flat.averages).abs_(), 1 - self.beta2)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as a dict of tensors and plain values; with sharded factors, call it in every process."""
+        """Return the state as a dict of tensors; with sharded factors, call it in every process."""
         if self._ranges:
             return {"averages": self._gather(self._averages), "uncertainties": self._gather(self._uncertainties)}
         return {"averages": dict(self._averages), "uncertainties": dict(self._uncertainties)}
@@ -285,7 +285,7 @@ class ImportanceTracker:
         """Restore the averages.
 
         Raises:
-            ValueError: If the state has other matrices.
+            ValueError: If the state contains a matrix that this model does not adapt.
         """
         matrices_by_name = {matrix.name: matrix for matrix in self.matrices}
         for key in state["averages"]:
@@ -316,7 +316,7 @@ def is_sharded(factor: Tensor) -> bool:
 
 
 def _factor_layout(matrix: AdaptedMatrix) -> tuple[tuple[int, int], tuple[torch.Size, torch.Size]]:
-    """Return the start of a matrix's `A` and `B` in the layer's flattened factors, and their shapes."""
+    """Return the positions of a matrix's `A` and `B` in the layer's flattened factors, and their shapes."""
     layer = matrix.layer
     rank = layer.snella_config[matrix.adapter_name].rank_of(layer.module_name)
     rows, columns = matrix.shape
@@ -379,7 +379,7 @@ def _local_shard(factor: Tensor, start: int) -> _Shard:
 
 
 def _copies(factor: Tensor) -> int:
-    """Return the number of processes that hold the same entries of a factor that is not a `DTensor`."""
+    """Return the number of processes that hold the same entries of a factor, which must not be a `DTensor`."""
     return 1 if is_sharded(factor) else torch.distributed.get_world_size()
 
 
@@ -404,12 +404,12 @@ def _find_shard_starts(flat_shards: Sequence[Tensor], full_sizes: Sequence[int])
 
 
 def _stack_on_one_device(scores: Sequence[Tensor]) -> Tensor:
-    """Stack scalars on the device of the first one, so that one transfer reads them all."""
+    """Stack scalars on the first scalar's device, so that one transfer reads them all."""
     return torch.stack([score.to(scores[0].device) for score in scores])
 
 
 def _all_reduce(values: Tensor, operation: Any) -> Tensor:
-    """Reduce a tensor over all processes, on the GPU with NCCL."""
+    """Reduce a tensor over all processes; NCCL requires a tensor on the GPU."""
     device = values.device
     if torch.distributed.get_backend() == "nccl":
         values = values.cuda()

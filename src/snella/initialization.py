@@ -45,8 +45,8 @@ def init_factors(factors: Factors, rows: Sequence[slice], num_pieces: int, *, is
 
 
 @torch.no_grad()
-def bound_first_update(factors: Factors, rows: Sequence[slice], kernel: Kernel, weight: Tensor, bound: float) -> None:
-    """Shrink the factors and `α` in place, so that the initial update is small relative to the weight.
+def bound_initial_update(factors: Factors, rows: Sequence[slice], kernel: Kernel, weight: Tensor, bound: float) -> None:
+    """Shrink the factors and `α` in place to make the initial update small relative to the weight.
 
         √n · rms(S) / rms(W0) ≤ bound, for each matrix
 
@@ -57,7 +57,8 @@ def bound_first_update(factors: Factors, rows: Sequence[slice], kernel: Kernel, 
         rows: Row slice of each matrix.
         kernel: Kernel function that merges the factors.
         weight: `W0`, `[m, …]`.
-        bound: `SnellaLayer.largest_start`. The update shrinks by at most a factor of 100, even if it exceeds the bound.
+        bound: `SnellaLayer.max_initial_ratio`. The update shrinks by a factor of at most 100, even if it still exceeds
+            the bound.
     """
     A, B = factors.A, factors.B
     max_columns, max_rows = (_SAMPLE_SIZE, None) if kernel.softmax_dim == 0 else (None, _SAMPLE_SIZE)

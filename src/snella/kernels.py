@@ -67,7 +67,7 @@ def _join_pieces(pieces: Tensor) -> Tensor:
 
 
 def piece_distances(A: Tensor, B: Tensor, num_pieces: int) -> Tensor:
-    """Compute Euclidean distances between the rows of two factors, per piece.
+    """Compute the Euclidean distances between the rows of two factors, per piece.
 
         d[p, i, j] = ‖B[i, piece p] − A[j, piece p]‖₂
 
@@ -90,7 +90,7 @@ def piece_distances(A: Tensor, B: Tensor, num_pieces: int) -> Tensor:
 
 
 def _piece_distances_vjp(A: Tensor, B: Tensor, distances: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of `A` and `B` given `grad` = ∂L/∂d, `[P, m, n]`; zero distances have gradient 0."""
+    """Return the gradients of `A` and `B`, given `grad` = ∂L/∂d, `[P, m, n]`; zero distances contribute 0."""
     num_pieces = distances.shape[0]
     A_pieces, B_pieces = _split_into_pieces(A, num_pieces), _split_into_pieces(B, num_pieces)
     cdist_backward = torch.ops.aten._cdist_backward

@@ -18,14 +18,14 @@ from transformers.pytorch_utils import Conv1D
 from snella.autograd import adapted_layer
 from snella.backends import choose_backend
 from snella.backends.base import MergeCache
-from snella.base_layer import check_weight, input_of_op, orient, product_dtype, unusable_weight_error
-from snella.budgets import buffers_off_meta, read_budgets, restore_budgets, seal_all_budgets, seal_budgets
-from snella.cache import AdapterState, EffectiveWeight, LayerCache, LiveBudgets
+from snella.base_layer import check_weight, orient, prepare_input, product_dtype, unusable_weight_error
+from snella.budgets import LiveBudgets, buffers_off_meta, read_budgets, restore_budgets, seal_all_budgets, seal_budgets
+from snella.cache import AdapterState, EffectiveWeight, LayerCache
 from snella.compat.compile import forward_in_graph, weight_in_graph
 from snella.compat.hooks import call_inside_hooks, hook_dicts, onloaded
 from snella.compat.quantization import find_quantization
 from snella.config import SnellaConfig
-from snella.initialization import bound_first_update, init_factors
+from snella.initialization import bound_initial_update, init_factors
 from snella.memory.sampling import parse_weight_gradient
 from snella.merge import effective_weight, merge_updates, refresh_merged, sparse_updates, unmerge_updates
 from snella.regularization import add_branches, is_regularized
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 class UpdatePlan(NamedTuple):
-    """Updates for one use of a layer: a forward pass, a merge, or a read of the weight.
+    """Updates for one use of a layer: a forward pass, a merge or a read of the weight.
 
     Args:
         names: Adapters whose updates are folded into the weight.
@@ -64,16 +64,16 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
 
         y = op(x, W0 + Σ scaling·S) + bias
 
-    Base weight and updates are folded into one op. In training, an update with dropout on its input or drop-path on its
-    output is a separate branch. A weight `[m, …]` consists of `G` stacked matrices (3 in a fused qkv layer). Every
-    adapter has `snella_A` `[G, n, r]`, `snella_B` `[m, r]`, the kernel's scalars `[G]` or `[G, P]`, and `snella_budget`
-    `[G]`. The budgets are saved with the adapter, so that a reloaded adapter has exactly the same weights.
-    `snella.budgets` protects them from model averaging.
+    The updates are folded into the base weight, so the layer runs one op. In training, an update with dropout on its
+    input or drop-path on its output is a separate branch. A weight `[m, …]` consists of `G` stacked matrices (3 in a
+    fused qkv layer). Every adapter has `snella_A` `[G, n, r]`, `snella_B` `[m, r]`, the kernel's scalars `[G]` or
+    `[G, P]`, and `snella_budget` `[G]`. The budgets are saved with the adapter, so a reloaded adapter has exactly the
+    same weights. `snella.budgets` protects them from model averaging.
     """
 
     adapter_layer_names = tuple(f"snella_{name}" for name in Factors._fields)
-    largest_start = 0.15
-    """Bound of `√n · rms(S) / rms(W0)` for the initial update `S`; ViT and Swin layers start below it."""
+    max_initial_ratio = 0.15
+    """Upper bound on `√n · rms(S) / rms(W0)` for the initial update `S`; ViT and Swin layers start below it."""
 
     is_applied = False
     """True if a forward pass or a read of the weight has used an update since the layer was adapted."""
@@ -204,7 +204,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         return UpdatePlan(folded, updates, states, branches, cache_delta)
 
     def _names_in_use(self) -> list[str]:
-        """Return the active adapters, or none if disabled or merged. Unmerge a disabled layer first."""
+        """Return the active adapters, or none if disabled or merged; unmerge a disabled layer."""
         if self._disable_adapters or self.merged_adapters:  # PEFT's properties would cost six calls
             if self._disable_adapters and self.merged_adapters:
                 self.unmerge()
@@ -228,7 +228,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         return weight.T if isinstance(base, Conv1D) else weight
 
     def _cached_weight(self, names: list[str], dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the effective weight without gradient, cached until one of its inputs changes.
+        """Return the detached effective weight, cached until one of its inputs changes.
 
         `dtype` is the dtype of the layer op; only a quantized base weight uses it.
         """
@@ -248,7 +248,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
     # merging -------------------------------------------------------------------------------------------------------
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the updates to the base weight, and keep a copy for a bit-exact `unmerge`.
+        """Add the updates to the base weight and store a copy for a bit-exact `unmerge`.
 
         A quantized weight is dequantized, updated and requantized, with a warning about the requantization error.
 
@@ -283,7 +283,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
 
     @torch.compiler.disable
     def get_delta_weight(self, adapter: str, dtype: torch.dtype | None = None) -> Tensor:
-        """Return `scaling·S` of one adapter in the layout of the base weight.
+        """Return an adapter's `scaling·S` in the layout of the base weight.
 
         Args:
             adapter: The adapter.
@@ -293,7 +293,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         return orient(self.get_base_layer(), delta.to(dtype or self.snella_A[adapter].dtype))
 
     def sparse_updates(self, adapter_name: str) -> list[Tensor]:
-        """Return `S` of each matrix of one adapter, `[rows, n]`, without `scaling` and gradient."""
+        """Return an adapter's `S` for each matrix, `[rows, n]`, unscaled and detached."""
         return sparse_updates(self, adapter_name)
 
     # adapters ------------------------------------------------------------------------------------------------------
@@ -359,7 +359,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
 
         Args:
             adapter_name: The adapter.
-            budgets: The values; read from the device by default.
+            budgets: The buffer's values; read from the device by default.
         """
         seal_budgets(self, adapter_name, budgets)
 
@@ -369,11 +369,11 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         return [slice(start, stop) for start, stop in pairwise(bounds)]
 
     def get_update(self, adapter_name: str) -> Update:
-        """Return one adapter's update."""
+        """Return an adapter's update."""
         return self._plan_updates([adapter_name]).updates[0]
 
     def backend_name(self, adapter_name: str) -> str:
-        """Return the backend of this adapter's update: `"eager"`, `"reference"`, `"numba"` or `"triton"`."""
+        """Return the backend of an adapter's update: `"eager"`, `"reference"`, `"numba"` or `"triton"`."""
         return get_spec(self, adapter_name, self.snella_A[adapter_name]).backend
 
     def weight_name(self, name: str) -> str:
@@ -404,7 +404,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
     # module --------------------------------------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> Self:
-        """Switch between training and evaluation, and release the effective weight cached for evaluation."""
+        """Switch between training and evaluation and free cached tensors."""
         if mode != self.training:
             self._cache.clear()
             restore_budgets(self)  # a compiled graph reads the buffers directly
@@ -421,7 +421,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         return self
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, torch.dtype | None]:
-        """Return the factors' device and dtype; with an 8-bit base weight, the factors are float32."""
+        """Return the factors' device and dtype, which is float32 for an 8-bit base weight."""
         device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
         return device, torch.float32 if dtype is not None and dtype.itemsize == 1 else dtype
 
@@ -454,7 +454,7 @@ class Conv2d(SnellaLayer):
     """Adapted 2D convolution; its weight `[m, c/groups, kh, kw]` is viewed as `[m, c/groups·kh·kw]`."""
 
     # most convolutions have rectified inputs, whose mean accumulates over the update's mostly positive entries
-    largest_start = 0.002
+    max_initial_ratio = 0.002
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -486,7 +486,7 @@ def _forward_updated(layer: SnellaLayer, x: Tensor, weight: Tensor | LazyWeight,
     if isinstance(weight, Tensor) and (op_dtype.itemsize == 1 or (weight.is_meta and not x.is_meta)):
         raise unusable_weight_error(layer, op_dtype)
     if dtype != op_dtype or layer.pads_input:
-        x = input_of_op(layer, x, op_dtype)
+        x = prepare_input(layer, x, op_dtype)
     bias = get_base(layer).bias
     if layer.training or layer._needs_gradients(names):
         y = _apply_differentiable(layer, x, weight, bias, names)
@@ -524,7 +524,7 @@ def _forward_base(layer: SnellaLayer, x: Tensor, *args: Any, **kwargs: Any) -> T
     if layer.quantization is None or layer.quantization.is_safe_to_apply(base):
         y = layer.base_layer(x, *args, **kwargs)
         return y
-    wide = input_of_op(layer, x, product_dtype(layer, x))
+    wide = prepare_input(layer, x, product_dtype(layer, x))
     y, _ = adapted_layer(wide, layer._weight(), cast(Any, base).bias, [], layer._op())
     return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
 
@@ -551,7 +551,7 @@ def _apply_cached(
 def _apply_differentiable(
     layer: SnellaLayer, x: Tensor, weight: Tensor | LazyWeight, bias: Tensor | None, names: list[str]
 ) -> Tensor:
-    """Apply base layer and updates in one differentiable op; regularized updates are branches in training."""
+    """Apply base layer and updates in one differentiable op; in training, regularized updates are branches."""
     layer._cache.release_effective_weight()
     plan, op = layer._plan_updates(names, with_branches=True), layer._op()
     y = _apply_plan(plan, x, weight, bias, op, weight.shape)
@@ -572,7 +572,7 @@ def _apply_plan(
     op: LayerOp,
     weight_shape: torch.Size,
 ) -> Tensor:
-    """Apply the op with the plan's folded updates, and cache their thresholds."""
+    """Apply the op with the plan's folded updates and cache their thresholds."""
     y, thresholds = adapted_layer(
         x,
         weight,
@@ -604,7 +604,7 @@ def _multiply_read(layer: SnellaLayer, x: Tensor, bias: Tensor | None) -> Tensor
 
 
 def _read(layer: SnellaLayer, names: list[str]) -> Tensor:
-    """Return `W0 + Σ scaling·S`, `[m, …]`; cached in evaluation without gradients, like in a forward pass."""
+    """Return `W0 + Σ scaling·S`, `[m, …]`; as in a forward pass, it is cached in evaluation without gradients."""
     weight = cast(Tensor, layer._weight())
     check_weight(layer, weight)
     layer.is_applied = True
@@ -622,18 +622,18 @@ def _read(layer: SnellaLayer, names: list[str]) -> Tensor:
 
 
 def get_base(layer: SnellaLayer) -> Any:
-    """Return `layer.get_base_layer()` with fewer calls."""
+    """Return `layer.get_base_layer()` with fewer Python calls."""
     base = layer._modules.get("base_layer")
     return layer.get_base_layer() if base is None or "base_layer" in base._modules else base
 
 
 def get_factors(layer: SnellaLayer, adapter_name: str) -> Factors:
-    """Return the factors and scalars of one adapter."""
+    """Return the factors and scalars of an adapter."""
     tensors: list[Any] = []
     for name in layer.adapter_layer_names:
         values: Any = layer._modules[name]
         tensor = values._parameters.get(adapter_name)
-        # FSDP1 replaces the parameters by plain attributes during a pass
+        # FSDP1 replaces the parameters with plain attributes during a pass
         tensors.append(values.__dict__.get(adapter_name) if tensor is None else tensor)
     return Factors(*tensors)
 
@@ -681,7 +681,7 @@ def describe_backend(layer: SnellaLayer, adapter_name: str) -> str:
 
 
 def _init_parameters(layer: SnellaLayer, adapter_name: str) -> None:
-    """Initialize an adapter; `largest_start` bounds its initial update."""
+    """Initialize an adapter; `max_initial_ratio` bounds its initial update."""
     factors, rows = get_factors(layer, adapter_name), layer.matrix_rows(adapter_name)
     config = layer.snella_config[adapter_name]
     if factors.A.is_meta:
@@ -692,7 +692,7 @@ def _init_parameters(layer: SnellaLayer, adapter_name: str) -> None:
         weight = layer._weight()
         weight = weight if isinstance(weight, Tensor) else weight.materialize()
         if not weight.is_meta:
-            bound_first_update(factors, rows, config.make_kernel(), weight, layer.largest_start)
+            bound_initial_update(factors, rows, config.make_kernel(), weight, layer.max_initial_ratio)
 
 
 def drop_adapter(layer: SnellaLayer, adapter_name: str) -> None:

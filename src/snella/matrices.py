@@ -17,13 +17,13 @@ _NUMBERED = re.compile(r"(.*(?:layer|block)_)?\d+")  # "3", or torchvision's "en
 
 @dataclass(frozen=True)
 class AdaptedMatrix:
-    """View of one adapted matrix of a layer, with its factors and budget.
+    """View of an adapted matrix of a layer, with its factors and budget.
 
     Args:
         name: Module name, plus the name of the part in fused layers, e.g. `"blocks.0.attn.qkv.q"`.
         module_name: Module name.
         kind: Matrix type, `name` without the block prefix, e.g. `"attn.q"` or `"mlp.fc1"`.
-        depth: Block index, counted through the whole model, or `None` outside blocks.
+        depth: Block index in the entire model, or `None` outside blocks.
         layer: The layer.
         adapter_name: The adapter.
         group: Index of the matrix in its layer.
@@ -54,7 +54,7 @@ class AdaptedMatrix:
 
     @property
     def sparsity(self) -> float:
-        """Fraction of zeros in the update, according to the budget."""
+        """Fraction of zeros in the update that the budget implies."""
         return 1 - self.budget / self.size
 
     @property
@@ -73,7 +73,7 @@ class AdaptedMatrix:
 
     @torch.no_grad()
     def sparse_update(self) -> Tensor:
-        """Return `S`, `[out, in]`, without `scaling`."""
+        """Return `S`, `[out, in]`, unscaled."""
         return self.layer.sparse_updates(self.adapter_name)[self.group]
 
     def nonzeros(self) -> int:
@@ -123,7 +123,7 @@ def adapted_matrices(model: nn.Module, adapter_name: str | None = None) -> list[
 
 
 def _strip_wrappers(name: str) -> str:
-    """Remove the name parts of wrappers such as PEFT and DDP from a module name."""
+    """Remove the prefixes and infixes of wrappers, e.g. PEFT and DDP, from a module name."""
     parts = name.split(".")
     while parts and parts[0] in {"base_model", "module", "_orig_mod", "_fsdp_wrapped_module"}:
         wrapper = parts.pop(0)
@@ -133,7 +133,7 @@ def _strip_wrappers(name: str) -> str:
 
 
 def _number_blocks(model: nn.Module, adapted_layers: Iterable[str]) -> dict[str, int]:
-    """Number all blocks of the model, so that indices do not depend on the targets."""
+    """Number all blocks of the model, so that the indices do not depend on the targets."""
     patterns = {_mask_indices(block) for block in (_split_name(name)[0] for name in adapted_layers) if block}
     blocks = dict.fromkeys(_split_name(_strip_wrappers(name))[0] for name, _ in model.named_modules())
     return {block: depth for depth, block in enumerate(b for b in blocks if _mask_indices(b) in patterns)}

@@ -26,7 +26,7 @@ def effective_weight(
     adapter_names: list[str],
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Return `W0 + Σ scaling·S` without gradient, bit-identical to the forward pass.
+    """Return a detached `W0 + Σ scaling·S`, bit-identical to the forward pass.
 
     Args:
         layer: The layer.
@@ -41,7 +41,7 @@ def effective_weight(
 
 
 def sparse_updates(layer: SnellaLayer, adapter_name: str) -> list[Tensor]:
-    """Return `S` of each matrix of one adapter, `[rows, n]`, without `scaling` and gradient."""
+    """Return an adapter's `S` for each matrix, `[rows, n]`, unscaled and detached."""
     plan, shape = layer._plan_updates([adapter_name]), torch.Size((layer.out_features, layer.in_features))
     (update,) = plan.updates
     update = update._replace(spec=replace(update.spec, scaling=1.0))
@@ -52,9 +52,9 @@ def sparse_updates(layer: SnellaLayer, adapter_name: str) -> list[Tensor]:
 
 @torch.no_grad()
 def merge_updates(layer: SnellaLayer, names: list[str], *, is_safe: bool) -> None:
-    """Add the updates of these adapters to the base weight, and store the state for `unmerge_updates`.
+    """Add the updates of these adapters to the base weight and store the state for `unmerge_updates`.
 
-    The sum starts from the original weight: merging adapters one by one would round at each step.
+    The sum starts from the original weight, because merging adapters one by one would round at each step.
 
     Args:
         layer: The layer.
@@ -107,7 +107,7 @@ def refresh_merged(layer: SnellaLayer, adapter_name: str, cache: MergeCache | No
 
 
 def _original_weight(layer: SnellaLayer) -> Tensor | LazyWeight:
-    """Return the base weight before any merge: a copy, except for quantized weights, which a merge replaces."""
+    """Return the unmerged base weight, as a copy unless it is quantized, because merging replaces quantized weights."""
     if layer._unmerged_quantized is not None:
         return layer._unmerged_quantized[0]
     if layer._unmerged_weight is not None:
@@ -117,7 +117,7 @@ def _original_weight(layer: SnellaLayer) -> Tensor | LazyWeight:
 
 
 def _write(layer: SnellaLayer, weight: Tensor) -> None:
-    """Write `[m, …]` into the base weight in place, which preserves ties and views."""
+    """Write `[m, …]` into the base weight in place to preserve ties and views."""
     base = layer.get_base_layer()
     orient(base, cast(Tensor, base.weight)).data.copy_(weight)
 

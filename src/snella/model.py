@@ -25,7 +25,7 @@ from snella.budgets import buffers_off_meta
 from snella.cache import check_after_step
 from snella.compat.attention import AdaptedAttention, Projection, disable_fast_path, input_projections, is_adaptable
 from snella.compat.hooks import onloaded
-from snella.compat.quantization import one_warning
+from snella.compat.quantization import combined_warning
 from snella.compat.tokens import TokenAdapter, attach_tokens, find_tokens, token_adapters
 from snella.config import SnellaConfig
 from snella.heads import NewHeads
@@ -99,11 +99,11 @@ class SnellaModel(BaseTuner):
         self._check_ranks(peft_config, model)
         _check_token_rows(peft_config, model)
         peft_config.parameters_to_save = find_tokens(
-            model, peft_config.wanted_tokens(), is_required=peft_config.requires_tokens
+            model, peft_config.requested_tokens(), is_required=peft_config.requires_tokens
         )
 
     def _resolve_targets(self, targets: set[str] | list[str] | str | None, model: nn.Module) -> set[str] | str:
-        """Resolve `None` and `"all-linear"`, and warn if they exclude most of the weights."""
+        """Resolve `None` and `"all-linear"`; warn if they exclude most of the weights."""
         is_default = targets is None
         if targets is None:
             targets = default_targets(model)
@@ -127,7 +127,7 @@ class SnellaModel(BaseTuner):
         return set(names)
 
     def _check_ranks(self, peft_config: SnellaConfig, model: nn.Module) -> None:
-        """Reject unmatched `rank_pattern` keys, and factors far larger than the weights, before allocation."""
+        """Before allocation, reject unmatched `rank_pattern` keys and factors far larger than the weights."""
         names, weights, factors = [], 0, 0
         for name, module in model.named_modules():
             base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
@@ -156,7 +156,7 @@ class SnellaModel(BaseTuner):
             )
 
     def _check_tied_modules(self, model: nn.Module, peft_config: PeftConfig) -> None:
-        """Check for tied embeddings as PEFT does, but match expressions with a time limit."""
+        """Check for tied embeddings like PEFT, but match expressions with a time limit."""
         targets = getattr(peft_config, "target_modules", None)
         if isinstance(targets, str) and targets.lower() != "all-linear":
             check_expression(targets, [name for name, _ in model.named_modules()])
@@ -218,13 +218,13 @@ class SnellaModel(BaseTuner):
             is_alias = len({id(base) for _, base in sharing}) < len(sharing)
             if targeted and (is_alias or len(targeted) > 1):
                 raise NotImplementedError(
-                    f"target_modules matches {targeted[0]!r}, whose weight {[name for name, _ in sharing]} share; "
+                    f"target_modules matches {targeted[0]!r}, but {[name for name, _ in sharing]} share one weight; "
                     "an update of one module would change or miss the others; exclude them, or give each its own weight"
                 )
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
-        """Match as PEFT does, but with a time limit, and apply `layers_to_transform` to full names too."""
+        """Match like PEFT, but with a time limit, and also apply `layers_to_transform` to full names."""
         # modules inside an adapted attention match under their original name
         key = key.replace(".base_layer.", ".")
         if not isinstance(peft_config, SnellaConfig):
@@ -242,7 +242,7 @@ class SnellaModel(BaseTuner):
         return match
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter to the model. If this fails, the model remains unchanged."""
+        """Add an adapter to the model, which remains unchanged on failure."""
         children = [(module, dict(module._modules)) for module in model.modules()]
         flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
@@ -289,7 +289,7 @@ class SnellaModel(BaseTuner):
         )
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Set the active adapters. If they cannot be active together, raise an error before any change."""
+        """Set the active adapters; raise an error before any change if they cannot be active together."""
         tokens = token_adapters(self.model)
         for token in tokens:
             token.check_active(adapter_name)
@@ -298,7 +298,7 @@ class SnellaModel(BaseTuner):
             token.set_adapter(adapter_name, inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter; if it was active, PEFT chooses another one."""
+        """Remove an adapter; if it was active, PEFT activates another."""
         super().delete_adapter(adapter_name)
         for token in token_adapters(self.model):
             token.delete_adapter(adapter_name)
@@ -312,17 +312,17 @@ class SnellaModel(BaseTuner):
             token._move_adapter_to_device_of_base_layer(adapter_name)
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Add the updates to the base weights, with one warning for all requantization errors."""
+        """Add the updates to the base weights; report all requantization errors in one warning."""
         self._warn_about_unused_merges(*args[:1], **kwargs)
-        with one_warning():
+        with combined_warning():
             super().merge_adapter(*args, **kwargs)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:  # type: ignore[override]
-        """Restore parameters and remove marks after PEFT has merged and replaced all layers."""
+        """Let PEFT merge and replace all layers, then restore bare parameters and remove marks."""
         tokens = token_adapters(self.model)
         if kwargs.get("merge", not args or args[0]):
             self._warn_about_unused_merges(**kwargs)
-        with one_warning():
+        with combined_warning():
             model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)  # type: ignore[assignment]
         for token in tokens:
             token.remove()
@@ -330,7 +330,7 @@ class SnellaModel(BaseTuner):
         return model
 
     def _watch_training(self, adapter_name: str) -> None:
-        """Warn about silent mistakes in an adapter's first optimizer steps, and about training without an allocator."""
+        """Warn about silent mistakes in an adapter's first optimizer steps and about a missing allocator."""
         reference = weakref.ref(self.model)  # PEFT may keep only the model
         config = cast(SnellaConfig, self.peft_config[adapter_name])
         steps, heads = 0, NewHeads()
@@ -344,9 +344,11 @@ class SnellaModel(BaseTuner):
             layers = _adapted_layers(model, [adapter_name])
             if not layers:
                 return True
-            optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-            factors = [layer.snella_A[adapter_name] for layer in layers]
-            if not any(factor.requires_grad and id(factor) in optimized for factor in factors):
+            factors = (layer.snella_A[adapter_name] for layer in layers)
+            trained = {id(factor) for factor in factors if factor.requires_grad}
+            groups = [group for group in optimizer.param_groups if any(id(p) in trained for p in group["params"])]
+            # torch.distributed.checkpoint creates an optimizer's state with a step at learning rate 0
+            if all(group.get("lr") == 0 for group in groups):
                 return False
             steps += 1
             if steps == 1:
@@ -359,7 +361,7 @@ class SnellaModel(BaseTuner):
         check_after_step(check)
 
     def _warn_about_unused_merges(self, adapter_names: list[str] | None = None, **_: Any) -> None:
-        """Warn if a merge includes updates that the model has never used, while it has used others.
+        """Warn if a merge includes updates that the model has never used, although it has used others.
 
         If the model has not run since the adapters were loaded, use the saved `unused_modules`.
         """
@@ -412,12 +414,12 @@ class SnellaModel(BaseTuner):
             return
         layer = layer_cls(target, adapter_name, peft_config, rows, module_name=current_key)
         if adapter_name not in self.active_adapters:
-            # an additional adapter is trained only once it is active
+            # an additional adapter trains only after activation
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
     def _adapt_output(self, peft_config: SnellaConfig, adapter_name: str, parent: nn.Module, current_key: str) -> None:
-        """Adapt the output projection of a torch attention, which only the attention can apply."""
+        """Adapt the output projection of a torch attention; only the attention can apply it."""
         name = current_key.replace(".base_layer.", ".").rpartition(".")[0]
         if not name:
             raise NotImplementedError(
@@ -429,12 +431,12 @@ class SnellaModel(BaseTuner):
             choose_layer_class(attention, name)
         outer = self.model.get_submodule(name.rpartition(".")[0])
         wrapper = self._wrap_attention(attention, name.rpartition(".")[2], outer)
-        # an already adapted output projection has two names here; use the adapter's
+        # an adapted output projection has two names here; use the adapter's
         if wrapper.find_projection("out_proj") is None or isinstance(parent, AdaptedAttention):
             self._adapt_projection(peft_config, adapter_name, wrapper, "out_proj", name)
 
     def _wrap_attention(self, attention: nn.Module, attention_name: str, parent: nn.Module) -> AdaptedAttention:
-        """Return the wrapper of a torch attention; create and insert it if necessary."""
+        """Return the wrapper of a torch attention, created and inserted if necessary."""
         if isinstance(attention, AdaptedAttention):
             return attention
         wrapper = AdaptedAttention(cast(nn.MultiheadAttention, attention)).train(attention.training)
@@ -451,7 +453,7 @@ class SnellaModel(BaseTuner):
         rows = count_rows(full_name, base.shape[0], base.shape[1], wrapper, peft_config.qkv_groups)
         is_new = wrapper.adapt(name, adapter_name, peft_config, rows, full_name)
         if is_new and adapter_name not in self.active_adapters:
-            # an additional adapter is trained only once it is active
+            # an additional adapter trains only after activation
             cast(Projection, wrapper.find_projection(name)).requires_grad_(False)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -499,7 +501,7 @@ class SnellaModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """Select the entries as PEFT does, and run the checks of `TrainingWatch.on_saving`.
+        """Select the entries like PEFT and run the checks of `TrainingWatch.on_saving`.
 
         PEFT looks up entries by module name. FSDP1 and torch's checkpoint wrapper insert a module into these names, but
         not into the keys of `state_dict`.
@@ -529,7 +531,7 @@ class SnellaModel(BaseTuner):
         return selected
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
-        """Mark as PEFT does, and also mark the biases of adapted attentions, whose names PEFT does not recognize."""
+        """Mark parameters like PEFT, plus the biases of adapted attentions, whose names PEFT does not recognize."""
         super()._mark_only_adapters_as_trainable(model)
         if any(getattr(self.peft_config[name], "bias", "none") != "none" for name in self.active_adapters):
             for name in _attention_biases(model):
@@ -539,7 +541,7 @@ class SnellaModel(BaseTuner):
     def _get_learnable_bias_state_dict(
         cls, model: nn.Module, state_dict: dict[str, Tensor], config: PeftConfig
     ) -> dict[str, Tensor]:
-        """Select biases as PEFT does, and add the biases of adapted attentions."""
+        """Select biases like PEFT, plus the biases of adapted attentions."""
         biases: dict[str, Tensor] = super()._get_learnable_bias_state_dict(model, state_dict, config)
         if getattr(config, "bias", "none") != "none":
             biases |= {name: state_dict[name] for name in _attention_biases(model) if name in state_dict}
@@ -549,7 +551,7 @@ class SnellaModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Remap the keys as PEFT does, and reject an adapter whose tensors do not fit this model."""
+        """Remap the keys like PEFT and reject an adapter whose tensors do not fit this model."""
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         expected = {
             f"{name}.{attribute}.{adapter_name}": getattr(module, attribute)[adapter_name]
@@ -585,7 +587,7 @@ class SnellaModel(BaseTuner):
 
 @dataclass(eq=False)
 class _Compression:
-    """Predicate that is true if all active adapters of a model set `compress_activations`.
+    """Predicate that holds if all active adapters of a model set `compress_activations`.
 
     Args:
         layers: The adapted layers of the model.
@@ -617,7 +619,7 @@ def _adapted_layers(model: nn.Module, adapter_names: list[str]) -> list[SnellaLa
 
 
 def _budget_and_target(layers: list[SnellaLayer], adapter_name: str) -> tuple[int, int]:
-    """Return an adapter's current and final number of entries; they are equal at constant sparsity."""
+    """Return an adapter's current and final number of entries, equal if its sparsity is constant."""
     budget = sum(sum(layer.budgets(adapter_name)) for layer in layers)
     config = layers[0].snella_config[adapter_name]
     size = sum(layer.out_features * layer.in_features for layer in layers)
@@ -656,7 +658,7 @@ def _check_token_rows(peft_config: SnellaConfig, model: nn.Module) -> None:
 
 
 def _attention_biases(model: nn.Module) -> list[str]:
-    """Return the names of the biases of adapted attention projections, which the attentions own."""
+    """Return the names of the biases of adapted attention projections; the attentions own these biases."""
     biases: dict[str, None] = {}
     for name, module in model.named_modules():
         for projection in module.projections() if isinstance(module, AdaptedAttention) else ():
@@ -680,7 +682,7 @@ def _matches(targets: set[str] | str, name: str) -> bool:
 
 
 def has_bfloat16_instructions() -> bool:
-    """Return whether the processor has bfloat16 instructions instead of a software emulation."""
+    """Return whether the processor has native bfloat16 instructions."""
     if platform.machine() in ("x86_64", "AMD64"):
         return torch.cpu._is_avx512_bf16_supported()
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

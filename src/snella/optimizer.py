@@ -1,4 +1,4 @@
-"""Optimizers with per-group learning rates, and steps scaled to the size of the weights."""
+"""Optimizers with one learning rate per parameter group, and steps scaled to the size of the weights."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def create_snella_optimizer(
     """Create an optimizer with parameter groups for a SNELLA model, like the functions in `peft.optimizers`.
 
     The kernels' scalars need a smaller learning rate and no weight decay. `β` shifts every entry of `ΔW`, and an
-    adaptive optimizer changes it by one learning rate per step. At the factors' learning rate, `β` soon exceeds the
-    kernel's spread, and a coefficient `α_p` = ±0.1 flips its sign.
+    adaptive optimizer changes it by about one learning rate per step. At the factors' learning rate, `β` soon exceeds
+    the kernel's spread, and a coefficient `α_p` = ±0.1 changes sign.
 
     Args:
         model: Any model. Trainable parameters outside SNELLA, e.g. of the head, form separate groups.
@@ -52,7 +52,7 @@ def create_snella_optimizer(
             no weight decay.
         match_update: If True, each step of the factors changes the update by about `lr` times the size of the adapted
             weights (see `StepMatcher`). Defaults to the adapter's config.
-        optimizer_kwargs: Further arguments of `optimizer_cls`.
+        optimizer_kwargs: Additional arguments of `optimizer_cls`.
 
     Returns:
         An optimizer with the nonempty groups among `factors`, `scalars`, `head` and `head_no_decay`.
@@ -122,7 +122,7 @@ def _trained_adapters(model: nn.Module) -> list[tuple[SnellaLayer, str]]:
 
 
 class StepMatcher:
-    """Scaling of optimizer steps, so that each step changes an update in proportion to its base weight.
+    """Step scaling that makes each optimizer step change an update in proportion to its base weight.
 
     `S` is quadratic in `ΔW`. Under Adam, the update grows with the square of learning rate times steps. Its growth
     depends on `scaling`, the matrix's shape and the size of its weights. With

@@ -21,7 +21,7 @@ def update_dropout(layer: SnellaLayer, adapter_name: str) -> float:
 
 
 def is_regularized(layer: SnellaLayer, adapter_name: str) -> bool:
-    """Return whether dropout or drop-path acts on this adapter's update, which then cannot be folded."""
+    """Return whether dropout or drop-path acts on this adapter's update, so that it cannot be folded."""
     config = layer.snella_config[adapter_name]
     return bool(config.update_drop_path or (config.update_dropout and update_dropout(layer, adapter_name)))
 

@@ -59,9 +59,9 @@ def keep_threshold(delta: Tensor, budget: int) -> Tensor:
 
         t = the (budget + 1)-th largest |delta|,   t = 0 when budget = delta.numel()
 
-    Eq. 13 of the paper uses the `budget`-th largest magnitude, which keeps one entry fewer than its text states. The
-    selection is exact at every size (`torch.quantile` fails above 2²⁴ entries) and does not synchronize
-    with the device.
+    Eq. 13 of the paper uses the `budget`-th largest magnitude, which keeps one entry fewer than the paper's text. The
+    selection is exact at every size (`torch.quantile` fails above 2²⁴ entries) and does not synchronize with the
+    device.
 
     All entries that tie with `t` become zero. Fewer than `budget` entries remain if `t` occurs more than once among
     the largest `budget + 1`. No entry remains if the largest magnitude ties with `t`, e.g. in a constant matrix. Ties
@@ -90,8 +90,8 @@ def quantile_threshold(delta: Tensor, sparsity: float) -> Tensor:
 
         t = quantile(|delta|, sparsity)
 
-    Equal to `torch.quantile`, but without its limit on the number of entries. The position of the quantile is always
-    computed in double precision.
+    Equals `torch.quantile`, but has no limit on the number of entries and always computes the position of the quantile
+    in double precision.
 
     Args:
         delta: Matrix of any shape, floating point.
@@ -113,7 +113,7 @@ def quantile_threshold(delta: Tensor, sparsity: float) -> Tensor:
 
 
 def _smallest(magnitudes: Tensor, ranks: list[int]) -> list[Tensor]:
-    """Return the `rank`-th smallest entry, counted from 0, for each rank in `ranks`, without a full sort.
+    """Return the `rank`-th smallest entry (0-based) for each rank in `ranks`, without a full sort.
 
     Reorders `magnitudes` in place.
     """

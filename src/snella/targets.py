@@ -19,9 +19,9 @@ from snella.compat.attention import AdaptedAttention, is_adaptable
 from snella.compat.quantization import find_quantization
 from snella.layer import Conv2d, Linear, SnellaLayer
 
-# heads among the direct children of a model
+# names of heads among a model's direct children
 HEAD_NAMES = {"head", "heads", "head_dist", "classifier", "score", "fc", "lm_head", "qa_outputs", "proj_out"}
-# prediction heads of DeiT, detection and segmentation models, at any depth
+# names of prediction heads in DeiT, detection and segmentation models, at any depth
 PREDICTOR_NAMES = {
     *("cls_classifier", "distillation_classifier", "class_labels_classifier", "bbox_predictor", "class_predictor"),
     *("mask_predictor", "mask_embedder", "class_embed", "bbox_embed", "enc_score_head", "enc_bbox_head"),
@@ -40,7 +40,7 @@ _DEFAULT_TARGETS: dict[str, str | list[str]] = {
 
 
 def default_targets(model: nn.Module) -> str | list[str]:
-    """Return the paper's targets for this model class, `"all-linear"` by default."""
+    """Return the paper's targets for this model class, or `"all-linear"`."""
     return _DEFAULT_TARGETS.get(type(model).__name__, "all-linear")
 
 
@@ -60,7 +60,7 @@ def all_linear_names(model: nn.Module) -> list[str]:
 
 
 def plain_convolution_names(model: nn.Module) -> list[str]:
-    """Return the names of the 2D convolutions to adapt in a model without linear layers.
+    """Return the names of the 2D convolutions to adapt in a model without linear layers outside its head.
 
     Includes ungrouped convolutions with the `forward` of `nn.Conv2d`. Excludes the model's first convolution (the
     stem), the head, patch embedding, downsampling between stages and modules inside adapters.
@@ -239,7 +239,7 @@ def count_rows(
 
 
 def _infer_groups(suffix: str, out_features: int, in_features: int, parent: nn.Module) -> int | list[int]:
-    """Infer the layout of a fused layer: a number of equal parts, or row counts with fewer rows for k and v."""
+    """Infer the layout of a fused layer: the number of equal parts, or row counts if k and v have fewer rows."""
     if suffix == "kv":
         return 2 if out_features % 2 == 0 else 1
     config = getattr(parent, "config", None)
@@ -336,7 +336,7 @@ def class_name(module: nn.Module) -> str:
 
 
 def overridden_methods(base: nn.Module) -> list[str]:
-    """Return the names of overridden forward methods, e.g. for timm's `Conv2dSame`."""
+    """Return the names of overridden forward methods, e.g. in timm's `Conv2dSame`."""
     base_class = _base_class(base)
     if base_class is None or class_name(base) in _EQUIVALENT_LINEAR:
         return []

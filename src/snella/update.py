@@ -1,4 +1,4 @@
-"""Data types of an update and its layer's op."""
+"""Data types of an update, and the ops of adapted layers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Factors(NamedTuple):
 
 
 class MatrixFactors(NamedTuple):
-    """Inputs of one matrix's merge: `A` `[n, r]`, `B` `[rows, r]` and 0-dim or `[P]` scalars, at least float32."""
+    """Inputs of a matrix's merge in at least float32: `A` `[n, r]`, `B` `[rows, r]`, and 0-dim or `[P]` scalars."""
 
     A: Tensor
     B: Tensor
@@ -50,7 +50,7 @@ class MatrixFactors(NamedTuple):
 
 @dataclass(frozen=True)
 class UpdateSpec:
-    """Settings of a weight's sparse update `S`, without tensors.
+    """Settings, without tensors, of a weight's sparse update `S`.
 
     The weight consists of `G` stacked matrices (3 in a fused qkv layer, otherwise 1), which compete separately.
 
@@ -99,7 +99,7 @@ class UpdateSpec:
         return cls(kernel, tuple(row_counts), _MODES[mode], scaling, BACKENDS[backend])
 
     def matrices(self, factors: Factors) -> Iterator[MatrixFactors]:
-        """Yield the factors and scalars of each matrix, with half precision cast to float32."""
+        """Yield the factors and scalars of each matrix in at least float32."""
         A, B, *scalars = factors
         dtype = torch.promote_types(A.dtype, torch.float32)
         for group, rows in enumerate(self.rows):
@@ -107,14 +107,14 @@ class UpdateSpec:
             yield MatrixFactors(A[group].to(dtype), B[rows].to(dtype), matrix_scalars)
 
     def merge_matrix(self, factors: MatrixFactors) -> Tensor:
-        """Return `ΔW` of one matrix, `[rows, n]`, computed without autocast."""
+        """Return a matrix's `ΔW`, `[rows, n]`, computed without autocast."""
         if torch.is_autocast_enabled(factors.A.device.type):
             with torch.autocast(factors.A.device.type, enabled=False):
                 return self.kernel.merge(*factors)
         return self.kernel.merge(*factors)
 
     def find_threshold(self, delta: Tensor, budget: int) -> Tensor:
-        """Return the threshold of one merged matrix, 0-dim; entries above it in magnitude survive."""
+        """Return the threshold of a merged matrix, 0-dim; only larger magnitudes are kept."""
         if self.mode == "none":
             return delta.new_full((), KEEP_ALL)
         if self.mode == "official":
@@ -146,7 +146,7 @@ class UpdateSpec:
 
 
 class Update(NamedTuple):
-    """One update: its spec and its current tensors.
+    """An update: its spec and its current tensors.
 
     Args:
         spec: Settings of the update.
@@ -311,15 +311,15 @@ def layer_op_from_ints(ints: Sequence[int]) -> LayerOp:
 def without_view(y: Tensor) -> Tensor:
     """Return `y` as a non-view tensor over the same memory.
 
-    torch forbids in-place operations on a view returned by a custom autograd function. A product is a view whenever
-    torch reshapes it (a bias with three axes, a convolution without a batch).
+    torch forbids in-place operations on a view returned by a custom autograd function. A product is a view if torch
+    reshapes it, e.g. for a convolution of an unbatched input.
     """
     return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
 
 @dataclass(frozen=True)
 class LazyWeight:
-    """Weight `[m, …]` without a dense matrix in memory, e.g. a quantized weight.
+    """Weight `[m, …]` that is not a dense matrix in memory, e.g. a quantized weight.
 
     The op materializes it in the forward pass and again in the backward pass, and frees it in between.
 

@@ -32,7 +32,7 @@ class TrainingWatch:
         self._has_warned_about_read = False
 
     def on_step(self, budget: int, target_budget: int, target_sparsity: float) -> bool:
-        """Record an optimizer step of an adapter with `budget` entries; return whether no more checks are needed."""
+        """Record an optimizer step of an adapter with `budget` entries; return True if later steps need no check."""
         if self.is_attached:
             self._steps_without_allocator = 0
             return False
@@ -98,7 +98,7 @@ class TrainingWatch:
         if self.steps is None or self._has_warned_about_budget or budget <= target_budget:
             return
         step, total, steps_per_epoch = self.steps
-        # the best adapter can be saved at any time, the last one in the last epoch
+        # the best adapter may be saved at any time, the last adapter in the last epoch
         if step < total and (budget > 1.1 * target_budget or step > total - steps_per_epoch):
             self._has_warned_about_budget = True
             warnings.warn(

@@ -1,4 +1,4 @@
-"""Backends that compute updates, and their selection."""
+"""Selection of the backend that computes an update."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def numba_problem() -> str | None:
         return "numba is not installed; install it with: pip install 'snella[fast]'"
     try:
         from snella.backends.numba import backend  # noqa: F401
-    except Exception as error:  # numba raises various errors if it does not match numpy, LLVM or the machine
+    except Exception as error:  # numba raises various errors if it is incompatible with numpy, LLVM or the machine
         return f"numba cannot be used: {error}"
     return None
 
@@ -44,14 +44,14 @@ def triton_problem() -> str | None:
         return "triton is not installed; it comes with torch for CUDA, or with: pip install triton"
     try:
         from snella.backends.triton import backend  # noqa: F401
-    except Exception as error:  # Triton may not match this torch or machine
+    except Exception as error:  # Triton may be incompatible with torch or the machine
         return f"triton cannot be used: {error}"
     return None
 
 
 @cache
 def get_backend(name: str) -> Backend:
-    """Return the backend with this name; names other than `numba` and `triton` select the torch backend."""
+    """Return a backend by name; names other than `numba` and `triton` select the torch backend."""
     if name == "numba":
         from snella.backends.numba.backend import NumbaBackend
 
@@ -66,7 +66,7 @@ def get_backend(name: str) -> Backend:
 
 
 def requires_check(A: Tensor) -> bool:
-    """Return whether the Triton kernels must pass the first-use check for these factors; True on a GPU."""
+    """Return whether the Triton kernels must pass the first-use check for these factors, as on a GPU."""
     return A.device.type == "cuda"
 
 

@@ -14,8 +14,7 @@ from snella.sparsify import sparsify, sparsify_slope
 from snella.update import Factors, UpdateSpec
 
 Gradients: TypeAlias = tuple[Tensor | None, ...]
-"""Gradients in the order of `Factors`; zeros for matrices without budget."""
-
+"""Gradients in the order of `Factors`; zeros for matrices without a budget."""
 
 Product: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """Function that computes `∂L/∂yᵀ x` from tokens `[k, m]` and `[k, n]`."""
@@ -29,7 +28,7 @@ class Merged:
         factors: The merged factors.
         budgets: Budget of each matrix.
         thresholds: `[G]`, infinite for a budget of 0.
-        delta: Tensors that `cache_delta` saves for `merge` in the backward pass: `ΔW` of each matrix (`None` without
+        delta: Tensors that `cache_delta` saves for `merge` in the backward pass: `ΔW` of each matrix (`None` without a
             budget), or one tensor for all matrices. Empty if the backend saves the effective weight instead.
         columns: Column statistics of all matrices, saved for `merge` in the backward pass instead of `delta`.
         workspace: Scratch data of the backend, valid within one pass.
@@ -45,11 +44,11 @@ class Merged:
 
 @dataclass
 class MergeCache:
-    """Cache for repeated writes of one update: a few numbers per matrix, valid for one state of its factors.
+    """Cache for repeated writes of an update: a few numbers per matrix, valid until its factors change.
 
     Args:
         thresholds: `[G]`, or `None` before the first write.
-        stats: Further backend-specific data.
+        stats: Other backend-specific data.
     """
 
     thresholds: Tensor | None = None
@@ -89,7 +88,7 @@ class Backend(ABC):
 
     @abstractmethod
     def add_update(self, spec: UpdateSpec, merged: Merged, base: Tensor, out: Tensor) -> None:
-        """Write `base + scaling·S` into `out`, both contiguous `[m, n]` of any dtypes, possibly the same tensor."""
+        """Write `base + scaling·S` into `out`: contiguous `[m, n]` of any dtype, possibly the same tensor."""
 
     def write_effective(
         self,
@@ -100,7 +99,7 @@ class Backend(ABC):
         out: Tensor,
         cache: MergeCache,
     ) -> None:
-        """Merge an update and write `base + scaling·S` into `out`; reads and fills `cache`."""
+        """Merge an update and write `base + scaling·S` into `out`, using and filling `cache`."""
         merged = self.merge(spec, factors, budgets, cache.thresholds)
         cache.thresholds = merged.thresholds
         self.add_update(spec, merged, base, out)
@@ -124,7 +123,7 @@ class Backend(ABC):
 
         Args:
             spec: Settings of the update.
-            merged: Merged matrices. Matrices without budget need no product.
+            merged: Merged matrices. Matrices without a budget need no product.
             grad_y: ∂L/∂y, `[tokens, m]`.
             x: `[tokens, n]`, dtype of `grad_y`.
             product: Computes a dense product.

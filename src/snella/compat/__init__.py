@@ -1,1 +1,1 @@
-"""Compatibility with other features of PyTorch and PEFT: attention, quantization, hooks, compilation and files."""
+"""Support for other features of PyTorch and PEFT: attention, quantization, hooks, compilation and files."""

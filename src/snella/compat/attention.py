@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any, cast
 
@@ -57,7 +56,7 @@ class AdaptedAttention(nn.Module):
         return [child for child in self.children() if isinstance(child, Projection)]
 
     def find_projection(self, name: str) -> Projection | None:
-        """Return the adapted projection with this name, or `None`."""
+        """Return an adapted projection by name, or `None`."""
         child = self._modules.get(name)
         return child if isinstance(child, Projection) else None
 
@@ -163,19 +162,19 @@ class AdaptedAttention(nn.Module):
         project = self._projection("in_proj")
         if query is key and key is value:
             return list(project(query).chunk(3, dim=-1))
-        # apply all three matrices to each distinct input, and drop the unused outputs
+        # apply all three matrices to each distinct input and drop the unused outputs
         queries, projected_key = project(query).chunk(3, dim=-1)[0], project(key).chunk(3, dim=-1)
         values = projected_key[2] if value is key else project(value).chunk(3, dim=-1)[2]
         return [queries, projected_key[1], values]
 
     def _projection(self, name: str) -> Projection | ProjectionWeight:
-        """Return the projection with this name, adapted or not."""
+        """Return a projection by name, adapted or not."""
         return self.find_projection(name) or ProjectionWeight(self.base_layer, name)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.MultiheadAttention:
-        """Return the attention, optionally with merged updates; PEFT calls this for modules with several weights."""
+        """Return the attention, optionally after merging; PEFT calls this for modules with several weights."""
         for projection in self.projections():
             if merge:
                 projection.merge(safe_merge=safe_merge, adapter_names=adapter_names)
@@ -185,7 +184,7 @@ class AdaptedAttention(nn.Module):
 class ProjectionWeight:
     """Linear-layer view of one projection of an attention, with its current weight and bias.
 
-    Not a module, because the attention would then be a descendant of itself.
+    Not a module: otherwise, the attention would be its own descendant.
 
     Args:
         attention: The attention.
@@ -252,7 +251,7 @@ class Projection(SnellaLayer):
         return bool(self._names_in_use())
 
     def needs_separate_op(self) -> bool:
-        """Return whether the projection requires a separate op, i.e. in training or with gradients."""
+        """Return whether the projection requires a separate op, as in training or with gradients."""
         return self.training or self._needs_gradients(self._names_in_use())
 
     def is_weight_registered(self) -> bool:
@@ -260,7 +259,7 @@ class Projection(SnellaLayer):
         return isinstance(cast(ProjectionWeight, self.base_layer).weight, nn.Parameter)
 
     def effective_weight(self) -> Tensor:
-        """Return the effective weight from the layer's cache."""
+        """Return the cached effective weight."""
         self.is_applied = True
         return self._cached_weight(self._names_in_use())
 
@@ -269,7 +268,7 @@ class Projection(SnellaLayer):
 
 
 def input_projections(attention: nn.MultiheadAttention) -> tuple[str, ...]:
-    """Return the names of the query, key and value projections: one fused projection, or three."""
+    """Return the names of the query, key and value projections: one if fused, otherwise three."""
     return _INPUTS if attention._qkv_same_embed_dim else _SEPARATE_INPUTS
 
 
@@ -302,20 +301,16 @@ def find_wrapped_attention(model: nn.Module, key: str) -> tuple[str, str] | None
 
 
 def disable_fast_path(model: nn.Module) -> None:
-    """Disable the fast path of torch's encoder layers that have an adapted part.
+    """Disable the fast path of torch's encoder layers with adapted parts.
 
     In evaluation, `nn.TransformerEncoderLayer` passes the weights of all its parts to one fused function, which ignores
-    updates. A hook on any part disables the fast path, and is removed together with the adapted part.
+    updates. A hook on any part disables the fast path; removing the adapted part removes the hook.
     """
     for layer in model.modules():
         if isinstance(layer, nn.TransformerEncoderLayer):
-            for part in _adapted_parts(layer):
-                if not part._forward_pre_hooks:
+            for part in layer.modules():
+                if isinstance(part, SnellaLayer) and not part._forward_pre_hooks:
                     part.register_forward_pre_hook(_no_op_hook)
-
-
-def _adapted_parts(layer: nn.Module) -> Iterator[nn.Module]:
-    return (part for part in layer.modules() if isinstance(part, SnellaLayer))
 
 
 def _no_op_hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -335,7 +330,7 @@ def attend(
     average_attn_weights: bool,
     is_batched: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute scaled dot-product attention with the heads, masks, extra tokens and dropout of `attention`.
+    """Compute scaled dot-product attention with the heads, extra tokens and dropout of `attention`.
 
         w = softmax(q kᵀ / √d + mask),   output = dropout(w) v          for each head of width d
 
@@ -352,7 +347,7 @@ def attend(
         is_batched: True if the caller's tensors had a batch axis.
 
     Returns:
-        `[N, L, E]`, and the weights `[N, L, S]`, `[N, heads, L, S]` or without `N`, or `None`.
+        The output `[N, L, E]`, and the weights `[N, L, S]`, `[N, heads, L, S]` or without the `N` axis, or `None`.
 
     Raises:
         ValueError: If `is_causal` is set without `attn_mask`.
@@ -385,7 +380,7 @@ def attend(
 def _combine_masks(
     attn_mask: Tensor | None, key_padding_mask: Tensor | None, batch: int, heads: int, dtype: torch.dtype
 ) -> Tensor | None:
-    """Combine both masks into an additive one, `[N or 1, heads or 1, L or 1, S]`."""
+    """Combine both masks into an additive mask, `[N or 1, heads or 1, L or 1, S]`."""
     masks = []
     if attn_mask is not None:
         mask = _additive(attn_mask, dtype)
@@ -396,7 +391,7 @@ def _combine_masks(
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Convert a boolean mask to an additive one with minus infinity; return other masks unchanged."""
+    """Convert a boolean mask to an additive mask; return other masks in `dtype`."""
     if mask.dtype == torch.bool:
         return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
     return mask.to(dtype)

@@ -1,8 +1,8 @@
-"""Adapted layer in a graph of `torch.compile`, with custom operators for its forward and backward pass.
+"""Adapted layer in a `torch.compile` graph: custom operators for its forward and backward pass.
 
 A graph cannot detect changes between calls, so nothing is cached. The first update is folded into the base weight; the
 others are added to the output. The operator calls the functions of `autograd` with the backend of the update's spec;
-the compiler traces only shapes. Budgets are a tensor, so that a reallocation does not trigger recompilation.
+the compiler traces only shapes. Budgets are a tensor, so a reallocation does not trigger recompilation.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from snella.autograd import LayerCall, RequiredGrads, backward_pass, forward_pass
-from snella.base_layer import input_of_op
+from snella.base_layer import prepare_input
 from snella.compat.hooks import is_hooked_in_graph
 from snella.regularization import add_branches
 from snella.update import Factors, LayerOp, LinearOp, Update, UpdateSpec, layer_op_from_ints
@@ -38,11 +38,10 @@ def forward_in_graph(layer: SnellaLayer, x: Tensor, *args: Any, **kwargs: Any) -
     _set_applied(layer)
     weight, bias, dtype, op = cast(Tensor, layer._weight()), layer.bias, x.dtype, layer._op()
     is_autocast = torch.is_autocast_enabled(x.device.type)
-    x = input_of_op(layer, x, weight.dtype)
+    x = prepare_input(layer, x, weight.dtype)
     x = x.to(torch.get_autocast_dtype(x.device.type) if is_autocast else weight.dtype)
     bias = bias if bias is None else bias.to(x.dtype)
     plan = layer._plan_updates(names, with_branches=True, in_graph=True)
-    # the first update is folded into the base weight; the others are added to the output
     first, others = plan.updates[:1], plan.updates[1:]
     y = _apply(layer, x, plan.names[0], first[0], op, weight, bias) if first else op(x, weight.to(x.dtype), bias)
     for name, update in zip(plan.names[1:], others, strict=True):
@@ -112,7 +111,7 @@ def adapted_layer_in_graph(
     op: LayerOp,
     weight_shape: torch.Size,
 ) -> Tensor:
-    """Apply a layer with one update, like `adapted_layer`; supports `torch.compile(fullgraph=True)`.
+    """Apply a layer with one update; the counterpart of `adapted_layer` for `torch.compile(fullgraph=True)`.
 
     Args:
         x: Input, in the dtype of the layer op.

@@ -25,17 +25,17 @@ def hook_dicts(module: nn.Module) -> tuple[dict[int, Any], ...]:
 
 
 def is_hooked_in_graph(module: nn.Module, dicts: tuple[dict[int, Any], ...]) -> bool:
-    """Return `has_hooks` for `torch.compile`; `dicts` are the module's `hook_dicts`, stored outside the module.
+    """Return `has_hooks` in a `torch.compile` graph; `dicts` are the module's `hook_dicts`, stored outside it.
 
-    `torch.compile` reuses a compiled layer for another one unless a guard differs, and it does not guard a module's
-    hooks (`torch._dynamo.config.skip_nnmodule_hook_guards`). It does guard `dicts`.
+    `torch.compile` reuses the graph of a layer for another layer unless a guard differs. It does not guard the hooks of
+    a module (`torch._dynamo.config.skip_nnmodule_hook_guards`), but does guard `dicts`.
     """
     is_replaced = hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook") or "forward" in module.__dict__
     return is_replaced or any([len(hooks) > 0 for hooks in dicts])
 
 
 def call_inside_hooks(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call a module with `forward` in place of its class's method, and run all of its hooks.
+    """Call a module and all its hooks, with `forward` in place of its class's method.
 
     Raises:
         NotImplementedError: If the module's `forward` was replaced by anything other than the hooks of torch,

@@ -27,7 +27,7 @@ _MUST_MATCH = ("kernel", "num_pieces", "softmax_dim", "center_softmax", "sparsif
 
 @dataclass
 class AdapterValues:
-    """Saved adapter in memory, for repeated swaps; later swaps are faster than the first.
+    """Saved adapter in memory for repeated swaps, which are faster after the first.
 
     Args:
         tensors: Tensors by their names in the adapter's file; must not change after the first swap.
@@ -40,7 +40,7 @@ class AdapterValues:
     """Thresholds and statistics of the first swap, by layer, backend and device: a few kilobytes per matrix."""
 
     is_finite: bool = field(default=False, repr=False)
-    """True if all values are known to be finite."""
+    """True once all values have been found finite."""
 
     @classmethod
     def read(cls, folder: str | Path) -> Self:
@@ -134,7 +134,7 @@ def hotswap(
 
 
 def _strip_prefixes(name: str) -> str:
-    """Remove the prefixes of PEFT and `torch.compile` from a parameter or module name."""
+    """Remove the prefixes that PEFT and `torch.compile` add to a parameter or module name."""
     return name.replace(_COMPILED, "").removeprefix(_PREFIX)
 
 

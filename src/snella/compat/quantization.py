@@ -55,7 +55,7 @@ class Quantization(ABC):
 
 
 def find_quantization(base: Any, name: str) -> Quantization | None:
-    """Return the quantization of a layer's weight, or `None`. Import bitsandbytes and torchao only if the layer does.
+    """Return the quantization of a layer's weight, or `None`; imports neither bitsandbytes nor torchao.
 
     Args:
         base: A base layer.
@@ -160,7 +160,7 @@ class Bitsandbytes8bit(Quantization):
     layer_class = "Linear8bitLt"
 
     def check(self, base: Any, name: str) -> None:
-        """Raise an error if the layer is not quantized, or not yet."""
+        """Raise an error if the layer quantizes its weight in every pass or is not quantized yet."""
         if base.state.has_fp16_weights:
             raise NotImplementedError(
                 f"target_modules matches {name!r}, a {type(base).__name__} with has_fp16_weights=True, which quantizes "
@@ -264,7 +264,7 @@ class TorchaoWeight(Quantization):
 
 
 def _requantize(old: Any, weight: Tensor, keep_scales: bool = False) -> Any:
-    """Quantize `weight` like `old`: same blocks, same bit width, and a zero point only if `old` has one."""
+    """Quantize `weight` like `old`: same blocks and bit width, and a zero point only if `old` has a nonzero one."""
     from torchao.quantization import granularity
     from torchao.quantization.quant_primitives import MappingType
 
@@ -311,7 +311,7 @@ class RequantizationLoss:
 def measure_requantization(
     module_name: str, quantization: str, before: Tensor, target: Tensor, after: Tensor
 ) -> RequantizationLoss:
-    """Measure the requantization error from three weights: before merging, the exact sum, and the stored sum."""
+    """Measure the requantization error, given the weight before merging, the exact sum and the stored sum."""
     error, update = (
         float(torch.linalg.vector_norm(a.float() - target.float(), dtype=torch.float64)) for a in (after, before)
     )
@@ -322,7 +322,7 @@ _collected: ContextVar[list[RequantizationLoss] | None] = ContextVar("requantiza
 
 
 def report_requantization(loss: RequantizationLoss) -> None:
-    """Warn about a requantization error, or add it to the active `one_warning` block."""
+    """Warn about a requantization error, or add it to the active `combined_warning` block."""
     pending = _collected.get()
     if pending is None:
         _warn([loss])
@@ -331,8 +331,8 @@ def report_requantization(loss: RequantizationLoss) -> None:
 
 
 @contextmanager
-def one_warning() -> Iterator[None]:
-    """Collect the requantization errors of all merges in this block, and warn once at its end."""
+def combined_warning() -> Iterator[None]:
+    """Collect the requantization errors of all merges in this block and warn once at the end."""
     losses: list[RequantizationLoss] = []
     token = _collected.set(losses)
     try:

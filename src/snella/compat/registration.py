@@ -1,13 +1,12 @@
 """Registration of the method with PEFT; the only module that modifies PEFT.
 
-PEFT's `register_peft_method` rejects names outside its enum. The mapping tables therefore get the string `"SNELLA"` as
-a key. A test fails once PEFT adds an enum member of this name.
+PEFT's `register_peft_method` rejects names outside its enum, so `register` adds the string `"SNELLA"` to the mapping
+tables as a key. A test fails once PEFT adds an enum member of this name.
 
-`register` also wraps two functions of PEFT that have no extension point. Their behavior for all other parameters does
-not change.
+`register` also wraps two functions of PEFT that have no extension point. They treat all other parameters as before.
 
-- `_peft_key_to_original_key` maps a parameter to its original name, for `get_base_model_state_dict` and its
-  counterpart. The wrapper supports attentions with several adapted projections.
+- `_peft_key_to_original_key` maps a parameter to its original name, for `get_base_model_state_dict` and
+  `set_base_model_state_dict`. The wrapper supports attentions with several adapted projections.
 - `PeftModel._update_offload` builds accelerate's offload index. The wrapper supports parameter names that end in the
   adapter's name.
 """

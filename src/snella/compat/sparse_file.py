@@ -1,4 +1,4 @@
-"""Sparse weight files: positions and values of changed weights, as a reversible patch of a plain model."""
+"""Sparse weight files: reversible patches of a plain model with the positions and values of changed weights."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class SparsePatch:
         entries: Changed entries, by parameter name.
         replaced: New values of fully replaced parameters and buffers, by name, e.g. of a head.
         shapes: Shape of each parameter in `entries`.
-        digests: SHA-256 prefix of the original value of each parameter in `entries`.
+        digests: Prefix of the SHA-256 digest of each original parameter in `entries`.
         metadata: Additional metadata of the file.
     """
 
@@ -68,9 +68,9 @@ class SparsePatch:
     def to_bytes(self, values: ValueDtype = "fp32") -> bytes:
         """Serialize the patch in safetensors format.
 
-        Positions are stored in the smallest of three forms: `NAME:int32`, `NAME:gaps` (the number of unchanged weights
+        Positions use the smallest of three encodings: `NAME:int32`, `NAME:gaps` (the number of unchanged weights
         before each changed one, LEB128) or `NAME:bitmap` (one bit per weight). Values are `NAME:values`, replaced
-        tensors are `NAME`. The metadata entry `sha256` is the digest of the whole content.
+        tensors are `NAME`. The metadata entry `sha256` is the digest of the entire content.
 
         Args:
             values: Type of the stored values; bf16 rounds them.
@@ -125,7 +125,7 @@ class SparsePatch:
             name, values = key.removesuffix(f":{_VALUES}"), tensors.pop(key)
             kinds = [kind for kind in _DECODERS if f"{name}:{kind}" in tensors]
             if len(kinds) != 1:
-                raise ValueError(f"{name!r} has positions in {len(kinds)} forms, expected one of {list(_DECODERS)}")
+                raise ValueError(f"{name!r} has positions in {len(kinds)} encodings, expected one of {list(_DECODERS)}")
             indices = _DECODERS[kinds[0]](tensors.pop(f"{name}:{kinds[0]}")).long()
             if len(indices) != len(values):
                 raise ValueError(f"{name!r} has {len(indices)} positions and {len(values)} values")
@@ -139,7 +139,7 @@ class SparsePatch:
 
     @torch.no_grad()
     def apply(self, model: nn.Module, *, check_base: bool = True) -> None:
-        """Apply the patch in place. Tensors keep their identity, so compiled models do not recompile.
+        """Apply the patch in place, so that compiled models do not recompile.
 
         Args:
             model: Plain model with the pre-trained weights that the patch was created for.
@@ -167,7 +167,7 @@ class SparsePatch:
 
     @torch.no_grad()
     def remove(self) -> None:
-        """Restore the original values of the patched entries bit for bit; all other entries keep their values.
+        """Restore the original values of the patched entries bit for bit; other entries keep their values.
 
         Raises:
             RuntimeError: If the patch is not applied.
@@ -195,9 +195,7 @@ class SparsePatch:
         ]
         model_name = type(model).__name__
         if errors:
-            raise ValueError(
-                f"the update does not fit {model_name}: {listed(errors, 3, '; ')}; create the model of the run"
-            )
+            raise ValueError(f"the update does not fit {model_name}: {listed(errors, 3, '; ')}; create the run's model")
         for name, digest in self.digests.items() if check_base else ():
             if digest_of(tensors[name]) != digest:
                 raise ValueError(
@@ -230,13 +228,13 @@ def load_sparse(model: nn.Module, file: str | Path, *, check_base: bool = True) 
 
 
 def digest_of(tensor: Tensor) -> str:
-    """Return the SHA-256 prefix of a tensor's bytes."""
+    """Return a prefix of the SHA-256 digest of a tensor's bytes."""
     content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return hashlib.sha256(content.data).hexdigest()[:_DIGEST_LENGTH]
 
 
 def tensors_bytes(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """Serialize tensors as safetensors with sorted metadata, so that equal content gives equal bytes.
+    """Serialize tensors in safetensors format with sorted metadata, so that equal content gives equal bytes.
 
     `safetensors.torch.save` writes several metadata entries in random order.
     """
@@ -250,7 +248,7 @@ def tensors_bytes(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> by
 
 
 def tensors_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
-    """Return the order-independent SHA-256 of tensors (names, dtypes, shapes, values) and metadata."""
+    """Return the order-independent SHA-256 digest of tensors (names, dtypes, shapes, values) and metadata."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}\n{tensor.dtype}\n{list(tensor.shape)}\n".encode())
@@ -260,7 +258,7 @@ def tensors_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | 
 
 
 def encode_positions(indices: Tensor, size: int) -> tuple[str, Tensor]:
-    """Encode ascending positions below `size` in the smallest of three forms; return its name and tensor."""
+    """Encode ascending positions below `size` in the smallest of three encodings; return its name and the tensor."""
     positions = indices.cpu()
     # int32 takes 4 bytes per position, gaps at least 1, a bitmap one bit per weight
     smallest = min(4 * len(positions), -(-size // 8))
@@ -304,7 +302,7 @@ def pack_positions(indices: Tensor, size: int) -> Tensor:
     """Pack positions into a bit mask, lowest bit first: uint8 `[ceil(size / 8)]`.
 
     Args:
-        indices: Positions of the ones, integer.
+        indices: Integer positions of the ones.
         size: Number of entries.
 
     Raises:

@@ -25,7 +25,7 @@ class _BaseToken(nn.Module):
 
 
 class TokenAdapter(nn.Module, BaseTunerLayer):
-    """Adapter of a bare parameter: the pre-trained value and one value per adapter.
+    """Adapter of a bare parameter, with the pre-trained value and one value per adapter.
 
     The parameter moves into this module, and `owner.<name>` becomes a plain attribute with the active value. Only one
     adapter can be active, as for modules in `modules_to_save`.
@@ -91,7 +91,7 @@ class TokenAdapter(nn.Module, BaseTunerLayer):
         self._owner[0].__dict__[self.parameter_name] = value
 
     def remove(self) -> None:
-        """Move the parameter back into its owner, and remove this module."""
+        """Move the parameter back into its owner and remove this module."""
         owner = self._owner[0]
         owner.__dict__.pop(self.parameter_name, None)
         owner._parameters[self.parameter_name] = self.base_layer.weight
@@ -154,7 +154,7 @@ class TokenAdapter(nn.Module, BaseTunerLayer):
         return self
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # also cast: a float32 token in a half-precision model would promote all later activations
+        # also cast, because a float32 token in a half-precision model would promote all later activations
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         self._link()
 
@@ -196,7 +196,7 @@ def find_tokens(model: nn.Module, names: Iterable[str], *, is_required: bool) ->
 def attach_tokens(
     model: nn.Module, names: Iterable[str], adapter_name: str, active_adapters: list[str], inference_mode: bool
 ) -> None:
-    """Add an adapter to bare parameters, selected by full name."""
+    """Add an adapter to the bare parameters with these full names."""
     full_names = set(names)
     for prefix, owner, name in list(_bare_parameters(model)):
         if f"{prefix}{name}" in full_names:
@@ -207,7 +207,7 @@ def attach_tokens(
 
 
 def _bare_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """Yield prefix, owner and name of every parameter outside adapters or inside a `TokenAdapter`."""
+    """Yield the prefix, owner and name of every parameter outside adapters or in a `TokenAdapter`."""
     adapter_prefixes: list[str] = []
     for prefix, module in model.named_modules():
         if any(prefix.startswith(outer) for outer in adapter_prefixes):

@@ -1,1 +1,1 @@
-"""Reduction of activation memory and gradient cost: recomputed inputs, int8 compression and token sampling."""
+"""Less activation memory and cheaper gradients: recomputed inputs, int8 compression and token sampling."""

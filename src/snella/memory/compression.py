@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 GROUP = 64
-"""Entries per scale. An outlier channel affects the precision of 63 other entries instead of the whole token."""
+"""Entries per scale; an outlier channel degrades the precision of 63 other entries instead of the whole token."""
 _LEVELS = 127
 
 
@@ -33,14 +33,14 @@ class Layout:
 
 
 def encode(z: Tensor, *, by_row: bool = False) -> tuple[Tensor, Layout]:
-    """Quantize a tensor to int8, in groups of entries that are adjacent in memory.
+    """Quantize a tensor to int8 in groups of entries that are adjacent in memory.
 
         q_i = round(z_i / s),   s = max |z| / 127 over its group of 64;   |s·q_i − z_i| ≤ s/2
 
     Args:
         z: Floating-point tensor of any shape.
         by_row: Split each row of the last axis into groups of equal size, at most 64, if the last axis is innermost in
-            memory. Used for inputs of row-wise normalizations, where a shared scale could round a small row to zero.
+            memory. For inputs of row-wise normalizations, where a shared scale could round a small row to zero.
 
     Returns:
         Float32 scales followed by codes, uint8 `[groups · (4 + group)]` (17/16 bytes per entry for groups of 64), and
@@ -65,7 +65,7 @@ def encode(z: Tensor, *, by_row: bool = False) -> tuple[Tensor, Layout]:
 
 
 def decode(encoded: Tensor, layout: Layout) -> Tensor:
-    """Decode a tensor from the result of `encode`, with the original shape, dtype and memory order."""
+    """Decode the result of `encode` to the original shape, dtype and memory order."""
     codes, scales = _parts(encoded, layout.group)
     rows = codes.float().mul_(scales).to(layout.dtype).view(-1, layout.row + -layout.row % layout.group)
     return rows[:, : layout.row].reshape(layout.shape).permute(layout.axes)

@@ -1,7 +1,7 @@
-"""Marks on tensors, with instructions to recompute them in the backward pass instead of saving them.
+"""Tensor marks: recipes for recomputing a tensor in the backward pass instead of saving it.
 
 A linear layer needs its input `x` for ∂L/∂W. If `x = f(z)` and autograd saves `z` anyway, the backward pass can
-recompute `x` bit-identically from `z`, and saving `x` wastes memory. The module `recompute` sets the marks.
+recompute `x` bit-identically from `z`, and saving `x` would waste memory. The module `recompute` sets the marks.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class Origin(ABC):
         return True
 
     def add_user(self) -> bool:
-        """Register one more backward pass that uses the tensor; return whether it is the first.
+        """Register another backward pass that uses the tensor; return whether it is the first.
 
-        A forward pass rerun by activation checkpointing does not count, because its backward pass is already
+        A forward pass that activation checkpointing reruns does not count, because its backward pass is already
         registered.
         """
         if torch._C._current_graph_task_id() != self._graph_task_id:
@@ -57,7 +57,7 @@ class Origin(ABC):
         return self._users == 1
 
     def compute(self, saved: Sequence[Tensor]) -> Tensor:
-        """Return the recomputed tensor without gradient; all users share one result.
+        """Return the recomputed, detached tensor; all users share one result.
 
         Args:
             saved: Tensors from the forward pass, as in `Mark.saved`.
@@ -78,7 +78,7 @@ class Origin(ABC):
         """Recompute the tensor."""
 
     def _call(self, function: Callable[..., Tensor], *args: Tensor, with_graph: bool = False) -> Tensor:
-        """Call a function under the forward pass's autocast."""
+        """Call a function with the autocast settings of the forward pass."""
         with torch.set_grad_enabled(with_graph), self._autocast():
             return function(*args)
 
@@ -192,11 +192,11 @@ class Derived(Origin):
         self.is_rounded = source.is_rounded
 
     def is_current(self) -> bool:
-        """Return whether the first tensor can be recomputed."""
+        """Return whether the inputs of the source's recomputation are unchanged."""
         return self._source.is_current()
 
     def add_user(self) -> bool:
-        """Register one more backward pass that uses the tensor; the first one also uses the source."""
+        """Register another backward pass that uses the tensor; the first also uses the source."""
         is_first = super().add_user()
         if is_first:
             self._source.add_user()
@@ -223,7 +223,7 @@ class Mark:
 
     @staticmethod
     def put(x: Tensor, saved: tuple[Tensor, ...], origin: Origin) -> Tensor:
-        """Mark a tensor, and return it."""
+        """Mark a tensor and return it."""
         setattr(x, ORIGIN_ATTRIBUTE, Mark(saved, origin, _versions(x, saved)))
         return x
 
@@ -240,7 +240,7 @@ class Mark:
         return tuple([tensor.detach() for tensor in self.saved])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Exclude marks from pickled tensors."""
+        """Pickle as `None`, so that pickled tensors have no mark."""
         return _no_mark, ()
 
 
@@ -249,7 +249,7 @@ def _no_mark() -> None:
 
 
 def _versions(x: Tensor, saved: tuple[Tensor, ...]) -> tuple[int, ...]:
-    """Return the tensors' version counters and the first one's address; writes through `x.data` are not detected."""
+    """Return the address of `x` and all version counters; writes through `x.data` remain undetected."""
     return (x.data_ptr(), x._version, *[tensor._version for tensor in saved])
 
 
@@ -293,11 +293,11 @@ def save_rounded(
     *,
     by_row: bool = False,
 ) -> Tensor:
-    """Mark an output and save its inputs in int8 for the backward pass; inputs without gradient remain exact.
+    """Mark an output and save its inputs in int8 for the backward pass; inputs that require no gradient stay exact.
 
     Args:
         inputs: Inputs of the function.
-        output: Output of the function, without gradient.
+        output: Detached output of the function.
         function: Recomputes the output.
         module: See `Output`.
         by_row: See `encode`.
@@ -311,8 +311,8 @@ def save_rounded(
 def multiply(first: Tensor, mark: Mark, second: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """Return the marked product `first ⊙ second` of a marked first factor.
 
-    Saves the source tensors of `first`, and `second`. A second factor that requires a gradient is saved in int8 if the
-    source tensors are.
+    Saves `second` and the source tensors of `first`. If the source tensors are in int8, so is a second factor that
+    requires a gradient.
 
     Args:
         first: The first factor.

@@ -5,8 +5,8 @@ instead of the layer's input. In supported blocks, a function mode tracks the op
 supports views and permutations (image windows), products (gated activations) and sums with a small tensor
 (modulations).
 
-With compression, the backward passes of module and layer use the module's input in int8. Attention saves only its
-queries, keys and values, in int8. Outputs remain exact; gradients are computed at rounded inputs.
+With compression, the backward passes of module and layer use the module's input in int8, and attention saves only its
+queries, keys and values, in int8. Outputs stay exact; gradients are computed at the rounded inputs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from snella.memory.origins import Derived, Mark, Output, module_tensors, multipl
 _SOURCE_ATTRIBUTE = "_snella_source"
 _c_autograd: Any = torch._C._autograd
 
-# deterministic modules that save their input for the backward pass (ReLU and similar ones save their output)
+# deterministic modules that save their input for the backward pass (unlike ReLU, which saves its output)
 _TORCH_CLASSES = (
     nn.GELU,
     nn.SiLU,
@@ -81,7 +81,7 @@ def can_recompute(module: nn.Module) -> bool:
 
 
 def can_track(module: nn.Module, *, compress: bool = False) -> bool:
-    """Return whether to track the forward pass of a module. Matches known classes for which tracking saves memory.
+    """Return whether to track a module's forward pass. Matches known classes for which tracking saves memory.
 
     Supports blocks of Swin and SAM's encoder, gated MLPs, and diffusers' transformer blocks, modulations and
     activations; with `compress`, also attention modules of timm and transformers.
@@ -98,7 +98,7 @@ def can_track(module: nn.Module, *, compress: bool = False) -> bool:
 
 
 def mark_outputs(model: nn.Module, *, compress: Callable[[], bool] | None = None) -> int:
-    """Install hooks that mark the outputs of all supported normalizations and activations; return their number.
+    """Install hooks that mark the outputs of supported normalizations and activations; return the number of modules.
 
     Replaces existing hooks. A mark costs one tensor attribute. Tracking costs one Python call per torch function in
     supported blocks.
@@ -156,7 +156,7 @@ def _is_reproducible(module: nn.Module) -> bool:
 
 
 def _is_recorded() -> bool:
-    """Return whether autograd records the forward pass, without a compiler or tracer."""
+    """Return whether autograd records the forward pass and no compiler or tracer does."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
 
@@ -227,7 +227,7 @@ class _TrackingMode(TorchFunctionMode):
         self._caller, self._hooks = caller, _saved_tensors_hooks()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call a function, and mark its output if possible."""
+        """Call a function and mark its output if possible."""
         kwargs, output = kwargs or {}, None
         handler = None if torch.compiler.is_compiling() else _HANDLERS.get(func)
         if handler is not None and args and torch.is_grad_enabled() and self is _active_mode():
@@ -243,7 +243,7 @@ class _TrackingMode(TorchFunctionMode):
         return False
 
     def is_recorded(self) -> bool:
-        """Return whether autograd records directly; activation checkpointing reruns its parts without this mode."""
+        """Return whether autograd records directly; activation checkpointing reruns its region without this mode."""
         return _saved_tensors_hooks() == self._hooks
 
 

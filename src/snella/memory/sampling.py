@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 MIN_TOKENS = 64
-"""Minimum sample size, if there are enough tokens; smaller products cost little compared to merging."""
+"""Minimum sample size, given enough tokens; products of fewer tokens cost little compared to merging."""
 MIN_SHARE = 2**-10
 """Minimum fraction of the tokens; above it, numerator and denominator fit the int64 arguments of compiled graphs."""
 _ROUNDS = 4  # iterations to find the tokens with probability 1
 
 
 def parse_weight_gradient(weight_gradient: str) -> tuple[float, bool]:
-    """Parse `SnellaConfig.weight_gradient` into the fraction of tokens to sample and a flag for bfloat16 rounding.
+    """Parse `SnellaConfig.weight_gradient` into the fraction of sampled tokens and whether to round to bfloat16.
 
     Args:
         weight_gradient: `"exact"`, `"bfloat16"`, or `"sample:P"` with a number or fraction `P` from 1/1024 to 1, e.g.

@@ -492,7 +492,7 @@ def test_attention_as_root_module_raises():
 def test_shared_attention_raises():
     model = make()
     model.again = model.attn
-    with pytest.raises(NotImplementedError, match=r"'attn', whose weight \['attn', 'again'\] share"):
+    with pytest.raises(NotImplementedError, match=r"'attn', but \['attn', 'again'\] share one weight"):
         adapt(model)
 
 

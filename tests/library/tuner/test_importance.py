@@ -98,18 +98,18 @@ def test_magnitude_needs_no_gradient_and_sensitivity_is_0_without_one():
     assert sensitivity.scores() == [0]
 
 
-def test_with_gradient_requires_both_gradients_and_a_nonzero_one():
+def test_names_with_gradient_requires_both_gradients_and_a_nonzero_one():
     with_gradient, without = matrices([(2, 3), (3, 2)])
     tracker = ImportanceTracker([with_gradient, without])
-    assert tracker.with_gradient() == set()
+    assert tracker.names_with_gradient() == set()
     for layer in (with_gradient.layer, without.layer):
         for factor in (layer.snella_A["default"], layer.snella_B["default"]):
             factor.grad = torch.zeros_like(factor)
-    assert tracker.with_gradient() == set()
+    assert tracker.names_with_gradient() == set()
     with_gradient.layer.snella_B["default"].grad.view(-1)[0] = 1e-6
-    assert tracker.with_gradient() == {with_gradient.name} == {"0"}
+    assert tracker.names_with_gradient() == {with_gradient.name} == {"0"}
     with_gradient.layer.snella_A["default"].grad = None
-    assert tracker.with_gradient() == set()
+    assert tracker.names_with_gradient() == set()
 
 
 @pytest.mark.parametrize("metric", ["delta_magnitude", "delta_mean_magnitude"])

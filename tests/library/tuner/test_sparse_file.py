@@ -69,7 +69,7 @@ def test_every_flipped_byte_is_detected(tmp_path, flip):
     [
         (
             lambda tensors: tensors.pop("gaps:gaps"),
-            r"'gaps' has positions in 0 forms, expected one of \['int32',",
+            r"'gaps' has positions in 0 encodings, expected one of \['int32',",
         ),
         (
             lambda tensors: tensors.update({"gaps:gaps": torch.zeros(9, dtype=torch.uint8)}),

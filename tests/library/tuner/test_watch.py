@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from snella import BudgetAllocator, SnellaConfig
 from snella.heads import is_newly_initialized
@@ -297,6 +298,17 @@ def test_steps_of_other_optimizers_do_not_warn():
         step(other)
     with pytest.warns(UserWarning, match=UNUSED):
         step(model)
+
+
+def test_optimizer_state_initialization_is_not_a_training_step():
+    model = make_partly_used()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        get_state_dict(model, optimizer)  # runs a step with learning rate 0 to create the optimizer's state
+    assert optimizer.state
+    with pytest.warns(UserWarning, match=UNUSED):
+        step(model, optimizer)
 
 
 def test_merging_reports_unused_layers(tmp_path):

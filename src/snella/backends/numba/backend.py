@@ -1,4 +1,4 @@
-"""Numba backend: multithreaded CPU implementation of the piecewise kernels with exact threshold selection."""
+"""Numba backend: multithreaded piecewise kernels on the CPU, with exact threshold selection."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from snella.sparsify import KEEP_ALL
 from snella.update import Factors, UpdateSpec
 
 _MAX_WIDTH, _MIN_WIDTH = 192, 96
-_MIN_BLOCKS = 6  # enough work for a few threads
-_WORKSPACE_ENTRIES = 1 << 20  # size of a block's two matrices, to fit in cache
+_MIN_BLOCKS = 6  # enough parallelism for a few threads
+_WORKSPACE_ENTRIES = 1 << 20  # entries of a block's two matrices, which must fit in the cache
 _MAX_CHUNKS = 16  # each chunk allocates a partial gradient of B
 _MIN_ENTRIES_FOR_THREADS = 1 << 17
 _TASKS_PER_THREAD = 4  # balances the load between threads
@@ -177,7 +177,7 @@ class NumbaBackend(Backend):
 def _merge_matrix(
     spec: UpdateSpec, packed: PackedFactors, budget: int, threshold: float | None, stats: np.ndarray, is_new: bool
 ) -> _Matrix:
-    """Return the state of one matrix: find an unknown threshold, and fill `stats` if `is_new`."""
+    """Return a matrix's state; find an unknown threshold, and fill `stats` if `is_new`."""
     shape = (packed.B.shape[0], packed.A.shape[0])
     if threshold is None and spec.mode == "none":
         threshold = KEEP_ALL
@@ -193,7 +193,7 @@ def _merge_matrix(
 
 
 def _add_matrix(spec: UpdateSpec, matrix: _Matrix, base: np.ndarray, out: np.ndarray) -> None:
-    """Write `base + scaling·S` of one matrix into `out`."""
+    """Write a matrix's `base + scaling·S` into `out`."""
     settings = (matrix.threshold, np.float32(spec.scaling), _MODES[spec.mode])
     shape = matrix.shape
     if matrix.delta is not None:
@@ -203,12 +203,12 @@ def _add_matrix(spec: UpdateSpec, matrix: _Matrix, base: np.ndarray, out: np.nda
 
 
 def use_sddmm(spec: UpdateSpec, budget: int, size: int) -> bool:
-    """Return whether SDDMM at the nonzero entries is cheaper than the dense product for ∂L/∂W with `size` entries."""
+    """Return whether SDDMM is cheaper than the dense product for a ∂L/∂W with `size` entries."""
     return spec.mode == "soft" and 0 < budget < _SDDMM_DENSITY * size
 
 
 def sddmm_weight_grad(matrix: _Matrix, budget: int, grad_y: Tensor, x: Tensor, out: Tensor) -> None:
-    """Write ∂L/∂W at the nonzero entries of one matrix into `out` (SDDMM).
+    """Write ∂L/∂W at a matrix's nonzero entries into `out` (SDDMM).
 
     Args:
         matrix: The matrix.
@@ -236,7 +236,7 @@ def _grad_matrix(
     buffers: tuple[np.ndarray, np.ndarray] | None,
     targets: Sequence[Any],
 ) -> None:
-    """Write one matrix's gradients into `targets`, in the order of `Factors`; `buffers` (base, out) also adds `S`."""
+    """Write a matrix's gradients into `targets`, ordered like `Factors`; with `buffers` (base, out), also add `S`."""
     packed, kernel, (m, n) = matrix.packed, spec.kernel, matrix.shape
     (K, pieces), (width, blocks) = (packed.B.shape[1], len(packed.coeff)), _blocks(matrix.shape)
     per_chunk = -(-blocks // _MAX_CHUNKS)
@@ -310,7 +310,7 @@ def merge_and_count(packed: PackedFactors, shape: tuple[int, int], stats: np.nda
 
 
 def select_threshold(value: np.ndarray, budget: int, bins: np.ndarray | None = None) -> np.float32:
-    """Return the `(budget + 1)`-th largest magnitude, from a histogram and a partition of one bin."""
+    """Return the `(budget + 1)`-th largest magnitude, found by a histogram and a partition of one bin."""
     if budget == value.size:
         return np.float32(0)
     width, blocks = _blocks(value.shape)
@@ -318,7 +318,7 @@ def select_threshold(value: np.ndarray, budget: int, bins: np.ndarray | None = N
         bins = np.empty((blocks, forward.HISTOGRAM_BINS), np.int32)
         _run(forward.count, blocks, value.shape, width, value, bins)
     counts = np.add.reduce(bins, 0, np.int64)
-    cumulative = counts[::-1].cumsum()  # number of entries in each bin and all higher ones, from the top
+    cumulative = counts[::-1].cumsum()  # number of entries in each bin and above, from the top
     position = int(cumulative.searchsorted(budget, side="right"))
     bin_index = forward.HISTOGRAM_BINS - 1 - position
     above = int(cumulative[position]) - int(counts[bin_index])
@@ -355,7 +355,7 @@ def _to_float32_array(tensor: Tensor) -> np.ndarray:
 
 @lru_cache(maxsize=4096)
 def _blocks(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return block width and number of blocks; they depend only on the shape, so sums do not depend on threads."""
+    """Return block width and count, which depend only on the shape, so that threads do not change sums."""
     m, n = shape
     width = min(_MAX_WIDTH, -(-n // _MIN_BLOCKS), max(_MIN_WIDTH, _WORKSPACE_ENTRIES // (2 * m)))
     width = max(_MIN_WIDTH, (width + 15) // 16 * 16)
@@ -363,7 +363,7 @@ def _blocks(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _run(function: Callable[..., None], count: int, shape: tuple[int, ...], *arguments: Any) -> None:
-    """Call `function(first, last, …)` on parts of the range `count`, distributed over threads."""
+    """Call `function(first, last, …)` on parts of `range(count)`, distributed over threads."""
     threads = min(torch.get_num_threads(), count) if shape[0] * shape[1] >= _MIN_ENTRIES_FOR_THREADS else 1
     if threads < 2:
         function(0, count, *arguments)
@@ -376,8 +376,8 @@ def _run(function: Callable[..., None], count: int, shape: tuple[int, ...], *arg
 def parallel_for(tasks: Sequence[Callable[[], None]], threads: int) -> None:
     """Run all tasks on up to `threads` threads and wait for them.
 
-    Uses torch's OpenMP threads if available: they spin for some milliseconds after each product, so other threads
-    would oversubscribe the cores. Raises the first error of a task after all tasks end.
+    Uses torch's OpenMP threads if available: they spin for a few milliseconds after each product, so other threads
+    would oversubscribe the cores. Raises the first error after all tasks have ended.
     """
     if threads < 2 or len(tasks) < 2:
         for task in tasks:

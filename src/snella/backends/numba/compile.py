@@ -26,7 +26,7 @@ _ROUND_TO_INT = np.float32(3 << 22)  # float32 values near this constant have sp
 
 
 def compiled(settings: dict[str, Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Compile a function at its first call, and cache the result on disk if a folder is writable."""
+    """Compile a function at its first call and cache the result on disk if a folder is writable."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         try:
@@ -43,7 +43,7 @@ def remove_stale_index(function: Callable[..., None], folder: Path) -> None:
     """Remove Numba's cache index of `function` if any kernel file is newer.
 
     Numba checks only the file that defines the function. It could load a function compiled with an outdated helper from
-    another file, and mix both versions of the helper in one process.
+    another file and mix both versions of the helper in one process.
     """
     newest = max(file.stat().st_mtime for file in Path(__file__).parent.glob("*.py"))
     for index in folder.glob(f"{Path(function.__code__.co_filename).stem}.{function.__name__}-*.nbi"):

@@ -3,7 +3,7 @@
 A matrix is split into blocks of columns, so that the softmax over a block's columns completes while the block is in
 cache. Only the selection of the threshold writes and reads `ΔW`; passes with a known threshold never write it. With
 known column statistics, single rows can be merged contiguously in memory (`merge_row`). Every function works on the
-blocks (or rows) `first … last − 1` without the GIL, so that several threads can share one matrix. Results do not depend
+blocks (or rows) `first … last − 1` without the GIL, so that several threads can share a matrix. Results do not depend
 on how blocks are distributed over threads, and values are bit-identical in every pass: `merge_block` and `merge_row`
 perform the same operations in the same order.
 

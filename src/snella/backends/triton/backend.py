@@ -1,4 +1,4 @@
-"""Triton backend: piecewise kernels on a CUDA device; sync-free, with one launch for all matrices of a weight."""
+"""Triton backend: sync-free piecewise kernels on a CUDA device, with one launch for all matrices of a weight."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def launch_options(kernel: str, rank: int = 1, aligned: bool = True) -> dict[str
     if kernel in _REGISTERS and torch.version.hip is None:  # AMD's compiler does not support this limit
         options["maxnreg"] = _REGISTERS[kernel][rank > 8]
         if kernel == "factor_gradients" and not aligned:
-            options["maxnreg"] = 168  # unaligned columns are not loaded in groups of four, so a thread holds more rows
+            options["maxnreg"] = 168  # loads of unaligned columns are not vectorized, so a thread holds more rows
     return options
 
 
@@ -56,7 +56,7 @@ class SoftmaxStats(NamedTuple):
 
 
 class _Launches:
-    """Kernel launches for one update."""
+    """Kernel launches for an update."""
 
     def __init__(self, spec: UpdateSpec, factors: Factors, budgets: tuple[int, ...]) -> None:
         self.spec = spec

@@ -54,7 +54,7 @@ def softmax_weighted_sums(
     partial,
     scaling,
     n,
-    num_kept,
+    num_sums,
     P: tl.constexpr,
     R: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
@@ -63,7 +63,7 @@ def softmax_weighted_sums(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Write `Σ_axis G ⊙ Z` of each tile: `partial` `[q, G·n]` for `AXIS` 0, `[s, m]` for 1; `num_kept` = last size."""
+    """Write `Σ_axis G ⊙ Z` of each tile: `partial` `[q, G·n]` for `AXIS` 0, `[s, m]` for 1; `num_sums`: last size."""
     group = tl.program_id(2)
     start = tl.load(layout + group * LAYOUT_FIELDS)
     active = tl.load(layout + group * LAYOUT_FIELDS + 2)
@@ -78,9 +78,9 @@ def softmax_weighted_sums(
     gradient = delta_gradient(delta, grad, thresholds, group, start, i, j, inside, scaling, n, MODE)
     weighted = tl.where(inside, gradient * probs, 0.0)
     if AXIS == 0:
-        tl.store(partial + tl.program_id(1) * num_kept + group * n + j, tl.sum(weighted, 0), mask=j < n)
+        tl.store(partial + tl.program_id(1) * num_sums + group * n + j, tl.sum(weighted, 0), mask=j < n)
     else:
-        tl.store(partial + tl.program_id(0) * num_kept + start + i, tl.sum(weighted, 1), mask=i_inside)
+        tl.store(partial + tl.program_id(0) * num_sums + start + i, tl.sum(weighted, 1), mask=i_inside)
 
 
 @triton.jit(do_not_specialize=["R"])

@@ -29,13 +29,13 @@ _results: dict[str, str | None] = {}
 def failed_check(spec: UpdateSpec, A: Tensor) -> str | None:
     """Return the reason why the Triton kernels fail the check on the device of `A`, or `None` if they pass.
 
-    Merges one matrix of 64×96 with the update's kernel, rank and sparsifier. Compares the effective weight, the
+    Merges a 64×96 matrix with the update's kernel, rank and sparsify mode. Compares the effective weight, the
     threshold and every gradient with torch operations in float64. The result is cached in memory and in
     `kernel_checks.json` in the cache folder (`$SNELLA_CACHE`, `$XDG_CACHE_HOME/snella` or `~/.cache/snella`), by
     device, driver, versions and the kernels' source.
 
     Args:
-        spec: Spec of the update; only kernel, sparsifier and scaling matter.
+        spec: Spec of the update; only kernel, mode and scaling matter.
         A: Input-side factors, `[G, n, r]`; only device, dtype and rank matter.
     """
     key = _key(spec, A)
@@ -50,7 +50,7 @@ def failed_check(spec: UpdateSpec, A: Tensor) -> str | None:
 
 
 def _compare(spec: UpdateSpec, A: Tensor) -> str | None:
-    """Return a message about the first wrong result, or `None`."""
+    """Return a message about the first wrong result, or `None` if all are correct."""
     spec = replace(spec, row_counts=ROWS, backend="triton")
     factors = _factors(spec, A)
     wide_factors = Factors(*(None if tensor is None else tensor.double() for tensor in factors))  # type: ignore[arg-type]
@@ -82,7 +82,7 @@ def _compare(spec: UpdateSpec, A: Tensor) -> str | None:
 
 
 def _factors(spec: UpdateSpec, A: Tensor) -> Factors:
-    """Return random factors and scalars of one matrix, with the rank, dtype and device of `A`."""
+    """Return random factors and scalars of a matrix, with the rank, dtype and device of `A`."""
     generator, rank = torch.Generator("cpu").manual_seed(0), A.shape[-1]
 
     def uniform(*shape: int) -> Tensor:
@@ -116,7 +116,7 @@ def _key(spec: UpdateSpec, A: Tensor) -> str:
 
 @cache
 def _device_name(device: torch.device) -> str:
-    """Return name and compute capability of a device."""
+    """Return the name and compute capability of a device."""
     if device.type != "cuda":
         return str(device)
     major, minor = torch.cuda.get_device_capability(device)
