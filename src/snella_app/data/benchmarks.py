@@ -382,8 +382,8 @@ def inspect_vtab(folder: Path, task: VtabTask) -> Inspection:
     inspection.compare("train800", "val200")
     firsts: tuple[str, ...] = (_JOINED, "train800", "val200")
     if is_joined:  # the union covers both lists, except for files that are listed twice
-        is_listed_twice = {*parts["train800"].files, *parts["val200"].files} & {*parts["test"].files}
-        firsts = firsts[1:] if is_listed_twice else firsts[:1]
+        listed_twice = {*parts["train800"].files, *parts["val200"].files} & {*parts["test"].files}
+        firsts = firsts[1:] if listed_twice else firsts[:1]
     for first in firsts:
         inspection.compare(first, "test")
     return inspection
