@@ -632,7 +632,8 @@ def get_factors(layer: SnellaLayer, adapter_name: str) -> Factors:
     tensors: list[Any] = []
     for name in layer.adapter_layer_names:
         values: Any = layer._modules[name]
-        tensor = values._parameters.get(adapter_name)
+        # subscripting, unlike `get`, lets ZeRO-3 gather the parameter
+        tensor = values._parameters[adapter_name] if adapter_name in values._parameters else None  # noqa: SIM401
         # FSDP1 replaces the parameters with plain attributes during a pass
         tensors.append(values.__dict__.get(adapter_name) if tensor is None else tensor)
     return Factors(*tensors)

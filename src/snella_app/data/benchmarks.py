@@ -371,7 +371,7 @@ def inspect_vtab(folder: Path, task: VtabTask) -> Inspection:
             part, errors = _read_list(list_file, folder)
             inspection.parts[name] = part
             inspection.errors += errors
-    _complete_vtab(inspection)
+    is_joined = _complete_vtab(inspection)
     parts = inspection.parts
     for part in parts.values():
         inspection.errors += file_errors(part)
@@ -379,15 +379,18 @@ def inspect_vtab(folder: Path, task: VtabTask) -> Inspection:
     inspection.errors += errors
     inspection.deviations += deviations
     inspection.check_sizes({**_VTAB_SIZES, "test": task.test_size})
-    for first, second in (("train800", "val200"), (_JOINED, "test"), ("train800", "test"), ("val200", "test")):
-        is_covered = first != _JOINED and second == "test" and _JOINED in parts and not inspection.errors
-        if not is_covered:
-            inspection.check_overlap(first, second)
+    inspection.check_overlap("train800", "val200")
+    firsts: tuple[str, ...] = (_JOINED, "train800", "val200")
+    if is_joined:  # the union covers both lists, except for files that are listed twice
+        listed_twice = {*parts["train800"].files, *parts["val200"].files} & {*parts["test"].files}
+        firsts = firsts[1:] if listed_twice else firsts[:1]
+    for first in firsts:
+        inspection.check_overlap(first, "test")
     return inspection
 
 
-def _complete_vtab(inspection: Inspection) -> None:
-    """Derive `train800` and `val200` from their union if necessary, and check that the lists agree."""
+def _complete_vtab(inspection: Inspection) -> bool:
+    """Derive `train800` and `val200` from their union if necessary; return whether a union exists and agrees."""
     parts = inspection.parts
     joined = parts.get(_JOINED)
     if joined is not None and "train800" not in parts and "val200" not in parts and len(joined) == 1000:
@@ -401,8 +404,11 @@ def _complete_vtab(inspection: Inspection) -> None:
         inspection.errors.append(
             f"missing in '{inspection.folder}': {', '.join(missing)}; the layout is {_VTAB_LAYOUT}"
         )
-    elif joined is not None and joined.labels != parts["train800"].labels + parts["val200"].labels:
+    elif joined is not None:
+        if joined.labels == parts["train800"].labels + parts["val200"].labels:
+            return True
         inspection.errors.append(f"{_JOINED}.txt must list the labels of train800.txt followed by those of val200.txt")
+    return False
 
 
 def _read_list(list_file: Path, folder: Path) -> tuple[ListedPart, list[str]]:

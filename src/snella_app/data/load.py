@@ -232,6 +232,7 @@ def load_data(
     sizes = {"train": train_size, "val": val_size, "test": test_size}
     _check_numbers({"seed": seed, "test_seed": test_split_seed}, val_fraction, test_fraction, sizes)
     collection = _collect(spec, skip_corrupt, strict_sizes, columns, target, Reading(channels, white or FULL_WHITE))
+    is_benchmark = isinstance(spec, str) and spec.startswith(tuple(_BENCHMARKS))  # its reader notes copies
     fold_part = None
     if folds is not None and fold is not None:
         fold_part = "test" if collection.test is None else "val"
@@ -258,7 +259,7 @@ def load_data(
         *_missing_class_warnings(parts, collection, target),
         *_dark_image_notes(parts),
         *_shared_group_warnings(parts),
-        *_copy_warnings(parts),
+        *_copy_warnings(parts, [name for name in ("val", "test") if not is_benchmark or name not in collection.parts]),
         *(_imbalance_notes(parts["train"], labels) if collection.strata is None else []),
     ]
     return DataSplits(
@@ -512,11 +513,14 @@ def _dark_image_notes(parts: dict[str, ImageDataset]) -> list[str]:
     ]
 
 
-def _copy_warnings(parts: dict[str, ImageDataset]) -> list[str]:
-    """Return warnings about validation or test images that are copies of training images, exact or re-encoded."""
+def _copy_warnings(parts: dict[str, ImageDataset], names: list[str]) -> list[str]:
+    """Return warnings about images of the named splits that are copies of training images, exact or re-encoded."""
+    parts = {name: part for name, part in parts.items() if name in ("train", *names)}
+    if len(parts) == 1:
+        return []
     equal = _equal_files(parts)
     notes = []
-    for name in ("val", "test"):
+    for name in names:
         copies = {**find_near_copies(parts["train"], parts[name]), **equal.get(name, {})} if name in parts else {}
         if copies:
             train_names, other_names = parts["train"].names, parts[name].names

@@ -79,6 +79,8 @@ def load_trained(folder: str | os.PathLike[str], backbone: nn.Module) -> nn.Modu
     source = Path(folder)
     if (source / CONFIG_NAME).is_file():
         model = _rebuild_adapter(source, backbone)
+    elif (source / SAFETENSORS_WEIGHTS_NAME).is_file():
+        raise FileNotFoundError(f"no adapter file {source / CONFIG_NAME}; {REMEDY}")
     elif (source / METHOD_FILE).is_file():
         method_info = _read_settings(source / METHOD_FILE)
         read_header(source / TENSOR_FILE)

@@ -15,6 +15,7 @@ from snella_app.text import count_text, plain_text, seconds_text
 
 _MAX_CLASSES = 60
 _PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+_CLOSED_SET = " The model assigns one of the classes above to any image."
 _TAGS = {"classification": "image-classification", "segmentation": "image-segmentation"}
 """Hub pipeline tags by task."""
 _SPLITS = {"train": "training", "val": "validation"}
@@ -70,7 +71,7 @@ def model_card(
         _fact_list("Data", _data(info)),
         _fact_list("Training", _training(info, metrics)),
         "## Limitations\n\nThe results hold for images similar to the training images; evaluate the model before using "
-        "it on other images. The model can predict only the classes above and assigns one of them to any image.",
+        f"it on other images.{_CLOSED_SET if info.task in ('classification', 'ordinal') else ''}",
         "## License\n\nFill in here and as `license:` in the metadata.",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"

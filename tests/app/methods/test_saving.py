@@ -192,6 +192,13 @@ def test_a_folder_without_an_adapter_is_reported(tmp_path):
         load_trained(tmp_path, backbone())
 
 
+def test_a_missing_settings_file_of_a_peft_adapter_is_reported(tmp_path):
+    save_trained(trained("lora-2"), tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no adapter file .*adapter_config\.json; copy the adapter again"):
+        load_trained(tmp_path, backbone())
+
+
 @pytest.mark.parametrize(("method", "name"), [("lora-2", "adapter_config.json"), ("linear", "method.json")])
 @pytest.mark.parametrize(("content", "reason"), [("{", "Expecting"), ("[1]", r"must contain a mapping, got \[1\]")])
 def test_damaged_settings_are_reported_with_a_remedy(method, name, content, reason, tmp_path):

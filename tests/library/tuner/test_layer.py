@@ -120,6 +120,25 @@ def test_initial_budget_follows_init_sparsity():
     assert first_layer(adapted(sequential(), init_sparsity=0.25)).budgets("default") == (90,)
 
 
+class _GatheredOnAccess(dict):
+    """Parameters that are empty until they are subscripted, as under DeepSpeed's ZeRO-3."""
+
+    def __getitem__(self, name):
+        parameter = super().__getitem__(name)
+        parameter.data = parameter.full
+        return parameter
+
+
+def test_a_pass_gathers_the_factors_of_zero_3():
+    model, x = adapted(sequential(), num_pieces=2), torch.randn(3, 10)
+    expected = model(x)
+    for values in [getattr(first_layer(model), name) for name in first_layer(model).adapter_layer_names]:
+        for parameter in values._parameters.values():
+            parameter.full, parameter.data = parameter.data, torch.empty(0)
+        values._parameters = _GatheredOnAccess(values._parameters)
+    assert torch.equal(model(x), expected)
+
+
 # budgets and scaling ------------------------------------------------------------------------------------------------
 
 
