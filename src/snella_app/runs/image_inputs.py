@@ -189,7 +189,8 @@ def missing_path_hint(missing: Path) -> str:
     if not missing.parent.is_dir():
         return f"; there is no folder {missing.parent}"
     similar = difflib.get_close_matches(missing.name, sorted(child.name for child in missing.parent.iterdir()), n=1)
-    return f"; nearest: {similar[0]!r}" if similar else f"; {missing.parent} has no similar name"
+    folder = "the current folder" if missing.parent == Path() else missing.parent
+    return f"; nearest: {similar[0]!r}" if similar else f"; {folder} has no similar name"
 
 
 def _images_in(folder: Path) -> list[Path]:

@@ -100,6 +100,7 @@ ERRORS = [
     "compare --out c --methods linear --data digits --backbone test_vit --seeds 0",
     "compare --out c --methods linear --data digits --backbone test_vit --workers -1",
     "compare --out c --pretrained perhaps",
+    "train --resume runs/photos",
     "dreambooth",
     "dreambooth --data folder:x --pipeline sd3 --out run --method vpt-deep",
     "dreambooth --data folder:x --pipeline sd3 --out run --steps 0 --token ' '",
