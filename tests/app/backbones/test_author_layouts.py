@@ -148,7 +148,7 @@ def test_a_head_for_other_classes_is_dropped_with_a_note(tmp_path, caplog):
     loaded = create_backbone("test_vit", num_classes=2, weights=str(tmp_path / "linear.pth.tar"), img_size=SIZE)
     assert same_features(loaded, model) and loaded.head.out_features == 2
     assert "head of 7 classes in" in caplog.text
-    assert "holds MoCo v3 weights: normalizing images with mean (0.485, 0.456, 0.406)" in caplog.text
+    assert "contains MoCo v3 weights: normalizing images with mean (0.485, 0.456, 0.406)" in caplog.text
 
 
 def test_a_moco_v3_pretraining_checkpoint_gives_its_base_encoder(tmp_path, caplog):

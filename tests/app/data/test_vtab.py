@@ -127,7 +127,7 @@ def test_classes_without_images_are_counted(kitti):
 
 def test_a_test_image_in_the_training_list_is_rejected(kitti):
     edit_list(kitti, "test", lambda text: text + "images/train800/000002.jpg 2\n")
-    with pytest.raises(ValueError, match=r"of the benchmark: 1 image in both train800 and test: 000002\.jpg$"):
+    with pytest.raises(ValueError, match=r"the benchmark's kitti: 1 image in both train800 and test: 000002\.jpg$"):
         load_data(f"vtab:{kitti}", strict_sizes=False)
 
 
@@ -136,7 +136,7 @@ def test_many_copies_under_other_names_are_rejected_once(kitti):
     with pytest.raises(ValueError) as caught:
         load_data(f"vtab:{kitti}", strict_sizes=False)
     assert str(caught.value).endswith(
-        "does not match kitti of the benchmark: 1 of 8 images of test with copies in train800val200: "
+        "does not match the benchmark's kitti: 1 of 8 images of test with copies in train800val200: "
         "images/test/000005.jpg = images/train800val200/000002.jpg"
     )
 

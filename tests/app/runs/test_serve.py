@@ -147,14 +147,14 @@ def test_requests_over_the_limits_are_rejected(address, photos):
 
 def test_pixels_of_all_requests_are_limited(model, photos, monkeypatch):
     """One request waits in the model; a second one exceeds the budget and gets 503, later 200."""
-    inside, resume, original = threading.Event(), threading.Event(), type(model).each
+    inside, resume, original = threading.Event(), threading.Event(), type(model).iter_predictions
 
     def slow(self, *args, **kwargs):
         inside.set()
         assert resume.wait(60)
         return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(type(model), "each", slow)
+    monkeypatch.setattr(type(model), "iter_predictions", slow)
     small = [("a.png", (photos / "cats" / "003.png").read_bytes())] * 2
     with served(create_app(model, ServerLimits(megapixels=0.003, total_megapixels=0.0045))) as address:
         answers = []

@@ -191,7 +191,7 @@ def test_the_report_has_the_sections_of_its_task(make_run, task, label):
     assert {
         "multilabel": "a random ranking gets",
         "ordinal": "the most frequent class",
-        "regression": "always predicting the training images&#39; median",
+        "regression": "always predicting the median of the training targets",
     }[task] in page
 
 

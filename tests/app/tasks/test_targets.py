@@ -136,7 +136,7 @@ def test_class_order_follows_numbers_or_is_required():
 
 
 def test_two_classes_are_not_ordinal():
-    with pytest.raises(ValueError, match="at least 3 for task ordinal, got 2"):
+    with pytest.raises(ValueError, match="task ordinal needs at least 3 classes, got 2"):
         create_task("ordinal", ["0", "1"])
 
 

@@ -111,7 +111,7 @@ def test_a_soup_adds_epochs_greedily_by_validation_score(settings, console, epoc
 
 
 def test_an_average_worse_than_the_best_epoch_is_not_saved(settings, console, monkeypatch):
-    monkeypatch.setattr(SnellaTrainer, "_score_of_mean", lambda trainer, epochs: ((-1.0, -9.0), {"val_loss": 9.0}))
+    monkeypatch.setattr(SnellaTrainer, "_evaluate_mean", lambda trainer, epochs: ((-1.0, -9.0), {"val_loss": 9.0}))
     run = train(settings(epochs=2, swa=2, method="lora-2"), console)
     metrics = read(Metrics, run.path)
     assert not metrics.averaged.is_saved and metrics.adapter_epoch == metrics.best_epoch
