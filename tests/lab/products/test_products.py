@@ -1,9 +1,14 @@
 import importlib.util
+import json
+import re
 from pathlib import Path
+from statistics import fmean
 from types import ModuleType
 
 import numpy as np
 import pytest
+
+from snella_app.text import decimal_text
 
 _FOLDER = Path(__file__).parents[3] / "benchmarks" / "products"
 
@@ -118,3 +123,16 @@ def test_unknown_product_is_rejected_before_creating_environments(name, reason, 
         module.main()
     error = capsys.readouterr().err
     assert not created and repr(name) in error and reason in error
+
+
+def test_methods_table_in_the_notes_matches_the_measurements():
+    notes = (_FOLDER.parents[1] / "docs" / "notes" / "products.md").read_text()
+    accuracies: dict[str, dict[str, float]] = {}
+    for line in (_FOLDER / "methods.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        accuracies.setdefault(row["method"], {})[row["folder"]] = row["accuracy"]
+    assert len(accuracies) == 5
+    for method, by_folder in accuracies.items():
+        values = [by_folder[folder] for folder in sorted(by_folder)]
+        cells = " | ".join(decimal_text(100 * value, 1) for value in [*values, fmean(values)])
+        assert re.search(rf"^\| `{method}[^|]*\| {re.escape(cells)} \|", notes, re.MULTILINE), (method, cells)
