@@ -81,17 +81,18 @@ def test_compare_page_matches_the_suite(suite):
     assert lead.above == 6 and lead.mean > 2 * fewer.mean * 5 / 6
     assert f"by {100 * fewer.mean:.1f} ({100 * fewer.low:.1f} to {100 * fewer.high:.1f})" in text
     assert not any(result.direction for leader in suite["all"].values() for result in leader.values())
-    points = f"{100 * default.mean:.1f} points more ({100 * default.low:.1f} to +{100 * default.high:.1f}, not decided)"
-    assert points in text and default.direction == 0
+    interval = f"{100 * default.low:.1f} to +{100 * default.high:.1f}"
+    assert f"{100 * default.mean:.1f} points higher than LoRA ({interval}, not decided)" in text
+    assert default.direction == 0
 
 
 def test_comparisons_page_lists_the_decided_differences(suite):
     compare = page("docs/compare.md")
     smallest = min(result.adjusted_p for leader in suite["all"].values() for result in leader.values())
-    assert f"Over all datasets and comparisons the smallest p is {smallest:.2f}." in compare
+    assert f"Over all datasets and comparisons, the smallest p is {smallest:.2f}." in compare
     decided = [(leader, name) for leader, row in suite["without"].items() for name, d in row.items() if d.direction]
     assert decided == [("snella-matched-8", "bias"), ("snella-8", "bias")]
-    assert "only the leads of both SNELLA variants over BitFit are decided" in compare
+    assert "only the leads of both SNELLA variants over `bias` (BitFit) are decided" in compare
 
 
 def test_claims_match_the_suite_and_the_twins(suite):
