@@ -388,7 +388,7 @@ def _frozen_block(model: Transformer, tokens: int, activation: int, weight: int,
 
 
 def _repeated_forward(model: Transformer, tokens: int, block: _Cost) -> _Cost:
-    """Count the forward pass of one frozen block, assuming a third of the block's vector operations, bytes and calls."""
+    """Count the forward pass of one frozen block, with a third of its vector operations, bytes and calls."""
     products = 2 * tokens * model.entries + 4 * tokens * model.tokens * model.width
     return _Cost(products, block.vector / 3, block.moved / 3, block.calls / 3)
 
