@@ -417,7 +417,7 @@ def memory_table() -> str:
     lines = []
     for name in _LARGE:
         model = MODELS[name]
-        batch = 1 if model.is_gated else 32
+        batch = 1 if model.is_llama else 32
 
         def count(method: str, model: Transformer = model, batch: int = batch, **options: bool) -> StepCount:
             return count_step(model, method, batch, precision="bfloat16", kernels=TRITON, **options)

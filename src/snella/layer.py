@@ -261,7 +261,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.snella_A]
         if names:
-            merge_updates(self, names, is_safe=safe_merge)
+            merge_updates(self, names, safe_merge=safe_merge)
 
     def unmerge(self) -> None:
         """Restore the base weight, bit for bit, to its state before `merge`."""

@@ -26,11 +26,11 @@ def effective_weight(
     adapter_names: list[str],
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Return a detached `W0 + Σ scaling·S`, bit-identical to the forward pass.
+    """Return a detached `W0 + Σ scaling·S`, bit-identical to the weight used in the forward pass.
 
     Args:
         layer: The layer.
-        weight: `W0`, `[m, …]`, or `None` for the sum of the updates.
+        weight: `W0` of shape `[m, …]`. If `None`, only the sum of the updates is returned.
         adapter_names: Adapters whose updates are added.
         dtype: Dtype of the result if `weight` is a `LazyWeight`.
     """
@@ -41,7 +41,7 @@ def effective_weight(
 
 
 def sparse_updates(layer: SnellaLayer, adapter_name: str) -> list[Tensor]:
-    """Return an adapter's `S` for each matrix, `[rows, n]`, unscaled and detached."""
+    """Return the unscaled, detached `S` of an adapter for each matrix, each of shape `[rows, n]`."""
     plan, shape = layer._plan_updates([adapter_name]), torch.Size((layer.out_features, layer.in_features))
     (update,) = plan.updates
     update = update._replace(spec=replace(update.spec, scaling=1.0))
@@ -51,7 +51,7 @@ def sparse_updates(layer: SnellaLayer, adapter_name: str) -> list[Tensor]:
 
 
 @torch.no_grad()
-def merge_updates(layer: SnellaLayer, names: list[str], *, is_safe: bool) -> None:
+def merge_updates(layer: SnellaLayer, names: list[str], *, safe_merge: bool) -> None:
     """Add the updates of these adapters to the base weight and store the state for `unmerge_updates`.
 
     The sum starts from the original weight, because merging adapters one by one would round at each step.
@@ -59,15 +59,15 @@ def merge_updates(layer: SnellaLayer, names: list[str], *, is_safe: bool) -> Non
     Args:
         layer: The layer.
         names: Adapters that are not merged yet.
-        is_safe: Check that the merged weight is finite before writing it.
+        safe_merge: Check that the merged weight is finite before writing it.
 
     Raises:
-        ValueError: If `is_safe` finds non-finite values.
+        ValueError: If `safe_merge` is True and the merged weight has non-finite values.
     """
     original = _original_weight(layer)
     check_weight(layer, original)
     merged = effective_weight(layer, original, [*layer.merged_adapters, *names])
-    if is_safe and not torch.isfinite(merged).all():
+    if safe_merge and not torch.isfinite(merged).all():
         broken = ", ".join(names)
         raise ValueError(f"NaNs detected in the merged weights. The adapter {broken} seems to be broken")
     if isinstance(original, LazyWeight):
@@ -103,11 +103,11 @@ def refresh_merged(layer: SnellaLayer, adapter_name: str, cache: MergeCache | No
     weight = cast(Tensor, layer._weight())
     write_effective_weight(original, layer.get_update(adapter_name), weight, cache)
     if not weight.is_inference():
-        torch.autograd.graph.increment_version(weight)  # kernels write without a version change
+        torch.autograd.graph.increment_version(weight)  # the kernels do not increment it themselves
 
 
 def _original_weight(layer: SnellaLayer) -> Tensor | LazyWeight:
-    """Return the unmerged base weight, as a copy unless it is quantized, because merging replaces quantized weights."""
+    """Return the unmerged base weight: a copy if it is dense, because merging overwrites dense weights in place."""
     if layer._unmerged_quantized is not None:
         return layer._unmerged_quantized[0]
     if layer._unmerged_weight is not None:
@@ -117,7 +117,7 @@ def _original_weight(layer: SnellaLayer) -> Tensor | LazyWeight:
 
 
 def _write(layer: SnellaLayer, weight: Tensor) -> None:
-    """Write `[m, …]` into the base weight in place to preserve ties and views."""
+    """Write `weight`, of shape `[m, …]`, into the base weight in place, so that tied weights and views stay valid."""
     base = layer.get_base_layer()
     orient(base, cast(Tensor, base.weight)).data.copy_(weight)
 
@@ -129,5 +129,5 @@ def _write_quantized(layer: SnellaLayer, merged: Tensor, original: LazyWeight) -
         layer._unmerged_quantized = (original, quantization.snapshot(base))
     quantization.write(base, merged)
     stored = quantization.source(base).materialize()
-    loss = measure_requantization(layer.module_name, quantization.name, original.materialize(), merged, stored)
-    report_requantization(loss)
+    error = measure_requantization(layer.module_name, quantization.name, original.materialize(), merged, stored)
+    report_requantization(error)

@@ -1,12 +1,12 @@
 """Recomputation of layer inputs that are outputs of normalizations and activations.
 
-Forward hooks on supported modules mark their outputs with their origin. An adapted layer then saves the module's input
-instead of the layer's input. In supported blocks, a function mode tracks the operations between module and layer. It
-supports views and permutations (image windows), products (gated activations) and sums with a small tensor
-(modulations).
+Forward hooks on supported modules mark each output with its origin, so that it can be recomputed. An adapted layer then
+saves the module's input instead of the layer's input. In supported blocks, a function mode tracks the operations
+between the module and the layer. It supports views and permutations (image windows), products (gated activations) and
+sums with a small tensor (modulations).
 
-With compression, the backward passes of module and layer use the module's input in int8, and attention saves only its
-queries, keys and values, in int8. Outputs stay exact; gradients are computed at the rounded inputs.
+With compression, the backward passes of the module and the layer use the module's input in int8, and attention saves
+only its queries, keys and values, in int8. Outputs stay exact; gradients are computed at the rounded inputs.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def can_recompute(module: nn.Module) -> bool:
     """Return whether a module's output can be recomputed instead of saved. Matches exact types of known classes.
 
     Supports GELU variants, SiLU, Mish, Hardswish, layer, group and RMS normalization, and batch normalization in
-    evaluation, from torch, timm and transformers.
+    evaluation mode (checked at run time), as implemented in torch, timm and transformers.
     """
     cls = type(module)
     name, package = cls.__qualname__, cls.__module__
@@ -100,13 +100,13 @@ def can_track(module: nn.Module, *, compress: bool = False) -> bool:
 def mark_outputs(model: nn.Module, *, compress: Callable[[], bool] | None = None) -> int:
     """Install hooks that mark the outputs of supported normalizations and activations; return the number of modules.
 
-    Replaces existing hooks. A mark costs one tensor attribute. Tracking costs one Python call per torch function in
-    supported blocks.
+    Replaces existing hooks. Marking adds one attribute to each output. Tracking adds one Python call for each call of a
+    torch function in supported blocks.
 
     Args:
         model: The model.
-        compress: Called in each forward pass; returns whether these modules and attention save their inputs in int8,
-            see `snella.memory.compression`. Modules with trainable parameters, and all modules under `torch.compile`,
+        compress: Called in each forward pass; returns whether these modules and attention save their inputs in int8
+            (see `snella.memory.compression`). Modules with trainable parameters, and all modules under `torch.compile`,
             save exact inputs. `None` disables compression.
     """
     unmark_outputs(model)
@@ -172,7 +172,7 @@ class _Compressing:
 
 
 class _DetachInput(_Compressing):
-    """Forward pre-hook that detaches an input to be saved in int8, so that the module saves nothing."""
+    """Forward pre-hook that detaches an input that will be saved in int8, so that the module itself saves nothing."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if not _is_recorded() or len(args) != 1 or type(args[0]) is not Tensor or not self.is_enabled():
@@ -235,7 +235,10 @@ class _TrackingMode(TorchFunctionMode):
         return func(*args, **kwargs) if output is None else output
 
     def is_running(self) -> bool:
-        """Return whether the block is still running; `KeyboardInterrupt` skips the hook that ends tracking."""
+        """Return whether the block is still running.
+
+        The mode can outlive the block, because a `KeyboardInterrupt` skips the hook that ends tracking.
+        """
         try:
             self._caller.clear()  # raises an error for a running frame
         except RuntimeError:
@@ -243,7 +246,10 @@ class _TrackingMode(TorchFunctionMode):
         return False
 
     def is_recorded(self) -> bool:
-        """Return whether autograd records directly; activation checkpointing reruns its region without this mode."""
+        """Return whether autograd saves tensors directly.
+
+        It does not inside activation checkpointing, which recomputes its region without this mode.
+        """
         return _saved_tensors_hooks() == self._hooks
 
 
@@ -259,13 +265,13 @@ def _saved_tensors_hooks() -> Any:
     return _c_autograd._top_saved_tensors_default_hooks(False)
 
 
-def _activate(
+def _call_activation(
     function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], compress: bool
 ) -> Tensor | None:
     """Return the marked output of an activation, or `None` if it cannot be marked."""
     z, *rest = args
     if type(z) is not Tensor or not z.requires_grad or z.is_inference() or True in (*rest, *kwargs.values()):
-        return None  # True: in place
+        return None  # `inplace` is True
 
     def run(z: Tensor) -> Tensor:
         return function(z, *rest, **kwargs)
@@ -293,7 +299,7 @@ def _attend(
     def run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         return function(query, key, value, mask, **options)
 
-    # record a graph that saves nothing, because torch may choose another kernel without a graph
+    # run with autograd enabled, but save nothing: without a graph, torch may choose a different kernel
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda saved: saved):
         output = run(*[z.detach().requires_grad_(z.requires_grad) for z in inputs])
     return save_rounded(inputs, output.detach(), run)
@@ -320,7 +326,8 @@ def _combine(
 ) -> Tensor | None:
     """Return the marked product or sum of a marked tensor with a number or tensor, or `None` if it cannot be marked.
 
-    A product already saves its other factor. A sum saves no tensor, so marking pays off only for a small summand.
+    Autograd saves the other factor of a product anyway. It saves nothing for a sum, so marking saves memory only if the
+    other summand is small.
     """
     if len(args) != 2 or kwargs:
         return None
@@ -346,7 +353,7 @@ def _combine(
         return multiply(x, mark, other, run)
     if _MIN_SIZE_RATIO * other.numel() > x.numel():
         return None
-    # a copy, because the summand may change in place later
+    # a copy, because the summand may be modified in place later
     origin = Derived(run, device_type, mark.origin, has_second=True)
     return Mark.put(run(x, other), (*mark.saved, other.detach().clone()), origin)
 
@@ -355,7 +362,7 @@ _MIN_SIZE_RATIO = 8  # minimum size ratio between a sum and a saved summand
 _PRODUCTS = {torch.mul, Tensor.mul, Tensor.__rmul__}
 _HANDLERS: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any], bool], Tensor | None]] = {
     F.scaled_dot_product_attention: _attend,
-    **dict.fromkeys((F.gelu, F.silu), _activate),
+    **dict.fromkeys((F.gelu, F.silu), _call_activation),
     **dict.fromkeys((torch.roll, torch.reshape, torch.permute, torch.transpose, torch.flatten, F.pad), _move),
     **dict.fromkeys((Tensor.roll, Tensor.view, Tensor.reshape, Tensor.permute, Tensor.transpose), _move),
     **dict.fromkeys((Tensor.contiguous, Tensor.flatten, Tensor.unflatten), _move),
@@ -384,7 +391,7 @@ class _StartTrackingWithCompression(_Compressing):
 
 
 def _stop_tracking(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """Forward hook that stops tracking, also after an `Exception`."""
+    """Forward hook that stops tracking, even if the block raised an `Exception`."""
     if torch.compiler.is_compiling():
         return
     mode: _TrackingMode | None = getattr(_active, "mode", None)

@@ -1,9 +1,8 @@
-"""Cost model of a training step: FLOP, bytes moved, bytes saved and communication of plain transformers.
+"""Cost model of a training step: FLOPs, bytes moved, bytes saved and communication for plain transformers.
 
 Counts are closed-form functions of shapes; `machines` converts them to seconds.
 
-Shape letters: `T` tokens of the batch, `d` width, `h` hidden width of the MLP, `r` rank, `n` inputs and `m` outputs
-of a layer.
+Shape letters: `d` width, `h` hidden width of the MLP, `r` rank, `n` inputs and `m` outputs of a layer.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from dataclasses import astuple, dataclass
 from typing import Literal
 
 Precision = Literal["float32", "autocast", "bfloat16"]
-"""`autocast`: bfloat16 activations over float32 weights; `bfloat16`: autocast over frozen weights in bfloat16."""
+"""`autocast`: bfloat16 activations over float32 weights; `bfloat16`: autocast with frozen weights in bfloat16."""
 
 _FLOAT32, _HALF = 4, 2
 _INT8 = 17 / 16  # bytes per entry: one float32 scale for 64 entries
@@ -32,9 +31,9 @@ class Transformer:
         hidden: `h`.
         patch: Values per patch, the inputs of the patch embedding; 0 for a language model.
         image: Values per input image; 0 for a language model.
-        outputs: Classes or vocabulary.
-        kv_width: Outputs of the key and value layers; `d` if None. Used with `is_gated`.
-        is_gated: True for LLaMA's blocks: separate q, k, v, a gated MLP, no biases.
+        outputs: Number of classes, or vocabulary size for a language model.
+        kv_width: Output width of the key and value layers; `d` if None. Used only if `is_llama`.
+        is_llama: True for LLaMA's blocks: separate q, k, v, a gated MLP, no biases.
         has_layer_scale: True if both branches of a block end with a trained scale.
     """
 
@@ -47,14 +46,14 @@ class Transformer:
     image: int = 0
     outputs: int = 100
     kv_width: int | None = None
-    is_gated: bool = False
+    is_llama: bool = False
     has_layer_scale: bool = False
 
     @property
     def layers(self) -> list[tuple[int, int, int]]:
         """Adapted layers of one block: `(m, n, matrices)`; a fused qkv holds three matrices."""
         d, h, kv = self.width, self.hidden, self.kv_width or self.width
-        if self.is_gated:
+        if self.is_llama:
             return [(d, d, 1), (kv, d, 1), (kv, d, 1), (d, d, 1), (h, d, 1), (h, d, 1), (d, h, 1)]
         return [(3 * d, d, 3), (d, d, 1), (h, d, 1), (d, h, 1)]
 
@@ -64,10 +63,10 @@ class Transformer:
         return sum(m * n for m, n, _ in self.layers)
 
     @property
-    def weights(self) -> int:
-        """Number of parameters without adapters."""
+    def parameters(self) -> int:
+        """Number of parameters, excluding adapters."""
         d = self.width
-        if self.is_gated:
+        if self.is_llama:
             return self.depth * (self.entries + 2 * d) + d + 2 * self.outputs * d
         block = self.entries + sum(m for m, _, _ in self.layers) + 4 * d + 2 * d * self.has_layer_scale
         return self.depth * block + (self.patch + 1) * d + (self.tokens + 1) * d + 2 * d + self.head_weights
@@ -75,7 +74,7 @@ class Transformer:
     @property
     def head_weights(self) -> int:
         """Parameters of the classifier head, which every method trains; 0 for a language model."""
-        return 0 if self.is_gated else (self.width + 1) * self.outputs
+        return 0 if self.is_llama else (self.width + 1) * self.outputs
 
 
 def _vit(width: int, depth: int, heads: int, hidden: int, patch: int) -> Transformer:
@@ -90,8 +89,8 @@ MODELS: dict[str, Transformer] = {
     "ViT-H/14": _vit(1280, 32, 16, 5120, 14),
     "ViT-g/14": _vit(1408, 40, 16, 6144, 14),
     "ViT-22B/14": _vit(6144, 48, 48, 24576, 14),
-    "LLaMA-7B": Transformer(4096, 32, 2048, 32, 11008, outputs=32000, is_gated=True),
-    "LLaMA-70B": Transformer(8192, 80, 2048, 64, 28672, outputs=32000, kv_width=1024, is_gated=True),
+    "LLaMA-7B": Transformer(4096, 32, 2048, 32, 11008, outputs=32000, is_llama=True),
+    "LLaMA-70B": Transformer(8192, 80, 2048, 64, 28672, outputs=32000, kv_width=1024, is_llama=True),
 }
 """Shapes from the models' papers. LLaMA's samples have 2,048 tokens."""
 
@@ -101,7 +100,7 @@ class Method:
     """Options of a method that change the cost of a step.
 
     Args:
-        family: Method without options.
+        family: Base method that the options modify.
         recompute: Recompute layer inputs in the backward pass.
         compress: Save 8-bit activations.
         sample: Fraction of the tokens that enter the weight gradient.
@@ -130,22 +129,22 @@ METHODS: dict[str, Method] = {
     "snella-compress": Method("snella", recompute=True, compress=True),
     "snella-compress-sample": Method("snella", recompute=True, compress=True, sample=0.5),
 }
-"""Methods by their names in `snella bench`. `frozen` trains the head and the class token."""
+"""Methods keyed by their `snella bench` name. `frozen` trains the head and the class token."""
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """Cost of merging one matrix entry in both passes, and calls of the adapted layer.
+    """Cost of merging per matrix entry, and number of calls per adapted layer, over the forward and backward passes.
 
     Args:
         operations: Vector operations per entry at rank 8.
         per_rank: Vector operations per entry for each rank above 8.
         merged_bytes: Bytes moved per entry for `ΔW` in float32 and the gradient.
-        weight_accesses: Accesses of `W0` and `W` per entry, in the dtype of the weights.
+        weight_accesses: Accesses to `W0` and `W` per entry, in the dtype of the weights.
         calls: Calls or launches per layer in both passes.
         dense: True if the weight gradient is dense at every sparsity.
-        serial: Instructions of one warp per row of the softmax in both passes. Too few programs run to fill the
-            device, so they add up.
+        serial: Instructions that one warp executes per softmax row in both passes. Too few programs run to fill the
+            device, so these instructions are not hidden and add to the step time.
     """
 
     operations: float
@@ -161,14 +160,15 @@ NUMBA = Kernels(operations=180, per_rank=10, merged_bytes=16, weight_accesses=4,
 """Forward: write `ΔW`, read it twice. Backward: one sweep over the gradient. An entry takes six roots, two exponentials
 and `10r` operations for distances and gradients of the factors."""
 TRITON = Kernels(operations=905, per_rank=34, merged_bytes=35, weight_accesses=6, calls=17, dense=True, serial=27.0)
-"""Operations are executed instructions per entry of the compiled kernels (`benchmarks/triton_resources.jsonl`,
-capability 9.0), for `mix_k` at rank 8 and per rank up to 32. Bytes are the reads and writes of each launch, with
-partial sums of `3r/8` bytes at rank 8. One program per 16 columns computes softmax statistics, 64 rows a step."""
+"""Operations are the instructions that the compiled kernels execute per entry for `mix_k`
+(`benchmarks/triton_resources.jsonl`, compute capability 9.0): a constant at rank 8, and a slope per rank up to 32.
+Bytes are the reads and writes of each launch, with the `3r/8` bytes of partial sums evaluated at r = 8. One program per
+16 columns computes softmax statistics, 64 rows a step."""
 SDDMM = (0.54, 2.6)
-"""Time of a sparse weight gradient (SDDMM) relative to the dense product: constant, and slope over the density.
+"""Time of a sparse weight gradient (SDDMM) relative to the dense product: intercept and slope over the density.
 
-The line is fitted to the newest committed measurements of a 3072×768 matrix, at densities from 1 to 10%. Its error
-there is at most 9%. At 768×768 it is 19 to 37% too low, with a median of 28%.
+The line is fitted to measurements of a 3072×768 matrix in `benchmarks/results.jsonl`, at densities from 1 to 10%. Its
+error there is at most 9%. At 768×768 it is 19 to 37% too low, with a median of 28%.
 """
 
 
@@ -177,21 +177,21 @@ class StepCount:
     """Work and memory of one training step on one device.
 
     Args:
-        products: FLOP of matrix products in the dtype of the activations; a multiply-add counts as two.
-        half_products: FLOP of products in bfloat16 while activations are in float32.
-        vector: Elementwise operations without merging.
-        moved: Bytes read and written without merging.
-        calls: Calls or launches without merging.
+        products: FLOPs of matrix products in the dtype of the activations; a multiply-add counts as two.
+        half_products: FLOPs of products in bfloat16 while activations are in float32.
+        vector: Elementwise operations, excluding merging.
+        moved: Bytes read and written, excluding merging.
+        calls: Calls or launches, excluding merging.
         merge_vector: Elementwise operations of merging.
         merge_moved: Bytes of merging.
         merge_calls: Calls of merging.
-        merge_serial: Instructions of one warp that merging waits for.
+        merge_serial: Instructions on the critical path of merging, executed by one warp.
         saved: Bytes saved for the backward pass.
-        parameters: Number of parameters without adapters.
+        parameters: Number of parameters, excluding adapters.
         adapters: Number of adapter parameters.
-        trainable: Number of trainable parameters: adapters, and trained parameters of the model itself.
-        base_weights: Bytes of the parameters without adapters.
-        block_weights: Bytes of one block's adapted matrices, without adapters.
+        trainable: Number of trainable parameters: adapters plus the trained parameters of the model itself.
+        base_weights: Bytes of the parameters, excluding adapters.
+        block_weights: Bytes of one block's adapted matrices, excluding adapters.
         temporary: Bytes of the largest set of temporaries of one layer.
     """
 
@@ -219,12 +219,12 @@ class StepCount:
 
     @property
     def is_full(self) -> bool:
-        """True if more than half of the parameters without adapters are trained."""
+        """True if more than half of the parameters, excluding adapters, are trained."""
         return _is_full(self.trainable - self.adapters, self.parameters)
 
     @property
     def peak(self) -> float:
-        """Peak bytes on one device: weights, AdamW's moments, and the larger of backward pass and optimizer."""
+        """Peak bytes on one device: weights, AdamW's moments, and the maximum of backward pass and optimizer step."""
         trained = _FLOAT32 * self.trainable
         return self.weights + 2 * trained + max(self.saved + self.temporary, trained)
 
@@ -251,7 +251,7 @@ class StepCount:
 
 
 def _is_full(trained: int, parameters: int) -> bool:
-    """Return whether more than half of the parameters without adapters are trained."""
+    """Return whether more than half of the parameters, excluding adapters, are trained."""
     return 2 * trained > parameters
 
 
@@ -268,10 +268,10 @@ def count_adapters(model: Transformer, method: str, r: int = 8) -> int:
 
 
 def count_trainable(model: Transformer, method: str, r: int = 8) -> int:
-    """Count the trainable parameters: adapters, and trained parameters of the model itself."""
+    """Count the trainable parameters: adapters plus the trained parameters of the model itself."""
     family = METHODS[method].family
     if family == "full":
-        return model.weights
+        return model.parameters
     class_token = model.width if family == "frozen" else 0
     return model.head_weights + class_token + count_adapters(model, method, r)
 
@@ -287,7 +287,7 @@ def count_step(
     kernels: Kernels = NUMBA,
     is_checkpointed: bool = False,
 ) -> StepCount:
-    """Count one training step with AdamW.
+    """Count the work and memory of one AdamW training step.
 
     Args:
         model: Shape of the model.
@@ -303,14 +303,16 @@ def count_step(
     options = METHODS[method]
     tokens, activation, weight = model.tokens * batch, *_sizes(precision)
     adapters, trainable = count_adapters(model, method, r), count_trainable(model, method, r)
-    is_full = _is_full(trainable - adapters, model.weights)
+    is_full = _is_full(trainable - adapters, model.parameters)
     base_weight = _FLOAT32 if is_full else weight
-    gradient, half_gradient, gradient_moved = _weight_gradient(model, options, tokens, sparsity, precision, kernels)
+    gradient_flops, half_gradient_flops, gradient_bytes = _weight_gradient(
+        model, options, tokens, sparsity, precision, kernels
+    )
     block = _frozen_block(model, tokens, activation, weight, precision)
     if is_checkpointed:
         block = block.plus(_repeated_forward(model, tokens, block))
     block = block.plus(_method_cost(model, options, tokens, activation, r))
-    block = block.plus(_Cost(products=gradient, moved=gradient_moved))
+    block = block.plus(_Cost(products=gradient_flops, moved=gradient_bytes))
     is_merged = options.family == "snella"
     merged = model.depth * model.entries if is_merged else 0
     rows = model.depth * sum(m // count for m, _, count in model.layers) if is_merged else 0
@@ -318,7 +320,7 @@ def count_step(
     temporary += max(m * n for m, n, _ in model.layers) * (_FLOAT32 + weight) if is_merged else 0
     return StepCount(
         products=model.depth * block.products + _products_outside_blocks(model, tokens, is_full),
-        half_products=model.depth * half_gradient,
+        half_products=model.depth * half_gradient_flops,
         vector=model.depth * block.vector,
         moved=model.depth * block.moved + _ADAMW * trainable,
         calls=model.depth * block.calls + 20,
@@ -327,21 +329,21 @@ def count_step(
         merge_calls=model.depth * kernels.calls * len(model.layers) if is_merged else 0,
         merge_serial=kernels.serial * rows,
         saved=_saved_bytes(model, options, tokens, r, precision, is_checkpointed),
-        parameters=model.weights,
+        parameters=model.parameters,
         adapters=adapters,
         trainable=trainable,
-        base_weights=model.weights * base_weight,
+        base_weights=model.parameters * base_weight,
         block_weights=model.entries * base_weight,
         temporary=temporary,
     )
 
 
 def _products_outside_blocks(model: Transformer, tokens: int, is_full: bool) -> int:
-    """Count the FLOP of the patch embedding and of a language model's head.
+    """Count the FLOPs of the patch embedding and of a language model's head.
 
-    The patch embedding needs no input gradient, the head does. Full fine-tuning adds a weight gradient to both.
+    The patch embedding needs no input gradient, but the head does. Full fine-tuning adds a weight gradient to both.
     """
-    head = model.outputs if model.is_gated else 0
+    head = model.outputs if model.is_llama else 0
     return 2 * tokens * model.width * (model.patch * (1 + is_full) + head * (2 + is_full))
 
 
@@ -368,14 +370,14 @@ class _Cost:
 
 
 def _frozen_block(model: Transformer, tokens: int, activation: int, weight: int, precision: Precision) -> _Cost:
-    """Count one block of the frozen model."""
+    """Count the work of one block of the frozen model."""
     d, h = model.width, model.hidden
     scores = model.heads * model.tokens
     # output and input gradient; attention has two products forward and five backward
     products = 2 * 2 * tokens * model.entries + 14 * tokens * model.tokens * d
     vector = tokens * (60 * h + 40 * scores)
     accesses = 16 * d + 6 * d  # normalizations, residuals
-    accesses += (13 if model.is_gated else 5) * h  # activation, gate
+    accesses += (13 if model.is_llama else 5) * h  # activation, gate
     accesses += 18 * d  # attention and the split of qkv
     accesses += 10 * d if model.has_layer_scale else 0
     accesses += 2 * sum(m + n for m, n, _ in model.layers)
@@ -386,20 +388,20 @@ def _frozen_block(model: Transformer, tokens: int, activation: int, weight: int,
 
 
 def _repeated_forward(model: Transformer, tokens: int, block: _Cost) -> _Cost:
-    """Count the forward pass of one frozen block; a third of its vector operations, bytes and calls."""
+    """Count the forward pass of one frozen block, with a third of its vector operations, bytes and calls."""
     products = 2 * tokens * model.entries + 4 * tokens * model.tokens * model.width
     return _Cost(products, block.vector / 3, block.moved / 3, block.calls / 3)
 
 
 def _method_cost(model: Transformer, options: Method, tokens: int, activation: int, r: int) -> _Cost:
-    """Count the cost that a method adds to a frozen block, without merging and the weight gradient."""
+    """Count the cost that a method adds to a frozen block, excluding merging and the weight gradient."""
     inputs, outputs = sum(n for _, n, _ in model.layers), sum(m for m, _, _ in model.layers)
     d, h, calls = model.width, model.hidden, len(model.layers)
     extra = _Cost()
     if options.recompute:
         extra = _Cost(vector=30 * tokens * h, moved=activation * tokens * (4 * d + 2 * h), calls=3)
     if options.compress:
-        numbers = tokens * (5 * d + h * (1 + model.is_gated))
+        numbers = tokens * (5 * d + h * (1 + model.is_llama))
         # attention runs again on the decoded inputs
         again = 4 * tokens * model.tokens * d
         vector = 20 * tokens * model.heads * model.tokens + 10 * numbers
@@ -411,7 +413,7 @@ def _method_cost(model: Transformer, options: Method, tokens: int, activation: i
         moved = activation * tokens * (6 * inputs + 10 * outputs)
         extra = extra.plus(_Cost(products=6 * tokens * r * (inputs + outputs), moved=moved, calls=10 * calls))
     if options.family == "dora":
-        # norms of the merged weight from a product with the identity, and both outputs scaled
+        # computes the norms of the merged weight via a product with the identity, and scales both outputs
         identity = sum(2 * n * r * (n + m) for m, n, _ in model.layers)
         moved = activation * tokens * 14 * outputs + 40 * model.entries
         extra = extra.plus(_Cost(products=identity, moved=moved, calls=30 * calls))
@@ -447,13 +449,14 @@ def _saved_bytes(
     activation, _ = _sizes(precision)
     stream = _HALF if precision == "bfloat16" else _FLOAT32
     block = _saved_by_block(model, options, tokens, r, precision)
-    # the last normalization; the head casts its input under autocast, and SNELLA does not recompute the head's
+    # input and output of the last normalization; under autocast, the head saves a cast copy of its input instead of
+    # the output, and SNELLA does not recompute the input of the head
     is_output_saved = precision != "autocast" and (options.family == "snella" or not options.recompute)
     outside_blocks = tokens * d * (stream + activation * is_output_saved)
     if options.family == "full":
         outside_blocks += tokens // model.tokens * model.image * _FLOAT32
-    if model.is_gated:
-        outside_blocks += 2 * _FLOAT32 * tokens * model.outputs  # logits and their logarithm
+    if model.is_llama:
+        outside_blocks += 2 * _FLOAT32 * tokens * model.outputs  # logits and log-probabilities
     if is_checkpointed:
         return model.depth * tokens * d * stream + block + outside_blocks
     starts_frozen = options.family in ("lora", "dora") or options == METHODS["snella-keep-inputs"]
@@ -464,14 +467,14 @@ def _saved_bytes(
 def _saved_by_block(model: Transformer, options: Method, tokens: int, r: int, precision: Precision) -> float:
     """Count the bytes that one block saves.
 
-    Without recomputation: inputs and outputs of two normalizations, q, k, v, the output and the logarithms of
-    attention, input and output of the activation (and the gate). Recomputation drops the outputs of normalizations and
-    activation. 8-bit activations also drop the output of attention.
+    Without recomputation: inputs and outputs of two normalizations, q, k and v, the output and the logsumexp of
+    attention, and the input and output of the activation (and of the gate). Recomputation drops the outputs of the
+    normalizations and the activation. 8-bit activations also drop the output of attention.
     """
     d, h, kv = model.width, model.hidden, model.kv_width or model.width
     activation, _ = _sizes(precision)
     stream = _HALF if precision == "bfloat16" else _FLOAT32
-    attention, gates = d + 2 * kv, 1 + model.is_gated
+    attention, gates = d + 2 * kv, 1 + model.is_llama
     per_token: float
     if options.compress:
         per_token = _INT8 * (2 * d + attention + gates * h)
@@ -479,10 +482,10 @@ def _saved_by_block(model: Transformer, options: Method, tokens: int, r: int, pr
         per_token = 2 * d * stream + (attention + d + gates * h) * activation
     if not options.recompute and options.family != "frozen":
         per_token += (2 * d + gates * h) * activation
-    per_token += model.heads * _FLOAT32 + (2 if model.is_gated else 4) * _FLOAT32
+    per_token += model.heads * _FLOAT32 + (2 if model.is_llama else 4) * _FLOAT32
     fixed = 0.0
     if options.family == "full":
-        per_token += 2 * d * stream * model.is_gated + 2 * d * activation * model.has_layer_scale
+        per_token += 2 * d * stream * model.is_llama + 2 * d * activation * model.has_layer_scale
     if options.family in ("lora", "dora"):
         per_token += r * len(model.layers) * activation
         per_token += d * activation if precision != "float32" else 0  # PEFT casts the input of `proj`

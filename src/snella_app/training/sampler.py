@@ -9,7 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class EpochSampler(Sampler[int]):
-    """Sampler of `range(length)` with an order that depends only on `(seed, epoch)`.
+    """Sampler over `range(length)` in an order that depends only on `(seed, epoch)`.
 
     Without weights, the order is a random permutation. With weights, `length` items are sampled with replacement, with
     probabilities proportional to the weights.
@@ -46,24 +46,24 @@ class EpochCallback(TrainerCallback):
     Accelerate also does this, but not for an epoch that is resumed midway.
 
     Args:
-        *datasets: Objects with `set_epoch(epoch)`, counted from 0.
+        *targets: Objects with a method `set_epoch(epoch)`; epochs are counted from 0.
     """
 
-    def __init__(self, *datasets: Any) -> None:
-        self.datasets = datasets
+    def __init__(self, *targets: Any) -> None:
+        self.targets = targets
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Set the current epoch."""
-        for dataset in self.datasets:
-            dataset.set_epoch(state.global_step // (state.max_steps // int(state.num_train_epochs)))
+        for target in self.targets:
+            target.set_epoch(state.global_step // (state.max_steps // int(state.num_train_epochs)))
 
 
 def mix_seed(*parts: int) -> int:
     """Combine several numbers into one seed.
 
-    The seed is a multiplicative hash modulo 2⁶³; neighboring inputs give distant seeds.
+    The seed is a multiplicative hash reduced modulo 2⁶³, so that neighboring inputs give unrelated seeds.
     """
     state = 0x9E3779B97F4A7C15
     for part in parts:

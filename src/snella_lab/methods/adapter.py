@@ -21,7 +21,8 @@ class Adapter(nn.Module):
 
     y = h + scale · (U · dropout(act(D h + d)) + u),   act = gelu, or relu as in A.1 of arXiv 2510.24037
 
-    `D` `[r, width]` has a Glorot-uniform initialization; `U` `[width, r]` and both biases start at zero.
+    `D`, of shape `[r, width]`, is initialized with Glorot uniform; `U`, of shape `[width, r]`, and both biases are
+    initialized to zero.
 
     Args:
         width: Size of the input's last dimension.
@@ -59,7 +60,7 @@ def apply_adapter(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) ->
 
 
 def add_adapters(method: str, model: nn.Module, head: str, make: Callable[[int, int], nn.Module]) -> nn.Module:
-    """Attach an adapter to the MLP of each block as its child `adapter`.
+    """Attach an adapter to the MLP of each block, as a child module named `adapter`.
 
     Args:
         method: Method name for the error message.
@@ -90,8 +91,8 @@ def _build_adapter(model: nn.Module, head: str, options: Options, batches: Batch
 
 ADAPTER = Method(
     "a bottleneck after the MLP of each block",
-    "adapters, Houlsby et al., arXiv 1902.00751, after the MLP only, as in Pfeiffer et al., arXiv 2005.00247, VPT and "
-    "NOAH",
+    "adapters (Houlsby et al., arXiv 1902.00751), placed only after the MLP, as in Pfeiffer et al. (arXiv 2005.00247), "
+    "VPT and NOAH",
     _build_adapter,
     ("r", "scale", "dropout", "activation"),
     suffix="r",
@@ -101,21 +102,21 @@ ADAPTER = Method(
 )
 
 
-class SparseAdapters(Adapter):
-    """Mixture of sparse adapters (MoSA): each training step uses a random sparse subset of one bottleneck.
+class MosaAdapter(Adapter):
+    """Mixture of sparse adapters (MoSA): each training forward pass uses a random sparse subset of the entries of `U`.
 
     training:    y = h + scale · (n · (U ⊙ M_i) dropout(gelu(D h + d)) + u),  i uniform in 1 … n per forward pass
     evaluation:  y = h + scale · (U gelu(D h + d) + u)
 
     The masks M_1 … M_n are a random, even partition of the entries of `U` `[width, r]`. All experts share the down
     projection and the biases (the paper's hierarchical split). The mean of `n (U ⊙ M_i)` over i is `U`, so the experts
-    merge to `U`, and only one adapter is stored.
+    merge into `U`, and only one adapter is stored.
 
     Args:
         width: Size of the input's last dimension.
         r: Bottleneck width.
         experts: Number of experts n.
-        seed: Seed of the masks, which are resampled on loading instead of saved.
+        seed: Seed of the masks, which are not saved but regenerated on loading.
         scale: Scale of the bottleneck output.
         dropout: Dropout rate inside the bottleneck.
     """
@@ -139,12 +140,12 @@ class SparseAdapters(Adapter):
 
 
 def _build_mosa(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
-    """Attach `SparseAdapters` to each MLP, with different masks for each block."""
+    """Attach `MosaAdapter` to each MLP, with different masks for each block."""
     kwargs = {name: options[name] for name in ("experts", "scale", "dropout") if name in options}
     seed = options.get("mask_seed", 0)
 
     def make(width: int, index: int) -> nn.Module:
-        return SparseAdapters(width, options.get("r", 8), seed=seed + index, **kwargs)
+        return MosaAdapter(width, options.get("r", 8), seed=seed + index, **kwargs)
 
     return add_adapters("mosa", model, head, make)
 

@@ -4,7 +4,7 @@ from torch import nn
 from torch.nn.functional import gelu
 
 from snella_app.methods import build_method
-from snella_lab.methods.adapter import Adapter, SparseAdapters
+from snella_lab.methods.adapter import Adapter, MosaAdapter
 
 
 def fill(adapter):
@@ -69,14 +69,14 @@ def test_a_second_adapter_is_rejected(make_model):
 
 
 def test_sparse_adapters_partition_all_weights_evenly():
-    sparse = SparseAdapters(8, 4, experts=4, seed=3)
+    sparse = MosaAdapter(8, 4, experts=4, seed=3)
     assert torch.bincount(sparse.expert_index.flatten().long()).tolist() == [8, 8, 8, 8]
-    assert torch.equal(sparse.expert_index, SparseAdapters(8, 4, experts=4, seed=3).expert_index)
-    assert not torch.equal(sparse.expert_index, SparseAdapters(8, 4, experts=4, seed=4).expert_index)
+    assert torch.equal(sparse.expert_index, MosaAdapter(8, 4, experts=4, seed=3).expert_index)
+    assert not torch.equal(sparse.expert_index, MosaAdapter(8, 4, experts=4, seed=4).expert_index)
 
 
 def test_training_uses_one_sparse_adapter_and_evaluation_their_mean():
-    sparse = fill(SparseAdapters(8, 4, experts=2))
+    sparse = fill(MosaAdapter(8, 4, experts=2))
     h = torch.randn(5, 8)
     hidden = gelu(h @ sparse.down.weight.T + sparse.down.bias)
     each = [h + hidden @ (2 * sparse.up.weight * (sparse.expert_index == i)).T + sparse.up.bias for i in range(2)]
@@ -88,7 +88,7 @@ def test_training_uses_one_sparse_adapter_and_evaluation_their_mean():
 
 
 def test_only_the_weights_of_the_active_sparse_adapter_get_a_gradient():
-    sparse = fill(SparseAdapters(8, 4, experts=4)).train()
+    sparse = fill(MosaAdapter(8, 4, experts=4)).train()
     sparse(torch.randn(5, 8)).sum().backward()
     assert len(sparse.expert_index[sparse.up.weight.grad != 0].unique()) == 1
     assert sparse.down.weight.grad.count_nonzero() == 32

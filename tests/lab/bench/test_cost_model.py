@@ -58,7 +58,7 @@ def make_row(**fields):
 
 def test_layers_of_a_block_match_hand_counts():
     assert TINY.entries == 48 + 16 + 32 + 32
-    assert replace(TINY, is_gated=True, kv_width=2).layers == [
+    assert replace(TINY, is_llama=True, kv_width=2).layers == [
         *((4, 4, 1), (2, 4, 1), (2, 4, 1), (4, 4, 1)),
         *((8, 4, 1), (8, 4, 1), (4, 8, 1)),
     ]
@@ -71,7 +71,7 @@ def test_trainable_parameters_match_hand_counts():
     # q, k and v each have an A, and every matrix has four scalars
     assert count_trainable(TINY, "snella", 2) == head + 2 * (12 + 3 * 4 + 8 + 12 + 12) + 4 * 6
     assert count_trainable(TINY, "frozen") == head + 4
-    for method, expected in (("lora", head), ("snella", head), ("frozen", head + 4), ("full", TINY.weights)):
+    for method, expected in (("lora", head), ("snella", head), ("frozen", head + 4), ("full", TINY.parameters)):
         assert count_trainable(TINY, method) - count_adapters(TINY, method) == expected
 
 
@@ -81,7 +81,7 @@ def test_weight_counts_match_timm(name):
     assert shape is not None
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=100)
-    assert shape.weights == sum(p.numel() for p in model.parameters())
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
 
 
 def test_shape_is_read_only_from_plain_vits():
@@ -134,7 +134,7 @@ def test_products_match_hand_counts():
 @pytest.mark.parametrize("method", METHODS)
 def test_language_model_head_has_an_input_gradient_even_if_frozen(method):
     tokens, width, vocabulary = 2 * 3, 4, 5
-    language = replace(TINY, patch=0, image=0, is_gated=True)
+    language = replace(TINY, patch=0, image=0, is_llama=True)
     with_head, without = (count_step(replace(language, outputs=count), method, 3) for count in (vocabulary, 0))
     per_entry = 6 if METHODS[method].family == "full" else 4
     assert with_head.products - without.products == per_entry * tokens * width * vocabulary
@@ -251,25 +251,25 @@ def test_range_contains_the_expected_value():
 
 def test_communication_and_shards_match_hand_counts():
     step = count_step(TINY, "full", 3)
-    assert step.communicated(4, "ddp") == 2 * 3 / 4 * 4 * TINY.weights
-    assert step.communicated(4, "fsdp2") == 3 / 4 * (2 + 1) * 4 * TINY.weights
+    assert step.communicated(4, "ddp") == 2 * 3 / 4 * 4 * TINY.parameters
+    assert step.communicated(4, "fsdp2") == 3 / 4 * (2 + 1) * 4 * TINY.parameters
     # weights, gradients and moments are sharded; two blocks are gathered
-    assert step.sharded_peak(4) == 3 / 4 * 4 * TINY.weights + 2 * 4 * 128 + step.saved + step.temporary
+    assert step.sharded_peak(4) == 3 / 4 * 4 * TINY.parameters + 2 * 4 * 128 + step.saved + step.temporary
     wide = MODELS["ViT-B/16"]
     lora = count_step(wide, "lora", 3, precision="bfloat16")
     adapters = 4 * count_adapters(wide, "lora")
-    assert lora.weights == 2 * wide.weights + adapters
+    assert lora.weights == 2 * wide.parameters + adapters
     # base weights are gathered in both passes, gradients all-reduced
-    assert lora.communicated(4, "fsdp2") == 3 / 4 * (2 * 2 * wide.weights + 2 * 4 * lora.trainable)
+    assert lora.communicated(4, "fsdp2") == 3 / 4 * (2 * 2 * wide.parameters + 2 * 4 * lora.trainable)
     gathered = 2 * 2 * wide.entries
-    assert lora.peak - lora.sharded_peak(4) == pytest.approx(3 / 4 * 2 * wide.weights - gathered)
+    assert lora.peak - lora.sharded_peak(4) == pytest.approx(3 / 4 * 2 * wide.parameters - gathered)
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "snella"])
 def test_adapters_stay_replicated_at_every_rank(method):
     # at rank 64, adapters have more parameters than the model
     small, large = (count_step(TINY, method, 3, r=r, precision="bfloat16") for r in (2, 64))
-    assert large.adapters > TINY.weights and not large.is_full
+    assert large.adapters > TINY.parameters and not large.is_full
     added = large.adapters - small.adapters
     assert large.communicated(4, "fsdp2") - small.communicated(4, "fsdp2") == 3 / 4 * 2 * 4 * added
     # adapters, two moments, and gradients; saved tensors are freed before the optimizer needs the gradients

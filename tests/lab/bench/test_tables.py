@@ -158,7 +158,7 @@ def test_twins_have_six_tasks_five_seeds_tuned_learning_rates_and_both_scalings(
         assert claims[len(half) :] == [(f"{a}-scaling-1", f"{b}-scaling-1") for a, b in half]
     assert len(entries) == len({name for name, *_ in entries}) == 48, "methods in a shared folder need unique names"
     trainings = [48 * 6 * (5 + tuning_runs - 1) for tuning_runs in (4, 6)]
-    assert f"{trainings[0]:,} to {trainings[1]:,} trainings" in page("docs/notes/comparisons.md")
+    assert f"{trainings[0]:,} to {trainings[1]:,} training runs" in page("docs/notes/comparisons.md")
 
 
 def test_twin_tables_of_a_tiny_run_cover_all_tables(tmp_path):
