@@ -20,7 +20,7 @@ def notes_text(speed: RowSpeed, is_gpu_measured: bool) -> str:
     rate = f"{float(f'{1e-9 / speed.step.per_flop_s:.2g}'):,.0f} GFLOP/s"
     gpu = "" if is_gpu_measured else " No GPU measurements are available."
     text = (
-        f"The times are estimates for SNELLA-8 in float32 on {_device_text(speed.device)}. The model is seconds = "
+        f"The times are estimates for SNELLA-8 in float32 on {device_text(speed.device)}. The model is seconds = "
         f"training batches × adapted weights × {per_weight_ns} + FLOPs ÷ {rate}, fitted to the measurements of "
         f"`{BACKBONE}` at batch sizes {small} and {large} in `benchmarks/results.jsonl`. FLOPs and memory are computed "
         f"from tensor shapes and exclude data loading and library overhead.{gpu}"
@@ -28,7 +28,7 @@ def notes_text(speed: RowSpeed, is_gpu_measured: bool) -> str:
     return textwrap.fill(text, _WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
-def _device_text(device: str) -> str:
+def device_text(device: str) -> str:
     """Describe a CPU in a row: `cpu, 2 threads, AMD EPYC` is "2 threads of an AMD EPYC CPU"."""
     _, threads, *name = device.split(", ")
     return " ".join([threads, "of an" if name else "of a", *name, "CPU"])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cost_text import flop_text, markdown_table, memory_text, notes_text, time_text
+from cost_text import device_text, flop_text, markdown_table, memory_text, notes_text, time_text
 from counted_step import CountedStep
 from paper_models import METHOD, SAM_NAMES, classifier, llama_7b, sam, sd3_medium
 from row_speed import BACKBONE, RowSpeed, has_gpu_rows, row_speed
@@ -69,9 +69,13 @@ def estimate(rows: list[dict[str, Any]]) -> Costs:
     pages, experiments = {}, {}
     for page, estimator in estimators.items():
         table, experiment_texts = estimator(speed)
-        pages[f"{page}.md"] = f"{table}\n\n{notes if page == 'benchmarks' else _LINK.format(device=speed.device)}"
+        pages[f"{page}.md"] = (
+            f"{table}\n\n{notes if page == 'benchmarks' else _LINK.format(device=device_text(speed.device))}"
+        )
         for path, text in experiment_texts.items():
-            experiments[path] = f"{_MARK} {METHOD} in float32 on {speed.device} takes {text}; see docs/{page}.md."
+            experiments[path] = (
+                f"{_MARK} {METHOD} in float32 on {device_text(speed.device)} takes {text}; see docs/{page}.md."
+            )
     return Costs(pages, experiments)
 
 
