@@ -192,7 +192,7 @@ def run(setting: dict[str, Any], cache: Path) -> dict[str, Any]:
         is_denser = allocator is not None and (allocator.config.schedule_end or 1.0) < 1
         is_denser = is_denser and allocator is not None and not allocator.has_reached_target
         for name in ("raw", "ema") if epoch + 1 > _FIRST_EVALUATED * optim.epochs else ():
-            with average.applied() if name == "ema" else nullcontext():
+            with average.average_parameters() if name == "ema" else nullcontext():
                 row[name] = measure(model, forward, features.val, features.val_labels)
                 score = (not is_denser, row[name]["val_accuracy"], -row[name]["val_loss"])
                 for key in (name, f"last_{name}"):

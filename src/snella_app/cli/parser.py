@@ -331,8 +331,10 @@ def _rewrite_error(message: str, command: str, options: Sequence[Option], args: 
     if is_unknown:
         before = next((args[i].removesuffix("=true") for i, arg in enumerate(args[1:]) if arg == unknown), "")
         if before in [option.typed for option in options if option.type is bool]:
-            resume = f"; to resume a run: --out {unknown} --resume" if before == "--resume" else ""
-            return f"{before} must be {describe_type(bool)}, got {unknown!r}{resume}"
+            hint = "; put the images before the options" if "images" in known else ""
+            if before == "--resume":
+                hint = f"; to resume a run: --out {unknown} --resume"
+            return f"{before} must be {describe_type(bool)}, got {unknown!r}{hint}"
         return f"snella {command} takes no argument {unknown!r}; see snella {command} --help"
     _, is_bare, _ = message.partition(": expected one argument")
     if is_bare:

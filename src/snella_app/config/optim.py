@@ -44,8 +44,8 @@ class OptimConfig(BaseOptimConfig):
     Args:
         epochs: Number of epochs; 0 trains only a linear probe.
         time_budget: Approximate training time, e.g. 30m or 1h30m. Measures a training step and sets the number of
-            epochs and, unless given, img_size: the largest at which `epochs` epochs fit. Trains only the final head if
-            they do not fit at half the size at which that head fits.
+            epochs and, unless given, img_size: the largest at which `epochs` epochs fit, but at least half the largest
+            size at which the final head alone fits.
         early_stopping: Stop after N epochs without improvement. With budgets (snella, snell), training continues at
             least until the target sparsity is reached, by default after 70% of the epochs.
         batch_size: Batch size; defaults to 32, or to all training images if there are fewer. auto selects the largest

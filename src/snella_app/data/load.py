@@ -232,11 +232,13 @@ def load_data(
     sizes = {"train": train_size, "val": val_size, "test": test_size}
     _check_numbers({"seed": seed, "test_seed": test_split_seed}, val_fraction, test_fraction, sizes)
     collection = _collect(spec, skip_corrupt, strict_sizes, columns, target, Reading(channels, white or FULL_WHITE))
-    is_benchmark = isinstance(spec, str) and spec.startswith(tuple(_BENCHMARKS))  # its reader notes copies
+    is_benchmark = isinstance(spec, str) and spec.startswith(tuple(_BENCHMARKS))
+    checked = set(collection.parts) if is_benchmark else set()  # a benchmark's reader notes copies
     fold_part = None
     if folds is not None and fold is not None:
         fold_part = "test" if collection.test is None else "val"
         _hold_out(collection, folds, fold, test_split_seed)
+        checked.discard(fold_part)
     splits_by_name = collection.parts
     if divide:
         splits_by_name = _divide(collection, seed, test_split_seed, val_fraction, test_fraction, protocol)
@@ -259,7 +261,7 @@ def load_data(
         *_missing_class_warnings(parts, collection, target),
         *_dark_image_notes(parts),
         *_shared_group_warnings(parts),
-        *_copy_warnings(parts, [name for name in ("val", "test") if not is_benchmark or name not in collection.parts]),
+        *_copy_warnings(parts, [name for name in ("val", "test") if name not in checked]),
         *(_imbalance_notes(parts["train"], labels) if collection.strata is None else []),
     ]
     return DataSplits(

@@ -142,7 +142,7 @@ def cluster(monkeypatch):
 
     ray_cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     monkeypatch.setenv("RAY_ADDRESS", ray_cluster.address)
-    monkeypatch.setattr(executors, "_NODES_S", 0.0)
+    monkeypatch.setattr(executors, "_NODE_REFRESH_S", 0.0)
     yield ray_cluster
     import ray
 
