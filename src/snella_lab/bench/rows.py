@@ -23,11 +23,14 @@ _PACKAGES = ("torch", "peft", "timm", "numpy", "numba", "triton")
 
 
 def conditions(device: str, packages: Iterable[str] = _PACKAGES) -> dict[str, Any]:
-    """Return the provenance of a row: command without output path, device, package versions, commit and date."""
+    """Return the provenance of a row: command, device, package versions, commit and date.
+
+    The command omits `--out` and the folders of absolute paths.
+    """
     command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
     commit, is_dirty = git_state()
     return {
-        "command": re.sub(r" --out[= ]\S+", "", command),
+        "command": re.sub(r"([ =])/\S*/", r"\1", re.sub(r" --out[= ]\S+", "", command)),
         "device": device_name(device),
         "versions": {name: version(name) for name in packages if find_spec(name) is not None},
         "commit": (commit or "")[:7],

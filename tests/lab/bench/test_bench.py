@@ -266,6 +266,11 @@ def test_command_in_a_row_excludes_the_output_path(out, monkeypatch):
     assert conditions("cpu")["command"] == "bench.py --rounds 2 --r 8"
 
 
+def test_command_in_a_row_excludes_folders_of_absolute_paths(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/a/bench.py", "--root", "/home/me/folders", "--cache=/b/c", "--options", "1/2"])
+    assert conditions("cpu")["command"] == "bench.py --root folders --cache=c --options 1/2"
+
+
 def test_conditions_contain_the_device():
     assert conditions("cpu")["device"].startswith("cpu, 1 threads, ")
 
