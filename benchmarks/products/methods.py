@@ -8,11 +8,12 @@ python benchmarks/products/methods.py --table      prints the table
 """
 
 import argparse
-import json
+import shlex
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import product as combinations
 from pathlib import Path
 from statistics import fmean
 
@@ -23,7 +24,7 @@ from metrics import score
 from snella_app.cli.main import main as snella
 from snella_app.runs.predict import load
 from snella_app.text import decimal_text
-from snella_lab.bench.rows import append_rows, conditions
+from snella_lab.bench.rows import append_rows, conditions, read_rows
 from snella_lab.comparison.statistics import difference_of, with_holm
 from snella_lab.comparison.summary import difference_text, significance_texts
 
@@ -59,27 +60,25 @@ def main() -> None:
         return
     if args.folders_root is None:
         parser.error("--folders-root is required")
-    for seed in args.seeds:
-        for folder in args.folders:
-            for method in args.methods:
-                values = (method, folder, args.epochs, args.pixels, seed, args.options)
-                run = dict(zip(_KEYS, values, strict=True))
-                if not any(all(row[key] == run[key] for key in _KEYS) for row in read_rows(args.out)):
-                    append_rows(args.out, [{**run, **measure(args.folders_root / folder, run), **conditions("cpu")}])
+    done = {tuple(row[key] for key in _KEYS) for row in read_rows(args.out)} if args.out.exists() else set()
+    for seed, folder, method in combinations(args.seeds, args.folders, args.methods):
+        values = (method, folder, args.epochs, args.pixels, seed, args.options)
+        if values not in done:
+            run = dict(zip(_KEYS, values, strict=True))
+            append_rows(args.out, [{**run, **measure(args.folders_root / folder, run), **conditions("cpu")}])
 
 
 def measure(folder: Path, run: dict) -> dict:
     """Train with the recipe and return the test scores and seconds."""
-    images = {"train": f"folder:{folder}", "test": folder / "test"}
-    classes = sorted(path.name for path in images["test"].iterdir())
-    pairs = [(file, label) for label, name in enumerate(classes) for file in sorted((images["test"] / name).iterdir())]
+    classes = sorted(path.name for path in (folder / "test").iterdir())
+    pairs = [(file, label) for label, name in enumerate(classes) for file in sorted((folder / "test" / name).iterdir())]
     with tempfile.TemporaryDirectory(prefix="snella-methods-") as out:
-        words = ["train", "--data", images["train"], "--backbone", BACKBONE, "--out", out, "--overwrite"]
-        words += ["--method", run["method"], "--epochs", str(run["epochs"]), "--img-size", str(run["pixels"])]
-        words += ["--seed", str(run["seed"]), *OPTIONS.get(run["method"], []), *run["options"].split()]
+        arguments = ["train", "--data", f"folder:{folder}", "--backbone", BACKBONE, "--out", out, "--overwrite"]
+        arguments += ["--method", run["method"], "--epochs", str(run["epochs"]), "--img-size", str(run["pixels"])]
+        arguments += ["--seed", str(run["seed"]), *OPTIONS.get(run["method"], []), *shlex.split(run["options"])]
         begun = time.perf_counter()
-        if status := snella(words):
-            raise SystemExit(f"snella {' '.join(words)} exited with status {status}")
+        if status := snella(arguments):
+            raise SystemExit(f"snella {' '.join(arguments)} exited with status {status}")
         seconds = time.perf_counter() - begun
         rankings = [dict(prediction.ranking) for prediction in load(Path(out)).predict([file for file, _ in pairs])]
     probabilities = np.array([[ranking[name] for name in classes] for ranking in rankings])
@@ -125,11 +124,6 @@ def table(rows: list[dict], names: Sequence[str], key: str) -> str:
             + " |"
         )
     return "\n".join(lines)
-
-
-def read_rows(file: Path) -> list[dict]:
-    """Read the rows of a file; empty if the file is missing."""
-    return [json.loads(line) for line in file.read_text().splitlines() if line.strip()] if file.exists() else []
 
 
 if __name__ == "__main__":

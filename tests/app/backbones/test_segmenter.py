@@ -7,21 +7,11 @@ from snella_app.backbones import create_segmenter
 from snella_app.backbones.segmenter import SegmentationModel
 from snella_app.methods import build_method, load_trained, save_trained
 
-from .test_sam import tiny_config
-
 
 def make(name: str = "test_vit", classes: int = 3, **options: object) -> nn.Module:
     torch.manual_seed(0)
     options = {"pretrained": False, "img_size": 32} | options
     return create_segmenter(name, num_classes=classes, **options)
-
-
-@pytest.fixture(scope="module")
-def sam_folder(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("sam")
-    SamModel(tiny_config()).save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext", "test_vit4"])

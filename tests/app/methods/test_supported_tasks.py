@@ -5,15 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import SamModel
 
 from snella_app.backbones import create_backbone, create_segmenter
 from snella_app.methods import SelectionData, build_method, load_trained, method_names, save_trained
 from snella_app.tasks import create_task
 from snella_lab.recipes.dreambooth.config import DreamBoothConfig
 from snella_lab.recipes.instruct.config import LanguageConfig
-
-from ..backbones.test_sam import tiny_config
 
 COLUMNS = ("classification", "timm", "sam", "generators")
 SMALL = {"shira": "shira-2", "fourierft": "fourierft-20"}
@@ -30,14 +27,6 @@ def documented_support(column):
                 matching = [m for m in method_names() if re.fullmatch(name.replace("*", ".+"), m)]
                 support += [(method, cells[COLUMNS.index(column)] == "yes") for method in matching]
     return support
-
-
-@pytest.fixture(scope="module")
-def sam_folder(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("sam")
-    SamModel(tiny_config()).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
