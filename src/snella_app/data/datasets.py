@@ -323,6 +323,11 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
                 total.update(hashlib.sha256(source.content(row)).digest())
         return total.hexdigest()
 
+    def locations(self) -> list[tuple[ImageSource, int]]:
+        """Return the source and row of each image, inside joined sources."""
+        source = self.source
+        return [source.locate(row) if isinstance(source, _JoinedSource) else (source, row) for row in self.rows]
+
     def _sources(self) -> list[ImageSource]:
         """Return the sources of an item's content."""
         return [self.source]
@@ -413,8 +418,20 @@ def _item_seed(seed: int, epoch: int, index: int) -> int:
 
 def known_metadata(images: ImageDataset) -> dict[int, ImageMetadata]:
     """Return the metadata of a dataset's inspected images by position."""
-    metadata = images.source.metadata if isinstance(images.source, CachedImages) else {}
-    return {position: metadata[row] for position, row in enumerate(images.rows) if row in metadata}
+    return {
+        position: source.metadata[row]
+        for position, (source, row) in enumerate(images.locations())
+        if isinstance(source, CachedImages) and row in source.metadata
+    }
+
+
+def file_paths(images: ImageDataset) -> dict[int, Path]:
+    """Return the file of each image by position; images that are not files are missing."""
+    return {
+        position: source.paths[row]
+        for position, (source, row) in enumerate(images.locations())
+        if isinstance(source, FileImages)
+    }
 
 
 class FileMasks(FileImages):
@@ -516,13 +533,20 @@ class _JoinedSource:
     def __init__(self, first: ImageSource, second: ImageSource, boundary: int) -> None:
         self.first, self.second, self.boundary = first, second, boundary
 
+    def locate(self, row: int) -> tuple[ImageSource, int]:
+        """Return the source that contains the row, which is not itself joined, and its row there."""
+        source, row = (self.first, row) if row < self.boundary else (self.second, row - self.boundary)
+        return source.locate(row) if isinstance(source, _JoinedSource) else (source, row)
+
     def load(self, row: int) -> Image.Image:
         """Return the image from the source that contains the row."""
-        return self.first.load(row) if row < self.boundary else self.second.load(row - self.boundary)
+        source, row = self.locate(row)
+        return source.load(row)
 
     def content(self, row: int) -> bytes:
         """Return the raw content of the image."""
-        return self.first.content(row) if row < self.boundary else self.second.content(row - self.boundary)
+        source, row = self.locate(row)
+        return source.content(row)
 
     def at_side(self, side: int | None) -> "_JoinedSource":
         """Return a copy with another `Reading.side`."""

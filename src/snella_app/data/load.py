@@ -17,7 +17,7 @@ from torch import Tensor
 
 from snella_app.console import counted
 from snella_app.data.benchmarks import FGVC, VTAB, load_fgvc, load_vtab
-from snella_app.data.datasets import Collection, FileImages, ImageDataset, Target, joined, known_metadata
+from snella_app.data.datasets import Collection, ImageDataset, Target, file_paths, joined, known_metadata
 from snella_app.data.folder import load_folder
 from snella_app.data.hub import PYTHON_PREFIX, from_python, load_hf, load_wds
 from snella_app.data.images import FULL_WHITE, RGB, Reading
@@ -539,14 +539,10 @@ def _copy_warnings(parts: dict[str, ImageDataset], names: list[str]) -> list[str
 
 def _equal_files(parts: dict[str, ImageDataset]) -> dict[str, dict[int, int]]:
     """Return, by split, the position of the training image with equal bytes for each copy."""
-    paths = {
-        name: [images.source.paths[row] for row in images.rows]
-        for name, images in parts.items()
-        if isinstance(images.source, FileImages)
-    }
-    sizes = Counter(path.stat().st_size for group in paths.values() for path in group)
+    paths = {name: file_paths(images) for name, images in parts.items()}
+    sizes = Counter(path.stat().st_size for group in paths.values() for path in group.values())
     digests = {
-        name: {position: sha256_of(path) for position, path in enumerate(group) if sizes[path.stat().st_size] > 1}
+        name: {position: sha256_of(path) for position, path in group.items() if sizes[path.stat().st_size] > 1}
         for name, group in paths.items()
     }
     train_positions = {digest: position for position, digest in digests.pop("train", {}).items()}

@@ -24,7 +24,7 @@ from snella.compat.sparse_file import Entries, SparsePatch, ValueDtype, digest_o
 from snella.layer import SnellaLayer
 from snella_app.console import counted
 from snella_app.data import ImageDataset, read_image
-from snella_app.data.datasets import FileImages, read_at_side
+from snella_app.data.datasets import file_paths, read_at_side
 from snella_app.files import annotate_write_errors, create_folder, sync_tree, write_text
 from snella_app.report.card import model_card
 from snella_app.runs.images import existing_splits, find_data, load_splits
@@ -641,7 +641,8 @@ def _example_image(options: ExportOptions) -> str | None:
     part = options.run_images
     if part is None:
         return str(options.images[0])
-    return str(part.source.paths[part.rows[0]]) if isinstance(part.source, FileImages) else None
+    path = file_paths(part).get(0)
+    return None if path is None else str(path)
 
 
 def _preparation(loaded: LoadedRun) -> list[str] | None:

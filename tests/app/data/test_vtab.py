@@ -184,3 +184,17 @@ def test_a_run_finds_its_data_under_an_alternative_folder_name(tmp_path):
     assert data_folder(f"vtab:{tmp_path}/cifar") == tmp_path / "cifar100"
     assert data_folder(f"vtab:{tmp_path}/dtd") == tmp_path / "dtd" and data_folder("digits") is None
     assert data_folder(f"fgvc:{tmp_path}/other") == tmp_path / "other"
+
+
+def test_a_copy_in_a_held_out_fold_is_noted_once(tmp_path):
+    folder = write_vtab(tmp_path / "kitti", 4, {**TINY, "train800": 40, "test": 30})
+    shutil.copy(folder / "images/train800/000000.jpg", folder / "images/train800/000004.jpg")
+    separated = 0
+    for seed in range(4):
+        data = load_data(f"vtab:{folder}", strict_sizes=False, folds=2, fold=1, seed=seed)
+        held_out = {name[-10:] for name in data.val.names if name.startswith("images/train800/")}
+        is_separated = len(held_out & {"000000.jpg", "000004.jpg"}) == 1
+        notes = [note for note in data.notes if "000004.jpg" in note and "000000.jpg" in note]
+        assert len(notes) == is_separated
+        separated += is_separated
+    assert 0 < separated < 4
