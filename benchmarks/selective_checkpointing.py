@@ -43,7 +43,7 @@ import snella.compat.compile  # noqa: F401, registers the layer's operator
 from snella.compat.compile import forward_in_graph
 from snella.layer import SnellaLayer
 from snella.memory import recompute
-from snella.memory.compression import Layout, decode, encode
+from snella.memory.origins import Layout, decode, encode
 from snella.memory.recompute import mark_outputs, unmark_outputs
 from snella_lab.bench.bench import quartiles
 from snella_lab.bench.rows import append_rows, conditions, read_rows

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from snella.backends import Gradients, Merged, get_backend
-from snella.memory.origins import ORIGIN_ATTRIBUTE, Origin, once_differentiable_with_hint, origin_of
+from snella.memory.origins import ORIGIN_ATTRIBUTE, Origin, origin_of, reject_double_backward
 from snella.sparsify import sparsify
 from snella.update import Factors, LayerOp, LazyWeight, LinearOp, Update, without_view
 
@@ -198,8 +198,8 @@ class _AdaptedLayer(torch.autograd.Function):
         return without_view(y), thresholds
 
     @staticmethod
-    @once_differentiable_with_hint("use impl='reference' with a kernel without distances")
     def backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Any, ...]:
+        reject_double_backward("use impl='reference' with a kernel without distances")
         saved = ctx.saved_tensors
         input_sources, (weight, effective, *rest) = saved[: ctx.num_input_sources], saved[ctx.num_input_sources :]
         call: LayerCall = ctx.call

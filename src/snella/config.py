@@ -186,7 +186,7 @@ class SnellaConfig(PeftConfig):
             them in supported blocks (windows, gates, modulations). The recomputed values are bit-identical. Writes to
             these outputs through `.data` are not detected and give wrong gradients; set `False` if your code does this.
         compress_activations: Store the inputs of normalizations and activations in int8 (see
-            `snella.memory.compression.encode`), and queries, keys and values in int8 instead of attention's saved
+            `snella.memory.origins.encode`), and queries, keys and values in int8 instead of attention's saved
             tensors. The backward passes of these operations and of the layers that follow use the stored values.
             Outputs stay exact; gradients are computed at the rounded activations.
         weight_gradient: Computation of the updates' gradients in linear layers: `"exact"`; `"bfloat16"`, from tokens

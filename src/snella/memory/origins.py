@@ -1,97 +1,38 @@
-"""Tensor marks: recipes for recomputing a tensor in the backward pass instead of saving it.
+"""Origins: recomputation of tensors in the backward pass, and the int8 format of saved tensors.
 
 A linear layer needs its input `x` for ∂L/∂W. If `x = f(z)` and autograd saves `z` anyway, the backward pass can
-recompute `x` bit-identically from `z`, and saving `x` would waste memory. The module `recompute` sets the marks.
+recompute `x` bit-identically from `z`. A `Mark` on `x` names the tensors to save instead, and the `Origin` that
+recomputes `x` from them. The module `recompute` sets the marks.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
+from torch.nn.functional import pad
 
-from snella.memory.compression import Layout, decode, encode
-
+GROUP = 64
+"""Entries per scale; an outlier channel degrades the precision of 63 other entries instead of the whole token."""
 ORIGIN_ATTRIBUTE = "_snella_origin"
+_LEVELS = 127
 
 
-class Origin(ABC):
-    """Recipe for recomputing a tensor from saved tensors.
+class Origin:
+    """How to recompute a tensor: `function(*saved)`, or `function(source, *saved)` for a function of a marked tensor.
 
     Args:
+        function: Computes the tensor.
         device_type: Device type of the tensor.
-    """
-
-    is_rounded = False
-    """True if the saved tensors are rounded to int8."""
-
-    def __init__(self, device_type: str) -> None:
-        self._autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
-        if torch.amp.is_autocast_available(device_type):
-            is_enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
-            self._autocast = partial(torch.autocast, device_type, dtype, enabled=is_enabled)
-        self._users, self._graph_task_id = 0, torch._C._current_graph_task_id()
-        self._output: Tensor | None = None
-
-    def is_current(self) -> bool:
-        """Return whether the inputs of the recomputation are unchanged."""
-        return True
-
-    def add_user(self) -> bool:
-        """Register another backward pass that uses the tensor; return whether it is the first.
-
-        A forward pass that activation checkpointing reruns does not count, because its backward pass is already
-        registered.
-        """
-        if torch._C._current_graph_task_id() != self._graph_task_id:
-            return False
-        self._users += 1
-        return self._users == 1
-
-    def compute(self, saved: Sequence[Tensor]) -> Tensor:
-        """Return the recomputed, detached tensor; all users share one result.
-
-        Args:
-            saved: Tensors from the forward pass, as in `Mark.saved`.
-
-        Raises:
-            RuntimeError: If a module has changed since the forward pass.
-        """
-        output, self._output = self._output, None
-        if output is None:
-            output = self._run(saved)
-        self._users -= 1
-        if self._users > 0:
-            self._output = output
-        return output
-
-    @abstractmethod
-    def _run(self, saved: Sequence[Tensor]) -> Tensor:
-        """Recompute the tensor."""
-
-    def _call(self, function: Callable[..., Tensor], *args: Tensor, with_graph: bool = False) -> Tensor:
-        """Call a function with the autocast settings of the forward pass."""
-        with torch.set_grad_enabled(with_graph), self._autocast():
-            return function(*args)
-
-
-class Output(Origin):
-    """Output of a module or function, recomputed from its inputs, which are saved exactly or in int8.
-
-    Args:
-        function: Computes the output.
-        device_type: Device type of the inputs.
-        module: Module that computed the output, or `None` for a function. Recomputation uses the module's mode at
-            construction, and raises an error if its parameters have changed.
-        layouts: Layout of each encoded input that requires a gradient; `None` for all other inputs.
+        module: Module whose parameters `function` reads. Recomputation raises an error if they have changed.
+        source: Origin of the function's first argument.
+        layouts: Layout of each saved argument; `None` for exact tensors.
     """
 
     def __init__(
@@ -100,65 +41,82 @@ class Output(Origin):
         device_type: str,
         *,
         module: nn.Module | None = None,
+        source: Origin | None = None,
         layouts: Sequence[Layout | None] = (None,),
     ) -> None:
-        super().__init__(device_type)
-        self._function, self._module = function, module
-        self._names = () if module is None else tuple(module_tensors(module))
-        self._state, self._is_training = self._current_state(), module is not None and module.training
-        self._layouts = layouts
-        self.is_rounded = any(layout is not None for layout in layouts)
-        self._graph: tuple[list[Tensor], GradientEdge] | None = None
+        self.function, self.source, self.layouts = function, source, layouts
+        self.is_rounded = any(layout is not None for layout in layouts) or (source is not None and source.is_rounded)
+        self._module = module
+        self._state = self._module_state()
+        self._autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+        if torch.amp.is_autocast_available(device_type):
+            is_enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+            self._autocast = partial(torch.autocast, device_type, dtype, enabled=is_enabled)
+        self._users, self._graph_task_id = 0, torch._C._current_graph_task_id()
+        self._output: Tensor | None = None  # result for the remaining users
+        self._graph: Any = None  # decoded inputs and output edge of a recomputation, for `grad_inputs`
 
     def is_current(self) -> bool:
-        """Return whether the module's parameters and buffers are unchanged since the forward pass."""
-        return self._current_state() == self._state
+        """Return whether the modules' parameters and buffers are unchanged since the forward pass."""
+        return self._module_state() == self._state and (self.source is None or self.source.is_current())
 
-    def _current_state(self) -> tuple[Any, ...]:
-        """Return the identities and versions of the module's tensors."""
-        tensors = [getattr(self._module, name, None) for name in self._names]
-        return tuple([(id(tensor), tensor._version) for tensor in tensors if tensor is not None])
+    def add_user(self) -> None:
+        """Register another backward pass that calls `compute`; the first also registers a user of the source.
 
-    def _run(self, saved: Sequence[Tensor]) -> Tensor:
-        if not self.is_rounded:
-            return self._run_function(saved)
-        inputs, output = self._record(saved)
-        self._graph = inputs, get_gradient_edge(output)
-        return output.detach()
+        A forward pass that activation checkpointing reruns does not count, because its backward pass is already
+        registered.
+        """
+        if torch._C._current_graph_task_id() == self._graph_task_id:
+            self._users += 1
+            if self._users == 1 and self.source is not None:
+                self.source.add_user()
 
-    def grad_inputs(self, saved: Sequence[Tensor], grad_output: Tensor) -> Iterator[Tensor]:
-        """Return the gradients of the encoded inputs.
+    def compute(self, saved: Sequence[Tensor]) -> Tensor:
+        """Return the recomputed, detached tensor; all users share one result.
+
+        Args:
+            saved: Tensors from the forward pass, as in `Mark.saved`: the source's, followed by the function's.
 
         Raises:
-            RuntimeError: If the module has changed since the forward pass.
+            RuntimeError: If a module has changed since the forward pass.
         """
+        output, self._output = self._output, None
+        if output is None:
+            output, self._graph = self._run(saved)
+        self._users -= 1
+        if self._users > 0:
+            self._output = output
+        return output
+
+    def grad_inputs(self, saved: Sequence[Tensor], grad_output: Tensor) -> Iterator[Tensor]:
+        """Return the gradients of the encoded arguments, at their decoded values; reuses the graph of `compute`."""
         graph, self._graph = self._graph, None
-        if graph is None:
-            inputs, output = self._record(saved)
-            graph = inputs, get_gradient_edge(output)
-        return iter(torch.autograd.grad(graph[1], graph[0], grad_output))
+        inputs, edge = graph or self._run(saved)[1]
+        return iter(torch.autograd.grad(edge, inputs, grad_output))
 
-    def _record(self, saved: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """Recompute the output with a graph; return the inputs that require a gradient, and the output."""
-        pairs = list(zip(saved, self._layouts, strict=True))
-        inputs = [tensor if layout is None else decode(tensor, layout).requires_grad_() for tensor, layout in pairs]
-        differentiable = [z for z, layout in zip(inputs, self._layouts, strict=True) if layout is not None]
-        return differentiable, self._run_function(inputs, with_graph=True)
-
-    def _run_function(self, inputs: Sequence[Tensor], with_graph: bool = False) -> Tensor:
-        if not self.is_current():
+    def _run(self, saved: Sequence[Tensor]) -> tuple[Tensor, Any]:
+        """Return the recomputed tensor, and its graph if the function has encoded inputs and no source."""
+        if self._module_state() != self._state:
             raise RuntimeError(
                 f"{self._module} was changed between a forward pass and its backward pass, so its output "
                 "cannot be recomputed; change it after backward(), or set recompute_inputs=False"
             )
-        module = self._module
-        if module is None or module.training == self._is_training:
-            return self._call(self._function, *inputs, with_graph=with_graph)
-        module.training = self._is_training
-        try:
-            return self._call(self._function, *inputs, with_graph=with_graph)
-        finally:
-            module.training = not self._is_training
+        num_source = len(saved) - len(self.layouts)
+        pairs = zip(saved[num_source:], self.layouts, strict=True)
+        args = [tensor if layout is None else decode(tensor, layout) for tensor, layout in pairs]
+        inputs: list[Tensor] = []
+        if self.source is not None:
+            args.insert(0, self.source.compute(saved[:num_source]))
+        elif self.is_rounded:
+            inputs = [z.requires_grad_() for z, layout in zip(args, self.layouts, strict=True) if layout is not None]
+        with torch.set_grad_enabled(bool(inputs)), self._autocast():
+            output = self.function(*args)
+        return output.detach(), (inputs, get_gradient_edge(output)) if inputs else None
+
+    def _module_state(self) -> tuple[Any, ...]:
+        """Return the identities and versions of the module's tensors."""
+        tensors = () if self._module is None else module_tensors(self._module).values()
+        return tuple([(id(tensor), tensor._version) for tensor in tensors])
 
 
 def module_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -167,55 +125,9 @@ def module_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
-class Derived(Origin):
-    """Result of a function of a marked tensor and optionally a second tensor, which is saved last.
-
-    Args:
-        function: Function of one or two tensors.
-        device_type: Device type of the result.
-        source: Origin of the first tensor.
-        has_second: True if the function takes a second tensor.
-        layout: Layout of an encoded second tensor.
-    """
-
-    def __init__(
-        self,
-        function: Callable[..., Tensor],
-        device_type: str,
-        source: Origin,
-        *,
-        has_second: bool = False,
-        layout: Layout | None = None,
-    ) -> None:
-        super().__init__(device_type)
-        self._function, self._source, self._has_second, self._layout = function, source, has_second, layout
-        self.is_rounded = source.is_rounded
-
-    def is_current(self) -> bool:
-        """Return whether the inputs of the source's recomputation are unchanged."""
-        return self._source.is_current()
-
-    def add_user(self) -> bool:
-        """Register another backward pass that uses the tensor; the first also uses the source."""
-        is_first = super().add_user()
-        if is_first:
-            self._source.add_user()
-        return is_first
-
-    def _run(self, saved: Sequence[Tensor]) -> Tensor:
-        source_saved, second = (saved[:-1], saved[-1:]) if self._has_second else (saved, ())
-        first = self._source.compute(source_saved)
-        return self._call(self._function, first, *[_decode_if_encoded(tensor, self._layout) for tensor in second])
-
-
-def _decode_if_encoded(tensor: Tensor, layout: Layout | None) -> Tensor:
-    """Return a saved tensor, decoded if it has a layout."""
-    return tensor if layout is None else decode(tensor, layout)
-
-
 @dataclass(frozen=True)
 class Mark:
-    """Mark of a tensor: the tensors to save instead, and the recipe to recompute it from them."""
+    """Mark of a tensor: the tensors to save instead, and the origin that recomputes it from them."""
 
     saved: tuple[Tensor, ...]
     origin: Origin
@@ -241,11 +153,7 @@ class Mark:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as `None`, so that pickled tensors have no mark."""
-        return _no_mark, ()
-
-
-def _no_mark() -> None:
-    """Return `None`, the value of an unpickled mark."""
+        return type(None), ()
 
 
 def _versions(x: Tensor, saved: tuple[Tensor, ...]) -> tuple[int, ...]:
@@ -263,26 +171,16 @@ def origin_of(x: Tensor) -> tuple[tuple[Tensor, ...], Origin | None]:
     return ((), None) if mark is None or not mark.origin.is_current() else (mark.detached(), mark.origin)
 
 
-def once_differentiable_with_hint(hint: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorate a backward pass to raise an error with a hint on double differentiation.
+# operations that save encoded tensors or recompute them ------------------------------------------------------------
+
+
+def reject_double_backward(hint: str) -> None:
+    """Raise `RuntimeError` with a hint in a backward pass with `create_graph=True`.
 
     torch's `once_differentiable` raises an error only if a gradient passes through, and silently drops other gradients.
     """
-
-    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
-        backward = once_differentiable(backward)
-
-        @wraps(backward)
-        def checked(ctx: Any, *grads: Any) -> Any:
-            if torch.is_grad_enabled():
-                raise RuntimeError(
-                    f"create_graph=True is not supported: this backward pass is not differentiable; {hint}"
-                )
-            return backward(ctx, *grads)
-
-        return checked
-
-    return decorate
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"create_graph=True is not supported: this backward pass is not differentiable; {hint}")
 
 
 def save_rounded(
@@ -299,13 +197,29 @@ def save_rounded(
         inputs: Inputs of the function.
         output: Detached output of the function.
         function: Recomputes the output.
-        module: See `Output`.
+        module: See `Origin`.
         by_row: See `encode`.
     """
     pairs = [encode(z, by_row=by_row) if z.requires_grad else (z.detach(), None) for z in inputs]
     saved, layouts = tuple([pair[0] for pair in pairs]), [pair[1] for pair in pairs]
-    origin = Output(function, output.device.type, module=module, layouts=layouts)
+    origin = Origin(function, output.device.type, module=module, layouts=layouts)
     return Mark.put(cast(Tensor, _RoundedInputs.apply(origin, saved, [output], *inputs)), saved, origin)
+
+
+class _RoundedInputs(torch.autograd.Function):
+    """Output whose backward pass reruns the function on decoded inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, origin: Origin, saved: tuple[Tensor, ...], output: list[Tensor], *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*saved)
+        ctx.origin = origin
+        return output.pop()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        reject_double_backward("set compress_activations=False")
+        grads = ctx.origin.grad_inputs(ctx.saved_tensors, grad_output)
+        return None, None, None, *[next(grads) if is_needed else None for is_needed in ctx.needs_input_grad[3:]]
 
 
 def multiply(first: Tensor, mark: Mark, second: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -320,69 +234,115 @@ def multiply(first: Tensor, mark: Mark, second: Tensor, product: Callable[[Tenso
         second: Second factor, of the same shape or broadcast to it.
         product: Computes the product; the order of the factors determines the memory layout.
     """
-    saved, source = mark.detached(), mark.origin
     layout, saved_second = None, second.detach()
-    if source.is_rounded and second.requires_grad and second.shape == first.shape:
+    if mark.origin.is_rounded and second.requires_grad and second.shape == first.shape:
         saved_second, layout = encode(second)
-    origin = Derived(product, first.device.type, source, has_second=True, layout=layout)
+    saved = (*mark.detached(), saved_second)
+    origin = Origin(product, first.device.type, source=mark.origin, layouts=(layout,))
     if second.requires_grad:
-        output = cast(Tensor, _Product.apply(first, second, source, layout, (*saved, saved_second), product))
+        output = cast(Tensor, _Product.apply(first, second, origin, saved))
     else:
         output = product(first, second)
-    return Mark.put(output, (*saved, saved_second), origin)
-
-
-class _RoundedInputs(torch.autograd.Function):
-    """Output whose backward pass reruns the module or function on decoded inputs."""
-
-    @staticmethod
-    def forward(ctx: Any, origin: Output, saved: tuple[Tensor, ...], output: list[Tensor], *inputs: Tensor) -> Tensor:
-        ctx.save_for_backward(*saved)
-        ctx.origin = origin
-        return output.pop()
-
-    @staticmethod
-    @once_differentiable_with_hint("set compress_activations=False")
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        grads = ctx.origin.grad_inputs(ctx.saved_tensors, grad_output)
-        return None, None, None, *[next(grads) if is_needed else None for is_needed in ctx.needs_input_grad[3:]]
+    return Mark.put(output, saved, origin)
 
 
 class _Product(torch.autograd.Function):
-    """Product whose backward pass recomputes the first factor; saves its source tensors and the second factor."""
+    """Product whose backward pass recomputes the first factor."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        first: Tensor,
-        second: Tensor,
-        origin: Origin,
-        layout: Layout | None,
-        saved: tuple[Tensor, ...],
-        product: Callable[[Tensor, Tensor], Tensor],
-    ) -> Tensor:
-        origin.add_user()
+    def forward(ctx: Any, first: Tensor, second: Tensor, origin: Origin, saved: tuple[Tensor, ...]) -> Tensor:
+        ctx.source, (ctx.layout,), ctx.second_shape = origin.source, origin.layouts, second.shape
+        ctx.source.add_user()
         ctx.save_for_backward(*saved)
-        ctx.origin, ctx.layout, ctx.second_shape = origin, layout, second.shape
-        return product(first, second)
+        return origin.function(first, second)
 
     @staticmethod
-    @once_differentiable_with_hint("set recompute_inputs=False")
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        reject_double_backward("set recompute_inputs=False")
         *first_saved, second = ctx.saved_tensors
-        grad_second = (grad * ctx.origin.compute(first_saved)).sum_to_size(ctx.second_shape)
-        return grad * _decode_if_encoded(second, ctx.layout), grad_second, None, None, None, None
+        grad_second = (grad * ctx.source.compute(first_saved)).sum_to_size(ctx.second_shape)
+        second = second if ctx.layout is None else decode(second, ctx.layout)
+        return grad * second, grad_second, None, None
+
+
+# int8 format -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shape and memory layout of an encoded tensor.
+
+    Args:
+        shape: Shape with the axes in memory order.
+        dtype: Dtype of the tensor.
+        axes: Position of each axis in memory order.
+        row: Entries per row; groups do not cross rows.
+        group: Entries per group.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    axes: tuple[int, ...]
+    row: int
+    group: int
+
+
+def encode(z: Tensor, *, by_row: bool = False) -> tuple[Tensor, Layout]:
+    """Quantize a tensor to int8 in groups of entries that are adjacent in memory.
+
+        q_i = round(z_i / s),   s = max |z| / 127 over its group of 64;   |s·q_i − z_i| ≤ s/2
+
+    Args:
+        z: Floating-point tensor of any shape.
+        by_row: Split each row of the last axis into groups of equal size, at most 64, if the last axis is innermost in
+            memory. For inputs of row-wise normalizations, where a shared scale could round a small row to zero.
+
+    Returns:
+        Float32 scales followed by codes, uint8 `[groups · (4 + group)]` (17/16 bytes per entry for groups of 64), and
+        the layout for `decode`.
+    """
+    order = sorted(range(z.ndim), key=z.stride, reverse=True)
+    z_in_memory_order = z.detach().permute(order)
+    row, group = max(z.numel(), 1), GROUP
+    if by_row and order[-1:] == [z.ndim - 1] and z.shape[-1] > 0:
+        row = z.shape[-1]
+        group = -(-row // -(-row // GROUP))
+    rows = z_in_memory_order.reshape(-1, row)
+    padding = -row % group
+    groups = (pad(rows, (0, padding)) if padding and len(rows) else rows).reshape(-1, group)
+    encoded = torch.empty(groups.numel() + 4 * len(groups), dtype=torch.uint8, device=z.device)
+    codes, scales = _parts(encoded, group)
+    torch.div(groups.abs().amax(1, keepdim=True).float(), _LEVELS, out=scales)
+    # the clamp avoids division by zero for groups of zeros
+    codes.copy_((groups * scales.clamp(min=torch.finfo(torch.float32).tiny).reciprocal_()).round_())
+    axes = tuple([order.index(axis) for axis in range(z.ndim)])
+    return encoded, Layout(z_in_memory_order.shape, z.dtype, axes, row, group)
+
+
+def decode(encoded: Tensor, layout: Layout) -> Tensor:
+    """Decode the result of `encode` to the original shape, dtype and memory order."""
+    codes, scales = _parts(encoded, layout.group)
+    rows = codes.float().mul_(scales).to(layout.dtype).view(-1, layout.row + -layout.row % layout.group)
+    return rows[:, : layout.row].reshape(layout.shape).permute(layout.axes)
+
+
+def _parts(encoded: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Return views of the codes `[groups, group]` and scales `[groups, 1]`."""
+    scales, codes = encoded.tensor_split([len(encoded) // (group + 4) * 4])
+    return codes.view(torch.int8).view(-1, group), scales.view(torch.float32).view(-1, 1)
 
 
 __all__ = [
+    "GROUP",
     "ORIGIN_ATTRIBUTE",
-    "Derived",
+    "Layout",
     "Mark",
     "Origin",
-    "Output",
+    "decode",
+    "encode",
     "module_tensors",
     "multiply",
-    "once_differentiable_with_hint",
     "origin_of",
+    "reject_double_backward",
     "save_rounded",
 ]

@@ -2,8 +2,8 @@
 
 Forward hooks on supported modules mark each output with its origin, so that it can be recomputed. An adapted layer then
 saves the module's input instead of the layer's input. In supported blocks, a function mode tracks the operations
-between the module and the layer. It supports views and permutations (image windows), products (gated activations) and
-sums with a small tensor (modulations).
+between the module and the layer: views and permutations (image windows), products (gated activations) and sums with a
+small tensor (modulations).
 
 With compression, the backward passes of the module and the layer use the module's input in int8, and attention saves
 only its queries, keys and values, in int8. Outputs stay exact; gradients are computed at the rounded inputs.
@@ -14,7 +14,6 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -25,9 +24,10 @@ from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
-from snella.memory.origins import Derived, Mark, Output, module_tensors, multiply, save_rounded
+from snella.memory.origins import Mark, Origin, module_tensors, multiply, save_rounded
 
 _SOURCE_ATTRIBUTE = "_snella_source"
+_MIN_SIZE_RATIO = 8  # minimum size ratio between a sum and a saved summand
 _c_autograd: Any = torch._C._autograd
 
 # deterministic modules that save their input for the backward pass (unlike ReLU, which saves its output)
@@ -80,7 +80,7 @@ def can_recompute(module: nn.Module) -> bool:
     )
 
 
-def can_track(module: nn.Module, *, compress: bool = False) -> bool:
+def can_track(module: nn.Module, *, compress: bool) -> bool:
     """Return whether to track a module's forward pass. Matches known classes for which tracking saves memory.
 
     Supports blocks of Swin and SAM's encoder, gated MLPs, and diffusers' transformer blocks, modulations and
@@ -106,53 +106,35 @@ def mark_outputs(model: nn.Module, *, compress: Callable[[], bool] | None = None
     Args:
         model: The model.
         compress: Called in each forward pass; returns whether these modules and attention save their inputs in int8
-            (see `snella.memory.compression`). Modules with trainable parameters, and all modules under `torch.compile`,
-            save exact inputs. `None` disables compression.
+            (see `snella.memory.origins.encode`). Modules with trainable parameters, and all modules under
+            `torch.compile`, save exact inputs. `None` disables compression.
     """
     unmark_outputs(model)
     count = 0
     for module in model.modules():
         if can_track(module, compress=compress is not None):
-            module.register_forward_pre_hook(
-                _start_tracking if compress is None else _StartTrackingWithCompression(compress)
-            )
+            module.register_forward_pre_hook(partial(_start_tracking, compress=compress))
             module.register_forward_hook(_stop_tracking, always_call=True)
         if can_recompute(module):
             count += 1
             if compress is not None:
-                module.register_forward_pre_hook(_DetachInput(compress))
+                module.register_forward_pre_hook(partial(_detach_input, compress=compress))
             module.register_forward_hook(_mark_output, prepend=True)  # before other hooks change the output
     return count
 
 
 def unmark_outputs(model: nn.Module) -> None:
     """Undo `mark_outputs`."""
-    installed = (_mark_output, _start_tracking, _stop_tracking)
+    installed = (_mark_output, _detach_input, _start_tracking, _stop_tracking)
     for module in model.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key, hook in list(hooks.items()):
-                if hook in installed or isinstance(hook, _Compressing):
+                if getattr(hook, "func", hook) in installed:
                     del hooks[key]
                     module._forward_hooks_always_called.pop(key, None)
 
 
-# module hooks
-
-
-def _is_reproducible(module: nn.Module) -> bool:
-    """Return whether a module's forward pass is reproducible: no other hooks, no updates of running statistics."""
-    pre_hooks = list(module._forward_pre_hooks.values())
-    is_plain = (
-        next(iter(module._forward_hooks.values())) is _mark_output
-        and (not pre_hooks or (len(pre_hooks) == 1 and isinstance(pre_hooks[0], _DetachInput)))
-        and not torch_module._global_forward_hooks
-        and not torch_module._global_forward_pre_hooks
-        and "forward" not in module.__dict__
-    )
-    updates_statistics = isinstance(module, nn.modules.batchnorm._BatchNorm) and (
-        module.training or module.running_mean is None
-    )
-    return is_plain and not updates_statistics
+# hooks of normalizations and activations ---------------------------------------------------------------------------
 
 
 def _is_recorded() -> bool:
@@ -160,55 +142,92 @@ def _is_recorded() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
 
-@dataclass(eq=False)
-class _Compressing:
-    """Base class of hooks that compress activations.
+def _is_reproducible(module: nn.Module) -> bool:
+    """Return whether a module's forward pass is reproducible: no other hooks, no updates of running statistics."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+        return False
+    return (
+        next(iter(module._forward_hooks.values())) is _mark_output
+        and all(getattr(hook, "func", hook) is _detach_input for hook in module._forward_pre_hooks.values())
+        and not torch_module._global_forward_hooks
+        and not torch_module._global_forward_pre_hooks
+        and "forward" not in module.__dict__
+    )
 
-    Args:
-        is_enabled: Returns whether compression is enabled in this forward pass.
-    """
 
-    is_enabled: Callable[[], bool]
-
-
-class _DetachInput(_Compressing):
+def _detach_input(module: nn.Module, args: tuple[Any, ...], *, compress: Callable[[], bool]) -> tuple[Tensor] | None:
     """Forward pre-hook that detaches an input that will be saved in int8, so that the module itself saves nothing."""
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if not _is_recorded() or len(args) != 1 or type(args[0]) is not Tensor or not self.is_enabled():
-            return None
-        z = args[0]
-        if not (z.requires_grad and z.is_floating_point() and not z.is_inference() and _is_reproducible(module)):
-            return None
-        if hasattr(type(z.grad_fn), "_saved_result"):
-            return None  # the preceding operation saves it anyway, e.g. ReLU
-        if getattr(module, "inplace", False) or any(
-            [tensor.requires_grad for tensor in module_tensors(module).values()]
-        ):
-            return None
-        detached = z.detach()
-        setattr(detached, _SOURCE_ATTRIBUTE, z)
-        return (detached,)
+    if not _is_recorded() or len(args) != 1 or type(args[0]) is not Tensor or not compress():
+        return None
+    z = args[0]
+    if not (z.requires_grad and z.is_floating_point() and not z.is_inference() and _is_reproducible(module)):
+        return None
+    if hasattr(type(z.grad_fn), "_saved_result"):
+        return None  # the preceding operation saves it anyway, e.g. ReLU
+    if getattr(module, "inplace", False) or any([tensor.requires_grad for tensor in module_tensors(module).values()]):
+        return None
+    detached = z.detach()
+    setattr(detached, _SOURCE_ATTRIBUTE, z)
+    return (detached,)
 
 
 def _mark_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
     """Forward hook that marks an output that can be recomputed bit-identically."""
     if not _is_recorded() or len(args) != 1 or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
         return None
-    source: Tensor | None = getattr(args[0], _SOURCE_ATTRIBUTE, None)
-    run = partial(type(module).forward, module)
+    z, run = args[0], partial(_run_module, module, module.training)
+    source: Tensor | None = getattr(z, _SOURCE_ATTRIBUTE, None)
     if source is not None:
         return save_rounded([source], output, run, module, by_row=type(module).__name__.endswith(_ROW_NORMS))
-    z = args[0]
-    if not _is_reproducible(module) or type(z) is not Tensor or not output.requires_grad:
+    if not _is_reproducible(module) or type(z) is not Tensor or not output.requires_grad or z.is_inference():
         return None
-    if z.is_inference() or z.untyped_storage()._cdata == output.untyped_storage()._cdata:
-        return None
-    Mark.put(output, (z,), Output(run, z.device.type, module=module))
+    if z.untyped_storage()._cdata != output.untyped_storage()._cdata:
+        Mark.put(output, (z,), Origin(run, z.device.type, module=module))
     return None
 
 
-# tracking inside blocks
+def _run_module(module: nn.Module, is_training: bool, z: Tensor) -> Tensor:
+    """Run a module in the mode of its forward pass."""
+    mode, module.training = module.training, is_training
+    try:
+        output: Tensor = type(module).forward(module, z)
+        return output
+    finally:
+        module.training = mode
+
+
+# tracking inside blocks --------------------------------------------------------------------------------------------
+
+_active = threading.local()
+
+
+def _start_tracking(module: nn.Module, args: tuple[Any, ...], *, compress: Callable[[], bool] | None) -> None:
+    """Forward pre-hook that starts tracking, unless an outer block is tracked."""
+    if not _is_recorded() or _active_mode() is not None:
+        return
+    is_compressed = compress is not None and compress()
+    if can_track(module, compress=is_compressed):
+        _active.mode = _TrackingMode(module, is_compressed, sys._getframe(1), getattr(_active, "mode", None))
+        _active.mode.__enter__()
+
+
+def _stop_tracking(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Forward hook that stops tracking, even if the block raised an `Exception`."""
+    if torch.compiler.is_compiling():
+        return
+    mode: _TrackingMode | None = getattr(_active, "mode", None)
+    if mode is not None and mode.module is module:
+        _active.mode = mode.outer
+        if _get_current_function_mode() is mode:
+            mode.__exit__(None, None, None)
+
+
+def _active_mode() -> _TrackingMode | None:
+    """Return the mode of the running, recorded block, or `None`."""
+    mode: _TrackingMode | None = getattr(_active, "mode", None)
+    if mode is not None and not mode.is_running():
+        mode = _active.mode = None
+    return mode if mode is not None and mode.is_recorded() else None
 
 
 class _TrackingMode(TorchFunctionMode):
@@ -253,22 +272,18 @@ class _TrackingMode(TorchFunctionMode):
         return _saved_tensors_hooks() == self._hooks
 
 
-def _active_mode() -> _TrackingMode | None:
-    """Return the mode of the running, recorded block, or `None`."""
-    mode: _TrackingMode | None = getattr(_active, "mode", None)
-    if mode is not None and not mode.is_running():
-        mode = _active.mode = None
-    return mode if mode is not None and mode.is_recorded() else None
-
-
 def _saved_tensors_hooks() -> Any:
+    """Return the active saved-tensor hooks."""
     return _c_autograd._top_saved_tensors_default_hooks(False)
 
 
-def _call_activation(
+# marked functions: each returns `None` if it does not apply, and `_TrackingMode` then calls the original function
+
+
+def _activate(
     function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], compress: bool
 ) -> Tensor | None:
-    """Return the marked output of an activation, or `None` if it cannot be marked."""
+    """Return the marked output of an activation."""
     z, *rest = args
     if type(z) is not Tensor or not z.requires_grad or z.is_inference() or True in (*rest, *kwargs.values()):
         return None  # `inplace` is True
@@ -278,13 +293,13 @@ def _call_activation(
 
     if compress:
         return save_rounded([z], run(z.detach()), run)
-    return Mark.put(run(z), (z,), Output(run, z.device.type))
+    return Mark.put(run(z), (z,), Origin(run, z.device.type))
 
 
 def _attend(
     function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], compress: bool
 ) -> Tensor | None:
-    """Return the output of attention that saves q, k, v in int8, or `None` for unsupported arguments."""
+    """Return the output of attention that saves q, k, v in int8."""
     if not compress or len(args) < 3 or not _c_autograd._saved_tensors_hooks_is_enabled():
         return None
     query, key, value, *rest = args
@@ -308,23 +323,24 @@ def _attend(
 def _move(
     function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], compress: bool
 ) -> Tensor | None:
-    """Return a marked view or permutation of a marked tensor, or `None` if the input is not marked."""
+    """Return a marked view or permutation of a marked tensor."""
     x, *rest = args
     mark = Mark.on(x)
-    if mark is None:
-        return None
+    return None if mark is None else _derive(x, mark, lambda x: function(x, *rest, **kwargs))
 
-    def run(x: Tensor) -> Tensor:
-        return function(x, *rest, **kwargs)
 
-    output = run(x)
-    return output if output is x else Mark.put(output, mark.saved, Derived(run, x.device.type, mark.origin))
+def _derive(x: Tensor, mark: Mark, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the marked result of a function of a marked tensor."""
+    output = function(x)
+    if output is x:
+        return x
+    return Mark.put(output, mark.saved, Origin(function, x.device.type, source=mark.origin, layouts=()))
 
 
 def _combine(
     function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], compress: bool
 ) -> Tensor | None:
-    """Return the marked product or sum of a marked tensor with a number or tensor, or `None` if it cannot be marked.
+    """Return the marked product or sum of a marked tensor with a number or tensor.
 
     Autograd saves the other factor of a product anyway. It saves nothing for a sum, so marking saves memory only if the
     other summand is small.
@@ -340,65 +356,30 @@ def _combine(
     def run(x: Tensor, other: Any) -> Tensor:
         return function(other, x) if is_swapped else function(x, other)
 
-    device_type, is_product = x.device.type, function in _PRODUCTS
     if isinstance(other, int | float):
-        run_with_number = partial(run, other=other)
-        return Mark.put(run_with_number(x), mark.saved, Derived(run_with_number, device_type, mark.origin))
+        return _derive(x, mark, partial(run, other=other))
     if type(other) is not Tensor or (other.dtype, other.device) != (x.dtype, x.device) or other.is_inference():
         return None
     axes = zip(reversed(other.shape), reversed(x.shape), strict=False)
     if other.ndim > x.ndim or any(size not in (1, target_size) for size, target_size in axes):
         return None
-    if is_product:
+    if function in _PRODUCTS:
         return multiply(x, mark, other, run)
     if _MIN_SIZE_RATIO * other.numel() > x.numel():
         return None
     # a copy, because the summand may be modified in place later
-    origin = Derived(run, device_type, mark.origin, has_second=True)
-    return Mark.put(run(x, other), (*mark.saved, other.detach().clone()), origin)
+    saved = (*mark.saved, other.detach().clone())
+    return Mark.put(run(x, other), saved, Origin(run, x.device.type, source=mark.origin))
 
 
-_MIN_SIZE_RATIO = 8  # minimum size ratio between a sum and a saved summand
 _PRODUCTS = {torch.mul, Tensor.mul, Tensor.__rmul__}
 _HANDLERS: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any], bool], Tensor | None]] = {
     F.scaled_dot_product_attention: _attend,
-    **dict.fromkeys((F.gelu, F.silu), _call_activation),
+    **dict.fromkeys((F.gelu, F.silu), _activate),
     **dict.fromkeys((torch.roll, torch.reshape, torch.permute, torch.transpose, torch.flatten, F.pad), _move),
     **dict.fromkeys((Tensor.roll, Tensor.view, Tensor.reshape, Tensor.permute, Tensor.transpose), _move),
     **dict.fromkeys((Tensor.contiguous, Tensor.flatten, Tensor.unflatten), _move),
     **dict.fromkeys((*_PRODUCTS, torch.add, Tensor.add, Tensor.__radd__), _combine),
 }
-_active = threading.local()
-
-
-def _start_tracking(
-    module: nn.Module, args: tuple[Any, ...], compress: bool = False, caller: FrameType | None = None
-) -> None:
-    """Forward pre-hook that starts tracking, unless an outer block is tracked."""
-    if _is_recorded() and _active_mode() is None:
-        caller = caller or sys._getframe(1)
-        _active.mode = _TrackingMode(module, compress, caller, getattr(_active, "mode", None))
-        _active.mode.__enter__()
-
-
-class _StartTrackingWithCompression(_Compressing):
-    """Forward pre-hook that starts tracking with int8 compression of attention and functional activations."""
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        compress = not torch.compiler.is_compiling() and self.is_enabled()
-        if compress or can_track(module):
-            _start_tracking(module, args, compress, sys._getframe(1))
-
-
-def _stop_tracking(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """Forward hook that stops tracking, even if the block raised an `Exception`."""
-    if torch.compiler.is_compiling():
-        return
-    mode: _TrackingMode | None = getattr(_active, "mode", None)
-    if mode is not None and mode.module is module:
-        _active.mode = mode.outer
-        if _get_current_function_mode() is mode:
-            mode.__exit__(None, None, None)
-
 
 __all__ = ["can_recompute", "can_track", "mark_outputs", "unmark_outputs"]

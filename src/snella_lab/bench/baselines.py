@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from snella.config import SnellaConfig
 from snella.layer import SnellaLayer
-from snella.memory.origins import Mark, Output
+from snella.memory.origins import Mark, Origin
 from snella.memory.recompute import can_recompute, mark_outputs
 from snella.sparsify import quantile_threshold, sparsify
 from snella_app.methods.registry import build_method
@@ -168,7 +168,7 @@ def _mark_parametrized(module: nn.Module, args: tuple[Tensor], output: Tensor) -
     """Forward hook: mark the output of a normalization with parametrized weights."""
     (z,) = args
     if output.requires_grad and torch.is_grad_enabled():
-        Mark.put(output, (z,), Output(partial(type(module).forward, module), z.device.type, module=module))
+        Mark.put(output, (z,), Origin(partial(type(module).forward, module), z.device.type, module=module))
 
 
 def _identity(value: Any) -> Any:

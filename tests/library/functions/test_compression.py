@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snella.memory.compression import GROUP, decode, encode
+from snella.memory.origins import GROUP, decode, encode
 
 
 @given(st.integers(1, 5), st.floats(1e-30, 1e30), st.sampled_from([torch.float32, torch.float64]), st.integers(0, 99))

@@ -16,8 +16,7 @@ from transformers.activations import ACT2FN
 
 from snella import SnellaConfig
 from snella.layer import SnellaLayer
-from snella.memory.compression import GROUP, decode, encode
-from snella.memory.origins import origin_of
+from snella.memory.origins import GROUP, decode, encode, origin_of
 from snella.memory.recompute import can_recompute, mark_outputs, unmark_outputs
 
 WIDTH = 12
