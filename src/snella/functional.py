@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from snella.autograd import adapted_layer, add_by_autograd, add_updates
-from snella.backends import choose_backend, get_backend
-from snella.backends.base import MergeCache
+from snella.backends import MergeCache, choose_backend, get_backend
 from snella.kernels import make_kernel
 from snella.sparsify import SparsifyMode
 from snella.update import Factors, LazyWeight, LinearOp, Update, UpdateSpec
@@ -65,7 +64,9 @@ def write_effective_weight(weight: Tensor, update: Update, out: Tensor, cache: M
         rows = weight.shape[0]
         backend = get_backend(update.spec.backend)
         matrices = (weight.detach().view(rows, -1), out.detach().view(rows, -1))
-        backend.write_effective(update.spec, update.factors, update.budgets, *matrices, cache)
+        merged = backend.merge(update.spec, update.factors, update.budgets, cache.thresholds, cache.columns)
+        cache.thresholds, cache.columns = merged.thresholds, merged.columns
+        backend.add_update(update.spec, merged, *matrices)
     else:
         cached_update = update._replace(thresholds=cache.thresholds)
         total, (cache.thresholds,) = compute_effective_weight(weight, [cached_update], weight.shape)

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from snella.autograd import adapted_layer
-from snella.backends import choose_backend
-from snella.backends.base import MergeCache
+from snella.backends import MergeCache, choose_backend
 from snella.base_layer import check_weight, orient, prepare_input, product_dtype, unusable_weight_error
 from snella.budgets import LiveBudgets, buffers_off_meta, read_budgets, restore_budgets, seal_all_budgets, seal_budgets
 from snella.cache import AdapterState, EffectiveWeight, LayerCache

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from snella.backends.base import MergeCache
+from snella.backends import MergeCache
 from snella.base_layer import check_weight, orient
 from snella.compat.quantization import Quantization, measure_requantization, report_requantization
 from snella.functional import compute_effective_weight, write_effective_weight

@@ -1,52 +1,204 @@
-"""Selection of the backend that computes an update."""
+"""Backends of an update: their interface, the backend with torch operations, and the selection of a backend."""
 
 from __future__ import annotations
 
 import importlib.util
-from functools import cache, lru_cache
-from typing import Literal, get_args
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal, TypeAlias, get_args
 
+import torch
 from torch import Tensor
 
-from snella.backends.base import Backend, Gradients, Merged
-from snella.update import UpdateSpec
+from snella.sparsify import sparsify, sparsify_slope
+from snella.update import Factors, UpdateSpec
 
 Implementation = Literal["auto", "triton", "numba", "eager", "reference"]
+_INSTALL = {
+    "numba": "install it with: pip install 'snella[fast]'",
+    "triton": "it comes with torch for CUDA, or with: pip install triton",
+}
+
+Gradients: TypeAlias = tuple[Tensor | None, ...]
+"""Gradients in the order of `Factors`; zeros for matrices without a budget."""
+
+Product: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""Function that computes `∂L/∂yᵀ x` from tokens `[k, m]` and `[k, n]`."""
 
 
-def resolve_implementation(impl: str) -> str:
-    """Validate `impl` and return it.
+@dataclass(frozen=True)
+class Merged:
+    """Merged matrices of an update: the result of `Backend.merge` and an argument of its other methods.
 
-    Raises:
-        ValueError: If `impl` is unknown.
+    Args:
+        factors: The merged factors.
+        budgets: Budget of each matrix.
+        thresholds: `[G]`, infinite for a budget of 0.
+        delta: Tensors that `cache_delta` saves for `merge` in the backward pass: `ΔW` of each matrix (`None` without a
+            budget), or one tensor for all matrices. Empty if the backend saves the effective weight instead.
+        columns: Column statistics of all matrices, saved for `merge` in the backward pass instead of `delta`.
+        workspace: Scratch data of the backend, valid within one pass.
     """
-    if impl not in get_args(Implementation):
-        raise ValueError(f"impl must be one of {list(get_args(Implementation))}, got {impl!r}")
-    return impl
+
+    factors: Factors
+    budgets: tuple[int, ...]
+    thresholds: Tensor
+    delta: tuple[Tensor | None, ...] = ()
+    columns: tuple[Tensor, ...] = ()
+    workspace: Any = None
 
 
-@lru_cache(maxsize=1)
-def numba_problem() -> str | None:
-    """Return the reason why Numba kernels are unavailable on this machine, or `None`."""
-    if importlib.util.find_spec("numba") is None:
-        return "numba is not installed; install it with: pip install 'snella[fast]'"
-    try:
-        from snella.backends.numba import backend  # noqa: F401
-    except Exception as error:  # numba raises various errors if it is incompatible with numpy, LLVM or the machine
-        return f"numba cannot be used: {error}"
-    return None
+@dataclass
+class MergeCache:
+    """Cache for repeated merges of an update: a few numbers per matrix, valid until its factors change.
+
+    Args:
+        thresholds: `[G]`, or `None` before the first merge.
+        columns: `Merged.columns` of the first merge.
+    """
+
+    thresholds: Tensor | None = None
+    columns: tuple[Tensor, ...] = ()
 
 
-@lru_cache(maxsize=1)
-def triton_problem() -> str | None:
-    """Return the reason why Triton kernels are unavailable on this machine, or `None`."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; it comes with torch for CUDA, or with: pip install triton"
-    try:
-        from snella.backends.triton import backend  # noqa: F401
-    except Exception as error:  # Triton may be incompatible with torch or the machine
-        return f"triton cannot be used: {error}"
-    return None
+class Backend(ABC):
+    """Merge, addition and gradients of an update; all backends agree with `TorchBackend` up to rounding."""
+
+    name: str
+
+    fused_add_in_backward = False
+    """True if `grad_factors` supports `base` and `out`."""
+
+    @abstractmethod
+    def unsupported_reason(self, spec: UpdateSpec, A: Tensor) -> str | None:
+        """Return the reason why updates with this spec and factors like `A` are not supported, or `None`."""
+
+    @abstractmethod
+    def merge(
+        self,
+        spec: UpdateSpec,
+        factors: Factors,
+        budgets: tuple[int, ...],
+        thresholds: Tensor | None = None,
+        saved: tuple[Tensor | None, ...] = (),
+    ) -> Merged:
+        """Merge every matrix with a nonzero budget and compute the thresholds.
+
+        Args:
+            spec: Settings of the update.
+            factors: Factors and scalars.
+            budgets: Budget of each matrix.
+            thresholds: `[G]` of an earlier call, if available.
+            saved: `Merged.delta` or `Merged.columns` of an earlier call with the same factors.
+        """
+
+    @abstractmethod
+    def add_update(self, spec: UpdateSpec, merged: Merged, base: Tensor, out: Tensor) -> None:
+        """Write `base + scaling·S` into `out`: contiguous `[m, n]` of any dtype, possibly the same tensor."""
+
+    @abstractmethod
+    def grad_factors(
+        self,
+        spec: UpdateSpec,
+        merged: Merged,
+        grad_weight: Tensor,
+        base: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Gradients:
+        """Return the gradients of factors and scalars, given `grad_weight` = ∂L/∂W `[m, n]`.
+
+        With `base` and `out`, a backend with `fused_add_in_backward` also performs `add_update` in the same pass.
+        """
+
+    def grad_weight(self, spec: UpdateSpec, merged: Merged, grad_y: Tensor, x: Tensor, product: Product) -> Tensor:
+        """Return ∂L/∂W `[m, n]` of a linear layer. Entries where `S` is zero are unused and may be zero.
+
+        Args:
+            spec: Settings of the update.
+            merged: Merged matrices. Matrices without a budget need no product.
+            grad_y: ∂L/∂y, `[tokens, m]`.
+            x: `[tokens, n]`, dtype of `grad_y`.
+            product: Computes a dense product.
+        """
+        if all(merged.budgets):
+            return product(grad_y, x)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        result = torch.zeros(grad_y.shape[1], x.shape[1], dtype=dtype, device=x.device)
+        for rows, budget in zip(spec.rows, merged.budgets, strict=True):
+            if budget:
+                result[rows] = product(grad_y[:, rows], x)
+        return result
+
+
+def zero_gradients(factors: Factors) -> list[Tensor | None]:
+    """Return zero gradients for all tensors of an update."""
+    return [None if tensor is None else torch.zeros_like(tensor) for tensor in factors]
+
+
+def store_gradients(grads: list[Tensor | None], group: int, rows: slice, values: Gradients) -> None:
+    """Copy the gradients of one matrix into the gradients of all matrices."""
+    for k, value in enumerate(values):
+        target = grads[k]
+        if value is not None and target is not None:
+            (target[rows] if k == 1 else target[group]).copy_(value)
+
+
+class TorchBackend(Backend):
+    """Backend for any device and dtype, with the kernels of `snella.kernels` applied per matrix."""
+
+    name = "eager"
+
+    def unsupported_reason(self, spec: UpdateSpec, A: Tensor) -> str | None:  # noqa: D102
+        return None
+
+    def merge(  # noqa: D102
+        self,
+        spec: UpdateSpec,
+        factors: Factors,
+        budgets: tuple[int, ...],
+        thresholds: Tensor | None = None,
+        saved: tuple[Tensor | None, ...] = (),
+    ) -> Merged:
+        matrices = zip(spec.matrices(factors), budgets, strict=True)
+        delta = saved or tuple([spec.merge_matrix(matrix) if budget else None for matrix, budget in matrices])
+        if thresholds is None:
+            infinite = factors.B.new_full((), torch.inf)
+            pairs = zip(delta, budgets, strict=True)
+            thresholds = torch.stack(
+                [infinite if matrix is None else spec.find_threshold(matrix, budget) for matrix, budget in pairs]
+            )
+        return Merged(factors, budgets, thresholds, delta)
+
+    def add_update(self, spec: UpdateSpec, merged: Merged, base: Tensor, out: Tensor) -> None:  # noqa: D102
+        for group, (rows, delta) in enumerate(zip(spec.rows, merged.delta, strict=True)):
+            if delta is not None:
+                sparse = spec.scaling * sparsify(delta, merged.thresholds[group], spec.mode)
+                torch.add(base[rows], sparse, out=out[rows])
+            elif out is not base:
+                out[rows] = base[rows]
+
+    def grad_factors(  # noqa: D102
+        self,
+        spec: UpdateSpec,
+        merged: Merged,
+        grad_weight: Tensor,
+        base: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Gradients:
+        grads = zero_gradients(merged.factors)
+        for group, (matrix, rows) in enumerate(zip(spec.matrices(merged.factors), spec.rows, strict=True)):
+            delta = merged.delta[group]
+            if delta is None:
+                continue
+            slope = sparsify_slope(delta, merged.thresholds[group], spec.mode)
+            grad_delta = slope.mul_(grad_weight[rows].to(slope.dtype)).mul_(spec.scaling)
+            store_gradients(grads, group, rows, spec.kernel.vjp(*matrix, grad_delta))
+        return tuple(grads)
+
+
+# selection ---------------------------------------------------------------------------------------------------------
 
 
 @cache
@@ -60,14 +212,35 @@ def get_backend(name: str) -> Backend:
         from snella.backends.triton.backend import TritonBackend
 
         return TritonBackend()
-    from snella.backends.base import TorchBackend
-
     return TorchBackend()
+
+
+@cache
+def missing_reason(name: str) -> str | None:
+    """Return the reason why the kernels of `numba` or `triton` cannot be used on this machine, or `None`."""
+    if importlib.util.find_spec(name) is None:
+        return f"{name} is not installed; {_INSTALL[name]}"
+    try:
+        get_backend(name)
+    except Exception as error:  # both raise various errors if they are incompatible with torch, LLVM or the machine
+        return f"{name} cannot be used: {error}"
+    return None
 
 
 def requires_check(A: Tensor) -> bool:
     """Return whether the Triton kernels must pass the first-use check for these factors, as on a GPU."""
     return A.device.type == "cuda"
+
+
+def resolve_implementation(impl: str) -> str:
+    """Validate `impl` and return it.
+
+    Raises:
+        ValueError: If `impl` is unknown.
+    """
+    if impl not in get_args(Implementation):
+        raise ValueError(f"impl must be one of {list(get_args(Implementation))}, got {impl!r}")
+    return impl
 
 
 def choose_backend(impl: str, spec: UpdateSpec, A: Tensor) -> tuple[str, str]:
@@ -92,35 +265,33 @@ def choose_backend(impl: str, spec: UpdateSpec, A: Tensor) -> tuple[str, str]:
     if resolve_implementation(impl) in ("eager", "reference"):
         return impl, "set by impl"
     name = "triton" if impl == "triton" or (impl == "auto" and A.device.type == "cuda") else "numba"
-    problem = triton_problem() if name == "triton" else numba_problem()
-    if problem is not None:
+    missing = missing_reason(name)
+    if missing is not None:
         if impl == name:
-            raise ImportError(f"impl={name!r}, but {problem}")
-        return "eager", problem
+            raise ImportError(f"impl={name!r}, but {missing}")
+        return "eager", missing
+    error: type[Exception] = NotImplementedError
     reason = get_backend(name).unsupported_reason(spec, A)
-    if reason is not None:
-        if impl == name:
-            raise NotImplementedError(f"impl={name!r} {reason}; use impl='eager'")
-        return "eager", f"{name} {reason}"
-    if name == "triton" and requires_check(A):
-        from snella.backends.triton.verify import failed_check
+    if reason is None and name == "triton" and requires_check(A):
+        from snella.backends.triton import backend
 
-        reason = failed_check(spec, A)
-        if reason is not None:
-            if impl == name:
-                raise RuntimeError(f"impl={name!r} {reason}; use impl='eager'")
-            return "eager", f"{name} {reason}"
-    return name, f"Triton kernels on {str(A.device)!r}" if name == "triton" else "Numba kernels on the CPU"
+        error, reason = RuntimeError, backend.failed_check(spec, A)
+    if reason is None:
+        return name, f"Triton kernels on {str(A.device)!r}" if name == "triton" else "Numba kernels on the CPU"
+    if impl == name:
+        raise error(f"impl={name!r} {reason}; use impl='eager'")
+    return "eager", f"{name} {reason}"
 
 
 __all__ = [
     "Backend",
     "Gradients",
     "Implementation",
+    "MergeCache",
     "Merged",
+    "TorchBackend",
     "choose_backend",
     "get_backend",
-    "numba_problem",
+    "missing_reason",
     "resolve_implementation",
-    "triton_problem",
 ]

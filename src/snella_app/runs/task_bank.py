@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from snella.backends.base import MergeCache
+from snella.backends import MergeCache
 from snella.functional import write_effective_weight
 from snella.layer import Linear, SnellaLayer
 from snella.update import Factors, Update

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from snella.backends.base import store_gradients, zero_gradients
+from snella.backends import store_gradients, zero_gradients
 from snella.config import SnellaConfig
 from snella.initialization import init_factors
 from snella.update import Conv2dOp, Factors, LayerOp, LinearOp, UpdateSpec, without_view

@@ -7,7 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from snella.backends.base import TorchBackend
+from snella.backends import TorchBackend
 from snella_app.cli.main import main
 from snella_lab.bench import doctor, reference
 from snella_lab.bench.doctor import describe_machine, diagnose
@@ -62,7 +62,7 @@ def test_nan_gradient_is_wrong(monkeypatch):
 
 
 def test_missing_backend_reports_the_reason(monkeypatch):
-    monkeypatch.setattr("snella.backends.numba_problem", lambda: "numba is not installed")
+    monkeypatch.setattr("snella.backends.missing_reason", lambda name: "numba is not installed")
     check = check_backend("numba", "cpu")
     assert check.verdict == "not available" and "numba is not installed" in check.error
 

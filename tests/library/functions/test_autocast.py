@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from snella.autograd import effective_weight, sparsify_update
-from snella.backends.base import TorchBackend
+from snella.backends import TorchBackend
 from snella.functional import compute_effective_weight
 from snella.kernels import KERNELS
 

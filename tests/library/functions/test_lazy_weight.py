@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from snella.backends import numba_problem
+from snella.backends import missing_reason
 from snella.update import Conv2dOp, LazyWeight, LinearOp
 
 from .problems import Problem, computed_weight, layer_output, make_problem
@@ -15,7 +15,9 @@ M, N, BATCH = 32, 24, 10
 IMPLS = [
     "eager",
     "reference",
-    pytest.param("numba", marks=pytest.mark.skipif(numba_problem() is not None, reason=str(numba_problem()))),
+    pytest.param(
+        "numba", marks=pytest.mark.skipif(missing_reason("numba") is not None, reason=str(missing_reason("numba")))
+    ),
 ]
 
 

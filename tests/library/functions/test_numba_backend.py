@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import njit
 
-from snella.backends import choose_backend, numba_problem
+from snella.backends import choose_backend, get_backend, missing_reason
 from snella.backends.numba import backend as numba_backend
 from snella.backends.numba import compile as numba_compile
 from snella.backends.numba import forward as loops
@@ -76,9 +76,10 @@ def test_factors_on_another_device_raise():
 @pytest.fixture
 def uncached_availability():
     """Clear the cached availability check before and after the test."""
-    numba_problem.cache_clear()
+    for function in (missing_reason, get_backend):
+        function.cache_clear()
     yield
-    numba_problem.cache_clear()
+    missing_reason.cache_clear()
 
 
 def test_missing_numba_falls_back_to_eager_or_raises_with_install_command(monkeypatch, uncached_availability):
@@ -112,13 +113,24 @@ def test_kernels_compile_without_cache_folder(monkeypatch):
 
 def test_stale_disk_cache_is_removed(tmp_path):
     newest = max(file.stat().st_mtime for file in Path(numba_compile.__file__).parent.glob("*.py"))
-    stale, fresh, other = (tmp_path / f"{name}-7.py311.nbi" for name in ("forward.count", "forward.collect", "x.count"))
+    names = ("forward.add_sparse", "forward.collect", "x.add_sparse")
+    stale, fresh, other = (tmp_path / f"{name}-7.py311.nbi" for name in names)
     for file, age in ((stale, 1), (fresh, -1), (other, 1)):
         file.touch()
         os.utime(file, (newest - age, newest - age))
-    for function in (loops.count, loops.collect):
+    for function in (loops.add_sparse, loops.collect):
         numba_compile.remove_stale_index(function.py_func, tmp_path)
     assert not stale.exists() and fresh.exists() and other.exists()
+
+
+def select_threshold(value, budget):
+    """Select the threshold of a matrix, with the histogram that `merge_and_count` computes."""
+    width, blocks = numba_backend._blocks(value.shape)
+    bins = (np.abs(value).view(np.int32) >> loops._HISTOGRAM_SHIFT) - loops._FIRST_BIN
+    bins = bins.clip(0, loops.HISTOGRAM_BINS - 1)
+    columns = [bins[:, block * width : (block + 1) * width].ravel() for block in range(blocks)]
+    counts = [np.bincount(column, minlength=loops.HISTOGRAM_BINS) for column in columns]
+    return numba_backend.select_threshold(value, budget, np.array(counts, np.int32))
 
 
 @settings(max_examples=60, deadline=None)
@@ -127,7 +139,7 @@ def test_threshold_equals_keep_threshold(rows, columns, seed, data):
     value = np.random.default_rng(seed).standard_normal((rows, columns)) * 10.0 ** (seed % 9 * 3 - 14)
     value = value.astype(np.float32)
     budget = data.draw(st.integers(0, value.size))
-    assert numba_backend.select_threshold(value, budget) == keep_threshold(torch.from_numpy(value), budget).item()
+    assert select_threshold(value, budget) == keep_threshold(torch.from_numpy(value), budget).item()
 
 
 @pytest.mark.parametrize("budget", [0, 1, 500_000, 999_999, 1_000_000])
@@ -135,7 +147,7 @@ def test_threshold_is_exact_for_mostly_equal_magnitudes(budget):
     value = np.ones((1000, 1000), np.float32)
     value[::7] = -0.5
     value[3, :5] = [0, 2, -3, 1e-40, np.inf]
-    assert numba_backend.select_threshold(value, budget) == keep_threshold(torch.from_numpy(value), budget).item()
+    assert select_threshold(value, budget) == keep_threshold(torch.from_numpy(value), budget).item()
 
 
 @pytest.mark.parametrize("kernel", PIECEWISE)
@@ -144,23 +156,20 @@ def test_row_wise_merge_equals_merged_matrix(kernel, r, num_pieces):
     for m, n in ((7, 5), (61, 97), (40, 1700)):
         problem = make_problem(kernel, m=m, n=n, r=r, num_pieces=num_pieces)
         update = problem.update(problem.tensors)
-        factors = numba_backend.pack_factors(update.spec, update.factors)[0]
-        columns, repeated = np.empty((3, n), np.float32), np.empty((3, n), np.float32)
-        value, _ = numba_backend.merge_and_count(factors, (m, n), columns)
-        numba_backend.column_stats(factors, (m, n), repeated)
-        assert kernel == "p_linear" or np.array_equal(columns, repeated)
-        base = np.zeros_like(value)
-        threshold, scaling = np.float32(0), np.float32(1)
-        from_matrix, from_rows = np.empty_like(value), np.empty_like(value)
-        loops.add_sparse(0, m, base, value, threshold, scaling, False, from_matrix)
-        loops.merge_and_add(0, m, *factors, columns, base, threshold, scaling, False, from_rows)
-        assert np.array_equal(from_matrix, from_rows) and np.count_nonzero(from_rows) > 0
+        backend = numba_backend.NumbaBackend()
+        merged = backend.merge(*update)
+        repeated = backend.merge(*update._replace(thresholds=merged.thresholds))
+        assert all(torch.equal(*pair) for pair in zip(merged.columns, repeated.columns, strict=True))
+        base, from_matrix, from_rows = torch.zeros(3, m, n)
+        backend.add_update(update.spec, merged, base, from_matrix)
+        backend.add_update(update.spec, repeated, base, from_rows)
+        assert torch.equal(from_matrix, from_rows) and from_rows.count_nonzero() > 0
 
 
 def test_threshold_is_exact_above_2_to_the_24_entries():
     value = np.random.default_rng(0).standard_normal((4100, 4100), dtype=np.float32)
     budget = 5_000_000
-    threshold = numba_backend.select_threshold(value, budget)
+    threshold = select_threshold(value, budget)
     assert np.count_nonzero(np.abs(value) > threshold) == budget
 
 

@@ -5,7 +5,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from snella.autograd import RecomputeCache
-from snella.backends.base import TorchBackend
+from snella.backends import TorchBackend
 from snella.backends.numba.backend import NumbaBackend
 from snella.functional import adapted_layer
 

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from snella.backends import choose_backend, get_backend
-from snella.backends import triton_problem as problem_with_triton
+from snella.backends import choose_backend, get_backend, missing_reason
 from snella.functional import compute_effective_weight
 
 from .problems import with_backend
@@ -29,9 +28,10 @@ def select_backend(impl, update):
 @pytest.fixture
 def uncached_availability():
     """Clear the cached availability check before and after the test."""
-    problem_with_triton.cache_clear()
+    for function in (missing_reason, get_backend):
+        function.cache_clear()
     yield
-    problem_with_triton.cache_clear()
+    missing_reason.cache_clear()
 
 
 @needs_triton

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from snella import SnellaConfig
 from snella import update as spec
-from snella.backends.base import TorchBackend
+from snella.backends import TorchBackend
 from snella.backends.numba import backend as numba_backend
 from snella.cache import LayerCache
 from snella.layer import SnellaLayer

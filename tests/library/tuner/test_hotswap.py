@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from torch import nn
 
 from snella import SnellaConfig, hotswap
-from snella.backends.base import MergeCache
+from snella.backends import MergeCache
 from snella.compat.hotswap import AdapterValues
 from snella.functional import compute_effective_weight, write_effective_weight
 from snella.kernels import make_kernel

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from snella.backends.base import Backend, Gradients, MergeCache, Merged, Product
+from snella.backends import Backend, Gradients, Merged, Product
 from snella.backends.numba import backward, forward
 from snella.kernels import MixK, NormalizedRBF, PLinear
 from snella.sparsify import KEEP_ALL
@@ -36,9 +36,6 @@ _MODES = {"soft": forward.SOFT, "official": forward.OFFICIAL, "none": forward.NO
 _SUPPORTED = (torch.float32, torch.bfloat16)
 _EMPTY = np.empty((0, 0), np.float32)
 _CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-_pools: dict[int, ThreadPoolExecutor] = {}
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pools.clear)  # threads do not survive a fork
 
 
 class PackedFactors(NamedTuple):
@@ -51,7 +48,7 @@ class PackedFactors(NamedTuple):
 
 
 class _Matrix(NamedTuple):
-    """State of one matrix within a pass: packed factors, threshold, `column_stats`, and optionally `ΔW`."""
+    """State of one matrix within a pass: packed factors, threshold, column statistics, and optionally `ΔW`."""
 
     packed: PackedFactors
     shape: tuple[int, int]
@@ -88,17 +85,17 @@ class NumbaBackend(Backend):
         factors: Factors,
         budgets: tuple[int, ...],
         thresholds: Tensor | None = None,
-        delta: tuple[Tensor | None, ...] = (),
+        saved: tuple[Tensor | None, ...] = (),
     ) -> Merged:
         threshold_values = [None] * len(budgets) if thresholds is None else thresholds.tolist()
-        saved = delta[0] if delta and thresholds is not None else None
-        size = len(budgets), 3, factors.A.shape[1]
-        columns = torch.empty(size, dtype=torch.float32) if saved is None else saved
-        stats, is_new = columns.numpy(), saved is None
+        columns = saved[0] if saved and thresholds is not None else None
+        is_new = columns is None
+        if columns is None:
+            columns = torch.empty(len(budgets), 3, factors.A.shape[1], dtype=torch.float32)
         packed = pack_factors(spec, factors) if any(budgets) else [None] * len(budgets)
         workspace: list[_Matrix | None] = []
-        for inputs, budget, threshold, matrix_stats in zip(packed, budgets, threshold_values, stats, strict=True):
-            matrix = _merge_matrix(spec, inputs, budget, threshold, matrix_stats, is_new) if inputs and budget else None
+        for inputs, budget, threshold, stats in zip(packed, budgets, threshold_values, columns.numpy(), strict=True):
+            matrix = _merge_matrix(spec, inputs, budget, threshold, stats, is_new) if inputs and budget else None
             workspace.append(matrix)
         if thresholds is None:
             computed = [np.float32(np.inf) if matrix is None else matrix.threshold for matrix in workspace]
@@ -118,19 +115,6 @@ class NumbaBackend(Backend):
                 sparse = torch.zeros(out[rows].shape, dtype=torch.float32)
                 _add_matrix(spec, matrix, sparse.numpy(), sparse.numpy())
                 torch.add(base[rows], sparse, out=out[rows])
-
-    def write_effective(  # noqa: D102
-        self,
-        spec: UpdateSpec,
-        factors: Factors,
-        budgets: tuple[int, ...],
-        base: Tensor,
-        out: Tensor,
-        cache: MergeCache,
-    ) -> None:
-        merged = self.merge(spec, factors, budgets, cache.thresholds, cache.stats or ())
-        cache.thresholds, cache.stats = merged.thresholds, merged.columns
-        self.add_update(spec, merged, base, out)
 
     def grad_factors(  # noqa: D102
         self,
@@ -179,13 +163,15 @@ def _merge_matrix(
 ) -> _Matrix:
     """Return a matrix's state; find an unknown threshold, and fill `stats` if `is_new`."""
     shape = (packed.B.shape[0], packed.A.shape[0])
+    width, blocks = _blocks(shape)
     if threshold is None and spec.mode == "none":
         threshold = KEEP_ALL
     if threshold is not None:
-        if is_new:
-            column_stats(packed, shape, stats)
+        if is_new and packed.softmax[-1]:
+            _run(forward.measure_column_stats, blocks, shape, width, *packed, stats)
         return _Matrix(packed, shape, np.float32(threshold), stats)
-    delta, bins = merge_and_count(packed, shape, stats)
+    delta, bins = np.empty(shape, np.float32), np.empty((blocks, forward.HISTOGRAM_BINS), np.int32)
+    _run(forward.merge_and_count, blocks, shape, width, *packed, delta, bins, stats)
     if spec.mode == "soft":
         return _Matrix(packed, shape, select_threshold(delta, budget, bins), stats, delta)
     threshold = spec.find_threshold(torch.from_numpy(delta), budget).item()
@@ -294,29 +280,11 @@ def pack_factors(spec: UpdateSpec, factors: Factors) -> list[PackedFactors]:
     return packed
 
 
-def column_stats(packed: PackedFactors, shape: tuple[int, int], stats: np.ndarray) -> None:
-    """Write the maximum logit, scale and inverse sum of each column's softmax, `[3, n]`."""
-    width, blocks = _blocks(shape)
-    if packed.softmax[-1]:
-        _run(forward.measure_column_stats, blocks, shape, width, *packed, stats)
-
-
-def merge_and_count(packed: PackedFactors, shape: tuple[int, int], stats: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return `ΔW` `[m, n]` and the histogram of its magnitudes per block; write `column_stats`."""
-    width, blocks = _blocks(shape)
-    value, bins = np.empty(shape, np.float32), np.empty((blocks, forward.HISTOGRAM_BINS), np.int32)
-    _run(forward.merge_and_count, blocks, shape, width, *packed, value, bins, stats)
-    return value, bins
-
-
-def select_threshold(value: np.ndarray, budget: int, bins: np.ndarray | None = None) -> np.float32:
-    """Return the `(budget + 1)`-th largest magnitude, found by a histogram and a partition of one bin."""
+def select_threshold(value: np.ndarray, budget: int, bins: np.ndarray) -> np.float32:
+    """Return the `(budget + 1)`-th largest magnitude, given the histogram of each block; partitions only one bin."""
     if budget == value.size:
         return np.float32(0)
     width, blocks = _blocks(value.shape)
-    if bins is None:
-        bins = np.empty((blocks, forward.HISTOGRAM_BINS), np.int32)
-        _run(forward.count, blocks, value.shape, width, value, bins)
     counts = np.add.reduce(bins, 0, np.int64)
     cumulative = counts[::-1].cumsum()  # number of entries in each bin and above, from the top
     position = int(cumulative.searchsorted(budget, side="right"))
@@ -396,7 +364,7 @@ def parallel_for(tasks: Sequence[Callable[[], None]], threads: int) -> None:
     if library is not None:
         library.GOMP_parallel(_CALLBACK(work), None, threads, 0)
     else:
-        pending = [_pool(threads).submit(work) for _ in range(threads - 1)]
+        pending = [_pool().submit(work) for _ in range(threads - 1)]
         work()
         for future in pending:
             future.result()
@@ -404,14 +372,17 @@ def parallel_for(tasks: Sequence[Callable[[], None]], threads: int) -> None:
         raise errors[0]
 
 
-def _pool(threads: int) -> ThreadPoolExecutor:
-    """Return a cached thread pool."""
-    if threads not in _pools:
-        _pools[threads] = ThreadPoolExecutor(threads - 1, thread_name_prefix="snella")
-    return _pools[threads]
+@cache
+def _pool() -> ThreadPoolExecutor:
+    """Return the thread pool of this process; it starts threads when they are needed."""
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="snella")
 
 
-@lru_cache(maxsize=1)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
+
+
+@cache
 def _torch_openmp() -> ctypes.CDLL | None:
     """Return the GNU OpenMP runtime that torch has loaded, or `None`."""
     maps = Path("/proc/self/maps")

@@ -212,22 +212,6 @@ def merge_and_count(first, last, width, A, B, coeff, softmax, result, bins, colu
 
 
 @compiled(FASTMATH_STRICT_ORDER)
-def count(first, last, width, value, bins):
-    # histogram of an existing matrix
-    m, n = value.shape
-    row_bins = np.empty(width, np.uint16)
-    for block in range(first, last):
-        start = block * width
-        w = min(width, n - start)
-        bins[block, :] = 0
-        for i in range(m):
-            for j in range(w):
-                row_bins[j] = histogram_bin(value[i, np.uintp(start + j)])
-            for j in range(w):
-                bins[block, row_bins[j]] += 1
-
-
-@compiled(FASTMATH_STRICT_ORDER)
 def collect(first, last, width, value, lowest, span, offsets, result):
     # collect magnitudes with bit patterns lowest … lowest + span − 1; each block writes from offsets[block]
     m, n = value.shape
