@@ -15,7 +15,6 @@ from snella.config import SnellaConfig
 from snella.layer import SnellaLayer, reject_tracing
 from snella.update import LayerOp
 
-_INPUTS = ("in_proj",)
 _SEPARATE_INPUTS = ("q_proj", "k_proj", "v_proj")
 _OUTPUT = "out_proj"
 
@@ -96,27 +95,32 @@ class AdaptedAttention(nn.Module):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Compute `nn.MultiheadAttention.forward` with the updates of all active adapters."""
-        mask_options = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask, "is_causal": is_causal}
-        weight_options = {"need_weights": need_weights, "average_attn_weights": average_attn_weights}
-        updated = [projection for projection in self.projections() if projection.is_updated()]
-        if updated and torch.compiler.is_compiling():
+        options = {
+            "key_padding_mask": key_padding_mask,
+            "need_weights": need_weights,
+            "attn_mask": attn_mask,
+            "average_attn_weights": average_attn_weights,
+            "is_causal": is_causal,
+        }
+        updated = [projection for projection in self.projections() if projection._names_in_use()]
+        if not updated:
+            return self.base_layer(query, key, value, **options)
+        if torch.compiler.is_compiling():
             # a graph cannot detect an outdated effective weight
             if is_hooked_in_graph(self.base_layer, self._base_hook_dicts):
-                return self._attend_outside_graphs(query, key, value, **mask_options, **weight_options)
-            return self._attend(query, key, value, **mask_options, **weight_options)
-        if updated:
-            reject_tracing(updated[0].module_name)
-        if any(projection.needs_separate_op() for projection in updated):
-            return self._attend_inside_hooks(query, key, value, **mask_options, **weight_options)
-        if not updated:
-            return self.base_layer(query, key, value, **mask_options, **weight_options)
+                return self._attend_outside_graphs(query, key, value, **options)
+            return self._attend(query, key, value, **options)
+        reject_tracing(updated[0].module_name)
         # `functional_call` replaces only parameters; FSDP1 uses plain tensors during a pass, and hooks that replace
         # `forward` may load other tensors
-        is_replaceable = all(projection.is_weight_registered() for projection in updated)
-        if not is_replaceable or "forward" in self.base_layer.__dict__:
-            return self._attend_inside_hooks(query, key, value, **mask_options, **weight_options)
+        is_replaceable = "forward" not in self.base_layer.__dict__ and all(
+            isinstance(projection.get_base_layer().weight, nn.Parameter) for projection in updated
+        )
+        needs_gradients = any(p.training or p._needs_gradients(p._names_in_use()) for p in updated)
+        if needs_gradients or not is_replaceable:
+            return self._attend_inside_hooks(query, key, value, **options)
         effective = {projection.parameter_name: projection.effective_weight() for projection in updated}
-        return functional_call(self.base_layer, effective, (query, key, value), mask_options | weight_options)
+        return functional_call(self.base_layer, effective, (query, key, value), options)
 
     @torch.compiler.disable
     def _attend_outside_graphs(self, *inputs: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
@@ -148,10 +152,10 @@ class AdaptedAttention(nn.Module):
         query = batch_first(query)
         key = query if is_self else batch_first(key)
         value = key if is_shared else batch_first(value)
-        output, weights = attend(base, *self._project(query, key, value), **options, is_batched=is_batched)
+        output, weights = _apply_attention(base, *self._project(query, key, value), **options)
         output = self._projection("out_proj")(output)
         if not is_batched:
-            return output[0], weights
+            return output[0], None if weights is None else weights[0]
         return output if base.batch_first else output.transpose(0, 1), weights
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
@@ -203,8 +207,10 @@ class ProjectionWeight:
     @property
     def weight(self) -> nn.Parameter:
         """Weight of the projection, `[m, n]`."""
-        owner = self.attention.out_proj if self.name == _OUTPUT else self.attention
-        weight: nn.Parameter = getattr(owner, "weight" if self.name == _OUTPUT else f"{self.name}_weight")
+        is_output = self.name == _OUTPUT
+        weight: nn.Parameter = (
+            self.attention.out_proj.weight if is_output else getattr(self.attention, self.parameter_name)
+        )
         return weight
 
     @property
@@ -246,18 +252,6 @@ class Projection(SnellaLayer):
     def _op(self) -> LayerOp:
         return self.linear_op
 
-    def is_updated(self) -> bool:
-        """Return whether any update is active."""
-        return bool(self._names_in_use())
-
-    def needs_separate_op(self) -> bool:
-        """Return whether the projection requires a separate op, as in training or with gradients."""
-        return self.training or self._needs_gradients(self._names_in_use())
-
-    def is_weight_registered(self) -> bool:
-        """Return whether the weight is currently a parameter of the attention."""
-        return isinstance(cast(ProjectionWeight, self.base_layer).weight, nn.Parameter)
-
     def effective_weight(self) -> Tensor:
         """Return the cached effective weight."""
         self.is_applied = True
@@ -269,7 +263,7 @@ class Projection(SnellaLayer):
 
 def input_projections(attention: nn.MultiheadAttention) -> tuple[str, ...]:
     """Return the names of the query, key and value projections: one if fused, otherwise three."""
-    return _INPUTS if attention._qkv_same_embed_dim else _SEPARATE_INPUTS
+    return ("in_proj",) if attention._qkv_same_embed_dim else _SEPARATE_INPUTS
 
 
 def is_adaptable(module: nn.Module) -> bool:
@@ -317,41 +311,19 @@ def _no_op_hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
     """No-op hook that disables the fast path."""
 
 
-def attend(
+def _apply_attention(
     attention: nn.MultiheadAttention,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     *,
     key_padding_mask: Tensor | None,
-    attn_mask: Tensor | None,
-    is_causal: bool,
     need_weights: bool,
+    attn_mask: Tensor | None,
     average_attn_weights: bool,
-    is_batched: bool,
+    is_causal: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute scaled dot-product attention with the heads, extra tokens and dropout of `attention`.
-
-        w = softmax(q kᵀ / √d + mask),   output = dropout(w) v          for each head of width d
-
-    Args:
-        attention: Attention that provides heads, dropout, `bias_k`, `bias_v` and `add_zero_attn`.
-        query: Projected queries, `[N, L, E]`.
-        key: Projected keys, `[N, S, E]`.
-        value: Projected values, `[N, S, E]`.
-        key_padding_mask: `[N, S]` (`[S]` without a batch); true or minus infinity for masked keys.
-        attn_mask: `[L, S]` or `[N·heads, L, S]`; true or minus infinity for masked keys.
-        is_causal: True if `attn_mask` is the causal mask; the mask may then be computed instead of read.
-        need_weights: If True, return `w`.
-        average_attn_weights: If True, average `w` over the heads.
-        is_batched: True if the caller's tensors had a batch axis.
-
-    Returns:
-        The output `[N, L, E]`, and the weights `[N, L, S]`, `[N, heads, L, S]` or without the `N` axis, or `None`.
-
-    Raises:
-        ValueError: If `is_causal` is set without `attn_mask`.
-    """
+    """Attend from projected queries `[N, L, E]` to `[N, S, E]`, with the options of `nn.MultiheadAttention.forward`."""
     if is_causal and attn_mask is None:
         raise ValueError("is_causal=True requires the causal attn_mask, got attn_mask=None")
     heads = attention.num_heads
@@ -373,8 +345,7 @@ def attend(
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
     weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
     output = (weights @ value).transpose(1, 2).reshape(batch, length, -1)
-    weights = weights.mean(1) if average_attn_weights else weights
-    return output, weights if is_batched else weights[0]
+    return output, weights.mean(1) if average_attn_weights else weights
 
 
 def _combine_masks(

@@ -30,29 +30,34 @@ def forward_in_graph(layer: SnellaLayer, x: Tensor, *args: Any, **kwargs: Any) -
         y: Tensor = layer.base_layer(x, *args, **kwargs)
         return y
     base = layer._modules.get("base_layer")
-    is_opaque = layer.quantization is not None or (
-        base is not None and is_hooked_in_graph(base, layer._base_hook_dicts)
-    )
-    if is_opaque:
+    is_hooked = base is not None and is_hooked_in_graph(base, layer._base_hook_dicts)
+    if layer.quantization is not None or is_hooked:
         return _forward_outside_graphs(layer, x, *args, **kwargs)
     _set_applied(layer)
     weight, bias, dtype, op = cast(Tensor, layer._weight()), layer.bias, x.dtype, layer._op()
+
+    def apply(x: Tensor, name: str, update: Update, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        budgets, shape = layer.snella_budget[name], layer._weight().shape
+        return adapted_layer_in_graph(x, weight, bias, update.spec, update.factors, budgets, op, shape)
+
     is_autocast = torch.is_autocast_enabled(x.device.type)
     x = prepare_input(layer, x, weight.dtype)
     x = x.to(torch.get_autocast_dtype(x.device.type) if is_autocast else weight.dtype)
     bias = bias if bias is None else bias.to(x.dtype)
     plan = layer._plan_updates(names, with_branches=True, in_graph=True)
-    first, others = plan.updates[:1], plan.updates[1:]
-    y = _apply(layer, x, plan.names[0], first[0], op, weight, bias) if first else op(x, weight.to(x.dtype), bias)
-    for name, update in zip(plan.names[1:], others, strict=True):
-        y = y + _apply(layer, x, name, update, op).to(y.dtype)
+    if plan.updates:
+        y = apply(x, plan.names[0], plan.updates[0], weight, bias)
+    else:
+        y = op(x, weight.to(x.dtype), bias)
+    for name, update in zip(plan.names[1:], plan.updates[1:], strict=True):
+        y = y + apply(x, name, update).to(y.dtype)
     if plan.branches:
 
-        def apply(dropped: Tensor, name: str) -> Tensor:
+        def apply_branch(dropped: Tensor, name: str) -> Tensor:
             (update,) = layer._plan_updates([name], in_graph=True).updates
-            return _apply(layer, dropped, name, update, op)
+            return apply(dropped, name, update)
 
-        y = add_branches(layer, y, x, plan.branches, apply)
+        y = add_branches(layer, y, x, plan.branches, apply_branch)
     return y if is_autocast else y.to(dtype)
 
 
@@ -66,26 +71,10 @@ def weight_in_graph(layer: SnellaLayer, names: list[str]) -> Tensor:
         identity = torch.eye(matrix.shape[1], dtype=weight.dtype, device=weight.device)
         total: Tensor | None = None
         for name, update in zip(plan.names, plan.updates, strict=True):
-            folded = matrix if total is None else None
-            y = _apply(layer, identity, name, update, op, folded, shape=matrix.shape)
+            base, budgets = matrix if total is None else None, layer.snella_budget[name]
+            y = adapted_layer_in_graph(identity, base, None, update.spec, update.factors, budgets, op, matrix.shape)
             total = y if total is None else total + y.to(total.dtype)
     return cast(Tensor, total).T.reshape(weight.shape)
-
-
-def _apply(
-    layer: SnellaLayer,
-    x: Tensor,
-    name: str,
-    update: Update,
-    op: LayerOp,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    shape: torch.Size | None = None,
-) -> Tensor:
-    """Apply the layer op with one update, with or without the base weight."""
-    shape = layer._weight().shape if shape is None else shape
-    budgets = layer.snella_budget[name]
-    return adapted_layer_in_graph(x, weight, bias, update.spec, update.factors, budgets, op, shape)
 
 
 def _set_applied(layer: SnellaLayer) -> None:

@@ -63,7 +63,7 @@ def with_effective_weights(model: PeftModel, base: nn.Module) -> nn.Module:
         by_projection.setdefault(matrix.module_name, []).append(update)
     with torch.no_grad():
         for name, updates in by_projection.items():
-            parameter = f"{name}.weight" if name.endswith("out_proj") else f"{name}_weight"
+            parameter = f"{name}.weight" if name.endswith(("out_proj", "before")) else f"{name}_weight"
             plain.get_parameter(parameter).add_(torch.cat(updates))
     return plain
 
@@ -184,25 +184,8 @@ def test_attention_dropout_applies_only_in_training():
         # dropout removes all values, so only the output bias remains
         output = outputs_of(model, "training", x, **options)[0]
         assert torch.allclose(output, base.attn.out_proj.bias.expand_as(output), atol=1e-6)
-        expected = with_saved_updates(model, base)(x, **options)[0]
+        expected = with_effective_weights(model, base)(x, **options)[0]
         assert torch.allclose(outputs_of(model, "gradients", x, **options)[0], expected, atol=1e-5)
-
-
-def with_saved_updates(model: PeftModel, base: nn.Module) -> nn.Module:
-    plain = without_updates_of(model, base, "before")
-    matrix = next(matrix for matrix in adapted_matrices(model) if matrix.name == "before")
-    with torch.no_grad():
-        plain.before.weight.add_(0.2 * matrix.sparse_update())
-    return plain
-
-
-def without_updates_of(model: PeftModel, base: nn.Module, excluded: str) -> nn.Module:
-    plain = copy.deepcopy(base)
-    parts = {m.name: 0.2 * m.sparse_update() for m in adapted_matrices(model) if m.name != excluded}
-    with torch.no_grad():
-        plain.attn.in_proj_weight.add_(torch.cat([parts[f"attn.in_proj.{part}"] for part in "qkv"]))
-        plain.attn.out_proj.weight.add_(parts["attn.out_proj"])
-    return plain
 
 
 def test_is_causal_without_mask_raises():
