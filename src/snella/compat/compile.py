@@ -35,9 +35,10 @@ def forward_in_graph(layer: SnellaLayer, x: Tensor, *args: Any, **kwargs: Any) -
         return _forward_outside_graphs(layer, x, *args, **kwargs)
     _set_applied(layer)
     weight, bias, dtype, op = cast(Tensor, layer._weight()), layer.bias, x.dtype, layer._op()
+    shape = weight.shape
 
     def apply(x: Tensor, name: str, update: Update, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        budgets, shape = layer.snella_budget[name], layer._weight().shape
+        budgets = layer.snella_budget[name]
         return adapted_layer_in_graph(x, weight, bias, update.spec, update.factors, budgets, op, shape)
 
     is_autocast = torch.is_autocast_enabled(x.device.type)
@@ -45,10 +46,7 @@ def forward_in_graph(layer: SnellaLayer, x: Tensor, *args: Any, **kwargs: Any) -
     x = x.to(torch.get_autocast_dtype(x.device.type) if is_autocast else weight.dtype)
     bias = bias if bias is None else bias.to(x.dtype)
     plan = layer._plan_updates(names, with_branches=True, in_graph=True)
-    if plan.updates:
-        y = apply(x, plan.names[0], plan.updates[0], weight, bias)
-    else:
-        y = op(x, weight.to(x.dtype), bias)
+    y = apply(x, plan.names[0], plan.updates[0], weight, bias) if plan.updates else op(x, weight.to(x.dtype), bias)
     for name, update in zip(plan.names[1:], plan.updates[1:], strict=True):
         y = y + apply(x, name, update).to(y.dtype)
     if plan.branches:
