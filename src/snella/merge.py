@@ -11,7 +11,7 @@ from torch import Tensor
 
 from snella.backends import MergeCache
 from snella.base_layer import check_weight, orient
-from snella.compat.quantization import Quantization, measure_requantization, report_requantization
+from snella.compat.quantization import Quantization, report_requantization
 from snella.functional import compute_effective_weight, write_effective_weight
 from snella.update import LazyWeight
 
@@ -129,5 +129,4 @@ def _write_quantized(layer: SnellaLayer, merged: Tensor, original: LazyWeight) -
         layer._unmerged_quantized = (original, quantization.snapshot(base))
     quantization.write(base, merged)
     stored = quantization.source(base).materialize()
-    error = measure_requantization(layer.module_name, quantization.name, original.materialize(), merged, stored)
-    report_requantization(error)
+    report_requantization(layer.module_name, quantization.name, original.materialize(), merged, stored)

@@ -9,11 +9,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
+from peft.utils.quantization_utils import Bnb4bitBackend, Bnb8bitBackend
 from torch import Tensor, nn
 
 from snella.update import LazyWeight
@@ -74,9 +75,8 @@ def find_quantization(base: Any, name: str) -> Quantization | None:
                 return quantization
         raise _unsupported_error(name, f"a {type(base).__name__} of bitsandbytes")
     if type(weight).__module__.startswith("torchao."):
-        problem = (
-            torchao_unsupported_reason(weight) if isinstance(base, nn.Linear) else "only linear layers are supported"
-        )
+        is_linear = isinstance(base, nn.Linear)
+        problem = _torchao_problem(weight) if is_linear else "only linear layers are supported"
         if problem is not None:
             weight_type = f"{type(weight).__name__} of torchao"
             raise _unsupported_error(name, f"a {type(base).__name__} whose weight is a {weight_type}: {problem}")
@@ -125,12 +125,8 @@ class Bitsandbytes4bit(Quantization):
         return LazyWeight(torch.Size(state.shape), (weight, state.absmax), dequantize)
 
     def write(self, base: Any, weight: Tensor) -> None:  # noqa: D102
-        state = _state(base)
-        attributes = dict(base.weight.__dict__)
-        old = base.weight
-        from peft.utils.quantization_utils import Bnb4bitBackend
-
-        Bnb4bitBackend().set_base_weight(_LayerStub(base), weight.to(state.dtype))
+        old, attributes, state = base.weight, dict(base.weight.__dict__), _state(base)
+        Bnb4bitBackend().set_base_weight(_peft_layer(base), weight.to(state.dtype))
         # PEFT marks the old parameter as unquantized
         old.__dict__.update(attributes)
 
@@ -177,9 +173,7 @@ class Bitsandbytes8bit(Quantization):
         return LazyWeight(base.weight.shape, (base.weight, scales), dequantize)
 
     def write(self, base: Any, weight: Tensor) -> None:  # noqa: D102
-        from peft.utils.quantization_utils import Bnb8bitBackend
-
-        Bnb8bitBackend().set_base_weight(_LayerStub(base), weight)
+        Bnb8bitBackend().set_base_weight(_peft_layer(base), weight)
 
     def snapshot(self, base: Any) -> Any:  # noqa: D102
         weight, state = base.weight, base.state
@@ -192,15 +186,9 @@ class Bitsandbytes8bit(Quantization):
         base.to(device)
 
 
-class _LayerStub:
-    """Minimal layer interface for PEFT's quantization backends."""
-
-    def __init__(self, base: nn.Module) -> None:
-        self.base_layer = base
-
-    def get_base_layer(self) -> nn.Module:
-        """Return the base layer."""
-        return self.base_layer
+def _peft_layer(base: nn.Module) -> SimpleNamespace:
+    """Return the part of a PEFT layer that PEFT's quantization backends use."""
+    return SimpleNamespace(get_base_layer=lambda: base)
 
 
 def _state(base: Any) -> Any:
@@ -218,7 +206,7 @@ def _unquantized_error(base: nn.Module, name: str) -> RuntimeError:
     )
 
 
-def torchao_unsupported_reason(weight: Any) -> str | None:
+def _torchao_problem(weight: Any) -> str | None:
     """Return the reason why this type of weight is not supported, or `None`."""
     if type(weight).__name__ not in ("Int8Tensor", "IntxUnpackedToInt8Tensor"):
         return "requantization is not supported; use IntxWeightOnlyConfig, which supports integers of any width"
@@ -282,76 +270,68 @@ def _requantize(old: Any, weight: Tensor, keep_scales: bool = False) -> Any:
     return type(old).from_hp(weight, blocks, mapping_type=mapping, reduce_range=old.reduce_range, **scales)
 
 
-@dataclass(frozen=True)
-class RequantizationLoss:
-    """Requantization error of one layer's weight after adding an update.
+class _Requantization(NamedTuple):
+    """Requantized sum of one weight `W` and update `U`."""
 
-        relative = ‖Q(W + U) - (W + U)‖ / ‖U‖            (Frobenius norms; W dequantized, U the update)
+    module_name: str
+    quantization: str
+    error: float  # ‖Q(W + U) − (W + U)‖, Frobenius norm
+    update: float  # ‖U‖
+
+
+_collected: ContextVar[list[_Requantization] | None] = ContextVar("requantizations", default=None)
+
+
+def report_requantization(module_name: str, quantization: str, before: Tensor, target: Tensor, after: Tensor) -> None:
+    """Warn about the requantization error of a merge, or add it to the active `combined_warning` block.
+
+        relative error = ‖Q(W + U) − (W + U)‖ / ‖U‖            (Frobenius norms; W dequantized, U the update)
 
     Args:
         module_name: Name of the layer.
         quantization: Name of the storage format.
-        error: `‖Q(W + U) - (W + U)‖`.
-        update: `‖U‖`.
+        before: `W`, the weight before merging.
+        target: `W + U`.
+        after: `Q(W + U)`, the stored weight.
     """
-
-    module_name: str
-    quantization: str
-    error: float
-    update: float
-
-    @property
-    def relative(self) -> float:
-        """Relative error: 0 if the update is stored exactly, 1 if the error is as large as the update."""
-        if self.update:
-            return self.error / self.update
-        return math.inf if self.error else 0.0
-
-
-def measure_requantization(
-    module_name: str, quantization: str, before: Tensor, target: Tensor, after: Tensor
-) -> RequantizationLoss:
-    """Measure the requantization error, given the weight before merging, the exact sum and the stored sum."""
     error, update = (
         float(torch.linalg.vector_norm(a.float() - target.float(), dtype=torch.float64)) for a in (after, before)
     )
-    return RequantizationLoss(module_name, quantization, error, update)
-
-
-_collected: ContextVar[list[RequantizationLoss] | None] = ContextVar("requantization_losses", default=None)
-
-
-def report_requantization(loss: RequantizationLoss) -> None:
-    """Warn about a requantization error, or add it to the active `combined_warning` block."""
+    requantization = _Requantization(module_name, quantization, error, update)
     pending = _collected.get()
     if pending is None:
-        _warn([loss])
+        _warn([requantization])
     else:
-        pending.append(loss)
+        pending.append(requantization)
 
 
 @contextmanager
 def combined_warning() -> Iterator[None]:
     """Collect the requantization errors of all merges in this block and warn once at the end."""
-    losses: list[RequantizationLoss] = []
-    token = _collected.set(losses)
+    collected: list[_Requantization] = []
+    token = _collected.set(collected)
     try:
         yield
     finally:
         _collected.reset(token)
-    if losses:
-        _warn(losses)
+    if collected:
+        _warn(collected)
 
 
-def _warn(losses: list[RequantizationLoss]) -> None:
+def _warn(merges: list[_Requantization]) -> None:
     """Warn about the total requantization error and the worst layer."""
-    total = RequantizationLoss("", "", sum(x.error**2 for x in losses) ** 0.5, sum(x.update**2 for x in losses) ** 0.5)
-    worst = max(losses, key=lambda loss: loss.relative)
-    formats = " and ".join(sorted({loss.quantization for loss in losses}))
+    total = _relative(sum(x.error**2 for x in merges) ** 0.5, sum(x.update**2 for x in merges) ** 0.5)
+    worst = max(merges, key=lambda merge: _relative(merge.error, merge.update))
+    formats = " and ".join(sorted({merge.quantization for merge in merges}))
     warnings.warn(
-        f"merged into {len(losses)} quantized weight{'s' if len(losses) > 1 else ''} ({formats}): requantization "
-        f"changed the sums by {total.relative:.1%} of the update's size (relative Frobenius error; "
-        f"{worst.relative:.1%} in {worst.module_name!r}); for exact results, keep the adapter unmerged or merge it "
-        "into the unquantized model",
+        f"merged into {len(merges)} quantized weight{'s' if len(merges) > 1 else ''} ({formats}): requantization "
+        f"changed the sums by {total:.1%} of the update's size (relative Frobenius error; "
+        f"{_relative(worst.error, worst.update):.1%} in {worst.module_name!r}); for exact results, keep the adapter "
+        "unmerged or merge it into the unquantized model",
         stacklevel=3,
     )
+
+
+def _relative(error: float, update: float) -> float:
+    """Return the relative error, infinite for an error without an update."""
+    return error / update if update else math.inf if error else 0.0

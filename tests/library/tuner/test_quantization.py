@@ -15,7 +15,7 @@ from torch import nn
 
 from snella import SnellaConfig
 from snella.base_layer import product_dtype
-from snella.compat.quantization import Quantization, RequantizationLoss, measure_requantization
+from snella.compat.quantization import Quantization, report_requantization
 from snella.layer import SnellaLayer
 from snella.merge import effective_weight
 from snella.update import LazyWeight
@@ -459,10 +459,9 @@ def test_merging_many_layers_warns_once_and_unloads_quantized_layers(representat
 
 def test_requantization_error_is_relative_to_update():
     before, update, error = torch.zeros(4), torch.tensor([3.0, 4, 0, 0]), torch.tensor([0.0, 0, 0, 1])
-    loss = measure_requantization("lin", "some bits", before, before + update, before + update + error)
-    assert (loss.error, loss.update, loss.relative) == (1, 5, 0.2)
-    assert RequantizationLoss("", "", 0.0, 0.0).relative == 0
-    assert RequantizationLoss("", "", 1.0, 0.0).relative == float("inf")
+    for target, percentage in ((before + update, "20.0%"), (before, "inf%")):
+        with pytest.warns(UserWarning, match=rf"changed the sums by {percentage} of .* {percentage} in 'lin'"):
+            report_requantization("lin", "some bits", before, target, target + error)
 
 
 # saving, copying ----------------------------------------------------------------------------------------------------
