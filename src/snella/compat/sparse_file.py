@@ -21,6 +21,7 @@ from snella._text import listed
 FORMAT = "snella-sparse-1"
 ValueDtype = Literal["fp32", "bf16"]
 _DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_ENCODINGS = ["int32", "gaps", "bitmap"]
 _VALUES = "values"
 _DIGEST = "sha256"
 _DIGEST_LENGTH = 16  # hex digits; detects a wrong base model, not forgery
@@ -123,10 +124,10 @@ class SparsePatch:
         entries = {}
         for key in [key for key in tensors if key.endswith(f":{_VALUES}")]:
             name, values = key.removesuffix(f":{_VALUES}"), tensors.pop(key)
-            kinds = [kind for kind in _DECODERS if f"{name}:{kind}" in tensors]
+            kinds = [kind for kind in _ENCODINGS if f"{name}:{kind}" in tensors]
             if len(kinds) != 1:
-                raise ValueError(f"{name!r} has positions in {len(kinds)} encodings, expected one of {list(_DECODERS)}")
-            indices = _DECODERS[kinds[0]](tensors.pop(f"{name}:{kinds[0]}")).long()
+                raise ValueError(f"{name!r} has positions in {len(kinds)} encodings, expected one of {_ENCODINGS}")
+            indices = decode_positions(kinds[0], tensors.pop(f"{name}:{kinds[0]}"))
             if len(indices) != len(values):
                 raise ValueError(f"{name!r} has {len(indices)} positions and {len(values)} values")
             size = math.prod(shapes[name])
@@ -259,21 +260,36 @@ def tensors_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | 
 
 def encode_positions(indices: Tensor, size: int) -> tuple[str, Tensor]:
     """Encode ascending positions below `size` in the smallest of three encodings; return its name and the tensor."""
-    positions = indices.cpu()
-    # int32 takes 4 bytes per position, gaps at least 1, a bitmap one bit per weight
-    smallest = min(4 * len(positions), -(-size // 8))
-    if len(positions) < smallest:
-        gaps = _encode_gaps(positions.numpy())
-        if len(gaps) < smallest:
-            return "gaps", torch.from_numpy(gaps)
+    positions = indices.cpu().numpy()
+    candidates = {"int32": positions.astype(np.int32)}
     if -(-size // 8) < 4 * len(positions):
-        return "bitmap", pack_positions(positions, size)
-    return "int32", positions.int()
+        mask = np.zeros(size, np.bool_)
+        mask[positions] = True
+        candidates["bitmap"] = np.packbits(mask, bitorder="little")
+    candidates["gaps"] = _encode_gaps(positions)
+    kind = min(candidates, key=lambda kind: candidates[kind].nbytes)
+    return kind, torch.from_numpy(candidates[kind])
 
 
-def _encode_gaps(indices: np.ndarray) -> np.ndarray:
+def decode_positions(kind: str, encoded: Tensor) -> Tensor:
+    """Decode the result of `encode_positions`, int64."""
+    if kind == "int32":
+        return encoded.long()
+    content = encoded.numpy()
+    if kind == "bitmap":
+        return torch.from_numpy(np.flatnonzero(np.unpackbits(content, bitorder="little")))
+    ends = np.flatnonzero(content < 128)
+    starts = np.concatenate([[0], ends[:-1] + 1]).astype(np.int64)
+    gaps = np.zeros(len(ends), np.int64)
+    for byte_index in range(5):
+        inside = starts + byte_index <= ends
+        gaps[inside] |= (content[starts[inside] + byte_index].astype(np.int64) & 127) << 7 * byte_index
+    return torch.from_numpy(np.cumsum(gaps + 1) - 1)
+
+
+def _encode_gaps(positions: np.ndarray) -> np.ndarray:
     """Encode the number of unchanged weights before each changed one as LEB128, 7 bits per byte, lowest first."""
-    gaps = np.diff(indices, prepend=-1) - 1
+    gaps = np.diff(positions, prepend=-1) - 1
     lengths = np.ones(len(gaps), np.int64)
     for bits in (7, 14, 21, 28):
         lengths += gaps >= 1 << bits
@@ -284,52 +300,6 @@ def _encode_gaps(indices: np.ndarray) -> np.ndarray:
         continuation = (lengths[has_byte] > byte_index + 1) * 128
         result[starts[has_byte] + byte_index] = (gaps[has_byte] >> 7 * byte_index) & 127 | continuation
     return result
-
-
-def _decode_gaps(encoded: Tensor) -> Tensor:
-    """Decode positions from the result of `_encode_gaps`."""
-    content = encoded.numpy()
-    ends = np.flatnonzero(content < 128)
-    starts = np.concatenate([[0], ends[:-1] + 1]).astype(np.int64)
-    gaps = np.zeros(len(ends), np.int64)
-    for byte_index in range(5):
-        inside = starts + byte_index <= ends
-        gaps[inside] |= (content[starts[inside] + byte_index].astype(np.int64) & 127) << 7 * byte_index
-    return torch.from_numpy(np.cumsum(gaps + 1) - 1)
-
-
-def pack_positions(indices: Tensor, size: int) -> Tensor:
-    """Pack positions into a bit mask, lowest bit first: uint8 `[ceil(size / 8)]`.
-
-    Args:
-        indices: Integer positions of the ones.
-        size: Number of entries.
-
-    Raises:
-        ValueError: If a position is out of range or repeated.
-    """
-    bits = torch.zeros(-(-size // 8) * 8, dtype=torch.uint8, device=indices.device)
-    positions = indices.long()
-    if len(positions) and not 0 <= int(positions.min()) <= int(positions.max()) < size:
-        raise ValueError(f"indices must be in [0, {size}), got {int(positions.min())} to {int(positions.max())}")
-    bits[positions] = 1
-    if int(bits.sum()) != len(positions):
-        raise ValueError(f"indices must be unique, got {len(positions)} indices, {int(bits.sum())} of them distinct")
-    return (bits.view(-1, 8) << _shifts(bits.device)).sum(1, dtype=torch.uint8)
-
-
-def unpack_positions(packed: Tensor) -> Tensor:
-    """Return the positions of the ones in ascending order, int32."""
-    bits = (packed[:, None] >> _shifts(packed.device)) & 1
-    return torch.nonzero(bits.view(-1)).flatten().int()
-
-
-def _shifts(device: torch.device) -> Tensor:
-    """Return the bit shifts in a byte, 0 to 7."""
-    return torch.arange(8, dtype=torch.uint8, device=device)
-
-
-_DECODERS = {"int32": lambda encoded: encoded, "gaps": _decode_gaps, "bitmap": unpack_positions}
 
 
 def _named_tensors(model: nn.Module) -> dict[str, Tensor]:

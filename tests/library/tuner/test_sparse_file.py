@@ -6,14 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from snella.compat.sparse_file import (
-    Entries,
-    SparsePatch,
-    encode_positions,
-    pack_positions,
-    tensors_digest,
-    unpack_positions,
-)
+from snella.compat.sparse_file import Entries, SparsePatch, decode_positions, encode_positions, tensors_digest
 
 POSITIONS = {"gaps": range(0, 400, 40), "bitmap": range(0, 400, 2), "int32": []}
 SHAPES = {"gaps": [20, 20], "bitmap": [20, 20], "int32": [1, 1]}
@@ -110,17 +103,7 @@ def test_equal_patches_have_equal_bytes():
     assert len({make().to_bytes() for _ in range(12)}) == 1  # safetensors writes metadata in random order
 
 
-def test_positions_round_trip_through_bit_mask():
-    indices = torch.tensor([18, 0, 7, 8])
-    packed = pack_positions(indices, 19)
-    assert packed.tolist() == [0b10000001, 0b00000001, 0b00000100]
-    assert unpack_positions(packed).tolist() == [0, 7, 8, 18]
-
-
-@pytest.mark.parametrize(
-    ("indices", "message"),
-    [([3, 19], r"indices must be in \[0, 19\), got 3 to 19"), ([3, 3], r"got 2 indices, 1 of them distinct")],
-)
-def test_positions_out_of_range_or_repeated_raise(indices, message):
-    with pytest.raises(ValueError, match=message):
-        pack_positions(torch.tensor(indices), 19)
+def test_bitmap_starts_with_the_lowest_bit():
+    kind, encoded = encode_positions(torch.tensor([0, 7, 8, 18]), 19)
+    assert (kind, encoded.tolist()) == ("bitmap", [0b10000001, 0b00000001, 0b00000100])
+    assert decode_positions(kind, encoded).tolist() == [0, 7, 8, 18]
