@@ -39,9 +39,6 @@ class AdapterValues:
     caches: dict[Any, MergeCache] = field(default_factory=dict, repr=False)
     """Thresholds and statistics of the first swap, by layer, backend and device: a few kilobytes per matrix."""
 
-    is_finite: bool = field(default=False, repr=False)
-    """True once all values have been found finite."""
-
     @classmethod
     def read(cls, folder: str | Path) -> Self:
         """Read an adapter from a folder.
@@ -113,8 +110,7 @@ def hotswap(
         raise ValueError(f"{type(model).__name__} has no SNELLA adapter {adapter_name!r}")
     values = {_strip_prefixes(name): tensor for name, tensor in adapter.tensors.items()}
     config = next(iter(layers.values())).snella_config[adapter_name]
-    _check(config, adapter.config, current, values, is_finite=adapter.is_finite)
-    adapter.is_finite = True
+    _check(config, adapter.config, current, values, is_first=not adapter.caches)
     for name, tensor in current.items():
         tensor.copy_(values[name])
     for layer in layers.values():
@@ -167,9 +163,9 @@ def _check(
     current: Mapping[str, Tensor],
     values: Mapping[str, Tensor],
     *,
-    is_finite: bool,
+    is_first: bool,
 ) -> None:
-    """Raise `ValueError` if an adapter does not match the adapter of the model."""
+    """Raise `ValueError` if an adapter does not match the adapter of the model or, in its first swap, is not finite."""
     errors = [
         f"{name} is {getattr(other, name)!r}, the model has {getattr(config, name)!r}"
         for name in _MUST_MATCH
@@ -182,7 +178,7 @@ def _check(
         for name, tensor in current.items()
         if name in values and values[name].shape != tensor.shape
     ]
-    if not errors and not is_finite:
+    if is_first and not errors:
         errors = [f"{name} is not finite" for name, tensor in values.items() if not tensor.isfinite().all()]
     if errors:
         raise ValueError(

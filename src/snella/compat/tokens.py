@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator
-from difflib import get_close_matches
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+
+from snella._text import did_you_mean
 
 
 class _BaseToken(nn.Module):
@@ -41,13 +42,10 @@ class TokenAdapter(nn.Module, BaseTunerLayer):
 
     def __init__(self, owner: nn.Module, name: str) -> None:
         super().__init__()
-        weight = owner._parameters[name]
-        if weight is None:
-            raise ValueError(f"{type(owner).__name__}.{name} must be a parameter, got None")
         self.parameter_name = name
         # a tuple, so that torch does not register the owner as a submodule
         self._owner = (owner,)
-        self.base_layer = _BaseToken(weight)
+        self.base_layer = _BaseToken(cast(nn.Parameter, owner._parameters[name]))
         self.snella_token = nn.ParameterDict({})
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
@@ -181,14 +179,9 @@ def find_tokens(model: nn.Module, names: Iterable[str], *, is_required: bool) ->
     for suffix in names:
         matches = [name for name in parameter_names if name == suffix or name.endswith(f".{suffix}")]
         if is_required and not matches:
-            last_names = {name.rpartition(".")[2]: name for name in parameter_names}
-            close_matches = get_close_matches(suffix.rpartition(".")[2], last_names, 2)
-            hint = (
-                f"; did you mean {', '.join(repr(last_names[name]) for name in close_matches)}?"
-                if close_matches
-                else ""
-            )
-            raise ValueError(f"parameters_to_save={suffix!r} matches no parameter of {type(model).__name__}{hint}")
+            hint = did_you_mean(suffix.rpartition(".")[2], {name.rpartition(".")[2] for name in parameter_names})
+            message = f"parameters_to_save={suffix!r} matches no parameter of {type(model).__name__}"
+            raise ValueError(f"{message}; {hint}" if hint else message)
         full_names.extend(name for name in matches if name not in full_names)
     return full_names
 

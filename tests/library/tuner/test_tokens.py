@@ -276,13 +276,6 @@ def test_unmatched_token_error_suggests_names(vit):
         get_peft_model(base, vit.config(parameters_to_save=["xyz"]))
 
 
-def test_none_parameter_raises(vit):
-    base = vit.base()
-    base.register_parameter("nothing", None)
-    with pytest.raises(ValueError, match=r"VisionTransformer\.nothing must be a parameter, got None"):
-        TokenAdapter(base, "nothing")
-
-
 def test_tokens_have_no_weight_decay(vit):
     groups = {g["name"]: g["params"] for g in create_snella_optimizer(trained(vit), lr=0.1).param_groups}
     assert "head" not in groups
