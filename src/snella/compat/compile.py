@@ -111,41 +111,9 @@ def adapted_layer_in_graph(
         weight_shape: Shape of the weight.
     """
     tensors = [tensor for tensor in factors if tensor is not None]
-    is_present = [int(tensor is not None) for tensor in factors]
-    sections = (spec.to_ints(), is_present, list(weight_shape), op.to_ints(weight_shape))
-    ints = [value for section in sections for value in (len(section), *section)]
-    return _adapted_layer(x, weight, bias, tensors, budgets, ints, spec.scaling)[0]
-
-
-def _sections(ints: Sequence[int]) -> list[list[int]]:
-    """Unpack the length-prefixed sections that `adapted_layer_in_graph` packed."""
-    sections, start = [], 0
-    while start < len(ints):
-        stop = start + 1 + ints[start]
-        sections.append(list(ints[start + 1 : stop]))
-        start = stop
-    return sections
-
-
-def _decode_call(ints: Sequence[int]) -> LayerCall:
-    """Decode the layer op and the shape of the weight."""
-    _, _, shape, op = _sections(ints)
-    return LayerCall(layer_op_from_ints(op), torch.Size(shape))
-
-
-def _decode_update(
-    tensors: Sequence[Tensor],
-    budgets: Tensor,
-    ints: Sequence[int],
-    scaling: float,
-    thresholds: Tensor | None = None,
-) -> Update:
-    """Decode the update."""
-    spec, is_present, _, _ = _sections(ints)
-    remaining = iter(tensors)
-    factors = Factors(*[next(remaining).detach() if present else None for present in is_present])  # type: ignore[arg-type]
-    counts = tuple([int(budget) for budget in budgets.tolist()])
-    return Update(UpdateSpec.from_ints(spec, scaling), factors, counts, thresholds)
+    fields = [index for index, tensor in enumerate(factors) if tensor is not None]
+    settings = (fields, spec.to_ints(), spec.scaling, op.to_ints(weight_shape), list(weight_shape))
+    return _adapted_layer(x, weight, bias, tensors, budgets, *settings)[0]
 
 
 @torch.library.custom_op("snella::adapted_layer", mutates_args=())
@@ -155,73 +123,79 @@ def _adapted_layer(
     bias: Tensor | None,
     tensors: Sequence[Tensor],
     budgets: Tensor,
-    ints: Sequence[int],
+    fields: Sequence[int],
+    spec: Sequence[int],
     scaling: float,
+    op: Sequence[int],
+    weight_shape: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """Return `y` and the thresholds `[G]`."""
-    y, (merged,), _ = forward_pass(
-        x, weight, bias, [_decode_update(tensors, budgets, ints, scaling)], _decode_call(ints)
-    )
+    """Return `y` and the thresholds `[G]`; `tensors` are the factors with the indices `fields`."""
+    update, call = _decode(tensors, budgets, fields, spec, scaling), _decode_call(op, weight_shape)
+    y, (merged,), _ = forward_pass(x, weight, bias, [update], call)
     return y, merged.thresholds
 
 
 @_adapted_layer.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    tensors: Sequence[Tensor],
-    budgets: Tensor,
-    ints: Sequence[int],
-    scaling: float,
-) -> tuple[Tensor, Tensor]:
-    call = _decode_call(ints)
+def _(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    _, _, tensors, budgets, *_, op, weight_shape = args
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
-    return call.op(x, x.new_empty(call.weight_shape), None), tensors[0].new_empty(budgets.shape[0], dtype=dtype)
+    y = layer_op_from_ints(op)(x, x.new_empty(weight_shape), None)
+    return y, tensors[0].new_empty(budgets.shape[0], dtype=dtype)
 
 
 @torch.library.custom_op("snella::adapted_layer_backward", mutates_args=())
 def _backward(
+    required: Sequence[bool],
     grad_y: Tensor,
     x: Tensor,
     weight: Tensor | None,
     tensors: Sequence[Tensor],
     thresholds: Tensor,
     budgets: Tensor,
-    ints: Sequence[int],
+    fields: Sequence[int],
+    spec: Sequence[int],
     scaling: float,
-    required: Sequence[bool],
+    op: Sequence[int],
+    weight_shape: Sequence[int],
 ) -> list[Tensor]:
     """Return the required gradients in the order x, weight, bias, tensors."""
-    update = _decode_update(tensors, budgets, ints, scaling, thresholds)
-    flags = iter(required[3:])
-    needs = RequiredGrads(
-        required[0], required[1], required[2], tuple([tensor is not None and next(flags) for tensor in update.factors])
-    )
-    needed_x = x if needs.weight or any(needs.factors) else None
-    *first, grads = backward_pass(grad_y, needed_x, x.shape, weight, [update], _decode_call(ints), needs)
+    update, call = _decode(tensors, budgets, fields, spec, scaling, thresholds), _decode_call(op, weight_shape)
+    needs_x, needs_weight, needs_bias, *needs_tensors = required
+    flags = dict(zip(fields, needs_tensors, strict=True))
+    needs_factors = tuple([flags.get(index, False) for index in range(len(update.factors))])
+    needs = RequiredGrads(needs_x, needs_weight, needs_bias, needs_factors)
+    needed_x = x if needs_weight or any(needs_factors) else None
+    *first, grads = backward_pass(grad_y, needed_x, x.shape, weight, [update], call, needs)
     return [grad.contiguous() for grad in (*first, *grads) if grad is not None]
 
 
 @_backward.register_fake
 def _(
-    grad_y: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    tensors: Sequence[Tensor],
-    thresholds: Tensor,
-    budgets: Tensor,
-    ints: Sequence[int],
-    scaling: float,
-    required: Sequence[bool],
+    required: Sequence[bool], grad_y: Tensor, x: Tensor, weight: Tensor | None, tensors: Sequence[Tensor], *args: Any
 ) -> list[Tensor]:
-    grads = [torch.empty_like(x, memory_format=torch.contiguous_format)] if required[0] else []
-    if required[1] and weight is not None:
-        grads.append(torch.empty_like(weight, memory_format=torch.contiguous_format))
-    if required[2]:
-        grads.append(grad_y.new_empty(_decode_call(ints).weight_shape[0]))
-    contiguous = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
-    return grads + [tensor for tensor, need in zip(contiguous, required[3:], strict=True) if need]
+    bias = grad_y.new_empty(args[-1][0])
+    pairs = zip((x, weight, bias, *tensors), required, strict=True)
+    contiguous = torch.contiguous_format
+    return [torch.empty_like(z, memory_format=contiguous) for z, need in pairs if need and z is not None]
+
+
+def _decode_call(op: Sequence[int], weight_shape: Sequence[int]) -> LayerCall:
+    """Decode the layer op and the shape of the weight."""
+    return LayerCall(layer_op_from_ints(op), torch.Size(weight_shape))
+
+
+def _decode(
+    tensors: Sequence[Tensor],
+    budgets: Tensor,
+    fields: Sequence[int],
+    spec: Sequence[int],
+    scaling: float,
+    thresholds: Tensor | None = None,
+) -> Update:
+    """Decode the update."""
+    factors: Any = {Factors._fields[index]: tensor.detach() for index, tensor in zip(fields, tensors, strict=True)}
+    counts = tuple([int(budget) for budget in budgets.tolist()])
+    return Update(UpdateSpec.from_ints(spec, scaling), Factors(**factors), counts, thresholds)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -234,16 +208,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _differentiate(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     """Return gradients in the structure of the forward pass's arguments."""
-    empty = (None,) * 7
+    others = [None] * (1 + len(ctx.settings))
     if grad_y is None:
-        return (*empty[:3], [None] * ctx.num_tensors, *empty[4:])
+        return None, None, None, [None] * ctx.num_tensors, *others
     x, weight, budgets, thresholds, *tensors = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     needs_tensors = [tensor.requires_grad for tensor in tensors]
-    needs_bias = ctx.has_bias and ctx.needs_input_grad[2]
-    required = [ctx.needs_input_grad[0], weight is not None and ctx.needs_input_grad[1], needs_bias, *needs_tensors]
-    computed = iter(_backward(grad_y, x, weight, tensors, thresholds, budgets, *ctx.settings, required))
+    required = [needs_x, weight is not None and needs_weight, ctx.has_bias and needs_bias, *needs_tensors]
+    computed = iter(_backward(required, grad_y, x, weight, tensors, thresholds, budgets, *ctx.settings))
     grad_x, grad_weight, grad_bias, *grads = (next(computed) if need else None for need in required)
-    return grad_x, grad_weight, grad_bias, grads, *empty[4:]
+    return grad_x, grad_weight, grad_bias, grads, *others
 
 
 _adapted_layer.register_autograd(_differentiate, setup_context=_setup_context)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cache, lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -63,27 +63,20 @@ class _Launches:
     """Kernel launches for an update."""
 
     def __init__(self, spec: UpdateSpec, factors: Factors, budgets: tuple[int, ...]) -> None:
-        self.spec = spec
-        A, B, *scalars = factors
-        self.A, self.B = A.detach().contiguous(), B.detach().contiguous()
-        self.scalars = tuple(None if value is None else value.detach().contiguous() for value in scalars)
-        self.coeff, self.alpha, self.beta, self.temperature = self.scalars
+        A, B, *scalars = [None if tensor is None else tensor.detach().contiguous() for tensor in factors]
+        self.A, self.B, self.scalars = cast(Tensor, A), cast(Tensor, B), scalars
+        self.coeff, self.alpha, self.beta, self.temperature = scalars
         self.groups, self.n, self.rank = self.A.shape
-        self.m = self.B.shape[0]
-        kernel = spec.kernel
-        self.has_softmax = isinstance(kernel, NormalizedRBF)
-        self.sizes = {"P": kernel.num_pieces, "R": self.rank}
-        self.axis = {"HAS_TEMPERATURE": self.temperature is not None, "AXIS": kernel.softmax_dim}
-        self.terms = {"SOFTMAX": self.has_softmax, "LINEAR_TERM": not self.has_softmax or isinstance(kernel, MixK)}
-        is_cuda = self.A.is_cuda
-        self.layout = _layout(
-            spec.row_counts,
-            budgets,
-            self.n,
-            spec.mode != "official",
-            self.A.device,
-            torch.cuda.current_stream(self.A.device).cuda_stream if is_cuda else 0,
-        )
+        self.spec, self.m, self.max_rows = spec, self.B.shape[0], max(spec.row_counts)
+        self.has_softmax = isinstance(spec.kernel, NormalizedRBF)
+        self.by_column = spec.kernel.softmax_dim == 0
+        has_linear_term = not self.has_softmax or isinstance(spec.kernel, MixK)
+        self.axis = {"HAS_TEMPERATURE": self.temperature is not None, "AXIS": spec.kernel.softmax_dim}
+        self.pieces = {"P": spec.kernel.num_pieces, "R": self.rank, **self.axis}
+        self.terms = {"SOFTMAX": self.has_softmax, "LINEAR_TERM": has_linear_term}
+        device = self.A.device
+        stream = torch.cuda.current_stream(device).cuda_stream if self.A.is_cuda else 0
+        self.layout = _layout(spec.row_counts, budgets, self.n, spec.mode != "official", device, stream)
 
     def on_device(self) -> AbstractContextManager[Any]:
         """Return a context that selects the factors' device, because Triton launches on the current device."""
@@ -95,54 +88,27 @@ class _Launches:
 
     def tiles(self, row_tiles: int = 1) -> tuple[int, int, int]:
         """Return the grid of tiles over all matrices."""
-        rows = max(self.spec.row_counts)
-        return -(-self.n // TILE["BLOCK_N"]), -(-rows // (TILE["BLOCK_M"] * row_tiles)), self.groups
+        return -(-self.n // TILE["BLOCK_N"]), -(-self.max_rows // (TILE["BLOCK_M"] * row_tiles)), self.groups
 
     def softmax_stats(self) -> SoftmaxStats:
         """Compute the maximum logit and inverse sum of exponentials of each column or row."""
         if not self.has_softmax:
             return SoftmaxStats(None, None)
-        by_column = self.axis["AXIS"] == 0
-        max_logit, inverse_sum = self.new(2, self.groups * self.n if by_column else self.m).unbind()
-        across = self.n if by_column else max(self.spec.row_counts)
+        stats = SoftmaxStats(*self.new(2, self.groups * self.n if self.by_column else self.m).unbind())
+        across = self.n if self.by_column else self.max_rows
+        options = self.pieces | STATISTICS | launch_options("softmax_statistics", self.rank)
         forward.softmax_statistics[-(-across // STATISTICS["ACROSS"]), self.groups](
-            self.A,
-            self.B,
-            self.coeff,
-            self.temperature,
-            self.layout,
-            max_logit,
-            inverse_sum,
-            self.n,
-            **self.sizes,
-            **self.axis,
-            **STATISTICS,
-            **launch_options("softmax_statistics", self.rank),
+            self.A, self.B, self.coeff, self.temperature, self.layout, *stats, self.n, **options
         )
-        return SoftmaxStats(max_logit, inverse_sum)
+        return stats
 
     def merge(self, delta: Tensor, stats: SoftmaxStats, counts: Tensor | None = None) -> None:
         """Write `ΔW`, and optionally add to the first histogram."""
+        options = self.pieces | self.terms | TILE | launch_options("merge", self.rank)
+        is_counted, center = counts is not None, self.spec.kernel.center_softmax
+        options |= {"CENTER": center, "COUNT": is_counted, "TILES": _TILES_PER_HISTOGRAM}
         forward.merge[self.tiles(_TILES_PER_HISTOGRAM)](
-            self.A,
-            self.B,
-            self.coeff,
-            self.alpha,
-            self.beta,
-            self.temperature,
-            self.layout,
-            *stats,
-            delta,
-            counts,
-            self.n,
-            **self.sizes,
-            **self.terms,
-            **self.axis,
-            CENTER=self.spec.kernel.center_softmax,
-            COUNT=counts is not None,
-            TILES=_TILES_PER_HISTOGRAM,
-            **TILE,
-            **launch_options("merge", self.rank),
+            self.A, self.B, *self.scalars, self.layout, *stats, delta, counts, self.n, **options
         )
 
     def merge_and_select(self, delta: Tensor, stats: SoftmaxStats) -> Tensor:
@@ -156,22 +122,10 @@ class _Launches:
         high, middle, low = counts.split([high_bins, low_bins, low_bins])
         state, thresholds = self.new(2 * self.groups * targets, dtype=torch.int32), self.new(self.groups)
         self.merge(delta, stats, high)
-        entries = max(self.spec.row_counts) * self.n
-        grid = (min(-(-entries // COUNT_BLOCK), _MAX_COUNT_PROGRAMS), self.groups)
+        grid = (min(-(-self.max_rows * self.n // COUNT_BLOCK), _MAX_COUNT_PROGRAMS), self.groups)
+        options = {"TARGETS": targets, "BLOCK": COUNT_BLOCK, **launch_options("count_within_bin")}
         for level in (1, 2):
-            forward.count_within_bin[grid](
-                delta,
-                self.layout,
-                high,
-                middle,
-                low,
-                state,
-                self.n,
-                TARGETS=targets,
-                LEVEL=level,
-                BLOCK=COUNT_BLOCK,
-                **launch_options("count_within_bin"),
-            )
+            forward.count_within_bin[grid](delta, self.layout, high, middle, low, state, self.n, LEVEL=level, **options)
         forward.finish_thresholds[(self.groups,)](
             self.layout, high, middle, low, state, thresholds, TARGETS=targets, **launch_options("finish_thresholds")
         )
@@ -179,91 +133,40 @@ class _Launches:
 
     def add_sparse(self, delta: Tensor, thresholds: Tensor, base: Tensor, out: Tensor) -> None:
         """Write `base + scaling·S` into `out`."""
-        entries = max(self.spec.row_counts) * self.n
-        forward.add_sparse[-(-entries // ADD_BLOCK), self.groups](
-            delta,
-            thresholds,
-            self.layout,
-            base,
-            out,
-            self.spec.scaling,
-            self.n,
-            MODE=_MODES[self.spec.mode],
-            BLOCK=ADD_BLOCK,
-            **launch_options("add_sparse"),
+        options = {"MODE": _MODES[self.spec.mode], "BLOCK": ADD_BLOCK, **launch_options("add_sparse")}
+        forward.add_sparse[-(-self.max_rows * self.n // ADD_BLOCK), self.groups](
+            delta, thresholds, self.layout, base, out, self.spec.scaling, self.n, **options
         )
 
     def gradients(
         self, delta: Tensor, thresholds: Tensor, stats: SoftmaxStats, grad: Tensor
     ) -> tuple[Tensor | None, ...]:
         """Return the gradients of A, B and the scalars."""
-        grid, mode = self.tiles(), {"MODE": _MODES[self.spec.mode]}
-        columns, rows, groups = grid
+        grid, scaling = self.tiles(), self.spec.scaling
+        columns, rows, _ = grid
         matrix = (delta, thresholds, grad)
+        tile: dict[str, Any] = self.pieces | TILE | {"MODE": _MODES[self.spec.mode]}
         weighted_sum = None
         if self.has_softmax:
-            by_column = self.axis["AXIS"] == 0
-            num_sums = self.groups * self.n if by_column else self.m
-            partial = self.new(rows if by_column else columns, num_sums)
+            num_sums = self.groups * self.n if self.by_column else self.m
+            partial = self.new(rows if self.by_column else columns, num_sums)
+            factors = (self.A, self.B, self.coeff, self.temperature, self.layout)
+            options = tile | launch_options("softmax_weighted_sums", self.rank)
             backward.softmax_weighted_sums[grid](
-                self.A,
-                self.B,
-                self.coeff,
-                self.temperature,
-                self.layout,
-                *stats,
-                *matrix,
-                partial,
-                self.spec.scaling,
-                self.n,
-                num_sums,
-                **self.sizes,
-                **self.axis,
-                **mode,
-                **TILE,
-                **launch_options("softmax_weighted_sums", self.rank),
+                *factors, *stats, *matrix, partial, scaling, self.n, num_sums, **options
             )
             weighted_sum = partial.sum(0)
-        part_A, part_B = self.new(rows, groups, self.n, self.rank), self.new(columns, self.m, self.rank)
-        sums = self.new(groups, rows * columns, self.sizes["P"] + 3)
-        backward.factor_gradients[grid](
-            self.A,
-            self.B,
-            self.coeff,
-            self.alpha,
-            self.temperature,
-            self.layout,
-            *stats,
-            weighted_sum,
-            *matrix,
-            part_A,
-            part_B,
-            sums,
-            self.spec.scaling,
-            self.n,
-            self.m,
-            **self.sizes,
-            **self.terms,
-            **self.axis,
-            **mode,
-            **TILE,
-            **launch_options("factor_gradients", self.rank, self.n % 16 == 0),
-        )
+        part_A, part_B = self.new(rows, self.groups, self.n, self.rank), self.new(columns, self.m, self.rank)
+        sums = self.new(self.groups, rows * columns, self.pieces["P"] + 3)
+        inputs = (self.A, self.B, self.coeff, self.alpha, self.temperature, self.layout, *stats, weighted_sum, *matrix)
+        options = tile | self.terms | launch_options("factor_gradients", self.rank, self.n % 16 == 0)
+        backward.factor_gradients[grid](*inputs, part_A, part_B, sums, scaling, self.n, self.m, **options)
         # zeros, because a kernel without softmax does not write the gradients of α, β and γ
         scalar_grads = [value if value is None else torch.zeros_like(value) for value in self.scalars]
-        backward.scalar_gradients[(groups,)](
-            sums,
-            self.layout,
-            self.temperature,
-            *scalar_grads,
-            self.n,
-            rows * columns,
-            P=self.sizes["P"],
-            SOFTMAX=self.has_softmax,
-            CENTER=self.spec.kernel.center_softmax,
-            **self.axis,
-            BLOCK=SUM_BLOCK,
-            **launch_options("scalar_gradients"),
+        options = {"P": self.pieces["P"], "SOFTMAX": self.has_softmax, "CENTER": self.spec.kernel.center_softmax}
+        options |= self.axis | {"BLOCK": SUM_BLOCK} | launch_options("scalar_gradients")
+        backward.scalar_gradients[(self.groups,)](
+            sums, self.layout, self.temperature, *scalar_grads, self.n, rows * columns, **options
         )
         return part_A.sum(0).to(self.A.dtype), part_B.sum(0).to(self.B.dtype), *scalar_grads
 
