@@ -28,12 +28,6 @@ def test_two_tasks_run_concurrently(runtime):
     threads.parallel_for([barrier.wait, barrier.wait], 2)
 
 
-def test_one_thread_runs_tasks_in_order(runtime):
-    completed = []
-    threads.parallel_for([lambda k=k: completed.append((k, threading.get_ident())) for k in range(4)], 1)
-    assert completed == [(k, threading.get_ident()) for k in range(4)]
-
-
 def test_error_is_raised_after_all_tasks_end(runtime):
     completed = []
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import os
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -31,7 +30,6 @@ _MIN_ENTRIES_FOR_THREADS = 1 << 17
 _TASKS_PER_THREAD = 4  # balances the load between threads
 _SDDMM_DENSITY = 0.1  # below this density, compute a weight gradient only at the nonzero entries
 _TOKENS = 256  # tokens per pass over the nonzero entries
-_BYTE_ORDER = "<" if sys.byteorder == "little" else ">"
 _MODES = {"soft": forward.SOFT, "official": forward.OFFICIAL, "none": forward.NONE}
 _SUPPORTED = (torch.float32, torch.bfloat16)
 _EMPTY = np.empty((0, 0), np.float32)
@@ -266,12 +264,10 @@ def pack_factors(spec: UpdateSpec, factors: Factors) -> list[PackedFactors]:
     """Convert the factors of each matrix to contiguous arrays and Python scalars."""
     kernel, (A, B, coeff, alpha, beta, temperature) = spec.kernel, factors
     has_softmax, num_matrices = isinstance(kernel, NormalizedRBF), len(spec.rows)
-    if coeff is None or (has_softmax and beta is None):
-        raise ValueError(f"kernel {kernel.name!r} requires the scalars {list(kernel.scalars)}, got None")
     scales, shifts = [[0.0] * num_matrices if s is None else s.detach().tolist() for s in (alpha, beta)]
     divisors = [1.0] * num_matrices if temperature is None else temperature.detach().tolist()
     linear = np.float32(1.0 if isinstance(kernel, MixK) or not has_softmax else 0.0)
-    arrays = [as_array(tensor.to(torch.float32).contiguous()) for tensor in (A, B, coeff)]
+    arrays = [as_array(tensor.to(torch.float32).contiguous()) for tensor in (A, B, cast(Tensor, coeff))]
     packed = []
     for group, (scale, shift, divisor) in enumerate(zip(scales, shifts, divisors, strict=True)):
         constant = shift - (scale / spec.row_counts[group] if kernel.center_softmax else 0.0) if has_softmax else 0.0
@@ -304,15 +300,11 @@ def as_array(tensor: Tensor) -> np.ndarray:
 
     Unlike `Tensor.numpy`, this does not lock the size of the tensor's storage, which FSDP changes.
     """
-    tensor = tensor.detach()
+    tensor, shape = tensor.detach(), tuple(tensor.shape)
+    dtype = np.dtype(np.float32 if tensor.dtype == torch.float32 else np.int16)
     if not tensor.numel():
-        return np.empty(tuple(tensor.shape), np.float32 if tensor.dtype == torch.float32 else np.int16)
-    interface = {
-        "version": 3,
-        "data": (tensor.data_ptr(), False),
-        "shape": tuple(tensor.shape),
-        "typestr": _BYTE_ORDER + ("f4" if tensor.dtype == torch.float32 else "i2"),
-    }
+        return np.empty(shape, dtype)
+    interface = {"version": 3, "data": (tensor.data_ptr(), False), "shape": shape, "typestr": dtype.str}
     return np.asarray(SimpleNamespace(__array_interface__=interface, tensor=tensor))  # keeps the tensor alive
 
 
@@ -333,7 +325,7 @@ def _blocks(shape: tuple[int, ...]) -> tuple[int, int]:
 def _run(function: Callable[..., None], count: int, shape: tuple[int, ...], *arguments: Any) -> None:
     """Call `function(first, last, …)` on parts of `range(count)`, distributed over threads."""
     threads = min(torch.get_num_threads(), count) if shape[0] * shape[1] >= _MIN_ENTRIES_FOR_THREADS else 1
-    if threads < 2:
+    if threads == 1:
         function(0, count, *arguments)
         return
     num_tasks = min(count, _TASKS_PER_THREAD * threads)
@@ -347,10 +339,6 @@ def parallel_for(tasks: Sequence[Callable[[], None]], threads: int) -> None:
     Uses torch's OpenMP threads if available: they spin for a few milliseconds after each product, so other threads
     would oversubscribe the cores. Raises the first error after all tasks have ended.
     """
-    if threads < 2 or len(tasks) < 2:
-        for task in tasks:
-            task()
-        return
     remaining, errors = iter(tasks), []
 
     def work(_: object = None) -> None:
