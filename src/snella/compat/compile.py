@@ -112,8 +112,8 @@ def adapted_layer_in_graph(
     """
     tensors = [tensor for tensor in factors if tensor is not None]
     fields = [index for index, tensor in enumerate(factors) if tensor is not None]
-    settings = (fields, spec.to_ints(), spec.scaling, op.to_ints(weight_shape), list(weight_shape))
-    return _adapted_layer(x, weight, bias, tensors, budgets, *settings)[0]
+    layer = [len(weight_shape), *weight_shape, *op.to_ints(weight_shape)]
+    return _adapted_layer(x, weight, bias, tensors, budgets, fields, spec.to_ints(), spec.scaling, layer)[0]
 
 
 @torch.library.custom_op("snella::adapted_layer", mutates_args=())
@@ -126,21 +126,19 @@ def _adapted_layer(
     fields: Sequence[int],
     spec: Sequence[int],
     scaling: float,
-    op: Sequence[int],
-    weight_shape: Sequence[int],
+    layer: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     """Return `y` and the thresholds `[G]`; `tensors` are the factors with the indices `fields`."""
-    update, call = _decode(tensors, budgets, fields, spec, scaling), _decode_call(op, weight_shape)
+    update, call = _decode(tensors, budgets, fields, spec, scaling), _decode_call(layer)
     y, (merged,), _ = forward_pass(x, weight, bias, [update], call)
     return y, merged.thresholds
 
 
 @_adapted_layer.register_fake
 def _(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    _, _, tensors, budgets, *_, op, weight_shape = args
-    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
-    y = layer_op_from_ints(op)(x, x.new_empty(weight_shape), None)
-    return y, tensors[0].new_empty(budgets.shape[0], dtype=dtype)
+    _, _, tensors, budgets, *_, layer = args
+    call, dtype = _decode_call(layer), torch.promote_types(tensors[0].dtype, torch.float32)
+    return call.op(x, x.new_empty(call.weight_shape), None), tensors[0].new_empty(budgets.shape[0], dtype=dtype)
 
 
 @torch.library.custom_op("snella::adapted_layer_backward", mutates_args=())
@@ -155,11 +153,10 @@ def _backward(
     fields: Sequence[int],
     spec: Sequence[int],
     scaling: float,
-    op: Sequence[int],
-    weight_shape: Sequence[int],
+    layer: Sequence[int],
 ) -> list[Tensor]:
     """Return the required gradients in the order x, weight, bias, tensors."""
-    update, call = _decode(tensors, budgets, fields, spec, scaling, thresholds), _decode_call(op, weight_shape)
+    update, call = _decode(tensors, budgets, fields, spec, scaling, thresholds), _decode_call(layer)
     needs_x, needs_weight, needs_bias, *needs_tensors = required
     flags = dict(zip(fields, needs_tensors, strict=True))
     needs_factors = tuple([flags.get(index, False) for index in range(len(update.factors))])
@@ -173,15 +170,16 @@ def _backward(
 def _(
     required: Sequence[bool], grad_y: Tensor, x: Tensor, weight: Tensor | None, tensors: Sequence[Tensor], *args: Any
 ) -> list[Tensor]:
-    bias = grad_y.new_empty(args[-1][0])
+    bias = grad_y.new_empty(_decode_call(args[-1]).weight_shape[0])
     pairs = zip((x, weight, bias, *tensors), required, strict=True)
     contiguous = torch.contiguous_format
     return [torch.empty_like(z, memory_format=contiguous) for z, need in pairs if need and z is not None]
 
 
-def _decode_call(op: Sequence[int], weight_shape: Sequence[int]) -> LayerCall:
-    """Decode the layer op and the shape of the weight."""
-    return LayerCall(layer_op_from_ints(op), torch.Size(weight_shape))
+def _decode_call(layer: Sequence[int]) -> LayerCall:
+    """Decode the shape of the weight, preceded by its length and followed by the layer op."""
+    ndim, *rest = layer
+    return LayerCall(layer_op_from_ints(rest[ndim:]), torch.Size(rest[:ndim]))
 
 
 def _decode(
