@@ -19,11 +19,6 @@ from torch import Tensor, nn
 
 from snella.update import LazyWeight
 
-_SUPPORTED_FORMATS = (
-    "supported quantized layers are bitsandbytes' Linear4bit and Linear8bitLt, and linear layers with weight-only "
-    "tensors of torchao (Int8Tensor, IntxUnpackedToInt8Tensor)"
-)
-
 
 class Quantization(ABC):
     """Storage format of a linear layer's quantized weight `[m, n]`. Stateless; each method takes the layer."""
@@ -66,35 +61,29 @@ def find_quantization(base: Any, name: str) -> Quantization | None:
         NotImplementedError: If the quantization format is not supported.
         RuntimeError: If a bitsandbytes layer is not quantized yet.
     """
-    weight = getattr(base, "weight", None)
+    weight, kind = getattr(base, "weight", None), type(base).__name__
     bitsandbytes_classes = [cls.__name__ for cls in type(base).__mro__ if cls.__module__.startswith("bitsandbytes.")]
+    packed = next((packed for packed in ("qweight", "W_q") if hasattr(base, packed)), None)
     if bitsandbytes_classes:
         for quantization in (Bitsandbytes4bit(), Bitsandbytes8bit()):
             if quantization.layer_class in bitsandbytes_classes:
                 quantization.check(base, name)
                 return quantization
-        raise _unsupported_error(name, f"a {type(base).__name__} of bitsandbytes")
-    if type(weight).__module__.startswith("torchao."):
-        is_linear = isinstance(base, nn.Linear)
-        problem = _torchao_problem(weight) if is_linear else "only linear layers are supported"
-        if problem is not None:
-            weight_type = f"{type(weight).__name__} of torchao"
-            raise _unsupported_error(name, f"a {type(base).__name__} whose weight is a {weight_type}: {problem}")
-        return TorchaoWeight()
-    if isinstance(weight, Tensor) and not weight.is_floating_point():
-        raise _unsupported_error(name, f"a {type(base).__name__} whose weight is {weight.dtype}")
-    packed = next((packed for packed in ("qweight", "W_q") if hasattr(base, packed)), None)
-    if packed is not None:
-        raise _unsupported_error(
-            name, f"a {type(base).__module__}.{type(base).__name__}, which stores its weight as {packed}"
-        )
-    return None
-
-
-def _unsupported_error(name: str, description: str) -> NotImplementedError:
-    """Return the error for an unsupported quantized layer."""
-    return NotImplementedError(
-        f"target_modules matches {name!r}, {description}; {_SUPPORTED_FORMATS}; "
+        description = f"a {kind} of bitsandbytes"
+    elif type(weight).__module__.startswith("torchao."):
+        problem = _torchao_problem(weight) if isinstance(base, nn.Linear) else "only linear layers are supported"
+        if problem is None:
+            return TorchaoWeight()
+        description = f"a {kind} whose weight is a {type(weight).__name__} of torchao: {problem}"
+    elif isinstance(weight, Tensor) and not weight.is_floating_point():
+        description = f"a {kind} whose weight is {weight.dtype}"
+    elif packed is not None:
+        description = f"a {type(base).__module__}.{kind}, which stores its weight as {packed}"
+    else:
+        return None
+    raise NotImplementedError(
+        f"target_modules matches {name!r}, {description}; supported quantized layers are bitsandbytes' Linear4bit and "
+        "Linear8bitLt, and linear layers with weight-only tensors of torchao (Int8Tensor, IntxUnpackedToInt8Tensor); "
         "load the model in one of these formats or unquantized"
     )
 
