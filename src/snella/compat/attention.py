@@ -273,27 +273,6 @@ def is_adaptable(module: nn.Module) -> bool:
     return isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward
 
 
-def find_wrapped_attention(model: nn.Module, key: str) -> tuple[str, str] | None:
-    """Split the `state_dict` key of a parameter of an adapted attention at the wrapper.
-
-    Args:
-        model: The adapted model.
-        key: Key in its `state_dict`.
-
-    Returns:
-        Name of the wrapper and name of the parameter in the attention, or `None` for any other key.
-    """
-    parts = key.split(".")
-    module: nn.Module | None = model
-    if "base_layer" not in parts:
-        return None
-    for index, part in enumerate(parts):
-        if part == "base_layer" and isinstance(module, AdaptedAttention):
-            return ".".join(parts[:index]), ".".join(parts[index + 1 :])
-        module = getattr(module, part, None)
-    return None
-
-
 def disable_fast_path(model: nn.Module) -> None:
     """Disable the fast path of torch's encoder layers with adapted parts.
 

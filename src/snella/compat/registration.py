@@ -14,13 +14,14 @@ tables as a key. A test fails once PEFT adds an enum member of this name.
 from __future__ import annotations
 
 import functools
+from contextlib import suppress
 from typing import Any
 
 from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import save_and_load
 
-from snella.compat.attention import find_wrapped_attention
+from snella.compat.attention import AdaptedAttention
 from snella.config import PEFT_TYPE, SnellaConfig
 from snella.model import SnellaModel
 
@@ -50,11 +51,11 @@ def _with_attentions(original_key: Any) -> Any:
 
     @functools.wraps(original_key)
     def with_attentions(model: Any, peft_key: str) -> str:
-        match = find_wrapped_attention(model.base_model.model, peft_key)
-        if match is None:
-            return str(original_key(model, peft_key))
-        wrapper, parameter = match
-        return f"{original_key(model, wrapper)}.{parameter}"
+        wrapper, _, parameter = peft_key.rpartition(".base_layer.")
+        with suppress(AttributeError):
+            if isinstance(model.base_model.model.get_submodule(wrapper), AdaptedAttention):
+                return f"{original_key(model, wrapper)}.{parameter}"
+        return str(original_key(model, peft_key))
 
     return with_attentions
 

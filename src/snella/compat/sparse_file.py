@@ -317,8 +317,6 @@ def _write_back(tensor: Tensor, flat: Tensor) -> None:
     """Write the result of `_flat` back if it is a copy."""
     if flat.data_ptr() != tensor.data_ptr():
         tensor.copy_(flat.view(tensor.shape))
-    elif not tensor.is_inference():
-        torch.autograd.graph.increment_version(tensor)
 
 
 __all__ = ["Entries", "SparsePatch", "load_sparse"]
