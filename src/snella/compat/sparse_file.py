@@ -261,7 +261,7 @@ def tensors_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | 
 def encode_positions(indices: Tensor, size: int) -> tuple[str, Tensor]:
     """Encode ascending positions below `size` in the smallest of three encodings; return its name and the tensor."""
     positions = indices.cpu().numpy()
-    candidates = {"int32": positions.astype(np.int32)}
+    candidates: dict[str, np.ndarray] = {"int32": positions.astype(np.int32)}
     if -(-size // 8) < 4 * len(positions):
         mask = np.zeros(size, np.bool_)
         mask[positions] = True
