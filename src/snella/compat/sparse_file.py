@@ -260,15 +260,15 @@ def tensors_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | 
 
 def encode_positions(indices: Tensor, size: int) -> tuple[str, Tensor]:
     """Encode ascending positions below `size` in the smallest of three encodings; return its name and the tensor."""
-    positions = indices.cpu().numpy()
-    candidates: dict[str, np.ndarray] = {"int32": positions.astype(np.int32)}
+    positions = indices.cpu()
+    candidates = {"int32": positions.int()}
     if -(-size // 8) < 4 * len(positions):
         mask = np.zeros(size, np.bool_)
-        mask[positions] = True
-        candidates["bitmap"] = np.packbits(mask, bitorder="little")
-    candidates["gaps"] = _encode_gaps(positions)
+        mask[positions.numpy()] = True
+        candidates["bitmap"] = torch.from_numpy(np.packbits(mask, bitorder="little"))
+    candidates["gaps"] = torch.from_numpy(_encode_gaps(positions.numpy()))
     kind = min(candidates, key=lambda kind: candidates[kind].nbytes)
-    return kind, torch.from_numpy(candidates[kind])
+    return kind, candidates[kind]
 
 
 def decode_positions(kind: str, encoded: Tensor) -> Tensor:
