@@ -18,19 +18,45 @@ from transformers.pytorch_utils import Conv1D
 from snella.autograd import adapted_layer
 from snella.backends import choose_backend
 from snella.backends.base import MergeCache
-from snella.base_layer import check_weight, orient, prepare_input, product_dtype, unusable_weight_error
-from snella.budgets import LiveBudgets, buffers_off_meta, read_budgets, restore_budgets, seal_all_budgets, seal_budgets
-from snella.cache import AdapterState, EffectiveWeight, LayerCache
+from snella.cache import (
+    AdapterState,
+    EffectiveWeight,
+    LayerCache,
+    LiveBudgets,
+    buffers_off_meta,
+    read_budgets,
+    restore_budgets,
+    seal_all_budgets,
+    seal_budgets,
+)
 from snella.compat.compile import forward_in_graph, weight_in_graph
 from snella.compat.hooks import call_inside_hooks, hook_dicts, onloaded
 from snella.compat.quantization import find_quantization
 from snella.config import SnellaConfig
-from snella.initialization import bound_initial_update, init_factors
+from snella.forward import add_branches, is_regularized, prepare_input, product_dtype
 from snella.memory.sampling import parse_weight_gradient
-from snella.merge import effective_weight, merge_updates, refresh_merged, sparse_updates, unmerge_updates
-from snella.regularization import add_branches, is_regularized
+from snella.merge import (
+    check_weight,
+    effective_weight,
+    merge_updates,
+    orient,
+    refresh_merged,
+    sparse_updates,
+    unmerge_updates,
+)
 from snella.sparsify import SparsifyMode
-from snella.update import Conv2dOp, Factors, LayerOp, LazyWeight, LinearOp, Update, UpdateSpec, WeightOp
+from snella.update import (
+    Conv2dOp,
+    Factors,
+    LayerOp,
+    LazyWeight,
+    LinearOp,
+    Update,
+    UpdateSpec,
+    WeightOp,
+    bound_initial_update,
+    init_factors,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +94,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
     input or drop-path on its output is a separate branch. A weight `[m, …]` consists of `G` stacked matrices (3 in a
     fused qkv layer). Every adapter has `snella_A` `[G, n, r]`, `snella_B` `[m, r]`, the kernel's scalars `[G]` or
     `[G, P]`, and `snella_budget` `[G]`. The budgets are saved with the adapter, so a reloaded adapter has exactly the
-    same weights. `snella.budgets` protects them from model averaging.
+    same weights. `snella.cache` protects them from model averaging.
     """
 
     adapter_layer_names = tuple(f"snella_{name}" for name in Factors._fields)
@@ -350,9 +376,13 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         self.seal_budgets(adapter_name, integers)
 
     def budgets(self, adapter_name: str) -> tuple[int, ...]:
-        """Return the budget of each matrix."""
+        """Return the budget of each matrix; reads the buffer, which synchronizes, only after a change."""
         buffer: Any = self._modules["snella_budget"]._buffers[adapter_name]  # type: ignore[union-attr]
-        return self._cache.budgets(adapter_name, buffer, lambda name: read_budgets(self, name))
+        record = self._cache.budget_records.get(adapter_name)
+        if record is None or record.buffer is not buffer:
+            return read_budgets(self, adapter_name)
+        is_unchanged = record.address == buffer.data_ptr() and record.version == buffer._version
+        return record.budgets if is_unchanged else read_budgets(self, adapter_name)
 
     def seal_budgets(self, adapter_name: str, budgets: tuple[int, ...] | None = None) -> None:
         """Record the buffer's values as the live budgets. Call it after every write to `snella_budget`.
@@ -484,7 +514,7 @@ def _forward_updated(layer: SnellaLayer, x: Tensor, weight: Tensor | LazyWeight,
     dtype = x.dtype
     op_dtype = weight.dtype if isinstance(weight, Tensor) else product_dtype(layer, x)
     if isinstance(weight, Tensor) and (op_dtype.itemsize == 1 or (weight.is_meta and not x.is_meta)):
-        raise unusable_weight_error(layer, op_dtype)
+        check_weight(layer, weight)
     if dtype != op_dtype or layer.pads_input:
         x = prepare_input(layer, x, op_dtype)
     bias = get_base(layer).bias
@@ -674,13 +704,6 @@ def update_specs(layer: SnellaLayer) -> None:
             get_spec(layer, name, A)
 
 
-def describe_backend(layer: SnellaLayer, adapter_name: str) -> str:
-    """Describe the backend of an adapter's update and the reason for its choice."""
-    A = layer.snella_A[adapter_name]
-    spec = get_spec(layer, adapter_name, A)
-    return f"{spec.backend!r} ({choose_backend(layer.snella_config[adapter_name].impl, spec, A)[1]})"
-
-
 def _init_parameters(layer: SnellaLayer, adapter_name: str) -> None:
     """Initialize an adapter; `max_initial_ratio` bounds its initial update."""
     factors, rows = get_factors(layer, adapter_name), layer.matrix_rows(adapter_name)
@@ -688,8 +711,8 @@ def _init_parameters(layer: SnellaLayer, adapter_name: str) -> None:
     if factors.A.is_meta:
         return
     init_factors(factors, rows, config.num_pieces, is_larger=not config.init_weights)
-    is_quadratic = config.sparsify_mode != "none"
-    if config.init_weights and is_quadratic and factors.piece_coeff is not None:
+    # the bound assumes a piecewise kernel and an update that is quadratic in `ΔW`
+    if config.init_weights and config.sparsify_mode != "none" and factors.piece_coeff is not None:
         weight = layer._weight()
         weight = weight if isinstance(weight, Tensor) else weight.materialize()
         if not weight.is_meta:

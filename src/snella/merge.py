@@ -1,22 +1,47 @@
-"""Effective weights of a layer: merging, unmerging, and writing quantized weights."""
+"""Base and effective weights of a layer: layout, checks, merging, unmerging, and writing quantized weights."""
 
 from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from snella.backends.base import MergeCache
-from snella.base_layer import check_weight, orient
 from snella.compat.quantization import Quantization, measure_requantization, report_requantization
 from snella.functional import compute_effective_weight, write_effective_weight
 from snella.update import LazyWeight
 
 if TYPE_CHECKING:
     from snella.layer import SnellaLayer
+
+
+def orient(base: Any, weight: Tensor) -> Tensor:
+    """Convert a weight between the base layer's layout and `[m, …]`, outputs first.
+
+    The two layouts differ only for transformers' `Conv1D`, which stores `[in, out]`.
+    """
+    return weight.T if isinstance(base, Conv1D) else weight
+
+
+def check_weight(layer: SnellaLayer, weight: Tensor | LazyWeight) -> None:
+    """Reject a missing or 8-bit base weight, to which no update can be added."""
+    if isinstance(weight, LazyWeight):
+        return
+    if weight.dtype.itemsize == 1:
+        raise NotImplementedError(
+            f"the weight of {layer.module_name!r} must have at least 16 bits per entry, got {weight.dtype}; merge "
+            "before enable_layerwise_casting, which upcasts weights only in forward passes, or load the model in "
+            "bfloat16"
+        )
+    if weight.is_meta:
+        raise NotImplementedError(
+            f"the weight of {layer.module_name!r} is on the meta device; load it, or offload it with "
+            "accelerate.cpu_offload or a device_map, whose hooks load it when the layer is called"
+        )
 
 
 @torch.no_grad()

@@ -26,9 +26,9 @@ from PIL import Image
 from torch import nn
 
 from snella import SnellaConfig
-from snella.base_layer import orient
 from snella.layer import SnellaLayer
 from snella.matrices import adapted_matrices
+from snella.merge import orient
 
 TOKENS = torch.arange(6)[None]
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from snella import BudgetAllocator, SnellaConfig
-from snella.heads import is_newly_initialized
+from snella.targets import is_newly_initialized
 
 
 def train(case, model, steps):
